@@ -1,0 +1,127 @@
+"""Every error fedbpt raises on purpose. Each message is one line that says what to do.
+
+::
+
+    FedbptError
+    ├── InputError (ValueError)        a bad argument: shape, NaN, an empty text, a token id outside the vocabulary
+    │   ├── TaskError                  a template or label word that cannot work with this model
+    │   ├── DataError                  a data file: missing column, unknown label, empty row
+    │   └── ConfigError                a run file or option
+    ├── ModelError
+    │   ├── ModelNotFoundError         no such name in the catalogue, no such file
+    │   ├── ModelFileError             not a GGUF file, cut short, corrupt
+    │   ├── UnsupportedModelError      an architecture that the soft prompt cannot serve
+    │   └── DownloadError              no network, wrong checksum
+    ├── PromptError                    a prompt file that is damaged or made for another model
+    ├── WireError                      a message that is refused: unknown field, wrong shape, NaN, too large
+    ├── DeviceError
+    │   ├── DeviceUnreachableError     no answer: wrong address, powered off, timed out
+    │   ├── DeviceRefusedError         the device understood and said no (4xx)
+    │   └── DeviceFailedError          the device's work ended in an error
+    ├── FederationError
+    │   └── QuorumError                too few devices reported before the deadline
+    ├── StoreError                     the run database cannot be read or written
+    ├── ScoringInterrupted             a scoring call was cancelled
+    └── MissingExtraError (ImportError) an optional dependency is not installed
+
+``exit_code`` is what the command line exits with (2: the caller's mistake, 1: the world's).
+"""
+
+from __future__ import annotations
+
+
+class FedbptError(Exception):
+    """Base of every error raised on purpose."""
+
+    exit_code = 1
+
+
+class InputError(FedbptError, ValueError):
+    """A bad argument."""
+
+    exit_code = 2
+
+
+class TaskError(InputError):
+    """A template or label word that cannot work with this model."""
+
+
+class DataError(InputError):
+    """A data file that cannot be used as it is."""
+
+
+class ConfigError(InputError):
+    """A run file or a command-line option that makes no sense."""
+
+
+class ModelError(FedbptError):
+    """Something about a model file."""
+
+
+class ModelNotFoundError(ModelError):
+    """No such model in the catalogue and no such file."""
+
+    exit_code = 2
+
+
+class ModelFileError(ModelError):
+    """Not a GGUF file, or a damaged one."""
+
+
+class UnsupportedModelError(ModelError):
+    """An architecture that the soft prompt cannot serve."""
+
+
+class DownloadError(ModelError):
+    """A model could not be fetched, or is not what the catalogue says."""
+
+
+class PromptError(FedbptError):
+    """A prompt file that is damaged or was made for another model."""
+
+
+class WireError(FedbptError):
+    """A message that is refused."""
+
+
+class DeviceError(FedbptError):
+    """Something about one device."""
+
+
+class DeviceUnreachableError(DeviceError):
+    """The device did not answer."""
+
+
+class DeviceRefusedError(DeviceError):
+    """The device understood the request and refused it."""
+
+
+class DeviceFailedError(DeviceError):
+    """The device's work ended in an error."""
+
+
+class FederationError(FedbptError):
+    """A run that cannot go on."""
+
+
+class QuorumError(FederationError):
+    """Too few devices reported before the deadline."""
+
+
+class StoreError(FedbptError):
+    """The run database cannot be read or written."""
+
+
+class ScoringInterrupted(FedbptError):
+    """A scoring call was cancelled before it ended."""
+
+    exit_code = 130
+
+
+class MissingExtraError(FedbptError, ImportError):
+    """An optional dependency is not installed."""
+
+    exit_code = 2
+
+    def __init__(self, feature: str, extra: str) -> None:
+        super().__init__(f"{feature} needs an optional dependency: pip install 'fedbpt[{extra}]'")

@@ -1,0 +1,254 @@
+"""The values that cross the wire between the coordinator and a device (design: ``docs/federation.md``).
+
+Plain data only: msgspec structs, strict on decode (``forbid_unknown_fields``), arrays as little-endian bytes
+with shape and dtype. Nothing here knows HTTP, the model or the search.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from fedbpt.errors import WireError
+
+PROTOCOL_VERSION = 1
+
+Placement: TypeAlias = Literal["front", "cue"]
+LossName: TypeAlias = Literal["cross_entropy", "hinge"]
+
+PositiveInt: TypeAlias = Annotated[int, msgspec.Meta(ge=1)]
+NaturalInt: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
+PositiveFloat: TypeAlias = Annotated[float, msgspec.Meta(gt=0)]
+Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of all wire values: immutable, keyword-only, strict."""
+
+
+class Array(Message):
+    """A float array: ``data`` holds the little-endian bytes of ``shape`` elements in C order."""
+
+    dtype: Literal["<f4", "<f8"]
+    shape: tuple[NaturalInt, ...]
+    data: bytes
+
+    @classmethod
+    def of(cls, values: NDArray[np.floating], dtype: Literal["<f4", "<f8"] = "<f8") -> Array:
+        """Pack ``values`` (any shape) as ``dtype``."""
+        packed = np.ascontiguousarray(values, dtype=dtype)
+        return cls(dtype=dtype, shape=packed.shape, data=packed.tobytes())
+
+    def numpy(self) -> NDArray[np.float64]:
+        """A new float64 array of ``shape``; raises `WireError` on a wrong length, NaN or infinity."""
+        expected = math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        if len(self.data) != expected:
+            raise WireError(f"array of shape {list(self.shape)} {self.dtype} needs {expected} bytes, got {len(self.data)}")
+        values = np.frombuffer(self.data, dtype=self.dtype).reshape(self.shape).astype(np.float64)
+        if not np.isfinite(values).all():
+            raise WireError("array holds NaN or infinity")
+        return values
+
+
+# --- what is tuned ---------------------------------------------------------------------------------------------
+
+
+class Template(Message):
+    """One way to put a text to the model. ``pattern`` holds ``{text}`` once; what follows it is the answer cue.
+
+    ``label_words`` has one word per label, in label order, each with its leading space where the cue ends
+    without one.
+    """
+
+    pattern: str
+    label_words: tuple[str, ...]
+
+
+class PromptSpec(Message):
+    """How a latent z ∈ R^d becomes a soft prompt: vec(P) = vec(P0) + A z.
+
+    A [n_prompt·n_embd, d] is drawn from ``seed`` with standard deviation α·std(E)/(√d·σ0), E the token
+    embeddings. ``front``: P before the text, P0 random tokens' embeddings; ``cue``: P in place of the cue's
+    last ``n_prompt`` tokens, P0 their own embeddings.
+    """
+
+    placement: Placement = "cue"
+    n_prompt: PositiveInt = 1
+    d: PositiveInt = 500
+    alpha: PositiveFloat = 0.5
+    sigma0: PositiveFloat = 1.0
+    seed: NaturalInt = 0
+
+
+class ObjectiveSpec(Message):
+    """What a device minimises. ``perturb`` is the token replacement probability r of the perturbed ratio (0: off)."""
+
+    loss: LossName = "cross_entropy"
+    batch_size: NaturalInt = 8  # texts per generation, drawn anew each time; 0 = all
+    max_text_tokens: PositiveInt = 128
+    perturb: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+
+
+class SearchState(Message):
+    """A Gaussian search distribution N(mean, σ²·C) over latents. Exactly one of ``scales``/``covariance`` may be set.
+
+    ``mean`` [d]; ``scales`` [d] = √diag(C) of a separable search; ``covariance`` [d, d]; neither: C = I.
+    """
+
+    mean: Array
+    sigma: PositiveFloat
+    scales: Array | None = None
+    covariance: Array | None = None
+
+
+# --- what a device is asked to do in a round ---------------------------------------------------------------------
+
+
+class SelectWork(Message, tag="select"):
+    """Score the zero-shot model with each template on the training rows."""
+
+    templates: tuple[Template, ...]
+
+
+class PooledWork(Message, tag="pooled"):
+    """Score the population that ``state``, the run's seed and ``generation`` define on one mini-batch."""
+
+    state: SearchState
+    generation: NaturalInt
+    popsize: PositiveInt
+
+
+class LocalWork(Message, tag="local"):
+    """Run ``iterations`` generations of CMA-ES from ``state`` on the device's own rows (FedBPT, FedAvg of means)."""
+
+    state: SearchState
+    iterations: PositiveInt
+    popsize: PositiveInt
+
+
+Work: TypeAlias = SelectWork | PooledWork | LocalWork
+
+
+class SelectResult(Message, tag="select"):
+    """``loss_sums`` [n_templates]: sum over texts of the loss, nats."""
+
+    loss_sums: Array
+
+
+class PooledResult(Message, tag="pooled"):
+    """``losses`` [popsize]: mean loss of each candidate over the device's mini-batch, nats."""
+
+    losses: Array
+
+
+class LocalResult(Message, tag="local"):
+    """``mean`` [d], ``fitness`` = F(mean) (lower is better), ``sigma_squares`` = Σ_i σ_i² over the iterations."""
+
+    mean: Array
+    fitness: float
+    sigma_squares: PositiveFloat
+
+
+Result: TypeAlias = SelectResult | PooledResult | LocalResult
+
+
+class RoundPlan(Message):
+    """What the coordinator asks of a device in one round. ``seed`` is the run's; devices derive their own streams."""
+
+    run: Name
+    round: NaturalInt
+    device: Name  # the name by which the coordinator knows this device; seeds its mini-batches
+    seed: NaturalInt
+    model_fingerprint: str
+    labels: tuple[str, ...]
+    template: Template
+    prompt: PromptSpec
+    objective: ObjectiveSpec
+    work: Work
+    deadline_s: PositiveFloat = 600.0
+    protocol: Literal[1] = 1
+
+
+class RoundReport(Message):
+    """A device's answer to one `RoundPlan`. ``tokens`` counts forward tokens asked for; times are monotonic seconds."""
+
+    run: Name
+    round: NaturalInt
+    device: Name
+    plan_digest: str
+    result: Result
+    n_texts: PositiveInt  # rows behind the result: its weight
+    evaluations: NaturalInt  # candidates scored
+    tokens: NaturalInt
+    seconds: float
+    peak_rss_bytes: NaturalInt
+    protocol: Literal[1] = 1
+
+
+class RoundProgress(Message):
+    """Where a round stands on a device. ``done`` of ``total`` steps; ``error`` says why where ``state`` is failed."""
+
+    run: Name
+    round: NaturalInt
+    state: Literal["running", "done", "failed", "cancelled"]
+    done: NaturalInt = 0
+    total: NaturalInt = 0
+    error: str = ""
+
+
+class EvaluateRequest(Message):
+    """Measure latents on the device's held-back rows; an empty ``latents`` list is not allowed, z = 0 is zero-shot.
+
+    ``latents`` [k, d]. ``max_rows`` 0 = all rows; else the first ``max_rows``. ``split``: ``dev`` rows may choose,
+    ``test`` rows only report.
+    """
+
+    model_fingerprint: str
+    labels: tuple[str, ...]
+    template: Template
+    prompt: PromptSpec
+    objective: ObjectiveSpec
+    latents: Array
+    split: Literal["dev", "test"] = "test"
+    max_rows: NaturalInt = 0
+    protocol: Literal[1] = 1
+
+
+class EvaluateReport(Message):
+    """Counts, so that reports of several devices add up. Index i belongs to latent i."""
+
+    n: PositiveInt
+    correct: tuple[NaturalInt, ...]
+    loss_sums: tuple[float, ...]
+    seconds: float
+    protocol: Literal[1] = 1
+
+
+class DeviceInfo(Message):
+    """What a device says of itself. Never its data, nor label counts."""
+
+    name: Name
+    version: str
+    model_fingerprint: str
+    model_name: str
+    backend: str
+    n_train: NaturalInt
+    n_dev: NaturalInt
+    n_test: NaturalInt
+    ram_bytes: NaturalInt
+    rss_bytes: NaturalInt
+    peak_rss_bytes: NaturalInt
+    tokens_per_second: float | None = None
+    busy: bool = False
+    protocol: Literal[1] = 1
+
+
+class ErrorReply(Message):
+    """The body of every 4xx and 5xx answer: a stable ``code`` and one line that says what to do."""
+
+    code: str
+    message: str
