@@ -1,0 +1,184 @@
+"""The `Scorer` that runs on the llama.cpp fork. The only importer of ``fedbpt._native``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fedbpt import _native, models
+from fedbpt.errors import InputError
+from fedbpt.memory import memory_of_process
+from fedbpt.messages import Placement
+
+
+def physical_cores() -> int:
+    """Physical cores that this process may run on: hyper-threads of one core count once."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores = set()
+    for cpu in allowed:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.read_text().strip() if siblings.is_file() else str(cpu))
+    return max(1, len(cores))
+
+
+def load_model(name_or_path: str | os.PathLike[str], n_threads: int | None = None, n_gpu_layers: int = 0) -> NativeScorer:
+    """Load a model for scoring.
+
+    Args:
+        name_or_path: a name from the catalogue (``fedbpt models list``) that has been pulled, or a GGUF file.
+        n_threads: threads that compute; None: the physical cores that this process may use.
+        n_gpu_layers: layers to put on the GPU, for builds with a GPU backend; -1: all.
+
+    Raises:
+        ModelNotFoundError: no such name, not pulled yet, or no such file.
+        ModelFileError: not a GGUF file, cut short or corrupt.
+        UnsupportedModelError: an architecture that soft prompts do not work with.
+    """
+    return NativeScorer(models.locate(name_or_path), name=str(name_or_path), n_threads=n_threads, n_gpu_layers=n_gpu_layers)
+
+
+class NativeScorer:
+    """A frozen GGUF model that scores texts under soft prompts (`fedbpt.scorer.Scorer`). Thread-safe."""
+
+    def __init__(self, path: Path, name: str | None = None, n_threads: int | None = None, n_gpu_layers: int = 0) -> None:
+        self.path = path
+        self.name = Path(name).stem if name and name.endswith(".gguf") else name or path.stem
+        self._n_gpu_layers = n_gpu_layers
+        self._engine = _native.Engine(str(path), physical_cores() if n_threads is None else n_threads, n_gpu_layers)
+        self._embedding_std: float | None = None
+        self._fingerprint: str | None = None
+
+    def __repr__(self) -> str:
+        return f"<NativeScorer {self.name}: {self._engine.description}, {self.n_threads} threads, {self.backend}>"
+
+    @property
+    def n_embd(self) -> int:
+        return int(self._engine.n_embd)
+
+    @property
+    def n_vocab(self) -> int:
+        return int(self._engine.n_vocab)
+
+    @property
+    def n_ctx_train(self) -> int:
+        """The longest sequence that the model was trained on, in tokens."""
+        return int(self._engine.n_ctx_train)
+
+    @property
+    def n_threads(self) -> int:
+        return int(self._engine.n_threads)
+
+    @property
+    def architecture(self) -> str:
+        return str(self._engine.architecture)
+
+    @property
+    def backend(self) -> str:
+        return f"gpu ({self._n_gpu_layers} layers)" if self._n_gpu_layers else "cpu"
+
+    @property
+    def fingerprint(self) -> str:
+        """``sha256:…`` of the model file."""
+        if self._fingerprint is None:
+            self._fingerprint = models.fingerprint(self.path)
+        return self._fingerprint
+
+    @property
+    def embedding_std(self) -> float:
+        """Standard deviation over all entries of the token embedding table, as the graph sees it."""
+        if self._embedding_std is None:
+            self._embedding_std = float(self._engine.embedding_std())
+        return self._embedding_std
+
+    def tokenize(self, text: str, add_bos: bool | None = None) -> NDArray[np.int32]:
+        """Token ids [n]. ``add_bos`` None: as the model was trained. Special tokens in ``text`` are plain text."""
+        ids: NDArray[np.int32] = self._engine.tokenize(text, add_bos)
+        return ids
+
+    def token_embeddings(self, ids: ArrayLike) -> NDArray[np.float32]:
+        """Input embeddings [len(ids), n_embd] of tokens, in the scale that soft prompt rows have."""
+        rows: NDArray[np.float32] = self._engine.token_embeddings(_token_ids(ids, "ids"))
+        return rows
+
+    def score_with_soft_prompt(
+        self,
+        tokens: Sequence[ArrayLike],
+        embeds: ArrayLike,
+        label_ids: ArrayLike | None = None,
+        placement: Placement = "front",
+        prefix: ArrayLike | None = None,
+    ) -> NDArray[np.float32]:
+        """Logits [n_candidates, len(tokens), n_labels] at each text's last position under each candidate prompt.
+
+        Args:
+            tokens: N token-id sequences.
+            embeds: float32 [n_candidates, n_prompt, n_embd], or [n_prompt, n_embd] for one candidate. n_prompt
+                may be 0: no soft prompt.
+            label_ids: token ids whose logits to return; None: all n_vocab.
+            placement: ``front``: prefix, then the rows, then the text. ``cue``: prefix, then the text, with the
+                rows in place of the text's last n_prompt tokens.
+            prefix: token ids before everything, shared by all texts (BOS, an instruction).
+
+        A candidate's logits depend on no other candidate and on no earlier call, and repeat bit for bit.
+
+        Raises:
+            InputError: wrong n_embd, NaN or infinity, an empty text, a text longer than the context, a token id
+                outside the vocabulary.
+            ScoringInterrupted: `interrupt` was called. Ctrl-C raises KeyboardInterrupt within one graph.
+        """
+        if placement not in ("front", "cue"):
+            raise InputError(f"placement must be 'front' or 'cue', got {placement!r}")
+        ids, offsets = _ragged(tokens)
+        logits: NDArray[np.float32] = self._engine.score(
+            ids,
+            offsets,
+            self._rows(embeds),
+            None if label_ids is None else _token_ids(label_ids, "label_ids"),
+            placement == "cue",
+            _token_ids([] if prefix is None else prefix, "prefix"),
+        )
+        return logits
+
+    def interrupt(self) -> None:
+        """Make the scoring call in flight, on whatever thread, raise `ScoringInterrupted`."""
+        self._engine.interrupt()
+
+    def memory(self) -> Mapping[str, int]:
+        """Bytes: ``weights``, ``kv`` and ``compute`` buffers of the engine; ``rss`` and ``peak_rss`` of the process."""
+        return {**self._engine.memory(), **memory_of_process()}
+
+    def _rows(self, embeds: ArrayLike) -> NDArray[np.float32]:
+        rows = np.ascontiguousarray(embeds, dtype=np.float32)
+        if rows.ndim == 2:
+            rows = rows[None]
+        if rows.ndim != 3:
+            raise InputError(f"embeds must be [n_candidates, n_prompt, n_embd] or [n_prompt, n_embd], got shape {list(rows.shape)}")
+        if rows.shape[2] != self.n_embd:
+            raise InputError(f"embeds has rows of {rows.shape[2]} numbers, but this model's n_embd is {self.n_embd}")
+        return rows
+
+
+def _token_ids(ids: ArrayLike, what: str) -> NDArray[np.int32]:
+    """A 1-D int32 array of ``ids``; token ids are checked against the vocabulary by the engine."""
+    array = np.asarray(ids)
+    if array.ndim != 1:
+        raise InputError(f"{what} must be a flat sequence of token ids, got shape {list(array.shape)}")
+    if array.size == 0:
+        return np.empty(0, dtype=np.int32)
+    if array.dtype.kind not in "iu":
+        raise InputError(f"{what} must be integers, got {array.dtype}")
+    if array.max() > np.iinfo(np.int32).max or array.min() < np.iinfo(np.int32).min:
+        raise InputError(f"{what} holds an id outside the vocabulary: {int(np.abs(array).max())}")
+    return np.ascontiguousarray(array, dtype=np.int32)
+
+
+def _ragged(tokens: Iterable[ArrayLike]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """N sequences as one flat array and N + 1 offsets."""
+    texts = [_token_ids(text, f"text {i}") for i, text in enumerate(tokens)]
+    offsets = np.zeros(len(texts) + 1, dtype=np.int64)
+    np.cumsum([len(text) for text in texts], out=offsets[1:])
+    return (np.concatenate(texts) if texts else np.empty(0, dtype=np.int32)), offsets

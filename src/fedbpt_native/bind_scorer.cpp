@@ -1,0 +1,115 @@
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+
+#include "model.h"
+#include "scorer.h"
+
+namespace py = pybind11;
+
+namespace fedbpt {
+
+namespace {
+
+using IntArray   = py::array_t<int32_t, py::array::c_style>;
+using LongArray  = py::array_t<int64_t, py::array::c_style>;
+using FloatArray = py::array_t<float, py::array::c_style>;
+
+// Model + scorer, so that Python holds one object.
+class Engine {
+public:
+    Engine(const std::string & path, int32_t n_threads, int32_t n_gpu_layers)
+        : model(Model::load(path, n_gpu_layers)), scorer(model, n_threads) {}
+
+    const std::shared_ptr<const Model> model;
+    Scorer                             scorer;
+};
+
+IntArray tokenize(const Engine & engine, const std::string & text, std::optional<bool> add_bos) {
+    std::vector<llama_token> ids;
+    {
+        py::gil_scoped_release release;
+        ids = engine.model->tokenize(text, add_bos ? static_cast<int>(*add_bos) : -1);
+    }
+    return IntArray(static_cast<py::ssize_t>(ids.size()), ids.data());
+}
+
+FloatArray token_embeddings(const Engine & engine, const IntArray & ids) {
+    FloatArray rows({ ids.size(), static_cast<py::ssize_t>(engine.model->n_embd()) });
+    engine.model->token_embeddings(ids.data(), static_cast<size_t>(ids.size()), rows.mutable_data());
+    return rows;
+}
+
+// Python's signal handlers, on the calling thread; true where one raised (KeyboardInterrupt).
+bool python_wants_to_stop() {
+    py::gil_scoped_acquire acquire;
+    return PyErr_CheckSignals() != 0;
+}
+
+FloatArray score(Engine & engine, const IntArray & ids, const LongArray & offsets, const FloatArray & embeds, const std::optional<IntArray> & label_ids, bool cue, const IntArray & prefix) {
+    ScoreRequest request;
+    request.texts        = { ids.data(), offsets.data(), static_cast<size_t>(offsets.size() - 1) };
+    request.embeds       = embeds.data();
+    request.n_candidates = static_cast<size_t>(embeds.shape(0));
+    request.n_prompt     = static_cast<size_t>(embeds.shape(1));
+    request.placement    = cue ? Placement::cue : Placement::front;
+    request.prefix       = prefix.data();
+    request.n_prefix     = static_cast<size_t>(prefix.size());
+    request.label_ids    = label_ids ? label_ids->data() : nullptr;
+    request.n_labels     = label_ids ? static_cast<size_t>(label_ids->size()) : 0;
+
+    const py::ssize_t n_labels = label_ids ? label_ids->size() : engine.model->n_vocab();
+    FloatArray logits({ embeds.shape(0), static_cast<py::ssize_t>(request.texts.n), n_labels });
+    float * out = logits.mutable_data();
+
+    const std::function<bool()> stop = python_wants_to_stop;
+    try {
+        py::gil_scoped_release release;
+        engine.scorer.score(request, out, stop);
+    } catch (...) {
+        if (PyErr_Occurred()) {  // a signal handler's exception comes before ours
+            throw py::error_already_set();
+        }
+        throw;
+    }
+    return logits;
+}
+
+py::dict memory(const Engine & engine) {
+    MemoryUse use;
+    {
+        py::gil_scoped_release release;
+        use = engine.scorer.memory();
+    }
+    py::dict parts;
+    parts["weights"] = use.weights;
+    parts["kv"]      = use.kv;
+    parts["compute"] = use.compute;
+    return parts;
+}
+
+}  // namespace
+
+void register_scorer(py::module_ & module) {
+    py::class_<Engine, py::smart_holder>(module, "Engine", "A loaded model and its scorer. Thread-safe: calls that compute wait for each other.")
+        .def(py::init<const std::string &, int32_t, int32_t>(), py::arg("path"), py::arg("n_threads"), py::arg("n_gpu_layers"), py::call_guard<py::gil_scoped_release>())
+        .def("tokenize", &tokenize, py::arg("text"), py::arg("add_bos") = py::none(), "int32 [n]")
+        .def("token_embeddings", &token_embeddings, py::arg("ids").noconvert(), "float32 [n, n_embd]")
+        .def("score", &score, py::arg("ids").noconvert(), py::arg("offsets").noconvert(), py::arg("embeds").noconvert(), py::arg("label_ids").noconvert(), py::arg("cue"), py::arg("prefix").noconvert(),
+             "ids int32 [total], offsets int64 [N + 1], embeds float32 [n_candidates, n_prompt, n_embd] -> float32 [n_candidates, N, n_labels]")
+        .def("interrupt", [](Engine & engine) { engine.scorer.interrupt(); }, "Make the scoring call in flight raise ScoringInterrupted.")
+        .def("embedding_std", [](const Engine & engine) { return engine.model->embedding_std(); }, py::call_guard<py::gil_scoped_release>())
+        .def("memory", &memory, "bytes by part")
+        .def_property_readonly("n_embd", [](const Engine & engine) { return engine.model->n_embd(); })
+        .def_property_readonly("n_vocab", [](const Engine & engine) { return engine.model->n_vocab(); })
+        .def_property_readonly("n_ctx_train", [](const Engine & engine) { return engine.model->n_ctx_train(); })
+        .def_property_readonly("n_threads", [](const Engine & engine) { return engine.scorer.n_threads(); })
+        .def_property_readonly("architecture", [](const Engine & engine) { return engine.model->architecture(); })
+        .def_property_readonly("description", [](const Engine & engine) { return engine.model->description(); });
+
+    module.def("supports_gpu_offload", [] { return llama_supports_gpu_offload(); });
+}
+
+}  // namespace fedbpt

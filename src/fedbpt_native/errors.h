@@ -1,0 +1,22 @@
+#pragma once
+
+// What the core throws; the bindings map each to its class in fedbpt.errors. Every message says what to do.
+
+#include <stdexcept>
+
+namespace fedbpt {
+
+struct InputError : std::invalid_argument {
+    using std::invalid_argument::invalid_argument;
+};
+struct ModelFileError : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+struct UnsupportedModelError : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+struct ScoringInterrupted : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+}  // namespace fedbpt

@@ -1,0 +1,31 @@
+#pragma once
+
+// RAII for the C handles of llama.cpp and ggml.
+
+#include <memory>
+
+#include "ggml-cpu.h"
+#include "gguf.h"
+#include "llama.h"
+
+namespace fedbpt {
+
+struct ModelDeleter {
+    void operator()(llama_model * model) const { llama_model_free(model); }
+};
+struct ContextDeleter {
+    void operator()(llama_context * ctx) const { llama_free(ctx); }
+};
+struct ThreadpoolDeleter {
+    void operator()(ggml_threadpool * pool) const { ggml_threadpool_free(pool); }
+};
+struct GgufDeleter {
+    void operator()(gguf_context * gguf) const { gguf_free(gguf); }
+};
+
+using ModelPtr      = std::unique_ptr<llama_model, ModelDeleter>;
+using ContextPtr    = std::unique_ptr<llama_context, ContextDeleter>;
+using ThreadpoolPtr = std::unique_ptr<ggml_threadpool, ThreadpoolDeleter>;
+using GgufPtr       = std::unique_ptr<gguf_context, GgufDeleter>;
+
+}  // namespace fedbpt

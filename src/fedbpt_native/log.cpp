@@ -1,0 +1,50 @@
+#include "log.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+
+#include "llama.h"
+
+namespace fedbpt {
+
+namespace {
+
+std::mutex  g_mutex;
+std::string g_last_error;
+
+void on_log(ggml_log_level level, const char * text, void * /*user_data*/) {
+    static const bool echo = std::getenv("FEDBPT_LLAMA_LOG") != nullptr;
+    if (echo) {
+        std::fputs(text, stderr);
+    }
+    if (level == GGML_LOG_LEVEL_ERROR) {
+        std::lock_guard<std::mutex> lock(g_mutex);
+        g_last_error = text;
+    }
+}
+
+}  // namespace
+
+void install_log() {
+    static std::once_flag once;
+    std::call_once(once, [] { llama_log_set(on_log, nullptr); });
+}
+
+std::string take_last_error() {
+    std::lock_guard<std::mutex> lock(g_mutex);
+
+    std::string line;
+    line.swap(g_last_error);
+
+    while (!line.empty() && (line.back() == '\n' || line.back() == ' ')) {
+        line.pop_back();
+    }
+    const size_t colon = line.find(": ");
+    if (colon != std::string::npos && line.find(' ') > colon) {
+        line.erase(0, colon + 2);
+    }
+    return line;
+}
+
+}  // namespace fedbpt

@@ -1,0 +1,143 @@
+#include "model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <mutex>
+
+#include "errors.h"
+#include "llama-soft-prompt.h"
+#include "log.h"
+
+namespace fedbpt {
+
+namespace {
+
+std::string read_architecture(const std::string & path) {
+    const GgufPtr gguf(gguf_init_from_file(path.c_str(), { /*no_alloc =*/ true, /*ctx =*/ nullptr }));
+    if (!gguf) {
+        throw ModelFileError(path + " is not a readable GGUF file (" + take_last_error() + "): fetch it again, or convert the model to GGUF");
+    }
+    const int64_t key = gguf_find_key(gguf.get(), "general.architecture");
+    if (key < 0 || gguf_get_kv_type(gguf.get(), key) != GGUF_TYPE_STRING) {
+        throw ModelFileError(path + " names no architecture (general.architecture): it is no language model, or its conversion was cut short");
+    }
+    return gguf_get_val_str(gguf.get(), key);
+}
+
+// Sharing one text's KV between candidates needs a decoder whose whole memory is a KV cache.
+const char * refuses_memory(const llama_model * model) {
+    if (llama_model_has_encoder(model) || !llama_model_has_decoder(model)) {
+        return "it has an encoder, and scoring needs a decoder-only model";
+    }
+    if (llama_model_is_recurrent(model) || llama_model_is_hybrid(model)) {
+        return "its recurrent state cannot be shared between prompts as a KV cache can";
+    }
+    if (llama_model_is_diffusion(model)) {
+        return "it is a diffusion model, and scoring needs a causal one";
+    }
+    return nullptr;
+}
+
+[[noreturn]] void throw_unsupported(const std::string & architecture, const char * why) {
+    throw UnsupportedModelError("soft prompts do not work with architecture '" + architecture + "': " + why + "; choose another model");
+}
+
+}  // namespace
+
+Model::Model(ModelPtr model, std::string architecture)
+    : model_(std::move(model)),
+      vocab_(llama_model_get_vocab(model_.get())),
+      architecture_(std::move(architecture)),
+      n_embd_(llama_model_n_embd(model_.get())),
+      n_vocab_(llama_vocab_n_tokens(vocab_)),
+      n_ctx_train_(llama_model_n_ctx_train(model_.get())) {}
+
+std::shared_ptr<const Model> Model::load(const std::string & path, int32_t n_gpu_layers) {
+    static std::once_flag once;
+    std::call_once(once, [] {
+        install_log();
+        llama_backend_init();
+    });
+
+    if (n_gpu_layers > 0 && !llama_supports_gpu_offload()) {
+        throw InputError("n_gpu_layers = " + std::to_string(n_gpu_layers) + ", but this build of fedbpt has no GPU backend: leave it 0, or build with -C cmake.define.GGML_CUDA=ON or GGML_VULKAN=ON");
+    }
+
+    take_last_error();
+    std::string architecture = read_architecture(path);
+    if (const char * why = llama_soft_prompt_refuses(architecture.c_str())) {
+        throw_unsupported(architecture, why);
+    }
+
+    llama_model_params params = llama_model_default_params();
+    params.n_gpu_layers = n_gpu_layers;
+
+    ModelPtr model(llama_model_load_from_file(path.c_str(), params));
+    if (!model) {
+        throw ModelFileError(path + " cannot be loaded (" + take_last_error() + "): it may be cut short or damaged, fetch it again");
+    }
+    if (const char * why = refuses_memory(model.get())) {
+        throw_unsupported(architecture, why);
+    }
+
+    return std::shared_ptr<const Model>(new Model(std::move(model), std::move(architecture)));
+}
+
+std::vector<llama_token> Model::tokenize(const std::string & text, int add_bos) const {
+    std::vector<llama_token> ids(text.size() + 2);
+
+    const auto length = static_cast<int32_t>(text.size());
+    int32_t n = llama_tokenize(vocab_, text.data(), length, ids.data(), static_cast<int32_t>(ids.size()), /*add_special =*/ false, /*parse_special =*/ false);
+    if (n < 0) {
+        ids.resize(-static_cast<int64_t>(n));
+        n = llama_tokenize(vocab_, text.data(), length, ids.data(), static_cast<int32_t>(ids.size()), false, false);
+    }
+    ids.resize(std::max(n, 0));
+
+    if (add_bos == 1 || (add_bos == -1 && llama_vocab_get_add_bos(vocab_))) {
+        const llama_token bos = llama_vocab_bos(vocab_);
+        if (bos == LLAMA_TOKEN_NULL) {
+            throw InputError("this model has no BOS token: call tokenize with add_bos=False or None");
+        }
+        ids.insert(ids.begin(), bos);
+    }
+    return ids;
+}
+
+void Model::check_token(llama_token id, const char * what) const {
+    if (id < 0 || id >= n_vocab_) {
+        throw InputError(std::string(what) + " " + std::to_string(id) + " is outside the vocabulary [0, " + std::to_string(n_vocab_) + "): tokenize with this model");
+    }
+}
+
+void Model::token_embeddings(const llama_token * ids, size_t n, float * out) const {
+    for (size_t i = 0; i < n; ++i) {
+        check_token(ids[i], "token id");
+    }
+    llama_soft_prompt_token_embeddings(model_.get(), ids, static_cast<int32_t>(n), out);
+}
+
+double Model::embedding_std() const {
+    std::vector<float> row(n_embd_);
+    double sum = 0.0, sum_squares = 0.0;
+
+    for (llama_token id = 0; id < n_vocab_; ++id) {
+        llama_soft_prompt_token_embeddings(model_.get(), &id, 1, row.data());
+        for (const float value : row) {
+            sum += value;
+            sum_squares += static_cast<double>(value)*value;
+        }
+    }
+
+    const double count = static_cast<double>(n_vocab_)*n_embd_;
+    const double mean  = sum/count;
+    return std::sqrt(std::max(0.0, sum_squares/count - mean*mean));
+}
+
+std::string Model::description() const {
+    char text[256];
+    llama_model_desc(model_.get(), text, sizeof(text));
+    return text;
+}
+
+}  // namespace fedbpt

@@ -1,0 +1,50 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "handles.h"
+
+namespace fedbpt {
+
+// A frozen model: weights, vocabulary, token embeddings. Immutable after load, so safe to share between threads.
+class Model {
+public:
+    // Throws ModelFileError, UnsupportedModelError, InputError (GPU layers asked of a build without a GPU backend).
+    static std::shared_ptr<const Model> load(const std::string & path, int32_t n_gpu_layers);
+
+    // add_bos: -1 as the model was trained, 0 no, 1 yes. Special tokens in the text are plain text.
+    std::vector<llama_token> tokenize(const std::string & text, int add_bos) const;
+
+    // out[n][n_embd], in the scale of soft prompt rows. Throws InputError on an id outside the vocabulary.
+    void token_embeddings(const llama_token * ids, size_t n, float * out) const;
+
+    // over all entries of the embedding table, in the same scale
+    double embedding_std() const;
+
+    void check_token(llama_token id, const char * what) const;
+
+    llama_model * get() const { return model_.get(); }
+    int32_t n_embd() const { return n_embd_; }
+    int32_t n_vocab() const { return n_vocab_; }
+    int32_t n_ctx_train() const { return n_ctx_train_; }
+    uint64_t n_params() const { return llama_model_n_params(model_.get()); }
+    uint64_t size_bytes() const { return llama_model_size(model_.get()); }
+    bool is_f32() const { return llama_model_ftype(model_.get()) == LLAMA_FTYPE_ALL_F32; }
+    const std::string & architecture() const { return architecture_; }
+    std::string description() const;
+
+private:
+    Model(ModelPtr model, std::string architecture);
+
+    ModelPtr            model_;
+    const llama_vocab * vocab_;
+    std::string         architecture_;
+    int32_t             n_embd_;
+    int32_t             n_vocab_;
+    int32_t             n_ctx_train_;
+};
+
+}  // namespace fedbpt

@@ -1,0 +1,15 @@
+#include <pybind11/pybind11.h>
+
+namespace fedbpt {
+
+void register_errors(pybind11::module_ & module);
+void register_scorer(pybind11::module_ & module);
+
+}  // namespace fedbpt
+
+PYBIND11_MODULE(_native, module) {
+    module.doc() = "fedbpt's llama.cpp fork: scoring texts under soft prompts. Use fedbpt.native_scorer, which validates and documents.";
+
+    fedbpt::register_errors(module);
+    fedbpt::register_scorer(module);
+}

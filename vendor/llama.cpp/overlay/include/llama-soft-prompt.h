@@ -1,0 +1,40 @@
+#pragma once
+
+// Soft prompts for llama.cpp: rows of input embeddings that stand in place of chosen tokens' own, inserted while
+// the graph is built, so that they work on every backend that has ADD and MUL, with any split into ubatches and
+// with many prompts and texts in one llama_decode. With no row set, the graph is upstream's own, node for node.
+
+#include "llama.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// From the next llama_decode on, the tokens of sequence `seq_id` at positions pos0 .. pos0 + n_rows - 1 are embedded
+// as rows[n_rows][n_embd] instead (row-major). A batch still needs a valid token id at each place; any will do.
+// One run of rows a sequence: a second call replaces the first. The rows are not copied: keep them alive and unchanged until
+// they are cleared or replaced. Rows are in the scale of llama_soft_prompt_token_embeddings. Not thread-safe with
+// llama_decode on the same context.
+LLAMA_API void llama_soft_prompt_set(
+        struct llama_context * ctx,
+                llama_seq_id   seq_id,
+                   llama_pos   pos0,
+                     int32_t   n_rows,
+                 const float * rows);
+
+LLAMA_API void llama_soft_prompt_clear(struct llama_context * ctx);
+
+// The input embeddings of token ids[n], out[n][n_embd], as the first layer gets them (what Hugging Face calls
+// inputs_embeds: after any embedding scale). Ids must be in the vocabulary.
+LLAMA_API void llama_soft_prompt_token_embeddings(
+        const struct llama_model * model,
+               const llama_token * ids,
+                         int32_t   n,
+                           float * out);
+
+// NULL where soft prompts work with this architecture (its GGUF name), else why they don't.
+LLAMA_API const char * llama_soft_prompt_refuses(const char * architecture);
+
+#ifdef __cplusplus
+}
+#endif

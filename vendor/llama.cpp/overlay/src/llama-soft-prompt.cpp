@@ -1,0 +1,232 @@
+#include "llama-soft-prompt-graph.h"
+
+#include "llama-arch.h"
+#include "llama-batch.h"
+#include "llama-context.h"
+#include "llama-graph.h"
+#include "llama-hparams.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include "ggml-backend.h"
+#include "ggml.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+//
+// table
+//
+
+std::shared_ptr<llama_soft_prompt> llama_soft_prompt_new() {
+    return std::make_shared<llama_soft_prompt>();
+}
+
+void llama_soft_prompt::set(llama_seq_id seq_id, llama_pos pos0, int32_t n_rows, const float * rows) {
+    GGML_ASSERT(seq_id >= 0 && seq_id < LLAMA_MAX_SEQ);
+    GGML_ASSERT(n_rows == 0 || rows != nullptr);
+
+    runs[seq_id] = { pos0, n_rows, rows };
+    any = std::any_of(runs.begin(), runs.end(), [](const run & r) { return r.n_rows > 0; });
+}
+
+void llama_soft_prompt::clear() {
+    runs = {};
+    any  = false;
+}
+
+const float * llama_soft_prompt::find(const llama_ubatch & ubatch, uint32_t i, int64_t n_embd) const {
+    const llama_pos pos = ubatch.pos[i];
+
+    for (int32_t s = 0; s < ubatch.n_seq_id[i]; ++s) {
+        const run & r = runs[ubatch.seq_id[i][s]];
+        if (pos >= r.pos0 && pos < r.pos0 + r.n_rows) {
+            return r.rows + (pos - r.pos0)*n_embd;
+        }
+    }
+
+    return nullptr;
+}
+
+bool llama_soft_prompt::touches(const llama_ubatch & ubatch) const {
+    if (!any || !ubatch.token || !ubatch.seq_id) {
+        return false;
+    }
+
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        if (find(ubatch, i, 0) != nullptr) {
+            return true;
+        }
+    }
+
+    return false;
+}
+
+//
+// graph
+//
+
+namespace {
+
+// Without soft rows both tensors are null: the input then adds no node, it only forbids the reuse of its graph for an
+// ubatch that has some.
+class llm_graph_input_soft_prompt : public llm_graph_input_i {
+public:
+    llm_graph_input_soft_prompt(std::shared_ptr<llama_soft_prompt> table, float scale)
+        : table(std::move(table)), inv_scale(1.0f/scale) {}
+
+    void set_input(const llama_ubatch * ubatch) override {
+        if (!keep) {
+            return;
+        }
+
+        const int64_t  n_embd   = soft->ne[0];
+        const uint32_t n_tokens = ubatch->n_tokens;
+
+        buf_keep.assign(n_tokens, 1.0f);
+        buf_soft.assign(n_tokens*n_embd, 0.0f);
+
+        for (uint32_t i = 0; i < n_tokens; ++i) {
+            const float * row = table->find(*ubatch, i, n_embd);
+            if (!row) {
+                continue;
+            }
+
+            buf_keep[i] = 0.0f;
+            float * dst = buf_soft.data() + i*n_embd;
+            for (int64_t j = 0; j < n_embd; ++j) {
+                dst[j] = row[j]*inv_scale;
+            }
+        }
+
+        ggml_backend_tensor_set(keep, buf_keep.data(), 0, ggml_nbytes(keep));
+        ggml_backend_tensor_set(soft, buf_soft.data(), 0, ggml_nbytes(soft));
+    }
+
+    bool can_reuse(const llm_graph_params & params) override {
+        const bool had  = keep != nullptr;
+        const bool want = table->touches(params.ubatch);
+
+        return had == want && (!had || keep->ne[1] == (int64_t) params.ubatch.n_tokens);
+    }
+
+    ggml_tensor * keep = nullptr; // F32 [1,      n_tokens]
+    ggml_tensor * soft = nullptr; // F32 [n_embd, n_tokens]
+
+private:
+    const std::shared_ptr<llama_soft_prompt> table;
+    const float inv_scale;
+
+    std::vector<float> buf_keep;
+    std::vector<float> buf_soft;
+};
+
+// What the graph multiplies token embeddings by after build_inp_embd's look-up; soft rows are given after it.
+float embedding_scale(llm_arch arch, const llama_hparams & hparams) {
+    switch (arch) {
+        case LLM_ARCH_AFMOE:
+        case LLM_ARCH_GEMMA:
+        case LLM_ARCH_GEMMA2:
+        case LLM_ARCH_GEMMA3:
+            return std::sqrt((float) hparams.n_embd);
+        default:
+            return hparams.f_embedding_scale != 0.0f ? hparams.f_embedding_scale : 1.0f;
+    }
+}
+
+} // namespace
+
+ggml_tensor * llama_soft_prompt_build(
+        ggml_context        * ctx0,
+        llm_graph_result    * res,
+        llm_arch              arch,
+        const llama_hparams & hparams,
+        const llama_cparams & cparams,
+        const llama_ubatch  & ubatch,
+        ggml_tensor         * embd) {
+    auto inp = std::make_unique<llm_graph_input_soft_prompt>(cparams.soft_prompt, embedding_scale(arch, hparams));
+
+    ggml_tensor * cur = embd;
+
+    if (cparams.soft_prompt->touches(ubatch)) {
+        inp->keep = ggml_new_tensor_2d(ctx0, GGML_TYPE_F32, 1, embd->ne[1]);
+        ggml_set_name(inp->keep, "soft_prompt_keep");
+        ggml_set_input(inp->keep);
+
+        inp->soft = ggml_new_tensor_2d(ctx0, GGML_TYPE_F32, embd->ne[0], embd->ne[1]);
+        ggml_set_name(inp->soft, "soft_prompt_rows");
+        ggml_set_input(inp->soft);
+
+        cur = ggml_add(ctx0, ggml_mul(ctx0, cur, inp->keep), inp->soft);
+    }
+
+    res->add_input(std::move(inp));
+
+    return cur;
+}
+
+//
+// C API
+//
+
+void llama_soft_prompt_set(llama_context * ctx, llama_seq_id seq_id, llama_pos pos0, int32_t n_rows, const float * rows) {
+    ctx->get_cparams().soft_prompt->set(seq_id, pos0, n_rows, rows);
+}
+
+void llama_soft_prompt_clear(llama_context * ctx) {
+    ctx->get_cparams().soft_prompt->clear();
+}
+
+void llama_soft_prompt_token_embeddings(const llama_model * model, const llama_token * ids, int32_t n, float * out) {
+    const ggml_tensor * table   = model->tok_embd;
+    const int64_t       n_embd  = table->ne[0];
+    const size_t        n_bytes = ggml_row_size(table->type, n_embd);
+    const auto        * traits  = ggml_get_type_traits(table->type);
+    const float         scale   = embedding_scale(model->arch, model->hparams);
+
+    std::vector<uint8_t> packed(n_bytes);
+
+    for (int32_t i = 0; i < n; ++i) {
+        GGML_ASSERT(ids[i] >= 0 && ids[i] < table->ne[1]);
+        float * row = out + i*n_embd;
+
+        ggml_backend_tensor_get(table, packed.data(), (size_t) ids[i]*table->nb[1], n_bytes);
+        if (table->type == GGML_TYPE_F32) {
+            std::memcpy(row, packed.data(), n_bytes);
+        } else {
+            traits->to_float(packed.data(), row, n_embd);
+        }
+
+        if (scale != 1.0f) {
+            for (int64_t j = 0; j < n_embd; ++j) {
+                row[j] *= scale;
+            }
+        }
+    }
+}
+
+const char * llama_soft_prompt_refuses(const char * architecture) {
+    switch (llm_arch_from_string(architecture)) {
+        case LLM_ARCH_UNKNOWN:
+            return "this llama.cpp does not know it";
+        case LLM_ARCH_GEMMA3N:
+        case LLM_ARCH_GEMMA4:
+        case LLM_ARCH_GEMMA4_ASSISTANT:
+        case LLM_ARCH_QWEN4EXP:
+            return "it looks every token up again in each layer, which a soft prompt row cannot answer";
+        case LLM_ARCH_DEEPSEEK4:
+        case LLM_ARCH_GRANITE_SWITCH:
+            return "it routes by token id, which a soft prompt row does not have";
+        case LLM_ARCH_COGVLM:
+        case LLM_ARCH_MINICPM3:
+            return "it treats token and embedding input differently in a way that is not handled yet";
+        case LLM_ARCH_DFLASH:
+        case LLM_ARCH_EAGLE3:
+            return "it is a draft model that reads another model's states";
+        default:
+            return nullptr;
+    }
+}
