@@ -65,9 +65,10 @@ class InProcessClient:
             answer = await self.service.wait(run, round, _step(deadline))
             if isinstance(answer, RoundReport):
                 return self._up(answer, RoundReport)
-            self._pending(self._up(answer, RoundProgress), deadline, f"round {round}", timeout_s)
-            if on_progress is not None:
-                on_progress(answer)
+            progress = self._up(answer, RoundProgress)
+            if on_progress is not None and progress.state == "running":
+                on_progress(progress)
+            self._pending(progress, deadline, f"round {round}", timeout_s)
 
     async def cancel(self, run: str, round: int) -> None:
         self.service.cancel(run, round)
