@@ -24,7 +24,8 @@ SCHEMA_VERSION: Final = 1
 _SCHEMA: Final = """
 CREATE TABLE runs (
     run TEXT PRIMARY KEY, created TEXT NOT NULL, updated TEXT NOT NULL, status TEXT NOT NULL, task TEXT NOT NULL,
-    model_fingerprint TEXT NOT NULL, model_name TEXT NOT NULL, settings BLOB NOT NULL, result BLOB
+    model_fingerprint TEXT NOT NULL, model_name TEXT NOT NULL, identity TEXT NOT NULL,
+    settings BLOB NOT NULL, result BLOB
 );
 CREATE TABLE devices (
     run TEXT NOT NULL REFERENCES runs ON DELETE CASCADE, device TEXT NOT NULL, info BLOB,
@@ -53,7 +54,9 @@ RunStatus: TypeAlias = Literal["running", "stopped", "finished"]
 
 
 class StoredRun(NamedTuple):
-    """One row of ``fedbpt runs list``. ``settings`` and ``result`` are wire bytes (`fedbpt.runs`)."""
+    """One row of ``fedbpt runs list``. ``settings`` and ``result`` are wire bytes (`fedbpt.runs`);
+    ``identity`` is a digest of what must be the same to resume it.
+    """
 
     run: str
     created: str
@@ -62,6 +65,7 @@ class StoredRun(NamedTuple):
     task: str
     model_fingerprint: str
     model_name: str
+    identity: str
     settings: bytes
     result: bytes | None
     n_rounds: int
@@ -133,7 +137,15 @@ class RunStore:
     # --- writing -------------------------------------------------------------------------------------------------
 
     def create_run(
-        self, run: str, *, task: str, model_fingerprint: str, model_name: str, settings: bytes, devices: Sequence[str]
+        self,
+        run: str,
+        *,
+        task: str,
+        model_fingerprint: str,
+        model_name: str,
+        identity: str,
+        settings: bytes,
+        devices: Sequence[str],
     ) -> None:
         """Begin ``run``; raises `StoreError` where there is one of this name."""
         now = _now()
@@ -141,8 +153,8 @@ class RunStore:
             if db.execute("SELECT 1 FROM runs WHERE run = ?", (run,)).fetchone():
                 raise StoreError(f"run {run!r} already exists in {self.path}: choose another name")
             db.execute(
-                "INSERT INTO runs VALUES (?, ?, ?, 'running', ?, ?, ?, ?, NULL)",
-                (run, now, now, task, model_fingerprint, model_name, settings),
+                "INSERT INTO runs VALUES (?, ?, ?, 'running', ?, ?, ?, ?, ?, NULL)",
+                (run, now, now, task, model_fingerprint, model_name, identity, settings),
             )
             db.executemany("INSERT INTO devices (run, device) VALUES (?, ?)", [(run, device) for device in devices])
 
@@ -195,6 +207,12 @@ class RunStore:
         """Add figures to a round (an evaluation after it); a figure of the same name is replaced."""
         with self._transaction() as db:
             self._write_metrics(db, run, round, metrics)
+
+    def add_devices(self, run: str, devices: Sequence[str]) -> None:
+        """Devices that a later sitting of ``run`` brings; known ones stay as they are."""
+        with self._transaction() as db:
+            rows = [(run, device) for device in devices]
+            db.executemany("INSERT OR IGNORE INTO devices (run, device) VALUES (?, ?)", rows)
 
     def set_status(
         self,
@@ -339,7 +357,7 @@ class RunStore:
 
 
 _SELECT_RUN: Final = (
-    "SELECT run, created, updated, status, task, model_fingerprint, model_name, settings, result,"
+    "SELECT run, created, updated, status, task, model_fingerprint, model_name, identity, settings, result,"
     " (SELECT count(*) FROM rounds WHERE rounds.run = runs.run) FROM runs"
 )
 

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from tests.fake_device import FINGERPRINT, FakeDevice
 
 from fedbpt import wire
 from fedbpt.agent import AgentService
@@ -28,7 +29,6 @@ from fedbpt.messages import (
     SearchState,
     Template,
 )
-from tests.fake_device import FINGERPRINT, FakeDevice
 
 TEMPLATE = Template(pattern="{text} It was", label_words=(" bad", " good"))
 
@@ -142,7 +142,7 @@ def test_another_plan_for_the_same_round_is_a_conflict(make_client, device):
 
 def test_a_plan_for_another_model_is_refused_by_name(make_client):
     async def scene(client):
-        with pytest.raises(DeviceRefusedError, match="toy.*sha256:other") as caught:
+        with pytest.raises(DeviceRefusedError, match=r"toy.*sha256:other") as caught:
             await client.start(plan(model_fingerprint="sha256:other"))
         assert caught.value.code == "wrong-model"
         with pytest.raises(DeviceRefusedError, match="sha256:other"):
@@ -167,7 +167,7 @@ def test_waiting_ends_with_its_time_and_the_work_goes_on(make_client, device):
     async def scene(client):
         await client.start(plan())
         began = time.monotonic()
-        with pytest.raises(DeviceTimeoutError, match="round 1 within 0.2 s"):
+        with pytest.raises(DeviceTimeoutError, match=r"round 1 within 0\.2 s"):
             await client.wait("r", 1, timeout_s=0.2, on_progress=seen.append)
         assert time.monotonic() - began < 2
         device.gate.set()
@@ -278,7 +278,7 @@ def test_an_evaluation_waits_its_turn_and_may_run_out_of_time(make_client, devic
     play(make_client, scene)
 
 
-def test_bodies_are_counted_both_ways(make_client, device):
+def test_bodies_are_counted_both_ways(make_client):
     async def scene(client):
         info = await client.status()
         assert (client.bytes_down, client.bytes_up) == (0, len(wire.encode(info)))
@@ -291,7 +291,7 @@ def test_bodies_are_counted_both_ways(make_client, device):
     play(make_client, scene)
 
 
-def test_a_client_can_be_used_again_after_closing_in_another_loop(make_client, device):
+def test_a_client_can_be_used_again_after_closing_in_another_loop(make_client):
     async def scene(client):
         await client.start(plan())
         await client.wait("r", 1)

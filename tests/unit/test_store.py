@@ -34,7 +34,9 @@ def store(tmp_path: Path):
 
 
 def create(store: RunStore, run: str = "r") -> None:
-    store.create_run(run, task="t", model_fingerprint="f", model_name="m", settings=b"s", devices=("a", "b"))
+    store.create_run(
+        run, task="t", model_fingerprint="f", model_name="m", identity="i", settings=b"s", devices=("a", "b")
+    )
 
 
 def commit(store: RunStore, round: int, *devices: str) -> None:

@@ -190,9 +190,9 @@ def _on_http_exception(request: Request, error: Exception) -> Response:
     return _error(request, code, f"{request.method} {request.url.path[:200]}: {code.replace('-', ' ')}", status)
 
 
-def _on_disconnect(_request: Request, _error: Exception) -> Response:
+def _on_disconnect(_request: Request, _gone: Exception) -> Response:
     return Response(status_code=400)  # nobody is there to read it
 
 
-def _on_fault(request: Request, _error: Exception) -> Response:
+def _on_fault(request: Request, _fault: Exception) -> Response:
     return _error(request, "internal", "a fault of the device: see its log", 500)
