@@ -111,9 +111,10 @@ class SearchState(Message):
 
 
 class SelectWork(Message, tag="select"):
-    """Score the zero-shot model with each template on the training rows."""
+    """Score the zero-shot model with each template on at most ``max_rows`` random training rows (0: all)."""
 
     templates: tuple[Template, ...]
+    max_rows: NaturalInt = 64
 
 
 class PooledWork(Message, tag="pooled"):
