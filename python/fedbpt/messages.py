@@ -47,7 +47,9 @@ class Array(Message):
         """A new float64 array of ``shape``; raises `WireError` on a wrong length, NaN or infinity."""
         expected = math.prod(self.shape) * np.dtype(self.dtype).itemsize
         if len(self.data) != expected:
-            raise WireError(f"array of shape {list(self.shape)} {self.dtype} needs {expected} bytes, got {len(self.data)}")
+            raise WireError(
+                f"array of shape {list(self.shape)} {self.dtype} needs {expected} bytes, got {len(self.data)}"
+            )
         values = np.frombuffer(self.data, dtype=self.dtype).reshape(self.shape).astype(np.float64)
         if not np.isfinite(values).all():
             raise WireError("array holds NaN or infinity")
