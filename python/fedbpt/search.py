@@ -333,7 +333,7 @@ class CmaSearch:
         """This generation's candidates, float64 [popsize, d]. The same until `tell`."""
         if self._asked is None:
             self._asked = sample_population(self.state(), self.popsize, self.seed, self.generation)
-        return self._asked.copy()
+        return np.array(self._asked)
 
     def tell(self, losses: ArrayLike) -> None:
         """Losses [popsize] of what `ask` returned. Raises `InputError` for a wrong number of them, NaN, infinity."""

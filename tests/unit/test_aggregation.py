@@ -53,8 +53,8 @@ def test_it_is_an_aggregator(make: Callable[[], Aggregator]) -> None:
 def test_it_minimises_over_four_heterogeneous_devices(make: Callable[[], Aggregator]) -> None:
     devices, aggregator = bowls(), make()
     start = total(devices, aggregator.mean)
-    run(aggregator, devices, 30)
-    assert total(devices, aggregator.mean) < 0.05 * start
+    run(aggregator, devices, 20)
+    assert total(devices, aggregator.mean) < 0.1 * start
 
 
 def test_pooled_search_finds_the_exact_global_minimum() -> None:
@@ -90,7 +90,7 @@ def test_the_order_of_reports_does_not_matter(make: Callable[[], Aggregator]) ->
 def test_devices_may_come_and_go(name: str) -> None:
     aggregator, devices = MAKERS[name](), bowls()
     start = total(devices, aggregator.mean)
-    for number in range(40):
+    for number in range(24):
         away = f"device-{number % 4}"
         present = {key: loss for key, loss in devices.items() if key != away or number % 3}
         if number % 5 == 0:
@@ -230,8 +230,8 @@ def test_a_device_with_one_class_makes_fedbpt_collapse_but_not_pooled_search(see
         return float(((z[0] + features @ z[1:] > 0) == labels).mean())
 
     pooled, fedbpt = Pooled(6, 1.0, 16, seed), FedBPT(6, 1.0, 5, 8)
-    run(pooled, devices, 50, seed)
-    run(fedbpt, devices, 20, seed)
+    run(pooled, devices, 40, seed)
+    run(fedbpt, devices, 15, seed)
     assert accuracy(pooled.mean) > majority + 0.15
     assert accuracy(fedbpt.mean) < majority + 0.02
     loss = logistic(features, labels)
