@@ -49,6 +49,7 @@ def local_search(work: LocalWork, seed: int, losses: Losses) -> tuple[NDArray[np
 
     Standard CMA-ES runs on y with z = m + L·y, L·Lᵀ = C: the algorithm is invariant under affine maps (Hansen,
     arXiv 1604.00772, section B), so this equals starting it at (m, σ, C), with new evolution paths.
+    Step size by path length, as published: a few generations are too short for two-point adaptation.
 
     Args:
         work: the state and how long to search from it.
@@ -60,7 +61,7 @@ def local_search(work: LocalWork, seed: int, losses: Losses) -> tuple[NDArray[np
     """
     start = work.state.mean.numpy()
     kind: Covariance = "diagonal" if work.state.covariance is None else "full"
-    search = CmaSearch(len(start), work.state.sigma, work.popsize, seed, kind)
+    search = CmaSearch(len(start), work.state.sigma, work.popsize, seed, kind, "path")
     sigma_squares = 0.0
     for iteration in range(work.iterations):
         sigma_squares += search.sigma**2

@@ -99,12 +99,14 @@ class SearchState(Message):
     """A Gaussian search distribution N(mean, σ²·C) over latents. Exactly one of ``scales``/``covariance`` may be set.
 
     ``mean`` [d]; ``scales`` [d] = √diag(C) of a separable search; ``covariance`` [d, d]; neither: C = I.
+    ``step`` [d]: where set, a population's first two candidates are mean ± σ·step (two-point step-size adaptation).
     """
 
     mean: Array
     sigma: PositiveFloat
     scales: Array | None = None
     covariance: Array | None = None
+    step: Array | None = None
 
 
 # --- what a device is asked to do in a round ---------------------------------------------------------------------

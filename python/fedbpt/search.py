@@ -4,14 +4,17 @@ The update is the ``cma`` package's (Hansen, arXiv 1604.00772; separable variant
 where the candidates come from: `sample_population` makes them from a `SearchState`, a seed and a generation, so that
 a device and the coordinator hold the same candidates without sending them. How the package is driven, and why:
 
-- Step size by cumulative path length (CSA, eq. 43–44). Above 300 dimensions the package would choose two-point
-  adaptation, whose first two candidates lie on the last step and so do not follow from the state.
+- Step size by cumulative path length (CSA, eq. 43–44) or, as the package does from 300 dimensions on, by two points
+  (TPA, Hansen et al. 2014): the first two candidates lie on the last step of the mean, forwards and backwards, and
+  their ranks decide. Where losses are noisy and σ too large, CSA lets the mean wander; TPA lowers σ. The step is a
+  part of the state. Its length is the normals' expected one, where the package draws a χ.
 - No mirrored candidates (the package's default below λ = 6): its CSA damping for them assumes that they were drawn.
 - Candidates are told with ``check_points=False``: the package has not drawn them itself and would otherwise clip
   their lengths as if they were injected by a stranger.
 - Ranks are told instead of losses. The update depends on nothing else, and ties break by candidate number on every
   machine instead of by the platform's sort.
-- ``randn`` gives zeros and ``seed`` is NaN, so numpy's global generator is neither read nor seeded; no log, no file.
+- ``randn`` gives ones and ``seed`` is NaN, so numpy's global generator is neither read nor seeded (the package's TPA
+  would read it to check the mirrored pair: not ours); no log, no file.
 """
 
 from __future__ import annotations
@@ -36,16 +39,17 @@ with warnings.catch_warnings():
     import cma
 
 Covariance: TypeAlias = Literal["diagonal", "full"]
+StepSize: TypeAlias = Literal["auto", "path", "two_point"]
 Floats: TypeAlias = NDArray[np.float64]
 
 MIN_POPSIZE = 3
 """Smallest population that the ``cma`` package updates from."""
 
+TWO_POINT_DIMENSION = 300
+"""From here on ``auto`` adapts the step size by two points, as the ``cma`` package does."""
+
 _LIMIT = 1e30  # keeps what float32 rounds positive and finite
 _CMA_LOCK = threading.Lock()
-
-
-# --- candidates from a state -------------------------------------------------------------------------------------
 
 
 def sample_population(state: SearchState, popsize: int, seed: int, generation: int) -> Floats:
@@ -54,7 +58,7 @@ def sample_population(state: SearchState, popsize: int, seed: int, generation: i
     The one function by which coordinator and devices make the same candidates. Elementwise operations only, each
     of which IEEE 754 defines to the bit; no BLAS, no LAPACK, no eigenvectors. The normals are rounded to float32,
     so that a last-bit difference between two C libraries' logarithms does not show. The first rows do not depend
-    on ``popsize``.
+    on ``popsize``. With a ``step``, the first two are mean ± σ·step instead.
 
     Raises:
         InputError: ``popsize`` < 1, a state with shapes that disagree, scales that are not positive, or a
@@ -67,7 +71,13 @@ def sample_population(state: SearchState, popsize: int, seed: int, generation: i
         raise InputError(f"a search state's mean must have shape [d], got {list(mean.shape)}")
     rng = generator(seed, "population", generation)
     normals = rng.standard_normal((popsize, len(mean))).astype(np.float32).astype(np.float64)
-    return mean + state.sigma * transform(state, normals)
+    moves = transform(state, normals)
+    if state.step is not None:
+        step = state.step.numpy()
+        if step.shape != mean.shape:
+            raise InputError(f"a search state's step must have shape [{len(mean)}], got {list(step.shape)}")
+        moves[:2] = np.stack([step, -step])[:popsize]
+    return np.asarray(mean + state.sigma * moves)
 
 
 def transform(state: SearchState, normals: Floats) -> Floats:
@@ -85,7 +95,7 @@ def transform(state: SearchState, normals: Floats) -> Floats:
         if covariance.shape != (d, d):
             raise InputError(f"a search state's covariance must have shape [{d}, {d}], got {list(covariance.shape)}")
         return _lower_times(cholesky(covariance), normals)
-    return normals
+    return np.array(normals)
 
 
 def cholesky(covariance: Floats) -> Floats:
@@ -117,7 +127,11 @@ def _lower_times(factor: Floats, normals: Floats) -> Floats:
     return product
 
 
-# --- the update --------------------------------------------------------------------------------------------------
+class _TwoPoint(cma.sigma_adaptation.CMAAdaptSigmaTPA):  # type: ignore[misc]
+    """The package's, without its check of candidates that it has not drawn: that reads numpy's global generator."""
+
+    def check_consistency(self, es: object) -> None:
+        """The pair is mirrored by construction, see `sample_population`."""
 
 
 class CmaUpdate:
@@ -128,6 +142,8 @@ class CmaUpdate:
         sigma: initial step size.
         popsize: candidates per update.
         covariance: ``diagonal`` learns √diag(C) (separable CMA-ES), ``full`` learns C.
+        step_size: ``path``, ``two_point``, or ``auto``: by `TWO_POINT_DIMENSION`. ``two_point`` reads the ranks of the
+            first two candidates, which must be those of the state's ``step``.
         all_parents: μ = λ, all weights positive (FedBPT's server), instead of μ = λ/2 with negative weights.
         mirrors: the package's ``CMA_mirrors``. Not zero only to reproduce other software's step-size damping.
     """
@@ -139,6 +155,7 @@ class CmaUpdate:
         popsize: int,
         covariance: Covariance = "diagonal",
         *,
+        step_size: StepSize = "auto",
         all_parents: bool = False,
         mirrors: float = 0,
     ) -> None:
@@ -148,7 +165,11 @@ class CmaUpdate:
             raise InputError(f"sigma must be positive and finite, got {sigma}")
         if covariance not in ("diagonal", "full"):
             raise InputError(f"covariance must be 'diagonal' or 'full', got {covariance!r}")
+        if step_size not in ("auto", "path", "two_point"):
+            raise InputError(f"step_size must be 'auto', 'path' or 'two_point', got {step_size!r}")
         self.covariance: Covariance = covariance
+        self._two_point = d >= TWO_POINT_DIMENSION if step_size == "auto" else step_size == "two_point"
+        self._step: Floats | None = None
         self._all_parents = all_parents
         self._check_popsize(popsize)
         options: dict[str, Any] = {
@@ -156,8 +177,8 @@ class CmaUpdate:
             "CMA_mu": popsize if all_parents else None,
             "CMA_diagonal": covariance == "diagonal",
             "CMA_mirrors": mirrors,
-            "AdaptSigma": cma.sigma_adaptation.CMAAdaptSigmaCSA,
-            "randn": lambda rows, columns: np.zeros((rows, columns)),
+            "AdaptSigma": _TwoPoint if self._two_point else cma.sigma_adaptation.CMAAdaptSigmaCSA,
+            "randn": lambda rows, columns: np.ones((rows, columns)),
             "seed": math.nan,
             "updatecovwait": 0,  # the inverse root of C follows each update
             "conditioncov_alleviate": [],  # it would change the coordinate system behind our back
@@ -218,12 +239,14 @@ class CmaUpdate:
         ranks = np.empty(len(values))
         ranks[np.argsort(values, kind="stable")] = np.arange(len(values))
         with _quiet():
-            self._es.ask()  # what it returns (the mean, since randn is zero) is not used
+            self._es.ask()  # opens the generation; what it returns is not used
             self._es.tell(list(points), list(ranks), check_points=None if foreign else False)
             # Devices draw around the float32 mean. Were the package to keep its own, the difference would count as
             # a step, a huge one once σ is below float32's resolution of the mean.
             self._es.mean = self._es.mean.astype(np.float32).astype(np.float64)
             self._es.sigma = float(np.clip(self._es.sigma, 1 / _LIMIT, _LIMIT))
+            if self._two_point:
+                self._step = self._next_step()
 
     def resize(self, popsize: int) -> None:
         """Recompute weights and learning rates for ``popsize`` candidates; mean, σ, C and paths stay."""
@@ -246,19 +269,23 @@ class CmaUpdate:
     def state(self) -> SearchState:
         """The distribution as devices get it: float32 but for a full covariance, which rounding could make
         indefinite."""
+        step = None if self._step is None else Array.of(self._step, "<f4")
         scales = np.broadcast_to(np.asarray(self._es.sigma_vec.scaling, dtype=np.float64), self._es.mean.shape)
         sigma = float(np.float32(self.sigma))
         mean = Array.of(self._es.mean, "<f4")
         if self.covariance == "diagonal":
-            return SearchState(mean=mean, sigma=sigma, scales=Array.of(np.clip(scales, 1 / _LIMIT, _LIMIT), "<f4"))
+            limited = Array.of(np.clip(scales, 1 / _LIMIT, _LIMIT), "<f4")
+            return SearchState(mean=mean, sigma=sigma, scales=limited, step=step)
         matrix = np.asarray(self._es.sm.C, dtype=np.float64)
         matrix = scales[:, None] * ((matrix + matrix.T) / 2) * scales[None, :]
-        return SearchState(mean=mean, sigma=sigma, covariance=Array.of(matrix, "<f8"))
+        return SearchState(mean=mean, sigma=sigma, covariance=Array.of(matrix, "<f8"), step=step)
 
     def digest(self) -> str:
-        """sha256 (hex) of everything that decides the next update: mean, σ, C, both evolution paths, generation."""
+        """sha256 (hex) of everything that decides the next update: mean, σ, C, evolution paths, step, generation."""
         es = self._es
-        parts = [es.mean, es.sigma, es.sigma_vec.scaling, es.pc, es.adapt_sigma.ps, es.countiter, es.sp.popsize]
+        paths = [es.pc, getattr(es.adapt_sigma, "ps", ()), getattr(es.adapt_sigma, "s", ())]
+        step = () if self._step is None else self._step
+        parts = [es.mean, es.sigma, es.sigma_vec.scaling, *paths, step, es.countiter, es.sp.popsize]
         if self.covariance == "full":
             parts.append(es.sm.C)
         digest = hashlib.sha256(self.covariance.encode())
@@ -266,6 +293,16 @@ class CmaUpdate:
             values = np.ascontiguousarray(part, dtype="<f8")
             digest.update(f"|{values.shape}|".encode() + values.tobytes())
         return digest.hexdigest()
+
+    def _next_step(self) -> Floats | None:
+        """The mean's last move, made as long as normals are expected to be: E‖N(0, I)‖ of eq. 43."""
+        move = self._es.mean - self._es.mean_old
+        norm = float(self._es.mahalanobis_norm(move))
+        d = len(move)
+        length = math.sqrt(d) * (1 - 1 / (4 * d) + 1 / (21 * d**2))
+        if not (math.isfinite(norm) and norm > 0):
+            return None  # the mean stood still: two ordinary candidates say as much
+        return np.array(move * (length / norm / self.sigma))
 
     def _check_popsize(self, popsize: int) -> None:
         least = 2 if self._all_parents else MIN_POPSIZE
@@ -287,9 +324,6 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-# --- ask and tell ------------------------------------------------------------------------------------------------
-
-
 class CmaSearch:
     """CMA-ES by ask and tell. Same arguments and same losses give the same bits: replaying the losses restores it.
 
@@ -299,12 +333,19 @@ class CmaSearch:
         popsize: candidates per generation, λ.
         seed: of the candidates.
         covariance: ``diagonal`` or ``full``.
+        step_size: see `CmaUpdate`.
     """
 
     def __init__(
-        self, d: int, sigma0: float = 1.0, popsize: int = 16, seed: int = 0, covariance: Covariance = "diagonal"
+        self,
+        d: int,
+        sigma0: float = 1.0,
+        popsize: int = 16,
+        seed: int = 0,
+        covariance: Covariance = "diagonal",
+        step_size: StepSize = "auto",
     ) -> None:
-        self._update = CmaUpdate(d, sigma0, popsize, covariance)
+        self._update = CmaUpdate(d, sigma0, popsize, covariance, step_size=step_size)
         self._asked: Floats | None = None
         self.popsize = popsize
         self.seed = seed

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import fedbpt
 from fedbpt.errors import InputError
 from fedbpt.messages import Array, SearchState
-from fedbpt.search import CmaSearch, CmaUpdate, Covariance, cholesky, sample_population
+from fedbpt.search import CmaSearch, CmaUpdate, Covariance, StepSize, cholesky, sample_population
 from fedbpt.seeding import generator
 
 with warnings.catch_warnings():
@@ -82,6 +82,71 @@ def test_it_equals_the_package_run_natively_on_the_same_normals(kind: Covariance
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_two_point_adaptation_equals_the_package_run_natively(kind: Covariance) -> None:
+    """The pair's length is the expected one here, a χ there: give the package that length."""
+    d, seed, popsize = 9, 5, 10
+    search = CmaSearch(d, 0.5, popsize, seed, kind, "two_point")
+    generation = 0
+    length = np.sqrt(d) * (1 - 1 / (4 * d) + 1 / (21 * d**2))
+
+    def randn(rows: int, columns: int) -> np.ndarray:
+        if rows == 1:
+            return np.eye(1, columns) * length
+        return generator(seed, "population", generation).standard_normal((popsize, columns))[popsize - rows :]
+
+    tpa = cma.sigma_adaptation.CMAAdaptSigmaTPA
+    options = {"popsize": popsize, "CMA_diagonal": kind == "diagonal", "CMA_mirrors": 0, "AdaptSigma": tpa}
+    native = cma.CMAEvolutionStrategy(np.zeros(d), 0.5, {**options, "randn": randn, "seed": np.nan, "verbose": -9})
+    for generation in range(20):
+        asked = native.ask()
+        if kind == "full":
+            factor = np.linalg.cholesky(native.sm.C)
+            start = 2 if generation else 0
+            normals = generator(seed, "population", generation).standard_normal((popsize, d))
+            asked[start:] = [native.mean + native.sigma * factor @ n for n in normals[start:]]
+        native.tell(asked, list(ellipsoid(np.array(asked))), check_points=False)
+        search.tell(ellipsoid(search.ask()))
+        np.testing.assert_allclose(search.mean, native.mean, rtol=0, atol=1e-4)
+        assert search.sigma == pytest.approx(native.sigma, rel=1e-3)
+
+
+def test_noise_makes_a_large_search_wander_less_by_two_points() -> None:
+    """With σ too large for noisy losses, the mean drifts away from a minimum near the start: by path length more."""
+    found = {}
+    for step_size in ("path", "auto"):
+        search = CmaSearch(300, 1.0, 16, 1, step_size=step_size)
+        for generation in range(100):
+            noise = generator(2, "noise", generation).standard_normal(16)
+            search.tell(((search.ask() - 0.2) ** 2).mean(axis=1) + 0.5 * noise)
+        found[step_size] = ((search.mean - 0.2) ** 2).mean(), search.sigma
+    assert found["auto"][0] < 0.7 * found["path"][0]
+    assert found["auto"][1] < 0.7 * found["path"][1]
+
+
+def test_the_dimension_decides_how_the_step_size_adapts() -> None:
+    for d, meant in ((299, "path"), (300, "two_point")):
+        auto, named = CmaSearch(d, popsize=4), CmaSearch(d, popsize=4, step_size=meant)
+        auto.tell(np.arange(4))
+        named.tell(np.arange(4))
+        assert auto.digest() == named.digest()
+        assert (auto.state().step is None) == (meant == "path")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_pair_is_mirrored_about_the_mean_and_of_the_samples_length(kind: Covariance) -> None:
+    search = CmaSearch(40, 0.5, 8, 1, kind, "two_point")
+    assert search.state().step is None
+    run(search, 3)
+    before = search.mean
+    run(search, 1)
+    asked, mean, shift = search.ask(), search.mean, search.mean - before
+    np.testing.assert_allclose(asked[0] - mean, mean - asked[1], atol=1e-6)
+    lengths = np.linalg.norm(asked - mean, axis=1)
+    assert lengths[0] == pytest.approx(lengths[2:].mean(), rel=0.3)
+    assert np.dot(asked[0] - mean, shift) == pytest.approx(lengths[0] * np.linalg.norm(shift), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_long_candidates_are_not_shortened(kind: Covariance) -> None:
     """The package clips what it has not drawn itself; our candidates must reach the mean as they are."""
     update = CmaUpdate(4, 1.0, 4, kind)
@@ -134,10 +199,11 @@ def test_ties_go_to_the_lower_index() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_replaying_the_losses_restores_the_search(kind: Covariance) -> None:
-    first = CmaSearch(9, 0.3, 6, 4, kind)
+@pytest.mark.parametrize("step_size", ["path", "two_point"])
+def test_replaying_the_losses_restores_the_search(kind: Covariance, step_size: StepSize) -> None:
+    first = CmaSearch(9, 0.3, 6, 4, kind, step_size)
     told = run(first, 20)
-    replayed = CmaSearch(9, 0.3, 6, 4, kind)
+    replayed = CmaSearch(9, 0.3, 6, 4, kind, step_size)
     for losses in told:
         replayed.tell(losses)
     assert replayed.digest() == first.digest()
@@ -153,8 +219,9 @@ def test_the_digest_sees_seed_popsize_kind_and_losses() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_device_makes_the_same_candidates_from_the_encoded_state(kind: Covariance) -> None:
-    search = CmaSearch(7, 0.3, 6, 4, kind)
+@pytest.mark.parametrize("step_size", ["path", "two_point"])
+def test_a_device_makes_the_same_candidates_from_the_encoded_state(kind: Covariance, step_size: StepSize) -> None:
+    search = CmaSearch(7, 0.3, 6, 4, kind, step_size)
     run(search, 12)
     received = msgspec.msgpack.decode(msgspec.msgpack.encode(search.state()), type=SearchState)
     assert sample_population(received, 6, 4, 12).tobytes() == search.ask().tobytes()
@@ -237,9 +304,10 @@ from fedbpt.search import CmaSearch
 before = np.random.get_state()
 for kind in ("diagonal", "full"):
     for popsize in (3, 4, 5, 16):
-        search = CmaSearch(6, 1.0, popsize, 0, kind)
-        for _ in range(60):
-            search.tell((search.ask() ** 2).sum(axis=1))
+        for step_size in ("path", "two_point"):
+            search = CmaSearch(6, 1.0, popsize, 0, kind, step_size)
+            for _ in range(40):
+                search.tell((search.ask() ** 2).sum(axis=1))
 for a, b in zip(before, np.random.get_state()):
     assert np.array_equal(a, b)
 """
@@ -276,6 +344,7 @@ def test_bad_losses_are_refused_and_leave_the_search_as_it_was(losses: list[floa
         {"d": 3, "sigma0": np.nan},
         {"d": 3, "popsize": 2},
         {"d": 3, "covariance": "x"},
+        {"d": 3, "step_size": "x"},
     ],
 )
 def test_bad_settings_are_refused(arguments: dict) -> None:
@@ -292,6 +361,7 @@ def bad_states() -> list[SearchState]:
         SearchState(mean=mean, sigma=1.0, covariance=Array.of(np.eye(3))),
         SearchState(mean=mean, sigma=1.0, covariance=Array.of(np.array([[1.0, 2.0], [2.0, 1.0]]))),
         SearchState(mean=Array.of(np.zeros((2, 2))), sigma=1.0),
+        SearchState(mean=mean, sigma=1.0, step=Array.of(np.ones(3))),
     ]
 
 

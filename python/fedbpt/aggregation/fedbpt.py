@@ -75,7 +75,9 @@ class FedBPT:
         self._iterations = iterations
         # The package's own default, which the reference takes: True below a population of 6.
         mirrors = 1 if self._n_devices and self._n_devices < 6 else 0
-        self._server = CmaUpdate(d, sigma0, self.min_reports, covariance, all_parents=True, mirrors=mirrors)
+        self._server = CmaUpdate(
+            d, sigma0, self.min_reports, covariance, step_size="path", all_parents=True, mirrors=mirrors
+        )
         self._d = d
         self._local_sigma = float(sigma0)
         self._parents = popsize // 2 if compat else CmaUpdate(1, 1.0, popsize).mueff

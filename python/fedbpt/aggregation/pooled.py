@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fedbpt.aggregation.base import accepted, latents_of, weighted_sum, weights_of
 from fedbpt.messages import PooledResult, PooledWork, RoundReport
-from fedbpt.search import CmaSearch, Covariance
+from fedbpt.search import CmaSearch, Covariance, StepSize
 
 
 class Pooled:
@@ -26,14 +26,21 @@ class Pooled:
         popsize: candidates per generation, λ.
         seed: the run's; devices draw the population from it.
         covariance: ``diagonal`` or ``full``.
+        step_size: ``auto`` (by the dimension), ``path`` or ``two_point``, see `fedbpt.search.CmaUpdate`.
     """
 
     min_reports = 1
 
     def __init__(
-        self, d: int, sigma0: float = 1.0, popsize: int = 16, seed: int = 0, covariance: Covariance = "diagonal"
+        self,
+        d: int,
+        sigma0: float = 1.0,
+        popsize: int = 16,
+        seed: int = 0,
+        covariance: Covariance = "diagonal",
+        step_size: StepSize = "auto",
     ) -> None:
-        self._search = CmaSearch(d, sigma0, popsize, seed, covariance)
+        self._search = CmaSearch(d, sigma0, popsize, seed, covariance, step_size)
 
     @property
     def mean(self) -> NDArray[np.float64]:
