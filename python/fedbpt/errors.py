@@ -16,7 +16,8 @@
     ├── WireError                      a message that is refused: unknown field, wrong shape, NaN, too large
     ├── DeviceError
     │   ├── DeviceUnreachableError     no answer: wrong address, powered off, timed out
-    │   ├── DeviceRefusedError         the device understood and said no (4xx)
+    │   ├── DeviceTimeoutError         the device answers, but did not finish in time
+    │   ├── DeviceRefusedError         the device understood and said no (4xx); ``code`` says why
     │   └── DeviceFailedError          the device's work ended in an error
     ├── FederationError
     │   └── QuorumError                too few devices reported before the deadline
@@ -92,8 +93,16 @@ class DeviceUnreachableError(DeviceError):
     """The device did not answer."""
 
 
+class DeviceTimeoutError(DeviceError):
+    """The device answers, but did not finish its work in time."""
+
+
 class DeviceRefusedError(DeviceError):
-    """The device understood the request and refused it."""
+    """The device understood the request and refused it. ``code`` is stable, for programs: ``unknown-round``, ..."""
+
+    def __init__(self, message: str, code: str = "refused") -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class DeviceFailedError(DeviceError):

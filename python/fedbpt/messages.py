@@ -47,7 +47,9 @@ class Array(Message):
         """A new float64 array of ``shape``; raises `WireError` on a wrong length, NaN or infinity."""
         expected = math.prod(self.shape) * np.dtype(self.dtype).itemsize
         if len(self.data) != expected:
-            raise WireError(f"array of shape {list(self.shape)} {self.dtype} needs {expected} bytes, got {len(self.data)}")
+            raise WireError(
+                f"array of shape {list(self.shape)} {self.dtype} needs {expected} bytes, got {len(self.data)}"
+            )
         values = np.frombuffer(self.data, dtype=self.dtype).reshape(self.shape).astype(np.float64)
         if not np.isfinite(values).all():
             raise WireError("array holds NaN or infinity")
@@ -97,21 +99,24 @@ class SearchState(Message):
     """A Gaussian search distribution N(mean, σ²·C) over latents. Exactly one of ``scales``/``covariance`` may be set.
 
     ``mean`` [d]; ``scales`` [d] = √diag(C) of a separable search; ``covariance`` [d, d]; neither: C = I.
+    ``step`` [d]: where set, a population's first two candidates are mean ± σ·step (two-point step-size adaptation).
     """
 
     mean: Array
     sigma: PositiveFloat
     scales: Array | None = None
     covariance: Array | None = None
+    step: Array | None = None
 
 
 # --- what a device is asked to do in a round ---------------------------------------------------------------------
 
 
 class SelectWork(Message, tag="select"):
-    """Score the zero-shot model with each template on the training rows."""
+    """Score the zero-shot model with each template on at most ``max_rows`` random training rows (0: all)."""
 
     templates: tuple[Template, ...]
+    max_rows: NaturalInt = 64
 
 
 class PooledWork(Message, tag="pooled"):

@@ -1,0 +1,8 @@
+"""The device's side of a federation: `AgentService` takes work; `fedbpt.agent.http` serves it over HTTP."""
+
+from __future__ import annotations
+
+from fedbpt.agent.service import AgentService, LocalDevice
+from fedbpt.agent.worker import Worker
+
+__all__ = ["AgentService", "LocalDevice", "Worker"]

@@ -1,0 +1,277 @@
+"""`AgentService`: what a device answers to a coordinator's requests. Knows no HTTP.
+
+Work is accepted at once and polled. It runs on the worker's thread, one job at a time; everything else runs on the
+caller's event loop, so there are no locks. The rules, which make every request safe to repeat:
+
+- the same plan again is accepted again: running and finished work stays as it is, failed work starts anew;
+- a different plan for the same round is a ``conflict``;
+- a plan of the same run for another round supersedes what came before: the coordinator asks for round r + 1 only
+  when it has committed round r, so this is the acknowledgement, and no request is spent on it;
+- a finished report is otherwise kept until it is cancelled, however often it is fetched;
+- while another run's round is at work, a plan is refused as ``busy``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any, Final, Literal, Protocol, TypeAlias
+
+import msgspec
+
+from fedbpt import wire
+from fedbpt.agent.worker import Worker
+from fedbpt.errors import DeviceFailedError, DeviceRefusedError, FedbptError, ScoringInterrupted
+from fedbpt.messages import DeviceInfo, EvaluateReport, EvaluateRequest, RoundPlan, RoundProgress, RoundReport
+
+log = logging.getLogger(__name__)
+
+KEPT_JOBS: Final = 16
+"""Finished pieces of work (of other runs, and evaluations) that are kept before the oldest is dropped."""
+
+EVALUATION: Final = "evaluate"
+
+
+class LocalDevice(Protocol):
+    """The device's own work (`fedbpt.local.Device`). Synchronous; called from one thread at a time."""
+
+    @property
+    def name(self) -> str: ...
+
+    def info(self) -> DeviceInfo: ...
+
+    def run(
+        self, plan: RoundPlan, progress: Callable[[int, int], None], cancelled: Callable[[], bool]
+    ) -> RoundReport: ...
+
+    def evaluate(self, request: EvaluateRequest) -> EvaluateReport: ...
+
+
+Output: TypeAlias = RoundReport | EvaluateReport
+State: TypeAlias = Literal["running", "done", "failed", "cancelled"]
+
+
+class _Job:
+    """One accepted piece of work. All fields but ``cancelled`` and ``steps`` belong to the event loop."""
+
+    def __init__(self, run: str, round: int, digest: str) -> None:
+        self.run, self.round, self.digest = run, round, digest
+        self.state: State = "running"
+        self.steps = (0, 0)
+        self.cancelled = False
+        self.error = ""
+        self.output: Output | None = None
+        self.ended = asyncio.Event()
+
+    def end(self, state: State, output: Output | None = None, error: str = "") -> None:
+        self.state, self.output, self.error = state, output, error
+        self.ended.set()
+
+    def progress(self) -> RoundProgress:
+        done, total = self.steps
+        return RoundProgress(run=self.run, round=self.round, state=self.state, done=done, total=total, error=self.error)
+
+
+class AgentService:
+    """Serves one `LocalDevice`. ``worker``: where its work runs; None: a thread of its own.
+
+    All methods are for one event loop. Refusals are `DeviceRefusedError` with a stable ``code``.
+    """
+
+    def __init__(self, device: LocalDevice, worker: Worker | None = None) -> None:
+        self.device = device
+        self.counts = {"accepted": 0, "done": 0, "failed": 0, "cancelled": 0, "refused": 0}
+        self._worker = worker or Worker(f"fedbpt-{device.name}")
+        self._owns_worker = worker is None
+        self._jobs: dict[tuple[str, int], _Job] = {}
+        self._stopping = asyncio.Event()
+        self._info = device.info()
+
+    # --- requests ------------------------------------------------------------------------------------------------
+
+    def status(self) -> DeviceInfo:
+        """What the device said of itself before its current work, or after its last."""
+        # Never asks the device here: while it scores, that could block for as long as a scoring call.
+        return msgspec.structs.replace(self._info, busy=self.busy)
+
+    @property
+    def busy(self) -> bool:
+        return any(job.state == "running" for job in self._jobs.values())
+
+    def start(self, plan: RoundPlan) -> RoundProgress:
+        """Accept ``plan``; refused as ``conflict``, ``busy`` or ``wrong-model``."""
+        self._check_model(plan.model_fingerprint)
+        digest = wire.digest(plan)
+        known = self._jobs.get((plan.run, plan.round))
+        if known and known.digest != digest:
+            raise self._refusal("conflict", f"round {plan.round} of run {plan.run!r} was begun with another plan")
+        if known and known.state in ("running", "done"):
+            return known.progress()
+        for job in self._jobs.values():
+            if job.state == "running" and job.run not in (plan.run, EVALUATION):
+                raise self._refusal("busy", f"device is working on round {job.round} of run {job.run!r}: try later")
+        for job in [job for job in self._jobs.values() if job.run == plan.run]:
+            self._drop(job)
+
+        job = _Job(plan.run, plan.round, digest)
+        self._submit((plan.run, plan.round), job, lambda: self._run_plan(plan, job))
+        return job.progress()
+
+    async def wait(self, run: str, round: int, seconds: float) -> RoundReport | RoundProgress:
+        """The report, or after ``seconds`` where the round stands; `DeviceFailedError` where the work failed.
+
+        Refused as ``unknown-round`` where the device has no such round: it was restarted, or let go of it.
+        """
+        job = self._jobs.get((run, round))
+        if job is None:
+            raise self._refusal("unknown-round", f"no round {round} of run {run!r} here: send its plan again")
+        output = await self._await(job, seconds)
+        return output if isinstance(output, RoundReport) else job.progress()
+
+    def cancel(self, run: str, round: int) -> None:
+        """Stop a round, or let go of its report. One that is not there is cancelled already."""
+        job = self._jobs.get((run, round))
+        if job is not None:
+            self._drop(job)
+
+    def start_evaluation(self, request: EvaluateRequest) -> str:
+        """Accept ``request``; returns the id by which to fetch the result. The same request has the same id."""
+        self._check_model(request.model_fingerprint)
+        identity = wire.digest(request)
+        known = self._evaluation(identity)
+        if known is None or known.state not in ("running", "done"):
+            job = _Job(EVALUATION, 0, identity)
+            self._submit((identity, -1), job, lambda: self._run_evaluation(request, job))
+        return identity
+
+    async def wait_evaluation(self, identity: str, seconds: float) -> EvaluateReport | RoundProgress:
+        """The result, or after ``seconds`` where it stands; otherwise as `wait`."""
+        job = self._evaluation(identity)
+        if job is None:
+            raise self._refusal("unknown-evaluation", "no such evaluation here: send its request again")
+        output = await self._await(job, seconds)
+        return output if isinstance(output, EvaluateReport) else job.progress()
+
+    def cancel_evaluation(self, identity: str) -> None:
+        """Let go of an evaluation. One that is being computed still ends; nobody hears of it."""
+        job = self._evaluation(identity)
+        if job is not None:
+            self._drop(job)
+
+    def stop(self) -> None:
+        """Cancel all work and let go of everyone who waits. No more work is expected."""
+        self._stopping.set()
+        for job in list(self._jobs.values()):
+            self._drop(job)
+
+    def close(self, timeout_s: float = 5.0) -> bool:
+        """Stop, and wait for the worker; returns whether it ended in time."""
+        self.stop()
+        return self._worker.close(timeout_s) if self._owns_worker else True
+
+    # --- inside --------------------------------------------------------------------------------------------------
+
+    def _check_model(self, fingerprint: str) -> None:
+        if fingerprint != self._info.model_fingerprint:
+            ours = f"{self._info.model_name} ({self._info.model_fingerprint})"
+            raise self._refusal("wrong-model", f"this device has {ours}, the plan is for {fingerprint}")
+
+    def _refusal(self, code: str, message: str) -> DeviceRefusedError:
+        self.counts["refused"] += 1
+        return DeviceRefusedError(message, code)
+
+    def _evaluation(self, identity: str) -> _Job | None:
+        return self._jobs.get((identity, -1))  # no plan has a negative round: the keys never meet
+
+    async def _await(self, job: _Job, seconds: float) -> Output | None:
+        waits = [asyncio.ensure_future(event.wait()) for event in (job.ended, self._stopping)]
+        try:
+            await asyncio.wait(waits, timeout=max(seconds, 0.0), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if job.state == "failed":
+            raise DeviceFailedError(job.error)
+        return job.output
+
+    def _submit(self, key: tuple[str, int], job: _Job, work: Callable[[], Output]) -> None:
+        self._stopping.clear()
+        self._jobs.pop(key, None)
+        self._jobs[key] = job
+        self.counts["accepted"] += 1
+        ended = [old for old, kept in self._jobs.items() if kept.state != "running"]
+        for old in ended[: max(len(ended) - KEPT_JOBS, 0)]:
+            del self._jobs[old]
+        loop = asyncio.get_running_loop()
+        self._worker.submit(lambda: self._on_worker(loop, job, work))
+
+    def _drop(self, job: _Job) -> None:
+        job.cancelled = True
+        if job.state == "running":
+            self.counts["cancelled"] += 1
+            job.end("cancelled", error="cancelled")
+        self._jobs = {key: kept for key, kept in self._jobs.items() if kept is not job}
+
+    def _on_worker(self, loop: asyncio.AbstractEventLoop, job: _Job, work: Callable[[], Output]) -> None:
+        if job.cancelled:
+            return
+        output: Output | None = None
+        error = ""
+        try:
+            output = work()
+        except ScoringInterrupted:
+            error = "the work was interrupted"
+        except FedbptError as problem:
+            error = str(problem)
+        except Exception as problem:
+            log.exception("work of round %s of run %r failed", job.round, job.run)
+            error = f"{type(problem).__name__}: {problem}"
+        try:
+            info = self.device.info()
+        except Exception:
+            log.exception("the device could not say how it is")
+            info = self._info
+        try:
+            loop.call_soon_threadsafe(self._finish, job, output, error, info)
+        except RuntimeError:
+            log.info("work of round %s of run %r ended after its server", job.round, job.run)
+
+    def _finish(self, job: _Job, output: Output | None, error: str, info: DeviceInfo) -> None:
+        self._info = info
+        if job.state != "running":
+            return
+        if output is not None:
+            self.counts["done"] += 1
+            job.end("done", output)
+        else:
+            self.counts["failed"] += 1
+            job.end("failed", error=error)
+
+    def _run_plan(self, plan: RoundPlan, job: _Job) -> RoundReport:
+        def progress(done: int, total: int) -> None:
+            job.steps = (done, total)
+
+        return self.device.run(plan, progress, lambda: job.cancelled)
+
+    def _run_evaluation(self, request: EvaluateRequest, job: _Job) -> EvaluateReport:
+        if job.cancelled:
+            raise ScoringInterrupted("cancelled")
+        return self.device.evaluate(request)
+
+
+def metrics_text(service: AgentService) -> str:
+    """The service's counters and memory in Prometheus' text format."""
+    info = service.status()
+    lines: list[str] = []
+
+    def add(name: str, kind: str, what: str, samples: list[tuple[str, Any]]) -> None:
+        lines.extend([f"# HELP fedbpt_{name} {what}", f"# TYPE fedbpt_{name} {kind}"])
+        lines.extend(f"fedbpt_{name}{labels} {value}" for labels, value in samples)
+
+    states = [(f'{{state="{state}"}}', count) for state, count in sorted(service.counts.items())]
+    add("work_total", "counter", "Pieces of work by what became of them.", states)
+    add("busy", "gauge", "Whether work is under way.", [("", int(info.busy))])
+    add("rss_bytes", "gauge", "Resident memory.", [("", info.rss_bytes)])
+    add("peak_rss_bytes", "gauge", "Highest resident memory.", [("", info.peak_rss_bytes)])
+    return "\n".join(lines) + "\n"

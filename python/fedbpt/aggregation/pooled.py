@@ -1,0 +1,67 @@
+"""Pooled search: one exact global CMA-ES whose population every device makes from a shared seed.
+
+Each device scores all candidates on its own mini-batch and sends λ losses; their sum, weighted by texts, is an
+unbiased estimate of the global loss, so this is centralised CMA-ES on the pooled data, however skewed the devices
+are. The price is one exchange per generation. Ours; no paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedbpt.aggregation.base import accepted, latents_of, weighted_sum, weights_of
+from fedbpt.messages import PooledResult, PooledWork, RoundReport
+from fedbpt.search import CmaSearch, Covariance, StepSize
+
+
+class Pooled:
+    """The default of a federation.
+
+    Args:
+        d: dimension of the latent.
+        sigma0: initial step size.
+        popsize: candidates per generation, λ.
+        seed: the run's; devices draw the population from it.
+        covariance: ``diagonal`` or ``full``.
+        step_size: ``auto`` (by the dimension), ``path`` or ``two_point``, see `fedbpt.search.CmaUpdate`.
+    """
+
+    min_reports = 1
+
+    def __init__(
+        self,
+        d: int,
+        sigma0: float = 1.0,
+        popsize: int = 16,
+        seed: int = 0,
+        covariance: Covariance = "diagonal",
+        step_size: StepSize = "auto",
+    ) -> None:
+        self._search = CmaSearch(d, sigma0, popsize, seed, covariance, step_size)
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        return self._search.mean
+
+    @property
+    def evaluations(self) -> int:
+        return self._search.evaluations
+
+    def work(self, round: int) -> PooledWork:  # noqa: ARG002 - the generation is what the search has been told
+        """The next generation. It repeats for a round that closed without an update."""
+        search = self._search
+        return PooledWork(state=search.state(), generation=search.generation, popsize=search.popsize)
+
+    def update(self, reports: Sequence[RoundReport]) -> None:
+        pairs = accepted(reports, PooledResult, self.min_reports)
+        losses = latents_of(pairs, [result.losses.numpy() for _, result in pairs], self._search.popsize, "losses")
+        self._search.tell(weighted_sum(weights_of(pairs), losses))
+
+    def digest(self) -> str:
+        return self._search.digest()
+
+    def __repr__(self) -> str:
+        return f"Pooled({self._search!r})"

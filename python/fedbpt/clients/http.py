@@ -1,0 +1,260 @@
+"""`HttpClient`: the coordinator's adapter for a device that runs an HTTP server (`fedbpt.agent.http`)."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeVar
+from urllib.parse import quote
+
+import httpx
+
+from fedbpt import wire
+from fedbpt.clients.base import ProgressCallback
+from fedbpt.errors import (
+    ConfigError,
+    DeviceFailedError,
+    DeviceRefusedError,
+    DeviceTimeoutError,
+    DeviceUnreachableError,
+    WireError,
+)
+from fedbpt.messages import (
+    DeviceInfo,
+    ErrorReply,
+    EvaluateReport,
+    EvaluateRequest,
+    Message,
+    RoundPlan,
+    RoundProgress,
+    RoundReport,
+)
+
+M = TypeVar("M", bound=Message)
+
+POLL_S: Final = 10.0
+"""How long the device may hold a poll open: also how often progress is heard of."""
+
+ANSWER_S: Final = 10.0
+"""How long the network and the device may take for anything beyond that."""
+
+RETRY_S: Final = 5.0
+"""How long a device may be out of reach before a call gives up."""
+
+
+class HttpClient:
+    """Reaches the device at ``url``, such as ``http://pi5:8401``. See `DeviceClient` for the methods.
+
+    Args:
+        name: the coordinator's name for the device; None: host and port (``pi5-8401``). Give one where the address
+            may change between the sittings of a run.
+        retry_s: how long to try again, with growing pauses, while there is no answer.
+    """
+
+    def __init__(self, url: str, name: str | None = None, retry_s: float = RETRY_S) -> None:
+        try:
+            self._url = httpx.URL(url.rstrip("/"))
+        except httpx.InvalidURL as error:
+            raise ConfigError(f"{url!r} is no device address: give one like http://pi5:8401") from error
+        if self._url.scheme not in ("http", "https") or not self._url.host:
+            raise ConfigError(f"{url!r} is no device address: give one like http://pi5:8401")
+        self.url = str(self._url)
+        self.name = name or _name_of(self._url)
+        self.bytes_up = 0
+        self.bytes_down = 0
+        self._retry_s = retry_s
+        self._http: httpx.AsyncClient | None = None
+
+    def __repr__(self) -> str:
+        return f"HttpClient({self.url!r}, name={self.name!r})"
+
+    async def status(self) -> DeviceInfo:
+        return self._decode(await self._request("GET", "/v1/status"), DeviceInfo)
+
+    async def start(self, plan: RoundPlan) -> None:
+        response = await self._request("POST", _round_path(plan.run, plan.round), wire.encode(plan))
+        self._decode(response, RoundProgress)
+
+    async def wait(
+        self, run: str, round: int, timeout_s: float | None = None, on_progress: ProgressCallback | None = None
+    ) -> RoundReport:
+        path = _round_path(run, round)
+        return await self._poll(path, RoundReport, f"round {round}", timeout_s, on_progress)
+
+    async def cancel(self, run: str, round: int) -> None:
+        await self._request("DELETE", _round_path(run, round))
+
+    async def evaluate(self, request: EvaluateRequest, timeout_s: float | None = None) -> EvaluateReport:
+        path = f"/v1/evaluate/{wire.digest(request)}"
+        body = wire.encode(request)
+        deadline = _deadline(timeout_s)
+
+        async def begin() -> None:
+            self._decode(await self._request("POST", "/v1/evaluate", body), RoundProgress)
+
+        await begin()
+        in_reach = True
+        try:
+            return await self._poll_again(begin, path, deadline, timeout_s)
+        except DeviceUnreachableError:
+            in_reach = False
+            raise
+        finally:
+            if in_reach:  # the result is here, or nobody wants it any more
+                await self._forget(path)
+
+    async def aclose(self) -> None:
+        if self._http is not None:
+            http, self._http = self._http, None
+            await http.aclose()
+
+    # --- polling -------------------------------------------------------------------------------------------------
+
+    async def _poll_again(
+        self, begin: Callable[[], Awaitable[None]], path: str, deadline: float, timeout_s: float | None
+    ) -> EvaluateReport:
+        # A device that was restarted has forgotten the evaluation: it is asked again, in bounded number.
+        for attempts_left in (2, 1, 0):
+            try:
+                return await self._poll(path, EvaluateReport, "an evaluation", timeout_s, None, deadline)
+            except DeviceRefusedError as error:
+                if error.code != "unknown-evaluation" or not attempts_left:
+                    raise
+            await begin()
+        raise DeviceUnreachableError(f"{self.name} keeps forgetting an evaluation: is it being restarted?")
+
+    async def _poll(
+        self,
+        path: str,
+        kind: type[M],
+        what: str,
+        timeout_s: float | None,
+        on_progress: ProgressCallback | None,
+        deadline: float | None = None,
+    ) -> M:
+        deadline = _deadline(timeout_s) if deadline is None else deadline
+        while True:
+            hold = max(min(POLL_S, deadline - _now()), 0.0)
+            response = await self._request("GET", f"{path}?wait={hold:.3f}", read_s=hold + ANSWER_S)
+            if response.status_code == httpx.codes.OK:
+                return self._decode(response, kind)
+            progress = self._decode(response, RoundProgress)
+            if progress.state == "cancelled":
+                raise DeviceFailedError(f"{self.name}: {what} was cancelled")
+            if on_progress is not None:
+                on_progress(progress)
+            if _now() >= deadline:
+                raise DeviceTimeoutError(f"{self.name} did not finish {what} within {timeout_s:g} s")
+
+    async def _forget(self, path: str) -> None:
+        try:
+            await self._request("DELETE", path)
+        except (DeviceUnreachableError, DeviceRefusedError):
+            return  # it drops the result by itself in time; the caller's own outcome is what matters
+
+    # --- one request ---------------------------------------------------------------------------------------------
+
+    async def _request(
+        self, method: str, path: str, body: bytes | None = None, read_s: float = ANSWER_S
+    ) -> httpx.Response:
+        """The 2xx answer, tried again for ``retry_s`` seconds; otherwise raises what `DeviceClient` says."""
+        give_up = _now() + self._retry_s
+        pause, held = 0.1, False
+        while True:
+            try:
+                response = await self._exchange(method, path, body, read_s)
+                if response.status_code not in (429, 502, 503, 504):
+                    return self._accepted(response)
+                problem = f"answers {response.status_code} {response.reason_phrase}"
+            except (httpx.TransportError, httpx.InvalidURL, asyncio.TimeoutError) as error:
+                problem = _explain(error)
+                # A poll that was held for long and then broke: patience counts from here, once.
+                if not held and isinstance(error, httpx.ReadError | httpx.RemoteProtocolError):
+                    give_up, held = max(give_up, _now() + self._retry_s), True
+            if _now() + pause >= give_up:
+                raise DeviceUnreachableError(f"{self.name} ({self.url}) {problem}: is it running and in reach?")
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 1.0)
+
+    async def _exchange(self, method: str, path: str, body: bytes | None, read_s: float) -> httpx.Response:
+        if self._http is None:
+            self._http = httpx.AsyncClient(
+                # The machine's proxies are for the web, not for a device on the local network.
+                trust_env=False,
+                headers={"accept": wire.CONTENT_TYPE, "accept-encoding": "identity", "user-agent": "fedbpt"},
+                limits=httpx.Limits(max_connections=8, max_keepalive_connections=2),
+            )
+        headers = {"content-type": wire.CONTENT_TYPE} if body is not None else {}
+        timeout = httpx.Timeout(ANSWER_S, read=read_s, connect=min(ANSWER_S, max(self._retry_s, 1.0)))
+        url = self.url.rstrip("/") + path
+        self.bytes_down += len(body or b"")
+        async with self._http.stream(method, url, content=body, headers=headers, timeout=timeout) as response:
+            # The time-outs above are for each read; a device that drips bytes must not hold the coordinator.
+            content = await asyncio.wait_for(self._read(response), read_s + ANSWER_S)
+        return httpx.Response(response.status_code, headers={"content-type": _type(response)}, content=content)
+
+    async def _read(self, response: httpx.Response) -> bytes:
+        content = bytearray()
+        async for chunk in response.aiter_raw():
+            self.bytes_up += len(chunk)
+            content += chunk
+            if len(content) > wire.MAX_BODY_BYTES:
+                raise WireError(f"{self.name} sent a body over the limit of {wire.MAX_BODY_BYTES} bytes")
+        return bytes(content)
+
+    def _accepted(self, response: httpx.Response) -> httpx.Response:
+        if response.is_success:
+            return response
+        try:
+            reply = wire.decode(response.content, ErrorReply)
+        except WireError as error:
+            raise DeviceRefusedError(
+                f"{self.name} ({self.url}) answered {response.status_code} and not as a fedbpt device does:"
+                " is this its address?",
+                "not-a-device",
+            ) from error
+        message = f"{self.name}: {reply.message}"
+        if reply.code == "work-failed":
+            raise DeviceFailedError(message)
+        raise DeviceRefusedError(message, reply.code)
+
+    def _decode(self, response: httpx.Response, kind: type[M]) -> M:
+        if _type(response) != wire.CONTENT_TYPE:
+            raise DeviceRefusedError(
+                f"{self.name} ({self.url}) does not answer as a fedbpt device does: is this its address?",
+                "not-a-device",
+            )
+        try:
+            return wire.decode(response.content, kind)
+        except WireError as error:
+            raise WireError(f"{self.name}: {error}") from error
+
+
+def _type(response: httpx.Response) -> str:
+    return str(response.headers.get("content-type", "")).split(";")[0].strip().lower()
+
+
+def _round_path(run: str, round: int) -> str:
+    return f"/v1/rounds/{quote(run, safe='')}/{round}"
+
+
+def _name_of(url: httpx.URL) -> str:
+    port = f"-{url.port}" if url.port else ""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", f"{url.host}{port}").lstrip("._-") or "device"
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, httpx.TimeoutException | asyncio.TimeoutError):
+        return "does not answer"
+    if isinstance(error, httpx.ConnectError):
+        return "cannot be reached"
+    return f"broke the connection ({type(error).__name__})"
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _deadline(timeout_s: float | None) -> float:
+    return float("inf") if timeout_s is None else _now() + timeout_s

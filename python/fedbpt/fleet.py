@@ -1,0 +1,367 @@
+"""`Fleet`: the devices of a run, which of them count right now, and one round or evaluation over them.
+
+A device is *live* (it is given work), *lost* (it failed: it is skipped, and looked for in the background until it
+answers), or *late* (it still works on a round that closed without it: it is skipped until it has delivered).
+So a device costs a round at most its deadline, and later rounds nothing until it is back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Final, Literal, NamedTuple
+
+from fedbpt.clients.base import DeviceClient
+from fedbpt.errors import (
+    DeviceError,
+    DeviceFailedError,
+    DeviceRefusedError,
+    DeviceUnreachableError,
+    FedbptError,
+    QuorumError,
+    WireError,
+)
+from fedbpt.messages import DeviceInfo, EvaluateReport, EvaluateRequest, RoundPlan, RoundProgress, RoundReport
+from fedbpt.reports import check_evaluation, check_report
+
+log = logging.getLogger(__name__)
+
+PROBE_S: Final = (0.25, 5.0)
+"""First and longest pause between two looks for a lost device."""
+
+INVITATIONS: Final = 3
+"""How often a device may be given the same round: it may be restarted or drop out and come back."""
+
+CANCEL_S: Final = 3.0
+"""How long devices may take to hear that the run stops."""
+
+
+class Member:
+    """One device of the run."""
+
+    def __init__(self, client: DeviceClient) -> None:
+        self.client = client
+        self.name = client.name
+        self.info: DeviceInfo | None = None
+        self.state: Literal["live", "lost", "late"] = "lost"
+        self.reason = "not asked yet"
+        self.peak_rss_bytes = 0
+        self.bytes_up_before = client.bytes_up
+        self.bytes_down_before = client.bytes_down
+        self.sent: set[tuple[str, int]] = set()
+
+    def heard(self, info: DeviceInfo) -> None:
+        self.info = info
+        self.peak_rss_bytes = max(self.peak_rss_bytes, info.peak_rss_bytes)
+
+
+class Listener(NamedTuple):
+    """Whom the fleet tells what happens. All are called on the event loop."""
+
+    lost: Callable[[str, int, str], None]
+    back: Callable[[str, int], None]
+    late: Callable[[RoundReport], None]
+    progress: Callable[[str, RoundProgress], None]
+    met: Callable[[str, DeviceInfo], None]
+
+
+class Fleet:
+    """The members by name. Use within one event loop; `aclose` at the end."""
+
+    def __init__(self, clients: Mapping[str, DeviceClient], listener: Listener) -> None:
+        self.members = {name: Member(client) for name, client in clients.items()}
+        self.round = 0
+        self._listener = listener
+        self._fingerprint = ""
+        self._changed = asyncio.Event()
+        self._background: set[asyncio.Task[None]] = set()
+        self._failure: BaseException | None = None
+
+    @property
+    def live(self) -> list[Member]:
+        return [member for member in self.members.values() if member.state == "live"]
+
+    # --- membership ----------------------------------------------------------------------------------------------
+
+    async def connect(self) -> list[DeviceInfo]:
+        """Ask every device who it is, at once; those that do not answer are lost. Returns the others' infos."""
+        answers = await asyncio.gather(*(self._ask(member) for member in self.members.values()))
+        for member, answer in zip(self.members.values(), answers, strict=True):
+            if isinstance(answer, DeviceInfo):
+                self._meet(member, answer)
+                member.state = "live"
+            else:
+                self._lose(member, str(answer), probe=False)
+        return [answer for answer in answers if isinstance(answer, DeviceInfo)]
+
+    def require_model(self, fingerprint: str) -> None:
+        """From now on only devices with this model count; lost ones are looked for."""
+        self._fingerprint = fingerprint
+        for member in self.members.values():
+            if member.state == "live" and (problem := self._wrong_model(member)):
+                self._lose(member, problem)
+            elif member.state == "lost":
+                self._spawn(self._probe(member))
+
+    def _wrong_model(self, member: Member) -> str:
+        info = member.info
+        if info is None or info.model_fingerprint == self._fingerprint:
+            return ""
+        return f"it has {info.model_name} ({info.model_fingerprint}), the run uses {self._fingerprint}"
+
+    async def _ask(self, member: Member) -> DeviceInfo | FedbptError:
+        try:
+            return await member.client.status()
+        except (DeviceError, WireError) as error:
+            return error
+
+    def _meet(self, member: Member, info: DeviceInfo) -> None:
+        if member.info is None:
+            self._listener.met(member.name, info)
+        member.heard(info)
+
+    def _lose(self, member: Member, reason: str, probe: bool = True, until_idle: bool = False) -> None:
+        member.state, member.reason = "lost", reason
+        self._listener.lost(member.name, self.round, reason)
+        if probe:
+            self._spawn(self._probe(member, until_idle))
+
+    async def _probe(self, member: Member, until_idle: bool = False) -> None:
+        """Look for a lost device until it answers with the right model (and is not busy); then it is live."""
+        pause, longest = PROBE_S
+        while True:
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, longest)
+            answer = await self._ask(member)
+            if not isinstance(answer, DeviceInfo):
+                member.reason = str(answer)
+                continue
+            self._meet(member, answer)
+            if problem := self._wrong_model(member):
+                member.reason = problem
+                continue
+            if answer.busy and until_idle:
+                continue
+            self._return(member)
+            return
+
+    def _return(self, member: Member) -> None:
+        member.state, member.reason = "live", ""
+        self._listener.back(member.name, self.round)
+        self._changed.set()
+
+    # --- a round -------------------------------------------------------------------------------------------------
+
+    async def run_round(
+        self, round: int, plan_for: Callable[[str], RoundPlan], needed: int, deadline_s: float
+    ) -> list[RoundReport]:
+        """Reports of one round, sorted by device. Ends when every live device has answered, or at the deadline.
+
+        Raises:
+            QuorumError: fewer than ``needed`` reports at the deadline; lost devices may come back until then.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + deadline_s
+        self.round = round
+        reports: dict[str, RoundReport] = {}
+        invited: dict[str, int] = dict.fromkeys(self.members, 0)
+        barred: set[str] = set()
+        working: dict[asyncio.Task[RoundReport], Member] = {}
+        try:
+            while True:
+                self._changed.clear()
+                self._check_background()
+                out = {*reports, *barred, *(member.name for member in working.values())}
+                for member in self.live:
+                    if member.name not in out and invited[member.name] < INVITATIONS:
+                        invited[member.name] += 1
+                        working[asyncio.create_task(self._work(member, plan_for(member.name)))] = member
+                if not working and len(reports) >= needed:
+                    break
+                if not working and not self._may_reach(needed, reports, barred, invited):
+                    break
+                left = deadline - loop.time()
+                if left <= 0:
+                    break
+                await self._wait_any(working, left)
+                for task in [task for task in working if task.done()]:
+                    self._take(task, working.pop(task), reports, barred)
+            self._close_round(round, working, len(reports), needed, deadline_s)
+        except BaseException:
+            for task in working:
+                task.cancel()
+            await asyncio.gather(*working, return_exceptions=True)
+            raise
+        return [reports[name] for name in sorted(reports)]
+
+    def _may_reach(
+        self, needed: int, reports: Mapping[str, RoundReport], barred: set[str], invited: Mapping[str, int]
+    ) -> bool:
+        """Whether waiting on can help: enough devices have reported or may still be asked."""
+        may = [n for n in self.members if n in reports or (n not in barred and invited[n] < INVITATIONS)]
+        return len(may) >= needed
+
+    async def _wait_any(self, working: Mapping[asyncio.Task[RoundReport], Member], timeout_s: float) -> None:
+        changed = asyncio.ensure_future(self._changed.wait())
+        try:
+            await asyncio.wait([*working, changed], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            changed.cancel()
+
+    def _take(
+        self, task: asyncio.Task[RoundReport], member: Member, reports: dict[str, RoundReport], barred: set[str]
+    ) -> None:
+        """Count a finished task's report, or lose its device; only one out of reach may try this round again."""
+        try:
+            reports[member.name] = task.result()
+        except DeviceUnreachableError as error:
+            self._lose(member, str(error))
+        except (DeviceError, WireError) as error:
+            busy = isinstance(error, DeviceRefusedError) and error.code == "busy"
+            if not busy:
+                barred.add(member.name)
+            self._lose(member, str(error), until_idle=busy)
+        else:
+            member.peak_rss_bytes = max(member.peak_rss_bytes, reports[member.name].peak_rss_bytes)
+
+    def _close_round(
+        self,
+        round: int,
+        working: dict[asyncio.Task[RoundReport], Member],
+        reported: int,
+        needed: int,
+        deadline_s: float,
+    ) -> None:
+        for task, member in list(working.items()):
+            del working[task]
+            member.state, member.reason = "late", f"round {round} was not done after {deadline_s:g} s"
+            self._listener.lost(member.name, round, member.reason)
+            self._spawn(self._await_late(task, member))
+        if reported < needed:
+            raise QuorumError(
+                f"round {round}: {reported} of {len(self.members)} devices reported within {deadline_s:g} s,"
+                f" {needed} are needed{self.missing()}; start the same run again to resume it"
+            )
+
+    def missing(self) -> str:
+        """`` (a: why; b: why)`` of the devices that do not count now, or nothing."""
+        reasons = [f"{m.name}: {m.reason}" for m in self.members.values() if m.state != "live"]
+        return f" ({'; '.join(reasons)})" if reasons else ""
+
+    async def _work(self, member: Member, plan: RoundPlan) -> RoundReport:
+        """One device's report on ``plan``, which is sent again where the device was restarted."""
+
+        def progress(where: RoundProgress) -> None:
+            self._listener.progress(member.name, where)
+
+        for _ in range(INVITATIONS):
+            await self._send(member, plan)
+            try:
+                report = await member.client.wait(plan.run, plan.round, None, progress)
+            except DeviceRefusedError as error:
+                if error.code != "unknown-round":
+                    raise
+                log.info("%s forgot round %d: its plan is sent again", member.name, plan.round)
+                continue
+            try:
+                check_report(report, plan)
+            except WireError as error:
+                raise WireError(f"{member.name}: its report is refused: {error}") from error
+            return report
+        raise DeviceFailedError(f"{member.name} forgot round {plan.round} {INVITATIONS} times: is it being restarted?")
+
+    async def _send(self, member: Member, plan: RoundPlan) -> None:
+        key = (plan.run, plan.round)
+        try:
+            await member.client.start(plan)
+        except DeviceRefusedError as error:
+            if error.code != "conflict" or key in member.sent:
+                raise
+            # Left by a coordinator that had other settings, under this run's name: it is ours to replace, once.
+            await member.client.cancel(*key)
+            member.sent.add(key)
+            await member.client.start(plan)
+        member.sent = {key}
+
+    async def _await_late(self, task: asyncio.Task[RoundReport], member: Member) -> None:
+        try:
+            report = await task
+        except (DeviceError, WireError) as error:
+            self._lose(member, str(error))
+            return
+        finally:
+            task.cancel()
+        self._listener.late(report)
+        self._return(member)
+
+    # --- an evaluation -------------------------------------------------------------------------------------------
+
+    async def evaluate(self, request: EvaluateRequest, timeout_s: float) -> dict[str, EvaluateReport]:
+        """Reports of the live devices that have such rows and answer in time, by name; the others are lost."""
+        self._check_background()
+        members = [member for member in self.live if _has_rows(member, request)]
+        answers = await asyncio.gather(*(self._evaluate(member, request, timeout_s) for member in members))
+        return {m.name: answer for m, answer in zip(members, answers, strict=True) if answer is not None}
+
+    async def _evaluate(self, member: Member, request: EvaluateRequest, timeout_s: float) -> EvaluateReport | None:
+        try:
+            report = await member.client.evaluate(request, timeout_s)
+            check_evaluation(report, request)
+        except (DeviceError, WireError) as error:
+            self._lose(member, f"evaluation: {error}")
+            return None
+        return report
+
+    async def settle(self, timeout_s: float) -> None:
+        """Take late devices off their closed rounds, and wait a moment for devices to be live again."""
+        late = [member for member in self.members.values() if member.state == "late"]
+        await self._cancel([(member, key) for member in late for key in member.sent])
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        while loop.time() < deadline and (not self.live or any(member.state != "live" for member in late)):
+            self._check_background()
+            self._changed.clear()
+            await self._wait_any({}, min(deadline - loop.time(), 0.5))
+
+    # --- the end -------------------------------------------------------------------------------------------------
+
+    async def cancel_rounds(self, run: str) -> None:
+        """Tell every device in reach to stop its round of ``run``; nobody is waited for long."""
+        work = [(member, key) for member in self.members.values() for key in member.sent if key[0] == run]
+        await self._cancel(work)
+
+    async def _cancel(self, work: list[tuple[Member, tuple[str, int]]]) -> None:
+        calls = [asyncio.wait_for(member.client.cancel(*key), CANCEL_S) for member, key in work]
+        for (member, _), outcome in zip(work, await asyncio.gather(*calls, return_exceptions=True), strict=True):
+            if isinstance(outcome, Exception):
+                log.info("%s could not be told to stop: %s", member.name, outcome or type(outcome).__name__)
+
+    async def aclose(self) -> None:
+        """Stop looking for devices, and close their clients."""
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await asyncio.gather(*(member.client.aclose() for member in self.members.values()))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._on_background_end)
+
+    def _on_background_end(self, task: asyncio.Task[None]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # A fault while nobody waited (the store, a listener): the round loop raises it.
+            self._failure = self._failure or error
+            self._changed.set()
+
+    def _check_background(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+
+def _has_rows(member: Member, request: EvaluateRequest) -> bool:
+    if member.info is None:
+        return False
+    return (member.info.n_dev if request.split == "dev" else member.info.n_test) > 0

@@ -1,0 +1,289 @@
+"""A device's part of a round: score a shared population, search on its own rows, or compare templates."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from importlib import metadata
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from fedbpt.errors import DataError, InputError
+from fedbpt.messages import (
+    Array,
+    DeviceInfo,
+    EvaluateReport,
+    EvaluateRequest,
+    LocalResult,
+    LocalWork,
+    ObjectiveSpec,
+    PooledResult,
+    PooledWork,
+    PromptSpec,
+    Result,
+    RoundPlan,
+    RoundReport,
+    SelectResult,
+    SelectWork,
+    Template,
+)
+from fedbpt.objective import Objective, Progress, Row, batch_indices
+from fedbpt.scorer import Scorer
+from fedbpt.search import CmaSearch, Covariance, sample_population, transform
+from fedbpt.seeding import derive_seed, generator
+from fedbpt.wire import digest
+
+Cancelled = Callable[[], bool]
+Losses = Callable[[NDArray[np.float64], int], NDArray[np.float64]]
+
+_KEPT_OBJECTIVES = 4  # encoded rows are small; train, dev and test under one template, and one to spare
+
+
+def local_search(work: LocalWork, seed: int, losses: Losses) -> tuple[NDArray[np.float64], float]:
+    """FedBPT's work on a device (arXiv 2310.01467, algorithm 1): CMA-ES from the server's (m, σ, C).
+
+    Standard CMA-ES runs on y with z = m + L·y, L·Lᵀ = C: the algorithm is invariant under affine maps (Hansen,
+    arXiv 1604.00772, section B), so this equals starting it at (m, σ, C), with new evolution paths.
+    Step size by path length, as published: a few generations are too short for two-point adaptation.
+
+    Args:
+        work: the state and how long to search from it.
+        seed: of this device's candidates in this round.
+        losses: latents [popsize, d] and the iteration → losses [popsize].
+
+    Returns:
+        The mean [d], and Σ_i σ_i² over the iterations, each σ as its candidates were drawn.
+    """
+    start = work.state.mean.numpy()
+    kind: Covariance = "diagonal" if work.state.covariance is None else "full"
+    search = CmaSearch(len(start), work.state.sigma, work.popsize, seed, kind, "path")
+    sigma_squares = 0.0
+    for iteration in range(work.iterations):
+        sigma_squares += search.sigma**2
+        search.tell(losses(start + transform(work.state, search.ask()), iteration))
+    return start + transform(work.state, search.mean[None])[0], sigma_squares
+
+
+class Device:
+    """A model and the rows that never leave it. Synchronous and not thread-safe: one call at a time.
+
+    Args:
+        name: what the device calls itself.
+        scorer: its model.
+        train_rows: (text, label index) pairs that it tunes on.
+        dev_rows: rows that choose; may be empty.
+        test_rows: rows that only report; may be empty.
+
+    Raises:
+        DataError: no training rows.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        scorer: Scorer,
+        train_rows: Sequence[Row],
+        dev_rows: Sequence[Row] = (),
+        test_rows: Sequence[Row] = (),
+    ) -> None:
+        if not train_rows:
+            raise DataError(f"device {name} has no training rows: give it at least one")
+        self.name = name
+        self.scorer = scorer
+        self._rows = {"train": tuple(train_rows), "dev": tuple(dev_rows), "test": tuple(test_rows)}
+        self._objectives: OrderedDict[bytes, Objective] = OrderedDict()
+        self._tokens_per_second: float | None = None
+
+    def info(self) -> DeviceInfo:
+        """What the device says of itself; ``tokens_per_second`` is that of its last round."""
+        memory = self.scorer.memory()
+        return DeviceInfo(
+            name=self.name,
+            version=_version(),
+            model_fingerprint=self.scorer.fingerprint,
+            model_name=_as_name(self.scorer.name),
+            backend=_as_name(self.scorer.backend),
+            n_train=len(self._rows["train"]),
+            n_dev=len(self._rows["dev"]),
+            n_test=len(self._rows["test"]),
+            ram_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            rss_bytes=int(memory.get("rss", 0)),
+            peak_rss_bytes=int(memory.get("peak_rss", 0)),
+            tokens_per_second=self._tokens_per_second,
+        )
+
+    def run(
+        self,
+        plan: RoundPlan,
+        progress: Progress = lambda _done, _total: None,
+        cancelled: Cancelled = lambda: False,
+    ) -> RoundReport:
+        """Do a round's work. The same plan gives the same result, bit for bit, whatever ran before.
+
+        Args:
+            plan: what to do.
+            progress: called with (steps done, steps in all).
+            cancelled: asked between scoring calls.
+
+        Raises:
+            InputError: a plan for another model, or one that makes no sense (`TaskError`, `DataError`).
+            ScoringInterrupted: cancelled.
+        """
+        self._check_model(plan.model_fingerprint)
+        began = time.monotonic()
+        counter = _Counter()
+        work = plan.work
+        result: Result
+        if isinstance(work, SelectWork):
+            result, n_texts = self._select(plan, work, counter, progress, cancelled)
+        elif isinstance(work, PooledWork):
+            result, n_texts = self._pooled(plan, work, counter, progress, cancelled)
+        else:
+            result, n_texts = self._local(plan, work, counter, progress, cancelled)
+        seconds = time.monotonic() - began
+        if seconds > 0 and counter.tokens:
+            self._tokens_per_second = counter.tokens / seconds
+        return RoundReport(
+            run=plan.run,
+            round=plan.round,
+            device=plan.device,
+            plan_digest=digest(plan),
+            result=result,
+            n_texts=n_texts,
+            evaluations=counter.evaluations,
+            tokens=counter.tokens,
+            seconds=seconds,
+            peak_rss_bytes=int(self.scorer.memory().get("peak_rss", 0)),
+        )
+
+    def evaluate(
+        self,
+        request: EvaluateRequest,
+        progress: Progress = lambda _done, _total: None,
+        cancelled: Cancelled = lambda: False,
+    ) -> EvaluateReport:
+        """Count what each latent gets right on held-back rows. Raises as `run` does."""
+        self._check_model(request.model_fingerprint)
+        latents = request.latents.numpy()
+        if latents.ndim != 2 or len(latents) == 0:
+            raise InputError(f"latents must have shape [k, {request.prompt.d}] with k of 1 or more")
+        if not self._rows[request.split]:
+            raise DataError(f"device {self.name} has no {request.split} rows")
+        began = time.monotonic()
+        objective = self._objective(request.split, request.template, request.labels, request.objective, request.prompt)
+        n = min(request.max_rows or len(objective), len(objective))
+        found = objective.evaluate(objective.embeds(latents), np.arange(n), progress, cancelled)
+        return EvaluateReport(
+            n=found.n, correct=found.correct, loss_sums=found.loss_sums, seconds=time.monotonic() - began
+        )
+
+    def _select(
+        self, plan: RoundPlan, work: SelectWork, counter: _Counter, progress: Progress, cancelled: Cancelled
+    ) -> tuple[SelectResult, int]:
+        if not work.templates:
+            raise InputError("there are no templates to select from")
+        n_rows = len(self._rows["train"])
+        chosen = batch_indices(n_rows, work.max_rows, generator(plan.seed, "select", plan.device))
+        sums = []
+        for number, template in enumerate(work.templates):
+            objective = self._objective("train", template, plan.labels, plan.objective, plan.prompt)
+            with counter.of(objective):
+                sums.append(objective.evaluate(objective.zero_shot_embeds(), chosen, None, cancelled).loss_sums[0])
+            progress(number + 1, len(work.templates))
+        return SelectResult(loss_sums=Array.of(np.array(sums))), len(chosen)
+
+    def _pooled(
+        self, plan: RoundPlan, work: PooledWork, counter: _Counter, progress: Progress, cancelled: Cancelled
+    ) -> tuple[PooledResult, int]:
+        objective = self._objective("train", plan.template, plan.labels, plan.objective, plan.prompt)
+        latents = sample_population(work.state, work.popsize, plan.seed, work.generation)
+        path = (plan.device, work.generation)
+        chosen = batch_indices(len(objective), plan.objective.batch_size, generator(plan.seed, "batch", *path))
+        noise = generator(plan.seed, "perturb", *path)
+        with counter.of(objective):
+            losses = objective.losses(objective.embeds(latents), chosen, noise, progress, cancelled)
+        return PooledResult(losses=Array.of(losses)), len(chosen)
+
+    def _local(
+        self, plan: RoundPlan, work: LocalWork, counter: _Counter, progress: Progress, cancelled: Cancelled
+    ) -> tuple[LocalResult, int]:
+        objective = self._objective("train", plan.template, plan.labels, plan.objective, plan.prompt)
+        everything = len(objective)
+        steps = work.iterations + 1
+
+        def losses(latents: NDArray[np.float64], iteration: int) -> NDArray[np.float64]:
+            last = iteration == work.iterations
+            path = (plan.device, plan.round, iteration)
+            size = 0 if last else plan.objective.batch_size
+            chosen = batch_indices(everything, size, generator(plan.seed, "batch", *path))
+            noise = generator(plan.seed, "perturb", *path)
+            values = objective.losses(objective.embeds(latents), chosen, noise, None, cancelled)
+            progress(iteration + 1, steps)
+            return values
+
+        with counter.of(objective):
+            seed = derive_seed(plan.seed, "local", plan.device, plan.round)
+            mean, sigma_squares = local_search(work, seed, losses)
+            fitness = float(losses(mean[None], work.iterations)[0])  # F(m_k) on all of the device's rows
+        return LocalResult(mean=Array.of(mean), fitness=fitness, sigma_squares=sigma_squares), everything
+
+    def _objective(
+        self, split: str, template: Template, labels: tuple[str, ...], objective: ObjectiveSpec, prompt: PromptSpec
+    ) -> Objective:
+        """Encoded rows, kept from call to call: encoding a data set takes longer than a generation."""
+        key = msgspec.msgpack.encode((split, template, labels, objective, prompt))
+        if key in self._objectives:
+            self._objectives.move_to_end(key)
+            return self._objectives[key]
+        made = Objective(self.scorer, template, labels, self._rows[split], objective, prompt)
+        self._objectives[key] = made
+        while len(self._objectives) > _KEPT_OBJECTIVES:
+            self._objectives.popitem(last=False)
+        return made
+
+    def _check_model(self, fingerprint: str) -> None:
+        if fingerprint != self.scorer.fingerprint:
+            raise InputError(
+                f"the plan is for the model {fingerprint}, device {self.name} has {self.scorer.name} "
+                f"({self.scorer.fingerprint}): start all devices with the same model file"
+            )
+
+
+def _version() -> str:
+    try:
+        return _as_name(metadata.version("fedbpt"))
+    except metadata.PackageNotFoundError:  # run from a source tree that is not installed
+        return "unknown"
+
+
+def _as_name(text: str) -> str:
+    """``text`` with what a wire `Name` may not hold replaced: a model's own name is free text."""
+    return re.sub(r"^[^A-Za-z0-9]+|[^A-Za-z0-9._-]+", "-", text).strip("-._")[:128] or "unnamed"
+
+
+class _Counter:
+    """Evaluations and tokens that one round added to objectives that outlive it."""
+
+    def __init__(self) -> None:
+        self.evaluations = 0
+        self.tokens = 0
+        self._objective: Objective | None = None
+        self._before = (0, 0)
+
+    def of(self, objective: Objective) -> _Counter:
+        self._objective = objective
+        self._before = (objective.evaluations, objective.tokens)
+        return self
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        if self._objective is not None:
+            self.evaluations += self._objective.evaluations - self._before[0]
+            self.tokens += self._objective.tokens - self._before[1]

@@ -1,0 +1,225 @@
+"""The prompt artefact: a tuned soft prompt with all that is needed to use it, as one safetensors file.
+
+Tensors: ``rows`` float32 [n_prompt, n_embd], ``label_bias`` float32 [n_labels]. The file's metadata has one key,
+``fedbpt``: a JSON object with a format number, the `PromptSpec`, task, labels, template, model and history.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+import safetensors
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from fedbpt.errors import InputError, PromptError
+from fedbpt.messages import PromptSpec, Template
+
+FORMAT = 1
+"""Number of the file format; a file with another one is refused."""
+
+_KEY = "fedbpt"
+
+
+class Model(Protocol):
+    """What a prompt asks of a model to know whether it fits; a `fedbpt.scorer.Scorer` satisfies it."""
+
+    @property
+    def n_embd(self) -> int: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+
+class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    format: int
+    spec: PromptSpec
+    task_name: str
+    labels: tuple[str, ...]
+    template: Template
+    model_fingerprint: str
+    model_name: str
+    architecture: str
+    history: tuple[dict[str, Any], ...]
+
+
+class Prompt:
+    """A soft prompt for one model and one task.
+
+    Args:
+        rows: float32 [n_prompt, n_embd].
+        spec: how it was made; ``spec.placement`` says where it goes.
+        task_name: of the task it was tuned for.
+        labels: in the order of the template's label words.
+        template: how a text is put to the model.
+        model_fingerprint: of the model file, ``sha256:…``.
+        model_name: what to call the model in a message to a person.
+        architecture: of the model.
+        history: small JSON objects, one per step worth remembering.
+        label_bias: [n_labels] added to the label words' logits; None: zeros.
+
+    Raises:
+        InputError: shapes that disagree, NaN or infinity, a history that JSON cannot hold.
+    """
+
+    def __init__(
+        self,
+        *,
+        rows: NDArray[np.floating[Any]],
+        spec: PromptSpec,
+        task_name: str,
+        labels: tuple[str, ...],
+        template: Template,
+        model_fingerprint: str,
+        model_name: str,
+        architecture: str,
+        history: tuple[Mapping[str, Any], ...] = (),
+        label_bias: NDArray[np.floating[Any]] | None = None,
+    ) -> None:
+        self.rows = np.array(rows, dtype=np.float32)
+        bias = np.zeros(len(labels)) if label_bias is None else label_bias
+        self.label_bias = np.array(bias, dtype=np.float32)
+        self.spec = spec
+        self.task_name = task_name
+        self.labels = tuple(labels)
+        self.template = template
+        self.model_fingerprint = model_fingerprint
+        self.model_name = model_name
+        self.architecture = architecture
+        self.history = tuple(dict(entry) for entry in history)
+        if self.rows.ndim != 2 or self.rows.shape[0] != spec.n_prompt or self.rows.shape[1] == 0:
+            raise InputError(f"prompt rows must have shape [{spec.n_prompt}, n_embd], got {list(self.rows.shape)}")
+        if self.label_bias.shape != (len(self.labels),):
+            raise InputError(f"label_bias must have shape [{len(self.labels)}], got {list(self.label_bias.shape)}")
+        if len(template.label_words) != len(self.labels):
+            raise InputError(f"{len(template.label_words)} label words for {len(self.labels)} labels")
+        if not (np.isfinite(self.rows).all() and np.isfinite(self.label_bias).all()):
+            raise InputError("the prompt holds NaN or infinity")
+        try:
+            json.dumps(self.history, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"a prompt's history must be plain JSON values: {error}") from error
+
+    @property
+    def n_prompt(self) -> int:
+        return int(self.rows.shape[0])
+
+    @property
+    def n_embd(self) -> int:
+        return int(self.rows.shape[1])
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the file, whole or not at all. Raises `PromptError` where that fails."""
+        target = Path(path)
+        header = _Header(
+            format=FORMAT,
+            spec=self.spec,
+            task_name=self.task_name,
+            labels=self.labels,
+            template=self.template,
+            model_fingerprint=self.model_fingerprint,
+            model_name=self.model_name,
+            architecture=self.architecture,
+            history=self.history,
+        )
+        tensors = {"rows": self.rows, "label_bias": self.label_bias}
+        content = safetensors.numpy.save(tensors, metadata={_KEY: msgspec.json.encode(header).decode()})
+        partial = target.with_name(f".{target.name}.{os.getpid()}.part")
+        try:
+            partial.write_bytes(content)
+            partial.replace(target)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise PromptError(f"cannot write the prompt to {target}: {error.strerror or error}") from error
+        return target
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Prompt:
+        """Read a file that `save` wrote. Raises `PromptError`: missing, damaged, not a prompt, a newer format."""
+        source = Path(path)
+        try:
+            content = source.read_bytes()
+        except OSError as error:
+            raise PromptError(f"cannot read the prompt {source}: {error.strerror or error}") from error
+        try:
+            tensors = safetensors.numpy.load(content)
+            metadata = _metadata(content)
+        except (safetensors.SafetensorError, ValueError, KeyError) as error:
+            raise PromptError(f"{source} is not a safetensors file, or is cut short") from error
+        if _KEY not in metadata or set(tensors) != {"rows", "label_bias"}:
+            raise PromptError(f"{source} is a safetensors file but not a prompt that fedbpt saved")
+        header = _header(metadata[_KEY], source)
+        fields = {name: getattr(header, name) for name in header.__struct_fields__ if name != "format"}
+        try:
+            return cls(rows=tensors["rows"], label_bias=tensors["label_bias"], **fields)
+        except InputError as error:
+            raise PromptError(f"{source} is damaged: {error}") from error
+
+    def check(self, model: Model) -> None:
+        """Raises `PromptError`, naming both models, where the prompt was made for another one."""
+        if model.fingerprint != self.model_fingerprint:
+            raise PromptError(
+                f"this prompt was made for {self.model_name} ({_short(self.model_fingerprint)}), not for {model.name} "
+                f"({_short(model.fingerprint)}): load {self.model_name}, or tune a prompt for {model.name}"
+            )
+        if model.n_embd != self.n_embd:
+            raise PromptError(f"this prompt has rows of {self.n_embd} numbers, {model.name} embeds in {model.n_embd}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Prompt):
+            return NotImplemented
+        plain = (
+            "spec",
+            "task_name",
+            "labels",
+            "template",
+            "model_fingerprint",
+            "model_name",
+            "architecture",
+            "history",
+        )
+        return (
+            np.array_equal(self.rows, other.rows)
+            and np.array_equal(self.label_bias, other.label_bias)
+            and all(getattr(self, name) == getattr(other, name) for name in plain)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        norm = float(np.linalg.norm(self.rows)) / math.sqrt(self.n_prompt)
+        return (
+            f"Prompt({self.task_name!r} for {self.model_name!r}, {self.n_prompt} x {self.n_embd} {self.spec.placement},"
+            f" labels={list(self.labels)}, row norm {norm:.3g}, {len(self.history)} history entries)"
+        )
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """The metadata of safetensors bytes: 8 bytes of length, then JSON with an entry ``__metadata__``."""
+    length = int.from_bytes(content[:8], "little")
+    found = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    return dict(found)
+
+
+def _header(text: str, source: Path) -> _Header:
+    try:
+        number = json.loads(text)["format"]
+        if number != FORMAT:
+            raise PromptError(f"{source} has prompt format {number}, this fedbpt reads {FORMAT}: update fedbpt")
+        return msgspec.json.decode(text, type=_Header)
+    except (ValueError, KeyError, TypeError, msgspec.DecodeError) as error:
+        raise PromptError(f"{source} is damaged: {error}") from error
+
+
+def _short(fingerprint: str) -> str:
+    return fingerprint[:19] + "…" if len(fingerprint) > 20 else fingerprint

@@ -1,0 +1,57 @@
+"""What a coordinator checks before it believes a device's report. Pure functions that raise `WireError`."""
+
+from __future__ import annotations
+
+from fedbpt import wire
+from fedbpt.errors import WireError
+from fedbpt.messages import (
+    Array,
+    EvaluateReport,
+    EvaluateRequest,
+    LocalResult,
+    LocalWork,
+    PooledResult,
+    PooledWork,
+    RoundPlan,
+    RoundReport,
+    SelectResult,
+    SelectWork,
+)
+
+_RESULT_OF = {SelectWork: SelectResult, PooledWork: PooledResult, LocalWork: LocalResult}
+
+
+def check_report(report: RoundReport, plan: RoundPlan) -> None:
+    """Raises `WireError` unless ``report`` answers ``plan``: the same ids and digest, a fitting and finite result."""
+    for field in ("run", "round", "device"):
+        got, wanted = getattr(report, field), getattr(plan, field)
+        if got != wanted:
+            raise WireError(f"the report is for {field} {got!r}, asked was {wanted!r}")
+    if report.plan_digest != wire.digest(plan):
+        raise WireError("the report's plan digest is another: it answers a plan that was not sent")
+    wire.check(report)
+    wanted_kind = _RESULT_OF[type(plan.work)]
+    result = report.result
+    if not isinstance(result, wanted_kind):
+        raise WireError(f"the report holds a {type(result).__name__}, the plan asks for a {wanted_kind.__name__}")
+    if isinstance(result, SelectResult) and isinstance(plan.work, SelectWork):
+        _check_shape(result.loss_sums, (len(plan.work.templates),), "loss_sums")
+    elif isinstance(result, PooledResult) and isinstance(plan.work, PooledWork):
+        _check_shape(result.losses, (plan.work.popsize,), "losses")
+    elif isinstance(result, LocalResult):
+        _check_shape(result.mean, (plan.prompt.d,), "mean")
+
+
+def check_evaluation(report: EvaluateReport, request: EvaluateRequest) -> None:
+    """Raises `WireError` unless ``report`` has counts that can be for each latent of ``request``."""
+    wire.check(report)
+    k = request.latents.shape[0]
+    if len(report.correct) != k or len(report.loss_sums) != k:
+        raise WireError(f"the evaluation has {len(report.correct)} counts, asked was for {k}")
+    if max(report.correct) > report.n or (request.max_rows and report.n > request.max_rows):
+        raise WireError("the evaluation's counts cannot be: more correct than rows, or more rows than asked")
+
+
+def _check_shape(array: Array, shape: tuple[int, ...], name: str) -> None:
+    if array.shape != shape:
+        raise WireError(f"{name} has shape {list(array.shape)}, the plan asks for {list(shape)}")

@@ -1,0 +1,241 @@
+"""What goes into a federated run and what comes out: `RunSettings`, the events, `RunResult`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from fedbpt import wire
+from fedbpt.errors import ConfigError
+from fedbpt.messages import (
+    Array,
+    DeviceInfo,
+    EvaluateReport,
+    Message,
+    NaturalInt,
+    ObjectiveSpec,
+    PositiveFloat,
+    PositiveInt,
+    PromptSpec,
+    Template,
+)
+
+Method: TypeAlias = Literal["pooled", "fedbpt", "fedavg"]
+
+
+class RunSettings(Message, frozen=True):
+    """All that decides a run's outcome, and its budget: tuning ends at the first limit that is reached.
+
+    ``rounds``, ``evaluations``, ``tokens`` and ``seconds`` are limits, 0 for none; at least one must be set.
+    Evaluations are the aggregator's; tokens are summed over devices; seconds are of closed rounds, over all
+    sittings. ``quorum`` is the share of the run's devices that must report in a round; ``deadline_s`` the longest
+    that a round may take. ``method`` names the aggregator, for the record.
+    """
+
+    rounds: NaturalInt = 40
+    evaluations: NaturalInt = 0
+    tokens: NaturalInt = 0
+    seconds: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    method: Method = "pooled"
+    prompt: PromptSpec = PromptSpec()
+    objective: ObjectiveSpec = ObjectiveSpec()
+    popsize: PositiveInt = 20
+    iterations: PositiveInt = 8
+    seed: NaturalInt = 0
+    quorum: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
+    deadline_s: PositiveFloat = 600.0
+    evaluate_every: NaturalInt = 0  # rounds between live evaluations on ``dev`` rows; 0: none
+    dev_rows: NaturalInt = 100  # most rows per device in those; 0: all
+    test_rows: NaturalInt = 0  # most rows per device in the final evaluation; 0: all
+
+    def __post_init__(self) -> None:
+        if not (self.rounds or self.evaluations or self.tokens or self.seconds):
+            raise ConfigError("a run needs a limit: set rounds, evaluations, tokens or seconds")
+
+    def identity(self) -> str:
+        """Digest of what a run must have in common to be resumed; budget and patience may change."""
+        fixed = msgspec.structs.replace(
+            self, rounds=1, evaluations=0, tokens=0, seconds=0.0, quorum=1.0, deadline_s=1.0, evaluate_every=0,
+            dev_rows=0, test_rows=0,
+        )  # fmt: skip
+        return wire.digest(fixed)
+
+
+class Score(Message, frozen=True):
+    """Counts of an evaluation, summed over devices."""
+
+    n: NaturalInt
+    correct: NaturalInt
+    loss_sum: float
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.n if self.n else math.nan
+
+    @property
+    def loss(self) -> float:
+        """Mean over texts, nats."""
+        return self.loss_sum / self.n if self.n else math.nan
+
+    def __add__(self, other: Score) -> Score:
+        return Score(n=self.n + other.n, correct=self.correct + other.correct, loss_sum=self.loss_sum + other.loss_sum)
+
+    @classmethod
+    def of(cls, report: EvaluateReport, index: int) -> Score:
+        """The counts of latent ``index`` in ``report``."""
+        return cls(n=report.n, correct=report.correct[index], loss_sum=report.loss_sums[index])
+
+
+NO_SCORE = Score(n=0, correct=0, loss_sum=0.0)
+
+
+class DeviceSummary(Message, frozen=True):
+    """One device's share of a run. ``zero_shot`` and ``tuned`` have n = 0 where it missed the final evaluation.
+
+    Bytes are of message bodies, polls and repetitions included, over all sittings.
+    """
+
+    name: str
+    info: DeviceInfo | None
+    reports: NaturalInt  # rounds in which its report was used
+    bytes_up: NaturalInt
+    bytes_down: NaturalInt
+    peak_rss_bytes: NaturalInt
+    zero_shot: Score
+    tuned: Score
+
+
+class RunResult(Message, frozen=True):
+    """What a run found. ``mean`` [d] is the tuned latent; ``digest`` that of the search's final state.
+
+    ``zero_shot`` and ``tuned`` were measured on the same held-back ``test`` rows, which chose nothing.
+    ``seconds``: of the closed rounds (tuning); ``total_seconds`` with connecting and evaluating, this sitting only.
+    """
+
+    run: str
+    task: str
+    settings: RunSettings
+    model_fingerprint: str
+    model_name: str
+    template: Template
+    mean: Array
+    digest: str
+    rounds: NaturalInt
+    evaluations: NaturalInt
+    tokens: NaturalInt
+    seconds: float
+    total_seconds: float
+    zero_shot: Score
+    tuned: Score
+    devices: tuple[DeviceSummary, ...]
+
+    @property
+    def latent(self) -> NDArray[np.float64]:
+        """The tuned latent [d]."""
+        return self.mean.numpy()
+
+    @property
+    def bytes_up(self) -> int:
+        return sum(device.bytes_up for device in self.devices)
+
+    @property
+    def bytes_down(self) -> int:
+        return sum(device.bytes_down for device in self.devices)
+
+
+# --- events ----------------------------------------------------------------------------------------------------------
+
+
+class RunStarted(Message, frozen=True, tag=True):
+    """``resumed``: number of closed rounds taken from the store; ``devices``: all; ``live``: those that answered."""
+
+    run: str
+    devices: tuple[str, ...]
+    live: tuple[str, ...]
+    model_name: str
+    resumed: NaturalInt
+    settings: RunSettings
+
+
+class TemplateSelected(Message, frozen=True, tag=True):
+    """``losses``: mean loss of each candidate on the training rows, nats; empty where there was nothing to select."""
+
+    template: Template
+    index: NaturalInt
+    losses: tuple[float, ...]
+
+
+class Progressed(Message, frozen=True, tag=True):
+    """A device that is at work said where it stands."""
+
+    device: str
+    round: NaturalInt
+    done: NaturalInt
+    total: NaturalInt
+
+
+class RoundClosed(Message, frozen=True, tag=True):
+    """Totals are since the run began; ``loss`` is the round's mean over candidates, weighted by rows, nats."""
+
+    round: NaturalInt
+    reported: tuple[str, ...]
+    missing: tuple[str, ...]
+    loss: float
+    evaluations: NaturalInt
+    tokens: NaturalInt
+    seconds: float
+    bytes_up: NaturalInt
+    bytes_down: NaturalInt
+
+
+class Evaluated(Message, frozen=True, tag=True):
+    """A live evaluation on ``dev`` rows after ``round``; round 0 is zero-shot."""
+
+    round: NaturalInt
+    score: Score
+    devices: tuple[str, ...]
+
+
+class DeviceLost(Message, frozen=True, tag=True):
+    """``device`` does not count in ``round`` (any more), and why. It is looked for until it answers."""
+
+    device: str
+    round: NaturalInt
+    reason: str
+
+
+class DeviceBack(Message, frozen=True, tag=True):
+    """``device`` answers again and takes part from ``round`` on."""
+
+    device: str
+    round: NaturalInt
+
+
+class LateReport(Message, frozen=True, tag=True):
+    """A report came after its round had closed: recorded, not used."""
+
+    device: str
+    round: NaturalInt
+
+
+class RunFinished(Message, frozen=True, tag=True):
+    result: RunResult
+
+
+Event: TypeAlias = (
+    RunStarted
+    | TemplateSelected
+    | Progressed
+    | RoundClosed
+    | Evaluated
+    | DeviceLost
+    | DeviceBack
+    | LateReport
+    | RunFinished
+)
+EventCallback: TypeAlias = Callable[[Event], None]

@@ -1,0 +1,367 @@
+"""`RunStore`: every run's rounds, reports and metrics in one SQLite file; the log to resume from, and the history.
+
+A round is one transaction, written when it closes: after a crash it is there with all its reports, or not at all.
+WAL with ``synchronous=FULL``: what was committed survives a power cut. Reports are kept as their wire bytes, so
+replaying them is decoding them.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
+
+from fedbpt import wire
+from fedbpt.errors import StoreError, WireError
+from fedbpt.messages import DeviceInfo, RoundReport
+
+SCHEMA_VERSION: Final = 1
+
+_SCHEMA: Final = """
+CREATE TABLE runs (
+    run TEXT PRIMARY KEY, created TEXT NOT NULL, updated TEXT NOT NULL, status TEXT NOT NULL, task TEXT NOT NULL,
+    model_fingerprint TEXT NOT NULL, model_name TEXT NOT NULL, identity TEXT NOT NULL,
+    settings BLOB NOT NULL, result BLOB
+);
+CREATE TABLE devices (
+    run TEXT NOT NULL REFERENCES runs ON DELETE CASCADE, device TEXT NOT NULL, info BLOB,
+    bytes_up INTEGER NOT NULL DEFAULT 0, bytes_down INTEGER NOT NULL DEFAULT 0,
+    peak_rss_bytes INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (run, device)
+);
+CREATE TABLE rounds (
+    run TEXT NOT NULL REFERENCES runs ON DELETE CASCADE, round INTEGER NOT NULL, closed TEXT NOT NULL,
+    work_digest TEXT NOT NULL, state_digest TEXT NOT NULL, PRIMARY KEY (run, round)
+);
+CREATE TABLE reports (
+    run TEXT NOT NULL, round INTEGER NOT NULL, device TEXT NOT NULL, late INTEGER NOT NULL, body BLOB NOT NULL,
+    PRIMARY KEY (run, round, device), FOREIGN KEY (run, round) REFERENCES rounds ON DELETE CASCADE
+);
+CREATE TABLE losses (
+    run TEXT NOT NULL REFERENCES runs ON DELETE CASCADE, round INTEGER NOT NULL, device TEXT NOT NULL,
+    reason TEXT NOT NULL, at TEXT NOT NULL
+);
+CREATE TABLE metrics (
+    run TEXT NOT NULL REFERENCES runs ON DELETE CASCADE, round INTEGER NOT NULL, name TEXT NOT NULL,
+    value REAL NOT NULL, PRIMARY KEY (run, round, name)
+);
+"""
+
+RunStatus: TypeAlias = Literal["running", "stopped", "finished"]
+
+
+class StoredRun(NamedTuple):
+    """One row of ``fedbpt runs list``. ``settings`` and ``result`` are wire bytes (`fedbpt.runs`);
+    ``identity`` is a digest of what must be the same to resume it.
+    """
+
+    run: str
+    created: str
+    updated: str
+    status: RunStatus
+    task: str
+    model_fingerprint: str
+    model_name: str
+    identity: str
+    settings: bytes
+    result: bytes | None
+    n_rounds: int
+
+
+class StoredRound(NamedTuple):
+    """What is needed to replay one closed round. ``reports`` are those that were used, by device name."""
+
+    round: int
+    work_digest: str
+    state_digest: str
+    reports: tuple[RoundReport, ...]
+
+
+class Traffic(NamedTuple):
+    """What one device has cost so far, over all sittings of a run; bytes of message bodies."""
+
+    bytes_up: int
+    bytes_down: int
+    peak_rss_bytes: int
+
+
+class RoundHistory(NamedTuple):
+    """One line of ``fedbpt runs show``."""
+
+    round: int
+    closed: str
+    reported: tuple[str, ...]
+    late: tuple[str, ...]
+    lost: Mapping[str, str]
+    metrics: Mapping[str, float]
+
+
+class RunStore:
+    """The run database at ``path`` (made with its folder if absent). Safe to use from several threads.
+
+    Raises:
+        StoreError: the file cannot be opened, is not a run database, is of another version, or a write failed.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._lock = threading.RLock()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(self.path, timeout=10.0, isolation_level=None, check_same_thread=False)
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(f"cannot open the run database {self.path}: {error}") from error
+        try:
+            self._prepare()
+        except BaseException:
+            self._db.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file; the store cannot be used afterwards."""
+        with self._lock:
+            self._db.close()
+
+    def __enter__(self) -> RunStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"RunStore({str(self.path)!r})"
+
+    # --- writing -------------------------------------------------------------------------------------------------
+
+    def create_run(
+        self,
+        run: str,
+        *,
+        task: str,
+        model_fingerprint: str,
+        model_name: str,
+        identity: str,
+        settings: bytes,
+        devices: Sequence[str],
+    ) -> None:
+        """Begin ``run``; raises `StoreError` where there is one of this name."""
+        now = _now()
+        with self._transaction() as db:
+            if db.execute("SELECT 1 FROM runs WHERE run = ?", (run,)).fetchone():
+                raise StoreError(f"run {run!r} already exists in {self.path}: choose another name")
+            db.execute(
+                "INSERT INTO runs VALUES (?, ?, ?, 'running', ?, ?, ?, ?, ?, NULL)",
+                (run, now, now, task, model_fingerprint, model_name, identity, settings),
+            )
+            db.executemany("INSERT INTO devices (run, device) VALUES (?, ?)", [(run, device) for device in devices])
+
+    def commit_round(
+        self,
+        run: str,
+        round: int,
+        *,
+        work_digest: str,
+        state_digest: str,
+        reports: Sequence[RoundReport],
+        metrics: Mapping[str, float],
+        traffic: Mapping[str, Traffic] | None = None,
+    ) -> None:
+        """Close ``round`` with the reports that were used, in one transaction. A round closes once."""
+        now = _now()
+        with self._transaction() as db:
+            db.execute("INSERT INTO rounds VALUES (?, ?, ?, ?, ?)", (run, round, now, work_digest, state_digest))
+            db.executemany(
+                "INSERT INTO reports VALUES (?, ?, ?, 0, ?)",
+                [(run, round, report.device, wire.encode(report)) for report in reports],
+            )
+            self._write_metrics(db, run, round, metrics)
+            self._write_traffic(db, run, traffic or {})
+            db.execute("UPDATE runs SET updated = ? WHERE run = ?", (now, run))
+
+    def record_late(self, run: str, report: RoundReport) -> None:
+        """Keep a report that came after its round had closed; it is never replayed. Twice is once."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT OR IGNORE INTO reports VALUES (?, ?, ?, 1, ?)",
+                (run, report.round, report.device, wire.encode(report)),
+            )
+
+    def record_loss(self, run: str, round: int, device: str, reason: str) -> None:
+        """Note that ``device`` was lost in ``round``, and why."""
+        with self._transaction() as db:
+            db.execute("INSERT INTO losses VALUES (?, ?, ?, ?, ?)", (run, round, device, reason, _now()))
+
+    def record_device(self, run: str, device: str, info: DeviceInfo) -> None:
+        """Keep what ``device`` said of itself last."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO devices (run, device, info) VALUES (?, ?, ?)"
+                " ON CONFLICT (run, device) DO UPDATE SET info = excluded.info",
+                (run, device, wire.encode(info)),
+            )
+
+    def record_metrics(self, run: str, round: int, metrics: Mapping[str, float]) -> None:
+        """Add figures to a round (an evaluation after it); a figure of the same name is replaced."""
+        with self._transaction() as db:
+            self._write_metrics(db, run, round, metrics)
+
+    def add_devices(self, run: str, devices: Sequence[str]) -> None:
+        """Devices that a later sitting of ``run`` brings; known ones stay as they are."""
+        with self._transaction() as db:
+            rows = [(run, device) for device in devices]
+            db.executemany("INSERT OR IGNORE INTO devices (run, device) VALUES (?, ?)", rows)
+
+    def set_status(
+        self,
+        run: str,
+        status: RunStatus,
+        result: bytes | None = None,
+        traffic: Mapping[str, Traffic] | None = None,
+    ) -> None:
+        """Mark ``run``; a ``result`` is kept with it."""
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE runs SET status = ?, updated = ?, result = coalesce(?, result) WHERE run = ?",
+                (status, _now(), result, run),
+            )
+            self._write_traffic(db, run, traffic or {})
+
+    def delete_run(self, run: str) -> None:
+        """Forget ``run`` and everything under it; no such run is no error."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM runs WHERE run = ?", (run,))
+
+    # --- reading -------------------------------------------------------------------------------------------------
+
+    def list_runs(self) -> list[StoredRun]:
+        """All runs, the latest first."""
+        return [StoredRun(*row) for row in self._query(f"{_SELECT_RUN} ORDER BY created DESC, run")]
+
+    def find_run(self, run: str) -> StoredRun | None:
+        """The run of this name, or None."""
+        rows = self._query(f"{_SELECT_RUN} WHERE run = ?", run)
+        return StoredRun(*rows[0]) if rows else None
+
+    def get_run(self, run: str) -> StoredRun:
+        """The run of this name; raises `StoreError` where there is none."""
+        found = self.find_run(run)
+        if found is None:
+            raise StoreError(f"no run {run!r} in {self.path}: `fedbpt runs list` shows what there is")
+        return found
+
+    def rounds(self, run: str) -> Iterator[StoredRound]:
+        """The closed rounds of ``run`` in order, with the reports that were used, ready to replay."""
+        for round, work, state in self._query(
+            "SELECT round, work_digest, state_digest FROM rounds WHERE run = ? ORDER BY round", run
+        ):
+            bodies = self._query(
+                "SELECT body FROM reports WHERE run = ? AND round = ? AND NOT late ORDER BY device", run, round
+            )
+            try:
+                reports = tuple(wire.decode(body, RoundReport) for (body,) in bodies)
+            except WireError as error:
+                raise StoreError(f"round {round} of run {run!r} in {self.path} is damaged: {error}") from error
+            yield StoredRound(round, work, state, reports)
+
+    def traffic(self, run: str) -> dict[str, Traffic]:
+        """What each device of ``run`` has cost so far."""
+        rows = self._query("SELECT device, bytes_up, bytes_down, peak_rss_bytes FROM devices WHERE run = ?", run)
+        return {device: Traffic(up, down, peak) for device, up, down, peak in rows}
+
+    def devices(self, run: str) -> dict[str, DeviceInfo | None]:
+        """What each device of ``run`` said of itself last; None for one that never answered."""
+        rows = self._query("SELECT device, info FROM devices WHERE run = ? ORDER BY device", run)
+        return {device: wire.decode(info, DeviceInfo) if info else None for device, info in rows}
+
+    def history(self, run: str) -> list[RoundHistory]:
+        """One entry a round, in order; rounds that only have metrics or losses (not closed) are among them."""
+        self.get_run(run)
+        closed = dict(self._query("SELECT round, closed FROM rounds WHERE run = ?", run))
+        reported: dict[int, dict[bool, list[str]]] = {}
+        for round, device, late in self._query(
+            "SELECT round, device, late FROM reports WHERE run = ? ORDER BY device", run
+        ):
+            reported.setdefault(round, {}).setdefault(bool(late), []).append(device)
+        metrics: dict[int, dict[str, float]] = {}
+        for round, name, value in self._query("SELECT round, name, value FROM metrics WHERE run = ?", run):
+            metrics.setdefault(round, {})[name] = value
+        losses: dict[int, dict[str, str]] = {}
+        for round, device, reason in self._query("SELECT round, device, reason FROM losses WHERE run = ?", run):
+            losses.setdefault(round, {})[device] = reason
+        return [
+            RoundHistory(
+                round=round,
+                closed=closed.get(round, ""),
+                reported=tuple(reported.get(round, {}).get(False, ())),
+                late=tuple(reported.get(round, {}).get(True, ())),
+                lost=losses.get(round, {}),
+                metrics=metrics.get(round, {}),
+            )
+            for round in sorted({*closed, *metrics, *losses})
+        ]
+
+    # --- inside --------------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        try:
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._db.execute("PRAGMA foreign_keys = ON")
+        except sqlite3.Error as error:
+            raise StoreError(f"{self.path} is not a run database: {error}") from error
+        with self._transaction() as db:
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+            tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+            if version == 0 and tables == 0:
+                for statement in _SCHEMA.split(";"):
+                    db.execute(statement)
+                db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            elif version != SCHEMA_VERSION:
+                raise StoreError(f"{self.path} is not a run database of version {SCHEMA_VERSION}: choose another file")
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._db
+                    self._db.execute("COMMIT")
+                finally:
+                    if self._db.in_transaction:
+                        self._db.execute("ROLLBACK")
+            except sqlite3.Error as error:
+                raise StoreError(f"cannot write the run database {self.path}: {error}") from error
+
+    def _query(self, sql: str, *values: object) -> list[Any]:
+        with self._lock:
+            try:
+                return self._db.execute(sql, values).fetchall()
+            except sqlite3.Error as error:
+                raise StoreError(f"cannot read the run database {self.path}: {error}") from error
+
+    @staticmethod
+    def _write_metrics(db: sqlite3.Connection, run: str, round: int, metrics: Mapping[str, float]) -> None:
+        rows = [(run, round, name, float(value)) for name, value in metrics.items()]
+        db.executemany("INSERT OR REPLACE INTO metrics VALUES (?, ?, ?, ?)", rows)
+
+    @staticmethod
+    def _write_traffic(db: sqlite3.Connection, run: str, traffic: Mapping[str, Traffic]) -> None:
+        rows = [(*cost, run, device) for device, cost in traffic.items()]
+        db.executemany(
+            "UPDATE devices SET bytes_up = ?, bytes_down = ?, peak_rss_bytes = ? WHERE run = ? AND device = ?", rows
+        )
+
+
+_SELECT_RUN: Final = (
+    "SELECT run, created, updated, status, task, model_fingerprint, model_name, identity, settings, result,"
+    " (SELECT count(*) FROM rounds WHERE rounds.run = runs.run) FROM runs"
+)
+
+
+def _now() -> str:
+    # For people only: nothing is decided by the wall clock.
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

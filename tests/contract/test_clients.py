@@ -1,0 +1,312 @@
+"""What every `DeviceClient` must do, whichever way it reaches its device."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from tests.fake_device import FINGERPRINT, FakeDevice
+
+from fedbpt import wire
+from fedbpt.agent import AgentService
+from fedbpt.agent.server import AgentServer
+from fedbpt.clients import DeviceClient, HttpClient, InProcessClient
+from fedbpt.errors import DeviceFailedError, DeviceRefusedError, DeviceTimeoutError, InputError
+from fedbpt.messages import (
+    Array,
+    EvaluateRequest,
+    ObjectiveSpec,
+    PooledWork,
+    PromptSpec,
+    RoundPlan,
+    RoundProgress,
+    SearchState,
+    Template,
+)
+
+TEMPLATE = Template(pattern="{text} It was", label_words=(" bad", " good"))
+
+
+def plan(**changes: Any) -> RoundPlan:
+    made = RoundPlan(
+        run="r",
+        round=1,
+        device="a",
+        seed=0,
+        model_fingerprint=FINGERPRINT,
+        labels=("x", "y"),
+        template=TEMPLATE,
+        prompt=PromptSpec(d=3),
+        objective=ObjectiveSpec(),
+        work=PooledWork(state=SearchState(mean=Array.of(np.zeros(3)), sigma=1.0), generation=0, popsize=4),
+    )
+    return msgspec.structs.replace(made, **changes)
+
+
+def request(**changes: Any) -> EvaluateRequest:
+    made = EvaluateRequest(
+        model_fingerprint=FINGERPRINT,
+        labels=("x", "y"),
+        template=TEMPLATE,
+        prompt=PromptSpec(d=3),
+        objective=ObjectiveSpec(),
+        latents=Array.of(np.array([np.zeros(3), np.ones(3)])),
+    )
+    return msgspec.structs.replace(made, **changes)
+
+
+@pytest.fixture
+def device() -> FakeDevice:
+    return FakeDevice("a")
+
+
+@pytest.fixture(params=["in_process", "http"])
+def make_client(request: pytest.FixtureRequest, device: FakeDevice) -> Iterator[Callable[[], DeviceClient]]:
+    if request.param == "in_process":
+        yield lambda: InProcessClient(device)
+        return
+    with AgentServer(AgentService(device)) as server:
+        yield lambda: HttpClient(server.url, name="a")
+
+
+def play(make_client: Callable[[], DeviceClient], scene: Callable[[DeviceClient], Awaitable[None]]) -> DeviceClient:
+    @asynccontextmanager
+    async def opened() -> AsyncIterator[DeviceClient]:
+        client = make_client()
+        try:
+            yield client
+        finally:
+            await client.aclose()
+
+    async def main() -> DeviceClient:
+        async with opened() as client:
+            await asyncio.wait_for(scene(client), 20)
+            return client
+
+    return asyncio.run(main())
+
+
+def test_status_is_what_the_device_says(make_client, device):
+    async def scene(client):
+        assert await client.status() == device.info()
+
+    assert play(make_client, scene).name == "a"
+
+
+def test_a_round_is_accepted_at_once_and_its_report_waited_for(make_client, device):
+    device.slow_s = 0.3
+
+    async def scene(client):
+        began = time.monotonic()
+        await client.start(plan())
+        assert time.monotonic() - began < 0.2
+        assert (await client.status()).busy
+        report = await client.wait("r", 1)
+        assert time.monotonic() - began >= 0.3
+        assert report.plan_digest == wire.digest(plan())
+        assert not (await client.status()).busy
+
+    play(make_client, scene)
+
+
+def test_the_same_plan_again_gives_the_same_report_without_working_twice(make_client, device):
+    async def scene(client):
+        await client.start(plan())
+        await client.start(plan())
+        first = await client.wait("r", 1)
+        await client.start(plan())
+        assert await client.wait("r", 1) == first
+
+    play(make_client, scene)
+    assert len(device.plans) == 1
+
+
+def test_another_plan_for_the_same_round_is_a_conflict(make_client, device):
+    async def scene(client):
+        for _ in range(2):
+            await client.start(plan())
+            with pytest.raises(DeviceRefusedError) as caught:
+                await client.start(plan(seed=1))
+            assert caught.value.code == "conflict"
+            await client.wait("r", 1)
+
+    play(make_client, scene)
+    assert len(device.plans) == 1
+
+
+def test_a_plan_for_another_model_is_refused_by_name(make_client):
+    async def scene(client):
+        with pytest.raises(DeviceRefusedError, match=r"toy.*sha256:other") as caught:
+            await client.start(plan(model_fingerprint="sha256:other"))
+        assert caught.value.code == "wrong-model"
+        with pytest.raises(DeviceRefusedError, match="sha256:other"):
+            await client.evaluate(request(model_fingerprint="sha256:other"))
+
+    play(make_client, scene)
+
+
+def test_a_round_that_the_device_does_not_know_is_named_so(make_client):
+    async def scene(client):
+        with pytest.raises(DeviceRefusedError) as caught:
+            await client.wait("r", 7)
+        assert caught.value.code == "unknown-round"
+
+    play(make_client, scene)
+
+
+def test_waiting_ends_with_its_time_and_the_work_goes_on(make_client, device):
+    device.gate.clear()
+    seen: list[RoundProgress] = []
+
+    async def scene(client):
+        await client.start(plan())
+        began = time.monotonic()
+        with pytest.raises(DeviceTimeoutError, match=r"round 1 within 0\.2 s"):
+            await client.wait("r", 1, timeout_s=0.2, on_progress=seen.append)
+        assert time.monotonic() - began < 2
+        device.gate.set()
+        await client.wait("r", 1)
+
+    play(make_client, scene)
+    assert (seen[-1].done, seen[-1].total, seen[-1].state) == (1, 2, "running")
+
+
+def test_cancelling_stops_the_work_and_the_round_can_begin_again(make_client, device):
+    device.gate.clear()
+
+    async def scene(client):
+        await client.start(plan())
+        waiting = asyncio.ensure_future(client.wait("r", 1))
+        await asyncio.sleep(0.1)
+        await client.cancel("r", 1)
+        with pytest.raises(DeviceFailedError, match="cancelled"):
+            await waiting
+        with pytest.raises(DeviceRefusedError, match="send its plan again"):
+            await client.wait("r", 1)
+        await client.cancel("r", 1)
+        assert not (await client.status()).busy
+        device.gate.set()
+        await client.start(plan())
+        await client.wait("r", 1)
+
+    play(make_client, scene)
+
+
+def test_failed_work_is_reported_with_its_reason_and_can_be_tried_again(make_client, device):
+    async def scene(client):
+        for problem, said in ((InputError("no rows"), "no rows"), (KeyError("x"), "KeyError: 'x'")):
+            device.fail = problem
+            await client.start(plan())
+            with pytest.raises(DeviceFailedError, match=said):
+                await client.wait("r", 1)
+        device.fail = None
+        await client.start(plan())
+        await client.wait("r", 1)
+
+    play(make_client, scene)
+
+
+def test_a_finished_report_is_kept_until_the_next_round_replaces_it(make_client):
+    async def scene(client):
+        await client.start(plan())
+        await client.wait("r", 1)
+        await client.wait("r", 1)
+        await client.start(plan(round=2))
+        with pytest.raises(DeviceRefusedError):
+            await client.wait("r", 1)
+
+    play(make_client, scene)
+
+
+def test_a_later_round_of_the_same_run_supersedes_one_at_work(make_client, device):
+    device.gate.clear()
+
+    async def scene(client):
+        await client.start(plan())
+        await client.start(plan(round=2))
+        device.gate.set()
+        assert (await client.wait("r", 2)).round == 2
+
+    play(make_client, scene)
+
+
+def test_another_run_is_told_that_the_device_is_busy(make_client, device):
+    device.gate.clear()
+
+    async def scene(client):
+        await client.start(plan())
+        with pytest.raises(DeviceRefusedError, match="run 'r'") as caught:
+            await client.start(plan(run="other"))
+        assert caught.value.code == "busy"
+        device.gate.set()
+        await client.wait("r", 1)
+        await client.start(plan(run="other"))
+        await client.wait("other", 1)
+        await client.wait("r", 1)
+
+    play(make_client, scene)
+
+
+def test_an_evaluation_gives_counts_for_every_latent(make_client, device):
+    device.evaluate_slow_s = 0.2
+
+    async def scene(client):
+        report = await client.evaluate(request())
+        assert (report.n, report.correct) == (20, (10, 20))
+        assert (await client.evaluate(request(split="dev", max_rows=5))).n == 5
+
+    play(make_client, scene)
+
+
+def test_an_evaluation_waits_its_turn_and_may_run_out_of_time(make_client, device):
+    device.gate.clear()
+
+    async def scene(client):
+        await client.start(plan())
+        with pytest.raises(DeviceTimeoutError, match=r"evaluation within 0\.1 s"):
+            await client.evaluate(request(), timeout_s=0.1)
+        device.gate.set()
+        assert (await client.evaluate(request())).n == 20
+        await client.wait("r", 1)
+
+    play(make_client, scene)
+
+
+def test_bodies_are_counted_both_ways(make_client):
+    async def scene(client):
+        info = await client.status()
+        assert (client.bytes_down, client.bytes_up) == (0, len(wire.encode(info)))
+        before = client.bytes_up
+        await client.start(plan())
+        assert client.bytes_down == len(wire.encode(plan()))
+        report = await client.wait("r", 1)
+        assert 0 <= client.bytes_up - before - len(wire.encode(report)) < 200
+
+    play(make_client, scene)
+
+
+def test_a_client_can_be_used_again_after_closing_in_another_loop(make_client):
+    async def scene(client):
+        await client.start(plan())
+        await client.wait("r", 1)
+
+    client = play(make_client, scene)
+    play(lambda: client, scene)
+    assert client.bytes_down >= len(wire.encode(plan()))
+
+
+def test_closing_leaves_no_work_running_for_ever(device):
+    device.gate.clear()
+
+    async def scene(client):
+        await client.start(plan())
+
+    began = time.monotonic()
+    play(lambda: InProcessClient(device), scene)
+    assert time.monotonic() - began < 3

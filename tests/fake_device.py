@@ -1,0 +1,120 @@
+"""A device without a model, for tests of the federation: its losses are a known function of the candidates."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from fedbpt import wire
+from fedbpt.errors import ScoringInterrupted
+from fedbpt.messages import (
+    Array,
+    DeviceInfo,
+    EvaluateReport,
+    EvaluateRequest,
+    LocalResult,
+    LocalWork,
+    PooledResult,
+    PooledWork,
+    Result,
+    RoundPlan,
+    RoundReport,
+    SelectResult,
+    SelectWork,
+)
+
+FINGERPRINT = "sha256:toy"
+
+
+class FakeDevice:
+    """Losses are squared distances to a target; `slow_s` is how long a round takes, `fail` what it raises."""
+
+    def __init__(self, name: str, *, slow_s: float = 0.0, target: float = 1.0, fingerprint: str = FINGERPRINT) -> None:
+        self.name = name
+        self.slow_s = slow_s
+        self.evaluate_slow_s = 0.0
+        self.target = target
+        self.fingerprint = fingerprint
+        self.fail: Exception | None = None
+        self.change: Callable[[RoundReport], RoundReport] = lambda report: report
+        self.plans: list[RoundPlan] = []
+        self.requests: list[EvaluateRequest] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def info(self) -> DeviceInfo:
+        return DeviceInfo(
+            name=self.name,
+            version="0",
+            model_fingerprint=self.fingerprint,
+            model_name=self.fingerprint.split(":")[1],
+            backend="toy",
+            n_train=16,
+            n_dev=10,
+            n_test=20,
+            ram_bytes=2**30,
+            rss_bytes=2**20,
+            peak_rss_bytes=2**21,
+        )
+
+    def run(self, plan: RoundPlan, progress: Callable[[int, int], None], cancelled: Callable[[], bool]) -> RoundReport:
+        self.plans.append(plan)
+        began = time.monotonic()
+        while time.monotonic() - began < self.slow_s or not self.gate.is_set():
+            if cancelled():
+                raise ScoringInterrupted("cancelled")
+            progress(1, 2)
+            time.sleep(0.005)
+        if self.fail is not None:
+            raise self.fail
+        return self.change(
+            RoundReport(
+                run=plan.run,
+                round=plan.round,
+                device=plan.device,
+                plan_digest=wire.digest(plan),
+                result=self._result(plan),
+                n_texts=8,
+                evaluations=4,
+                tokens=32,
+                seconds=time.monotonic() - began,
+                peak_rss_bytes=3 * 2**20,
+            )
+        )
+
+    def evaluate(self, request: EvaluateRequest) -> EvaluateReport:
+        self.requests.append(request)
+        time.sleep(self.evaluate_slow_s)
+        n = self.info().n_dev if request.split == "dev" else self.info().n_test
+        n = min(n, request.max_rows or n)
+        distances = [self._loss(latent) for latent in request.latents.numpy()]
+        d = request.latents.shape[1]
+        return EvaluateReport(
+            n=n,
+            correct=tuple(int(n * max(0.0, 1 - 0.5 * distance / (d * self.target**2))) for distance in distances),
+            loss_sums=tuple(n * distance for distance in distances),
+            seconds=0.01,
+        )
+
+    def _loss(self, latent: np.ndarray) -> float:
+        return float(((latent - self.target) ** 2).sum())
+
+    def _result(self, plan: RoundPlan) -> Result:
+        work = plan.work
+        if isinstance(work, SelectWork):
+            return SelectResult(loss_sums=Array.of(np.array([float(len(t.pattern)) for t in work.templates])))
+        if isinstance(work, LocalWork):
+            mean = work.state.mean.numpy()
+            return LocalResult(mean=Array.of(mean + 0.1), fitness=self._loss(mean), sigma_squares=1.0)
+        return PooledResult(losses=Array.of(np.array([self._loss(z) for z in candidates(work, plan.seed)])))
+
+
+def candidates(work: PooledWork, seed: int) -> np.ndarray:
+    """[popsize, d]: the population that every party of the toy search makes by itself."""
+    mean = work.state.mean.numpy()
+    return mean + work.state.sigma * np.random.default_rng([seed, work.generation]).normal(
+        size=(work.popsize, mean.size)
+    )

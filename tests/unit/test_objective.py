@@ -1,0 +1,263 @@
+"""Losses of soft prompts on labelled rows."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedbpt.errors import DataError, InputError, ScoringInterrupted, TaskError
+from fedbpt.messages import ObjectiveSpec, PromptSpec, Template
+from fedbpt.objective import CHUNK, Objective, batch_indices, cross_entropy, hinge
+from fedbpt.tasks.task import cue_ids, label_ids, render_ids
+from tests.toy_scorer import BOS, ToyScorer
+
+# The toy tokenizer's words share their first byte, the space: these do not.
+TEMPLATE = Template(pattern="{text}\nMood: (", label_words=("bad", "good"))
+LABELS = ("bad", "good")
+ROWS = [(f"text number {i} {'ugly' * (i % 2)}", i % 2) for i in range(10)]
+CUE = PromptSpec(n_prompt=2, d=6, seed=1)
+FRONT = PromptSpec(n_prompt=3, d=6, seed=1, placement="front")
+
+
+def make(
+    prompt: PromptSpec = CUE,
+    spec: ObjectiveSpec | None = None,
+    rows: list[tuple[str, int]] | None = None,
+    **more: object,
+) -> Objective:
+    scorer = more.pop("scorer", None) or ToyScorer()
+    return Objective(scorer, TEMPLATE, LABELS, rows or ROWS, spec or ObjectiveSpec(), prompt, **more)
+
+
+def latents(k: int, d: int = 6) -> np.ndarray:
+    return np.random.default_rng(5).standard_normal((k, d))
+
+
+# --- losses --------------------------------------------------------------------------------------------------------
+
+
+def test_cross_entropy_by_hand() -> None:
+    logits = [[[0.0, 0.0], [0.0, math.log(3)]]]
+    np.testing.assert_allclose(cross_entropy(logits, [0, 1]), [[math.log(2), math.log(4 / 3)]])
+
+
+def test_cross_entropy_of_huge_logits_is_finite() -> None:
+    np.testing.assert_allclose(cross_entropy([[1e4, -1e4], [-1e4, 1e4]], [0, 0]), [0, 2e4])
+
+
+def test_hinge_by_hand() -> None:
+    logits = [[3.0, 0.0, 2.0], [0.0, 0.0, 9.0]]
+    np.testing.assert_allclose(hinge(logits, [0, 2]), [1.0, 0.0])
+    np.testing.assert_allclose(hinge(logits, [0, 2], margin=4.0), [1.0 + 3.0, 0.0])
+
+
+@given(
+    logits=st.lists(st.lists(st.floats(-50, 50), min_size=3, max_size=3), min_size=1, max_size=4),
+    shift=st.floats(-100, 100),
+)
+def test_losses_ignore_a_common_shift_and_are_never_negative(logits: list[list[float]], shift: float) -> None:
+    targets = [i % 3 for i in range(len(logits))]
+    for loss in (cross_entropy, hinge):
+        values = loss(logits, targets)
+        assert (values >= -1e-9).all()
+        np.testing.assert_allclose(values, loss(np.add(logits, shift), targets), atol=1e-9)
+
+
+@pytest.mark.parametrize(("logits", "targets"), [([[1.0, 2.0]], [2]), ([[1.0, 2.0]], [-1]), ([[1.0, 2.0]], [0, 1])])
+@pytest.mark.parametrize("loss", [cross_entropy, hinge])
+def test_targets_that_do_not_fit_are_refused(loss: object, logits: list, targets: list) -> None:
+    with pytest.raises(InputError):
+        loss(logits, targets)
+
+
+# --- measuring -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", [CUE, FRONT])
+def test_losses_are_those_of_the_scorers_logits(prompt: PromptSpec) -> None:
+    objective, scorer = make(prompt), ToyScorer()
+    embeds = objective.embeds(latents(3))
+    texts = [render_ids(scorer, TEMPLATE, text) for text, _ in ROWS]
+    prefix = None
+    if prompt is FRONT:
+        assert all(text[0] == BOS for text in texts)
+        texts, prefix = [text[1:] for text in texts], [BOS]
+    words = label_ids(scorer, TEMPLATE, LABELS)
+    logits = scorer.score_with_soft_prompt(texts, embeds, words, prompt.placement, prefix)
+    expected = cross_entropy(logits, [label for _, label in ROWS])
+    np.testing.assert_allclose(objective.losses(embeds), expected.mean(axis=1))
+    np.testing.assert_allclose(objective.losses(embeds, [1, 4]), expected[:, [1, 4]].mean(axis=1))
+
+
+def test_z_zero_in_the_cue_is_the_zero_shot_model() -> None:
+    objective, scorer = make(), ToyScorer()
+    texts = [render_ids(scorer, TEMPLATE, text) for text, _ in ROWS]
+    plain = scorer.score_with_soft_prompt(texts, np.zeros((1, 0, 8)), label_ids(scorer, TEMPLATE, LABELS))
+    expected = cross_entropy(plain, [label for _, label in ROWS]).sum()
+    assert objective.evaluate(objective.embeds(np.zeros((1, 6)))).loss_sums[0] == pytest.approx(expected, abs=0)
+    assert objective.evaluate(objective.zero_shot_embeds()).loss_sums[0] == pytest.approx(expected, abs=0)
+
+
+def test_zero_shot_in_front_has_no_prompt() -> None:
+    objective = make(FRONT)
+    assert objective.zero_shot_embeds().shape == (1, 0, 8)
+    assert make().evaluate(make().zero_shot_embeds()).loss_sums == pytest.approx(
+        objective.evaluate(objective.zero_shot_embeds()).loss_sums
+    )
+
+
+def test_the_cue_starts_from_the_cues_own_last_rows() -> None:
+    scorer = ToyScorer()
+    own = scorer.token_embeddings(cue_ids(scorer, TEMPLATE)[-2:])
+    assert np.array_equal(make().embeds(np.zeros((1, 6)))[0], own)
+
+
+def test_evaluation_counts_what_is_right() -> None:
+    objective = make()
+    found = objective.evaluate(objective.embeds(latents(4)), [0, 1, 2, 3, 9])
+    assert found.n == 5
+    assert found.predictions.shape == (4, 5)
+    truth = np.array([0, 1, 0, 1, 1])
+    assert found.correct == tuple((found.predictions == truth).sum(axis=1))
+    assert found.accuracy == tuple(c / 5 for c in found.correct)
+
+
+def test_all_candidates_share_every_scoring_call() -> None:
+    scorer = ToyScorer()
+    objective = make(rows=ROWS * 15, scorer=scorer)
+    objective.losses(objective.embeds(latents(3)))
+    assert scorer.calls == [(3, CHUNK), (3, CHUNK), (3, 150 - 2 * CHUNK)]
+
+
+def test_a_label_bias_moves_predictions() -> None:
+    objective = make(label_bias=[1e3, 0.0])
+    assert objective.evaluate(objective.zero_shot_embeds()).correct == (5,)
+    assert (objective.evaluate(objective.zero_shot_embeds()).predictions == 0).all()
+
+
+def test_the_hinge_loss_is_used_where_asked_for() -> None:
+    embeds = make().embeds(latents(2))
+    assert not np.allclose(make().losses(embeds), make(spec=ObjectiveSpec(loss="hinge")).losses(embeds))
+
+
+# --- the perturbed ratio -------------------------------------------------------------------------------------------
+
+
+def test_the_perturbed_objective_is_a_ratio() -> None:
+    spec = ObjectiveSpec(perturb=0.5)
+    objective, plain = make(spec=spec), make()
+    embeds = objective.embeds(latents(2))
+    ratio = objective.losses(embeds, rng=np.random.default_rng(3))
+    perturbed = plain.losses(embeds) / ratio
+    assert not np.allclose(perturbed, plain.losses(embeds))
+    assert np.array_equal(ratio, objective.losses(embeds, rng=np.random.default_rng(3)))
+
+
+def test_a_perturbation_rate_of_almost_nothing_gives_one() -> None:
+    objective = make(spec=ObjectiveSpec(perturb=1e-9))
+    np.testing.assert_allclose(objective.losses(objective.embeds(latents(2)), rng=np.random.default_rng(0)), 1.0)
+
+
+def test_a_prompt_in_front_can_be_perturbed() -> None:
+    objective = make(FRONT, ObjectiveSpec(perturb=1.0))
+    assert np.isfinite(objective.losses(objective.embeds(latents(2)), rng=np.random.default_rng(0))).all()
+
+
+def test_the_perturbed_objective_needs_a_generator() -> None:
+    objective = make(spec=ObjectiveSpec(perturb=0.5))
+    with pytest.raises(InputError, match="generator"):
+        objective.losses(objective.embeds(latents(1)))
+
+
+# --- counting, progress, cancelling --------------------------------------------------------------------------------
+
+
+def test_tokens_in_the_cue_count_each_text_once() -> None:
+    objective, scorer = make(), ToyScorer()
+    lengths = [len(render_ids(scorer, TEMPLATE, text)) for text, _ in ROWS]
+    objective.losses(objective.embeds(latents(3)), [0, 1])
+    assert objective.tokens == sum(lengths[:2]) - 2 * 2 + 3 * 2 * 2
+    objective.losses(objective.embeds(latents(3)), [0, 1])
+    assert objective.tokens == sum(lengths[:2]) - 2 * 2 + 2 * 3 * 2 * 2
+    assert objective.evaluations == 6
+
+
+def test_tokens_in_front_count_every_time() -> None:
+    objective, scorer = make(FRONT), ToyScorer()
+    lengths = [len(render_ids(scorer, TEMPLATE, text)) - 1 for text, _ in ROWS]
+    for _ in range(2):
+        objective.losses(objective.embeds(latents(4)), [2, 3])
+    assert objective.tokens == 2 * 4 * (3 + sum(lengths[2:4]))
+
+
+def test_progress_counts_rows() -> None:
+    seen: list[tuple[int, int]] = []
+    objective = make(rows=ROWS * 10, spec=ObjectiveSpec(perturb=0.3))
+    embeds = objective.embeds(latents(1))
+    objective.losses(embeds, rng=np.random.default_rng(0), progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(64, 200), (100, 200), (164, 200), (200, 200)]
+
+
+def test_cancelling_stops_between_chunks() -> None:
+    scorer = ToyScorer()
+    objective = make(rows=ROWS * 20, scorer=scorer)
+    with pytest.raises(ScoringInterrupted):
+        objective.losses(objective.embeds(latents(1)), cancelled=lambda: len(scorer.calls) == 2)
+    assert len(scorer.calls) == 2
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_longer_than_the_cue_names_the_longest_possible() -> None:
+    n = len(cue_ids(ToyScorer(), TEMPLATE))
+    with pytest.raises(TaskError, match=f"use n_prompt {n} at most"):
+        make(PromptSpec(n_prompt=n + 1, d=6))
+    make(PromptSpec(n_prompt=n, d=6))
+
+
+@pytest.mark.parametrize("rows", [[("fine", 2)], [("fine", -1)]])
+def test_a_label_out_of_range_is_refused(rows: list[tuple[str, int]]) -> None:
+    with pytest.raises(DataError, match="label"):
+        make(rows=rows)
+
+
+def test_no_rows_are_refused() -> None:
+    with pytest.raises(DataError):
+        Objective(ToyScorer(), TEMPLATE, LABELS, [], ObjectiveSpec(), CUE)
+
+
+@pytest.mark.parametrize("indices", [[], [10], [-1], [[0]]])
+def test_bad_indices_are_refused(indices: list) -> None:
+    with pytest.raises(InputError):
+        make().losses(make().zero_shot_embeds(), indices)
+
+
+def test_a_two_dimensional_prompt_is_refused() -> None:
+    with pytest.raises(InputError):
+        make().losses(np.zeros((2, 8)))
+
+
+# --- mini-batches and artefacts ------------------------------------------------------------------------------------
+
+
+@given(n=st.integers(1, 50), size=st.integers(0, 60), seed=st.integers(0, 100))
+def test_a_mini_batch_is_distinct_rows(n: int, size: int, seed: int) -> None:
+    chosen = batch_indices(n, size, np.random.default_rng(seed))
+    assert len(chosen) == (n if size == 0 else min(n, size))
+    assert (np.diff(chosen) > 0).all()
+    assert chosen[0] >= 0
+    assert chosen[-1] < n
+
+
+def test_a_latent_becomes_a_prompt() -> None:
+    objective = make()
+    z = latents(1)[0]
+    prompt = objective.as_prompt(z, "mood", ({"round": 3},))
+    assert np.array_equal(prompt.rows, objective.embeds(z[None])[0])
+    assert prompt.history == ({"round": 3},)
+    prompt.check(ToyScorer())

@@ -1,0 +1,163 @@
+"""The prompt artefact: what is saved is what is loaded, and the wrong file or model is refused in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedbpt.errors import InputError, PromptError
+from fedbpt.messages import PromptSpec, Template
+from fedbpt.prompt import Prompt
+from tests.toy_scorer import ToyScorer
+
+
+def make(**changes: object) -> Prompt:
+    scorer = ToyScorer()
+    fields: dict = {
+        "rows": np.random.default_rng(0).standard_normal((2, 8)),
+        "spec": PromptSpec(n_prompt=2, d=20, seed=3),
+        "task_name": "mood",
+        "labels": ("bad", "good"),
+        "template": Template(pattern="{text}\nMood:", label_words=(" bad", " good")),
+        "model_fingerprint": scorer.fingerprint,
+        "model_name": "toy",
+        "architecture": "toy",
+        "history": ({"round": 1, "loss": 0.5},),
+        "label_bias": np.array([0.25, -0.25]),
+    }
+    return Prompt(**{**fields, **changes})
+
+
+def test_a_prompt_survives_the_disk(tmp_path: Path) -> None:
+    prompt = make()
+    saved = prompt.save(tmp_path / "p.safetensors")
+    loaded = Prompt.load(saved)
+    assert loaded == prompt
+    assert loaded.rows.tobytes() == prompt.rows.tobytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["p.safetensors"]
+
+
+@given(text=st.text(max_size=40).filter(lambda s: s.isprintable()))
+def test_any_text_survives_in_the_metadata(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.mktemp("p") / "p.safetensors"
+    prompt = make(task_name=text, template=Template(pattern=text + "{text}\n", label_words=(text + "a", text + "b")))
+    prompt.save(path)
+    assert Prompt.load(path) == prompt
+
+
+def test_the_label_bias_is_zero_unless_given() -> None:
+    assert make(label_bias=None).label_bias.tolist() == [0, 0]
+
+
+def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    one, other = make().save(tmp_path / "a"), make().save(tmp_path / "b")
+    assert one.read_bytes() == other.read_bytes()
+
+
+def one_line(error: pytest.ExceptionInfo[PromptError]) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(PromptError) as error:
+        Prompt.load(tmp_path / "none.safetensors")
+    assert "none.safetensors" in one_line(error)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello, I am text", b"\xff" * 100, b"\x02\0\0\0\0\0\0\0{}"])
+def test_a_file_of_another_kind_is_one_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "p.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(PromptError) as error:
+        Prompt.load(path)
+    one_line(error)
+
+
+@pytest.mark.parametrize("keep", [4, 60, 300, -1])
+def test_a_file_cut_short_is_one_line(tmp_path: Path, keep: int) -> None:
+    path = make().save(tmp_path / "p.safetensors")
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(PromptError) as error:
+        Prompt.load(path)
+    assert "p.safetensors" in one_line(error)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        None,
+        {"other": "x"},
+        {"fedbpt": "{"},
+        {"fedbpt": "[]"},
+        {"fedbpt": '{"format": 1}'},
+        {"fedbpt": '{"format": 99}'},
+    ],
+)
+def test_missing_or_odd_metadata_is_one_line(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+    path = tmp_path / "p.safetensors"
+    tensors = {"rows": np.zeros((2, 8), np.float32), "label_bias": np.zeros(2, np.float32)}
+    path.write_bytes(safetensors.numpy.save(tensors, metadata=metadata))
+    with pytest.raises(PromptError) as error:
+        Prompt.load(path)
+    one_line(error)
+
+
+def test_a_file_with_nan_is_damaged(tmp_path: Path) -> None:
+    path = make().save(tmp_path / "p.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-4:] = np.float32("nan").tobytes()
+    path.write_bytes(bytes(content))
+    with pytest.raises(PromptError, match="damaged"):
+        Prompt.load(path)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match="cannot write"):
+        make().save(tmp_path / "no" / "p.safetensors")
+
+
+def test_the_right_model_passes() -> None:
+    make().check(ToyScorer())
+
+
+def test_the_wrong_model_is_refused_by_name() -> None:
+    with pytest.raises(PromptError) as error:
+        make().check(ToyScorer(seed=1, name="other-7b"))
+    assert "toy" in one_line(error)
+    assert "other-7b" in one_line(error)
+
+
+def test_the_callers_rows_are_copied() -> None:
+    rows = np.ones((2, 8), dtype=np.float32)
+    prompt = make(rows=rows)
+    rows[:] = 0
+    assert (prompt.rows == 1).all()
+
+
+def test_its_repr_says_what_it_is() -> None:
+    assert "mood" in repr(make())
+    assert "2 x 8 cue" in repr(make())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rows": np.zeros((3, 8))},
+        {"rows": np.zeros(8)},
+        {"rows": np.full((2, 8), np.nan)},
+        {"label_bias": np.zeros(3)},
+        {"labels": ("only",), "label_bias": None},
+        {"history": ({"x": object()},)},
+        {"history": ({"x": float("nan")},)},
+    ],
+)
+def test_what_makes_no_sense_is_refused(changes: dict) -> None:
+    with pytest.raises(InputError):
+        make(**changes)
