@@ -45,7 +45,9 @@ class LocalDevice(Protocol):
         self, plan: RoundPlan, progress: Callable[[int, int], None], cancelled: Callable[[], bool]
     ) -> RoundReport: ...
 
-    def evaluate(self, request: EvaluateRequest) -> EvaluateReport: ...
+    def evaluate(
+        self, request: EvaluateRequest, progress: Callable[[int, int], None], cancelled: Callable[[], bool]
+    ) -> EvaluateReport: ...
 
 
 Output: TypeAlias = RoundReport | EvaluateReport
@@ -63,6 +65,12 @@ class _Job:
         self.error = ""
         self.output: Output | None = None
         self.ended = asyncio.Event()
+
+    def step(self, done: int, total: int) -> None:
+        self.steps = (done, total)
+
+    def is_cancelled(self) -> bool:
+        return self.cancelled
 
     def end(self, state: State, output: Output | None = None, error: str = "") -> None:
         self.state, self.output, self.error = state, output, error
@@ -115,7 +123,7 @@ class AgentService:
             self._drop(job)
 
         job = _Job(plan.run, plan.round, digest)
-        self._submit((plan.run, plan.round), job, lambda: self._run_plan(plan, job))
+        self._submit((plan.run, plan.round), job, lambda: self.device.run(plan, job.step, job.is_cancelled))
         return job.progress()
 
     async def wait(self, run: str, round: int, seconds: float) -> RoundReport | RoundProgress:
@@ -142,7 +150,7 @@ class AgentService:
         known = self._evaluation(identity)
         if known is None or known.state not in ("running", "done"):
             job = _Job(EVALUATION, 0, identity)
-            self._submit((identity, -1), job, lambda: self._run_evaluation(request, job))
+            self._submit((identity, -1), job, lambda: self.device.evaluate(request, job.step, job.is_cancelled))
         return identity
 
     async def wait_evaluation(self, identity: str, seconds: float) -> EvaluateReport | RoundProgress:
@@ -154,7 +162,7 @@ class AgentService:
         return output if isinstance(output, EvaluateReport) else job.progress()
 
     def cancel_evaluation(self, identity: str) -> None:
-        """Let go of an evaluation. One that is being computed still ends; nobody hears of it."""
+        """Stop an evaluation, or let go of its result."""
         job = self._evaluation(identity)
         if job is not None:
             self._drop(job)
@@ -247,17 +255,6 @@ class AgentService:
         else:
             self.counts["failed"] += 1
             job.end("failed", error=error)
-
-    def _run_plan(self, plan: RoundPlan, job: _Job) -> RoundReport:
-        def progress(done: int, total: int) -> None:
-            job.steps = (done, total)
-
-        return self.device.run(plan, progress, lambda: job.cancelled)
-
-    def _run_evaluation(self, request: EvaluateRequest, job: _Job) -> EvaluateReport:
-        if job.cancelled:
-            raise ScoringInterrupted("cancelled")
-        return self.device.evaluate(request)
 
 
 def metrics_text(service: AgentService) -> str:
