@@ -55,7 +55,7 @@ from fedbpt.store import RunStore, Traffic
 log = logging.getLogger(__name__)
 
 EVALUATION_DEADLINES: Final = 10
-"""An evaluation, of many rows, may take as long as this many rounds' deadlines."""
+"""The final evaluation, of many rows, may take as long as this many rounds; a live one as long as one."""
 
 SETTLE_S: Final = 5.0
 """How long the final evaluation waits for devices to be live again."""
@@ -219,7 +219,7 @@ class Federation:
     async def _evaluate_live(self, fleet: Fleet, round: int) -> None:
         """The mean's accuracy on ``dev`` rows, for the eyes only; devices that do not answer are left out."""
         request = self._ledger.request(self._ledger.aggregator.mean[None], split="dev", max_rows=self.settings.dev_rows)
-        reports = await fleet.evaluate(request, EVALUATION_DEADLINES * self.settings.deadline_s)
+        reports = await fleet.evaluate(request, self.settings.deadline_s)
         if not reports:
             return
         score = sum((Score.of(report, 0) for report in reports.values()), NO_SCORE)

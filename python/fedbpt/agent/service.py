@@ -109,6 +109,7 @@ class AgentService:
 
     def start(self, plan: RoundPlan) -> RoundProgress:
         """Accept ``plan``; refused as ``conflict``, ``busy`` or ``wrong-model``."""
+        self._check_open()
         self._check_model(plan.model_fingerprint)
         digest = wire.digest(plan)
         known = self._jobs.get((plan.run, plan.round))
@@ -145,6 +146,7 @@ class AgentService:
 
     def start_evaluation(self, request: EvaluateRequest) -> str:
         """Accept ``request``; returns the id by which to fetch the result. The same request has the same id."""
+        self._check_open()
         self._check_model(request.model_fingerprint)
         identity = wire.digest(request)
         known = self._evaluation(identity)
@@ -168,7 +170,7 @@ class AgentService:
             self._drop(job)
 
     def stop(self) -> None:
-        """Cancel all work and let go of everyone who waits. No more work is expected."""
+        """Cancel all work and let go of everyone who waits; from now on everything is refused as ``stopping``."""
         self._stopping.set()
         for job in list(self._jobs.values()):
             self._drop(job)
@@ -179,6 +181,10 @@ class AgentService:
         return self._worker.close(timeout_s) if self._owns_worker else True
 
     # --- inside --------------------------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._stopping.is_set():
+            raise self._refusal("stopping", "the device is being stopped")
 
     def _check_model(self, fingerprint: str) -> None:
         if fingerprint != self._info.model_fingerprint:
@@ -199,12 +205,12 @@ class AgentService:
         finally:
             for wait in waits:
                 wait.cancel()
+        self._check_open()
         if job.state == "failed":
             raise DeviceFailedError(job.error)
         return job.output
 
     def _submit(self, key: tuple[str, int], job: _Job, work: Callable[[], Output]) -> None:
-        self._stopping.clear()
         self._jobs.pop(key, None)
         self._jobs[key] = job
         self.counts["accepted"] += 1
