@@ -305,6 +305,7 @@ class CmaSearch:
         self, d: int, sigma0: float = 1.0, popsize: int = 16, seed: int = 0, covariance: Covariance = "diagonal"
     ) -> None:
         self._update = CmaUpdate(d, sigma0, popsize, covariance)
+        self._asked: Floats | None = None
         self.popsize = popsize
         self.seed = seed
         self.d = d
@@ -330,11 +331,14 @@ class CmaSearch:
 
     def ask(self) -> Floats:
         """This generation's candidates, float64 [popsize, d]. The same until `tell`."""
-        return sample_population(self.state(), self.popsize, self.seed, self.generation)
+        if self._asked is None:
+            self._asked = sample_population(self.state(), self.popsize, self.seed, self.generation)
+        return np.array(self._asked)
 
     def tell(self, losses: ArrayLike) -> None:
         """Losses [popsize] of what `ask` returned. Raises `InputError` for a wrong number of them, NaN, infinity."""
         self._update.update(self.ask(), losses)
+        self._asked = None
 
     def state(self) -> SearchState:
         """What a device needs to make the same candidates; float32 but for a full covariance."""

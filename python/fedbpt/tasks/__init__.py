@@ -1,0 +1,71 @@
+"""Tasks and their data.
+
+>>> from fedbpt import tasks
+>>> tasks.load("ag-news").labels
+('World', 'Sports', 'Business', 'Sci/Tech')
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedbpt.errors import ConfigError
+from fedbpt.messages import Template
+from fedbpt.tasks.builtin import BUILTIN
+from fedbpt.tasks.partition import Manifest, partition, read_manifest, split_rows, write_partition
+from fedbpt.tasks.perturb import perturb
+from fedbpt.tasks.readers import (
+    Row,
+    bbc_news,
+    drop_duplicates,
+    load_hub,
+    read_rows,
+    read_task_rows,
+    rows_from_dataset,
+    to_rows,
+    write_rows,
+)
+from fedbpt.tasks.task import Task, Tokenizer, cue_ids, label_ids, load_task, render_ids
+
+__all__ = [
+    "BUILTIN",
+    "Manifest",
+    "Row",
+    "Task",
+    "Template",
+    "Tokenizer",
+    "bbc_news",
+    "cue_ids",
+    "drop_duplicates",
+    "label_ids",
+    "load",
+    "load_hub",
+    "load_task",
+    "partition",
+    "perturb",
+    "read_manifest",
+    "read_rows",
+    "read_task_rows",
+    "render_ids",
+    "rows_from_dataset",
+    "split_rows",
+    "to_rows",
+    "write_partition",
+    "write_rows",
+]
+
+
+def load(name_or_path: str | Path) -> Task:
+    """A built-in task by name (``ag-news``, ``sst-2``, ``bbc-news``), or the task file at a path.
+
+    Raises:
+        ConfigError: neither; or a task file that cannot be read.
+        TaskError: a task file whose templates cannot work.
+    """
+    task = BUILTIN.get(str(name_or_path))
+    if task is not None:
+        return task
+    path = Path(name_or_path)
+    if path.suffix not in (".toml", ".json") and not path.is_file():
+        raise ConfigError(f"unknown task {str(name_or_path)!r}: give a task file or one of {', '.join(BUILTIN)}")
+    return load_task(path)

@@ -1,0 +1,183 @@
+"""Who holds which rows: splits for a laboratory federation, and their manifest.
+
+Schemes: ``iid`` (equal, shuffled), ``dirichlet`` (each label is dealt out with proportions drawn from Dirichlet(α):
+Hsu, Qi & Brown 2019, arXiv 1909.06335; a small α gives devices almost one label), ``size`` (labels alike everywhere,
+the numbers of rows drawn from Dirichlet(α)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, TypeAlias, get_args
+
+import msgspec
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fedbpt.errors import DataError, InputError
+from fedbpt.packages import sha256_of
+from fedbpt.seeding import generator
+from fedbpt.tasks.readers import Row, drop_duplicates, write_rows
+
+Scheme: TypeAlias = Literal["iid", "dirichlet", "size"]
+
+
+class DevicePart(msgspec.Struct, frozen=True):
+    """One device's file in a manifest; ``sha256`` hex of the file, ``counts`` rows by label name."""
+
+    file: str
+    rows: int
+    counts: dict[str, int]
+    sha256: str
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``manifest.json``: how rows were dealt out, and what each device's file holds."""
+
+    labels: tuple[str, ...]
+    scheme: Scheme
+    alpha: float | None
+    seed: int
+    devices: tuple[DevicePart, ...]
+    version: Literal[1] = 1
+
+
+def partition(
+    labels: ArrayLike,
+    n_devices: int,
+    scheme: Scheme = "iid",
+    alpha: float = 1.0,
+    seed: int = 0,
+    min_rows: int = 1,
+) -> list[NDArray[np.int64]]:
+    """Deal out rows: ``n_devices`` arrays of ascending row indices, disjoint, together all rows.
+
+    ``labels`` int [n]. A device that the draw leaves with fewer than ``min_rows`` gets random rows of the device that
+    holds most. Same arguments, same result.
+
+    Raises:
+        InputError: an unknown scheme, α ≤ 0, fewer than one device, fewer rows than n_devices·min_rows.
+    """
+    given = np.asarray(labels)
+    if given.ndim != 1 or (given.size and not np.issubdtype(given.dtype, np.integer)):
+        raise InputError("labels must be a one-dimensional array of integers")
+    if scheme not in get_args(Scheme):
+        raise InputError(f"unknown partition scheme {scheme!r}: choose one of {', '.join(get_args(Scheme))}")
+    if n_devices < 1 or min_rows < 1:
+        raise InputError("a partition needs at least one device and one row a device")
+    if not alpha > 0 or not np.isfinite(alpha):
+        raise InputError(f"alpha must be a positive number, got {alpha}")
+    if len(given) < n_devices * min_rows:
+        raise InputError(f"{len(given)} rows are too few for {n_devices} devices with at least {min_rows} each")
+    rng = generator(seed, "partition", scheme)
+    if scheme == "dirichlet":
+        groups = [np.flatnonzero(given == label) for label in np.unique(given)]
+        shares = [rng.dirichlet(np.full(n_devices, alpha)) for _ in groups]
+    else:
+        groups = [np.arange(len(given))]
+        equal = np.full(n_devices, 1.0 / n_devices)
+        shares = [equal if scheme == "iid" else rng.dirichlet(np.full(n_devices, alpha))]
+    parts: list[list[int]] = [[] for _ in range(n_devices)]
+    for group, share in zip(groups, shares, strict=True):
+        cuts = np.rint(np.cumsum(share)[:-1] * len(group)).astype(int)
+        for part, indices in zip(parts, np.split(rng.permutation(group), cuts), strict=True):
+            part.extend(indices.tolist())
+    _top_up(parts, min_rows, rng)
+    return [np.sort(np.asarray(part, dtype=np.int64)) for part in parts]
+
+
+def _top_up(parts: list[list[int]], min_rows: int, rng: np.random.Generator) -> None:
+    for part in parts:
+        while len(part) < min_rows:
+            richest = max(parts, key=len)
+            part.append(richest.pop(int(rng.integers(len(richest)))))
+
+
+def split_rows(rows: Sequence[Row], sizes: Mapping[str, int], seed: int = 0) -> dict[str, list[Row]]:
+    """Disjoint, shuffled splits of ``rows``, each with the labels' proportions (to within a row a label).
+
+    ``sizes`` maps a split's name to its number of rows. Rows with equal texts count once, so that no text is in two
+    splits; rows left over are not returned.
+
+    Raises:
+        DataError: fewer distinct rows than asked for.
+        InputError: a negative size.
+    """
+    if any(size < 0 for size in sizes.values()):
+        raise InputError(f"a split's size cannot be negative: {dict(sizes)}")
+    distinct = drop_duplicates(rows)
+    total = sum(sizes.values())
+    if total > len(distinct):
+        raise DataError(f"{len(distinct)} distinct rows are too few for {total} ({dict(sizes)})")
+    rng = generator(seed, "split")
+    # Each label's rows are spread evenly over [0, 1) in random order: any stretch then has every label in proportion.
+    positions = np.empty(len(distinct))
+    given = np.asarray([label for _, label in distinct])
+    for label in np.unique(given):
+        members = rng.permutation(np.flatnonzero(given == label))
+        positions[members] = (np.arange(len(members)) + rng.random()) / len(members)
+    order = np.argsort(positions, kind="stable")
+    splits: dict[str, list[Row]] = {}
+    start = 0
+    for name, size in sizes.items():
+        splits[name] = [distinct[i] for i in rng.permutation(order[start : start + size])]
+        start += size
+    return splits
+
+
+def write_partition(
+    folder: str | Path,
+    rows: Sequence[Row],
+    labels: Sequence[str],
+    n_devices: int,
+    scheme: Scheme = "iid",
+    alpha: float = 1.0,
+    seed: int = 0,
+    min_rows: int = 1,
+) -> Manifest:
+    """Deal ``rows`` out to ``folder``/``device-0.jsonl`` … and write ``manifest.json``, which is also returned.
+
+    Raises what `partition` does.
+    """
+    parts = partition([label for _, label in rows], n_devices, scheme, alpha, seed, min_rows)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    devices = []
+    for index, part in enumerate(parts):
+        file = folder / f"device-{index}.jsonl"
+        own = [rows[i] for i in part]
+        write_rows(file, own, labels)
+        counts = {name: sum(label == i for _, label in own) for i, name in enumerate(labels)}
+        devices.append(DevicePart(file=file.name, rows=len(own), counts=counts, sha256=sha256_of(file)))
+    manifest = Manifest(
+        labels=tuple(labels),
+        scheme=scheme,
+        alpha=None if scheme == "iid" else alpha,
+        seed=seed,
+        devices=tuple(devices),
+    )
+    encoded = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
+    (folder / "manifest.json").write_bytes(encoded + b"\n")
+    return manifest
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """The manifest of ``folder``, each file checked against its sha256.
+
+    Raises:
+        DataError: no manifest, a damaged one, or a file that is missing or has changed.
+    """
+    folder = Path(folder)
+    path = folder / "manifest.json"
+    try:
+        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    except msgspec.DecodeError as error:
+        raise DataError(f"{path} is damaged: {error}") from error
+    for part in manifest.devices:
+        file = folder / part.file
+        if not file.is_file() or sha256_of(file) != part.sha256:
+            raise DataError(f"{file} is missing or not the file that {path} describes: partition again")
+    return manifest

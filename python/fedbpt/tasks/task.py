@@ -1,0 +1,190 @@
+"""A classification task put to a language model: templates, label words, and the token ids they become.
+
+A text becomes ``head + text + cue``: the template's own words before the text (with BOS where the model was trained
+with it), the text's first tokens, and the answer cue. Cue and label words are tokenised apart from the text, so that
+the cue has the same ids for every text, and by the side of a neutral character, so that a tokenizer which adds a
+space in front of what it is given (SentencePiece) does not add one in the middle.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from fedbpt.errors import ConfigError, InputError, TaskError
+from fedbpt.messages import Message, PositiveInt, Template
+
+DEFAULT_MAX_TEXT_TOKENS = 128
+
+_SLOT = "{text}"
+_SENTINELS = ("1", "x", ")")  # beside at least one of these, a cue's first token does not merge
+
+
+class Tokenizer(Protocol):
+    """What a task asks of a model; a `fedbpt.scorer.Scorer` satisfies it."""
+
+    def tokenize(self, text: str, add_bos: bool | None = None) -> NDArray[np.int32]:
+        """Token ids [n]. ``add_bos`` None: as the model was trained."""
+        ...
+
+
+class Task(Message, frozen=True):
+    """What to ask of a text.
+
+    ``templates`` are candidates, each with a word per label; the shots select one. ``max_text_tokens`` bounds a text
+    in the model's tokens, ``max_words`` (None: no bound) cuts it when rows are read. ``text_columns`` and
+    ``label_column`` name the columns of its data files; the first text column that a file has is read.
+    Raises `TaskError` for a template that cannot work with any model.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    templates: tuple[Template, ...]
+    max_text_tokens: PositiveInt = DEFAULT_MAX_TEXT_TOKENS
+    max_words: PositiveInt | None = None
+    text_columns: tuple[str, ...] = ("text",)
+    label_column: str = "label"
+
+    def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise TaskError("a task needs a name")
+        if len(self.labels) < 2 or len(set(self.labels)) != len(self.labels):
+            raise TaskError(f"task {self.name!r} needs two or more distinct labels, has {list(self.labels)}")
+        if not self.templates:
+            raise TaskError(f"task {self.name!r} needs at least one template")
+        if not self.text_columns:
+            raise TaskError(f"task {self.name!r} needs at least one text column")
+        for template in self.templates:
+            split_pattern(template)
+            _check_words(template, self.labels)
+
+    def clip(self, text: str) -> str:
+        """``text`` with white space made single spaces, cut after ``max_words`` words."""
+        return " ".join(text.split()[: self.max_words])
+
+
+def load_task(path: str | Path) -> Task:
+    """Read a task file: TOML, or JSON where the name ends in ``.json``.
+
+    ::
+
+        name = "support-tickets"
+        labels = ["billing", "technical"]
+        [[templates]]
+        pattern = "{text}\\nDepartment:"
+        label_words = [" billing", " technical"]
+
+    Raises:
+        ConfigError: no such file, not TOML/JSON, an unknown or missing key, a value of the wrong type.
+        TaskError: a template that cannot work.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read the task file {path}: {error.strerror or error}") from error
+    try:
+        raw = msgspec.json.decode(content) if path.suffix == ".json" else msgspec.toml.decode(content)
+        return msgspec.convert(raw, Task)
+    except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, TaskError):
+            raise TaskError(f"{path}: {error.__cause__}") from error
+        raise ConfigError(f"{path}: {error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        kind = "JSON" if path.suffix == ".json" else "TOML"
+        raise ConfigError(f"{path} is not valid {kind}: {error}") from error
+
+
+def split_pattern(template: Template) -> tuple[str, str]:
+    """What stands before and after ``{text}``; the latter is the answer cue. Raises `TaskError`."""
+    if template.pattern.count(_SLOT) != 1:
+        raise TaskError(f"template {template.pattern!r} must hold {_SLOT} exactly once")
+    head, cue = template.pattern.split(_SLOT)
+    if not cue.strip():
+        raise TaskError(f"template {template.pattern!r} needs an answer cue after {_SLOT}, like '\\nTopic:'")
+    if cue != cue.rstrip():
+        raise TaskError(f"template {template.pattern!r} ends with white space: put it before each label word instead")
+    return head, cue
+
+
+def cue_ids(tokenizer: Tokenizer, template: Template) -> NDArray[np.int32]:
+    """Token ids [n] of the answer cue, the same for every text. Raises `TaskError`."""
+    return _continuation(tokenizer, split_pattern(template)[1])
+
+
+def render_ids(
+    tokenizer: Tokenizer, template: Template, text: str, max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS
+) -> NDArray[np.int32]:
+    """Token ids [n] of a text put to the model: head with BOS, at most ``max_text_tokens`` of the text, the cue.
+
+    Ends with ``cue_ids(tokenizer, template)``, whatever the text.
+
+    Raises:
+        TaskError: the template cannot work.
+        InputError: the text is empty or ``max_text_tokens`` < 1.
+    """
+    head, _ = split_pattern(template)
+    text = text.strip()
+    if not text:
+        raise InputError("the text is empty: give at least one word")
+    if max_text_tokens < 1:
+        raise InputError(f"max_text_tokens must be at least 1, got {max_text_tokens}")
+    spoken = head.rstrip()
+    if spoken:
+        front = np.asarray(tokenizer.tokenize(spoken), dtype=np.int32)
+        # The head's trailing space belongs to the text's first word, as tokenizers see it.
+        body = _continuation(tokenizer, head[len(spoken) :] + text)
+    else:
+        body = np.asarray(tokenizer.tokenize(head + text, add_bos=False), dtype=np.int32)
+        bare, trained = tokenizer.tokenize("x", add_bos=False), tokenizer.tokenize("x")
+        front = np.asarray(trained[: len(trained) - len(bare)], dtype=np.int32)
+    return np.concatenate([front, body[:max_text_tokens], cue_ids(tokenizer, template)])
+
+
+def label_ids(tokenizer: Tokenizer, template: Template, labels: tuple[str, ...]) -> NDArray[np.int32]:
+    """First token [n_labels] of each label word as it continues the cue.
+
+    Raises:
+        TaskError: not one word per label; a word that changes the cue's own tokens; two words with one first token.
+    """
+    _check_words(template, labels)
+    cue = split_pattern(template)[1]
+    before = cue_ids(tokenizer, template)
+    seen: dict[int, str] = {}
+    for word in template.label_words:
+        after = _continuation(tokenizer, cue + word)
+        if len(after) <= len(before) or not np.array_equal(after[: len(before)], before):
+            raise TaskError(f"label word {word!r} merges with the cue {cue!r}: start it with a space")
+        first = int(after[len(before)])
+        if first in seen:
+            raise TaskError(f"label words {seen[first]!r} and {word!r} start with one token in this model: change one")
+        seen[first] = word
+    return np.fromiter(seen, dtype=np.int32, count=len(seen))
+
+
+def _check_words(template: Template, labels: tuple[str, ...]) -> None:
+    words = template.label_words
+    if len(words) != len(labels):
+        raise TaskError(
+            f"template {template.pattern!r} has {len(words)} label words for {len(labels)} labels: "
+            f"give one each for {', '.join(labels)}"
+        )
+    for i, word in enumerate(words):
+        if not word.strip():
+            raise TaskError(f"template {template.pattern!r}: the label word for {labels[i]!r} is empty")
+        if word in words[:i]:
+            raise TaskError(f"template {template.pattern!r}: label word {word!r} stands for two labels")
+
+
+def _continuation(tokenizer: Tokenizer, text: str) -> NDArray[np.int32]:
+    """The ids of ``text`` as it goes on from something before it."""
+    for sentinel in _SENTINELS:
+        alone = np.asarray(tokenizer.tokenize(sentinel, add_bos=False), dtype=np.int32)
+        joined = np.asarray(tokenizer.tokenize(sentinel + text, add_bos=False), dtype=np.int32)
+        if len(joined) > len(alone) and np.array_equal(joined[: len(alone)], alone):
+            return joined[len(alone) :]
+    raise TaskError(f"this model's tokenizer merges {text[:40]!r} with what stands before it: start it with a new line")
