@@ -110,11 +110,7 @@ class Federation:
             QuorumError: too few devices, at the start or in a round. FederationError: devices with different models,
             a stored run that does not fit. StoreError: the store cannot be written.
         """
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            return asyncio.run(self.run_async())
-        return _run_in_thread(self.run_async)
+        return _run_in_thread(self.run_async) if _in_loop() else asyncio.run(self.run_async())
 
     async def run_async(self) -> RunResult:
         """`run`, for callers with a loop of their own. A federation runs once."""
@@ -359,6 +355,14 @@ def _common_model(infos: Sequence[DeviceInfo]) -> DeviceInfo:
         )
         raise FederationError(f"the devices have different models, give all the same file: {held}")
     return infos[0]
+
+
+def _in_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _run_in_thread(main: Callable[[], Coroutine[Any, Any, RunResult]]) -> RunResult:
