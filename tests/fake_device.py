@@ -18,13 +18,13 @@ from fedbpt.messages import (
     LocalResult,
     LocalWork,
     PooledResult,
-    PooledWork,
     Result,
     RoundPlan,
     RoundReport,
     SelectResult,
     SelectWork,
 )
+from fedbpt.search import sample_population
 
 FINGERPRINT = "sha256:toy"
 
@@ -85,9 +85,16 @@ class FakeDevice:
             )
         )
 
-    def evaluate(self, request: EvaluateRequest) -> EvaluateReport:
+    def evaluate(
+        self, request: EvaluateRequest, progress: Callable[[int, int], None], cancelled: Callable[[], bool]
+    ) -> EvaluateReport:
         self.requests.append(request)
-        time.sleep(self.evaluate_slow_s)
+        began = time.monotonic()
+        while time.monotonic() - began < self.evaluate_slow_s:
+            if cancelled():
+                raise ScoringInterrupted("cancelled")
+            progress(1, 2)
+            time.sleep(0.005)
         n = self.info().n_dev if request.split == "dev" else self.info().n_test
         n = min(n, request.max_rows or n)
         distances = [self._loss(latent) for latent in request.latents.numpy()]
@@ -109,12 +116,5 @@ class FakeDevice:
         if isinstance(work, LocalWork):
             mean = work.state.mean.numpy()
             return LocalResult(mean=Array.of(mean + 0.1), fitness=self._loss(mean), sigma_squares=1.0)
-        return PooledResult(losses=Array.of(np.array([self._loss(z) for z in candidates(work, plan.seed)])))
-
-
-def candidates(work: PooledWork, seed: int) -> np.ndarray:
-    """[popsize, d]: the population that every party of the toy search makes by itself."""
-    mean = work.state.mean.numpy()
-    return mean + work.state.sigma * np.random.default_rng([seed, work.generation]).normal(
-        size=(work.popsize, mean.size)
-    )
+        population = sample_population(work.state, work.popsize, plan.seed, work.generation)
+        return PooledResult(losses=Array.of(np.array([self._loss(z) for z in population])))

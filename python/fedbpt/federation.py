@@ -13,30 +13,24 @@ import logging
 import math
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from fedbpt import wire
+from fedbpt.aggregation.base import Aggregator
 from fedbpt.clients.base import DeviceClient
 from fedbpt.errors import ConfigError, FederationError, QuorumError, StoreError
 from fedbpt.fleet import Fleet, Listener
+from fedbpt.ledger import SELECTION, FederatedTask, RunLedger
 from fedbpt.messages import (
     Array,
     DeviceInfo,
     EvaluateReport,
-    EvaluateRequest,
-    LocalResult,
     Name,
-    PooledResult,
-    RoundPlan,
     RoundProgress,
     RoundReport,
-    SelectResult,
-    SelectWork,
-    Template,
     Work,
 )
 from fedbpt.runs import (
@@ -56,50 +50,15 @@ from fedbpt.runs import (
     Score,
     TemplateSelected,
 )
-from fedbpt.store import RunStore, StoredRound, StoredRun, Traffic
+from fedbpt.store import RunStore, Traffic
 
 log = logging.getLogger(__name__)
 
 EVALUATION_DEADLINES: Final = 10
-"""An evaluation, of many rows, may take as long as this many rounds' deadlines."""
+"""The final evaluation, of many rows, may take as long as this many rounds; a live one as long as one."""
 
 SETTLE_S: Final = 5.0
 """How long the final evaluation waits for devices to be live again."""
-
-SELECTION: Final = 0
-"""The round in which the template is chosen; tuning begins with round 1."""
-
-
-class Aggregator(Protocol):
-    """What the round loop asks of `fedbpt.aggregation`. Deterministic: the same updates give the same digest."""
-
-    @property
-    def min_reports(self) -> int: ...
-
-    @property
-    def evaluations(self) -> int: ...
-
-    @property
-    def mean(self) -> NDArray[np.float64]: ...
-
-    def work(self, round: int) -> Work: ...
-
-    def update(self, reports: Sequence[RoundReport]) -> None: ...
-
-    def digest(self) -> str: ...
-
-
-class FederatedTask(Protocol):
-    """What the round loop asks of a task (`fedbpt.tasks.Task`)."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def labels(self) -> tuple[str, ...]: ...
-
-    @property
-    def templates(self) -> tuple[Template, ...]: ...
 
 
 class Federation:
@@ -137,16 +96,9 @@ class Federation:
         self._needed = max(math.ceil(settings.quorum * len(clients)), aggregator.min_reports, 1)
         if self._needed > len(clients):
             raise ConfigError(f"{settings.method} needs reports of {self._needed} devices, the run has {len(clients)}")
-        self._aggregator = aggregator
         self._store = store
         self._emit = on_event
-        self._template: Template | None = None
-        self._closed = -1  # the last closed round
-        self._tokens = 0
-        self._seconds = 0.0
-        self._reports: dict[str, int] = dict.fromkeys(self._clients, 0)
-        self._traffic: dict[str, Traffic] = {}
-        self._stored = False
+        self._ledger = RunLedger(store, run, task, settings, aggregator)
         self._fleet: Fleet | None = None
 
     def run(self) -> RunResult:
@@ -158,24 +110,19 @@ class Federation:
             QuorumError: too few devices, at the start or in a round. FederationError: devices with different models,
             a stored run that does not fit. StoreError: the store cannot be written.
         """
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            return asyncio.run(self.run_async())
-        return _run_in_thread(self.run_async)
+        return _run_in_thread(self.run_async) if _in_loop() else asyncio.run(self.run_async())
 
     async def run_async(self) -> RunResult:
         """`run`, for callers with a loop of their own. A federation runs once."""
         if self._fleet is not None:
             raise FederationError("a federation runs once: make another, with a fresh aggregator, to resume")
-        stored = self._store.find_run(self.run_name)
-        if stored is not None and (result := self._finished(stored)) is not None:
+        if (result := self._ledger.finished()) is not None:
             self._emit(RunFinished(result=result))
             return result
         began = time.monotonic()
         self._fleet = fleet = Fleet(self._clients, self._listener())
         try:
-            await self._connect(fleet, stored)
+            await self._connect(fleet)
             await self._select(fleet)
             await self._tune(fleet)
             result = await self._finish(fleet, began)
@@ -189,135 +136,65 @@ class Federation:
 
     # --- beginning and resuming ----------------------------------------------------------------------------------
 
-    def _identity(self) -> str:
-        first, *rest = self.task.templates
-        texts = "\0".join([self.settings.identity(), self.task.name, *self.task.labels])
-        digests = [wire.digest(template) for template in (first, *rest)]
-        return wire.digest(Template(pattern=texts, label_words=tuple(digests)))
-
-    def _finished(self, stored: StoredRun) -> RunResult | None:
-        """The stored result, if the run ended with this very budget; refuses a run of other settings."""
-        if stored.identity != self._identity():
-            raise ConfigError(
-                f"run {self.run_name!r} was begun with another task or settings: give this one another name"
-            )
-        if stored.result is None or stored.status != "finished":
-            return None
-        result = wire.decode(stored.result, RunResult)
-        return result if result.settings == self.settings else None
-
-    async def _connect(self, fleet: Fleet, stored: StoredRun | None) -> None:
+    async def _connect(self, fleet: Fleet) -> None:
         infos = await fleet.connect()
         if len(infos) < self._needed:
             raise QuorumError(
                 f"{len(infos)} of {len(self._clients)} devices answer, {self._needed} are needed{fleet.missing()}"
             )
         model = _common_model(infos)
-        if stored is None:
-            self._store.create_run(
-                self.run_name,
-                task=self.task.name,
-                model_fingerprint=model.model_fingerprint,
-                model_name=model.model_name,
-                identity=self._identity(),
-                settings=wire.encode(self.settings),
-                devices=list(self._clients),
-            )
-        elif stored.model_fingerprint != model.model_fingerprint:
-            raise FederationError(
-                f"run {self.run_name!r} was begun with {stored.model_name} ({stored.model_fingerprint}),"
-                f" the devices have {model.model_name} ({model.model_fingerprint})"
-            )
-        self._stored = True
-        self._store.add_devices(self.run_name, list(self._clients))
-        self._store.set_status(self.run_name, "running")
+        ledger = self._ledger
+        ledger.open(model, list(self._clients))
+        fleet.round = ledger.closed + 1
         for member in fleet.members.values():
             if member.info is not None:
                 self._store.record_device(self.run_name, member.name, member.info)
             else:
-                self._store.record_loss(self.run_name, 0, member.name, member.reason)
-        self._traffic = self._store.traffic(self.run_name)
-        self._replay()
-        fleet.round = self._closed + 1
-        fleet.require_model(model.model_fingerprint)
-        self._model = model
+                self._store.record_loss(self.run_name, fleet.round, member.name, member.reason)
         self._emit(
             RunStarted(
                 run=self.run_name,
                 devices=tuple(self._clients),
                 live=tuple(member.name for member in fleet.live),
                 model_name=model.model_name,
-                resumed=self._closed + 1,
+                resumed=ledger.closed + 1,
                 settings=self.settings,
             )
         )
-
-    def _replay(self) -> None:
-        for stored in self._store.rounds(self.run_name):
-            self._replay_round(stored)
-        for line in self._store.history(self.run_name):
-            self._seconds += line.metrics.get("seconds", 0.0)
-
-    def _replay_round(self, stored: StoredRound) -> None:
-        work = SelectWork(templates=self.task.templates) if stored.round == SELECTION else None
-        work_digest = wire.digest(work or self._aggregator.work(stored.round))
-        self._apply(stored.round, stored.reports)
-        if (work_digest, self._aggregator.digest()) != (stored.work_digest, stored.state_digest):
-            raise StoreError(
-                f"round {stored.round} of run {self.run_name!r} does not replay to the state it had:"
-                " it was made with another version; begin a run of another name"
-            )
+        fleet.require_model(model.model_fingerprint)
+        self._model = model
 
     # --- rounds --------------------------------------------------------------------------------------------------
 
     async def _select(self, fleet: Fleet) -> None:
-        templates = self.task.templates
-        if self._closed < SELECTION and len(templates) > 1:
-            await self._round(fleet, SELECTION, SelectWork(templates=templates))
-        if len(templates) == 1:
-            self._template = templates[0]
-            self._closed = max(self._closed, SELECTION)
-            self._emit(TemplateSelected(template=templates[0], index=0, losses=()))
-        if self.settings.evaluate_every and "dev_accuracy" not in self._metrics(SELECTION):
+        ledger = self._ledger
+        if len(self.task.templates) == 1:
+            ledger.skip_selection()
+        elif ledger.closed < SELECTION:
+            await self._round(fleet, SELECTION, ledger.selection())
+        self._emit(
+            TemplateSelected(template=ledger.template, index=ledger.template_index, losses=ledger.template_losses)
+        )
+        if self.settings.evaluate_every and "dev_accuracy" not in ledger.metrics(SELECTION):
             await self._evaluate_live(fleet, SELECTION)
 
     async def _tune(self, fleet: Fleet) -> None:
         every = self.settings.evaluate_every
-        while not self._spent():
-            round = self._closed + 1
-            await self._round(fleet, round, self._aggregator.work(round))
+        while not self._ledger.spent():
+            round = self._ledger.closed + 1
+            await self._round(fleet, round, self._ledger.aggregator.work(round))
             if every and round % every == 0:
                 await self._evaluate_live(fleet, round)
 
-    def _spent(self) -> bool:
-        limits = self.settings
-        return bool(
-            (limits.rounds and self._closed >= limits.rounds)
-            or (limits.evaluations and self._aggregator.evaluations >= limits.evaluations)
-            or (limits.tokens and self._tokens >= limits.tokens)
-            or (limits.seconds and self._seconds >= limits.seconds)
-        )
-
     async def _round(self, fleet: Fleet, round: int, work: Work) -> None:
         began = time.monotonic()
-        work_digest = wire.digest(work)
+        ledger = self._ledger
+        work_digest = wire.digest(work)  # before the update: what the work is made of changes then
         reports = await fleet.run_round(
-            round, lambda device: self._plan(round, device, work), self._needed, self.settings.deadline_s
+            round, lambda device: ledger.plan(round, device, work), self._needed, self.settings.deadline_s
         )
-        self._apply(round, reports)
-        seconds = time.monotonic() - began
-        loss = _mean_loss(reports)
-        self._store.commit_round(
-            self.run_name,
-            round,
-            work_digest=work_digest,
-            state_digest=self._aggregator.digest(),
-            reports=reports,
-            metrics={"loss": loss, "seconds": seconds, "tokens": float(sum(report.tokens for report in reports))},
-            traffic=self._costs(fleet),
-        )
-        self._seconds += seconds
-        costs = self._costs(fleet).values()
+        costs = self._costs(fleet)
+        loss = ledger.commit(round, work_digest, reports, time.monotonic() - began, costs)
         reported = tuple(report.device for report in reports)
         self._emit(
             RoundClosed(
@@ -325,60 +202,20 @@ class Federation:
                 reported=reported,
                 missing=tuple(name for name in self._clients if name not in reported),
                 loss=loss,
-                evaluations=self._aggregator.evaluations,
-                tokens=self._tokens,
-                seconds=self._seconds,
-                bytes_up=sum(cost.bytes_up for cost in costs),
-                bytes_down=sum(cost.bytes_down for cost in costs),
+                evaluations=ledger.aggregator.evaluations,
+                tokens=ledger.tokens,
+                seconds=ledger.seconds,
+                bytes_up=sum(cost.bytes_up for cost in costs.values()),
+                bytes_down=sum(cost.bytes_down for cost in costs.values()),
             )
         )
 
-    def _plan(self, round: int, device: str, work: Work) -> RoundPlan:
-        return RoundPlan(
-            run=self.run_name,
-            round=round,
-            device=device,
-            seed=self.settings.seed,
-            model_fingerprint=self._model.model_fingerprint,
-            labels=self.task.labels,
-            template=self._template or self.task.templates[0],
-            prompt=self.settings.prompt,
-            objective=self.settings.objective,
-            work=work,
-            deadline_s=self.settings.deadline_s,
-        )
-
-    def _apply(self, round: int, reports: Sequence[RoundReport]) -> None:
-        """Let a closed round count; the one way in which state changes, live and on replay."""
-        if round == SELECTION:
-            losses = _template_losses(reports)
-            index = int(np.argmin(losses))
-            self._template = self.task.templates[index]
-            self._emit(TemplateSelected(template=self._template, index=index, losses=tuple(losses.tolist())))
-        else:
-            self._aggregator.update(reports)
-        self._closed = round
-        for report in reports:
-            self._tokens += report.tokens
-            self._reports[report.device] = self._reports.get(report.device, 0) + 1
-
     # --- evaluation ----------------------------------------------------------------------------------------------
-
-    def _request(self, latents: NDArray[np.float64], **what: Any) -> EvaluateRequest:
-        return EvaluateRequest(
-            model_fingerprint=self._model.model_fingerprint,
-            labels=self.task.labels,
-            template=self._template or self.task.templates[0],
-            prompt=self.settings.prompt,
-            objective=self.settings.objective,
-            latents=Array.of(latents),
-            **what,
-        )
 
     async def _evaluate_live(self, fleet: Fleet, round: int) -> None:
         """The mean's accuracy on ``dev`` rows, for the eyes only; devices that do not answer are left out."""
-        request = self._request(self._aggregator.mean[None], split="dev", max_rows=self.settings.dev_rows)
-        reports = await fleet.evaluate(request, EVALUATION_DEADLINES * self.settings.deadline_s)
+        request = self._ledger.request(self._ledger.aggregator.mean[None], split="dev", max_rows=self.settings.dev_rows)
+        reports = await fleet.evaluate(request, self.settings.deadline_s)
         if not reports:
             return
         score = sum((Score.of(report, 0) for report in reports.values()), NO_SCORE)
@@ -388,8 +225,8 @@ class Federation:
 
     async def _evaluate_final(self, fleet: Fleet) -> dict[str, EvaluateReport]:
         """Zero-shot and tuned, on the same ``test`` rows, of every device that is in reach."""
-        mean = self._aggregator.mean
-        request = self._request(np.stack([np.zeros_like(mean), mean]), max_rows=self.settings.test_rows)
+        mean = self._ledger.aggregator.mean
+        request = self._ledger.request(np.stack([np.zeros_like(mean), mean]), max_rows=self.settings.test_rows)
         limit = EVALUATION_DEADLINES * self.settings.deadline_s
         await fleet.settle(min(SETTLE_S, self.settings.deadline_s))
         reports = await fleet.evaluate(request, limit)
@@ -399,7 +236,8 @@ class Federation:
         has_rows = any(member.info and member.info.n_test for member in fleet.members.values())
         if not reports and has_rows:
             raise FederationError(
-                f"tuned, but no device could evaluate the result{fleet.missing()}; start the same run again to resume it"
+                f"tuned, but no device could evaluate the result{fleet.missing()};"
+                " start the same run again to resume it"
             )
         return reports
 
@@ -413,7 +251,7 @@ class Federation:
             DeviceSummary(
                 name=member.name,
                 info=member.info,
-                reports=self._reports[member.name],
+                reports=self._ledger.reports.get(member.name, 0),
                 bytes_up=costs[member.name].bytes_up,
                 bytes_down=costs[member.name].bytes_down,
                 peak_rss_bytes=costs[member.name].peak_rss_bytes,
@@ -428,13 +266,13 @@ class Federation:
             settings=self.settings,
             model_fingerprint=self._model.model_fingerprint,
             model_name=self._model.model_name,
-            template=self._template or self.task.templates[0],
-            mean=Array.of(self._aggregator.mean),
-            digest=self._aggregator.digest(),
-            rounds=max(self._closed, 0),
-            evaluations=self._aggregator.evaluations,
-            tokens=self._tokens,
-            seconds=self._seconds,
+            template=self._ledger.template,
+            mean=Array.of(self._ledger.aggregator.mean),
+            digest=self._ledger.aggregator.digest(),
+            rounds=max(self._ledger.closed, 0),
+            evaluations=self._ledger.aggregator.evaluations,
+            tokens=self._ledger.tokens,
+            seconds=self._ledger.seconds,
             total_seconds=time.monotonic() - began,
             zero_shot=sum((device.zero_shot for device in devices), NO_SCORE),
             tuned=sum((device.tuned for device in devices), NO_SCORE),
@@ -442,14 +280,14 @@ class Federation:
         )
         figures = {"test_accuracy_zero_shot": result.zero_shot.accuracy, "test_accuracy": result.tuned.accuracy}
         if result.tuned.n:
-            self._store.record_metrics(self.run_name, self._closed, figures)
+            self._store.record_metrics(self.run_name, self._ledger.closed, figures)
         self._store.set_status(self.run_name, "finished", wire.encode(result), costs)
         return result
 
     async def _stop(self, fleet: Fleet) -> None:
         """The run ends early: tell the devices, and leave a store to resume from."""
         await fleet.cancel_rounds(self.run_name)
-        if not self._stored:
+        if not self._ledger.is_open:
             return
         try:
             self._store.set_status(self.run_name, "stopped", traffic=self._costs(fleet))
@@ -461,16 +299,13 @@ class Federation:
     def _costs(self, fleet: Fleet) -> dict[str, Traffic]:
         costs = {}
         for name, member in fleet.members.items():
-            before = self._traffic.get(name, Traffic(0, 0, 0))
+            before = self._ledger.traffic_before.get(name, Traffic(0, 0, 0))
             costs[name] = Traffic(
                 before.bytes_up + member.client.bytes_up - member.bytes_up_before,
                 before.bytes_down + member.client.bytes_down - member.bytes_down_before,
                 max(before.peak_rss_bytes, member.peak_rss_bytes),
             )
         return costs
-
-    def _metrics(self, round: int) -> dict[str, float]:
-        return next((dict(line.metrics) for line in self._store.history(self.run_name) if line.round == round), {})
 
     def _listener(self) -> Listener:
         return Listener(
@@ -479,7 +314,7 @@ class Federation:
 
     def _on_lost(self, device: str, round: int, reason: str) -> None:
         self._emit(DeviceLost(device=device, round=round, reason=reason))
-        if self._stored:
+        if self._ledger.is_open:
             self._store.record_loss(self.run_name, round, device, reason)
 
     def _on_back(self, device: str, round: int) -> None:
@@ -493,7 +328,7 @@ class Federation:
         self._emit(Progressed(device=device, round=where.round, done=where.done, total=where.total))
 
     def _on_met(self, device: str, info: DeviceInfo) -> None:
-        if self._stored:
+        if self._ledger.is_open:
             self._store.record_device(self.run_name, device, info)
 
 
@@ -522,25 +357,12 @@ def _common_model(infos: Sequence[DeviceInfo]) -> DeviceInfo:
     return infos[0]
 
 
-def _template_losses(reports: Sequence[RoundReport]) -> NDArray[np.float64]:
-    """Mean loss of each template over all devices' rows, nats [n_templates]."""
-    sums = [report.result.loss_sums.numpy() for report in reports if isinstance(report.result, SelectResult)]
-    mean: NDArray[np.float64] = np.sum(sums, axis=0) / sum(report.n_texts for report in reports)
-    return mean
-
-
-def _mean_loss(reports: Sequence[RoundReport]) -> float:
-    total = 0.0
-    for report in reports:
-        match report.result:
-            case PooledResult(losses=losses):
-                value = float(losses.numpy().mean())
-            case LocalResult(fitness=fitness):
-                value = fitness
-            case SelectResult(loss_sums=sums):
-                value = float(sums.numpy().min()) / report.n_texts
-        total += value * report.n_texts
-    return total / sum(report.n_texts for report in reports)
+def _in_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _run_in_thread(main: Callable[[], Coroutine[Any, Any, RunResult]]) -> RunResult:

@@ -240,7 +240,7 @@ class Fleet:
             self._spawn(self._await_late(task, member))
         if reported < needed:
             raise QuorumError(
-                f"round {round}: {reported} of {len(self.members)} devices reported within {deadline_s:g} s,"
+                f"round {round}: {reported} of {len(self.members)} devices reported (deadline {deadline_s:g} s),"
                 f" {needed} are needed{self.missing()}; start the same run again to resume it"
             )
 

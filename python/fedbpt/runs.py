@@ -44,6 +44,7 @@ class RunSettings(Message, frozen=True):
     method: Method = "pooled"
     prompt: PromptSpec = PromptSpec()
     objective: ObjectiveSpec = ObjectiveSpec()
+    select_rows: NaturalInt = 64  # most training rows per device that choose the template; 0: all
     popsize: PositiveInt = 20
     iterations: PositiveInt = 8
     seed: NaturalInt = 0

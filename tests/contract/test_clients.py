@@ -11,7 +11,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from tests.fake_device import FINGERPRINT, FakeDevice
 
 from fedbpt import wire
 from fedbpt.agent import AgentService
@@ -29,6 +28,7 @@ from fedbpt.messages import (
     SearchState,
     Template,
 )
+from tests.fake_device import FINGERPRINT, FakeDevice
 
 TEMPLATE = Template(pattern="{text} It was", label_words=(" bad", " good"))
 

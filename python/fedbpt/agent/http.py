@@ -43,6 +43,7 @@ STATUS_OF_CODE: Final = {
     "too-slow": 408,
     "not-found": 404,
     "method-not-allowed": 405,
+    "stopping": 503,
 }
 """The ``code`` of an `ErrorReply` and the HTTP status it comes with; ``work-failed`` and ``internal`` are 500."""
 

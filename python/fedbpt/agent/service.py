@@ -45,7 +45,9 @@ class LocalDevice(Protocol):
         self, plan: RoundPlan, progress: Callable[[int, int], None], cancelled: Callable[[], bool]
     ) -> RoundReport: ...
 
-    def evaluate(self, request: EvaluateRequest) -> EvaluateReport: ...
+    def evaluate(
+        self, request: EvaluateRequest, progress: Callable[[int, int], None], cancelled: Callable[[], bool]
+    ) -> EvaluateReport: ...
 
 
 Output: TypeAlias = RoundReport | EvaluateReport
@@ -63,6 +65,12 @@ class _Job:
         self.error = ""
         self.output: Output | None = None
         self.ended = asyncio.Event()
+
+    def step(self, done: int, total: int) -> None:
+        self.steps = (done, total)
+
+    def is_cancelled(self) -> bool:
+        return self.cancelled
 
     def end(self, state: State, output: Output | None = None, error: str = "") -> None:
         self.state, self.output, self.error = state, output, error
@@ -101,6 +109,7 @@ class AgentService:
 
     def start(self, plan: RoundPlan) -> RoundProgress:
         """Accept ``plan``; refused as ``conflict``, ``busy`` or ``wrong-model``."""
+        self._check_open()
         self._check_model(plan.model_fingerprint)
         digest = wire.digest(plan)
         known = self._jobs.get((plan.run, plan.round))
@@ -115,7 +124,7 @@ class AgentService:
             self._drop(job)
 
         job = _Job(plan.run, plan.round, digest)
-        self._submit((plan.run, plan.round), job, lambda: self._run_plan(plan, job))
+        self._submit((plan.run, plan.round), job, lambda: self.device.run(plan, job.step, job.is_cancelled))
         return job.progress()
 
     async def wait(self, run: str, round: int, seconds: float) -> RoundReport | RoundProgress:
@@ -137,12 +146,13 @@ class AgentService:
 
     def start_evaluation(self, request: EvaluateRequest) -> str:
         """Accept ``request``; returns the id by which to fetch the result. The same request has the same id."""
+        self._check_open()
         self._check_model(request.model_fingerprint)
         identity = wire.digest(request)
         known = self._evaluation(identity)
         if known is None or known.state not in ("running", "done"):
             job = _Job(EVALUATION, 0, identity)
-            self._submit((identity, -1), job, lambda: self._run_evaluation(request, job))
+            self._submit((identity, -1), job, lambda: self.device.evaluate(request, job.step, job.is_cancelled))
         return identity
 
     async def wait_evaluation(self, identity: str, seconds: float) -> EvaluateReport | RoundProgress:
@@ -154,13 +164,13 @@ class AgentService:
         return output if isinstance(output, EvaluateReport) else job.progress()
 
     def cancel_evaluation(self, identity: str) -> None:
-        """Let go of an evaluation. One that is being computed still ends; nobody hears of it."""
+        """Stop an evaluation, or let go of its result."""
         job = self._evaluation(identity)
         if job is not None:
             self._drop(job)
 
     def stop(self) -> None:
-        """Cancel all work and let go of everyone who waits. No more work is expected."""
+        """Cancel all work and let go of everyone who waits; from now on everything is refused as ``stopping``."""
         self._stopping.set()
         for job in list(self._jobs.values()):
             self._drop(job)
@@ -171,6 +181,10 @@ class AgentService:
         return self._worker.close(timeout_s) if self._owns_worker else True
 
     # --- inside --------------------------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._stopping.is_set():
+            raise self._refusal("stopping", "the device is being stopped")
 
     def _check_model(self, fingerprint: str) -> None:
         if fingerprint != self._info.model_fingerprint:
@@ -191,12 +205,12 @@ class AgentService:
         finally:
             for wait in waits:
                 wait.cancel()
+        self._check_open()
         if job.state == "failed":
             raise DeviceFailedError(job.error)
         return job.output
 
     def _submit(self, key: tuple[str, int], job: _Job, work: Callable[[], Output]) -> None:
-        self._stopping.clear()
         self._jobs.pop(key, None)
         self._jobs[key] = job
         self.counts["accepted"] += 1
@@ -247,17 +261,6 @@ class AgentService:
         else:
             self.counts["failed"] += 1
             job.end("failed", error=error)
-
-    def _run_plan(self, plan: RoundPlan, job: _Job) -> RoundReport:
-        def progress(done: int, total: int) -> None:
-            job.steps = (done, total)
-
-        return self.device.run(plan, progress, lambda: job.cancelled)
-
-    def _run_evaluation(self, request: EvaluateRequest, job: _Job) -> EvaluateReport:
-        if job.cancelled:
-            raise ScoringInterrupted("cancelled")
-        return self.device.evaluate(request)
 
 
 def metrics_text(service: AgentService) -> str:

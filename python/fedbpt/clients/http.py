@@ -50,9 +50,10 @@ class HttpClient:
         name: the coordinator's name for the device; None: host and port (``pi5-8401``). Give one where the address
             may change between the sittings of a run.
         retry_s: how long to try again, with growing pauses, while there is no answer.
+        answer_s: how long one answer may take, beyond a poll's hold.
     """
 
-    def __init__(self, url: str, name: str | None = None, retry_s: float = RETRY_S) -> None:
+    def __init__(self, url: str, name: str | None = None, retry_s: float = RETRY_S, answer_s: float = ANSWER_S) -> None:
         try:
             self._url = httpx.URL(url.rstrip("/"))
         except httpx.InvalidURL as error:
@@ -64,6 +65,7 @@ class HttpClient:
         self.bytes_up = 0
         self.bytes_down = 0
         self._retry_s = retry_s
+        self._answer_s = answer_s
         self._http: httpx.AsyncClient | None = None
 
     def __repr__(self) -> str:
@@ -136,7 +138,7 @@ class HttpClient:
         deadline = _deadline(timeout_s) if deadline is None else deadline
         while True:
             hold = max(min(POLL_S, deadline - _now()), 0.0)
-            response = await self._request("GET", f"{path}?wait={hold:.3f}", read_s=hold + ANSWER_S)
+            response = await self._request("GET", f"{path}?wait={hold:.3f}", hold_s=hold)
             if response.status_code == httpx.codes.OK:
                 return self._decode(response, kind)
             progress = self._decode(response, RoundProgress)
@@ -155,15 +157,13 @@ class HttpClient:
 
     # --- one request ---------------------------------------------------------------------------------------------
 
-    async def _request(
-        self, method: str, path: str, body: bytes | None = None, read_s: float = ANSWER_S
-    ) -> httpx.Response:
+    async def _request(self, method: str, path: str, body: bytes | None = None, hold_s: float = 0.0) -> httpx.Response:
         """The 2xx answer, tried again for ``retry_s`` seconds; otherwise raises what `DeviceClient` says."""
         give_up = _now() + self._retry_s
         pause, held = 0.1, False
         while True:
             try:
-                response = await self._exchange(method, path, body, read_s)
+                response = await self._exchange(method, path, body, hold_s + self._answer_s)
                 if response.status_code not in (429, 502, 503, 504):
                     return self._accepted(response)
                 problem = f"answers {response.status_code} {response.reason_phrase}"
@@ -186,12 +186,12 @@ class HttpClient:
                 limits=httpx.Limits(max_connections=8, max_keepalive_connections=2),
             )
         headers = {"content-type": wire.CONTENT_TYPE} if body is not None else {}
-        timeout = httpx.Timeout(ANSWER_S, read=read_s, connect=min(ANSWER_S, max(self._retry_s, 1.0)))
+        timeout = httpx.Timeout(self._answer_s, read=read_s, connect=min(self._answer_s, max(self._retry_s, 1.0)))
         url = self.url.rstrip("/") + path
         self.bytes_down += len(body or b"")
         async with self._http.stream(method, url, content=body, headers=headers, timeout=timeout) as response:
             # The time-outs above are for each read; a device that drips bytes must not hold the coordinator.
-            content = await asyncio.wait_for(self._read(response), read_s + ANSWER_S)
+            content = await asyncio.wait_for(self._read(response), read_s + self._answer_s)
         return httpx.Response(response.status_code, headers={"content-type": _type(response)}, content=content)
 
     async def _read(self, response: httpx.Response) -> bytes:

@@ -6,13 +6,14 @@ Behind the same service as over HTTP, and through the same bytes: what cannot cr
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from typing import TypeVar
 
 from fedbpt import wire
 from fedbpt.agent.service import AgentService, LocalDevice
 from fedbpt.agent.worker import Worker
 from fedbpt.clients.base import ProgressCallback
-from fedbpt.errors import DeviceFailedError, DeviceTimeoutError
+from fedbpt.errors import DeviceFailedError, DeviceRefusedError, DeviceTimeoutError, DeviceUnreachableError
 from fedbpt.messages import (
     DeviceInfo,
     EvaluateReport,
@@ -24,6 +25,7 @@ from fedbpt.messages import (
 )
 
 M = TypeVar("M", bound=Message)
+A = TypeVar("A")
 
 POLL_S = 0.5
 
@@ -62,7 +64,7 @@ class InProcessClient:
     ) -> RoundReport:
         deadline = _deadline(timeout_s)
         while True:
-            answer = await self.service.wait(run, round, _step(deadline))
+            answer = await self._reached(self.service.wait(run, round, _step(deadline)))
             if isinstance(answer, RoundReport):
                 return self._up(answer, RoundReport)
             progress = self._up(answer, RoundProgress)
@@ -78,7 +80,7 @@ class InProcessClient:
         identity = self.service.start_evaluation(self._down(request))
         try:
             while True:
-                answer = await self.service.wait_evaluation(identity, _step(deadline))
+                answer = await self._reached(self.service.wait_evaluation(identity, _step(deadline)))
                 if isinstance(answer, EvaluateReport):
                     return self._up(answer, EvaluateReport)
                 self._pending(self._up(answer, RoundProgress), deadline, "an evaluation", timeout_s)
@@ -91,6 +93,14 @@ class InProcessClient:
             service, self._service = self._service, None
             service.stop()
             await asyncio.to_thread(service.close)
+
+    async def _reached(self, answer: Awaitable[A]) -> A:
+        try:
+            return await answer
+        except DeviceRefusedError as error:
+            if error.code != "stopping":
+                raise
+            raise DeviceUnreachableError(f"{self.name} is being stopped") from error
 
     def _pending(self, progress: RoundProgress, deadline: float, what: str, timeout_s: float | None) -> None:
         if progress.state == "cancelled":

@@ -1,0 +1,241 @@
+"""`RunLedger`: where a run stands, as a function of its committed rounds; writes them and reads them again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedbpt import wire
+from fedbpt.aggregation.base import Aggregator
+from fedbpt.errors import ConfigError, FederationError, StoreError
+from fedbpt.messages import (
+    Array,
+    DeviceInfo,
+    EvaluateRequest,
+    LocalResult,
+    PooledResult,
+    RoundPlan,
+    RoundReport,
+    SelectResult,
+    SelectWork,
+    Template,
+    Work,
+)
+from fedbpt.runs import RunResult, RunSettings
+from fedbpt.store import RunStore, StoredRound, Traffic
+
+SELECTION: Final = 0
+"""The round in which the template is chosen; tuning begins with round 1."""
+
+
+class FederatedTask(Protocol):
+    """What the round loop asks of a task (`fedbpt.tasks.Task`)."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+
+    @property
+    def templates(self) -> tuple[Template, ...]: ...
+
+
+class RunLedger:
+    """The state of one run. ``aggregator`` must be fresh; `open` replays the stored rounds into it."""
+
+    def __init__(
+        self, store: RunStore, run: str, task: FederatedTask, settings: RunSettings, aggregator: Aggregator
+    ) -> None:
+        self.store = store
+        self.run = run
+        self.task = task
+        self.settings = settings
+        self.aggregator = aggregator
+        self.is_open = False
+        self.closed = -1  # the last closed round
+        self.tokens = 0
+        self.seconds = 0.0
+        self.reports: dict[str, int] = {}
+        self.template_losses: tuple[float, ...] = ()
+        self.traffic_before: dict[str, Traffic] = {}
+        self._selected = 0
+
+    @property
+    def template(self) -> Template:
+        """The selected template; before the selection, the first."""
+        return self.task.templates[self._selected]
+
+    @property
+    def template_index(self) -> int:
+        return self._selected
+
+    def _identity(self) -> str:
+        first, *rest = self.task.templates
+        texts = "\0".join([self.settings.identity(), self.task.name, *self.task.labels])
+        digests = [wire.digest(template) for template in (first, *rest)]
+        return wire.digest(Template(pattern=texts, label_words=tuple(digests)))
+
+    def finished(self) -> RunResult | None:
+        """The stored result, if the run ended with this very budget; refuses a run of other settings."""
+        stored = self.store.find_run(self.run)
+        if stored is None:
+            return None
+        if stored.identity != self._identity():
+            raise ConfigError(f"run {self.run!r} was begun with another task or settings: give this one another name")
+        if stored.result is None or stored.status != "finished":
+            return None
+        result = wire.decode(stored.result, RunResult)
+        return result if result.settings == self.settings else None
+
+    def open(self, model: DeviceInfo, devices: Sequence[str]) -> None:
+        """Begin the run in the store, or resume it. ``model``: a device that has the model that all have."""
+        self._model = model
+        stored = self.store.find_run(self.run)
+        if stored is None:
+            self.store.create_run(
+                self.run,
+                task=self.task.name,
+                model_fingerprint=model.model_fingerprint,
+                model_name=model.model_name,
+                identity=self._identity(),
+                settings=wire.encode(self.settings),
+                devices=devices,
+            )
+        elif stored.model_fingerprint != model.model_fingerprint:
+            raise FederationError(
+                f"run {self.run!r} was begun with {stored.model_name} ({stored.model_fingerprint}),"
+                f" the devices have {model.model_name} ({model.model_fingerprint})"
+            )
+        self.store.add_devices(self.run, devices)
+        self.store.set_status(self.run, "running")
+        self.is_open = True
+        self.traffic_before = self.store.traffic(self.run)
+        self._replay()
+
+    def _replay(self) -> None:
+        for stored in self.store.rounds(self.run):
+            self._replay_round(stored)
+        for line in self.store.history(self.run):
+            self.seconds += line.metrics.get("seconds", 0.0)
+
+    def _replay_round(self, stored: StoredRound) -> None:
+        work = self.selection() if stored.round == SELECTION else self.aggregator.work(stored.round)
+        work_digest = wire.digest(work)
+        self._apply(stored.round, stored.reports)
+        if (work_digest, self.aggregator.digest()) != (stored.work_digest, stored.state_digest):
+            raise StoreError(
+                f"round {stored.round} of run {self.run!r} does not replay to the state it had:"
+                " it was made with another version; begin a run of another name"
+            )
+
+    def selection(self) -> SelectWork:
+        """The work of the selection round."""
+        return SelectWork(templates=self.task.templates, max_rows=self.settings.select_rows)
+
+    def skip_selection(self) -> None:
+        """There is one template: nothing to select."""
+        self.closed = max(self.closed, SELECTION)
+
+    def spent(self) -> bool:
+        """Whether a limit of the budget is reached."""
+        limits = self.settings
+        return bool(
+            (limits.rounds and self.closed >= limits.rounds)
+            or (limits.evaluations and self.aggregator.evaluations >= limits.evaluations)
+            or (limits.tokens and self.tokens >= limits.tokens)
+            or (limits.seconds and self.seconds >= limits.seconds)
+        )
+
+    def plan(self, round: int, device: str, work: Work) -> RoundPlan:
+        """What ``device`` is asked in ``round``."""
+        return RoundPlan(
+            run=self.run,
+            round=round,
+            device=device,
+            seed=self.settings.seed,
+            model_fingerprint=self._model.model_fingerprint,
+            labels=self.task.labels,
+            template=self.template,
+            prompt=self.settings.prompt,
+            objective=self.settings.objective,
+            work=work,
+            deadline_s=self.settings.deadline_s,
+        )
+
+    def commit(
+        self,
+        round: int,
+        work_digest: str,
+        reports: Sequence[RoundReport],
+        seconds: float,
+        traffic: Mapping[str, Traffic],
+    ) -> float:
+        """Let a round count and write it, in one transaction; returns its mean loss, nats."""
+        self._apply(round, reports)
+        loss = _mean_loss(reports)
+        tokens = sum(report.tokens for report in reports)
+        self.store.commit_round(
+            self.run,
+            round,
+            work_digest=work_digest,
+            state_digest=self.aggregator.digest(),
+            reports=reports,
+            metrics={"loss": loss, "seconds": seconds, "tokens": float(tokens)},
+            traffic=traffic,
+        )
+        self.seconds += seconds
+        return loss
+
+    def _apply(self, round: int, reports: Sequence[RoundReport]) -> None:
+        """The one way in which state changes, live and on replay."""
+        if round == SELECTION:
+            losses = _template_losses(reports)
+            self._selected = int(np.argmin(losses))
+            self.template_losses = tuple(losses.tolist())
+        else:
+            self.aggregator.update(reports)
+        self.closed = round
+        for report in reports:
+            self.tokens += report.tokens
+            self.reports[report.device] = self.reports.get(report.device, 0) + 1
+
+    def request(self, latents: NDArray[np.float64], **what: Any) -> EvaluateRequest:
+        """To evaluate ``latents`` [k, d]; ``what``: ``split``, ``max_rows``."""
+        return EvaluateRequest(
+            model_fingerprint=self._model.model_fingerprint,
+            labels=self.task.labels,
+            template=self.template,
+            prompt=self.settings.prompt,
+            objective=self.settings.objective,
+            latents=Array.of(latents),
+            **what,
+        )
+
+    def metrics(self, round: int) -> dict[str, float]:
+        """The figures kept of ``round``."""
+        return next((dict(line.metrics) for line in self.store.history(self.run) if line.round == round), {})
+
+
+def _template_losses(reports: Sequence[RoundReport]) -> NDArray[np.float64]:
+    """Mean loss of each template over all devices' rows, nats [n_templates]."""
+    sums = [report.result.loss_sums.numpy() for report in reports if isinstance(report.result, SelectResult)]
+    mean: NDArray[np.float64] = np.sum(sums, axis=0) / sum(report.n_texts for report in reports)
+    return mean
+
+
+def _mean_loss(reports: Sequence[RoundReport]) -> float:
+    total = 0.0
+    for report in reports:
+        match report.result:
+            case PooledResult(losses=losses):
+                value = float(losses.numpy().mean())
+            case LocalResult(fitness=fitness):
+                value = fitness
+            case SelectResult(loss_sums=sums):
+                value = float(sums.numpy().min()) / report.n_texts
+        total += value * report.n_texts
+    return total / sum(report.n_texts for report in reports)

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import httpx
+import msgspec
+import pytest
+
+from fedbpt import wire
+from fedbpt.agent import AgentService
+from fedbpt.agent.http import STATUS_OF_CODE
+from fedbpt.agent.server import AgentServer
+from fedbpt.errors import ConfigError, FedbptError
+from fedbpt.messages import DeviceInfo, ErrorReply, RoundProgress, RoundReport
+from tests.contract.test_clients import plan
+from tests.fake_device import FakeDevice
+
+MSGPACK = {"content-type": wire.CONTENT_TYPE}
+
+
+@pytest.fixture(scope="module")
+def http() -> Iterator[httpx.Client]:
+    with AgentServer(AgentService(FakeDevice("a"))) as server:
+        with httpx.Client(base_url=server.url, trust_env=False) as client:
+            yield client
+
+
+def refusal(response: httpx.Response) -> tuple[int, str]:
+    return response.status_code, wire.decode(response.content, ErrorReply).code
+
+
+def test_a_round_goes_over_plain_http(http: httpx.Client) -> None:
+    accepted = http.post("/v1/rounds/r/1", content=wire.encode(plan()), headers=MSGPACK)
+    assert accepted.status_code == 202
+    assert wire.decode(accepted.content, RoundProgress).round == 1
+    done = http.get("/v1/rounds/r/1?wait=5")
+    assert (done.status_code, done.headers["content-type"]) == (200, wire.CONTENT_TYPE)
+    assert wire.decode(done.content, RoundReport).device == "a"
+    assert http.delete("/v1/rounds/r/1").status_code == 204
+    assert refusal(http.get("/v1/rounds/r/1")) == (404, "unknown-round")
+
+
+def test_people_get_json_and_may_send_it(http: httpx.Client) -> None:
+    json = {"content-type": "application/json; charset=utf-8", "accept": "application/json"}
+    status = http.get("/v1/status", headers=json)
+    assert wire.decode_json(status.content, DeviceInfo).name == "a"
+    assert http.post("/v1/rounds/r/2", content=wire.encode_json(plan(round=2)), headers=json).status_code == 202
+    wrong = http.post("/v1/rounds/r/2", content=b"{}", headers=json)
+    assert wrong.status_code == 400
+    assert wire.decode_json(wrong.content, ErrorReply).code == "malformed"
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_another_content_type_is_refused(http: httpx.Client, content_type: str) -> None:
+    response = http.post("/v1/rounds/r/1", content=wire.encode(plan()), headers={"content-type": content_type})
+    assert refusal(response) == (415, "wrong-content-type")
+
+
+@pytest.mark.parametrize("body", [b"", b"\xff\x00", wire.encode(plan())[:-1], msgspec.msgpack.encode({"run": 1})])
+@pytest.mark.parametrize("path", ["/v1/rounds/r/1", "/v1/evaluate"])
+def test_a_malformed_body_is_refused(http: httpx.Client, path: str, body: bytes) -> None:
+    assert refusal(http.post(path, content=body, headers=MSGPACK)) == (400, "malformed")
+
+
+def test_a_plan_sent_to_another_rounds_address_is_refused(http: httpx.Client) -> None:
+    assert refusal(http.post("/v1/rounds/r/9", content=wire.encode(plan()), headers=MSGPACK)) == (400, "malformed")
+
+
+def test_a_body_over_the_limit_is_refused_with_or_without_its_length(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "MAX_BODY_BYTES", 1000)
+    assert refusal(http.post("/v1/evaluate", content=b"\0" * 1001, headers=MSGPACK)) == (413, "too-large")
+    chunks = (b"\0" * 100 for _ in range(11))
+    assert refusal(http.post("/v1/evaluate", content=chunks, headers=MSGPACK)) == (413, "too-large")
+
+
+@pytest.mark.parametrize("wait", ["x", "-1", "nan", "inf"])
+def test_a_wait_that_is_no_time_is_refused(http: httpx.Client, wait: str) -> None:
+    assert refusal(http.get(f"/v1/rounds/r/1?wait={wait}")) == (400, "malformed")
+
+
+def test_unknown_addresses_and_methods_have_a_reason(http: httpx.Client) -> None:
+    assert refusal(http.get("/v1/nothing")) == (404, "not-found")
+    assert refusal(http.get("/v1/rounds/r/one")) == (404, "not-found")
+    assert refusal(http.put("/v1/status")) == (405, "method-not-allowed")
+    assert refusal(http.get("/v1/evaluate/0123")) == (404, "unknown-evaluation")
+
+
+def test_every_refusal_is_a_4xx_but_for_a_device_that_stops() -> None:
+    assert {code for code, status in STATUS_OF_CODE.items() if not 400 <= status < 500} == {"stopping"}
+
+
+def test_health_and_metrics_are_plain_text(http: httpx.Client) -> None:
+    assert http.get("/healthz").text == "ok\n"
+    metrics = http.get("/metrics")
+    assert metrics.headers["content-type"].startswith("text/plain; version=0.0.4")
+    samples = dict(line.rsplit(" ", 1) for line in metrics.text.splitlines() if not line.startswith("#"))
+    assert float(samples['fedbpt_work_total{state="done"}']) >= 0
+    assert samples["fedbpt_peak_rss_bytes"] == str(2**21) or int(samples["fedbpt_peak_rss_bytes"]) > 0
+
+
+def test_a_port_in_use_is_one_line_that_says_what_to_do() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(FedbptError, match=f"port {port}: .*choose another port") as caught:
+            AgentServer(AgentService(FakeDevice("a")), port=port)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "device.example"])
+def test_an_address_beyond_loopback_must_be_allowed(host: str) -> None:
+    with pytest.raises(ConfigError, match="no encryption"):
+        AgentServer(AgentService(FakeDevice("a")), host)
+
+
+def test_an_address_beyond_loopback_works_where_it_is_allowed() -> None:
+    AgentServer(AgentService(FakeDevice("a")), "0.0.0.0", allow_insecure=True).stop()
+
+
+@pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 70000), ("127.0.0.1", -1), ("192.0.2.1", 0)])
+def test_an_address_that_cannot_be_is_named(host: str, port: int) -> None:
+    with pytest.raises(FedbptError, match=r"is no port|cannot serve on 192\.0\.2\.1"):
+        AgentServer(AgentService(FakeDevice("a")), host, port, allow_insecure=True)
