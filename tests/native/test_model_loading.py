@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny_gguf
-from conftest import Case
+from tiny_case import Case
 
 import fedbpt
 from fedbpt.errors import InputError, ModelError, ModelFileError, ModelNotFoundError, UnsupportedModelError
@@ -70,7 +70,9 @@ def test_a_file_without_one_of_its_tensors_is_damaged(tmp_path: Path, tensor: st
     assert "holed.gguf" in one_line(failed.value)
 
 
-@pytest.mark.parametrize("settings", [{"n_layer": 0}, {"n_head": 0}, {"n_head": 3}, {"n_head_kv": 0}])
+@pytest.mark.parametrize(
+    "settings", [{"n_layer": 0}, {"n_layer": 100_000}, {"n_head": 0}, {"n_head": 3}, {"n_head_kv": 0}]
+)
 def test_settings_that_make_no_sense_do_not_end_the_process(tmp_path: Path, settings: dict[str, int]) -> None:
     """In a process of its own: upstream checks some settings with an assertion that aborts."""
     path = tmp_path / "senseless.gguf"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Case
+from tiny_case import Case
 
 import fedbpt
 from fedbpt.scorer import Scorer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tiny_gguf
-from conftest import Case
+from tiny_case import Case
 
 TEXTS = [
     "the movie was great!",

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import gguf
 import numpy as np
 import pytest
-from conftest import Case
+from tiny_case import Case
 
 
 def test_logits_depend_on_nothing_that_comes_later(case: Case) -> None:

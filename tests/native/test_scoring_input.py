@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Case
+from tiny_case import Case
 
 from fedbpt.errors import InputError
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import N_THREADS, Case
 from numpy.typing import NDArray
+from tiny_case import N_THREADS, Case
 
 import fedbpt
 from fedbpt.errors import InputError
 
-LENGTHS = [3, 40, 5, 17, 64, 4, 9, 130]
+LENGTHS = [3, 40, 5, 17, 26, 4, 9, 70]
 PLACEMENTS = pytest.mark.parametrize("placement", ["front", "cue"])
 
 
