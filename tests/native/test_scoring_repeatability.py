@@ -1,0 +1,160 @@
+"""A candidate's logits are a function of the candidate and the data: the same bits whatever is scored beside it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tiny_case import N_THREADS, Case
+
+import fedbpt
+from fedbpt.errors import InputError
+
+LENGTHS = [3, 40, 5, 17, 26, 4, 9, 70]
+PLACEMENTS = pytest.mark.parametrize("placement", ["front", "cue"])
+
+
+def score(case: Case, embeds: NDArray[np.float32], **how: Any) -> NDArray[np.float32]:
+    how = {"label_ids": [5, 300, 17], "prefix": [1, 44], **how}
+    return case.scorer.score_with_soft_prompt(case.texts(LENGTHS), embeds, **how)
+
+
+@PLACEMENTS
+def test_the_same_call_gives_the_same_bits(repeatable: Case, placement: str) -> None:
+    embeds = repeatable.prompts(5, 3)
+    first = score(repeatable, embeds, placement=placement)
+    for _ in range(3):
+        np.testing.assert_array_equal(score(repeatable, embeds, placement=placement), first)
+
+
+@PLACEMENTS
+def test_the_order_of_candidates_moves_no_bit(repeatable: Case, placement: str) -> None:
+    embeds = repeatable.prompts(17, 3)
+    order = np.random.default_rng(0).permutation(17)
+    expected = score(repeatable, embeds, placement=placement)[order]
+    np.testing.assert_array_equal(score(repeatable, embeds[order], placement=placement), expected)
+
+
+@PLACEMENTS
+@pytest.mark.parametrize("n_prompt", [0, 1, 3])
+def test_the_number_of_candidates_moves_no_bit(repeatable: Case, placement: str, n_prompt: int) -> None:
+    embeds = repeatable.prompts(40, n_prompt)
+    together = score(repeatable, embeds, placement=placement)
+    for first, last in [(0, 1), (39, 40), (5, 7), (3, 34)]:
+        np.testing.assert_array_equal(score(repeatable, embeds[first:last], placement=placement), together[first:last])
+
+
+@PLACEMENTS
+def test_a_candidate_given_twice_scores_twice_the_same(repeatable: Case, placement: str) -> None:
+    embeds = repeatable.prompts(2, 3)[[0, 1, 0, 1, 0]]
+    scored = score(repeatable, embeds, placement=placement)
+    np.testing.assert_array_equal(scored[[2, 4]], scored[[0, 0]])
+    np.testing.assert_array_equal(scored[3], scored[1])
+
+
+@PLACEMENTS
+def test_one_candidate_may_come_without_its_leading_axis(repeatable: Case, placement: str) -> None:
+    embeds = repeatable.prompts(1, 3)
+    np.testing.assert_array_equal(
+        score(repeatable, embeds[0], placement=placement), score(repeatable, embeds, placement=placement)
+    )
+
+
+@PLACEMENTS
+def test_earlier_calls_move_no_bit(repeatable: Case, placement: str) -> None:
+    embeds = repeatable.prompts(4, 3)
+    first = score(repeatable, embeds, placement=placement)
+    scorer = repeatable.scorer
+    scorer.score_with_soft_prompt(repeatable.texts([300, 7, 60]), repeatable.prompts(2, 50), placement="front")
+    scorer.score_with_soft_prompt(repeatable.texts([200, 70]), repeatable.prompts(3, 1), placement="cue")
+    scorer.score_with_soft_prompt(repeatable.texts(LENGTHS), repeatable.prompts(1, 3), prefix=repeatable.ids(30))
+    score(repeatable, repeatable.prompts(9, 3, seed=1), placement=placement)
+    score(repeatable, embeds, placement=placement, label_ids=None)
+    with pytest.raises(InputError):
+        score(repeatable, np.full_like(embeds, np.nan), placement=placement)
+    np.testing.assert_array_equal(score(repeatable, embeds, placement=placement), first)
+
+
+@PLACEMENTS
+def test_texts_that_changed_in_place_are_scored_anew(llama: Case, placement: str) -> None:
+    """A cache keyed by the identity of the caller's arrays would serve the old text."""
+    texts, embeds = llama.texts([9, 30]), llama.prompts(2, 3)
+    llama.scorer.score_with_soft_prompt(texts, embeds, placement=placement)
+    texts[0][2] = (texts[0][2] + 1 - 3) % (llama.model.n_vocab - 3) + 3
+    actual = llama.scorer.score_with_soft_prompt(texts, embeds, placement=placement)
+    assert np.abs(actual - llama.reference.score(texts, embeds, placement=placement)).max() <= 1e-3
+
+
+@PLACEMENTS
+def test_a_freshly_loaded_model_gives_the_same_bits(repeatable: Case, placement: str) -> None:
+    embeds = repeatable.prompts(4, 3)
+    fresh = fedbpt.load_model(repeatable.path, n_threads=N_THREADS)
+    how = {"label_ids": [5, 300, 17], "prefix": [1, 44], "placement": placement}
+    actual = fresh.score_with_soft_prompt(repeatable.texts(LENGTHS), embeds, **how)
+    np.testing.assert_array_equal(actual, score(repeatable, embeds, placement=placement))
+
+
+def test_calls_from_several_threads_give_the_bits_of_serial_calls(repeatable: Case) -> None:
+    jobs: list[Callable[[], NDArray[np.float32]]] = [
+        lambda: score(repeatable, repeatable.prompts(6, 3), placement="front"),
+        lambda: score(repeatable, repeatable.prompts(6, 1), placement="cue"),
+        lambda: score(repeatable, repeatable.prompts(2, 0), label_ids=None),
+        lambda: repeatable.scorer.token_embeddings(repeatable.ids(50)),
+    ]
+    serial = [job() for job in jobs]
+    together: dict[int, list[NDArray[np.float32]]] = {index: [] for index in range(len(jobs))}
+    start = threading.Barrier(len(jobs))
+
+    def run(index: int) -> None:
+        start.wait()
+        together[index] = [jobs[index]() for _ in range(3)]
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    for index, expected in enumerate(serial):
+        assert len(together[index]) == 3
+        for actual in together[index]:
+            np.testing.assert_array_equal(actual, expected)
+
+
+def test_ctrl_c_ends_a_long_call_and_spoils_nothing(llama: Case) -> None:
+    """In a process of its own: a signal that came too late would end the test session instead."""
+    script = f"""
+        import os, signal, sys, threading, time
+        import numpy as np
+        import fedbpt
+        from fedbpt.errors import ScoringInterrupted
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        scorer = fedbpt.load_model({str(llama.path)!r}, n_threads={N_THREADS})
+        rng = np.random.default_rng(0)
+        texts = [rng.integers(3, scorer.n_vocab, 300) for _ in range(60)]
+        embeds = rng.standard_normal((200, 50, scorer.n_embd), dtype=np.float32)
+        before = scorer.score_with_soft_prompt(texts[:2], embeds[:2])
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        started = time.monotonic()
+        try:
+            scorer.score_with_soft_prompt(texts, embeds, label_ids=[5])
+        except (KeyboardInterrupt, ScoringInterrupted):
+            seconds = time.monotonic() - started
+        else:
+            sys.exit("the call ended before the signal came")
+        if seconds > 5:
+            sys.exit(f"took {{seconds:.1f}} s to stop")
+        after = scorer.score_with_soft_prompt(texts[:2], embeds[:2])
+        sys.exit(0 if np.array_equal(before, after) else "the next call gave other bits")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
