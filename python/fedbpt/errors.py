@@ -121,7 +121,7 @@ class StoreError(FedbptError):
     """The run database cannot be read or written."""
 
 
-class ScoringInterrupted(FedbptError):
+class ScoringInterrupted(FedbptError):  # noqa: N818 - cancelled is no failure
     """A scoring call was cancelled before it ended."""
 
     exit_code = 130

@@ -30,7 +30,7 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Base of all wire values: immutable, keyword-only, strict."""
 
 
-class Array(Message):
+class Array(Message, frozen=True):
     """A float array: ``data`` holds the little-endian bytes of ``shape`` elements in C order."""
 
     dtype: Literal["<f4", "<f8"]
@@ -59,7 +59,7 @@ class Array(Message):
 # --- what is tuned ---------------------------------------------------------------------------------------------
 
 
-class Template(Message):
+class Template(Message, frozen=True):
     """One way to put a text to the model. ``pattern`` holds ``{text}`` once; what follows it is the answer cue.
 
     ``label_words`` has one word per label, in label order, each with its leading space where the cue ends
@@ -70,7 +70,7 @@ class Template(Message):
     label_words: tuple[str, ...]
 
 
-class PromptSpec(Message):
+class PromptSpec(Message, frozen=True):
     """How a latent z ∈ R^d becomes a soft prompt: vec(P) = vec(P0) + A z.
 
     A [n_prompt·n_embd, d] is drawn from ``seed`` with standard deviation α·std(E)/(√d·σ0), E the token
@@ -86,7 +86,7 @@ class PromptSpec(Message):
     seed: NaturalInt = 0
 
 
-class ObjectiveSpec(Message):
+class ObjectiveSpec(Message, frozen=True):
     """What a device minimises. ``perturb`` is the token replacement probability r of the perturbed ratio (0: off)."""
 
     loss: LossName = "cross_entropy"
@@ -95,7 +95,7 @@ class ObjectiveSpec(Message):
     perturb: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
 
 
-class SearchState(Message):
+class SearchState(Message, frozen=True):
     """A Gaussian search distribution N(mean, σ²·C) over latents. Exactly one of ``scales``/``covariance`` may be set.
 
     ``mean`` [d]; ``scales`` [d] = √diag(C) of a separable search; ``covariance`` [d, d]; neither: C = I.
@@ -112,14 +112,14 @@ class SearchState(Message):
 # --- what a device is asked to do in a round ---------------------------------------------------------------------
 
 
-class SelectWork(Message, tag="select"):
+class SelectWork(Message, frozen=True, tag="select"):
     """Score the zero-shot model with each template on at most ``max_rows`` random training rows (0: all)."""
 
     templates: tuple[Template, ...]
     max_rows: NaturalInt = 64
 
 
-class PooledWork(Message, tag="pooled"):
+class PooledWork(Message, frozen=True, tag="pooled"):
     """Score the population that ``state``, the run's seed and ``generation`` define on one mini-batch."""
 
     state: SearchState
@@ -127,7 +127,7 @@ class PooledWork(Message, tag="pooled"):
     popsize: PositiveInt
 
 
-class LocalWork(Message, tag="local"):
+class LocalWork(Message, frozen=True, tag="local"):
     """Run ``iterations`` generations of CMA-ES from ``state`` on the device's own rows (FedBPT, FedAvg of means)."""
 
     state: SearchState
@@ -138,19 +138,19 @@ class LocalWork(Message, tag="local"):
 Work: TypeAlias = SelectWork | PooledWork | LocalWork
 
 
-class SelectResult(Message, tag="select"):
+class SelectResult(Message, frozen=True, tag="select"):
     """``loss_sums`` [n_templates]: sum over texts of the loss, nats."""
 
     loss_sums: Array
 
 
-class PooledResult(Message, tag="pooled"):
+class PooledResult(Message, frozen=True, tag="pooled"):
     """``losses`` [popsize]: mean loss of each candidate over the device's mini-batch, nats."""
 
     losses: Array
 
 
-class LocalResult(Message, tag="local"):
+class LocalResult(Message, frozen=True, tag="local"):
     """``mean`` [d], ``fitness`` = F(mean) (lower is better), ``sigma_squares`` = Σ_i σ_i² over the iterations."""
 
     mean: Array
@@ -161,7 +161,7 @@ class LocalResult(Message, tag="local"):
 Result: TypeAlias = SelectResult | PooledResult | LocalResult
 
 
-class RoundPlan(Message):
+class RoundPlan(Message, frozen=True):
     """What the coordinator asks of a device in one round. ``seed`` is the run's; devices derive their own streams."""
 
     run: Name
@@ -178,7 +178,7 @@ class RoundPlan(Message):
     protocol: Literal[1] = 1
 
 
-class RoundReport(Message):
+class RoundReport(Message, frozen=True):
     """A device's answer to one `RoundPlan`. ``tokens`` counts forward tokens asked for; times are monotonic seconds."""
 
     run: Name
@@ -194,7 +194,7 @@ class RoundReport(Message):
     protocol: Literal[1] = 1
 
 
-class RoundProgress(Message):
+class RoundProgress(Message, frozen=True):
     """Where a round stands on a device. ``done`` of ``total`` steps; ``error`` says why where ``state`` is failed."""
 
     run: Name
@@ -205,7 +205,7 @@ class RoundProgress(Message):
     error: str = ""
 
 
-class EvaluateRequest(Message):
+class EvaluateRequest(Message, frozen=True):
     """Measure latents on the device's held-back rows; an empty ``latents`` list is not allowed, z = 0 is zero-shot.
 
     ``latents`` [k, d]. ``max_rows`` 0 = all rows; else the first ``max_rows``. ``split``: ``dev`` rows may choose,
@@ -223,7 +223,7 @@ class EvaluateRequest(Message):
     protocol: Literal[1] = 1
 
 
-class EvaluateReport(Message):
+class EvaluateReport(Message, frozen=True):
     """Counts, so that reports of several devices add up. Index i belongs to latent i."""
 
     n: PositiveInt
@@ -233,7 +233,7 @@ class EvaluateReport(Message):
     protocol: Literal[1] = 1
 
 
-class DeviceInfo(Message):
+class DeviceInfo(Message, frozen=True):
     """What a device says of itself. Never its data, nor label counts."""
 
     name: Name
@@ -252,7 +252,7 @@ class DeviceInfo(Message):
     protocol: Literal[1] = 1
 
 
-class ErrorReply(Message):
+class ErrorReply(Message, frozen=True):
     """The body of every 4xx and 5xx answer: a stable ``code`` and one line that says what to do."""
 
     code: str

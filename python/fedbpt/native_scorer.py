@@ -25,7 +25,9 @@ def physical_cores() -> int:
     return max(1, len(cores))
 
 
-def load_model(name_or_path: str | os.PathLike[str], n_threads: int | None = None, n_gpu_layers: int = 0) -> NativeScorer:
+def load_model(
+    name_or_path: str | os.PathLike[str], n_threads: int | None = None, n_gpu_layers: int = 0
+) -> NativeScorer:
     """Load a model for scoring.
 
     Args:
@@ -38,13 +40,17 @@ def load_model(name_or_path: str | os.PathLike[str], n_threads: int | None = Non
         ModelFileError: not a GGUF file, cut short or corrupt.
         UnsupportedModelError: an architecture that soft prompts do not work with.
     """
-    return NativeScorer(models.locate(name_or_path), name=str(name_or_path), n_threads=n_threads, n_gpu_layers=n_gpu_layers)
+    return NativeScorer(
+        models.locate(name_or_path), name=str(name_or_path), n_threads=n_threads, n_gpu_layers=n_gpu_layers
+    )
 
 
 class NativeScorer:
     """A frozen GGUF model that scores texts under soft prompts (`fedbpt.scorer.Scorer`). Thread-safe."""
 
-    def __init__(self, path: Path, name: str | None = None, n_threads: int | None = None, n_gpu_layers: int = 0) -> None:
+    def __init__(
+        self, path: Path, name: str | None = None, n_threads: int | None = None, n_gpu_layers: int = 0
+    ) -> None:
         self.path = path
         self.name = Path(name).stem if name and name.endswith(".gguf") else name or path.stem
         self._n_gpu_layers = n_gpu_layers
@@ -156,7 +162,9 @@ class NativeScorer:
         if rows.ndim == 2:
             rows = rows[None]
         if rows.ndim != 3:
-            raise InputError(f"embeds must be [n_candidates, n_prompt, n_embd] or [n_prompt, n_embd], got shape {list(rows.shape)}")
+            raise InputError(
+                f"embeds must be [n_candidates, n_prompt, n_embd] or [n_prompt, n_embd], got shape {list(rows.shape)}"
+            )
         if rows.shape[2] != self.n_embd:
             raise InputError(f"embeds has rows of {rows.shape[2]} numbers, but this model's n_embd is {self.n_embd}")
         return rows

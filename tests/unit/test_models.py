@@ -13,12 +13,12 @@ from pathlib import Path
 from types import MappingProxyType
 
 import pytest
-from tests.hub_stand_in import COMMIT, Hub
-from tests.toy_wheel import make_wheel
 
 from fedbpt import models, packages
 from fedbpt.errors import DownloadError, MissingExtraError, ModelFileError, ModelNotFoundError
 from fedbpt.models import CatalogueEntry, PackagedFile, hub, store
+from tests.hub_stand_in import COMMIT, Hub
+from tests.toy_wheel import make_wheel
 
 CONTENT = b"GGUF" + bytes(range(256)) * 2000
 LLAMA = "llama2-7b-q2_k"

@@ -6,13 +6,13 @@ import math
 
 import numpy as np
 import pytest
-from fedbpt.tasks.task import cue_ids, label_ids, render_ids
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedbpt.errors import DataError, InputError, ScoringInterrupted, TaskError
 from fedbpt.messages import ObjectiveSpec, PromptSpec, Template
 from fedbpt.objective import CHUNK, Objective, batch_indices, cross_entropy, hinge
+from fedbpt.tasks.task import cue_ids, label_ids, render_ids
 from tests.toy_scorer import BOS, ToyScorer
 
 # The toy tokenizer's words share their first byte, the space: these do not.

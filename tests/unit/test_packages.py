@@ -5,11 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from tests.toy_wheel import make_wheel
 
 from fedbpt import packages
 from fedbpt.errors import DownloadError
 from fedbpt.packages import Package, fetch_wheel
+from tests.toy_wheel import make_wheel
 
 
 @pytest.fixture

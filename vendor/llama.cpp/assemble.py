@@ -68,7 +68,9 @@ def apply_patches(tree: Path, anchors: dict[str, str]) -> None:
     for patch, name, after, added in sorted(all_hunks(), key=lambda hunk: (hunk[1], -hunk[2])):
         path = tree / name
         if not path.is_file():
-            raise AssemblyError(f"{patch.name}: upstream has no {name}; see vendor/llama.cpp/README.md to move the fork")
+            raise AssemblyError(
+                f"{patch.name}: upstream has no {name}; see vendor/llama.cpp/README.md to move the fork"
+            )
         lines = path.read_text().splitlines(keepends=True)
         found = line_hash(lines[after]) if after < len(lines) else "end of file"
         expected = anchors.get(f"{name}:{after + 1}")
@@ -92,7 +94,16 @@ def fetch_sdist(pin: dict[str, str], cache: Path) -> Path:
         requirement = folder / "requirement.txt"
         requirement.write_text(f"{pin['package']}=={pin['version']} --hash=sha256:{pin['sha256']}\n")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--no-binary", ":all:", "--no-build-isolation", "--require-hashes", "-r", str(requirement), "-d", name]
+        command += [
+            "--no-binary",
+            ":all:",
+            "--no-build-isolation",
+            "--require-hashes",
+            "-r",
+            str(requirement),
+            "-d",
+            name,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         sdists = list(folder.glob("*.tar.gz"))
         if done.returncode != 0 or len(sdists) != 1:
@@ -182,7 +193,7 @@ def print_anchors(upstream: Path) -> None:
     """The [[hook]] places as they are in ``upstream``: for moving the fork to another release."""
     for patch, name, after, _ in all_hunks():
         line = (upstream / name).read_text().splitlines()[after]
-        print(f"{patch.name}: {name}:{after + 1} before = \"{line_hash(line)}\"  # {line.strip()[:60]}")
+        print(f'{patch.name}: {name}:{after + 1} before = "{line_hash(line)}"  # {line.strip()[:60]}')
 
 
 def main() -> int:
