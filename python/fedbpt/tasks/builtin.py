@@ -46,14 +46,12 @@ BBC_NEWS = Task(
     labels=("business", "entertainment", "politics", "sport", "tech"),
     templates=(
         *_templates(
-            (" Business", " Entertainment", " Politics", " Sport", " Technology"),
-            "{text}\nTopic:",
+            (" business", " entertainment", " politics", " sports", " technology"),
             "{text}\nCategory:",
-            "{text}\nSection:",
+            "{text}\nThis article is about",
+            "{text}\nTopic:",
         ),
-        *_templates(
-            (" business", " entertainment", " politics", " sport", " technology"), "{text}\nThis article is about"
-        ),
+        *_templates((" Business", " Entertainment", " Politics", " Sport", " Technology"), "{text}\nCategory:"),
     ),
     max_words=60,
 )
