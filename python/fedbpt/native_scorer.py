@@ -14,7 +14,6 @@ from fedbpt.errors import InputError
 from fedbpt.memory import memory_of_process
 from fedbpt.messages import Placement
 
-
 DEFAULT_KV_BUDGET_BYTES = 512 * 2**20
 """How much KV a plan keeps unless told otherwise: some 250 texts of 90 tokens of a 135M model."""
 
@@ -45,7 +44,10 @@ def load_model(
         UnsupportedModelError: an architecture that soft prompts do not work with.
     """
     return NativeScorer(
-        models.locate(Path(name_or_path) if isinstance(name_or_path, os.PathLike) else name_or_path), name=str(name_or_path), n_threads=n_threads, n_gpu_layers=n_gpu_layers
+        models.locate(Path(name_or_path) if isinstance(name_or_path, os.PathLike) else name_or_path),
+        name=str(name_or_path),
+        n_threads=n_threads,
+        n_gpu_layers=n_gpu_layers,
     )
 
 
@@ -229,7 +231,9 @@ class NativePlan:
         """
         chosen = np.arange(self.n_texts) if indices is None else np.asarray(indices)
         if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
-            raise InputError(f"indices must be a flat sequence of text numbers, got {chosen.dtype} {list(chosen.shape)}")
+            raise InputError(
+                f"indices must be a flat sequence of text numbers, got {chosen.dtype} {list(chosen.shape)}"
+            )
         return self._scorer.score_plan(self._plan, embeds, np.ascontiguousarray(chosen, dtype=np.int64))
 
     def __repr__(self) -> str:
