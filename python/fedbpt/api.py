@@ -128,15 +128,18 @@ class TuneResult:
             raise MissingExtraError("plotting", "plot") from error
         figure = Figure(figsize=(7, 3.5), layout="constrained")
         axes = figure.add_subplot()
-        evaluations, losses = zip(*self.curve, strict=True)
-        axes.plot(evaluations, losses, linewidth=1, label="mean loss of the population")
+        axes.plot(*_columns(self.curve), linewidth=1, label="mean loss of the population")
         axes.set(xlabel="evaluations", ylabel="loss (nats)", title=self.run.task)
         if self.dev_curve:
             right = axes.twinx()
-            right.plot(*zip(*self.dev_curve, strict=True), color="tab:green", marker=".", label="development accuracy")
+            right.plot(*_columns(self.dev_curve), color="tab:green", marker=".", label="development accuracy")
             right.set_ylabel("accuracy")
         figure.legend(loc="outside lower center", ncols=2)
         return figure
+
+
+def _columns(points: tuple[tuple[int, float], ...]) -> tuple[list[int], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
 
 
 def tune(

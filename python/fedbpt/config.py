@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
+from fedbpt import tasks
 from fedbpt.errors import ConfigError, FedbptError
 from fedbpt.runs import RunSettings
+from fedbpt.tasks import Task
 
 
 class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -16,11 +19,11 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     ::
 
         run = "news"                     # its name in the store; started again, it is resumed
-        task = "ag-news"                 # or the path of a task file
+        task = "ag-news"                 # or the path of a task file, from here or from the run file's folder
         devices = ["http://pi5:8401", "http://pixel:8401"]
         model = "smollm2-135m"           # on this machine too: to write the prompt file (optional)
         store = "runs/runs.db"
-        prompt_file = "runs/news.safetensors"
+        prompt_file = "runs/news.safetensors"   # where a model is given: default, RUN.safetensors beside the store
 
         [settings]                       # fields of fedbpt.runs.RunSettings
         rounds = 100
@@ -39,20 +42,37 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     settings: RunSettings = RunSettings()
 
 
-def load_config(path: str | Path) -> RunConfig:
-    """Read a run file.
+def load_config(path: str | Path) -> tuple[RunConfig, Task]:
+    """Read a run file and the task that it names: a built-in one, or a task file, first looked for beside the run file.
+
+    What ``settings`` leaves out follows from the rest: ``prompt.seed`` is the run's, ``objective.max_text_tokens`` the
+    task's.
 
     Raises:
-        ConfigError: no such file, not TOML, an unknown key, a value that cannot be.
+        ConfigError: no such file, not TOML, an unknown key, a value that cannot be, no such task.
+        TaskError: a task file whose templates cannot work.
     """
+    path = Path(path)
     try:
-        content = Path(path).read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read the run file {path}: {error.strerror or error}") from error
     try:
-        return msgspec.toml.decode(content, type=RunConfig)
+        raw = msgspec.toml.decode(content)
+        _decoded(path, raw)  # before the task is read: complain about the file itself first
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    beside = path.parent / raw["task"]
+    task = tasks.load(beside if beside.is_file() else raw["task"])
+    settings = raw.setdefault("settings", {})
+    settings.setdefault("prompt", {}).setdefault("seed", settings.get("seed", 0))
+    settings.setdefault("objective", {}).setdefault("max_text_tokens", task.max_text_tokens)
+    return _decoded(path, raw), task
+
+
+def _decoded(path: Path, raw: Any) -> RunConfig:
+    try:
+        return msgspec.convert(raw, RunConfig)
     except msgspec.ValidationError as error:
         cause = error.__cause__
         raise ConfigError(f"{path}: {cause if isinstance(cause, FedbptError) else error}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError, ImportError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error

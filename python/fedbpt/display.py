@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedbpt.runs import (
@@ -14,6 +15,7 @@ from fedbpt.runs import (
     Event,
     LateReport,
     RoundClosed,
+    RunFinished,
     RunSettings,
     RunStarted,
     TemplateSelected,
@@ -47,6 +49,7 @@ class RunDisplay:
         self._line = self._progress.add_task("connecting", total=None, figures="")
         self._settings = RunSettings()
         self._devices = self._live = 0
+        self._started = False
         self._zero_shot: float | None = None
         self._accuracy: float | None = None
 
@@ -62,11 +65,12 @@ class RunDisplay:
     def __call__(self, event: Event) -> None:
         match event:
             case RunStarted():
+                self._started = True
                 self._settings = event.settings
                 self._devices, self._live = len(event.devices), len(event.live)
                 if event.resumed:
                     self._say(f"run {event.run}: resumed after {event.resumed} rounds")
-                self._update(f"choosing a template on {event.model_name}", 0.0, "")
+                self._update(f"choosing a template on {event.model_name}", None, "")
             case TemplateSelected():
                 self._say(f"template {event.template.pattern!r} with {', '.join(event.template.label_words)}")
             case Evaluated():
@@ -75,13 +79,17 @@ class RunDisplay:
                     self._zero_shot = event.score.accuracy
             case RoundClosed() if event.round > 0:
                 self._live = len(event.reported)
-                self._update(f"round {event.round}", self._share(event), self._figures(event))
+                share = self._share(event)
+                doing = "evaluating" if share == 1.0 else f"round {event.round}"
+                self._update(doing, share, self._figures(event, share))
             case DeviceLost():
-                self._say(f"[yellow]device {event.device} is lost[/] in round {event.round}: {event.reason}")
+                self._say(f"device {event.device} is lost in round {event.round}: {event.reason}", "yellow")
             case DeviceBack():
                 self._say(f"device {event.device} is back in round {event.round}")
             case LateReport():
                 self._say(f"device {event.device}: its report on round {event.round} came late and is not used")
+            case RunFinished() if not self._started:
+                self._say(f"run {event.result.run} was finished before: this is its result")
 
     def _share(self, event: RoundClosed) -> float:
         """How much of the budget is spent, 0 to 1: of the limit that is nearest."""
@@ -94,7 +102,7 @@ class RunDisplay:
         ]
         return min(1.0, max(done / limit for done, limit in spent if limit))
 
-    def _figures(self, event: RoundClosed) -> str:
+    def _figures(self, event: RoundClosed, share: float) -> str:
         parts = []
         if self._accuracy is not None:
             line = "" if self._zero_shot is None else f" (zero-shot {self._zero_shot:.3f})"
@@ -102,15 +110,18 @@ class RunDisplay:
         parts.append(f"loss {event.loss:.3f}")
         parts.append(f"{self._live}/{self._devices} devices")
         parts.append(f"up {human_bytes(event.bytes_up)}  down {human_bytes(event.bytes_down)}")
-        share = self._share(event)
         if 0 < share < 1 and event.seconds > 0:
             left = event.seconds * (1 - share) / share
             parts.append(f"eta {int(left) // 60}:{int(left) % 60:02d}")
         return "  ".join(parts)
 
-    def _update(self, description: str, share: float, figures: str) -> None:
-        self._progress.update(self._line, description=description, total=1.0, completed=share, figures=figures)
+    def _update(self, description: str, share: float | None, figures: str) -> None:
+        """``share`` None: nobody knows how long this takes."""
+        total = None if share is None else 1.0
+        self._progress.update(
+            self._line, description=escape(description), total=total, completed=share or 0.0, figures=figures
+        )
 
-    def _say(self, text: str) -> None:
+    def _say(self, text: str, style: str | None = None) -> None:
         if not self._progress.disable:
-            self._progress.console.print(text)
+            self._progress.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -65,7 +65,7 @@ class AgentServer:
         if not allow_insecure and not _is_loopback(host):
             raise ConfigError(
                 f"{host} can be reached from other machines and there is no encryption:"
-                " allow it explicitly on a network you trust, or serve on 127.0.0.1"
+                " allow it on a network you trust (--allow-insecure), or serve on 127.0.0.1"
             )
         self.service = service
         self.host = host

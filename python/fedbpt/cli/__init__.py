@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
 
-import click
 import typer
 
+import fedbpt
 from fedbpt.cli import demo, device, evaluate, models, runs, tune
+from fedbpt.cli.options import help_without_command
 from fedbpt.errors import FedbptError
 
 app = typer.Typer(
     name="fedbpt",
     help="Federated black-box prompt tuning: adapt an LLM across devices that keep their data.\n\nExample: fedbpt demo",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -25,29 +30,85 @@ app.command("evaluate")(evaluate.evaluate)
 app.add_typer(models.app)
 app.add_typer(runs.app)
 
+INTERRUPTED = 130
+_RESUMED = (["demo"], ["tune"], ["models", "pull"])  # the commands that go on where they were stopped
 
-@app.callback()
+# typer brings its own copy of click in some versions and uses the installed one in others: this is whichever it uses.
+_UsageError: Any = typer.BadParameter.__mro__[1]
+_ClickException: Any = typer.BadParameter.__mro__[2]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fedbpt {fedbpt.__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
 def options(
-    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Options before the command."""
-    del debug  # read by main, which outlives the command
+    del version, debug  # the one is done by its callback, the other by main, which outlives the command
+    help_without_command(context)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The ``fedbpt`` program. Exit codes: 0 done, 1 it failed, 2 the command was wrong, 130 interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given  # wherever it stands
+    given = [word for word in given if word != "--debug"]
     try:
-        code = app(given, standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
+        with _terminated_as_interrupted():
+            code = app(given, prog_name="fedbpt", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo(f"fedbpt: {_stopped(given)}", err=True)
+        code = INTERRUPTED
+    except _ClickException as error:
+        typer.echo(f"fedbpt: {_usage(error)}", err=True)
         code = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        typer.echo("fedbpt: stopped", err=True)
-        code = 130
-    except FedbptError as error:
-        if "--debug" in given:
+    except Exception as error:
+        if debug:
             raise
-        typer.echo(f"fedbpt: {error}", err=True)
-        code = error.exit_code
+        typer.echo(f"fedbpt: {_one_line(error)}", err=True)
+        code = error.exit_code if isinstance(error, FedbptError) else 1
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _stopped(given: Sequence[str]) -> str:
+    if not any(list(given[: len(command)]) == command for command in _RESUMED):
+        return "stopped"
+    again = shlex.join(word for word in given if word != "--fresh")
+    return f"stopped; to go on from there: fedbpt {again}"
+
+
+def _usage(error: Any) -> str:
+    message = " ".join(str(error.format_message()).split())
+    context = error.ctx if isinstance(error, _UsageError) else None
+    return message if context is None else f"{message.rstrip('.')}: see `{context.command_path} --help`"
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, FedbptError):
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    text = " ".join(str(error).split())
+    if isinstance(error, FedbptError):
+        return text
+    return f"unexpected {type(error).__name__}: {text} (a fault of fedbpt: --debug shows where)"
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does: its devices are told, its child processes ended."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -24,7 +24,7 @@ from fedbpt.cli.options import AsJson, Quiet
 from fedbpt.cli.report import print_result, result_as_json
 from fedbpt.clients.http import HttpClient
 from fedbpt.display import RunDisplay
-from fedbpt.errors import ConfigError, FedbptError
+from fedbpt.errors import FedbptError
 from fedbpt.federation import Federation
 from fedbpt.messages import ObjectiveSpec, PromptSpec
 from fedbpt.native_scorer import load_model, physical_cores
@@ -34,6 +34,7 @@ from fedbpt.scorer import Scorer
 from fedbpt.store import RunStore
 from fedbpt.tasks import Row, Task
 
+RUN = "demo"
 TASK = "bbc-news"
 ROWS = {"test": 600, "dev": 150, "train": 320}
 QUICK_ROWS = {"test": 60, "dev": 15, "train": 60}
@@ -61,6 +62,8 @@ def demo(
 ) -> None:
     """Tune a real model on real news over three device processes on this machine, and show what it gained.
 
+    Stopped by Ctrl-C, the same command goes on where it stood; after that, it runs anew.
+
     Example: fedbpt demo --rounds 50 --json
     """
     shown = not (quiet or as_json)
@@ -71,24 +74,38 @@ def demo(
         rows = [(task.clip(text), label) for text, label in tasks.bbc_news(progress=progress)]
     splits = tasks.split_rows(rows, QUICK_ROWS if quick else ROWS, seed)
     folder = out / f"demo-{seed}"
-    files = _write_data(folder / "data", task, splits, devices, seed)
+    saved = folder / "prompt.safetensors"
     settings = _settings(task, rounds, seed)
+    asked = {"model": models.fingerprint(path), "devices": devices, "rows": "quick" if quick else "all"}
 
-    with _device_processes(path, files, task) as urls:
-        clients = [HttpClient(url, name) for name, url in urls.items()]
-        with RunStore(folder / "runs.db") as store, RunDisplay(shown) as display:
-            run = Federation(clients, task, settings, aggregator_for(settings), store, "demo", display)
-            result = run.run()
+    with RunStore(folder / "runs.db") as store:
+        _forget_unless_interrupted(store, saved, folder / "demo.json", asked)
+        files = _write_data(folder / "data", task, splits, devices, seed)
+        with RunDisplay(shown) as display, _device_processes(path, files, task) as urls:
+            clients = [HttpClient(url, name) for name, url in urls.items()]
+            result = Federation(clients, task, settings, aggregator_for(settings), store, RUN, display).run()
 
     scorer = load_model(path)
     prompt = make_prompt(scorer, task, result)
-    saved = prompt.save(folder / "prompt.safetensors")
+    prompt.save(saved)
     examples = _examples(scorer, task, splits["test"], prompt)
     if as_json:
         found = {**result_as_json(result, saved), "examples": [example._asdict() for example in examples]}
         typer.echo(msgspec.json.encode(found).decode())
     else:
-        _print(result, saved, examples, task, folder)
+        _print(result, saved, examples, folder)
+
+
+def _forget_unless_interrupted(store: RunStore, saved: Path, record: Path, asked: dict[str, Any]) -> None:
+    """A demo runs anew each time, except that one that was stopped goes on: on the same model, devices and rows.
+
+    ``record`` remembers those; ``saved`` is written last, so it tells a demo that ended from one that was stopped.
+    """
+    wanted = json.dumps(asked)
+    if saved.exists() or not record.exists() or record.read_text() != wanted:
+        store.delete_run(RUN)
+        saved.unlink(missing_ok=True)
+        record.write_text(wanted)
 
 
 def _settings(task: Task, rounds: int, seed: int) -> RunSettings:
@@ -124,8 +141,17 @@ def _device_processes(model: Path, files: Sequence[dict[str, Path]], task: Task)
             name = f"device-{i}"
             command = [sys.executable, "-m", "fedbpt", "device", "--model", str(model), "--task", task.name, "--json"]
             command += ["--data", str(share["train"]), "--dev", str(share["dev"]), "--test", str(share["test"])]
-            command += ["--name", name, "--port", "0", "--threads", str(threads)]
-            processes[name] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            command += ["--name", name, "--port", "0", "--threads", str(threads), "--until-eof"]
+            # A session of its own: Ctrl-C is for the coordinator, which then ends its devices. Should it be killed,
+            # their standard input ends, and so do they.
+            processes[name] = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
         yield {name: _address(name, process) for name, process in processes.items()}
     finally:
         for process in processes.values():
@@ -167,12 +193,10 @@ def _examples(scorer: Scorer, task: Task, rows: Sequence[Row], prompt: Prompt, w
     return found
 
 
-def _print(result: RunResult, saved: Path, examples: Sequence[Example], task: Task, folder: Path) -> None:
-    if result.task != task.name:
-        raise ConfigError(f"{folder} holds a run of {result.task}: choose another --out")
+def _print(result: RunResult, saved: Path, examples: Sequence[Example], folder: Path) -> None:
     print_result(result, saved)
     console = Console()
     for example in examples:
-        console.print(f"\n[dim]{example.text}[/]", soft_wrap=False)
+        console.print(f"\n{example.text}", style="dim", markup=False, highlight=False)
         console.print(f"  original model: [red]{example.original}[/]   tuned: [green]{example.label}[/] (right)")
     console.print(f"\nrun: fedbpt runs show demo --store {folder / 'runs.db'}", soft_wrap=True)

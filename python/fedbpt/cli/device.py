@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import sys
+import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +35,9 @@ def device(
     allow_insecure: Annotated[
         bool, typer.Option("--allow-insecure", help="Serve beyond loopback without encryption, on a trusted network.")
     ] = False,
+    until_eof: Annotated[
+        bool, typer.Option("--until-eof", help="Stop when standard input ends: for a program that starts devices.")
+    ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -55,5 +62,13 @@ def device(
                 f"{own_name} serves {scorer.name} and {len(train)} rows on http://{host}:{port}; Ctrl-C stops it"
             )
 
+    if until_eof:
+        threading.Thread(target=_stop_at_eof, name="fedbpt-until-eof", daemon=True).start()
     service = AgentService(Device(own_name, scorer, train, dev_rows, test_rows))
     AgentServer(service, host, port, on_ready=ready, allow_insecure=allow_insecure).run()
+
+
+def _stop_at_eof() -> None:
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)

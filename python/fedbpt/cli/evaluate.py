@@ -9,13 +9,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from fedbpt import api
-from fedbpt.cli.options import AsJson, GpuLayers, Quiet, Threads
+from fedbpt import api, models
+from fedbpt.cli.options import AsJson, GpuLayers, Quiet, Threads, task_named
 from fedbpt.cli.report import accuracy_table
 from fedbpt.errors import ConfigError
 from fedbpt.native_scorer import load_model
 from fedbpt.prompt import Prompt
-from fedbpt.tasks import load, read_task_rows
+from fedbpt.tasks import read_task_rows
 
 
 def evaluate(
@@ -37,13 +37,13 @@ def evaluate(
     Example: fedbpt evaluate prompt.safetensors --data test.csv
     """
     prompt = Prompt.load(prompt_file)
-    chosen = load(task or prompt.task_name)
+    chosen = task_named(task, prompt.task_name)
     if chosen.labels != prompt.labels:
         raise ConfigError(
             f"the prompt is for labels {list(prompt.labels)}, task {chosen.name} has {list(chosen.labels)}"
         )
     rows = read_task_rows(chosen, data)
-    scorer = load_model(model or prompt.model_name, n_threads=threads, n_gpu_layers=gpu_layers)
+    scorer = load_model(model or _model_of(prompt), n_threads=threads, n_gpu_layers=gpu_layers)
     prompt.check(scorer)
     found = {
         "zero_shot": api.evaluate(scorer, chosen, rows, template=prompt.template),
@@ -56,6 +56,12 @@ def evaluate(
     else:
         lines = {name.replace("_", "-"): (r.accuracy, r.interval, r.loss) for name, r in found.items()}
         Console().print(accuracy_table(f"{prompt.task_name} on {scorer.name}, {len(rows)} rows", lines))
+
+
+def _model_of(prompt: Prompt) -> str:
+    if prompt.model_name not in models.CATALOGUE:
+        raise ConfigError(f"the prompt was made with a model file, {prompt.model_name}: say where it is with --model")
+    return prompt.model_name
 
 
 def _as_json(result: api.EvaluationResult) -> dict[str, Any]:

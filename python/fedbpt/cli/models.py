@@ -13,14 +13,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from fedbpt import models
-from fedbpt.cli.options import AsJson, Quiet
+from fedbpt.cli.options import AsJson, Quiet, help_without_command
 from fedbpt.packages import Progress as OnProgress
 
 app = typer.Typer(
     name="models",
     help="The models on this machine: list, pull, path.\n\nExample: fedbpt models pull smollm2-135m",
-    no_args_is_help=True,
 )
+app.callback(invoke_without_command=True)(help_without_command)
 
 Name = Annotated[str, typer.Argument(help="A name from `fedbpt models list`.", show_default=False)]
 
@@ -89,15 +89,24 @@ def _as_json(entry: models.ModelEntry) -> dict[str, object]:
 
 @contextmanager
 def progress_bar(name: str, shown: bool) -> Iterator[OnProgress | None]:
-    """A progress bar with an ETA on standard error, so that standard output holds only the result."""
+    """A progress bar with an ETA on standard error, so that standard output holds only the result.
+
+    It appears with the first step that is not the last: what is on this machine already draws nothing.
+    """
     if not shown:
         yield None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        line = bar.add_task(name, total=None)
+    bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+    line = bar.add_task(name, total=None)
 
-        def show(done: int, total: int | None) -> None:
-            bar.update(line, completed=done, total=total)
+    def show(done: int, total: int | None) -> None:
+        if done != total:
+            bar.start()
+        bar.update(line, completed=done, total=total)
 
+    try:
         yield show
+    finally:
+        if bar.live.is_started:
+            bar.stop()

@@ -6,6 +6,9 @@ from typing import Annotated
 
 import typer
 
+from fedbpt import tasks
+from fedbpt.errors import ConfigError
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; print nothing but the result.")]
 Model = Annotated[
@@ -19,3 +22,16 @@ Threads = Annotated[
 ]
 KvBudget = Annotated[int, typer.Option("--kv-budget", min=0, help="MiB of the texts' KV to keep, for speed.")]
 GpuLayers = Annotated[int, typer.Option("--gpu-layers", help="Layers on the GPU; -1: all. Needs a GPU build.")]
+
+
+def help_without_command(context: typer.Context) -> None:
+    """Callback of a group of commands: alone, it shows its help."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def task_named(given: str | None, recorded: str) -> tasks.Task:
+    """The task of ``--task``, else the built-in one of the name that a file recorded."""
+    if given is None and recorded not in tasks.BUILTIN:
+        raise ConfigError(f"task {recorded} is not built in: say where its task file is with --task")
+    return tasks.load(given or recorded)

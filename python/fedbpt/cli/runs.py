@@ -14,19 +14,18 @@ from rich.table import Table
 
 from fedbpt import wire
 from fedbpt.api import make_prompt
-from fedbpt.cli.options import AsJson, Quiet
+from fedbpt.cli.options import AsJson, Quiet, help_without_command, task_named
 from fedbpt.cli.report import print_result, result_as_json
 from fedbpt.errors import ConfigError, StoreError
 from fedbpt.native_scorer import load_model
 from fedbpt.runs import RunResult
 from fedbpt.store import RoundHistory, RunStore, StoredRun
-from fedbpt.tasks import load
 
 app = typer.Typer(
     name="runs",
     help="The runs in a store: list, show, export.\n\nExample: fedbpt runs list",
-    no_args_is_help=True,
 )
+app.callback(invoke_without_command=True)(help_without_command)
 
 Store = Annotated[Path, typer.Option("--store", help="The run database.")]
 RunName = Annotated[str, typer.Argument(help="A name from `fedbpt runs list`.", show_default=False)]
@@ -100,15 +99,17 @@ def export_command(
 
     Example: fedbpt runs export demo --model smollm2-135m --out prompt.safetensors
     """
+    del quiet  # the path is the result: there is nothing else to leave out
     with _opened(store) as opened:
         found = opened.get_run(run)
     result = _result(found)
     if result is None:
         raise ConfigError(f"run {run} is {found.status}: only a finished run has a prompt, start it again to finish it")
-    path = make_prompt(load_model(model), load(task or found.task), result).save(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path = make_prompt(load_model(model), task_named(task, found.task), result).save(out)
     if as_json:
         _print_json({"run": run, "prompt_path": str(path)})
-    elif not quiet:
+    else:
         typer.echo(str(path))
 
 
