@@ -7,6 +7,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from fedbpt.runs import (
     DeviceBack,
@@ -39,9 +40,9 @@ class RunDisplay:
 
     def __init__(self, shown: bool = True) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.description}", table_column=Column(min_width=10, no_wrap=True)),
+            BarColumn(bar_width=12),
+            TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True)),
             TimeElapsedColumn(),
             console=Console(stderr=True),
             disable=not shown,
@@ -72,7 +73,8 @@ class RunDisplay:
                     self._say(f"run {event.run}: resumed after {event.resumed} rounds")
                 self._update(f"choosing a template on {event.model_name}", None, "")
             case TemplateSelected():
-                self._say(f"template {event.template.pattern!r} with {', '.join(event.template.label_words)}")
+                words = ", ".join(word.strip() for word in event.template.label_words)
+                self._say(f"template {event.template.pattern!r} with {words}")
             case Evaluated():
                 self._accuracy = event.score.accuracy
                 if event.round == 0:

@@ -127,7 +127,8 @@ def _write_data(
     """Each device's files: skewed shares of the training rows, even shares of the held-out ones."""
     for split, part in splits.items():
         scheme: Any = "dirichlet" if split == "train" else "iid"
-        tasks.write_partition(folder / split, part, task.labels, devices, scheme, SKEW, seed, min_rows=8)
+        least = max(1, min(8, len(part) // (2 * devices)))  # rows that even the poorest device has
+        tasks.write_partition(folder / split, part, task.labels, devices, scheme, SKEW, seed, min_rows=least)
     return [{split: folder / split / f"device-{i}.jsonl" for split in splits} for i in range(devices)]
 
 

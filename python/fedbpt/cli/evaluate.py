@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fedbpt import api, models
 from fedbpt.cli.options import AsJson, GpuLayers, Quiet, Threads, task_named
-from fedbpt.cli.report import accuracy_table
+from fedbpt.cli.report import print_accuracies
 from fedbpt.errors import ConfigError
 from fedbpt.native_scorer import load_model
 from fedbpt.prompt import Prompt
@@ -55,7 +55,7 @@ def evaluate(
         typer.echo(f"{found['tuned'].accuracy:.4f}")
     else:
         lines = {name.replace("_", "-"): (r.accuracy, r.interval, r.loss) for name, r in found.items()}
-        Console().print(accuracy_table(f"{prompt.task_name} on {scorer.name}, {len(rows)} rows", lines))
+        print_accuracies(Console(), f"{prompt.task_name} on {scorer.name}, {len(rows)} rows", lines)
 
 
 def _model_of(prompt: Prompt) -> str:

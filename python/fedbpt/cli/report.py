@@ -57,7 +57,7 @@ def print_result(result: RunResult, prompt_path: Path | None) -> None:
         scores = {"zero-shot": result.zero_shot, "tuned": result.tuned}
         title = f"{result.task} on {result.model_name}: {result.tuned.n} held-out rows, which chose nothing"
         lines = {name: (score.accuracy, _interval(score), score.loss) for name, score in scores.items()}
-        console.print(accuracy_table(title, lines))
+        print_accuracies(console, title, lines)
     devices = Table(box=None)
     for heading in ("device", "rows", "rounds", "up", "down", "peak memory"):
         devices.add_column(heading, justify="left" if heading == "device" else "right")
@@ -79,14 +79,17 @@ def print_result(result: RunResult, prompt_path: Path | None) -> None:
         console.print(f"prompt: {prompt_path}", soft_wrap=True)
 
 
-def accuracy_table(title: str, lines: Mapping[str, tuple[float, tuple[float, float], float]]) -> Table:
+def print_accuracies(
+    console: Console, title: str, lines: Mapping[str, tuple[float, tuple[float, float], float]]
+) -> None:
     """A line each of (accuracy, its 95 % interval, loss in nats)."""
-    table = Table(title=title, title_justify="left")
+    console.print(title, style="italic", markup=False, highlight=False)
+    table = Table()
     for heading in ("", "accuracy", "95 % interval", "loss"):
         table.add_column(heading, justify="left" if not heading else "right")
     for name, (accuracy, (low, high), loss) in lines.items():
         table.add_row(name, f"{accuracy:.3f}", f"{low:.3f} – {high:.3f}", f"{loss:.3f}")
-    return table
+    console.print(table)
 
 
 def _interval(score: Score) -> tuple[float, float]:

@@ -1,0 +1,107 @@
+"""The live line of a run."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from fedbpt import display
+from fedbpt.display import RunDisplay, human_bytes
+from fedbpt.messages import Array, Template
+from fedbpt.runs import (
+    NO_SCORE,
+    DeviceBack,
+    DeviceLost,
+    Evaluated,
+    Event,
+    RoundClosed,
+    RunFinished,
+    RunResult,
+    RunSettings,
+    RunStarted,
+    Score,
+    TemplateSelected,
+)
+
+TEMPLATE = Template(pattern="{text}\n[Topic]:", label_words=(" bad", " good"))
+
+
+def shown(monkeypatch: pytest.MonkeyPatch, *events: Event, visible: bool = True) -> str:
+    stream = io.StringIO()
+    monkeypatch.setattr(display, "Console", lambda **_: Console(file=stream, width=200))
+    with RunDisplay(visible) as live:
+        for event in events:
+            live(event)
+    return stream.getvalue()
+
+
+def started(resumed: int = 0, rounds: int = 10) -> RunStarted:
+    return RunStarted(
+        run="r", devices=("a", "b", "c"), live=("a", "b", "c"), model_name="toy", resumed=resumed,
+        settings=RunSettings(rounds=rounds),
+    )  # fmt: skip
+
+
+def closed(round: int, seconds: float = 30.0) -> RoundClosed:
+    return RoundClosed(
+        round=round, reported=("a", "b"), missing=("c",), loss=0.51, evaluations=16 * round, tokens=1000,
+        seconds=seconds, bytes_up=900, bytes_down=5400,
+    )  # fmt: skip
+
+
+def result() -> RunResult:
+    return RunResult(
+        run="r", task="t", settings=RunSettings(), model_fingerprint="f", model_name="toy", template=TEMPLATE,
+        mean=Array.of([0.0]), digest="d", rounds=1, evaluations=1, tokens=1, seconds=1.0, total_seconds=1.0,
+        zero_shot=NO_SCORE, tuned=NO_SCORE, devices=(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 KB"), (12_345_678, "12.3 MB"), (7e9, "7.0 GB"), (7e12, "7000.0 GB")],
+)
+def test_bytes_are_for_people(count: float, text: str) -> None:
+    assert human_bytes(count) == text
+
+
+def test_the_line_holds_what_a_person_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    score = Evaluated(round=0, score=Score(n=10, correct=7, loss_sum=1.0), devices=("a",))
+    better = Evaluated(round=2, score=Score(n=10, correct=9, loss_sum=1.0), devices=("a",))
+    text = shown(monkeypatch, started(), score, closed(1), better, closed(3))
+    for part in ("round 3", "acc 0.900 (zero-shot 0.700)", "loss 0.510", "2/3 devices", "up 900 B  down 5.4 KB"):
+        assert part in text
+    assert "eta 1:10" in text  # 30 s for three rounds of ten
+
+
+def test_the_end_of_the_budget_is_shown_as_evaluating(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = shown(monkeypatch, started(rounds=3), closed(3))
+    assert "evaluating" in text
+    assert "eta" not in text
+
+
+def test_what_must_not_be_missed_stays_above_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = shown(
+        monkeypatch,
+        started(resumed=4),
+        TemplateSelected(template=TEMPLATE, index=0, losses=(0.5,)),
+        DeviceLost(device="c", round=5, reason="[Errno 111] refused"),
+        DeviceBack(device="c", round=7),
+    )
+    assert "run r: resumed after 4 rounds" in text
+    assert r"template '{text}\n[Topic]:' with bad, good" in text
+    assert "device c is lost in round 5: [Errno 111] refused" in text
+    assert "device c is back in round 7" in text
+
+
+def test_a_run_that_was_finished_before_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "run r was finished before"
+    assert said in shown(monkeypatch, RunFinished(result=result()))
+    assert said not in shown(monkeypatch, started(), RunFinished(result=result()))
+
+
+def test_a_hidden_display_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = DeviceLost(device="c", round=5, reason="gone")
+    assert shown(monkeypatch, started(), lost, closed(1), visible=False) == ""
