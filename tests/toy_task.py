@@ -29,5 +29,5 @@ _WORDS = ("zzz", "aaa", "iii")
 
 
 def rows(n: int, first: int = 0) -> list[Row]:
-    """``n`` rows, one in four negative: what there is to learn. ``first``: the first one's number, for disjoint sets."""
+    """``n`` rows, one in four negative: that is there to learn. ``first``: the first one's number."""
     return [(f"{_WORDS[i % 3]} number {i}", int(i % 4 > 0)) for i in range(first, first + n)]

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,61 +16,8 @@ from fedbpt.federation import Federation
 from fedbpt.messages import ObjectiveSpec, PromptSpec
 from fedbpt.runs import DeviceBack, DeviceLost, Event, RoundClosed, RunResult, RunSettings
 from fedbpt.store import RunStore
+from tests.integration.processes import Fleet
 from tests.unit.test_federation import ToyTask
-
-ROOT = Path(__file__).parents[2]
-
-
-def spawn(*arguments: str) -> subprocess.Popen[str]:
-    paths = [str(ROOT / "python"), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-    return subprocess.Popen(
-        [sys.executable, "-m", *arguments],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-class Fleet:
-    """The processes of a test; every one is gone and its pipes closed at the end."""
-
-    def __init__(self) -> None:
-        self.started: list[subprocess.Popen[str]] = []
-
-    def spawn(self, *arguments: str) -> subprocess.Popen[str]:
-        process = spawn(*arguments)
-        self.started.append(process)
-        return process
-
-    def devices(self, *arguments: tuple[str, ...]) -> list[tuple[subprocess.Popen[str], str]]:
-        """Device processes, started together; each with its address once it answers."""
-        processes = [self.spawn("tests.integration.toy_device", *given) for given in arguments]
-        return [(process, ready(process)) for process in processes]
-
-    def end(self) -> None:
-        for process in self.started:
-            if process.poll() is None:
-                process.kill()
-            process.communicate(timeout=10)
-
-
-def ready(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
-        pytest.fail(f"the device did not start: {process.communicate(timeout=10)[1]}")
-    url: str = json.loads(line)["ready"]["url"]
-    return url
-
-
-@pytest.fixture
-def fleet() -> Iterator[Fleet]:
-    fleet = Fleet()
-    yield fleet
-    fleet.end()
 
 
 class Coordinator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -62,21 +63,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given  # wherever it stands
     given = [word for word in given if word != "--debug"]
+    code = 0
     try:
         with _terminated_as_interrupted():
-            code = app(given, prog_name="fedbpt", standalone_mode=False)
+            _run(given)
+    except typer.Exit as done:
+        code = done.exit_code
     except (KeyboardInterrupt, typer.Abort):
         typer.echo(f"fedbpt: {_stopped(given)}", err=True)
         code = INTERRUPTED
     except _ClickException as error:
         typer.echo(f"fedbpt: {_usage(error)}", err=True)
         code = error.exit_code
+    except BrokenPipeError:  # who reads the output has seen enough: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except Exception as error:
         if debug:
             raise
         typer.echo(f"fedbpt: {_one_line(error)}", err=True)
         code = error.exit_code if isinstance(error, FedbptError) else 1
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(code)
+
+
+def _run(given: Sequence[str]) -> None:
+    # Not by calling the app: what that makes of Ctrl-C differs between versions of typer.
+    command = typer.main.get_command(app)
+    with command.make_context("fedbpt", list(given)) as context:
+        command.invoke(context)
+    sys.stdout.flush()
 
 
 def _stopped(given: Sequence[str]) -> str:

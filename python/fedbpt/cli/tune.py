@@ -52,8 +52,10 @@ def tune(
             store.delete_run(config.run)
         clients = [HttpClient(address) for address in addresses]
         aggregator = aggregator_for(config.settings)
-        with RunDisplay(shown=not (quiet or as_json)) as display:
-            result = Federation(clients, task, config.settings, aggregator, store, config.run, display).run()
+        display = RunDisplay(shown=not (quiet or as_json))
+        federation = Federation(clients, task, config.settings, aggregator, store, config.run, display)
+        with display:
+            result = federation.run()
 
     saved = make_prompt(scorer, task, result).save(out) if scorer is not None and out is not None else None
     if as_json:

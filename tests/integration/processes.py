@@ -1,0 +1,57 @@
+"""Processes of a test, each with a clean end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+class Fleet:
+    """The processes of a test; every one is gone and its pipes closed at the end."""
+
+    def __init__(self) -> None:
+        self.started: list[subprocess.Popen[str]] = []
+
+    def spawn(self, *arguments: object, cwd: Path = ROOT) -> subprocess.Popen[str]:
+        """``python -m ARGUMENTS``, with this source tree's package."""
+        paths = [str(ROOT / "python"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+        process = subprocess.Popen(
+            [sys.executable, "-m", *map(str, arguments)],
+            cwd=cwd,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.started.append(process)
+        return process
+
+    def devices(self, *arguments: tuple[str, ...]) -> list[tuple[subprocess.Popen[str], str]]:
+        """Toy devices, started together; each with its address once it answers."""
+        processes = [self.spawn("tests.integration.toy_device", *given) for given in arguments]
+        return [(process, ready(process)) for process in processes]
+
+    def end(self) -> None:
+        for process in self.started:
+            if process.poll() is None:
+                process.kill()
+            process.communicate(timeout=10)
+
+
+def ready(process: subprocess.Popen[str]) -> str:
+    """The address that a device process announces."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        pytest.fail(f"the device did not start: {process.communicate(timeout=10)[1]}")
+    announced: dict[str, Any] = json.loads(line)
+    return str(announced["ready"]["url"])

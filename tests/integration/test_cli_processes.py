@@ -1,0 +1,227 @@
+"""``fedbpt`` as its users run it: device and coordinator processes over real sockets, on a tiny real GGUF model."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedbpt import Prompt
+from fedbpt.store import RunStore
+from fedbpt.tasks import load, write_rows
+from tests.integration.processes import Fleet, ready
+from tests.native import tiny_gguf
+
+TASK_FILE = """
+name = "film-mood"
+labels = ["negative", "positive"]
+[[templates]]
+pattern = "{text}\\nthe film is"
+label_words = [" bad", " good"]
+[[templates]]
+pattern = "{text}\\nit was"
+label_words = [" terrible", " great"]
+"""
+WORDS = ("bad terrible", "good great")
+
+
+class Workshop:
+    """A folder with a tiny model, a task, data and a run file, and the processes that work in it."""
+
+    def __init__(self, folder: Path, fleet: Fleet) -> None:
+        self.folder, self.fleet = folder, fleet
+        tiny_gguf.write(folder / "tiny.gguf", tiny_gguf.LLAMA)
+        (folder / "mood.toml").write_text(TASK_FILE)
+        labels = load(folder / "mood.toml").labels
+        for name, first in (("a", 0), ("b", 20), ("test", 40)):
+            rows = [(f"{WORDS[i % 2]} movie {i}", i % 2) for i in range(first, first + 20)]
+            write_rows(folder / f"{name}.jsonl", rows, labels)
+
+    def spawn(self, *arguments: object) -> subprocess.Popen[str]:
+        return self.fleet.spawn("fedbpt", *arguments, cwd=self.folder)
+
+    def run(self, *arguments: object) -> tuple[int, str, str]:
+        """A command to its end: exit code, standard output, standard error."""
+        process = self.spawn(*arguments)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+
+    def device(self, name: str, *more: object) -> subprocess.Popen[str]:
+        given = ("--data", f"{name}.jsonl", "--test", "test.jsonl", "--task", "mood.toml", "--name", name)
+        return self.spawn("device", "--model", "tiny.gguf", *given, "--port", "0", "--threads", "1", "--json", *more)
+
+    def devices(self) -> tuple[list[subprocess.Popen[str]], list[str]]:
+        processes = [self.device("a"), self.device("b")]
+        return processes, [ready(process) for process in processes]
+
+    def run_file(self, urls: list[str], settings: str) -> None:
+        head = f'run = "mood"\ntask = "mood.toml"\nmodel = "tiny.gguf"\ndevices = {json.dumps(urls)}\n'
+        fixed = "popsize = 6\nprompt.d = 16\ndeadline_s = 20.0\n"
+        (self.folder / "run.toml").write_text(f"{head}[settings]\n{fixed}{settings}\n")
+
+    def wait_for_round(self, round: int) -> None:
+        """Until the store has this many closed rounds of tuning."""
+        wait_until(lambda: self._rounds() > round)  # the selection is one more
+
+    def _rounds(self) -> int:
+        path = self.folder / "runs" / "runs.db"
+        if not path.is_file():
+            return 0
+        with RunStore(path) as store:
+            found = store.find_run("mood")
+            return 0 if found is None else found.n_rounds
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def assert_one_line(err: str, *said: str) -> None:
+    (line,) = err.splitlines()
+    assert line.startswith("fedbpt: ")
+    for part in said:
+        assert part in line
+
+
+@pytest.fixture
+def workshop(tmp_path: Path, fleet: Fleet) -> Workshop:
+    return Workshop(tmp_path, fleet)
+
+
+def test_two_devices_tune_a_prompt_that_evaluates_better(workshop: Workshop) -> None:
+    processes, urls = workshop.devices()
+    workshop.run_file(urls, "rounds = 30")
+    code, out, err = workshop.run("tune", "run.toml", "--json")
+    assert (code, err) == (0, "")
+    result: dict[str, Any] = json.loads(out)
+    assert result["tuned_accuracy"] > result["zero_shot_accuracy"]
+    assert (result["n"], result["rounds"], result["evaluations"]) == (40, 30, 180)
+    assert [device["reports"] for device in result["devices"]] == [31, 31]
+    assert result["bytes_up"] > 0 < result["bytes_down"]
+    path = workshop.folder / "runs" / "mood.safetensors"
+    assert (workshop.folder / result["prompt_path"]).samefile(path)
+
+    arguments = ("evaluate", path, "--data", "test.jsonl", "--task", "mood.toml", "--model", "tiny.gguf", "--json")
+    code, out, err = workshop.run(*arguments)
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["tuned"]["accuracy"] == result["tuned_accuracy"]
+    assert found["zero_shot"]["accuracy"] == result["zero_shot_accuracy"]
+
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    assert [process.wait(10) for process in processes] == [0, 0]
+    assert [process.communicate()[1] for process in processes] == ["", ""]
+
+    code, out, err = workshop.run("tune", "run.toml")  # finished: the devices are not needed
+    assert code == 0
+    assert "run mood was finished before" in err
+    assert "180 evaluations in 30 rounds" in out
+
+
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_says_how_to_resume_and_the_same_command_does(workshop: Workshop, which: signal.Signals) -> None:
+    _, urls = workshop.devices()
+    workshop.run_file(urls, "rounds = 100000")
+    process = workshop.spawn("tune", "run.toml")
+    workshop.wait_for_round(2)
+    process.send_signal(which)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "fedbpt: stopped; to go on from there: fedbpt tune run.toml"
+    assert "Traceback" not in err
+    closed = json.loads(workshop.run("runs", "show", "mood", "--json")[1])
+    assert closed["status"] == "stopped"
+
+    workshop.run_file(urls, f"rounds = {closed['n_rounds'] + 1}")
+    code, out, err = workshop.run("tune", "run.toml")
+    assert code == 0
+    assert f"resumed after {closed['n_rounds']} rounds" in err
+    assert f"in {closed['n_rounds'] + 1} rounds" in out
+
+
+def test_a_device_that_vanishes_is_named_and_the_run_ends_with_the_other(workshop: Workshop) -> None:
+    (_, victim), urls = workshop.devices()
+    workshop.run_file(urls, "rounds = 0\nseconds = 3.0")
+    process = workshop.spawn("tune", "run.toml")
+    workshop.wait_for_round(2)
+    victim.kill()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    name = urls[1].removeprefix("http://").replace(":", "-")
+    assert f"device {name} is lost" in err
+    assert "20 held-out rows" in out  # those of the device that is left
+    shown = json.loads(workshop.run("runs", "show", "mood", "--json")[1])
+    lost = [name for line in shown["rounds"] for name in line["lost"]]
+    assert name in lost
+
+
+def test_without_devices_nothing_starts(workshop: Workshop) -> None:
+    workshop.run_file(["http://127.0.0.1:9"], "rounds = 3")
+    code, out, err = workshop.run("tune", "run.toml", "--quiet")
+    assert (code, out) == (1, "")
+    assert_one_line(err, "127.0.0.1-9", "0 of 1 devices answer")
+
+
+def test_a_device_of_another_model_is_refused_by_name(workshop: Workshop) -> None:
+    tiny_gguf.write(workshop.folder / "other.gguf", tiny_gguf.QWEN2)
+    processes = [workshop.device("a"), workshop.device("b", "--model", "other.gguf")]
+    workshop.run_file([ready(process) for process in processes], "rounds = 3")
+    code, _, err = workshop.run("tune", "run.toml", "--quiet")
+    assert code == 1
+    assert_one_line(err, "tiny", "other")
+
+
+def test_a_port_in_use_is_one_line(workshop: Workshop) -> None:
+    port = ready(workshop.device("a")).rsplit(":", 1)[1]
+    process = workshop.device("b", "--port", port)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (1, "")
+    assert_one_line(err, port, "in use")
+
+
+def test_models_that_cannot_be_are_one_line(workshop: Workshop) -> None:
+    tiny = workshop.folder / "tiny.gguf"
+    tiny_gguf.write_truncated(workshop.folder / "short.gguf", tiny, 0.5)
+    tiny_gguf.write_not_gguf(workshop.folder / "page.gguf")
+    wrong = {"llama2-7b-q2_k": (2, "fedbpt models pull llama2-7b-q2_k"), "short.gguf": (1, "short.gguf")}
+    wrong["page.gguf"] = (1, "page.gguf")
+    processes = {name: workshop.device("a", "--model", name) for name in wrong}
+    for name, (expected, said) in wrong.items():
+        out, err = processes[name].communicate(timeout=30)
+        assert (processes[name].returncode, out) == (expected, ""), name
+        assert_one_line(err, said)
+
+
+def test_a_device_ends_with_the_program_that_started_it(workshop: Workshop) -> None:
+    process = workshop.device("a", "--until-eof")
+    ready(process)
+    assert process.poll() is None
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(10) == 0
+
+
+@pytest.mark.timeout(900)
+def test_the_demo_runs_end_to_end_on_the_smallest_model(tmp_path: Path, fleet: Fleet) -> None:
+    process = fleet.spawn("fedbpt", "demo", "--quick", "--rounds", "4", "--json", "--out", "runs", cwd=tmp_path)
+    out, err = process.communicate(timeout=800)
+    assert (process.returncode, err) == (0, "")
+    result: dict[str, Any] = json.loads(out)
+    promised = "zero_shot_accuracy tuned_accuracy evaluations seconds bytes_up bytes_down peak_rss_bytes devices"
+    assert {*promised.split(), "prompt_path"} <= set(result)
+    assert result["evaluations"] == 64
+    assert [device["reports"] for device in result["devices"]] == [5, 5, 5]
+    assert all(device["bytes_up"] and device["peak_rss_bytes"] > 1e8 for device in result["devices"])
+    assert 0.2 < result["zero_shot_accuracy"] <= 1
+    prompt = Prompt.load(tmp_path / result["prompt_path"])
+    assert (prompt.task_name, prompt.model_name) == ("bbc-news", "smollm2-135m")
