@@ -175,7 +175,7 @@ def _address(name: str, process: subprocess.Popen[str]) -> str:
     if not line:
         _, error = process.communicate()
         reason = (error.strip().splitlines() or [f"no answer in {time.monotonic() - began:.0f} s"])[-1]
-        raise FedbptError(f"{name} did not start: {reason}")
+        raise FedbptError(f"{name} did not start: {reason.removeprefix('fedbpt: ')}")
     return str(json.loads(line)["ready"]["url"])
 
 
