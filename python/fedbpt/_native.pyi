@@ -1,0 +1,56 @@
+"""The pybind11 module over the llama.cpp fork (``src/fedbpt_native/bind_*.cpp``); `native_scorer` is its only user."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+class Engine:
+    """A loaded model and its scorer. Thread-safe: calls that compute wait for each other."""
+
+    def __init__(self, path: str, n_threads: int, n_gpu_layers: int) -> None:
+        """Load a GGUF file. Raises `ModelFileError`, `UnsupportedModelError` or `InputError`."""
+
+    def tokenize(self, text: str, add_bos: bool | None = None) -> NDArray[np.int32]:
+        """Token ids [n]; ``add_bos`` None: as the model was trained."""
+
+    def token_embeddings(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Rows [n, n_embd], in the scale that ``embeds`` has."""
+
+    def score(
+        self,
+        ids: NDArray[np.int32],
+        offsets: NDArray[np.int64],
+        embeds: NDArray[np.float32],
+        label_ids: NDArray[np.int32] | None,
+        cue: bool,
+        prefix: NDArray[np.int32],
+    ) -> NDArray[np.float32]:
+        """Logits [n_candidates, N, n_labels], or [..., n_vocab] where ``label_ids`` is None.
+
+        Arrays are C-contiguous and never converted: ``ids`` [total], ``offsets`` [N + 1], ``embeds``
+        [n_candidates, n_prompt, n_embd]. Raises `InputError`, `ScoringInterrupted` or what a signal handler raised.
+        """
+
+    def interrupt(self) -> None:
+        """Make the scoring call in flight raise `ScoringInterrupted`."""
+
+    def embedding_std(self) -> float:
+        """Standard deviation over the whole token embedding table."""
+
+    def memory(self) -> dict[str, int]:
+        """Bytes: ``weights``, ``kv``, ``compute``."""
+
+    @property
+    def n_embd(self) -> int: ...
+    @property
+    def n_vocab(self) -> int: ...
+    @property
+    def n_ctx_train(self) -> int: ...
+    @property
+    def n_threads(self) -> int: ...
+    @property
+    def architecture(self) -> str: ...
+    @property
+    def description(self) -> str: ...
+
+def supports_gpu_offload() -> bool:
+    """Whether this build has a GPU backend."""
