@@ -25,6 +25,7 @@ help:
 	@echo 'make clean   remove what was built; models, data and runs stay'
 
 setup: $(STAMP)
+	@:
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
