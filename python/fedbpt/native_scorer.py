@@ -41,7 +41,7 @@ def load_model(
         UnsupportedModelError: an architecture that soft prompts do not work with.
     """
     return NativeScorer(
-        models.locate(name_or_path), name=str(name_or_path), n_threads=n_threads, n_gpu_layers=n_gpu_layers
+        models.locate(Path(name_or_path) if isinstance(name_or_path, os.PathLike) else name_or_path), name=str(name_or_path), n_threads=n_threads, n_gpu_layers=n_gpu_layers
     )
 
 
@@ -158,7 +158,11 @@ class NativeScorer:
         return {**self._engine.memory(), **memory_of_process()}
 
     def _rows(self, embeds: ArrayLike) -> NDArray[np.float32]:
-        rows = np.ascontiguousarray(embeds, dtype=np.float32)
+        given = np.asarray(embeds)
+        if given.dtype.kind not in "fiu":
+            raise InputError(f"embeds must be real numbers, got {given.dtype}")
+        with np.errstate(over="ignore"):  # too large for float32 becomes infinity, which the engine refuses
+            rows = np.ascontiguousarray(given, dtype=np.float32)
         if rows.ndim == 2:
             rows = rows[None]
         if rows.ndim != 3:

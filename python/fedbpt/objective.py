@@ -139,11 +139,10 @@ class Objective:
         self._prefix = texts[0][:n_bos] if prompt.placement == "front" and n_bos else None
         self._tokens = [text[n_bos:] if self._prefix is not None else text for text in texts]
         self.projection = Projection(prompt, _start(scorer, self._cue, prompt), scorer.embedding_std)
-        self._seen = np.zeros(len(rows), dtype=bool)
         self.evaluations = 0
         """Candidates scored so far."""
         self.tokens = 0
-        """Forward tokens asked for so far; a text that the prompt follows counts once, since its KV is kept."""
+        """Forward tokens asked for so far; a text that the prompt follows counts once a call, for all candidates."""
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -266,24 +265,19 @@ class Objective:
             texts = [self._tokens[i] for i in part] if replaced is None else replaced[start : start + CHUNK]
             placement = self.prompt.placement
             raw = self.scorer.score_with_soft_prompt(texts, candidates, self.label_ids, placement, self._prefix)
-            self._count(candidates, texts, part if replaced is None else None)
+            self._count(candidates, texts)
             logits = np.asarray(raw, dtype=np.float64) + self.label_bias
             yield logits, LOSSES[self.spec.loss](logits, self.targets[part])
             if progress is not None:
                 progress(start + len(part), len(chosen))
 
-    def _count(
-        self, candidates: NDArray[np.float32], texts: list[NDArray[np.int32]], rows: NDArray[np.intp] | None
-    ) -> None:
+    def _count(self, candidates: NDArray[np.float32], texts: list[NDArray[np.int32]]) -> None:
         k, n_prompt = candidates.shape[:2]
         lengths = np.array([len(text) for text in texts])
         if self.prompt.placement == "front":
             self.tokens += int(k * (n_prompt + lengths.sum()))
             return
-        fresh = np.ones(len(texts), dtype=bool) if rows is None else ~self._seen[rows]
-        self.tokens += int(k * n_prompt * len(texts) + (lengths - n_prompt)[fresh].sum())
-        if rows is not None:
-            self._seen[rows] = True
+        self.tokens += int(k * n_prompt * len(texts) + (lengths - n_prompt).sum())
 
     def __repr__(self) -> str:
         place = f"{self.prompt.n_prompt} x {self.prompt.placement}"

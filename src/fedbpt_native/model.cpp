@@ -12,6 +12,8 @@ namespace fedbpt {
 
 namespace {
 
+constexpr uint32_t kLayersMax = 512;  // LLAMA_MAX_LAYERS
+
 std::string read_architecture(const std::string & path) {
     const GgufPtr gguf(gguf_init_from_file(path.c_str(), { /*no_alloc =*/ true, /*ctx =*/ nullptr }));
     if (!gguf) {
@@ -21,7 +23,17 @@ std::string read_architecture(const std::string & path) {
     if (key < 0 || gguf_get_kv_type(gguf.get(), key) != GGUF_TYPE_STRING) {
         throw ModelFileError(path + " names no architecture (general.architecture): it is no language model, or its conversion was cut short");
     }
-    return gguf_get_val_str(gguf.get(), key);
+    const std::string architecture = gguf_get_val_str(gguf.get(), key);
+
+    // llama.cpp asserts on this one, and takes the process with it
+    const int64_t layers = gguf_find_key(gguf.get(), (architecture + ".block_count").c_str());
+    if (layers >= 0) {
+        const uint32_t n = gguf_get_kv_type(gguf.get(), layers) == GGUF_TYPE_UINT32 ? gguf_get_val_u32(gguf.get(), layers) : 0;
+        if (n < 1 || n > kLayersMax) {
+            throw ModelFileError(path + " says it has " + std::to_string(n) + " layers (" + architecture + ".block_count), which cannot be: fetch it again");
+        }
+    }
+    return architecture;
 }
 
 // Sharing one text's KV between candidates needs a decoder whose whole memory is a KV cache.

@@ -32,7 +32,7 @@ public:
     int32_t n_ctx_train() const { return n_ctx_train_; }
     uint64_t n_params() const { return llama_model_n_params(model_.get()); }
     uint64_t size_bytes() const { return llama_model_size(model_.get()); }
-    bool is_f32() const { return llama_model_ftype(model_.get()) == LLAMA_FTYPE_ALL_F32; }
+    bool is_f32() const { return (llama_model_ftype(model_.get()) & ~LLAMA_FTYPE_GUESSED) == LLAMA_FTYPE_ALL_F32; }
     const std::string & architecture() const { return architecture_; }
     std::string description() const;
 

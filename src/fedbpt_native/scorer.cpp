@@ -63,6 +63,9 @@ void Scorer::validate(const ScoreRequest & request) const {
     for (size_t i = 0; i < request.n_prefix; ++i) {
         model_->check_token(request.prefix[i], "prefix token id");
     }
+    if (request.label_ids && request.n_labels == 0) {
+        throw InputError("label_ids is empty: name at least one token, or pass None for all");
+    }
     for (size_t i = 0; i < request.n_labels; ++i) {
         model_->check_token(request.label_ids[i], "label token id");
     }
@@ -128,8 +131,12 @@ void Scorer::ensure_context(const ScoreRequest & request, const std::vector<Pack
     params.n_threads_batch = n_threads_;
     params.kv_unified      = true;
     params.swa_full        = true;
-    params.type_k          = model_->is_f32() ? GGML_TYPE_F32 : GGML_TYPE_F16;
-    params.type_v          = params.type_k;
+    if (model_->is_f32()) {
+        // KV as precise as the weights; flash attention would cast it to f16
+        params.type_k          = GGML_TYPE_F32;
+        params.type_v          = GGML_TYPE_F32;
+        params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;
+    }
     params.abort_callback      = on_abort;
     params.abort_callback_data = this;
 

@@ -34,6 +34,14 @@ def test_the_same_call_gives_the_same_bits(repeatable: Case, placement: str) -> 
         np.testing.assert_array_equal(score(repeatable, embeds, placement=placement), first)
 
 
+def test_two_compute_threads_give_the_same_bits_each_time(repeatable: Case) -> None:
+    scorer = fedbpt.load_model(repeatable.path, n_threads=2)
+    texts, embeds = repeatable.texts([9, 40]), repeatable.prompts(2, 3)
+    first = scorer.score_with_soft_prompt(texts, embeds)
+    for _ in range(2):
+        np.testing.assert_array_equal(scorer.score_with_soft_prompt(texts, embeds), first)
+
+
 @PLACEMENTS
 def test_the_order_of_candidates_moves_no_bit(repeatable: Case, placement: str) -> None:
     embeds = repeatable.prompts(17, 3)

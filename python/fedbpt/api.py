@@ -1,0 +1,286 @@
+"""The Python API: `tune` and `evaluate` on one machine. The command line uses the same functions.
+
+A run on one machine is a federation of one device in this process: the same rounds, the same search, the same results.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from fedbpt.aggregation import Aggregator, make_aggregator
+from fedbpt.clients.in_process import InProcessClient
+from fedbpt.errors import ConfigError, MissingExtraError, PromptError
+from fedbpt.federation import Federation
+from fedbpt.local import Device
+from fedbpt.messages import ObjectiveSpec, PromptSpec, Template
+from fedbpt.objective import Objective
+from fedbpt.prompt import Prompt
+from fedbpt.runs import Evaluated, Event, RoundClosed, RunResult, RunSettings, Score, TemplateSelected
+from fedbpt.scorer import Scorer
+from fedbpt.store import RunStore
+from fedbpt.tasks import Task, to_rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Z_95 = 1.959963984540054  # two-sided 95 % quantile of the standard normal
+DEVICE = "this-machine"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When tuning ends: at the first limit that is reached. None: no such limit; all None: 1,600 evaluations.
+
+    Args:
+        evaluations: candidates scored, each on one mini-batch per device.
+        tokens: forward tokens, summed over devices.
+        seconds: of tuning rounds.
+    """
+
+    evaluations: int | None = None
+    tokens: int | None = None
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("evaluations", "tokens", "seconds"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"a budget of {value} {name} is nothing: give a positive number")
+
+    def limits(self) -> dict[str, Any]:
+        """As fields of `RunSettings`."""
+        given = {name: getattr(self, name) or 0 for name in ("evaluations", "tokens", "seconds")}
+        return {"rounds": 0, **(given if any(given.values()) else {**given, "evaluations": 1600})}
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """How a prompt, or the model without one, did on n rows.
+
+    ``loss`` is the mean over rows in nats; ``predictions`` [n] are label indices.
+    """
+
+    n: int
+    correct: int
+    loss: float
+    predictions: NDArray[np.intp] = field(repr=False)
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % confidence interval of the accuracy (`wilson_interval`)."""
+        return wilson_interval(self.correct, self.n)
+
+    def __repr__(self) -> str:
+        low, high = self.interval
+        return (
+            f"EvaluationResult(accuracy={self.accuracy:.4f} [{low:.4f}, {high:.4f}], loss={self.loss:.4f}, n={self.n})"
+        )
+
+
+def wilson_interval(correct: int, n: int) -> tuple[float, float]:
+    """95 % interval of a proportion by Wilson's score (J. Am. Stat. Assoc. 22, 1927)."""
+    if n == 0:
+        return 0.0, 1.0
+    share, z2 = correct / n, Z_95**2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What `tune` found: ``prompt`` to save and use, ``run`` with all figures, ``curve`` of (evaluations, loss)."""
+
+    prompt: Prompt
+    run: RunResult
+    curve: tuple[tuple[int, float], ...] = field(repr=False)
+    dev_curve: tuple[tuple[int, float], ...] = field(repr=False)
+
+    @property
+    def template(self) -> Template:
+        """The template that the training rows selected."""
+        return self.run.template
+
+    def __repr__(self) -> str:
+        return (
+            f"TuneResult({self.run.task!r}: {self.run.evaluations} evaluations, {self.run.tokens:,} tokens, "
+            f"{self.run.seconds:.1f} s; {self.prompt!r})"
+        )
+
+    def plot(self) -> Figure:
+        """A matplotlib figure of the mini-batch loss, and of the accuracy on development rows where there were some."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise MissingExtraError("plotting", "plot") from error
+        figure = Figure(figsize=(7, 3.5), layout="constrained")
+        axes = figure.add_subplot()
+        evaluations, losses = zip(*self.curve, strict=True)
+        axes.plot(evaluations, losses, linewidth=1, label="mean loss of the population")
+        axes.set(xlabel="evaluations", ylabel="loss (nats)", title=self.run.task)
+        if self.dev_curve:
+            right = axes.twinx()
+            right.plot(*zip(*self.dev_curve, strict=True), color="tab:green", marker=".", label="development accuracy")
+            right.set_ylabel("accuracy")
+        figure.legend(loc="outside lower center", ncols=2)
+        return figure
+
+
+def tune(
+    scorer: Scorer,
+    task: Task,
+    train: Any,
+    dev: Any = None,
+    *,
+    budget: Budget | None = None,
+    seed: int = 0,
+    prompt: PromptSpec | None = None,
+    objective: ObjectiveSpec | None = None,
+    popsize: int = 16,
+    evaluate_every: int = 10,
+    on_event: Callable[[Event], None] = lambda _event: None,
+) -> TuneResult:
+    """Tune a soft prompt for ``task`` on this machine.
+
+    Args:
+        scorer: the model, from `load_model`.
+        task: from `fedbpt.tasks.load`; the training rows select one of its templates.
+        train: rows to tune on: (text, label index) pairs, a `datasets.Dataset` or a file.
+        dev: rows to watch the accuracy on; they choose nothing here.
+        budget: when to stop.
+        seed: of everything random; the run's prompt seed unless ``prompt`` sets its own.
+        prompt: place, length and size of the search space; None: the defaults, in the cue.
+        objective: loss and mini-batch size.
+        popsize: candidates a generation, λ.
+        evaluate_every: generations between evaluations on ``dev``.
+        on_event: called for each `fedbpt.runs` event.
+
+    Raises:
+        DataError, TaskError: rows or templates that cannot work.
+        ConfigError: a budget of nothing.
+    """
+    rows = to_rows(train, task)
+    dev_rows = [] if dev is None else to_rows(dev, task)
+    settings = RunSettings(
+        **(budget or Budget()).limits(),
+        prompt=prompt or PromptSpec(seed=seed),
+        objective=objective or ObjectiveSpec(max_text_tokens=task.max_text_tokens),
+        popsize=popsize,
+        seed=seed,
+        quorum=1.0,
+        deadline_s=7 * 86400.0,  # nobody waits for a device but its owner
+        evaluate_every=evaluate_every if dev_rows else 0,
+    )
+    watch = _Curves(on_event)
+    device = Device(DEVICE, scorer, rows, dev_rows)
+    with tempfile.TemporaryDirectory(prefix="fedbpt-") as folder, RunStore(Path(folder) / "runs.db") as store:
+        result = Federation(
+            [InProcessClient(device)], task, settings, aggregator_for(settings), store, "tune", watch
+        ).run()
+    return TuneResult(make_prompt(scorer, task, result), result, tuple(watch.losses), tuple(watch.accuracies))
+
+
+def aggregator_for(settings: RunSettings) -> Aggregator:
+    """The aggregator that ``settings.method`` names, before its first round."""
+    return make_aggregator(settings.method, settings.prompt, settings.popsize, settings.iterations, settings.seed)
+
+
+def make_prompt(scorer: Scorer, task: Task, result: RunResult) -> Prompt:
+    """The prompt artefact of a run: its latent, as rows of this model's embeddings.
+
+    Raises:
+        PromptError: ``scorer`` is not the model that the run tuned.
+    """
+    if scorer.fingerprint != result.model_fingerprint:
+        raise PromptError(
+            f"run {result.run} tuned {result.model_name} ({result.model_fingerprint}), not {scorer.name} "
+            f"({scorer.fingerprint}): give the model that its devices have"
+        )
+    spec, objective = result.settings.prompt, result.settings.objective
+    # one row is enough: a prompt depends on the template and the model alone
+    made = Objective(scorer, result.template, task.labels, [("x", 0)], objective, spec)
+    history = {
+        "run": result.run,
+        "method": result.settings.method,
+        "seed": result.settings.seed,
+        "evaluations": result.evaluations,
+        "tokens": result.tokens,
+        "devices": len(result.devices),
+        "digest": result.digest,
+        **_scores(result.zero_shot, "zero_shot"),
+        **_scores(result.tuned, "tuned"),
+    }
+    return made.as_prompt(result.latent, task.name, (history,))
+
+
+def _scores(score: Score, name: str) -> dict[str, Any]:
+    return {f"{name}_accuracy": score.accuracy, f"{name}_n": score.n} if score.n else {}
+
+
+def evaluate(
+    scorer: Scorer,
+    task: Task,
+    rows: Any,
+    prompt: Prompt | None = None,
+    *,
+    template: Template | None = None,
+) -> EvaluationResult:
+    """Accuracy and loss on ``rows``, of a tuned prompt or of the model as it is.
+
+    Args:
+        scorer: the model.
+        task: the task; its name and labels must be the prompt's.
+        rows: (text, label index) pairs, a `datasets.Dataset` or a file.
+        prompt: None: zero-shot.
+        template: how to put the texts to the model; None: the prompt's own, or the task's first.
+
+    Raises:
+        PromptError: the prompt was made for another model.
+        TaskError, DataError: as in `tune`.
+    """
+    data = to_rows(rows, task)
+    spec = ObjectiveSpec(max_text_tokens=task.max_text_tokens)
+    if prompt is None:
+        place = PromptSpec(d=1)
+        objective = Objective(scorer, template or task.templates[0], task.labels, data, spec, place)
+        found = objective.evaluate(objective.zero_shot_embeds())
+    else:
+        prompt.check(scorer)
+        if prompt.labels != task.labels:
+            raise ConfigError(f"the prompt is for labels {list(prompt.labels)}, the task has {list(task.labels)}")
+        used = template or prompt.template
+        place = msgspec.structs.replace(prompt.spec, d=1)
+        objective = Objective(scorer, used, task.labels, data, spec, place, prompt.label_bias)
+        found = objective.evaluate(prompt.rows[None])
+    return EvaluationResult(found.n, found.correct[0], found.loss_sums[0] / found.n, found.predictions[0])
+
+
+class _Curves:
+    """Listens to a run: (evaluations, mini-batch loss) and (evaluations, development accuracy)."""
+
+    def __init__(self, then: Callable[[Event], None]) -> None:
+        self.losses: list[tuple[int, float]] = []
+        self.accuracies: list[tuple[int, float]] = []
+        self._then = then
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, RoundClosed) and event.round > 0:
+            self.losses.append((event.evaluations, event.loss))
+        elif isinstance(event, Evaluated):
+            self.accuracies.append((self.losses[-1][0] if self.losses else 0, event.score.accuracy))
+        elif isinstance(event, TemplateSelected):
+            self.losses.clear()
+        self._then(event)

@@ -1,0 +1,71 @@
+"""``fedbpt evaluate``: a prompt against the model as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedbpt import api
+from fedbpt.cli.options import AsJson, GpuLayers, Quiet, Threads
+from fedbpt.errors import ConfigError
+from fedbpt.native_scorer import load_model
+from fedbpt.prompt import Prompt
+from fedbpt.tasks import load, read_task_rows
+
+
+def evaluate(
+    prompt_file: Annotated[Path, typer.Argument(help="A prompt file that fedbpt saved.", show_default=False)],
+    data: Annotated[Path, typer.Option("--data", "-d", help="Rows to report on: JSONL or CSV.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Model name or .gguf file. Default: the one in the prompt file.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", "-t", help="Task name or file. Default: the one in the prompt file.")
+    ] = None,
+    threads: Threads = None,
+    gpu_layers: GpuLayers = 0,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Accuracy of a tuned prompt and of the model without it, on the same rows and the same template.
+
+    Example: fedbpt evaluate prompt.safetensors --data test.csv
+    """
+    prompt = Prompt.load(prompt_file)
+    chosen = load(task or prompt.task_name)
+    if chosen.labels != prompt.labels:
+        raise ConfigError(f"the prompt is for labels {list(prompt.labels)}, task {chosen.name} has {list(chosen.labels)}")
+    rows = read_task_rows(chosen, data)
+    scorer = load_model(model or prompt.model_name, n_threads=threads, n_gpu_layers=gpu_layers)
+    prompt.check(scorer)
+    found = {
+        "zero_shot": api.evaluate(scorer, chosen, rows, template=prompt.template),
+        "tuned": api.evaluate(scorer, chosen, rows, prompt),
+    }
+    if as_json:
+        typer.echo(json.dumps({name: _as_json(result) for name, result in found.items()}))
+    elif quiet:
+        typer.echo(f"{found['tuned'].accuracy:.4f}")
+    else:
+        table = Table(title=f"{prompt.task_name} on {scorer.name}, {len(rows)} rows", title_justify="left")
+        for heading in ("", "accuracy", "95 % interval", "loss"):
+            table.add_column(heading, justify="left" if not heading else "right")
+        for name, result in found.items():
+            low, high = result.interval
+            table.add_row(name.replace("_", "-"), f"{result.accuracy:.3f}", f"{low:.3f} – {high:.3f}", f"{result.loss:.3f}")
+        Console().print(table)
+
+
+def _as_json(result: api.EvaluationResult) -> dict[str, Any]:
+    return {
+        "n": result.n,
+        "accuracy": result.accuracy,
+        "interval": result.interval,
+        "loss": result.loss,
+        "predictions": result.predictions.tolist(),
+    }

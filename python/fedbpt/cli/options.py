@@ -1,0 +1,20 @@
+"""Options that several commands share, so that they read and mean the same everywhere."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; print nothing but the result.")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="A name from `fedbpt models list`, or a .gguf file.", show_default=False)
+]
+TaskName = Annotated[
+    str, typer.Option("--task", "-t", help="A built-in task (ag-news, sst-2, bbc-news) or a task file.")
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Threads that compute. Default: the physical cores.")
+]
+GpuLayers = Annotated[int, typer.Option("--gpu-layers", help="Layers on the GPU; -1: all. Needs a GPU build.")]

@@ -1,0 +1,86 @@
+"""A run's result, as a table for people and as JSON for machines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fedbpt.api import wilson_interval
+from fedbpt.display import human_bytes
+from fedbpt.runs import RunResult, Score
+
+
+def result_as_json(result: RunResult, prompt_path: Path | None) -> dict[str, Any]:
+    """The keys that ``--json`` prints. Bytes are totals over devices, ``peak_rss_bytes`` is the largest device's."""
+    return {
+        "run": result.run,
+        "task": result.task,
+        "model": result.model_name,
+        "template": result.template,
+        "zero_shot_accuracy": result.zero_shot.accuracy,
+        "zero_shot_interval": _interval(result.zero_shot),
+        "tuned_accuracy": result.tuned.accuracy,
+        "tuned_interval": _interval(result.tuned),
+        "n": result.tuned.n,
+        "evaluations": result.evaluations,
+        "tokens": result.tokens,
+        "rounds": result.rounds,
+        "seconds": result.seconds,
+        "total_seconds": result.total_seconds,
+        "bytes_up": result.bytes_up,
+        "bytes_down": result.bytes_down,
+        "peak_rss_bytes": max(device.peak_rss_bytes for device in result.devices),
+        "digest": result.digest,
+        "devices": [
+            {
+                "name": device.name,
+                "rows": device.info.n_train if device.info else None,
+                "reports": device.reports,
+                "bytes_up": device.bytes_up,
+                "bytes_down": device.bytes_down,
+                "peak_rss_bytes": device.peak_rss_bytes,
+            }
+            for device in result.devices
+        ],
+        "prompt_path": None if prompt_path is None else str(prompt_path),
+    }
+
+
+def print_result(result: RunResult, prompt_path: Path | None) -> None:
+    """The table at the end of a run."""
+    console = Console()
+    table = Table(title=f"{result.task} on {result.model_name}, {len(result.devices)} devices", title_justify="left")
+    for heading in ("", "accuracy", "95 % interval", "loss"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    if result.tuned.n:
+        for name, score in (("zero-shot", result.zero_shot), ("tuned", result.tuned)):
+            low, high = wilson_interval(score.correct, score.n)
+            table.add_row(name, f"{score.accuracy:.3f}", f"{low:.3f} – {high:.3f}", f"{score.loss:.3f}")
+        table.caption = f"{result.tuned.n} held-out rows, which chose nothing"
+        console.print(table)
+    devices = Table(box=None)
+    for heading in ("device", "rows", "rounds", "up", "down", "peak memory"):
+        devices.add_column(heading, justify="left" if heading == "device" else "right")
+    for device in result.devices:
+        devices.add_row(
+            device.name,
+            str(device.info.n_train) if device.info else "-",
+            str(device.reports),
+            human_bytes(device.bytes_up),
+            human_bytes(device.bytes_down),
+            human_bytes(device.peak_rss_bytes),
+        )
+    console.print(devices)
+    console.print(
+        f"{result.evaluations} evaluations in {result.rounds} rounds, {result.tokens:,} forward tokens, "
+        f"{result.seconds:.0f} s of tuning"
+    )
+    if prompt_path is not None:
+        console.print(f"prompt: {prompt_path}", soft_wrap=True)
+
+
+def _interval(score: Score) -> tuple[float, float]:
+    return wilson_interval(score.correct, score.n)

@@ -1,0 +1,116 @@
+"""How a run looks while it runs: one live line for people, written to standard error."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fedbpt.runs import (
+    DeviceBack,
+    DeviceLost,
+    Evaluated,
+    Event,
+    LateReport,
+    RoundClosed,
+    RunSettings,
+    RunStarted,
+    TemplateSelected,
+)
+
+
+def human_bytes(count: float) -> str:
+    """``count`` bytes for people: 0.9 KB, 12.3 MB."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+
+
+class RunDisplay:
+    """An `fedbpt.runs.EventCallback` that keeps one line up to date and prints what must not be missed above it.
+
+    Use as a context manager around the run; ``shown`` False: silent.
+    """
+
+    def __init__(self, shown: bool = True) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            disable=not shown,
+        )
+        self._line = self._progress.add_task("connecting", total=None, figures="")
+        self._settings = RunSettings()
+        self._devices = self._live = 0
+        self._zero_shot: float | None = None
+        self._accuracy: float | None = None
+
+    def __enter__(self) -> RunDisplay:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case RunStarted():
+                self._settings = event.settings
+                self._devices, self._live = len(event.devices), len(event.live)
+                if event.resumed:
+                    self._say(f"run {event.run}: resumed after {event.resumed} rounds")
+                self._update(f"choosing a template on {event.model_name}", 0.0, "")
+            case TemplateSelected():
+                self._say(f"template {event.template.pattern!r} with {', '.join(event.template.label_words)}")
+            case Evaluated():
+                self._accuracy = event.score.accuracy
+                if event.round == 0:
+                    self._zero_shot = event.score.accuracy
+            case RoundClosed() if event.round > 0:
+                self._live = len(event.reported)
+                self._update(f"round {event.round}", self._share(event), self._figures(event))
+            case DeviceLost():
+                self._say(f"[yellow]device {event.device} is lost[/] in round {event.round}: {event.reason}")
+            case DeviceBack():
+                self._say(f"device {event.device} is back in round {event.round}")
+            case LateReport():
+                self._say(f"device {event.device}: its report on round {event.round} came late and is not used")
+
+    def _share(self, event: RoundClosed) -> float:
+        """How much of the budget is spent, 0 to 1: of the limit that is nearest."""
+        limits = self._settings
+        spent = [
+            (event.round, limits.rounds),
+            (event.evaluations, limits.evaluations),
+            (event.tokens, limits.tokens),
+            (event.seconds, limits.seconds),
+        ]
+        return min(1.0, max(done / limit for done, limit in spent if limit))
+
+    def _figures(self, event: RoundClosed) -> str:
+        parts = []
+        if self._accuracy is not None:
+            line = "" if self._zero_shot is None else f" (zero-shot {self._zero_shot:.3f})"
+            parts.append(f"acc {self._accuracy:.3f}{line}")
+        parts.append(f"loss {event.loss:.3f}")
+        parts.append(f"{self._live}/{self._devices} devices")
+        parts.append(f"up {human_bytes(event.bytes_up)}  down {human_bytes(event.bytes_down)}")
+        share = self._share(event)
+        if 0 < share < 1 and event.seconds > 0:
+            left = event.seconds * (1 - share) / share
+            parts.append(f"eta {int(left) // 60}:{int(left) % 60:02d}")
+        return "  ".join(parts)
+
+    def _update(self, description: str, share: float, figures: str) -> None:
+        self._progress.update(self._line, description=description, total=1.0, completed=share, figures=figures)
+
+    def _say(self, text: str) -> None:
+        if not self._progress.disable:
+            self._progress.console.print(text)
