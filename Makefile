@@ -6,6 +6,10 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
 STAMP  := $(VENV)/.setup-stamp
 
+# ccache, where it is installed: paths relative to the folder that holds the clones, so that a second clone hits.
+export CCACHE_BASEDIR  ?= $(abspath $(CURDIR)/..)
+export CCACHE_NOHASHDIR ?= 1
+
 # What an installed tree depends on. Files under python/ are used where they lie (editable install).
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt \
            $(shell find src vendor -type f ! -path '*/__pycache__/*')

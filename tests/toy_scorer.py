@@ -83,6 +83,15 @@ class ToyScorer:
         self.calls.append((len(candidates), len(texts)))
         return logits
 
+    def compile(
+        self,
+        tokens: Sequence[ArrayLike],
+        label_ids: ArrayLike | None = None,
+        placement: Placement = "front",
+        prefix: ArrayLike | None = None,
+    ) -> ToyPlan:
+        return ToyPlan(self, [np.asarray(ids) for ids in tokens], label_ids, placement, prefix)
+
     def memory(self) -> Mapping[str, int]:
         size = self._table.nbytes
         return {"weights": size, "kv": 0, "compute": 0, "rss": size, "peak_rss": size}
@@ -112,3 +121,39 @@ class ToyScorer:
         if index.ndim != 1 or (index.size and (index.min() < 0 or index.max() >= self.n_vocab)):
             raise InputError(f"token ids must be a list within 0..{self.n_vocab - 1}")
         return index
+
+
+class ToyPlan:
+    """Counts tokens as a real plan does: in the cue, what precedes the rows is computed once."""
+
+    def __init__(
+        self,
+        scorer: ToyScorer,
+        texts: list[NDArray[np.intp]],
+        label_ids: ArrayLike | None,
+        placement: Placement,
+        prefix: ArrayLike | None,
+    ) -> None:
+        self._scorer = scorer
+        self._texts = texts
+        self._options = (label_ids, placement, prefix)
+        self._seen: set[int] = set()
+        self.n_tokens = 0
+
+    @property
+    def n_texts(self) -> int:
+        return len(self._texts)
+
+    def score(self, embeds: ArrayLike, indices: ArrayLike | None = None) -> NDArray[np.float32]:
+        chosen = range(self.n_texts) if indices is None else [int(i) for i in np.asarray(indices)]
+        texts = [self._texts[i] for i in chosen]
+        label_ids, placement, prefix = self._options
+        logits = self._scorer.score_with_soft_prompt(texts, embeds, label_ids, placement, prefix)
+        k, n_prompt = np.asarray(embeds).shape[:2]
+        if placement == "front":
+            self.n_tokens += k * (n_prompt + sum(len(text) for text in texts))
+        else:
+            fresh = [i for i in chosen if i not in self._seen]
+            self.n_tokens += k * n_prompt * len(texts) + sum(len(self._texts[i]) - n_prompt for i in fresh)
+            self._seen.update(fresh)
+        return logits

@@ -3,6 +3,22 @@
 import numpy as np
 from numpy.typing import NDArray
 
+class Plan:
+    """A data set laid out for scoring; in cue placement it keeps the texts' KV. For the engine that made it."""
+
+    @property
+    def n_texts(self) -> int: ...
+    @property
+    def n_tokens(self) -> int:
+        """Forward tokens computed so far."""
+
+    @property
+    def n_kept(self) -> int:
+        """Texts whose KV is kept."""
+
+    @property
+    def kv_bytes(self) -> int: ...
+
 class Engine:
     """A loaded model and its scorer. Thread-safe: calls that compute wait for each other."""
 
@@ -15,19 +31,24 @@ class Engine:
     def token_embeddings(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
         """Rows [n, n_embd], in the scale that ``embeds`` has."""
 
-    def score(
+    def plan(
         self,
         ids: NDArray[np.int32],
         offsets: NDArray[np.int64],
-        embeds: NDArray[np.float32],
         label_ids: NDArray[np.int32] | None,
         cue: bool,
         prefix: NDArray[np.int32],
-    ) -> NDArray[np.float32]:
-        """Logits [n_candidates, N, n_labels], or [..., n_vocab] where ``label_ids`` is None.
+        kv_budget_bytes: int,
+    ) -> Plan:
+        """Lay out texts ``ids`` [total] with ``offsets`` [N + 1]; ``label_ids`` None: all of the vocabulary.
 
-        Arrays are C-contiguous and never converted: ``ids`` [total], ``offsets`` [N + 1], ``embeds``
-        [n_candidates, n_prompt, n_embd]. Raises `InputError`, `ScoringInterrupted` or what a signal handler raised.
+        Arrays are C-contiguous and never converted. Raises `InputError`.
+        """
+
+    def score(self, plan: Plan, which: NDArray[np.int64], embeds: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits [n_candidates, n, n_labels] of texts ``which`` [n] under ``embeds`` [n_candidates, n_prompt, n_embd].
+
+        Raises `InputError`, `ScoringInterrupted` or what a signal handler raised.
         """
 
     def interrupt(self) -> None:

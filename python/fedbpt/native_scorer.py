@@ -14,6 +14,9 @@ from fedbpt.errors import InputError
 from fedbpt.memory import memory_of_process
 from fedbpt.messages import Placement
 
+DEFAULT_KV_BUDGET_BYTES = 512 * 2**20
+"""How much KV a plan keeps unless told otherwise: some 250 texts of 90 tokens of a 135M model."""
+
 
 def physical_cores() -> int:
     """Physical cores that this process may run on: hyper-threads of one core count once."""
@@ -41,7 +44,10 @@ def load_model(
         UnsupportedModelError: an architecture that soft prompts do not work with.
     """
     return NativeScorer(
-        models.locate(Path(name_or_path) if isinstance(name_or_path, os.PathLike) else name_or_path), name=str(name_or_path), n_threads=n_threads, n_gpu_layers=n_gpu_layers
+        models.locate(Path(name_or_path) if isinstance(name_or_path, os.PathLike) else name_or_path),
+        name=str(name_or_path),
+        n_threads=n_threads,
+        n_gpu_layers=n_gpu_layers,
     )
 
 
@@ -110,6 +116,30 @@ class NativeScorer:
         rows: NDArray[np.float32] = self._engine.token_embeddings(_token_ids(ids, "ids"))
         return rows
 
+    def compile(
+        self,
+        tokens: Sequence[ArrayLike],
+        label_ids: ArrayLike | None = None,
+        placement: Placement = "front",
+        prefix: ArrayLike | None = None,
+        kv_budget_bytes: int = DEFAULT_KV_BUDGET_BYTES,
+    ) -> NativePlan:
+        """Lay a data set out for scoring many times; arguments as for `score_with_soft_prompt`.
+
+        In ``cue`` placement the plan keeps the texts' KV as they are first scored, up to ``kv_budget_bytes``: from then
+        on a candidate costs n_prompt tokens a text. What does not fit is computed again each time.
+
+        Raises:
+            InputError: as `score_with_soft_prompt`, for all that does not depend on the prompt.
+        """
+        if placement not in ("front", "cue"):
+            raise InputError(f"placement must be 'front' or 'cue', got {placement!r}")
+        ids, offsets = _ragged(tokens)
+        labels = None if label_ids is None else _token_ids(label_ids, "label_ids")
+        before = _token_ids([] if prefix is None else prefix, "prefix")
+        plan = self._engine.plan(ids, offsets, labels, placement == "cue", before, kv_budget_bytes)
+        return NativePlan(self, plan)
+
     def score_with_soft_prompt(
         self,
         tokens: Sequence[ArrayLike],
@@ -136,18 +166,7 @@ class NativeScorer:
                 outside the vocabulary.
             ScoringInterrupted: `interrupt` was called. Ctrl-C raises KeyboardInterrupt within one graph.
         """
-        if placement not in ("front", "cue"):
-            raise InputError(f"placement must be 'front' or 'cue', got {placement!r}")
-        ids, offsets = _ragged(tokens)
-        logits: NDArray[np.float32] = self._engine.score(
-            ids,
-            offsets,
-            self._rows(embeds),
-            None if label_ids is None else _token_ids(label_ids, "label_ids"),
-            placement == "cue",
-            _token_ids([] if prefix is None else prefix, "prefix"),
-        )
-        return logits
+        return self.compile(tokens, label_ids, placement, prefix, kv_budget_bytes=0).score(embeds)
 
     def interrupt(self) -> None:
         """Make the scoring call in flight, on whatever thread, raise `ScoringInterrupted`."""
@@ -156,6 +175,11 @@ class NativeScorer:
     def memory(self) -> Mapping[str, int]:
         """Bytes: ``weights``, ``kv`` and ``compute`` buffers of the engine; ``rss`` and ``peak_rss`` of the process."""
         return {**self._engine.memory(), **memory_of_process()}
+
+    def score_plan(self, plan: _native.Plan, embeds: ArrayLike, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+        """What `NativePlan.score` does: logits [n_candidates, len(indices), n_labels]."""
+        logits: NDArray[np.float32] = self._engine.score(plan, indices, self._rows(embeds))
+        return logits
 
     def _rows(self, embeds: ArrayLike) -> NDArray[np.float32]:
         given = np.asarray(embeds)
@@ -172,6 +196,48 @@ class NativeScorer:
         if rows.shape[2] != self.n_embd:
             raise InputError(f"embeds has rows of {rows.shape[2]} numbers, but this model's n_embd is {self.n_embd}")
         return rows
+
+
+class NativePlan:
+    """A data set laid out by `NativeScorer.compile` (`fedbpt.scorer.Plan`)."""
+
+    def __init__(self, scorer: NativeScorer, plan: _native.Plan) -> None:
+        self._scorer = scorer
+        self._plan = plan
+
+    @property
+    def n_texts(self) -> int:
+        return int(self._plan.n_texts)
+
+    @property
+    def n_tokens(self) -> int:
+        """Forward tokens computed for this plan so far."""
+        return int(self._plan.n_tokens)
+
+    @property
+    def n_kept(self) -> int:
+        """Texts whose KV is kept."""
+        return int(self._plan.n_kept)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV that is kept."""
+        return int(self._plan.kv_bytes)
+
+    def score(self, embeds: ArrayLike, indices: ArrayLike | None = None) -> NDArray[np.float32]:
+        """Logits [n_candidates, n, n_labels] of the texts ``indices`` [n] (None: all) under each candidate prompt.
+
+        Raises as `NativeScorer.score_with_soft_prompt`; InputError also for an index outside the plan.
+        """
+        chosen = np.arange(self.n_texts) if indices is None else np.asarray(indices)
+        if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
+            raise InputError(
+                f"indices must be a flat sequence of text numbers, got {chosen.dtype} {list(chosen.shape)}"
+            )
+        return self._scorer.score_plan(self._plan, embeds, np.ascontiguousarray(chosen, dtype=np.int64))
+
+    def __repr__(self) -> str:
+        return f"<NativePlan of {self.n_texts} texts, KV of {self.n_kept} kept in {self.kv_bytes / 1e6:.0f} MB>"
 
 
 def _token_ids(ids: ArrayLike, what: str) -> NDArray[np.int32]:

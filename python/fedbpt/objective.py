@@ -17,7 +17,7 @@ from fedbpt.errors import DataError, InputError, ScoringInterrupted, TaskError
 from fedbpt.messages import LossName, ObjectiveSpec, PromptSpec, Template
 from fedbpt.projection import Projection
 from fedbpt.prompt import Prompt
-from fedbpt.scorer import Scorer
+from fedbpt.scorer import Plan, Scorer
 from fedbpt.seeding import generator
 from fedbpt.tasks.perturb import perturb
 from fedbpt.tasks.task import cue_ids, label_ids, render_ids
@@ -138,18 +138,20 @@ class Objective:
         # In front, the prompt goes between BOS and the text; in the cue, the text keeps its own BOS.
         self._prefix = texts[0][:n_bos] if prompt.placement == "front" and n_bos else None
         self._tokens = [text[n_bos:] if self._prefix is not None else text for text in texts]
+        self._prompt = prompt
+        self._plan = self._compile(self._tokens)
         self.projection = Projection(prompt, _start(scorer, self._cue, prompt), scorer.embedding_std)
         self.evaluations = 0
         """Candidates scored so far."""
         self.tokens = 0
-        """Forward tokens asked for so far; a text that the prompt follows counts once a call, for all candidates."""
+        """Forward tokens computed so far; a text that the prompt follows counts once, while its plan keeps its KV."""
 
     def __len__(self) -> int:
         return len(self._tokens)
 
     @property
     def prompt(self) -> PromptSpec:
-        return self.projection.spec
+        return self._prompt
 
     def embeds(self, latents: ArrayLike) -> NDArray[np.float32]:
         """Soft prompts [k, n_prompt, n_embd] of latents [k, d]; z = 0 in the cue is exactly the zero-shot model."""
@@ -262,22 +264,21 @@ class Objective:
             if cancelled is not None and cancelled():
                 raise ScoringInterrupted(f"scoring was cancelled after {start} of {len(chosen)} texts")
             part = chosen[start : start + CHUNK]
-            texts = [self._tokens[i] for i in part] if replaced is None else replaced[start : start + CHUNK]
-            placement = self.prompt.placement
-            raw = self.scorer.score_with_soft_prompt(texts, candidates, self.label_ids, placement, self._prefix)
-            self._count(candidates, texts)
+            if replaced is None:
+                plan, which = self._plan, part
+            else:
+                texts = replaced[start : start + CHUNK]
+                plan, which = self._compile(texts), np.arange(len(texts))
+            before = plan.n_tokens
+            raw = plan.score(candidates, which)
+            self.tokens += plan.n_tokens - before
             logits = np.asarray(raw, dtype=np.float64) + self.label_bias
             yield logits, LOSSES[self.spec.loss](logits, self.targets[part])
             if progress is not None:
                 progress(start + len(part), len(chosen))
 
-    def _count(self, candidates: NDArray[np.float32], texts: list[NDArray[np.int32]]) -> None:
-        k, n_prompt = candidates.shape[:2]
-        lengths = np.array([len(text) for text in texts])
-        if self.prompt.placement == "front":
-            self.tokens += int(k * (n_prompt + lengths.sum()))
-            return
-        self.tokens += int(k * n_prompt * len(texts) + (lengths - n_prompt).sum())
+    def _compile(self, texts: list[NDArray[np.int32]]) -> Plan:
+        return self.scorer.compile(texts, self.label_ids, self._prompt.placement, self._prefix)
 
     def __repr__(self) -> str:
         place = f"{self.prompt.n_prompt} x {self.prompt.placement}"

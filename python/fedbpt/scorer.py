@@ -11,6 +11,26 @@ from numpy.typing import ArrayLike, NDArray
 from fedbpt.messages import Placement
 
 
+class Plan(Protocol):
+    """A data set laid out once for scoring, from `Scorer.compile`."""
+
+    @property
+    def n_texts(self) -> int: ...
+
+    @property
+    def n_tokens(self) -> int:
+        """Forward tokens computed for this plan so far."""
+        ...
+
+    def score(self, embeds: ArrayLike, indices: ArrayLike | None = None) -> NDArray[np.float32]:
+        """Logits [n_candidates, n, n_labels] of the texts ``indices`` [n] (None: all) under each candidate prompt.
+
+        Args and errors as for `Scorer.score_with_soft_prompt`. A candidate's logits depend on ``indices`` and on no
+        other candidate or call.
+        """
+        ...
+
+
 @runtime_checkable
 class Scorer(Protocol):
     """What the layers above ask of a model. Implementations are deterministic: same call, same bits."""
@@ -48,6 +68,16 @@ class Scorer(Protocol):
 
     def token_embeddings(self, ids: ArrayLike) -> NDArray[np.float32]:
         """Input embeddings [len(ids), n_embd] of tokens, in the scale that soft prompt rows have."""
+        ...
+
+    def compile(
+        self,
+        tokens: Sequence[ArrayLike],
+        label_ids: ArrayLike | None = None,
+        placement: Placement = "front",
+        prefix: ArrayLike | None = None,
+    ) -> Plan:
+        """Lay a data set out for scoring many times; arguments as for `score_with_soft_prompt`."""
         ...
 
     def score_with_soft_prompt(

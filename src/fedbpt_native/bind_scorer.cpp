@@ -48,26 +48,24 @@ bool python_wants_to_stop() {
     return PyErr_CheckSignals() != 0;
 }
 
-FloatArray score(Engine & engine, const IntArray & ids, const LongArray & offsets, const FloatArray & embeds, const std::optional<IntArray> & label_ids, bool cue, const IntArray & prefix) {
-    ScoreRequest request;
-    request.texts        = { ids.data(), offsets.data(), static_cast<size_t>(offsets.size() - 1) };
-    request.embeds       = embeds.data();
-    request.n_candidates = static_cast<size_t>(embeds.shape(0));
-    request.n_prompt     = static_cast<size_t>(embeds.shape(1));
-    request.placement    = cue ? Placement::cue : Placement::front;
-    request.prefix       = prefix.data();
-    request.n_prefix     = static_cast<size_t>(prefix.size());
-    request.label_ids    = label_ids ? label_ids->data() : nullptr;
-    request.n_labels     = label_ids ? static_cast<size_t>(label_ids->size()) : 0;
+template <typename T>
+std::vector<T> to_vector(const py::array_t<T, py::array::c_style> & array) {
+    return std::vector<T>(array.data(), array.data() + array.size());
+}
 
-    const py::ssize_t n_labels = label_ids ? label_ids->size() : engine.model->n_vocab();
-    FloatArray logits({ embeds.shape(0), static_cast<py::ssize_t>(request.texts.n), n_labels });
+std::unique_ptr<Plan> make_plan(const Engine & engine, const IntArray & ids, const LongArray & offsets, const std::optional<IntArray> & label_ids, bool cue, const IntArray & prefix, uint64_t kv_budget_bytes) {
+    return std::make_unique<Plan>(engine.model, to_vector(ids), to_vector(offsets), cue ? Placement::cue : Placement::front, to_vector(prefix),
+                                  !label_ids, label_ids ? to_vector(*label_ids) : std::vector<llama_token>(), kv_budget_bytes);
+}
+
+FloatArray score(Engine & engine, Plan & plan, const LongArray & which, const FloatArray & embeds) {
+    FloatArray logits({ embeds.shape(0), which.size(), static_cast<py::ssize_t>(plan.n_labels()) });
     float * out = logits.mutable_data();
 
     const std::function<bool()> stop = python_wants_to_stop;
     try {
         py::gil_scoped_release release;
-        engine.scorer.score(request, out, stop);
+        engine.scorer.score(plan, which.data(), static_cast<size_t>(which.size()), embeds.data(), static_cast<size_t>(embeds.shape(0)), static_cast<size_t>(embeds.shape(1)), out, stop);
     } catch (...) {
         if (PyErr_Occurred()) {  // a signal handler's exception comes before ours
             throw py::error_already_set();
@@ -93,12 +91,20 @@ py::dict memory(const Engine & engine) {
 }  // namespace
 
 void register_scorer(py::module_ & module) {
+    py::class_<Plan, py::smart_holder>(module, "Plan", "A data set laid out for scoring; in cue placement it keeps the texts' KV. Its model must be the engine's that scores it.")
+        .def_property_readonly("n_texts", &Plan::n_texts)
+        .def_property_readonly("n_tokens", &Plan::n_tokens)
+        .def_property_readonly("kv_bytes", &Plan::kv_bytes)
+        .def_property_readonly("n_kept", &Plan::n_kept);
+
     py::class_<Engine, py::smart_holder>(module, "Engine", "A loaded model and its scorer. Thread-safe: calls that compute wait for each other.")
         .def(py::init<const std::string &, int32_t, int32_t>(), py::arg("path"), py::arg("n_threads"), py::arg("n_gpu_layers"), py::call_guard<py::gil_scoped_release>())
         .def("tokenize", &tokenize, py::arg("text"), py::arg("add_bos") = py::none(), "int32 [n]")
         .def("token_embeddings", &token_embeddings, py::arg("ids").noconvert(), "float32 [n, n_embd]")
-        .def("score", &score, py::arg("ids").noconvert(), py::arg("offsets").noconvert(), py::arg("embeds").noconvert(), py::arg("label_ids").noconvert(), py::arg("cue"), py::arg("prefix").noconvert(),
-             "ids int32 [total], offsets int64 [N + 1], embeds float32 [n_candidates, n_prompt, n_embd] -> float32 [n_candidates, N, n_labels]")
+        .def("plan", &make_plan, py::arg("ids").noconvert(), py::arg("offsets").noconvert(), py::arg("label_ids").noconvert(), py::arg("cue"), py::arg("prefix").noconvert(), py::arg("kv_budget_bytes"),
+             "ids int32 [total], offsets int64 [N + 1]")
+        .def("score", &score, py::arg("plan"), py::arg("which").noconvert(), py::arg("embeds").noconvert(),
+             "which int64 [n], embeds float32 [n_candidates, n_prompt, n_embd] -> float32 [n_candidates, n, n_labels]")
         .def("interrupt", [](Engine & engine) { engine.scorer.interrupt(); }, "Make the scoring call in flight raise ScoringInterrupted.")
         .def("embedding_std", [](const Engine & engine) { return engine.model->embedding_std(); }, py::call_guard<py::gil_scoped_release>())
         .def("memory", &memory, "bytes by part")

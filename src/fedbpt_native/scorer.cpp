@@ -25,10 +25,6 @@ constexpr llama_seq_id kTextSeq   = 2;   // the pack's first text
 
 constexpr auto kStopInterval = std::chrono::milliseconds(20);
 
-std::string text_name(size_t i) {
-    return "text " + std::to_string(i);
-}
-
 uint32_t padded(size_t n) {
     return static_cast<uint32_t>((n + 255)/256*256);
 }
@@ -46,77 +42,56 @@ Scorer::Scorer(std::shared_ptr<const Model> model, int32_t n_threads) : model_(s
     }
 }
 
-void Scorer::validate(const ScoreRequest & request) const {
-    const Texts & texts = request.texts;
-
-    if (texts.n == 0) {
-        throw InputError("no texts to score: pass at least one token sequence");
+void Scorer::validate(const Request & request) const {
+    if (request.n_which == 0) {
+        throw InputError("no texts to score: name at least one of the plan's");
     }
     if (request.n_candidates == 0) {
         throw InputError("no candidates to score: embeds needs at least one soft prompt");
     }
-    for (size_t i = 0; i < request.n_candidates*request.n_prompt*model_->n_embd(); ++i) {
+    for (size_t i = 0; i < request.n_which; ++i) {
+        if (request.which[i] < 0 || static_cast<size_t>(request.which[i]) >= request.plan.n_texts()) {
+            throw InputError("text index " + std::to_string(request.which[i]) + " is outside the plan's " + std::to_string(request.plan.n_texts()) + " texts");
+        }
+        request.plan.check_rows(static_cast<size_t>(request.which[i]), request.n_prompt);
+    }
+    const size_t n_rows = request.n_prompt*model_->n_embd();
+    for (size_t i = 0; i < request.n_candidates*n_rows; ++i) {
         if (!std::isfinite(request.embeds[i])) {
-            throw InputError("embeds holds NaN or infinity in candidate " + std::to_string(i/(request.n_prompt*model_->n_embd())));
-        }
-    }
-    for (size_t i = 0; i < request.n_prefix; ++i) {
-        model_->check_token(request.prefix[i], "prefix token id");
-    }
-    if (request.label_ids && request.n_labels == 0) {
-        throw InputError("label_ids is empty: name at least one token, or pass None for all");
-    }
-    for (size_t i = 0; i < request.n_labels; ++i) {
-        model_->check_token(request.label_ids[i], "label token id");
-    }
-
-    const size_t n_before = request.n_prefix + (request.placement == Placement::front ? request.n_prompt : 0);
-    for (size_t i = 0; i < texts.n; ++i) {
-        const size_t length = texts.length(i);
-        if (length == 0) {
-            throw InputError(text_name(i) + " is empty: it needs at least one token");
-        }
-        if (request.placement == Placement::cue && length < request.n_prompt) {
-            throw InputError(text_name(i) + " has " + std::to_string(length) + " tokens, fewer than the " + std::to_string(request.n_prompt) + " rows that stand in its cue");
-        }
-        if (n_before + length > static_cast<size_t>(model_->n_ctx_train())) {
-            throw InputError(text_name(i) + " has " + std::to_string(length) + " tokens after " + std::to_string(n_before) + " of prefix and prompt; the model's context is " + std::to_string(model_->n_ctx_train()) + ": shorten it");
-        }
-        for (size_t j = 0; j < length; ++j) {
-            model_->check_token(texts.begin(i)[j], "token id");
+            throw InputError("embeds holds NaN or infinity in candidate " + std::to_string(i/n_rows));
         }
     }
 }
 
 // Next fit, in the texts' order: a pack fills one ubatch (front, where the first pack carries the rows too) or the KV cells of a
 // cue pack. A text longer than that is a pack of its own.
-std::vector<Scorer::Pack> Scorer::pack(const ScoreRequest & request) const {
-    const bool   front     = request.placement == Placement::front;
-    const size_t texts_max = front ? kTextsMax : std::min<size_t>(kTextsMax, std::max<size_t>(1, kBatch/std::max<size_t>(1, request.n_prompt)));
+std::vector<Scorer::Pack> Scorer::pack(const Request & request) const {
+    const bool   front      = request.plan.placement() == Placement::front;
+    const size_t tokens_max = front ? kUbatch : kCueCellsMax;
+    const size_t texts_max  = front ? kTextsMax : std::clamp<size_t>(kBatch/request.n_tail(), 1, kTextsMax);
 
     std::vector<Pack> packs;
-    size_t used = front ? request.n_prompt : 0;
-
-    for (size_t i = 0; i < request.texts.n; ++i) {
-        const size_t length = request.texts.length(i);
-        const bool fits = !packs.empty() && used + length <= (front ? kUbatch : kCueCellsMax) && packs.back().last - packs.back().first < texts_max;
-        if (fits) {
+    for (size_t i = 0; i < request.n_which; ++i) {
+        const size_t length = request.length(i);
+        const size_t rows   = front && packs.size() <= 1 ? request.n_prompt : 0;
+        if (!packs.empty() && rows + packs.back().n_tokens + length <= tokens_max && packs.back().last - packs.back().first < texts_max) {
             packs.back().last = i + 1;
+            packs.back().n_tokens += length;
         } else {
-            used = front && packs.empty() ? request.n_prompt : 0;
-            packs.push_back({ i, i + 1 });
+            packs.push_back({ i, i + 1, length });
         }
-        used += length;
     }
     return packs;
 }
 
-void Scorer::ensure_context(const ScoreRequest & request, const std::vector<Pack> & packs) {
+void Scorer::ensure_context(const Request & request, const std::vector<Pack> & packs) {
     size_t most = 0;
     for (const Pack & pack : packs) {
-        most = std::max(most, static_cast<size_t>(request.texts.offsets[pack.last] - request.texts.offsets[pack.first]));
+        // in the cue each text has the prefix for itself: it is part of its saved KV
+        const size_t copies = request.plan.placement() == Placement::cue ? pack.last - pack.first : 1;
+        most = std::max(most, pack.n_tokens + copies*request.plan.prefix().size());
     }
-    const uint32_t n_ctx = padded(request.n_prefix + request.n_prompt + most);
+    const uint32_t n_ctx = padded(request.plan.prefix().size() + request.n_prompt + most);
     if (ctx_ && n_ctx <= n_ctx_) {
         return;
     }
@@ -151,7 +126,8 @@ void Scorer::ensure_context(const ScoreRequest & request, const std::vector<Pack
     llama_attach_threadpool(ctx_.get(), threadpool_.get(), threadpool_.get());
 }
 
-void Scorer::score(const ScoreRequest & request, float * out, const std::function<bool()> & stop) {
+void Scorer::score(Plan & plan, const int64_t * which, size_t n_which, const float * embeds, size_t n_candidates, size_t n_prompt, float * out, const std::function<bool()> & stop) {
+    const Request request { plan, which, n_which, embeds, n_candidates, n_prompt };
     validate(request);
 
     std::lock_guard<std::mutex> lock(mutex_);
@@ -177,30 +153,23 @@ void Scorer::reset() {
     }
 }
 
-void Scorer::run(const ScoreRequest & request, float * out) {
+void Scorer::run(const Request & request, float * out) {
     const std::vector<Pack> packs = pack(request);
     ensure_context(request, packs);
 
-    const size_t n_labels = request.label_ids ? request.n_labels : model_->n_vocab();
-    const size_t n_out    = request.texts.n*n_labels;
+    const size_t   n_out  = request.n_out();
     llama_memory_t memory = llama_get_memory(ctx_.get());
 
     llama_memory_clear(memory, /*data =*/ false);
     llama_soft_prompt_clear(ctx_.get());
 
-    if (request.n_prefix > 0) {
-        batch_.clear();
-        for (size_t i = 0; i < request.n_prefix; ++i) {
-            batch_.add(request.prefix[i], static_cast<llama_pos>(i), kPrefixSeq, -1);
-        }
-        decode(request, nullptr);
-    }
-
-    if (request.placement == Placement::cue) {
+    if (request.plan.placement() == Placement::cue) {
+        request.plan.keep_for_tail(request.n_tail());
         for (const Pack & pack : packs) {
             score_cue(request, pack, out);
         }
     } else {
+        decode_prefix(request.plan);
         for (size_t c = 0; c < request.n_candidates; ++c) {
             for (const Pack & pack : packs) {
                 score_front(request, pack, c, &pack == &packs.front(), out + c*n_out);
@@ -215,19 +184,22 @@ void Scorer::run(const ScoreRequest & request, float * out) {
     }
 }
 
-void Scorer::add_text(const ScoreRequest & request, size_t text, llama_seq_id seq, size_t n_tokens, llama_pos pos0, bool output) {
-    const llama_token * ids = request.texts.begin(text);
-    for (size_t j = 0; j < n_tokens; ++j) {
-        const bool last = j + 1 == n_tokens;
-        batch_.add(ids[j], pos0 + static_cast<llama_pos>(j), seq, output && last ? static_cast<int32_t>(text) : -1);
+void Scorer::decode_prefix(Plan & plan) {
+    if (plan.prefix().empty()) {
+        return;
     }
+    batch_.clear();
+    for (size_t i = 0; i < plan.prefix().size(); ++i) {
+        batch_.add(plan.prefix()[i], static_cast<llama_pos>(i), kPrefixSeq, -1);
+    }
+    decode(plan, nullptr);
 }
 
 // prefix | rows | text. The rows go with the first pack's texts, as tokens of all their sequences; the other packs share
 // those cells.
-void Scorer::score_front(const ScoreRequest & request, const Pack & pack, size_t candidate, bool first_pack, float * out) {
+void Scorer::score_front(const Request & request, const Pack & pack, size_t candidate, bool first_pack, float * out) {
     llama_memory_t memory = llama_get_memory(ctx_.get());
-    const auto n_prefix = static_cast<llama_pos>(request.n_prefix);
+    const auto n_prefix = static_cast<llama_pos>(request.plan.prefix().size());
     const auto n_prompt = static_cast<llama_pos>(request.n_prompt);
 
     seqs_.assign(1, kPromptSeq);
@@ -251,9 +223,12 @@ void Scorer::score_front(const ScoreRequest & request, const Pack & pack, size_t
         }
     }
     for (size_t i = pack.first; i < pack.last; ++i) {
-        add_text(request, i, kTextSeq + static_cast<llama_seq_id>(i - pack.first), request.texts.length(i), n_prefix + n_prompt, true);
+        const size_t length = request.length(i);
+        for (size_t j = 0; j < length; ++j) {
+            batch_.add(request.text(i)[j], n_prefix + n_prompt + static_cast<llama_pos>(j), seqs_[1 + i - pack.first], j + 1 == length ? static_cast<int32_t>(i) : -1);
+        }
     }
-    decode(request, out);
+    decode(request.plan, out);
 
     for (const llama_seq_id seq : seqs_) {
         if (seq != kPromptSeq) {
@@ -262,58 +237,84 @@ void Scorer::score_front(const ScoreRequest & request, const Pack & pack, size_t
     }
 }
 
-// prefix | text, its last n_prompt embeddings replaced. Everything before them is computed once for all candidates.
-void Scorer::score_cue(const ScoreRequest & request, const Pack & pack, float * out) {
+// The KV of prefix and text i up to where the rows begin, into states_[i - first]: computed alone in an empty cache, so that it
+// is the same whatever texts are scored beside it.
+void Scorer::compute_kv(const Request & request, size_t i) {
     llama_memory_t memory = llama_get_memory(ctx_.get());
-    const auto   n_prefix = static_cast<llama_pos>(request.n_prefix);
-    const size_t n_labels = request.label_ids ? request.n_labels : model_->n_vocab();
-    const size_t n_out    = request.texts.n*n_labels;
-    const size_t n_rows   = request.n_prompt*model_->n_embd();
-
-    // without rows each text's last token is computed anew for each candidate: something must give the logits
-    const size_t n_tail = std::max<size_t>(1, request.n_prompt);
 
     batch_.clear();
-    for (size_t i = pack.first; i < pack.last; ++i) {
-        const llama_seq_id seq = kTextSeq + static_cast<llama_seq_id>(i - pack.first);
-        llama_memory_seq_cp(memory, kPrefixSeq, seq, -1, -1);
-        add_text(request, i, seq, request.texts.length(i) - n_tail, n_prefix, false);
+    llama_pos pos = 0;
+    for (const llama_token id : request.plan.prefix()) {
+        batch_.add(id, pos++, kTextSeq, -1);
     }
-    if (batch_.size() > 0) {
-        decode(request, nullptr);
+    for (size_t j = 0; j + request.n_tail() < request.length(i); ++j) {
+        batch_.add(request.text(i)[j], pos++, kTextSeq, -1);
+    }
+    decode(request.plan, nullptr);
+
+    std::vector<uint8_t> & state = states_.emplace_back(llama_state_seq_get_size(ctx_.get(), kTextSeq));
+    state.resize(llama_state_seq_get_data(ctx_.get(), state.data(), state.size(), kTextSeq));
+    request.plan.offer_kv(static_cast<size_t>(request.which[i]), state);
+    llama_memory_seq_rm(memory, kTextSeq, -1, -1);
+}
+
+// prefix | text, its last n_prompt embeddings replaced. What comes before them is computed once for all candidates, and kept.
+void Scorer::score_cue(const Request & request, const Pack & pack, float * out) {
+    llama_memory_t memory   = llama_get_memory(ctx_.get());
+    const size_t   n_prefix = request.plan.prefix().size();
+    const size_t   n_tail   = request.n_tail();
+    const size_t   n_rows   = request.n_prompt*model_->n_embd();
+
+    const auto head_of = [&](size_t i) { return n_prefix + request.length(i) - n_tail; };
+    const auto seq_of  = [&](size_t i) { return kTextSeq + static_cast<llama_seq_id>(i - pack.first); };
+    const auto kept    = [&](size_t i) -> const std::vector<uint8_t> & { return request.plan.kv(static_cast<size_t>(request.which[i])); };
+
+    states_.clear();
+    for (size_t i = pack.first; i < pack.last; ++i) {
+        if (head_of(i) > 0 && kept(i).empty()) {
+            compute_kv(request, i);
+        }
+    }
+    size_t next_state = 0;
+    for (size_t i = pack.first; i < pack.last; ++i) {
+        if (head_of(i) == 0) {
+            continue;
+        }
+        const std::vector<uint8_t> & state = kept(i).empty() ? states_[next_state++] : kept(i);
+        if (llama_state_seq_set_data(ctx_.get(), state.data(), state.size(), seq_of(i)) == 0) {
+            throw std::runtime_error("a text's KV could not be restored (" + take_last_error() + "): please report this");
+        }
     }
 
     for (size_t c = 0; c < request.n_candidates; ++c) {
         batch_.clear();
         for (size_t i = pack.first; i < pack.last; ++i) {
-            const llama_seq_id  seq  = kTextSeq + static_cast<llama_seq_id>(i - pack.first);
-            const size_t        head = request.texts.length(i) - n_tail;
-            const llama_pos     pos0 = n_prefix + static_cast<llama_pos>(head);
-            const llama_token * ids  = request.texts.begin(i) + head;
+            const auto          pos0 = static_cast<llama_pos>(head_of(i));
+            const llama_token * ids  = request.text(i) + request.length(i) - n_tail;
 
-            llama_soft_prompt_set(ctx_.get(), seq, pos0, static_cast<int32_t>(request.n_prompt), request.embeds + c*n_rows);
+            llama_soft_prompt_set(ctx_.get(), seq_of(i), pos0, static_cast<int32_t>(request.n_prompt), request.embeds + c*n_rows);
             for (size_t j = 0; j < n_tail; ++j) {
-                batch_.add(ids[j], pos0 + static_cast<llama_pos>(j), seq, j + 1 == n_tail ? static_cast<int32_t>(i) : -1);
+                batch_.add(ids[j], pos0 + static_cast<llama_pos>(j), seq_of(i), j + 1 == n_tail ? static_cast<int32_t>(i) : -1);
             }
         }
-        decode(request, out + c*n_out);
+        decode(request.plan, out + c*request.n_out());
 
         for (size_t i = pack.first; i < pack.last; ++i) {
-            const auto pos0 = n_prefix + static_cast<llama_pos>(request.texts.length(i) - n_tail);
-            llama_memory_seq_rm(memory, kTextSeq + static_cast<llama_seq_id>(i - pack.first), pos0, -1);
+            llama_memory_seq_rm(memory, seq_of(i), static_cast<llama_pos>(head_of(i)), -1);
         }
     }
 
     llama_soft_prompt_clear(ctx_.get());
     for (size_t i = pack.first; i < pack.last; ++i) {
-        llama_memory_seq_rm(memory, kTextSeq + static_cast<llama_seq_id>(i - pack.first), -1, -1);
+        llama_memory_seq_rm(memory, seq_of(i), -1, -1);
     }
 }
 
 // Runs batch_ and writes the label logits of each output token to out[output][n_labels].
-void Scorer::decode(const ScoreRequest & request, float * out) {
+void Scorer::decode(Plan & plan, float * out) {
+    plan.count_tokens(batch_.size());
     for (size_t begin = 0; begin < batch_.size(); begin += kBatch) {
-        const size_t end = std::min(batch_.size(), begin + kBatch);
+        const size_t end = std::min<size_t>(batch_.size(), begin + kBatch);
 
         if (on_abort(this)) {
             throw ScoringInterrupted("scoring was interrupted");
@@ -332,14 +333,11 @@ void Scorer::decode(const ScoreRequest & request, float * out) {
                 continue;
             }
             const float * logits = llama_get_logits_ith(ctx_.get(), static_cast<int32_t>(i - begin));
-            if (request.label_ids) {
-                float * dst = out + batch_.output(i)*request.n_labels;
-                for (size_t j = 0; j < request.n_labels; ++j) {
-                    dst[j] = logits[request.label_ids[j]];
-                }
+            float       * dst    = out + static_cast<size_t>(batch_.output(i))*plan.n_labels();
+            if (plan.all_labels()) {
+                std::copy(logits, logits + plan.n_labels(), dst);
             } else {
-                const size_t n_vocab = model_->n_vocab();
-                std::copy(logits, logits + n_vocab, out + batch_.output(i)*n_vocab);
+                std::transform(plan.label_ids().begin(), plan.label_ids().end(), dst, [&](llama_token id) { return logits[id]; });
             }
         }
     }

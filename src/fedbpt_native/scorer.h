@@ -11,34 +11,9 @@
 #include "batch.h"
 #include "handles.h"
 #include "model.h"
+#include "plan.h"
 
 namespace fedbpt {
-
-enum class Placement { front, cue };
-
-// N texts, ragged: text i is ids[offsets[i] .. offsets[i + 1]).
-struct Texts {
-    const llama_token * ids     = nullptr;
-    const int64_t     * offsets = nullptr;
-    size_t              n       = 0;
-
-    size_t length(size_t i) const { return static_cast<size_t>(offsets[i + 1] - offsets[i]); }
-    const llama_token * begin(size_t i) const { return ids + offsets[i]; }
-};
-
-struct ScoreRequest {
-    Texts         texts;
-    const float * embeds       = nullptr;  // [n_candidates][n_prompt][n_embd]
-    size_t        n_candidates = 0;
-    size_t        n_prompt     = 0;
-    Placement     placement    = Placement::front;
-
-    const llama_token * prefix   = nullptr;
-    size_t              n_prefix = 0;
-
-    const llama_token * label_ids = nullptr;  // null: all of the vocabulary
-    size_t              n_labels  = 0;
-};
 
 struct MemoryUse {
     uint64_t weights = 0, kv = 0, compute = 0;  // bytes
@@ -46,15 +21,15 @@ struct MemoryUse {
 
 // Scores texts under soft prompts. One call at a time: a second thread's waits.
 //
-// Each candidate goes through the very same sequence of batches, in the same KV cells: its logits depend on no other
-// candidate, on their number or order, nor on earlier calls, and repeat bit for bit.
+// Each candidate goes through the very same sequence of batches, in the same KV cells, and each text's own KV is computed alone:
+// a logit depends on no other candidate, on their number or order, nor on earlier calls, and repeats bit for bit.
 class Scorer {
 public:
     Scorer(std::shared_ptr<const Model> model, int32_t n_threads);
 
-    // out[n_candidates][texts.n][n_labels]. `stop` is asked every few milliseconds, on this thread, whether to give up.
-    // Throws InputError, ScoringInterrupted.
-    void score(const ScoreRequest & request, float * out, const std::function<bool()> & stop);
+    // The plan's texts `which[n_which]` under embeds[n_candidates][n_prompt][n_embd] -> out[n_candidates][n_which][n_labels].
+    // `stop` is asked every few milliseconds, on this thread, whether to give up. Throws InputError, ScoringInterrupted.
+    void score(Plan & plan, const int64_t * which, size_t n_which, const float * embeds, size_t n_candidates, size_t n_prompt, float * out, const std::function<bool()> & stop);
 
     // Makes the call in flight, if any, throw ScoringInterrupted.
     void interrupt() { interrupted_ = true; }
@@ -63,20 +38,35 @@ public:
     int32_t n_threads() const { return n_threads_; }
 
 private:
-    struct Pack {  // texts [first, last): one forward pass
-        size_t first, last;
+    struct Request {
+        Plan          & plan;
+        const int64_t * which;
+        size_t          n_which;
+        const float   * embeds;
+        size_t          n_candidates;
+        size_t          n_prompt;
+
+        size_t length(size_t i) const { return plan.length(static_cast<size_t>(which[i])); }
+        const llama_token * text(size_t i) const { return plan.text(static_cast<size_t>(which[i])); }
+        // without rows in the cue each text's last token is computed anew for each candidate: something must give the logits
+        size_t n_tail() const { return n_prompt > 0 ? n_prompt : 1; }
+        size_t n_out() const { return n_which*plan.n_labels(); }
+    };
+    struct Pack {  // the request's texts [first, last): scored together
+        size_t first, last, n_tokens;
     };
 
-    void validate(const ScoreRequest & request) const;
-    std::vector<Pack> pack(const ScoreRequest & request) const;
-    void ensure_context(const ScoreRequest & request, const std::vector<Pack> & packs);
+    void validate(const Request & request) const;
+    std::vector<Pack> pack(const Request & request) const;
+    void ensure_context(const Request & request, const std::vector<Pack> & packs);
 
-    void run(const ScoreRequest & request, float * out);
-    void score_front(const ScoreRequest & request, const Pack & pack, size_t candidate, bool first_pack, float * out);
-    void score_cue(const ScoreRequest & request, const Pack & pack, float * out);
+    void run(const Request & request, float * out);
+    void score_front(const Request & request, const Pack & pack, size_t candidate, bool first_pack, float * out);
+    void score_cue(const Request & request, const Pack & pack, float * out);
 
-    void add_text(const ScoreRequest & request, size_t text, llama_seq_id seq, size_t n_tokens, llama_pos pos0, bool output);
-    void decode(const ScoreRequest & request, float * out);
+    void compute_kv(const Request & request, size_t i);
+    void decode_prefix(Plan & plan);
+    void decode(Plan & plan, float * out);
     void reset();
 
     static bool on_abort(void * self);
@@ -88,6 +78,7 @@ private:
     uint32_t                     n_ctx_ = 0;
     Batch                        batch_;
     std::vector<llama_seq_id>    seqs_;  // scratch
+    std::vector<std::vector<uint8_t>> states_;  // scratch: KV that the plan has no room for
 
     mutable std::mutex                    mutex_;
     std::atomic<bool>                     interrupted_ { false };

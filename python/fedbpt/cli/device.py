@@ -50,7 +50,9 @@ def device(
         if as_json:
             announce(host, port)
         elif not quiet:
-            typer.echo(f"{own_name} serves {scorer.name} and {len(train)} rows on http://{host}:{port}; Ctrl-C stops it")
+            typer.echo(
+                f"{own_name} serves {scorer.name} and {len(train)} rows on http://{host}:{port}; Ctrl-C stops it"
+            )
 
     service = AgentService(Device(own_name, scorer, train, dev_rows, test_rows))
     AgentServer(service, host, port, on_ready=ready, allow_insecure=allow_insecure).run()

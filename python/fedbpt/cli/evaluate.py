@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from fedbpt import api
 from fedbpt.cli.options import AsJson, GpuLayers, Quiet, Threads
+from fedbpt.cli.report import accuracy_table
 from fedbpt.errors import ConfigError
 from fedbpt.native_scorer import load_model
 from fedbpt.prompt import Prompt
@@ -39,7 +39,9 @@ def evaluate(
     prompt = Prompt.load(prompt_file)
     chosen = load(task or prompt.task_name)
     if chosen.labels != prompt.labels:
-        raise ConfigError(f"the prompt is for labels {list(prompt.labels)}, task {chosen.name} has {list(chosen.labels)}")
+        raise ConfigError(
+            f"the prompt is for labels {list(prompt.labels)}, task {chosen.name} has {list(chosen.labels)}"
+        )
     rows = read_task_rows(chosen, data)
     scorer = load_model(model or prompt.model_name, n_threads=threads, n_gpu_layers=gpu_layers)
     prompt.check(scorer)
@@ -52,13 +54,8 @@ def evaluate(
     elif quiet:
         typer.echo(f"{found['tuned'].accuracy:.4f}")
     else:
-        table = Table(title=f"{prompt.task_name} on {scorer.name}, {len(rows)} rows", title_justify="left")
-        for heading in ("", "accuracy", "95 % interval", "loss"):
-            table.add_column(heading, justify="left" if not heading else "right")
-        for name, result in found.items():
-            low, high = result.interval
-            table.add_row(name.replace("_", "-"), f"{result.accuracy:.3f}", f"{low:.3f} – {high:.3f}", f"{result.loss:.3f}")
-        Console().print(table)
+        lines = {name.replace("_", "-"): (r.accuracy, r.interval, r.loss) for name, r in found.items()}
+        Console().print(accuracy_table(f"{prompt.task_name} on {scorer.name}, {len(rows)} rows", lines))
 
 
 def _as_json(result: api.EvaluationResult) -> dict[str, Any]:

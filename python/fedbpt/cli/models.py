@@ -13,6 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from fedbpt import models
+from fedbpt.cli.options import AsJson, Quiet
 from fedbpt.packages import Progress as OnProgress
 
 app = typer.Typer(
@@ -22,12 +23,10 @@ app = typer.Typer(
 )
 
 Name = Annotated[str, typer.Argument(help="A name from `fedbpt models list`.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on standard output.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the result.")]
 
 
 @app.command("list")
-def list_command(as_json: Json = False, quiet: Quiet = False) -> None:
+def list_command(as_json: AsJson = False, quiet: Quiet = False) -> None:
     """List the catalogue, and which of it is on this machine.
 
     Example: fedbpt models list --json
@@ -50,12 +49,12 @@ def list_command(as_json: Json = False, quiet: Quiet = False) -> None:
 
 
 @app.command("pull")
-def pull_command(name: Name, as_json: Json = False, quiet: Quiet = False) -> None:
+def pull_command(name: Name, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Fetch a model and verify its sha256; does nothing where it is here already. Interrupted, it goes on next time.
 
     Example: fedbpt models pull smollm2-135m
     """
-    with _bar(name, shown=not quiet) as progress:
+    with progress_bar(name, shown=not quiet) as progress:
         path = models.pull(name, progress)
     if as_json:
         typer.echo(json.dumps({"name": name, "path": str(path), "fingerprint": models.fingerprint(path)}))
@@ -64,7 +63,7 @@ def pull_command(name: Name, as_json: Json = False, quiet: Quiet = False) -> Non
 
 
 @app.command("path")
-def path_command(name: Name, as_json: Json = False, quiet: Quiet = False) -> None:
+def path_command(name: Name, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Print where a pulled model's file is.
 
     Example: fedbpt models path smollm2-135m
@@ -89,7 +88,7 @@ def _as_json(entry: models.ModelEntry) -> dict[str, object]:
 
 
 @contextmanager
-def _bar(name: str, shown: bool) -> Iterator[OnProgress | None]:
+def progress_bar(name: str, shown: bool) -> Iterator[OnProgress | None]:
     """A progress bar with an ETA on standard error, so that standard output holds only the result."""
     if not shown:
         yield None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +53,11 @@ def result_as_json(result: RunResult, prompt_path: Path | None) -> dict[str, Any
 def print_result(result: RunResult, prompt_path: Path | None) -> None:
     """The table at the end of a run."""
     console = Console()
-    table = Table(title=f"{result.task} on {result.model_name}, {len(result.devices)} devices", title_justify="left")
-    for heading in ("", "accuracy", "95 % interval", "loss"):
-        table.add_column(heading, justify="left" if not heading else "right")
     if result.tuned.n:
-        for name, score in (("zero-shot", result.zero_shot), ("tuned", result.tuned)):
-            low, high = wilson_interval(score.correct, score.n)
-            table.add_row(name, f"{score.accuracy:.3f}", f"{low:.3f} – {high:.3f}", f"{score.loss:.3f}")
-        table.caption = f"{result.tuned.n} held-out rows, which chose nothing"
-        console.print(table)
+        scores = {"zero-shot": result.zero_shot, "tuned": result.tuned}
+        title = f"{result.task} on {result.model_name}: {result.tuned.n} held-out rows, which chose nothing"
+        lines = {name: (score.accuracy, _interval(score), score.loss) for name, score in scores.items()}
+        console.print(accuracy_table(title, lines))
     devices = Table(box=None)
     for heading in ("device", "rows", "rounds", "up", "down", "peak memory"):
         devices.add_column(heading, justify="left" if heading == "device" else "right")
@@ -80,6 +77,16 @@ def print_result(result: RunResult, prompt_path: Path | None) -> None:
     )
     if prompt_path is not None:
         console.print(f"prompt: {prompt_path}", soft_wrap=True)
+
+
+def accuracy_table(title: str, lines: Mapping[str, tuple[float, tuple[float, float], float]]) -> Table:
+    """A line each of (accuracy, its 95 % interval, loss in nats)."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("", "accuracy", "95 % interval", "loss"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, (accuracy, (low, high), loss) in lines.items():
+        table.add_row(name, f"{accuracy:.3f}", f"{low:.3f} – {high:.3f}", f"{loss:.3f}")
+    return table
 
 
 def _interval(score: Score) -> tuple[float, float]:

@@ -1,0 +1,5 @@
+"""``python -m fedbpt``: the same as the ``fedbpt`` command."""
+
+from fedbpt.cli import main
+
+main()

@@ -1,0 +1,151 @@
+"""``fedbpt runs``: the history of the runs in a store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedbpt import wire
+from fedbpt.api import make_prompt
+from fedbpt.cli.options import AsJson, Quiet
+from fedbpt.cli.report import print_result, result_as_json
+from fedbpt.errors import ConfigError, StoreError
+from fedbpt.native_scorer import load_model
+from fedbpt.runs import RunResult
+from fedbpt.store import RoundHistory, RunStore, StoredRun
+from fedbpt.tasks import load
+
+app = typer.Typer(
+    name="runs",
+    help="The runs in a store: list, show, export.\n\nExample: fedbpt runs list",
+    no_args_is_help=True,
+)
+
+Store = Annotated[Path, typer.Option("--store", help="The run database.")]
+RunName = Annotated[str, typer.Argument(help="A name from `fedbpt runs list`.", show_default=False)]
+DEFAULT_STORE = Path("runs/runs.db")
+
+
+@app.command("list")
+def list_command(store: Store = DEFAULT_STORE, as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """List the runs of a store.
+
+    Example: fedbpt runs list --store runs/runs.db
+    """
+    with _opened(store) as opened:
+        runs = opened.list_runs()
+    if as_json:
+        _print_json([_run_as_json(run) for run in runs])
+    elif quiet:
+        for run in runs:
+            typer.echo(run.run)
+    else:
+        table = Table(box=None)
+        for heading in ("run", "task", "model", "status", "rounds", "accuracy", "updated"):
+            table.add_column(heading, justify="right" if heading in ("rounds", "accuracy") else "left")
+        for run in runs:
+            result = _result(run)
+            accuracy = f"{result.tuned.accuracy:.3f}" if result and result.tuned.n else "-"
+            table.add_row(run.run, run.task, run.model_name, run.status, str(run.n_rounds), accuracy, run.updated)
+        Console().print(table)
+
+
+@app.command("show")
+def show_command(run: RunName, store: Store = DEFAULT_STORE, as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Show a run: its result if it is finished, and each round with who reported, who was lost and why.
+
+    Example: fedbpt runs show demo --json
+    """
+    with _opened(store) as opened:
+        found, history = opened.get_run(run), opened.history(run)
+    result = _result(found)
+    if as_json:
+        shown = {**_run_as_json(found), "rounds": [_round_as_json(line) for line in history]}
+        _print_json({**shown, "result": result_as_json(result, None) if result else None})
+        return
+    if result is not None:
+        print_result(result, None)
+    else:
+        typer.echo(f"run {run} is {found.status} after {found.n_rounds} rounds: start it again to go on")
+    if quiet:
+        return
+    table = Table(box=None)
+    for heading in ("round", "reported", "lost", "figures"):
+        table.add_column(heading, justify="right" if heading == "round" else "left")
+    for line in history:
+        lost = "; ".join(f"{name}: {reason}" for name, reason in line.lost.items())
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in sorted(line.metrics.items()))
+        table.add_row(str(line.round), str(len(line.reported)), lost, figures)
+    Console().print(table)
+
+
+@app.command("export")
+def export_command(
+    run: RunName,
+    model: Annotated[str, typer.Option("--model", "-m", help="The model that the run tuned: a name or .gguf file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The prompt file to write.")],
+    task: Annotated[str | None, typer.Option("--task", "-t", help="The run's task file, unless built in.")] = None,
+    store: Store = DEFAULT_STORE,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a finished run's prompt as a file.
+
+    Example: fedbpt runs export demo --model smollm2-135m --out prompt.safetensors
+    """
+    with _opened(store) as opened:
+        found = opened.get_run(run)
+    result = _result(found)
+    if result is None:
+        raise ConfigError(f"run {run} is {found.status}: only a finished run has a prompt, start it again to finish it")
+    path = make_prompt(load_model(model), load(task or found.task), result).save(out)
+    if as_json:
+        _print_json({"run": run, "prompt_path": str(path)})
+    elif not quiet:
+        typer.echo(str(path))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[RunStore]:
+    if not path.is_file():
+        raise StoreError(f"there is no run database {path}: give it with --store, or start a run")
+    with RunStore(path) as store:
+        yield store
+
+
+def _result(run: StoredRun) -> RunResult | None:
+    return None if run.result is None else wire.decode(run.result, RunResult)
+
+
+def _run_as_json(run: StoredRun) -> dict[str, Any]:
+    return {
+        "run": run.run,
+        "task": run.task,
+        "model": run.model_name,
+        "status": run.status,
+        "n_rounds": run.n_rounds,
+        "created": run.created,
+        "updated": run.updated,
+    }
+
+
+def _round_as_json(line: RoundHistory) -> dict[str, Any]:
+    return {
+        "round": line.round,
+        "closed": line.closed,
+        "reported": list(line.reported),
+        "late": list(line.late),
+        "lost": dict(line.lost),
+        "metrics": dict(line.metrics),
+    }
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(msgspec.json.encode(value).decode())

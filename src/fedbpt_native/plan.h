@@ -1,0 +1,68 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "model.h"
+
+namespace fedbpt {
+
+enum class Placement { front, cue };
+
+// A data set, checked and laid out once: N ragged texts, what comes before them, which logits are wanted. In cue
+// placement it also keeps the texts' KV, computed up to where the soft rows begin, within a budget.
+class Plan {
+public:
+    // Text i is ids[offsets[i] .. offsets[i + 1]). No label_ids: the logits of the whole vocabulary.
+    // Throws InputError: an empty text, a token id outside the vocabulary, no texts, a text longer than the context.
+    Plan(std::shared_ptr<const Model> model, std::vector<llama_token> ids, std::vector<int64_t> offsets, Placement placement, std::vector<llama_token> prefix,
+         bool all_labels, std::vector<llama_token> label_ids, uint64_t kv_budget_bytes);
+
+    size_t n_texts() const { return offsets_.size() - 1; }
+    size_t length(size_t i) const { return static_cast<size_t>(offsets_[i + 1] - offsets_[i]); }
+    const llama_token * text(size_t i) const { return ids_.data() + offsets_[i]; }
+    Placement placement() const { return placement_; }
+    const std::vector<llama_token> & prefix() const { return prefix_; }
+
+    bool all_labels() const { return all_labels_; }
+    const std::vector<llama_token> & label_ids() const { return label_ids_; }
+    size_t n_labels() const { return all_labels_ ? static_cast<size_t>(model_->n_vocab()) : label_ids_.size(); }
+
+    // Throws InputError where n_prompt rows do not fit text i: into its cue, or before it in the context.
+    void check_rows(size_t i, size_t n_prompt) const;
+
+    // --- the texts' KV, for the scorer ---
+
+    // Drops what is kept for another number of tokens at the end left out.
+    void keep_for_tail(size_t n_tail);
+    // Empty where it is not kept.
+    const std::vector<uint8_t> & kv(size_t i) const { return kv_[i]; }
+    // Keeps a copy if the budget has room.
+    void offer_kv(size_t i, const std::vector<uint8_t> & state);
+
+    // forward tokens computed for this plan so far
+    uint64_t n_tokens() const { return n_tokens_; }
+    void count_tokens(size_t n) { n_tokens_ += n; }
+
+    uint64_t kv_bytes() const { return kv_bytes_; }
+    size_t n_kept() const { return n_kept_; }
+
+private:
+    std::shared_ptr<const Model> model_;
+    std::vector<llama_token>     ids_;
+    std::vector<int64_t>         offsets_;
+    Placement                    placement_;
+    std::vector<llama_token>     prefix_;
+    bool                         all_labels_;
+    std::vector<llama_token>     label_ids_;
+
+    uint64_t                          kv_budget_bytes_;
+    uint64_t                          kv_bytes_ = 0;
+    size_t                            n_kept_   = 0;
+    size_t                            n_tail_   = 0;
+    uint64_t                          n_tokens_ = 0;
+    std::vector<std::vector<uint8_t>> kv_;
+};
+
+}  // namespace fedbpt
