@@ -41,6 +41,8 @@ $(BIN)/python:
 $(STAMP): $(SOURCES) | $(BIN)/python
 	@for compiler in "$${CXX:-c++}" g++ clang++; do command -v $$compiler >/dev/null 2>&1 && exit 0; done; \
 	  echo "fedbpt needs a C++17 compiler; on Debian and Ubuntu: apt-get install g++" >&2; exit 1
+	@$(BIN)/python -c 'import os, sys, sysconfig; sys.exit(not os.path.isfile(sysconfig.get_path("include") + "/Python.h"))' || \
+	  { echo "$(PYTHON) has no C headers; on Debian and Ubuntu: apt-get install python3-dev" >&2; exit 1; }
 	$(PIP) install --quiet --constraint constraints.txt $(BUILD_TOOLS)
 	@echo 'Installing fedbpt; the first build compiles llama.cpp and takes some minutes'
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
