@@ -89,8 +89,9 @@ class ToyScorer:
         label_ids: ArrayLike | None = None,
         placement: Placement = "front",
         prefix: ArrayLike | None = None,
+        keep_kv: bool = True,
     ) -> ToyPlan:
-        return ToyPlan(self, [np.asarray(ids) for ids in tokens], label_ids, placement, prefix)
+        return ToyPlan(self, [np.asarray(ids) for ids in tokens], label_ids, placement, prefix, keep_kv)
 
     def memory(self) -> Mapping[str, int]:
         size = self._table.nbytes
@@ -133,7 +134,9 @@ class ToyPlan:
         label_ids: ArrayLike | None,
         placement: Placement,
         prefix: ArrayLike | None,
+        keep_kv: bool,
     ) -> None:
+        self._keep_kv = keep_kv
         self._scorer = scorer
         self._texts = texts
         self._options = (label_ids, placement, prefix)
@@ -155,5 +158,5 @@ class ToyPlan:
         else:
             fresh = [i for i in chosen if i not in self._seen]
             self.n_tokens += k * n_prompt * len(texts) + sum(len(self._texts[i]) - n_prompt for i in fresh)
-            self._seen.update(fresh)
+            self._seen.update(fresh if self._keep_kv else ())
         return logits

@@ -175,7 +175,10 @@ class Device:
         if not self._rows[request.split]:
             raise DataError(f"device {self.name} has no {request.split} rows")
         began = time.monotonic()
-        objective = self._objective(request.split, request.template, request.labels, request.objective, request.prompt)
+        objective = self._objective(
+            request.split, request.template, request.labels, request.objective, request.prompt,
+            keep_kv=request.split == "dev",  # looked at again and again; test rows once
+        )  # fmt: skip
         n = min(request.max_rows or len(objective), len(objective))
         found = objective.evaluate(objective.embeds(latents), np.arange(n), progress, cancelled)
         return EvaluateReport(
@@ -191,7 +194,7 @@ class Device:
         chosen = batch_indices(n_rows, work.max_rows, generator(plan.seed, "select", plan.device))
         sums = []
         for number, template in enumerate(work.templates):
-            objective = self._objective("train", template, plan.labels, plan.objective, plan.prompt)
+            objective = self._objective("train", template, plan.labels, plan.objective, plan.prompt, keep_kv=False)
             with counter.of(objective):
                 sums.append(objective.evaluate(objective.zero_shot_embeds(), chosen, None, cancelled).loss_sums[0])
             progress(number + 1, len(work.templates))
@@ -233,14 +236,20 @@ class Device:
         return LocalResult(mean=Array.of(mean), fitness=fitness, sigma_squares=sigma_squares), everything
 
     def _objective(
-        self, split: str, template: Template, labels: tuple[str, ...], objective: ObjectiveSpec, prompt: PromptSpec
+        self,
+        split: str,
+        template: Template,
+        labels: tuple[str, ...],
+        objective: ObjectiveSpec,
+        prompt: PromptSpec,
+        keep_kv: bool = True,
     ) -> Objective:
         """Encoded rows, kept from call to call: encoding a data set takes longer than a generation."""
-        key = msgspec.msgpack.encode((split, template, labels, objective, prompt))
+        key = msgspec.msgpack.encode((split, template, labels, objective, prompt, keep_kv))
         if key in self._objectives:
             self._objectives.move_to_end(key)
             return self._objectives[key]
-        made = Objective(self.scorer, template, labels, self._rows[split], objective, prompt)
+        made = Objective(self.scorer, template, labels, self._rows[split], objective, prompt, None, keep_kv)
         self._objectives[key] = made
         while len(self._objectives) > _KEPT_OBJECTIVES:
             self._objectives.popitem(last=False)

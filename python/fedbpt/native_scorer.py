@@ -15,7 +15,7 @@ from fedbpt.memory import memory_of_process
 from fedbpt.messages import Placement
 
 DEFAULT_KV_BUDGET_BYTES = 512 * 2**20
-"""How much KV a plan keeps unless told otherwise: some 250 texts of 90 tokens of a 135M model."""
+"""How much KV a plan keeps unless told otherwise: that of some 250 texts of 90 tokens for a model of 135M."""
 
 
 def physical_cores() -> int:
@@ -29,7 +29,11 @@ def physical_cores() -> int:
 
 
 def load_model(
-    name_or_path: str | os.PathLike[str], n_threads: int | None = None, n_gpu_layers: int = 0
+    name_or_path: str | os.PathLike[str],
+    n_threads: int | None = None,
+    n_gpu_layers: int = 0,
+    *,
+    kv_budget_bytes: int = DEFAULT_KV_BUDGET_BYTES,
 ) -> NativeScorer:
     """Load a model for scoring.
 
@@ -37,28 +41,34 @@ def load_model(
         name_or_path: a name from the catalogue (``fedbpt models list``) that has been pulled, or a GGUF file.
         n_threads: threads that compute; None: the physical cores that this process may use.
         n_gpu_layers: layers to put on the GPU, for builds with a GPU backend; -1: all.
+        kv_budget_bytes: how much of its texts' KV a plan (`NativeScorer.compile`) may keep.
 
     Raises:
         ModelNotFoundError: no such name, not pulled yet, or no such file.
         ModelFileError: not a GGUF file, cut short or corrupt.
         UnsupportedModelError: an architecture that soft prompts do not work with.
+        InputError: no or too many threads, GPU layers for a build without a GPU backend.
     """
-    return NativeScorer(
-        models.locate(Path(name_or_path) if isinstance(name_or_path, os.PathLike) else name_or_path),
-        name=str(name_or_path),
-        n_threads=n_threads,
-        n_gpu_layers=n_gpu_layers,
-    )
+    path = models.locate(Path(name_or_path) if isinstance(name_or_path, os.PathLike) else name_or_path)
+    return NativeScorer(path, str(name_or_path), n_threads, n_gpu_layers, kv_budget_bytes)
 
 
 class NativeScorer:
     """A frozen GGUF model that scores texts under soft prompts (`fedbpt.scorer.Scorer`). Thread-safe."""
 
     def __init__(
-        self, path: Path, name: str | None = None, n_threads: int | None = None, n_gpu_layers: int = 0
+        self,
+        path: Path,
+        name: str | None = None,
+        n_threads: int | None = None,
+        n_gpu_layers: int = 0,
+        kv_budget_bytes: int = DEFAULT_KV_BUDGET_BYTES,
     ) -> None:
+        if kv_budget_bytes < 0:
+            raise InputError(f"kv_budget_bytes must not be negative, got {kv_budget_bytes}")
         self.path = path
         self.name = Path(name).stem if name and name.endswith(".gguf") else name or path.stem
+        self.kv_budget_bytes = kv_budget_bytes
         self._n_gpu_layers = n_gpu_layers
         self._engine = _native.Engine(str(path), physical_cores() if n_threads is None else n_threads, n_gpu_layers)
         self._embedding_std: float | None = None
@@ -122,12 +132,13 @@ class NativeScorer:
         label_ids: ArrayLike | None = None,
         placement: Placement = "front",
         prefix: ArrayLike | None = None,
-        kv_budget_bytes: int = DEFAULT_KV_BUDGET_BYTES,
+        keep_kv: bool = True,
     ) -> NativePlan:
         """Lay a data set out for scoring many times; arguments as for `score_with_soft_prompt`.
 
-        In ``cue`` placement the plan keeps the texts' KV as they are first scored, up to ``kv_budget_bytes``: from then
-        on a candidate costs n_prompt tokens a text. What does not fit is computed again each time.
+        In ``cue`` placement the plan keeps the texts' KV as they are first scored, up to the scorer's
+        ``kv_budget_bytes``: from then on a candidate costs n_prompt tokens a text. What does not fit is computed again
+        each time. ``keep_kv`` False: for one pass over the texts; nothing is kept.
 
         Raises:
             InputError: as `score_with_soft_prompt`, for all that does not depend on the prompt.
@@ -137,7 +148,9 @@ class NativeScorer:
         ids, offsets = _ragged(tokens)
         labels = None if label_ids is None else _token_ids(label_ids, "label_ids")
         before = _token_ids([] if prefix is None else prefix, "prefix")
-        plan = self._engine.plan(ids, offsets, labels, placement == "cue", before, kv_budget_bytes)
+        plan = self._engine.plan(
+            ids, offsets, labels, placement == "cue", before, self.kv_budget_bytes if keep_kv else 0
+        )
         return NativePlan(self, plan)
 
     def score_with_soft_prompt(
@@ -166,7 +179,7 @@ class NativeScorer:
                 outside the vocabulary.
             ScoringInterrupted: `interrupt` was called. Ctrl-C raises KeyboardInterrupt within one graph.
         """
-        return self.compile(tokens, label_ids, placement, prefix, kv_budget_bytes=0).score(embeds)
+        return self.compile(tokens, label_ids, placement, prefix, keep_kv=False).score(embeds)
 
     def interrupt(self) -> None:
         """Make the scoring call in flight, on whatever thread, raise `ScoringInterrupted`."""

@@ -104,6 +104,7 @@ class Objective:
         objective: which loss; mini-batches are the caller's (`batch_indices`).
         prompt: where the prompt goes and how long it is.
         label_bias: [n_labels] added to the label logits; None: zeros.
+        keep_kv: False where the rows are scored once: their KV is not kept.
 
     Raises:
         TaskError: label words that share a token; a cue shorter than the prompt.
@@ -120,6 +121,7 @@ class Objective:
         objective: ObjectiveSpec,
         prompt: PromptSpec,
         label_bias: ArrayLike | None = None,
+        keep_kv: bool = True,
     ) -> None:
         if not rows:
             raise DataError("there are no rows to score: give at least one")
@@ -139,7 +141,7 @@ class Objective:
         self._prefix = texts[0][:n_bos] if prompt.placement == "front" and n_bos else None
         self._tokens = [text[n_bos:] if self._prefix is not None else text for text in texts]
         self._prompt = prompt
-        self._plan = self._compile(self._tokens)
+        self._plan = self._compile(self._tokens, keep_kv)
         self.projection = Projection(prompt, _start(scorer, self._cue, prompt), scorer.embedding_std)
         self.evaluations = 0
         """Candidates scored so far."""
@@ -268,7 +270,7 @@ class Objective:
                 plan, which = self._plan, part
             else:
                 texts = replaced[start : start + CHUNK]
-                plan, which = self._compile(texts), np.arange(len(texts))
+                plan, which = self._compile(texts, keep_kv=False), np.arange(len(texts))
             before = plan.n_tokens
             raw = plan.score(candidates, which)
             self.tokens += plan.n_tokens - before
@@ -277,8 +279,8 @@ class Objective:
             if progress is not None:
                 progress(start + len(part), len(chosen))
 
-    def _compile(self, texts: list[NDArray[np.int32]]) -> Plan:
-        return self.scorer.compile(texts, self.label_ids, self._prompt.placement, self._prefix)
+    def _compile(self, texts: list[NDArray[np.int32]], keep_kv: bool) -> Plan:
+        return self.scorer.compile(texts, self.label_ids, self._prompt.placement, self._prefix, keep_kv)
 
     def __repr__(self) -> str:
         place = f"{self.prompt.n_prompt} x {self.prompt.placement}"

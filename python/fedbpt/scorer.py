@@ -76,8 +76,12 @@ class Scorer(Protocol):
         label_ids: ArrayLike | None = None,
         placement: Placement = "front",
         prefix: ArrayLike | None = None,
+        keep_kv: bool = True,
     ) -> Plan:
-        """Lay a data set out for scoring many times; arguments as for `score_with_soft_prompt`."""
+        """Lay a data set out for scoring many times; arguments as for `score_with_soft_prompt`.
+
+        ``keep_kv`` False: for one pass over it; nothing is kept of the texts' KV.
+        """
         ...
 
     def score_with_soft_prompt(

@@ -65,12 +65,14 @@ void Plan::keep_for_tail(size_t n_tail) {
     kv_.assign(n_texts(), {});
 }
 
-void Plan::offer_kv(size_t i, const std::vector<uint8_t> & state) {
-    if (kv_[i].empty() && kv_bytes_ + state.size() <= kv_budget_bytes_) {
-        kv_[i] = state;
-        kv_bytes_ += state.size();
-        ++n_kept_;
+std::vector<uint8_t> Plan::keep_kv(size_t i, std::vector<uint8_t> state) {
+    if (kv_bytes_ + state.size() > kv_budget_bytes_) {
+        return state;
     }
+    kv_bytes_ += state.size();
+    ++n_kept_;
+    kv_[i] = std::move(state);
+    return {};
 }
 
 }  // namespace fedbpt

@@ -38,8 +38,8 @@ public:
     void keep_for_tail(size_t n_tail);
     // Empty where it is not kept.
     const std::vector<uint8_t> & kv(size_t i) const { return kv_[i]; }
-    // Keeps a copy if the budget has room.
-    void offer_kv(size_t i, const std::vector<uint8_t> & state);
+    // Keeps it, and returns nothing, or gives it back where the budget has no room.
+    std::vector<uint8_t> keep_kv(size_t i, std::vector<uint8_t> state);
 
     // forward tokens computed for this plan so far
     uint64_t n_tokens() const { return n_tokens_; }

@@ -237,9 +237,9 @@ void Scorer::score_front(const Request & request, const Pack & pack, size_t cand
     }
 }
 
-// The KV of prefix and text i up to where the rows begin, into states_[i - first]: computed alone in an empty cache, so that it
-// is the same whatever texts are scored beside it.
-void Scorer::compute_kv(const Request & request, size_t i) {
+// The KV of prefix and text i up to where the rows begin: computed alone in an empty cache, so that it is the same whatever texts
+// are scored beside it.
+std::vector<uint8_t> Scorer::compute_kv(const Request & request, size_t i) {
     llama_memory_t memory = llama_get_memory(ctx_.get());
 
     batch_.clear();
@@ -252,10 +252,10 @@ void Scorer::compute_kv(const Request & request, size_t i) {
     }
     decode(request.plan, nullptr);
 
-    std::vector<uint8_t> & state = states_.emplace_back(llama_state_seq_get_size(ctx_.get(), kTextSeq));
+    std::vector<uint8_t> state(llama_state_seq_get_size(ctx_.get(), kTextSeq));
     state.resize(llama_state_seq_get_data(ctx_.get(), state.data(), state.size(), kTextSeq));
-    request.plan.offer_kv(static_cast<size_t>(request.which[i]), state);
     llama_memory_seq_rm(memory, kTextSeq, -1, -1);
+    return state;
 }
 
 // prefix | text, its last n_prompt embeddings replaced. What comes before them is computed once for all candidates, and kept.
@@ -269,18 +269,17 @@ void Scorer::score_cue(const Request & request, const Pack & pack, float * out) 
     const auto seq_of  = [&](size_t i) { return kTextSeq + static_cast<llama_seq_id>(i - pack.first); };
     const auto kept    = [&](size_t i) -> const std::vector<uint8_t> & { return request.plan.kv(static_cast<size_t>(request.which[i])); };
 
-    states_.clear();
+    std::vector<std::vector<uint8_t>> passing(pack.last - pack.first);  // KV that the plan has no room for
     for (size_t i = pack.first; i < pack.last; ++i) {
         if (head_of(i) > 0 && kept(i).empty()) {
-            compute_kv(request, i);
+            passing[i - pack.first] = request.plan.keep_kv(static_cast<size_t>(request.which[i]), compute_kv(request, i));
         }
     }
-    size_t next_state = 0;
     for (size_t i = pack.first; i < pack.last; ++i) {
         if (head_of(i) == 0) {
             continue;
         }
-        const std::vector<uint8_t> & state = kept(i).empty() ? states_[next_state++] : kept(i);
+        const std::vector<uint8_t> & state = kept(i).empty() ? passing[i - pack.first] : kept(i);
         if (llama_state_seq_set_data(ctx_.get(), state.data(), state.size(), seq_of(i)) == 0) {
             throw std::runtime_error("a text's KV could not be restored (" + take_last_error() + "): please report this");
         }

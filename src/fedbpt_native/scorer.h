@@ -64,7 +64,7 @@ private:
     void score_front(const Request & request, const Pack & pack, size_t candidate, bool first_pack, float * out);
     void score_cue(const Request & request, const Pack & pack, float * out);
 
-    void compute_kv(const Request & request, size_t i);
+    std::vector<uint8_t> compute_kv(const Request & request, size_t i);
     void decode_prefix(Plan & plan);
     void decode(Plan & plan, float * out);
     void reset();
@@ -78,7 +78,6 @@ private:
     uint32_t                     n_ctx_ = 0;
     Batch                        batch_;
     std::vector<llama_seq_id>    seqs_;  // scratch
-    std::vector<std::vector<uint8_t>> states_;  // scratch: KV that the plan has no room for
 
     mutable std::mutex                    mutex_;
     std::atomic<bool>                     interrupted_ { false };

@@ -36,6 +36,7 @@ from fedbpt.tasks import Row, Task
 
 TASK = "bbc-news"
 ROWS = {"test": 600, "dev": 150, "train": 320}
+QUICK_ROWS = {"test": 60, "dev": 15, "train": 60}
 SKEW = 0.5  # Dirichlet α of the label shares: most devices lack a label or two
 READY_S = 120.0
 
@@ -52,6 +53,7 @@ def demo(
     model: Annotated[str, typer.Option("--model", "-m", help="A catalogue name, or a .gguf file.")] = "smollm2-135m",
     devices: Annotated[int, typer.Option(min=1, max=16, help="Device processes.")] = 3,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of tuning; one generation each.")] = 200,
+    quick: Annotated[bool, typer.Option("--quick", help="A tenth of the rows: does it work here?")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the split, the search and everything else random.")] = 0,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the data, the run and the prompt go.")] = Path("runs"),
     as_json: AsJson = False,
@@ -67,7 +69,7 @@ def demo(
         path = models.pull(model, progress) if model in models.CATALOGUE else models.locate(model)
     with progress_bar("BBC News", shown) as progress:
         rows = [(task.clip(text), label) for text, label in tasks.bbc_news(progress=progress)]
-    splits = tasks.split_rows(rows, ROWS, seed)
+    splits = tasks.split_rows(rows, QUICK_ROWS if quick else ROWS, seed)
     folder = out / f"demo-{seed}"
     files = _write_data(folder / "data", task, splits, devices, seed)
     settings = _settings(task, rounds, seed)
@@ -96,9 +98,9 @@ def _settings(task: Task, rounds: int, seed: int) -> RunSettings:
         objective=ObjectiveSpec(max_text_tokens=task.max_text_tokens),
         popsize=16,
         seed=seed,
-        deadline_s=120.0,
+        select_rows=32,
+        deadline_s=300.0,
         evaluate_every=20,
-        dev_rows=50,
     )
 
 

@@ -17,4 +17,5 @@ TaskName = Annotated[
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="Threads that compute. Default: the physical cores.")
 ]
+KvBudget = Annotated[int, typer.Option("--kv-budget", min=0, help="MiB of the texts' KV to keep, for speed.")]
 GpuLayers = Annotated[int, typer.Option("--gpu-layers", help="Layers on the GPU; -1: all. Needs a GPU build.")]

@@ -1,0 +1,79 @@
+"""A plan scores as a call without one does, whatever it keeps, and in whatever order it is asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_case import Case
+
+import fedbpt
+from fedbpt.errors import InputError
+
+LABELS = [5, 17, 200]
+KV_OF_ONE_TEXT = 20_000  # bytes, about; the tiny models need 1 to 2 KB a token
+
+
+def texts(case: Case, n: int = 24) -> list[np.ndarray]:
+    rng = np.random.default_rng(3)
+    return [rng.integers(3, case.model.n_vocab, 4 + int(i * 1.5)).astype(np.int32) for i in range(n)]
+
+
+def prompts(scorer: fedbpt.NativeScorer, k: int, n_prompt: int = 2) -> np.ndarray:
+    return np.random.default_rng(4).standard_normal((k, n_prompt, scorer.n_embd)).astype(np.float32)
+
+
+@pytest.mark.parametrize("placement", ["front", "cue"])
+@pytest.mark.parametrize("budget", [0, 6 * KV_OF_ONE_TEXT, 2**30])
+def test_a_plan_gives_the_bits_of_a_call_without_one(repeatable: Case, placement: str, budget: int) -> None:
+    scorer = fedbpt.load_model(repeatable.path, n_threads=1, kv_budget_bytes=budget)
+    data, embeds = texts(repeatable), prompts(scorer, 3)
+    plan = scorer.compile(data, LABELS, placement, prefix=[3, 4, 5])
+    rng = np.random.default_rng(5)
+    for _ in range(4):
+        chosen = rng.choice(len(data), 7, replace=False)
+        plain = scorer.score_with_soft_prompt([data[i] for i in chosen], embeds, LABELS, placement, [3, 4, 5])
+        assert np.array_equal(plan.score(embeds, chosen), plain)
+    assert plan.kv_bytes <= budget
+
+
+def test_kept_texts_cost_only_the_rows(repeatable: Case) -> None:
+    scorer = fedbpt.load_model(repeatable.path, n_threads=1)
+    data = texts(repeatable)
+    plan = scorer.compile(data, LABELS, "cue")
+    plan.score(prompts(scorer, 3))
+    assert plan.n_kept == len(data)
+    before = plan.n_tokens
+    plan.score(prompts(scorer, 3))
+    assert plan.n_tokens - before == 3 * 2 * len(data)
+
+
+def test_a_budget_bounds_what_is_kept(repeatable: Case) -> None:
+    scorer = fedbpt.load_model(repeatable.path, n_threads=1, kv_budget_bytes=6 * KV_OF_ONE_TEXT)
+    plan = scorer.compile(texts(repeatable), LABELS, "cue")
+    plan.score(prompts(scorer, 1))
+    assert 0 < plan.n_kept < plan.n_texts
+    assert 0 < plan.kv_bytes <= 6 * KV_OF_ONE_TEXT
+
+
+def test_another_prompt_length_is_scored_anew(repeatable: Case) -> None:
+    scorer = fedbpt.load_model(repeatable.path, n_threads=1)
+    data = texts(repeatable)
+    plan = scorer.compile(data, LABELS, "cue")
+    for n_prompt in (2, 0, 3, 2):
+        embeds = prompts(scorer, 2, n_prompt)
+        assert np.array_equal(plan.score(embeds), scorer.score_with_soft_prompt(data, embeds, LABELS, "cue"))
+
+
+@pytest.mark.parametrize("indices", [[], [24], [-1], [0.5], [[0]]])
+def test_indices_that_are_none_of_the_plans_are_refused(repeatable: Case, indices: list[object]) -> None:
+    scorer = fedbpt.load_model(repeatable.path, n_threads=1)
+    plan = scorer.compile(texts(repeatable), LABELS, "cue")
+    with pytest.raises(InputError):
+        plan.score(prompts(scorer, 1), indices)
+
+
+def test_a_negative_budget_is_refused(repeatable: Case) -> None:
+    with pytest.raises(InputError, match="kv_budget_bytes"):
+        fedbpt.load_model(Path(repeatable.path), kv_budget_bytes=-1)
