@@ -3,8 +3,8 @@
 Called by CMake at configure time. Upstream comes, by name and hash, from the package registry and is kept in a cache
 folder, so that only the first build on a machine fetches anything (or it comes from ``--upstream DIR``: no network).
 
-Patches are insert-only, without context lines: they hold our own lines and nothing of upstream's. In exchange each hunk's
-place is checked: UPSTREAM.toml has the SHA-256 of the upstream line that the hunk goes before.
+Patches are insert-only, without context lines: they hold our own lines and nothing of upstream's. In exchange each
+hunk's place is checked: UPSTREAM.toml has the SHA-256 of the upstream line that the hunk goes before.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -29,6 +30,7 @@ HERE = Path(__file__).resolve().parent
 HUNK = re.compile(r"@@ -(\d+),0 \+(\d+)(?:,(\d+))? @@")
 # What libllama and ggml are built from; examples, tools, tests and models stay behind.
 BUILT = ("CMakeLists.txt", "LICENSE", "cmake", "ggml", "include", "src", "vendor")
+HOW_TO_MOVE = "vendor/llama.cpp/README.md says how to move the fork"
 
 
 class AssemblyError(Exception):
@@ -38,6 +40,17 @@ class AssemblyError(Exception):
 def line_hash(line: str) -> str:
     """The first 16 hex digits of the SHA-256 of a line without surrounding white space."""
     return hashlib.sha256(line.strip().encode()).hexdigest()[:16]
+
+
+def read_pin() -> dict[str, Any]:
+    """UPSTREAM.toml."""
+    pin: dict[str, Any] = tomllib.loads((HERE / "UPSTREAM.toml").read_text())
+    return pin
+
+
+def anchors_of(pin: dict[str, Any]) -> dict[str, str]:
+    """``file:line`` of upstream → hash of the line there, for every hook."""
+    return {f"{hook['file']}:{hook['line']}": hook["before"] for hook in pin["hook"]}
 
 
 def read_hunks(patch: Path) -> list[tuple[str, int, list[str]]]:
@@ -68,16 +81,14 @@ def apply_patches(tree: Path, anchors: dict[str, str]) -> None:
     for patch, name, after, added in sorted(all_hunks(), key=lambda hunk: (hunk[1], -hunk[2])):
         path = tree / name
         if not path.is_file():
-            raise AssemblyError(
-                f"{patch.name}: upstream has no {name}; see vendor/llama.cpp/README.md to move the fork"
-            )
+            raise AssemblyError(f"{patch.name}: upstream has no {name}; {HOW_TO_MOVE}")
         lines = path.read_text().splitlines(keepends=True)
         found = line_hash(lines[after]) if after < len(lines) else "end of file"
         expected = anchors.get(f"{name}:{after + 1}")
         if found != expected:
             raise AssemblyError(
-                f"{patch.name}: upstream moved: {name}:{after + 1} hashes to {found}, UPSTREAM.toml expects {expected}; "
-                "see vendor/llama.cpp/README.md to move the fork"
+                f"{patch.name}: upstream moved: {name}:{after + 1} hashes to {found}, "
+                f"UPSTREAM.toml expects {expected}; {HOW_TO_MOVE}"
             )
         lines[after:after] = [line + "\n" for line in added]
         path.write_text("".join(lines))
@@ -94,16 +105,8 @@ def fetch_sdist(pin: dict[str, str], cache: Path) -> Path:
         requirement = folder / "requirement.txt"
         requirement.write_text(f"{pin['package']}=={pin['version']} --hash=sha256:{pin['sha256']}\n")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += [
-            "--no-binary",
-            ":all:",
-            "--no-build-isolation",
-            "--require-hashes",
-            "-r",
-            str(requirement),
-            "-d",
-            name,
-        ]
+        command += ["--no-binary", ":all:", "--no-build-isolation", "--require-hashes"]
+        command += ["-r", str(requirement), "-d", name]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         sdists = list(folder.glob("*.tar.gz"))
         if done.returncode != 0 or len(sdists) != 1:
@@ -176,24 +179,31 @@ def assemble(tree: Path, cache: Path, upstream: Path | None) -> None:
         return
     stamp.unlink(missing_ok=True)
     tree.mkdir(parents=True, exist_ok=True)
-    pin = tomllib.loads((HERE / "UPSTREAM.toml").read_text())
+    pin = read_pin()
     with tempfile.TemporaryDirectory(dir=tree.parent, prefix="assembling-") as scratch:
         fresh = Path(scratch)
         if upstream:
             copy_upstream(upstream, fresh)
         else:
             unpack(fetch_sdist(pin["upstream"], cache), fresh)
-        apply_patches(fresh, {f"{hook['file']}:{hook['line']}": hook["before"] for hook in pin["hook"]})
+        apply_patches(fresh, anchors_of(pin))
         shutil.copytree(HERE / "overlay", fresh, dirs_exist_ok=True)
         sync(fresh, tree)
     stamp.write_text(key)
 
 
-def print_anchors(upstream: Path) -> None:
-    """The [[hook]] places as they are in ``upstream``: for moving the fork to another release."""
+def print_anchors(upstream: Path, anchors: dict[str, str]) -> None:
+    """Where every hunk would go in ``upstream``, and where the line that it goes before is now: to move the fork."""
     for patch, name, after, _ in all_hunks():
-        line = (upstream / name).read_text().splitlines()[after]
-        print(f'{patch.name}: {name}:{after + 1} before = "{line_hash(line)}"  # {line.strip()[:60]}')
+        place = f"{name}:{after + 1}"
+        lines = (upstream / name).read_text().splitlines()
+        here = lines[after] if after < len(lines) else ""
+        now = [str(number) for number, line in enumerate(lines, 1) if line_hash(line) == anchors.get(place)]
+        if str(after + 1) in now:
+            print(f"{patch.name}: {place} holds")
+        else:
+            print(f"{patch.name}: {place} MOVED; its line is now at {', '.join(now) or 'no line of this file'}")
+        print(f'    before = "{line_hash(here)}"  # {here.strip()[:60]}')
 
 
 def main() -> int:
@@ -208,7 +218,7 @@ def main() -> int:
         if args.anchors:
             if not args.upstream:
                 raise AssemblyError("--anchors needs --upstream DIR")
-            print_anchors(args.upstream)
+            print_anchors(args.upstream, anchors_of(read_pin()))
         elif args.tree:
             assemble(args.tree.resolve(), args.cache, args.upstream.resolve() if args.upstream else None)
         else:

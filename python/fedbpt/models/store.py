@@ -67,7 +67,7 @@ def list_models() -> tuple[ModelEntry, ...]:
     return tuple(entries)
 
 
-def locate(name_or_path: str | Path) -> Path:
+def locate(name_or_path: str | os.PathLike[str]) -> Path:
     """The GGUF file of a catalogue name that was pulled, or of a path to any local file. Fetches nothing.
 
     Raises:

@@ -1,0 +1,77 @@
+"""The pybind11 module over the llama.cpp fork (``src/fedbpt_native/bind_*.cpp``); `native_scorer` is its only user."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+class Plan:
+    """A data set laid out for scoring; in cue placement it keeps the texts' KV. For the engine that made it."""
+
+    @property
+    def n_texts(self) -> int: ...
+    @property
+    def n_tokens(self) -> int:
+        """Forward tokens computed so far."""
+
+    @property
+    def n_kept(self) -> int:
+        """Texts whose KV is kept."""
+
+    @property
+    def kv_bytes(self) -> int: ...
+
+class Engine:
+    """A loaded model and its scorer. Thread-safe: calls that compute wait for each other."""
+
+    def __init__(self, path: str, n_threads: int, n_gpu_layers: int) -> None:
+        """Load a GGUF file. Raises `ModelFileError`, `UnsupportedModelError` or `InputError`."""
+
+    def tokenize(self, text: str, add_bos: bool | None = None) -> NDArray[np.int32]:
+        """Token ids [n]; ``add_bos`` None: as the model was trained."""
+
+    def token_embeddings(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Rows [n, n_embd], in the scale that ``embeds`` has."""
+
+    def plan(
+        self,
+        ids: NDArray[np.int32],
+        offsets: NDArray[np.int64],
+        label_ids: NDArray[np.int32] | None,
+        cue: bool,
+        prefix: NDArray[np.int32],
+        kv_budget_bytes: int,
+    ) -> Plan:
+        """Lay out texts ``ids`` [total] with ``offsets`` [N + 1]; ``label_ids`` None: all of the vocabulary.
+
+        Arrays are C-contiguous and never converted. Raises `InputError`.
+        """
+
+    def score(self, plan: Plan, which: NDArray[np.int64], embeds: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits [n_candidates, n, n_labels] of texts ``which`` [n] under ``embeds`` [n_candidates, n_prompt, n_embd].
+
+        Raises `InputError`, `ScoringInterrupted` or what a signal handler raised.
+        """
+
+    def interrupt(self) -> None:
+        """Make the scoring call in flight raise `ScoringInterrupted`."""
+
+    def embedding_std(self) -> float:
+        """Standard deviation over the whole token embedding table."""
+
+    def memory(self) -> dict[str, int]:
+        """Bytes: ``weights``, ``kv``, ``compute``."""
+
+    @property
+    def n_embd(self) -> int: ...
+    @property
+    def n_vocab(self) -> int: ...
+    @property
+    def n_ctx_train(self) -> int: ...
+    @property
+    def n_threads(self) -> int: ...
+    @property
+    def architecture(self) -> str: ...
+    @property
+    def description(self) -> str: ...
+
+def supports_gpu_offload() -> bool:
+    """Whether this build has a GPU backend."""
