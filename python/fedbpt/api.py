@@ -23,8 +23,8 @@ from fedbpt.federation import Federation
 from fedbpt.local import Device
 from fedbpt.messages import ObjectiveSpec, PromptSpec, Template
 from fedbpt.objective import Objective
-from fedbpt.prompt import Prompt
-from fedbpt.runs import Evaluated, Event, RoundClosed, RunResult, RunSettings, Score, TemplateSelected
+from fedbpt.prompt import Prompt, short_fingerprint
+from fedbpt.runs import Evaluated, Event, RoundClosed, RunResult, RunSettings, RunStarted, Score, TemplateSelected
 from fedbpt.scorer import Scorer
 from fedbpt.store import RunStore
 from fedbpt.tasks import Task, to_rows
@@ -207,11 +207,7 @@ def make_prompt(scorer: Scorer, task: Task, result: RunResult) -> Prompt:
     Raises:
         PromptError: ``scorer`` is not the model that the run tuned.
     """
-    if scorer.fingerprint != result.model_fingerprint:
-        raise PromptError(
-            f"run {result.run} tuned {result.model_name} ({result.model_fingerprint}), not {scorer.name} "
-            f"({scorer.fingerprint}): give the model that its devices have"
-        )
+    require_model_of_run(scorer, result)
     spec, objective = result.settings.prompt, result.settings.objective
     # one row is enough: a prompt depends on the template and the model alone
     made = Objective(scorer, result.template, task.labels, [("x", 0)], objective, spec)
@@ -227,6 +223,15 @@ def make_prompt(scorer: Scorer, task: Task, result: RunResult) -> Prompt:
         **_scores(result.tuned, "tuned"),
     }
     return made.as_prompt(result.latent, task.name, (history,))
+
+
+def require_model_of_run(scorer: Scorer, run: RunResult | RunStarted) -> None:
+    """Raises `PromptError` where ``scorer`` is not the model of the run's devices: its prompt is made with that."""
+    if scorer.fingerprint != run.model_fingerprint:
+        raise PromptError(
+            f"run {run.run!r} tunes {run.model_name} ({short_fingerprint(run.model_fingerprint)}), not {scorer.name} "
+            f"({short_fingerprint(scorer.fingerprint)}): give the model that its devices have"
+        )
 
 
 def _scores(score: Score, name: str) -> dict[str, Any]:

@@ -85,7 +85,8 @@ class RunDisplay:
                 doing = "evaluating" if share == 1.0 else f"round {event.round}"
                 self._update(doing, share, self._figures(event, share))
             case DeviceLost():
-                self._say(f"device {event.device} is lost in round {event.round}: {event.reason}", "yellow")
+                reason = event.reason.removeprefix(f"{event.device}: ")
+                self._say(f"device {event.device} is lost in round {event.round}: {reason}", "yellow")
             case DeviceBack():
                 self._say(f"device {event.device} is back in round {event.round}")
             case LateReport():

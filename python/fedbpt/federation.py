@@ -157,6 +157,7 @@ class Federation:
                 devices=tuple(self._clients),
                 live=tuple(member.name for member in fleet.live),
                 model_name=model.model_name,
+                model_fingerprint=model.model_fingerprint,
                 resumed=ledger.closed + 1,
                 settings=self.settings,
             )

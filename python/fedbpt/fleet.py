@@ -246,7 +246,10 @@ class Fleet:
 
     def missing(self) -> str:
         """`` (a: why; b: why)`` of the devices that do not count now, or nothing."""
-        reasons = [f"{m.name}: {m.reason}" for m in self.members.values() if m.state != "live"]
+        # A reason that the device gave itself begins with its name already.
+        reasons = [
+            f"{m.name}: {m.reason.removeprefix(f'{m.name}: ')}" for m in self.members.values() if m.state != "live"
+        ]
         return f" ({'; '.join(reasons)})" if reasons else ""
 
     async def _work(self, member: Member, plan: RoundPlan) -> RoundReport:

@@ -169,8 +169,9 @@ class Prompt:
         """Raises `PromptError`, naming both models, where the prompt was made for another one."""
         if model.fingerprint != self.model_fingerprint:
             raise PromptError(
-                f"this prompt was made for {self.model_name} ({_short(self.model_fingerprint)}), not for {model.name} "
-                f"({_short(model.fingerprint)}): load {self.model_name}, or tune a prompt for {model.name}"
+                f"this prompt was made for {self.model_name} ({short_fingerprint(self.model_fingerprint)}), "
+                f"not for {model.name} ({short_fingerprint(model.fingerprint)}): "
+                f"load {self.model_name}, or tune a prompt for {model.name}"
             )
         if model.n_embd != self.n_embd:
             raise PromptError(f"this prompt has rows of {self.n_embd} numbers, {model.name} embeds in {model.n_embd}")
@@ -221,5 +222,6 @@ def _header(text: str, source: Path) -> _Header:
         raise PromptError(f"{source} is damaged: {error}") from error
 
 
-def _short(fingerprint: str) -> str:
+def short_fingerprint(fingerprint: str) -> str:
+    """As much of a fingerprint as tells two models apart in a message."""
     return fingerprint[:19] + "…" if len(fingerprint) > 20 else fingerprint

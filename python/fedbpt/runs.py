@@ -159,6 +159,7 @@ class RunStarted(Message, frozen=True, tag=True):
     devices: tuple[str, ...]
     live: tuple[str, ...]
     model_name: str
+    model_fingerprint: str
     resumed: NaturalInt
     settings: RunSettings
 

@@ -178,7 +178,15 @@ def test_a_device_of_another_model_is_refused_by_name(workshop: Workshop) -> Non
     workshop.run_file([ready(process) for process in processes], "rounds = 3")
     code, _, err = workshop.run("tune", "run.toml", "--quiet")
     assert code == 1
-    assert_one_line(err, "tiny", "other")
+    assert_one_line(err, "the devices have different models", "tiny", "other")
+
+
+def test_a_prompt_for_another_model_than_the_devices_is_refused_before_the_work(workshop: Workshop) -> None:
+    tiny_gguf.write(workshop.folder / "other.gguf", tiny_gguf.QWEN2)
+    workshop.run_file(workshop.devices()[1], "rounds = 100000")
+    code, _, err = workshop.run("tune", "run.toml", "--quiet", "--model", "other.gguf")
+    assert code == 1
+    assert_one_line(err, "tunes tiny", "not other")
 
 
 def test_a_port_in_use_is_one_line(workshop: Workshop) -> None:

@@ -39,8 +39,8 @@ def shown(monkeypatch: pytest.MonkeyPatch, *events: Event, visible: bool = True)
 
 def started(resumed: int = 0, rounds: int = 10) -> RunStarted:
     return RunStarted(
-        run="r", devices=("a", "b", "c"), live=("a", "b", "c"), model_name="toy", resumed=resumed,
-        settings=RunSettings(rounds=rounds),
+        run="r", devices=("a", "b", "c"), live=("a", "b", "c"), model_name="toy", model_fingerprint="f",
+        resumed=resumed, settings=RunSettings(rounds=rounds),
     )  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def test_what_must_not_be_missed_stays_above_the_line(monkeypatch: pytest.Monkey
         monkeypatch,
         started(resumed=4),
         TemplateSelected(template=TEMPLATE, index=0, losses=(0.5,)),
-        DeviceLost(device="c", round=5, reason="[Errno 111] refused"),
+        DeviceLost(device="c", round=5, reason="c: [Errno 111] refused"),
         DeviceBack(device="c", round=7),
     )
     assert "run r: resumed after 4 rounds" in text

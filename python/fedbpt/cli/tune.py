@@ -8,7 +8,7 @@ from typing import Annotated
 import msgspec
 import typer
 
-from fedbpt.api import aggregator_for, make_prompt
+from fedbpt.api import aggregator_for, make_prompt, require_model_of_run
 from fedbpt.cli.options import AsJson, Quiet
 from fedbpt.cli.report import print_result, result_as_json
 from fedbpt.clients.http import HttpClient
@@ -17,6 +17,7 @@ from fedbpt.display import RunDisplay
 from fedbpt.errors import ConfigError
 from fedbpt.federation import Federation
 from fedbpt.native_scorer import load_model
+from fedbpt.runs import Event, RunStarted
 from fedbpt.store import RunStore
 
 
@@ -53,7 +54,13 @@ def tune(
         clients = [HttpClient(address) for address in addresses]
         aggregator = aggregator_for(config.settings)
         display = RunDisplay(shown=not (quiet or as_json))
-        federation = Federation(clients, task, config.settings, aggregator, store, config.run, display)
+
+        def watch(event: Event) -> None:
+            if scorer is not None and isinstance(event, RunStarted):
+                require_model_of_run(scorer, event)  # before the work, not when its prompt is to be written
+            display(event)
+
+        federation = Federation(clients, task, config.settings, aggregator, store, config.run, watch)
         with display:
             result = federation.run()
 
