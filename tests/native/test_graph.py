@@ -28,12 +28,11 @@ class Recorded:
     """Upstream's graph of one decode, and the fork on the same model file."""
 
     nodes: list[str]
-    trace: Any
+    trace: _native.GraphTrace
 
     def plain(self, pos0: int = 0, seq: int = 0) -> list[str]:
         """The fork's graph of TOKENS."""
-        nodes: list[str] = self.trace.decode(TOKENS, seq=seq, pos0=pos0)
-        return nodes
+        return self.trace.decode(TOKENS, seq=seq, pos0=pos0)
 
     def soften(self, pos0: int, seq: int = 0, n_rows: int = 2) -> None:
         """Set soft rows at ``pos0`` and after it."""
