@@ -1,5 +1,7 @@
 """The pybind11 module over the llama.cpp fork (``src/fedbpt_native/bind_*.cpp``); `native_scorer` is its only user."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -75,3 +77,27 @@ class Engine:
 
 def supports_gpu_offload() -> bool:
     """Whether this build has a GPU backend."""
+
+class GraphTrace:
+    """For the fork's tests: the nodes of each graph that a small CPU context computes, in the form of trace.h."""
+
+    def __init__(self, path: str, flash_attention: bool) -> None:
+        """Load the model at ``path``; without flash attention its KV cache is f32. Raises `ModelFileError`."""
+
+    def decode(self, tokens: Sequence[int], seq: int = 0, pos0: int = 0) -> list[str]:
+        """The lines of the one graph that computes ``tokens`` of ``seq`` from ``pos0`` on, logits for the last.
+
+        Raises `InputError`.
+        """
+
+    def set_soft_prompt(self, seq: int, pos0: int, rows: NDArray[np.float32]) -> None:
+        """Embed the tokens of ``seq`` at ``pos0`` and after it as ``rows`` [n_rows, n_embd]. Raises `InputError`."""
+
+    def clear_soft_prompt(self) -> None:
+        """Embed all tokens as themselves again."""
+
+    @property
+    def n_embd(self) -> int: ...
+    @property
+    def n_reused(self) -> int:
+        """How many graphs were run again rather than built anew."""

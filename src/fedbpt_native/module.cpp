@@ -4,6 +4,7 @@ namespace fedbpt {
 
 void register_errors(pybind11::module_ & module);
 void register_scorer(pybind11::module_ & module);
+void register_trace(pybind11::module_ & module);
 
 }  // namespace fedbpt
 
@@ -12,4 +13,5 @@ PYBIND11_MODULE(_native, module) {
 
     fedbpt::register_errors(module);
     fedbpt::register_scorer(module);
+    fedbpt::register_trace(module);
 }
