@@ -75,6 +75,7 @@ class RunDisplay:
             case TemplateSelected():
                 words = ", ".join(word.strip() for word in event.template.label_words)
                 self._say(f"template {event.template.pattern!r} with {words}")
+                self._update("tuning", None, "")
             case Evaluated():
                 self._accuracy = event.score.accuracy
                 if event.round == 0:
