@@ -53,7 +53,7 @@ class Example(NamedTuple):
 def demo(
     model: Annotated[str, typer.Option("--model", "-m", help="A catalogue name, or a .gguf file.")] = "smollm2-135m",
     devices: Annotated[int, typer.Option(min=1, max=16, help="Device processes.")] = 3,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of tuning; one generation each.")] = 200,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of tuning; one generation each.")] = 100,
     quick: Annotated[bool, typer.Option("--quick", help="A tenth of the rows: does it work here?")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the split, the search and everything else random.")] = 0,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the data, the run and the prompt go.")] = Path("runs"),
