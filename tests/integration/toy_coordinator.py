@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from fedbpt.aggregation.pooled import Pooled
@@ -14,6 +15,7 @@ from tests.unit.test_federation import ToyTask
 
 
 def main() -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
     path, rounds, *urls = sys.argv[1:]
     clients = [HttpClient(url, name=f"device-{number}", retry_s=1.0) for number, url in enumerate(urls)]
     settings = RunSettings(
