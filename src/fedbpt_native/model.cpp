@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <fstream>
 #include <mutex>
 
 #include "errors.h"
@@ -56,9 +58,10 @@ const char * refuses_memory(const llama_model * model) {
 
 }  // namespace
 
-Model::Model(ModelPtr model, std::string architecture)
+Model::Model(ModelPtr model, std::string path, std::string architecture)
     : model_(std::move(model)),
       vocab_(llama_model_get_vocab(model_.get())),
+      path_(std::move(path)),
       architecture_(std::move(architecture)),
       n_embd_(llama_model_n_embd(model_.get())),
       n_vocab_(llama_vocab_n_tokens(vocab_)),
@@ -92,7 +95,7 @@ std::shared_ptr<const Model> Model::load(const std::string & path, int32_t n_gpu
         throw_unsupported(architecture, why);
     }
 
-    return std::shared_ptr<const Model>(new Model(std::move(model), std::move(architecture)));
+    return std::shared_ptr<const Model>(new Model(std::move(model), path, std::move(architecture)));
 }
 
 std::vector<llama_token> Model::tokenize(const std::string & text, int add_bos) const {
@@ -127,6 +130,40 @@ void Model::token_embeddings(const llama_token * ids, size_t n, float * out) con
         check_token(ids[i], "token id");
     }
     llama_soft_prompt_token_embeddings(model_.get(), ids, static_cast<int32_t>(n), out);
+}
+
+std::vector<float> Model::output_rows(const std::vector<llama_token> & ids) const {
+    const char * name = llama_soft_prompt_output_tensor(model_.get());
+    if (name == nullptr) {
+        return {};
+    }
+    // from the file: in memory the matrix may be repacked for this CPU, or on a GPU
+    const GgufPtr gguf(gguf_init_from_file(path_.c_str(), { /*no_alloc =*/ true, /*ctx =*/ nullptr }));
+    const int64_t index = gguf ? gguf_find_tensor(gguf.get(), name) : -1;
+    if (index < 0) {
+        return {};
+    }
+    const ggml_type type     = gguf_get_tensor_type(gguf.get(), index);
+    const size_t    row_size = ggml_row_size(type, n_embd_);
+    if (gguf_get_tensor_size(gguf.get(), index) != row_size*static_cast<size_t>(n_vocab_)) {
+        return {};
+    }
+
+    std::ifstream      file(path_, std::ios::binary);
+    std::vector<char>  packed(row_size);
+    std::vector<float> rows(ids.size()*n_embd_);
+    for (size_t i = 0; i < ids.size(); ++i) {
+        file.seekg(static_cast<std::streamoff>(gguf_get_data_offset(gguf.get()) + gguf_get_tensor_offset(gguf.get(), index) + ids[i]*row_size));
+        if (!file.read(packed.data(), static_cast<std::streamsize>(row_size))) {
+            throw ModelFileError(path_ + " cannot be read any more: was it moved or cut short since it was loaded?");
+        }
+        if (type == GGML_TYPE_F32) {
+            std::memcpy(rows.data() + i*n_embd_, packed.data(), row_size);
+        } else {
+            ggml_get_type_traits(type)->to_float(packed.data(), rows.data() + i*n_embd_, n_embd_);
+        }
+    }
+    return rows;
 }
 
 double Model::embedding_std() const {

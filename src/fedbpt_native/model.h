@@ -21,6 +21,10 @@ public:
     // out[n][n_embd], in the scale of soft prompt rows. Throws InputError on an id outside the vocabulary.
     void token_embeddings(const llama_token * ids, size_t n, float * out) const;
 
+    // Rows ids[n] of the output layer, [n][n_embd], read from the model file; empty where rows alone do not make the
+    // logits (an output bias) or lie elsewhere (a model in several files).
+    std::vector<float> output_rows(const std::vector<llama_token> & ids) const;
+
     // over all entries of the embedding table, in the same scale
     double embedding_std() const;
 
@@ -37,10 +41,11 @@ public:
     std::string description() const;
 
 private:
-    Model(ModelPtr model, std::string architecture);
+    Model(ModelPtr model, std::string path, std::string architecture);
 
     ModelPtr            model_;
     const llama_vocab * vocab_;
+    std::string         path_;
     std::string         architecture_;
     int32_t             n_embd_;
     int32_t             n_vocab_;

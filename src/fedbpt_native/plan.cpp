@@ -40,6 +40,9 @@ Plan::Plan(std::shared_ptr<const Model> model, std::vector<llama_token> ids, std
         }
         check_rows(i, 0);
     }
+    if (!all_labels_) {
+        label_head_ = model_->output_rows(label_ids_);
+    }
     kv_.resize(n_texts());
 }
 

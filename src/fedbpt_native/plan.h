@@ -27,6 +27,8 @@ public:
 
     bool all_labels() const { return all_labels_; }
     const std::vector<llama_token> & label_ids() const { return label_ids_; }
+    // the label words' rows of the output layer, or null where the model cannot do with rows alone
+    const float * label_head() const { return label_head_.empty() ? nullptr : label_head_.data(); }
     size_t n_labels() const { return all_labels_ ? static_cast<size_t>(model_->n_vocab()) : label_ids_.size(); }
 
     // Throws InputError where n_prompt rows do not fit text i: into its cue, or before it in the context.
@@ -56,6 +58,7 @@ private:
     std::vector<llama_token>     prefix_;
     bool                         all_labels_;
     std::vector<llama_token>     label_ids_;
+    std::vector<float>           label_head_;
 
     uint64_t                          kv_budget_bytes_;
     uint64_t                          kv_bytes_ = 0;

@@ -162,6 +162,7 @@ void Scorer::run(const Request & request, float * out) {
 
     llama_memory_clear(memory, /*data =*/ false);
     llama_soft_prompt_clear(ctx_.get());
+    llama_soft_prompt_set_labels(ctx_.get(), request.plan.label_ids().data(), static_cast<int32_t>(request.plan.label_ids().size()), request.plan.label_head());
 
     if (request.plan.placement() == Placement::cue) {
         request.plan.keep_for_tail(request.n_tail());
@@ -327,17 +328,18 @@ void Scorer::decode(Plan & plan, float * out) {
             throw std::runtime_error("llama_decode failed with status " + std::to_string(status) + " (" + take_last_error() + "): please report this");
         }
 
+        if (!plan.all_labels()) {
+            llama_synchronize(ctx_.get());
+        }
+        const size_t  n_labels = plan.n_labels();
+        const float * labels   = llama_soft_prompt_label_logits(ctx_.get());
         for (size_t i = begin; i < end; ++i) {
             if (batch_.output(i) < 0) {
                 continue;
             }
-            const float * logits = llama_get_logits_ith(ctx_.get(), static_cast<int32_t>(i - begin));
-            float       * dst    = out + static_cast<size_t>(batch_.output(i))*plan.n_labels();
-            if (plan.all_labels()) {
-                std::copy(logits, logits + plan.n_labels(), dst);
-            } else {
-                std::transform(plan.label_ids().begin(), plan.label_ids().end(), dst, [&](llama_token id) { return logits[id]; });
-            }
+            const float * logits = plan.all_labels() ? llama_get_logits_ith(ctx_.get(), static_cast<int32_t>(i - begin)) : labels;
+            std::copy(logits, logits + n_labels, out + static_cast<size_t>(batch_.output(i))*n_labels);
+            labels += plan.all_labels() ? 0 : n_labels;
         }
     }
 }

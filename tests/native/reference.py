@@ -79,7 +79,7 @@ class Reference:
             x = self._layer(layer, x)
         x = self._rms_norm(x, self._weights["output_norm.weight"])
         head = self._weights.get("output.weight", self._weights["token_embd.weight"])
-        return x @ head.T
+        return x @ head.T + self._weights.get("output.bias", 0.0)
 
     def score(
         self,

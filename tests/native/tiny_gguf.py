@@ -50,6 +50,7 @@ class TinyModel:
     rope_base: float = 10_000.0
     sliding_window: int = 0
     tied: bool = False
+    output_bias: bool = False
     weights: Weights = "f32"
     seed: int = 1
 
@@ -205,6 +206,8 @@ def tensors(model: TinyModel) -> dict[str, NDArray[np.float32]]:
     result["output_norm.weight"] = norm(model.n_embd)
     if not model.tied:
         result["output.weight"] = matrix(model.n_vocab, model.n_embd, logit_spread)
+    if model.output_bias:
+        result["output.bias"] = rng.standard_normal(model.n_vocab).astype(np.float32)
     return result
 
 

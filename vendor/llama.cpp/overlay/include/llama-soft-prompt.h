@@ -24,6 +24,23 @@ LLAMA_API void llama_soft_prompt_set(
 
 LLAMA_API void llama_soft_prompt_clear(struct llama_context * ctx);
 
+// From the next llama_decode on, compute the logits of tokens ids[n] alone: the output layer is head[n][n_embd] in place of
+// the whole matrix, and no buffer is n_vocab wide. head = NULL computes the whole output layer and picks from it; the result
+// is the same but for rounding. n = 0 goes back to llama.cpp's own logits. `head` is not copied: keep it alive.
+// llama_get_logits* do not see these logits: read llama_soft_prompt_label_logits.
+LLAMA_API void llama_soft_prompt_set_labels(
+        struct llama_context * ctx,
+           const llama_token * ids,
+                     int32_t   n,
+                 const float * head);
+
+// out[n_outputs][n_labels] of the last llama_decode, in the batch's order; valid until the next.
+LLAMA_API const float * llama_soft_prompt_label_logits(const struct llama_context * ctx);
+
+// Where the rows of the output layer lie in the model file: the tensor's name, or NULL where the output layer is more than one
+// matrix product (a bias, a scale per row, token ids in the graph), so that rows of it alone would not do.
+LLAMA_API const char * llama_soft_prompt_output_tensor(const struct llama_model * model);
+
 // The input embeddings of token ids[n], out[n][n_embd], as the first layer gets them (what Hugging Face calls
 // inputs_embeds: after any embedding scale). Ids must be in the vocabulary.
 LLAMA_API void llama_soft_prompt_token_embeddings(

@@ -7,8 +7,11 @@
 #include "llama-arch.h"
 #include "llama-cparams.h"
 
+#include "ggml-backend.h"
+
 #include <array>
 #include <cstdint>
+#include <vector>
 
 struct ggml_context;
 struct ggml_tensor;
@@ -27,6 +30,20 @@ public:
 
     bool touches(const llama_ubatch & ubatch) const;
 
+    // --- label logits ---
+
+    void set_labels(const ggml_tensor * output, const llama_token * ids, int32_t n, const float * rows);
+
+    size_t n_labels() const { return labels.size(); }
+
+    // whether products with this matrix are those of the label head
+    bool is_output(const ggml_tensor * w) const { return head != nullptr && w == output; }
+    const float * label_head() const { return head; }
+
+    // Takes the label logits of an ubatch's n outputs out of its graph; false where upstream's own are wanted.
+    bool take_logits(ggml_backend_sched_t sched, const ggml_tensor * logits, int64_t n_before, int64_t n);
+    const float * label_logits() const { return taken.data(); }
+
 private:
     struct run {
         llama_pos     pos0   = 0;
@@ -36,6 +53,11 @@ private:
 
     std::array<run, LLAMA_MAX_SEQ> runs {};
     bool any = false;
+
+    const ggml_tensor      * output = nullptr;
+    std::vector<llama_token> labels;
+    const float            * head   = nullptr;
+    std::vector<float>       taken;
 };
 
 // embd*keep + soft where the ubatch has soft rows, embd itself where it has none
@@ -47,3 +69,10 @@ ggml_tensor * llama_soft_prompt_build(
         const llama_cparams & cparams,
         const llama_ubatch  & ubatch,
         ggml_tensor         * embd);
+
+// the label head in place of the output matrix, w itself elsewhere
+ggml_tensor * llama_soft_prompt_output(
+        ggml_context        * ctx0,
+        llm_graph_result    * res,
+        const llama_cparams & cparams,
+        ggml_tensor         * w);

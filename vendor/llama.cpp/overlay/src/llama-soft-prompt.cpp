@@ -65,6 +65,40 @@ bool llama_soft_prompt::touches(const llama_ubatch & ubatch) const {
     return false;
 }
 
+void llama_soft_prompt::set_labels(const ggml_tensor * output, const llama_token * ids, int32_t n, const float * rows) {
+    this->output = output;
+    labels.assign(ids, ids + n);
+    head = n > 0 ? rows : nullptr;
+}
+
+bool llama_soft_prompt::take_logits(ggml_backend_sched_t sched, const ggml_tensor * logits, int64_t n_before, int64_t n) {
+    if (labels.empty()) {
+        return false;
+    }
+    if (logits == nullptr || n == 0) {
+        return true;
+    }
+
+    const size_t n_labels = labels.size();
+    taken.resize((n_before + n)*n_labels);
+    float * out = taken.data() + n_before*n_labels;
+
+    ggml_backend_sched_synchronize(sched);
+
+    if (head != nullptr && logits->ne[0] == (int64_t) n_labels) {
+        ggml_backend_tensor_get(logits, out, 0, n*n_labels*sizeof(float));
+        return true;
+    }
+
+    for (int64_t i = 0; i < n; ++i) {
+        for (size_t j = 0; j < n_labels; ++j) {
+            ggml_backend_tensor_get(logits, out + i*n_labels + j, i*logits->nb[1] + labels[j]*logits->nb[0], sizeof(float));
+        }
+    }
+
+    return true;
+}
+
 //
 // graph
 //
@@ -76,7 +110,7 @@ namespace {
 class llm_graph_input_soft_prompt : public llm_graph_input_i {
 public:
     llm_graph_input_soft_prompt(std::shared_ptr<llama_soft_prompt> table, float scale)
-        : table(std::move(table)), inv_scale(1.0f/scale) {}
+        : table(std::move(table)), inv_scale(1.0f/scale), n_labels(this->table->n_labels()), has_head(this->table->label_head() != nullptr) {}
 
     void set_input(const llama_ubatch * ubatch) override {
         if (!keep) {
@@ -110,7 +144,9 @@ public:
         const bool had  = keep != nullptr;
         const bool want = table->touches(params.ubatch);
 
-        return had == want && (!had || keep->ne[1] == (int64_t) params.ubatch.n_tokens);
+        // the label head too: a graph without one has no other input to tell
+        return had == want && (!had || keep->ne[1] == (int64_t) params.ubatch.n_tokens) &&
+            n_labels == table->n_labels() && has_head == (table->label_head() != nullptr);
     }
 
     ggml_tensor * keep = nullptr; // F32 [1,      n_tokens]
@@ -118,10 +154,29 @@ public:
 
 private:
     const std::shared_ptr<llama_soft_prompt> table;
-    const float inv_scale;
+    const float  inv_scale;
+    const size_t n_labels;
+    const bool   has_head;
 
     std::vector<float> buf_keep;
     std::vector<float> buf_soft;
+};
+
+class llm_graph_input_label_head : public llm_graph_input_i {
+public:
+    llm_graph_input_label_head(std::shared_ptr<llama_soft_prompt> table, ggml_tensor * head) : table(std::move(table)), head(head) {}
+
+    void set_input(const llama_ubatch * /*ubatch*/) override {
+        ggml_backend_tensor_set(head, table->label_head(), 0, ggml_nbytes(head));
+    }
+
+    bool can_reuse(const llm_graph_params & /*params*/) override {
+        return true; // llm_graph_input_soft_prompt has compared the labels
+    }
+
+private:
+    const std::shared_ptr<llama_soft_prompt> table;
+    ggml_tensor * head; // F32 [n_embd, n_labels]
 };
 
 // What the graph multiplies token embeddings by after build_inp_embd's look-up; soft rows are given after it.
@@ -168,6 +223,20 @@ ggml_tensor * llama_soft_prompt_build(
     return cur;
 }
 
+ggml_tensor * llama_soft_prompt_output(ggml_context * ctx0, llm_graph_result * res, const llama_cparams & cparams, ggml_tensor * w) {
+    const auto & table = cparams.soft_prompt;
+    if (!table->is_output(w)) {
+        return w;
+    }
+
+    ggml_tensor * head = ggml_new_tensor_2d(ctx0, GGML_TYPE_F32, w->ne[0], table->n_labels());
+    ggml_set_name(head, "label_head");
+    ggml_set_input(head);
+    res->add_input(std::make_unique<llm_graph_input_label_head>(table, head));
+
+    return head;
+}
+
 //
 // C API
 //
@@ -178,6 +247,21 @@ void llama_soft_prompt_set(llama_context * ctx, llama_seq_id seq_id, llama_pos p
 
 void llama_soft_prompt_clear(llama_context * ctx) {
     ctx->get_cparams().soft_prompt->clear();
+}
+
+void llama_soft_prompt_set_labels(llama_context * ctx, const llama_token * ids, int32_t n, const float * head) {
+    ctx->get_cparams().soft_prompt->set_labels(ctx->get_model().output, ids, n, head);
+}
+
+const float * llama_soft_prompt_label_logits(const llama_context * ctx) {
+    return ctx->get_cparams().soft_prompt->label_logits();
+}
+
+const char * llama_soft_prompt_output_tensor(const llama_model * model) {
+    if (model->output == nullptr || model->output_b != nullptr || model->output_s != nullptr || model->arch == LLM_ARCH_CHAMELEON) {
+        return nullptr;
+    }
+    return ggml_get_name(model->output);
 }
 
 void llama_soft_prompt_token_embeddings(const llama_model * model, const llama_token * ids, int32_t n, float * out) {
