@@ -43,7 +43,7 @@ class Budget:
     Args:
         evaluations: candidates scored, each on one mini-batch per device.
         tokens: forward tokens, summed over devices.
-        seconds: of tuning rounds.
+        seconds: of tuning rounds; choosing the template comes before, evaluating after.
     """
 
     evaluations: int | None = None

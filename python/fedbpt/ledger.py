@@ -59,6 +59,8 @@ class RunLedger:
         self.closed = -1  # the last closed round
         self.tokens = 0
         self.seconds = 0.0
+        self._selection_tokens = 0
+        self._selection_seconds = 0.0
         self.reports: dict[str, int] = {}
         self.template_losses: tuple[float, ...] = ()
         self.traffic_before: dict[str, Traffic] = {}
@@ -120,7 +122,7 @@ class RunLedger:
         for stored in self.store.rounds(self.run):
             self._replay_round(stored)
         for line in self.store.history(self.run):
-            self.seconds += line.metrics.get("seconds", 0.0)
+            self._spend(line.round, line.metrics.get("seconds", 0.0))
 
     def _replay_round(self, stored: StoredRound) -> None:
         work = self.selection() if stored.round == SELECTION else self.aggregator.work(stored.round)
@@ -141,13 +143,14 @@ class RunLedger:
         self.closed = max(self.closed, SELECTION)
 
     def spent(self) -> bool:
-        """Whether a limit of the budget is reached."""
+        """Whether a limit of the budget is reached; choosing the template is not charged."""
         limits = self.settings
+        tokens, seconds = self.tokens - self._selection_tokens, self.seconds - self._selection_seconds
         return bool(
             (limits.rounds and self.closed >= limits.rounds)
             or (limits.evaluations and self.aggregator.evaluations >= limits.evaluations)
-            or (limits.tokens and self.tokens >= limits.tokens)
-            or (limits.seconds and self.seconds >= limits.seconds)
+            or (limits.tokens and tokens >= limits.tokens)
+            or (limits.seconds and seconds >= limits.seconds)
         )
 
     def plan(self, round: int, device: str, work: Work) -> RoundPlan:
@@ -187,8 +190,13 @@ class RunLedger:
             metrics={"loss": loss, "seconds": seconds, "tokens": float(tokens)},
             traffic=traffic,
         )
-        self.seconds += seconds
+        self._spend(round, seconds)
         return loss
+
+    def _spend(self, round: int, seconds: float) -> None:
+        self.seconds += seconds
+        if round == SELECTION:
+            self._selection_seconds += seconds
 
     def _apply(self, round: int, reports: Sequence[RoundReport]) -> None:
         """The one way in which state changes, live and on replay."""
@@ -196,6 +204,7 @@ class RunLedger:
             losses = _template_losses(reports)
             self._selected = int(np.argmin(losses))
             self.template_losses = tuple(losses.tolist())
+            self._selection_tokens = sum(report.tokens for report in reports)
         else:
             self.aggregator.update(reports)
         self.closed = round

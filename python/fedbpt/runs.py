@@ -33,7 +33,8 @@ class RunSettings(Message, frozen=True):
 
     ``rounds``, ``evaluations``, ``tokens`` and ``seconds`` are limits, 0 for none; at least one must be set.
     Evaluations are the aggregator's; tokens are summed over devices; seconds are of closed rounds, over all
-    sittings. ``quorum`` is the share of the run's devices that must report in a round; ``deadline_s`` the longest
+    sittings. Round 0, which chooses the template, is not charged.
+    ``quorum`` is the share of the run's devices that must report in a round; ``deadline_s`` the longest
     that a round may take. ``method`` names the aggregator, for the record.
     """
 

@@ -31,9 +31,7 @@ def test_label_logits_are_columns_of_all_logits(case: Case, placement: str) -> N
 
 @pytest.mark.parametrize("name", ["llama", "llama-bpe", "qwen2", "gemma3"])
 @pytest.mark.parametrize("weights", ["f16", "q8_0", "q4_1"])
-def test_quantised_label_logits_differ_by_rounding_alone(
-    case_of: Callable[..., Case], name: str, weights: str
-) -> None:
+def test_quantised_label_logits_differ_by_rounding_alone(case_of: Callable[..., Case], name: str, weights: str) -> None:
     case = case_of(name, weights)
     assert np.abs(logits(case, LABELS) - logits(case, None)[..., LABELS]).max() <= HEAD_QUANTISED
 

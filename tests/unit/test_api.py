@@ -72,7 +72,7 @@ def test_events_are_passed_on_in_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("budget", "rounds"), [(Budget(evaluations=9), 2), (Budget(tokens=1), 0), (Budget(evaluations=800, tokens=1), 0)]
+    ("budget", "rounds"), [(Budget(evaluations=9), 2), (Budget(tokens=1), 1), (Budget(evaluations=800, tokens=1), 1)]
 )
 def test_a_budget_ends_the_run_at_its_first_limit(budget: Budget, rounds: int) -> None:
     assert tuned(budget=budget).run.rounds == rounds

@@ -178,7 +178,7 @@ def test_live_evaluations_use_dev_rows_and_the_final_one_test_rows(scene: Scene)
     assert scene.store.history("r")[2].metrics["dev_n"] == 15
 
 
-@pytest.mark.parametrize(("limit", "rounds"), [({"evaluations": 13}, 3), ({"tokens": 400}, 4), ({"seconds": 1e-9}, 0)])
+@pytest.mark.parametrize(("limit", "rounds"), [({"evaluations": 13}, 3), ({"tokens": 400}, 5), ({"seconds": 1e-9}, 1)])
 def test_tuning_ends_at_the_first_limit(scene: Scene, limit: dict[str, Any], rounds: int) -> None:
     assert scene.run(**{"rounds": 0, **limit}).rounds == rounds
 
