@@ -3,7 +3,7 @@
 Naive: one text and one candidate a call, nothing shared. Plan: all candidates at once, the prompt's KV shared by the
 texts (front) or the texts' KV kept between generations (cue). The two ways alternate; medians are printed.
 
-    python benchmarks/bench_scoring.py --model smollm2-135m [--json]
+    python benchmarks/bench_scoring.py --model smollm2-135m
 """
 
 from __future__ import annotations
@@ -70,7 +70,6 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     try:
         scorer = fedbpt.load_model(args.model, n_threads=args.threads)
@@ -81,12 +80,10 @@ def main() -> int:
         "front, 50 rows, 8 texts, 4 candidates": compare(scorer, "front", 50, 8, 4, args.repeats),
         "cue, 1 row, 8 texts, 16 candidates": compare(scorer, "cue", 1, 8, 16, args.repeats),
     }
-    if args.json:
-        print(json.dumps({"model": scorer.name, "threads": scorer.n_threads, "cases": cases}))
-        return 0
     print(f"{scorer!r}; evaluations per second, median of {args.repeats}")
     for name, rates in cases.items():
         print(f"{name:40} naive {rates['naive']:8.2f}   plan {rates['plan']:8.2f}   ratio {rates['ratio']:6.1f}x")
+    print(json.dumps({"model": scorer.name, "threads": scorer.n_threads, "cases": cases}))
     return 0
 
 
