@@ -3,6 +3,7 @@
 namespace fedbpt {
 
 void Batch::clear() {
+    n_outputs_ = 0;
     token_.clear();
     pos_.clear();
     n_seq_.clear();
@@ -11,11 +12,12 @@ void Batch::clear() {
     seq_.clear();
 }
 
-void Batch::add(llama_token token, llama_pos pos, const llama_seq_id * seqs, size_t n_seqs, int32_t output) {
+void Batch::add(llama_token token, llama_pos pos, const llama_seq_id * seqs, size_t n_seqs, int64_t output) {
     token_.push_back(token);
     pos_.push_back(pos);
     n_seq_.push_back(static_cast<int32_t>(n_seqs));
-    wants_output_.push_back(output >= 0 ? 1 : 0);
+    wants_output_.push_back(output != kNone ? 1 : 0);
+    n_outputs_ += output != kNone;
     output_.push_back(output);
     seq_.insert(seq_.end(), seqs, seqs + n_seqs);
 }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "handles.h"
+#include "llama-soft-prompt.h"
 
 namespace fedbpt {
 
@@ -37,6 +38,8 @@ public:
     uint64_t n_params() const { return llama_model_n_params(model_.get()); }
     uint64_t size_bytes() const { return llama_model_size(model_.get()); }
     bool is_f32() const { return (llama_model_ftype(model_.get()) & ~LLAMA_FTYPE_GUESSED) == LLAMA_FTYPE_ALL_F32; }
+    // with it a token's bits do not depend on what is computed beside it; f32 models have no flash attention
+    bool has_row_attention() const { return !is_f32() && llama_soft_prompt_has_row_attention(model_.get()); }
     const std::string & architecture() const { return architecture_; }
     std::string description() const;
 

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <string>
 
 #include "errors.h"
@@ -20,13 +19,16 @@ constexpr size_t   kTextsMax    = 32;    // texts a pack: bounds the n_vocab-wid
 constexpr size_t   kCueCellsMax = 1024;  // KV cells of a cue pack's texts: attention slows down with a longer KV
 
 constexpr llama_seq_id kPrefixSeq = 0;   // what comes before everything
-constexpr llama_seq_id kPromptSeq = 1;   // prefix + one candidate's rows (front)
-constexpr llama_seq_id kTextSeq   = 2;   // the pack's first text
+constexpr llama_seq_id kPadSeq    = 1;   // tokens that only fill a batch up
+constexpr llama_seq_id kFirstSeq  = 2;   // the first slot's
+
+constexpr uint32_t kSeqMax = 256;        // LLAMA_MAX_SEQ
+constexpr size_t   kPad    = 4;          // CPU kernels take rows by four, and round the rest differently
 
 constexpr auto kStopInterval = std::chrono::milliseconds(20);
 
-uint32_t padded(size_t n) {
-    return static_cast<uint32_t>((n + 255)/256*256);
+size_t padded(size_t n, size_t unit) {
+    return (n + unit - 1)/unit*unit;
 }
 
 }  // namespace
@@ -84,24 +86,47 @@ std::vector<Scorer::Pack> Scorer::pack(const Request & request) const {
     return packs;
 }
 
-void Scorer::ensure_context(const Request & request, const std::vector<Pack> & packs) {
+// How many candidates share a llama_decode: as many as fill one ubatch, where that moves no bit.
+size_t Scorer::candidates_together(const Request & request, const std::vector<Pack> & packs) const {
+    // without a label head each output is n_vocab wide
+    if (request.plan.label_head() == nullptr || !model_->has_row_attention()) {
+        return 1;
+    }
+    const bool front = request.plan.placement() == Placement::front;
+    if (front && packs.size() > 1) {
+        return 1;  // a pack fills an ubatch alone
+    }
+    size_t together = request.n_candidates;
+    for (const Pack & pack : packs) {
+        const size_t n_tokens = front ? request.n_prompt + pack.n_tokens : pack.n_texts()*request.n_tail();
+        const size_t n_seqs   = pack.n_texts() + (front ? 1 : 0);
+        together = std::min({ together, (kUbatch - kPad)/n_tokens, (kSeqMax - kFirstSeq - kPad)/n_seqs });
+    }
+    return std::max<size_t>(together, 1);
+}
+
+void Scorer::ensure_context(const Request & request, const std::vector<Pack> & packs, size_t together) {
+    const bool front = request.plan.placement() == Placement::front;
+
     size_t most = 0;
     for (const Pack & pack : packs) {
         // in the cue each text has the prefix for itself: it is part of its saved KV
-        const size_t copies = request.plan.placement() == Placement::cue ? pack.last - pack.first : 1;
-        most = std::max(most, pack.n_tokens + copies*request.plan.prefix().size());
+        const size_t shared = front ? 0 : pack.n_tokens + pack.n_texts()*request.plan.prefix().size();
+        const size_t own    = front ? request.n_prompt + pack.n_tokens : pack.n_texts()*request.n_tail();
+        most = std::max(most, shared + together*own);
     }
-    const uint32_t n_ctx = padded(request.plan.prefix().size() + request.n_prompt + most);
-    if (ctx_ && n_ctx <= n_ctx_) {
+    const auto     n_ctx     = static_cast<uint32_t>(padded(request.plan.prefix().size() + most + kPad, 256));
+    const uint32_t n_seq_max = request.plan.label_head() != nullptr ? kSeqMax : static_cast<uint32_t>(padded(kFirstSeq + 1 + kTextsMax, kPad));
+    if (ctx_ && n_ctx <= n_ctx_ && n_seq_max == n_seq_max_) {
         return;
     }
 
     llama_context_params params = llama_context_default_params();
-    params.n_ctx           = n_ctx;
+    params.n_ctx           = std::max(n_ctx, n_ctx_);
     params.n_batch         = kBatch;
     params.n_ubatch        = kUbatch;
-    params.n_seq_max       = kTextSeq + kTextsMax;
-    params.n_outputs_max   = params.n_seq_max;
+    params.n_seq_max       = n_seq_max;
+    params.n_outputs_max   = n_seq_max;
     params.n_threads       = n_threads_;
     params.n_threads_batch = n_threads_;
     params.kv_unified      = true;
@@ -118,11 +143,13 @@ void Scorer::ensure_context(const Request & request, const std::vector<Pack> & p
     ctx_.reset();
     n_ctx_ = 0;
     take_last_error();
-    ctx_.reset(llama_init_from_model(model_->get(), params));
+    const std::vector<llama_token> & labels = request.plan.label_ids();
+    ctx_.reset(llama_soft_prompt_init_from_model(model_->get(), params, labels.data(), static_cast<int32_t>(labels.size()), request.plan.label_head()));
     if (!ctx_) {
         throw std::runtime_error("cannot create a context of " + std::to_string(n_ctx) + " tokens (" + take_last_error() + "): free memory, or score shorter texts");
     }
-    n_ctx_ = n_ctx;
+    n_ctx_     = params.n_ctx;
+    n_seq_max_ = n_seq_max;
     llama_attach_threadpool(ctx_.get(), threadpool_.get(), threadpool_.get());
 }
 
@@ -154,33 +181,31 @@ void Scorer::reset() {
 }
 
 void Scorer::run(const Request & request, float * out) {
-    const std::vector<Pack> packs = pack(request);
-    ensure_context(request, packs);
+    const std::vector<Pack> packs    = pack(request);
+    const size_t            together = candidates_together(request, packs);
+    ensure_context(request, packs, together);
 
-    const size_t   n_out  = request.n_out();
-    llama_memory_t memory = llama_get_memory(ctx_.get());
-
-    llama_memory_clear(memory, /*data =*/ false);
+    llama_memory_clear(llama_get_memory(ctx_.get()), /*data =*/ false);
     llama_soft_prompt_clear(ctx_.get());
     llama_soft_prompt_set_labels(ctx_.get(), request.plan.label_ids().data(), static_cast<int32_t>(request.plan.label_ids().size()), request.plan.label_head());
 
     if (request.plan.placement() == Placement::cue) {
         request.plan.keep_for_tail(request.n_tail());
         for (const Pack & pack : packs) {
-            score_cue(request, pack, out);
+            score_cue(request, pack, together, out);
         }
     } else {
         decode_prefix(request.plan);
-        for (size_t c = 0; c < request.n_candidates; ++c) {
+        for (size_t c = 0; c < request.n_candidates; c += together) {
+            const Group group { c, std::min(c + together, request.n_candidates) };
             for (const Pack & pack : packs) {
-                score_front(request, pack, c, &pack == &packs.front(), out + c*n_out);
+                score_front(request, pack, group, &pack == &packs.front(), out);
             }
-            llama_memory_seq_rm(memory, kPromptSeq, -1, -1);
         }
     }
     llama_soft_prompt_clear(ctx_.get());
 
-    if (!std::all_of(out, out + request.n_candidates*n_out, [](float logit) { return std::isfinite(logit); })) {
+    if (!std::all_of(out, out + request.n_candidates*request.n_out(), [](float logit) { return std::isfinite(logit); })) {
         reset();
     }
 }
@@ -191,49 +216,52 @@ void Scorer::decode_prefix(Plan & plan) {
     }
     batch_.clear();
     for (size_t i = 0; i < plan.prefix().size(); ++i) {
-        batch_.add(plan.prefix()[i], static_cast<llama_pos>(i), kPrefixSeq, -1);
+        batch_.add(plan.prefix()[i], static_cast<llama_pos>(i), kPrefixSeq, Batch::kNone);
     }
     decode(plan, nullptr);
 }
 
 // prefix | rows | text. The rows go with the first pack's texts, as tokens of all their sequences; the other packs share
 // those cells.
-void Scorer::score_front(const Request & request, const Pack & pack, size_t candidate, bool first_pack, float * out) {
+void Scorer::score_front(const Request & request, const Pack & pack, const Group & group, bool first_pack, float * out) {
     llama_memory_t memory = llama_get_memory(ctx_.get());
     const auto n_prefix = static_cast<llama_pos>(request.plan.prefix().size());
     const auto n_prompt = static_cast<llama_pos>(request.n_prompt);
-
-    seqs_.assign(1, kPromptSeq);
-    for (size_t i = pack.first; i < pack.last; ++i) {
-        seqs_.push_back(kTextSeq + static_cast<llama_seq_id>(i - pack.first));
-    }
-    for (const llama_seq_id seq : seqs_) {
-        if (first_pack) {
-            llama_memory_seq_cp(memory, kPrefixSeq, seq, -1, -1);
-        } else if (seq != kPromptSeq) {
-            llama_memory_seq_cp(memory, kPromptSeq, seq, -1, -1);
-        }
-    }
+    const auto n_seqs   = static_cast<llama_seq_id>(1 + pack.n_texts());  // of a slot: the rows', then the texts'
 
     batch_.clear();
-    if (first_pack && n_prompt > 0) {
-        const float * rows = request.embeds + candidate*request.n_prompt*model_->n_embd();
-        llama_soft_prompt_set(ctx_.get(), kPromptSeq, n_prefix, n_prompt, rows);
-        for (llama_pos j = 0; j < n_prompt; ++j) {
-            batch_.add(/*placeholder token =*/ 0, n_prefix + j, seqs_.data(), seqs_.size(), -1);
+    for (size_t c = group.first; c < group.last; ++c) {
+        const llama_seq_id prompt = kFirstSeq + static_cast<llama_seq_id>(c - group.first)*n_seqs;
+
+        seqs_.clear();
+        for (llama_seq_id seq = prompt; seq < prompt + n_seqs; ++seq) {
+            seqs_.push_back(seq);
+            if (first_pack) {
+                llama_memory_seq_cp(memory, kPrefixSeq, seq, -1, -1);
+            } else if (seq != prompt) {
+                llama_memory_seq_cp(memory, prompt, seq, -1, -1);
+            }
         }
-    }
-    for (size_t i = pack.first; i < pack.last; ++i) {
-        const size_t length = request.length(i);
-        for (size_t j = 0; j < length; ++j) {
-            batch_.add(request.text(i)[j], n_prefix + n_prompt + static_cast<llama_pos>(j), seqs_[1 + i - pack.first], j + 1 == length ? static_cast<int32_t>(i) : -1);
+        if (first_pack && n_prompt > 0) {
+            llama_soft_prompt_set(ctx_.get(), prompt, n_prefix, n_prompt, rows_of(request, c));
+            for (llama_pos j = 0; j < n_prompt; ++j) {
+                batch_.add(/*placeholder token =*/ 0, n_prefix + j, seqs_.data(), seqs_.size(), Batch::kNone);
+            }
+        }
+        for (size_t i = pack.first; i < pack.last; ++i) {
+            const size_t length = request.length(i);
+            for (size_t j = 0; j < length; ++j) {
+                batch_.add(request.text(i)[j], n_prefix + n_prompt + static_cast<llama_pos>(j), seqs_[1 + i - pack.first], j + 1 == length ? request.out_of(c, i) : Batch::kNone);
+            }
         }
     }
     decode(request.plan, out);
 
-    for (const llama_seq_id seq : seqs_) {
-        if (seq != kPromptSeq) {
-            llama_memory_seq_rm(memory, seq, -1, -1);
+    // the rows stay for the candidate's next pack
+    const bool last_pack = pack.last == request.n_which;
+    for (llama_seq_id s = 0; s < static_cast<llama_seq_id>(group.size())*n_seqs; ++s) {
+        if (last_pack || s % n_seqs != 0) {
+            llama_memory_seq_rm(memory, kFirstSeq + s, -1, -1);
         }
     }
 }
@@ -246,73 +274,91 @@ std::vector<uint8_t> Scorer::compute_kv(const Request & request, size_t i) {
     batch_.clear();
     llama_pos pos = 0;
     for (const llama_token id : request.plan.prefix()) {
-        batch_.add(id, pos++, kTextSeq, -1);
+        batch_.add(id, pos++, kFirstSeq, Batch::kNone);
     }
     for (size_t j = 0; j + request.n_tail() < request.length(i); ++j) {
-        batch_.add(request.text(i)[j], pos++, kTextSeq, -1);
+        batch_.add(request.text(i)[j], pos++, kFirstSeq, Batch::kNone);
     }
     decode(request.plan, nullptr);
 
-    std::vector<uint8_t> state(llama_state_seq_get_size(ctx_.get(), kTextSeq));
-    state.resize(llama_state_seq_get_data(ctx_.get(), state.data(), state.size(), kTextSeq));
-    llama_memory_seq_rm(memory, kTextSeq, -1, -1);
+    std::vector<uint8_t> state(llama_state_seq_get_size(ctx_.get(), kFirstSeq));
+    state.resize(llama_state_seq_get_data(ctx_.get(), state.data(), state.size(), kFirstSeq));
+    llama_memory_seq_rm(memory, kFirstSeq, -1, -1);
     return state;
 }
 
-// prefix | text, its last n_prompt embeddings replaced. What comes before them is computed once for all candidates, and kept.
-void Scorer::score_cue(const Request & request, const Pack & pack, float * out) {
-    llama_memory_t memory   = llama_get_memory(ctx_.get());
-    const size_t   n_prefix = request.plan.prefix().size();
-    const size_t   n_tail   = request.n_tail();
-    const size_t   n_rows   = request.n_prompt*model_->n_embd();
+// Each text's KV up to where the rows begin, in as many sequences as candidates are scored together, which share its cells. It is
+// computed once for all candidates, and kept.
+void Scorer::restore_texts(const Request & request, const Pack & pack, size_t together) {
+    llama_memory_t memory = llama_get_memory(ctx_.get());
+    const auto     kept   = [&](size_t i) -> const std::vector<uint8_t> & { return request.plan.kv(static_cast<size_t>(request.which[i])); };
 
-    const auto head_of = [&](size_t i) { return n_prefix + request.length(i) - n_tail; };
-    const auto seq_of  = [&](size_t i) { return kTextSeq + static_cast<llama_seq_id>(i - pack.first); };
-    const auto kept    = [&](size_t i) -> const std::vector<uint8_t> & { return request.plan.kv(static_cast<size_t>(request.which[i])); };
-
-    std::vector<std::vector<uint8_t>> passing(pack.last - pack.first);  // KV that the plan has no room for
+    std::vector<std::vector<uint8_t>> passing(pack.n_texts());  // KV that the plan has no room for
     for (size_t i = pack.first; i < pack.last; ++i) {
-        if (head_of(i) > 0 && kept(i).empty()) {
+        if (request.head_of(i) > 0 && kept(i).empty()) {
             passing[i - pack.first] = request.plan.keep_kv(static_cast<size_t>(request.which[i]), compute_kv(request, i));
         }
     }
     for (size_t i = pack.first; i < pack.last; ++i) {
-        if (head_of(i) == 0) {
+        if (request.head_of(i) == 0) {
             continue;
         }
         const std::vector<uint8_t> & state = kept(i).empty() ? passing[i - pack.first] : kept(i);
-        if (llama_state_seq_set_data(ctx_.get(), state.data(), state.size(), seq_of(i)) == 0) {
+        const llama_seq_id           seq   = kFirstSeq + static_cast<llama_seq_id>((i - pack.first)*together);
+        if (llama_state_seq_set_data(ctx_.get(), state.data(), state.size(), seq) == 0) {
             throw std::runtime_error("a text's KV could not be restored (" + take_last_error() + "): please report this");
         }
+        for (llama_seq_id slot = 1; slot < static_cast<llama_seq_id>(together); ++slot) {
+            llama_memory_seq_cp(memory, seq, seq + slot, -1, -1);
+        }
     }
+}
 
-    for (size_t c = 0; c < request.n_candidates; ++c) {
+// prefix | text, its last n_prompt embeddings replaced.
+void Scorer::score_cue(const Request & request, const Pack & pack, size_t together, float * out) {
+    llama_memory_t memory = llama_get_memory(ctx_.get());
+    const size_t   n_tail = request.n_tail();
+    const auto     seq_of = [&](size_t i, size_t slot) { return kFirstSeq + static_cast<llama_seq_id>((i - pack.first)*together + slot); };
+
+    restore_texts(request, pack, together);
+
+    for (size_t first = 0; first < request.n_candidates; first += together) {
+        const Group group { first, std::min(first + together, request.n_candidates) };
+
         batch_.clear();
         for (size_t i = pack.first; i < pack.last; ++i) {
-            const auto          pos0 = static_cast<llama_pos>(head_of(i));
+            const auto          pos0 = static_cast<llama_pos>(request.head_of(i));
             const llama_token * ids  = request.text(i) + request.length(i) - n_tail;
 
-            llama_soft_prompt_set(ctx_.get(), seq_of(i), pos0, static_cast<int32_t>(request.n_prompt), request.embeds + c*n_rows);
-            for (size_t j = 0; j < n_tail; ++j) {
-                batch_.add(ids[j], pos0 + static_cast<llama_pos>(j), seq_of(i), j + 1 == n_tail ? static_cast<int32_t>(i) : -1);
+            for (size_t c = group.first; c < group.last; ++c) {
+                const llama_seq_id seq = seq_of(i, c - group.first);
+                llama_soft_prompt_set(ctx_.get(), seq, pos0, static_cast<int32_t>(request.n_prompt), rows_of(request, c));
+                for (size_t j = 0; j < n_tail; ++j) {
+                    batch_.add(ids[j], pos0 + static_cast<llama_pos>(j), seq, j + 1 == n_tail ? request.out_of(c, i) : Batch::kNone);
+                }
             }
         }
-        decode(request.plan, out + c*request.n_out());
+        decode(request.plan, out);
 
         for (size_t i = pack.first; i < pack.last; ++i) {
-            llama_memory_seq_rm(memory, seq_of(i), static_cast<llama_pos>(head_of(i)), -1);
+            for (size_t slot = 0; slot < group.size(); ++slot) {
+                llama_memory_seq_rm(memory, seq_of(i, slot), static_cast<llama_pos>(request.head_of(i)), -1);
+            }
         }
     }
 
     llama_soft_prompt_clear(ctx_.get());
-    for (size_t i = pack.first; i < pack.last; ++i) {
-        llama_memory_seq_rm(memory, seq_of(i), -1, -1);
+    for (llama_seq_id seq = kFirstSeq; seq < seq_of(pack.last, 0); ++seq) {
+        llama_memory_seq_rm(memory, seq, -1, -1);
     }
 }
 
 // Runs batch_ and writes the label logits of each output token to out[output][n_labels].
 void Scorer::decode(Plan & plan, float * out) {
     plan.count_tokens(batch_.size());
+    for (llama_pos pos = 0; batch_.size() % kPad != 0 || batch_.n_outputs() % kPad != 0; ++pos) {
+        batch_.add(/*token =*/ 0, pos, kPadSeq, batch_.n_outputs() % kPad != 0 ? Batch::kUnread : Batch::kNone);
+    }
     for (size_t begin = 0; begin < batch_.size(); begin += kBatch) {
         const size_t end = std::min<size_t>(batch_.size(), begin + kBatch);
 
@@ -334,14 +380,14 @@ void Scorer::decode(Plan & plan, float * out) {
         const size_t  n_labels = plan.n_labels();
         const float * labels   = llama_soft_prompt_label_logits(ctx_.get());
         for (size_t i = begin; i < end; ++i) {
-            if (batch_.output(i) < 0) {
-                continue;
+            if (batch_.output(i) >= 0) {
+                const float * logits = plan.all_labels() ? llama_get_logits_ith(ctx_.get(), static_cast<int32_t>(i - begin)) : labels;
+                std::copy(logits, logits + n_labels, out + static_cast<size_t>(batch_.output(i))*n_labels);
             }
-            const float * logits = plan.all_labels() ? llama_get_logits_ith(ctx_.get(), static_cast<int32_t>(i - begin)) : labels;
-            std::copy(logits, logits + n_labels, out + static_cast<size_t>(batch_.output(i))*n_labels);
-            labels += plan.all_labels() ? 0 : n_labels;
+            labels += plan.all_labels() || batch_.output(i) == Batch::kNone ? 0 : n_labels;
         }
     }
+    llama_memory_seq_rm(llama_get_memory(ctx_.get()), kPadSeq, -1, -1);
 }
 
 bool Scorer::on_abort(void * data) {

@@ -21,8 +21,9 @@ struct MemoryUse {
 
 // Scores texts under soft prompts. One call at a time: a second thread's waits.
 //
-// Each candidate goes through the very same sequence of batches, in the same KV cells, and each text's own KV is computed alone:
-// a logit depends on no other candidate, on their number or order, nor on earlier calls, and repeats bit for bit.
+// As many candidates go through one llama_decode as fill it. With row attention (llama-soft-prompt.h) a token gets the same bits
+// whatever is beside it; without, candidates go one by one. Each text's own KV is computed alone. So a logit depends on no other
+// candidate, on their number or order, nor on earlier calls, and repeats bit for bit.
 class Scorer {
 public:
     Scorer(std::shared_ptr<const Model> model, int32_t n_threads);
@@ -50,20 +51,34 @@ private:
         const llama_token * text(size_t i) const { return plan.text(static_cast<size_t>(which[i])); }
         // without rows in the cue each text's last token is computed anew for each candidate: something must give the logits
         size_t n_tail() const { return n_prompt > 0 ? n_prompt : 1; }
+        // tokens before the rows, or before the last token
+        size_t head_of(size_t i) const { return plan.prefix().size() + length(i) - n_tail(); }
+
         size_t n_out() const { return n_which*plan.n_labels(); }
+        int64_t out_of(size_t candidate, size_t i) const { return static_cast<int64_t>(candidate*n_which + i); }
     };
     struct Pack {  // the request's texts [first, last): scored together
         size_t first, last, n_tokens;
+
+        size_t n_texts() const { return last - first; }
+    };
+    struct Group {  // candidates [first, last): scored together, each in a slot of its own
+        size_t first, last;
+
+        size_t size() const { return last - first; }
     };
 
     void validate(const Request & request) const;
     std::vector<Pack> pack(const Request & request) const;
-    void ensure_context(const Request & request, const std::vector<Pack> & packs);
+    size_t candidates_together(const Request & request, const std::vector<Pack> & packs) const;
+    void ensure_context(const Request & request, const std::vector<Pack> & packs, size_t together);
 
     void run(const Request & request, float * out);
-    void score_front(const Request & request, const Pack & pack, size_t candidate, bool first_pack, float * out);
-    void score_cue(const Request & request, const Pack & pack, float * out);
+    void score_front(const Request & request, const Pack & pack, const Group & group, bool first_pack, float * out);
+    void score_cue(const Request & request, const Pack & pack, size_t together, float * out);
 
+    const float * rows_of(const Request & request, size_t candidate) const { return request.embeds + candidate*request.n_prompt*static_cast<size_t>(model_->n_embd()); }
+    void restore_texts(const Request & request, const Pack & pack, size_t together);
     std::vector<uint8_t> compute_kv(const Request & request, size_t i);
     void decode_prefix(Plan & plan);
     void decode(Plan & plan, float * out);
@@ -75,7 +90,8 @@ private:
     const int32_t                n_threads_;
     ThreadpoolPtr                threadpool_;
     ContextPtr                   ctx_;
-    uint32_t                     n_ctx_ = 0;
+    uint32_t                     n_ctx_     = 0;
+    uint32_t                     n_seq_max_ = 0;
     Batch                        batch_;
     std::vector<llama_seq_id>    seqs_;  // scratch
 

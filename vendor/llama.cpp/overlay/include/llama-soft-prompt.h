@@ -24,6 +24,19 @@ LLAMA_API void llama_soft_prompt_set(
 
 LLAMA_API void llama_soft_prompt_clear(struct llama_context * ctx);
 
+// llama_init_from_model, with labels (llama_soft_prompt_set_labels) from the start, so that no buffer is reserved n_vocab wide, and with
+// row attention where the model has it: flash attention on the CPU then gives each token what its own cells give, to the last bit,
+// whatever is computed beside it and wherever in the cache its cells lie (ggml-row-attention.h).
+LLAMA_API struct llama_context * llama_soft_prompt_init_from_model(
+          struct llama_model * model,
+ struct llama_context_params   params,
+           const llama_token * ids,
+                     int32_t   n,
+                 const float * head);
+
+// false for models with ALiBi or attention sinks: row attention does not know them
+LLAMA_API bool llama_soft_prompt_has_row_attention(const struct llama_model * model);
+
 // From the next llama_decode on, compute the logits of tokens ids[n] alone: the output layer is head[n][n_embd] in place of
 // the whole matrix, and no buffer is n_vocab wide. head = NULL computes the whole output layer and picks from it; the result
 // is the same but for rounding. n = 0 goes back to llama.cpp's own logits. `head` is not copied: keep it alive.

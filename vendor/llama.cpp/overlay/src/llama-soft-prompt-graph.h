@@ -30,6 +30,8 @@ public:
 
     bool touches(const llama_ubatch & ubatch) const;
 
+    bool row_attention = false;
+
     // --- label logits ---
 
     void set_labels(const ggml_tensor * output, const llama_token * ids, int32_t n, const float * rows);
@@ -76,3 +78,6 @@ ggml_tensor * llama_soft_prompt_output(
         llm_graph_result    * res,
         const llama_cparams & cparams,
         ggml_tensor         * w);
+
+// Where the context wants it, has the attention node computed row by row.
+void llama_soft_prompt_attention(ggml_tensor * node, const llama_cparams & cparams);

@@ -9,6 +9,7 @@
 #include "llama-model.h"
 
 #include "ggml-backend.h"
+#include "ggml-row-attention.h"
 #include "ggml.h"
 
 #include <algorithm>
@@ -21,8 +22,15 @@
 // table
 //
 
+namespace {
+
+// what llama_soft_prompt_init_from_model makes, for the context that it is about to create
+thread_local std::shared_ptr<llama_soft_prompt> prepared;
+
+} // namespace
+
 std::shared_ptr<llama_soft_prompt> llama_soft_prompt_new() {
-    return std::make_shared<llama_soft_prompt>();
+    return prepared ? prepared : std::make_shared<llama_soft_prompt>();
 }
 
 void llama_soft_prompt::set(llama_seq_id seq_id, llama_pos pos0, int32_t n_rows, const float * rows) {
@@ -237,6 +245,12 @@ ggml_tensor * llama_soft_prompt_output(ggml_context * ctx0, llm_graph_result * r
     return head;
 }
 
+void llama_soft_prompt_attention(ggml_tensor * node, const llama_cparams & cparams) {
+    if (cparams.soft_prompt->row_attention) {
+        ggml_row_attention_request(node);
+    }
+}
+
 //
 // C API
 //
@@ -251,6 +265,22 @@ void llama_soft_prompt_clear(llama_context * ctx) {
 
 void llama_soft_prompt_set_labels(llama_context * ctx, const llama_token * ids, int32_t n, const float * head) {
     ctx->get_cparams().soft_prompt->set_labels(ctx->get_model().output, ids, n, head);
+}
+
+llama_context * llama_soft_prompt_init_from_model(llama_model * model, llama_context_params params, const llama_token * ids, int32_t n, const float * head) {
+    prepared = std::make_shared<llama_soft_prompt>();
+    prepared->row_attention = llama_soft_prompt_has_row_attention(model);
+    prepared->set_labels(model->output, ids, n, head);
+
+    llama_context * ctx = llama_init_from_model(model, params);
+    prepared.reset();
+    return ctx;
+}
+
+bool llama_soft_prompt_has_row_attention(const llama_model * model) {
+    const auto & layers = model->layers;
+    return model->hparams.f_max_alibi_bias == 0.0f &&
+        std::all_of(layers.begin(), layers.end(), [](const llama_layer & layer) { return layer.attn_sinks == nullptr; });
 }
 
 const float * llama_soft_prompt_label_logits(const llama_context * ctx) {
