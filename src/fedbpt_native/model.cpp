@@ -2,9 +2,15 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <mutex>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "errors.h"
 #include "llama-soft-prompt.h"
@@ -14,7 +20,8 @@ namespace fedbpt {
 
 namespace {
 
-constexpr uint32_t kLayersMax = 512;  // LLAMA_MAX_LAYERS
+constexpr uint32_t    kLayersMax    = 512;    // LLAMA_MAX_LAYERS
+constexpr llama_token kRowsResident = 16384;  // of the embedding table, while all of it is read
 
 std::string read_architecture(const std::string & path) {
     const GgufPtr gguf(gguf_init_from_file(path.c_str(), { /*no_alloc =*/ true, /*ctx =*/ nullptr }));
@@ -52,6 +59,41 @@ const char * refuses_memory(const llama_model * model) {
     return nullptr;
 }
 
+// Gives back the memory of a mapped file's pages; whoever reads them again gets them from the page cache. Weights that were
+// repacked for this CPU would otherwise be resident twice.
+void release_pages(const std::string & path) {
+#ifdef __linux__
+    std::error_code   error;
+    const std::string target = std::filesystem::canonical(path, error).string();
+    std::ifstream     maps("/proc/self/maps");
+    for (std::string line; !error && std::getline(maps, line);) {
+        // begin-end perms offset device inode   path
+        unsigned long begin = 0, end = 0;
+        int           at    = 0;
+        if (std::sscanf(line.c_str(), "%lx-%lx %*s %*s %*s %*s %n", &begin, &end, &at) == 2 && at > 0 && line.compare(static_cast<size_t>(at), std::string::npos, target) == 0) {
+            madvise(reinterpret_cast<void *>(begin), end - begin, MADV_DONTNEED);
+        }
+    }
+#else
+    (void) path;
+#endif
+}
+
+// While a model is loaded: twenty times, what has been read so far.
+struct PageRelease {
+    const std::string & path;
+    float               next = 0.0f;
+
+    static bool on_progress(float progress, void * self_) {
+        auto * self = static_cast<PageRelease *>(self_);
+        if (progress >= self->next) {
+            self->next = progress + 0.05f;
+            release_pages(self->path);
+        }
+        return true;
+    }
+};
+
 [[noreturn]] void throw_unsupported(const std::string & architecture, const char * why) {
     throw UnsupportedModelError("soft prompts do not work with architecture '" + architecture + "': " + why + "; choose another model");
 }
@@ -87,7 +129,12 @@ std::shared_ptr<const Model> Model::load(const std::string & path, int32_t n_gpu
     llama_model_params params = llama_model_default_params();
     params.n_gpu_layers = n_gpu_layers;
 
-    ModelPtr model(llama_model_load_from_file(path.c_str(), params));
+    PageRelease release { path };
+    params.progress_callback           = PageRelease::on_progress;
+    params.progress_callback_user_data = &release;
+
+    ModelPtr model(n_gpu_layers == 0 ? llama_soft_prompt_load_from_file(path.c_str(), params) : llama_model_load_from_file(path.c_str(), params));
+    release_pages(path);
     if (!model) {
         throw ModelFileError(path + " cannot be loaded (" + take_last_error() + "): it may be cut short or damaged, fetch it again");
     }
@@ -171,12 +218,17 @@ double Model::embedding_std() const {
     double sum = 0.0, sum_squares = 0.0;
 
     for (llama_token id = 0; id < n_vocab_; ++id) {
+        if (id % kRowsResident == 0) {
+            release_pages(path_);
+        }
         llama_soft_prompt_token_embeddings(model_.get(), &id, 1, row.data());
         for (const float value : row) {
             sum += value;
             sum_squares += static_cast<double>(value)*value;
         }
     }
+
+    release_pages(path_);
 
     const double count = static_cast<double>(n_vocab_)*n_embd_;
     const double mean  = sum/count;

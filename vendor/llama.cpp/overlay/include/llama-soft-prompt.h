@@ -24,6 +24,10 @@ LLAMA_API void llama_soft_prompt_set(
 
 LLAMA_API void llama_soft_prompt_clear(struct llama_context * ctx);
 
+// llama_model_load_from_file for scoring with label heads: the output matrix stays in the mapped file, where a label head's rows are
+// read from, and is not repacked for this CPU. The whole output layer still works, slower.
+LLAMA_API struct llama_model * llama_soft_prompt_load_from_file(const char * path, struct llama_model_params params);
+
 // llama_init_from_model, with labels (llama_soft_prompt_set_labels) from the start, so that no buffer is reserved n_vocab wide, and with
 // row attention where the model has it: flash attention on the CPU then gives each token what its own cells give, to the last bit,
 // whatever is computed beside it and wherever in the cache its cells lie (ggml-row-attention.h).

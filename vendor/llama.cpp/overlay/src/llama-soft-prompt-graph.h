@@ -81,3 +81,6 @@ ggml_tensor * llama_soft_prompt_output(
 
 // Where the context wants it, has the attention node computed row by row.
 void llama_soft_prompt_attention(ggml_tensor * node, const llama_cparams & cparams);
+
+// Whether a tensor of the model that this thread is loading needs no layout of its own for this CPU.
+bool llama_soft_prompt_leaves_in_file(const ggml_tensor * meta);

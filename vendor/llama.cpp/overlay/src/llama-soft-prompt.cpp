@@ -27,6 +27,9 @@ namespace {
 // what llama_soft_prompt_init_from_model makes, for the context that it is about to create
 thread_local std::shared_ptr<llama_soft_prompt> prepared;
 
+// this thread is in llama_soft_prompt_load_from_file
+thread_local bool loading = false;
+
 } // namespace
 
 std::shared_ptr<llama_soft_prompt> llama_soft_prompt_new() {
@@ -265,6 +268,17 @@ void llama_soft_prompt_clear(llama_context * ctx) {
 
 void llama_soft_prompt_set_labels(llama_context * ctx, const llama_token * ids, int32_t n, const float * head) {
     ctx->get_cparams().soft_prompt->set_labels(ctx->get_model().output, ids, n, head);
+}
+
+bool llama_soft_prompt_leaves_in_file(const ggml_tensor * meta) {
+    return loading && (std::strcmp(meta->name, "output.weight") == 0 || std::strcmp(meta->name, "token_embd.weight") == 0);
+}
+
+llama_model * llama_soft_prompt_load_from_file(const char * path, llama_model_params params) {
+    loading = true;
+    llama_model * model = llama_model_load_from_file(path, params);
+    loading = false;
+    return model;
 }
 
 llama_context * llama_soft_prompt_init_from_model(llama_model * model, llama_context_params params, const llama_token * ids, int32_t n, const float * head) {
