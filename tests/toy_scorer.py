@@ -85,13 +85,17 @@ class ToyScorer:
 
     def compile(
         self,
-        tokens: Sequence[ArrayLike],
+        texts: Sequence[ArrayLike],
         label_ids: ArrayLike | None = None,
         placement: Placement = "front",
         prefix: ArrayLike | None = None,
+        cue: ArrayLike | None = None,
+        *,
         keep_kv: bool = True,
     ) -> ToyPlan:
-        return ToyPlan(self, [np.asarray(ids) for ids in tokens], label_ids, placement, prefix, keep_kv)
+        after = np.asarray([] if cue is None else cue, dtype=np.int32)
+        tokens = [np.concatenate([np.asarray(ids), after]) for ids in texts]
+        return ToyPlan(self, tokens, label_ids, placement, prefix, keep_kv)
 
     def memory(self) -> Mapping[str, int]:
         size = self._table.nbytes

@@ -24,7 +24,7 @@ class Plan:
 class Engine:
     """A loaded model and its scorer. Thread-safe: calls that compute wait for each other."""
 
-    def __init__(self, path: str, n_threads: int, n_gpu_layers: int) -> None:
+    def __init__(self, path: str, n_threads: int, n_gpu_layers: int, kv_q8_0: bool) -> None:
         """Load a GGUF file. Raises `ModelFileError`, `UnsupportedModelError` or `InputError`."""
 
     def tokenize(self, text: str, add_bos: bool | None = None) -> NDArray[np.int32]:

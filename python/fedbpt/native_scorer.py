@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -13,6 +14,8 @@ from fedbpt import _native, models
 from fedbpt.errors import InputError
 from fedbpt.memory import memory_of_process
 from fedbpt.messages import Placement
+
+KVType = Literal["f16", "q8_0"]
 
 DEFAULT_KV_BUDGET_BYTES = 512 * 2**20
 """How much KV a plan keeps unless told otherwise: that of some 250 texts of 90 tokens for a model of 135M."""
@@ -34,6 +37,7 @@ def load_model(
     n_gpu_layers: int = 0,
     *,
     kv_budget_bytes: int = DEFAULT_KV_BUDGET_BYTES,
+    kv_type: KVType = "f16",
 ) -> NativeScorer:
     """Load a model for scoring.
 
@@ -42,15 +46,17 @@ def load_model(
         n_threads: threads that compute; None: the physical cores that this process may use.
         n_gpu_layers: layers to put on the GPU, for builds with a GPU backend; -1: all.
         kv_budget_bytes: how much of its texts' KV a plan (`NativeScorer.compile`) may keep.
+        kv_type: ``q8_0`` keeps twice as many texts in the same memory; logits move by rounding (docs/engine.md).
 
     Raises:
         ModelNotFoundError: no such name, not pulled yet, or no such file.
         ModelFileError: not a GGUF file, cut short or corrupt.
         UnsupportedModelError: an architecture that soft prompts do not work with.
-        InputError: no or too many threads, GPU layers for a build without a GPU backend.
+        InputError: no or too many threads, GPU layers for a build without a GPU backend, a ``kv_type`` that the
+            model's attention heads do not divide into.
     """
     path = models.locate(Path(name_or_path) if isinstance(name_or_path, os.PathLike) else name_or_path)
-    return NativeScorer(path, str(name_or_path), n_threads, n_gpu_layers, kv_budget_bytes)
+    return NativeScorer(path, str(name_or_path), n_threads, n_gpu_layers, kv_budget_bytes, kv_type)
 
 
 class NativeScorer:
@@ -63,14 +69,18 @@ class NativeScorer:
         n_threads: int | None = None,
         n_gpu_layers: int = 0,
         kv_budget_bytes: int = DEFAULT_KV_BUDGET_BYTES,
+        kv_type: KVType = "f16",
     ) -> None:
         if kv_budget_bytes < 0:
             raise InputError(f"kv_budget_bytes must not be negative, got {kv_budget_bytes}")
+        if kv_type not in ("f16", "q8_0"):
+            raise InputError(f"kv_type must be 'f16' or 'q8_0', got {kv_type!r}")
         self.path = path
         self.name = Path(name).stem if name and name.endswith(".gguf") else name or path.stem
         self.kv_budget_bytes = kv_budget_bytes
         self._n_gpu_layers = n_gpu_layers
-        self._engine = _native.Engine(str(path), physical_cores() if n_threads is None else n_threads, n_gpu_layers)
+        threads = physical_cores() if n_threads is None else n_threads
+        self._engine = _native.Engine(str(path), threads, n_gpu_layers, kv_type == "q8_0")
         self._embedding_std: float | None = None
         self._fingerprint: str | None = None
 
@@ -128,26 +138,40 @@ class NativeScorer:
 
     def compile(
         self,
-        tokens: Sequence[ArrayLike],
+        texts: Sequence[str | ArrayLike],
         label_ids: ArrayLike | None = None,
         placement: Placement = "front",
-        prefix: ArrayLike | None = None,
+        prefix: str | ArrayLike | None = None,
+        cue: str | ArrayLike | None = None,
+        *,
         keep_kv: bool = True,
     ) -> NativePlan:
-        """Lay a data set out for scoring many times; arguments as for `score_with_soft_prompt`.
+        """Lay a data set out for scoring many times.
 
         In ``cue`` placement the plan keeps the texts' KV as they are first scored, up to the scorer's
         ``kv_budget_bytes``: from then on a candidate costs n_prompt tokens a text. What does not fit is computed again
-        each time. ``keep_kv`` False: for one pass over the texts; nothing is kept.
+        each time (`NativePlan.n_kept` says how many are kept). Kept KV lies outside the context, and is restored for
+        the texts of a call.
+
+        Args:
+            texts: N texts, each a string or token ids.
+            label_ids, placement, prefix: as for `score_with_soft_prompt`.
+            cue: what follows each text ("\\nTopic:"), a string or token ids.
+            keep_kv: False for one pass over the texts: nothing is kept.
+
+        A string is tokenised here. BOS, where the model wants it, goes before the prefix, else before each text.
 
         Raises:
             InputError: as `score_with_soft_prompt`, for all that does not depend on the prompt.
         """
         if placement not in ("front", "cue"):
             raise InputError(f"placement must be 'front' or 'cue', got {placement!r}")
-        ids, offsets = _ragged(tokens)
+        after = self._ids([] if cue is None else cue, "cue", add_bos=False)
+        before = self._ids([] if prefix is None else prefix, "prefix")
+        add_bos = None if prefix is None else False
+        tokens = [self._ids(text, f"text {i}", add_bos) for i, text in enumerate(texts)]
+        ids, offsets = _ragged([np.concatenate([text, after]) if len(text) else text for text in tokens])
         labels = None if label_ids is None else _token_ids(label_ids, "label_ids")
-        before = _token_ids([] if prefix is None else prefix, "prefix")
         plan = self._engine.plan(
             ids, offsets, labels, placement == "cue", before, self.kv_budget_bytes if keep_kv else 0
         )
@@ -193,6 +217,9 @@ class NativeScorer:
         """What `NativePlan.score` does: logits [n_candidates, len(indices), n_labels]."""
         logits: NDArray[np.float32] = self._engine.score(plan, indices, self._rows(embeds))
         return logits
+
+    def _ids(self, text: str | ArrayLike, name: str, add_bos: bool | None = None) -> NDArray[np.int32]:
+        return self.tokenize(text, add_bos) if isinstance(text, str) else _token_ids(text, name)
 
     def _rows(self, embeds: ArrayLike) -> NDArray[np.float32]:
         given = np.asarray(embeds)
@@ -267,9 +294,8 @@ def _token_ids(ids: ArrayLike, what: str) -> NDArray[np.int32]:
     return np.ascontiguousarray(array, dtype=np.int32)
 
 
-def _ragged(tokens: Iterable[ArrayLike]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+def _ragged(texts: Sequence[NDArray[np.int32]]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """N sequences as one flat array and N + 1 offsets."""
-    texts = [_token_ids(text, f"text {i}") for i, text in enumerate(tokens)]
     offsets = np.zeros(len(texts) + 1, dtype=np.int64)
     np.cumsum([len(text) for text in texts], out=offsets[1:])
     return (np.concatenate(texts) if texts else np.empty(0, dtype=np.int32)), offsets

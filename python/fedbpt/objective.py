@@ -280,7 +280,7 @@ class Objective:
                 progress(start + len(part), len(chosen))
 
     def _compile(self, texts: list[NDArray[np.int32]], keep_kv: bool) -> Plan:
-        return self.scorer.compile(texts, self.label_ids, self._prompt.placement, self._prefix, keep_kv)
+        return self.scorer.compile(texts, self.label_ids, self._prompt.placement, self._prefix, keep_kv=keep_kv)
 
     def __repr__(self) -> str:
         place = f"{self.prompt.n_prompt} x {self.prompt.placement}"

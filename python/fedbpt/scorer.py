@@ -72,15 +72,17 @@ class Scorer(Protocol):
 
     def compile(
         self,
-        tokens: Sequence[ArrayLike],
+        texts: Sequence[ArrayLike],
         label_ids: ArrayLike | None = None,
         placement: Placement = "front",
         prefix: ArrayLike | None = None,
+        cue: ArrayLike | None = None,
+        *,
         keep_kv: bool = True,
     ) -> Plan:
         """Lay a data set out for scoring many times; arguments as for `score_with_soft_prompt`.
 
-        ``keep_kv`` False: for one pass over it; nothing is kept of the texts' KV.
+        ``cue``: token ids that follow each text. ``keep_kv`` False: for one pass over it; nothing is kept of the texts' KV.
         """
         ...
 

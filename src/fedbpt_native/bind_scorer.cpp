@@ -20,8 +20,8 @@ using FloatArray = py::array_t<float, py::array::c_style>;
 // Model + scorer, so that Python holds one object.
 class Engine {
 public:
-    Engine(const std::string & path, int32_t n_threads, int32_t n_gpu_layers)
-        : model(Model::load(path, n_gpu_layers)), scorer(model, n_threads) {}
+    Engine(const std::string & path, int32_t n_threads, int32_t n_gpu_layers, bool kv_q8_0)
+        : model(Model::load(path, n_gpu_layers)), scorer(model, n_threads, kv_q8_0 ? GGML_TYPE_Q8_0 : GGML_TYPE_F16) {}
 
     const std::shared_ptr<const Model> model;
     Scorer                             scorer;
@@ -98,7 +98,7 @@ void register_scorer(py::module_ & module) {
         .def_property_readonly("n_kept", &Plan::n_kept);
 
     py::class_<Engine, py::smart_holder>(module, "Engine", "A loaded model and its scorer. Thread-safe: calls that compute wait for each other.")
-        .def(py::init<const std::string &, int32_t, int32_t>(), py::arg("path"), py::arg("n_threads"), py::arg("n_gpu_layers"), py::call_guard<py::gil_scoped_release>())
+        .def(py::init<const std::string &, int32_t, int32_t, bool>(), py::arg("path"), py::arg("n_threads"), py::arg("n_gpu_layers"), py::arg("kv_q8_0"), py::call_guard<py::gil_scoped_release>())
         .def("tokenize", &tokenize, py::arg("text"), py::arg("add_bos") = py::none(), "int32 [n]")
         .def("token_embeddings", &token_embeddings, py::arg("ids").noconvert(), "float32 [n, n_embd]")
         .def("plan", &make_plan, py::arg("ids").noconvert(), py::arg("offsets").noconvert(), py::arg("label_ids").noconvert(), py::arg("cue"), py::arg("prefix").noconvert(), py::arg("kv_budget_bytes"),

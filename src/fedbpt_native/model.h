@@ -40,6 +40,7 @@ public:
     bool is_f32() const { return (llama_model_ftype(model_.get()) & ~LLAMA_FTYPE_GUESSED) == LLAMA_FTYPE_ALL_F32; }
     // with it a token's bits do not depend on what is computed beside it; f32 models have no flash attention
     bool has_row_attention() const { return !is_f32() && llama_soft_prompt_has_row_attention(model_.get()); }
+    bool fits_kv(ggml_type type) const { return llama_soft_prompt_head_size(model_.get()) % ggml_blck_size(type) == 0; }
     const std::string & architecture() const { return architecture_; }
     std::string description() const;
 

@@ -33,9 +33,12 @@ size_t padded(size_t n, size_t unit) {
 
 }  // namespace
 
-Scorer::Scorer(std::shared_ptr<const Model> model, int32_t n_threads) : model_(std::move(model)), n_threads_(n_threads) {
+Scorer::Scorer(std::shared_ptr<const Model> model, int32_t n_threads, ggml_type kv_type) : model_(std::move(model)), n_threads_(n_threads), kv_type_(model_->is_f32() ? GGML_TYPE_F32 : kv_type) {
     if (n_threads < 1 || n_threads > GGML_MAX_N_THREADS) {
         throw InputError("n_threads must be between 1 and " + std::to_string(GGML_MAX_N_THREADS) + ", got " + std::to_string(n_threads));
+    }
+    if (kv_type_ == GGML_TYPE_Q8_0 && !model_->fits_kv(kv_type_)) {
+        throw InputError("kv_type q8_0 packs 32 numbers, which does not divide this model's attention heads: use f16");
     }
     ggml_threadpool_params params = ggml_threadpool_params_default(n_threads);
     threadpool_.reset(ggml_threadpool_new(&params));
@@ -131,11 +134,12 @@ void Scorer::ensure_context(const Request & request, const std::vector<Pack> & p
     params.n_threads_batch = n_threads_;
     params.kv_unified      = true;
     params.swa_full        = true;
-    if (model_->is_f32()) {
-        // KV as precise as the weights; flash attention would cast it to f16
-        params.type_k          = GGML_TYPE_F32;
-        params.type_v          = GGML_TYPE_F32;
-        params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;
+    params.type_k          = kv_type_;
+    params.type_v          = kv_type_;
+    if (kv_type_ == GGML_TYPE_F32) {
+        params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;  // it would cast the KV to f16
+    } else if (kv_type_ != GGML_TYPE_F16) {
+        params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;   // nothing else reads it
     }
     params.abort_callback      = on_abort;
     params.abort_callback_data = this;

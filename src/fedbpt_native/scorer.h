@@ -26,7 +26,8 @@ struct MemoryUse {
 // candidate, on their number or order, nor on earlier calls, and repeats bit for bit.
 class Scorer {
 public:
-    Scorer(std::shared_ptr<const Model> model, int32_t n_threads);
+    // kv_type: of the KV cache, GGML_TYPE_F16 or GGML_TYPE_Q8_0; models of f32 have it in f32. Throws InputError.
+    Scorer(std::shared_ptr<const Model> model, int32_t n_threads, ggml_type kv_type = GGML_TYPE_F16);
 
     // The plan's texts `which[n_which]` under embeds[n_candidates][n_prompt][n_embd] -> out[n_candidates][n_which][n_labels].
     // `stop` is asked every few milliseconds, on this thread, whether to give up. Throws InputError, ScoringInterrupted.
@@ -88,6 +89,7 @@ private:
 
     std::shared_ptr<const Model> model_;
     const int32_t                n_threads_;
+    const ggml_type              kv_type_;
     ThreadpoolPtr                threadpool_;
     ContextPtr                   ctx_;
     uint32_t                     n_ctx_     = 0;

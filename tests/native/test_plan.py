@@ -77,3 +77,52 @@ def test_indices_that_are_none_of_the_plans_are_refused(repeatable: Case, indice
 def test_a_negative_budget_is_refused(repeatable: Case) -> None:
     with pytest.raises(InputError, match="kv_budget_bytes"):
         fedbpt.load_model(Path(repeatable.path), kv_budget_bytes=-1)
+
+
+def test_strings_are_tokenised_and_the_cue_follows_each_text(llama: Case) -> None:
+    scorer = llama.scorer
+    embeds = prompts(scorer, 2, 1)
+    cue = scorer.tokenize(" so", add_bos=False)
+    spelled = [np.concatenate([scorer.tokenize(text), cue]) for text in ("a b", "c d e")]
+    expected = scorer.score_with_soft_prompt(spelled, embeds, LABELS, "cue")
+    for given in (" so", cue):
+        plan = scorer.compile(["a b", "c d e"], LABELS, "cue", cue=given)
+        np.testing.assert_array_equal(plan.score(embeds), expected)
+
+
+def test_a_string_after_a_prefix_has_no_bos_of_its_own(llama: Case) -> None:
+    scorer = llama.scorer
+    embeds = prompts(scorer, 2, 1)
+    bare = [scorer.tokenize("a b", add_bos=False)]
+    expected = scorer.score_with_soft_prompt(bare, embeds, LABELS, "front", prefix=scorer.tokenize("c"))
+    actual = scorer.compile(["a b"], LABELS, "front", prefix="c").score(embeds)
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_an_empty_text_stays_an_error_before_a_cue(llama: Case) -> None:
+    with pytest.raises(InputError, match="text 1 is empty"):
+        llama.scorer.compile([[5, 6], []], LABELS, "cue", cue=[7, 8])
+
+
+@pytest.mark.parametrize("placement", ["front", "cue"])
+def test_kv_of_eight_bits_moves_logits_by_rounding_alone(case_of, placement: str) -> None:  # type: ignore[no-untyped-def]
+    case: Case = case_of("gemma3", "f16")
+    wide = fedbpt.load_model(case.path, n_threads=1)
+    narrow = fedbpt.load_model(case.path, n_threads=1, kv_type="q8_0")
+    data, embeds = texts(case), prompts(wide, 5)
+    plans = [scorer.compile(data, LABELS, placement) for scorer in (wide, narrow)]
+    exact, rounded = (plan.score(embeds) for plan in plans)
+    assert 0 < np.abs(rounded - exact).max() <= 0.05 * np.abs(exact).max()
+    np.testing.assert_array_equal(plans[1].score(embeds[3]), rounded[3:4])
+    if placement == "cue":
+        assert plans[1].kv_bytes < 0.6 * plans[0].kv_bytes
+
+
+def test_a_kv_type_that_there_is_not_is_refused(llama: Case) -> None:
+    with pytest.raises(InputError, match="kv_type must be"):
+        fedbpt.load_model(llama.path, kv_type="q4_0")  # type: ignore[arg-type]
+
+
+def test_heads_that_eight_bits_do_not_divide_are_refused(case_of) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(InputError, match="use f16"):
+        fedbpt.load_model(case_of("llama", "f16").path, kv_type="q8_0")

@@ -37,7 +37,6 @@ BAD: dict[str, Callable[[Case], dict[str, Any]]] = {
     "one flat text instead of a list of texts": lambda case: {"tokens": case.ids(9)},
     "a text of rank two": lambda case: {"tokens": [case.ids(8).reshape(2, 4)]},
     "a text of fractions": lambda _: {"tokens": [np.array([4.5, 6.0])]},
-    "a text of words": lambda _: {"tokens": ["the movie"]},
     "a text longer than the context": lambda case: {
         "tokens": [case.ids(case.model.n_ctx + 1)],
         "prefix": None,

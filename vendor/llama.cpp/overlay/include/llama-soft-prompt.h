@@ -38,6 +38,9 @@ LLAMA_API struct llama_context * llama_soft_prompt_init_from_model(
                      int32_t   n,
                  const float * head);
 
+// The largest number that divides all sizes of a head's keys and values.
+LLAMA_API int32_t llama_soft_prompt_head_size(const struct llama_model * model);
+
 // false for models with ALiBi or attention sinks: row attention does not know them
 LLAMA_API bool llama_soft_prompt_has_row_attention(const struct llama_model * model);
 

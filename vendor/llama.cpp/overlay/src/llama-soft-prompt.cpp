@@ -16,6 +16,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 //
@@ -289,6 +290,14 @@ llama_context * llama_soft_prompt_init_from_model(llama_model * model, llama_con
     llama_context * ctx = llama_init_from_model(model, params);
     prepared.reset();
     return ctx;
+}
+
+int32_t llama_soft_prompt_head_size(const llama_model * model) {
+    uint32_t size = 0;
+    for (uint32_t il = 0; il < model->hparams.n_layer(); ++il) {
+        size = std::gcd(size, std::gcd(model->hparams.n_embd_head_k(il), model->hparams.n_embd_head_v(il)));
+    }
+    return (int32_t) size;
 }
 
 bool llama_soft_prompt_has_row_attention(const llama_model * model) {
