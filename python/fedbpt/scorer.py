@@ -82,7 +82,8 @@ class Scorer(Protocol):
     ) -> Plan:
         """Lay a data set out for scoring many times; arguments as for `score_with_soft_prompt`.
 
-        ``cue``: token ids that follow each text. ``keep_kv`` False: for one pass over it; nothing is kept of the texts' KV.
+        ``cue``: token ids that follow each text. ``keep_kv`` False: for one pass over it; nothing is kept of the
+        texts' KV.
         """
         ...
 
