@@ -13,10 +13,11 @@
 
 namespace {
 
-constexpr int     kLanes        = 16;
-constexpr int     kCells        = 64;      // cells of K or V unpacked at a time
-constexpr int     kStep         = 4;       // rows of the product that a kernel keeps in registers
-constexpr uint16_t kClosed      = 0xFC00;  // -infinity in f16
+constexpr int      kLanes    = 16;
+constexpr int      kCells    = 64;          // cells of K or V unpacked at a time
+constexpr int      kStep     = 4;           // rows of the product that a kernel keeps in registers
+constexpr uint16_t kClosed   = 0xFC00;      // -infinity in f16
+constexpr uint32_t kInfinity = 0x7F800000;  // in f32
 
 #if defined(__AVX512F__)
 constexpr int kVectors = 2;
@@ -175,11 +176,13 @@ private:
     }
 
     bool unpacked_is_finite(int64_t n) const {
-        float sum = 0.0f;
+        uint32_t largest = 0;  // of the numbers' bits without their signs
         for (int64_t i = 0; i < n; ++i) {
-            sum += s.unpacked[i]*0.0f;
+            uint32_t bits;
+            std::memcpy(&bits, &s.unpacked[i], sizeof(bits));
+            largest = std::max(largest, bits & 0x7FFFFFFFu);
         }
-        return sum == 0.0f;
+        return largest < kInfinity;
     }
 
     // false where a row must not be computed beside others
