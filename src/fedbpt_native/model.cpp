@@ -16,6 +16,26 @@ namespace {
 
 constexpr uint32_t kLayersMax = 512;  // LLAMA_MAX_LAYERS
 
+// Sharing one text's KV between candidates needs a decoder whose whole memory is a KV cache.
+const char * refuses_memory(const llama_model * model) {
+    if (llama_model_has_encoder(model) || !llama_model_has_decoder(model)) {
+        return "it has an encoder, and scoring needs a decoder-only model";
+    }
+    if (llama_model_is_recurrent(model) || llama_model_is_hybrid(model)) {
+        return "its recurrent state cannot be shared between prompts as a KV cache can";
+    }
+    if (llama_model_is_diffusion(model)) {
+        return "it is a diffusion model, and scoring needs a causal one";
+    }
+    return nullptr;
+}
+
+[[noreturn]] void throw_unsupported(const std::string & architecture, const char * why) {
+    throw UnsupportedModelError("soft prompts do not work with architecture '" + architecture + "': " + why + "; choose another model");
+}
+
+}  // namespace
+
 std::string read_architecture(const std::string & path) {
     const GgufPtr gguf(gguf_init_from_file(path.c_str(), { /*no_alloc =*/ true, /*ctx =*/ nullptr }));
     if (!gguf) {
@@ -37,26 +57,6 @@ std::string read_architecture(const std::string & path) {
     }
     return architecture;
 }
-
-// Sharing one text's KV between candidates needs a decoder whose whole memory is a KV cache.
-const char * refuses_memory(const llama_model * model) {
-    if (llama_model_has_encoder(model) || !llama_model_has_decoder(model)) {
-        return "it has an encoder, and scoring needs a decoder-only model";
-    }
-    if (llama_model_is_recurrent(model) || llama_model_is_hybrid(model)) {
-        return "its recurrent state cannot be shared between prompts as a KV cache can";
-    }
-    if (llama_model_is_diffusion(model)) {
-        return "it is a diffusion model, and scoring needs a causal one";
-    }
-    return nullptr;
-}
-
-[[noreturn]] void throw_unsupported(const std::string & architecture, const char * why) {
-    throw UnsupportedModelError("soft prompts do not work with architecture '" + architecture + "': " + why + "; choose another model");
-}
-
-}  // namespace
 
 Model::Model(ModelPtr model, std::string path, std::string architecture)
     : model_(std::move(model)),
