@@ -15,9 +15,9 @@ NATIVE = ROOT / "src" / "fedbpt_native"
 
 # A part (a module or a folder of fedbpt) imports parts of lower layers, and of its own layer those further left.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "messages", "seeding", "memory", "packages"),
+    ("errors", "messages", "seeding", "memory", "energy", "machine", "packages"),
     ("projection", "search", "prompt", "models", "tasks"),
-    ("scorer", "native_scorer", "wire", "objective"),
+    ("scorer", "native_scorer", "bench", "wire", "objective"),
     ("local", "aggregation"),
     ("runs", "store", "reports", "agent", "clients", "fleet", "ledger", "federation"),
     ("config", "api", "display", "dashboard", "__init__", "cli", "__main__"),
@@ -73,9 +73,9 @@ def test_layer_table_names_no_part_twice() -> None:
     assert len(RANK) == sum(len(parts) for parts in LAYERS)
 
 
-def test_only_native_scorer_imports_the_native_module() -> None:
-    importers = [path.name for path in MODULES for _, name in imported(path) if "_native" in name]
-    assert importers == ["native_scorer.py"]
+def test_only_scorer_and_formats_import_the_native_module() -> None:
+    importers = [str(path.relative_to(PACKAGE)) for path in MODULES for _, name in imported(path) if "_native" in name]
+    assert importers == ["models/formats.py", "native_scorer.py"]
 
 
 def test_import_finder_sees_every_way_to_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

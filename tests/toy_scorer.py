@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fedbpt.errors import InputError
 from fedbpt.messages import Placement
+from fedbpt.models import WeightFormat
 
 BOS = 256
 
@@ -31,6 +32,9 @@ class ToyScorer:
     n_vocab = 257
     architecture = "toy"
     backend = "numpy"
+    n_threads = 1
+    weight_formats = (WeightFormat("f32", 1000, 4000),)
+    hint: str | None = None
 
     def __init__(self, seed: int = 0, n_embd: int = 8, n_ctx: int = 512, name: str = "toy") -> None:
         rng = np.random.default_rng(seed)

@@ -1,6 +1,9 @@
-"""The pybind11 module over the llama.cpp fork (``src/fedbpt_native/bind_*.cpp``); `native_scorer` is its only user."""
+"""The pybind11 module over the llama.cpp fork (``src/fedbpt_native/bind_*.cpp``).
 
-from collections.abc import Sequence
+Its users are `native_scorer` and `models.formats`.
+"""
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,6 +80,27 @@ class Engine:
 
 def supports_gpu_offload() -> bool:
     """Whether this build has a GPU backend."""
+
+def requantize_formats() -> list[str]:
+    """The formats that `requantize` knows, smallest first."""
+
+def requantize(
+    source: str, target: str, format: str, n_threads: int, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Write the model ``source`` in ``format`` to ``target``; ``progress`` gets tensors done and in total.
+
+    What is written remains where it fails. Raises `InputError`, `ModelFileError`, or what ``progress`` or a signal
+    handler raised.
+    """
+
+def weight_formats(path: str) -> list[tuple[str, int, int]]:
+    """(ggml type, parameters, bytes) of the matrices in a model's layers, most parameters first.
+
+    Raises `ModelFileError`.
+    """
+
+def matmul_flops(type: str) -> float:
+    """FLOP/s of one CPU thread multiplying 64 tokens by a matrix of a ggml type, measured. Raises `InputError`."""
 
 class GraphTrace:
     """For the fork's tests: the nodes of each graph that a small CPU context computes, in the form of trace.h."""

@@ -1,9 +1,10 @@
-"""The `Scorer` that runs on the llama.cpp fork. The only importer of ``fedbpt._native``."""
+"""The `Scorer` that runs on the llama.cpp fork."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -78,6 +79,7 @@ class NativeScorer:
         self.path = path
         self.name = Path(name).stem if name and name.endswith(".gguf") else name or path.stem
         self.kv_budget_bytes = kv_budget_bytes
+        self._given = name or str(path)
         self._n_gpu_layers = n_gpu_layers
         threads = physical_cores() if n_threads is None else n_threads
         self._engine = _native.Engine(str(path), threads, n_gpu_layers, kv_type == "q8_0")
@@ -217,6 +219,21 @@ class NativeScorer:
         """What `NativePlan.score` does: logits [n_candidates, len(indices), n_labels]."""
         logits: NDArray[np.float32] = self._engine.score(plan, indices, self._rows(embeds))
         return logits
+
+    @cached_property
+    def weight_formats(self) -> tuple[models.WeightFormat, ...]:
+        """What the matrices of the layers are stored as, most parameters first."""
+        return models.weight_formats(self.path)
+
+    @cached_property
+    def hint(self) -> str | None:
+        """One line of advice where this CPU would be much faster with another format of the weights, else None.
+
+        The first time it measures the CPU's matrix kernels, for some 30 ms each.
+        """
+        if self._n_gpu_layers:
+            return None
+        return models.faster_format(self._given, self.weight_formats)
 
     def _ids(self, text: str | ArrayLike, name: str, add_bos: bool | None = None) -> NDArray[np.int32]:
         return self.tokenize(text, add_bos) if isinstance(text, str) else _token_ids(text, name)

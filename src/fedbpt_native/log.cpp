@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
+#include <utility>
 
 #include "llama.h"
 
@@ -13,6 +14,8 @@ namespace {
 std::mutex  g_mutex;
 std::string g_last_error;
 
+thread_local const std::function<void(const char *)> * t_listener = nullptr;
+
 void on_log(ggml_log_level level, const char * text, void * /*user_data*/) {
     static const bool echo = std::getenv("FEDBPT_LLAMA_LOG") != nullptr;
     if (echo) {
@@ -22,6 +25,9 @@ void on_log(ggml_log_level level, const char * text, void * /*user_data*/) {
         std::lock_guard<std::mutex> lock(g_mutex);
         g_last_error = text;
     }
+    if (t_listener != nullptr) {
+        (*t_listener)(text);
+    }
 }
 
 }  // namespace
@@ -29,6 +35,14 @@ void on_log(ggml_log_level level, const char * text, void * /*user_data*/) {
 void install_log() {
     static std::once_flag once;
     std::call_once(once, [] { llama_log_set(on_log, nullptr); });
+}
+
+LogListener::LogListener(std::function<void(const char *)> on_text) : on_text_(std::move(on_text)) {
+    t_listener = &on_text_;
+}
+
+LogListener::~LogListener() {
+    t_listener = nullptr;
 }
 
 std::string take_last_error() {

@@ -2,6 +2,7 @@
 
 // llama.cpp reports failures to its log alone: keep the last error line, so that an exception can quote it.
 
+#include <functional>
 #include <string>
 
 namespace fedbpt {
@@ -11,5 +12,18 @@ void install_log();
 
 // The last error line since the last call, without llama.cpp's function prefix and newline; may be empty.
 std::string take_last_error();
+
+// While it lives, its function gets each piece of text that llama.cpp logs on this thread. What it throws ends llama.cpp's call,
+// where that is C++ that catches it.
+class LogListener {
+public:
+    explicit LogListener(std::function<void(const char *)> on_text);
+    ~LogListener();
+    LogListener(const LogListener &) = delete;
+    LogListener & operator=(const LogListener &) = delete;
+
+private:
+    std::function<void(const char *)> on_text_;
+};
 
 }  // namespace fedbpt

@@ -23,28 +23,6 @@ namespace {
 constexpr uint32_t    kLayersMax    = 512;    // LLAMA_MAX_LAYERS
 constexpr llama_token kRowsResident = 16384;  // of the embedding table, while all of it is read
 
-std::string read_architecture(const std::string & path) {
-    const GgufPtr gguf(gguf_init_from_file(path.c_str(), { /*no_alloc =*/ true, /*ctx =*/ nullptr }));
-    if (!gguf) {
-        throw ModelFileError(path + " is not a readable GGUF file (" + take_last_error() + "): fetch it again, or convert the model to GGUF");
-    }
-    const int64_t key = gguf_find_key(gguf.get(), "general.architecture");
-    if (key < 0 || gguf_get_kv_type(gguf.get(), key) != GGUF_TYPE_STRING) {
-        throw ModelFileError(path + " names no architecture (general.architecture): it is no language model, or its conversion was cut short");
-    }
-    const std::string architecture = gguf_get_val_str(gguf.get(), key);
-
-    // llama.cpp asserts on this one, and takes the process with it
-    const int64_t layers = gguf_find_key(gguf.get(), (architecture + ".block_count").c_str());
-    if (layers >= 0) {
-        const uint32_t n = gguf_get_kv_type(gguf.get(), layers) == GGUF_TYPE_UINT32 ? gguf_get_val_u32(gguf.get(), layers) : 0;
-        if (n < 1 || n > kLayersMax) {
-            throw ModelFileError(path + " says it has " + std::to_string(n) + " layers (" + architecture + ".block_count), which cannot be: fetch it again");
-        }
-    }
-    return architecture;
-}
-
 // Sharing one text's KV between candidates needs a decoder whose whole memory is a KV cache.
 const char * refuses_memory(const llama_model * model) {
     if (llama_model_has_encoder(model) || !llama_model_has_decoder(model)) {
@@ -99,6 +77,28 @@ struct PageRelease {
 }
 
 }  // namespace
+
+std::string read_architecture(const std::string & path) {
+    const GgufPtr gguf(gguf_init_from_file(path.c_str(), { /*no_alloc =*/ true, /*ctx =*/ nullptr }));
+    if (!gguf) {
+        throw ModelFileError(path + " is not a readable GGUF file (" + take_last_error() + "): fetch it again, or convert the model to GGUF");
+    }
+    const int64_t key = gguf_find_key(gguf.get(), "general.architecture");
+    if (key < 0 || gguf_get_kv_type(gguf.get(), key) != GGUF_TYPE_STRING) {
+        throw ModelFileError(path + " names no architecture (general.architecture): it is no language model, or its conversion was cut short");
+    }
+    const std::string architecture = gguf_get_val_str(gguf.get(), key);
+
+    // llama.cpp asserts on this one, and takes the process with it
+    const int64_t layers = gguf_find_key(gguf.get(), (architecture + ".block_count").c_str());
+    if (layers >= 0) {
+        const uint32_t n = gguf_get_kv_type(gguf.get(), layers) == GGUF_TYPE_UINT32 ? gguf_get_val_u32(gguf.get(), layers) : 0;
+        if (n < 1 || n > kLayersMax) {
+            throw ModelFileError(path + " says it has " + std::to_string(n) + " layers (" + architecture + ".block_count), which cannot be: fetch it again");
+        }
+    }
+    return architecture;
+}
 
 Model::Model(ModelPtr model, std::string path, std::string architecture)
     : model_(std::move(model)),

@@ -10,6 +10,9 @@
 
 namespace fedbpt {
 
+// What the file says it is, its header checked as far as llama.cpp would abort on it. Throws ModelFileError.
+std::string read_architecture(const std::string & path);
+
 // A frozen model: weights, vocabulary, token embeddings. Immutable after load, so safe to share between threads.
 class Model {
 public:

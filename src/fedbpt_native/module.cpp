@@ -3,6 +3,7 @@
 namespace fedbpt {
 
 void register_errors(pybind11::module_ & module);
+void register_formats(pybind11::module_ & module);
 void register_scorer(pybind11::module_ & module);
 void register_trace(pybind11::module_ & module);
 
@@ -12,6 +13,7 @@ PYBIND11_MODULE(_native, module) {
     module.doc() = "fedbpt's llama.cpp fork: scoring texts under soft prompts. Use fedbpt.native_scorer, which validates and documents.";
 
     fedbpt::register_errors(module);
+    fedbpt::register_formats(module);
     fedbpt::register_scorer(module);
     fedbpt::register_trace(module);
 }

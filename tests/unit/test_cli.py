@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import pytest
 from typer.main import get_command
 
 import fedbpt
 from fedbpt import Prompt, PromptSpec, cli
 from fedbpt.api import aggregator_for
+from fedbpt.bench import Measurement, measure
+from fedbpt.cli import bench as bench_command
 from fedbpt.cli import evaluate as evaluate_command
 from fedbpt.cli import runs as runs_command
 from fedbpt.cli import tune as tune_command
@@ -57,7 +61,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def toy_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    for command in (evaluate_command, runs_command):
+    for command in (bench_command, evaluate_command, runs_command):
         monkeypatch.setattr(command, "load_model", lambda *_args, **_options: ToyScorer())
 
 
@@ -80,7 +84,8 @@ LEAVES = {name: command for name, command in COMMANDS.items() if not hasattr(com
 
 
 def test_the_promised_commands_are_there() -> None:
-    words = ["demo", "device", "tune", "evaluate", *("models list", "models pull", "models path")]
+    words = ["demo", "device", "tune", "evaluate", "bench"]
+    words += ["models list", "models pull", "models path", "models requantize"]
     assert set(LEAVES) == {f"fedbpt {word}" for word in [*words, "runs list", "runs show", "runs export"]}
 
 
@@ -142,6 +147,16 @@ DEVICE = ("device", "--task", "ag-news", "--model")
         ((*DEVICE, "x", "--data", "news.jsonl", "--port", "99999"), 2, "'--port'"),
         (("models", "path", "smollm2-135m"), 2, "fedbpt models pull smollm2-135m"),
         (("models", "pull", "bogus"), 2, "unknown model 'bogus'"),
+        (("models", "requantize", "smollm2-135m", "q4_0"), 2, "fedbpt models pull smollm2-135m"),
+        (("models", "requantize", "news.jsonl", "q9"), 2, "unknown format 'q9': choose one of q2_k"),
+        (("models", "requantize", "news.jsonl", "q4_0"), 1, "news.jsonl is not a readable GGUF file"),
+        (("models", "requantize", "news.jsonl", "q4_0", "--out", "empty.jsonl"), 2, "empty.jsonl exists"),
+        (("models", "requantize", "news.jsonl", "q4_0", "--out", "news.jsonl", "--force"), 2, "is the model itself"),
+        (("models", "requantize", "news.jsonl", "q4_0", "--out", "absent/x.gguf"), 1, "cannot write absent/x.gguf"),
+        (("bench", "bogus"), 2, "unknown model 'bogus'"),
+        (("bench", "absent.gguf"), 2, "no such model file: absent.gguf"),
+        (("bench", "news.jsonl"), 1, "news.jsonl"),
+        (("bench", "news.jsonl", "--threads", "0"), 2, "'--threads'"),
         (("runs", "list"), 1, "no run database runs/runs.db"),
         (("runs", "list", "--store", "run.toml"), 1, "run.toml is not a run database"),
     ],
@@ -269,6 +284,17 @@ def test_an_exported_prompt_can_be_evaluated(run: Run, folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("stored", "toy_model")
+def test_a_hint_on_the_model_is_for_people_on_standard_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("runs", "export", "toy", "-m", "toy", "-t", "mood.toml", "-o", "p")
+    evaluated = ("evaluate", "p", "--data", "rows.jsonl", "--task", "mood.toml", "--model", "toy")
+    assert run(*evaluated).err == ""
+    monkeypatch.setattr(ToyScorer, "hint", "try another format")
+    assert run(*evaluated).err == "hint: try another format\n"
+    assert run(*evaluated, "--quiet").err == ""
+    assert run(*evaluated, "--json").err == ""
+
+
+@pytest.mark.usefixtures("stored", "toy_model")
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
@@ -297,3 +323,34 @@ def test_a_prompt_is_not_made_with_another_model(run: Run, monkeypatch: pytest.M
     assert answer.code == 1
     assert "not other" in answer.err
     assert not Path("p").exists()
+
+
+# --- bench -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("toy_model")
+def test_bench(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_command, "measure", partial(measure, seconds=0.0))
+    monkeypatch.setattr(ToyScorer, "hint", "try another format")
+    code, out, err = run("bench", "toy")
+    assert code == 0
+    assert "toy (100 % f32), numpy, threads: 1" in out
+    for line in ("1 text of 512 tokens", "16 prompts of 1 on 8 texts", "2 prompts of 50 on 8 texts", "memory: weights"):
+        assert line in out
+    assert err.splitlines()[-1] == "hint: try another format"
+    assert run("bench", "toy", "--quiet").err == ""
+
+    code, out, err = run("bench", "toy", "--json")
+    assert (code, err) == (0, "")
+    found = msgspec.json.decode(out, type=Measurement)
+    assert found.cue.evaluations_per_second > 0
+    assert found.hint == "try another format"
+
+
+@pytest.mark.usefixtures("toy_model")
+def test_bench_fetches_a_model_of_the_catalogue(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    pulled: list[str] = []
+    monkeypatch.setattr(bench_command.models, "pull", lambda name, _progress: pulled.append(name))
+    monkeypatch.setattr(bench_command, "measure", partial(measure, seconds=0.0))
+    assert run("bench", "--json").code == 0
+    assert pulled == ["smollm2-135m"]

@@ -20,7 +20,7 @@ def run(*arguments):
     return CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
-@pytest.mark.parametrize("command", ["list", "pull", "path"])
+@pytest.mark.parametrize("command", ["list", "pull", "path", "requantize"])
 def test_every_command_has_help_with_an_example_and_json_and_quiet(command):
     shown = run(command, "--help").output
     assert f"Example: fedbpt models {command}" in shown

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 import fedbpt
-from fedbpt.cli import demo, device, evaluate, models, runs, tune
+from fedbpt.cli import bench, demo, device, evaluate, models, runs, tune
 from fedbpt.cli.options import help_without_command
 from fedbpt.errors import FedbptError
 
@@ -28,6 +28,7 @@ app.command("demo")(demo.demo)
 app.command("device")(device.device)
 app.command("tune")(tune.tune)
 app.command("evaluate")(evaluate.evaluate)
+app.command("bench")(bench.bench)
 app.add_typer(models.app)
 app.add_typer(runs.app)
 

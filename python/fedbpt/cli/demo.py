@@ -19,6 +19,7 @@ from rich.console import Console
 
 from fedbpt import models, tasks
 from fedbpt.api import aggregator_for, evaluate, make_prompt
+from fedbpt.cli.hint import print_hint
 from fedbpt.cli.models import progress_bar
 from fedbpt.cli.options import AsJson, Quiet
 from fedbpt.cli.report import print_result, result_as_json
@@ -94,6 +95,7 @@ def demo(
         typer.echo(msgspec.json.encode(found).decode())
     else:
         _print(result, saved, examples, folder)
+        print_hint(scorer, shown)
 
 
 def _forget_unless_interrupted(store: RunStore, saved: Path, record: Path, asked: dict[str, Any]) -> None:

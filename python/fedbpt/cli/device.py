@@ -14,6 +14,7 @@ import typer
 
 from fedbpt.agent.server import AgentServer, announce
 from fedbpt.agent.service import AgentService
+from fedbpt.cli.hint import print_hint
 from fedbpt.cli.options import AsJson, GpuLayers, KvBudget, Model, Quiet, TaskName, Threads
 from fedbpt.local import Device
 from fedbpt.native_scorer import DEFAULT_KV_BUDGET_BYTES, load_model
@@ -52,6 +53,7 @@ def device(
 
     train, dev_rows, test_rows = rows(data), rows(dev), rows(test)  # before the model: a wrong file is told at once
     scorer = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers, kv_budget_bytes=kv_budget * 2**20)
+    print_hint(scorer, shown=not (quiet or as_json))
     own_name = name or socket.gethostname()
 
     def ready(host: str, port: int) -> None:

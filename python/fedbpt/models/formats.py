@@ -1,0 +1,142 @@
+"""The formats that weights are stored in: what a file has, what this CPU multiplies fast, and how to change it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shlex
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from fedbpt import _native
+from fedbpt.errors import InputError, ModelError
+from fedbpt.models.store import locate
+from fedbpt.packages import Progress, publish
+
+FORMATS: tuple[str, ...] = tuple(_native.requantize_formats())
+"""What `requantize` can write, smallest first. Most are mixtures: q4_k_m is q4_K with some q6_K, say."""
+
+_WORTH_IT = 1.5  # times faster: less is not worth what requantising loses
+_SMALL = 20_000_000  # parameters: a model below that is fast in any format
+_OFFERED = (("q8_0", 8.5), ("q4_0", 4.5))  # with a fast kernel on most CPUs: bits a parameter, least loss first
+
+
+class WeightFormat(NamedTuple):
+    """The part of a model's layers that is stored as ``type``, a ggml type (q4_1, q6_K, f16, ...)."""
+
+    type: str
+    n_params: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Requantized:
+    """What `requantize` wrote, with the sizes of the two files in bytes."""
+
+    path: Path
+    format: str
+    source: Path
+    size: int
+    source_size: int
+
+
+def requantize(
+    name_or_path: str | os.PathLike[str],
+    format: str,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    force: bool = False,
+    n_threads: int | None = None,
+    progress: Progress | None = None,
+) -> Requantized:
+    """Write a model in another format, by llama.cpp's quantiser; use the new file by its path.
+
+    What quantisation lost stays lost, and requantising a quantised file loses some more: `fedbpt.evaluate` says how
+    much. The new file is another model, with a fingerprint of its own. Nothing half-written ever has its name.
+
+    Args:
+        name_or_path: a catalogue name that has been pulled, or a GGUF file.
+        format: one of `FORMATS`.
+        out: the file to write; None: ``NAME.FORMAT.gguf`` beside the source.
+        force: replace ``out`` if it exists. The source is never replaced.
+        n_threads: threads that compute; None: as many as the machine has.
+        progress: called with tensors done and in total. What it raises ends the work.
+
+    Raises:
+        InputError: no such format, no threads, or ``out`` exists or is the source.
+        ModelNotFoundError: no such model.
+        ModelFileError: not a GGUF file, damaged, or no room on the disk.
+        ModelError: ``out`` cannot be written.
+    """
+    if format not in FORMATS:
+        raise InputError(f"unknown format {format!r}: choose one of {', '.join(FORMATS)}")
+    if n_threads is not None and n_threads < 1:
+        raise InputError(f"n_threads must be 1 or more, got {n_threads}")
+    source = locate(name_or_path)
+    target = source.with_name(f"{source.stem}.{format}.gguf") if out is None else Path(out).expanduser()
+    if target.is_dir():
+        raise InputError(f"{target} is a folder: give the .gguf file to write")
+    if target.exists() and target.samefile(source):
+        raise InputError(f"{target} is the model itself: choose another file to write")
+    if target.exists() and not force:
+        raise InputError(f"{target} exists: choose another file, or replace it (--force)")
+    temporary = target.with_name(f"{target.name}.{os.getpid()}-{threading.get_ident():x}.tmp")
+    try:
+        temporary.touch(exist_ok=False)  # before the work: a folder that cannot be written to is told at once
+        try:
+            _native.requantize(str(source), str(temporary), format, n_threads or os.cpu_count() or 1, progress)
+            publish(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise ModelError(f"cannot write {target}: {error.strerror or error}") from error
+    return Requantized(target, format, source, target.stat().st_size, source.stat().st_size)
+
+
+def weight_formats(path: Path) -> tuple[WeightFormat, ...]:
+    """The formats of the matrices in the layers of a model file, most parameters first.
+
+    Raises:
+        ModelFileError: not a GGUF file.
+    """
+    return tuple(WeightFormat(*part) for part in _native.weight_formats(str(path)))
+
+
+@functools.cache
+def matmul_flops(type: str) -> float:
+    """FLOP/s of one thread of this CPU multiplying 64 tokens by a matrix of a ggml type: measured once, in some 30 ms.
+
+    Raises:
+        InputError: no such type.
+    """
+    return float(_native.matmul_flops(type))
+
+
+def faster_format(
+    model: str, weights: Sequence[WeightFormat], flops: Callable[[str], float] = matmul_flops
+) -> str | None:
+    """One line of advice where this CPU multiplies much faster by another format, of a file no larger; else None.
+
+    Args:
+        model: the name or path that a command takes.
+        weights: from `weight_formats`.
+        flops: FLOP/s by ggml type.
+    """
+    n_params = sum(part.n_params for part in weights)
+    if n_params < _SMALL:
+        return None
+    bits = 8 * sum(part.n_bytes for part in weights) / n_params
+    seconds = sum(part.n_params / flops(part.type) for part in weights)
+    for format, format_bits in _OFFERED:
+        times = seconds * flops(format) / n_params
+        if format_bits <= bits and times >= _WORTH_IT:
+            share = 100 * weights[0].n_params / n_params
+            return (
+                f"this CPU multiplies by matrices in {format} {times:.1f} times faster than by this model's "
+                f"({share:.0f} % {weights[0].type}): try `fedbpt models requantize {shlex.quote(model)} {format}`; "
+                "`fedbpt bench` shows what it gains, `fedbpt evaluate` what it loses"
+            )
+    return None

@@ -1,0 +1,59 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "formats.h"
+#include "requantize.h"
+
+namespace py = pybind11;
+
+namespace fedbpt {
+
+namespace {
+
+void requantize_file(const std::string & source, const std::string & target, const std::string & format, int32_t n_threads, const std::optional<py::function> & progress) {
+    const auto go_on = [&](int done, int total) {
+        py::gil_scoped_acquire acquire;
+        try {
+            if (progress) {
+                (*progress)(done, total);
+            }
+        } catch (py::error_already_set & error) {
+            error.restore();
+            return false;
+        }
+        return PyErr_CheckSignals() == 0;
+    };
+    bool done;
+    {
+        py::gil_scoped_release release;
+        done = requantize(source, target, format, n_threads, go_on);
+    }
+    if (!done) {
+        throw py::error_already_set();  // what progress or a signal handler raised
+    }
+}
+
+py::list weight_formats_of(const std::string & path) {
+    std::vector<WeightFormat> found;
+    {
+        py::gil_scoped_release release;
+        found = weight_formats(path);
+    }
+    py::list formats;
+    for (const WeightFormat & format : found) {
+        formats.append(py::make_tuple(format.type, format.n_params, format.n_bytes));
+    }
+    return formats;
+}
+
+}  // namespace
+
+void register_formats(py::module_ & module) {
+    module.def("requantize_formats", &requantize_formats, "The formats that requantize knows, smallest first.");
+    module.def("requantize", &requantize_file, py::arg("source"), py::arg("target"), py::arg("format"), py::arg("n_threads"), py::arg("progress") = py::none(),
+               "Write a model file in another format; progress gets tensors done and in total.");
+    module.def("weight_formats", &weight_formats_of, py::arg("path"), "(ggml type, parameters, bytes) of the matrices in a model's layers, most parameters first.");
+    module.def("matmul_flops", &matmul_flops, py::arg("type"), py::call_guard<py::gil_scoped_release>(), "FLOP/s of one CPU thread multiplying by a matrix of a ggml type, measured.");
+}
+
+}  // namespace fedbpt

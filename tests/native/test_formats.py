@@ -1,0 +1,70 @@
+"""What a model's weights are stored as, and how fast this CPU multiplies by that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_gguf
+from tiny_case import Case
+
+import fedbpt
+from fedbpt import models
+from fedbpt.bench import KERNELS, measure
+from fedbpt.errors import InputError, ModelFileError
+
+BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_1": 20 / 32}
+
+
+@pytest.mark.parametrize("weights", list(BYTES))
+def test_weight_formats_count_the_matrices_of_the_layers(
+    case_of: Callable[..., Case], weights: tiny_gguf.Weights
+) -> None:
+    case = case_of("llama", weights)
+    matrices = [v for name, v in tiny_gguf.tensors(case.model).items() if name.startswith("blk.") and v.ndim == 2]
+    n_params = sum(values.size for values in matrices)
+    assert case.scorer.weight_formats == ((weights, n_params, int(n_params * BYTES[weights])),)
+
+
+def test_weight_formats_put_the_most_used_first(case_of: Callable[..., Case], tmp_path: Path) -> None:
+    mixed = models.requantize(case_of("llama").path, "q4_k_m", tmp_path / "mixed.gguf", n_threads=1)
+    found = models.weight_formats(mixed.path)
+    assert len(found) > 1
+    assert [part.n_params for part in found] == sorted((part.n_params for part in found), reverse=True)
+
+
+def test_weight_formats_of_what_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match=r"page\.gguf is not a readable GGUF file"):
+        models.weight_formats(tiny_gguf.write_not_gguf(tmp_path / "page.gguf"))
+
+
+@pytest.mark.parametrize("type", [*KERNELS, "f32", "q2_K", "q3_K", "q5_0", "q5_1", "iq2_xs", "iq4_xs"])
+def test_every_weight_type_has_a_kernel_to_measure(type: str) -> None:
+    assert models.matmul_flops(type) > 0
+
+
+@pytest.mark.parametrize("type", ["i32", "q4_k_m", "Q4_0", ""])
+def test_what_is_no_weight_type_is_refused(type: str) -> None:
+    with pytest.raises(InputError, match="is no weight type"):
+        models.matmul_flops(type)
+
+
+def test_a_tiny_model_gets_no_hint(llama: Case) -> None:
+    assert llama.scorer.hint is None
+
+
+def test_the_hint_is_on_the_models_own_formats_under_the_name_that_it_was_loaded_by(
+    llama: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "faster_format", lambda name, weights: f"{name}: {weights[0].type}")
+    assert fedbpt.load_model(str(llama.path), n_threads=1).hint == f"{llama.path}: f32"
+
+
+def test_a_real_scorer_can_be_measured(llama: Case) -> None:
+    found = measure(llama.scorer, seconds=0.0)
+    assert found.weights == {"f32": 1.0}
+    assert found.prefill.tokens_per_second * found.prefill.seconds_per_call == pytest.approx(512)
+    assert found.cue.tokens_per_second * found.cue.seconds_per_call == pytest.approx(16 * 8)
+    assert min(found.kernel_flops_per_second.values()) > 0
+    assert found.memory_bytes["kv"] > 0

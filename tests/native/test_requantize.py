@@ -1,0 +1,184 @@
+"""Writing a model in another format, and what is left where that fails."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_gguf
+from tiny_case import Case
+
+import fedbpt
+from fedbpt import cli, models
+from fedbpt.errors import FedbptError, InputError, ModelError, ModelFileError, ModelNotFoundError
+
+
+@pytest.fixture
+def model(llama: Case, tmp_path: Path) -> Path:
+    """A float32 model in a folder of its own."""
+    return Path(shutil.copyfile(llama.path, tmp_path / "tiny.gguf"))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("format", models.FORMATS)
+def test_every_format_can_be_written_and_used_by_its_path(model: Path, format: str) -> None:
+    written = models.requantize(model, format, n_threads=1)
+    assert written.path == model.with_name(f"tiny.{format}.gguf")
+    assert (written.format, written.source) == (format, model)
+    assert (written.size, written.source_size) == (written.path.stat().st_size, model.stat().st_size)
+    assert written.size < written.source_size
+    assert set(names(model.parent)) == {"tiny.gguf", f"tiny.{format}.gguf"}
+    scorer = fedbpt.load_model(written.path, n_threads=1)
+    assert scorer.name == f"tiny.{format}"
+    assert np.isfinite(scorer.score_with_soft_prompt([[5, 6, 7]], np.zeros((1, 1, scorer.n_embd)))).all()
+
+
+def test_a_model_in_q8_0_scores_as_one_that_was_converted_to_it(llama: Case, case_of: Callable[..., Case]) -> None:
+    converted = case_of("llama", "q8_0")
+    written = models.requantize(llama.path, "q8_0", llama.path.with_name("again-q8_0.gguf"), n_threads=1)
+    texts, embeds = llama.texts([12, 30]), llama.prompts(2, 3)
+    ours = fedbpt.load_model(written.path, n_threads=1).score_with_soft_prompt(texts, embeds)
+    np.testing.assert_allclose(ours, converted.scorer.score_with_soft_prompt(texts, embeds), atol=0.05)
+
+
+def test_a_quantised_model_can_be_requantised(case_of: Callable[..., Case], tmp_path: Path) -> None:
+    source = case_of("llama", "q4_1").path
+    written = models.requantize(source, "q4_0", tmp_path / "out.gguf", n_threads=2)
+    assert [part.type for part in models.weight_formats(source)] == ["q4_1"]
+    assert [part.type for part in models.weight_formats(written.path)] == ["q4_0"]
+
+
+def test_progress_is_told_by_tensors(model: Path) -> None:
+    told: list[tuple[int, int | None]] = []
+    models.requantize(model, "q4_0", n_threads=1, progress=lambda done, total: told.append((done, total)))
+    count = len(tiny_gguf.tensors(tiny_gguf.LLAMA))
+    assert told == [(done, count) for done in range(count + 1)]
+
+
+def test_what_progress_raises_ends_the_work_and_leaves_nothing(model: Path) -> None:
+    def interrupt(done: int, _total: int | None) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        models.requantize(model, "q4_0", n_threads=1, progress=interrupt)
+    assert names(model.parent) == ["tiny.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "said"),
+    [
+        (lambda model: tiny_gguf.write_not_gguf(model), ModelFileError, "not a readable GGUF file"),
+        (lambda model: tiny_gguf.write_truncated(model, model, 0.5), ModelFileError, "cannot be written as q4_0"),
+        (lambda model: model.unlink(), ModelNotFoundError, "no such model file"),
+    ],
+)
+def test_a_damaged_source_is_named_and_leaves_nothing(
+    model: Path, spoil: Callable[[Path], object], error: type[FedbptError], said: str
+) -> None:
+    spoil(model)
+    before = names(model.parent)
+    with pytest.raises(error, match=said) as failed:
+        models.requantize(model, "q4_0", n_threads=1)
+    assert "tiny.gguf" in str(failed.value)
+    assert len(str(failed.value).splitlines()) == 1
+    assert names(model.parent) == before
+
+
+def test_an_unknown_format_is_refused_with_the_choices(model: Path) -> None:
+    with pytest.raises(InputError, match=r"unknown format 'q4': choose one of q2_k, .*q4_0, .*f16"):
+        models.requantize(model, "q4")
+
+
+def test_no_threads_cannot_work(model: Path) -> None:
+    with pytest.raises(InputError, match="n_threads must be 1 or more, got 0"):
+        models.requantize(model, "q4_0", n_threads=0)
+
+
+def test_an_existing_file_is_replaced_only_by_force(model: Path) -> None:
+    there = model.with_name("there.gguf")
+    there.write_text("precious")
+    with pytest.raises(InputError, match=r"there\.gguf exists"):
+        models.requantize(model, "q4_0", there)
+    assert there.read_text() == "precious"
+    models.requantize(model, "q4_0", there, force=True, n_threads=1)
+    assert [part.type for part in models.weight_formats(there)] == ["q4_0"]
+
+
+def test_the_source_is_never_replaced(model: Path) -> None:
+    link = model.with_name("link.gguf")
+    link.symlink_to(model)
+    before = model.read_bytes()
+    for out in (model, link):
+        with pytest.raises(InputError, match="is the model itself"):
+            models.requantize(model, "q4_0", out, force=True)
+    assert model.read_bytes() == before
+
+
+def test_a_folder_is_no_file_to_write(model: Path) -> None:
+    with pytest.raises(InputError, match="is a folder"):
+        models.requantize(model, "q4_0", model.parent, force=True)
+
+
+@pytest.mark.parametrize("folder", ["absent", "tiny.gguf"])
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(model: Path, folder: str) -> None:
+    def never(_done: int, _total: int | None) -> None:
+        pytest.fail("it was not told before the work")
+
+    with pytest.raises(ModelError, match=rf"cannot write .*{folder}/out\.gguf") as failed:
+        models.requantize(model, "q4_0", model.parent / folder / "out.gguf", progress=never)
+    assert len(str(failed.value).splitlines()) == 1
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(model: Path) -> None:
+    """In a process of its own, which may write files of 4 KiB only."""
+    script = f"""
+import resource
+from fedbpt import models
+from fedbpt.errors import ModelFileError
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    models.requantize({str(model)!r}, "f16", n_threads=1)
+except ModelFileError as error:
+    print("refused:", error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert done.stdout.startswith("refused:")
+    assert "disk full" in done.stdout
+    assert names(model.parent) == ["tiny.gguf"]
+
+
+def test_the_command_prints_the_path_and_says_what_to_check(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def run(*options: str) -> tuple[str, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["models", "requantize", str(model), "q4_0", "--threads", "1", *options])
+        assert ended.value.code == 0
+        out, err = capfd.readouterr()
+        return out, err
+
+    out, err = run()
+    path = model.with_name("tiny.q4_0.gguf")
+    assert out == f"{path}\n"
+    assert "before" in err.splitlines()[-1]
+    assert "fedbpt evaluate" in err.splitlines()[-1]
+    assert run("--force", "--quiet") == (f"{path}\n", "")
+    out, err = run("--force", "--json")
+    assert json.loads(out) == {
+        "path": str(path),
+        "fingerprint": models.fingerprint(path),
+        "format": "q4_0",
+        "size_bytes": path.stat().st_size,
+        "source": str(model),
+        "source_size_bytes": model.stat().st_size,
+    }
+    assert err == ""

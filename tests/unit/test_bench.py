@@ -1,0 +1,126 @@
+"""What `fedbpt.bench.measure` makes of times, tokens and joules; with a toy model, by a made-up clock."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fedbpt import bench
+from fedbpt.bench import CUE, FRONT, MAX_CALLS, MIN_CALLS, PREFILL, Measurement, measure
+from tests.toy_scorer import ToyScorer
+
+TICK_S = 0.5
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a second passes between any two looks at the clock."""
+    ticks = itertools.count()
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: TICK_S * next(ticks))
+
+
+class PoweredToy(ToyScorer):
+    """Uses 3 joules a call, as a RAPL counter under ``sysfs`` tells."""
+
+    def __init__(self, sysfs: Path) -> None:
+        super().__init__()
+        self._zone = sysfs / "class/powercap/intel-rapl:0"
+        self._zone.mkdir(parents=True)
+        (self._zone / "name").write_text("package-0")
+        (self._zone / "max_energy_range_uj").write_text("262143328850")
+        self._count()
+
+    def _count(self) -> None:
+        new = self._zone / "new"
+        new.write_text(str(3_000_000 * len(self.calls)))
+        new.replace(self._zone / "energy_uj")  # in one step, as the kernel's files change: a thread reads it
+
+    def score_with_soft_prompt(self, *given: Any, **named: Any) -> NDArray[np.float32]:
+        logits = super().score_with_soft_prompt(*given, **named)
+        self._count()
+        return logits
+
+
+def measured(scorer: ToyScorer, sysfs: Path, seconds: float = 0.0, **given: Any) -> Measurement:
+    return measure(scorer, seconds=seconds, kernel_flops=lambda _type: 1e9, sysfs=sysfs, **given)
+
+
+@pytest.mark.usefixtures("clock")
+def test_rates_are_what_a_call_does_over_its_median_time(tmp_path: Path) -> None:
+    found = measured(ToyScorer(), tmp_path)
+    rates = {"prefill": found.prefill, "cue": found.cue, "front": found.front}
+    assert {rate.seconds_per_call for rate in rates.values()} == {TICK_S}
+    assert {name: rate.work for name, rate in rates.items()} == {"prefill": PREFILL, "cue": CUE, "front": FRONT}
+    assert {name: rate.tokens_per_second * TICK_S for name, rate in rates.items()} == {
+        "prefill": 512,
+        "cue": 16 * 8,  # the texts were computed in the first call, which does not count
+        "front": 2 * (50 + 8 * 56),
+    }
+    assert {name: rate.evaluations_per_second * TICK_S for name, rate in rates.items()} == {
+        "prefill": 1,
+        "cue": 16,
+        "front": 2,
+    }
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize(("seconds", "calls"), [(0.0, MIN_CALLS), (5.0, 10), (1e9, MAX_CALLS)])
+def test_calls_go_on_for_the_time_that_is_given(tmp_path: Path, seconds: float, calls: int) -> None:
+    toy = ToyScorer()
+    assert measured(toy, tmp_path, seconds).cue.calls == calls
+    assert len(toy.calls) == 3 * (calls + 1)
+
+
+def test_the_candidates_differ_and_so_do_the_texts(tmp_path: Path) -> None:
+    seen: list[NDArray[np.float32]] = []
+
+    class Recording(ToyScorer):
+        def score_with_soft_prompt(self, *given: Any, **named: Any) -> NDArray[np.float32]:
+            seen.append(super().score_with_soft_prompt(*given, **named))
+            return seen[-1]
+
+    measured(Recording(), tmp_path)
+    cue = next(logits for logits in seen if len(logits) == CUE.candidates)
+    assert len(np.unique(cue[:, 0, 0])) > CUE.candidates / 2
+    assert len(np.unique(cue[0, :, 0])) > 1
+
+
+def test_joules_are_told_by_call_and_evaluation(tmp_path: Path) -> None:
+    found = measured(PoweredToy(tmp_path), tmp_path)
+    assert found.energy_source == "RAPL package-0"
+    assert found.energy_note is None
+    for rate in (found.prefill, found.cue, found.front):
+        assert rate.joules_per_call == pytest.approx(3.0)
+        assert rate.joules_per_evaluation == pytest.approx(3.0 / rate.work.candidates)
+
+
+def test_without_a_meter_there_are_no_joules_and_a_reason(tmp_path: Path) -> None:
+    found = measured(ToyScorer(), tmp_path)
+    assert (found.energy_source, found.cue.joules_per_call, found.cue.joules_per_evaluation) == (None, None, None)
+    assert found.energy_note
+
+
+def test_the_machine_and_the_model_are_named(tmp_path: Path) -> None:
+    toy = ToyScorer()
+    toy.hint = "another format"
+    parts: list[str] = []
+    found = measured(toy, tmp_path, on_part=parts.append)
+    assert parts == ["prefill", "cue", "front", "matrix kernels"]
+    assert (found.model, found.model_fingerprint, found.backend) == ("toy", toy.fingerprint, "numpy")
+    assert (found.weights, found.hint, found.n_threads) == ({"f32": 1.0}, "another format", 1)
+    assert found.memory_bytes == toy.memory()
+    assert found.cpu
+    assert 1 <= found.n_physical_cores <= found.n_logical_cpus
+    assert found.ram_bytes > 2**20
+    assert set(found.kernel_flops_per_second) == set(bench.KERNELS)
+
+
+def test_a_measurement_is_plain_json(tmp_path: Path) -> None:
+    found = measured(ToyScorer(), tmp_path)
+    assert msgspec.json.decode(msgspec.json.encode(found), type=Measurement) == found
