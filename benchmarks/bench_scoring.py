@@ -1,7 +1,13 @@
-"""Evaluations per second of a generation: the plan against the naive way, on the same model in the same run.
+"""How many evaluations a second, beside stock llama-cpp-python, PyTorch and the ceiling of the machine?
 
-Naive: one text and one candidate a call, nothing shared. Plan: all candidates at once, the prompt's KV shared by the
-texts (front) or the texts' KV kept between generations (cue). The two ways alternate; medians are printed.
+One evaluation is one candidate prompt on all texts. Two cases on AG-News-like texts of some 56 tokens:
+
+front  50 prompt tokens before each of 64 texts. Peers answer the same question.
+cue    1 prompt token in place of the answer cue's last, mini-batches of 8, 16 candidates a generation, the texts' KV
+       already kept. Peers evaluate the same mini-batch in front placement with 50 prompt tokens.
+
+The ceiling: the tokens that the engine computes over its own prefill rate on one text of 512 tokens. Everything is
+alternated within each repeat; medians are printed, and one JSON line last.
 
     python benchmarks/bench_scoring.py --model smollm2-135m
 """
@@ -10,80 +16,206 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import platform
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
+from peers import UnavailableError
+from peers.pytorch import PyTorch, converted, load_gguf
+from peers.stock_llama import INSTALL, OneByOne, Packed, StockModel
+from workload import alternate, label_ids, prompts, seconds, texts_like_news
 
 import fedbpt
 from fedbpt.errors import ModelNotFoundError
 from fedbpt.messages import Placement
 
-WORDS = (
-    "Stocks rose on Wall Street on Tuesday after the central bank said that it would keep rates where they are, "
-    "while shares in Europe ended the day little changed as investors waited for figures on jobs and trade "
-)
+MODELS = ("smollm2-135m", "gemma3-270m")
+PEER_ROWS = 50
+MINI_BATCH = 8
+POPSIZE = 16
+GENERATIONS = 200
+
+Say = Callable[[str], None]
+Texts = list[NDArray[np.int32]]
 
 
-def texts_like_news(scorer: fedbpt.NativeScorer, n: int, n_tokens: int) -> list[np.ndarray]:
-    """``n`` token sequences of ``n_tokens``, give or take a third."""
-    ids = scorer.tokenize(WORDS * 8)
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(n_tokens * 2 // 3, n_tokens * 4 // 3, n)
-    return [ids[start : start + length] for start, length in zip(rng.integers(0, 80, n), lengths, strict=True)]
+class Peer(Protocol):
+    name: str
+
+    def score(self, prompt: NDArray[np.float32], texts: Texts, label_ids: NDArray[np.int32]) -> NDArray[np.float32]: ...
 
 
-def seconds(run: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
+class NaiveScorer:
+    """fedbpt's engine used the naive way: one text and one candidate a call, nothing shared."""
+
+    name = "fedbpt, one text a call"
+
+    def __init__(self, scorer: fedbpt.NativeScorer) -> None:
+        self.scorer = scorer
+
+    def score(self, prompt: NDArray[np.float32], texts: Texts, label_ids: NDArray[np.int32]) -> NDArray[np.float32]:
+        return np.concatenate([self.scorer.score_with_soft_prompt([text], prompt, label_ids)[0] for text in texts])
+
+
+def cpu_has_amx() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.is_file() and " amx_int8" in cpuinfo.read_text()
+
+
+def available_peers(scorer: fedbpt.NativeScorer, n_ctx: int, say: Say) -> tuple[list[Peer], dict[str, str]]:
+    """The peers that run here, and why the others do not."""
+    peers: list[Peer] = [NaiveScorer(scorer)]
+    skipped: dict[str, str] = {}
+    try:
+        stock = StockModel(scorer.path, scorer.n_threads)
+        peers += [OneByOne(stock, n_ctx), Packed(stock, n_ctx)]
+        say(f"  llama-cpp-python {stock.version}: {stock.features}")
+        if cpu_has_amx():
+            say(f"  llama-cpp-python is built without AMX, with which it crashes when built by GCC 12:\n    {INSTALL}")
+    except UnavailableError as reason:
+        skipped["llama-cpp-python"] = str(reason)
+    try:
+        model = load_gguf(scorer.path, scorer.n_threads)
+        peers += [PyTorch(each, scorer.n_threads) for each in (model, converted(model, "bfloat16"))]
+    except UnavailableError as reason:
+        skipped["PyTorch"] = str(reason)
+    for name, why in skipped.items():
+        say(f"  skipped {name}: {why}")
+    return peers, skipped
 
 
 def compare(
-    scorer: fedbpt.NativeScorer, placement: Placement, n_prompt: int, n_texts: int, popsize: int, repeats: int
-) -> dict[str, float]:
-    """Medians of ``repeats`` alternated generations, as evaluations per second (a candidate on all texts is one)."""
-    texts = texts_like_news(scorer, n_texts, 56)
-    labels = scorer.tokenize(" World Sports Business Technology", add_bos=False)
-    embeds = np.stack([scorer.token_embeddings(scorer.tokenize(WORDS)[:n_prompt])] * popsize)
-    embeds += 0.01 * np.random.default_rng(1).standard_normal(embeds.shape).astype(np.float32)
+    scorer: fedbpt.NativeScorer,
+    peers: list[Peer],
+    placement: Placement,
+    texts: Texts,
+    candidates: NDArray[np.float32],
+    repeats: int,
+) -> dict[str, Any]:
+    """Evaluations per second of ours and of each peer in front placement, and ours as a share of the ceiling."""
+    labels = label_ids(scorer)
+    peer_prompt = prompts(scorer, 1, PEER_ROWS)[0]
     plan = scorer.compile(texts, labels, placement)
+    prefill = scorer.compile(texts_like_news(scorer, 1, 512, spread=0), labels)
+    no_rows = np.empty((1, 0, scorer.n_embd), dtype=np.float32)
 
-    def naive() -> None:
-        for candidate in embeds:
-            for text in texts:
-                scorer.score_with_soft_prompt([text], candidate, labels, placement)
+    # Once each unmeasured: buffers, caches and, in the cue, the texts' KV.
+    plan.score(candidates)
+    prefill.score(no_rows)
+    answers = scorer.score_with_soft_prompt(texts, peer_prompt, labels)[0].argmax(axis=1)
+    agreement = {
+        peer.name: float(np.mean(peer.score(peer_prompt, texts, labels).argmax(axis=1) == answers)) for peer in peers
+    }
 
-    plan.score(embeds)  # the texts' KV, once a data set
-    times: dict[str, list[float]] = {"naive": [], "plan": []}
-    for _ in range(repeats):
-        times["naive"].append(seconds(naive))
-        times["plan"].append(seconds(lambda: plan.score(embeds)))
-    rates = {name: popsize / statistics.median(taken) for name, taken in times.items()}
-    return {**rates, "ratio": rates["plan"] / rates["naive"]}
+    n_tokens = plan.n_tokens
+    plan.score(candidates)
+    n_tokens = plan.n_tokens - n_tokens
+    runs: dict[str, Callable[[], object]] = {
+        "fedbpt": lambda: plan.score(candidates),
+        "prefill": lambda: prefill.score(no_rows),
+    }
+    for peer in peers:
+        runs[peer.name] = partial(peer.score, peer_prompt, texts, labels)
+    taken = alternate(runs, repeats)
+
+    ours = len(candidates) / taken["fedbpt"]
+    prefill_rate = 512 / taken["prefill"]
+    ceiling = len(candidates) * prefill_rate / n_tokens
+    rates = {peer.name: 1 / taken[peer.name] for peer in peers}
+    return {
+        "placement": placement,
+        "texts": len(texts),
+        "candidates": len(candidates),
+        "prompt_tokens": candidates.shape[1],
+        "tokens_per_evaluation": n_tokens / len(candidates),
+        "prefill_tokens_per_second": prefill_rate,
+        "evaluations_per_second": {"fedbpt": ours, **rates},
+        "ratio": {name: ours / rate for name, rate in rates.items()},
+        "ceiling": ceiling,
+        "share_of_ceiling": ours / ceiling,
+        "same_answers": agreement,
+    }
+
+
+def show(case: dict[str, Any], say: Say) -> None:
+    say(
+        f"{case['placement']}: {case['texts']} texts, {case['candidates']} candidates, {case['prompt_tokens']} prompt "
+        f"tokens each; evaluations per second"
+    )
+    rates = case["evaluations_per_second"]
+    say(f"  {'fedbpt':46} {rates['fedbpt']:9.3f}")
+    for name, ratio in case["ratio"].items():
+        same = f"{case['same_answers'][name]:4.0%} same answers"
+        say(f"  {name:46} {rates[name]:9.3f}   fedbpt is {ratio:7.2f} times as fast; {same}")
+    say(
+        f"  {'ceiling':46} {case['ceiling']:9.3f}   fedbpt reaches {case['share_of_ceiling']:.0%} "
+        f"({case['tokens_per_evaluation']:.0f} tokens at {case['prefill_tokens_per_second']:.0f} tokens/s)"
+    )
+
+
+def tuning_run(scorer: fedbpt.NativeScorer, texts: Texts) -> float:
+    """Seconds for the scoring of a whole run in the cue: the texts' KV, then every generation on its mini-batch."""
+    plan = scorer.compile(texts, label_ids(scorer), "cue")
+    candidates = prompts(scorer, POPSIZE, 1)
+
+    def run() -> None:
+        for generation in range(GENERATIONS):
+            first = generation * MINI_BATCH
+            plan.score(candidates, np.arange(first, first + MINI_BATCH) % len(texts))
+
+    return seconds(run)
+
+
+def bench(name: str, args: argparse.Namespace, say: Say) -> dict[str, Any] | None:
+    """All cases for one model; None where it has not been pulled."""
+    try:
+        scorer = fedbpt.load_model(name, n_threads=args.threads)
+    except ModelNotFoundError as error:
+        say(f"skipped {name}: {error}")
+        return None
+    say(f"{scorer!r}; medians of {args.repeats}")
+    texts = texts_like_news(scorer, args.texts)
+    n_ctx = PEER_ROWS + max(map(len, texts))
+    peers, skipped = available_peers(scorer, n_ctx, say)
+
+    front, cue = prompts(scorer, args.candidates, PEER_ROWS), prompts(scorer, POPSIZE, 1)
+    cases = [compare(scorer, peers, "front", texts, front, args.repeats)]
+    show(cases[-1], say)
+    cases.append(compare(scorer, peers, "cue", texts[:MINI_BATCH], cue, args.repeats))
+    show(cases[-1], say)
+    result: dict[str, Any] = {"model": scorer.name, "threads": scorer.n_threads, "cases": cases, "skipped": skipped}
+    if args.run if args.run is not None else scorer.name == MODELS[0]:
+        result["run_seconds"] = tuning_run(scorer, texts)
+        say(f"cue: {GENERATIONS * POPSIZE} evaluations x {MINI_BATCH} texts take {result['run_seconds']:.1f} s")
+    return result
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--model", action="append", help=f"name or GGUF file; again for more (default: {MODELS})")
+    parser.add_argument("--threads", type=int, help="for ours and the peers (default: physical cores)")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--texts", type=int, default=64, help="in front placement and in a whole run")
+    parser.add_argument(
+        "--candidates", type=int, default=2, help="of ours per repeat in front placement; peers take one"
+    )
+    parser.add_argument(
+        "--run", action=argparse.BooleanOptionalAction, help=f"time a whole run in the cue (default: {MODELS[0]} only)"
+    )
+    parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
     args = parser.parse_args()
-    try:
-        scorer = fedbpt.load_model(args.model, n_threads=args.threads)
-    except ModelNotFoundError as error:
-        print(f"skipped: {error}")
-        return 0
-    cases = {
-        "front, 50 rows, 8 texts, 4 candidates": compare(scorer, "front", 50, 8, 4, args.repeats),
-        "cue, 1 row, 8 texts, 16 candidates": compare(scorer, "cue", 1, 8, 16, args.repeats),
-    }
-    print(f"{scorer!r}; evaluations per second, median of {args.repeats}")
-    for name, rates in cases.items():
-        print(f"{name:40} naive {rates['naive']:8.2f}   plan {rates['plan']:8.2f}   ratio {rates['ratio']:6.1f}x")
-    print(json.dumps({"model": scorer.name, "threads": scorer.n_threads, "cases": cases}))
+
+    def say(text: str) -> None:
+        if not args.json:
+            print(text, flush=True)
+
+    results = [bench(name, args, say) for name in args.model or MODELS]
+    print(json.dumps({"machine": platform.machine(), "models": [result for result in results if result]}))
     return 0
 
 

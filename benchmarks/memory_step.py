@@ -1,0 +1,147 @@
+"""One variant of `bench_memory.py`, in a process of its own: prints what it measured, its peak RSS included, as JSON.
+
+Imports are inside the functions: one variant's packages must not count as another's memory.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from peers import UnavailableError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from fedbpt.messages import Placement
+
+UNAVAILABLE = 3
+"""Exit code where a peer is not installed; the output is the reason."""
+POPSIZE = 16
+MINI_BATCH = 8
+N_PROMPT: dict[Placement, int] = {"front": 50, "cue": 1}
+
+
+def fedbpt_step(model: str, threads: int | None, texts: int, placement: Placement, candidates: int) -> dict[str, Any]:
+    """One generation of CMA-ES on all texts (front) or a mini-batch (cue); ``candidates`` of its 16 are scored."""
+    import workload
+
+    import fedbpt
+    from fedbpt.memory import memory_of_process
+    from fedbpt.messages import PromptSpec
+    from fedbpt.objective import cross_entropy
+    from fedbpt.projection import Projection
+    from fedbpt.search import CmaSearch
+
+    interpreter = memory_of_process()["rss"]
+    scorer = fedbpt.load_model(model, n_threads=threads)
+    labels = workload.label_ids(scorer)
+    plan = scorer.compile(workload.texts_like_news(scorer, texts), labels, placement)
+    spec = PromptSpec(placement=placement, n_prompt=N_PROMPT[placement])
+    projection = Projection(spec, workload.prompts(scorer, 1, spec.n_prompt)[0], scorer.embedding_std)
+    search = CmaSearch(spec.d, spec.sigma0, POPSIZE)
+    batch = np.arange(texts if placement == "front" else min(MINI_BATCH, texts))
+
+    began = time.perf_counter()
+    logits = plan.score(projection.embeds(search.ask())[:candidates], batch)
+    losses = cross_entropy(logits, batch % len(labels)).mean(axis=-1)
+    search.tell(np.resize(losses, POPSIZE))
+    memory = scorer.memory()
+    return {
+        "seconds": time.perf_counter() - began,
+        "texts": len(batch),
+        "candidates": len(logits),
+        "weights": memory["weights"],
+        "kv": memory["kv"] + plan.kv_bytes,
+        "compute": memory["compute"],
+        "projection": 4 * spec.d * projection.p0.size,
+        "interpreter": interpreter,
+        "finite": bool(np.isfinite(logits).all()),
+    }
+
+
+def write_checkpoints(model: str, threads: int | None, texts: int, folder: str) -> dict[str, Any]:
+    """The GGUF's weights as safetensors, and the texts: so that the peers' processes hold neither GGUF nor fedbpt."""
+    import workload
+    from peers.pytorch import converted, load_gguf
+
+    import fedbpt
+
+    scorer = fedbpt.load_model(model, n_threads=threads)
+    peer = load_gguf(scorer.path, scorer.n_threads)
+    peer.save_pretrained(Path(folder) / "float32")
+    converted(peer, "bfloat16").save_pretrained(Path(folder) / "bfloat16")
+    sequences = workload.texts_like_news(scorer, texts)
+    np.savez(
+        Path(folder) / "texts.npz",
+        ids=np.concatenate(sequences),
+        ends=np.cumsum([len(ids) for ids in sequences]),
+        labels=workload.label_ids(scorer),
+        prompt=workload.prompts(scorer, 1, N_PROMPT["front"])[0],
+        threads=scorer.n_threads,
+    )
+    return {}
+
+
+def pytorch_evaluation(folder: str, dtype: Any) -> dict[str, Any]:
+    """One candidate in front placement on all texts."""
+    from peers.pytorch import PyTorch, load_checkpoint
+
+    texts, inputs = _texts(folder)
+    n_threads = int(inputs["threads"])
+    peer = PyTorch(load_checkpoint(Path(folder) / dtype, dtype, n_threads), n_threads)
+    began = time.perf_counter()
+    peer.score(inputs["prompt"], texts, inputs["labels"])
+    return {"seconds": time.perf_counter() - began, "texts": len(texts), "candidates": 1}
+
+
+def peft_step(folder: str) -> dict[str, Any]:
+    """One step of prompt tuning by back-propagation on all texts."""
+    from peers.peft_tuning import tuning_step
+    from peers.pytorch import load_checkpoint
+
+    texts, inputs = _texts(folder)
+    labels = inputs["labels"]
+    model = load_checkpoint(Path(folder) / "float32", "float32", int(inputs["threads"]))
+    targets = [int(labels[i % len(labels)]) for i in range(len(texts))]
+    began = time.perf_counter()
+    tuning_step(model, texts, targets, N_PROMPT["front"], MINI_BATCH)
+    return {"seconds": time.perf_counter() - began, "texts": len(texts)}
+
+
+def write_random_llama(path: str) -> dict[str, Any]:
+    import random_llama
+
+    random_llama.write(Path(path))
+    return {}
+
+
+def _texts(folder: str) -> tuple[list[NDArray[np.int32]], dict[str, Any]]:
+    with np.load(Path(folder) / "texts.npz") as file:
+        inputs = dict(file)
+    return np.split(inputs["ids"], inputs["ends"][:-1]), inputs
+
+
+VARIANTS = (fedbpt_step, write_checkpoints, pytorch_evaluation, peft_step, write_random_llama)
+
+
+def main() -> int:
+    name, arguments = sys.argv[1:]
+    variant = {function.__name__: function for function in VARIANTS}[name]
+    try:
+        result = variant(**json.loads(arguments))
+    except UnavailableError as reason:
+        print(reason)
+        return UNAVAILABLE
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(json.dumps({**result, "peak_rss": peak}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
