@@ -17,7 +17,7 @@ NATIVE = ROOT / "src" / "fedbpt_native"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "messages", "seeding", "memory", "energy", "machine", "packages"),
     ("projection", "search", "prompt", "models", "tasks"),
-    ("scorer", "native_scorer", "bench", "wire", "objective"),
+    ("scorer", "native_scorer", "bench", "wire", "racing", "objective"),
     ("local", "aggregation"),
     ("runs", "store", "reports", "agent", "clients", "fleet", "ledger", "federation"),
     ("config", "api", "display", "dashboard", "__init__", "cli", "__main__"),

@@ -17,6 +17,7 @@ from fedbpt.errors import DataError, InputError, ScoringInterrupted, TaskError
 from fedbpt.messages import LossName, ObjectiveSpec, PromptSpec, Template
 from fedbpt.projection import Projection
 from fedbpt.prompt import Prompt
+from fedbpt.racing import Race, race
 from fedbpt.scorer import Plan, Scorer
 from fedbpt.seeding import generator
 from fedbpt.tasks.perturb import perturb
@@ -143,6 +144,7 @@ class Objective:
         self._prompt = prompt
         self._plan = self._compile(self._tokens, keep_kv)
         self.projection = Projection(prompt, _start(scorer, self._cue, prompt), scorer.embedding_std)
+        self._zero_shot = np.full(len(texts), np.nan)
         self.evaluations = 0
         """Candidates scored so far."""
         self.tokens = 0
@@ -198,6 +200,46 @@ class Objective:
         self.evaluations += len(total)
         return sums[0] / len(chosen) if passes == 1 else sums[0] / np.maximum(sums[1], _SMALLEST_LOSS)
 
+    def race(
+        self,
+        embeds: ArrayLike,
+        indices: ArrayLike | None = None,
+        *,
+        n_better: int,
+        cancelled: Cancelled | None = None,
+    ) -> Race:
+        """Losses of which the ``n_better`` smallest are right: other candidates stop early (`fedbpt.racing`).
+
+        Rows go by the loss of the model without prompt, the largest first; it is computed once for each row.
+        With fewer than `racing.MIN_TEXTS` rows the result is that of `losses` to the last bit. With more, a candidate
+        that was scored on all rows has their mean, up to rounding: the rows are scored in other calls, and which rows
+        share a call shows in the last bits of their logits, or in more where activations are quantised.
+
+        Args:
+            embeds: [k, n_prompt, n_embd].
+            indices: rows to use; None: all.
+            n_better: how many of the best candidates to keep right; half the population for CMA-ES.
+            cancelled: asked before each scoring call.
+
+        Raises:
+            InputError: ``n_better`` outside 1…k; a perturbed objective, which is no mean over rows.
+            ScoringInterrupted: ``cancelled`` said yes.
+        """
+        if self.spec.perturb > 0:
+            raise InputError("a perturbed objective is a ratio and cannot be raced: set perturb to 0 or use losses")
+        candidates = np.asarray(embeds, dtype=np.float32)
+        chosen = self._indices(indices)
+
+        def score(who: NDArray[np.intp], texts: NDArray[np.intp]) -> NDArray[np.float64]:
+            parts = self._scored(candidates[who], chosen[texts], None, None, cancelled)
+            return np.concatenate([loss for _, loss in parts], axis=1)
+
+        found = race(
+            score, lambda: self._zero_shot_losses(chosen, cancelled), len(candidates), len(chosen), n_better=n_better
+        )
+        self.evaluations += len(candidates)
+        return found
+
     def evaluate(
         self,
         embeds: ArrayLike,
@@ -249,6 +291,13 @@ class Objective:
             raise InputError("the perturbed objective needs a random generator: pass rng")
         keep = len(self._cue)
         return [perturb(self._tokens[i], keep, rate, self.scorer.n_vocab, rng) for i in chosen]
+
+    def _zero_shot_losses(self, chosen: NDArray[np.intp], cancelled: Cancelled | None) -> NDArray[np.float64]:
+        """Loss [n] of the model without prompt; a text a call, so that it depends on no other and no earlier call."""
+        for i in np.unique(chosen[np.isnan(self._zero_shot[chosen])]):
+            for _, loss in self._scored(self.zero_shot_embeds(), np.array([i]), None, None, cancelled):
+                self._zero_shot[i] = loss[0, 0]
+        return self._zero_shot[chosen]
 
     def _scored(
         self,
