@@ -8,6 +8,7 @@
 #include "llama-ext.h"
 #include "llama-soft-prompt.h"
 #include "log.h"
+#include "sequences.h"
 
 namespace fedbpt {
 
@@ -18,12 +19,8 @@ constexpr uint32_t kBatch       = 2048;  // tokens a llama_decode
 constexpr size_t   kTextsMax    = 32;    // texts a pack: bounds the n_vocab-wide logits buffers
 constexpr size_t   kCueCellsMax = 1024;  // KV cells of a cue pack's texts: attention slows down with a longer KV
 
-constexpr llama_seq_id kPrefixSeq = 0;   // what comes before everything
-constexpr llama_seq_id kPadSeq    = 1;   // tokens that only fill a batch up
-constexpr llama_seq_id kFirstSeq  = 2;   // the first slot's
-
-constexpr uint32_t kSeqMax = 256;        // LLAMA_MAX_SEQ
-constexpr size_t   kPad    = 4;          // CPU kernels take rows by four, and round the rest differently
+constexpr uint32_t kSeqMax      = 256;   // LLAMA_MAX_SEQ
+constexpr size_t   kPad         = 4;     // CPU kernels take rows by four, and round the rest differently
 
 constexpr auto kStopInterval = std::chrono::milliseconds(20);
 
@@ -211,149 +208,6 @@ void Scorer::run(const Request & request, float * out) {
 
     if (!std::all_of(out, out + request.n_candidates*request.n_out(), [](float logit) { return std::isfinite(logit); })) {
         reset();
-    }
-}
-
-void Scorer::decode_prefix(Plan & plan) {
-    if (plan.prefix().empty()) {
-        return;
-    }
-    batch_.clear();
-    for (size_t i = 0; i < plan.prefix().size(); ++i) {
-        batch_.add(plan.prefix()[i], static_cast<llama_pos>(i), kPrefixSeq, Batch::kNone);
-    }
-    decode(plan, nullptr);
-}
-
-// prefix | rows | text. The rows go with the first pack's texts, as tokens of all their sequences; the other packs share
-// those cells.
-void Scorer::score_front(const Request & request, const Pack & pack, const Group & group, bool first_pack, float * out) {
-    llama_memory_t memory = llama_get_memory(ctx_.get());
-    const auto n_prefix = static_cast<llama_pos>(request.plan.prefix().size());
-    const auto n_prompt = static_cast<llama_pos>(request.n_prompt);
-    const auto n_seqs   = static_cast<llama_seq_id>(1 + pack.n_texts());  // of a slot: the rows', then the texts'
-
-    batch_.clear();
-    for (size_t c = group.first; c < group.last; ++c) {
-        const llama_seq_id prompt = kFirstSeq + static_cast<llama_seq_id>(c - group.first)*n_seqs;
-
-        seqs_.clear();
-        for (llama_seq_id seq = prompt; seq < prompt + n_seqs; ++seq) {
-            seqs_.push_back(seq);
-            if (first_pack) {
-                llama_memory_seq_cp(memory, kPrefixSeq, seq, -1, -1);
-            } else if (seq != prompt) {
-                llama_memory_seq_cp(memory, prompt, seq, -1, -1);
-            }
-        }
-        if (first_pack && n_prompt > 0) {
-            llama_soft_prompt_set(ctx_.get(), prompt, n_prefix, n_prompt, rows_of(request, c));
-            for (llama_pos j = 0; j < n_prompt; ++j) {
-                batch_.add(/*placeholder token =*/ 0, n_prefix + j, seqs_.data(), seqs_.size(), Batch::kNone);
-            }
-        }
-        for (size_t i = pack.first; i < pack.last; ++i) {
-            const size_t length = request.length(i);
-            for (size_t j = 0; j < length; ++j) {
-                batch_.add(request.text(i)[j], n_prefix + n_prompt + static_cast<llama_pos>(j), seqs_[1 + i - pack.first], j + 1 == length ? request.out_of(c, i) : Batch::kNone);
-            }
-        }
-    }
-    decode(request.plan, out);
-
-    // the rows stay for the candidate's next pack
-    const bool last_pack = pack.last == request.n_which;
-    for (llama_seq_id s = 0; s < static_cast<llama_seq_id>(group.size())*n_seqs; ++s) {
-        if (last_pack || s % n_seqs != 0) {
-            llama_memory_seq_rm(memory, kFirstSeq + s, -1, -1);
-        }
-    }
-}
-
-// The KV of prefix and text i up to where the rows begin: computed alone in an empty cache, so that it is the same whatever texts
-// are scored beside it.
-std::vector<uint8_t> Scorer::compute_kv(const Request & request, size_t i) {
-    llama_memory_t memory = llama_get_memory(ctx_.get());
-
-    batch_.clear();
-    llama_pos pos = 0;
-    for (const llama_token id : request.plan.prefix()) {
-        batch_.add(id, pos++, kFirstSeq, Batch::kNone);
-    }
-    for (size_t j = 0; j + request.n_tail() < request.length(i); ++j) {
-        batch_.add(request.text(i)[j], pos++, kFirstSeq, Batch::kNone);
-    }
-    decode(request.plan, nullptr);
-
-    std::vector<uint8_t> state(llama_state_seq_get_size(ctx_.get(), kFirstSeq));
-    state.resize(llama_state_seq_get_data(ctx_.get(), state.data(), state.size(), kFirstSeq));
-    llama_memory_seq_rm(memory, kFirstSeq, -1, -1);
-    return state;
-}
-
-// Each text's KV up to where the rows begin, in as many sequences as candidates are scored together, which share its cells. It is
-// computed once for all candidates, and kept.
-void Scorer::restore_texts(const Request & request, const Pack & pack, size_t together) {
-    llama_memory_t memory = llama_get_memory(ctx_.get());
-    const auto     kept   = [&](size_t i) -> const std::vector<uint8_t> & { return request.plan.kv(static_cast<size_t>(request.which[i])); };
-
-    std::vector<std::vector<uint8_t>> passing(pack.n_texts());  // KV that the plan has no room for
-    for (size_t i = pack.first; i < pack.last; ++i) {
-        if (request.head_of(i) > 0 && kept(i).empty()) {
-            passing[i - pack.first] = request.plan.keep_kv(static_cast<size_t>(request.which[i]), compute_kv(request, i));
-        }
-    }
-    for (size_t i = pack.first; i < pack.last; ++i) {
-        if (request.head_of(i) == 0) {
-            continue;
-        }
-        const std::vector<uint8_t> & state = kept(i).empty() ? passing[i - pack.first] : kept(i);
-        const llama_seq_id           seq   = kFirstSeq + static_cast<llama_seq_id>((i - pack.first)*together);
-        if (llama_state_seq_set_data(ctx_.get(), state.data(), state.size(), seq) == 0) {
-            throw std::runtime_error("a text's KV could not be restored (" + take_last_error() + "): please report this");
-        }
-        for (llama_seq_id slot = 1; slot < static_cast<llama_seq_id>(together); ++slot) {
-            llama_memory_seq_cp(memory, seq, seq + slot, -1, -1);
-        }
-    }
-}
-
-// prefix | text, its last n_prompt embeddings replaced.
-void Scorer::score_cue(const Request & request, const Pack & pack, size_t together, float * out) {
-    llama_memory_t memory = llama_get_memory(ctx_.get());
-    const size_t   n_tail = request.n_tail();
-    const auto     seq_of = [&](size_t i, size_t slot) { return kFirstSeq + static_cast<llama_seq_id>((i - pack.first)*together + slot); };
-
-    restore_texts(request, pack, together);
-
-    for (size_t first = 0; first < request.n_candidates; first += together) {
-        const Group group { first, std::min(first + together, request.n_candidates) };
-
-        batch_.clear();
-        for (size_t i = pack.first; i < pack.last; ++i) {
-            const auto          pos0 = static_cast<llama_pos>(request.head_of(i));
-            const llama_token * ids  = request.text(i) + request.length(i) - n_tail;
-
-            for (size_t c = group.first; c < group.last; ++c) {
-                const llama_seq_id seq = seq_of(i, c - group.first);
-                llama_soft_prompt_set(ctx_.get(), seq, pos0, static_cast<int32_t>(request.n_prompt), rows_of(request, c));
-                for (size_t j = 0; j < n_tail; ++j) {
-                    batch_.add(ids[j], pos0 + static_cast<llama_pos>(j), seq, j + 1 == n_tail ? request.out_of(c, i) : Batch::kNone);
-                }
-            }
-        }
-        decode(request.plan, out);
-
-        for (size_t i = pack.first; i < pack.last; ++i) {
-            for (size_t slot = 0; slot < group.size(); ++slot) {
-                llama_memory_seq_rm(memory, seq_of(i, slot), static_cast<llama_pos>(request.head_of(i)), -1);
-            }
-        }
-    }
-
-    llama_soft_prompt_clear(ctx_.get());
-    for (llama_seq_id seq = kFirstSeq; seq < seq_of(pack.last, 0); ++seq) {
-        llama_memory_seq_rm(memory, seq, -1, -1);
     }
 }
 
