@@ -18,12 +18,13 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt \
 # second build compiles only what changed. Their versions are in constraints.txt.
 BUILD_TOOLS := pip scikit-build-core pybind11 cmake ninja
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test sanitize lint bench clean
 
 help:
 	@echo 'make setup   create $(VENV) and build fedbpt into it (again: only what changed)'
 	@echo 'make demo    tune a small model over three devices on this machine (DEMO_ARGS="--help" for options)'
 	@echo 'make test    run every test (TEST_ARGS="tests/unit -k search" for some)'
+	@echo 'make sanitize   the native tests under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make bench   list the benchmarks; BENCH=name runs one, BENCH=all every one'
 	@echo 'make clean   remove what was built; models, data and runs stay'
@@ -53,6 +54,17 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+# A build of its own: pip puts the package where no editable install comes before it, see run.sh.
+SANITIZED := build/sanitize
+
+sanitize: setup
+	@echo 'Building fedbpt and llama.cpp with sanitizers; the first time takes half an hour of one core'
+	$(PIP) install --quiet --no-deps --no-build-isolation --upgrade --target $(SANITIZED)/site \
+	  --config-settings build-dir=$(SANITIZED)/build --config-settings cmake.build-type=RelWithDebInfo \
+	  --config-settings cmake.define.FEDBPT_SANITIZE=ON .
+	tests/native/sanitize/run.sh $(BIN)/python $(SANITIZED)/site \
+	  tests/native --deselect tests/native/test_leaks.py --timeout 1200 $(TEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@
 
 #include <optional>
 
+#include "errors.h"
 #include "model.h"
 #include "scorer.h"
 
@@ -59,6 +60,9 @@ std::unique_ptr<Plan> make_plan(const Engine & engine, const IntArray & ids, con
 }
 
 FloatArray score(Engine & engine, Plan & plan, const LongArray & which, const FloatArray & embeds) {
+    if (!plan.is_for(*engine.model)) {
+        throw InputError("this plan was compiled by another scorer: compile its texts with the scorer that is to score them");
+    }
     FloatArray logits({ embeds.shape(0), which.size(), static_cast<py::ssize_t>(plan.n_labels()) });
     float * out = logits.mutable_data();
 
@@ -91,7 +95,7 @@ py::dict memory(const Engine & engine) {
 }  // namespace
 
 void register_scorer(py::module_ & module) {
-    py::class_<Plan, py::smart_holder>(module, "Plan", "A data set laid out for scoring; in cue placement it keeps the texts' KV. Its model must be the engine's that scores it.")
+    py::class_<Plan, py::smart_holder>(module, "Plan", "A data set laid out for scoring; in cue placement it keeps the texts' KV. For the engine that made it.")
         .def_property_readonly("n_texts", &Plan::n_texts)
         .def_property_readonly("n_tokens", &Plan::n_tokens)
         .def_property_readonly("kv_bytes", &Plan::kv_bytes)

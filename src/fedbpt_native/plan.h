@@ -19,6 +19,7 @@ public:
     Plan(std::shared_ptr<const Model> model, std::vector<llama_token> ids, std::vector<int64_t> offsets, Placement placement, std::vector<llama_token> prefix,
          bool all_labels, std::vector<llama_token> label_ids, uint64_t kv_budget_bytes);
 
+    bool is_for(const Model & model) const { return model_.get() == &model; }
     size_t n_texts() const { return offsets_.size() - 1; }
     size_t length(size_t i) const { return static_cast<size_t>(offsets_[i + 1] - offsets_[i]); }
     const llama_token * text(size_t i) const { return ids_.data() + offsets_[i]; }

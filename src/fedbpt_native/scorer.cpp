@@ -159,9 +159,8 @@ void Scorer::score(Plan & plan, const int64_t * which, size_t n_which, const flo
     validate(request);
 
     std::lock_guard<std::mutex> lock(mutex_);
-    interrupted_     = false;
-    stop_            = &stop;
-    next_stop_check_ = std::chrono::steady_clock::now() + kStopInterval;
+    interrupted_ = false;
+    stop_        = &stop;
 
     try {
         run(request, out);
@@ -213,16 +212,18 @@ void Scorer::run(const Request & request, float * out) {
 
 // Runs batch_ and writes the label logits of each output token to out[output][n_labels].
 void Scorer::decode(Plan & plan, float * out) {
-    plan.count_tokens(batch_.size());
+    const size_t n_tokens = batch_.size();  // without those that fill up
     for (llama_pos pos = 0; batch_.size() % kPad != 0 || batch_.n_outputs() % kPad != 0; ++pos) {
         batch_.add(/*token =*/ 0, pos, kPadSeq, batch_.n_outputs() % kPad != 0 ? Batch::kUnread : Batch::kNone);
     }
     for (size_t begin = 0; begin < batch_.size(); begin += kBatch) {
         const size_t end = std::min<size_t>(batch_.size(), begin + kBatch);
 
+        next_stop_check_ = {};  // due: a small model computes many batches in an interval
         if (on_abort(this)) {
             throw ScoringInterrupted("scoring was interrupted");
         }
+        plan.count_tokens(std::min(end, n_tokens) - std::min(begin, n_tokens));
         take_last_error();
         const int32_t status = llama_decode(ctx_.get(), batch_.view(begin, end));
         if (status == 2) {

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -107,62 +102,3 @@ def test_a_freshly_loaded_model_gives_the_same_bits(repeatable: Case, placement:
     how = {"label_ids": [5, 300, 17], "prefix": [1, 44], "placement": placement}
     actual = fresh.score_with_soft_prompt(repeatable.texts(LENGTHS), embeds, **how)
     np.testing.assert_array_equal(actual, score(repeatable, embeds, placement=placement))
-
-
-def test_calls_from_several_threads_give_the_bits_of_serial_calls(repeatable: Case) -> None:
-    jobs: list[Callable[[], NDArray[np.float32]]] = [
-        lambda: score(repeatable, repeatable.prompts(6, 3), placement="front"),
-        lambda: score(repeatable, repeatable.prompts(6, 1), placement="cue"),
-        lambda: score(repeatable, repeatable.prompts(2, 0), label_ids=None),
-        lambda: repeatable.scorer.token_embeddings(repeatable.ids(50)),
-    ]
-    serial = [job() for job in jobs]
-    together: dict[int, list[NDArray[np.float32]]] = {index: [] for index in range(len(jobs))}
-    start = threading.Barrier(len(jobs))
-
-    def run(index: int) -> None:
-        start.wait()
-        together[index] = [jobs[index]() for _ in range(3)]
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(jobs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    for index, expected in enumerate(serial):
-        assert len(together[index]) == 3
-        for actual in together[index]:
-            np.testing.assert_array_equal(actual, expected)
-
-
-def test_ctrl_c_ends_a_long_call_and_spoils_nothing(llama: Case) -> None:
-    """In a process of its own: a signal that came too late would end the test session instead."""
-    script = f"""
-        import os, signal, sys, threading, time
-        import numpy as np
-        import fedbpt
-        from fedbpt.errors import ScoringInterrupted
-
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        scorer = fedbpt.load_model({str(llama.path)!r}, n_threads={N_THREADS})
-        rng = np.random.default_rng(0)
-        texts = [rng.integers(3, scorer.n_vocab, 300) for _ in range(60)]
-        embeds = rng.standard_normal((200, 50, scorer.n_embd), dtype=np.float32)
-        before = scorer.score_with_soft_prompt(texts[:2], embeds[:2])
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-        started = time.monotonic()
-        try:
-            scorer.score_with_soft_prompt(texts, embeds, label_ids=[5])
-        except (KeyboardInterrupt, ScoringInterrupted):
-            seconds = time.monotonic() - started
-        else:
-            sys.exit("the call ended before the signal came")
-        if seconds > 5:
-            sys.exit(f"took {{seconds:.1f}} s to stop")
-        after = scorer.score_with_soft_prompt(texts[:2], embeds[:2])
-        sys.exit(0 if np.array_equal(before, after) else "the next call gave other bits")
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stderr

@@ -1,0 +1,162 @@
+"""A stopped call computes at most one more graph (ubatch) and spoils nothing: counted in tokens, not in seconds."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import tiny_gguf
+from numpy.typing import NDArray
+from tiny_case import N_THREADS, Case
+
+import fedbpt
+from fedbpt.errors import ScoringInterrupted
+from fedbpt.native_scorer import NativePlan
+
+UBATCH = 512  # tokens a graph
+N_SIGNALS = 8
+PLACEMENTS = pytest.mark.parametrize("placement", ["front", "cue"])
+
+
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A model that computes many graphs in the time in which a person sees no delay."""
+    path = tmp_path_factory.mktemp("fast") / "smallest.gguf"
+    return Case(tiny_gguf.SMALLEST, tiny_gguf.write(path, tiny_gguf.SMALLEST))
+
+
+def load(case: Case, placement: str) -> tuple[fedbpt.NativeScorer, NativePlan]:
+    """A plan of which a candidate takes several batches, each one graph: the texts fill them nearly, with 25 rows."""
+    scorer = fedbpt.load_model(case.path, n_threads=N_THREADS)
+    return scorer, scorer.compile(case.texts([60] * 50), [5, 17], placement)
+
+
+def candidates(case: Case, n: int) -> NDArray[np.float32]:
+    return np.repeat(case.prompts(2, 25), n // 2, axis=0)
+
+
+def once_it_computes(plan: NativePlan, act: Callable[[], object]) -> threading.Thread:
+    """A thread that calls ``act`` when the plan has some graphs behind it."""
+    before = plan.n_tokens
+
+    def wait() -> None:
+        while plan.n_tokens < before + 4 * UBATCH:
+            time.sleep(0.001)
+        act()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+@PLACEMENTS
+@pytest.mark.parametrize("by", ["another thread", "a signal handler"])
+def test_interrupt_ends_a_call_within_one_graph(fast: Case, placement: str, by: str) -> None:
+    scorer, plan = load(fast, placement)
+    expected = plan.score(candidates(fast, 2))
+    n_tokens = []
+
+    def interrupt(*_: object) -> None:
+        scorer.interrupt()
+        n_tokens.append(plan.n_tokens)
+
+    def send() -> None:
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+
+    handler = signal.signal(signal.SIGUSR1, interrupt)  # runs on this thread, within the call
+    thread = once_it_computes(plan, send if by == "a signal handler" else interrupt)
+    try:
+        with pytest.raises(ScoringInterrupted):
+            plan.score(candidates(fast, 20_000))  # minutes, if nothing stops it
+    finally:
+        thread.join()
+        signal.signal(signal.SIGUSR1, handler)
+    assert plan.n_tokens - n_tokens[0] <= UBATCH
+    np.testing.assert_array_equal(plan.score(candidates(fast, 2)), expected)
+
+
+def test_interrupt_ends_a_graph_before_its_last_node(llama: Case) -> None:
+    scorer = fedbpt.load_model(llama.path, n_threads=N_THREADS)
+    length = llama.model.n_ctx
+    plan = scorer.compile([llama.ids(length)], [5])
+    over = threading.Event()
+
+    def interrupt() -> None:
+        while not over.wait(0.001):
+            scorer.interrupt()
+
+    def ends_within_its_graph() -> bool:
+        before = plan.n_tokens
+        try:
+            plan.score(llama.prompts(1, 0))
+        except ScoringInterrupted:
+            return plan.n_tokens - before == length  # counted as the graph begins
+        return False
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        assert any(ends_within_its_graph() for _ in range(200))
+    finally:
+        over.set()
+        thread.join()
+
+
+@PLACEMENTS
+def test_ctrl_c_ends_a_call_within_one_graph(fast: Case, placement: str) -> None:
+    """In a process of its own, whose other thread reads the count as a signal comes. Graphs are small, and so many."""
+    script = f"""
+        import os, signal, sys, threading, time
+        import numpy as np
+        import fedbpt
+
+        scorer = fedbpt.load_model({str(fast.path)!r}, n_threads={N_THREADS})
+        rng = np.random.default_rng(0)
+        embeds = rng.standard_normal((30_000, 10, scorer.n_embd), dtype=np.float32)
+        plan = scorer.compile([rng.integers(3, scorer.n_vocab, 20) for _ in range(4)], [5, 17], {placement!r})
+        expected = plan.score(embeds[:2])
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        def watch(before, counts):
+            while plan.n_tokens < before + {4 * UBATCH}:
+                time.sleep(0.001)
+            print("computing", flush=True)
+            os.read(reader, 1)
+            counts.append(plan.n_tokens)
+
+        for _ in range({N_SIGNALS}):
+            counts = []
+            thread = threading.Thread(target=watch, args=(plan.n_tokens, counts))
+            thread.start()
+            try:
+                plan.score(embeds)
+            except KeyboardInterrupt:
+                thread.join()
+            else:
+                sys.exit("the call ended before the signal came")
+            if plan.n_tokens - counts[0] > {UBATCH}:
+                sys.exit(f"computed {{plan.n_tokens - counts[0]}} tokens after the signal")
+            if not np.array_equal(plan.score(embeds[:2]), expected):
+                sys.exit("the next call gave other bits")
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        for _ in process.stdout:  # a line for each call that computes
+            process.send_signal(signal.SIGINT)
+        _, said = process.communicate()
+    finally:
+        process.kill()
+    assert process.returncode == 0, said
