@@ -26,8 +26,8 @@ constexpr int kVectors = 1;
 #endif
 constexpr int kRows = kLanes*kVectors;     // query rows of a block, one a lane
 
-typedef float   floats __attribute__((vector_size(kLanes*sizeof(float)), aligned(4), may_alias));
-typedef int32_t ints   __attribute__((vector_size(kLanes*sizeof(int32_t)), aligned(4), may_alias));
+typedef float   floats __attribute__((vector_size(kLanes*sizeof(float)), may_alias));
+typedef int32_t ints   __attribute__((vector_size(kLanes*sizeof(int32_t)), may_alias));
 
 struct Block {
     floats v[kVectors];
