@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -44,7 +45,8 @@ Result = dict[str, Any]
 def run(function: Callable[..., Result], **arguments: Any) -> Result:
     """What ``function`` of memory_step measures in a process of its own. Raises `UnavailableError` as it does."""
     command = [sys.executable, memory_step.__file__, function.__name__, json.dumps(arguments)]
-    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}  # the peers' libraries about each other's future
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=quiet)
     if child.returncode == memory_step.UNAVAILABLE:
         raise UnavailableError(child.stdout.strip())
     child.check_returncode()
@@ -64,8 +66,16 @@ def show_ours(name: str, result: Result, say: Say) -> None:
         f"{megabytes(limit).strip()}; {result['candidates']} candidates on {result['texts']} texts in "
         f"{result['seconds']:.1f} s"
     )
-    parts = ("weights", "kv", "compute", "projection", "interpreter")
-    say(" " * 21 + ", ".join(f"{part} {megabytes(result[part]).strip()}" for part in parts))
+    parts = {
+        "stated": ("weights", "kv", "compute"),
+        "besides": ("projection", "interpreter"),
+        "resident at the end": tuple(memory_step.RESIDENT),
+    }
+    for kind, names in parts.items():
+        known = [
+            f"{part.removeprefix('resident_')} {megabytes(result[part]).strip()}" for part in names if part in result
+        ]
+        say(f"{'':21}{kind}: {', '.join(known)}")
 
 
 def bench_model(name: str, args: argparse.Namespace, folder: Path, say: Say) -> dict[str, Result]:

@@ -24,6 +24,7 @@ UNAVAILABLE = 3
 """Exit code where a peer is not installed; the output is the reason."""
 POPSIZE = 16
 MINI_BATCH = 8
+RESIDENT = {"resident_own": "RssAnon", "resident_files": "RssFile"}
 N_PROMPT: dict[Placement, int] = {"front": 50, "cue": 1}
 
 
@@ -61,8 +62,16 @@ def fedbpt_step(model: str, threads: int | None, texts: int, placement: Placemen
         "compute": memory["compute"],
         "projection": 4 * spec.d * projection.p0.size,
         "interpreter": interpreter,
+        **_resident(),
         "finite": bool(np.isfinite(logits).all()),
     }
+
+
+def _resident() -> dict[str, int]:
+    """Bytes of RSS that are the process's own, and those of mapped files, which the system can drop (Linux alone)."""
+    status = Path("/proc/self/status")
+    lines = dict(line.split(":", 1) for line in status.read_text().splitlines()) if status.is_file() else {}
+    return {name: int(lines[key].split()[0]) * 1024 for name, key in RESIDENT.items() if key in lines}
 
 
 def write_checkpoints(model: str, threads: int | None, texts: int, folder: str) -> dict[str, Any]:

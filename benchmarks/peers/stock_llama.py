@@ -19,7 +19,7 @@ INSTALL = (
 )
 """A shell command that builds it with everything that the CPU has but AMX."""
 PACK_TOKENS = 512
-"""Tokens a pack of texts: one ubatch."""
+"""Tokens a pack of texts, one ubatch. 256, 1,024 and all texts at once were no faster."""
 PACK_TEXTS = 32
 
 Ints = NDArray[np.integer[Any]]

@@ -10,7 +10,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Protocol
@@ -112,7 +112,7 @@ def measure(
     *,
     seconds: float = SECONDS,
     on_part: Callable[[str], None] = lambda _part: None,
-    kernel_flops: Callable[[str], float] = models.matmul_flops,
+    kernel_flops: Callable[[Collection[str]], Mapping[str, float]] = models.matmul_flops,
     sysfs: Path = SYSFS,
 ) -> Measurement:
     """Measure this machine with a model. Takes some 4 times ``seconds``, more where a single call takes longer.
@@ -121,7 +121,7 @@ def measure(
         scorer: the model, loaded.
         seconds: for each kind of work, at least.
         on_part: told what is measured next.
-        kernel_flops: FLOP/s by ggml type.
+        kernel_flops: measures FLOP/s by ggml type.
         sysfs: the root of the system's files on energy and heat.
 
     Raises:
@@ -157,7 +157,7 @@ def measure(
         energy_note=note,
         heat_before=before,
         heat_after=after,
-        kernel_flops_per_second={name: kernel_flops(name) for name in KERNELS},
+        kernel_flops_per_second=kernel_flops(KERNELS),
         hint=scorer.hint,
         elapsed_seconds=time.perf_counter() - began,
     )

@@ -18,14 +18,14 @@ constexpr int64_t kIn     = 512;   // a multiple of every type's block
 constexpr int64_t kOut    = 1024;
 constexpr int64_t kTokens = 64;
 
-constexpr int    kRepeatsMin    = 3;
-constexpr double kEnoughSeconds = 0.02;
+constexpr int    kRepeatsMin    = 2;
+constexpr double kEnoughSeconds = 0.01;
 
 ggml_type type_named(const std::string & name) {
     for (int i = 0; i < GGML_TYPE_COUNT; ++i) {
         const auto type = static_cast<ggml_type>(i);
-        // integer types have names too, but no matrix kernel
-        if (ggml_type_name(type) == name && (ggml_is_quantized(type) || type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_BF16)) {
+        // integers and what activations are rounded to have names too, but no kernel to multiply by
+        if (ggml_type_name(type) == name && ggml_get_type_traits_cpu(type)->vec_dot != nullptr) {
             return type;
         }
     }

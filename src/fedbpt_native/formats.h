@@ -18,7 +18,7 @@ struct WeightFormat {
 std::vector<WeightFormat> weight_formats(const std::string & path);
 
 // Multiplications and additions (each counts) that one CPU thread makes in a second of its time, multiplying 64 tokens by a matrix
-// of a ggml type that lies where llama.cpp would place a weight. Measured anew at each call, in some 30 ms. Throws InputError.
+// of a ggml type that lies where llama.cpp would place a weight. Measured anew at each call, in some 10 ms. Throws InputError.
 double matmul_flops(const std::string & type);
 
 }  // namespace fedbpt

@@ -48,7 +48,7 @@ class PoweredToy(ToyScorer):
 
 
 def measured(scorer: ToyScorer, sysfs: Path, seconds: float = 0.0, **given: Any) -> Measurement:
-    return measure(scorer, seconds=seconds, kernel_flops=lambda _type: 1e9, sysfs=sysfs, **given)
+    return measure(scorer, seconds=seconds, kernel_flops=lambda types: dict.fromkeys(types, 1e9), sysfs=sysfs, **given)
 
 
 @pytest.mark.usefixtures("clock")

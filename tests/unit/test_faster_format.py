@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import pytest
 
 from fedbpt.models import FORMATS, WeightFormat, faster_format
@@ -16,7 +18,7 @@ def model(**millions: int) -> list[WeightFormat]:
 
 
 def advice(weights: list[WeightFormat], **flops: float) -> str | None:
-    return faster_format("my model.gguf", weights, {**FLOPS, **flops}.__getitem__)
+    return faster_format("my model.gguf", weights, lambda types: {type: {**FLOPS, **flops}[type] for type in types})
 
 
 def test_a_slow_format_is_named_with_the_command_that_changes_it() -> None:
@@ -55,9 +57,9 @@ def test_a_model_in_the_fast_format_already_is_left_alone() -> None:
     assert advice(model(q8_0=100), q4_0=110.0) is None
 
 
-@pytest.mark.parametrize("weights", [[], model(q4_1=1)])
-def test_small_models_are_not_even_measured(weights: list[WeightFormat]) -> None:
-    def never(_type: str) -> float:
+@pytest.mark.parametrize("weights", [[], model(q4_1=1), model(q2_K=100)])
+def test_a_model_that_is_small_or_packed_tightly_is_not_even_measured(weights: list[WeightFormat]) -> None:
+    def never(_types: Collection[str]) -> dict[str, float]:
         pytest.fail("measured")
 
     assert faster_format("tiny", weights, never) is None

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shlex
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +20,7 @@ FORMATS: tuple[str, ...] = tuple(_native.requantize_formats())
 
 _WORTH_IT = 1.5  # times faster: less is not worth what requantising loses
 _SMALL = 20_000_000  # parameters: a model below that is fast in any format
-_OFFERED = (("q8_0", 8.5), ("q4_0", 4.5))  # with a fast kernel on most CPUs: bits a parameter, least loss first
+_OFFERED = {"q8_0": 8.5, "q4_0": 4.5}  # with a fast kernel on most CPUs: bits a parameter, least loss first
 
 
 class WeightFormat(NamedTuple):
@@ -105,34 +104,42 @@ def weight_formats(path: Path) -> tuple[WeightFormat, ...]:
     return tuple(WeightFormat(*part) for part in _native.weight_formats(str(path)))
 
 
-@functools.cache
-def matmul_flops(type: str) -> float:
-    """FLOP/s of one thread of this CPU multiplying 64 tokens by a matrix of a ggml type: measured once, in some 30 ms.
+def matmul_flops(types: Collection[str]) -> dict[str, float]:
+    """FLOP/s of one thread of this CPU multiplying 64 tokens by a matrix of each ggml type, in its own CPU time.
+
+    Measured anew, for some 30 ms each: in turn, three times over, so that what else runs here slows all of them alike.
 
     Raises:
         InputError: no such type.
     """
-    return float(_native.matmul_flops(type))
+    rounds = [{type: _native.matmul_flops(type) for type in types} for _ in range(3)]
+    return {type: max(found[type] for found in rounds) for type in rounds[0]}
 
 
 def faster_format(
-    model: str, weights: Sequence[WeightFormat], flops: Callable[[str], float] = matmul_flops
+    model: str,
+    weights: Sequence[WeightFormat],
+    measure: Callable[[Collection[str]], Mapping[str, float]] = matmul_flops,
 ) -> str | None:
     """One line of advice where this CPU multiplies much faster by another format, of a file no larger; else None.
 
     Args:
         model: the name or path that a command takes.
         weights: from `weight_formats`.
-        flops: FLOP/s by ggml type.
+        measure: gives FLOP/s by ggml type.
     """
     n_params = sum(part.n_params for part in weights)
     if n_params < _SMALL:
         return None
     bits = 8 * sum(part.n_bytes for part in weights) / n_params
-    seconds = sum(part.n_params / flops(part.type) for part in weights)
-    for format, format_bits in _OFFERED:
-        times = seconds * flops(format) / n_params
-        if format_bits <= bits and times >= _WORTH_IT:
+    offered = [format for format, format_bits in _OFFERED.items() if format_bits <= bits]
+    if not offered:
+        return None
+    flops = measure({*offered, *(part.type for part in weights)})
+    seconds = sum(part.n_params / flops[part.type] for part in weights)
+    for format in offered:
+        times = seconds * flops[format] / n_params
+        if times >= _WORTH_IT:
             share = 100 * weights[0].n_params / n_params
             return (
                 f"this CPU multiplies by matrices in {format} {times:.1f} times faster than by this model's "
