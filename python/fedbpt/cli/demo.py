@@ -86,7 +86,7 @@ def demo(
             clients = [HttpClient(url, name) for name, url in urls.items()]
             result = Federation(clients, task, settings, aggregator_for(settings), store, RUN, display).run()
 
-    scorer = load_model(path)
+    scorer = load_model(model)
     prompt = make_prompt(scorer, task, result)
     prompt.save(saved)
     examples = _examples(scorer, task, splits["test"], prompt)

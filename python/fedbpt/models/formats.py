@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import threading
@@ -19,7 +20,9 @@ FORMATS: tuple[str, ...] = tuple(_native.requantize_formats())
 """What `requantize` can write, smallest first. Most are mixtures: q4_k_m is q4_K with some q6_K, say."""
 
 _WORTH_IT = 1.5  # times faster: less is not worth what requantising loses
+_MEASUREMENTS = 3  # all of them must say so: what else runs may slow one
 _SMALL = 20_000_000  # parameters: a model below that is fast in any format
+_ROOM = 64_000_000  # bytes by which the file may grow
 _OFFERED = {"q8_0": 8.5, "q4_0": 4.5}  # with a fast kernel on most CPUs: bits a parameter, least loss first
 
 
@@ -121,7 +124,9 @@ def faster_format(
     weights: Sequence[WeightFormat],
     measure: Callable[[Collection[str]], Mapping[str, float]] = matmul_flops,
 ) -> str | None:
-    """One line of advice where this CPU multiplies much faster by another format, of a file no larger; else None.
+    """One line of advice where this CPU multiplies much faster by another format, in about the same room; else None.
+
+    The format that loses least comes first, of those that make the file larger by 64 MB at most.
 
     Args:
         model: the name or path that a command takes.
@@ -131,18 +136,22 @@ def faster_format(
     n_params = sum(part.n_params for part in weights)
     if n_params < _SMALL:
         return None
-    bits = 8 * sum(part.n_bytes for part in weights) / n_params
-    offered = [format for format, format_bits in _OFFERED.items() if format_bits <= bits]
+    room = 8 * (sum(part.n_bytes for part in weights) + _ROOM)
+    offered = [format for format, bits in _OFFERED.items() if bits * n_params <= room]
     if not offered:
         return None
-    flops = measure({*offered, *(part.type for part in weights)})
-    seconds = sum(part.n_params / flops[part.type] for part in weights)
+    times = dict.fromkeys(offered, math.inf)
+    for _ in range(_MEASUREMENTS):
+        flops = measure({*offered, *(part.type for part in weights)})
+        seconds = sum(part.n_params / flops[part.type] for part in weights)
+        times = {format: min(times[format], seconds * flops[format] / n_params) for format in offered}
+        if max(times.values()) < _WORTH_IT:
+            return None
     for format in offered:
-        times = seconds * flops[format] / n_params
-        if times >= _WORTH_IT:
+        if times[format] >= _WORTH_IT:
             share = 100 * weights[0].n_params / n_params
             return (
-                f"this CPU multiplies by matrices in {format} {times:.1f} times faster than by this model's "
+                f"this CPU multiplies by matrices in {format} {times[format]:.1f} times faster than by this model's "
                 f"({share:.0f} % {weights[0].type}): try `fedbpt models requantize {shlex.quote(model)} {format}`; "
                 "`fedbpt bench` shows what it gains, `fedbpt evaluate` what it loses"
             )
