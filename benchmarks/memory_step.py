@@ -33,9 +33,9 @@ def fedbpt_step(model: str, threads: int | None, texts: int, placement: Placemen
     import workload
 
     import fedbpt
+    from fedbpt.losses import cross_entropy
     from fedbpt.memory import memory_of_process
     from fedbpt.messages import PromptSpec
-    from fedbpt.objective import cross_entropy
     from fedbpt.projection import Projection
     from fedbpt.search import CmaSearch
 

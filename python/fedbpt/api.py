@@ -211,6 +211,7 @@ def make_prompt(scorer: Scorer, task: Task, result: RunResult) -> Prompt:
     spec, objective = result.settings.prompt, result.settings.objective
     # one row is enough: a prompt depends on the template and the model alone
     made = Objective(scorer, result.template, task.labels, [("x", 0)], objective, spec)
+    made.readout = result.readout
     history = {
         "run": result.run,
         "method": result.settings.method,
@@ -260,10 +261,10 @@ def evaluate(
         TaskError, DataError: as in `tune`.
     """
     data = to_rows(rows, task)
-    spec = ObjectiveSpec(max_text_tokens=task.max_text_tokens)
+    spec = ObjectiveSpec(max_text_tokens=task.max_text_tokens, readout_words=0)
     if prompt is None:
         place = PromptSpec(d=1)
-        objective = Objective(scorer, template or task.templates[0], task.labels, data, spec, place)
+        objective = Objective(scorer, template or task.templates[0], task.labels, data, spec, place, keep_kv=False)
         found = objective.evaluate(objective.zero_shot_embeds())
     else:
         prompt.check(scorer)
@@ -271,7 +272,8 @@ def evaluate(
             raise ConfigError(f"the prompt is for labels {list(prompt.labels)}, the task has {list(task.labels)}")
         used = template or prompt.template
         place = msgspec.structs.replace(prompt.spec, d=1)
-        objective = Objective(scorer, used, task.labels, data, spec, place, prompt.label_bias)
+        objective = Objective(scorer, used, task.labels, data, spec, place, keep_kv=False, words=prompt.word_ids)
+        objective.readout = prompt.readout
         found = objective.evaluate(prompt.rows[None])
     return EvaluationResult(found.n, found.correct[0], found.loss_sums[0] / found.n, found.predictions[0])
 
@@ -285,7 +287,7 @@ class _Curves:
         self._then = then
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, RoundClosed) and event.round > 0:
+        if isinstance(event, RoundClosed) and event.purpose == "search":
             self.losses.append((event.evaluations, event.loss))
         elif isinstance(event, Evaluated):
             self.accuracies.append((self.losses[-1][0] if self.losses else 0, event.score.accuracy))

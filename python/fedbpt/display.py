@@ -22,6 +22,8 @@ from fedbpt.runs import (
     TemplateSelected,
 )
 
+_DOING = {"calibration": "calibrating", "probe": "fitting the baseline", "readout": "fitting the readout"}
+
 
 def human_bytes(count: float) -> str:
     """``count`` bytes for people: 0.9 KB, 12.3 MB."""
@@ -83,7 +85,9 @@ class RunDisplay:
             case RoundClosed() if event.round > 0:
                 self._live = len(event.reported)
                 share = self._share(event)
-                doing = "evaluating" if share == 1.0 else f"round {event.round}"
+                doing = f"round {event.searched}" if event.purpose == "search" else _DOING[event.purpose]
+                if event.purpose == "search" and share == 1.0:
+                    doing = "finishing"
                 self._update(doing, share, self._figures(event, share))
             case DeviceLost():
                 reason = event.reason.removeprefix(f"{event.device}: ")
@@ -99,7 +103,7 @@ class RunDisplay:
         """How much of the budget is spent, 0 to 1: of the limit that is nearest."""
         limits = self._settings
         spent = [
-            (event.round, limits.rounds),
+            (event.searched, limits.rounds),
             (event.evaluations, limits.evaluations),
             (event.tokens, limits.tokens),
             (event.seconds, limits.seconds),

@@ -22,18 +22,19 @@ from fedbpt import wire
 from fedbpt.aggregation.base import Aggregator
 from fedbpt.clients.base import DeviceClient
 from fedbpt.errors import ConfigError, FederationError, QuorumError, StoreError
-from fedbpt.fleet import Fleet, Listener
+from fedbpt.fleet import Fleet, Listener, common_model
 from fedbpt.ledger import SELECTION, FederatedTask, RunLedger
 from fedbpt.messages import (
     Array,
     DeviceInfo,
     EvaluateReport,
+    FitPurpose,
     Name,
     RoundProgress,
     RoundReport,
-    Work,
 )
 from fedbpt.runs import (
+    BASELINES,
     NO_SCORE,
     DeviceBack,
     DeviceLost,
@@ -43,6 +44,7 @@ from fedbpt.runs import (
     LateReport,
     Progressed,
     RoundClosed,
+    RoundPurpose,
     RunFinished,
     RunResult,
     RunSettings,
@@ -125,6 +127,8 @@ class Federation:
             await self._connect(fleet)
             await self._select(fleet)
             await self._tune(fleet)
+            if self.settings.objective.readout_words:
+                await self._fit(fleet, "readout")
             result = await self._finish(fleet, began)
         except BaseException:
             await self._stop(fleet)
@@ -142,7 +146,7 @@ class Federation:
             raise QuorumError(
                 f"{len(infos)} of {len(self._clients)} devices answer, {self._needed} are needed{fleet.missing()}"
             )
-        model = _common_model(infos)
+        model = common_model(infos)
         ledger = self._ledger
         ledger.open(model, list(self._clients))
         fleet.round = ledger.closed + 1
@@ -172,7 +176,7 @@ class Federation:
         if len(self.task.templates) == 1:
             ledger.skip_selection()
         elif ledger.closed < SELECTION:
-            await self._round(fleet, SELECTION, ledger.selection())
+            await self._round(fleet, SELECTION, "selection")
         self._emit(
             TemplateSelected(template=ledger.template, index=ledger.template_index, losses=ledger.template_losses)
         )
@@ -180,16 +184,24 @@ class Federation:
             await self._evaluate_live(fleet, SELECTION)
 
     async def _tune(self, fleet: Fleet) -> None:
-        every = self.settings.evaluate_every
-        while not self._ledger.spent():
-            round = self._ledger.closed + 1
-            await self._round(fleet, round, self._ledger.aggregator.work(round))
-            if every and round % every == 0:
-                await self._evaluate_live(fleet, round)
+        ledger, every = self._ledger, self.settings.evaluate_every
+        if self.settings.calibrate:
+            await self._fit(fleet, "calibration")
+        if self.settings.baselines and self.settings.objective.readout_words:
+            await self._fit(fleet, "probe")
+        while not ledger.spent():
+            await self._round(fleet, ledger.closed + 1, "search")
+            if every and ledger.searched % every == 0:
+                await self._evaluate_live(fleet, ledger.closed)
 
-    async def _round(self, fleet: Fleet, round: int, work: Work) -> None:
+    async def _fit(self, fleet: Fleet, purpose: FitPurpose) -> None:
+        while not self._ledger.fit(purpose).done:
+            await self._round(fleet, self._ledger.closed + 1, purpose)
+
+    async def _round(self, fleet: Fleet, round: int, purpose: RoundPurpose) -> None:
         began = time.monotonic()
         ledger = self._ledger
+        work = ledger.work(round, purpose)
         work_digest = wire.digest(work)  # before the update: what the work is made of changes then
         reports = await fleet.run_round(
             round, lambda device: ledger.plan(round, device, work), self._needed, self.settings.deadline_s
@@ -200,6 +212,8 @@ class Federation:
         self._emit(
             RoundClosed(
                 round=round,
+                purpose=purpose,
+                searched=ledger.searched,
                 reported=reported,
                 missing=tuple(name for name in self._clients if name not in reported),
                 loss=loss,
@@ -215,7 +229,9 @@ class Federation:
 
     async def _evaluate_live(self, fleet: Fleet, round: int) -> None:
         """The mean's accuracy on ``dev`` rows, for the eyes only; devices that do not answer are left out."""
-        request = self._ledger.request(self._ledger.aggregator.mean[None], split="dev", max_rows=self.settings.dev_rows)
+        ledger = self._ledger
+        latents, readouts = ledger.aggregator.mean[None], (ledger.readout("calibration"),)
+        request = ledger.request(latents, readouts=readouts, split="dev", max_rows=self.settings.dev_rows)
         reports = await fleet.evaluate(request, self.settings.deadline_s)
         if not reports:
             return
@@ -225,9 +241,10 @@ class Federation:
         self._emit(Evaluated(round=round, score=score, devices=tuple(reports)))
 
     async def _evaluate_final(self, fleet: Fleet) -> dict[str, EvaluateReport]:
-        """Zero-shot and tuned, on the same ``test`` rows, of every device that is in reach."""
-        mean = self._ledger.aggregator.mean
-        request = self._ledger.request(np.stack([np.zeros_like(mean), mean]), max_rows=self.settings.test_rows)
+        """Zero-shot, tuned and the baselines, on the same ``test`` rows, of every device that is in reach."""
+        lines = self._ledger.lines().values()
+        latents, readouts = np.stack([latent for latent, _ in lines]), tuple(readout for _, readout in lines)
+        request = self._ledger.request(latents, readouts=readouts, max_rows=self.settings.test_rows)
         limit = EVALUATION_DEADLINES * self.settings.deadline_s
         await fleet.settle(min(SETTLE_S, self.settings.deadline_s))
         reports = await fleet.evaluate(request, limit)
@@ -248,6 +265,7 @@ class Federation:
         reports = await self._evaluate_final(fleet)
         await fleet.cancel_rounds(self.run_name)
         costs = self._costs(fleet)
+        names = list(self._ledger.lines())
         devices = tuple(
             DeviceSummary(
                 name=member.name,
@@ -270,13 +288,19 @@ class Federation:
             template=self._ledger.template,
             mean=Array.of(self._ledger.aggregator.mean),
             digest=self._ledger.aggregator.digest(),
-            rounds=max(self._ledger.closed, 0),
+            rounds=self._ledger.searched,
             evaluations=self._ledger.aggregator.evaluations,
             tokens=self._ledger.tokens,
             seconds=self._ledger.seconds,
             total_seconds=time.monotonic() - began,
             zero_shot=sum((device.zero_shot for device in devices), NO_SCORE),
             tuned=sum((device.tuned for device in devices), NO_SCORE),
+            baselines={
+                name: sum((Score.of(report, i) for report in reports.values()), NO_SCORE)
+                for i, name in enumerate(names)
+                if name in BASELINES
+            },
+            fits={purpose: fit.readout for purpose, fit in self._ledger.fits.items()},
             devices=devices,
         )
         figures = {"test_accuracy_zero_shot": result.zero_shot.accuracy, "test_accuracy": result.tuned.accuracy}
@@ -343,19 +367,6 @@ def _check_names(names: Sequence[str], what: str) -> None:
             raise ConfigError(f"two {what}s are named {name!r}: give each its own name")
     if not names:
         raise ConfigError(f"a run needs at least one {what}")
-
-
-def _common_model(infos: Sequence[DeviceInfo]) -> DeviceInfo:
-    by_model: dict[str, list[DeviceInfo]] = {}
-    for info in infos:
-        by_model.setdefault(info.model_fingerprint, []).append(info)
-    if len(by_model) > 1:
-        held = "; ".join(
-            f"{', '.join(info.name for info in group)}: {group[0].model_name} ({fingerprint})"
-            for fingerprint, group in by_model.items()
-        )
-        raise FederationError(f"the devices have different models, give all the same file: {held}")
-    return infos[0]
 
 
 def _in_loop() -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
 from fedbpt.clients.base import DeviceClient
@@ -19,6 +19,7 @@ from fedbpt.errors import (
     DeviceRefusedError,
     DeviceUnreachableError,
     FedbptError,
+    FederationError,
     QuorumError,
     WireError,
 )
@@ -368,3 +369,17 @@ def _has_rows(member: Member, request: EvaluateRequest) -> bool:
     if member.info is None:
         return False
     return (member.info.n_dev if request.split == "dev" else member.info.n_test) > 0
+
+
+def common_model(infos: Sequence[DeviceInfo]) -> DeviceInfo:
+    """The info of a device with the model that all have. Raises `FederationError` where they have different ones."""
+    by_model: dict[str, list[DeviceInfo]] = {}
+    for info in infos:
+        by_model.setdefault(info.model_fingerprint, []).append(info)
+    if len(by_model) > 1:
+        held = "; ".join(
+            f"{', '.join(info.name for info in group)}: {group[0].model_name} ({fingerprint})"
+            for fingerprint, group in by_model.items()
+        )
+        raise FederationError(f"the devices have different models, give all the same file: {held}")
+    return infos[0]

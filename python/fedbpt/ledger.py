@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol
 
@@ -10,13 +11,17 @@ from numpy.typing import NDArray
 
 from fedbpt import wire
 from fedbpt.aggregation.base import Aggregator
+from fedbpt.aggregation.readout import ReadoutFit
 from fedbpt.errors import ConfigError, FederationError, StoreError
 from fedbpt.messages import (
     Array,
     DeviceInfo,
     EvaluateRequest,
+    FitPurpose,
+    FitResult,
     LocalResult,
     PooledResult,
+    Readout,
     RoundPlan,
     RoundReport,
     SelectResult,
@@ -24,11 +29,11 @@ from fedbpt.messages import (
     Template,
     Work,
 )
-from fedbpt.runs import RunResult, RunSettings
+from fedbpt.runs import Lines, RoundPurpose, RunResult, RunSettings, lines
 from fedbpt.store import RunStore, StoredRound, Traffic
 
 SELECTION: Final = 0
-"""The round in which the template is chosen; tuning begins with round 1."""
+"""The round in which the template is chosen; calibration and search begin with round 1."""
 
 
 class FederatedTask(Protocol):
@@ -57,6 +62,8 @@ class RunLedger:
         self.aggregator = aggregator
         self.is_open = False
         self.closed = -1  # the last closed round
+        self.searched = 0  # rounds of the search
+        self.fits: dict[FitPurpose, ReadoutFit] = {}
         self.tokens = 0
         self.seconds = 0.0
         self._selection_tokens = 0
@@ -125,18 +132,43 @@ class RunLedger:
             self._spend(line.round, line.metrics.get("seconds", 0.0))
 
     def _replay_round(self, stored: StoredRound) -> None:
-        work = self.selection() if stored.round == SELECTION else self.aggregator.work(stored.round)
-        work_digest = wire.digest(work)
+        work_digest = wire.digest(self.work(stored.round, purpose_of(stored.round, stored.reports)))
         self._apply(stored.round, stored.reports)
-        if (work_digest, self.aggregator.digest()) != (stored.work_digest, stored.state_digest):
+        if (work_digest, self._digest()) != (stored.work_digest, stored.state_digest):
             raise StoreError(
                 f"round {stored.round} of run {self.run!r} does not replay to the state it had:"
                 " it was made with another version; begin a run of another name"
             )
 
-    def selection(self) -> SelectWork:
-        """The work of the selection round."""
-        return SelectWork(templates=self.task.templates, max_rows=self.settings.select_rows)
+    def work(self, round: int, purpose: RoundPurpose) -> Work:
+        """What the devices do in ``round``."""
+        if purpose == "selection":
+            return SelectWork(templates=self.task.templates, max_rows=self.settings.select_rows)
+        if purpose == "search":
+            return self.aggregator.work(round)
+        return self.fit(purpose).work()
+
+    def fit(self, purpose: FitPurpose) -> ReadoutFit:
+        """The fit for ``purpose``, as far as it has come; the readout's begins anew once the search goes on."""
+        if purpose not in self.fits:
+            mean = self.aggregator.mean
+            self.fits[purpose] = ReadoutFit(
+                purpose,
+                mean if purpose == "readout" else np.zeros_like(mean),
+                0 if purpose == "calibration" else self.settings.objective.readout_words,
+                len(self.task.labels),
+                self._bias(),
+                self.settings.fit_rows,
+            )
+        return self.fits[purpose]
+
+    def _bias(self) -> NDArray[np.float64] | None:
+        fit = self.fits.get("calibration")
+        return None if fit is None else fit.readout.weights.numpy()[0]
+
+    def readout(self, purpose: FitPurpose) -> Readout | None:
+        """What the fit for ``purpose`` found; None: there was none."""
+        return self.fits[purpose].readout if purpose in self.fits else None
 
     def skip_selection(self) -> None:
         """There is one template: nothing to select."""
@@ -147,7 +179,7 @@ class RunLedger:
         limits = self.settings
         tokens, seconds = self.tokens - self._selection_tokens, self.seconds - self._selection_seconds
         return bool(
-            (limits.rounds and self.closed >= limits.rounds)
+            (limits.rounds and self.searched >= limits.rounds)
             or (limits.evaluations and self.aggregator.evaluations >= limits.evaluations)
             or (limits.tokens and tokens >= limits.tokens)
             or (limits.seconds and seconds >= limits.seconds)
@@ -167,6 +199,7 @@ class RunLedger:
             objective=self.settings.objective,
             work=work,
             deadline_s=self.settings.deadline_s,
+            label_bias=() if (bias := self._bias()) is None else tuple(bias.tolist()),
         )
 
     def commit(
@@ -185,7 +218,7 @@ class RunLedger:
             self.run,
             round,
             work_digest=work_digest,
-            state_digest=self.aggregator.digest(),
+            state_digest=self._digest(),
             reports=reports,
             metrics={"loss": loss, "seconds": seconds, "tokens": float(tokens)},
             traffic=traffic,
@@ -205,15 +238,28 @@ class RunLedger:
             self._selected = int(np.argmin(losses))
             self.template_losses = tuple(losses.tolist())
             self._selection_tokens = sum(report.tokens for report in reports)
+        elif isinstance(result := reports[0].result, FitResult):
+            self.fit(result.purpose).update(reports)
         else:
             self.aggregator.update(reports)
+            self.searched += 1
+            self.fits.pop("readout", None)
         self.closed = round
         for report in reports:
             self.tokens += report.tokens
             self.reports[report.device] = self.reports.get(report.device, 0) + 1
 
+    def lines(self) -> Lines:
+        """What is evaluated in the end."""
+        return lines(self.aggregator.mean, {purpose: fit.readout for purpose, fit in self.fits.items()})
+
+    def _digest(self) -> str:
+        """sha256 of everything that decides what comes next."""
+        fits = [f"|{purpose}|{fit.digest()}" for purpose, fit in self.fits.items()]
+        return hashlib.sha256("".join([self.aggregator.digest(), *fits]).encode()).hexdigest()
+
     def request(self, latents: NDArray[np.float64], **what: Any) -> EvaluateRequest:
-        """To evaluate ``latents`` [k, d]; ``what``: ``split``, ``max_rows``."""
+        """To evaluate ``latents`` [k, d]; ``what``: ``readouts``, ``split``, ``max_rows``."""
         return EvaluateRequest(
             model_fingerprint=self._model.model_fingerprint,
             labels=self.task.labels,
@@ -227,6 +273,14 @@ class RunLedger:
     def metrics(self, round: int) -> dict[str, float]:
         """The figures kept of ``round``."""
         return next((dict(line.metrics) for line in self.store.history(self.run) if line.round == round), {})
+
+
+def purpose_of(round: int, reports: Sequence[RoundReport]) -> RoundPurpose:
+    """What a closed round was for."""
+    if round == SELECTION:
+        return "selection"
+    result = reports[0].result
+    return result.purpose if isinstance(result, FitResult) else "search"
 
 
 def _template_losses(reports: Sequence[RoundReport]) -> NDArray[np.float64]:
@@ -246,5 +300,7 @@ def _mean_loss(reports: Sequence[RoundReport]) -> float:
                 value = fitness
             case SelectResult(loss_sums=sums):
                 value = float(sums.numpy().min()) / report.n_texts
+            case FitResult(loss=loss):
+                value = loss
         total += value * report.n_texts
     return total / sum(report.n_texts for report in reports)

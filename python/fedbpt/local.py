@@ -19,12 +19,15 @@ from fedbpt.messages import (
     DeviceInfo,
     EvaluateReport,
     EvaluateRequest,
+    FitResult,
+    FitWork,
     LocalResult,
     LocalWork,
     ObjectiveSpec,
     PooledResult,
     PooledWork,
     PromptSpec,
+    Readout,
     Result,
     RoundPlan,
     RoundReport,
@@ -33,6 +36,7 @@ from fedbpt.messages import (
     Template,
 )
 from fedbpt.objective import Objective, Progress, Row, batch_indices
+from fedbpt.readout import loss_and_gradient, moments, weights_of
 from fedbpt.scorer import Scorer
 from fedbpt.search import CmaSearch, Covariance, sample_population, transform
 from fedbpt.seeding import derive_seed, generator
@@ -97,10 +101,22 @@ class Device:
         self.scorer = scorer
         self._rows = {"train": tuple(train_rows), "dev": tuple(dev_rows), "test": tuple(test_rows)}
         self._objectives: OrderedDict[bytes, Objective] = OrderedDict()
+        self._fitted: tuple[bytes, NDArray[np.float32]] | None = None
         self._tokens_per_second: float | None = None
 
+    def measure_speed(self) -> float:
+        """Forward tokens per second on a text of 128 tokens, as `info` says until a round has shown better."""
+        ids = np.resize(self.scorer.tokenize(self._rows["train"][0][0]), 128)
+        plan = self.scorer.compile([ids], ids[:1], keep_kv=False)
+        none = np.zeros((1, 0, self.scorer.n_embd), dtype=np.float32)
+        plan.score(none)  # buffers and caches
+        before, began = plan.n_tokens, time.monotonic()
+        plan.score(none)
+        self._tokens_per_second = (plan.n_tokens - before) / max(time.monotonic() - began, 1e-6)
+        return self._tokens_per_second
+
     def info(self) -> DeviceInfo:
-        """What the device says of itself; ``tokens_per_second`` is that of its last round."""
+        """What the device says of itself; ``tokens_per_second``: its last round's, or `measure_speed`'s before any."""
         memory = self.scorer.memory()
         return DeviceInfo(
             name=self.name,
@@ -143,6 +159,8 @@ class Device:
             result, n_texts = self._select(plan, work, counter, progress, cancelled)
         elif isinstance(work, PooledWork):
             result, n_texts = self._pooled(plan, work, counter, progress, cancelled)
+        elif isinstance(work, FitWork):
+            result, n_texts = self._fit(plan, work, counter, progress, cancelled)
         else:
             result, n_texts = self._local(plan, work, counter, progress, cancelled)
         seconds = time.monotonic() - began
@@ -180,7 +198,8 @@ class Device:
             keep_kv=request.split == "dev",  # looked at again and again; test rows once
         )  # fmt: skip
         n = min(request.max_rows or len(objective), len(objective))
-        found = objective.evaluate(objective.embeds(latents), np.arange(n), progress, cancelled)
+        embeds = objective.embeds(latents)
+        found = objective.evaluate(embeds, np.arange(n), progress, cancelled, request.readouts)
         return EvaluateReport(
             n=found.n, correct=found.correct, loss_sums=found.loss_sums, seconds=time.monotonic() - began
         )
@@ -203,19 +222,49 @@ class Device:
     def _pooled(
         self, plan: RoundPlan, work: PooledWork, counter: _Counter, progress: Progress, cancelled: Cancelled
     ) -> tuple[PooledResult, int]:
-        objective = self._objective("train", plan.template, plan.labels, plan.objective, plan.prompt)
+        objective = self._train_objective(plan)
         latents = sample_population(work.state, work.popsize, plan.seed, work.generation)
         path = (plan.device, work.generation)
-        chosen = batch_indices(len(objective), plan.objective.batch_size, generator(plan.seed, "batch", *path))
+        size, rng = plan.objective.batch_size, generator(plan.seed, "batch", *path)
+        chosen = batch_indices(len(objective), size, rng, objective.targets)
         noise = generator(plan.seed, "perturb", *path)
         with counter.of(objective):
             losses = objective.losses(objective.embeds(latents), chosen, noise, progress, cancelled)
-        return PooledResult(losses=Array.of(losses)), len(chosen)
+        # the mini-batch's mean stands for all of the device's rows: weighing it by less would favour small devices
+        return PooledResult(losses=Array.of(losses, "<f4")), len(objective)
+
+    def _fit(
+        self, plan: RoundPlan, work: FitWork, counter: _Counter, progress: Progress, cancelled: Cancelled
+    ) -> tuple[FitResult, int]:
+        objective = self._train_objective(plan)
+        n_labels = len(plan.labels)
+        if work.n_words > len(objective.word_ids):
+            raise InputError(f"a readout of {work.n_words} words: the objective has {len(objective.word_ids)}")
+        chosen = batch_indices(len(objective), work.max_rows, generator(plan.seed, "fit", plan.device))
+        what = (plan.template, plan.labels, plan.objective, plan.prompt, work.latent)
+        key = msgspec.msgpack.encode((*what, plan.seed, plan.device, work.max_rows))
+        if self._fitted is None or self._fitted[0] != key:  # the prompt stands still while a readout is fitted
+            with counter.of(objective):
+                embeds = objective.embeds(work.latent.numpy()[None])
+                self._fitted = key, objective.logits(embeds, chosen, cancelled)
+        logits = self._fitted[1][:, : n_labels + work.n_words].astype(np.float64)
+        targets = objective.targets[chosen]
+        if work.readout is None:
+            plain = weights_of(objective.readout, 0, n_labels)
+            loss, _ = loss_and_gradient(logits, targets, plain)
+            means = Array.of(moments(logits[:, n_labels:]), "<f4")
+        else:
+            weights = weights_of(work.readout, work.n_words, n_labels)
+            centre = None if work.centre is None else work.centre.numpy()
+            loss, gradient = loss_and_gradient(logits, targets, weights, centre)
+            means = Array.of(gradient, "<f2")  # the most that goes up; centred, it bears the rounding
+        progress(1, 1)
+        return FitResult(purpose=work.purpose, loss=loss, means=means), len(chosen)
 
     def _local(
         self, plan: RoundPlan, work: LocalWork, counter: _Counter, progress: Progress, cancelled: Cancelled
     ) -> tuple[LocalResult, int]:
-        objective = self._objective("train", plan.template, plan.labels, plan.objective, plan.prompt)
+        objective = self._train_objective(plan)
         everything = len(objective)
         steps = work.iterations + 1
 
@@ -223,7 +272,7 @@ class Device:
             last = iteration == work.iterations
             path = (plan.device, plan.round, iteration)
             size = 0 if last else plan.objective.batch_size
-            chosen = batch_indices(everything, size, generator(plan.seed, "batch", *path))
+            chosen = batch_indices(everything, size, generator(plan.seed, "batch", *path), objective.targets)
             noise = generator(plan.seed, "perturb", *path)
             values = objective.losses(objective.embeds(latents), chosen, noise, None, cancelled)
             progress(iteration + 1, steps)
@@ -234,6 +283,12 @@ class Device:
             mean, sigma_squares = local_search(work, seed, losses)
             fitness = float(losses(mean[None], work.iterations)[0])  # F(m_k) on all of the device's rows
         return LocalResult(mean=Array.of(mean), fitness=fitness, sigma_squares=sigma_squares), everything
+
+    def _train_objective(self, plan: RoundPlan) -> Objective:
+        objective = self._objective("train", plan.template, plan.labels, plan.objective, plan.prompt)
+        bias = np.array(plan.label_bias)
+        objective.readout = Readout(weights=Array.of(bias[None])) if len(bias) else None
+        return objective
 
     def _objective(
         self,
@@ -249,7 +304,7 @@ class Device:
         if key in self._objectives:
             self._objectives.move_to_end(key)
             return self._objectives[key]
-        made = Objective(self.scorer, template, labels, self._rows[split], objective, prompt, None, keep_kv)
+        made = Objective(self.scorer, template, labels, self._rows[split], objective, prompt, keep_kv)
         self._objectives[key] = made
         while len(self._objectives) > _KEPT_OBJECTIVES:
             self._objectives.popitem(last=False)

@@ -18,6 +18,7 @@ from fedbpt.errors import WireError
 PROTOCOL_VERSION = 1
 
 Placement: TypeAlias = Literal["front", "cue"]
+Dtype: TypeAlias = Literal["<f2", "<f4", "<f8"]
 LossName: TypeAlias = Literal["cross_entropy", "hinge"]
 
 PositiveInt: TypeAlias = Annotated[int, msgspec.Meta(ge=1)]
@@ -33,12 +34,12 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 class Array(Message, frozen=True):
     """A float array: ``data`` holds the little-endian bytes of ``shape`` elements in C order."""
 
-    dtype: Literal["<f4", "<f8"]
+    dtype: Dtype
     shape: tuple[NaturalInt, ...]
     data: bytes
 
     @classmethod
-    def of(cls, values: NDArray[np.floating], dtype: Literal["<f4", "<f8"] = "<f8") -> Array:
+    def of(cls, values: NDArray[np.floating], dtype: Dtype = "<f8") -> Array:
         """Pack ``values`` (any shape) as ``dtype``."""
         packed = np.ascontiguousarray(values, dtype=dtype)
         return cls(dtype=dtype, shape=packed.shape, data=packed.tobytes())
@@ -92,7 +93,18 @@ class ObjectiveSpec(Message, frozen=True):
     loss: LossName = "cross_entropy"
     batch_size: NaturalInt = 8  # texts per generation, drawn anew each time; 0 = all
     max_text_tokens: PositiveInt = 128
+    readout_words: NaturalInt = 128  # random words whose logits a readout may use; 0: a bias alone
     perturb: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+
+
+class Readout(Message, frozen=True):
+    """Label logits s + (1, x)·V of a text: s [n_labels] the label words' logits, x [n_words] those of random words.
+
+    ``weights`` V [1 + n_words, n_labels], its first row a bias per label; n_words 0: a bias alone. Which words:
+    `fedbpt.readout.word_ids`.
+    """
+
+    weights: Array
 
 
 class SearchState(Message, frozen=True):
@@ -135,7 +147,26 @@ class LocalWork(Message, frozen=True, tag="local"):
     popsize: PositiveInt
 
 
-Work: TypeAlias = SelectWork | PooledWork | LocalWork
+FitPurpose: TypeAlias = Literal["calibration", "probe", "readout"]
+
+
+class FitWork(Message, frozen=True, tag="fit"):
+    """Give the means over at most ``max_rows`` training rows (0: all, always the same) that a readout is fitted by.
+
+    ``latent`` [d]: the prompt. ``n_words``: of the readout, the first of the objective's ``readout_words``.
+    ``readout``: where the loss and its gradient are asked for, with ``centre`` [n_words] taken from the words' logits
+    in the latter; None: the moments of the words' logits, and the loss without a readout.
+    """
+
+    purpose: FitPurpose
+    latent: Array
+    n_words: NaturalInt
+    readout: Readout | None = None
+    centre: Array | None = None
+    max_rows: NaturalInt = 512
+
+
+Work: TypeAlias = SelectWork | PooledWork | LocalWork | FitWork
 
 
 class SelectResult(Message, frozen=True, tag="select"):
@@ -158,7 +189,16 @@ class LocalResult(Message, frozen=True, tag="local"):
     sigma_squares: PositiveFloat
 
 
-Result: TypeAlias = SelectResult | PooledResult | LocalResult
+class FitResult(Message, frozen=True, tag="fit"):
+    """Means over the rows: ``loss`` is the cross-entropy, nats. ``means``: [n_words + 1] of x and ‖x‖² where moments
+    were asked for; else [1 + n_words, n_labels], the loss's gradient by V, x less its centre."""
+
+    purpose: FitPurpose
+    loss: float
+    means: Array
+
+
+Result: TypeAlias = SelectResult | PooledResult | LocalResult | FitResult
 
 
 class RoundPlan(Message, frozen=True):
@@ -174,6 +214,7 @@ class RoundPlan(Message, frozen=True):
     prompt: PromptSpec
     objective: ObjectiveSpec
     work: Work
+    label_bias: tuple[float, ...] = ()  # added to the label words' logits, one per label; empty: zeros
     deadline_s: PositiveFloat = 600.0
     protocol: Literal[1] = 1
 
@@ -218,6 +259,7 @@ class EvaluateRequest(Message, frozen=True):
     prompt: PromptSpec
     objective: ObjectiveSpec
     latents: Array
+    readouts: tuple[Readout | None, ...] = ()  # one per latent; empty: none
     split: Literal["dev", "test"] = "test"
     max_rows: NaturalInt = 0
     protocol: Literal[1] = 1

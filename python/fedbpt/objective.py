@@ -1,4 +1,4 @@
-"""How bad a soft prompt is on labelled texts: cross-entropy or hinge over the label words, in mini-batches.
+"""How bad a soft prompt is on labelled texts, in mini-batches.
 
 The perturbed ratio is FedBPT's (Sun et al. 2023, arXiv 2310.01467, section 3.3): F(z) = L(z; D) / L(z; D̃), where D̃ is
 D with text tokens replaced at random; a prompt that answers the same whatever the text says gains nothing by it.
@@ -14,17 +14,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedbpt.errors import DataError, InputError, ScoringInterrupted, TaskError
-from fedbpt.messages import LossName, ObjectiveSpec, PromptSpec, Template
+from fedbpt.losses import LOSSES
+from fedbpt.messages import ObjectiveSpec, PromptSpec, Readout, Template
 from fedbpt.projection import Projection
 from fedbpt.prompt import Prompt
 from fedbpt.racing import Race, race
+from fedbpt.readout import read, weights_of, word_ids
 from fedbpt.scorer import Plan, Scorer
 from fedbpt.seeding import generator
 from fedbpt.tasks.perturb import perturb
 from fedbpt.tasks.task import cue_ids, label_ids, render_ids
-
-HINGE_MARGIN = 2.0
-"""Margin of the hinge loss, as in Black-Box Tuning (arXiv 2201.03514)."""
 
 CHUNK = 64
 """Texts per scoring call. Fixed: how texts share a call may show in the last bits of a quantised model's logits."""
@@ -34,51 +33,6 @@ _SMALLEST_LOSS = 1e-12  # a perturbed loss of zero (hinge) must not divide
 Row = tuple[str, int]
 Progress = Callable[[int, int], None]
 Cancelled = Callable[[], bool]
-
-
-# --- losses --------------------------------------------------------------------------------------------------------
-
-
-def cross_entropy(logits: ArrayLike, targets: ArrayLike) -> NDArray[np.float64]:
-    """−log p(target) in nats, over the label words alone: logits [..., n, n_labels], targets [n] → [..., n]."""
-    values, index = _checked(logits, targets)
-    shifted = values - values.max(axis=-1, keepdims=True)
-    losses: NDArray[np.float64] = np.log(np.exp(shifted).sum(axis=-1)) - _at(shifted, index)
-    return losses
-
-
-def hinge(logits: ArrayLike, targets: ArrayLike, margin: float = HINGE_MARGIN) -> NDArray[np.float64]:
-    """Σ over wrong labels j of max(0, margin + logit_j − logit_target): logits [..., n, n_labels] → [..., n]."""
-    values, index = _checked(logits, targets)
-    over = np.maximum(0.0, values - _at(values, index)[..., None] + margin)
-    losses: NDArray[np.float64] = over.sum(axis=-1) - margin  # the target's own term is the margin
-    return losses
-
-
-LOSSES: Mapping[LossName, Callable[[ArrayLike, ArrayLike], NDArray[np.float64]]] = {
-    "cross_entropy": cross_entropy,
-    "hinge": hinge,
-}
-
-
-def _checked(logits: ArrayLike, targets: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
-    values = np.asarray(logits, dtype=np.float64)
-    index = np.asarray(targets, dtype=np.intp)
-    if values.ndim < 2 or index.shape != (values.shape[-2],):
-        raise InputError(
-            f"logits [..., n, n_labels] and targets [n] disagree: {list(values.shape)}, {list(index.shape)}"
-        )
-    if index.size and not (index.min() >= 0 and index.max() < values.shape[-1]):
-        raise InputError(f"targets must lie in 0..{values.shape[-1] - 1}")
-    return values, index
-
-
-def _at(values: NDArray[np.float64], index: NDArray[np.intp]) -> NDArray[np.float64]:
-    """values[..., i, index[i]]."""
-    return values[..., np.arange(len(index)), index]
-
-
-# --- measuring prompts on rows ---------------------------------------------------------------------------------------
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True, eq=False):
@@ -104,8 +58,8 @@ class Objective:
         rows: (text, label index) pairs.
         objective: which loss; mini-batches are the caller's (`batch_indices`).
         prompt: where the prompt goes and how long it is.
-        label_bias: [n_labels] added to the label logits; None: zeros.
         keep_kv: False where the rows are scored once: their KV is not kept.
+        words: token ids [n_words] that a readout uses; None: the run's random ones, ``objective.readout_words`` many.
 
     Raises:
         TaskError: label words that share a token; a cue shorter than the prompt.
@@ -121,8 +75,8 @@ class Objective:
         rows: Sequence[Row],
         objective: ObjectiveSpec,
         prompt: PromptSpec,
-        label_bias: ArrayLike | None = None,
         keep_kv: bool = True,
+        words: ArrayLike | None = None,
     ) -> None:
         if not rows:
             raise DataError("there are no rows to score: give at least one")
@@ -131,9 +85,14 @@ class Objective:
         self.labels = tuple(labels)
         self.spec = objective
         self.label_ids = label_ids(scorer, template, self.labels)
-        self.label_bias = np.zeros(len(labels)) if label_bias is None else np.array(label_bias, dtype=np.float64)
-        if self.label_bias.shape != (len(labels),) or not np.isfinite(self.label_bias).all():
-            raise InputError(f"label_bias must be {len(labels)} finite numbers")
+        n_words, seed = objective.readout_words, prompt.seed
+        self.word_ids = (
+            word_ids(scorer.n_vocab, n_words, seed, self.label_ids)
+            if words is None
+            else np.array(words, dtype=np.int32)
+        )
+        self.readout: Readout | None = None
+        """Corrects the label words' logits of every candidate; None: they are as the model says."""
         self.targets = _targets(rows, self.labels)
         self._cue = np.asarray(cue_ids(scorer, template), dtype=np.int32)
         n_bos = len(scorer.tokenize("x")) - len(scorer.tokenize("x", add_bos=False))
@@ -246,13 +205,25 @@ class Objective:
         indices: ArrayLike | None = None,
         progress: Progress | None = None,
         cancelled: Cancelled | None = None,
+        readouts: Sequence[Readout | None] = (),
     ) -> Evaluation:
-        """Count what each candidate gets right. Arguments and errors as for `losses`; never perturbed."""
+        """Count what each candidate gets right, by ``readouts`` where they are given, one per candidate.
+
+        Other arguments and errors as for `losses`; never perturbed.
+        """
         chosen = self._indices(indices)
-        predictions, loss_sums = [], np.zeros(len(np.asarray(embeds)))
-        for logits, loss in self._scored(embeds, chosen, None, progress, cancelled):
+        k = len(candidates := np.asarray(embeds, dtype=np.float32))
+        # candidates that differ in the readout alone are scored once
+        _, first, which = np.unique(candidates.reshape(k, -1), axis=0, return_index=True, return_inverse=True)
+        if readouts and len(readouts) != k:
+            raise InputError(f"{len(readouts)} readouts for {k} candidates: give one each, or none")
+        weights = [self._weights(readout) for readout in readouts or [self.readout] * k]
+        which = which.ravel()  # numpy 2.0 gives it a second axis
+        predictions, loss_sums = [], np.zeros(k)
+        for part, raw in self._raw(candidates[first], chosen, None, progress, cancelled):
+            logits = np.stack([read(raw[i], own) for i, own in zip(which, weights, strict=True)])
             predictions.append(logits.argmax(axis=-1))
-            loss_sums += loss.sum(axis=1)
+            loss_sums += LOSSES[self.spec.loss](logits, self.targets[part]).sum(axis=1)
         self.evaluations += len(loss_sums)
         labels = np.concatenate(predictions, axis=1)
         right = (labels == self.targets[chosen]).sum(axis=1)
@@ -263,8 +234,14 @@ class Objective:
             predictions=labels,
         )
 
+    def logits(self, embeds: ArrayLike, indices: ArrayLike, cancelled: Cancelled | None = None) -> NDArray[np.float32]:
+        """Logits [n, n_labels + n_words] of one candidate [1, n_prompt, n_embd], for fitting a readout."""
+        parts = self._raw(embeds, self._indices(indices), None, None, cancelled)
+        return np.concatenate([raw[0] for _, raw in parts])
+
     def as_prompt(self, latent: ArrayLike, task_name: str, history: tuple[Mapping[str, Any], ...] = ()) -> Prompt:
-        """The artefact of one latent [d]."""
+        """The artefact of one latent [d], with this objective's ``readout``."""
+        weights = self._weights(self.readout)
         return Prompt(
             rows=self.embeds(np.asarray(latent, dtype=np.float64)[None])[0],
             spec=self.prompt,
@@ -275,7 +252,9 @@ class Objective:
             model_name=self.scorer.name,
             architecture=self.scorer.architecture,
             history=history,
-            label_bias=self.label_bias,
+            label_bias=weights[0],
+            word_ids=self.word_ids if weights[1:].any() else None,
+            word_weights=weights[1:] if weights[1:].any() else None,
         )
 
     def _indices(self, indices: ArrayLike | None) -> NDArray[np.intp]:
@@ -308,6 +287,20 @@ class Objective:
         cancelled: Cancelled | None,
     ) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
         """Logits [k, n, n_labels] and losses [k, n] of one chunk of rows after another, all candidates at once."""
+        weights = self._weights(self.readout)
+        for part, raw in self._raw(embeds, chosen, replaced, progress, cancelled):
+            logits = read(raw, weights)
+            yield logits, LOSSES[self.spec.loss](logits, self.targets[part])
+
+    def _raw(
+        self,
+        embeds: ArrayLike,
+        chosen: NDArray[np.intp],
+        replaced: list[NDArray[np.int32]] | None,
+        progress: Progress | None,
+        cancelled: Cancelled | None,
+    ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
+        """A chunk of rows, and the logits [k, n, n_labels + n_words] of their label words and the random words."""
         candidates = np.asarray(embeds, dtype=np.float32)
         if candidates.ndim != 3:
             raise InputError(f"embeds must have shape [k, n_prompt, n_embd], got {list(candidates.shape)}")
@@ -323,24 +316,38 @@ class Objective:
             before = plan.n_tokens
             raw = plan.score(candidates, which)
             self.tokens += plan.n_tokens - before
-            logits = np.asarray(raw, dtype=np.float64) + self.label_bias
-            yield logits, LOSSES[self.spec.loss](logits, self.targets[part])
+            yield part, raw
             if progress is not None:
                 progress(start + len(part), len(chosen))
 
     def _compile(self, texts: list[NDArray[np.int32]], keep_kv: bool) -> Plan:
-        return self.scorer.compile(texts, self.label_ids, self._prompt.placement, self._prefix, keep_kv=keep_kv)
+        ids = np.concatenate([self.label_ids, self.word_ids])
+        return self.scorer.compile(texts, ids, self._prompt.placement, self._prefix, keep_kv=keep_kv)
+
+    def _weights(self, readout: Readout | None) -> NDArray[np.float64]:
+        return weights_of(readout, len(self.word_ids), len(self.labels))
 
     def __repr__(self) -> str:
         place = f"{self.prompt.n_prompt} x {self.prompt.placement}"
         return f"Objective({len(self)} rows, {len(self.labels)} labels, {self.spec.loss}, {place})"
 
 
-def batch_indices(n_rows: int, batch_size: int, rng: np.random.Generator) -> NDArray[np.intp]:
-    """A mini-batch without replacement, in ascending order; all rows where ``batch_size`` is 0 or too large."""
+def batch_indices(
+    n_rows: int, batch_size: int, rng: np.random.Generator, targets: NDArray[np.intp] | None = None
+) -> NDArray[np.intp]:
+    """A mini-batch without replacement, in ascending order; all rows where ``batch_size`` is 0 or too large.
+
+    With ``targets``, labels are in it in proportion, which takes noise out of its mean: systematic sampling
+    (Madow 1949) of the rows in order of label, at random within one. Each row has the same chance as without.
+    """
     if batch_size == 0 or batch_size >= n_rows:
         return np.arange(n_rows)
-    return np.sort(rng.choice(n_rows, batch_size, replace=False))
+    if targets is None:
+        return np.sort(rng.choice(n_rows, batch_size, replace=False))
+    order = rng.permutation(n_rows)
+    order = order[np.argsort(targets[order], kind="stable")]
+    places = np.floor((rng.random() + np.arange(batch_size)) * (n_rows / batch_size)).astype(np.intp)
+    return np.sort(order[np.minimum(places, n_rows - 1)])
 
 
 def _start(scorer: Scorer, cue: NDArray[np.int32], prompt: PromptSpec) -> NDArray[np.float32]:

@@ -1,7 +1,8 @@
 """The prompt artefact: a tuned soft prompt with all that is needed to use it, as one safetensors file.
 
-Tensors: ``rows`` float32 [n_prompt, n_embd], ``label_bias`` float32 [n_labels]. The file's metadata has one key,
-``fedbpt``: a JSON object with a format number, the `PromptSpec`, task, labels, template, model and history.
+Tensors: ``rows`` float32 [n_prompt, n_embd], ``label_bias`` float32 [n_labels]; with a readout also ``word_ids`` int32
+[n_words] and ``word_weights`` float32 [n_words, n_labels]. The file's metadata has one key, ``fedbpt``: a JSON object
+with a format number, the `PromptSpec`, task, labels, template, model and history.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from fedbpt.errors import InputError, PromptError
-from fedbpt.messages import PromptSpec, Template
+from fedbpt.messages import Array, PromptSpec, Readout, Template
 
 FORMAT = 1
 """Number of the file format; a file with another one is refused."""
 
 _KEY = "fedbpt"
+_TENSORS = {"rows", "label_bias"}
+_READOUT_TENSORS = {"word_ids", "word_weights"}
 
 
 class Model(Protocol):
@@ -67,6 +70,8 @@ class Prompt:
         architecture: of the model.
         history: small JSON objects, one per step worth remembering.
         label_bias: [n_labels] added to the label words' logits; None: zeros.
+        word_ids: token ids [n_words] whose logits a readout uses (`fedbpt.readout`); None: no readout.
+        word_weights: [n_words, n_labels], what each of them adds to each label; with ``word_ids`` alone.
 
     Raises:
         InputError: shapes that disagree, NaN or infinity, a history that JSON cannot hold.
@@ -85,10 +90,15 @@ class Prompt:
         architecture: str,
         history: tuple[Mapping[str, Any], ...] = (),
         label_bias: NDArray[np.floating[Any]] | None = None,
+        word_ids: NDArray[np.integer[Any]] | None = None,
+        word_weights: NDArray[np.floating[Any]] | None = None,
     ) -> None:
         self.rows = np.array(rows, dtype=np.float32)
         bias = np.zeros(len(labels)) if label_bias is None else label_bias
         self.label_bias = np.array(bias, dtype=np.float32)
+        self.word_ids = np.array([] if word_ids is None else word_ids, dtype=np.int32)
+        none = np.zeros((0, len(labels)))
+        self.word_weights = np.array(none if word_weights is None else word_weights, dtype=np.float32)
         self.spec = spec
         self.task_name = task_name
         self.labels = tuple(labels)
@@ -101,9 +111,12 @@ class Prompt:
             raise InputError(f"prompt rows must have shape [{spec.n_prompt}, n_embd], got {list(self.rows.shape)}")
         if self.label_bias.shape != (len(self.labels),):
             raise InputError(f"label_bias must have shape [{len(self.labels)}], got {list(self.label_bias.shape)}")
+        if self.word_ids.ndim != 1 or self.word_weights.shape != (len(self.word_ids), len(self.labels)):
+            wanted, got = [len(self.word_ids), len(self.labels)], list(self.word_weights.shape)
+            raise InputError(f"word_weights must have shape {wanted}, one row for each of word_ids, got {got}")
         if len(template.label_words) != len(self.labels):
             raise InputError(f"{len(template.label_words)} label words for {len(self.labels)} labels")
-        if not (np.isfinite(self.rows).all() and np.isfinite(self.label_bias).all()):
+        if not all(np.isfinite(part).all() for part in (self.rows, self.label_bias, self.word_weights)):
             raise InputError("the prompt holds NaN or infinity")
         try:
             json.dumps(self.history, allow_nan=False)
@@ -117,6 +130,11 @@ class Prompt:
     @property
     def n_embd(self) -> int:
         return int(self.rows.shape[1])
+
+    @property
+    def readout(self) -> Readout:
+        """Its label bias and word weights, for an `Objective` with its ``word_ids``."""
+        return Readout(weights=Array.of(np.concatenate([self.label_bias[None], self.word_weights]), "<f4"))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the file, whole or not at all. Raises `PromptError` where that fails."""
@@ -132,7 +150,9 @@ class Prompt:
             architecture=self.architecture,
             history=self.history,
         )
-        tensors = {"rows": self.rows, "label_bias": self.label_bias}
+        tensors: dict[str, NDArray[Any]] = {name: getattr(self, name) for name in _TENSORS}
+        if len(self.word_ids):
+            tensors |= {name: getattr(self, name) for name in _READOUT_TENSORS}
         content = safetensors.numpy.save(tensors, metadata={_KEY: msgspec.json.encode(header).decode()})
         partial = target.with_name(f".{target.name}.{os.getpid()}.part")
         try:
@@ -156,12 +176,12 @@ class Prompt:
             metadata = _metadata(content)
         except (safetensors.SafetensorError, ValueError, KeyError) as error:
             raise PromptError(f"{source} is not a safetensors file, or is cut short") from error
-        if _KEY not in metadata or set(tensors) != {"rows", "label_bias"}:
+        if _KEY not in metadata or set(tensors) not in (_TENSORS, _TENSORS | _READOUT_TENSORS):
             raise PromptError(f"{source} is a safetensors file but not a prompt that fedbpt saved")
         header = _header(metadata[_KEY], source)
-        fields = {name: getattr(header, name) for name in header.__struct_fields__ if name != "format"}
+        fields: dict[str, Any] = {name: getattr(header, name) for name in header.__struct_fields__ if name != "format"}
         try:
-            return cls(rows=tensors["rows"], label_bias=tensors["label_bias"], **fields)
+            return cls(**{**tensors, **fields})
         except InputError as error:
             raise PromptError(f"{source} is damaged: {error}") from error
 
@@ -189,11 +209,9 @@ class Prompt:
             "architecture",
             "history",
         )
-        return (
-            np.array_equal(self.rows, other.rows)
-            and np.array_equal(self.label_bias, other.label_bias)
-            and all(getattr(self, name) == getattr(other, name) for name in plain)
-        )
+        return all(
+            np.array_equal(getattr(self, name), getattr(other, name)) for name in _TENSORS | _READOUT_TENSORS
+        ) and all(getattr(self, name) == getattr(other, name) for name in plain)
 
     __hash__ = None  # type: ignore[assignment]
 

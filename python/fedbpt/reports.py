@@ -8,6 +8,8 @@ from fedbpt.messages import (
     Array,
     EvaluateReport,
     EvaluateRequest,
+    FitResult,
+    FitWork,
     LocalResult,
     LocalWork,
     PooledResult,
@@ -18,7 +20,7 @@ from fedbpt.messages import (
     SelectWork,
 )
 
-_RESULT_OF = {SelectWork: SelectResult, PooledWork: PooledResult, LocalWork: LocalResult}
+_RESULT_OF = {SelectWork: SelectResult, PooledWork: PooledResult, LocalWork: LocalResult, FitWork: FitResult}
 
 
 def check_report(report: RoundReport, plan: RoundPlan) -> None:
@@ -38,6 +40,11 @@ def check_report(report: RoundReport, plan: RoundPlan) -> None:
         _check_shape(result.loss_sums, (len(plan.work.templates),), "loss_sums")
     elif isinstance(result, PooledResult) and isinstance(plan.work, PooledWork):
         _check_shape(result.losses, (plan.work.popsize,), "losses")
+    elif isinstance(result, FitResult) and isinstance(plan.work, FitWork):
+        if result.purpose != plan.work.purpose:
+            raise WireError(f"the report is of a {result.purpose} fit, the plan asks for {plan.work.purpose}")
+        size = 1 + plan.work.n_words
+        _check_shape(result.means, (size,) if plan.work.readout is None else (size, len(plan.labels)), "means")
     elif isinstance(result, LocalResult):
         _check_shape(result.mean, (plan.prompt.d,), "mean")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Literal, TypeAlias
 
 import msgspec
@@ -16,15 +16,18 @@ from fedbpt.messages import (
     Array,
     DeviceInfo,
     EvaluateReport,
+    FitPurpose,
     Message,
     NaturalInt,
     ObjectiveSpec,
     PositiveFloat,
     PositiveInt,
     PromptSpec,
+    Readout,
     Template,
 )
 
+RoundPurpose: TypeAlias = Literal["selection", "calibration", "probe", "search", "readout"]
 Method: TypeAlias = Literal["pooled", "fedbpt", "fedavg"]
 
 
@@ -32,8 +35,9 @@ class RunSettings(Message, frozen=True):
     """All that decides a run's outcome, and its budget: tuning ends at the first limit that is reached.
 
     ``rounds``, ``evaluations``, ``tokens`` and ``seconds`` are limits, 0 for none; at least one must be set.
-    Evaluations are the aggregator's; tokens are summed over devices; seconds are of closed rounds, over all
-    sittings. Round 0, which chooses the template, is not charged.
+    Rounds and evaluations are the search's; tokens are summed over devices; seconds are of closed rounds, over all
+    sittings. Round 0, which chooses the template, is not charged. ``objective.readout_words`` > 0: after the search, a
+    readout is fitted.
     ``quorum`` is the share of the run's devices that must report in a round; ``deadline_s`` the longest
     that a round may take. ``method`` names the aggregator, for the record.
     """
@@ -45,7 +49,10 @@ class RunSettings(Message, frozen=True):
     method: Method = "pooled"
     prompt: PromptSpec = PromptSpec()
     objective: ObjectiveSpec = ObjectiveSpec()
-    select_rows: NaturalInt = 64  # most training rows per device that choose the template; 0: all
+    select_rows: NaturalInt = 32  # most training rows per device that choose the template; 0: all
+    fit_rows: NaturalInt = 512  # most training rows per device that calibrate and fit the readout; 0: all
+    calibrate: bool = True  # fit a bias per label before the search
+    baselines: bool = False  # fit and evaluate a linear probe on the model without prompt, too
     popsize: PositiveInt = 20
     iterations: PositiveInt = 8
     seed: NaturalInt = 0
@@ -96,6 +103,31 @@ class Score(Message, frozen=True):
 NO_SCORE = Score(n=0, correct=0, loss_sum=0.0)
 
 
+BASELINES = {
+    "calibrated": "calibration only",
+    "probe": "linear probe",
+    "prompt": "tuned, without readout",
+}
+"""What a result is compared with, besides zero-shot: the model with a bias per label, or with a readout, and no prompt;
+the tuned prompt with a bias per label. By their keys, with their names for people."""
+
+
+Lines: TypeAlias = dict[str, tuple[NDArray[np.float64], Readout | None]]
+
+
+def lines(mean: NDArray[np.float64], fits: Mapping[FitPurpose, Readout]) -> Lines:
+    """What a run compares, by name, as latent [d] and readout: ``zero_shot``, ``tuned`` and those of `BASELINES`."""
+    zero, bias, readout = np.zeros_like(mean), fits.get("calibration"), fits.get("readout")
+    found: Lines = {"zero_shot": (zero, None), "tuned": (mean, readout or bias)}
+    if bias is not None:
+        found["calibrated"] = (zero, bias)
+    if "probe" in fits:
+        found["probe"] = (zero, fits["probe"])
+    if readout is not None:
+        found["prompt"] = (mean, bias)
+    return found
+
+
 class DeviceSummary(Message, frozen=True):
     """One device's share of a run. ``zero_shot`` and ``tuned`` have n = 0 where it missed the final evaluation.
 
@@ -113,9 +145,10 @@ class DeviceSummary(Message, frozen=True):
 
 
 class RunResult(Message, frozen=True):
-    """What a run found. ``mean`` [d] is the tuned latent; ``digest`` that of the search's final state.
+    """What a run found. ``mean`` [d] is the tuned latent; ``fits`` correct the label logits; ``digest``: the search's.
 
-    ``zero_shot`` and ``tuned`` were measured on the same held-back ``test`` rows, which chose nothing.
+    ``rounds`` are the search's. ``baselines``: other ways, by name (`BASELINES`). They, ``zero_shot``, ``tuned`` were
+    measured on the same held-back ``test`` rows, which chose nothing.
     ``seconds``: of the closed rounds (tuning); ``total_seconds`` with connecting and evaluating, this sitting only.
     """
 
@@ -134,12 +167,23 @@ class RunResult(Message, frozen=True):
     total_seconds: float
     zero_shot: Score
     tuned: Score
+    baselines: dict[str, Score]
+    fits: dict[FitPurpose, Readout]
     devices: tuple[DeviceSummary, ...]
 
     @property
     def latent(self) -> NDArray[np.float64]:
         """The tuned latent [d]."""
         return self.mean.numpy()
+
+    @property
+    def readout(self) -> Readout | None:
+        """What corrects the tuned prompt's label logits."""
+        return self.lines()["tuned"][1]
+
+    def lines(self) -> Lines:
+        """What was evaluated: see `lines`."""
+        return lines(self.latent, self.fits)
 
     @property
     def bytes_up(self) -> int:
@@ -183,9 +227,14 @@ class Progressed(Message, frozen=True, tag=True):
 
 
 class RoundClosed(Message, frozen=True, tag=True):
-    """Totals are since the run began; ``loss`` is the round's mean over candidates, weighted by rows, nats."""
+    """Totals are since the run began; ``loss`` is the round's mean over candidates, weighted by rows, nats.
+
+    ``searched``: rounds of the search so far.
+    """
 
     round: NaturalInt
+    purpose: RoundPurpose
+    searched: NaturalInt
     reported: tuple[str, ...]
     missing: tuple[str, ...]
     loss: float

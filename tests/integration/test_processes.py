@@ -7,17 +7,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from fedbpt.aggregation.pooled import Pooled
 from fedbpt.clients import HttpClient
 from fedbpt.federation import Federation
-from fedbpt.messages import ObjectiveSpec, PromptSpec
-from fedbpt.runs import DeviceBack, DeviceLost, Event, RoundClosed, RunResult, RunSettings
+from fedbpt.runs import DeviceBack, DeviceLost, Event, RoundClosed, RunResult
 from fedbpt.store import RunStore
 from tests.integration.processes import Fleet
-from tests.unit.test_federation import ToyTask
+from tests.toy_scene import ToyTask, settings
 
 
 class Coordinator:
@@ -29,9 +27,7 @@ class Coordinator:
         self.at_round: dict[int, Any] = {}
 
     def run(self, **changes: Any) -> RunResult:
-        prompt, objective = PromptSpec(d=4), ObjectiveSpec()
-        fixed = RunSettings(rounds=8, popsize=6, prompt=prompt, objective=objective, deadline_s=10.0, seed=3)
-        settings = msgspec.structs.replace(fixed, **changes)
+        chosen = settings(**{"rounds": 8, "deadline_s": 10.0, **changes})
 
         def hear(event: Event) -> None:
             self.events.append(event)
@@ -40,7 +36,7 @@ class Coordinator:
 
         clients = [HttpClient(url, name=f"device-{i}", retry_s=0.5) for i, url in enumerate(self.urls)]
         with RunStore(self.path) as store:
-            return Federation(clients, ToyTask(), settings, Pooled(4, popsize=6, seed=3), store, "r", hear).run()
+            return Federation(clients, ToyTask(), chosen, Pooled(4, popsize=6, seed=3), store, "r", hear).run()
 
     def of(self, kind: type[Any]) -> list[Any]:
         return [event for event in self.events if isinstance(event, kind)]

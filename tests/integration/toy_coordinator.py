@@ -8,26 +8,23 @@ import sys
 from fedbpt.aggregation.pooled import Pooled
 from fedbpt.clients import HttpClient
 from fedbpt.federation import Federation
-from fedbpt.messages import ObjectiveSpec, PromptSpec
-from fedbpt.runs import Event, RunSettings
+from fedbpt.runs import Event
 from fedbpt.store import RunStore
-from tests.unit.test_federation import ToyTask
+from tests.toy_scene import ToyTask, settings
 
 
 def main() -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
     path, rounds, *urls = sys.argv[1:]
     clients = [HttpClient(url, name=f"device-{number}", retry_s=1.0) for number, url in enumerate(urls)]
-    settings = RunSettings(
-        rounds=int(rounds), popsize=6, prompt=PromptSpec(d=4), objective=ObjectiveSpec(), deadline_s=10.0, seed=3
-    )
+    chosen = settings(rounds=int(rounds), deadline_s=10.0)
 
     def tell(event: Event) -> None:
         print(type(event).__name__, getattr(event, "round", ""), flush=True)
 
     with RunStore(path) as store:
         try:
-            result = Federation(clients, ToyTask(), settings, Pooled(4, popsize=6, seed=3), store, "r", tell).run()
+            result = Federation(clients, ToyTask(), chosen, Pooled(4, popsize=6, seed=3), store, "r", tell).run()
         except KeyboardInterrupt:
             return 130
     print("digest", result.digest, flush=True)

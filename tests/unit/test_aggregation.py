@@ -291,3 +291,28 @@ def test_reports_that_do_not_fit_are_refused_and_change_nothing(name: str, repor
 def test_bad_settings_are_refused(make: Callable[[], Aggregator]) -> None:
     with pytest.raises(InputError):
         make()
+
+
+def test_the_pooled_result_is_an_average_of_the_searchs_means_in_which_late_ones_count_more() -> None:
+    pooled, means = Pooled(D, 1.0, 16, seed=3), []
+    for _ in range(7):
+        run(pooled, bowls(), 1)
+        means.append(pooled._search.mean)
+    number = np.arange(1, 8)
+    weights = number * (number + 1) * (number + 2)  # polynomial decay with eta 3
+    np.testing.assert_allclose(pooled.mean, np.average(means, axis=0, weights=weights), rtol=1e-9)
+
+
+def test_the_averaged_mean_of_a_noisy_search_is_nearer_to_the_optimum_than_the_last() -> None:
+    last, averaged = [], []
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        pooled = Pooled(D, 1.0, 16, seed=seed)
+
+        def noisy(z: np.ndarray, rng: np.random.Generator = rng) -> np.ndarray:
+            return ((z - 1) ** 2).sum(axis=1) + 3 * rng.standard_normal(len(z))
+
+        run(pooled, {"a": noisy}, 150, seed)
+        last.append(np.linalg.norm(pooled._search.mean - 1))
+        averaged.append(np.linalg.norm(pooled.mean - 1))
+    assert np.mean(averaged) < np.mean(last)

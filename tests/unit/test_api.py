@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import builtins
 import json
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +68,40 @@ def test_events_are_passed_on_in_order() -> None:
     events: list[Event] = []
     tuned(rounds=2, on_event=events.append)
     assert isinstance(events[0], RunStarted)
-    assert [event.round for event in events if isinstance(event, RoundClosed)] == [0, 1, 2]
+    rounds = [event for event in events if isinstance(event, RoundClosed)]
+    assert [event.round for event in rounds] == list(range(len(rounds)))
+    assert [purpose for purpose, _ in groupby(event.purpose for event in rounds)] == [
+        "selection", "calibration", "search", "readout",
+    ]  # fmt: skip
+    assert rounds[-1].searched == 2
     assert isinstance(events[-1], RunFinished)
 
 
+def rounds_within(budget: Budget) -> list[RoundClosed]:
+    """The rounds of a run."""
+    events: list[Event] = []
+    tuned(budget=budget, on_event=events.append)
+    return [event for event in events if isinstance(event, RoundClosed)]
+
+
+@pytest.fixture(scope="module")
+def calibrating() -> int:
+    """The tokens that are charged before the search begins."""
+    tokens = {event.purpose: event.tokens for event in rounds_within(Budget(evaluations=1))}
+    return tokens["calibration"] - tokens["selection"]
+
+
 @pytest.mark.parametrize(
-    ("budget", "rounds"), [(Budget(evaluations=9), 2), (Budget(tokens=1), 1), (Budget(evaluations=800, tokens=1), 1)]
+    ("budget", "rounds"), [({"evaluations": 9}, 2), ({"tokens": 1}, 1), ({"evaluations": 800, "tokens": 1}, 1)]
 )
-def test_a_budget_ends_the_run_at_its_first_limit(budget: Budget, rounds: int) -> None:
-    assert tuned(budget=budget).run.rounds == rounds
+def test_a_budget_ends_the_search_at_its_first_limit(budget: dict[str, int], rounds: int, calibrating: int) -> None:
+    if "tokens" in budget:
+        budget = {**budget, "tokens": calibrating + budget["tokens"]}
+    assert rounds_within(Budget(**budget))[-1].searched == rounds
+
+
+def test_tokens_that_the_calibration_took_are_charged(calibrating: int) -> None:
+    assert rounds_within(Budget(tokens=calibrating))[-1].searched == 0
 
 
 def test_a_budget_of_seconds_ends_the_run() -> None:

@@ -14,7 +14,7 @@ import pytest
 from typer.main import get_command
 
 import fedbpt
-from fedbpt import Prompt, PromptSpec, cli
+from fedbpt import ObjectiveSpec, Prompt, PromptSpec, cli
 from fedbpt.api import aggregator_for
 from fedbpt.bench import Measurement, measure
 from fedbpt.cli import bench as bench_command
@@ -221,7 +221,10 @@ def test_what_cannot_be_resumed_just_says_stopped(run: Run, monkeypatch: pytest.
 @pytest.fixture
 def stored(folder: Path) -> RunResult:
     """A finished run ``toy`` of two devices and a stopped one ``half``, in the default store."""
-    settings = RunSettings(rounds=3, popsize=6, prompt=PromptSpec(d=4), evaluate_every=1)
+    settings = RunSettings(
+        rounds=3, popsize=6, prompt=PromptSpec(d=4), evaluate_every=1,
+        calibrate=False, objective=ObjectiveSpec(readout_words=0),
+    )  # fmt: skip
 
     def federation(name: str, store: RunStore, on_event: Callable[[Any], None] = lambda _event: None) -> Federation:
         shares = {"a": (rows(8), rows(4, 20), rows(6, 40)), "b": (rows(9, 60), rows(3, 80), rows(5, 90))}

@@ -17,6 +17,7 @@ from fedbpt.runs import (
     Evaluated,
     Event,
     RoundClosed,
+    RoundPurpose,
     RunFinished,
     RunResult,
     RunSettings,
@@ -44,10 +45,11 @@ def started(resumed: int = 0, rounds: int = 10) -> RunStarted:
     )  # fmt: skip
 
 
-def closed(round: int, seconds: float = 30.0) -> RoundClosed:
+def closed(round: int, seconds: float = 30.0, purpose: RoundPurpose = "search", before: int = 0) -> RoundClosed:
+    """``before``: rounds that were not the search's."""
     return RoundClosed(
-        round=round, reported=("a", "b"), missing=("c",), loss=0.51, evaluations=16 * round, tokens=1000,
-        seconds=seconds, bytes_up=900, bytes_down=5400,
+        round=round, purpose=purpose, searched=round - before, reported=("a", "b"), missing=("c",), loss=0.51,
+        evaluations=16 * round, tokens=1000, seconds=seconds, bytes_up=900, bytes_down=5400,
     )  # fmt: skip
 
 
@@ -55,7 +57,7 @@ def result() -> RunResult:
     return RunResult(
         run="r", task="t", settings=RunSettings(), model_fingerprint="f", model_name="toy", template=TEMPLATE,
         mean=Array.of([0.0]), digest="d", rounds=1, evaluations=1, tokens=1, seconds=1.0, total_seconds=1.0,
-        zero_shot=NO_SCORE, tuned=NO_SCORE, devices=(),
+        zero_shot=NO_SCORE, tuned=NO_SCORE, baselines={}, fits={}, devices=(),
     )  # fmt: skip
 
 
@@ -76,10 +78,22 @@ def test_the_line_holds_what_a_person_watches(monkeypatch: pytest.MonkeyPatch) -
     assert "eta 1:10" in text  # 30 s for three rounds of ten
 
 
-def test_the_end_of_the_budget_is_shown_as_evaluating(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_of_the_budget_is_shown_as_finishing(monkeypatch: pytest.MonkeyPatch) -> None:
     text = shown(monkeypatch, started(rounds=3), closed(3))
-    assert "evaluating" in text
+    assert "finishing" in text
     assert "eta" not in text
+
+
+def test_rounds_that_fit_are_named_and_leave_the_searchs_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for purpose, said in (
+        ("calibration", "calibrating"),
+        ("probe", "fitting the baseline"),
+        ("readout", "fitting the readout"),
+    ):
+        text = shown(monkeypatch, started(), closed(7, purpose=purpose, before=4))
+        assert said in text
+        assert "round" not in text
+    assert "round 3" in shown(monkeypatch, started(), closed(7, before=4))
 
 
 def test_what_must_not_be_missed_stays_above_the_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -16,14 +16,13 @@ import pytest
 from fedbpt import wire
 from fedbpt.aggregation.pooled import Pooled
 from fedbpt.clients import InProcessClient
-from fedbpt.errors import ConfigError, DeviceUnreachableError, FedbptError, FederationError, QuorumError, StoreError
+from fedbpt.errors import ConfigError, FedbptError, FederationError, QuorumError, StoreError
 from fedbpt.federation import Federation
-from fedbpt.messages import Array, LocalResult, ObjectiveSpec, PooledResult, PromptSpec, RoundReport, Template
+from fedbpt.messages import Array, LocalResult, PooledResult, RoundReport
 from fedbpt.runs import (
     DeviceBack,
     DeviceLost,
     Evaluated,
-    Event,
     LateReport,
     RoundClosed,
     RunFinished,
@@ -34,102 +33,12 @@ from fedbpt.runs import (
 )
 from fedbpt.store import RunStore
 from tests.fake_device import FakeDevice
-
-D = 4
-
-
-class ToyTask(NamedTuple):
-    name: str = "toy"
-    labels: tuple[str, ...] = ("x", "y")
-    templates: tuple[Template, ...] = (
-        Template(pattern="{text} In one word it was", label_words=(" bad", " good")),
-        Template(pattern="{text} It was", label_words=(" bad", " good")),
-    )
-
-
-class FlakyClient(InProcessClient):
-    """A client whose device can be out of reach (``down``)."""
-
-    down = False
-
-    async def status(self) -> Any:
-        self._check()
-        return await super().status()
-
-    async def start(self, plan: Any) -> None:
-        self._check()
-        await super().start(plan)
-
-    async def wait(self, run: str, round: int, timeout_s: float | None = None, on_progress: Any = None) -> Any:
-        while True:
-            self._check()
-            waiting = asyncio.ensure_future(super().wait(run, round, timeout_s, on_progress))
-            done, _ = await asyncio.wait([waiting], timeout=0.05)
-            if done:
-                return waiting.result()
-            waiting.cancel()
-
-    def _check(self) -> None:
-        if self.down:
-            raise DeviceUnreachableError(f"{self.name} cannot be reached")
-
-    def restart(self, graceful: bool) -> None:
-        """Forget all rounds, as a device does that is started again."""
-        if self._service is not None and graceful:
-            self._service.stop()
-        self._service = None
-
-
-def settings(**changes: Any) -> RunSettings:
-    made = RunSettings(
-        rounds=4, popsize=6, prompt=PromptSpec(d=D), objective=ObjectiveSpec(), deadline_s=5.0, quorum=0.5, seed=3
-    )
-    return msgspec.structs.replace(made, **changes)
-
-
-class Scene:
-    """Devices, a store, and the events of the runs over them."""
-
-    def __init__(self, path: Path, *names: str) -> None:
-        self.devices = {name: FakeDevice(name) for name in names}
-        self.clients = {name: FlakyClient(device) for name, device in self.devices.items()}
-        self.store = RunStore(path)
-        self.events: list[Event] = []
-        self.on_event: Callable[[Event], None] = lambda _event: None
-
-    def federation(self, run: str = "r", task: ToyTask | None = None, **changes: Any) -> Federation:
-        def hear(event: Event) -> None:
-            self.events.append(event)
-            self.on_event(event)
-
-        chosen = settings(**changes)
-        search = Pooled(D, popsize=chosen.popsize, seed=chosen.seed)
-        return Federation(list(self.clients.values()), task or ToyTask(), chosen, search, self.store, run, hear)
-
-    def run(self, run: str = "r", task: ToyTask | None = None, **changes: Any) -> RunResult:
-        return self.federation(run, task, **changes).run()
-
-    def of(self, kind: type[Any]) -> list[Any]:
-        return [event for event in self.events if isinstance(event, kind)]
-
-    def when(self, wanted: Callable[[Event], bool], do: Callable[[], None]) -> None:
-        """``do`` once, at the first event that is ``wanted``."""
-        pending = [do]
-
-        def react(event: Event) -> None:
-            if pending and wanted(event):
-                pending.pop()()
-
-        self.on_event = react
-
-
-def closed(round: int) -> Callable[[Event], bool]:
-    return lambda event: isinstance(event, RoundClosed) and event.round == round
+from tests.toy_scene import D, Scene, StopRunError, ToyTask, closed, settings, stop
 
 
 @pytest.fixture
 def scene(tmp_path: Path) -> Iterator[Scene]:
-    scene = Scene(tmp_path / "runs.sqlite", "a", "b", "c")
+    scene = Scene(tmp_path / "runs.sqlite", *(FakeDevice(name) for name in "abc"))
     yield scene
     for device in scene.devices.values():
         device.gate.set()
@@ -184,14 +93,6 @@ def test_tuning_ends_at_the_first_limit(scene: Scene, limit: dict[str, Any], rou
 
 
 # --- resuming ------------------------------------------------------------------------------------------------------
-
-
-class StopRunError(Exception):
-    pass
-
-
-def stop() -> None:
-    raise StopRunError
 
 
 @pytest.mark.parametrize("last", [0, 1, 3, 4])
@@ -249,7 +150,9 @@ def test_a_round_that_does_not_replay_is_refused(scene: Scene) -> None:
 # --- faults --------------------------------------------------------------------------------------------------------
 
 
-def test_a_slow_device_delays_one_round_by_its_deadline_and_its_late_report_is_not_used(scene: Scene) -> None:
+def test_a_slow_device_delays_one_round_by_its_deadline_and_its_late_report_is_not_used(
+    scene: Scene,
+) -> None:
     scene.devices["b"].gate.clear()
     scene.when(closed(6), scene.devices["b"].gate.set)
     for device in ("a", "c"):

@@ -77,10 +77,12 @@ def test_pooled_losses_are_those_of_the_shared_population_on_the_devices_mini_ba
     report = device().run(plan(pooled()))
     objective = Objective(ToyScorer(), TEMPLATE, LABELS, ROWS, ObjectiveSpec(batch_size=5), PROMPT)
     latents = sample_population(pooled().state, 6, 7, 3)
-    chosen = batch_indices(20, 5, generator(7, "batch", "kitchen", 3))
-    np.testing.assert_array_equal(report.result.losses.numpy(), objective.losses(objective.embeds(latents), chosen))
+    chosen = batch_indices(20, 5, generator(7, "batch", "kitchen", 3), objective.targets)
+    expected = objective.losses(objective.embeds(latents), chosen).astype(np.float32)
+    np.testing.assert_array_equal(report.result.losses.numpy(), expected)
     assert (report.run, report.round, report.device) == ("r", 4, "kitchen")
-    assert (report.n_texts, report.evaluations, report.tokens) == (5, 6, objective.tokens)
+    # the mini-batch stands for all 20 rows
+    assert (report.n_texts, report.evaluations, report.tokens) == (20, 6, objective.tokens)
     assert report.plan_digest == digest(plan(pooled()))
     assert report.peak_rss_bytes == ToyScorer().memory()["peak_rss"]
 
@@ -143,7 +145,12 @@ def test_the_perturbed_objective_runs_and_repeats() -> None:
 
 
 def test_a_batch_size_of_zero_takes_all_rows() -> None:
-    assert device().run(plan(pooled(), objective=ObjectiveSpec(batch_size=0))).n_texts == len(ROWS)
+    everything = ObjectiveSpec(batch_size=0)
+    report = device().run(plan(pooled(), objective=everything))
+    objective = Objective(ToyScorer(), TEMPLATE, LABELS, ROWS, everything, PROMPT)
+    expected = objective.losses(objective.embeds(sample_population(pooled().state, 6, 7, 3))).astype(np.float32)
+    np.testing.assert_array_equal(report.result.losses.numpy(), expected)
+    assert report.n_texts == len(ROWS)
 
 
 # --- local search --------------------------------------------------------------------------------------------------

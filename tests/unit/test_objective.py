@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedbpt.errors import DataError, InputError, ScoringInterrupted, TaskError
-from fedbpt.messages import ObjectiveSpec, PromptSpec, Template
-from fedbpt.objective import CHUNK, Objective, batch_indices, cross_entropy, hinge
+from fedbpt.losses import cross_entropy
+from fedbpt.messages import Array, ObjectiveSpec, PromptSpec, Readout, Template
+from fedbpt.objective import CHUNK, Objective, batch_indices
 from fedbpt.tasks.task import cue_ids, label_ids, render_ids
 from tests.toy_scorer import BOS, ToyScorer
 
@@ -35,43 +34,6 @@ def make(
 
 def latents(k: int, d: int = 6) -> np.ndarray:
     return np.random.default_rng(5).standard_normal((k, d))
-
-
-# --- losses --------------------------------------------------------------------------------------------------------
-
-
-def test_cross_entropy_by_hand() -> None:
-    logits = [[[0.0, 0.0], [0.0, math.log(3)]]]
-    np.testing.assert_allclose(cross_entropy(logits, [0, 1]), [[math.log(2), math.log(4 / 3)]])
-
-
-def test_cross_entropy_of_huge_logits_is_finite() -> None:
-    np.testing.assert_allclose(cross_entropy([[1e4, -1e4], [-1e4, 1e4]], [0, 0]), [0, 2e4])
-
-
-def test_hinge_by_hand() -> None:
-    logits = [[3.0, 0.0, 2.0], [0.0, 0.0, 9.0]]
-    np.testing.assert_allclose(hinge(logits, [0, 2]), [1.0, 0.0])
-    np.testing.assert_allclose(hinge(logits, [0, 2], margin=4.0), [1.0 + 3.0, 0.0])
-
-
-@given(
-    logits=st.lists(st.lists(st.floats(-50, 50), min_size=3, max_size=3), min_size=1, max_size=4),
-    shift=st.floats(-100, 100),
-)
-def test_losses_ignore_a_common_shift_and_are_never_negative(logits: list[list[float]], shift: float) -> None:
-    targets = [i % 3 for i in range(len(logits))]
-    for loss in (cross_entropy, hinge):
-        values = loss(logits, targets)
-        assert (values >= -1e-9).all()
-        np.testing.assert_allclose(values, loss(np.add(logits, shift), targets), atol=1e-9)
-
-
-@pytest.mark.parametrize(("logits", "targets"), [([[1.0, 2.0]], [2]), ([[1.0, 2.0]], [-1]), ([[1.0, 2.0]], [0, 1])])
-@pytest.mark.parametrize("loss", [cross_entropy, hinge])
-def test_targets_that_do_not_fit_are_refused(loss: object, logits: list, targets: list) -> None:
-    with pytest.raises(InputError):
-        loss(logits, targets)
 
 
 # --- measuring -----------------------------------------------------------------------------------------------------
@@ -134,7 +96,8 @@ def test_all_candidates_share_every_scoring_call() -> None:
 
 
 def test_a_label_bias_moves_predictions() -> None:
-    objective = make(label_bias=[1e3, 0.0])
+    objective = make()
+    objective.readout = Readout(weights=Array.of(np.array([[1e3, 0.0]])))
     assert objective.evaluate(objective.zero_shot_embeds()).correct == (5,)
     assert (objective.evaluate(objective.zero_shot_embeds()).predictions == 0).all()
 
@@ -328,6 +291,44 @@ def test_a_mini_batch_is_distinct_rows(n: int, size: int, seed: int) -> None:
     assert (np.diff(chosen) > 0).all()
     assert chosen[0] >= 0
     assert chosen[-1] < n
+
+
+@given(
+    counts=st.lists(st.integers(0, 20), min_size=1, max_size=5).filter(any),
+    size=st.integers(1, 60),
+    seed=st.integers(0, 100),
+)
+def test_labels_are_in_a_mini_batch_in_proportion(counts: list[int], size: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    targets = rng.permutation(np.repeat(np.arange(len(counts)), counts))
+    n = len(targets)
+    chosen = batch_indices(n, size, rng, targets)
+    assert len(chosen) == min(n, size)
+    assert (np.diff(chosen) > 0).all()
+    assert 0 <= chosen[0] <= chosen[-1] < n
+    found = np.bincount(targets[chosen], minlength=len(counts))
+    assert (np.abs(found - np.array(counts) * len(chosen) / n) < 1 + 1e-9).all()
+
+
+def test_every_row_is_in_a_mini_batch_equally_often() -> None:
+    rng, draws = np.random.default_rng(0), 6000
+    targets = np.array([0] * 7 + [1] * 3 + [2])
+    times = np.zeros(11)
+    for _ in range(draws):
+        times[batch_indices(11, 4, rng, targets)] += 1
+    spread = np.sqrt(draws * 4 / 11 * 7 / 11)
+    assert np.abs(times - draws * 4 / 11).max() < 4 * spread
+
+
+def test_labels_in_proportion_take_noise_out_of_a_mean() -> None:
+    rng = np.random.default_rng(0)
+    targets = np.arange(40) % 2
+    values = 5.0 * targets + rng.standard_normal(40)
+    plain, even = (
+        np.std([values[batch_indices(40, 8, rng, given_targets)].mean() for _ in range(300)])
+        for given_targets in (None, targets)
+    )
+    assert even < 0.5 * plain
 
 
 def test_a_latent_becomes_a_prompt() -> None:

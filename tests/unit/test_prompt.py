@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,46 @@ def test_a_prompt_survives_the_disk(tmp_path: Path) -> None:
     assert loaded == prompt
     assert loaded.rows.tobytes() == prompt.rows.tobytes()
     assert [p.name for p in tmp_path.iterdir()] == ["p.safetensors"]
+
+
+READOUT = {"word_ids": np.array([7, 3, 3]), "word_weights": np.array([[0.5, -0.5], [1.0, 0.25], [0.0, 2.0]])}
+
+
+def test_a_prompt_with_a_readout_survives_the_disk(tmp_path: Path) -> None:
+    prompt = make(**READOUT)
+    loaded = Prompt.load(prompt.save(tmp_path / "p.safetensors"))
+    assert loaded == prompt
+    assert loaded.word_ids.tolist() == [7, 3, 3]
+    assert loaded.word_weights.tobytes() == prompt.word_weights.tobytes()
+    assert loaded.readout == prompt.readout
+    assert loaded.readout.weights.numpy().tolist() == [[0.25, -0.25], [0.5, -0.5], [1.0, 0.25], [0.0, 2.0]]
+
+
+def test_a_prompt_without_a_readout_has_its_bias_alone_and_the_file_holds_no_words(tmp_path: Path) -> None:
+    prompt = make()
+    assert prompt.readout.weights.numpy().tolist() == [[0.25, -0.25]]
+    saved = prompt.save(tmp_path / "p.safetensors")
+    assert set(safetensors.numpy.load(saved.read_bytes())) == {"rows", "label_bias"}
+
+
+@pytest.mark.parametrize("part", READOUT)
+def test_prompts_that_differ_in_the_readout_are_not_equal(part: str) -> None:
+    changed = READOUT[part].copy()
+    changed[0] += 1
+    assert make(**READOUT) == make(**READOUT)
+    assert make(**READOUT) != make(**{**READOUT, part: changed})
+    assert make(**READOUT) != make()
+
+
+def test_a_file_with_half_a_readout_is_refused(tmp_path: Path) -> None:
+    path = make(**READOUT).save(tmp_path / "p.safetensors")
+    tensors = safetensors.numpy.load(path.read_bytes())
+    header = path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")]
+    metadata = json.loads(header)["__metadata__"]
+    del tensors["word_ids"]
+    path.write_bytes(safetensors.numpy.save(tensors, metadata=metadata))
+    with pytest.raises(PromptError, match="not a prompt"):
+        Prompt.load(path)
 
 
 @given(text=st.text(max_size=40).filter(lambda s: s.isprintable()))
@@ -154,6 +195,12 @@ def test_its_repr_says_what_it_is() -> None:
         {"rows": np.full((2, 8), np.nan)},
         {"label_bias": np.zeros(3)},
         {"labels": ("only",), "label_bias": None},
+        {"word_ids": READOUT["word_ids"]},
+        {"word_weights": READOUT["word_weights"]},
+        {**READOUT, "word_ids": np.array([1, 2])},
+        {**READOUT, "word_ids": np.array([[1, 2, 3]])},
+        {**READOUT, "word_weights": np.zeros((3, 3))},
+        {**READOUT, "word_weights": np.full((3, 2), np.nan)},
         {"history": ({"x": object()},)},
         {"history": ({"x": float("nan")},)},
     ],

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from fedbpt.errors import InputError
-from fedbpt.objective import cross_entropy, hinge
+from fedbpt.losses import cross_entropy, hinge
 from fedbpt.racing import MIN_TEXTS, Race, race
 
 K, MU = 16, 8

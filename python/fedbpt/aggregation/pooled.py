@@ -3,6 +3,9 @@
 Each device scores all candidates on its own mini-batch and sends λ losses; their sum, weighted by texts, is an
 unbiased estimate of the global loss, so this is centralised CMA-ES on the pooled data, however skewed the devices
 are. The price is one exchange per generation. Ours; no paper.
+
+Tiny mini-batches make the search's mean wander about what it looks for, so the result is an average of the means, late
+ones counting more: polynomial-decay averaging (Shamir & Zhang 2013, arXiv 1212.1824, section 4).
 """
 
 from __future__ import annotations
@@ -15,6 +18,9 @@ from numpy.typing import NDArray
 from fedbpt.aggregation.base import accepted, latents_of, weighted_sum, weights_of
 from fedbpt.messages import PooledResult, PooledWork, RoundReport
 from fedbpt.search import CmaSearch, Covariance, StepSize
+
+DECAY = 3
+"""η of the averaging: mean t gets a weight of about t^η."""
 
 
 class Pooled:
@@ -41,10 +47,12 @@ class Pooled:
         step_size: StepSize = "auto",
     ) -> None:
         self._search = CmaSearch(d, sigma0, popsize, seed, covariance, step_size)
+        self._average = self._search.mean
 
     @property
     def mean(self) -> NDArray[np.float64]:
-        return self._search.mean
+        """The average of the search's means, [d]."""
+        return np.array(self._average)
 
     @property
     def evaluations(self) -> int:
@@ -59,6 +67,8 @@ class Pooled:
         pairs = accepted(reports, PooledResult, self.min_reports)
         losses = latents_of(pairs, [result.losses.numpy() for _, result in pairs], self._search.popsize, "losses")
         self._search.tell(weighted_sum(weights_of(pairs), losses))
+        share = (DECAY + 1) / (self._search.generation + DECAY)
+        self._average = self._average + share * (self._search.mean - self._average)
 
     def digest(self) -> str:
         return self._search.digest()

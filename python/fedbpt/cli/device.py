@@ -66,7 +66,9 @@ def device(
 
     if until_eof:
         threading.Thread(target=_stop_at_eof, name="fedbpt-until-eof", daemon=True).start()
-    service = AgentService(Device(own_name, scorer, train, dev_rows, test_rows))
+    device = Device(own_name, scorer, train, dev_rows, test_rows)
+    device.measure_speed()  # for `fedbpt tune --plan`
+    service = AgentService(device)
     AgentServer(service, host, port, on_ready=ready, allow_insecure=allow_insecure).run()
 
 

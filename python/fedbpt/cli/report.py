@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import typer
 from rich.console import Console
 from rich.table import Table
 
 from fedbpt.api import wilson_interval
 from fedbpt.display import human_bytes
-from fedbpt.runs import RunResult, Score
+from fedbpt.estimate import RunCost
+from fedbpt.runs import BASELINES, RunResult, Score
 
 
 def result_as_json(result: RunResult, prompt_path: Path | None) -> dict[str, Any]:
@@ -25,6 +28,7 @@ def result_as_json(result: RunResult, prompt_path: Path | None) -> dict[str, Any
         "zero_shot_interval": _interval(result.zero_shot),
         "tuned_accuracy": result.tuned.accuracy,
         "tuned_interval": _interval(result.tuned),
+        "baselines": {name: score.accuracy for name, score in result.baselines.items()},
         "n": result.tuned.n,
         "evaluations": result.evaluations,
         "tokens": result.tokens,
@@ -54,7 +58,8 @@ def print_result(result: RunResult, prompt_path: Path | None) -> None:
     """The table at the end of a run."""
     console = Console()
     if result.tuned.n:
-        scores = {"zero-shot": result.zero_shot, "tuned": result.tuned}
+        others = {title: result.baselines[name] for name, title in BASELINES.items() if name in result.baselines}
+        scores = {"zero-shot": result.zero_shot, **others, "tuned": result.tuned}
         title = f"{result.task} on {result.model_name}: {result.tuned.n} held-out rows, which chose nothing"
         lines = {name: (score.accuracy, _interval(score), score.loss) for name, score in scores.items()}
         print_accuracies(console, title, lines)
@@ -77,6 +82,23 @@ def print_result(result: RunResult, prompt_path: Path | None) -> None:
     )
     if prompt_path is not None:
         console.print(f"prompt: {prompt_path}", soft_wrap=True)
+
+
+def print_cost(cost: RunCost, as_json: bool) -> None:
+    """What a run will cost at most: a line per device, or JSON."""
+    if as_json:
+        typer.echo(msgspec.json.encode(cost).decode())
+        return
+    console = Console()
+    table = Table(box=None)
+    for heading in ("device", "tokens", "time", "up", "down", "memory now"):
+        table.add_column(heading, justify="left" if heading == "device" else "right")
+    for device in cost.devices:
+        time = "?" if device.seconds is None else f"{device.seconds / 60:.1f} min"
+        sizes = (device.bytes_up, device.bytes_down, device.rss_bytes)
+        table.add_row(device.name, f"{device.tokens:,}", time, *(human_bytes(size) for size in sizes))
+    console.print(f"at most, for {cost.evaluations} evaluations in {cost.rounds} rounds of search:")
+    console.print(table)
 
 
 def print_accuracies(

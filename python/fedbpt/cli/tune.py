@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Annotated
 
@@ -10,15 +11,18 @@ import typer
 
 from fedbpt.api import aggregator_for, make_prompt, require_model_of_run
 from fedbpt.cli.options import AsJson, Quiet
-from fedbpt.cli.report import print_result, result_as_json
+from fedbpt.cli.report import print_cost, print_result, result_as_json
 from fedbpt.clients.http import HttpClient
 from fedbpt.config import RunConfig, load_config
 from fedbpt.display import RunDisplay
 from fedbpt.errors import ConfigError
+from fedbpt.estimate import RunCost, estimate
 from fedbpt.federation import Federation
+from fedbpt.messages import DeviceInfo
 from fedbpt.native_scorer import load_model
 from fedbpt.runs import Event, RunStarted
 from fedbpt.store import RunStore
+from fedbpt.tasks import Task
 
 
 def tune(
@@ -31,6 +35,9 @@ def tune(
         str | None, typer.Option("--model", "-m", help="The devices' model, here too: needed to write the prompt.")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what is stored of this run, and start over.")] = False,
+    only_plan: Annotated[
+        bool, typer.Option("--plan", help="Ask the devices, print what the run will cost at most, and do nothing.")
+    ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -42,6 +49,9 @@ def tune(
     addresses = [*config.devices, *(device or [])]
     if not addresses:
         raise ConfigError(f"no devices: name them in {run_file} (devices = [...]) or with --device http://HOST:PORT")
+    if only_plan:
+        print_cost(_cost(config, task, addresses), as_json)
+        return
     model = model or config.model
     out = _prompt_path(config, prompt_file, model)
     if out is not None:
@@ -72,6 +82,21 @@ def tune(
     if saved is None and not quiet:
         wanted = f"{config.run} --store {config.store} --model MODEL --out PROMPT.safetensors"
         typer.echo(f"to write its prompt: fedbpt runs export {wanted}")
+
+
+def _cost(config: RunConfig, task: Task, addresses: list[str]) -> RunCost:
+    """What the run will cost on the devices at ``addresses``. Raises `DeviceError` where one does not answer."""
+
+    async def ask(client: HttpClient) -> DeviceInfo:
+        try:
+            return await client.status()
+        finally:
+            await client.aclose()
+
+    async def ask_all() -> list[DeviceInfo]:
+        return list(await asyncio.gather(*(ask(HttpClient(address)) for address in addresses)))
+
+    return estimate(config.settings, task, asyncio.run(ask_all()), aggregator_for(config.settings))
 
 
 def _prompt_path(config: RunConfig, given: Path | None, model: str | None) -> Path | None:

@@ -1,0 +1,316 @@
+"""How fast does accuracy grow, against forward tokens and seconds, beside baselines and other searches?
+
+A run tunes on SHOTS rows per class, spread over devices that share one engine, so seconds are of all of them together.
+At each budget the lines of the run are measured on rows that chose nothing: the test file's, or with --split dev other
+rows of the training file, for choosing defaults. Searches:
+
+pooled     the default; fedavg, fedbpt: as `fedbpt tune` has them, in the cue
+spsa       MeZO's estimate (Malladi et al. 2023, arXiv 2305.17333; Spall 1992) on the same prompt rows: two losses along
+           a random direction a step, on such mini-batches, calibrated alike
+reference  FedBPT's published settings: 50 tokens in front, d 500, λ 5, 8 iterations, 40 texts, perturbed ratio
+
+    python benchmarks/bench_learning.py --data DIR --task ag-news --model smollm2-135m --out learning
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+import fedbpt
+from fedbpt import tasks
+from fedbpt.api import aggregator_for
+from fedbpt.clients.in_process import InProcessClient
+from fedbpt.errors import ModelNotFoundError
+from fedbpt.federation import Federation
+from fedbpt.local import Device
+from fedbpt.messages import Array, ObjectiveSpec, PromptSpec, Readout
+from fedbpt.objective import Objective, batch_indices
+from fedbpt.readout import word_ids
+from fedbpt.runs import Lines, RunSettings
+from fedbpt.seeding import generator
+from fedbpt.store import RunStore
+from fedbpt.tasks.task import label_ids
+
+Row = tuple[str, int]
+
+FILES = {
+    "ag-news": ("ag_news_train_5000.csv", "ag_news_test_3800.csv"),
+    "sst-2": ("sst2_train_8000.tsv", "sst2_dev_436.tsv"),
+}
+KV_BYTES = 7 * 2**30  # the measured rows' KV is kept from budget to budget
+STUDENT_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}
+REFERENCE = PromptSpec(placement="front", n_prompt=50, d=500, alpha=1.0)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of one of FILES: (text, label index)."""
+    with path.open(encoding="utf-8", newline="") as lines:
+        if path.suffix == ".tsv":
+            rows = [line.rstrip("\r\n").split("\t") for line in lines]
+            return [(text.strip(), int(label)) for label, text in rows[1:]]
+        found: list[Row] = []
+        for row in csv.reader(lines):
+            if len(row) == 2 and row[1].isdigit():
+                found.append((row[0], int(row[1])))
+            elif len(row) == 3 and row[0].isdigit():  # the original form counts from 1
+                found.append((f"{row[1]} {row[2]}", int(row[0]) - 1))
+        return found
+
+
+def shots(rows: Sequence[Row], per_class: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """``per_class`` rows of each label, and the others in random order."""
+    order = generator(seed, "shots").permutation(len(rows))
+    taken: dict[int, list[int]] = {}
+    others = []
+    for i in order:
+        mine = taken.setdefault(rows[i][1], [])
+        (mine if len(mine) < per_class else others).append(int(i))
+    return [rows[i] for part in taken.values() for i in part], [rows[i] for i in others]
+
+
+class Judge:
+    """Accuracy on the measured rows; their KV stays, so that only a text's last tokens are computed again.
+
+    It stays from seed to seed too: the readout words of all of them are read at once.
+    """
+
+    def __init__(
+        self, scorer: fedbpt.NativeScorer, task: tasks.Task, rows: Sequence[Row], seeds: Sequence[int], n_words: int
+    ) -> None:
+        self.scorer, self.task, self.rows, self.seeds, self.n_words = scorer, task, rows, seeds, n_words
+        self._made: tuple[tuple[fedbpt.Template, str], Objective] | None = None
+
+    def accuracies(self, template: fedbpt.Template, settings: RunSettings, lines: Lines) -> dict[str, dict[str, float]]:
+        objective = self._objective(template, settings)
+        mine = Objective(self.scorer, template, self.task.labels, self.rows[:1], settings.objective, settings.prompt)
+        embeds = mine.embeds(np.stack([latent for latent, _ in lines.values()]))
+        readouts = [None if readout is None else self._widened(readout, settings) for _, readout in lines.values()]
+        found = objective.evaluate(embeds, readouts=readouts)
+        return {
+            name: {"accuracy": found.accuracy[i], "loss": found.loss_sums[i] / found.n} for i, name in enumerate(lines)
+        }
+
+    def _objective(self, template: fedbpt.Template, settings: RunSettings) -> Objective:
+        key = (template, settings.prompt.placement)
+        if self._made is None or self._made[0] != key:
+            self._made = None  # its KV goes before the other's comes
+            ids = label_ids(self.scorer, template, self.task.labels)
+            words = [word_ids(self.scorer.n_vocab, self.n_words, seed, ids) for seed in self.seeds]
+            spec = ObjectiveSpec(max_text_tokens=self.task.max_text_tokens)
+            place = msgspec.structs.replace(settings.prompt, d=1)
+            made = Objective(
+                self.scorer, template, self.task.labels, self.rows, spec, place, words=np.concatenate(words)
+            )
+            self._made = key, made
+        return self._made[1]
+
+    def _widened(self, readout: Readout, settings: RunSettings) -> Readout:
+        """With rows of zeros for other seeds' words."""
+        own = readout.weights.numpy()
+        first = 1 + self.seeds.index(settings.prompt.seed) * self.n_words
+        weights = np.zeros((1 + len(self.seeds) * self.n_words, own.shape[1]))
+        weights[0], weights[first : first + len(own) - 1] = own[0], own[1:]
+        return Readout(weights=Array.of(weights))
+
+
+def settings_of(args: argparse.Namespace, task: tasks.Task, seed: int, budget: int) -> RunSettings:
+    if args.search == "reference":
+        objective = ObjectiveSpec(batch_size=40, perturb=0.5, readout_words=0, max_text_tokens=task.max_text_tokens)
+        return RunSettings(
+            rounds=0, evaluations=budget, method="fedbpt", prompt=msgspec.structs.replace(REFERENCE, seed=seed),
+            objective=objective, popsize=5, iterations=8, seed=seed, calibrate=False, deadline_s=86400.0,
+        )  # fmt: skip
+    objective = ObjectiveSpec(
+        batch_size=args.batch, max_text_tokens=task.max_text_tokens, readout_words=args.words, loss=args.loss
+    )
+    return RunSettings(
+        rounds=0, evaluations=budget, method=args.search, seed=seed, popsize=args.popsize, objective=objective,
+        prompt=PromptSpec(seed=seed, d=args.d, alpha=args.alpha, n_prompt=args.n_prompt), iterations=args.iterations,
+        baselines=args.baselines and args.words > 0, select_rows=max(8, 64 // args.devices), deadline_s=86400.0,
+        quorum=1.0,
+    )  # fmt: skip
+
+
+def federated(
+    args: argparse.Namespace, scorer: fedbpt.NativeScorer, task: tasks.Task, train: list[Row], seed: int, judge: Judge
+) -> Iterator[dict[str, Any]]:
+    """One figure for each budget; a run goes on from one to the next."""
+    labels = [label for _, label in train]
+    parts = tasks.partition(labels, args.devices, "dirichlet" if args.devices > 1 else "iid", args.dirichlet, seed)
+    devices = [Device(f"device-{i}", scorer, [train[row] for row in part]) for i, part in enumerate(parts)]
+    with tempfile.TemporaryDirectory() as folder, RunStore(Path(folder) / "runs.db") as store:
+        for budget in args.evaluations:
+            settings = settings_of(args, task, seed, budget)
+            clients = [InProcessClient(device) for device in devices]
+            federation = Federation(clients, task, settings, aggregator_for(settings), store, "bench")
+            result = federation.run()
+            yield {
+                "evaluations": result.evaluations,
+                "tokens": result.tokens,
+                "seconds": result.seconds,
+                "bytes_up": max(device.bytes_up for device in result.devices),
+                "rounds": result.rounds,
+                "template": result.template.pattern,
+                "lines": judge.accuracies(result.template, settings, result.lines()),
+            }
+
+
+def spsa(
+    args: argparse.Namespace, scorer: fedbpt.NativeScorer, task: tasks.Task, train: list[Row], seed: int, judge: Judge
+) -> Iterator[dict[str, Any]]:
+    """MeZO in the latent space, by plain SGD with steps falling as 1/√t. Template and bias are a run's of ours."""
+    settings = settings_of(argparse.Namespace(**{**vars(args), "search": "pooled"}), task, seed, args.popsize)
+    with tempfile.TemporaryDirectory() as folder, RunStore(Path(folder) / "runs.db") as store:
+        aggregator = aggregator_for(settings)
+        first = Federation([InProcessClient(Device("d", scorer, train))], task, settings, aggregator, store, "bench")
+        result = first.run()
+    bias = result.lines()["calibrated"][1]
+    objective = Objective(scorer, result.template, task.labels, train, settings.objective, settings.prompt)
+    objective.readout = bias
+    z, began, rng = np.zeros(settings.prompt.d), time.perf_counter(), generator(seed, "spsa")
+    step = 0
+    for budget in args.evaluations:
+        while 2 * step < budget:
+            chosen = batch_indices(len(objective), args.batch, rng, objective.targets)
+            direction = rng.standard_normal(len(z))
+            pair = objective.losses(objective.embeds(np.stack([z + 0.1 * direction, z - 0.1 * direction])), chosen)
+            z -= args.spsa_rate / np.sqrt(1 + step / 100) * (pair[0] - pair[1]) / 0.2 * direction
+            step += 1
+        lines = {"zero_shot": (np.zeros_like(z), None), "prompt": (z, bias)}
+        yield {
+            "evaluations": 2 * step, "tokens": objective.tokens, "seconds": time.perf_counter() - began, "bytes_up": 0,
+            "template": result.template.pattern, "lines": judge.accuracies(result.template, settings, lines),
+        }  # fmt: skip
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half of Student's 95 % interval over seeds (NaN for one)."""
+    n = len(values)
+    half = STUDENT_95.get(n, 1.96) * float(np.std(values, ddof=1)) / np.sqrt(n) if n > 1 else float("nan")
+    return float(np.mean(values)), half
+
+
+def table(points: Sequence[dict[str, Any]], say: Any) -> None:
+    """A line for each budget: means over seeds."""
+    names = list(points[0]["lines"])
+    say(f"{'evaluations':>11} {'tokens':>9} {'seconds':>7}  " + "  ".join(f"{name:>15}" for name in names))
+    for number in sorted({point["step"] for point in points}):
+        mine = [point for point in points if point["step"] == number]
+        cells = []
+        for name in names:
+            mean, half = interval([point["lines"][name]["accuracy"] for point in mine])
+            cells.append(f"{mean:.4f} ± {half:.4f}")
+        figures = [float(np.mean([point[key] for point in mine])) for key in ("evaluations", "tokens", "seconds")]
+        say(f"{figures[0]:11.0f} {figures[1]:9.0f} {figures[2]:7.1f}  " + "  ".join(f"{cell:>15}" for cell in cells))
+    say(f"bytes up, the busiest device: {max(point['bytes_up'] for point in points):,}")
+
+
+def plot(points: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+    """Accuracy against forward tokens and against seconds, a curve for each line, a thin one for each seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    steps = sorted({point["step"] for point in points})
+    for colour, name in enumerate(points[0]["lines"]):
+        for axes, key in zip(panels, ("tokens", "seconds"), strict=True):
+            by_step = [[point for point in points if point["step"] == step] for step in steps]
+            x = [np.mean([point[key] for point in mine]) for mine in by_step]
+            y = [[point["lines"][name]["accuracy"] for point in mine] for mine in by_step]
+            axes.plot(x, np.mean(y, axis=1), marker=".", color=f"C{colour}", label=name)
+            axes.fill_between(x, np.min(y, axis=1), np.max(y, axis=1), color=f"C{colour}", alpha=0.15, linewidth=0)
+            axes.set(xlabel="forward tokens" if key == "tokens" else "seconds")
+    panels[0].set(ylabel="accuracy", title=title)
+    panels[1].legend(fontsize="small")
+    figure.savefig(path)
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", type=Path, help="folder with " + ", ".join(name for pair in FILES.values() for name in pair)
+    )
+    parser.add_argument("--task", choices=list(FILES), default="ag-news")
+    parser.add_argument("--model", default="smollm2-135m", help="name or GGUF file")
+    parser.add_argument("--search", choices=["pooled", "fedavg", "fedbpt", "spsa", "reference"], default="pooled")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--shots", type=int, default=64, help="training rows per class")
+    parser.add_argument("--evaluations", type=int, nargs="+", default=[400, 1600, 3200])
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--dirichlet", type=float, default=0.1, help="skew of the devices' labels")
+    parser.add_argument("--split", choices=["test", "dev"], default="test")
+    parser.add_argument("--rows", type=int, default=0, help="measured rows; 0: all of the test file, 600 of dev")
+    parser.add_argument("--words", type=int, default=ObjectiveSpec().readout_words, help="of the readout; 0: none")
+    parser.add_argument("--batch", type=int, default=ObjectiveSpec().batch_size)
+    parser.add_argument("--popsize", type=int, default=16)
+    parser.add_argument("--iterations", type=int, default=8, help="of local search, in fedavg and fedbpt")
+    parser.add_argument("--d", type=int, default=PromptSpec().d)
+    parser.add_argument("--alpha", type=float, default=PromptSpec().alpha)
+    parser.add_argument("--n-prompt", type=int, default=1)
+    parser.add_argument(
+        "--baselines", action=argparse.BooleanOptionalAction, default=True, help="fit a linear probe too"
+    )
+    parser.add_argument("--loss", default="cross_entropy")
+    parser.add_argument("--spsa-rate", type=float, default=1.0)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path, help="folder for the JSON and the plot")
+    parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parsed()
+
+    def say(text: str) -> None:
+        if not args.json:
+            print(text, flush=True)
+
+    if args.data is None or not all((args.data / name).is_file() for name in FILES[args.task]):
+        say(f"skipped: give --data, a folder with {' and '.join(FILES[args.task])}")
+        return 0
+    try:
+        scorer = fedbpt.load_model(args.model, n_threads=args.threads, kv_budget_bytes=KV_BYTES)
+    except ModelNotFoundError as error:
+        say(f"skipped {args.model}: {error}")
+        return 0
+    task = tasks.load(args.task)
+    everything, test = (read_rows(args.data / name) for name in FILES[args.task])
+    points: list[dict[str, Any]] = []
+    judge: Judge | None = None
+    for seed in args.seeds:
+        train, others = shots(everything, args.shots, seed)
+        if judge is None or args.split == "dev":
+            measured = others[: args.rows or 600] if args.split == "dev" else test[: args.rows or None]
+            judge = Judge(scorer, task, measured, args.seeds, args.words)
+        run = spsa if args.search == "spsa" else federated
+        for step, point in enumerate(run(args, scorer, task, train, seed, judge)):
+            points.append({"seed": seed, "step": step, **point})
+            shown = "  ".join(f"{name} {line['accuracy']:.4f}" for name, line in point["lines"].items())
+            spent = f"{point['evaluations']} evaluations, {point['seconds']:.1f} s"
+            say(f"seed {seed}: {spent}, {point['template']!r}: {shown}")
+    title = f"{args.task}, {scorer.name}, {args.search}, {args.devices} devices, {len(judge.rows) if judge else 0} rows"
+    say(title)
+    table(points, say)
+    found = {"title": title, "settings": {key: str(value) for key, value in vars(args).items()}, "points": points}
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        name = f"{args.task}-{scorer.name}-{args.search}-{args.devices}"
+        (args.out / f"{name}.json").write_text(json.dumps(found))
+        plot(points, title, args.out / f"{name}.svg")
+    print(json.dumps({"title": title, "n_points": len(points)}) if args.out is not None else json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

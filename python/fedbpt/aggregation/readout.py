@@ -1,0 +1,190 @@
+"""Fit a readout over devices: multinomial logistic regression by exact pooled gradients (`fedbpt.readout`).
+
+Words' logits are centred and scaled by pooled moments (one exchange), then L-BFGS (Nocedal & Wright 2006, alg. 7.4,
+with Armijo's rule) minimises
+
+    mean cross-entropy + ρ/(2n)·‖W‖²,    W the weights on (1, 3·(x − μ)/r),    n rows on all devices
+
+from W = 0: the model's own label words, with the bias it is given. An exchange is one evaluation of the loss and its
+gradient; devices know V alone, into which μ and r are folded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedbpt.aggregation.base import accepted, weighted_sum, weights_of
+from fedbpt.errors import InputError
+from fedbpt.messages import Array, FitPurpose, FitResult, FitWork, Readout, RoundReport
+
+Floats = NDArray[np.float64]
+
+RIDGE = 2.5
+"""ρ. Chosen on development rows of AG News and SST-2, see docs/algorithm.md."""
+
+EXCHANGES = 14
+"""At most so many evaluations of the gradient."""
+
+_SPREAD = 3.0  # root mean square norm of the scaled words' logits
+_MEMORY = 10  # pairs that L-BFGS keeps
+_ARMIJO, _SHORTEN = 1e-4, 0.3
+_ROUNDING = 1e-5  # of the moments, which come as float32
+_STILL = 3e-4  # nats: an exchange that gains less is the last
+
+
+class ReadoutFit:
+    """One fit, by `work` and `update` like an `Aggregator`, until `done`.
+
+    Args:
+        purpose: what it is for; devices repeat it.
+        latent: [d], the prompt.
+        n_words: 0 fits a bias alone.
+        n_labels: of the task.
+        bias: [n_labels] to start from; None: zeros.
+        max_rows: training rows that a device uses at most.
+    """
+
+    min_reports = 1
+
+    def __init__(
+        self,
+        purpose: FitPurpose,
+        latent: Floats,
+        n_words: int,
+        n_labels: int,
+        bias: Floats | None = None,
+        max_rows: int = 512,
+    ) -> None:
+        self.purpose: FitPurpose = purpose
+        self._latent = np.array(latent)
+        self._bias = np.zeros(n_labels) if bias is None else np.array(bias)
+        self._shape = (1 + n_words, n_labels)
+        self._max_rows = max_rows
+        self._centre = np.zeros(n_words)
+        self._scale = 1.0
+        self._centred = n_words == 0
+        self._best: Floats = np.zeros(self._shape)  # W, as every point below
+        self._value = math.inf
+        self._gradient: Floats = np.zeros(self._shape)
+        self._move: Floats = np.zeros(self._shape)
+        self._length = 0.0  # of the step being tried; 0: the first point
+        self._pairs: list[tuple[Floats, Floats]] = []
+        self._devices: tuple[str, ...] = ()
+        self._exchanges = 0
+        self.done = False
+
+    @property
+    def readout(self) -> Readout:
+        """The best found so far."""
+        return Readout(weights=Array.of(self._folded(self._best), "<f4"))
+
+    @property
+    def loss(self) -> float:
+        """Its objective, nats."""
+        return self._value
+
+    def work(self) -> FitWork:
+        """What every device does next."""
+        point = self._best + self._length * self._move
+        return FitWork(
+            purpose=self.purpose,
+            latent=Array.of(self._latent),
+            n_words=self._shape[0] - 1,
+            readout=Readout(weights=Array.of(self._folded(point), "<f4")) if self._centred else None,
+            centre=Array.of(self._centre, "<f4") if len(self._centre) and self._centred else None,
+            max_rows=self._max_rows,
+        )
+
+    def update(self, reports: Sequence[RoundReport]) -> None:
+        """Close an exchange. Raises `InputError`, and changes nothing, for reports that do not fit."""
+        pairs = accepted(reports, FitResult, self.min_reports)
+        shape = self._shape if self._centred else self._shape[:1]
+        for report, result in pairs:
+            if result.means.shape != shape:
+                got, wanted = list(result.means.shape), list(shape)
+                raise InputError(f"device {report.device} sent means of shape {got}, expected {wanted}")
+        weights = weights_of(pairs)
+        means = weighted_sum(weights, np.stack([result.means.numpy().ravel() for _, result in pairs]))
+        if not self._centred:
+            self._centre = means[:-1].astype(np.float32).astype(np.float64)  # as devices get it
+            square = float(means[-1])
+            variance = square - float((self._centre**2).sum())
+            # words that never change have the rounding of the moments as their variance: it must not scale them up
+            self._scale = math.sqrt(max(variance, _ROUNDING * square)) or 1.0
+            self._centred = True
+            return
+        loss = float(weighted_sum(weights, np.array([[result.loss] for _, result in pairs]))[0])
+        n_rows = sum(report.n_texts for report, _ in pairs)
+        self._exchanges += 1
+        devices = tuple(report.device for report, _ in pairs)
+        if devices != self._devices:
+            # the loss of other rows: nothing that was found before compares with it
+            self._devices, self._pairs, self._value = devices, [], math.inf
+        self._learn(*self._objective(loss, means.reshape(self._shape), RIDGE / n_rows))
+        self.done = self.done or self._exchanges >= EXCHANGES
+
+    def digest(self) -> str:
+        """sha256 (hex) of everything that decides what comes next."""
+        digest = hashlib.sha256(
+            f"{self.purpose}|{self._shape}|{self._length.hex()}|{self._exchanges}|{self._devices}".encode()
+        )
+        steps = [array for pair in self._pairs for array in pair]
+        points = (self._latent, self._bias, self._centre, self._best, self._gradient, self._move, *steps)
+        for array in (*points, np.array([self._scale, self._value])):
+            digest.update(np.ascontiguousarray(array, dtype="<f8").tobytes())
+        return digest.hexdigest()
+
+    def _objective(self, loss: float, by_v: Floats, ridge: float) -> tuple[float, Floats]:
+        """The objective and its gradient by W at the point that was asked."""
+        point = self._best + self._length * self._move
+        gradient: Floats = by_v.copy()
+        gradient[1:] *= _SPREAD / self._scale  # devices have centred it
+        return loss + ridge / 2 * float((point**2).sum()), gradient + ridge * point
+
+    def _learn(self, value: float, gradient: Floats) -> None:
+        slope = float((self._gradient * self._move).sum())
+        if math.isfinite(self._value) and value > self._value + _ARMIJO * self._length * slope:
+            self._length *= _SHORTEN
+            return
+        step = self._length * self._move
+        difference = gradient - self._gradient
+        if math.isfinite(self._value) and float((step * difference).sum()) > 0:
+            self._pairs = [*self._pairs, (step, difference)][-_MEMORY:]
+        self.done = self._value - value < _STILL
+        self._best = self._best + step
+        self._value, self._gradient = value, gradient
+        self._move = self._direction()
+        self._length = 1.0
+
+    def _direction(self) -> Floats:
+        """−H·gradient by the two loops of L-BFGS."""
+        move: Floats = self._gradient.copy()
+        taken = []
+        for step, difference in reversed(self._pairs):
+            share = float((step * move).sum() / (step * difference).sum())
+            move -= share * difference
+            taken.append(share)
+        if self._pairs:
+            step, difference = self._pairs[-1]
+            move *= float((step * difference).sum() / (difference**2).sum())
+        else:
+            move /= max(1.0, float(np.sqrt((move**2).sum())))
+        for (step, difference), share in zip(self._pairs, reversed(taken), strict=True):
+            move += step * (share - float((difference * move).sum() / (step * difference).sum()))
+        return np.negative(move)
+
+    def _folded(self, point: Floats) -> Floats:
+        """V of W: the bias, μ and r folded in."""
+        weights: Floats = point.copy()
+        weights[1:] *= _SPREAD / self._scale
+        weights[0] += self._bias - self._centre @ weights[1:]
+        return weights
+
+    def __repr__(self) -> str:
+        n_words = self._shape[0] - 1
+        return f"ReadoutFit({self.purpose}, {n_words} words, exchange {self._exchanges}, {self._value:.4f} nats)"

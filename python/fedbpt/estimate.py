@@ -1,0 +1,198 @@
+"""What a run will cost, before it begins: tokens, seconds and bytes on each device, from its settings and the devices'
+own words. Upper bounds: every text is taken to be as long as the task lets it be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+
+from fedbpt import wire
+from fedbpt.aggregation.base import Aggregator
+from fedbpt.aggregation.readout import EXCHANGES, ReadoutFit
+from fedbpt.errors import ConfigError
+from fedbpt.ledger import FederatedTask
+from fedbpt.messages import (
+    Array,
+    DeviceInfo,
+    FitResult,
+    FitWork,
+    LocalResult,
+    PooledResult,
+    PooledWork,
+    Result,
+    RoundPlan,
+    RoundReport,
+    Work,
+)
+from fedbpt.runs import RunSettings
+
+TEMPLATE_TOKENS = 12
+"""What a template adds to a text, head and cue; ours add 2 to 6."""
+
+
+class DeviceCost(msgspec.Struct, frozen=True, kw_only=True):
+    """At most so much on one device. ``seconds`` None: nobody knows how fast it is. Evaluations are not in it.
+
+    ``select``, ``texts`` and ``round`` are forward tokens: choosing the template, the texts' own once where their KV is
+    kept, and a round of the search.
+    """
+
+    name: str
+    tokens: int
+    seconds: float | None
+    bytes_up: int
+    bytes_down: int
+    rss_bytes: int
+    select: int
+    texts: int
+    round: int
+
+
+class RunCost(msgspec.Struct, frozen=True, kw_only=True):
+    """``rounds`` of the search and ``evaluations`` in them, until the budget is spent on every device."""
+
+    rounds: int
+    evaluations: int
+    devices: tuple[DeviceCost, ...]
+
+
+def estimate(
+    settings: RunSettings, task: FederatedTask, infos: Sequence[DeviceInfo], aggregator: Aggregator
+) -> RunCost:
+    """The costs of a run over ``infos``; ``aggregator`` is fresh from the same settings.
+
+    Raises:
+        ConfigError: a budget that is spent before the search begins, a deadline that the slowest device cannot keep.
+            It names the nearest that is possible.
+    """
+    local = settings.method != "pooled"
+    parts = [_tokens(settings, len(task.templates), info.n_train) for info in infos]
+    rounds = _rounds(settings, infos, parts, settings.popsize * (settings.iterations if local else 1))
+    _check_deadline(settings, infos, parts)
+    up, down = _bytes(settings, task, rounds, aggregator)
+    devices = []
+    for info, (select, texts, each) in zip(infos, parts, strict=True):
+        tokens = select + texts + rounds * each
+        speed = info.tokens_per_second
+        devices.append(
+            DeviceCost(
+                name=info.name, tokens=tokens, seconds=tokens / speed if speed else None, bytes_up=up, bytes_down=down,
+                rss_bytes=info.rss_bytes, select=select, texts=texts, round=each,
+            )
+        )  # fmt: skip
+    per_round = settings.popsize * settings.iterations + 1 if local else settings.popsize
+    return RunCost(rounds=rounds, evaluations=rounds * per_round, devices=tuple(devices))
+
+
+def _tokens(settings: RunSettings, n_templates: int, n_rows: int) -> tuple[int, int, int]:
+    """(choosing the template, the texts once, a round of the search) on a device with ``n_rows`` rows."""
+    objective, prompt = settings.objective, settings.prompt
+    text = objective.max_text_tokens + TEMPLATE_TOKENS
+    select = min(settings.select_rows or n_rows, n_rows) * text * n_templates if n_templates > 1 else 0
+    batch = min(objective.batch_size or n_rows, n_rows)
+    cue = prompt.placement == "cue"
+    a_text = prompt.n_prompt if cue else text  # for one candidate; in front all texts share the prompt's KV
+    a_candidate = batch * a_text + (0 if cue else prompt.n_prompt)
+    if objective.perturb > 0:
+        a_candidate += batch * (text + prompt.n_prompt)
+    if settings.method == "pooled":
+        each = settings.popsize * a_candidate
+    else:  # and the mean on all rows
+        each = settings.popsize * settings.iterations * a_candidate + n_rows * a_text
+    fits = settings.calibrate or objective.readout_words > 0
+    fitted = min(settings.fit_rows or n_rows, n_rows) if fits else 0
+    texts = (n_rows * text if cue else 0) + 2 * fitted * (prompt.n_prompt if cue else prompt.n_prompt + text)
+    return select, texts, each
+
+
+def _rounds(
+    settings: RunSettings, infos: Sequence[DeviceInfo], parts: Sequence[tuple[int, int, int]], evaluations: int
+) -> int:
+    """Rounds until the first limit. Each limit must leave room for one."""
+    limits = []
+    if settings.rounds:
+        limits.append(settings.rounds)
+    if settings.evaluations:
+        limits.append(math.ceil(settings.evaluations / evaluations))
+    if settings.tokens:
+        before, each = sum(texts for _, texts, _ in parts), sum(each for _, _, each in parts)
+        if settings.tokens < before + each:
+            raise ConfigError(
+                f"tokens = {settings.tokens} may be spent before the first round of the search: "
+                f"give at least {before + each}"
+            )
+        limits.append((settings.tokens - before) // each)
+    speeds = [info.tokens_per_second for info in infos]
+    if settings.seconds and all(speeds):
+        # every round waits for the slowest
+        first = max(texts / speed for (_, texts, _), speed in zip(parts, speeds, strict=True) if speed)
+        then = max(each / speed for (_, _, each), speed in zip(parts, speeds, strict=True) if speed)
+        if settings.seconds < first + then:
+            raise ConfigError(
+                f"seconds = {settings.seconds:g} may be over before the first round of the search: "
+                f"give at least {math.ceil(first + then)}"
+            )
+        limits.append(int((settings.seconds - first) / then))
+    if not limits:
+        raise ConfigError("a budget in seconds needs every device to say how fast it is: set rounds")
+    return min(limits)
+
+
+def _check_deadline(settings: RunSettings, infos: Sequence[DeviceInfo], parts: Sequence[tuple[int, int, int]]) -> None:
+    for info, longest in zip(infos, (max(part) for part in parts), strict=True):
+        if info.tokens_per_second and longest / info.tokens_per_second > settings.deadline_s:
+            needed = math.ceil(longest / info.tokens_per_second)
+            raise ConfigError(
+                f"deadline_s = {settings.deadline_s:g} is too short for {info.name}, which may need {needed} s "
+                f"for a round ({info.tokens_per_second:.0f} tokens/s): give at least {needed}"
+            )
+
+
+def _bytes(settings: RunSettings, task: FederatedTask, rounds: int, aggregator: Aggregator) -> tuple[int, int]:
+    """(up, down) of the bodies of a device's rounds, from messages of the sizes that will be sent."""
+    n_labels, zero = len(task.labels), np.zeros(settings.prompt.d)
+    work = aggregator.work(1)
+    if isinstance(work, PooledWork) and work.state.step is None:  # from the second generation on there is one
+        state = msgspec.structs.replace(work.state, step=work.state.mean)
+        work = msgspec.structs.replace(work, state=state)
+    answer: Result = PooledResult(losses=Array.of(np.zeros(settings.popsize), "<f4"))
+    if settings.method != "pooled":
+        answer = LocalResult(mean=Array.of(zero), fitness=0.0, sigma_squares=1.0)
+    sent: list[tuple[int, Work, Result]] = [(rounds, work, answer)]
+    widths = [0] if settings.calibrate else []
+    n_words = settings.objective.readout_words
+    if n_words:
+        widths += [n_words, n_words] if settings.baselines else [n_words]
+    for width in widths:
+        means = Array.of(np.zeros((1 + width, n_labels)), "<f2")
+        fitted = FitResult(purpose="readout", loss=0.0, means=means)
+        sent.append((EXCHANGES + 1, _fit_work(zero, width, n_labels), fitted))
+    up = down = 0
+    for times, each, result in sent:
+        up += times * len(wire.encode(_report(result)))
+        down += times * len(wire.encode(_plan(settings, task, each)))
+    return up, down
+
+
+def _fit_work(latent: np.ndarray, n_words: int, n_labels: int) -> FitWork:
+    fit = ReadoutFit("readout", latent, n_words, n_labels)
+    return msgspec.structs.replace(fit.work(), readout=fit.readout)
+
+
+def _plan(settings: RunSettings, task: FederatedTask, work: Work) -> RoundPlan:
+    return RoundPlan(
+        run="run", round=100, device="device", seed=settings.seed, model_fingerprint="sha256:" + 64 * "0",
+        labels=task.labels, template=task.templates[0], prompt=settings.prompt, objective=settings.objective, work=work,
+        deadline_s=settings.deadline_s, label_bias=tuple([0.0] * len(task.labels)),
+    )  # fmt: skip
+
+
+def _report(result: Result) -> RoundReport:
+    return RoundReport(
+        run="run", round=100, device="device", plan_digest=64 * "0", result=result, n_texts=256, evaluations=16,
+        tokens=1000, seconds=1.0, peak_rss_bytes=2**28,
+    )  # fmt: skip

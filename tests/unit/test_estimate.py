@@ -1,0 +1,105 @@
+"""What a run will cost: counted against what one does cost, and what cannot be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from fedbpt.aggregation import make_aggregator
+from fedbpt.api import aggregator_for
+from fedbpt.clients.in_process import InProcessClient
+from fedbpt.errors import ConfigError
+from fedbpt.estimate import RunCost, estimate
+from fedbpt.federation import Federation
+from fedbpt.local import Device
+from fedbpt.messages import DeviceInfo, ObjectiveSpec, PromptSpec
+from fedbpt.runs import RunSettings
+from fedbpt.store import RunStore
+from tests.toy_scorer import ToyScorer
+from tests.toy_task import TASK, rows
+
+
+def info(name: str = "pi5", n_train: int = 100, speed: float | None = 50.0) -> DeviceInfo:
+    return DeviceInfo(
+        name=name, version="1", model_fingerprint="f", model_name="toy", backend="cpu", n_train=n_train, n_dev=0,
+        n_test=0, ram_bytes=8 << 30, rss_bytes=300_000_000, peak_rss_bytes=300_000_000, tokens_per_second=speed,
+    )  # fmt: skip
+
+
+def cost(*infos: DeviceInfo, **changes: Any) -> RunCost:
+    settings = msgspec.structs.replace(RunSettings(rounds=10, popsize=16), **changes)
+    return estimate(settings, TASK, infos or (info(),), aggregator_for(settings))
+
+
+@pytest.mark.parametrize("method", ["pooled", "fedavg", "fedbpt"])
+def test_a_run_costs_no_more_and_not_absurdly_less(method: Any) -> None:
+    devices = 2 if method == "fedbpt" else 1
+    objective = ObjectiveSpec(max_text_tokens=16, readout_words=16)
+    settings = RunSettings(
+        rounds=12, popsize=6, iterations=3, method=method, prompt=PromptSpec(d=20), objective=objective, baselines=True
+    )
+    made = [Device(f"d{i}", ToyScorer(), rows(24)) for i in range(devices)]
+    expected = estimate(settings, TASK, [device.info() for device in made], aggregator_for(settings))
+    with RunStore(":memory:") as store:
+        clients = [InProcessClient(device) for device in made]
+        result = Federation(clients, TASK, settings, aggregator_for(settings), store, "run").run()
+    assert result.evaluations == expected.evaluations
+    assert 0.3 < result.tokens / sum(device.tokens for device in expected.devices) <= 1
+    for spent, bound in zip(result.devices, expected.devices, strict=True):
+        assert 0.3 < spent.bytes_up / bound.bytes_up < 1.1  # other messages than rounds' are few and small
+        assert 0.3 < spent.bytes_down / bound.bytes_down < 1.1
+
+
+def test_time_follows_from_each_devices_speed() -> None:
+    found = cost(info("slow", speed=50.0), info("fast", speed=500.0), info("new", speed=None))
+    slow, fast, new = found.devices
+    assert slow.seconds == pytest.approx(10 * (fast.seconds or 0))
+    assert new.seconds is None
+    assert slow.seconds == pytest.approx(slow.tokens / 50)
+
+
+def test_evaluations_and_tokens_limit_rounds() -> None:
+    assert cost(rounds=0, evaluations=800).rounds == 50
+    whole = cost(rounds=20).devices[0]
+    assert cost(rounds=0, tokens=whole.texts + 7 * whole.round).rounds == 7
+    assert cost(rounds=0, seconds=(whole.texts + 7.5 * whole.round) / 50).rounds == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rounds": 0, "tokens": 100}, "tokens = 100 may be spent"),
+        ({"rounds": 0, "seconds": 1.0}, "seconds = 1 may be over"),
+        ({"deadline_s": 10.0}, "deadline_s = 10 is too short for pi5"),
+    ],
+)
+def test_the_impossible_is_refused_with_the_nearest_that_is_possible(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as refused:
+        cost(**changes)
+    limit = next(name for name in ("tokens", "seconds", "deadline_s") if name in changes)
+    nearest = int(str(refused.value).rsplit("at least ", 1)[1])
+    assert cost(**{**changes, limit: nearest}).rounds >= 1
+    with pytest.raises(ConfigError):
+        cost(**{**changes, limit: nearest - 2})
+
+
+def test_seconds_alone_need_every_devices_speed() -> None:
+    with pytest.raises(ConfigError, match="set rounds"):
+        cost(info(speed=None), rounds=0, seconds=60.0)
+
+
+def test_a_device_measures_its_speed_before_any_round() -> None:
+    device = Device("d", ToyScorer(), rows(4))
+    assert device.info().tokens_per_second is None
+    assert device.measure_speed() > 0
+    assert (device.info().tokens_per_second or 0) > 0
+
+
+def test_the_aggregator_is_left_as_it_was() -> None:
+    settings = RunSettings(rounds=3, popsize=6)
+    aggregator = make_aggregator("pooled", settings.prompt, 6, 8, 0)
+    before = aggregator.digest()
+    estimate(settings, TASK, [info()], aggregator)
+    assert aggregator.digest() == before

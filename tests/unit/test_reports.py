@@ -1,0 +1,114 @@
+"""What a device's report of a fit must be like."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from fedbpt import wire
+from fedbpt.errors import WireError
+from fedbpt.messages import (
+    Array,
+    FitResult,
+    FitWork,
+    ObjectiveSpec,
+    PooledResult,
+    PromptSpec,
+    Readout,
+    RoundPlan,
+    RoundReport,
+    Template,
+)
+from fedbpt.reports import check_report
+
+N_WORDS, N_LABELS = 4, 3
+
+
+def plan(n_words: int = N_WORDS, moments: bool = False) -> RoundPlan:
+    readout = None if moments else Readout(weights=Array.of(np.zeros((1 + n_words, N_LABELS))))
+    return RoundPlan(
+        run="r",
+        round=1,
+        device="a",
+        seed=0,
+        model_fingerprint="sha256:0",
+        labels=("x", "y", "z"),
+        template=Template(pattern="{text} It was", label_words=(" a", " b", " c")),
+        prompt=PromptSpec(d=2),
+        objective=ObjectiveSpec(),
+        work=FitWork(purpose="probe", latent=Array.of(np.zeros(2)), n_words=n_words, readout=readout),
+    )
+
+
+def report(asked: RoundPlan, result: Any) -> RoundReport:
+    return RoundReport(
+        run="r",
+        round=1,
+        device="a",
+        plan_digest=wire.digest(asked),
+        result=result,
+        n_texts=8,
+        evaluations=0,
+        tokens=9,
+        seconds=0.5,
+        peak_rss_bytes=1,
+    )
+
+
+def means(*shape: int, purpose: str = "probe", value: float = 0.5) -> FitResult:
+    return FitResult(purpose=purpose, loss=0.5, means=Array.of(np.full(shape, value)))
+
+
+FITS = {"gradient": plan(), "moments": plan(moments=True), "bias": plan(0)}
+RIGHT: dict[str, tuple[int, ...]] = {"gradient": (1 + N_WORDS, N_LABELS), "moments": (1 + N_WORDS,), "bias": (1, 3)}
+every_fit = pytest.mark.parametrize("fit", FITS)
+
+
+@every_fit
+def test_a_fits_report_of_the_right_shape_passes(fit: str) -> None:
+    check_report(report(FITS[fit], means(*RIGHT[fit])), FITS[fit])
+
+
+@every_fit
+def test_a_fits_report_of_another_shape_is_refused(fit: str) -> None:
+    first, *rest = RIGHT[fit]
+    flat = first * N_LABELS
+    for wrong in ((), (flat,), (first, *rest, 1), (first + 1, *rest), (first - 1, *rest), (first, N_LABELS + 1)):
+        with pytest.raises(WireError, match="shape"):
+            check_report(report(FITS[fit], means(*wrong)), FITS[fit])
+
+
+@every_fit
+def test_moments_and_gradients_are_not_taken_for_each_other(fit: str) -> None:
+    for other in FITS:
+        if other != fit:
+            with pytest.raises(WireError, match="shape"):
+                check_report(report(FITS[fit], means(*RIGHT[other])), FITS[fit])
+
+
+@every_fit
+@pytest.mark.parametrize("purpose", ["calibration", "readout"])
+def test_a_report_of_another_fit_is_refused(fit: str, purpose: str) -> None:
+    with pytest.raises(WireError, match=f"a {purpose} fit, the plan asks for probe"):
+        check_report(report(FITS[fit], means(*RIGHT[fit], purpose=purpose)), FITS[fit])
+
+
+def test_a_result_of_other_work_is_refused() -> None:
+    with pytest.raises(WireError, match="PooledResult"):
+        check_report(report(FITS["gradient"], PooledResult(losses=Array.of(np.ones(15)))), FITS["gradient"])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e12])
+def test_numbers_that_cannot_be_are_refused(value: float) -> None:
+    body = wire.encode(report(FITS["gradient"], means(*RIGHT["gradient"], value=value)))
+    with pytest.raises(WireError):
+        wire.decode(body, RoundReport)
+
+
+def test_a_loss_that_is_no_number_is_refused() -> None:
+    lie = msgspec.structs.replace(means(*RIGHT["gradient"]), loss=float("nan"))
+    with pytest.raises(WireError):
+        wire.decode(wire.encode(report(FITS["gradient"], lie)), RoundReport)
