@@ -227,8 +227,10 @@ def test_the_demo_runs_end_to_end_on_the_smallest_model(tmp_path: Path, fleet: F
     promised = "zero_shot_accuracy tuned_accuracy evaluations seconds bytes_up bytes_down peak_rss_bytes devices"
     assert {*promised.split(), "prompt_path"} <= set(result)
     assert result["evaluations"] == 64
-        assert result["rounds"] == 4
-    assert [device["reports"] for device in result["devices"]] == 3 * [result["rounds"] + 1]
+    assert result["rounds"] == 4
+    reports = [device["reports"] for device in result["devices"]]
+    assert reports[0] > 5  # the search's rounds, the template's, and those that calibrate and fit the readout
+    assert reports == 3 * reports[:1]
     assert all(device["bytes_up"] and device["peak_rss_bytes"] > 1e8 for device in result["devices"])
     assert 0.2 < result["zero_shot_accuracy"] <= 1
     prompt = Prompt.load(tmp_path / result["prompt_path"])
