@@ -22,7 +22,7 @@ from fedbpt.runs import (
     TemplateSelected,
 )
 
-_DOING = {"calibration": "calibrating", "probe": "fitting the baseline", "readout": "fitting the readout"}
+_DOING = {"calibration": "calibrating", "probe": "baseline", "readout": "readout"}
 
 
 def human_bytes(count: float) -> str:

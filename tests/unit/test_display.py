@@ -87,8 +87,8 @@ def test_the_end_of_the_budget_is_shown_as_finishing(monkeypatch: pytest.MonkeyP
 def test_rounds_that_fit_are_named_and_leave_the_searchs_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for purpose, said in (
         ("calibration", "calibrating"),
-        ("probe", "fitting the baseline"),
-        ("readout", "fitting the readout"),
+        ("probe", "baseline"),
+        ("readout", "readout"),
     ):
         text = shown(monkeypatch, started(), closed(7, purpose=purpose, before=4))
         assert said in text
