@@ -121,6 +121,22 @@ def test_bad_pairs_are_refused(pairs, message):
         tasks.to_rows(pairs, tasks.load("sst-2"))
 
 
+def test_a_text_may_be_made_of_several_columns(tmp_path):
+    task = tasks.Task(
+        name="nli",
+        labels=("no", "yes"),
+        templates=(tasks.Template(pattern="{text}\nAnswer:", label_words=(" no", " yes")),),
+        text_columns=("{premise} So: {hypothesis}", "text"),
+    )
+    pairs = write(tmp_path, "pairs.jsonl", '{"premise": "a {hypothesis} ", "hypothesis": "b", "label": "yes"}\n')
+    assert tasks.read_task_rows(task, pairs) == [("a {hypothesis} So: b", 1)]
+    plain = write(tmp_path, "plain.jsonl", '{"text": "c", "label": "no"}\n')
+    assert tasks.read_task_rows(task, plain) == [("c", 0)]
+    short = write(tmp_path, "short.jsonl", '{"premise": "a", "hypothesis": " ", "label": "no"}\n')
+    with pytest.raises(DataError, match=r"short\.jsonl:1.*'hypothesis'.*empty"):
+        tasks.read_task_rows(task, short)
+
+
 def test_written_rows_are_read_back(tmp_path):
     rows = [('quote " and \u2028 line', 0), ("new\nline", 1)]
     tasks.write_rows(tmp_path / "r.jsonl", rows, LABELS)

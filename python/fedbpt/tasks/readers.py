@@ -299,6 +299,11 @@ def _column(record: dict[str, Any], names: Sequence[str], where: str) -> Any:
     for name in names:
         if name in record:
             return record[name]
+        # several columns in one text, "{premise} So: {hypothesis}": words and column names in turn
+        parts = re.split(r"\{([^{}]+)\}", name)
+        if len(parts) > 1 and all(part in record for part in parts[1::2]):
+            parts[1::2] = [_text(record[part], f"{where}, column {part!r}") for part in parts[1::2]]
+            return "".join(parts)
     wanted = " or ".join(repr(name) for name in names)
     raise DataError(f"{where}: no column {wanted}: the columns are {', '.join(map(str, record))}")
 

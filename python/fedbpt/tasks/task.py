@@ -37,7 +37,8 @@ class Task(Message, frozen=True):
 
     ``templates`` are candidates, each with a word per label; the shots select one. ``max_text_tokens`` bounds a text
     in the model's tokens, ``max_words`` (None: no bound) cuts it when rows are read. ``text_columns`` and
-    ``label_column`` name the columns of its data files; the first text column that a file has is read.
+    ``label_column`` name the columns of its data files; the first text column that a file has is read. A text column
+    may be made of several, for pairs: ``"{premise} So: {hypothesis}"``.
     Raises `TaskError` for a template that cannot work with any model.
     """
 
