@@ -154,6 +154,7 @@ def tune(
     objective: ObjectiveSpec | None = None,
     popsize: int = 16,
     evaluate_every: int = 10,
+    patience: int = 0,
     on_event: Callable[[Event], None] = lambda _event: None,
 ) -> TuneResult:
     """Tune a soft prompt for ``task`` on this machine.
@@ -162,13 +163,14 @@ def tune(
         scorer: the model, from `load_model`.
         task: from `fedbpt.tasks.load`; the training rows select one of its templates.
         train: rows to tune on: (text, label index) pairs, a `datasets.Dataset` or a file.
-        dev: rows to watch the accuracy on; they choose nothing here.
+        dev: rows to watch the accuracy on; with ``patience`` they choose, too.
         budget: when to stop.
         seed: of everything random; the run's prompt seed unless ``prompt`` sets its own.
         prompt: place, length and size of the search space; None: the defaults, in the cue.
         objective: loss and mini-batch size.
         popsize: candidates a generation, λ.
         evaluate_every: generations between evaluations on ``dev``.
+        patience: so many of those without a lower loss end the search, and the best mean counts; 0: never.
         on_event: called for each `fedbpt.runs` event.
 
     Raises:
@@ -186,6 +188,7 @@ def tune(
         quorum=1.0,
         deadline_s=7 * 86400.0,  # nobody waits for a device but its owner
         evaluate_every=evaluate_every if dev_rows else 0,
+        patience=patience,
     )
     watch = _Curves(on_event)
     device = Device(DEVICE, scorer, rows, dev_rows)

@@ -189,10 +189,12 @@ class Federation:
             await self._fit(fleet, "calibration")
         if self.settings.baselines and self.settings.objective.readout_words:
             await self._fit(fleet, "probe")
-        while not ledger.spent():
-            await self._round(fleet, ledger.closed + 1, "search")
-            if every and ledger.searched % every == 0:
+        while True:
+            if every and ledger.searched > ledger.judged and ledger.searched % every == 0:
                 await self._evaluate_live(fleet, ledger.closed)
+            if ledger.spent():
+                break
+            await self._round(fleet, ledger.closed + 1, "search")
 
     async def _fit(self, fleet: Fleet, purpose: FitPurpose) -> None:
         while not self._ledger.fit(purpose).done:
@@ -228,7 +230,7 @@ class Federation:
     # --- evaluation ----------------------------------------------------------------------------------------------
 
     async def _evaluate_live(self, fleet: Fleet, round: int) -> None:
-        """The mean's accuracy on ``dev`` rows, for the eyes only; devices that do not answer are left out."""
+        """The mean's accuracy on ``dev`` rows; devices that do not answer are left out."""
         ledger = self._ledger
         latents, readouts = ledger.aggregator.mean[None], (ledger.readout("calibration"),)
         request = ledger.request(latents, readouts=readouts, split="dev", max_rows=self.settings.dev_rows)
@@ -238,6 +240,7 @@ class Federation:
         score = sum((Score.of(report, 0) for report in reports.values()), NO_SCORE)
         figures = {"dev_accuracy": score.accuracy, "dev_loss": score.loss, "dev_n": float(score.n)}
         self._store.record_metrics(self.run_name, round, figures)
+        ledger.judge(score.loss)
         self._emit(Evaluated(round=round, score=score, devices=tuple(reports)))
 
     async def _evaluate_final(self, fleet: Fleet) -> dict[str, EvaluateReport]:
@@ -286,7 +289,7 @@ class Federation:
             model_fingerprint=self._model.model_fingerprint,
             model_name=self._model.model_name,
             template=self._ledger.template,
-            mean=Array.of(self._ledger.aggregator.mean),
+            mean=Array.of(self._ledger.mean),
             digest=self._ledger.aggregator.digest(),
             rounds=self._ledger.searched,
             evaluations=self._ledger.aggregator.evaluations,

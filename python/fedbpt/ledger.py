@@ -63,6 +63,9 @@ class RunLedger:
         self.is_open = False
         self.closed = -1  # the last closed round
         self.searched = 0  # rounds of the search
+        self.judged = 0  # rounds of the search when its mean was last evaluated on dev rows
+        self._best: tuple[float, NDArray[np.float64]] | None = None  # of those: the lowest loss, and its mean
+        self._no_better = 0  # evaluations since
         self.fits: dict[FitPurpose, ReadoutFit] = {}
         self.tokens = 0
         self.seconds = 0.0
@@ -126,10 +129,13 @@ class RunLedger:
         self._replay()
 
     def _replay(self) -> None:
+        history = {line.round: line.metrics for line in self.store.history(self.run)}
         for stored in self.store.rounds(self.run):
             self._replay_round(stored)
-        for line in self.store.history(self.run):
-            self._spend(line.round, line.metrics.get("seconds", 0.0))
+            if stored.round > SELECTION and "dev_loss" in history.get(stored.round, {}):
+                self.judge(history[stored.round]["dev_loss"])
+        for round, metrics in history.items():
+            self._spend(round, metrics.get("seconds", 0.0))
 
     def _replay_round(self, stored: StoredRound) -> None:
         work_digest = wire.digest(self.work(stored.round, purpose_of(stored.round, stored.reports)))
@@ -151,7 +157,7 @@ class RunLedger:
     def fit(self, purpose: FitPurpose) -> ReadoutFit:
         """The fit for ``purpose``, as far as it has come; the readout's begins anew once the search goes on."""
         if purpose not in self.fits:
-            mean = self.aggregator.mean
+            mean = self.mean
             self.fits[purpose] = ReadoutFit(
                 purpose,
                 mean if purpose == "readout" else np.zeros_like(mean),
@@ -183,7 +189,21 @@ class RunLedger:
             or (limits.evaluations and self.aggregator.evaluations >= limits.evaluations)
             or (limits.tokens and tokens >= limits.tokens)
             or (limits.seconds and seconds >= limits.seconds)
+            or (limits.patience and self._no_better >= limits.patience)
         )
+
+    def judge(self, loss: float) -> None:
+        """The search's mean now has ``loss`` on dev rows, nats."""
+        self.judged = self.searched
+        if self._best is None or loss < self._best[0]:
+            self._best, self._no_better = (loss, self.aggregator.mean), 0
+        else:
+            self._no_better += 1
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """The latent [d] that counts: the search's, or where dev rows may choose, the best of those judged by them."""
+        return self._best[1] if self.settings.patience and self._best is not None else self.aggregator.mean
 
     def plan(self, round: int, device: str, work: Work) -> RoundPlan:
         """What ``device`` is asked in ``round``."""
@@ -251,7 +271,7 @@ class RunLedger:
 
     def lines(self) -> Lines:
         """What is evaluated in the end."""
-        return lines(self.aggregator.mean, {purpose: fit.readout for purpose, fit in self.fits.items()})
+        return lines(self.mean, {purpose: fit.readout for purpose, fit in self.fits.items()})
 
     def _digest(self) -> str:
         """sha256 of everything that decides what comes next."""

@@ -59,18 +59,21 @@ class RunSettings(Message, frozen=True):
     quorum: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
     deadline_s: PositiveFloat = 600.0
     evaluate_every: NaturalInt = 0  # rounds between live evaluations on ``dev`` rows; 0: none
+    patience: NaturalInt = 0  # so many of those without a lower loss end the search, and the best mean counts; 0: never
     dev_rows: NaturalInt = 100  # most rows per device in those; 0: all
     test_rows: NaturalInt = 0  # most rows per device in the final evaluation; 0: all
 
     def __post_init__(self) -> None:
         if not (self.rounds or self.evaluations or self.tokens or self.seconds):
             raise ConfigError("a run needs a limit: set rounds, evaluations, tokens or seconds")
+        if self.patience and not self.evaluate_every:
+            raise ConfigError("patience needs evaluations on dev rows: set evaluate_every too")
 
     def identity(self) -> str:
         """Digest of what a run must have in common to be resumed; budget and patience may change."""
         fixed = msgspec.structs.replace(
             self, rounds=1, evaluations=0, tokens=0, seconds=0.0, quorum=1.0, deadline_s=1.0, evaluate_every=0,
-            dev_rows=0, test_rows=0,
+            patience=0, dev_rows=0, test_rows=0,
         )  # fmt: skip
         return wire.digest(fixed)
 
