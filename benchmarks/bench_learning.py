@@ -262,7 +262,7 @@ def parsed() -> argparse.Namespace:
         "--baselines", action=argparse.BooleanOptionalAction, default=True, help="fit a linear probe too"
     )
     parser.add_argument("--loss", default="cross_entropy")
-    parser.add_argument("--spsa-rate", type=float, default=1.0)
+    parser.add_argument("--spsa-rate", type=float, default=0.3)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, help="folder for the JSON and the plot")
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
