@@ -71,7 +71,8 @@ def estimate(
     """
     local = settings.method != "pooled"
     parts = [_tokens(settings, len(task.templates), info.n_train) for info in infos]
-    rounds = _rounds(settings, infos, parts, settings.popsize * (settings.iterations if local else 1))
+    per_round = settings.popsize * settings.iterations + 1 if local else settings.popsize
+    rounds = _rounds(settings, infos, parts, per_round)
     _check_deadline(settings, infos, parts)
     up, down = _bytes(settings, task, rounds, aggregator)
     devices = []
@@ -84,7 +85,6 @@ def estimate(
                 rss_bytes=info.rss_bytes, select=select, texts=texts, round=each,
             )
         )  # fmt: skip
-    per_round = settings.popsize * settings.iterations + 1 if local else settings.popsize
     return RunCost(rounds=rounds, evaluations=rounds * per_round, devices=tuple(devices))
 
 

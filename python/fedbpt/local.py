@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 
 import msgspec
@@ -36,7 +36,7 @@ from fedbpt.messages import (
     Template,
 )
 from fedbpt.objective import Objective, Progress, Row, batch_indices
-from fedbpt.readout import loss_and_gradient, moments, weights_of
+from fedbpt.readout import full_weights, loss_and_gradient, moments
 from fedbpt.scorer import Scorer
 from fedbpt.search import CmaSearch, Covariance, sample_population, transform
 from fedbpt.seeding import derive_seed, generator
@@ -198,11 +198,15 @@ class Device:
             keep_kv=request.split == "dev",  # looked at again and again; test rows once
         )  # fmt: skip
         n = min(request.max_rows or len(objective), len(objective))
-        embeds = objective.embeds(latents)
-        found = objective.evaluate(embeds, np.arange(n), progress, cancelled, request.readouts)
-        return EvaluateReport(
-            n=found.n, correct=found.correct, loss_sums=found.loss_sums, seconds=time.monotonic() - began
-        )
+        if request.readouts and len(request.readouts) != len(latents):
+            raise InputError(f"{len(request.readouts)} readouts for {len(latents)} latents: give one each, or none")
+        correct, loss_sums = [0] * len(latents), [0.0] * len(latents)
+        for which, embeds in _prompts(objective, latents):
+            readouts = [request.readouts[i] for i in which] if request.readouts else ()
+            found = objective.evaluate(embeds, np.arange(n), progress, cancelled, readouts)
+            for i, right, loss in zip(which, found.correct, found.loss_sums, strict=True):
+                correct[i], loss_sums[i] = right, loss
+        return EvaluateReport(n=n, correct=tuple(correct), loss_sums=tuple(loss_sums), seconds=time.monotonic() - began)
 
     def _select(
         self, plan: RoundPlan, work: SelectWork, counter: _Counter, progress: Progress, cancelled: Cancelled
@@ -245,16 +249,16 @@ class Device:
         key = msgspec.msgpack.encode((*what, plan.seed, plan.device, work.max_rows))
         if self._fitted is None or self._fitted[0] != key:  # the prompt stands still while a readout is fitted
             with counter.of(objective):
-                embeds = objective.embeds(work.latent.numpy()[None])
+                [(_, embeds)] = _prompts(objective, work.latent.numpy()[None])
                 self._fitted = key, objective.logits(embeds, chosen, cancelled)
         logits = self._fitted[1][:, : n_labels + work.n_words].astype(np.float64)
         targets = objective.targets[chosen]
         if work.readout is None:
-            plain = weights_of(objective.readout, 0, n_labels)
+            plain = full_weights(objective.readout, 0, n_labels)
             loss, _ = loss_and_gradient(logits, targets, plain)
             means = Array.of(moments(logits[:, n_labels:]), "<f4")
         else:
-            weights = weights_of(work.readout, work.n_words, n_labels)
+            weights = full_weights(work.readout, work.n_words, n_labels)
             centre = None if work.centre is None else work.centre.numpy()
             loss, gradient = loss_and_gradient(logits, targets, weights, centre)
             means = Array.of(gradient, "<f2")  # the most that goes up; centred, it bears the rounding
@@ -316,6 +320,21 @@ class Device:
                 f"the plan is for the model {fingerprint}, device {self.name} has {self.scorer.name} "
                 f"({self.scorer.fingerprint}): start all devices with the same model file"
             )
+
+
+def _prompts(
+    objective: Objective, latents: NDArray[np.float64]
+) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
+    """(which latents, their prompts), those with equally many rows together: in front z = 0 has none."""
+    if latents.shape[1:] != (objective.prompt.d,):
+        raise InputError(f"a latent must have shape [{objective.prompt.d}], got {list(latents.shape[1:])}")
+    bare = np.zeros(len(latents), dtype=bool)
+    if objective.prompt.placement == "front":
+        bare = np.logical_not(latents.any(axis=1))
+    if bare.any():
+        yield np.flatnonzero(bare), np.repeat(objective.zero_shot_embeds(), bare.sum(), axis=0)
+    if not bare.all():
+        yield np.flatnonzero(~bare), objective.embeds(latents[~bare])
 
 
 def _version() -> str:

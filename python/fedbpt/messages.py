@@ -247,7 +247,9 @@ class RoundProgress(Message, frozen=True):
 
 
 class EvaluateRequest(Message, frozen=True):
-    """Measure latents on the device's held-back rows; an empty ``latents`` list is not allowed, z = 0 is zero-shot.
+    """Measure latents on the device's held-back rows; an empty ``latents`` list is not allowed.
+
+    z = 0 is the model without a prompt, in front of the text too, where P0 are random tokens.
 
     ``latents`` [k, d]. ``max_rows`` 0 = all rows; else the first ``max_rows``. ``split``: ``dev`` rows may choose,
     ``test`` rows only report.

@@ -19,7 +19,7 @@ from fedbpt.messages import ObjectiveSpec, PromptSpec, Readout, Template
 from fedbpt.projection import Projection
 from fedbpt.prompt import Prompt
 from fedbpt.racing import Race, race
-from fedbpt.readout import read, weights_of, word_ids
+from fedbpt.readout import full_weights, read, word_ids
 from fedbpt.scorer import Plan, Scorer
 from fedbpt.seeding import generator
 from fedbpt.tasks.perturb import perturb
@@ -153,8 +153,8 @@ class Objective:
             report = _shifted(progress, step * len(chosen), passes * len(chosen))
             replaced = self._perturbed(chosen, rate, rng) if step == 1 else None
             total = np.zeros(len(np.asarray(embeds)))
-            for _, loss in self._scored(embeds, chosen, replaced, report, cancelled):
-                total += loss.sum(axis=1)
+            for part, raw in self._raw(embeds, chosen, replaced, report, cancelled):
+                total += self._row_losses(part, raw).sum(axis=1)
             sums.append(total)
         self.evaluations += len(total)
         return sums[0] / len(chosen) if passes == 1 else sums[0] / np.maximum(sums[1], _SMALLEST_LOSS)
@@ -190,8 +190,8 @@ class Objective:
         chosen = self._indices(indices)
 
         def score(who: NDArray[np.intp], texts: NDArray[np.intp]) -> NDArray[np.float64]:
-            parts = self._scored(candidates[who], chosen[texts], None, None, cancelled)
-            return np.concatenate([loss for _, loss in parts], axis=1)
+            parts = self._raw(candidates[who], chosen[texts], None, None, cancelled)
+            return np.concatenate([self._row_losses(*part) for part in parts], axis=1)
 
         found = race(
             score, lambda: self._zero_shot_losses(chosen, cancelled), len(candidates), len(chosen), n_better=n_better
@@ -215,10 +215,10 @@ class Objective:
         k = len(candidates := np.asarray(embeds, dtype=np.float32))
         # candidates that differ in the readout alone are scored once
         _, first, which = np.unique(candidates.reshape(k, -1), axis=0, return_index=True, return_inverse=True)
+        which = which.ravel()  # numpy 2.0 gives it a second axis
         if readouts and len(readouts) != k:
             raise InputError(f"{len(readouts)} readouts for {k} candidates: give one each, or none")
         weights = [self._weights(readout) for readout in readouts or [self.readout] * k]
-        which = which.ravel()  # numpy 2.0 gives it a second axis
         predictions, loss_sums = [], np.zeros(k)
         for part, raw in self._raw(candidates[first], chosen, None, progress, cancelled):
             logits = np.stack([read(raw[i], own) for i, own in zip(which, weights, strict=True)])
@@ -274,23 +274,13 @@ class Objective:
     def _zero_shot_losses(self, chosen: NDArray[np.intp], cancelled: Cancelled | None) -> NDArray[np.float64]:
         """Loss [n] of the model without prompt; a text a call, so that it depends on no other and no earlier call."""
         for i in np.unique(chosen[np.isnan(self._zero_shot[chosen])]):
-            for _, loss in self._scored(self.zero_shot_embeds(), np.array([i]), None, None, cancelled):
-                self._zero_shot[i] = loss[0, 0]
+            for part, raw in self._raw(self.zero_shot_embeds(), np.array([i]), None, None, cancelled):
+                self._zero_shot[i] = self._row_losses(part, raw)[0, 0]
         return self._zero_shot[chosen]
 
-    def _scored(
-        self,
-        embeds: ArrayLike,
-        chosen: NDArray[np.intp],
-        replaced: list[NDArray[np.int32]] | None,
-        progress: Progress | None,
-        cancelled: Cancelled | None,
-    ) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-        """Logits [k, n, n_labels] and losses [k, n] of one chunk of rows after another, all candidates at once."""
-        weights = self._weights(self.readout)
-        for part, raw in self._raw(embeds, chosen, replaced, progress, cancelled):
-            logits = read(raw, weights)
-            yield logits, LOSSES[self.spec.loss](logits, self.targets[part])
+    def _row_losses(self, part: NDArray[np.intp], raw: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Losses [k, n] of what `_raw` gave, corrected by ``readout``."""
+        return LOSSES[self.spec.loss](read(raw, self._weights(self.readout)), self.targets[part])
 
     def _raw(
         self,
@@ -325,7 +315,7 @@ class Objective:
         return self.scorer.compile(texts, ids, self._prompt.placement, self._prefix, keep_kv=keep_kv)
 
     def _weights(self, readout: Readout | None) -> NDArray[np.float64]:
-        return weights_of(readout, len(self.word_ids), len(self.labels))
+        return full_weights(readout, len(self.word_ids), len(self.labels))
 
     def __repr__(self) -> str:
         place = f"{self.prompt.n_prompt} x {self.prompt.placement}"

@@ -28,7 +28,7 @@ def word_ids(n_vocab: int, n_words: int, seed: int, label_ids: NDArray[np.int32]
     return np.resize(order[~np.isin(order, label_ids)], n_words)
 
 
-def weights_of(readout: Readout | None, n_words: int, n_labels: int) -> Floats:
+def full_weights(readout: Readout | None, n_words: int, n_labels: int) -> Floats:
     """V [1 + n_words, n_labels], rows that ``readout`` does not have being 0.
 
     Raises:

@@ -67,7 +67,7 @@ class RunSettings(Message, frozen=True):
         if not (self.rounds or self.evaluations or self.tokens or self.seconds):
             raise ConfigError("a run needs a limit: set rounds, evaluations, tokens or seconds")
         if self.patience and not self.evaluate_every:
-            raise ConfigError("patience needs evaluations on dev rows: set evaluate_every too")
+            raise ConfigError("patience needs evaluations on dev rows: give dev rows, and set evaluate_every")
 
     def identity(self) -> str:
         """Digest of what a run must have in common to be resumed; budget and patience may change."""

@@ -94,6 +94,9 @@ def _check_value(value: object, where: str) -> None:
     elif isinstance(value, tuple):
         for item in value:
             _check_value(item, where)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check_value(item, f"{where}.{key}")
     elif isinstance(value, float) and not math.isfinite(value):
         raise WireError(f"{where} is NaN or infinite")
 

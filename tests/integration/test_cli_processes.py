@@ -165,6 +165,33 @@ def test_a_device_that_vanishes_is_named_and_the_run_ends_with_the_other(worksho
     assert name in lost
 
 
+def test_a_plan_says_what_a_run_will_cost_and_refuses_what_cannot_be(workshop: Workshop) -> None:
+    processes, urls = workshop.devices()
+    workshop.run_file(urls, "rounds = 30")
+    code, out, err = workshop.run("tune", "run.toml", "--plan", "--json")
+    assert (code, err) == (0, "")
+    cost: dict[str, Any] = json.loads(out)
+    assert (cost["rounds"], cost["evaluations"]) == (30, 180)
+    assert [device["name"] for device in cost["devices"]] == ["a", "b"]
+    assert all(device["seconds"] > 0 and device["bytes_up"] > 0 for device in cost["devices"])
+    assert not (workshop.folder / "runs").exists()  # nothing was done
+
+    code, out, err = workshop.run("tune", "run.toml", "--plan")
+    assert code == 0
+    assert "at most, for 180 evaluations in 30 rounds" in out
+
+    workshop.run_file(urls, "rounds = 0\ntokens = 10")
+    code, out, err = workshop.run("tune", "run.toml", "--plan")
+    assert (code, out) == (2, "")
+    assert_one_line(err, "tokens = 10", "give at least")
+
+    processes[1].send_signal(signal.SIGINT)
+    processes[1].wait(timeout=30)
+    code, out, err = workshop.run("tune", "run.toml", "--plan")
+    assert (code, out) == (1, "")
+    assert_one_line(err, urls[1].removeprefix("http://"))
+
+
 def test_without_devices_nothing_starts(workshop: Workshop) -> None:
     workshop.run_file(["http://127.0.0.1:9"], "rounds = 3")
     code, out, err = workshop.run("tune", "run.toml", "--quiet")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fedbpt.aggregation.readout import EXCHANGES, RIDGE, ReadoutFit
 from fedbpt.errors import InputError
 from fedbpt.messages import Array, Dtype, FitResult, FitWork, PooledResult, Readout, RoundReport
-from fedbpt.readout import loss_and_gradient, moments, read, weights_of
+from fedbpt.readout import full_weights, loss_and_gradient, moments, read
 from tests.toy_federation import report
 
 LABELS, WORDS = 3, 8
@@ -52,7 +52,7 @@ def answer(work: FitWork, device: Rows, name: str, round: int = 0, dtype: Dtype 
     if work.readout is None:
         loss, means = 0.0, Array.of(moments(logits[:, LABELS:]), "<f4")
     else:
-        weights = weights_of(work.readout, work.n_words, LABELS)
+        weights = full_weights(work.readout, work.n_words, LABELS)
         centre = None if work.centre is None else work.centre.numpy()
         loss, gradient = loss_and_gradient(logits, device.targets, weights, centre)
         means = Array.of(gradient, dtype)
@@ -85,7 +85,7 @@ def fitted(
 
 
 def label_logits(fit: ReadoutFit, whole: Rows) -> np.ndarray:
-    weights = weights_of(fit.readout, WORDS, LABELS)
+    weights = full_weights(fit.readout, WORDS, LABELS)
     return read(whole.logits, weights)
 
 

@@ -262,6 +262,18 @@ def test_evaluation_counts_on_the_asked_for_rows(split: str, rows: list[tuple[st
     assert (report.n, report.correct, report.loss_sums) == (len(rows), expected.correct, expected.loss_sums)
 
 
+def test_in_front_a_latent_of_zero_is_the_model_without_a_prompt() -> None:
+    front = PromptSpec(placement="front", n_prompt=2, d=6, seed=1, alpha=2.0)
+    latents = np.stack([np.ones(6), np.zeros(6), -np.ones(6), np.zeros(6)])
+    report = device().evaluate(request(prompt=front, latents=Array.of(latents), split="dev"))
+    objective = Objective(ToyScorer(), TEMPLATE, LABELS, ROWS[:6], ObjectiveSpec(), front)
+    bare = objective.evaluate(objective.zero_shot_embeds()).loss_sums[0]
+    moved = objective.evaluate(objective.embeds(latents[::2])).loss_sums
+    assert report.loss_sums == (moved[0], bare, moved[1], bare)
+    cue = request(latents=Array.of(np.zeros((1, 6))), split="dev")
+    assert device().evaluate(cue).loss_sums[0] == pytest.approx(bare, rel=1e-6)
+
+
 def test_evaluation_takes_the_first_rows_where_there_is_a_limit() -> None:
     assert device().evaluate(request(max_rows=2)).n == 2
     assert device().evaluate(request(max_rows=200)).n == 7
@@ -279,6 +291,8 @@ def test_evaluation_is_not_perturbed() -> None:
         {"latents": Array.of(np.zeros((0, 6)))},
         {"latents": Array.of(np.zeros(6))},
         {"latents": Array.of(np.zeros((1, 5)))},
+        {"latents": Array.of(np.zeros((1, 5))), "prompt": PromptSpec(placement="front", n_prompt=2, d=6)},
+        {"readouts": (None,)},
         {"model_fingerprint": "sha256:beef"},
         {"labels": ("one", "two", "three")},
     ],

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedbpt.errors import InputError
 from fedbpt.losses import cross_entropy
 from fedbpt.messages import Array, Readout
-from fedbpt.readout import loss_and_gradient, moments, read, weights_of, word_ids
+from fedbpt.readout import full_weights, loss_and_gradient, moments, read, word_ids
 
 N_LABELS, N_WORDS = 3, 5
 LABEL_IDS = np.array([4, 0, 9], dtype=np.int32)
@@ -59,13 +59,13 @@ def test_a_small_vocabulary_repeats_its_own_words_in_the_same_order() -> None:
 
 
 def test_no_readout_is_zeros() -> None:
-    assert weights_of(None, 2, 3).tolist() == np.zeros((3, 3)).tolist()
+    assert full_weights(None, 2, 3).tolist() == np.zeros((3, 3)).tolist()
 
 
 @pytest.mark.parametrize("n_rows", [1, 3, 1 + N_WORDS])
 def test_words_that_a_readout_does_not_use_weigh_nothing(n_rows: int) -> None:
     given_rows = np.random.default_rng(0).standard_normal((n_rows, N_LABELS))
-    full = weights_of(readout(given_rows), N_WORDS, N_LABELS)
+    full = full_weights(readout(given_rows), N_WORDS, N_LABELS)
     assert full.shape == (1 + N_WORDS, N_LABELS)
     assert full[:n_rows].tolist() == given_rows.tolist()
     assert not full[n_rows:].any()
@@ -74,7 +74,7 @@ def test_words_that_a_readout_does_not_use_weigh_nothing(n_rows: int) -> None:
 @pytest.mark.parametrize("shape", [(0, 3), (3,), (1, 2), (1, 4), (7, 3), (1, 3, 1), ()])
 def test_weights_of_a_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match="at most 5 words"):
-        weights_of(readout(np.zeros(shape)), N_WORDS, N_LABELS)
+        full_weights(readout(np.zeros(shape)), N_WORDS, N_LABELS)
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def test_zero_weights_leave_the_label_words_logits_to_the_bit() -> None:
     found = read(logits, 0 * weights)
     assert found.dtype == np.float64
     assert found.tobytes() == logits[:, :N_LABELS].astype(np.float64).tobytes()
-    assert read(logits, weights_of(None, N_WORDS, N_LABELS)).tobytes() == found.tobytes()
+    assert read(logits, full_weights(None, N_WORDS, N_LABELS)).tobytes() == found.tobytes()
 
 
 def test_a_bias_alone_needs_no_words() -> None:
