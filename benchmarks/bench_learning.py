@@ -94,12 +94,13 @@ class Judge:
     def accuracies(self, template: fedbpt.Template, settings: RunSettings, lines: Lines) -> dict[str, dict[str, float]]:
         objective = self._objective(template, settings)
         mine = Objective(self.scorer, template, self.task.labels, self.rows[:1], settings.objective, settings.prompt)
-        embeds = mine.embeds(np.stack([latent for latent, _ in lines.values()]))
         readouts = [None if readout is None else self._widened(readout, settings) for _, readout in lines.values()]
-        found = objective.evaluate(embeds, readouts=readouts)
-        return {
-            name: {"accuracy": found.accuracy[i], "loss": found.loss_sums[i] / found.n} for i, name in enumerate(lines)
-        }
+        figures: dict[str, dict[str, float]] = {}
+        for which, embeds in mine.prompts(np.stack([latent for latent, _ in lines.values()])):
+            found = objective.evaluate(embeds, readouts=[readouts[i] for i in which])
+            for i, accuracy, loss in zip(which, found.accuracy, found.loss_sums, strict=True):
+                figures[list(lines)[i]] = {"accuracy": accuracy, "loss": loss / found.n}
+        return {name: figures[name] for name in lines}
 
     def _objective(self, template: fedbpt.Template, settings: RunSettings) -> Objective:
         key = (template, settings.prompt.placement)
@@ -266,7 +267,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, help="folder for the JSON and the plot")
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.search in ("fedbpt", "reference") and args.devices < 2:
+        parser.error(f"--search {args.search} needs --devices 2 or more")
+    return args
 
 
 def main() -> int:

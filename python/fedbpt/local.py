@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 
 import msgspec
@@ -201,7 +201,7 @@ class Device:
         if request.readouts and len(request.readouts) != len(latents):
             raise InputError(f"{len(request.readouts)} readouts for {len(latents)} latents: give one each, or none")
         correct, loss_sums = [0] * len(latents), [0.0] * len(latents)
-        for which, embeds in _prompts(objective, latents):
+        for which, embeds in objective.prompts(latents):
             readouts = [request.readouts[i] for i in which] if request.readouts else ()
             found = objective.evaluate(embeds, np.arange(n), progress, cancelled, readouts)
             for i, right, loss in zip(which, found.correct, found.loss_sums, strict=True):
@@ -249,7 +249,7 @@ class Device:
         key = msgspec.msgpack.encode((*what, plan.seed, plan.device, work.max_rows))
         if self._fitted is None or self._fitted[0] != key:  # the prompt stands still while a readout is fitted
             with counter.of(objective):
-                [(_, embeds)] = _prompts(objective, work.latent.numpy()[None])
+                [(_, embeds)] = objective.prompts(work.latent.numpy()[None])
                 self._fitted = key, objective.logits(embeds, chosen, cancelled)
         logits = self._fitted[1][:, : n_labels + work.n_words].astype(np.float64)
         targets = objective.targets[chosen]
@@ -320,21 +320,6 @@ class Device:
                 f"the plan is for the model {fingerprint}, device {self.name} has {self.scorer.name} "
                 f"({self.scorer.fingerprint}): start all devices with the same model file"
             )
-
-
-def _prompts(
-    objective: Objective, latents: NDArray[np.float64]
-) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
-    """(which latents, their prompts), those with equally many rows together: in front z = 0 has none."""
-    if latents.shape[1:] != (objective.prompt.d,):
-        raise InputError(f"a latent must have shape [{objective.prompt.d}], got {list(latents.shape[1:])}")
-    bare = np.zeros(len(latents), dtype=bool)
-    if objective.prompt.placement == "front":
-        bare = np.logical_not(latents.any(axis=1))
-    if bare.any():
-        yield np.flatnonzero(bare), np.repeat(objective.zero_shot_embeds(), bare.sum(), axis=0)
-    if not bare.all():
-        yield np.flatnonzero(~bare), objective.embeds(latents[~bare])
 
 
 def _version() -> str:

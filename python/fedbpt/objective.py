@@ -125,6 +125,19 @@ class Objective:
         rows = self.projection.p0
         return rows[None] if self.prompt.placement == "cue" else rows[None, :0]
 
+    def prompts(self, latents: NDArray[np.float64]) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
+        """(which of ``latents`` [k, d], their prompts), with z = 0 as the model without a prompt.
+
+        Prompts with equally many rows come together: in front z = 0 has none. Raises `InputError` for another d.
+        """
+        if latents.shape[1:] != (self.prompt.d,):
+            raise InputError(f"latents must have shape [k, {self.prompt.d}], got {list(latents.shape)}")
+        bare = ~latents.any(axis=1) if self.prompt.placement == "front" else np.zeros(len(latents), dtype=bool)
+        if bare.any():
+            yield np.flatnonzero(bare), np.repeat(self.zero_shot_embeds(), bare.sum(), axis=0)
+        if not bare.all():
+            yield np.flatnonzero(~bare), self.embeds(latents[~bare])
+
     def losses(
         self,
         embeds: ArrayLike,
