@@ -38,21 +38,24 @@ class Engine:
 
     def plan(
         self,
-        ids: NDArray[np.int32],
-        offsets: NDArray[np.int64],
+        texts: tuple[NDArray[np.int32], NDArray[np.int64]],
         label_ids: NDArray[np.int32] | None,
         cue: bool,
         prefix: NDArray[np.int32],
+        continuations: tuple[NDArray[np.int32], NDArray[np.int64]],
         kv_budget_bytes: int,
     ) -> Plan:
-        """Lay out texts ``ids`` [total] with ``offsets`` [N + 1]; ``label_ids`` None: all of the vocabulary.
+        """Lay out N texts and their N·K continuations, each as ids [total] with offsets [n + 1].
+
+        ``label_ids`` None: all of the vocabulary.
 
         Arrays are C-contiguous and never converted. Raises `InputError`.
         """
 
     def score(self, plan: Plan, which: NDArray[np.int64], embeds: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits [n_candidates, n, n_labels] of texts ``which`` [n] under ``embeds`` [n_candidates, n_prompt, n_embd].
+        """Numbers [n_candidates, n, K + n_labels] of texts ``which`` [n] under ``embeds`` [n_candidates, n_prompt, n_embd].
 
+        Log-probabilities of the K continuations, then logits.
         Raises `InputError`, `ScoringInterrupted` or what a signal handler raised.
         """
 

@@ -146,6 +146,7 @@ class NativeScorer:
         prefix: str | ArrayLike | None = None,
         cue: str | ArrayLike | None = None,
         *,
+        continuations: Sequence[Sequence[ArrayLike]] | None = None,
         keep_kv: bool = True,
     ) -> NativePlan:
         """Lay a data set out for scoring many times.
@@ -159,6 +160,8 @@ class NativeScorer:
             texts: N texts, each a string or token ids.
             label_ids, placement, prefix: as for `score_with_soft_prompt`.
             cue: what follows each text ("\\nTopic:"), a string or token ids.
+            continuations: for each of the N texts the K token-id sequences that may follow it; None: none. Their
+                log-probabilities, in nats, come before the logits; ``label_ids`` None then means no logits.
             keep_kv: False for one pass over the texts: nothing is kept.
 
         A string is tokenised here. BOS, where the model wants it, goes before the prefix, else before each text.
@@ -172,10 +175,13 @@ class NativeScorer:
         before = self._ids([] if prefix is None else prefix, "prefix")
         add_bos = None if prefix is None else False
         tokens = [self._ids(text, f"text {i}", add_bos) for i, text in enumerate(texts)]
-        ids, offsets = _ragged([np.concatenate([text, after]) if len(text) else text for text in tokens])
+        ids = _ragged([np.concatenate([text, after]) if len(text) else text for text in tokens])
+        follow = _ragged(_continuations(continuations, len(tokens)))
+        if label_ids is None and continuations is not None:
+            label_ids = []
         labels = None if label_ids is None else _token_ids(label_ids, "label_ids")
         plan = self._engine.plan(
-            ids, offsets, labels, placement == "cue", before, self.kv_budget_bytes if keep_kv else 0
+            ids, labels, placement == "cue", before, follow, self.kv_budget_bytes if keep_kv else 0
         )
         return NativePlan(self, plan)
 
@@ -216,7 +222,7 @@ class NativeScorer:
         return {**self._engine.memory(), **memory_of_process()}
 
     def score_plan(self, plan: _native.Plan, embeds: ArrayLike, indices: NDArray[np.int64]) -> NDArray[np.float32]:
-        """What `NativePlan.score` does: logits [n_candidates, len(indices), n_labels]."""
+        """What `NativePlan.score` does."""
         logits: NDArray[np.float32] = self._engine.score(plan, indices, self._rows(embeds))
         return logits
 
@@ -284,6 +290,8 @@ class NativePlan:
     def score(self, embeds: ArrayLike, indices: ArrayLike | None = None) -> NDArray[np.float32]:
         """Logits [n_candidates, n, n_labels] of the texts ``indices`` [n] (None: all) under each candidate prompt.
 
+        With continuations, [n_candidates, n, K + n_labels]: their log-probabilities, nats, then the logits.
+
         Raises as `NativeScorer.score_with_soft_prompt`; InputError also for an index outside the plan.
         """
         chosen = np.arange(self.n_texts) if indices is None else np.asarray(indices)
@@ -309,6 +317,16 @@ def _token_ids(ids: ArrayLike, what: str) -> NDArray[np.int32]:
     if array.max() > np.iinfo(np.int32).max or array.min() < np.iinfo(np.int32).min:
         raise InputError(f"{what} holds an id outside the vocabulary: {int(np.abs(array).max())}")
     return np.ascontiguousarray(array, dtype=np.int32)
+
+
+def _continuations(given: Sequence[Sequence[ArrayLike]] | None, n_texts: int) -> list[NDArray[np.int32]]:
+    """Equally many for each text, the first text's first."""
+    if given is None:
+        return []
+    counts = {len(of_text) for of_text in given}
+    if len(given) != n_texts or len(counts) != 1:
+        raise InputError(f"continuations must be equally many for each of the {n_texts} texts")
+    return [_token_ids(ids, f"continuation of text {i}") for i, of_text in enumerate(given) for ids in of_text]
 
 
 def _ragged(texts: Sequence[NDArray[np.int32]]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:

@@ -25,6 +25,7 @@ class Plan(Protocol):
     def score(self, embeds: ArrayLike, indices: ArrayLike | None = None) -> NDArray[np.float32]:
         """Logits [n_candidates, n, n_labels] of the texts ``indices`` [n] (None: all) under each candidate prompt.
 
+        With continuations [n_candidates, n, K + n_labels]: their log-probabilities, then the logits.
         Args and errors as for `Scorer.score_with_soft_prompt`. A candidate's logits depend on ``indices`` and on no
         other candidate or call.
         """
@@ -78,11 +79,14 @@ class Scorer(Protocol):
         prefix: ArrayLike | None = None,
         cue: ArrayLike | None = None,
         *,
+        continuations: Sequence[Sequence[ArrayLike]] | None = None,
         keep_kv: bool = True,
     ) -> Plan:
         """Lay a data set out for scoring many times; arguments as for `score_with_soft_prompt`.
 
-        ``cue``: token ids that follow each text. ``keep_kv`` False: for one pass over it; nothing is kept of the
+        ``cue``: token ids that follow each text. ``continuations``: for each text the K token-id sequences that may
+        follow it; their log-probabilities, nats, come before the logits, and no ``label_ids`` means no logits then.
+        ``keep_kv`` False: for one pass over it; nothing is kept of the
         texts' KV.
         """
         ...

@@ -22,6 +22,17 @@ void Batch::add(llama_token token, llama_pos pos, const llama_seq_id * seqs, siz
     seq_.insert(seq_.end(), seqs, seqs + n_seqs);
 }
 
+size_t Batch::end_of(size_t begin, size_t tokens_max, size_t outputs_max) const {
+    size_t end = begin;
+    for (size_t n_outputs = 0; end < size() && end - begin < tokens_max; ++end) {
+        n_outputs += wants_output_[end] != 0;
+        if (n_outputs > outputs_max) {
+            break;
+        }
+    }
+    return end;
+}
+
 llama_batch Batch::view(size_t begin, size_t end) {
     seq_ptr_.resize(size());
     llama_seq_id * next = seq_.data();

@@ -22,6 +22,9 @@ public:
     size_t size() const { return token_.size(); }
     size_t n_outputs() const { return n_outputs_; }
 
+    // Where tokens from `begin` on have to end for one llama_decode: at most this many, and outputs among them.
+    size_t end_of(size_t begin, size_t tokens_max, size_t outputs_max) const;
+
     // Tokens [begin, end) as llama.cpp wants them; valid until the next change.
     llama_batch view(size_t begin, size_t end);
 

@@ -54,16 +54,22 @@ std::vector<T> to_vector(const py::array_t<T, py::array::c_style> & array) {
     return std::vector<T>(array.data(), array.data() + array.size());
 }
 
-std::unique_ptr<Plan> make_plan(const Engine & engine, const IntArray & ids, const LongArray & offsets, const std::optional<IntArray> & label_ids, bool cue, const IntArray & prefix, uint64_t kv_budget_bytes) {
-    return std::make_unique<Plan>(engine.model, to_vector(ids), to_vector(offsets), cue ? Placement::cue : Placement::front, to_vector(prefix),
-                                  !label_ids, label_ids ? to_vector(*label_ids) : std::vector<llama_token>(), kv_budget_bytes);
+using RaggedArrays = std::pair<IntArray, LongArray>;
+
+Ragged to_ragged(const RaggedArrays & sequences) {
+    return { to_vector(sequences.first), to_vector(sequences.second) };
+}
+
+std::unique_ptr<Plan> make_plan(const Engine & engine, const RaggedArrays & texts, const std::optional<IntArray> & label_ids, bool cue, const IntArray & prefix, const RaggedArrays & continuations, uint64_t kv_budget_bytes) {
+    return std::make_unique<Plan>(engine.model, to_ragged(texts), cue ? Placement::cue : Placement::front, to_vector(prefix), !label_ids,
+                                  label_ids ? to_vector(*label_ids) : std::vector<llama_token>(), to_ragged(continuations), kv_budget_bytes);
 }
 
 FloatArray score(Engine & engine, Plan & plan, const LongArray & which, const FloatArray & embeds) {
     if (!plan.is_for(*engine.model)) {
         throw InputError("this plan was compiled by another scorer: compile its texts with the scorer that is to score them");
     }
-    FloatArray logits({ embeds.shape(0), which.size(), static_cast<py::ssize_t>(plan.n_labels()) });
+    FloatArray logits({ embeds.shape(0), which.size(), static_cast<py::ssize_t>(plan.n_columns()) });
     float * out = logits.mutable_data();
 
     const std::function<bool()> stop = python_wants_to_stop;
@@ -105,10 +111,10 @@ void register_scorer(py::module_ & module) {
         .def(py::init<const std::string &, int32_t, int32_t, bool>(), py::arg("path"), py::arg("n_threads"), py::arg("n_gpu_layers"), py::arg("kv_q8_0"), py::call_guard<py::gil_scoped_release>())
         .def("tokenize", &tokenize, py::arg("text"), py::arg("add_bos") = py::none(), "int32 [n]")
         .def("token_embeddings", &token_embeddings, py::arg("ids").noconvert(), "float32 [n, n_embd]")
-        .def("plan", &make_plan, py::arg("ids").noconvert(), py::arg("offsets").noconvert(), py::arg("label_ids").noconvert(), py::arg("cue"), py::arg("prefix").noconvert(), py::arg("kv_budget_bytes"),
-             "ids int32 [total], offsets int64 [N + 1]")
+        .def("plan", &make_plan, py::arg("texts").noconvert(), py::arg("label_ids").noconvert(), py::arg("cue"), py::arg("prefix").noconvert(), py::arg("continuations").noconvert(), py::arg("kv_budget_bytes"),
+             "texts and continuations: (int32 [total], int64 offsets [n + 1])")
         .def("score", &score, py::arg("plan"), py::arg("which").noconvert(), py::arg("embeds").noconvert(),
-             "which int64 [n], embeds float32 [n_candidates, n_prompt, n_embd] -> float32 [n_candidates, n, n_labels]")
+             "which int64 [n], embeds float32 [n_candidates, n_prompt, n_embd] -> float32 [n_candidates, n, n_continuations + n_labels]")
         .def("interrupt", [](Engine & engine) { engine.scorer.interrupt(); }, "Make the scoring call in flight raise ScoringInterrupted.")
         .def("embedding_std", [](const Engine & engine) { return engine.model->embedding_std(); }, py::call_guard<py::gil_scoped_release>())
         .def("memory", &memory, "bytes by part")

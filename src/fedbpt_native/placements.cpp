@@ -1,6 +1,7 @@
 // The two placements of the scorer: which tokens of which sequences go through llama_decode.
 
 #include <algorithm>
+#include <numeric>
 #include <string>
 
 #include "llama-soft-prompt.h"
@@ -10,7 +11,8 @@
 
 namespace fedbpt {
 
-void Scorer::decode_prefix(Plan & plan) {
+void Scorer::decode_prefix(const Request & request) {
+    const Plan & plan = request.plan;
     if (plan.prefix().empty()) {
         return;
     }
@@ -18,18 +20,37 @@ void Scorer::decode_prefix(Plan & plan) {
     for (size_t i = 0; i < plan.prefix().size(); ++i) {
         batch_.add(plan.prefix()[i], static_cast<llama_pos>(i), kPrefixSeq, Batch::kNone);
     }
-    decode(plan, nullptr);
+    decode(request, nullptr);
 }
 
-// prefix | rows | text. The rows go with the first pack's texts, as tokens of all their sequences; the other packs share
+// All but the last token of each of text i's continuations, from `pos` on: a continuation of several tokens has one of
+// seqs[n_branches] for itself.
+void Scorer::add_continuations(const Request & request, size_t candidate, size_t i, const llama_seq_id * seqs, llama_pos pos) {
+    const Plan & plan = request.plan;
+    const size_t text = static_cast<size_t>(request.which[i]);
+
+    for (size_t k = 0; k < plan.n_continuations(); ++k) {
+        const llama_token * ids    = plan.continuation(text, k);
+        const size_t        length = plan.continuation_length(text, k);
+        for (size_t j = 0; j + 1 < length; ++j) {
+            batch_.add(ids[j], pos + static_cast<llama_pos>(j), *seqs, static_cast<int64_t>(request.n_outputs() + steps_.size()));
+            steps_.push_back({ request.output_of(candidate, i), k, ids[j + 1] });
+        }
+        seqs += length > 1;
+    }
+}
+
+// prefix | rows | text | continuations. The rows go with the first pack's texts, as tokens of all their sequences; the other packs share
 // those cells.
 void Scorer::score_front(const Request & request, const Pack & pack, const Group & group, bool first_pack, float * out) {
     llama_memory_t memory = llama_get_memory(ctx_.get());
     const auto n_prefix = static_cast<llama_pos>(request.plan.prefix().size());
     const auto n_prompt = static_cast<llama_pos>(request.n_prompt);
-    const auto n_seqs   = static_cast<llama_seq_id>(1 + pack.n_texts());  // of a slot: the rows', then the texts'
+    const size_t n_branches = request.plan.n_branches();
+    const auto n_seqs   = static_cast<llama_seq_id>(1 + pack.n_texts()*n_branches);  // of a slot: the rows', then the texts'
 
     batch_.clear();
+    steps_.clear();
     for (size_t c = group.first; c < group.last; ++c) {
         const llama_seq_id prompt = kFirstSeq + static_cast<llama_seq_id>(c - group.first)*n_seqs;
 
@@ -49,13 +70,15 @@ void Scorer::score_front(const Request & request, const Pack & pack, const Group
             }
         }
         for (size_t i = pack.first; i < pack.last; ++i) {
-            const size_t length = request.length(i);
+            const size_t         length = request.length(i);
+            const llama_seq_id * seqs   = &seqs_[1 + (i - pack.first)*n_branches];
             for (size_t j = 0; j < length; ++j) {
-                batch_.add(request.text(i)[j], n_prefix + n_prompt + static_cast<llama_pos>(j), seqs_[1 + i - pack.first], j + 1 == length ? request.out_of(c, i) : Batch::kNone);
+                batch_.add(request.text(i)[j], n_prefix + n_prompt + static_cast<llama_pos>(j), seqs, n_branches, j + 1 == length ? request.output_of(c, i) : Batch::kNone);
             }
+            add_continuations(request, c, i, seqs, n_prefix + n_prompt + static_cast<llama_pos>(length));
         }
     }
-    decode(request.plan, out);
+    decode(request, out);
 
     // the rows stay for the candidate's next pack
     const bool last_pack = pack.last == request.n_which;
@@ -79,7 +102,7 @@ std::vector<uint8_t> Scorer::compute_kv(const Request & request, size_t i) {
     for (size_t j = 0; j + request.n_tail() < request.length(i); ++j) {
         batch_.add(request.text(i)[j], pos++, kFirstSeq, Batch::kNone);
     }
-    decode(request.plan, nullptr);
+    decode(request, nullptr);
 
     std::vector<uint8_t> state(llama_state_seq_get_size(ctx_.get(), kFirstSeq));
     state.resize(llama_state_seq_get_data(ctx_.get(), state.data(), state.size(), kFirstSeq));
@@ -87,9 +110,9 @@ std::vector<uint8_t> Scorer::compute_kv(const Request & request, size_t i) {
     return state;
 }
 
-// Each text's KV up to where the rows begin, in as many sequences as candidates are scored together, which share its cells. It is
-// computed once for all candidates, and kept.
-void Scorer::restore_texts(const Request & request, const Pack & pack, size_t together) {
+// Each text's KV up to where the rows begin, in `slots` sequences, which share its cells. It is computed once for all candidates,
+// and kept.
+void Scorer::restore_texts(const Request & request, const Pack & pack, size_t slots) {
     llama_memory_t memory = llama_get_memory(ctx_.get());
     const auto     kept   = [&](size_t i) -> const std::vector<uint8_t> & { return request.plan.kv(static_cast<size_t>(request.which[i])); };
 
@@ -104,44 +127,49 @@ void Scorer::restore_texts(const Request & request, const Pack & pack, size_t to
             continue;
         }
         const std::vector<uint8_t> & state = kept(i).empty() ? passing[i - pack.first] : kept(i);
-        const llama_seq_id           seq   = kFirstSeq + static_cast<llama_seq_id>((i - pack.first)*together);
+        const llama_seq_id           seq   = kFirstSeq + static_cast<llama_seq_id>((i - pack.first)*slots);
         if (llama_state_seq_set_data(ctx_.get(), state.data(), state.size(), seq) == 0) {
             throw std::runtime_error("a text's KV could not be restored (" + take_last_error() + "): please report this");
         }
-        for (llama_seq_id slot = 1; slot < static_cast<llama_seq_id>(together); ++slot) {
+        for (llama_seq_id slot = 1; slot < static_cast<llama_seq_id>(slots); ++slot) {
             llama_memory_seq_cp(memory, seq, seq + slot, -1, -1);
         }
     }
 }
 
-// prefix | text, its last n_prompt embeddings replaced.
+// prefix | text, its last n_prompt embeddings replaced | continuations. A text has a sequence for each candidate and branch.
 void Scorer::score_cue(const Request & request, const Pack & pack, size_t together, float * out) {
-    llama_memory_t memory = llama_get_memory(ctx_.get());
-    const size_t   n_tail = request.n_tail();
-    const auto     seq_of = [&](size_t i, size_t slot) { return kFirstSeq + static_cast<llama_seq_id>((i - pack.first)*together + slot); };
+    llama_memory_t memory     = llama_get_memory(ctx_.get());
+    const size_t   n_tail     = request.n_tail();
+    const size_t   n_branches = request.plan.n_branches();
+    const size_t   slots      = together*n_branches;
+    const auto     seq_of     = [&](size_t i, size_t slot) { return kFirstSeq + static_cast<llama_seq_id>((i - pack.first)*slots + slot); };
 
-    restore_texts(request, pack, together);
+    restore_texts(request, pack, slots);
 
     for (size_t first = 0; first < request.n_candidates; first += together) {
         const Group group { first, std::min(first + together, request.n_candidates) };
 
         batch_.clear();
+        steps_.clear();
         for (size_t i = pack.first; i < pack.last; ++i) {
             const auto          pos0 = static_cast<llama_pos>(request.head_of(i));
             const llama_token * ids  = request.text(i) + request.length(i) - n_tail;
 
             for (size_t c = group.first; c < group.last; ++c) {
-                const llama_seq_id seq = seq_of(i, c - group.first);
-                llama_soft_prompt_set(ctx_.get(), seq, pos0, static_cast<int32_t>(request.n_prompt), rows_of(request, c));
+                seqs_.resize(n_branches);
+                std::iota(seqs_.begin(), seqs_.end(), seq_of(i, (c - group.first)*n_branches));
+                llama_soft_prompt_set(ctx_.get(), seqs_.front(), pos0, static_cast<int32_t>(request.n_prompt), rows_of(request, c));
                 for (size_t j = 0; j < n_tail; ++j) {
-                    batch_.add(ids[j], pos0 + static_cast<llama_pos>(j), seq, j + 1 == n_tail ? request.out_of(c, i) : Batch::kNone);
+                    batch_.add(ids[j], pos0 + static_cast<llama_pos>(j), seqs_.data(), n_branches, j + 1 == n_tail ? request.output_of(c, i) : Batch::kNone);
                 }
+                add_continuations(request, c, i, seqs_.data(), pos0 + static_cast<llama_pos>(n_tail));
             }
         }
-        decode(request.plan, out);
+        decode(request, out);
 
         for (size_t i = pack.first; i < pack.last; ++i) {
-            for (size_t slot = 0; slot < group.size(); ++slot) {
+            for (size_t slot = 0; slot < group.size()*n_branches; ++slot) {
                 llama_memory_seq_rm(memory, seq_of(i, slot), static_cast<llama_pos>(request.head_of(i)), -1);
             }
         }

@@ -1,28 +1,42 @@
 #include "plan.h"
 
+#include <algorithm>
 #include <string>
 
 #include "errors.h"
 
 namespace fedbpt {
 
-Plan::Plan(std::shared_ptr<const Model> model, std::vector<llama_token> ids, std::vector<int64_t> offsets, Placement placement, std::vector<llama_token> prefix,
-           bool all_labels, std::vector<llama_token> label_ids, uint64_t kv_budget_bytes)
+namespace {
+
+void check_spans(const Ragged & sequences, const char * what) {
+    const std::vector<int64_t> & offsets = sequences.offsets;
+    if (offsets.empty() || offsets.front() != 0 || offsets.back() != static_cast<int64_t>(sequences.ids.size()) || !std::is_sorted(offsets.begin(), offsets.end())) {
+        throw InputError(std::string("the ") + what + "' offsets do not span their tokens");
+    }
+}
+
+}  // namespace
+
+Plan::Plan(std::shared_ptr<const Model> model, Ragged texts, Placement placement, std::vector<llama_token> prefix, bool all_labels, std::vector<llama_token> label_ids,
+           Ragged continuations, uint64_t kv_budget_bytes)
     : model_(std::move(model)),
-      ids_(std::move(ids)),
-      offsets_(std::move(offsets)),
+      texts_(std::move(texts)),
       placement_(placement),
       prefix_(std::move(prefix)),
       all_labels_(all_labels),
       label_ids_(std::move(label_ids)),
+      continuations_(std::move(continuations)),
       kv_budget_bytes_(kv_budget_bytes) {
-    if (offsets_.size() < 2) {
+    check_spans(texts_, "texts");
+    check_spans(continuations_, "continuations");
+    if (n_texts() == 0) {
         throw InputError("no texts to score: pass at least one token sequence");
     }
-    if (offsets_.front() != 0 || offsets_.back() != static_cast<int64_t>(ids_.size())) {
-        throw InputError("the texts' offsets do not span their tokens");
+    if (continuations_.size() % n_texts() != 0) {
+        throw InputError(std::to_string(continuations_.size()) + " continuations for " + std::to_string(n_texts()) + " texts: give each text equally many");
     }
-    if (!all_labels_ && label_ids_.empty()) {
+    if (n_columns() == 0) {
         throw InputError("label_ids is empty: name at least one token, or pass None for all");
     }
     for (const llama_token id : prefix_) {
@@ -31,19 +45,38 @@ Plan::Plan(std::shared_ptr<const Model> model, std::vector<llama_token> ids, std
     for (const llama_token id : label_ids_) {
         model_->check_token(id, "label token id");
     }
+    for (const llama_token id : texts_.ids) {
+        model_->check_token(id, "token id");
+    }
+    for (const llama_token id : continuations_.ids) {
+        model_->check_token(id, "continuation token id");
+    }
     for (size_t i = 0; i < n_texts(); ++i) {
-        if (offsets_[i + 1] <= offsets_[i]) {
+        if (length(i) == 0) {
             throw InputError("text " + std::to_string(i) + " is empty: it needs at least one token");
         }
-        for (size_t j = 0; j < length(i); ++j) {
-            model_->check_token(text(i)[j], "token id");
+        size_t n_branches = 0;
+        for (size_t k = 0; k < n_continuations(); ++k) {
+            if (continuation_length(i, k) == 0) {
+                throw InputError("continuation " + std::to_string(k) + " of text " + std::to_string(i) + " is empty: it needs at least one token");
+            }
+            n_branches += continuation_length(i, k) > 1;
         }
+        n_branches_ = std::max(n_branches_, n_branches);
         check_rows(i, 0);
     }
-    if (!all_labels_) {
+    if (!whole_vocabulary()) {
         label_head_ = model_->output_rows(label_ids_);
     }
     kv_.resize(n_texts());
+}
+
+size_t Plan::n_steps(size_t i) const {
+    size_t n = 0;
+    for (size_t k = 0; k < n_continuations(); ++k) {
+        n += continuation_length(i, k) - 1;
+    }
+    return n;
 }
 
 void Plan::check_rows(size_t i, size_t n_prompt) const {
@@ -53,8 +86,12 @@ void Plan::check_rows(size_t i, size_t n_prompt) const {
         throw InputError(name + ", fewer than the " + std::to_string(n_prompt) + " rows that stand in its cue");
     }
     const size_t n_before = prefix_.size() + (placement_ == Placement::front ? n_prompt : 0);
-    if (n_before + length(i) > static_cast<size_t>(model_->n_ctx_train())) {
-        throw InputError(name + " after " + std::to_string(n_before) + " of prefix and prompt; the model's context is " + std::to_string(model_->n_ctx_train()) + ": shorten it");
+    size_t n_after = 0;
+    for (size_t k = 0; k < n_continuations(); ++k) {
+        n_after = std::max(n_after, continuation_length(i, k) - 1);
+    }
+    if (n_before + length(i) + n_after > static_cast<size_t>(model_->n_ctx_train())) {
+        throw InputError(name + (n_after > 0 ? " before " + std::to_string(n_after) + " of its continuation," : "") + " after " + std::to_string(n_before) + " of prefix and prompt; the model's context is " + std::to_string(model_->n_ctx_train()) + ": shorten it");
     }
 }
 

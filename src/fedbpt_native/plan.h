@@ -10,19 +10,30 @@ namespace fedbpt {
 
 enum class Placement { front, cue };
 
-// A data set, checked and laid out once: N ragged texts, what comes before them, which logits are wanted. In cue
-// placement it also keeps the texts' KV, computed up to where the soft rows begin, within a budget.
+// Token sequences, one after another: sequence i is ids[offsets[i] .. offsets[i + 1]).
+struct Ragged {
+    std::vector<llama_token> ids;
+    std::vector<int64_t>     offsets = { 0 };
+
+    size_t size() const { return offsets.size() - 1; }
+    size_t length(size_t i) const { return static_cast<size_t>(offsets[i + 1] - offsets[i]); }
+    const llama_token * operator[](size_t i) const { return ids.data() + offsets[i]; }
+};
+
+// A data set, checked and laid out once: N ragged texts, what comes before them, which logits are wanted, and which
+// continuations of each text to give the log-probability of. In cue placement it also keeps the texts' KV, computed up
+// to where the soft rows begin, within a budget.
 class Plan {
 public:
-    // Text i is ids[offsets[i] .. offsets[i + 1]). No label_ids: the logits of the whole vocabulary.
-    // Throws InputError: an empty text, a token id outside the vocabulary, no texts, a text longer than the context.
-    Plan(std::shared_ptr<const Model> model, std::vector<llama_token> ids, std::vector<int64_t> offsets, Placement placement, std::vector<llama_token> prefix,
-         bool all_labels, std::vector<llama_token> label_ids, uint64_t kv_budget_bytes);
+    // all_labels: the logits of the whole vocabulary. continuations: equally many of each text, the first text's first.
+    // Throws InputError: an empty text or continuation, a token id outside the vocabulary, no texts, a text longer than the context.
+    Plan(std::shared_ptr<const Model> model, Ragged texts, Placement placement, std::vector<llama_token> prefix, bool all_labels, std::vector<llama_token> label_ids,
+         Ragged continuations, uint64_t kv_budget_bytes);
 
     bool is_for(const Model & model) const { return model_.get() == &model; }
-    size_t n_texts() const { return offsets_.size() - 1; }
-    size_t length(size_t i) const { return static_cast<size_t>(offsets_[i + 1] - offsets_[i]); }
-    const llama_token * text(size_t i) const { return ids_.data() + offsets_[i]; }
+    size_t n_texts() const { return texts_.size(); }
+    size_t length(size_t i) const { return texts_.length(i); }
+    const llama_token * text(size_t i) const { return texts_[i]; }
     Placement placement() const { return placement_; }
     const std::vector<llama_token> & prefix() const { return prefix_; }
 
@@ -30,7 +41,21 @@ public:
     const std::vector<llama_token> & label_ids() const { return label_ids_; }
     // the label words' rows of the output layer, or null where the model cannot do with rows alone
     const float * label_head() const { return label_head_.empty() ? nullptr : label_head_.data(); }
-    size_t n_labels() const { return all_labels_ ? static_cast<size_t>(model_->n_vocab()) : label_ids_.size(); }
+    size_t n_labels() const { return all_labels_ ? n_vocab() : label_ids_.size(); }
+    size_t n_vocab() const { return static_cast<size_t>(model_->n_vocab()); }
+
+    size_t n_continuations() const { return continuations_.size()/n_texts(); }
+    size_t continuation_length(size_t i, size_t k) const { return continuations_.length(i*n_continuations() + k); }
+    const llama_token * continuation(size_t i, size_t k) const { return continuations_[i*n_continuations() + k]; }
+    // tokens computed for text i's continuations: all but the last of each
+    size_t n_steps(size_t i) const;
+    // sequences a text needs: one for each continuation of several tokens, at least one
+    size_t n_branches() const { return n_branches_; }
+
+    // log-probabilities of the continuations, then logits
+    size_t n_columns() const { return n_continuations() + n_labels(); }
+    // whether the model's logits are wanted of the whole vocabulary
+    bool whole_vocabulary() const { return all_labels_ || n_continuations() > 0; }
 
     // Throws InputError where n_prompt rows do not fit text i: into its cue, or before it in the context.
     void check_rows(size_t i, size_t n_prompt) const;
@@ -53,13 +78,14 @@ public:
 
 private:
     std::shared_ptr<const Model> model_;
-    std::vector<llama_token>     ids_;
-    std::vector<int64_t>         offsets_;
+    Ragged                       texts_;
     Placement                    placement_;
     std::vector<llama_token>     prefix_;
     bool                         all_labels_;
     std::vector<llama_token>     label_ids_;
     std::vector<float>           label_head_;
+    Ragged                       continuations_;
+    size_t                       n_branches_ = 1;
 
     uint64_t                          kv_budget_bytes_;
     uint64_t                          kv_bytes_ = 0;

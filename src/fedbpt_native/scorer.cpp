@@ -8,6 +8,7 @@
 #include "llama-ext.h"
 #include "llama-soft-prompt.h"
 #include "log.h"
+#include "log_sum_exp.h"
 #include "sequences.h"
 
 namespace fedbpt {
@@ -16,7 +17,8 @@ namespace {
 
 constexpr uint32_t kUbatch      = 512;   // tokens a graph
 constexpr uint32_t kBatch       = 2048;  // tokens a llama_decode
-constexpr size_t   kTextsMax    = 32;    // texts a pack: bounds the n_vocab-wide logits buffers
+constexpr size_t   kTextsMax    = 32;    // texts a pack
+constexpr size_t   kWholeMax    = 32;    // outputs n_vocab wide a llama_decode
 constexpr size_t   kCueCellsMax = 1024;  // KV cells of a cue pack's texts: attention slows down with a longer KV
 
 constexpr uint32_t kSeqMax      = 256;   // LLAMA_MAX_SEQ
@@ -26,6 +28,11 @@ constexpr auto kStopInterval = std::chrono::milliseconds(20);
 
 size_t padded(size_t n, size_t unit) {
     return (n + unit - 1)/unit*unit;
+}
+
+// Sequences of one candidate's pack.
+size_t sequences_max(const Plan & plan) {
+    return std::max(kTextsMax, plan.n_branches());
 }
 
 }  // namespace
@@ -70,17 +77,20 @@ void Scorer::validate(const Request & request) const {
 std::vector<Scorer::Pack> Scorer::pack(const Request & request) const {
     const bool   front      = request.plan.placement() == Placement::front;
     const size_t tokens_max = front ? kUbatch : kCueCellsMax;
-    const size_t texts_max  = front ? kTextsMax : std::clamp<size_t>(kBatch/request.n_tail(), 1, kTextsMax);
+    const size_t branches   = sequences_max(request.plan)/request.plan.n_branches();
+    const size_t texts_max  = front ? branches : std::clamp<size_t>(kBatch/request.n_tail(), 1, branches);
 
     std::vector<Pack> packs;
     for (size_t i = 0; i < request.n_which; ++i) {
         const size_t length = request.length(i);
+        const size_t steps  = request.n_steps(i);
         const size_t rows   = front && packs.size() <= 1 ? request.n_prompt : 0;
-        if (!packs.empty() && rows + packs.back().n_tokens + length <= tokens_max && packs.back().last - packs.back().first < texts_max) {
+        if (!packs.empty() && rows + packs.back().n_tokens + packs.back().n_steps + length + steps <= tokens_max && packs.back().n_texts() < texts_max) {
             packs.back().last = i + 1;
             packs.back().n_tokens += length;
+            packs.back().n_steps += steps;
         } else {
-            packs.push_back({ i, i + 1, length });
+            packs.push_back({ i, i + 1, length, steps });
         }
     }
     return packs;
@@ -113,10 +123,13 @@ void Scorer::ensure_context(const Request & request, const std::vector<Pack> & p
         // in the cue each text has the prefix for itself: it is part of its saved KV
         const size_t shared = front ? 0 : pack.n_tokens + pack.n_texts()*request.plan.prefix().size();
         const size_t own    = front ? request.n_prompt + pack.n_tokens : pack.n_texts()*request.n_tail();
-        most = std::max(most, shared + together*own);
+        most = std::max(most, shared + together*own + pack.n_steps);
     }
     const auto     n_ctx     = static_cast<uint32_t>(padded(request.plan.prefix().size() + most + kPad, 256));
-    const uint32_t n_seq_max = request.plan.label_head() != nullptr ? kSeqMax : static_cast<uint32_t>(padded(kFirstSeq + 1 + kTextsMax, kPad));
+    const uint32_t n_seq_max = request.plan.label_head() != nullptr ? kSeqMax : static_cast<uint32_t>(padded(kFirstSeq + 1 + sequences_max(request.plan), kPad));
+    if (n_seq_max > kSeqMax) {
+        throw InputError(std::to_string(request.plan.n_branches()) + " continuations of several tokens are too many for one text: give " + std::to_string(kSeqMax - kFirstSeq - kPad) + " at most");
+    }
     if (ctx_ && n_ctx <= n_ctx_ && n_seq_max == n_seq_max_) {
         return;
     }
@@ -126,7 +139,7 @@ void Scorer::ensure_context(const Request & request, const std::vector<Pack> & p
     params.n_batch         = kBatch;
     params.n_ubatch        = kUbatch;
     params.n_seq_max       = n_seq_max;
-    params.n_outputs_max   = n_seq_max;
+    params.n_outputs_max   = std::max<uint32_t>(n_seq_max, kWholeMax);
     params.n_threads       = n_threads_;
     params.n_threads_batch = n_threads_;
     params.kv_unified      = true;
@@ -145,7 +158,8 @@ void Scorer::ensure_context(const Request & request, const std::vector<Pack> & p
     n_ctx_ = 0;
     take_last_error();
     const std::vector<llama_token> & labels = request.plan.label_ids();
-    ctx_.reset(llama_soft_prompt_init_from_model(model_->get(), params, labels.data(), static_cast<int32_t>(labels.size()), request.plan.label_head()));
+    const auto n_labels = static_cast<int32_t>(request.plan.whole_vocabulary() ? 0 : labels.size());
+    ctx_.reset(llama_soft_prompt_init_from_model(model_->get(), params, labels.data(), n_labels, request.plan.label_head()));
     if (!ctx_) {
         throw std::runtime_error("cannot create a context of " + std::to_string(n_ctx) + " tokens (" + take_last_error() + "): free memory, or score shorter texts");
     }
@@ -187,7 +201,8 @@ void Scorer::run(const Request & request, float * out) {
 
     llama_memory_clear(llama_get_memory(ctx_.get()), /*data =*/ false);
     llama_soft_prompt_clear(ctx_.get());
-    llama_soft_prompt_set_labels(ctx_.get(), request.plan.label_ids().data(), static_cast<int32_t>(request.plan.label_ids().size()), request.plan.label_head());
+    const auto n_labels = static_cast<int32_t>(request.plan.whole_vocabulary() ? 0 : request.plan.label_ids().size());
+    llama_soft_prompt_set_labels(ctx_.get(), request.plan.label_ids().data(), n_labels, request.plan.label_head());
 
     if (request.plan.placement() == Placement::cue) {
         request.plan.keep_for_tail(request.n_tail());
@@ -195,7 +210,7 @@ void Scorer::run(const Request & request, float * out) {
             score_cue(request, pack, together, out);
         }
     } else {
-        decode_prefix(request.plan);
+        decode_prefix(request);
         for (size_t c = 0; c < request.n_candidates; c += together) {
             const Group group { c, std::min(c + together, request.n_candidates) };
             for (const Pack & pack : packs) {
@@ -205,19 +220,46 @@ void Scorer::run(const Request & request, float * out) {
     }
     llama_soft_prompt_clear(ctx_.get());
 
-    if (!std::all_of(out, out + request.n_candidates*request.n_out(), [](float logit) { return std::isfinite(logit); })) {
+    if (!std::all_of(out, out + request.n_outputs()*request.plan.n_columns(), [](float logit) { return std::isfinite(logit); })) {
         reset();
     }
 }
 
-// Runs batch_ and writes the label logits of each output token to out[output][n_labels].
-void Scorer::decode(Plan & plan, float * out) {
+// What a continuation's next token adds to its log-probability, and the logits that are wanted beside it.
+void Scorer::read_whole(const Request & request, int64_t output, const float * logits, float * out) const {
+    const Plan & plan       = request.plan;
+    const auto   column_of  = [&](int64_t text) { return out + static_cast<size_t>(text)*plan.n_columns(); };
+    const auto   n_outputs  = static_cast<int64_t>(request.n_outputs());
+    const double log_sum    = plan.n_continuations() > 0 ? log_sum_exp(logits, plan.n_vocab()) : 0.0;
+    const auto   log_p      = [&](llama_token token) { return static_cast<float>(logits[token] - log_sum); };
+
+    if (output >= n_outputs) {
+        const Step & step = steps_[static_cast<size_t>(output - n_outputs)];
+        column_of(step.output)[step.continuation] += log_p(step.token);
+        return;
+    }
+    float *      columns = column_of(output);
+    const size_t text    = static_cast<size_t>(request.which[static_cast<size_t>(output) % request.n_which]);
+    for (size_t k = 0; k < plan.n_continuations(); ++k) {
+        *columns++ = log_p(plan.continuation(text, k)[0]);  // the first: comes before its steps
+    }
+    if (plan.all_labels()) {
+        std::copy(logits, logits + plan.n_vocab(), columns);
+    } else {
+        std::transform(plan.label_ids().begin(), plan.label_ids().end(), columns, [&](llama_token id) { return logits[id]; });
+    }
+}
+
+// Runs batch_ and writes what is wanted of each output token to out[output][n_columns].
+void Scorer::decode(const Request & request, float * out) {
+    Plan &       plan     = request.plan;
+    const bool   whole    = plan.whole_vocabulary();
     const size_t n_tokens = batch_.size();  // without those that fill up
     for (llama_pos pos = 0; batch_.size() % kPad != 0 || batch_.n_outputs() % kPad != 0; ++pos) {
         batch_.add(/*token =*/ 0, pos, kPadSeq, batch_.n_outputs() % kPad != 0 ? Batch::kUnread : Batch::kNone);
     }
-    for (size_t begin = 0; begin < batch_.size(); begin += kBatch) {
-        const size_t end = std::min<size_t>(batch_.size(), begin + kBatch);
+    for (size_t begin = 0, end = 0; begin < batch_.size(); begin = end) {
+        end = batch_.end_of(begin, kBatch, whole ? kWholeMax : kBatch);
 
         next_stop_check_ = {};  // due: a small model computes many batches in an interval
         if (on_abort(this)) {
@@ -233,17 +275,18 @@ void Scorer::decode(Plan & plan, float * out) {
             throw std::runtime_error("llama_decode failed with status " + std::to_string(status) + " (" + take_last_error() + "): please report this");
         }
 
-        if (!plan.all_labels()) {
+        if (!whole) {
             llama_synchronize(ctx_.get());
         }
         const size_t  n_labels = plan.n_labels();
         const float * labels   = llama_soft_prompt_label_logits(ctx_.get());
         for (size_t i = begin; i < end; ++i) {
-            if (batch_.output(i) >= 0) {
-                const float * logits = plan.all_labels() ? llama_get_logits_ith(ctx_.get(), static_cast<int32_t>(i - begin)) : labels;
-                std::copy(logits, logits + n_labels, out + static_cast<size_t>(batch_.output(i))*n_labels);
+            if (batch_.output(i) >= 0 && whole) {
+                read_whole(request, batch_.output(i), llama_get_logits_ith(ctx_.get(), static_cast<int32_t>(i - begin)), out);
+            } else if (batch_.output(i) >= 0) {
+                std::copy(labels, labels + n_labels, out + static_cast<size_t>(batch_.output(i))*n_labels);
             }
-            labels += plan.all_labels() || batch_.output(i) == Batch::kNone ? 0 : n_labels;
+            labels += whole || batch_.output(i) == Batch::kNone ? 0 : n_labels;
         }
     }
     llama_memory_seq_rm(llama_get_memory(ctx_.get()), kPadSeq, -1, -1);

@@ -29,7 +29,7 @@ public:
     // kv_type: of the KV cache, GGML_TYPE_F16 or GGML_TYPE_Q8_0; models of f32 have it in f32. Throws InputError.
     Scorer(std::shared_ptr<const Model> model, int32_t n_threads, ggml_type kv_type = GGML_TYPE_F16);
 
-    // The plan's texts `which[n_which]` under embeds[n_candidates][n_prompt][n_embd] -> out[n_candidates][n_which][n_labels].
+    // The plan's texts `which[n_which]` under embeds[n_candidates][n_prompt][n_embd] -> out[n_candidates][n_which][n_columns].
     // `stop` is asked every few milliseconds, on this thread, whether to give up. Throws InputError, ScoringInterrupted.
     void score(Plan & plan, const int64_t * which, size_t n_which, const float * embeds, size_t n_candidates, size_t n_prompt, float * out, const std::function<bool()> & stop);
 
@@ -55,13 +55,20 @@ private:
         // tokens before the rows, or before the last token
         size_t head_of(size_t i) const { return plan.prefix().size() + length(i) - n_tail(); }
 
-        size_t n_out() const { return n_which*plan.n_labels(); }
-        int64_t out_of(size_t candidate, size_t i) const { return static_cast<int64_t>(candidate*n_which + i); }
+        size_t n_steps(size_t i) const { return plan.n_steps(static_cast<size_t>(which[i])); }
+
+        size_t n_outputs() const { return n_candidates*n_which; }
+        int64_t output_of(size_t candidate, size_t i) const { return static_cast<int64_t>(candidate*n_which + i); }
     };
     struct Pack {  // the request's texts [first, last): scored together
-        size_t first, last, n_tokens;
+        size_t first, last, n_tokens, n_steps;
 
         size_t n_texts() const { return last - first; }
+    };
+    struct Step {  // a token of a continuation, whose log-probability is wanted: output n_outputs() + its index in steps_
+        int64_t     output;  // the text's
+        size_t      continuation;
+        llama_token token;
     };
     struct Group {  // candidates [first, last): scored together, each in a slot of its own
         size_t first, last;
@@ -76,13 +83,15 @@ private:
 
     void run(const Request & request, float * out);
     void score_front(const Request & request, const Pack & pack, const Group & group, bool first_pack, float * out);
+    void add_continuations(const Request & request, size_t candidate, size_t i, const llama_seq_id * seqs, llama_pos pos);
     void score_cue(const Request & request, const Pack & pack, size_t together, float * out);
 
     const float * rows_of(const Request & request, size_t candidate) const { return request.embeds + candidate*request.n_prompt*static_cast<size_t>(model_->n_embd()); }
-    void restore_texts(const Request & request, const Pack & pack, size_t together);
+    void restore_texts(const Request & request, const Pack & pack, size_t slots);
     std::vector<uint8_t> compute_kv(const Request & request, size_t i);
-    void decode_prefix(Plan & plan);
-    void decode(Plan & plan, float * out);
+    void decode_prefix(const Request & request);
+    void decode(const Request & request, float * out);
+    void read_whole(const Request & request, int64_t output, const float * logits, float * out) const;
     void reset();
 
     static bool on_abort(void * self);
@@ -95,7 +104,8 @@ private:
     uint32_t                     n_ctx_     = 0;
     uint32_t                     n_seq_max_ = 0;
     Batch                        batch_;
-    std::vector<llama_seq_id>    seqs_;  // scratch
+    std::vector<llama_seq_id>    seqs_;   // scratch
+    std::vector<Step>            steps_;  // of the batch
 
     mutable std::mutex                    mutex_;
     std::atomic<bool>                     interrupted_ { false };
