@@ -40,7 +40,7 @@ from fedbpt.readout import word_ids
 from fedbpt.runs import Lines, RunSettings
 from fedbpt.seeding import generator
 from fedbpt.store import RunStore
-from fedbpt.tasks.task import label_ids
+from fedbpt.tasks.task import label_word_ids
 
 Row = tuple[str, int]
 
@@ -106,7 +106,7 @@ class Judge:
         key = (template, settings.prompt.placement)
         if self._made is None or self._made[0] != key:
             self._made = None  # its KV goes before the other's comes
-            ids = label_ids(self.scorer, template, self.task.labels)
+            ids = np.concatenate(label_word_ids(self.scorer, template, self.task.labels))
             words = [word_ids(self.scorer.n_vocab, self.n_words, seed, ids) for seed in self.seeds]
             spec = ObjectiveSpec(max_text_tokens=self.task.max_text_tokens)
             place = msgspec.structs.replace(settings.prompt, d=1)

@@ -95,11 +95,34 @@ class ToyScorer:
         prefix: ArrayLike | None = None,
         cue: ArrayLike | None = None,
         *,
+        continuations: Sequence[Sequence[ArrayLike]] | None = None,
         keep_kv: bool = True,
     ) -> ToyPlan:
         after = np.asarray([] if cue is None else cue, dtype=np.int32)
         tokens = [np.concatenate([np.asarray(ids), after]) for ids in texts]
-        return ToyPlan(self, tokens, label_ids, placement, prefix, keep_kv)
+        return ToyPlan(self, tokens, label_ids, placement, prefix, continuations, keep_kv)
+
+    def log_probabilities(
+        self,
+        texts: list[NDArray[np.intp]],
+        embeds: ArrayLike,
+        continuations: Sequence[Sequence[ArrayLike]],
+        placement: Placement,
+        prefix: ArrayLike | None,
+    ) -> NDArray[np.float32]:
+        head = self._table[self._checked([] if prefix is None else prefix)]
+        found = np.zeros((len(np.asarray(embeds)), len(texts), len(continuations[0])), dtype=np.float32)
+        for c, rows in enumerate(np.asarray(embeds, dtype=np.float32)):
+            for t, text in enumerate(texts):
+                sequence = self._join(head, rows, self._table[self._checked(text)], placement)
+                for k, ids in enumerate(continuations[t]):
+                    so_far = sequence
+                    for token in self._checked(ids):
+                        logits = self._forward(so_far)
+                        top = logits.max()
+                        found[c, t, k] += logits[token] - top - np.log(np.exp(logits - top).sum())
+                        so_far = np.concatenate([so_far, self._table[[token]]])
+        return found
 
     def memory(self) -> Mapping[str, int]:
         size = self._table.nbytes
@@ -142,8 +165,10 @@ class ToyPlan:
         label_ids: ArrayLike | None,
         placement: Placement,
         prefix: ArrayLike | None,
+        continuations: Sequence[Sequence[ArrayLike]] | None,
         keep_kv: bool,
     ) -> None:
+        self._continuations = continuations
         self._keep_kv = keep_kv
         self._scorer = scorer
         self._texts = texts
@@ -160,7 +185,13 @@ class ToyPlan:
         texts = [self._texts[i] for i in chosen]
         label_ids, placement, prefix = self._options
         logits = self._scorer.score_with_soft_prompt(texts, embeds, label_ids, placement, prefix)
+        if self._continuations is not None:
+            follow = [self._continuations[i] for i in chosen]
+            found = self._scorer.log_probabilities(texts, embeds, follow, placement, prefix)
+            logits = found if label_ids is None else np.concatenate([found, logits], axis=2)
         k, n_prompt = np.asarray(embeds).shape[:2]
+        if self._continuations is not None:
+            self.n_tokens += k * sum(len(np.asarray(ids)) - 1 for i in chosen for ids in self._continuations[i])
         if placement == "front":
             self.n_tokens += k * (n_prompt + sum(len(text) for text in texts))
         else:

@@ -1,4 +1,4 @@
-"""A task that the toy model can tune on: two labels whose words differ in their first byte, and rows to learn from."""
+"""A task that the toy model can tune on: two labels whose words are one byte each, and rows to learn from."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ TASK = Task(
     name="toy-mood",
     labels=("negative", "positive"),
     templates=(
-        Template(pattern="{text}\nMood:", label_words=("bad", "good")),
-        Template(pattern="{text}\nIt was:", label_words=("dull", "fine")),
+        Template(pattern="{text}\nMood:", label_words=("b", "g")),
+        Template(pattern="{text}\nIt was:", label_words=("d", "f")),
     ),
 )
 
@@ -19,10 +19,10 @@ name = "toy-mood"
 labels = ["negative", "positive"]
 [[templates]]
 pattern = "{text}\\nMood:"
-label_words = ["bad", "good"]
+label_words = ["b", "g"]
 [[templates]]
 pattern = "{text}\\nIt was:"
-label_words = ["dull", "fine"]
+label_words = ["d", "f"]
 """
 
 _WORDS = ("zzz", "aaa", "iii")

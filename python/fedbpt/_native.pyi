@@ -53,7 +53,7 @@ class Engine:
         """
 
     def score(self, plan: Plan, which: NDArray[np.int64], embeds: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Numbers [n_candidates, n, K + n_labels] of texts ``which`` [n] under ``embeds`` [n_candidates, n_prompt, n_embd].
+        """[n_candidates, n, K + n_labels] of texts ``which`` [n] under ``embeds`` [n_candidates, n_prompt, n_embd].
 
         Log-probabilities of the K continuations, then logits.
         Raises `InputError`, `ScoringInterrupted` or what a signal handler raised.

@@ -23,7 +23,7 @@ from fedbpt.readout import full_weights, read, word_ids
 from fedbpt.scorer import Plan, Scorer
 from fedbpt.seeding import generator
 from fedbpt.tasks.perturb import perturb
-from fedbpt.tasks.task import cue_ids, label_ids, render_ids
+from fedbpt.tasks.task import cue_ids, label_word_ids, render_ids
 
 CHUNK = 64
 """Texts per scoring call. Fixed: how texts share a call may show in the last bits of a quantised model's logits."""
@@ -62,7 +62,7 @@ class Objective:
         words: token ids [n_words] that a readout uses; None: the run's random ones, ``objective.readout_words`` many.
 
     Raises:
-        TaskError: label words that share a token; a cue shorter than the prompt.
+        TaskError: label words of which one begins with another; a cue shorter than the prompt.
         DataError: no rows, a label out of range.
         InputError: an empty text.
     """
@@ -84,10 +84,10 @@ class Objective:
         self.template = template
         self.labels = tuple(labels)
         self.spec = objective
-        self.label_ids = label_ids(scorer, template, self.labels)
+        self.label_word_ids = label_word_ids(scorer, template, self.labels)
         n_words, seed = objective.readout_words, prompt.seed
         self.word_ids = (
-            word_ids(scorer.n_vocab, n_words, seed, self.label_ids)
+            word_ids(scorer.n_vocab, n_words, seed, np.concatenate(self.label_word_ids))
             if words is None
             else np.array(words, dtype=np.int32)
         )
@@ -303,7 +303,10 @@ class Objective:
         progress: Progress | None,
         cancelled: Cancelled | None,
     ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
-        """A chunk of rows, and the logits [k, n, n_labels + n_words] of their label words and the random words."""
+        """A chunk of rows, and their numbers [k, n, n_labels + n_words].
+
+        Label words' logits, or their log-probabilities where one has several tokens; then random words' logits.
+        """
         candidates = np.asarray(embeds, dtype=np.float32)
         if candidates.ndim != 3:
             raise InputError(f"embeds must have shape [k, n_prompt, n_embd], got {list(candidates.shape)}")
@@ -324,8 +327,13 @@ class Objective:
                 progress(start + len(part), len(chosen))
 
     def _compile(self, texts: list[NDArray[np.int32]], keep_kv: bool) -> Plan:
-        ids = np.concatenate([self.label_ids, self.word_ids])
-        return self.scorer.compile(texts, ids, self._prompt.placement, self._prefix, keep_kv=keep_kv)
+        if all(len(ids) == 1 for ids in self.label_word_ids):
+            ids, answers = np.concatenate([*self.label_word_ids, self.word_ids]), None
+        else:  # log-probabilities of whole words
+            ids, answers = self.word_ids, [self.label_word_ids] * len(texts)
+        return self.scorer.compile(
+            texts, ids, self._prompt.placement, self._prefix, continuations=answers, keep_kv=keep_kv
+        )
 
     def _weights(self, readout: Readout | None) -> NDArray[np.float64]:
         return full_weights(readout, len(self.word_ids), len(self.labels))

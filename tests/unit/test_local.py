@@ -31,8 +31,8 @@ from fedbpt.seeding import generator
 from fedbpt.wire import digest
 from tests.toy_scorer import ToyScorer
 
-TEMPLATE = Template(pattern="{text}\nMood: (", label_words=("bad", "good"))
-OTHER = Template(pattern="Review: {text}\nIt was: (", label_words=("bad", "good"))
+TEMPLATE = Template(pattern="{text}\nMood: (", label_words=("b", "g"))
+OTHER = Template(pattern="Review: {text}\nIt was: (", label_words=("b", "g"))
 LABELS = ("bad", "good")
 ROWS = [(f"text {i} {'ugly' * (i % 2)}", i % 2) for i in range(20)]
 PROMPT = PromptSpec(n_prompt=2, d=6, seed=1, alpha=2.0)

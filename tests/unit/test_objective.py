@@ -11,11 +11,11 @@ from fedbpt.errors import DataError, InputError, ScoringInterrupted, TaskError
 from fedbpt.losses import cross_entropy
 from fedbpt.messages import Array, ObjectiveSpec, PromptSpec, Readout, Template
 from fedbpt.objective import CHUNK, Objective, batch_indices
-from fedbpt.tasks.task import cue_ids, label_ids, render_ids
+from fedbpt.tasks.task import cue_ids, label_word_ids, render_ids
 from tests.toy_scorer import BOS, ToyScorer
 
 # The toy tokenizer's words share their first byte, the space: these do not.
-TEMPLATE = Template(pattern="{text}\nMood: (", label_words=("bad", "good"))
+TEMPLATE = Template(pattern="{text}\nMood: (", label_words=("b", "g"))
 LABELS = ("bad", "good")
 ROWS = [(f"text number {i} {'ugly' * (i % 2)}", i % 2) for i in range(10)]
 CUE = PromptSpec(n_prompt=2, d=6, seed=1)
@@ -48,7 +48,7 @@ def test_losses_are_those_of_the_scorers_logits(prompt: PromptSpec) -> None:
     if prompt is FRONT:
         assert all(text[0] == BOS for text in texts)
         texts, prefix = [text[1:] for text in texts], [BOS]
-    words = label_ids(scorer, TEMPLATE, LABELS)
+    words = np.concatenate(label_word_ids(scorer, TEMPLATE, LABELS))
     logits = scorer.score_with_soft_prompt(texts, embeds, words, prompt.placement, prefix)
     expected = cross_entropy(logits, [label for _, label in ROWS])
     np.testing.assert_allclose(objective.losses(embeds), expected.mean(axis=1))
@@ -58,10 +58,35 @@ def test_losses_are_those_of_the_scorers_logits(prompt: PromptSpec) -> None:
 def test_z_zero_in_the_cue_is_the_zero_shot_model() -> None:
     objective, scorer = make(), ToyScorer()
     texts = [render_ids(scorer, TEMPLATE, text) for text, _ in ROWS]
-    plain = scorer.score_with_soft_prompt(texts, np.zeros((1, 0, 8)), label_ids(scorer, TEMPLATE, LABELS))
+    plain = scorer.score_with_soft_prompt(
+        texts, np.zeros((1, 0, 8)), np.concatenate(label_word_ids(scorer, TEMPLATE, LABELS))
+    )
     expected = cross_entropy(plain, [label for _, label in ROWS]).sum()
     assert objective.evaluate(objective.embeds(np.zeros((1, 6)))).loss_sums[0] == pytest.approx(expected, abs=0)
     assert objective.evaluate(objective.zero_shot_embeds()).loss_sums[0] == pytest.approx(expected, abs=0)
+
+
+WORDS = Template(pattern="{text}\nMood: (", label_words=("bad", "brilliant"))
+
+
+@pytest.mark.parametrize("prompt", [CUE, FRONT])
+def test_label_words_of_several_tokens_score_the_sum_of_their_log_probabilities(prompt: PromptSpec) -> None:
+    scorer = ToyScorer()
+    objective = Objective(scorer, WORDS, LABELS, ROWS, ObjectiveSpec(readout_words=3), prompt)
+    embeds = objective.embeds(latents(2))
+    logits = objective.logits(embeds[:1], np.arange(len(ROWS)))
+    assert logits.shape == (len(ROWS), 2 + 3)
+    words = [list(b"bad"), list(b"brilliant")]
+    for i, (text, _) in enumerate(ROWS):
+        ids = render_ids(scorer, WORDS, text)
+        prefix = ids[:1] if prompt is FRONT else None
+        [[expected]] = scorer.log_probabilities(
+            [ids[1:] if prompt is FRONT else ids], embeds[:1], [words], prompt.placement, prefix
+        )
+        np.testing.assert_allclose(logits[i, :2], expected, rtol=1e-6)
+    found = objective.evaluate(embeds[:1])
+    targets = np.array([label for _, label in ROWS])
+    assert found.correct[0] == (logits[:, :2].argmax(axis=1) == targets).sum()
 
 
 def test_zero_shot_in_front_has_no_prompt() -> None:

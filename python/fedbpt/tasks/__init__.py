@@ -25,7 +25,7 @@ from fedbpt.tasks.readers import (
     to_rows,
     write_rows,
 )
-from fedbpt.tasks.task import Task, Tokenizer, cue_ids, label_ids, load_task, render_ids
+from fedbpt.tasks.task import Task, Tokenizer, cue_ids, label_word_ids, load_task, render_ids
 
 __all__ = [
     "BUILTIN",
@@ -37,7 +37,7 @@ __all__ = [
     "bbc_news",
     "cue_ids",
     "drop_duplicates",
-    "label_ids",
+    "label_word_ids",
     "load",
     "load_hub",
     "load_task",

@@ -146,25 +146,26 @@ def render_ids(
     return np.concatenate([front, body[:max_text_tokens], cue_ids(tokenizer, template)])
 
 
-def label_ids(tokenizer: Tokenizer, template: Template, labels: tuple[str, ...]) -> NDArray[np.int32]:
-    """First token [n_labels] of each label word as it continues the cue.
+def label_word_ids(tokenizer: Tokenizer, template: Template, labels: tuple[str, ...]) -> list[NDArray[np.int32]]:
+    """Token ids of each label word as it continues the cue, one array per label.
 
     Raises:
-        TaskError: not one word per label; a word that changes the cue's own tokens; two words with one first token.
+        TaskError: not one word per label; a word that changes the cue's own tokens; a word that begins with another.
     """
     _check_words(template, labels)
     cue = split_pattern(template)[1]
     before = cue_ids(tokenizer, template)
-    seen: dict[int, str] = {}
+    words: list[NDArray[np.int32]] = []
     for word in template.label_words:
         after = _continuation(tokenizer, cue + word)
         if len(after) <= len(before) or not np.array_equal(after[: len(before)], before):
             raise TaskError(f"label word {word!r} merges with the cue {cue!r}: start it with a space")
-        first = int(after[len(before)])
-        if first in seen:
-            raise TaskError(f"label words {seen[first]!r} and {word!r} start with one token in this model: change one")
-        seen[first] = word
-    return np.fromiter(seen, dtype=np.int32, count=len(seen))
+        words.append(after[len(before) :])
+        for other, ids in zip(template.label_words, words[:-1], strict=False):
+            n = min(len(ids), len(words[-1]))
+            if np.array_equal(ids[:n], words[-1][:n]):
+                raise TaskError(f"of the label words {other!r} and {word!r} one begins with the other: change one")
+    return words
 
 
 def _check_words(template: Template, labels: tuple[str, ...]) -> None:
