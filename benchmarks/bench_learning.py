@@ -30,12 +30,13 @@ import numpy as np
 import fedbpt
 from fedbpt import tasks
 from fedbpt.api import aggregator_for
+from fedbpt.batches import batch_indices
 from fedbpt.clients.in_process import InProcessClient
 from fedbpt.errors import ModelNotFoundError
 from fedbpt.federation import Federation
 from fedbpt.local import Device
 from fedbpt.messages import Array, ObjectiveSpec, PromptSpec, Readout
-from fedbpt.objective import Objective, batch_indices
+from fedbpt.objective import Objective
 from fedbpt.readout import word_ids
 from fedbpt.runs import Lines, RunSettings
 from fedbpt.seeding import generator

@@ -20,9 +20,10 @@ from collections.abc import Callable
 import numpy as np
 
 import fedbpt
+from fedbpt.batches import batch_indices
 from fedbpt.errors import ModelNotFoundError
 from fedbpt.messages import Template
-from fedbpt.objective import Objective, Row, batch_indices
+from fedbpt.objective import Objective, Row
 from fedbpt.search import CmaSearch
 from fedbpt.seeding import generator
 from fedbpt.tasks import to_rows

@@ -21,10 +21,20 @@ from fedbpt.clients.in_process import InProcessClient
 from fedbpt.errors import ConfigError, MissingExtraError, PromptError
 from fedbpt.federation import Federation
 from fedbpt.local import Device
-from fedbpt.messages import ObjectiveSpec, PromptSpec, Template
+from fedbpt.messages import LossName, ObjectiveSpec, PromptSpec, Template
 from fedbpt.objective import Objective
 from fedbpt.prompt import Prompt, short_fingerprint
-from fedbpt.runs import Evaluated, Event, RoundClosed, RunResult, RunSettings, RunStarted, Score, TemplateSelected
+from fedbpt.runs import (
+    Evaluated,
+    Event,
+    RoundClosed,
+    RunResult,
+    RunSettings,
+    RunStarted,
+    Score,
+    TemplateSelected,
+    perplexity,
+)
 from fedbpt.scorer import Scorer
 from fedbpt.store import RunStore
 from fedbpt.tasks import Task, to_rows
@@ -66,7 +76,8 @@ class Budget:
 class EvaluationResult:
     """How a prompt, or the model without one, did on n rows.
 
-    ``loss`` is the mean over rows in nats; ``predictions`` [n] are label indices.
+    ``loss`` is the mean over rows in nats; ``predictions`` [n] are label indices. For target texts ``loss`` is a mean
+    over a row's tokens, too, and ``perplexity`` is the figure: ``correct`` is 0, ``predictions`` −1.
     """
 
     n: int
@@ -79,11 +90,18 @@ class EvaluationResult:
         return self.correct / self.n
 
     @property
+    def perplexity(self) -> float:
+        """exp of the loss."""
+        return perplexity(self.loss)
+
+    @property
     def interval(self) -> tuple[float, float]:
         """95 % confidence interval of the accuracy (`wilson_interval`)."""
         return wilson_interval(self.correct, self.n)
 
     def __repr__(self) -> str:
+        if self.n and self.predictions[0] < 0:
+            return f"EvaluationResult(perplexity={self.perplexity:.3f}, loss={self.loss:.4f}, n={self.n})"
         low, high = self.interval
         return (
             f"EvaluationResult(accuracy={self.accuracy:.4f} [{low:.4f}, {high:.4f}], loss={self.loss:.4f}, n={self.n})"
@@ -121,7 +139,7 @@ class TuneResult:
         )
 
     def plot(self) -> Figure:
-        """A matplotlib figure of the mini-batch loss, and of the accuracy on development rows where there were some."""
+        """A matplotlib figure of the mini-batch loss, and of the figure on development rows where there were some."""
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
@@ -132,8 +150,9 @@ class TuneResult:
         axes.set(xlabel="evaluations", ylabel="loss (nats)", title=self.run.task)
         if self.dev_curve:
             right = axes.twinx()
-            right.plot(*_columns(self.dev_curve), color="tab:green", marker=".", label="development accuracy")
-            right.set_ylabel("accuracy")
+            figure_name = "perplexity" if self.run.generates else "accuracy"
+            right.plot(*_columns(self.dev_curve), color="tab:green", marker=".", label=f"development {figure_name}")
+            right.set_ylabel(figure_name)
         figure.legend(loc="outside lower center", ncols=2)
         return figure
 
@@ -196,7 +215,7 @@ def tune(
         result = Federation(
             [InProcessClient(device)], task, settings, aggregator_for(settings), store, "tune", watch
         ).run()
-    return TuneResult(make_prompt(scorer, task, result), result, tuple(watch.losses), tuple(watch.accuracies))
+    return TuneResult(make_prompt(scorer, task, result), result, tuple(watch.losses), tuple(watch.dev))
 
 
 def aggregator_for(settings: RunSettings) -> Aggregator:
@@ -213,7 +232,7 @@ def make_prompt(scorer: Scorer, task: Task, result: RunResult) -> Prompt:
     require_model_of_run(scorer, result)
     spec, objective = result.settings.prompt, result.settings.objective
     # one row is enough: a prompt depends on the template and the model alone
-    made = Objective(scorer, result.template, task.labels, [("x", 0)], objective, spec)
+    made = Objective(scorer, result.template, task.labels, [("x", 0 if task.labels else "x")], objective, spec)
     made.readout = result.readout
     history = {
         "run": result.run,
@@ -223,8 +242,8 @@ def make_prompt(scorer: Scorer, task: Task, result: RunResult) -> Prompt:
         "tokens": result.tokens,
         "devices": len(result.devices),
         "digest": result.digest,
-        **_scores(result.zero_shot, "zero_shot"),
-        **_scores(result.tuned, "tuned"),
+        **_scores(result, result.zero_shot, "zero_shot"),
+        **_scores(result, result.tuned, "tuned"),
     }
     return made.as_prompt(result.latent, task.name, (history,))
 
@@ -238,8 +257,11 @@ def require_model_of_run(scorer: Scorer, run: RunResult | RunStarted) -> None:
         )
 
 
-def _scores(score: Score, name: str) -> dict[str, Any]:
-    return {f"{name}_accuracy": score.accuracy, f"{name}_n": score.n} if score.n else {}
+def _scores(result: RunResult, score: Score, name: str) -> dict[str, Any]:
+    if not score.n:
+        return {}
+    figure = {f"{name}_perplexity": score.perplexity} if result.generates else {f"{name}_accuracy": score.accuracy}
+    return {**figure, f"{name}_n": score.n}
 
 
 def evaluate(
@@ -250,7 +272,7 @@ def evaluate(
     *,
     template: Template | None = None,
 ) -> EvaluationResult:
-    """Accuracy and loss on ``rows``, of a tuned prompt or of the model as it is.
+    """Accuracy and loss (of target texts: perplexity) on ``rows``, of a tuned prompt or of the model as it is.
 
     Args:
         scorer: the model.
@@ -264,7 +286,8 @@ def evaluate(
         TaskError, DataError: as in `tune`.
     """
     data = to_rows(rows, task)
-    spec = ObjectiveSpec(max_text_tokens=task.max_text_tokens, readout_words=0)
+    loss: LossName = "cross_entropy" if task.labels else "nll"
+    spec = ObjectiveSpec(loss=loss, max_text_tokens=task.max_text_tokens, readout_words=0)
     if prompt is None:
         place = PromptSpec(d=1)
         objective = Objective(scorer, template or task.templates[0], task.labels, data, spec, place, keep_kv=False)
@@ -282,18 +305,21 @@ def evaluate(
 
 
 class _Curves:
-    """Listens to a run: (evaluations, mini-batch loss) and (evaluations, development accuracy)."""
+    """Listens to a run: (evaluations, mini-batch loss), and (evaluations, development accuracy or perplexity)."""
 
     def __init__(self, then: Callable[[Event], None]) -> None:
         self.losses: list[tuple[int, float]] = []
-        self.accuracies: list[tuple[int, float]] = []
+        self.dev: list[tuple[int, float]] = []
         self._then = then
+        self._generates = False
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, RoundClosed) and event.purpose == "search":
             self.losses.append((event.evaluations, event.loss))
         elif isinstance(event, Evaluated):
-            self.accuracies.append((self.losses[-1][0] if self.losses else 0, event.score.accuracy))
+            figure = event.score.perplexity if self._generates else event.score.accuracy
+            self.dev.append((self.losses[-1][0] if self.losses else 0, figure))
         elif isinstance(event, TemplateSelected):
             self.losses.clear()
+            self._generates = not event.template.label_words
         self._then(event)

@@ -19,6 +19,7 @@ from fedbpt.runs import (
     RunFinished,
     RunSettings,
     RunStarted,
+    Score,
     TemplateSelected,
 )
 
@@ -53,8 +54,9 @@ class RunDisplay:
         self._settings = RunSettings()
         self._devices = self._live = 0
         self._started = False
-        self._zero_shot: float | None = None
-        self._accuracy: float | None = None
+        self._zero_shot: Score | None = None
+        self._score: Score | None = None
+        self._generates = False
 
     def __enter__(self) -> RunDisplay:
         self._progress.start()
@@ -76,12 +78,13 @@ class RunDisplay:
                 self._update(f"choosing a template on {event.model_name}", None, "")
             case TemplateSelected():
                 words = ", ".join(word.strip() for word in event.template.label_words)
-                self._say(f"template {event.template.pattern!r} with {words}")
+                self._generates = not words
+                self._say(f"template {event.template.pattern!r}" + (f" with {words}" if words else ""))
                 self._update("tuning", None, "")
             case Evaluated():
-                self._accuracy = event.score.accuracy
+                self._score = event.score
                 if event.round == 0:
-                    self._zero_shot = event.score.accuracy
+                    self._zero_shot = event.score
             case RoundClosed() if event.round > 0:
                 self._live = len(event.reported)
                 share = self._share(event)
@@ -99,6 +102,9 @@ class RunDisplay:
             case RunFinished() if not self._started:
                 self._say(f"run {event.result.run} was finished before: this is its result")
 
+    def _figure(self, score: Score) -> str:
+        return f"{score.perplexity:.2f}" if self._generates else f"{score.accuracy:.3f}"
+
     def _share(self, event: RoundClosed) -> float:
         """How much of the budget is spent, 0 to 1: of the limit that is nearest."""
         limits = self._settings
@@ -112,9 +118,9 @@ class RunDisplay:
 
     def _figures(self, event: RoundClosed, share: float) -> str:
         parts = []
-        if self._accuracy is not None:
-            line = "" if self._zero_shot is None else f" (zero-shot {self._zero_shot:.3f})"
-            parts.append(f"acc {self._accuracy:.3f}{line}")
+        if self._score is not None:
+            line = "" if self._zero_shot is None else f" (zero-shot {self._figure(self._zero_shot)})"
+            parts.append(f"{'ppl' if self._generates else 'acc'} {self._figure(self._score)}{line}")
         parts.append(f"loss {event.loss:.3f}")
         parts.append(f"{self._live}/{self._devices} devices")
         parts.append(f"up {human_bytes(event.bytes_up)}  down {human_bytes(event.bytes_down)}")

@@ -69,6 +69,7 @@ def estimate(
         ConfigError: a budget that is spent before the search begins, a deadline that the slowest device cannot keep.
             It names the nearest that is possible.
     """
+    settings = settings.for_labels(task.labels)
     local = settings.method != "pooled"
     parts = [_tokens(settings, len(task.templates), info.n_train) for info in infos]
     per_round = settings.popsize * settings.iterations + 1 if local else settings.popsize
@@ -92,10 +93,11 @@ def _tokens(settings: RunSettings, n_templates: int, n_rows: int) -> tuple[int, 
     """(choosing the template, the texts once, a round of the search) on a device with ``n_rows`` rows."""
     objective, prompt = settings.objective, settings.prompt
     text = objective.max_text_tokens + TEMPLATE_TOKENS
-    select = min(settings.select_rows or n_rows, n_rows) * text * n_templates if n_templates > 1 else 0
+    target = objective.max_text_tokens if objective.loss == "nll" else 0
+    select = min(settings.select_rows or n_rows, n_rows) * (text + target) * n_templates if n_templates > 1 else 0
     batch = min(objective.batch_size or n_rows, n_rows)
     cue = prompt.placement == "cue"
-    a_text = prompt.n_prompt if cue else text  # for one candidate; in front all texts share the prompt's KV
+    a_text = target + (prompt.n_prompt if cue else text)  # for one candidate; in front all texts share the prompt's KV
     a_candidate = batch * a_text + (0 if cue else prompt.n_prompt)
     if objective.perturb > 0:
         a_candidate += batch * (text + prompt.n_prompt)

@@ -93,7 +93,7 @@ class Federation:
         _check_names([client.name for client in clients], "device")
         self.run_name = run
         self.task = task
-        self.settings = settings
+        settings = self.settings = settings.for_labels(task.labels)
         self._clients = {client.name: client for client in clients}
         self._needed = max(math.ceil(settings.quorum * len(clients)), aggregator.min_reports, 1)
         if self._needed > len(clients):

@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from fedbpt.batches import batch_indices
 from fedbpt.errors import DataError, InputError
 from fedbpt.messages import (
     Array,
@@ -35,7 +36,7 @@ from fedbpt.messages import (
     SelectWork,
     Template,
 )
-from fedbpt.objective import Objective, Progress, Row, batch_indices
+from fedbpt.objective import Objective, Progress, Row
 from fedbpt.readout import full_weights, loss_and_gradient, moments
 from fedbpt.scorer import Scorer
 from fedbpt.search import CmaSearch, Covariance, sample_population, transform

@@ -19,7 +19,7 @@ PROTOCOL_VERSION = 1
 
 Placement: TypeAlias = Literal["front", "cue"]
 Dtype: TypeAlias = Literal["<f2", "<f4", "<f8"]
-LossName: TypeAlias = Literal["cross_entropy", "hinge"]
+LossName: TypeAlias = Literal["cross_entropy", "hinge", "nll"]
 
 PositiveInt: TypeAlias = Annotated[int, msgspec.Meta(ge=1)]
 NaturalInt: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
@@ -64,7 +64,7 @@ class Template(Message, frozen=True):
     """One way to put a text to the model. ``pattern`` holds ``{text}`` once; what follows it is the answer cue.
 
     ``label_words`` has one word per label, in label order, each with its leading space where the cue ends
-    without one.
+    without one. None where a text is to follow instead of a label.
     """
 
     pattern: str
@@ -88,7 +88,10 @@ class PromptSpec(Message, frozen=True):
 
 
 class ObjectiveSpec(Message, frozen=True):
-    """What a device minimises. ``perturb`` is the token replacement probability r of the perturbed ratio (0: off)."""
+    """What a device minimises. ``perturb`` is the token replacement probability r of the perturbed ratio (0: off).
+
+    ``nll``: the negative log-likelihood of a target text's tokens, for tasks without labels; it goes with them alone.
+    """
 
     loss: LossName = "cross_entropy"
     batch_size: NaturalInt = 8  # texts per generation, drawn anew each time; 0 = all

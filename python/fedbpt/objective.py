@@ -23,20 +23,23 @@ from fedbpt.readout import full_weights, read, word_ids
 from fedbpt.scorer import Plan, Scorer
 from fedbpt.seeding import generator
 from fedbpt.tasks.perturb import perturb
-from fedbpt.tasks.task import cue_ids, label_word_ids, render_ids
+from fedbpt.tasks.task import cue_ids, label_word_ids, render_ids, target_ids
 
 CHUNK = 64
 """Texts per scoring call. Fixed: how texts share a call may show in the last bits of a quantised model's logits."""
 
 _SMALLEST_LOSS = 1e-12  # a perturbed loss of zero (hinge) must not divide
 
-Row = tuple[str, int]
+Row = tuple[str, int | str]
 Progress = Callable[[int, int], None]
 Cancelled = Callable[[], bool]
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True, eq=False):
-    """How k prompts did on n rows. ``predictions`` int [k, n] are label indices; losses are nats (or hinge units)."""
+    """How k prompts did on n rows. ``predictions`` int [k, n] are label indices; losses are nats (or hinge units).
+
+    Without labels ``predictions`` are −1 and ``correct`` 0.
+    """
 
     n: int
     correct: tuple[int, ...]
@@ -54,9 +57,9 @@ class Objective:
     Args:
         scorer: the model.
         template: how a text is put to it.
-        labels: label names, one per label word.
-        rows: (text, label index) pairs.
-        objective: which loss; mini-batches are the caller's (`batch_indices`).
+        labels: label names, one per label word; empty: rows have target texts, to be made likely.
+        rows: (text, label index) or (text, target text) pairs.
+        objective: which loss; mini-batches are the caller's (`fedbpt.batches`).
         prompt: where the prompt goes and how long it is.
         keep_kv: False where the rows are scored once: their KV is not kept.
         words: token ids [n_words] that a readout uses; None: the run's random ones, ``objective.readout_words`` many.
@@ -64,7 +67,7 @@ class Objective:
     Raises:
         TaskError: label words of which one begins with another; a cue shorter than the prompt.
         DataError: no rows, a label out of range.
-        InputError: an empty text.
+        InputError: an empty text, a loss that does not go with the task.
     """
 
     def __init__(
@@ -84,16 +87,17 @@ class Objective:
         self.template = template
         self.labels = tuple(labels)
         self.spec = objective
+        if (objective.loss == "nll") == bool(self.labels):
+            raise InputError(f"loss {objective.loss!r} does not go with {len(self.labels)} labels: nll is for none")
         self.label_word_ids = label_word_ids(scorer, template, self.labels)
-        n_words, seed = objective.readout_words, prompt.seed
-        self.word_ids = (
-            word_ids(scorer.n_vocab, n_words, seed, np.concatenate(self.label_word_ids))
-            if words is None
-            else np.array(words, dtype=np.int32)
-        )
+        if words is None and self.labels:
+            known = np.concatenate(self.label_word_ids)
+            words = word_ids(scorer.n_vocab, objective.readout_words, prompt.seed, known)
+        self.word_ids = np.array([] if words is None else words, dtype=np.int32)
         self.readout: Readout | None = None
         """Corrects the label words' logits of every candidate; None: they are as the model says."""
         self.targets = _targets(rows, self.labels)
+        """Label indices [n]; zeros where there are no labels."""
         self._cue = np.asarray(cue_ids(scorer, template), dtype=np.int32)
         n_bos = len(scorer.tokenize("x")) - len(scorer.tokenize("x", add_bos=False))
         texts = [render_ids(scorer, template, text, objective.max_text_tokens) for text, _ in rows]
@@ -101,7 +105,13 @@ class Objective:
         self._prefix = texts[0][:n_bos] if prompt.placement == "front" and n_bos else None
         self._tokens = [text[n_bos:] if self._prefix is not None else text for text in texts]
         self._prompt = prompt
-        self._plan = self._compile(self._tokens, keep_kv)
+        limit = objective.max_text_tokens
+        self._answers = (
+            [self.label_word_ids] * len(rows)
+            if self.labels
+            else [[target_ids(scorer, template, str(target), limit)] for _, target in rows]
+        )
+        self._plan = self._compile(np.arange(len(rows)), self._tokens, keep_kv)
         self.projection = Projection(prompt, _start(scorer, self._cue, prompt), scorer.embedding_std)
         self._zero_shot = np.full(len(texts), np.nan)
         self.evaluations = 0
@@ -234,9 +244,8 @@ class Objective:
         weights = [self._weights(readout) for readout in readouts or [self.readout] * k]
         predictions, loss_sums = [], np.zeros(k)
         for part, raw in self._raw(candidates[first], chosen, None, progress, cancelled):
-            logits = np.stack([read(raw[i], own) for i, own in zip(which, weights, strict=True)])
-            predictions.append(logits.argmax(axis=-1))
-            loss_sums += LOSSES[self.spec.loss](logits, self.targets[part]).sum(axis=1)
+            loss_sums += self._row_losses(part, raw[which], weights).sum(axis=1)
+            predictions.append(self._predicted(raw[which], weights))
         self.evaluations += len(loss_sums)
         labels = np.concatenate(predictions, axis=1)
         right = (labels == self.targets[chosen]).sum(axis=1)
@@ -291,9 +300,25 @@ class Objective:
                 self._zero_shot[i] = self._row_losses(part, raw)[0, 0]
         return self._zero_shot[chosen]
 
-    def _row_losses(self, part: NDArray[np.intp], raw: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Losses [k, n] of what `_raw` gave, corrected by ``readout``."""
-        return LOSSES[self.spec.loss](read(raw, self._weights(self.readout)), self.targets[part])
+    def _row_losses(
+        self, part: NDArray[np.intp], raw: NDArray[np.float32], weights: Sequence[NDArray[np.float64]] | None = None
+    ) -> NDArray[np.float64]:
+        """Losses [k, n] of what `_raw` gave, corrected by each candidate's ``weights``; None: by ``readout``."""
+        if self.spec.loss == "nll":
+            losses: NDArray[np.float64] = -raw[..., 0] / np.array([len(self._answers[i][0]) for i in part], dtype=float)
+            return losses
+        return LOSSES[self.spec.loss](self._read(raw, weights), self.targets[part])
+
+    def _predicted(self, raw: NDArray[np.float32], weights: Sequence[NDArray[np.float64]]) -> NDArray[np.intp]:
+        if not self.labels:
+            return np.full(raw.shape[:2], -1)
+        labels: NDArray[np.intp] = self._read(raw, weights).argmax(axis=-1)
+        return labels
+
+    def _read(self, raw: NDArray[np.float32], weights: Sequence[NDArray[np.float64]] | None) -> NDArray[np.float64]:
+        if weights is None:
+            return read(raw, self._weights(self.readout))
+        return np.stack([read(of_candidate, own) for of_candidate, own in zip(raw, weights, strict=True)])
 
     def _raw(
         self,
@@ -305,7 +330,8 @@ class Objective:
     ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
         """A chunk of rows, and their numbers [k, n, n_labels + n_words].
 
-        Label words' logits, or their log-probabilities where one has several tokens; then random words' logits.
+        Label words' logits, or their log-probabilities where one has several tokens, or the target text's; then
+        random words' logits.
         """
         candidates = np.asarray(embeds, dtype=np.float32)
         if candidates.ndim != 3:
@@ -318,7 +344,7 @@ class Objective:
                 plan, which = self._plan, part
             else:
                 texts = replaced[start : start + CHUNK]
-                plan, which = self._compile(texts, keep_kv=False), np.arange(len(texts))
+                plan, which = self._compile(part, texts, keep_kv=False), np.arange(len(texts))
             before = plan.n_tokens
             raw = plan.score(candidates, which)
             self.tokens += plan.n_tokens - before
@@ -326,11 +352,12 @@ class Objective:
             if progress is not None:
                 progress(start + len(part), len(chosen))
 
-    def _compile(self, texts: list[NDArray[np.int32]], keep_kv: bool) -> Plan:
-        if all(len(ids) == 1 for ids in self.label_word_ids):
-            ids, answers = np.concatenate([*self.label_word_ids, self.word_ids]), None
-        else:  # log-probabilities of whole words
-            ids, answers = self.word_ids, [self.label_word_ids] * len(texts)
+    def _compile(self, rows: NDArray[np.intp], texts: list[NDArray[np.int32]], keep_kv: bool) -> Plan:
+        """``texts`` stand for ``rows``: theirs, or perturbed."""
+        answers: list[list[NDArray[np.int32]]] | None = [self._answers[i] for i in rows]
+        ids = self.word_ids
+        if self.labels and all(len(word) == 1 for word in self.label_word_ids):  # their logits do
+            answers, ids = None, np.concatenate([*self.label_word_ids, self.word_ids])
         return self.scorer.compile(
             texts, ids, self._prompt.placement, self._prefix, continuations=answers, keep_kv=keep_kv
         )
@@ -341,24 +368,6 @@ class Objective:
     def __repr__(self) -> str:
         place = f"{self.prompt.n_prompt} x {self.prompt.placement}"
         return f"Objective({len(self)} rows, {len(self.labels)} labels, {self.spec.loss}, {place})"
-
-
-def batch_indices(
-    n_rows: int, batch_size: int, rng: np.random.Generator, targets: NDArray[np.intp] | None = None
-) -> NDArray[np.intp]:
-    """A mini-batch without replacement, in ascending order; all rows where ``batch_size`` is 0 or too large.
-
-    With ``targets``, labels are in it in proportion, which takes noise out of its mean: systematic sampling
-    (Madow 1949) of the rows in order of label, at random within one. Each row has the same chance as without.
-    """
-    if batch_size == 0 or batch_size >= n_rows:
-        return np.arange(n_rows)
-    if targets is None:
-        return np.sort(rng.choice(n_rows, batch_size, replace=False))
-    order = rng.permutation(n_rows)
-    order = order[np.argsort(targets[order], kind="stable")]
-    places = np.floor((rng.random() + np.arange(batch_size)) * (n_rows / batch_size)).astype(np.intp)
-    return np.sort(order[np.minimum(places, n_rows - 1)])
 
 
 def _start(scorer: Scorer, cue: NDArray[np.int32], prompt: PromptSpec) -> NDArray[np.float32]:
@@ -376,9 +385,11 @@ def _start(scorer: Scorer, cue: NDArray[np.int32], prompt: PromptSpec) -> NDArra
 
 def _targets(rows: Sequence[Row], labels: tuple[str, ...]) -> NDArray[np.intp]:
     for number, (_, label) in enumerate(rows):
-        if not 0 <= label < len(labels):
+        if not labels and not isinstance(label, str):
+            raise DataError(f"row {number} has label {label} where a target text should be: the task has no labels")
+        if labels and not (isinstance(label, int | np.integer) and 0 <= label < len(labels)):
             raise DataError(f"row {number} has label {label}, but there are {len(labels)} labels: {', '.join(labels)}")
-    return np.array([label for _, label in rows], dtype=np.intp)
+    return np.array([label if labels else 0 for _, label in rows], dtype=np.intp)
 
 
 def _shifted(progress: Progress | None, before: int, total: int) -> Progress | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Literal, TypeAlias
 
 import msgspec
@@ -26,6 +26,8 @@ from fedbpt.messages import (
     Readout,
     Template,
 )
+
+_LARGEST_EXPONENT = 700.0  # e^700 is about the largest float
 
 RoundPurpose: TypeAlias = Literal["selection", "calibration", "probe", "search", "readout"]
 Method: TypeAlias = Literal["pooled", "fedbpt", "fedavg"]
@@ -69,6 +71,18 @@ class RunSettings(Message, frozen=True):
         if self.patience and not self.evaluate_every:
             raise ConfigError("patience needs evaluations on dev rows: give dev rows, and set evaluate_every")
 
+    def for_labels(self, labels: Sequence[str]) -> RunSettings:
+        """These settings, for a task with ``labels``: with none, what there is to fit is the prompt alone.
+
+        Raises `ConfigError` where the loss does not go with them.
+        """
+        if labels and self.objective.loss == "nll":
+            raise ConfigError("loss nll is for tasks of target texts, this one has labels: use cross_entropy or hinge")
+        if labels:
+            return self
+        objective = msgspec.structs.replace(self.objective, loss="nll", readout_words=0)
+        return msgspec.structs.replace(self, objective=objective, calibrate=False, baselines=False)
+
     def identity(self) -> str:
         """Digest of what a run must have in common to be resumed; budget and patience may change."""
         fixed = msgspec.structs.replace(
@@ -94,6 +108,11 @@ class Score(Message, frozen=True):
         """Mean over texts, nats."""
         return self.loss_sum / self.n if self.n else math.nan
 
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss: of target texts' tokens, each text counting alike."""
+        return perplexity(self.loss)
+
     def __add__(self, other: Score) -> Score:
         return Score(n=self.n + other.n, correct=self.correct + other.correct, loss_sum=self.loss_sum + other.loss_sum)
 
@@ -101,6 +120,11 @@ class Score(Message, frozen=True):
     def of(cls, report: EvaluateReport, index: int) -> Score:
         """The counts of latent ``index`` in ``report``."""
         return cls(n=report.n, correct=report.correct[index], loss_sum=report.loss_sums[index])
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean negative log-likelihood in nats a token."""
+    return math.exp(min(loss, _LARGEST_EXPONENT))
 
 
 NO_SCORE = Score(n=0, correct=0, loss_sum=0.0)
@@ -173,6 +197,11 @@ class RunResult(Message, frozen=True):
     baselines: dict[str, Score]
     fits: dict[FitPurpose, Readout]
     devices: tuple[DeviceSummary, ...]
+
+    @property
+    def generates(self) -> bool:
+        """Whether target texts were to be made likely: then perplexity is the figure, not accuracy."""
+        return not self.template.label_words
 
     @property
     def latent(self) -> NDArray[np.float64]:

@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from fedbpt.batches import batch_indices
 from fedbpt.errors import DataError, InputError, ScoringInterrupted, TaskError
 from fedbpt.local import Device, local_search
 from fedbpt.messages import (
@@ -25,7 +26,7 @@ from fedbpt.messages import (
     Template,
     Work,
 )
-from fedbpt.objective import Objective, batch_indices
+from fedbpt.objective import Objective
 from fedbpt.search import CmaSearch, sample_population
 from fedbpt.seeding import generator
 from fedbpt.wire import digest

@@ -8,9 +8,10 @@ import msgspec
 import numpy as np
 import pytest
 
+from fedbpt.batches import batch_indices
 from fedbpt.errors import InputError, ScoringInterrupted
 from fedbpt.messages import Array, FitResult, FitWork, ObjectiveSpec, PromptSpec, Readout, RoundReport
-from fedbpt.objective import Objective, batch_indices
+from fedbpt.objective import Objective
 from fedbpt.readout import loss_and_gradient, moments
 from fedbpt.search import sample_population
 from fedbpt.seeding import generator

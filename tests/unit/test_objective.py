@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedbpt.batches import batch_indices
 from fedbpt.errors import DataError, InputError, ScoringInterrupted, TaskError
 from fedbpt.losses import cross_entropy
 from fedbpt.messages import Array, ObjectiveSpec, PromptSpec, Readout, Template
-from fedbpt.objective import CHUNK, Objective, batch_indices
+from fedbpt.objective import CHUNK, Objective
 from fedbpt.tasks.task import cue_ids, label_word_ids, render_ids
 from tests.toy_scorer import BOS, ToyScorer
 

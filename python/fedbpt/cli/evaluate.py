@@ -12,7 +12,7 @@ from rich.console import Console
 from fedbpt import api, models
 from fedbpt.cli.hint import print_hint
 from fedbpt.cli.options import AsJson, GpuLayers, Quiet, Threads, task_named
-from fedbpt.cli.report import print_accuracies
+from fedbpt.cli.report import print_accuracies, print_perplexities
 from fedbpt.errors import ConfigError
 from fedbpt.native_scorer import load_model
 from fedbpt.prompt import Prompt
@@ -33,7 +33,7 @@ def evaluate(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Accuracy of a tuned prompt and of the model without it, on the same rows and the same template.
+    """Accuracy, or perplexity, of a tuned prompt and of the model without it, on the same rows and template.
 
     Example: fedbpt evaluate prompt.safetensors --data test.csv
     """
@@ -52,9 +52,13 @@ def evaluate(
         "tuned": api.evaluate(scorer, chosen, rows, prompt),
     }
     if as_json:
-        typer.echo(json.dumps({name: _as_json(result) for name, result in found.items()}))
+        typer.echo(json.dumps({name: _as_json(result, not chosen.labels) for name, result in found.items()}))
     elif quiet:
-        typer.echo(f"{found['tuned'].accuracy:.4f}")
+        tuned = found["tuned"]
+        typer.echo(f"{tuned.accuracy if chosen.labels else tuned.perplexity:.4f}")
+    elif not chosen.labels:
+        title = f"{prompt.task_name} on {scorer.name}, {len(rows)} rows"
+        print_perplexities(Console(), title, {name.replace("_", "-"): result.loss for name, result in found.items()})
     else:
         lines = {name.replace("_", "-"): (r.accuracy, r.interval, r.loss) for name, r in found.items()}
         print_accuracies(Console(), f"{prompt.task_name} on {scorer.name}, {len(rows)} rows", lines)
@@ -66,7 +70,9 @@ def _model_of(prompt: Prompt) -> str:
     return prompt.model_name
 
 
-def _as_json(result: api.EvaluationResult) -> dict[str, Any]:
+def _as_json(result: api.EvaluationResult, generates: bool) -> dict[str, Any]:
+    if generates:
+        return {"n": result.n, "perplexity": result.perplexity, "loss": result.loss}
     return {
         "n": result.n,
         "accuracy": result.accuracy,

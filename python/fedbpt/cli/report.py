@@ -14,7 +14,7 @@ from rich.table import Table
 from fedbpt.api import wilson_interval
 from fedbpt.display import human_bytes
 from fedbpt.estimate import RunCost
-from fedbpt.runs import BASELINES, RunResult, Score
+from fedbpt.runs import BASELINES, RunResult, Score, perplexity
 
 
 def result_as_json(result: RunResult, prompt_path: Path | None) -> dict[str, Any]:
@@ -24,10 +24,8 @@ def result_as_json(result: RunResult, prompt_path: Path | None) -> dict[str, Any
         "task": result.task,
         "model": result.model_name,
         "template": result.template,
-        "zero_shot_accuracy": result.zero_shot.accuracy,
-        "zero_shot_interval": _interval(result.zero_shot),
-        "tuned_accuracy": result.tuned.accuracy,
-        "tuned_interval": _interval(result.tuned),
+        **_figures(result, "zero_shot", result.zero_shot),
+        **_figures(result, "tuned", result.tuned),
         "baselines": {name: score.accuracy for name, score in result.baselines.items()},
         "n": result.tuned.n,
         "evaluations": result.evaluations,
@@ -54,6 +52,12 @@ def result_as_json(result: RunResult, prompt_path: Path | None) -> dict[str, Any
     }
 
 
+def _figures(result: RunResult, name: str, score: Score) -> dict[str, Any]:
+    if result.generates:
+        return {f"{name}_perplexity": score.perplexity}
+    return {f"{name}_accuracy": score.accuracy, f"{name}_interval": _interval(score)}
+
+
 def print_result(result: RunResult, prompt_path: Path | None) -> None:
     """The table at the end of a run."""
     console = Console()
@@ -61,8 +65,11 @@ def print_result(result: RunResult, prompt_path: Path | None) -> None:
         others = {title: result.baselines[name] for name, title in BASELINES.items() if name in result.baselines}
         scores = {"zero-shot": result.zero_shot, **others, "tuned": result.tuned}
         title = f"{result.task} on {result.model_name}: {result.tuned.n} held-out rows, which chose nothing"
-        lines = {name: (score.accuracy, _interval(score), score.loss) for name, score in scores.items()}
-        print_accuracies(console, title, lines)
+        if result.generates:
+            print_perplexities(console, title, {name: score.loss for name, score in scores.items()})
+        else:
+            lines = {name: (score.accuracy, _interval(score), score.loss) for name, score in scores.items()}
+            print_accuracies(console, title, lines)
     devices = Table(box=None)
     for heading in ("device", "rows", "rounds", "up", "down", "peak memory"):
         devices.add_column(heading, justify="left" if heading == "device" else "right")
@@ -111,6 +118,17 @@ def print_accuracies(
         table.add_column(heading, justify="left" if not heading else "right")
     for name, (accuracy, (low, high), loss) in lines.items():
         table.add_row(name, f"{accuracy:.3f}", f"{low:.3f} – {high:.3f}", f"{loss:.3f}")
+    console.print(table)
+
+
+def print_perplexities(console: Console, title: str, losses: Mapping[str, float]) -> None:
+    """A line each of mean losses in nats a token."""
+    console.print(title, style="italic", markup=False, highlight=False)
+    table = Table()
+    for heading in ("", "perplexity", "loss"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, loss in losses.items():
+        table.add_row(name, f"{perplexity(loss):.2f}", f"{loss:.3f}")
     console.print(table)
 
 

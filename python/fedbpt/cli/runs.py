@@ -51,8 +51,11 @@ def list_command(store: Store = DEFAULT_STORE, as_json: AsJson = False, quiet: Q
             table.add_column(heading, justify="right" if heading in ("rounds", "accuracy") else "left")
         for run in runs:
             result = _result(run)
-            accuracy = f"{result.tuned.accuracy:.3f}" if result and result.tuned.n else "-"
-            table.add_row(run.run, run.task, run.model_name, run.status, str(run.n_rounds), accuracy, run.updated)
+            figure = "-"
+            if result and result.tuned.n:
+                tuned = result.tuned
+                figure = f"ppl {tuned.perplexity:.2f}" if result.generates else f"{tuned.accuracy:.3f}"
+            table.add_row(run.run, run.task, run.model_name, run.status, str(run.n_rounds), figure, run.updated)
         Console().print(table)
 
 

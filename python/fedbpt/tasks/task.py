@@ -35,7 +35,8 @@ class Tokenizer(Protocol):
 class Task(Message, frozen=True):
     """What to ask of a text.
 
-    ``templates`` are candidates, each with a word per label; the shots select one. ``max_text_tokens`` bounds a text
+    ``templates`` are candidates, each with a word per label; the shots select one. Without ``labels`` a task is to make
+    target texts likely, which stand in ``label_column``. ``max_text_tokens`` bounds a text
     in the model's tokens, ``max_words`` (None: no bound) cuts it when rows are read. ``text_columns`` and
     ``label_column`` name the columns of its data files; the first text column that a file has is read. A text column
     may be made of several, for pairs: ``"{premise} So: {hypothesis}"``.
@@ -43,8 +44,8 @@ class Task(Message, frozen=True):
     """
 
     name: str
-    labels: tuple[str, ...]
     templates: tuple[Template, ...]
+    labels: tuple[str, ...] = ()
     max_text_tokens: PositiveInt = DEFAULT_MAX_TEXT_TOKENS
     max_words: PositiveInt | None = None
     text_columns: tuple[str, ...] = ("text",)
@@ -53,8 +54,11 @@ class Task(Message, frozen=True):
     def __post_init__(self) -> None:
         if not self.name.strip():
             raise TaskError("a task needs a name")
-        if len(self.labels) < 2 or len(set(self.labels)) != len(self.labels):
-            raise TaskError(f"task {self.name!r} needs two or more distinct labels, has {list(self.labels)}")
+        if len(self.labels) == 1 or len(set(self.labels)) != len(self.labels):
+            raise TaskError(
+                f"task {self.name!r} needs two or more distinct labels, or none for target texts, "
+                f"has {list(self.labels)}"
+            )
         if not self.templates:
             raise TaskError(f"task {self.name!r} needs at least one template")
         if not self.text_columns:
@@ -153,14 +157,9 @@ def label_word_ids(tokenizer: Tokenizer, template: Template, labels: tuple[str, 
         TaskError: not one word per label; a word that changes the cue's own tokens; a word that begins with another.
     """
     _check_words(template, labels)
-    cue = split_pattern(template)[1]
-    before = cue_ids(tokenizer, template)
     words: list[NDArray[np.int32]] = []
     for word in template.label_words:
-        after = _continuation(tokenizer, cue + word)
-        if len(after) <= len(before) or not np.array_equal(after[: len(before)], before):
-            raise TaskError(f"label word {word!r} merges with the cue {cue!r}: start it with a space")
-        words.append(after[len(before) :])
+        words.append(_after_cue(tokenizer, template, word, f"label word {word!r}"))
         for other, ids in zip(template.label_words, words[:-1], strict=False):
             n = min(len(ids), len(words[-1]))
             if np.array_equal(ids[:n], words[-1][:n]):
@@ -168,12 +167,34 @@ def label_word_ids(tokenizer: Tokenizer, template: Template, labels: tuple[str, 
     return words
 
 
+def target_ids(tokenizer: Tokenizer, template: Template, target: str, max_tokens: int) -> NDArray[np.int32]:
+    """The first ``max_tokens`` token ids of a target text as it follows the cue, after a space.
+
+    Raises:
+        InputError: the target is empty.
+        TaskError: it changes the cue's own tokens.
+    """
+    if not target.strip():
+        raise InputError("a target text is empty: give at least one word")
+    target = target.strip()
+    return _after_cue(tokenizer, template, f" {target}", f"the target text {target[:20]!r}")[:max_tokens]
+
+
+def _after_cue(tokenizer: Tokenizer, template: Template, words: str, what: str) -> NDArray[np.int32]:
+    cue = split_pattern(template)[1]
+    before = cue_ids(tokenizer, template)
+    after = _continuation(tokenizer, cue + words)
+    if len(after) <= len(before) or not np.array_equal(after[: len(before)], before):
+        raise TaskError(f"{what} merges with the cue {cue!r}: start it with a space")
+    return after[len(before) :]
+
+
 def _check_words(template: Template, labels: tuple[str, ...]) -> None:
     words = template.label_words
     if len(words) != len(labels):
         raise TaskError(
             f"template {template.pattern!r} has {len(words)} label words for {len(labels)} labels: "
-            f"give one each for {', '.join(labels)}"
+            f"give one each for {', '.join(labels) or 'no label'}"
         )
     for i, word in enumerate(words):
         if not word.strip():
