@@ -94,6 +94,8 @@ class Objective:
         self.readout: Readout | None = None
         """Corrects the label words' logits of every candidate; None: they are as the model says."""
         self.targets = _targets(rows, self.labels)
+        self.row_weights = np.ones(len(rows))
+        """Of each row's loss [n]."""
         self._cue = np.asarray(cue_ids(scorer, template), dtype=np.int32)
         n_bos = len(scorer.tokenize("x")) - len(scorer.tokenize("x", add_bos=False))
         texts = [render_ids(scorer, template, text, objective.max_text_tokens) for text, _ in rows]
@@ -236,7 +238,8 @@ class Objective:
         for part, raw in self._raw(candidates[first], chosen, None, progress, cancelled):
             logits = np.stack([read(raw[i], own) for i, own in zip(which, weights, strict=True)])
             predictions.append(logits.argmax(axis=-1))
-            loss_sums += LOSSES[self.spec.loss](logits, self.targets[part]).sum(axis=1)
+            losses = LOSSES[self.spec.loss](logits, self.targets[part]) * self.row_weights[part]
+            loss_sums += losses.sum(axis=1)
         self.evaluations += len(loss_sums)
         labels = np.concatenate(predictions, axis=1)
         right = (labels == self.targets[chosen]).sum(axis=1)
@@ -292,8 +295,9 @@ class Objective:
         return self._zero_shot[chosen]
 
     def _row_losses(self, part: NDArray[np.intp], raw: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Losses [k, n] of what `_raw` gave, corrected by ``readout``."""
-        return LOSSES[self.spec.loss](read(raw, self._weights(self.readout)), self.targets[part])
+        """Losses [k, n] of what `_raw` gave, corrected by ``readout``, times ``row_weights``."""
+        losses = LOSSES[self.spec.loss](read(raw, self._weights(self.readout)), self.targets[part])
+        return losses * self.row_weights[part]
 
     def _raw(
         self,
@@ -336,12 +340,17 @@ class Objective:
 
 
 def batch_indices(
-    n_rows: int, batch_size: int, rng: np.random.Generator, targets: NDArray[np.intp] | None = None
+    n_rows: int,
+    batch_size: int,
+    rng: np.random.Generator,
+    targets: NDArray[np.intp] | None = None,
+    weights: NDArray[np.float64] | None = None,
 ) -> NDArray[np.intp]:
     """A mini-batch without replacement, in ascending order; all rows where ``batch_size`` is 0 or too large.
 
     With ``targets``, labels are in it in proportion, which takes noise out of its mean: systematic sampling
-    (Madow 1949) of the rows in order of label, at random within one. Each row has the same chance as without.
+    (Madow 1949) of the rows in order of label, at random within one. Each row has the same chance as without, or with
+    ``weights`` [n_rows] one in proportion to its weight; a row of much weight may then come more than once.
     """
     if batch_size == 0 or batch_size >= n_rows:
         return np.arange(n_rows)
@@ -349,7 +358,8 @@ def batch_indices(
         return np.sort(rng.choice(n_rows, batch_size, replace=False))
     order = rng.permutation(n_rows)
     order = order[np.argsort(targets[order], kind="stable")]
-    places = np.floor((rng.random() + np.arange(batch_size)) * (n_rows / batch_size)).astype(np.intp)
+    ends = np.cumsum(np.ones(n_rows) if weights is None else weights[order])
+    places = np.searchsorted(ends, (rng.random() + np.arange(batch_size)) * (ends[-1] / batch_size), side="right")
     return np.sort(order[np.minimum(places, n_rows - 1)])
 
 

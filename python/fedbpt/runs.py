@@ -52,6 +52,7 @@ class RunSettings(Message, frozen=True):
     select_rows: NaturalInt = 32  # most training rows per device that choose the template; 0: all
     fit_rows: NaturalInt = 512  # most training rows per device that calibrate and fit the readout; 0: all
     calibrate: bool = True  # fit a bias per label before the search
+    balanced: bool = False  # weigh losses so that every label counts alike; devices then send their label counts
     baselines: bool = False  # fit and evaluate a linear probe on the model without prompt, too
     popsize: PositiveInt = 20
     iterations: PositiveInt = 8
