@@ -16,7 +16,7 @@ NATIVE = ROOT / "src" / "fedbpt_native"
 # A part (a module or a folder of fedbpt) imports parts of lower layers, and of its own layer those further left.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "messages", "seeding", "memory", "energy", "machine", "packages"),
-    ("losses", "projection", "search", "readout", "prompt", "models", "tasks"),
+    ("losses", "projection", "population", "search", "readout", "prompt", "models", "tasks"),
     ("scorer", "native_scorer", "bench", "wire", "racing", "objective"),
     ("local", "aggregation"),
     ("runs", "store", "reports", "agent", "clients", "fleet", "ledger", "estimate", "event_loop", "federation"),

@@ -155,6 +155,7 @@ def tune(
     popsize: int = 16,
     evaluate_every: int = 10,
     patience: int = 0,
+    restarts: int = 0,
     balanced: bool = False,
     on_event: Callable[[Event], None] = lambda _event: None,
 ) -> TuneResult:
@@ -172,6 +173,7 @@ def tune(
         popsize: candidates a generation, λ.
         evaluate_every: generations between evaluations on ``dev``.
         patience: so many of those without a lower loss end the search, and the best mean counts; 0: never.
+        restarts: so often the search begins anew from the best mean when patience runs out, instead of ending.
         balanced: weigh the rows' losses so that every label counts alike, however many rows it has.
         on_event: called for each `fedbpt.runs` event.
 
@@ -191,6 +193,7 @@ def tune(
         deadline_s=7 * 86400.0,  # nobody waits for a device but its owner
         evaluate_every=evaluate_every if dev_rows else 0,
         patience=patience,
+        restarts=restarts,
         balanced=balanced,
     )
     watch = _Curves(on_event)

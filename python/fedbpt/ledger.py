@@ -36,6 +36,10 @@ from fedbpt.store import RunStore, StoredRound, Traffic
 SELECTION: Final = 0
 """The round in which the template is chosen; calibration and search begin with round 1."""
 
+GROWTH: Final = 2
+"""Of the population at a restart, as IPOP has it (Auger & Hansen 2005, A restart CMA evolution strategy with increasing
+population size, CEC)."""
+
 
 class FederatedTask(Protocol):
     """What the round loop asks of a task (`fedbpt.tasks.Task`)."""
@@ -66,7 +70,8 @@ class RunLedger:
         self.searched = 0  # rounds of the search
         self.judged = 0  # rounds of the search when its mean was last evaluated on dev rows
         self._best: tuple[float, NDArray[np.float64]] | None = None  # of those: the lowest loss, and its mean
-        self._no_better = 0  # evaluations since
+        self._no_better = 0  # evaluations since that, or since the last restart
+        self._restarts = 0
         self.fits: dict[FitPurpose, ReadoutFit] = {}
         self.tokens = 0
         self.seconds = 0.0
@@ -204,6 +209,9 @@ class RunLedger:
             self._best, self._no_better = (loss, self.aggregator.mean), 0
         else:
             self._no_better += 1
+        if self._no_better >= self.settings.patience and self._restarts < self.settings.restarts:
+            self._restarts, self._no_better = self._restarts + 1, 0
+            self.aggregator.restart(self.mean, self.settings.popsize * GROWTH**self._restarts)
 
     @property
     def mean(self) -> NDArray[np.float64]:

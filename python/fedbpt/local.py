@@ -36,9 +36,10 @@ from fedbpt.messages import (
     Template,
 )
 from fedbpt.objective import Objective, Progress, Row, batch_indices
+from fedbpt.population import sample_population, transform
 from fedbpt.readout import full_weights, loss_and_gradient, moments
 from fedbpt.scorer import Scorer
-from fedbpt.search import CmaSearch, Covariance, sample_population, transform
+from fedbpt.search import CmaSearch, Covariance
 from fedbpt.seeding import derive_seed, generator
 from fedbpt.wire import digest
 

@@ -61,6 +61,7 @@ class RunSettings(Message, frozen=True):
     deadline_s: PositiveFloat = 600.0
     evaluate_every: NaturalInt = 0  # rounds between live evaluations on ``dev`` rows; 0: none
     patience: NaturalInt = 0  # so many of those without a lower loss end the search, and the best mean counts; 0: never
+    restarts: NaturalInt = 0  # so often the search begins anew from the best mean instead, with a larger popsize
     dev_rows: NaturalInt = 100  # most rows per device in those; 0: all
     test_rows: NaturalInt = 0  # most rows per device in the final evaluation; 0: all
 
@@ -70,11 +71,15 @@ class RunSettings(Message, frozen=True):
         if self.patience and not self.evaluate_every:
             raise ConfigError("patience needs evaluations on dev rows: give dev rows, and set evaluate_every")
 
+        if self.restarts and not self.patience:
+            raise ConfigError("restarts come when patience runs out: set patience, or restarts = 0")
+
     def identity(self) -> str:
-        """Digest of what a run must have in common to be resumed; budget and patience may change."""
+        """Digest of what a run must have in common to be resumed; the budget may change, and patience without restarts,
+        which it makes a part of the search."""
         fixed = msgspec.structs.replace(
-            self, rounds=1, evaluations=0, tokens=0, seconds=0.0, quorum=1.0, deadline_s=1.0, evaluate_every=0,
-            patience=0, dev_rows=0, test_rows=0,
+            self, rounds=1, evaluations=0, tokens=0, seconds=0.0, quorum=1.0, deadline_s=1.0, dev_rows=0, test_rows=0,
+            evaluate_every=1 if self.restarts else 0, patience=self.patience if self.restarts else 0,
         )  # fmt: skip
         return wire.digest(fixed)
 

@@ -19,8 +19,8 @@ from fedbpt.local import Device
 from fedbpt.losses import balanced_weights
 from fedbpt.messages import ObjectiveSpec, PromptSpec, SelectResult, SelectWork
 from fedbpt.objective import Objective
+from fedbpt.population import sample_population
 from fedbpt.runs import RoundClosed, RunSettings, TemplateSelected
-from fedbpt.search import sample_population
 from fedbpt.tasks import Row, Task
 from tests.toy_scene import StopRunError, stop
 from tests.toy_scorer import ToyScorer
