@@ -181,7 +181,6 @@ def tune(
         DataError, TaskError: rows or templates that cannot work.
         ConfigError: a budget of nothing.
     """
-    rows = to_rows(train, task)
     dev_rows = [] if dev is None else to_rows(dev, task)
     settings = RunSettings(
         **(budget or Budget()).limits(),
@@ -197,11 +196,10 @@ def tune(
         balanced=balanced,
     )
     watch = _Curves(on_event)
-    device = Device(DEVICE, scorer, rows, dev_rows)
+    device = Device(DEVICE, scorer, to_rows(train, task), dev_rows)
     with tempfile.TemporaryDirectory(prefix="fedbpt-") as folder, RunStore(Path(folder) / "runs.db") as store:
-        result = Federation(
-            [InProcessClient(device)], task, settings, aggregator_for(settings), store, "tune", watch
-        ).run()
+        clients = [InProcessClient(device)]
+        result = Federation(clients, task, settings, aggregator_for(settings), store, "tune", watch).run()
     return TuneResult(make_prompt(scorer, task, result), result, tuple(watch.losses), tuple(watch.accuracies))
 
 
