@@ -69,14 +69,15 @@ def read_rows(path: Path) -> list[Row]:
         return found
 
 
-def shots(rows: Sequence[Row], per_class: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """``per_class`` rows of each label, and the others in random order."""
+def shots(rows: Sequence[Row], per_class: Sequence[int], seed: int) -> tuple[list[Row], list[Row]]:
+    """So many rows of each label (the last number for those beyond), and the others in random order."""
     order = generator(seed, "shots").permutation(len(rows))
     taken: dict[int, list[int]] = {}
     others = []
     for i in order:
         mine = taken.setdefault(rows[i][1], [])
-        (mine if len(mine) < per_class else others).append(int(i))
+        wanted = per_class[min(rows[i][1], len(per_class) - 1)]
+        (mine if len(mine) < wanted else others).append(int(i))
     return [rows[i] for part in taken.values() for i in part], [rows[i] for i in others]
 
 
@@ -139,8 +140,8 @@ def settings_of(args: argparse.Namespace, task: tasks.Task, seed: int, budget: i
     return RunSettings(
         rounds=0, evaluations=budget, method=args.search, seed=seed, popsize=args.popsize, objective=objective,
         prompt=PromptSpec(seed=seed, d=args.d, alpha=args.alpha, n_prompt=args.n_prompt), iterations=args.iterations,
-        baselines=args.baselines and args.words > 0, select_rows=max(8, 64 // args.devices), deadline_s=86400.0,
-        quorum=1.0,
+        baselines=args.baselines and args.words > 0, balanced=args.balanced, select_rows=max(8, 64 // args.devices),
+        deadline_s=86400.0, quorum=1.0,
     )  # fmt: skip
 
 
@@ -247,7 +248,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2-135m", help="name or GGUF file")
     parser.add_argument("--search", choices=["pooled", "fedavg", "fedbpt", "spsa", "reference"], default="pooled")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--shots", type=int, default=64, help="training rows per class")
+    parser.add_argument(
+        "--shots", type=int, nargs="+", default=[64], help="training rows of each class, or of the first, the second, …"
+    )
+    parser.add_argument("--balanced", action="store_true", help="weigh losses so that every label counts alike")
     parser.add_argument("--evaluations", type=int, nargs="+", default=[400, 1600, 3200])
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--dirichlet", type=float, default=0.1, help="skew of the devices' labels")

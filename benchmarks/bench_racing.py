@@ -20,10 +20,10 @@ from collections.abc import Callable
 import numpy as np
 
 import fedbpt
-from fedbpt.batches import batch_indices
+from fedbpt.batches import Row, batch_indices
 from fedbpt.errors import ModelNotFoundError
 from fedbpt.messages import Template
-from fedbpt.objective import Objective, Row
+from fedbpt.objective import Objective
 from fedbpt.search import CmaSearch
 from fedbpt.seeding import generator
 from fedbpt.tasks import to_rows

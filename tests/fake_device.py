@@ -24,7 +24,7 @@ from fedbpt.messages import (
     SelectResult,
     SelectWork,
 )
-from fedbpt.search import sample_population
+from fedbpt.population import sample_population
 
 FINGERPRINT = "sha256:toy"
 

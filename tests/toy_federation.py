@@ -10,7 +10,7 @@ import numpy as np
 from fedbpt.aggregation import Aggregator
 from fedbpt.local import local_search
 from fedbpt.messages import Array, LocalResult, LocalWork, PooledResult, PooledWork, Result, RoundReport, Work
-from fedbpt.search import sample_population
+from fedbpt.population import sample_population
 from fedbpt.seeding import derive_seed
 
 Loss = Callable[[np.ndarray], np.ndarray]

@@ -174,6 +174,8 @@ def tune(
     popsize: int = 16,
     evaluate_every: int = 10,
     patience: int = 0,
+    restarts: int = 0,
+    balanced: bool = False,
     on_event: Callable[[Event], None] = lambda _event: None,
 ) -> TuneResult:
     """Tune a soft prompt for ``task`` on this machine.
@@ -190,13 +192,14 @@ def tune(
         popsize: candidates a generation, λ.
         evaluate_every: generations between evaluations on ``dev``.
         patience: so many of those without a lower loss end the search, and the best mean counts; 0: never.
+        restarts: so often the search begins anew from the best mean when patience runs out, instead of ending.
+        balanced: weigh the rows' losses so that every label counts alike, however many rows it has.
         on_event: called for each `fedbpt.runs` event.
 
     Raises:
         DataError, TaskError: rows or templates that cannot work.
         ConfigError: a budget of nothing.
     """
-    rows = to_rows(train, task)
     dev_rows = [] if dev is None else to_rows(dev, task)
     settings = RunSettings(
         **(budget or Budget()).limits(),
@@ -208,13 +211,14 @@ def tune(
         deadline_s=7 * 86400.0,  # nobody waits for a device but its owner
         evaluate_every=evaluate_every if dev_rows else 0,
         patience=patience,
+        restarts=restarts,
+        balanced=balanced,
     )
     watch = _Curves(on_event)
-    device = Device(DEVICE, scorer, rows, dev_rows)
+    device = Device(DEVICE, scorer, to_rows(train, task), dev_rows)
     with tempfile.TemporaryDirectory(prefix="fedbpt-") as folder, RunStore(Path(folder) / "runs.db") as store:
-        result = Federation(
-            [InProcessClient(device)], task, settings, aggregator_for(settings), store, "tune", watch
-        ).run()
+        clients = [InProcessClient(device)]
+        result = Federation(clients, task, settings, aggregator_for(settings), store, "tune", watch).run()
     return TuneResult(make_prompt(scorer, task, result), result, tuple(watch.losses), tuple(watch.dev))
 
 

@@ -1,18 +1,30 @@
-"""Which rows a device uses in a generation."""
+"""A device's rows: their targets, and which of them it uses in a generation."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedbpt.errors import DataError
+
+Row = tuple[str, int | str]
+"""(text, label index), or (text, target text) where a task has no labels."""
+
 
 def batch_indices(
-    n_rows: int, batch_size: int, rng: np.random.Generator, targets: NDArray[np.intp] | None = None
+    n_rows: int,
+    batch_size: int,
+    rng: np.random.Generator,
+    targets: NDArray[np.intp] | None = None,
+    weights: NDArray[np.float64] | None = None,
 ) -> NDArray[np.intp]:
     """A mini-batch without replacement, in ascending order; all rows where ``batch_size`` is 0 or too large.
 
     With ``targets``, labels are in it in proportion, which takes noise out of its mean: systematic sampling
-    (Madow 1949) of the rows in order of label, at random within one. Each row has the same chance as without.
+    (Madow 1949) of the rows in order of label, at random within one. Each row has the same chance as without, or with
+    ``weights`` [n_rows] one in proportion to its weight; a row of much weight may then come more than once.
     """
     if batch_size == 0 or batch_size >= n_rows:
         return np.arange(n_rows)
@@ -20,5 +32,16 @@ def batch_indices(
         return np.sort(rng.choice(n_rows, batch_size, replace=False))
     order = rng.permutation(n_rows)
     order = order[np.argsort(targets[order], kind="stable")]
-    places = np.floor((rng.random() + np.arange(batch_size)) * (n_rows / batch_size)).astype(np.intp)
+    ends = np.cumsum(np.ones(n_rows) if weights is None else weights[order])
+    places = np.searchsorted(ends, (rng.random() + np.arange(batch_size)) * (ends[-1] / batch_size), side="right")
     return np.sort(order[np.minimum(places, n_rows - 1)])
+
+
+def targets_of(rows: Sequence[Row], labels: tuple[str, ...]) -> NDArray[np.intp]:
+    """Label indices [n]; zeros for target texts. Raises `DataError` for a label out of range, or one of the other kind."""
+    for number, (_, label) in enumerate(rows):
+        if not labels and not isinstance(label, str):
+            raise DataError(f"row {number} has label {label} where a target text should be: the task has no labels")
+        if labels and not (isinstance(label, int | np.integer) and 0 <= label < len(labels)):
+            raise DataError(f"row {number} has label {label}, but there are {len(labels)} labels: {', '.join(labels)}")
+    return np.array([label if labels else 0 for _, label in rows], dtype=np.intp)

@@ -94,7 +94,8 @@ def _tokens(settings: RunSettings, n_templates: int, n_rows: int) -> tuple[int, 
     objective, prompt = settings.objective, settings.prompt
     text = objective.max_text_tokens + TEMPLATE_TOKENS
     target = objective.max_text_tokens if objective.loss == "nll" else 0
-    select = min(settings.select_rows or n_rows, n_rows) * (text + target) * n_templates if n_templates > 1 else 0
+    selected = min(settings.select_rows or n_rows, n_rows) if n_templates > 1 else int(settings.balanced)
+    select = selected * (text + target) * n_templates
     batch = min(objective.batch_size or n_rows, n_rows)
     cue = prompt.placement == "cue"
     a_text = target + (prompt.n_prompt if cue else text)  # for one candidate; in front all texts share the prompt's KV
@@ -190,6 +191,7 @@ def _plan(settings: RunSettings, task: FederatedTask, work: Work) -> RoundPlan:
         run="run", round=100, device="device", seed=settings.seed, model_fingerprint="sha256:" + 64 * "0",
         labels=task.labels, template=task.templates[0], prompt=settings.prompt, objective=settings.objective, work=work,
         deadline_s=settings.deadline_s, label_bias=tuple([0.0] * len(task.labels)),
+        label_weights=tuple([1.0] * len(task.labels)) if settings.balanced else (),
     )  # fmt: skip
 
 

@@ -7,13 +7,11 @@ was stopped at any instant is resumed by replaying them, to the same digest.
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
 import logging
 import math
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Final
 
 import msgspec
 import numpy as np
@@ -22,6 +20,7 @@ from fedbpt import wire
 from fedbpt.aggregation.base import Aggregator
 from fedbpt.clients.base import DeviceClient
 from fedbpt.errors import ConfigError, FederationError, QuorumError, StoreError
+from fedbpt.event_loop import run_to_end
 from fedbpt.fleet import Fleet, Listener, common_model
 from fedbpt.ledger import SELECTION, FederatedTask, RunLedger
 from fedbpt.messages import (
@@ -112,7 +111,7 @@ class Federation:
             QuorumError: too few devices, at the start or in a round. FederationError: devices with different models,
             a stored run that does not fit. StoreError: the store cannot be written.
         """
-        return _run_in_thread(self.run_async) if _in_loop() else asyncio.run(self.run_async())
+        return run_to_end(self.run_async)
 
     async def run_async(self) -> RunResult:
         """`run`, for callers with a loop of their own. A federation runs once."""
@@ -173,7 +172,7 @@ class Federation:
 
     async def _select(self, fleet: Fleet) -> None:
         ledger = self._ledger
-        if len(self.task.templates) == 1:
+        if len(self.task.templates) == 1 and not self.settings.balanced:
             ledger.skip_selection()
         elif ledger.closed < SELECTION:
             await self._round(fleet, SELECTION, "selection")
@@ -233,7 +232,8 @@ class Federation:
         """The mean's accuracy on ``dev`` rows; devices that do not answer are left out."""
         ledger = self._ledger
         latents, readouts = ledger.aggregator.mean[None], (ledger.readout("calibration"),)
-        request = ledger.request(latents, readouts=readouts, split="dev", max_rows=self.settings.dev_rows)
+        what = {"readouts": readouts, "label_weights": ledger.label_weights, "split": "dev"}
+        request = ledger.request(latents, max_rows=self.settings.dev_rows, **what)
         reports = await fleet.evaluate(request, self.settings.deadline_s)
         if not reports:
             return
@@ -370,30 +370,3 @@ def _check_names(names: Sequence[str], what: str) -> None:
             raise ConfigError(f"two {what}s are named {name!r}: give each its own name")
     if not names:
         raise ConfigError(f"a run needs at least one {what}")
-
-
-def _in_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
-
-
-def _run_in_thread(main: Callable[[], Coroutine[Any, Any, RunResult]]) -> RunResult:
-    running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any] | None]] = []
-
-    async def wrapped() -> RunResult:
-        running.append((asyncio.get_running_loop(), asyncio.current_task()))
-        return await main()
-
-    with concurrent.futures.ThreadPoolExecutor(1, "fedbpt-federation") as pool:
-        future = pool.submit(lambda: asyncio.run(wrapped()))
-        try:
-            return future.result()
-        except KeyboardInterrupt:
-            for loop, task in running:
-                if task is not None:
-                    loop.call_soon_threadsafe(task.cancel)
-            concurrent.futures.wait([future])
-            raise

@@ -13,6 +13,7 @@ from fedbpt import wire
 from fedbpt.aggregation.base import Aggregator
 from fedbpt.aggregation.readout import ReadoutFit
 from fedbpt.errors import ConfigError, FederationError, StoreError
+from fedbpt.losses import balanced_weights
 from fedbpt.messages import (
     Array,
     DeviceInfo,
@@ -34,6 +35,10 @@ from fedbpt.store import RunStore, StoredRound, Traffic
 
 SELECTION: Final = 0
 """The round in which the template is chosen; calibration and search begin with round 1."""
+
+GROWTH: Final = 2
+"""Of the population at a restart, as IPOP has it (Auger & Hansen 2005, A restart CMA evolution strategy with increasing
+population size, CEC)."""
 
 
 class FederatedTask(Protocol):
@@ -65,7 +70,8 @@ class RunLedger:
         self.searched = 0  # rounds of the search
         self.judged = 0  # rounds of the search when its mean was last evaluated on dev rows
         self._best: tuple[float, NDArray[np.float64]] | None = None  # of those: the lowest loss, and its mean
-        self._no_better = 0  # evaluations since
+        self._no_better = 0  # evaluations since that, or since the last restart
+        self._restarts = 0
         self.fits: dict[FitPurpose, ReadoutFit] = {}
         self.tokens = 0
         self.seconds = 0.0
@@ -73,6 +79,7 @@ class RunLedger:
         self._selection_seconds = 0.0
         self.reports: dict[str, int] = {}
         self.template_losses: tuple[float, ...] = ()
+        self.label_weights: tuple[float, ...] = ()  # of a row's loss; empty: ones
         self.traffic_before: dict[str, Traffic] = {}
         self._selected = 0
 
@@ -149,7 +156,10 @@ class RunLedger:
     def work(self, round: int, purpose: RoundPurpose) -> Work:
         """What the devices do in ``round``."""
         if purpose == "selection":
-            return SelectWork(templates=self.task.templates, max_rows=self.settings.select_rows)
+            templates = self.task.templates
+            # with one template, only the label counts are wanted
+            max_rows = self.settings.select_rows if len(templates) > 1 else 1
+            return SelectWork(templates=templates, max_rows=max_rows, by_label=self.settings.balanced)
         if purpose == "search":
             return self.aggregator.work(round)
         return self.fit(purpose).work()
@@ -199,6 +209,9 @@ class RunLedger:
             self._best, self._no_better = (loss, self.aggregator.mean), 0
         else:
             self._no_better += 1
+        if self._no_better >= self.settings.patience and self._restarts < self.settings.restarts:
+            self._restarts, self._no_better = self._restarts + 1, 0
+            self.aggregator.restart(self.mean, self.settings.popsize * GROWTH**self._restarts)
 
     @property
     def mean(self) -> NDArray[np.float64]:
@@ -220,6 +233,7 @@ class RunLedger:
             work=work,
             deadline_s=self.settings.deadline_s,
             label_bias=() if (bias := self._bias()) is None else tuple(bias.tolist()),
+            label_weights=self.label_weights,
         )
 
     def commit(
@@ -254,7 +268,8 @@ class RunLedger:
     def _apply(self, round: int, reports: Sequence[RoundReport]) -> None:
         """The one way in which state changes, live and on replay."""
         if round == SELECTION:
-            losses = _template_losses(reports)
+            self.label_weights = _label_weights(reports)
+            losses = _template_losses(reports, self.label_weights)
             self._selected = int(np.argmin(losses))
             self.template_losses = tuple(losses.tolist())
             self._selection_tokens = sum(report.tokens for report in reports)
@@ -303,10 +318,18 @@ def purpose_of(round: int, reports: Sequence[RoundReport]) -> RoundPurpose:
     return result.purpose if isinstance(result, FitResult) else "search"
 
 
-def _template_losses(reports: Sequence[RoundReport]) -> NDArray[np.float64]:
-    """Mean loss of each template over all devices' rows, nats [n_templates]."""
-    sums = [report.result.loss_sums.numpy() for report in reports if isinstance(report.result, SelectResult)]
-    mean: NDArray[np.float64] = np.sum(sums, axis=0) / sum(report.n_texts for report in reports)
+def _label_weights(reports: Sequence[RoundReport]) -> tuple[float, ...]:
+    """Of a row's loss, by all devices' label counts; empty where they were not asked for."""
+    counts = [report.result.label_counts for report in reports if isinstance(report.result, SelectResult)]
+    return tuple(balanced_weights(np.sum(counts, axis=0)).tolist()) if any(counts) else ()
+
+
+def _template_losses(reports: Sequence[RoundReport], weights: Sequence[float]) -> NDArray[np.float64]:
+    """Mean loss of each template over all devices' rows, nats [n_templates]; ``weights``: of its parts by label."""
+    sums = np.sum([r.result.loss_sums.numpy() for r in reports if isinstance(r.result, SelectResult)], axis=0)
+    if weights:
+        sums = (sums * np.array(weights)).sum(axis=1)
+    mean: NDArray[np.float64] = sums / sum(report.n_texts for report in reports)
     return mean
 
 
@@ -319,7 +342,7 @@ def _mean_loss(reports: Sequence[RoundReport]) -> float:
             case LocalResult(fitness=fitness):
                 value = fitness
             case SelectResult(loss_sums=sums):
-                value = float(sums.numpy().min()) / report.n_texts
+                value = float(sums.numpy().reshape(sums.shape[0], -1).sum(axis=1).min()) / report.n_texts
             case FitResult(loss=loss):
                 value = loss
         total += value * report.n_texts

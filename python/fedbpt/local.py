@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbpt.batches import batch_indices
+from fedbpt.batches import Row, batch_indices
 from fedbpt.errors import DataError, InputError
 from fedbpt.messages import (
     Array,
@@ -36,10 +36,11 @@ from fedbpt.messages import (
     SelectWork,
     Template,
 )
-from fedbpt.objective import Objective, Progress, Row
+from fedbpt.objective import Objective, Progress
+from fedbpt.population import sample_population, transform
 from fedbpt.readout import full_weights, loss_and_gradient, moments
 from fedbpt.scorer import Scorer
-from fedbpt.search import CmaSearch, Covariance, sample_population, transform
+from fedbpt.search import CmaSearch, Covariance
 from fedbpt.seeding import derive_seed, generator
 from fedbpt.wire import digest
 
@@ -199,6 +200,7 @@ class Device:
             keep_kv=request.split == "dev",  # looked at again and again; test rows once
         )  # fmt: skip
         n = min(request.max_rows or len(objective), len(objective))
+        objective.row_weights = _row_weights(objective, request)
         if request.readouts and len(request.readouts) != len(latents):
             raise InputError(f"{len(request.readouts)} readouts for {len(latents)} latents: give one each, or none")
         correct, loss_sums = [0] * len(latents), [0.0] * len(latents)
@@ -214,15 +216,24 @@ class Device:
     ) -> tuple[SelectResult, int]:
         if not work.templates:
             raise InputError("there are no templates to select from")
-        n_rows = len(self._rows["train"])
-        chosen = batch_indices(n_rows, work.max_rows, generator(plan.seed, "select", plan.device))
-        sums = []
+        labels = np.array([label for _, label in self._rows["train"]])
+        chosen = batch_indices(len(labels), work.max_rows, generator(plan.seed, "select", plan.device))
+        parts = [chosen]
+        if work.by_label:
+            parts = [chosen[labels[chosen] == label] for label in range(len(plan.labels))]
+        sums = np.zeros((len(work.templates), len(parts)))
         for number, template in enumerate(work.templates):
             objective = self._objective("train", template, plan.labels, plan.objective, plan.prompt, keep_kv=False)
             with counter.of(objective):
-                sums.append(objective.evaluate(objective.zero_shot_embeds(), chosen, None, cancelled).loss_sums[0])
+                for place, part in enumerate(parts):
+                    if len(part):
+                        found = objective.evaluate(objective.zero_shot_embeds(), part, None, cancelled)
+                        sums[number, place] = found.loss_sums[0]
             progress(number + 1, len(work.templates))
-        return SelectResult(loss_sums=Array.of(np.array(sums))), len(chosen)
+        if not work.by_label:
+            return SelectResult(loss_sums=Array.of(sums[:, 0])), len(chosen)
+        counts = np.bincount(labels, minlength=len(plan.labels)).tolist()
+        return SelectResult(loss_sums=Array.of(sums), label_counts=tuple(counts)), len(chosen)
 
     def _pooled(
         self, plan: RoundPlan, work: PooledWork, counter: _Counter, progress: Progress, cancelled: Cancelled
@@ -230,8 +241,7 @@ class Device:
         objective = self._train_objective(plan)
         latents = sample_population(work.state, work.popsize, plan.seed, work.generation)
         path = (plan.device, work.generation)
-        size, rng = plan.objective.batch_size, generator(plan.seed, "batch", *path)
-        chosen = batch_indices(len(objective), size, rng, objective.targets)
+        chosen = _batch(objective, _row_weights(objective, plan), plan.objective.batch_size, plan, path)
         noise = generator(plan.seed, "perturb", *path)
         with counter.of(objective):
             losses = objective.losses(objective.embeds(latents), chosen, noise, progress, cancelled)
@@ -253,15 +263,15 @@ class Device:
                 [(_, embeds)] = objective.prompts(work.latent.numpy()[None])
                 self._fitted = key, objective.logits(embeds, chosen, cancelled)
         logits = self._fitted[1][:, : n_labels + work.n_words].astype(np.float64)
-        targets = objective.targets[chosen]
+        targets, rows = objective.targets[chosen], _row_weights(objective, plan)[chosen]
         if work.readout is None:
             plain = full_weights(objective.readout, 0, n_labels)
-            loss, _ = loss_and_gradient(logits, targets, plain)
+            loss, _ = loss_and_gradient(logits, targets, plain, None, rows)
             means = Array.of(moments(logits[:, n_labels:]), "<f4")
         else:
             weights = full_weights(work.readout, work.n_words, n_labels)
             centre = None if work.centre is None else work.centre.numpy()
-            loss, gradient = loss_and_gradient(logits, targets, weights, centre)
+            loss, gradient = loss_and_gradient(logits, targets, weights, centre, rows)
             means = Array.of(gradient, "<f2")  # the most that goes up; centred, it bears the rounding
         progress(1, 1)
         return FitResult(purpose=work.purpose, loss=loss, means=means), len(chosen)
@@ -272,12 +282,14 @@ class Device:
         objective = self._train_objective(plan)
         everything = len(objective)
         steps = work.iterations + 1
+        weights = _row_weights(objective, plan)
+        weights = weights / weights.mean()  # else a device with frequent labels alone would look fittest
 
         def losses(latents: NDArray[np.float64], iteration: int) -> NDArray[np.float64]:
             last = iteration == work.iterations
             path = (plan.device, plan.round, iteration)
             size = 0 if last else plan.objective.batch_size
-            chosen = batch_indices(everything, size, generator(plan.seed, "batch", *path), objective.targets)
+            chosen = _batch(objective, weights, size, plan, path)
             noise = generator(plan.seed, "perturb", *path)
             values = objective.losses(objective.embeds(latents), chosen, noise, None, cancelled)
             progress(iteration + 1, steps)
@@ -321,6 +333,29 @@ class Device:
                 f"the plan is for the model {fingerprint}, device {self.name} has {self.scorer.name} "
                 f"({self.scorer.fingerprint}): start all devices with the same model file"
             )
+
+
+def _row_weights(objective: Objective, asked: RoundPlan | EvaluateRequest) -> NDArray[np.float64]:
+    """Weight [n] of each row's loss: its label's."""
+    if not asked.label_weights:
+        return np.ones(len(objective))
+    if len(asked.label_weights) != len(asked.labels):
+        raise InputError(f"{len(asked.label_weights)} label weights for {len(asked.labels)} labels: give one each")
+    return np.array(asked.label_weights)[objective.targets]
+
+
+def _batch(
+    objective: Objective, weights: NDArray[np.float64], size: int, plan: RoundPlan, path: tuple[str | int, ...]
+) -> NDArray[np.intp]:
+    """A mini-batch by ``weights`` [n] of the rows; ``objective`` then gives the weighted mean of all rows, unbiased.
+
+    Rows that were drawn by their weight count alike, so that a rare label is in the mini-batch instead of weighing
+    much in a few of them.
+    """
+    chosen = batch_indices(len(objective), size, generator(plan.seed, "batch", *path), objective.targets, weights)
+    everything = len(chosen) == len(objective)
+    objective.row_weights = weights if everything else np.full(len(weights), weights.mean())
+    return chosen
 
 
 def _version() -> str:

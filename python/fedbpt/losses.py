@@ -30,6 +30,21 @@ def hinge(logits: ArrayLike, targets: ArrayLike, margin: float = HINGE_MARGIN) -
     return losses
 
 
+def balanced_weights(counts: ArrayLike) -> NDArray[np.float64]:
+    """Weights [n_labels] of a row's loss by which each label that has rows counts alike: n/(K·n_label).
+
+    ``counts`` [n_labels] are rows of each label, n in all, K labels having some. The mean weight of a row is 1. A label
+    without a row has weight 1: a device that was not counted may have some.
+    """
+    rows = np.asarray(counts, dtype=np.float64)
+    if rows.ndim != 1 or not (rows >= 0).all() or not rows.any():
+        raise InputError(f"label counts must be a list of numbers of rows, not all 0, got {rows.tolist()}")
+    weights = np.ones(len(rows))
+    there = rows > 0
+    weights[there] = rows.sum() / (there.sum() * rows[there])
+    return weights
+
+
 LOSSES: Mapping[LossName, Callable[[ArrayLike, ArrayLike], NDArray[np.float64]]] = {
     "cross_entropy": cross_entropy,
     "hinge": hinge,

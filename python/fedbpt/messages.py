@@ -128,10 +128,14 @@ class SearchState(Message, frozen=True):
 
 
 class SelectWork(Message, frozen=True, tag="select"):
-    """Score the zero-shot model with each template on at most ``max_rows`` random training rows (0: all)."""
+    """Score the zero-shot model with each template on at most ``max_rows`` random training rows (0: all).
+
+    ``by_label``: sum the losses label by label, and say how many training rows there are of each.
+    """
 
     templates: tuple[Template, ...]
     max_rows: NaturalInt = 64
+    by_label: bool = False
 
 
 class PooledWork(Message, frozen=True, tag="pooled"):
@@ -173,9 +177,13 @@ Work: TypeAlias = SelectWork | PooledWork | LocalWork | FitWork
 
 
 class SelectResult(Message, frozen=True, tag="select"):
-    """``loss_sums`` [n_templates]: sum over texts of the loss, nats."""
+    """``loss_sums``: sums over texts of the loss, nats; [n_templates], or [n_templates, n_labels] where asked by label.
+
+    ``label_counts``: training rows of each label, scored or not; empty where not asked by label.
+    """
 
     loss_sums: Array
+    label_counts: tuple[NaturalInt, ...] = ()
 
 
 class PooledResult(Message, frozen=True, tag="pooled"):
@@ -218,6 +226,7 @@ class RoundPlan(Message, frozen=True):
     objective: ObjectiveSpec
     work: Work
     label_bias: tuple[float, ...] = ()  # added to the label words' logits, one per label; empty: zeros
+    label_weights: tuple[PositiveFloat, ...] = ()  # of a row's loss, one per label; empty: ones
     deadline_s: PositiveFloat = 600.0
     protocol: Literal[1] = 1
 
@@ -255,7 +264,7 @@ class EvaluateRequest(Message, frozen=True):
     z = 0 is the model without a prompt, in front of the text too, where P0 are random tokens.
 
     ``latents`` [k, d]. ``max_rows`` 0 = all rows; else the first ``max_rows``. ``split``: ``dev`` rows may choose,
-    ``test`` rows only report.
+    ``test`` rows only report. ``label_weights``: as in a `RoundPlan`.
     """
 
     model_fingerprint: str
@@ -265,6 +274,7 @@ class EvaluateRequest(Message, frozen=True):
     objective: ObjectiveSpec
     latents: Array
     readouts: tuple[Readout | None, ...] = ()  # one per latent; empty: none
+    label_weights: tuple[PositiveFloat, ...] = ()
     split: Literal["dev", "test"] = "test"
     max_rows: NaturalInt = 0
     protocol: Literal[1] = 1

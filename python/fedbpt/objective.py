@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fedbpt.batches import Row, targets_of
 from fedbpt.errors import DataError, InputError, ScoringInterrupted, TaskError
 from fedbpt.losses import LOSSES
 from fedbpt.messages import ObjectiveSpec, PromptSpec, Readout, Template
@@ -30,7 +31,6 @@ CHUNK = 64
 
 _SMALLEST_LOSS = 1e-12  # a perturbed loss of zero (hinge) must not divide
 
-Row = tuple[str, int | str]
 Progress = Callable[[int, int], None]
 Cancelled = Callable[[], bool]
 
@@ -96,8 +96,10 @@ class Objective:
         self.word_ids = np.array([] if words is None else words, dtype=np.int32)
         self.readout: Readout | None = None
         """Corrects the label words' logits of every candidate; None: they are as the model says."""
-        self.targets = _targets(rows, self.labels)
+        self.targets = targets_of(rows, self.labels)
         """Label indices [n]; zeros where there are no labels."""
+        self.row_weights = np.ones(len(rows))
+        """Of each row's loss [n]."""
         self._cue = np.asarray(cue_ids(scorer, template), dtype=np.int32)
         n_bos = len(scorer.tokenize("x")) - len(scorer.tokenize("x", add_bos=False))
         texts = [render_ids(scorer, template, text, objective.max_text_tokens) for text, _ in rows]
@@ -303,11 +305,13 @@ class Objective:
     def _row_losses(
         self, part: NDArray[np.intp], raw: NDArray[np.float32], weights: Sequence[NDArray[np.float64]] | None = None
     ) -> NDArray[np.float64]:
-        """Losses [k, n] of what `_raw` gave, corrected by each candidate's ``weights``; None: by ``readout``."""
+        """Losses [k, n] of what `_raw` gave, corrected by each candidate's ``weights`` (None: by ``readout``), times
+        ``row_weights``."""
         if self.spec.loss == "nll":
             losses: NDArray[np.float64] = -raw[..., 0] / np.array([len(self._answers[i][0]) for i in part], dtype=float)
-            return losses
-        return LOSSES[self.spec.loss](self._read(raw, weights), self.targets[part])
+        else:
+            losses = LOSSES[self.spec.loss](self._read(raw, weights), self.targets[part])
+        return losses * self.row_weights[part]
 
     def _predicted(self, raw: NDArray[np.float32], weights: Sequence[NDArray[np.float64]]) -> NDArray[np.intp]:
         if not self.labels:
@@ -381,15 +385,6 @@ def _start(scorer: Scorer, cue: NDArray[np.int32], prompt: PromptSpec) -> NDArra
             f"use n_prompt {len(cue)} at most, or a template with a longer cue"
         )
     return scorer.token_embeddings(cue[-prompt.n_prompt :])
-
-
-def _targets(rows: Sequence[Row], labels: tuple[str, ...]) -> NDArray[np.intp]:
-    for number, (_, label) in enumerate(rows):
-        if not labels and not isinstance(label, str):
-            raise DataError(f"row {number} has label {label} where a target text should be: the task has no labels")
-        if labels and not (isinstance(label, int | np.integer) and 0 <= label < len(labels)):
-            raise DataError(f"row {number} has label {label}, but there are {len(labels)} labels: {', '.join(labels)}")
-    return np.array([label if labels else 0 for _, label in rows], dtype=np.intp)
 
 
 def _shifted(progress: Progress | None, before: int, total: int) -> Progress | None:

@@ -62,7 +62,11 @@ def moments(words: Floats) -> Floats:
 
 
 def loss_and_gradient(
-    logits: NDArray[np.floating], targets: NDArray[np.intp], weights: Floats, centre: Floats | None = None
+    logits: NDArray[np.floating],
+    targets: NDArray[np.intp],
+    weights: Floats,
+    centre: Floats | None = None,
+    row_weights: Floats | float = 1.0,
 ) -> tuple[float, Floats]:
     """The mean over n rows of the cross-entropy, nats, and its gradient [1 + n_words, n_labels] by V.
 
@@ -71,15 +75,18 @@ def loss_and_gradient(
         targets: label indices [n].
         weights: V [1 + n_words, n_labels]; words beyond are left out.
         centre: [n_words] to take from the words' logits in the gradient, so that little cancels in it; None: zeros.
+        row_weights: [n], of the rows' cross-entropies, or one for all.
     """
     n_labels = weights.shape[1]
     found = read(logits[:, : n_labels + len(weights) - 1], weights)
     found -= found.max(axis=1, keepdims=True)
     log_sum = np.log(np.exp(found).sum(axis=1))
     rows = np.arange(len(targets))
-    loss = float((log_sum - found[rows, targets]).mean())
+    scale = np.broadcast_to(row_weights, len(rows))
+    loss = float((scale * (log_sum - found[rows, targets])).mean())
     residual = np.exp(found - log_sum[:, None])
     residual[rows, targets] -= 1
+    residual *= scale[:, None]
     words = logits[:, n_labels : n_labels + len(weights) - 1] - (0.0 if centre is None else centre)
     features = np.concatenate([np.ones((len(rows), 1)), words], axis=1)
     return loss, features.T @ residual / len(rows)

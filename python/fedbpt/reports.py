@@ -37,7 +37,10 @@ def check_report(report: RoundReport, plan: RoundPlan) -> None:
     if not isinstance(result, wanted_kind):
         raise WireError(f"the report holds a {type(result).__name__}, the plan asks for a {wanted_kind.__name__}")
     if isinstance(result, SelectResult) and isinstance(plan.work, SelectWork):
-        _check_shape(result.loss_sums, (len(plan.work.templates),), "loss_sums")
+        n_templates, n_labels = len(plan.work.templates), len(plan.labels) if plan.work.by_label else 0
+        _check_shape(result.loss_sums, (n_templates, n_labels) if n_labels else (n_templates,), "loss_sums")
+        if len(result.label_counts) != n_labels or sum(result.label_counts) < report.n_texts * bool(n_labels):
+            raise WireError(f"label_counts {list(result.label_counts)} cannot be: asked was for {n_labels} labels")
     elif isinstance(result, PooledResult) and isinstance(plan.work, PooledWork):
         _check_shape(result.losses, (plan.work.popsize,), "losses")
     elif isinstance(result, FitResult) and isinstance(plan.work, FitWork):

@@ -54,6 +54,7 @@ class RunSettings(Message, frozen=True):
     select_rows: NaturalInt = 32  # most training rows per device that choose the template; 0: all
     fit_rows: NaturalInt = 512  # most training rows per device that calibrate and fit the readout; 0: all
     calibrate: bool = True  # fit a bias per label before the search
+    balanced: bool = False  # weigh losses so that every label counts alike; devices then send their label counts
     baselines: bool = False  # fit and evaluate a linear probe on the model without prompt, too
     popsize: PositiveInt = 20
     iterations: PositiveInt = 8
@@ -62,6 +63,7 @@ class RunSettings(Message, frozen=True):
     deadline_s: PositiveFloat = 600.0
     evaluate_every: NaturalInt = 0  # rounds between live evaluations on ``dev`` rows; 0: none
     patience: NaturalInt = 0  # so many of those without a lower loss end the search, and the best mean counts; 0: never
+    restarts: NaturalInt = 0  # so often the search begins anew from the best mean instead, with a larger popsize
     dev_rows: NaturalInt = 100  # most rows per device in those; 0: all
     test_rows: NaturalInt = 0  # most rows per device in the final evaluation; 0: all
 
@@ -70,6 +72,9 @@ class RunSettings(Message, frozen=True):
             raise ConfigError("a run needs a limit: set rounds, evaluations, tokens or seconds")
         if self.patience and not self.evaluate_every:
             raise ConfigError("patience needs evaluations on dev rows: give dev rows, and set evaluate_every")
+
+        if self.restarts and not self.patience:
+            raise ConfigError("restarts come when patience runs out: set patience, or restarts = 0")
 
     def for_labels(self, labels: Sequence[str]) -> RunSettings:
         """These settings, for a task with ``labels``: with none, what there is to fit is the prompt alone.
@@ -81,13 +86,14 @@ class RunSettings(Message, frozen=True):
         if labels:
             return self
         objective = msgspec.structs.replace(self.objective, loss="nll", readout_words=0)
-        return msgspec.structs.replace(self, objective=objective, calibrate=False, baselines=False)
+        return msgspec.structs.replace(self, objective=objective, calibrate=False, baselines=False, balanced=False)
 
     def identity(self) -> str:
-        """Digest of what a run must have in common to be resumed; budget and patience may change."""
+        """Digest of what a run must have in common to be resumed; the budget may change, and patience without restarts,
+        which it makes a part of the search."""
         fixed = msgspec.structs.replace(
-            self, rounds=1, evaluations=0, tokens=0, seconds=0.0, quorum=1.0, deadline_s=1.0, evaluate_every=0,
-            patience=0, dev_rows=0, test_rows=0,
+            self, rounds=1, evaluations=0, tokens=0, seconds=0.0, quorum=1.0, deadline_s=1.0, dev_rows=0, test_rows=0,
+            evaluate_every=1 if self.restarts else 0, patience=self.patience if self.restarts else 0,
         )  # fmt: skip
         return wire.digest(fixed)
 

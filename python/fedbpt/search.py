@@ -1,8 +1,7 @@
 """CMA-ES behind a small ask and tell, with its own random numbers and a state that is plain data.
 
 The update is the ``cma`` package's (Hansen, arXiv 1604.00772; separable variant Ros & Hansen 2008). What is ours is
-where the candidates come from: `sample_population` makes them from a `SearchState`, a seed and a generation, so that
-a device and the coordinator hold the same candidates without sending them. How the package is driven, and why:
+where the candidates come from (`fedbpt.population`). How the package is driven, and why:
 
 - Step size by cumulative path length (CSA, eq. 43–44) or, as the package does from 300 dimensions on, by two points
   (TPA, Hansen et al. 2014): the first two candidates lie on the last step of the mean, forwards and backwards, and
@@ -28,11 +27,11 @@ from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from fedbpt.errors import InputError
 from fedbpt.messages import Array, SearchState
-from fedbpt.seeding import generator
+from fedbpt.population import Floats, sample_population
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it says that matplotlib is missing, which nobody here needs
@@ -40,7 +39,6 @@ with warnings.catch_warnings():
 
 Covariance: TypeAlias = Literal["diagonal", "full"]
 StepSize: TypeAlias = Literal["auto", "path", "two_point"]
-Floats: TypeAlias = NDArray[np.float64]
 
 MIN_POPSIZE = 3
 """Smallest population that the ``cma`` package updates from."""
@@ -50,81 +48,6 @@ TWO_POINT_DIMENSION = 300
 
 _LIMIT = 1e30  # keeps what float32 rounds positive and finite
 _CMA_LOCK = threading.Lock()
-
-
-def sample_population(state: SearchState, popsize: int, seed: int, generation: int) -> Floats:
-    """Candidates float64 [popsize, d] = mean + σ·(√C·n), n from ``generator(seed, "population", generation)``.
-
-    The one function by which coordinator and devices make the same candidates. Elementwise operations only, each
-    of which IEEE 754 defines to the bit; no BLAS, no LAPACK, no eigenvectors. The normals are rounded to float32,
-    so that a last-bit difference between two C libraries' logarithms does not show. The first rows do not depend
-    on ``popsize``. With a ``step``, the first two are mean ± σ·step instead.
-
-    Raises:
-        InputError: ``popsize`` < 1, a state with shapes that disagree, scales that are not positive, or a
-            covariance that is not positive definite.
-    """
-    if popsize < 1:
-        raise InputError(f"popsize must be at least 1, got {popsize}")
-    mean = state.mean.numpy()
-    if mean.ndim != 1 or len(mean) == 0:
-        raise InputError(f"a search state's mean must have shape [d], got {list(mean.shape)}")
-    rng = generator(seed, "population", generation)
-    normals = rng.standard_normal((popsize, len(mean))).astype(np.float32).astype(np.float64)
-    moves = transform(state, normals)
-    if state.step is not None:
-        step = state.step.numpy()
-        if step.shape != mean.shape:
-            raise InputError(f"a search state's step must have shape [{len(mean)}], got {list(step.shape)}")
-        moves[:2] = np.stack([step, -step])[:popsize]
-    return np.asarray(mean + state.sigma * moves)
-
-
-def transform(state: SearchState, normals: Floats) -> Floats:
-    """√C·n for each row n of ``normals`` [k, d]: by the scales, the Cholesky factor or, where C = I, as it is."""
-    d = len(state.mean.numpy())
-    if state.scales is not None and state.covariance is not None:
-        raise InputError("a search state may hold scales or a covariance, not both")
-    if state.scales is not None:
-        scales = state.scales.numpy()
-        if scales.shape != (d,) or not (scales > 0).all():
-            raise InputError(f"a search state's scales must be {d} positive numbers")
-        return scales * normals
-    if state.covariance is not None:
-        covariance = state.covariance.numpy()
-        if covariance.shape != (d, d):
-            raise InputError(f"a search state's covariance must have shape [{d}, {d}], got {list(covariance.shape)}")
-        return _lower_times(cholesky(covariance), normals)
-    return np.array(normals)
-
-
-def cholesky(covariance: Floats) -> Floats:
-    """Lower L [d, d] with L·Lᵀ = ``covariance`` (its lower triangle is read), by elementwise operations.
-
-    LAPACK's factor differs in the last bits from machine to machine; this one does not. O(d³) multiplications in d
-    numpy calls: 0.1 s at d = 500.
-
-    Raises:
-        InputError: not positive definite.
-    """
-    rest = np.tril(covariance)
-    factor = np.zeros_like(rest)
-    for j in range(len(rest)):
-        pivot = rest[j, j]
-        if not pivot > 0:
-            raise InputError(f"a search state's covariance is not positive definite (pivot {j} is {pivot:.3g})")
-        column = rest[j:, j] / np.sqrt(pivot)
-        factor[j:, j] = column
-        rest[j + 1 :, j + 1 :] -= column[1:, None] * column[None, 1:]
-    return factor
-
-
-def _lower_times(factor: Floats, normals: Floats) -> Floats:
-    """``normals`` @ ``factor``ᵀ, summed column by column in a fixed order."""
-    product = np.zeros_like(normals)
-    for j in range(len(factor)):
-        product[:, j:] += normals[:, j, None] * factor[None, j:, j]
-    return product
 
 
 class _TwoPoint(cma.sigma_adaptation.CMAAdaptSigmaTPA):  # type: ignore[misc]
@@ -146,6 +69,7 @@ class CmaUpdate:
             first two candidates, which must be those of the state's ``step``.
         all_parents: μ = λ, all weights positive (FedBPT's server), instead of μ = λ/2 with negative weights.
         mirrors: the package's ``CMA_mirrors``. Not zero only to reproduce other software's step-size damping.
+        start: first mean [d], rounded to float32, as devices get it; None: 0.
     """
 
     def __init__(
@@ -158,6 +82,7 @@ class CmaUpdate:
         step_size: StepSize = "auto",
         all_parents: bool = False,
         mirrors: float = 0,
+        start: ArrayLike | None = None,
     ) -> None:
         if d < 1:
             raise InputError(f"d must be at least 1, got {d}")
@@ -188,7 +113,7 @@ class CmaUpdate:
             "signals_filename": None,
         }
         with _quiet():
-            self._es = cma.CMAEvolutionStrategy(np.zeros(d), float(sigma), options)
+            self._es = cma.CMAEvolutionStrategy(_as_sent(np.zeros(d) if start is None else start), sigma, options)
             self._lift_floor()
 
     @property
@@ -243,7 +168,7 @@ class CmaUpdate:
             self._es.tell(list(points), list(ranks), check_points=None if foreign else False)
             # Devices draw around the float32 mean. Were the package to keep its own, the difference would count as
             # a step, a huge one once σ is below float32's resolution of the mean.
-            self._es.mean = self._es.mean.astype(np.float32).astype(np.float64)
+            self._es.mean = _as_sent(self._es.mean)
             self._es.sigma = float(np.clip(self._es.sigma, 1 / _LIMIT, _LIMIT))
             if self._two_point:
                 self._step = self._next_step()
@@ -316,6 +241,10 @@ class CmaUpdate:
             self._es.sp.lam_mirr = MIN_POPSIZE - self._es.sp.popsize
 
 
+def _as_sent(mean: ArrayLike) -> Floats:
+    return np.asarray(mean).astype(np.float32).astype(np.float64)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """The package warns of rare but harmless things (a coordinate beyond 7.4 σ); users cannot act on them."""
@@ -334,6 +263,8 @@ class CmaSearch:
         seed: of the candidates.
         covariance: ``diagonal`` or ``full``.
         step_size: see `CmaUpdate`.
+        start: see `CmaUpdate`.
+        first: the first generation's number: a search that follows another draws candidates of its own.
     """
 
     def __init__(
@@ -344,8 +275,11 @@ class CmaSearch:
         seed: int = 0,
         covariance: Covariance = "diagonal",
         step_size: StepSize = "auto",
+        start: ArrayLike | None = None,
+        first: int = 0,
     ) -> None:
-        self._update = CmaUpdate(d, sigma0, popsize, covariance, step_size=step_size)
+        self._update = CmaUpdate(d, sigma0, popsize, covariance, step_size=step_size, start=start)
+        self._first = first
         self._asked: Floats | None = None
         self.popsize = popsize
         self.seed = seed
@@ -361,14 +295,19 @@ class CmaSearch:
         return self._update.sigma
 
     @property
-    def generation(self) -> int:
+    def told(self) -> int:
         """Generations told so far."""
         return self._update.generation
 
     @property
+    def generation(self) -> int:
+        """The number of the one that `ask` gives."""
+        return self._first + self.told
+
+    @property
     def evaluations(self) -> int:
         """Candidates told so far."""
-        return self.generation * self.popsize
+        return self.told * self.popsize
 
     def ask(self) -> Floats:
         """This generation's candidates, float64 [popsize, d]. The same until `tell`."""
@@ -387,7 +326,7 @@ class CmaSearch:
 
     def digest(self) -> str:
         """sha256 (hex) of everything that decides what comes next, seed and population size included."""
-        return hashlib.sha256(f"{self.seed}|{self.popsize}|{self._update.digest()}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.seed}|{self.popsize}|{self._first}|{self._update.digest()}".encode()).hexdigest()
 
     def __repr__(self) -> str:
         kind = self._update.covariance

@@ -27,7 +27,8 @@ from fedbpt.messages import (
     Work,
 )
 from fedbpt.objective import Objective
-from fedbpt.search import CmaSearch, sample_population
+from fedbpt.population import sample_population
+from fedbpt.search import CmaSearch
 from fedbpt.seeding import generator
 from fedbpt.wire import digest
 from tests.toy_scorer import ToyScorer

@@ -12,8 +12,8 @@ from fedbpt.batches import batch_indices
 from fedbpt.errors import InputError, ScoringInterrupted
 from fedbpt.messages import Array, FitResult, FitWork, ObjectiveSpec, PromptSpec, Readout, RoundReport
 from fedbpt.objective import Objective
+from fedbpt.population import sample_population
 from fedbpt.readout import loss_and_gradient, moments
-from fedbpt.search import sample_population
 from fedbpt.seeding import generator
 from tests.toy_scorer import ToyScorer
 from tests.unit.test_local import LABELS, PROMPT, ROWS, TEMPLATE, device, plan, pooled, request, through_the_wire

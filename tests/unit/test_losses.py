@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedbpt.errors import InputError
-from fedbpt.losses import cross_entropy, hinge
+from fedbpt.losses import balanced_weights, cross_entropy, hinge
 
 
 def test_cross_entropy_by_hand() -> None:
@@ -45,3 +45,22 @@ def test_losses_ignore_a_common_shift_and_are_never_negative(logits: list[list[f
 def test_targets_that_do_not_fit_are_refused(loss: object, logits: list, targets: list) -> None:
     with pytest.raises(InputError):
         loss(logits, targets)
+
+
+def test_balanced_weights_by_hand() -> None:
+    np.testing.assert_allclose(balanced_weights([30, 10, 20]), [60 / 90, 60 / 30, 60 / 60])
+    np.testing.assert_allclose(balanced_weights([30, 10, 0]), [40 / 60, 40 / 20, 1.0])
+
+
+@given(counts=st.lists(st.integers(0, 500), min_size=1, max_size=20).filter(any))
+def test_balanced_weights_make_labels_count_alike_and_rows_one_on_average(counts: list[int]) -> None:
+    shares = balanced_weights(counts) * counts
+    there = np.array(counts) > 0
+    np.testing.assert_allclose(shares[there], sum(counts) / there.sum())
+    assert shares.sum() == pytest.approx(sum(counts))
+
+
+@pytest.mark.parametrize("counts", [[], [0, 0], [1, -1], [[1, 2]]])
+def test_counts_of_nothing_have_no_weights(counts: list) -> None:
+    with pytest.raises(InputError, match="label counts"):
+        balanced_weights(counts)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedbpt.batches import batch_indices
 from fedbpt.errors import DataError, InputError, ScoringInterrupted, TaskError
 from fedbpt.losses import cross_entropy
-from fedbpt.messages import Array, ObjectiveSpec, PromptSpec, Readout, Template
+from fedbpt.messages import Array, LossName, ObjectiveSpec, PromptSpec, Readout, Template
 from fedbpt.objective import CHUNK, Objective
 from fedbpt.tasks.task import cue_ids, label_word_ids, render_ids
 from tests.toy_scorer import BOS, ToyScorer
@@ -364,3 +364,39 @@ def test_a_latent_becomes_a_prompt() -> None:
     assert np.array_equal(prompt.rows, objective.embeds(z[None])[0])
     assert prompt.history == ({"round": 3},)
     prompt.check(ToyScorer())
+
+
+def test_rows_have_a_chance_in_proportion_to_their_weight() -> None:
+    rng, draws = np.random.default_rng(0), 6000
+    targets = np.array([0] * 7 + [1] * 3 + [2])
+    weights = np.array([1.0] * 7 + [2.0] * 3 + [11.0])  # the last: 11 of 24, in 4 places at least once
+    times, labels = np.zeros(11), []
+    for _ in range(draws):
+        chosen = batch_indices(11, 4, rng, targets, weights)
+        times += np.bincount(chosen, minlength=11)
+        labels.append(np.bincount(targets[chosen], minlength=3))
+    expected = draws * 4 * weights / 24
+    assert (np.abs(times - expected) < 4 * np.sqrt(expected)).all()
+    assert np.min(labels, axis=0).tolist() == [1, 1, 1]
+    assert np.max(labels, axis=0).tolist() == [2, 1, 2]
+
+
+def test_equal_weights_choose_as_none_do() -> None:
+    targets = np.arange(30) % 4
+    for seed in range(20):
+        plain = batch_indices(30, 7, np.random.default_rng(seed), targets)
+        weighted = batch_indices(30, 7, np.random.default_rng(seed), targets, np.ones(30))
+        np.testing.assert_array_equal(plain, weighted)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "hinge"])
+def test_row_weights_scale_each_rows_loss_but_not_what_is_right(loss: LossName) -> None:
+    objective = make(spec=ObjectiveSpec(loss=loss))
+    embeds = objective.embeds(latents(3))
+    rows = np.array([objective.losses(embeds, [i]) for i in range(len(objective))])
+    plain = objective.evaluate(embeds)
+    objective.row_weights = np.linspace(0.5, 3, len(objective))
+    np.testing.assert_allclose(objective.losses(embeds), (rows.T * objective.row_weights).mean(axis=1))
+    found = objective.evaluate(embeds)
+    np.testing.assert_allclose(found.loss_sums, (rows.T * objective.row_weights).sum(axis=1))
+    assert found.correct == plain.correct

@@ -155,3 +155,13 @@ def test_huge_logits_stay_finite() -> None:
     loss, gradient = loss_and_gradient(logits, np.array([0, 0]), np.zeros((1, 2)))
     assert loss == 1e4
     assert gradient.tolist() == [[-0.5, 0.5]]
+
+
+def test_a_row_of_weight_three_counts_as_three_rows() -> None:
+    logits, targets, weights = made_up(5)
+    times = np.array([1, 3, 2, 1, 1])
+    repeated = np.repeat(np.arange(5), times)
+    loss, gradient = loss_and_gradient(logits, targets, weights, np.ones(N_WORDS), times * 5 / 8)
+    expected = loss_and_gradient(logits[repeated], targets[repeated], weights, np.ones(N_WORDS))
+    assert loss == pytest.approx(expected[0], rel=1e-12)
+    np.testing.assert_allclose(gradient, expected[1], rtol=1e-12, atol=1e-12)

@@ -20,14 +20,17 @@ from fedbpt.messages import (
     Readout,
     RoundPlan,
     RoundReport,
+    SelectResult,
+    SelectWork,
     Template,
+    Work,
 )
 from fedbpt.reports import check_report
 
 N_WORDS, N_LABELS = 4, 3
 
 
-def plan(n_words: int = N_WORDS, moments: bool = False) -> RoundPlan:
+def plan(n_words: int = N_WORDS, moments: bool = False, work: Work | None = None) -> RoundPlan:
     readout = None if moments else Readout(weights=Array.of(np.zeros((1 + n_words, N_LABELS))))
     return RoundPlan(
         run="r",
@@ -39,7 +42,7 @@ def plan(n_words: int = N_WORDS, moments: bool = False) -> RoundPlan:
         template=Template(pattern="{text} It was", label_words=(" a", " b", " c")),
         prompt=PromptSpec(d=2),
         objective=ObjectiveSpec(),
-        work=FitWork(purpose="probe", latent=Array.of(np.zeros(2)), n_words=n_words, readout=readout),
+        work=work or FitWork(purpose="probe", latent=Array.of(np.zeros(2)), n_words=n_words, readout=readout),
     )
 
 
@@ -112,3 +115,37 @@ def test_a_loss_that_is_no_number_is_refused() -> None:
     lie = msgspec.structs.replace(means(*RIGHT["gradient"]), loss=float("nan"))
     with pytest.raises(WireError):
         wire.decode(wire.encode(report(FITS["gradient"], lie)), RoundReport)
+
+
+# --- a selection's report: 8 texts, 2 templates, 3 labels ----------------------------------------------------------
+
+
+def selection(by_label: bool) -> RoundPlan:
+    template = Template(pattern="{text} It was", label_words=(" a", " b", " c"))
+    return plan(work=SelectWork(templates=(template, template), by_label=by_label))
+
+
+def sums(*shape: int, counts: tuple[int, ...] = ()) -> SelectResult:
+    return SelectResult(loss_sums=Array.of(np.ones(shape)), label_counts=counts)
+
+
+def test_a_selections_report_of_what_was_asked_passes() -> None:
+    for asked, result in ((selection(False), sums(2)), (selection(True), sums(2, 3, counts=(5, 0, 4)))):
+        check_report(report(asked, result), asked)
+
+
+@pytest.mark.parametrize(
+    ("by_label", "result", "said"),
+    [
+        (False, sums(2, counts=(5, 0, 4)), "label_counts"),
+        (False, sums(2, 3), "shape"),
+        (True, sums(2), "shape"),
+        (True, sums(2, 3), "label_counts"),
+        (True, sums(2, 3, counts=(5, 4)), "label_counts"),
+        (True, sums(2, 3, counts=(3, 2, 2)), "label_counts"),
+    ],
+    ids=["counts unasked", "sums unasked", "no sums", "no counts", "too few labels", "fewer rows than texts"],
+)
+def test_a_selections_report_of_something_else_is_refused(by_label: bool, result: SelectResult, said: str) -> None:
+    with pytest.raises(WireError, match=said):
+        check_report(report(selection(by_label), result), selection(by_label))

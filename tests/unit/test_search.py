@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 import fedbpt
 from fedbpt.errors import InputError
 from fedbpt.messages import Array, SearchState
-from fedbpt.search import CmaSearch, CmaUpdate, Covariance, StepSize, cholesky, sample_population
+from fedbpt.population import cholesky, sample_population
+from fedbpt.search import CmaSearch, CmaUpdate, Covariance, StepSize
 from fedbpt.seeding import generator
 
 with warnings.catch_warnings():
@@ -369,3 +370,33 @@ def bad_states() -> list[SearchState]:
 def test_a_state_that_makes_no_sense_is_refused(state: SearchState) -> None:
     with pytest.raises(InputError):
         sample_population(state, 4, 0, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("step_size", ["path", "two_point"])
+def test_a_search_may_start_anywhere(kind: Covariance, step_size: StepSize) -> None:
+    """In units that float32 holds exactly, it is the search from 0, moved."""
+    start = np.array([4.0, -2.0, 0.5])
+    here = CmaSearch(3, 1.0, 8, 5, kind, step_size)
+    there = CmaSearch(3, 1.0, 8, 5, kind, step_size, start=start)
+    np.testing.assert_array_equal(there.mean, start)
+    for _ in range(6):
+        np.testing.assert_allclose(there.ask(), here.ask() + start, atol=1e-5)
+        losses = (here.ask() ** 2).sum(axis=1)
+        here.tell(losses)
+        there.tell(losses)
+    assert here.digest() != there.digest()
+
+
+def test_a_start_is_rounded_as_devices_get_it() -> None:
+    search = CmaSearch(2, start=[0.1, 1 / 3])
+    np.testing.assert_array_equal(search.state().mean.numpy(), search.mean)
+
+
+def test_a_search_that_follows_another_counts_on_and_draws_candidates_of_its_own() -> None:
+    first, second = CmaSearch(4, seed=1), CmaSearch(4, seed=1, first=7)
+    assert (second.generation, second.told, second.evaluations) == (7, 0, 0)
+    assert not np.isclose(first.ask(), second.ask()).any()
+    assert first.digest() != second.digest()
+    second.tell(np.arange(16.0))
+    assert (second.generation, second.told, second.evaluations) == (8, 1, 16)

@@ -36,7 +36,7 @@ class FedAvg:
         if not (math.isfinite(sigma0) and sigma0 > 0):
             raise InputError(f"sigma0 must be positive and finite, got {sigma0}")
         self._mean: NDArray[np.float64] = np.zeros(d)
-        self._sigma = float(sigma0)
+        self._sigma = self._sigma0 = float(sigma0)
         self._popsize = popsize
         self._iterations = iterations
         self._rounds = 0
@@ -64,6 +64,9 @@ class FedAvg:
         self._sigma = math.sqrt(weighted_sum(weights, squares)[0] / self._iterations)
         self._rounds += 1
         self._evaluations += max(report.evaluations for report, _ in pairs)
+
+    def restart(self, mean: NDArray[np.float64], popsize: int) -> None:
+        self._mean, self._sigma, self._popsize = np.array(mean), self._sigma0, popsize
 
     def digest(self) -> str:
         own = f"{self._popsize}|{self._iterations}|{self._rounds}|{self._sigma.hex()}|{self._evaluations}|"

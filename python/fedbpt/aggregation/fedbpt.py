@@ -28,6 +28,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -75,12 +76,13 @@ class FedBPT:
         self._iterations = iterations
         # The package's own default, which the reference takes: True below a population of 6.
         mirrors = 1 if self._n_devices and self._n_devices < 6 else 0
-        self._server = CmaUpdate(
-            d, sigma0, self.min_reports, covariance, step_size="path", all_parents=True, mirrors=mirrors
+        self._make = partial(
+            CmaUpdate, d, sigma0, self.min_reports, covariance, step_size="path", all_parents=True, mirrors=mirrors
         )
+        self._server = self._make()
         self._d = d
-        self._local_sigma = float(sigma0)
-        self._parents = popsize // 2 if compat else CmaUpdate(1, 1.0, popsize).mueff
+        self._local_sigma = self._sigma0 = float(sigma0)
+        self._parents = self._parents_of(popsize)
         self._evaluations = 0
 
     @property
@@ -123,6 +125,13 @@ class FedBPT:
         server.update(means, fitness, foreign=True)
         self._local_sigma *= server.sigma / before
         self._evaluations += max(report.evaluations for report, _ in pairs)
+
+    def restart(self, mean: NDArray[np.float64], popsize: int) -> None:
+        self._server = self._make(start=mean)
+        self._local_sigma, self._popsize, self._parents = self._sigma0, popsize, self._parents_of(popsize)
+
+    def _parents_of(self, popsize: int) -> float:
+        return popsize // 2 if self._n_devices else CmaUpdate(1, 1.0, popsize).mueff
 
     def digest(self) -> str:
         own = f"{self._popsize}|{self._iterations}|{self._n_devices}|{self._local_sigma.hex()}|{self._evaluations}"

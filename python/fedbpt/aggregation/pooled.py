@@ -11,6 +11,7 @@ ones counting more: polynomial-decay averaging (Shamir & Zhang 2013, arXiv 1212.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,8 +47,10 @@ class Pooled:
         covariance: Covariance = "diagonal",
         step_size: StepSize = "auto",
     ) -> None:
-        self._search = CmaSearch(d, sigma0, popsize, seed, covariance, step_size)
+        self._make = partial(CmaSearch, d, sigma0, seed=seed, covariance=covariance, step_size=step_size)
+        self._search = self._make(popsize=popsize)
         self._average = self._search.mean
+        self._before = 0  # evaluations of searches before a restart
 
     @property
     def mean(self) -> NDArray[np.float64]:
@@ -56,7 +59,7 @@ class Pooled:
 
     @property
     def evaluations(self) -> int:
-        return self._search.evaluations
+        return self._before + self._search.evaluations
 
     def work(self, round: int) -> PooledWork:  # noqa: ARG002 - the generation is what the search has been told
         """The next generation. It repeats for a round that closed without an update."""
@@ -67,8 +70,13 @@ class Pooled:
         pairs = accepted(reports, PooledResult, self.min_reports)
         losses = latents_of(pairs, [result.losses.numpy() for _, result in pairs], self._search.popsize, "losses")
         self._search.tell(weighted_sum(weights_of(pairs), losses))
-        share = (DECAY + 1) / (self._search.generation + DECAY)
+        share = (DECAY + 1) / (self._search.told + DECAY)
         self._average = self._average + share * (self._search.mean - self._average)
+
+    def restart(self, mean: NDArray[np.float64], popsize: int) -> None:
+        self._before = self.evaluations
+        self._search = self._make(popsize=popsize, start=mean, first=self._search.generation)
+        self._average = self._search.mean
 
     def digest(self) -> str:
         return self._search.digest()

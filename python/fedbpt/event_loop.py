@@ -1,0 +1,42 @@
+"""Run a coroutine to its end from plain code, also inside a running event loop (a notebook)."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def run_to_end(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """What ``main`` returns; inside a running event loop, from a thread of its own. Ctrl-C cancels it either way."""
+    return _run_in_thread(main) if _in_loop() else asyncio.run(main())
+
+
+def _in_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _run_in_thread(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any] | None]] = []
+
+    async def wrapped() -> T:
+        running.append((asyncio.get_running_loop(), asyncio.current_task()))
+        return await main()
+
+    with concurrent.futures.ThreadPoolExecutor(1, "fedbpt-federation") as pool:
+        future = pool.submit(lambda: asyncio.run(wrapped()))
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            for loop, task in running:
+                if task is not None:
+                    loop.call_soon_threadsafe(task.cancel)
+            concurrent.futures.wait([future])
+            raise
