@@ -38,7 +38,7 @@ def batch_indices(
 
 
 def targets_of(rows: Sequence[Row], labels: tuple[str, ...]) -> NDArray[np.intp]:
-    """Label indices [n]; zeros for target texts. Raises `DataError` for a label out of range, or one of the other kind."""
+    """Label indices [n]; zeros for target texts. Raises `DataError` for what is neither in its place."""
     for number, (_, label) in enumerate(rows):
         if not labels and not isinstance(label, str):
             raise DataError(f"row {number} has label {label} where a target text should be: the task has no labels")
