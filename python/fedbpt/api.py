@@ -37,7 +37,7 @@ from fedbpt.runs import (
 )
 from fedbpt.scorer import Scorer
 from fedbpt.store import RunStore
-from fedbpt.tasks import Task, to_rows
+from fedbpt.tasks import Row, Task, to_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -249,7 +249,7 @@ def make_prompt(scorer: Scorer, task: Task, result: RunResult) -> Prompt:
         **_scores(result, result.zero_shot, "zero_shot"),
         **_scores(result, result.tuned, "tuned"),
     }
-    return made.as_prompt(result.latent, task.name, (history,))
+    return made.as_prompt(result.latent, task.name, (history,), result.others)
 
 
 def require_model_of_run(scorer: Scorer, run: RunResult | RunStarted) -> None:
@@ -304,8 +304,15 @@ def evaluate(
         place = msgspec.structs.replace(prompt.spec, d=1)
         objective = Objective(scorer, used, task.labels, data, spec, place, keep_kv=False, words=prompt.word_ids)
         objective.readout = prompt.readout
-        found = objective.evaluate(prompt.rows[None])
+        others = [_zero_shot_logits(scorer, used, data, objective) for used in prompt.others]
+        found = objective.evaluate(prompt.rows[None], others=others)
     return EvaluationResult(found.n, found.correct[0], found.loss_sums[0] / found.n, found.predictions[0])
+
+
+def _zero_shot_logits(scorer: Scorer, template: Template, rows: list[Row], like: Objective) -> NDArray[np.float32]:
+    """Logits [n, n_labels + n_words] with another template and no prompt, of the labels and words of ``like``."""
+    other = Objective(scorer, template, like.labels, rows, like.spec, like.prompt, keep_kv=False, words=like.word_ids)
+    return other.logits(other.zero_shot_embeds(), np.arange(len(rows)))
 
 
 class _Curves:

@@ -304,6 +304,7 @@ class Federation:
                 if name in BASELINES
             },
             fits={purpose: fit.readout for purpose, fit in self._ledger.fits.items()},
+            others=self._ledger.others if "readout" in self._ledger.fits else (),
             devices=devices,
         )
         figures = {"test_accuracy_zero_shot": result.zero_shot.accuracy, "test_accuracy": result.tuned.accuracy}

@@ -168,15 +168,25 @@ class RunLedger:
         """The fit for ``purpose``, as far as it has come; the readout's begins anew once the search goes on."""
         if purpose not in self.fits:
             mean = self.mean
+            others = self.others if purpose == "readout" else ()
+            n_words = self.settings.objective.readout_words // (1 + len(others))
             self.fits[purpose] = ReadoutFit(
                 purpose,
                 mean if purpose == "readout" else np.zeros_like(mean),
-                0 if purpose == "calibration" else self.settings.objective.readout_words,
+                0 if purpose == "calibration" else n_words,
                 len(self.task.labels),
                 self._bias(),
                 self.settings.fit_rows,
+                others,
             )
         return self.fits[purpose]
+
+    @property
+    def others(self) -> tuple[Template, ...]:
+        """The templates that the readout averages the selected one's with."""
+        if not (self.settings.ensemble and self.settings.objective.readout_words):
+            return ()
+        return tuple(template for i, template in enumerate(self.task.templates) if i != self._selected)
 
     def _bias(self) -> NDArray[np.float64] | None:
         fit = self.fits.get("calibration")
@@ -302,6 +312,7 @@ class RunLedger:
             prompt=self.settings.prompt,
             objective=self.settings.objective,
             latents=Array.of(latents),
+            others=self.others if "readout" in self.fits else (),
             **what,
         )
 

@@ -38,7 +38,7 @@ from fedbpt.messages import (
 )
 from fedbpt.objective import Objective, Progress
 from fedbpt.population import sample_population, transform
-from fedbpt.readout import full_weights, loss_and_gradient, moments
+from fedbpt.readout import answer
 from fedbpt.scorer import Scorer
 from fedbpt.search import CmaSearch, Covariance
 from fedbpt.seeding import derive_seed, generator
@@ -203,10 +203,12 @@ class Device:
         objective.row_weights = _row_weights(objective, request)
         if request.readouts and len(request.readouts) != len(latents):
             raise InputError(f"{len(request.readouts)} readouts for {len(latents)} latents: give one each, or none")
+        made = [self._other(objective, request.split, template) for template in request.others]
+        others = [other.logits(other.zero_shot_embeds(), np.arange(n), cancelled) for other in made]
         correct, loss_sums = [0] * len(latents), [0.0] * len(latents)
         for which, embeds in objective.prompts(latents):
             readouts = [request.readouts[i] for i in which] if request.readouts else ()
-            found = objective.evaluate(embeds, np.arange(n), progress, cancelled, readouts)
+            found = objective.evaluate(embeds, np.arange(n), progress, cancelled, readouts, others)
             for i, right, loss in zip(which, found.correct, found.loss_sums, strict=True):
                 correct[i], loss_sums[i] = right, loss
         return EvaluateReport(n=n, correct=tuple(correct), loss_sums=tuple(loss_sums), seconds=time.monotonic() - began)
@@ -252,29 +254,25 @@ class Device:
         self, plan: RoundPlan, work: FitWork, counter: _Counter, progress: Progress, cancelled: Cancelled
     ) -> tuple[FitResult, int]:
         objective = self._train_objective(plan)
-        n_labels = len(plan.labels)
         if work.n_words > len(objective.word_ids):
             raise InputError(f"a readout of {work.n_words} words: the objective has {len(objective.word_ids)}")
         chosen = batch_indices(len(objective), work.max_rows, generator(plan.seed, "fit", plan.device))
-        what = (plan.template, plan.labels, plan.objective, plan.prompt, work.latent)
+        what = (plan.template, plan.labels, plan.objective, plan.prompt, work.latent, work.others)
         key = msgspec.msgpack.encode((*what, plan.seed, plan.device, work.max_rows))
         if self._fitted is None or self._fitted[0] != key:  # the prompt stands still while a readout is fitted
             with counter.of(objective):
                 [(_, embeds)] = objective.prompts(work.latent.numpy()[None])
-                self._fitted = key, objective.logits(embeds, chosen, cancelled)
-        logits = self._fitted[1][:, : n_labels + work.n_words].astype(np.float64)
-        targets, rows = objective.targets[chosen], _row_weights(objective, plan)[chosen]
-        if work.readout is None:
-            plain = full_weights(objective.readout, 0, n_labels)
-            loss, _ = loss_and_gradient(logits, targets, plain, None, rows)
-            means = Array.of(moments(logits[:, n_labels:]), "<f4")
-        else:
-            weights = full_weights(work.readout, work.n_words, n_labels)
-            centre = None if work.centre is None else work.centre.numpy()
-            loss, gradient = loss_and_gradient(logits, targets, weights, centre, rows)
-            means = Array.of(gradient, "<f2")  # the most that goes up; centred, it bears the rounding
+                logits = [objective.logits(embeds, chosen, cancelled)]
+            for template in work.others:
+                other = self._other(objective, "train", template)
+                with counter.of(other):
+                    logits.append(other.logits(other.zero_shot_embeds(), chosen, cancelled))
+                progress(len(logits), len(work.others) + 2)
+            self._fitted = key, np.stack(logits)
+        rows = _row_weights(objective, plan)[chosen]
+        result = answer(work, self._fitted[1], objective.targets[chosen], objective.readout, len(plan.labels), rows)
         progress(1, 1)
-        return FitResult(purpose=work.purpose, loss=loss, means=means), len(chosen)
+        return result, len(chosen)
 
     def _local(
         self, plan: RoundPlan, work: LocalWork, counter: _Counter, progress: Progress, cancelled: Cancelled
@@ -326,6 +324,13 @@ class Device:
         while len(self._objectives) > _KEPT_OBJECTIVES:
             self._objectives.popitem(last=False)
         return made
+
+    def _other(self, like: Objective, split: str, template: Template) -> Objective:
+        """The rows of ``like`` with another template, and the same words; scored once."""
+        rows = self._rows[split]
+        return Objective(
+            self.scorer, template, like.labels, rows, like.spec, like.prompt, keep_kv=False, words=like.word_ids
+        )
 
     def _check_model(self, fingerprint: str) -> None:
         if fingerprint != self.scorer.fingerprint:

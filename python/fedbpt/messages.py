@@ -104,10 +104,12 @@ class Readout(Message, frozen=True):
     """Label logits s + (1, x)·V of a text: s [n_labels] the label words' logits, x [n_words] those of random words.
 
     ``weights`` V [1 + n_words, n_labels], its first row a bias per label; n_words 0: a bias alone. Which words:
-    `fedbpt.readout.word_ids`.
+    `fedbpt.readout.word_ids`. ``others``: the V of other templates without a prompt; labels' log-probabilities are then
+    the mean over all templates.
     """
 
     weights: Array
+    others: tuple[Array, ...] = ()
 
 
 class SearchState(Message, frozen=True):
@@ -162,7 +164,8 @@ class FitWork(Message, frozen=True, tag="fit"):
 
     ``latent`` [d]: the prompt. ``n_words``: of the readout, the first of the objective's ``readout_words``.
     ``readout``: where the loss and its gradient are asked for, with ``centre`` [n_words] taken from the words' logits
-    in the latter; None: the moments of the words' logits, and the loss without a readout.
+    in the latter; None: the moments of the words' logits, and the loss without a readout. ``others``: other templates,
+    whose readouts are fitted too, without a prompt; n_templates = 1 + their number, ``centre`` [n_templates·n_words].
     """
 
     purpose: FitPurpose
@@ -170,6 +173,7 @@ class FitWork(Message, frozen=True, tag="fit"):
     n_words: NaturalInt
     readout: Readout | None = None
     centre: Array | None = None
+    others: tuple[Template, ...] = ()
     max_rows: NaturalInt = 512
 
 
@@ -201,8 +205,11 @@ class LocalResult(Message, frozen=True, tag="local"):
 
 
 class FitResult(Message, frozen=True, tag="fit"):
-    """Means over the rows: ``loss`` is the cross-entropy, nats. ``means``: [n_words + 1] of x and ‖x‖² where moments
-    were asked for; else [1 + n_words, n_labels], the loss's gradient by V, x less its centre."""
+    """Means over the rows. ``loss`` is the cross-entropy, nats, of several templates their mean.
+
+    ``means``: [n_templates, n_words + 1] of x and ‖x‖² where moments were asked for; else [n_templates, 1 + n_words,
+    n_labels], each template's gradient of its loss by its V, x less its centre.
+    """
 
     purpose: FitPurpose
     loss: float
@@ -274,6 +281,7 @@ class EvaluateRequest(Message, frozen=True):
     objective: ObjectiveSpec
     latents: Array
     readouts: tuple[Readout | None, ...] = ()  # one per latent; empty: none
+    others: tuple[Template, ...] = ()  # the templates of the readouts' ``others``
     label_weights: tuple[PositiveFloat, ...] = ()
     split: Literal["dev", "test"] = "test"
     max_rows: NaturalInt = 0

@@ -14,15 +14,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedbpt.batches import Row, targets_of
-from fedbpt.errors import DataError, InputError, ScoringInterrupted, TaskError
+from fedbpt.errors import DataError, InputError, ScoringInterrupted
 from fedbpt.losses import LOSSES
 from fedbpt.messages import ObjectiveSpec, PromptSpec, Readout, Template
-from fedbpt.projection import Projection
+from fedbpt.projection import Projection, start_rows
 from fedbpt.prompt import Prompt
 from fedbpt.racing import Race, race
-from fedbpt.readout import full_weights, read, word_ids
+from fedbpt.readout import blocks, ensemble, word_ids
 from fedbpt.scorer import Plan, Scorer
-from fedbpt.seeding import generator
 from fedbpt.tasks.perturb import perturb
 from fedbpt.tasks.task import cue_ids, label_word_ids, render_ids, target_ids
 
@@ -114,7 +113,7 @@ class Objective:
             else [[target_ids(scorer, template, str(target), limit)] for _, target in rows]
         )
         self._plan = self._compile(np.arange(len(rows)), self._tokens, keep_kv)
-        self.projection = Projection(prompt, _start(scorer, self._cue, prompt), scorer.embedding_std)
+        self.projection = Projection(prompt, start_rows(scorer, self._cue, prompt), scorer.embedding_std)
         self._zero_shot = np.full(len(texts), np.nan)
         self.evaluations = 0
         """Candidates scored so far."""
@@ -231,9 +230,11 @@ class Objective:
         progress: Progress | None = None,
         cancelled: Cancelled | None = None,
         readouts: Sequence[Readout | None] = (),
+        others: Sequence[NDArray[np.float32]] = (),
     ) -> Evaluation:
         """Count what each candidate gets right, by ``readouts`` where they are given, one per candidate.
 
+        ``others``: of the other templates that a readout may have, their `logits` of the same rows.
         Other arguments and errors as for `losses`; never perturbed.
         """
         chosen = self._indices(indices)
@@ -243,11 +244,16 @@ class Objective:
         which = which.ravel()  # numpy 2.0 gives it a second axis
         if readouts and len(readouts) != k:
             raise InputError(f"{len(readouts)} readouts for {k} candidates: give one each, or none")
-        weights = [self._weights(readout) for readout in readouts or [self.readout] * k]
-        predictions, loss_sums = [], np.zeros(k)
+        weights = [self._blocks(readout) for readout in readouts or [self.readout] * k]
+        wrong = {len(own) - 1 for own in weights} - {0, len(others)}
+        if wrong:
+            raise InputError(f"a readout has {wrong.pop()} other templates, given are the logits of {len(others)}")
+        predictions, loss_sums, done = [], np.zeros(k), 0
         for part, raw in self._raw(candidates[first], chosen, None, progress, cancelled):
-            loss_sums += self._row_losses(part, raw[which], weights).sum(axis=1)
-            predictions.append(self._predicted(raw[which], weights))
+            read_out = self._read_out(raw[which], weights, [own[done : done + len(part)] for own in others])
+            loss_sums += self._losses(part, read_out).sum(axis=1)
+            predictions.append(read_out.argmax(axis=-1) if self.labels else np.full(read_out.shape[:2], -1))
+            done += len(part)
         self.evaluations += len(loss_sums)
         labels = np.concatenate(predictions, axis=1)
         right = (labels == self.targets[chosen]).sum(axis=1)
@@ -263,9 +269,16 @@ class Objective:
         parts = self._raw(embeds, self._indices(indices), None, None, cancelled)
         return np.concatenate([raw[0] for _, raw in parts])
 
-    def as_prompt(self, latent: ArrayLike, task_name: str, history: tuple[Mapping[str, Any], ...] = ()) -> Prompt:
-        """The artefact of one latent [d], with this objective's ``readout``."""
-        weights = self._weights(self.readout)
+    def as_prompt(
+        self,
+        latent: ArrayLike,
+        task_name: str,
+        history: tuple[Mapping[str, Any], ...] = (),
+        others: tuple[Template, ...] = (),
+    ) -> Prompt:
+        """The artefact of one latent [d], with this objective's ``readout`` and the ``others`` that are in it."""
+        weights, *others_weights = self._blocks(self.readout)
+        used = bool(others) or weights[1:].any()
         return Prompt(
             rows=self.embeds(np.asarray(latent, dtype=np.float64)[None])[0],
             spec=self.prompt,
@@ -277,8 +290,10 @@ class Objective:
             architecture=self.scorer.architecture,
             history=history,
             label_bias=weights[0],
-            word_ids=self.word_ids if weights[1:].any() else None,
-            word_weights=weights[1:] if weights[1:].any() else None,
+            word_ids=self.word_ids if used else None,
+            word_weights=weights[1:] if used else None,
+            others=others,
+            other_weights=np.stack(others_weights) if others else None,
         )
 
     def _indices(self, indices: ArrayLike | None) -> NDArray[np.intp]:
@@ -302,27 +317,25 @@ class Objective:
                 self._zero_shot[i] = self._row_losses(part, raw)[0, 0]
         return self._zero_shot[chosen]
 
-    def _row_losses(
-        self, part: NDArray[np.intp], raw: NDArray[np.float32], weights: Sequence[NDArray[np.float64]] | None = None
-    ) -> NDArray[np.float64]:
-        """Losses [k, n] of what `_raw` gave, corrected by each candidate's ``weights`` (None: by ``readout``), times
-        ``row_weights``."""
+    def _row_losses(self, part: NDArray[np.intp], raw: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Losses [k, n] of what `_raw` gave, corrected by ``readout``."""
+        return self._losses(part, self._read_out(raw, [self._blocks(self.readout)] * len(raw), ()))
+
+    def _losses(self, part: NDArray[np.intp], read_out: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Losses [k, n] of what `_read_out` gave, times ``row_weights``."""
         if self.spec.loss == "nll":
-            losses: NDArray[np.float64] = -raw[..., 0] / np.array([len(self._answers[i][0]) for i in part], dtype=float)
+            losses: NDArray[np.float64] = -read_out[..., 0] / [len(self._answers[i][0]) for i in part]
         else:
-            losses = LOSSES[self.spec.loss](self._read(raw, weights), self.targets[part])
+            losses = LOSSES[self.spec.loss](read_out, self.targets[part])
         return losses * self.row_weights[part]
 
-    def _predicted(self, raw: NDArray[np.float32], weights: Sequence[NDArray[np.float64]]) -> NDArray[np.intp]:
+    def _read_out(
+        self, raw: NDArray[np.float32], weights: Sequence[NDArray[np.float64]], others: Sequence[NDArray[np.float32]]
+    ) -> NDArray[np.float64]:
+        """Label logits [k, n, n_labels] by each candidate's ``weights``; a target's log-probability as it is."""
         if not self.labels:
-            return np.full(raw.shape[:2], -1)
-        labels: NDArray[np.intp] = self._read(raw, weights).argmax(axis=-1)
-        return labels
-
-    def _read(self, raw: NDArray[np.float32], weights: Sequence[NDArray[np.float64]] | None) -> NDArray[np.float64]:
-        if weights is None:
-            return read(raw, self._weights(self.readout))
-        return np.stack([read(of_candidate, own) for of_candidate, own in zip(raw, weights, strict=True)])
+            return raw.astype(np.float64)
+        return np.stack([ensemble([own, *others][: len(v)], v) for own, v in zip(raw, weights, strict=True)])
 
     def _raw(
         self,
@@ -366,25 +379,12 @@ class Objective:
             texts, ids, self._prompt.placement, self._prefix, continuations=answers, keep_kv=keep_kv
         )
 
-    def _weights(self, readout: Readout | None) -> NDArray[np.float64]:
-        return full_weights(readout, len(self.word_ids), len(self.labels))
+    def _blocks(self, readout: Readout | None) -> NDArray[np.float64]:
+        return blocks(readout, len(self.word_ids), len(self.labels))
 
     def __repr__(self) -> str:
         place = f"{self.prompt.n_prompt} x {self.prompt.placement}"
         return f"Objective({len(self)} rows, {len(self.labels)} labels, {self.spec.loss}, {place})"
-
-
-def _start(scorer: Scorer, cue: NDArray[np.int32], prompt: PromptSpec) -> NDArray[np.float32]:
-    """P0 [n_prompt, n_embd]: the cue's own last embeddings, or random tokens' in front of the text."""
-    if prompt.placement == "front":
-        ids = generator(prompt.seed, "p0").integers(0, scorer.n_vocab, prompt.n_prompt).astype(np.int32)
-        return scorer.token_embeddings(ids)
-    if prompt.n_prompt > len(cue):
-        raise TaskError(
-            f"n_prompt {prompt.n_prompt} is more than the answer cue's {len(cue)} tokens: "
-            f"use n_prompt {len(cue)} at most, or a template with a longer cue"
-        )
-    return scorer.token_embeddings(cue[-prompt.n_prompt :])
 
 
 def _shifted(progress: Progress | None, before: int, total: int) -> Progress | None:

@@ -7,13 +7,23 @@ the prompt then moves by α·std(E) per entry, whatever d is. Nobody sends A or 
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fedbpt.errors import InputError
+from fedbpt.errors import InputError, TaskError
 from fedbpt.messages import PromptSpec
 from fedbpt.seeding import generator
+
+
+class Embedder(Protocol):
+    """What P0 takes of a model; a `fedbpt.scorer.Scorer` satisfies it."""
+
+    @property
+    def n_vocab(self) -> int: ...
+
+    def token_embeddings(self, ids: ArrayLike) -> NDArray[np.float32]: ...
 
 
 class Projection:
@@ -66,3 +76,19 @@ class Projection:
     def __repr__(self) -> str:
         n_prompt, n_embd = self.p0.shape
         return f"Projection(d={self.spec.d} -> [{n_prompt}, {n_embd}], entry_std={self.entry_std:.3g})"
+
+
+def start_rows(model: Embedder, cue: NDArray[np.int32], prompt: PromptSpec) -> NDArray[np.float32]:
+    """P0 [n_prompt, n_embd]: the cue's own last embeddings, or random tokens' in front of the text.
+
+    Raises `TaskError` for a cue [n] that is shorter than the prompt.
+    """
+    if prompt.placement == "front":
+        ids = generator(prompt.seed, "p0").integers(0, model.n_vocab, prompt.n_prompt).astype(np.int32)
+        return model.token_embeddings(ids)
+    if prompt.n_prompt > len(cue):
+        raise TaskError(
+            f"n_prompt {prompt.n_prompt} is more than the answer cue's {len(cue)} tokens: "
+            f"use n_prompt {len(cue)} at most, or a template with a longer cue"
+        )
+    return model.token_embeddings(cue[-prompt.n_prompt :])

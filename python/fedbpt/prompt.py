@@ -1,7 +1,8 @@
 """The prompt artefact: a tuned soft prompt with all that is needed to use it, as one safetensors file.
 
 Tensors: ``rows`` float32 [n_prompt, n_embd], ``label_bias`` float32 [n_labels]; with a readout also ``word_ids`` int32
-[n_words] and ``word_weights`` float32 [n_words, n_labels]. The file's metadata has one key, ``fedbpt``: a JSON object
+[n_words] and ``word_weights`` float32 [n_words, n_labels]; with other templates ``other_weights`` float32 [n_others,
+1 + n_words, n_labels]. The file's metadata has one key, ``fedbpt``: a JSON object
 with a format number, the `PromptSpec`, task, labels, template, model and history.
 """
 
@@ -29,6 +30,8 @@ FORMAT = 1
 _KEY = "fedbpt"
 _TENSORS = {"rows", "label_bias"}
 _READOUT_TENSORS = {"word_ids", "word_weights"}
+_OTHERS_TENSORS = {*_READOUT_TENSORS, "other_weights"}
+_TENSOR_SETS = (_TENSORS, _TENSORS | _READOUT_TENSORS, _TENSORS | _OTHERS_TENSORS)
 
 
 class Model(Protocol):
@@ -54,6 +57,7 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     model_name: str
     architecture: str
     history: tuple[dict[str, Any], ...]
+    others: tuple[Template, ...] = ()
 
 
 class Prompt:
@@ -72,6 +76,8 @@ class Prompt:
         label_bias: [n_labels] added to the label words' logits; None: zeros.
         word_ids: token ids [n_words] whose logits a readout uses (`fedbpt.readout`); None: no readout.
         word_weights: [n_words, n_labels], what each of them adds to each label; with ``word_ids`` alone.
+        others: templates whose corrected log-probabilities, without a prompt, are averaged with the prompt's.
+        other_weights: [n_others, 1 + n_words, n_labels], their readouts; with ``others`` alone.
 
     Raises:
         InputError: shapes that disagree, NaN or infinity, a history that JSON cannot hold.
@@ -92,6 +98,8 @@ class Prompt:
         label_bias: NDArray[np.floating[Any]] | None = None,
         word_ids: NDArray[np.integer[Any]] | None = None,
         word_weights: NDArray[np.floating[Any]] | None = None,
+        others: tuple[Template, ...] = (),
+        other_weights: NDArray[np.floating[Any]] | None = None,
     ) -> None:
         self.rows = np.array(rows, dtype=np.float32)
         bias = np.zeros(len(labels)) if label_bias is None else label_bias
@@ -99,6 +107,9 @@ class Prompt:
         self.word_ids = np.array([] if word_ids is None else word_ids, dtype=np.int32)
         none = np.zeros((0, len(labels)))
         self.word_weights = np.array(none if word_weights is None else word_weights, dtype=np.float32)
+        self.others = tuple(others)
+        none = np.zeros((0, 1 + len(self.word_ids), len(labels)))
+        self.other_weights = np.array(none if other_weights is None else other_weights, dtype=np.float32)
         self.spec = spec
         self.task_name = task_name
         self.labels = tuple(labels)
@@ -114,9 +125,14 @@ class Prompt:
         if self.word_ids.ndim != 1 or self.word_weights.shape != (len(self.word_ids), len(self.labels)):
             wanted, got = [len(self.word_ids), len(self.labels)], list(self.word_weights.shape)
             raise InputError(f"word_weights must have shape {wanted}, one row for each of word_ids, got {got}")
-        if len(template.label_words) != len(self.labels):
-            raise InputError(f"{len(template.label_words)} label words for {len(self.labels)} labels")
-        if not all(np.isfinite(part).all() for part in (self.rows, self.label_bias, self.word_weights)):
+        if self.other_weights.shape != (len(self.others), 1 + len(self.word_ids), len(self.labels)):
+            wanted = [len(self.others), 1 + len(self.word_ids), len(self.labels)]
+            raise InputError(f"other_weights must have shape {wanted}, got {list(self.other_weights.shape)}")
+        for used in (template, *self.others):
+            if len(used.label_words) != len(self.labels):
+                raise InputError(f"{len(used.label_words)} label words for {len(self.labels)} labels")
+        tensors = (self.rows, self.label_bias, self.word_weights, self.other_weights)
+        if not all(np.isfinite(part).all() for part in tensors):
             raise InputError("the prompt holds NaN or infinity")
         try:
             json.dumps(self.history, allow_nan=False)
@@ -133,8 +149,9 @@ class Prompt:
 
     @property
     def readout(self) -> Readout:
-        """Its label bias and word weights, for an `Objective` with its ``word_ids``."""
-        return Readout(weights=Array.of(np.concatenate([self.label_bias[None], self.word_weights]), "<f4"))
+        """Its and its other templates' label bias and word weights, for an `Objective` with its ``word_ids``."""
+        own = Array.of(np.concatenate([self.label_bias[None], self.word_weights]), "<f4")
+        return Readout(weights=own, others=tuple(Array.of(of_template, "<f4") for of_template in self.other_weights))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the file, whole or not at all. Raises `PromptError` where that fails."""
@@ -149,10 +166,12 @@ class Prompt:
             model_name=self.model_name,
             architecture=self.architecture,
             history=self.history,
+            others=self.others,
         )
         tensors: dict[str, NDArray[Any]] = {name: getattr(self, name) for name in _TENSORS}
-        if len(self.word_ids):
-            tensors |= {name: getattr(self, name) for name in _READOUT_TENSORS}
+        if len(self.word_ids) or self.others:
+            names = _OTHERS_TENSORS if self.others else _READOUT_TENSORS
+            tensors |= {name: getattr(self, name) for name in names}
         content = safetensors.numpy.save(tensors, metadata={_KEY: msgspec.json.encode(header).decode()})
         partial = target.with_name(f".{target.name}.{os.getpid()}.part")
         try:
@@ -176,7 +195,7 @@ class Prompt:
             metadata = _metadata(content)
         except (safetensors.SafetensorError, ValueError, KeyError) as error:
             raise PromptError(f"{source} is not a safetensors file, or is cut short") from error
-        if _KEY not in metadata or set(tensors) not in (_TENSORS, _TENSORS | _READOUT_TENSORS):
+        if _KEY not in metadata or set(tensors) not in _TENSOR_SETS:
             raise PromptError(f"{source} is a safetensors file but not a prompt that fedbpt saved")
         header = _header(metadata[_KEY], source)
         fields: dict[str, Any] = {name: getattr(header, name) for name in header.__struct_fields__ if name != "format"}
@@ -208,9 +227,10 @@ class Prompt:
             "model_name",
             "architecture",
             "history",
+            "others",
         )
         return all(
-            np.array_equal(getattr(self, name), getattr(other, name)) for name in _TENSORS | _READOUT_TENSORS
+            np.array_equal(getattr(self, name), getattr(other, name)) for name in _TENSORS | _OTHERS_TENSORS
         ) and all(getattr(self, name) == getattr(other, name) for name in plain)
 
     __hash__ = None  # type: ignore[assignment]

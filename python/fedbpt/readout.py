@@ -12,11 +12,13 @@ exact, however skewed they are. `ReadoutFit` in ``aggregation`` minimises it by 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.errors import InputError
-from fedbpt.messages import Readout
+from fedbpt.messages import Array, FitResult, FitWork, Readout
 from fedbpt.seeding import generator
 
 Floats = NDArray[np.float64]
@@ -56,6 +58,34 @@ def read(logits: NDArray[np.floating], weights: Floats) -> Floats:
     return label_logits
 
 
+def blocks(readout: Readout | None, n_words: int, n_labels: int) -> Floats:
+    """V of all templates [n_templates, 1 + n_words, n_labels], the prompt's own first."""
+    others = () if readout is None else readout.others
+    return np.stack(
+        [
+            full_weights(readout, n_words, n_labels),
+            *(full_weights(Readout(weights=weights), n_words, n_labels) for weights in others),
+        ]
+    )
+
+
+def ensemble(logits: Sequence[NDArray[np.floating]], weights: Floats) -> Floats:
+    """Label logits [..., n_labels] from all templates: the mean of their log-probabilities; of one, its logits.
+
+    A geometric mean of experts (Hinton 2002, Neural Computation 14) that were fitted apart.
+
+    Args:
+        logits: of each template, as `read` takes them.
+        weights: V of each [n_templates, 1 + n_words, n_labels].
+    """
+    found = [read(own, v) for own, v in zip(logits, weights, strict=True)]
+    if len(found) == 1:
+        return found[0]
+    shifted = [one - one.max(axis=-1, keepdims=True) for one in found]
+    mean: Floats = np.mean([one - np.log(np.exp(one).sum(axis=-1, keepdims=True)) for one in shifted], axis=0)
+    return mean
+
+
 def moments(words: Floats) -> Floats:
     """[n_words + 1] of words' logits x [n, n_words]: the means of x, and last of ‖x‖²."""
     return np.append(words.mean(axis=0), (words**2).sum() / len(words))
@@ -90,3 +120,38 @@ def loss_and_gradient(
     words = logits[:, n_labels : n_labels + len(weights) - 1] - (0.0 if centre is None else centre)
     features = np.concatenate([np.ones((len(rows), 1)), words], axis=1)
     return loss, features.T @ residual / len(rows)
+
+
+def answer(
+    work: FitWork,
+    logits: NDArray[np.floating],
+    targets: NDArray[np.intp],
+    bias: Readout | None,
+    n_labels: int,
+    row_weights: Floats | float = 1.0,
+) -> FitResult:
+    """What a device says to ``work``, of its rows' logits [n_templates, n, n_labels + n_words and more].
+
+    Other arguments as for `loss_and_gradient`; ``bias`` corrects the first template's label words.
+    """
+    n_templates, n_words = 1 + len(work.others), work.n_words
+    used = logits[..., : n_labels + n_words].astype(np.float64)
+    if work.readout is None:
+        plain = full_weights(bias, 0, n_labels)
+        loss, _ = loss_and_gradient(used[0], targets, plain, None, row_weights)
+        of_words = np.stack([moments(own[:, n_labels:]) for own in used])
+        return FitResult(purpose=work.purpose, loss=loss, means=Array.of(of_words, "<f4"))
+    weights = blocks(work.readout, n_words, n_labels)
+    if len(weights) != n_templates:
+        raise InputError(f"a readout of {len(weights)} templates, the work names {n_templates}")
+    centres = np.zeros((n_templates, n_words))
+    if work.centre is not None:
+        centres = work.centre.numpy().reshape(n_templates, n_words)
+    found = [
+        loss_and_gradient(own, targets, v, centre, row_weights)
+        for own, v, centre in zip(used, weights, centres, strict=True)
+    ]
+    gradients = np.stack([gradient for _, gradient in found])
+    loss = float(np.mean([loss for loss, _ in found]))
+    # float16: this is the most that goes up; centred, it bears the rounding
+    return FitResult(purpose=work.purpose, loss=loss, means=Array.of(gradients, "<f2"))

@@ -46,8 +46,8 @@ def check_report(report: RoundReport, plan: RoundPlan) -> None:
     elif isinstance(result, FitResult) and isinstance(plan.work, FitWork):
         if result.purpose != plan.work.purpose:
             raise WireError(f"the report is of a {result.purpose} fit, the plan asks for {plan.work.purpose}")
-        size = 1 + plan.work.n_words
-        _check_shape(result.means, (size,) if plan.work.readout is None else (size, len(plan.labels)), "means")
+        shape = (1 + len(plan.work.others), 1 + plan.work.n_words)
+        _check_shape(result.means, shape if plan.work.readout is None else (*shape, len(plan.labels)), "means")
     elif isinstance(result, LocalResult):
         _check_shape(result.mean, (plan.prompt.d,), "mean")
 

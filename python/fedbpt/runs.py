@@ -55,6 +55,7 @@ class RunSettings(Message, frozen=True):
     fit_rows: NaturalInt = 512  # most training rows per device that calibrate and fit the readout; 0: all
     calibrate: bool = True  # fit a bias per label before the search
     balanced: bool = False  # weigh losses so that every label counts alike; devices then send their label counts
+    ensemble: bool = True  # the readout averages over all of the task's templates
     baselines: bool = False  # fit and evaluate a linear probe on the model without prompt, too
     popsize: PositiveInt = 20
     iterations: PositiveInt = 8
@@ -203,6 +204,7 @@ class RunResult(Message, frozen=True):
     baselines: dict[str, Score]
     fits: dict[FitPurpose, Readout]
     devices: tuple[DeviceSummary, ...]
+    others: tuple[Template, ...] = ()  # the templates of the readout's ``others``
 
     @property
     def generates(self) -> bool:

@@ -50,12 +50,12 @@ def answer(work: FitWork, device: Rows, name: str, round: int = 0, dtype: Dtype 
     work = msgspec.msgpack.decode(msgspec.msgpack.encode(work), type=FitWork)
     logits = device.logits[:, : LABELS + work.n_words].astype(np.float64)
     if work.readout is None:
-        loss, means = 0.0, Array.of(moments(logits[:, LABELS:]), "<f4")
+        loss, means = 0.0, Array.of(moments(logits[:, LABELS:])[None], "<f4")
     else:
         weights = full_weights(work.readout, work.n_words, LABELS)
         centre = None if work.centre is None else work.centre.numpy()
         loss, gradient = loss_and_gradient(logits, device.targets, weights, centre)
-        means = Array.of(gradient, dtype)
+        means = Array.of(gradient[None], dtype)
     result = FitResult(purpose=work.purpose, loss=loss, means=means)
     return report(name, round, result, n_texts=len(device.targets))
 
@@ -147,7 +147,7 @@ def test_without_words_mean_probabilities_become_the_labels_shares(seed: int) ->
     fit, history = fitted(by_label(whole), n_words=0)
     assert fit.readout.weights.shape == (1, LABELS)
     assert len(history) <= EXCHANGES
-    assert history[0][0].result.means.shape == (1, LABELS)  # no exchange for moments
+    assert history[0][0].result.means.shape == (1, 1, LABELS)  # no exchange for moments
     assert fit.loss == pytest.approx(optimum(whole, n_words=0), abs=1e-3)
     (bias,) = fit.readout.weights.numpy()
     shares = np.bincount(whole.targets, minlength=LABELS) / len(whole.targets)
@@ -257,8 +257,8 @@ def reshaped(good: RoundReport, shape: tuple[int, ...]) -> RoundReport:
 
 
 WRONG: dict[str, Callable[[RoundReport, RoundReport], list[RoundReport]]] = {
-    "a word too few": lambda good, other: [good, reshaped(other, (WORDS, LABELS))],
-    "a label too many": lambda good, other: [good, reshaped(other, (1 + WORDS, LABELS + 1))],
+    "a word too few": lambda good, other: [good, reshaped(other, (1, WORDS, LABELS))],
+    "a label too many": lambda good, other: [good, reshaped(other, (1, 1 + WORDS, LABELS + 1))],
     "a flat array": lambda good, other: [good, reshaped(other, ((1 + WORDS) * LABELS,))],
     "a number": lambda good, other: [good, reshaped(other, ())],
     "twice the same device": lambda good, _: [good, good],

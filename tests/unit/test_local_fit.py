@@ -61,15 +61,15 @@ def test_a_gradient_is_the_mean_over_the_devices_chosen_rows(n_words: int) -> No
     loss, gradient = loss_and_gradient(logits, targets, readout(n_words).weights.numpy())
     assert report.result.purpose == "readout"
     assert report.result.loss == pytest.approx(loss, rel=1e-9)
-    assert report.result.means.shape == (1 + n_words, 2)
-    np.testing.assert_allclose(report.result.means.numpy(), gradient, rtol=1e-3, atol=1e-6)
+    assert report.result.means.shape == (1, 1 + n_words, 2)
+    np.testing.assert_allclose(report.result.means.numpy()[0], gradient, rtol=1e-3, atol=1e-6)
     assert (report.n_texts, report.evaluations) == (12, 0)
 
 
 def test_moments_are_the_mean_over_the_same_rows() -> None:
     report = device().run(asked(readout=None))
     logits, targets = logits_and_targets(rows_of())
-    np.testing.assert_allclose(report.result.means.numpy(), moments(logits[:, 2:]), rtol=1e-6)
+    np.testing.assert_allclose(report.result.means.numpy()[0], moments(logits[:, 2:]), rtol=1e-6)
     assert report.n_texts == 12
     assert report.result.loss == pytest.approx(loss_and_gradient(logits, targets, np.zeros((1, 2)))[0], rel=1e-9)
 
@@ -79,7 +79,7 @@ def test_a_centre_is_taken_from_the_words_in_the_gradient_alone() -> None:
         device().run(asked(readout=readout(4), n_words=4, centre=c)) for c in (None, Array.of(np.ones(4)))
     )
     assert centred.result.loss == plain.result.loss
-    one, other = plain.result.means.numpy(), centred.result.means.numpy()
+    one, other = plain.result.means.numpy()[0], centred.result.means.numpy()[0]
     np.testing.assert_allclose(other[1:], one[1:] - one[0], atol=2e-3)
     np.testing.assert_array_equal(other[0], one[0])
 

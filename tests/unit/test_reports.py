@@ -66,7 +66,11 @@ def means(*shape: int, purpose: str = "probe", value: float = 0.5) -> FitResult:
 
 
 FITS = {"gradient": plan(), "moments": plan(moments=True), "bias": plan(0)}
-RIGHT: dict[str, tuple[int, ...]] = {"gradient": (1 + N_WORDS, N_LABELS), "moments": (1 + N_WORDS,), "bias": (1, 3)}
+RIGHT: dict[str, tuple[int, ...]] = {
+    "gradient": (1, 1 + N_WORDS, N_LABELS),
+    "moments": (1, 1 + N_WORDS),
+    "bias": (1, 1, 3),
+}
 every_fit = pytest.mark.parametrize("fit", FITS)
 
 

@@ -6,7 +6,8 @@ with Armijo's rule) minimises
     mean cross-entropy + ρ/(2n)·‖W‖²,    W the weights on (1, 3·(x − μ)/r),    n rows on all devices
 
 from W = 0: the model's own label words, with the bias it is given. An exchange is one evaluation of the loss and its
-gradient; devices know V alone, into which μ and r are folded.
+gradient; devices know V alone, into which μ and r are folded. Several templates' readouts are fitted apart, their
+objectives' mean being minimised at once.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from fedbpt.aggregation.base import accepted, weighted_sum, weights_of
 from fedbpt.errors import InputError
-from fedbpt.messages import Array, FitPurpose, FitResult, FitWork, Readout, RoundReport
+from fedbpt.messages import Array, FitPurpose, FitResult, FitWork, Readout, RoundReport, Template
 
 Floats = NDArray[np.float64]
 
@@ -47,6 +48,7 @@ class ReadoutFit:
         n_labels: of the task.
         bias: [n_labels] to start from; None: zeros.
         max_rows: training rows that a device uses at most.
+        others: templates whose readouts are fitted too, without a prompt.
     """
 
     min_reports = 1
@@ -59,14 +61,18 @@ class ReadoutFit:
         n_labels: int,
         bias: Floats | None = None,
         max_rows: int = 512,
+        others: tuple[Template, ...] = (),
     ) -> None:
         self.purpose: FitPurpose = purpose
         self._latent = np.array(latent)
-        self._bias = np.zeros(n_labels) if bias is None else np.array(bias)
-        self._shape = (1 + n_words, n_labels)
+        self._others = others
+        self._shape = (1 + len(others), 1 + n_words, n_labels)
+        self._bias = np.zeros((len(others) + 1, n_labels))
+        if bias is not None:
+            self._bias[0] = bias
         self._max_rows = max_rows
-        self._centre = np.zeros(n_words)
-        self._scale = 1.0
+        self._centre = np.zeros((*self._shape[:1], n_words))
+        self._scale = np.ones(self._shape[0])
         self._centred = n_words == 0
         self._best: Floats = np.zeros(self._shape)  # W, as every point below
         self._value = math.inf
@@ -81,7 +87,7 @@ class ReadoutFit:
     @property
     def readout(self) -> Readout:
         """The best found so far."""
-        return Readout(weights=Array.of(self._folded(self._best), "<f4"))
+        return self._readout(self._best)
 
     @property
     def loss(self) -> float:
@@ -94,16 +100,17 @@ class ReadoutFit:
         return FitWork(
             purpose=self.purpose,
             latent=Array.of(self._latent),
-            n_words=self._shape[0] - 1,
-            readout=Readout(weights=Array.of(self._folded(point), "<f4")) if self._centred else None,
-            centre=Array.of(self._centre, "<f4") if len(self._centre) and self._centred else None,
+            n_words=self._shape[1] - 1,
+            readout=self._readout(point) if self._centred else None,
+            centre=Array.of(self._centre.ravel(), "<f4") if self._centre.size and self._centred else None,
+            others=self._others,
             max_rows=self._max_rows,
         )
 
     def update(self, reports: Sequence[RoundReport]) -> None:
         """Close an exchange. Raises `InputError`, and changes nothing, for reports that do not fit."""
         pairs = accepted(reports, FitResult, self.min_reports)
-        shape = self._shape if self._centred else self._shape[:1]
+        shape = self._shape if self._centred else self._shape[:2]
         for report, result in pairs:
             if result.means.shape != shape:
                 got, wanted = list(result.means.shape), list(shape)
@@ -111,11 +118,13 @@ class ReadoutFit:
         weights = weights_of(pairs)
         means = weighted_sum(weights, np.stack([result.means.numpy().ravel() for _, result in pairs]))
         if not self._centred:
-            self._centre = means[:-1].astype(np.float32).astype(np.float64)  # as devices get it
-            square = float(means[-1])
-            variance = square - float((self._centre**2).sum())
+            means = means.reshape(shape)
+            self._centre = means[:, :-1].astype(np.float32).astype(np.float64)  # as devices get it
+            square = means[:, -1]
+            variance = square - (self._centre**2).sum(axis=1)
             # words that never change have the rounding of the moments as their variance: it must not scale them up
-            self._scale = math.sqrt(max(variance, _ROUNDING * square)) or 1.0
+            scale = np.sqrt(np.maximum(variance, _ROUNDING * square))
+            self._scale = np.where(scale > 0, scale, 1.0)
             self._centred = True
             return
         loss = float(weighted_sum(weights, np.array([[result.loss] for _, result in pairs]))[0])
@@ -135,7 +144,7 @@ class ReadoutFit:
         )
         steps = [array for pair in self._pairs for array in pair]
         points = (self._latent, self._bias, self._centre, self._best, self._gradient, self._move, *steps)
-        for array in (*points, np.array([self._scale, self._value])):
+        for array in (*points, self._scale, np.array([self._value])):
             digest.update(np.ascontiguousarray(array, dtype="<f8").tobytes())
         return digest.hexdigest()
 
@@ -143,8 +152,9 @@ class ReadoutFit:
         """The objective and its gradient by W at the point that was asked."""
         point = self._best + self._length * self._move
         gradient: Floats = by_v.copy()
-        gradient[1:] *= _SPREAD / self._scale  # devices have centred it
-        return loss + ridge / 2 * float((point**2).sum()), gradient + ridge * point
+        gradient[:, 1:] *= (_SPREAD / self._scale)[:, None, None]  # devices have centred it
+        n_templates = len(gradient)
+        return loss + ridge / 2 * float((point**2).sum()) / n_templates, (gradient + ridge * point) / n_templates
 
     def _learn(self, value: float, gradient: Floats) -> None:
         slope = float((self._gradient * self._move).sum())
@@ -178,13 +188,14 @@ class ReadoutFit:
             move += step * (share - float((difference * move).sum() / (step * difference).sum()))
         return np.negative(move)
 
-    def _folded(self, point: Floats) -> Floats:
+    def _readout(self, point: Floats) -> Readout:
         """V of W: the bias, μ and r folded in."""
         weights: Floats = point.copy()
-        weights[1:] *= _SPREAD / self._scale
-        weights[0] += self._bias - self._centre @ weights[1:]
-        return weights
+        weights[:, 1:] *= (_SPREAD / self._scale)[:, None, None]
+        weights[:, 0] += self._bias - np.einsum("tw,twk->tk", self._centre, weights[:, 1:])
+        own, *others = (Array.of(of_template, "<f4") for of_template in weights)
+        return Readout(weights=own, others=tuple(others))
 
     def __repr__(self) -> str:
-        n_words = self._shape[0] - 1
+        n_words = self._shape[1] - 1
         return f"ReadoutFit({self.purpose}, {n_words} words, exchange {self._exchanges}, {self._value:.4f} nats)"
