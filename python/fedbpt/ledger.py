@@ -287,7 +287,8 @@ class RunLedger:
     def _digest(self) -> str:
         """sha256 of everything that decides what comes next."""
         fits = [f"|{purpose}|{fit.digest()}" for purpose, fit in self.fits.items()]
-        return hashlib.sha256("".join([self.aggregator.digest(), *fits]).encode()).hexdigest()
+        weights = [f"|{weight.hex()}" for weight in self.label_weights]
+        return hashlib.sha256("".join([self.aggregator.digest(), *fits, *weights]).encode()).hexdigest()
 
     def request(self, latents: NDArray[np.float64], **what: Any) -> EvaluateRequest:
         """To evaluate ``latents`` [k, d]; ``what``: ``readouts``, ``split``, ``max_rows``."""
