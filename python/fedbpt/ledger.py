@@ -36,10 +36,6 @@ from fedbpt.store import RunStore, StoredRound, Traffic
 SELECTION: Final = 0
 """The round in which the template is chosen; calibration and search begin with round 1."""
 
-GROWTH: Final = 2
-"""Of the population at a restart, as IPOP has it (Auger & Hansen 2005, A restart CMA evolution strategy with increasing
-population size, CEC)."""
-
 
 class FederatedTask(Protocol):
     """What the round loop asks of a task (`fedbpt.tasks.Task`)."""
@@ -221,7 +217,7 @@ class RunLedger:
             self._no_better += 1
         if self._no_better >= self.settings.patience and self._restarts < self.settings.restarts:
             self._restarts, self._no_better = self._restarts + 1, 0
-            self.aggregator.restart(self.mean, self.settings.popsize * GROWTH**self._restarts)
+            self.aggregator.restart(self.mean)
 
     @property
     def mean(self) -> NDArray[np.float64]:
@@ -301,7 +297,8 @@ class RunLedger:
     def _digest(self) -> str:
         """sha256 of everything that decides what comes next."""
         fits = [f"|{purpose}|{fit.digest()}" for purpose, fit in self.fits.items()]
-        return hashlib.sha256("".join([self.aggregator.digest(), *fits]).encode()).hexdigest()
+        weights = [f"|{weight.hex()}" for weight in self.label_weights]
+        return hashlib.sha256("".join([self.aggregator.digest(), *fits, *weights]).encode()).hexdigest()
 
     def request(self, latents: NDArray[np.float64], **what: Any) -> EvaluateRequest:
         """To evaluate ``latents`` [k, d]; ``what``: ``readouts``, ``split``, ``max_rows``."""

@@ -64,7 +64,7 @@ class RunSettings(Message, frozen=True):
     deadline_s: PositiveFloat = 600.0
     evaluate_every: NaturalInt = 0  # rounds between live evaluations on ``dev`` rows; 0: none
     patience: NaturalInt = 0  # so many of those without a lower loss end the search, and the best mean counts; 0: never
-    restarts: NaturalInt = 0  # so often the search begins anew from the best mean instead, with a larger popsize
+    restarts: NaturalInt = 0  # so often the search begins anew from the best mean instead
     dev_rows: NaturalInt = 100  # most rows per device in those; 0: all
     test_rows: NaturalInt = 0  # most rows per device in the final evaluation; 0: all
 

@@ -10,14 +10,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedbpt import Budget, evaluate, tune
+from fedbpt import Budget, evaluate, tune, wire
 from fedbpt.api import aggregator_for
-from fedbpt.errors import InputError
+from fedbpt.errors import InputError, WireError
 from fedbpt.estimate import estimate
 from fedbpt.federation import Federation
 from fedbpt.local import Device
 from fedbpt.losses import balanced_weights
-from fedbpt.messages import ObjectiveSpec, PromptSpec, SelectResult, SelectWork
+from fedbpt.messages import ObjectiveSpec, PromptSpec, RoundPlan, SelectResult, SelectWork
 from fedbpt.objective import Objective
 from fedbpt.population import sample_population
 from fedbpt.runs import RoundClosed, RunSettings, TemplateSelected
@@ -126,6 +126,17 @@ def test_a_selection_by_label_sums_label_by_label_and_counts_all_rows() -> None:
 def test_label_weights_of_other_labels_are_refused(work: Any) -> None:
     with pytest.raises(InputError, match="3 label weights for 2 labels"):
         device().run(plan(work, label_weights=(1.0, 2.0, 3.0)))
+
+
+def test_weights_and_counts_survive_the_wire_and_weights_that_cannot_be_do_not() -> None:
+    asked = plan(SelectWork(templates=(TEMPLATE,), by_label=True))
+    weighted = plan(pooled(), label_weights=WEIGHTS)
+    for message in (asked, weighted, request(label_weights=WEIGHTS), device().run(asked)):
+        assert wire.decode(wire.encode(message), type(message)) == message
+        assert wire.decode_json(wire.encode_json(message), type(message)) == message
+    for weight in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(WireError):
+            wire.decode(wire.encode(plan(pooled(), label_weights=(1.0, weight))), RoundPlan)
 
 
 # --- runs ----------------------------------------------------------------------------------------------------------

@@ -48,6 +48,14 @@ def test_what_is_given_is_kept(tmp_path: Path) -> None:
     assert (settings.seed, settings.prompt.seed, settings.objective.max_text_tokens) == (9, 0, 128)
 
 
+def test_balance_and_restarts_are_settings_and_off_by_default(tmp_path: Path) -> None:
+    plain = load_config(write(tmp_path, 'task = "ag-news"'))[0].settings
+    assert (plain.balanced, plain.restarts) == (False, 0)
+    text = 'task = "ag-news"\n[settings]\nbalanced = true\nevaluate_every = 5\npatience = 3\nrestarts = 2'
+    settings = load_config(write(tmp_path, text))[0].settings
+    assert (settings.balanced, settings.patience, settings.restarts) == (True, 3, 2)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -60,6 +68,8 @@ def test_what_is_given_is_kept(tmp_path: Path) -> None:
         ('task = "ag-news"\n[settings]\nprompt = 3', "prompt"),
         ('task = "ag-news"\n[settings]\nrounds = 0', "set rounds, evaluations, tokens or seconds"),
         ('task = "ag-news"\n[settings]\nmethod = "magic"', "magic"),
+        ('task = "ag-news"\n[settings]\nbalanced = "yes"', "balanced"),
+        ('task = "ag-news"\n[settings]\nrestarts = 2', "set patience, or restarts = 0"),
         ('task = "no-such"', "unknown task 'no-such'"),
         ('task = ["ag-news"]', "task"),
     ],

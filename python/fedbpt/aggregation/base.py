@@ -43,8 +43,8 @@ class Aggregator(Protocol):
         """Close a round. Raises `InputError`, and changes nothing, for reports that do not fit."""
         ...
 
-    def restart(self, mean: NDArray[np.float64], popsize: int) -> None:
-        """Search anew from ``mean`` [d] with λ = ``popsize``, and with nothing learned of step size and covariance."""
+    def restart(self, mean: NDArray[np.float64]) -> None:
+        """Search anew from ``mean`` [d], with nothing learned of step size and covariance."""
         ...
 
     def digest(self) -> str:

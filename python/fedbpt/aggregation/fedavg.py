@@ -65,8 +65,8 @@ class FedAvg:
         self._rounds += 1
         self._evaluations += max(report.evaluations for report, _ in pairs)
 
-    def restart(self, mean: NDArray[np.float64], popsize: int) -> None:
-        self._mean, self._sigma, self._popsize = np.array(mean), self._sigma0, popsize
+    def restart(self, mean: NDArray[np.float64]) -> None:
+        self._mean, self._sigma = np.array(mean), self._sigma0
 
     def digest(self) -> str:
         own = f"{self._popsize}|{self._iterations}|{self._rounds}|{self._sigma.hex()}|{self._evaluations}|"

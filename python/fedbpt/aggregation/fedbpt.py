@@ -82,7 +82,7 @@ class FedBPT:
         self._server = self._make()
         self._d = d
         self._local_sigma = self._sigma0 = float(sigma0)
-        self._parents = self._parents_of(popsize)
+        self._parents = popsize // 2 if compat else CmaUpdate(1, 1.0, popsize).mueff
         self._evaluations = 0
 
     @property
@@ -126,12 +126,8 @@ class FedBPT:
         self._local_sigma *= server.sigma / before
         self._evaluations += max(report.evaluations for report, _ in pairs)
 
-    def restart(self, mean: NDArray[np.float64], popsize: int) -> None:
-        self._server = self._make(start=mean)
-        self._local_sigma, self._popsize, self._parents = self._sigma0, popsize, self._parents_of(popsize)
-
-    def _parents_of(self, popsize: int) -> float:
-        return popsize // 2 if self._n_devices else CmaUpdate(1, 1.0, popsize).mueff
+    def restart(self, mean: NDArray[np.float64]) -> None:
+        self._server, self._local_sigma = self._make(start=mean), self._sigma0
 
     def digest(self) -> str:
         own = f"{self._popsize}|{self._iterations}|{self._n_devices}|{self._local_sigma.hex()}|{self._evaluations}"

@@ -47,8 +47,8 @@ class Pooled:
         covariance: Covariance = "diagonal",
         step_size: StepSize = "auto",
     ) -> None:
-        self._make = partial(CmaSearch, d, sigma0, seed=seed, covariance=covariance, step_size=step_size)
-        self._search = self._make(popsize=popsize)
+        self._make = partial(CmaSearch, d, sigma0, popsize, seed, covariance, step_size)
+        self._search = self._make()
         self._average = self._search.mean
         self._before = 0  # evaluations of searches before a restart
 
@@ -73,9 +73,9 @@ class Pooled:
         share = (DECAY + 1) / (self._search.told + DECAY)
         self._average = self._average + share * (self._search.mean - self._average)
 
-    def restart(self, mean: NDArray[np.float64], popsize: int) -> None:
+    def restart(self, mean: NDArray[np.float64]) -> None:
         self._before = self.evaluations
-        self._search = self._make(popsize=popsize, start=mean, first=self._search.generation)
+        self._search = self._make(start=mean, first=self._search.generation)
         self._average = self._search.mean
 
     def digest(self) -> str:
