@@ -95,14 +95,18 @@ class Judge:
     ) -> None:
         self.scorer, self.task, self.rows, self.seeds, self.n_words = scorer, task, rows, seeds, n_words
         self._made: tuple[tuple[fedbpt.Template, str], Objective] | None = None
+        self._plain: dict[tuple[fedbpt.Template, fedbpt.Template], np.ndarray] = {}
 
-    def accuracies(self, template: fedbpt.Template, settings: RunSettings, lines: Lines) -> dict[str, dict[str, float]]:
+    def accuracies(
+        self, template: fedbpt.Template, settings: RunSettings, lines: Lines, others: Sequence[fedbpt.Template]
+    ) -> dict[str, dict[str, float]]:
         objective = self._objective(template, settings)
+        plain = [self._without_prompt(other, template, objective) for other in others]
         mine = Objective(self.scorer, template, self.task.labels, self.rows[:1], settings.objective, settings.prompt)
         readouts = [None if readout is None else self._widened(readout, settings) for _, readout in lines.values()]
         figures: dict[str, dict[str, float]] = {}
         for which, embeds in mine.prompts(np.stack([latent for latent, _ in lines.values()])):
-            found = objective.evaluate(embeds, readouts=[readouts[i] for i in which])
+            found = objective.evaluate(embeds, readouts=[readouts[i] for i in which], others=plain)
             for i, accuracy, loss in zip(which, found.accuracy, found.loss_sums, strict=True):
                 figures[list(lines)[i]] = {"accuracy": accuracy, "loss": loss / found.n}
         return {name: figures[name] for name in lines}
@@ -128,13 +132,27 @@ class Judge:
             self._made = key, made
         return self._made[1]
 
+    def _without_prompt(self, other: fedbpt.Template, template: fedbpt.Template, like: Objective) -> np.ndarray:
+        """Logits of the measured rows, of the words that ``template`` has."""
+        if (other, template) not in self._plain:
+            made = Objective(
+                self.scorer, other, self.task.labels, self.rows, like.spec, like.prompt, keep_kv=False,
+                words=like.word_ids,
+            )  # fmt: skip
+            self._plain[other, template] = made.logits(made.zero_shot_embeds(), np.arange(len(self.rows)))
+        return self._plain[other, template]
+
     def _widened(self, readout: Readout, settings: RunSettings) -> Readout:
         """With rows of zeros for other seeds' words."""
-        own = readout.weights.numpy()
         first = 1 + self.seeds.index(settings.prompt.seed) * self.n_words
-        weights = np.zeros((1 + len(self.seeds) * self.n_words, own.shape[1]))
-        weights[0], weights[first : first + len(own) - 1] = own[0], own[1:]
-        return Readout(weights=Array.of(weights))
+
+        def wide(given: Array) -> Array:
+            own = given.numpy()
+            weights = np.zeros((1 + len(self.seeds) * self.n_words, own.shape[1]))
+            weights[0], weights[first : first + len(own) - 1] = own[0], own[1:]
+            return Array.of(weights)
+
+        return Readout(weights=wide(readout.weights), others=tuple(wide(other) for other in readout.others))
 
 
 def settings_of(args: argparse.Namespace, task: tasks.Task, seed: int, budget: int) -> RunSettings:
@@ -150,8 +168,8 @@ def settings_of(args: argparse.Namespace, task: tasks.Task, seed: int, budget: i
     return RunSettings(
         rounds=0, evaluations=budget, method=args.search, seed=seed, popsize=args.popsize, objective=objective,
         prompt=PromptSpec(seed=seed, d=args.d, alpha=args.alpha, n_prompt=args.n_prompt), iterations=args.iterations,
-        baselines=args.baselines and args.words > 0, balanced=args.balanced, select_rows=max(8, 64 // args.devices),
-        deadline_s=86400.0, quorum=1.0,
+        ensemble=args.ensemble, baselines=args.baselines and args.words > 0, balanced=args.balanced,
+        select_rows=max(8, 64 // args.devices), deadline_s=86400.0, quorum=1.0,
     )  # fmt: skip
 
 
@@ -175,7 +193,7 @@ def federated(
                 "bytes_up": max(device.bytes_up for device in result.devices),
                 "rounds": result.rounds,
                 "template": result.template.pattern,
-                "lines": judge.accuracies(result.template, settings, result.lines()),
+                "lines": judge.accuracies(result.template, settings, result.lines(), result.others),
             }
 
 
@@ -264,6 +282,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--n-prompt", type=int, default=1)
     parser.add_argument(
         "--baselines", action=argparse.BooleanOptionalAction, default=True, help="fit a linear probe too"
+    )
+    parser.add_argument(
+        "--ensemble", action=argparse.BooleanOptionalAction, default=True, help="average all templates' readouts"
     )
     parser.add_argument("--loss", default="cross_entropy")
     parser.add_argument("--rate", type=float, default=0.3, help="step size of spsa; of backprop, in std(E)")

@@ -26,6 +26,7 @@ from fedbpt.messages import (
     Result,
     RoundPlan,
     RoundReport,
+    Template,
     Work,
 )
 from fedbpt.runs import RunSettings
@@ -109,6 +110,8 @@ def _tokens(settings: RunSettings, n_templates: int, n_rows: int) -> tuple[int, 
     fits = settings.calibrate or objective.readout_words > 0
     fitted = min(settings.fit_rows or n_rows, n_rows) if fits else 0
     texts = (n_rows * text if cue else 0) + 2 * fitted * (prompt.n_prompt if cue else prompt.n_prompt + text)
+    if settings.ensemble and objective.readout_words:
+        texts += fitted * text * (n_templates - 1)
     return select, texts, each
 
 
@@ -168,12 +171,14 @@ def _bytes(settings: RunSettings, task: FederatedTask, rounds: int, aggregator: 
     sent: list[tuple[int, Work, Result]] = [(rounds, work, answer)]
     widths = [0] if settings.calibrate else []
     n_words = settings.objective.readout_words
-    if n_words:
-        widths += [n_words, n_words] if settings.baselines else [n_words]
-    for width in widths:
-        means = Array.of(np.zeros((1 + width, n_labels)), "<f2")
+    if n_words and settings.baselines:
+        widths.append(n_words)
+    others = task.templates[1:] if settings.ensemble and n_words else ()
+    fits = [(width, ()) for width in widths] + ([(n_words // (1 + len(others)), others)] if n_words else [])
+    for width, used in fits:
+        means = Array.of(np.zeros((1 + len(used), 1 + width, n_labels)), "<f2")
         fitted = FitResult(purpose="readout", loss=0.0, means=means)
-        sent.append((EXCHANGES + 1, _fit_work(zero, width, n_labels), fitted))
+        sent.append((EXCHANGES + 1, _fit_work(zero, width, n_labels, used), fitted))
     up = down = 0
     for times, each, result in sent:
         up += times * len(wire.encode(_report(result)))
@@ -181,8 +186,8 @@ def _bytes(settings: RunSettings, task: FederatedTask, rounds: int, aggregator: 
     return up, down
 
 
-def _fit_work(latent: np.ndarray, n_words: int, n_labels: int) -> FitWork:
-    fit = ReadoutFit("readout", latent, n_words, n_labels)
+def _fit_work(latent: np.ndarray, n_words: int, n_labels: int, others: tuple[Template, ...]) -> FitWork:
+    fit = ReadoutFit("readout", latent, n_words, n_labels, others=others)
     return msgspec.structs.replace(fit.work(), readout=fit.readout)
 
 
