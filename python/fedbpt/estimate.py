@@ -38,8 +38,8 @@ TEMPLATE_TOKENS = 12
 class DeviceCost(msgspec.Struct, frozen=True, kw_only=True):
     """At most so much on one device. ``seconds`` None: nobody knows how fast it is. Evaluations are not in it.
 
-    ``select``, ``texts`` and ``round`` are forward tokens: choosing the template, the texts' own once where their KV is
-    kept, and a round of the search.
+    ``select``, ``texts``, ``round`` and ``others`` are forward tokens: choosing the template, the texts' own once where
+    their KV is kept, a round of the search, and the texts under the readout's other templates.
     """
 
     name: str
@@ -51,6 +51,7 @@ class DeviceCost(msgspec.Struct, frozen=True, kw_only=True):
     select: int
     texts: int
     round: int
+    others: int
 
 
 class RunCost(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,20 +79,20 @@ def estimate(
     _check_deadline(settings, infos, parts)
     up, down = _bytes(settings, task, rounds, aggregator)
     devices = []
-    for info, (select, texts, each) in zip(infos, parts, strict=True):
-        tokens = select + texts + rounds * each
+    for info, (select, texts, each, others) in zip(infos, parts, strict=True):
+        tokens = select + texts + rounds * each + others
         speed = info.tokens_per_second
         devices.append(
             DeviceCost(
                 name=info.name, tokens=tokens, seconds=tokens / speed if speed else None, bytes_up=up, bytes_down=down,
-                rss_bytes=info.rss_bytes, select=select, texts=texts, round=each,
+                rss_bytes=info.rss_bytes, select=select, texts=texts, round=each, others=others,
             )
         )  # fmt: skip
     return RunCost(rounds=rounds, evaluations=rounds * per_round, devices=tuple(devices))
 
 
-def _tokens(settings: RunSettings, n_templates: int, n_rows: int) -> tuple[int, int, int]:
-    """(choosing the template, the texts once, a round of the search) on a device with ``n_rows`` rows."""
+def _tokens(settings: RunSettings, n_templates: int, n_rows: int) -> tuple[int, int, int, int]:
+    """(choosing the template, the texts once, a search's round, the readout's other templates), of ``n_rows`` rows."""
     objective, prompt = settings.objective, settings.prompt
     text = objective.max_text_tokens + TEMPLATE_TOKENS
     target = objective.max_text_tokens if objective.loss == "nll" else 0
@@ -110,13 +111,12 @@ def _tokens(settings: RunSettings, n_templates: int, n_rows: int) -> tuple[int, 
     fits = settings.calibrate or objective.readout_words > 0
     fitted = min(settings.fit_rows or n_rows, n_rows) if fits else 0
     texts = (n_rows * text if cue else 0) + 2 * fitted * (prompt.n_prompt if cue else prompt.n_prompt + text)
-    if settings.ensemble and objective.readout_words:
-        texts += fitted * text * (n_templates - 1)
-    return select, texts, each
+    others = (n_templates - 1) * fitted * text if settings.ensemble and objective.readout_words else 0
+    return select, texts, each, others
 
 
 def _rounds(
-    settings: RunSettings, infos: Sequence[DeviceInfo], parts: Sequence[tuple[int, int, int]], evaluations: int
+    settings: RunSettings, infos: Sequence[DeviceInfo], parts: Sequence[tuple[int, int, int, int]], evaluations: int
 ) -> int:
     """Rounds until the first limit. Each limit must leave room for one."""
     limits = []
@@ -125,7 +125,7 @@ def _rounds(
     if settings.evaluations:
         limits.append(math.ceil(settings.evaluations / evaluations))
     if settings.tokens:
-        before, each = sum(texts for _, texts, _ in parts), sum(each for _, _, each in parts)
+        before, each = sum(texts for _, texts, _, _ in parts), sum(each for _, _, each, _ in parts)
         if settings.tokens < before + each:
             raise ConfigError(
                 f"tokens = {settings.tokens} may be spent before the first round of the search: "
@@ -135,8 +135,8 @@ def _rounds(
     speeds = [info.tokens_per_second for info in infos]
     if settings.seconds and all(speeds):
         # every round waits for the slowest
-        first = max(texts / speed for (_, texts, _), speed in zip(parts, speeds, strict=True) if speed)
-        then = max(each / speed for (_, _, each), speed in zip(parts, speeds, strict=True) if speed)
+        first = max(texts / speed for (_, texts, _, _), speed in zip(parts, speeds, strict=True) if speed)
+        then = max(each / speed for (_, _, each, _), speed in zip(parts, speeds, strict=True) if speed)
         if settings.seconds < first + then:
             raise ConfigError(
                 f"seconds = {settings.seconds:g} may be over before the first round of the search: "
@@ -148,7 +148,9 @@ def _rounds(
     return min(limits)
 
 
-def _check_deadline(settings: RunSettings, infos: Sequence[DeviceInfo], parts: Sequence[tuple[int, int, int]]) -> None:
+def _check_deadline(
+    settings: RunSettings, infos: Sequence[DeviceInfo], parts: Sequence[tuple[int, int, int, int]]
+) -> None:
     for info, longest in zip(infos, (max(part) for part in parts), strict=True):
         if info.tokens_per_second and longest / info.tokens_per_second > settings.deadline_s:
             needed = math.ceil(longest / info.tokens_per_second)
@@ -169,16 +171,15 @@ def _bytes(settings: RunSettings, task: FederatedTask, rounds: int, aggregator: 
     if settings.method != "pooled":
         answer = LocalResult(mean=Array.of(zero), fitness=0.0, sigma_squares=1.0)
     sent: list[tuple[int, Work, Result]] = [(rounds, work, answer)]
-    widths = [0] if settings.calibrate else []
-    n_words = settings.objective.readout_words
-    if n_words and settings.baselines:
-        widths.append(n_words)
-    others = task.templates[1:] if settings.ensemble and n_words else ()
-    fits = [(width, ()) for width in widths] + ([(n_words // (1 + len(others)), others)] if n_words else [])
-    for width, used in fits:
-        means = Array.of(np.zeros((1 + len(used), 1 + width, n_labels)), "<f2")
+    n_words, others = settings.objective.readout_words, task.templates[1:] if settings.ensemble else ()
+    fits: list[tuple[int, tuple[Template, ...]]] = [(0, ())] if settings.calibrate else []
+    if n_words:
+        fits += [(n_words, ())] if settings.baselines else []
+        fits.append((n_words // (1 + len(others)), others))
+    for width, with_others in fits:
+        means = Array.of(np.zeros((1 + len(with_others), 1 + width, n_labels)), "<f2")
         fitted = FitResult(purpose="readout", loss=0.0, means=means)
-        sent.append((EXCHANGES + 1, _fit_work(zero, width, n_labels, used), fitted))
+        sent.append((EXCHANGES + 1, _fit_work(zero, width, n_labels, with_others), fitted))
     up = down = 0
     for times, each, result in sent:
         up += times * len(wire.encode(_report(result)))

@@ -108,7 +108,8 @@ class Prompt:
         none = np.zeros((0, len(labels)))
         self.word_weights = np.array(none if word_weights is None else word_weights, dtype=np.float32)
         self.others = tuple(others)
-        none = np.zeros((0, 1 + len(self.word_ids), len(labels)))
+        n_words = self.word_ids.size
+        none = np.zeros((0, 1 + n_words, len(labels)))
         self.other_weights = np.array(none if other_weights is None else other_weights, dtype=np.float32)
         self.spec = spec
         self.task_name = task_name
@@ -122,11 +123,11 @@ class Prompt:
             raise InputError(f"prompt rows must have shape [{spec.n_prompt}, n_embd], got {list(self.rows.shape)}")
         if self.label_bias.shape != (len(self.labels),):
             raise InputError(f"label_bias must have shape [{len(self.labels)}], got {list(self.label_bias.shape)}")
-        if self.word_ids.ndim != 1 or self.word_weights.shape != (len(self.word_ids), len(self.labels)):
-            wanted, got = [len(self.word_ids), len(self.labels)], list(self.word_weights.shape)
+        if self.word_ids.ndim != 1 or self.word_weights.shape != (n_words, len(self.labels)):
+            wanted, got = [n_words, len(self.labels)], list(self.word_weights.shape)
             raise InputError(f"word_weights must have shape {wanted}, one row for each of word_ids, got {got}")
-        if self.other_weights.shape != (len(self.others), 1 + len(self.word_ids), len(self.labels)):
-            wanted = [len(self.others), 1 + len(self.word_ids), len(self.labels)]
+        if self.other_weights.shape != (len(self.others), 1 + n_words, len(self.labels)):
+            wanted = [len(self.others), 1 + n_words, len(self.labels)]
             raise InputError(f"other_weights must have shape {wanted}, got {list(self.other_weights.shape)}")
         for used in (template, *self.others):
             if len(used.label_words) != len(self.labels):

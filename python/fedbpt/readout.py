@@ -144,12 +144,12 @@ def answer(
     weights = blocks(work.readout, n_words, n_labels)
     if len(weights) != n_templates:
         raise InputError(f"a readout of {len(weights)} templates, the work names {n_templates}")
-    centres = np.zeros((n_templates, n_words))
-    if work.centre is not None:
-        centres = work.centre.numpy().reshape(n_templates, n_words)
+    centres = np.zeros(n_templates * n_words) if work.centre is None else work.centre.numpy()
+    if centres.shape != (n_templates * n_words,):
+        raise InputError(f"a centre must have shape [{n_templates * n_words}], got {list(centres.shape)}")
     found = [
         loss_and_gradient(own, targets, v, centre, row_weights)
-        for own, v, centre in zip(used, weights, centres, strict=True)
+        for own, v, centre in zip(used, weights, centres.reshape(n_templates, n_words), strict=True)
     ]
     gradients = np.stack([gradient for _, gradient in found])
     loss = float(np.mean([loss for loss, _ in found]))

@@ -17,6 +17,7 @@ from fedbpt.local import Device
 from fedbpt.messages import DeviceInfo, ObjectiveSpec, PromptSpec
 from fedbpt.runs import RunSettings
 from fedbpt.store import RunStore
+from fedbpt.tasks import Task
 from tests.toy_scorer import ToyScorer
 from tests.toy_task import TASK, rows
 
@@ -31,6 +32,40 @@ def info(name: str = "pi5", n_train: int = 100, speed: float | None = 50.0) -> D
 def cost(*infos: DeviceInfo, **changes: Any) -> RunCost:
     settings = msgspec.structs.replace(RunSettings(rounds=10, popsize=16), **changes)
     return estimate(settings, TASK, infos or (info(),), aggregator_for(settings))
+
+
+def long_text(n: int) -> str:
+    """So long that it fills the task's limit of tokens."""
+    return f"{n} " + "number " * 3
+
+
+@pytest.mark.parametrize("placement", ["cue", "front"])
+def test_the_readouts_other_templates_are_counted_and_need_a_deadline_of_their_own(placement: Any) -> None:
+    task = Task(name="toy", labels=TASK.labels, templates=(*TASK.templates, *TASK.templates))
+    objective = ObjectiveSpec(batch_size=2, max_text_tokens=16, readout_words=16)
+    settings = RunSettings(
+        rounds=1, popsize=4, prompt=PromptSpec(d=20, placement=placement), objective=objective, select_rows=1
+    )
+    spent, bound = [], []
+    for changed in (settings, msgspec.structs.replace(settings, ensemble=False)):
+        device = Device("d", ToyScorer(), [(long_text(i), label) for i, (_, label) in enumerate(rows(24))])
+        bound.append(estimate(changed, task, [device.info()], aggregator_for(changed)).devices[0])
+        with RunStore(":memory:") as store:
+            federation = Federation([InProcessClient(device)], task, changed, aggregator_for(changed), store, "run")
+            spent.append(federation.run())
+    counted, measured = bound[0].tokens - bound[1].tokens, spent[0].tokens - spent[1].tokens
+    assert counted == bound[0].others > bound[1].others == 0
+    assert 0.7 < measured / counted <= 1
+    for one, expected in zip(spent, bound, strict=True):
+        assert 0.3 < one.bytes_up / expected.bytes_up < 1.1
+        assert 0.3 < one.bytes_down / expected.bytes_down < 1.1
+    assert 0.7 < (spent[0].bytes_down / spent[1].bytes_down) / (bound[0].bytes_down / bound[1].bytes_down) < 1.4
+    speed = info(n_train=24, speed=1.0)
+    short = msgspec.structs.replace(settings, deadline_s=float(bound[0].others - 1))
+    with pytest.raises(ConfigError, match="deadline_s"):
+        estimate(short, task, [speed], aggregator_for(short))
+    single = msgspec.structs.replace(short, ensemble=False)
+    assert estimate(single, task, [speed], aggregator_for(single)).rounds == 1
 
 
 @pytest.mark.parametrize("method", ["pooled", "fedavg", "fedbpt"])

@@ -83,6 +83,106 @@ def test_a_file_with_half_a_readout_is_refused(tmp_path: Path) -> None:
         Prompt.load(path)
 
 
+def altered(path: Path, header: dict[str, object] | None = None, **tensors: np.ndarray | None) -> Path:
+    """The file with other tensors (None: without) and other fields in its header."""
+    content = path.read_bytes()
+    found = {**safetensors.numpy.load(content), **tensors}
+    text = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["fedbpt"]
+    metadata = {"fedbpt": json.dumps({**json.loads(text), **(header or {})})}
+    kept = {name: array for name, array in found.items() if array is not None}
+    path.write_bytes(safetensors.numpy.save(kept, metadata=metadata))
+    return path
+
+
+OTHERS: dict = {
+    **READOUT,
+    "others": (
+        Template(pattern="Review: {text}\nIt was:", label_words=(" poor", " great")),
+        Template(pattern="{text} (", label_words=("n", "y")),
+    ),
+    "other_weights": np.arange(16).reshape(2, 4, 2) / 8,
+}
+
+
+def test_a_prompt_with_other_templates_survives_the_disk(tmp_path: Path) -> None:
+    prompt = make(**OTHERS)
+    loaded = Prompt.load(prompt.save(tmp_path / "p.safetensors"))
+    assert loaded == prompt
+    assert loaded.others == OTHERS["others"]
+    assert loaded.other_weights.tobytes() == OTHERS["other_weights"].astype(np.float32).tobytes()
+    assert loaded.readout == prompt.readout
+    assert [array.numpy().tolist() for array in loaded.readout.others] == OTHERS["other_weights"].tolist()
+
+
+def test_a_prompt_whose_other_templates_have_a_bias_alone_survives_the_disk(tmp_path: Path) -> None:
+    prompt = make(others=OTHERS["others"], other_weights=OTHERS["other_weights"][:, :1])
+    loaded = Prompt.load(prompt.save(tmp_path / "p.safetensors"))
+    assert loaded == prompt
+    assert loaded.word_ids.shape == (0,)
+    assert [array.shape for array in loaded.readout.others] == [(1, 2), (1, 2)]
+
+
+@pytest.mark.parametrize("given", [{}, READOUT], ids=["bias", "readout"])
+def test_a_prompt_without_other_templates_has_none_in_its_file(tmp_path: Path, given: dict) -> None:
+    path = make(**given).save(tmp_path / "p.safetensors")
+    assert "other_weights" not in safetensors.numpy.load(path.read_bytes())
+    for file in (path, altered(path, {"others": []})):
+        loaded = Prompt.load(file)
+        assert (loaded.others, loaded.other_weights.size, loaded.readout.others) == ((), 0, ())
+        assert loaded == make(**given)
+
+
+def test_a_file_from_before_there_were_other_templates_still_loads(tmp_path: Path) -> None:
+    path = make(**READOUT).save(tmp_path / "p.safetensors")
+    content = path.read_bytes()
+    text = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["fedbpt"]
+    old = {name: value for name, value in json.loads(text).items() if name != "others"}
+    assert "others" in json.loads(text)
+    tensors = safetensors.numpy.load(content)
+    path.write_bytes(safetensors.numpy.save(tensors, metadata={"fedbpt": json.dumps(old)}))
+    assert Prompt.load(path) == make(**READOUT)
+
+
+def test_prompts_that_differ_in_their_other_templates_are_not_equal() -> None:
+    changed = OTHERS["other_weights"].copy()
+    changed[1, 3, 1] += 1
+    assert make(**OTHERS) == make(**OTHERS)
+    assert make(**OTHERS) != make(**{**OTHERS, "other_weights": changed})
+    assert make(**OTHERS) != make(**{**OTHERS, "others": OTHERS["others"][::-1]})
+    assert make(**OTHERS) != make(**READOUT)
+
+
+@pytest.mark.parametrize(
+    ("header", "tensors"),
+    [
+        ({"others": []}, {}),
+        ({}, {"other_weights": None}),
+        ({}, {"other_weights": np.zeros((1, 4, 2), np.float32)}),
+        ({}, {"other_weights": np.zeros((2, 3, 2), np.float32)}),
+        ({}, {"other_weights": np.zeros((2, 4, 3), np.float32)}),
+        ({}, {"other_weights": np.zeros((2, 8), np.float32)}),
+        ({}, {"other_weights": np.array(1, np.float32)}),
+        ({}, {"other_weights": np.full((2, 4, 2), np.inf, np.float32)}),
+        ({}, {"word_ids": np.array(1, np.int32)}),
+        ({"others": [{"pattern": "{text}", "label_words": [" a"]}] * 2}, {}),
+        ({"others": "none"}, {}),
+    ],
+    ids=["no templates", "no weights", "too few", "other words", "other labels", "flat", "a number", "infinity",
+         "word ids that are a number", "a label word too few", "not a list"],
+)  # fmt: skip
+def test_a_file_with_damaged_other_templates_is_one_line(tmp_path: Path, header: dict, tensors: dict) -> None:
+    path = altered(make(**OTHERS).save(tmp_path / "p.safetensors"), header, **tensors)
+    with pytest.raises(PromptError, match="damaged") as error:
+        Prompt.load(path)
+    one_line(error)
+
+
+def test_a_file_with_other_templates_but_no_words_is_refused(tmp_path: Path) -> None:
+    path = altered(make(**OTHERS).save(tmp_path / "p.safetensors"), word_ids=None, word_weights=None)
+    with pytest.raises(PromptError, match="not a prompt"):
+        Prompt.load(path)
+
+
 @given(text=st.text(max_size=40).filter(lambda s: s.isprintable()))
 def test_any_text_survives_in_the_metadata(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = tmp_path_factory.mktemp("p") / "p.safetensors"
@@ -201,6 +301,12 @@ def test_its_repr_says_what_it_is() -> None:
         {**READOUT, "word_ids": np.array([[1, 2, 3]])},
         {**READOUT, "word_weights": np.zeros((3, 3))},
         {**READOUT, "word_weights": np.full((3, 2), np.nan)},
+        {**OTHERS, "others": ()},
+        {**READOUT, "others": OTHERS["others"]},
+        {**OTHERS, "others": (OTHERS["others"][0], Template(pattern="{text}", label_words=("a", "b", "c")))},
+        {**OTHERS, "other_weights": OTHERS["other_weights"][:, :3]},
+        {**OTHERS, "other_weights": np.full((2, 4, 2), np.nan)},
+        {"template": Template(pattern="{text}", label_words=("a",))},
         {"history": ({"x": object()},)},
         {"history": ({"x": float("nan")},)},
     ],

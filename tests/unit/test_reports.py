@@ -30,8 +30,13 @@ from fedbpt.reports import check_report
 N_WORDS, N_LABELS = 4, 3
 
 
-def plan(n_words: int = N_WORDS, moments: bool = False, work: Work | None = None) -> RoundPlan:
-    readout = None if moments else Readout(weights=Array.of(np.zeros((1 + n_words, N_LABELS))))
+def plan(n_words: int = N_WORDS, moments: bool = False, work: Work | None = None, n_others: int = 0) -> RoundPlan:
+    zeros = Array.of(np.zeros((1 + n_words, N_LABELS)))
+    readout = None if moments else Readout(weights=zeros, others=(zeros,) * n_others)
+    template = Template(pattern="{text} It was", label_words=(" a", " b", " c"))
+    fit = FitWork(
+        purpose="probe", latent=Array.of(np.zeros(2)), n_words=n_words, readout=readout, others=(template,) * n_others
+    )
     return RoundPlan(
         run="r",
         round=1,
@@ -39,10 +44,10 @@ def plan(n_words: int = N_WORDS, moments: bool = False, work: Work | None = None
         seed=0,
         model_fingerprint="sha256:0",
         labels=("x", "y", "z"),
-        template=Template(pattern="{text} It was", label_words=(" a", " b", " c")),
+        template=template,
         prompt=PromptSpec(d=2),
         objective=ObjectiveSpec(),
-        work=work or FitWork(purpose="probe", latent=Array.of(np.zeros(2)), n_words=n_words, readout=readout),
+        work=work or fit,
     )
 
 
@@ -65,11 +70,21 @@ def means(*shape: int, purpose: str = "probe", value: float = 0.5) -> FitResult:
     return FitResult(purpose=purpose, loss=0.5, means=Array.of(np.full(shape, value)))
 
 
-FITS = {"gradient": plan(), "moments": plan(moments=True), "bias": plan(0)}
+FITS = {
+    "gradient": plan(),
+    "moments": plan(moments=True),
+    "bias": plan(0),
+    "gradients of three": plan(n_others=2),
+    "moments of three": plan(moments=True, n_others=2),
+    "biases of three": plan(0, n_others=2),
+}
 RIGHT: dict[str, tuple[int, ...]] = {
     "gradient": (1, 1 + N_WORDS, N_LABELS),
     "moments": (1, 1 + N_WORDS),
-    "bias": (1, 1, 3),
+    "bias": (1, 1, N_LABELS),
+    "gradients of three": (3, 1 + N_WORDS, N_LABELS),
+    "moments of three": (3, 1 + N_WORDS),
+    "biases of three": (3, 1, N_LABELS),
 }
 every_fit = pytest.mark.parametrize("fit", FITS)
 

@@ -13,11 +13,15 @@ from fedbpt.messages import (
     DeviceInfo,
     ErrorReply,
     EvaluateRequest,
+    FitResult,
+    FitWork,
     LocalResult,
+    Message,
     ObjectiveSpec,
     PooledResult,
     PooledWork,
     PromptSpec,
+    Readout,
     RoundPlan,
     RoundReport,
     SearchState,
@@ -60,6 +64,76 @@ def report(**changes: object) -> RoundReport:
 def test_a_message_survives_msgpack_and_json() -> None:
     assert wire.decode(wire.encode(plan()), RoundPlan) == plan()
     assert wire.decode_json(wire.encode_json(plan()), RoundPlan) == plan()
+
+
+OTHERS = tuple(Template(pattern=f"{{text}} {i}:", label_words=(" a", " b")) for i in range(2))
+
+
+def readout(n_words: int, n_others: int = 2) -> Readout:
+    own, *others = (
+        Array.of(v, "<f4") for v in np.arange(2.0 * (1 + n_words) * (1 + n_others)).reshape(-1, 1 + n_words, 2)
+    )
+    return Readout(weights=own, others=tuple(others))
+
+
+def fit_work(n_words: int, **changes: object) -> FitWork:
+    centre = Array.of(np.ones(3 * n_words), "<f4") if n_words else None
+    made = FitWork(
+        purpose="readout", latent=Array.of(np.zeros(3)), n_words=n_words, readout=readout(n_words), centre=centre,
+        others=OTHERS,
+    )  # fmt: skip
+    return msgspec.structs.replace(made, **changes)
+
+
+def evaluation(**changes: object) -> EvaluateRequest:
+    made = EvaluateRequest(
+        model_fingerprint="sha256:0", labels=("x", "y"), template=plan().template, prompt=PromptSpec(d=3),
+        objective=ObjectiveSpec(), latents=Array.of(np.zeros((2, 3))), readouts=(None, readout(4)), others=OTHERS,
+    )  # fmt: skip
+    return msgspec.structs.replace(made, **changes)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        plan(work=fit_work(4)),
+        plan(work=fit_work(0)),
+        plan(work=fit_work(4, readout=None, centre=None)),
+        plan(work=fit_work(4, others=(), readout=readout(4, 0))),
+        report(result=FitResult(purpose="readout", loss=0.5, means=Array.of(np.ones((3, 5, 2)), "<f2"))),
+        report(result=FitResult(purpose="readout", loss=0.5, means=Array.of(np.ones((3, 1)), "<f4"))),
+        evaluation(),
+        evaluation(readouts=(None, readout(0)), others=OTHERS),
+        evaluation(readouts=(), others=()),
+    ],
+    ids=lambda message: type(message).__name__,
+)
+def test_messages_of_several_templates_survive_msgpack_and_json(message: Message) -> None:
+    kind = type(message)
+    assert wire.decode(wire.encode(message), kind) == message
+    assert wire.decode_json(wire.encode_json(message), kind) == message
+    assert wire.digest(wire.decode(wire.encode(message), kind)) == wire.digest(message)
+
+
+def test_the_other_templates_and_their_readouts_are_part_of_a_plans_digest() -> None:
+    moved = Readout(weights=readout(4).weights, others=readout(4).others[::-1])
+    plans = [plan(work=fit_work(4, **changes)) for changes in ({}, {"others": OTHERS[::-1]}, {"readout": moved})]
+    assert len({wire.digest(one) for one in plans}) == 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e12])
+def test_numbers_that_cannot_be_are_refused_in_other_templates_readouts(value: float) -> None:
+    bad = Readout(weights=readout(4).weights, others=(readout(4).weights, Array.of(np.full((5, 2), value))))
+    for message in (plan(work=fit_work(4, readout=bad)), evaluation(readouts=(None, bad))):
+        with pytest.raises(WireError, match="others"):
+            wire.decode(wire.encode(message), type(message))
+
+
+def test_messages_that_name_no_other_templates_are_read_as_having_none() -> None:
+    for message in (fit_work(4), readout(4), evaluation()):
+        fields = msgspec.to_builtins(message, builtin_types=(bytes,))
+        del fields["others"]
+        assert wire.decode(msgspec.msgpack.encode(fields), type(message)).others == ()
 
 
 def test_the_digest_is_the_same_for_what_was_sent_and_what_was_received() -> None:
