@@ -95,13 +95,13 @@ class Judge:
     ) -> None:
         self.scorer, self.task, self.rows, self.seeds, self.n_words = scorer, task, rows, seeds, n_words
         self._made: tuple[tuple[fedbpt.Template, str], Objective] | None = None
-        self._plain: dict[tuple[fedbpt.Template, fedbpt.Template], np.ndarray] = {}
+        self._plain: dict[tuple[fedbpt.Template, bytes], np.ndarray] = {}
 
     def accuracies(
         self, template: fedbpt.Template, settings: RunSettings, lines: Lines, others: Sequence[fedbpt.Template]
     ) -> dict[str, dict[str, float]]:
         objective = self._objective(template, settings)
-        plain = [self._without_prompt(other, template, objective) for other in others]
+        plain = [self._without_prompt(other, objective) for other in others]
         mine = Objective(self.scorer, template, self.task.labels, self.rows[:1], settings.objective, settings.prompt)
         readouts = [None if readout is None else self._widened(readout, settings) for _, readout in lines.values()]
         figures: dict[str, dict[str, float]] = {}
@@ -132,15 +132,16 @@ class Judge:
             self._made = key, made
         return self._made[1]
 
-    def _without_prompt(self, other: fedbpt.Template, template: fedbpt.Template, like: Objective) -> np.ndarray:
-        """Logits of the measured rows, of the words that ``template`` has."""
-        if (other, template) not in self._plain:
+    def _without_prompt(self, other: fedbpt.Template, like: Objective) -> np.ndarray:
+        """Logits of the measured rows, of the words of ``like``."""
+        key = other, like.word_ids.tobytes()
+        if key not in self._plain:
             made = Objective(
                 self.scorer, other, self.task.labels, self.rows, like.spec, like.prompt, keep_kv=False,
                 words=like.word_ids,
             )  # fmt: skip
-            self._plain[other, template] = made.logits(made.zero_shot_embeds(), np.arange(len(self.rows)))
-        return self._plain[other, template]
+            self._plain[key] = made.logits(made.zero_shot_embeds(), np.arange(len(self.rows)))
+        return self._plain[key]
 
     def _widened(self, readout: Readout, settings: RunSettings) -> Readout:
         """With rows of zeros for other seeds' words."""
