@@ -18,13 +18,15 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt \
 # second build compiles only what changed. Their versions are in constraints.txt.
 BUILD_TOOLS := pip scikit-build-core pybind11 cmake ninja
 
-.PHONY: help setup demo test sanitize lint bench clean
+.PHONY: help setup demo test sanitize wheel wheel-aarch64 test-wheel test-aarch64 lint bench clean
 
 help:
 	@echo 'make setup   create $(VENV) and build fedbpt into it (again: only what changed)'
 	@echo 'make demo    tune a small model over three devices on this machine (DEMO_ARGS="--help" for options)'
 	@echo 'make test    run every test (TEST_ARGS="tests/unit -k search" for some)'
 	@echo 'make sanitize   the native tests under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make wheel   the wheels to ship in dist/, for any x86-64 CPU; make wheel-aarch64: for any 64-bit ARM CPU (PYTHONS="3.11" for some)'
+	@echo 'make test-wheel   the native tests on the x86-64 wheel; make test-aarch64: on emulated boards, and a federation with them'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make bench   list the benchmarks; BENCH=name runs one, BENCH=all every one'
 	@echo 'make clean   remove what was built; models, data and runs stay'
@@ -66,6 +68,43 @@ sanitize: setup
 	tests/native/sanitize/run.sh $(BIN)/python $(SANITIZED)/site \
 	  tests/native --deselect tests/native/test_leaks.py --timeout 1200 $(TEST_ARGS)
 
+# The wheels to ship, see docs/wheels.md.
+PYTHONS     ?= 3.10 3.11 3.12 3.13
+WHEEL_TOOLS := $(VENV)/.wheel-stamp
+
+$(WHEEL_TOOLS): pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'Fetching what builds wheels; the compiler has 100 MB'
+	$(PIP) install --quiet --constraint constraints.txt cmake ninja pyelftools ziglang
+	@touch $@
+
+wheel: $(WHEEL_TOOLS)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/build_wheels.py x86_64 --pythons $(PYTHONS)
+
+wheel-aarch64: $(WHEEL_TOOLS)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/build_wheels.py aarch64 --pythons $(PYTHONS)
+
+# What is tested is the wheel and not the editable install: that hooks itself in by a .pth file, which the interpreter behind
+# the environment does not read.
+test-wheel: setup $(WHEEL_TOOLS)
+	$(MAKE) --no-print-directory wheel PYTHONS="$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+	$(PIP) install --quiet --no-deps --upgrade --target build/wheel-site \
+	  dist/fedbpt-*-$$($(BIN)/python -c 'import sys; print("cp%d%d" % sys.version_info[:2])')-*_x86_64.whl
+	PYTHONPATH="build/wheel-site:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')" \
+	  "$$($(BIN)/python -c 'import os, sys; print(os.path.realpath(sys.executable))')" -m pytest tests/native $(TEST_ARGS)
+
+# The wheel for 64-bit ARM in emulated boards, see docs/wheels.md for what is left out and why.
+BOARDS := build/boards
+# A test takes some 4 seconds of a core there: those that compare scores with numpy, for every kind of weights and model.
+EMULATED_TESTS := tests/native/test_scoring_reference.py tests/native/test_label_head.py \
+                  -k "narrow_weights or many_candidates or label"
+
+test-aarch64: setup $(WHEEL_TOOLS)
+	$(MAKE) --no-print-directory wheel-aarch64 PYTHONS="$$($(BIN)/python tools/emulated_boards.py)"
+	$(BIN)/python tools/emulated_boards.py dist/fedbpt-*_aarch64.whl
+	for cpu in cortex-a76 cortex-a57; do \
+	  timeout 1500 nice $(BOARDS)/$$cpu/python -m pytest -p no:cacheprovider --timeout 600 $(EMULATED_TESTS) || exit 1; done
+	FEDBPT_BOARDS=$(BOARDS) $(BIN)/python -m pytest tests/emulated
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -86,4 +125,4 @@ endif
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find python tests benchmarks vendor -name __pycache__ -type d -prune -exec rm -rf {} +
+	find python tests tools benchmarks vendor -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,6 +5,7 @@
 #include <limits>
 #include <map>
 
+#include "backends.h"
 #include "errors.h"
 #include "ggml-cpp.h"
 #include "handles.h"
@@ -24,8 +25,8 @@ constexpr double kEnoughSeconds = 0.01;
 ggml_type type_named(const std::string & name) {
     for (int i = 0; i < GGML_TYPE_COUNT; ++i) {
         const auto type = static_cast<ggml_type>(i);
-        // integers and what activations are rounded to have names too, but no kernel to multiply by
-        if (ggml_type_name(type) == name && ggml_get_type_traits_cpu(type)->vec_dot != nullptr) {
+        // integers and what activations are rounded to have names too, but cannot be unpacked
+        if (ggml_type_name(type) == name && (type == GGML_TYPE_F32 || ggml_get_type_traits(type)->to_float != nullptr)) {
             return type;
         }
     }
@@ -90,11 +91,10 @@ std::vector<WeightFormat> weight_formats(const std::string & path) {
 
 double matmul_flops(const std::string & type) {
     const ggml_type weight_type = type_named(type);
-    install_log();
-    llama_backend_init();
-    const ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    start_backends();
+    const ggml_backend_dev_t cpu = cpu_device();
     const ggml_backend_ptr backend(ggml_backend_dev_init(cpu, nullptr));
-    ggml_backend_cpu_set_n_threads(backend.get(), 1);  // this one
+    cpu_function<void(ggml_backend_t, int)>("ggml_backend_set_n_threads")(backend.get(), 1);  // this one
 
     const ggml_context_ptr weights = new_context(), rest = new_context();
     ggml_tensor * weight  = ggml_new_tensor_2d(weights.get(), weight_type, kIn, kOut);

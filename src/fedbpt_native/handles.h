@@ -4,6 +4,7 @@
 
 #include <memory>
 
+#include "backends.h"
 #include "ggml-cpu.h"
 #include "gguf.h"
 #include "llama.h"
@@ -17,7 +18,7 @@ struct ContextDeleter {
     void operator()(llama_context * ctx) const { llama_free(ctx); }
 };
 struct ThreadpoolDeleter {
-    void operator()(ggml_threadpool * pool) const { ggml_threadpool_free(pool); }
+    void operator()(ggml_threadpool * pool) const { cpu_function<decltype(ggml_threadpool_free)>("ggml_threadpool_free")(pool); }
 };
 struct GgufDeleter {
     void operator()(gguf_context * gguf) const { gguf_free(gguf); }

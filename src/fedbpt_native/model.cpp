@@ -6,12 +6,12 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
-#include <mutex>
 
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
+#include "backends.h"
 #include "errors.h"
 #include "llama-soft-prompt.h"
 #include "log.h"
@@ -110,11 +110,7 @@ Model::Model(ModelPtr model, std::string path, std::string architecture)
       n_ctx_train_(llama_model_n_ctx_train(model_.get())) {}
 
 std::shared_ptr<const Model> Model::load(const std::string & path, int32_t n_gpu_layers) {
-    static std::once_flag once;
-    std::call_once(once, [] {
-        install_log();
-        llama_backend_init();
-    });
+    start_backends();
 
     if (n_gpu_layers > 0 && !llama_supports_gpu_offload()) {
         throw InputError("n_gpu_layers = " + std::to_string(n_gpu_layers) + ", but this build of fedbpt has no GPU backend: leave it 0, or build with -C cmake.define.GGML_CUDA=ON or GGML_VULKAN=ON");

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <exception>
 
+#include "backends.h"
 #include "errors.h"
 #include "handles.h"
 #include "log.h"
@@ -51,8 +52,7 @@ bool requantize(const std::string & source, const std::string & target, const st
     if (chosen == kFormats.end()) {
         throw InputError("unknown format '" + format + "'");
     }
-    install_log();
-    llama_backend_init();
+    start_backends();
     read_architecture(source);
 
     llama_model_quantize_params params = llama_model_quantize_default_params();
@@ -71,7 +71,12 @@ bool requantize(const std::string & source, const std::string & target, const st
         }
     });
     take_last_error();
-    const bool failed = llama_model_quantize(source.c_str(), target.c_str(), &params) != 0;
+    bool failed = true;
+    try {
+        failed = llama_model_quantize(source.c_str(), target.c_str(), &params) != 0;
+    } catch (const Stopped &) {
+        // llama_model_quantize catches every std::exception of its own C++ library, which in a wheel is not this module's
+    }
     if (failed && !stopped) {
         throw ModelFileError(source + " cannot be written as " + format + " (" + take_last_error() + "): it may be cut short or damaged, or the disk full");
     }

@@ -45,7 +45,7 @@ Scorer::Scorer(std::shared_ptr<const Model> model, int32_t n_threads, ggml_type 
         throw InputError("kv_type q8_0 packs 32 numbers, which does not divide this model's attention heads: use f16");
     }
     ggml_threadpool_params params = ggml_threadpool_params_default(n_threads);
-    threadpool_.reset(ggml_threadpool_new(&params));
+    threadpool_.reset(cpu_function<decltype(ggml_threadpool_new)>("ggml_threadpool_new")(&params));
     if (!threadpool_) {
         throw std::bad_alloc();
     }

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "backends.h"
 #include "batch.h"
 #include "errors.h"
 #include "log.h"
@@ -68,8 +69,7 @@ std::string params(const ggml_tensor * node) {
 }  // namespace
 
 GraphTrace::GraphTrace(const std::string & path, bool flash_attention) {
-    install_log();
-    llama_backend_init();
+    start_backends();
     take_last_error();
 
     ggml_backend_dev_t no_devices[] = { nullptr };

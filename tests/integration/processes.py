@@ -20,11 +20,11 @@ class Fleet:
     def __init__(self) -> None:
         self.started: list[subprocess.Popen[str]] = []
 
-    def spawn(self, *arguments: object, cwd: Path = ROOT) -> subprocess.Popen[str]:
-        """``python -m ARGUMENTS``, with this source tree's package."""
+    def spawn(self, *arguments: object, cwd: Path = ROOT, python: Path | str = sys.executable) -> subprocess.Popen[str]:
+        """``python -m ARGUMENTS``, with this source tree's package; an emulated ``python`` has its own."""
         paths = [str(ROOT / "python"), str(ROOT), os.environ.get("PYTHONPATH", "")]
         process = subprocess.Popen(
-            [sys.executable, "-m", *map(str, arguments)],
+            [python, "-m", *map(str, arguments)],
             cwd=cwd,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)},
             stdin=subprocess.PIPE,
