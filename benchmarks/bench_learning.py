@@ -285,7 +285,7 @@ def parsed() -> argparse.Namespace:
         "--baselines", action=argparse.BooleanOptionalAction, default=True, help="fit a linear probe too"
     )
     parser.add_argument(
-        "--ensemble", action=argparse.BooleanOptionalAction, default=True, help="average all templates' readouts"
+        "--ensemble", type=int, default=RunSettings().ensemble, help="templates whose readouts are averaged"
     )
     parser.add_argument("--loss", default="cross_entropy")
     parser.add_argument("--rate", type=float, default=0.3, help="step size of spsa; of backprop, in std(E)")

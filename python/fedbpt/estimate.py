@@ -111,7 +111,7 @@ def _tokens(settings: RunSettings, n_templates: int, n_rows: int) -> tuple[int, 
     fits = settings.calibrate or objective.readout_words > 0
     fitted = min(settings.fit_rows or n_rows, n_rows) if fits else 0
     texts = (n_rows * text if cue else 0) + 2 * fitted * (prompt.n_prompt if cue else prompt.n_prompt + text)
-    others = (n_templates - 1) * fitted * text if settings.ensemble and objective.readout_words else 0
+    others = (min(settings.ensemble, n_templates) - 1) * fitted * text if objective.readout_words else 0
     return select, texts, each, others
 
 
@@ -171,7 +171,7 @@ def _bytes(settings: RunSettings, task: FederatedTask, rounds: int, aggregator: 
     if settings.method != "pooled":
         answer = LocalResult(mean=Array.of(zero), fitness=0.0, sigma_squares=1.0)
     sent: list[tuple[int, Work, Result]] = [(rounds, work, answer)]
-    n_words, others = settings.objective.readout_words, task.templates[1:] if settings.ensemble else ()
+    n_words, others = settings.objective.readout_words, task.templates[1 : settings.ensemble]
     fits: list[tuple[int, tuple[Template, ...]]] = [(0, ())] if settings.calibrate else []
     if n_words:
         fits += [(n_words, ())] if settings.baselines else []

@@ -179,10 +179,11 @@ class RunLedger:
 
     @property
     def others(self) -> tuple[Template, ...]:
-        """The templates that the readout averages the selected one's with."""
-        if not (self.settings.ensemble and self.settings.objective.readout_words):
+        """The templates that the readout averages the selected one's with: the next best by the selection's loss."""
+        if not self.settings.objective.readout_words:
             return ()
-        return tuple(template for i, template in enumerate(self.task.templates) if i != self._selected)
+        ranked = np.argsort(self.template_losses, kind="stable")  # none where there was nothing to select
+        return tuple(self.task.templates[i] for i in ranked[1 : self.settings.ensemble])
 
     def _bias(self) -> NDArray[np.float64] | None:
         fit = self.fits.get("calibration")

@@ -18,7 +18,7 @@ from fedbpt.losses import cross_entropy
 from fedbpt.messages import Array, FitResult, FitWork, ObjectiveSpec, PromptSpec, Readout, RoundReport, Template
 from fedbpt.objective import Objective
 from fedbpt.readout import blocks, read
-from fedbpt.runs import RoundClosed, RunResult, RunStarted
+from fedbpt.runs import RoundClosed, RunResult, RunStarted, TemplateSelected
 from fedbpt.tasks import Row, Task
 from tests.toy_scene import D, Scene, StopRunError, stop
 from tests.toy_scorer import ToyScorer
@@ -38,7 +38,7 @@ class EnsembleScene(FitScene):
     """Two devices, and runs of a task of three templates."""
 
     def run(self, run: str = "r", task: Task = THREE, **changes: Any) -> RunResult:  # type: ignore[override]
-        return Scene.run(self, run, task, **{**SETTINGS, "ensemble": True, "objective": SPEC, **changes})
+        return Scene.run(self, run, task, **{**SETTINGS, "ensemble": 9, "objective": SPEC, **changes})
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def spied(device: Any) -> tuple[list[FitWork], list[Any]]:
 # --- what a run does -----------------------------------------------------------------------------------------------
 
 
-def test_a_result_names_the_unselected_templates_in_order_with_a_readout_for_each(
+def test_a_result_names_the_unselected_templates_with_a_readout_for_each(
     whole: tuple[RunResult, EnsembleScene],
 ) -> None:
     result, scene = whole
@@ -95,6 +95,16 @@ def test_a_result_names_the_unselected_templates_in_order_with_a_readout_for_eac
     assert wire.decode(wire.encode(result), RunResult) == result
     assert scene.purposes() == ["selection", "calibration", "probe", "search", "readout"]
     assert len([e for e in scene.of(RoundClosed) if e.purpose == "readout"]) <= EXCHANGES + 1
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 9])
+def test_so_many_templates_as_are_asked_for_the_best_by_the_selection(scene: EnsembleScene, n: int) -> None:
+    result = scene.run(ensemble=n)
+    [selected] = scene.of(TemplateSelected)
+    best = [THREE.templates[i] for i in np.argsort(selected.losses)]
+    assert [result.template, *result.others] == best[:n]
+    assert result.readout is not None
+    assert result.readout.weights.shape == (1 + N_WORDS // min(n, 3), 2)
 
 
 def test_only_the_readout_is_of_several_templates_and_they_share_its_words(scene: EnsembleScene) -> None:
@@ -112,7 +122,7 @@ def test_only_the_readout_is_of_several_templates_and_they_share_its_words(scene
 def test_the_ensemble_changes_the_tuned_line_alone(
     whole: tuple[RunResult, EnsembleScene], scene: EnsembleScene
 ) -> None:
-    single = scene.run(ensemble=False)
+    single = scene.run(ensemble=1)
     same(single, whole[0], "tuned", "fits", "others")
     assert single.others == ()
     for purpose in ("calibration", "probe"):
@@ -156,7 +166,7 @@ def test_on_rows_that_nobody_saw_the_average_beats_zero_shot_and_its_templates_m
 def test_it_costs_little_at_worst_where_other_templates_add_nothing(
     whole: tuple[RunResult, EnsembleScene], scene: EnsembleScene
 ) -> None:
-    single = scene.run(ensemble=False)
+    single = scene.run(ensemble=1)
     assert whole[0].tuned.loss < single.tuned.loss + 0.05
     assert max(whole[0].tuned.loss, single.tuned.loss) < single.zero_shot.loss
 
@@ -166,7 +176,7 @@ def test_it_costs_little_at_worst_where_other_templates_add_nothing(
 
 def test_a_task_with_one_template_has_no_others_and_is_fitted_as_without_an_ensemble(scene: EnsembleScene) -> None:
     one = Task(name="toy-one", labels=TWO.labels, templates=TWO.templates[:1])
-    result, single = (scene.run(name, one, ensemble=name == "on") for name in ("on", "off"))
+    result, single = (scene.run(name, one, ensemble=9 if name == "on" else 1) for name in ("on", "off"))
     assert result.others == ()
     assert result.readout is not None
     assert (result.readout.others, result.readout.weights.shape) == ((), (1 + N_WORDS, 2))
@@ -241,7 +251,7 @@ def test_a_run_is_not_resumed_with_the_other_ensemble_setting(scene: EnsembleSce
     with pytest.raises(StopRunError):
         scene.run()
     with pytest.raises(ConfigError, match="another name"):
-        scene.run(ensemble=False)
+        scene.run(ensemble=1)
 
 
 def test_a_device_that_answers_for_one_template_is_left_out_of_the_readout(scene: EnsembleScene) -> None:

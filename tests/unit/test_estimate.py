@@ -44,10 +44,15 @@ def test_the_readouts_other_templates_are_counted_and_need_a_deadline_of_their_o
     task = Task(name="toy", labels=TASK.labels, templates=(*TASK.templates, *TASK.templates))
     objective = ObjectiveSpec(batch_size=2, max_text_tokens=16, readout_words=16)
     settings = RunSettings(
-        rounds=1, popsize=4, prompt=PromptSpec(d=20, placement=placement), objective=objective, select_rows=1
+        rounds=1,
+        popsize=4,
+        prompt=PromptSpec(d=20, placement=placement),
+        objective=objective,
+        select_rows=1,
+        ensemble=4,
     )
     spent, bound = [], []
-    for changed in (settings, msgspec.structs.replace(settings, ensemble=False)):
+    for changed in (settings, msgspec.structs.replace(settings, ensemble=1)):
         device = Device("d", ToyScorer(), [(long_text(i), label) for i, (_, label) in enumerate(rows(24))])
         bound.append(estimate(changed, task, [device.info()], aggregator_for(changed)).devices[0])
         with RunStore(":memory:") as store:
@@ -64,7 +69,7 @@ def test_the_readouts_other_templates_are_counted_and_need_a_deadline_of_their_o
     short = msgspec.structs.replace(settings, deadline_s=float(bound[0].others - 1))
     with pytest.raises(ConfigError, match="deadline_s"):
         estimate(short, task, [speed], aggregator_for(short))
-    single = msgspec.structs.replace(short, ensemble=False)
+    single = msgspec.structs.replace(short, ensemble=1)
     assert estimate(single, task, [speed], aggregator_for(single)).rounds == 1
 
 

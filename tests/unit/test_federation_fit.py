@@ -31,7 +31,7 @@ SETTINGS: dict[str, Any] = {
     "objective": ObjectiveSpec(batch_size=4, readout_words=N_WORDS),
     "calibrate": True,
     "baselines": True,
-    "ensemble": False,
+    "ensemble": 1,
 }
 TEST = {"a": rows(10, 200), "b": rows(12, 300)}
 
