@@ -15,7 +15,7 @@ from fedbpt import errors, models, tasks
 from fedbpt.api import Budget, EvaluationResult, TuneResult, evaluate, tune
 from fedbpt.errors import FedbptError
 from fedbpt.messages import ObjectiveSpec, PromptSpec, Template
-from fedbpt.native_scorer import NativeScorer, load_model
+from fedbpt.native_scorer import Gpu, NativeScorer, gpus, load_model
 from fedbpt.prompt import Prompt
 from fedbpt.tasks import Task
 
@@ -28,6 +28,7 @@ __all__ = [
     "Budget",
     "EvaluationResult",
     "FedbptError",
+    "Gpu",
     "NativeScorer",
     "ObjectiveSpec",
     "Prompt",
@@ -37,6 +38,7 @@ __all__ = [
     "TuneResult",
     "errors",
     "evaluate",
+    "gpus",
     "load_model",
     "models",
     "tasks",

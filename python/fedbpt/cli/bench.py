@@ -13,7 +13,7 @@ from fedbpt import models
 from fedbpt.bench import Measurement, Rate, measure
 from fedbpt.cli.hint import print_hint
 from fedbpt.cli.models import progress_bar
-from fedbpt.cli.options import AsJson, GpuLayers, Quiet, Threads
+from fedbpt.cli.options import AsJson, GpuLayers, GpuName, Quiet, Threads
 from fedbpt.display import human_bytes
 from fedbpt.machine import Heat
 from fedbpt.native_scorer import load_model
@@ -23,6 +23,7 @@ def bench(
     model: Annotated[str, typer.Argument(help="A name from `fedbpt models list`, or a .gguf file.")] = "smollm2-135m",
     threads: Threads = None,
     gpu_layers: GpuLayers = 0,
+    gpu: GpuName = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -34,7 +35,7 @@ def bench(
     if model in models.CATALOGUE:
         with progress_bar(model, shown) as progress:
             models.pull(model, progress)
-    scorer = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers)
+    scorer = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers, gpu=gpu)
     console = Console(stderr=True, quiet=not shown)
     with console.status("") as status:
         found = measure(scorer, on_part=lambda part: status.update(f"measuring: {part}"))

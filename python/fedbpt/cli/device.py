@@ -15,7 +15,7 @@ import typer
 from fedbpt.agent.server import AgentServer, announce
 from fedbpt.agent.service import AgentService
 from fedbpt.cli.hint import print_hint
-from fedbpt.cli.options import AsJson, GpuLayers, KvBudget, Model, Quiet, TaskName, Threads
+from fedbpt.cli.options import AsJson, GpuLayers, GpuName, KvBudget, Model, Quiet, TaskName, Threads
 from fedbpt.local import Device
 from fedbpt.native_scorer import DEFAULT_KV_BUDGET_BYTES, load_model
 from fedbpt.tasks import Row, load, read_task_rows
@@ -32,6 +32,7 @@ def device(
     name: Annotated[str | None, typer.Option(help="What this device calls itself. Default: the host's name.")] = None,
     threads: Threads = None,
     gpu_layers: GpuLayers = 0,
+    gpu: GpuName = None,
     kv_budget: KvBudget = DEFAULT_KV_BUDGET_BYTES // 2**20,
     allow_insecure: Annotated[
         bool, typer.Option("--allow-insecure", help="Serve beyond loopback without encryption, on a trusted network.")
@@ -52,7 +53,7 @@ def device(
         return [] if path is None else read_task_rows(chosen, path)
 
     train, dev_rows, test_rows = rows(data), rows(dev), rows(test)  # before the model: a wrong file is told at once
-    scorer = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers, kv_budget_bytes=kv_budget * 2**20)
+    scorer = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers, gpu=gpu, kv_budget_bytes=kv_budget * 2**20)
     print_hint(scorer, shown=not (quiet or as_json))
     own_name = name or socket.gethostname()
 
