@@ -91,6 +91,8 @@ test-wheel: setup $(WHEEL_TOOLS)
 	  dist/fedbpt-*-$$($(BIN)/python -c 'import sys; print("cp%d%d" % sys.version_info[:2])')-*_x86_64.whl
 	PYTHONPATH="build/wheel-site:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')" \
 	  "$$($(BIN)/python -c 'import os, sys; print(os.path.realpath(sys.executable))')" -m pytest tests/native $(TEST_ARGS)
+	$(BIN)/python tools/emulated_boards.py --x86 build/wheel-site
+	FEDBPT_X86_BOARDS=$(BOARDS) $(BIN)/python -m pytest tests/emulated/test_x86.py
 
 # The wheel for 64-bit ARM in emulated boards, see docs/wheels.md for what is left out and why.
 BOARDS := build/boards

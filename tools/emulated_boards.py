@@ -3,6 +3,8 @@
 Writes build/boards/CPU/python for every CPU of CPUS: a command that runs a real arm64 Python on an emulator of that CPU
 (QEMU's user mode: system calls go to this machine's kernel). Emulator and Python are Debian packages, fetched through
 this machine's own apt sources into an apt state of their own and unpacked: nothing is installed, root is not needed.
+
+``--x86 SITE``: instead the same for X86_CPUS, with this Python and the package that is installed in the folder SITE.
 """
 
 from __future__ import annotations
@@ -13,11 +15,14 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BOARDS = ROOT / "build" / "boards"
 CPUS = ("cortex-a76", "cortex-a57")  # Raspberry Pi 5 and Pixel 5; Jetson TX2
+X86_CPUS = ("Nehalem", "Haswell")  # x86-64-v2, the oldest that numpy runs on; AVX2
+EMULATED = ("aarch64", "x86_64")
 # what tests/native imports
 TEST_PACKAGES = ("gguf", "hypothesis", "pytest", "pytest-timeout")
 # the wheels that a system with glibc 2.27 takes
@@ -27,6 +32,11 @@ COMMAND = """#!/bin/sh
 # Python on an emulated {cpu}, written by tools/emulated_boards.py. -0: so that sys.executable is this file.
 export PYTHONHOME="{system}/usr" PYTHONPATH="{site}${{PYTHONPATH:+:$PYTHONPATH}}" PYTHONDONTWRITEBYTECODE=1
 exec "{emulator}" -cpu {cpu} -L "{system}" -0 "$0" "{python}" "$@"
+"""
+X86_COMMAND = """#!/bin/sh
+# Python on an emulated {cpu}, written by tools/emulated_boards.py.
+export PYTHONPATH="{site}${{PYTHONPATH:+:$PYTHONPATH}}" PYTHONDONTWRITEBYTECODE=1
+exec "{emulator}" -cpu {cpu} "{python}" "$@"
 """
 
 
@@ -64,24 +74,26 @@ def fetch_system(folder: Path) -> None:
 
 
 def fetch_emulator(folder: Path) -> None:
-    """The emulator for arm64 alone, of the package for this machine's architecture."""
+    """The emulators of EMULATED alone, of the package for this machine's architecture."""
     run(["apt-get", "-o", "APT::Sandbox::User=", "download", "qemu-user-static"], folder)
     (package,) = folder.glob("qemu-user-static_*.deb")
     run(["dpkg-deb", "-x", package, folder / "unpacked"])
-    (folder / "unpacked" / "usr" / "bin" / "qemu-aarch64-static").replace(folder / "qemu-aarch64-static")
+    for machine in EMULATED:
+        name = f"qemu-{machine}-static"
+        (folder / "unpacked" / "usr" / "bin" / name).replace(folder / name)
     shutil.rmtree(folder / "unpacked")
     package.unlink()
 
 
 def prepare(cache: Path) -> Path:
     """The folder with the system and its emulator, fetched where it is not there yet."""
-    ready = cache / "boards"
+    ready = cache / "emulated-boards"
     if ready.is_dir():
         return ready
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise BoardError(f"found no {tool}: emulated boards need a Debian or Ubuntu machine")
-    fetching = cache / f"boards-{os.getpid()}"
+    fetching = cache / f"emulated-boards-{os.getpid()}"
     try:
         fetch_system(fetching)
         fetch_emulator(fetching)
@@ -111,17 +123,27 @@ def install(wheel: Path, version: str, site: Path) -> None:
     stamp.write_text(key)
 
 
+def write_command(cpu: str, text: str) -> Path:
+    command = BOARDS / cpu / "python"
+    command.parent.mkdir(parents=True, exist_ok=True)
+    command.write_text(text)
+    command.chmod(0o755)
+    return command
+
+
 def write_commands(ready: Path, site: Path) -> list[Path]:
     system = ready / "system"
-    commands = []
-    for cpu in CPUS:
-        command = BOARDS / cpu / "python"
-        command.parent.mkdir(parents=True, exist_ok=True)
-        emulator, python = ready / "qemu-aarch64-static", python_of(system)
-        command.write_text(COMMAND.format(cpu=cpu, system=system, site=site, emulator=emulator, python=python))
-        command.chmod(0o755)
-        commands.append(command)
-    return commands
+    parts = {"system": system, "site": site, "emulator": ready / "qemu-aarch64-static", "python": python_of(system)}
+    return [write_command(cpu, COMMAND.format(cpu=cpu, **parts)) for cpu in CPUS]
+
+
+def write_x86_commands(ready: Path, site: Path) -> list[Path]:
+    parts = {
+        "site": f"{site.resolve()}:{sysconfig.get_path('platlib')}",  # behind it what this environment holds
+        "emulator": ready / "qemu-x86_64-static",
+        "python": Path(sys.executable).resolve(),
+    }
+    return [write_command(cpu, X86_COMMAND.format(cpu=cpu, **parts)) for cpu in X86_CPUS]
 
 
 def main() -> int:
@@ -133,11 +155,16 @@ def main() -> int:
         metavar="WHEEL",
         help="without: prints the boards' Python, as 3.11",
     )
+    parser.add_argument("--x86", type=Path, metavar="SITE", help="where the package for x86-64 is installed")
     default = os.environ.get("FEDBPT_BUILD_CACHE") or Path.home() / ".cache" / "fedbpt" / "build"
     parser.add_argument("--cache", type=Path, default=Path(default), help="where emulator and system are kept")
     args = parser.parse_args()
     try:
         ready = prepare(args.cache.resolve())
+        if args.x86:
+            for command in write_x86_commands(ready, args.x86):
+                print(command)
+            return 0
         version = python_of(ready / "system").name.removeprefix("python")
         if not args.wheels:
             print(version)

@@ -33,7 +33,7 @@ def test_a_step_that_fails_leaves_no_half_made_boards(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wheels", [["a-cp310-cp310-x.whl"], ["a-cp311-cp311-x.whl", "b-cp311-cp311-x.whl"]])
 def test_a_wheel_for_another_python_or_two(tmp_path: Path, wheels: list[str]) -> None:
-    python = tmp_path / "boards" / "system" / "usr" / "bin" / "python3"
+    python = tmp_path / "emulated-boards" / "system" / "usr" / "bin" / "python3"
     python.parent.mkdir(parents=True)
     python.with_name("python3.11").touch()
     python.symlink_to("python3.11")
