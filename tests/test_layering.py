@@ -19,7 +19,20 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("batches", "losses", "projection", "population", "search", "readout", "prompt", "models", "tasks"),
     ("scorer", "native_scorer", "bench", "wire", "racing", "objective"),
     ("local", "aggregation"),
-    ("runs", "store", "reports", "agent", "clients", "fleet", "ledger", "estimate", "event_loop", "federation"),
+    (
+        "runs",
+        "store",
+        "reports",
+        "agent",
+        "clients",
+        "members",
+        "pace",
+        "fleet",
+        "ledger",
+        "estimate",
+        "event_loop",
+        "federation",
+    ),
     ("config", "api", "display", "dashboard", "__init__", "cli", "__main__"),
 )
 RANK = {part: (layer, place) for layer, parts in enumerate(LAYERS) for place, part in enumerate(parts)}

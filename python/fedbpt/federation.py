@@ -21,8 +21,9 @@ from fedbpt.aggregation.base import Aggregator
 from fedbpt.clients.base import DeviceClient
 from fedbpt.errors import ConfigError, FederationError, QuorumError, StoreError
 from fedbpt.event_loop import run_to_end
-from fedbpt.fleet import Fleet, Listener, common_model
+from fedbpt.fleet import Fleet, common_model
 from fedbpt.ledger import SELECTION, FederatedTask, RunLedger
+from fedbpt.members import Draft, Listener
 from fedbpt.messages import (
     Array,
     DeviceInfo,
@@ -32,6 +33,7 @@ from fedbpt.messages import (
     RoundProgress,
     RoundReport,
 )
+from fedbpt.pace import Pace
 from fedbpt.runs import (
     BASELINES,
     NO_SCORE,
@@ -51,6 +53,7 @@ from fedbpt.runs import (
     Score,
     TemplateSelected,
 )
+from fedbpt.seeding import generator
 from fedbpt.store import RunStore, Traffic
 
 log = logging.getLogger(__name__)
@@ -94,9 +97,10 @@ class Federation:
         self.task = task
         settings = self.settings = settings.for_labels(task.labels)
         self._clients = {client.name: client for client in clients}
-        self._needed = max(math.ceil(settings.quorum * len(clients)), aggregator.min_reports, 1)
-        if self._needed > len(clients):
-            raise ConfigError(f"{settings.method} needs reports of {self._needed} devices, the run has {len(clients)}")
+        self._min_reports = max(aggregator.min_reports, 1)
+        if self._min_reports > (a_round := min(len(clients), settings.per_round or len(clients))):
+            raise ConfigError(f"{settings.method} needs reports of {self._min_reports} devices, a round has {a_round}")
+        self._needed = self._quorum_of(len(clients))
         self._store = store
         self._emit = on_event
         self._ledger = RunLedger(store, run, task, settings, aggregator)
@@ -121,7 +125,7 @@ class Federation:
             self._emit(RunFinished(result=result))
             return result
         began = time.monotonic()
-        self._fleet = fleet = Fleet(self._clients, self._listener())
+        self._fleet = fleet = Fleet(self._clients, self._listener(), Pace(self.settings.stragglers))
         try:
             await self._connect(fleet)
             await self._select(fleet)
@@ -199,13 +203,31 @@ class Federation:
         while not self._ledger.fit(purpose).done:
             await self._round(fleet, self._ledger.closed + 1, purpose)
 
+    def _quorum_of(self, n_devices: int) -> int:
+        return max(math.ceil(self.settings.quorum * n_devices), self._min_reports)
+
+    def _draft(self, round: int, purpose: RoundPurpose) -> Draft | None:
+        """Whom a round of the search asks, where that is not everybody: drawn anew each round."""
+        wanted = self.settings.per_round
+        if purpose != "search" or not 0 < wanted < len(self._clients):
+            return None
+        order = generator(self.settings.seed, "draft", round).permutation(sorted(self._clients))
+        asked = math.ceil(wanted * (1 + self.settings.over_selection))
+        return Draft(tuple(order.tolist()), asked, wanted)
+
     async def _round(self, fleet: Fleet, round: int, purpose: RoundPurpose) -> None:
         began = time.monotonic()
         ledger = self._ledger
         work = ledger.work(round, purpose)
         work_digest = wire.digest(work)  # before the update: what the work is made of changes then
+        draft = self._draft(round, purpose)
         reports = await fleet.run_round(
-            round, lambda device: ledger.plan(round, device, work), self._needed, self.settings.deadline_s
+            round,
+            lambda device: ledger.plan(round, device, work),
+            self._needed if draft is None else self._quorum_of(draft.wanted),
+            self.settings.deadline_s,
+            purpose,
+            draft,
         )
         costs = self._costs(fleet)
         loss = ledger.commit(round, work_digest, reports, time.monotonic() - began, costs)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final
 
 from fedbpt.clients.base import DeviceClient
 from fedbpt.errors import (
@@ -23,7 +23,9 @@ from fedbpt.errors import (
     QuorumError,
     WireError,
 )
+from fedbpt.members import INVITATIONS, Draft, Listener, Member, OpenRound
 from fedbpt.messages import DeviceInfo, EvaluateReport, EvaluateRequest, RoundPlan, RoundProgress, RoundReport
+from fedbpt.pace import Pace
 from fedbpt.reports import check_evaluation, check_report
 
 log = logging.getLogger(__name__)
@@ -31,49 +33,18 @@ log = logging.getLogger(__name__)
 PROBE_S: Final = (0.25, 5.0)
 """First and longest pause between two looks for a lost device."""
 
-INVITATIONS: Final = 3
-"""How often a device may be given the same round: it may be restarted or drop out and come back."""
-
 CANCEL_S: Final = 3.0
 """How long devices may take to hear that the run stops."""
-
-
-class Member:
-    """One device of the run."""
-
-    def __init__(self, client: DeviceClient) -> None:
-        self.client = client
-        self.name = client.name
-        self.info: DeviceInfo | None = None
-        self.state: Literal["live", "lost", "late"] = "lost"
-        self.reason = "not asked yet"
-        self.peak_rss_bytes = 0
-        self.bytes_up_before = client.bytes_up
-        self.bytes_down_before = client.bytes_down
-        self.sent: set[tuple[str, int]] = set()
-
-    def heard(self, info: DeviceInfo) -> None:
-        self.info = info
-        self.peak_rss_bytes = max(self.peak_rss_bytes, info.peak_rss_bytes)
-
-
-class Listener(NamedTuple):
-    """Whom the fleet tells what happens. All are called on the event loop."""
-
-    lost: Callable[[str, int, str], None]
-    back: Callable[[str, int], None]
-    late: Callable[[RoundReport], None]
-    progress: Callable[[str, RoundProgress], None]
-    met: Callable[[str, DeviceInfo], None]
 
 
 class Fleet:
     """The members by name. Use within one event loop; `aclose` at the end."""
 
-    def __init__(self, clients: Mapping[str, DeviceClient], listener: Listener) -> None:
+    def __init__(self, clients: Mapping[str, DeviceClient], listener: Listener, pace: Pace | None = None) -> None:
         self.members = {name: Member(client) for name, client in clients.items()}
         self.round = 0
         self._listener = listener
+        self._pace = pace or Pace(stragglers=0)
         self._fingerprint = ""
         self._changed = asyncio.Event()
         self._background: set[asyncio.Task[None]] = set()
@@ -155,53 +126,78 @@ class Fleet:
     # --- a round -------------------------------------------------------------------------------------------------
 
     async def run_round(
-        self, round: int, plan_for: Callable[[str], RoundPlan], needed: int, deadline_s: float
+        self,
+        round: int,
+        plan_for: Callable[[str], RoundPlan],
+        needed: int,
+        deadline_s: float,
+        kind: str = "",
+        draft: Draft | None = None,
     ) -> list[RoundReport]:
-        """Reports of one round, sorted by device. Ends when every live device has answered, or at the deadline.
+        """Reports of one round, sorted by device. Ends when all that were asked have answered, or at the deadline.
+
+        Args:
+            round, plan_for: what each device is asked.
+            needed: so many reports at least.
+            deadline_s: longest that the round takes.
+            kind: of its work: a device that takes much longer than it usually does for this kind is late, once there
+                are ``needed`` reports.
+            draft: whom to ask, and how many reports end the round; None: all live devices.
 
         Raises:
             QuorumError: fewer than ``needed`` reports at the deadline; lost devices may come back until then.
         """
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + deadline_s
+        everybody = Draft(tuple(self.members), len(self.members), len(self.members))
+        current = OpenRound(round, kind, draft or everybody, needed, deadline_s, asyncio.get_running_loop().time())
         self.round = round
-        reports: dict[str, RoundReport] = {}
-        invited: dict[str, int] = dict.fromkeys(self.members, 0)
-        barred: set[str] = set()
-        working: dict[asyncio.Task[RoundReport], Member] = {}
         try:
             while True:
                 self._changed.clear()
                 self._check_background()
-                out = {*reports, *barred, *(member.name for member in working.values())}
-                for member in self.live:
-                    if member.name not in out and invited[member.name] < INVITATIONS:
-                        invited[member.name] += 1
-                        working[asyncio.create_task(self._work(member, plan_for(member.name)))] = member
-                if not working and len(reports) >= needed:
-                    break
-                if not working and not self._may_reach(needed, reports, barred, invited):
-                    break
-                left = deadline - loop.time()
+                self._invite(current, plan_for)
+                left = self._time_left(current)
                 if left <= 0:
                     break
-                await self._wait_any(working, left)
-                for task in [task for task in working if task.done()]:
-                    self._take(task, working.pop(task), reports, barred)
-            self._close_round(round, working, len(reports), needed, deadline_s)
+                await self._wait_any(current.working, left)
+                for task in [task for task in current.working if task.done()]:
+                    self._take(task, current)
+            self._close_round(current)
         except BaseException:
-            for task in working:
+            for task in current.working:
                 task.cancel()
-            await asyncio.gather(*working, return_exceptions=True)
+            await asyncio.gather(*current.working, return_exceptions=True)
             raise
-        return [reports[name] for name in sorted(reports)]
+        return [current.reports[name] for name in sorted(current.reports)]
 
-    def _may_reach(
-        self, needed: int, reports: Mapping[str, RoundReport], barred: set[str], invited: Mapping[str, int]
-    ) -> bool:
+    def _invite(self, current: OpenRound, plan_for: Callable[[str], RoundPlan]) -> None:
+        asked = {*current.reports, *(member.name for member in current.working.values())}
+        for name in current.draft.order:
+            member = self.members[name]
+            if (
+                member.state == "live"
+                and name not in asked
+                and current.may_ask(name)
+                and len(asked) < current.draft.asked
+            ):
+                asked.add(name)
+                current.invited[name] += 1
+                current.since[name] = asyncio.get_running_loop().time()
+                current.working[asyncio.create_task(self._work(member, plan_for(name)))] = member
+
+    def _time_left(self, current: OpenRound) -> float:
+        """How many seconds the round may still wait for a report; 0: it is over."""
+        working, enough = current.working.values(), len(current.reports) >= current.needed
+        if len(current.reports) >= current.draft.wanted or (not working and (enough or not self._may_reach(current))):
+            return 0.0
+        now, end = asyncio.get_running_loop().time(), current.began + current.deadline_s
+        if enough:  # nobody waits for stragglers
+            end = min(end, max(current.since[m.name] + self._pace.limit(m.name, current.kind) for m in working))
+        return end - now
+
+    def _may_reach(self, current: OpenRound) -> bool:
         """Whether waiting on can help: enough devices have reported or may still be asked."""
-        may = [n for n in self.members if n in reports or (n not in barred and invited[n] < INVITATIONS)]
-        return len(may) >= needed
+        may = [name for name in self.members if name in current.reports or current.may_ask(name)]
+        return len(may) >= current.needed
 
     async def _wait_any(self, working: Mapping[asyncio.Task[RoundReport], Member], timeout_s: float) -> None:
         changed = asyncio.ensure_future(self._changed.wait())
@@ -210,40 +206,49 @@ class Fleet:
         finally:
             changed.cancel()
 
-    def _take(
-        self, task: asyncio.Task[RoundReport], member: Member, reports: dict[str, RoundReport], barred: set[str]
-    ) -> None:
+    def _take(self, task: asyncio.Task[RoundReport], current: OpenRound) -> None:
         """Count a finished task's report, or lose its device; only one out of reach may try this round again."""
+        member = current.working.pop(task)
         try:
-            reports[member.name] = task.result()
+            report = current.reports[member.name] = task.result()
         except DeviceUnreachableError as error:
             self._lose(member, str(error))
         except (DeviceError, WireError) as error:
             busy = isinstance(error, DeviceRefusedError) and error.code == "busy"
             if not busy:
-                barred.add(member.name)
+                current.barred.add(member.name)
             self._lose(member, str(error), until_idle=busy)
         else:
-            member.peak_rss_bytes = max(member.peak_rss_bytes, reports[member.name].peak_rss_bytes)
+            member.peak_rss_bytes = max(member.peak_rss_bytes, report.peak_rss_bytes)
+            seconds = asyncio.get_running_loop().time() - current.since[member.name]
+            self._pace.took(member.name, current.kind, seconds)
 
-    def _close_round(
-        self,
-        round: int,
-        working: dict[asyncio.Task[RoundReport], Member],
-        reported: int,
-        needed: int,
-        deadline_s: float,
-    ) -> None:
-        for task, member in list(working.items()):
-            del working[task]
-            member.state, member.reason = "late", f"round {round} was not done after {deadline_s:g} s"
-            self._listener.lost(member.name, round, member.reason)
+    def _close_round(self, current: OpenRound) -> None:
+        reported, took = len(current.reports), asyncio.get_running_loop().time() - current.began
+        for task, member in list(current.working.items()):
+            del current.working[task]
+            if reported >= current.draft.wanted:  # asked for safety alone
+                task.cancel()
+                self._spawn(self._release(member))
+                continue
+            member.state = "late"
+            member.reason = f"round {current.number} was not done after {min(took, current.deadline_s):.3g} s"
+            self._listener.lost(member.name, current.number, member.reason)
             self._spawn(self._await_late(task, member))
-        if reported < needed:
+        if reported < current.needed:
             raise QuorumError(
-                f"round {round}: {reported} of {len(self.members)} devices reported (deadline {deadline_s:g} s),"
-                f" {needed} are needed{self.missing()}; start the same run again to resume it"
+                f"round {current.number}: {reported} of {len(self.members)} devices reported"
+                f" (deadline {current.deadline_s:g} s), {current.needed} are needed{self.missing()};"
+                " start the same run again to resume it"
             )
+
+    async def _release(self, member: Member) -> None:
+        """Tell a device that its round is over. It hears so from its next plan, too."""
+        try:
+            for key in member.sent:
+                await member.client.cancel(*key)
+        except (DeviceError, WireError) as error:
+            log.info("%s could not be told that its round is over: %s", member.name, error)
 
     def missing(self) -> str:
         """`` (a: why; b: why)`` of the devices that do not count now, or nothing."""

@@ -21,7 +21,9 @@ from fedbpt.messages import (
     FitPurpose,
     FitResult,
     LocalResult,
+    LocalWork,
     PooledResult,
+    PooledWork,
     Readout,
     RoundPlan,
     RoundReport,
@@ -30,6 +32,7 @@ from fedbpt.messages import (
     Template,
     Work,
 )
+from fedbpt.pace import TextPace
 from fedbpt.runs import Lines, RoundPurpose, RunResult, RunSettings, lines
 from fedbpt.store import RunStore, StoredRound, Traffic
 
@@ -76,6 +79,7 @@ class RunLedger:
         self.reports: dict[str, int] = {}
         self.template_losses: tuple[float, ...] = ()
         self.label_weights: tuple[float, ...] = ()  # of a row's loss; empty: ones
+        self._pace = TextPace()
         self.traffic_before: dict[str, Traffic] = {}
         self._selected = 0
 
@@ -238,10 +242,17 @@ class RunLedger:
             prompt=self.settings.prompt,
             objective=self.settings.objective,
             work=work,
+            batch_size=self._batch_size(device, work),
             deadline_s=self.settings.deadline_s,
             label_bias=() if (bias := self._bias()) is None else tuple(bias.tolist()),
             label_weights=self.label_weights,
         )
+
+    def _batch_size(self, device: str, work: Work) -> int | None:
+        usual = self.settings.objective.batch_size
+        if not (self.settings.even_rounds and usual and isinstance(work, PooledWork | LocalWork)):
+            return None
+        return self._pace.batch_size(device, usual)
 
     def commit(
         self,
@@ -285,6 +296,8 @@ class RunLedger:
         else:
             self.aggregator.update(reports)
             self.searched += 1
+            for report in reports:
+                self._pace.took(report.device, report.seconds, report.n_texts)
             self.fits.pop("readout", None)
         self.closed = round
         for report in reports:

@@ -243,7 +243,7 @@ class Device:
         objective = self._train_objective(plan)
         latents = sample_population(work.state, work.popsize, plan.seed, work.generation)
         path = (plan.device, work.generation)
-        chosen = _batch(objective, _row_weights(objective, plan), plan.objective.batch_size, plan, path)
+        chosen = _batch(objective, _row_weights(objective, plan), plan.texts, plan, path)
         noise = generator(plan.seed, "perturb", *path)
         with counter.of(objective):
             losses = objective.losses(objective.embeds(latents), chosen, noise, progress, cancelled)
@@ -286,7 +286,7 @@ class Device:
         def losses(latents: NDArray[np.float64], iteration: int) -> NDArray[np.float64]:
             last = iteration == work.iterations
             path = (plan.device, plan.round, iteration)
-            size = 0 if last else plan.objective.batch_size
+            size = 0 if last else plan.texts
             chosen = _batch(objective, weights, size, plan, path)
             noise = generator(plan.seed, "perturb", *path)
             values = objective.losses(objective.embeds(latents), chosen, noise, None, cancelled)

@@ -234,8 +234,14 @@ class RoundPlan(Message, frozen=True):
     work: Work
     label_bias: tuple[float, ...] = ()  # added to the label words' logits, one per label; empty: zeros
     label_weights: tuple[PositiveFloat, ...] = ()  # of a row's loss, one per label; empty: ones
+    batch_size: NaturalInt | None = None  # of this device's mini-batches; None: the objective's
     deadline_s: PositiveFloat = 600.0
     protocol: Literal[1] = 1
+
+    @property
+    def texts(self) -> int:
+        """Texts of a mini-batch; 0: all."""
+        return self.objective.batch_size if self.batch_size is None else self.batch_size
 
 
 class RoundReport(Message, frozen=True):

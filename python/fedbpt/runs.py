@@ -62,6 +62,12 @@ class RunSettings(Message, frozen=True):
     seed: NaturalInt = 0
     quorum: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
     deadline_s: PositiveFloat = 600.0
+    stragglers: Annotated[float, msgspec.Meta(ge=0)] = (
+        4.0  # times its usual time that a device is waited for; 0: always
+    )
+    per_round: NaturalInt = 0  # reports that make a round of the search; 0: of all devices
+    over_selection: Annotated[float, msgspec.Meta(ge=0)] = 0.25  # share of those asked besides, for some are slow
+    even_rounds: bool = False  # slow devices score smaller mini-batches, so that all end a round together
     evaluate_every: NaturalInt = 0  # rounds between live evaluations on ``dev`` rows; 0: none
     patience: NaturalInt = 0  # so many of those without a lower loss end the search, and the best mean counts; 0: never
     restarts: NaturalInt = 0  # so often the search begins anew from the best mean instead
@@ -94,6 +100,7 @@ class RunSettings(Message, frozen=True):
         which it makes a part of the search."""
         fixed = msgspec.structs.replace(
             self, rounds=1, evaluations=0, tokens=0, seconds=0.0, quorum=1.0, deadline_s=1.0, dev_rows=0, test_rows=0,
+            stragglers=0.0, per_round=0, over_selection=0.0,
             evaluate_every=1 if self.restarts else 0, patience=self.patience if self.restarts else 0,
         )  # fmt: skip
         return wire.digest(fixed)

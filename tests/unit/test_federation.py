@@ -365,7 +365,7 @@ def test_names_that_clash_or_cannot_be_are_refused(tmp_path: Path) -> None:
 def test_a_method_that_needs_more_devices_than_there_are_is_refused(scene: Scene) -> None:
     search = Pooled(D)
     search.min_reports = 4
-    with pytest.raises(ConfigError, match="needs reports of 4 devices, the run has 3"):
+    with pytest.raises(ConfigError, match="needs reports of 4 devices, a round has 3"):
         Federation(list(scene.clients.values()), ToyTask(), settings(), search, scene.store, "r")
 
 

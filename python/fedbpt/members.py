@@ -1,0 +1,74 @@
+"""What a fleet knows of each of its devices, whom it tells, and whom it asks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final, Literal, NamedTuple
+
+from fedbpt.clients.base import DeviceClient
+from fedbpt.messages import DeviceInfo, RoundProgress, RoundReport
+
+
+class Member:
+    """One device of the run."""
+
+    def __init__(self, client: DeviceClient) -> None:
+        self.client = client
+        self.name = client.name
+        self.info: DeviceInfo | None = None
+        self.state: Literal["live", "lost", "late"] = "lost"
+        self.reason = "not asked yet"
+        self.peak_rss_bytes = 0
+        self.bytes_up_before = client.bytes_up
+        self.bytes_down_before = client.bytes_down
+        self.sent: set[tuple[str, int]] = set()
+
+    def heard(self, info: DeviceInfo) -> None:
+        self.info = info
+        self.peak_rss_bytes = max(self.peak_rss_bytes, info.peak_rss_bytes)
+
+
+class Listener(NamedTuple):
+    """Whom the fleet tells what happens. All are called on the event loop."""
+
+    lost: Callable[[str, int, str], None]
+    back: Callable[[str, int], None]
+    late: Callable[[RoundReport], None]
+    progress: Callable[[str, RoundProgress], None]
+    met: Callable[[str, DeviceInfo], None]
+
+
+class Draft(NamedTuple):
+    """Whom a round asks: the first ``asked`` live devices of ``order``; ``wanted`` reports end it."""
+
+    order: tuple[str, ...]
+    asked: int
+    wanted: int
+
+
+INVITATIONS: Final = 3
+"""How often a device may be given the same round: it may be restarted or drop out and come back."""
+
+
+@dataclass
+class OpenRound:
+    """Where a round stands while the fleet runs it."""
+
+    number: int
+    kind: str
+    draft: Draft
+    needed: int
+    deadline_s: float
+    began: float
+    reports: dict[str, RoundReport] = field(default_factory=dict)
+    invited: Counter[str] = field(default_factory=Counter)
+    barred: set[str] = field(default_factory=set)
+    working: dict[asyncio.Task[RoundReport], Member] = field(default_factory=dict)
+    since: dict[str, float] = field(default_factory=dict)
+
+    def may_ask(self, name: str) -> bool:
+        """Whether a device that is live may be asked, again or at all."""
+        return name not in self.barred and self.invited[name] < INVITATIONS
