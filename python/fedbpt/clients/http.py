@@ -33,10 +33,10 @@ from fedbpt.messages import (
 
 M = TypeVar("M", bound=Message)
 
-POLL_S: Final = 10.0
+POLL_S: Final = 5.0
 """How long the device may hold a poll open: also how often progress is heard of."""
 
-ANSWER_S: Final = 10.0
+ANSWER_S: Final = 5.0
 """How long the network and the device may take for anything beyond that."""
 
 RETRY_S: Final = 5.0

@@ -28,7 +28,7 @@ M = TypeVar("M", bound=Message)
 A = TypeVar("A")
 
 POLL_S = 0.5
-"""Between two looks at the progress, which cross no wire and count no bytes (over HTTP 0.1 KB every 10 s)."""
+"""Between two looks at the progress, which cross no wire and count no bytes (over HTTP 0.1 KB every 5 s)."""
 
 
 class InProcessClient:

@@ -1,0 +1,77 @@
+"""A coordinator in a process of its own, which can be told to die by SIGKILL at its n-th SQL statement.
+
+SQLite tells of each statement before it runs it: BEGIN, each INSERT and UPDATE, COMMIT. So between them these points
+are before and after every write and every commit that the coordinator makes, without a line of code in it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedbpt import wire
+from fedbpt.aggregation.pooled import Pooled
+from fedbpt.clients import HttpClient
+from fedbpt.federation import Federation
+from fedbpt.runs import RunResult
+from fedbpt.store import RunStore
+from tests.toy_scene import ToyTask, settings
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload([__name__])
+
+DIES = -signal.SIGKILL
+
+
+def run(path: Path, urls: Sequence[str], kill_at: int, count: Any, changes: dict[str, Any]) -> None:
+    """In the process. ``kill_at``: the statement that it does not live to see; 0: none. ``count``: of statements."""
+
+    def statement(_sql: str) -> None:
+        count.value += 1
+        if count.value == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    clients = [HttpClient(url, name=f"device-{number}", retry_s=8.0, answer_s=1.0) for number, url in enumerate(urls)]
+    chosen = settings(**{"rounds": 4, "deadline_s": 60.0, "quorum": 1.0, "stragglers": 0.0, **changes})
+    with RunStore(path) as store:
+        store._db.set_trace_callback(statement)
+        Federation(clients, ToyTask(), chosen, Pooled(4, popsize=6, seed=3), store, "r").run()
+
+
+class Coordinator:
+    """One sitting of the run that is kept at ``path``."""
+
+    def __init__(self, path: Path, urls: Sequence[str], kill_at: int = 0, **changes: Any) -> None:
+        self._count = _CONTEXT.Value("i", 0)
+        self.process = _CONTEXT.Process(target=run, args=(path, list(urls), kill_at, self._count, changes))
+        self.process.start()
+
+    def wait(self, timeout_s: float = 120.0) -> int:
+        """The exit code, below 0 where a signal ended it; killed after ``timeout_s``."""
+        self.process.join(timeout_s)
+        if self.process.is_alive():
+            self.kill()
+            raise AssertionError(f"the coordinator still ran after {timeout_s:g} s")
+        return int(self.process.exitcode or 0)
+
+    def kill(self) -> None:
+        if self.process.pid is not None:
+            os.kill(self.process.pid, signal.SIGKILL)
+        self.process.join()
+
+    @property
+    def statements(self) -> int:
+        return int(self._count.value)
+
+
+def digest(path: Path) -> str:
+    """The final digest of the finished run at ``path``."""
+    with RunStore(path) as store:
+        stored = store.get_run("r")
+    assert stored.status == "finished"
+    assert stored.result is not None
+    return wire.decode(stored.result, RunResult).digest
