@@ -51,7 +51,7 @@ def report_of(result: Result, evaluations: int) -> RoundReport:
         run="news",
         round=1,
         device="device-0",
-        plan_digest=64 * "0",
+        plan_digest=32 * "0",
         result=result,
         n_texts=8,
         evaluations=evaluations,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fedbpt.api import Budget, EvaluationResult, TuneResult, evaluate, tune
     from fedbpt.errors import FedbptError
     from fedbpt.messages import ObjectiveSpec, PromptSpec, Template
-    from fedbpt.native_scorer import NativeScorer, load_model
+    from fedbpt.native_scorer import Gpu, NativeScorer, gpus, load_model
     from fedbpt.prompt import Prompt
     from fedbpt.tasks import Task
 
@@ -29,7 +29,7 @@ _MODULES = {
     "api": ("Budget", "EvaluationResult", "TuneResult", "evaluate", "tune"),
     "errors": ("FedbptError",),
     "messages": ("ObjectiveSpec", "PromptSpec", "Template"),
-    "native_scorer": ("NativeScorer", "load_model"),
+    "native_scorer": ("Gpu", "NativeScorer", "gpus", "load_model"),
     "prompt": ("Prompt",),
     "tasks": ("Task",),
 }
@@ -39,6 +39,7 @@ __all__ = [
     "Budget",
     "EvaluationResult",
     "FedbptError",
+    "Gpu",
     "NativeScorer",
     "ObjectiveSpec",
     "Prompt",
@@ -48,6 +49,7 @@ __all__ = [
     "TuneResult",
     "errors",
     "evaluate",
+    "gpus",
     "load_model",
     "models",
     "tasks",

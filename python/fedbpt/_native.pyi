@@ -27,7 +27,7 @@ class Plan:
 class Engine:
     """A loaded model and its scorer. Thread-safe: calls that compute wait for each other."""
 
-    def __init__(self, path: str, n_threads: int, n_gpu_layers: int, kv_q8_0: bool) -> None:
+    def __init__(self, path: str, n_threads: int, n_gpu_layers: int, gpu: str, kv_q8_0: bool) -> None:
         """Load a GGUF file. Raises `ModelFileError`, `UnsupportedModelError` or `InputError`."""
 
     def tokenize(self, text: str, add_bos: bool | None = None) -> NDArray[np.int32]:
@@ -66,7 +66,7 @@ class Engine:
         """Standard deviation over the whole token embedding table."""
 
     def memory(self) -> dict[str, int]:
-        """Bytes: ``weights``, ``kv``, ``compute``."""
+        """Bytes: ``weights``, ``kv``, ``compute``; ``gpu``: what of these lies in a GPU's own memory."""
 
     @property
     def n_embd(self) -> int: ...
@@ -81,8 +81,8 @@ class Engine:
     @property
     def description(self) -> str: ...
 
-def supports_gpu_offload() -> bool:
-    """Whether this build has a GPU backend."""
+def gpus() -> list[tuple[str, str, int, int]]:
+    """(name, description, bytes of memory, bytes of it that are free) of the GPUs that this build can use."""
 
 def requantize_formats() -> list[str]:
     """The formats that `requantize` knows, smallest first."""

@@ -176,6 +176,7 @@ def tune(
     patience: int = 0,
     restarts: int = 0,
     balanced: bool = False,
+    ensemble: int = 2,
     on_event: Callable[[Event], None] = lambda _event: None,
 ) -> TuneResult:
     """Tune a soft prompt for ``task`` on this machine.
@@ -183,7 +184,7 @@ def tune(
     Args:
         scorer: the model, from `load_model`.
         task: from `fedbpt.tasks.load`; the training rows select one of its templates.
-        train: rows to tune on: (text, label index) pairs, a `datasets.Dataset` or a file.
+        train: rows to tune on: (text, label index or target text) pairs, a `datasets.Dataset` or a file.
         dev: rows to watch the accuracy on; with ``patience`` they choose, too.
         budget: when to stop.
         seed: of everything random; the run's prompt seed unless ``prompt`` sets its own.
@@ -194,6 +195,7 @@ def tune(
         patience: so many of those without a lower loss end the search, and the best mean counts; 0: never.
         restarts: so often the search begins anew from the best mean when patience runs out, instead of ending.
         balanced: weigh the rows' losses so that every label counts alike, however many rows it has.
+        ensemble: so many of the task's templates does the readout average over; 1: the selected one alone.
         on_event: called for each `fedbpt.runs` event.
 
     Raises:
@@ -213,13 +215,17 @@ def tune(
         patience=patience,
         restarts=restarts,
         balanced=balanced,
+        ensemble=ensemble,
     )
     watch = _Curves(on_event)
-    device = Device(DEVICE, scorer, to_rows(train, task), dev_rows)
+    result = _run_alone(Device(DEVICE, scorer, to_rows(train, task), dev_rows), task, settings, watch)
+    return TuneResult(make_prompt(scorer, task, result), result, tuple(watch.losses), tuple(watch.dev))
+
+
+def _run_alone(device: Device, task: Task, settings: RunSettings, watch: _Curves) -> RunResult:
     with tempfile.TemporaryDirectory(prefix="fedbpt-") as folder, RunStore(Path(folder) / "runs.db") as store:
         clients = [InProcessClient(device)]
-        result = Federation(clients, task, settings, aggregator_for(settings), store, "tune", watch).run()
-    return TuneResult(make_prompt(scorer, task, result), result, tuple(watch.losses), tuple(watch.dev))
+        return Federation(clients, task, settings, aggregator_for(settings), store, "tune", watch).run()
 
 
 def aggregator_for(settings: RunSettings) -> Aggregator:

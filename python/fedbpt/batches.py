@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.errors import DataError
 
-Row = tuple[str, int | str]
+Row: TypeAlias = tuple[str, int | str]
 """(text, label index), or (text, target text) where a task has no labels."""
 
 

@@ -179,7 +179,7 @@ class Federation:
         self._emit(
             TemplateSelected(template=ledger.template, index=ledger.template_index, losses=ledger.template_losses)
         )
-        if self.settings.evaluate_every and "dev_accuracy" not in ledger.metrics(SELECTION):
+        if self.settings.evaluate_every and "dev_loss" not in ledger.metrics(SELECTION):
             await self._evaluate_live(fleet, SELECTION)
 
     async def _tune(self, fleet: Fleet) -> None:
@@ -238,7 +238,8 @@ class Federation:
         if not reports:
             return
         score = sum((Score.of(report, 0) for report in reports.values()), NO_SCORE)
-        figures = {"dev_accuracy": score.accuracy, "dev_loss": score.loss, "dev_n": float(score.n)}
+        figure = "accuracy" if self.task.labels else "perplexity"
+        figures = {f"dev_{figure}": getattr(score, figure), "dev_loss": score.loss, "dev_n": float(score.n)}
         self._store.record_metrics(self.run_name, round, figures)
         ledger.judge(score.loss)
         self._emit(Evaluated(round=round, score=score, devices=tuple(reports)))
@@ -307,8 +308,9 @@ class Federation:
             others=self._ledger.others if "readout" in self._ledger.fits else (),
             devices=devices,
         )
-        figures = {"test_accuracy_zero_shot": result.zero_shot.accuracy, "test_accuracy": result.tuned.accuracy}
         if result.tuned.n:
+            figure, (before, after) = "perplexity" if result.generates else "accuracy", (result.zero_shot, result.tuned)
+            figures = {f"test_{figure}_zero_shot": getattr(before, figure), f"test_{figure}": getattr(after, figure)}
             self._store.record_metrics(self.run_name, self._ledger.closed, figures)
         self._store.set_status(self.run_name, "finished", wire.encode(result), costs)
         return result

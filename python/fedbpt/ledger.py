@@ -310,7 +310,7 @@ class RunLedger:
             prompt=self.settings.prompt,
             objective=self.settings.objective,
             latents=Array.of(latents),
-            others=self.others if "readout" in self.fits else (),
+            others=self.others if any(readout and readout.others for readout in what.get("readouts", ())) else (),
             **what,
         )
 

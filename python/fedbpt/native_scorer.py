@@ -7,7 +7,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -38,6 +38,7 @@ def load_model(
     n_threads: int | None = None,
     n_gpu_layers: int = 0,
     *,
+    gpu: str | None = None,
     kv_budget_bytes: int = DEFAULT_KV_BUDGET_BYTES,
     kv_type: KVType = "f16",
     late: bool = False,
@@ -48,6 +49,7 @@ def load_model(
         name_or_path: a name from the catalogue (``fedbpt models list``) that has been pulled, or a GGUF file.
         n_threads: threads that compute; None: the physical cores that this process may use.
         n_gpu_layers: layers to put on the GPU, for builds with a GPU backend; -1: all.
+        gpu: the name of one of `gpus`; None: all that there are.
         kv_budget_bytes: how much of its texts' KV a plan (`NativeScorer.compile`) may keep.
         kv_type: ``q8_0`` keeps twice as many texts in the same memory; logits move by rounding (docs/engine.md).
         late: load the weights at the first use. A file that cannot be loaded is told then, not here.
@@ -56,11 +58,25 @@ def load_model(
         ModelNotFoundError: no such name, not pulled yet, or no such file.
         ModelFileError: not a GGUF file, cut short or corrupt.
         UnsupportedModelError: an architecture that soft prompts do not work with.
-        InputError: no or too many threads, GPU layers for a build without a GPU backend, a ``kv_type`` that the
+        InputError: no or too many threads, GPU layers where there is no (such) GPU, a ``kv_type`` that the
             model's attention heads do not divide into.
     """
     path = models.locate(Path(name_or_path) if isinstance(name_or_path, os.PathLike) else name_or_path)
-    return NativeScorer(path, str(name_or_path), n_threads, n_gpu_layers, kv_budget_bytes, kv_type, late)
+    return NativeScorer(path, str(name_or_path), n_threads, n_gpu_layers, gpu, kv_budget_bytes, kv_type, late)
+
+
+class Gpu(NamedTuple):
+    """One that this build of fedbpt can use."""
+
+    name: str
+    description: str
+    memory_bytes: int
+    free_bytes: int
+
+
+def gpus() -> tuple[Gpu, ...]:
+    """The GPUs of this machine, where fedbpt is built with a backend for them (docs/backends.md)."""
+    return tuple(Gpu(*found) for found in _native.gpus())
 
 
 class NativeScorer:
@@ -72,6 +88,7 @@ class NativeScorer:
         name: str | None = None,
         n_threads: int | None = None,
         n_gpu_layers: int = 0,
+        gpu: str | None = None,
         kv_budget_bytes: int = DEFAULT_KV_BUDGET_BYTES,
         kv_type: KVType = "f16",
         late: bool = False,
@@ -84,9 +101,9 @@ class NativeScorer:
         self.name = Path(name).stem if name and name.endswith(".gguf") else name or path.stem
         self.kv_budget_bytes = kv_budget_bytes
         self._given = name or str(path)
-        self._n_gpu_layers = n_gpu_layers
+        self._n_gpu_layers, self._gpu = n_gpu_layers, gpu
         threads = physical_cores() if n_threads is None else n_threads
-        self._load = partial(_native.Engine, str(path), threads, n_gpu_layers, kv_type == "q8_0")
+        self._load = partial(_native.Engine, str(path), threads, n_gpu_layers, gpu or "", kv_type == "q8_0")
         self._loading = threading.Lock()
         self._loaded = None if late else self._load()
         self._embedding_std: float | None = None
@@ -125,7 +142,10 @@ class NativeScorer:
 
     @property
     def backend(self) -> str:
-        return f"gpu ({self._n_gpu_layers} layers)" if self._n_gpu_layers else "cpu"
+        if not self._n_gpu_layers:
+            return "cpu"
+        layers = "all" if self._n_gpu_layers < 0 else self._n_gpu_layers
+        return f"{self._gpu or 'gpu'} ({layers} layers)"
 
     @property
     def fingerprint(self) -> str:

@@ -277,8 +277,8 @@ class Objective:
         others: tuple[Template, ...] = (),
     ) -> Prompt:
         """The artefact of one latent [d], with this objective's ``readout`` and the ``others`` that are in it."""
-        weights, *others_weights = self._blocks(self.readout)
-        used = bool(others) or weights[1:].any()
+        n_words = 0 if self.readout is None else self.readout.weights.shape[0] - 1
+        weights = self._blocks(self.readout)[:, : 1 + n_words]  # without words that it does not use
         return Prompt(
             rows=self.embeds(np.asarray(latent, dtype=np.float64)[None])[0],
             spec=self.prompt,
@@ -289,11 +289,11 @@ class Objective:
             model_name=self.scorer.name,
             architecture=self.scorer.architecture,
             history=history,
-            label_bias=weights[0],
-            word_ids=self.word_ids if used else None,
-            word_weights=weights[1:] if used else None,
+            label_bias=weights[0, 0],
+            word_ids=self.word_ids[:n_words],
+            word_weights=weights[0, 1:],
             others=others,
-            other_weights=np.stack(others_weights) if others else None,
+            other_weights=weights[1:],
         )
 
     def _indices(self, indices: ArrayLike | None) -> NDArray[np.intp]:

@@ -62,12 +62,12 @@ def decode_json(body: bytes, kind: type[M], limit: int = MAX_BODY_BYTES) -> M:
 
 
 def digest(message: Message) -> str:
-    """sha256 (hex) of the message as a receiver would encode it again.
+    """The first 128 bits (hex) of the message's sha256, as a receiver would encode it again.
 
     The round trip makes it the same on both sides even where the sender wrote an int into a float field.
     """
     received = _msgpack_decoder(type(message)).decode(encode(message))
-    return hashlib.sha256(encode(received)).hexdigest()
+    return hashlib.sha256(encode(received)).hexdigest()[:32]
 
 
 def check(message: Message) -> None:

@@ -10,12 +10,29 @@
 
 #include <mutex>
 
+#include "errors.h"
 #include "llama.h"
 #include "log.h"
 
 namespace fedbpt {
 
 namespace {
+
+bool is_gpu(ggml_backend_dev_t device) {
+    const auto type = ggml_backend_dev_type(device);
+    return type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU;
+}
+
+std::vector<ggml_backend_dev_t> gpu_devices() {
+    std::vector<ggml_backend_dev_t> found;
+    for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
+        ggml_backend_dev_t device = ggml_backend_dev_get(i);
+        if (is_gpu(device)) {
+            found.push_back(device);
+        }
+    }
+    return found;
+}
 
 #ifdef GGML_BACKEND_DL
 void load_libraries() {
@@ -45,6 +62,36 @@ void start_backends() {
 
 ggml_backend_dev_t cpu_device() {
     return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+}
+
+std::vector<Gpu> gpus() {
+    start_backends();
+    std::vector<Gpu> found;
+    for (ggml_backend_dev_t device : gpu_devices()) {
+        size_t free = 0, total = 0;
+        ggml_backend_dev_memory(device, &free, &total);
+        found.push_back({ ggml_backend_dev_name(device), ggml_backend_dev_description(device), total, free });
+    }
+    return found;
+}
+
+bool is_on_gpu(ggml_backend_buffer_type_t type) {
+    ggml_backend_dev_t device = ggml_backend_buft_get_device(type);
+    return device != nullptr && is_gpu(device) && !ggml_backend_buft_is_host(type);
+}
+
+std::vector<ggml_backend_dev_t> only_gpu(const std::string & name) {
+    std::string others;
+    for (ggml_backend_dev_t device : gpu_devices()) {
+        if (name == ggml_backend_dev_name(device)) {
+            return { device, nullptr };
+        }
+        others += (others.empty() ? "" : ", ") + std::string(ggml_backend_dev_name(device));
+    }
+    if (!name.empty()) {
+        throw InputError("there is no GPU '" + name + "' here, choose one of: " + others);
+    }
+    return { nullptr };
 }
 
 }  // namespace fedbpt

@@ -3,6 +3,10 @@
 // ggml's backends. A wheel for many CPUs has the CPU's code several times, each a library that is loaded at run time
 // (GGML_BACKEND_DL): whatever the CPU backend implements is asked of its registry, and never linked.
 
+#include <cstdint>
+#include <string>
+#include <vector>
+
 #include "ggml-backend.h"
 
 namespace fedbpt {
@@ -12,6 +16,19 @@ namespace fedbpt {
 void start_backends();
 
 ggml_backend_dev_t cpu_device();
+
+struct Gpu {
+    std::string name, description;
+    uint64_t    memory_bytes, free_bytes;
+};
+
+// Those that this build and machine have.
+std::vector<Gpu> gpus();
+
+bool is_on_gpu(ggml_backend_buffer_type_t type);
+
+// What llama_model_params.devices takes: the GPU of that name, or no GPU at all where it is empty. Throws InputError.
+std::vector<ggml_backend_dev_t> only_gpu(const std::string & name);
 
 // A function of the CPU backend, as in cpu_function<decltype(ggml_threadpool_new)>("ggml_threadpool_new"). After start_backends.
 template <typename Function>

@@ -4,6 +4,7 @@
 
 #include <optional>
 
+#include "backends.h"
 #include "errors.h"
 #include "model.h"
 #include "scorer.h"
@@ -21,8 +22,8 @@ using FloatArray = py::array_t<float, py::array::c_style>;
 // Model + scorer, so that Python holds one object.
 class Engine {
 public:
-    Engine(const std::string & path, int32_t n_threads, int32_t n_gpu_layers, bool kv_q8_0)
-        : model(Model::load(path, n_gpu_layers)), scorer(model, n_threads, kv_q8_0 ? GGML_TYPE_Q8_0 : GGML_TYPE_F16) {}
+    Engine(const std::string & path, int32_t n_threads, int32_t n_gpu_layers, const std::string & gpu, bool kv_q8_0)
+        : model(Model::load(path, n_gpu_layers, gpu)), scorer(model, n_threads, kv_q8_0 ? GGML_TYPE_Q8_0 : GGML_TYPE_F16) {}
 
     const std::shared_ptr<const Model> model;
     Scorer                             scorer;
@@ -95,6 +96,7 @@ py::dict memory(const Engine & engine) {
     parts["weights"] = use.weights;
     parts["kv"]      = use.kv;
     parts["compute"] = use.compute;
+    parts["gpu"]     = use.gpu;
     return parts;
 }
 
@@ -108,7 +110,7 @@ void register_scorer(py::module_ & module) {
         .def_property_readonly("n_kept", &Plan::n_kept);
 
     py::class_<Engine, py::smart_holder>(module, "Engine", "A loaded model and its scorer. Thread-safe: calls that compute wait for each other.")
-        .def(py::init<const std::string &, int32_t, int32_t, bool>(), py::arg("path"), py::arg("n_threads"), py::arg("n_gpu_layers"), py::arg("kv_q8_0"), py::call_guard<py::gil_scoped_release>())
+        .def(py::init<const std::string &, int32_t, int32_t, const std::string &, bool>(), py::arg("path"), py::arg("n_threads"), py::arg("n_gpu_layers"), py::arg("gpu"), py::arg("kv_q8_0"), py::call_guard<py::gil_scoped_release>())
         .def("tokenize", &tokenize, py::arg("text"), py::arg("add_bos") = py::none(), "int32 [n]")
         .def("token_embeddings", &token_embeddings, py::arg("ids").noconvert(), "float32 [n, n_embd]")
         .def("plan", &make_plan, py::arg("texts").noconvert(), py::arg("label_ids").noconvert(), py::arg("cue"), py::arg("prefix").noconvert(), py::arg("continuations").noconvert(), py::arg("kv_budget_bytes"),
@@ -125,7 +127,13 @@ void register_scorer(py::module_ & module) {
         .def_property_readonly("architecture", [](const Engine & engine) { return engine.model->architecture(); })
         .def_property_readonly("description", [](const Engine & engine) { return engine.model->description(); });
 
-    module.def("supports_gpu_offload", [] { return llama_supports_gpu_offload(); });
+    module.def("gpus", [] {
+        std::vector<std::tuple<std::string, std::string, uint64_t, uint64_t>> found;
+        for (const Gpu & gpu : gpus()) {
+            found.emplace_back(gpu.name, gpu.description, gpu.memory_bytes, gpu.free_bytes);
+        }
+        return found;
+    }, "(name, description, bytes of memory, of which free)");
 }
 
 }  // namespace fedbpt

@@ -109,11 +109,14 @@ Model::Model(ModelPtr model, std::string path, std::string architecture)
       n_vocab_(llama_vocab_n_tokens(vocab_)),
       n_ctx_train_(llama_model_n_ctx_train(model_.get())) {}
 
-std::shared_ptr<const Model> Model::load(const std::string & path, int32_t n_gpu_layers) {
+std::shared_ptr<const Model> Model::load(const std::string & path, int32_t n_gpu_layers, const std::string & gpu) {
     start_backends();
 
-    if (n_gpu_layers > 0 && !llama_supports_gpu_offload()) {
-        throw InputError("n_gpu_layers = " + std::to_string(n_gpu_layers) + ", but this build of fedbpt has no GPU backend: leave it 0, or build with -C cmake.define.GGML_CUDA=ON or GGML_VULKAN=ON");
+    if (n_gpu_layers != 0 && gpus().empty()) {
+        throw InputError("n_gpu_layers = " + std::to_string(n_gpu_layers) + ", but this build of fedbpt finds no GPU: leave it 0, or build with -C cmake.define.GGML_CUDA=ON or GGML_VULKAN=ON");
+    }
+    if (n_gpu_layers == 0 && !gpu.empty()) {
+        throw InputError("gpu = '" + gpu + "' with n_gpu_layers = 0 leaves everything on the CPU: give n_gpu_layers too, -1 for all");
     }
 
     take_last_error();
@@ -124,6 +127,9 @@ std::shared_ptr<const Model> Model::load(const std::string & path, int32_t n_gpu
 
     llama_model_params params = llama_model_default_params();
     params.n_gpu_layers = n_gpu_layers;
+    // without layers of its own, too, a GPU would be lent the larger products
+    std::vector<ggml_backend_dev_t> devices = only_gpu(gpu);
+    params.devices = n_gpu_layers != 0 && gpu.empty() ? nullptr : devices.data();
 
     PageRelease release { path };
     params.progress_callback           = PageRelease::on_progress;

@@ -16,8 +16,9 @@ std::string read_architecture(const std::string & path);
 // A frozen model: weights, vocabulary, token embeddings. Immutable after load, so safe to share between threads.
 class Model {
 public:
-    // Throws ModelFileError, UnsupportedModelError, InputError (GPU layers asked of a build without a GPU backend).
-    static std::shared_ptr<const Model> load(const std::string & path, int32_t n_gpu_layers);
+    // Throws ModelFileError, UnsupportedModelError, InputError (GPU layers where there is no GPU, or not the one named).
+    // gpu: the name of one; empty: all that there are, with n_gpu_layers 0 none.
+    static std::shared_ptr<const Model> load(const std::string & path, int32_t n_gpu_layers, const std::string & gpu = "");
 
     // add_bos: -1 as the model was trained, 0 no, 1 yes. Special tokens in the text are plain text.
     std::vector<llama_token> tokenize(const std::string & text, int add_bos) const;

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <string>
 
+#include "backends.h"
 #include "errors.h"
 #include "llama-ext.h"
 #include "llama-soft-prompt.h"
@@ -320,6 +321,7 @@ MemoryUse Scorer::memory() const {
         for (const auto & [type, data] : llama_get_memory_breakdown(ctx_.get())) {
             use.kv += data.context;
             use.compute += data.compute;
+            use.gpu += is_on_gpu(type) ? data.total() : 0;
         }
     }
     return use;

@@ -17,6 +17,7 @@ namespace fedbpt {
 
 struct MemoryUse {
     uint64_t weights = 0, kv = 0, compute = 0;  // bytes
+    uint64_t gpu     = 0;                          // what of these lies in a GPU's own memory
 };
 
 // Scores texts under soft prompts. One call at a time: a second thread's waits.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 
 import pytest
 from rich.console import Console
@@ -119,3 +120,15 @@ def test_a_run_that_was_finished_before_says_so(monkeypatch: pytest.MonkeyPatch)
 def test_a_hidden_display_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     lost = DeviceLost(device="c", round=5, reason="gone")
     assert shown(monkeypatch, started(), lost, closed(1), visible=False) == ""
+
+
+def test_of_target_texts_the_line_shows_the_perplexity(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = Template(pattern="{text}\nReply:", label_words=())
+    before, after = (Score(n=4, correct=0, loss_sum=4 * math.log(value)) for value in (80.0, 65.6))
+    text = shown(
+        monkeypatch, started(), TemplateSelected(template=template, index=0, losses=()),
+        Evaluated(round=0, score=before, devices=("a",)), Evaluated(round=5, score=after, devices=("a",)), closed(5),
+    )  # fmt: skip
+    assert "ppl 65.60 (zero-shot 80.00)" in text
+    assert "acc" not in text
+    assert " with " not in text

@@ -143,7 +143,9 @@ def each_and_average(prompt: Prompt, held_out: list[Row]) -> tuple[list[float], 
     scorer, spec = ToyScorer(), ObjectiveSpec(readout_words=0)
     place = msgspec.structs.replace(prompt.spec, d=1)
     losses = []
-    for template, v in zip((prompt.template, *prompt.others), blocks(prompt.readout, N_WORDS, 2), strict=True):
+    for template, v in zip(
+        (prompt.template, *prompt.others), blocks(prompt.readout, len(prompt.word_ids), 2), strict=True
+    ):
         objective = Objective(scorer, template, prompt.labels, held_out, spec, place, words=prompt.word_ids)
         embeds = prompt.rows[None] if template == prompt.template else objective.zero_shot_embeds()
         logits = read(objective.logits(embeds, np.arange(len(held_out))), v)
@@ -288,11 +290,10 @@ def test_the_prompt_of_a_run_scores_exactly_as_the_run_says(
     result = scene.run(prompt=PromptSpec(d=D, alpha=2.0, seed=3, placement=placement))
     prompt = make_prompt(ToyScorer(), THREE, result)
     assert prompt.others == result.others
-    assert prompt.other_weights.shape == (2, 1 + N_WORDS, 2)
+    assert prompt.other_weights.shape == (2, 1 + PER_TEMPLATE, 2)  # no words that the readout does not use
     assert result.readout is not None
     for v, fitted in zip(prompt.other_weights, result.readout.others, strict=True):
-        np.testing.assert_array_equal(v[: 1 + PER_TEMPLATE], fitted.numpy())
-    assert not prompt.other_weights[:, 1 + PER_TEMPLATE :].any()
+        np.testing.assert_array_equal(v, fitted.numpy())
     loaded = Prompt.load(prompt.save(tmp_path / "p.safetensors"))
     assert loaded == prompt
     assert_scores_as_the_run(prompt, result)

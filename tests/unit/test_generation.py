@@ -113,7 +113,7 @@ def test_the_result_speaks_of_perplexity(tuned: TuneResult, monkeypatch: pytest.
     assert "accuracy" not in stream.getvalue()
 
 
-def test_the_live_line_and_the_command_speak_of_perplexity(
+def test_the_command_speaks_of_perplexity(
     tuned: TuneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "manner.toml").write_text(TASK_FILE)

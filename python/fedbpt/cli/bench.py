@@ -14,7 +14,7 @@ from fedbpt import models, tasks
 from fedbpt.bench import Measurement, Rate, ThreadRate, best_threads, measure, measure_threads
 from fedbpt.cli.hint import print_hint
 from fedbpt.cli.models import progress_bar
-from fedbpt.cli.options import AsJson, GpuLayers, Quiet, Threads
+from fedbpt.cli.options import AsJson, GpuLayers, GpuName, Quiet, Threads
 from fedbpt.comparison import compare, read_measurement
 from fedbpt.display import human_bytes
 from fedbpt.estimate import project
@@ -33,6 +33,7 @@ def bench(
     ] = None,
     threads: Threads = None,
     gpu_layers: GpuLayers = 0,
+    gpu: GpuName = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -59,7 +60,7 @@ def bench(
         if threads is None and not quick and not gpu_layers:
             by_threads = measure_threads(lambda n_threads: load_model(model, n_threads=n_threads), on_part=say)
             threads = best_threads(by_threads)
-        scorer = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers)
+        scorer = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers, gpu=gpu)
         found = measure(scorer, quick=quick, threads=by_threads, on_part=say)
     found = msgspec.structs.replace(found, projection=project(found, tasks.load("ag-news")))
     if as_json:

