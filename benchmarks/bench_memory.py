@@ -8,6 +8,8 @@ PyTorch        one candidate's evaluation of the 64 texts in front placement
 PEFT           a step of prompt tuning by back-propagation on the 64 texts, float32, 50 virtual tokens, gradients
                accumulated over mini-batches of 8
 
+First what a device holds while it waits for work, before its model, beside one that imports everything at its start.
+
 PyTorch and PEFT load safetensors that are written from the GGUF first. Then Llama-2-7B's shape in Q2_K, on a GGUF with
 random weights (speed and memory do not depend on their values): about 3 GB in --dir, and minutes; --no-llama-7b
 leaves it out.
@@ -76,6 +78,17 @@ def show_ours(name: str, result: Result, say: Say) -> None:
             f"{part.removeprefix('resident_')} {megabytes(result[part]).strip()}" for part in names if part in result
         ]
         say(f"{'':21}{kind}: {', '.join(known)}")
+
+
+def bench_idle(name: str, say: Say) -> dict[str, Result]:
+    """What a device holds before its model; its peer imports at the start all that any command may need."""
+    say(f"a device that waits for work, before it loads {name}")
+    results = {}
+    for title, eager in (("fedbpt device", False), ("eager imports", True)):
+        results[title] = result = run(memory_step.idle_device, model=name, eager=eager)
+        with_what = f"   with {', '.join(result['imported'])}" if eager else ""
+        say(f"  {title:18} {megabytes(result['rss'])}{with_what}")
+    return results
 
 
 def bench_model(name: str, args: argparse.Namespace, folder: Path, say: Say) -> dict[str, Result]:
@@ -166,6 +179,8 @@ def main() -> int:
             except ModelNotFoundError as error:
                 say(f"skipped {name}: {error}")
                 continue
+            if "idle device" not in results:
+                results["idle device"] = bench_idle(name, say)
             results[name] = bench_model(name, args, Path(temporary), say)
         if args.llama_7b:
             results["llama-2-7b shape, random weights"] = bench_llama_7b(args, args.dir or Path(temporary), say)

@@ -5,6 +5,7 @@ Imports are inside the functions: one variant's packages must not count as anoth
 
 from __future__ import annotations
 
+import importlib
 import json
 import resource
 import sys
@@ -24,6 +25,8 @@ UNAVAILABLE = 3
 """Exit code where a peer is not installed; the output is the reason."""
 POPSIZE = 16
 MINI_BATCH = 8
+EAGER = ("fedbpt.api", "fedbpt.federation", "fedbpt.cli.tune", "fedbpt.cli.demo", "cma", "httpx", "matplotlib.pyplot",
+         "huggingface_hub", "datasets")  # fmt: skip
 RESIDENT = {"resident_own": "RssAnon", "resident_files": "RssFile"}
 N_PROMPT: dict[Placement, int] = {"front": 50, "cue": 1}
 
@@ -65,6 +68,30 @@ def fedbpt_step(model: str, threads: int | None, texts: int, placement: Placemen
         **_resident(),
         "finite": bool(np.isfinite(logits).all()),
     }
+
+
+def idle_device(model: str, eager: bool) -> dict[str, Any]:
+    """What `fedbpt device --load-late` holds while it waits for work. ``eager``: with all that fedbpt may import."""
+    imported = [name for name in EAGER if eager and _can_import(name)]
+
+    from fedbpt.agent import AgentService
+    from fedbpt.agent.server import AgentServer
+    from fedbpt.cli import device as _command  # noqa: F401 - what the command line adds
+    from fedbpt.local import Device
+    from fedbpt.memory import memory_of_process
+    from fedbpt.native_scorer import load_model
+
+    device = Device("idle", load_model(model, late=True), [("a text", 0)])
+    with AgentServer(AgentService(device)):
+        return {"rss": memory_of_process()["rss"], "imported": imported}
+
+
+def _can_import(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except ImportError:  # an extra that is not installed
+        return False
+    return True
 
 
 def _resident() -> dict[str, int]:
@@ -136,7 +163,7 @@ def _texts(folder: str) -> tuple[list[NDArray[np.int32]], dict[str, Any]]:
     return np.split(inputs["ids"], inputs["ends"][:-1]), inputs
 
 
-VARIANTS = (fedbpt_step, write_checkpoints, pytorch_evaluation, peft_step, write_random_llama)
+VARIANTS = (fedbpt_step, idle_device, write_checkpoints, pytorch_evaluation, peft_step, write_random_llama)
 
 
 def main() -> int:

@@ -15,9 +15,9 @@ NATIVE = ROOT / "src" / "fedbpt_native"
 
 # A part (a module or a folder of fedbpt) imports parts of lower layers, and of its own layer those further left.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "messages", "seeding", "memory", "energy", "machine", "packages"),
+    ("errors", "version", "messages", "seeding", "memory", "energy", "machine", "pauses", "autostart", "packages"),
     ("batches", "losses", "projection", "population", "search", "readout", "prompt", "models", "tasks"),
-    ("scorer", "native_scorer", "bench", "wire", "racing", "objective"),
+    ("scorer", "native_scorer", "bench", "comparison", "wire", "racing", "objective"),
     ("local", "aggregation"),
     (
         "runs",

@@ -9,20 +9,31 @@
 
 from __future__ import annotations
 
-from importlib import metadata
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from fedbpt import errors, models, tasks
-from fedbpt.api import Budget, EvaluationResult, TuneResult, evaluate, tune
-from fedbpt.errors import FedbptError
-from fedbpt.messages import ObjectiveSpec, PromptSpec, Template
-from fedbpt.native_scorer import Gpu, NativeScorer, gpus, load_model
-from fedbpt.prompt import Prompt
-from fedbpt.tasks import Task
+from fedbpt.version import VERSION
 
-try:
-    __version__ = metadata.version("fedbpt")
-except metadata.PackageNotFoundError:  # a source tree that is not installed
-    __version__ = "unknown"
+if TYPE_CHECKING:
+    from fedbpt import errors, models, tasks
+    from fedbpt.api import Budget, EvaluationResult, TuneResult, evaluate, tune
+    from fedbpt.errors import FedbptError
+    from fedbpt.messages import ObjectiveSpec, PromptSpec, Template
+    from fedbpt.native_scorer import Gpu, NativeScorer, gpus, load_model
+    from fedbpt.prompt import Prompt
+    from fedbpt.tasks import Task
+
+__version__ = VERSION
+
+_MODULES = {
+    "api": ("Budget", "EvaluationResult", "TuneResult", "evaluate", "tune"),
+    "errors": ("FedbptError",),
+    "messages": ("ObjectiveSpec", "PromptSpec", "Template"),
+    "native_scorer": ("Gpu", "NativeScorer", "gpus", "load_model"),
+    "prompt": ("Prompt",),
+    "tasks": ("Task",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "Budget",
@@ -44,3 +55,19 @@ __all__ = [
     "tasks",
     "tune",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when they are used (PEP 562): a device holds only what its work needs."""
+    if name in _MODULE_OF:
+        value = getattr(import_module(f"fedbpt.{_MODULE_OF[name]}"), name)
+    elif name in __all__:
+        value = import_module(f"fedbpt.{name}")
+    else:
+        raise AttributeError(f"module 'fedbpt' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

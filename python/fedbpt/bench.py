@@ -11,9 +11,8 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 import numpy as np
@@ -26,9 +25,11 @@ from fedbpt.memory import physical_memory
 from fedbpt.messages import Placement
 from fedbpt.native_scorer import physical_cores
 from fedbpt.scorer import Plan, Scorer
+from fedbpt.version import VERSION
 
 SECONDS = 4.0  # for each kind of work, after a first call that is not counted
 MIN_CALLS, MAX_CALLS = 3, 50
+QUICK_SECONDS, QUICK_CALLS = 0.5, 1
 KERNELS = ("q4_0", "iq4_nl", "q4_K", "q4_1", "q5_K", "q6_K", "q8_0", "bf16", "f16")
 
 _TEXT = """
@@ -65,6 +66,8 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
 PREFILL = Workload(placement="front", n_prompt=0, candidates=1, texts=1, text_tokens=512)
 CUE = Workload(placement="cue", n_prompt=1, candidates=16, texts=8, text_tokens=56)
 FRONT = Workload(placement="front", n_prompt=50, candidates=2, texts=8, text_tokens=56)
+BATCHES = tuple(msgspec.structs.replace(PREFILL, texts=texts, text_tokens=56) for texts in (1, 4, 16))
+THREADS = BATCHES[1]
 
 
 class Rate(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +80,25 @@ class Rate(msgspec.Struct, frozen=True, kw_only=True):
     evaluations_per_second: float
     joules_per_call: float | None
     joules_per_evaluation: float | None
+    watts: float | None = None
+
+
+class ThreadRate(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens per second of `THREADS` with so many threads."""
+
+    n_threads: int
+    tokens_per_second: float
+
+
+class Projection(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run with the default settings would take of this machine alone, at most (`fedbpt.estimate.project`)."""
+
+    task: str
+    rows: int
+    rounds: int
+    evaluations: int
+    tokens: int
+    seconds: float
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,21 +127,32 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     kernel_flops_per_second: Mapping[str, float]  # of one thread by ggml type
     hint: str | None
     elapsed_seconds: float  # that measuring took
+    batches: tuple[Rate, ...] = ()  # of `BATCHES`: more texts a call
+    threads: tuple[ThreadRate, ...] = ()  # empty: not measured
+    best_threads: int | None = None
+    best_format: str | None = None  # the ggml type of the fastest kernel
+    weights_flops_per_second: float | None = None  # of one thread, by the model's mixture of formats
+    projection: Projection | None = None
+    format: Literal[1] = 1
 
 
 def measure(
     scorer: BenchScorer,
     *,
     seconds: float = SECONDS,
+    quick: bool = False,
+    threads: Sequence[ThreadRate] = (),
     on_part: Callable[[str], None] = lambda _part: None,
     kernel_flops: Callable[[Collection[str]], Mapping[str, float]] = models.matmul_flops,
     sysfs: Path = SYSFS,
 ) -> Measurement:
-    """Measure this machine with a model. Takes some 4 times ``seconds``, more where a single call takes longer.
+    """Measure this machine with a model. Takes some 7 times ``seconds``, more where a single call takes longer.
 
     Args:
         scorer: the model, loaded.
         seconds: for each kind of work, at least.
+        quick: at most `QUICK_SECONDS` for each, and no more calls than `QUICK_CALLS` where one takes longer.
+        threads: what `measure_threads` found.
         on_part: told what is measured next.
         kernel_flops: measures FLOP/s by ggml type.
         sysfs: the root of the system's files on energy and heat.
@@ -127,19 +160,15 @@ def measure(
     Raises:
         InputError: the model's context is shorter than the 512 tokens of the prefill.
     """
-    began = time.perf_counter()
-    before = heat(sysfs)
-    rates = {}
+    began, before = time.perf_counter(), heat(sysfs)
     with EnergyMeter(sysfs) as meter:
-        for name, work in {"prefill": PREFILL, "cue": CUE, "front": FRONT}.items():
-            on_part(name)
-            rates[name] = _rate(scorer, work, seconds, meter)
-        source, note = meter.source, meter.why_not
+        prefill, cue, front, *batches = _rates(scorer, seconds, quick, meter, on_part)
     after = heat(sysfs)
     on_part("matrix kernels")
-    n_params = sum(part.n_params for part in scorer.weight_formats)
+    weights = _shares(scorer.weight_formats)
+    kernels = kernel_flops((*KERNELS, *(type for type in weights if type not in KERNELS)))
     return Measurement(
-        fedbpt_version=_version(),
+        fedbpt_version=VERSION,
         cpu=cpu_name(),
         board=board_name(),
         machine=platform.machine(),
@@ -149,21 +178,75 @@ def measure(
         ram_bytes=physical_memory(),
         model=scorer.name,
         model_fingerprint=scorer.fingerprint,
-        weights={part.type: part.n_params / n_params for part in scorer.weight_formats},
+        weights=weights,
         backend=scorer.backend,
-        **rates,
+        prefill=prefill, cue=cue, front=front, batches=tuple(batches),
         memory_bytes=dict(scorer.memory()),
-        energy_source=source,
-        energy_note=note,
+        energy_source=meter.source,
+        energy_note=meter.why_not,
         heat_before=before,
         heat_after=after,
-        kernel_flops_per_second=kernel_flops(KERNELS),
+        kernel_flops_per_second=kernels,
         hint=scorer.hint,
         elapsed_seconds=time.perf_counter() - began,
-    )
+        threads=tuple(threads),
+        best_threads=best_threads(threads),
+        best_format=max(kernels, key=kernels.__getitem__),
+        weights_flops_per_second=1 / sum(share / kernels[type] for type, share in weights.items()),
+    )  # fmt: skip
 
 
-def _rate(scorer: Scorer, work: Workload, seconds: float, meter: EnergyMeter) -> Rate:
+def _rates(
+    scorer: Scorer, seconds: float, quick: bool, meter: EnergyMeter, on_part: Callable[[str], None]
+) -> list[Rate]:
+    """Prefill, cue, front, then `BATCHES`."""
+    seconds, calls = (min(seconds, QUICK_SECONDS), QUICK_CALLS) if quick else (seconds, MIN_CALLS)
+    works = [("prefill", PREFILL), ("cue", CUE), ("front", FRONT), *(("batches", work) for work in BATCHES)]
+    rates = []
+    for name, work in works:
+        on_part(name)
+        rates.append(_rate(scorer, work, seconds, calls, meter))
+    return rates
+
+
+def measure_threads(
+    load: Callable[[int], Scorer],
+    counts: Sequence[int] | None = None,
+    *,
+    seconds: float = QUICK_SECONDS,
+    on_part: Callable[[str], None] = lambda _part: None,
+) -> tuple[ThreadRate, ...]:
+    """How fast a model is with each of ``counts`` threads.
+
+    Args:
+        load: loads it, for so many threads; one is in memory at a time.
+        counts: None: 1, 2, 4, ... and the physical cores.
+        seconds: for each, at least.
+        on_part: told what is measured next.
+    """
+    if counts is None:
+        cores = physical_cores()
+        counts = sorted({cores, *(2**power for power in range(cores.bit_length()))})
+    found = []
+    for n_threads in counts:
+        on_part(f"threads: {n_threads}")
+        rate = _rate(load(n_threads), THREADS, seconds, QUICK_CALLS, EnergyMeter())
+        found.append(ThreadRate(n_threads=n_threads, tokens_per_second=rate.tokens_per_second))
+    return tuple(found)
+
+
+def _shares(formats: Sequence[models.WeightFormat]) -> dict[str, float]:
+    """Of each ggml type in the parameters of the layers."""
+    n_params = sum(part.n_params for part in formats)
+    return {part.type: part.n_params / n_params for part in formats}
+
+
+def best_threads(rates: Sequence[ThreadRate]) -> int | None:
+    """The number of threads that was fastest; None: none was measured."""
+    return max(rates, key=lambda rate: rate.tokens_per_second).n_threads if rates else None
+
+
+def _rate(scorer: Scorer, work: Workload, seconds: float, calls: int, meter: EnergyMeter) -> Rate:
     ids = scorer.tokenize(_TEXT, add_bos=False)
     texts = [np.resize(np.roll(ids, -7 * i), work.text_tokens) for i in range(work.texts)]
     plan = scorer.compile(texts, np.unique(ids)[:4], work.placement)
@@ -171,7 +254,7 @@ def _rate(scorer: Scorer, work: Workload, seconds: float, meter: EnergyMeter) ->
     plan.score(embeds)  # what is computed once only, and the caches
 
     tokens, before = plan.n_tokens, meter.joules()
-    taken = _call_times(plan, embeds, seconds)
+    taken = _call_times(plan, embeds, seconds, calls)
     after = meter.joules()
     median = statistics.median(taken)
     used = None if before is None or after is None else (after - before) / len(taken)
@@ -183,6 +266,7 @@ def _rate(scorer: Scorer, work: Workload, seconds: float, meter: EnergyMeter) ->
         evaluations_per_second=work.candidates / median,
         joules_per_call=used,
         joules_per_evaluation=None if used is None else used / work.candidates,
+        watts=None if used is None else used / statistics.fmean(taken),
     )
 
 
@@ -192,17 +276,10 @@ def _candidates(scorer: Scorer, ids: NDArray[np.int32], work: Workload) -> NDArr
     return rows.reshape(work.candidates, work.n_prompt, scorer.n_embd)
 
 
-def _call_times(plan: Plan, embeds: NDArray[np.float32], seconds: float) -> list[float]:
+def _call_times(plan: Plan, embeds: NDArray[np.float32], seconds: float, calls: int) -> list[float]:
     taken: list[float] = []
-    while len(taken) < MIN_CALLS or (sum(taken) < seconds and len(taken) < MAX_CALLS):
+    while len(taken) < calls or (sum(taken) < seconds and len(taken) < MAX_CALLS):
         began = time.perf_counter()
         plan.score(embeds)
         taken.append(time.perf_counter() - began)
     return taken
-
-
-def _version() -> str:
-    try:
-        return metadata.version("fedbpt")
-    except metadata.PackageNotFoundError:  # a source tree that is not installed
-        return "unknown"

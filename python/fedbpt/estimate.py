@@ -11,8 +11,10 @@ import msgspec
 import numpy as np
 
 from fedbpt import wire
+from fedbpt.aggregation import make_aggregator
 from fedbpt.aggregation.base import Aggregator
 from fedbpt.aggregation.readout import EXCHANGES, ReadoutFit
+from fedbpt.bench import Measurement, Projection
 from fedbpt.errors import ConfigError
 from fedbpt.ledger import FederatedTask
 from fedbpt.messages import (
@@ -33,6 +35,9 @@ from fedbpt.runs import RunSettings
 
 TEMPLATE_TOKENS = 12
 """What a template adds to a text, head and cue; ours add 2 to 6."""
+
+
+_NO_DEADLINE_S = 1e9
 
 
 class DeviceCost(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,6 +94,25 @@ def estimate(
             )
         )  # fmt: skip
     return RunCost(rounds=rounds, evaluations=rounds * per_round, devices=tuple(devices))
+
+
+def project(found: Measurement, task: FederatedTask, rows: int = 128) -> Projection:
+    """What tuning with the default settings would take of the machine that was measured, alone with ``rows`` rows."""
+    settings = RunSettings(deadline_s=_NO_DEADLINE_S)
+    info = DeviceInfo(
+        name="device", version=found.fedbpt_version, model_fingerprint=found.model_fingerprint, model_name="model",
+        backend="any", n_train=rows, n_dev=0, n_test=0, ram_bytes=found.ram_bytes, rss_bytes=0, peak_rss_bytes=0,
+    )  # fmt: skip
+    aggregator = make_aggregator(settings.method, settings.prompt, settings.popsize, settings.iterations, settings.seed)
+    cost = estimate(settings, task, [info], aggregator)
+    [device] = cost.devices
+    search = cost.rounds * device.round
+    candidates = found.cue if settings.prompt.placement == "cue" else found.front
+    seconds = (device.tokens - search) / found.prefill.tokens_per_second + search / candidates.tokens_per_second
+    return Projection(
+        task=task.name, rows=rows, rounds=cost.rounds, evaluations=cost.evaluations, tokens=device.tokens,
+        seconds=seconds,
+    )  # fmt: skip
 
 
 def _tokens(settings: RunSettings, n_templates: int, n_rows: int) -> tuple[int, int, int, int]:

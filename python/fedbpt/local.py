@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from importlib import metadata
 
 import msgspec
 import numpy as np
@@ -35,6 +33,7 @@ from fedbpt.messages import (
     SelectResult,
     SelectWork,
     Template,
+    as_name,
 )
 from fedbpt.objective import Objective, Progress
 from fedbpt.population import sample_population, transform
@@ -42,6 +41,7 @@ from fedbpt.readout import answer
 from fedbpt.scorer import Scorer
 from fedbpt.search import CmaSearch, Covariance
 from fedbpt.seeding import derive_seed, generator
+from fedbpt.version import VERSION
 from fedbpt.wire import digest
 
 Cancelled = Callable[[], bool]
@@ -122,10 +122,10 @@ class Device:
         memory = self.scorer.memory()
         return DeviceInfo(
             name=self.name,
-            version=_version(),
+            version=VERSION,
             model_fingerprint=self.scorer.fingerprint,
-            model_name=_as_name(self.scorer.name),
-            backend=_as_name(self.scorer.backend),
+            model_name=as_name(self.scorer.name),
+            backend=as_name(self.scorer.backend),
             n_train=len(self._rows["train"]),
             n_dev=len(self._rows["dev"]),
             n_test=len(self._rows["test"]),
@@ -154,20 +154,29 @@ class Device:
         """
         self._check_model(plan.model_fingerprint)
         began = time.monotonic()
+        waited = 0.0
+
+        def asked() -> bool:  # may take long: a paused device waits there
+            nonlocal waited
+            since = time.monotonic()
+            stop = cancelled()
+            waited += time.monotonic() - since
+            return stop
+
         counter = _Counter()
         work = plan.work
         result: Result
         if isinstance(work, SelectWork):
-            result, n_texts = self._select(plan, work, counter, progress, cancelled)
+            result, n_texts = self._select(plan, work, counter, progress, asked)
         elif isinstance(work, PooledWork):
-            result, n_texts = self._pooled(plan, work, counter, progress, cancelled)
+            result, n_texts = self._pooled(plan, work, counter, progress, asked)
         elif isinstance(work, FitWork):
-            result, n_texts = self._fit(plan, work, counter, progress, cancelled)
+            result, n_texts = self._fit(plan, work, counter, progress, asked)
         else:
-            result, n_texts = self._local(plan, work, counter, progress, cancelled)
+            result, n_texts = self._local(plan, work, counter, progress, asked)
         seconds = time.monotonic() - began
-        if seconds > 0 and counter.tokens:
-            self._tokens_per_second = counter.tokens / seconds
+        if seconds > waited and counter.tokens:
+            self._tokens_per_second = counter.tokens / (seconds - waited)
         return RoundReport(
             run=plan.run,
             round=plan.round,
@@ -361,18 +370,6 @@ def _batch(
     everything = len(chosen) == len(objective)
     objective.row_weights = weights if everything else np.full(len(weights), weights.mean())
     return chosen
-
-
-def _version() -> str:
-    try:
-        return _as_name(metadata.version("fedbpt"))
-    except metadata.PackageNotFoundError:  # run from a source tree that is not installed
-        return "unknown"
-
-
-def _as_name(text: str) -> str:
-    """``text`` with what a wire `Name` may not hold replaced: a model's own name is free text."""
-    return re.sub(r"^[^A-Za-z0-9]+|[^A-Za-z0-9._-]+", "-", text).strip("-._")[:128] or "unnamed"
 
 
 class _Counter:

@@ -7,6 +7,11 @@ import resource
 import sys
 from pathlib import Path
 
+from fedbpt.errors import ConfigError
+
+WEIGHTS_ALLOWANCE = 1.15  # benchmarks/bench_memory.py holds us to it: weights, and what is computed with them
+INTERPRETER_BYTES = 64 * 2**20
+
 
 def memory_of_process() -> dict[str, int]:
     """``rss`` now and ``peak_rss`` since start, bytes. Where the system has no /proc, ``rss`` is the peak."""
@@ -14,6 +19,20 @@ def memory_of_process() -> dict[str, int]:
     statm = Path("/proc/self/statm")
     rss = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.is_file() else peak
     return {"rss": rss, "peak_rss": max(peak, rss)}
+
+
+def kv_budget_within(limit: int, weights: int, wanted: int) -> int:
+    """The KV that a process of at most ``limit`` bytes may keep beside a model file of ``weights`` bytes.
+
+    At most ``wanted``. Raises `ConfigError` where the model alone does not fit; it names the least that would do.
+    """
+    room = limit - INTERPRETER_BYTES - int(WEIGHTS_ALLOWANCE * weights)
+    if room < 0:
+        least = -(-(limit - room) // 2**20)
+        raise ConfigError(
+            f"the model does not fit in {limit // 2**20} MiB: give --max-memory {least} or more, or a smaller model"
+        )
+    return min(room, wanted)
 
 
 def physical_memory() -> int:

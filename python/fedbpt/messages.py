@@ -7,6 +7,7 @@ with shape and dtype. Nothing here knows HTTP, the model or the search.
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Literal, TypeAlias
 
 import msgspec
@@ -25,6 +26,11 @@ PositiveInt: TypeAlias = Annotated[int, msgspec.Meta(ge=1)]
 NaturalInt: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
 PositiveFloat: TypeAlias = Annotated[float, msgspec.Meta(gt=0)]
 Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+def as_name(text: str) -> str:
+    """``text`` with what a `Name` may not hold replaced: a model's own name, say, is free text."""
+    return re.sub(r"^[^A-Za-z0-9]+|[^A-Za-z0-9._-]+", "-", text).strip("-._")[:128] or "unnamed"
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -261,7 +267,10 @@ class RoundReport(Message, frozen=True):
 
 
 class RoundProgress(Message, frozen=True):
-    """Where a round stands on a device. ``done`` of ``total`` steps; ``error`` says why where ``state`` is failed."""
+    """Where a round stands on a device. ``done`` of ``total`` steps; ``error`` says why where ``state`` is failed.
+
+    ``paused``: why running work waits ("on battery"); empty: it does not.
+    """
 
     run: Name
     round: NaturalInt
@@ -269,6 +278,7 @@ class RoundProgress(Message, frozen=True):
     done: NaturalInt = 0
     total: NaturalInt = 0
     error: str = ""
+    paused: str = ""
 
 
 class EvaluateRequest(Message, frozen=True):
@@ -320,6 +330,7 @@ class DeviceInfo(Message, frozen=True):
     peak_rss_bytes: NaturalInt
     tokens_per_second: float | None = None
     busy: bool = False
+    paused: str = ""  # why its work waits; empty: it does not
     protocol: Literal[1] = 1
 
 

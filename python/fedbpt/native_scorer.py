@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -40,6 +41,7 @@ def load_model(
     gpu: str | None = None,
     kv_budget_bytes: int = DEFAULT_KV_BUDGET_BYTES,
     kv_type: KVType = "f16",
+    late: bool = False,
 ) -> NativeScorer:
     """Load a model for scoring.
 
@@ -50,6 +52,7 @@ def load_model(
         gpu: the name of one of `gpus`; None: all that there are.
         kv_budget_bytes: how much of its texts' KV a plan (`NativeScorer.compile`) may keep.
         kv_type: ``q8_0`` keeps twice as many texts in the same memory; logits move by rounding (docs/engine.md).
+        late: load the weights at the first use. A file that cannot be loaded is told then, not here.
 
     Raises:
         ModelNotFoundError: no such name, not pulled yet, or no such file.
@@ -59,7 +62,7 @@ def load_model(
             model's attention heads do not divide into.
     """
     path = models.locate(Path(name_or_path) if isinstance(name_or_path, os.PathLike) else name_or_path)
-    return NativeScorer(path, str(name_or_path), n_threads, n_gpu_layers, gpu, kv_budget_bytes, kv_type)
+    return NativeScorer(path, str(name_or_path), n_threads, n_gpu_layers, gpu, kv_budget_bytes, kv_type, late)
 
 
 class Gpu(NamedTuple):
@@ -88,6 +91,7 @@ class NativeScorer:
         gpu: str | None = None,
         kv_budget_bytes: int = DEFAULT_KV_BUDGET_BYTES,
         kv_type: KVType = "f16",
+        late: bool = False,
     ) -> None:
         if kv_budget_bytes < 0:
             raise InputError(f"kv_budget_bytes must not be negative, got {kv_budget_bytes}")
@@ -99,12 +103,21 @@ class NativeScorer:
         self._given = name or str(path)
         self._n_gpu_layers, self._gpu = n_gpu_layers, gpu
         threads = physical_cores() if n_threads is None else n_threads
-        self._engine = _native.Engine(str(path), threads, n_gpu_layers, gpu or "", kv_type == "q8_0")
+        self._load = partial(_native.Engine, str(path), threads, n_gpu_layers, gpu or "", kv_type == "q8_0")
+        self._loading = threading.Lock()
+        self._loaded = None if late else self._load()
         self._embedding_std: float | None = None
         self._fingerprint: str | None = None
 
     def __repr__(self) -> str:
         return f"<NativeScorer {self.name}: {self._engine.description}, {self.n_threads} threads, {self.backend}>"
+
+    @property
+    def _engine(self) -> _native.Engine:
+        if self._loaded is None:
+            with self._loading:
+                self._loaded = self._loaded or self._load()
+        return self._loaded
 
     @property
     def n_embd(self) -> int:
@@ -235,11 +248,13 @@ class NativeScorer:
 
     def interrupt(self) -> None:
         """Make the scoring call in flight, on whatever thread, raise `ScoringInterrupted`."""
-        self._engine.interrupt()
+        if self._loaded is not None:
+            self._loaded.interrupt()
 
     def memory(self) -> Mapping[str, int]:
         """Bytes: ``weights``, ``kv`` and ``compute`` buffers of the engine; ``rss`` and ``peak_rss`` of the process."""
-        return {**self._engine.memory(), **memory_of_process()}
+        buffers = {"weights": 0, "kv": 0, "compute": 0} if self._loaded is None else self._loaded.memory()
+        return {**buffers, **memory_of_process()}
 
     def score_plan(self, plan: _native.Plan, embeds: ArrayLike, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         """What `NativePlan.score` does."""

@@ -24,6 +24,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -32,10 +33,6 @@ from numpy.typing import ArrayLike
 from fedbpt.errors import InputError
 from fedbpt.messages import Array, SearchState
 from fedbpt.population import Floats, sample_population
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it says that matplotlib is missing, which nobody here needs
-    import cma
 
 Covariance: TypeAlias = Literal["diagonal", "full"]
 StepSize: TypeAlias = Literal["auto", "path", "two_point"]
@@ -50,11 +47,24 @@ _LIMIT = 1e30  # keeps what float32 rounds positive and finite
 _CMA_LOCK = threading.Lock()
 
 
-class _TwoPoint(cma.sigma_adaptation.CMAAdaptSigmaTPA):  # type: ignore[misc]
+@cache
+def _cma() -> Any:
+    """The ``cma`` package, imported at first use: it brings matplotlib where that is installed, some 40 MB."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that matplotlib is missing, which nobody here needs
+        import cma
+    return cma
+
+
+@cache
+def _two_point() -> Any:
     """The package's, without its check of candidates that it has not drawn: that reads numpy's global generator."""
 
-    def check_consistency(self, es: object) -> None:
-        """The pair is mirrored by construction, see `sample_population`."""
+    class TwoPoint(_cma().sigma_adaptation.CMAAdaptSigmaTPA):  # type: ignore[misc]
+        def check_consistency(self, es: object) -> None:
+            """The pair is mirrored by construction, see `sample_population`."""
+
+    return TwoPoint
 
 
 class CmaUpdate:
@@ -102,7 +112,7 @@ class CmaUpdate:
             "CMA_mu": popsize if all_parents else None,
             "CMA_diagonal": covariance == "diagonal",
             "CMA_mirrors": mirrors,
-            "AdaptSigma": _TwoPoint if self._two_point else cma.sigma_adaptation.CMAAdaptSigmaCSA,
+            "AdaptSigma": _two_point() if self._two_point else _cma().sigma_adaptation.CMAAdaptSigmaCSA,
             "randn": lambda rows, columns: np.ones((rows, columns)),
             "seed": math.nan,
             "updatecovwait": 0,  # the inverse root of C follows each update
@@ -113,7 +123,7 @@ class CmaUpdate:
             "signals_filename": None,
         }
         with _quiet():
-            self._es = cma.CMAEvolutionStrategy(_as_sent(np.zeros(d) if start is None else start), sigma, options)
+            self._es = _cma().CMAEvolutionStrategy(_as_sent(np.zeros(d) if start is None else start), sigma, options)
             self._lift_floor()
 
     @property

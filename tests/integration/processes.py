@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -20,7 +20,14 @@ class Fleet:
     def __init__(self) -> None:
         self.started: list[subprocess.Popen[str]] = []
 
-    def spawn(self, *arguments: object, cwd: Path = ROOT, python: Path | str = sys.executable) -> subprocess.Popen[str]:
+    def spawn(
+        self,
+        *arguments: object,
+        cwd: Path = ROOT,
+        python: Path | str = sys.executable,
+        stdout: IO[str] | int = subprocess.PIPE,
+        stderr: IO[str] | int = subprocess.PIPE,
+    ) -> subprocess.Popen[str]:
         """``python -m ARGUMENTS``, with this source tree's package; an emulated ``python`` has its own."""
         paths = [str(ROOT / "python"), str(ROOT), os.environ.get("PYTHONPATH", "")]
         process = subprocess.Popen(
@@ -28,8 +35,8 @@ class Fleet:
             cwd=cwd,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)},
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=stdout,
+            stderr=stderr,
             text=True,
         )
         self.started.append(process)

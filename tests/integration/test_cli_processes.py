@@ -53,8 +53,11 @@ class Workshop:
         return process.returncode, out, err
 
     def device(self, name: str, *more: object) -> subprocess.Popen[str]:
-        given = ("--data", f"{name}.jsonl", "--test", "test.jsonl", "--task", "mood.toml", "--name", name)
-        return self.spawn("device", "--model", "tiny.gguf", *given, "--port", "0", "--threads", "1", "--json", *more)
+        return self.spawn(*self.device_arguments(name), *more)
+
+    def device_arguments(self, name: str) -> list[str]:
+        given = ["--data", f"{name}.jsonl", "--test", "test.jsonl", "--task", "mood.toml", "--name", name]
+        return ["device", "--model", "tiny.gguf", *given, "--port", "0", "--threads", "1", "--json"]
 
     def devices(self) -> tuple[list[subprocess.Popen[str]], list[str]]:
         processes = [self.device("a"), self.device("b")]

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import httpx
 import msgspec
@@ -123,3 +124,34 @@ def test_an_address_beyond_loopback_works_where_it_is_allowed() -> None:
 def test_an_address_that_cannot_be_is_named(host: str, port: int) -> None:
     with pytest.raises(FedbptError, match=r"is no port|cannot serve on 192\.0\.2\.1"):
         AgentServer(AgentService(FakeDevice("a")), host, port, allow_insecure=True)
+
+
+def test_a_paused_device_says_why_and_goes_on_and_can_be_cancelled() -> None:
+    reasons = ["on battery"]
+    device = FakeDevice("a", slow_s=0.01)
+    with AgentServer(AgentService(device, pause=lambda: reasons[-1])) as server:
+        with httpx.Client(base_url=server.url, trust_env=False) as client:
+
+            def progress() -> RoundProgress:
+                return wire.decode(client.get("/v1/rounds/r/1").content, RoundProgress)
+
+            client.post("/v1/rounds/r/1", content=wire.encode(plan()), headers=MSGPACK)
+            wait_until(lambda: bool(progress().paused))
+            assert (progress().state, progress().paused) == ("running", "on battery")
+            assert wire.decode(client.get("/v1/status").content, DeviceInfo).paused == "on battery"
+
+            assert client.delete("/v1/rounds/r/1").status_code == 204
+            wait_until(lambda: not wire.decode(client.get("/v1/status").content, DeviceInfo).paused)
+
+            client.post("/v1/rounds/r/1", content=wire.encode(plan()), headers=MSGPACK)
+            wait_until(lambda: bool(progress().paused))
+            reasons.append("")
+            assert client.get("/v1/rounds/r/1?wait=20").status_code == 200
+            assert wire.decode(client.get("/v1/status").content, DeviceInfo).paused == ""
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)

@@ -12,7 +12,19 @@ import pytest
 from numpy.typing import NDArray
 
 from fedbpt import bench
-from fedbpt.bench import CUE, FRONT, MAX_CALLS, MIN_CALLS, PREFILL, Measurement, measure
+from fedbpt.bench import (
+    BATCHES,
+    CUE,
+    FRONT,
+    MAX_CALLS,
+    MIN_CALLS,
+    PREFILL,
+    QUICK_CALLS,
+    Measurement,
+    ThreadRate,
+    measure,
+    measure_threads,
+)
 from tests.toy_scorer import ToyScorer
 
 TICK_S = 0.5
@@ -74,7 +86,42 @@ def test_rates_are_what_a_call_does_over_its_median_time(tmp_path: Path) -> None
 def test_calls_go_on_for_the_time_that_is_given(tmp_path: Path, seconds: float, calls: int) -> None:
     toy = ToyScorer()
     assert measured(toy, tmp_path, seconds).cue.calls == calls
-    assert len(toy.calls) == 3 * (calls + 1)
+    assert len(toy.calls) == (3 + len(BATCHES)) * (calls + 1)
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_quick_measurement_has_few_calls(tmp_path: Path) -> None:
+    found = measured(ToyScorer(), tmp_path, seconds=1e9, quick=True)
+    assert {rate.calls for rate in (found.prefill, found.cue, found.front, *found.batches)} == {QUICK_CALLS}
+
+
+@pytest.mark.usefixtures("clock")
+def test_batches_have_more_texts_a_call(tmp_path: Path) -> None:
+    batches = measured(ToyScorer(), tmp_path).batches
+    assert [rate.work.texts for rate in batches] == [1, 4, 16]
+    assert [rate.tokens_per_second * TICK_S for rate in batches] == [56, 4 * 56, 16 * 56]
+
+
+def test_the_fastest_number_of_threads_and_format_are_named(tmp_path: Path) -> None:
+    rates = [ThreadRate(n_threads=n, tokens_per_second=speed) for n, speed in ((1, 10.0), (2, 18.0), (4, 17.0))]
+    speeds = {"q8_0": 4e9, "f32": 1e9}
+    found = measure(
+        ToyScorer(), seconds=0.0, threads=rates, sysfs=tmp_path,
+        kernel_flops=lambda types: {type: speeds.get(type, 2e9) for type in types},
+    )  # fmt: skip
+    assert (found.best_threads, found.best_format, found.weights_flops_per_second) == (2, "q8_0", pytest.approx(1e9))
+
+
+def test_threads_are_measured_one_load_after_the_other() -> None:
+    loaded: list[int] = []
+
+    def load(n_threads: int) -> ToyScorer:
+        loaded.append(n_threads)
+        return ToyScorer()
+
+    found = measure_threads(load, [1, 3], seconds=0.0)
+    assert loaded == [rate.n_threads for rate in found] == [1, 3]
+    assert all(rate.tokens_per_second > 0 for rate in found)
 
 
 def test_the_candidates_differ_and_so_do_the_texts(tmp_path: Path) -> None:
@@ -98,6 +145,8 @@ def test_joules_are_told_by_call_and_evaluation(tmp_path: Path) -> None:
     for rate in (found.prefill, found.cue, found.front):
         assert rate.joules_per_call == pytest.approx(3.0)
         assert rate.joules_per_evaluation == pytest.approx(3.0 / rate.work.candidates)
+        assert rate.watts is not None
+        assert rate.watts > 0
 
 
 def test_without_a_meter_there_are_no_joules_and_a_reason(tmp_path: Path) -> None:
@@ -111,14 +160,14 @@ def test_the_machine_and_the_model_are_named(tmp_path: Path) -> None:
     toy.hint = "another format"
     parts: list[str] = []
     found = measured(toy, tmp_path, on_part=parts.append)
-    assert parts == ["prefill", "cue", "front", "matrix kernels"]
+    assert parts == ["prefill", "cue", "front", *len(BATCHES) * ["batches"], "matrix kernels"]
     assert (found.model, found.model_fingerprint, found.backend) == ("toy", toy.fingerprint, "numpy")
     assert (found.weights, found.hint, found.n_threads) == ({"f32": 1.0}, "another format", 1)
     assert found.memory_bytes == toy.memory()
     assert found.cpu
     assert 1 <= found.n_physical_cores <= found.n_logical_cpus
     assert found.ram_bytes > 2**20
-    assert set(found.kernel_flops_per_second) == set(bench.KERNELS)
+    assert set(found.kernel_flops_per_second) == {*bench.KERNELS, "f32"}
 
 
 def test_a_measurement_is_plain_json(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typer.main import get_command
 import fedbpt
 from fedbpt import ObjectiveSpec, Prompt, PromptSpec, cli
 from fedbpt.api import aggregator_for
-from fedbpt.bench import Measurement, measure
+from fedbpt.bench import Measurement, measure, measure_threads
 from fedbpt.cli import bench as bench_command
 from fedbpt.cli import evaluate as evaluate_command
 from fedbpt.cli import runs as runs_command
@@ -76,7 +76,7 @@ def commands() -> Iterator[tuple[str, Any]]:
         for word, below in getattr(command, "commands", {}).items():
             yield from walk(below, f"{name} {word}")
 
-    return walk(get_command(cli.app), "fedbpt")
+    return walk(get_command(cli.make_app()), "fedbpt")
 
 
 COMMANDS = dict(commands())
@@ -153,10 +153,12 @@ DEVICE = ("device", "--task", "ag-news", "--model")
         (("models", "requantize", "news.jsonl", "q4_0", "--out", "empty.jsonl"), 2, "empty.jsonl exists"),
         (("models", "requantize", "news.jsonl", "q4_0", "--out", "news.jsonl", "--force"), 2, "is the model itself"),
         (("models", "requantize", "news.jsonl", "q4_0", "--out", "absent/x.gguf"), 1, "cannot write absent/x.gguf"),
-        (("bench", "bogus"), 2, "unknown model 'bogus'"),
-        (("bench", "absent.gguf"), 2, "no such model file: absent.gguf"),
-        (("bench", "news.jsonl"), 1, "news.jsonl"),
-        (("bench", "news.jsonl", "--threads", "0"), 2, "'--threads'"),
+        (("bench", "-m", "bogus"), 2, "unknown model 'bogus'"),
+        (("bench", "-m", "absent.gguf"), 2, "no such model file: absent.gguf"),
+        (("bench", "-m", "news.jsonl"), 1, "news.jsonl"),
+        (("bench", "--compare", "absent.json", "news.jsonl"), 2, "absent.json"),
+        (("bench", "--compare", "news.jsonl", "news.jsonl"), 2, "news.jsonl"),
+        (("bench", "-m", "news.jsonl", "--threads", "0"), 2, "'--threads'"),
         (("runs", "list"), 1, "no run database runs/runs.db"),
         (("runs", "list", "--store", "run.toml"), 1, "run.toml is not a run database"),
     ],
@@ -332,22 +334,30 @@ def test_a_prompt_is_not_made_with_another_model(run: Run, monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("toy_model")
-def test_bench(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_command, "measure", partial(measure, seconds=0.0))
+    monkeypatch.setattr(bench_command, "measure_threads", partial(measure_threads, counts=[1], seconds=0.0))
     monkeypatch.setattr(ToyScorer, "hint", "try another format")
-    code, out, err = run("bench", "toy")
+    code, out, err = run("bench", "-m", "toy")
     assert code == 0
     assert "toy (100 % f32), numpy, threads: 1" in out
     for line in ("1 text of 512 tokens", "16 prompts of 1 on 8 texts", "2 prompts of 50 on 8 texts", "memory: weights"):
         assert line in out
     assert err.splitlines()[-1] == "hint: try another format"
-    assert run("bench", "toy", "--quiet").err == ""
+    assert run("bench", "-m", "toy", "--quiet").err == ""
 
-    code, out, err = run("bench", "toy", "--json")
+    code, out, err = run("bench", "-m", "toy", "--json")
     assert (code, err) == (0, "")
     found = msgspec.json.decode(out, type=Measurement)
     assert found.cue.evaluations_per_second > 0
     assert found.hint == "try another format"
+    assert found.projection is not None
+    assert (found.projection.rounds, found.best_threads) == (40, found.threads[0].n_threads)
+
+    (folder / "a.json").write_text(out)
+    assert run("bench", "--compare", "a.json", "a.json").out.count(" 1.00 \n") > 20
+    ratios = json.loads(run("bench", "--compare", "a.json", "a.json", "--json").out)
+    assert (set(ratios["ratios"].values()), ratios["notes"]) == ({1.0}, [])
 
 
 @pytest.mark.usefixtures("toy_model")
@@ -355,5 +365,5 @@ def test_bench_fetches_a_model_of_the_catalogue(run: Run, monkeypatch: pytest.Mo
     pulled: list[str] = []
     monkeypatch.setattr(bench_command.models, "pull", lambda name, _progress: pulled.append(name))
     monkeypatch.setattr(bench_command, "measure", partial(measure, seconds=0.0))
-    assert run("bench", "--json").code == 0
+    assert run("bench", "--quick", "--json").code == 0
     assert pulled == ["smollm2-135m"]

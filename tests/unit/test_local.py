@@ -333,3 +333,24 @@ def test_a_device_needs_training_rows() -> None:
 def test_a_template_that_cannot_work_is_a_task_error() -> None:
     with pytest.raises(TaskError):
         device().run(plan(pooled(), prompt=PromptSpec(n_prompt=100, d=6)))
+
+
+def test_the_time_of_pauses_is_not_in_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("fedbpt.local.time.monotonic", lambda: now[0])
+
+    class Slow(ToyScorer):
+        def score_with_soft_prompt(self, *given: Any, **named: Any) -> Any:
+            now[0] += 1.0
+            return super().score_with_soft_prompt(*given, **named)
+
+    def speed(pause_s: float) -> float | None:
+        def paused() -> bool:
+            now[0] += pause_s
+            return False
+
+        pi = device(Slow())
+        pi.run(plan(pooled()), cancelled=paused)
+        return pi.info().tokens_per_second
+
+    assert speed(1000.0) == speed(0.0)

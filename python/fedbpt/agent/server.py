@@ -127,8 +127,12 @@ class AgentServer:
                 log.warning("the device's work did not stop in time and ends with the process")
 
     def ready(self) -> None:
-        if self._on_ready is not None:
+        if self._on_ready is None:
+            return
+        try:
             self._on_ready(self.host, self.port)
+        except OSError as error:  # what it prints to is full or gone: nobody reads it, coordinators ask all the same
+            log.warning("cannot say that the device serves on %s: %s", self.url, error.strerror or error)
 
 
 class _Server(uvicorn.Server):

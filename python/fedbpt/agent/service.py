@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from typing import Any, Final, Literal, Protocol, TypeAlias
 
@@ -31,6 +32,9 @@ KEPT_JOBS: Final = 16
 """Finished pieces of work (of other runs, and evaluations) that are kept before the oldest is dropped."""
 
 EVALUATION: Final = "evaluate"
+
+PAUSE_POLL_S: Final = 0.5
+"""How often paused work looks whether it may go on."""
 
 
 class LocalDevice(Protocol):
@@ -55,13 +59,14 @@ State: TypeAlias = Literal["running", "done", "failed", "cancelled"]
 
 
 class _Job:
-    """One accepted piece of work. All fields but ``cancelled`` and ``steps`` belong to the event loop."""
+    """One accepted piece of work. All fields but ``cancelled``, ``steps`` and ``paused`` belong to the event loop."""
 
     def __init__(self, run: str, round: int, digest: str) -> None:
         self.run, self.round, self.digest = run, round, digest
         self.state: State = "running"
         self.steps = (0, 0)
         self.cancelled = False
+        self.paused = ""
         self.error = ""
         self.output: Output | None = None
         self.ended = asyncio.Event()
@@ -69,29 +74,37 @@ class _Job:
     def step(self, done: int, total: int) -> None:
         self.steps = (done, total)
 
-    def is_cancelled(self) -> bool:
-        return self.cancelled
-
     def end(self, state: State, output: Output | None = None, error: str = "") -> None:
         self.state, self.output, self.error = state, output, error
         self.ended.set()
 
     def progress(self) -> RoundProgress:
         done, total = self.steps
-        return RoundProgress(run=self.run, round=self.round, state=self.state, done=done, total=total, error=self.error)
+        return RoundProgress(
+            run=self.run, round=self.round, state=self.state, done=done, total=total, error=self.error,
+            paused=self.paused if self.state == "running" else "",
+        )  # fmt: skip
 
 
 class AgentService:
-    """Serves one `LocalDevice`. ``worker``: where its work runs; None: a thread of its own.
+    """Serves one `LocalDevice`.
+
+    Args:
+        device: whose work it is.
+        worker: where that runs; None: a thread of its own.
+        pause: asked on that thread between scoring calls; work waits while it names a reason. Deadlines go on.
 
     All methods are for one event loop. Refusals are `DeviceRefusedError` with a stable ``code``.
     """
 
-    def __init__(self, device: LocalDevice, worker: Worker | None = None) -> None:
+    def __init__(
+        self, device: LocalDevice, worker: Worker | None = None, pause: Callable[[], str] = lambda: ""
+    ) -> None:
         self.device = device
         self.counts = {"accepted": 0, "done": 0, "failed": 0, "cancelled": 0, "refused": 0}
         self._worker = worker or Worker(f"fedbpt-{device.name}")
         self._owns_worker = worker is None
+        self._pause = pause
         self._jobs: dict[tuple[str, int], _Job] = {}
         self._stopping = asyncio.Event()
         self._info = device.info()
@@ -101,7 +114,8 @@ class AgentService:
     def status(self) -> DeviceInfo:
         """What the device said of itself before its current work, or after its last."""
         # Never asks the device here: while it scores, that could block for as long as a scoring call.
-        return msgspec.structs.replace(self._info, busy=self.busy)
+        paused = next((job.paused for job in self._jobs.values() if job.state == "running" and job.paused), "")
+        return msgspec.structs.replace(self._info, busy=self.busy, paused=paused)
 
     @property
     def busy(self) -> bool:
@@ -124,7 +138,7 @@ class AgentService:
             self._drop(job)
 
         job = _Job(plan.run, plan.round, digest)
-        self._submit((plan.run, plan.round), job, lambda: self.device.run(plan, job.step, job.is_cancelled))
+        self._submit((plan.run, plan.round), job, lambda: self.device.run(plan, job.step, self._stops(job)))
         return job.progress()
 
     async def wait(self, run: str, round: int, seconds: float) -> RoundReport | RoundProgress:
@@ -152,7 +166,7 @@ class AgentService:
         known = self._evaluation(identity)
         if known is None or known.state not in ("running", "done"):
             job = _Job(EVALUATION, 0, identity)
-            self._submit((identity, -1), job, lambda: self.device.evaluate(request, job.step, job.is_cancelled))
+            self._submit((identity, -1), job, lambda: self.device.evaluate(request, job.step, self._stops(job)))
         return identity
 
     async def wait_evaluation(self, identity: str, seconds: float) -> EvaluateReport | RoundProgress:
@@ -226,6 +240,18 @@ class AgentService:
             self.counts["cancelled"] += 1
             job.end("cancelled", error="cancelled")
         self._jobs = {key: kept for key, kept in self._jobs.items() if kept is not job}
+
+    def _stops(self, job: _Job) -> Callable[[], bool]:
+        """What the work asks before each scoring call: whether it was cancelled, which a pause does not hold up."""
+
+        def cancelled() -> bool:
+            while not job.cancelled and (reason := self._pause()):
+                job.paused = reason
+                time.sleep(PAUSE_POLL_S)
+            job.paused = ""
+            return job.cancelled
+
+        return cancelled
 
     def _on_worker(self, loop: asyncio.AbstractEventLoop, job: _Job, work: Callable[[], Output]) -> None:
         if job.cancelled:

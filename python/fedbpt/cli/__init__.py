@@ -9,28 +9,17 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 
-import fedbpt
-from fedbpt.cli import bench, demo, device, evaluate, models, runs, tune
 from fedbpt.cli.options import help_without_command
 from fedbpt.errors import FedbptError
+from fedbpt.version import VERSION
 
-app = typer.Typer(
-    name="fedbpt",
-    help="Federated black-box prompt tuning: adapt an LLM across devices that keep their data.\n\nExample: fedbpt demo",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-app.command("demo")(demo.demo)
-app.command("device")(device.device)
-app.command("tune")(tune.tune)
-app.command("evaluate")(evaluate.evaluate)
-app.command("bench")(bench.bench)
-app.add_typer(models.app)
-app.add_typer(runs.app)
+COMMANDS = ("demo", "device", "tune", "evaluate", "bench", "models", "runs")
+"""Each a module of `fedbpt.cli`: with a function of its name, or, for a group, with an ``app``."""
 
 INTERRUPTED = 130
 _RESUMED = (["demo"], ["tune"], ["models", "pull"])  # the commands that go on where they were stopped
@@ -42,11 +31,10 @@ _ClickException: Any = typer.BadParameter.__mro__[2]
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"fedbpt {fedbpt.__version__}")
+        typer.echo(f"fedbpt {VERSION}")
         raise typer.Exit
 
 
-@app.callback(invoke_without_command=True)
 def options(
     context: typer.Context,
     version: Annotated[
@@ -57,6 +45,25 @@ def options(
     """Options before the command."""
     del version, debug  # the one is done by its callback, the other by main, which outlives the command
     help_without_command(context)
+
+
+def make_app(wanted: str | None = None) -> typer.Typer:
+    """The command line with the one command ``wanted``: a device holds no more than it needs. None, or unknown: all."""
+    app = typer.Typer(
+        name="fedbpt",
+        help="Federated black-box prompt tuning: adapt an LLM across devices that keep their data.\n\n"
+        "Example: fedbpt demo",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    app.callback(invoke_without_command=True)(options)
+    for name in [wanted] if wanted in COMMANDS else COMMANDS:
+        module = import_module(f"fedbpt.cli.{name}")
+        if hasattr(module, "app"):
+            app.add_typer(module.app)
+        else:
+            app.command(name)(getattr(module, name))
+    return app
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -89,7 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(given: Sequence[str]) -> None:
     # Not by calling the app: what that makes of Ctrl-C differs between versions of typer.
-    command = typer.main.get_command(app)
+    wanted = next((word for word in given if not word.startswith("-")), None)
+    command = typer.main.get_command(make_app(wanted))
     with command.make_context("fedbpt", list(given)) as context:
         command.invoke(context)
     sys.stdout.flush()

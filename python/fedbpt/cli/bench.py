@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
@@ -9,36 +10,59 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedbpt import models
-from fedbpt.bench import Measurement, Rate, measure
+from fedbpt import models, tasks
+from fedbpt.bench import Measurement, Rate, ThreadRate, best_threads, measure, measure_threads
 from fedbpt.cli.hint import print_hint
 from fedbpt.cli.models import progress_bar
 from fedbpt.cli.options import AsJson, GpuLayers, GpuName, Quiet, Threads
+from fedbpt.comparison import compare, read_measurement
 from fedbpt.display import human_bytes
+from fedbpt.estimate import project
 from fedbpt.machine import Heat
 from fedbpt.native_scorer import load_model
 
 
 def bench(
-    model: Annotated[str, typer.Argument(help="A name from `fedbpt models list`, or a .gguf file.")] = "smollm2-135m",
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A name from `fedbpt models list`, or a .gguf file.")
+    ] = "smollm2-135m",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer calls, and not by threads: some 10 seconds.")] = False,
+    compared: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option("--compare", help="Measure nothing: compare two files that --json printed.", metavar="A B"),
+    ] = None,
     threads: Threads = None,
     gpu_layers: GpuLayers = 0,
     gpu: GpuName = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure this machine with a model: speed, memory, and energy where the system tells. Some 20 seconds.
+    """Measure this machine with a model: speed, memory, and energy where the system tells. Some 40 seconds.
 
-    Example: fedbpt bench smollm2-135m --json
+    Without --threads it first finds how many are fastest, and measures with those.
+
+    Example: fedbpt bench --model smollm2-135m --json > here.json
     """
+    if compared is not None:
+        _compare(compared, as_json)
+        return
     shown = not (quiet or as_json)
     if model in models.CATALOGUE:
         with progress_bar(model, shown) as progress:
             models.pull(model, progress)
-    scorer = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers, gpu=gpu)
     console = Console(stderr=True, quiet=not shown)
     with console.status("") as status:
-        found = measure(scorer, on_part=lambda part: status.update(f"measuring: {part}"))
+
+        def say(part: str) -> None:
+            status.update(f"measuring: {part}")
+
+        by_threads: tuple[ThreadRate, ...] = ()
+        if threads is None and not quick and not gpu_layers:
+            by_threads = measure_threads(lambda n_threads: load_model(model, n_threads=n_threads), on_part=say)
+            threads = best_threads(by_threads)
+        scorer = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers, gpu=gpu)
+        found = measure(scorer, quick=quick, threads=by_threads, on_part=say)
+    found = msgspec.structs.replace(found, projection=project(found, tasks.load("ag-news")))
     if as_json:
         typer.echo(msgspec.json.encode(found).decode())
     else:
@@ -56,19 +80,53 @@ def _print(found: Measurement) -> None:
         f"{found.model} ({weights}), {found.backend}, threads: {found.n_threads}, fedbpt {found.fedbpt_version}",
     )
     table = Table(box=None)
-    for heading in ("", "work", "tokens/s", "eval./s", "J/eval."):
+    for heading in ("", "work", "tokens/s", "eval./s", "J/eval.", "W"):
         table.add_column(heading, justify="left" if heading in ("", "work") else "right", no_wrap=True)
-    for name, rate in {"prefill": found.prefill, "cue": found.cue, "front": found.front}.items():
-        evaluations = "-" if name == "prefill" else f"{rate.evaluations_per_second:,.2f}"
+    batches = [("", rate) for rate in found.batches]
+    for name, rate in [("prefill", found.prefill), *batches, ("cue", found.cue), ("front", found.front)]:
+        evaluations = f"{rate.evaluations_per_second:,.2f}" if rate.work.n_prompt else "-"
         joules = "-" if rate.joules_per_evaluation is None else f"{rate.joules_per_evaluation:,.2f}"
-        table.add_row(name, _work(rate), f"{rate.tokens_per_second:,.0f}", evaluations, joules)
+        watts = "-" if rate.watts is None else f"{rate.watts:,.1f}"
+        table.add_row(name, _work(rate), f"{rate.tokens_per_second:,.0f}", evaluations, joules, watts)
     console.print(table)
+    if found.threads:
+        rates = ", ".join(f"{rate.n_threads}: {rate.tokens_per_second:,.0f}" for rate in found.threads)
+        _line(console, f"tokens/s by threads: {rates}; most with {found.best_threads}")
     memory = ", ".join(f"{name.replace('_', ' ')} {human_bytes(size)}" for name, size in found.memory_bytes.items())
     _line(console, f"memory: {memory}")
     _line(console, f"energy: {found.energy_source or found.energy_note}")
     _line(console, f"heat: {_heat(found.heat_before)} before, {_heat(found.heat_after)} after")
     kernels = ", ".join(f"{name} {flops / 1e9:,.0f}" for name, flops in found.kernel_flops_per_second.items())
-    _line(console, f"matrix kernels, GFLOP/s a thread: {kernels}")
+    own = (
+        "" if found.weights_flops_per_second is None else f", this model's {found.weights_flops_per_second / 1e9:,.0f}"
+    )
+    _line(console, f"matrix kernels, GFLOP/s a thread: {kernels}; fastest {found.best_format}{own}")
+    if found.projection is not None:
+        run = found.projection
+        _line(
+            console,
+            f"projected: {run.evaluations} evaluations on {run.rows} rows of {run.task} ({run.tokens:,} tokens), "
+            f"the default run on this machine alone: at most {run.seconds / 60:,.1f} min",
+        )
+
+
+def _compare(paths: tuple[Path, Path], as_json: bool) -> None:
+    found = compare(*map(read_measurement, paths))
+    if as_json:
+        answer = {"figures": found.figures, "ratios": found.ratios(), "notes": found.notes}
+        typer.echo(msgspec.json.encode(answer).decode())
+        return
+    console = Console()
+    table = Table(box=None)
+    for heading in ("", *(path.stem for path in paths), "ratio"):
+        table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
+    ratios = found.ratios()
+    for name, values in found.figures.items():
+        ratio = f"{ratios[name]:.2f}" if name in ratios else "-"
+        table.add_row(name, *(f"{value:,.4g}" if value < 1000 else f"{value:,.0f}" for value in values), ratio)
+    console.print(table)
+    for note in found.notes:
+        _line(console, f"note: {note}")
 
 
 def _line(console: Console, text: str) -> None:
@@ -78,7 +136,7 @@ def _line(console: Console, text: str) -> None:
 def _work(rate: Rate) -> str:
     work = rate.work
     if not work.n_prompt:
-        return f"1 text of {work.text_tokens} tokens"
+        return f"{work.texts} text{'s' if work.texts > 1 else ''} of {work.text_tokens} tokens"
     return f"{work.candidates} prompts of {work.n_prompt} on {work.texts} texts of {work.text_tokens} tokens"
 
 

