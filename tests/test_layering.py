@@ -15,11 +15,26 @@ NATIVE = ROOT / "src" / "fedbpt_native"
 
 # A part (a module or a folder of fedbpt) imports parts of lower layers, and of its own layer those further left.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "messages", "seeding", "memory", "energy", "machine", "packages"),
+    (
+        "errors",
+        "messages",
+        "seeding",
+        "memory",
+        "energy",
+        "machine",
+        "packages",
+        "tls",
+        "tokens",
+        "certs",
+        "rate_limit",
+    ),
     ("batches", "losses", "projection", "population", "search", "readout", "prompt", "models", "tasks"),
-    ("scorer", "native_scorer", "bench", "wire", "racing", "objective"),
+    ("scorer", "native_scorer", "bench", "wire", "racing", "objective", "envelopes"),
     ("local", "aggregation"),
-    ("runs", "store", "reports", "agent", "clients", "fleet", "ledger", "estimate", "event_loop", "federation"),
+    (
+        *("runs", "store", "registry", "reports", "http_bodies", "http_server", "agent", "clients", "coordinator"),
+        *("fleet", "ledger", "estimate", "event_loop", "federation"),
+    ),
     ("config", "api", "display", "dashboard", "__init__", "cli", "__main__"),
 )
 RANK = {part: (layer, place) for layer, parts in enumerate(LAYERS) for place, part in enumerate(parts)}

@@ -9,9 +9,9 @@ import pytest
 
 from fedbpt import wire
 from fedbpt.agent import AgentService
-from fedbpt.agent.http import STATUS_OF_CODE
 from fedbpt.agent.server import AgentServer
 from fedbpt.errors import ConfigError, FedbptError
+from fedbpt.http_bodies import STATUS_OF_CODE
 from fedbpt.messages import DeviceInfo, ErrorReply, RoundProgress, RoundReport
 from tests.contract.test_clients import plan
 from tests.fake_device import FakeDevice

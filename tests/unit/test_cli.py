@@ -86,6 +86,7 @@ LEAVES = {name: command for name, command in COMMANDS.items() if not hasattr(com
 def test_the_promised_commands_are_there() -> None:
     words = ["demo", "device", "tune", "evaluate", "bench"]
     words += ["models list", "models pull", "models path", "models requantize"]
+    words += ["certs init", "certs issue", "devices invite", "devices list", "devices revoke"]
     assert set(LEAVES) == {f"fedbpt {word}" for word in [*words, "runs list", "runs show", "runs export"]}
 
 
@@ -106,7 +107,7 @@ def test_every_command_has_json_quiet_and_a_word_on_each_option(name: str) -> No
     assert [parameter.name for parameter in parameters if not parameter.help] == []
 
 
-@pytest.mark.parametrize("group", [(), ("models",), ("runs",)])
+@pytest.mark.parametrize("group", [(), ("models",), ("runs",), ("certs",), ("devices",)])
 def test_a_group_alone_shows_its_help(group: tuple[str, ...], run: Run) -> None:
     assert run(*group) == run(*group, "--help")
 

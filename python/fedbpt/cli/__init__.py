@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 import fedbpt
-from fedbpt.cli import bench, demo, device, evaluate, models, runs, tune
+from fedbpt.cli import bench, certs, demo, device, devices, evaluate, models, runs, tune
 from fedbpt.cli.options import help_without_command
 from fedbpt.errors import FedbptError
 
@@ -31,6 +31,8 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.add_typer(models.app)
 app.add_typer(runs.app)
+app.add_typer(devices.app)
+app.add_typer(certs.app)
 
 INTERRUPTED = 130
 _RESUMED = (["demo"], ["tune"], ["models", "pull"])  # the commands that go on where they were stopped
