@@ -84,7 +84,13 @@ def refusal(
     """An `ErrorReply`; with ``retry_after_s``, when to come again."""
     chosen = STATUS_OF_CODE.get(code, 400) if status is None else status
     headers: dict[str, str] = {}
-    if chosen in (408, 413, 415):  # the body was not read to its end: the connection cannot carry another request
+    if chosen in (
+        401,
+        408,
+        413,
+        415,
+        429,
+    ):  # the body was not read to its end: the connection cannot carry another request
         headers["connection"] = "close"
     if chosen == 401:
         headers["www-authenticate"] = "Bearer"

@@ -20,7 +20,7 @@ M = TypeVar("M", bound=Message)
 ANSWER_S: Final = 20.0
 """How long the network and the coordinator may take for an answer, beyond a poll's hold."""
 
-ENROL_ATTEMPTS: Final = 4
+ENROL_ATTEMPTS: Final = 6
 
 
 def origin(url: str, allow_insecure: bool) -> str:

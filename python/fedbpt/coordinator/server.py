@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedbpt.clients.mailbox import MailboxClient, PostOffice
-from fedbpt.coordinator.http import build_app
+from fedbpt.coordinator.http import DEVICE_LIMIT, GUESS_LIMIT, build_app
 from fedbpt.http_server import HttpServer
 from fedbpt.registry import DeviceRegistry
 from fedbpt.tls import Tls
@@ -20,9 +20,11 @@ class CoordinatorServer(HttpServer):
         *,
         tls: Tls | None = None,
         allow_insecure: bool = False,
+        device_limit: tuple[float, int] = DEVICE_LIMIT,
+        guess_limit: tuple[float, int] = GUESS_LIMIT,
     ) -> None:
         self.office = PostOffice()
-        app = build_app(registry, self.office)
+        app = build_app(registry, self.office, device_limit, guess_limit)
         super().__init__(app, host, port, tls=tls, allow_insecure=allow_insecure, on_exit=self.office.close)
 
     def present(self) -> list[str]:
