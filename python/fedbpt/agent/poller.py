@@ -182,8 +182,9 @@ class Poller:
                 await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _poll(self, coordinator: httpx.AsyncClient) -> Delivery:
-        poll = Poll(holding=tuple(self._held), wait_s=POLL_S)
-        return decoded(await self._post(coordinator, POLL_PATH, poll, POLL_S), Delivery)
+        wait_s = 0.0 if self._problem else POLL_S  # after trouble: is it over?
+        poll = Poll(holding=tuple(self._held), wait_s=wait_s)
+        return decoded(await self._post(coordinator, POLL_PATH, poll, wait_s), Delivery)
 
     async def _serve(self, request: Request, device: httpx.AsyncClient, coordinator: httpx.AsyncClient) -> None:
         """Let the device's routes answer, and post what they say until the coordinator has it, or wants it no more."""
@@ -203,7 +204,7 @@ class Poller:
         timeout = httpx.Timeout(ANSWER_S, read=hold_s + ANSWER_S)
         async with coordinator.stream("POST", path, content=wire.encode(message), timeout=timeout) as response:
             content = bytearray()
-            async for chunk in response.aiter_raw():
+            async for chunk in response.aiter_bytes():
                 content += chunk
                 if len(content) > MAX_ENVELOPE_BYTES:
                     raise WireError(f"an answer is over the limit of {MAX_ENVELOPE_BYTES} bytes")
