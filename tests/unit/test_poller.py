@@ -37,7 +37,7 @@ def refused(code: str, status: int, **headers: str) -> httpx.Response:
 
 
 class Coordinator:
-    """Answers a device's calls by script: polls in turn, then ``unauthorized`` when nothing is held; replies with 204."""
+    """Answers by script: polls in turn, then ``unauthorized`` when nothing is held; replies with 204."""
 
     def __init__(self, *polls: httpx.Response | Exception) -> None:
         self.polls = list(polls)
