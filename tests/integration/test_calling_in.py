@@ -31,6 +31,8 @@ class Site(Workshop):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
+        files = ("--cert", "certs/coordinator.pem", "--key", "certs/coordinator.key")
+        self.listen = ("--listen", f"127.0.0.1:{self.port}", *files)
         self.url = f"https://127.0.0.1:{self.port}"
         self.codes: list[str] = []
         self.output: list[str] = []
@@ -41,8 +43,7 @@ class Site(Workshop):
         (self.folder / "run.toml").write_text(head + fixed + SETTINGS)
 
     def tune(self, *more: object) -> subprocess.Popen[str]:
-        listen = ("--listen", f"127.0.0.1:{self.port}", "--cert", "certs/coordinator.pem")
-        process = self.spawn("tune", "run.toml", *listen, "--key", "certs/coordinator.key", *more)
+        process = self.spawn("tune", "run.toml", *self.listen, *more)
         wait_until(lambda: self.answers() or process.poll() is not None)
         return process
 
@@ -108,12 +109,17 @@ def test_a_run_whose_coordinator_and_device_are_killed_ends_with_the_digest_of_o
 
     site.write_run("whole/runs.db")
     assert site.finish(site.tune("--quiet")) == 0
+    code, out, err = site.run("tune", "run.toml", *site.listen)  # finished: nobody is waited for
+    assert code == 0
+    assert "was finished before" in err
     faults, whole = site.result("faults/runs.db"), site.result("whole/runs.db")
     assert (faults.rounds, faults.digest) == (ROUNDS, whole.digest)
     assert [device.name for device in faults.devices] == ["a", "b"]
     assert [device.reports for device in faults.devices] == [ROUNDS + 1, ROUNDS + 1]
     assert faults.tuned == whole.tuned
 
+    code, out, _ = site.run("tune", "run.toml", "--plan", "--json", *site.listen)
+    assert (code, [device["name"] for device in json.loads(out)["devices"]]) == (0, ["a", "b"])
     for process in devices.values():
         process.send_signal(signal.SIGINT)
         assert site.finish(process) == 0

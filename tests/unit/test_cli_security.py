@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 import subprocess
 import sys
@@ -78,7 +79,8 @@ def test_without_the_extra_certificates_cannot_be_made_and_nothing_else_misses_i
     assert (code, len(err.splitlines())) == (2, 1)
     assert "pip install 'fedbpt[certs]'" in err
     loads = "import sys, fedbpt.cli; sys.exit('cryptography' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", loads], check=False).returncode == 0
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", loads], env=environment, check=False).returncode == 0
 
 
 def test_a_devices_token_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:

@@ -154,7 +154,9 @@ def test_nobody_there_is_named_with_the_address() -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("url", ["", "pi5:8401", "ftp://pi5", "http://", "http://pi5:port"])
+@pytest.mark.parametrize(
+    "url", ["", "pi5:8401", "ftp://pi5", "http://", "http://pi5:port", "http://user:word@pi5:8401"]
+)
 def test_an_address_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="like http://pi5:8401"):
         HttpClient(url)

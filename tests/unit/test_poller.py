@@ -199,6 +199,21 @@ def calling(credentials: Credentials, tell: Callable[[str], None] = lambda _line
         yield poller
 
 
+def test_an_enrolment_that_is_put_off_is_sent_again_when_it_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("fedbpt.agent.calls.time.sleep", waits.append)
+    with DeviceRegistry(tmp_path / "devices.db") as registry:
+        with CoordinatorServer(registry, guess_limit=(0.001, 1)) as server:
+            assert enrol(server.url, registry.invite("a")).device == "a"
+            with pytest.raises(FedbptError, match="too many requests"):
+                enrol(server.url, registry.invite("b"))
+    assert waits[:2] == [0.0, 0.0]
+    assert len(waits) == 7
+    assert min(waits[2:]) > 500
+
+
 def test_a_wrong_code_is_one_line_and_an_absent_coordinator_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,16 +79,20 @@ def enrol(url: str, code: str, *, tls: Tls | None = None, allow_insecure: bool =
     url = origin(url, allow_insecure)
     secret = tokens.new_token()
     body = wire.encode(Enrolment(code=code.strip(), token_digest=tokens.digest(secret)))
-    problem = ""
+    problem, pause_s = "", 0.0
     with httpx.Client(**client_options(url, tls or Tls())) as http:
         for attempt in range(ENROL_ATTEMPTS):
-            if attempt:
-                time.sleep(2.0 ** (attempt - 2))
+            time.sleep(pause_s)
+            pause_s = 2.0 ** (attempt - 1)
             try:
                 response = http.post(ENROL_PATH, content=body)
                 # With the same token a code can be sent again: an answer that was lost costs nothing.
                 device = decoded(accepted(response, response.content), Enrolled).device
                 return Credentials(url, device, secret)
+            except CoordinatorRefusedError as error:
+                if not error.retry_after_s:
+                    raise
+                problem, pause_s = str(error), error.retry_after_s
             except httpx.TransportError as error:
                 problem = str(error) or type(error).__name__
     raise FedbptError(

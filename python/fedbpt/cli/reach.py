@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from fedbpt.clients import DeviceClient, HttpClient
+from fedbpt.clients import DeviceClient, HttpClient, PostOffice
 from fedbpt.coordinator import CoordinatorServer
 from fedbpt.errors import ConfigError
 from fedbpt.registry import DeviceRegistry
@@ -40,11 +40,14 @@ class Reach:
     allow_insecure: bool = False
 
     @contextmanager
-    def clients(self, known: Sequence[str], patient: bool, tell: Callable[[str], None]) -> Iterator[list[DeviceClient]]:
+    def clients(
+        self, known: Sequence[str], finished: bool, tell: Callable[[str], None]
+    ) -> Iterator[list[DeviceClient]]:
         """The devices, sorted by name among those that call in, so that who called first makes no difference.
 
         ``known``: devices of the run so far; those of them that are enrolled belong to it, present or not.
-        ``patient``: whether to wait for the others. ``tell``: called with who is there, when that changes.
+        ``finished``: the run is: nobody will be asked, and nobody is waited for. ``tell``: called with who is there,
+        when that changes.
         """
         secrets = _secrets(self.tokens)
         called: list[DeviceClient] = [
@@ -54,9 +57,13 @@ class Reach:
             yield called
             return
         host, port = _split(self.listen)
+        if finished:
+            names = sorted({*known} - {client.name for client in called})
+            yield [*called, *(PostOffice().client(name) for name in names)]
+            return
         with DeviceRegistry(self.registry) as registry:
             with CoordinatorServer(registry, host, port, tls=self.tls, allow_insecure=self.allow_insecure) as server:
-                calling = self._await(registry, server, tell) if patient else []
+                calling = self._await(registry, server, tell)
                 enrolled = {line.device for line in registry.devices() if line.state == "enrolled"}
                 names = sorted({*calling, *(enrolled & set(known))})
                 yield [*called, *(server.client(name) for name in names)]

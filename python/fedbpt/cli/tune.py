@@ -113,8 +113,8 @@ def _tuned(
         if fresh:
             store.delete_run(config.run)
         stored = store.find_run(config.run)
-        unfinished = stored is None or stored.status != "finished"
-        with reach.clients(list(store.devices(config.run)), unfinished, _teller(not shown)) as clients:
+        finished = stored is not None and stored.status == "finished"
+        with reach.clients(list(store.devices(config.run)), finished, _teller(not shown)) as clients:
             aggregator = aggregator_for(config.settings)
             federation = Federation(clients, task, config.settings, aggregator, store, config.run, watch)
             with display:
@@ -137,7 +137,7 @@ def _cost(config: RunConfig, task: Task, reach: Reach, tell: Callable[[str], Non
     async def ask_all(clients: Sequence[DeviceClient]) -> list[DeviceInfo]:
         return list(await asyncio.gather(*(ask(client) for client in clients)))
 
-    with reach.clients([], True, tell) as clients:
+    with reach.clients([], False, tell) as clients:
         return estimate(config.settings, task, asyncio.run(ask_all(clients)), aggregator_for(config.settings))
 
 

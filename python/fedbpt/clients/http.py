@@ -73,7 +73,7 @@ class HttpClient:
             self._url = httpx.URL(url.rstrip("/"))
         except httpx.InvalidURL as error:
             raise ConfigError(f"{url!r} is no device address: give one like http://pi5:8401") from error
-        if self._url.scheme not in ("http", "https") or not self._url.host:
+        if self._url.scheme not in ("http", "https") or not self._url.host or self._url.userinfo:
             raise ConfigError(f"{url!r} is no device address: give one like http://pi5:8401")
         if token and self._url.scheme == "http" and not is_loopback(self._url.host):
             raise ConfigError(f"a token is not sent to {url} unencrypted: serve the device with TLS, and give https://")
