@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 
 from fedbpt import tokens, wire
@@ -19,10 +20,11 @@ from fedbpt.agent.poller import Backoff, Poller
 from fedbpt.coordinator import CoordinatorServer
 from fedbpt.envelopes import Delivery, Poll, Reply, Request
 from fedbpt.errors import ConfigError, CoordinatorRefusedError, FedbptError
-from fedbpt.messages import DeviceInfo, ErrorReply, Message
+from fedbpt.messages import Array, DeviceInfo, ErrorReply, Message
 from fedbpt.registry import DeviceRegistry
 from fedbpt.tokens import Credentials
-from tests.caller import wait_until
+from tests.caller import called_by, wait_until
+from tests.contract.test_clients import request
 from tests.fake_device import FakeDevice
 
 ID = "a" * 32
@@ -100,9 +102,9 @@ def test_a_server_that_names_a_time_is_not_called_before() -> None:
 
 
 def test_requests_are_answered_by_the_devices_routes(monkeypatch: pytest.MonkeyPatch) -> None:
-    request = Request(id=ID, method="GET", path="/v1/status")
+    wanted = Request(id=ID, method="GET", path="/v1/status")
     unknown = Request(id="b" * 32, method="GET", path="/v1/rounds/r/1?wait=0")
-    coordinator = Coordinator(answer(Delivery(requests=(request, unknown))))
+    coordinator = Coordinator(answer(Delivery(requests=(wanted, unknown))))
     assert run(coordinator, monkeypatch) == ([], [])
     assert wire.decode(coordinator.replies[ID].body, DeviceInfo).name == "a"
     assert coordinator.replies["b" * 32].status == 404
@@ -111,8 +113,8 @@ def test_requests_are_answered_by_the_devices_routes(monkeypatch: pytest.MonkeyP
 
 
 def test_a_request_that_is_handed_over_twice_is_answered_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    request = Request(id=ID, method="GET", path="/v1/status")
-    again = answer(Delivery(requests=(request, request)))
+    wanted = Request(id=ID, method="GET", path="/v1/status")
+    again = answer(Delivery(requests=(wanted, wanted)))
     coordinator = Coordinator(again, again)
     run(coordinator, monkeypatch)
     assert coordinator.asked[1].holding == (ID,)
@@ -151,16 +153,16 @@ def test_a_coordinator_that_does_not_answer_as_it_should_is_called_again_when_it
 
 @pytest.mark.parametrize(("code", "status"), [("unknown-request", 404), ("conflict", 409), ("too-large", 413)])
 def test_a_reply_that_is_not_wanted_is_dropped(code: str, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    request = Request(id=ID, method="GET", path="/v1/status")
-    coordinator = Coordinator(answer(Delivery(requests=(request,))))
+    wanted = Request(id=ID, method="GET", path="/v1/status")
+    coordinator = Coordinator(answer(Delivery(requests=(wanted,))))
     coordinator.reply_answers = [refused(code, status)]
     assert run(coordinator, monkeypatch) == ([], [])
     assert coordinator.asked[-1].holding == ()
 
 
 def test_a_reply_is_sent_until_it_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
-    request = Request(id=ID, method="GET", path="/v1/status")
-    coordinator = Coordinator(answer(Delivery(requests=(request,))))
+    wanted = Request(id=ID, method="GET", path="/v1/status")
+    coordinator = Coordinator(answer(Delivery(requests=(wanted,))))
     coordinator.reply_answers = [refused("stopping", 503, **{"retry-after": "3"})]
     _, waits = run(coordinator, monkeypatch)
     assert waits == [3.0]
@@ -257,6 +259,16 @@ def test_no_secret_is_in_logs_addresses_or_the_coordinators_files(
     for secret in (code, tokens.plain_code(code), credentials.secret):
         assert secret not in logged
         assert secret.encode() not in files
+
+
+def test_a_message_of_nearly_the_largest_size_goes_through(tmp_path: Path) -> None:
+    device = FakeDevice("a")
+    with called_by(tmp_path, device) as coordinator:
+        client = coordinator.client("a")
+        latents = Array.of(np.zeros((2000, 1000)))
+        report = asyncio.run(client.evaluate(request(latents=latents)))
+    assert len(report.correct) == 2000
+    assert 15 * 2**20 < client.bytes_down < wire.MAX_BODY_BYTES
 
 
 def test_a_device_that_is_revoked_ends(tmp_path: Path) -> None:
