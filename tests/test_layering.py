@@ -15,23 +15,16 @@ NATIVE = ROOT / "src" / "fedbpt_native"
 
 # A part (a module or a folder of fedbpt) imports parts of lower layers, and of its own layer those further left.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "version", "messages", "seeding", "memory", "energy", "machine", "pauses", "autostart", "packages"),
+    (
+        *("errors", "version", "messages", "seeding", "memory", "energy", "machine", "pauses", "autostart", "packages"),
+        *("tls", "tokens", "certs", "rate_limit"),
+    ),
     ("batches", "losses", "projection", "population", "search", "readout", "prompt", "models", "tasks"),
-    ("scorer", "native_scorer", "bench", "comparison", "wire", "racing", "objective"),
+    ("scorer", "native_scorer", "bench", "comparison", "wire", "racing", "objective", "envelopes"),
     ("local", "aggregation"),
     (
-        "runs",
-        "store",
-        "reports",
-        "agent",
-        "clients",
-        "members",
-        "pace",
-        "fleet",
-        "ledger",
-        "estimate",
-        "event_loop",
-        "federation",
+        *("runs", "store", "registry", "reports", "http_bodies", "http_server", "agent", "clients", "coordinator"),
+        *("members", "pace", "fleet", "ledger", "estimate", "event_loop", "federation"),
     ),
     ("config", "api", "display", "dashboard", "__init__", "cli", "__main__"),
 )

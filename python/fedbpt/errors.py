@@ -19,6 +19,7 @@
     │   ├── DeviceTimeoutError         the device answers, but did not finish in time
     │   ├── DeviceRefusedError         the device understood and said no (4xx); ``code`` says why
     │   └── DeviceFailedError          the device's work ended in an error
+    ├── CoordinatorRefusedError        the coordinator said no to a device that called; ``code`` says why
     ├── FederationError
     │   └── QuorumError                too few devices reported before the deadline
     ├── StoreError                     the run database cannot be read or written
@@ -107,6 +108,18 @@ class DeviceRefusedError(DeviceError):
 
 class DeviceFailedError(DeviceError):
     """The device's work ended in an error."""
+
+
+class CoordinatorRefusedError(FedbptError):
+    """The coordinator said no to a device that called. ``code`` is stable, for programs: ``unauthorized``, ...
+
+    ``retry_after_s``: when to call again, seconds; 0: the same call will be refused again.
+    """
+
+    def __init__(self, message: str, code: str = "refused", retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.code = code
+        self.retry_after_s = retry_after_s
 
 
 class FederationError(FedbptError):

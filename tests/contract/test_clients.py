@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -28,6 +29,7 @@ from fedbpt.messages import (
     SearchState,
     Template,
 )
+from tests.caller import called_by
 from tests.fake_device import FINGERPRINT, FakeDevice
 
 TEMPLATE = Template(pattern="{text} It was", label_words=(" bad", " good"))
@@ -66,10 +68,16 @@ def device() -> FakeDevice:
     return FakeDevice("a")
 
 
-@pytest.fixture(params=["in_process", "http"])
-def make_client(request: pytest.FixtureRequest, device: FakeDevice) -> Iterator[Callable[[], DeviceClient]]:
+@pytest.fixture(params=["in_process", "http", "mailbox"])
+def make_client(
+    request: pytest.FixtureRequest, device: FakeDevice, tmp_path: Path
+) -> Iterator[Callable[[], DeviceClient]]:
     if request.param == "in_process":
         yield lambda: InProcessClient(device)
+        return
+    if request.param == "mailbox":
+        with called_by(tmp_path, device) as coordinator:
+            yield lambda: coordinator.client("a")
         return
     with AgentServer(AgentService(device)) as server:
         yield lambda: HttpClient(server.url, name="a")

@@ -40,7 +40,7 @@ def test_a_device_imports_nothing_that_waiting_for_work_does_not_need(tmp_path: 
 import json, os, sys
 from fedbpt import cli
 from fedbpt.cli import device
-def ready(host, port):
+def ready(url):
     print(json.dumps([name for name in {NOT_ON_A_DEVICE!r} if name in sys.modules]), flush=True)
     os._exit(0)
 device.announce = ready

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -10,9 +11,10 @@ import pytest
 
 from fedbpt import wire
 from fedbpt.agent import AgentService
-from fedbpt.agent.http import STATUS_OF_CODE
 from fedbpt.agent.server import AgentServer
-from fedbpt.errors import ConfigError, FedbptError
+from fedbpt.clients import HttpClient
+from fedbpt.errors import ConfigError, DeviceRefusedError, FedbptError
+from fedbpt.http_bodies import STATUS_OF_CODE
 from fedbpt.messages import DeviceInfo, ErrorReply, RoundProgress, RoundReport
 from tests.contract.test_clients import plan
 from tests.fake_device import FakeDevice
@@ -100,6 +102,36 @@ def test_health_and_metrics_are_plain_text(http: httpx.Client) -> None:
     samples = dict(line.rsplit(" ", 1) for line in metrics.text.splitlines() if not line.startswith("#"))
     assert float(samples['fedbpt_work_total{state="done"}']) >= 0
     assert samples["fedbpt_peak_rss_bytes"] == str(2**21) or int(samples["fedbpt_peak_rss_bytes"]) > 0
+
+
+def test_with_a_token_only_who_sends_it_is_served() -> None:
+    with AgentServer(AgentService(FakeDevice("a")), token="right") as server:
+        with httpx.Client(base_url=server.url, trust_env=False) as client:
+            for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic right"}):
+                for path in ("/v1/status", "/metrics", "/v1/nothing"):
+                    assert refusal(client.get(path, headers=headers)) == (401, "unauthorized")
+            right = {"authorization": "Bearer right"}
+            guesses = [client.get("/v1/status") for _ in range(5)]
+            assert refusal(guesses[-1]) == (429, "too-many")
+            assert int(guesses[-1].headers["retry-after"]) > 0
+            assert client.get("/v1/status", headers=right).status_code == 200
+            assert client.get("/healthz").status_code == 200
+
+
+def test_a_client_with_the_token_is_served_and_another_is_told_why() -> None:
+    async def ask(token: str | None) -> str:
+        client = HttpClient(server.url, token=token)
+        try:
+            return (await client.status()).name
+        finally:
+            await client.aclose()
+
+    with AgentServer(AgentService(FakeDevice("a")), token="right") as server:
+        assert asyncio.run(ask("right")) == "a"
+        for token in (None, "wrong"):
+            with pytest.raises(DeviceRefusedError, match="asks for its token") as caught:
+                asyncio.run(ask(token))
+            assert caught.value.code == "unauthorized"
 
 
 def test_a_port_in_use_is_one_line_that_says_what_to_do() -> None:

@@ -86,6 +86,7 @@ LEAVES = {name: command for name, command in COMMANDS.items() if not hasattr(com
 def test_the_promised_commands_are_there() -> None:
     words = ["demo", "device", "tune", "evaluate", "bench"]
     words += ["models list", "models pull", "models path", "models requantize"]
+    words += ["certs init", "certs issue", "devices invite", "devices list", "devices revoke"]
     assert set(LEAVES) == {f"fedbpt {word}" for word in [*words, "runs list", "runs show", "runs export"]}
 
 
@@ -106,7 +107,7 @@ def test_every_command_has_json_quiet_and_a_word_on_each_option(name: str) -> No
     assert [parameter.name for parameter in parameters if not parameter.help] == []
 
 
-@pytest.mark.parametrize("group", [(), ("models",), ("runs",)])
+@pytest.mark.parametrize("group", [(), ("models",), ("runs",), ("certs",), ("devices",)])
 def test_a_group_alone_shows_its_help(group: tuple[str, ...], run: Run) -> None:
     assert run(*group) == run(*group, "--help")
 
@@ -160,12 +161,34 @@ DEVICE = ("device", "--task", "ag-news", "--model")
         (("bench", "--compare", "news.jsonl", "news.jsonl"), 2, "news.jsonl"),
         (("bench", "-m", "news.jsonl", "--threads", "0"), 2, "'--threads'"),
         (("runs", "list"), 1, "no run database runs/runs.db"),
+        (("tune", "run.toml", "--listen", "8400"), 2, "is no HOST:PORT"),
+        (("tune", "run.toml", "--listen", "pi5:http"), 2, "is no HOST:PORT"),
+        (("tune", "run.toml", "--listen", "127.0.0.1:0"), 2, "fedbpt devices invite NAME"),
+        (("tune", "run.toml", "--listen", "0.0.0.0:0"), 2, "no encryption"),
+        (("tune", "run.toml", "--listen", "127.0.0.1:0", "--expect", "0"), 2, "'--expect'"),
+        (("tune", "run.toml", "--device", "http://127.0.0.1:9", "--cert", "run.toml"), 2, "both --cert and --key"),
+        (("tune", "run.toml", "--device", "https://127.0.0.1:9", "--ca", "absent.pem"), 2, "no such file: absent.pem"),
+        (("tune", "run.toml", "--device", "https://127.0.0.1:9", "--ca", "run.toml"), 2, "cannot use run.toml for TLS"),
+        (("tune", "run.toml", "--device", "http://127.0.0.1:9", "--tokens", "run.toml"), 2, "chmod 600 run.toml"),
+        (("tune", "run.toml", "--device", "http://127.0.0.1:9", "--tokens", "absent"), 2, "cannot read absent"),
+        ((*DEVICE, "x", "--data", "news.jsonl", "--coordinator", "http://c.example"), 2, "is not encrypted"),
+        ((*DEVICE, "x", "--data", "news.jsonl", "--coordinator", "https://c.example"), 2, "not enrolled"),
+        ((*DEVICE, "x", "--data", "news.jsonl", "--enrol", "CODE"), 2, "--coordinator https://HOST:PORT"),
+        ((*DEVICE, "x", "--data", "news.jsonl", "--token-file", "run.toml"), 2, "chmod 600 run.toml"),
+        (("devices", "list"), 1, "no device registry runs/devices.db"),
+        (("devices", "list", "--registry", "run.toml"), 1, "run.toml"),
+        (("devices", "invite", "a b"), 2, "cannot name a device"),
+        (("devices", "invite", "a", "--minutes", "0"), 2, "'--minutes'"),
+        (("devices", "revoke", "a"), 2, "no device 'a'"),
+        (("certs", "issue", "pi5"), 2, "cannot read certs/ca.key"),
+        (("certs", "init", "--dir", "run.toml"), 2, "run.toml"),
         (("runs", "list", "--store", "run.toml"), 1, "run.toml is not a run database"),
     ],
 )
 def test_a_wrong_command_is_one_line_and_its_exit_code(
-    arguments: tuple[str, ...], code: int, said: str, run: Run, folder: Path
+    arguments: tuple[str, ...], code: int, said: str, run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("FEDBPT_CREDENTIALS", "credentials.json")
     (folder / "run.toml").write_text('task = "ag-news"')
     (folder / "empty.jsonl").touch()
     (folder / "news.jsonl").write_text('{"text": "a match", "label": "Sports"}\n')

@@ -109,6 +109,39 @@ def test_a_connection_that_breaks_once_is_tried_again() -> None:
     assert len(calls) == 2
 
 
+def test_a_device_that_names_a_time_is_not_asked_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    sleep = asyncio.sleep
+
+    async def note(seconds: float) -> None:
+        waits.append(seconds)
+        await sleep(0)
+
+    calls: list[int] = []
+
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        calls.append(1)
+        busy = b"HTTP/1.1 429 Too Many\r\nretry-after: 3\r\ncontent-length: 0\r\n\r\n"
+        writer.write(busy if len(calls) == 1 else reply("404 Not Found", b""))
+        await writer.drain()
+
+    monkeypatch.setattr("fedbpt.clients.http.asyncio.sleep", note)
+    with pytest.raises(DeviceRefusedError):
+        ask(answer, retry_s=5)
+    assert waits == [3.0]
+    calls.clear()
+    with pytest.raises(DeviceUnreachableError, match="429"):
+        ask(answer, retry_s=2)  # sooner than it wants to be asked again
+
+
+def test_a_token_is_not_sent_unencrypted_beyond_loopback() -> None:
+    for url in ("http://pi5:8401", "http://192.0.2.1:8401"):
+        with pytest.raises(ConfigError, match="https://"):
+            HttpClient(url, token="secret")
+    HttpClient("http://127.0.0.1:8401", token="secret")
+    assert "secret" not in repr(HttpClient("https://pi5:8401", token="secret"))
+
+
 def test_nobody_there_is_named_with_the_address() -> None:
     async def main() -> None:
         client = HttpClient("http://127.0.0.1:9", retry_s=0.3)
@@ -121,7 +154,9 @@ def test_nobody_there_is_named_with_the_address() -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("url", ["", "pi5:8401", "ftp://pi5", "http://", "http://pi5:port"])
+@pytest.mark.parametrize(
+    "url", ["", "pi5:8401", "ftp://pi5", "http://", "http://pi5:port", "http://user:word@pi5:8401"]
+)
 def test_an_address_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="like http://pi5:8401"):
         HttpClient(url)

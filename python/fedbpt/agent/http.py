@@ -1,55 +1,34 @@
-"""The device's HTTP routes: a Starlette application over an `AgentService`.
-
-Bodies are one MessagePack message (`wire.CONTENT_TYPE`), or JSON for people: send ``application/json``, or ask for
-it with ``Accept``. Every 4xx and 5xx body is an `ErrorReply`.
-"""
+"""The device's HTTP routes: a Starlette application over an `AgentService`. Bodies: see `fedbpt.http_bodies`."""
 
 from __future__ import annotations
 
-import asyncio
-import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Final, TypeVar
+from typing import Final
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.middleware import Middleware
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fedbpt import wire
+from fedbpt import tokens
 from fedbpt.agent.service import AgentService, metrics_text
-from fedbpt.errors import DeviceFailedError, DeviceRefusedError, WireError
-from fedbpt.messages import ErrorReply, EvaluateRequest, Message, RoundPlan, RoundProgress
-
-M = TypeVar("M", bound=Message)
+from fedbpt.errors import WireError
+from fedbpt.http_bodies import EXCEPTION_HANDLERS, read, refusal, reply, seconds
+from fedbpt.messages import EvaluateRequest, RoundPlan, RoundProgress
+from fedbpt.rate_limit import RateLimit
 
 MAX_WAIT_S: Final = 60.0
 """Longest that a long poll is held open."""
 
-BODY_TIMEOUT_S: Final = 60.0
-"""Longest that a request's body may take to arrive."""
-
-STATUS_OF_CODE: Final = {
-    "conflict": 409,
-    "busy": 409,
-    "wrong-model": 422,
-    "unknown-round": 404,
-    "unknown-evaluation": 404,
-    "malformed": 400,
-    "wrong-content-type": 415,
-    "too-large": 413,
-    "too-slow": 408,
-    "not-found": 404,
-    "method-not-allowed": 405,
-    "stopping": 503,
-}
-"""The ``code`` of an `ErrorReply` and the HTTP status it comes with; ``work-failed`` and ``internal`` are 500."""
+GUESSES: Final = (1.0, 10)
+"""Requests without the right token that an address may make: a second, and at once."""
 
 
-def build_app(service: AgentService) -> Starlette:
-    """The routes of one device, as an ASGI application."""
+def build_app(service: AgentService, token: str | None = None) -> Starlette:
+    """The routes of one device, as an ASGI application; with ``token``, all but ``/healthz`` ask for it."""
     routes = _Routes(service)
     round_path, evaluation_path = "/v1/rounds/{run}/{round:int}", "/v1/evaluate/{identity}"
     return Starlette(
@@ -64,14 +43,8 @@ def build_app(service: AgentService) -> Starlette:
             Route("/healthz", routes.healthz, methods=["GET"]),
             Route("/metrics", routes.metrics, methods=["GET"]),
         ],
-        exception_handlers={
-            WireError: _on_wire_error,
-            DeviceRefusedError: _on_refused,
-            DeviceFailedError: _on_failed,
-            HTTPException: _on_http_exception,
-            ClientDisconnect: _on_disconnect,
-            Exception: _on_fault,
-        },
+        exception_handlers=EXCEPTION_HANDLERS,
+        middleware=[] if token is None else [Middleware(_RequireToken, token=token)],
         lifespan=routes.lifespan,
     )
 
@@ -86,30 +59,30 @@ class _Routes:
         self.service.stop()
 
     async def status(self, request: Request) -> Response:
-        return _reply(request, self.service.status())
+        return reply(request, self.service.status())
 
     async def start(self, request: Request) -> Response:
-        plan = await _read(request, RoundPlan)
+        plan = await read(request, RoundPlan)
         if (plan.run, plan.round) != _round_of(request):
             raise WireError(f"the plan is for round {plan.round} of run {plan.run!r}, its address is for another")
-        return _reply(request, self.service.start(plan), 202)
+        return reply(request, self.service.start(plan), 202)
 
     async def wait(self, request: Request) -> Response:
         answer = await self.service.wait(*_round_of(request), seconds=_seconds(request))
-        return _reply(request, answer, 202 if isinstance(answer, RoundProgress) else 200)
+        return reply(request, answer, 202 if isinstance(answer, RoundProgress) else 200)
 
     async def cancel(self, request: Request) -> Response:
         self.service.cancel(*_round_of(request))
         return Response(status_code=204)
 
     async def start_evaluation(self, request: Request) -> Response:
-        identity = self.service.start_evaluation(await _read(request, EvaluateRequest))
+        identity = self.service.start_evaluation(await read(request, EvaluateRequest))
         progress = RoundProgress(run=identity, round=0, state="running")
-        return _reply(request, progress, 202, {"location": f"/v1/evaluate/{identity}"})
+        return reply(request, progress, 202, {"location": f"/v1/evaluate/{identity}"})
 
     async def wait_evaluation(self, request: Request) -> Response:
         answer = await self.service.wait_evaluation(request.path_params["identity"], _seconds(request))
-        return _reply(request, answer, 202 if isinstance(answer, RoundProgress) else 200)
+        return reply(request, answer, 202 if isinstance(answer, RoundProgress) else 200)
 
     async def cancel_evaluation(self, request: Request) -> Response:
         self.service.cancel_evaluation(request.path_params["identity"])
@@ -122,7 +95,26 @@ class _Routes:
         return PlainTextResponse(metrics_text(self.service), media_type="text/plain; version=0.0.4")
 
 
-# --- requests and replies ------------------------------------------------------------------------------------------
+class _RequireToken:
+    """ASGI middleware: 401 without the token, 429 where an address guesses on."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app = app
+        self._digest = tokens.digest(token)
+        self._guesses = RateLimit(*GUESSES)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] != "/healthz":
+            request = Request(scope)
+            if not tokens.matches(tokens.bearer(request.headers), self._digest):
+                wait_s = self._guesses.take(request.client.host if request.client else "")
+                if wait_s:
+                    answer = refusal(request, "too-many", "too many requests without the token", retry_after_s=wait_s)
+                else:
+                    answer = refusal(request, "unauthorized", "this device asks for its token")
+                await answer(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 def _round_of(request: Request) -> tuple[str, int]:
@@ -130,70 +122,4 @@ def _round_of(request: Request) -> tuple[str, int]:
 
 
 def _seconds(request: Request) -> float:
-    text = request.query_params.get("wait", "0")
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 <= seconds < math.inf:
-        raise WireError(f"wait={text[:40]!r} is no number of seconds")
-    return min(seconds, MAX_WAIT_S)
-
-
-async def _read(request: Request, kind: type[M]) -> M:
-    content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if content_type not in (wire.CONTENT_TYPE, wire.JSON_TYPE):
-        raise DeviceRefusedError(f"send {wire.CONTENT_TYPE} or {wire.JSON_TYPE}", "wrong-content-type")
-    try:
-        body = await asyncio.wait_for(_read_body(request), BODY_TIMEOUT_S)
-    except asyncio.TimeoutError as error:
-        raise DeviceRefusedError(f"the body took over {BODY_TIMEOUT_S:g} s to arrive", "too-slow") from error
-    return wire.decode(body, kind) if content_type == wire.CONTENT_TYPE else wire.decode_json(body, kind)
-
-
-async def _read_body(request: Request) -> bytes:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > wire.MAX_BODY_BYTES:
-            raise DeviceRefusedError(f"the body is over the limit of {wire.MAX_BODY_BYTES} bytes", "too-large")
-    return bytes(body)
-
-
-def _reply(request: Request, message: Message, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    if wire.JSON_TYPE in request.headers.get("accept", ""):
-        return Response(wire.encode_json(message), status, headers, wire.JSON_TYPE)
-    return Response(wire.encode(message), status, headers, wire.CONTENT_TYPE)
-
-
-def _error(request: Request, code: str, message: str, status: int) -> Response:
-    # Where the body was not read to its end, the connection cannot carry another request.
-    headers = {"connection": "close"} if status in (408, 413, 415) else None
-    return _reply(request, ErrorReply(code=code, message=message), status, headers)
-
-
-def _on_wire_error(request: Request, error: Exception) -> Response:
-    return _error(request, "malformed", str(error), 400)
-
-
-def _on_refused(request: Request, error: Exception) -> Response:
-    code = error.code if isinstance(error, DeviceRefusedError) else "refused"
-    return _error(request, code, str(error), STATUS_OF_CODE.get(code, 400))
-
-
-def _on_failed(request: Request, error: Exception) -> Response:
-    return _error(request, "work-failed", str(error), 500)
-
-
-def _on_http_exception(request: Request, error: Exception) -> Response:
-    status = error.status_code if isinstance(error, HTTPException) else 400
-    code = {404: "not-found", 405: "method-not-allowed"}.get(status, "refused")
-    return _error(request, code, f"{request.method} {request.url.path[:200]}: {code.replace('-', ' ')}", status)
-
-
-def _on_disconnect(_request: Request, _gone: Exception) -> Response:
-    return Response(status_code=400)  # nobody is there to read it
-
-
-def _on_fault(request: Request, _fault: Exception) -> Response:
-    return _error(request, "internal", "a fault of the device: see its log", 500)
+    return seconds(request.query_params.get("wait", "0"), MAX_WAIT_S)

@@ -1,13 +1,15 @@
-"""``fedbpt device``: serve this machine's model and data to a coordinator."""
+"""``fedbpt device``: this machine's model and data for a coordinator, which calls, or is called."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -16,8 +18,23 @@ import typer
 from fedbpt.agent.server import AgentServer, announce
 from fedbpt.agent.service import AgentService
 from fedbpt.autostart import install
+from fedbpt.cli.credentials import credentials_for, token_in
 from fedbpt.cli.hint import print_hint
-from fedbpt.cli.options import AsJson, GpuLayers, GpuName, KvBudget, Model, Quiet, TaskName, Threads
+from fedbpt.cli.options import (
+    AllowInsecure,
+    AsJson,
+    Ca,
+    Cert,
+    ClientCerts,
+    GpuLayers,
+    GpuName,
+    Key,
+    KvBudget,
+    Model,
+    Quiet,
+    TaskName,
+    Threads,
+)
 from fedbpt.errors import ConfigError
 from fedbpt.local import Device
 from fedbpt.memory import kv_budget_within
@@ -25,7 +42,24 @@ from fedbpt.models import locate
 from fedbpt.native_scorer import DEFAULT_KV_BUDGET_BYTES, load_model
 from fedbpt.pauses import TRIGGERS, Pauses
 from fedbpt.tasks import Row, load, read_task_rows
+from fedbpt.tls import Tls
+from fedbpt.tokens import Credentials, default_credentials
 
+log = logging.getLogger(__name__)
+
+Coordinator = Annotated[
+    str | None, typer.Option("--coordinator", help="Call in at this address instead of serving: through NAT.")
+]
+EnrolCode = Annotated[str | None, typer.Option("--enrol", help="The code of `fedbpt devices invite`; needed once.")]
+CredentialsFile = Annotated[
+    Path | None, typer.Option("--credentials", help="Where the token for calling in is kept.", show_default=False)
+]
+TokenFile = Annotated[
+    Path | None, typer.Option("--token-file", help="Serve only who sends the token in this file; made if absent.")
+]
+UntilEof = Annotated[
+    bool, typer.Option("--until-eof", help="Stop when standard input ends: for a program that starts devices.")
+]
 MaxMemory = Annotated[
     int | None, typer.Option("--max-memory", min=1, help="MiB that the device may take: less KV is kept then.")
 ]
@@ -51,6 +85,15 @@ def device(
     host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve on; 0: any free one.")] = 8401,
     name: Annotated[str | None, typer.Option(help="What this device calls itself. Default: the host's name.")] = None,
+    coordinator: Coordinator = None,
+    enrol_code: EnrolCode = None,
+    credentials: CredentialsFile = None,
+    token_file: TokenFile = None,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
+    client_certs: ClientCerts = False,
+    allow_insecure: AllowInsecure = False,
     threads: Threads = None,
     gpu_layers: GpuLayers = 0,
     gpu: GpuName = None,
@@ -58,24 +101,21 @@ def device(
     max_memory: MaxMemory = None,
     pause_on: PauseOn = "",
     load_late: LoadLate = False,
-    allow_insecure: Annotated[
-        bool, typer.Option("--allow-insecure", help="Serve beyond loopback without encryption, on a trusted network.")
-    ] = False,
-    until_eof: Annotated[
-        bool, typer.Option("--until-eof", help="Stop when standard input ends: for a program that starts devices.")
-    ] = False,
     install_service: InstallService = False,
     force: Force = False,
+    until_eof: UntilEof = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Serve this machine's model and data to a coordinator, until Ctrl-C. The data stay here.
+    """Give this machine's model and data to a coordinator, until Ctrl-C: called by it, or calling in. The data stay.
 
     Example: fedbpt device --model smollm2-135m --data mine.jsonl --task ag-news --port 8401
     """
     rows = _rows(task, data, dev, test)  # before the model: a wrong file is told at once
-    shown = not (quiet or as_json)
-    pauses = _pauses(pause_on, shown)
+    pauses = _pauses(pause_on, shown=not (quiet or as_json))
+    tls = Tls(cert, key, ca, client_certs)
+    token = token_in(token_file) if token_file else None
+    link = credentials_for(coordinator, enrol_code, credentials or default_credentials(), tls, allow_insecure)
     kv_bytes = _kv_bytes(model, kv_budget, max_memory)
     if install_service:
         _install(context, max_memory, force, as_json)
@@ -83,23 +123,45 @@ def device(
     scorer = load_model(
         model, n_threads=threads, n_gpu_layers=gpu_layers, gpu=gpu, kv_budget_bytes=kv_bytes, late=load_late
     )
-    print_hint(scorer, shown and not load_late)
-    own_name = name or socket.gethostname()
-
-    def ready(host: str, port: int) -> None:
-        if as_json:
-            announce(host, port)
-        elif shown:
-            served = f"{scorer.name} and {len(rows[0])} rows"
-            typer.echo(f"{own_name} serves {served} on http://{host}:{port}; Ctrl-C stops it")
-
-    if until_eof:
-        threading.Thread(target=_stop_at_eof, daemon=True).start()
-    device = Device(own_name, scorer, *rows)
+    local = Device(link.device if link else name or socket.gethostname(), scorer, *rows)
     if not load_late:
-        device.measure_speed()  # for `fedbpt tune --plan`
-    service = AgentService(device, pause=pauses.reason)
-    AgentServer(service, host, port, on_ready=ready, allow_insecure=allow_insecure).run()
+        print_hint(scorer, shown=not (quiet or as_json))
+        local.measure_speed()  # for `fedbpt tune --plan`
+    if until_eof:
+        threading.Thread(target=_stop_at_eof, name="fedbpt-until-eof", daemon=True).start()
+    service, ready = AgentService(local, pause=pauses.reason), _teller(local, len(rows[0]), link, as_json, quiet)
+    if link is not None:
+        _call_in(service, link, tls, allow_insecure, ready)
+    else:
+        AgentServer(service, host, port, tls=tls, token=token, on_ready=ready, allow_insecure=allow_insecure).run()
+
+
+def _call_in(
+    service: AgentService, link: Credentials, tls: Tls, allow_insecure: bool, ready: Callable[[str], None]
+) -> None:
+    from fedbpt.agent.poller import Poller  # with an HTTP client, which a device that is called does without
+
+    Poller(service, link, tls=tls, allow_insecure=allow_insecure, on_ready=ready, tell=_tell).run()
+
+
+def _teller(local: Device, n_rows: int, link: Credentials | None, as_json: bool, quiet: bool) -> Callable[[str], None]:
+    """What says that the device is ready."""
+
+    def ready(url: str) -> None:
+        try:
+            if as_json:
+                announce(url)
+            elif not quiet:
+                how = "calls in at" if link else "serves on"
+                typer.echo(f"{local.name} {how} {url} with {local.scorer.name} and {n_rows} rows; Ctrl-C stops it")
+        except OSError as error:  # what it prints to is full or gone: nobody reads it, the work goes on all the same
+            log.warning("cannot say that the device is ready at %s: %s", url, error.strerror or error)
+
+    return ready
+
+
+def _tell(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 def _rows(task: str, *files: Path | None) -> list[list[Row]]:
@@ -136,7 +198,7 @@ def _install(context: typer.Context, max_memory: int | None, force: bool, as_jso
     command = [sys.executable, "-m", "fedbpt", "device"]
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")
-        if parameter.name in ("install_service", "force") or value in (None, parameter.default):
+        if parameter.name in ("install_service", "force", "enrol_code") or value in (None, parameter.default):
             continue
         command += [parameter.opts[0]] if value is True else [parameter.opts[0], str(value)]
     found = install(command, max_memory=max_memory, force=force)

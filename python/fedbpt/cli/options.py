@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,6 +24,16 @@ Threads = Annotated[
 KvBudget = Annotated[int, typer.Option("--kv-budget", min=0, help="MiB of the texts' KV to keep, for speed.")]
 GpuLayers = Annotated[int, typer.Option("--gpu-layers", help="Layers on the GPU; -1: all. Needs a GPU build.")]
 GpuName = Annotated[str | None, typer.Option("--gpu", help="Which GPU, of several; with --gpu-layers.")]
+Registry = Annotated[Path, typer.Option("--registry", help="The database of devices that may call in.")]
+Ca = Annotated[Path | None, typer.Option("--ca", help="Believe certificates of this CA alone (PEM).")]
+Cert = Annotated[Path | None, typer.Option("--cert", help="Our certificate for TLS (PEM); with --key.")]
+Key = Annotated[Path | None, typer.Option("--key", help="The certificate's private key (PEM).")]
+ClientCerts = Annotated[
+    bool, typer.Option("--client-certs", help="Ask who connects for a certificate of --ca, too (mutual TLS).")
+]
+AllowInsecure = Annotated[
+    bool, typer.Option("--allow-insecure", help="No encryption beyond loopback: on a network you trust.")
+]
 
 
 def help_without_command(context: typer.Context) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -10,34 +11,59 @@ import msgspec
 import typer
 
 from fedbpt.api import aggregator_for, make_prompt, require_model_of_run
-from fedbpt.cli.options import AsJson, Quiet
+from fedbpt.cli.devices import DEFAULT_REGISTRY
+from fedbpt.cli.options import AllowInsecure, AsJson, Ca, Cert, ClientCerts, Key, Quiet, Registry
+from fedbpt.cli.reach import Reach
 from fedbpt.cli.report import print_cost, print_result, result_as_json
-from fedbpt.clients.http import HttpClient
+from fedbpt.clients import DeviceClient
 from fedbpt.config import RunConfig, load_config
 from fedbpt.display import RunDisplay
 from fedbpt.errors import ConfigError
 from fedbpt.estimate import RunCost, estimate
 from fedbpt.federation import Federation
 from fedbpt.messages import DeviceInfo
-from fedbpt.native_scorer import load_model
-from fedbpt.runs import Event, RunStarted
+from fedbpt.native_scorer import NativeScorer, load_model
+from fedbpt.runs import Event, RunResult, RunStarted
 from fedbpt.store import RunStore
 from fedbpt.tasks import Task
+from fedbpt.tls import Tls
+
+Addresses = Annotated[
+    list[str] | None, typer.Option("--device", help="A device's address, as often as needed; adds to the file's.")
+]
+PromptFile = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write the tuned prompt.")]
+OwnModel = Annotated[
+    str | None, typer.Option("--model", "-m", help="The devices' model, here too: needed to write the prompt.")
+]
+Listen = Annotated[
+    str | None, typer.Option("--listen", help="HOST:PORT where enrolled devices call in; --device adds others.")
+]
+Expect = Annotated[
+    int | None, typer.Option(min=1, help="Begin when so many devices call in. Default: all enrolled or invited.")
+]
+Tokens = Annotated[Path | None, typer.Option("--tokens", help='Devices\' tokens: TOML lines "ADDRESS" = "TOKEN".')]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Forget what is stored of this run, and start over.")]
+OnlyPlan = Annotated[
+    bool, typer.Option("--plan", help="Ask the devices, print what the run will cost at most, and do nothing.")
+]
 
 
 def tune(
     run_file: Annotated[Path, typer.Argument(help="The run file (TOML): task, devices, settings.", show_default=False)],
-    device: Annotated[
-        list[str] | None, typer.Option("--device", help="A device's address, as often as needed; adds to the file's.")
-    ] = None,
-    prompt_file: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write the tuned prompt.")] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="The devices' model, here too: needed to write the prompt.")
-    ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what is stored of this run, and start over.")] = False,
-    only_plan: Annotated[
-        bool, typer.Option("--plan", help="Ask the devices, print what the run will cost at most, and do nothing.")
-    ] = False,
+    device: Addresses = None,
+    prompt_file: PromptFile = None,
+    model: OwnModel = None,
+    listen: Listen = None,
+    expect: Expect = None,
+    registry: Registry = DEFAULT_REGISTRY,
+    tokens: Tokens = None,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
+    client_certs: ClientCerts = False,
+    allow_insecure: AllowInsecure = False,
+    fresh: Fresh = False,
+    only_plan: OnlyPlan = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -47,32 +73,21 @@ def tune(
     """
     config, task = load_config(run_file)
     addresses = [*config.devices, *(device or [])]
-    if not addresses:
-        raise ConfigError(f"no devices: name them in {run_file} (devices = [...]) or with --device http://HOST:PORT")
+    if not (addresses or listen):
+        raise ConfigError(
+            f"no devices: name them in {run_file} (devices = [...]) or with --device http://HOST:PORT, or let them"
+            " call in (--listen HOST:PORT)"
+        )
+    reach = Reach(addresses, tokens, listen, expect, registry, Tls(cert, key, ca, client_certs), allow_insecure)
     if only_plan:
-        print_cost(_cost(config, task, addresses), as_json)
+        print_cost(_cost(config, task, reach, _teller(as_json or quiet)), as_json)
         return
     model = model or config.model
     out = _prompt_path(config, prompt_file, model)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)  # before the work: a folder that cannot be is told at once
     scorer = load_model(model) if model else None
-
-    with RunStore(config.store) as store:
-        if fresh:
-            store.delete_run(config.run)
-        clients = [HttpClient(address) for address in addresses]
-        aggregator = aggregator_for(config.settings)
-        display = RunDisplay(shown=not (quiet or as_json))
-
-        def watch(event: Event) -> None:
-            if scorer is not None and isinstance(event, RunStarted):
-                require_model_of_run(scorer, event)  # before the work, not when its prompt is to be written
-            display(event)
-
-        federation = Federation(clients, task, config.settings, aggregator, store, config.run, watch)
-        with display:
-            result = federation.run()
+    result = _tuned(config, task, reach, scorer, fresh, shown=not (quiet or as_json))
 
     saved = make_prompt(scorer, task, result).save(out) if scorer is not None and out is not None else None
     if as_json:
@@ -84,19 +99,46 @@ def tune(
         typer.echo(f"to write its prompt: fedbpt runs export {wanted}")
 
 
-def _cost(config: RunConfig, task: Task, addresses: list[str]) -> RunCost:
-    """What the run will cost on the devices at ``addresses``. Raises `DeviceError` where one does not answer."""
+def _tuned(
+    config: RunConfig, task: Task, reach: Reach, scorer: NativeScorer | None, fresh: bool, shown: bool
+) -> RunResult:
+    display = RunDisplay(shown)
 
-    async def ask(client: HttpClient) -> DeviceInfo:
+    def watch(event: Event) -> None:
+        if scorer is not None and isinstance(event, RunStarted):
+            require_model_of_run(scorer, event)  # before the work, not when its prompt is to be written
+        display(event)
+
+    with RunStore(config.store) as store:
+        if fresh:
+            store.delete_run(config.run)
+        stored = store.find_run(config.run)
+        finished = stored is not None and stored.status == "finished"
+        with reach.clients(list(store.devices(config.run)), finished, _teller(not shown)) as clients:
+            aggregator = aggregator_for(config.settings)
+            federation = Federation(clients, task, config.settings, aggregator, store, config.run, watch)
+            with display:
+                return federation.run()
+
+
+def _teller(silent: bool) -> Callable[[str], None]:
+    return lambda line: None if silent else typer.echo(line, err=True)
+
+
+def _cost(config: RunConfig, task: Task, reach: Reach, tell: Callable[[str], None]) -> RunCost:
+    """What the run will cost on its devices. Raises `DeviceError` where one does not answer."""
+
+    async def ask(client: DeviceClient) -> DeviceInfo:
         try:
             return await client.status()
         finally:
             await client.aclose()
 
-    async def ask_all() -> list[DeviceInfo]:
-        return list(await asyncio.gather(*(ask(HttpClient(address)) for address in addresses)))
+    async def ask_all(clients: Sequence[DeviceClient]) -> list[DeviceInfo]:
+        return list(await asyncio.gather(*(ask(client) for client in clients)))
 
-    return estimate(config.settings, task, asyncio.run(ask_all()), aggregator_for(config.settings))
+    with reach.clients([], False, tell) as clients:
+        return estimate(config.settings, task, asyncio.run(ask_all(clients)), aggregator_for(config.settings))
 
 
 def _prompt_path(config: RunConfig, given: Path | None, model: str | None) -> Path | None:

@@ -5,5 +5,6 @@ from __future__ import annotations
 from fedbpt.clients.base import DeviceClient, ProgressCallback
 from fedbpt.clients.http import HttpClient
 from fedbpt.clients.in_process import InProcessClient
+from fedbpt.clients.mailbox import MailboxClient, PostOffice
 
-__all__ = ["DeviceClient", "HttpClient", "InProcessClient", "ProgressCallback"]
+__all__ = ["DeviceClient", "HttpClient", "InProcessClient", "MailboxClient", "PostOffice", "ProgressCallback"]

@@ -20,6 +20,7 @@ from fedbpt.errors import (
     DeviceUnreachableError,
     WireError,
 )
+from fedbpt.http_bodies import retry_after
 from fedbpt.messages import (
     DeviceInfo,
     ErrorReply,
@@ -30,6 +31,7 @@ from fedbpt.messages import (
     RoundProgress,
     RoundReport,
 )
+from fedbpt.tls import Tls, is_loopback
 
 M = TypeVar("M", bound=Message)
 
@@ -51,21 +53,39 @@ class HttpClient:
             may change between the sittings of a run.
         retry_s: how long to try again, with growing pauses, while there is no answer.
         answer_s: how long one answer may take, beyond a poll's hold.
+        token: the secret that the device asks for; never sent over plain HTTP beyond loopback.
+        tls: for an https address, whom to believe and what to show.
+        transport: another way to the device than a connection to ``url``.
     """
 
-    def __init__(self, url: str, name: str | None = None, retry_s: float = RETRY_S, answer_s: float = ANSWER_S) -> None:
+    def __init__(
+        self,
+        url: str,
+        name: str | None = None,
+        retry_s: float = RETRY_S,
+        answer_s: float = ANSWER_S,
+        *,
+        token: str | None = None,
+        tls: Tls | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
         try:
             self._url = httpx.URL(url.rstrip("/"))
         except httpx.InvalidURL as error:
             raise ConfigError(f"{url!r} is no device address: give one like http://pi5:8401") from error
-        if self._url.scheme not in ("http", "https") or not self._url.host:
+        if self._url.scheme not in ("http", "https") or not self._url.host or self._url.userinfo:
             raise ConfigError(f"{url!r} is no device address: give one like http://pi5:8401")
-        self.url = str(self._url)
+        if token and self._url.scheme == "http" and not is_loopback(self._url.host):
+            raise ConfigError(f"a token is not sent to {url} unencrypted: serve the device with TLS, and give https://")
+        self.url = self.where = str(self._url)
         self.name = name or _name_of(self._url)
         self.bytes_up = 0
         self.bytes_down = 0
         self._retry_s = retry_s
         self._answer_s = answer_s
+        self._authorization = {"authorization": f"Bearer {token}"} if token else {}
+        self._transport = transport
+        self._verify = (tls or Tls()).client_context() if self._url.scheme == "https" else False
         self._http: httpx.AsyncClient | None = None
 
     def __repr__(self) -> str:
@@ -167,13 +187,14 @@ class HttpClient:
                 if response.status_code not in (429, 502, 503, 504):
                     return self._accepted(response)
                 problem = f"answers {response.status_code} {response.reason_phrase}"
+                pause = max(pause, retry_after(response.headers))
             except (httpx.TransportError, httpx.InvalidURL, asyncio.TimeoutError) as error:
                 problem = _explain(error)
                 # A poll that was held for long and then broke: patience counts from here, once.
                 if not held and isinstance(error, httpx.ReadError | httpx.RemoteProtocolError):
                     give_up, held = max(give_up, _now() + self._retry_s), True
             if _now() + pause >= give_up:
-                raise DeviceUnreachableError(f"{self.name} ({self.url}) {problem}: is it running and in reach?")
+                raise DeviceUnreachableError(f"{self.name} ({self.where}) {problem}: is it running and in reach?")
             await asyncio.sleep(pause)
             pause = min(pause * 2, 1.0)
 
@@ -182,7 +203,14 @@ class HttpClient:
             self._http = httpx.AsyncClient(
                 # The machine's proxies are for the web, not for a device on the local network.
                 trust_env=False,
-                headers={"accept": wire.CONTENT_TYPE, "accept-encoding": "identity", "user-agent": "fedbpt"},
+                verify=self._verify,
+                transport=self._transport,
+                headers={
+                    "accept": wire.CONTENT_TYPE,
+                    "accept-encoding": "identity",
+                    "user-agent": "fedbpt",
+                    **self._authorization,
+                },
                 limits=httpx.Limits(max_connections=8, max_keepalive_connections=2),
             )
         headers = {"content-type": wire.CONTENT_TYPE} if body is not None else {}
@@ -192,7 +220,8 @@ class HttpClient:
         async with self._http.stream(method, url, content=body, headers=headers, timeout=timeout) as response:
             # The time-outs above are for each read; a device that drips bytes must not hold the coordinator.
             content = await asyncio.wait_for(self._read(response), read_s + self._answer_s)
-        return httpx.Response(response.status_code, headers={"content-type": _type(response)}, content=content)
+        kept = {"content-type": _type(response), "retry-after": response.headers.get("retry-after", "")}
+        return httpx.Response(response.status_code, headers=kept, content=content)
 
     async def _read(self, response: httpx.Response) -> bytes:
         content = bytearray()
@@ -210,7 +239,7 @@ class HttpClient:
             reply = wire.decode(response.content, ErrorReply)
         except WireError as error:
             raise DeviceRefusedError(
-                f"{self.name} ({self.url}) answered {response.status_code} and not as a fedbpt device does:"
+                f"{self.name} ({self.where}) answered {response.status_code} and not as a fedbpt device does:"
                 " is this its address?",
                 "not-a-device",
             ) from error
@@ -222,7 +251,7 @@ class HttpClient:
     def _decode(self, response: httpx.Response, kind: type[M]) -> M:
         if _type(response) != wire.CONTENT_TYPE:
             raise DeviceRefusedError(
-                f"{self.name} ({self.url}) does not answer as a fedbpt device does: is this its address?",
+                f"{self.name} ({self.where}) does not answer as a fedbpt device does: is this its address?",
                 "not-a-device",
             )
         try:

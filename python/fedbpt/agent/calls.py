@@ -1,0 +1,100 @@
+"""How a device calls its coordinator: a verified connection, bounded answers, refusals as errors; and enrolment."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Final, TypeVar
+
+import httpx
+
+from fedbpt import tokens, wire
+from fedbpt.envelopes import ENROL_PATH, MAX_ENVELOPE_BYTES, Enrolled, Enrolment
+from fedbpt.errors import ConfigError, CoordinatorRefusedError, FedbptError, WireError
+from fedbpt.http_bodies import retry_after
+from fedbpt.messages import ErrorReply, Message
+from fedbpt.tls import Tls, is_loopback
+from fedbpt.tokens import Credentials
+
+M = TypeVar("M", bound=Message)
+
+ANSWER_S: Final = 20.0
+"""How long the network and the coordinator may take for an answer, beyond a poll's hold."""
+
+ENROL_ATTEMPTS: Final = 6
+
+
+def origin(url: str, allow_insecure: bool) -> str:
+    """``url`` as a coordinator's address. Raises `ConfigError` where it is none, or a token would go unencrypted."""
+    try:
+        found = httpx.URL(url.rstrip("/"))
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"{url!r} is no coordinator's address: give one like https://host:8400") from error
+    if found.scheme not in ("http", "https") or not found.host or found.userinfo or found.query:
+        raise ConfigError(f"{url!r} is no coordinator's address: give one like https://host:8400")
+    if found.scheme == "http" and not (allow_insecure or is_loopback(found.host)):
+        raise ConfigError(
+            f"{url} is not encrypted, and this device's token would be seen: give https://, or allow it on a network"
+            " you trust (--allow-insecure)"
+        )
+    return str(found)
+
+
+def client_options(url: str, tls: Tls) -> dict[str, Any]:
+    """httpx's options for calls to ``url``: through the machine's proxies, but for loopback."""
+    address = httpx.URL(url)
+    return {
+        "base_url": url,
+        "trust_env": not is_loopback(address.host),
+        "verify": tls.client_context() if address.scheme == "https" else False,
+        "headers": {"accept": wire.CONTENT_TYPE, "content-type": wire.CONTENT_TYPE, "user-agent": "fedbpt"},
+        "timeout": ANSWER_S,
+    }
+
+
+def accepted(response: httpx.Response, content: bytes) -> bytes:
+    """The body of a 2xx answer. Raises `CoordinatorRefusedError`; one without ``retry_after_s`` may be final."""
+    if response.is_success:
+        return content
+    try:
+        refused = wire.decode(content, ErrorReply)
+    except WireError as error:
+        raise CoordinatorRefusedError(
+            f"answers {response.status_code} and not as a fedbpt coordinator does: is this its address?",
+            "not-a-coordinator",
+            retry_after(response.headers),
+        ) from error
+    raise CoordinatorRefusedError(refused.message, refused.code, retry_after(response.headers))
+
+
+def decoded(content: bytes, kind: type[M]) -> M:
+    """The coordinator's message. Raises `WireError`."""
+    return wire.decode(content, kind, MAX_ENVELOPE_BYTES)
+
+
+def enrol(url: str, code: str, *, tls: Tls | None = None, allow_insecure: bool = False) -> Credentials:
+    """Exchange a one-time code for credentials. The token is made here; only its SHA-256 is sent.
+
+    Raises `CoordinatorRefusedError` for a code that is unknown, used or expired, `FedbptError` without an answer.
+    """
+    url = origin(url, allow_insecure)
+    secret = tokens.new_token()
+    body = wire.encode(Enrolment(code=code.strip(), token_digest=tokens.digest(secret)))
+    problem, pause_s = "", 0.0
+    with httpx.Client(**client_options(url, tls or Tls())) as http:
+        for attempt in range(ENROL_ATTEMPTS):
+            time.sleep(pause_s)
+            pause_s = 2.0 ** (attempt - 1)
+            try:
+                response = http.post(ENROL_PATH, content=body)
+                # With the same token a code can be sent again: an answer that was lost costs nothing.
+                device = decoded(accepted(response, response.content), Enrolled).device
+                return Credentials(url, device, secret)
+            except CoordinatorRefusedError as error:
+                if not error.retry_after_s:
+                    raise
+                problem, pause_s = str(error), error.retry_after_s
+            except httpx.TransportError as error:
+                problem = str(error) or type(error).__name__
+    raise FedbptError(
+        f"no answer from {url}: {problem}; is the coordinator running (fedbpt tune --listen) and in reach?"
+    )

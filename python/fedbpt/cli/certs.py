@@ -1,0 +1,65 @@
+"""``fedbpt certs``: a certificate authority of one's own."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from fedbpt.cli.options import AsJson, Quiet, help_without_command
+
+app = typer.Typer(
+    name="certs",
+    help="Certificates of one's own, for TLS.\n\nExample: fedbpt certs init --host coordinator.lan",
+)
+app.callback(invoke_without_command=True)(help_without_command)
+
+Folder = Annotated[Path, typer.Option("--dir", help="Where certificates and keys lie.")]
+Hosts = Annotated[list[str] | None, typer.Option("--host", help="A name or address it is reached by; repeatable.")]
+DEFAULT_FOLDER = Path("certs")
+
+
+@app.command("init")
+def init_command(
+    folder: Folder = DEFAULT_FOLDER, host: Hosts = None, as_json: AsJson = False, quiet: Quiet = False
+) -> None:
+    """Make a CA and the coordinator's certificate. Keep ca.key here; ca.pem is for every device, and no secret.
+
+    Example: fedbpt certs init --host coordinator.lan --host 192.168.1.10
+    """
+    from fedbpt import certs  # it needs an extra
+
+    made = {"ca": certs.init(folder)}
+    hosts = dict.fromkeys(["localhost", "127.0.0.1", "::1", socket.gethostname(), *(host or [])])
+    made["coordinator"] = certs.issue(folder, "coordinator", list(hosts))
+    _print(made, as_json, quiet)
+
+
+@app.command("issue")
+def issue_command(
+    name: Annotated[str, typer.Argument(help="Whose certificate: a device's name.", show_default=False)],
+    folder: Folder = DEFAULT_FOLDER,
+    host: Hosts = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a device's certificate: to be called over TLS, or to show when it calls (--client-certs).
+
+    Example: fedbpt certs issue pi5 --host pi5.lan
+    """
+    from fedbpt import certs
+
+    _print({name: certs.issue(folder, name, host or ())}, as_json, quiet)
+
+
+def _print(made: Mapping[str, tuple[Path, Path]], as_json: bool, quiet: bool) -> None:
+    if as_json:
+        shown = {name: {"cert": str(cert), "key": str(key)} for name, (cert, key) in made.items()}
+        typer.echo(msgspec.json.encode(shown).decode())
+        return
+    for cert, key in made.values():
+        typer.echo(str(cert) if quiet else f"{cert}, its key in {key} (keep it private)")

@@ -1,0 +1,48 @@
+"""What a device proves itself with: the token that it calls in with, and the one that it asks of its callers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from fedbpt.errors import ConfigError
+from fedbpt.tls import Tls
+from fedbpt.tokens import Credentials, new_token, read_private, write_private
+
+
+def credentials_for(
+    coordinator: str | None, code: str | None, path: Path, tls: Tls, allow_insecure: bool
+) -> Credentials | None:
+    """What to call ``coordinator`` with: kept from before, or got for ``code`` and kept; None: the device is called."""
+    if coordinator is None:
+        if code is not None:
+            raise ConfigError("--enrol needs the coordinator's address: --coordinator https://HOST:PORT")
+        return None
+    from fedbpt.agent.calls import enrol, origin  # with an HTTP client, which a device that is called does without
+
+    url = origin(coordinator, allow_insecure)
+    if code is not None:
+        made = enrol(url, code, tls=tls, allow_insecure=allow_insecure)
+        made.save(path)
+        return made
+    if not path.exists():
+        raise ConfigError(
+            f"this device is not enrolled ({path} is absent): get a code there by `fedbpt devices invite NAME`,"
+            " and give it with --enrol CODE"
+        )
+    kept = Credentials.load(path)
+    if kept.coordinator != url:
+        raise ConfigError(
+            f"the token in {path} is for {kept.coordinator}, not {url}: enrol there (--enrol CODE, --credentials FILE)"
+        )
+    return kept
+
+
+def token_in(path: Path) -> str:
+    """The token in ``path``, made if absent: the coordinator needs it too (`fedbpt tune --tokens`)."""
+    if not path.exists():
+        write_private(path, f"{new_token()}\n".encode())
+    token = read_private(path).decode(errors="replace").strip()
+    if not re.fullmatch(r"[\x21-\x7e]{16,}", token):
+        raise ConfigError(f"{path} holds no token (16 or more ASCII characters): remove it, and one is made")
+    return token

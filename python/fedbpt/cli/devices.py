@@ -1,0 +1,84 @@
+"""``fedbpt devices``: which devices may call in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedbpt.cli.options import AsJson, Quiet, Registry, help_without_command
+from fedbpt.errors import StoreError
+from fedbpt.registry import INVITATION_S, DeviceRegistry
+
+app = typer.Typer(
+    name="devices",
+    help="The devices that may call in: invite, list, revoke.\n\nExample: fedbpt devices invite pixel",
+)
+app.callback(invoke_without_command=True)(help_without_command)
+
+Name = Annotated[str, typer.Argument(help="The device's name in every run.", show_default=False)]
+DEFAULT_REGISTRY = Path("runs/devices.db")
+
+
+@app.command("invite")
+def invite_command(
+    name: Name,
+    minutes: Annotated[float, typer.Option(min=1, max=60 * 24, help="How long the code is good.")] = INVITATION_S / 60,
+    registry: Registry = DEFAULT_REGISTRY,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Print a code by which a device can enrol, once: `fedbpt device --coordinator URL --enrol CODE`.
+
+    Example: fedbpt devices invite pixel
+    """
+    with DeviceRegistry(registry) as opened:
+        code = opened.invite(name, minutes * 60)
+    if as_json:
+        typer.echo(msgspec.json.encode({"device": name, "code": code, "minutes": minutes}).decode())
+    elif quiet:
+        typer.echo(code)
+    else:
+        typer.echo(f"{code} enrols {name}, once, within {minutes:g} minutes, while `fedbpt tune --listen` runs")
+
+
+@app.command("list")
+def list_command(registry: Registry = DEFAULT_REGISTRY, as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """List the devices that are invited, enrolled or revoked.
+
+    Example: fedbpt devices list
+    """
+    if not registry.is_file():
+        raise StoreError(f"there is no device registry {registry}: `fedbpt devices invite NAME` begins one")
+    with DeviceRegistry(registry) as opened:
+        found = opened.devices()
+    if as_json:
+        typer.echo(msgspec.json.encode([line._asdict() for line in found]).decode())
+    elif quiet:
+        for line in found:
+            typer.echo(line.device)
+    else:
+        table = Table("device", "state", "since", box=None)
+        for line in found:
+            table.add_row(*line)
+        Console().print(table)
+
+
+@app.command("revoke")
+def revoke_command(
+    name: Name, registry: Registry = DEFAULT_REGISTRY, as_json: AsJson = False, quiet: Quiet = False
+) -> None:
+    """Refuse a device from its next call on, also in a run under way.
+
+    Example: fedbpt devices revoke pixel
+    """
+    with DeviceRegistry(registry) as opened:
+        opened.revoke(name)
+    if as_json:
+        typer.echo(msgspec.json.encode({"device": name, "state": "revoked"}).decode())
+    elif not quiet:
+        typer.echo(f"{name} is revoked; `fedbpt devices invite {name}` lets it in again")

@@ -1,0 +1,108 @@
+"""The devices of a run: those that are called at an address, and those that call in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+import msgspec
+
+from fedbpt.clients import DeviceClient, HttpClient, PostOffice
+from fedbpt.coordinator import CoordinatorServer
+from fedbpt.errors import ConfigError
+from fedbpt.registry import DeviceRegistry
+from fedbpt.tls import Tls
+from fedbpt.tokens import read_private
+
+LOOK_S: Final = 0.2
+"""Pause between two looks at who calls in."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """``addresses`` are called, with the tokens in the file ``tokens`` (TOML: "address" = "token").
+
+    ``listen``: HOST:PORT where devices call in; None: nowhere. ``expect``: so many are waited for; None: all that are
+    enrolled or invited.
+    """
+
+    addresses: Sequence[str]
+    tokens: Path | None = None
+    listen: str | None = None
+    expect: int | None = None
+    registry: Path = Path("runs/devices.db")
+    tls: Tls | None = None
+    allow_insecure: bool = False
+
+    @contextmanager
+    def clients(
+        self, known: Sequence[str], finished: bool, tell: Callable[[str], None]
+    ) -> Iterator[list[DeviceClient]]:
+        """The devices, sorted by name among those that call in, so that who called first makes no difference.
+
+        ``known``: devices of the run so far; those of them that are enrolled belong to it, present or not.
+        ``finished``: the run is: nobody will be asked, and nobody is waited for. ``tell``: called with who is there,
+        when that changes.
+        """
+        secrets = _secrets(self.tokens)
+        called: list[DeviceClient] = [
+            HttpClient(address, token=secrets.get(address.rstrip("/")), tls=self.tls) for address in self.addresses
+        ]
+        if self.listen is None:
+            yield called
+            return
+        host, port = _split(self.listen)
+        if finished:
+            names = sorted({*known} - {client.name for client in called})
+            yield [*called, *(PostOffice().client(name) for name in names)]
+            return
+        with DeviceRegistry(self.registry) as registry:
+            with CoordinatorServer(registry, host, port, tls=self.tls, allow_insecure=self.allow_insecure) as server:
+                calling = self._await(registry, server, tell)
+                enrolled = {line.device for line in registry.devices() if line.state == "enrolled"}
+                names = sorted({*calling, *(enrolled & set(known))})
+                yield [*called, *(server.client(name) for name in names)]
+
+    def _await(self, registry: DeviceRegistry, server: CoordinatorServer, tell: Callable[[str], None]) -> list[str]:
+        """The devices that call in, once they are enough."""
+        expected = self.expect
+        if expected is None:
+            expected = sum(line.state != "revoked" for line in registry.devices())
+            if not expected:
+                raise ConfigError(f"no device may call in: `fedbpt devices invite NAME --registry {self.registry}`")
+        before: list[str] | None = None
+        while True:
+            present = server.present()
+            if present != before:
+                before = present
+                names = ", ".join(present) or "none yet"
+                tell(f"{len(present)} of {expected} devices call in at {server.url}: {names}")
+            if len(present) >= expected:
+                return present
+            time.sleep(LOOK_S)
+
+
+def _split(listen: str) -> tuple[str, int]:
+    try:
+        parts = urlsplit(f"//{listen}")
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if not host or port is None or parts.path:
+        raise ConfigError(f"--listen {listen} is no HOST:PORT: give one like 0.0.0.0:8400")
+    return host, port
+
+
+def _secrets(path: Path | None) -> dict[str, str]:
+    if path is None:
+        return {}
+    try:
+        found = msgspec.toml.decode(read_private(path), type=dict[str, str])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f'{path} is no file of tokens: lines like "https://pi5:8401" = "TOKEN"') from error
+    return {address.rstrip("/"): token for address, token in found.items()}

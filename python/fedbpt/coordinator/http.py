@@ -1,0 +1,111 @@
+"""The coordinator's HTTP routes: devices enrol, poll their mailboxes, post replies. Bodies: `fedbpt.http_bodies`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from fedbpt import tokens
+from fedbpt.clients.mailbox import PostOffice
+from fedbpt.envelopes import ENROL_PATH, MAX_ENVELOPE_BYTES, POLL_PATH, REPLY_PATH, Enrolled, Enrolment, Poll, Reply
+from fedbpt.errors import CoordinatorRefusedError
+from fedbpt.http_bodies import EXCEPTION_HANDLERS, read, reply
+from fedbpt.rate_limit import RateLimit
+from fedbpt.registry import DeviceRegistry
+
+MAX_WAIT_S: Final = 60.0
+"""Longest that a poll is held open."""
+
+DEVICE_LIMIT: Final = (100.0, 400)
+"""Requests of one device: a second, and at once. Each request of ours costs it two: it is no limit to honest work."""
+
+GUESS_LIMIT: Final = (1.0, 20)
+"""Enrolments and requests without a valid token, for one address: a second, and at once."""
+
+SMALL_BODY_BYTES: Final = 16 * 2**10
+"""Largest poll or enrolment."""
+
+
+def build_app(
+    registry: DeviceRegistry,
+    office: PostOffice,
+    device_limit: tuple[float, int] = DEVICE_LIMIT,
+    guess_limit: tuple[float, int] = GUESS_LIMIT,
+) -> Starlette:
+    """The routes, as an ASGI application. The post office belongs to the loop that runs it."""
+    routes = _Routes(registry, office, RateLimit(*device_limit), RateLimit(*guess_limit))
+    return Starlette(
+        routes=[
+            Route(ENROL_PATH, routes.enrol, methods=["POST"]),
+            Route(POLL_PATH, routes.poll, methods=["POST"]),
+            Route(REPLY_PATH, routes.answer, methods=["POST"]),
+            Route("/healthz", routes.healthz, methods=["GET"]),
+        ],
+        exception_handlers=EXCEPTION_HANDLERS,
+        lifespan=routes.lifespan,
+    )
+
+
+class _Routes:
+    def __init__(self, registry: DeviceRegistry, office: PostOffice, devices: RateLimit, guesses: RateLimit) -> None:
+        self._registry, self._office = registry, office
+        self._devices, self._guesses = devices, guesses
+
+    @asynccontextmanager
+    async def lifespan(self, _app: Starlette) -> AsyncIterator[None]:
+        self._office.open()
+        yield
+        self._office.close()
+
+    async def enrol(self, request: Request) -> Response:
+        _limit(self._guesses, _address(request))
+        enrolment = await read(request, Enrolment, SMALL_BODY_BYTES)
+        return reply(request, Enrolled(device=self._registry.enrol(enrolment.code, enrolment.token_digest)))
+
+    async def poll(self, request: Request) -> Response:
+        device = self._authenticate(request)
+        poll = await read(request, Poll, SMALL_BODY_BYTES)
+        delivery = asyncio.ensure_future(self._office.box(device).poll(poll.holding, min(poll.wait_s, MAX_WAIT_S)))
+        gone = asyncio.ensure_future(request.receive())  # after the body, only a disconnection comes
+        try:
+            await asyncio.wait([delivery, gone], return_when=asyncio.FIRST_COMPLETED)
+            return reply(request, await delivery) if delivery.done() else Response(status_code=400)
+        finally:
+            gone.cancel()
+            delivery.cancel()
+
+    async def answer(self, request: Request) -> Response:
+        device = self._authenticate(request)
+        answer = await read(request, Reply, MAX_ENVELOPE_BYTES)
+        self._office.box(device).answer(request.path_params["id"], answer)
+        return Response(status_code=204)
+
+    async def healthz(self, _request: Request) -> Response:
+        return PlainTextResponse("ok\n")
+
+    def _authenticate(self, request: Request) -> str:
+        """The device that calls, within its limit; an address that guesses tokens is slowed down."""
+        try:
+            device = self._registry.authenticate(tokens.bearer(request.headers))
+        except CoordinatorRefusedError:
+            _limit(self._guesses, _address(request))
+            raise
+        _limit(self._devices, device)
+        return device
+
+
+def _address(request: Request) -> str:
+    return request.client.host if request.client else ""
+
+
+def _limit(limit: RateLimit, key: str) -> None:
+    wait_s = limit.take(key)
+    if wait_s:
+        raise CoordinatorRefusedError("too many requests", "too-many", wait_s)

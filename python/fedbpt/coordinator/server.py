@@ -1,0 +1,36 @@
+"""`CoordinatorServer`: the coordinator's HTTP server and its mailboxes."""
+
+from __future__ import annotations
+
+from fedbpt.clients.mailbox import MailboxClient, PostOffice
+from fedbpt.coordinator.http import DEVICE_LIMIT, GUESS_LIMIT, build_app
+from fedbpt.http_server import HttpServer
+from fedbpt.registry import DeviceRegistry
+from fedbpt.tls import Tls
+
+
+class CoordinatorServer(HttpServer):
+    """Serves the devices of ``registry`` that call in; see `HttpServer`. Run it from its thread (``start``)."""
+
+    def __init__(
+        self,
+        registry: DeviceRegistry,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        tls: Tls | None = None,
+        allow_insecure: bool = False,
+        device_limit: tuple[float, int] = DEVICE_LIMIT,
+        guess_limit: tuple[float, int] = GUESS_LIMIT,
+    ) -> None:
+        self.office = PostOffice()
+        app = build_app(registry, self.office, device_limit, guess_limit)
+        super().__init__(app, host, port, tls=tls, allow_insecure=allow_insecure, on_exit=self.office.close)
+
+    def present(self) -> list[str]:
+        """Names of the devices that call in now, sorted."""
+        return self.office.present()
+
+    def client(self, device: str) -> MailboxClient:
+        """A client of ``device``, to use from any event loop while the server runs."""
+        return self.office.client(device)

@@ -1,0 +1,105 @@
+"""Which devices a run has: those that are called, those that call in, and those that it had before."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from fedbpt import tokens
+from fedbpt.agent import AgentService
+from fedbpt.agent.poller import Poller
+from fedbpt.cli.reach import Reach
+from fedbpt.errors import ConfigError
+from fedbpt.registry import DeviceRegistry
+from fedbpt.tokens import Credentials
+from tests.fake_device import FakeDevice
+
+
+@pytest.fixture
+def reach(tmp_path: Path) -> Reach:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        listen = f"127.0.0.1:{free.getsockname()[1]}"
+    return Reach([], listen=listen, registry=tmp_path / "devices.db")
+
+
+@pytest.fixture
+def call(reach: Reach) -> Iterator[Callable[[str], None]]:
+    """Lets a device call in from now on."""
+    with ExitStack() as stack:
+
+        def begin(name: str) -> None:
+            credentials = Credentials(f"http://{reach.listen}", name, enrol(reach, name))
+            service = AgentService(FakeDevice(name))
+            stack.enter_context(Poller(service, credentials, tell=lambda _: None, pauses_s=(0.02, 0.2)))
+
+        yield begin
+
+
+def enrol(reach: Reach, name: str) -> str:
+    secret = tokens.new_token()
+    with DeviceRegistry(reach.registry) as registry:
+        registry.enrol(registry.invite(name), tokens.digest(secret))
+    return secret
+
+
+def names(reach: Reach, known: list[str], finished: bool = False) -> list[str]:
+    with reach.clients(known, finished, lambda _line: None) as clients:
+        return [client.name for client in clients]
+
+
+def changed(reach: Reach, **changes: object) -> Reach:
+    return Reach(**{**vars(reach), **changes})  # type: ignore[arg-type]
+
+
+def test_all_that_are_enrolled_or_invited_are_waited_for(reach: Reach, call: Callable[[str], None]) -> None:
+    for name in "cab":
+        call(name)
+    told: list[str] = []
+    with reach.clients([], False, told.append) as clients:
+        assert [client.name for client in clients] == ["a", "b", "c"]
+    assert told[-1] == f"3 of 3 devices call in at http://{reach.listen}: a, b, c"
+
+
+def test_devices_of_the_run_so_far_belong_to_it_while_they_are_enrolled(
+    reach: Reach, call: Callable[[str], None]
+) -> None:
+    call("c")
+    enrol(reach, "absent")
+    enrol(reach, "revoked")
+    with DeviceRegistry(reach.registry) as registry:
+        registry.revoke("revoked")
+    some = changed(reach, expect=1, addresses=["http://pi5:8401"])
+    assert names(some, ["c", "absent", "revoked", "pi5-8401"]) == ["pi5-8401", "absent", "c"]
+
+
+def test_for_a_finished_run_nobody_is_waited_for(reach: Reach) -> None:
+    assert names(changed(reach, addresses=["http://pi5:8401"]), ["b", "a", "pi5-8401"], finished=True) == [
+        "pi5-8401",
+        "a",
+        "b",
+    ]
+
+
+def test_without_a_device_that_may_call_nobody_is_waited_for_in_vain(reach: Reach) -> None:
+    with pytest.raises(ConfigError, match="fedbpt devices invite"):
+        names(reach, [])
+
+
+def test_tokens_are_for_their_addresses_alone(tmp_path: Path) -> None:
+    file = tmp_path / "tokens.toml"
+    tokens.write_private(file, b'"http://127.0.0.1:8401/" = "right"\n')
+    two = Reach(["http://127.0.0.1:8401", "http://127.0.0.1:8402/"], tokens=file)
+    with two.clients([], False, lambda _line: None) as clients:
+        assert [client._authorization for client in clients] == [{"authorization": "Bearer right"}, {}]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("content", [b"x", b'["a"]\nb = 1', b"a = 1", b"\xff"])
+def test_a_file_of_tokens_that_is_none_is_refused(tmp_path: Path, content: bytes) -> None:
+    tokens.write_private(tmp_path / "t", content)
+    with pytest.raises(ConfigError, match="no file of tokens"):
+        names(Reach(["http://pi5:8401"], tokens=tmp_path / "t"), [])
