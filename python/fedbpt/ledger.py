@@ -174,6 +174,8 @@ class RunLedger:
                 self._bias(),
                 self.settings.fit_rows,
                 others,
+                self.settings.robust,
+                self.settings.byzantine,
             )
         return self.fits[purpose]
 
@@ -276,7 +278,7 @@ class RunLedger:
         """The one way in which state changes, live and on replay."""
         if round == SELECTION:
             self.label_weights = _label_weights(reports)
-            losses = _template_losses(reports, self.label_weights)
+            losses = _template_losses(reports, self.label_weights, self.settings.robust != "none")
             self._selected = int(np.argmin(losses))
             self.template_losses = tuple(losses.tolist())
             self._selection_tokens = sum(report.tokens for report in reports)
@@ -333,13 +335,21 @@ def _label_weights(reports: Sequence[RoundReport]) -> tuple[float, ...]:
     return tuple(balanced_weights(np.sum(counts, axis=0)).tolist()) if any(counts) else ()
 
 
-def _template_losses(reports: Sequence[RoundReport], weights: Sequence[float]) -> NDArray[np.float64]:
-    """Mean loss of each template over all devices' rows, nats [n_templates]; ``weights``: of its parts by label."""
-    sums = np.sum([r.result.loss_sums.numpy() for r in reports if isinstance(r.result, SelectResult)], axis=0)
+def _template_losses(
+    reports: Sequence[RoundReport], weights: Sequence[float], robust: bool = False
+) -> NDArray[np.float64]:
+    """Mean loss of each template over all devices' rows, nats [n_templates]; ``weights``: of its parts by label.
+
+    ``robust``: the median of the devices' mean losses instead.
+    """
+    sums = np.stack([r.result.loss_sums.numpy() for r in reports if isinstance(r.result, SelectResult)])
     if weights:
-        sums = (sums * np.array(weights)).sum(axis=1)
-    mean: NDArray[np.float64] = sums / sum(report.n_texts for report in reports)
-    return mean
+        sums = (sums * np.array(weights)).sum(axis=2)
+    counts = np.array([report.n_texts for report in reports])
+    found: NDArray[np.float64] = (
+        np.median(sums / counts[:, None], axis=0) if robust else sums.sum(axis=0) / counts.sum()
+    )
+    return found
 
 
 def _mean_loss(reports: Sequence[RoundReport]) -> float:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+import numpy as np
+
 from fedbpt import wire
 from fedbpt.errors import WireError
 from fedbpt.messages import (
@@ -20,11 +24,17 @@ from fedbpt.messages import (
     SelectWork,
 )
 
+MAX_LOSS: Final = 1e4
+"""Nats (or hinge units) of a row before its weight: logits that give more are of no model. Not of a perturbed ratio."""
+
 _RESULT_OF = {SelectWork: SelectResult, PooledWork: PooledResult, LocalWork: LocalResult, FitWork: FitResult}
 
 
-def check_report(report: RoundReport, plan: RoundPlan) -> None:
-    """Raises `WireError` unless ``report`` answers ``plan``: the same ids and digest, a fitting and finite result."""
+def check_report(report: RoundReport, plan: RoundPlan, n_rows: int | None = None) -> None:
+    """Raises `WireError` unless ``report`` answers ``plan``: the same ids and digest, a fitting and finite result.
+
+    ``n_rows``: training rows that the device said to have; None: it has not said.
+    """
     for field in ("run", "round", "device"):
         got, wanted = getattr(report, field), getattr(plan, field)
         if got != wanted:
@@ -33,6 +43,7 @@ def check_report(report: RoundReport, plan: RoundPlan) -> None:
         raise WireError("the report's plan digest is another: it answers a plan that was not sent")
     wire.check(report)
     wanted_kind = _RESULT_OF[type(plan.work)]
+    _check_counts(report, plan, n_rows)
     result = report.result
     if not isinstance(result, wanted_kind):
         raise WireError(f"the report holds a {type(result).__name__}, the plan asks for a {wanted_kind.__name__}")
@@ -48,8 +59,39 @@ def check_report(report: RoundReport, plan: RoundPlan) -> None:
             raise WireError(f"the report is of a {result.purpose} fit, the plan asks for {plan.work.purpose}")
         shape = (1 + len(plan.work.others), 1 + plan.work.n_words)
         _check_shape(result.means, shape if plan.work.readout is None else (*shape, len(plan.labels)), "means")
+        if plan.work.readout is None and result.means.numpy()[:, -1].min() < 0:
+            raise WireError("a mean of squares is negative")
     elif isinstance(result, LocalResult):
         _check_shape(result.mean, (plan.prompt.d,), "mean")
+    if plan.objective.perturb == 0:
+        _check_losses(report, max(plan.label_weights, default=1.0))
+
+
+def _check_counts(report: RoundReport, plan: RoundPlan, n_rows: int | None) -> None:
+    """Rows are the report's weight, evaluations are charged to the run's budget: neither may be made up."""
+    if n_rows is not None and report.n_texts > n_rows:
+        raise WireError(f"the report is of {report.n_texts} rows, the device said that it has {n_rows}")
+    work = plan.work
+    if isinstance(work, SelectWork):
+        most = len(work.templates) * max(1, len(plan.labels))
+    elif isinstance(work, FitWork):
+        most = 1 + len(work.others)
+    else:
+        most = work.popsize if isinstance(work, PooledWork) else work.popsize * work.iterations + 1
+    if report.evaluations > most:
+        raise WireError(f"the report counts {report.evaluations} evaluations, the plan asks for {most} at most")
+
+
+def _check_losses(report: RoundReport, largest_weight: float) -> None:
+    result = report.result
+    if isinstance(result, SelectResult):
+        values = result.loss_sums.numpy() / report.n_texts
+    elif isinstance(result, PooledResult):
+        values = result.losses.numpy()
+    else:
+        values = np.array([result.fitness if isinstance(result, LocalResult) else result.loss])
+    if (worst := float(np.abs(values).max())) > (bound := MAX_LOSS * largest_weight):
+        raise WireError(f"the report holds a loss of {worst:.3g}, over the bound of {bound:.3g}")
 
 
 def check_evaluation(report: EvaluateReport, request: EvaluateRequest) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt import wire
+from fedbpt.aggregation.robust import Robust, check_robust
 from fedbpt.errors import ConfigError
 from fedbpt.messages import (
     Array,
@@ -60,6 +61,8 @@ class RunSettings(Message, frozen=True):
     popsize: PositiveInt = 20
     iterations: PositiveInt = 8
     seed: NaturalInt = 0
+    robust: Robust = "none"  # what takes the place of the devices' mean, so that some of them may lie
+    byzantine: PositiveInt = 1  # so many, where it is robust
     quorum: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
     deadline_s: PositiveFloat = 600.0
     evaluate_every: NaturalInt = 0  # rounds between live evaluations on ``dev`` rows; 0: none
@@ -73,9 +76,14 @@ class RunSettings(Message, frozen=True):
             raise ConfigError("a run needs a limit: set rounds, evaluations, tokens or seconds")
         if self.patience and not self.evaluate_every:
             raise ConfigError("patience needs evaluations on dev rows: give dev rows, and set evaluate_every")
-
         if self.restarts and not self.patience:
             raise ConfigError("restarts come when patience runs out: set patience, or restarts = 0")
+        check_robust(self.method, self.robust)
+        if self.robust != "none" and (self.patience or self.balanced):
+            raise ConfigError(
+                f"robust = {self.robust!r} cannot go with patience or balanced: devices that lie on dev rows or label "
+                "counts would decide; set patience = 0 and balanced = false"
+            )
 
     def for_labels(self, labels: Sequence[str]) -> RunSettings:
         """These settings, for a task with ``labels``: with none, what there is to fit is the prompt alone.
