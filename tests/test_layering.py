@@ -16,9 +16,9 @@ NATIVE = ROOT / "src" / "fedbpt_native"
 # A part (a module or a folder of fedbpt) imports parts of lower layers, and of its own layer those further left.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "messages", "seeding", "memory", "energy", "machine", "packages"),
-    ("batches", "losses", "projection", "population", "search", "readout", "prompt", "models", "tasks"),
+    ("batches", "losses", "projection", "population", "search", "readout", "privacy", "prompt", "models", "tasks"),
     ("scorer", "native_scorer", "bench", "wire", "racing", "objective"),
-    ("local", "aggregation"),
+    ("effort", "local_search", "local", "aggregation"),
     ("runs", "store", "reports", "agent", "clients", "fleet", "ledger", "estimate", "event_loop", "federation"),
     ("config", "api", "display", "dashboard", "__init__", "cli", "__main__"),
 )

@@ -32,6 +32,7 @@ from fedbpt.messages import (
     RoundProgress,
     RoundReport,
 )
+from fedbpt.privacy import require_accountant
 from fedbpt.runs import (
     BASELINES,
     NO_SCORE,
@@ -76,6 +77,7 @@ class Federation:
 
     Raises:
         ConfigError: names that clash or cannot be used, too few devices for the method.
+        MissingExtraError: a private run without the accountant's library.
     """
 
     def __init__(
@@ -89,6 +91,8 @@ class Federation:
         on_event: EventCallback = lambda _event: None,
     ) -> None:
         _check_names([run], "run")
+        if settings.privacy is not None:
+            require_accountant()
         _check_names([client.name for client in clients], "device")
         self.run_name = run
         self.task = task
@@ -223,6 +227,7 @@ class Federation:
                 seconds=ledger.seconds,
                 bytes_up=sum(cost.bytes_up for cost in costs.values()),
                 bytes_down=sum(cost.bytes_down for cost in costs.values()),
+                epsilon=ledger.spent_epsilon,
             )
         )
 
@@ -306,6 +311,7 @@ class Federation:
             },
             fits={purpose: fit.readout for purpose, fit in self._ledger.fits.items()},
             others=self._ledger.others if "readout" in self._ledger.fits else (),
+            epsilon=self._ledger.epsilon(),
             devices=devices,
         )
         if result.tuned.n:

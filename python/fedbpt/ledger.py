@@ -30,6 +30,7 @@ from fedbpt.messages import (
     Template,
     Work,
 )
+from fedbpt.privacy import epsilon, sampling_rate
 from fedbpt.runs import Lines, RoundPurpose, RunResult, RunSettings, lines
 from fedbpt.store import RunStore, StoredRound, Traffic
 
@@ -78,6 +79,8 @@ class RunLedger:
         self.label_weights: tuple[float, ...] = ()  # of a row's loss; empty: ones
         self.traffic_before: dict[str, Traffic] = {}
         self._selected = 0
+        self.spent_epsilon: float | None = None  # when the last round closed
+        self._fewest_rows = 0  # of a device whose report counted; 0: none yet
 
     @property
     def template(self) -> Template:
@@ -243,7 +246,21 @@ class RunLedger:
             deadline_s=self.settings.deadline_s,
             label_bias=() if (bias := self._bias()) is None else tuple(bias.tolist()),
             label_weights=self.label_weights,
+            privacy=self.settings.privacy,
         )
+
+    def epsilon(self) -> float | None:
+        """ε spent by the closed rounds on a row of the device that has the fewest; None: the run is not private.
+
+        Every device is taken to have answered in each of them.
+        """
+        settings, n_rows = self.settings, self._fewest_rows
+        if settings.privacy is None or not n_rows:
+            return None
+        selections = int(len(self.task.templates) > 1 and self.closed >= SELECTION)
+        searches = self.searched * (1 if settings.method == "pooled" else settings.iterations)
+        select, search = (sampling_rate(n_rows, s) for s in (settings.select_rows, settings.objective.batch_size))
+        return epsilon(settings.privacy, [(select, selections), (search, searches)])
 
     def commit(
         self,
@@ -257,13 +274,19 @@ class RunLedger:
         self._apply(round, reports)
         loss = _mean_loss(reports)
         tokens = sum(report.tokens for report in reports)
+        spent = self.spent_epsilon = self.epsilon()
         self.store.commit_round(
             self.run,
             round,
             work_digest=work_digest,
             state_digest=self._digest(),
             reports=reports,
-            metrics={"loss": loss, "seconds": seconds, "tokens": float(tokens)},
+            metrics={
+                "loss": loss,
+                "seconds": seconds,
+                "tokens": float(tokens),
+                **({} if spent is None else {"epsilon": spent}),
+            },
             traffic=traffic,
         )
         self._spend(round, seconds)
@@ -289,6 +312,8 @@ class RunLedger:
             self.searched += 1
             self.fits.pop("readout", None)
         self.closed = round
+        fewest = min(report.n_texts for report in reports)
+        self._fewest_rows = min(self._fewest_rows or fewest, fewest)
         for report in reports:
             self.tokens += report.tokens
             self.reports[report.device] = self.reports.get(report.device, 0) + 1

@@ -7,6 +7,7 @@ with shape and dtype. Nothing here knows HTTP, the model or the search.
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Literal, TypeAlias
 
 import msgspec
@@ -25,6 +26,11 @@ PositiveInt: TypeAlias = Annotated[int, msgspec.Meta(ge=1)]
 NaturalInt: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
 PositiveFloat: TypeAlias = Annotated[float, msgspec.Meta(gt=0)]
 Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+def as_name(text: str) -> str:
+    """``text`` with what a `Name` may not hold replaced: a model's own name is free text."""
+    return re.sub(r"^[^A-Za-z0-9]+|[^A-Za-z0-9._-]+", "-", text).strip("-._")[:128] or "unnamed"
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -98,6 +104,18 @@ class ObjectiveSpec(Message, frozen=True):
     max_text_tokens: PositiveInt = 128
     readout_words: NaturalInt = 128  # random words whose logits a readout may use; 0: a bias alone
     perturb: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+
+
+class PrivacySpec(Message, frozen=True):
+    """Clip and noise of what a device sends (`fedbpt.privacy`).
+
+    ``clip`` C, nats: of a row's losses, less their mean over the candidates, the Euclidean norm at most.
+    ``noise_multiplier`` z: the noise has standard deviation z·C in the sum over rows. ``delta``: at which ε is told.
+    """
+
+    clip: PositiveFloat
+    noise_multiplier: PositiveFloat
+    delta: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 1e-5
 
 
 class Readout(Message, frozen=True):
@@ -234,6 +252,7 @@ class RoundPlan(Message, frozen=True):
     work: Work
     label_bias: tuple[float, ...] = ()  # added to the label words' logits, one per label; empty: zeros
     label_weights: tuple[PositiveFloat, ...] = ()  # of a row's loss, one per label; empty: ones
+    privacy: PrivacySpec | None = None  # None: losses as they are
     deadline_s: PositiveFloat = 600.0
     protocol: Literal[1] = 1
 
