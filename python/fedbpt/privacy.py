@@ -61,6 +61,10 @@ class Releases:
         return np.random.Generator(np.random.PCG64(sequence))
 
 
+ORDERS = (*range(2, 65), 96, 128, 256, 512, 1024)
+"""Rényi orders: whole ones, whose sums are finite; between them the accountant's series may fail to converge."""
+
+
 def clipped(losses: Floats, clip: float) -> Floats:
     """Each row's losses (a column of ``losses`` [k, n]) less their mean, of Euclidean norm ``clip`` at most."""
     centred = losses - losses.mean(axis=0)
@@ -98,7 +102,7 @@ def epsilon(spec: PrivacySpec, releases: Iterable[tuple[float, int]]) -> float:
         from dp_accounting.rdp import RdpAccountant
     except ImportError as error:
         raise MissingExtraError("accounting for privacy", "privacy") from error
-    accountant = RdpAccountant(neighboring_relation=NeighboringRelation.REPLACE_SPECIAL)
+    accountant = RdpAccountant(ORDERS, NeighboringRelation.REPLACE_SPECIAL)
     noise = GaussianDpEvent(spec.noise_multiplier)
     for rate, count in releases:
         if count:
