@@ -1,8 +1,9 @@
 """How much does a report cost the coordinator, how long does a device wait to hear that it came, how soon is it back?
 
-A coordinator process, and in this one a swarm of devices without a model that call in over loopback, as `fedbpt device
---coordinator` does. Beside it the same run with the devices inside the coordinator's process, whose own work then counts
-as the coordinator's, but no sockets and no HTTP. Then the coordinator is killed (SIGKILL) in mid-run again and again, and timed until it has resumed.
+A coordinator process, and in this one a swarm of devices without a model that call in over loopback, as `fedbpt
+device --coordinator` does. Beside it the same run with the devices inside the coordinator's process, whose own work
+then counts as the coordinator's, but no sockets and no HTTP. Then the coordinator is killed (SIGKILL) in mid-run again
+and again, and timed until it has resumed.
 
     python benchmarks/bench_coordinator.py --devices 1000 --rounds 100
 """
