@@ -15,6 +15,7 @@ from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDp
 from dp_accounting.rdp import RdpAccountant
 
 from fedbpt.aggregation import make_aggregator
+from fedbpt.cli.report import result_as_json
 from fedbpt.errors import ConfigError, InputError, MissingExtraError
 from fedbpt.federation import Federation
 from fedbpt.local import Device
@@ -235,6 +236,7 @@ def test_epsilon_is_told_per_round_for_the_device_with_the_fewest_rows(
     # 32 rows choose the template: all of the smaller device's 20; then 5 of 20 a release
     assert told == [epsilon(SPEC, [(1.0, 1), (0.25, releases * number)]) for number in range(4)]
     assert result.epsilon == told[-1]
+    assert result_as_json(result, None)["epsilon"] == told[-1]
     kept = [line.metrics["epsilon"] for line in made.store.history("r")]
     assert kept[: len(told)] == told
 
