@@ -17,13 +17,26 @@ NATIVE = ROOT / "src" / "fedbpt_native"
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         *("errors", "version", "messages", "seeding", "memory", "energy", "machine", "pauses", "autostart", "packages"),
-        *("tls", "tokens", "certs", "rate_limit"),
+        *("tls", "tokens", "certs", "rate_limit", "prometheus"),
     ),
     ("batches", "losses", "projection", "population", "search", "readout", "privacy", "prompt", "models", "tasks"),
     ("scorer", "native_scorer", "bench", "comparison", "wire", "racing", "objective", "envelopes"),
     ("effort", "local_search", "local", "aggregation"),
     (
-        *("runs", "store", "registry", "reports", "http_bodies", "http_server", "agent", "clients", "coordinator"),
+        *(
+            "runs",
+            "store",
+            "history",
+            "journal",
+            "registry",
+            "reports",
+            "http_bodies",
+            "http_auth",
+            "http_server",
+            "agent",
+            "clients",
+            "coordinator",
+        ),
         *("members", "pace", "fleet", "ledger", "estimate", "event_loop", "federation"),
     ),
     ("config", "api", "display", "dashboard", "__init__", "cli", "__main__"),

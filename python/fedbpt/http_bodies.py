@@ -32,6 +32,8 @@ STATUS_OF_CODE: Final = {
     "unknown-round": 404,
     "unknown-evaluation": 404,
     "unknown-request": 404,
+    "unknown-run": 404,
+    "wrong-host": 421,
     "malformed": 400,
     "unauthorized": 401,
     "bad-code": 403,

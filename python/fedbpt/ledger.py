@@ -98,6 +98,10 @@ class RunLedger:
         digests = [wire.digest(template) for template in (first, *rest)]
         return wire.digest(Template(pattern=texts, label_words=tuple(digests)))
 
+    def fits_task(self) -> bool:
+        """Whether the stored run is of this task and these settings."""
+        return self.store.get_run(self.run).identity == self._identity()
+
     def finished(self) -> RunResult | None:
         """The stored result, if the run ended with this very budget; refuses a run of other settings."""
         stored = self.store.find_run(self.run)
@@ -129,29 +133,39 @@ class RunLedger:
                 f"run {self.run!r} was begun with {stored.model_name} ({stored.model_fingerprint}),"
                 f" the devices have {model.model_name} ({model.model_fingerprint})"
             )
+        else:
+            self.store.record_settings(self.run, wire.encode(self.settings))
         self.store.add_devices(self.run, devices)
         self.store.set_status(self.run, "running")
         self.is_open = True
         self.traffic_before = self.store.traffic(self.run)
-        self._replay()
+        self.replay()
 
-    def _replay(self) -> None:
+    def replay(self) -> int:
+        """Take up the stored rounds; returns how many. Raises `StoreError` at the first whose digests differ."""
+        n_rounds = 0
         history = {line.round: line.metrics for line in self.store.history(self.run)}
         for stored in self.store.rounds(self.run):
             self._replay_round(stored)
+            n_rounds += 1
             if stored.round > SELECTION and "dev_loss" in history.get(stored.round, {}):
                 self.judge(history[stored.round]["dev_loss"])
         for round, metrics in history.items():
             self._spend(round, metrics.get("seconds", 0.0))
+        return n_rounds
 
     def _replay_round(self, stored: StoredRound) -> None:
-        work_digest = wire.digest(self.work(stored.round, purpose_of(stored.reports)))
-        self._apply(stored.round, stored.reports)
+        failure = StoreError(
+            f"round {stored.round} of run {self.run!r} does not replay to the state it had: it was made with another"
+            " version, or changed since; begin a run of another name"
+        )
+        try:
+            work_digest = wire.digest(self.work(stored.round, purpose_of(stored.reports)))
+            self._apply(stored.round, stored.reports)
+        except (ValueError, LookupError) as error:  # reports that do not fit the work, or none
+            raise failure from error
         if (work_digest, self._digest()) != (stored.work_digest, stored.state_digest):
-            raise StoreError(
-                f"round {stored.round} of run {self.run!r} does not replay to the state it had:"
-                " it was made with another version; begin a run of another name"
-            )
+            raise failure
 
     def work(self, round: int, purpose: RoundPurpose) -> Work:
         """What the devices do in ``round``."""

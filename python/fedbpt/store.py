@@ -214,6 +214,11 @@ class RunStore:
             rows = [(run, device) for device in devices]
             db.executemany("INSERT OR IGNORE INTO devices (run, device) VALUES (?, ?)", rows)
 
+    def record_settings(self, run: str, settings: bytes) -> None:
+        """The settings of a later sitting of ``run``: its budget may have changed."""
+        with self._transaction() as db:
+            db.execute("UPDATE runs SET settings = ? WHERE run = ?", (settings, run))
+
     def set_status(
         self,
         run: str,

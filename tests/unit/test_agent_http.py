@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import httpx
 import msgspec
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from fedbpt import wire
 from fedbpt.agent import AgentService
@@ -99,9 +100,15 @@ def test_health_and_metrics_are_plain_text(http: httpx.Client) -> None:
     assert http.get("/healthz").text == "ok\n"
     metrics = http.get("/metrics")
     assert metrics.headers["content-type"].startswith("text/plain; version=0.0.4")
-    samples = dict(line.rsplit(" ", 1) for line in metrics.text.splitlines() if not line.startswith("#"))
-    assert float(samples['fedbpt_work_total{state="done"}']) >= 0
-    assert samples["fedbpt_peak_rss_bytes"] == str(2**21) or int(samples["fedbpt_peak_rss_bytes"]) > 0
+    families = {family.name: family for family in text_string_to_metric_families(metrics.text)}
+    assert {name: family.type for name, family in families.items()} == {
+        "fedbpt_work": "counter",
+        "fedbpt_busy": "gauge",
+        "fedbpt_rss_bytes": "gauge",
+        "fedbpt_peak_rss_bytes": "gauge",
+    }
+    assert {sample.labels["state"] for sample in families["fedbpt_work"].samples} >= {"done", "failed"}
+    assert families["fedbpt_peak_rss_bytes"].samples[0].value > 0
 
 
 def test_with_a_token_only_who_sends_it_is_served() -> None:

@@ -87,7 +87,8 @@ def test_the_promised_commands_are_there() -> None:
     words = ["demo", "device", "tune", "evaluate", "bench"]
     words += ["models list", "models pull", "models path", "models requantize"]
     words += ["certs init", "certs issue", "devices invite", "devices list", "devices revoke"]
-    assert set(LEAVES) == {f"fedbpt {word}" for word in [*words, "runs list", "runs show", "runs export"]}
+    words += ["runs list", "runs show", "runs export", "runs replay", "runs scalars"]
+    assert set(LEAVES) == {f"fedbpt {word}" for word in words}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -163,6 +164,14 @@ DEVICE = ("device", "--task", "ag-news", "--model")
         (("runs", "list"), 1, "no run database runs/runs.db"),
         (("tune", "run.toml", "--listen", "8400"), 2, "is no HOST:PORT"),
         (("tune", "run.toml", "--listen", "pi5:http"), 2, "is no HOST:PORT"),
+        (
+            ("tune", "run.toml", "--device", "http://127.0.0.1:9", "--monitor", "8400"),
+            2,
+            "--monitor 8400 is no HOST:PORT",
+        ),
+        (("tune", "run.toml", "--device", "http://127.0.0.1:9", "--monitor", "0.0.0.0:0"), 2, "--monitor-token FILE"),
+        (("tune", "run.toml", "--device", "http://127.0.0.1:9", "--monitor-token", "t"), 2, "--monitor HOST:PORT"),
+        (("tune", "run.toml", "--device", "http://127.0.0.1:9", "--log", "."), 2, "cannot write the log ."),
         (("tune", "run.toml", "--listen", "127.0.0.1:0"), 2, "fedbpt devices invite NAME"),
         (("tune", "run.toml", "--listen", "0.0.0.0:0"), 2, "no encryption"),
         (("tune", "run.toml", "--listen", "127.0.0.1:0", "--expect", "0"), 2, "'--expect'"),
@@ -330,6 +339,11 @@ def test_a_hint_on_the_model_is_for_people_on_standard_error(run: Run, monkeypat
         (("runs", "export", "absent", "-m", "toy", "-o", "p"), 1, "no run 'absent'"),
         (("runs", "export", "half", "-m", "toy", "-o", "p"), 2, "run half is stopped"),
         (("runs", "export", "toy", "-m", "toy", "-o", "p"), 2, "task toy-mood is not built in"),
+        (("runs", "replay", "absent"), 1, "no run 'absent'"),
+        (("runs", "replay", "toy"), 2, "task toy-mood is not built in"),
+        (("runs", "replay", "toy", "-t", "ag-news"), 2, "run toy was not of this task toy-mood"),
+        (("runs", "scalars", "absent", "-o", "boards"), 1, "no run 'absent'"),
+        (("runs", "scalars", "toy", "-o", "mood.toml"), 2, "cannot write mood.toml/toy"),
         (("evaluate", "toy.safetensors", "--data", "rows.jsonl"), 2, "task toy-mood is not built in"),
         (("evaluate", "toy.safetensors", "--data", "rows.jsonl", "-t", "mood.toml"), 2, "a model file, toy: say where"),
         (("evaluate", "toy.safetensors", "--data", "rows.jsonl", "-t", "ag-news", "-m", "toy"), 2, "is for labels"),

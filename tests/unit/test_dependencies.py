@@ -17,7 +17,19 @@ else:
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RUNTIME = {"cma", "httpx", "msgspec", "numpy", "rich", "safetensors", "starlette", "tomli", "typer", "uvicorn"}
-HEAVY = {"datasets", "huggingface-hub", "matplotlib", "pandas", "pyarrow", "torch", "transformers", "cmake", "ninja"}
+HEAVY = {
+    "datasets",
+    "huggingface-hub",
+    "matplotlib",
+    "pandas",
+    "prometheus-client",
+    "pyarrow",
+    "tensorboardX",
+    "torch",
+    "transformers",
+    "cmake",
+    "ninja",
+}
 
 
 def names(requirements: list[str]) -> set[str]:

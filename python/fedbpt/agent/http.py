@@ -11,20 +11,16 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fedbpt import tokens
 from fedbpt.agent.service import AgentService, metrics_text
 from fedbpt.errors import WireError
-from fedbpt.http_bodies import EXCEPTION_HANDLERS, read, refusal, reply, seconds
+from fedbpt.http_auth import RequireToken
+from fedbpt.http_bodies import EXCEPTION_HANDLERS, read, reply, seconds
 from fedbpt.messages import EvaluateRequest, RoundPlan, RoundProgress
-from fedbpt.rate_limit import RateLimit
+from fedbpt.prometheus import CONTENT_TYPE as METRICS_TYPE
 
 MAX_WAIT_S: Final = 60.0
 """Longest that a long poll is held open."""
-
-GUESSES: Final = (1.0, 10)
-"""Requests without the right token that an address may make: a second, and at once."""
 
 
 def build_app(service: AgentService, token: str | None = None) -> Starlette:
@@ -44,7 +40,7 @@ def build_app(service: AgentService, token: str | None = None) -> Starlette:
             Route("/metrics", routes.metrics, methods=["GET"]),
         ],
         exception_handlers=EXCEPTION_HANDLERS,
-        middleware=[] if token is None else [Middleware(_RequireToken, token=token)],
+        middleware=[] if token is None else [Middleware(RequireToken, token=token, who="this device")],
         lifespan=routes.lifespan,
     )
 
@@ -92,29 +88,7 @@ class _Routes:
         return PlainTextResponse("ok\n")
 
     async def metrics(self, _request: Request) -> Response:
-        return PlainTextResponse(metrics_text(self.service), media_type="text/plain; version=0.0.4")
-
-
-class _RequireToken:
-    """ASGI middleware: 401 without the token, 429 where an address guesses on."""
-
-    def __init__(self, app: ASGIApp, token: str) -> None:
-        self._app = app
-        self._digest = tokens.digest(token)
-        self._guesses = RateLimit(*GUESSES)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] != "/healthz":
-            request = Request(scope)
-            if not tokens.matches(tokens.bearer(request.headers), self._digest):
-                wait_s = self._guesses.take(request.client.host if request.client else "")
-                if wait_s:
-                    answer = refusal(request, "too-many", "too many requests without the token", retry_after_s=wait_s)
-                else:
-                    answer = refusal(request, "unauthorized", "this device asks for its token")
-                await answer(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
+        return PlainTextResponse(metrics_text(self.service), media_type=METRICS_TYPE)
 
 
 def _round_of(request: Request) -> tuple[str, int]:

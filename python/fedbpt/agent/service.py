@@ -17,7 +17,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, Final, Literal, Protocol, TypeAlias
+from typing import Final, Literal, Protocol, TypeAlias
 
 import msgspec
 
@@ -25,6 +25,7 @@ from fedbpt import wire
 from fedbpt.agent.worker import Worker
 from fedbpt.errors import DeviceFailedError, DeviceRefusedError, FedbptError, ScoringInterrupted
 from fedbpt.messages import DeviceInfo, EvaluateReport, EvaluateRequest, RoundPlan, RoundProgress, RoundReport
+from fedbpt.prometheus import Family, Sample, exposition
 
 log = logging.getLogger(__name__)
 
@@ -292,15 +293,12 @@ class AgentService:
 def metrics_text(service: AgentService) -> str:
     """The service's counters and memory in Prometheus' text format."""
     info = service.status()
-    lines: list[str] = []
-
-    def add(name: str, kind: str, what: str, samples: list[tuple[str, Any]]) -> None:
-        lines.extend([f"# HELP fedbpt_{name} {what}", f"# TYPE fedbpt_{name} {kind}"])
-        lines.extend(f"fedbpt_{name}{labels} {value}" for labels, value in samples)
-
-    states = [(f'{{state="{state}"}}', count) for state, count in sorted(service.counts.items())]
-    add("work_total", "counter", "Pieces of work by what became of them.", states)
-    add("busy", "gauge", "Whether work is under way.", [("", int(info.busy))])
-    add("rss_bytes", "gauge", "Resident memory.", [("", info.rss_bytes)])
-    add("peak_rss_bytes", "gauge", "Highest resident memory.", [("", info.peak_rss_bytes)])
-    return "\n".join(lines) + "\n"
+    states = [Sample(count, {"state": state}) for state, count in sorted(service.counts.items())]
+    return exposition(
+        [
+            Family("work_total", "counter", "Pieces of work by what became of them.", states),
+            Family("busy", "gauge", "Whether work is under way.", [Sample(int(info.busy))]),
+            Family("rss_bytes", "gauge", "Resident memory.", [Sample(info.rss_bytes)]),
+            Family("peak_rss_bytes", "gauge", "Highest resident memory.", [Sample(info.peak_rss_bytes)]),
+        ]
+    )

@@ -56,7 +56,7 @@ class Reach:
         if self.listen is None:
             yield called
             return
-        host, port = _split(self.listen)
+        host, port = host_and_port("--listen", self.listen)
         if finished:
             names = sorted({*known} - {client.name for client in called})
             yield [*called, *(PostOffice().client(name) for name in names)]
@@ -87,14 +87,15 @@ class Reach:
             time.sleep(LOOK_S)
 
 
-def _split(listen: str) -> tuple[str, int]:
+def host_and_port(option: str, given: str) -> tuple[str, int]:
+    """What an ``option`` of the form HOST:PORT says. Raises `ConfigError`."""
     try:
-        parts = urlsplit(f"//{listen}")
+        parts = urlsplit(f"//{given}")
         host, port = parts.hostname, parts.port
     except ValueError:
         host = port = None
     if not host or port is None or parts.path:
-        raise ConfigError(f"--listen {listen} is no HOST:PORT: give one like 0.0.0.0:8400")
+        raise ConfigError(f"{option} {given} is no HOST:PORT: give one like 127.0.0.1:8400")
     return host, port
 
 

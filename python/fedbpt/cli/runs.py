@@ -13,22 +13,26 @@ from rich.console import Console
 from rich.table import Table
 
 from fedbpt import wire
-from fedbpt.api import make_prompt
+from fedbpt.api import aggregator_for, make_prompt
 from fedbpt.cli.options import AsJson, Quiet, help_without_command, task_named
 from fedbpt.cli.report import print_result, result_as_json
 from fedbpt.errors import ConfigError, StoreError
+from fedbpt.history import round_as_json, run_as_json
+from fedbpt.ledger import RunLedger
 from fedbpt.native_scorer import load_model
-from fedbpt.runs import RunResult
-from fedbpt.store import RoundHistory, RunStore, StoredRun
+from fedbpt.runs import RunResult, RunSettings
+from fedbpt.scalars import write_scalars
+from fedbpt.store import RunStore, StoredRun
 
 app = typer.Typer(
     name="runs",
-    help="The runs in a store: list, show, export.\n\nExample: fedbpt runs list",
+    help="The runs in a store: list, show, export, replay, scalars.\n\nExample: fedbpt runs list",
 )
 app.callback(invoke_without_command=True)(help_without_command)
 
 Store = Annotated[Path, typer.Option("--store", help="The run database.")]
 RunName = Annotated[str, typer.Argument(help="A name from `fedbpt runs list`.", show_default=False)]
+TaskFile = Annotated[str | None, typer.Option("--task", "-t", help="The run's task file, unless built in.")]
 DEFAULT_STORE = Path("runs/runs.db")
 
 
@@ -41,7 +45,7 @@ def list_command(store: Store = DEFAULT_STORE, as_json: AsJson = False, quiet: Q
     with _opened(store) as opened:
         runs = opened.list_runs()
     if as_json:
-        _print_json([_run_as_json(run) for run in runs])
+        _print_json([run_as_json(run) for run in runs])
     elif quiet:
         for run in runs:
             typer.echo(run.run)
@@ -69,7 +73,7 @@ def show_command(run: RunName, store: Store = DEFAULT_STORE, as_json: AsJson = F
         found, history = opened.get_run(run), opened.history(run)
     result = _result(found)
     if as_json:
-        shown = {**_run_as_json(found), "rounds": [_round_as_json(line) for line in history]}
+        shown = {**run_as_json(found), "rounds": [round_as_json(line) for line in history]}
         _print_json({**shown, "result": result_as_json(result, None) if result else None})
         return
     if result is not None:
@@ -93,7 +97,7 @@ def export_command(
     run: RunName,
     model: Annotated[str, typer.Option("--model", "-m", help="The model that the run tuned: a name or .gguf file.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The prompt file to write.")],
-    task: Annotated[str | None, typer.Option("--task", "-t", help="The run's task file, unless built in.")] = None,
+    task: TaskFile = None,
     store: Store = DEFAULT_STORE,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -116,6 +120,54 @@ def export_command(
         typer.echo(str(path))
 
 
+@app.command("replay")
+def replay_command(
+    run: RunName,
+    task: TaskFile = None,
+    store: Store = DEFAULT_STORE,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Rebuild a run from its stored reports, and check that each round gives the digests that it had.
+
+    Example: fedbpt runs replay demo
+    """
+    with _opened(store) as opened:
+        found = opened.get_run(run)
+        settings, result = wire.decode(found.settings, RunSettings), _result(found)
+        ledger = RunLedger(opened, run, task_named(task, found.task), settings, aggregator_for(settings))
+        if not ledger.fits_task():
+            raise ConfigError(f"run {run} was not of this task {found.task}: give the task file it had with --task")
+        n_rounds, digest = ledger.replay(), ledger.aggregator.digest()
+    if result is not None and found.status == "finished" and digest != result.digest:
+        raise StoreError(f"run {run} replays to {digest}, its result says {result.digest}: it was changed since")
+    if as_json:
+        _print_json({"run": run, "n_rounds": n_rounds, "digest": digest})
+    else:
+        typer.echo(digest if quiet else f"{n_rounds} rounds replay to the digests they had; digest {digest}")
+
+
+@app.command("scalars")
+def scalars_command(
+    run: RunName,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder for TensorBoard; the run gets its own in it.")],
+    store: Store = DEFAULT_STORE,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a run's figures by round, for TensorBoard.
+
+    Example: fedbpt runs scalars demo --out tensorboard
+    """
+    del quiet  # the folder is the result: there is nothing else to leave out
+    with _opened(store) as opened:
+        folder = write_scalars(opened.history(run), out / run)
+    if as_json:
+        _print_json({"run": run, "folder": str(folder)})
+    else:
+        typer.echo(str(folder))
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[RunStore]:
     if not path.is_file():
@@ -126,29 +178,6 @@ def _opened(path: Path) -> Iterator[RunStore]:
 
 def _result(run: StoredRun) -> RunResult | None:
     return None if run.result is None else wire.decode(run.result, RunResult)
-
-
-def _run_as_json(run: StoredRun) -> dict[str, Any]:
-    return {
-        "run": run.run,
-        "task": run.task,
-        "model": run.model_name,
-        "status": run.status,
-        "n_rounds": run.n_rounds,
-        "created": run.created,
-        "updated": run.updated,
-    }
-
-
-def _round_as_json(line: RoundHistory) -> dict[str, Any]:
-    return {
-        "round": line.round,
-        "closed": line.closed,
-        "reported": list(line.reported),
-        "late": list(line.late),
-        "lost": dict(line.lost),
-        "metrics": dict(line.metrics),
-    }
 
 
 def _print_json(value: Any) -> None:

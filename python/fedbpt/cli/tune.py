@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ import typer
 
 from fedbpt.api import aggregator_for, make_prompt, require_model_of_run
 from fedbpt.cli.devices import DEFAULT_REGISTRY
+from fedbpt.cli.observe import Observers
 from fedbpt.cli.options import AllowInsecure, AsJson, Ca, Cert, ClientCerts, Key, Quiet, Registry
 from fedbpt.cli.reach import Reach
 from fedbpt.cli.report import print_cost, print_result, result_as_json
@@ -43,6 +45,13 @@ Expect = Annotated[
 ]
 Tokens = Annotated[Path | None, typer.Option("--tokens", help='Devices\' tokens: TOML lines "ADDRESS" = "TOKEN".')]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Forget what is stored of this run, and start over.")]
+Log = Annotated[Path | None, typer.Option("--log", help="Add what happens to this file, a line of JSON each.")]
+Monitor = Annotated[
+    str | None, typer.Option("--monitor", help="HOST:PORT to watch the run at: JSON, events, Prometheus metrics.")
+]
+MonitorToken = Annotated[
+    Path | None, typer.Option("--monitor-token", help="The monitor asks for the token in this file; made if absent.")
+]
 OnlyPlan = Annotated[
     bool, typer.Option("--plan", help="Ask the devices, print what the run will cost at most, and do nothing.")
 ]
@@ -62,6 +71,9 @@ def tune(
     key: Key = None,
     client_certs: ClientCerts = False,
     allow_insecure: AllowInsecure = False,
+    log: Log = None,
+    monitor: Monitor = None,
+    monitor_token: MonitorToken = None,
     fresh: Fresh = False,
     only_plan: OnlyPlan = False,
     as_json: AsJson = False,
@@ -79,6 +91,7 @@ def tune(
             " call in (--listen HOST:PORT)"
         )
     reach = Reach(addresses, tokens, listen, expect, registry, Tls(cert, key, ca, client_certs), allow_insecure)
+    observers = Observers(log, monitor, monitor_token, Tls(cert, key), allow_insecure)
     if only_plan:
         print_cost(_cost(config, task, reach, _teller(as_json or quiet)), as_json)
         return
@@ -87,7 +100,7 @@ def tune(
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)  # before the work: a folder that cannot be is told at once
     scorer = load_model(model) if model else None
-    result = _tuned(config, task, reach, scorer, fresh, shown=not (quiet or as_json))
+    result = _tuned(config, task, reach, observers, scorer, fresh, shown=not (quiet or as_json))
 
     saved = make_prompt(scorer, task, result).save(out) if scorer is not None and out is not None else None
     if as_json:
@@ -100,25 +113,35 @@ def tune(
 
 
 def _tuned(
-    config: RunConfig, task: Task, reach: Reach, scorer: NativeScorer | None, fresh: bool, shown: bool
+    config: RunConfig,
+    task: Task,
+    reach: Reach,
+    observers: Observers,
+    scorer: NativeScorer | None,
+    fresh: bool,
+    shown: bool,
 ) -> RunResult:
     display = RunDisplay(shown)
+    tell = _teller(not shown)
 
     def watch(event: Event) -> None:
         if scorer is not None and isinstance(event, RunStarted):
             require_model_of_run(scorer, event)  # before the work, not when its prompt is to be written
         display(event)
+        journal(event)
 
-    with RunStore(config.store) as store:
+    with ExitStack() as stack:
+        store = stack.enter_context(RunStore(config.store))
         if fresh:
             store.delete_run(config.run)
+        journal = stack.enter_context(observers.watching(store.path, config.run, tell))
         stored = store.find_run(config.run)
         finished = stored is not None and stored.status == "finished"
-        with reach.clients(list(store.devices(config.run)), finished, _teller(not shown)) as clients:
-            aggregator = aggregator_for(config.settings)
-            federation = Federation(clients, task, config.settings, aggregator, store, config.run, watch)
-            with display:
-                return federation.run()
+        clients = stack.enter_context(reach.clients(list(store.devices(config.run)), finished, tell))
+        aggregator = aggregator_for(config.settings)
+        federation = Federation(clients, task, config.settings, aggregator, store, config.run, watch)
+        with display:
+            return federation.run()
 
 
 def _teller(silent: bool) -> Callable[[str], None]:

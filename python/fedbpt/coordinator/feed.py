@@ -1,0 +1,103 @@
+"""`EventFeed`: the latest lines of a journal, for any number of readers, none of which the run ever waits for.
+
+Lines are kept once for all readers, within a limit; a reader is a place in them. One that is too slow, or comes late,
+finds lines gone, and is told how many.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import Final, NamedTuple
+
+from fedbpt.journal import Line
+
+KEEP_LINES: Final = 2000
+KEEP_BYTES: Final = 8 * 2**20
+
+
+class Missed(NamedTuple):
+    """So many lines are gone unread."""
+
+    lines: int
+
+
+class EventFeed:
+    """A `fedbpt.journal.Sink`. The readers belong to the loop that called `open`."""
+
+    def __init__(self, keep_lines: int = KEEP_LINES, keep_bytes: int = KEEP_BYTES) -> None:
+        self._keep_lines, self._keep_bytes = keep_lines, keep_bytes
+        self._lock = threading.Lock()
+        self._lines: deque[Line] = deque()
+        self._bytes = 0
+        self._closed = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._woken: set[asyncio.Event] = set()
+
+    def __call__(self, line: Line) -> str:
+        with self._lock:
+            self._lines.append(line)
+            self._bytes += len(line.json)
+            while len(self._lines) > self._keep_lines or (self._bytes > self._keep_bytes and len(self._lines) > 1):
+                self._bytes -= len(self._lines.popleft().json)
+            loop = self._loop if self._woken else None
+            if loop is not None and not loop.is_closed():
+                loop.call_soon_threadsafe(self._wake)
+        return ""
+
+    def open(self) -> None:
+        """Readers come from the running loop from now on."""
+        self._loop = asyncio.get_running_loop()
+
+    def close(self) -> None:
+        """No more lines come: readers end when they have read what is there. To call on the loop."""
+        with self._lock:
+            self._closed, self._loop = True, None
+        self._wake()
+
+    @property
+    def n_readers(self) -> int:
+        return len(self._woken)
+
+    async def read(self, after: str, heartbeat_s: float) -> AsyncIterator[Line | Missed | None]:
+        """Lines from the one after id ``after`` (``SITTING-SEQ``; of no line here: the first that is kept).
+
+        None: nothing came for ``heartbeat_s``.
+        """
+        woken = asyncio.Event()
+        self._woken.add(woken)
+        try:
+            sitting, _, seq = after.rpartition("-")
+            read = int(seq) if sitting and seq.isdecimal() and len(seq) < 19 else 0
+            while True:
+                woken.clear()
+                line, closed = self._next(sitting, read)
+                if line is not None:
+                    if sitting == line.entry.sitting and line.entry.seq > read + 1:
+                        yield Missed(line.entry.seq - read - 1)
+                    sitting, read = line.entry.sitting, line.entry.seq
+                    yield line
+                elif closed:
+                    return
+                else:
+                    try:
+                        await asyncio.wait_for(woken.wait(), heartbeat_s)
+                    except asyncio.TimeoutError:
+                        yield None
+        finally:
+            self._woken.discard(woken)
+
+    def _next(self, sitting: str, read: int) -> tuple[Line | None, bool]:
+        """The first line kept after ``read``, and whether no more will come."""
+        with self._lock:
+            if not self._lines:
+                return None, self._closed
+            first = self._lines[0].entry  # lines are numbered without gaps
+            place = max(read + 1 - first.seq, 0) if sitting == first.sitting else 0
+            return (self._lines[place] if place < len(self._lines) else None), self._closed
+
+    def _wake(self) -> None:
+        for woken in self._woken:
+            woken.set()

@@ -1,0 +1,216 @@
+"""`MonitorServer`: what people and their tools may read of a run while it is coordinated. JSON, events, metrics.
+
+It is not the server that devices call (`CoordinatorServer`): their tokens open nothing here, its token nothing there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from fedbpt import wire
+from fedbpt.coordinator.feed import EventFeed, Missed
+from fedbpt.coordinator.metrics import RunMetrics
+from fedbpt.errors import ConfigError, CoordinatorRefusedError
+from fedbpt.history import run_as_json, run_in_full
+from fedbpt.http_auth import RequireToken
+from fedbpt.http_bodies import EXCEPTION_HANDLERS, refusal
+from fedbpt.http_server import HttpServer
+from fedbpt.journal import Line
+from fedbpt.prometheus import CONTENT_TYPE, exposition
+from fedbpt.store import RunStore, StoredRun
+from fedbpt.tls import Tls, is_loopback
+
+HEARTBEAT_S: Final = 15.0
+"""Longest silence of a stream of events: then a comment comes, so that proxies keep it open."""
+
+RETRY_MS: Final = 2000
+"""When a browser's EventSource comes again after the stream has ended."""
+
+MAX_READERS: Final = 64
+"""Streams of events at once."""
+
+
+class MonitorServer(HttpServer):
+    """Serves what ``store`` holds, and live, what is told of ``run``: a `fedbpt.journal.Sink`. See `HttpServer`.
+
+    Args:
+        store: the run database, read through a connection of its own.
+        token: what readers must send; None: loopback only.
+
+    Raises:
+        ConfigError: a host beyond loopback without token, or without TLS or ``allow_insecure``.
+    """
+
+    def __init__(
+        self,
+        store: Path,
+        run: str,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        token: str | None = None,
+        tls: Tls | None = None,
+        allow_insecure: bool = False,
+        feed: EventFeed | None = None,
+        heartbeat_s: float = HEARTBEAT_S,
+    ) -> None:
+        if token is None and not is_loopback(host):
+            raise ConfigError(
+                f"{host} can be reached from other machines: ask readers for a token (--monitor-token FILE), or serve"
+                " on 127.0.0.1"
+            )
+        self.feed = feed or EventFeed()
+        self._store = RunStore(store)
+        try:
+            history = self._store.history(run) if self._store.find_run(run) else []
+            self.metrics = RunMetrics(run, sum(line.metrics.get("seconds", 0.0) for line in history))
+            app = build_app(self._store, run, self.feed, self.metrics, token, heartbeat_s)
+            super().__init__(app, host, port, tls=tls, allow_insecure=allow_insecure, on_exit=self.feed.close)
+        except BaseException:
+            self._store.close()
+            raise
+
+    def __call__(self, line: Line) -> str:
+        return self.metrics(line) or self.feed(line)
+
+    def stop(self) -> None:
+        super().stop()
+        self._store.close()
+
+
+def build_app(
+    store: RunStore,
+    run: str,
+    feed: EventFeed,
+    metrics: RunMetrics,
+    token: str | None = None,
+    heartbeat_s: float = HEARTBEAT_S,
+) -> Starlette:
+    """The routes, as an ASGI application; without ``token`` it answers under loopback's names only."""
+    routes = _Routes(store, run, feed, metrics, heartbeat_s)
+    guard = Middleware(_LoopbackOnly) if token is None else Middleware(RequireToken, token=token, who="this monitor")
+    return Starlette(
+        routes=[
+            Route("/v1/runs", routes.list_runs, methods=["GET"]),
+            Route("/v1/runs/{run}", routes.show_run, methods=["GET"]),
+            Route("/v1/runs/{run}/events", routes.events, methods=["GET"]),
+            Route("/metrics", routes.show_metrics, methods=["GET"]),
+            Route("/healthz", routes.healthz, methods=["GET"]),
+        ],
+        exception_handlers=EXCEPTION_HANDLERS,
+        middleware=[Middleware(_JsonOnly), guard],
+        lifespan=routes.lifespan,
+    )
+
+
+class _Routes:
+    """Those that read the store are plain functions: they run in threads, beside the streams."""
+
+    def __init__(self, store: RunStore, run: str, feed: EventFeed, metrics: RunMetrics, heartbeat_s: float) -> None:
+        self._store, self._run = store, run
+        self._feed, self._metrics = feed, metrics
+        self._heartbeat_s = heartbeat_s
+
+    @asynccontextmanager
+    async def lifespan(self, _app: Starlette) -> AsyncIterator[None]:
+        self._feed.open()
+        yield
+        self._feed.close()
+
+    def list_runs(self, _request: Request) -> Response:
+        return _json([run_as_json(run) for run in self._store.list_runs()])
+
+    def show_run(self, request: Request) -> Response:
+        return _json(run_in_full(self._store, self._named(request)))
+
+    async def events(self, request: Request) -> Response:
+        run = request.path_params["run"]
+        if run != self._run:
+            raise CoordinatorRefusedError(f"run {run!r} is not under way here, run {self._run!r} is", "unknown-run")
+        if self._feed.n_readers >= MAX_READERS:
+            raise CoordinatorRefusedError(f"{MAX_READERS} streams are read already", "too-many", 10.0)
+        after = request.headers.get("last-event-id", "")
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        return StreamingResponse(self._stream(after), headers=headers, media_type="text/event-stream")
+
+    async def _stream(self, after: str) -> AsyncIterator[bytes]:
+        yield f"retry: {RETRY_MS}\n\n".encode()
+        async for item in self._feed.read(after, self._heartbeat_s):
+            yield _as_event(item)
+
+    def show_metrics(self, _request: Request) -> Response:
+        return PlainTextResponse(
+            exposition(self._metrics.families(self._store.traffic(self._run))), media_type=CONTENT_TYPE
+        )
+
+    async def healthz(self, _request: Request) -> Response:
+        return PlainTextResponse("ok\n")
+
+    def _named(self, request: Request) -> StoredRun:
+        found = self._store.find_run(request.path_params["run"])
+        if found is None:
+            raise CoordinatorRefusedError("there is no such run: GET /v1/runs lists them", "unknown-run")
+        return found
+
+
+class _JsonOnly:
+    """ASGI middleware: refusals are JSON, too, whatever is asked for."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            others = [header for header in scope["headers"] if header[0] != b"accept"]
+            scope = {**scope, "headers": [*others, (b"accept", wire.JSON_TYPE.encode())]}
+        await self._app(scope, receive, send)
+
+
+class _LoopbackOnly:
+    """ASGI middleware: 421 under any other name, for a web page may give its own name our address (DNS rebinding)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            request = Request(scope)
+            if not is_loopback(_host(request.headers.get("host", ""))):
+                answer = refusal(request, "wrong-host", "without a token this is for 127.0.0.1 and localhost")
+                await answer(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _host(header: str) -> str:
+    try:
+        return urlsplit(f"//{header}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _as_event(item: Line | Missed | None) -> bytes:
+    """As server-sent events write it: https://html.spec.whatwg.org/multipage/server-sent-events.html"""
+    if item is None:
+        return b": nothing new\n\n"
+    if isinstance(item, Missed):
+        return b'event: Missed\ndata: {"lines":%d}\n\n' % item.lines
+    entry = item.entry
+    head = f"id: {entry.sitting}-{entry.seq}\nevent: {type(entry.event).__name__}\n"
+    return head.encode() + b"data: " + item.json + b"\n\n"
+
+
+def _json(value: Any) -> Response:
+    return Response(msgspec.json.encode(value), media_type=wire.JSON_TYPE)

@@ -1,0 +1,38 @@
+"""`RequireToken`: a server that answers only who sends its one token."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from fedbpt import tokens
+from fedbpt.http_bodies import refusal
+from fedbpt.rate_limit import RateLimit
+
+GUESSES: Final = (1.0, 10)
+"""Requests without the right token that an address may make: a second, and at once."""
+
+
+class RequireToken:
+    """ASGI middleware: 401 without the token, 429 where an address guesses on; ``/healthz`` is for everybody."""
+
+    def __init__(self, app: ASGIApp, token: str, who: str) -> None:
+        self._app = app
+        self._who = who
+        self._digest = tokens.digest(token)
+        self._guesses = RateLimit(*GUESSES)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] != "/healthz":
+            request = Request(scope)
+            if not tokens.matches(tokens.bearer(request.headers), self._digest):
+                wait_s = self._guesses.take(request.client.host if request.client else "")
+                if wait_s:
+                    answer = refusal(request, "too-many", "too many requests without the token", retry_after_s=wait_s)
+                else:
+                    answer = refusal(request, "unauthorized", f"{self._who} asks for its token")
+                await answer(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
