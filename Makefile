@@ -18,12 +18,13 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt \
 # second build compiles only what changed. Their versions are in constraints.txt.
 BUILD_TOOLS := pip scikit-build-core pybind11 cmake ninja
 
-.PHONY: help setup demo test sanitize wheel wheel-aarch64 test-wheel test-aarch64 lint bench clean
+.PHONY: help setup demo test faults sanitize wheel wheel-aarch64 test-wheel test-aarch64 lint bench clean
 
 help:
 	@echo 'make setup   create $(VENV) and build fedbpt into it (again: only what changed)'
 	@echo 'make demo    tune a small model over three devices on this machine (DEMO_ARGS="--help" for options)'
 	@echo 'make test    run every test (TEST_ARGS="tests/unit -k search" for some)'
+	@echo 'make faults  all faults that a federation must survive, for an hour or so; make test tries a few of each'
 	@echo 'make sanitize   the native tests under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make wheel   the wheels to ship in dist/, for any x86-64 CPU; make wheel-aarch64: for any 64-bit ARM CPU (PYTHONS="3.11" for some)'
 	@echo 'make test-wheel   the native tests on the x86-64 wheel; make test-aarch64: on emulated boards, and a federation with them'
@@ -56,6 +57,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+faults: setup
+	FEDBPT_FAULTS=1 $(BIN)/python -m pytest tests/faults $(TEST_ARGS)
 
 # A build of its own: pip puts the package where no editable install comes before it, see run.sh.
 SANITIZED := build/sanitize

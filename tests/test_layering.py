@@ -19,9 +19,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("errors", "version", "messages", "seeding", "memory", "energy", "machine", "pauses", "autostart", "packages"),
         *("tls", "tokens", "certs", "rate_limit", "prometheus"),
     ),
-    ("batches", "losses", "projection", "population", "search", "readout", "prompt", "models", "tasks"),
+    ("batches", "losses", "projection", "population", "search", "readout", "privacy", "prompt", "models", "tasks"),
     ("scorer", "native_scorer", "bench", "comparison", "wire", "racing", "objective", "envelopes"),
-    ("local", "aggregation"),
+    ("effort", "local_search", "local", "aggregation"),
     (
         *(
             "runs",

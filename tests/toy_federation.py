@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from fedbpt.aggregation import Aggregator
-from fedbpt.local import local_search
+from fedbpt.local_search import local_search
 from fedbpt.messages import Array, LocalResult, LocalWork, PooledResult, PooledWork, Result, RoundReport, Work
 from fedbpt.population import sample_population
 from fedbpt.seeding import derive_seed

@@ -230,7 +230,10 @@ def _run_alone(device: Device, task: Task, settings: RunSettings, watch: _Curves
 
 def aggregator_for(settings: RunSettings) -> Aggregator:
     """The aggregator that ``settings.method`` names, before its first round."""
-    return make_aggregator(settings.method, settings.prompt, settings.popsize, settings.iterations, settings.seed)
+    return make_aggregator(
+        settings.method, settings.prompt, settings.popsize, settings.iterations, settings.seed, settings.robust,
+        settings.byzantine,
+    )  # fmt: skip
 
 
 def make_prompt(scorer: Scorer, task: Task, result: RunResult) -> Prompt:

@@ -11,7 +11,7 @@ from pathlib import Path
 from fedbpt.errors import ConfigError, FedbptError
 
 NAME = "fedbpt-device"
-_KEPT = ("FEDBPT_CACHE", "FEDBPT_LLAMA_LOG")  # what of the environment the command's meaning depends on
+_KEPT = ("FEDBPT_CACHE", "FEDBPT_CREDENTIALS", "FEDBPT_LLAMA_LOG")  # the environment that a command depends on
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,8 @@ class RunDisplay:
         if self._score is not None:
             line = "" if self._zero_shot is None else f" (zero-shot {self._figure(self._zero_shot)})"
             parts.append(f"{'ppl' if self._generates else 'acc'} {self._figure(self._score)}{line}")
-        parts.append(f"loss {event.loss:.3f}")
+        # a private loss is noise about 0
+        parts.append(f"loss {event.loss:.3f}" if event.epsilon is None else f"ε {event.epsilon:.2f}")
         parts.append(f"{self._live}/{self._devices} devices")
         parts.append(f"up {human_bytes(event.bytes_up)}  down {human_bytes(event.bytes_down)}")
         if 0 < share < 1 and event.seconds > 0:

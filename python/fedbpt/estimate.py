@@ -221,7 +221,7 @@ def _plan(settings: RunSettings, task: FederatedTask, work: Work) -> RoundPlan:
         run="run", round=100, device="device", seed=settings.seed, model_fingerprint="sha256:" + 64 * "0",
         labels=task.labels, template=task.templates[0], prompt=settings.prompt, objective=settings.objective, work=work,
         deadline_s=settings.deadline_s, label_bias=tuple([0.0] * len(task.labels)),
-        label_weights=tuple([1.0] * len(task.labels)) if settings.balanced else (),
+        label_weights=tuple([1.0] * len(task.labels)) if settings.balanced else (), privacy=settings.privacy,
     )  # fmt: skip
 
 

@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-import msgspec
 import numpy as np
 
 from fedbpt import wire
@@ -23,17 +22,17 @@ from fedbpt.errors import ConfigError, FederationError, QuorumError, StoreError
 from fedbpt.event_loop import run_to_end
 from fedbpt.fleet import Fleet, common_model
 from fedbpt.ledger import SELECTION, FederatedTask, RunLedger
-from fedbpt.members import Draft, Listener
+from fedbpt.members import Draft, Listener, check_names
 from fedbpt.messages import (
     Array,
     DeviceInfo,
     EvaluateReport,
     FitPurpose,
-    Name,
     RoundProgress,
     RoundReport,
 )
 from fedbpt.pace import Pace
+from fedbpt.privacy import require_accountant
 from fedbpt.runs import (
     BASELINES,
     NO_SCORE,
@@ -79,6 +78,7 @@ class Federation:
 
     Raises:
         ConfigError: names that clash or cannot be used, too few devices for the method.
+        MissingExtraError: a private run without the accountant's library.
     """
 
     def __init__(
@@ -91,8 +91,10 @@ class Federation:
         run: str,
         on_event: EventCallback = lambda _event: None,
     ) -> None:
-        _check_names([run], "run")
-        _check_names([client.name for client in clients], "device")
+        check_names([run], "run")
+        if settings.privacy is not None:
+            require_accountant()
+        check_names([client.name for client in clients], "device")
         self.run_name = run
         self.task = task
         settings = self.settings = settings.for_labels(task.labels)
@@ -245,6 +247,7 @@ class Federation:
                 seconds=ledger.seconds,
                 bytes_up=sum(cost.bytes_up for cost in costs.values()),
                 bytes_down=sum(cost.bytes_down for cost in costs.values()),
+                epsilon=ledger.spent_epsilon,
             )
         )
 
@@ -328,6 +331,7 @@ class Federation:
             },
             fits={purpose: fit.readout for purpose, fit in self._ledger.fits.items()},
             others=self._ledger.others if "readout" in self._ledger.fits else (),
+            epsilon=self._ledger.epsilon(),
             devices=devices,
         )
         if result.tuned.n:
@@ -383,15 +387,3 @@ class Federation:
     def _on_met(self, device: str, info: DeviceInfo) -> None:
         if self._ledger.is_open:
             self._store.record_device(self.run_name, device, info)
-
-
-def _check_names(names: Sequence[str], what: str) -> None:
-    for name in names:
-        try:
-            msgspec.convert(name, Name)
-        except msgspec.ValidationError as error:
-            raise ConfigError(f"{name!r} cannot name a {what}: use letters, digits and ._- (at most 128)") from error
-        if list(names).count(name) > 1:
-            raise ConfigError(f"two {what}s are named {name!r}: give each its own name")
-    if not names:
-        raise ConfigError(f"a run needs at least one {what}")

@@ -274,7 +274,7 @@ class Fleet:
                 log.info("%s forgot round %d: its plan is sent again", member.name, plan.round)
                 continue
             try:
-                check_report(report, plan)
+                check_report(report, plan, member.info.n_train if member.info else None)
             except WireError as error:
                 raise WireError(f"{member.name}: its report is refused: {error}") from error
             return report

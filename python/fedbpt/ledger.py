@@ -13,26 +13,24 @@ from fedbpt import wire
 from fedbpt.aggregation.base import Aggregator
 from fedbpt.aggregation.readout import ReadoutFit
 from fedbpt.errors import ConfigError, FederationError, StoreError
-from fedbpt.losses import balanced_weights
 from fedbpt.messages import (
     Array,
     DeviceInfo,
     EvaluateRequest,
     FitPurpose,
     FitResult,
-    LocalResult,
     LocalWork,
-    PooledResult,
     PooledWork,
     Readout,
     RoundPlan,
     RoundReport,
-    SelectResult,
     SelectWork,
     Template,
     Work,
 )
 from fedbpt.pace import TextPace
+from fedbpt.privacy import epsilon, sampling_rate
+from fedbpt.reports import label_weights, mean_loss, purpose_of, template_losses
 from fedbpt.runs import Lines, RoundPurpose, RunResult, RunSettings, lines
 from fedbpt.store import RunStore, StoredRound, Traffic
 
@@ -82,6 +80,8 @@ class RunLedger:
         self._pace = TextPace()
         self.traffic_before: dict[str, Traffic] = {}
         self._selected = 0
+        self.spent_epsilon: float | None = None  # when the last round closed
+        self._fewest_rows = 0  # of a device whose report counted; 0: none yet
 
     @property
     def template(self) -> Template:
@@ -160,7 +160,7 @@ class RunLedger:
             " version, or changed since; begin a run of another name"
         )
         try:
-            work_digest = wire.digest(self.work(stored.round, purpose_of(stored.round, stored.reports)))
+            work_digest = wire.digest(self.work(stored.round, purpose_of(stored.reports)))
             self._apply(stored.round, stored.reports)
         except (ValueError, LookupError) as error:  # reports that do not fit the work, or none
             raise failure from error
@@ -192,6 +192,8 @@ class RunLedger:
                 self._bias(),
                 self.settings.fit_rows,
                 others,
+                self.settings.robust,
+                self.settings.byzantine,
             )
         return self.fits[purpose]
 
@@ -260,6 +262,7 @@ class RunLedger:
             deadline_s=self.settings.deadline_s,
             label_bias=() if (bias := self._bias()) is None else tuple(bias.tolist()),
             label_weights=self.label_weights,
+            privacy=self.settings.privacy,
         )
 
     def _batch_size(self, device: str, work: Work) -> int | None:
@@ -267,6 +270,19 @@ class RunLedger:
         if not (self.settings.even_rounds and usual and isinstance(work, PooledWork | LocalWork)):
             return None
         return self._pace.batch_size(device, usual)
+
+    def epsilon(self) -> float | None:
+        """ε spent by the closed rounds on a row of the device that has the fewest; None: the run is not private.
+
+        Every device is taken to have answered in each of them.
+        """
+        settings, n_rows = self.settings, self._fewest_rows
+        if settings.privacy is None or not n_rows:
+            return None
+        selections = int(len(self.task.templates) > 1 and self.closed >= SELECTION)
+        searches = self.searched * (1 if settings.method == "pooled" else settings.iterations)
+        select, search = (sampling_rate(n_rows, s) for s in (settings.select_rows, settings.objective.batch_size))
+        return epsilon(settings.privacy, [(select, selections), (search, searches)])
 
     def commit(
         self,
@@ -278,15 +294,21 @@ class RunLedger:
     ) -> float:
         """Let a round count and write it, in one transaction; returns its mean loss, nats."""
         self._apply(round, reports)
-        loss = _mean_loss(reports)
+        loss = mean_loss(reports)
         tokens = sum(report.tokens for report in reports)
+        spent = self.spent_epsilon = self.epsilon()
         self.store.commit_round(
             self.run,
             round,
             work_digest=work_digest,
             state_digest=self._digest(),
             reports=reports,
-            metrics={"loss": loss, "seconds": seconds, "tokens": float(tokens)},
+            metrics={
+                "loss": loss,
+                "seconds": seconds,
+                "tokens": float(tokens),
+                **({} if spent is None else {"epsilon": spent}),
+            },
             traffic=traffic,
         )
         self._spend(round, seconds)
@@ -300,8 +322,8 @@ class RunLedger:
     def _apply(self, round: int, reports: Sequence[RoundReport]) -> None:
         """The one way in which state changes, live and on replay."""
         if round == SELECTION:
-            self.label_weights = _label_weights(reports)
-            losses = _template_losses(reports, self.label_weights)
+            self.label_weights = label_weights(reports)
+            losses = template_losses(reports, self.label_weights, self.settings.robust != "none")
             self._selected = int(np.argmin(losses))
             self.template_losses = tuple(losses.tolist())
             self._selection_tokens = sum(report.tokens for report in reports)
@@ -314,6 +336,8 @@ class RunLedger:
                 self._pace.took(report.device, report.seconds, report.n_texts)
             self.fits.pop("readout", None)
         self.closed = round
+        fewest = min(report.n_texts for report in reports)
+        self._fewest_rows = min(self._fewest_rows or fewest, fewest)
         for report in reports:
             self.tokens += report.tokens
             self.reports[report.device] = self.reports.get(report.device, 0) + 1
@@ -344,42 +368,3 @@ class RunLedger:
     def metrics(self, round: int) -> dict[str, float]:
         """The figures kept of ``round``."""
         return next((dict(line.metrics) for line in self.store.history(self.run) if line.round == round), {})
-
-
-def purpose_of(round: int, reports: Sequence[RoundReport]) -> RoundPurpose:
-    """What a closed round was for."""
-    if round == SELECTION:
-        return "selection"
-    result = reports[0].result
-    return result.purpose if isinstance(result, FitResult) else "search"
-
-
-def _label_weights(reports: Sequence[RoundReport]) -> tuple[float, ...]:
-    """Of a row's loss, by all devices' label counts; empty where they were not asked for."""
-    counts = [report.result.label_counts for report in reports if isinstance(report.result, SelectResult)]
-    return tuple(balanced_weights(np.sum(counts, axis=0)).tolist()) if any(counts) else ()
-
-
-def _template_losses(reports: Sequence[RoundReport], weights: Sequence[float]) -> NDArray[np.float64]:
-    """Mean loss of each template over all devices' rows, nats [n_templates]; ``weights``: of its parts by label."""
-    sums = np.sum([r.result.loss_sums.numpy() for r in reports if isinstance(r.result, SelectResult)], axis=0)
-    if weights:
-        sums = (sums * np.array(weights)).sum(axis=1)
-    mean: NDArray[np.float64] = sums / sum(report.n_texts for report in reports)
-    return mean
-
-
-def _mean_loss(reports: Sequence[RoundReport]) -> float:
-    total = 0.0
-    for report in reports:
-        match report.result:
-            case PooledResult(losses=losses):
-                value = float(losses.numpy().mean())
-            case LocalResult(fitness=fitness):
-                value = fitness
-            case SelectResult(loss_sums=sums):
-                value = float(sums.numpy().reshape(sums.shape[0], -1).sum(axis=1).min()) / report.n_texts
-            case FitResult(loss=loss):
-                value = loss
-        total += value * report.n_texts
-    return total / sum(report.n_texts for report in reports)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -12,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.batches import Row, batch_indices
+from fedbpt.effort import Effort
 from fedbpt.errors import DataError, InputError
+from fedbpt.local_search import local_search
 from fedbpt.messages import (
     Array,
     DeviceInfo,
@@ -36,43 +39,17 @@ from fedbpt.messages import (
     as_name,
 )
 from fedbpt.objective import Objective, Progress
-from fedbpt.population import sample_population, transform
+from fedbpt.population import sample_population
+from fedbpt.privacy import Releases, RowLosses, check_private
 from fedbpt.readout import answer
 from fedbpt.scorer import Scorer
-from fedbpt.search import CmaSearch, Covariance
 from fedbpt.seeding import derive_seed, generator
 from fedbpt.version import VERSION
 from fedbpt.wire import digest
 
 Cancelled = Callable[[], bool]
-Losses = Callable[[NDArray[np.float64], int], NDArray[np.float64]]
 
 _KEPT_OBJECTIVES = 4  # encoded rows are small; train, dev and test under one template, and one to spare
-
-
-def local_search(work: LocalWork, seed: int, losses: Losses) -> tuple[NDArray[np.float64], float]:
-    """FedBPT's work on a device (arXiv 2310.01467, algorithm 1): CMA-ES from the server's (m, σ, C).
-
-    Standard CMA-ES runs on y with z = m + L·y, L·Lᵀ = C: the algorithm is invariant under affine maps (Hansen,
-    arXiv 1604.00772, section B), so this equals starting it at (m, σ, C), with new evolution paths.
-    Step size by path length, as published: a few generations are too short for two-point adaptation.
-
-    Args:
-        work: the state and how long to search from it.
-        seed: of this device's candidates in this round.
-        losses: latents [popsize, d] and the iteration → losses [popsize].
-
-    Returns:
-        The mean [d], and Σ_i σ_i² over the iterations, each σ as its candidates were drawn.
-    """
-    start = work.state.mean.numpy()
-    kind: Covariance = "diagonal" if work.state.covariance is None else "full"
-    search = CmaSearch(len(start), work.state.sigma, work.popsize, seed, kind, "path")
-    sigma_squares = 0.0
-    for iteration in range(work.iterations):
-        sigma_squares += search.sigma**2
-        search.tell(losses(start + transform(work.state, search.ask()), iteration))
-    return start + transform(work.state, search.mean[None])[0], sigma_squares
 
 
 class Device:
@@ -105,6 +82,7 @@ class Device:
         self._objectives: OrderedDict[bytes, Objective] = OrderedDict()
         self._fitted: tuple[bytes, NDArray[np.float32]] | None = None
         self._tokens_per_second: float | None = None
+        self._key = secrets.token_bytes(32)  # of its noise; it stays in this process
 
     def measure_speed(self) -> float:
         """Forward tokens per second on a text of 128 tokens, as `info` says until a round has shown better."""
@@ -163,9 +141,10 @@ class Device:
             waited += time.monotonic() - since
             return stop
 
-        counter = _Counter()
+        counter = Effort()
         work = plan.work
         result: Result
+        check_private(plan)
         if isinstance(work, SelectWork):
             result, n_texts = self._select(plan, work, counter, progress, asked)
         elif isinstance(work, PooledWork):
@@ -175,7 +154,9 @@ class Device:
         else:
             result, n_texts = self._local(plan, work, counter, progress, asked)
         seconds = time.monotonic() - began
-        if seconds > waited and counter.tokens:
+        if plan.privacy is not None:
+            seconds = 0.0  # as the tokens, it would tell which rows were in the sample
+        elif seconds > waited and counter.tokens:
             self._tokens_per_second = counter.tokens / (seconds - waited)
         return RoundReport(
             run=plan.run,
@@ -223,10 +204,12 @@ class Device:
         return EvaluateReport(n=n, correct=tuple(correct), loss_sums=tuple(loss_sums), seconds=time.monotonic() - began)
 
     def _select(
-        self, plan: RoundPlan, work: SelectWork, counter: _Counter, progress: Progress, cancelled: Cancelled
+        self, plan: RoundPlan, work: SelectWork, counter: Effort, progress: Progress, cancelled: Cancelled
     ) -> tuple[SelectResult, int]:
         if not work.templates:
             raise InputError("there are no templates to select from")
+        if plan.privacy is not None:
+            return self._select_privately(plan, work, counter, cancelled)
         labels = np.array([label for _, label in self._rows["train"]])
         chosen = batch_indices(len(labels), work.max_rows, generator(plan.seed, "select", plan.device))
         parts = [chosen]
@@ -246,11 +229,28 @@ class Device:
         counts = np.bincount(labels, minlength=len(plan.labels)).tolist()
         return SelectResult(loss_sums=Array.of(sums), label_counts=tuple(counts)), len(chosen)
 
+    def _select_privately(
+        self, plan: RoundPlan, work: SelectWork, counter: Effort, cancelled: Cancelled
+    ) -> tuple[SelectResult, int]:
+        def losses(sample: NDArray[np.intp]) -> NDArray[np.float64]:
+            found = []
+            for template in work.templates:
+                made = self._objective("train", template, plan.labels, plan.objective, plan.prompt, keep_kv=False)
+                found.append(made.row_losses(made.zero_shot_embeds(), sample, cancelled)[0])
+            return np.stack(found)
+
+        n_rows = len(self._rows["train"])
+        mean = self._release(plan, 0, len(work.templates), work.max_rows, losses, counter)
+        return SelectResult(loss_sums=Array.of(n_rows * mean)), n_rows
+
     def _pooled(
-        self, plan: RoundPlan, work: PooledWork, counter: _Counter, progress: Progress, cancelled: Cancelled
+        self, plan: RoundPlan, work: PooledWork, counter: Effort, progress: Progress, cancelled: Cancelled
     ) -> tuple[PooledResult, int]:
         objective = self._train_objective(plan)
         latents = sample_population(work.state, work.popsize, plan.seed, work.generation)
+        if plan.privacy is not None:
+            noisy = self._private_losses(plan, 0, objective, latents, counter, cancelled)
+            return PooledResult(losses=Array.of(noisy, "<f4")), len(objective)
         path = (plan.device, work.generation)
         chosen = _batch(objective, _row_weights(objective, plan), plan.texts, plan, path)
         noise = generator(plan.seed, "perturb", *path)
@@ -260,7 +260,7 @@ class Device:
         return PooledResult(losses=Array.of(losses, "<f4")), len(objective)
 
     def _fit(
-        self, plan: RoundPlan, work: FitWork, counter: _Counter, progress: Progress, cancelled: Cancelled
+        self, plan: RoundPlan, work: FitWork, counter: Effort, progress: Progress, cancelled: Cancelled
     ) -> tuple[FitResult, int]:
         objective = self._train_objective(plan)
         if work.n_words > len(objective.word_ids):
@@ -284,7 +284,7 @@ class Device:
         return result, len(chosen)
 
     def _local(
-        self, plan: RoundPlan, work: LocalWork, counter: _Counter, progress: Progress, cancelled: Cancelled
+        self, plan: RoundPlan, work: LocalWork, counter: Effort, progress: Progress, cancelled: Cancelled
     ) -> tuple[LocalResult, int]:
         objective = self._train_objective(plan)
         everything = len(objective)
@@ -293,6 +293,8 @@ class Device:
         weights = weights / weights.mean()  # else a device with frequent labels alone would look fittest
 
         def losses(latents: NDArray[np.float64], iteration: int) -> NDArray[np.float64]:
+            if plan.privacy is not None:
+                return self._private_losses(plan, iteration, objective, latents, counter, cancelled)
             last = iteration == work.iterations
             path = (plan.device, plan.round, iteration)
             size = 0 if last else plan.texts
@@ -302,11 +304,36 @@ class Device:
             progress(iteration + 1, steps)
             return values
 
+        seed = derive_seed(plan.seed, "local", plan.device, plan.round)
+        if plan.privacy is not None:  # the mean follows from the noisy losses; its own is not released
+            mean, sigma_squares = local_search(work, seed, losses)
+            return LocalResult(mean=Array.of(mean), fitness=0.0, sigma_squares=sigma_squares), everything
         with counter.of(objective):
-            seed = derive_seed(plan.seed, "local", plan.device, plan.round)
             mean, sigma_squares = local_search(work, seed, losses)
             fitness = float(losses(mean[None], work.iterations)[0])  # F(m_k) on all of the device's rows
         return LocalResult(mean=Array.of(mean), fitness=fitness, sigma_squares=sigma_squares), everything
+
+    def _private_losses(
+        self, plan: RoundPlan, part: int, objective: Objective, latents: NDArray[np.float64], counter: Effort,
+        cancelled: Cancelled,
+    ) -> NDArray[np.float64]:  # fmt: skip
+        """Noisy mean losses [k] of ``latents``, each candidate's less the mean of all."""
+        embeds = objective.embeds(latents)
+        return self._release(
+            plan, part, len(latents), plan.objective.batch_size,
+            lambda sample: objective.row_losses(embeds, sample, cancelled), counter,
+        )  # fmt: skip
+
+    def _release(
+        self, plan: RoundPlan, part: int, k: int, size: int, losses: RowLosses, counter: Effort
+    ) -> NDArray[np.float64]:
+        if plan.privacy is None:
+            raise InputError("a release needs clip and noise: the plan has no privacy")
+        question = digest(msgspec.structs.replace(plan, deadline_s=1.0))  # a run may be resumed with another deadline
+        n_rows = len(self._rows["train"])
+        counter.evaluations += k
+        counter.tokens += k * min(size or n_rows, n_rows)  # as expected, not as sampled
+        return Releases(plan.privacy, self._key, question).mean(part, k, n_rows, size, losses)
 
     def _train_objective(self, plan: RoundPlan) -> Objective:
         objective = self._objective("train", plan.template, plan.labels, plan.objective, plan.prompt)
@@ -370,26 +397,3 @@ def _batch(
     everything = len(chosen) == len(objective)
     objective.row_weights = weights if everything else np.full(len(weights), weights.mean())
     return chosen
-
-
-class _Counter:
-    """Evaluations and tokens that one round added to objectives that outlive it."""
-
-    def __init__(self) -> None:
-        self.evaluations = 0
-        self.tokens = 0
-        self._objective: Objective | None = None
-        self._before = (0, 0)
-
-    def of(self, objective: Objective) -> _Counter:
-        self._objective = objective
-        self._before = (objective.evaluations, objective.tokens)
-        return self
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        if self._objective is not None:
-            self.evaluations += self._objective.evaluations - self._before[0]
-            self.tokens += self._objective.tokens - self._before[1]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
+import msgspec
+
 from fedbpt.clients.base import DeviceClient
-from fedbpt.messages import DeviceInfo, RoundProgress, RoundReport
+from fedbpt.errors import ConfigError
+from fedbpt.messages import DeviceInfo, Name, RoundProgress, RoundReport
 
 
 class Member:
@@ -72,3 +75,15 @@ class OpenRound:
     def may_ask(self, name: str) -> bool:
         """Whether a device that is live may be asked, again or at all."""
         return name not in self.barred and self.invited[name] < INVITATIONS
+
+
+def check_names(names: Sequence[str], what: str) -> None:
+    for name in names:
+        try:
+            msgspec.convert(name, Name)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{name!r} cannot name a {what}: use letters, digits and ._- (at most 128)") from error
+        if list(names).count(name) > 1:
+            raise ConfigError(f"two {what}s are named {name!r}: give each its own name")
+    if not names:
+        raise ConfigError(f"a run needs at least one {what}")

@@ -106,6 +106,18 @@ class ObjectiveSpec(Message, frozen=True):
     perturb: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
 
 
+class PrivacySpec(Message, frozen=True):
+    """Clip and noise of what a device sends (`fedbpt.privacy`).
+
+    ``clip`` C, nats: of a row's losses, less their mean over the candidates, the Euclidean norm at most.
+    ``noise_multiplier`` z: the noise has standard deviation z·C in the sum over rows. ``delta``: at which ε is told.
+    """
+
+    clip: PositiveFloat
+    noise_multiplier: PositiveFloat
+    delta: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 1e-5
+
+
 class Readout(Message, frozen=True):
     """Label logits s + (1, x)·V of a text: s [n_labels] the label words' logits, x [n_words] those of random words.
 
@@ -241,6 +253,7 @@ class RoundPlan(Message, frozen=True):
     label_bias: tuple[float, ...] = ()  # added to the label words' logits, one per label; empty: zeros
     label_weights: tuple[PositiveFloat, ...] = ()  # of a row's loss, one per label; empty: ones
     batch_size: NaturalInt | None = None  # of this device's mini-batches; None: the objective's
+    privacy: PrivacySpec | None = None  # None: losses as they are
     deadline_s: PositiveFloat = 600.0
     protocol: Literal[1] = 1
 

@@ -183,6 +183,13 @@ class Objective:
         self.evaluations += len(total)
         return sums[0] / len(chosen) if passes == 1 else sums[0] / np.maximum(sums[1], _SMALLEST_LOSS)
 
+    def row_losses(
+        self, embeds: ArrayLike, indices: ArrayLike, cancelled: Cancelled | None = None
+    ) -> NDArray[np.float64]:
+        """Loss [k, n] of each candidate on each row, not perturbed; otherwise as `losses`. No evaluation is counted."""
+        parts = self._raw(embeds, self._indices(indices), None, None, cancelled)
+        return np.concatenate([self._row_losses(*part) for part in parts], axis=1)
+
     def race(
         self,
         embeds: ArrayLike,
@@ -213,13 +220,10 @@ class Objective:
         candidates = np.asarray(embeds, dtype=np.float32)
         chosen = self._indices(indices)
 
-        def score(who: NDArray[np.intp], texts: NDArray[np.intp]) -> NDArray[np.float64]:
-            parts = self._raw(candidates[who], chosen[texts], None, None, cancelled)
-            return np.concatenate([self._row_losses(*part) for part in parts], axis=1)
-
         found = race(
-            score, lambda: self._zero_shot_losses(chosen, cancelled), len(candidates), len(chosen), n_better=n_better
-        )
+            lambda who, texts: self.row_losses(candidates[who], chosen[texts], cancelled),
+            lambda: self._zero_shot_losses(chosen, cancelled), len(candidates), len(chosen), n_better=n_better,
+        )  # fmt: skip
         self.evaluations += len(candidates)
         return found
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt import wire
+from fedbpt.aggregation.robust import Robust, check_robust
 from fedbpt.errors import ConfigError
 from fedbpt.messages import (
     Array,
@@ -22,6 +23,7 @@ from fedbpt.messages import (
     ObjectiveSpec,
     PositiveFloat,
     PositiveInt,
+    PrivacySpec,
     PromptSpec,
     Readout,
     Template,
@@ -60,6 +62,9 @@ class RunSettings(Message, frozen=True):
     popsize: PositiveInt = 20
     iterations: PositiveInt = 8
     seed: NaturalInt = 0
+    robust: Robust = "none"  # what takes the place of the devices' mean, so that some of them may lie
+    byzantine: PositiveInt = 1  # so many, where it is robust
+    privacy: PrivacySpec | None = None  # clip and noise on the devices; None: losses as they are
     quorum: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
     deadline_s: PositiveFloat = 600.0
     stragglers: Annotated[float, msgspec.Meta(ge=0)] = (
@@ -79,9 +84,21 @@ class RunSettings(Message, frozen=True):
             raise ConfigError("a run needs a limit: set rounds, evaluations, tokens or seconds")
         if self.patience and not self.evaluate_every:
             raise ConfigError("patience needs evaluations on dev rows: give dev rows, and set evaluate_every")
-
         if self.restarts and not self.patience:
             raise ConfigError("restarts come when patience runs out: set patience, or restarts = 0")
+        check_robust(self.method, self.robust)
+        if self.robust != "none" and (self.patience or self.balanced):
+            raise ConfigError(
+                f"robust = {self.robust!r} cannot go with patience or balanced: devices that lie on dev rows or label "
+                "counts would decide; set patience = 0 and balanced = false"
+            )
+        objective = self.objective
+        told = self.calibrate or self.balanced or objective.readout_words or objective.perturb
+        if self.privacy is not None and (self.method == "fedbpt" or told):
+            raise ConfigError(
+                "privacy is for losses of candidates alone: set method = pooled or fedavg, calibrate = false, "
+                "balanced = false, objective.readout_words = 0 and objective.perturb = 0"
+            )
 
     def for_labels(self, labels: Sequence[str]) -> RunSettings:
         """These settings, for a task with ``labels``: with none, what there is to fit is the prompt alone.
@@ -212,6 +229,7 @@ class RunResult(Message, frozen=True):
     fits: dict[FitPurpose, Readout]
     devices: tuple[DeviceSummary, ...]
     others: tuple[Template, ...] = ()  # the templates of the readout's ``others``
+    epsilon: float | None = None  # spent on a training row at most; None: the run was not private
 
     @property
     def generates(self) -> bool:
@@ -276,7 +294,7 @@ class Progressed(Message, frozen=True, tag=True):
 class RoundClosed(Message, frozen=True, tag=True):
     """Totals are since the run began; ``loss`` is the round's mean over candidates, weighted by rows, nats.
 
-    ``searched``: rounds of the search so far.
+    ``searched``: rounds of the search so far. ``epsilon``: spent so far, at the settings' δ; None: not private.
     """
 
     round: NaturalInt
@@ -290,6 +308,7 @@ class RoundClosed(Message, frozen=True, tag=True):
     seconds: float
     bytes_up: NaturalInt
     bytes_down: NaturalInt
+    epsilon: float | None = None
 
 
 class Evaluated(Message, frozen=True, tag=True):

@@ -18,7 +18,7 @@ from tests.toy_scene import settings
 from tests.toy_scorer import ToyScorer
 from tests.toy_task import TASK, rows
 
-SETTINGS = settings(rounds=3, method="fedbpt", iterations=2, quorum=1.0, deadline_s=60.0)
+SETTINGS = settings(rounds=3, method="fedbpt", iterations=2, quorum=1.0, stragglers=0.0, deadline_s=60.0)
 
 
 def device(name: str) -> Device:

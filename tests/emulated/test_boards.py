@@ -53,4 +53,4 @@ def test_a_pi_a_tx2_and_this_machine_tune_one_prompt(tmp_path: Path, fleet) -> N
     assert (tune.returncode, err) == (0, "")
     result = json.loads(out)
     assert (result["rounds"], result["evaluations"]) == (2, 12)
-    assert {device["name"]: device["reports"] for device in result["devices"]} == {"a": 3, "b": 3, "test": 3}
+    assert [device["reports"] for device in result["devices"]] == [3, 3, 3]

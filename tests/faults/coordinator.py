@@ -6,19 +6,21 @@ are before and after every write and every commit that the coordinator makes, wi
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from fedbpt import wire
+from fedbpt import store, wire
 from fedbpt.aggregation.pooled import Pooled
 from fedbpt.clients import HttpClient
 from fedbpt.federation import Federation
 from fedbpt.runs import RunResult
-from fedbpt.store import RunStore
 from tests.toy_scene import ToyTask, settings
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -27,8 +29,19 @@ _CONTEXT.set_forkserver_preload([__name__])
 DIES = -signal.SIGKILL
 
 
-def run(path: Path, urls: Sequence[str], kill_at: int, count: Any, changes: dict[str, Any]) -> None:
-    """In the process. ``kill_at``: the statement that it does not live to see; 0: none. ``count``: of statements."""
+def run(path: Path, urls: Sequence[str], kill_at: int, clock_s: float, count: Any, changes: dict[str, Any]) -> None:
+    """In the process. ``kill_at``: the statement that it does not live to see; 0: none. ``count``: of statements.
+
+    ``clock_s``: the wall clock is wrong by this much, forth and back at every look.
+    """
+    if clock_s:
+        right, signs = time.time, itertools.cycle((1.0, -1.0))
+
+        def wrong() -> float:
+            return right() + next(signs) * clock_s
+
+        time.time = wrong
+        store._now = lambda: datetime.fromtimestamp(wrong(), timezone.utc).isoformat()
 
     def statement(_sql: str) -> None:
         count.value += 1
@@ -37,17 +50,17 @@ def run(path: Path, urls: Sequence[str], kill_at: int, count: Any, changes: dict
 
     clients = [HttpClient(url, name=f"device-{number}", retry_s=8.0, answer_s=1.0) for number, url in enumerate(urls)]
     chosen = settings(**{"rounds": 4, "deadline_s": 60.0, "quorum": 1.0, "stragglers": 0.0, **changes})
-    with RunStore(path) as store:
-        store._db.set_trace_callback(statement)
-        Federation(clients, ToyTask(), chosen, Pooled(4, popsize=6, seed=3), store, "r").run()
+    with store.RunStore(path) as opened:
+        opened._db.set_trace_callback(statement)
+        Federation(clients, ToyTask(), chosen, Pooled(4, popsize=6, seed=3), opened, "r").run()
 
 
 class Coordinator:
     """One sitting of the run that is kept at ``path``."""
 
-    def __init__(self, path: Path, urls: Sequence[str], kill_at: int = 0, **changes: Any) -> None:
+    def __init__(self, path: Path, urls: Sequence[str], kill_at: int = 0, clock_s: float = 0.0, **changes: Any) -> None:
         self._count = _CONTEXT.Value("i", 0)
-        self.process = _CONTEXT.Process(target=run, args=(path, list(urls), kill_at, self._count, changes))
+        self.process = _CONTEXT.Process(target=run, args=(path, list(urls), kill_at, clock_s, self._count, changes))
         self.process.start()
 
     def wait(self, timeout_s: float = 120.0) -> int:
@@ -70,8 +83,8 @@ class Coordinator:
 
 def digest(path: Path) -> str:
     """The final digest of the finished run at ``path``."""
-    with RunStore(path) as store:
-        stored = store.get_run("r")
+    with store.RunStore(path) as opened:
+        stored = opened.get_run("r")
     assert stored.status == "finished"
     assert stored.result is not None
     return wire.decode(stored.result, RunResult).digest

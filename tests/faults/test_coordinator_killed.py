@@ -14,8 +14,8 @@ from tests.integration.processes import Fleet
 
 pytestmark = pytest.mark.timeout(3600 if ALL else 300)
 
-RANDOM_KILLS = 50 if ALL else 4
-STEP = 1 if ALL else 9  # of the statements that are points to die at
+RANDOM_KILLS = 50 if ALL else 2
+STEP = 1 if ALL else 17  # of the statements that are points to die at
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def expected(urls: list[str], tmp_path: Path) -> str:
     return digest(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("fault", ["delay", "duplicate", "throttle"])
+@pytest.mark.parametrize("fault", ["delay", "duplicate", "throttle"] if ALL else ["duplicate"])
 def test_a_network_that_is_only_bad_changes_nothing(
     urls: list[str], expected: str, tmp_path: Path, proxy: Proxy, fault: Fault
 ) -> None:
@@ -39,7 +39,7 @@ def test_a_network_that_is_only_bad_changes_nothing(
     assert all(each.broken > 5 for each in bad)
 
 
-@pytest.mark.parametrize("fault", FAULTS if ALL else ["stall", "reset", "unacknowledged", "refuse"])
+@pytest.mark.parametrize("fault", FAULTS if ALL else ["stall", "unacknowledged"])
 def test_a_network_that_breaks_and_heals_changes_nothing(
     urls: list[str], expected: str, tmp_path: Path, proxy: Proxy, fault: Fault
 ) -> None:

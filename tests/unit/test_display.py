@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 
+import msgspec
 import pytest
 from rich.console import Console
 
@@ -132,3 +133,9 @@ def test_of_target_texts_the_line_shows_the_perplexity(monkeypatch: pytest.Monke
     assert "ppl 65.60 (zero-shot 80.00)" in text
     assert "acc" not in text
     assert " with " not in text
+
+
+def test_a_private_run_tells_what_it_has_spent_instead_of_its_noisy_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = shown(monkeypatch, started(), msgspec.structs.replace(closed(2), epsilon=1.234))
+    assert "ε 1.23" in text
+    assert "loss" not in text

@@ -10,7 +10,8 @@ import pytest
 
 from fedbpt.batches import batch_indices
 from fedbpt.errors import DataError, InputError, ScoringInterrupted, TaskError
-from fedbpt.local import Device, local_search
+from fedbpt.local import Device
+from fedbpt.local_search import local_search
 from fedbpt.messages import (
     Array,
     DeviceInfo,

@@ -16,10 +16,12 @@ from fedbpt.messages import (
     FitWork,
     ObjectiveSpec,
     PooledResult,
+    PooledWork,
     PromptSpec,
     Readout,
     RoundPlan,
     RoundReport,
+    SearchState,
     SelectResult,
     SelectWork,
     Template,
@@ -28,6 +30,7 @@ from fedbpt.messages import (
 from fedbpt.reports import check_report
 
 N_WORDS, N_LABELS = 4, 3
+STATE = SearchState(mean=Array.of(np.zeros(2)), sigma=1.0)
 
 
 def plan(n_words: int = N_WORDS, moments: bool = False, work: Work | None = None, n_others: int = 0) -> RoundPlan:
@@ -168,3 +171,43 @@ def test_a_selections_report_of_what_was_asked_passes() -> None:
 def test_a_selections_report_of_something_else_is_refused(by_label: bool, result: SelectResult, said: str) -> None:
     with pytest.raises(WireError, match=said):
         check_report(report(selection(by_label), result), selection(by_label))
+
+
+@pytest.mark.parametrize("loss", [1e5, -1e5])
+def test_a_loss_that_no_model_has_is_refused(loss: float) -> None:
+    fit = plan()
+    with pytest.raises(WireError, match="a loss of 1e"):
+        check_report(report(fit, FitResult(purpose="probe", loss=loss, means=means(1, 5, 3).means)), fit)
+    pooled = plan(work=PooledWork(state=STATE, generation=0, popsize=2))
+    losses = PooledResult(losses=Array.of(np.array([0.5, loss])))
+    with pytest.raises(WireError, match="a loss of 1e"):
+        check_report(report(pooled, losses), pooled)
+    heavy = msgspec.structs.replace(pooled, label_weights=(20.0, 1.0, 1.0))
+    check_report(report(heavy, losses), heavy)
+
+
+def test_a_perturbed_ratio_has_no_such_bound() -> None:
+    pooled = plan(work=PooledWork(state=STATE, generation=0, popsize=1))
+    ratio = msgspec.structs.replace(pooled, objective=ObjectiveSpec(perturb=0.5))
+    check_report(report(ratio, PooledResult(losses=Array.of(np.array([1e6])))), ratio)
+
+
+def test_rows_are_no_more_than_the_device_said() -> None:
+    fit = plan()
+    check_report(report(fit, means(1, 5, 3)), fit, n_rows=8)
+    with pytest.raises(WireError, match="of 8 rows, the device said that it has 7"):
+        check_report(report(fit, means(1, 5, 3)), fit, n_rows=7)
+
+
+def test_evaluations_are_no_more_than_asked() -> None:
+    pooled = plan(work=PooledWork(state=STATE, generation=0, popsize=2))
+    given = report(pooled, PooledResult(losses=Array.of(np.zeros(2))))
+    check_report(msgspec.structs.replace(given, evaluations=2), pooled)
+    with pytest.raises(WireError, match="3 evaluations, the plan asks for 2"):
+        check_report(msgspec.structs.replace(given, evaluations=3), pooled)
+
+
+def test_a_negative_mean_of_squares_is_refused() -> None:
+    fit = plan(moments=True)
+    with pytest.raises(WireError, match="squares is negative"):
+        check_report(report(fit, means(1, 1 + N_WORDS, value=-0.5)), fit)

@@ -126,7 +126,7 @@ def test_one_that_is_lost_is_replaced_by_the_next(scene: Scene) -> None:
 
 
 def test_rounds_smaller_than_the_method_needs_are_refused(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedbpt.aggregation.pooled.Pooled.min_reports", 3)
+    monkeypatch.setattr("fedbpt.aggregation.pooled.reports_needed", lambda *_: 3)
     with pytest.raises(ConfigError, match="needs reports of 3 devices, a round has 2"):
         scene.federation(per_round=2)
 

@@ -149,7 +149,7 @@ class Poller:
         self._on_ready(self.url)
         if begun is not None:
             begun.set()
-        calling, stopping = asyncio.ensure_future(self._call_in()), asyncio.ensure_future(stopped.wait())
+        calling, stopping = asyncio.ensure_future(self.call_in()), asyncio.ensure_future(stopped.wait())
         try:
             await asyncio.wait([calling, stopping], return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -161,7 +161,8 @@ class Poller:
         if not calling.cancelled():
             calling.result()  # it ends by itself only with an error
 
-    async def _call_in(self) -> None:
+    async def call_in(self) -> None:
+        """Until cancelled, for callers with a loop of their own. Raises as `run` does."""
         own = httpx.ASGITransport(build_app(self.service), raise_app_exceptions=False)
         async with (
             httpx.AsyncClient(transport=own, base_url="http://device", timeout=None) as device,

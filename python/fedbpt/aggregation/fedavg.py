@@ -2,6 +2,7 @@
 
 Device k searches from the shared mean and step size with C = I; the server averages the means, weighted by texts, and
 the step sizes' mean squares likewise. One exchange for several generations: the fallback where latency is high.
+Where it is to be robust, another centre takes the place of the means' average, and the median that of the squares'.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.aggregation.base import accepted, latents_of, weighted_sum, weights_of
+from fedbpt.aggregation.robust import Robust, centre, check_robust, reports_needed
 from fedbpt.errors import InputError
 from fedbpt.messages import Array, LocalResult, LocalWork, RoundReport, SearchState
 
@@ -26,15 +28,27 @@ class FedAvg:
         sigma0: initial step size.
         popsize: λ of the devices' searches.
         iterations: generations a device searches per round.
+        robust: what takes the place of the average, see `fedbpt.aggregation.robust`.
+        byzantine: so many devices may lie where it is robust.
     """
 
-    min_reports = 1
-
-    def __init__(self, d: int, sigma0: float = 1.0, popsize: int = 16, iterations: int = 8) -> None:
+    def __init__(
+        self,
+        d: int,
+        sigma0: float = 1.0,
+        popsize: int = 16,
+        iterations: int = 8,
+        robust: Robust = "none",
+        byzantine: int = 1,
+    ) -> None:
         if d < 1 or iterations < 1:
             raise InputError(f"d and iterations must be at least 1, got {d} and {iterations}")
         if not (math.isfinite(sigma0) and sigma0 > 0):
             raise InputError(f"sigma0 must be positive and finite, got {sigma0}")
+        check_robust("fedavg", robust)
+        self._robust: Robust = robust
+        self._byzantine = byzantine
+        self.min_reports = reports_needed(robust, byzantine)
         self._mean: NDArray[np.float64] = np.zeros(d)
         self._sigma = self._sigma0 = float(sigma0)
         self._popsize = popsize
@@ -60,8 +74,9 @@ class FedAvg:
         means = latents_of(pairs, [result.mean.numpy() for _, result in pairs], len(self._mean), "a mean")
         weights = weights_of(pairs)
         squares = np.array([[result.sigma_squares] for _, result in pairs])
-        self._mean = weighted_sum(weights, means)
-        self._sigma = math.sqrt(weighted_sum(weights, squares)[0] / self._iterations)
+        self._mean = centre(means, weights, self._robust, self._byzantine)
+        square = weighted_sum(weights, squares)[0] if self._robust == "none" else np.median(squares)
+        self._sigma = math.sqrt(square / self._iterations)
         self._rounds += 1
         self._evaluations += max(report.evaluations for report, _ in pairs)
 

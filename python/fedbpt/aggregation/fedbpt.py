@@ -11,6 +11,9 @@ longer than √d + 2d/(d+2) in Mahalanobis distance, they are drawn in (Hansen 2
 
 On skewed data this can collapse: a device with almost one class looks fittest, whatever it does to the others.
 
+Where it is to be robust, multi-Krum keeps the means that lie near each other, and the median of their Σ_i σ²_{k,i}
+takes the place of the mean.
+
 What the reference implementation (NVFlare ``research/fed-bpt``) does otherwise. We do not, unless ``compat="nvflare"``:
 
 - It divides by the configured number of clients, not by that of replies; the same number is the population.
@@ -35,6 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.aggregation.base import accepted, latents_of
+from fedbpt.aggregation.robust import Robust, check_robust, krum, reports_needed
 from fedbpt.errors import InputError
 from fedbpt.messages import LocalResult, LocalWork, RoundReport
 from fedbpt.search import CmaUpdate, Covariance
@@ -52,6 +56,8 @@ class FedBPT:
         n_devices: configured number of devices; ``compat`` needs it.
         compat: ``nvflare`` reproduces the reference implementation's server, see above; all of ``n_devices`` must then
             report in every round, as there.
+        robust: ``none``, or ``krum``, see `fedbpt.aggregation.robust`.
+        byzantine: so many devices may lie where it is robust.
     """
 
     def __init__(
@@ -63,6 +69,8 @@ class FedBPT:
         covariance: Covariance = "full",
         n_devices: int | None = None,
         compat: Literal["nvflare"] | None = None,
+        robust: Robust = "none",
+        byzantine: int = 1,
     ) -> None:
         if compat not in (None, "nvflare"):
             raise InputError(f"compat must be None or 'nvflare', got {compat!r}")
@@ -71,7 +79,9 @@ class FedBPT:
         if iterations < 1:
             raise InputError(f"iterations must be at least 1, got {iterations}")
         self._n_devices = n_devices if compat else None
-        self.min_reports = self._n_devices or 2
+        check_robust("fedbpt", robust)
+        self._n_liars = 0 if robust == "none" else byzantine
+        self.min_reports = self._n_devices or max(2, reports_needed(robust, byzantine))
         self._popsize = popsize
         self._iterations = iterations
         # The package's own default, which the reference takes: True below a population of 6.
@@ -117,10 +127,13 @@ class FedBPT:
         fitness = np.array([result.fitness for _, result in pairs])
         if not np.isfinite(fitness).all():
             raise InputError("a report's fitness is NaN or infinite")
-        squares = math.fsum(result.sigma_squares for _, result in pairs)
-        before = math.sqrt(squares / (len(pairs) * self._parents))
+        squares = np.array([result.sigma_squares for _, result in pairs])
+        if self._n_liars:
+            kept = np.sort(krum(means, self._n_liars)[: len(means) - self._n_liars])
+            means, fitness, squares = means[kept], fitness[kept], np.full(len(kept), np.median(squares[kept]))
+        before = math.sqrt(math.fsum(squares) / (len(squares) * self._parents))
         server = self._server
-        server.resize(len(pairs))
+        server.resize(len(means))
         server.sigma = before
         server.update(means, fitness, foreign=True)
         self._local_sigma *= server.sigma / before

@@ -16,7 +16,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbpt.aggregation.base import accepted, latents_of, weighted_sum, weights_of
+from fedbpt.aggregation.base import accepted, latents_of, weights_of
+from fedbpt.aggregation.robust import Robust, centre, check_robust, reports_needed
 from fedbpt.messages import PooledResult, PooledWork, RoundReport
 from fedbpt.search import CmaSearch, Covariance, StepSize
 
@@ -34,9 +35,9 @@ class Pooled:
         seed: the run's; devices draw the population from it.
         covariance: ``diagonal`` or ``full``.
         step_size: ``auto`` (by the dimension), ``path`` or ``two_point``, see `fedbpt.search.CmaUpdate`.
+        robust: what takes the place of the weighted sum of losses, see `fedbpt.aggregation.robust`.
+        byzantine: so many devices may lie where it is robust.
     """
-
-    min_reports = 1
 
     def __init__(
         self,
@@ -46,7 +47,13 @@ class Pooled:
         seed: int = 0,
         covariance: Covariance = "diagonal",
         step_size: StepSize = "auto",
+        robust: Robust = "none",
+        byzantine: int = 1,
     ) -> None:
+        check_robust("pooled", robust)
+        self._robust: Robust = robust
+        self._byzantine = byzantine
+        self.min_reports = reports_needed(robust, byzantine)
         self._make = partial(CmaSearch, d, sigma0, popsize, seed, covariance, step_size)
         self._search = self._make()
         self._average = self._search.mean
@@ -69,7 +76,10 @@ class Pooled:
     def update(self, reports: Sequence[RoundReport]) -> None:
         pairs = accepted(reports, PooledResult, self.min_reports)
         losses = latents_of(pairs, [result.losses.numpy() for _, result in pairs], self._search.popsize, "losses")
-        self._search.tell(weighted_sum(weights_of(pairs), losses))
+        if self._robust != "none":
+            # devices differ in how hard their texts are: what counts is which candidates each finds better than others
+            losses = losses - losses.mean(axis=1, keepdims=True)
+        self._search.tell(centre(losses, weights_of(pairs), self._robust, self._byzantine))
         share = (DECAY + 1) / (self._search.told + DECAY)
         self._average = self._average + share * (self._search.mean - self._average)
 

@@ -19,7 +19,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbpt.aggregation.base import accepted, weighted_sum, weights_of
+from fedbpt.aggregation.base import accepted, weights_of
+from fedbpt.aggregation.robust import Robust, centre, reports_needed
 from fedbpt.errors import InputError
 from fedbpt.messages import Array, FitPurpose, FitResult, FitWork, Readout, RoundReport, Template
 
@@ -49,9 +50,10 @@ class ReadoutFit:
         bias: [n_labels] to start from; None: zeros.
         max_rows: training rows that a device uses at most.
         others: templates whose readouts are fitted too, without a prompt.
+        robust: ``trimmed-mean``, or for any other but ``none`` the ``median``, takes the place of the devices' mean of
+            each coordinate (Yin et al. 2018, arXiv 1803.01498); the gradient is then no longer exact.
+        byzantine: so many devices may lie where it is robust.
     """
-
-    min_reports = 1
 
     def __init__(
         self,
@@ -62,7 +64,12 @@ class ReadoutFit:
         bias: Floats | None = None,
         max_rows: int = 512,
         others: tuple[Template, ...] = (),
+        robust: Robust = "none",
+        byzantine: int = 1,
     ) -> None:
+        self._robust: Robust = robust if robust in ("none", "trimmed-mean") else "median"
+        self._byzantine = byzantine
+        self.min_reports = reports_needed(self._robust, byzantine)
         self.purpose: FitPurpose = purpose
         self._latent = np.array(latent)
         self._others = others
@@ -116,7 +123,7 @@ class ReadoutFit:
                 got, wanted = list(result.means.shape), list(shape)
                 raise InputError(f"device {report.device} sent means of shape {got}, expected {wanted}")
         weights = weights_of(pairs)
-        means = weighted_sum(weights, np.stack([result.means.numpy().ravel() for _, result in pairs]))
+        means = self._middle(weights, np.stack([result.means.numpy().ravel() for _, result in pairs]))
         if not self._centred:
             means = means.reshape(shape)
             self._centre = means[:, :-1].astype(np.float32).astype(np.float64)  # as devices get it
@@ -127,7 +134,7 @@ class ReadoutFit:
             self._scale = np.where(scale > 0, scale, 1.0)
             self._centred = True
             return
-        loss = float(weighted_sum(weights, np.array([[result.loss] for _, result in pairs]))[0])
+        loss = float(self._middle(weights, np.array([[result.loss] for _, result in pairs]))[0])
         n_rows = sum(report.n_texts for report, _ in pairs)
         self._exchanges += 1
         devices = tuple(report.device for report, _ in pairs)
@@ -136,6 +143,9 @@ class ReadoutFit:
             self._devices, self._pairs, self._value = devices, [], math.inf
         self._learn(*self._objective(loss, means.reshape(self._shape), RIDGE / n_rows))
         self.done = self.done or self._exchanges >= EXCHANGES
+
+    def _middle(self, weights: Floats, rows: Floats) -> Floats:
+        return centre(rows, weights, self._robust, self._byzantine)
 
     def digest(self) -> str:
         """sha256 (hex) of everything that decides what comes next."""

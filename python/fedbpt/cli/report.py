@@ -36,6 +36,7 @@ def result_as_json(result: RunResult, prompt_path: Path | None) -> dict[str, Any
         "bytes_up": result.bytes_up,
         "bytes_down": result.bytes_down,
         "peak_rss_bytes": max(device.peak_rss_bytes for device in result.devices),
+        "epsilon": result.epsilon,
         "digest": result.digest,
         "devices": [
             {
@@ -87,6 +88,8 @@ def print_result(result: RunResult, prompt_path: Path | None) -> None:
         f"{result.evaluations} evaluations in {result.rounds} rounds, {result.tokens:,} forward tokens, "
         f"{result.seconds:.0f} s of tuning"
     )
+    if result.epsilon is not None and result.settings.privacy is not None:
+        console.print(f"ε {result.epsilon:.2f} at δ {result.settings.privacy.delta:g}, of one training row of a device")
     if prompt_path is not None:
         console.print(f"prompt: {prompt_path}", soft_wrap=True)
 

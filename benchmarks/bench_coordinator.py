@@ -1,0 +1,257 @@
+"""How much does a report cost the coordinator, how long does a device wait to hear that it came, how soon is it back?
+
+A coordinator process, and in this one a swarm of devices without a model that call in over loopback, as `fedbpt
+device --coordinator` does. Beside it the same run with the devices inside the coordinator's process, whose own work
+then counts as the coordinator's, but no sockets and no HTTP. Then the coordinator is killed (SIGKILL) in mid-run again
+and again, and timed until it has resumed.
+
+    python benchmarks/bench_coordinator.py --devices 1000 --rounds 100
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from fedbpt import tasks, wire
+from fedbpt.agent import AgentService
+from fedbpt.agent.poller import Poller
+from fedbpt.agent.worker import Worker
+from fedbpt.api import aggregator_for
+from fedbpt.clients import DeviceClient, InProcessClient
+from fedbpt.coordinator import CoordinatorServer
+from fedbpt.federation import Federation
+from fedbpt.memory import memory_of_process
+from fedbpt.messages import (
+    Array,
+    DeviceInfo,
+    EvaluateReport,
+    Message,
+    ObjectiveSpec,
+    PooledResult,
+    PooledWork,
+    PromptSpec,
+    RoundPlan,
+    RoundReport,
+    Template,
+)
+from fedbpt.population import sample_population
+from fedbpt.registry import DeviceRegistry
+from fedbpt.runs import Event, RoundClosed, RunSettings, RunStarted
+from fedbpt.store import RunStore
+from fedbpt.tokens import Credentials, digest, new_token
+
+TASK = tasks.Task(
+    name="toy", labels=("x", "y"), templates=(Template(pattern="{text} It was", label_words=(" a", " b")),)
+)
+D = 500
+POPSIZE = 16
+
+
+class VirtualDevice:
+    """Its losses are squared distances; it takes no time. For pooled search."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def info(self) -> DeviceInfo:
+        return DeviceInfo(
+            name=self.name, version="0", model_fingerprint="sha256:toy", model_name="toy", backend="toy", n_train=16,
+            n_dev=0, n_test=0, ram_bytes=2**30, rss_bytes=2**20, peak_rss_bytes=2**20,
+        )  # fmt: skip
+
+    def run(self, plan: RoundPlan, _progress: Callable[[int, int], None], _cancel: Callable[[], bool]) -> RoundReport:
+        assert isinstance(plan.work, PooledWork)
+        population = sample_population(plan.work.state, plan.work.popsize, plan.seed, plan.work.generation)
+        return RoundReport(
+            run=plan.run, round=plan.round, device=plan.device, plan_digest=wire.digest(plan),
+            result=PooledResult(losses=Array.of(((population - 1) ** 2).sum(axis=1), "<f4")), n_texts=8,
+            evaluations=POPSIZE, tokens=128, seconds=0.001, peak_rss_bytes=2**20,
+        )  # fmt: skip
+
+    def evaluate(self, *_: Any) -> EvaluateReport:
+        raise NotImplementedError("it has no test rows")
+
+
+class TimedPoller(Poller):
+    """Notes how long each reply takes until the coordinator has it, in seconds."""
+
+    def __init__(self, *given: Any, seconds: list[float], **options: Any) -> None:
+        super().__init__(*given, **options)
+        self._seconds = seconds
+
+    async def _post(self, coordinator: httpx.AsyncClient, path: str, message: Message, hold_s: float = 0.0) -> bytes:
+        began = time.monotonic()
+        answer = await super()._post(coordinator, path, message, hold_s)
+        if not hold_s:
+            self._seconds.append(time.monotonic() - began)
+        return answer
+
+
+# --- the coordinator's process ---------------------------------------------------------------------------------------
+
+
+def coordinate(folder: Path, n_devices: int, rounds: int, port: int) -> None:
+    """Run, over devices that call in at ``port`` (0: that are in this process), and print what it took."""
+    settings = RunSettings(
+        rounds=rounds, popsize=POPSIZE, prompt=PromptSpec(d=D), objective=ObjectiveSpec(readout_words=0),
+        calibrate=False, deadline_s=600.0, quorum=1.0, stragglers=0.0, ensemble=1,
+    )  # fmt: skip
+    rss: list[int] = []
+
+    def watch(event: Event) -> None:
+        if isinstance(event, RunStarted):
+            print(json.dumps({"resumed": event.resumed, "at": time.monotonic()}), flush=True)
+        elif isinstance(event, RoundClosed):
+            rss.append(memory_of_process()["rss"])
+            print(json.dumps({"closed": event.round}), flush=True)
+
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(RunStore(folder / f"runs-{port}.db"))
+        clients: Sequence[DeviceClient]
+        if port:
+            registry = stack.enter_context(DeviceRegistry(folder / "devices.db"))
+            server = stack.enter_context(CoordinatorServer(registry, port=port))
+            while len(server.present()) < n_devices:
+                time.sleep(0.02)
+            clients = [server.client(name) for name in server.present()]
+        else:
+            worker = Worker("devices")
+            stack.callback(worker.close)
+            clients = [InProcessClient(VirtualDevice(f"d{i}"), worker=worker) for i in range(n_devices)]
+        before, began = time.process_time(), time.monotonic()
+        Federation(clients, TASK, settings, aggregator_for(settings), store, "r", watch).run()
+        cpu, seconds = time.process_time() - before, time.monotonic() - began
+    print(json.dumps({"cpu_s": cpu, "seconds": seconds, "reports": n_devices * rounds, "rss": rss}), flush=True)
+
+
+# --- the swarm -------------------------------------------------------------------------------------------------------
+
+
+def enrol(folder: Path, n_devices: int, url: str) -> list[Credentials]:
+    made = []
+    with DeviceRegistry(folder / "devices.db") as registry:
+        for name in (f"d{i}" for i in range(n_devices)):
+            token = new_token()
+            registry.enrol(registry.invite(name), digest(token))
+            made.append(Credentials(url, name, token))
+    return made
+
+
+def spawn(folder: Path, n_devices: int, rounds: int, port: int) -> subprocess.Popen[str]:
+    command = [sys.executable, __file__, "--devices", str(n_devices), "--rounds", str(rounds)]
+    return subprocess.Popen([*command, "--coordinate", str(folder), str(port)], stdout=subprocess.PIPE, text=True)
+
+
+async def lines(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
+    """All that the process prints until it ends."""
+    out, _ = await asyncio.to_thread(process.communicate)
+    if process.returncode:
+        raise SystemExit(f"the coordinator ended with {process.returncode}")
+    return [json.loads(line) for line in out.splitlines()]
+
+
+async def killed(folder: Path, n_devices: int, port: int, times: int) -> list[float]:
+    """Seconds from the start of a coordinator to its run's resumption, after SIGKILL in mid-run, ``times`` times."""
+    found: list[float] = []
+    for sitting in range(times + 1):
+        began = time.monotonic()
+        process = spawn(folder, n_devices, 1_000_000, port)
+        assert process.stdout is not None
+        while True:
+            said = json.loads(await asyncio.to_thread(process.stdout.readline))
+            if "at" in said and sitting:
+                found.append(said["at"] - began)
+            if "closed" in said:
+                break
+        os.kill(process.pid, signal.SIGKILL)
+        await asyncio.to_thread(process.wait)
+        process.stdout.close()
+    return found
+
+
+async def measure(folder: Path, n_devices: int, rounds: int, restarts: int) -> dict[str, Any]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    waits: list[float] = []
+    worker = Worker("devices")
+    credentials = enrol(folder, n_devices, f"http://127.0.0.1:{port}")
+    pollers = [
+        TimedPoller(AgentService(VirtualDevice(each.device), worker), each, tell=lambda _: None, seconds=waits)
+        for each in credentials
+    ]
+    here = (await lines(spawn(folder, n_devices, rounds, 0)))[-1]
+    calling = [asyncio.ensure_future(poller.call_in()) for poller in pollers]
+    try:
+        there = (await lines(spawn(folder, n_devices, rounds, port)))[-1]
+        acknowledged = list(waits)
+        (folder / f"runs-{port}.db").unlink()
+        ready = await killed(folder, n_devices, port, restarts)
+    finally:
+        for task in calling:
+            task.cancel()
+        await asyncio.gather(*calling, return_exceptions=True)
+        worker.close()
+    quarter = len(there["rss"]) // 4
+    return {
+        "devices": n_devices,
+        "rounds": rounds,
+        "cpu_ms_per_report": 1e3 * there["cpu_s"] / there["reports"],
+        "cpu_ms_per_report_in_process": 1e3 * here["cpu_s"] / here["reports"],
+        "seconds": there["seconds"],
+        "acknowledged_p50_ms": 1e3 * float(np.quantile(acknowledged, 0.5)),
+        "acknowledged_p99_ms": 1e3 * float(np.quantile(acknowledged, 0.99)),
+        "rss_mb": max(there["rss"]) / 1e6,
+        "rss_growth_mb": (max(there["rss"][-quarter or -1 :]) - max(there["rss"][: 2 * quarter] or [0])) / 1e6,
+        "ready_p50_s": float(np.quantile(ready, 0.5)) if ready else None,
+        "ready_max_s": max(ready, default=None),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--devices", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--restarts", type=int, default=5, help="how often the coordinator is killed")
+    parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
+    parser.add_argument("--coordinate", nargs=2, metavar=("FOLDER", "PORT"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.coordinate:
+        coordinate(Path(given.coordinate[0]), given.devices, given.rounds, int(given.coordinate[1]))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        found = asyncio.run(measure(Path(folder), given.devices, given.rounds, given.restarts))
+    print(json.dumps(found))
+    if given.json:
+        return
+    ratio = found["cpu_ms_per_report"] / found["cpu_ms_per_report_in_process"]
+    print(f"{found['devices']} devices call in for {found['rounds']} rounds, {found['seconds']:.1f} s")
+    print(f"coordinator's CPU a report   {found['cpu_ms_per_report']:.2f} ms, {ratio:.1f} times that without sockets")
+    print(
+        f"reply acknowledged           {found['acknowledged_p50_ms']:.0f} ms, p99 {found['acknowledged_p99_ms']:.0f} ms"
+    )
+    print(
+        f"resident memory              {found['rss_mb']:.0f} MB, {found['rss_growth_mb']:+.1f} MB over the second half"
+    )
+    if found["ready_p50_s"]:
+        print(f"back after SIGKILL           {found['ready_p50_s']:.2f} s, longest {found['ready_max_s']:.2f} s")
+
+
+if __name__ == "__main__":
+    main()
