@@ -70,7 +70,7 @@ def monitor_of(process: subprocess.Popen[str]) -> str:
 def test_a_run_is_watched_from_its_beginning_to_its_end(site: Site) -> None:
     devices = site.fleet.devices(("a", "--slow", "0.05"), ("b", "--slow", "0.05"))
     given = ("--log", "log.jsonl", "--monitor", "127.0.0.1:0", "--monitor-token", "token")
-    process = site.tune([url for _, url in devices], "rounds = 40", *given)
+    process = site.tune([url for _, url in devices], "rounds = 15\nquorum = 1.0", *given)
     url = monitor_of(process)
     token = (site.folder / "token").read_text().strip()
     assert stat.S_IMODE((site.folder / "token").stat().st_mode) == 0o600
@@ -83,12 +83,14 @@ def test_a_run_is_watched_from_its_beginning_to_its_end(site: Site) -> None:
             for line in answer.iter_lines():
                 if line.startswith("data: "):
                     data.append(line.removeprefix("data: ").encode())
-                if line == "event: RoundClosed" and not rounds:  # while it runs
+                if line == "event: RoundClosed" and not rounds:
+                    devices[1][0].send_signal(signal.SIGSTOP)  # the next round waits for it
                     families = list(text_string_to_metric_families(http.get("/metrics").text))
                     rounds = [s.value for f in families for s in f.samples if s.name == "fedbpt_run_round"]
                     shown = http.get("/v1/runs/mood").json()
+                    devices[1][0].send_signal(signal.SIGCONT)
     assert rounds
-    assert 0 <= rounds[0] < 40
+    assert 0 <= rounds[0] < 15
     assert (shown["status"], len(shown["devices"])) == ("running", 2)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, "Traceback" in err) == (0, False)
@@ -97,12 +99,12 @@ def test_a_run_is_watched_from_its_beginning_to_its_end(site: Site) -> None:
     entries = [wire.decode_json(line, Entry) for line in data]
     assert [entry.seq for entry in entries] == list(range(1, len(entries) + 1))
     kinds = [type(entry.event).__name__ for entry in entries]
-    assert (kinds[0], kinds[-1], kinds.count("RoundClosed")) == ("RunStarted", "RunFinished", 41)
+    assert (kinds[0], kinds[-1], kinds.count("RoundClosed")) == ("RunStarted", "RunFinished", 16)
 
     code, out, err = site.run("runs", "replay", "mood", "--task", "mood.toml", "--json")
     assert (code, err) == (0, "")
     finished = json.loads(data[-1])["event"]["result"]
-    assert json.loads(out) == {"run": "mood", "n_rounds": 41, "digest": finished["digest"]}
+    assert json.loads(out) == {"run": "mood", "n_rounds": 16, "digest": finished["digest"]}
     assert site.run("tune", "run.toml", *given)[0] == 0  # it was finished before: the monitor is gone at once
     assert len(site.log()) == len(data) + 1
 
