@@ -127,6 +127,11 @@ class _Server(uvicorn.Server):
             if self.ready is not None:
                 self.ready.set()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets=sockets)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()  # it does not read: what is left for it cannot be sent
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
         self.begin_exit()
