@@ -16,7 +16,8 @@ from tests.integration.processes import Fleet, ready
 from tests.integration.test_cli_processes import Workshop, wait_until
 
 NOT_ON_A_DEVICE = ("matplotlib", "datasets", "pyarrow", "pandas", "huggingface_hub", "torch", "cma", "httpx", "sqlite3")
-IDLE_BYTES = 64 * 2**20
+IDLE_BYTES = 40 * 2**20
+"""Of its own. With pages of shared libraries, by what of them the system has in its cache, 57 to 66 MiB."""
 STATUS = """
 import json, sys, urllib.request
 ask = urllib.request.Request(sys.argv[1] + "/v1/status", headers={"accept": "application/json"})
@@ -53,11 +54,11 @@ cli.main(sys.argv[1:])
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the system does not tell what processes hold")
-def test_an_idle_device_is_within_64_mib_until_its_model_is_loaded(workshop: Workshop) -> None:
+def test_an_idle_device_holds_little_until_its_model_is_loaded(workshop: Workshop) -> None:
     process = workshop.device("a", "--load-late")
     said = status(ready(process))
     lines = dict(line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
-    assert int(lines["VmRSS"].split()[0]) * 1024 <= IDLE_BYTES
+    assert int(lines["RssAnon"].split()[0]) * 1024 <= IDLE_BYTES
     assert (said["model_name"], said["tokens_per_second"], said["n_train"]) == ("tiny", None, 20)
 
 
