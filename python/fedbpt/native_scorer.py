@@ -7,15 +7,18 @@ import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fedbpt import _native, models
+from fedbpt import models
 from fedbpt.errors import InputError
 from fedbpt.memory import memory_of_process
 from fedbpt.messages import Placement
+
+if TYPE_CHECKING:
+    from fedbpt import _native
 
 KVType = Literal["f16", "q8_0"]
 
@@ -76,7 +79,15 @@ class Gpu(NamedTuple):
 
 def gpus() -> tuple[Gpu, ...]:
     """The GPUs of this machine, where fedbpt is built with a backend for them (docs/backends.md)."""
+    from fedbpt import _native
+
     return tuple(Gpu(*found) for found in _native.gpus())
+
+
+def _engine(*given: Any) -> _native.Engine:
+    from fedbpt import _native  # late: a device that waits for its first work does without its memory
+
+    return _native.Engine(*given)
 
 
 class NativeScorer:
@@ -103,7 +114,7 @@ class NativeScorer:
         self._given = name or str(path)
         self._n_gpu_layers, self._gpu = n_gpu_layers, gpu
         threads = physical_cores() if n_threads is None else n_threads
-        self._load = partial(_native.Engine, str(path), threads, n_gpu_layers, gpu or "", kv_type == "q8_0")
+        self._load = partial(_engine, str(path), threads, n_gpu_layers, gpu or "", kv_type == "q8_0")
         self._loading = threading.Lock()
         self._loaded = None if late else self._load()
         self._embedding_std: float | None = None

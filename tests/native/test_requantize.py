@@ -15,7 +15,7 @@ import tiny_gguf
 from tiny_case import Case
 
 import fedbpt
-from fedbpt import cli, models
+from fedbpt import _native, cli, models
 from fedbpt.errors import FedbptError, InputError, ModelError, ModelFileError, ModelNotFoundError
 
 
@@ -27,6 +27,10 @@ def model(llama: Case, tmp_path: Path) -> Path:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_formats_are_those_of_the_native_module() -> None:
+    assert list(models.FORMATS) == _native.requantize_formats()
 
 
 @pytest.mark.parametrize("format", models.FORMATS)

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from fedbpt import _native
 from fedbpt.errors import InputError, ModelError
 from fedbpt.models.store import locate
 from fedbpt.packages import Progress, publish
 
-FORMATS: tuple[str, ...] = tuple(_native.requantize_formats())
+FORMATS = ("q2_k", "q3_k_m", "q4_0", "iq4_nl", "q4_k_m", "q4_1", "q5_k_m", "q6_k", "q8_0", "bf16", "f16")
 """What `requantize` can write, smallest first. Most are mixtures: q4_k_m is q4_K with some q6_K, say."""
 
 _WORTH_IT = 1.5  # times faster: less is not worth what requantising loses
@@ -77,6 +76,8 @@ def requantize(
         raise InputError(f"unknown format {format!r}: choose one of {', '.join(FORMATS)}")
     if n_threads is not None and n_threads < 1:
         raise InputError(f"n_threads must be 1 or more, got {n_threads}")
+    from fedbpt import _native
+
     source = locate(name_or_path)
     target = source.with_name(f"{source.stem}.{format}.gguf") if out is None else Path(out).expanduser()
     if target.is_dir():
@@ -104,6 +105,8 @@ def weight_formats(path: Path) -> tuple[WeightFormat, ...]:
     Raises:
         ModelFileError: not a GGUF file.
     """
+    from fedbpt import _native
+
     return tuple(WeightFormat(*part) for part in _native.weight_formats(str(path)))
 
 
@@ -115,6 +118,8 @@ def matmul_flops(types: Collection[str]) -> dict[str, float]:
     Raises:
         InputError: no such type.
     """
+    from fedbpt import _native
+
     rounds = [{type: _native.matmul_flops(type) for type in types} for _ in range(3)]
     return {type: max(found[type] for found in rounds) for type in rounds[0]}
 
