@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("scorer", "native_scorer", "bench", "comparison", "wire", "racing", "objective", "envelopes"),
     ("effort", "local_search", "local", "aggregation"),
     (
-        *("runs", "store", "history", "journal", "scalars", "registry", "reports"),
+        *("runs", "database", "store", "history", "journal", "scalars", "registry", "reports"),
         *("http_bodies", "http_auth", "http_server", "agent", "clients", "coordinator"),
         *("members", "pace", "fleet", "ledger", "estimate", "event_loop", "federation"),
     ),
