@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fedbpt.batches import Row, batch_indices
 from fedbpt.effort import Effort
 from fedbpt.errors import DataError, InputError
-from fedbpt.local_search import local_search
+from fedbpt.local_search import local_search, local_seed
 from fedbpt.messages import (
     Array,
     DeviceInfo,
@@ -43,7 +43,7 @@ from fedbpt.population import sample_population
 from fedbpt.privacy import Releases, RowLosses, check_private
 from fedbpt.readout import answer
 from fedbpt.scorer import Scorer
-from fedbpt.seeding import derive_seed, generator
+from fedbpt.seeding import generator
 from fedbpt.version import VERSION
 from fedbpt.wire import digest
 
@@ -151,8 +151,10 @@ class Device:
             result, n_texts = self._pooled(plan, work, counter, progress, asked)
         elif isinstance(work, FitWork):
             result, n_texts = self._fit(plan, work, counter, progress, asked)
-        else:
+        elif isinstance(work, LocalWork):
             result, n_texts = self._local(plan, work, counter, progress, asked)
+        else:
+            raise InputError("the plan is a short one: make it whole first (fedbpt.replay)")
         seconds = time.monotonic() - began
         if plan.privacy is not None:
             seconds = 0.0  # as the tokens, it would tell which rows were in the sample
@@ -304,14 +306,12 @@ class Device:
             progress(iteration + 1, steps)
             return values
 
-        seed = derive_seed(plan.seed, "local", plan.device, plan.round)
         if plan.privacy is not None:  # the mean follows from the noisy losses; its own is not released
-            mean, sigma_squares = local_search(work, seed, losses)
-            return LocalResult(mean=Array.of(mean), fitness=0.0, sigma_squares=sigma_squares), everything
+            return local_search(work, local_seed(plan), losses).with_fitness(0.0), everything
         with counter.of(objective):
-            mean, sigma_squares = local_search(work, seed, losses)
-            fitness = float(losses(mean[None], work.iterations)[0])  # F(m_k) on all of the device's rows
-        return LocalResult(mean=Array.of(mean), fitness=fitness, sigma_squares=sigma_squares), everything
+            found = local_search(work, local_seed(plan), losses)
+            fitness = float(losses(found.mean[None], work.iterations)[0])  # F(m_k) on all of the device's rows
+        return found.with_fitness(fitness), everything
 
     def _private_losses(
         self, plan: RoundPlan, part: int, objective: Objective, latents: NDArray[np.float64], counter: Effort,

@@ -184,7 +184,7 @@ def test_local_search_is_cma_es_in_the_states_coordinates(state: SearchState, ro
         drawn.append((iteration, z))
         return bowl(z)
 
-    mean, squares = local_search(work, 11, losses)
+    mean, squares, _ = local_search(work, 11, losses)
     plain = CmaSearch(3, 0.4, 8, 11, "full" if state.covariance else "diagonal")
     expected = 0.0
     for number in range(6):
