@@ -40,6 +40,12 @@ log = logging.getLogger(__name__)
 PROBE_S: Final = (0.25, 5.0)
 """First and longest pause between two looks for a lost device."""
 
+AT_ONCE: Final = 64
+"""Devices that are asked or given work at the same time: of more, the last would seem not to answer in time."""
+
+SHOWN: Final = 5
+"""Devices that a line names at most."""
+
 CANCEL_S: Final = 3.0
 """How long devices may take to hear that the run stops."""
 
@@ -53,6 +59,7 @@ class Fleet:
         self._listener = listener
         self._pace = pace or Pace(stragglers=0)
         self._fingerprint = ""
+        self._turns = asyncio.Semaphore(AT_ONCE)
         self._changed = asyncio.Event()
         self._background: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
@@ -91,7 +98,8 @@ class Fleet:
 
     async def _ask(self, member: Member) -> DeviceInfo | FedbptError:
         try:
-            return await member.client.status()
+            async with self._turns:
+                return await member.client.status()
         except (DeviceError, WireError) as error:
             return error
 
@@ -266,7 +274,8 @@ class Fleet:
         reasons = [
             f"{m.name}: {m.reason.removeprefix(f'{m.name}: ')}" for m in self.members.values() if m.state != "live"
         ]
-        return f" ({'; '.join(reasons)})" if reasons else ""
+        more = [f"and {len(reasons) - SHOWN} more"] if len(reasons) > SHOWN else []
+        return f" ({'; '.join(reasons[:SHOWN] + more)})" if reasons else ""
 
     async def _work(self, member: Member, plan: RoundPlan, history: SearchHistory | None) -> RoundReport:
         """One device's report on ``plan``, which is sent again where the device was restarted."""
@@ -275,7 +284,8 @@ class Fleet:
             self._listener.progress(member.name, where)
 
         for _ in range(INVITATIONS):
-            await self._send(member, plan, history)
+            async with self._turns:
+                await self._send(member, plan, history)
             try:
                 report = await member.client.wait(plan.run, plan.round, None, progress)
             except DeviceRefusedError as error:

@@ -160,7 +160,13 @@ class RunLedger:
             " version, or changed since; begin a run of another name"
         )
         try:
-            work_digest = wire.digest(self.work(stored.round, purpose_of(stored.reports)))
+            purpose = purpose_of(stored.reports)
+            work_digest = wire.digest(self.work(stored.round, purpose))
+            if purpose == "readout" and work_digest != stored.work_digest:
+                # fitted to the prompt that counted with another patience: it cost what it cost, and is fitted anew
+                self.fits.pop(purpose)
+                self._count(stored.round, stored.reports)
+                return
             self._apply(stored.round, stored.reports)
         except (ValueError, LookupError) as error:  # reports that do not fit the work, or none
             raise failure from error
@@ -335,6 +341,9 @@ class RunLedger:
             for report in reports:
                 self._pace.took(report.device, report.seconds, report.n_texts)
             self.fits.pop("readout", None)
+        self._count(round, reports)
+
+    def _count(self, round: int, reports: Sequence[RoundReport]) -> None:
         self.closed = round
         fewest = min(report.n_texts for report in reports)
         self._fewest_rows = min(self._fewest_rows or fewest, fewest)

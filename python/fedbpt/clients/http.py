@@ -61,6 +61,7 @@ class HttpClient:
         token: the secret that the device asks for; never sent over plain HTTP beyond loopback.
         tls: for an https address, whom to believe and what to show.
         transport: another way to the device than a connection to ``url``.
+        poll_s: how long the device may hold a poll open, at most 60.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class HttpClient:
         token: str | None = None,
         tls: Tls | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
+        poll_s: float = POLL_S,
     ) -> None:
         try:
             self._url = httpx.URL(url.rstrip("/"))
@@ -88,6 +90,7 @@ class HttpClient:
         self.bytes_down = 0
         self._retry_s = retry_s
         self._answer_s = answer_s
+        self._poll_s = poll_s
         self._authorization = {"authorization": f"Bearer {token}"} if token else {}
         self._transport = transport
         self._verify = (tls or Tls()).client_context() if self._url.scheme == "https" else False
@@ -197,7 +200,7 @@ class HttpClient:
     ) -> M:
         deadline = _deadline(timeout_s) if deadline is None else deadline
         while True:
-            hold = max(min(POLL_S, deadline - _now()), 0.0)
+            hold = max(min(self._poll_s, deadline - _now()), 0.0)
             query = f"{'&' if '?' in path else '?'}wait={hold:.3f}"
             response = await self._request("GET", path + query, hold_s=hold)
             if response.status_code == httpx.codes.OK:
