@@ -16,7 +16,7 @@ from fedbpt.aggregation.base import Aggregator
 from fedbpt.aggregation.readout import EXCHANGES, ReadoutFit
 from fedbpt.bench import Measurement, Projection
 from fedbpt.errors import ConfigError
-from fedbpt.ledger import FederatedTask
+from fedbpt.ledger import FederatedTask, epsilon_of
 from fedbpt.messages import (
     Array,
     DeviceInfo,
@@ -60,11 +60,15 @@ class DeviceCost(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunCost(msgspec.Struct, frozen=True, kw_only=True):
-    """``rounds`` of the search and ``evaluations`` in them, until the budget is spent on every device."""
+    """``rounds`` of the search and ``evaluations`` in them, until the budget is spent on every device.
+
+    ``epsilon``: then spent on a training row of the device that has the fewest; None: the run is not private.
+    """
 
     rounds: int
     evaluations: int
     devices: tuple[DeviceCost, ...]
+    epsilon: float | None = None
 
 
 def estimate(
@@ -93,7 +97,8 @@ def estimate(
                 rss_bytes=info.rss_bytes, select=select, texts=texts, round=each, others=others,
             )
         )  # fmt: skip
-    return RunCost(rounds=rounds, evaluations=rounds * per_round, devices=tuple(devices))
+    spent = epsilon_of(settings, len(task.templates), min(info.n_train for info in infos), rounds)
+    return RunCost(rounds=rounds, evaluations=rounds * per_round, devices=tuple(devices), epsilon=spent)
 
 
 def project(found: Measurement, task: FederatedTask, rows: int = 128) -> Projection:

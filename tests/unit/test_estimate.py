@@ -14,10 +14,11 @@ from fedbpt.errors import ConfigError
 from fedbpt.estimate import RunCost, estimate
 from fedbpt.federation import Federation
 from fedbpt.local import Device
-from fedbpt.messages import DeviceInfo, ObjectiveSpec, PromptSpec
+from fedbpt.messages import DeviceInfo, ObjectiveSpec, PrivacySpec, PromptSpec
 from fedbpt.runs import RunSettings
 from fedbpt.store import RunStore
 from fedbpt.tasks import Task
+from tests.toy_scene import settings
 from tests.toy_scorer import ToyScorer
 from tests.toy_task import TASK, rows
 
@@ -143,3 +144,15 @@ def test_the_aggregator_is_left_as_it_was() -> None:
     before = aggregator.digest()
     estimate(settings, TASK, [info()], aggregator)
     assert aggregator.digest() == before
+
+
+def test_a_private_runs_epsilon_is_what_it_then_spends() -> None:
+    private = settings(
+        rounds=3, method="pooled", popsize=6, privacy=PrivacySpec(clip=1.0, noise_multiplier=2.0), quorum=1.0
+    )
+    device = Device("a", ToyScorer(), rows(12), [], rows(4))
+    told = estimate(private, TASK, [device.info()], aggregator_for(private)).epsilon
+    with RunStore(":memory:") as store:
+        spent = Federation([InProcessClient(device)], TASK, private, aggregator_for(private), store, "r").run().epsilon
+    assert told == spent is not None
+    assert cost().epsilon is None
