@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("batches", "losses", "projection", "population", "search", "readout", "privacy", "prompt", "models", "tasks"),
     ("scorer", "native_scorer", "bench", "comparison", "wire", "racing", "objective", "envelopes"),
-    ("effort", "local_search", "replay", "local", "aggregation"),
+    ("effort", "sampling", "local_search", "replay", "local", "aggregation"),
     (
         *("runs", "database", "store", "history", "journal", "scalars", "registry", "reports"),
         *("http_bodies", "http_auth", "http_server", "agent", "clients", "coordinator"),

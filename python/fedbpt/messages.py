@@ -385,6 +385,7 @@ class DeviceInfo(Message, frozen=True):
     rss_bytes: NaturalInt
     peak_rss_bytes: NaturalInt
     tokens_per_second: float | None = None
+    shares_beginnings: bool = False  # under another template a text costs its end alone
     busy: bool = False
     paused: str = ""  # why its work waits; empty: it does not
     protocol: Literal[1] = 1

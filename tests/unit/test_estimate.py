@@ -14,7 +14,7 @@ from fedbpt.errors import ConfigError
 from fedbpt.estimate import RunCost, estimate
 from fedbpt.federation import Federation
 from fedbpt.local import Device
-from fedbpt.messages import DeviceInfo, ObjectiveSpec, PrivacySpec, PromptSpec
+from fedbpt.messages import DeviceInfo, ObjectiveSpec, PrivacySpec, PromptSpec, Template
 from fedbpt.runs import RunSettings
 from fedbpt.store import RunStore
 from fedbpt.tasks import Task
@@ -91,6 +91,22 @@ def test_a_run_costs_no_more_and_not_absurdly_less(method: Any) -> None:
     for spent, bound in zip(result.devices, expected.devices, strict=True):
         assert 0.3 < spent.bytes_up / bound.bytes_up < 1.1  # other messages than rounds' are few and small
         assert 0.3 < spent.bytes_down / bound.bytes_down < 1.1
+
+
+def test_a_text_under_another_template_costs_its_end_where_the_device_shares_beginnings() -> None:
+    three = Task(name="toy", labels=TASK.labels, templates=(*TASK.templates, *TASK.templates, *TASK.templates))
+    settings = RunSettings(rounds=10)
+    sharing = msgspec.structs.replace(info(), shares_beginnings=True)
+    apart, together = (
+        estimate(settings, three, [each], aggregator_for(settings)).devices[0] for each in (info(), sharing)
+    )
+    assert together.select < apart.select / 3
+    assert together.others < apart.others / 5
+    assert (together.texts, together.round) == (apart.texts, apart.round)
+    framed = Template(pattern="Review: {text}\nRating:", label_words=(" bad", " good"))
+    unlike = Task(name="toy", labels=TASK.labels, templates=(*TASK.templates, framed))
+    one, other = estimate(settings, unlike, [info(), sharing], aggregator_for(settings)).devices
+    assert one == other
 
 
 def test_time_follows_from_each_devices_speed() -> None:
