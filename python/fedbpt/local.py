@@ -59,8 +59,7 @@ class Device:
         name: what the device calls itself.
         scorer: its model.
         train_rows: (text, label index) pairs that it tunes on.
-        dev_rows: rows that choose; may be empty.
-        test_rows: rows that only report; may be empty.
+        dev_rows, test_rows: rows that choose, and that only report; may be empty.
         state: what it remembers of earlier rounds; None: nothing.
 
     Raises:
@@ -74,6 +73,7 @@ class Device:
         train_rows: Sequence[Row],
         dev_rows: Sequence[Row] = (),
         test_rows: Sequence[Row] = (),
+        *,
         state: DeviceState | None = None,
     ) -> None:
         if not train_rows:
