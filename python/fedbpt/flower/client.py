@@ -62,11 +62,13 @@ class FlowerClient:
             return msgspec.structs.replace(self._info, busy=True)
         else:
             try:
-                self._info = await asyncio.wait_for(
-                    self._ask(MessageType.QUERY, None, DeviceInfo, self._answer_s), self._answer_s
-                )
+                asked = self._ask(MessageType.QUERY, None, DeviceInfo, self._answer_s)
+                self._info = await asyncio.wait_for(asked, self._answer_s)
             except asyncio.TimeoutError as error:
                 raise DeviceUnreachableError(f"{self.name} does not answer: is its SuperNode running?") from error
+            except DeviceUnreachableError:
+                await self._nodes.look()  # it may be back under another id
+                raise
         return self._info
 
     async def start(self, plan: RoundPlan) -> None:

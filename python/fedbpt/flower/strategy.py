@@ -115,7 +115,8 @@ class FedBPT(Strategy):
                 if evaluate_fn is not None and (metrics := evaluate_fn(event.searched, arrays_of(aggregator.mean))):
                     found.evaluate_metrics_serverapp[event.searched] = metrics
             elif isinstance(event, Evaluated):
-                found.evaluate_metrics_clientapp[event.round] = score_metrics(event.score)
+                searched = max(found.train_metrics_clientapp, default=0)
+                found.evaluate_metrics_clientapp[searched] = score_metrics(event.score)
             self._on_event(event)
 
         async def main() -> RunResult:
