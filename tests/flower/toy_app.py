@@ -27,6 +27,11 @@ def settings(**changes: Any) -> RunSettings:
     return toy_settings(**{**asked, "deadline_s": 60.0, **changes})
 
 
+def short(**changes: Any) -> RunSettings:
+    """Selection and search: few messages, where each takes long."""
+    return settings(**{"calibrate": False, "objective": ObjectiveSpec(readout_words=0, batch_size=4), **changes})
+
+
 def device(number: int, state: DeviceState | None = None) -> Device:
     data = rows(12, first=12 * number)
     return Device(f"node-{number}", ToyScorer(), data, data[4:8], data[:4], state=state)

@@ -4,14 +4,21 @@
 Needs ``fedbpt[flower]``. See ``docs/flower.md``.
 """
 
+# ruff: noqa: E402 - telemetry first
+
 from __future__ import annotations
 
+import logging
 import os
+import sys
 
 from fedbpt.errors import MissingExtraError
 
-# Before flwr is imported: what this process starts inherits it. `flwr` and `flower-*` themselves are started before us.
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+_TELEMETRY = "FLWR_TELEMETRY_ENABLED"
+_SENDER = sys.modules.get("flwr.supercore.telemetry")
+if getattr(_SENDER, _TELEMETRY, "0") == "1":  # Flower's own commands come before us
+    logging.getLogger(__name__).warning("Flower's telemetry is on: start Flower with %s=0", _TELEMETRY)
+os.environ.setdefault(_TELEMETRY, "0")  # for flwr, where it is not imported yet, and for what this process starts
 
 try:
     import flwr as _flwr  # noqa: F401

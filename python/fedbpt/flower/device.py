@@ -18,7 +18,7 @@ from flwr.clientapp import ClientApp
 from fedbpt import messages, wire
 from fedbpt.agent.service import LocalDevice
 from fedbpt.device_state import DeviceState
-from fedbpt.errors import FedbptError
+from fedbpt.errors import ConfigError, FedbptError, WireError
 from fedbpt.flower.records import RECORD, WORK_FAILED, packed, unpacked
 from fedbpt.messages import ErrorReply, EvaluateRequest, RoundPlan, RoundReport
 from fedbpt.tokens import read_private, write_private
@@ -97,7 +97,10 @@ def _kept(context: Context) -> Kept:
     path = _snapshot(context)
     if path is None or not path.exists():
         return Kept(state=b"")
-    return wire.decode(read_private(path), Kept, _MOST_BYTES)
+    try:
+        return wire.decode(read_private(path), Kept, _MOST_BYTES)
+    except WireError as error:
+        raise ConfigError(f"the snapshot {path} is damaged: delete it, and the device begins anew ({error})") from error
 
 
 def _keep(context: Context, before: Kept, now: Kept) -> None:
