@@ -1,4 +1,4 @@
-"""``python -m tests.flower.simulate STORE NODES LAST``: the toy run in Flower's engine, stopped after round LAST, if any."""
+"""``python -m tests.flower.simulate STORE NODES LAST``: a run in Flower's engine, stopped after round LAST (0: not)."""
 
 from __future__ import annotations
 
