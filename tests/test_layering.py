@@ -21,13 +21,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("batches", "losses", "projection", "population", "search", "readout", "privacy", "prompt", "models", "tasks"),
     ("scorer", "native_scorer", "bench", "comparison", "wire", "racing", "objective", "envelopes"),
-    ("effort", "sampling", "local_search", "replay", "local", "aggregation"),
+    ("device_state", "effort", "sampling", "local_search", "replay", "local", "aggregation"),
     (
         *("runs", "database", "store", "history", "journal", "scalars", "registry", "reports"),
         *("http_bodies", "http_auth", "http_server", "agent", "clients", "coordinator"),
         *("members", "pace", "fleet", "ledger", "estimate", "event_loop", "federation"),
     ),
-    ("config", "api", "display", "dashboard", "__init__", "cli", "__main__"),
+    ("config", "api", "display", "dashboard", "flower", "__init__", "cli", "__main__"),
 )
 RANK = {part: (layer, place) for layer, parts in enumerate(LAYERS) for place, part in enumerate(parts)}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.batches import Row, batch_indices
+from fedbpt.device_state import DeviceState
 from fedbpt.effort import Effort
 from fedbpt.errors import DataError, InputError
 from fedbpt.local_search import local_search, local_seed
@@ -60,8 +60,8 @@ class Device:
         name: what the device calls itself.
         scorer: its model.
         train_rows: (text, label index) pairs that it tunes on.
-        dev_rows: rows that choose; may be empty.
-        test_rows: rows that only report; may be empty.
+        dev_rows, test_rows: rows that choose, and that only report; may be empty.
+        state: what it remembers of earlier rounds; None: nothing.
 
     Raises:
         DataError: no training rows.
@@ -74,6 +74,8 @@ class Device:
         train_rows: Sequence[Row],
         dev_rows: Sequence[Row] = (),
         test_rows: Sequence[Row] = (),
+        *,
+        state: DeviceState | None = None,
     ) -> None:
         if not train_rows:
             raise DataError(f"device {name} has no training rows: give it at least one")
@@ -81,9 +83,7 @@ class Device:
         self.scorer = scorer
         self._rows = {"train": tuple(train_rows), "dev": tuple(dev_rows), "test": tuple(test_rows)}
         self._objectives: OrderedDict[bytes, Objective] = OrderedDict()
-        self._fitted: tuple[bytes, NDArray[np.float32]] | None = None
-        self._tokens_per_second: float | None = None
-        self._key = secrets.token_bytes(32)  # of its noise; it stays in this process
+        self.state = state or DeviceState()
 
     def measure_speed(self) -> float:
         """Forward tokens per second on a text of 128 tokens, as `info` says until a round has shown better."""
@@ -93,8 +93,8 @@ class Device:
         plan.score(none)  # buffers and caches
         before, began = plan.n_tokens, time.monotonic()
         plan.score(none)
-        self._tokens_per_second = (plan.n_tokens - before) / max(time.monotonic() - began, 1e-6)
-        return self._tokens_per_second
+        self.state.tokens_per_second = (plan.n_tokens - before) / max(time.monotonic() - began, 1e-6)
+        return self.state.tokens_per_second
 
     def info(self) -> DeviceInfo:
         """What the device says of itself; ``tokens_per_second``: its last round's, or `measure_speed`'s before any."""
@@ -111,7 +111,7 @@ class Device:
             ram_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             rss_bytes=int(memory.get("rss", 0)),
             peak_rss_bytes=int(memory.get("peak_rss", 0)),
-            tokens_per_second=self._tokens_per_second,
+            tokens_per_second=self.state.tokens_per_second,
             shares_beginnings=self.scorer.shares_beginnings,
         )
 
@@ -161,7 +161,7 @@ class Device:
         if plan.privacy is not None:
             seconds = 0.0  # as the tokens, it would tell which rows were in the sample
         elif seconds > waited and counter.tokens:
-            self._tokens_per_second = counter.tokens / (seconds - waited)
+            self.state.tokens_per_second = counter.tokens / (seconds - waited)
         return RoundReport(
             run=plan.run,
             round=plan.round,
@@ -286,7 +286,7 @@ class Device:
         chosen = batch_indices(len(objective), work.max_rows, generator(plan.seed, "fit", plan.device))
         what = (plan.template, plan.labels, plan.objective, plan.prompt, work.latent, work.others)
         key = msgspec.msgpack.encode((*what, plan.seed, plan.device, work.max_rows))
-        if self._fitted is None or self._fitted[0] != key:  # the prompt stands still while a readout is fitted
+        if self.state.fitted is None or self.state.fitted_to != key:  # a fit's prompt stands still
             [(_, embeds)] = objective.prompts(work.latent.numpy()[None])
             made = [(objective, embeds)]
             for template in work.others:
@@ -299,9 +299,9 @@ class Device:
                     with counter.of(each):
                         found.append(each.logits(prompt, part, cancelled))
                 progress(number + 1, len(parts) + 1)
-            self._fitted = key, np.stack([np.concatenate(each) for each in logits])
+            self.state.fitted_to, self.state.fitted = key, np.stack([np.concatenate(each) for each in logits])
         rows = row_weights(objective, plan)[chosen]
-        result = answer(work, self._fitted[1], objective.targets[chosen], objective.readout, len(plan.labels), rows)
+        result = answer(work, self.state.fitted, objective.targets[chosen], objective.readout, len(plan.labels), rows)
         progress(1, 1)
         return result, len(chosen)
 
@@ -353,7 +353,7 @@ class Device:
         n_rows = len(self._rows["train"])
         counter.evaluations += k
         counter.tokens += k * min(size or n_rows, n_rows)  # as expected, not as sampled
-        return Releases(plan.privacy, self._key, question).mean(part, k, n_rows, size, losses)
+        return Releases(plan.privacy, self.state.key, question).mean(part, k, n_rows, size, losses)
 
     def _train_objective(self, plan: RoundPlan) -> Objective:
         objective = self._objective("train", plan.template, plan.labels, plan.objective, plan.prompt)
