@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("effort", "local_search", "local", "aggregation", "side_by_side"),
     (
         *("runs", "store", "history", "journal", "scalars", "registry", "reports"),
-        *("http_bodies", "http_auth", "http_server", "agent", "clients", "coordinator"),
+        *("http_bodies", "http_auth", "http_server", "agent", "clients", "coordinator", "serving"),
         *("members", "pace", "fleet", "ledger", "estimate", "event_loop", "federation"),
     ),
     ("config", "api", "display", "dashboard", "__init__", "cli", "__main__"),
