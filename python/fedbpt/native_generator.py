@@ -21,7 +21,7 @@ class NativeGenerator:
 
     It has a KV cache of its own, made at the first text and as long as the texts need. What was computed is kept: a
     text begins with the KV of the longest beginning that it shares with a text before it, soft rows included, and what
-    stands up to the end of the rows is kept for the last eight prompts used.
+    stands up to the end of the rows is kept for the last seven prompts used.
     """
 
     def __init__(self, engine: _native.Engine) -> None:
@@ -42,7 +42,7 @@ class NativeGenerator:
         return int(self._generator.n_cells)
 
     def open(self, placed: Placed, sampling: Sampling) -> NativeStream:
-        """See `fedbpt.generator.Generator.open`. At most eight texts at a time."""
+        """See `fedbpt.generator.Generator.open`. At most four texts at a time."""
         ids = np.ascontiguousarray(placed.ids, dtype=np.int32)
         rows = check_rows(placed.rows, self._engine.n_embd)
         seed = secrets.randbelow(SEEDS) if sampling.seed is None else sampling.seed % SEEDS

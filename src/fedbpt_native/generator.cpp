@@ -19,8 +19,8 @@ constexpr uint32_t     kUbatch = 512;   // tokens a graph
 constexpr uint32_t     kBatch  = 2048;  // tokens a llama_decode
 constexpr size_t       kPad    = 4;     // CPU kernels take rows by four, and round the rest differently
 constexpr llama_seq_id kPadSeq = 0;     // tokens that only fill a batch up
-constexpr size_t       kTexts  = 8;     // being generated, or kept to go on from
-constexpr size_t       kHeads  = 8;
+constexpr size_t       kTexts  = 4;     // being generated, or kept to go on from
+constexpr size_t       kHeads  = 7;     // kept; each sequence takes two buffers of n_vocab numbers
 constexpr size_t       kRoom   = 256;   // cells to generate into before the context grows
 
 constexpr auto kStopInterval = std::chrono::milliseconds(20);
@@ -226,8 +226,8 @@ void Generator::grow(size_t n_cells) {
     params.n_ctx               = n_ctx;
     params.n_batch             = kBatch;
     params.n_ubatch            = kUbatch;
-    params.n_seq_max           = 1;  // of the outputs; a unified cache has all that there can be
-    params.n_outputs_max       = 1;
+    params.n_seq_max           = 1 + kTexts + kHeads;
+    params.n_outputs_max       = params.n_seq_max;
     params.n_threads           = n_threads_;
     params.n_threads_batch     = n_threads_;
     params.kv_unified          = true;

@@ -39,8 +39,8 @@ struct Choice {
 // Generates texts token by token under soft prompts, several at a time by turns. One call computes at a time: a second thread's waits.
 //
 // What was computed is kept: a text begins with the KV of the longest beginning that it shares, rows included, with a text before it,
-// or with a head (all up to the end of a prompt's rows), of which the last few used are kept apart. Copies share their cells. What
-// a text gets depends on its own input alone: prompts are computed as the scorer does it, token for token the same bits in any company.
+// or with a head (all up to the end of a prompt's rows), of which the last few used are kept apart. Copies share their cells. So
+// a text depends on its own input alone but for rounding: attention sums over cells in the order in which they lie.
 class Generator {
     struct Sequence;
 
