@@ -1,8 +1,8 @@
 """What does a round cost on Flower, in seconds and bytes, beside the same round over our own transport?
 
 Devices without a model, whose work takes no time, call in over loopback: at our coordinator, and as SuperNodes at a
-SuperLink. A relay between counts all bytes, headers and polls included. Then without sockets: Flower's simulation engine
-beside devices in this process. `make test-flower` makes the environment that it runs in.
+SuperLink. A relay between counts all bytes, headers and polls included. Then without sockets: Flower's simulation
+engine beside devices in this process. `make test-flower` makes the environment that it runs in.
 
     build/flower/bin/python benchmarks/bench_flower.py
     build/flower/bin/python benchmarks/bench_flower.py --simulate 1000
