@@ -24,9 +24,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("scorer", "generator", "native_generator", "native_scorer", "bench", "comparison", "wire", "racing"),
         *("objective", "envelopes", "generation"),
     ),
-    ("effort", "local_search", "local", "aggregation", "side_by_side"),
+    ("effort", "sampling", "local_search", "replay", "local", "aggregation", "side_by_side"),
     (
-        *("runs", "store", "history", "journal", "scalars", "registry", "reports"),
+        *("runs", "database", "store", "history", "journal", "scalars", "registry", "reports"),
         *("http_bodies", "http_auth", "http_server", "agent", "clients", "coordinator", "serving"),
         *("members", "pace", "fleet", "ledger", "estimate", "event_loop", "federation"),
     ),

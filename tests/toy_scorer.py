@@ -53,6 +53,8 @@ class ToyScorer:
     def fingerprint(self) -> str:
         return "sha256:" + hashlib.sha256(self._table.tobytes()).hexdigest()
 
+    shares_beginnings = False
+
     @property
     def embedding_std(self) -> float:
         return float(self._table.std())

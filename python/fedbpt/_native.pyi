@@ -116,6 +116,8 @@ class Engine:
     def interrupt(self) -> None:
         """Make the scoring call in flight raise `ScoringInterrupted`."""
 
+    @property
+    def shares_beginnings(self) -> bool: ...
     def embedding_std(self) -> float:
         """Standard deviation over the whole token embedding table."""
 

@@ -28,6 +28,8 @@ STATUS_OF_CODE: Final = {
     "conflict": 409,
     "busy": 409,
     "superseded": 409,
+    "unknown-search": 409,
+    "replay-differs": 409,
     "wrong-model": 422,
     "unknown-round": 404,
     "unknown-evaluation": 404,

@@ -167,6 +167,10 @@ class NativeScorer:
         return self._fingerprint
 
     @property
+    def shares_beginnings(self) -> bool:
+        return bool(self._engine.shares_beginnings)
+
+    @property
     def embedding_std(self) -> float:
         """Standard deviation over all entries of the token embedding table, as the graph sees it."""
         if self._embedding_std is None:
