@@ -1,15 +1,17 @@
-"""`RequireToken`: a server that answers only who sends its one token."""
+"""Whom a server answers: `RequireToken`, who sends its one token; `LoopbackOnly`, this machine under its own names."""
 
 from __future__ import annotations
 
 from typing import Final
+from urllib.parse import urlsplit
 
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedbpt import tokens
 from fedbpt.http_bodies import refusal
 from fedbpt.rate_limit import RateLimit
+from fedbpt.tls import is_loopback
 
 GUESSES: Final = (1.0, 10)
 """Requests without the right token that an address may make: a second, and at once."""
@@ -36,3 +38,27 @@ class RequireToken:
                 await answer(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+
+class LoopbackOnly:
+    """ASGI middleware: 421 under any other name, for a web page may give its own name our address (DNS rebinding)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            request = Request(scope)
+            if not is_loopback(host_of(request)):
+                answer = refusal(request, "wrong-host", "without a token this is for 127.0.0.1 and localhost")
+                await answer(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def host_of(connection: HTTPConnection) -> str:
+    """The name under which the server was asked, without port; empty: it makes no sense."""
+    try:
+        return urlsplit(f"//{connection.headers.get('host', '')}").hostname or ""
+    except ValueError:
+        return ""

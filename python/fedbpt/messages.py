@@ -328,7 +328,7 @@ class EvaluateReport(Message, frozen=True):
 
 
 class DeviceInfo(Message, frozen=True):
-    """What a device says of itself. Never its data, nor label counts."""
+    """What a device says of itself. Never its data, nor label counts. ``celsius``, ``battery`` (%): None: not known."""
 
     name: Name
     version: str
@@ -344,6 +344,8 @@ class DeviceInfo(Message, frozen=True):
     tokens_per_second: float | None = None
     busy: bool = False
     paused: str = ""  # why its work waits; empty: it does not
+    celsius: float | None = None
+    battery: float | None = None
     protocol: Literal[1] = 1
 
 

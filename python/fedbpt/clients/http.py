@@ -85,6 +85,7 @@ class HttpClient:
         self._answer_s = answer_s
         self._authorization = {"authorization": f"Bearer {token}"} if token else {}
         self._transport = transport
+        self._token, self._tls = token, tls
         self._verify = (tls or Tls()).client_context() if self._url.scheme == "https" else False
         self._http: httpx.AsyncClient | None = None
 
@@ -130,6 +131,21 @@ class HttpClient:
         if self._http is not None:
             http, self._http = self._http, None
             await http.aclose()
+
+    def twin(self) -> HttpClient:
+        """Another client of this device, with connections and counts of its own: for another event loop."""
+        return HttpClient(
+            self.url, self.name, self._retry_s, self._answer_s, token=self._token, tls=self._tls,
+            transport=self._transport,
+        )  # fmt: skip
+
+    async def answers(self, timeout_s: float) -> bool:
+        """Whether the device answers within ``timeout_s``, asked once."""
+        try:
+            await asyncio.wait_for(self._exchange("GET", "/healthz", None, timeout_s), timeout_s)
+        except (httpx.TransportError, asyncio.TimeoutError, WireError):
+            return False
+        return True
 
     # --- polling -------------------------------------------------------------------------------------------------
 
