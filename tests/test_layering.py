@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         *("runs", "database", "store", "history", "journal", "scalars", "registry", "reports"),
         *("http_bodies", "http_auth", "http_server", "agent", "clients", "coordinator", "serving"),
-        *("members", "pace", "fleet", "ledger", "estimate", "event_loop", "federation"),
+        *("members", "pace", "fleet", "ledger", "estimate", "outcome", "control", "event_loop", "federation"),
     ),
     ("config", "api", "display", "dashboard", "flower", "__init__", "cli", "__main__"),
 )

@@ -185,8 +185,8 @@ class SearchHistory(Message, frozen=True):
 class ReplayWork(Message, frozen=True, tag="replay"):
     """A `PooledWork` without its state: the device makes that by replaying the search.
 
-    ``history``: as long as it is in all, but for the ranks of generations before ``known``, which the device has
-    been told. ``plan_digest``: of the plan with the `PooledWork`, which is what a report answers.
+    ``history``: without the ranks of generations before ``known``, which the device has been told. ``plan_digest``: of
+    the plan with the `PooledWork`, which is what a report answers.
     """
 
     history: SearchHistory
@@ -255,10 +255,7 @@ class LocalResult(Message, frozen=True, tag="local"):
 
 
 class RanksResult(Message, frozen=True, tag="ranks"):
-    """A `LocalResult` without its mean: the coordinator makes that by replaying the search.
-
-    ``check``: of the mean and the sum of squares, both as float32 (`fedbpt.replay`).
-    """
+    """A `LocalResult` without its mean, which the coordinator makes by replaying; ``check``: see `fedbpt.replay`."""
 
     ranks: bytes
     fitness: float
@@ -371,7 +368,7 @@ class EvaluateReport(Message, frozen=True):
 
 
 class DeviceInfo(Message, frozen=True):
-    """What a device says of itself. Never its data, nor label counts."""
+    """What a device says of itself. Never its data, nor label counts. ``celsius``, ``battery`` (%): None: not known."""
 
     name: Name
     version: str
@@ -388,6 +385,8 @@ class DeviceInfo(Message, frozen=True):
     shares_beginnings: bool = False  # under another template a text costs its end alone
     busy: bool = False
     paused: str = ""  # why its work waits; empty: it does not
+    celsius: float | None = None
+    battery: float | None = None
     protocol: Literal[1] = 1
 
 

@@ -87,7 +87,7 @@ def test_the_promised_commands_are_there() -> None:
     words = ["demo", "device", "tune", "evaluate", "chat", "serve", "bench"]
     words += ["models list", "models pull", "models path", "models requantize"]
     words += ["certs init", "certs issue", "devices invite", "devices list", "devices revoke"]
-    words += ["runs list", "runs show", "runs export", "runs replay", "runs scalars"]
+    words += ["runs list", "runs show", "runs export", "runs replay", "runs scalars", "dashboard"]
     assert set(LEAVES) == {f"fedbpt {word}" for word in words}
 
 

@@ -24,6 +24,7 @@ import msgspec
 from fedbpt import wire
 from fedbpt.agent.worker import Worker
 from fedbpt.errors import DeviceFailedError, DeviceRefusedError, FedbptError, ScoringInterrupted
+from fedbpt.machine import battery_percent, heat
 from fedbpt.messages import DeviceInfo, EvaluateReport, EvaluateRequest, RoundPlan, RoundProgress, RoundReport
 from fedbpt.prometheus import Family, Sample, exposition
 
@@ -113,10 +114,11 @@ class AgentService:
     # --- requests ------------------------------------------------------------------------------------------------
 
     def status(self) -> DeviceInfo:
-        """What the device said of itself before its current work, or after its last."""
+        """What the device said of itself before its current work, or after its last; its heat and battery of now."""
         # Never asks the device here: while it scores, that could block for as long as a scoring call.
         paused = next((job.paused for job in self._jobs.values() if job.state == "running" and job.paused), "")
-        return msgspec.structs.replace(self._info, busy=self.busy, paused=paused)
+        celsius, battery = heat().celsius, battery_percent()
+        return msgspec.structs.replace(self._info, busy=self.busy, paused=paused, celsius=celsius, battery=battery)
 
     @property
     def busy(self) -> bool:

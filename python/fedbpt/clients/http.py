@@ -93,6 +93,7 @@ class HttpClient:
         self._poll_s = poll_s
         self._authorization = {"authorization": f"Bearer {token}"} if token else {}
         self._transport = transport
+        self._token, self._tls = token, tls
         self._verify = (tls or Tls()).client_context() if self._url.scheme == "https" else False
         self._http: httpx.AsyncClient | None = None
         self._plan: RoundPlan | None = None  # the latest
@@ -148,6 +149,21 @@ class HttpClient:
         if self._http is not None:
             http, self._http = self._http, None
             await http.aclose()
+
+    def twin(self) -> HttpClient:
+        """Another client of this device, with connections and counts of its own: for another event loop."""
+        return HttpClient(
+            self.url, self.name, self._retry_s, self._answer_s, token=self._token, tls=self._tls,
+            transport=self._transport, poll_s=self._poll_s,
+        )  # fmt: skip
+
+    async def answers(self, timeout_s: float) -> bool:
+        """Whether the device answers within ``timeout_s``, asked once."""
+        try:
+            await asyncio.wait_for(self._exchange("GET", "/healthz", None, timeout_s), timeout_s)
+        except (httpx.TransportError, asyncio.TimeoutError, WireError):
+            return False
+        return True
 
     # --- plans ---------------------------------------------------------------------------------------------------
 
