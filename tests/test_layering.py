@@ -17,14 +17,24 @@ NATIVE = ROOT / "src" / "fedbpt_native"
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         *("errors", "version", "messages", "seeding", "memory", "energy", "machine", "pauses", "autostart", "packages"),
-        *("tls", "tokens", "certs", "rate_limit", "prometheus", "pieces"),
+        *("tls", "tokens", "certs", "rate_limit", "prometheus", "pieces", "questions"),
     ),
     ("batches", "losses", "projection", "population", "search", "readout", "privacy", "prompt", "models", "tasks"),
     (
         *("scorer", "generator", "native_generator", "native_scorer", "bench", "comparison", "wire", "racing"),
         *("objective", "envelopes", "generation"),
     ),
-    ("device_state", "effort", "sampling", "local_search", "replay", "local", "aggregation", "side_by_side"),
+    (
+        "device_state",
+        "effort",
+        "sampling",
+        "local_search",
+        "replay",
+        "side_by_side",
+        "answering",
+        "local",
+        "aggregation",
+    ),
     (
         *("runs", "database", "store", "history", "journal", "scalars", "registry", "reports"),
         *("http_bodies", "http_auth", "http_server", "agent", "clients", "coordinator", "serving"),

@@ -154,9 +154,8 @@ class Prompt:
         own = Array.of(np.concatenate([self.label_bias[None], self.word_weights]), "<f4")
         return Readout(weights=own, others=tuple(Array.of(of_template, "<f4") for of_template in self.other_weights))
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the file, whole or not at all. Raises `PromptError` where that fails."""
-        target = Path(path)
+    def encode(self) -> bytes:
+        """The content of its file."""
         header = _Header(
             format=FORMAT,
             spec=self.spec,
@@ -173,7 +172,11 @@ class Prompt:
         if len(self.word_ids) or self.others:
             names = _OTHERS_TENSORS if self.others else _READOUT_TENSORS
             tensors |= {name: getattr(self, name) for name in names}
-        content = safetensors.numpy.save(tensors, metadata={_KEY: msgspec.json.encode(header).decode()})
+        return bytes(safetensors.numpy.save(tensors, metadata={_KEY: msgspec.json.encode(header).decode()}))
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the file, whole or not at all. Raises `PromptError` where that fails."""
+        target, content = Path(path), self.encode()
         partial = target.with_name(f".{target.name}.{os.getpid()}.part")
         try:
             partial.write_bytes(content)
@@ -191,6 +194,11 @@ class Prompt:
             content = source.read_bytes()
         except OSError as error:
             raise PromptError(f"cannot read the prompt {source}: {error.strerror or error}") from error
+        return cls.decode(content, str(source))
+
+    @classmethod
+    def decode(cls, content: bytes, source: str) -> Prompt:
+        """Of a file's content; ``source``: what to call it in a message. Raises `PromptError` as `load` does."""
         try:
             tensors = safetensors.numpy.load(content)
             metadata = _metadata(content)
@@ -251,7 +259,7 @@ def _metadata(content: bytes) -> dict[str, str]:
     return dict(found)
 
 
-def _header(text: str, source: Path) -> _Header:
+def _header(text: str, source: str) -> _Header:
     try:
         number = json.loads(text)["format"]
         if number != FORMAT:
