@@ -18,7 +18,7 @@ from fedbpt.cli.options import help_without_command
 from fedbpt.errors import FedbptError
 from fedbpt.version import VERSION
 
-COMMANDS = ("demo", "device", "tune", "evaluate", "bench", "models", "runs", "devices", "certs")
+COMMANDS = ("demo", "device", "tune", "evaluate", "chat", "serve", "bench", "models", "runs", "devices", "certs")
 """Each a module of `fedbpt.cli`: with a function of its name, or, for a group, with an ``app``."""
 
 INTERRUPTED = 130

@@ -18,7 +18,7 @@ from fedbpt.clients.base import ProgressCallback
 from fedbpt.errors import DeviceFailedError, DeviceRefusedError, DeviceTimeoutError, DeviceUnreachableError
 from fedbpt.flower.nodes import ANSWER_S, Nodes
 from fedbpt.flower.records import answer_of, packed, size_of
-from fedbpt.messages import DeviceInfo, EvaluateReport, EvaluateRequest, Message, RoundPlan, RoundReport
+from fedbpt.messages import DeviceInfo, EvaluateReport, EvaluateRequest, Message, RoundPlan, RoundReport, SearchHistory
 
 M = TypeVar("M", bound=Message)
 
@@ -71,7 +71,7 @@ class FlowerClient:
                 raise
         return self._info
 
-    async def start(self, plan: RoundPlan) -> None:
+    async def start(self, plan: RoundPlan, history: SearchHistory | None = None) -> None:  # noqa: ARG002 - sent whole
         await self._check_model(plan.model_fingerprint)
         key, digest = (plan.run, plan.round), wire.digest(plan)
         known = self._rounds.get(key)

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from fedbpt import messages, wire
 from fedbpt.api import aggregator_for
 from fedbpt.errors import ConfigError, DeviceError, QuorumError, WireError
-from fedbpt.fleet import common_model
 from fedbpt.flower.client import LEAST_TTL_S
 from fedbpt.flower.records import answer_of, packed
 from fedbpt.ledger import SELECTION, FederatedTask, RunLedger
+from fedbpt.members import common_model
 from fedbpt.messages import DeviceInfo, EvaluateReport, EvaluateRequest, RoundPlan, RoundReport
 from fedbpt.reports import check_evaluation, check_report
 from fedbpt.runs import NO_SCORE, RoundPurpose, RunSettings, Score
