@@ -79,6 +79,7 @@ if importlib.util.find_spec("flwr"):
     from flwr.app import Context
     from flwr.serverapp import Grid, ServerApp
 
+    from fedbpt.flower import APP as APP_FOLDER
     from fedbpt.flower import FedBPT, client_app
 
     server_app = ServerApp()
@@ -319,9 +320,7 @@ def real(folder: Path, model: str, n_devices: int, rounds: int, workers: int) ->
     files = {name: folder / f"{name}.jsonl" for name in splits}
     for name, rows in splits.items():
         tasks.write_rows(files[name], rows, tasks.load("bbc-news").labels)
-    shipped = (
-        Path(str(importlib.util.find_spec("fedbpt.flower").origin)).parent / "app" / "pyproject.toml"
-    ).read_text()
+    shipped = (APP_FOLDER / "pyproject.toml").read_text()
     asked = shipped.split("[tool.flwr.app.config.settings]")[0] + REAL_SETTINGS.format(rounds=rounds)
     (app / "pyproject.toml").write_text(asked)
     given = {"task": "bbc-news", "model": model, "threads": 1, "devices": n_devices, "partition": "iid"}
