@@ -17,17 +17,20 @@ NATIVE = ROOT / "src" / "fedbpt_native"
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         *("errors", "version", "messages", "seeding", "memory", "energy", "machine", "pauses", "autostart", "packages"),
-        *("tls", "tokens", "certs", "rate_limit", "prometheus"),
+        *("tls", "tokens", "certs", "rate_limit", "prometheus", "html_tables"),
     ),
-    ("batches", "losses", "projection", "population", "search", "readout", "privacy", "prompt", "models", "tasks"),
-    ("scorer", "native_scorer", "bench", "comparison", "wire", "racing", "objective", "envelopes"),
+    (
+        *("batches", "losses", "projection", "population", "search", "readout", "privacy"),
+        *("models", "model_card", "prompt", "tasks"),
+    ),
+    ("scorer", "native_scorer", "bench", "comparison", "wire", "racing", "objective", "envelopes", "exchange"),
     ("effort", "local_search", "local", "aggregation"),
     (
         *("runs", "store", "history", "journal", "scalars", "registry", "reports"),
         *("http_bodies", "http_auth", "http_server", "agent", "clients", "coordinator"),
         *("members", "pace", "fleet", "ledger", "estimate", "event_loop", "federation"),
     ),
-    ("config", "api", "display", "dashboard", "__init__", "cli", "__main__"),
+    ("config", "display", "notebook", "results", "api", "dashboard", "__init__", "cli", "__main__"),
 )
 RANK = {part: (layer, place) for layer, parts in enumerate(LAYERS) for place, part in enumerate(parts)}
 

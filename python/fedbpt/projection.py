@@ -83,7 +83,7 @@ def start_rows(model: Embedder, cue: NDArray[np.int32], prompt: PromptSpec) -> N
 
     Raises `TaskError` for a cue [n] that is shorter than the prompt.
     """
-    if prompt.placement == "front":
+    if prompt.placement != "cue":
         ids = generator(prompt.seed, "p0").integers(0, model.n_vocab, prompt.n_prompt).astype(np.int32)
         return model.token_embeddings(ids)
     if prompt.n_prompt > len(cue):

@@ -16,6 +16,7 @@ from fedbpt.cli.report import print_accuracies, print_perplexities
 from fedbpt.errors import ConfigError
 from fedbpt.native_scorer import load_model
 from fedbpt.prompt import Prompt
+from fedbpt.results import EvaluationResult
 from fedbpt.tasks import read_task_rows
 
 
@@ -45,7 +46,7 @@ def evaluate(
             f"the prompt is for labels {list(prompt.labels)}, task {chosen.name} has {list(chosen.labels)}"
         )
     rows = read_task_rows(chosen, data)
-    scorer = load_model(model or _model_of(prompt), n_threads=threads, n_gpu_layers=gpu_layers, gpu=gpu)
+    scorer = load_model(model or model_of(prompt), n_threads=threads, n_gpu_layers=gpu_layers, gpu=gpu)
     prompt.check(scorer)
     print_hint(scorer, shown=not (quiet or as_json))
     found = {
@@ -65,13 +66,14 @@ def evaluate(
         print_accuracies(Console(), f"{prompt.task_name} on {scorer.name}, {len(rows)} rows", lines)
 
 
-def _model_of(prompt: Prompt) -> str:
+def model_of(prompt: Prompt) -> str:
+    """The catalogue name of a prompt's model, where ``--model`` does not say which."""
     if prompt.model_name not in models.CATALOGUE:
         raise ConfigError(f"the prompt was made with a model file, {prompt.model_name}: say where it is with --model")
     return prompt.model_name
 
 
-def _as_json(result: api.EvaluationResult, generates: bool) -> dict[str, Any]:
+def _as_json(result: EvaluationResult, generates: bool) -> dict[str, Any]:
     if generates:
         return {"n": result.n, "perplexity": result.perplexity, "loss": result.loss}
     return {
