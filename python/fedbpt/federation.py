@@ -20,9 +20,9 @@ from fedbpt.aggregation.base import Aggregator
 from fedbpt.clients.base import DeviceClient
 from fedbpt.errors import ConfigError, FederationError, QuorumError, StoreError
 from fedbpt.event_loop import run_to_end
-from fedbpt.fleet import Fleet, common_model
+from fedbpt.fleet import Fleet
 from fedbpt.ledger import SELECTION, FederatedTask, RunLedger
-from fedbpt.members import Draft, Listener, check_names
+from fedbpt.members import Draft, Listener, check_names, common_model
 from fedbpt.messages import (
     Array,
     DeviceInfo,
@@ -230,6 +230,7 @@ class Federation:
             self.settings.deadline_s,
             purpose,
             draft,
+            ledger.aggregator.history() if purpose == "search" else None,
         )
         costs = self._costs(fleet)
         loss = ledger.commit(round, work_digest, reports, time.monotonic() - began, costs)

@@ -17,13 +17,13 @@ from fedbpt.batches import Row, targets_of
 from fedbpt.errors import DataError, InputError, ScoringInterrupted
 from fedbpt.losses import LOSSES
 from fedbpt.messages import ObjectiveSpec, PromptSpec, Readout, Template
-from fedbpt.projection import Projection, start_rows
+from fedbpt.projection import Projection, scored_as, start_rows
 from fedbpt.prompt import Prompt
 from fedbpt.racing import Race, race
 from fedbpt.readout import blocks, ensemble, word_ids
 from fedbpt.scorer import Plan, Scorer
 from fedbpt.tasks.perturb import perturb
-from fedbpt.tasks.task import cue_ids, label_word_ids, render_ids, target_ids
+from fedbpt.tasks.task import bos_ids, cue_ids, label_word_ids, render_ids, target_ids
 
 CHUNK = 64
 """Texts per scoring call. Fixed: how texts share a call may show in the last bits of a quantised model's logits."""
@@ -100,7 +100,7 @@ class Objective:
         self.row_weights = np.ones(len(rows))
         """Of each row's loss [n]."""
         self._cue = np.asarray(cue_ids(scorer, template), dtype=np.int32)
-        n_bos = len(scorer.tokenize("x")) - len(scorer.tokenize("x", add_bos=False))
+        n_bos = len(bos_ids(scorer))
         texts = [render_ids(scorer, template, text, objective.max_text_tokens) for text, _ in rows]
         # In front, the prompt goes between BOS and the text; in the cue, the text keeps its own BOS.
         self._prefix = texts[0][:n_bos] if prompt.placement == "front" and n_bos else None
@@ -380,7 +380,7 @@ class Objective:
         if self.labels and all(len(word) == 1 for word in self.label_word_ids):  # their logits do
             answers, ids = None, np.concatenate([*self.label_word_ids, self.word_ids])
         return self.scorer.compile(
-            texts, ids, self._prompt.scored_as, self._prefix, continuations=answers, keep_kv=keep_kv
+            texts, ids, scored_as(self._prompt), self._prefix, continuations=answers, keep_kv=keep_kv
         )
 
     def _blocks(self, readout: Readout | None) -> NDArray[np.float64]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedbpt.errors import InputError, TaskError
-from fedbpt.messages import PromptSpec
+from fedbpt.messages import Placement, PromptSpec
 from fedbpt.seeding import generator
 
 
@@ -76,6 +76,11 @@ class Projection:
     def __repr__(self) -> str:
         n_prompt, n_embd = self.p0.shape
         return f"Projection(d={self.spec.d} -> [{n_prompt}, {n_embd}], entry_std={self.entry_std:.3g})"
+
+
+def scored_as(prompt: PromptSpec) -> Placement:
+    """What a `fedbpt.scorer.Scorer` calls the prompt's place: there BOS is part of the prefix, or of the text."""
+    return "cue" if prompt.placement == "cue" else "front"
 
 
 def start_rows(model: Embedder, cue: NDArray[np.int32], prompt: PromptSpec) -> NDArray[np.float32]:

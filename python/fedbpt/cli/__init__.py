@@ -19,7 +19,21 @@ from fedbpt.cli.options import help_without_command
 from fedbpt.errors import FedbptError
 from fedbpt.version import VERSION
 
-COMMANDS = ("demo", "device", "tune", "evaluate", "export", "import", "bench", "models", "runs", "devices", "certs")
+COMMANDS = (
+    "demo",
+    "device",
+    "tune",
+    "evaluate",
+    "chat",
+    "serve",
+    "export",
+    "import",
+    "bench",
+    "models",
+    "runs",
+    "devices",
+    "certs",
+)
 """Each a module of `fedbpt.cli`: with a function of its name, or, for a group, with an ``app``.
 
 Names that Python keeps to itself end in ``_`` there.

@@ -67,7 +67,7 @@ def evaluate(
 
 
 def model_of(prompt: Prompt) -> str:
-    """The catalogue name of a prompt's model, where ``--model`` does not say which."""
+    """The name of the model that the prompt was tuned for. Raises `ConfigError` where that was a file."""
     if prompt.model_name not in models.CATALOGUE:
         raise ConfigError(f"the prompt was made with a model file, {prompt.model_name}: say where it is with --model")
     return prompt.model_name

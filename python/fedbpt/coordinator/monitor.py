@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import msgspec
 from starlette.applications import Starlette
@@ -24,8 +23,8 @@ from fedbpt.coordinator.feed import EventFeed, Missed
 from fedbpt.coordinator.metrics import RunMetrics
 from fedbpt.errors import ConfigError, CoordinatorRefusedError
 from fedbpt.history import run_as_json, run_in_full
-from fedbpt.http_auth import RequireToken
-from fedbpt.http_bodies import EXCEPTION_HANDLERS, refusal
+from fedbpt.http_auth import LoopbackOnly, RequireToken
+from fedbpt.http_bodies import EXCEPTION_HANDLERS
 from fedbpt.http_server import HttpServer
 from fedbpt.journal import Line
 from fedbpt.prometheus import CONTENT_TYPE, exposition
@@ -100,7 +99,7 @@ def build_app(
 ) -> Starlette:
     """The routes, as an ASGI application; without ``token`` it answers under loopback's names only."""
     routes = _Routes(store, run, feed, metrics, heartbeat_s)
-    guard = Middleware(_LoopbackOnly) if token is None else Middleware(RequireToken, token=token, who="this monitor")
+    guard = Middleware(LoopbackOnly) if token is None else Middleware(RequireToken, token=token, who="this monitor")
     return Starlette(
         routes=[
             Route("/v1/runs", routes.list_runs, methods=["GET"]),
@@ -176,29 +175,6 @@ class _JsonOnly:
             others = [header for header in scope["headers"] if header[0] != b"accept"]
             scope = {**scope, "headers": [*others, (b"accept", wire.JSON_TYPE.encode())]}
         await self._app(scope, receive, send)
-
-
-class _LoopbackOnly:
-    """ASGI middleware: 421 under any other name, for a web page may give its own name our address (DNS rebinding)."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            request = Request(scope)
-            if not is_loopback(_host(request.headers.get("host", ""))):
-                answer = refusal(request, "wrong-host", "without a token this is for 127.0.0.1 and localhost")
-                await answer(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
-def _host(header: str) -> str:
-    try:
-        return urlsplit(f"//{header}").hostname or ""
-    except ValueError:
-        return ""
 
 
 def _as_event(item: Line | Missed | None) -> bytes:

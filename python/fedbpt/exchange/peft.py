@@ -25,7 +25,7 @@ from fedbpt.messages import PromptSpec
 from fedbpt.model_card import known_model, model_card
 from fedbpt.prompt import Prompt, write
 from fedbpt.scorer import Scorer
-from fedbpt.tasks import Task
+from fedbpt.tasks.task import Task, bos_ids
 
 CHECKED = ("gemma3", "llama", "qwen2")
 """Architectures whose input embeddings mean the same to transformers: tests compare their logits."""
@@ -124,8 +124,8 @@ def _continued(prompt: Prompt, rows: NDArray[np.float32], folder: Path, scorer: 
 
 def _bos_rows(spec: PromptSpec, scorer: Scorer) -> NDArray[np.float32]:
     """Embeddings [n, n_embd] of what stands before the prompt: in ``front`` BOS, where the model wants it."""
-    n_bos = len(scorer.tokenize("x")) - len(scorer.tokenize("x", add_bos=False)) if spec.placement == "front" else 0
-    return scorer.token_embeddings(scorer.tokenize("x")[:n_bos])
+    ids = bos_ids(scorer) if spec.placement == "front" else []
+    return scorer.token_embeddings(ids)
 
 
 def _check_architecture(scorer: Scorer) -> None:

@@ -117,6 +117,12 @@ def split_pattern(template: Template) -> tuple[str, str]:
     return head, cue
 
 
+def bos_ids(tokenizer: Tokenizer) -> NDArray[np.int32]:
+    """What the model was trained to have before a text: BOS [1], or nothing [0]."""
+    bare, trained = tokenizer.tokenize("x", add_bos=False), tokenizer.tokenize("x")
+    return np.asarray(trained[: len(trained) - len(bare)], dtype=np.int32)
+
+
 def cue_ids(tokenizer: Tokenizer, template: Template) -> NDArray[np.int32]:
     """Token ids [n] of the answer cue, the same for every text. Raises `TaskError`."""
     return _continuation(tokenizer, split_pattern(template)[1])
@@ -127,8 +133,7 @@ def head_ids(tokenizer: Tokenizer, template: Template) -> NDArray[np.int32]:
     spoken = split_pattern(template)[0].rstrip()
     if spoken:
         return np.asarray(tokenizer.tokenize(spoken), dtype=np.int32)
-    bare, trained = tokenizer.tokenize("x", add_bos=False), tokenizer.tokenize("x")
-    return np.asarray(trained[: len(trained) - len(bare)], dtype=np.int32)
+    return bos_ids(tokenizer)
 
 
 def render_ids(
