@@ -36,7 +36,7 @@ def device() -> Device:
 
 
 def question(prompt: Prompt, text: str = "aaa number 1", **changes: object) -> Question:
-    return Question(model_fingerprint=ToyScorer().fingerprint, prompt=prompt.encode(), text=text, **changes)
+    return Question(model_fingerprint=ToyScorer().fingerprint, prompt=prompt.to_bytes(), text=text, **changes)
 
 
 def ask(asked: Question, so_far: list[Answer] | None = None) -> Answer:

@@ -40,7 +40,7 @@ def test_a_prompt_survives_the_disk(tmp_path: Path) -> None:
     loaded = Prompt.load(saved)
     assert loaded == prompt
     assert loaded.rows.tobytes() == prompt.rows.tobytes()
-    assert [p.name for p in tmp_path.iterdir()] == ["p.safetensors"]
+    assert {p.name for p in tmp_path.iterdir()} == {"p.safetensors", "p.safetensors.md"}
 
 
 READOUT = {"word_ids": np.array([7, 3, 3]), "word_weights": np.array([[0.5, -0.5], [1.0, 0.25], [0.0, 2.0]])}
