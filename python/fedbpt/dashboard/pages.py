@@ -43,8 +43,8 @@ class RunPage:
         with ui.header().classes("bar"), ui.element("div").classes("inner"):
             self._heading = Heading(view)
             ui.element("div").classes("spring")
-            self._controls = Controls(control)
             _theme_button()
+            self._controls = Controls(control)
         self._parts: list[Part] = [Tiles(), Curves(state), Devices(state)]
         with ui.element("div").classes("pair"):
             self._parts += [Communication(), Memory()]
@@ -181,7 +181,7 @@ _COLUMNS: Final = (
 
 _STATE_CELL: Final = """
 <q-td :props="props"><span class="state" :class="props.row.style">{{ props.row.state }}</span>
-<span class="what">&ensp;{{ props.row.detail }}</span></q-td>
+<span class="what">{{ props.row.detail }}</span></q-td>
 """
 
 _CARD: Final = """
