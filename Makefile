@@ -18,12 +18,13 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt \
 # second build compiles only what changed. Their versions are in constraints.txt.
 BUILD_TOOLS := pip scikit-build-core pybind11 cmake ninja
 
-.PHONY: help setup demo test faults sanitize wheel wheel-aarch64 test-wheel test-aarch64 lint bench clean
+.PHONY: help setup demo test test-flower faults sanitize wheel wheel-aarch64 test-wheel test-aarch64 lint bench clean
 
 help:
 	@echo 'make setup   create $(VENV) and build fedbpt into it (again: only what changed)'
 	@echo 'make demo    tune a small model over three devices on this machine (DEMO_ARGS="--help" for options)'
 	@echo 'make test    run every test (TEST_ARGS="tests/unit -k search" for some)'
+	@echo 'make test-flower   the tests on Flower, in an environment of its own (Python 3.11 or newer)'
 	@echo 'make faults  all faults that a federation must survive, for an hour or so; make test tries a few of each'
 	@echo 'make sanitize   the native tests under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make wheel   the wheels to ship in dist/, for any x86-64 CPU; make wheel-aarch64: for any 64-bit ARM CPU (PYTHONS="3.11" for some)'
@@ -57,6 +58,26 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+# Flower's dependencies clash with ours in constraints.txt: an environment of its own, which takes the rest from $(VENV).
+FLOWER       := build/flower
+FLOWER_STAMP := $(FLOWER)/.setup-stamp
+FLOWER_RUNS  := $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+
+$(FLOWER_STAMP): tests/flower/constraints.txt | setup
+	@echo 'Installing Flower and Ray; they take some 400 MB'
+	$(PYTHON) -m venv $(FLOWER)
+	$(FLOWER)/bin/python -m pip --disable-pip-version-check --no-input install --quiet \
+	  --constraint tests/flower/constraints.txt 'flwr[simulation]'
+	$(FLOWER)/bin/python -c 'import sysconfig, pathlib, sys; \
+	  pathlib.Path(sysconfig.get_path("purelib"), "fedbpt.pth").write_text(f"import site; site.addsitedir({sys.argv[1]!r})")' \
+	  "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@touch $@
+
+test-flower: setup
+	@if $(FLOWER_RUNS); then $(MAKE) --no-print-directory $(FLOWER_STAMP) && \
+	  FLWR_TELEMETRY_ENABLED=0 $(FLOWER)/bin/python -m pytest $(or $(TEST_ARGS),tests/flower); \
+	  else echo 'Flower needs Python 3.11 or newer: its tests are left out'; fi
 
 faults: setup
 	FEDBPT_FAULTS=1 $(BIN)/python -m pytest tests/faults $(TEST_ARGS)

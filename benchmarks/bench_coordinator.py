@@ -1,9 +1,9 @@
 """How much does a report cost the coordinator, how long does a device wait to hear that it came, how soon is it back?
 
 A coordinator process, and in this one a swarm of devices without a model that call in over loopback, as `fedbpt
-device --coordinator` does. Beside it the same run with the devices inside the coordinator's process, whose own work
-then counts as the coordinator's, but no sockets and no HTTP. Then the coordinator is killed (SIGKILL) in mid-run again
-and again, and timed until it has resumed.
+device --coordinator` does; their reports come over some seconds. Beside it the same run with the devices inside the
+coordinator's process, whose own work then counts as the coordinator's, but no sockets and no HTTP. Then the coordinator
+is killed (SIGKILL) in mid-run again and again, and timed until it has resumed.
 
     python benchmarks/bench_coordinator.py --devices 1000 --rounds 100
 """
@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -88,6 +89,17 @@ class VirtualDevice:
         raise NotImplementedError("it has no test rows")
 
 
+class SpreadWorker(Worker):
+    """Devices are not done all at once: each job begins at a random moment of the next ``work_s`` seconds."""
+
+    def __init__(self, name: str, work_s: float) -> None:
+        super().__init__(name)
+        self._work_s, self._rng = work_s, random.Random(0)
+
+    def submit(self, job: Callable[[], None]) -> None:
+        asyncio.get_running_loop().call_later(self._rng.uniform(0, self._work_s), super().submit, job)
+
+
 class TimedPoller(Poller):
     """Notes how long each reply takes until the coordinator has it, in seconds."""
 
@@ -134,6 +146,8 @@ def coordinate(folder: Path, n_devices: int, rounds: int, port: int) -> None:
             worker = Worker("devices")
             stack.callback(worker.close)
             clients = [InProcessClient(VirtualDevice(f"d{i}"), worker=worker) for i in range(n_devices)]
+        import cma  # noqa: F401 - a second of CPU that is no report's
+
         before, began = time.process_time(), time.monotonic()
         Federation(clients, TASK, settings, aggregator_for(settings), store, "r", watch).run()
         cpu, seconds = time.process_time() - before, time.monotonic() - began
@@ -185,12 +199,12 @@ async def killed(folder: Path, n_devices: int, port: int, times: int) -> list[fl
     return found
 
 
-async def measure(folder: Path, n_devices: int, rounds: int, restarts: int) -> dict[str, Any]:
+async def measure(folder: Path, n_devices: int, rounds: int, restarts: int, work_s: float) -> dict[str, Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     waits: list[float] = []
-    worker = Worker("devices")
+    worker = SpreadWorker("devices", work_s)
     credentials = enrol(folder, n_devices, f"http://127.0.0.1:{port}")
     pollers = [
         TimedPoller(AgentService(VirtualDevice(each.device), worker), each, tell=lambda _: None, seconds=waits)
@@ -212,6 +226,7 @@ async def measure(folder: Path, n_devices: int, rounds: int, restarts: int) -> d
     return {
         "devices": n_devices,
         "rounds": rounds,
+        "work_s": work_s,
         "cpu_ms_per_report": 1e3 * there["cpu_s"] / there["reports"],
         "cpu_ms_per_report_in_process": 1e3 * here["cpu_s"] / here["reports"],
         "seconds": there["seconds"],
@@ -228,6 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--work", type=float, default=5.0, help="seconds over which the devices' reports come")
     parser.add_argument("--restarts", type=int, default=5, help="how often the coordinator is killed")
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
     parser.add_argument("--coordinate", nargs=2, metavar=("FOLDER", "PORT"), help=argparse.SUPPRESS)
@@ -236,7 +252,7 @@ def main() -> None:
         coordinate(Path(given.coordinate[0]), given.devices, given.rounds, int(given.coordinate[1]))
         return
     with tempfile.TemporaryDirectory() as folder:
-        found = asyncio.run(measure(Path(folder), given.devices, given.rounds, given.restarts))
+        found = asyncio.run(measure(Path(folder), given.devices, given.rounds, given.restarts, given.work))
     print(json.dumps(found))
     if given.json:
         return

@@ -1,6 +1,6 @@
 """How many bytes does a round cost, beside shipping the optimiser itself as FedBPT's reference implementation does?
 
-Encodes one round's plan and report per device for each method, and pickles a `cma.CMAEvolutionStrategy` after one
+Encodes one round's plan and report per device for each scheme, and pickles a `cma.CMAEvolutionStrategy` after one
 generation, all at the same d. Needs no model. Run: ``python benchmarks/bench_wire.py``.
 """
 
@@ -11,6 +11,7 @@ import json
 import pickle
 
 import cma
+import msgspec
 import numpy as np
 
 from fedbpt import wire
@@ -26,6 +27,7 @@ from fedbpt.messages import (
     RoundReport,
     Work,
 )
+from fedbpt.replay import may_shorten, short_plan, short_report
 from fedbpt.tasks import BUILTIN
 
 TASK = BUILTIN["bbc-news"]
@@ -74,25 +76,40 @@ def main() -> None:
     parser.add_argument("--popsize", type=int, default=16)
     args = parser.parse_args()
 
-    losses = PooledResult(losses=Array.of(np.linspace(0.5, 1.5, args.popsize)))
-    local = LocalResult(mean=Array.of(np.linspace(-1, 1, args.d)), fitness=0.5, sigma_squares=8.0)
-    pooled = Pooled(args.d, popsize=args.popsize)
-    pooled.update([report_of(losses, args.popsize)])  # so that the state carries all that it ever does
-    works: dict[str, tuple[Work, Result]] = {
-        "pooled": (pooled.work(1), losses),
-        "fedavg": (FedAvg(args.d).work(0), local),
-        "fedbpt, diagonal": (FedBPT(args.d, covariance="diagonal").work(0), local),
-        "fedbpt, full covariance": (FedBPT(args.d).work(0), local),
+    d, popsize = args.d, args.popsize
+    losses = PooledResult(losses=Array.of(np.linspace(0.5, 1.5, popsize), "<f4"))
+    pooled = Pooled(d, popsize=popsize)
+    pooled.update([report_of(losses, popsize)])  # so that the state carries all that it ever does
+    plan, answer = plan_of(pooled.work(1), d), report_of(losses, popsize)
+    history = pooled.history()
+    assert history is not None
+    schemes: dict[str, tuple[RoundPlan, RoundReport]] = {
+        "pooled, replayed": (short_plan(plan, history, 0), answer),
+        "pooled, state": (plan, answer),
     }
-    peer = reference_bytes(args.d, args.popsize)
+    servers = {
+        "fedavg": FedAvg(d, popsize=popsize),
+        "fedbpt, diagonal": FedBPT(d, popsize=popsize, covariance="diagonal"),
+        "fedbpt, full covariance": FedBPT(d, popsize=popsize),
+    }
+    for method, server in servers.items():
+        work = server.work(0)
+        plan = plan_of(work, d)
+        result = LocalResult(mean=Array.of(np.linspace(-1, 1, d)), fitness=0.5, sigma_squares=8.0)
+        schemes[f"{method}, mean"] = plan, report_of(result, popsize)
+        if may_shorten(work):
+            ranks = bytes(range(popsize)) * work.iterations
+            whole = report_of(msgspec.structs.replace(result, ranks=ranks), popsize)
+            schemes[f"{method}, ranks"] = plan, short_report(whole)
+    peer = reference_bytes(d, popsize)
     results = []
-    for method, (work, result) in works.items():
-        down, up = len(wire.encode(plan_of(work, args.d))), len(wire.encode(report_of(result, args.popsize)))
-        results.append({"method": method, "bytes_down": down, "bytes_up": up, "peer_bytes_down": peer})
+    for scheme, (sent, reported) in schemes.items():
+        down, up = len(wire.encode(sent)), len(wire.encode(reported))
+        results.append({"scheme": scheme, "bytes_down": down, "bytes_up": up, "peer_bytes_down": peer})
         print(
-            f"{method:24} down {down:9,} B  up {up:6,} B  {peer / down:8,.1f} times less down than the optimiser object"
+            f"{scheme:30} down {down:9,} B  up {up:6,} B  {peer / down:8,.1f} times less down than the optimiser object"
         )
-    print(json.dumps({"d": args.d, "popsize": args.popsize, "optimiser_object_bytes": peer, "results": results}))
+    print(json.dumps({"d": d, "popsize": popsize, "optimiser_object_bytes": peer, "results": results}))
 
 
 if __name__ == "__main__":

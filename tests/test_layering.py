@@ -17,17 +17,20 @@ NATIVE = ROOT / "src" / "fedbpt_native"
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         *("errors", "version", "messages", "seeding", "memory", "energy", "machine", "pauses", "autostart", "packages"),
-        *("tls", "tokens", "certs", "rate_limit", "prometheus"),
+        *("tls", "tokens", "certs", "rate_limit", "prometheus", "pieces"),
     ),
     ("batches", "losses", "projection", "population", "search", "readout", "privacy", "prompt", "models", "tasks"),
-    ("scorer", "native_scorer", "bench", "comparison", "wire", "racing", "objective", "envelopes"),
-    ("effort", "local_search", "local", "aggregation"),
     (
-        *("runs", "store", "history", "journal", "scalars", "registry", "reports"),
-        *("http_bodies", "http_auth", "http_server", "agent", "clients", "coordinator"),
+        *("scorer", "generator", "native_generator", "native_scorer", "bench", "comparison", "wire", "racing"),
+        *("objective", "envelopes", "generation"),
+    ),
+    ("device_state", "effort", "sampling", "local_search", "replay", "local", "aggregation", "side_by_side"),
+    (
+        *("runs", "database", "store", "history", "journal", "scalars", "registry", "reports"),
+        *("http_bodies", "http_auth", "http_server", "agent", "clients", "coordinator", "serving"),
         *("members", "pace", "fleet", "ledger", "estimate", "outcome", "control", "event_loop", "federation"),
     ),
-    ("config", "api", "display", "dashboard", "__init__", "cli", "__main__"),
+    ("config", "api", "display", "dashboard", "flower", "__init__", "cli", "__main__"),
 )
 RANK = {part: (layer, place) for layer, parts in enumerate(LAYERS) for place, part in enumerate(parts)}
 
@@ -80,9 +83,9 @@ def test_layer_table_names_no_part_twice() -> None:
     assert len(RANK) == sum(len(parts) for parts in LAYERS)
 
 
-def test_only_scorer_and_formats_import_the_native_module() -> None:
+def test_only_scorer_generator_and_formats_import_the_native_module() -> None:
     importers = {str(path.relative_to(PACKAGE)) for path in MODULES for _, name in imported(path) if "_native" in name}
-    assert importers == {"models/formats.py", "native_scorer.py"}
+    assert importers == {"models/formats.py", "native_generator.py", "native_scorer.py"}
 
 
 def test_import_finder_sees_every_way_to_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

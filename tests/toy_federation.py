@@ -9,7 +9,7 @@ import numpy as np
 
 from fedbpt.aggregation import Aggregator
 from fedbpt.local_search import local_search
-from fedbpt.messages import Array, LocalResult, LocalWork, PooledResult, PooledWork, Result, RoundReport, Work
+from fedbpt.messages import Array, LocalWork, PooledResult, PooledWork, Result, RoundReport, Work
 from fedbpt.population import sample_population
 from fedbpt.seeding import derive_seed
 
@@ -39,9 +39,10 @@ def answer(work: Work, device: str, round: int, loss: Loss, seed: int, n_texts: 
     if isinstance(work, PooledWork):
         losses = loss(sample_population(work.state, work.popsize, seed, work.generation))
         return report(device, round, PooledResult(losses=Array.of(losses)), n_texts, work.popsize)
-    mean, squares = local_search(work, derive_seed(seed, "local", device, round), lambda z, _: loss(z))
-    result = LocalResult(mean=Array.of(mean), fitness=float(loss(mean[None])[0]), sigma_squares=squares)
-    return report(device, round, result, n_texts, work.popsize * work.iterations + 1)
+    found = local_search(work, derive_seed(seed, "local", device, round), lambda z, _: loss(z))
+    return report(
+        device, round, found.with_fitness(float(loss(found.mean[None])[0])), n_texts, work.popsize * work.iterations + 1
+    )
 
 
 def run(

@@ -42,9 +42,9 @@ class FlakyClient(InProcessClient):
         self._check()
         return await super().status()
 
-    async def start(self, plan: Any) -> None:
+    async def start(self, plan: Any, history: Any = None) -> None:
         self._check()
-        await super().start(plan)
+        await super().start(plan, history)
 
     async def wait(self, run: str, round: int, timeout_s: float | None = None, on_progress: Any = None) -> Any:
         while True:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from fedbpt.errors import InputError
 from fedbpt.messages import Placement
 from fedbpt.models import WeightFormat
+from tests.toy_generator import ToyGenerator
 
 BOS = 256
 
@@ -50,6 +52,8 @@ class ToyScorer:
     @property
     def fingerprint(self) -> str:
         return "sha256:" + hashlib.sha256(self._table.tobytes()).hexdigest()
+
+    shares_beginnings = False
 
     @property
     def embedding_std(self) -> float:
@@ -123,6 +127,17 @@ class ToyScorer:
                         found[c, t, k] += logits[token] - top - np.log(np.exp(logits - top).sum())
                         so_far = np.concatenate([so_far, self._table[[token]]])
         return found
+
+    @cached_property
+    def generator(self) -> ToyGenerator:
+        return ToyGenerator(self)
+
+    def logits_after(self, ids: Sequence[int], rows: NDArray[np.float32], rows_at: int) -> NDArray[np.float64]:
+        """Logits [n_vocab] of what follows ``ids``, those from ``rows_at`` on embedded as ``rows`` instead."""
+        values = self._table[self._checked(ids)]
+        if len(rows):
+            values[rows_at : rows_at + len(rows)] = rows
+        return self._forward(values)
 
     def memory(self) -> Mapping[str, int]:
         size = self._table.nbytes

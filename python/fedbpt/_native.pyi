@@ -1,6 +1,6 @@
 """The pybind11 module over the llama.cpp fork (``src/fedbpt_native/bind_*.cpp``).
 
-Its users are `native_scorer` and `models.formats`.
+Its users are `native_scorer`, `native_generator` and `models.formats`.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,6 +23,57 @@ class Plan:
 
     @property
     def kv_bytes(self) -> int: ...
+
+class Generator:
+    """Texts token by token; made by `Engine.generator`. Thread-safe: calls that compute wait for each other."""
+
+    class Stream:
+        """A text that is being generated; when it is gone another may take its place."""
+
+        def cancel(self) -> None:
+            """Make the call in flight, or the next, raise `ScoringInterrupted`."""
+
+        @property
+        def n_reused(self) -> int:
+            """Tokens whose KV was there already as it began."""
+
+    def open(
+        self,
+        ids: NDArray[np.int32],
+        rows: NDArray[np.float32],
+        rows_at: int,
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        seed: int,
+    ) -> Stream:
+        """Begin a text: ids [n], from ``rows_at`` on embedded as ``rows`` [n_rows, n_embd]. Raises `InputError`."""
+
+    def next(self, stream: Stream, n_likeliest: int) -> tuple[int, float, list[tuple[int, float]]]:
+        """The next token, its log-probability, and ids and log-probabilities of the likeliest.
+
+        Raises `ScoringInterrupted`, `InputError` where the context is full, or what a signal handler raised.
+        """
+
+    def piece(self, id: int) -> bytes:
+        """What a token adds to a text."""
+
+    def is_end(self, id: int) -> bool:
+        """Whether a text ends with this token."""
+
+    def chat_ids(self, messages: Sequence[tuple[str, str]]) -> NDArray[np.int32]:
+        """Token ids [n] of (role, content) messages in the model's chat template. Raises `InputError`."""
+
+    def has_special(self, text: str) -> bool:
+        """Whether a text names special tokens."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Forward tokens computed so far."""
+
+    @property
+    def n_cells(self) -> int:
+        """Tokens that its KV cache has room for."""
 
 class Engine:
     """A loaded model and its scorer. Thread-safe: calls that compute wait for each other."""
@@ -59,9 +110,14 @@ class Engine:
         Raises `InputError`, `ScoringInterrupted` or what a signal handler raised.
         """
 
+    def generator(self) -> Generator:
+        """A new one, with a KV cache of its own."""
+
     def interrupt(self) -> None:
         """Make the scoring call in flight raise `ScoringInterrupted`."""
 
+    @property
+    def shares_beginnings(self) -> bool: ...
     def embedding_std(self) -> float:
         """Standard deviation over the whole token embedding table."""
 

@@ -35,9 +35,10 @@ from fedbpt.runs import (
     TemplateSelected,
     perplexity,
 )
+from fedbpt.sampling import parts_of, under
 from fedbpt.scorer import Scorer
 from fedbpt.store import RunStore
-from fedbpt.tasks import Row, Task, to_rows
+from fedbpt.tasks import Task, to_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -313,15 +314,16 @@ def evaluate(
         place = msgspec.structs.replace(prompt.spec, d=1)
         objective = Objective(scorer, used, task.labels, data, spec, place, keep_kv=False, words=prompt.word_ids)
         objective.readout = prompt.readout
-        others = [_zero_shot_logits(scorer, used, data, objective) for used in prompt.others]
-        found = objective.evaluate(prompt.rows[None], others=others)
+        others = [under(each, objective, data) for each in prompt.others]
+        parts = []
+        for part in parts_of(np.arange(len(data)), 1 + len(others)):
+            logits = [other.logits(other.zero_shot_embeds(), part) for other in others]
+            parts.append(objective.evaluate(prompt.rows[None], part, others=logits))
+        return EvaluationResult(
+            len(data), sum(part.correct[0] for part in parts), sum(part.loss_sums[0] for part in parts) / len(data),
+            np.concatenate([part.predictions[0] for part in parts]),
+        )  # fmt: skip
     return EvaluationResult(found.n, found.correct[0], found.loss_sums[0] / found.n, found.predictions[0])
-
-
-def _zero_shot_logits(scorer: Scorer, template: Template, rows: list[Row], like: Objective) -> NDArray[np.float32]:
-    """Logits [n, n_labels + n_words] with another template and no prompt, of the labels and words of ``like``."""
-    other = Objective(scorer, template, like.labels, rows, like.spec, like.prompt, keep_kv=False, words=like.word_ids)
-    return other.logits(other.zero_shot_embeds(), np.arange(len(rows)))
 
 
 class _Curves:

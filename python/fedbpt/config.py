@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,15 @@ def load_config(path: str | Path) -> tuple[RunConfig, Task]:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     beside = path.parent / raw["task"]
     task = tasks.load(beside if beside.is_file() else raw["task"])
-    settings = raw.setdefault("settings", {})
-    settings.setdefault("prompt", {}).setdefault("seed", settings.get("seed", 0))
-    settings.setdefault("objective", {}).setdefault("max_text_tokens", task.max_text_tokens)
+    raw["settings"] = with_defaults(raw.get("settings", {}), task)
     return _decoded(path, raw), task
+
+
+def with_defaults(settings: Mapping[str, Any], task: Task) -> dict[str, Any]:
+    """Fields of `RunSettings` with those that follow from others: see `load_config`."""
+    prompt = {"seed": settings.get("seed", 0), **settings.get("prompt", {})}
+    objective = {"max_text_tokens": task.max_text_tokens, **settings.get("objective", {})}
+    return {**settings, "prompt": prompt, "objective": objective}
 
 
 def _decoded(path: Path, raw: Any) -> RunConfig:

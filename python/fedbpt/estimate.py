@@ -16,7 +16,7 @@ from fedbpt.aggregation.base import Aggregator
 from fedbpt.aggregation.readout import EXCHANGES, ReadoutFit
 from fedbpt.bench import Measurement, Projection
 from fedbpt.errors import ConfigError
-from fedbpt.ledger import FederatedTask
+from fedbpt.ledger import FederatedTask, epsilon_of
 from fedbpt.messages import (
     Array,
     DeviceInfo,
@@ -60,11 +60,15 @@ class DeviceCost(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunCost(msgspec.Struct, frozen=True, kw_only=True):
-    """``rounds`` of the search and ``evaluations`` in them, until the budget is spent on every device."""
+    """``rounds`` of the search and ``evaluations`` in them, until the budget is spent on every device.
+
+    ``epsilon``: then spent on a training row of the device that has the fewest; None: the run is not private.
+    """
 
     rounds: int
     evaluations: int
     devices: tuple[DeviceCost, ...]
+    epsilon: float | None = None
 
 
 def estimate(
@@ -78,7 +82,7 @@ def estimate(
     """
     settings = settings.for_labels(task.labels)
     local = settings.method != "pooled"
-    parts = [_tokens(settings, len(task.templates), info.n_train) for info in infos]
+    parts = [_tokens(settings, task.templates, info) for info in infos]
     per_round = settings.popsize * settings.iterations + 1 if local else settings.popsize
     rounds = _rounds(settings, infos, parts, per_round)
     _check_deadline(settings, infos, parts)
@@ -93,7 +97,8 @@ def estimate(
                 rss_bytes=info.rss_bytes, select=select, texts=texts, round=each, others=others,
             )
         )  # fmt: skip
-    return RunCost(rounds=rounds, evaluations=rounds * per_round, devices=tuple(devices))
+    spent = epsilon_of(settings, len(task.templates), min(info.n_train for info in infos), rounds)
+    return RunCost(rounds=rounds, evaluations=rounds * per_round, devices=tuple(devices), epsilon=spent)
 
 
 def spent_share(settings: RunSettings, searched: int, evaluations: int, tokens: int, seconds: float) -> float:
@@ -113,6 +118,7 @@ def project(found: Measurement, task: FederatedTask, rows: int = 128) -> Project
     info = DeviceInfo(
         name="device", version=found.fedbpt_version, model_fingerprint=found.model_fingerprint, model_name="model",
         backend="any", n_train=rows, n_dev=0, n_test=0, ram_bytes=found.ram_bytes, rss_bytes=0, peak_rss_bytes=0,
+        shares_beginnings=True,
     )  # fmt: skip
     aggregator = make_aggregator(settings.method, settings.prompt, settings.popsize, settings.iterations, settings.seed)
     cost = estimate(settings, task, [info], aggregator)
@@ -126,13 +132,16 @@ def project(found: Measurement, task: FederatedTask, rows: int = 128) -> Project
     )  # fmt: skip
 
 
-def _tokens(settings: RunSettings, n_templates: int, n_rows: int) -> tuple[int, int, int, int]:
-    """(choosing the template, the texts once, a search's round, the readout's other templates), of ``n_rows`` rows."""
-    objective, prompt = settings.objective, settings.prompt
+def _tokens(settings: RunSettings, templates: Sequence[Template], info: DeviceInfo) -> tuple[int, int, int, int]:
+    """(choosing the template, the texts once, a search's round, the readout's other templates) on a device."""
+    objective, prompt, n_rows, n_templates = settings.objective, settings.prompt, info.n_train, len(templates)
     text = objective.max_text_tokens + TEMPLATE_TOKENS
     target = objective.max_text_tokens if objective.loss == "nll" else 0
+    alike = len({template.pattern.partition("{text}")[0] for template in templates}) == 1
+    # under one more template a text that begins as before costs its end alone
+    again = TEMPLATE_TOKENS if info.shares_beginnings and prompt.placement == "cue" and alike else text
     selected = min(settings.select_rows or n_rows, n_rows) if n_templates > 1 else int(settings.balanced)
-    select = selected * (text + target) * n_templates
+    select = selected * (text + again * (n_templates - 1) + target * n_templates)
     batch = min(objective.batch_size or n_rows, n_rows)
     cue = prompt.placement == "cue"
     a_text = target + (prompt.n_prompt if cue else text)  # for one candidate; in front all texts share the prompt's KV
@@ -146,7 +155,7 @@ def _tokens(settings: RunSettings, n_templates: int, n_rows: int) -> tuple[int, 
     fits = settings.calibrate or objective.readout_words > 0
     fitted = min(settings.fit_rows or n_rows, n_rows) if fits else 0
     texts = (n_rows * text if cue else 0) + 2 * fitted * (prompt.n_prompt if cue else prompt.n_prompt + text)
-    others = (min(settings.ensemble, n_templates) - 1) * fitted * text if objective.readout_words else 0
+    others = (min(settings.ensemble, n_templates) - 1) * fitted * again if objective.readout_words else 0
     return select, texts, each, others
 
 

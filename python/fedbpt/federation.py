@@ -22,9 +22,9 @@ from fedbpt.clients.base import DeviceClient
 from fedbpt.control import RunControl, Wish
 from fedbpt.errors import ConfigError, FederationError, QuorumError, StoreError
 from fedbpt.event_loop import run_to_end
-from fedbpt.fleet import Fleet, common_model
+from fedbpt.fleet import Fleet
 from fedbpt.ledger import SELECTION, FederatedTask, RunLedger
-from fedbpt.members import Draft, Listener, check_names
+from fedbpt.members import Draft, Listener, check_names, common_model
 from fedbpt.messages import (
     DeviceInfo,
     EvaluateReport,
@@ -253,6 +253,7 @@ class Federation:
             self._wish.deadline_s or self.settings.deadline_s,
             purpose,
             draft,
+            ledger.aggregator.history() if purpose == "search" else None,
         )
         costs = self._costs(fleet)
         loss = ledger.commit(round, work_digest, reports, time.monotonic() - began, costs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final
 
 from fedbpt.clients.base import DeviceClient
@@ -19,12 +19,19 @@ from fedbpt.errors import (
     DeviceRefusedError,
     DeviceUnreachableError,
     FedbptError,
-    FederationError,
     QuorumError,
     WireError,
 )
 from fedbpt.members import INVITATIONS, Draft, Listener, Member, OpenRound
-from fedbpt.messages import DeviceInfo, EvaluateReport, EvaluateRequest, RoundPlan, RoundProgress, RoundReport
+from fedbpt.messages import (
+    DeviceInfo,
+    EvaluateReport,
+    EvaluateRequest,
+    RoundPlan,
+    RoundProgress,
+    RoundReport,
+    SearchHistory,
+)
 from fedbpt.pace import Pace
 from fedbpt.reports import check_evaluation, check_report
 
@@ -32,6 +39,12 @@ log = logging.getLogger(__name__)
 
 PROBE_S: Final = (0.25, 5.0)
 """First and longest pause between two looks for a lost device."""
+
+AT_ONCE: Final = 64
+"""Devices that are asked or given work at the same time: of more, the last would seem not to answer in time."""
+
+SHOWN: Final = 5
+"""Devices that a line names at most."""
 
 CANCEL_S: Final = 3.0
 """How long devices may take to hear that the run stops."""
@@ -46,6 +59,7 @@ class Fleet:
         self._listener = listener
         self._pace = pace or Pace(stragglers=0)
         self._fingerprint = ""
+        self._turns = asyncio.Semaphore(AT_ONCE)
         self._changed = asyncio.Event()
         self._background: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
@@ -84,7 +98,8 @@ class Fleet:
 
     async def _ask(self, member: Member) -> DeviceInfo | FedbptError:
         try:
-            return await member.client.status()
+            async with self._turns:
+                return await member.client.status()
         except (DeviceError, WireError) as error:
             return error
 
@@ -133,6 +148,7 @@ class Fleet:
         deadline_s: float,
         kind: str = "",
         draft: Draft | None = None,
+        history: SearchHistory | None = None,
     ) -> list[RoundReport]:
         """Reports of one round, sorted by device. Ends when all that were asked have answered, or at the deadline.
 
@@ -143,12 +159,14 @@ class Fleet:
             kind: of its work: a device that takes much longer than it usually does for this kind is late, once there
                 are ``needed`` reports.
             draft: whom to ask, and how many reports end the round; None: all live devices.
+            history: of the search that the round belongs to, where there is one.
 
         Raises:
             QuorumError: fewer than ``needed`` reports at the deadline; lost devices may come back until then.
         """
         everybody = Draft(tuple(self.members), len(self.members), len(self.members))
-        current = OpenRound(round, kind, draft or everybody, needed, deadline_s, asyncio.get_running_loop().time())
+        now = asyncio.get_running_loop().time()
+        current = OpenRound(round, kind, draft or everybody, needed, deadline_s, now, history)
         self.round = round
         try:
             while True:
@@ -182,7 +200,7 @@ class Fleet:
                 asked.add(name)
                 current.invited[name] += 1
                 current.since[name] = asyncio.get_running_loop().time()
-                current.working[asyncio.create_task(self._work(member, plan_for(name)))] = member
+                current.working[asyncio.create_task(self._work(member, plan_for(name), current.history))] = member
 
     def _time_left(self, current: OpenRound) -> float:
         """How many seconds the round may still wait for a report; 0: it is over."""
@@ -256,16 +274,18 @@ class Fleet:
         reasons = [
             f"{m.name}: {m.reason.removeprefix(f'{m.name}: ')}" for m in self.members.values() if m.state != "live"
         ]
-        return f" ({'; '.join(reasons)})" if reasons else ""
+        more = [f"and {len(reasons) - SHOWN} more"] if len(reasons) > SHOWN else []
+        return f" ({'; '.join(reasons[:SHOWN] + more)})" if reasons else ""
 
-    async def _work(self, member: Member, plan: RoundPlan) -> RoundReport:
+    async def _work(self, member: Member, plan: RoundPlan, history: SearchHistory | None) -> RoundReport:
         """One device's report on ``plan``, which is sent again where the device was restarted."""
 
         def progress(where: RoundProgress) -> None:
             self._listener.progress(member.name, where)
 
         for _ in range(INVITATIONS):
-            await self._send(member, plan)
+            async with self._turns:
+                await self._send(member, plan, history)
             try:
                 report = await member.client.wait(plan.run, plan.round, None, progress)
             except DeviceRefusedError as error:
@@ -280,17 +300,17 @@ class Fleet:
             return report
         raise DeviceFailedError(f"{member.name} forgot round {plan.round} {INVITATIONS} times: is it being restarted?")
 
-    async def _send(self, member: Member, plan: RoundPlan) -> None:
+    async def _send(self, member: Member, plan: RoundPlan, history: SearchHistory | None) -> None:
         key = (plan.run, plan.round)
         try:
-            await member.client.start(plan)
+            await member.client.start(plan, history)
         except DeviceRefusedError as error:
             if error.code != "conflict" or key in member.sent:
                 raise
             # Left by a coordinator that had other settings, under this run's name: it is ours to replace, once.
             await member.client.cancel(*key)
             member.sent.add(key)
-            await member.client.start(plan)
+            await member.client.start(plan, history)
         member.sent = {key}
 
     async def _await_late(self, task: asyncio.Task[RoundReport], member: Member) -> None:
@@ -374,17 +394,3 @@ def _has_rows(member: Member, request: EvaluateRequest) -> bool:
     if member.info is None:
         return False
     return (member.info.n_dev if request.split == "dev" else member.info.n_test) > 0
-
-
-def common_model(infos: Sequence[DeviceInfo]) -> DeviceInfo:
-    """The info of a device with the model that all have. Raises `FederationError` where they have different ones."""
-    by_model: dict[str, list[DeviceInfo]] = {}
-    for info in infos:
-        by_model.setdefault(info.model_fingerprint, []).append(info)
-    if len(by_model) > 1:
-        held = "; ".join(
-            f"{', '.join(info.name for info in group)}: {group[0].model_name} ({fingerprint})"
-            for fingerprint, group in by_model.items()
-        )
-        raise FederationError(f"the devices have different models, give all the same file: {held}")
-    return infos[0]

@@ -1,11 +1,13 @@
-"""Whom a server answers: `RequireToken`, who sends its one token; `LoopbackOnly`, this machine under its own names."""
+"""Who is answered: `RequireToken`, who sends a server's one token; `LoopbackOnly`, who calls it by loopback's names."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 from urllib.parse import urlsplit
 
 from starlette.requests import HTTPConnection, Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedbpt import tokens
@@ -20,9 +22,10 @@ GUESSES: Final = (1.0, 10)
 class RequireToken:
     """ASGI middleware: 401 without the token, 429 where an address guesses on; ``/healthz`` is for everybody."""
 
-    def __init__(self, app: ASGIApp, token: str, who: str) -> None:
+    def __init__(self, app: ASGIApp, token: str, who: str, refuse: Callable[..., Response] = refusal) -> None:
         self._app = app
         self._who = who
+        self._refuse = refuse
         self._digest = tokens.digest(token)
         self._guesses = RateLimit(*GUESSES)
 
@@ -32,9 +35,11 @@ class RequireToken:
             if not tokens.matches(tokens.bearer(request.headers), self._digest):
                 wait_s = self._guesses.take(request.client.host if request.client else "")
                 if wait_s:
-                    answer = refusal(request, "too-many", "too many requests without the token", retry_after_s=wait_s)
+                    answer = self._refuse(
+                        request, "too-many", "too many requests without the token", retry_after_s=wait_s
+                    )
                 else:
-                    answer = refusal(request, "unauthorized", f"{self._who} asks for its token")
+                    answer = self._refuse(request, "unauthorized", f"{self._who} asks for its token")
                 await answer(scope, receive, send)
                 return
         await self._app(scope, receive, send)
@@ -43,14 +48,15 @@ class RequireToken:
 class LoopbackOnly:
     """ASGI middleware: 421 under any other name, for a web page may give its own name our address (DNS rebinding)."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, refuse: Callable[..., Response] = refusal) -> None:
         self._app = app
+        self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             request = Request(scope)
             if not is_loopback(host_of(request)):
-                answer = refusal(request, "wrong-host", "without a token this is for 127.0.0.1 and localhost")
+                answer = self._refuse(request, "wrong-host", "without a token this is for 127.0.0.1 and localhost")
                 await answer(scope, receive, send)
                 return
         await self._app(scope, receive, send)

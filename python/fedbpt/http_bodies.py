@@ -28,6 +28,8 @@ STATUS_OF_CODE: Final = {
     "conflict": 409,
     "busy": 409,
     "superseded": 409,
+    "unknown-search": 409,
+    "replay-differs": 409,
     "wrong-model": 422,
     "unknown-round": 404,
     "unknown-evaluation": 404,
@@ -54,10 +56,7 @@ async def read(request: Request, kind: type[M], limit: int | None = None) -> M:
     if content_type not in (wire.CONTENT_TYPE, wire.JSON_TYPE):
         raise DeviceRefusedError(f"send {wire.CONTENT_TYPE} or {wire.JSON_TYPE}", "wrong-content-type")
     most = wire.MAX_BODY_BYTES if limit is None else limit
-    try:
-        body = await asyncio.wait_for(_read_body(request, most), BODY_TIMEOUT_S)
-    except asyncio.TimeoutError as error:
-        raise DeviceRefusedError(f"the body took over {BODY_TIMEOUT_S:g} s to arrive", "too-slow") from error
+    body = await body_of(request, most)
     decode = wire.decode if content_type == wire.CONTENT_TYPE else wire.decode_json
     return decode(body, kind, most)
 
@@ -105,6 +104,14 @@ def retry_after(headers: Mapping[str, str]) -> float:
     """The seconds that a server asks to wait for; 0.0 where it does not say, or gives a date."""
     text = headers.get("retry-after", "")
     return float(text) if text.isdecimal() and len(text) < 6 else 0.0
+
+
+async def body_of(request: Request, limit: int) -> bytes:
+    """The request's body; refused over ``limit`` bytes, or where it takes too long."""
+    try:
+        return await asyncio.wait_for(_read_body(request, limit), BODY_TIMEOUT_S)
+    except asyncio.TimeoutError as error:
+        raise DeviceRefusedError(f"the body took over {BODY_TIMEOUT_S:g} s to arrive", "too-slow") from error
 
 
 async def _read_body(request: Request, limit: int) -> bytes:

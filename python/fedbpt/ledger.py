@@ -160,7 +160,13 @@ class RunLedger:
             " version, or changed since; begin a run of another name"
         )
         try:
-            work_digest = wire.digest(self.work(stored.round, purpose_of(stored.reports)))
+            purpose = purpose_of(stored.reports)
+            work_digest = wire.digest(self.work(stored.round, purpose))
+            if purpose == "readout" and work_digest != stored.work_digest:
+                # fitted to the prompt that counted with another patience: it cost what it cost, and is fitted anew
+                self.fits.pop(purpose)
+                self._count(stored.round, stored.reports)
+                return
             self._apply(stored.round, stored.reports)
         except (ValueError, LookupError) as error:  # reports that do not fit the work, or none
             raise failure from error
@@ -276,13 +282,8 @@ class RunLedger:
 
         Every device is taken to have answered in each of them.
         """
-        settings, n_rows = self.settings, self._fewest_rows
-        if settings.privacy is None or not n_rows:
-            return None
-        selections = int(len(self.task.templates) > 1 and self.closed >= SELECTION)
-        searches = self.searched * (1 if settings.method == "pooled" else settings.iterations)
-        select, search = (sampling_rate(n_rows, s) for s in (settings.select_rows, settings.objective.batch_size))
-        return epsilon(settings.privacy, [(select, selections), (search, searches)])
+        selected = len(self.task.templates) if self.closed >= SELECTION else 1
+        return epsilon_of(self.settings, selected, self._fewest_rows, self.searched)
 
     def commit(
         self,
@@ -335,6 +336,9 @@ class RunLedger:
             for report in reports:
                 self._pace.took(report.device, report.seconds, report.n_texts)
             self.fits.pop("readout", None)
+        self._count(round, reports)
+
+    def _count(self, round: int, reports: Sequence[RoundReport]) -> None:
         self.closed = round
         fewest = min(report.n_texts for report in reports)
         self._fewest_rows = min(self._fewest_rows or fewest, fewest)
@@ -368,3 +372,14 @@ class RunLedger:
     def metrics(self, round: int) -> dict[str, float]:
         """The figures kept of ``round``."""
         return next((dict(line.metrics) for line in self.store.history(self.run) if line.round == round), {})
+
+
+def epsilon_of(settings: RunSettings, n_templates: int, n_rows: int, rounds: int) -> float | None:
+    """ε of a selection among ``n_templates`` and ``rounds`` of search, on a row of a device that has ``n_rows``; None:
+    without privacy, or rows.
+    """
+    if settings.privacy is None or not n_rows:
+        return None
+    searches = rounds * (1 if settings.method == "pooled" else settings.iterations)
+    select, search = (sampling_rate(n_rows, s) for s in (settings.select_rows, settings.objective.batch_size))
+    return epsilon(settings.privacy, [(select, int(n_templates > 1)), (search, searches)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -13,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.batches import Row, batch_indices
+from fedbpt.device_state import DeviceState
 from fedbpt.effort import Effort
 from fedbpt.errors import DataError, InputError
-from fedbpt.local_search import local_search
+from fedbpt.local_search import local_search, local_seed
 from fedbpt.messages import (
     Array,
     DeviceInfo,
@@ -42,8 +42,9 @@ from fedbpt.objective import Objective, Progress
 from fedbpt.population import sample_population
 from fedbpt.privacy import Releases, RowLosses, check_private
 from fedbpt.readout import answer
+from fedbpt.sampling import mini_batch, parts_of, row_weights, under
 from fedbpt.scorer import Scorer
-from fedbpt.seeding import derive_seed, generator
+from fedbpt.seeding import generator
 from fedbpt.version import VERSION
 from fedbpt.wire import digest
 
@@ -59,8 +60,8 @@ class Device:
         name: what the device calls itself.
         scorer: its model.
         train_rows: (text, label index) pairs that it tunes on.
-        dev_rows: rows that choose; may be empty.
-        test_rows: rows that only report; may be empty.
+        dev_rows, test_rows: rows that choose, and that only report; may be empty.
+        state: what it remembers of earlier rounds; None: nothing.
 
     Raises:
         DataError: no training rows.
@@ -73,6 +74,8 @@ class Device:
         train_rows: Sequence[Row],
         dev_rows: Sequence[Row] = (),
         test_rows: Sequence[Row] = (),
+        *,
+        state: DeviceState | None = None,
     ) -> None:
         if not train_rows:
             raise DataError(f"device {name} has no training rows: give it at least one")
@@ -80,9 +83,7 @@ class Device:
         self.scorer = scorer
         self._rows = {"train": tuple(train_rows), "dev": tuple(dev_rows), "test": tuple(test_rows)}
         self._objectives: OrderedDict[bytes, Objective] = OrderedDict()
-        self._fitted: tuple[bytes, NDArray[np.float32]] | None = None
-        self._tokens_per_second: float | None = None
-        self._key = secrets.token_bytes(32)  # of its noise; it stays in this process
+        self.state = state or DeviceState()
 
     def measure_speed(self) -> float:
         """Forward tokens per second on a text of 128 tokens, as `info` says until a round has shown better."""
@@ -92,8 +93,8 @@ class Device:
         plan.score(none)  # buffers and caches
         before, began = plan.n_tokens, time.monotonic()
         plan.score(none)
-        self._tokens_per_second = (plan.n_tokens - before) / max(time.monotonic() - began, 1e-6)
-        return self._tokens_per_second
+        self.state.tokens_per_second = (plan.n_tokens - before) / max(time.monotonic() - began, 1e-6)
+        return self.state.tokens_per_second
 
     def info(self) -> DeviceInfo:
         """What the device says of itself; ``tokens_per_second``: its last round's, or `measure_speed`'s before any."""
@@ -110,7 +111,8 @@ class Device:
             ram_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             rss_bytes=int(memory.get("rss", 0)),
             peak_rss_bytes=int(memory.get("peak_rss", 0)),
-            tokens_per_second=self._tokens_per_second,
+            tokens_per_second=self.state.tokens_per_second,
+            shares_beginnings=self.scorer.shares_beginnings,
         )
 
     def run(
@@ -151,13 +153,15 @@ class Device:
             result, n_texts = self._pooled(plan, work, counter, progress, asked)
         elif isinstance(work, FitWork):
             result, n_texts = self._fit(plan, work, counter, progress, asked)
-        else:
+        elif isinstance(work, LocalWork):
             result, n_texts = self._local(plan, work, counter, progress, asked)
+        else:
+            raise InputError("the plan is a short one: make it whole first (fedbpt.replay)")
         seconds = time.monotonic() - began
         if plan.privacy is not None:
             seconds = 0.0  # as the tokens, it would tell which rows were in the sample
         elif seconds > waited and counter.tokens:
-            self._tokens_per_second = counter.tokens / (seconds - waited)
+            self.state.tokens_per_second = counter.tokens / (seconds - waited)
         return RoundReport(
             run=plan.run,
             round=plan.round,
@@ -190,17 +194,21 @@ class Device:
             keep_kv=request.split == "dev",  # looked at again and again; test rows once
         )  # fmt: skip
         n = min(request.max_rows or len(objective), len(objective))
-        objective.row_weights = _row_weights(objective, request)
+        objective.row_weights = row_weights(objective, request)
         if request.readouts and len(request.readouts) != len(latents):
             raise InputError(f"{len(request.readouts)} readouts for {len(latents)} latents: give one each, or none")
-        made = [self._other(objective, request.split, template) for template in request.others]
-        others = [other.logits(other.zero_shot_embeds(), np.arange(n), cancelled) for other in made]
+        others = [under(template, objective, self._rows[request.split]) for template in request.others]
         correct, loss_sums = [0] * len(latents), [0.0] * len(latents)
-        for which, embeds in objective.prompts(latents):
-            readouts = [request.readouts[i] for i in which] if request.readouts else ()
-            found = objective.evaluate(embeds, np.arange(n), progress, cancelled, readouts, others)
-            for i, right, loss in zip(which, found.correct, found.loss_sums, strict=True):
-                correct[i], loss_sums[i] = right, loss
+        for part in parts_of(np.arange(n), 1 + len(others)):
+            logits = [other.logits(other.zero_shot_embeds(), part, cancelled) for other in others]
+            for which, embeds in objective.prompts(latents):
+                readouts = [request.readouts[i] for i in which] if request.readouts else ()
+                report = None if others else progress
+                found = objective.evaluate(embeds, part, report, cancelled, readouts, logits)
+                for i, right, loss in zip(which, found.correct, found.loss_sums, strict=True):
+                    correct[i], loss_sums[i] = correct[i] + right, loss_sums[i] + loss
+            if others:
+                progress(int(part[-1]) + 1, n)
         return EvaluateReport(n=n, correct=tuple(correct), loss_sums=tuple(loss_sums), seconds=time.monotonic() - began)
 
     def _select(
@@ -215,15 +223,17 @@ class Device:
         parts = [chosen]
         if work.by_label:
             parts = [chosen[labels[chosen] == label] for label in range(len(plan.labels))]
-        sums = np.zeros((len(work.templates), len(parts)))
-        for number, template in enumerate(work.templates):
-            objective = self._objective("train", template, plan.labels, plan.objective, plan.prompt, keep_kv=False)
-            with counter.of(objective):
-                for place, part in enumerate(parts):
-                    if len(part):
-                        found = objective.evaluate(objective.zero_shot_embeds(), part, None, cancelled)
-                        sums[number, place] = found.loss_sums[0]
-            progress(number + 1, len(work.templates))
+        sums, done = np.zeros((len(work.templates), len(parts))), 0
+        made = self._zero_shot_objectives(plan, work)
+        for place, part in enumerate(parts):
+            for rows in parts_of(part, len(made)):
+                for number, objective in enumerate(made):
+                    with counter.of(objective):
+                        losses = objective.row_losses(objective.zero_shot_embeds(), rows, cancelled)
+                    sums[number, place] += losses.sum()
+                done += len(rows)
+                progress(done, len(chosen))
+        counter.evaluations += len(made) * sum(len(part) > 0 for part in parts)
         if not work.by_label:
             return SelectResult(loss_sums=Array.of(sums[:, 0])), len(chosen)
         counts = np.bincount(labels, minlength=len(plan.labels)).tolist()
@@ -232,16 +242,24 @@ class Device:
     def _select_privately(
         self, plan: RoundPlan, work: SelectWork, counter: Effort, cancelled: Cancelled
     ) -> tuple[SelectResult, int]:
+        made = self._zero_shot_objectives(plan, work)
+
         def losses(sample: NDArray[np.intp]) -> NDArray[np.float64]:
-            found = []
-            for template in work.templates:
-                made = self._objective("train", template, plan.labels, plan.objective, plan.prompt, keep_kv=False)
-                found.append(made.row_losses(made.zero_shot_embeds(), sample, cancelled)[0])
-            return np.stack(found)
+            found = [
+                [objective.row_losses(objective.zero_shot_embeds(), rows, cancelled)[0] for objective in made]
+                for rows in parts_of(sample, len(made))
+            ]
+            return np.concatenate(found, axis=1)
 
         n_rows = len(self._rows["train"])
         mean = self._release(plan, 0, len(work.templates), work.max_rows, losses, counter)
         return SelectResult(loss_sums=Array.of(n_rows * mean)), n_rows
+
+    def _zero_shot_objectives(self, plan: RoundPlan, work: SelectWork) -> list[Objective]:
+        return [
+            self._objective("train", template, plan.labels, plan.objective, plan.prompt, keep_kv=False)
+            for template in work.templates
+        ]
 
     def _pooled(
         self, plan: RoundPlan, work: PooledWork, counter: Effort, progress: Progress, cancelled: Cancelled
@@ -252,7 +270,7 @@ class Device:
             noisy = self._private_losses(plan, 0, objective, latents, counter, cancelled)
             return PooledResult(losses=Array.of(noisy, "<f4")), len(objective)
         path = (plan.device, work.generation)
-        chosen = _batch(objective, _row_weights(objective, plan), plan.texts, plan, path)
+        chosen = mini_batch(objective, row_weights(objective, plan), plan.texts, plan, path)
         noise = generator(plan.seed, "perturb", *path)
         with counter.of(objective):
             losses = objective.losses(objective.embeds(latents), chosen, noise, progress, cancelled)
@@ -268,18 +286,22 @@ class Device:
         chosen = batch_indices(len(objective), work.max_rows, generator(plan.seed, "fit", plan.device))
         what = (plan.template, plan.labels, plan.objective, plan.prompt, work.latent, work.others)
         key = msgspec.msgpack.encode((*what, plan.seed, plan.device, work.max_rows))
-        if self._fitted is None or self._fitted[0] != key:  # the prompt stands still while a readout is fitted
-            with counter.of(objective):
-                [(_, embeds)] = objective.prompts(work.latent.numpy()[None])
-                logits = [objective.logits(embeds, chosen, cancelled)]
+        if self.state.fitted is None or self.state.fitted_to != key:  # a fit's prompt stands still
+            [(_, embeds)] = objective.prompts(work.latent.numpy()[None])
+            made = [(objective, embeds)]
             for template in work.others:
-                other = self._other(objective, "train", template)
-                with counter.of(other):
-                    logits.append(other.logits(other.zero_shot_embeds(), chosen, cancelled))
-                progress(len(logits), len(work.others) + 2)
-            self._fitted = key, np.stack(logits)
-        rows = _row_weights(objective, plan)[chosen]
-        result = answer(work, self._fitted[1], objective.targets[chosen], objective.readout, len(plan.labels), rows)
+                other = under(template, objective, self._rows["train"])
+                made.append((other, other.zero_shot_embeds()))
+            logits: list[list[NDArray[np.float32]]] = [[] for _ in made]
+            parts = parts_of(chosen, len(made))
+            for number, part in enumerate(parts):
+                for (each, prompt), found in zip(made, logits, strict=True):
+                    with counter.of(each):
+                        found.append(each.logits(prompt, part, cancelled))
+                progress(number + 1, len(parts) + 1)
+            self.state.fitted_to, self.state.fitted = key, np.stack([np.concatenate(each) for each in logits])
+        rows = row_weights(objective, plan)[chosen]
+        result = answer(work, self.state.fitted, objective.targets[chosen], objective.readout, len(plan.labels), rows)
         progress(1, 1)
         return result, len(chosen)
 
@@ -289,7 +311,7 @@ class Device:
         objective = self._train_objective(plan)
         everything = len(objective)
         steps = work.iterations + 1
-        weights = _row_weights(objective, plan)
+        weights = row_weights(objective, plan)
         weights = weights / weights.mean()  # else a device with frequent labels alone would look fittest
 
         def losses(latents: NDArray[np.float64], iteration: int) -> NDArray[np.float64]:
@@ -298,20 +320,18 @@ class Device:
             last = iteration == work.iterations
             path = (plan.device, plan.round, iteration)
             size = 0 if last else plan.texts
-            chosen = _batch(objective, weights, size, plan, path)
+            chosen = mini_batch(objective, weights, size, plan, path)
             noise = generator(plan.seed, "perturb", *path)
             values = objective.losses(objective.embeds(latents), chosen, noise, None, cancelled)
             progress(iteration + 1, steps)
             return values
 
-        seed = derive_seed(plan.seed, "local", plan.device, plan.round)
         if plan.privacy is not None:  # the mean follows from the noisy losses; its own is not released
-            mean, sigma_squares = local_search(work, seed, losses)
-            return LocalResult(mean=Array.of(mean), fitness=0.0, sigma_squares=sigma_squares), everything
+            return local_search(work, local_seed(plan), losses).with_fitness(0.0), everything
         with counter.of(objective):
-            mean, sigma_squares = local_search(work, seed, losses)
-            fitness = float(losses(mean[None], work.iterations)[0])  # F(m_k) on all of the device's rows
-        return LocalResult(mean=Array.of(mean), fitness=fitness, sigma_squares=sigma_squares), everything
+            found = local_search(work, local_seed(plan), losses)
+            fitness = float(losses(found.mean[None], work.iterations)[0])  # F(m_k) on all of the device's rows
+        return found.with_fitness(fitness), everything
 
     def _private_losses(
         self, plan: RoundPlan, part: int, objective: Objective, latents: NDArray[np.float64], counter: Effort,
@@ -333,7 +353,7 @@ class Device:
         n_rows = len(self._rows["train"])
         counter.evaluations += k
         counter.tokens += k * min(size or n_rows, n_rows)  # as expected, not as sampled
-        return Releases(plan.privacy, self._key, question).mean(part, k, n_rows, size, losses)
+        return Releases(plan.privacy, self.state.key, question).mean(part, k, n_rows, size, losses)
 
     def _train_objective(self, plan: RoundPlan) -> Objective:
         objective = self._objective("train", plan.template, plan.labels, plan.objective, plan.prompt)
@@ -361,39 +381,9 @@ class Device:
             self._objectives.popitem(last=False)
         return made
 
-    def _other(self, like: Objective, split: str, template: Template) -> Objective:
-        """The rows of ``like`` with another template, and the same words; scored once."""
-        rows = self._rows[split]
-        return Objective(
-            self.scorer, template, like.labels, rows, like.spec, like.prompt, keep_kv=False, words=like.word_ids
-        )
-
     def _check_model(self, fingerprint: str) -> None:
         if fingerprint != self.scorer.fingerprint:
             raise InputError(
                 f"the plan is for the model {fingerprint}, device {self.name} has {self.scorer.name} "
                 f"({self.scorer.fingerprint}): start all devices with the same model file"
             )
-
-
-def _row_weights(objective: Objective, asked: RoundPlan | EvaluateRequest) -> NDArray[np.float64]:
-    """Weight [n] of each row's loss: its label's."""
-    if not asked.label_weights:
-        return np.ones(len(objective))
-    if len(asked.label_weights) != len(asked.labels):
-        raise InputError(f"{len(asked.label_weights)} label weights for {len(asked.labels)} labels: give one each")
-    return np.array(asked.label_weights)[objective.targets]
-
-
-def _batch(
-    objective: Objective, weights: NDArray[np.float64], size: int, plan: RoundPlan, path: tuple[str | int, ...]
-) -> NDArray[np.intp]:
-    """A mini-batch by ``weights`` [n] of the rows; ``objective`` then gives the weighted mean of all rows, unbiased.
-
-    Rows that were drawn by their weight count alike, so that a rare label is in the mini-batch instead of weighing
-    much in a few of them.
-    """
-    chosen = batch_indices(len(objective), size, generator(plan.seed, "batch", *path), objective.targets, weights)
-    everything = len(chosen) == len(objective)
-    objective.row_weights = weights if everything else np.full(len(weights), weights.mean())
-    return chosen

@@ -11,8 +11,8 @@ from typing import Final, Literal, NamedTuple
 import msgspec
 
 from fedbpt.clients.base import DeviceClient
-from fedbpt.errors import ConfigError
-from fedbpt.messages import DeviceInfo, Name, RoundProgress, RoundReport
+from fedbpt.errors import ConfigError, FederationError
+from fedbpt.messages import DeviceInfo, Name, RoundProgress, RoundReport, SearchHistory
 
 
 class Member:
@@ -66,6 +66,7 @@ class OpenRound:
     needed: int
     deadline_s: float
     began: float
+    history: SearchHistory | None = None
     reports: dict[str, RoundReport] = field(default_factory=dict)
     invited: Counter[str] = field(default_factory=Counter)
     barred: set[str] = field(default_factory=set)
@@ -87,3 +88,17 @@ def check_names(names: Sequence[str], what: str) -> None:
             raise ConfigError(f"two {what}s are named {name!r}: give each its own name")
     if not names:
         raise ConfigError(f"a run needs at least one {what}")
+
+
+def common_model(infos: Sequence[DeviceInfo]) -> DeviceInfo:
+    """The info of a device with the model that all have. Raises `FederationError` where they have different ones."""
+    by_model: dict[str, list[DeviceInfo]] = {}
+    for info in infos:
+        by_model.setdefault(info.model_fingerprint, []).append(info)
+    if len(by_model) > 1:
+        held = "; ".join(
+            f"{', '.join(info.name for info in group)}: {group[0].model_name} ({fingerprint})"
+            for fingerprint, group in by_model.items()
+        )
+        raise FederationError(f"the devices have different models, give all the same file: {held}")
+    return infos[0]

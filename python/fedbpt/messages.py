@@ -166,6 +166,34 @@ class PooledWork(Message, frozen=True, tag="pooled"):
     popsize: PositiveInt
 
 
+class SearchHistory(Message, frozen=True):
+    """All that pooled search was told: where it began (`fedbpt.search.CmaSearch`) and the candidates' ranks since.
+
+    ``first``: its first generation; ``start`` [d]: its first mean, None for 0; ``ranks``: popsize bytes a generation,
+    a byte for each candidate's rank. CMA-ES depends on nothing else.
+    """
+
+    sigma0: PositiveFloat
+    popsize: Annotated[int, msgspec.Meta(ge=1, le=256)]
+    covariance: Literal["diagonal", "full"]
+    step_size: Literal["auto", "path", "two_point"]
+    first: NaturalInt = 0
+    start: Array | None = None
+    ranks: bytes = b""
+
+
+class ReplayWork(Message, frozen=True, tag="replay"):
+    """A `PooledWork` without its state: the device makes that by replaying the search.
+
+    ``history``: as long as it is in all, but for the ranks of generations before ``known``, which the device has
+    been told. ``plan_digest``: of the plan with the `PooledWork`, which is what a report answers.
+    """
+
+    history: SearchHistory
+    known: NaturalInt
+    plan_digest: str
+
+
 class LocalWork(Message, frozen=True, tag="local"):
     """Run ``iterations`` generations of CMA-ES from ``state`` on the device's own rows (FedBPT, FedAvg of means)."""
 
@@ -195,7 +223,7 @@ class FitWork(Message, frozen=True, tag="fit"):
     max_rows: NaturalInt = 512
 
 
-Work: TypeAlias = SelectWork | PooledWork | LocalWork | FitWork
+Work: TypeAlias = SelectWork | PooledWork | ReplayWork | LocalWork | FitWork
 
 
 class SelectResult(Message, frozen=True, tag="select"):
@@ -215,11 +243,26 @@ class PooledResult(Message, frozen=True, tag="pooled"):
 
 
 class LocalResult(Message, frozen=True, tag="local"):
-    """``mean`` [d], ``fitness`` = F(mean) (lower is better), ``sigma_squares`` = Σ_i σ_i² over the iterations."""
+    """``mean`` [d], ``fitness`` = F(mean) (lower is better), ``sigma_squares`` = Σ_i σ_i² over the iterations.
+
+    ``ranks`` [iterations, popsize], a byte each: of the candidates by loss. All but the fitness follows from them.
+    """
 
     mean: Array
     fitness: float
     sigma_squares: PositiveFloat
+    ranks: bytes = b""
+
+
+class RanksResult(Message, frozen=True, tag="ranks"):
+    """A `LocalResult` without its mean: the coordinator makes that by replaying the search.
+
+    ``check``: of the mean and the sum of squares, both as float32 (`fedbpt.replay`).
+    """
+
+    ranks: bytes
+    fitness: float
+    check: str
 
 
 class FitResult(Message, frozen=True, tag="fit"):
@@ -234,7 +277,7 @@ class FitResult(Message, frozen=True, tag="fit"):
     means: Array
 
 
-Result: TypeAlias = SelectResult | PooledResult | LocalResult | FitResult
+Result: TypeAlias = SelectResult | PooledResult | LocalResult | RanksResult | FitResult
 
 
 class RoundPlan(Message, frozen=True):
@@ -342,6 +385,7 @@ class DeviceInfo(Message, frozen=True):
     rss_bytes: NaturalInt
     peak_rss_bytes: NaturalInt
     tokens_per_second: float | None = None
+    shares_beginnings: bool = False  # under another template a text costs its end alone
     busy: bool = False
     paused: str = ""  # why its work waits; empty: it does not
     celsius: float | None = None

@@ -16,6 +16,7 @@ from fedbpt import models
 from fedbpt.errors import InputError
 from fedbpt.memory import memory_of_process
 from fedbpt.messages import Placement
+from fedbpt.native_generator import NativeGenerator
 
 if TYPE_CHECKING:
     from fedbpt import _native
@@ -166,6 +167,10 @@ class NativeScorer:
         return self._fingerprint
 
     @property
+    def shares_beginnings(self) -> bool:
+        return bool(self._engine.shares_beginnings)
+
+    @property
     def embedding_std(self) -> float:
         """Standard deviation over all entries of the token embedding table, as the graph sees it."""
         if self._embedding_std is None:
@@ -256,6 +261,11 @@ class NativeScorer:
             ScoringInterrupted: `interrupt` was called. Ctrl-C raises KeyboardInterrupt within one graph.
         """
         return self.compile(tokens, label_ids, placement, prefix, keep_kv=False).score(embeds)
+
+    @cached_property
+    def generator(self) -> NativeGenerator:
+        """Generates text with these weights, by a KV cache of its own."""
+        return NativeGenerator(self._engine)
 
     def interrupt(self) -> None:
         """Make the scoring call in flight, on whatever thread, raise `ScoringInterrupted`."""

@@ -23,7 +23,7 @@ from fedbpt.racing import Race, race
 from fedbpt.readout import blocks, ensemble, word_ids
 from fedbpt.scorer import Plan, Scorer
 from fedbpt.tasks.perturb import perturb
-from fedbpt.tasks.task import cue_ids, label_word_ids, render_ids, target_ids
+from fedbpt.tasks.task import bos_ids, cue_ids, label_word_ids, render_ids, target_ids
 
 CHUNK = 64
 """Texts per scoring call. Fixed: how texts share a call may show in the last bits of a quantised model's logits."""
@@ -100,7 +100,7 @@ class Objective:
         self.row_weights = np.ones(len(rows))
         """Of each row's loss [n]."""
         self._cue = np.asarray(cue_ids(scorer, template), dtype=np.int32)
-        n_bos = len(scorer.tokenize("x")) - len(scorer.tokenize("x", add_bos=False))
+        n_bos = len(bos_ids(scorer))
         texts = [render_ids(scorer, template, text, objective.max_text_tokens) for text, _ in rows]
         # In front, the prompt goes between BOS and the text; in the cue, the text keeps its own BOS.
         self._prefix = texts[0][:n_bos] if prompt.placement == "front" and n_bos else None

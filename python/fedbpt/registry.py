@@ -7,11 +7,8 @@ a running coordinator use it at once; each request asks it, so that a revocation
 from __future__ import annotations
 
 import hmac
-import sqlite3
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
@@ -19,6 +16,7 @@ from typing import Final, Literal, NamedTuple
 import msgspec
 
 from fedbpt import tokens
+from fedbpt.database import Database
 from fedbpt.errors import ConfigError, CoordinatorRefusedError, StoreError
 from fedbpt.messages import Name
 
@@ -46,37 +44,18 @@ class Enrolment(NamedTuple):
     since: str
 
 
-class DeviceRegistry:
+class DeviceRegistry(Database):
     """The registry at ``path`` (made with its folder if absent). Safe to use from several threads.
 
     ``clock``: seconds since 1970, for the expiry of codes: of all that is stored, only these depend on a clock.
     Raises StoreError: the file cannot be opened, is no registry, or a write failed.
     """
 
+    WHAT = "device registry"
+
     def __init__(self, path: str | Path, clock: Callable[[], float] = time.time) -> None:
-        self.path = Path(path)
         self._clock = clock
-        self._lock = threading.Lock()
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(self.path, timeout=10.0, isolation_level=None, check_same_thread=False)
-        except (OSError, sqlite3.Error) as error:
-            raise StoreError(f"cannot open the device registry {self.path}: {error}") from error
-        try:
-            self._prepare()
-        except BaseException:
-            self._db.close()
-            raise
-
-    def close(self) -> None:
-        with self._lock:
-            self._db.close()
-
-    def __enter__(self) -> DeviceRegistry:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        super().__init__(path)
 
     # --- for the operator ----------------------------------------------------------------------------------------
 
@@ -173,28 +152,6 @@ class DeviceRegistry:
                 raise StoreError(
                     f"{self.path} is not a device registry of version {SCHEMA_VERSION}: choose another file"
                 )
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            try:
-                self._db.execute("BEGIN IMMEDIATE")
-                try:
-                    yield self._db
-                    self._db.execute("COMMIT")
-                finally:
-                    if self._db.in_transaction:
-                        self._db.execute("ROLLBACK")
-            except sqlite3.Error as error:
-                raise StoreError(f"cannot write the device registry {self.path}: {error}") from error
-
-    @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            try:
-                yield self._db
-            except sqlite3.Error as error:
-                raise StoreError(f"cannot read the device registry {self.path}: {error}") from error
 
     def _today(self) -> str:
         return datetime.fromtimestamp(self._clock(), timezone.utc).isoformat(timespec="seconds")

@@ -21,6 +21,7 @@ from fedbpt.messages import (
     LocalWork,
     PooledResult,
     PooledWork,
+    RanksResult,
     RoundPlan,
     RoundReport,
     SelectResult,
@@ -31,7 +32,9 @@ from fedbpt.runs import RoundPurpose
 MAX_LOSS: Final = 1e4
 """Nats (or hinge units) of a row before its weight: logits that give more are of no model. Not of a perturbed ratio."""
 
-_RESULT_OF = {SelectWork: SelectResult, PooledWork: PooledResult, LocalWork: LocalResult, FitWork: FitResult}
+_RESULT_OF: Final[dict[type, type]] = {
+    SelectWork: SelectResult, PooledWork: PooledResult, LocalWork: LocalResult, FitWork: FitResult,
+}  # fmt: skip
 
 
 def check_report(report: RoundReport, plan: RoundPlan, n_rows: int | None = None) -> None:
@@ -67,6 +70,8 @@ def check_report(report: RoundReport, plan: RoundPlan, n_rows: int | None = None
             raise WireError("a mean of squares is negative")
     elif isinstance(result, LocalResult):
         _check_shape(result.mean, (plan.prompt.d,), "mean")
+        if isinstance(plan.work, LocalWork) and len(result.ranks) not in (0, plan.work.iterations * plan.work.popsize):
+            raise WireError(f"{len(result.ranks)} ranks: the plan asks for those of {plan.work.iterations} generations")
     if plan.objective.perturb == 0:
         _check_losses(report, max(plan.label_weights, default=1.0))
 
@@ -80,8 +85,10 @@ def _check_counts(report: RoundReport, plan: RoundPlan, n_rows: int | None) -> N
         most = len(work.templates) * max(1, len(plan.labels))
     elif isinstance(work, FitWork):
         most = 1 + len(work.others)
+    elif isinstance(work, LocalWork):
+        most = work.popsize * work.iterations + 1
     else:
-        most = work.popsize if isinstance(work, PooledWork) else work.popsize * work.iterations + 1
+        most = work.popsize if isinstance(work, PooledWork) else work.history.popsize
     if report.evaluations > most:
         raise WireError(f"the report counts {report.evaluations} evaluations, the plan asks for {most} at most")
 
@@ -93,7 +100,7 @@ def _check_losses(report: RoundReport, largest_weight: float) -> None:
     elif isinstance(result, PooledResult):
         values = result.losses.numpy()
     else:
-        values = np.array([result.fitness if isinstance(result, LocalResult) else result.loss])
+        values = np.array([result.loss if isinstance(result, FitResult) else result.fitness])
     if (worst := float(np.abs(values).max())) > (bound := MAX_LOSS * largest_weight):
         raise WireError(f"the report holds a loss of {worst:.3g}, over the bound of {bound:.3g}")
 
@@ -150,7 +157,7 @@ def mean_loss(reports: Sequence[RoundReport]) -> float:
         match report.result:
             case PooledResult(losses=losses):
                 value = float(losses.numpy().mean())
-            case LocalResult(fitness=fitness):
+            case LocalResult(fitness=fitness) | RanksResult(fitness=fitness):
                 value = fitness
             case SelectResult(loss_sums=sums):
                 value = float(sums.numpy().reshape(sums.shape[0], -1).sum(axis=1).min()) / report.n_texts

@@ -59,6 +59,12 @@ class Scorer(Protocol):
     def backend(self) -> str: ...
 
     @property
+    def shares_beginnings(self) -> bool:
+        """Whether a text in ``cue`` placement costs no more than its end while the KV of one that begins alike, of the
+        last few or of a plan's, is there. The bits are the same."""
+        ...
+
+    @property
     def embedding_std(self) -> float:
         """Standard deviation over all entries of the token embedding table, as the graph sees it."""
         ...

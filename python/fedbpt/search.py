@@ -43,6 +43,9 @@ MIN_POPSIZE = 3
 TWO_POINT_DIMENSION = 300
 """From here on ``auto`` adapts the step size by two points, as the ``cma`` package does."""
 
+MOST_RANKED = 256
+"""Candidates whose ranks fit into bytes."""
+
 _LIMIT = 1e30  # keeps what float32 rounds positive and finite
 _CMA_LOCK = threading.Lock()
 
@@ -171,8 +174,7 @@ class CmaUpdate:
             raise InputError(f"losses must have shape [{expected[0]}], got {list(values.shape)}")
         if not (np.isfinite(points).all() and np.isfinite(values).all()):
             raise InputError("candidates or losses hold NaN or infinity")
-        ranks = np.empty(len(values))
-        ranks[np.argsort(values, kind="stable")] = np.arange(len(values))
+        ranks = ranks_of(values)
         with _quiet():
             self._es.ask()  # opens the generation; what it returns is not used
             self._es.tell(list(points), list(ranks), check_points=None if foreign else False)
@@ -249,6 +251,20 @@ class CmaUpdate:
         # enter nothing else once the damping is computed.
         if self._es.sp.popsize < MIN_POPSIZE:
             self._es.sp.lam_mirr = MIN_POPSIZE - self._es.sp.popsize
+
+
+def ranks_of(losses: ArrayLike) -> Floats:
+    """The rank of each loss, 0 for the lowest; ties go to the lower index."""
+    values = np.asarray(losses)
+    ranks = np.empty(len(values))
+    ranks[np.argsort(values, kind="stable")] = np.arange(len(values))
+    return ranks
+
+
+def rank_bytes(losses: ArrayLike) -> bytes:
+    """`ranks_of`, a byte each; empty where there are more than `MOST_RANKED`."""
+    ranks = ranks_of(losses)
+    return ranks.astype(np.uint8).tobytes() if len(ranks) <= MOST_RANKED else b""
 
 
 def _as_sent(mean: ArrayLike) -> Floats:

@@ -8,14 +8,12 @@ replaying them is decoding them.
 from __future__ import annotations
 
 import sqlite3
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from fedbpt import wire
+from fedbpt.database import Database
 from fedbpt.errors import StoreError, WireError
 from fedbpt.messages import DeviceInfo, RoundReport
 
@@ -99,40 +97,14 @@ class RoundHistory(NamedTuple):
     metrics: Mapping[str, float]
 
 
-class RunStore:
+class RunStore(Database):
     """The run database at ``path`` (made with its folder if absent). Safe to use from several threads.
 
     Raises:
         StoreError: the file cannot be opened, is not a run database, is of another version, or a write failed.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._lock = threading.RLock()
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(self.path, timeout=10.0, isolation_level=None, check_same_thread=False)
-        except (OSError, sqlite3.Error) as error:
-            raise StoreError(f"cannot open the run database {self.path}: {error}") from error
-        try:
-            self._prepare()
-        except BaseException:
-            self._db.close()
-            raise
-
-    def close(self) -> None:
-        """Close the file; the store cannot be used afterwards."""
-        with self._lock:
-            self._db.close()
-
-    def __enter__(self) -> RunStore:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return f"RunStore({str(self.path)!r})"
+    WHAT = "run database"
 
     # --- writing -------------------------------------------------------------------------------------------------
 
@@ -330,26 +302,9 @@ class RunStore:
             elif version != SCHEMA_VERSION:
                 raise StoreError(f"{self.path} is not a run database of version {SCHEMA_VERSION}: choose another file")
 
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            try:
-                self._db.execute("BEGIN IMMEDIATE")
-                try:
-                    yield self._db
-                    self._db.execute("COMMIT")
-                finally:
-                    if self._db.in_transaction:
-                        self._db.execute("ROLLBACK")
-            except sqlite3.Error as error:
-                raise StoreError(f"cannot write the run database {self.path}: {error}") from error
-
     def _query(self, sql: str, *values: object) -> list[Any]:
-        with self._lock:
-            try:
-                return self._db.execute(sql, values).fetchall()
-            except sqlite3.Error as error:
-                raise StoreError(f"cannot read the run database {self.path}: {error}") from error
+        with self._reading() as db:
+            return db.execute(sql, values).fetchall()
 
     @staticmethod
     def _write_metrics(db: sqlite3.Connection, run: str, round: int, metrics: Mapping[str, float]) -> None:

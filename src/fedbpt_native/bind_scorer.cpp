@@ -6,6 +6,7 @@
 
 #include "backends.h"
 #include "errors.h"
+#include "generator.h"
 #include "model.h"
 #include "scorer.h"
 
@@ -23,9 +24,12 @@ using FloatArray = py::array_t<float, py::array::c_style>;
 class Engine {
 public:
     Engine(const std::string & path, int32_t n_threads, int32_t n_gpu_layers, const std::string & gpu, bool kv_q8_0)
-        : model(Model::load(path, n_gpu_layers, gpu)), scorer(model, n_threads, kv_q8_0 ? GGML_TYPE_Q8_0 : GGML_TYPE_F16) {}
+        : model(Model::load(path, n_gpu_layers, gpu)), kv_type(kv_q8_0 ? GGML_TYPE_Q8_0 : GGML_TYPE_F16), scorer(model, n_threads, kv_type) {}
+
+    std::unique_ptr<Generator> generator() const { return std::make_unique<Generator>(model, scorer.n_threads(), kv_type); }
 
     const std::shared_ptr<const Model> model;
+    const ggml_type                    kv_type;
     Scorer                             scorer;
 };
 
@@ -117,8 +121,10 @@ void register_scorer(py::module_ & module) {
              "texts and continuations: (int32 [total], int64 offsets [n + 1])")
         .def("score", &score, py::arg("plan"), py::arg("which").noconvert(), py::arg("embeds").noconvert(),
              "which int64 [n], embeds float32 [n_candidates, n_prompt, n_embd] -> float32 [n_candidates, n, n_continuations + n_labels]")
+        .def("generator", &Engine::generator, py::call_guard<py::gil_scoped_release>(), "A new one, of the same weights, with a KV cache of its own.")
         .def("interrupt", [](Engine & engine) { engine.scorer.interrupt(); }, "Make the scoring call in flight raise ScoringInterrupted.")
         .def("embedding_std", [](const Engine & engine) { return engine.model->embedding_std(); }, py::call_guard<py::gil_scoped_release>())
+        .def_property_readonly("shares_beginnings", [](const Engine & engine) { return engine.model->has_row_attention(); })
         .def("memory", &memory, "bytes by part")
         .def_property_readonly("n_embd", [](const Engine & engine) { return engine.model->n_embd(); })
         .def_property_readonly("n_vocab", [](const Engine & engine) { return engine.model->n_vocab(); })

@@ -17,6 +17,9 @@ struct ModelDeleter {
 struct ContextDeleter {
     void operator()(llama_context * ctx) const { llama_free(ctx); }
 };
+struct SamplerDeleter {
+    void operator()(llama_sampler * sampler) const { llama_sampler_free(sampler); }
+};
 struct ThreadpoolDeleter {
     void operator()(ggml_threadpool * pool) const { cpu_function<decltype(ggml_threadpool_free)>("ggml_threadpool_free")(pool); }
 };
@@ -26,6 +29,7 @@ struct GgufDeleter {
 
 using ModelPtr      = std::unique_ptr<llama_model, ModelDeleter>;
 using ContextPtr    = std::unique_ptr<llama_context, ContextDeleter>;
+using SamplerPtr    = std::unique_ptr<llama_sampler, SamplerDeleter>;
 using ThreadpoolPtr = std::unique_ptr<ggml_threadpool, ThreadpoolDeleter>;
 using GgufPtr       = std::unique_ptr<gguf_context, GgufDeleter>;
 

@@ -147,14 +147,14 @@ std::shared_ptr<const Model> Model::load(const std::string & path, int32_t n_gpu
     return std::shared_ptr<const Model>(new Model(std::move(model), path, std::move(architecture)));
 }
 
-std::vector<llama_token> Model::tokenize(const std::string & text, int add_bos) const {
+std::vector<llama_token> Model::tokenize(const std::string & text, int add_bos, bool parse_special) const {
     std::vector<llama_token> ids(text.size() + 2);
 
     const auto length = static_cast<int32_t>(text.size());
-    int32_t n = llama_tokenize(vocab_, text.data(), length, ids.data(), static_cast<int32_t>(ids.size()), /*add_special =*/ false, /*parse_special =*/ false);
+    int32_t n = llama_tokenize(vocab_, text.data(), length, ids.data(), static_cast<int32_t>(ids.size()), /*add_special =*/ false, parse_special);
     if (n < 0) {
         ids.resize(-static_cast<int64_t>(n));
-        n = llama_tokenize(vocab_, text.data(), length, ids.data(), static_cast<int32_t>(ids.size()), false, false);
+        n = llama_tokenize(vocab_, text.data(), length, ids.data(), static_cast<int32_t>(ids.size()), false, parse_special);
     }
     ids.resize(std::max(n, 0));
 
@@ -166,6 +166,38 @@ std::vector<llama_token> Model::tokenize(const std::string & text, int add_bos) 
         ids.insert(ids.begin(), bos);
     }
     return ids;
+}
+
+std::string Model::piece(llama_token id) const {
+    check_token(id, "token id");
+    std::string bytes(64, '\0');
+    int32_t n = llama_token_to_piece(vocab_, id, bytes.data(), static_cast<int32_t>(bytes.size()), /*lstrip =*/ 0, /*special =*/ false);
+    if (n < 0) {
+        bytes.resize(static_cast<size_t>(-static_cast<int64_t>(n)));
+        n = llama_token_to_piece(vocab_, id, bytes.data(), static_cast<int32_t>(bytes.size()), 0, false);
+    }
+    bytes.resize(static_cast<size_t>(std::max(n, 0)));
+    return bytes;
+}
+
+std::string Model::chat_text(const std::vector<std::pair<std::string, std::string>> & messages) const {
+    const char * chat_template = llama_model_chat_template(model_.get(), /*name =*/ nullptr);
+    if (chat_template == nullptr) {
+        throw InputError("this model has no chat template: it goes on with a text (completions), it was not trained to answer messages");
+    }
+    std::vector<llama_chat_message> chat;
+    for (const auto & [role, content] : messages) {
+        chat.push_back({ role.c_str(), content.c_str() });
+    }
+    std::string   text;
+    const auto    apply = [&] { return llama_chat_apply_template(chat_template, chat.data(), chat.size(), /*add_ass =*/ true, text.data(), static_cast<int32_t>(text.size())); };
+    const int32_t n     = apply();
+    if (n < 0) {
+        throw InputError("llama.cpp does not know this model's chat template: use completions");
+    }
+    text.resize(static_cast<size_t>(n));
+    apply();
+    return text;
 }
 
 void Model::check_token(llama_token id, const char * what) const {

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "handles.h"
@@ -20,8 +21,18 @@ public:
     // gpu: the name of one; empty: all that there are, with n_gpu_layers 0 none.
     static std::shared_ptr<const Model> load(const std::string & path, int32_t n_gpu_layers, const std::string & gpu = "");
 
-    // add_bos: -1 as the model was trained, 0 no, 1 yes. Special tokens in the text are plain text.
-    std::vector<llama_token> tokenize(const std::string & text, int add_bos) const;
+    // add_bos: -1 as the model was trained, 0 no, 1 yes. Special tokens in the text are plain text, or with parse_special themselves.
+    std::vector<llama_token> tokenize(const std::string & text, int add_bos, bool parse_special = false) const;
+
+    // The bytes that a token adds to a text, perhaps part of a character; none for special tokens. Throws InputError.
+    std::string piece(llama_token id) const;
+
+    // whether a text ends with this token
+    bool is_end(llama_token id) const { return llama_vocab_is_eog(vocab_, id); }
+
+    // (role, content) messages in the model's own chat template, up to where the assistant's answer begins. Throws InputError
+    // where the model has none, or one that llama.cpp does not know.
+    std::string chat_text(const std::vector<std::pair<std::string, std::string>> & messages) const;
 
     // out[n][n_embd], in the scale of soft prompt rows. Throws InputError on an id outside the vocabulary.
     void token_embeddings(const llama_token * ids, size_t n, float * out) const;

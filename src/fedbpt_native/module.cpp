@@ -4,16 +4,18 @@ namespace fedbpt {
 
 void register_errors(pybind11::module_ & module);
 void register_formats(pybind11::module_ & module);
+void register_generator(pybind11::module_ & module);
 void register_scorer(pybind11::module_ & module);
 void register_trace(pybind11::module_ & module);
 
 }  // namespace fedbpt
 
 PYBIND11_MODULE(_native, module) {
-    module.doc() = "fedbpt's llama.cpp fork: scoring texts under soft prompts. Use fedbpt.native_scorer, which validates and documents.";
+    module.doc() = "fedbpt's llama.cpp fork: scoring and generating texts under soft prompts. Use fedbpt.native_scorer, which validates and documents.";
 
     fedbpt::register_errors(module);
     fedbpt::register_formats(module);
+    fedbpt::register_generator(module);
     fedbpt::register_scorer(module);
     fedbpt::register_trace(module);
 }

@@ -91,46 +91,70 @@ void Scorer::score_front(const Request & request, const Pack & pack, const Group
 
 // The KV of prefix and text i up to where the rows begin: computed alone in an empty cache, so that it is the same whatever texts
 // are scored beside it.
-std::vector<uint8_t> Scorer::compute_kv(const Request & request, size_t i) {
+TextKvPtr Scorer::compute_kv(const Request & request, size_t i) {
     llama_memory_t memory = llama_get_memory(ctx_.get());
 
-    batch_.clear();
-    llama_pos pos = 0;
-    for (const llama_token id : request.plan.prefix()) {
-        batch_.add(id, pos++, kFirstSeq, Batch::kNone);
+    auto text = std::make_shared<TextKv>();
+    text->tokens = request.plan.prefix();
+    text->tokens.insert(text->tokens.end(), request.text(i), request.text(i) + request.length(i) - request.n_tail());
+
+    size_t done = 0;
+    if (model_->has_row_attention()) {
+        const auto [like, n_same] = texts_.longest(text->tokens);
+        if (like && n_same == text->tokens.size() && n_same == like->tokens.size()) {
+            return like;
+        }
+        // with a sliding window, a state holds of the layers that have it what the last token sees alone
+        const auto n_swa = static_cast<size_t>(llama_model_n_swa(model_->get()));
+        const bool whole = n_swa == 0 || like == nullptr || like->tokens.size() <= n_swa || n_same == like->tokens.size();
+        if (like && whole && like->tokens.size() <= n_ctx_) {
+            restore(*like, kFirstSeq);
+            llama_memory_seq_rm(memory, kFirstSeq, static_cast<llama_pos>(n_same), -1);
+            done = n_same;
+        }
     }
-    for (size_t j = 0; j + request.n_tail() < request.length(i); ++j) {
-        batch_.add(request.text(i)[j], pos++, kFirstSeq, Batch::kNone);
+    batch_.clear();
+    for (size_t pos = done; pos < text->tokens.size(); ++pos) {
+        batch_.add(text->tokens[pos], static_cast<llama_pos>(pos), kFirstSeq, Batch::kNone);
     }
     decode(request, nullptr);
 
-    std::vector<uint8_t> state(llama_state_seq_get_size(ctx_.get(), kFirstSeq));
-    state.resize(llama_state_seq_get_data(ctx_.get(), state.data(), state.size(), kFirstSeq));
+    text->state.resize(llama_state_seq_get_size(ctx_.get(), kFirstSeq));
+    text->state.resize(llama_state_seq_get_data(ctx_.get(), text->state.data(), text->state.size(), kFirstSeq));
     llama_memory_seq_rm(memory, kFirstSeq, -1, -1);
-    return state;
+    if (model_->has_row_attention()) {
+        texts_.add(text);
+    }
+    return text;
+}
+
+void Scorer::restore(const TextKv & text, llama_seq_id seq) {
+    if (llama_state_seq_set_data(ctx_.get(), text.state.data(), text.state.size(), seq) == 0) {
+        throw std::runtime_error("a text's KV could not be restored (" + take_last_error() + "): please report this");
+    }
 }
 
 // Each text's KV up to where the rows begin, in `slots` sequences, which share its cells. It is computed once for all candidates,
 // and kept.
 void Scorer::restore_texts(const Request & request, const Pack & pack, size_t slots) {
     llama_memory_t memory = llama_get_memory(ctx_.get());
-    const auto     kept   = [&](size_t i) -> const std::vector<uint8_t> & { return request.plan.kv(static_cast<size_t>(request.which[i])); };
 
-    std::vector<std::vector<uint8_t>> passing(pack.n_texts());  // KV that the plan has no room for
+    std::vector<TextKvPtr> texts(pack.n_texts());
     for (size_t i = pack.first; i < pack.last; ++i) {
-        if (request.head_of(i) > 0 && kept(i).empty()) {
-            passing[i - pack.first] = request.plan.keep_kv(static_cast<size_t>(request.which[i]), compute_kv(request, i));
+        const auto row  = static_cast<size_t>(request.which[i]);
+        TextKvPtr & text = texts[i - pack.first];
+        text = request.plan.kv(row);
+        if (request.head_of(i) > 0 && !text) {
+            text = compute_kv(request, i);
+            request.plan.keep_kv(row, text);
         }
     }
     for (size_t i = pack.first; i < pack.last; ++i) {
         if (request.head_of(i) == 0) {
             continue;
         }
-        const std::vector<uint8_t> & state = kept(i).empty() ? passing[i - pack.first] : kept(i);
-        const llama_seq_id           seq   = kFirstSeq + static_cast<llama_seq_id>((i - pack.first)*slots);
-        if (llama_state_seq_set_data(ctx_.get(), state.data(), state.size(), seq) == 0) {
-            throw std::runtime_error("a text's KV could not be restored (" + take_last_error() + "): please report this");
-        }
+        const llama_seq_id seq = kFirstSeq + static_cast<llama_seq_id>((i - pack.first)*slots);
+        restore(*texts[i - pack.first], seq);
         for (llama_seq_id slot = 1; slot < static_cast<llama_seq_id>(slots); ++slot) {
             llama_memory_seq_cp(memory, seq, seq + slot, -1, -1);
         }

@@ -105,14 +105,13 @@ void Plan::keep_for_tail(size_t n_tail) {
     kv_.assign(n_texts(), {});
 }
 
-std::vector<uint8_t> Plan::keep_kv(size_t i, std::vector<uint8_t> state) {
-    if (kv_bytes_ + state.size() > kv_budget_bytes_) {
-        return state;
+void Plan::keep_kv(size_t i, const TextKvPtr & text) {
+    if (kv_bytes_ + text->state.size() > kv_budget_bytes_) {
+        return;
     }
-    kv_bytes_ += state.size();
+    kv_bytes_ += text->state.size();
     ++n_kept_;
-    kv_[i] = std::move(state);
-    return {};
+    kv_[i] = text;
 }
 
 }  // namespace fedbpt

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "model.h"
+#include "text_kv.h"
 
 namespace fedbpt {
 
@@ -64,10 +65,10 @@ public:
 
     // Drops what is kept for another number of tokens at the end left out.
     void keep_for_tail(size_t n_tail);
-    // Empty where it is not kept.
-    const std::vector<uint8_t> & kv(size_t i) const { return kv_[i]; }
-    // Keeps it, and returns nothing, or gives it back where the budget has no room.
-    std::vector<uint8_t> keep_kv(size_t i, std::vector<uint8_t> state);
+    // Null where it is not kept.
+    const TextKvPtr & kv(size_t i) const { return kv_[i]; }
+    // Keeps it where the budget has room.
+    void keep_kv(size_t i, const TextKvPtr & text);
 
     // forward tokens computed for this plan so far
     uint64_t n_tokens() const { return n_tokens_; }
@@ -92,7 +93,7 @@ private:
     size_t                            n_kept_   = 0;
     size_t                            n_tail_   = 0;
     uint64_t                          n_tokens_ = 0;
-    std::vector<std::vector<uint8_t>> kv_;
+    std::vector<TextKvPtr>            kv_;
 };
 
 }  // namespace fedbpt

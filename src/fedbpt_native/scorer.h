@@ -12,6 +12,7 @@
 #include "handles.h"
 #include "model.h"
 #include "plan.h"
+#include "text_kv.h"
 
 namespace fedbpt {
 
@@ -23,8 +24,9 @@ struct MemoryUse {
 // Scores texts under soft prompts. One call at a time: a second thread's waits.
 //
 // As many candidates go through one llama_decode as fill it. With row attention (llama-soft-prompt.h) a token gets the same bits
-// whatever is beside it; without, candidates go one by one. Each text's own KV is computed alone. So a logit depends on no other
-// candidate, on their number or order, nor on earlier calls, and repeats bit for bit.
+// whatever is beside it; without, candidates go one by one. Each text's own KV is computed alone; with row attention, from where
+// another text's that begins alike ends. So a logit depends on no other candidate, on their number or order, nor on earlier calls,
+// and repeats bit for bit.
 class Scorer {
 public:
     // kv_type: of the KV cache, GGML_TYPE_F16 or GGML_TYPE_Q8_0; models of f32 have it in f32. Throws InputError.
@@ -89,7 +91,8 @@ private:
 
     const float * rows_of(const Request & request, size_t candidate) const { return request.embeds + candidate*request.n_prompt*static_cast<size_t>(model_->n_embd()); }
     void restore_texts(const Request & request, const Pack & pack, size_t slots);
-    std::vector<uint8_t> compute_kv(const Request & request, size_t i);
+    void restore(const TextKv & text, llama_seq_id seq);
+    TextKvPtr compute_kv(const Request & request, size_t i);
     void decode_prefix(const Request & request);
     void decode(const Request & request, float * out);
     void read_whole(const Request & request, int64_t output, const float * logits, float * out) const;
@@ -104,6 +107,7 @@ private:
     ContextPtr                   ctx_;
     uint32_t                     n_ctx_     = 0;
     uint32_t                     n_seq_max_ = 0;
+    TextKvIndex                  texts_;
     Batch                        batch_;
     std::vector<llama_seq_id>    seqs_;   // scratch
     std::vector<Step>            steps_;  // of the batch

@@ -1,9 +1,11 @@
-"""Frames that no fedbpt sends: a device takes what is a plan and refuses the rest with a 4xx; it never breaks."""
+"""Frames that no fedbpt sends: what is a message is taken, the rest refused with a 4xx; nothing breaks."""
 
 from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,8 +14,15 @@ import pytest
 from fedbpt import wire
 from fedbpt.agent import AgentService
 from fedbpt.agent.http import build_app
+from fedbpt.aggregation import Pooled
+from fedbpt.clients.mailbox import PostOffice
+from fedbpt.coordinator.http import build_app as build_coordinator
+from fedbpt.envelopes import ENROL_PATH, POLL_PATH, REPLY_PATH, Enrolment, Poll, Reply, Request
 from fedbpt.errors import ScoringInterrupted
 from fedbpt.messages import ErrorReply, RoundPlan
+from fedbpt.registry import DeviceRegistry
+from fedbpt.replay import short_plan
+from fedbpt.tokens import digest, new_token
 from tests.contract.test_clients import plan
 from tests.fake_device import FakeDevice
 from tests.faults.conftest import ALL
@@ -56,7 +65,9 @@ def mutated(rng: random.Random, frame: bytes) -> bytes:
 @pytest.mark.timeout(7200 if ALL else 300)
 def test_no_frame_breaks_a_device() -> None:
     rng = random.Random(11)
-    frame = wire.encode(plan())
+    search = Pooled(3, popsize=4)
+    pooled = plan(work=search.work(0))
+    frames = [wire.encode(plan()), wire.encode(short_plan(pooled, search.history(), 0))]
     service = AgentService(Unwilling("a"))
     taken = refused = 0
 
@@ -65,7 +76,7 @@ def test_no_frame_breaks_a_device() -> None:
         transport = httpx.ASGITransport(build_app(service))  # which lets an exception of the application through
         async with httpx.AsyncClient(transport=transport, base_url="http://device") as http:
             for _ in range(FRAMES):
-                body = mutated(rng, frame) if rng.random() < 0.95 else rng.randbytes(rng.randrange(200))
+                body = mutated(rng, rng.choice(frames)) if rng.random() < 0.95 else rng.randbytes(rng.randrange(200))
                 path = PATHS[0] if rng.random() < 0.8 else rng.choice(PATHS)
                 answer = await http.post(path, content=body, headers={"content-type": rng.choice(TYPES)})
                 if answer.status_code == 202:
@@ -82,3 +93,47 @@ def test_no_frame_breaks_a_device() -> None:
         service.close()
     assert (taken + refused, refused > taken) == (FRAMES, True)
     assert service.counts["done"] == 0
+
+
+@pytest.mark.timeout(7200 if ALL else 300)
+def test_no_frame_breaks_a_coordinator(tmp_path: Path) -> None:
+    rng = random.Random(12)
+    id = f"{7:032x}"
+    frames = {
+        POLL_PATH: wire.encode(Poll(holding=(f"{8:032x}",))),
+        REPLY_PATH.format(id=id): wire.encode(Reply(status=200, content_type="x", body=b"12345")),
+        ENROL_PATH: wire.encode(Enrolment(code="ABCD-EFGH-JKLM", token_digest=32 * b"x")),
+    }
+    seen: Counter[int] = Counter()
+
+    async def send(registry: DeviceRegistry, token: str) -> None:
+        office, unlimited = PostOffice(), (1e9, 10**9)
+        office.open()
+        transport = httpx.ASGITransport(build_coordinator(registry, office, unlimited, unlimited))
+        async with httpx.AsyncClient(transport=transport, base_url="http://coordinator") as http:
+            waiting: asyncio.Future[Any] | None = None
+            for _ in range(FRAMES):
+                if waiting is None or waiting.done():  # something to fetch, so that no poll is held open
+                    request = Request(id=id, method="GET", path="/v1/status")
+                    waiting = asyncio.ensure_future(office.box("a").exchange(request, 3600.0))
+                    await asyncio.sleep(0)
+                path = rng.choice(list(frames))
+                body = mutated(rng, frames[path]) if rng.random() < 0.95 else rng.randbytes(rng.randrange(200))
+                bearer = token if rng.random() < 0.9 else mutated(rng, token.encode()).hex()
+                headers = {"content-type": rng.choice(TYPES), "authorization": f"Bearer {bearer}"}
+                answer = await http.post(path, content=body, headers=headers)
+                seen[answer.status_code] += 1
+                if answer.status_code >= 400:
+                    wire.decode(answer.content, ErrorReply)
+            waiting.cancel()
+
+    with DeviceRegistry(tmp_path / "devices.db") as registry:
+        secret = new_token()
+        registry.enrol(registry.invite("a"), digest(secret))
+        registry.invite("b")
+        before = registry.devices()
+        asyncio.run(send(registry, f"a~{secret}"))
+        assert registry.devices() == before
+    assert all(status in (200, 204) or 400 <= status < 500 for status in seen), seen
+    assert min(seen[200], seen[204], seen[400], seen[401]) > 0
+    assert seen.total() == FRAMES

@@ -84,7 +84,7 @@ LEAVES = {name: command for name, command in COMMANDS.items() if not hasattr(com
 
 
 def test_the_promised_commands_are_there() -> None:
-    words = ["demo", "device", "tune", "evaluate", "bench"]
+    words = ["demo", "device", "tune", "evaluate", "chat", "serve", "bench"]
     words += ["models list", "models pull", "models path", "models requantize"]
     words += ["certs init", "certs issue", "devices invite", "devices list", "devices revoke"]
     words += ["runs list", "runs show", "runs export", "runs replay", "runs scalars", "dashboard"]
@@ -188,7 +188,7 @@ DEVICE = ("device", "--task", "ag-news", "--model")
         (("devices", "list", "--registry", "run.toml"), 1, "run.toml"),
         (("devices", "invite", "a b"), 2, "cannot name a device"),
         (("devices", "invite", "a", "--minutes", "0"), 2, "'--minutes'"),
-        (("devices", "revoke", "a"), 2, "no device 'a'"),
+        (("devices", "revoke", "a"), 1, "no device registry"),
         (("certs", "issue", "pi5"), 2, "cannot read certs/ca.key"),
         (("certs", "init", "--dir", "run.toml"), 2, "run.toml"),
         (("runs", "list", "--store", "run.toml"), 1, "run.toml is not a run database"),

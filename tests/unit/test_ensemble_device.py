@@ -169,10 +169,10 @@ def test_cancelled_between_templates_the_next_try_is_whole(stops_after: int) -> 
     assert mine.run(asked()).result == device().run(asked()).result
 
 
-def test_progress_never_ends_before_the_last_template_and_ends_at_its_total() -> None:
+def test_progress_never_ends_before_the_last_rows_and_ends_at_its_total() -> None:
     seen: list[tuple[int, int]] = []
     device().run(asked(), lambda done, total: seen.append((done, total)))
-    assert len(seen) == len(OTHERS) + 1
+    assert len(seen) > 2
     assert all(done < total for done, total in seen[:-1])
     assert seen[-1][0] == seen[-1][1]
 

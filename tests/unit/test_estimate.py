@@ -14,10 +14,11 @@ from fedbpt.errors import ConfigError
 from fedbpt.estimate import RunCost, estimate
 from fedbpt.federation import Federation
 from fedbpt.local import Device
-from fedbpt.messages import DeviceInfo, ObjectiveSpec, PromptSpec
+from fedbpt.messages import DeviceInfo, ObjectiveSpec, PrivacySpec, PromptSpec, Template
 from fedbpt.runs import RunSettings
 from fedbpt.store import RunStore
 from fedbpt.tasks import Task
+from tests.toy_scene import settings
 from tests.toy_scorer import ToyScorer
 from tests.toy_task import TASK, rows
 
@@ -92,6 +93,22 @@ def test_a_run_costs_no_more_and_not_absurdly_less(method: Any) -> None:
         assert 0.3 < spent.bytes_down / bound.bytes_down < 1.1
 
 
+def test_a_text_under_another_template_costs_its_end_where_the_device_shares_beginnings() -> None:
+    three = Task(name="toy", labels=TASK.labels, templates=(*TASK.templates, *TASK.templates, *TASK.templates))
+    settings = RunSettings(rounds=10)
+    sharing = msgspec.structs.replace(info(), shares_beginnings=True)
+    apart, together = (
+        estimate(settings, three, [each], aggregator_for(settings)).devices[0] for each in (info(), sharing)
+    )
+    assert together.select < apart.select / 3
+    assert together.others < apart.others / 5
+    assert (together.texts, together.round) == (apart.texts, apart.round)
+    framed = Template(pattern="Review: {text}\nRating:", label_words=(" bad", " good"))
+    unlike = Task(name="toy", labels=TASK.labels, templates=(*TASK.templates, framed))
+    one, other = estimate(settings, unlike, [info(), sharing], aggregator_for(settings)).devices
+    assert one == other
+
+
 def test_time_follows_from_each_devices_speed() -> None:
     found = cost(info("slow", speed=50.0), info("fast", speed=500.0), info("new", speed=None))
     slow, fast, new = found.devices
@@ -143,3 +160,15 @@ def test_the_aggregator_is_left_as_it_was() -> None:
     before = aggregator.digest()
     estimate(settings, TASK, [info()], aggregator)
     assert aggregator.digest() == before
+
+
+def test_a_private_runs_epsilon_is_what_it_then_spends() -> None:
+    private = settings(
+        rounds=3, method="pooled", popsize=6, privacy=PrivacySpec(clip=1.0, noise_multiplier=2.0), quorum=1.0
+    )
+    device = Device("a", ToyScorer(), rows(12), [], rows(4))
+    told = estimate(private, TASK, [device.info()], aggregator_for(private)).epsilon
+    with RunStore(":memory:") as store:
+        spent = Federation([InProcessClient(device)], TASK, private, aggregator_for(private), store, "r").run().epsilon
+    assert told == spent is not None
+    assert cost().epsilon is None

@@ -47,6 +47,15 @@ def test_without_patience_dev_rows_choose_nothing(scene: FitScene) -> None:
     assert (watched.mean, watched.digest) == (alone.mean, alone.digest)
 
 
+def test_a_finished_run_goes_on_with_another_patience(scene: FitScene) -> None:
+    first = scene.run(**SETTINGS)
+    longer = scene.run(**{**SETTINGS, "patience": 0, "rounds": first.rounds})
+    alone = scene.run("alone", **{**SETTINGS, "patience": 0, "rounds": first.rounds})
+    assert longer.mean == alone.mean != first.mean
+    assert longer.fits == alone.fits != first.fits
+    assert scene.run(**SETTINGS).fits == first.fits  # and back, over the readouts of both
+
+
 @pytest.mark.parametrize("kind", [RoundClosed, Evaluated])
 @pytest.mark.parametrize("number", [2, 4, 5, 6])
 def test_a_run_stopped_beside_an_evaluation_resumes_to_the_same_result(

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -18,6 +19,7 @@ from fedbpt.http_auth import RequireToken
 from fedbpt.http_bodies import EXCEPTION_HANDLERS, read, reply, seconds
 from fedbpt.messages import EvaluateRequest, RoundPlan, RoundProgress
 from fedbpt.prometheus import CONTENT_TYPE as METRICS_TYPE
+from fedbpt.replay import Replayer, short_report
 
 MAX_WAIT_S: Final = 60.0
 """Longest that a long poll is held open."""
@@ -48,6 +50,7 @@ def build_app(service: AgentService, token: str | None = None) -> Starlette:
 class _Routes:
     def __init__(self, service: AgentService) -> None:
         self.service = service
+        self._replayer = Replayer()
 
     @asynccontextmanager
     async def lifespan(self, _app: Starlette) -> AsyncIterator[None]:
@@ -61,11 +64,14 @@ class _Routes:
         plan = await read(request, RoundPlan)
         if (plan.run, plan.round) != _round_of(request):
             raise WireError(f"the plan is for round {plan.round} of run {plan.run!r}, its address is for another")
-        return reply(request, self.service.start(plan), 202)
+        whole = await run_in_threadpool(self._replayer.whole, plan)
+        return reply(request, self.service.start(whole), 202)
 
     async def wait(self, request: Request) -> Response:
         answer = await self.service.wait(*_round_of(request), seconds=_seconds(request))
-        return reply(request, answer, 202 if isinstance(answer, RoundProgress) else 200)
+        if isinstance(answer, RoundProgress):
+            return reply(request, answer, 202)
+        return reply(request, short_report(answer) if request.query_params.get("short") == "1" else answer)
 
     async def cancel(self, request: Request) -> Response:
         self.service.cancel(*_round_of(request))

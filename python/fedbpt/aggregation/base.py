@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.errors import InputError
-from fedbpt.messages import Result, RoundReport, Work
+from fedbpt.messages import Result, RoundReport, SearchHistory, Work
 
 R = TypeVar("R", bound=Result)
 
@@ -37,6 +37,10 @@ class Aggregator(Protocol):
 
     def work(self, round: int) -> Work:
         """What every device does in this round; rounds count from 0 and name the generation."""
+        ...
+
+    def history(self) -> SearchHistory | None:
+        """What devices can make `work` from themselves by replaying it; None: they cannot."""
         ...
 
     def update(self, reports: Sequence[RoundReport]) -> None:

@@ -69,6 +69,9 @@ class FedAvg:
         state = SearchState(mean=Array.of(self._mean, "<f4"), sigma=float(np.float32(self._sigma)))
         return LocalWork(state=state, iterations=self._iterations, popsize=self._popsize)
 
+    def history(self) -> None:
+        """Devices get the state: it is made of all devices' means."""
+
     def update(self, reports: Sequence[RoundReport]) -> None:
         pairs = accepted(reports, LocalResult, self.min_reports)
         means = latents_of(pairs, [result.mean.numpy() for _, result in pairs], len(self._mean), "a mean")

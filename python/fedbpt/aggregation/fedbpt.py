@@ -119,6 +119,9 @@ class FedBPT:
         )
         return LocalWork(state=state, iterations=self._iterations, popsize=self._popsize)
 
+    def history(self) -> None:
+        """Devices get the state: it is made of all devices' means."""
+
     def update(self, reports: Sequence[RoundReport]) -> None:
         pairs = accepted(reports, LocalResult, self.min_reports)
         if self._n_devices is not None and len(pairs) != self._n_devices:

@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.aggregation.base import accepted, latents_of, weights_of
 from fedbpt.aggregation.robust import Robust, centre, check_robust, reports_needed
-from fedbpt.messages import PooledResult, PooledWork, RoundReport
-from fedbpt.search import CmaSearch, Covariance, StepSize
+from fedbpt.messages import Array, PooledResult, PooledWork, RoundReport, SearchHistory
+from fedbpt.search import MOST_RANKED, CmaSearch, Covariance, StepSize, rank_bytes
 
 DECAY = 3
 """η of the averaging: mean t gets a weight of about t^η."""
@@ -56,6 +57,8 @@ class Pooled:
         self.min_reports = reports_needed(robust, byzantine)
         self._make = partial(CmaSearch, d, sigma0, popsize, seed, covariance, step_size)
         self._search = self._make()
+        self._began = SearchHistory(sigma0=sigma0, popsize=popsize, covariance=covariance, step_size=step_size)
+        self._told = bytearray()
         self._average = self._search.mean
         self._before = 0  # evaluations of searches before a restart
 
@@ -73,19 +76,30 @@ class Pooled:
         search = self._search
         return PooledWork(state=search.state(), generation=search.generation, popsize=search.popsize)
 
+    def history(self) -> SearchHistory | None:
+        """All that the search was told; None where a byte is too small for a rank."""
+        if self._search.popsize > MOST_RANKED:
+            return None
+        return msgspec.structs.replace(self._began, ranks=bytes(self._told))
+
     def update(self, reports: Sequence[RoundReport]) -> None:
         pairs = accepted(reports, PooledResult, self.min_reports)
         losses = latents_of(pairs, [result.losses.numpy() for _, result in pairs], self._search.popsize, "losses")
         if self._robust != "none":
             # devices differ in how hard their texts are: what counts is which candidates each finds better than others
             losses = losses - losses.mean(axis=1, keepdims=True)
-        self._search.tell(centre(losses, weights_of(pairs), self._robust, self._byzantine))
+        combined = centre(losses, weights_of(pairs), self._robust, self._byzantine)
+        self._search.tell(combined)
+        self._told += rank_bytes(combined)
         share = (DECAY + 1) / (self._search.told + DECAY)
         self._average = self._average + share * (self._search.mean - self._average)
 
     def restart(self, mean: NDArray[np.float64]) -> None:
         self._before = self.evaluations
-        self._search = self._make(start=mean, first=self._search.generation)
+        first = self._search.generation
+        self._search = self._make(start=mean, first=first)
+        self._began = msgspec.structs.replace(self._began, first=first, start=Array.of(mean, "<f4"))
+        self._told.clear()
         self._average = self._search.mean
 
     def digest(self) -> str:

@@ -21,7 +21,10 @@ from fedbpt.dashboard import DEFAULT_ADDRESS
 from fedbpt.errors import FedbptError, RunStopped
 from fedbpt.version import VERSION
 
-COMMANDS = ("demo", "device", "tune", "evaluate", "bench", "models", "runs", "dashboard", "devices", "certs")
+COMMANDS = (
+    *("demo", "device", "tune", "evaluate", "chat", "serve", "bench", "models", "runs", "dashboard", "devices"),
+    "certs",
+)
 """Each a module of `fedbpt.cli`: with a function of its name, or, for a group, with an ``app``."""
 
 INTERRUPTED = 130

@@ -52,9 +52,7 @@ def list_command(registry: Registry = DEFAULT_REGISTRY, as_json: AsJson = False,
 
     Example: fedbpt devices list
     """
-    if not registry.is_file():
-        raise StoreError(f"there is no device registry {registry}: `fedbpt devices invite NAME` begins one")
-    with DeviceRegistry(registry) as opened:
+    with _opened(registry) as opened:
         found = opened.devices()
     if as_json:
         typer.echo(msgspec.json.encode([line._asdict() for line in found]).decode())
@@ -76,9 +74,15 @@ def revoke_command(
 
     Example: fedbpt devices revoke pixel
     """
-    with DeviceRegistry(registry) as opened:
+    with _opened(registry) as opened:
         opened.revoke(name)
     if as_json:
         typer.echo(msgspec.json.encode({"device": name, "state": "revoked"}).decode())
     elif not quiet:
         typer.echo(f"{name} is revoked; `fedbpt devices invite {name}` lets it in again")
+
+
+def _opened(registry: Path) -> DeviceRegistry:
+    if not registry.is_file():
+        raise StoreError(f"there is no device registry {registry}: `fedbpt devices invite NAME` begins one")
+    return DeviceRegistry(registry)

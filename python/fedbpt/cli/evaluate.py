@@ -45,7 +45,7 @@ def evaluate(
             f"the prompt is for labels {list(prompt.labels)}, task {chosen.name} has {list(chosen.labels)}"
         )
     rows = read_task_rows(chosen, data)
-    scorer = load_model(model or _model_of(prompt), n_threads=threads, n_gpu_layers=gpu_layers, gpu=gpu)
+    scorer = load_model(model or model_of(prompt), n_threads=threads, n_gpu_layers=gpu_layers, gpu=gpu)
     prompt.check(scorer)
     print_hint(scorer, shown=not (quiet or as_json))
     found = {
@@ -65,7 +65,8 @@ def evaluate(
         print_accuracies(Console(), f"{prompt.task_name} on {scorer.name}, {len(rows)} rows", lines)
 
 
-def _model_of(prompt: Prompt) -> str:
+def model_of(prompt: Prompt) -> str:
+    """The name of the model that the prompt was tuned for. Raises `ConfigError` where that was a file."""
     if prompt.model_name not in models.CATALOGUE:
         raise ConfigError(f"the prompt was made with a model file, {prompt.model_name}: say where it is with --model")
     return prompt.model_name

@@ -109,6 +109,8 @@ def print_cost(cost: RunCost, as_json: bool) -> None:
         table.add_row(device.name, f"{device.tokens:,}", time, *(human_bytes(size) for size in sizes))
     console.print(f"at most, for {cost.evaluations} evaluations in {cost.rounds} rounds of search:")
     console.print(table)
+    if cost.epsilon is not None:
+        console.print(f"ε {cost.epsilon:.2f} of one training row of a device")
 
 
 def print_accuracies(

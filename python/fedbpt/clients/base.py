@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
-from fedbpt.messages import DeviceInfo, EvaluateReport, EvaluateRequest, RoundPlan, RoundProgress, RoundReport
+from fedbpt.messages import (
+    DeviceInfo,
+    EvaluateReport,
+    EvaluateRequest,
+    RoundPlan,
+    RoundProgress,
+    RoundReport,
+    SearchHistory,
+)
 
 ProgressCallback: TypeAlias = Callable[[RoundProgress], None]
 
@@ -37,8 +45,12 @@ class DeviceClient(Protocol):
 
     async def status(self) -> DeviceInfo: ...
 
-    async def start(self, plan: RoundPlan) -> None:
-        """Hand over ``plan``; returns when the device has accepted it."""
+    async def start(self, plan: RoundPlan, history: SearchHistory | None = None) -> None:
+        """Hand over ``plan``; returns when the device has accepted it.
+
+        ``history``: of the search whose generation ``plan`` asks for, up to that; a transport may send of it what the
+        device has not heard, instead of the state.
+        """
         ...
 
     async def wait(

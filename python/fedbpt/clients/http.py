@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
@@ -30,10 +31,14 @@ from fedbpt.messages import (
     RoundPlan,
     RoundProgress,
     RoundReport,
+    SearchHistory,
 )
+from fedbpt.replay import REFUSALS, may_shorten, short_plan, whole_report
 from fedbpt.tls import Tls, is_loopback
 
 M = TypeVar("M", bound=Message)
+
+log = logging.getLogger(__name__)
 
 POLL_S: Final = 5.0
 """How long the device may hold a poll open: also how often progress is heard of."""
@@ -56,6 +61,7 @@ class HttpClient:
         token: the secret that the device asks for; never sent over plain HTTP beyond loopback.
         tls: for an https address, whom to believe and what to show.
         transport: another way to the device than a connection to ``url``.
+        poll_s: how long the device may hold a poll open, at most 60.
     """
 
     def __init__(
@@ -68,6 +74,7 @@ class HttpClient:
         token: str | None = None,
         tls: Tls | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
+        poll_s: float = POLL_S,
     ) -> None:
         try:
             self._url = httpx.URL(url.rstrip("/"))
@@ -83,11 +90,15 @@ class HttpClient:
         self.bytes_down = 0
         self._retry_s = retry_s
         self._answer_s = answer_s
+        self._poll_s = poll_s
         self._authorization = {"authorization": f"Bearer {token}"} if token else {}
         self._transport = transport
         self._token, self._tls = token, tls
         self._verify = (tls or Tls()).client_context() if self._url.scheme == "https" else False
         self._http: httpx.AsyncClient | None = None
+        self._plan: RoundPlan | None = None  # the latest
+        self._replays = True  # the device can make a plan's state itself
+        self._heard: dict[tuple[str, int], int] = {}  # by run and first generation: of a search, what the device knows
 
     def __repr__(self) -> str:
         return f"HttpClient({self.url!r}, name={self.name!r})"
@@ -95,15 +106,22 @@ class HttpClient:
     async def status(self) -> DeviceInfo:
         return self._decode(await self._request("GET", "/v1/status"), DeviceInfo)
 
-    async def start(self, plan: RoundPlan) -> None:
-        response = await self._request("POST", _round_path(plan.run, plan.round), wire.encode(plan))
-        self._decode(response, RoundProgress)
+    async def start(self, plan: RoundPlan, history: SearchHistory | None = None) -> None:
+        self._plan = plan
+        if history is None or not await self._start_shortly(plan, history):
+            await self._post_plan(plan)
 
     async def wait(
         self, run: str, round: int, timeout_s: float | None = None, on_progress: ProgressCallback | None = None
     ) -> RoundReport:
-        path = _round_path(run, round)
-        return await self._poll(path, RoundReport, f"round {round}", timeout_s, on_progress)
+        plan, path = self._plan, _round_path(run, round)
+        deadline = _deadline(timeout_s)
+        if plan is not None and (plan.run, plan.round) == (run, round) and may_shorten(plan.work):
+            short = f"{path}?short=1"
+            report = await self._poll(short, RoundReport, f"round {round}", timeout_s, on_progress, deadline)
+            if (whole := await asyncio.to_thread(whole_report, report, plan)) is not None:
+                return whole
+        return await self._poll(path, RoundReport, f"round {round}", timeout_s, on_progress, deadline)
 
     async def cancel(self, run: str, round: int) -> None:
         await self._request("DELETE", _round_path(run, round))
@@ -147,6 +165,31 @@ class HttpClient:
             return False
         return True
 
+    # --- plans ---------------------------------------------------------------------------------------------------
+
+    async def _post_plan(self, plan: RoundPlan) -> None:
+        response = await self._request("POST", _round_path(plan.run, plan.round), wire.encode(plan))
+        self._decode(response, RoundProgress)
+
+    async def _start_shortly(self, plan: RoundPlan, history: SearchHistory) -> bool:
+        """Whether the device could make ``plan`` of the ranks it lacks, or of all of them where it lost its search."""
+        search = plan.run, history.first
+        for known in sorted({self._heard.get(search, history.first), history.first}, reverse=True):
+            short = short_plan(plan, history, known)
+            if not self._replays or len(wire.encode(short)) > len(wire.encode(plan)):
+                return False
+            try:
+                await self._post_plan(short)
+            except DeviceRefusedError as error:
+                if error.code not in REFUSALS:
+                    raise
+                log.info("%s needs more than the latest ranks (%s)", self.name, error)
+            else:
+                self._heard = {search: history.first + len(history.ranks) // history.popsize}
+                return True
+        self._replays = False
+        return False
+
     # --- polling -------------------------------------------------------------------------------------------------
 
     async def _poll_again(
@@ -173,8 +216,9 @@ class HttpClient:
     ) -> M:
         deadline = _deadline(timeout_s) if deadline is None else deadline
         while True:
-            hold = max(min(POLL_S, deadline - _now()), 0.0)
-            response = await self._request("GET", f"{path}?wait={hold:.3f}", hold_s=hold)
+            hold = max(min(self._poll_s, deadline - _now()), 0.0)
+            query = f"{'&' if '?' in path else '?'}wait={hold:.3f}"
+            response = await self._request("GET", path + query, hold_s=hold)
             if response.status_code == httpx.codes.OK:
                 return self._decode(response, kind)
             progress = self._decode(response, RoundProgress)

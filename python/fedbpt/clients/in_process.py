@@ -22,6 +22,7 @@ from fedbpt.messages import (
     RoundPlan,
     RoundProgress,
     RoundReport,
+    SearchHistory,
 )
 
 M = TypeVar("M", bound=Message)
@@ -57,7 +58,7 @@ class InProcessClient:
     async def status(self) -> DeviceInfo:
         return self._up(self.service.status(), DeviceInfo)
 
-    async def start(self, plan: RoundPlan) -> None:
+    async def start(self, plan: RoundPlan, history: SearchHistory | None = None) -> None:  # noqa: ARG002 - no wire
         self._up(self.service.start(self._down(plan)), RoundProgress)
 
     async def wait(

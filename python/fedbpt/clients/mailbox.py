@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import secrets
 import time
 from collections import OrderedDict
@@ -19,18 +20,27 @@ import httpx
 import msgspec
 
 from fedbpt import wire
-from fedbpt.clients.http import HttpClient
+from fedbpt.clients.http import POLL_S, HttpClient
 from fedbpt.envelopes import Delivery, Reply, Request
 from fedbpt.errors import CoordinatorRefusedError
 
 ABSENT_S: Final = 10.0
 """A device that has not polled for so long is out of reach."""
 
+POLL_S_PER_DEVICE: Final = 0.05
+LONGEST_POLL_S: Final = 30.0
+
 KEPT_ANSWERS: Final = 256
 """Digests of a device's last replies, kept to tell a repeated reply from a forged one."""
 
 STOPPING_S: Final = 2.0
 """When to call again a coordinator that is being stopped."""
+
+
+_PROCESS: Final = secrets.token_hex(8)
+_COUNTER: Final = (
+    itertools.count()
+)  # with which a request's id is unique; what proves who replies is the device's token
 
 
 class _Exchange:
@@ -216,8 +226,8 @@ class PostOffice:
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(there(), loop))
 
     def client(self, device: str) -> MailboxClient:
-        """A client of ``device``, to use from any event loop."""
-        return MailboxClient(device, self)
+        """A client of ``device``, to use from any event loop; one of many asks less often how far its work is."""
+        return MailboxClient(device, self, min(max(POLL_S, len(self._boxes) * POLL_S_PER_DEVICE), LONGEST_POLL_S))
 
 
 class MailboxTransport(httpx.AsyncBaseTransport):
@@ -229,7 +239,7 @@ class MailboxTransport(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         envelope = msgspec.convert(
             {
-                "id": secrets.token_hex(16),
+                "id": f"{_PROCESS}{next(_COUNTER):016x}",
                 "method": request.method,
                 "path": request.url.raw_path.decode("ascii"),
                 "body": await request.aread(),
@@ -245,8 +255,8 @@ class MailboxTransport(httpx.AsyncBaseTransport):
 class MailboxClient(HttpClient):
     """Reaches the device that calls in as ``device``. See `DeviceClient` for the methods."""
 
-    def __init__(self, device: str, office: PostOffice) -> None:
-        super().__init__("http://mailbox", device, transport=MailboxTransport(device, office))
+    def __init__(self, device: str, office: PostOffice, poll_s: float = POLL_S) -> None:
+        super().__init__("http://mailbox", device, transport=MailboxTransport(device, office), poll_s=poll_s)
         self.where = "calls in"
         self._office = office
 

@@ -116,6 +116,12 @@ def split_pattern(template: Template) -> tuple[str, str]:
     return head, cue
 
 
+def bos_ids(tokenizer: Tokenizer) -> NDArray[np.int32]:
+    """What the model was trained to have before a text: BOS [1], or nothing [0]."""
+    bare, trained = tokenizer.tokenize("x", add_bos=False), tokenizer.tokenize("x")
+    return np.asarray(trained[: len(trained) - len(bare)], dtype=np.int32)
+
+
 def cue_ids(tokenizer: Tokenizer, template: Template) -> NDArray[np.int32]:
     """Token ids [n] of the answer cue, the same for every text. Raises `TaskError`."""
     return _continuation(tokenizer, split_pattern(template)[1])
@@ -145,8 +151,7 @@ def render_ids(
         body = _continuation(tokenizer, head[len(spoken) :] + text)
     else:
         body = np.asarray(tokenizer.tokenize(head + text, add_bos=False), dtype=np.int32)
-        bare, trained = tokenizer.tokenize("x", add_bos=False), tokenizer.tokenize("x")
-        front = np.asarray(trained[: len(trained) - len(bare)], dtype=np.int32)
+        front = bos_ids(tokenizer)
     return np.concatenate([front, body[:max_text_tokens], cue_ids(tokenizer, template)])
 
 

@@ -1,0 +1,53 @@
+"""Two answers beside each other in a terminal: bars of the labels' probabilities, or texts as they are generated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.bar import Bar
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from fedbpt.side_by_side import SIDES, Probabilities, Side
+
+_BAR = 24  # characters
+
+
+def print_probabilities(console: Console, labels: Sequence[str], found: Probabilities, label: str | None) -> None:
+    """A line per label. ``label``: the row's own, where it is known."""
+    table = Table(box=None, padding=(0, 1))
+    table.add_column("", no_wrap=True)
+    for side in SIDES:
+        table.add_column(side, justify="right")
+        table.add_column("", width=_BAR)
+    for i, name in enumerate(labels):
+        cells: list[RenderableType] = [Text(name)]
+        for side in SIDES:
+            values: tuple[float, ...] = getattr(found, side)
+            style = "bold" if values[i] == max(values) else ""
+            cells += [Text(f"{values[i]:.1%}", style), Bar(1.0, 0.0, values[i], width=_BAR)]
+        table.add_row(*cells)
+    console.print(table)
+    if label is not None:
+        console.print(Text(f"the row says {label}", "dim"))
+
+
+def print_texts(console: Console, pieces: Iterator[tuple[Side, str]]) -> dict[Side, str]:
+    """Both texts as they come; what there was of them at the end."""
+    texts: dict[Side, str] = dict.fromkeys(SIDES, "")
+    with Live(_panels(texts), console=console, refresh_per_second=10, vertical_overflow="visible") as live:
+        for side, piece in pieces:
+            texts[side] += piece
+            live.update(_panels(texts))
+    return texts
+
+
+def _panels(texts: dict[Side, str]) -> Table:
+    table = Table.grid(expand=True)
+    for _ in texts:
+        table.add_column(ratio=1)
+    table.add_row(*(Panel(Text(text.strip("\n")), title=side) for side, text in texts.items()))
+    return table

@@ -1,0 +1,160 @@
+"""``fedbpt chat``: ask the tuned and the original model, side by side."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from fedbpt import tasks
+from fedbpt.cli.answers import print_probabilities, print_texts
+from fedbpt.cli.evaluate import model_of
+from fedbpt.cli.hint import print_hint
+from fedbpt.cli.options import AsJson, GpuLayers, GpuName, Quiet, Threads
+from fedbpt.errors import ConfigError, InputError
+from fedbpt.generator import Sampling
+from fedbpt.native_scorer import load_model
+from fedbpt.prompt import Prompt
+from fedbpt.seeding import generator
+from fedbpt.side_by_side import SIDES, SideBySide
+from fedbpt.tasks import Row
+
+PromptFile = Annotated[Path, typer.Option("--prompt", "-p", help="The tuned prompt's file.", show_default=False)]
+OwnModel = Annotated[
+    str | None, typer.Option("--model", "-m", help="Model name or .gguf file. Default: the one in the prompt file.")
+]
+OwnTask = Annotated[
+    str | None, typer.Option("--task", "-t", help="The prompt's task file, where the task is not built in.")
+]
+Data = Annotated[Path | None, typer.Option("--data", "-d", help="Held-out rows to choose questions from.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="The longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option("--temperature", min=0, help="0: always the likeliest token.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Only from the likeliest tokens of so much probability.")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="For the same answers again, with a temperature.")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="Ends an answer; as often as needed.")]
+Questions = Annotated[int, typer.Option("--questions", min=1, help="How many rows of --data to offer.")]
+
+
+def chat(
+    prompt_file: PromptFile,
+    model: OwnModel = None,
+    task: OwnTask = None,
+    data: Data = None,
+    questions: Questions = 5,
+    max_tokens: MaxTokens = 64,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    threads: Threads = None,
+    gpu_layers: GpuLayers = 0,
+    gpu: GpuName = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Ask the tuned and the original model side by side: your own questions, or those of held-out rows.
+
+    Example: fedbpt chat --prompt prompt.safetensors --data test.csv
+    """
+    prompt = Prompt.load(prompt_file)
+    chosen = task_of(prompt, task)
+    offered = _offered(chosen, data, questions)
+    how = Sampling(temperature, top_p, seed=seed)
+    scorer = load_model(model or model_of(prompt), n_threads=threads, n_gpu_layers=gpu_layers, gpu=gpu)
+    pair = SideBySide(scorer, prompt, chosen)
+    print_hint(scorer, shown=not (quiet or as_json))
+    console = Console()
+    talks = sys.stdin.isatty() and not as_json
+    if talks and not quiet:
+        _introduce(console, pair, offered)
+    for text, label in _asked(offered, talks):
+        try:
+            _answer(console, pair, text, label, how, max_tokens, tuple(stop or ()), as_json)
+        except KeyboardInterrupt:
+            if not talks:
+                raise
+            console.print("stopped; Ctrl-D ends")
+        except InputError as error:
+            if not talks:
+                raise
+            console.print(f"fedbpt: {escape(str(error))}")
+
+
+def task_of(prompt: Prompt, given: str | None) -> tasks.Task | None:
+    """The task of ``--task``, else the built-in one of the prompt's task name, else none."""
+    if given is not None:
+        return tasks.load(given)
+    return tasks.BUILTIN.get(prompt.task_name)
+
+
+def _offered(task: tasks.Task | None, data: Path | None, n: int) -> list[Row]:
+    """``n`` rows of the file, at random and always the same."""
+    if data is None:
+        return []
+    if task is None:
+        raise ConfigError("--data needs the prompt's task, which is not built in: say where its file is with --task")
+    rows = tasks.read_task_rows(task, data)
+    chosen = generator(0, "questions").permutation(len(rows))[:n]
+    return [rows[i] for i in sorted(chosen)]
+
+
+def _introduce(console: Console, pair: SideBySide, offered: Sequence[Row]) -> None:
+    console.print(f"{escape(pair.model.name)}, as it is and tuned for {escape(pair.prompt.task_name)}")
+    for number, (text, _) in enumerate(offered, start=1):
+        console.print(f"  [bold]{number}[/]  {escape(text)}", overflow="ellipsis", no_wrap=True)
+    either = "a number or your own text" if offered else "your text"
+    console.print(f"Type {either}; Ctrl-D ends.")
+
+
+def _asked(offered: Sequence[Row], talks: bool) -> Iterator[tuple[str, int | str | None]]:
+    """Texts, each with the label or target that its row has; None: not known."""
+    while True:
+        try:
+            line = input("> ") if talks else input()
+        except EOFError:
+            return
+        word = line.strip()
+        if word.isdecimal() and 1 <= int(word) <= len(offered):
+            yield offered[int(word) - 1]
+        elif word:
+            yield word, None
+
+
+def _answer(
+    console: Console,
+    pair: SideBySide,
+    text: str,
+    label: int | str | None,
+    how: Sampling,
+    max_tokens: int,
+    stop: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    name = pair.labels[label] if isinstance(label, int) else label
+    if pair.classifies:
+        found = pair.classify(text)
+        if as_json:
+            original, tuned = (dict(zip(pair.labels, of_side, strict=True)) for of_side in found)
+            _print_json({"text": text, "label": name, "original": original, "tuned": tuned})
+        else:
+            print_probabilities(console, pair.labels, found, name)
+        return
+    pieces = pair.generate(text, how, max_tokens, stop)
+    if as_json:
+        said = dict.fromkeys(SIDES, "")
+        for side, piece in pieces:
+            said[side] += piece
+        _print_json({"text": text, "target": name, "original": said["original"], "tuned": said["tuned"]})
+    else:
+        print_texts(console, pieces)
+
+
+def _print_json(value: dict[str, object]) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False))
+    sys.stdout.flush()

@@ -1,0 +1,70 @@
+"""``fedbpt serve``: the model and its tuned prompts behind OpenAI's API."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedbpt import tasks
+from fedbpt.cli.credentials import token_in
+from fedbpt.cli.hint import print_hint
+from fedbpt.cli.options import AllowInsecure, AsJson, Cert, GpuLayers, GpuName, Key, Model, Quiet, Threads
+from fedbpt.native_scorer import load_model
+from fedbpt.prompt import Prompt
+from fedbpt.serving import ModelServer, served_models
+from fedbpt.tls import Tls
+
+PromptFiles = Annotated[
+    list[Path] | None, typer.Option("--prompt", "-p", help="A tuned prompt's file, as often as needed.")
+]
+TaskFiles = Annotated[
+    list[str] | None, typer.Option("--task", "-t", help="A prompt's task file, where the task is not built in.")
+]
+TokenFile = Annotated[
+    Path | None, typer.Option("--token-file", help="Answer only who sends the token in this file; made if absent.")
+]
+
+
+def serve(
+    model: Model,
+    prompts: PromptFiles = None,
+    task: TaskFiles = None,
+    host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve on; 0: any free one.")] = 8411,
+    token_file: TokenFile = None,
+    cert: Cert = None,
+    key: Key = None,
+    allow_insecure: AllowInsecure = False,
+    threads: Threads = None,
+    gpu_layers: GpuLayers = 0,
+    gpu: GpuName = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Serve a model and its tuned prompts as OpenAI does: completions, chat, streaming; each prompt is a model name.
+
+    Example: fedbpt serve --model smollm2-135m --prompt prompt.safetensors
+    """
+    loaded = [Prompt.load(path) for path in prompts or []]
+    known = {**tasks.BUILTIN, **{found.name: found for found in map(tasks.load, task or [])}}
+    token = token_in(token_file) if token_file else None
+    tls = Tls(cert, key)
+    scorer = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers, gpu=gpu)
+    served = served_models(scorer, loaded, known)
+    print_hint(scorer, shown=not (quiet or as_json))
+
+    def ready(url: str) -> None:
+        if as_json:
+            typer.echo(json.dumps({"ready": {"url": url, "models": list(served)}}))
+        elif not quiet:
+            _tell(url, list(served))
+
+    ModelServer(served, host, port, token=token, tls=tls, allow_insecure=allow_insecure, on_ready=ready).run()
+
+
+def _tell(url: str, names: Sequence[str]) -> None:
+    typer.echo(f"serves {', '.join(names)} at {url}/v1; Ctrl-C stops it")

@@ -1,0 +1,81 @@
+"""`Database`: one SQLite file behind a lock, made with its folder if absent; its errors name it and say what it is."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ClassVar, TypeVar
+
+from fedbpt.errors import StoreError
+
+T = TypeVar("T", bound="Database")
+
+
+class Database(ABC):
+    """The file at ``path``. Safe to use from several threads.
+
+    Raises:
+        StoreError: it cannot be opened, read or written, or is another kind of file.
+    """
+
+    WHAT: ClassVar[str]
+    """For people, as in ``run database``."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._lock = threading.RLock()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(self.path, timeout=10.0, isolation_level=None, check_same_thread=False)
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(f"cannot open the {self.WHAT} {self.path}: {error}") from error
+        try:
+            self._prepare()
+        except BaseException:
+            self._db.close()
+            raise
+
+    @abstractmethod
+    def _prepare(self) -> None:
+        """Make the tables of a new file; refuse another kind of file by `StoreError`."""
+
+    def close(self) -> None:
+        """Close the file, which cannot be used afterwards."""
+        with self._lock:
+            self._db.close()
+
+    def __enter__(self: T) -> T:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r})"
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """All of what is written inside, or nothing."""
+        with self._lock:
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._db
+                    self._db.execute("COMMIT")
+                finally:
+                    if self._db.in_transaction:
+                        self._db.execute("ROLLBACK")
+            except sqlite3.Error as error:
+                raise StoreError(f"cannot write the {self.WHAT} {self.path}: {error}") from error
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            try:
+                yield self._db
+            except sqlite3.Error as error:
+                raise StoreError(f"cannot read the {self.WHAT} {self.path}: {error}") from error

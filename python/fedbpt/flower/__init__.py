@@ -1,0 +1,31 @@
+"""Runs on Flower (https://flower.ai): its SuperLink and SuperNodes, or its simulation engine, carry our messages.
+
+`FedBPT` is the strategy of a ServerApp, `client_app` makes the ClientApp; ``app/`` is a Flower App, ready to run.
+Needs ``fedbpt[flower]``. See ``docs/flower.md``.
+"""
+
+# ruff: noqa: E402 - telemetry first
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+from fedbpt.errors import MissingExtraError
+
+_TELEMETRY = "FLWR_TELEMETRY_ENABLED"
+_SENDER = sys.modules.get("flwr.supercore.telemetry")
+if getattr(_SENDER, _TELEMETRY, "0") == "1":  # Flower's own commands come before us
+    logging.getLogger(__name__).warning("Flower's telemetry is on: start Flower with %s=0", _TELEMETRY)
+os.environ.setdefault(_TELEMETRY, "0")  # for flwr, where it is not imported yet, and for what this process starts
+
+try:
+    import flwr as _flwr  # noqa: F401
+except ImportError as error:
+    raise MissingExtraError("running on Flower", "flower") from error
+
+from fedbpt.flower.client import FlowerClient as FlowerClient
+from fedbpt.flower.device import client_app as client_app
+from fedbpt.flower.nodes import Nodes as Nodes
+from fedbpt.flower.strategy import FedBPT as FedBPT

@@ -1,0 +1,129 @@
+"""`client_app`: a Flower ClientApp around our device. One message is one piece of work.
+
+What the device remembers (`fedbpt.device_state`) and its last report lie in ``context.state``, which never leaves the
+node; a SuperNode keeps that in memory alone, so where the node's configuration names a file (``state``), they are
+written there too, and read where the context has none.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, TypeAlias
+
+from flwr.app import ConfigRecord, Context, Message
+from flwr.clientapp import ClientApp
+
+from fedbpt import messages, wire
+from fedbpt.agent.service import LocalDevice
+from fedbpt.device_state import DeviceState
+from fedbpt.errors import ConfigError, FedbptError, WireError
+from fedbpt.flower.records import RECORD, WORK_FAILED, packed, unpacked
+from fedbpt.messages import ErrorReply, EvaluateRequest, RoundPlan, RoundReport
+from fedbpt.tokens import read_private, write_private
+
+log = logging.getLogger(__name__)
+
+MakeDevice: TypeAlias = Callable[[Context, DeviceState], LocalDevice]
+"""The device of a node: called for each message, with what it remembers."""
+
+STATE_FILE: Final = "state"
+"""Key of a node's configuration: the file of its snapshot."""
+
+
+class Kept(messages.Message, frozen=True):
+    """What is in ``context.state``, and in the snapshot."""
+
+    state: bytes
+    report: bytes = b""
+
+
+def client_app(make_device: MakeDevice) -> ClientApp:
+    """The ClientApp of a federation's devices. Errors of the work are replies, which name the reason."""
+    app = ClientApp()
+
+    @app.query()
+    def query(message: Message, context: Context) -> Message:
+        return _served(message, context, make_device, lambda device, _kept: device.info())
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return _served(message, context, make_device, lambda device, kept: _round(message, device, kept))
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return _served(message, context, make_device, lambda device, _kept: _evaluation(message, device))
+
+    return app
+
+
+def _round(message: Message, device: LocalDevice, kept: Kept) -> RoundReport:
+    """The report on a plan. The same plan again, from a server that was killed, is not worked on again."""
+    plan = unpacked(message.content, RoundPlan)
+    if kept.report:
+        report = wire.decode(kept.report, RoundReport)
+        if report.plan_digest == wire.digest(plan):
+            return report
+    return device.run(plan, _unheard, _never)
+
+
+def _evaluation(message: Message, device: LocalDevice) -> messages.EvaluateReport:
+    return device.evaluate(unpacked(message.content, EvaluateRequest), _unheard, _never)
+
+
+def _served(
+    message: Message, context: Context, make: MakeDevice, work: Callable[[LocalDevice, Kept], messages.Message]
+) -> Message:
+    answer: messages.Message
+    try:
+        kept = _kept(context)
+        state = DeviceState.from_bytes(kept.state) if kept.state else DeviceState()
+        answer = work(make(context, state), kept)
+        report = wire.encode(answer) if isinstance(answer, RoundReport) else kept.report
+        _keep(context, kept, Kept(state=state.to_bytes(), report=report))
+    except FedbptError as error:
+        answer = ErrorReply(code=WORK_FAILED, message=str(error))
+    except Exception as error:
+        log.exception("work of node %d failed", context.node_id)
+        answer = ErrorReply(code=WORK_FAILED, message=f"{type(error).__name__}: {error}")
+    return Message(packed(answer), reply_to=message)
+
+
+def _kept(context: Context) -> Kept:
+    record = context.state.config_records.get(RECORD)
+    if record is not None and isinstance(body := record["body"], bytes):
+        return wire.decode(body, Kept, _MOST_BYTES)
+    path = _snapshot(context)
+    if path is None or not path.exists():
+        return Kept(state=b"")
+    try:
+        return wire.decode(read_private(path), Kept, _MOST_BYTES)
+    except WireError as error:
+        raise ConfigError(f"the snapshot {path} is damaged: delete it, and the device begins anew ({error})") from error
+
+
+def _keep(context: Context, before: Kept, now: Kept) -> None:
+    if now == before:
+        return
+    body = wire.encode(now)
+    context.state[RECORD] = ConfigRecord({"body": body})
+    if (path := _snapshot(context)) is not None:
+        write_private(path, body)
+
+
+_MOST_BYTES: Final = 2 * wire.MAX_BODY_BYTES
+
+
+def _snapshot(context: Context) -> Path | None:
+    named = context.node_config.get(STATE_FILE)
+    return Path(str(named)).expanduser() if named else None
+
+
+def _unheard(_done: int, _total: int) -> None:
+    """A reply is all that a node sends: nobody hears of progress."""
+
+
+def _never() -> bool:
+    """Flower tells no node to stop."""
+    return False

@@ -1,0 +1,145 @@
+"""`FlowerLoop`: the rounds of a run where Flower's own loop sends the messages and fetches the replies."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final, TypeVar
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message, MessageType, MetricRecord
+from numpy.typing import NDArray
+
+from fedbpt import messages, wire
+from fedbpt.api import aggregator_for
+from fedbpt.errors import DeviceError, QuorumError, WireError
+from fedbpt.flower.client import LEAST_TTL_S
+from fedbpt.flower.records import answer_of, packed
+from fedbpt.ledger import SELECTION, FederatedTask, RunLedger
+from fedbpt.members import common_model
+from fedbpt.messages import DeviceInfo, EvaluateReport, EvaluateRequest, RoundPlan, RoundReport
+from fedbpt.reports import check_evaluation, check_report
+from fedbpt.runs import NO_SCORE, RoundPurpose, RunSettings, Score
+from fedbpt.store import RunStore
+
+log = logging.getLogger(__name__)
+
+LATENT: Final = "latent"
+"""Key of the search's mean [d] in an `ArrayRecord`."""
+
+M = TypeVar("M", bound=messages.Message)
+
+
+class FlowerLoop:
+    """Selection, calibration and search, by the run's ledger. No readout: Flower does not say which round is the last.
+
+    ``devices``: node id and info by name.
+    """
+
+    def __init__(
+        self,
+        store: RunStore,
+        run: str,
+        task: FederatedTask,
+        settings: RunSettings,
+        devices: Mapping[str, tuple[int, DeviceInfo]],
+    ) -> None:
+        self._ledger = RunLedger(store, run, task, settings, aggregator_for(settings))
+        self._settings = settings
+        self._nodes = {name: node for name, (node, _) in devices.items()}
+        self._infos = {name: info for name, (_, info) in devices.items()}
+        self._plans: dict[str, RoundPlan] = {}
+        self._work_digest = ""
+        self._request: EvaluateRequest | None = None
+        self._began = 0.0
+        self._ledger.open(common_model(list(self._infos.values())), sorted(devices))
+        if len(task.templates) == 1 and not settings.balanced:
+            self._ledger.skip_selection()
+
+    def _next(self) -> tuple[int, RoundPurpose]:
+        ledger = self._ledger
+        if ledger.closed < SELECTION:
+            return SELECTION, "selection"
+        calibrates = self._settings.calibrate and not ledger.fit("calibration").done
+        return ledger.closed + 1, "calibration" if calibrates else "search"
+
+    def plans(self) -> list[Message]:
+        """What devices are asked next."""
+        round, purpose = self._next()
+        work = self._ledger.work(round, purpose)
+        self._work_digest, self._began = wire.digest(work), time.monotonic()
+        self._plans = {name: self._ledger.plan(round, name, work) for name in self._nodes}
+        return [self._message(name, plan, MessageType.TRAIN, str(round)) for name, plan in self._plans.items()]
+
+    def close(self, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord]:
+        """Commit the round; returns the mean and the round's figures. Raises `QuorumError`."""
+        ledger, reports = self._ledger, []
+        for name, report in self._answers(replies, RoundReport):
+            try:
+                check_report(report, self._plans[name], self._infos[name].n_train)
+            except WireError as error:
+                log.warning("%s: its report is refused: %s", name, error)
+            else:
+                reports.append(report)
+        needed = max(self._settings.quorum * len(self._nodes), ledger.aggregator.min_reports, 1)
+        if len(reports) < needed:
+            raise QuorumError(
+                f"{len(reports)} of {len(self._nodes)} devices reported, {needed:g} are needed; start the run again to "
+                "resume it"
+            )
+        reports.sort(key=lambda report: report.device)
+        loss = ledger.commit(reports[0].round, self._work_digest, reports, time.monotonic() - self._began, {})
+        figures = {"loss": loss, "devices": len(reports), "evaluations": ledger.aggregator.evaluations}
+        return arrays_of(ledger.mean), MetricRecord({**figures, "tokens": ledger.tokens})
+
+    def evaluations(self) -> list[Message]:
+        """Ask for the mean's accuracy on ``dev`` rows."""
+        ledger = self._ledger
+        self._request = ledger.request(
+            ledger.mean[None], readouts=(ledger.readout("calibration"),), label_weights=ledger.label_weights,
+            split="dev", max_rows=self._settings.dev_rows,
+        )  # fmt: skip
+        names = [name for name, info in self._infos.items() if info.n_dev]
+        return [self._message(name, self._request, MessageType.EVALUATE, "") for name in names]
+
+    def scored(self, replies: Iterable[Message]) -> MetricRecord | None:
+        """The accuracy that was asked for; None: nobody has such rows."""
+        total = NO_SCORE
+        for name, report in self._answers(replies, EvaluateReport):
+            try:
+                check_evaluation(report, self._request or self._ledger.request(self._ledger.mean[None]))
+            except WireError as error:
+                log.warning("%s: its evaluation is refused: %s", name, error)
+            else:
+                total += Score.of(report, 0)
+        return score_metrics(total) if total.n else None
+
+    def _message(self, name: str, message: RoundPlan | EvaluateRequest, kind: str, group: str) -> Message:
+        return Message(packed(message), self._nodes[name], kind, ttl=LEAST_TTL_S, group_id=group)
+
+    def _answers(self, replies: Iterable[Message], kind: type[M]) -> Iterator[tuple[str, M]]:
+        """Devices' answers by name; what went wrong is logged."""
+        names = {node: name for name, node in self._nodes.items()}
+        for reply in replies:
+            name = names.get(reply.metadata.src_node_id)
+            if name is None or reply.has_error():
+                reason = reply.error.reason if reply.has_error() else "it is no node of this run"
+                log.warning("%s: %s", name or f"node {reply.metadata.src_node_id}", reason)
+                continue
+            try:
+                answer = answer_of(reply.content, kind, name)
+            except (DeviceError, WireError) as error:
+                log.warning("%s", error)
+            else:
+                yield name, answer
+
+
+def arrays_of(mean: NDArray[np.float64]) -> ArrayRecord:
+    """A latent [d] as Flower's arrays."""
+    return ArrayRecord({LATENT: Array(mean)})
+
+
+def score_metrics(score: Score) -> MetricRecord:
+    """An evaluation as Flower's metrics."""
+    return MetricRecord({"accuracy": score.accuracy, "loss": score.loss, "n": score.n})

@@ -1,0 +1,150 @@
+"""The Flower App in ``app/``: what its ``pyproject.toml`` and a node's configuration say becomes a run and devices."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedbpt import tasks
+from fedbpt.config import with_defaults
+from fedbpt.device_state import DeviceState
+from fedbpt.errors import ConfigError, FedbptError
+from fedbpt.flower.device import client_app
+from fedbpt.flower.strategy import FIND_S, FedBPT
+from fedbpt.local import Device
+from fedbpt.native_scorer import load_model
+from fedbpt.runs import DeviceBack, DeviceLost, Evaluated, Event, RoundClosed, RunFinished, RunSettings
+from fedbpt.scorer import Scorer
+from fedbpt.store import RunStore
+from fedbpt.tasks import Row, Task
+from fedbpt.tasks.partition import Scheme
+
+SIMULATED: Final = "partition-id"
+"""Key that Flower gives a simulated node, or a person a real one, that shares its files with others."""
+
+
+class AppConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, rename="kebab"):
+    """What ``app/pyproject.toml`` explains, and of a node: its name and what is written to ``state``."""
+
+    task: str
+    run: str = "flower"
+    store: str = "~/.fedbpt/flower.db"
+    devices: int = 0
+    find_s: float = FIND_S
+    settings: dict[str, Any] = {}
+
+    model: str = ""
+    data: str = ""
+    test: str = ""
+    dev: str = ""
+    threads: int = 0
+    partition: Scheme = "iid"
+    alpha: float = 1.0
+    partition_id: int | None = None
+    num_partitions: int = 1
+    name: str = ""
+    state: str = ""
+
+
+def config_of(*sources: Mapping[str, Any]) -> AppConfig:
+    """Flower's flat configurations (``settings.rounds``) as one, later ones first. Raises `ConfigError`."""
+    nested: dict[str, Any] = {}
+    for key, value in (item for source in sources for item in source.items()):
+        *path, last = key.split(".")
+        place = nested
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = value
+    try:
+        return msgspec.convert(nested, AppConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"the Flower App's configuration: {error}") from error
+
+
+def settings_of(config: AppConfig, task: Task) -> RunSettings:
+    """The run's settings, with what follows from the task. Raises `ConfigError`."""
+    try:
+        return msgspec.convert(with_defaults(config.settings, task), RunSettings)
+    except msgspec.ValidationError as error:
+        cause = error.__cause__
+        reason = cause if isinstance(cause, FedbptError) else error
+        raise ConfigError(f"the Flower App's configuration, settings: {reason}") from error
+
+
+# --- the server ------------------------------------------------------------------------------------------------------
+
+server_app = ServerApp()
+
+
+@server_app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Tune, or go on with a run that was stopped."""
+    config = config_of(context.run_config)
+    task = tasks.load(config.task)
+    with RunStore(Path(config.store).expanduser()) as store:
+        FedBPT(
+            task, settings_of(config, task), store, config.run,
+            devices=config.devices, find_s=config.find_s, on_event=_tell,
+        ).start(grid)  # fmt: skip
+
+
+def _tell(event: Event) -> None:
+    """A line for people, which Flower takes into its log."""
+    match event:
+        case RoundClosed():
+            lost = f", without {', '.join(event.missing)}" if event.missing else ""
+            print(f"round {event.round} ({event.purpose}): loss {event.loss:.4f}{lost}", flush=True)
+        case Evaluated(round=round, score=score):
+            print(f"round {round}: accuracy {score.accuracy:.3f} on {score.n} dev rows", flush=True)
+        case DeviceLost(device=device, reason=reason):
+            print(f"{device} is lost: {reason}", flush=True)
+        case DeviceBack(device=device):
+            print(f"{device} is back", flush=True)
+        case RunFinished(result=result):
+            print(f"run {result.run}: digest {result.digest} after {result.rounds} rounds", flush=True)
+            if result.tuned.n:
+                print(f"accuracy {result.tuned.accuracy:.3f}, zero-shot {result.zero_shot.accuracy:.3f}", flush=True)
+
+
+# --- a node ----------------------------------------------------------------------------------------------------------
+
+
+def make_device(context: Context, state: DeviceState) -> Device:
+    """The device of a node: its own files, or in a simulation its part of those that all share."""
+    config = config_of(context.run_config, context.node_config)
+    if not (config.model and config.data):
+        raise ConfigError("a node needs a model and data: give them in the app's configuration or in --node-config")
+    rows = [_rows(config, file) if file else [] for file in (config.data, config.dev, config.test)]
+    simulated = f"node-{config.partition_id}" if config.partition_id is not None else socket.gethostname()
+    return Device(config.name or simulated, _scorer(config.model, config.threads), *rows, state=state)
+
+
+def _rows(config: AppConfig, file: str) -> list[Row]:
+    rows = _read(config.task, file)
+    if config.partition_id is None:
+        return rows
+    scheme = config.partition if file == config.data else "iid"
+    labels = [label if isinstance(label, int) else 0 for _, label in rows]
+    parts = tasks.partition(labels, config.num_partitions, scheme, config.alpha)
+    return [rows[i] for i in parts[config.partition_id]]
+
+
+@lru_cache(maxsize=8)
+def _read(task: str, file: str) -> list[Row]:
+    return tasks.read_task_rows(tasks.load(task), Path(file).expanduser())
+
+
+@lru_cache(maxsize=1)
+def _scorer(model: str, threads: int) -> Scorer:
+    """One model a process, whichever node it serves."""
+    return load_model(model, n_threads=threads or None, late=True)
+
+
+node_app = client_app(make_device)

@@ -1,0 +1,194 @@
+"""`FedBPT`: our search as a Flower strategy.
+
+`FedBPT.start` runs a `Federation` over the grid: template selection, calibration, search and readout; quorum and
+deadlines by ``push_messages`` and ``pull_messages``; every closed round committed to a `RunStore`, from which the same
+call resumes. The rounds are those of `fedbpt tune`: the same devices, settings and seed give the same digests.
+
+The ``configure_`` and ``aggregate_`` methods are one round each, for Flower's own loop (``Strategy.start(strategy,
+...)``) and for strategies that wrap another. That loop waits for every node, and fits no readout.
+"""
+
+# ruff: noqa: ARG002 - the signatures are Flower's
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from typing import Final
+
+import msgspec
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from fedbpt.api import aggregator_for
+from fedbpt.errors import QuorumError
+from fedbpt.event_loop import run_to_end
+from fedbpt.federation import Federation
+from fedbpt.flower.client import FlowerClient
+from fedbpt.flower.loop import FlowerLoop, arrays_of, score_metrics
+from fedbpt.flower.nodes import Nodes
+from fedbpt.ledger import FederatedTask
+from fedbpt.runs import Evaluated, Event, EventCallback, RoundClosed, RunResult, RunSettings
+from fedbpt.store import RunStore
+
+log = logging.getLogger(__name__)
+
+FIND_S: Final = 300.0
+"""How long to wait for the devices that a run is to have."""
+
+
+class FedBPT(Strategy):
+    """Tunes a prompt over the devices behind a grid. A strategy is for one run.
+
+    Args:
+        task: name, labels, candidate templates.
+        settings: ``method`` chooses FedBPT (``fedbpt``), pooled search (``pooled``) or averaged means (``fedavg``).
+        store: where rounds are committed. A run of this name in it is resumed.
+        run: the run's name.
+        devices: wait for so many; 0: whichever nodes are there.
+        find_s: how long to wait for them, seconds.
+        on_event: called for each `fedbpt.runs` event.
+    """
+
+    def __init__(
+        self,
+        task: FederatedTask,
+        settings: RunSettings,
+        store: RunStore,
+        run: str = "run",
+        *,
+        devices: int = 0,
+        find_s: float = FIND_S,
+        on_event: EventCallback = lambda _event: None,
+    ) -> None:
+        self.task = task
+        self.settings = settings.for_labels(task.labels)
+        self.result: RunResult | None = None
+        self._store, self._run = store, run
+        self._devices, self._find_s = devices, find_s
+        self._on_event = on_event
+        self._loop: FlowerLoop | None = None
+
+    def summary(self) -> None:
+        settings = self.settings
+        log.info("fedbpt run %r: %s, method %s, seed %d", self._run, self.task.name, settings.method, settings.seed)
+
+    # --- the whole run -------------------------------------------------------------------------------------------
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord | None = None,
+        num_rounds: int | None = None,
+        timeout: float | None = None,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run, or resume, to the end. Our own figures are in `result` after that.
+
+        The search has a start of its own (z = 0), and plans tell devices all: ``initial_arrays`` and the configurations
+        are not used.
+
+        Args:
+            grid: as Flower gives it.
+            num_rounds: of the search; None: as the settings say.
+            timeout: a round's deadline, seconds; None: as the settings say.
+            evaluate_fn: asked for the mean of every closed round of the search.
+
+        Raises:
+            QuorumError: too few devices, at the start or in a round: the same call resumes. Others as `Federation.run`.
+        """
+        settings = self.settings
+        if num_rounds is not None:
+            settings = msgspec.structs.replace(settings, rounds=num_rounds)
+        if timeout is not None:
+            settings = msgspec.structs.replace(settings, deadline_s=timeout)
+        self.summary()
+        aggregator, found = aggregator_for(settings), Result()
+
+        def listen(event: Event) -> None:
+            if isinstance(event, RoundClosed) and event.purpose == "search":
+                found.train_metrics_clientapp[event.searched] = _round_metrics(event)
+                if evaluate_fn is not None and (metrics := evaluate_fn(event.searched, arrays_of(aggregator.mean))):
+                    found.evaluate_metrics_serverapp[event.searched] = metrics
+            elif isinstance(event, Evaluated):
+                searched = max(found.train_metrics_clientapp, default=0)
+                found.evaluate_metrics_clientapp[searched] = score_metrics(event.score)
+            self._on_event(event)
+
+        async def main() -> RunResult:
+            nodes = Nodes(grid)
+            try:
+                names = await self._find(nodes, math.ceil(self._devices * settings.quorum))
+                clients = [FlowerClient(name, nodes) for name in names]
+                federation = Federation(clients, self.task, settings, aggregator, self._store, self._run, listen)
+                return await federation.run_async()
+            finally:
+                nodes.close()
+
+        self.result = run_to_end(main)
+        found.arrays = arrays_of(self.result.latent)
+        if self.result.tuned.n:
+            found.evaluate_metrics_clientapp[self.result.rounds] = score_metrics(self.result.tuned)
+        return found
+
+    async def _find(self, nodes: Nodes, needed: int) -> list[str]:
+        """Names of the devices; `QuorumError` where fewer than ``needed`` say theirs."""
+        names, needed = await nodes.find(self._devices, self._find_s), max(needed, 1)
+        if len(names) < needed:
+            reasons = f" ({'; '.join(nodes.problems.values())})" if nodes.problems else ""
+            raise QuorumError(
+                f"{len(names)} devices said who they are within {self._find_s:g} s, {needed} are needed{reasons}: "
+                "are their SuperNodes connected to this SuperLink?"
+            )
+        return names
+
+    # --- a round of Flower's own loop ----------------------------------------------------------------------------
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The round's plans, one a device. ``server_round`` and ``arrays`` are not used: the store knows both."""
+        if self._loop is None:
+            run_to_end(lambda: self._open(grid))
+        return self._opened().plans()
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Commit the round. Raises `QuorumError` where fewer have reported than the settings ask for."""
+        return self._opened().close(replies)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask for the mean's accuracy on ``dev`` rows, every ``settings.evaluate_every`` rounds."""
+        every = self.settings.evaluate_every
+        return self._opened().evaluations() if every and server_round % every == 0 else []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """The accuracy over all devices' rows."""
+        return self._opened().scored(replies)
+
+    async def _open(self, grid: Grid) -> None:
+        nodes = Nodes(grid)
+        try:
+            names = await self._find(nodes, self._devices)
+            known = {name: (nodes.node_of(name), nodes.news_of(name)) for name in names}
+            devices = {name: (node, info) for name, (node, info) in known.items() if node is not None and info}
+            self._loop = FlowerLoop(self._store, self._run, self.task, self.settings, devices)
+        finally:
+            nodes.close()
+
+    def _opened(self) -> FlowerLoop:
+        if self._loop is None:
+            raise QuorumError("configure_train comes first: it finds the devices")
+        return self._loop
+
+
+def _round_metrics(event: RoundClosed) -> MetricRecord:
+    figures = {"loss": event.loss, "devices": len(event.reported), "evaluations": event.evaluations}
+    return MetricRecord({**figures, "tokens": event.tokens, "seconds": event.seconds})

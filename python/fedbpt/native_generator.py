@@ -1,0 +1,83 @@
+"""The `Generator` that runs on the llama.cpp fork, on the weights of a `NativeScorer`."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedbpt.errors import InputError
+from fedbpt.generator import SEEDS, Placed, Sampling, Token, check_rows
+
+if TYPE_CHECKING:
+    from fedbpt import _native
+
+
+class NativeGenerator:
+    """Goes on with texts (`fedbpt.generator.Generator`). Thread-safe: calls that compute wait for each other.
+
+    It has a KV cache of its own, made at the first text and as long as the texts need. What was computed is kept: a
+    text begins with the KV of the longest beginning that it shares with a text before it, soft rows included, and what
+    stands up to the end of the rows is kept for the last seven prompts used.
+    """
+
+    def __init__(self, engine: _native.Engine) -> None:
+        self._engine = engine
+        self._generator = engine.generator()
+
+    @property
+    def n_ctx(self) -> int:
+        return int(self._engine.n_ctx_train)
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self._generator.n_tokens)
+
+    @property
+    def n_cells(self) -> int:
+        """Tokens that the KV cache has room for now."""
+        return int(self._generator.n_cells)
+
+    def open(self, placed: Placed, sampling: Sampling) -> NativeStream:
+        """See `fedbpt.generator.Generator.open`. At most four texts at a time."""
+        ids = np.ascontiguousarray(placed.ids, dtype=np.int32)
+        rows = check_rows(placed.rows, self._engine.n_embd)
+        seed = secrets.randbelow(SEEDS) if sampling.seed is None else sampling.seed % SEEDS
+        stream = self._generator.open(
+            ids, rows, placed.rows_at, sampling.temperature, sampling.top_p, sampling.top_k, seed
+        )
+        return NativeStream(self._generator, stream)
+
+    def piece(self, token: int) -> bytes:
+        return self._generator.piece(token)
+
+    def is_end(self, token: int) -> bool:
+        return self._generator.is_end(token)
+
+    def chat_ids(self, messages: Sequence[tuple[str, str]]) -> NDArray[np.int32]:
+        for role, content in messages:
+            if self._generator.has_special(role) or self._generator.has_special(content) or "\0" in role + content:
+                raise InputError("a message holds text that this model takes for a control token: leave that out")
+        return self._generator.chat_ids(list(messages))
+
+
+class NativeStream:
+    """A text that is being generated (`fedbpt.generator.TokenStream`)."""
+
+    def __init__(self, generator: _native.Generator, stream: _native.Generator.Stream) -> None:
+        self._generator = generator
+        self._stream = stream
+
+    @property
+    def n_reused(self) -> int:
+        return int(self._stream.n_reused)
+
+    def next(self, n_likeliest: int = 0) -> Token:
+        token, log_prob, likeliest = self._generator.next(self._stream, n_likeliest)
+        return Token(token, log_prob, tuple(likeliest))
+
+    def cancel(self) -> None:
+        self._stream.cancel()

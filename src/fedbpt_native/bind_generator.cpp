@@ -1,0 +1,70 @@
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "generator.h"
+
+namespace py = pybind11;
+
+namespace fedbpt {
+
+namespace {
+
+using IntArray   = py::array_t<int32_t, py::array::c_style>;
+using FloatArray = py::array_t<float, py::array::c_style>;
+
+std::unique_ptr<Generator::Stream> open(Generator & generator, const IntArray & ids, const FloatArray & rows, size_t rows_at, float temperature, float top_p, int32_t top_k, uint32_t seed) {
+    Input input { { ids.data(), ids.data() + ids.size() }, { rows.data(), rows.data() + rows.size() }, rows_at };
+    py::gil_scoped_release release;
+    return generator.open(std::move(input), { temperature, top_p, top_k, seed });
+}
+
+py::tuple next(Generator & generator, Generator::Stream & stream, size_t n_likeliest) {
+    const std::function<bool()> stop = [] {  // Python's signal handlers, where this is the main thread
+        py::gil_scoped_acquire acquire;
+        return PyErr_CheckSignals() != 0;
+    };
+    Choice choice;
+    try {
+        py::gil_scoped_release release;
+        choice = generator.next(stream, n_likeliest, stop);
+    } catch (...) {
+        if (PyErr_Occurred()) {  // a signal handler's exception comes before ours
+            throw py::error_already_set();
+        }
+        throw;
+    }
+    return py::make_tuple(choice.id, choice.log_prob, choice.likeliest);
+}
+
+IntArray chat_ids(const Generator & generator, const std::vector<std::pair<std::string, std::string>> & messages) {
+    const std::vector<llama_token> ids = generator.model().tokenize(generator.model().chat_text(messages), /*add_bos =*/ -1, /*parse_special =*/ true);
+    return IntArray(static_cast<py::ssize_t>(ids.size()), ids.data());
+}
+
+bool has_special(const Generator & generator, const std::string & text) {
+    return generator.model().tokenize(text, 0, /*parse_special =*/ true) != generator.model().tokenize(text, 0);
+}
+
+}  // namespace
+
+void register_generator(py::module_ & module) {
+    py::class_<Generator, py::smart_holder> generator(module, "Generator", "Texts token by token; made by Engine.generator. Thread-safe: calls that compute wait for each other.");
+
+    py::class_<Generator::Stream, py::smart_holder>(generator, "Stream")
+        .def("cancel", &Generator::Stream::cancel, "Make the call in flight, or the next, raise ScoringInterrupted.")
+        .def_property_readonly("n_reused", &Generator::Stream::n_reused);
+
+    generator
+        .def("open", &open, py::arg("ids").noconvert(), py::arg("rows").noconvert(), py::arg("rows_at"), py::arg("temperature"), py::arg("top_p"), py::arg("top_k"), py::arg("seed"), py::keep_alive<0, 1>(),
+             "ids int32 [n], rows float32 [n_rows, n_embd]")
+        .def("next", &next, py::arg("stream"), py::arg("n_likeliest"), "(id, log-probability, [(id, log-probability) of the likeliest])")
+        .def("piece", [](const Generator & generator, llama_token id) { return py::bytes(generator.model().piece(id)); }, py::arg("id"))
+        .def("is_end", [](const Generator & generator, llama_token id) { return generator.model().is_end(id); }, py::arg("id"))
+        .def("chat_ids", &chat_ids, py::arg("messages"), "int32 [n] of (role, content) messages in the model's chat template; special tokens in a content count as such")
+        .def("has_special", &has_special, py::arg("text"), "whether a text names special tokens")
+        .def_property_readonly("n_tokens", &Generator::n_tokens)
+        .def_property_readonly("n_cells", &Generator::n_cells);
+}
+
+}  // namespace fedbpt

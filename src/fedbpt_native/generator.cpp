@@ -1,0 +1,386 @@
+#include "generator.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <string>
+
+#include "errors.h"
+#include "llama-soft-prompt.h"
+#include "log.h"
+#include "log_sum_exp.h"
+
+namespace fedbpt {
+
+namespace {
+
+constexpr uint32_t     kUbatch = 512;   // tokens a graph
+constexpr uint32_t     kBatch  = 2048;  // tokens a llama_decode
+constexpr size_t       kPad    = 4;     // CPU kernels take rows by four, and round the rest differently
+constexpr llama_seq_id kPadSeq = 0;     // tokens that only fill a batch up
+constexpr size_t       kTexts  = 4;     // being generated, or kept to go on from
+constexpr size_t       kHeads  = 7;     // kept; each sequence takes two buffers of n_vocab numbers
+constexpr size_t       kRoom   = 256;   // cells to generate into before the context grows
+
+constexpr auto kStopInterval = std::chrono::milliseconds(20);
+
+SamplerPtr make_sampler(const Sampling & sampling) {
+    SamplerPtr chain(llama_sampler_chain_init(llama_sampler_chain_default_params()));
+    const auto add = [&](llama_sampler * sampler) { llama_sampler_chain_add(chain.get(), sampler); };
+
+    if (sampling.temperature == 0.0f) {
+        add(llama_sampler_init_greedy());
+        return chain;
+    }
+    if (sampling.top_k > 0) {
+        add(llama_sampler_init_top_k(sampling.top_k));
+    }
+    if (sampling.top_p < 1.0f) {
+        add(llama_sampler_init_top_p(sampling.top_p, /*min_keep =*/ 1));
+    }
+    add(llama_sampler_init_temp(sampling.temperature));
+    add(llama_sampler_init_dist(sampling.seed));
+    return chain;
+}
+
+std::vector<std::pair<llama_token, float>> likeliest(const float * logits, size_t n_vocab, double log_sum, size_t n) {
+    std::vector<llama_token> order(n_vocab);
+    std::iota(order.begin(), order.end(), 0);
+    n = std::min(n, n_vocab);
+    std::partial_sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(n), order.end(), [&](llama_token a, llama_token b) { return logits[a] > logits[b]; });
+
+    std::vector<std::pair<llama_token, float>> found;
+    for (size_t i = 0; i < n; ++i) {
+        found.emplace_back(order[i], static_cast<float>(logits[order[i]] - log_sum));
+    }
+    return found;
+}
+
+}  // namespace
+
+Generator::Generator(std::shared_ptr<const Model> model, int32_t n_threads, ggml_type kv_type)
+    : model_(std::move(model)), n_threads_(n_threads), kv_type_(model_->is_f32() ? GGML_TYPE_F32 : kv_type), sequences_(kTexts + kHeads) {
+    for (size_t i = 0; i < sequences_.size(); ++i) {
+        sequences_[i].id      = kPadSeq + 1 + static_cast<llama_seq_id>(i);
+        sequences_[i].is_head = i >= kTexts;
+    }
+    ggml_threadpool_params params = ggml_threadpool_params_default(n_threads);
+    threadpool_.reset(cpu_function<decltype(ggml_threadpool_new)>("ggml_threadpool_new")(&params));
+    if (!threadpool_) {
+        throw std::bad_alloc();
+    }
+}
+
+void Generator::validate(const Input & input, const Sampling & sampling) const {
+    const size_t n_rows = input.rows.size()/model_->n_embd();
+    if (input.ids.empty()) {
+        throw InputError("there is nothing to go on from: give at least one token");
+    }
+    for (const llama_token id : input.ids) {
+        model_->check_token(id, "token id");
+    }
+    if (input.rows_at + n_rows > input.ids.size()) {
+        throw InputError(std::to_string(n_rows) + " rows from token " + std::to_string(input.rows_at) + " on do not lie within the text's " + std::to_string(input.ids.size()) + " tokens");
+    }
+    if (!std::all_of(input.rows.begin(), input.rows.end(), [](float x) { return std::isfinite(x); })) {
+        throw InputError("the soft prompt holds NaN or infinity");
+    }
+    if (input.ids.size() >= static_cast<size_t>(model_->n_ctx_train())) {
+        throw InputError("the text and its prompt have " + std::to_string(input.ids.size()) + " tokens, and the model's context is " + std::to_string(model_->n_ctx_train()) + ": shorten the text");
+    }
+    if (!(sampling.temperature >= 0.0f && std::isfinite(sampling.temperature))) {
+        throw InputError("temperature must be a number from 0 on, got " + std::to_string(sampling.temperature));
+    }
+    if (!(sampling.top_p > 0.0f && sampling.top_p <= 1.0f)) {
+        throw InputError("top_p must be above 0 and at most 1, got " + std::to_string(sampling.top_p));
+    }
+    if (sampling.top_k < 0) {
+        throw InputError("top_k must be 0 (all) or more, got " + std::to_string(sampling.top_k));
+    }
+}
+
+const float * Generator::row_of(const Input & input, size_t i) const {
+    const size_t n_embd = static_cast<size_t>(model_->n_embd());
+    const bool   inside = i >= input.rows_at && i < input.rows_at + input.rows.size()/n_embd;
+    return inside ? input.rows.data() + (i - input.rows_at)*n_embd : nullptr;
+}
+
+// How many of their first tokens are embedded alike.
+size_t Generator::common(const Input & a, const Input & b) const {
+    const size_t n = std::min(a.ids.size(), b.ids.size());
+    size_t       i = 0;
+    for (; i < n; ++i) {
+        const float * row_a = row_of(a, i);
+        const float * row_b = row_of(b, i);
+        if ((row_a == nullptr) != (row_b == nullptr)) {
+            break;
+        }
+        if (row_a == nullptr ? a.ids[i] != b.ids[i] : std::memcmp(row_a, row_b, static_cast<size_t>(model_->n_embd())*sizeof(float)) != 0) {
+            break;
+        }
+    }
+    return i;
+}
+
+// The sequence, no live one, that was used longest ago, or null.
+Generator::Sequence * Generator::oldest(bool is_head) {
+    Sequence * found = nullptr;
+    for (Sequence & sequence : sequences_) {
+        if (sequence.is_head == is_head && !sequence.is_live() && (found == nullptr || sequence.last_used < found->last_used)) {
+            found = &sequence;
+        }
+    }
+    return found;
+}
+
+void Generator::drop(Sequence & sequence) {
+    if (ctx_) {
+        llama_memory_seq_rm(llama_get_memory(ctx_.get()), sequence.id, -1, -1);
+    }
+    sequence.input      = {};
+    sequence.n_computed = 0;
+}
+
+// Has the sequence begin with what is computed of `input` already, in whichever sequence the most is. Returns how much that is.
+size_t Generator::adopt(Sequence & sequence, Input input) {
+    const Sequence * best = nullptr;
+    size_t           most = 0;
+    for (const Sequence & other : sequences_) {
+        const size_t n = std::min({ common(other.input, input), other.n_computed, input.ids.size() - 1 });  // the last token gives the logits
+        if (n > most) {
+            best = &other;
+            most = n;
+        }
+    }
+    if (best == &sequence) {
+        llama_memory_seq_rm(llama_get_memory(ctx_.get()), sequence.id, static_cast<llama_pos>(most), -1);
+    } else {
+        drop(sequence);
+        if (best != nullptr) {
+            llama_memory_seq_cp(llama_get_memory(ctx_.get()), best->id, sequence.id, 0, static_cast<llama_pos>(most));
+        }
+    }
+    sequence.input      = std::move(input);
+    sequence.n_computed = most;
+    return most;
+}
+
+// Keeps all up to the end of the rows apart, where more follows.
+void Generator::keep_head(const Sequence & sequence) {
+    const Input & input = sequence.input;
+    const size_t  n     = input.rows_at + input.rows.size()/static_cast<size_t>(model_->n_embd());
+    if (input.rows.empty() || n >= sequence.n_computed) {
+        return;
+    }
+    for (Sequence & head : sequences_) {
+        if (head.is_head && head.n_computed == n && common(head.input, input) == n) {
+            head.last_used = ++clock_;
+            return;
+        }
+    }
+    Sequence & head = *oldest(/*is_head =*/ true);
+    drop(head);
+    head.input      = { { input.ids.begin(), input.ids.begin() + static_cast<std::ptrdiff_t>(n) }, input.rows, input.rows_at };
+    head.n_computed = n;
+    head.last_used  = ++clock_;
+    llama_memory_seq_cp(llama_get_memory(ctx_.get()), sequence.id, head.id, 0, static_cast<llama_pos>(n));
+}
+
+// Gives up a text that is no longer being generated; false where there is none.
+bool Generator::evict() {
+    Sequence * found = nullptr;
+    for (Sequence & sequence : sequences_) {
+        if (!sequence.is_head && !sequence.is_live() && sequence.n_computed > 0 && (found == nullptr || sequence.last_used < found->last_used)) {
+            found = &sequence;
+        }
+    }
+    if (found != nullptr) {
+        drop(*found);
+    }
+    return found != nullptr;
+}
+
+void Generator::ensure_context(size_t n_cells) {
+    if (!ctx_ || n_ctx_ < n_cells) {
+        grow(n_cells + kRoom);
+    }
+}
+
+// A new context of at least so many cells, with the KV of the texts that are being generated.
+void Generator::grow(size_t n_cells) {
+    std::vector<std::pair<Sequence *, std::vector<uint8_t>>> saved;
+    for (Sequence & sequence : sequences_) {
+        if (sequence.is_live() && sequence.n_computed > 0) {
+            std::vector<uint8_t> state(llama_state_seq_get_size(ctx_.get(), sequence.id));
+            state.resize(llama_state_seq_get_data(ctx_.get(), state.data(), state.size(), sequence.id));
+            saved.emplace_back(&sequence, std::move(state));
+        }
+        sequence.n_computed = 0;
+    }
+    ctx_.reset();
+    const auto n_ctx = static_cast<uint32_t>((n_cells + kRoom - 1)/kRoom*kRoom);
+    n_ctx_           = 0;
+
+    llama_context_params params = llama_context_default_params();
+    params.n_ctx               = n_ctx;
+    params.n_batch             = kBatch;
+    params.n_ubatch            = kUbatch;
+    params.n_seq_max           = 1 + kTexts + kHeads;
+    params.n_outputs_max       = params.n_seq_max;
+    params.n_threads           = n_threads_;
+    params.n_threads_batch     = n_threads_;
+    params.kv_unified          = true;
+    params.swa_full            = true;
+    params.type_k              = kv_type_;
+    params.type_v              = kv_type_;
+    if (kv_type_ == GGML_TYPE_F32) {
+        params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;  // it would cast the KV to f16
+    } else if (kv_type_ != GGML_TYPE_F16) {
+        params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;   // nothing else reads it
+    }
+    params.abort_callback      = on_abort;
+    params.abort_callback_data = this;
+
+    take_last_error();
+    ctx_.reset(llama_soft_prompt_init_from_model(model_->get(), params, nullptr, 0, nullptr));
+    if (!ctx_) {
+        throw std::runtime_error("cannot create a context of " + std::to_string(n_ctx) + " tokens (" + take_last_error() + "): free memory, or ask for less text");
+    }
+    n_ctx_ = n_ctx;
+    llama_attach_threadpool(ctx_.get(), threadpool_.get(), threadpool_.get());
+
+    for (auto & [sequence, state] : saved) {
+        if (llama_state_seq_set_data(ctx_.get(), state.data(), state.size(), sequence->id) == 0) {
+            throw std::runtime_error("a text's KV could not be restored (" + take_last_error() + "): please report this");
+        }
+        sequence->n_computed = static_cast<size_t>(llama_memory_seq_pos_max(llama_get_memory(ctx_.get()), sequence->id)) + 1;
+    }
+}
+
+std::unique_ptr<Generator::Stream> Generator::open(Input input, const Sampling & sampling) {
+    validate(input, sampling);
+    auto stream = std::make_unique<Stream>();
+    stream->sampler_ = make_sampler(sampling);
+
+    std::lock_guard<std::mutex> lock(mutex_);
+    Sequence * sequence = oldest(/*is_head =*/ false);
+    if (sequence == nullptr) {
+        throw InputError(std::to_string(kTexts) + " texts are being generated, more at a time are not possible: wait for one to end");
+    }
+    ensure_context(input.ids.size() + kRoom);
+    stream->n_reused_   = adopt(*sequence, std::move(input));
+    stream->sequence_   = sequence;
+    sequence->owner     = stream->alive_;
+    sequence->last_used = ++clock_;
+    return stream;
+}
+
+Choice Generator::next(Stream & stream, size_t n_likeliest, const std::function<bool()> & stop) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    Sequence & sequence = *stream.sequence_;
+    if (sequence.input.ids.size() > static_cast<size_t>(model_->n_ctx_train())) {
+        throw InputError("the model's context of " + std::to_string(model_->n_ctx_train()) + " tokens is full: ask for less text");
+    }
+
+    struct Computing {
+        Generator & self;
+        ~Computing() { self.current_ = nullptr; self.stop_ = nullptr; }
+    } computing { *this };
+    current_ = &stream;
+    stop_    = &stop;
+
+    ensure_context(sequence.input.ids.size());
+    const float * logits  = compute(sequence);
+    const auto    n_vocab = static_cast<size_t>(model_->n_vocab());
+    const double  log_sum = log_sum_exp(logits, n_vocab);
+    if (!std::isfinite(log_sum)) {
+        reset();
+        throw InputError("the model's logits are not finite: the soft prompt's numbers are too large, or the model file is damaged");
+    }
+    keep_head(sequence);
+
+    const llama_token id = llama_sampler_sample(stream.sampler_.get(), ctx_.get(), -1);
+    sequence.input.ids.push_back(id);
+    sequence.last_used = ++clock_;
+    return { id, static_cast<float>(logits[id] - log_sum), n_likeliest > 0 ? likeliest(logits, n_vocab, log_sum, n_likeliest) : std::vector<std::pair<llama_token, float>>() };
+}
+
+// The logits after the sequence's last token.
+const float * Generator::compute(Sequence & sequence) {
+    const size_t n = sequence.input.ids.size();
+    while (sequence.n_computed < n) {
+        compute_part(sequence, std::min(n, sequence.n_computed + kBatch));
+    }
+    return llama_get_logits_ith(ctx_.get(), -1);
+}
+
+void Generator::compute_part(Sequence & sequence, size_t end) {
+    llama_memory_t memory = llama_get_memory(ctx_.get());
+    const Input &  input  = sequence.input;
+
+    batch_.clear();
+    bool any_row = false;
+    for (size_t i = sequence.n_computed; i < end; ++i) {
+        any_row = any_row || row_of(input, i) != nullptr;
+        batch_.add(input.ids[i], static_cast<llama_pos>(i), sequence.id, i + 1 == input.ids.size() ? 0 : Batch::kNone);
+    }
+    for (llama_pos pos = 0; batch_.size() > 1 && batch_.size() % kPad != 0; ++pos) {
+        batch_.add(/*token =*/ 0, pos, kPadSeq, Batch::kNone);
+    }
+    if (any_row) {
+        const size_t n_rows = input.rows.size()/static_cast<size_t>(model_->n_embd());
+        llama_soft_prompt_set(ctx_.get(), sequence.id, static_cast<llama_pos>(input.rows_at), static_cast<int32_t>(n_rows), input.rows.data());
+    }
+
+    next_stop_check_ = {};
+    if (on_abort(this)) {
+        throw ScoringInterrupted("the text was interrupted");
+    }
+    take_last_error();
+    const int32_t status = llama_decode(ctx_.get(), batch_.view(0, batch_.size()));
+    llama_soft_prompt_clear(ctx_.get());
+    if (status == 1) {  // no cells are free
+        if (!evict()) {
+            grow(2*n_ctx_);
+        }
+        return;
+    }
+    if (status != 0) {
+        reset();
+        if (status == 2) {
+            throw ScoringInterrupted("the text was interrupted");
+        }
+        throw std::runtime_error("llama_decode failed with status " + std::to_string(status) + " (" + take_last_error() + "): please report this");
+    }
+    llama_memory_seq_rm(memory, kPadSeq, -1, -1);
+    n_tokens_ += end - sequence.n_computed;
+    sequence.n_computed = end;
+}
+
+void Generator::reset() {
+    // with the data: what an interrupted or overflowing pass left must not reach a later one, not even times zero
+    llama_memory_clear(llama_get_memory(ctx_.get()), /*data =*/ true);
+    llama_soft_prompt_clear(ctx_.get());
+    for (Sequence & sequence : sequences_) {
+        sequence.n_computed = 0;
+    }
+}
+
+bool Generator::on_abort(void * data) {
+    auto * self = static_cast<Generator *>(data);
+    if (self->current_ == nullptr) {
+        return false;
+    }
+    if (self->current_->cancelled_) {
+        return true;
+    }
+    const auto now = std::chrono::steady_clock::now();
+    if (now < self->next_stop_check_) {
+        return false;
+    }
+    self->next_stop_check_ = now + kStopInterval;
+    return *self->stop_ && (*self->stop_)();
+}
+
+}  // namespace fedbpt

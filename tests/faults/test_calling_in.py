@@ -1,0 +1,77 @@
+"""Devices that call in over a network that breaks: the run ends, with the digest of the run without a fault."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from fedbpt.agent import AgentService
+from fedbpt.agent.calls import enrol
+from fedbpt.agent.poller import Poller
+from fedbpt.api import aggregator_for
+from fedbpt.clients import InProcessClient
+from fedbpt.coordinator import CoordinatorServer
+from fedbpt.federation import Federation
+from fedbpt.local import Device
+from fedbpt.registry import DeviceRegistry
+from fedbpt.runs import RunResult
+from fedbpt.store import RunStore
+from tests.caller import wait_until
+from tests.faults.conftest import ALL
+from tests.faults.proxy import FAULTS, Fault, FaultProxy
+from tests.toy_scene import settings
+from tests.toy_scorer import ToyScorer
+from tests.toy_task import TASK, rows
+
+pytestmark = pytest.mark.timeout(600)
+
+SETTINGS = settings(rounds=8, method="pooled", popsize=6, quorum=1.0, stragglers=0.0, deadline_s=120.0)
+
+
+def device(name: str) -> Device:
+    data = rows(12, first=12 * ord(name))
+    return Device(name, ToyScorer(), data, [], data[:4])
+
+
+def tuned(path: Path, clients: list[InProcessClient]) -> RunResult:
+    with RunStore(path) as store:
+        return Federation(clients, TASK, SETTINGS, aggregator_for(SETTINGS), store, "r").run()
+
+
+@pytest.mark.parametrize("fault", FAULTS if ALL else ["duplicate", "unacknowledged"])
+def test_a_network_that_breaks_and_heals_changes_nothing(
+    tmp_path: Path, proxy: Callable[..., FaultProxy], fault: Fault
+) -> None:
+    expected = tuned(tmp_path / "near.db", [InProcessClient(device(name)) for name in "ab"])
+    stop = threading.Event()
+    with ExitStack() as stack:
+        registry = stack.enter_context(DeviceRegistry(tmp_path / "devices.db"))
+        server = stack.enter_context(CoordinatorServer(registry))
+        bad = proxy(server.url)
+        for name in "ab":
+            credentials = enrol(bad.url, registry.invite(name))
+            poller = Poller(AgentService(device(name)), credentials, pauses_s=(0.02, 0.2), tell=lambda _line: None)
+            stack.enter_context(poller)
+        wait_until(lambda: len(server.present()) == 2)
+
+        def shake() -> None:
+            """0.4 s well, 0.6 s broken."""
+            while not stop.wait(0.4):
+                bad.fault = fault
+                stop.wait(0.6)
+                bad.fault = "none"
+
+        shaking = threading.Thread(target=shake)
+        shaking.start()
+        try:
+            result = tuned(tmp_path / "far.db", [server.client(name) for name in "ab"])
+        finally:
+            stop.set()
+            shaking.join()
+            bad.fault = "none"
+    assert (result.digest, result.tuned) == (expected.digest, expected.tuned)
+    assert bad.broken > 0

@@ -1,0 +1,102 @@
+"""What a node remembers: in Flower's context, and in a snapshot where that is lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, Message, MessageType, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedbpt.device_state import DeviceState
+from fedbpt.errors import DeviceFailedError
+from fedbpt.flower import client_app
+from fedbpt.flower.records import answer_of, packed
+from fedbpt.local import Device
+from fedbpt.messages import DeviceInfo, RoundReport
+from fedbpt.messages import Message as OurMessage
+from tests.toy_scorer import ToyScorer
+from tests.unit.test_local_fit import asked
+from tests.unit.test_privacy import ROWS, losses_of, plan
+
+
+@pytest.fixture(autouse=True)
+def _task() -> None:
+    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+
+
+class Node:
+    """Serves each message with a new device, as each message has a process of its own."""
+
+    def __init__(self, **config: Any) -> None:
+        self.context = Context(1, 1, config, RecordDict(), {})
+        self.scorers: list[ToyScorer] = []
+        self._app = client_app(self._make)
+
+    def _make(self, _context: Context, state: DeviceState) -> Device:
+        self.scorers.append(ToyScorer())
+        return Device("pi5", self.scorers[-1], ROWS, state=state)
+
+    def ask(self, message: OurMessage | None, kind: type[Any] = RoundReport, to: str = MessageType.TRAIN) -> Any:
+        sent = Message(packed(message), 1, to)
+        sent.metadata.__dict__["_message_id"] = "m"
+        return answer_of(self._app(sent, self.context).content, kind, "pi5")
+
+    def lose_context(self) -> None:
+        self.context.state = RecordDict()
+
+
+def test_the_context_keeps_the_noise_key_from_message_to_message() -> None:
+    node, other = Node(), Node()
+    assert (losses_of(node.ask(plan())) == losses_of(node.ask(plan(), RoundReport))).all()
+    assert node.ask(plan(round=2)).round == 2
+    assert (losses_of(node.ask(plan())) != losses_of(other.ask(plan()))).any()
+
+
+def test_a_fit_is_scored_once_however_many_messages_it_takes() -> None:
+    node = Node()
+    node.ask(asked())
+    node.ask(asked(n_words=4, readout=None))
+    assert [bool(scorer.calls) for scorer in node.scorers] == [True, False]
+
+
+def test_a_plan_that_was_answered_is_answered_again_without_work() -> None:
+    node = Node()
+    first = node.ask(plan())
+    assert node.ask(plan()) == first
+    assert not node.scorers[-1].calls
+
+
+def test_a_snapshot_brings_back_what_a_lost_context_held(tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "pi5.state"
+    node = Node(state=str(file))
+    first = node.ask(plan())
+    assert file.stat().st_mode & 0o777 == 0o600
+    node.lose_context()
+    assert node.ask(plan()) == first
+    assert not node.scorers[-1].calls
+    node.lose_context()
+    assert (losses_of(node.ask(plan(deadline_s=9.0))) == losses_of(first)).all()  # as far as the noise goes, the same
+    file.unlink()
+    node.lose_context()
+    assert (losses_of(node.ask(plan())) != losses_of(first)).any()
+
+
+def test_a_damaged_snapshot_is_told_and_nothing_is_overwritten(tmp_path: Path) -> None:
+    file = tmp_path / "pi5.state"
+    file.write_bytes(b"damaged")
+    file.chmod(0o600)
+    with pytest.raises(DeviceFailedError, match=r"pi5\.state.*delete"):
+        Node(state=str(file)).ask(None, DeviceInfo, MessageType.QUERY)
+    assert file.read_bytes() == b"damaged"
+
+
+def test_a_fault_of_the_device_is_a_reply_that_names_it() -> None:
+    def broken(_context: Context, _state: DeviceState) -> Any:
+        raise KeyError("model")
+
+    node = Node()
+    node._app = client_app(broken)
+    with pytest.raises(DeviceFailedError, match="KeyError: 'model'"):
+        node.ask(plan())

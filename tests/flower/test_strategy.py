@@ -1,0 +1,225 @@
+"""`FedBPT` over nodes in this process: the native trajectory, quorum, deadlines, resume, and Flower's own loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import ArrayRecord, MetricRecord
+from flwr.serverapp.strategy import Strategy
+
+from fedbpt.errors import ConfigError, QuorumError
+from fedbpt.flower import FedBPT, client_app
+from fedbpt.flower.loop import LATENT
+from fedbpt.runs import DeviceBack, DeviceLost, Event, LateReport, RoundClosed
+from fedbpt.store import RunStore
+from tests.fake_device import FakeDevice
+from tests.flower.toy_app import TASK, make_device, natively, settings
+from tests.flower.toy_grid import Node, ToyGrid, node_of
+from tests.toy_scene import StopRunError, ToyTask, stop
+from tests.toy_scene import settings as search_alone
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedbpt.flower.nodes.Nodes.__init__.__kwdefaults__", {"poll_s": 0.01, "look_s": 0.05})
+
+
+def node(number: int) -> Node:
+    return Node(client_app(make_device), **{"partition-id": number})
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[RunStore]:
+    with RunStore(tmp_path / "flower.db") as store:
+        yield store
+
+
+@pytest.mark.parametrize("method", ["pooled", "fedbpt"])
+def test_a_run_on_flower_is_the_native_run_to_the_bit(method: Any, store: RunStore, tmp_path: Path) -> None:
+    asked = settings(method=method, evaluate_every=2)
+    native = natively(tmp_path / "native.db", 3, asked)
+    strategy = FedBPT(TASK, asked, store, "r", devices=3)
+    found = strategy.start(ToyGrid(node(2), node(0), node(1)))
+    result = strategy.result
+    assert result is not None
+    assert (result.digest, result.fits, result.tuned) == (native.digest, native.fits, native.tuned)
+    assert (found.arrays[LATENT].numpy() == native.latent).all()
+    rounds = [stored.state_digest for stored in store.rounds("r")]
+    with RunStore(tmp_path / "native.db") as other:
+        assert rounds == [stored.state_digest for stored in other.rounds("r")]
+    assert len(rounds) > 5
+    assert sorted(found.train_metrics_clientapp) == [1, 2, 3]
+    assert sorted(found.evaluate_metrics_clientapp) == [0, 2, 3]
+
+
+def test_all_messages_of_a_round_go_out_in_one_call(store: RunStore) -> None:
+    grid = ToyGrid(*(node(number) for number in range(4)))
+    FedBPT(TASK, search_alone(rounds=2), store, devices=4).start(grid)
+    assert max(grid.pushed) == 4
+
+
+def test_the_server_evaluates_the_mean_of_every_round(store: RunStore) -> None:
+    seen: list[int] = []
+
+    def evaluate(round: int, arrays: ArrayRecord) -> MetricRecord:
+        seen.append(round)
+        return MetricRecord({"norm": float(abs(arrays[LATENT].numpy()).sum())})
+
+    found = FedBPT(TASK, search_alone(), store).start(ToyGrid(node(0)), num_rounds=2, evaluate_fn=evaluate)
+    assert seen == [1, 2]
+    assert found.evaluate_metrics_serverapp[2]["norm"] > 0
+
+
+def test_too_few_nodes_are_told_with_what_kept_them(store: RunStore) -> None:
+    def broken(*_: Any) -> Any:
+        raise ConfigError("no such file: mine.jsonl")
+
+    grid = ToyGrid(Node(client_app(broken)), node(0))
+    with pytest.raises(QuorumError, match=r"1 devices said who they are within 0\.3 s, 3 are needed .*mine\.jsonl"):
+        FedBPT(TASK, settings(), store, devices=3, find_s=0.3).start(grid)
+
+
+# --- quorum, deadlines, failing nodes --------------------------------------------------------------------------------
+
+
+def events_of(store: RunStore, grid: ToyGrid, react: Any = lambda _event: None, **changes: Any) -> list[Event]:
+    heard: list[Event] = []
+
+    def hear(event: Event) -> None:
+        heard.append(event)
+        react(event)
+
+    asked = search_alone(**{"rounds": 4, "deadline_s": 2.0, **changes})
+    FedBPT(ToyTask(), asked, store, "r", devices=len(grid.nodes), on_event=hear).start(grid)
+    return heard
+
+
+def closed(events: list[Event]) -> dict[int, tuple[str, ...]]:
+    return {event.round: event.reported for event in events if isinstance(event, RoundClosed)}
+
+
+def devices(*names: str) -> list[FakeDevice]:
+    return [FakeDevice(name) for name in names]
+
+
+def test_a_round_closes_with_its_quorum_at_the_deadline_and_the_late_report_is_recorded(store: RunStore) -> None:
+    a, b, c = devices("a", "b", "c")
+
+    def react(event: Event) -> None:
+        if isinstance(event, RoundClosed):
+            (c.gate.clear if event.round == 1 else c.gate.set)()
+
+    events = events_of(store, ToyGrid(*map(node_of, (a, b, c))), react, rounds=6, deadline_s=0.5)
+    reported = closed(events)
+    assert reported[1] == ("a", "b", "c")
+    assert reported[2] == ("a", "b")
+    assert [event.round for event in events if isinstance(event, LateReport)] == [2]
+    assert any(isinstance(event, DeviceBack) for event in events)
+
+
+def test_a_node_whose_work_fails_is_left_out_and_comes_back(store: RunStore) -> None:
+    a, b = devices("a", "b")
+
+    def react(event: Event) -> None:
+        if isinstance(event, RoundClosed):
+            b.fail = ValueError("out of memory") if event.round == 1 else None
+
+    events = events_of(store, ToyGrid(node_of(a), node_of(b)), react, rounds=30)
+    assert closed(events)[2] == ("a",)
+    assert "out of memory" in next(event.reason for event in events if isinstance(event, DeviceLost))
+    assert closed(events)[30] == ("a", "b")
+
+
+def test_a_node_that_is_killed_and_started_again_takes_part_under_its_name(store: RunStore) -> None:
+    a, b = devices("a", "b")
+    first, second = node_of(a), node_of(b)
+    grid = ToyGrid(first, second)
+
+    def react(event: Event) -> None:
+        if isinstance(event, RoundClosed) and event.round == 1:
+            second.stop()
+        elif isinstance(event, DeviceLost):
+            grid.add(node_of(b))
+
+    events = events_of(store, grid, react, rounds=3, quorum=1.0, deadline_s=20.0)
+    assert closed(events) == dict.fromkeys(range(4), ("a", "b"))
+    assert [event.device for event in events if isinstance(event, DeviceLost)] == ["b"]
+
+
+def test_a_round_without_its_quorum_ends_the_run_and_says_how_to_go_on(store: RunStore) -> None:
+    a, b = devices("a", "b")
+    a.fail = b.fail = ValueError("no")
+    with pytest.raises(QuorumError, match="start the same run again to resume it"):
+        events_of(store, ToyGrid(node_of(a), node_of(b)))
+
+
+# --- own checkpoints -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("last", [0, 2, 9])
+def test_a_run_stopped_after_any_round_and_started_again_ends_as_if_it_had_not_been(
+    last: int, store: RunStore, tmp_path: Path
+) -> None:
+    native = natively(tmp_path / "native.db", 2, settings())
+
+    def stop_there(event: Event) -> None:
+        if isinstance(event, RoundClosed) and event.round == last:
+            stop()
+
+    with pytest.raises(StopRunError):
+        FedBPT(TASK, settings(), store, "r", devices=2, on_event=stop_there).start(ToyGrid(node(0), node(1)))
+    again = FedBPT(TASK, settings(), store, "r", devices=2)
+    again.start(ToyGrid(node(0), node(1)))
+    assert again.result is not None
+    assert (again.result.digest, again.result.fits) == (native.digest, native.fits)
+
+
+def test_a_node_that_has_answered_a_plan_answers_it_again_without_working(store: RunStore) -> None:
+    """A server that is killed before it commits a round asks for it again."""
+    a, b = devices("a", "b")
+    grid = ToyGrid(node_of(a), node_of(b))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedbpt.ledger.RunLedger.commit", lambda *_: stop())
+        with pytest.raises(StopRunError):
+            events_of(store, grid)
+    assert len(a.plans) == 1
+    events = events_of(store, grid, rounds=1)
+    assert sorted(closed(events)) == [0, 1]
+    assert [plan.round for plan in a.plans] == [0, 1]
+
+
+# --- Flower's own loop -----------------------------------------------------------------------------------------------
+
+
+def test_flowers_own_loop_runs_the_same_rounds(store: RunStore, tmp_path: Path) -> None:
+    asked = settings(evaluate_every=3)
+    strategy = FedBPT(TASK, asked, store, "r", devices=2)
+    found = Strategy.start(strategy, ToyGrid(node(0), node(1)), ArrayRecord(), num_rounds=6)
+    natively(tmp_path / "native.db", 2, asked)
+    with RunStore(tmp_path / "native.db") as native:
+        alike = [stored.state_digest for stored in native.rounds("r")][:6]
+    assert [stored.state_digest for stored in store.rounds("r")] == alike
+    assert found.arrays[LATENT].numpy().shape == (asked.prompt.d,)
+    assert sorted(found.train_metrics_clientapp) == [1, 2, 3, 4, 5, 6]
+    assert found.evaluate_metrics_clientapp[3]["n"] == 8
+
+
+def test_flowers_own_loop_resumes_from_the_store(store: RunStore, tmp_path: Path) -> None:
+    for rounds in (2, 4):
+        strategy = FedBPT(TASK, settings(), store, "r", devices=2)
+        Strategy.start(strategy, ToyGrid(node(0), node(1)), ArrayRecord(), num_rounds=rounds)
+    natively(tmp_path / "native.db", 2, settings())
+    with RunStore(tmp_path / "native.db") as native:
+        assert [stored.state_digest for stored in store.rounds("r")] == [s.state_digest for s in native.rounds("r")][:6]
+
+
+def test_flowers_own_loop_asks_for_the_quorum_too(store: RunStore) -> None:
+    a, b = devices("a", "b")
+    b.fail = ValueError("no")
+    strategy = FedBPT(ToyTask(), search_alone(quorum=1.0), store, devices=2)
+    with pytest.raises(QuorumError, match="1 of 2 devices reported, 2 are needed"):
+        Strategy.start(strategy, ToyGrid(node_of(a), node_of(b)), ArrayRecord())

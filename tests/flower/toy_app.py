@@ -1,0 +1,48 @@
+"""A federation of toy models, natively and on Flower: the same names, rows and settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+
+from fedbpt.api import aggregator_for
+from fedbpt.clients import InProcessClient
+from fedbpt.device_state import DeviceState
+from fedbpt.federation import Federation
+from fedbpt.local import Device
+from fedbpt.messages import ObjectiveSpec
+from fedbpt.runs import RunResult, RunSettings
+from fedbpt.store import RunStore
+from tests.toy_scene import settings as toy_settings
+from tests.toy_scorer import ToyScorer
+from tests.toy_task import TASK, rows
+
+
+def settings(**changes: Any) -> RunSettings:
+    """Selection, calibration, search and readout: all that a run can have."""
+    objective = ObjectiveSpec(readout_words=4, batch_size=4)
+    asked = {"rounds": 3, "objective": objective, "calibrate": True, "quorum": 1.0, "stragglers": 0.0, "iterations": 2}
+    return toy_settings(**{**asked, "deadline_s": 60.0, **changes})
+
+
+def short(**changes: Any) -> RunSettings:
+    """Selection and search: few messages, where each takes long."""
+    return settings(**{"calibrate": False, "objective": ObjectiveSpec(readout_words=0, batch_size=4), **changes})
+
+
+def device(number: int, state: DeviceState | None = None) -> Device:
+    data = rows(12, first=12 * number)
+    return Device(f"node-{number}", ToyScorer(), data, data[4:8], data[:4], state=state)
+
+
+def make_device(context: Context, state: DeviceState) -> Device:
+    """The device of a node, by its place in Flower's simulation."""
+    return device(int(str(context.node_config["partition-id"])), state)
+
+
+def natively(path: Path, n_devices: int, asked: RunSettings) -> RunResult:
+    with RunStore(path) as store:
+        clients = [InProcessClient(device(number)) for number in range(n_devices)]
+        return Federation(clients, TASK, asked, aggregator_for(asked), store, "r").run()

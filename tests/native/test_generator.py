@@ -1,0 +1,377 @@
+"""Generated texts against the numpy reference and the scorer, and what is computed once for several of them."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_gguf
+from numpy.typing import NDArray
+from tiny_case import N_THREADS, Case
+
+import fedbpt
+from fedbpt.errors import InputError, ScoringInterrupted
+from fedbpt.generator import Placed, Sampling, Token
+from fedbpt.native_generator import NativeGenerator, NativeStream
+
+TOLERANCE = 1e-3  # nats a token, on float32 weights
+GREEDY = Sampling()
+PLACEMENTS = pytest.mark.parametrize("placement", ["front", "cue"])
+
+
+def new(case: Case) -> NativeGenerator:
+    """With nothing computed yet, on the weights that the case has loaded."""
+    return NativeGenerator(case.scorer._engine)
+
+
+def placed(ids: NDArray[np.int32], rows: NDArray[np.float32], placement: str) -> Placed:
+    """The rows after the first token, or in place of the last ones."""
+    if placement == "cue":
+        return Placed(ids, rows, len(ids) - len(rows))
+    return Placed(np.concatenate([ids[:1], np.zeros(len(rows), dtype=np.int32), ids[1:]]), rows, 1)
+
+
+def tokens(stream: NativeStream, n: int, n_likeliest: int = 0) -> list[Token]:
+    return [stream.next(n_likeliest) for _ in range(n)]
+
+
+def generated(generator: NativeGenerator, given: Placed, n: int, sampling: Sampling = GREEDY) -> list[Token]:
+    return tokens(generator.open(given, sampling), n)
+
+
+def same(case: Case, found: list[Token], expected: list[Token], exactly: bool = False) -> bool:
+    """But for rounding: attention sums over cells in the order in which they lie, and activations are quantised.
+
+    ``exactly``: to the last bit, but for float32 weights, whose attention is upstream's and rounds by where cells lie.
+    """
+    if exactly and case.model.weights != "f32":
+        return found == expected
+    most = 1e-4 if case.model.weights == "f32" else 0.05
+    close = [abs(a.log_prob - b.log_prob) <= most for a, b in zip(found, expected, strict=True)]
+    return all(close) and [token.id for token in found] == [token.id for token in expected]
+
+
+def inputs(case: Case, given: Placed) -> NDArray[np.float64]:
+    rows = case.reference.token_embeddings(given.ids)
+    rows[given.rows_at : given.rows_at + len(given.rows)] = given.rows
+    return rows
+
+
+@pytest.mark.parametrize("n_prompt", [0, 1, 4])
+@PLACEMENTS
+def test_each_token_is_the_likeliest_of_the_reference(case: Case, placement: str, n_prompt: int) -> None:
+    given = placed(case.ids(19), case.prompts(1, n_prompt)[0], placement)
+    sequence = inputs(case, given)
+    for token in tokens(new(case).open(given, GREEDY), 12, n_likeliest=3):
+        logits = case.reference.logits(sequence)[-1]
+        log_p = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+        assert log_p[token.id] >= log_p.max() - TOLERANCE
+        assert abs(token.log_prob - log_p[token.id]) <= TOLERANCE
+        assert token.likeliest[0] == (token.id, token.log_prob)
+        assert [p for _, p in token.likeliest] == pytest.approx(np.sort(log_p)[:-4:-1], abs=TOLERANCE)
+        sequence = np.concatenate([sequence, case.reference.token_embeddings([token.id])])
+
+
+@PLACEMENTS
+def test_greedy_text_is_step_by_step_the_argmax_of_the_scorer(case: Case, placement: str) -> None:
+    text, rows = case.ids(19), case.prompts(1, 3)[0]
+    found = generated(new(case), placed(text, rows, placement), 8)
+    ids = [token.id for token in found]
+    # the scorer has the text before the rows as a prefix, the rows in front, and what follows as the text
+    given = placed(text, rows, placement)
+    end = given.rows_at + len(rows)
+    for n, token in enumerate(found):
+        if placement == "cue" and n == 0:
+            [[logits]] = case.scorer.score_with_soft_prompt([text], rows, placement="cue")
+        else:
+            follows = [*given.ids[end:].tolist(), *ids[:n]]
+            [[logits]] = case.scorer.score_with_soft_prompt([follows], rows, None, "front", given.ids[: given.rows_at])
+        assert logits[token.id] >= logits.max() - TOLERANCE
+
+
+@PLACEMENTS
+def test_the_text_has_the_log_probability_that_the_scorer_gives(repeatable: Case, placement: str) -> None:
+    text, rows = repeatable.ids(19), repeatable.prompts(1, 3)[0]
+    found = generated(new(repeatable), placed(text, rows, placement), 8)
+    prefix, tail = (text[:1], text[1:]) if placement == "front" else (None, text)
+    plan = repeatable.scorer.compile(
+        [tail], placement=placement, prefix=prefix, continuations=[[[token.id for token in found]]]
+    )
+    rounding = TOLERANCE if repeatable.model.weights == "f32" else 0.15  # activations are quantised
+    assert abs(plan.score(rows)[0, 0, 0] - sum(token.log_prob for token in found)) <= rounding * len(found)
+
+
+def test_a_text_that_fills_more_than_a_batch_matches(llama: Case) -> None:
+    given = Placed(llama.ids(500), llama.prompts(1, 5)[0], 3)
+    [token] = generated(new(llama), given, 1)
+    logits = llama.reference.logits(inputs(llama, given))[-1]
+    assert logits[token.id] >= logits.max() - TOLERANCE
+
+
+# --- what is computed once -------------------------------------------------------------------------------------------
+
+
+def test_a_prompts_rows_and_what_stands_before_them_are_computed_once(repeatable: Case) -> None:
+    generator, rows = new(repeatable), repeatable.prompts(2, 20)
+    texts = repeatable.texts([9, 30, 17])
+    for text in texts:  # after it, another prompt's text, and one without: the prompt's head is kept apart
+        for prompt in (rows[0], rows[1], rows[0][:0]):
+            before = generator.n_tokens
+            given = Placed(np.concatenate([[1], np.zeros(len(prompt), dtype=np.int32), text]), prompt, 1)
+            stream = generator.open(given, GREEDY)
+            found = tokens(stream, 5)
+            fresh = len(given.ids) - stream.n_reused
+            assert stream.n_reused >= (0 if text is texts[0] else 1 + len(prompt))
+            assert generator.n_tokens - before == fresh + 4  # the last token is not read any more
+            assert same(repeatable, found, generated(new(repeatable), given, 5))
+
+
+def test_a_text_goes_on_from_the_longest_beginning_that_it_shares(repeatable: Case) -> None:
+    generator, rows = new(repeatable), repeatable.prompts(1, 3)[0]
+    text = repeatable.ids(40)
+    generated(generator, Placed(text), 4)
+    for n in (40, 25, 31):
+        other = np.concatenate([text[:n], repeatable.ids(6, seed=n)])
+        stream = generator.open(Placed(other), GREEDY)
+        assert stream.n_reused >= n
+        assert same(repeatable, tokens(stream, 4), generated(new(repeatable), Placed(other), 4))
+    stream = generator.open(Placed(text, rows, 37), GREEDY)  # up to the rows, and not beyond
+    assert stream.n_reused == 37
+    assert same(repeatable, tokens(stream, 4), generated(new(repeatable), Placed(text, rows, 37), 4))
+    stream = generator.open(Placed(text, rows + 1, 37), GREEDY)
+    assert stream.n_reused == 37
+
+
+def test_the_same_text_again_reads_one_token(repeatable: Case) -> None:
+    generator, given = new(repeatable), placed(repeatable.ids(40), repeatable.prompts(1, 3)[0], "front")
+    first = generated(generator, given, 6)
+    stream = generator.open(given, GREEDY)
+    assert stream.n_reused == len(given.ids) - 1
+    assert same(repeatable, tokens(stream, 6), first, exactly=True)
+
+
+def test_texts_by_turns_are_those_that_are_generated_alone(repeatable: Case) -> None:
+    generator = new(repeatable)
+    given = [placed(repeatable.ids(n), repeatable.prompts(1, 4, seed=n)[0], "cue") for n in (12, 30, 21)]
+    streams = [generator.open(each, Sampling(temperature=0.8, seed=5)) for each in given]
+    found: list[list[Token]] = [[], [], []]
+    for turn in (0, 0, 1, 2, 1, 0, 2, 2, 1, 0, 1, 2):
+        found[turn].append(streams[turn].next())
+    for each, of_stream in zip(given, found, strict=True):
+        alone = generated(new(repeatable), each, 4, Sampling(temperature=0.8, seed=5))
+        assert same(repeatable, of_stream, alone, exactly=True)
+
+
+def test_the_cache_grows_with_the_texts_and_they_stay_as_they_are(repeatable: Case) -> None:
+    generator, text = new(repeatable), Placed(repeatable.ids(30), repeatable.prompts(1, 3)[0], 5)
+    stream = generator.open(text, GREEDY)
+    found = tokens(stream, 3)
+    small = generator.n_cells
+    others = [generator.open(Placed(repeatable.ids(n)), GREEDY) for n in (480, 490)]
+    for other in others:
+        tokens(other, 2)
+    assert generator.n_cells > small
+    found += tokens(stream, 5)
+    assert same(repeatable, found, generated(new(repeatable), text, 8))
+
+
+def test_texts_of_before_make_room_and_the_cache_does_not_grow_with_their_number(llama: Case) -> None:
+    generator = new(llama)
+    generated(generator, Placed(llama.ids(200)), 2)
+    cells = generator.n_cells
+    for seed in range(20):
+        generated(generator, Placed(llama.ids(200, seed=seed)), 2)
+    assert generator.n_cells == cells
+
+
+def test_more_prompts_than_are_kept_still_match(llama: Case) -> None:
+    generator, rows = new(llama), llama.prompts(12, 3)
+    for _ in range(2):
+        for prompt in rows:
+            given = placed(llama.ids(9), prompt, "front")
+            assert same(llama, generated(generator, given, 3), generated(new(llama), given, 3))
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_gives_the_same_text_again(llama: Case) -> None:
+    given = Placed(llama.ids(9))
+    first, again, other = (generated(new(llama), given, 20, Sampling(1.5, seed=seed)) for seed in (1, 1, 2))
+    assert first == again != other
+    assert generated(new(llama), given, 20, Sampling(1.5)) != generated(new(llama), given, 20, Sampling(1.5))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(2.0, top_k=1, seed=3), Sampling(2.0, top_p=1e-6, seed=3)])
+def test_with_one_token_to_choose_from_it_is_the_likeliest(llama: Case, sampling: Sampling) -> None:
+    given = Placed(llama.ids(9))
+    assert generated(new(llama), given, 8, sampling) == generated(new(llama), given, 8)
+
+
+def test_tokens_come_as_often_as_their_probability_says(llama: Case) -> None:
+    generator, given, n = new(llama), Placed(llama.ids(9)), 3000
+    likeliest = generator.open(given, GREEDY).next(5).likeliest
+    found = [generator.open(given, Sampling(1.0, seed=seed)).next().id for seed in range(n)]
+    for token, log_p in likeliest:
+        p = np.exp(log_p)
+        assert abs(found.count(token) - n * p) <= 5 * np.sqrt(n * p * (1 - p)) + 1
+
+
+# --- ends ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_context_is_used_to_its_last_token(llama: Case) -> None:
+    generator, n_ctx = new(llama), llama.model.n_ctx
+    stream = generator.open(Placed(llama.ids(n_ctx - 2)), GREEDY)
+    tokens(stream, 3)
+    with pytest.raises(InputError, match=f"context of {n_ctx} tokens is full"):
+        stream.next()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (Placed(np.empty(0, dtype=np.int32)), "give at least one token"),
+        (Placed(np.array([5, 10_000], dtype=np.int32)), "outside the vocabulary"),
+        (Placed(np.array([5, -1], dtype=np.int32)), "outside the vocabulary"),
+        (Placed(np.full(512, 5, dtype=np.int32)), "512 tokens, and the model's context is 512: shorten the text"),
+        (Placed(np.array([5, 6], dtype=np.int32), np.zeros((2, 64), dtype=np.float32), 1), "do not lie within"),
+        (Placed(np.array([5, 6], dtype=np.int32), np.zeros((1, 63), dtype=np.float32)), "rows must be"),
+        (Placed(np.array([5, 6], dtype=np.int32), np.full((1, 64), np.nan, dtype=np.float32)), "NaN or infinity"),
+    ],
+)
+def test_what_cannot_be_gone_on_from_is_refused(llama: Case, given: Placed, message: str) -> None:
+    generator = new(llama)
+    with pytest.raises(InputError, match=message):
+        generator.open(given, GREEDY)
+    assert generated(generator, Placed(llama.ids(5)), 2) == generated(new(llama), Placed(llama.ids(5)), 2)
+
+
+def test_a_model_whose_weights_are_damaged_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = tiny_gguf.tensors(tiny_gguf.SMALLEST)
+    tensors["output_norm.weight"][3] = np.nan
+    monkeypatch.setattr(tiny_gguf, "tensors", lambda _model: tensors)
+    damaged = Case(tiny_gguf.SMALLEST, tiny_gguf.write(tmp_path / "damaged.gguf", tiny_gguf.SMALLEST))
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"not finite: .* the model file is damaged"):
+            generated(damaged.scorer.generator, Placed(damaged.ids(9)), 1)
+
+
+def test_more_texts_at_once_than_there_is_room_for_are_refused(llama: Case) -> None:
+    generator = new(llama)
+    streams = [generator.open(Placed(llama.ids(5, seed=i)), GREEDY) for i in range(4)]
+    with pytest.raises(InputError, match="4 texts are being generated"):
+        generator.open(Placed(llama.ids(5)), GREEDY)
+    del streams[3]
+    generator.open(Placed(llama.ids(5)), GREEDY)
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A model that reads a text for long enough to be interrupted."""
+    model = tiny_gguf.TinyModel(
+        "llama", "spm", n_layer=12, n_embd=256, n_head=8, n_head_kv=8, head_dim=32, n_ff=1024, n_ctx=4096
+    )
+    return Case(model, tiny_gguf.write(tmp_path_factory.mktemp("slow") / "slow.gguf", model))
+
+
+@pytest.mark.parametrize("by", ["another thread", "a signal handler"])
+def test_it_can_be_interrupted_as_it_reads_and_spoils_nothing(slow: Case, by: str) -> None:
+    generator, short = new(slow), placed(slow.ids(9), slow.prompts(1, 2)[0], "front")
+    expected = generated(generator, short, 3)
+    stream = generator.open(Placed(slow.ids(4000)), GREEDY)
+    before = generator.n_tokens
+
+    class StoppedError(Exception):
+        pass
+
+    def on_signal(*_: object) -> None:
+        raise StoppedError
+
+    def act() -> None:
+        if by == "another thread":
+            time.sleep(0.2)
+            stream.cancel()
+        else:
+            time.sleep(0.2)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    handler = signal.signal(signal.SIGUSR1, on_signal)
+    thread = threading.Thread(target=act)
+    thread.start()
+    try:
+        with pytest.raises((ScoringInterrupted, StoppedError)) as caught:
+            stream.next()
+    finally:
+        thread.join()
+        signal.signal(signal.SIGUSR1, handler)
+    assert caught.type is (ScoringInterrupted if by == "another thread" else StoppedError)
+    assert generator.n_tokens - before < 4000
+    assert generated(generator, short, 3) == expected
+
+
+def test_cancelled_between_two_tokens_it_loses_nothing_that_is_kept(llama: Case) -> None:
+    generator, given = new(llama), Placed(llama.ids(30))
+    stream = generator.open(given, GREEDY)
+    stream.next()
+    stream.cancel()
+    with pytest.raises(ScoringInterrupted):
+        stream.next()
+    assert generator.open(given, GREEDY).n_reused == 29
+
+
+def test_two_threads_generate_what_each_would_alone(llama: Case) -> None:
+    generator = new(llama)
+    given = [Placed(llama.ids(20, seed=seed)) for seed in (1, 2)]
+    found: dict[int, list[Token]] = {}
+
+    def run(i: int) -> None:
+        found[i] = generated(generator, given[i], 30)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, each in enumerate(given):
+        assert same(llama, found[i], generated(new(llama), each, 30))
+
+
+def test_scoring_goes_on_beside_it(llama: Case) -> None:
+    generator, texts = new(llama), llama.texts([9, 20])
+    expected = llama.scorer.score_with_soft_prompt(texts, llama.prompts(1, 2), [5, 6])
+    stream = generator.open(Placed(llama.ids(20)), GREEDY)
+    for _ in range(3):
+        stream.next()
+        np.testing.assert_array_equal(llama.scorer.score_with_soft_prompt(texts, llama.prompts(1, 2), [5, 6]), expected)
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def test_pieces_make_the_text_that_was_tokenised(case: Case) -> None:
+    generator, text = case.scorer.generator, "a good movie, 3 € and ☃"
+    pieces = b"".join(generator.piece(int(token)) for token in case.scorer.tokenize(text, add_bos=False))
+    assert pieces.decode().strip() == text
+
+
+def test_the_token_that_ends_a_text_is_known_and_says_nothing(case: Case) -> None:
+    end = tiny_gguf.vocabulary(case.model).eos
+    assert case.scorer.generator.is_end(end)
+    assert case.scorer.generator.piece(end) == b""
+    assert not case.scorer.generator.is_end(200)
+
+
+def test_a_model_without_chat_template_says_so(llama: Case) -> None:
+    with pytest.raises(InputError, match="this model has no chat template"):
+        llama.scorer.generator.chat_ids([("user", "hi")])
+
+
+def test_a_scorer_has_one_generator(llama: Case) -> None:
+    scorer = fedbpt.load_model(llama.path, n_threads=N_THREADS)
+    assert scorer.generator is scorer.generator
+    assert generated(scorer.generator, Placed(llama.ids(5)), 3) == generated(new(llama), Placed(llama.ids(5)), 3)

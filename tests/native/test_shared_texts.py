@@ -1,0 +1,90 @@
+"""Texts that begin alike are computed from where they part, and get the bits that they get alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tiny_case import N_THREADS, Case
+
+import fedbpt
+
+LABELS = [5, 17, 200]
+
+
+def shares(case: Case) -> bool:
+    """Where a token gets the same bits whatever is beside it; texts longer than a sliding window keep to themselves."""
+    return case.model.weights != "f32" and case.model.architecture != "gemma3"
+
+
+def rows(case: Case, n: int = 4) -> list[NDArray[np.int32]]:
+    return case.texts([20 + 3 * i for i in range(n)])
+
+
+def with_end(texts: list[NDArray[np.int32]], end: list[int]) -> list[NDArray[np.int32]]:
+    return [np.concatenate([text, np.array(end, dtype=np.int32)]) for text in texts]
+
+
+@pytest.mark.parametrize("keep_kv", [True, False])
+@pytest.mark.parametrize("n_prompt", [0, 1, 3])
+def test_another_end_gets_the_bits_it_gets_alone_for_a_few_tokens(
+    repeatable: Case, n_prompt: int, keep_kv: bool
+) -> None:
+    texts, embeds = rows(repeatable), repeatable.prompts(3, n_prompt)
+    ends = [[7, 8, 9], [10, 11, 12, 13, 14], [7, 8, 11], [7, 8, 9]]
+    alone = []
+    for end in ends:
+        fresh = fedbpt.load_model(repeatable.path, n_threads=N_THREADS)
+        alone.append(fresh.compile(with_end(texts, end), LABELS, "cue", keep_kv=False).score(embeds))
+
+    scorer = fedbpt.load_model(repeatable.path, n_threads=N_THREADS)
+    n_tail = max(n_prompt, 1)
+    plans = []
+    for number, (end, expected) in enumerate(zip(ends, alone, strict=True)):
+        plans.append(scorer.compile(with_end(texts, end), LABELS, "cue", keep_kv=keep_kv))
+        np.testing.assert_array_equal(plans[-1].score(embeds), expected)
+        tails = len(texts) * len(embeds) * n_tail
+        anew = sum(map(len, texts)) + len(texts) * (len(end) - n_tail) + tails
+        assert plans[-1].n_tokens <= anew
+        if shares(repeatable) and number > 0:
+            assert plans[-1].n_tokens <= tails + len(texts) * len(end)
+        elif number == 0 or repeatable.model.weights == "f32":
+            assert plans[-1].n_tokens == anew
+
+
+def test_a_plan_that_keeps_its_texts_lends_them_to_later_ones(repeatable: Case) -> None:
+    texts, embeds = rows(repeatable, 30), repeatable.prompts(1, 1)  # more than a scorer holds on to by itself
+    scorer = fedbpt.load_model(repeatable.path, n_threads=N_THREADS)
+    kept = scorer.compile(with_end(texts, [7, 8]), LABELS, "cue")
+    kept.score(embeds)
+    other = scorer.compile(with_end(texts, [9, 10]), LABELS, "cue", keep_kv=False)
+    expected = other.score(embeds)
+    if shares(repeatable):
+        assert other.n_tokens == 2 * len(texts)  # the end alone
+    del kept
+    again = scorer.compile(with_end(texts, [9, 10]), LABELS, "cue", keep_kv=False)
+    np.testing.assert_array_equal(again.score(embeds), expected)
+    assert again.n_tokens > sum(map(len, texts[:20]))  # gone with the plan
+
+
+def test_a_longer_text_lends_its_beginning(repeatable: Case) -> None:
+    [text], embeds = repeatable.texts([60]), repeatable.prompts(2, 1)
+    fresh = fedbpt.load_model(repeatable.path, n_threads=N_THREADS)
+    expected = fresh.compile([text[:25]], LABELS, "cue").score(embeds)
+    scorer = fedbpt.load_model(repeatable.path, n_threads=N_THREADS)
+    scorer.compile([text], LABELS, "cue").score(embeds)
+    short = scorer.compile([text[:25]], LABELS, "cue")
+    np.testing.assert_array_equal(short.score(embeds), expected)
+    assert short.n_tokens == (2 if shares(repeatable) else 24 + 2)
+
+
+def test_a_prefix_is_a_part_of_the_beginning(repeatable: Case) -> None:
+    texts, embeds = rows(repeatable, 2), repeatable.prompts(1, 1)
+    prefix = repeatable.ids(9, seed=5)
+    fresh = fedbpt.load_model(repeatable.path, n_threads=N_THREADS)
+    expected = fresh.compile(texts, LABELS, "cue", prefix).score(embeds)
+    scorer = fedbpt.load_model(repeatable.path, n_threads=N_THREADS)
+    scorer.compile(texts, LABELS, "cue").score(embeds)  # the same texts at other positions
+    plan = scorer.compile(texts, LABELS, "cue", prefix)
+    np.testing.assert_array_equal(plan.score(embeds), expected)
+    assert plan.n_tokens >= sum(map(len, texts))

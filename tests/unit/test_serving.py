@@ -1,0 +1,379 @@
+"""The OpenAI-compatible server with the toy model, asked by OpenAI's own client over a socket."""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from fedbpt import Budget, Prompt, PromptSpec, tune
+from fedbpt.errors import ConfigError
+from fedbpt.generation import Generation
+from fedbpt.generator import Placed, Sampling
+from fedbpt.serving import ModelServer, served_models
+from fedbpt.serving.desk import MAX_WAITING
+from fedbpt.side_by_side import SideBySide
+from fedbpt.tls import Tls
+from tests.toy_scorer import ToyScorer
+from tests.toy_task import TASK, rows
+from tests.unit.test_generation import TASK as MANNER
+from tests.unit.test_generation import rows as manner_rows
+
+TOKEN = "a-token-of-some-length"
+BUDGET = Budget(evaluations=24)
+USER = [{"role": "user", "content": "question 1"}]
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[Prompt]:
+    mood = tune(ToyScorer(), TASK, rows(16), budget=BUDGET, prompt=PromptSpec(d=4, alpha=2.0)).prompt
+    spec = PromptSpec(d=4, alpha=2.0, placement="front", n_prompt=2)
+    manner = tune(ToyScorer(), MANNER, manner_rows(8), budget=BUDGET, prompt=spec).prompt
+    return [mood, manner, mood]
+
+
+@pytest.fixture
+def scorer() -> ToyScorer:
+    return ToyScorer()
+
+
+@pytest.fixture
+def server(scorer: ToyScorer, prompts: list[Prompt]) -> Iterator[ModelServer]:
+    with ModelServer(served_models(scorer, prompts, {TASK.name: TASK})) as server:
+        yield server
+        scorer.generator.pace.set()
+
+
+@pytest.fixture
+def client(server: ModelServer) -> Iterator[openai.OpenAI]:
+    with client_of(server) as client:
+        yield client
+
+
+def client_of(server: ModelServer, key: str = "none", **options: Any) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=30, **options)
+
+
+def greedy(text: str, n: int, **options: Any) -> str:
+    model = ToyScorer()
+    generation = Generation(model.generator, Placed(model.tokenize(text)), Sampling(), n, **options)
+    return "".join(piece.text for piece in generation)
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_plain_model_and_each_prompt_have_a_name(client: openai.OpenAI) -> None:
+    names = ["toy", "toy+toy-mood", "toy+manner", "toy+toy-mood-2"]
+    listed = client.models.list().data
+    assert [model.id for model in listed] == names
+    assert {(model.object, model.owned_by) for model in listed} == {("model", "fedbpt")}
+    assert client.models.retrieve("toy+manner").id == "toy+manner"
+
+
+def test_a_model_that_there_is_not_is_404(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(model="gpt", messages=USER)
+    assert (caught.value.code, caught.value.param, caught.value.type) == (
+        "model_not_found",
+        "model",
+        "invalid_request_error",
+    )
+    assert "there is no model 'gpt' here, there are toy, toy+toy-mood" in str(caught.value)
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt")
+
+
+# --- the plain model -------------------------------------------------------------------------------------------------
+
+
+def test_a_completion_goes_on_with_the_text(client: openai.OpenAI) -> None:
+    found = client.completions.create(model="toy", prompt="once", max_tokens=6, temperature=0)
+    assert found.object == "text_completion"
+    assert found.choices[0].text == greedy("once", 6)
+    assert found.choices[0].finish_reason == "length"
+    assert found.usage.model_dump(include={"prompt_tokens", "completion_tokens", "total_tokens"}) == {
+        "prompt_tokens": 5,
+        "completion_tokens": 6,
+        "total_tokens": 11,
+    }
+
+
+def test_several_prompts_have_a_choice_each(client: openai.OpenAI) -> None:
+    found = client.completions.create(model="toy", prompt=["once", "twice"], max_tokens=4, temperature=0)
+    assert [(choice.index, choice.text) for choice in found.choices] == [
+        (0, greedy("once", 4)),
+        (1, greedy("twice", 4)),
+    ]
+    assert found.usage.completion_tokens == 8
+
+
+def test_token_ids_are_gone_on_with_as_they_are(client: openai.OpenAI) -> None:
+    ids = ToyScorer().tokenize("once").tolist()
+    found = client.completions.create(model="toy", prompt=ids, max_tokens=4, temperature=0)
+    assert found.choices[0].text == greedy("once", 4)
+
+
+def test_chat_puts_the_messages_into_the_models_template(client: openai.OpenAI) -> None:
+    messages = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+    ]
+    found = client.chat.completions.create(model="toy", messages=messages, max_completion_tokens=5, temperature=0)
+    assert found.object == "chat.completion"
+    assert found.choices[0].message.role == "assistant"
+    assert found.choices[0].message.content == greedy("system: be brief\nuser: hi\nassistant:", 5)
+
+
+@pytest.mark.parametrize("name", ["toy", "toy+manner"])
+def test_a_stream_has_the_same_text_in_pieces(client: openai.OpenAI, name: str) -> None:
+    asked: dict[str, Any] = {"model": name, "messages": USER, "max_tokens": 6, "seed": 3}
+    whole = client.chat.completions.create(**asked)
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    said = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(said) == whole.choices[0].message.content
+    assert len([piece for piece in said if piece]) > 1
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"
+    assert chunks[-1].usage == whole.usage
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_a_stream_of_completions_has_each_choice_under_its_index(client: openai.OpenAI) -> None:
+    said = {0: "", 1: ""}
+    asked: dict[str, Any] = {"model": "toy", "prompt": ["once", "twice"], "max_tokens": 4, "temperature": 0}
+    for chunk in client.completions.create(**asked, stream=True):
+        said[chunk.choices[0].index] += chunk.choices[0].text
+    assert said == {0: greedy("once", 4), 1: greedy("twice", 4)}
+
+
+def test_a_stop_string_ends_the_text(client: openai.OpenAI) -> None:
+    whole = greedy("once", 8)
+    asked: dict[str, Any] = {"model": "toy", "prompt": "once", "max_tokens": 8, "temperature": 0, "stop": [whole[3]]}
+    found = client.completions.create(**asked).choices[0]
+    assert (found.text, found.finish_reason) == (whole[: whole.index(whole[3])], "stop")
+    streamed = "".join(chunk.choices[0].text for chunk in client.completions.create(**asked, stream=True))
+    assert streamed == found.text
+
+
+def test_a_seed_gives_the_same_text_again(client: openai.OpenAI) -> None:
+    def text(seed: int) -> str:
+        asked: dict[str, Any] = {"model": "toy", "prompt": "once", "max_tokens": 8, "temperature": 1.5, "seed": seed}
+        return client.completions.create(**asked).choices[0].text
+
+    assert text(1) == text(1) != text(2)
+
+
+def test_log_probabilities_come_in_both_forms(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "toy", "max_tokens": 3, "temperature": 0}
+    chat = client.chat.completions.create(**asked, messages=USER, logprobs=True, top_logprobs=2).choices[0]
+    assert len(chat.logprobs.content) == 3
+    for entry in chat.logprobs.content:
+        assert entry.logprob == entry.top_logprobs[0].logprob >= entry.top_logprobs[1].logprob
+        assert bytes(entry.bytes).decode("utf-8", "replace") == entry.token
+    text = client.completions.create(**asked, prompt="once", logprobs=2).choices[0].logprobs
+    assert len(text.tokens) == len(text.token_logprobs) == len(text.text_offset) == 3
+    assert text.text_offset[:2] == [0, len(text.tokens[0])]
+    streamed = list(client.chat.completions.create(**asked, messages=USER, logprobs=True, stream=True))
+    entries = [entry for chunk in streamed if (given := chunk.choices[0].logprobs) for entry in given.content]
+    assert [entry.logprob for entry in entries] == [entry.logprob for entry in chat.logprobs.content]
+
+
+# --- tuned prompts ---------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_that_generates_answers_as_it_was_tuned(
+    client: openai.OpenAI, scorer: ToyScorer, prompts: list[Prompt]
+) -> None:
+    expected = "".join(p.text for p in SideBySide(ToyScorer(), prompts[1]).generation("question 1", "tuned", None, 5))
+    asked: dict[str, Any] = {"model": "toy+manner", "max_tokens": 5, "temperature": 0}
+    history = [{"role": "user", "content": "before"}, {"role": "assistant", "content": "so"}, *USER]
+    assert client.chat.completions.create(**asked, messages=history).choices[0].message.content == expected
+    assert client.completions.create(**asked, prompt="question 1").choices[0].text == expected
+    assert (scorer.generator.opened[-1].rows == prompts[1].rows).all()
+
+
+def test_a_prompt_that_classifies_answers_with_the_label(client: openai.OpenAI, prompts: list[Prompt]) -> None:
+    for text, _ in rows(4, 50):
+        probabilities = SideBySide(ToyScorer(), prompts[0], TASK).classify(text).tuned
+        messages = [{"role": "user", "content": text}]
+        asked: dict[str, Any] = {"model": "toy+toy-mood", "messages": messages}
+        found = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2)
+        assert found.choices[0].message.content == TASK.labels[probabilities.index(max(probabilities))]
+        assert found.choices[0].finish_reason == "stop"
+        assert found.usage.completion_tokens == 1
+        likeliest = {entry.token: entry.logprob for entry in found.choices[0].logprobs.content[0].top_logprobs}
+        assert likeliest == pytest.approx(dict(zip(TASK.labels, map(math.log, probabilities), strict=True)))
+        streamed = client.chat.completions.create(**asked, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == found.choices[0].message.content
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"messages": []}, "messages is empty"),
+        ({"n": 2}, "n must be 1"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"temperature": -1}, "temperature must be a number from 0 on"),
+        ({"top_p": 0}, "top_p must be above 0"),
+        ({"presence_penalty": 1}, "presence_penalty is not served"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools are not served"),
+        ({"response_format": {"type": "json_object"}}, "response_format is not served"),
+        ({"logprobs": True, "top_logprobs": 21}, "at most 20 log-probabilities"),
+        ({"stop": ["x"] * 17}, "17 strings: give 16 at most"),
+        ({"messages": [{"role": "user", "content": "x" * 600}]}, "shorten the text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "reads text alone"),
+        ({"messages": 5}, r"Expected `array`, got `int` - at `$.messages`"),
+        ({"model": "toy+manner", "messages": [{"role": "system", "content": "x"}]}, "answers a user's message"),
+        ({"model": "toy+manner", "messages": [{"role": "user", "content": " "}]}, "the text is empty"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_cannot_be_answered_is_said_in_one_line(
+    client: openai.OpenAI, asked: dict[str, Any], said: str, stream: bool
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**{"model": "toy", "messages": USER, "stream": stream, **asked})
+    assert said in caught.value.body["message"]
+    assert "\n" not in caught.value.body["message"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"prompt": ""}, "prompt is empty"),
+        ({"prompt": ["a", 5]}, "prompt is a text, token ids, or a list of either"),
+        ({"prompt": [300]}, "token ids must be"),
+        ({"prompt": "a", "echo": True}, "echo is not served"),
+        ({"prompt": "a", "best_of": 2}, "best_of must be 1"),
+        ({"prompt": [5], "model": "toy+manner"}, "send text, not token ids"),
+    ],
+)
+def test_completions_that_are_not_served_are_refused(client: openai.OpenAI, asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=said):
+        client.completions.create(**{"model": "toy", **asked})
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "status"),
+    [
+        (b"{", {"content-type": "application/json"}, 400),
+        (b"{}", {"content-type": "text/plain"}, 415),
+        (b"[" * 100_000, {"content-type": "application/json"}, 400),
+        (b" " * (2**20 + 1), {"content-type": "application/json"}, 413),
+        (b"{}", {"content-type": "application/json", "host": "evil.example"}, 421),
+    ],
+)
+def test_requests_that_are_none_are_refused_in_openais_form(
+    server: ModelServer, content: bytes, headers: dict[str, str], status: int
+) -> None:
+    answer = httpx.post(f"{server.url}/v1/completions", content=content, headers=headers)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+
+
+def test_another_path_is_404_in_openais_form(server: ModelServer) -> None:
+    assert httpx.get(f"{server.url}/v1/embeddings").json()["error"]["code"] == "not-found"
+    assert httpx.get(f"{server.url}/v1/completions").json()["error"]["code"] == "method-not-allowed"
+    assert httpx.get(f"{server.url}/healthz").text == "ok\n"
+
+
+# --- who is answered -------------------------------------------------------------------------------------------------
+
+
+def test_with_a_token_only_who_sends_it_is_answered(scorer: ToyScorer) -> None:
+    with ModelServer(served_models(scorer, []), token=TOKEN) as server:
+        with client_of(server, TOKEN) as client:
+            assert client.models.list().data[0].id == "toy"
+        with (
+            client_of(server, "wrong") as client,
+            pytest.raises(openai.AuthenticationError, match="asks for its token"),
+        ):
+            client.models.list()
+
+
+def test_beyond_loopback_it_wants_a_token_and_tls(scorer: ToyScorer) -> None:
+    models = served_models(scorer, [])
+    with pytest.raises(ConfigError, match="ask for a token"):
+        ModelServer(models, "0.0.0.0", allow_insecure=True)
+    with pytest.raises(ConfigError, match="there is no encryption"):
+        ModelServer(models, "0.0.0.0", token=TOKEN)
+
+
+def test_tls(scorer: ToyScorer, tmp_path: Path) -> None:
+    from fedbpt.certs import init, issue
+
+    init(tmp_path)
+    made = issue(tmp_path, "here", ["127.0.0.1"])
+    with ModelServer(served_models(scorer, []), tls=Tls(made.cert, made.key), token=TOKEN) as server:
+        context = Tls(ca=tmp_path / "ca.pem").client_context()
+        found = httpx.get(f"{server.url}/v1/models", headers={"authorization": f"Bearer {TOKEN}"}, verify=context)
+        assert found.json()["data"][0]["id"] == "toy"
+
+
+# --- turns -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_client_that_hangs_up_interrupts_its_generation(server: ModelServer, scorer: ToyScorer) -> None:
+    for stream in (True, False):
+        scorer.generator.pace.clear()
+        scorer.generator.cancelled.clear()
+        body = json.dumps({"model": "toy", "prompt": "once", "max_tokens": 400, "stream": stream}).encode()
+        with socket.create_connection((server.host, server.port)) as connection:
+            head = f"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {len(body)}\r\n"
+            connection.sendall(f"{head}content-type: application/json\r\n\r\n".encode() + body)
+            if stream:
+                assert connection.recv(15) == b"HTTP/1.1 200 OK"
+            else:
+                while not scorer.generator.opened:
+                    time.sleep(0.01)
+        assert scorer.generator.cancelled.wait(10)
+        scorer.generator.pace.set()
+        scorer.generator.opened.clear()
+
+
+def test_the_next_request_has_its_turn_after_the_one_before(client: openai.OpenAI, scorer: ToyScorer) -> None:
+    with client.completions.create(model="toy", prompt="once", max_tokens=400, stream=True, temperature=0) as stream:
+        next(iter(stream))
+        scorer.generator.pace.clear()
+    assert scorer.generator.cancelled.wait(10)
+    scorer.generator.pace.set()
+    found = client.completions.create(model="toy", prompt="once", max_tokens=4, temperature=0)
+    assert found.choices[0].text == greedy("once", 4)
+
+
+def test_too_many_that_wait_are_refused(client: openai.OpenAI, scorer: ToyScorer) -> None:
+    scorer.generator.pace.clear()
+    with client.completions.create(model="toy", prompt=["x"] * MAX_WAITING, max_tokens=1, stream=True) as first:
+        with pytest.raises(openai.RateLimitError, match="too many requests wait"):
+            client.completions.create(model="toy", prompt="x", max_tokens=1)
+        scorer.generator.pace.set()
+        assert len({chunk.choices[0].index for chunk in first}) == MAX_WAITING
+
+
+def test_a_server_that_stops_ends_the_answers(scorer: ToyScorer) -> None:
+    server = ModelServer(served_models(scorer, []))
+    server.start()
+    with client_of(server) as client:
+        with client.completions.create(model="toy", prompt="once", max_tokens=400, stream=True) as stream:
+            next(iter(stream))
+            scorer.generator.pace.clear()
+            server._server.begin_exit()
+            assert scorer.generator.cancelled.wait(10)
+            scorer.generator.pace.set()
+            with pytest.raises((openai.APIError, httpx.HTTPError)):
+                list(stream)
+    server.stop()

@@ -1,0 +1,85 @@
+"""The original and the tuned model side by side, with the toy model: the numbers are those of `fedbpt.evaluate`."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fedbpt import Budget, Prompt, PromptSpec, TuneResult, evaluate, tune
+from fedbpt.errors import ConfigError, InputError, PromptError
+from fedbpt.generation import Generation, place
+from fedbpt.generator import Sampling
+from fedbpt.side_by_side import SideBySide
+from fedbpt.tasks import Task
+from tests.toy_scorer import ToyScorer
+from tests.toy_task import TASK, rows
+from tests.unit.test_generation import TASK as MANNER
+from tests.unit.test_generation import rows as manner_rows
+
+BUDGET = Budget(evaluations=8 * 6)
+
+
+@pytest.fixture(scope="module", params=["front", "cue"])
+def moods(request: pytest.FixtureRequest) -> Prompt:
+    """A prompt with a readout over two templates."""
+    spec = PromptSpec(d=6, alpha=2.0, placement=request.param)
+    return tune(ToyScorer(), TASK, rows(40), budget=BUDGET, prompt=spec, popsize=8).prompt
+
+
+@pytest.fixture(scope="module")
+def manner() -> TuneResult:
+    spec = PromptSpec(d=6, alpha=2.0)
+    return tune(ToyScorer(), MANNER, manner_rows(12), budget=BUDGET, prompt=spec, popsize=8)
+
+
+def test_the_probabilities_are_those_that_evaluate_judges_by(moods: Prompt) -> None:
+    assert len(moods.word_ids)
+    assert moods.others
+    pair = SideBySide(ToyScorer(), moods, TASK)
+    for text, label in rows(6, 100):
+        found = pair.classify(text)
+        for values, prompt in ((found.original, None), (found.tuned, moods)):
+            judged = evaluate(ToyScorer(), TASK, [(text, label)], prompt, template=moods.template)
+            assert sum(values) == pytest.approx(1)
+            assert int(np.argmax(values)) == judged.predictions[0]
+            assert -np.log(values[label]) == pytest.approx(judged.loss, rel=1e-6)
+
+
+def test_texts_are_cut_as_the_task_says(moods: Prompt) -> None:
+    short = Task(name=TASK.name, labels=TASK.labels, templates=TASK.templates, max_text_tokens=4)
+    pair, long = SideBySide(ToyScorer(), moods, short), "aaa and what is not read"
+    assert pair.classify(long) == pair.classify("aaa and")
+    assert SideBySide(ToyScorer(), moods).classify(long) != SideBySide(ToyScorer(), moods).classify("aaa and")
+
+
+def test_both_sides_are_generated_in_turn(manner: TuneResult) -> None:
+    scorer, prompt = ToyScorer(), manner.prompt
+    pair = SideBySide(scorer, prompt, MANNER)
+    assert not pair.classifies
+    found = list(pair.generate("question 3", max_tokens=4))
+    assert {side for side, _ in found[:3]} == {"original", "tuned"}  # neither waits for the other
+    for side, rows_of in (("original", None), ("tuned", prompt.rows)):
+        placed = place(scorer, prompt.template, "question 3", None, rows_of, prompt.spec.placement)
+        expected = "".join(piece.text for piece in Generation(scorer.generator, placed, max_tokens=4))
+        assert "".join(piece for of, piece in found if of == side) == expected
+
+
+def test_settings_reach_both_sides(manner: TuneResult) -> None:
+    pair = SideBySide(ToyScorer(), manner.prompt)
+    how = Sampling(temperature=5.0, seed=1)
+    first, again = (list(pair.generate("x", how, 6)) for _ in range(2))
+    assert first == again != list(pair.generate("x", Sampling(), 6))
+
+
+def test_a_text_without_words_is_refused(moods: Prompt, manner: TuneResult) -> None:
+    with pytest.raises(InputError, match="the text is empty"):
+        SideBySide(ToyScorer(), moods).classify(" \n")
+    with pytest.raises(InputError, match="the text is empty"):
+        SideBySide(ToyScorer(), manner.prompt).generate("")
+
+
+def test_another_model_or_task_is_refused(moods: Prompt) -> None:
+    with pytest.raises(PromptError, match="this prompt was made for toy"):
+        SideBySide(ToyScorer(seed=9), moods)
+    with pytest.raises(ConfigError, match="the prompt is for labels"):
+        SideBySide(ToyScorer(), moods, MANNER)
