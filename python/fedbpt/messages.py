@@ -64,9 +64,6 @@ class Array(Message, frozen=True):
         return values
 
 
-# --- what is tuned ---------------------------------------------------------------------------------------------
-
-
 class Template(Message, frozen=True):
     """One way to put a text to the model. ``pattern`` holds ``{text}`` once; what follows it is the answer cue.
 

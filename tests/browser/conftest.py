@@ -81,9 +81,9 @@ def fleet() -> Iterator[Fleet]:
     fleet.end()
 
 
-def shown(fleet: Fleet, run: str, store: Path) -> str:
+def shown(fleet: Fleet, run: str, store: Path, *more: object) -> str:
     """The address of ``fedbpt dashboard``."""
-    process = fleet.spawn("fedbpt", "dashboard", run, "--store", store, "--at", "127.0.0.1:0", "--json")
+    process = fleet.spawn("fedbpt", "dashboard", run, "--store", store, "--at", "127.0.0.1:0", "--json", *more)
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:

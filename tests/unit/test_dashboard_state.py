@@ -120,12 +120,18 @@ def test_a_lost_device_is_shown_with_its_reason_until_it_is_back(scene: Scene) -
     journal = Journal(state)
     journal(next(event for event in scene.events if hasattr(event, "live")))
     urgent = state.urgent
+    journal(DeviceLost(device="b", round=2, reason="b (http://pi5:8401) cannot be reached"))
+    assert device(state, "b").detail == "cannot be reached"
     journal(DeviceLost(device="b", round=2, reason="b: it does not answer"))
     assert (device(state, "b").status, device(state, "b").detail) == ("lost", "it does not answer")
     assert (state.view().live, state.urgent != urgent) == (1, True)
     journal(DeviceBack(device="b", round=3))
     assert device(state, "b").status == "live"
-    assert [notice.text for notice in state.view().notices] == ["b is back", "b is lost: it does not answer"]
+    assert [notice.text for notice in state.view().notices] == [
+        "b is back",
+        "b is lost: it does not answer",
+        "b is lost: cannot be reached",
+    ]
 
 
 def test_a_device_without_pulse_is_silent_at_once(scene: Scene) -> None:

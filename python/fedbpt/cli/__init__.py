@@ -23,20 +23,8 @@ from fedbpt.errors import FedbptError, RunStopped
 from fedbpt.version import VERSION
 
 COMMANDS = (
-    "demo",
-    "device",
-    "tune",
-    "evaluate",
-    "chat",
-    "serve",
-    "export",
-    "import",
-    "bench",
-    "models",
-    "runs",
-    "dashboard",
-    "devices",
-    "certs",
+    *("demo", "device", "tune", "evaluate", "chat", "serve", "export", "import"),
+    *("bench", "models", "runs", "dashboard", "devices", "certs"),
 )
 """Each a module of `fedbpt.cli`: with a function of its name, or, for a group, with an ``app``.
 

@@ -20,6 +20,7 @@ from fedbpt.runs import Event
 from fedbpt.tls import Tls
 
 if TYPE_CHECKING:
+    from fedbpt.dashboard.comparing import Comparison
     from fedbpt.dashboard.server import DashboardServer
 
 FAREWELL_S: Final = 1.5
@@ -42,6 +43,11 @@ class Watch:
         """These are the run's devices: the dashboard asks them for their pulse."""
         if self._dashboard is not None:
             self._dashboard.watch(clients)
+
+    def compare(self, comparison: Comparison) -> None:
+        """The run is finished: visitors of the dashboard may compare what it tuned with the original."""
+        if self._dashboard is not None:
+            self._dashboard.comparison = comparison
 
     def linger(self, tell: Callable[[str], None]) -> None:
         """Keep a finished run on the screen until its last page is closed, or Ctrl-C."""

@@ -13,13 +13,14 @@ import typer
 
 from fedbpt.api import aggregator_for, make_prompt, require_model_of_run
 from fedbpt.cli.devices import DEFAULT_REGISTRY
-from fedbpt.cli.observe import Observers
-from fedbpt.cli.options import AllowInsecure, AsJson, Ca, Cert, ClientCerts, Key, Quiet, Registry
+from fedbpt.cli.observe import Observers, Watch
+from fedbpt.cli.options import AllowInsecure, AsJson, Ca, Cert, ClientCerts, Key, Questions, Quiet, Registry
 from fedbpt.cli.reach import Reach
 from fedbpt.cli.report import print_cost, print_result, result_as_json
 from fedbpt.clients import DeviceClient
 from fedbpt.config import RunConfig, load_config
 from fedbpt.dashboard import DEFAULT_ADDRESS
+from fedbpt.dashboard.comparing import Comparison, comparing, questions_of
 from fedbpt.display import RunDisplay
 from fedbpt.errors import ConfigError
 from fedbpt.estimate import RunCost, estimate
@@ -85,6 +86,7 @@ def tune(
     monitor_token: MonitorToken = None,
     dashboard: Dashboard = None,
     dashboard_token: DashboardToken = None,
+    questions: Questions = None,
     fresh: Fresh = False,
     only_plan: OnlyPlan = False,
     as_json: AsJson = False,
@@ -106,23 +108,30 @@ def tune(
     if only_plan:
         print_cost(_cost(config, task, reach, _teller(as_json or quiet)), as_json)
         return
+    offered = () if questions is None else questions_of(task, questions)
     model = model or config.model
     out = _prompt_path(config, prompt_file, model)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)  # before the work: a folder that cannot be is told at once
     scorer = load_model(model) if model else None
 
-    def report(result: RunResult) -> None:
+    def report(result: RunResult, observer: Watch) -> None:
+        if scorer is not None:
+            observer.compare(Comparison(lambda: comparing(scorer, task, result), task.labels, offered))
         saved = make_prompt(scorer, task, result).save(out) if scorer is not None and out is not None else None
-        if as_json:
-            typer.echo(msgspec.json.encode(result_as_json(result, saved)).decode())
-            return
-        print_result(result, saved)
-        if saved is None and not quiet:
-            wanted = f"{config.run} --store {config.store} --model MODEL --out PROMPT.safetensors"
-            typer.echo(f"to write its prompt: fedbpt runs export {wanted}")
+        _report(config, result, saved, as_json, quiet)
 
     _tune(config, task, reach, observers, scorer, fresh, report, shown=not (quiet or as_json))
+
+
+def _report(config: RunConfig, result: RunResult, saved: Path | None, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        typer.echo(msgspec.json.encode(result_as_json(result, saved)).decode())
+        return
+    print_result(result, saved)
+    if saved is None and not quiet:
+        wanted = f"{config.run} --store {config.store} --model MODEL --out PROMPT.safetensors"
+        typer.echo(f"to write its prompt: fedbpt runs export {wanted}")
 
 
 def _tune(
@@ -132,7 +141,7 @@ def _tune(
     observers: Observers,
     scorer: NativeScorer | None,
     fresh: bool,
-    report: Callable[[RunResult], None],
+    report: Callable[[RunResult, Watch], None],
     shown: bool,
 ) -> None:
     display = RunDisplay(shown)
@@ -157,7 +166,7 @@ def _tune(
         federation = Federation(clients, task, config.settings, aggregator, store, config.run, watch, observers.control)
         with display:
             result = federation.run()
-        report(result)
+        report(result, observer)
         observer.linger(tell)
 
 

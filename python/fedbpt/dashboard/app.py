@@ -10,6 +10,8 @@ from nicegui import Client, app, ui
 from starlette.types import ASGIApp
 
 from fedbpt.control import RunControl
+from fedbpt.dashboard.compare_page import ComparePage
+from fedbpt.dashboard.comparing import Comparison
 from fedbpt.dashboard.pages import RunPage
 from fedbpt.dashboard.state import RunState
 from fedbpt.errors import FedbptError
@@ -22,8 +24,17 @@ RECONNECT_S: Final = 5.0
 _built: list[RunState] = []
 
 
-def build_app(state: RunState, control: RunControl | None, on_startup: Hook, on_shutdown: Hook) -> ASGIApp:
-    """The pages of one run. NiceGUI keeps one application in a process: a second is refused with `FedbptError`."""
+def build_app(
+    state: RunState,
+    control: RunControl | None,
+    comparison: Callable[[], Comparison | None],
+    on_startup: Hook,
+    on_shutdown: Hook,
+) -> ASGIApp:
+    """The pages of one run; ``comparison``: what there is to compare by now.
+
+    NiceGUI keeps one application in a process: a second is refused with `FedbptError`.
+    """
     if _built:
         raise FedbptError("this process has a dashboard already: start another process for another one")
     _built.append(state)
@@ -31,6 +42,10 @@ def build_app(state: RunState, control: RunControl | None, on_startup: Hook, on_
     @ui.page("/", title=f"{state.run} · fedbpt")
     def index() -> None:
         RunPage(state, control)
+
+    @ui.page("/compare", title=f"Compare · {state.run} · fedbpt")
+    def compare() -> None:
+        ComparePage(state.run, comparison)
 
     app.on_startup(on_startup)
     app.on_shutdown(on_shutdown)

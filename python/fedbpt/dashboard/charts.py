@@ -48,6 +48,7 @@ def curve(description: str, unit: str) -> Options:
         "yAxis": {
             "type": "value",
             "scale": True,
+            "boundaryGap": ["5%", "5%"],
             "axisLabel": {**_TEXT, "formatter": "{value}" + unit, "showMinLabel": False, "showMaxLabel": False},
             "splitLine": {"lineStyle": {"color": "var(--grid)"}},
         },

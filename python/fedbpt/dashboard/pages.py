@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Final, Protocol
 
 from nicegui import ui
@@ -12,7 +11,7 @@ from fedbpt.control import RunControl
 from fedbpt.dashboard import charts, texts
 from fedbpt.dashboard.beside import Communication, Memory
 from fedbpt.dashboard.controls import Controls
-from fedbpt.dashboard.elements import chart, heading
+from fedbpt.dashboard.elements import chart, heading, top
 from fedbpt.dashboard.state import RunState
 from fedbpt.dashboard.views import Point, RunView
 from fedbpt.display import human_bytes
@@ -38,13 +37,11 @@ class RunPage:
         self._version = -1
         self._urgent: tuple[object, ...] = ()
         self._updated = 0.0
-        ui.add_css(Path(__file__).with_name("style.css").read_text(encoding="utf-8"))
         view = state.view()
-        with ui.header().classes("bar"), ui.element("div").classes("inner"):
+        with top():
             self._heading = Heading(view)
             ui.element("div").classes("spring")
             self._controls = Controls(control)
-            _theme_button()
         self._parts: list[Part] = [Tiles(), Curves(state), Devices(state)]
         with ui.element("div").classes("pair"):
             self._parts += [Communication(), Memory()]
@@ -68,32 +65,18 @@ class RunPage:
 
 class Heading:
     def __init__(self, view: RunView) -> None:
-        ui.label("fedbpt").classes("brand")
         with ui.element("div"):
             ui.label(view.run).classes("title").props("role=heading aria-level=1")
             self._what = ui.label().classes("what")
         self._status = ui.label().classes("state").props('role="status"')
+        ui.label("Run").classes("tab here").props('aria-current="page"')
+        ui.link("Compare", "/compare").classes("tab")
 
     def show(self, view: RunView) -> None:
         known = (view.task, view.model and f"on {view.model}", f"method {view.method}")
         self._what.text = " · ".join(part for part in known if part) if view.task else "no round yet"
         self._status.text = texts.STATUS[view.status]
         self._status.classes(replace=f"state {texts.STATUS_STYLE[view.status]}")
-
-
-def _theme_button() -> None:
-    dark = ui.dark_mode(None)
-    order = {
-        None: (True, "dark_mode", "dark"),
-        True: (False, "light_mode", "light"),
-        False: (None, "contrast", "system"),
-    }
-
-    def turn() -> None:
-        dark.value, icon, name = order[dark.value]
-        button.props(f'icon={icon} aria-label="Colours: {name}. Change"')
-
-    button = ui.button(on_click=turn).props('flat round icon=contrast aria-label="Colours: system. Change" color=none')
 
 
 class Tile:
@@ -181,7 +164,7 @@ _COLUMNS: Final = (
 
 _STATE_CELL: Final = """
 <q-td :props="props"><span class="state" :class="props.row.style">{{ props.row.state }}</span>
-<span class="what">&ensp;{{ props.row.detail }}</span></q-td>
+<span class="what">{{ props.row.detail }}</span></q-td>
 """
 
 _CARD: Final = """

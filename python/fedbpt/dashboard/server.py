@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from fedbpt.clients import DeviceClient
 from fedbpt.control import RunControl
+from fedbpt.dashboard.comparing import Comparison
 from fedbpt.dashboard.guard import Guard
 from fedbpt.dashboard.pulse import Pulse
 from fedbpt.dashboard.state import RunState
@@ -61,13 +62,17 @@ class DashboardServer(HttpServer):
             )
         self.state = RunState(run, control)
         self.n_pages = n_pages
+        self.comparison: Comparison | None = None
+        """What visitors can compare; from any thread."""
         self._token = token
         self._store = RunStore(store)
         self._tasks: list[asyncio.Task[None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         try:
             self._look()
-            app = Guard(build_app(self.state, control, self._on_startup, self._on_shutdown), token)
+            app = Guard(
+                build_app(self.state, control, lambda: self.comparison, self._on_startup, self._on_shutdown), token
+            )
             super().__init__(app, host, port, tls=tls, allow_insecure=allow_insecure, websockets=True)
         except BaseException:
             self._store.close()
@@ -89,6 +94,8 @@ class DashboardServer(HttpServer):
         self._loop.call_soon_threadsafe(lambda: self._spawn(pulse.run()))
 
     def stop(self) -> None:
+        if self.comparison is not None:
+            self.comparison.close()
         super().stop()
         self._store.close()
 

@@ -7,6 +7,7 @@ look the same. Who is at work, who was lost just now, and who pauses is told by 
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -122,7 +123,7 @@ class RunState:
                 for device in self._devices.values():
                     device.progress = ""
             case DeviceLost() as event:
-                self._device(event.device).lost = event.reason.removeprefix(f"{event.device}: ")
+                self._device(event.device).lost = _without_name(event.device, event.reason)
                 self._alarm(line, f"{event.device} is lost: {self._device(event.device).lost}")
             case DeviceBack() as event:
                 self._device(event.device).lost = ""
@@ -229,7 +230,7 @@ class RunState:
                 for name in line.reported:
                     self._device(name).lost = ""
                 for name, reason in line.lost.items():
-                    self._device(name).lost = "" if name in line.reported else reason
+                    self._device(name).lost = "" if name in line.reported else _without_name(name, reason)
         for closed in rounds:
             if closed.round > self._last:
                 self._last = closed.round
@@ -383,3 +384,8 @@ class RunState:
         if device.paused:
             return "paused", device.paused
         return "live", device.progress
+
+
+def _without_name(device: str, reason: str) -> str:
+    """``reason`` without the name and address of ``device``, with which it may begin."""
+    return re.sub(rf"^{re.escape(device)}(: | (\(\S+\) )?)", "", reason)

@@ -74,7 +74,8 @@ def progress(view: RunView) -> str:
 
 def speed(view: RunView) -> str:
     """What all devices do together."""
-    together = sum(device.tokens_per_second or 0.0 for device in view.devices)
+    gone = ("absent", "silent", "lost")
+    together = sum(device.tokens_per_second or 0.0 for device in view.devices if device.status not in gone)
     return f"{together:,.0f} tokens a second" if together else ""
 
 

@@ -124,8 +124,8 @@ def _continued(prompt: Prompt, rows: NDArray[np.float32], folder: Path, scorer: 
 
 def _bos_rows(spec: PromptSpec, scorer: Scorer) -> NDArray[np.float32]:
     """Embeddings [n, n_embd] of what stands before the prompt: in ``front`` BOS, where the model wants it."""
-    ids = bos_ids(scorer) if spec.placement == "front" else []
-    return scorer.token_embeddings(ids)
+    ids = bos_ids(scorer)
+    return scorer.token_embeddings(ids if spec.placement == "front" else ids[:0])
 
 
 def _check_architecture(scorer: Scorer) -> None:
