@@ -118,9 +118,9 @@ class _Side:
         """``answer``: the label that the row has, where it is known."""
         most = max(probabilities)
         right = answer == self._labels[probabilities.index(most)]
-        self._verdict.visible = answer is not None
         self._verdict.text = "right" if right else "wrong"
         self._verdict.classes(replace=f"state {'' if right else 'bad'}")
+        self._verdict.visible = answer is not None  # after its classes, of which that is one
         for (name, share, bar), value in zip(self._bars, probabilities, strict=True):
             bar.value = round(value, 4)
             share.text = f"{100 * value:.1f} %"
