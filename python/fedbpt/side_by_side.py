@@ -54,6 +54,7 @@ class SideBySide:
         if task is not None and task.labels != prompt.labels:
             raise ConfigError(f"the prompt is for labels {list(prompt.labels)}, the task has {list(task.labels)}")
         self.model = model
+        self.name = model.name
         self.prompt = prompt
         self.labels = prompt.labels
         """Empty where the model generates."""
