@@ -11,6 +11,7 @@ import msgspec
 
 from fedbpt.aggregation.pooled import Pooled
 from fedbpt.clients import InProcessClient
+from fedbpt.control import RunControl
 from fedbpt.errors import DeviceUnreachableError
 from fedbpt.federation import Federation
 from fedbpt.ledger import FederatedTask
@@ -84,16 +85,21 @@ class Scene:
         self.events: list[Event] = []
         self.on_event: Callable[[Event], None] = lambda _event: None
 
-    def federation(self, run: str = "r", task: FederatedTask | None = None, **changes: Any) -> Federation:
+    def federation(
+        self, run: str = "r", task: FederatedTask | None = None, control: RunControl | None = None, **changes: Any
+    ) -> Federation:
         def hear(event: Event) -> None:
             self.events.append(event)
             self.on_event(event)
 
         chosen = settings(**changes)
         search = Pooled(D, popsize=chosen.popsize, seed=chosen.seed)
-        return Federation(list(self.clients.values()), task or ToyTask(), chosen, search, self.store, run, hear)
+        return Federation(
+            list(self.clients.values()), task or ToyTask(), chosen, search, self.store, run, hear, control
+        )
 
     def run(self, run: str = "r", task: FederatedTask | None = None, **changes: Any) -> RunResult:
+        """``changes``: of the settings; ``control``."""
         return self.federation(run, task, **changes).run()
 
     def of(self, kind: type[Any]) -> list[Any]:

@@ -152,6 +152,9 @@ def requantize(
     handler raised.
     """
 
+def tensor_shapes(path: str) -> list[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of every tensor in a model file, the inputs of a matrix first. Raises `ModelFileError`."""
+
 def weight_formats(path: str) -> list[tuple[str, int, int]]:
     """(ggml type, parameters, bytes) of the matrices in a model's layers, most parameters first.
 

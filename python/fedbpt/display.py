@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
+from fedbpt.estimate import spent_share
 from fedbpt.runs import (
     DeviceBack,
     DeviceLost,
@@ -20,6 +21,7 @@ from fedbpt.runs import (
     RunSettings,
     RunStarted,
     Score,
+    Steered,
     TemplateSelected,
 )
 
@@ -87,7 +89,7 @@ class RunDisplay:
                     self._zero_shot = event.score
             case RoundClosed() if event.round > 0:
                 self._live = len(event.reported)
-                share = self._share(event)
+                share = spent_share(self._settings, event.searched, event.evaluations, event.tokens, event.seconds)
                 doing = f"round {event.searched}" if event.purpose == "search" else _DOING[event.purpose]
                 if event.purpose == "search" and share == 1.0:
                     doing = "finishing"
@@ -97,6 +99,8 @@ class RunDisplay:
                 self._say(f"device {event.device} is lost in round {event.round}: {reason}", "yellow")
             case DeviceBack():
                 self._say(f"device {event.device} is back in round {event.round}")
+            case Steered():
+                self._say(f"{'paused' if event.paused else 'under way'}; a round may take {event.deadline_s:g} s")
             case LateReport():
                 self._say(f"device {event.device}: its report on round {event.round} came late and is not used")
             case RunFinished() if not self._started:
@@ -104,17 +108,6 @@ class RunDisplay:
 
     def _figure(self, score: Score) -> str:
         return f"{score.perplexity:.2f}" if self._generates else f"{score.accuracy:.3f}"
-
-    def _share(self, event: RoundClosed) -> float:
-        """How much of the budget is spent, 0 to 1: of the limit that is nearest."""
-        limits = self._settings
-        spent = [
-            (event.searched, limits.rounds),
-            (event.evaluations, limits.evaluations),
-            (event.tokens, limits.tokens),
-            (event.seconds, limits.seconds),
-        ]
-        return min(1.0, max(done / limit for done, limit in spent if limit))
 
     def _figures(self, event: RoundClosed, share: float) -> str:
         parts = []

@@ -24,6 +24,7 @@
     │   └── QuorumError                too few devices reported before the deadline
     ├── StoreError                     the run database cannot be read or written
     ├── ScoringInterrupted             a scoring call was cancelled
+    ├── RunStopped                     somebody stopped a run that can be resumed
     └── MissingExtraError (ImportError) an optional dependency is not installed
 
 ``exit_code`` is what the command line exits with (2: the caller's mistake, 1: the world's).
@@ -136,6 +137,12 @@ class StoreError(FedbptError):
 
 class ScoringInterrupted(FedbptError):  # noqa: N818 - cancelled is no failure
     """A scoring call was cancelled before it ended."""
+
+    exit_code = 130
+
+
+class RunStopped(FedbptError):  # noqa: N818 - no failure either
+    """Somebody stopped the run: what it had committed stays, and the same call resumes it."""
 
     exit_code = 130
 

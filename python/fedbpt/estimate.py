@@ -101,6 +101,17 @@ def estimate(
     return RunCost(rounds=rounds, evaluations=rounds * per_round, devices=tuple(devices), epsilon=spent)
 
 
+def spent_share(settings: RunSettings, searched: int, evaluations: int, tokens: int, seconds: float) -> float:
+    """How much of the budget is spent, 0 to 1: of the limit that is nearest. ``searched``: rounds of the search."""
+    spent = [
+        (searched, settings.rounds),
+        (evaluations, settings.evaluations),
+        (tokens, settings.tokens),
+        (seconds, settings.seconds),
+    ]
+    return min(1.0, max(done / limit for done, limit in spent if limit))
+
+
 def project(found: Measurement, task: FederatedTask, rows: int = 128) -> Projection:
     """What tuning with the default settings would take of the machine that was measured, alone with ``rows`` rows."""
     settings = RunSettings(deadline_s=_NO_DEADLINE_S)

@@ -7,6 +7,7 @@ was stopped at any instant is resumed by replaying them, to the same digest.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
@@ -18,27 +19,26 @@ import numpy as np
 from fedbpt import wire
 from fedbpt.aggregation.base import Aggregator
 from fedbpt.clients.base import DeviceClient
+from fedbpt.control import RunControl, Wish
 from fedbpt.errors import ConfigError, FederationError, QuorumError, StoreError
 from fedbpt.event_loop import run_to_end
 from fedbpt.fleet import Fleet
 from fedbpt.ledger import SELECTION, FederatedTask, RunLedger
 from fedbpt.members import Draft, Listener, check_names, common_model
 from fedbpt.messages import (
-    Array,
     DeviceInfo,
     EvaluateReport,
     FitPurpose,
     RoundProgress,
     RoundReport,
 )
+from fedbpt.outcome import make_result
 from fedbpt.pace import Pace
 from fedbpt.privacy import require_accountant
 from fedbpt.runs import (
-    BASELINES,
     NO_SCORE,
     DeviceBack,
     DeviceLost,
-    DeviceSummary,
     Evaluated,
     EventCallback,
     LateReport,
@@ -50,6 +50,7 @@ from fedbpt.runs import (
     RunSettings,
     RunStarted,
     Score,
+    Steered,
     TemplateSelected,
 )
 from fedbpt.seeding import generator
@@ -63,6 +64,9 @@ EVALUATION_DEADLINES: Final = 10
 SETTLE_S: Final = 5.0
 """How long the final evaluation waits for devices to be live again."""
 
+LOOK_S: Final = 0.1
+"""Between two looks whether a paused run may go on."""
+
 
 class Federation:
     """One run over ``clients``: select the template, tune, evaluate.
@@ -75,6 +79,7 @@ class Federation:
         store: where rounds are committed. A run of this name in it is resumed; a finished one is returned as it is.
         run: the run's name, letters, digits and ``._-``.
         on_event: called for each `fedbpt.runs` event, from the loop's thread.
+        control: by which people pause, resume and stop the run, and change its deadline; None: nobody does.
 
     Raises:
         ConfigError: names that clash or cannot be used, too few devices for the method.
@@ -90,6 +95,7 @@ class Federation:
         store: RunStore,
         run: str,
         on_event: EventCallback = lambda _event: None,
+        control: RunControl | None = None,
     ) -> None:
         check_names([run], "run")
         if settings.privacy is not None:
@@ -105,6 +111,8 @@ class Federation:
         self._needed = self._quorum_of(len(clients))
         self._store = store
         self._emit = on_event
+        self._control = control or RunControl()
+        self._wish = Wish()
         self._ledger = RunLedger(store, run, task, settings, aggregator)
         self._fleet: Fleet | None = None
 
@@ -115,7 +123,7 @@ class Federation:
 
         Raises:
             QuorumError: too few devices, at the start or in a round. FederationError: devices with different models,
-            a stored run that does not fit. StoreError: the store cannot be written.
+            a stored run that does not fit. StoreError: the store cannot be written. RunStopped: by ``control``.
         """
         return run_to_end(self.run_async)
 
@@ -129,12 +137,7 @@ class Federation:
         began = time.monotonic()
         self._fleet = fleet = Fleet(self._clients, self._listener(), Pace(self.settings.stragglers))
         try:
-            await self._connect(fleet)
-            await self._select(fleet)
-            await self._tune(fleet)
-            if self.settings.objective.readout_words:
-                await self._fit(fleet, "readout")
-            result = await self._finish(fleet, began)
+            result = await self._control.unless_stopped(self._sitting(fleet, began))
         except BaseException:
             await self._stop(fleet)
             raise
@@ -142,6 +145,14 @@ class Federation:
             await fleet.aclose()
         self._emit(RunFinished(result=result))
         return result
+
+    async def _sitting(self, fleet: Fleet, began: float) -> RunResult:
+        await self._connect(fleet)
+        await self._select(fleet)
+        await self._tune(fleet)
+        if self.settings.objective.readout_words:
+            await self._fit(fleet, "readout")
+        return await self._finish(fleet, began)
 
     # --- beginning and resuming ----------------------------------------------------------------------------------
 
@@ -217,7 +228,19 @@ class Federation:
         asked = math.ceil(wanted * (1 + self.settings.over_selection))
         return Draft(tuple(order.tolist()), asked, wanted)
 
+    async def _await_turn(self) -> None:
+        """Let what people wish take effect; while they wish a pause, wait."""
+        while True:
+            wish = self._control.wish
+            if wish != self._wish:
+                self._wish = wish
+                self._emit(Steered(paused=wish.paused, deadline_s=wish.deadline_s or self.settings.deadline_s))
+            if not wish.paused:
+                return
+            await asyncio.sleep(LOOK_S)
+
     async def _round(self, fleet: Fleet, round: int, purpose: RoundPurpose) -> None:
+        await self._await_turn()
         began = time.monotonic()
         ledger = self._ledger
         work = ledger.work(round, purpose)
@@ -227,7 +250,7 @@ class Federation:
             round,
             lambda device: ledger.plan(round, device, work),
             self._needed if draft is None else self._quorum_of(draft.wanted),
-            self.settings.deadline_s,
+            self._wish.deadline_s or self.settings.deadline_s,
             purpose,
             draft,
             ledger.aggregator.history() if purpose == "search" else None,
@@ -266,6 +289,9 @@ class Federation:
         score = sum((Score.of(report, 0) for report in reports.values()), NO_SCORE)
         figure = "accuracy" if self.task.labels else "perplexity"
         figures = {f"dev_{figure}": getattr(score, figure), "dev_loss": score.loss, "dev_n": float(score.n)}
+        for device, report in reports.items():
+            of_device = Score.of(report, 0)
+            figures |= {f"dev_{figure}/{device}": getattr(of_device, figure), f"dev_loss/{device}": of_device.loss}
         self._store.record_metrics(self.run_name, round, figures)
         ledger.judge(score.loss)
         self._emit(Evaluated(round=round, score=score, devices=tuple(reports)))
@@ -295,45 +321,8 @@ class Federation:
         reports = await self._evaluate_final(fleet)
         await fleet.cancel_rounds(self.run_name)
         costs = self._costs(fleet)
-        names = list(self._ledger.lines())
-        devices = tuple(
-            DeviceSummary(
-                name=member.name,
-                info=member.info,
-                reports=self._ledger.reports.get(member.name, 0),
-                bytes_up=costs[member.name].bytes_up,
-                bytes_down=costs[member.name].bytes_down,
-                peak_rss_bytes=costs[member.name].peak_rss_bytes,
-                zero_shot=Score.of(reports[member.name], 0) if member.name in reports else NO_SCORE,
-                tuned=Score.of(reports[member.name], 1) if member.name in reports else NO_SCORE,
-            )
-            for member in fleet.members.values()
-        )
-        result = RunResult(
-            run=self.run_name,
-            task=self.task.name,
-            settings=self.settings,
-            model_fingerprint=self._model.model_fingerprint,
-            model_name=self._model.model_name,
-            template=self._ledger.template,
-            mean=Array.of(self._ledger.mean),
-            digest=self._ledger.aggregator.digest(),
-            rounds=self._ledger.searched,
-            evaluations=self._ledger.aggregator.evaluations,
-            tokens=self._ledger.tokens,
-            seconds=self._ledger.seconds,
-            total_seconds=time.monotonic() - began,
-            zero_shot=sum((device.zero_shot for device in devices), NO_SCORE),
-            tuned=sum((device.tuned for device in devices), NO_SCORE),
-            baselines={
-                name: sum((Score.of(report, i) for report in reports.values()), NO_SCORE)
-                for i, name in enumerate(names)
-                if name in BASELINES
-            },
-            fits={purpose: fit.readout for purpose, fit in self._ledger.fits.items()},
-            others=self._ledger.others if "readout" in self._ledger.fits else (),
-            epsilon=self._ledger.epsilon(),
-            devices=devices,
+        result = make_result(
+            self._ledger, self.settings, self._model, fleet.members.values(), costs, reports, time.monotonic() - began
         )
         if result.tuned.n:
             figure, (before, after) = "perplexity" if result.generates else "accuracy", (result.zero_shot, result.tuned)
@@ -383,7 +372,9 @@ class Federation:
         self._emit(LateReport(device=report.device, round=report.round))
 
     def _on_progress(self, device: str, where: RoundProgress) -> None:
-        self._emit(Progressed(device=device, round=where.round, done=where.done, total=where.total))
+        self._emit(
+            Progressed(device=device, round=where.round, done=where.done, total=where.total, paused=where.paused)
+        )
 
     def _on_met(self, device: str, info: DeviceInfo) -> None:
         if self._ledger.is_open:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Final
 from urllib.parse import urlsplit
 
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -55,15 +55,16 @@ class LoopbackOnly:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             request = Request(scope)
-            if not is_loopback(_host(request.headers.get("host", ""))):
+            if not is_loopback(host_of(request)):
                 answer = self._refuse(request, "wrong-host", "without a token this is for 127.0.0.1 and localhost")
                 await answer(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
 
-def _host(header: str) -> str:
+def host_of(connection: HTTPConnection) -> str:
+    """The name under which the server was asked, without port; empty: it makes no sense."""
     try:
-        return urlsplit(f"//{header}").hostname or ""
+        return urlsplit(f"//{connection.headers.get('host', '')}").hostname or ""
     except ValueError:
         return ""

@@ -29,6 +29,7 @@ class HttpServer:
         tls: with a certificate, HTTPS.
         on_ready: called with the URL once requests are answered.
         on_exit: called on the event loop when the server is to end: lets long polls go.
+        websockets: whether the application speaks them, by the package ``websockets``.
 
     Raises:
         ConfigError: a host beyond loopback without TLS or ``allow_insecure``, or a port outside 0–65535.
@@ -45,6 +46,7 @@ class HttpServer:
         allow_insecure: bool = False,
         on_ready: Callable[[str], None] = lambda _url: None,
         on_exit: Callable[[], None] = lambda: None,
+        websockets: bool = False,
     ) -> None:
         tls = tls or Tls()
         if not (tls.serves or allow_insecure or is_loopback(host)):
@@ -66,7 +68,8 @@ class HttpServer:
             lifespan="on",
             server_header=False,
             timeout_graceful_shutdown=3,
-            ws="none",
+            http="h11",  # also where a faster parser happens to be installed: one behaviour everywhere
+            ws="auto" if websockets else "none",
             **options,
         )
         self._server = _Server(config, self)

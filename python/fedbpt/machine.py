@@ -67,6 +67,12 @@ def heat(sysfs: Path = SYSFS) -> Heat:
     return Heat(_celsius(sysfs), _limited(sysfs), _throttle_events(sysfs))
 
 
+def battery_percent(sysfs: Path = SYSFS) -> float | None:
+    """How full the battery is; None: there is none, or the system does not tell."""
+    levels = [_number(supply / "capacity") for supply in sysfs.glob("class/power_supply/*")]
+    return next((float(level) for level in levels if level is not None), None)
+
+
 def _celsius(sysfs: Path) -> float | None:
     zones = {}
     for zone in sysfs.glob("class/thermal/thermal_zone*"):

@@ -283,12 +283,13 @@ class TemplateSelected(Message, frozen=True, tag=True):
 
 
 class Progressed(Message, frozen=True, tag=True):
-    """A device that is at work said where it stands."""
+    """A device that is at work said where it stands. ``paused``: why its work waits; empty: it does not."""
 
     device: str
     round: NaturalInt
     done: NaturalInt
     total: NaturalInt
+    paused: str = ""
 
 
 class RoundClosed(Message, frozen=True, tag=True):
@@ -341,6 +342,13 @@ class LateReport(Message, frozen=True, tag=True):
     round: NaturalInt
 
 
+class Steered(Message, frozen=True, tag=True):
+    """Somebody paused or resumed the run, or changed its deadline (seconds): so it is from now on."""
+
+    paused: bool
+    deadline_s: float
+
+
 class RunFinished(Message, frozen=True, tag=True):
     result: RunResult
 
@@ -354,6 +362,7 @@ Event: TypeAlias = (
     | DeviceLost
     | DeviceBack
     | LateReport
+    | Steered
     | RunFinished
 )
 EventCallback: TypeAlias = Callable[[Event], None]

@@ -229,10 +229,12 @@ class RunStore(Database):
             raise StoreError(f"no run {run!r} in {self.path}: `fedbpt runs list` shows what there is")
         return found
 
-    def rounds(self, run: str) -> Iterator[StoredRound]:
-        """The closed rounds of ``run`` in order, with the reports that were used, ready to replay."""
+    def rounds(self, run: str, since: int = 0) -> Iterator[StoredRound]:
+        """The closed rounds of ``run`` from ``since`` on, in order, with the reports that were used: to replay."""
         for round, work, state in self._query(
-            "SELECT round, work_digest, state_digest FROM rounds WHERE run = ? ORDER BY round", run
+            "SELECT round, work_digest, state_digest FROM rounds WHERE run = ? AND round >= ? ORDER BY round",
+            run,
+            since,
         ):
             bodies = self._query(
                 "SELECT body FROM reports WHERE run = ? AND round = ? AND NOT late ORDER BY device", run, round
@@ -253,20 +255,21 @@ class RunStore(Database):
         rows = self._query("SELECT device, info FROM devices WHERE run = ? ORDER BY device", run)
         return {device: wire.decode(info, DeviceInfo) if info else None for device, info in rows}
 
-    def history(self, run: str) -> list[RoundHistory]:
-        """One entry a round, in order; rounds that only have metrics or losses (not closed) are among them."""
+    def history(self, run: str, since: int = 0) -> list[RoundHistory]:
+        """One entry a round from ``since`` on, in order; rounds that only have metrics or losses are among them."""
         self.get_run(run)
-        closed = dict(self._query("SELECT round, closed FROM rounds WHERE run = ?", run))
+        where = "WHERE run = ? AND round >= ?"
+        closed = dict(self._query(f"SELECT round, closed FROM rounds {where}", run, since))
         reported: dict[int, dict[bool, list[str]]] = {}
         for round, device, late in self._query(
-            "SELECT round, device, late FROM reports WHERE run = ? ORDER BY device", run
+            f"SELECT round, device, late FROM reports {where} ORDER BY device", run, since
         ):
             reported.setdefault(round, {}).setdefault(bool(late), []).append(device)
         metrics: dict[int, dict[str, float]] = {}
-        for round, name, value in self._query("SELECT round, name, value FROM metrics WHERE run = ?", run):
+        for round, name, value in self._query(f"SELECT round, name, value FROM metrics {where}", run, since):
             metrics.setdefault(round, {})[name] = value
         losses: dict[int, dict[str, str]] = {}
-        for round, device, reason in self._query("SELECT round, device, reason FROM losses WHERE run = ?", run):
+        for round, device, reason in self._query(f"SELECT round, device, reason FROM losses {where}", run, since):
             losses.setdefault(round, {})[device] = reason
         return [
             RoundHistory(

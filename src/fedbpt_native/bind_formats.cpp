@@ -46,6 +46,19 @@ py::list weight_formats_of(const std::string & path) {
     return formats;
 }
 
+py::list tensor_shapes_of(const std::string & path) {
+    std::vector<TensorShape> found;
+    {
+        py::gil_scoped_release release;
+        found = tensor_shapes(path);
+    }
+    py::list shapes;
+    for (const TensorShape & tensor : found) {
+        shapes.append(py::make_tuple(tensor.name, py::tuple(py::cast(tensor.shape))));
+    }
+    return shapes;
+}
+
 }  // namespace
 
 void register_formats(py::module_ & module) {
@@ -53,6 +66,7 @@ void register_formats(py::module_ & module) {
     module.def("requantize", &requantize_file, py::arg("source"), py::arg("target"), py::arg("format"), py::arg("n_threads"), py::arg("progress") = py::none(),
                "Write a model file in another format; progress gets tensors done and in total.");
     module.def("weight_formats", &weight_formats_of, py::arg("path"), "(ggml type, parameters, bytes) of the matrices in a model's layers, most parameters first.");
+    module.def("tensor_shapes", &tensor_shapes_of, py::arg("path"), "(name, shape) of every tensor in a model file, the inputs of a matrix first.");
     module.def("matmul_flops", &matmul_flops, py::arg("type"), py::call_guard<py::gil_scoped_release>(), "FLOP/s of one CPU thread multiplying by a matrix of a ggml type, measured.");
 }
 

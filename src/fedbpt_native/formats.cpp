@@ -60,9 +60,8 @@ ggml_backend_buffer_type_t weight_buffer_type(ggml_backend_dev_t cpu, ggml_tenso
     return ggml_backend_dev_buffer_type(cpu);
 }
 
-}  // namespace
-
-std::vector<WeightFormat> weight_formats(const std::string & path) {
+// The tensors of a model file, without their data.
+ggml_context_ptr tensors_of(const std::string & path) {
     install_log();
     take_last_error();
     ggml_context * tensors = nullptr;
@@ -70,10 +69,15 @@ std::vector<WeightFormat> weight_formats(const std::string & path) {
     if (!gguf) {
         throw ModelFileError(path + " is not a readable GGUF file (" + take_last_error() + "): fetch it again, or convert the model to GGUF");
     }
-    const ggml_context_ptr owner(tensors);
+    return ggml_context_ptr(tensors);
+}
 
+}  // namespace
+
+std::vector<WeightFormat> weight_formats(const std::string & path) {
+    const ggml_context_ptr tensors = tensors_of(path);
     std::map<ggml_type, WeightFormat> found;
-    for (ggml_tensor * tensor = ggml_get_first_tensor(tensors); tensor != nullptr; tensor = ggml_get_next_tensor(tensors, tensor)) {
+    for (ggml_tensor * tensor = ggml_get_first_tensor(tensors.get()); tensor != nullptr; tensor = ggml_get_next_tensor(tensors.get(), tensor)) {
         if (std::string(tensor->name).rfind("blk.", 0) == 0 && ggml_n_dims(tensor) > 1) {
             WeightFormat & format = found[tensor->type];
             format.type      = ggml_type_name(tensor->type);
@@ -87,6 +91,15 @@ std::vector<WeightFormat> weight_formats(const std::string & path) {
     }
     std::stable_sort(formats.begin(), formats.end(), [](const WeightFormat & a, const WeightFormat & b) { return a.n_params > b.n_params; });
     return formats;
+}
+
+std::vector<TensorShape> tensor_shapes(const std::string & path) {
+    const ggml_context_ptr tensors = tensors_of(path);
+    std::vector<TensorShape> shapes;
+    for (ggml_tensor * tensor = ggml_get_first_tensor(tensors.get()); tensor != nullptr; tensor = ggml_get_next_tensor(tensors.get(), tensor)) {
+        shapes.push_back({ tensor->name, { tensor->ne, tensor->ne + ggml_n_dims(tensor) } });
+    }
+    return shapes;
 }
 
 double matmul_flops(const std::string & type) {

@@ -17,6 +17,14 @@ struct WeightFormat {
 // and output layer are left out: a token takes one row of the one, labels a few of the other. Throws ModelFileError.
 std::vector<WeightFormat> weight_formats(const std::string & path);
 
+struct TensorShape {
+    std::string          name;
+    std::vector<int64_t> shape;  // ggml's order: the inputs of a matrix first
+};
+
+// Every tensor of a model file, in its order. Throws ModelFileError.
+std::vector<TensorShape> tensor_shapes(const std::string & path);
+
 // Multiplications and additions (each counts) that one CPU thread makes in a second of its time, multiplying 64 tokens by a matrix
 // of a ggml type that lies where llama.cpp would place a weight. Measured anew at each call, in some 10 ms. Throws InputError.
 double matmul_flops(const std::string & type);

@@ -46,10 +46,10 @@ class Workshop:
     def spawn(self, *arguments: object) -> subprocess.Popen[str]:
         return self.fleet.spawn("fedbpt", *arguments, cwd=self.folder)
 
-    def run(self, *arguments: object) -> tuple[int, str, str]:
-        """A command to its end: exit code, standard output, standard error."""
+    def run(self, *arguments: object, said: str = "") -> tuple[int, str, str]:
+        """A command to its end: exit code, standard output, standard error; ``said``: what it reads."""
         process = self.spawn(*arguments)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(said, timeout=60)
         return process.returncode, out, err
 
     def device(self, name: str, *more: object) -> subprocess.Popen[str]:

@@ -38,6 +38,17 @@ def test_weight_formats_of_what_is_no_model(tmp_path: Path) -> None:
         models.weight_formats(tiny_gguf.write_not_gguf(tmp_path / "page.gguf"))
 
 
+def test_tensor_shapes_are_those_of_every_tensor_inputs_first(case_of: Callable[..., Case]) -> None:
+    case = case_of("llama", "q8_0")
+    expected = {name: values.shape[::-1] for name, values in tiny_gguf.tensors(case.model).items()}
+    assert models.tensor_shapes(case.path) == expected
+
+
+def test_tensor_shapes_of_what_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match=r"page\.gguf is not a readable GGUF file"):
+        models.tensor_shapes(tiny_gguf.write_not_gguf(tmp_path / "page.gguf"))
+
+
 def test_every_weight_type_has_a_kernel_to_measure() -> None:
     types = ["f32", "f16", "bf16", "q8_0", "q6_K", "q5_K", "q5_1", "q5_0", "q4_K", "q4_1", "q4_0", "iq4_nl", "iq4_xs"]
     types += ["q3_K", "q2_K", "iq2_xs"]

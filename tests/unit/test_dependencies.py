@@ -21,6 +21,7 @@ HEAVY = {
     "datasets",
     "huggingface-hub",
     "matplotlib",
+    "nicegui",
     "pandas",
     "prometheus-client",
     "pyarrow",

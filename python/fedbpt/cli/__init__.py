@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import sys
@@ -10,16 +11,25 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from itertools import pairwise
+from keyword import iskeyword
 from typing import Annotated, Any
 
 import typer
 
 from fedbpt.cli.options import help_without_command
-from fedbpt.errors import FedbptError
+from fedbpt.dashboard import DEFAULT_ADDRESS
+from fedbpt.errors import FedbptError, RunStopped
 from fedbpt.version import VERSION
 
-COMMANDS = ("demo", "device", "tune", "evaluate", "chat", "serve", "bench", "models", "runs", "devices", "certs")
-"""Each a module of `fedbpt.cli`: with a function of its name, or, for a group, with an ``app``."""
+COMMANDS = (
+    *("demo", "device", "tune", "evaluate", "chat", "serve", "export", "import"),
+    *("bench", "models", "runs", "dashboard", "devices", "certs"),
+)
+"""Each a module of `fedbpt.cli`: with a function of its name, or, for a group, with an ``app``.
+
+Names that Python keeps to itself end in ``_`` there.
+"""
 
 INTERRUPTED = 130
 _RESUMED = (["demo"], ["tune"], ["models", "pull"])  # the commands that go on where they were stopped
@@ -58,11 +68,12 @@ def make_app(wanted: str | None = None) -> typer.Typer:
     )
     app.callback(invoke_without_command=True)(options)
     for name in [wanted] if wanted in COMMANDS else COMMANDS:
-        module = import_module(f"fedbpt.cli.{name}")
+        spelled = f"{name}_" if iskeyword(name) else name
+        module = import_module(f"fedbpt.cli.{spelled}")
         if hasattr(module, "app"):
             app.add_typer(module.app)
         else:
-            app.command(name)(getattr(module, name))
+            app.command(name)(getattr(module, spelled))
     return app
 
 
@@ -70,14 +81,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The ``fedbpt`` program. Exit codes: 0 done, 1 it failed, 2 the command was wrong, 130 interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given  # wherever it stands
-    given = [word for word in given if word != "--debug"]
+    given = _with_address([word for word in given if word != "--debug"])
     code = 0
     try:
         with _terminated_as_interrupted():
             _run(given)
     except typer.Exit as done:
         code = done.exit_code
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort, RunStopped):
         typer.echo(f"fedbpt: {_stopped(given)}", err=True)
         code = INTERRUPTED
     except _ClickException as error:
@@ -101,6 +112,15 @@ def _run(given: Sequence[str]) -> None:
     with command.make_context("fedbpt", list(given)) as context:
         command.invoke(context)
     sys.stdout.flush()
+
+
+def _with_address(given: Sequence[str]) -> list[str]:
+    """``--dashboard`` may stand without its HOST:PORT; typer knows no option whose value may be left out."""
+    words = []
+    for word, after in pairwise([*given, ""]):
+        alone = word == "--dashboard" and not re.fullmatch(r"\S+:\d+", after)
+        words.append(f"{word}={DEFAULT_ADDRESS}" if alone else word)
+    return words
 
 
 def _stopped(given: Sequence[str]) -> str:

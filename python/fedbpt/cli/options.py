@@ -36,6 +36,11 @@ AllowInsecure = Annotated[
 ]
 
 
+Questions = Annotated[
+    Path | None, typer.Option("--questions", help="Held-out rows that the dashboard's compare page offers.")
+]
+
+
 def help_without_command(context: typer.Context) -> None:
     """Callback of a group of commands: alone, it shows its help."""
     if context.invoked_subcommand is None:

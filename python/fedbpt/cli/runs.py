@@ -42,7 +42,7 @@ def list_command(store: Store = DEFAULT_STORE, as_json: AsJson = False, quiet: Q
 
     Example: fedbpt runs list --store runs/runs.db
     """
-    with _opened(store) as opened:
+    with open_store(store) as opened:
         runs = opened.list_runs()
     if as_json:
         _print_json([run_as_json(run) for run in runs])
@@ -69,7 +69,7 @@ def show_command(run: RunName, store: Store = DEFAULT_STORE, as_json: AsJson = F
 
     Example: fedbpt runs show demo --json
     """
-    with _opened(store) as opened:
+    with open_store(store) as opened:
         found, history = opened.get_run(run), opened.history(run)
     result = _result(found)
     if as_json:
@@ -87,7 +87,8 @@ def show_command(run: RunName, store: Store = DEFAULT_STORE, as_json: AsJson = F
         table.add_column(heading, justify="right" if heading == "round" else "left")
     for line in history:
         lost = "; ".join(f"{name}: {reason}" for name, reason in line.lost.items())
-        figures = ", ".join(f"{name} {value:.4g}" for name, value in sorted(line.metrics.items()))
+        overall = {name: value for name, value in line.metrics.items() if "/" not in name}  # not of one device
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in sorted(overall.items()))
         table.add_row(str(line.round), str(len(line.reported)), lost, figures)
     Console().print(table)
 
@@ -107,7 +108,7 @@ def export_command(
     Example: fedbpt runs export demo --model smollm2-135m --out prompt.safetensors
     """
     del quiet  # the path is the result: there is nothing else to leave out
-    with _opened(store) as opened:
+    with open_store(store) as opened:
         found = opened.get_run(run)
     result = _result(found)
     if result is None:
@@ -132,7 +133,7 @@ def replay_command(
 
     Example: fedbpt runs replay demo
     """
-    with _opened(store) as opened:
+    with open_store(store) as opened:
         found = opened.get_run(run)
         settings, result = wire.decode(found.settings, RunSettings), _result(found)
         ledger = RunLedger(opened, run, task_named(task, found.task), settings, aggregator_for(settings))
@@ -160,7 +161,7 @@ def scalars_command(
     Example: fedbpt runs scalars demo --out tensorboard
     """
     del quiet  # the folder is the result: there is nothing else to leave out
-    with _opened(store) as opened:
+    with open_store(store) as opened:
         folder = write_scalars(opened.history(run), out / run)
     if as_json:
         _print_json({"run": run, "folder": str(folder)})
@@ -169,7 +170,8 @@ def scalars_command(
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[RunStore]:
+def open_store(path: Path) -> Iterator[RunStore]:
+    """The store at ``path``, which must be there."""
     if not path.is_file():
         raise StoreError(f"there is no run database {path}: give it with --store, or start a run")
     with RunStore(path) as store:

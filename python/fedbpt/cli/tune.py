@@ -13,12 +13,14 @@ import typer
 
 from fedbpt.api import aggregator_for, make_prompt, require_model_of_run
 from fedbpt.cli.devices import DEFAULT_REGISTRY
-from fedbpt.cli.observe import Observers
-from fedbpt.cli.options import AllowInsecure, AsJson, Ca, Cert, ClientCerts, Key, Quiet, Registry
+from fedbpt.cli.observe import Observers, Watch
+from fedbpt.cli.options import AllowInsecure, AsJson, Ca, Cert, ClientCerts, Key, Questions, Quiet, Registry
 from fedbpt.cli.reach import Reach
 from fedbpt.cli.report import print_cost, print_result, result_as_json
 from fedbpt.clients import DeviceClient
 from fedbpt.config import RunConfig, load_config
+from fedbpt.dashboard import DEFAULT_ADDRESS
+from fedbpt.dashboard.comparing import Comparison, comparing, questions_of
 from fedbpt.display import RunDisplay
 from fedbpt.errors import ConfigError
 from fedbpt.estimate import RunCost, estimate
@@ -52,6 +54,14 @@ Monitor = Annotated[
 MonitorToken = Annotated[
     Path | None, typer.Option("--monitor-token", help="The monitor asks for the token in this file; made if absent.")
 ]
+Dashboard = Annotated[
+    str | None,
+    typer.Option("--dashboard", metavar="[HOST:PORT]", help=f"Show and steer the run in a browser; {DEFAULT_ADDRESS}."),
+]
+DashboardToken = Annotated[
+    Path | None,
+    typer.Option("--dashboard-token", help="The dashboard asks for this file's token; made if absent."),
+]
 OnlyPlan = Annotated[
     bool, typer.Option("--plan", help="Ask the devices, print what the run will cost at most, and do nothing.")
 ]
@@ -74,6 +84,9 @@ def tune(
     log: Log = None,
     monitor: Monitor = None,
     monitor_token: MonitorToken = None,
+    dashboard: Dashboard = None,
+    dashboard_token: DashboardToken = None,
+    questions: Questions = None,
     fresh: Fresh = False,
     only_plan: OnlyPlan = False,
     as_json: AsJson = False,
@@ -91,18 +104,27 @@ def tune(
             " call in (--listen HOST:PORT)"
         )
     reach = Reach(addresses, tokens, listen, expect, registry, Tls(cert, key, ca, client_certs), allow_insecure)
-    observers = Observers(log, monitor, monitor_token, Tls(cert, key), allow_insecure)
+    observers = Observers(log, monitor, monitor_token, Tls(cert, key), allow_insecure, dashboard, dashboard_token)
     if only_plan:
         print_cost(_cost(config, task, reach, _teller(as_json or quiet)), as_json)
         return
+    offered = () if questions is None else questions_of(task, questions)
     model = model or config.model
     out = _prompt_path(config, prompt_file, model)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)  # before the work: a folder that cannot be is told at once
     scorer = load_model(model) if model else None
-    result = _tuned(config, task, reach, observers, scorer, fresh, shown=not (quiet or as_json))
 
-    saved = make_prompt(scorer, task, result).save(out) if scorer is not None and out is not None else None
+    def report(result: RunResult, observer: Watch) -> None:
+        if scorer is not None:
+            observer.compare(Comparison(lambda: comparing(scorer, task, result), task.labels, offered))
+        saved = make_prompt(scorer, task, result).save(out) if scorer is not None and out is not None else None
+        _report(config, result, saved, as_json, quiet)
+
+    _tune(config, task, reach, observers, scorer, fresh, report, shown=not (quiet or as_json))
+
+
+def _report(config: RunConfig, result: RunResult, saved: Path | None, as_json: bool, quiet: bool) -> None:
     if as_json:
         typer.echo(msgspec.json.encode(result_as_json(result, saved)).decode())
         return
@@ -112,15 +134,16 @@ def tune(
         typer.echo(f"to write its prompt: fedbpt runs export {wanted}")
 
 
-def _tuned(
+def _tune(
     config: RunConfig,
     task: Task,
     reach: Reach,
     observers: Observers,
     scorer: NativeScorer | None,
     fresh: bool,
+    report: Callable[[RunResult, Watch], None],
     shown: bool,
-) -> RunResult:
+) -> None:
     display = RunDisplay(shown)
     tell = _teller(not shown)
 
@@ -128,20 +151,23 @@ def _tuned(
         if scorer is not None and isinstance(event, RunStarted):
             require_model_of_run(scorer, event)  # before the work, not when its prompt is to be written
         display(event)
-        journal(event)
+        observer(event)
 
     with ExitStack() as stack:
         store = stack.enter_context(RunStore(config.store))
         if fresh:
             store.delete_run(config.run)
-        journal = stack.enter_context(observers.watching(store.path, config.run, tell))
+        observer = stack.enter_context(observers.watching(store.path, config.run, tell))
         stored = store.find_run(config.run)
         finished = stored is not None and stored.status == "finished"
         clients = stack.enter_context(reach.clients(list(store.devices(config.run)), finished, tell))
+        observer.meet(clients)
         aggregator = aggregator_for(config.settings)
-        federation = Federation(clients, task, config.settings, aggregator, store, config.run, watch)
+        federation = Federation(clients, task, config.settings, aggregator, store, config.run, watch, observers.control)
         with display:
-            return federation.run()
+            result = federation.run()
+        report(result, observer)
+        observer.linger(tell)
 
 
 def _teller(silent: bool) -> Callable[[str], None]:

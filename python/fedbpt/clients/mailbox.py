@@ -69,6 +69,11 @@ class Mailbox:
         """Whether the device polls, or did so a moment ago."""
         return not self._closed and (self._poll is not None or _now() - self._seen < ABSENT_S)
 
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the device last held a poll open; 0: it does."""
+        return 0.0 if self._poll is not None else _now() - self._seen
+
     # --- the device's side ---------------------------------------------------------------------------------------
 
     async def poll(self, holding: tuple[str, ...], wait_s: float) -> Delivery:
@@ -198,6 +203,11 @@ class PostOffice:
         """Names of the devices that call in now, sorted. From any thread."""
         return sorted(name for name, box in list(self._boxes.items()) if box.present)
 
+    def silent_s(self, device: str) -> float:
+        """`Mailbox.silent_s` of ``device``; infinite where it never called. From any thread."""
+        box = self._boxes.get(device)
+        return float("inf") if box is None else box.silent_s
+
     def close(self) -> None:
         """Let every poll go. On the office's loop."""
         self._closed = True
@@ -248,6 +258,13 @@ class MailboxClient(HttpClient):
     def __init__(self, device: str, office: PostOffice, poll_s: float = POLL_S) -> None:
         super().__init__("http://mailbox", device, transport=MailboxTransport(device, office), poll_s=poll_s)
         self.where = "calls in"
+        self._office = office
+
+    def twin(self) -> MailboxClient:
+        return MailboxClient(self.name, self._office)
+
+    async def answers(self, timeout_s: float) -> bool:
+        return self._office.silent_s(self.name) < timeout_s
 
     def __repr__(self) -> str:
         return f"MailboxClient({self.name!r})"

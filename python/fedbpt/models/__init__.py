@@ -14,6 +14,7 @@ from fedbpt.models.formats import (
     faster_format,
     matmul_flops,
     requantize,
+    tensor_shapes,
     weight_formats,
 )
 from fedbpt.models.store import ModelEntry, fingerprint, list_models, locate, pull
@@ -34,5 +35,6 @@ __all__ = [
     "matmul_flops",
     "pull",
     "requantize",
+    "tensor_shapes",
     "weight_formats",
 ]

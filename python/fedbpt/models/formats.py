@@ -110,6 +110,17 @@ def weight_formats(path: Path) -> tuple[WeightFormat, ...]:
     return tuple(WeightFormat(*part) for part in _native.weight_formats(str(path)))
 
 
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of a model file by name, ggml's way round: the inputs of a matrix come first.
+
+    Raises:
+        ModelFileError: not a GGUF file.
+    """
+    from fedbpt import _native
+
+    return dict(_native.tensor_shapes(str(path)))
+
+
 def matmul_flops(types: Collection[str]) -> dict[str, float]:
     """FLOP/s of one thread of this CPU multiplying 64 tokens by a matrix of each ggml type, in its own CPU time.
 

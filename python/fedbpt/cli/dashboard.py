@@ -1,0 +1,72 @@
+"""``fedbpt dashboard``: a stored run in a browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from fedbpt import tasks, wire
+from fedbpt.cli.credentials import token_in
+from fedbpt.cli.options import AllowInsecure, AsJson, Cert, Key, Questions, Quiet, task_named
+from fedbpt.cli.reach import host_and_port
+from fedbpt.cli.runs import DEFAULT_STORE, RunName, Store, TaskFile, open_store
+from fedbpt.dashboard import DEFAULT_ADDRESS
+from fedbpt.dashboard.comparing import Comparison, comparing, questions_of
+from fedbpt.dashboard.server import DashboardServer
+from fedbpt.native_scorer import load_model
+from fedbpt.runs import RunResult
+from fedbpt.tls import Tls
+
+
+def dashboard(
+    run: RunName,
+    store: Store = DEFAULT_STORE,
+    at: Annotated[str, typer.Option("--at", help="HOST:PORT to show it at.")] = DEFAULT_ADDRESS,
+    token: Annotated[
+        Path | None, typer.Option("--token-file", help="Ask browsers for the token in this file; made if absent.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The run's model, to compare with. Default: by its name.")
+    ] = None,
+    task: TaskFile = None,
+    questions: Questions = None,
+    cert: Cert = None,
+    key: Key = None,
+    allow_insecure: AllowInsecure = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show a run of a store in the browser: finished, or under way elsewhere. Ctrl-C ends it.
+
+    Example: fedbpt dashboard demo --store runs/demo-0/runs.db
+    """
+    with open_store(store) as found:
+        stored = found.get_run(run)
+    result = None if stored.result is None or stored.status != "finished" else wire.decode(stored.result, RunResult)
+    comparison = None if result is None else _comparison(result, model, task, questions)
+    host, port = host_and_port("--at", at)
+    secret = None if token is None else token_in(token)
+    server = DashboardServer(store, run, host, port, token=secret, tls=Tls(cert, key), allow_insecure=allow_insecure)
+
+    server.comparison = comparison
+
+    def announce(_url: str) -> None:
+        if as_json:
+            typer.echo(msgspec.json.encode({"ready": {"url": server.link}}).decode())
+        elif not quiet:
+            typer.echo(f"run {run} at {server.link}; Ctrl-C ends it", err=True)
+
+    server.on_ready = announce
+    server.run()
+
+
+def _comparison(result: RunResult, model: str | None, task: str | None, questions: Path | None) -> Comparison | None:
+    """The run's prompt beside its model, which is loaded for the first question; None: its task is not known here."""
+    if task is None and questions is None and result.task not in tasks.BUILTIN:
+        return None
+    known = task_named(task, result.task)
+    offered = () if questions is None else questions_of(known, questions)
+    return Comparison(lambda: comparing(load_model(model or result.model_name), known, result), known.labels, offered)

@@ -1,0 +1,93 @@
+"""The page's comparisons: bytes beside other ways of tuning, memory beside back-propagation."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from nicegui import run, ui
+
+from fedbpt.dashboard import charts, costs
+from fedbpt.dashboard.elements import chart, heading
+from fedbpt.dashboard.views import RunView
+from fedbpt.display import human_bytes
+
+OURS: Final = "This run"
+
+
+class Communication:
+    """What was sent, and what others would have sent in as many rounds."""
+
+    def __init__(self) -> None:
+        self._model = ""
+        self._shape: costs.ModelShape | None = None
+        self._shown = (-1, -1, False)
+        with ui.element("section").classes("panel"):
+            _heading("Communication", costs.FORMULA)
+            self._chart = chart(charts.bars("Bytes sent, beside other ways of tuning"), "low")
+            self._note = ui.label().classes("note")
+
+    def show(self, view: RunView) -> None:
+        if view.model and view.model != self._model:
+            self._model = view.model
+            ui.timer(0.0, lambda: self._find_shape(view), once=True)
+        self._draw(view)
+
+    async def _find_shape(self, view: RunView) -> None:
+        self._shape = await run.io_bound(costs.shape_of_model, view.model, view.model_fingerprint)
+        self._draw(view)
+
+    def _draw(self, view: RunView) -> None:
+        sent = view.bytes_up + view.bytes_down
+        if (sent, view.participations, self._shape is None) == self._shown:
+            return
+        self._shown = (sent, view.participations, self._shape is None)
+        others = costs.bytes_of_others(self._shape, view.participations) if self._shape else {}
+        charts.set_bars(self._chart.options, {OURS: sent, **others}, OURS)
+        self._chart.update()
+        self._note.text = _ratio(sent, others) if others else _unknown(view.model)
+
+
+class Memory:
+    """What devices take, beside what was measured of others."""
+
+    def __init__(self) -> None:
+        self._shown: tuple[str, int] | None = None
+        with ui.element("section").classes("panel"):
+            _heading(
+                "Memory",
+                "Peak resident memory of a process: here, the largest device's. Others were measured, never computed.",
+            )
+            self._chart = chart(charts.bars("Peak memory, beside back-propagation"), "low")
+            self._note = ui.label().classes("note")
+
+    def show(self, view: RunView) -> None:
+        if (view.model, view.peak_rss_bytes) == self._shown:
+            return
+        self._shown = (view.model, view.peak_rss_bytes)
+        found = costs.memory_figures(view.model)
+        ours = {OURS: float(view.peak_rss_bytes)} if view.peak_rss_bytes else {}
+        charts.set_bars(self._chart.options, {**ours, **(found.peak_rss if found else {})}, next(iter(ours), ""))
+        self._chart.update()
+        if found is None:
+            self._note.text = f"Nothing was measured for {view.model or 'this model'}: make bench BENCH=bench_memory"
+        else:
+            self._note.text = f"Measured for {found.model} on {found.machine}, {found.date}: {found.how}"
+
+
+def _heading(title: str, explanation: str) -> None:
+    with ui.element("div").classes("row"):
+        heading(title)
+        with ui.element("button").classes("help").props('type="button"'):
+            ui.label("how?")
+            ui.tooltip(explanation)
+
+
+def _ratio(sent: int, others: dict[str, int]) -> str:
+    if not sent or not others:
+        return ""
+    name, most = list(others.items())[1]
+    return f"{name} would have sent {most / sent:,.0f} times as much: {human_bytes(most)}."
+
+
+def _unknown(model: str) -> str:
+    return f"To compare, this machine needs the model's file: fedbpt models pull {model}" if model else ""

@@ -1,0 +1,122 @@
+"""`Comparison`: the original and the tuned model, asked by visitors of a page, one question at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from fedbpt.api import make_prompt
+from fedbpt.errors import FedbptError
+from fedbpt.generator import TextModel
+from fedbpt.runs import RunResult
+from fedbpt.seeding import generator
+from fedbpt.side_by_side import Probabilities, Side, SideBySide
+from fedbpt.tasks import Task, read_task_rows
+
+MAX_TOKENS: Final = 64
+"""The longest text that is generated."""
+
+MOST_WAITING: Final = 16
+"""Questions that wait; more are refused."""
+
+QUESTIONS: Final = 6
+"""Held-out rows that a page offers."""
+
+
+class Question(NamedTuple):
+    """A held-out row; ``answer``: its label's name, or its target text."""
+
+    text: str
+    answer: str
+
+
+def questions_of(task: Task, path: Path, n: int = QUESTIONS) -> tuple[Question, ...]:
+    """``n`` rows of a data file, at random and always the same. Raises `DataError`."""
+    rows = read_task_rows(task, path)
+    chosen = sorted(generator(0, "questions").permutation(len(rows))[:n])
+    names = [rows[i] for i in chosen]
+    return tuple(Question(text, task.labels[label] if isinstance(label, int) else label) for text, label in names)
+
+
+def comparing(scorer: TextModel, task: Task, result: RunResult) -> SideBySide:
+    """A finished run's prompt beside its model. Raises `PromptError`: ``scorer`` is another model."""
+    return SideBySide(scorer, make_prompt(scorer, task, result), task)
+
+
+class Comparison:
+    """Answers for any number of pages, from a thread of its own.
+
+    Args:
+        make: loads the model and the prompt; called in that thread, for the first question.
+        labels: the task's; empty where texts are generated.
+        questions: to choose from.
+    """
+
+    def __init__(
+        self, make: Callable[[], SideBySide], labels: Sequence[str], questions: Sequence[Question] = ()
+    ) -> None:
+        self.labels = tuple(labels)
+        self.questions = tuple(questions)
+        self._make = make
+        self._made: SideBySide | None = None
+        self._pool = ThreadPoolExecutor(1, "fedbpt-compare")
+        self._waiting = 0
+
+    async def classify(self, text: str) -> Probabilities:
+        """Probabilities of the labels. Raises `InputError`, `ModelError`, or `FedbptError` where too many wait."""
+        with self._place():
+            return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: self._pair().classify(text))
+
+    async def generate(self, text: str) -> AsyncGenerator[tuple[Side, str], None]:
+        """Pieces of both answers as they come; ends early where the caller lets go. Raises as `classify`."""
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[Side, str] | None]()
+        unwanted = threading.Event()
+
+        def work() -> None:
+            try:
+                for piece in self._pair().generate(text, max_tokens=MAX_TOKENS):
+                    loop.call_soon_threadsafe(pieces.put_nowait, piece)
+                    if unwanted.is_set():
+                        return
+            finally:
+                loop.call_soon_threadsafe(pieces.put_nowait, None)
+
+        with self._place():
+            working = loop.run_in_executor(self._pool, work)
+            try:
+                while (piece := await pieces.get()) is not None:
+                    yield piece
+                await working
+            finally:
+                unwanted.set()
+
+    def close(self) -> None:
+        """No more questions; the one under way is not waited for."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _pair(self) -> SideBySide:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    def _place(self) -> _Place:
+        if self._waiting >= MOST_WAITING:
+            raise FedbptError(f"{MOST_WAITING} questions wait already: try again in a moment")
+        return _Place(self)
+
+
+class _Place:
+    """In the queue, for as long as the block lasts."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        self._comparison = comparison
+
+    def __enter__(self) -> None:
+        self._comparison._waiting += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._comparison._waiting -= 1

@@ -1,0 +1,262 @@
+"""The run's page: NiceGUI components over a `RunState`. Each part is built once and then changes what has changed."""
+
+from __future__ import annotations
+
+import time
+from typing import Final, Protocol
+
+from nicegui import ui
+
+from fedbpt.control import RunControl
+from fedbpt.dashboard import charts, texts
+from fedbpt.dashboard.beside import Communication, Memory
+from fedbpt.dashboard.controls import Controls
+from fedbpt.dashboard.elements import chart, heading, top
+from fedbpt.dashboard.state import RunState
+from fedbpt.dashboard.views import Point, RunView
+from fedbpt.display import human_bytes
+
+LOOK_S: Final = 0.25
+"""How often a page looks for what is new; a device that died is shown at once."""
+
+UPDATE_S: Final = 1.0
+"""Everything else changes no more often than this."""
+
+
+class Part(Protocol):
+    """A part of the page."""
+
+    def show(self, view: RunView) -> None: ...
+
+
+class RunPage:
+    """One browser's page."""
+
+    def __init__(self, state: RunState, control: RunControl | None) -> None:
+        self._state = state
+        self._version = -1
+        self._urgent: tuple[object, ...] = ()
+        self._updated = 0.0
+        view = state.view()
+        with top():
+            self._heading = Heading(view)
+            ui.element("div").classes("spring")
+            self._controls = Controls(control)
+        self._parts: list[Part] = [Tiles(), Curves(state), Devices(state)]
+        with ui.element("div").classes("pair"):
+            self._parts += [Communication(), Memory()]
+        self._parts.append(Notices())
+        self.look()
+        ui.timer(LOOK_S, self.look)
+
+    def look(self) -> None:
+        """Show what is new, if it is time to."""
+        now, state = time.monotonic(), self._state
+        due = state.version != self._version and now - self._updated >= UPDATE_S
+        if not (due or state.urgent != self._urgent):
+            return
+        self._version, self._urgent, self._updated = state.version, state.urgent, now
+        view = state.view()
+        self._heading.show(view)
+        self._controls.show(view)
+        for part in self._parts:
+            part.show(view)
+
+
+class Heading:
+    def __init__(self, view: RunView) -> None:
+        with ui.element("div"):
+            ui.label(view.run).classes("title").props("role=heading aria-level=1")
+            self._what = ui.label().classes("what")
+        self._status = ui.label().classes("state").props('role="status"')
+        ui.label("Run").classes("tab here").props('aria-current="page"')
+        ui.link("Compare", "/compare").classes("tab")
+
+    def show(self, view: RunView) -> None:
+        known = (view.task, view.model and f"on {view.model}", f"method {view.method}")
+        self._what.text = " · ".join(part for part in known if part) if view.task else "no round yet"
+        self._status.text = texts.STATUS[view.status]
+        self._status.classes(replace=f"state {texts.STATUS_STYLE[view.status]}")
+
+
+class Tile:
+    """A number with what it is and what it means."""
+
+    def __init__(self, label: str, style: str = "") -> None:
+        with ui.element("section").classes(f"panel tile {style}"):
+            self.label = ui.label(label).classes("label")
+            self.big = ui.label(texts.NONE).classes("big")
+            self.gain = ui.label().classes("small gain")
+            self.small = ui.label().classes("small")
+
+
+class Tiles:
+    """What people ask first."""
+
+    def __init__(self) -> None:
+        with ui.element("div").classes("tiles"):
+            self._figure = Tile("Accuracy", "hero")
+            self._round = Tile("Rounds", "wide")
+            with self._round.gain:
+                self._bar = ui.linear_progress(0.0, show_value=False, size="8px", color=None).props(
+                    'aria-label="Budget spent"'
+                )
+            self._devices = Tile("Devices")
+            self._sent = Tile("Sent in all")
+
+    def show(self, view: RunView) -> None:
+        self._figure.label.text = "Perplexity" if view.generates else "Accuracy"
+        self._figure.big.text = texts.figure(view.figure, view.generates)
+        self._figure.gain.text = texts.gain(view)
+        self._figure.small.text = texts.basis(view)
+        self._round.big.text = texts.rounds(view)
+        self._bar.value = round(view.share, 3)
+        self._round.small.text = f"{texts.progress(view)} · {view.evaluations:,} evaluations"
+        finished = view.status == "finished"
+        self._devices.big.text = f"{len(view.devices)}" if finished else f"{view.live} / {len(view.devices)}"
+        self._devices.gain.text = "took part" if finished else "live"
+        self._devices.small.text = texts.speed(view)
+        self._sent.big.text = human_bytes(view.bytes_up + view.bytes_down)
+        self._sent.gain.text = texts.traffic(view)
+        self._sent.small.text = "by all devices" if view.epsilon is None else f"privacy spent: ε = {view.epsilon:.2f}"
+
+
+class Curves:
+    """Accuracy and loss by round, against the zero-shot line."""
+
+    def __init__(self, state: RunState) -> None:
+        self._state = state
+        self._shown: tuple[list[Point], list[Point], list[Point]] | None = None
+        with ui.element("div").classes("pair"):
+            with ui.element("section").classes("panel"):
+                self._title = heading("Accuracy on development rows")
+                self._figure = chart(charts.curve("Accuracy by round, against the zero-shot line", " %"))
+            with ui.element("section").classes("panel"):
+                heading("Loss, nats")
+                self._loss = chart(charts.curve("Loss by round, against the zero-shot line", ""))
+
+    def show(self, view: RunView) -> None:
+        generates = view.generates
+        figures, dev = self._state.dev("perplexity" if generates else "accuracy"), self._state.dev("loss")
+        losses = self._state.losses()
+        if self._shown == (figures, dev, losses):
+            return
+        self._shown = (figures, dev, losses)
+        if generates:
+            self._title.text = "Perplexity on development rows"
+            self._figure.options["yAxis"]["axisLabel"]["formatter"] = "{value}"
+        else:
+            figures = [Point(round, 100 * value) for round, value in figures]
+        zero = figures[0].value if figures and figures[0].round == 0 else None
+        charts.set_curves(self._figure.options, {"tuned": (figures, "var(--tuned)", 3)}, zero)
+        zero = dev[0].value if dev and dev[0].round == 0 else None
+        # a private loss is noise about 0
+        batches = {"mini-batches": (losses, "var(--other)", 1.2)} if view.epsilon is None else {}
+        charts.set_curves(self._loss.options, {"development rows": (dev, "var(--loss)", 3), **batches}, zero)
+        self._figure.update()
+        self._loss.update()
+
+
+_COLUMNS: Final = (
+    ("name", "Device"), ("state", "State"), ("figure", "Accuracy"), ("loss", "Loss"), ("speed", "Speed"),
+    ("memory", "Memory"), ("health", "Battery, °C"), ("up", "Sent"), ("down", "Received"), ("reports", "Rounds"),
+)  # fmt: skip
+
+_STATE_CELL: Final = """
+<q-td :props="props"><span class="state" :class="props.row.style">{{ props.row.state }}</span>
+<span class="what">{{ props.row.detail }}</span></q-td>
+"""
+
+_CARD: Final = """
+<div class="col-12 col-sm-6" style="padding: 4px"><div class="device">
+<div class="row"><strong>{{ props.row.name }}</strong><span style="flex: 1"></span>
+<span class="state" :class="props.row.style">{{ props.row.state }}</span></div>
+<div class="what" v-if="props.row.detail">{{ props.row.detail }}</div>
+<dl><div v-for="col in props.cols.slice(2)" :key="col.name"><dt>{{ col.label }}</dt><dd>{{ col.value }}</dd></div></dl>
+</div></div>
+"""
+
+
+def _columns(health: bool) -> list[dict[str, str]]:
+    """Of the table; ``health``: with battery and heat, for some device knows them."""
+    return [
+        {"name": name, "label": label, "field": name, "align": "left" if name in ("name", "state") else "right"}
+        for name, label in _COLUMNS
+        if health or name != "health"
+    ]
+
+
+class Devices:
+    """Each device, and its curve."""
+
+    def __init__(self, state: RunState) -> None:
+        self._state = state
+        self._rows: list[object] = []
+        self._counts: list[int] = []
+        with ui.element("section").classes("panel"):
+            heading("Devices")
+            with ui.element("div").classes("scroller").props('tabindex=0 role="region" aria-label="All devices"'):
+                self._table = ui.table(columns=_columns(False), rows=[], row_key="name", pagination=0)
+            self._table.props('flat hide-bottom :grid="Quasar.Screen.lt.md"')
+            self._table.add_slot("body-cell-state", _STATE_CELL)
+            self._table.add_slot("item", _CARD)
+        with ui.element("section").classes("panel"):
+            with ui.element("div").classes("row"):
+                heading("By device")
+                ui.element("div").classes("spring")
+                self._which = ui.toggle({"figure": "accuracy", "loss": "loss"}, value="loss", on_change=self._draw)
+                self._which.props('no-caps flat toggle-color="" color="" aria-label="Curve"').classes("which")
+            self._which.visible = False  # until there is a choice
+            self._chart = chart(charts.curve("A curve for each device, by round", ""))
+
+    def show(self, view: RunView) -> None:
+        trouble_first = sorted(view.devices, key=lambda device: device.status not in ("silent", "lost", "absent"))
+        rows = [texts.device_row(device, view.generates) for device in trouble_first]
+        if rows != self._rows:
+            self._rows = list(rows)
+            self._table.columns = _columns(any(row["health"] != texts.NONE for row in rows))
+            self._table.rows = rows
+        if not self._which.visible:
+            evaluated = any(self._state.device_figures(device.name) for device in view.devices)
+            self._which.visible = evaluated
+            self._which.value = "figure" if evaluated else "loss"
+        counts = [len(self._curve(device.name)) for device in view.devices]
+        if counts != self._counts:
+            self._counts = counts
+            self._draw()
+
+    def _curve(self, name: str) -> list[Point]:
+        if self._which.value == "loss":
+            return self._state.device_losses(name)
+        scale = 1 if self._state.generates else 100
+        return [Point(round, scale * value) for round, value in self._state.device_figures(name)]
+
+    def _draw(self) -> None:
+        percent = self._which.value == "figure" and not self._state.generates
+        self._chart.options["yAxis"]["axisLabel"]["formatter"] = "{value} %" if percent else "{value}"
+        names = [device.name for device in self._state.view().devices]
+        charts.set_devices(self._chart.options, {name: self._curve(name) for name in names})
+        self._chart.update()
+
+
+class Notices:
+    """What happened, the latest first."""
+
+    def __init__(self) -> None:
+        with ui.element("section").classes("panel"):
+            heading("What happened")
+            self._list = ui.element("div").classes("notices").props('tabindex=0 role="log" aria-label="What happened"')
+        self._shown: tuple[object, ...] | None = None
+
+    def show(self, view: RunView) -> None:
+        if view.notices == self._shown:
+            return
+        self._shown = view.notices
+        self._list.clear()
+        with self._list:
+            for notice in view.notices:
+                with ui.element("div"):
+                    ui.label(notice.time[11:19]).classes("time").style("display: inline")
+                    ui.label(notice.text).classes("bad" if notice.bad else "").style("display: inline")
+            if not view.notices:
+                ui.label("Nothing to report.").classes("what")

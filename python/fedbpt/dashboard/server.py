@@ -1,0 +1,131 @@
+"""`DashboardServer`: a run's pages, served from a thread with an event loop of its own. The run waits for no page."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from fedbpt.clients import DeviceClient
+from fedbpt.control import RunControl
+from fedbpt.dashboard.comparing import Comparison
+from fedbpt.dashboard.guard import Guard
+from fedbpt.dashboard.pulse import Pulse
+from fedbpt.dashboard.state import RunState
+from fedbpt.errors import ConfigError, FedbptError, MissingExtraError, StoreError
+from fedbpt.http_server import HttpServer
+from fedbpt.journal import Line
+from fedbpt.store import RunStore
+from fedbpt.tls import Tls, is_loopback
+
+log = logging.getLogger(__name__)
+
+LOOK_S: Final = 1.0
+"""Between two looks at the store."""
+
+
+class DashboardServer(HttpServer):
+    """Shows ``run`` of ``store``: a `fedbpt.journal.Sink` for its events. See `HttpServer`. One in a process.
+
+    Args:
+        store: the run database, read through a connection of its own.
+        control: steers the run that is coordinated in this process; None: it is not, and can be watched only.
+        token: what browsers must send; None: loopback only.
+
+    Raises:
+        ConfigError: a host beyond loopback without token, or without TLS or ``allow_insecure``.
+        MissingExtraError: without NiceGUI.
+    """
+
+    def __init__(
+        self,
+        store: Path,
+        run: str,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        control: RunControl | None = None,
+        token: str | None = None,
+        tls: Tls | None = None,
+        allow_insecure: bool = False,
+    ) -> None:
+        try:
+            from fedbpt.dashboard.app import build_app, n_pages
+        except ImportError as error:
+            raise MissingExtraError("the dashboard", "dashboard") from error
+        if token is None and not is_loopback(host):
+            raise ConfigError(
+                f"{host} can be reached from other machines: ask for a token (--dashboard-token FILE), or serve on"
+                " 127.0.0.1"
+            )
+        self.state = RunState(run, control)
+        self.n_pages = n_pages
+        self.comparison: Comparison | None = None
+        """What visitors can compare; from any thread."""
+        self._token = token
+        self._store = RunStore(store)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        try:
+            app = Guard(
+                build_app(self.state, control, lambda: self.comparison, self._on_startup, self._on_shutdown), token
+            )
+            super().__init__(app, host, port, tls=tls, allow_insecure=allow_insecure, websockets=True)
+        except BaseException:
+            self._store.close()
+            raise
+
+    @property
+    def link(self) -> str:
+        """What people open: the address, with the token."""
+        return self.url if self._token is None else f"{self.url}/?token={self._token}"
+
+    def __call__(self, line: Line) -> str:
+        return self.state(line)
+
+    def watch(self, clients: Sequence[DeviceClient]) -> None:
+        """Ask ``clients`` for their pulse from now on."""
+        if self._loop is None:
+            raise FedbptError("the dashboard does not run: start it first")
+        pulse = Pulse(clients, self.state.heard, self.state.met)
+        self._loop.call_soon_threadsafe(lambda: self._spawn(pulse.run()))
+
+    def stop(self) -> None:
+        if self.comparison is not None:
+            self.comparison.close()
+        super().stop()
+        self._store.close()
+
+    # --- on the server's loop ------------------------------------------------------------------------------------
+
+    async def _on_startup(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._spawn(self._keep_looking())
+
+    async def _on_shutdown(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        task.add_done_callback(_tell_failure)
+        self._tasks.append(task)
+
+    async def _keep_looking(self) -> None:
+        while True:
+            await asyncio.to_thread(self._look)
+            await asyncio.sleep(LOOK_S)
+
+    def _look(self) -> None:
+        try:
+            self.state.look(self._store)
+        except StoreError as error:  # the next look may do better; the run has a connection of its own
+            log.warning("the dashboard cannot read the run: %s", error)
+
+
+def _tell_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("a part of the dashboard failed; the run goes on", exc_info=error)

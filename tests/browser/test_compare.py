@@ -1,0 +1,98 @@
+"""The compare page in the browser: a real, tiny model, tuned over real device processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import expect
+
+from tests.browser.conftest import DESKTOP, PHONE, OpenPage, dashboard_of, shown
+from tests.browser.test_stored_runs import WCAG_AA
+from tests.integration.processes import Fleet
+from tests.integration.test_cli_processes import Workshop
+
+
+@pytest.fixture
+def workshop(tmp_path: Path, fleet: Fleet) -> Workshop:
+    return Workshop(tmp_path, fleet)
+
+
+def shares(side: object) -> list[float]:
+    """The percentages that one side shows."""
+    texts = side.locator(".share").all_inner_texts()  # type: ignore[attr-defined]
+    return [float(text.removesuffix(" %")) for text in texts]
+
+
+def test_a_run_is_compared_when_it_is_finished(workshop: Workshop, open_page: OpenPage) -> None:
+    _, urls = workshop.devices()
+    workshop.run_file(urls, "rounds = 12")
+    process = workshop.spawn("tune", "run.toml", "--dashboard", "127.0.0.1:0", "--questions", "test.jsonl")
+    page = open_page(dashboard_of(process))
+    page.get_by_role("link", name="Compare").click()
+    expect(page.get_by_role("button", name="movie").first).to_be_visible()  # before: "when the run is finished"
+
+    tuned, original = page.locator(".side", has_text="Tuned"), page.locator(".side", has_text="Original")
+    page.get_by_role("button", name="movie").first.click()
+    expect(page.get_by_role("status")).to_contain_text("The row says:")
+    expect(tuned).to_contain_text("%")
+    row_says = page.get_by_role("status").inner_text().removeprefix("The row says: ")
+    for side in (original, tuned):
+        assert sum(shares(side)) == pytest.approx(100, abs=0.2)
+        right = side.locator(".most").first.inner_text() == row_says
+        expect(side.locator(".state")).to_have_text("right" if right else "wrong")
+
+    page.get_by_label("Your text").fill("good great movie 1")
+    page.get_by_role("button", name="Compare", exact=True).focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("status")).to_have_text("")
+    expect(tuned.locator(".state")).to_be_hidden()
+    code, out, _ = workshop.run(
+        "chat", "--prompt", "runs/mood.safetensors", "--model", "tiny.gguf", "--task", "mood.toml", "--json",
+        said="good great movie 1\n",
+    )  # fmt: skip
+    assert code == 0
+    expected = json.loads(out)
+    for side, name in ((original, "original"), (tuned, "tuned")):
+        assert shares(side) == [pytest.approx(100 * p, abs=0.06) for p in expected[name].values()]
+
+    page.get_by_label("Your text").fill(" ")
+    page.get_by_role("button", name="Compare", exact=True).click()
+    expect(page.get_by_role("status")).to_contain_text("empty")
+    page.close()
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_stored_run_is_compared_accessibly_and_on_a_phone(
+    workshop: Workshop, open_page: OpenPage, scheme: str
+) -> None:
+    _, urls = workshop.devices()
+    workshop.run_file(urls, "rounds = 2")
+    assert workshop.run("tune", "run.toml", "--json")[0] == 0
+    more = ("--model", workshop.folder / "tiny.gguf", "--task", workshop.folder / "mood.toml")
+    url = shown(workshop.fleet, "mood", workshop.folder / "runs" / "runs.db", *more)
+    for size in (DESKTOP, PHONE):
+        page = open_page(url, size, scheme)
+        page.goto(f"{url}/compare")
+        page.get_by_label("Your text").fill("bad movie")
+        page.get_by_role("button", name="Compare", exact=True).click()
+        expect(page.locator(".side").first).to_contain_text("%")
+        found = Axe().run(page, options=WCAG_AA)
+        assert found.violations_count == 0, found.generate_report()
+        assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+
+
+def test_a_model_that_is_not_here_is_said_in_one_line(workshop: Workshop, open_page: OpenPage) -> None:
+    _, urls = workshop.devices()
+    workshop.run_file(urls, "rounds = 1")
+    assert workshop.run("tune", "run.toml", "--json")[0] == 0
+    url = shown(workshop.fleet, "mood", workshop.folder / "runs" / "runs.db", "--task", workshop.folder / "mood.toml")
+    page = open_page(url)
+    page.goto(f"{url}/compare")
+    page.get_by_label("Your text").fill("bad movie")
+    page.get_by_role("button", name="Compare", exact=True).click()
+    expect(page.get_by_role("status")).to_contain_text("model")

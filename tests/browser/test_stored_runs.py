@@ -1,0 +1,110 @@
+"""Runs of a store in the browser: finished, large, and under way elsewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import httpx
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Page, expect
+
+from fedbpt.store import RunStore
+from tests.browser.conftest import DESKTOP, PHONE, OpenPage, shown
+from tests.browser.stored_runs import write_run
+from tests.fake_device import FakeDevice
+from tests.integration.processes import Fleet
+from tests.toy_scene import Scene
+
+WCAG_AA = {"runOnly": {"type": "tag", "values": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}}
+
+
+@pytest.fixture
+def finished(tmp_path: Path, fleet: Fleet) -> str:
+    """The address of a finished run's dashboard."""
+    path = tmp_path / "runs.db"
+    scene = Scene(path, FakeDevice("pi5"), FakeDevice("pixel"))
+    scene.run(rounds=6, evaluate_every=2)
+    scene.store.close()
+    return shown(fleet, "r", path)
+
+
+def points(page: Page, chart: int) -> int:
+    """Marks in the ``chart``th chart's curve: ECharts draws small ones as paths of their own."""
+    return page.locator(".chart").nth(chart).locator("svg path").count()
+
+
+def test_a_finished_run_shows_its_result_and_nothing_to_steer(finished: str, open_page: OpenPage) -> None:
+    page = open_page(finished)
+    expect(page.get_by_role("status")).to_have_text("finished")
+    expect(page.get_by_role("heading", name="r", exact=True, level=1)).to_be_visible()
+    expect(page.locator(".tile.hero")).to_contain_text("held-out rows, which chose nothing")
+    expect(page.locator(".tile").nth(1)).to_contain_text("6 / 6")
+    expect(page.locator("tbody tr")).to_have_count(2)
+    expect(page.locator(".panel", has_text="Communication")).to_contain_text("needs the model's file")
+    for name in ("Pause", "Stop", "Deadline"):
+        expect(page.get_by_role("button", name=name)).to_have_count(0)
+    for title in ("Accuracy on development rows", "Loss, nats", "Devices", "Communication", "Memory", "What happened"):
+        expect(page.get_by_role("heading", name=title, exact=True)).to_be_visible()
+    assert points(page, 0) > 4
+    page.get_by_role("button", name="loss", exact=True).click()
+    expect(page.get_by_role("button", name="loss", exact=True)).to_have_attribute("aria-pressed", "true")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_it_is_accessible_in_both_colours_and_fits_a_phone(
+    finished: str, open_page: OpenPage, size: dict[str, int], scheme: str
+) -> None:
+    page = open_page(finished, size, scheme)
+    expect(page.locator("body")).to_have_class(re.compile(f"body--{scheme}"))
+    expect(page.get_by_text("pi5").first).to_be_visible()
+    found = Axe().run(page, options=WCAG_AA)
+    assert found.violations_count == 0, found.generate_report()
+    assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+
+
+def test_a_thousand_rounds_are_drawn_and_counted(tmp_path: Path, fleet: Fleet, open_page: OpenPage) -> None:
+    page = open_page(shown(fleet, "big", write_run(tmp_path / "runs.db", 4, 1000)))
+    expect(page.locator(".tile").nth(1)).to_contain_text("1,000 / 2,000")
+    expect(page.locator(".tile.hero")).to_contain_text("90.0 %")
+    expect(page.locator(".tile.hero")).to_contain_text("+20.0 points")
+    nodes = page.locator(".chart svg").nth(1).evaluate("svg => svg.querySelectorAll('*').length")
+    assert nodes < 200  # a thousand points are two curves
+
+
+def test_fifty_devices_are_listed_and_new_rounds_appear(tmp_path: Path, fleet: Fleet, open_page: OpenPage) -> None:
+    path = write_run(tmp_path / "runs.db", 50, 20, limit=100)
+    page = open_page(shown(fleet, "big", path), PHONE)
+    expect(page.locator(".tile").nth(2)).to_contain_text("50 / 50")
+    expect(page.locator(".device")).to_have_count(50)
+    with RunStore(path) as store:
+        store.record_loss("big", 21, "device-07", "device-07: it does not answer")
+        last = next(store.rounds("big", 20))
+        reports = [r for r in last.reports if r.device != "device-07"]
+        store.commit_round("big", 21, work_digest="", state_digest="", reports=reports, metrics={"seconds": 2.0})
+    expect(page.locator(".tile").nth(1)).to_contain_text("21 / 100")
+    expect(page.locator(".device", has_text="device-07")).to_contain_text("lost")
+    expect(page.locator(".tile").nth(2)).to_contain_text("49 / 50")
+
+
+def test_with_a_token_only_its_link_opens_the_page(tmp_path: Path, fleet: Fleet, open_page: OpenPage) -> None:
+    path = write_run(tmp_path / "runs.db", 2, 3)
+    link = shown(fleet, "big", path, "--token-file", tmp_path / "token")
+    url, _, token = link.partition("/?token=")
+    assert token == (tmp_path / "token").read_text().strip()
+    assert httpx.get(url, trust_env=False).status_code == 401
+    page = open_page(link)
+    assert page.url == f"{url}/"  # the token is not left in the address
+    expect(page.locator("tbody tr")).to_have_count(2)
+    page.get_by_role("button", name="loss", exact=True).click()  # its WebSocket has the cookie
+    expect(page.get_by_role("button", name="loss", exact=True)).to_have_attribute("aria-pressed", "true")
+
+
+def test_colours_are_chosen_by_hand(finished: str, open_page: OpenPage) -> None:
+    page = open_page(finished)
+    for expected, name in (("dark", "dark"), ("light", "light"), ("light", "system")):
+        page.get_by_role("button", name="Colours").click()
+        expect(page.get_by_role("button", name=f"Colours: {name}")).to_be_visible()
+        expect(page.locator("body")).to_have_class(re.compile(f"body--{expected}"))

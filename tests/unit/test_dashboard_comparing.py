@@ -1,0 +1,115 @@
+"""What visitors of the compare page are answered."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedbpt import Budget, PromptSpec, TuneResult, tune
+from fedbpt.dashboard import comparing as comparing_module
+from fedbpt.dashboard.comparing import Comparison, Question, comparing, questions_of
+from fedbpt.errors import FedbptError, InputError, ModelNotFoundError
+from fedbpt.side_by_side import Side, SideBySide
+from fedbpt.tasks import write_rows
+from tests.toy_scorer import ToyScorer
+from tests.toy_task import TASK, rows
+from tests.unit.test_generation import TASK as MANNER
+from tests.unit.test_generation import rows as manner_rows
+
+SPEC = PromptSpec(d=6, alpha=2.0)
+
+
+@pytest.fixture(scope="module")
+def moods() -> TuneResult:
+    return tune(ToyScorer(), TASK, rows(20), budget=Budget(evaluations=16), prompt=SPEC, popsize=8)
+
+
+@pytest.fixture(scope="module")
+def manner() -> TuneResult:
+    return tune(ToyScorer(), MANNER, manner_rows(8), budget=Budget(evaluations=16), prompt=SPEC, popsize=8)
+
+
+@pytest.fixture
+def comparison(moods: TuneResult) -> Iterator[Comparison]:
+    made = Comparison(lambda: comparing(ToyScorer(), TASK, moods.run), TASK.labels)
+    yield made
+    made.close()
+
+
+def test_answers_are_those_of_the_runs_prompt(moods: TuneResult, comparison: Comparison) -> None:
+    expected = SideBySide(ToyScorer(), moods.prompt, TASK).classify("aaa")
+    assert asyncio.run(comparison.classify("aaa")) == expected
+
+
+def test_the_model_is_loaded_once_and_in_another_thread(moods: TuneResult) -> None:
+    loaded: list[str] = []
+
+    def make() -> SideBySide:
+        loaded.append(threading.current_thread().name)
+        return comparing(ToyScorer(), TASK, moods.run)
+
+    comparison = Comparison(make, TASK.labels)
+    assert loaded == []
+
+    async def both() -> None:
+        await asyncio.gather(comparison.classify("aaa"), comparison.classify("zzz"))
+
+    asyncio.run(both())
+    comparison.close()
+    assert [name.startswith("fedbpt-compare") for name in loaded] == [True]
+
+
+def test_texts_come_in_pieces_and_both_sides_are_told(manner: TuneResult) -> None:
+    comparison = Comparison(lambda: comparing(ToyScorer(), MANNER, manner.run), ())
+
+    async def said() -> dict[Side, str]:
+        texts: dict[Side, str] = {"original": "", "tuned": ""}
+        async for side, piece in comparison.generate("question 3"):
+            texts[side] += piece
+        return texts
+
+    found = asyncio.run(said())
+    comparison.close()
+    pair = SideBySide(ToyScorer(), manner.prompt, MANNER)
+    expected: dict[Side, str] = {"original": "", "tuned": ""}
+    for side, piece in pair.generate("question 3", max_tokens=comparing_module.MAX_TOKENS):
+        expected[side] += piece
+    assert found == expected
+
+
+def test_faults_are_told_to_who_asked_and_the_next_is_answered(comparison: Comparison) -> None:
+    with pytest.raises(InputError):
+        asyncio.run(comparison.classify("  "))
+    assert sum(asyncio.run(comparison.classify("aaa")).tuned) == pytest.approx(1)
+
+    def absent() -> SideBySide:
+        raise ModelNotFoundError("pull it first")
+
+    without = Comparison(absent, TASK.labels)
+    with pytest.raises(ModelNotFoundError, match="pull it first"):
+        asyncio.run(without.classify("aaa"))
+    without.close()
+
+
+def test_a_crowd_is_refused(comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparing_module, "MOST_WAITING", 2)
+
+    async def crowd() -> list[object]:
+        return await asyncio.gather(*(comparison.classify("aaa") for _ in range(3)), return_exceptions=True)
+
+    kinds = [isinstance(answer, FedbptError) for answer in asyncio.run(crowd())]
+    assert kinds == [False, False, True]
+    asyncio.run(comparison.classify("aaa"))  # there is room again
+
+
+def test_questions_are_held_out_rows_always_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "test.jsonl"
+    write_rows(path, rows(30), TASK.labels)
+    found = questions_of(TASK, path, 4)
+    assert len(set(found)) == 4
+    assert found == questions_of(TASK, path, 4)
+    assert set(found) <= {Question(text, TASK.labels[label]) for text, label in rows(30)}

@@ -1,0 +1,92 @@
+"""Who may open the dashboard."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route, WebSocketRoute
+from starlette.testclient import TestClient
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from fedbpt.dashboard.guard import COOKIE, Guard
+from fedbpt.dashboard.server import DashboardServer
+from fedbpt.errors import ConfigError, MissingExtraError
+
+
+async def _page(_request: Request) -> Response:
+    return PlainTextResponse("page")
+
+
+async def _socket(socket: WebSocket) -> None:
+    await socket.accept()
+    await socket.send_text("hello")
+    await socket.close()
+
+
+def client(token: str | None = None, base_url: str = "http://127.0.0.1:8500") -> TestClient:
+    app = Starlette(routes=[Route("/", _page), WebSocketRoute("/ws", _socket)])
+    return TestClient(Guard(app, token), base_url=base_url, follow_redirects=False)
+
+
+def hears(http: TestClient, **headers: str) -> bool:
+    try:
+        with http.websocket_connect(str(http.base_url.join("/ws")).replace("http", "ws"), headers=headers) as socket:
+            return socket.receive_text() == "hello"
+    except WebSocketDisconnect:
+        return False
+
+
+def test_on_loopback_without_token_it_answers_under_loopbacks_names_alone() -> None:
+    http = client()
+    assert (http.get("/").text, hears(http)) == ("page", True)
+    assert http.get("/", headers={"host": "localhost:8500"}).status_code == 200
+    assert http.get("/", headers={"host": "evil.example"}).status_code == 421
+    assert not hears(http, host="evil.example")
+
+
+def test_another_web_page_may_not_use_it() -> None:
+    http = client()
+    assert http.get("/", headers={"origin": "https://evil.example"}).status_code == 401
+    for origin in ("https://evil.example", "http://127.0.0.1:9999", "null", "["):
+        assert not hears(http, origin=origin)
+    assert hears(http, origin="http://127.0.0.1:8500", host="127.0.0.1:8500")
+
+
+def test_with_a_token_the_link_gives_a_cookie_that_opens_pages_and_sockets() -> None:
+    http = client("secret-token", "https://coordinator.lan:8500")
+    assert http.get("/").status_code == 401
+    assert "open the link" in http.get("/").text
+    assert not hears(http)
+    answer = http.get("/?token=secret-token")
+    assert (answer.status_code, answer.headers["location"]) == (303, "/")
+    cookie = answer.headers["set-cookie"]
+    assert all(flag in cookie for flag in (COOKIE, "HttpOnly", "Secure", "SameSite=strict"))
+    assert (http.get("/").text, hears(http)) == ("page", True)
+
+
+def test_a_program_may_send_the_token_as_any_other() -> None:
+    assert client("secret-token").get("/", headers={"authorization": "Bearer secret-token"}).status_code == 200
+
+
+def test_who_guesses_tokens_is_slowed_down() -> None:
+    http = client("secret-token")
+    codes = [http.get(f"/?token={i}").status_code for i in range(12)]
+    assert (codes[0], codes[-1]) == (401, 429)
+
+
+def test_without_nicegui_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nicegui", None)
+    for name in ("app", "pages", "compare_page", "elements", "controls", "beside"):
+        monkeypatch.delitem(sys.modules, f"fedbpt.dashboard.{name}", raising=False)
+    with pytest.raises(MissingExtraError, match=r"pip install 'fedbpt\[dashboard\]'"):
+        DashboardServer(tmp_path / "runs.db", "r")
+
+
+def test_beyond_loopback_it_takes_a_token_and_encryption(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--dashboard-token"):
+        DashboardServer(tmp_path / "runs.db", "r", "0.0.0.0", allow_insecure=True)
