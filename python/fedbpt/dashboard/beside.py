@@ -79,7 +79,8 @@ def _heading(title: str, explanation: str) -> None:
         heading(title)
         with ui.element("button").classes("help").props('type="button"'):
             ui.label("how?")
-            ui.tooltip(explanation)
+            with ui.menu():
+                ui.label(explanation).classes("explanation")
 
 
 def _ratio(sent: int, others: dict[str, int]) -> str:
