@@ -65,7 +65,7 @@ FLOWER_STAMP := $(FLOWER)/.setup-stamp
 FLOWER_RUNS  := $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 
 $(FLOWER_STAMP): tests/flower/constraints.txt | setup
-	@echo 'Installing Flower and Ray; they take some 400 MB'
+	@echo 'Installing Flower and Ray; they take some 500 MB'
 	$(PYTHON) -m venv $(FLOWER)
 	$(FLOWER)/bin/python -m pip --disable-pip-version-check --no-input install --quiet \
 	  --constraint tests/flower/constraints.txt 'flwr[simulation]'

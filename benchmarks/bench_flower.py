@@ -1,11 +1,12 @@
 """What does a round cost on Flower, in seconds and bytes, beside the same round over our own transport?
 
 Devices without a model, whose work takes no time, call in over loopback: at our coordinator, and as SuperNodes at a
-SuperLink. A relay between counts all bytes, headers and polls included. Then without sockets: Flower's simulation
-engine beside devices in this process. `make test-flower` makes the environment that it runs in.
+SuperLink. A relay between counts all bytes, headers and polls included. Then without sockets: in Flower's simulation
+engine, and beside it in this process. `make test-flower` makes the environment that it runs in.
 
     build/flower/bin/python benchmarks/bench_flower.py
     build/flower/bin/python benchmarks/bench_flower.py --simulate 1000
+    build/flower/bin/python benchmarks/bench_flower.py --no-sockets --simulate 0 --model smollm2-135m
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 
 from bench_coordinator import POPSIZE, TASK, D, VirtualDevice, enrol
 
+from fedbpt import tasks, wire
 from fedbpt.agent import AgentService
 from fedbpt.agent.poller import Poller
 from fedbpt.agent.worker import Worker
@@ -40,7 +42,7 @@ from fedbpt.federation import Federation
 from fedbpt.memory import memory_of_process
 from fedbpt.messages import ObjectiveSpec, PromptSpec
 from fedbpt.registry import DeviceRegistry
-from fedbpt.runs import RunSettings
+from fedbpt.runs import RunResult, RunSettings
 from fedbpt.store import RunStore
 
 HERE = Path(__file__).parent
@@ -77,6 +79,7 @@ if importlib.util.find_spec("flwr"):
     from flwr.app import Context
     from flwr.serverapp import Grid, ServerApp
 
+    from fedbpt.flower import APP as APP_FOLDER
     from fedbpt.flower import FedBPT, client_app
 
     server_app = ServerApp()
@@ -294,6 +297,67 @@ def engine(path: str, n_devices: int, rounds: int, workers: int) -> None:
     run_simulation(app, node_app, n_devices, backend_config=resources)
 
 
+# --- a real model ----------------------------------------------------------------------------------------------------
+
+REAL_SETTINGS = """[tool.flwr.app.config.settings]
+rounds = {rounds}
+popsize = 8
+select_rows = 8
+quorum = 1.0
+stragglers = 0.0
+deadline_s = 3600.0
+calibrate = false
+objective.readout_words = 0
+objective.batch_size = 8
+"""
+
+
+def real(folder: Path, model: str, n_devices: int, rounds: int, workers: int) -> dict[str, Any]:
+    """The Flower App that comes with the package, by ``flwr run`` in Flower's engine, on BBC News; and in process."""
+    app = folder / "ready"
+    app.mkdir()
+    splits = tasks.split_rows(tasks.bbc_news(), {"train": 50 * n_devices, "test": 10 * n_devices})
+    files = {name: folder / f"{name}.jsonl" for name in splits}
+    for name, rows in splits.items():
+        tasks.write_rows(files[name], rows, tasks.load("bbc-news").labels)
+    shipped = (APP_FOLDER / "pyproject.toml").read_text()
+    asked = shipped.split("[tool.flwr.app.config.settings]")[0] + REAL_SETTINGS.format(rounds=rounds)
+    (app / "pyproject.toml").write_text(asked)
+    given = {"task": "bbc-news", "model": model, "threads": 1, "devices": n_devices, "partition": "iid"}
+    given.update(store=str(folder / "real.db"), data=str(files["train"]), test=str(files["test"]), run="r")
+    engine_of = f"num-supernodes={n_devices} client-resources-num-cpus=1 init-args-num-cpus={workers}"
+    began = time.monotonic()
+    with superlink(folder / "home-2", free_port(), folder / "log-2", "--simulation") as environment:
+        flwr_run(app, environment, "--federation-config", engine_of, **given)
+    total_s = time.monotonic() - began
+    flower = {"round_s": statistics.median(round_seconds(folder / "real.db")), "total_s": total_s}
+    with RunStore(folder / "real.db") as store:
+        result = wire.decode(store.get_run("r").result or b"", RunResult)
+    near = natively(folder / "near-real.db", result, given, n_devices)
+    ours = {"round_s": statistics.median(round_seconds(folder / "near-real.db")), "total_s": near.total_seconds}
+    if near.digest != result.digest:
+        raise SystemExit("the digests differ: it is not the same run")
+    return {"ours": ours, "flower": flower, "digest": result.digest, "rows": result.tuned.n}
+
+
+def natively(path: Path, of: RunResult, given: dict[str, Any], n_devices: int) -> RunResult:
+    """The run ``of``, with the same devices in this process."""
+    from flwr.app import RecordDict
+
+    from fedbpt.device_state import DeviceState
+    from fedbpt.flower.ready import make_device
+
+    nodes = [{"partition-id": number, "num-partitions": n_devices} for number in range(n_devices)]
+    contexts = [Context(0, 0, node, RecordDict(), given) for node in nodes]
+    worker = Worker("devices")
+    clients = [InProcessClient(make_device(context, DeviceState()), worker=worker) for context in contexts]
+    with RunStore(path) as store:
+        search = aggregator_for(of.settings)
+        result = Federation(clients, tasks.load("bbc-news"), of.settings, search, store, "r").run()
+    worker.close()
+    return result
+
+
 # --- what it prints --------------------------------------------------------------------------------------------------
 
 
@@ -311,6 +375,7 @@ def main() -> None:
     parser.add_argument("--simulate", type=int, default=100, metavar="N", help="devices without sockets; 0: none")
     parser.add_argument("--workers", type=int, default=1, help="Ray's processes")
     parser.add_argument("--no-sockets", action="store_true", help="the simulation alone")
+    parser.add_argument("--model", help="simulate 8 devices with this model besides, such as smollm2-135m")
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
     parser.add_argument("--engine", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -333,6 +398,8 @@ def main() -> None:
             found["simulated"] = simulated(folder, given.simulate, given.rounds, given.workers)
             if found["in_process"]["digest"] != found["simulated"]["digest"]:
                 raise SystemExit("the digests differ: it is not the same run")
+        if given.model:
+            found["real"] = real(folder, given.model, 8, given.rounds, given.workers)
     if not given.json and "ours" in found:
         units = {"round_s": "s", "up_bytes": "B", "down_bytes": "B"}
         show(
@@ -344,6 +411,9 @@ def main() -> None:
     if not given.json and given.simulate:
         title = f"{given.simulate} devices without sockets, same digest"
         show(title, found["in_process"], found["simulated"], {"round_s": "s"})
+    if not given.json and given.model:
+        title = f"8 devices with {given.model} without sockets, same digest"
+        show(title, found["real"]["ours"], found["real"]["flower"], {"round_s": "s", "total_s": "s"})
     print(json.dumps(found))
 
 

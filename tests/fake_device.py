@@ -25,6 +25,7 @@ from fedbpt.messages import (
     SelectWork,
 )
 from fedbpt.population import sample_population
+from fedbpt.questions import Answer, Question
 
 FINGERPRINT = "sha256:toy"
 
@@ -42,6 +43,7 @@ class FakeDevice:
         self.change: Callable[[RoundReport], RoundReport] = lambda report: report
         self.plans: list[RoundPlan] = []
         self.requests: list[EvaluateRequest] = []
+        self.questions: list[Question] = []
         self.gate = threading.Event()
         self.gate.set()
 
@@ -84,6 +86,22 @@ class FakeDevice:
                 peak_rss_bytes=3 * 2**20,
             )
         )
+
+    def answer(self, question: Question, said: Callable[[Answer], None], cancelled: Callable[[], bool]) -> Answer:
+        """Each word of the text is a piece, said by both sides; `slow_s` is how long one takes."""
+        self.questions.append(question)
+        texts = ("", "")
+        for n, word in enumerate(question.text.split(), start=1):
+            began = time.monotonic()
+            while time.monotonic() - began < self.slow_s:
+                if cancelled():
+                    raise ScoringInterrupted("cancelled")
+                time.sleep(0.005)
+            texts = (f"{texts[0]}{word} ", f"{texts[1]}{word.upper()} ")
+            said(Answer(texts=texts, n=n))
+        if self.fail is not None:
+            raise self.fail
+        return Answer(texts=texts, n=n, done=True)
 
     def evaluate(
         self, request: EvaluateRequest, progress: Callable[[int, int], None], cancelled: Callable[[], bool]

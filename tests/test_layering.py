@@ -17,20 +17,29 @@ NATIVE = ROOT / "src" / "fedbpt_native"
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         *("errors", "version", "messages", "seeding", "memory", "energy", "machine", "pauses", "autostart", "packages"),
-        *("tls", "tokens", "certs", "rate_limit", "prometheus", "pieces"),
+        *("tls", "tokens", "certs", "rate_limit", "prometheus", "pieces", "questions", "html_tables"),
     ),
-    ("batches", "losses", "projection", "population", "search", "readout", "privacy", "prompt", "models", "tasks"),
+    (
+        *("batches", "losses", "projection", "population", "search", "readout", "privacy"),
+        *("models", "model_card", "prompt", "tasks"),
+    ),
     (
         *("scorer", "generator", "native_generator", "native_scorer", "bench", "comparison", "wire", "racing"),
-        *("objective", "envelopes", "generation"),
+        *("objective", "envelopes", "generation", "exchange"),
     ),
-    ("device_state", "effort", "sampling", "local_search", "replay", "local", "aggregation", "side_by_side"),
+    (
+        *("device_state", "effort", "sampling", "local_search", "replay", "side_by_side", "answering"),
+        *("local", "aggregation"),
+    ),
     (
         *("runs", "database", "store", "history", "journal", "scalars", "registry", "reports"),
         *("http_bodies", "http_auth", "http_server", "agent", "clients", "coordinator", "serving"),
         *("members", "pace", "fleet", "ledger", "estimate", "outcome", "control", "event_loop", "federation"),
     ),
-    ("config", "api", "display", "dashboard", "flower", "__init__", "cli", "__main__"),
+    (
+        *("config", "display", "notebook", "results", "api", "dashboard", "flower"),
+        *("__init__", "cli", "__main__"),
+    ),
 )
 RANK = {part: (layer, place) for layer, parts in enumerate(LAYERS) for place, part in enumerate(parts)}
 

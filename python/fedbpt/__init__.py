@@ -16,21 +16,25 @@ from fedbpt.version import VERSION
 
 if TYPE_CHECKING:
     from fedbpt import errors, models, tasks
-    from fedbpt.api import Budget, EvaluationResult, TuneResult, evaluate, tune
+    from fedbpt.api import Budget, evaluate, tune
     from fedbpt.errors import FedbptError
+    from fedbpt.exchange import export_prompt, import_prompt
     from fedbpt.messages import ObjectiveSpec, PromptSpec, Template
     from fedbpt.native_scorer import Gpu, NativeScorer, gpus, load_model
     from fedbpt.prompt import Prompt
+    from fedbpt.results import EvaluationResult, TuneResult
     from fedbpt.tasks import Task
 
 __version__ = VERSION
 
 _MODULES = {
-    "api": ("Budget", "EvaluationResult", "TuneResult", "evaluate", "tune"),
+    "api": ("Budget", "evaluate", "tune"),
     "errors": ("FedbptError",),
+    "exchange": ("export_prompt", "import_prompt"),
     "messages": ("ObjectiveSpec", "PromptSpec", "Template"),
     "native_scorer": ("Gpu", "NativeScorer", "gpus", "load_model"),
     "prompt": ("Prompt",),
+    "results": ("EvaluationResult", "TuneResult"),
     "tasks": ("Task",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
@@ -49,7 +53,9 @@ __all__ = [
     "TuneResult",
     "errors",
     "evaluate",
+    "export_prompt",
     "gpus",
+    "import_prompt",
     "load_model",
     "models",
     "tasks",

@@ -5,25 +5,26 @@ A run on one machine is a federation of one device in this process: the same rou
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from fedbpt.aggregation import Aggregator, make_aggregator
 from fedbpt.clients.in_process import InProcessClient
-from fedbpt.errors import ConfigError, MissingExtraError, PromptError
+from fedbpt.errors import ConfigError, PromptError
 from fedbpt.federation import Federation
 from fedbpt.local import Device
 from fedbpt.messages import LossName, ObjectiveSpec, PromptSpec, Template
+from fedbpt.notebook import live_display
 from fedbpt.objective import Objective
 from fedbpt.prompt import Prompt, short_fingerprint
+from fedbpt.results import EvaluationResult, TuneResult, wilson_interval
 from fedbpt.runs import (
     Evaluated,
     Event,
@@ -33,7 +34,6 @@ from fedbpt.runs import (
     RunStarted,
     Score,
     TemplateSelected,
-    perplexity,
 )
 from fedbpt.sampling import parts_of, under
 from fedbpt.scorer import Scorer
@@ -41,9 +41,8 @@ from fedbpt.store import RunStore
 from fedbpt.tasks import Task, to_rows
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
-Z_95 = 1.959963984540054  # two-sided 95 % quantile of the standard normal
 DEVICE = "this-machine"
 
 
@@ -73,95 +72,6 @@ class Budget:
         return {"rounds": 0, **(given if any(given.values()) else {**given, "evaluations": 1600})}
 
 
-@dataclass(frozen=True)
-class EvaluationResult:
-    """How a prompt, or the model without one, did on n rows.
-
-    ``loss`` is the mean over rows in nats; ``predictions`` [n] are label indices. For target texts ``loss`` is a mean
-    over a row's tokens, too, and ``perplexity`` is the figure: ``correct`` is 0, ``predictions`` −1.
-    """
-
-    n: int
-    correct: int
-    loss: float
-    predictions: NDArray[np.intp] = field(repr=False)
-
-    @property
-    def accuracy(self) -> float:
-        return self.correct / self.n
-
-    @property
-    def perplexity(self) -> float:
-        """exp of the loss."""
-        return perplexity(self.loss)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % confidence interval of the accuracy (`wilson_interval`)."""
-        return wilson_interval(self.correct, self.n)
-
-    def __repr__(self) -> str:
-        if self.n and self.predictions[0] < 0:
-            return f"EvaluationResult(perplexity={self.perplexity:.3f}, loss={self.loss:.4f}, n={self.n})"
-        low, high = self.interval
-        return (
-            f"EvaluationResult(accuracy={self.accuracy:.4f} [{low:.4f}, {high:.4f}], loss={self.loss:.4f}, n={self.n})"
-        )
-
-
-def wilson_interval(correct: int, n: int) -> tuple[float, float]:
-    """95 % interval of a proportion by Wilson's score (J. Am. Stat. Assoc. 22, 1927)."""
-    if n == 0:
-        return 0.0, 1.0
-    share, z2 = correct / n, Z_95**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-@dataclass(frozen=True)
-class TuneResult:
-    """What `tune` found: ``prompt`` to save and use, ``run`` with all figures, ``curve`` of (evaluations, loss)."""
-
-    prompt: Prompt
-    run: RunResult
-    curve: tuple[tuple[int, float], ...] = field(repr=False)
-    dev_curve: tuple[tuple[int, float], ...] = field(repr=False)
-
-    @property
-    def template(self) -> Template:
-        """The template that the training rows selected."""
-        return self.run.template
-
-    def __repr__(self) -> str:
-        return (
-            f"TuneResult({self.run.task!r}: {self.run.evaluations} evaluations, {self.run.tokens:,} tokens, "
-            f"{self.run.seconds:.1f} s; {self.prompt!r})"
-        )
-
-    def plot(self) -> Figure:
-        """A matplotlib figure of the mini-batch loss, and of the figure on development rows where there were some."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise MissingExtraError("plotting", "plot") from error
-        figure = Figure(figsize=(7, 3.5), layout="constrained")
-        axes = figure.add_subplot()
-        axes.plot(*_columns(self.curve), linewidth=1, label="mean loss of the population")
-        axes.set(xlabel="evaluations", ylabel="loss (nats)", title=self.run.task)
-        if self.dev_curve:
-            right = axes.twinx()
-            figure_name = "perplexity" if self.run.generates else "accuracy"
-            right.plot(*_columns(self.dev_curve), color="tab:green", marker=".", label=f"development {figure_name}")
-            right.set_ylabel(figure_name)
-        figure.legend(loc="outside lower center", ncols=2)
-        return figure
-
-
-def _columns(points: tuple[tuple[int, float], ...]) -> tuple[list[int], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]
-
-
 def tune(
     scorer: Scorer,
     task: Task,
@@ -179,6 +89,7 @@ def tune(
     balanced: bool = False,
     ensemble: int = 2,
     on_event: Callable[[Event], None] = lambda _event: None,
+    show: bool | None = None,
 ) -> TuneResult:
     """Tune a soft prompt for ``task`` on this machine.
 
@@ -197,11 +108,10 @@ def tune(
         restarts: so often the search begins anew from the best mean when patience runs out, instead of ending.
         balanced: weigh the rows' losses so that every label counts alike, however many rows it has.
         ensemble: so many of the task's templates does the readout average over; 1: the selected one alone.
-        on_event: called for each `fedbpt.runs` event.
+        on_event, show: called for each `fedbpt.runs` event; whether to show live how it goes, None: in a notebook.
 
     Raises:
-        DataError, TaskError: rows or templates that cannot work.
-        ConfigError: a budget of nothing.
+        DataError, TaskError, ConfigError: rows, templates or a budget that cannot work.
     """
     dev_rows = [] if dev is None else to_rows(dev, task)
     settings = RunSettings(
@@ -219,14 +129,21 @@ def tune(
         ensemble=ensemble,
     )
     watch = _Curves(on_event)
-    result = _run_alone(Device(DEVICE, scorer, to_rows(train, task), dev_rows), task, settings, watch)
+    result = _run_alone(Device(DEVICE, scorer, to_rows(train, task), dev_rows), task, settings, watch, show)
     return TuneResult(make_prompt(scorer, task, result), result, tuple(watch.losses), tuple(watch.dev))
 
 
-def _run_alone(device: Device, task: Task, settings: RunSettings, watch: _Curves) -> RunResult:
-    with tempfile.TemporaryDirectory(prefix="fedbpt-") as folder, RunStore(Path(folder) / "runs.db") as store:
+def _run_alone(device: Device, task: Task, settings: RunSettings, watch: _Curves, show: bool | None) -> RunResult:
+    def tell(event: Event) -> None:
+        display(event)
+        watch(event)
+
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fedbpt-"))
+        store = stack.enter_context(RunStore(Path(folder) / "runs.db"))
+        display = stack.enter_context(live_display(show))
         clients = [InProcessClient(device)]
-        return Federation(clients, task, settings, aggregator_for(settings), store, "tune", watch).run()
+        return Federation(clients, task, settings, aggregator_for(settings), store, "tune", tell).run()
 
 
 def aggregator_for(settings: RunSettings) -> Aggregator:
@@ -248,18 +165,29 @@ def make_prompt(scorer: Scorer, task: Task, result: RunResult) -> Prompt:
     # one row is enough: a prompt depends on the template and the model alone
     made = Objective(scorer, result.template, task.labels, [("x", 0 if task.labels else "x")], objective, spec)
     made.readout = result.readout
-    history = {
+    history = _history(result)
+    return made.as_prompt(result.latent, task.name, (history,), result.others)
+
+
+def _history(result: RunResult) -> dict[str, Any]:
+    """What a prompt remembers of its run, and its model card tells."""
+    settings = result.settings
+    privacy = {} if settings.privacy is None else msgspec.to_builtins(settings.privacy)
+    return {
         "run": result.run,
-        "method": result.settings.method,
-        "seed": result.settings.seed,
+        "method": settings.method,
+        "seed": settings.seed,
+        "rounds": result.rounds,
         "evaluations": result.evaluations,
         "tokens": result.tokens,
         "devices": len(result.devices),
         "digest": result.digest,
+        **({} if settings.robust == "none" else {"robust": settings.robust, "byzantine": settings.byzantine}),
+        **privacy,
+        **({} if result.epsilon is None else {"epsilon": result.epsilon}),
         **_scores(result, result.zero_shot, "zero_shot"),
         **_scores(result, result.tuned, "tuned"),
     }
-    return made.as_prompt(result.latent, task.name, (history,), result.others)
 
 
 def require_model_of_run(scorer: Scorer, run: RunResult | RunStarted) -> None:
@@ -274,8 +202,10 @@ def require_model_of_run(scorer: Scorer, run: RunResult | RunStarted) -> None:
 def _scores(result: RunResult, score: Score, name: str) -> dict[str, Any]:
     if not score.n:
         return {}
-    figure = {f"{name}_perplexity": score.perplexity} if result.generates else {f"{name}_accuracy": score.accuracy}
-    return {**figure, f"{name}_n": score.n}
+    if result.generates:
+        return {f"{name}_perplexity": score.perplexity, f"{name}_n": score.n}
+    interval = list(wilson_interval(score.correct, score.n))
+    return {f"{name}_accuracy": score.accuracy, f"{name}_interval": interval, f"{name}_n": score.n}
 
 
 def evaluate(

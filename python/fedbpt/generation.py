@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fedbpt.errors import InputError
 from fedbpt.generator import Generator, Placed, Sampling, TextModel, Token
-from fedbpt.messages import Placement, Template
+from fedbpt.messages import PromptPlace, Template
 from fedbpt.pieces import TextPieces
 from fedbpt.tasks.task import bos_ids, render_ids
 
@@ -104,7 +104,7 @@ def place(
     text: str,
     max_text_tokens: int | None = None,
     rows: NDArray[np.float32] | None = None,
-    placement: Placement = "cue",
+    placement: PromptPlace = "cue",
 ) -> Placed:
     """A text in its template, with soft prompt ``rows`` [n_prompt, n_embd] where an `Objective` has them; None: none.
 
@@ -120,5 +120,5 @@ def place(
     n_rows = len(rows)
     if placement == "cue":
         return Placed(ids, rows, len(ids) - n_rows)
-    n_bos = len(bos_ids(model))
+    n_bos = 0 if placement == "first" else len(bos_ids(model))
     return Placed(np.concatenate([ids[:n_bos], np.zeros(n_rows, dtype=np.int32), ids[n_bos:]]), rows, n_bos)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -110,6 +110,11 @@ class TextModel(Scorer, Protocol):
 
     @property
     def generator(self) -> Generator: ...
+
+
+def generates(model: Scorer) -> TypeGuard[TextModel]:
+    """Whether the scorer is one that generates, too."""
+    return hasattr(type(model), "generator")
 
 
 def check_rows(rows: ArrayLike, n_embd: int) -> NDArray[np.float32]:

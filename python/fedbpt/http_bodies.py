@@ -33,6 +33,7 @@ STATUS_OF_CODE: Final = {
     "wrong-model": 422,
     "unknown-round": 404,
     "unknown-evaluation": 404,
+    "unknown-question": 404,
     "unknown-request": 404,
     "unknown-run": 404,
     "wrong-host": 421,

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from fedbpt.answering import answer_of
 from fedbpt.batches import Row, batch_indices
 from fedbpt.device_state import DeviceState
 from fedbpt.effort import Effort
@@ -41,6 +42,7 @@ from fedbpt.messages import (
 from fedbpt.objective import Objective, Progress
 from fedbpt.population import sample_population
 from fedbpt.privacy import Releases, RowLosses, check_private
+from fedbpt.questions import Answer, Question
 from fedbpt.readout import answer
 from fedbpt.sampling import mini_batch, parts_of, row_weights, under
 from fedbpt.scorer import Scorer
@@ -174,6 +176,10 @@ class Device:
             seconds=seconds,
             peak_rss_bytes=int(self.scorer.memory().get("peak_rss", 0)),
         )
+
+    def answer(self, question: Question, said: Callable[[Answer], None], cancelled: Cancelled) -> Answer:
+        """What a person asks; see `answer_of`."""
+        return answer_of(self.scorer, question, said, cancelled)
 
     def evaluate(
         self,

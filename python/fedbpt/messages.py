@@ -19,6 +19,7 @@ from fedbpt.errors import WireError
 PROTOCOL_VERSION = 1
 
 Placement: TypeAlias = Literal["front", "cue"]
+PromptPlace: TypeAlias = Literal["front", "first", "cue"]
 Dtype: TypeAlias = Literal["<f2", "<f4", "<f8"]
 LossName: TypeAlias = Literal["cross_entropy", "hinge", "nll"]
 
@@ -78,11 +79,11 @@ class PromptSpec(Message, frozen=True):
     """How a latent z ∈ R^d becomes a soft prompt: vec(P) = vec(P0) + A z.
 
     A [n_prompt·n_embd, d] is drawn from ``seed`` with standard deviation α·std(E)/(√d·σ0), E the token
-    embeddings. ``front``: P before the text, P0 random tokens' embeddings; ``cue``: P in place of the cue's
-    last ``n_prompt`` tokens, P0 their own embeddings.
+    embeddings. ``front``: P between BOS and the text, P0 random tokens' embeddings; ``first``: the same before BOS, as
+    Hugging Face PEFT has it; ``cue``: P in place of the cue's last ``n_prompt`` tokens, P0 their own embeddings.
     """
 
-    placement: Placement = "cue"
+    placement: PromptPlace = "cue"
     n_prompt: PositiveInt = 1
     d: PositiveInt = 500
     alpha: PositiveFloat = 0.5
@@ -182,8 +183,8 @@ class SearchHistory(Message, frozen=True):
 class ReplayWork(Message, frozen=True, tag="replay"):
     """A `PooledWork` without its state: the device makes that by replaying the search.
 
-    ``history``: as long as it is in all, but for the ranks of generations before ``known``, which the device has
-    been told. ``plan_digest``: of the plan with the `PooledWork`, which is what a report answers.
+    ``history``: without the ranks of generations before ``known``, which the device has been told. ``plan_digest``: of
+    the plan with the `PooledWork`, which is what a report answers.
     """
 
     history: SearchHistory
@@ -252,10 +253,7 @@ class LocalResult(Message, frozen=True, tag="local"):
 
 
 class RanksResult(Message, frozen=True, tag="ranks"):
-    """A `LocalResult` without its mean: the coordinator makes that by replaying the search.
-
-    ``check``: of the mean and the sum of squares, both as float32 (`fedbpt.replay`).
-    """
+    """A `LocalResult` without its mean, which the coordinator makes by replaying; ``check``: see `fedbpt.replay`."""
 
     ranks: bytes
     fitness: float

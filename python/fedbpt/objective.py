@@ -17,7 +17,7 @@ from fedbpt.batches import Row, targets_of
 from fedbpt.errors import DataError, InputError, ScoringInterrupted
 from fedbpt.losses import LOSSES
 from fedbpt.messages import ObjectiveSpec, PromptSpec, Readout, Template
-from fedbpt.projection import Projection, start_rows
+from fedbpt.projection import Projection, scored_as, start_rows
 from fedbpt.prompt import Prompt
 from fedbpt.racing import Race, race
 from fedbpt.readout import blocks, ensemble, word_ids
@@ -143,7 +143,7 @@ class Objective:
         """
         if latents.shape[1:] != (self.prompt.d,):
             raise InputError(f"latents must have shape [k, {self.prompt.d}], got {list(latents.shape)}")
-        bare = ~latents.any(axis=1) if self.prompt.placement == "front" else np.zeros(len(latents), dtype=bool)
+        bare = ~latents.any(axis=1) if self.prompt.placement != "cue" else np.zeros(len(latents), dtype=bool)
         if bare.any():
             yield np.flatnonzero(bare), np.repeat(self.zero_shot_embeds(), bare.sum(), axis=0)
         if not bare.all():
@@ -380,7 +380,7 @@ class Objective:
         if self.labels and all(len(word) == 1 for word in self.label_word_ids):  # their logits do
             answers, ids = None, np.concatenate([*self.label_word_ids, self.word_ids])
         return self.scorer.compile(
-            texts, ids, self._prompt.placement, self._prefix, continuations=answers, keep_kv=keep_kv
+            texts, ids, scored_as(self._prompt), self._prefix, continuations=answers, keep_kv=keep_kv
         )
 
     def _blocks(self, readout: Readout | None) -> NDArray[np.float64]:

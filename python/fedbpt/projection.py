@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedbpt.errors import InputError, TaskError
-from fedbpt.messages import PromptSpec
+from fedbpt.messages import Placement, PromptSpec
 from fedbpt.seeding import generator
 
 
@@ -78,12 +78,17 @@ class Projection:
         return f"Projection(d={self.spec.d} -> [{n_prompt}, {n_embd}], entry_std={self.entry_std:.3g})"
 
 
+def scored_as(prompt: PromptSpec) -> Placement:
+    """What a `fedbpt.scorer.Scorer` calls the prompt's place: there BOS is part of the prefix, or of the text."""
+    return "cue" if prompt.placement == "cue" else "front"
+
+
 def start_rows(model: Embedder, cue: NDArray[np.int32], prompt: PromptSpec) -> NDArray[np.float32]:
     """P0 [n_prompt, n_embd]: the cue's own last embeddings, or random tokens' in front of the text.
 
     Raises `TaskError` for a cue [n] that is shorter than the prompt.
     """
-    if prompt.placement == "front":
+    if prompt.placement != "cue":
         ids = generator(prompt.seed, "p0").integers(0, model.n_vocab, prompt.n_prompt).astype(np.int32)
         return model.token_embeddings(ids)
     if prompt.n_prompt > len(cue):

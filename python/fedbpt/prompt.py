@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,9 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from fedbpt.errors import InputError, PromptError
+from fedbpt.html_tables import html_table
 from fedbpt.messages import Array, PromptSpec, Readout, Template
+from fedbpt.model_card import model_card, use_in_fedbpt
 
 FORMAT = 1
 """Number of the file format; a file with another one is refused."""
@@ -32,6 +35,17 @@ _TENSORS = {"rows", "label_bias"}
 _READOUT_TENSORS = {"word_ids", "word_weights"}
 _OTHERS_TENSORS = {*_READOUT_TENSORS, "other_weights"}
 _TENSOR_SETS = (_TENSORS, _TENSORS | _READOUT_TENSORS, _TENSORS | _OTHERS_TENSORS)
+_PLAIN = (
+    "spec",
+    "task_name",
+    "labels",
+    "template",
+    "model_fingerprint",
+    "model_name",
+    "architecture",
+    "history",
+    "others",
+)
 
 
 class Model(Protocol):
@@ -149,14 +163,29 @@ class Prompt:
         return int(self.rows.shape[1])
 
     @property
+    def n_words(self) -> int:
+        """How many words a readout uses; 0: none."""
+        return int(self.word_ids.size)
+
+    @property
     def readout(self) -> Readout:
         """Its and its other templates' label bias and word weights, for an `Objective` with its ``word_ids``."""
         own = Array.of(np.concatenate([self.label_bias[None], self.word_weights]), "<f4")
         return Readout(weights=own, others=tuple(Array.of(of_template, "<f4") for of_template in self.other_weights))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the file, whole or not at all. Raises `PromptError` where that fails."""
+        """Write the file, whole or not at all, and a model card beside it (`card_path`).
+
+        Raises:
+            PromptError: that fails.
+        """
         target = Path(path)
+        write(card_path(target), model_card(self, use_in_fedbpt(self, target.name)).encode())
+        write(target, self.to_bytes())
+        return target
+
+    def to_bytes(self) -> bytes:
+        """The content of a prompt file."""
         header = _Header(
             format=FORMAT,
             spec=self.spec,
@@ -173,15 +202,7 @@ class Prompt:
         if len(self.word_ids) or self.others:
             names = _OTHERS_TENSORS if self.others else _READOUT_TENSORS
             tensors |= {name: getattr(self, name) for name in names}
-        content = safetensors.numpy.save(tensors, metadata={_KEY: msgspec.json.encode(header).decode()})
-        partial = target.with_name(f".{target.name}.{os.getpid()}.part")
-        try:
-            partial.write_bytes(content)
-            partial.replace(target)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise PromptError(f"cannot write the prompt to {target}: {error.strerror or error}") from error
-        return target
+        return safetensors.numpy.save(tensors, metadata={_KEY: msgspec.json.encode(header).decode()})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Prompt:
@@ -191,6 +212,11 @@ class Prompt:
             content = source.read_bytes()
         except OSError as error:
             raise PromptError(f"cannot read the prompt {source}: {error.strerror or error}") from error
+        return cls.decode(content, str(source))
+
+    @classmethod
+    def decode(cls, content: bytes, source: str) -> Prompt:
+        """Of a file's content; ``source``: what to call it in a message. Raises `PromptError` as `load` does."""
         try:
             tensors = safetensors.numpy.load(content)
             metadata = _metadata(content)
@@ -204,6 +230,12 @@ class Prompt:
             return cls(**{**tensors, **fields})
         except InputError as error:
             raise PromptError(f"{source} is damaged: {error}") from error
+
+    def with_rows(self, rows: NDArray[np.floating[Any]], history: tuple[Mapping[str, Any], ...]) -> Prompt:
+        """The same with other rows [n_prompt, n_embd], and with a history of their own."""
+        tensors = {name: getattr(self, name) for name in (_TENSORS | _OTHERS_TENSORS) - {"rows"}}
+        plain = {name: getattr(self, name) for name in _PLAIN if name != "history"}
+        return Prompt(rows=rows, history=history, **tensors, **plain)
 
     def check(self, model: Model) -> None:
         """Raises `PromptError`, naming both models, where the prompt was made for another one."""
@@ -219,22 +251,22 @@ class Prompt:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Prompt):
             return NotImplemented
-        plain = (
-            "spec",
-            "task_name",
-            "labels",
-            "template",
-            "model_fingerprint",
-            "model_name",
-            "architecture",
-            "history",
-            "others",
-        )
         return all(
             np.array_equal(getattr(self, name), getattr(other, name)) for name in _TENSORS | _OTHERS_TENSORS
-        ) and all(getattr(self, name) == getattr(other, name) for name in plain)
+        ) and all(getattr(self, name) == getattr(other, name) for name in _PLAIN)
 
     __hash__ = None  # type: ignore[assignment]
+
+    def _repr_html_(self) -> str:
+        words = zip(self.labels, self.template.label_words, strict=True)
+        lines = [
+            ("model", f"{self.model_name} ({short_fingerprint(self.model_fingerprint)})"),
+            ("prompt", f"{self.n_prompt} x {self.n_embd}, {self.spec.placement}"),
+            ("template", repr(self.template.pattern)),
+            ("labels", ", ".join(f"{label} →{word}" for label, word in words)),
+            ("readout", f"{self.n_words} words, {1 + len(self.others)} template(s)"),
+        ]
+        return html_table(f"Prompt for {self.task_name}", [line for line in lines if line[1]])
 
     def __repr__(self) -> str:
         norm = float(np.linalg.norm(self.rows)) / math.sqrt(self.n_prompt)
@@ -244,6 +276,23 @@ class Prompt:
         )
 
 
+def card_path(prompt_path: Path) -> Path:
+    """Where the model card of a prompt file is: its name with ``.md``."""
+    return prompt_path.with_name(f"{prompt_path.name}.md")
+
+
+def write(target: Path, content: bytes) -> None:
+    """Write a file, whole or not at all. Raises `PromptError` where that fails."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        partial.write_bytes(content)
+        partial.replace(target)
+    except OSError as error:
+        with suppress(OSError):  # what is the matter is told below
+            partial.unlink()
+        raise PromptError(f"cannot write the prompt to {target}: {error.strerror or error}") from error
+
+
 def _metadata(content: bytes) -> dict[str, str]:
     """The metadata of safetensors bytes: 8 bytes of length, then JSON with an entry ``__metadata__``."""
     length = int.from_bytes(content[:8], "little")
@@ -251,7 +300,7 @@ def _metadata(content: bytes) -> dict[str, str]:
     return dict(found)
 
 
-def _header(text: str, source: Path) -> _Header:
+def _header(text: str, source: str) -> _Header:
     try:
         number = json.loads(text)["format"]
         if number != FORMAT:

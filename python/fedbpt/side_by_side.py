@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from fedbpt.errors import ConfigError
 from fedbpt.generation import Generation, place
-from fedbpt.generator import Sampling, TextModel
+from fedbpt.generator import Sampling, generates
 from fedbpt.messages import ObjectiveSpec, PromptSpec, Template
 from fedbpt.objective import Objective
 from fedbpt.prompt import Prompt
 from fedbpt.readout import blocks, ensemble
+from fedbpt.scorer import Scorer
 from fedbpt.tasks import Task
 from fedbpt.tasks.task import DEFAULT_MAX_TEXT_TOKENS
 
@@ -39,13 +40,16 @@ class SideBySide:
         model: what the prompt was tuned for.
         prompt: the tuned prompt.
         task: the prompt's; says how texts are cut. None: at 128 tokens to classify, not at all to generate.
+        max_text_tokens: where they are cut instead; None: as ``task`` says.
 
     Raises:
         PromptError: the prompt was made for another model.
         ConfigError: the prompt is for other labels than the task's.
     """
 
-    def __init__(self, model: TextModel, prompt: Prompt, task: Task | None = None) -> None:
+    def __init__(
+        self, model: Scorer, prompt: Prompt, task: Task | None = None, *, max_text_tokens: int | None = None
+    ) -> None:
         prompt.check(model)
         if task is not None and task.labels != prompt.labels:
             raise ConfigError(f"the prompt is for labels {list(prompt.labels)}, the task has {list(task.labels)}")
@@ -54,6 +58,7 @@ class SideBySide:
         self.labels = prompt.labels
         """Empty where the model generates."""
         self._task = task
+        self._limit = task.max_text_tokens if task is not None and max_text_tokens is None else max_text_tokens
 
     @property
     def classifies(self) -> bool:
@@ -97,17 +102,17 @@ class SideBySide:
         n_likeliest: int = 0,
     ) -> Generation:
         """One side of `generate`, to be cancelled, or asked what it took."""
-        rows = self.prompt.rows if side == "tuned" else None
-        limit = None if self._task is None else self._task.max_text_tokens
-        placed = place(self.model, self.prompt.template, self._clip(text), limit, rows, self.prompt.spec.placement)
+        if not generates(self.model):
+            raise ConfigError(f"{self.model.name} cannot generate text")
+        prompt, rows = self.prompt, self.prompt.rows if side == "tuned" else None
+        placed = place(self.model, prompt.template, self._clip(text), self._limit, rows, prompt.spec.placement)
         return Generation(self.model.generator, placed, sampling, max_tokens, stop, n_likeliest)
 
     def _logits(
         self, text: str, template: Template, where: PromptSpec, rows: NDArray[np.float32] | None
     ) -> NDArray[np.float32]:
         """[1, n_labels + n_words]; without ``rows``, of the model as it is."""
-        limit = DEFAULT_MAX_TEXT_TOKENS if self._task is None else self._task.max_text_tokens
-        spec = ObjectiveSpec(max_text_tokens=limit, readout_words=0)
+        spec = ObjectiveSpec(max_text_tokens=self._limit or DEFAULT_MAX_TEXT_TOKENS, readout_words=0)
         one, words = [(self._clip(text), 0)], self.prompt.word_ids
         objective = Objective(self.model, template, self.labels, one, spec, where, keep_kv=False, words=words)
         return objective.logits(objective.zero_shot_embeds() if rows is None else rows[None], [0])

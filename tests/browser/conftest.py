@@ -29,8 +29,9 @@ PHONE = {"width": 390, "height": 844}
 OpenPage = Callable[..., Page]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
+    """Closed before other tests begin: Playwright leaves an event loop running in this thread."""
     expect.set_options(timeout=WAIT_MS)
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     with sync_playwright() as playwright:

@@ -29,6 +29,7 @@ from fedbpt.messages import (
     SearchState,
     Template,
 )
+from fedbpt.questions import Answer, Question
 from tests.caller import called_by
 from tests.fake_device import FINGERPRINT, FakeDevice
 
@@ -317,3 +318,74 @@ def test_closing_leaves_no_work_running_for_ever(device):
     began = time.monotonic()
     play(lambda: InProcessClient(device), scene)
     assert time.monotonic() - began < 3
+
+
+def question(**changes: Any) -> Question:
+    made = Question(model_fingerprint=FINGERPRINT, prompt=b"of a file", text="so it is")
+    return msgspec.structs.replace(made, **changes)
+
+
+def test_a_question_is_answered_piece_by_piece(make_client, device):
+    device.slow_s = 0.2
+    so_far: list[Answer] = []
+
+    async def scene(client):
+        answer = await client.ask(question(seed=3, stop=("x",)), on_answer=so_far.append)
+        assert answer == Answer(texts=("so it is ", "SO IT IS "), n=3, done=True)
+        assert await client.ask(question(text="no")) == Answer(texts=("no ", "NO "), n=1, done=True)
+
+    play(make_client, scene)
+    assert device.questions == [question(seed=3, stop=("x",)), question(text="no")]
+    assert Answer(texts=("so ", "SO "), n=1) in so_far
+
+
+def test_the_same_question_again_is_answered_again(make_client, device):
+    async def scene(client):
+        assert await client.ask(question()) == await client.ask(question())
+
+    play(make_client, scene)
+    assert len(device.questions) == 2
+
+
+def test_a_question_for_another_model_is_refused(make_client, device):
+    async def scene(client):
+        with pytest.raises(DeviceRefusedError) as caught:
+            await client.ask(question(model_fingerprint="sha256:other"))
+        assert caught.value.code == "wrong-model"
+
+    play(make_client, scene)
+    assert not device.questions
+
+
+def test_a_question_that_nobody_waits_for_is_not_answered_on(make_client, device):
+    device.slow_s = 5.0
+
+    async def scene(client):
+        with pytest.raises(DeviceTimeoutError, match="did not finish an answer within"):
+            await client.ask(question(), timeout_s=0.1)
+        device.slow_s = 0.0
+        assert (await client.ask(question(text="no"))).done
+
+    play(make_client, scene)
+
+
+def test_an_answer_that_fails_says_why(make_client, device):
+    device.fail = InputError("the text is empty: give at least one word")
+
+    async def scene(client):
+        with pytest.raises(DeviceFailedError, match="the text is empty"):
+            await client.ask(question())
+
+    play(make_client, scene)
+
+
+def test_a_question_waits_for_a_round_and_does_not_disturb_it(make_client, device):
+    device.slow_s = 0.3
+
+    async def scene(client):
+        await client.start(plan())
+        answer = await client.ask(question(text="no"))
+        assert answer.done
+        assert (await client.wait("r", 1)).plan_digest == wire.digest(plan())
+
+    play(make_client, scene)

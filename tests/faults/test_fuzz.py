@@ -28,7 +28,14 @@ from tests.fake_device import FakeDevice
 from tests.faults.conftest import ALL
 
 FRAMES = 1_000_000 if ALL else 5_000
-PATHS = ("/v1/rounds/r/1", "/v1/evaluate", "/v1/rounds/r/-1", "/v1/rounds/r/99999999999999999999", "/v1/rounds/%00/1")
+PATHS = (
+    "/v1/rounds/r/1",
+    "/v1/evaluate",
+    "/v1/questions",
+    "/v1/rounds/r/-1",
+    "/v1/rounds/r/99999999999999999999",
+    "/v1/rounds/%00/1",
+)
 TYPES = (*[wire.CONTENT_TYPE] * 8, "application/json", "text/plain", "", f"{wire.CONTENT_TYPE}; charset=x")
 
 

@@ -14,15 +14,12 @@ from flwr.cli.build import build_fab_from_disk
 from flwr.cli.config_utils import load_and_validate
 from flwr.common.config import flatten_dict
 
-import fedbpt.flower
 from fedbpt import tasks
 from fedbpt.device_state import DeviceState
 from fedbpt.errors import ConfigError
-from fedbpt.flower import ready
+from fedbpt.flower import APP, ready
 from tests.toy_scorer import ToyScorer
 from tests.toy_task import TASK_FILE
-
-APP = Path(fedbpt.flower.__file__).parent / "app"
 
 
 @pytest.fixture

@@ -8,15 +8,17 @@ from typing import Any
 
 import pytest
 from flwr.app import ArrayRecord, MetricRecord
-from flwr.serverapp.strategy import Strategy
+from flwr.clientapp.mod import LocalDpMod
+from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping, Strategy
 
 from fedbpt.errors import ConfigError, QuorumError
 from fedbpt.flower import FedBPT, client_app
 from fedbpt.flower.loop import LATENT
+from fedbpt.messages import PrivacySpec
 from fedbpt.runs import DeviceBack, DeviceLost, Event, LateReport, RoundClosed
 from fedbpt.store import RunStore
 from tests.fake_device import FakeDevice
-from tests.flower.toy_app import TASK, make_device, natively, settings
+from tests.flower.toy_app import TASK, make_device, natively, settings, short
 from tests.flower.toy_grid import Node, ToyGrid, node_of
 from tests.toy_scene import StopRunError, ToyTask, stop
 from tests.toy_scene import settings as search_alone
@@ -223,3 +225,28 @@ def test_flowers_own_loop_asks_for_the_quorum_too(store: RunStore) -> None:
     strategy = FedBPT(ToyTask(), search_alone(quorum=1.0), store, devices=2)
     with pytest.raises(QuorumError, match="1 of 2 devices reported, 2 are needed"):
         Strategy.start(strategy, ToyGrid(node_of(a), node_of(b)), ArrayRecord())
+
+
+# --- what of Flower does not go with it ------------------------------------------------------------------------------
+
+
+def test_noise_that_a_wrapper_puts_on_the_mean_is_refused_for_the_search_would_not_see_it(store: RunStore) -> None:
+    inner = FedBPT(TASK, short(), store, devices=2)
+    strategy = DifferentialPrivacyClientSideFixedClipping(inner, 1.0, 1.0, 2)
+    with pytest.raises(ConfigError, match=r"set settings\.privacy"):
+        Strategy.start(strategy, ToyGrid(node(0), node(1)), ArrayRecord(), num_rounds=3)
+
+
+def test_a_mod_that_would_put_noise_on_arrays_fails_instead_of_doing_nothing(store: RunStore) -> None:
+    nodes = [Node(client_app(make_device, [LocalDpMod(1.0, 1.0, 1.0, 1e-5)]), **{"partition-id": i}) for i in (0, 1)]
+    with pytest.raises(QuorumError, match="LocalDpMod"):
+        FedBPT(TASK, short(), store, devices=2, find_s=0.5).start(ToyGrid(*nodes))
+
+
+def test_a_private_run_puts_its_noise_on_the_devices_and_tells_what_it_spends(store: RunStore) -> None:
+    asked = short(privacy=PrivacySpec(clip=0.3, noise_multiplier=2.0, delta=1e-5))
+    strategy = FedBPT(TASK, asked, store, devices=2)
+    strategy.start(ToyGrid(node(0), node(1)))
+    assert strategy.result is not None
+    assert strategy.result.epsilon is not None
+    assert strategy.result.epsilon > 0

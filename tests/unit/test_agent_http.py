@@ -90,6 +90,8 @@ def test_unknown_addresses_and_methods_have_a_reason(http: httpx.Client) -> None
     assert refusal(http.get("/v1/rounds/r/one")) == (404, "not-found")
     assert refusal(http.put("/v1/status")) == (405, "method-not-allowed")
     assert refusal(http.get("/v1/evaluate/0123")) == (404, "unknown-evaluation")
+    assert refusal(http.get("/v1/questions/0123")) == (404, "unknown-question")
+    assert refusal(http.get("/v1/questions/0123?seen=-1")) == (400, "malformed")
 
 
 def test_every_refusal_is_a_4xx_but_for_a_device_that_stops() -> None:

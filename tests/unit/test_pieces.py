@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedbpt.pieces import TextPieces
@@ -16,6 +16,7 @@ def said(data: list[bytes], *stop: str) -> list[str]:
     return [*(pieces.add(part) for part in data), pieces.end()]
 
 
+@settings(deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])), cuts=st.lists(st.integers(0, 40)))
 def test_any_cut_of_a_text_gives_the_text_in_whole_characters(text: str, cuts: list[int]) -> None:
     data = text.encode()
@@ -54,6 +55,7 @@ def test_neither_the_stop_string_nor_what_follows_is_given(parts: list[str], sto
     assert "".join(said([part.encode() for part in parts], *stop)) == expected
 
 
+@settings(deadline=None)
 @given(text=st.text("ab#"), stop=st.lists(st.text("ab#", min_size=1, max_size=3), max_size=3), size=st.integers(1, 4))
 def test_however_a_text_is_cut_it_ends_before_a_stop_string(text: str, stop: list[str], size: int) -> None:
     parts = [text[i : i + size].encode() for i in range(0, len(text), size)]

@@ -19,6 +19,7 @@ from fedbpt.http_auth import RequireToken
 from fedbpt.http_bodies import EXCEPTION_HANDLERS, read, reply, seconds
 from fedbpt.messages import EvaluateRequest, RoundPlan, RoundProgress
 from fedbpt.prometheus import CONTENT_TYPE as METRICS_TYPE
+from fedbpt.questions import Answer, Question
 from fedbpt.replay import Replayer, short_report
 
 MAX_WAIT_S: Final = 60.0
@@ -38,6 +39,9 @@ def build_app(service: AgentService, token: str | None = None) -> Starlette:
             Route("/v1/evaluate", routes.start_evaluation, methods=["POST"]),
             Route(evaluation_path, routes.wait_evaluation, methods=["GET"]),
             Route(evaluation_path, routes.cancel_evaluation, methods=["DELETE"]),
+            Route("/v1/questions", routes.start_question, methods=["POST"]),
+            Route("/v1/questions/{identity}", routes.wait_question, methods=["GET"]),
+            Route("/v1/questions/{identity}", routes.cancel_question, methods=["DELETE"]),
             Route("/healthz", routes.healthz, methods=["GET"]),
             Route("/metrics", routes.metrics, methods=["GET"]),
         ],
@@ -88,6 +92,21 @@ class _Routes:
 
     async def cancel_evaluation(self, request: Request) -> Response:
         self.service.cancel_evaluation(request.path_params["identity"])
+        return Response(status_code=204)
+
+    async def start_question(self, request: Request) -> Response:
+        identity = self.service.start_question(await read(request, Question))
+        return reply(request, Answer(), 202, {"location": f"/v1/questions/{identity}"})
+
+    async def wait_question(self, request: Request) -> Response:
+        seen = request.query_params.get("seen", "0")
+        if not (seen.isascii() and seen.isdecimal() and len(seen) < 8):
+            raise WireError(f"seen={seen[:40]!r} is no number of pieces")
+        identity = request.path_params["identity"]
+        return reply(request, await self.service.wait_question(identity, _seconds(request), int(seen)))
+
+    async def cancel_question(self, request: Request) -> Response:
+        self.service.cancel_question(request.path_params["identity"])
         return Response(status_code=204)
 
     async def healthz(self, _request: Request) -> Response:

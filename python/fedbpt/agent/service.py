@@ -27,6 +27,7 @@ from fedbpt.errors import DeviceFailedError, DeviceRefusedError, FedbptError, Sc
 from fedbpt.machine import battery_percent, heat
 from fedbpt.messages import DeviceInfo, EvaluateReport, EvaluateRequest, RoundPlan, RoundProgress, RoundReport
 from fedbpt.prometheus import Family, Sample, exposition
+from fedbpt.questions import Answer, Question
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +56,10 @@ class LocalDevice(Protocol):
         self, request: EvaluateRequest, progress: Callable[[int, int], None], cancelled: Callable[[], bool]
     ) -> EvaluateReport: ...
 
+    def answer(self, question: Question, said: Callable[[Answer], None], cancelled: Callable[[], bool]) -> Answer: ...
 
-Output: TypeAlias = RoundReport | EvaluateReport
+
+Output: TypeAlias = RoundReport | EvaluateReport | Answer
 State: TypeAlias = Literal["running", "done", "failed", "cancelled"]
 
 
@@ -72,6 +75,12 @@ class _Job:
         self.error = ""
         self.output: Output | None = None
         self.ended = asyncio.Event()
+        self.answer = Answer()  # to a question, so far
+        self.news = asyncio.Event()  # of it
+
+    def say(self, answer: Answer) -> None:
+        self.answer = answer
+        self.news.set()
 
     def step(self, done: int, total: int) -> None:
         self.steps = (done, total)
@@ -79,6 +88,7 @@ class _Job:
     def end(self, state: State, output: Output | None = None, error: str = "") -> None:
         self.state, self.output, self.error = state, output, error
         self.ended.set()
+        self.news.set()
 
     def progress(self) -> RoundProgress:
         done, total = self.steps
@@ -186,6 +196,41 @@ class AgentService:
         if job is not None:
             self._drop(job)
 
+    def start_question(self, question: Question) -> str:
+        """Accept ``question``; returns the id by which to fetch the answer. The same question has the same id."""
+        self._check_open()
+        self._check_model(question.model_fingerprint)
+        identity = wire.digest(question)
+        known = self._evaluation(identity)
+        if known is None or known.state not in ("running", "done"):
+            job, loop = _Job(EVALUATION, 0, identity), asyncio.get_running_loop()
+
+            def said(answer: Answer) -> None:
+                loop.call_soon_threadsafe(job.say, answer)
+
+            self._submit((identity, -1), job, lambda: self.device.answer(question, said, self._stops(job)))
+        return identity
+
+    async def wait_question(self, identity: str, seconds: float, seen: int = 0) -> Answer:
+        """The answer, or what there is of it once it has more than ``seen`` pieces, or after ``seconds``.
+
+        Refused as ``unknown-question``; `DeviceFailedError` where there will be no answer.
+        """
+        job = self._evaluation(identity)
+        if job is None:
+            raise self._refusal("unknown-question", "no such question here: ask it again")
+        if job.state == "running" and job.answer.n <= seen:
+            job.news.clear()
+            await self._await(job, seconds, job.news)
+        output = await self._await(job, 0.0)
+        if job.state == "cancelled":
+            raise DeviceFailedError("the question was withdrawn")
+        return output if isinstance(output, Answer) else job.answer
+
+    def cancel_question(self, identity: str) -> None:
+        """Stop answering, or let go of the answer."""
+        self.cancel_evaluation(identity)
+
     def stop(self) -> None:
         """Cancel all work and let go of everyone who waits; from now on everything is refused as ``stopping``."""
         self._stopping.set()
@@ -215,8 +260,8 @@ class AgentService:
     def _evaluation(self, identity: str) -> _Job | None:
         return self._jobs.get((identity, -1))  # no plan has a negative round: the keys never meet
 
-    async def _await(self, job: _Job, seconds: float) -> Output | None:
-        waits = [asyncio.ensure_future(event.wait()) for event in (job.ended, self._stopping)]
+    async def _await(self, job: _Job, seconds: float, event: asyncio.Event | None = None) -> Output | None:
+        waits = [asyncio.ensure_future(until.wait()) for until in (event or job.ended, self._stopping)]
         try:
             await asyncio.wait(waits, timeout=max(seconds, 0.0), return_when=asyncio.FIRST_COMPLETED)
         finally:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from itertools import pairwise
+from keyword import iskeyword
 from typing import Annotated, Any
 
 import typer
@@ -22,10 +23,13 @@ from fedbpt.errors import FedbptError, RunStopped
 from fedbpt.version import VERSION
 
 COMMANDS = (
-    *("demo", "device", "tune", "evaluate", "chat", "serve", "bench", "models", "runs", "dashboard", "devices"),
-    "certs",
+    *("demo", "device", "tune", "evaluate", "chat", "serve", "export", "import"),
+    *("bench", "models", "runs", "dashboard", "devices", "certs"),
 )
-"""Each a module of `fedbpt.cli`: with a function of its name, or, for a group, with an ``app``."""
+"""Each a module of `fedbpt.cli`: with a function of its name, or, for a group, with an ``app``.
+
+Names that Python keeps to itself end in ``_`` there.
+"""
 
 INTERRUPTED = 130
 _RESUMED = (["demo"], ["tune"], ["models", "pull"])  # the commands that go on where they were stopped
@@ -64,11 +68,12 @@ def make_app(wanted: str | None = None) -> typer.Typer:
     )
     app.callback(invoke_without_command=True)(options)
     for name in [wanted] if wanted in COMMANDS else COMMANDS:
-        module = import_module(f"fedbpt.cli.{name}")
+        spelled = f"{name}_" if iskeyword(name) else name
+        module = import_module(f"fedbpt.cli.{spelled}")
         if hasattr(module, "app"):
             app.add_typer(module.app)
         else:
-            app.command(name)(getattr(module, name))
+            app.command(name)(getattr(module, spelled))
     return app
 
 

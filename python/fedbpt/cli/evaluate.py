@@ -16,6 +16,7 @@ from fedbpt.cli.report import print_accuracies, print_perplexities
 from fedbpt.errors import ConfigError
 from fedbpt.native_scorer import load_model
 from fedbpt.prompt import Prompt
+from fedbpt.results import EvaluationResult
 from fedbpt.tasks import read_task_rows
 
 
@@ -72,7 +73,7 @@ def model_of(prompt: Prompt) -> str:
     return prompt.model_name
 
 
-def _as_json(result: api.EvaluationResult, generates: bool) -> dict[str, Any]:
+def _as_json(result: EvaluationResult, generates: bool) -> dict[str, Any]:
     if generates:
         return {"n": result.n, "perplexity": result.perplexity, "loss": result.loss}
     return {

@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedbpt.api import wilson_interval
 from fedbpt.display import human_bytes
 from fedbpt.estimate import RunCost
+from fedbpt.results import wilson_interval
 from fedbpt.runs import BASELINES, RunResult, Score, perplexity
 
 

@@ -14,8 +14,10 @@ from fedbpt.messages import (
     RoundReport,
     SearchHistory,
 )
+from fedbpt.questions import Answer, Question
 
 ProgressCallback: TypeAlias = Callable[[RoundProgress], None]
+AnswerCallback: TypeAlias = Callable[[Answer], None]
 
 
 class DeviceClient(Protocol):
@@ -69,6 +71,12 @@ class DeviceClient(Protocol):
 
     async def evaluate(self, request: EvaluateRequest, timeout_s: float | None = None) -> EvaluateReport:
         """Start, or find again, and await an evaluation; raises as `wait` does, and cancels it on a time-out."""
+        ...
+
+    async def ask(
+        self, question: Question, timeout_s: float | None = None, on_answer: AnswerCallback | None = None
+    ) -> Answer:
+        """Have a question answered; ``on_answer`` is called with what there is so far. Raises as `evaluate` does."""
         ...
 
     async def aclose(self) -> None:

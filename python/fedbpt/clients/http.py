@@ -12,7 +12,7 @@ from urllib.parse import quote
 import httpx
 
 from fedbpt import wire
-from fedbpt.clients.base import ProgressCallback
+from fedbpt.clients.base import AnswerCallback, ProgressCallback
 from fedbpt.errors import (
     ConfigError,
     DeviceFailedError,
@@ -33,6 +33,7 @@ from fedbpt.messages import (
     RoundReport,
     SearchHistory,
 )
+from fedbpt.questions import Answer, Question
 from fedbpt.replay import REFUSALS, may_shorten, short_plan, whole_report
 from fedbpt.tls import Tls, is_loopback
 
@@ -145,6 +146,25 @@ class HttpClient:
             if in_reach:  # the result is here, or nobody wants it any more
                 await self._forget(path)
 
+    async def ask(
+        self, question: Question, timeout_s: float | None = None, on_answer: AnswerCallback | None = None
+    ) -> Answer:
+        path, deadline = f"/v1/questions/{wire.digest(question)}", _deadline(timeout_s)
+        await self._request("POST", "/v1/questions", wire.encode(question))
+        try:
+            answer = Answer()
+            while _now() < deadline:
+                hold = min(self._poll_s, deadline - _now())
+                seen = f"{path}?wait={hold:.3f}&seen={answer.n}"
+                answer = self._decode(await self._request("GET", seen, hold_s=hold), Answer)
+                if answer.done:
+                    return answer
+                if on_answer is not None:
+                    on_answer(answer)
+            raise DeviceTimeoutError(f"{self.name} did not finish an answer within {timeout_s:g} s")
+        finally:
+            await self._forget(path)
+
     async def aclose(self) -> None:
         if self._http is not None:
             http, self._http = self._http, None
@@ -154,7 +174,7 @@ class HttpClient:
         """Another client of this device, with connections and counts of its own: for another event loop."""
         return HttpClient(
             self.url, self.name, self._retry_s, self._answer_s, token=self._token, tls=self._tls,
-            transport=self._transport,
+            transport=self._transport, poll_s=self._poll_s,
         )  # fmt: skip
 
     async def answers(self, timeout_s: float) -> bool:

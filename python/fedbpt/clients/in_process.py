@@ -12,7 +12,7 @@ from typing import TypeVar
 from fedbpt import wire
 from fedbpt.agent.service import AgentService, LocalDevice
 from fedbpt.agent.worker import Worker
-from fedbpt.clients.base import ProgressCallback
+from fedbpt.clients.base import AnswerCallback, ProgressCallback
 from fedbpt.errors import DeviceFailedError, DeviceRefusedError, DeviceTimeoutError, DeviceUnreachableError
 from fedbpt.messages import (
     DeviceInfo,
@@ -24,6 +24,7 @@ from fedbpt.messages import (
     RoundReport,
     SearchHistory,
 )
+from fedbpt.questions import Answer, Question
 
 M = TypeVar("M", bound=Message)
 A = TypeVar("A")
@@ -88,6 +89,23 @@ class InProcessClient:
         finally:
             # The result is here, or nobody wants it any more.
             self.service.cancel_evaluation(identity)
+
+    async def ask(
+        self, question: Question, timeout_s: float | None = None, on_answer: AnswerCallback | None = None
+    ) -> Answer:
+        deadline, answer = _deadline(timeout_s), Answer()
+        identity = self.service.start_question(self._down(question))
+        try:
+            while asyncio.get_running_loop().time() < deadline:
+                waited = self.service.wait_question(identity, _step(deadline), answer.n)
+                answer = self._up(await self._reached(waited), Answer)
+                if answer.done:
+                    return answer
+                if on_answer is not None:
+                    on_answer(answer)
+            raise DeviceTimeoutError(f"{self.name} did not finish an answer within {timeout_s:g} s")
+        finally:
+            self.service.cancel_question(identity)
 
     async def aclose(self) -> None:
         if self._service is not None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from pathlib import Path
+from typing import Final
 
 from fedbpt.errors import MissingExtraError
 
@@ -24,6 +26,9 @@ try:
     import flwr as _flwr  # noqa: F401
 except ImportError as error:
     raise MissingExtraError("running on Flower", "flower") from error
+
+APP: Final = Path(__file__).parent / "app"
+"""The Flower App: the folder for ``flwr run``."""
 
 from fedbpt.flower.client import FlowerClient as FlowerClient
 from fedbpt.flower.device import client_app as client_app

@@ -14,11 +14,12 @@ import msgspec
 from flwr.app import MessageType
 
 from fedbpt import wire
-from fedbpt.clients.base import ProgressCallback
+from fedbpt.clients.base import AnswerCallback, ProgressCallback
 from fedbpt.errors import DeviceFailedError, DeviceRefusedError, DeviceTimeoutError, DeviceUnreachableError
 from fedbpt.flower.nodes import ANSWER_S, Nodes
 from fedbpt.flower.records import answer_of, packed, size_of
 from fedbpt.messages import DeviceInfo, EvaluateReport, EvaluateRequest, Message, RoundPlan, RoundReport, SearchHistory
+from fedbpt.questions import Answer, Question
 
 M = TypeVar("M", bound=Message)
 
@@ -122,6 +123,15 @@ class FlowerClient:
             return await asyncio.wait_for(asked, timeout_s)
         except asyncio.TimeoutError as error:
             raise DeviceTimeoutError(f"{self.name} did not finish an evaluation within {timeout_s:g} s") from error
+
+    async def ask(
+        self,
+        question: Question,  # noqa: ARG002 - refused, whatever it is
+        timeout_s: float | None = None,  # noqa: ARG002
+        on_answer: AnswerCallback | None = None,  # noqa: ARG002
+    ) -> Answer:
+        """Refused: Flower carries rounds and evaluations alone."""
+        raise DeviceRefusedError(f"{self.name} is reached over Flower, which carries no questions", "not-found")
 
     async def aclose(self) -> None:
         for key in list(self._rounds):

@@ -8,12 +8,13 @@ written there too, and read where the context has none.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, TypeAlias
 
 from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import Mod
 
 from fedbpt import messages, wire
 from fedbpt.agent.service import LocalDevice
@@ -39,9 +40,12 @@ class Kept(messages.Message, frozen=True):
     report: bytes = b""
 
 
-def client_app(make_device: MakeDevice) -> ClientApp:
-    """The ClientApp of a federation's devices. Errors of the work are replies, which name the reason."""
-    app = ClientApp()
+def client_app(make_device: MakeDevice, mods: Sequence[Mod] = ()) -> ClientApp:
+    """The ClientApp of a federation's devices. Errors of the work are replies, which name the reason.
+
+    ``mods``: Flower's, around each message. Those that change arrays fail on ours, which hold none.
+    """
+    app = ClientApp(mods=list(mods))
 
     @app.query()
     def query(message: Message, context: Context) -> Message:

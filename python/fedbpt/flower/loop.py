@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fedbpt import messages, wire
 from fedbpt.api import aggregator_for
-from fedbpt.errors import DeviceError, QuorumError, WireError
+from fedbpt.errors import ConfigError, DeviceError, QuorumError, WireError
 from fedbpt.flower.client import LEAST_TTL_S
 from fedbpt.flower.records import answer_of, packed
 from fedbpt.ledger import SELECTION, FederatedTask, RunLedger
@@ -53,6 +53,7 @@ class FlowerLoop:
         self._work_digest = ""
         self._request: EvaluateRequest | None = None
         self._began = 0.0
+        self._returned: NDArray[np.float64] | None = None
         self._ledger.open(common_model(list(self._infos.values())), sorted(devices))
         if len(task.templates) == 1 and not settings.balanced:
             self._ledger.skip_selection()
@@ -64,8 +65,13 @@ class FlowerLoop:
         calibrates = self._settings.calibrate and not ledger.fit("calibration").done
         return ledger.closed + 1, "calibration" if calibrates else "search"
 
-    def plans(self) -> list[Message]:
-        """What devices are asked next."""
+    def plans(self, arrays: ArrayRecord) -> list[Message]:
+        """What devices are asked next. Raises `ConfigError` where ``arrays`` are not those of the last `close`."""
+        if self._returned is not None and not (arrays[LATENT].numpy() == self._returned).all():
+            raise ConfigError(
+                "a strategy around this one has changed the arrays, which does not reach the search: its state is more "
+                "than a mean; for differential privacy set settings.privacy"
+            )
         round, purpose = self._next()
         work = self._ledger.work(round, purpose)
         self._work_digest, self._began = wire.digest(work), time.monotonic()
@@ -91,7 +97,8 @@ class FlowerLoop:
         reports.sort(key=lambda report: report.device)
         loss = ledger.commit(reports[0].round, self._work_digest, reports, time.monotonic() - self._began, {})
         figures = {"loss": loss, "devices": len(reports), "evaluations": ledger.aggregator.evaluations}
-        return arrays_of(ledger.mean), MetricRecord({**figures, "tokens": ledger.tokens})
+        self._returned = ledger.mean
+        return arrays_of(self._returned), MetricRecord({**figures, "tokens": ledger.tokens})
 
     def evaluations(self) -> list[Message]:
         """Ask for the mean's accuracy on ``dev`` rows."""

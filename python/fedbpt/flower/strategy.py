@@ -151,10 +151,14 @@ class FedBPT(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The round's plans, one a device. ``server_round`` and ``arrays`` are not used: the store knows both."""
+        """The round's plans, one a device. The store knows which round it is.
+
+        Raises:
+            ConfigError: ``arrays`` are not what `aggregate_train` returned. QuorumError: too few devices.
+        """
         if self._loop is None:
             run_to_end(lambda: self._open(grid))
-        return self._opened().plans()
+        return self._opened().plans(arrays)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

@@ -34,13 +34,17 @@ ModelSource: TypeAlias = PackagedFile | HubFile
 
 @dataclass(frozen=True)
 class CatalogueEntry:
-    """One known model. ``size`` is the GGUF file's, in bytes; exact for a `PackagedFile`, rounded for a `HubFile`."""
+    """One known model. ``size`` is the GGUF file's, in bytes; exact for a `PackagedFile`, rounded for a `HubFile`.
+
+    ``original``: the Hugging Face repository of the weights that the file was quantised from.
+    """
 
     name: str
     description: str
     licence: str
     size: int
     source: ModelSource
+    original: str | None = None
 
 
 _SMOLLM2 = CatalogueEntry(
@@ -62,6 +66,7 @@ _SMOLLM2 = CatalogueEntry(
         ),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
+    original="HuggingFaceTB/SmolLM2-135M-Instruct",
 )
 
 _GEMMA3_WHEELS = (
@@ -85,6 +90,7 @@ _GEMMA3 = CatalogueEntry(
         ),
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     ),
+    original="google/gemma-3-270m",
 )
 
 _LLAMA2 = CatalogueEntry(
@@ -93,6 +99,7 @@ _LLAMA2 = CatalogueEntry(
     licence="Llama 2 community licence",
     size=2_830_000_000,
     source=HubFile(repo="TheBloke/Llama-2-7B-GGUF", filename="llama-2-7b.Q2_K.gguf"),
+    original="meta-llama/Llama-2-7b-hf",
 )
 
 CATALOGUE = MappingProxyType({entry.name: entry for entry in (_SMOLLM2, _GEMMA3, _LLAMA2)})

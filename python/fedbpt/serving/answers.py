@@ -91,9 +91,10 @@ class PlainModel:
 class TunedModel:
     """The model with a tuned prompt, which puts a text as tuning did; of a conversation, the last user's message."""
 
-    def __init__(self, name: str, pair: SideBySide) -> None:
+    def __init__(self, name: str, model: TextModel, pair: SideBySide) -> None:
         self.name = name
         self.created = int(time.time())
+        self._model = model
         self._pair = pair
 
     def chat(self, messages: Sequence[tuple[str, str]], settings: Settings) -> Answer:
@@ -106,7 +107,7 @@ class TunedModel:
         if not isinstance(prompt, str):
             raise InputError(f"{self.name} puts the prompt into its template: send text, not token ids")
         if self._pair.classifies:
-            return _Label(self._pair, prompt, settings.n_likeliest)
+            return _Label(self._model, self._pair, prompt, settings.n_likeliest)
         return self._pair.generation(
             prompt, "tuned", settings.sampling, settings.max_tokens, settings.stop, settings.n_likeliest
         )
@@ -114,7 +115,7 @@ class TunedModel:
     def token_bytes(self, token: int) -> bytes:
         if self._pair.classifies:
             return self._pair.labels[token].encode()
-        return self._pair.model.generator.piece(token)
+        return self._model.generator.piece(token)
 
 
 class _Label:
@@ -123,12 +124,12 @@ class _Label:
     n_tokens = 1
     finish_reason: FinishReason | None = "stop"
 
-    def __init__(self, pair: SideBySide, text: str, n_likeliest: int) -> None:
+    def __init__(self, model: TextModel, pair: SideBySide, text: str, n_likeliest: int) -> None:
         probabilities = pair.probabilities(text, "tuned")
         order = sorted(range(len(probabilities)), key=lambda i: -probabilities[i])
         logs = [(i, math.log(max(probabilities[i], 1e-300))) for i in order]
         self._piece = Piece(pair.labels[order[0]], Token(*logs[0], tuple(logs[:n_likeliest])))
-        self.n_prompt = len(place(pair.model, pair.prompt.template, text).ids)
+        self.n_prompt = len(place(model, pair.prompt.template, text).ids)
 
     def __iter__(self) -> Iterator[Piece]:
         yield self._piece
@@ -156,7 +157,7 @@ def served_models(
         first = f"{model.name}+{prompt.task_name}"
         more = (f"{first}-{number}" for number in range(2, len(prompts) + 2))
         name = first if first not in served else next(name for name in more if name not in served)
-        served[name] = TunedModel(name, SideBySide(model, prompt, (tasks or {}).get(prompt.task_name)))
+        served[name] = TunedModel(name, model, SideBySide(model, prompt, (tasks or {}).get(prompt.task_name)))
     if not served:
         raise ConfigError("there is nothing to serve")
     return served

@@ -21,7 +21,8 @@ from fedbpt.messages import Message, PositiveInt, Template
 DEFAULT_MAX_TEXT_TOKENS = 128
 
 _SLOT = "{text}"
-_SENTINELS = ("1", "x", ")")  # beside at least one of these, a cue's first token does not merge
+SENTINELS = ("1", "x", ")")
+"""Beside at least one of these, a cue's first token does not merge."""
 
 
 class Tokenizer(Protocol):
@@ -127,6 +128,14 @@ def cue_ids(tokenizer: Tokenizer, template: Template) -> NDArray[np.int32]:
     return _continuation(tokenizer, split_pattern(template)[1])
 
 
+def head_ids(tokenizer: Tokenizer, template: Template) -> NDArray[np.int32]:
+    """Token ids [n] of what stands before a text: BOS where the model was trained with it, the template's words."""
+    spoken = split_pattern(template)[0].rstrip()
+    if spoken:
+        return np.asarray(tokenizer.tokenize(spoken), dtype=np.int32)
+    return bos_ids(tokenizer)
+
+
 def render_ids(
     tokenizer: Tokenizer, template: Template, text: str, max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS
 ) -> NDArray[np.int32]:
@@ -146,12 +155,11 @@ def render_ids(
         raise InputError(f"max_text_tokens must be at least 1, got {max_text_tokens}")
     spoken = head.rstrip()
     if spoken:
-        front = np.asarray(tokenizer.tokenize(spoken), dtype=np.int32)
         # The head's trailing space belongs to the text's first word, as tokenizers see it.
         body = _continuation(tokenizer, head[len(spoken) :] + text)
     else:
         body = np.asarray(tokenizer.tokenize(head + text, add_bos=False), dtype=np.int32)
-        front = bos_ids(tokenizer)
+    front = head_ids(tokenizer, template)
     return np.concatenate([front, body[:max_text_tokens], cue_ids(tokenizer, template)])
 
 
@@ -210,7 +218,7 @@ def _check_words(template: Template, labels: tuple[str, ...]) -> None:
 
 def _continuation(tokenizer: Tokenizer, text: str) -> NDArray[np.int32]:
     """The ids of ``text`` as it goes on from something before it."""
-    for sentinel in _SENTINELS:
+    for sentinel in SENTINELS:
         alone = np.asarray(tokenizer.tokenize(sentinel, add_bos=False), dtype=np.int32)
         joined = np.asarray(tokenizer.tokenize(sentinel + text, add_bos=False), dtype=np.int32)
         if len(joined) > len(alone) and np.array_equal(joined[: len(alone)], alone):

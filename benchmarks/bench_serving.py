@@ -1,0 +1,141 @@
+"""How soon does a text under a soft prompt begin, and how fast does it go on?
+
+Requests of AG-News-like texts, one at a time, each another text: 50 soft rows, the text, then greedy tokens. Peers:
+
+recomputed         the same engine, the prompt's KV computed anew for each request
+llama-cpp-python   its `create_completion`. Without soft prompts: the rows are 50 tokens of text. It keeps the KV of the
+                   last request and goes on from what is common, as ours does.
+
+Alternated; medians are printed, and one JSON line last.
+
+    python benchmarks/bench_serving.py --model smollm2-135m
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from peers import UnavailableError
+from peers.stock_llama import StockModel
+from workload import SENTENCES, prompts, texts_like_news
+
+import fedbpt
+from fedbpt.errors import ModelNotFoundError
+from fedbpt.generator import Placed, Sampling
+from fedbpt.native_generator import NativeGenerator
+
+ROWS = 50
+
+Run = Callable[[NDArray[np.int32], int], Iterable[object]]
+
+
+def timed(pieces: Iterable[object]) -> tuple[float, float]:
+    """Seconds to the first token, and tokens a second after it."""
+    began = time.perf_counter()
+    times = [time.perf_counter() for _ in pieces]
+    if len(times) < 2:
+        raise UnavailableError("the text ended before its second token: try another model")
+    return times[0] - began, (len(times) - 1) / (times[-1] - times[0])
+
+
+def ours(generator: NativeGenerator, rows: NDArray[np.float32], text: NDArray[np.int32], n: int) -> Iterable[object]:
+    ids = np.concatenate([np.zeros(len(rows), dtype=np.int32), text])
+    stream = generator.open(Placed(ids, rows), Sampling())
+    return (stream.next() for _ in range(n))
+
+
+def stock(scorer: fedbpt.NativeScorer) -> tuple[Run, str]:
+    """llama-cpp-python's, and its version. Raises `UnavailableError`."""
+    version = StockModel(scorer.path, scorer.n_threads).version  # says why it cannot be had
+    import llama_cpp
+
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+    threads = scorer.n_threads
+    model = llama_cpp.Llama(str(scorer.path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
+    words = " ".join(sentence for topic in SENTENCES for sentence in topic)
+    head = scorer.tokenize(words)[:ROWS].tolist()
+
+    def run(text: NDArray[np.int32], n: int) -> Iterable[object]:
+        given = [*head, *text.tolist()]
+        # -100 for the tokens that would end the text: ours goes on, too
+        bias = {model.token_eos(): -100.0}
+        return model.create_completion(given, max_tokens=n, temperature=0.0, stream=True, logit_bias=bias)
+
+    return run, version
+
+
+def bench(name: str, args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """None where the model has not been pulled."""
+    try:
+        scorer = fedbpt.load_model(name, n_threads=args.threads)
+    except ModelNotFoundError as error:
+        say(f"skipped {name}: {error}")
+        return None
+    rows, fresh = prompts(scorer, 1, ROWS)[0], NativeGenerator(scorer._engine)
+    noise = np.random.default_rng(2)
+
+    def recomputed(text: NDArray[np.int32], n: int) -> Iterable[object]:
+        other = rows * (1 + 1e-6 * noise.standard_normal(rows.shape, dtype=np.float32))  # so that nothing is kept of it
+        return ours(fresh, other, text, n)
+
+    runs: dict[str, Run] = {"fedbpt": lambda text, n: ours(scorer.generator, rows, text, n), "recomputed": recomputed}
+    skipped = {}
+    try:
+        runs["llama-cpp-python"], version = stock(scorer)
+        say(f"  llama-cpp-python {version}")
+    except UnavailableError as reason:
+        skipped["llama-cpp-python"] = str(reason)
+        say(f"  skipped llama-cpp-python: {reason}")
+
+    say(f"{scorer!r}; {args.repeats} requests, {ROWS} prompt tokens, {args.tokens} tokens generated; medians")
+    found: dict[str, list[tuple[float, float]]] = {peer: [] for peer in runs}
+    for i, text in enumerate(texts_like_news(scorer, args.repeats + 1)):
+        for peer, run in runs.items():
+            measured = timed(run(text, args.tokens))
+            if i:  # the first makes contexts
+                found[peer].append(measured)
+    result: dict[str, Any] = {"model": scorer.name, "threads": scorer.n_threads, "skipped": skipped, "peers": {}}
+    first, rate = (statistics.median(own) for own in zip(*found["fedbpt"], strict=True))
+    for peer, measured_all in found.items():
+        its_first, its_rate = (statistics.median(own) for own in zip(*measured_all, strict=True))
+        ratios = f"fedbpt: {its_first / first:5.2f} times as soon, {rate / its_rate:5.2f} times as fast"
+        say(f"  {peer:18} first token {its_first * 1e3:8.1f} ms, then {its_rate:7.1f} tokens/s   {ratios}")
+        result["peers"][peer] = {
+            "first_token_seconds": its_first,
+            "tokens_per_second": its_rate,
+            "first_token_ratio": its_first / first,
+            "rate_ratio": rate / its_rate,
+        }
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", help="name or GGUF file; again for more (default: smollm2-135m)")
+    parser.add_argument("--threads", type=int, help="for ours and the peer (default: physical cores)")
+    parser.add_argument("--repeats", type=int, default=15, help="requests")
+    parser.add_argument("--tokens", type=int, default=48, help="generated for each")
+    parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
+    args = parser.parse_args()
+
+    def say(text: str) -> None:
+        if not args.json:
+            print(text, flush=True)
+
+    results = [bench(name, args, say) for name in args.model or ["smollm2-135m"]]
+    print(json.dumps({"machine": platform.machine(), "models": [result for result in results if result]}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""``fedbpt export``: a prompt file for other programs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedbpt.cli.evaluate import model_of
+from fedbpt.cli.options import AsJson, Quiet, task_named
+from fedbpt.errors import ConfigError
+from fedbpt.exchange import TARGETS, Target, export_prompt
+from fedbpt.native_scorer import load_model
+from fedbpt.prompt import Prompt, card_path
+
+
+def export(
+    prompt_file: Annotated[Path, typer.Argument(help="A prompt file that fedbpt saved.", show_default=False)],
+    to: Annotated[Target, typer.Option("--to", help="peft: an adapter's folder; gguf, npy: a file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder (peft) or file to write.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="peft: model name or .gguf file. Default: the prompt file's.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", "-t", help="peft: task name or file. Default: the prompt file's.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="peft: Hugging Face name or folder of the model's weights.")
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a prompt for other programs, with a model card beside it: PEFT, GGUF or NumPy.
+
+    Example: fedbpt export prompt.safetensors --to peft --out adapter
+    """
+    if to not in TARGETS:
+        raise ConfigError(f"there is no export to {to!r}: choose one of {', '.join(TARGETS)}")
+    prompt = Prompt.load(prompt_file)
+    if to == "peft":
+        chosen, scorer = task_named(task, prompt.task_name), load_model(model or model_of(prompt))
+        found = export_prompt(prompt, out, to, scorer=scorer, task=chosen, base_model=base)
+    else:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        found = export_prompt(prompt, out, to)
+    if as_json:
+        card = out / "README.md" if to == "peft" else card_path(out)
+        typer.echo(json.dumps({"path": str(found.path), "card_path": str(card), "notes": found.notes}))
+        return
+    typer.echo(str(found.path))
+    if not quiet:
+        for note in found.notes:
+            typer.echo(note, err=True)

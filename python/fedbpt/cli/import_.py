@@ -1,0 +1,39 @@
+"""``fedbpt import``: an adapter of Hugging Face PEFT as a prompt file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedbpt import tasks
+from fedbpt.cli.options import AsJson, Model, Quiet
+from fedbpt.exchange import import_prompt
+from fedbpt.native_scorer import load_model
+from fedbpt.prompt import card_path
+
+
+def import_(
+    folder: Annotated[Path, typer.Argument(help="A PEFT prompt-tuning adapter's folder.", show_default=False)],
+    model: Model,
+    task: Annotated[str, typer.Option("--task", "-t", help="The task that it is for: a name or file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The prompt file to write.")],
+    template: Annotated[int, typer.Option("--template", min=0, help="Which of the task's templates, from 0.")] = 0,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a PEFT prompt-tuning adapter as a prompt file, for `fedbpt evaluate` and the like.
+
+    Example: fedbpt import adapter --model smollm2-135m --task ag-news --out prompt.safetensors
+    """
+    prompt = import_prompt(folder, load_model(model), tasks.load(task), template)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path = prompt.save(out)
+    if as_json:
+        typer.echo(json.dumps({"prompt_path": str(path), "card_path": str(card_path(path))}))
+        return
+    typer.echo(str(path))
+    if not quiet:
+        typer.echo(f"{prompt!r}", err=True)

@@ -1,0 +1,89 @@
+"""Prompts in the formats of other programs: Hugging Face PEFT adapters, GGUF and NumPy files.
+
+>>> from fedbpt.exchange import export_prompt, import_prompt
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias, get_args
+
+from fedbpt.errors import ConfigError
+from fedbpt.exchange import gguf_file, npy, peft
+from fedbpt.prompt import Prompt
+from fedbpt.scorer import Scorer
+from fedbpt.tasks import Task
+
+__all__ = ["TARGETS", "Exported", "Target", "export_prompt", "import_prompt"]
+
+Target: TypeAlias = Literal["peft", "gguf", "npy"]
+TARGETS: tuple[Target, ...] = get_args(Target)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export_prompt` wrote: ``path``, a file or a folder; ``notes``, one line each, on what it does not hold."""
+
+    path: Path
+    notes: tuple[str, ...]
+
+
+def export_prompt(
+    prompt: Prompt,
+    out: str | os.PathLike[str],
+    to: Target,
+    *,
+    scorer: Scorer | None = None,
+    task: Task | None = None,
+    base_model: str | None = None,
+) -> Exported:
+    """Write a prompt for another program, with a model card beside it.
+
+    Args:
+        prompt: what to write.
+        out: ``peft``: the adapter's folder, new or empty or with an adapter; ``gguf``, ``npy``: the file.
+        to: ``peft``: a prompt-tuning adapter, its virtual tokens the prompt's rows, and a README.md with code that
+            gives the same label logits; ``gguf``: all of the prompt, as tensors and metadata; ``npy``: its rows,
+            float32 [n_prompt, n_embd].
+        scorer: the prompt's model; needed for ``peft``, whose code holds token ids.
+        task: the prompt's task; needed for ``peft``.
+        base_model: of the model's weights, the Hugging Face name or folder, for ``peft``; None: as the catalogue says.
+
+    Raises:
+        PromptError: ``out`` cannot be written; for ``peft``, the prompt is another model's, or its architecture was not
+            compared with PEFT's.
+        ConfigError: what ``peft`` needs is not given; another task.
+        MissingExtraError: ``gguf`` without the package of that name.
+    """
+    target = Path(out)
+    if to == "gguf":
+        return Exported(gguf_file.write_gguf(prompt, target), ())
+    if to == "npy":
+        return Exported(npy.write_npy(prompt, target), npy.notes(prompt))
+    if to != "peft":
+        raise ConfigError(f"there is no export to {to!r}: choose one of {', '.join(TARGETS)}")
+    if scorer is None or task is None:
+        raise ConfigError("an export to PEFT needs the model and the task: give both")
+    return Exported(peft.write_adapter(prompt, target, scorer, task, base_model), peft.notes(prompt, scorer))
+
+
+def import_prompt(folder: str | os.PathLike[str], scorer: Scorer, task: Task, template: int = 0) -> Prompt:
+    """A PEFT prompt-tuning adapter as a prompt.
+
+    Rows are taken bit for bit. An adapter that `export_prompt` wrote gives the prompt that it was; where PEFT has
+    trained it further, with the new rows and without its history. Another adapter's rows stand before everything, BOS
+    included, as PEFT puts them.
+
+    Args:
+        folder: with adapter_config.json and adapter_model.safetensors.
+        scorer: the model that the adapter was trained for.
+        task: how texts are put to it.
+        template: which of the task's templates, for an adapter that fedbpt did not write.
+
+    Raises:
+        PromptError: no such adapter, another kind of adapter, or one for another model.
+        ConfigError: another task; no such template.
+    """
+    return peft.read_adapter(Path(folder), scorer, task, template)

@@ -1,0 +1,80 @@
+"""A prompt as a GGUF file: tensors and metadata that any program with a GGUF reader can use.
+
+Its metadata follow LoRA adapters': ``general.type`` adapter, ``general.architecture`` the model's, ``adapter.type``
+soft_prompt. ``soft_prompt.weight`` has a row after the other, float32, as ``llama_batch.embd`` takes them; the other
+tensors are a prompt file's (`fedbpt.prompt`), those without elements left out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedbpt.errors import MissingExtraError, PromptError
+from fedbpt.model_card import model_card
+from fedbpt.prompt import Prompt, card_path, write
+
+ROWS = "soft_prompt.weight"
+_TENSORS = ("label_bias", "word_ids", "word_weights", "other_weights")
+
+_USE = """\
+`{name}` is a GGUF file of tensors and metadata, `gguf-dump {name}` lists them. `soft_prompt.weight` holds the rows,
+input embeddings in float32. llama.cpp's programs have no option that reads it: a program of your own gives the rows to
+`llama_decode` as `llama_batch.embd`, at the place that `fedbpt.placement` names.
+
+```python
+import gguf
+
+tensors = {{tensor.name: tensor.data for tensor in gguf.GGUFReader("{name}").tensors}}
+rows = tensors["soft_prompt.weight"]  # float32 [{n_prompt}, {n_embd}]
+```
+"""
+
+
+def write_gguf(prompt: Prompt, target: Path) -> Path:
+    """The prompt as one GGUF file, and a card.
+
+    Raises:
+        MissingExtraError: the package gguf is not installed.
+        PromptError: the file cannot be written.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise MissingExtraError("an export to GGUF", "gguf") from error
+    partial = target.with_name(f".{target.name}.part")
+    use = _USE.format(name=target.name, n_prompt=prompt.n_prompt, n_embd=prompt.n_embd)
+    write(card_path(target), model_card(prompt, use, "gguf").encode())
+    writer = gguf.GGUFWriter(partial, prompt.architecture)
+    try:
+        _add_metadata(writer, prompt)
+        writer.add_tensor(ROWS, prompt.rows)
+        for name in _TENSORS:
+            if getattr(prompt, name).size:
+                writer.add_tensor(name, np.ascontiguousarray(getattr(prompt, name)))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        partial.replace(target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise PromptError(f"cannot write the prompt to {target}: {error.strerror or error}") from error
+    return target
+
+
+def _add_metadata(writer: Any, prompt: Prompt) -> None:
+    writer.add_type("adapter")
+    writer.add_name(f"{prompt.task_name} for {prompt.model_name}")
+    writer.add_string("adapter.type", "soft_prompt")
+    writer.add_string("fedbpt.placement", prompt.spec.placement)
+    writer.add_string("fedbpt.task", prompt.task_name)
+    writer.add_string("fedbpt.model.name", prompt.model_name)
+    writer.add_string("fedbpt.model.fingerprint", prompt.model_fingerprint)
+    templates = (prompt.template, *prompt.others)
+    writer.add_array("fedbpt.templates", [template.pattern for template in templates])
+    if prompt.labels:
+        writer.add_array("fedbpt.labels", list(prompt.labels))
+        writer.add_array("fedbpt.label_words", [word for template in templates for word in template.label_words])

@@ -1,0 +1,28 @@
+"""A prompt's rows as a NumPy file."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+
+from fedbpt.model_card import model_card
+from fedbpt.prompt import Prompt, card_path, write
+
+
+def write_npy(prompt: Prompt, target: Path) -> Path:
+    """The rows, float32 [n_prompt, n_embd], and a card. Raises `PromptError` where they cannot be written."""
+    content = io.BytesIO()
+    np.save(content, prompt.rows, allow_pickle=False)
+    use = f"```python\nimport numpy as np\n\nrows = np.load({target.name!r})  # input embeddings, one a row\n```\n\n"
+    write(card_path(target), model_card(prompt, use + "".join(f"{note}\n" for note in notes(prompt)), "numpy").encode())
+    write(target, content.getvalue())
+    return target
+
+
+def notes(prompt: Prompt) -> tuple[str, ...]:
+    """What the file does not hold, a line each."""
+    if prompt.label_bias.any() or prompt.n_words or prompt.others:
+        return ("The file holds the rows alone: label bias and readout stay in the prompt file, or go into --to gguf.",)
+    return ()

@@ -1,0 +1,183 @@
+"""The model card of a prompt: Markdown with the front matter of the Hugging Face hub. What is not known is left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from fedbpt.messages import PromptSpec, Template
+from fedbpt.models import CATALOGUE, CatalogueEntry, PackagedFile
+
+PLACES = {
+    "cue": "in place of the answer cue's last {n} token(s)",
+    "front": "before the text, after BOS where the model has one",
+    "first": "before everything, BOS included",
+}
+"""Where a prompt stands, by placement."""
+
+_TRAINING = {
+    "run": "run",
+    "method": "method",
+    "rounds": "rounds",
+    "evaluations": "evaluations",
+    "devices": "devices",
+    "tokens": "forward tokens",
+    "seed": "seed",
+    "robust": "robust aggregation",
+    "byzantine": "devices that may lie",
+    "clip": "privacy: clip, nats",
+    "noise_multiplier": "privacy: noise multiplier",
+    "delta": "privacy: δ",
+    "epsilon": "privacy: ε, of one training row of a device",
+    "digest": "digest of the search",
+    "imported_from": "imported from",
+    "peft_version": "PEFT version",
+    "base_model": "base model, as the adapter says",
+}
+
+
+class Described(Protocol):
+    """What the card asks of a prompt; a `fedbpt.prompt.Prompt` satisfies it."""
+
+    spec: PromptSpec
+    task_name: str
+    labels: tuple[str, ...]
+    template: Template
+    others: tuple[Template, ...]
+    model_fingerprint: str
+    model_name: str
+    architecture: str
+    history: tuple[dict[str, Any], ...]
+
+    @property
+    def n_prompt(self) -> int: ...
+
+    @property
+    def n_embd(self) -> int: ...
+
+    @property
+    def n_words(self) -> int: ...
+
+
+def known_model(name: str, fingerprint: str) -> CatalogueEntry | None:
+    """The catalogue's entry of a model file; None where it is another, or nobody can tell."""
+    entry = CATALOGUE.get(name)
+    if entry is None or not isinstance(entry.source, PackagedFile):
+        return entry
+    return entry if fingerprint == f"sha256:{entry.source.sha256}" else None
+
+
+def model_card(prompt: Described, use: str, library: str = "fedbpt") -> str:
+    """The card of a prompt, Markdown.
+
+    Args:
+        prompt: whose card.
+        use: Markdown on how to load it.
+        library: for the hub, what loads it.
+    """
+    known = known_model(prompt.model_name, prompt.model_fingerprint)
+    parts = [
+        _front_matter(prompt, known, library),
+        f"# {prompt.task_name}: a soft prompt for {prompt.model_name}\n",
+        f"{prompt.n_prompt} row(s) of {prompt.n_embd} numbers that adapt a frozen language model to a task, "
+        f"{PLACES[prompt.spec.placement].format(n=prompt.n_prompt)}. Made with fedbpt.\n",
+        "## Model\n\n" + _model(prompt, known),
+        "## Task\n\n" + _task(prompt),
+    ]
+    told = prompt.history[-1] if prompt.history else {}
+    training = [(title, _figure(told[key])) for key, title in _TRAINING.items() if told.get(key) is not None]
+    if training:
+        parts.append("## Training\n\n" + _table(("", ""), training))
+    results = _results(told)
+    if results:
+        parts.append("## Results\n\nOn held-back rows, which chose nothing.\n\n" + results)
+    parts += ["## Licence\n\n" + _licence(known), "## Use\n\n" + use]
+    return "\n".join(parts)
+
+
+def use_in_fedbpt(prompt: Described, file_name: str) -> str:
+    """How a prompt file is loaded, as Markdown. Model and task go by name where fedbpt knows them."""
+    model = prompt.model_name if prompt.model_name in CATALOGUE else f"{prompt.model_name}.gguf"
+    return (
+        f"```console\n$ fedbpt evaluate {file_name} --model {model} --task {prompt.task_name} --data rows.csv\n```\n\n"
+        "```python\nimport fedbpt\n\n"
+        f"scorer = fedbpt.load_model({json.dumps(model)})\n"
+        f"task = fedbpt.tasks.load({json.dumps(prompt.task_name)})  # or its task file\n"
+        f"prompt = fedbpt.Prompt.load({json.dumps(file_name)})\n"
+        "fedbpt.evaluate(scorer, task, rows, prompt=prompt)\n```\n"
+    )
+
+
+def _front_matter(prompt: Described, known: CatalogueEntry | None, library: str) -> str:
+    """YAML; its strings are JSON's, which are YAML's too."""
+    fields: dict[str, Any] = {
+        "library_name": library,
+        "pipeline_tag": "text-classification" if prompt.labels else "text-generation",
+        "tags": ["soft-prompt", "prompt-tuning", "black-box-optimisation", "fedbpt"],
+    }
+    if known is not None and known.original is not None:
+        fields["base_model"] = known.original
+    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items()]
+    return "\n".join(["---", *lines, "---\n"])
+
+
+def _model(prompt: Described, known: CatalogueEntry | None) -> str:
+    lines = [("name", prompt.model_name)]
+    if known is not None:
+        lines.append(("model", known.description))
+    lines += [("architecture", prompt.architecture), ("file", f"`{prompt.model_fingerprint}`")]
+    return _table(("", ""), lines) + "\nThe prompt fits this very file: other weights differ, in another format, too.\n"
+
+
+def _task(prompt: Described) -> str:
+    text = f"`{prompt.task_name}`. A text is put to the model as\n\n{_code(prompt.template.pattern)}\n"
+    if prompt.labels:
+        words = [(label, f"`{json.dumps(w, ensure_ascii=False)}`") for label, w in _words(prompt)]
+        text += "and is given the label whose word the model finds likeliest after it.\n\n"
+        text += _table(("label", "word"), words)
+    else:
+        text += "and the text that follows is the model's.\n"
+    if prompt.n_words:
+        text += f"\nA readout, fitted to training rows, corrects scores by the logits of {prompt.n_words} words.\n"
+    if prompt.others:
+        text += "\nThe labels' log-probabilities are averaged with those of the model without the prompt, asked as\n\n"
+        text += "\n".join(_code(other.pattern) for other in prompt.others)
+    return text
+
+
+def _words(prompt: Described) -> Iterable[tuple[str, str]]:
+    return zip(prompt.labels, prompt.template.label_words, strict=True)
+
+
+def _results(told: Mapping[str, Any]) -> str:
+    """A table of what the last entry of a history says; empty where it says nothing."""
+    lines = []
+    figure = "accuracy" if "tuned_accuracy" in told else "perplexity"
+    for key, title in (("zero_shot", "zero-shot"), ("tuned", "tuned")):
+        value = told.get(f"{key}_{figure}")
+        if value is not None:
+            low_high = told.get(f"{key}_interval")
+            interval = f"{low_high[0]:.3f} – {low_high[1]:.3f}" if low_high else ""
+            lines.append((title, f"{value:.3f}", interval, _figure(told.get(f"{key}_n", ""))))
+    return _table(("", figure, "95 % interval", "rows"), lines) if lines else ""
+
+
+def _licence(known: CatalogueEntry | None) -> str:
+    text = "A prompt is made from training rows and is of use with its model alone: mind the terms of both.\n"
+    return text if known is None else f"{text}The model's licence: {known.licence}.\n"
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _code(pattern: str) -> str:
+    return f"```\n{pattern}\n```\n"
+
+
+def _table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [headings, ["---"] * len(headings), *lines]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)

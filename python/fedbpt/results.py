@@ -1,0 +1,136 @@
+"""What `fedbpt.api.tune` and `evaluate` return."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedbpt.errors import MissingExtraError
+from fedbpt.html_tables import html_table
+from fedbpt.messages import Template
+from fedbpt.prompt import Prompt
+from fedbpt.runs import RunResult, perplexity
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Z_95 = 1.959963984540054  # two-sided 95 % quantile of the standard normal
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """How a prompt, or the model without one, did on n rows.
+
+    ``loss`` is the mean over rows in nats; ``predictions`` [n] are label indices. For target texts ``loss`` is a mean
+    over a row's tokens, too, and ``perplexity`` is the figure: ``correct`` is 0, ``predictions`` −1.
+    """
+
+    n: int
+    correct: int
+    loss: float
+    predictions: NDArray[np.intp] = field(repr=False)
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.n
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the loss."""
+        return perplexity(self.loss)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % confidence interval of the accuracy (`wilson_interval`)."""
+        return wilson_interval(self.correct, self.n)
+
+    @property
+    def _generates(self) -> bool:
+        return bool(self.n and self.predictions[0] < 0)
+
+    def _repr_html_(self) -> str:
+        low, high = self.interval
+        figures = [("accuracy", f"{self.accuracy:.4f}"), ("95 % interval", f"{low:.4f} – {high:.4f}")]
+        if self._generates:
+            figures = [("perplexity", f"{self.perplexity:.3f}")]
+        return html_table("Evaluation", [*figures, ("loss", f"{self.loss:.4f} nats"), ("rows", f"{self.n:,}")])
+
+    def __repr__(self) -> str:
+        if self._generates:
+            return f"EvaluationResult(perplexity={self.perplexity:.3f}, loss={self.loss:.4f}, n={self.n})"
+        low, high = self.interval
+        return (
+            f"EvaluationResult(accuracy={self.accuracy:.4f} [{low:.4f}, {high:.4f}], loss={self.loss:.4f}, n={self.n})"
+        )
+
+
+def wilson_interval(correct: int, n: int) -> tuple[float, float]:
+    """95 % interval of a proportion by Wilson's score (J. Am. Stat. Assoc. 22, 1927)."""
+    if n == 0:
+        return 0.0, 1.0
+    share, z2 = correct / n, Z_95**2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What `tune` found: ``prompt`` to save and use, ``run`` with all figures, ``curve`` of (evaluations, loss)."""
+
+    prompt: Prompt
+    run: RunResult
+    curve: tuple[tuple[int, float], ...] = field(repr=False)
+    dev_curve: tuple[tuple[int, float], ...] = field(repr=False)
+
+    @property
+    def template(self) -> Template:
+        """The template that the training rows selected."""
+        return self.run.template
+
+    def __repr__(self) -> str:
+        return (
+            f"TuneResult({self.run.task!r}: {self.run.evaluations} evaluations, {self.run.tokens:,} tokens, "
+            f"{self.run.seconds:.1f} s; {self.prompt!r})"
+        )
+
+    def _repr_html_(self) -> str:
+        run = self.run
+        lines = [
+            ("model", run.model_name),
+            ("template", repr(run.template.pattern)),
+            ("evaluations", f"{run.evaluations:,} in {run.rounds:,} rounds"),
+            ("forward tokens", f"{run.tokens:,}"),
+            ("seconds", f"{run.seconds:.1f}"),
+        ]
+        if self.dev_curve:
+            figure = "perplexity" if run.generates else "accuracy"
+            (_, before), (_, after) = self.dev_curve[0], self.dev_curve[-1]
+            lines.append((f"development {figure}", f"{before:.3f} → {after:.3f}"))
+        return html_table(f"Tuned for {run.task}", lines) + self.prompt._repr_html_()
+
+    def plot(self) -> Figure:
+        """A matplotlib figure of the mini-batch loss, and of the figure on development rows where there were some."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise MissingExtraError("plotting", "plot") from error
+        figure = Figure(figsize=(7, 3.5), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot(*_columns(self.curve), linewidth=1, label="mean loss of the population")
+        axes.set(xlabel="evaluations", ylabel="loss (nats)", title=self.run.task)
+        if self.dev_curve:
+            right = axes.twinx()
+            figure_name = "perplexity" if self.run.generates else "accuracy"
+            right.plot(*_columns(self.dev_curve), color="tab:green", marker=".", label=f"development {figure_name}")
+            right.set_ylabel(figure_name)
+        figure.legend(loc="outside lower center", ncols=2)
+        return figure
+
+
+def _columns(points: tuple[tuple[int, float], ...]) -> tuple[list[int], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]

@@ -1,0 +1,90 @@
+"""A device's answers to questions, with the toy model: those that both sides give in one place."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from fedbpt import Budget, Prompt, PromptSpec, tune
+from fedbpt.clients import InProcessClient
+from fedbpt.errors import DeviceFailedError, PromptError, ScoringInterrupted
+from fedbpt.local import Device
+from fedbpt.questions import Answer, Question
+from fedbpt.side_by_side import SideBySide
+from tests.toy_scorer import ToyScorer
+from tests.toy_task import TASK, rows
+from tests.unit.test_generation import TASK as MANNER
+from tests.unit.test_generation import rows as manner_rows
+
+SPEC = PromptSpec(d=4, alpha=2.0)
+BUDGET = Budget(evaluations=24)
+
+
+@pytest.fixture(scope="module")
+def mood() -> Prompt:
+    return tune(ToyScorer(), TASK, rows(16), budget=BUDGET, prompt=SPEC).prompt
+
+
+@pytest.fixture(scope="module")
+def manner() -> Prompt:
+    return tune(ToyScorer(), MANNER, manner_rows(8), budget=BUDGET, prompt=SPEC).prompt
+
+
+def device() -> Device:
+    return Device("a", ToyScorer(), rows(4))
+
+
+def question(prompt: Prompt, text: str = "aaa number 1", **changes: object) -> Question:
+    return Question(model_fingerprint=ToyScorer().fingerprint, prompt=prompt.to_bytes(), text=text, **changes)
+
+
+def ask(asked: Question, so_far: list[Answer] | None = None) -> Answer:
+    return device().answer(asked, (so_far if so_far is not None else []).append, lambda: False)
+
+
+def test_a_prompt_that_classifies_gives_both_sides_probabilities(mood: Prompt) -> None:
+    found = ask(question(mood, max_text_tokens=TASK.max_text_tokens))
+    assert found == Answer(probabilities=tuple(SideBySide(ToyScorer(), mood, TASK).classify("aaa number 1")), done=True)
+    short = ask(question(mood, "aaa number 1", max_text_tokens=3))
+    assert short == ask(question(mood, "aaa", max_text_tokens=3)) != found
+
+
+def test_a_prompt_that_generates_gives_both_sides_texts_as_they_come(manner: Prompt) -> None:
+    so_far: list[Answer] = []
+    found = ask(question(manner, max_tokens=6, temperature=1.0, seed=2, stop=("q",)), so_far)
+    assert found.done
+    assert [answer.n for answer in so_far] == list(range(1, found.n + 1))
+    assert so_far[-1].texts == found.texts
+    assert found == ask(question(manner, max_tokens=6, temperature=1.0, seed=2, stop=("q",)))
+    expected = {"original": "", "tuned": ""}
+    for side, piece in SideBySide(ToyScorer(), manner).generate("aaa number 1", max_tokens=6):
+        expected[side] += piece
+    assert ask(question(manner, max_tokens=6)).texts == tuple(expected.values())
+
+
+def test_an_answer_can_be_withdrawn(manner: Prompt) -> None:
+    said: list[Answer] = []
+    with pytest.raises(ScoringInterrupted):
+        device().answer(question(manner), said.append, lambda: len(said) == 2)
+    assert len(said) == 2
+
+
+def test_a_damaged_prompt_or_one_for_another_model_is_refused(mood: Prompt) -> None:
+    asked = question(mood)
+    with pytest.raises(PromptError, match="the question's prompt is not a safetensors file"):
+        ask(Question(model_fingerprint=asked.model_fingerprint, prompt=asked.prompt[:-5], text="x"))
+    other = Device("b", ToyScorer(seed=7), rows(4))
+    with pytest.raises(PromptError, match="this prompt was made for toy"):
+        other.answer(asked, lambda _answer: None, lambda: False)
+
+
+def test_a_client_of_a_real_device_is_answered(mood: Prompt) -> None:
+    async def scene() -> None:
+        client = InProcessClient(device())
+        assert (await client.ask(question(mood))).done
+        with pytest.raises(DeviceFailedError, match="the text is empty"):
+            await client.ask(question(mood, " "))
+        await client.aclose()
+
+    asyncio.run(scene())
