@@ -71,6 +71,16 @@ def test_a_run_is_compared_when_it_is_finished(workshop: Workshop, open_page: Op
     for side, name in ((original, "original"), (tuned, "tuned")):
         assert shares(side) == [pytest.approx(100 * p, abs=0.06) for p in expected[name].values()]
 
+    here = [shares(side) for side in (original, tuned)]
+    page.get_by_role("button", name="movie").first.click()  # something else between
+    expect(page.get_by_role("status")).to_contain_text("The row says:")
+    page.get_by_label("Your text").fill("good great movie 1")
+    page.get_by_label("Answered by").click()
+    page.get_by_role("option", name="127.0.0.1").first.click()
+    page.get_by_role("button", name="Compare", exact=True).click()
+    expect(page.get_by_role("status")).to_have_text("")
+    assert [shares(side) for side in (original, tuned)] == here
+
     page.get_by_label("Your text").fill(" ")
     page.get_by_role("button", name="Compare", exact=True).click()
     expect(page.get_by_role("status")).to_contain_text("empty")
