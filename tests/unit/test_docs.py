@@ -17,7 +17,7 @@ from fedbpt import cli, errors
 from fedbpt.agent.http import build_app as device_app
 from fedbpt.coordinator.http import build_app as coordinator_app
 from fedbpt.coordinator.monitor import build_app as monitor_app
-from fedbpt.http_bodies import STATUS
+from fedbpt.http_bodies import STATUS_OF_CODE
 from fedbpt.model_card import PLACES
 from fedbpt.prompt import _OTHERS_TENSORS, _TENSORS, _Header
 from fedbpt.serving.http import build_app as serving_app
@@ -75,7 +75,7 @@ def test_no_route_is_documented_that_is_not_there() -> None:
 def test_every_refusals_code_is_documented_with_its_status() -> None:
     lines = [re.match(r"\| (\d+) \| (.*) \|$", line) for line in page("http.md").splitlines()]
     documented = {code: int(line[1]) for line in lines if line for code in re.findall(r"`([a-z-]+)`", line[2])}
-    assert documented == {**STATUS, "work-failed": 500, "internal": 500}
+    assert documented == {**STATUS_OF_CODE, "work-failed": 500, "internal": 500}
 
 
 def test_every_error_has_an_entry_in_troubleshooting() -> None:
