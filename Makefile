@@ -18,13 +18,14 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt \
 # second build compiles only what changed. Their versions are in constraints.txt.
 BUILD_TOOLS := pip scikit-build-core pybind11 cmake ninja
 
-.PHONY: help setup demo test test-flower faults sanitize wheel wheel-aarch64 test-wheel test-aarch64 lint bench clean
+.PHONY: help setup demo docs test test-flower faults sanitize wheel wheel-aarch64 test-wheel test-aarch64 lint bench clean
 
 help:
 	@echo 'make setup   create $(VENV) and build fedbpt into it (again: only what changed)'
 	@echo 'make demo    tune a small model over three devices on this machine (DEMO_ARGS="--help" for options)'
 	@echo 'make test    run every test (TEST_ARGS="tests/unit -k search" for some)'
 	@echo 'make test-flower   the tests on Flower, in an environment of its own (Python 3.11 or newer)'
+	@echo 'make docs    the documentation as web pages in build/site'
 	@echo 'make faults  all faults that a federation must survive, for an hour or so; make test tries a few of each'
 	@echo 'make sanitize   the native tests under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make wheel   the wheels to ship in dist/, for any x86-64 CPU; make wheel-aarch64: for any 64-bit ARM CPU (PYTHONS="3.11" for some)'
@@ -55,6 +56,10 @@ $(STAMP): $(SOURCES) | $(BIN)/python
 
 demo: setup
 	$(BIN)/fedbpt demo $(DEMO_ARGS)
+
+# The documentation as pages in build/site, which need no network and no server.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: setup
 	$(BIN)/python -m pytest $(TEST_ARGS)

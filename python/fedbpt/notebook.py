@@ -24,6 +24,14 @@ def live_display(shown: bool | None) -> RunDisplay:
     return RunDisplay(bool(shown))
 
 
+def show_figures() -> None:
+    """Have a notebook show matplotlib figures as pictures, as ``%matplotlib inline`` would; elsewhere nothing."""
+    if in_notebook():
+        from IPython.core.pylabtools import select_figure_formats
+
+        select_figure_formats(sys.modules["IPython"].get_ipython(), {"png"})
+
+
 class NotebookDisplay(RunDisplay):
     """A panel below the cell, brought up to date in place. What must not be missed stays in it, line by line."""
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from fedbpt.errors import MissingExtraError
 from fedbpt.html_tables import html_table
 from fedbpt.messages import Template
+from fedbpt.notebook import show_figures
 from fedbpt.prompt import Prompt
 from fedbpt.runs import RunResult, perplexity
 
@@ -119,6 +120,7 @@ class TuneResult:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise MissingExtraError("plotting", "plot") from error
+        show_figures()
         figure = Figure(figsize=(7, 3.5), layout="constrained")
         axes = figure.add_subplot()
         axes.plot(*_columns(self.curve), linewidth=1, label="mean loss of the population")

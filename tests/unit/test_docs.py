@@ -1,0 +1,114 @@
+"""The documentation says what the code has: public names, errors, commands, routes. `tests.integration` builds it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+import fedbpt
+from fedbpt import cli, errors
+from fedbpt.agent.http import build_app as device_app
+from fedbpt.coordinator.http import build_app as coordinator_app
+from fedbpt.coordinator.monitor import build_app as monitor_app
+from fedbpt.http_bodies import STATUS_OF_CODE
+from fedbpt.model_card import PLACES
+from fedbpt.prompt import _OTHERS_TENSORS, _TENSORS, _Header
+from fedbpt.serving.http import build_app as serving_app
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text()
+
+
+def routes(app: Starlette) -> set[str]:
+    """Each route as ``METHOD /path``, converters left out."""
+    found = [route for route in app.routes if isinstance(route, Route)]
+    assert found
+    methods = [(method, route.path) for route in found for method in (route.methods or set()) - {"HEAD"}]
+    return {f"{method} {re.sub(r':[a-z]+}', '}', path)}" for method, path in methods}
+
+
+def stated(text: str) -> set[str]:
+    """The routes that a page names, parameters' names left out."""
+    return {bare(found) for found in re.findall(r"`((?:GET|POST|DELETE) /[^`?]*)", text)}
+
+
+def bare(route: str) -> str:
+    return re.sub(r"{[^}]*}", "{}", route)
+
+
+def app(build: Any) -> Starlette:
+    """An application whose parts are never asked for anything."""
+    given = [MagicMock() for name, part in inspect.signature(build).parameters.items() if part.default is part.empty]
+    made: Starlette = build(*given)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("build", "where"),
+    [
+        (device_app, "http.md"),
+        (coordinator_app, "http.md"),
+        (monitor_app, "observability.md"),
+        (serving_app, "serve.md"),
+    ],
+)
+def test_every_route_is_documented(build: Any, where: str) -> None:
+    wanted = {bare(route) for route in routes(app(build))}
+    assert wanted - stated(page(where)) == set()
+
+
+def test_no_route_is_documented_that_is_not_there() -> None:
+    known = {bare(route) for build in (device_app, coordinator_app) for route in routes(app(build))}
+    assert stated(page("http.md")) - known == set()
+
+
+def test_every_refusals_code_is_documented_with_its_status() -> None:
+    lines = [re.match(r"\| (\d+) \| (.*) \|$", line) for line in page("http.md").splitlines()]
+    documented = {code: int(line[1]) for line in lines if line for code in re.findall(r"`([a-z-]+)`", line[2])}
+    assert documented == {**STATUS_OF_CODE, "work-failed": 500, "internal": 500}
+
+
+def test_every_error_has_an_entry_in_troubleshooting() -> None:
+    classes = [
+        name
+        for name, kind in vars(errors).items()
+        if inspect.isclass(kind) and issubclass(kind, errors.FedbptError) and kind is not errors.FedbptError
+    ]
+    assert re.findall(r"^### (\w+)$", page("troubleshooting.md"), re.MULTILINE) != []
+    assert set(classes) == set(re.findall(r"^### (\w+)$", page("troubleshooting.md"), re.MULTILINE))
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    shown = {name.split(".")[-1] for name in re.findall(r"^::: (\S+)$", page("reference/python.md"), re.MULTILINE)}
+    assert set(fedbpt.__all__) - shown == set()
+
+
+def test_every_command_is_mentioned_somewhere() -> None:
+    text = "\n".join(path.read_text() for path in DOCS.rglob("*.md"))
+    assert [name for name in cli.COMMANDS if f"fedbpt {name}" not in text] == []
+
+
+def test_the_prompt_file_is_described_as_it_is() -> None:
+    text = page("formats.md")
+    for name in [*_TENSORS, *_OTHERS_TENSORS, *_Header.__struct_fields__, *PLACES]:
+        assert f"`{name}`" in text
+
+
+def test_the_run_store_is_described_table_by_table() -> None:
+    from fedbpt import registry, store
+
+    text = page("formats.md")
+    for module in (store, registry):
+        tables = re.findall(r"CREATE TABLE (\w+)", inspect.getsource(module))
+        assert tables
+        assert [table for table in tables if f"| `{table}` |" not in text] == []
