@@ -140,6 +140,7 @@ void Generator::drop(Sequence & sequence) {
     }
     sequence.input      = {};
     sequence.n_computed = 0;
+    sequence.is_whole   = true;
 }
 
 // Has the sequence begin with what is computed of `input` already, in whichever sequence the most is. Returns how much that is.
@@ -148,7 +149,7 @@ size_t Generator::adopt(Sequence & sequence, Input input) {
     size_t           most = 0;
     for (const Sequence & other : sequences_) {
         const size_t n = std::min({ common(other.input, input), other.n_computed, input.ids.size() - 1 });  // the last token gives the logits
-        if (n > most) {
+        if (n > most && (other.is_whole || n == other.n_computed)) {
             best = &other;
             most = n;
         }
@@ -161,6 +162,7 @@ size_t Generator::adopt(Sequence & sequence, Input input) {
             llama_memory_seq_cp(llama_get_memory(ctx_.get()), best->id, sequence.id, 0, static_cast<llama_pos>(most));
         }
     }
+    sequence.is_whole   = best == nullptr || best->is_whole;
     sequence.input      = std::move(input);
     sequence.n_computed = most;
     return most;
@@ -170,7 +172,7 @@ size_t Generator::adopt(Sequence & sequence, Input input) {
 void Generator::keep_head(const Sequence & sequence) {
     const Input & input = sequence.input;
     const size_t  n     = input.rows_at + input.rows.size()/static_cast<size_t>(model_->n_embd());
-    if (input.rows.empty() || n >= sequence.n_computed) {
+    if (input.rows.empty() || n >= sequence.n_computed || !sequence.is_whole) {
         return;
     }
     for (Sequence & head : sequences_) {
@@ -209,12 +211,14 @@ void Generator::ensure_context(size_t n_cells) {
 
 // A new context of at least so many cells, with the KV of the texts that are being generated.
 void Generator::grow(size_t n_cells) {
+    const auto n_swa = static_cast<size_t>(llama_model_n_swa(model_->get()));
     std::vector<std::pair<Sequence *, std::vector<uint8_t>>> saved;
     for (Sequence & sequence : sequences_) {
         if (sequence.is_live() && sequence.n_computed > 0) {
             std::vector<uint8_t> state(llama_state_seq_get_size(ctx_.get(), sequence.id));
             state.resize(llama_state_seq_get_data(ctx_.get(), state.data(), state.size(), sequence.id));
             saved.emplace_back(&sequence, std::move(state));
+            sequence.is_whole = sequence.is_whole && (n_swa == 0 || sequence.n_computed <= n_swa);
         }
         sequence.n_computed = 0;
     }
@@ -364,6 +368,7 @@ void Generator::reset() {
     llama_soft_prompt_clear(ctx_.get());
     for (Sequence & sequence : sequences_) {
         sequence.n_computed = 0;
+        sequence.is_whole   = true;
     }
 }
 

@@ -85,6 +85,7 @@ private:
         size_t              n_computed = 0;
         llama_seq_id        id         = 0;
         bool                is_head    = false;
+        bool                is_whole   = true;  // else layers with a sliding window hold what the last token sees alone
         uint64_t            last_used  = 0;
         std::weak_ptr<char> owner;     // a stream's alive_
 

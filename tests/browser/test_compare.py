@@ -38,13 +38,17 @@ def test_a_run_is_compared_when_it_is_finished(workshop: Workshop, open_page: Op
     page.get_by_role("button", name="movie").first.click()
     expect(page.get_by_role("status")).to_contain_text("The row says:")
     expect(tuned).to_contain_text("%")
+    row_says = page.get_by_role("status").inner_text().removeprefix("The row says: ")
     for side in (original, tuned):
         assert sum(shares(side)) == pytest.approx(100, abs=0.2)
+        right = side.locator(".most").first.inner_text() == row_says
+        expect(side.locator(".state")).to_have_text("right" if right else "wrong")
 
     page.get_by_label("Your text").fill("good great movie 1")
     page.get_by_role("button", name="Compare", exact=True).focus()
     page.keyboard.press("Enter")
     expect(page.get_by_role("status")).to_have_text("")
+    expect(tuned.locator(".state")).to_be_hidden()
     code, out, _ = workshop.run(
         "chat", "--prompt", "runs/mood.safetensors", "--model", "tiny.gguf", "--task", "mood.toml", "--json",
         said="good great movie 1\n",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
@@ -86,6 +87,19 @@ def test_fifty_devices_are_listed_and_new_rounds_appear(tmp_path: Path, fleet: F
     expect(page.locator(".tile").nth(1)).to_contain_text("21 / 100")
     expect(page.locator(".device", has_text="device-07")).to_contain_text("lost")
     expect(page.locator(".tile").nth(2)).to_contain_text("49 / 50")
+
+
+def test_with_a_token_only_its_link_opens_the_page(tmp_path: Path, fleet: Fleet, open_page: OpenPage) -> None:
+    path = write_run(tmp_path / "runs.db", 2, 3)
+    link = shown(fleet, "big", path, "--token-file", tmp_path / "token")
+    url, _, token = link.partition("/?token=")
+    assert token == (tmp_path / "token").read_text().strip()
+    assert httpx.get(url, trust_env=False).status_code == 401
+    page = open_page(link)
+    assert page.url == f"{url}/"  # the token is not left in the address
+    expect(page.locator("tbody tr")).to_have_count(2)
+    page.get_by_role("button", name="loss", exact=True).click()  # its WebSocket has the cookie
+    expect(page.get_by_role("button", name="loss", exact=True)).to_have_attribute("aria-pressed", "true")
 
 
 def test_colours_are_chosen_by_hand(finished: str, open_page: OpenPage) -> None:

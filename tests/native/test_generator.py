@@ -179,6 +179,23 @@ def test_the_cache_grows_with_the_texts_and_they_stay_as_they_are(repeatable: Ca
     assert same(repeatable, found, generated(new(repeatable), text, 8))
 
 
+def test_a_text_whose_beginning_was_left_behind_as_the_cache_grew_is_read_again(repeatable: Case) -> None:
+    ids, none = repeatable.ids(60), np.zeros((0, repeatable.model.n_embd), dtype=np.float32)
+    generator = new(repeatable)
+    growing = generator.open(Placed(ids, none, 0), GREEDY)
+    tokens(growing, 4)
+    before = generator.n_cells
+    others = [generator.open(Placed(repeatable.ids(n)), GREEDY) for n in (480, 490)]
+    for other in others:
+        tokens(other, 2)
+    assert generator.n_cells > before
+    tokens(growing, 4)
+    again = Placed(ids[:40], none, 0)  # within a window of 24 tokens from where the kept ones begin
+    stream = generator.open(again, GREEDY)
+    assert stream.n_reused == (0 if repeatable.model.sliding_window else 39)
+    assert same(repeatable, tokens(stream, 6), generated(new(repeatable), again, 6))
+
+
 def test_texts_of_before_make_room_and_the_cache_does_not_grow_with_their_number(llama: Case) -> None:
     generator = new(llama)
     generated(generator, Placed(llama.ids(200)), 2)

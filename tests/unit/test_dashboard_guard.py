@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from fedbpt.dashboard.guard import COOKIE, Guard
 from fedbpt.dashboard.server import DashboardServer
-from fedbpt.errors import ConfigError
+from fedbpt.errors import ConfigError, MissingExtraError
 
 
 async def _page(_request: Request) -> Response:
@@ -76,6 +77,14 @@ def test_who_guesses_tokens_is_slowed_down() -> None:
     http = client("secret-token")
     codes = [http.get(f"/?token={i}").status_code for i in range(12)]
     assert (codes[0], codes[-1]) == (401, 429)
+
+
+def test_without_nicegui_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nicegui", None)
+    for name in ("app", "pages", "compare_page", "elements", "controls", "beside"):
+        monkeypatch.delitem(sys.modules, f"fedbpt.dashboard.{name}", raising=False)
+    with pytest.raises(MissingExtraError, match=r"pip install 'fedbpt\[dashboard\]'"):
+        DashboardServer(tmp_path / "runs.db", "r")
 
 
 def test_beyond_loopback_it_takes_a_token_and_encryption(tmp_path: Path) -> None:

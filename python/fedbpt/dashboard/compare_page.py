@@ -48,13 +48,14 @@ class ComparePage:
             with ui.element("div").classes("row"):
                 self._button = button("Compare", "compare_arrows", self._ask_own, "main")
                 self._message = ui.label().classes("what").props('role="status"')
-            if comparison.questions:
-                ui.label("Or a held-out text, which was never trained on:").classes("what offer")
+        with ui.element("div").classes("pair"):
+            self._sides = {side: _Side(TITLES[side], comparison.labels) for side in SIDES}
+        if comparison.questions:
+            with ui.element("section").classes("panel"):
+                heading("Or ask about a held-out text, which was never trained on")
                 with ui.element("div").classes("offers"):
                     for question in comparison.questions:
                         self._offer(question)
-        with ui.element("div").classes("pair"):
-            self._sides = {side: _Side(TITLES[side], comparison.labels) for side in SIDES}
 
     def _offer(self, question: Question) -> None:
         async def ask() -> None:
@@ -74,7 +75,7 @@ class ComparePage:
             if self._comparison.labels:
                 found = await self._comparison.classify(text)
                 for side, shown in self._sides.items():
-                    shown.show(getattr(found, side))
+                    shown.show(getattr(found, side), answer)
             else:
                 await self._generate(text)
         except FedbptError as error:
@@ -96,9 +97,13 @@ class _Side:
     """One model's answer: a bar for each label, or a text."""
 
     def __init__(self, title: str, labels: tuple[str, ...]) -> None:
+        self._labels = labels
         self._bars = []
         with ui.element("section").classes("panel side").props(f'aria-label="{title}"'):
-            heading(title)
+            with ui.element("div").classes("row"):
+                heading(title)
+                self._verdict = ui.label().classes("state")
+                self._verdict.visible = False
             self.text = ui.label().classes("said").props('aria-live="polite"')
             self.text.visible = not labels
             for label in labels:
@@ -109,8 +114,13 @@ class _Side:
                     bar.props(f'aria-label="{title}: {label}"')
                 self._bars.append((name, share, bar))
 
-    def show(self, probabilities: tuple[float, ...]) -> None:
+    def show(self, probabilities: tuple[float, ...], answer: str | None) -> None:
+        """``answer``: the label that the row has, where it is known."""
         most = max(probabilities)
+        right = answer == self._labels[probabilities.index(most)]
+        self._verdict.text = "right" if right else "wrong"
+        self._verdict.classes(replace=f"state {'' if right else 'bad'}")
+        self._verdict.visible = answer is not None  # after its classes, of which that is one
         for (name, share, bar), value in zip(self._bars, probabilities, strict=True):
             bar.value = round(value, 4)
             share.text = f"{100 * value:.1f} %"

@@ -195,7 +195,8 @@ class Devices:
         self._counts: list[int] = []
         with ui.element("section").classes("panel"):
             heading("Devices")
-            self._table = ui.table(columns=_columns(False), rows=[], row_key="name", pagination=0)
+            with ui.element("div").classes("scroller").props('tabindex=0 role="region" aria-label="All devices"'):
+                self._table = ui.table(columns=_columns(False), rows=[], row_key="name", pagination=0)
             self._table.props('flat hide-bottom :grid="Quasar.Screen.lt.md"')
             self._table.add_slot("body-cell-state", _STATE_CELL)
             self._table.add_slot("item", _CARD)
@@ -209,7 +210,8 @@ class Devices:
             self._chart = chart(charts.curve("A curve for each device, by round", ""))
 
     def show(self, view: RunView) -> None:
-        rows = [texts.device_row(device, view.generates) for device in view.devices]
+        trouble_first = sorted(view.devices, key=lambda device: device.status not in ("silent", "lost", "absent"))
+        rows = [texts.device_row(device, view.generates) for device in trouble_first]
         if rows != self._rows:
             self._rows = list(rows)
             self._table.columns = _columns(any(row["health"] != texts.NONE for row in rows))

@@ -69,7 +69,6 @@ class DashboardServer(HttpServer):
         self._tasks: list[asyncio.Task[None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         try:
-            self._look()
             app = Guard(
                 build_app(self.state, control, lambda: self.comparison, self._on_startup, self._on_shutdown), token
             )
@@ -111,15 +110,22 @@ class DashboardServer(HttpServer):
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        self._tasks.append(asyncio.ensure_future(work))
+        task = asyncio.ensure_future(work)
+        task.add_done_callback(_tell_failure)
+        self._tasks.append(task)
 
     async def _keep_looking(self) -> None:
         while True:
-            await asyncio.sleep(LOOK_S)
             await asyncio.to_thread(self._look)
+            await asyncio.sleep(LOOK_S)
 
     def _look(self) -> None:
         try:
             self.state.look(self._store)
         except StoreError as error:  # the next look may do better; the run has a connection of its own
             log.warning("the dashboard cannot read the run: %s", error)
+
+
+def _tell_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("a part of the dashboard failed; the run goes on", exc_info=error)

@@ -15,11 +15,11 @@ from typing import Final
 
 from fedbpt import wire
 from fedbpt.control import RunControl
+from fedbpt.dashboard.rounds import ClosedRound, numbers_of
 from fedbpt.dashboard.views import DeviceStatus, DeviceView, Notice, Point, RunView, Status
 from fedbpt.estimate import spent_share
 from fedbpt.journal import Line, Logged
-from fedbpt.messages import DeviceInfo, RoundReport
-from fedbpt.reports import mean_loss, purpose_of
+from fedbpt.messages import DeviceInfo
 from fedbpt.runs import (
     DeviceBack,
     DeviceLost,
@@ -35,7 +35,7 @@ from fedbpt.runs import (
     TemplateSelected,
     perplexity,
 )
-from fedbpt.store import RoundHistory, RunStore, StoredRound, StoredRun, Traffic
+from fedbpt.store import RoundHistory, RunStore, StoredRun, Traffic
 
 KEPT_NOTICES: Final = 50
 
@@ -200,7 +200,7 @@ class RunState:
         if stored == known and stored.status in ("finished", "stopped"):
             return
         # Rounds before their figures, which are then there; the last one again: it may have been evaluated since.
-        rounds = list(store.rounds(self.run, since))
+        rounds = [numbers_of(closed) for closed in store.rounds(self.run, since)]
         history = store.history(self.run, since)
         devices, traffic = store.devices(self.run), store.traffic(self.run)
         with self._lock:
@@ -211,7 +211,7 @@ class RunState:
                 device.info = device.info or info
             self.version += 1
 
-    def _take(self, stored: StoredRun, history: Iterable[RoundHistory], rounds: Iterable[StoredRound]) -> None:
+    def _take(self, stored: StoredRun, history: Iterable[RoundHistory], rounds: Iterable[ClosedRound]) -> None:
         if self._stored is None or stored.settings != self._stored.settings:
             self._settings = wire.decode(stored.settings, RunSettings)
         if stored.result is not None and (self._stored is None or self._stored.result != stored.result):
@@ -236,32 +236,25 @@ class RunState:
                 self._last = closed.round
                 self._count(closed)
 
-    def _count(self, closed: StoredRound) -> None:
-        purpose = purpose_of(closed.reports)
-        searches = purpose == "search"
-        metrics = self._metrics.get(closed.round, {})
-        self._seconds += metrics.get("seconds", 0.0)
+    def _count(self, closed: ClosedRound) -> None:
+        searches = closed.purpose == "search"
+        self._seconds += self._metrics.get(closed.round, {}).get("seconds", 0.0)
         if searches:
             self._searched += 1
             pooled = self._settings.method == "pooled"  # the same candidates for all
-            self._evaluations += (
-                self._settings.popsize if pooled else max(report.evaluations for report in closed.reports)
-            )
-            self._participations += len(closed.reports)
-            self._losses.append(Point(closed.round, metrics.get("loss", mean_loss(closed.reports))))
-        for report in closed.reports:
-            self._tokens += report.tokens
-            self._count_report(report, searches)
+            self._evaluations += self._settings.popsize if pooled else closed.evaluations
+            self._participations += len(closed.shares)
+            self._losses.append(Point(closed.round, closed.loss))
+        for share in closed.shares:
+            device = self._device(share.device)
+            device.reports += 1
+            self._tokens += share.tokens
+            if share.seconds > 0:
+                device.tokens_per_second = share.tokens / share.seconds
+            if searches:
+                device.losses.append(Point(closed.round, share.loss))
         if not self.here:
-            self._doing = _DOING[purpose]
-
-    def _count_report(self, report: RoundReport, searches: bool) -> None:
-        device = self._device(report.device)
-        device.reports += 1
-        if report.seconds > 0:
-            device.tokens_per_second = report.tokens / report.seconds
-        if searches:
-            device.losses.append(Point(report.round, mean_loss([report])))
+            self._doing = _DOING[closed.purpose]
 
     # --- what is shown -------------------------------------------------------------------------------------------
 

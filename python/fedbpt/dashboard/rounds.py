@@ -1,0 +1,39 @@
+"""A closed round in numbers: what the dashboard keeps of its reports."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fedbpt.reports import mean_loss, purpose_of
+from fedbpt.runs import RoundPurpose
+from fedbpt.store import StoredRound
+
+
+class Share(NamedTuple):
+    """One device's part in a round. ``loss``: mean over its rows and candidates, nats."""
+
+    device: str
+    tokens: int
+    seconds: float
+    loss: float
+
+
+class ClosedRound(NamedTuple):
+    """``evaluations``: candidates of the device that scored most; ``loss``: the devices' mean, nats."""
+
+    round: int
+    purpose: RoundPurpose
+    evaluations: int
+    loss: float
+    shares: tuple[Share, ...]
+
+
+def numbers_of(closed: StoredRound) -> ClosedRound:
+    reports = closed.reports
+    return ClosedRound(
+        closed.round,
+        purpose_of(reports),
+        max(report.evaluations for report in reports),
+        mean_loss(reports),
+        tuple(Share(report.device, report.tokens, report.seconds, mean_loss([report])) for report in reports),
+    )
