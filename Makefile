@@ -18,7 +18,7 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt \
 # second build compiles only what changed. Their versions are in constraints.txt.
 BUILD_TOOLS := pip scikit-build-core pybind11 cmake ninja
 
-.PHONY: help setup demo docs test test-flower faults sanitize wheel wheel-aarch64 test-wheel test-aarch64 lint bench clean
+.PHONY: help setup demo docs screenshots test test-flower faults sanitize wheel wheel-aarch64 test-wheel test-aarch64 lint bench clean
 
 help:
 	@echo 'make setup   create $(VENV) and build fedbpt into it (again: only what changed)'
@@ -57,7 +57,11 @@ $(STAMP): $(SOURCES) | $(BIN)/python
 demo: setup
 	$(BIN)/fedbpt demo $(DEMO_ARGS)
 
-# The documentation as pages in build/site, which need no network and no server.
+# The pictures in docs/img of a demo's dashboard; SCREENSHOT_ARGS="--store runs/demo-0/runs.db" for a run that there is.
+screenshots: setup
+	$(BIN)/python tools/screenshots.py $(SCREENSHOT_ARGS)
+
+# The documentation as pages in build/site, which fetch nothing from elsewhere; `python -m http.server` there lets them search.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
