@@ -27,9 +27,9 @@ from tests.toy_scene import settings
 from tests.toy_scorer import ToyScorer
 from tests.toy_task import TASK, rows
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
-SETTINGS = settings(rounds=8, method="pooled", popsize=6, quorum=1.0, stragglers=0.0, deadline_s=120.0)
+SETTINGS = settings(rounds=8, method="pooled", popsize=6, quorum=1.0, stragglers=0.0, deadline_s=900.0)
 
 
 def device(name: str) -> Device:
