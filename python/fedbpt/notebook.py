@@ -29,7 +29,8 @@ def show_figures() -> None:
     if in_notebook():
         from IPython.core.pylabtools import select_figure_formats
 
-        select_figure_formats(sys.modules["IPython"].get_ipython(), {"png"})
+        shell = sys.modules["IPython"].get_ipython()
+        select_figure_formats(shell, {"png"})  # type: ignore[no-untyped-call]
 
 
 class NotebookDisplay(RunDisplay):
@@ -44,7 +45,7 @@ class NotebookDisplay(RunDisplay):
     def __enter__(self) -> NotebookDisplay:
         from IPython.display import display
 
-        self._handle = display(self, display_id=True)
+        self._handle = display(self, display_id=True)  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
