@@ -157,7 +157,7 @@ def idle_fleet(n: int, rounds: int) -> float:
 def measured(devices: int, rounds: int) -> Costs:
     with tempfile.TemporaryDirectory() as name, coordinator(Path(name)) as (server, url):
         poll, connection = asyncio.run(polls(server, Path(name), url, devices, 20))
-    return Costs(poll, report_ms(devices, rounds), member_ms(200, 2000), connection)
+    return Costs(poll, report_ms(devices, rounds), member_ms(500, 2000), connection)
 
 
 # --- the arithmetic --------------------------------------------------------------------------------------------------

@@ -34,8 +34,8 @@ class Sampling:
             raise InputError(f"temperature must be a number from 0 on, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if self.top_k < 0:
-            raise InputError(f"top_k must be 0 (all) or more, got {self.top_k}")
+        if not 0 <= self.top_k < 2**31:
+            raise InputError(f"top_k must be a number of tokens, or 0 for all, got {self.top_k}")
 
 
 @dataclass(frozen=True)

@@ -79,12 +79,13 @@ class OpenRound:
 
 
 def check_names(names: Sequence[str], what: str) -> None:
-    for name in names:
+    counts = Counter(names)
+    for name, count in counts.items():
         try:
             msgspec.convert(name, Name)
         except msgspec.ValidationError as error:
             raise ConfigError(f"{name!r} cannot name a {what}: use letters, digits and ._- (at most 128)") from error
-        if list(names).count(name) > 1:
+        if count > 1:
             raise ConfigError(f"two {what}s are named {name!r}: give each its own name")
     if not names:
         raise ConfigError(f"a run needs at least one {what}")

@@ -168,7 +168,8 @@ class NativeScorer:
 
     @property
     def shares_beginnings(self) -> bool:
-        return bool(self._engine.shares_beginnings)
+        """Before a late model is loaded it says no: that costs no more than a high estimate."""
+        return self._loaded is not None and bool(self._loaded.shares_beginnings)
 
     @property
     def embedding_std(self) -> float:

@@ -29,8 +29,7 @@ def show_figures() -> None:
     if in_notebook():
         from IPython.core.pylabtools import select_figure_formats
 
-        shell = sys.modules["IPython"].get_ipython()
-        select_figure_formats(shell, {"png"})  # type: ignore[no-untyped-call]
+        select_figure_formats(sys.modules["IPython"].get_ipython(), {"png"})  # type: ignore[no-untyped-call, unused-ignore]
 
 
 class NotebookDisplay(RunDisplay):
@@ -45,7 +44,7 @@ class NotebookDisplay(RunDisplay):
     def __enter__(self) -> NotebookDisplay:
         from IPython.display import display
 
-        self._handle = display(self, display_id=True)  # type: ignore[no-untyped-call]
+        self._handle = display(self, display_id=True)  # type: ignore[no-untyped-call, unused-ignore]
         return self
 
     def __exit__(

@@ -13,7 +13,7 @@ MAX_TOKENS = 4096
 
 
 class Question(Message, frozen=True):
-    """Put ``text`` to the model as it is, and with a prompt: ``prompt`` is the content of its file (`Prompt.encode`).
+    """Put ``text`` to the model as it is, and with a prompt: ``prompt`` is the content of its file (`Prompt.to_bytes`).
 
     ``max_text_tokens``: how the prompt's task cuts texts; None: as `fedbpt.side_by_side.SideBySide` without a task.
     The others say how text is generated, where the prompt does not classify.

@@ -54,11 +54,12 @@ class SideBySide:
         if task is not None and task.labels != prompt.labels:
             raise ConfigError(f"the prompt is for labels {list(prompt.labels)}, the task has {list(task.labels)}")
         self.model = model
+        self.name = model.name
         self.prompt = prompt
         self.labels = prompt.labels
         """Empty where the model generates."""
         self._task = task
-        self._limit = task.max_text_tokens if task is not None and max_text_tokens is None else max_text_tokens
+        self.max_text_tokens = task.max_text_tokens if task is not None and max_text_tokens is None else max_text_tokens
 
     @property
     def classifies(self) -> bool:
@@ -105,14 +106,14 @@ class SideBySide:
         if not generates(self.model):
             raise ConfigError(f"{self.model.name} cannot generate text")
         prompt, rows = self.prompt, self.prompt.rows if side == "tuned" else None
-        placed = place(self.model, prompt.template, self._clip(text), self._limit, rows, prompt.spec.placement)
+        placed = place(self.model, prompt.template, self._clip(text), self.max_text_tokens, rows, prompt.spec.placement)
         return Generation(self.model.generator, placed, sampling, max_tokens, stop, n_likeliest)
 
     def _logits(
         self, text: str, template: Template, where: PromptSpec, rows: NDArray[np.float32] | None
     ) -> NDArray[np.float32]:
         """[1, n_labels + n_words]; without ``rows``, of the model as it is."""
-        spec = ObjectiveSpec(max_text_tokens=self._limit or DEFAULT_MAX_TEXT_TOKENS, readout_words=0)
+        spec = ObjectiveSpec(max_text_tokens=self.max_text_tokens or DEFAULT_MAX_TEXT_TOKENS, readout_words=0)
         one, words = [(self._clip(text), 0)], self.prompt.word_ids
         objective = Objective(self.model, template, self.labels, one, spec, where, keep_kv=False, words=words)
         return objective.logits(objective.zero_shot_embeds() if rows is None else rows[None], [0])

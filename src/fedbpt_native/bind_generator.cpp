@@ -38,7 +38,11 @@ py::tuple next(Generator & generator, Generator::Stream & stream, size_t n_likel
 }
 
 IntArray chat_ids(const Generator & generator, const std::vector<std::pair<std::string, std::string>> & messages) {
-    const std::vector<llama_token> ids = generator.model().tokenize(generator.model().chat_text(messages), /*add_bos =*/ -1, /*parse_special =*/ true);
+    std::vector<llama_token> ids;
+    {
+        py::gil_scoped_release release;
+        ids = generator.model().tokenize(generator.model().chat_text(messages), /*add_bos =*/ -1, /*parse_special =*/ true);
+    }
     return IntArray(static_cast<py::ssize_t>(ids.size()), ids.data());
 }
 
@@ -62,7 +66,7 @@ void register_generator(py::module_ & module) {
         .def("piece", [](const Generator & generator, llama_token id) { return py::bytes(generator.model().piece(id)); }, py::arg("id"))
         .def("is_end", [](const Generator & generator, llama_token id) { return generator.model().is_end(id); }, py::arg("id"))
         .def("chat_ids", &chat_ids, py::arg("messages"), "int32 [n] of (role, content) messages in the model's chat template; special tokens in a content count as such")
-        .def("has_special", &has_special, py::arg("text"), "whether a text names special tokens")
+        .def("has_special", &has_special, py::arg("text"), py::call_guard<py::gil_scoped_release>(), "whether a text names special tokens")
         .def_property_readonly("n_tokens", &Generator::n_tokens)
         .def_property_readonly("n_cells", &Generator::n_cells);
 }

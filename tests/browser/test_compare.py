@@ -9,10 +9,23 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
+from fedbpt import PromptSpec, load_model
+from fedbpt.api import aggregator_for
+from fedbpt.clients import InProcessClient
+from fedbpt.dashboard.comparing import MAX_TOKENS, comparing
+from fedbpt.federation import Federation
+from fedbpt.local import Device
+from fedbpt.runs import RunSettings
+from fedbpt.side_by_side import Side
+from fedbpt.store import RunStore
+from fedbpt.tasks import load_task
 from tests.browser.conftest import DESKTOP, PHONE, OpenPage, dashboard_of, shown
 from tests.browser.test_stored_runs import WCAG_AA
 from tests.integration.processes import Fleet
 from tests.integration.test_cli_processes import Workshop
+from tests.native import tiny_gguf
+from tests.unit.test_generation import TASK_FILE as MANNER_FILE
+from tests.unit.test_generation import rows as manner_rows
 
 
 @pytest.fixture
@@ -58,6 +71,16 @@ def test_a_run_is_compared_when_it_is_finished(workshop: Workshop, open_page: Op
     for side, name in ((original, "original"), (tuned, "tuned")):
         assert shares(side) == [pytest.approx(100 * p, abs=0.06) for p in expected[name].values()]
 
+    here = [shares(side) for side in (original, tuned)]
+    page.get_by_role("button", name="movie").first.click()  # something else between
+    expect(page.get_by_role("status")).to_contain_text("The row says:")
+    page.get_by_label("Your text").fill("good great movie 1")
+    page.get_by_label("Answered by").click()
+    page.get_by_role("option", name="127.0.0.1").first.click()
+    page.get_by_role("button", name="Compare", exact=True).click()
+    expect(page.get_by_role("status")).to_have_text("")
+    assert [shares(side) for side in (original, tuned)] == here
+
     page.get_by_label("Your text").fill(" ")
     page.get_by_role("button", name="Compare", exact=True).click()
     expect(page.get_by_role("status")).to_contain_text("empty")
@@ -96,3 +119,27 @@ def test_a_model_that_is_not_here_is_said_in_one_line(workshop: Workshop, open_p
     page.get_by_label("Your text").fill("bad movie")
     page.get_by_role("button", name="Compare", exact=True).click()
     expect(page.get_by_role("status")).to_contain_text("model")
+
+
+def test_texts_are_generated_side_by_side(tmp_path: Path, fleet: Fleet, open_page: OpenPage) -> None:
+    model = tiny_gguf.write(tmp_path / "tiny.gguf", tiny_gguf.LLAMA)
+    (tmp_path / "manner.toml").write_text(MANNER_FILE)
+    task, scorer = load_task(tmp_path / "manner.toml"), load_model(model, n_threads=1)
+    settings = RunSettings(rounds=1, popsize=4, prompt=PromptSpec(d=6)).for_labels(())
+    client = InProcessClient(Device("a", scorer, manner_rows(6), test_rows=manner_rows(2, 6)))
+    with RunStore(tmp_path / "runs.db") as store:
+        result = Federation([client], task, settings, aggregator_for(settings), store, "manner").run()
+    expected: dict[Side, str] = {"original": "", "tuned": ""}
+    for side, piece in comparing(scorer, task, result).generate("question 3", max_tokens=MAX_TOKENS):
+        expected[side] += piece
+
+    url = shown(fleet, "manner", tmp_path / "runs.db", "--model", model, "--task", tmp_path / "manner.toml")
+    page = open_page(url)
+    expect(page.locator(".tile.hero")).to_contain_text("Perplexity")
+    page.goto(f"{url}/compare")
+    page.get_by_label("Your text").fill("question 3")
+    page.get_by_role("button", name="Compare", exact=True).click()
+    expect(page.get_by_role("status")).to_have_text("")
+    assert all(expected.values())
+    for shown_side, said in zip(page.locator(".said").all(), expected.values(), strict=True):
+        expect(shown_side).to_have_text(said.replace("\0", ""), use_inner_text=False)

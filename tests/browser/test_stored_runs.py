@@ -48,6 +48,10 @@ def test_a_finished_run_shows_its_result_and_nothing_to_steer(finished: str, ope
     for title in ("Accuracy on development rows", "Loss, nats", "Devices", "Communication", "Memory", "What happened"):
         expect(page.get_by_role("heading", name=title, exact=True)).to_be_visible()
     assert points(page, 0) > 4
+    page.get_by_role("button", name="how?").first.press("Enter")
+    expect(page.get_by_text("2 × parameters × 4 bytes")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.get_by_text("2 × parameters × 4 bytes")).to_be_hidden()
     page.get_by_role("button", name="loss", exact=True).click()
     expect(page.get_by_role("button", name="loss", exact=True)).to_have_attribute("aria-pressed", "true")
 

@@ -8,18 +8,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from fedbpt.store import RunStore
 from tests.flower.toy_app import natively, short
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.timeout(900)
 def test_a_simulated_run_is_the_native_run_to_the_bit_also_when_stopped_and_started_again(tmp_path: Path) -> None:
     """In a process of its own: Ray leaves threads and files in the one that it ran in."""
     environment = {**os.environ, "FLWR_TELEMETRY_ENABLED": "0"}
     for last in ("2", "0"):
         command = [sys.executable, "-m", "tests.flower.simulate", str(tmp_path / "flower.db"), "4", last]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=420)
         assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout.splitlines()[-1])
     native = natively(tmp_path / "native.db", 4, short())

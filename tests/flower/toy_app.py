@@ -24,7 +24,7 @@ def settings(**changes: Any) -> RunSettings:
     """Selection, calibration, search and readout: all that a run can have."""
     objective = ObjectiveSpec(readout_words=4, batch_size=4)
     asked = {"rounds": 3, "objective": objective, "calibrate": True, "quorum": 1.0, "stragglers": 0.0, "iterations": 2}
-    return toy_settings(**{**asked, "deadline_s": 60.0, **changes})
+    return toy_settings(**{**asked, "deadline_s": 300.0, **changes})
 
 
 def short(**changes: Any) -> RunSettings:

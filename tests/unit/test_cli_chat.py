@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 
 from fedbpt import Budget, PromptSpec, tune
+from fedbpt.agent import AgentService
+from fedbpt.agent.server import AgentServer
 from fedbpt.cli import chat as chat_command
+from fedbpt.local import Device
 from fedbpt.side_by_side import SideBySide
 from fedbpt.tasks import write_rows
+from fedbpt.tokens import write_private
 from tests.toy_scorer import ToyScorer
 from tests.toy_task import TASK, TASK_FILE, rows
 from tests.unit.test_cli import Run, folder, run
@@ -99,6 +103,23 @@ def test_a_stop_string_ends_both(say) -> None:
     whole = json.loads(say("question 1\n", "--prompt", "manner.safetensors", "--json").out)["original"]
     cut = json.loads(say("question 1\n", "--prompt", "manner.safetensors", "--json", "--stop", whole[2]).out)
     assert cut["original"] == whole[: whole.index(whole[2])]
+
+
+@pytest.mark.parametrize("token", [None, "a-token-of-some-length"])
+def test_a_connected_device_answers_as_this_machine_does(say, folder: Path, token: str | None) -> None:
+    with AgentServer(AgentService(Device("a", ToyScorer(), rows(4))), token=token) as server:
+        there = ["--device", server.url]
+        if token:
+            write_private(folder / "token", token.encode())
+            there += ["--token-file", "token"]
+        manner = ("--prompt", "manner.safetensors", "--max-tokens", "4", "--json")
+        for text, given in (("aaa number 1\nzzz\n", (*MOOD, "--json")), ("question 1\n", manner)):
+            assert say(text, *given, *there) == say(text, *given)
+        shown = say("question 1\n", "--prompt", "manner.safetensors", *there, person=True)
+        assert "toy on 127.0.0.1" in shown.out
+        assert "original" in shown.out
+        answer = say("word\n", "--prompt", "manner.safetensors", "--device", "http://127.0.0.1:9", "--json")
+        assert (answer.code, "cannot be reached" in answer.err) == (1, True)
 
 
 def test_a_question_that_cannot_be_answered_ends_a_pipe_but_not_a_person(say, monkeypatch) -> None:

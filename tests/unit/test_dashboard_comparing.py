@@ -10,11 +10,17 @@ from pathlib import Path
 import pytest
 
 from fedbpt import Budget, PromptSpec, TuneResult, tune
+from fedbpt.agent import AgentService
+from fedbpt.agent.server import AgentServer
+from fedbpt.clients import HttpClient
 from fedbpt.dashboard import comparing as comparing_module
-from fedbpt.dashboard.comparing import Comparison, Question, comparing, questions_of
+from fedbpt.dashboard.comparing import Comparison, Row, comparing, questions_of
 from fedbpt.errors import FedbptError, InputError, ModelNotFoundError
+from fedbpt.local import Device
+from fedbpt.questions import Answer
+from fedbpt.runs import RunResult
 from fedbpt.side_by_side import Side, SideBySide
-from fedbpt.tasks import write_rows
+from fedbpt.tasks import Task, write_rows
 from tests.toy_scorer import ToyScorer
 from tests.toy_task import TASK, rows
 from tests.unit.test_generation import TASK as MANNER
@@ -37,7 +43,7 @@ def manner() -> TuneResult:
 def comparison(moods: TuneResult) -> Iterator[Comparison]:
     made = Comparison(lambda: comparing(ToyScorer(), TASK, moods.run), TASK.labels)
     yield made
-    made.close()
+    asyncio.run(made.aclose())
 
 
 def test_answers_are_those_of_the_runs_prompt(moods: TuneResult, comparison: Comparison) -> None:
@@ -59,7 +65,7 @@ def test_the_model_is_loaded_once_and_in_another_thread(moods: TuneResult) -> No
         await asyncio.gather(comparison.classify("aaa"), comparison.classify("zzz"))
 
     asyncio.run(both())
-    comparison.close()
+    asyncio.run(comparison.aclose())
     assert [name.startswith("fedbpt-compare") for name in loaded] == [True]
 
 
@@ -73,7 +79,7 @@ def test_texts_come_in_pieces_and_both_sides_are_told(manner: TuneResult) -> Non
         return texts
 
     found = asyncio.run(said())
-    comparison.close()
+    asyncio.run(comparison.aclose())
     pair = SideBySide(ToyScorer(), manner.prompt, MANNER)
     expected: dict[Side, str] = {"original": "", "tuned": ""}
     for side, piece in pair.generate("question 3", max_tokens=comparing_module.MAX_TOKENS):
@@ -92,7 +98,29 @@ def test_faults_are_told_to_who_asked_and_the_next_is_answered(comparison: Compa
     without = Comparison(absent, TASK.labels)
     with pytest.raises(ModelNotFoundError, match="pull it first"):
         asyncio.run(without.classify("aaa"))
-    without.close()
+    asyncio.run(without.aclose())
+
+
+def test_a_device_answers_as_this_machine_does(moods: TuneResult, manner: TuneResult) -> None:
+    async def ask(server: AgentServer, task: Task, run: RunResult, text: str) -> tuple[Answer, list[Answer]]:
+        made = Comparison(
+            lambda: comparing(ToyScorer(), task, run), task.labels, devices=[HttpClient(server.url, "pi5")]
+        )
+        heard: list[Answer] = []
+        with pytest.raises(InputError, match="empty text"):
+            await made.ask_device("pi5", " ", heard.append)
+        answer = await made.ask_device("pi5", text, heard.append)
+        await made.aclose()
+        return answer, heard
+
+    with AgentServer(AgentService(Device("pi5", ToyScorer(), rows(4)))) as server:
+        found, _ = asyncio.run(ask(server, TASK, moods.run, "aaa"))
+        said, _ = asyncio.run(ask(server, MANNER, manner.run, "question 3"))
+    assert found.probabilities == tuple(SideBySide(ToyScorer(), moods.prompt, TASK).classify("aaa"))
+    expected = {"original": "", "tuned": ""}
+    for side, piece in SideBySide(ToyScorer(), manner.prompt, MANNER).generate("question 3", max_tokens=64):
+        expected[side] += piece
+    assert said.texts == (expected["original"], expected["tuned"])
 
 
 def test_a_crowd_is_refused(comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,4 +140,4 @@ def test_questions_are_held_out_rows_always_the_same(tmp_path: Path) -> None:
     found = questions_of(TASK, path, 4)
     assert len(set(found)) == 4
     assert found == questions_of(TASK, path, 4)
-    assert set(found) <= {Question(text, TASK.labels[label]) for text, label in rows(30)}
+    assert set(found) <= {Row(text, TASK.labels[label]) for text, label in rows(30)}

@@ -57,6 +57,14 @@ def test_a_model_that_is_not_here_or_is_another_has_no_shape(monkeypatch: pytest
     assert costs.shape_of_model("m", "sha256:this") is None
 
 
+def test_every_measured_memory_says_on_what_machine_and_has_back_propagation() -> None:
+    found = costs.memory_figures("smollm2-135m")
+    assert found is not None
+    assert all((found.machine, found.date, found.how))
+    assert "Back-propagation (PEFT)" in found.peak_rss
+    assert costs.memory_figures("bogus") is None
+
+
 # --- pulse -----------------------------------------------------------------------------------------------------------
 
 
@@ -132,10 +140,13 @@ def test_many_devices_have_no_legend() -> None:
 
 
 def test_bars_tell_their_bytes_and_nothing_is_no_bar_of_minus_infinity() -> None:
-    options = charts.bars("bytes")
+    options = charts.bars("bytes", logarithmic=True)
     charts.set_bars(options, {"ours": 0, "others": 1.2e9}, "ours")
     first, second = options["series"][0]["data"]
     assert (first["name"], second["name"]) == ("0 B", "1.2 GB")
-    assert first["value"] > 0
+    assert first["value"] >= options["xAxis"]["min"] > 0
+    linear = charts.bars("bytes", logarithmic=False)
+    charts.set_bars(linear, {"ours": 5, "others": 7}, "ours")
+    assert (linear["xAxis"]["type"], linear["xAxis"]["min"]) == ("value", 0)
     charts.set_bars(options, {}, "ours")
     assert options["series"][0]["data"] == []

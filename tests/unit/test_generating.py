@@ -123,7 +123,8 @@ def test_cancelled_it_raises() -> None:
         ({"temperature": float("nan")}, "temperature"),
         ({"top_p": 0.0}, "top_p must be above 0"),
         ({"top_p": 1.1}, "top_p"),
-        ({"top_k": -1}, "top_k must be 0"),
+        ({"top_k": 2**31}, "top_k"),
+        ({"top_k": -1}, "top_k must be a number of tokens"),
     ],
 )
 def test_sampling_that_makes_no_sense_is_refused(settings: dict[str, float], message: str) -> None:

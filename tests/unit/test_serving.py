@@ -255,6 +255,8 @@ def test_what_cannot_be_answered_is_said_in_one_line(
         ({"prompt": ""}, "prompt is empty"),
         ({"prompt": ["a", 5]}, "prompt is a text, token ids, or a list of either"),
         ({"prompt": [300]}, "token ids must be"),
+        ({"prompt": [2**40]}, "token id outside the vocabulary"),
+        ({"prompt": "a", "extra_body": {"top_k": 2**40}}, "top_k must be a number of tokens"),
         ({"prompt": "a", "echo": True}, "echo is not served"),
         ({"prompt": "a", "best_of": 2}, "best_of must be 1"),
         ({"prompt": [5], "model": "toy+manner"}, "send text, not token ids"),

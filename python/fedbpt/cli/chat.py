@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import typer
 from rich.console import Console
@@ -14,16 +14,20 @@ from rich.markup import escape
 
 from fedbpt import tasks
 from fedbpt.cli.answers import print_probabilities, print_texts
+from fedbpt.cli.asked import AskedDevice
 from fedbpt.cli.evaluate import model_of
 from fedbpt.cli.hint import print_hint
-from fedbpt.cli.options import AsJson, GpuLayers, GpuName, Quiet, Threads
-from fedbpt.errors import ConfigError, InputError
+from fedbpt.cli.options import AsJson, Ca, GpuLayers, GpuName, Quiet, Threads
+from fedbpt.clients import HttpClient
+from fedbpt.errors import ConfigError, DeviceError, InputError
 from fedbpt.generator import Sampling
 from fedbpt.native_scorer import load_model
 from fedbpt.prompt import Prompt
 from fedbpt.seeding import generator
-from fedbpt.side_by_side import SIDES, SideBySide
+from fedbpt.side_by_side import SIDES, Probabilities, Side, SideBySide
 from fedbpt.tasks import Row
+from fedbpt.tls import Tls
+from fedbpt.tokens import read_private
 
 PromptFile = Annotated[Path, typer.Option("--prompt", "-p", help="The tuned prompt's file.", show_default=False)]
 OwnModel = Annotated[
@@ -38,6 +42,11 @@ Temperature = Annotated[float, typer.Option("--temperature", min=0, help="0: alw
 TopP = Annotated[float, typer.Option("--top-p", help="Only from the likeliest tokens of so much probability.")]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="For the same answers again, with a temperature.")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="Ends an answer; as often as needed.")]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", help="Ask the device at this address (`fedbpt device`) instead of this machine."),
+]
+TokenFile = Annotated[Path | None, typer.Option("--token-file", help="The token that the device asks for.")]
 Questions = Annotated[int, typer.Option("--questions", min=1, help="How many rows of --data to offer.")]
 
 
@@ -45,6 +54,9 @@ def chat(
     prompt_file: PromptFile,
     model: OwnModel = None,
     task: OwnTask = None,
+    device: Device = None,
+    token_file: TokenFile = None,
+    ca: Ca = None,
     data: Data = None,
     questions: Questions = 5,
     max_tokens: MaxTokens = 64,
@@ -66,13 +78,18 @@ def chat(
     chosen = task_of(prompt, task)
     offered = _offered(chosen, data, questions)
     how = Sampling(temperature, top_p, seed=seed)
-    scorer = load_model(model or model_of(prompt), n_threads=threads, n_gpu_layers=gpu_layers, gpu=gpu)
-    pair = SideBySide(scorer, prompt, chosen)
-    print_hint(scorer, shown=not (quiet or as_json))
+    pair: Pair
+    if device is not None:
+        token = None if token_file is None else read_private(token_file).decode(errors="replace").strip()
+        pair = AskedDevice(HttpClient(device, token=token, tls=Tls(ca=ca)), prompt, chosen)
+    else:
+        scorer = load_model(model or model_of(prompt), n_threads=threads, n_gpu_layers=gpu_layers, gpu=gpu)
+        pair = SideBySide(scorer, prompt, chosen)
+        print_hint(scorer, shown=not (quiet or as_json))
     console = Console()
     talks = sys.stdin.isatty() and not as_json
     if talks and not quiet:
-        _introduce(console, pair, offered)
+        _introduce(console, pair.name, prompt.task_name, offered)
     for text, label in _asked(offered, talks):
         try:
             _answer(console, pair, text, label, how, max_tokens, tuple(stop or ()), as_json)
@@ -80,10 +97,26 @@ def chat(
             if not talks:
                 raise
             console.print("stopped; Ctrl-D ends")
-        except InputError as error:
+        except (InputError, DeviceError) as error:
             if not talks:
                 raise
             console.print(f"fedbpt: {escape(str(error))}")
+
+
+class Pair(Protocol):
+    """Both models: of this machine (`SideBySide`), or of a device."""
+
+    name: str
+    labels: tuple[str, ...]
+
+    @property
+    def classifies(self) -> bool: ...
+
+    def classify(self, text: str) -> Probabilities: ...
+
+    def generate(
+        self, text: str, sampling: Sampling | None, max_tokens: int | None, stop: tuple[str, ...]
+    ) -> Iterator[tuple[Side, str]]: ...
 
 
 def task_of(prompt: Prompt, given: str | None) -> tasks.Task | None:
@@ -104,8 +137,8 @@ def _offered(task: tasks.Task | None, data: Path | None, n: int) -> list[Row]:
     return [rows[i] for i in sorted(chosen)]
 
 
-def _introduce(console: Console, pair: SideBySide, offered: Sequence[Row]) -> None:
-    console.print(f"{escape(pair.model.name)}, as it is and tuned for {escape(pair.prompt.task_name)}")
+def _introduce(console: Console, model: str, task: str, offered: Sequence[Row]) -> None:
+    console.print(f"{escape(model)}, as it is and tuned for {escape(task)}")
     for number, (text, _) in enumerate(offered, start=1):
         console.print(f"  [bold]{number}[/]  {escape(text)}", overflow="ellipsis", no_wrap=True)
     either = "a number or your own text" if offered else "your text"
@@ -128,7 +161,7 @@ def _asked(offered: Sequence[Row], talks: bool) -> Iterator[tuple[str, int | str
 
 def _answer(
     console: Console,
-    pair: SideBySide,
+    pair: Pair,
     text: str,
     label: int | str | None,
     how: Sampling,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from fedbpt.cli.credentials import token_in
 from fedbpt.cli.reach import host_and_port
-from fedbpt.clients import DeviceClient
+from fedbpt.clients import DeviceClient, HttpClient
 from fedbpt.control import RunControl
 from fedbpt.coordinator.monitor import MonitorServer
 from fedbpt.errors import ConfigError
@@ -35,14 +35,21 @@ class Watch:
 
     def __init__(self, journal: Journal, dashboard: DashboardServer | None) -> None:
         self._journal, self._dashboard = journal, dashboard
+        self._clients: Sequence[DeviceClient] = ()
 
     def __call__(self, event: Event) -> None:
         self._journal(event)
 
     def meet(self, clients: Sequence[DeviceClient]) -> None:
         """These are the run's devices: the dashboard asks them for their pulse."""
+        self._clients = clients
         if self._dashboard is not None:
             self._dashboard.watch(clients)
+
+    @property
+    def devices(self) -> list[HttpClient]:
+        """Other clients of the run's devices, for the dashboard's event loop."""
+        return [client.twin() for client in self._clients if isinstance(client, HttpClient)]
 
     def compare(self, comparison: Comparison) -> None:
         """The run is finished: visitors of the dashboard may compare what it tuned with the original."""

@@ -117,7 +117,9 @@ def tune(
 
     def report(result: RunResult, observer: Watch) -> None:
         if scorer is not None:
-            observer.compare(Comparison(lambda: comparing(scorer, task, result), task.labels, offered))
+            observer.compare(
+                Comparison(lambda: comparing(scorer, task, result), task.labels, offered, observer.devices)
+            )
         saved = make_prompt(scorer, task, result).save(out) if scorer is not None and out is not None else None
         _report(config, result, saved, as_json, quiet)
 

@@ -23,7 +23,7 @@ class Communication:
         self._shown = (-1, -1, False)
         with ui.element("section").classes("panel"):
             _heading("Communication", costs.FORMULA)
-            self._chart = chart(charts.bars("Bytes sent, beside other ways of tuning"), "low")
+            self._chart = chart(charts.bars("Bytes sent, beside other ways of tuning", logarithmic=True), "low")
             self._note = ui.label().classes("note")
 
     def show(self, view: RunView) -> None:
@@ -57,7 +57,7 @@ class Memory:
                 "Memory",
                 "Peak resident memory of a process: here, the largest device's. Others were measured, never computed.",
             )
-            self._chart = chart(charts.bars("Peak memory, beside back-propagation"), "low")
+            self._chart = chart(charts.bars("Peak memory, beside back-propagation", logarithmic=False), "low")
             self._note = ui.label().classes("note")
 
     def show(self, view: RunView) -> None:
@@ -79,14 +79,15 @@ def _heading(title: str, explanation: str) -> None:
         heading(title)
         with ui.element("button").classes("help").props('type="button"'):
             ui.label("how?")
-            ui.tooltip(explanation)
+            with ui.menu():
+                ui.label(explanation).classes("explanation")
 
 
 def _ratio(sent: int, others: dict[str, int]) -> str:
     if not sent or not others:
         return ""
     name, most = list(others.items())[1]
-    return f"{name} would have sent {most / sent:,.0f} times as much: {human_bytes(most)}."
+    return f"{name} would have sent {most / sent:,.0f} times as much: {human_bytes(most)}. The scale is logarithmic."
 
 
 def _unknown(model: str) -> str:

@@ -85,14 +85,14 @@ def set_devices(options: Options, curves: Mapping[str, Sequence[Point]]) -> None
     ]
 
 
-def bars(description: str) -> Options:
-    """An empty chart of bytes on a logarithmic scale; `set_bars` fills it."""
+def bars(description: str, logarithmic: bool) -> Options:
+    """An empty chart of bytes; `set_bars` fills it."""
     return {
         "aria": {"enabled": True, "label": {"description": description}},
         "animationDuration": 300,
         "grid": {"left": 0, "right": 76, "top": 4, "bottom": 4, "containLabel": True},
         "textStyle": _TEXT,
-        "xAxis": {"type": "log", "show": False},
+        "xAxis": {"type": "log" if logarithmic else "value", "show": False, "min": 0},
         "yAxis": {
             "type": "category",
             "inverse": True,
@@ -108,8 +108,8 @@ def bars(description: str) -> Options:
 def set_bars(options: Options, amounts: Mapping[str, float], ours: str) -> None:
     """Fill ``options`` with ``amounts``, bytes; the bar named ``ours`` stands out."""
     options["yAxis"]["data"] = list(amounts)
-    # A logarithmic scale has no zero: the axis begins a third of the least bar's decade below it.
-    options["xAxis"]["min"] = max(min(amounts.values(), default=1.0) / 3, 0.1)
+    if options["xAxis"]["type"] == "log":  # which has no zero: the least bar is as long as a factor of three
+        options["xAxis"]["min"] = max(min(amounts.values(), default=1.0) / 3, 0.1)
     data = [
         {
             "value": max(amount, 0.1),

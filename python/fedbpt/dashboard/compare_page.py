@@ -8,12 +8,15 @@ from typing import Final
 
 from nicegui import ui
 
-from fedbpt.dashboard.comparing import Comparison, Question
+from fedbpt.dashboard.comparing import Comparison, Row
 from fedbpt.dashboard.elements import button, heading, top
 from fedbpt.errors import FedbptError
+from fedbpt.questions import Answer
 from fedbpt.side_by_side import SIDES, Side
 
 TITLES: Final[dict[Side, str]] = {"original": "Original", "tuned": "Tuned"}
+
+HERE: Final = "this machine"
 
 LOOK_S: Final = 1.0
 """How often a page without a model looks whether there is one now."""
@@ -46,6 +49,8 @@ class ComparePage:
             heading("Ask both")
             self._text = ui.textarea("Your text").props("outlined autogrow maxlength=4000").classes("ask")
             with ui.element("div").classes("row"):
+                self._where = ui.select([HERE, *comparison.devices], value=HERE, label="Answered by")
+                self._where.props("outlined dense").classes("where").visible = bool(comparison.devices)
                 self._button = button("Compare", "compare_arrows", self._ask_own, "main")
                 self._message = ui.label().classes("what").props('role="status"')
         with ui.element("div").classes("pair"):
@@ -57,7 +62,7 @@ class ComparePage:
                     for question in comparison.questions:
                         self._offer(question)
 
-    def _offer(self, question: Question) -> None:
+    def _offer(self, question: Row) -> None:
         async def ask() -> None:
             self._text.value = question.text
             await self._ask(question.text, question.answer)
@@ -72,10 +77,11 @@ class ComparePage:
         self._message.text = "asking both …"
         self._button.disable()
         try:
-            if self._comparison.labels:
-                found = await self._comparison.classify(text)
-                for side, shown in self._sides.items():
-                    shown.show(getattr(found, side), answer)
+            if self._where.value != HERE:
+                found = await self._comparison.ask_device(str(self._where.value), text, self._show_texts)
+                self._show(found, answer)
+            elif self._comparison.labels:
+                self._show(Answer(probabilities=tuple(await self._comparison.classify(text))), answer)
             else:
                 await self._generate(text)
         except FedbptError as error:
@@ -84,6 +90,16 @@ class ComparePage:
             self._message.text = "" if answer is None else f"The row says: {answer}"
         finally:
             self._button.enable()
+
+    def _show(self, found: Answer, answer: str | None) -> None:
+        if not found.probabilities:
+            self._show_texts(found)
+        for side, probabilities in zip(SIDES, found.probabilities, strict=False):
+            self._sides[side].show(probabilities, answer)
+
+    def _show_texts(self, found: Answer) -> None:
+        for side, text in zip(SIDES, found.texts, strict=True):
+            self._sides[side].text.text = text
 
     async def _generate(self, text: str) -> None:
         for shown in self._sides.values():

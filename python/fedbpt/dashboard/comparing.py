@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from fedbpt.api import make_prompt
-from fedbpt.errors import FedbptError
+from fedbpt.clients import HttpClient
+from fedbpt.errors import FedbptError, InputError
 from fedbpt.generator import TextModel
+from fedbpt.questions import Answer, Question
 from fedbpt.runs import RunResult
 from fedbpt.seeding import generator
 from fedbpt.side_by_side import Probabilities, Side, SideBySide
@@ -23,23 +25,26 @@ MAX_TOKENS: Final = 64
 MOST_WAITING: Final = 16
 """Questions that wait; more are refused."""
 
+ASK_S: Final = 120.0
+"""How long a device may take for an answer."""
+
 QUESTIONS: Final = 6
 """Held-out rows that a page offers."""
 
 
-class Question(NamedTuple):
+class Row(NamedTuple):
     """A held-out row; ``answer``: its label's name, or its target text."""
 
     text: str
     answer: str
 
 
-def questions_of(task: Task, path: Path, n: int = QUESTIONS) -> tuple[Question, ...]:
+def questions_of(task: Task, path: Path, n: int = QUESTIONS) -> tuple[Row, ...]:
     """``n`` rows of a data file, at random and always the same. Raises `DataError`."""
     rows = read_task_rows(task, path)
     chosen = sorted(generator(0, "questions").permutation(len(rows))[:n])
     names = [rows[i] for i in chosen]
-    return tuple(Question(text, task.labels[label] if isinstance(label, int) else label) for text, label in names)
+    return tuple(Row(text, task.labels[label] if isinstance(label, int) else label) for text, label in names)
 
 
 def comparing(scorer: TextModel, task: Task, result: RunResult) -> SideBySide:
@@ -54,13 +59,19 @@ class Comparison:
         make: loads the model and the prompt; called in that thread, for the first question.
         labels: the task's; empty where texts are generated.
         questions: to choose from.
+        devices: those that may be asked instead of this machine; used on one event loop.
     """
 
     def __init__(
-        self, make: Callable[[], SideBySide], labels: Sequence[str], questions: Sequence[Question] = ()
+        self,
+        make: Callable[[], SideBySide],
+        labels: Sequence[str],
+        questions: Sequence[Row] = (),
+        devices: Sequence[HttpClient] = (),
     ) -> None:
         self.labels = tuple(labels)
         self.questions = tuple(questions)
+        self.devices = {device.name: device for device in devices}
         self._make = make
         self._made: SideBySide | None = None
         self._pool = ThreadPoolExecutor(1, "fedbpt-compare")
@@ -94,9 +105,24 @@ class Comparison:
             finally:
                 unwanted.set()
 
-    def close(self) -> None:
+    async def ask_device(self, name: str, text: str, on_answer: Callable[[Answer], None]) -> Answer:
+        """What the device ``name`` says; ``on_answer``: told what there is so far. Raises also `DeviceError`."""
+        if not text.strip():
+            raise InputError("an empty text says nothing: give some words")
+        with self._place():
+            pair = await asyncio.get_running_loop().run_in_executor(self._pool, self._pair)
+            prompt = pair.prompt
+            question = Question(
+                model_fingerprint=prompt.model_fingerprint, prompt=prompt.to_bytes(), text=text, max_tokens=MAX_TOKENS,
+                max_text_tokens=pair.max_text_tokens,
+            )  # fmt: skip
+            return await self.devices[name].ask(question, ASK_S, on_answer)
+
+    async def aclose(self) -> None:
         """No more questions; the one under way is not waited for."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        for device in self.devices.values():
+            await device.aclose()
 
     def _pair(self) -> SideBySide:
         if self._made is None:

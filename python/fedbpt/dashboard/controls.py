@@ -68,7 +68,7 @@ class Controls:
         with ui.dialog() as self._changing, ui.card():
             heading("Longest that a round may take")
             ui.label("Devices that take longer do not count in the round. From the next one on, until the run ends.")
-            self._seconds = ui.number("Deadline", min=1, suffix="seconds").props("autofocus outlined")
+            self._seconds = ui.number("Deadline, seconds", min=1).props("autofocus outlined")
             with ui.row():
                 button("Cancel", "", self._changing.close, "plain")
                 button("Change", "", change, "main")

@@ -93,8 +93,6 @@ class DashboardServer(HttpServer):
         self._loop.call_soon_threadsafe(lambda: self._spawn(pulse.run()))
 
     def stop(self) -> None:
-        if self.comparison is not None:
-            self.comparison.close()
         super().stop()
         self._store.close()
 
@@ -105,6 +103,8 @@ class DashboardServer(HttpServer):
         self._spawn(self._keep_looking())
 
     async def _on_shutdown(self) -> None:
+        if self.comparison is not None:
+            await self.comparison.aclose()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fedbpt.errors import ConfigError, InputError
+from fedbpt.errors import InputError
 from fedbpt.generation import FinishReason, Generation, Piece, place
 from fedbpt.generator import Generator, Placed, Sampling, TextModel, Token
 from fedbpt.prompt import Prompt
@@ -82,7 +82,11 @@ class PlainModel:
     def complete(self, prompt: str | Sequence[int], settings: Settings) -> Answer:
         if isinstance(prompt, str):
             return _generation(self._model.generator, Placed(self._model.tokenize(prompt)), settings)
-        return _generation(self._model.generator, Placed(np.asarray(prompt, dtype=np.int32)), settings)
+        try:
+            ids = np.asarray(prompt, dtype=np.int32)
+        except OverflowError as error:
+            raise InputError("the prompt holds a token id outside the vocabulary: tokenize with this model") from error
+        return _generation(self._model.generator, Placed(ids), settings)
 
     def token_bytes(self, token: int) -> bytes:
         return self._model.generator.piece(token)
@@ -158,6 +162,4 @@ def served_models(
         more = (f"{first}-{number}" for number in range(2, len(prompts) + 2))
         name = first if first not in served else next(name for name in more if name not in served)
         served[name] = TunedModel(name, model, SideBySide(model, prompt, (tasks or {}).get(prompt.task_name)))
-    if not served:
-        raise ConfigError("there is nothing to serve")
     return served
