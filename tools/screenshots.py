@@ -1,0 +1,97 @@
+"""The screenshots in docs/img, of a real run: ``make screenshots``.
+
+Runs ``fedbpt demo`` where no store is given, opens its dashboard in Chromium (`playwright`, extra ``dev``), and writes
+``dashboard-light.png``, ``dashboard-dark.png``, ``dashboard-phone.png`` and ``compare.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from playwright.sync_api import Page, sync_playwright
+
+ROOT = Path(__file__).resolve().parent.parent
+DESKTOP, PHONE = (1280, 800), (390, 844)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+WAIT_MS = 300_000  # a busy machine loads the model for the first question
+QUESTION = "Shares rose after the bank told investors of a record profit"
+
+
+def fedbpt(*arguments: object) -> list[str]:
+    """The command line of ``fedbpt``, of this environment."""
+    return [sys.executable, "-m", "fedbpt", *map(str, arguments)]
+
+
+@contextmanager
+def dashboard(run: str, store: Path) -> Iterator[str]:
+    """The address of a dashboard of a stored run."""
+    command = fedbpt("dashboard", run, "--store", store, "--at", "127.0.0.1:0", "--json")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the dashboard of {run} did not start: fedbpt dashboard {run} --store {store} says why")
+        yield str(json.loads(line)["ready"]["url"])
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def shoot(page: Page, url: str, target: Path) -> None:
+    """One picture of a page whose charts are drawn."""
+    page.goto(url)
+    page.wait_for_selector(".chart svg")
+    page.wait_for_timeout(1500)  # charts move into place
+    page.screenshot(path=str(target), full_page=True)
+    print(target)
+
+
+def compare(page: Page, url: str, target: Path) -> None:
+    """The compare page with a question that is answered."""
+    page.goto(url.rstrip("/") + "/compare")
+    page.get_by_label("Your text").fill(QUESTION)
+    page.get_by_role("button", name="Compare", exact=True).click()
+    page.locator(".side", has_text="Tuned").locator(".share").first.wait_for(timeout=WAIT_MS)
+    page.wait_for_timeout(1500)
+    page.screenshot(path=str(target), full_page=True)
+    print(target)
+
+
+def main() -> None:
+    """Take them all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", default="demo", help="of the store")
+    parser.add_argument("--store", type=Path, help="a run database; default: of a new demo")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "img")
+    args = parser.parse_args()
+    store = args.store
+    if store is None:
+        folder = ROOT / "build" / "screenshots"
+        subprocess.run(fedbpt("demo", "--out", folder), check=True)
+        store = folder / "demo-0" / "runs.db"
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    with dashboard(args.run, store) as url, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        for name, (width, height), scheme in (
+            ("dashboard-light", DESKTOP, "light"),
+            ("dashboard-dark", DESKTOP, "dark"),
+            ("dashboard-phone", PHONE, "light"),
+        ):
+            page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)  # type: ignore[arg-type]
+            shoot(page, url, args.out / f"{name}.png")
+            if name == "dashboard-light":
+                compare(page, url, args.out / "compare.png")
+            page.close()
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
