@@ -51,8 +51,8 @@ _CMA_LOCK = threading.Lock()
 
 
 @cache
-def _cma() -> Any:
-    """The ``cma`` package, imported at first use: it brings matplotlib where that is installed, some 40 MB."""
+def load_cma() -> Any:
+    """The ``cma`` package, imported at first use: it brings matplotlib where that is installed, seconds and 40 MB."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that matplotlib is missing, which nobody here needs
         import cma
@@ -63,7 +63,7 @@ def _cma() -> Any:
 def _two_point() -> Any:
     """The package's, without its check of candidates that it has not drawn: that reads numpy's global generator."""
 
-    class TwoPoint(_cma().sigma_adaptation.CMAAdaptSigmaTPA):  # type: ignore[misc]
+    class TwoPoint(load_cma().sigma_adaptation.CMAAdaptSigmaTPA):  # type: ignore[misc]
         def check_consistency(self, es: object) -> None:
             """The pair is mirrored by construction, see `sample_population`."""
 
@@ -115,7 +115,7 @@ class CmaUpdate:
             "CMA_mu": popsize if all_parents else None,
             "CMA_diagonal": covariance == "diagonal",
             "CMA_mirrors": mirrors,
-            "AdaptSigma": _two_point() if self._two_point else _cma().sigma_adaptation.CMAAdaptSigmaCSA,
+            "AdaptSigma": _two_point() if self._two_point else load_cma().sigma_adaptation.CMAAdaptSigmaCSA,
             "randn": lambda rows, columns: np.ones((rows, columns)),
             "seed": math.nan,
             "updatecovwait": 0,  # the inverse root of C follows each update
@@ -126,7 +126,9 @@ class CmaUpdate:
             "signals_filename": None,
         }
         with _quiet():
-            self._es = _cma().CMAEvolutionStrategy(_as_sent(np.zeros(d) if start is None else start), sigma, options)
+            self._es = load_cma().CMAEvolutionStrategy(
+                _as_sent(np.zeros(d) if start is None else start), sigma, options
+            )
             self._lift_floor()
 
     @property
