@@ -85,20 +85,19 @@ def refusal(
 ) -> Response:
     """An `ErrorReply`; with ``retry_after_s``, when to come again."""
     chosen = STATUS_OF_CODE.get(code, 400) if status is None else status
+    return reply(request, ErrorReply(code=code, message=message), chosen, refusal_headers(chosen, retry_after_s))
+
+
+def refusal_headers(status: int, retry_after_s: float = 0.0) -> dict[str, str]:
+    """What a refusal with ``status`` says beside its body."""
     headers: dict[str, str] = {}
-    if chosen in (
-        401,
-        408,
-        413,
-        415,
-        429,
-    ):  # the body was not read to its end: the connection cannot carry another request
+    if status in (401, 408, 413, 415, 429):  # the body was not read to its end: no other request can follow
         headers["connection"] = "close"
-    if chosen == 401:
+    if status == 401:
         headers["www-authenticate"] = "Bearer"
     if retry_after_s:
         headers["retry-after"] = str(math.ceil(retry_after_s))
-    return reply(request, ErrorReply(code=code, message=message), chosen, headers)
+    return headers
 
 
 def retry_after(headers: Mapping[str, str]) -> float:
@@ -138,18 +137,21 @@ def _on_failed(request: Request, error: Exception) -> Response:
     return refusal(request, "work-failed", str(error), 500)
 
 
-def _on_http_exception(request: Request, error: Exception) -> Response:
-    status = error.status_code if isinstance(error, HTTPException) else 400
-    code = {404: "not-found", 405: "method-not-allowed"}.get(status, "refused")
-    return refusal(request, code, f"{request.method} {request.url.path[:200]}: {code.replace('-', ' ')}", status)
+def faults_as(refuse: Callable[..., Response]) -> dict[Any, Callable[[Request, Exception], Response]]:
+    """Handlers of what any server meets, answered by ``refuse`` (`refusal`, in a server's own form)."""
 
+    def on_http_exception(request: Request, error: Exception) -> Response:
+        status = error.status_code if isinstance(error, HTTPException) else 400
+        code = {404: "not-found", 405: "method-not-allowed"}.get(status, "refused")
+        return refuse(request, code, f"{request.method} {request.url.path[:200]}: {code.replace('-', ' ')}", status)
 
-def _on_disconnect(_request: Request, _gone: Exception) -> Response:
-    return Response(status_code=400)  # nobody is there to read it
+    def on_disconnect(_request: Request, _gone: Exception) -> Response:
+        return Response(status_code=400)  # nobody is there to read it
 
+    def on_fault(request: Request, _fault: Exception) -> Response:
+        return refuse(request, "internal", "a fault of ours: see the log there", 500)
 
-def _on_fault(request: Request, _fault: Exception) -> Response:
-    return refusal(request, "internal", "a fault of ours: see the log there", 500)
+    return {HTTPException: on_http_exception, ClientDisconnect: on_disconnect, Exception: on_fault}
 
 
 EXCEPTION_HANDLERS: Final[Mapping[Any, Callable[[Request, Exception], Response]]] = {
@@ -157,8 +159,6 @@ EXCEPTION_HANDLERS: Final[Mapping[Any, Callable[[Request, Exception], Response]]
     DeviceRefusedError: _on_refused,
     CoordinatorRefusedError: _on_refused,
     DeviceFailedError: _on_failed,
-    HTTPException: _on_http_exception,
-    ClientDisconnect: _on_disconnect,
-    Exception: _on_fault,
+    **faults_as(refusal),
 }
 """For a Starlette application."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from rich.bar import Bar
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -13,22 +14,25 @@ from rich.text import Text
 
 from fedbpt.side_by_side import SIDES, Probabilities, Side
 
-_BAR = 24  # characters
+_BAR = 8, 24  # characters, at least and at most
+_FIGURE = 8
 
 
 def print_probabilities(console: Console, labels: Sequence[str], found: Probabilities, label: str | None) -> None:
     """A line per label. ``label``: the row's own, where it is known."""
     table = Table(box=None, padding=(0, 1))
     table.add_column("", no_wrap=True)
+    room = (console.width - max(map(cell_len, labels)) - 2) // len(SIDES) - _FIGURE - 4
+    bar = min(max(room, _BAR[0]), _BAR[1])
     for side in SIDES:
-        table.add_column(side, justify="right")
-        table.add_column("", width=_BAR)
+        table.add_column(side, justify="right", no_wrap=True, min_width=_FIGURE)
+        table.add_column("", width=bar)
     for i, name in enumerate(labels):
         cells: list[RenderableType] = [Text(name)]
         for side in SIDES:
             values: tuple[float, ...] = getattr(found, side)
             style = "bold" if values[i] == max(values) else ""
-            cells += [Text(f"{values[i]:.1%}", style), Bar(1.0, 0.0, values[i], width=_BAR)]
+            cells += [Text(f"{values[i]:.1%}", style), Bar(1.0, 0.0, values[i], width=bar)]
         table.add_row(*cells)
     console.print(table)
     if label is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -12,7 +11,6 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
@@ -21,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from fedbpt.errors import DeviceRefusedError, FedbptError, InputError, ScoringInterrupted
 from fedbpt.http_auth import LoopbackOnly, RequireToken
-from fedbpt.http_bodies import STATUS_OF_CODE, body_of
+from fedbpt.http_bodies import STATUS_OF_CODE, body_of, faults_as, refusal_headers
 from fedbpt.serving.answers import Answer, ServedModel
 from fedbpt.serving.desk import Desk, Job
 from fedbpt.serving.protocol import ApiError, ChatRequest, CompletionRequest
@@ -212,14 +210,7 @@ def refusal(
     """An error reply; with ``retry_after_s``, when to come again. As `http_bodies.refusal` otherwise."""
     del request
     chosen = STATUS_OF_CODE.get(code, 400) if status is None else status
-    headers: dict[str, str] = {}
-    if chosen in (401, 408, 413, 415, 429):  # the body was not read to its end
-        headers["connection"] = "close"
-    if chosen == 401:
-        headers["www-authenticate"] = "Bearer"
-    if retry_after_s:
-        headers["retry-after"] = str(math.ceil(retry_after_s))
-    return _json(_error(message, chosen, None, code), chosen, headers)
+    return _json(_error(message, chosen, None, code), chosen, refusal_headers(chosen, retry_after_s))
 
 
 def _error(message: str, status: int, param: str | None, code: str | None) -> Json:
@@ -245,24 +236,8 @@ def _on_refused(request: Request, error: Exception) -> Response:
     return refusal(request, error.code if isinstance(error, DeviceRefusedError) else "refused", str(error))
 
 
-def _on_http_exception(request: Request, error: Exception) -> Response:
-    status = error.status_code if isinstance(error, HTTPException) else 400
-    code = {404: "not-found", 405: "method-not-allowed"}.get(status, "refused")
-    return refusal(request, code, f"{request.method} {request.url.path[:200]}: {code.replace('-', ' ')}", status)
-
-
-def _on_disconnect(_request: Request, _gone: Exception) -> Response:
-    return Response(status_code=400)  # nobody is there to read it
-
-
-def _on_fault(request: Request, _fault: Exception) -> Response:
-    return refusal(request, "internal", "a fault of ours: see the log there", 500)
-
-
 _HANDLERS: Final[Mapping[Any, Callable[[Request, Exception], Response]]] = {
     FedbptError: _on_error,
     DeviceRefusedError: _on_refused,
-    HTTPException: _on_http_exception,
-    ClientDisconnect: _on_disconnect,
-    Exception: _on_fault,
+    **faults_as(refusal),
 }
