@@ -165,8 +165,14 @@ def test_a_device_lost_in_the_last_round_is_lost_for_who_watches_from_elsewhere(
     with pytest.raises(StopRunError):
         scene.run()
     scene.store.set_status("r", "running")
-    assert device(stored(scene), "b").status == "lost"
-    assert device(stored(scene), "a").status == "live"
+    state = stored(scene)
+    assert device(state, "b").status == "lost"
+    assert device(state, "a").status == "live"
+    state.look(scene.store)  # again: it is told once
+    said = [notice for notice in state.view().notices if "b was lost in round" in notice.text]
+    assert len({notice.text for notice in said}) == len(said) > 0
+    assert "went away" in said[0].text
+    assert said[0].bad
 
 
 def test_steering_is_shown_when_it_is_wanted_and_when_it_holds(scene: Scene) -> None:

@@ -127,7 +127,7 @@ class _Side:
                     name = ui.label(label)
                     share = ui.label("–").classes("share")
                     bar = ui.linear_progress(0.0, show_value=False, size="12px", color=None)
-                    bar.props(f'aria-label="{title}: {label}"')
+                    bar.props(f'aria-label="{title}: {label}" animation-speed=300')
                 self._bars.append((name, share, bar))
 
     def show(self, probabilities: tuple[float, ...], answer: str | None) -> None:
@@ -135,8 +135,8 @@ class _Side:
         most = max(probabilities)
         right = answer == self._labels[probabilities.index(most)]
         self._verdict.text = "right" if right else "wrong"
-        self._verdict.classes(replace=f"state {'' if right else 'bad'}")
-        self._verdict.visible = answer is not None  # after its classes, of which that is one
+        self._verdict.classes(remove="bad") if right else self._verdict.classes(add="bad")
+        self._verdict.visible = answer is not None
         for (name, share, bar), value in zip(self._bars, probabilities, strict=True):
             bar.value = round(value, 4)
             share.text = f"{100 * value:.1f} %"

@@ -92,6 +92,7 @@ class RunState:
         self._losses: list[Point] = []
         self._metrics: dict[int, Mapping[str, float]] = {}
         self._last = -1
+        self._told: set[tuple[int, str]] = set()  # (round, device) of losses that the store has
         self._searched = self._evaluations = self._tokens = self._participations = 0
         self._seconds = 0.0
         self._doing = ""
@@ -230,7 +231,12 @@ class RunState:
                 for name in line.reported:
                     self._device(name).lost = ""
                 for name, reason in line.lost.items():
-                    self._device(name).lost = "" if name in line.reported else _without_name(name, reason)
+                    said = _without_name(name, reason)
+                    self._device(name).lost = "" if name in line.reported else said
+                    if (line.round, name) not in self._told:
+                        self._told.add((line.round, name))
+                        text = f"{name} was lost in round {line.round}: {said}"
+                        self._notices.append(Notice(line.closed, text, name not in line.reported))
         for closed in rounds:
             if closed.round > self._last:
                 self._last = closed.round
