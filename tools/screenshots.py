@@ -59,7 +59,7 @@ def compare(page: Page, url: str, target: Path) -> None:
     page.goto(url.rstrip("/") + "/compare")
     page.get_by_label("Your text").fill(QUESTION)
     page.get_by_role("button", name="Compare", exact=True).click()
-    page.locator(".side", has_text="Tuned").locator(".share").first.wait_for(timeout=WAIT_MS)
+    page.locator(".side", has_text="Tuned").locator(".share", has_text="%").first.wait_for(timeout=WAIT_MS)
     page.wait_for_timeout(1500)
     page.screenshot(path=str(target), full_page=True)
     print(target)
