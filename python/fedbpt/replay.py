@@ -31,7 +31,7 @@ from fedbpt.messages import (
     SearchHistory,
 )
 from fedbpt.population import Floats
-from fedbpt.search import CmaSearch, load_cma
+from fedbpt.search import CmaSearch
 
 REFUSALS: Final = frozenset({"unknown-search", "replay-differs", "malformed"})
 """Codes by which a device says that it needs more, or (older ones) that it does not know the short form."""
@@ -51,13 +51,6 @@ class Replayer:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._searches: OrderedDict[str, tuple[bytes, CmaSearch]] = OrderedDict()
-        self._prepared = False
-
-    def prepare(self) -> None:
-        """There is work: import what replaying takes, in the background, before a plan waits for it."""
-        if not self._prepared:
-            self._prepared = True
-            threading.Thread(target=load_cma, name="fedbpt-replay", daemon=True).start()
 
     def whole(self, plan: RoundPlan) -> RoundPlan:
         """The plan that ``plan`` is short for; itself, where it is none.

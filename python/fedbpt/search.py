@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -50,12 +51,22 @@ _LIMIT = 1e30  # keeps what float32 rounds positive and finite
 _CMA_LOCK = threading.Lock()
 
 
+_UNUSED = ("matplotlib", "scipy")
+"""What the ``cma`` package imports where it is installed, for parts that nobody here uses: 2 s and 80 MB."""
+
+
 @cache
-def load_cma() -> Any:
-    """The ``cma`` package, imported at first use: it brings matplotlib where that is installed, seconds and 40 MB."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says that matplotlib is missing, which nobody here needs
-        import cma
+def _cma() -> Any:
+    """The ``cma`` package, imported at first use."""
+    absent = [name for name in _UNUSED if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type] # None: cannot be imported
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it says that matplotlib is missing, which nobody here needs
+            import cma
+    finally:
+        for name in absent:
+            del sys.modules[name]
     return cma
 
 
@@ -63,7 +74,7 @@ def load_cma() -> Any:
 def _two_point() -> Any:
     """The package's, without its check of candidates that it has not drawn: that reads numpy's global generator."""
 
-    class TwoPoint(load_cma().sigma_adaptation.CMAAdaptSigmaTPA):  # type: ignore[misc]
+    class TwoPoint(_cma().sigma_adaptation.CMAAdaptSigmaTPA):  # type: ignore[misc]
         def check_consistency(self, es: object) -> None:
             """The pair is mirrored by construction, see `sample_population`."""
 
@@ -115,7 +126,7 @@ class CmaUpdate:
             "CMA_mu": popsize if all_parents else None,
             "CMA_diagonal": covariance == "diagonal",
             "CMA_mirrors": mirrors,
-            "AdaptSigma": _two_point() if self._two_point else load_cma().sigma_adaptation.CMAAdaptSigmaCSA,
+            "AdaptSigma": _two_point() if self._two_point else _cma().sigma_adaptation.CMAAdaptSigmaCSA,
             "randn": lambda rows, columns: np.ones((rows, columns)),
             "seed": math.nan,
             "updatecovwait": 0,  # the inverse root of C follows each update
@@ -126,9 +137,7 @@ class CmaUpdate:
             "signals_filename": None,
         }
         with _quiet():
-            self._es = load_cma().CMAEvolutionStrategy(
-                _as_sent(np.zeros(d) if start is None else start), sigma, options
-            )
+            self._es = _cma().CMAEvolutionStrategy(_as_sent(np.zeros(d) if start is None else start), sigma, options)
             self._lift_floor()
 
     @property

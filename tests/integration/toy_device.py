@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 
-import cma  # noqa: F401 - before it is ready: with matplotlib, its import takes as long as a toy's deadlines
-
 from fedbpt.agent import AgentService
 from fedbpt.agent.server import serve
 from fedbpt.errors import FedbptError

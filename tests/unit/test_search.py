@@ -400,3 +400,12 @@ def test_a_search_that_follows_another_counts_on_and_draws_candidates_of_its_own
     assert first.digest() != second.digest()
     second.tell(np.arange(16.0))
     assert (second.generation, second.told, second.evaluations) == (8, 1, 16)
+
+
+def test_the_cma_package_brings_nothing_that_is_not_used() -> None:
+    script = (
+        "import sys; from fedbpt.search import CmaSearch; CmaSearch(4);"
+        "print({'matplotlib', 'scipy'} & set(sys.modules)); import matplotlib.pyplot"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ended.stdout == "set()\n"

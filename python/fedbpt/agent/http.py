@@ -69,9 +69,7 @@ class _Routes:
         if (plan.run, plan.round) != _round_of(request):
             raise WireError(f"the plan is for round {plan.round} of run {plan.run!r}, its address is for another")
         whole = await run_in_threadpool(self._replayer.whole, plan)
-        accepted = self.service.start(whole)
-        self._replayer.prepare()
-        return reply(request, accepted, 202)
+        return reply(request, self.service.start(whole), 202)
 
     async def wait(self, request: Request) -> Response:
         answer = await self.service.wait(*_round_of(request), seconds=_seconds(request))
