@@ -154,7 +154,7 @@ def test_a_stopped_run_says_how_to_resume_and_the_same_command_does(workshop: Wo
 
 def test_a_device_that_vanishes_is_named_and_the_run_ends_with_the_other(workshop: Workshop) -> None:
     (_, victim), urls = workshop.devices()
-    workshop.run_file(urls, "rounds = 0\nseconds = 3.0")
+    workshop.run_file(urls, "rounds = 0\nseconds = 8.0")
     process = workshop.spawn("tune", "run.toml")
     workshop.wait_for_round(2)
     victim.kill()
