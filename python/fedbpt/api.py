@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -39,9 +39,6 @@ from fedbpt.sampling import parts_of, under
 from fedbpt.scorer import Scorer
 from fedbpt.store import RunStore
 from fedbpt.tasks import Task, to_rows
-
-if TYPE_CHECKING:
-    pass
 
 DEVICE = "this-machine"
 

@@ -40,8 +40,8 @@ log = logging.getLogger(__name__)
 PROBE_S: Final = (0.25, 5.0)
 """First and longest pause between two looks for a lost device."""
 
-AT_ONCE: Final = 64
-"""Devices that are asked or given work at the same time: of more, the last would seem not to answer in time."""
+AT_ONCE: Final = 256
+"""Devices that are greeted or given work at the same time: of more, the last would seem not to answer in time."""
 
 SHOWN: Final = 5
 """Devices that a line names at most."""
@@ -71,8 +71,13 @@ class Fleet:
     # --- membership ----------------------------------------------------------------------------------------------
 
     async def connect(self) -> list[DeviceInfo]:
-        """Ask every device who it is, at once; those that do not answer are lost. Returns the others' infos."""
-        answers = await asyncio.gather(*(self._ask(member) for member in self.members.values()))
+        """Ask every device who it is; those that do not answer are lost. Returns the others' infos."""
+
+        async def greeted(member: Member) -> DeviceInfo | FedbptError:
+            async with self._turns:
+                return await self._ask(member)
+
+        answers = await asyncio.gather(*map(greeted, self.members.values()))
         for member, answer in zip(self.members.values(), answers, strict=True):
             if isinstance(answer, DeviceInfo):
                 self._meet(member, answer)
@@ -98,8 +103,7 @@ class Fleet:
 
     async def _ask(self, member: Member) -> DeviceInfo | FedbptError:
         try:
-            async with self._turns:
-                return await member.client.status()
+            return await member.client.status()
         except (DeviceError, WireError) as error:
             return error
 
@@ -329,7 +333,7 @@ class Fleet:
     async def evaluate(self, request: EvaluateRequest, timeout_s: float) -> dict[str, EvaluateReport]:
         """Reports of the live devices that have such rows and answer in time, by name; the others are lost."""
         self._check_background()
-        members = [member for member in self.live if _has_rows(member, request)]
+        members = [member for member in self.live if member.has_rows(request)]
         answers = await asyncio.gather(*(self._evaluate(member, request, timeout_s) for member in members))
         return {m.name: answer for m, answer in zip(members, answers, strict=True) if answer is not None}
 
@@ -388,9 +392,3 @@ class Fleet:
     def _check_background(self) -> None:
         if self._failure is not None:
             raise self._failure
-
-
-def _has_rows(member: Member, request: EvaluateRequest) -> bool:
-    if member.info is None:
-        return False
-    return (member.info.n_dev if request.split == "dev" else member.info.n_test) > 0

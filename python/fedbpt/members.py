@@ -12,7 +12,7 @@ import msgspec
 
 from fedbpt.clients.base import DeviceClient
 from fedbpt.errors import ConfigError, FederationError
-from fedbpt.messages import DeviceInfo, Name, RoundProgress, RoundReport, SearchHistory
+from fedbpt.messages import DeviceInfo, EvaluateRequest, Name, RoundProgress, RoundReport, SearchHistory
 
 
 class Member:
@@ -28,6 +28,12 @@ class Member:
         self.bytes_up_before = client.bytes_up
         self.bytes_down_before = client.bytes_down
         self.sent: set[tuple[str, int]] = set()
+
+    def has_rows(self, request: EvaluateRequest) -> bool:
+        """Whether it said that it has rows of the kind that ``request`` is for."""
+        if self.info is None:
+            return False
+        return (self.info.n_dev if request.split == "dev" else self.info.n_test) > 0
 
     def heard(self, info: DeviceInfo) -> None:
         self.info = info

@@ -11,6 +11,9 @@ from fedbpt.messages import Message, NaturalInt, PositiveInt
 MAX_TOKENS = 4096
 """Longest answer that may be asked for."""
 
+DEFAULT_TOKENS = 64
+"""Longest answer where nobody asks for another."""
+
 
 class Question(Message, frozen=True):
     """Put ``text`` to the model as it is, and with a prompt: ``prompt`` is the content of its file (`Prompt.to_bytes`).
@@ -23,7 +26,7 @@ class Question(Message, frozen=True):
     prompt: Annotated[bytes, msgspec.Meta(max_length=8 * 2**20)]
     text: Annotated[str, msgspec.Meta(min_length=1, max_length=100_000)]
     max_text_tokens: PositiveInt | None = None
-    max_tokens: Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)] = 64
+    max_tokens: Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)] = DEFAULT_TOKENS
     temperature: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     seed: NaturalInt | None = None

@@ -56,13 +56,14 @@ class Replayer:
         """The plan that ``plan`` is short for; itself, where it is none.
 
         Raises:
-            WireError: ranks that are none.
+            WireError: ranks that are none, or more than the state would take; a state that no message could hold.
             DeviceRefusedError: ``unknown-search``: the search is not here up to `ReplayWork.known`, all of its ranks
                 are needed; ``replay-differs``: its state is another here, the state is needed.
         """
         if not isinstance(plan.work, ReplayWork):
             return plan
         work, popsize = plan.work, plan.work.history.popsize
+        _check_size(work, plan.prompt.d)
         ranks = _generations(work.history.ranks, popsize)
         with self._lock:
             search = self._search(plan, work, work.known + len(ranks))
@@ -130,6 +131,13 @@ def whole_report(report: RoundReport, plan: RoundPlan) -> RoundReport | None:
     if _check(found.mean, found.sigma_squares) != result.check:
         return None
     return msgspec.structs.replace(report, result=found.with_fitness(result.fitness))
+
+
+def _check_size(work: ReplayWork, d: int) -> None:
+    """A short plan must not make a device compute what a whole one could not ask for."""
+    state_bytes = 12 * d if work.history.covariance == "diagonal" else 8 * d * d
+    if state_bytes > wire.MAX_BODY_BYTES or len(work.history.ranks) > state_bytes:
+        raise WireError(f"{len(work.history.ranks)} ranks of a search in {d} dimensions: send the state")
 
 
 def _generations(ranks: bytes, popsize: int) -> Floats:

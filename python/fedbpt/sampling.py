@@ -14,7 +14,10 @@ from fedbpt.objective import Objective
 from fedbpt.seeding import generator
 
 TEMPLATES_SHARE = 4
-"""Rows that are scored under all templates before the next ones are: texts differ in their ends alone then."""
+"""Rows that are scored under all templates before the next ones are: texts differ in their ends alone then.
+
+As many as the native scorer holds on to (``kLatest`` in ``text_kv.cpp``).
+"""
 
 
 def parts_of(rows: NDArray[np.intp], n_templates: int) -> list[NDArray[np.intp]]:

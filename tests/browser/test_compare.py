@@ -12,9 +12,10 @@ from playwright.sync_api import expect
 from fedbpt import PromptSpec, load_model
 from fedbpt.api import aggregator_for
 from fedbpt.clients import InProcessClient
-from fedbpt.dashboard.comparing import MAX_TOKENS, comparing
+from fedbpt.dashboard.comparing import comparing
 from fedbpt.federation import Federation
 from fedbpt.local import Device
+from fedbpt.questions import DEFAULT_TOKENS
 from fedbpt.runs import RunSettings
 from fedbpt.side_by_side import Side
 from fedbpt.store import RunStore
@@ -132,7 +133,7 @@ def test_texts_are_generated_side_by_side(tmp_path: Path, fleet: Fleet, open_pag
     with RunStore(tmp_path / "runs.db") as store:
         result = Federation([client], task, settings, aggregator_for(settings), store, "manner").run()
     expected: dict[Side, str] = {"original": "", "tuned": ""}
-    for side, piece in comparing(scorer, task, result).generate("question 3", max_tokens=MAX_TOKENS):
+    for side, piece in comparing(scorer, task, result).generate("question 3", max_tokens=DEFAULT_TOKENS):
         expected[side] += piece
 
     url = shown(fleet, "manner", tmp_path / "runs.db", "--model", model, "--task", tmp_path / "manner.toml")

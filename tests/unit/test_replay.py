@@ -98,6 +98,17 @@ def test_ranks_that_are_none_are_refused(ranks: bytes):
         Replayer().whole(short_plan(plan(search.work(0)), history, 0))
 
 
+def test_a_short_plan_asks_for_no_more_than_a_whole_one_could():
+    search = Pooled(D, popsize=6, seed=SEED)
+    short = short_plan(plan(search.work(0)), search.history(), 0)
+    vast = msgspec.structs.replace(short, prompt=PromptSpec(d=10**12))
+    with pytest.raises(WireError, match="send the state"):
+        Replayer().whole(vast)
+    long = msgspec.structs.replace(search.history(), ranks=bytes(range(6)) * (12 * D))
+    with pytest.raises(WireError, match="send the state"):
+        Replayer().whole(short_plan(plan(search.work(0)), long, 0))
+
+
 def test_populations_over_a_byte_have_no_short_form():
     assert Pooled(8, popsize=257).history() is None
     assert FedAvg(8).history() is None

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from fedbpt.clients import HttpClient
 from fedbpt.generator import Sampling
 from fedbpt.prompt import Prompt
-from fedbpt.questions import Answer, Question
+from fedbpt.questions import DEFAULT_TOKENS, Answer, Question
 from fedbpt.side_by_side import SIDES, Probabilities, Side
 from fedbpt.tasks import Task
 
@@ -38,7 +38,7 @@ class AskedDevice:
     ) -> Iterator[tuple[Side, str]]:
         """A piece of each side's answer for each message of the device that has news of it."""
         known = ("", "")
-        for answer in self._answers(text, sampling or Sampling(), max_tokens or 64, stop):
+        for answer in self._answers(text, sampling or Sampling(), max_tokens or DEFAULT_TOKENS, stop):
             for side, before, now in zip(SIDES, known, answer.texts, strict=True):
                 if now != before:
                     yield side, now[len(before) :]

@@ -23,6 +23,7 @@ from fedbpt.errors import ConfigError, DeviceError, InputError
 from fedbpt.generator import Sampling
 from fedbpt.native_scorer import load_model
 from fedbpt.prompt import Prompt
+from fedbpt.questions import DEFAULT_TOKENS
 from fedbpt.seeding import generator
 from fedbpt.side_by_side import SIDES, Probabilities, Side, SideBySide
 from fedbpt.tasks import Row
@@ -59,7 +60,7 @@ def chat(
     ca: Ca = None,
     data: Data = None,
     questions: Questions = 5,
-    max_tokens: MaxTokens = 64,
+    max_tokens: MaxTokens = DEFAULT_TOKENS,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = None,

@@ -13,14 +13,11 @@ from fedbpt.api import make_prompt
 from fedbpt.clients import HttpClient
 from fedbpt.errors import FedbptError, InputError
 from fedbpt.generator import TextModel
-from fedbpt.questions import Answer, Question
+from fedbpt.questions import DEFAULT_TOKENS, Answer, Question
 from fedbpt.runs import RunResult
 from fedbpt.seeding import generator
 from fedbpt.side_by_side import Probabilities, Side, SideBySide
 from fedbpt.tasks import Task, read_task_rows
-
-MAX_TOKENS: Final = 64
-"""The longest text that is generated."""
 
 MOST_WAITING: Final = 16
 """Questions that wait; more are refused."""
@@ -89,7 +86,7 @@ class Comparison:
 
         def work() -> None:
             try:
-                for piece in self._pair().generate(text, max_tokens=MAX_TOKENS):
+                for piece in self._pair().generate(text, max_tokens=DEFAULT_TOKENS):
                     loop.call_soon_threadsafe(pieces.put_nowait, piece)
                     if unwanted.is_set():
                         return
@@ -113,7 +110,7 @@ class Comparison:
             pair = await asyncio.get_running_loop().run_in_executor(self._pool, self._pair)
             prompt = pair.prompt
             question = Question(
-                model_fingerprint=prompt.model_fingerprint, prompt=prompt.to_bytes(), text=text, max_tokens=MAX_TOKENS,
+                model_fingerprint=prompt.model_fingerprint, prompt=prompt.to_bytes(), text=text,
                 max_text_tokens=pair.max_text_tokens,
             )  # fmt: skip
             return await self.devices[name].ask(question, ASK_S, on_answer)
