@@ -37,10 +37,9 @@ STOPPING_S: Final = 2.0
 """When to call again a coordinator that is being stopped."""
 
 
+# With these a request's id is unique. What proves who replies is the device's token.
 _PROCESS: Final = secrets.token_hex(8)
-_COUNTER: Final = (
-    itertools.count()
-)  # with which a request's id is unique; what proves who replies is the device's token
+_COUNTER: Final = itertools.count()
 
 
 class _Exchange:
