@@ -49,9 +49,12 @@ class Fleet:
 
     def end(self) -> None:
         for process in self.started:
-            if process.poll() is None:
+            lived = process.poll() is None
+            if lived:
                 process.kill()
-            process.communicate(timeout=10)
+            _, err = process.communicate(timeout=10)
+            end = "lived to the end" if lived else f"ended by itself ({process.returncode})"
+            print(f"{process.args}: {end}\n{err or ''}")  # shown where the test failed
 
 
 def ready(process: subprocess.Popen[str]) -> str:

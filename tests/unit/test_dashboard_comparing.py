@@ -17,7 +17,7 @@ from fedbpt.dashboard import comparing as comparing_module
 from fedbpt.dashboard.comparing import Comparison, Row, comparing, questions_of
 from fedbpt.errors import FedbptError, InputError, ModelNotFoundError
 from fedbpt.local import Device
-from fedbpt.questions import Answer
+from fedbpt.questions import DEFAULT_TOKENS, Answer
 from fedbpt.runs import RunResult
 from fedbpt.side_by_side import Side, SideBySide
 from fedbpt.tasks import Task, write_rows
@@ -82,7 +82,7 @@ def test_texts_come_in_pieces_and_both_sides_are_told(manner: TuneResult) -> Non
     asyncio.run(comparison.aclose())
     pair = SideBySide(ToyScorer(), manner.prompt, MANNER)
     expected: dict[Side, str] = {"original": "", "tuned": ""}
-    for side, piece in pair.generate("question 3", max_tokens=comparing_module.MAX_TOKENS):
+    for side, piece in pair.generate("question 3", max_tokens=DEFAULT_TOKENS):
         expected[side] += piece
     assert found == expected
 

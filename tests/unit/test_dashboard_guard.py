@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -13,6 +14,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from fedbpt.dashboard import server as server_module
 from fedbpt.dashboard.guard import COOKIE, Guard
 from fedbpt.dashboard.server import DashboardServer
 from fedbpt.errors import ConfigError, MissingExtraError
@@ -90,3 +92,16 @@ def test_without_nicegui_it_says_what_to_install(tmp_path: Path, monkeypatch: py
 def test_beyond_loopback_it_takes_a_token_and_encryption(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--dashboard-token"):
         DashboardServer(tmp_path / "runs.db", "r", "0.0.0.0", allow_insecure=True)
+
+
+def test_who_asks_for_a_page_or_leaves_one_watches_for_some_seconds_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with DashboardServer(tmp_path / "runs.db", "r") as server:
+        assert not server.is_watched()
+        assert httpx.get(f"{server.url}/", headers={"host": "elsewhere"}, trust_env=False).status_code == 421
+        assert not server.is_watched()  # it was refused
+        assert httpx.get(f"{server.url}/", trust_env=False).status_code == 200
+        assert server.is_watched()  # its page comes
+        monkeypatch.setattr(server_module, "AWAY_S", 0.0)
+        assert not server.is_watched()

@@ -58,11 +58,11 @@ class Watch:
 
     def linger(self, tell: Callable[[str], None]) -> None:
         """Keep a finished run on the screen until its last page is closed, or Ctrl-C."""
-        if self._dashboard is None or not self._dashboard.n_pages():
+        if self._dashboard is None or not self._dashboard.is_watched():
             return
         tell("the dashboard stays until its pages are closed; Ctrl-C ends it now")
         try:
-            while self._dashboard.n_pages():
+            while self._dashboard.is_watched():
                 time.sleep(LOOK_S)
         except KeyboardInterrupt:
             return  # the run is finished: nothing is interrupted

@@ -7,6 +7,7 @@ the browser send is refused by its origin: browsers let any page open a WebSocke
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from http.cookies import SimpleCookie
 from typing import Final
 from urllib.parse import parse_qs, urlsplit
@@ -25,10 +26,14 @@ COOKIE: Final = "fedbpt-dashboard"
 
 
 class Guard:
-    """ASGI middleware. ``token`` None: it answers under loopback's names alone. Refuses in plain text."""
+    """ASGI middleware. ``token`` None: it answers under loopback's names alone. Refuses in plain text.
 
-    def __init__(self, app: ASGIApp, token: str | None) -> None:
+    ``visited``: called at each request that is let through.
+    """
+
+    def __init__(self, app: ASGIApp, token: str | None, visited: Callable[[], None] = lambda: None) -> None:
         self._app = app
+        self._visited = visited
         self._digest = None if token is None else tokens.digest(token)
         self._guesses = RateLimit(*GUESSES)
 
@@ -38,6 +43,7 @@ class Guard:
             return
         answer = self._answer(HTTPConnection(scope))
         if answer is None:
+            self._visited()
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
             await answer(scope, receive, send)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +26,9 @@ log = logging.getLogger(__name__)
 
 LOOK_S: Final = 1.0
 """Between two looks at the store."""
+
+AWAY_S: Final = 5.0
+"""How long nobody may be there without being gone: between two pages, at a reload, on a phone that changes networks."""
 
 
 class DashboardServer(HttpServer):
@@ -62,6 +67,7 @@ class DashboardServer(HttpServer):
             )
         self.state = RunState(run, control)
         self.n_pages = n_pages
+        self._watched_at = -math.inf
         self.comparison: Comparison | None = None
         """What visitors can compare; from any thread."""
         self._token = token
@@ -69,9 +75,8 @@ class DashboardServer(HttpServer):
         self._tasks: list[asyncio.Task[None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         try:
-            app = Guard(
-                build_app(self.state, control, lambda: self.comparison, self._on_startup, self._on_shutdown), token
-            )
+            pages = build_app(self.state, control, lambda: self.comparison, self._on_startup, self._on_shutdown)
+            app = Guard(pages, token, self._visit)
             super().__init__(app, host, port, tls=tls, allow_insecure=allow_insecure, websockets=True)
         except BaseException:
             self._store.close()
@@ -91,6 +96,15 @@ class DashboardServer(HttpServer):
             raise FedbptError("the dashboard does not run: start it first")
         pulse = Pulse(clients, self.state.heard, self.state.met)
         self._loop.call_soon_threadsafe(lambda: self._spawn(pulse.run()))
+
+    def is_watched(self) -> bool:
+        """Whether a page is open, or was asked for or open within `AWAY_S`. From any thread."""
+        if self.n_pages():
+            self._visit()
+        return time.monotonic() - self._watched_at < AWAY_S
+
+    def _visit(self) -> None:
+        self._watched_at = time.monotonic()
 
     def stop(self) -> None:
         super().stop()
@@ -116,6 +130,7 @@ class DashboardServer(HttpServer):
 
     async def _keep_looking(self) -> None:
         while True:
+            self.is_watched()
             await asyncio.to_thread(self._look)
             await asyncio.sleep(LOOK_S)
 
