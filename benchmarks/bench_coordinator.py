@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import json
 import os
-import random
+import resource
 import signal
 import socket
 import subprocess
@@ -26,32 +26,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
+from virtual_devices import VirtualDevice, call_in, info_of, report_on
 
-from fedbpt import tasks, wire
-from fedbpt.agent import AgentService
-from fedbpt.agent.poller import Poller
+from fedbpt import tasks
 from fedbpt.agent.worker import Worker
 from fedbpt.api import aggregator_for
 from fedbpt.clients import DeviceClient, InProcessClient
 from fedbpt.coordinator import CoordinatorServer
 from fedbpt.federation import Federation
+from fedbpt.garbage import collect_between_rounds
 from fedbpt.memory import memory_of_process
-from fedbpt.messages import (
-    Array,
-    DeviceInfo,
-    EvaluateReport,
-    Message,
-    ObjectiveSpec,
-    PooledResult,
-    PooledWork,
-    PromptSpec,
-    RoundPlan,
-    RoundReport,
-    Template,
-)
-from fedbpt.population import sample_population
+from fedbpt.messages import DeviceInfo, EvaluateReport, ObjectiveSpec, PromptSpec, RoundPlan, RoundReport, Template
 from fedbpt.registry import DeviceRegistry
 from fedbpt.runs import Event, RoundClosed, RunSettings, RunStarted
 from fedbpt.store import RunStore
@@ -64,55 +50,21 @@ D = 500
 POPSIZE = 16
 
 
-class VirtualDevice:
-    """Its losses are squared distances; it takes no time. For pooled search."""
+class InstantDevice:
+    """A `fedbpt.agent.LocalDevice` whose losses are made up."""
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self._losses = np.random.default_rng(0).random(POPSIZE)
 
     def info(self) -> DeviceInfo:
-        return DeviceInfo(
-            name=self.name, version="0", model_fingerprint="sha256:toy", model_name="toy", backend="toy", n_train=16,
-            n_dev=0, n_test=0, ram_bytes=2**30, rss_bytes=2**20, peak_rss_bytes=2**20,
-        )  # fmt: skip
+        return info_of(self.name)
 
     def run(self, plan: RoundPlan, _progress: Callable[[int, int], None], _cancel: Callable[[], bool]) -> RoundReport:
-        assert isinstance(plan.work, PooledWork)
-        population = sample_population(plan.work.state, plan.work.popsize, plan.seed, plan.work.generation)
-        return RoundReport(
-            run=plan.run, round=plan.round, device=plan.device, plan_digest=wire.digest(plan),
-            result=PooledResult(losses=Array.of(((population - 1) ** 2).sum(axis=1), "<f4")), n_texts=8,
-            evaluations=POPSIZE, tokens=128, seconds=0.001, peak_rss_bytes=2**20,
-        )  # fmt: skip
+        return report_on(plan, self._losses)
 
     def evaluate(self, *_: Any) -> EvaluateReport:
         raise NotImplementedError("it has no test rows")
-
-
-class SpreadWorker(Worker):
-    """Devices are not done all at once: each job begins at a random moment of the next ``work_s`` seconds."""
-
-    def __init__(self, name: str, work_s: float) -> None:
-        super().__init__(name)
-        self._work_s, self._rng = work_s, random.Random(0)
-
-    def submit(self, job: Callable[[], None]) -> None:
-        asyncio.get_running_loop().call_later(self._rng.uniform(0, self._work_s), super().submit, job)
-
-
-class TimedPoller(Poller):
-    """Notes how long each reply takes until the coordinator has it, in seconds."""
-
-    def __init__(self, *given: Any, seconds: list[float], **options: Any) -> None:
-        super().__init__(*given, **options)
-        self._seconds = seconds
-
-    async def _post(self, coordinator: httpx.AsyncClient, path: str, message: Message, hold_s: float = 0.0) -> bytes:
-        began = time.monotonic()
-        answer = await super()._post(coordinator, path, message, hold_s)
-        if not hold_s:
-            self._seconds.append(time.monotonic() - began)
-        return answer
 
 
 # --- the coordinator's process ---------------------------------------------------------------------------------------
@@ -127,6 +79,7 @@ def coordinate(folder: Path, n_devices: int, rounds: int, port: int) -> None:
     rss: list[int] = []
 
     def watch(event: Event) -> None:
+        collect_between_rounds(event)  # as `fedbpt tune` does
         if isinstance(event, RunStarted):
             print(json.dumps({"resumed": event.resumed, "at": time.monotonic()}), flush=True)
         elif isinstance(event, RoundClosed):
@@ -145,9 +98,7 @@ def coordinate(folder: Path, n_devices: int, rounds: int, port: int) -> None:
         else:
             worker = Worker("devices")
             stack.callback(worker.close)
-            clients = [InProcessClient(VirtualDevice(f"d{i}"), worker=worker) for i in range(n_devices)]
-        import cma  # noqa: F401 - a second of CPU that is no report's
-
+            clients = [InProcessClient(InstantDevice(f"d{i}"), worker=worker) for i in range(n_devices)]
         before, began = time.process_time(), time.monotonic()
         Federation(clients, TASK, settings, aggregator_for(settings), store, "r", watch).run()
         cpu, seconds = time.process_time() - before, time.monotonic() - began
@@ -204,24 +155,17 @@ async def measure(folder: Path, n_devices: int, rounds: int, restarts: int, work
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     waits: list[float] = []
-    worker = SpreadWorker("devices", work_s)
     credentials = enrol(folder, n_devices, f"http://127.0.0.1:{port}")
-    pollers = [
-        TimedPoller(AgentService(VirtualDevice(each.device), worker), each, tell=lambda _: None, seconds=waits)
-        for each in credentials
-    ]
     here = (await lines(spawn(folder, n_devices, rounds, 0)))[-1]
-    calling = [asyncio.ensure_future(poller.call_in()) for poller in pollers]
+    calling = asyncio.ensure_future(call_in(VirtualDevice(each, work_s, POPSIZE, waits) for each in credentials))
     try:
         there = (await lines(spawn(folder, n_devices, rounds, port)))[-1]
         acknowledged = list(waits)
         (folder / f"runs-{port}.db").unlink()
         ready = await killed(folder, n_devices, port, restarts)
     finally:
-        for task in calling:
-            task.cancel()
-        await asyncio.gather(*calling, return_exceptions=True)
-        worker.close()
+        calling.cancel()
+        await asyncio.gather(calling, return_exceptions=True)
     quarter = len(there["rss"]) // 4
     return {
         "devices": n_devices,
@@ -251,6 +195,8 @@ def main() -> None:
     if given.coordinate:
         coordinate(Path(given.coordinate[0]), given.devices, given.rounds, int(given.coordinate[1]))
         return
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # two connections a device
     with tempfile.TemporaryDirectory() as folder:
         found = asyncio.run(measure(Path(folder), given.devices, given.rounds, given.restarts, given.work))
     print(json.dumps(found))

@@ -33,8 +33,19 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("runs", "database", "store", "history", "journal", "scalars", "registry", "reports"),
-        *("http_bodies", "http_auth", "http_server", "agent", "clients", "coordinator", "serving"),
-        *("members", "pace", "fleet", "ledger", "estimate", "outcome", "control", "event_loop", "federation"),
+        *("http_bodies", "http_auth", "http_server", "turns", "agent", "clients", "coordinator", "serving"),
+        *(
+            "members",
+            "pace",
+            "fleet",
+            "ledger",
+            "estimate",
+            "outcome",
+            "garbage",
+            "control",
+            "event_loop",
+            "federation",
+        ),
     ),
     (
         *("config", "display", "notebook", "results", "api", "dashboard", "flower"),

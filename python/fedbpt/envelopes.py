@@ -28,6 +28,9 @@ RequestId: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}$")]
 Path: TypeAlias = Annotated[str, msgspec.Meta(max_length=1024, pattern=r"^/v1/[A-Za-z0-9._~%/?=&-]*$")]
 
 
+Method: TypeAlias = Literal["GET", "POST", "DELETE"]
+
+
 class Poll(Message, frozen=True):
     """Ask for work. ``holding``: requests that were handed over and are not answered yet."""
 
@@ -40,7 +43,7 @@ class Request(Message, frozen=True):
     """A request to the device's routes."""
 
     id: RequestId
-    method: Literal["GET", "POST", "DELETE"]
+    method: Method
     path: Path
     body: bytes = b""
 

@@ -166,11 +166,9 @@ class Federation:
         ledger = self._ledger
         ledger.open(model, list(self._clients))
         fleet.round = ledger.closed + 1
-        for member in fleet.members.values():
-            if member.info is not None:
-                self._store.record_device(self.run_name, member.name, member.info)
-            else:
-                self._store.record_loss(self.run_name, fleet.round, member.name, member.reason)
+        members = fleet.members.values()
+        self._store.record_devices(self.run_name, {m.name: m.info for m in members if m.info is not None})
+        self._store.record_losses(self.run_name, fleet.round, {m.name: m.reason for m in members if m.info is None})
         self._emit(
             RunStarted(
                 run=self.run_name,
@@ -362,7 +360,7 @@ class Federation:
     def _on_lost(self, device: str, round: int, reason: str) -> None:
         self._emit(DeviceLost(device=device, round=round, reason=reason))
         if self._ledger.is_open:
-            self._store.record_loss(self.run_name, round, device, reason)
+            self._store.record_losses(self.run_name, round, {device: reason})
 
     def _on_back(self, device: str, round: int) -> None:
         self._emit(DeviceBack(device=device, round=round))
@@ -378,4 +376,4 @@ class Federation:
 
     def _on_met(self, device: str, info: DeviceInfo) -> None:
         if self._ledger.is_open:
-            self._store.record_device(self.run_name, device, info)
+            self._store.record_devices(self.run_name, {device: info})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from typing import Any, Final
 
 from fedbpt.clients.base import DeviceClient
@@ -34,14 +35,14 @@ from fedbpt.messages import (
 )
 from fedbpt.pace import Pace
 from fedbpt.reports import check_evaluation, check_report
+from fedbpt.turns import Turns
 
 log = logging.getLogger(__name__)
 
 PROBE_S: Final = (0.25, 5.0)
 """First and longest pause between two looks for a lost device."""
 
-AT_ONCE: Final = 256
-"""Devices that are greeted or given work at the same time: of more, the last would seem not to answer in time."""
+GREETED_AT_ONCE: Final = 64
 
 SHOWN: Final = 5
 """Devices that a line names at most."""
@@ -59,7 +60,7 @@ class Fleet:
         self._listener = listener
         self._pace = pace or Pace(stragglers=0)
         self._fingerprint = ""
-        self._turns = asyncio.Semaphore(AT_ONCE)
+        self._turns = Turns()
         self._changed = asyncio.Event()
         self._background: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
@@ -73,8 +74,10 @@ class Fleet:
     async def connect(self) -> list[DeviceInfo]:
         """Ask every device who it is; those that do not answer are lost. Returns the others' infos."""
 
+        turns = Turns(GREETED_AT_ONCE)
+
         async def greeted(member: Member) -> DeviceInfo | FedbptError:
-            async with self._turns:
+            async with turns.one():
                 return await self._ask(member)
 
         answers = await asyncio.gather(*map(greeted, self.members.values()))
@@ -180,9 +183,9 @@ class Fleet:
                 left = self._time_left(current)
                 if left <= 0:
                     break
-                await self._wait_any(current.working, left)
-                for task in [task for task in current.working if task.done()]:
-                    self._take(task, current)
+                await self._wait_changed(left)
+                while current.ended:
+                    self._take(current.ended.pop(), current)
             self._close_round(current)
         except BaseException:
             for task in current.working:
@@ -193,6 +196,8 @@ class Fleet:
 
     def _invite(self, current: OpenRound, plan_for: Callable[[str], RoundPlan]) -> None:
         asked = {*current.reports, *(member.name for member in current.working.values())}
+        if len(asked) >= current.draft.asked:
+            return
         for name in current.draft.order:
             member = self.members[name]
             if (
@@ -204,7 +209,9 @@ class Fleet:
                 asked.add(name)
                 current.invited[name] += 1
                 current.since[name] = asyncio.get_running_loop().time()
-                current.working[asyncio.create_task(self._work(member, plan_for(name), current.history))] = member
+                task = asyncio.create_task(self._work(member, plan_for(name), current.history))
+                current.working[task] = member
+                task.add_done_callback(lambda task: self._on_work_end(task, current))
 
     def _time_left(self, current: OpenRound) -> float:
         """How many seconds the round may still wait for a report; 0: it is over."""
@@ -221,12 +228,14 @@ class Fleet:
         may = [name for name in self.members if name in current.reports or current.may_ask(name)]
         return len(may) >= current.needed
 
-    async def _wait_any(self, working: Mapping[asyncio.Task[RoundReport], Member], timeout_s: float) -> None:
-        changed = asyncio.ensure_future(self._changed.wait())
-        try:
-            await asyncio.wait([*working, changed], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            changed.cancel()
+    def _on_work_end(self, task: asyncio.Task[RoundReport], current: OpenRound) -> None:
+        if task in current.working:
+            current.ended.append(task)
+            self._changed.set()
+
+    async def _wait_changed(self, timeout_s: float) -> None:
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), timeout_s)
 
     def _take(self, task: asyncio.Task[RoundReport], current: OpenRound) -> None:
         """Count a finished task's report, or lose its device; only one out of reach may try this round again."""
@@ -287,15 +296,21 @@ class Fleet:
         def progress(where: RoundProgress) -> None:
             self._listener.progress(member.name, where)
 
+        key = (plan.run, plan.round)
+        replaces = key not in member.sent
+        member.sent = {key}
         for _ in range(INVITATIONS):
-            async with self._turns:
-                await self._send(member, plan, history)
             try:
-                report = await member.client.wait(plan.run, plan.round, None, progress)
+                report = await member.client.work(plan, history, progress, self._turns)
             except DeviceRefusedError as error:
-                if error.code != "unknown-round":
+                if error.code == "conflict" and replaces:
+                    # Left by a coordinator that had other settings, under this run's name: it is ours to replace, once.
+                    replaces = False
+                    await member.client.cancel(*key)
+                elif error.code == "unknown-round":
+                    log.info("%s forgot round %d: its plan is sent again", member.name, plan.round)
+                else:
                     raise
-                log.info("%s forgot round %d: its plan is sent again", member.name, plan.round)
                 continue
             try:
                 check_report(report, plan, member.info.n_train if member.info else None)
@@ -303,19 +318,6 @@ class Fleet:
                 raise WireError(f"{member.name}: its report is refused: {error}") from error
             return report
         raise DeviceFailedError(f"{member.name} forgot round {plan.round} {INVITATIONS} times: is it being restarted?")
-
-    async def _send(self, member: Member, plan: RoundPlan, history: SearchHistory | None) -> None:
-        key = (plan.run, plan.round)
-        try:
-            await member.client.start(plan, history)
-        except DeviceRefusedError as error:
-            if error.code != "conflict" or key in member.sent:
-                raise
-            # Left by a coordinator that had other settings, under this run's name: it is ours to replace, once.
-            await member.client.cancel(*key)
-            member.sent.add(key)
-            await member.client.start(plan, history)
-        member.sent = {key}
 
     async def _await_late(self, task: asyncio.Task[RoundReport], member: Member) -> None:
         try:
@@ -355,7 +357,7 @@ class Fleet:
         while loop.time() < deadline and (not self.live or any(member.state != "live" for member in late)):
             self._check_background()
             self._changed.clear()
-            await self._wait_any({}, min(deadline - loop.time(), 0.5))
+            await self._wait_changed(min(deadline - loop.time(), 0.5))
 
     # --- the end -------------------------------------------------------------------------------------------------
 
@@ -365,10 +367,14 @@ class Fleet:
         await self._cancel(work)
 
     async def _cancel(self, work: list[tuple[Member, tuple[str, int]]]) -> None:
-        calls = [asyncio.wait_for(member.client.cancel(*key), CANCEL_S) for member, key in work]
-        for (member, _), outcome in zip(work, await asyncio.gather(*calls, return_exceptions=True), strict=True):
-            if isinstance(outcome, Exception):
-                log.info("%s could not be told to stop: %s", member.name, outcome or type(outcome).__name__)
+        async def tell(member: Member, key: tuple[str, int]) -> None:
+            async with self._turns.one():
+                try:
+                    await asyncio.wait_for(member.client.cancel(*key), CANCEL_S)
+                except (DeviceError, WireError, asyncio.TimeoutError) as error:
+                    log.info("%s could not be told to stop: %s", member.name, error or type(error).__name__)
+
+        await asyncio.gather(*(tell(*each) for each in work))
 
     async def aclose(self) -> None:
         """Stop looking for devices, and close their clients."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, Final, TypeVar
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final, TypeAlias, TypeVar
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -20,6 +20,9 @@ from fedbpt.errors import CoordinatorRefusedError, DeviceFailedError, DeviceRefu
 from fedbpt.messages import ErrorReply, Message
 
 M = TypeVar("M", bound=Message)
+
+Handler: TypeAlias = Callable[[Request, Exception], Awaitable[Response]]
+"""Starlette would call a plain function in a thread: at the end of a run, one for every device that polls."""
 
 BODY_TIMEOUT_S: Final = 60.0
 """Longest that a request's body may take to arrive."""
@@ -123,38 +126,38 @@ async def _read_body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def _on_wire_error(request: Request, error: Exception) -> Response:
+async def _on_wire_error(request: Request, error: Exception) -> Response:
     return refusal(request, "malformed", str(error))
 
 
-def _on_refused(request: Request, error: Exception) -> Response:
+async def _on_refused(request: Request, error: Exception) -> Response:
     code = error.code if isinstance(error, DeviceRefusedError | CoordinatorRefusedError) else "refused"
     after = error.retry_after_s if isinstance(error, CoordinatorRefusedError) else 0.0
     return refusal(request, code, str(error), retry_after_s=after)
 
 
-def _on_failed(request: Request, error: Exception) -> Response:
+async def _on_failed(request: Request, error: Exception) -> Response:
     return refusal(request, "work-failed", str(error), 500)
 
 
-def faults_as(refuse: Callable[..., Response]) -> dict[Any, Callable[[Request, Exception], Response]]:
+def faults_as(refuse: Callable[..., Response]) -> dict[Any, Handler]:
     """Handlers of what any server meets, answered by ``refuse`` (`refusal`, in a server's own form)."""
 
-    def on_http_exception(request: Request, error: Exception) -> Response:
+    async def on_http_exception(request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 400
         code = {404: "not-found", 405: "method-not-allowed"}.get(status, "refused")
         return refuse(request, code, f"{request.method} {request.url.path[:200]}: {code.replace('-', ' ')}", status)
 
-    def on_disconnect(_request: Request, _gone: Exception) -> Response:
+    async def on_disconnect(_request: Request, _gone: Exception) -> Response:
         return Response(status_code=400)  # nobody is there to read it
 
-    def on_fault(request: Request, _fault: Exception) -> Response:
+    async def on_fault(request: Request, _fault: Exception) -> Response:
         return refuse(request, "internal", "a fault of ours: see the log there", 500)
 
     return {HTTPException: on_http_exception, ClientDisconnect: on_disconnect, Exception: on_fault}
 
 
-EXCEPTION_HANDLERS: Final[Mapping[Any, Callable[[Request, Exception], Response]]] = {
+EXCEPTION_HANDLERS: Final[Mapping[Any, Handler]] = {
     WireError: _on_wire_error,
     DeviceRefusedError: _on_refused,
     CoordinatorRefusedError: _on_refused,

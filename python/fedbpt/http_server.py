@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import uvicorn
 
@@ -18,6 +18,9 @@ from fedbpt.errors import ConfigError, FedbptError
 from fedbpt.tls import Tls, is_loopback, url_of
 
 S = TypeVar("S", bound="HttpServer")
+
+IDLE_S: Final = 60
+"""How long our callers keep a connection that they do not use: a report need not wait for a TLS handshake."""
 
 
 class HttpServer:
@@ -68,6 +71,7 @@ class HttpServer:
             lifespan="on",
             server_header=False,
             timeout_graceful_shutdown=3,
+            timeout_keep_alive=IDLE_S + 15,  # callers let go first, so that none of them uses what is just being closed
             http="h11",  # also where a faster parser happens to be installed: one behaviour everywhere
             ws="auto" if websockets else "none",
             **options,

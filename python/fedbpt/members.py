@@ -77,6 +77,7 @@ class OpenRound:
     invited: Counter[str] = field(default_factory=Counter)
     barred: set[str] = field(default_factory=set)
     working: dict[asyncio.Task[RoundReport], Member] = field(default_factory=dict)
+    ended: list[asyncio.Task[RoundReport]] = field(default_factory=list)
     since: dict[str, float] = field(default_factory=dict)
 
     def may_ask(self, name: str) -> bool:

@@ -161,18 +161,20 @@ class RunStore(Database):
                 (run, report.round, report.device, wire.encode(report)),
             )
 
-    def record_loss(self, run: str, round: int, device: str, reason: str) -> None:
-        """Note that ``device`` was lost in ``round``, and why."""
+    def record_losses(self, run: str, round: int, reasons: Mapping[str, str]) -> None:
+        """Note which devices were lost in ``round``, and why, in one transaction."""
+        now = _now()
         with self._transaction() as db:
-            db.execute("INSERT INTO losses VALUES (?, ?, ?, ?, ?)", (run, round, device, reason, _now()))
+            rows = [(run, round, device, reason, now) for device, reason in reasons.items()]
+            db.executemany("INSERT INTO losses VALUES (?, ?, ?, ?, ?)", rows)
 
-    def record_device(self, run: str, device: str, info: DeviceInfo) -> None:
-        """Keep what ``device`` said of itself last."""
+    def record_devices(self, run: str, infos: Mapping[str, DeviceInfo]) -> None:
+        """Keep what devices said of themselves last, in one transaction."""
         with self._transaction() as db:
-            db.execute(
+            db.executemany(
                 "INSERT INTO devices (run, device, info) VALUES (?, ?, ?)"
                 " ON CONFLICT (run, device) DO UPDATE SET info = excluded.info",
-                (run, device, wire.encode(info)),
+                [(run, device, wire.encode(info)) for device, info in infos.items()],
             )
 
     def record_metrics(self, run: str, round: int, metrics: Mapping[str, float]) -> None:

@@ -24,7 +24,7 @@ def write_run(path: Path, n_devices: int, n_rounds: int, run: str = "big", limit
             devices=names,
         )  # fmt: skip
         for name in names:
-            store.record_device(run, name, FakeDevice(name).info())
+            store.record_devices(run, {name: FakeDevice(name).info()})
         store.record_metrics(run, 0, _evaluation(names, 0.0))
         for round in range(1, n_rounds + 1):
             share = round / n_rounds

@@ -84,7 +84,7 @@ def test_fifty_devices_are_listed_and_new_rounds_appear(tmp_path: Path, fleet: F
     expect(page.locator(".tile").nth(2)).to_contain_text("50 / 50")
     expect(page.locator(".device")).to_have_count(50)
     with RunStore(path) as store:
-        store.record_loss("big", 21, "device-07", "device-07: it does not answer")
+        store.record_losses("big", 21, {"device-07": "device-07: it does not answer"})
         last = next(store.rounds("big", 20))
         reports = [r for r in last.reports if r.device != "device-07"]
         store.commit_round("big", 21, work_digest="", state_digest="", reports=reports, metrics={"seconds": 2.0})

@@ -137,12 +137,12 @@ def test_a_device_that_ceases_to_call_is_out_of_reach_and_what_it_held_is_broken
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def scene(box: Mailbox) -> None:
+        monkeypatch.setattr(mailbox, "ABSENT_S", 0.5)
         held, waiting = await put(box, request(1)), []
         await box.poll((), 0.0)
         waiting = [*held, asyncio.ensure_future(box.exchange(request(2), 10.0))]
         await asyncio.sleep(0)
         assert box.present
-        monkeypatch.setattr(mailbox, "ABSENT_S", 0.0)
         outcomes = await asyncio.gather(*waiting, return_exceptions=True)
         assert [type(outcome) for outcome in outcomes] == [httpx.ReadError, httpx.ConnectError]
         assert not box.present

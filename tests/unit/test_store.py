@@ -105,7 +105,7 @@ def test_late_reports_are_kept_but_never_replayed(store: RunStore) -> None:
 def test_the_history_names_lost_devices_and_metrics(store: RunStore) -> None:
     create(store)
     commit(store, 1, "a")
-    store.record_loss("r", 1, "b", "no answer")
+    store.record_losses("r", 1, {"b": "no answer"})
     store.record_metrics("r", 1, {"accuracy": 0.75})
     (line,) = store.history("r")
     assert line.lost == {"b": "no answer"}
@@ -143,7 +143,7 @@ def test_what_a_device_said_of_itself_is_kept(store: RunStore) -> None:
         rss_bytes=1,
         peak_rss_bytes=1,
     )
-    store.record_device("r", "a", info)
+    store.record_devices("r", {"a": info})
     assert store.devices("r") == {"a": info, "b": None}
 
 

@@ -11,6 +11,7 @@ from fedbpt import tokens, wire
 from fedbpt.envelopes import ENROL_PATH, MAX_ENVELOPE_BYTES, Enrolled, Enrolment
 from fedbpt.errors import ConfigError, CoordinatorRefusedError, FedbptError, WireError
 from fedbpt.http_bodies import retry_after
+from fedbpt.http_server import IDLE_S
 from fedbpt.messages import ErrorReply, Message
 from fedbpt.tls import Tls, is_loopback
 from fedbpt.tokens import Credentials
@@ -48,6 +49,7 @@ def client_options(url: str, tls: Tls) -> dict[str, Any]:
         "verify": tls.client_context() if address.scheme == "https" else False,
         "headers": {"accept": wire.CONTENT_TYPE, "content-type": wire.CONTENT_TYPE, "user-agent": "fedbpt"},
         "timeout": ANSWER_S,
+        "limits": httpx.Limits(keepalive_expiry=IDLE_S),
     }
 
 

@@ -69,7 +69,8 @@ class _Routes:
         if (plan.run, plan.round) != _round_of(request):
             raise WireError(f"the plan is for round {plan.round} of run {plan.run!r}, its address is for another")
         whole = await run_in_threadpool(self._replayer.whole, plan)
-        return reply(request, self.service.start(whole), 202)
+        progress = self.service.start(whole)
+        return await self.wait(request) if _seconds(request) else reply(request, progress, 202)
 
     async def wait(self, request: Request) -> Response:
         answer = await self.service.wait(*_round_of(request), seconds=_seconds(request))

@@ -25,6 +25,7 @@ from fedbpt.display import RunDisplay
 from fedbpt.errors import ConfigError
 from fedbpt.estimate import RunCost, estimate
 from fedbpt.federation import Federation
+from fedbpt.garbage import collect_between_rounds
 from fedbpt.messages import DeviceInfo
 from fedbpt.native_scorer import NativeScorer, load_model
 from fedbpt.runs import Event, RunResult, RunStarted
@@ -154,6 +155,7 @@ def _tune(
             require_model_of_run(scorer, event)  # before the work, not when its prompt is to be written
         display(event)
         observer(event)
+        collect_between_rounds(event)
 
     with ExitStack() as stack:
         store = stack.enter_context(RunStore(config.store))

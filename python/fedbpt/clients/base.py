@@ -15,6 +15,7 @@ from fedbpt.messages import (
     SearchHistory,
 )
 from fedbpt.questions import Answer, Question
+from fedbpt.turns import Turns
 
 ProgressCallback: TypeAlias = Callable[[RoundProgress], None]
 AnswerCallback: TypeAlias = Callable[[Answer], None]
@@ -65,6 +66,19 @@ class DeviceClient(Protocol):
         """
         ...
 
+    async def work(
+        self,
+        plan: RoundPlan,
+        history: SearchHistory | None = None,
+        on_progress: ProgressCallback | None = None,
+        turns: Turns | None = None,
+    ) -> RoundReport:
+        """The report on ``plan``: `start` and `wait`, in as few exchanges as it takes.
+
+        ``turns``: of those that are given work at the same time: one is taken while the plan is handed over.
+        """
+        ...
+
     async def cancel(self, run: str, round: int) -> None:
         """Stop a round, or let go of its report. Not there: no error."""
         ...
@@ -82,3 +96,19 @@ class DeviceClient(Protocol):
     async def aclose(self) -> None:
         """Let go of connections and threads. The client may be used again, also from another event loop."""
         ...
+
+
+class Works:
+    """`DeviceClient.work`, by `DeviceClient.start` and `DeviceClient.wait`."""
+
+    async def work(
+        self: DeviceClient,
+        plan: RoundPlan,
+        history: SearchHistory | None = None,
+        on_progress: ProgressCallback | None = None,
+        turns: Turns | None = None,
+    ) -> RoundReport:
+        """See `DeviceClient.work`."""
+        async with (turns or Turns()).one():
+            await self.start(plan, history)
+        return await self.wait(plan.run, plan.round, None, on_progress)

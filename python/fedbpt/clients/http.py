@@ -6,13 +6,15 @@ import asyncio
 import logging
 import re
 from collections.abc import Awaitable, Callable
-from typing import Final, TypeVar
+from http import HTTPStatus
+from typing import Final, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import httpx
 
 from fedbpt import wire
-from fedbpt.clients.base import AnswerCallback, ProgressCallback
+from fedbpt.clients.base import AnswerCallback, ProgressCallback, Works
+from fedbpt.envelopes import Method
 from fedbpt.errors import (
     ConfigError,
     DeviceFailedError,
@@ -22,12 +24,14 @@ from fedbpt.errors import (
     WireError,
 )
 from fedbpt.http_bodies import retry_after
+from fedbpt.http_server import IDLE_S
 from fedbpt.messages import (
     DeviceInfo,
     ErrorReply,
     EvaluateReport,
     EvaluateRequest,
     Message,
+    RanksResult,
     RoundPlan,
     RoundProgress,
     RoundReport,
@@ -51,7 +55,16 @@ RETRY_S: Final = 5.0
 """How long a device may be out of reach before a call gives up."""
 
 
-class HttpClient:
+class Response(NamedTuple):
+    """A device's answer; ``kind``: its content's type."""
+
+    status: int
+    kind: str
+    content: bytes
+    retry_after_s: float = 0.0
+
+
+class HttpClient(Works):
     """Reaches the device at ``url``, such as ``http://pi5:8401``. See `DeviceClient` for the methods.
 
     Args:
@@ -61,7 +74,6 @@ class HttpClient:
         answer_s: how long one answer may take, beyond a poll's hold.
         token: the secret that the device asks for; never sent over plain HTTP beyond loopback.
         tls: for an https address, whom to believe and what to show.
-        transport: another way to the device than a connection to ``url``.
         poll_s: how long the device may hold a poll open, at most 60.
     """
 
@@ -74,7 +86,6 @@ class HttpClient:
         *,
         token: str | None = None,
         tls: Tls | None = None,
-        transport: httpx.AsyncBaseTransport | None = None,
         poll_s: float = POLL_S,
     ) -> None:
         try:
@@ -93,7 +104,6 @@ class HttpClient:
         self._answer_s = answer_s
         self._poll_s = poll_s
         self._authorization = {"authorization": f"Bearer {token}"} if token else {}
-        self._transport = transport
         self._token, self._tls = token, tls
         self._verify = (tls or Tls()).client_context() if self._url.scheme == "https" else False
         self._http: httpx.AsyncClient | None = None
@@ -109,8 +119,7 @@ class HttpClient:
 
     async def start(self, plan: RoundPlan, history: SearchHistory | None = None) -> None:
         self._plan = plan
-        if history is None or not await self._start_shortly(plan, history):
-            await self._post_plan(plan)
+        await self._hand_over(plan, history)
 
     async def wait(
         self, run: str, round: int, timeout_s: float | None = None, on_progress: ProgressCallback | None = None
@@ -120,7 +129,7 @@ class HttpClient:
         if plan is not None and (plan.run, plan.round) == (run, round) and may_shorten(plan.work):
             short = f"{path}?short=1"
             report = await self._poll(short, RoundReport, f"round {round}", timeout_s, on_progress, deadline)
-            if (whole := await asyncio.to_thread(whole_report, report, plan)) is not None:
+            if (whole := await self._whole(report, plan)) is not None:
                 return whole
         return await self._poll(path, RoundReport, f"round {round}", timeout_s, on_progress, deadline)
 
@@ -173,8 +182,7 @@ class HttpClient:
     def twin(self) -> HttpClient:
         """Another client of this device, with connections and counts of its own: for another event loop."""
         return HttpClient(
-            self.url, self.name, self._retry_s, self._answer_s, token=self._token, tls=self._tls,
-            transport=self._transport, poll_s=self._poll_s,
+            self.url, self.name, self._retry_s, self._answer_s, token=self._token, tls=self._tls, poll_s=self._poll_s
         )  # fmt: skip
 
     async def answers(self, timeout_s: float) -> bool:
@@ -187,28 +195,51 @@ class HttpClient:
 
     # --- plans ---------------------------------------------------------------------------------------------------
 
-    async def _post_plan(self, plan: RoundPlan) -> None:
-        response = await self._request("POST", _round_path(plan.run, plan.round), wire.encode(plan))
-        self._decode(response, RoundProgress)
+    async def _hand_over(
+        self, plan: RoundPlan, history: SearchHistory | None, hold_s: float = 0.0
+    ) -> RoundProgress | RoundReport:
+        """What the device answers that has accepted ``plan``: within ``hold_s`` seconds, its report."""
+        if history is not None and (answer := await self._hand_over_ranks(plan, history, hold_s)) is not None:
+            return answer
+        return await self._post_plan(plan, hold_s)
 
-    async def _start_shortly(self, plan: RoundPlan, history: SearchHistory) -> bool:
-        """Whether the device could make ``plan`` of the ranks it lacks, or of all of them where it lost its search."""
+    async def _hand_over_ranks(
+        self, plan: RoundPlan, history: SearchHistory, hold_s: float
+    ) -> RoundProgress | RoundReport | None:
+        """Let the device make ``plan`` of the ranks it lacks, or of all of them where it lost its search; None: it
+        needs the state.
+        """
         search = plan.run, history.first
         for known in sorted({self._heard.get(search, history.first), history.first}, reverse=True):
             short = short_plan(plan, history, known)
             if not self._replays or len(wire.encode(short)) > len(wire.encode(plan)):
-                return False
+                return None
             try:
-                await self._post_plan(short)
+                answer = await self._post_plan(short, hold_s)
             except DeviceRefusedError as error:
                 if error.code not in REFUSALS:
                     raise
                 log.info("%s needs more than the latest ranks (%s)", self.name, error)
             else:
                 self._heard = {search: history.first + len(history.ranks) // history.popsize}
-                return True
+                return answer
         self._replays = False
-        return False
+        return None
+
+    async def _post_plan(self, plan: RoundPlan, hold_s: float) -> RoundProgress | RoundReport:
+        path = _round_path(plan.run, plan.round)
+        if hold_s:
+            path += f"?wait={hold_s:.3f}{'&short=1' if may_shorten(plan.work) else ''}"
+        answer = await self._request("POST", path, wire.encode(plan), hold_s)
+        if answer.status == HTTPStatus.OK:
+            return self._decode(answer, RoundReport)
+        return self._decode(answer, RoundProgress)
+
+    async def _whole(self, report: RoundReport, plan: RoundPlan) -> RoundReport | None:
+        """See `whole_report`; the search is repeated in a thread."""
+        if not isinstance(report.result, RanksResult):
+            return report
+        return await asyncio.to_thread(whole_report, report, plan)
 
     # --- polling -------------------------------------------------------------------------------------------------
 
@@ -239,15 +270,17 @@ class HttpClient:
             hold = max(min(self._poll_s, deadline - _now()), 0.0)
             query = f"{'&' if '?' in path else '?'}wait={hold:.3f}"
             response = await self._request("GET", path + query, hold_s=hold)
-            if response.status_code == httpx.codes.OK:
+            if response.status == HTTPStatus.OK:
                 return self._decode(response, kind)
-            progress = self._decode(response, RoundProgress)
-            if progress.state == "cancelled":
-                raise DeviceFailedError(f"{self.name}: {what} was cancelled")
-            if on_progress is not None:
-                on_progress(progress)
+            self._under_way(self._decode(response, RoundProgress), what, on_progress)
             if _now() >= deadline:
                 raise DeviceTimeoutError(f"{self.name} did not finish {what} within {timeout_s:g} s")
+
+    def _under_way(self, progress: RoundProgress, what: str, on_progress: ProgressCallback | None) -> None:
+        if progress.state == "cancelled":
+            raise DeviceFailedError(f"{self.name}: {what} was cancelled")
+        if on_progress is not None:
+            on_progress(progress)
 
     async def _forget(self, path: str) -> None:
         try:
@@ -257,17 +290,17 @@ class HttpClient:
 
     # --- one request ---------------------------------------------------------------------------------------------
 
-    async def _request(self, method: str, path: str, body: bytes | None = None, hold_s: float = 0.0) -> httpx.Response:
+    async def _request(self, method: Method, path: str, body: bytes | None = None, hold_s: float = 0.0) -> Response:
         """The 2xx answer, tried again for ``retry_s`` seconds; otherwise raises what `DeviceClient` says."""
         give_up = _now() + self._retry_s
         pause, held = 0.1, False
         while True:
             try:
                 response = await self._exchange(method, path, body, hold_s + self._answer_s)
-                if response.status_code not in (429, 502, 503, 504):
+                if response.status not in (429, 502, 503, 504):
                     return self._accepted(response)
-                problem = f"answers {response.status_code} {response.reason_phrase}"
-                pause = max(pause, retry_after(response.headers))
+                problem = f"answers {response.status} {HTTPStatus(response.status).phrase}"
+                pause = max(pause, response.retry_after_s)
             except (httpx.TransportError, httpx.InvalidURL, asyncio.TimeoutError) as error:
                 problem = _explain(error)
                 # A poll that was held for long and then broke: patience counts from here, once.
@@ -278,20 +311,19 @@ class HttpClient:
             await asyncio.sleep(pause)
             pause = min(pause * 2, 1.0)
 
-    async def _exchange(self, method: str, path: str, body: bytes | None, read_s: float) -> httpx.Response:
+    async def _exchange(self, method: Method, path: str, body: bytes | None, read_s: float) -> Response:
         if self._http is None:
             self._http = httpx.AsyncClient(
                 # The machine's proxies are for the web, not for a device on the local network.
                 trust_env=False,
                 verify=self._verify,
-                transport=self._transport,
                 headers={
                     "accept": wire.CONTENT_TYPE,
                     "accept-encoding": "identity",
                     "user-agent": "fedbpt",
                     **self._authorization,
                 },
-                limits=httpx.Limits(max_connections=8, max_keepalive_connections=2),
+                limits=httpx.Limits(max_connections=8, max_keepalive_connections=2, keepalive_expiry=IDLE_S),
             )
         headers = {"content-type": wire.CONTENT_TYPE} if body is not None else {}
         timeout = httpx.Timeout(self._answer_s, read=read_s, connect=min(self._answer_s, max(self._retry_s, 1.0)))
@@ -300,8 +332,8 @@ class HttpClient:
         async with self._http.stream(method, url, content=body, headers=headers, timeout=timeout) as response:
             # The time-outs above are for each read; a device that drips bytes must not hold the coordinator.
             content = await asyncio.wait_for(self._read(response), read_s + self._answer_s)
-        kept = {"content-type": _type(response), "retry-after": response.headers.get("retry-after", "")}
-        return httpx.Response(response.status_code, headers=kept, content=content)
+        kind = response.headers.get("content-type", "")
+        return Response(response.status_code, kind, content, retry_after(response.headers))
 
     async def _read(self, response: httpx.Response) -> bytes:
         content = bytearray()
@@ -312,14 +344,14 @@ class HttpClient:
                 raise WireError(f"{self.name} sent a body over the limit of {wire.MAX_BODY_BYTES} bytes")
         return bytes(content)
 
-    def _accepted(self, response: httpx.Response) -> httpx.Response:
-        if response.is_success:
+    def _accepted(self, response: Response) -> Response:
+        if 200 <= response.status < 300:
             return response
         try:
             reply = wire.decode(response.content, ErrorReply)
         except WireError as error:
             raise DeviceRefusedError(
-                f"{self.name} ({self.where}) answered {response.status_code} and not as a fedbpt device does:"
+                f"{self.name} ({self.where}) answered {response.status} and not as a fedbpt device does:"
                 " is this its address?",
                 "not-a-device",
             ) from error
@@ -328,8 +360,8 @@ class HttpClient:
             raise DeviceFailedError(message)
         raise DeviceRefusedError(message, reply.code)
 
-    def _decode(self, response: httpx.Response, kind: type[M]) -> M:
-        if _type(response) != wire.CONTENT_TYPE:
+    def _decode(self, response: Response, kind: type[M]) -> M:
+        if response.kind.split(";")[0].strip().lower() != wire.CONTENT_TYPE:
             raise DeviceRefusedError(
                 f"{self.name} ({self.where}) does not answer as a fedbpt device does: is this its address?",
                 "not-a-device",
@@ -338,10 +370,6 @@ class HttpClient:
             return wire.decode(response.content, kind)
         except WireError as error:
             raise WireError(f"{self.name}: {error}") from error
-
-
-def _type(response: httpx.Response) -> str:
-    return str(response.headers.get("content-type", "")).split(";")[0].strip().lower()
 
 
 def _round_path(run: str, round: int) -> str:

@@ -12,7 +12,7 @@ from typing import TypeVar
 from fedbpt import wire
 from fedbpt.agent.service import AgentService, LocalDevice
 from fedbpt.agent.worker import Worker
-from fedbpt.clients.base import AnswerCallback, ProgressCallback
+from fedbpt.clients.base import AnswerCallback, ProgressCallback, Works
 from fedbpt.errors import DeviceFailedError, DeviceRefusedError, DeviceTimeoutError, DeviceUnreachableError
 from fedbpt.messages import (
     DeviceInfo,
@@ -33,7 +33,7 @@ POLL_S = 0.5
 """Between two looks at the progress, which cross no wire and count no bytes (over HTTP 0.1 KB every 5 s)."""
 
 
-class InProcessClient:
+class InProcessClient(Works):
     """Reaches ``device`` through an `AgentService`. See `DeviceClient` for the methods.
 
     ``worker``: share one between devices that share a scorer; None: a thread of its own.

@@ -1,7 +1,7 @@
 """`MailboxClient`: reaches a device that calls in. Its requests lie in a `Mailbox` until the device fetches them.
 
-The mailbox is an HTTP channel the other way round: `HttpClient` over a transport that puts each request into the box
-and awaits its reply. Repetition, time-outs and errors are therefore those of a device that is called.
+The mailbox is an HTTP channel the other way round: an `HttpClient` that puts each request into the box and awaits its
+reply. Repetition, time-outs and errors are therefore those of a device that is called.
 
 A `PostOffice` and its boxes belong to the event loop of the coordinator's server. Clients may live in another one.
 """
@@ -14,15 +14,19 @@ import itertools
 import secrets
 import time
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import httpx
-import msgspec
 
 from fedbpt import wire
-from fedbpt.clients.http import POLL_S, HttpClient
-from fedbpt.envelopes import Delivery, Reply, Request
+from fedbpt.clients.base import ProgressCallback
+from fedbpt.clients.http import POLL_S, HttpClient, Response
+from fedbpt.envelopes import Delivery, Method, Reply, Request
 from fedbpt.errors import CoordinatorRefusedError
+from fedbpt.messages import RoundPlan, RoundProgress, RoundReport, SearchHistory
+from fedbpt.turns import Turns
 
 ABSENT_S: Final = 10.0
 """A device that has not polled for so long is out of reach."""
@@ -45,10 +49,25 @@ _COUNTER: Final = itertools.count()
 class _Exchange:
     """A request on its way. Belongs to the post office's loop."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, timeout_s: float, fetched: Callable[[], None]) -> None:
         self.request = request
         self.delivered = False
+        self.deadline = _now() + timeout_s
         self.reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._timeout_s = timeout_s
+        self._fetched = fetched
+
+    def deliver(self) -> None:
+        """The device has the request in hand; the first time, its own time for a reply begins."""
+        if not self.delivered:
+            self.delivered, self.deadline = True, _now() + self._timeout_s
+            self._fetched()
+
+    def end(self) -> None:
+        """There will be no reply."""
+        if not self.reply.done():
+            self.reply.set_exception(_gone(self))
+            self.reply.exception()  # perhaps nobody waits for it any more
 
 
 class Mailbox:
@@ -134,7 +153,7 @@ class Mailbox:
             left -= len(exchange.request.body)
             if chosen and left < 0:
                 break
-            exchange.delivered = True
+            exchange.deliver()
             chosen.append(exchange.request)
         return tuple(chosen)
 
@@ -149,24 +168,24 @@ class Mailbox:
 
     # --- the coordinator's side ----------------------------------------------------------------------------------
 
-    async def exchange(self, request: Request, timeout_s: float) -> Reply:
-        """Lay ``request`` into the box and await its reply.
+    async def exchange(self, request: Request, timeout_s: float, fetched: Callable[[], None] = lambda: None) -> Reply:
+        """Lay ``request`` into the box and await its reply. ``fetched``: called when the device has it.
 
         Raises httpx.ConnectError where the device does not call in, httpx.ReadError where it ceased to with the
-        request in hand, httpx.ReadTimeout after ``timeout_s`` seconds.
+        request in hand, httpx.ReadTimeout where it does not fetch it within ``timeout_s`` seconds, or then does not
+        reply within as many.
         """
-        deadline = _now() + timeout_s
-        exchange = self._open[request.id] = _Exchange(request)
+        exchange = self._open[request.id] = _Exchange(request, timeout_s, fetched)
         self._news.set()
         try:
             while not exchange.reply.done():
                 if not self.present:
-                    gone = httpx.ReadError if exchange.delivered else httpx.ConnectError
-                    raise gone("the device does not call in")
-                if _now() >= deadline:
+                    raise _gone(exchange)
+                left = exchange.deadline - _now()
+                if left <= 0:
                     raise httpx.ReadTimeout("the device does not answer")
-                # Not longer than a moment: whether the device is present depends on the time.
-                await asyncio.wait([exchange.reply], timeout=min(deadline - _now(), 0.5))
+                # For as long as the device is sure to be present: most exchanges wake up once.
+                await asyncio.wait([exchange.reply], timeout=min(left, ABSENT_S - self.silent_s))
             return exchange.reply.result()
         finally:
             del self._open[request.id]
@@ -175,6 +194,13 @@ class Mailbox:
         """From now on the device is told to call again later, and is out of reach."""
         self._closed = True
         self._news.set()
+        for exchange in self._open.values():
+            exchange.end()
+
+
+def _gone(exchange: _Exchange) -> httpx.TransportError:
+    gone = httpx.ReadError if exchange.delivered else httpx.ConnectError
+    return gone("the device does not call in")
 
 
 class PostOffice:
@@ -200,7 +226,7 @@ class PostOffice:
 
     def present(self) -> list[str]:
         """Names of the devices that call in now, sorted. From any thread."""
-        return sorted(name for name, box in list(self._boxes.items()) if box.present)
+        return sorted(name for name, box in self._boxes.copy().items() if box.present)
 
     def silent_s(self, device: str) -> float:
         """`Mailbox.silent_s` of ``device``; infinite where it never called. From any thread."""
@@ -213,14 +239,16 @@ class PostOffice:
         for box in self._boxes.values():
             box.close()
 
-    async def exchange(self, device: str, request: Request, timeout_s: float) -> Reply:
-        """`Mailbox.exchange`, from any event loop."""
+    async def exchange(
+        self, device: str, request: Request, timeout_s: float, fetched: Callable[[], None] = lambda: None
+    ) -> Reply:
+        """`Mailbox.exchange`, from any event loop; ``fetched`` is called on that of the office."""
         loop = self._loop
         if loop is None or self._closed:
             raise httpx.ConnectError("the coordinator's server does not run")
 
         async def there() -> Reply:
-            return await self.box(device).exchange(request, timeout_s)
+            return await self.box(device).exchange(request, timeout_s, fetched)
 
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(there(), loop))
 
@@ -229,44 +257,53 @@ class PostOffice:
         return MailboxClient(device, self, min(max(POLL_S, len(self._boxes) * POLL_S_PER_DEVICE), LONGEST_POLL_S))
 
 
-class MailboxTransport(httpx.AsyncBaseTransport):
-    """httpx's way to a device: through its mailbox."""
-
-    def __init__(self, device: str, office: PostOffice) -> None:
-        self._device, self._office = device, office
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        envelope = msgspec.convert(
-            {
-                "id": f"{_PROCESS}{next(_COUNTER):016x}",
-                "method": request.method,
-                "path": request.url.raw_path.decode("ascii"),
-                "body": await request.aread(),
-            },
-            Request,
-        )
-        reply = await self._office.exchange(self._device, envelope, request.extensions["timeout"]["read"])
-        return httpx.Response(
-            reply.status, headers={"content-type": reply.content_type}, stream=httpx.ByteStream(reply.body)
-        )
-
-
 class MailboxClient(HttpClient):
     """Reaches the device that calls in as ``device``. See `DeviceClient` for the methods."""
 
     def __init__(self, device: str, office: PostOffice, poll_s: float = POLL_S) -> None:
-        super().__init__("http://mailbox", device, transport=MailboxTransport(device, office), poll_s=poll_s)
+        super().__init__("http://mailbox", device, poll_s=poll_s)
         self.where = "calls in"
         self._office = office
+        self._fetched: Callable[[], None] = lambda: None
+
+    async def work(
+        self,
+        plan: RoundPlan,
+        history: SearchHistory | None = None,
+        on_progress: ProgressCallback | None = None,
+        turns: Turns | None = None,
+    ) -> RoundReport:
+        """One exchange, where the device is done within the time that it may hold the plan."""
+        self._plan = plan
+        async with (turns or Turns()).one() as end_turn:
+            self._fetched = partial(_call, asyncio.get_running_loop(), end_turn)
+            answer = await self._hand_over(plan, history, self._poll_s)
+        if isinstance(answer, RoundProgress):
+            self._under_way(answer, f"round {plan.round}", on_progress)
+        elif (report := await self._whole(answer, plan)) is not None:
+            return report
+        return await self.wait(plan.run, plan.round, None, on_progress)
 
     def twin(self) -> MailboxClient:
         return MailboxClient(self.name, self._office)
+
+    async def _exchange(self, method: Method, path: str, body: bytes | None, read_s: float) -> Response:
+        request = Request(id=f"{_PROCESS}{next(_COUNTER):016x}", method=method, path=path, body=body or b"")
+        self.bytes_down += len(request.body)
+        reply = await self._office.exchange(self.name, request, read_s, self._fetched)
+        self.bytes_up += len(reply.body)
+        return Response(reply.status, reply.content_type, reply.body)
 
     async def answers(self, timeout_s: float) -> bool:
         return self._office.silent_s(self.name) < timeout_s
 
     def __repr__(self) -> str:
         return f"MailboxClient({self.name!r})"
+
+
+def _call(loop: asyncio.AbstractEventLoop, what: Callable[[], None]) -> None:
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(what)
 
 
 def _now() -> float:

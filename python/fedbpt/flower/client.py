@@ -14,7 +14,7 @@ import msgspec
 from flwr.app import MessageType
 
 from fedbpt import wire
-from fedbpt.clients.base import AnswerCallback, ProgressCallback
+from fedbpt.clients.base import AnswerCallback, ProgressCallback, Works
 from fedbpt.errors import DeviceFailedError, DeviceRefusedError, DeviceTimeoutError, DeviceUnreachableError
 from fedbpt.flower.nodes import ANSWER_S, Nodes
 from fedbpt.flower.records import answer_of, packed, size_of
@@ -39,7 +39,7 @@ class _Work:
         return self.task.done() and (self.task.cancelled() or self.task.exception() is not None)
 
 
-class FlowerClient:
+class FlowerClient(Works):
     """Reaches the device that calls itself ``name``. See `DeviceClient` for the methods."""
 
     def __init__(self, name: str, nodes: Nodes, *, answer_s: float = ANSWER_S) -> None:

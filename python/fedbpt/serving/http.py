@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from fedbpt.errors import DeviceRefusedError, FedbptError, InputError, ScoringInterrupted
 from fedbpt.http_auth import LoopbackOnly, RequireToken
-from fedbpt.http_bodies import STATUS_OF_CODE, body_of, faults_as, refusal_headers
+from fedbpt.http_bodies import STATUS_OF_CODE, Handler, body_of, faults_as, refusal_headers
 from fedbpt.serving.answers import Answer, ServedModel
 from fedbpt.serving.desk import Desk, Job
 from fedbpt.serving.protocol import ApiError, ChatRequest, CompletionRequest
@@ -227,16 +227,16 @@ def _as_error(error: Exception) -> tuple[int, Json]:
     return status, _error(str(error), status, None, None)
 
 
-def _on_error(_request: Request, error: Exception) -> Response:
+async def _on_error(_request: Request, error: Exception) -> Response:
     status, body = _as_error(error)
     return _json(body, status)
 
 
-def _on_refused(request: Request, error: Exception) -> Response:
+async def _on_refused(request: Request, error: Exception) -> Response:
     return refusal(request, error.code if isinstance(error, DeviceRefusedError) else "refused", str(error))
 
 
-_HANDLERS: Final[Mapping[Any, Callable[[Request, Exception], Response]]] = {
+_HANDLERS: Final[Mapping[Any, Handler]] = {
     FedbptError: _on_error,
     DeviceRefusedError: _on_refused,
     **faults_as(refusal),

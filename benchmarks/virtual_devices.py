@@ -1,0 +1,150 @@
+"""Devices that call in and take no time: many of them in one process, so that what is measured is their coordinator.
+
+They speak what `fedbpt.agent.poller` speaks, over two kept connections each, without its libraries: HTTP by hand, the
+losses made up, the digest of a plan that is to be replayed taken from it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Iterable
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+import numpy as np
+
+from fedbpt import wire
+from fedbpt.agent.poller import PAUSES_S, POLL_S, Backoff
+from fedbpt.envelopes import POLL_PATH, REPLY_PATH, Delivery, Poll, Reply, Request
+from fedbpt.messages import Array, DeviceInfo, PooledResult, ReplayWork, RoundPlan, RoundReport
+from fedbpt.tokens import Credentials
+
+_deliveries = msgspec.msgpack.Decoder(Delivery)
+_plans = msgspec.msgpack.Decoder(RoundPlan)
+
+
+def info_of(name: str) -> DeviceInfo:
+    return DeviceInfo(
+        name=name, version="0", model_fingerprint="sha256:toy", model_name="toy", backend="toy", n_train=16,
+        n_dev=0, n_test=0, ram_bytes=2**30, rss_bytes=2**20, peak_rss_bytes=2**20,
+    )  # fmt: skip
+
+
+def report_on(plan: RoundPlan, losses: np.ndarray[Any, Any]) -> RoundReport:
+    whole = plan.work.plan_digest if isinstance(plan.work, ReplayWork) else wire.digest(plan)
+    return RoundReport(
+        run=plan.run, round=plan.round, device=plan.device, plan_digest=whole,
+        result=PooledResult(losses=Array.of(losses, "<f4")), n_texts=8, evaluations=len(losses), tokens=128,
+        seconds=0.001, peak_rss_bytes=2**20,
+    )  # fmt: skip
+
+
+class Connection:
+    """Keeps one connection; a request at a time."""
+
+    def __init__(self, credentials: Credentials) -> None:
+        address = urlsplit(credentials.coordinator)
+        self._host, self._port = address.hostname, address.port
+        self._head = (
+            f"host: {address.netloc}\r\nauthorization: Bearer {credentials.bearer}\r\naccept: {wire.CONTENT_TYPE}\r\n"
+            f"content-type: {wire.CONTENT_TYPE}\r\ncontent-length: "
+        )
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._lock = asyncio.Lock()
+
+    async def post(self, path: str, body: bytes) -> tuple[int, bytes]:
+        """Status and body. Raises OSError or EOFError."""
+        async with self._lock:
+            try:
+                if self._streams is None:
+                    self._streams = await asyncio.open_connection(self._host, self._port)
+                reader, writer = self._streams
+                writer.write(f"POST {path} HTTP/1.1\r\n{self._head}{len(body)}\r\n\r\n".encode() + body)
+                head = (await reader.readuntil(b"\r\n\r\n")).lower()
+                _, _, length = head.partition(b"content-length: ")
+                content = await reader.readexactly(int(length.partition(b"\r\n")[0])) if length else b""
+                if b"connection: close" in head:
+                    self.close()
+                return int(head[9:12]), content
+            except BaseException:
+                self.close()
+                raise
+
+    def close(self) -> None:
+        if self._streams is not None:
+            self._streams[1].close()
+            self._streams = None
+
+
+class VirtualDevice:
+    """Its reports come at a random moment of ``work_s`` seconds. ``seconds``: how long its replies took to arrive."""
+
+    def __init__(self, credentials: Credentials, work_s: float, popsize: int, seconds: list[float]) -> None:
+        self._rng = random.Random(credentials.device)
+        self._polls, self._replies = Connection(credentials), Connection(credentials)
+        self._info = wire.encode(info_of(credentials.device))
+        self._losses = np.random.default_rng(self._rng.getrandbits(32)).random(popsize)
+        self._work_s = work_s
+        self._seconds = seconds
+        self._held: dict[str, asyncio.Task[None]] = {}
+
+    async def call_in(self) -> None:
+        """Until cancelled."""
+        try:
+            while True:
+                poll = wire.encode(Poll(holding=tuple(self._held), wait_s=POLL_S))
+                content = await self._persist(self._polls, POLL_PATH, poll)
+                for request in _deliveries.decode(content).requests:
+                    self._held[request.id] = asyncio.ensure_future(self._serve(request))
+        finally:
+            for task in self._held.values():
+                task.cancel()
+            self._polls.close()
+            self._replies.close()
+
+    async def _serve(self, request: Request) -> None:
+        try:
+            reply = wire.encode(Reply(status=200, content_type=wire.CONTENT_TYPE, body=await self._answer(request)))
+            began = time.monotonic()
+            await self._persist(self._replies, REPLY_PATH.format(id=request.id), reply)
+            self._seconds.append(time.monotonic() - began)
+        finally:
+            del self._held[request.id]
+
+    async def _persist(self, connection: Connection, path: str, body: bytes) -> bytes:
+        """What the coordinator answers, however long it takes; to a reply that it does not want, too."""
+        backoff = Backoff(*PAUSES_S, self._rng)
+        while True:
+            try:
+                status, content = await connection.post(path, body)
+                if status in (200, 204, 404):
+                    return content
+            except (OSError, EOFError):  # it is away
+                pass
+            await asyncio.sleep(backoff.pause())
+
+    async def _answer(self, request: Request) -> bytes:
+        if request.method == "GET":
+            return self._info
+        if request.method == "DELETE":
+            return b""
+        report = wire.encode(report_on(_plans.decode(request.body), self._losses))
+        await asyncio.sleep(self._rng.uniform(0, self._work_s))
+        return report
+
+
+async def call_in(devices: Iterable[VirtualDevice]) -> None:
+    """All of them, until cancelled; they begin one after the other."""
+    calling: list[asyncio.Task[None]] = []
+    try:
+        for device in devices:
+            calling.append(asyncio.ensure_future(device.call_in()))
+            await asyncio.sleep(0.001)
+        await asyncio.gather(*calling)
+    finally:
+        for task in calling:
+            task.cancel()
+        await asyncio.gather(*calling, return_exceptions=True)
