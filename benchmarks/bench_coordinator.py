@@ -92,6 +92,7 @@ def coordinate(folder: Path, n_devices: int, rounds: int, port: int) -> None:
         if port:
             registry = stack.enter_context(DeviceRegistry(folder / "devices.db"))
             server = stack.enter_context(CoordinatorServer(registry, port=port))
+            print(json.dumps({"answers": time.monotonic()}), flush=True)
             while len(server.present()) < n_devices:
                 time.sleep(0.02)
             clients = [server.client(name) for name in server.present()]
@@ -131,23 +132,28 @@ async def lines(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.splitlines()]
 
 
-async def killed(folder: Path, n_devices: int, port: int, times: int) -> list[float]:
-    """Seconds from the start of a coordinator to its run's resumption, after SIGKILL in mid-run, ``times`` times."""
-    found: list[float] = []
+async def killed(folder: Path, n_devices: int, port: int, times: int) -> tuple[list[float], list[float]]:
+    """Seconds from the start of a coordinator, after SIGKILL in mid-run, until it answers its devices, and until the
+    last of them has called again and the run goes on; ``times`` times.
+    """
+    answers: list[float] = []
+    resumes: list[float] = []
     for sitting in range(times + 1):
         began = time.monotonic()
         process = spawn(folder, n_devices, 1_000_000, port)
         assert process.stdout is not None
         while True:
             said = json.loads(await asyncio.to_thread(process.stdout.readline))
-            if "at" in said and sitting:
-                found.append(said["at"] - began)
+            if sitting and "answers" in said:
+                answers.append(said["answers"] - began)
+            if sitting and "at" in said:
+                resumes.append(said["at"] - began)
             if "closed" in said:
                 break
         os.kill(process.pid, signal.SIGKILL)
         await asyncio.to_thread(process.wait)
         process.stdout.close()
-    return found
+    return answers, resumes
 
 
 async def measure(folder: Path, n_devices: int, rounds: int, restarts: int, work_s: float) -> dict[str, Any]:
@@ -162,11 +168,11 @@ async def measure(folder: Path, n_devices: int, rounds: int, restarts: int, work
         there = (await lines(spawn(folder, n_devices, rounds, port)))[-1]
         acknowledged = list(waits)
         (folder / f"runs-{port}.db").unlink()
-        ready = await killed(folder, n_devices, port, restarts)
+        answers, resumes = await killed(folder, n_devices, port, restarts)
     finally:
         calling.cancel()
         await asyncio.gather(calling, return_exceptions=True)
-    quarter = len(there["rss"]) // 4
+    quarter = max(len(there["rss"]) // 4, 1)
     return {
         "devices": n_devices,
         "rounds": rounds,
@@ -177,9 +183,11 @@ async def measure(folder: Path, n_devices: int, rounds: int, restarts: int, work
         "acknowledged_p50_ms": 1e3 * float(np.quantile(acknowledged, 0.5)),
         "acknowledged_p99_ms": 1e3 * float(np.quantile(acknowledged, 0.99)),
         "rss_mb": max(there["rss"]) / 1e6,
-        "rss_growth_mb": (max(there["rss"][-quarter or -1 :]) - max(there["rss"][: 2 * quarter] or [0])) / 1e6,
-        "ready_p50_s": float(np.quantile(ready, 0.5)) if ready else None,
-        "ready_max_s": max(ready, default=None),
+        "rss_growth_mb": (max(there["rss"][-quarter:]) - max(there["rss"][: 2 * quarter])) / 1e6,
+        "answers_again_p50_s": float(np.quantile(answers, 0.5)) if answers else None,
+        "answers_again_max_s": max(answers, default=None),
+        "resumes_p50_s": float(np.quantile(resumes, 0.5)) if resumes else None,
+        "resumes_max_s": max(resumes, default=None),
     }
 
 
@@ -211,8 +219,10 @@ def main() -> None:
     print(
         f"resident memory              {found['rss_mb']:.0f} MB, {found['rss_growth_mb']:+.1f} MB over the second half"
     )
-    if found["ready_p50_s"]:
-        print(f"back after SIGKILL           {found['ready_p50_s']:.2f} s, longest {found['ready_max_s']:.2f} s")
+    if restarts := given.restarts:
+        print(f"killed {restarts} times")
+        for what, key in (("answers again after", "answers_again"), ("goes on, all devices back", "resumes")):
+            print(f"{what:28} {found[f'{key}_p50_s']:.2f} s, longest {found[f'{key}_max_s']:.2f} s")
 
 
 if __name__ == "__main__":

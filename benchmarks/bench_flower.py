@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench_coordinator import POPSIZE, TASK, D, VirtualDevice, enrol
+from bench_coordinator import POPSIZE, TASK, D, InstantDevice, enrol
 
 from fedbpt import tasks, wire
 from fedbpt.agent import AgentService
@@ -90,7 +90,7 @@ if importlib.util.find_spec("flwr"):
         with RunStore(str(given["store"])) as store:
             FedBPT(TASK, settings(int(given["rounds"])), store, "r", devices=int(given["devices"])).start(grid)
 
-    node_app = client_app(lambda context, _state: VirtualDevice(f"d{context.node_config['partition-id']}"))
+    node_app = client_app(lambda context, _state: InstantDevice(f"d{context.node_config['partition-id']}"))
 
 
 class Relay:
@@ -162,7 +162,7 @@ def by_coordinator(folder: Path, n_devices: int, rounds: int) -> dict[str, float
         worker = Worker("devices")
         stack.callback(worker.close)
         for each in enrol(folder, n_devices, f"http://127.0.0.1:{relay.port}"):
-            service = AgentService(VirtualDevice(each.device), worker)
+            service = AgentService(InstantDevice(each.device), worker)
             stack.enter_context(Poller(service, each, tell=lambda _line: None))
         until(lambda: len(server.present()) == n_devices)
         before = relay.count()
@@ -259,7 +259,7 @@ def tune(clients: list[DeviceClient], rounds: int, path: Path) -> str:
 
 def in_process(folder: Path, n_devices: int, rounds: int) -> dict[str, Any]:
     worker = Worker("devices")
-    clients: list[DeviceClient] = [InProcessClient(VirtualDevice(f"d{i}"), worker=worker) for i in range(n_devices)]
+    clients: list[DeviceClient] = [InProcessClient(InstantDevice(f"d{i}"), worker=worker) for i in range(n_devices)]
     digest = tune(clients, rounds, folder / "near.db")
     worker.close()
     return {"round_s": statistics.median(round_seconds(folder / "near.db")), "digest": digest}

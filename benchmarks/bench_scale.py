@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
-from bench_coordinator import POPSIZE, TASK, D, VirtualDevice, enrol
+from bench_coordinator import POPSIZE, TASK, D, InstantDevice, enrol
 
 from fedbpt import wire
 from fedbpt.agent.calls import client_options
@@ -145,7 +145,7 @@ def idle_fleet(n: int, rounds: int) -> float:
         calibrate=False, quorum=0.5, per_round=20, over_selection=0.0, stragglers=0.0, ensemble=1,
     )  # fmt: skip
     worker = Worker("devices")
-    clients: list[DeviceClient] = [InProcessClient(VirtualDevice(f"d{i}"), worker=worker) for i in range(n)]
+    clients: list[DeviceClient] = [InProcessClient(InstantDevice(f"d{i}"), worker=worker) for i in range(n)]
     with tempfile.TemporaryDirectory() as folder, RunStore(Path(folder) / "runs.db") as store:
         before = time.process_time()
         Federation(clients, TASK, asked, aggregator_for(asked), store, "r").run()

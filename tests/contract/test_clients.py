@@ -30,6 +30,7 @@ from fedbpt.messages import (
     Template,
 )
 from fedbpt.questions import Answer, Question
+from fedbpt.turns import Turns
 from tests.caller import called_by
 from tests.fake_device import FINGERPRINT, FakeDevice
 
@@ -216,6 +217,68 @@ def test_failed_work_is_reported_with_its_reason_and_can_be_tried_again(make_cli
         device.fail = None
         await client.start(plan())
         await client.wait("r", 1)
+
+    play(make_client, scene)
+
+
+def test_work_is_the_report_on_a_plan(make_client, device):
+    async def scene(client):
+        report = await client.work(plan())
+        assert report.plan_digest == wire.digest(plan())
+        assert await client.work(plan()) == report
+        with pytest.raises(DeviceRefusedError) as caught:
+            await client.work(plan(seed=1))
+        assert caught.value.code == "conflict"
+        with pytest.raises(DeviceRefusedError) as caught:
+            await client.work(plan(model_fingerprint="sha256:other"))
+        assert caught.value.code == "wrong-model"
+
+    play(make_client, scene)
+    assert len(device.plans) == 1
+
+
+def test_work_that_takes_longer_than_a_poll_is_followed_to_its_end(make_client, device):
+    device.slow_s = 1.0
+    seen: list[RoundProgress] = []
+
+    async def scene(client):
+        client._poll_s = 0.2
+        report = await client.work(plan(), on_progress=seen.append)
+        assert report.plan_digest == wire.digest(plan())
+
+    client = play(make_client, scene)
+    assert len(seen) > 1 or isinstance(client, InProcessClient)  # which polls every five seconds
+    assert {progress.state for progress in seen} <= {"running"}
+
+
+def test_work_that_is_cancelled_meanwhile_or_fails_says_so(make_client, device):
+    device.gate.clear()
+
+    async def scene(client):
+        working = asyncio.ensure_future(client.work(plan()))
+        await asyncio.sleep(0.3)
+        await client.cancel("r", 1)
+        with pytest.raises(DeviceFailedError, match="cancelled"):
+            await working
+        device.gate.set()
+        device.fail = InputError("no rows")
+        with pytest.raises(DeviceFailedError, match="no rows"):
+            await client.work(plan())
+
+    play(make_client, scene)
+
+
+def test_plans_are_handed_over_in_turns_that_a_device_at_work_does_not_keep(make_client, device):
+    device.gate.clear()
+    turns = Turns(at_once=1, longest_s=60.0)
+
+    async def scene(client):
+        working = asyncio.ensure_future(client.work(plan(), turns=turns))
+        await asyncio.sleep(0)
+        async with turns.one():  # the device has the plan, and works on it
+            assert not working.done()
+        device.gate.set()
+        await working
 
     play(make_client, scene)
 

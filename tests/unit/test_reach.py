@@ -12,6 +12,7 @@ import pytest
 from fedbpt import tokens
 from fedbpt.agent import AgentService
 from fedbpt.agent.poller import Poller
+from fedbpt.cli import reach as reach_module
 from fedbpt.cli.reach import Reach
 from fedbpt.errors import ConfigError
 from fedbpt.registry import DeviceRegistry
@@ -75,6 +76,18 @@ def test_devices_of_the_run_so_far_belong_to_it_while_they_are_enrolled(
         registry.revoke("revoked")
     some = changed(reach, expect=1, addresses=["http://pi5:8401"])
     assert names(some, ["c", "absent", "revoked", "pi5-8401"]) == ["pi5-8401", "absent", "c"]
+
+
+def test_a_run_that_is_resumed_goes_on_with_its_quorum(
+    reach: Reach, call: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reach_module, "RETURN_S", 0.5)
+    call("a")
+    enrol(reach, "gone")
+    told: list[str] = []
+    with reach.clients(["a", "gone"], False, told.append, quorum=0.5) as clients:
+        assert [client.name for client in clients] == ["a", "gone"]
+    assert told[-1].startswith("1 of 2 devices call in")
 
 
 def test_for_a_finished_run_nobody_is_waited_for(reach: Reach) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ from fedbpt.errors import ConfigError
 from fedbpt.registry import DeviceRegistry
 from fedbpt.tls import Tls
 from fedbpt.tokens import read_private
+
+RETURN_S: Final = 10.0
+"""How long a run that is resumed waits for all of its devices: after a short break they call within seconds."""
 
 LOOK_S: Final = 0.2
 """Pause between two looks at who calls in."""
@@ -41,13 +45,14 @@ class Reach:
 
     @contextmanager
     def clients(
-        self, known: Sequence[str], finished: bool, tell: Callable[[str], None]
+        self, known: Sequence[str], finished: bool, tell: Callable[[str], None], quorum: float = 1.0
     ) -> Iterator[list[DeviceClient]]:
         """The devices, sorted by name among those that call in, so that who called first makes no difference.
 
         ``known``: devices of the run so far; those of them that are enrolled belong to it, present or not.
         ``finished``: the run is: nobody will be asked, and nobody is waited for. ``tell``: called with who is there,
-        when that changes.
+        when that changes. ``quorum``: the share of them that a run needs: one that is resumed waits for the others a
+        moment only, and finds them later.
         """
         secrets = _secrets(self.tokens)
         called: list[DeviceClient] = [
@@ -63,26 +68,38 @@ class Reach:
             return
         with DeviceRegistry(self.registry) as registry:
             with CoordinatorServer(registry, host, port, tls=self.tls, allow_insecure=self.allow_insecure) as server:
-                calling = self._await(registry, server, tell)
                 enrolled = {line.device for line in registry.devices() if line.state == "enrolled"}
-                names = sorted({*calling, *(enrolled & set(known))})
+                mine = enrolled & set(known)
+                calling = self._await(registry, server, tell, mine, math.ceil(quorum * len(mine)))
+                names = sorted({*calling, *mine})
                 yield [*called, *(server.client(name) for name in names)]
 
-    def _await(self, registry: DeviceRegistry, server: CoordinatorServer, tell: Callable[[str], None]) -> list[str]:
-        """The devices that call in, once they are enough."""
+    def _await(
+        self,
+        registry: DeviceRegistry,
+        server: CoordinatorServer,
+        tell: Callable[[str], None],
+        mine: set[str],
+        needed: int,
+    ) -> list[str]:
+        """The devices that call in, once they are enough: all that are expected, or of a run that has ``mine`` already
+        after a moment at least ``needed``.
+        """
         expected = self.expect
         if expected is None:
             expected = sum(line.state != "revoked" for line in registry.devices())
             if not expected:
                 raise ConfigError(f"no device may call in: `fedbpt devices invite NAME --registry {self.registry}`")
         before: list[str] | None = None
+        began = time.monotonic()
         while True:
             present = server.present()
             if present != before:
                 before = present
                 names = ", ".join(present) or "none yet"
                 tell(f"{len(present)} of {expected} devices call in at {server.url}: {names}")
-            if len(present) >= expected:
+            goes_on = mine and len(mine.intersection(present)) >= needed and time.monotonic() - began > RETURN_S
+            if len(present) >= expected or goes_on:
                 return present
             time.sleep(LOOK_S)
 

@@ -164,7 +164,9 @@ def _tune(
         observer = stack.enter_context(observers.watching(store.path, config.run, tell))
         stored = store.find_run(config.run)
         finished = stored is not None and stored.status == "finished"
-        clients = stack.enter_context(reach.clients(list(store.devices(config.run)), finished, tell))
+        clients = stack.enter_context(
+            reach.clients(list(store.devices(config.run)), finished, tell, config.settings.quorum)
+        )
         observer.meet(clients)
         aggregator = aggregator_for(config.settings)
         federation = Federation(clients, task, config.settings, aggregator, store, config.run, watch, observers.control)
