@@ -1,4 +1,7 @@
-"""Who is answered: `RequireToken`, who sends a server's one token; `LoopbackOnly`, who calls it by loopback's names."""
+"""Who is answered: `RequireToken`, who sends a server's one token; `LoopbackOnly`, who calls it by loopback's names.
+
+A server that other machines reach asks for a token: `check_token`.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,21 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedbpt import tokens
+from fedbpt.errors import ConfigError
 from fedbpt.http_bodies import refusal
 from fedbpt.rate_limit import RateLimit
 from fedbpt.tls import is_loopback
 
 GUESSES: Final = (1.0, 10)
 """Requests without the right token that an address may make: a second, and at once."""
+
+
+def check_token(token: str | None, host: str, option: str) -> None:
+    """Raises `ConfigError` where other machines reach ``host`` and ``option``, a file with a token, was not given."""
+    if token is None and not is_loopback(host):
+        raise ConfigError(
+            f"{host} can be reached from other machines: ask for a token ({option} FILE), or serve on 127.0.0.1"
+        )
 
 
 class RequireToken:

@@ -131,7 +131,7 @@ def _stopped(given: Sequence[str]) -> str:
 
 
 def _usage(error: Any) -> str:
-    message = " ".join(str(error.format_message()).split())
+    message = " ".join(str(error.format_message()).split()).replace("Value error, ", "")  # as some typers say
     context = error.ctx if isinstance(error, _UsageError) else None
     return message if context is None else f"{message.rstrip('.')}: see `{context.command_path} --help`"
 

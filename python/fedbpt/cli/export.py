@@ -10,8 +10,7 @@ import typer
 
 from fedbpt.cli.evaluate import model_of
 from fedbpt.cli.options import AsJson, Quiet, task_named
-from fedbpt.errors import ConfigError
-from fedbpt.exchange import TARGETS, Target, export_prompt
+from fedbpt.exchange import Target, export_prompt
 from fedbpt.native_scorer import load_model
 from fedbpt.prompt import Prompt, card_path
 
@@ -36,8 +35,6 @@ def export(
 
     Example: fedbpt export prompt.safetensors --to peft --out adapter
     """
-    if to not in TARGETS:
-        raise ConfigError(f"there is no export to {to!r}: choose one of {', '.join(TARGETS)}")
     prompt = Prompt.load(prompt_file)
     if to == "peft":
         chosen, scorer = task_named(task, prompt.task_name), load_model(model or model_of(prompt))

@@ -21,15 +21,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from fedbpt import wire
 from fedbpt.coordinator.feed import EventFeed, Missed
 from fedbpt.coordinator.metrics import RunMetrics
-from fedbpt.errors import ConfigError, CoordinatorRefusedError
+from fedbpt.errors import CoordinatorRefusedError
 from fedbpt.history import run_as_json, run_in_full
-from fedbpt.http_auth import LoopbackOnly, RequireToken
+from fedbpt.http_auth import LoopbackOnly, RequireToken, check_token
 from fedbpt.http_bodies import EXCEPTION_HANDLERS
 from fedbpt.http_server import HttpServer
 from fedbpt.journal import Line
 from fedbpt.prometheus import CONTENT_TYPE, exposition
 from fedbpt.store import RunStore, StoredRun
-from fedbpt.tls import Tls, is_loopback
+from fedbpt.tls import Tls
 
 HEARTBEAT_S: Final = 15.0
 """Longest silence of a stream of events: then a comment comes, so that proxies keep it open."""
@@ -65,11 +65,7 @@ class MonitorServer(HttpServer):
         feed: EventFeed | None = None,
         heartbeat_s: float = HEARTBEAT_S,
     ) -> None:
-        if token is None and not is_loopback(host):
-            raise ConfigError(
-                f"{host} can be reached from other machines: ask readers for a token (--monitor-token FILE), or serve"
-                " on 127.0.0.1"
-            )
+        check_token(token, host, "--monitor-token")
         self.feed = feed or EventFeed()
         self._store = RunStore(store)
         try:

@@ -16,11 +16,12 @@ from fedbpt.dashboard.comparing import Comparison
 from fedbpt.dashboard.guard import Guard
 from fedbpt.dashboard.pulse import Pulse
 from fedbpt.dashboard.state import RunState
-from fedbpt.errors import ConfigError, FedbptError, MissingExtraError, StoreError
+from fedbpt.errors import FedbptError, MissingExtraError, StoreError
+from fedbpt.http_auth import check_token
 from fedbpt.http_server import HttpServer
 from fedbpt.journal import Line
 from fedbpt.store import RunStore
-from fedbpt.tls import Tls, is_loopback
+from fedbpt.tls import Tls
 
 log = logging.getLogger(__name__)
 
@@ -60,11 +61,7 @@ class DashboardServer(HttpServer):
             from fedbpt.dashboard.app import build_app, n_pages
         except ImportError as error:
             raise MissingExtraError("the dashboard", "dashboard") from error
-        if token is None and not is_loopback(host):
-            raise ConfigError(
-                f"{host} can be reached from other machines: ask for a token (--dashboard-token FILE), or serve on"
-                " 127.0.0.1"
-            )
+        check_token(token, host, "--dashboard-token")
         self.state = RunState(run, control)
         self.n_pages = n_pages
         self._watched_at = -math.inf

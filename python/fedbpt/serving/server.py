@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from fedbpt.errors import ConfigError
+from fedbpt.http_auth import check_token
 from fedbpt.http_server import HttpServer
 from fedbpt.serving.answers import ServedModel
 from fedbpt.serving.desk import Desk
 from fedbpt.serving.http import build_app
-from fedbpt.tls import Tls, is_loopback
+from fedbpt.tls import Tls
 
 
 class ModelServer(HttpServer):
@@ -29,11 +29,7 @@ class ModelServer(HttpServer):
         allow_insecure: bool = False,
         on_ready: Callable[[str], None] = lambda _url: None,
     ) -> None:
-        if token is None and not is_loopback(host):
-            raise ConfigError(
-                f"anyone who reaches {host} could use this model: ask for a token (--token-file FILE), or serve on"
-                " 127.0.0.1"
-            )
+        check_token(token, host, "--token-file")
         desk = Desk()
         app = build_app(models, desk, token)
         super().__init__(app, host, port, tls=tls, allow_insecure=allow_insecure, on_ready=on_ready, on_exit=desk.stop)
