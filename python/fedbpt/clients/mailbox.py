@@ -34,7 +34,7 @@ ABSENT_S: Final = 10.0
 POLL_S_PER_DEVICE: Final = 0.05
 LONGEST_POLL_S: Final = 30.0
 
-KEPT_ANSWERS: Final = 256
+KEPT_ANSWERS: Final = 16
 """Digests of a device's last replies, kept to tell a repeated reply from a forged one."""
 
 STOPPING_S: Final = 2.0
