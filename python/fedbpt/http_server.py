@@ -8,16 +8,21 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Final, TypeVar
 
 import uvicorn
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedbpt.errors import ConfigError, FedbptError
 from fedbpt.tls import Tls, is_loopback, url_of
 
 S = TypeVar("S", bound="HttpServer")
+
+MOST_UNREAD_BYTES: Final = 32 * 2**20
+MOST_UNREAD_S: Final = 2.0
+"""What is read of a request that was answered before its end."""
 
 IDLE_S: Final = 60
 """How long our callers keep a connection that they do not use: a report need not wait for a TLS handshake."""
@@ -65,7 +70,7 @@ class HttpServer:
         self.port: int = self._socket.getsockname()[1]
         self.url = url_of(host, self.port, tls.serves)
         config = uvicorn.Config(
-            app,
+            _ReadToTheEnd(app),
             log_level="warning",
             access_log=False,
             lifespan="on",
@@ -148,6 +153,40 @@ class _Server(uvicorn.Server):
         loop = self._loop
         if loop is not None and not loop.is_closed():
             loop.call_soon_threadsafe(self._owner.on_exit)
+
+
+class _ReadToTheEnd:
+    """ASGI middleware: an answer ends when the request has, within limits. A connection that is closed with something
+    left to read is reset, and who sent it does not see why it was refused.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        ended = False
+
+        async def hear() -> Message:
+            nonlocal ended
+            message = await receive()
+            ended = ended or message["type"] != "http.request" or not message.get("more_body", False)
+            return message
+
+        async def read_out() -> None:
+            left = MOST_UNREAD_BYTES
+            while not ended and left > 0:
+                left -= len((await hear()).get("body", b""))
+
+        async def say(message: Message) -> None:
+            if message["type"] == "http.response.body" and not message.get("more_body", False) and not ended:
+                with suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(read_out(), MOST_UNREAD_S)
+            await send(message)
+
+        await self._app(scope, hear, say)
 
 
 @contextmanager

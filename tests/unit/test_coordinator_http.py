@@ -80,6 +80,12 @@ def test_without_its_token_a_device_is_refused(caller: Caller, path: str, bearer
     assert caller.server.present() == []
 
 
+def test_who_sends_much_and_is_refused_before_its_end_hears_why(caller: Caller) -> None:
+    for _ in range(5):
+        answer = caller.post(f"/v1/mailbox/replies/{ID}", bytes(MAX_ENVELOPE_BYTES), "a~wrong")
+        assert refusal(answer) == (401, "unauthorized")
+
+
 def test_a_revoked_device_is_refused_from_its_next_call_on(caller: Caller) -> None:
     bearer = caller.enrol("a")
     assert caller.poll(bearer).status_code == 200
