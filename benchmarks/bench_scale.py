@@ -34,12 +34,11 @@ from bench_coordinator import POPSIZE, TASK, D, InstantDevice, enrol
 
 from fedbpt import wire
 from fedbpt.agent.calls import client_options
-from fedbpt.agent.poller import POLL_S
 from fedbpt.agent.worker import Worker
 from fedbpt.api import aggregator_for
 from fedbpt.clients import DeviceClient, InProcessClient
 from fedbpt.coordinator import CoordinatorServer
-from fedbpt.envelopes import POLL_PATH, Poll
+from fedbpt.envelopes import POLL_PATH, POLL_S, Poll, poll_s
 from fedbpt.federation import Federation
 from fedbpt.memory import memory_of_process
 from fedbpt.messages import ObjectiveSpec, PromptSpec
@@ -173,7 +172,7 @@ CALLS = 3.0  # where devices are told when to call: so many call for each that a
 class Design:
     """How a fleet is run. ``per_round``: devices that a round asks; 0: all.
 
-    ``held``: polls are held open, and come every `POLL_S`; else a device calls when it was told to. ``relays``: so many
+    ``held``: polls are held open, and come every `poll_s`; else a device calls when it was told to. ``relays``: so many
     processes take calls and reports, and send sums.
     """
 
@@ -186,7 +185,7 @@ class Design:
         return min(n, self.per_round or n)
 
     def calls_per_s(self, n: int) -> float:
-        return n / POLL_S if self.held else CALLS * self.asked(n) / ROUND_S
+        return n / poll_s(n) if self.held else CALLS * self.asked(n) / ROUND_S
 
 
 DESIGNS = (
@@ -211,7 +210,7 @@ def limits(costs: Costs, memory_gb: float) -> dict[str, float]:
     """At how many devices each part alone is at its end."""
     return {
         "reports of all, once a round, fill a core": ROUND_S / (costs.report_ms / 1e3),
-        "polls fill a core": POLL_S / (costs.poll_ms / 1e3),
+        "polls fill a core": POLL_S[1] / (costs.poll_ms / 1e3),
         f"held polls fill {memory_gb:g} GB": memory_gb * 1e6 / costs.connection_kb,
         "members that no round asks fill a core": ROUND_S / max(costs.member_ms / 1e3, 1e-12),
     }
@@ -265,7 +264,7 @@ class Fleet:
             if kind == POLL:
                 self._loop(who).serve(now, costs.poll_ms / 1e3)
                 if self._design.held:
-                    heapq.heappush(queue, (now + POLL_S, POLL, who, 0))
+                    heapq.heappush(queue, (now + poll_s(self._n), POLL, who, 0))
             elif kind == REPORT:
                 self._report(self._loop(who).serve(now, costs.report_ms / 1e3), who, round)
             else:
@@ -285,7 +284,7 @@ class Fleet:
 
     def _polls(self, horizon_s: float) -> None:
         if self._design.held:
-            first = self._rng.uniform(0.0, POLL_S, self._n)
+            first = self._rng.uniform(0.0, poll_s(self._n), self._n)
         else:
             calls = self._rng.poisson(self._design.calls_per_s(self._n) * horizon_s)
             first = self._rng.uniform(0.0, horizon_s, calls)

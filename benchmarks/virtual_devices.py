@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from fedbpt import wire
-from fedbpt.agent.poller import PAUSES_S, POLL_S, Backoff
+from fedbpt.agent.poller import PAUSES_S, Backoff
 from fedbpt.envelopes import POLL_PATH, REPLY_PATH, Delivery, Poll, Reply, Request
 from fedbpt.messages import Array, DeviceInfo, PooledResult, ReplayWork, RoundPlan, RoundReport
 from fedbpt.tokens import Credentials
@@ -89,15 +89,18 @@ class VirtualDevice:
         self._losses = np.random.default_rng(self._rng.getrandbits(32)).random(popsize)
         self._work_s = work_s
         self._seconds = seconds
+        self._poll_s = 0.0
         self._held: dict[str, asyncio.Task[None]] = {}
 
     async def call_in(self) -> None:
         """Until cancelled."""
         try:
             while True:
-                poll = wire.encode(Poll(holding=tuple(self._held), wait_s=POLL_S))
+                poll = wire.encode(Poll(holding=tuple(self._held), wait_s=self._poll_s))
                 content = await self._persist(self._polls, POLL_PATH, poll)
-                for request in _deliveries.decode(content).requests:
+                delivery = _deliveries.decode(content)
+                self._poll_s = delivery.wait_s
+                for request in delivery.requests:
                     self._held[request.id] = asyncio.ensure_future(self._serve(request))
         finally:
             for task in self._held.values():

@@ -24,6 +24,21 @@ MAX_HELD: Final = 64
 MAX_ENVELOPE_BYTES: Final = wire.MAX_BODY_BYTES + 2**20
 """Largest `Reply` or `Delivery`: a body and what is around it."""
 
+POLL_S: Final = (4.0, 25.0)
+"""Shortest and longest that a poll is held open while there is nothing. A connection that went silent is noticed when
+its poll should have ended; the longest is less than the minute after which NATs and proxies forget one.
+"""
+
+POLL_S_PER_DEVICE: Final = 0.004
+"""More devices poll less often: together 250 times a second, a tenth of a coordinator's core."""
+
+
+def poll_s(n_devices: int) -> float:
+    """How long the polls of so many devices are held."""
+    shortest, longest = POLL_S
+    return min(max(n_devices * POLL_S_PER_DEVICE, shortest), longest)
+
+
 RequestId: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}$")]
 Path: TypeAlias = Annotated[str, msgspec.Meta(max_length=1024, pattern=r"^/v1/[A-Za-z0-9._~%/?=&-]*$")]
 
@@ -49,9 +64,10 @@ class Request(Message, frozen=True):
 
 
 class Delivery(Message, frozen=True):
-    """The answer to a `Poll`; empty where nothing came in time."""
+    """The answer to a `Poll`; empty where nothing came in time. ``wait_s``: of the next poll."""
 
     requests: tuple[Request, ...] = ()
+    wait_s: Annotated[float, msgspec.Meta(ge=0)] = POLL_S[0]
     protocol: Literal[1] = 1
 
 

@@ -42,7 +42,7 @@ def tuned(path: Path, clients: list[InProcessClient]) -> RunResult:
         return Federation(clients, TASK, SETTINGS, aggregator_for(SETTINGS), store, "r").run()
 
 
-@pytest.mark.parametrize("fault", FAULTS if ALL else ["duplicate", "unacknowledged"])
+@pytest.mark.parametrize("fault", FAULTS if ALL else ["duplicate", "unacknowledged", "stall"])
 def test_a_network_that_breaks_and_heals_changes_nothing(
     tmp_path: Path, proxy: Callable[..., FaultProxy], fault: Fault
 ) -> None:
@@ -59,11 +59,12 @@ def test_a_network_that_breaks_and_heals_changes_nothing(
         wait_until(lambda: len(server.present()) == 2)
 
         def shake() -> None:
-            """0.4 s well, 0.6 s broken."""
+            """0.6 s broken, then well for a while: longer after a connection went silent, which shows only in time."""
             while not stop.wait(0.4):
                 bad.fault = fault
                 stop.wait(0.6)
                 bad.fault = "none"
+                stop.wait(12.0 if fault == "stall" else 0.0)
 
         shaking = threading.Thread(target=shake)
         shaking.start()

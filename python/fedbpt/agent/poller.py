@@ -20,7 +20,17 @@ from fedbpt import wire
 from fedbpt.agent.calls import ANSWER_S, accepted, client_options, decoded, origin
 from fedbpt.agent.http import build_app
 from fedbpt.agent.service import AgentService
-from fedbpt.envelopes import MAX_ENVELOPE_BYTES, MAX_HELD, POLL_PATH, REPLY_PATH, Delivery, Poll, Reply, Request
+from fedbpt.envelopes import (
+    MAX_ENVELOPE_BYTES,
+    MAX_HELD,
+    POLL_PATH,
+    POLL_S,
+    REPLY_PATH,
+    Delivery,
+    Poll,
+    Reply,
+    Request,
+)
 from fedbpt.errors import CoordinatorRefusedError, WireError
 from fedbpt.http_server import quiet_signals
 from fedbpt.messages import Message
@@ -31,8 +41,11 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-POLL_S: Final = 25.0
-"""How long a poll is held open: less than the minute after which NATs and proxies forget a silent connection."""
+LATE_S: Final = 5.5
+"""How late an answer may come before its connection counts as dead: with a poll's 4 s, it is noticed within 10 s."""
+
+SLOW_BYTES_PER_S: Final = 8192.0
+"""How slowly a reply may leave: sent so far as the system says, it may still lie in a buffer of ours or of a modem."""
 
 PAUSES_S: Final = (0.25, 30.0)
 """Bounds of the first and the longest pause between two calls that fail."""
@@ -91,6 +104,7 @@ class Poller:
         self._pauses_s = pauses_s
         self._held: dict[str, asyncio.Task[None]] = {}
         self._problem = ""
+        self._poll_s = POLL_S[0]
         self._stop: Callable[[], None] = lambda: None
         self._thread: threading.Thread | None = None
 
@@ -183,9 +197,11 @@ class Poller:
                 await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _poll(self, coordinator: httpx.AsyncClient) -> Delivery:
-        wait_s = 0.0 if self._problem else POLL_S  # after trouble: is it over?
+        wait_s = 0.0 if self._problem else self._poll_s  # after trouble: is it over?
         poll = Poll(holding=tuple(self._held), wait_s=wait_s)
-        return decoded(await self._post(coordinator, POLL_PATH, poll, wait_s), Delivery)
+        delivery = decoded(await self._post(coordinator, POLL_PATH, poll, wait_s), Delivery)
+        self._poll_s = min(delivery.wait_s, POLL_S[1])
+        return delivery
 
     async def _serve(self, request: Request, device: httpx.AsyncClient, coordinator: httpx.AsyncClient) -> None:
         """Let the device's routes answer, and post what they say until the coordinator has it, or wants it no more."""
@@ -202,8 +218,9 @@ class Poller:
             del self._held[request.id]
 
     async def _post(self, coordinator: httpx.AsyncClient, path: str, message: Message, hold_s: float = 0.0) -> bytes:
-        timeout = httpx.Timeout(ANSWER_S, read=hold_s + ANSWER_S)
-        async with coordinator.stream("POST", path, content=wire.encode(message), timeout=timeout) as response:
+        body = wire.encode(message)
+        timeout = httpx.Timeout(ANSWER_S, read=hold_s + LATE_S + len(body) / SLOW_BYTES_PER_S)
+        async with coordinator.stream("POST", path, content=body, timeout=timeout) as response:
             content = bytearray()
             async for chunk in response.aiter_bytes():
                 content += chunk

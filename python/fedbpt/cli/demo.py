@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -21,16 +21,18 @@ from fedbpt import models, tasks
 from fedbpt.api import aggregator_for, evaluate, make_prompt
 from fedbpt.cli.hint import print_hint
 from fedbpt.cli.models import progress_bar
-from fedbpt.cli.options import AsJson, Quiet
+from fedbpt.cli.observe import Observers
+from fedbpt.cli.options import AsJson, Dashboard, Quiet, teller
 from fedbpt.cli.report import print_result, result_as_json
 from fedbpt.clients.http import HttpClient
+from fedbpt.dashboard.comparing import Comparison, comparing, questions_of
 from fedbpt.display import RunDisplay
 from fedbpt.errors import FedbptError
 from fedbpt.federation import Federation
 from fedbpt.messages import ObjectiveSpec, PromptSpec
 from fedbpt.native_scorer import load_model, physical_cores
 from fedbpt.prompt import Prompt
-from fedbpt.runs import RunResult, RunSettings
+from fedbpt.runs import Event, RunResult, RunSettings
 from fedbpt.scorer import Scorer
 from fedbpt.store import RunStore
 from fedbpt.tasks import Row, Task
@@ -58,6 +60,7 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A tenth of the rows: does it work here?")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the split, the search and everything else random.")] = 0,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the data, the run and the prompt go.")] = Path("runs"),
+    dashboard: Dashboard = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -79,23 +82,32 @@ def demo(
     settings = _settings(task, rounds, seed)
     asked = {"model": models.fingerprint(path), "devices": devices, "rows": "quick" if quick else "all"}
 
-    with RunStore(folder / "runs.db") as store:
+    with ExitStack() as stack:
+        store = stack.enter_context(RunStore(folder / "runs.db"))
         _forget_unless_interrupted(store, saved, folder / "demo.json", asked)
         files = _write_data(folder / "data", task, splits, devices, seed)
-        with RunDisplay(shown) as display, _device_processes(path, files, task) as urls:
+        observers = Observers(dashboard=dashboard)
+        watch = stack.enter_context(observers.watching(store.path, RUN, teller(not shown)))
+        with RunDisplay(shown) as display:
+            urls = stack.enter_context(_device_processes(path, files, task))
             clients = [HttpClient(url, name) for name, url in urls.items()]
-            result = Federation(clients, task, settings, aggregator_for(settings), store, RUN, display).run()
+            watch.meet(clients)
 
-    scorer = load_model(model)
-    prompt = make_prompt(scorer, task, result)
-    prompt.save(saved)
-    examples = _examples(scorer, task, splits["test"], prompt)
-    if as_json:
-        found = {**result_as_json(result, saved), "examples": [example._asdict() for example in examples]}
-        typer.echo(msgspec.json.encode(found).decode())
-    else:
-        _print(result, saved, examples, folder)
+            def tell(event: Event) -> None:
+                display(event)
+                watch(event)
+
+            aggregator = aggregator_for(settings)
+            result = Federation(clients, task, settings, aggregator, store, RUN, tell, observers.control).run()
+
+        scorer = load_model(model)
+        prompt = make_prompt(scorer, task, result)
+        prompt.save(saved)
+        questions = questions_of(task, files[0]["test"])
+        watch.compare(Comparison(lambda: comparing(scorer, task, result), task.labels, questions, watch.devices))
+        _report(result, saved, _examples(scorer, task, splits["test"], prompt), folder, as_json)
         print_hint(scorer, shown)
+        watch.linger(teller(not shown))
 
 
 def _forget_unless_interrupted(store: RunStore, saved: Path, record: Path, asked: dict[str, Any]) -> None:
@@ -196,7 +208,11 @@ def _examples(scorer: Scorer, task: Task, rows: Sequence[Row], prompt: Prompt, w
     return found
 
 
-def _print(result: RunResult, saved: Path, examples: Sequence[Example], folder: Path) -> None:
+def _report(result: RunResult, saved: Path, examples: Sequence[Example], folder: Path, as_json: bool) -> None:
+    if as_json:
+        found = {**result_as_json(result, saved), "examples": [example._asdict() for example in examples]}
+        typer.echo(msgspec.json.encode(found).decode())
+        return
     print_result(result, saved)
     console = Console()
     for example in examples:

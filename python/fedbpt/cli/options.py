@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fedbpt import tasks
+from fedbpt.dashboard import DEFAULT_ADDRESS
 from fedbpt.errors import ConfigError
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value on standard output.")]
@@ -34,11 +36,20 @@ ClientCerts = Annotated[
 AllowInsecure = Annotated[
     bool, typer.Option("--allow-insecure", help="No encryption beyond loopback: on a network you trust.")
 ]
-
-
 Questions = Annotated[
     Path | None, typer.Option("--questions", help="Held-out rows that the dashboard's compare page offers.")
 ]
+
+
+Dashboard = Annotated[
+    str | None,
+    typer.Option("--dashboard", metavar="[HOST:PORT]", help=f"Show and steer the run in a browser; {DEFAULT_ADDRESS}."),
+]
+
+
+def teller(silent: bool) -> Callable[[str], None]:
+    """Tells people a line, beside what a command prints."""
+    return lambda line: None if silent else typer.echo(line, err=True)
 
 
 def help_without_command(context: typer.Context) -> None:

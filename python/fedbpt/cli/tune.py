@@ -14,12 +14,23 @@ import typer
 from fedbpt.api import aggregator_for, make_prompt, require_model_of_run
 from fedbpt.cli.devices import DEFAULT_REGISTRY
 from fedbpt.cli.observe import Observers, Watch
-from fedbpt.cli.options import AllowInsecure, AsJson, Ca, Cert, ClientCerts, Key, Questions, Quiet, Registry
+from fedbpt.cli.options import (
+    AllowInsecure,
+    AsJson,
+    Ca,
+    Cert,
+    ClientCerts,
+    Dashboard,
+    Key,
+    Questions,
+    Quiet,
+    Registry,
+    teller,
+)
 from fedbpt.cli.reach import Reach
 from fedbpt.cli.report import print_cost, print_result, result_as_json
 from fedbpt.clients import DeviceClient
 from fedbpt.config import RunConfig, load_config
-from fedbpt.dashboard import DEFAULT_ADDRESS
 from fedbpt.dashboard.comparing import Comparison, comparing, questions_of
 from fedbpt.display import RunDisplay
 from fedbpt.errors import ConfigError
@@ -54,10 +65,6 @@ Monitor = Annotated[
 ]
 MonitorToken = Annotated[
     Path | None, typer.Option("--monitor-token", help="The monitor asks for the token in this file; made if absent.")
-]
-Dashboard = Annotated[
-    str | None,
-    typer.Option("--dashboard", metavar="[HOST:PORT]", help=f"Show and steer the run in a browser; {DEFAULT_ADDRESS}."),
 ]
 DashboardToken = Annotated[
     Path | None,
@@ -107,7 +114,7 @@ def tune(
     reach = Reach(addresses, tokens, listen, expect, registry, Tls(cert, key, ca, client_certs), allow_insecure)
     observers = Observers(log, monitor, monitor_token, Tls(cert, key), allow_insecure, dashboard, dashboard_token)
     if only_plan:
-        print_cost(_cost(config, task, reach, _teller(as_json or quiet)), as_json)
+        print_cost(_cost(config, task, reach, teller(as_json or quiet)), as_json)
         return
     offered = () if questions is None else questions_of(task, questions)
     model = model or config.model
@@ -148,7 +155,7 @@ def _tune(
     shown: bool,
 ) -> None:
     display = RunDisplay(shown)
-    tell = _teller(not shown)
+    tell = teller(not shown)
 
     def watch(event: Event) -> None:
         if scorer is not None and isinstance(event, RunStarted):
@@ -174,10 +181,6 @@ def _tune(
             result = federation.run()
         report(result, observer)
         observer.linger(tell)
-
-
-def _teller(silent: bool) -> Callable[[str], None]:
-    return lambda line: None if silent else typer.echo(line, err=True)
 
 
 def _cost(config: RunConfig, task: Task, reach: Reach, tell: Callable[[str], None]) -> RunCost:

@@ -23,16 +23,20 @@ import httpx
 from fedbpt import wire
 from fedbpt.clients.base import ProgressCallback
 from fedbpt.clients.http import POLL_S, HttpClient, Response
-from fedbpt.envelopes import Delivery, Method, Reply, Request
+from fedbpt.envelopes import Delivery, Method, Reply, Request, poll_s
 from fedbpt.errors import CoordinatorRefusedError
 from fedbpt.messages import RoundPlan, RoundProgress, RoundReport, SearchHistory
 from fedbpt.turns import Turns
 
+ANSWER_S: Final = 20.0
+"""How long a device that calls in may take for a reply: twice as long as to notice that a connection went silent."""
+
 ABSENT_S: Final = 10.0
 """A device that has not polled for so long is out of reach."""
 
-POLL_S_PER_DEVICE: Final = 0.05
-LONGEST_POLL_S: Final = 30.0
+HOLD_S_PER_DEVICE: Final = 0.05
+LONGEST_HOLD_S: Final = 30.0
+"""How long a device may hold a request: of many, each is asked less often how far its work is."""
 
 KEPT_ANSWERS: Final = 16
 """Digests of a device's last replies, kept to tell a repeated reply from a forged one."""
@@ -224,6 +228,11 @@ class PostOffice:
                 found.close()
         return found
 
+    @property
+    def poll_s(self) -> float:
+        """How long a device is to have its next poll held open."""
+        return poll_s(len(self._boxes))
+
     def present(self) -> list[str]:
         """Names of the devices that call in now, sorted. From any thread."""
         return sorted(name for name, box in self._boxes.copy().items() if box.present)
@@ -254,14 +263,14 @@ class PostOffice:
 
     def client(self, device: str) -> MailboxClient:
         """A client of ``device``, to use from any event loop; one of many asks less often how far its work is."""
-        return MailboxClient(device, self, min(max(POLL_S, len(self._boxes) * POLL_S_PER_DEVICE), LONGEST_POLL_S))
+        return MailboxClient(device, self, min(max(POLL_S, len(self._boxes) * HOLD_S_PER_DEVICE), LONGEST_HOLD_S))
 
 
 class MailboxClient(HttpClient):
     """Reaches the device that calls in as ``device``. See `DeviceClient` for the methods."""
 
     def __init__(self, device: str, office: PostOffice, poll_s: float = POLL_S) -> None:
-        super().__init__("http://mailbox", device, poll_s=poll_s)
+        super().__init__("http://mailbox", device, answer_s=ANSWER_S, poll_s=poll_s)
         self.where = "calls in"
         self._office = office
         self._fetched: Callable[[], None] = lambda: None

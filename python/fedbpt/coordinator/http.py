@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -76,7 +77,9 @@ class _Routes:
         gone = asyncio.ensure_future(request.receive())  # after the body, only a disconnection comes
         try:
             await asyncio.wait([delivery, gone], return_when=asyncio.FIRST_COMPLETED)
-            return reply(request, await delivery) if delivery.done() else Response(status_code=400)
+            if not delivery.done():
+                return Response(status_code=400)
+            return reply(request, msgspec.structs.replace(await delivery, wait_s=self._office.poll_s))
         finally:
             gone.cancel()
             delivery.cancel()
