@@ -260,7 +260,7 @@ class Fleet:
             del current.working[task]
             if reported >= current.draft.wanted:  # asked for safety alone
                 task.cancel()
-                self._spawn(self._release(member))
+                self._spawn(self._cancel([(member, key) for key in member.sent]))
                 continue
             member.state = "late"
             member.reason = f"round {current.number} was not done after {min(took, current.deadline_s):.3g} s"
@@ -272,14 +272,6 @@ class Fleet:
                 f" (deadline {current.deadline_s:g} s), {current.needed} are needed{self.missing()};"
                 " start the same run again to resume it"
             )
-
-    async def _release(self, member: Member) -> None:
-        """Tell a device that its round is over. It hears so from its next plan, too."""
-        try:
-            for key in member.sent:
-                await member.client.cancel(*key)
-        except (DeviceError, WireError) as error:
-            log.info("%s could not be told that its round is over: %s", member.name, error)
 
     def missing(self) -> str:
         """`` (a: why; b: why)`` of the devices that do not count now, or nothing."""
