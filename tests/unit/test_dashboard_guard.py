@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import httpx
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -94,14 +93,24 @@ def test_beyond_loopback_it_takes_a_token_and_encryption(tmp_path: Path) -> None
         DashboardServer(tmp_path / "runs.db", "r", "0.0.0.0", allow_insecure=True)
 
 
-def test_who_asks_for_a_page_or_leaves_one_watches_for_some_seconds_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with DashboardServer(tmp_path / "runs.db", "r") as server:
+def test_who_is_let_in_is_a_visit() -> None:
+    visits: list[None] = []
+    app = Starlette(routes=[Route("/", _page), WebSocketRoute("/ws", _socket)])
+    http = TestClient(Guard(app, None, lambda: visits.append(None)), base_url="http://elsewhere:8500")
+    assert (http.get("/").status_code, len(visits)) == (421, 0)
+    assert (http.get("/", headers={"host": "localhost:8500"}).status_code, len(visits)) == (200, 1)
+
+
+def test_who_comes_or_leaves_watches_for_some_seconds_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = DashboardServer(tmp_path / "runs.db", "r")
+    try:
+        server.n_pages = lambda: 0
         assert not server.is_watched()
-        assert httpx.get(f"{server.url}/", headers={"host": "elsewhere"}, trust_env=False).status_code == 421
-        assert not server.is_watched()  # it was refused
-        assert httpx.get(f"{server.url}/", trust_env=False).status_code == 200
-        assert server.is_watched()  # its page comes
+        server.n_pages = lambda: 1
+        assert server.is_watched()
+        server.n_pages = lambda: 0
+        assert server.is_watched()  # between two pages, perhaps
         monkeypatch.setattr(server_module, "AWAY_S", 0.0)
         assert not server.is_watched()
+    finally:
+        server.stop()
