@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -62,7 +63,12 @@ def open_page(browser: Browser) -> Iterator[OpenPage]:
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", lambda request: asked.add(urlsplit(request.url).hostname or request.url[:20]))
         page.on("websocket", lambda socket: asked.add(urlsplit(socket.url).hostname or socket.url))
-        page.goto(url)
+        try:
+            page.goto(url)
+        except PlaywrightError as error:  # seen once, on a busy machine, of a server that had said where it is
+            print(f"a second try: {error}")
+            time.sleep(2.0)
+            page.goto(url)
         page.wait_for_selector(".chart svg")
         return page
 
