@@ -63,15 +63,24 @@ class Replayer:
         if not isinstance(plan.work, ReplayWork):
             return plan
         work, popsize = plan.work, plan.work.history.popsize
-        _check_size(work, plan.prompt.d)
+        _check_bounds(work, plan.prompt.d)
         ranks = _generations(work.history.ranks, popsize)
         with self._lock:
             search = self._search(plan, work, work.known + len(ranks))
-            for generation in ranks[search.generation - work.known :]:
-                search.tell(generation)
-            state = PooledWork(state=search.state(), generation=search.generation, popsize=popsize)
+            with np.errstate(all="ignore"):  # what overflows is refused below
+                for generation in ranks[search.generation - work.known :]:
+                    search.tell(generation)
+                state = PooledWork(state=search.state(), generation=search.generation, popsize=popsize)
             whole = msgspec.structs.replace(plan, work=state)
-            if wire.digest(whole) != work.plan_digest:
+            try:
+                wire.check(whole)
+                digest = wire.digest(whole)
+            except (WireError, msgspec.ValidationError) as error:
+                del self._searches[plan.run]
+                raise WireError(
+                    f"replaying run {plan.run!r} gives a state that no message may hold: {error}"
+                ) from error
+            if digest != work.plan_digest:
                 del self._searches[plan.run]
                 raise DeviceRefusedError(
                     f"replaying run {plan.run!r} gives another state here: send the state", "replay-differs"
@@ -133,11 +142,13 @@ def whole_report(report: RoundReport, plan: RoundPlan) -> RoundReport | None:
     return msgspec.structs.replace(report, result=found.with_fitness(result.fitness))
 
 
-def _check_size(work: ReplayWork, d: int) -> None:
+def _check_bounds(work: ReplayWork, d: int) -> None:
     """A short plan must not make a device compute what a whole one could not ask for."""
     state_bytes = 12 * d if work.history.covariance == "diagonal" else 8 * d * d
     if state_bytes > wire.MAX_BODY_BYTES or len(work.history.ranks) > state_bytes:
         raise WireError(f"{len(work.history.ranks)} ranks of a search in {d} dimensions: send the state")
+    if not 1 / wire.MAX_NORM <= work.history.sigma0 <= wire.MAX_NORM:
+        raise WireError(f"a search cannot begin with sigma0 = {work.history.sigma0:g}")
 
 
 def _generations(ranks: bytes, popsize: int) -> Floats:

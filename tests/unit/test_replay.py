@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from fedbpt.aggregation import FedAvg, FedBPT, Pooled
 from fedbpt.errors import DeviceRefusedError, WireError
 from fedbpt.local_search import local_search, local_seed
-from fedbpt.messages import ObjectiveSpec, PromptSpec, RanksResult, RoundPlan, RoundReport, Template, Work
+from fedbpt.messages import Array, ObjectiveSpec, PromptSpec, RanksResult, RoundPlan, RoundReport, Template, Work
 from fedbpt.replay import Replayer, may_shorten, short_plan, short_report, whole_report
 from fedbpt.wire import encode
 from tests.toy_federation import answer, report
@@ -107,6 +109,19 @@ def test_a_short_plan_asks_for_no_more_than_a_whole_one_could():
     long = msgspec.structs.replace(search.history(), ranks=bytes(range(6)) * (12 * D))
     with pytest.raises(WireError, match="send the state"):
         Replayer().whole(short_plan(plan(search.work(0)), long, 0))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"sigma0": 5e-324}, {"sigma0": 1e-200}, {"sigma0": 1.7e308}, {"start": Array.of(np.full(D, 1e9))}]
+)
+def test_a_search_whose_state_no_message_may_hold_is_refused_and_forgotten(changes: dict[str, Any]):
+    search, device = Pooled(D, popsize=6, seed=SEED), Replayer()
+    wanted = plan(search.work(0))
+    short = short_plan(wanted, search.history(), 0)
+    history = msgspec.structs.replace(search.history(), **changes, ranks=bytes(range(6)) * 8)
+    with pytest.raises(WireError, match=r"sigma0|no message may hold"):
+        device.whole(msgspec.structs.replace(short, work=msgspec.structs.replace(short.work, history=history)))
+    assert device.whole(short) == wanted
 
 
 def test_populations_over_a_byte_have_no_short_form():
