@@ -214,7 +214,7 @@ def main() -> None:
     print(f"{found['devices']} devices call in for {found['rounds']} rounds, {found['seconds']:.1f} s")
     print(f"coordinator's CPU a report   {found['cpu_ms_per_report']:.2f} ms, {ratio:.1f} times that without sockets")
     print(
-        f"reply acknowledged           {found['acknowledged_p50_ms']:.0f} ms, p99 {found['acknowledged_p99_ms']:.0f} ms"
+        f"report acknowledged          {found['acknowledged_p50_ms']:.0f} ms, p99 {found['acknowledged_p99_ms']:.0f} ms"
     )
     print(
         f"resident memory              {found['rss_mb']:.0f} MB, {found['rss_growth_mb']:+.1f} MB over the second half"

@@ -80,7 +80,7 @@ class Connection:
 
 
 class VirtualDevice:
-    """Its reports come at a random moment of ``work_s`` seconds. ``seconds``: how long its replies took to arrive."""
+    """Its reports come at a random moment of ``work_s`` seconds. ``seconds``: how long its reports took to arrive."""
 
     def __init__(self, credentials: Credentials, work_s: float, popsize: int, seconds: list[float]) -> None:
         self._rng = random.Random(credentials.device)
@@ -113,7 +113,8 @@ class VirtualDevice:
             reply = wire.encode(Reply(status=200, content_type=wire.CONTENT_TYPE, body=await self._answer(request)))
             began = time.monotonic()
             await self._persist(self._replies, REPLY_PATH.format(id=request.id), reply)
-            self._seconds.append(time.monotonic() - began)
+            if request.method == "POST":  # a report
+                self._seconds.append(time.monotonic() - began)
         finally:
             del self._held[request.id]
 

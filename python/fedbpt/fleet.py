@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 PROBE_S: Final = (0.25, 5.0)
 """First and longest pause between two looks for a lost device."""
 
-GREETED_AT_ONCE: Final = 64
+GREETED_AT_ONCE: Final = 32
 
 SHOWN: Final = 5
 """Devices that a line names at most."""
