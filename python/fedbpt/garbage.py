@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import gc
 
-from fedbpt.runs import Event, RoundClosed, RunStarted
+from fedbpt.runs import Event, RoundClosed, RunFinished, RunStarted
 
+NORMAL = gc.get_threshold()
 NEVER = 2**30
 
 
 def collect_between_rounds(event: Event) -> None:
-    """A `fedbpt.runs.EventCallback`, for a process that does nothing else: from a run's start on, all of its objects
-    are gone through when a round has closed, and only then; young ones as always.
+    """A `fedbpt.runs.EventCallback`, for a process that coordinates one run: from its start to its end, all objects are
+    gone through when a round has closed, and only then; young ones as always.
     """
     match event:
         case RunStarted():
             gc.freeze()  # what is loaded stays
-            young, middle, _ = gc.get_threshold()
-            gc.set_threshold(young, middle, NEVER)
+            gc.set_threshold(*NORMAL[:2], NEVER)
         case RoundClosed():
             gc.collect()
+        case RunFinished():
+            gc.set_threshold(*NORMAL)  # its dashboard may be open for days

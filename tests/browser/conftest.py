@@ -65,7 +65,10 @@ def open_page(browser: Browser) -> Iterator[OpenPage]:
         page.on("websocket", lambda socket: asked.add(urlsplit(socket.url).hostname or socket.url))
         try:
             page.goto(url)
-        except PlaywrightError as error:  # seen once, on a busy machine, of a server that had said where it is
+        except PlaywrightError as error:
+            if "ERR_CONNECTION_REFUSED" not in str(error):
+                raise
+            # Seen once, on a busy machine, of a server that had said where it is.
             print(f"a second try: {error}")
             time.sleep(2.0)
             page.goto(url)

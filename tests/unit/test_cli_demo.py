@@ -109,3 +109,13 @@ def test_a_device_that_cannot_start_is_one_line(
     assert line.startswith("fedbpt: device-0 did not start: ")
     assert "m.gguf" in line
     assert line.count("fedbpt") == 1
+
+
+@pytest.mark.parametrize(
+    ("address", "said"), [("0.0.0.0:8500", "on this machine alone"), ("nowhere:99999", "is no HOST:PORT")]
+)
+def test_its_dashboard_is_for_this_machine(address: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["demo", "--dashboard", address])
+    assert ended.value.code != 0
+    assert said in capsys.readouterr().err

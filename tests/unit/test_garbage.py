@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from fedbpt.garbage import NEVER, collect_between_rounds
-from tests.unit.test_display import closed, started
+from fedbpt.garbage import NEVER, NORMAL, collect_between_rounds
+from fedbpt.runs import RunFinished
+from tests.unit.test_display import closed, result, started
 
 
 class Cycle:
@@ -37,3 +38,9 @@ def test_old_objects_are_gone_through_when_a_round_has_closed_and_only_then() ->
     assert gone() is not None
     collect_between_rounds(closed(1))
     assert gone() is None
+
+
+def test_after_the_run_it_is_as_before() -> None:
+    collect_between_rounds(started())
+    collect_between_rounds(RunFinished(result=result()))
+    assert gc.get_threshold() == NORMAL

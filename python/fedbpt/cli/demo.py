@@ -23,11 +23,12 @@ from fedbpt.cli.hint import print_hint
 from fedbpt.cli.models import progress_bar
 from fedbpt.cli.observe import Observers
 from fedbpt.cli.options import AsJson, Dashboard, Quiet, teller
+from fedbpt.cli.reach import host_and_port
 from fedbpt.cli.report import print_result, result_as_json
 from fedbpt.clients.http import HttpClient
 from fedbpt.dashboard.comparing import Comparison, comparing, questions_of
 from fedbpt.display import RunDisplay
-from fedbpt.errors import FedbptError
+from fedbpt.errors import ConfigError, FedbptError
 from fedbpt.federation import Federation
 from fedbpt.messages import ObjectiveSpec, PromptSpec
 from fedbpt.native_scorer import load_model, physical_cores
@@ -36,6 +37,7 @@ from fedbpt.runs import Event, RunResult, RunSettings
 from fedbpt.scorer import Scorer
 from fedbpt.store import RunStore
 from fedbpt.tasks import Row, Task
+from fedbpt.tls import is_loopback
 
 RUN = "demo"
 TASK = "bbc-news"
@@ -71,6 +73,8 @@ def demo(
     Example: fedbpt demo --rounds 50 --json
     """
     shown = not (quiet or as_json)
+    if dashboard is not None and not is_loopback(host_and_port("--dashboard", dashboard)[0]):
+        raise ConfigError("the demo is shown on this machine alone (127.0.0.1:PORT); `fedbpt tune` has tokens and TLS")
     task = tasks.load(TASK)
     with progress_bar(model, shown) as progress:
         path = models.pull(model, progress) if model in models.CATALOGUE else models.locate(model)
