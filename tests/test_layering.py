@@ -54,8 +54,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 RANK = {part: (layer, place) for layer, parts in enumerate(LAYERS) for place, part in enumerate(parts)}
 
-MAX_FILE_LINES = 400
-MAX_FUNCTION_LINES = 60
 NONDESCRIPT = {"utils", "util", "common", "helpers", "helper", "misc"}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -141,19 +139,3 @@ def test_only_the_bindings_include_pybind11() -> None:
 def test_no_file_has_a_name_that_says_nothing(folder: str) -> None:
     named = [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cpp", ".h")]
     assert not [str(path.relative_to(ROOT)) for path in named if path.stem in NONDESCRIPT]
-
-
-@pytest.mark.parametrize("path", [*MODULES, *SOURCES], ids=lambda path: path.name)
-def test_files_stay_short_enough_to_read(path: Path) -> None:
-    assert len(path.read_text().splitlines()) < MAX_FILE_LINES
-
-
-def test_functions_stay_short_enough_to_read() -> None:
-    long = [
-        f"{path.relative_to(PACKAGE)}:{node.lineno}: {node.name}"
-        for path in MODULES
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        and (node.end_lineno or 0) - node.lineno + 1 >= MAX_FUNCTION_LINES
-    ]
-    assert not long
