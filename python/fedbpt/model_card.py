@@ -37,6 +37,15 @@ _TRAINING = {
 }
 
 
+FACTORS_AFTER_EMBEDDING = {
+    "afmoe": "√n_embd where its configuration says mup_enabled",
+    "granite": "its embedding_multiplier",
+    "granitemoe": "its embedding_multiplier",
+    "hrm_text": "its embedding_scale",
+}
+"""Architectures whose embeddings transformers (5.x) multiplies after ``inputs_embeds``, not before, and by what."""
+
+
 class Described(Protocol):
     """What the card asks of a prompt; a `fedbpt.prompt.Prompt` satisfies it."""
 
@@ -66,6 +75,17 @@ def known_model(name: str, fingerprint: str) -> CatalogueEntry | None:
     if entry is None or not isinstance(entry.source, PackagedFile):
         return entry
     return entry if fingerprint == f"sha256:{entry.source.sha256}" else None
+
+
+def scale_notes(architecture: str) -> tuple[str, ...]:
+    """Where rows are not what transformers takes as ``inputs_embeds``: how they differ, one line; else none."""
+    factor = FACTORS_AFTER_EMBEDDING.get(architecture)
+    if factor is None:
+        return ()
+    return (
+        "Rows are what the first layer reads. Transformers multiplies the inputs_embeds of "
+        f"{architecture} by {factor}: divide rows by it to pass them there.",
+    )
 
 
 def model_card(prompt: Described, use: str, library: str = "fedbpt") -> str:
@@ -127,7 +147,9 @@ def _model(prompt: Described, known: CatalogueEntry | None) -> str:
     if known is not None:
         lines.append(("model", known.description))
     lines += [("architecture", prompt.architecture), ("file", f"`{prompt.model_fingerprint}`")]
-    return _table(("", ""), lines) + "\nThe prompt fits this very file: other weights differ, in another format, too.\n"
+    told = "".join(f"\n{note}\n" for note in scale_notes(prompt.architecture))
+    fits = "\nThe prompt fits this very file: other weights differ, in another format, too.\n"
+    return _table(("", ""), lines) + fits + told
 
 
 def _task(prompt: Described) -> str:
