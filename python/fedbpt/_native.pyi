@@ -118,6 +118,10 @@ class Engine:
 
     @property
     def shares_beginnings(self) -> bool: ...
+    @property
+    def embedding_scale(self) -> float: ...
+    @property
+    def notes(self) -> list[str]: ...
     def embedding_std(self) -> float:
         """Standard deviation over the whole token embedding table."""
 

@@ -39,6 +39,10 @@ class FedbptError(Exception):
     exit_code = 1
 
 
+class ModelWarning(UserWarning):
+    """A model that fedbpt computes otherwise than its makers do (`NativeScorer.notes`)."""
+
+
 class InputError(FedbptError, ValueError):
     """A bad argument."""
 

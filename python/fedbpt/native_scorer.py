@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedbpt import models
-from fedbpt.errors import InputError
+from fedbpt.errors import InputError, ModelWarning
 from fedbpt.memory import memory_of_process
 from fedbpt.messages import Placement
 from fedbpt.native_generator import NativeGenerator
@@ -64,6 +65,9 @@ def load_model(
         UnsupportedModelError: an architecture that soft prompts do not work with.
         InputError: no or too many threads, GPU layers where there is no (such) GPU, a ``kv_type`` that the
             model's attention heads do not divide into.
+
+    Warns:
+        ModelWarning: llama.cpp computes the model otherwise than its makers do (`NativeScorer.notes`).
     """
     path = models.locate(Path(name_or_path) if isinstance(name_or_path, os.PathLike) else name_or_path)
     return NativeScorer(path, str(name_or_path), n_threads, n_gpu_layers, gpu, kv_budget_bytes, kv_type, late)
@@ -117,9 +121,11 @@ class NativeScorer:
         threads = physical_cores() if n_threads is None else n_threads
         self._load = partial(_engine, str(path), threads, n_gpu_layers, gpu or "", kv_type == "q8_0")
         self._loading = threading.Lock()
-        self._loaded = None if late else self._load()
+        self._loaded: _native.Engine | None = None
         self._embedding_std: float | None = None
         self._fingerprint: str | None = None
+        if not late:
+            _ = self._engine
 
     def __repr__(self) -> str:
         return f"<NativeScorer {self.name}: {self._engine.description}, {self.n_threads} threads, {self.backend}>"
@@ -128,7 +134,10 @@ class NativeScorer:
     def _engine(self) -> _native.Engine:
         if self._loaded is None:
             with self._loading:
-                self._loaded = self._loaded or self._load()
+                if self._loaded is None:
+                    self._loaded = self._load()
+                    for note in self._loaded.notes:
+                        warnings.warn(f"{self.name}: {note}", ModelWarning, stacklevel=2)
         return self._loaded
 
     @property
@@ -151,6 +160,16 @@ class NativeScorer:
     @property
     def architecture(self) -> str:
         return str(self._engine.architecture)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What llama.cpp computes otherwise than the model's makers do, a sentence each; of a late model none yet."""
+        return tuple(self._loaded.notes) if self._loaded is not None else ()
+
+    @property
+    def embedding_scale(self) -> float:
+        """What the model multiplies token embeddings by before its first layer; soft prompt rows are given after it."""
+        return float(self._engine.embedding_scale)
 
     @property
     def backend(self) -> str:

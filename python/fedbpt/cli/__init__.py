@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -19,7 +20,7 @@ import typer
 
 from fedbpt.cli.options import help_without_command
 from fedbpt.dashboard import DEFAULT_ADDRESS
-from fedbpt.errors import FedbptError, RunStopped
+from fedbpt.errors import FedbptError, ModelWarning, RunStopped
 from fedbpt.version import VERSION
 
 COMMANDS = (
@@ -83,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in given  # wherever it stands
     given = _with_address([word for word in given if word != "--debug"])
     code = 0
+    warnings.filterwarnings("ignore", category=ModelWarning)  # commands print a model's notes
     try:
         with _terminated_as_interrupted():
             _run(given)
