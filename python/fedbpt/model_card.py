@@ -40,6 +40,7 @@ _TRAINING = {
 FACTORS_AFTER_EMBEDDING = {
     "afmoe": "√n_embd where its configuration says mup_enabled",
     "granite": "its embedding_multiplier",
+    "granite_swa": "its embedding_multiplier",
     "granitemoe": "its embedding_multiplier",
     "hrm_text": "its embedding_scale",
 }
