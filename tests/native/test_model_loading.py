@@ -90,7 +90,7 @@ except ModelFileError as error:
     assert done.stdout.startswith("refused:")
 
 
-@pytest.mark.parametrize("architecture", ["gemma3n", "gemma4", "graniteswitch", "no-such-architecture"])
+@pytest.mark.parametrize("architecture", ["gemma3n", "gemma4", "graniteswitch", "phimoe", "no-such-architecture"])
 def test_an_unsupported_architecture_is_named(tmp_path: Path, architecture: str) -> None:
     path = tiny_gguf.write_other_architecture(tmp_path / "other.gguf", architecture)
     with pytest.raises(UnsupportedModelError) as failed:

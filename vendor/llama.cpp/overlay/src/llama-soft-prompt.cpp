@@ -390,6 +390,8 @@ const char * llama_soft_prompt_refuses(const char * architecture) {
         case LLM_ARCH_COGVLM:
         case LLM_ARCH_MINICPM3:
             return "it treats token and embedding input differently in a way that is not handled yet";
+        case LLM_ARCH_PHIMOE:
+            return "llama.cpp computes its norms and weighs its experts in another way than the model was trained with";
         case LLM_ARCH_DFLASH:
         case LLM_ARCH_EAGLE3:
             return "it is a draft model that reads another model's states";
