@@ -63,11 +63,11 @@ ggml_backend_buffer_type_t weight_buffer_type(ggml_backend_dev_t cpu, ggml_tenso
 // The tensors of a model file, without their data.
 ggml_context_ptr tensors_of(const std::string & path) {
     install_log();
-    take_last_error();
+    take_error();
     ggml_context * tensors = nullptr;
     const GgufPtr gguf(gguf_init_from_file(path.c_str(), { /*no_alloc =*/ true, &tensors }));
     if (!gguf) {
-        throw ModelFileError(path + " is not a readable GGUF file (" + take_last_error() + "): fetch it again, or convert the model to GGUF");
+        throw ModelFileError(path + " is not a readable GGUF file (" + take_error() + "): fetch it again, or convert the model to GGUF");
     }
     return ggml_context_ptr(tensors);
 }

@@ -12,30 +12,20 @@
 #endif
 
 #include "backends.h"
+#include "deep_stack.h"
 #include "errors.h"
 #include "llama-soft-prompt.h"
 #include "log.h"
+#include "model_file.h"
 
 namespace fedbpt {
 
 namespace {
 
-constexpr uint32_t    kLayersMax    = 512;    // LLAMA_MAX_LAYERS
+constexpr size_t      kShallowText  = 1024;   // bytes: any thread's stack is enough for it
+constexpr size_t      kStackMin     = 1 << 20;
+constexpr size_t      kStackPerByte = 2048;   // of a text, some 500 are used
 constexpr llama_token kRowsResident = 16384;  // of the embedding table, while all of it is read
-
-// Sharing one text's KV between candidates needs a decoder whose whole memory is a KV cache.
-const char * refuses_memory(const llama_model * model) {
-    if (llama_model_has_encoder(model) || !llama_model_has_decoder(model)) {
-        return "it has an encoder, and scoring needs a decoder-only model";
-    }
-    if (llama_model_is_recurrent(model) || llama_model_is_hybrid(model)) {
-        return "its recurrent state cannot be shared between prompts as a KV cache can";
-    }
-    if (llama_model_is_diffusion(model)) {
-        return "it is a diffusion model, and scoring needs a causal one";
-    }
-    return nullptr;
-}
 
 // Gives back the memory of a mapped file's pages; whoever reads them again gets them from the page cache. Weights that were
 // repacked for this CPU would otherwise be resident twice.
@@ -72,33 +62,20 @@ struct PageRelease {
     }
 };
 
-[[noreturn]] void throw_unsupported(const std::string & architecture, const char * why) {
-    throw UnsupportedModelError("soft prompts do not work with architecture '" + architecture + "': " + why + "; choose another model");
+// What llama.cpp throws on a vocabulary that contradicts itself.
+template <typename Call>
+auto with_vocabulary(const std::string & path, Call && call) {
+    std::string error = "an exception of another C++ library";
+    try {
+        return call();
+    } catch (const std::exception & thrown) {
+        error = thrown.what();
+    } catch (...) {  // in a wheel llama.cpp's std::exception is not this module's
+    }
+    throw ModelFileError(path + " has a vocabulary that contradicts itself (" + error + "): take another file of the model");
 }
 
 }  // namespace
-
-std::string read_architecture(const std::string & path) {
-    const GgufPtr gguf(gguf_init_from_file(path.c_str(), { /*no_alloc =*/ true, /*ctx =*/ nullptr }));
-    if (!gguf) {
-        throw ModelFileError(path + " is not a readable GGUF file (" + take_last_error() + "): fetch it again, or convert the model to GGUF");
-    }
-    const int64_t key = gguf_find_key(gguf.get(), "general.architecture");
-    if (key < 0 || gguf_get_kv_type(gguf.get(), key) != GGUF_TYPE_STRING) {
-        throw ModelFileError(path + " names no architecture (general.architecture): it is no language model, or its conversion was cut short");
-    }
-    const std::string architecture = gguf_get_val_str(gguf.get(), key);
-
-    // llama.cpp asserts on this one, and takes the process with it
-    const int64_t layers = gguf_find_key(gguf.get(), (architecture + ".block_count").c_str());
-    if (layers >= 0) {
-        const uint32_t n = gguf_get_kv_type(gguf.get(), layers) == GGUF_TYPE_UINT32 ? gguf_get_val_u32(gguf.get(), layers) : 0;
-        if (n < 1 || n > kLayersMax) {
-            throw ModelFileError(path + " says it has " + std::to_string(n) + " layers (" + architecture + ".block_count), which cannot be: fetch it again");
-        }
-    }
-    return architecture;
-}
 
 Model::Model(ModelPtr model, std::string path, std::string architecture)
     : model_(std::move(model)),
@@ -119,11 +96,8 @@ std::shared_ptr<const Model> Model::load(const std::string & path, int32_t n_gpu
         throw InputError("gpu = '" + gpu + "' with n_gpu_layers = 0 leaves everything on the CPU: give n_gpu_layers too, -1 for all");
     }
 
-    take_last_error();
-    std::string architecture = read_architecture(path);
-    if (const char * why = llama_soft_prompt_refuses(architecture.c_str())) {
-        throw_unsupported(architecture, why);
-    }
+    const ModelFile file(path);
+    file.check();
 
     llama_model_params params = llama_model_default_params();
     params.n_gpu_layers = n_gpu_layers;
@@ -131,6 +105,7 @@ std::shared_ptr<const Model> Model::load(const std::string & path, int32_t n_gpu
     std::vector<ggml_backend_dev_t> devices = only_gpu(gpu);
     params.devices = n_gpu_layers != 0 && gpu.empty() ? nullptr : devices.data();
 
+    take_error();
     PageRelease release { path };
     params.progress_callback           = PageRelease::on_progress;
     params.progress_callback_user_data = &release;
@@ -138,23 +113,30 @@ std::shared_ptr<const Model> Model::load(const std::string & path, int32_t n_gpu
     ModelPtr model(n_gpu_layers == 0 ? llama_soft_prompt_load_from_file(path.c_str(), params) : llama_model_load_from_file(path.c_str(), params));
     release_pages(path);
     if (!model) {
-        throw ModelFileError(path + " cannot be loaded (" + take_last_error() + "): it may be cut short or damaged, fetch it again");
-    }
-    if (const char * why = refuses_memory(model.get())) {
-        throw_unsupported(architecture, why);
+        const std::string error = take_error();
+        throw ModelFileError(path + " cannot be loaded (" + error + "): " + load_advice(error));
     }
 
-    return std::shared_ptr<const Model>(new Model(std::move(model), path, std::move(architecture)));
+    return std::shared_ptr<const Model>(new Model(std::move(model), path, file.architecture()));
 }
 
 std::vector<llama_token> Model::tokenize(const std::string & text, int add_bos, bool parse_special) const {
     std::vector<llama_token> ids(text.size() + 2);
 
     const auto length = static_cast<int32_t>(text.size());
-    int32_t n = llama_tokenize(vocab_, text.data(), length, ids.data(), static_cast<int32_t>(ids.size()), /*add_special =*/ false, parse_special);
-    if (n < 0) {
-        ids.resize(-static_cast<int64_t>(n));
-        n = llama_tokenize(vocab_, text.data(), length, ids.data(), static_cast<int32_t>(ids.size()), false, parse_special);
+    int32_t    n      = 0;
+    const auto run    = [&] {
+        n = with_vocabulary(path_, [&] { return llama_tokenize(vocab_, text.data(), length, ids.data(), static_cast<int32_t>(ids.size()), /*add_special =*/ false, parse_special); });
+        if (n < 0) {
+            ids.resize(-static_cast<int64_t>(n));
+            n = with_vocabulary(path_, [&] { return llama_tokenize(vocab_, text.data(), length, ids.data(), static_cast<int32_t>(ids.size()), false, parse_special); });
+        }
+    };
+    // std::regex, by which llama.cpp splits texts for some vocabularies, calls itself once for each character of a run
+    if (llama_vocab_type(vocab_) == LLAMA_VOCAB_TYPE_BPE && text.size() > kShallowText) {
+        run_with_stack(kStackMin + text.size()*kStackPerByte, run);
+    } else {
+        run();
     }
     ids.resize(std::max(n, 0));
 
@@ -171,10 +153,11 @@ std::vector<llama_token> Model::tokenize(const std::string & text, int add_bos, 
 std::string Model::piece(llama_token id) const {
     check_token(id, "token id");
     std::string bytes(64, '\0');
-    int32_t n = llama_token_to_piece(vocab_, id, bytes.data(), static_cast<int32_t>(bytes.size()), /*lstrip =*/ 0, /*special =*/ false);
+    const auto read = [&] { return llama_token_to_piece(vocab_, id, bytes.data(), static_cast<int32_t>(bytes.size()), /*lstrip =*/ 0, /*special =*/ false); };
+    int32_t    n    = with_vocabulary(path_, read);
     if (n < 0) {
         bytes.resize(static_cast<size_t>(-static_cast<int64_t>(n)));
-        n = llama_token_to_piece(vocab_, id, bytes.data(), static_cast<int32_t>(bytes.size()), 0, false);
+        n = with_vocabulary(path_, read);
     }
     bytes.resize(static_cast<size_t>(std::max(n, 0)));
     return bytes;
