@@ -50,7 +50,8 @@ def load_model(
     """Load a model for scoring.
 
     Args:
-        name_or_path: a name from the catalogue (``fedbpt models list``) that has been pulled, or a GGUF file.
+        name_or_path: a name from the catalogue (``fedbpt models list``) that has been pulled, or a GGUF file;
+            any part of a split one.
         n_threads: threads that compute; None: the physical cores that this process may use.
         n_gpu_layers: layers to put on the GPU, for builds with a GPU backend; -1: all.
         gpu: the name of one of `gpus`; None: all that there are.
@@ -60,7 +61,7 @@ def load_model(
 
     Raises:
         ModelNotFoundError: no such name, not pulled yet, or no such file.
-        ModelFileError: not a GGUF file, cut short or corrupt.
+        ModelFileError: not a GGUF file, cut short or corrupt, or a part of it is missing.
         UnsupportedModelError: an architecture that soft prompts do not work with.
         InputError: no or too many threads, GPU layers where there is no (such) GPU, a ``kv_type`` that the
             model's attention heads do not divide into.
@@ -110,7 +111,7 @@ class NativeScorer:
         if kv_type not in ("f16", "q8_0"):
             raise InputError(f"kv_type must be 'f16' or 'q8_0', got {kv_type!r}")
         self.path = path
-        self.name = Path(name).stem if name and name.endswith(".gguf") else name or path.stem
+        self.name = path.stem if name and name.endswith(".gguf") else name or path.stem
         self.kv_budget_bytes = kv_budget_bytes
         self._given = name or str(path)
         self._n_gpu_layers, self._gpu = n_gpu_layers, gpu
@@ -161,7 +162,7 @@ class NativeScorer:
 
     @property
     def fingerprint(self) -> str:
-        """``sha256:…`` of the model file."""
+        """``sha256:…`` of the model's files."""
         if self._fingerprint is None:
             self._fingerprint = models.fingerprint(self.path)
         return self._fingerprint

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <unordered_set>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -15,6 +16,7 @@
 #include "errors.h"
 #include "llama-soft-prompt.h"
 #include "log.h"
+#include "parts.h"
 
 namespace fedbpt {
 
@@ -37,36 +39,41 @@ const char * refuses_memory(const llama_model * model) {
     return nullptr;
 }
 
-// Gives back the memory of a mapped file's pages; whoever reads them again gets them from the page cache. Weights that were
+// Gives back the memory of mapped files' pages; whoever reads them again gets them from the page cache. Weights that were
 // repacked for this CPU would otherwise be resident twice.
-void release_pages(const std::string & path) {
+void release_pages(const std::vector<std::string> & paths) {
 #ifdef __linux__
-    std::error_code   error;
-    const std::string target = std::filesystem::canonical(path, error).string();
-    std::ifstream     maps("/proc/self/maps");
-    for (std::string line; !error && std::getline(maps, line);) {
+    std::unordered_set<std::string> targets;
+    for (const std::string & path : paths) {
+        std::error_code error;
+        targets.insert(std::filesystem::canonical(path, error).string());
+    }
+    targets.erase("");  // of a file that is gone; memory that maps no file has no name either
+
+    std::ifstream maps("/proc/self/maps");
+    for (std::string line; !targets.empty() && std::getline(maps, line);) {
         // begin-end perms offset device inode   path
         unsigned long begin = 0, end = 0;
         int           at    = 0;
-        if (std::sscanf(line.c_str(), "%lx-%lx %*s %*s %*s %*s %n", &begin, &end, &at) == 2 && at > 0 && line.compare(static_cast<size_t>(at), std::string::npos, target) == 0) {
+        if (std::sscanf(line.c_str(), "%lx-%lx %*s %*s %*s %*s %n", &begin, &end, &at) == 2 && at > 0 && targets.count(line.substr(static_cast<size_t>(at))) > 0) {
             madvise(reinterpret_cast<void *>(begin), end - begin, MADV_DONTNEED);
         }
     }
 #else
-    (void) path;
+    (void) paths;
 #endif
 }
 
 // While a model is loaded: twenty times, what has been read so far.
 struct PageRelease {
-    const std::string & path;
-    float               next = 0.0f;
+    const std::vector<std::string> & paths;
+    float                            next = 0.0f;
 
     static bool on_progress(float progress, void * self_) {
         auto * self = static_cast<PageRelease *>(self_);
         if (progress >= self->next) {
             self->next = progress + 0.05f;
-            release_pages(self->path);
+            release_pages(self->paths);
         }
         return true;
     }
@@ -79,10 +86,7 @@ struct PageRelease {
 }  // namespace
 
 std::string read_architecture(const std::string & path) {
-    const GgufPtr gguf(gguf_init_from_file(path.c_str(), { /*no_alloc =*/ true, /*ctx =*/ nullptr }));
-    if (!gguf) {
-        throw ModelFileError(path + " is not a readable GGUF file (" + take_last_error() + "): fetch it again, or convert the model to GGUF");
-    }
+    const GgufPtr gguf = open_gguf(path);
     const int64_t key = gguf_find_key(gguf.get(), "general.architecture");
     if (key < 0 || gguf_get_kv_type(gguf.get(), key) != GGUF_TYPE_STRING) {
         throw ModelFileError(path + " names no architecture (general.architecture): it is no language model, or its conversion was cut short");
@@ -100,16 +104,16 @@ std::string read_architecture(const std::string & path) {
     return architecture;
 }
 
-Model::Model(ModelPtr model, std::string path, std::string architecture)
+Model::Model(ModelPtr model, std::vector<std::string> paths, std::string architecture)
     : model_(std::move(model)),
       vocab_(llama_model_get_vocab(model_.get())),
-      path_(std::move(path)),
+      paths_(std::move(paths)),
       architecture_(std::move(architecture)),
       n_embd_(llama_model_n_embd(model_.get())),
       n_vocab_(llama_vocab_n_tokens(vocab_)),
       n_ctx_train_(llama_model_n_ctx_train(model_.get())) {}
 
-std::shared_ptr<const Model> Model::load(const std::string & path, int32_t n_gpu_layers, const std::string & gpu) {
+std::shared_ptr<const Model> Model::load(const std::string & any_part, int32_t n_gpu_layers, const std::string & gpu) {
     start_backends();
 
     if (n_gpu_layers != 0 && gpus().empty()) {
@@ -119,8 +123,9 @@ std::shared_ptr<const Model> Model::load(const std::string & path, int32_t n_gpu
         throw InputError("gpu = '" + gpu + "' with n_gpu_layers = 0 leaves everything on the CPU: give n_gpu_layers too, -1 for all");
     }
 
-    take_last_error();
-    std::string architecture = read_architecture(path);
+    std::vector<std::string> paths        = model_parts(any_part);
+    const std::string &      path         = paths.front();
+    std::string              architecture = read_architecture(path);
     if (const char * why = llama_soft_prompt_refuses(architecture.c_str())) {
         throw_unsupported(architecture, why);
     }
@@ -131,12 +136,12 @@ std::shared_ptr<const Model> Model::load(const std::string & path, int32_t n_gpu
     std::vector<ggml_backend_dev_t> devices = only_gpu(gpu);
     params.devices = n_gpu_layers != 0 && gpu.empty() ? nullptr : devices.data();
 
-    PageRelease release { path };
+    PageRelease release { paths };
     params.progress_callback           = PageRelease::on_progress;
     params.progress_callback_user_data = &release;
 
     ModelPtr model(n_gpu_layers == 0 ? llama_soft_prompt_load_from_file(path.c_str(), params) : llama_model_load_from_file(path.c_str(), params));
-    release_pages(path);
+    release_pages(paths);
     if (!model) {
         throw ModelFileError(path + " cannot be loaded (" + take_last_error() + "): it may be cut short or damaged, fetch it again");
     }
@@ -144,7 +149,7 @@ std::shared_ptr<const Model> Model::load(const std::string & path, int32_t n_gpu
         throw_unsupported(architecture, why);
     }
 
-    return std::shared_ptr<const Model>(new Model(std::move(model), path, std::move(architecture)));
+    return std::shared_ptr<const Model>(new Model(std::move(model), std::move(paths), std::move(architecture)));
 }
 
 std::vector<llama_token> Model::tokenize(const std::string & text, int add_bos, bool parse_special) const {
@@ -219,8 +224,14 @@ std::vector<float> Model::output_rows(const std::vector<llama_token> & ids) cons
         return {};
     }
     // from the file: in memory the matrix may be repacked for this CPU, or on a GPU
-    const GgufPtr gguf(gguf_init_from_file(path_.c_str(), { /*no_alloc =*/ true, /*ctx =*/ nullptr }));
-    const int64_t index = gguf ? gguf_find_tensor(gguf.get(), name) : -1;
+    GgufPtr     gguf;
+    int64_t     index = -1;
+    std::string path;
+    for (auto part = paths_.begin(); index < 0 && part != paths_.end(); ++part) {
+        path  = *part;
+        gguf  = open_gguf(path);
+        index = gguf_find_tensor(gguf.get(), name);
+    }
     if (index < 0) {
         return {};
     }
@@ -230,13 +241,13 @@ std::vector<float> Model::output_rows(const std::vector<llama_token> & ids) cons
         return {};
     }
 
-    std::ifstream      file(path_, std::ios::binary);
+    std::ifstream      file(path, std::ios::binary);
     std::vector<char>  packed(row_size);
     std::vector<float> rows(ids.size()*n_embd_);
     for (size_t i = 0; i < ids.size(); ++i) {
         file.seekg(static_cast<std::streamoff>(gguf_get_data_offset(gguf.get()) + gguf_get_tensor_offset(gguf.get(), index) + ids[i]*row_size));
         if (!file.read(packed.data(), static_cast<std::streamsize>(row_size))) {
-            throw ModelFileError(path_ + " cannot be read any more: was it moved or cut short since it was loaded?");
+            throw ModelFileError(path + " cannot be read any more: was it moved or cut short since it was loaded?");
         }
         if (type == GGML_TYPE_F32) {
             std::memcpy(rows.data() + i*n_embd_, packed.data(), row_size);
@@ -253,7 +264,7 @@ double Model::embedding_std() const {
 
     for (llama_token id = 0; id < n_vocab_; ++id) {
         if (id % kRowsResident == 0) {
-            release_pages(path_);
+            release_pages(paths_);
         }
         llama_soft_prompt_token_embeddings(model_.get(), &id, 1, row.data());
         for (const float value : row) {
@@ -262,7 +273,7 @@ double Model::embedding_std() const {
         }
     }
 
-    release_pages(path_);
+    release_pages(paths_);
 
     const double count = static_cast<double>(n_vocab_)*n_embd_;
     const double mean  = sum/count;
