@@ -24,7 +24,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("models", "model_card", "prompt", "tasks"),
     ),
     (
-        *("scorer", "generator", "native_generator", "native_scorer", "bench", "comparison", "wire", "racing"),
+        *(
+            "scorer",
+            "generator",
+            "token_arrays",
+            "native_generator",
+            "native_scorer",
+            "bench",
+            "comparison",
+            "wire",
+            "racing",
+        ),
         *("objective", "envelopes", "generation", "exchange"),
     ),
     (

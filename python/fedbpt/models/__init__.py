@@ -20,6 +20,7 @@ from fedbpt.models.formats import (
 )
 from fedbpt.models.parts import model_parts, model_size
 from fedbpt.models.store import ModelEntry, list_models, locate, pull
+from fedbpt.models.watch import WatchedFiles
 
 __all__ = [
     "CATALOGUE",
@@ -29,6 +30,7 @@ __all__ = [
     "ModelEntry",
     "PackagedFile",
     "Requantized",
+    "WatchedFiles",
     "WeightFormat",
     "faster_format",
     "fingerprint",

@@ -24,7 +24,6 @@ class FileStamp(msgspec.Struct, frozen=True):
     ``ctime_ns`` tells of what leaves the time of modification as it was, as `cp -p` does.
     """
 
-    path: str
     inode: int
     size: int
     mtime_ns: int
@@ -33,6 +32,7 @@ class FileStamp(msgspec.Struct, frozen=True):
 
 class _Fingerprint(msgspec.Struct, frozen=True):
     sha256: str
+    paths: tuple[str, ...]
     files: tuple[FileStamp, ...]
 
 
@@ -48,38 +48,39 @@ def fingerprint(path: str | Path) -> str:
     if not Path(path).is_file():
         raise ModelNotFoundError(f"no such model file: {path}")
     parts = model_parts(Path(path))
-    stamps = stamps_of(parts)
-    known = read_record(_record_of(stamps), _Fingerprint)
-    if known is None or known.files != stamps:
-        return f"sha256:{_remember(stamps, sha256_of(*parts))}"
+    paths, stamps = _real_paths(parts), stamps_of(parts)
+    known = read_record(_record_of(paths), _Fingerprint)
+    if known is None or (known.paths, known.files) != (paths, stamps):
+        # the stamps from before: a file that changes while it is read is read again the next time
+        known = _Fingerprint(sha256_of(*parts), paths, stamps)
+        _remember(known)
     return f"sha256:{known.sha256}"
 
 
 def stamps_of(parts: Sequence[Path]) -> tuple[FileStamp, ...]:
     """The stamp of each file. Raises `OSError` where one is gone."""
-    found = []
-    for part in parts:
-        status = part.stat()
-        path = os.fsencode(part.resolve()).decode(errors="backslashreplace")
-        found.append(FileStamp(path, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
-    return tuple(found)
+    found = [part.stat() for part in parts]
+    return tuple(FileStamp(each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in found)
 
 
 def remember_fingerprint(path: Path, sha256: str) -> None:
     """Keep the sha256 (hex) of a model in one file, where it is known already."""
-    _remember(stamps_of([path]), sha256)
+    _remember(_Fingerprint(sha256, _real_paths([path]), stamps_of([path])))
 
 
-def _record_of(stamps: Sequence[FileStamp]) -> Path:
-    return cache_folder() / "fingerprints" / f"{hashlib.sha256(stamps[0].path.encode()).hexdigest()[:32]}.json"
+def _real_paths(parts: Sequence[Path]) -> tuple[str, ...]:
+    return tuple(os.fsencode(part.resolve()).decode(errors="backslashreplace") for part in parts)
 
 
-def _remember(stamps: tuple[FileStamp, ...], sha256: str) -> str:
+def _record_of(paths: Sequence[str]) -> Path:
+    return cache_folder() / "fingerprints" / f"{hashlib.sha256(paths[0].encode()).hexdigest()[:32]}.json"
+
+
+def _remember(found: _Fingerprint) -> None:
     try:
-        write_record(_record_of(stamps), _Fingerprint(sha256, stamps))
+        write_record(_record_of(found.paths), found)
     except OSError as error:  # a full disk, a read-only cache: slower, not wrong
         log.warning(
             "the fingerprint of %s cannot be kept in %s (%s): it is computed anew at each start",
-            Path(stamps[0].path).name, cache_folder(), error.strerror or error,
+            Path(found.paths[0]).name, cache_folder(), error.strerror or error,
         )  # fmt: skip
-    return sha256
