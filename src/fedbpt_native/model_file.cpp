@@ -8,7 +8,7 @@
 
 #include "errors.h"
 #include "llama-soft-prompt.h"
-#include "log.h"
+#include "parts.h"
 
 namespace fedbpt {
 
@@ -39,22 +39,6 @@ std::string written(double number) {
     return text;
 }
 
-std::string read_advice(const std::string & error) {
-    if (contains(error, { "failed to open" })) {
-        return "make it readable for this user";
-    }
-    if (contains(error, { "endianness" })) {
-        return "it was converted for big-endian machines, take the little-endian file";
-    }
-    if (contains(error, { "only supports up to" })) {
-        return "take a newer fedbpt";
-    }
-    if (contains(error, { "GGUFv1" })) {
-        return "convert the model anew, or take a newer file";
-    }
-    return "fetch it again, or convert the model to GGUF";
-}
-
 }  // namespace
 
 std::string load_advice(const std::string & error) {
@@ -81,18 +65,7 @@ std::string load_advice(const std::string & error) {
     return "take another file of the model, or " + newer;
 }
 
-ModelFile::ModelFile(std::string path) : path_(std::move(path)) {
-    install_log();
-    take_error();
-    gguf_.reset(gguf_init_from_file(path_.c_str(), { /*no_alloc =*/ true, /*ctx =*/ nullptr }));
-    if (!gguf_) {
-        const std::string error = take_error();
-        throw ModelFileError(path_ + " is not a readable GGUF file (" + error + "): " + read_advice(error));
-    }
-    architecture_ = text("general.architecture");
-    if (number("split.no").value_or(0) > 0) {
-        throw ModelFileError(path_ + " is part " + written(*number("split.no") + 1) + " of a model in " + written(number("split.count").value_or(0)) + " files: give the first of them");
-    }
+ModelFile::ModelFile(std::string path) : path_(std::move(path)), gguf_(open_gguf(path_)), architecture_(text("general.architecture")) {
     if (architecture_.empty()) {
         throw ModelFileError(path_ + " names no architecture (general.architecture): it is no language model, or its conversion was cut short");
     }

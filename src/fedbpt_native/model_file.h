@@ -12,7 +12,7 @@ namespace fedbpt {
 // What a model file says of itself, read without its weights.
 class ModelFile {
 public:
-    // Throws ModelFileError: no GGUF, cut short, or nothing that names an architecture.
+    // path: of a split model the first part. Throws ModelFileError: no GGUF, cut short, or nothing that names an architecture.
     explicit ModelFile(std::string path);
 
     const std::string & architecture() const { return architecture_; }
@@ -30,7 +30,6 @@ private:
     // A number, or an array of them; empty where there are none.
     std::vector<double> numbers(const std::string & key) const;
     std::optional<double> number(const std::string & key) const;
-    std::vector<std::string> texts(const std::string & key) const;
     // Entries of an array; none where there is no array.
     std::optional<size_t> length(const std::string & key) const;
 
