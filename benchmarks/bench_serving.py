@@ -81,7 +81,7 @@ def bench(name: str, args: argparse.Namespace, say: Callable[[str], None]) -> di
     except ModelNotFoundError as error:
         say(f"skipped {name}: {error}")
         return None
-    rows, fresh = prompts(scorer, 1, ROWS)[0], NativeGenerator(scorer._engine)
+    rows, fresh = prompts(scorer, 1, ROWS)[0], NativeGenerator(scorer._engine, scorer._files)
     noise = np.random.default_rng(2)
 
     def recomputed(text: NDArray[np.int32], n: int) -> Iterable[object]:

@@ -24,7 +24,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("models", "model_card", "prompt", "tasks"),
     ),
     (
-        *("scorer", "generator", "native_generator", "native_scorer", "bench", "comparison", "wire", "racing"),
+        *(
+            "scorer",
+            "generator",
+            "token_arrays",
+            "native_generator",
+            "native_scorer",
+            "bench",
+            "comparison",
+            "wire",
+            "racing",
+        ),
         *("objective", "envelopes", "generation", "exchange"),
     ),
     (
@@ -101,9 +111,9 @@ def test_layer_table_names_no_part_twice() -> None:
     assert len(RANK) == sum(len(parts) for parts in LAYERS)
 
 
-def test_only_scorer_generator_and_formats_import_the_native_module() -> None:
+def test_only_scorer_generator_formats_and_parts_import_the_native_module() -> None:
     importers = {str(path.relative_to(PACKAGE)) for path in MODULES for _, name in imported(path) if "_native" in name}
-    assert importers == {"models/formats.py", "native_generator.py", "native_scorer.py"}
+    assert importers == {"models/formats.py", "models/parts.py", "native_generator.py", "native_scorer.py"}
 
 
 def test_import_finder_sees_every_way_to_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,6 +159,9 @@ def requantize(
 def tensor_shapes(path: str) -> list[tuple[str, tuple[int, ...]]]:
     """(name, shape) of every tensor in a model file, the inputs of a matrix first. Raises `ModelFileError`."""
 
+def model_parts(path: bytes) -> list[bytes]:
+    """The files of a model in order, where one may be split: any part is given. Raises `ModelFileError`."""
+
 def weight_formats(path: str) -> list[tuple[str, int, int]]:
     """(ggml type, parameters, bytes) of the matrices in a model's layers, most parameters first.
 

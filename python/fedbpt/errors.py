@@ -9,7 +9,7 @@
     │   └── ConfigError                a run file or option
     ├── ModelError
     │   ├── ModelNotFoundError         no such name in the catalogue, no such file
-    │   ├── ModelFileError             not a GGUF file, cut short, corrupt
+    │   ├── ModelFileError             not a GGUF file, cut short, corrupt, a part missing
     │   ├── UnsupportedModelError      an architecture that the soft prompt cannot serve
     │   └── DownloadError              no network, wrong checksum
     ├── PromptError                    a prompt file that is damaged or made for another model
@@ -72,7 +72,7 @@ class ModelNotFoundError(ModelError):
 
 
 class ModelFileError(ModelError):
-    """Not a GGUF file, or a damaged one."""
+    """Not a GGUF file, or a damaged one, or one of several is missing."""
 
 
 class UnsupportedModelError(ModelError):

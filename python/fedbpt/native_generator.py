@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fedbpt.errors import InputError
 from fedbpt.generator import SEEDS, Placed, Sampling, Token, check_rows
+from fedbpt.models import WatchedFiles
 
 if TYPE_CHECKING:
     from fedbpt import _native
@@ -24,8 +25,9 @@ class NativeGenerator:
     stands up to the end of the rows is kept for the last seven prompts used.
     """
 
-    def __init__(self, engine: _native.Engine) -> None:
+    def __init__(self, engine: _native.Engine, files: WatchedFiles) -> None:
         self._engine = engine
+        self._files = files
         self._generator = engine.generator()
 
     @property
@@ -49,7 +51,7 @@ class NativeGenerator:
         stream = self._generator.open(
             ids, rows, placed.rows_at, sampling.temperature, sampling.top_p, sampling.top_k, seed
         )
-        return NativeStream(self._generator, stream)
+        return NativeStream(self._generator, stream, self._files)
 
     def piece(self, token: int) -> bytes:
         return self._generator.piece(token)
@@ -67,16 +69,18 @@ class NativeGenerator:
 class NativeStream:
     """A text that is being generated (`fedbpt.generator.TokenStream`)."""
 
-    def __init__(self, generator: _native.Generator, stream: _native.Generator.Stream) -> None:
+    def __init__(self, generator: _native.Generator, stream: _native.Generator.Stream, files: WatchedFiles) -> None:
         self._generator = generator
         self._stream = stream
+        self._files = files
 
     @property
     def n_reused(self) -> int:
         return int(self._stream.n_reused)
 
     def next(self, n_likeliest: int = 0) -> Token:
-        token, log_prob, likeliest = self._generator.next(self._stream, n_likeliest)
+        with self._files.unchanged():
+            token, log_prob, likeliest = self._generator.next(self._stream, n_likeliest)
         return Token(token, log_prob, tuple(likeliest))
 
     def cancel(self) -> None:

@@ -18,6 +18,7 @@ from fedbpt.errors import InputError, ModelWarning
 from fedbpt.memory import memory_of_process
 from fedbpt.messages import Placement
 from fedbpt.native_generator import NativeGenerator
+from fedbpt.token_arrays import continuation_ids, ragged, token_ids
 
 if TYPE_CHECKING:
     from fedbpt import _native
@@ -51,7 +52,8 @@ def load_model(
     """Load a model for scoring.
 
     Args:
-        name_or_path: a name from the catalogue (``fedbpt models list``) that has been pulled, or a GGUF file.
+        name_or_path: a name from the catalogue (``fedbpt models list``) that has been pulled, or a GGUF file;
+            any part of a split one.
         n_threads: threads that compute; None: the physical cores that this process may use.
         n_gpu_layers: layers to put on the GPU, for builds with a GPU backend; -1: all.
         gpu: the name of one of `gpus`; None: all that there are.
@@ -61,7 +63,7 @@ def load_model(
 
     Raises:
         ModelNotFoundError: no such name, not pulled yet, or no such file.
-        ModelFileError: not a GGUF file, cut short or corrupt.
+        ModelFileError: not a GGUF file, cut short or corrupt, or a part of it is missing.
         UnsupportedModelError: an architecture that soft prompts do not work with.
         InputError: no or too many threads, GPU layers where there is no (such) GPU, a ``kv_type`` that the
             model's attention heads do not divide into.
@@ -114,31 +116,35 @@ class NativeScorer:
         if kv_type not in ("f16", "q8_0"):
             raise InputError(f"kv_type must be 'f16' or 'q8_0', got {kv_type!r}")
         self.path = path
-        self.name = Path(name).stem if name and name.endswith(".gguf") else name or path.stem
+        self.name = path.stem if name and name.endswith(".gguf") else name or path.stem
         self.kv_budget_bytes = kv_budget_bytes
         self._given = name or str(path)
         self._n_gpu_layers, self._gpu = n_gpu_layers, gpu
         threads = physical_cores() if n_threads is None else n_threads
         self._load = partial(_engine, str(path), threads, n_gpu_layers, gpu or "", kv_type == "q8_0")
         self._loading = threading.Lock()
+        self._files = models.WatchedFiles(path)
         self._loaded: _native.Engine | None = None
         self._embedding_std: float | None = None
-        self._fingerprint: str | None = None
         if not late:
-            _ = self._engine
+            self._load_once()
 
     def __repr__(self) -> str:
         return f"<NativeScorer {self.name}: {self._engine.description}, {self.n_threads} threads, {self.backend}>"
 
     @property
     def _engine(self) -> _native.Engine:
-        if self._loaded is None:
-            with self._loading:
-                if self._loaded is None:
-                    self._loaded = self._load()
-                    for note in self._loaded.notes:
-                        warnings.warn(f"{self.name}: {note}", ModelWarning, stacklevel=2)
-        return self._loaded
+        return self._loaded or self._load_once()
+
+    def _load_once(self) -> _native.Engine:
+        with self._loading:
+            if self._loaded is None:
+                with self._files.unchanged():
+                    loaded = self._load()
+                self._loaded = loaded
+                for note in loaded.notes:
+                    warnings.warn(f"{self.name}: {note}", ModelWarning, stacklevel=2)
+            return self._loaded
 
     @property
     def n_embd(self) -> int:
@@ -180,10 +186,8 @@ class NativeScorer:
 
     @property
     def fingerprint(self) -> str:
-        """``sha256:…`` of the model file."""
-        if self._fingerprint is None:
-            self._fingerprint = models.fingerprint(self.path)
-        return self._fingerprint
+        """``sha256:…`` of the model's files as they were loaded. Raises `ModelFileError` where they have changed."""
+        return self._files.fingerprint
 
     @property
     def shares_beginnings(self) -> bool:
@@ -194,7 +198,8 @@ class NativeScorer:
     def embedding_std(self) -> float:
         """Standard deviation over all entries of the token embedding table, as the graph sees it."""
         if self._embedding_std is None:
-            self._embedding_std = float(self._engine.embedding_std())
+            with self._files.unchanged():
+                self._embedding_std = float(self._engine.embedding_std())
         return self._embedding_std
 
     def tokenize(self, text: str, add_bos: bool | None = None) -> NDArray[np.int32]:
@@ -204,7 +209,8 @@ class NativeScorer:
 
     def token_embeddings(self, ids: ArrayLike) -> NDArray[np.float32]:
         """Input embeddings [len(ids), n_embd] of tokens, in the scale that soft prompt rows have."""
-        rows: NDArray[np.float32] = self._engine.token_embeddings(_token_ids(ids, "ids"))
+        with self._files.unchanged():
+            rows: NDArray[np.float32] = self._engine.token_embeddings(token_ids(ids, "ids"))
         return rows
 
     def compile(
@@ -244,14 +250,15 @@ class NativeScorer:
         before = self._ids([] if prefix is None else prefix, "prefix")
         add_bos = None if prefix is None else False
         tokens = [self._ids(text, f"text {i}", add_bos) for i, text in enumerate(texts)]
-        ids = _ragged([np.concatenate([text, after]) if len(text) else text for text in tokens])
-        follow = _ragged(_continuations(continuations, len(tokens)))
+        ids = ragged([np.concatenate([text, after]) if len(text) else text for text in tokens])
+        follow = ragged(continuation_ids(continuations, len(tokens)))
         if label_ids is None and continuations is not None:
             label_ids = []
-        labels = None if label_ids is None else _token_ids(label_ids, "label_ids")
-        plan = self._engine.plan(
-            ids, labels, placement == "cue", before, follow, self.kv_budget_bytes if keep_kv else 0
-        )
+        labels = None if label_ids is None else token_ids(label_ids, "label_ids")
+        with self._files.unchanged():
+            plan = self._engine.plan(
+                ids, labels, placement == "cue", before, follow, self.kv_budget_bytes if keep_kv else 0
+            )
         return NativePlan(self, plan)
 
     def score_with_soft_prompt(
@@ -285,7 +292,7 @@ class NativeScorer:
     @cached_property
     def generator(self) -> NativeGenerator:
         """Generates text with these weights, by a KV cache of its own."""
-        return NativeGenerator(self._engine)
+        return NativeGenerator(self._engine, self._files)
 
     def interrupt(self) -> None:
         """Make the scoring call in flight, on whatever thread, raise `ScoringInterrupted`."""
@@ -299,13 +306,16 @@ class NativeScorer:
 
     def score_plan(self, plan: _native.Plan, embeds: ArrayLike, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         """What `NativePlan.score` does."""
-        logits: NDArray[np.float32] = self._engine.score(plan, indices, self._rows(embeds))
+        rows = self._rows(embeds)
+        with self._files.unchanged():
+            logits: NDArray[np.float32] = self._engine.score(plan, indices, rows)
         return logits
 
     @cached_property
     def weight_formats(self) -> tuple[models.WeightFormat, ...]:
         """What the matrices of the layers are stored as, most parameters first."""
-        return models.weight_formats(self.path)
+        with self._files.unchanged():
+            return models.weight_formats(self.path)
 
     @cached_property
     def hint(self) -> str | None:
@@ -318,7 +328,7 @@ class NativeScorer:
         return models.faster_format(self._given, self.weight_formats)
 
     def _ids(self, text: str | ArrayLike, name: str, add_bos: bool | None = None) -> NDArray[np.int32]:
-        return self.tokenize(text, add_bos) if isinstance(text, str) else _token_ids(text, name)
+        return self.tokenize(text, add_bos) if isinstance(text, str) else token_ids(text, name)
 
     def _rows(self, embeds: ArrayLike) -> NDArray[np.float32]:
         given = np.asarray(embeds)
@@ -379,34 +389,3 @@ class NativePlan:
 
     def __repr__(self) -> str:
         return f"<NativePlan of {self.n_texts} texts, KV of {self.n_kept} kept in {self.kv_bytes / 1e6:.0f} MB>"
-
-
-def _token_ids(ids: ArrayLike, what: str) -> NDArray[np.int32]:
-    """A 1-D int32 array of ``ids``; token ids are checked against the vocabulary by the engine."""
-    array = np.asarray(ids)
-    if array.ndim != 1:
-        raise InputError(f"{what} must be a flat sequence of token ids, got shape {list(array.shape)}")
-    if array.size == 0:
-        return np.empty(0, dtype=np.int32)
-    if array.dtype.kind not in "iu":
-        raise InputError(f"{what} must be integers, got {array.dtype}")
-    if array.max() > np.iinfo(np.int32).max or array.min() < np.iinfo(np.int32).min:
-        raise InputError(f"{what} holds an id outside the vocabulary: {int(np.abs(array).max())}")
-    return np.ascontiguousarray(array, dtype=np.int32)
-
-
-def _continuations(given: Sequence[Sequence[ArrayLike]] | None, n_texts: int) -> list[NDArray[np.int32]]:
-    """Equally many for each text, the first text's first."""
-    if given is None:
-        return []
-    counts = {len(of_text) for of_text in given}
-    if len(given) != n_texts or len(counts) != 1:
-        raise InputError(f"continuations must be equally many for each of the {n_texts} texts")
-    return [_token_ids(ids, f"continuation of text {i}") for i, of_text in enumerate(given) for ids in of_text]
-
-
-def _ragged(texts: Sequence[NDArray[np.int32]]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """N sequences as one flat array and N + 1 offsets."""
-    offsets = np.zeros(len(texts) + 1, dtype=np.int64)
-    np.cumsum([len(text) for text in texts], out=offsets[1:])
-    return (np.concatenate(texts) if texts else np.empty(0, dtype=np.int32)), offsets

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import TypeAlias
 
 from fedbpt.errors import DownloadError
 
@@ -52,20 +52,14 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "fedbpt"
 
 
-def copy_hashing(source: BinaryIO, target: BinaryIO | None) -> str:
-    """Read ``source`` to its end, write it to ``target`` where given; the sha256 (hex) of what was read."""
+def sha256_of(*paths: Path) -> str:
+    """sha256 (hex) of a file's content, or of several files' joined in this order."""
     digest = hashlib.sha256()
-    while block := source.read(_BLOCK):
-        digest.update(block)
-        if target is not None:
-            target.write(block)
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
     return digest.hexdigest()
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 (hex) of a file's content."""
-    with path.open("rb") as file:
-        return copy_hashing(file, None)
 
 
 def publish(temporary: Path, target: Path) -> None:

@@ -10,7 +10,7 @@ namespace {
 
 void raise(const char * name, const std::exception & error) {
     const py::object type = py::module_::import("fedbpt.errors").attr(name);
-    PyErr_SetString(type.ptr(), error.what());
+    PyErr_SetString(type.ptr(), one_line(error.what()).c_str());
 }
 
 }  // namespace

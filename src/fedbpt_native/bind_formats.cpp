@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include "formats.h"
+#include "parts.h"
 #include "requantize.h"
 
 namespace py = pybind11;
@@ -31,6 +32,19 @@ void requantize_file(const std::string & source, const std::string & target, con
     if (!done) {
         throw py::error_already_set();  // what progress or a signal handler raised
     }
+}
+
+py::list model_parts_of(const std::string & path) {
+    std::vector<std::string> found;
+    {
+        py::gil_scoped_release release;
+        found = model_parts(path);
+    }
+    py::list parts;
+    for (const std::string & part : found) {
+        parts.append(py::bytes(part));  // a file's name need not be UTF-8
+    }
+    return parts;
 }
 
 py::list weight_formats_of(const std::string & path) {
@@ -65,6 +79,7 @@ void register_formats(py::module_ & module) {
     module.def("requantize_formats", &requantize_formats, "The formats that requantize knows, smallest first.");
     module.def("requantize", &requantize_file, py::arg("source"), py::arg("target"), py::arg("format"), py::arg("n_threads"), py::arg("progress") = py::none(),
                "Write a model file in another format; progress gets tensors done and in total.");
+    module.def("model_parts", &model_parts_of, py::arg("path"), "The files of a model in order, where one may be split: any part is given.");
     module.def("weight_formats", &weight_formats_of, py::arg("path"), "(ggml type, parameters, bytes) of the matrices in a model's layers, most parameters first.");
     module.def("tensor_shapes", &tensor_shapes_of, py::arg("path"), "(name, shape) of every tensor in a model file, the inputs of a matrix first.");
     module.def("matmul_flops", &matmul_flops, py::arg("type"), py::call_guard<py::gil_scoped_release>(), "FLOP/s of one CPU thread multiplying by a matrix of a ggml type, measured.");

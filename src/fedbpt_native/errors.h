@@ -3,8 +3,12 @@
 // What the core throws; the bindings map each to its class in fedbpt.errors. Every message says what to do.
 
 #include <stdexcept>
+#include <string>
 
 namespace fedbpt {
+
+// Text that may come from a file, fit for a message: one line of UTF-8. Control characters become spaces, bytes that are no UTF-8 '?'.
+std::string one_line(const std::string & text);
 
 struct InputError : std::invalid_argument {
     using std::invalid_argument::invalid_argument;

@@ -10,6 +10,7 @@
 #include "ggml-cpp.h"
 #include "handles.h"
 #include "log.h"
+#include "parts.h"
 
 namespace fedbpt {
 
@@ -60,31 +61,34 @@ ggml_backend_buffer_type_t weight_buffer_type(ggml_backend_dev_t cpu, ggml_tenso
     return ggml_backend_dev_buffer_type(cpu);
 }
 
-// The tensors of a model file, without their data.
-ggml_context_ptr tensors_of(const std::string & path) {
-    install_log();
-    take_last_error();
-    ggml_context * tensors = nullptr;
-    const GgufPtr gguf(gguf_init_from_file(path.c_str(), { /*no_alloc =*/ true, &tensors }));
-    if (!gguf) {
-        throw ModelFileError(path + " is not a readable GGUF file (" + take_last_error() + "): fetch it again, or convert the model to GGUF");
+// The tensors of a model, without their data, in the order of its files.
+template <typename F>
+void for_each_tensor(const std::string & path, const F & visit) {
+    for (const std::string & part : model_parts(path)) {
+        ggml_context * tensors = nullptr;
+        const GgufPtr gguf(gguf_init_from_file(part.c_str(), { /*no_alloc =*/ true, &tensors }));
+        if (!gguf) {
+            throw ModelFileError(part + " cannot be read any more: was it moved or cut short?");
+        }
+        const ggml_context_ptr owner(tensors);
+        for (ggml_tensor * tensor = ggml_get_first_tensor(tensors); tensor != nullptr; tensor = ggml_get_next_tensor(tensors, tensor)) {
+            visit(tensor);
+        }
     }
-    return ggml_context_ptr(tensors);
 }
 
 }  // namespace
 
 std::vector<WeightFormat> weight_formats(const std::string & path) {
-    const ggml_context_ptr tensors = tensors_of(path);
     std::map<ggml_type, WeightFormat> found;
-    for (ggml_tensor * tensor = ggml_get_first_tensor(tensors.get()); tensor != nullptr; tensor = ggml_get_next_tensor(tensors.get(), tensor)) {
+    for_each_tensor(path, [&](const ggml_tensor * tensor) {
         if (std::string(tensor->name).rfind("blk.", 0) == 0 && ggml_n_dims(tensor) > 1) {
             WeightFormat & format = found[tensor->type];
             format.type      = ggml_type_name(tensor->type);
             format.n_params += static_cast<uint64_t>(ggml_nelements(tensor));
             format.n_bytes  += ggml_nbytes(tensor);
         }
-    }
+    });
     std::vector<WeightFormat> formats;
     for (const auto & [type, format] : found) {
         formats.push_back(format);
@@ -94,11 +98,8 @@ std::vector<WeightFormat> weight_formats(const std::string & path) {
 }
 
 std::vector<TensorShape> tensor_shapes(const std::string & path) {
-    const ggml_context_ptr tensors = tensors_of(path);
     std::vector<TensorShape> shapes;
-    for (ggml_tensor * tensor = ggml_get_first_tensor(tensors.get()); tensor != nullptr; tensor = ggml_get_next_tensor(tensors.get(), tensor)) {
-        shapes.push_back({ tensor->name, { tensor->ne, tensor->ne + ggml_n_dims(tensor) } });
-    }
+    for_each_tensor(path, [&](const ggml_tensor * tensor) { shapes.push_back({ tensor->name, { tensor->ne, tensor->ne + ggml_n_dims(tensor) } }); });
     return shapes;
 }
 

@@ -13,7 +13,7 @@ struct WeightFormat {
     uint64_t    n_bytes  = 0;
 };
 
-// The matrices of the layers of a model file, by type, most parameters first; empty: none of its tensors is called blk.*. Embedding
+// The matrices of the layers of a model, of all its files, by type, most parameters first; empty: none of its tensors is called blk.*. Embedding
 // and output layer are left out: a token takes one row of the one, labels a few of the other. Throws ModelFileError.
 std::vector<WeightFormat> weight_formats(const std::string & path);
 
@@ -22,7 +22,7 @@ struct TensorShape {
     std::vector<int64_t> shape;  // ggml's order: the inputs of a matrix first
 };
 
-// Every tensor of a model file, in its order. Throws ModelFileError.
+// Every tensor of a model, in the order of its files. Throws ModelFileError.
 std::vector<TensorShape> tensor_shapes(const std::string & path);
 
 // Multiplications and additions (each counts) that one CPU thread makes in a second of its time, multiplying 64 tokens by a matrix

@@ -244,17 +244,17 @@ void Generator::grow(size_t n_cells) {
     params.abort_callback      = on_abort;
     params.abort_callback_data = this;
 
-    take_last_error();
+    take_error();
     ctx_.reset(llama_soft_prompt_init_from_model(model_->get(), params, nullptr, 0, nullptr));
     if (!ctx_) {
-        throw std::runtime_error("cannot create a context of " + std::to_string(n_ctx) + " tokens (" + take_last_error() + "): free memory, or ask for less text");
+        throw std::runtime_error("cannot create a context of " + std::to_string(n_ctx) + " tokens (" + take_error() + "): free memory, or ask for less text");
     }
     n_ctx_ = n_ctx;
     llama_attach_threadpool(ctx_.get(), threadpool_.get(), threadpool_.get());
 
     for (auto & [sequence, state] : saved) {
         if (llama_state_seq_set_data(ctx_.get(), state.data(), state.size(), sequence->id) == 0) {
-            throw std::runtime_error("a text's KV could not be restored (" + take_last_error() + "): please report this");
+            throw std::runtime_error("a text's KV could not be restored (" + take_error() + "): please report this");
         }
         sequence->n_computed = static_cast<size_t>(llama_memory_seq_pos_max(llama_get_memory(ctx_.get()), sequence->id)) + 1;
     }
@@ -345,7 +345,7 @@ void Generator::compute_part(Sequence & sequence, size_t end) {
     if (on_abort(this)) {
         throw ScoringInterrupted("the text was interrupted");
     }
-    take_last_error();
+    take_error();
     const int32_t status = llama_decode(ctx_.get(), batch_.view(0, batch_.size()));
     llama_soft_prompt_clear(ctx_.get());
     if (status == 1) {  // no cells are free
@@ -359,7 +359,7 @@ void Generator::compute_part(Sequence & sequence, size_t end) {
         if (status == 2) {
             throw ScoringInterrupted("the text was interrupted");
         }
-        throw std::runtime_error("llama_decode failed with status " + std::to_string(status) + " (" + take_last_error() + "): please report this");
+        throw std::runtime_error("llama_decode failed with status " + std::to_string(status) + " (" + take_error() + "): please report this");
     }
     llama_memory_seq_rm(memory, kPadSeq, -1, -1);
     n_tokens_ += end - sequence.n_computed;

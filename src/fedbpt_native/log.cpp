@@ -2,6 +2,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <utility>
 
@@ -11,10 +12,27 @@ namespace fedbpt {
 
 namespace {
 
-std::mutex  g_mutex;
-std::string g_last_error;
+thread_local std::string t_error;  // up to its first newline
 
 thread_local const std::function<void(const char *)> * t_listener = nullptr;
+
+void keep_error(const char * text) {
+    if (t_error.empty()) {
+        text += std::strspn(text, "\n");
+    }
+    if (t_error.empty() || t_error.back() != '\n') {
+        const char * end = std::strchr(text, '\n');
+        t_error.append(text, end != nullptr ? static_cast<size_t>(end + 1 - text) : std::strlen(text));
+    }
+}
+
+// "function: " at the beginning
+void drop_prefix(std::string & line) {
+    const size_t colon = line.find(": ");
+    if (colon != std::string::npos && line.find(' ') > colon) {
+        line.erase(0, colon + 2);
+    }
+}
 
 void on_log(ggml_log_level level, const char * text, void * /*user_data*/) {
     static const bool echo = std::getenv("FEDBPT_LLAMA_LOG") != nullptr;
@@ -22,8 +40,7 @@ void on_log(ggml_log_level level, const char * text, void * /*user_data*/) {
         std::fputs(text, stderr);
     }
     if (level == GGML_LOG_LEVEL_ERROR) {
-        std::lock_guard<std::mutex> lock(g_mutex);
-        g_last_error = text;
+        keep_error(text);
     }
     if (t_listener != nullptr) {
         (*t_listener)(text);
@@ -45,18 +62,18 @@ LogListener::~LogListener() {
     t_listener = nullptr;
 }
 
-std::string take_last_error() {
-    std::lock_guard<std::mutex> lock(g_mutex);
-
+std::string take_error() {
     std::string line;
-    line.swap(g_last_error);
+    line.swap(t_error);
 
     while (!line.empty() && (line.back() == '\n' || line.back() == ' ')) {
         line.pop_back();
     }
-    const size_t colon = line.find(": ");
-    if (colon != std::string::npos && line.find(' ') > colon) {
-        line.erase(0, colon + 2);
+    drop_prefix(line);
+    const std::string summary = "error loading model: ";
+    if (line.compare(0, summary.size(), summary) == 0) {
+        line.erase(0, summary.size());
+        drop_prefix(line);
     }
     return line;
 }

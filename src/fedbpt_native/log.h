@@ -1,6 +1,6 @@
 #pragma once
 
-// llama.cpp reports failures to its log alone: keep the last error line, so that an exception can quote it.
+// llama.cpp reports failures to its log alone: keep the first error line, which names the cause, so that an exception can quote it.
 
 #include <functional>
 #include <string>
@@ -10,8 +10,9 @@ namespace fedbpt {
 // Installs the log callback, once a process. With FEDBPT_LLAMA_LOG=1 in the environment all lines go to stderr too.
 void install_log();
 
-// The last error line since the last call, without llama.cpp's function prefix and newline; may be empty.
-std::string take_last_error();
+// The first error line of this thread since the last call, without llama.cpp's prefixes and newline; may be empty. Later lines sum up
+// ("failed to load model").
+std::string take_error();
 
 // While it lives, its function gets each piece of text that llama.cpp logs on this thread. What it throws ends llama.cpp's call,
 // where that is C++ that catches it.

@@ -6,113 +6,97 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <unordered_set>
 
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
 #include "backends.h"
+#include "deep_stack.h"
 #include "errors.h"
 #include "llama-soft-prompt.h"
 #include "log.h"
+#include "model_file.h"
 #include "model_notes.h"
+#include "parts.h"
 
 namespace fedbpt {
 
 namespace {
 
-constexpr uint32_t    kLayersMax    = 512;    // LLAMA_MAX_LAYERS
+constexpr size_t      kShallowText  = 1024;   // bytes: any thread's stack is enough for it
+constexpr size_t      kStackMin     = 1 << 20;
+constexpr size_t      kStackPerByte = 2048;   // of a text, some 500 are used
 constexpr llama_token kRowsResident = 16384;  // of the embedding table, while all of it is read
 
-// Sharing one text's KV between candidates needs a decoder whose whole memory is a KV cache.
-const char * refuses_memory(const llama_model * model) {
-    if (llama_model_has_encoder(model) || !llama_model_has_decoder(model)) {
-        return "it has an encoder, and scoring needs a decoder-only model";
-    }
-    if (llama_model_is_recurrent(model) || llama_model_is_hybrid(model)) {
-        return "its recurrent state cannot be shared between prompts as a KV cache can";
-    }
-    if (llama_model_is_diffusion(model)) {
-        return "it is a diffusion model, and scoring needs a causal one";
-    }
-    return nullptr;
-}
-
-// Gives back the memory of a mapped file's pages; whoever reads them again gets them from the page cache. Weights that were
+// Gives back the memory of mapped files' pages; whoever reads them again gets them from the page cache. Weights that were
 // repacked for this CPU would otherwise be resident twice.
-void release_pages(const std::string & path) {
+void release_pages(const std::vector<std::string> & paths) {
 #ifdef __linux__
-    std::error_code   error;
-    const std::string target = std::filesystem::canonical(path, error).string();
-    std::ifstream     maps("/proc/self/maps");
-    for (std::string line; !error && std::getline(maps, line);) {
+    std::unordered_set<std::string> targets;
+    for (const std::string & path : paths) {
+        std::error_code error;
+        targets.insert(std::filesystem::canonical(path, error).string());
+    }
+    targets.erase("");  // of a file that is gone; memory that maps no file has no name either
+
+    std::ifstream maps("/proc/self/maps");
+    for (std::string line; !targets.empty() && std::getline(maps, line);) {
         // begin-end perms offset device inode   path
         unsigned long begin = 0, end = 0;
         int           at    = 0;
-        if (std::sscanf(line.c_str(), "%lx-%lx %*s %*s %*s %*s %n", &begin, &end, &at) == 2 && at > 0 && line.compare(static_cast<size_t>(at), std::string::npos, target) == 0) {
+        if (std::sscanf(line.c_str(), "%lx-%lx %*s %*s %*s %*s %n", &begin, &end, &at) == 2 && at > 0 && targets.count(line.substr(static_cast<size_t>(at))) > 0) {
             madvise(reinterpret_cast<void *>(begin), end - begin, MADV_DONTNEED);
         }
     }
 #else
-    (void) path;
+    (void) paths;
 #endif
 }
 
 // While a model is loaded: twenty times, what has been read so far.
 struct PageRelease {
-    const std::string & path;
-    float               next = 0.0f;
+    const std::vector<std::string> & paths;
+    float                            next = 0.0f;
 
     static bool on_progress(float progress, void * self_) {
         auto * self = static_cast<PageRelease *>(self_);
         if (progress >= self->next) {
             self->next = progress + 0.05f;
-            release_pages(self->path);
+            release_pages(self->paths);
         }
         return true;
     }
 };
 
-[[noreturn]] void throw_unsupported(const std::string & architecture, const char * why) {
-    throw UnsupportedModelError("soft prompts do not work with architecture '" + architecture + "': " + why + "; choose another model");
+// What llama.cpp throws on a vocabulary that contradicts itself.
+template <typename Call>
+auto with_vocabulary(const std::string & path, Call && call) {
+    std::string error = "an exception of another C++ library";
+    try {
+        return call();
+    } catch (const std::exception & thrown) {
+        error = thrown.what();
+    } catch (...) {  // in a wheel llama.cpp's std::exception is not this module's
+    }
+    throw ModelFileError(path + " has a vocabulary that contradicts itself (" + error + "): take another file of the model");
 }
 
 }  // namespace
 
-std::string read_architecture(const std::string & path) {
-    const GgufPtr gguf(gguf_init_from_file(path.c_str(), { /*no_alloc =*/ true, /*ctx =*/ nullptr }));
-    if (!gguf) {
-        throw ModelFileError(path + " is not a readable GGUF file (" + take_last_error() + "): fetch it again, or convert the model to GGUF");
-    }
-    const int64_t key = gguf_find_key(gguf.get(), "general.architecture");
-    if (key < 0 || gguf_get_kv_type(gguf.get(), key) != GGUF_TYPE_STRING) {
-        throw ModelFileError(path + " names no architecture (general.architecture): it is no language model, or its conversion was cut short");
-    }
-    const std::string architecture = gguf_get_val_str(gguf.get(), key);
-
-    // llama.cpp asserts on this one, and takes the process with it
-    const int64_t layers = gguf_find_key(gguf.get(), (architecture + ".block_count").c_str());
-    if (layers >= 0) {
-        const uint32_t n = gguf_get_kv_type(gguf.get(), layers) == GGUF_TYPE_UINT32 ? gguf_get_val_u32(gguf.get(), layers) : 0;
-        if (n < 1 || n > kLayersMax) {
-            throw ModelFileError(path + " says it has " + std::to_string(n) + " layers (" + architecture + ".block_count), which cannot be: fetch it again");
-        }
-    }
-    return architecture;
-}
-
-Model::Model(ModelPtr model, std::string path, std::string architecture)
+Model::Model(ModelPtr model, std::vector<std::string> paths, std::string architecture)
     : model_(std::move(model)),
       vocab_(llama_model_get_vocab(model_.get())),
-      path_(std::move(path)),
+      paths_(std::move(paths)),
       architecture_(std::move(architecture)),
       n_embd_(llama_model_n_embd(model_.get())),
       n_vocab_(llama_vocab_n_tokens(vocab_)),
       n_ctx_train_(llama_model_n_ctx_train(model_.get())),
       long_rope_from_(llama_soft_prompt_long_rope_from(model_.get())),
-      notes_(notes_on(path_, model_.get())) {}
+      notes_(notes_on(paths_.front(), model_.get())) {}
 
-std::shared_ptr<const Model> Model::load(const std::string & path, int32_t n_gpu_layers, const std::string & gpu) {
+std::shared_ptr<const Model> Model::load(const std::string & any_part, int32_t n_gpu_layers, const std::string & gpu) {
     start_backends();
 
     if (n_gpu_layers != 0 && gpus().empty()) {
@@ -122,11 +106,10 @@ std::shared_ptr<const Model> Model::load(const std::string & path, int32_t n_gpu
         throw InputError("gpu = '" + gpu + "' with n_gpu_layers = 0 leaves everything on the CPU: give n_gpu_layers too, -1 for all");
     }
 
-    take_last_error();
-    std::string architecture = read_architecture(path);
-    if (const char * why = llama_soft_prompt_refuses(architecture.c_str())) {
-        throw_unsupported(architecture, why);
-    }
+    std::vector<std::string> paths = model_parts(any_part);
+    const std::string &      path  = paths.front();
+    const ModelFile          file(path);
+    file.check();
 
     llama_model_params params = llama_model_default_params();
     params.n_gpu_layers = n_gpu_layers;
@@ -134,30 +117,38 @@ std::shared_ptr<const Model> Model::load(const std::string & path, int32_t n_gpu
     std::vector<ggml_backend_dev_t> devices = only_gpu(gpu);
     params.devices = n_gpu_layers != 0 && gpu.empty() ? nullptr : devices.data();
 
-    PageRelease release { path };
+    take_error();
+    PageRelease release { paths };
     params.progress_callback           = PageRelease::on_progress;
     params.progress_callback_user_data = &release;
 
     ModelPtr model(n_gpu_layers == 0 ? llama_soft_prompt_load_from_file(path.c_str(), params) : llama_model_load_from_file(path.c_str(), params));
-    release_pages(path);
+    release_pages(paths);
     if (!model) {
-        throw ModelFileError(path + " cannot be loaded (" + take_last_error() + "): it may be cut short or damaged, fetch it again");
-    }
-    if (const char * why = refuses_memory(model.get())) {
-        throw_unsupported(architecture, why);
+        const std::string error = take_error();
+        throw ModelFileError(path + " cannot be loaded (" + error + "): " + load_advice(error));
     }
 
-    return std::shared_ptr<const Model>(new Model(std::move(model), path, std::move(architecture)));
+    return std::shared_ptr<const Model>(new Model(std::move(model), std::move(paths), file.architecture()));
 }
 
 std::vector<llama_token> Model::tokenize(const std::string & text, int add_bos, bool parse_special) const {
     std::vector<llama_token> ids(text.size() + 2);
 
     const auto length = static_cast<int32_t>(text.size());
-    int32_t n = llama_tokenize(vocab_, text.data(), length, ids.data(), static_cast<int32_t>(ids.size()), /*add_special =*/ false, parse_special);
-    if (n < 0) {
-        ids.resize(-static_cast<int64_t>(n));
-        n = llama_tokenize(vocab_, text.data(), length, ids.data(), static_cast<int32_t>(ids.size()), false, parse_special);
+    int32_t    n      = 0;
+    const auto run    = [&] {
+        n = with_vocabulary(paths_.front(), [&] { return llama_tokenize(vocab_, text.data(), length, ids.data(), static_cast<int32_t>(ids.size()), /*add_special =*/ false, parse_special); });
+        if (n < 0) {
+            ids.resize(-static_cast<int64_t>(n));
+            n = with_vocabulary(paths_.front(), [&] { return llama_tokenize(vocab_, text.data(), length, ids.data(), static_cast<int32_t>(ids.size()), false, parse_special); });
+        }
+    };
+    // std::regex, by which llama.cpp splits texts for some vocabularies, calls itself once for each character of a run
+    if (llama_vocab_type(vocab_) == LLAMA_VOCAB_TYPE_BPE && text.size() > kShallowText) {
+        run_with_stack(kStackMin + text.size()*kStackPerByte, run);
+    } else {
+        run();
     }
     ids.resize(std::max(n, 0));
 
@@ -174,10 +165,11 @@ std::vector<llama_token> Model::tokenize(const std::string & text, int add_bos, 
 std::string Model::piece(llama_token id) const {
     check_token(id, "token id");
     std::string bytes(64, '\0');
-    int32_t n = llama_token_to_piece(vocab_, id, bytes.data(), static_cast<int32_t>(bytes.size()), /*lstrip =*/ 0, /*special =*/ false);
+    const auto read = [&] { return llama_token_to_piece(vocab_, id, bytes.data(), static_cast<int32_t>(bytes.size()), /*lstrip =*/ 0, /*special =*/ false); };
+    int32_t    n    = with_vocabulary(paths_.front(), read);
     if (n < 0) {
         bytes.resize(static_cast<size_t>(-static_cast<int64_t>(n)));
-        n = llama_token_to_piece(vocab_, id, bytes.data(), static_cast<int32_t>(bytes.size()), 0, false);
+        n = with_vocabulary(paths_.front(), read);
     }
     bytes.resize(static_cast<size_t>(std::max(n, 0)));
     return bytes;
@@ -222,8 +214,14 @@ std::vector<float> Model::output_rows(const std::vector<llama_token> & ids) cons
         return {};
     }
     // from the file: in memory the matrix may be repacked for this CPU, or on a GPU
-    const GgufPtr gguf(gguf_init_from_file(path_.c_str(), { /*no_alloc =*/ true, /*ctx =*/ nullptr }));
-    const int64_t index = gguf ? gguf_find_tensor(gguf.get(), name) : -1;
+    GgufPtr     gguf;
+    int64_t     index = -1;
+    std::string path;
+    for (auto part = paths_.begin(); index < 0 && part != paths_.end(); ++part) {
+        path  = *part;
+        gguf  = open_gguf(path);
+        index = gguf_find_tensor(gguf.get(), name);
+    }
     if (index < 0) {
         return {};
     }
@@ -233,13 +231,13 @@ std::vector<float> Model::output_rows(const std::vector<llama_token> & ids) cons
         return {};
     }
 
-    std::ifstream      file(path_, std::ios::binary);
+    std::ifstream      file(path, std::ios::binary);
     std::vector<char>  packed(row_size);
     std::vector<float> rows(ids.size()*n_embd_);
     for (size_t i = 0; i < ids.size(); ++i) {
         file.seekg(static_cast<std::streamoff>(gguf_get_data_offset(gguf.get()) + gguf_get_tensor_offset(gguf.get(), index) + ids[i]*row_size));
         if (!file.read(packed.data(), static_cast<std::streamsize>(row_size))) {
-            throw ModelFileError(path_ + " cannot be read any more: was it moved or cut short since it was loaded?");
+            throw ModelFileError(path + " cannot be read any more: was it moved or cut short since it was loaded?");
         }
         if (type == GGML_TYPE_F32) {
             std::memcpy(rows.data() + i*n_embd_, packed.data(), row_size);
@@ -256,7 +254,7 @@ double Model::embedding_std() const {
 
     for (llama_token id = 0; id < n_vocab_; ++id) {
         if (id % kRowsResident == 0) {
-            release_pages(path_);
+            release_pages(paths_);
         }
         llama_soft_prompt_token_embeddings(model_.get(), &id, 1, row.data());
         for (const float value : row) {
@@ -265,7 +263,7 @@ double Model::embedding_std() const {
         }
     }
 
-    release_pages(path_);
+    release_pages(paths_);
 
     const double count = static_cast<double>(n_vocab_)*n_embd_;
     const double mean  = sum/count;

@@ -11,20 +11,21 @@
 
 namespace fedbpt {
 
-// What the file says it is, its header checked as far as llama.cpp would abort on it. Throws ModelFileError.
-std::string read_architecture(const std::string & path);
-
 // A frozen model: weights, vocabulary, token embeddings. Immutable after load, so safe to share between threads.
 class Model {
 public:
-    // Throws ModelFileError, UnsupportedModelError, InputError (GPU layers where there is no GPU, or not the one named).
+    // Throws ModelFileError, UnsupportedModelError (by the file's header, before its weights are loaded), InputError (GPU layers where
+    // there is no GPU, or not the one named).
     // gpu: the name of one; empty: all that there are, with n_gpu_layers 0 none.
-    static std::shared_ptr<const Model> load(const std::string & path, int32_t n_gpu_layers, const std::string & gpu = "");
+    // any_part: the file, or any part of a split model.
+    static std::shared_ptr<const Model> load(const std::string & any_part, int32_t n_gpu_layers, const std::string & gpu = "");
 
     // add_bos: -1 as the model was trained, 0 no, 1 yes. Special tokens in the text are plain text, or with parse_special themselves.
+    // Throws ModelFileError where the vocabulary contradicts itself.
     std::vector<llama_token> tokenize(const std::string & text, int add_bos, bool parse_special = false) const;
 
-    // The bytes that a token adds to a text, perhaps part of a character; none for special tokens. Throws InputError.
+    // The bytes that a token adds to a text, perhaps part of a character; none for special tokens. Throws InputError,
+    // ModelFileError as tokenize.
     std::string piece(llama_token id) const;
 
     // whether a text ends with this token
@@ -38,7 +39,7 @@ public:
     void token_embeddings(const llama_token * ids, size_t n, float * out) const;
 
     // Rows ids[n] of the output layer, [n][n_embd], read from the model file; empty where rows alone do not make the
-    // logits (an output bias) or lie elsewhere (a model in several files).
+    // logits (an output bias).
     std::vector<float> output_rows(const std::vector<llama_token> & ids) const;
 
     // over all entries of the embedding table, in the same scale
@@ -72,16 +73,16 @@ public:
     std::string description() const;
 
 private:
-    Model(ModelPtr model, std::string path, std::string architecture);
+    Model(ModelPtr model, std::vector<std::string> paths, std::string architecture);
 
-    ModelPtr            model_;
-    const llama_vocab * vocab_;
-    std::string         path_;
-    std::string         architecture_;
-    int32_t             n_embd_;
-    int32_t             n_vocab_;
-    int32_t             n_ctx_train_;
-    uint32_t            long_rope_from_;  // 0: none
+    ModelPtr                 model_;
+    const llama_vocab *      vocab_;
+    std::vector<std::string> paths_;
+    std::string              architecture_;
+    int32_t                  n_embd_;
+    int32_t                  n_vocab_;
+    int32_t                  n_ctx_train_;
+    uint32_t                 long_rope_from_;  // 0: none
     std::vector<std::string> notes_;
 };
 

@@ -7,6 +7,7 @@ void register_formats(pybind11::module_ & module);
 void register_generator(pybind11::module_ & module);
 void register_scorer(pybind11::module_ & module);
 void register_trace(pybind11::module_ & module);
+void register_trial(pybind11::module_ & module);
 
 }  // namespace fedbpt
 
@@ -18,4 +19,5 @@ PYBIND11_MODULE(_native, module) {
     fedbpt::register_generator(module);
     fedbpt::register_scorer(module);
     fedbpt::register_trace(module);
+    fedbpt::register_trial(module);
 }

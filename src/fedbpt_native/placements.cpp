@@ -127,7 +127,7 @@ TextKvPtr Scorer::compute_kv(const Request & request, size_t i) {
 
 void Scorer::restore(const TextKv & text, llama_seq_id seq) {
     if (llama_state_seq_set_data(ctx_.get(), text.state.data(), text.state.size(), seq) == 0) {
-        throw std::runtime_error("a text's KV could not be restored (" + take_last_error() + "): please report this");
+        throw std::runtime_error("a text's KV could not be restored (" + take_error() + "): please report this");
     }
 }
 

@@ -9,7 +9,8 @@
 #include "errors.h"
 #include "handles.h"
 #include "log.h"
-#include "model.h"
+#include "model_file.h"
+#include "parts.h"
 
 namespace fedbpt {
 
@@ -53,7 +54,8 @@ bool requantize(const std::string & source, const std::string & target, const st
         throw InputError("unknown format '" + format + "'");
     }
     start_backends();
-    read_architecture(source);
+    const std::string first = model_parts(source).front();
+    const ModelFile   file(first);
 
     llama_model_quantize_params params = llama_model_quantize_default_params();
     params.ftype            = chosen->ftype;
@@ -70,15 +72,15 @@ bool requantize(const std::string & source, const std::string & target, const st
             throw Stopped();
         }
     });
-    take_last_error();
+    take_error();
     bool failed = true;
     try {
-        failed = llama_model_quantize(source.c_str(), target.c_str(), &params) != 0;
+        failed = llama_model_quantize(first.c_str(), target.c_str(), &params) != 0;
     } catch (const Stopped &) {
         // llama_model_quantize catches every std::exception of its own C++ library, which in a wheel is not this module's
     }
     if (failed && !stopped) {
-        throw ModelFileError(source + " cannot be written as " + format + " (" + take_last_error() + "): it may be cut short or damaged, or the disk full");
+        throw ModelFileError(source + " cannot be written as " + format + " (" + take_error() + "): it may be cut short or damaged, or the disk full");
     }
     return !stopped && go_on(total, total);
 }

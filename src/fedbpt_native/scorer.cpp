@@ -157,12 +157,12 @@ void Scorer::ensure_context(const Request & request, const std::vector<Pack> & p
 
     ctx_.reset();
     n_ctx_ = 0;
-    take_last_error();
+    take_error();
     const std::vector<llama_token> & labels = request.plan.label_ids();
     const auto n_labels = static_cast<int32_t>(request.plan.whole_vocabulary() ? 0 : labels.size());
     ctx_.reset(llama_soft_prompt_init_from_model(model_->get(), params, labels.data(), n_labels, request.plan.label_head()));
     if (!ctx_) {
-        throw std::runtime_error("cannot create a context of " + std::to_string(n_ctx) + " tokens (" + take_last_error() + "): free memory, or score shorter texts");
+        throw std::runtime_error("cannot create a context of " + std::to_string(n_ctx) + " tokens (" + take_error() + "): free memory, or score shorter texts");
     }
     n_ctx_     = params.n_ctx;
     n_seq_max_ = n_seq_max;
@@ -306,13 +306,13 @@ void Scorer::decode(const Request & request, float * out) {
             throw ScoringInterrupted("scoring was interrupted");
         }
         plan.count_tokens(std::min(end, n_tokens) - std::min(begin, n_tokens));
-        take_last_error();
+        take_error();
         const int32_t status = llama_decode(ctx_.get(), batch_.view(begin, end));
         if (status == 2) {
             throw ScoringInterrupted("scoring was interrupted");
         }
         if (status != 0) {
-            throw std::runtime_error("llama_decode failed with status " + std::to_string(status) + " (" + take_last_error() + "): please report this");
+            throw std::runtime_error("llama_decode failed with status " + std::to_string(status) + " (" + take_error() + "): please report this");
         }
 
         if (!whole) {

@@ -70,7 +70,7 @@ std::string params(const ggml_tensor * node) {
 
 GraphTrace::GraphTrace(const std::string & path, bool flash_attention) {
     start_backends();
-    take_last_error();
+    take_error();
 
     ggml_backend_dev_t no_devices[] = { nullptr };
 
@@ -80,7 +80,7 @@ GraphTrace::GraphTrace(const std::string & path, bool flash_attention) {
     model_params.use_extra_bufts = false;  // no weights laid out for this CPU: upstream's AMX code dies when GCC 12 built it
     model_.reset(llama_model_load_from_file(path.c_str(), model_params));
     if (!model_) {
-        throw ModelFileError(path + " cannot be loaded (" + take_last_error() + ")");
+        throw ModelFileError(path + " cannot be loaded (" + take_error() + ")");
     }
 
     llama_context_params params = llama_context_default_params();
@@ -101,7 +101,7 @@ GraphTrace::GraphTrace(const std::string & path, bool flash_attention) {
     params.cb_eval_user_data = this;
     ctx_.reset(llama_init_from_model(model_.get(), params));
     if (!ctx_) {
-        throw std::runtime_error("cannot create a context (" + take_last_error() + ")");
+        throw std::runtime_error("cannot create a context (" + take_error() + ")");
     }
 }
 
@@ -119,10 +119,10 @@ std::vector<std::string> GraphTrace::decode(const std::vector<llama_token> & tok
     n_named_.clear();
     n_nodes_ = 0;
 
-    take_last_error();
+    take_error();
     const int32_t status = llama_decode(ctx_.get(), batch.view(0, batch.size()));
     if (status != 0) {
-        throw InputError("llama_decode refused the tokens with status " + std::to_string(status) + " (" + take_last_error() + ")");
+        throw InputError("llama_decode refused the tokens with status " + std::to_string(status) + " (" + take_error() + ")");
     }
     return std::move(lines_);
 }

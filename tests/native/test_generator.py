@@ -25,7 +25,7 @@ PLACEMENTS = pytest.mark.parametrize("placement", ["front", "cue"])
 
 def new(case: Case) -> NativeGenerator:
     """With nothing computed yet, on the weights that the case has loaded."""
-    return NativeGenerator(case.scorer._engine)
+    return NativeGenerator(case.scorer._engine, case.scorer._files)
 
 
 def placed(ids: NDArray[np.int32], rows: NDArray[np.float32], placement: str) -> Placed:

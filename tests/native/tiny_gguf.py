@@ -213,12 +213,19 @@ def tensors(model: TinyModel) -> dict[str, NDArray[np.float32]]:
     return result
 
 
-def write(path: Path, model: TinyModel, omit: str | None = None, claim: TinyModel | None = None) -> Path:
+def write(
+    path: Path,
+    model: TinyModel,
+    omit: str | None = None,
+    claim: TinyModel | None = None,
+    tensors_per_file: int = 0,
+) -> Path:
     """Write ``model`` to ``path`` and return it.
 
     For damaged files: ``omit`` names a tensor to leave out, ``claim`` is whose settings to write over the tensors.
+    ``tensors_per_file``: see `write_split`.
     """
-    writer = gguf.GGUFWriter(path, model.architecture)
+    writer = gguf.GGUFWriter(path, model.architecture, split_max_tensors=tensors_per_file)
     writer.add_name(f"tiny-{model.architecture}")
     _add_hyperparameters(writer, claim or model)
     _add_tokenizer(writer, model)
@@ -230,6 +237,12 @@ def write(path: Path, model: TinyModel, omit: str | None = None, claim: TinyMode
         writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
     _close(writer)
     return path
+
+
+def write_split(folder: Path, model: TinyModel, n_parts: int = 3, name: str = "tiny") -> list[Path]:
+    """Write ``model`` in ``n_parts`` files as llama.cpp's converter does; their paths in order."""
+    write(folder / f"{name}.gguf", model, tensors_per_file=-(-len(tensors(model)) // n_parts))
+    return [folder / f"{name}-{i + 1:05d}-of-{n_parts:05d}.gguf" for i in range(n_parts)]
 
 
 def _close(writer: gguf.GGUFWriter) -> None:

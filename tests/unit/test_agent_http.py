@@ -14,7 +14,7 @@ from fedbpt import wire
 from fedbpt.agent import AgentService
 from fedbpt.agent.server import AgentServer
 from fedbpt.clients import HttpClient
-from fedbpt.errors import ConfigError, DeviceRefusedError, FedbptError
+from fedbpt.errors import ConfigError, DeviceRefusedError, FedbptError, ModelFileError
 from fedbpt.http_bodies import STATUS_OF_CODE
 from fedbpt.messages import DeviceInfo, ErrorReply, RoundProgress, RoundReport
 from tests.contract.test_clients import plan
@@ -196,3 +196,15 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.01)
+
+
+def test_who_runs_a_device_is_told_of_a_model_file_that_changed(caplog: pytest.LogCaptureFixture) -> None:
+    device = FakeDevice("a")
+    device.fail = ModelFileError("model.gguf is no longer the file that was loaded")
+    with AgentServer(AgentService(device)) as server:
+        with httpx.Client(base_url=server.url, trust_env=False) as client:
+            client.post("/v1/rounds/r/1", content=wire.encode(plan()), headers=MSGPACK)
+            failed = client.get("/v1/rounds/r/1?wait=5")
+    assert "model.gguf" in wire.decode(failed.content, ErrorReply).message
+    [record] = [record for record in caplog.records if record.name == "fedbpt.agent.service"]
+    assert "model.gguf" in record.getMessage()

@@ -10,7 +10,7 @@ import pytest
 
 from fedbpt import models
 from fedbpt.errors import StoreError
-from fedbpt.models import store as model_store
+from fedbpt.models import records
 from fedbpt.store import RunStore
 from tests.fake_device import FakeDevice
 from tests.toy_scene import Scene, closed
@@ -55,7 +55,7 @@ def test_a_fingerprint_that_cannot_be_kept_is_one_warning(
     def full(_temporary: Path, _target: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(model_store, "publish", full)
+    monkeypatch.setattr(records, "publish", full)
     with caplog.at_level(logging.WARNING):
         first = models.fingerprint(tmp_path / "model.gguf")
     [record] = caplog.records

@@ -16,7 +16,7 @@ import pytest
 
 from fedbpt import models, packages
 from fedbpt.errors import DownloadError, MissingExtraError, ModelFileError, ModelNotFoundError
-from fedbpt.models import CatalogueEntry, PackagedFile, hub, store
+from fedbpt.models import CatalogueEntry, PackagedFile, fingerprints, hub, store
 from tests.hub_stand_in import COMMIT, Hub
 from tests.toy_wheel import make_wheel
 
@@ -108,13 +108,14 @@ def test_a_fingerprint_is_computed_once_and_again_after_a_change(tmp_path, monke
         hashed.append(path)
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
-    monkeypatch.setattr(store, "sha256_of", counting)
+    monkeypatch.setattr(fingerprints, "sha256_of", counting)
     assert models.fingerprint(file) == f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"
     (tmp_path / "link.gguf").symlink_to(file)
     assert models.fingerprint(tmp_path / "link.gguf") == models.fingerprint(file)
     assert len(hashed) == 1
+    before = file.stat()
     file.write_bytes(CONTENT[::-1])
-    os.utime(file, ns=(1, 1))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # as `cp -p` may leave it
     assert models.fingerprint(file) == f"sha256:{hashlib.sha256(CONTENT[::-1]).hexdigest()}"
     assert len(hashed) == 2
     with pytest.raises(ModelNotFoundError):
@@ -128,7 +129,7 @@ def test_a_damaged_fingerprint_record_is_replaced(tmp_path, cache):
     (record,) = (cache / "fingerprints").iterdir()
     record.write_text("{")
     assert models.fingerprint(file) == first
-    assert json.loads(record.read_text())["size"] == len(CONTENT)
+    assert json.loads(record.read_text())["files"][0]["size"] == len(CONTENT)
 
 
 # --- packages ----------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from fedbpt.cli.options import (
 from fedbpt.errors import ConfigError
 from fedbpt.local import Device
 from fedbpt.memory import kv_budget_within
-from fedbpt.models import locate
+from fedbpt.models import locate, model_size
 from fedbpt.native_scorer import DEFAULT_KV_BUDGET_BYTES, load_model
 from fedbpt.pauses import TRIGGERS, Pauses
 from fedbpt.tasks import Row, load, read_task_rows
@@ -171,7 +171,7 @@ def _rows(task: str, *files: Path | None) -> list[list[Row]]:
 
 def _kv_bytes(model: str, kv_budget: int, max_memory: int | None) -> int:
     """Both in MiB. Raises `ConfigError` where the model takes more than ``max_memory``."""
-    weights = locate(model).stat().st_size
+    weights = model_size(locate(model))
     wanted = kv_budget * 2**20
     return wanted if max_memory is None else kv_budget_within(max_memory * 2**20, weights, wanted)
 

@@ -7,6 +7,7 @@
 """
 
 from fedbpt.models.catalogue import CATALOGUE, CatalogueEntry, HubFile, PackagedFile
+from fedbpt.models.fingerprints import fingerprint
 from fedbpt.models.formats import (
     FORMATS,
     Requantized,
@@ -17,7 +18,9 @@ from fedbpt.models.formats import (
     tensor_shapes,
     weight_formats,
 )
-from fedbpt.models.store import ModelEntry, fingerprint, list_models, locate, pull
+from fedbpt.models.parts import model_parts, model_size
+from fedbpt.models.store import ModelEntry, list_models, locate, pull
+from fedbpt.models.watch import WatchedFiles
 
 __all__ = [
     "CATALOGUE",
@@ -27,12 +30,15 @@ __all__ = [
     "ModelEntry",
     "PackagedFile",
     "Requantized",
+    "WatchedFiles",
     "WeightFormat",
     "faster_format",
     "fingerprint",
     "list_models",
     "locate",
     "matmul_flops",
+    "model_parts",
+    "model_size",
     "pull",
     "requantize",
     "tensor_shapes",

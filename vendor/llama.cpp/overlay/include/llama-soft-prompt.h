@@ -83,7 +83,8 @@ LLAMA_API void llama_soft_prompt_token_embeddings(
                          int32_t   n,
                            float * out);
 
-// NULL where soft prompts work with this architecture (its GGUF name), else why they don't.
+// NULL where soft prompts work with this architecture (its GGUF name), else why they don't. Scoring needs a causal decoder whose whole
+// memory is a KV cache.
 LLAMA_API const char * llama_soft_prompt_refuses(const char * architecture);
 
 #ifdef __cplusplus

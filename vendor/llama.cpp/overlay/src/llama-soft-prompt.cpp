@@ -376,9 +376,31 @@ void llama_soft_prompt_token_embeddings(const llama_model * model, const llama_t
 }
 
 const char * llama_soft_prompt_refuses(const char * architecture) {
-    switch (llm_arch_from_string(architecture)) {
+    const llm_arch arch = llm_arch_from_string(architecture);
+
+    switch (arch) {
         case LLM_ARCH_UNKNOWN:
             return "this llama.cpp does not know it";
+        case LLM_ARCH_BERT:
+        case LLM_ARCH_MODERN_BERT:
+        case LLM_ARCH_NOMIC_BERT:
+        case LLM_ARCH_NOMIC_BERT_MOE:
+        case LLM_ARCH_NEO_BERT:
+        case LLM_ARCH_JINA_BERT_V2:
+        case LLM_ARCH_JINA_BERT_V3:
+        case LLM_ARCH_EUROBERT:
+        case LLM_ARCH_GEMMA_EMBEDDING:
+        case LLM_ARCH_LLAMA_EMBED:
+            return "it is an encoder that makes embeddings, and scoring needs a causal decoder";
+        case LLM_ARCH_T5:
+        case LLM_ARCH_T5ENCODER:
+            return "it has an encoder, and scoring needs a decoder-only model";
+        case LLM_ARCH_CLIP:
+            return "it encodes images or sound for another model";
+        case LLM_ARCH_WAVTOKENIZER_DEC:
+        case LLM_ARCH_QWEN3TTS:
+        case LLM_ARCH_POCKETTTS:
+            return "it makes sound, and scoring needs a model that continues text";
         case LLM_ARCH_GEMMA3N:
         case LLM_ARCH_GEMMA4:
         case LLM_ARCH_GEMMA4_ASSISTANT:
@@ -396,6 +418,13 @@ const char * llama_soft_prompt_refuses(const char * architecture) {
         case LLM_ARCH_EAGLE3:
             return "it is a draft model that reads another model's states";
         default:
-            return nullptr;
+            break;
     }
+    if (llm_arch_is_recurrent(arch) || llm_arch_is_hybrid(arch)) {
+        return "its recurrent state cannot be shared between prompts as a KV cache can";
+    }
+    if (llm_arch_is_diffusion(arch)) {
+        return "it is a diffusion model, and scoring needs a causal one";
+    }
+    return nullptr;
 }

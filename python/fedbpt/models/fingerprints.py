@@ -1,0 +1,86 @@
+"""Fingerprints of models: the sha256 of their files, computed once and kept in the cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from fedbpt.errors import ModelNotFoundError
+from fedbpt.models.parts import model_parts
+from fedbpt.models.records import read_record, write_record
+from fedbpt.packages import cache_folder, sha256_of
+
+log = logging.getLogger(__name__)
+
+
+class FileStamp(msgspec.Struct, frozen=True):
+    """What changes when a file is replaced or written to: ``size`` in bytes, times in nanoseconds.
+
+    ``ctime_ns`` tells of what leaves the time of modification as it was, as `cp -p` does.
+    """
+
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+class _Fingerprint(msgspec.Struct, frozen=True):
+    sha256: str
+    paths: tuple[str, ...]
+    files: tuple[FileStamp, ...]
+
+
+def fingerprint(path: str | Path) -> str:
+    """``sha256:<hex>`` of a model's file; of a split model, of all its parts joined in order, whichever is given.
+
+    Computed once, then kept until one of the files changes.
+
+    Raises:
+        ModelNotFoundError: no such file.
+        ModelFileError: a part of a split model is missing or damaged.
+    """
+    if not Path(path).is_file():
+        raise ModelNotFoundError(f"no such model file: {path}")
+    parts = model_parts(Path(path))
+    paths, stamps = _real_paths(parts), stamps_of(parts)
+    known = read_record(_record_of(paths), _Fingerprint)
+    if known is None or (known.paths, known.files) != (paths, stamps):
+        # the stamps from before: a file that changes while it is read is read again the next time
+        known = _Fingerprint(sha256_of(*parts), paths, stamps)
+        _remember(known)
+    return f"sha256:{known.sha256}"
+
+
+def stamps_of(parts: Sequence[Path]) -> tuple[FileStamp, ...]:
+    """The stamp of each file. Raises `OSError` where one is gone."""
+    found = [part.stat() for part in parts]
+    return tuple(FileStamp(each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in found)
+
+
+def remember_fingerprint(path: Path, sha256: str) -> None:
+    """Keep the sha256 (hex) of a model in one file, where it is known already."""
+    _remember(_Fingerprint(sha256, _real_paths([path]), stamps_of([path])))
+
+
+def _real_paths(parts: Sequence[Path]) -> tuple[str, ...]:
+    return tuple(os.fsencode(part.resolve()).decode(errors="backslashreplace") for part in parts)
+
+
+def _record_of(paths: Sequence[str]) -> Path:
+    return cache_folder() / "fingerprints" / f"{hashlib.sha256(paths[0].encode()).hexdigest()[:32]}.json"
+
+
+def _remember(found: _Fingerprint) -> None:
+    try:
+        write_record(_record_of(found.paths), found)
+    except OSError as error:  # a full disk, a read-only cache: slower, not wrong
+        log.warning(
+            "the fingerprint of %s cannot be kept in %s (%s): it is computed anew at each start",
+            Path(found.paths[0]).name, cache_folder(), error.strerror or error,
+        )  # fmt: skip

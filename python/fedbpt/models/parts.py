@@ -1,0 +1,37 @@
+"""Models in several files: NAME-00001-of-00003.gguf and what follows it, as llama.cpp splits and names them."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+_PART = re.compile(r"(?P<model>.+)-\d{5}-of-\d{5}\.gguf")
+
+
+def model_parts(path: Path) -> tuple[Path, ...]:
+    """The files of a model in order: one, or all parts of a split model, whichever of them ``path`` is.
+
+    Raises:
+        ModelFileError: a part is missing, no GGUF file, cut short, or of another model.
+    """
+    # A link may have any name: the other parts are then found by the name of what it leads to. A link that has the name
+    # of a part is not followed: in a Hugging Face cache it leads to a blob, which is named by its content.
+    named = path if _PART.fullmatch(path.name) else path.resolve()
+    if not _PART.fullmatch(named.name):
+        return (path,)
+    from fedbpt import _native
+
+    parts = tuple(Path(os.fsdecode(part)) for part in _native.model_parts(os.fsencode(named)))
+    return parts if len(parts) > 1 else (path,)
+
+
+def model_size(path: Path) -> int:
+    """Bytes of all files of a model. Raises as `model_parts`, and `OSError` where there is no such file."""
+    return sum(part.stat().st_size for part in model_parts(path))
+
+
+def model_stem(path: Path) -> str:
+    """A model file's name without ``.gguf``, and without the number of a part."""
+    found = _PART.fullmatch(path.name)
+    return found["model"] if found else path.stem

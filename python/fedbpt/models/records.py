@@ -1,0 +1,35 @@
+"""Small JSON records in the cache folder: what is known of a file, and may be lost."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from fedbpt.packages import publish
+
+_T = TypeVar("_T", bound=msgspec.Struct)
+
+
+def write_record(path: Path, value: msgspec.Struct) -> None:
+    """Write ``value`` to ``path`` in one step. Raises `OSError`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident():x}.tmp")
+    try:
+        temporary.write_bytes(msgspec.json.encode(value))
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_record(path: Path, kind: type[_T]) -> _T | None:
+    """The record at ``path``; None where there is none, or one that is damaged or of another version."""
+    if not path.is_file():
+        return None
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except msgspec.DecodeError:
+        return None

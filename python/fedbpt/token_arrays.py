@@ -1,0 +1,47 @@
+"""Sequences of token ids as the engine takes them: int32 arrays, and many of them as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fedbpt.errors import InputError
+
+
+def token_ids(ids: ArrayLike, what: str) -> NDArray[np.int32]:
+    """A 1-D int32 array of ``ids``, which ``what`` names in an error; the engine checks them against the vocabulary.
+
+    Raises `InputError` for what is no flat sequence of integers.
+    """
+    array = np.asarray(ids)
+    if array.ndim != 1:
+        raise InputError(f"{what} must be a flat sequence of token ids, got shape {list(array.shape)}")
+    if array.size == 0:
+        return np.empty(0, dtype=np.int32)
+    if array.dtype.kind not in "iu":
+        raise InputError(f"{what} must be integers, got {array.dtype}")
+    if array.max() > np.iinfo(np.int32).max or array.min() < np.iinfo(np.int32).min:
+        raise InputError(f"{what} holds an id outside the vocabulary: {int(np.abs(array).max())}")
+    return np.ascontiguousarray(array, dtype=np.int32)
+
+
+def continuation_ids(given: Sequence[Sequence[ArrayLike]] | None, n_texts: int) -> list[NDArray[np.int32]]:
+    """The continuations of all texts in one list: equally many for each text, the first text's first.
+
+    Raises `InputError` where they are not equally many.
+    """
+    if given is None:
+        return []
+    counts = {len(of_text) for of_text in given}
+    if len(given) != n_texts or len(counts) != 1:
+        raise InputError(f"continuations must be equally many for each of the {n_texts} texts")
+    return [token_ids(ids, f"continuation of text {i}") for i, of_text in enumerate(given) for ids in of_text]
+
+
+def ragged(texts: Sequence[NDArray[np.int32]]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """N sequences as one flat array and N + 1 offsets."""
+    offsets = np.zeros(len(texts) + 1, dtype=np.int64)
+    np.cumsum([len(text) for text in texts], out=offsets[1:])
+    return (np.concatenate(texts) if texts else np.empty(0, dtype=np.int32)), offsets
