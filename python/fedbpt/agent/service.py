@@ -24,6 +24,7 @@ import msgspec
 from fedbpt import wire
 from fedbpt.agent.worker import Worker
 from fedbpt.errors import DeviceFailedError, DeviceRefusedError, FedbptError, ScoringInterrupted
+from fedbpt.faults import public_reason
 from fedbpt.machine import battery_percent, heat
 from fedbpt.messages import DeviceInfo, EvaluateReport, EvaluateRequest, RoundPlan, RoundProgress, RoundReport
 from fedbpt.prometheus import Family, Sample, exposition
@@ -311,10 +312,11 @@ class AgentService:
         except ScoringInterrupted:
             error = "the work was interrupted"
         except FedbptError as problem:
-            error = str(problem)
+            log.warning("work of round %s of run %r failed: %s", job.round, job.run, problem)
+            error = public_reason(problem)
         except Exception as problem:
             log.exception("work of round %s of run %r failed", job.round, job.run)
-            error = f"{type(problem).__name__}: {problem}"
+            error = public_reason(problem)
         try:
             info = self.device.info()
         except Exception:

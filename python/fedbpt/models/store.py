@@ -19,6 +19,7 @@ from typing import TypeVar
 
 import msgspec
 
+from fedbpt.checking import DECODE_ERRORS, printable
 from fedbpt.errors import DownloadError, ModelFileError, ModelNotFoundError
 from fedbpt.models.catalogue import CATALOGUE, CatalogueEntry, HubFile, PackagedFile
 from fedbpt.packages import Progress, cache_folder, fetch_wheel, locked, publish, require_space, sha256_of
@@ -144,7 +145,8 @@ def fingerprint(path: str | Path) -> str:
         raise ModelNotFoundError(f"no such model file: {path}")
     status = real.stat()
     known = _read_json(_fingerprint_file(real), _Fingerprint)
-    if known is None or (known.path, known.size, known.mtime_ns) != (str(real), status.st_size, status.st_mtime_ns):
+    now = (printable(real), status.st_size, status.st_mtime_ns)
+    if known is None or (known.path, known.size, known.mtime_ns) != now:
         return f"sha256:{_remember(real, sha256_of(real))}"
     return f"sha256:{known.sha256}"
 
@@ -200,14 +202,14 @@ def _fetch_hub(source: HubFile, staging: Path, progress: Progress | None) -> tup
 
 
 def _fingerprint_file(real: Path) -> Path:
-    return cache_folder() / "fingerprints" / f"{hashlib.sha256(str(real).encode()).hexdigest()[:32]}.json"
+    return cache_folder() / "fingerprints" / f"{hashlib.sha256(os.fsencode(real)).hexdigest()[:32]}.json"
 
 
 def _remember(path: Path, sha256: str) -> str:
     real = path.resolve()
     status = real.stat()
     try:
-        _write_json(_fingerprint_file(real), _Fingerprint(str(real), status.st_size, status.st_mtime_ns, sha256))
+        _write_json(_fingerprint_file(real), _Fingerprint(printable(real), status.st_size, status.st_mtime_ns, sha256))
     except OSError as error:  # a full disk, a read-only cache: slower, not wrong
         log.warning(
             "the fingerprint of %s cannot be kept in %s (%s): it is computed anew at each start",
@@ -231,5 +233,5 @@ def _read_json(path: Path, kind: type[_T]) -> _T | None:
         return None
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
-    except msgspec.DecodeError:  # damaged or of another version: as good as absent, it will be written anew
+    except DECODE_ERRORS:  # damaged or of another version: as good as absent, it will be written anew
         return None
