@@ -17,6 +17,7 @@ NATIVE = ROOT / "src" / "fedbpt_native"
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         *("errors", "version", "messages", "seeding", "memory", "energy", "machine", "pauses", "autostart", "packages"),
+        *("checking", "faults"),
         *("tls", "tokens", "certs", "rate_limit", "prometheus", "pieces", "questions", "html_tables"),
     ),
     (

@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeAlias
 
 from fedbpt import wire
 from fedbpt.errors import ConfigError
+from fedbpt.faults import public_reason, public_traceback
 from fedbpt.messages import Message, PositiveInt
 from fedbpt.runs import Event
 
@@ -23,7 +24,8 @@ log = logging.getLogger(__name__)
 
 
 class Logged(Message, frozen=True, tag=True):
-    """What the library told Python's logging; ``exception``: the traceback, where there was one."""
+    """What the library told Python's logging; ``exception``: the traceback, where there was one, without messages that
+    may quote a row."""
 
     level: str
     logger: str
@@ -90,11 +92,14 @@ class _JournalHandler(logging.Handler):
     def __init__(self, journal: Journal) -> None:
         super().__init__(logging.WARNING)
         self._journal = journal
-        self._exceptions = logging.Formatter()
 
     def emit(self, record: logging.LogRecord) -> None:
-        trace = self._exceptions.formatException(record.exc_info) if record.exc_info else ""
-        self._journal(Logged(level=record.levelname, logger=record.name, message=record.getMessage(), exception=trace))
+        # A device may work in this process, and the journal's readers be elsewhere.
+        given = record.args if isinstance(record.args, tuple) else ()
+        told = tuple(public_reason(each) if isinstance(each, BaseException) else each for each in given)
+        message = record.msg % told if told else record.getMessage()
+        trace = public_traceback(record.exc_info[1]) if record.exc_info else ""
+        self._journal(Logged(level=record.levelname, logger=record.name, message=message, exception=trace))
 
 
 class LogFile:

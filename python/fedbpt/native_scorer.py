@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedbpt import models
+from fedbpt.checking import printable, utf8
 from fedbpt.errors import InputError, ModelWarning
 from fedbpt.memory import memory_of_process
 from fedbpt.messages import Placement
@@ -116,12 +117,12 @@ class NativeScorer:
         if kv_type not in ("f16", "q8_0"):
             raise InputError(f"kv_type must be 'f16' or 'q8_0', got {kv_type!r}")
         self.path = path
-        self.name = path.stem if name and name.endswith(".gguf") else name or path.stem
+        self.name = printable(path.stem if name and name.endswith(".gguf") else name or path.stem)
         self.kv_budget_bytes = kv_budget_bytes
         self._given = name or str(path)
         self._n_gpu_layers, self._gpu = n_gpu_layers, gpu
         threads = physical_cores() if n_threads is None else n_threads
-        self._load = partial(_engine, str(path), threads, n_gpu_layers, gpu or "", kv_type == "q8_0")
+        self._load = partial(_engine, os.fsencode(path), threads, n_gpu_layers, gpu or "", kv_type == "q8_0")
         self._loading = threading.Lock()
         self._files = models.WatchedFiles(path)
         self._loaded: _native.Engine | None = None
@@ -204,7 +205,7 @@ class NativeScorer:
 
     def tokenize(self, text: str, add_bos: bool | None = None) -> NDArray[np.int32]:
         """Token ids [n]. ``add_bos`` None: as the model was trained. Special tokens in ``text`` are plain text."""
-        ids: NDArray[np.int32] = self._engine.tokenize(text, add_bos)
+        ids: NDArray[np.int32] = self._engine.tokenize(utf8(text, "text"), add_bos)
         return ids
 
     def token_embeddings(self, ids: ArrayLike) -> NDArray[np.float32]:

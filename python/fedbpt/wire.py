@@ -16,6 +16,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 import numpy as np
 
+from fedbpt.checking import DECODE_ERRORS, half_character
 from fedbpt.errors import WireError
 from fedbpt.messages import Array, Message
 
@@ -32,13 +33,19 @@ M = TypeVar("M", bound=Message)
 
 
 def encode(message: Message) -> bytes:
-    """MessagePack bytes. Deterministic: equal messages give equal bytes."""
-    return msgspec.msgpack.encode(message)
+    """MessagePack bytes. Deterministic: equal messages give equal bytes. Raises `WireError` for what has none."""
+    try:
+        return msgspec.msgpack.encode(message)
+    except (UnicodeEncodeError, OverflowError) as error:
+        raise WireError(f"a {type(message).__name__} cannot be sent: {_unsendable(error)}") from error
 
 
 def encode_json(message: Message) -> bytes:
-    """JSON bytes; arrays' data as base64."""
-    return msgspec.json.encode(message)
+    """JSON bytes; arrays' data as base64. Raises as `encode` does."""
+    try:
+        return msgspec.json.encode(message)
+    except (UnicodeEncodeError, OverflowError) as error:
+        raise WireError(f"a {type(message).__name__} cannot be sent: {_unsendable(error)}") from error
 
 
 def decode(body: bytes, kind: type[M], limit: int = MAX_BODY_BYTES) -> M:
@@ -46,7 +53,7 @@ def decode(body: bytes, kind: type[M], limit: int = MAX_BODY_BYTES) -> M:
     _check_size(body, limit)
     try:
         message: M = _msgpack_decoder(kind).decode(body)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+    except DECODE_ERRORS as error:
         raise WireError(f"not a valid {kind.__name__}: {error}") from error
     return _checked(message)
 
@@ -56,7 +63,7 @@ def decode_json(body: bytes, kind: type[M], limit: int = MAX_BODY_BYTES) -> M:
     _check_size(body, limit)
     try:
         message: M = _json_decoder(kind).decode(body)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+    except DECODE_ERRORS as error:
         raise WireError(f"not a valid {kind.__name__}: {error}") from error
     return _checked(message)
 
@@ -73,6 +80,12 @@ def digest(message: Message) -> str:
 def check(message: Message) -> None:
     """Raises `WireError` for an array that does not fit its shape, NaN, infinity, or a norm over `MAX_NORM`."""
     _check_value(message, type(message).__name__)
+
+
+def _unsendable(error: Exception) -> str:
+    if isinstance(error, UnicodeEncodeError):
+        return f"a text in it holds {half_character(error.object)}"
+    return "a number in it is too large"
 
 
 def _checked(message: M) -> M:

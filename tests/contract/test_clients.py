@@ -17,7 +17,7 @@ from fedbpt import wire
 from fedbpt.agent import AgentService
 from fedbpt.agent.server import AgentServer
 from fedbpt.clients import DeviceClient, HttpClient, InProcessClient
-from fedbpt.errors import DeviceFailedError, DeviceRefusedError, DeviceTimeoutError, InputError
+from fedbpt.errors import DataError, DeviceFailedError, DeviceRefusedError, DeviceTimeoutError, InputError
 from fedbpt.messages import (
     Array,
     EvaluateRequest,
@@ -209,11 +209,14 @@ def test_cancelling_stops_the_work_and_the_round_can_begin_again(make_client, de
 
 def test_failed_work_is_reported_with_its_reason_and_can_be_tried_again(make_client, device):
     async def scene(client):
-        for problem, said in ((InputError("no rows"), "no rows"), (KeyError("x"), "KeyError: 'x'")):
+        quoting = DataError("row 3: 'the cat sat'", public="row 3")
+        problems = (InputError("no rows"), "no rows"), (quoting, "row 3"), (KeyError("the cat"), "KeyError")
+        for problem, said in problems:
             device.fail = problem
             await client.start(plan())
-            with pytest.raises(DeviceFailedError, match=said):
+            with pytest.raises(DeviceFailedError, match=said) as failed:
                 await client.wait("r", 1)
+            assert "the cat" not in str(failed.value)  # no text of a row leaves the device
         device.fail = None
         await client.start(plan())
         await client.wait("r", 1)

@@ -16,6 +16,7 @@ from fedbpt.flower.records import answer_of, packed
 from fedbpt.local import Device
 from fedbpt.messages import DeviceInfo, RoundReport
 from fedbpt.messages import Message as OurMessage
+from fedbpt.tasks import read_rows
 from tests.toy_scorer import ToyScorer
 from tests.unit.test_local_fit import asked
 from tests.unit.test_privacy import ROWS, losses_of, plan
@@ -94,9 +95,24 @@ def test_a_damaged_snapshot_is_told_and_nothing_is_overwritten(tmp_path: Path) -
 
 def test_a_fault_of_the_device_is_a_reply_that_names_it() -> None:
     def broken(_context: Context, _state: DeviceState) -> Any:
-        raise KeyError("model")
+        raise KeyError("the cat sat")
 
     node = Node()
     node._app = client_app(broken)
-    with pytest.raises(DeviceFailedError, match="KeyError: 'model'"):
+    with pytest.raises(DeviceFailedError, match=r"KeyError in .*broken \(line") as failed:
         node.ask(plan())
+    assert "cat" not in str(failed.value)
+
+
+def test_a_file_that_cannot_be_read_is_told_without_its_rows(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "fine", "label": "the cat sat"}\n')
+
+    def reads(_context: Context, state: DeviceState) -> Any:
+        return Device("pi5", ToyScorer(), read_rows(file, ("a", "b")), state=state)
+
+    node = Node()
+    node._app = client_app(reads)
+    with pytest.raises(DeviceFailedError, match=r"rows\.jsonl:1") as failed:
+        node.ask(plan())
+    assert "cat" not in str(failed.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -45,6 +46,20 @@ def test_a_file_that_is_no_gguf_is_reported_by_its_name(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError) as failed:
         fedbpt.load_model(tiny_gguf.write_not_gguf(tmp_path / "page.gguf"))
     assert "page.gguf" in one_line(failed.value)
+
+
+def test_a_path_whose_bytes_are_no_utf8_is_a_path(llama: Case, tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/m\xf6del.gguf"))
+    path.write_bytes(llama.path.read_bytes())
+    scorer = fedbpt.load_model(path, n_threads=1)
+    assert scorer.name == r"m\udcf6del"
+    assert scorer.fingerprint == fedbpt.models.fingerprint(llama.path)
+    assert fedbpt.models.weight_formats(path) == fedbpt.models.weight_formats(llama.path)
+    assert fedbpt.models.requantize(path, "q8_0").path.is_file()
+    for fails in (fedbpt.load_model, fedbpt.models.tensor_shapes):
+        with pytest.raises(ModelFileError) as failed:
+            fails(tiny_gguf.write_not_gguf(path))
+        assert r"m\xf6del.gguf" in one_line(failed.value)
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.00001, 0.002, 0.02, 0.5, 0.999])

@@ -176,7 +176,7 @@ def test_rows_without_a_target_are_refused(
         (("no", "yes"), NLL, 1, InputError, "does not go with 2 labels"),
         ((), NLL, 1, DataError, "a target text should be"),
         ((), NLL, " ", InputError, "a target text is empty"),
-        (("no", "yes"), ObjectiveSpec(), "yes", DataError, "has label yes"),
+        (("no", "yes"), ObjectiveSpec(), "yes", DataError, "has label .yes"),
     ],
 )
 def test_what_does_not_go_together_is_refused(

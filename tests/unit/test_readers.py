@@ -56,6 +56,13 @@ def test_tsv_is_read_without_quoting(tmp_path):
         ("a.csv", "text\na\n", r"a\.csv:2: no column 'label'"),
         ("a.csv", "text,label\n", "holds no rows"),
         ("a.csv", b"text,label\ncaf\xe9,no\n", "not UTF-8"),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": 0}\n{"text": "cut \\ud83d", "label": 1}\n',
+            r"a\.jsonl:2: half a character",
+        ),
+        ("a.jsonl", f'{{"text": "a", "label": {"1" * 5000}}}\n', r"a\.jsonl:1: not JSON"),
+        ("a.jsonl", f'{{"text": {"[" * 100_000}\n', r"a\.jsonl:1: not JSON"),
         ("a.txt", "hello", r"end in \.jsonl, \.csv or \.tsv"),
     ],
 )

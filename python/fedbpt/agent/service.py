@@ -23,7 +23,8 @@ import msgspec
 
 from fedbpt import wire
 from fedbpt.agent.worker import Worker
-from fedbpt.errors import DeviceFailedError, DeviceRefusedError, FedbptError, ModelFileError, ScoringInterrupted
+from fedbpt.errors import DeviceFailedError, DeviceRefusedError, FedbptError, ScoringInterrupted
+from fedbpt.faults import public_reason
 from fedbpt.machine import battery_percent, heat
 from fedbpt.messages import DeviceInfo, EvaluateReport, EvaluateRequest, RoundPlan, RoundProgress, RoundReport
 from fedbpt.prometheus import Family, Sample, exposition
@@ -310,14 +311,12 @@ class AgentService:
             output = work()
         except ScoringInterrupted:
             error = "the work was interrupted"
-        except ModelFileError as problem:  # for whoever runs the device to mend
-            log.error("work of round %s of run %r failed: %s", job.round, job.run, problem)
-            error = str(problem)
         except FedbptError as problem:
-            error = str(problem)
+            log.warning("work of round %s of run %r failed: %s", job.round, job.run, problem)
+            error = public_reason(problem)
         except Exception as problem:
             log.exception("work of round %s of run %r failed", job.round, job.run)
-            error = f"{type(problem).__name__}: {problem}"
+            error = public_reason(problem)
         try:
             info = self.device.info()
         except Exception:

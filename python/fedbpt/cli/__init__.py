@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shlex
@@ -85,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = _with_address([word for word in given if word != "--debug"])
     code = 0
     warnings.filterwarnings("ignore", category=ModelWarning)  # commands print a model's notes
+    _take_any_text()
     try:
         with _terminated_as_interrupted():
             _run(given)
@@ -105,6 +107,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         typer.echo(f"fedbpt: {_one_line(error)}", err=True)
         code = error.exit_code if isinstance(error, FedbptError) else 1
     sys.exit(code)
+
+
+def _take_any_text() -> None:
+    """A character that a stream's encoding cannot write is escaped: it costs nobody a result that is computed already.
+
+    Bytes of standard input that are no text become what `fedbpt.checking.utf8` refuses.
+    """
+    for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stdin, "surrogateescape")):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors=errors)
 
 
 def _run(given: Sequence[str]) -> None:

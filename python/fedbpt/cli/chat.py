@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedbpt import tasks
+from fedbpt.checking import utf8
 from fedbpt.cli.answers import print_probabilities, print_texts
 from fedbpt.cli.asked import AskedDevice
 from fedbpt.cli.evaluate import model_of
@@ -93,6 +94,7 @@ def chat(
         _introduce(console, pair.name, prompt.task_name, offered)
     for text, label in _asked(offered, talks):
         try:
+            utf8(text, "the question")
             _answer(console, pair, text, label, how, max_tokens, tuple(stop or ()), as_json)
         except KeyboardInterrupt:
             if not talks:

@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import msgspec
 import numpy as np
 import typer
 from rich.console import Console
@@ -22,7 +21,7 @@ from fedbpt.api import aggregator_for, evaluate, make_prompt
 from fedbpt.cli.hint import print_hint
 from fedbpt.cli.models import progress_bar
 from fedbpt.cli.observe import Observers
-from fedbpt.cli.options import AsJson, Dashboard, Quiet, teller
+from fedbpt.cli.options import AsJson, Dashboard, Quiet, print_json, teller
 from fedbpt.cli.reach import host_and_port
 from fedbpt.cli.report import print_result, result_as_json
 from fedbpt.clients.http import HttpClient
@@ -215,7 +214,7 @@ def _examples(scorer: Scorer, task: Task, rows: Sequence[Row], prompt: Prompt, w
 def _report(result: RunResult, saved: Path, examples: Sequence[Example], folder: Path, as_json: bool) -> None:
     if as_json:
         found = {**result_as_json(result, saved), "examples": [example._asdict() for example in examples]}
-        typer.echo(msgspec.json.encode(found).decode())
+        print_json(found)
         return
     print_result(result, saved)
     console = Console()

