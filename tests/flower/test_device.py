@@ -16,6 +16,7 @@ from fedbpt.flower.records import answer_of, packed
 from fedbpt.local import Device
 from fedbpt.messages import DeviceInfo, RoundReport
 from fedbpt.messages import Message as OurMessage
+from tests.toy_scene import ToyTask
 from tests.toy_scorer import ToyScorer
 from tests.unit.test_local_fit import asked
 from tests.unit.test_privacy import ROWS, losses_of, plan
@@ -36,7 +37,7 @@ class Node:
 
     def _make(self, _context: Context, state: DeviceState) -> Device:
         self.scorers.append(ToyScorer())
-        return Device("pi5", self.scorers[-1], ROWS, state=state)
+        return Device("pi5", self.scorers[-1], ROWS, task=ToyTask(), state=state)
 
     def ask(self, message: OurMessage | None, kind: type[Any] = RoundReport, to: str = MessageType.TRAIN) -> Any:
         sent = Message(packed(message), 1, to)
