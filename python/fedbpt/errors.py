@@ -34,9 +34,16 @@ from __future__ import annotations
 
 
 class FedbptError(Exception):
-    """Base of every error raised on purpose."""
+    """Base of every error raised on purpose.
+
+    ``public``: the message without what it quotes of a row; all that another machine is told.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "", *, public: str | None = None) -> None:
+        super().__init__(message)
+        self.public = message if public is None else public
 
 
 class InputError(FedbptError, ValueError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
@@ -57,8 +58,8 @@ def test_the_context_keeps_the_noise_key_from_message_to_message() -> None:
 
 def test_a_fit_is_scored_once_however_many_messages_it_takes() -> None:
     node = Node()
-    node.ask(asked())
-    node.ask(asked(n_words=4, readout=None))
+    for fit in (asked(), asked(n_words=4, readout=None)):
+        node.ask(msgspec.structs.replace(fit, task=ToyTask().identity))
     assert [bool(scorer.calls) for scorer in node.scorers] == [True, False]
 
 
