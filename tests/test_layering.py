@@ -16,8 +16,8 @@ NATIVE = ROOT / "src" / "fedbpt_native"
 # A part (a module or a folder of fedbpt) imports parts of lower layers, and of its own layer those further left.
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
-        *("errors", "version", "messages", "seeding", "memory", "energy", "machine", "pauses", "autostart", "packages"),
-        *("checking", "faults"),
+        *("errors", "checking", "faults", "version", "task_identity", "messages", "membership", "seeding", "memory"),
+        *("energy", "machine", "pauses", "autostart", "packages"),
         *("tls", "tokens", "certs", "rate_limit", "prometheus", "pieces", "questions", "html_tables"),
     ),
     (

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.errors import WireError
+from fedbpt.task_identity import TaskIdentity
 
 PROTOCOL_VERSION = 1
 
@@ -283,6 +284,7 @@ class RoundPlan(Message, frozen=True):
     device: Name  # the name by which the coordinator knows this device; seeds its mini-batches
     seed: NaturalInt
     model_fingerprint: str
+    task: TaskIdentity
     labels: tuple[str, ...]
     template: Template
     prompt: PromptSpec
@@ -342,6 +344,7 @@ class EvaluateRequest(Message, frozen=True):
     """
 
     model_fingerprint: str
+    task: TaskIdentity
     labels: tuple[str, ...]
     template: Template
     prompt: PromptSpec
@@ -385,6 +388,7 @@ class DeviceInfo(Message, frozen=True):
     paused: str = ""  # why its work waits; empty: it does not
     celsius: float | None = None
     battery: float | None = None
+    task: TaskIdentity | None = None  # None: said by a version before there were any
     protocol: Literal[1] = 1
 
 

@@ -129,7 +129,7 @@ def test_texts_are_generated_side_by_side(tmp_path: Path, fleet: Fleet, open_pag
     (tmp_path / "manner.toml").write_text(MANNER_FILE)
     task, scorer = load_task(tmp_path / "manner.toml"), load_model(model, n_threads=1)
     settings = RunSettings(rounds=1, popsize=4, prompt=PromptSpec(d=6)).for_labels(())
-    client = InProcessClient(Device("a", scorer, manner_rows(6), test_rows=manner_rows(2, 6)))
+    client = InProcessClient(Device("a", scorer, manner_rows(6), test_rows=manner_rows(2, 6), task=task))
     with RunStore(tmp_path / "runs.db") as store:
         result = Federation([client], task, settings, aggregator_for(settings), store, "manner").run()
     expected: dict[Side, str] = {"original": "", "tuned": ""}

@@ -30,9 +30,10 @@ from fedbpt.messages import (
     Template,
 )
 from fedbpt.questions import Answer, Question
+from fedbpt.task_identity import TaskIdentity
 from fedbpt.turns import Turns
 from tests.caller import called_by
-from tests.fake_device import FINGERPRINT, FakeDevice
+from tests.fake_device import FINGERPRINT, TOY, FakeDevice
 
 TEMPLATE = Template(pattern="{text} It was", label_words=(" bad", " good"))
 
@@ -44,6 +45,7 @@ def plan(**changes: Any) -> RoundPlan:
         device="a",
         seed=0,
         model_fingerprint=FINGERPRINT,
+        task=TOY,
         labels=("x", "y"),
         template=TEMPLATE,
         prompt=PromptSpec(d=3),
@@ -56,6 +58,7 @@ def plan(**changes: Any) -> RoundPlan:
 def request(**changes: Any) -> EvaluateRequest:
     made = EvaluateRequest(
         model_fingerprint=FINGERPRINT,
+        task=TOY,
         labels=("x", "y"),
         template=TEMPLATE,
         prompt=PromptSpec(d=3),
@@ -158,6 +161,20 @@ def test_a_plan_for_another_model_is_refused_by_name(make_client):
             await client.evaluate(request(model_fingerprint="sha256:other"))
 
     play(make_client, scene)
+
+
+def test_work_for_another_task_is_refused_by_name(make_client, device):
+    async def scene(client):
+        for ask in (client.start, client.work):
+            with pytest.raises(DeviceRefusedError, match=r"toy.*weather") as caught:
+                await ask(plan(task=TaskIdentity.of("weather", ("x", "y"))))
+            assert caught.value.code == "wrong-task"
+        with pytest.raises(DeviceRefusedError, match="label") as caught:
+            await client.evaluate(request(task=TaskIdentity.of("toy", ("y", "x"))))
+        assert caught.value.code == "wrong-task"
+
+    play(make_client, scene)
+    assert device.plans == device.requests == []
 
 
 def test_a_round_that_the_device_does_not_know_is_named_so(make_client):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
@@ -17,6 +18,7 @@ from fedbpt.local import Device
 from fedbpt.messages import DeviceInfo, RoundReport
 from fedbpt.messages import Message as OurMessage
 from fedbpt.tasks import read_rows
+from tests.toy_scene import ToyTask
 from tests.toy_scorer import ToyScorer
 from tests.unit.test_local_fit import asked
 from tests.unit.test_privacy import ROWS, losses_of, plan
@@ -37,7 +39,7 @@ class Node:
 
     def _make(self, _context: Context, state: DeviceState) -> Device:
         self.scorers.append(ToyScorer())
-        return Device("pi5", self.scorers[-1], ROWS, state=state)
+        return Device("pi5", self.scorers[-1], ROWS, task=ToyTask(), state=state)
 
     def ask(self, message: OurMessage | None, kind: type[Any] = RoundReport, to: str = MessageType.TRAIN) -> Any:
         sent = Message(packed(message), 1, to)
@@ -57,8 +59,8 @@ def test_the_context_keeps_the_noise_key_from_message_to_message() -> None:
 
 def test_a_fit_is_scored_once_however_many_messages_it_takes() -> None:
     node = Node()
-    node.ask(asked())
-    node.ask(asked(n_words=4, readout=None))
+    for fit in (asked(), asked(n_words=4, readout=None)):
+        node.ask(msgspec.structs.replace(fit, task=ToyTask().identity))
     assert [bool(scorer.calls) for scorer in node.scorers] == [True, False]
 
 

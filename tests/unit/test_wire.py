@@ -27,6 +27,7 @@ from fedbpt.messages import (
     SearchState,
     Template,
 )
+from tests.fake_device import TOY
 
 
 def plan(**changes: object) -> RoundPlan:
@@ -36,6 +37,7 @@ def plan(**changes: object) -> RoundPlan:
         device="a",
         seed=0,
         model_fingerprint="sha256:0",
+        task=TOY,
         labels=("x", "y"),
         template=Template(pattern="{text} It was", label_words=(" bad", " good")),
         prompt=PromptSpec(d=3),
@@ -87,7 +89,7 @@ def fit_work(n_words: int, **changes: object) -> FitWork:
 
 def evaluation(**changes: object) -> EvaluateRequest:
     made = EvaluateRequest(
-        model_fingerprint="sha256:0", labels=("x", "y"), template=plan().template, prompt=PromptSpec(d=3),
+        model_fingerprint="sha256:0", task=TOY, labels=("x", "y"), template=plan().template, prompt=PromptSpec(d=3),
         objective=ObjectiveSpec(), latents=Array.of(np.zeros((2, 3))), readouts=(None, readout(4)), others=OTHERS,
     )  # fmt: skip
     return msgspec.structs.replace(made, **changes)

@@ -41,7 +41,7 @@ from fedbpt.memory import kv_budget_within
 from fedbpt.models import locate, model_size
 from fedbpt.native_scorer import DEFAULT_KV_BUDGET_BYTES, load_model
 from fedbpt.pauses import TRIGGERS, Pauses
-from fedbpt.tasks import Row, load, read_task_rows
+from fedbpt.tasks import Row, Task, load, read_task_rows
 from fedbpt.tls import Tls
 from fedbpt.tokens import Credentials, default_credentials
 
@@ -111,7 +111,7 @@ def device(
 
     Example: fedbpt device --model smollm2-135m --data mine.jsonl --task ag-news --port 8401
     """
-    rows = _rows(task, data, dev, test)  # before the model: a wrong file is told at once
+    chosen, rows = _rows(task, data, dev, test)  # before the model: a wrong file is told at once
     pauses = _pauses(pause_on, shown=not (quiet or as_json))
     tls = Tls(cert, key, ca, client_certs)
     token = token_in(token_file) if token_file else None
@@ -123,7 +123,7 @@ def device(
     scorer = load_model(
         model, n_threads=threads, n_gpu_layers=gpu_layers, gpu=gpu, kv_budget_bytes=kv_bytes, late=load_late
     )
-    local = Device(link.device if link else name or socket.gethostname(), scorer, *rows)
+    local = Device(link.device if link else name or socket.gethostname(), scorer, *rows, task=chosen)
     if not load_late:
         print_hint(scorer, shown=not (quiet or as_json))
         local.measure_speed()  # for `fedbpt tune --plan`
@@ -164,9 +164,9 @@ def _tell(line: str) -> None:
     typer.echo(line, err=True)
 
 
-def _rows(task: str, *files: Path | None) -> list[list[Row]]:
+def _rows(task: str, *files: Path | None) -> tuple[Task, list[list[Row]]]:
     chosen = load(task)
-    return [[] if file is None else read_task_rows(chosen, file) for file in files]
+    return chosen, [[] if file is None else read_task_rows(chosen, file) for file in files]
 
 
 def _kv_bytes(model: str, kv_budget: int, max_memory: int | None) -> int:

@@ -123,7 +123,8 @@ def make_device(context: Context, state: DeviceState) -> Device:
         raise ConfigError("a node needs a model and data: give them in the app's configuration or in --node-config")
     rows = [_rows(config, file) if file else [] for file in (config.data, config.dev, config.test)]
     simulated = f"node-{config.partition_id}" if config.partition_id is not None else socket.gethostname()
-    return Device(config.name or simulated, _scorer(config.model, config.threads), *rows, state=state)
+    task, scorer = tasks.load(config.task), _scorer(config.model, config.threads)
+    return Device(config.name or simulated, scorer, *rows, task=task, state=state)
 
 
 def _rows(config: AppConfig, file: str) -> list[Row]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from fedbpt.checking import DECODE_ERRORS
 from fedbpt.errors import ConfigError, InputError, TaskError
 from fedbpt.messages import Message, PositiveInt, Template
+from fedbpt.task_identity import TaskIdentity
 
 DEFAULT_MAX_TEXT_TOKENS = 128
 
@@ -68,6 +69,11 @@ class Task(Message, frozen=True):
         for template in self.templates:
             split_pattern(template)
             _check_words(template, self.labels)
+
+    @property
+    def identity(self) -> TaskIdentity:
+        """What devices of one run must have in common; templates and ``max_text_tokens`` come with the run."""
+        return TaskIdentity.of(self.name, self.labels, (self.text_columns, self.label_column, self.max_words))
 
     def clip(self, text: str) -> str:
         """``text`` with white space made single spaces, cut after ``max_words`` words."""
