@@ -32,11 +32,19 @@
 
 from __future__ import annotations
 
+from fedbpt.plain_text import one_line
+
+MOST_SAID = 4000
+"""Longest message of an error, in characters: it may quote what others wrote."""
+
 
 class FedbptError(Exception):
-    """Base of every error raised on purpose."""
+    """Base of every error raised on purpose. Its text is one line that any terminal may show."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return one_line(super().__str__(), MOST_SAID)
 
 
 class InputError(FedbptError, ValueError):

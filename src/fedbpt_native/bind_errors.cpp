@@ -1,5 +1,7 @@
 #include <pybind11/pybind11.h>
 
+#include <cstring>
+
 #include "errors.h"
 
 namespace py = pybind11;
@@ -10,7 +12,9 @@ namespace {
 
 void raise(const char * name, const std::exception & error) {
     const py::object type = py::module_::import("fedbpt.errors").attr(name);
-    PyErr_SetString(type.ptr(), error.what());
+    // it may quote a model file, whose strings need not be UTF-8
+    const py::object text = py::reinterpret_steal<py::object>(PyUnicode_DecodeUTF8(error.what(), static_cast<py::ssize_t>(std::strlen(error.what())), "replace"));
+    PyErr_SetObject(type.ptr(), text.ptr());
 }
 
 }  // namespace

@@ -11,6 +11,7 @@ import msgspec
 import typer
 
 from fedbpt.cli.options import AsJson, Quiet, help_without_command
+from fedbpt.plain_text import echo
 
 app = typer.Typer(
     name="certs",
@@ -59,7 +60,7 @@ def issue_command(
 def _print(made: Mapping[str, tuple[Path, Path]], as_json: bool, quiet: bool) -> None:
     if as_json:
         shown = {name: {"cert": str(cert), "key": str(key)} for name, (cert, key) in made.items()}
-        typer.echo(msgspec.json.encode(shown).decode())
+        echo(msgspec.json.encode(shown).decode())
         return
     for cert, key in made.values():
-        typer.echo(str(cert) if quiet else f"{cert}, its key in {key} (keep it private)")
+        echo(str(cert) if quiet else f"{cert}, its key in {key} (keep it private)")

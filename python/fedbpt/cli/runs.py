@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import msgspec
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from fedbpt import wire
@@ -20,9 +19,11 @@ from fedbpt.errors import ConfigError, StoreError
 from fedbpt.history import round_as_json, run_as_json
 from fedbpt.ledger import RunLedger
 from fedbpt.native_scorer import load_model
+from fedbpt.plain_text import echo
 from fedbpt.runs import RunResult, RunSettings
 from fedbpt.scalars import write_scalars
 from fedbpt.store import RunStore, StoredRun
+from fedbpt.terminal import PlainConsole
 
 app = typer.Typer(
     name="runs",
@@ -48,7 +49,7 @@ def list_command(store: Store = DEFAULT_STORE, as_json: AsJson = False, quiet: Q
         _print_json([run_as_json(run) for run in runs])
     elif quiet:
         for run in runs:
-            typer.echo(run.run)
+            echo(run.run)
     else:
         table = Table(box=None)
         for heading in ("run", "task", "model", "status", "rounds", "accuracy", "updated"):
@@ -60,7 +61,7 @@ def list_command(store: Store = DEFAULT_STORE, as_json: AsJson = False, quiet: Q
                 tuned = result.tuned
                 figure = f"ppl {tuned.perplexity:.2f}" if result.generates else f"{tuned.accuracy:.3f}"
             table.add_row(run.run, run.task, run.model_name, run.status, str(run.n_rounds), figure, run.updated)
-        Console().print(table)
+        PlainConsole().print(table)
 
 
 @app.command("show")
@@ -79,7 +80,7 @@ def show_command(run: RunName, store: Store = DEFAULT_STORE, as_json: AsJson = F
     if result is not None:
         print_result(result, None)
     else:
-        typer.echo(f"run {run} is {found.status} after {found.n_rounds} rounds: start it again to go on")
+        echo(f"run {run} is {found.status} after {found.n_rounds} rounds: start it again to go on")
     if quiet:
         return
     table = Table(box=None)
@@ -90,7 +91,7 @@ def show_command(run: RunName, store: Store = DEFAULT_STORE, as_json: AsJson = F
         overall = {name: value for name, value in line.metrics.items() if "/" not in name}  # not of one device
         figures = ", ".join(f"{name} {value:.4g}" for name, value in sorted(overall.items()))
         table.add_row(str(line.round), str(len(line.reported)), lost, figures)
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 @app.command("export")
@@ -118,7 +119,7 @@ def export_command(
     if as_json:
         _print_json({"run": run, "prompt_path": str(path)})
     else:
-        typer.echo(str(path))
+        echo(str(path))
 
 
 @app.command("replay")
@@ -145,7 +146,7 @@ def replay_command(
     if as_json:
         _print_json({"run": run, "n_rounds": n_rounds, "digest": digest})
     else:
-        typer.echo(digest if quiet else f"{n_rounds} rounds replay to the digests they had; digest {digest}")
+        echo(digest if quiet else f"{n_rounds} rounds replay to the digests they had; digest {digest}")
 
 
 @app.command("scalars")
@@ -166,7 +167,7 @@ def scalars_command(
     if as_json:
         _print_json({"run": run, "folder": str(folder)})
     else:
-        typer.echo(str(folder))
+        echo(str(folder))
 
 
 @contextmanager
@@ -183,4 +184,4 @@ def _result(run: StoredRun) -> RunResult | None:
 
 
 def _print_json(value: Any) -> None:
-    typer.echo(msgspec.json.encode(value).decode())
+    echo(msgspec.json.encode(value).decode())

@@ -39,6 +39,7 @@ from fedbpt.federation import Federation
 from fedbpt.garbage import collect_between_rounds
 from fedbpt.messages import DeviceInfo
 from fedbpt.native_scorer import NativeScorer, load_model
+from fedbpt.plain_text import echo
 from fedbpt.runs import Event, RunResult, RunStarted
 from fedbpt.store import RunStore
 from fedbpt.tasks import Task
@@ -136,12 +137,12 @@ def tune(
 
 def _report(config: RunConfig, result: RunResult, saved: Path | None, as_json: bool, quiet: bool) -> None:
     if as_json:
-        typer.echo(msgspec.json.encode(result_as_json(result, saved)).decode())
+        echo(msgspec.json.encode(result_as_json(result, saved)).decode())
         return
     print_result(result, saved)
     if saved is None and not quiet:
         wanted = f"{config.run} --store {config.store} --model MODEL --out PROMPT.safetensors"
-        typer.echo(f"to write its prompt: fedbpt runs export {wanted}")
+        echo(f"to write its prompt: fedbpt runs export {wanted}")
 
 
 def _tune(
