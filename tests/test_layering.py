@@ -16,8 +16,8 @@ NATIVE = ROOT / "src" / "fedbpt_native"
 # A part (a module or a folder of fedbpt) imports parts of lower layers, and of its own layer those further left.
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
-        *("errors", "checking", "faults", "version", "task_identity", "messages", "membership", "seeding", "memory"),
-        *("energy", "machine", "pauses", "autostart", "packages"),
+        *("plain_text", "errors", "checking", "faults", "version", "task_identity", "messages", "membership"),
+        *("seeding", "memory", "energy", "machine", "pauses", "autostart", "packages"),
         *("tls", "tokens", "certs", "rate_limit", "prometheus", "pieces", "questions", "html_tables"),
     ),
     (
@@ -59,7 +59,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         ),
     ),
     (
-        *("config", "display", "notebook", "results", "api", "dashboard", "flower"),
+        *("config", "terminal", "display", "notebook", "results", "api", "dashboard", "flower"),
         *("__init__", "cli", "__main__"),
     ),
 )

@@ -35,6 +35,7 @@ from fedbpt.messages import (
     SearchHistory,
 )
 from fedbpt.pace import Pace
+from fedbpt.plain_text import MOST_TOLD, one_line
 from fedbpt.reports import check_evaluation, check_report
 from fedbpt.task_identity import TaskIdentity
 from fedbpt.turns import Turns
@@ -126,6 +127,7 @@ class Fleet:
         member.heard(info)
 
     def _lose(self, member: Member, reason: str, probe: bool = True, until_idle: bool = False) -> None:
+        reason = one_line(reason, MOST_TOLD)
         member.state, member.reason = "lost", reason
         self._listener.lost(member.name, self.round, reason)
         if probe:
@@ -139,7 +141,7 @@ class Fleet:
             pause = min(pause * 2, longest)
             answer = await self._ask(member)
             if not isinstance(answer, DeviceInfo):
-                member.reason = str(answer)
+                member.reason = one_line(str(answer), MOST_TOLD)
                 continue
             self._meet(member, answer)
             if problem := self.unfit(member):

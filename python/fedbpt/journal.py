@@ -18,6 +18,7 @@ from fedbpt import wire
 from fedbpt.errors import ConfigError
 from fedbpt.faults import public_reason, public_traceback
 from fedbpt.messages import Message, PositiveInt
+from fedbpt.plain_text import plain
 from fedbpt.runs import Event
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class Journal:
             self._seq += 1
             now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
             entry = Entry(seq=self._seq, time=now, sitting=self._sitting, event=event)
-            line = Line(entry, wire.encode_json(entry))
+            line = Line(entry, plain(wire.encode_json(entry).decode()).encode())
             troubles = [sink(line) for sink in self._sinks]
         for trouble in filter(None, troubles):  # without the lock: the warning may come back here as an entry
             log.warning("%s", trouble)

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from fedbpt.cli.options import AsJson, Quiet, help_without_command, print_json
+from fedbpt.plain_text import echo
 
 app = typer.Typer(
     name="certs",
@@ -61,4 +62,4 @@ def _print(made: Mapping[str, tuple[Path, Path]], as_json: bool, quiet: bool) ->
         print_json(shown)
         return
     for cert, key in made.values():
-        typer.echo(str(cert) if quiet else f"{cert}, its key in {key} (keep it private)")
+        echo(str(cert) if quiet else f"{cert}, its key in {key} (keep it private)")

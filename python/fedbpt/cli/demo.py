@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import typer
-from rich.console import Console
+from rich.text import Text
 
 from fedbpt import models, tasks
 from fedbpt.api import aggregator_for, evaluate, make_prompt
@@ -31,11 +31,13 @@ from fedbpt.errors import ConfigError, FedbptError
 from fedbpt.federation import Federation
 from fedbpt.messages import ObjectiveSpec, PromptSpec
 from fedbpt.native_scorer import load_model, physical_cores
+from fedbpt.plain_text import plain
 from fedbpt.prompt import Prompt
 from fedbpt.runs import Event, RunResult, RunSettings
 from fedbpt.scorer import Scorer
 from fedbpt.store import RunStore
 from fedbpt.tasks import Row, Task
+from fedbpt.terminal import PlainConsole
 from fedbpt.tls import is_loopback
 
 RUN = "demo"
@@ -217,8 +219,9 @@ def _report(result: RunResult, saved: Path, examples: Sequence[Example], folder:
         print_json(found)
         return
     print_result(result, saved)
-    console = Console()
+    console = PlainConsole()
     for example in examples:
-        console.print(f"\n{example.text}", style="dim", markup=False, highlight=False)
-        console.print(f"  original model: [red]{example.original}[/]   tuned: [green]{example.label}[/] (right)")
+        console.print(f"\n{example.text}", style="dim", highlight=False)
+        said = (plain(example.original), "red"), "   tuned: ", (plain(example.label), "green"), " (right)"
+        console.print(Text.assemble("  original model: ", *said))
     console.print(f"\nrun: fedbpt runs show demo --store {folder / 'runs.db'}", soft_wrap=True)

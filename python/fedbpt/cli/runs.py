@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from fedbpt import wire
@@ -19,9 +18,11 @@ from fedbpt.errors import ConfigError, StoreError
 from fedbpt.history import round_as_json, run_as_json
 from fedbpt.ledger import RunLedger
 from fedbpt.native_scorer import load_model
+from fedbpt.plain_text import echo
 from fedbpt.runs import RunResult, RunSettings
 from fedbpt.scalars import write_scalars
 from fedbpt.store import RunStore, StoredRun
+from fedbpt.terminal import PlainConsole
 
 app = typer.Typer(
     name="runs",
@@ -47,7 +48,7 @@ def list_command(store: Store = DEFAULT_STORE, as_json: AsJson = False, quiet: Q
         print_json([run_as_json(run) for run in runs])
     elif quiet:
         for run in runs:
-            typer.echo(run.run)
+            echo(run.run)
     else:
         table = Table(box=None)
         for heading in ("run", "task", "model", "status", "rounds", "accuracy", "updated"):
@@ -59,7 +60,7 @@ def list_command(store: Store = DEFAULT_STORE, as_json: AsJson = False, quiet: Q
                 tuned = result.tuned
                 figure = f"ppl {tuned.perplexity:.2f}" if result.generates else f"{tuned.accuracy:.3f}"
             table.add_row(run.run, run.task, run.model_name, run.status, str(run.n_rounds), figure, run.updated)
-        Console().print(table)
+        PlainConsole().print(table)
 
 
 @app.command("show")
@@ -78,7 +79,7 @@ def show_command(run: RunName, store: Store = DEFAULT_STORE, as_json: AsJson = F
     if result is not None:
         print_result(result, None)
     else:
-        typer.echo(f"run {run} is {found.status} after {found.n_rounds} rounds: start it again to go on")
+        echo(f"run {run} is {found.status} after {found.n_rounds} rounds: start it again to go on")
     if quiet:
         return
     table = Table(box=None)
@@ -89,7 +90,7 @@ def show_command(run: RunName, store: Store = DEFAULT_STORE, as_json: AsJson = F
         overall = {name: value for name, value in line.metrics.items() if "/" not in name}  # not of one device
         figures = ", ".join(f"{name} {value:.4g}" for name, value in sorted(overall.items()))
         table.add_row(str(line.round), str(len(line.reported)), lost, figures)
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 @app.command("export")
@@ -117,7 +118,7 @@ def export_command(
     if as_json:
         print_json({"run": run, "prompt_path": str(path)})
     else:
-        typer.echo(str(path))
+        echo(str(path))
 
 
 @app.command("replay")
@@ -144,7 +145,7 @@ def replay_command(
     if as_json:
         print_json({"run": run, "n_rounds": n_rounds, "digest": digest})
     else:
-        typer.echo(digest if quiet else f"{n_rounds} rounds replay to the digests they had; digest {digest}")
+        echo(digest if quiet else f"{n_rounds} rounds replay to the digests they had; digest {digest}")
 
 
 @app.command("scalars")
@@ -165,7 +166,7 @@ def scalars_command(
     if as_json:
         print_json({"run": run, "folder": str(folder)})
     else:
-        typer.echo(str(folder))
+        echo(str(folder))
 
 
 @contextmanager

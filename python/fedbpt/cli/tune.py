@@ -40,6 +40,7 @@ from fedbpt.garbage import collect_between_rounds
 from fedbpt.membership import misfit
 from fedbpt.messages import DeviceInfo
 from fedbpt.native_scorer import NativeScorer, load_model
+from fedbpt.plain_text import echo
 from fedbpt.runs import Event, RunResult, RunStarted
 from fedbpt.store import RunStore
 from fedbpt.tasks import Task
@@ -142,7 +143,7 @@ def _report(config: RunConfig, result: RunResult, saved: Path | None, as_json: b
     print_result(result, saved)
     if saved is None and not quiet:
         wanted = f"{config.run} --store {config.store} --model MODEL --out PROMPT.safetensors"
-        typer.echo(f"to write its prompt: fedbpt runs export {wanted}")
+        echo(f"to write its prompt: fedbpt runs export {wanted}")
 
 
 def _tune(

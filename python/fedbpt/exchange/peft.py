@@ -23,7 +23,7 @@ from fedbpt.checking import DECODE_ERRORS
 from fedbpt.errors import ConfigError, PromptError
 from fedbpt.exchange.snippet import snippet
 from fedbpt.messages import PromptSpec
-from fedbpt.model_card import known_model, model_card
+from fedbpt.model_card import fenced, known_model, model_card
 from fedbpt.prompt import Prompt, write
 from fedbpt.scorer import Scorer
 from fedbpt.tasks.task import Task, bos_ids
@@ -52,7 +52,7 @@ def write_adapter(prompt: Prompt, folder: Path, scorer: Scorer, task: Task, base
     bos = _bos_rows(prompt.spec, scorer)
     code = snippet(prompt, scorer, task, base, len(bos))
     use = "".join(f"{note}\n\n" for note in notes(prompt, scorer))
-    use += f"```console\n$ pip install torch transformers peft\n```\n\n```python\n{code}```\n"
+    use += f"```console\n$ pip install torch transformers peft\n```\n\n{fenced(code, 'python')}"
     rows = np.concatenate([bos, prompt.rows])
     _make(folder)
     write(folder / "README.md", model_card(prompt, use, "peft").encode(errors="backslashreplace"))

@@ -20,6 +20,7 @@ from fedbpt.ledger import SELECTION, RunLedger
 from fedbpt.members import common_model
 from fedbpt.membership import FederatedTask, misfit
 from fedbpt.messages import DeviceInfo, EvaluateReport, EvaluateRequest, RoundPlan, RoundReport
+from fedbpt.plain_text import MOST_TOLD, one_line
 from fedbpt.reports import check_evaluation, check_report
 from fedbpt.runs import NO_SCORE, RoundPurpose, RunSettings, Score
 from fedbpt.store import RunStore
@@ -142,7 +143,7 @@ class FlowerLoop:
         for reply in replies:
             name = names.get(reply.metadata.src_node_id)
             if name is None or reply.has_error():
-                reason = reply.error.reason if reply.has_error() else "it is no node of this run"
+                reason = one_line(reply.error.reason, MOST_TOLD) if reply.has_error() else "it is no node of this run"
                 log.warning("%s: %s", name or f"node {reply.metadata.src_node_id}", reason)
                 continue
             try:
