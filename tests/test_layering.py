@@ -16,8 +16,9 @@ NATIVE = ROOT / "src" / "fedbpt_native"
 # A part (a module or a folder of fedbpt) imports parts of lower layers, and of its own layer those further left.
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
-        *("errors", "version", "messages", "seeding", "memory", "energy", "machine", "pauses", "autostart", "packages"),
-        *("tls", "tokens", "certs", "rate_limit", "prometheus", "pieces", "questions", "html_tables"),
+        *("errors", "version", "quantities", "messages", "seeding", "memory", "energy", "machine", "pauses"),
+        *("autostart", "packages", "tls", "tokens", "certs", "rate_limit", "prometheus", "pieces"),
+        *("questions", "html_tables"),
     ),
     (
         *("batches", "losses", "projection", "population", "search", "readout", "privacy"),
@@ -32,13 +33,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("local", "aggregation"),
     ),
     (
-        *("runs", "database", "store", "history", "journal", "scalars", "registry", "reports"),
+        *("runs", "database", "store", "history", "journal", "scalars", "registry", "bounds", "reports"),
         *("http_bodies", "http_auth", "http_server", "turns", "agent", "clients", "coordinator", "serving"),
         *(
             "members",
             "pace",
             "fleet",
             "ledger",
+            "vetting",
             "estimate",
             "outcome",
             "garbage",

@@ -23,7 +23,7 @@ from fedbpt.errors import (
     QuorumError,
     WireError,
 )
-from fedbpt.members import INVITATIONS, Draft, Listener, Member, OpenRound
+from fedbpt.members import INVITATIONS, Draft, Listener, Member, OpenRound, absences
 from fedbpt.messages import (
     DeviceInfo,
     EvaluateReport,
@@ -43,9 +43,6 @@ PROBE_S: Final = (0.25, 5.0)
 """First and longest pause between two looks for a lost device."""
 
 GREETED_AT_ONCE: Final = 32
-
-SHOWN: Final = 5
-"""Devices that a line names at most."""
 
 CANCEL_S: Final = 3.0
 """How long devices may take to hear that the run stops."""
@@ -266,21 +263,24 @@ class Fleet:
             member.reason = f"round {current.number} was not done after {min(took, current.deadline_s):.3g} s"
             self._listener.lost(member.name, current.number, member.reason)
             self._spawn(self._await_late(task, member))
-        if reported < current.needed:
+        self.require_quorum(reported, current.needed, current.deadline_s)
+
+    def require_quorum(self, reported: int, needed: int, deadline_s: float) -> None:
+        """Raises `QuorumError` where fewer than ``needed`` have reported in the current round."""
+        if reported < needed:
             raise QuorumError(
-                f"round {current.number}: {reported} of {len(self.members)} devices reported"
-                f" (deadline {current.deadline_s:g} s), {current.needed} are needed{self.missing()};"
-                " start the same run again to resume it"
+                f"round {self.round}: {reported} of {len(self.members)} devices reported (deadline {deadline_s:g} s),"
+                f" {needed} are needed{self.missing()}; start the same run again to resume it"
             )
+
+    def refuse(self, reasons: Mapping[str, str]) -> None:
+        """Lose the devices in ``reasons``, whose reports cannot be used, until they answer again."""
+        for name, reason in reasons.items():
+            self._lose(self.members[name], reason)
 
     def missing(self) -> str:
         """`` (a: why; b: why)`` of the devices that do not count now, or nothing."""
-        # A reason that the device gave itself begins with its name already.
-        reasons = [
-            f"{m.name}: {m.reason.removeprefix(f'{m.name}: ')}" for m in self.members.values() if m.state != "live"
-        ]
-        more = [f"and {len(reasons) - SHOWN} more"] if len(reasons) > SHOWN else []
-        return f" ({'; '.join(reasons[:SHOWN] + more)})" if reasons else ""
+        return absences(self.members.values())
 
     async def _work(self, member: Member, plan: RoundPlan, history: SearchHistory | None) -> RoundReport:
         """One device's report on ``plan``, which is sent again where the device was restarted."""
@@ -327,14 +327,14 @@ class Fleet:
     async def evaluate(self, request: EvaluateRequest, timeout_s: float) -> dict[str, EvaluateReport]:
         """Reports of the live devices that have such rows and answer in time, by name; the others are lost."""
         self._check_background()
-        members = [member for member in self.live if member.has_rows(request)]
+        members = [member for member in self.live if member.n_rows(request)]
         answers = await asyncio.gather(*(self._evaluate(member, request, timeout_s) for member in members))
         return {m.name: answer for m, answer in zip(members, answers, strict=True) if answer is not None}
 
     async def _evaluate(self, member: Member, request: EvaluateRequest, timeout_s: float) -> EvaluateReport | None:
         try:
             report = await member.client.evaluate(request, timeout_s)
-            check_evaluation(report, request)
+            check_evaluation(report, request, member.n_rows(request))
         except (DeviceError, WireError) as error:
             self._lose(member, f"evaluation: {error}")
             return None

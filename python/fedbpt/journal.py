@@ -16,7 +16,8 @@ from typing import NamedTuple, TypeAlias
 
 from fedbpt import wire
 from fedbpt.errors import ConfigError
-from fedbpt.messages import Message, PositiveInt
+from fedbpt.messages import Message
+from fedbpt.quantities import PositiveInt
 from fedbpt.runs import Event
 
 log = logging.getLogger(__name__)

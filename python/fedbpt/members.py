@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
@@ -29,11 +29,11 @@ class Member:
         self.bytes_down_before = client.bytes_down
         self.sent: set[tuple[str, int]] = set()
 
-    def has_rows(self, request: EvaluateRequest) -> bool:
-        """Whether it said that it has rows of the kind that ``request`` is for."""
+    def n_rows(self, request: EvaluateRequest) -> int:
+        """How many rows of the kind that ``request`` is for it said to have."""
         if self.info is None:
-            return False
-        return (self.info.n_dev if request.split == "dev" else self.info.n_test) > 0
+            return 0
+        return self.info.n_dev if request.split == "dev" else self.info.n_test
 
     def heard(self, info: DeviceInfo) -> None:
         self.info = info
@@ -83,6 +83,18 @@ class OpenRound:
     def may_ask(self, name: str) -> bool:
         """Whether a device that is live may be asked, again or at all."""
         return name not in self.barred and self.invited[name] < INVITATIONS
+
+
+SHOWN: Final = 5
+"""Devices that a line names at most."""
+
+
+def absences(members: Iterable[Member]) -> str:
+    """`` (a: why; b: why)`` of the ``members`` that do not count now, or nothing."""
+    # A reason that the device gave itself begins with its name already.
+    reasons = [f"{m.name}: {m.reason.removeprefix(f'{m.name}: ')}" for m in members if m.state != "live"]
+    more = [f"and {len(reasons) - SHOWN} more"] if len(reasons) > SHOWN else []
+    return f" ({'; '.join(reasons[:SHOWN] + more)})" if reasons else ""
 
 
 def check_names(names: Sequence[str], what: str) -> None:

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from fedbpt.messages import Message, NaturalInt, PositiveInt
+from fedbpt.messages import Message
+from fedbpt.quantities import Count, NaturalInt, PositiveInt, Probability
 
 MAX_TOKENS = 4096
 """Longest answer that may be asked for."""
@@ -41,8 +42,8 @@ class Answer(Message, frozen=True):
     each side has said so far. ``n``: how many pieces that is.
     """
 
-    probabilities: tuple[tuple[float, ...], ...] = ()
+    probabilities: tuple[tuple[Probability, ...], ...] = ()
     texts: tuple[str, str] = ("", "")
-    n: NaturalInt = 0
+    n: Count = 0
     done: bool = False
     protocol: Literal[1] = 1

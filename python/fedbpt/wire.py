@@ -32,8 +32,14 @@ M = TypeVar("M", bound=Message)
 
 
 def encode(message: Message) -> bytes:
-    """MessagePack bytes. Deterministic: equal messages give equal bytes."""
-    return msgspec.msgpack.encode(message)
+    """MessagePack bytes. Deterministic: equal messages give equal bytes.
+
+    Raises `WireError` for a number of more than 64 bits.
+    """
+    try:
+        return msgspec.msgpack.encode(message)
+    except OverflowError as error:
+        raise WireError(f"a {type(message).__name__} cannot be sent: {error}") from error
 
 
 def encode_json(message: Message) -> bytes:

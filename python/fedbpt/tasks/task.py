@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.errors import ConfigError, InputError, TaskError
-from fedbpt.messages import Message, PositiveInt, Template
+from fedbpt.messages import Message, Template
+from fedbpt.quantities import PositiveInt
 
 DEFAULT_MAX_TEXT_TOKENS = 128
 
