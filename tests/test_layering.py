@@ -16,8 +16,8 @@ NATIVE = ROOT / "src" / "fedbpt_native"
 # A part (a module or a folder of fedbpt) imports parts of lower layers, and of its own layer those further left.
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
-        *("plain_text", "errors", "checking", "faults", "version", "task_identity", "messages", "membership"),
-        *("seeding", "memory", "energy", "machine", "pauses", "autostart", "packages"),
+        *("plain_text", "errors", "checking", "faults", "version", "quantities", "task_identity", "messages"),
+        *("membership", "seeding", "memory", "energy", "machine", "pauses", "autostart", "packages"),
         *("tls", "tokens", "certs", "rate_limit", "prometheus", "pieces", "questions", "html_tables"),
     ),
     (
@@ -43,13 +43,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("local", "aggregation"),
     ),
     (
-        *("runs", "database", "store", "history", "journal", "scalars", "registry", "reports"),
+        *("runs", "database", "store", "history", "journal", "scalars", "registry", "bounds", "reports"),
         *("http_bodies", "http_auth", "http_server", "turns", "agent", "clients", "coordinator", "serving"),
         *(
             "members",
             "pace",
             "fleet",
             "ledger",
+            "vetting",
             "estimate",
             "outcome",
             "garbage",

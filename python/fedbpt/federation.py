@@ -56,6 +56,7 @@ from fedbpt.runs import (
 )
 from fedbpt.seeding import generator
 from fedbpt.store import RunStore, Traffic
+from fedbpt.vetting import vet
 
 log = logging.getLogger(__name__)
 
@@ -247,15 +248,20 @@ class Federation:
         work = ledger.work(round, purpose)
         work_digest = wire.digest(work)  # before the update: what the work is made of changes then
         draft = self._draft(round, purpose)
+        needed = self._needed if draft is None else self._quorum_of(draft.wanted)
+        deadline_s = self._wish.deadline_s or self.settings.deadline_s
         reports = await fleet.run_round(
             round,
             lambda device: ledger.plan(round, device, work),
-            self._needed if draft is None else self._quorum_of(draft.wanted),
-            self._wish.deadline_s or self.settings.deadline_s,
+            needed,
+            deadline_s,
             purpose,
             draft,
             ledger.aggregator.history() if purpose == "search" else None,
         )
+        reports, refused = vet(ledger, round, reports)
+        fleet.refuse(refused)
+        fleet.require_quorum(len(reports), needed, deadline_s)
         costs = self._costs(fleet)
         loss = ledger.commit(round, work_digest, reports, time.monotonic() - began, costs)
         reported = tuple(report.device for report in reports)

@@ -278,12 +278,20 @@ class Fleet:
             member.reason = f"round {current.number} was not done after {min(took, current.deadline_s):.3g} s"
             self._listener.lost(member.name, current.number, member.reason)
             self._spawn(self._await_late(task, member))
-        if reported < current.needed:
+        self.require_quorum(reported, current.needed, current.deadline_s)
+
+    def require_quorum(self, reported: int, needed: int, deadline_s: float) -> None:
+        """Raises `QuorumError` where fewer than ``needed`` have reported in the current round."""
+        if reported < needed:
             raise QuorumError(
-                f"round {current.number}: {reported} of {len(self.members)} devices reported"
-                f" (deadline {current.deadline_s:g} s), {current.needed} are needed{self.missing()};"
-                " start the same run again to resume it"
+                f"round {self.round}: {reported} of {len(self.members)} devices reported (deadline {deadline_s:g} s),"
+                f" {needed} are needed{self.missing()}; start the same run again to resume it"
             )
+
+    def refuse(self, reasons: Mapping[str, str]) -> None:
+        """Lose the devices in ``reasons``, whose reports cannot be used, until they answer again."""
+        for name, reason in reasons.items():
+            self._lose(self.members[name], reason)
 
     def missing(self) -> str:
         """`` (a: why; b: why)`` of the devices that do not count now, or nothing."""
@@ -334,14 +342,14 @@ class Fleet:
     async def evaluate(self, request: EvaluateRequest, timeout_s: float) -> dict[str, EvaluateReport]:
         """Reports of the live devices that have such rows and answer in time, by name; the others are lost."""
         self._check_background()
-        members = [member for member in self.live if member.has_rows(request)]
+        members = [member for member in self.live if member.n_rows(request)]
         answers = await asyncio.gather(*(self._evaluate(member, request, timeout_s) for member in members))
         return {m.name: answer for m, answer in zip(members, answers, strict=True) if answer is not None}
 
     async def _evaluate(self, member: Member, request: EvaluateRequest, timeout_s: float) -> EvaluateReport | None:
         try:
             report = await member.client.evaluate(request, timeout_s)
-            check_evaluation(report, request)
+            check_evaluation(report, request, member.n_rows(request))
         except (DeviceError, WireError) as error:
             self._lose(member, f"evaluation: {error}")
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -90,6 +91,11 @@ class RunLedger:
         """Digest of all that must stay the same from sitting to sitting."""
         return self._identity(self.task.identity.reading)
 
+    def twin(self) -> RunLedger:
+        """Another ledger in the same state, to try what `apply` leads to."""
+        shared = {id(each): each for each in (self.store, self.task, self.settings)}
+        return copy.deepcopy(self, shared)
+
     def fits_task(self) -> bool:
         """Whether the stored run is of this task and these settings."""
         return self._fits(self.store.get_run(self.run))
@@ -171,7 +177,7 @@ class RunLedger:
                 self.fits.pop(purpose)
                 self._count(stored.round, stored.reports)
                 return
-            self._apply(stored.round, stored.reports)
+            self.apply(stored.round, stored.reports)
         except (ValueError, LookupError) as error:  # reports that do not fit the work, or none
             raise failure from error
         if (work_digest, self._digest()) != (stored.work_digest, stored.state_digest):
@@ -299,7 +305,7 @@ class RunLedger:
         traffic: Mapping[str, Traffic],
     ) -> float:
         """Let a round count and write it, in one transaction; returns its mean loss, nats."""
-        self._apply(round, reports)
+        self.apply(round, reports)
         loss = mean_loss(reports)
         tokens = sum(report.tokens for report in reports)
         spent = self.spent_epsilon = self.epsilon()
@@ -325,7 +331,7 @@ class RunLedger:
         if round == SELECTION:
             self._selection_seconds += seconds
 
-    def _apply(self, round: int, reports: Sequence[RoundReport]) -> None:
+    def apply(self, round: int, reports: Sequence[RoundReport]) -> None:
         """The one way in which state changes, live and on replay."""
         if round == SELECTION:
             self.label_weights = label_weights(reports)

@@ -70,7 +70,7 @@ def heat(sysfs: Path = SYSFS) -> Heat:
 def battery_percent(sysfs: Path = SYSFS) -> float | None:
     """How full the battery is; None: there is none, or the system does not tell."""
     levels = [_number(supply / "capacity") for supply in sysfs.glob("class/power_supply/*")]
-    return next((float(level) for level in levels if level is not None), None)
+    return next((float(level) for level in levels if level is not None and 0 <= level <= 100), None)
 
 
 def _celsius(sysfs: Path) -> float | None:

@@ -29,11 +29,11 @@ class Member:
         self.bytes_down_before = client.bytes_down
         self.sent: set[tuple[str, int]] = set()
 
-    def has_rows(self, request: EvaluateRequest) -> bool:
-        """Whether it said that it has rows of the kind that ``request`` is for."""
+    def n_rows(self, request: EvaluateRequest) -> int:
+        """How many rows of the kind that ``request`` is for it said to have."""
         if self.info is None:
-            return False
-        return (self.info.n_dev if request.split == "dev" else self.info.n_test) > 0
+            return 0
+        return self.info.n_dev if request.split == "dev" else self.info.n_test
 
     def heard(self, info: DeviceInfo) -> None:
         self.info = info

@@ -14,7 +14,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from fedbpt import quantities
 from fedbpt.errors import WireError
+from fedbpt.quantities import NaturalInt, PositiveFloat, PositiveInt
 from fedbpt.task_identity import TaskIdentity
 
 PROTOCOL_VERSION = 1
@@ -24,9 +26,6 @@ PromptPlace: TypeAlias = Literal["front", "first", "cue"]
 Dtype: TypeAlias = Literal["<f2", "<f4", "<f8"]
 LossName: TypeAlias = Literal["cross_entropy", "hinge", "nll"]
 
-PositiveInt: TypeAlias = Annotated[int, msgspec.Meta(ge=1)]
-NaturalInt: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
-PositiveFloat: TypeAlias = Annotated[float, msgspec.Meta(gt=0)]
 Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z")]
 Fingerprint: TypeAlias = Annotated[str, msgspec.Meta(max_length=128, pattern=r"^[!-~]*\Z")]
 Digest: TypeAlias = Annotated[str, msgspec.Meta(max_length=128)]
@@ -45,7 +44,7 @@ class Array(Message, frozen=True):
     """A float array: ``data`` holds the little-endian bytes of ``shape`` elements in C order."""
 
     dtype: Dtype
-    shape: tuple[NaturalInt, ...]
+    shape: Annotated[tuple[quantities.Count, ...], msgspec.Meta(max_length=8)]
     data: bytes
 
     @classmethod
@@ -234,7 +233,7 @@ class SelectResult(Message, frozen=True, tag="select"):
     """
 
     loss_sums: Array
-    label_counts: tuple[NaturalInt, ...] = ()
+    label_counts: tuple[quantities.Rows, ...] = ()
 
 
 class PooledResult(Message, frozen=True, tag="pooled"):
@@ -250,8 +249,8 @@ class LocalResult(Message, frozen=True, tag="local"):
     """
 
     mean: Array
-    fitness: float
-    sigma_squares: PositiveFloat
+    fitness: quantities.LossSum
+    sigma_squares: quantities.Variance
     ranks: bytes = b""
 
 
@@ -259,7 +258,7 @@ class RanksResult(Message, frozen=True, tag="ranks"):
     """A `LocalResult` without its mean, which the coordinator makes by replaying; ``check``: see `fedbpt.replay`."""
 
     ranks: bytes
-    fitness: float
+    fitness: quantities.LossSum
     check: Digest
 
 
@@ -271,7 +270,7 @@ class FitResult(Message, frozen=True, tag="fit"):
     """
 
     purpose: FitPurpose
-    loss: float
+    loss: quantities.LossSum
     means: Array
 
 
@@ -309,15 +308,15 @@ class RoundReport(Message, frozen=True):
     """A device's answer to one `RoundPlan`. ``tokens`` counts forward tokens asked for; times are monotonic seconds."""
 
     run: Name
-    round: NaturalInt
+    round: quantities.Count
     device: Name
     plan_digest: Digest
     result: Result
-    n_texts: PositiveInt  # rows behind the result: its weight
-    evaluations: NaturalInt  # candidates scored
-    tokens: NaturalInt
-    seconds: float
-    peak_rss_bytes: NaturalInt
+    n_texts: quantities.SomeRows  # rows behind the result: its weight
+    evaluations: quantities.Count  # candidates scored
+    tokens: quantities.Tokens
+    seconds: quantities.Seconds
+    peak_rss_bytes: quantities.Bytes
     protocol: Literal[1] = 1
 
 
@@ -328,10 +327,10 @@ class RoundProgress(Message, frozen=True):
     """
 
     run: Name
-    round: NaturalInt
+    round: quantities.Count
     state: Literal["running", "done", "failed", "cancelled"]
-    done: NaturalInt = 0
-    total: NaturalInt = 0
+    done: quantities.Count = 0
+    total: quantities.Count = 0
     error: str = ""
     paused: str = ""
 
@@ -363,10 +362,10 @@ class EvaluateRequest(Message, frozen=True):
 class EvaluateReport(Message, frozen=True):
     """Counts, so that reports of several devices add up. Index i belongs to latent i."""
 
-    n: PositiveInt
-    correct: tuple[NaturalInt, ...]
-    loss_sums: tuple[float, ...]
-    seconds: float
+    n: quantities.SomeRows
+    correct: tuple[quantities.Rows, ...]
+    loss_sums: tuple[quantities.LossSum, ...]
+    seconds: quantities.Seconds
     protocol: Literal[1] = 1
 
 
@@ -378,18 +377,18 @@ class DeviceInfo(Message, frozen=True):
     model_fingerprint: Fingerprint
     model_name: str
     backend: str
-    n_train: NaturalInt
-    n_dev: NaturalInt
-    n_test: NaturalInt
-    ram_bytes: NaturalInt
-    rss_bytes: NaturalInt
-    peak_rss_bytes: NaturalInt
-    tokens_per_second: float | None = None
+    n_train: quantities.Rows
+    n_dev: quantities.Rows
+    n_test: quantities.Rows
+    ram_bytes: quantities.Bytes
+    rss_bytes: quantities.Bytes
+    peak_rss_bytes: quantities.Bytes
+    tokens_per_second: quantities.Speed | None = None
     shares_beginnings: bool = False  # under another template a text costs its end alone
     busy: bool = False
     paused: str = ""  # why its work waits; empty: it does not
-    celsius: float | None = None
-    battery: float | None = None
+    celsius: quantities.Celsius | None = None
+    battery: quantities.Percent | None = None
     task: TaskIdentity | None = None  # None: said by a version before there were any
     protocol: Literal[1] = 1
 

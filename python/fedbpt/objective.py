@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fedbpt.batches import Row, targets_of
 from fedbpt.errors import DataError, InputError, ScoringInterrupted
-from fedbpt.losses import LOSSES
+from fedbpt.losses import LOSSES, perturbed_ratio
 from fedbpt.messages import ObjectiveSpec, PromptSpec, Readout, Template
 from fedbpt.projection import Projection, scored_as, start_rows
 from fedbpt.prompt import Prompt
@@ -27,8 +27,6 @@ from fedbpt.tasks.task import bos_ids, cue_ids, label_word_ids, render_ids, targ
 
 CHUNK = 64
 """Texts per scoring call. Fixed: how texts share a call may show in the last bits of a quantised model's logits."""
-
-_SMALLEST_LOSS = 1e-12  # a perturbed loss of zero (hinge) must not divide
 
 Progress = Callable[[int, int], None]
 Cancelled = Callable[[], bool]
@@ -181,7 +179,7 @@ class Objective:
                 total += self._row_losses(part, raw).sum(axis=1)
             sums.append(total)
         self.evaluations += len(total)
-        return sums[0] / len(chosen) if passes == 1 else sums[0] / np.maximum(sums[1], _SMALLEST_LOSS)
+        return sums[0] / len(chosen) if passes == 1 else perturbed_ratio(*sums)
 
     def row_losses(
         self, embeds: ArrayLike, indices: ArrayLike, cancelled: Cancelled | None = None

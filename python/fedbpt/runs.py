@@ -19,15 +19,13 @@ from fedbpt.messages import (
     EvaluateReport,
     FitPurpose,
     Message,
-    NaturalInt,
     ObjectiveSpec,
-    PositiveFloat,
-    PositiveInt,
     PrivacySpec,
     PromptSpec,
     Readout,
     Template,
 )
+from fedbpt.quantities import NaturalInt, PositiveFloat, PositiveInt
 
 _LARGEST_EXPONENT = 700.0  # e^700 is about the largest float
 

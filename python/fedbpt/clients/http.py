@@ -39,6 +39,7 @@ from fedbpt.messages import (
 )
 from fedbpt.questions import Answer, Question
 from fedbpt.replay import REFUSALS, may_shorten, short_plan, whole_report
+from fedbpt.reports import check_progress
 from fedbpt.tls import Tls, is_loopback
 
 M = TypeVar("M", bound=Message)
@@ -277,6 +278,7 @@ class HttpClient(Works):
                 raise DeviceTimeoutError(f"{self.name} did not finish {what} within {timeout_s:g} s")
 
     def _under_way(self, progress: RoundProgress, what: str, on_progress: ProgressCallback | None) -> None:
+        check_progress(progress)
         if progress.state == "cancelled":
             raise DeviceFailedError(f"{self.name}: {what} was cancelled")
         if on_progress is not None:

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from fedbpt.checking import DECODE_ERRORS
 from fedbpt.errors import ConfigError, InputError, TaskError
-from fedbpt.messages import Message, PositiveInt, Template
+from fedbpt.messages import Message, Template
+from fedbpt.quantities import PositiveInt
 from fedbpt.task_identity import TaskIdentity
 
 DEFAULT_MAX_TEXT_TOKENS = 128
