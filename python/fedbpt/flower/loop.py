@@ -116,8 +116,8 @@ class FlowerLoop:
     def _require_quorum(self, reports: Sequence[RoundReport]) -> None:
         if len(reports) < self._needed:
             raise QuorumError(
-                f"{len(reports)} of {len(self._nodes)} devices reported, {self._needed:g} are needed; start the run again to "
-                "resume it"
+                f"{len(reports)} of {len(self._nodes)} devices reported, {self._needed:g} are needed; "
+                "start the run again to resume it"
             )
 
     def evaluations(self) -> list[Message]:
