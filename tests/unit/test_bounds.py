@@ -196,7 +196,7 @@ def test_what_passes_is_no_larger_than_the_plan_allows(name: str, data: st.DataO
 
 def evaluation(**changes: Any) -> tuple[EvaluateReport, EvaluateRequest]:
     request = EvaluateRequest(
-        model_fingerprint="f", labels=("x", "y"), template=SELECT.template, prompt=PromptSpec(d=2),
+        model_fingerprint="f", task=SELECT.task, labels=("x", "y"), template=SELECT.template, prompt=PromptSpec(d=2),
         objective=ObjectiveSpec(), latents=Array.of(np.zeros((2, 2))),
     )  # fmt: skip
     answer = EvaluateReport(n=20, correct=(3, 20), loss_sums=(2.0, 8.0), seconds=1.0)

@@ -73,7 +73,7 @@ METHODS = ("pooled", "fedavg", "fedbpt")
 def device(name: str) -> Device:
     number = (*HONEST, "liar").index(name)
     share = rows(8, 10 * number)
-    return Device(name, ToyScorer(), share, share[:4], rows(6, 100 + 10 * number))
+    return Device(name, ToyScorer(), share, share[:4], rows(6, 100 + 10 * number), task=TASK)
 
 
 def tune(
@@ -269,7 +269,8 @@ def asked(work: Work, round: int, device: str) -> RoundPlan:
     """The plan with ``work`` as a device decodes it."""
     chosen = toy_settings(**FITS)
     plan = RoundPlan(
-        run="r", round=round, device=device, seed=3, model_fingerprint="f", labels=TASK.labels,
+        run="r", round=round, device=device, seed=3, model_fingerprint="f", task=TASK.identity,
+        labels=TASK.labels,
         template=TASK.templates[0], prompt=msgspec.structs.replace(chosen.prompt, d=D), objective=ObjectiveSpec(),
         work=work,
     )  # fmt: skip
