@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.errors import InputError
-from fedbpt.generator import SEEDS, Placed, Sampling, Token, check_rows
+from fedbpt.generator import OPENAIS, SEEDS, Placed, Sampling, Token, check_rows
 
 if TYPE_CHECKING:
     from fedbpt import _native
+
+log = logging.getLogger(__name__)
 
 
 class NativeGenerator:
@@ -57,6 +61,22 @@ class NativeGenerator:
     def is_end(self, token: int) -> bool:
         return self._generator.is_end(token)
 
+    @cached_property
+    def recommended(self) -> Sampling:
+        """From ``general.sampling.temp``, ``.top_p`` and ``.top_k`` of the model file; other samplers have no part."""
+        said = {key: self._engine.metadata(f"general.sampling.{key}") for key in ("temp", "top_p", "top_k")}
+        found = {key: value.decode(errors="replace") for key, value in said.items() if value is not None}
+        try:
+            # llama.cpp takes a temperature below 0 for 0, and top_k below 1 for all
+            temperature, top_p = max(float(found.get("temp", OPENAIS.temperature)), 0.0), float(found.get("top_p", 1.0))
+            return Sampling(temperature, top_p, max(int(float(found.get("top_k", 0))), 0))
+        except (ValueError, OverflowError) as error:
+            log.warning("the model file recommends sampling that makes no sense (%s): it is ignored", error)
+            return OPENAIS
+
+    def text_ids(self, text: str) -> NDArray[np.int32]:
+        return self._generator.text_ids(text.encode())
+
     def chat_ids(self, messages: Sequence[tuple[str, str]]) -> NDArray[np.int32]:
         for role, content in messages:
             if self._generator.has_special(role) or self._generator.has_special(content) or "\0" in role + content:
@@ -69,15 +89,20 @@ class NativeStream:
 
     def __init__(self, generator: _native.Generator, stream: _native.Generator.Stream) -> None:
         self._generator = generator
-        self._stream = stream
-
-    @property
-    def n_reused(self) -> int:
-        return int(self._stream.n_reused)
+        self._stream: _native.Generator.Stream | None = stream
+        self.n_reused = int(stream.n_reused)
 
     def next(self, n_likeliest: int = 0) -> Token:
+        if self._stream is None:
+            raise InputError("this text was closed: open another one")
+        # No variable of this frame: the traceback of an error would hold the stream, and with it the place.
         token, log_prob, likeliest = self._generator.next(self._stream, n_likeliest)
         return Token(token, log_prob, tuple(likeliest))
 
     def cancel(self) -> None:
-        self._stream.cancel()
+        stream = self._stream
+        if stream is not None:
+            stream.cancel()
+
+    def close(self) -> None:
+        self._stream = None  # with the last reference, the engine has its place back
