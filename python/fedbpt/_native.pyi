@@ -61,6 +61,9 @@ class Generator:
     def is_end(self, id: int) -> bool:
         """Whether a text ends with this token."""
 
+    def text_ids(self, text: bytes) -> NDArray[np.int32]:
+        """Token ids [n] of a text in UTF-8, its special tokens as such, with one BOS where the model wants it."""
+
     def chat_ids(self, messages: Sequence[tuple[bytes, bytes]]) -> NDArray[np.int32]:
         """Token ids [n] of (role, content) messages in the model's chat template. Raises `InputError`."""
 
@@ -109,6 +112,9 @@ class Engine:
         Log-probabilities of the K continuations, then logits.
         Raises `InputError`, `ScoringInterrupted` or what a signal handler raised.
         """
+
+    def metadata(self, key: str) -> bytes | None:
+        """What the model file says under ``key``, as text; None: nothing."""
 
     def generator(self) -> Generator:
         """A new one, with a KV cache of its own."""

@@ -19,6 +19,9 @@ from fedbpt.http_bodies import refusal
 from fedbpt.rate_limit import RateLimit
 from fedbpt.tls import is_loopback
 
+OPEN_PATHS: Final = frozenset({"/health", "/healthz"})
+"""For everybody, with a token or without."""
+
 GUESSES: Final = (1.0, 10)
 """Requests without the right token that an address may make: a second, and at once."""
 
@@ -32,7 +35,7 @@ def check_token(token: str | None, host: str, option: str) -> None:
 
 
 class RequireToken:
-    """ASGI middleware: 401 without the token, 429 where an address guesses on; ``/healthz`` is for everybody."""
+    """ASGI middleware: 401 without the token, 429 where an address guesses on; `OPEN_PATHS` are for everybody."""
 
     def __init__(self, app: ASGIApp, token: str, who: str, refuse: Callable[..., Response] = refusal) -> None:
         self._app = app
@@ -42,7 +45,7 @@ class RequireToken:
         self._guesses = RateLimit(*GUESSES)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] != "/healthz":
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
             request = Request(scope)
             if not tokens.matches(tokens.bearer(request.headers), self._digest):
                 wait_s = self._guesses.take(request.client.host if request.client else "")

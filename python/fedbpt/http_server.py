@@ -24,6 +24,9 @@ MOST_UNREAD_BYTES: Final = 32 * 2**20
 MOST_UNREAD_S: Final = 2.0
 """What is read of a request that was answered before its end."""
 
+STALLED_S: Final = 30.0
+"""A peer that takes nothing of what is sent to it for so long is dropped, where the system can (Linux)."""
+
 IDLE_S: Final = 60
 """How long our callers keep a connection that they do not use: a report need not wait for a TLS handshake."""
 
@@ -217,6 +220,8 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         if sys.platform != "win32":  # there it would let two servers share a port
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # its connections inherit it
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * STALLED_S))
         bound.bind(address)
         bound.listen(128)  # where another listens on the port already, some systems say so only here
     except OSError as error:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,11 +13,13 @@ from numpy.typing import NDArray
 
 from fedbpt.checking import utf8
 from fedbpt.errors import InputError
-from fedbpt.generator import SEEDS, Placed, Sampling, Token, check_rows
+from fedbpt.generator import OPENAIS, SEEDS, Placed, Sampling, Token, check_rows
 from fedbpt.models import WatchedFiles
 
 if TYPE_CHECKING:
     from fedbpt import _native
+
+log = logging.getLogger(__name__)
 
 
 class NativeGenerator:
@@ -60,6 +64,22 @@ class NativeGenerator:
     def is_end(self, token: int) -> bool:
         return self._generator.is_end(token)
 
+    @cached_property
+    def recommended(self) -> Sampling:
+        """From ``general.sampling.temp``, ``.top_p`` and ``.top_k`` of the model file; other samplers have no part."""
+        said = {key: self._engine.metadata(f"general.sampling.{key}") for key in ("temp", "top_p", "top_k")}
+        found = {key: value.decode(errors="replace") for key, value in said.items() if value is not None}
+        try:
+            # llama.cpp takes a temperature below 0 for 0, and top_k below 1 for all
+            temperature, top_p = max(float(found.get("temp", OPENAIS.temperature)), 0.0), float(found.get("top_p", 1.0))
+            return Sampling(temperature, top_p, max(int(float(found.get("top_k", 0))), 0))
+        except (ValueError, OverflowError) as error:
+            log.warning("the model file recommends sampling that makes no sense (%s): it is ignored", error)
+            return OPENAIS
+
+    def text_ids(self, text: str) -> NDArray[np.int32]:
+        return self._generator.text_ids(utf8(text, "text"))
+
     def chat_ids(self, messages: Sequence[tuple[str, str]]) -> NDArray[np.int32]:
         encoded = [(utf8(role, "a message's role"), utf8(content, "a message")) for role, content in messages]
         for role, content in encoded:
@@ -73,17 +93,22 @@ class NativeStream:
 
     def __init__(self, generator: _native.Generator, stream: _native.Generator.Stream, files: WatchedFiles) -> None:
         self._generator = generator
-        self._stream = stream
+        self._stream: _native.Generator.Stream | None = stream
         self._files = files
-
-    @property
-    def n_reused(self) -> int:
-        return int(self._stream.n_reused)
+        self.n_reused = int(stream.n_reused)
 
     def next(self, n_likeliest: int = 0) -> Token:
+        if self._stream is None:
+            raise InputError("this text was closed: open another one")
+        # No variable of this frame: the traceback of an error would hold the stream, and with it the place.
         with self._files.unchanged():
             token, log_prob, likeliest = self._generator.next(self._stream, n_likeliest)
         return Token(token, log_prob, tuple(likeliest))
 
     def cancel(self) -> None:
-        self._stream.cancel()
+        stream = self._stream
+        if stream is not None:
+            stream.cancel()
+
+    def close(self) -> None:
+        self._stream = None  # with the last reference, the engine has its place back

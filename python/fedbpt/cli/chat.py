@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Protocol
 
@@ -120,7 +121,13 @@ class Pair(Protocol):
 
     def generate(
         self, text: str, sampling: Sampling | None, max_tokens: int | None, stop: tuple[str, ...]
-    ) -> Iterator[tuple[Side, str]]: ...
+    ) -> Pieces: ...
+
+
+class Pieces(Iterator[tuple[Side, str]], Protocol):
+    """Of both answers, as they come."""
+
+    def close(self) -> None: ...
 
 
 def task_of(prompt: Prompt, given: str | None) -> tasks.Task | None:
@@ -183,14 +190,14 @@ def _answer(
         else:
             print_probabilities(console, pair.labels, found, name)
         return
-    pieces = pair.generate(text, how, max_tokens, stop)
-    if as_json:
+    with closing(pair.generate(text, how, max_tokens, stop)) as pieces:
+        if not as_json:
+            print_texts(console, pieces)
+            return
         said = dict.fromkeys(SIDES, "")
         for side, piece in pieces:
             said[side] += piece
-        _print_json({"text": text, "target": name, "original": said["original"], "tuned": said["tuned"]})
-    else:
-        print_texts(console, pieces)
+    _print_json({"text": text, "target": name, "original": said["original"], "tuned": said["tuned"]})
 
 
 def _print_json(value: dict[str, object]) -> None:

@@ -29,6 +29,11 @@ TokenFile = Annotated[
     Path | None, typer.Option("--token-file", help="Answer only who sends the token in this file; made if absent.")
 ]
 
+Origins = Annotated[
+    list[str] | None,
+    typer.Option("--cors", metavar="ORIGIN", help="Let web pages of this origin call it, as often as needed; *: all."),
+]
+
 
 def serve(
     model: Model,
@@ -37,6 +42,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve on; 0: any free one.")] = 8411,
     token_file: TokenFile = None,
+    cors: Origins = None,
     cert: Cert = None,
     key: Key = None,
     allow_insecure: AllowInsecure = False,
@@ -64,7 +70,9 @@ def serve(
         elif not quiet:
             _tell(url, list(served))
 
-    ModelServer(served, host, port, token=token, tls=tls, allow_insecure=allow_insecure, on_ready=ready).run()
+    ModelServer(
+        served, host, port, token=token, origins=cors or (), tls=tls, allow_insecure=allow_insecure, on_ready=ready
+    ).run()
 
 
 def _tell(url: str, names: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -86,10 +87,11 @@ class Comparison:
 
         def work() -> None:
             try:
-                for piece in self._pair().generate(text, max_tokens=DEFAULT_TOKENS):
-                    loop.call_soon_threadsafe(pieces.put_nowait, piece)
-                    if unwanted.is_set():
-                        return
+                with closing(self._pair().generate(text, max_tokens=DEFAULT_TOKENS)) as generated:
+                    for piece in generated:
+                        loop.call_soon_threadsafe(pieces.put_nowait, piece)
+                        if unwanted.is_set():
+                            return
             finally:
                 loop.call_soon_threadsafe(pieces.put_nowait, None)
 
