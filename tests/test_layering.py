@@ -40,7 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("objective", "envelopes", "generation", "exchange"),
     ),
     (
-        *("device_state", "effort", "sampling", "local_search", "replay", "side_by_side", "answering"),
+        *("device_state", "effort", "speed", "sampling", "local_search", "replay", "side_by_side", "answering"),
         *("local", "aggregation"),
     ),
     (

@@ -5,6 +5,7 @@ A run on one machine is a federation of one device in this process: the same rou
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -38,7 +39,9 @@ from fedbpt.runs import (
 from fedbpt.sampling import parts_of, under
 from fedbpt.scorer import Scorer
 from fedbpt.store import RunStore
-from fedbpt.tasks import Task, to_rows
+from fedbpt.tasks import Task, to_rows, word_notes
+
+log = logging.getLogger(__name__)
 
 DEVICE = "this-machine"
 
@@ -110,6 +113,8 @@ def tune(
     Raises:
         DataError, TaskError, ConfigError: rows, templates or a budget that cannot work.
     """
+    for note in word_notes(scorer, task):
+        log.warning("%s", note)
     dev_rows = [] if dev is None else to_rows(dev, task)
     settings = RunSettings(
         **(budget or Budget()).limits(),

@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 from fedbpt.errors import WireError
 from fedbpt.task_identity import TaskIdentity
 
-PROTOCOL_VERSION = 1
-
 Placement: TypeAlias = Literal["front", "cue"]
 PromptPlace: TypeAlias = Literal["front", "first", "cue"]
 Dtype: TypeAlias = Literal["<f2", "<f4", "<f8"]
@@ -141,9 +139,6 @@ class SearchState(Message, frozen=True):
     scales: Array | None = None
     covariance: Array | None = None
     step: Array | None = None
-
-
-# --- what a device is asked to do in a round ---------------------------------------------------------------------
 
 
 class SelectWork(Message, frozen=True, tag="select"):
@@ -369,7 +364,10 @@ class EvaluateReport(Message, frozen=True):
 
 
 class DeviceInfo(Message, frozen=True):
-    """What a device says of itself. Never its data, nor label counts. ``celsius``, ``battery`` (%): None: not known."""
+    """What a device says of itself. Never its data, nor label counts. ``celsius``, ``battery`` (%): None: not known.
+
+    ``word_tokens``: by the digest of a template, tokens of its label words less one each; of its task's, if known.
+    """
 
     name: Name
     version: str
@@ -383,6 +381,8 @@ class DeviceInfo(Message, frozen=True):
     rss_bytes: NaturalInt
     peak_rss_bytes: NaturalInt
     tokens_per_second: float | None = None
+    word_tokens: dict[str, NaturalInt] = {}
+    word_tokens_per_second: float | None = None
     shares_beginnings: bool = False  # under another template a text costs its end alone
     busy: bool = False
     paused: str = ""  # why its work waits; empty: it does not

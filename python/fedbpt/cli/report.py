@@ -109,6 +109,11 @@ def print_cost(cost: RunCost, as_json: bool) -> None:
         table.add_row(device.name, f"{device.tokens:,}", time, *(human_bytes(size) for size in sizes))
     console.print(f"at most, for {cost.evaluations} evaluations in {cost.rounds} rounds of search:")
     console.print(table)
+    for device in cost.devices:
+        if device.words is None:
+            console.print(f"{device.name} does not say how many tokens the label words are: one each was counted")
+        elif device.words:
+            console.print(f"{device.name}: label words add up to {device.words} tokens to each candidate and text")
     if cost.epsilon is not None:
         console.print(f"ε {cost.epsilon:.2f} of one training row of a device")
 
