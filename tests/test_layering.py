@@ -32,12 +32,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         ),
     ),
     (
-        *("batches", "losses", "projection", "population", "search", "readout", "privacy"),
+        *("intervals", "batches", "losses", "projection", "population", "search", "readout", "privacy"),
         *("models", "model_card", "prompt", "tasks"),
     ),
     (
         *("scorer", "generator", "native_generator", "native_scorer", "bench", "comparison", "wire", "racing"),
-        *("objective", "envelopes", "generation", "exchange"),
+        *("evaluation", "objective", "envelopes", "generation", "exchange"),
     ),
     (
         *("device_state", "effort", "speed", "sampling", "local_search", "replay", "side_by_side", "answering"),

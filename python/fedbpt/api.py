@@ -20,12 +20,13 @@ from fedbpt.aggregation import Aggregator, make_aggregator
 from fedbpt.clients.in_process import InProcessClient
 from fedbpt.errors import ConfigError, PromptError
 from fedbpt.federation import Federation
+from fedbpt.intervals import wilson_interval
 from fedbpt.local import Device
 from fedbpt.messages import LossName, ObjectiveSpec, PromptSpec, Template
 from fedbpt.notebook import live_display
 from fedbpt.objective import Objective
 from fedbpt.prompt import Prompt, short_fingerprint
-from fedbpt.results import EvaluationResult, TuneResult, wilson_interval
+from fedbpt.results import EvaluationResult, TuneResult
 from fedbpt.runs import (
     Evaluated,
     Event,

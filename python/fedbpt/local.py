@@ -234,21 +234,23 @@ class Device:
         parts = [chosen]
         if work.by_label:
             parts = [chosen[labels[chosen] == label] for label in range(len(plan.labels))]
-        sums, done = np.zeros((len(work.templates), len(parts))), 0
+        sums, correct, done = np.zeros((len(work.templates), len(parts))), np.zeros(len(work.templates), dtype=int), 0
         made = self._zero_shot_objectives(plan, work)
         for place, part in enumerate(parts):
             for rows in parts_of(part, len(made)):
                 for number, objective in enumerate(made):
                     with counter.of(objective):
-                        losses = objective.row_losses(objective.zero_shot_embeds(), rows, cancelled)
+                        losses, right = objective.row_results(objective.zero_shot_embeds(), rows, cancelled)
                     sums[number, place] += losses.sum()
+                    correct[number] += right.sum()
                 done += len(rows)
                 progress(done, len(chosen))
         counter.evaluations += len(made) * sum(len(part) > 0 for part in parts)
+        rights = tuple(correct.tolist()) if plan.labels else ()
         if not work.by_label:
-            return SelectResult(loss_sums=Array.of(sums[:, 0])), len(chosen)
+            return SelectResult(loss_sums=Array.of(sums[:, 0]), correct=rights), len(chosen)
         counts = np.bincount(labels, minlength=len(plan.labels)).tolist()
-        return SelectResult(loss_sums=Array.of(sums), label_counts=tuple(counts)), len(chosen)
+        return SelectResult(loss_sums=Array.of(sums), correct=rights, label_counts=tuple(counts)), len(chosen)
 
     def _select_privately(
         self, plan: RoundPlan, work: SelectWork, counter: Effort, cancelled: Cancelled

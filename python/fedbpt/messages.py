@@ -223,10 +223,12 @@ Work: TypeAlias = SelectWork | PooledWork | ReplayWork | LocalWork | FitWork
 class SelectResult(Message, frozen=True, tag="select"):
     """``loss_sums``: sums over texts of the loss, nats; [n_templates], or [n_templates, n_labels] where asked by label.
 
-    ``label_counts``: training rows of each label, scored or not; empty where not asked by label.
+    ``correct``: texts that each template gets right; empty of target texts, and in a private run. ``label_counts``:
+    training rows of each label, scored or not; empty where not asked by label.
     """
 
     loss_sums: Array
+    correct: tuple[NaturalInt, ...] = ()
     label_counts: tuple[NaturalInt, ...] = ()
 
 
@@ -330,12 +332,10 @@ class RoundProgress(Message, frozen=True):
 
 
 class EvaluateRequest(Message, frozen=True):
-    """Measure latents on the device's held-back rows; an empty ``latents`` list is not allowed.
+    """Measure latents [k, d], k > 0, on the device's held-back rows.
 
-    z = 0 is the model without a prompt, in front of the text too, where P0 are random tokens.
-
-    ``latents`` [k, d]. ``max_rows`` 0 = all rows; else the first ``max_rows``. ``split``: ``dev`` rows may choose,
-    ``test`` rows only report. ``label_weights``: as in a `RoundPlan`.
+    z = 0 is the model without a prompt, also in front, where P0 are random tokens. ``max_rows`` 0 = all rows; else the
+    first ``max_rows``. ``split``: ``dev`` rows may choose, ``test`` rows report. ``label_weights``: as in `RoundPlan`.
     """
 
     model_fingerprint: str

@@ -27,7 +27,7 @@ from fedbpt.messages import (
     SelectResult,
     SelectWork,
 )
-from fedbpt.runs import RoundPurpose
+from fedbpt.runs import RoundPurpose, Score
 
 MAX_LOSS: Final = 1e4
 """Nats (or hinge units) of a row before its weight: logits that give more are of no model. Not of a perturbed ratio."""
@@ -57,6 +57,7 @@ def check_report(report: RoundReport, plan: RoundPlan, n_rows: int | None = None
     if isinstance(result, SelectResult) and isinstance(plan.work, SelectWork):
         n_templates, n_labels = len(plan.work.templates), len(plan.labels) if plan.work.by_label else 0
         _check_shape(result.loss_sums, (n_templates, n_labels) if n_labels else (n_templates,), "loss_sums")
+        _check_correct(result, plan, report.n_texts)
         if len(result.label_counts) != n_labels or sum(result.label_counts) < report.n_texts * bool(n_labels):
             raise WireError(f"label_counts {list(result.label_counts)} cannot be: asked was for {n_labels} labels")
     elif isinstance(result, PooledResult) and isinstance(plan.work, PooledWork):
@@ -74,6 +75,17 @@ def check_report(report: RoundReport, plan: RoundPlan, n_rows: int | None = None
             raise WireError(f"{len(result.ranks)} ranks: the plan asks for those of {plan.work.iterations} generations")
     if plan.objective.perturb == 0:
         _check_losses(report, max(plan.label_weights, default=1.0))
+
+
+def _check_correct(result: SelectResult, plan: RoundPlan, n_texts: int) -> None:
+    """Counts of right answers are of labels, and of no private run, whose noise they would undo."""
+    told = bool(plan.labels) and plan.privacy is None
+    if result.correct and not (told and len(result.correct) == result.loss_sums.shape[0]):
+        raise WireError(
+            f"the report counts right answers of {len(result.correct)} templates: asked was for none or all"
+        )
+    if max(result.correct, default=0) > n_texts:
+        raise WireError("the report counts more right answers than texts")
 
 
 def _check_counts(report: RoundReport, plan: RoundPlan, n_rows: int | None) -> None:
@@ -149,6 +161,20 @@ def template_losses(
         np.median(sums / counts[:, None], axis=0) if robust else sums.sum(axis=0) / counts.sum()
     )
     return found
+
+
+def template_scores(reports: Sequence[RoundReport], losses: Sequence[float]) -> tuple[Score, ...]:
+    """What each template scored without a prompt, over the devices that count right answers; empty: none does.
+
+    ``losses`` [n_templates]: as `template_losses` has them.
+    """
+    counted = [
+        (r.result.correct, r.n_texts) for r in reports if isinstance(r.result, SelectResult) and r.result.correct
+    ]
+    if not counted:
+        return ()
+    n, correct = sum(n for _, n in counted), np.sum([right for right, _ in counted], axis=0)
+    return tuple(Score(n=n, correct=int(c), loss_sum=n * loss) for c, loss in zip(correct, losses, strict=True))
 
 
 def mean_loss(reports: Sequence[RoundReport]) -> float:
