@@ -21,25 +21,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("tls", "tokens", "certs", "rate_limit", "prometheus", "pieces", "questions", "html_tables"),
     ),
     (
-        *("batches", "losses", "projection", "population", "search", "readout", "privacy"),
+        *("intervals", "batches", "losses", "projection", "population", "search", "readout", "privacy"),
         *("models", "model_card", "prompt", "tasks"),
     ),
     (
-        *(
-            "scorer",
-            "generator",
-            "token_arrays",
-            "native_generator",
-            "native_scorer",
-            "bench",
-            "comparison",
-            "wire",
-            "racing",
-        ),
-        *("objective", "envelopes", "generation", "exchange"),
+        *("scorer", "generator", "token_arrays", "native_generator", "native_scorer", "bench", "comparison", "wire"),
+        *("racing", "evaluation", "objective", "envelopes", "generation", "exchange"),
     ),
     (
-        *("device_state", "effort", "sampling", "local_search", "replay", "side_by_side", "answering"),
+        *("device_state", "effort", "speed", "sampling", "local_search", "replay", "side_by_side", "answering"),
         *("local", "aggregation"),
     ),
     (

@@ -5,6 +5,7 @@ A run on one machine is a federation of one device in this process: the same rou
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -19,12 +20,13 @@ from fedbpt.aggregation import Aggregator, make_aggregator
 from fedbpt.clients.in_process import InProcessClient
 from fedbpt.errors import ConfigError, PromptError
 from fedbpt.federation import Federation
+from fedbpt.intervals import wilson_interval
 from fedbpt.local import Device
 from fedbpt.messages import LossName, ObjectiveSpec, PromptSpec, Template
 from fedbpt.notebook import live_display
 from fedbpt.objective import Objective
 from fedbpt.prompt import Prompt, short_fingerprint
-from fedbpt.results import EvaluationResult, TuneResult, wilson_interval
+from fedbpt.results import EvaluationResult, TuneResult
 from fedbpt.runs import (
     Evaluated,
     Event,
@@ -38,7 +40,9 @@ from fedbpt.runs import (
 from fedbpt.sampling import parts_of, under
 from fedbpt.scorer import Scorer
 from fedbpt.store import RunStore
-from fedbpt.tasks import Task, to_rows
+from fedbpt.tasks import Task, to_rows, word_notes
+
+log = logging.getLogger(__name__)
 
 DEVICE = "this-machine"
 
@@ -110,6 +114,8 @@ def tune(
     Raises:
         DataError, TaskError, ConfigError: rows, templates or a budget that cannot work.
     """
+    for note in word_notes(scorer, task):
+        log.warning("%s", note)
     dev_rows = [] if dev is None else to_rows(dev, task)
     settings = RunSettings(
         **(budget or Budget()).limits(),

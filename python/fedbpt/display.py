@@ -8,6 +8,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
 from fedbpt.estimate import spent_share
+from fedbpt.intervals import beats_chance
 from fedbpt.plain_text import plain
 from fedbpt.runs import (
     DeviceBack,
@@ -21,6 +22,7 @@ from fedbpt.runs import (
     RunStarted,
     Score,
     Steered,
+    TemplateScore,
     TemplateSelected,
 )
 from fedbpt.terminal import PlainConsole
@@ -35,6 +37,14 @@ def human_bytes(count: float) -> str:
             break
         count /= 1000
     return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def describe_accuracy(candidate: TemplateScore) -> str:
+    """A template's accuracy without a prompt, its 95 % interval, and whether it beats guessing among the labels."""
+    score, n_labels = candidate.score, len(candidate.template.label_words)
+    low, high = score.interval
+    chance = "" if beats_chance(score.correct, score.n, n_labels) else f", no better than chance ({1 / n_labels:.3f})"
+    return f"{score.accuracy:.3f} [{low:.3f}, {high:.3f}] of {score.n} training rows{chance}"
 
 
 class RunDisplay:
@@ -81,6 +91,8 @@ class RunDisplay:
             case TemplateSelected():
                 words = ", ".join(word.strip() for word in event.template.label_words)
                 self._generates = not words
+                for candidate in event.candidates:
+                    self._say(f"zero-shot accuracy {describe_accuracy(candidate)}: {candidate.template.pattern!r}")
                 self._say(f"template {event.template.pattern!r}" + (f" with {words}" if words else ""))
                 self._update("tuning", None, "")
             case Evaluated():

@@ -196,8 +196,11 @@ class Federation:
         elif ledger.closed < SELECTION:
             await self._round(fleet, SELECTION, "selection")
         self._emit(
-            TemplateSelected(template=ledger.template, index=ledger.template_index, losses=ledger.template_losses)
-        )
+            TemplateSelected(
+                template=ledger.template, index=ledger.template_index, losses=ledger.template_losses,
+                candidates=ledger.candidates,
+            )
+        )  # fmt: skip
         if self.settings.evaluate_every and "dev_loss" not in ledger.metrics(SELECTION):
             await self._evaluate_live(fleet, SELECTION)
 

@@ -32,8 +32,8 @@ from fedbpt.messages import (
 )
 from fedbpt.pace import TextPace
 from fedbpt.privacy import epsilon, sampling_rate
-from fedbpt.reports import label_weights, mean_loss, purpose_of, template_losses
-from fedbpt.runs import Lines, RoundPurpose, RunResult, RunSettings, lines
+from fedbpt.reports import label_weights, mean_loss, purpose_of, template_losses, template_scores
+from fedbpt.runs import Lines, RoundPurpose, RunResult, RunSettings, TemplateScore, lines
 from fedbpt.store import RunStore, StoredRound, StoredRun, Traffic
 
 SELECTION: Final = 0
@@ -65,6 +65,7 @@ class RunLedger:
         self._selection_seconds = 0.0
         self.reports: dict[str, int] = {}
         self.template_losses: tuple[float, ...] = ()
+        self.candidates: tuple[TemplateScore, ...] = ()
         self.label_weights: tuple[float, ...] = ()  # of a row's loss; empty: ones
         self._pace = TextPace()
         self.traffic_before: dict[str, Traffic] = {}
@@ -338,6 +339,11 @@ class RunLedger:
             losses = template_losses(reports, self.label_weights, self.settings.robust != "none")
             self._selected = int(np.argmin(losses))
             self.template_losses = tuple(losses.tolist())
+            scores = template_scores(reports, self.template_losses) if len(self.task.templates) > 1 else ()
+            self.candidates = tuple(
+                TemplateScore(template=template, score=score)
+                for template, score in zip(self.task.templates, scores, strict=False)
+            )
             self._selection_tokens = sum(report.tokens for report in reports)
         elif isinstance(result := reports[0].result, FitResult):
             self.fit(result.purpose).update(reports)

@@ -48,6 +48,7 @@ from fedbpt.readout import answer
 from fedbpt.sampling import mini_batch, parts_of, row_weights, under
 from fedbpt.scorer import Scorer
 from fedbpt.seeding import generator
+from fedbpt.speed import Speed, measure_speed
 from fedbpt.tasks import Task
 from fedbpt.version import VERSION
 from fedbpt.wire import digest
@@ -88,20 +89,16 @@ class Device:
         self.name = name
         self.scorer = scorer
         self._rows = {"train": tuple(train_rows), "dev": tuple(dev_rows), "test": tuple(test_rows)}
-        self._task = task.identity
+        self._task = task
+        self._speed: Speed | None = None
         self._objectives: OrderedDict[bytes, Objective] = OrderedDict()
         self.state = state or DeviceState()
 
     def measure_speed(self) -> float:
-        """Forward tokens per second on a text of 128 tokens, as `info` says until a round has shown better."""
-        ids = np.resize(self.scorer.tokenize(self._rows["train"][0][0]), 128)
-        plan = self.scorer.compile([ids], ids[:1], keep_kv=False)
-        none = np.zeros((1, 0, self.scorer.n_embd), dtype=np.float32)
-        plan.score(none)  # buffers and caches
-        before, began = plan.n_tokens, time.monotonic()
-        plan.score(none)
-        self.state.tokens_per_second = (plan.n_tokens - before) / max(time.monotonic() - began, 1e-6)
-        return self.state.tokens_per_second
+        """Forward tokens per second on a text, as `info` says until a round has shown better; and what words cost."""
+        self._speed = measure_speed(self.scorer, self._task, self._rows["train"][0][0])
+        self.state.tokens_per_second = self._speed.tokens_per_second
+        return self._speed.tokens_per_second
 
     def info(self) -> DeviceInfo:
         """What the device says of itself; ``tokens_per_second``: its last round's, or `measure_speed`'s before any."""
@@ -120,7 +117,9 @@ class Device:
             peak_rss_bytes=int(memory.get("peak_rss", 0)),
             tokens_per_second=self.state.tokens_per_second,
             shares_beginnings=self.scorer.shares_beginnings,
-            task=self._task,
+            task=self._task.identity,
+            word_tokens=self._speed.word_tokens if self._speed else {},
+            word_tokens_per_second=self._speed.word_tokens_per_second if self._speed else None,
         )
 
     def run(
@@ -235,21 +234,23 @@ class Device:
         parts = [chosen]
         if work.by_label:
             parts = [chosen[labels[chosen] == label] for label in range(len(plan.labels))]
-        sums, done = np.zeros((len(work.templates), len(parts))), 0
+        sums, correct, done = np.zeros((len(work.templates), len(parts))), np.zeros(len(work.templates), dtype=int), 0
         made = self._zero_shot_objectives(plan, work)
         for place, part in enumerate(parts):
             for rows in parts_of(part, len(made)):
                 for number, objective in enumerate(made):
                     with counter.of(objective):
-                        losses = objective.row_losses(objective.zero_shot_embeds(), rows, cancelled)
+                        losses, right = objective.row_results(objective.zero_shot_embeds(), rows, cancelled)
                     sums[number, place] += losses.sum()
+                    correct[number] += right.sum()
                 done += len(rows)
                 progress(done, len(chosen))
         counter.evaluations += len(made) * sum(len(part) > 0 for part in parts)
+        rights = tuple(correct.tolist()) if plan.labels else ()
         if not work.by_label:
-            return SelectResult(loss_sums=Array.of(sums[:, 0])), len(chosen)
+            return SelectResult(loss_sums=Array.of(sums[:, 0]), correct=rights), len(chosen)
         counts = np.bincount(labels, minlength=len(plan.labels)).tolist()
-        return SelectResult(loss_sums=Array.of(sums), label_counts=tuple(counts)), len(chosen)
+        return SelectResult(loss_sums=Array.of(sums), correct=rights, label_counts=tuple(counts)), len(chosen)
 
     def _select_privately(
         self, plan: RoundPlan, work: SelectWork, counter: Effort, cancelled: Cancelled

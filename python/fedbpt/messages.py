@@ -19,8 +19,6 @@ from fedbpt.errors import WireError
 from fedbpt.quantities import NaturalInt, PositiveFloat, PositiveInt
 from fedbpt.task_identity import TaskIdentity
 
-PROTOCOL_VERSION = 1
-
 Placement: TypeAlias = Literal["front", "cue"]
 PromptPlace: TypeAlias = Literal["front", "first", "cue"]
 Dtype: TypeAlias = Literal["<f2", "<f4", "<f8"]
@@ -144,9 +142,6 @@ class SearchState(Message, frozen=True):
     step: Array | None = None
 
 
-# --- what a device is asked to do in a round ---------------------------------------------------------------------
-
-
 class SelectWork(Message, frozen=True, tag="select"):
     """Score the zero-shot model with each template on at most ``max_rows`` random training rows (0: all).
 
@@ -229,10 +224,12 @@ Work: TypeAlias = SelectWork | PooledWork | ReplayWork | LocalWork | FitWork
 class SelectResult(Message, frozen=True, tag="select"):
     """``loss_sums``: sums over texts of the loss, nats; [n_templates], or [n_templates, n_labels] where asked by label.
 
-    ``label_counts``: training rows of each label, scored or not; empty where not asked by label.
+    ``correct``: texts that each template gets right; empty of target texts, and in a private run. ``label_counts``:
+    training rows of each label, scored or not; empty where not asked by label.
     """
 
     loss_sums: Array
+    correct: tuple[quantities.Rows, ...] = ()
     label_counts: tuple[quantities.Rows, ...] = ()
 
 
@@ -336,12 +333,10 @@ class RoundProgress(Message, frozen=True):
 
 
 class EvaluateRequest(Message, frozen=True):
-    """Measure latents on the device's held-back rows; an empty ``latents`` list is not allowed.
+    """Measure latents [k, d], k > 0, on the device's held-back rows.
 
-    z = 0 is the model without a prompt, in front of the text too, where P0 are random tokens.
-
-    ``latents`` [k, d]. ``max_rows`` 0 = all rows; else the first ``max_rows``. ``split``: ``dev`` rows may choose,
-    ``test`` rows only report. ``label_weights``: as in a `RoundPlan`.
+    z = 0 is the model without a prompt, also in front, where P0 are random tokens. ``max_rows`` 0 = all rows; else the
+    first ``max_rows``. ``split``: ``dev`` rows may choose, ``test`` rows report. ``label_weights``: as in `RoundPlan`.
     """
 
     model_fingerprint: Fingerprint
@@ -370,7 +365,10 @@ class EvaluateReport(Message, frozen=True):
 
 
 class DeviceInfo(Message, frozen=True):
-    """What a device says of itself. Never its data, nor label counts. ``celsius``, ``battery`` (%): None: not known."""
+    """What a device says of itself. Never its data, nor label counts. ``celsius``, ``battery`` (%): None: not known.
+
+    ``word_tokens``: by the digest of a template, tokens of its label words less one each; of its task's, if known.
+    """
 
     name: Name
     version: str
@@ -384,6 +382,8 @@ class DeviceInfo(Message, frozen=True):
     rss_bytes: quantities.Bytes
     peak_rss_bytes: quantities.Bytes
     tokens_per_second: quantities.Speed | None = None
+    word_tokens: dict[str, quantities.Count] = {}
+    word_tokens_per_second: quantities.Speed | None = None
     shares_beginnings: bool = False  # under another template a text costs its end alone
     busy: bool = False
     paused: str = ""  # why its work waits; empty: it does not

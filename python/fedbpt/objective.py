@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import msgspec
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedbpt.batches import Row, targets_of
 from fedbpt.errors import DataError, InputError, ScoringInterrupted
+from fedbpt.evaluation import Evaluation
 from fedbpt.losses import LOSSES, perturbed_ratio
 from fedbpt.messages import ObjectiveSpec, PromptSpec, Readout, Template
 from fedbpt.projection import Projection, scored_as, start_rows
@@ -30,22 +30,6 @@ CHUNK = 64
 
 Progress = Callable[[int, int], None]
 Cancelled = Callable[[], bool]
-
-
-class Evaluation(msgspec.Struct, frozen=True, kw_only=True, eq=False):
-    """How k prompts did on n rows. ``predictions`` int [k, n] are label indices; losses are nats (or hinge units).
-
-    Without labels ``predictions`` are −1 and ``correct`` 0.
-    """
-
-    n: int
-    correct: tuple[int, ...]
-    loss_sums: tuple[float, ...]
-    predictions: NDArray[np.intp]
-
-    @property
-    def accuracy(self) -> tuple[float, ...]:
-        return tuple(c / self.n for c in self.correct)
 
 
 class Objective:
@@ -185,8 +169,18 @@ class Objective:
         self, embeds: ArrayLike, indices: ArrayLike, cancelled: Cancelled | None = None
     ) -> NDArray[np.float64]:
         """Loss [k, n] of each candidate on each row, not perturbed; otherwise as `losses`. No evaluation is counted."""
-        parts = self._raw(embeds, self._indices(indices), None, None, cancelled)
-        return np.concatenate([self._row_losses(*part) for part in parts], axis=1)
+        return self.row_results(embeds, indices, cancelled)[0]
+
+    def row_results(
+        self, embeds: ArrayLike, indices: ArrayLike, cancelled: Cancelled | None = None
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """`row_losses`, and whether each candidate's label is the row's [k, n]; never, of target texts."""
+        losses, right = [], []
+        for part, raw in self._raw(embeds, self._indices(indices), None, None, cancelled):
+            read_out = self._read_out(raw, [self._blocks(self.readout)] * len(raw), ())
+            losses.append(self._losses(part, read_out))
+            right.append((read_out.argmax(axis=-1) == self.targets[part]) & bool(self.labels))
+        return np.concatenate(losses, axis=1), np.concatenate(right, axis=1)
 
     def race(
         self,

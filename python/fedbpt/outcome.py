@@ -58,6 +58,7 @@ def make_result(
         },
         fits={purpose: fit.readout for purpose, fit in ledger.fits.items()},
         others=ledger.others if "readout" in ledger.fits else (),
+        templates=ledger.candidates,
         epsilon=ledger.epsilon(),
         devices=devices,
     )

@@ -29,7 +29,7 @@ from fedbpt.messages import (
     SelectResult,
     SelectWork,
 )
-from fedbpt.runs import RoundPurpose
+from fedbpt.runs import RoundPurpose, Score
 
 _RESULT_OF: Final[dict[type, type]] = {
     SelectWork: SelectResult, PooledWork: PooledResult, LocalWork: LocalResult, FitWork: FitResult,
@@ -64,6 +64,17 @@ def check_report(report: RoundReport, plan: RoundPlan, n_rows: int | None = None
         _check_local(result, plan, work)
 
 
+def _check_correct(result: SelectResult, plan: RoundPlan, n_texts: int) -> None:
+    """Counts of right answers are of labels, and of no private run, whose noise they would undo."""
+    told = bool(plan.labels) and plan.privacy is None
+    if result.correct and not (told and len(result.correct) == result.loss_sums.shape[0]):
+        raise WireError(
+            f"the report counts right answers of {len(result.correct)} templates: asked was for none or all"
+        )
+    if max(result.correct, default=0) > n_texts:
+        raise WireError("the report counts more right answers than texts")
+
+
 def _check_counts(report: RoundReport, plan: RoundPlan, n_rows: int | None) -> None:
     """Rows are the report's weight, evaluations and tokens are charged to the run's budget: none may be made up."""
     if n_rows is not None and report.n_texts > n_rows:
@@ -82,6 +93,7 @@ def _check_selection(
 ) -> None:
     n_templates, n_labels = len(work.templates), len(plan.labels) if work.by_label else 0
     _check_shape(result.loss_sums, (n_templates, n_labels) if n_labels else (n_templates,), "loss_sums")
+    _check_correct(result, plan, report.n_texts)
     counts = result.label_counts
     fewest, most = (report.n_texts, n_rows or sum(counts)) if n_labels else (0, 0)
     if len(counts) != n_labels or not fewest <= sum(counts) <= most:
@@ -179,6 +191,20 @@ def template_losses(
         np.median(sums / counts[:, None], axis=0) if robust else sums.sum(axis=0) / counts.sum()
     )
     return found
+
+
+def template_scores(reports: Sequence[RoundReport], losses: Sequence[float]) -> tuple[Score, ...]:
+    """What each template scored without a prompt, over the devices that count right answers; empty: none does.
+
+    ``losses`` [n_templates]: as `template_losses` has them.
+    """
+    counted = [
+        (r.result.correct, r.n_texts) for r in reports if isinstance(r.result, SelectResult) and r.result.correct
+    ]
+    if not counted:
+        return ()
+    n, correct = sum(n for _, n in counted), np.sum([right for right, _ in counted], axis=0)
+    return tuple(Score(n=n, correct=int(c), loss_sum=n * loss) for c, loss in zip(correct, losses, strict=True))
 
 
 def mean_loss(reports: Sequence[RoundReport]) -> float:

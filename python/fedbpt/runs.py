@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from fedbpt import wire
 from fedbpt.aggregation.robust import Robust, check_robust
 from fedbpt.errors import ConfigError
+from fedbpt.intervals import wilson_interval
 from fedbpt.messages import (
     Array,
     DeviceInfo,
@@ -133,6 +134,11 @@ class Score(Message, frozen=True):
         return self.correct / self.n if self.n else math.nan
 
     @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the accuracy (`fedbpt.intervals.wilson_interval`)."""
+        return wilson_interval(self.correct, self.n)
+
+    @property
     def loss(self) -> float:
         """Mean over texts, nats."""
         return self.loss_sum / self.n if self.n else math.nan
@@ -184,6 +190,13 @@ def lines(mean: NDArray[np.float64], fits: Mapping[FitPurpose, Readout]) -> Line
     return found
 
 
+class TemplateScore(Message, frozen=True):
+    """A template, and how the model does with it and no prompt on the training rows that chose among templates."""
+
+    template: Template
+    score: Score
+
+
 class DeviceSummary(Message, frozen=True):
     """One device's share of a run. ``zero_shot`` and ``tuned`` have n = 0 where it missed the final evaluation.
 
@@ -227,6 +240,7 @@ class RunResult(Message, frozen=True):
     fits: dict[FitPurpose, Readout]
     devices: tuple[DeviceSummary, ...]
     others: tuple[Template, ...] = ()  # the templates of the readout's ``others``
+    templates: tuple[TemplateScore, ...] = ()  # as `TemplateSelected.candidates`
     epsilon: float | None = None  # spent on a training row at most; None: the run was not private
 
     @property
@@ -273,11 +287,15 @@ class RunStarted(Message, frozen=True, tag=True):
 
 
 class TemplateSelected(Message, frozen=True, tag=True):
-    """``losses``: mean loss of each candidate on the training rows, nats; empty where there was nothing to select."""
+    """``losses``: mean loss of each candidate on the training rows, nats; empty where there was nothing to select.
+
+    ``candidates``: their scores; empty too where nobody counts right answers: of target texts, in a private run.
+    """
 
     template: Template
     index: NaturalInt
     losses: tuple[float, ...]
+    candidates: tuple[TemplateScore, ...] = ()
 
 
 class Progressed(Message, frozen=True, tag=True):

@@ -14,7 +14,7 @@ import pytest
 
 from fedbpt import Budget, ObjectiveSpec, Prompt, PromptSpec, TuneResult, evaluate, tune
 from fedbpt.errors import ConfigError, DataError, MissingExtraError, PromptError
-from fedbpt.results import wilson_interval
+from fedbpt.intervals import wilson_interval
 from fedbpt.runs import Event, RoundClosed, RunFinished, RunStarted
 from tests.toy_scorer import ToyScorer
 from tests.toy_task import TASK, rows

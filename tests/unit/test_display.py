@@ -24,6 +24,7 @@ from fedbpt.runs import (
     RunSettings,
     RunStarted,
     Score,
+    TemplateScore,
     TemplateSelected,
 )
 from fedbpt.terminal import PlainConsole
@@ -99,15 +100,17 @@ def test_rounds_that_fit_are_named_and_leave_the_searchs_numbers_alone(monkeypat
 
 
 def test_what_must_not_be_missed_stays_above_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    guesses = TemplateScore(template=TEMPLATE, score=Score(n=32, correct=16, loss_sum=9.0))
     text = shown(
         monkeypatch,
         started(resumed=4),
-        TemplateSelected(template=TEMPLATE, index=0, losses=(0.5,)),
+        TemplateSelected(template=TEMPLATE, index=0, losses=(0.5,), candidates=(guesses,)),
         DeviceLost(device="c", round=5, reason="c: [Errno 111] refused"),
         DeviceBack(device="c", round=7),
     )
     assert "run r: resumed after 4 rounds" in text
     assert r"template '{text}\n[Topic]:' with bad, good" in text
+    assert r"0.500 [0.336, 0.664] of 32 training rows, no better than chance (0.500): '{text}\n[Topic]:'" in text
     assert "device c is lost in round 5: [Errno 111] refused" in text
     assert "device c is back in round 7" in text
 

@@ -11,10 +11,10 @@ import yaml
 
 from fedbpt import Budget, ObjectiveSpec, Prompt, PromptSpec, TuneResult, models, tune
 from fedbpt.api import make_prompt
+from fedbpt.intervals import wilson_interval
 from fedbpt.messages import PrivacySpec, Template
 from fedbpt.model_card import known_model, model_card
 from fedbpt.prompt import card_path
-from fedbpt.results import wilson_interval
 from fedbpt.runs import Score
 from tests.toy_scorer import ToyScorer
 from tests.toy_task import TASK, rows

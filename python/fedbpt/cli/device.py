@@ -126,7 +126,7 @@ def device(
     )
     local = Device(link.device if link else name or socket.gethostname(), scorer, *rows, task=chosen)
     if not load_late:
-        print_hint(scorer, shown=not (quiet or as_json))
+        print_hint(scorer, shown=not (quiet or as_json), task=chosen)
         local.measure_speed()  # for `fedbpt tune --plan`
     if until_eof:
         threading.Thread(target=_stop_at_eof, name="fedbpt-until-eof", daemon=True).start()

@@ -43,7 +43,7 @@ from fedbpt.native_scorer import NativeScorer, load_model
 from fedbpt.plain_text import echo
 from fedbpt.runs import Event, RunResult, RunStarted
 from fedbpt.store import RunStore
-from fedbpt.tasks import Task
+from fedbpt.tasks import Task, word_notes
 from fedbpt.tls import Tls
 
 Addresses = Annotated[
@@ -166,6 +166,8 @@ def _tune(
         observer(event)
         collect_between_rounds(event)
 
+    for note in word_notes(scorer, task) if scorer is not None else []:
+        tell(f"hint: {note}")
     with ExitStack() as stack:
         store = stack.enter_context(RunStore(config.store))
         if fresh:
