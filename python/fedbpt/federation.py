@@ -35,6 +35,7 @@ from fedbpt.messages import (
 from fedbpt.outcome import make_result
 from fedbpt.pace import Pace
 from fedbpt.privacy import require_accountant
+from fedbpt.reports import evaluation_loss
 from fedbpt.runs import (
     NO_SCORE,
     DeviceBack,
@@ -292,12 +293,13 @@ class Federation:
             return
         score = sum((Score.of(report, 0) for report in reports.values()), NO_SCORE)
         figure = "accuracy" if self.task.labels else "perplexity"
-        figures = {f"dev_{figure}": getattr(score, figure), "dev_loss": score.loss, "dev_n": float(score.n)}
+        loss = evaluation_loss(list(reports.values()), self.settings.row_cap)
+        figures = {f"dev_{figure}": getattr(score, figure), "dev_loss": loss, "dev_n": float(score.n)}
         for device, report in reports.items():
             of_device = Score.of(report, 0)
             figures |= {f"dev_{figure}/{device}": getattr(of_device, figure), f"dev_loss/{device}": of_device.loss}
         self._store.record_metrics(self.run_name, round, figures)
-        ledger.judge(score.loss)
+        ledger.judge(loss)
         self._emit(Evaluated(round=round, score=score, devices=tuple(reports)))
 
     async def _evaluate_final(self, fleet: Fleet) -> dict[str, EvaluateReport]:
