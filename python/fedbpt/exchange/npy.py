@@ -16,8 +16,8 @@ def write_npy(prompt: Prompt, target: Path) -> Path:
     content = io.BytesIO()
     np.save(content, prompt.rows, allow_pickle=False)
     use = f"```python\nimport numpy as np\n\nrows = np.load({target.name!r})  # input embeddings, one a row\n```\n\n"
-    write(card_path(target), model_card(prompt, use + "".join(f"{note}\n" for note in notes(prompt)), "numpy").encode())
-    write(target, content.getvalue())
+    card = model_card(prompt, use + "".join(f"{note}\n" for note in notes(prompt)), "numpy")
+    write({target: content.getvalue(), card_path(target): card.encode()})
     return target
 
 

@@ -54,10 +54,13 @@ def write_adapter(prompt: Prompt, folder: Path, scorer: Scorer, task: Task, base
     use += f"```console\n$ pip install torch transformers peft\n```\n\n```python\n{code}```\n"
     rows = np.concatenate([bos, prompt.rows])
     _make(folder)
-    write(folder / "README.md", model_card(prompt, use, "peft").encode())
-    write(folder / _PROMPT, prompt.to_bytes())
-    write(folder / _WEIGHTS, safetensors.numpy.save({_KEY: rows}, metadata={"format": "pt"}))
-    write(folder / _CONFIG, json.dumps(_config(rows, base), indent=2).encode())
+    files = {
+        _PROMPT: prompt.to_bytes(),
+        _WEIGHTS: safetensors.numpy.save({_KEY: rows}, metadata={"format": "pt"}),
+        _CONFIG: json.dumps(_config(rows, base), indent=2).encode(),
+        "README.md": model_card(prompt, use, "peft").encode(),
+    }
+    write({folder / name: content for name, content in files.items()})
     return folder
 
 
