@@ -36,6 +36,7 @@ from fedbpt.messages import (
 from fedbpt.outcome import make_result
 from fedbpt.pace import Pace
 from fedbpt.privacy import require_accountant
+from fedbpt.reports import evaluation_loss
 from fedbpt.runs import (
     NO_SCORE,
     DeviceBack,
@@ -81,6 +82,7 @@ class Federation:
         store: where rounds are committed. A run of this name in it is resumed; a finished one is returned as it is.
         run: the run's name, letters, digits and ``._-``.
         on_event: called for each `fedbpt.runs` event, from the loop's thread.
+        fresh: forget a stored run of this name as soon as this one has closed a round; it is not resumed.
         control: by which people pause, resume and stop the run, and change its deadline; None: nobody does.
 
     Raises:
@@ -98,6 +100,7 @@ class Federation:
         run: str,
         on_event: EventCallback = lambda _event: None,
         control: RunControl | None = None,
+        fresh: bool = False,
     ) -> None:
         check_names([run], "run")
         if settings.privacy is not None:
@@ -114,6 +117,7 @@ class Federation:
         self._store = store
         self._emit = on_event
         self._control = control or RunControl()
+        self._fresh = fresh
         self._wish = Wish()
         self._ledger = RunLedger(store, run, task, settings, aggregator)
         self._fleet: Fleet | None = None
@@ -133,7 +137,8 @@ class Federation:
         """`run`, for callers with a loop of their own. A federation runs once."""
         if self._fleet is not None:
             raise FederationError("a federation runs once: make another, with a fresh aggregator, to resume")
-        if (result := self._ledger.finished()) is not None:
+        self._store.restore(self.run_name)  # a fresh start that was killed before its first round
+        if not self._fresh and (result := self._ledger.finished()) is not None:
             self._emit(RunFinished(result=result))
             return result
         began = time.monotonic()
@@ -168,6 +173,8 @@ class Federation:
             )
         model = common_model(infos)
         ledger = self._ledger
+        if self._fresh:
+            self._store.set_aside(self.run_name)
         ledger.open(model, list(self._clients))
         fleet.round = ledger.closed + 1
         members = fleet.members.values()
@@ -298,12 +305,13 @@ class Federation:
             return
         score = sum((Score.of(report, 0) for report in reports.values()), NO_SCORE)
         figure = "accuracy" if self.task.labels else "perplexity"
-        figures = {f"dev_{figure}": getattr(score, figure), "dev_loss": score.loss, "dev_n": float(score.n)}
+        loss = evaluation_loss(list(reports.values()), self.settings.row_cap)
+        figures = {f"dev_{figure}": getattr(score, figure), "dev_loss": loss, "dev_n": float(score.n)}
         for device, report in reports.items():
             of_device = Score.of(report, 0)
             figures |= {f"dev_{figure}/{device}": getattr(of_device, figure), f"dev_loss/{device}": of_device.loss}
         self._store.record_metrics(self.run_name, round, figures)
-        ledger.judge(score.loss)
+        ledger.judge(loss)
         self._emit(Evaluated(round=round, score=score, devices=tuple(reports)))
 
     async def _evaluate_final(self, fleet: Fleet) -> dict[str, EvaluateReport]:
@@ -345,10 +353,10 @@ class Federation:
     async def _stop(self, fleet: Fleet) -> None:
         """The run ends early: tell the devices, and leave a store to resume from."""
         await fleet.cancel_rounds(self.run_name)
-        if not self._ledger.is_open:
-            return
         try:
-            self._store.set_status(self.run_name, "stopped", traffic=self._costs(fleet))
+            if self._ledger.is_open:
+                self._store.set_status(self.run_name, "stopped", traffic=self._costs(fleet))
+            self._store.restore(self.run_name)
         except StoreError as error:
             log.warning("%s", error)  # what ended the run is the error to show
 

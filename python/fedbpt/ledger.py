@@ -32,7 +32,7 @@ from fedbpt.messages import (
 )
 from fedbpt.pace import TextPace
 from fedbpt.privacy import epsilon, sampling_rate
-from fedbpt.reports import label_weights, mean_loss, purpose_of, template_losses, template_scores
+from fedbpt.reports import cap_reports, label_weights, mean_loss, purpose_of, template_losses, template_scores
 from fedbpt.runs import Lines, RoundPurpose, RunResult, RunSettings, TemplateScore, lines
 from fedbpt.store import RunStore, StoredRound, StoredRun, Traffic
 
@@ -307,7 +307,7 @@ class RunLedger:
     ) -> float:
         """Let a round count and write it, in one transaction; returns its mean loss, nats."""
         self.apply(round, reports)
-        loss = mean_loss(reports)
+        loss = mean_loss(cap_reports(reports, self.settings.row_cap))
         tokens = sum(report.tokens for report in reports)
         spent = self.spent_epsilon = self.epsilon()
         self.store.commit_round(
@@ -334,9 +334,11 @@ class RunLedger:
 
     def apply(self, round: int, reports: Sequence[RoundReport]) -> None:
         """The one way in which state changes, live and on replay."""
+        cap = self.settings.row_cap
+        counted = cap_reports(reports, cap)
         if round == SELECTION:
-            self.label_weights = label_weights(reports)
-            losses = template_losses(reports, self.label_weights, self.settings.robust != "none")
+            self.label_weights = label_weights(reports, cap)
+            losses = template_losses(counted, self.label_weights, self.settings.robust != "none")
             self._selected = int(np.argmin(losses))
             self.template_losses = tuple(losses.tolist())
             scores = template_scores(reports, self.template_losses) if len(self.task.templates) > 1 else ()
@@ -346,9 +348,9 @@ class RunLedger:
             )
             self._selection_tokens = sum(report.tokens for report in reports)
         elif isinstance(result := reports[0].result, FitResult):
-            self.fit(result.purpose).update(reports)
+            self.fit(result.purpose).update(counted)
         else:
-            self.aggregator.update(reports)
+            self.aggregator.update(counted)
             self.searched += 1
             for report in reports:
                 self._pace.took(report.device, report.seconds, report.n_texts)

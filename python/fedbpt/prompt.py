@@ -8,6 +8,7 @@ with a format number, the `PromptSpec`, task, labels, template, model and histor
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -181,8 +182,8 @@ class Prompt:
             PromptError: that fails.
         """
         target = Path(path)
-        write_card(target, model_card(self, use_in_fedbpt(self, target.name)))
-        write(target, self.to_bytes())
+        card = model_card(self, use_in_fedbpt(self, target.name))
+        write({target: self.to_bytes(), card_path(target): encode_card(card)})
         return target
 
     def to_bytes(self) -> bytes:
@@ -282,21 +283,28 @@ def card_path(prompt_path: Path) -> Path:
     return prompt_path.with_name(f"{prompt_path.name}.md")
 
 
-def write_card(prompt_path: Path, card: str) -> None:
-    """Write a model card beside a prompt file. Raises `PromptError` where that fails."""
-    write(card_path(prompt_path), card.encode(errors="backslashreplace"))  # it names files, whose names may be no UTF-8
+def encode_card(card: str) -> bytes:
+    """A model card as UTF-8; it names files, whose names may be none."""
+    return card.encode(errors="backslashreplace")
 
 
-def write(target: Path, content: bytes) -> None:
-    """Write a file, whole or not at all. Raises `PromptError` where that fails."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
+def write(files: Mapping[Path, bytes]) -> None:
+    """Write files that belong together. Raises `PromptError` where one cannot be written; then none is replaced."""
+    partials = {target: target.with_name(f".{target.name}.{os.getpid()}.part") for target in files}
+    target = next(iter(files))
     try:
-        partial.write_bytes(content)
-        partial.replace(target)
+        for target, partial in partials.items():
+            if target.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            partial.write_bytes(files[target])
+        for target, partial in partials.items():
+            partial.replace(target)
     except OSError as error:
-        with suppress(OSError):  # what is the matter is told below
-            partial.unlink()
         raise PromptError(f"cannot write the prompt to {target}: {error.strerror or error}") from error
+    finally:
+        for partial in partials.values():
+            with suppress(OSError):  # what is the matter is told above
+                partial.unlink()
 
 
 def _metadata(content: bytes) -> dict[str, str]:

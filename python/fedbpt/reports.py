@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
 from typing import Final
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -170,10 +173,44 @@ def purpose_of(reports: Sequence[RoundReport]) -> RoundPurpose:
     return result.purpose if isinstance(result, FitResult) else "search"
 
 
-def label_weights(reports: Sequence[RoundReport]) -> tuple[float, ...]:
-    """Of a row's loss, by all devices' label counts; empty where they were not asked for."""
-    counts = [report.result.label_counts for report in reports if isinstance(report.result, SelectResult)]
-    return tuple(balanced_weights(np.sum(counts, axis=0)).tolist()) if any(counts) else ()
+def cap_rows(counts: Sequence[int], cap: float) -> NDArray[np.float64]:
+    """What of each device's number of rows counts: ``cap`` times the median number at most; 0: all of it."""
+    most = cap * statistics.median(counts) if cap else math.inf
+    return np.minimum(np.array(counts, dtype=np.float64), np.maximum(np.floor(most), 1.0))
+
+
+def cap_reports(reports: Sequence[RoundReport], cap: float) -> list[RoundReport]:
+    """``reports`` whose ``n_texts`` are those of `cap_rows`, with the losses summed over them to match."""
+    capped = []
+    for report, n in zip(reports, cap_rows([report.n_texts for report in reports], cap), strict=True):
+        if n < report.n_texts:
+            result = report.result
+            if isinstance(result, SelectResult):
+                sums = result.loss_sums.numpy() * (n / report.n_texts)
+                result = msgspec.structs.replace(result, loss_sums=Array.of(sums))
+            report = msgspec.structs.replace(report, n_texts=int(n), result=result)
+        capped.append(report)
+    return capped
+
+
+def evaluation_loss(reports: Sequence[EvaluateReport], cap: float) -> float:
+    """Mean loss of the first latent over all devices' rows, nats, as far as `cap_rows` lets them count."""
+    counts = np.array([report.n for report in reports])
+    shares = cap_rows(counts.tolist(), cap) / counts
+    total = sum(share * report.loss_sums[0] for share, report in zip(shares, reports, strict=True))
+    return float(total / (shares * counts).sum())
+
+
+def label_weights(reports: Sequence[RoundReport], cap: float = 0.0) -> tuple[float, ...]:
+    """Of a row's loss, by all devices' label counts; empty where they were not asked for. ``cap``: see `cap_rows`."""
+    given = [report.result.label_counts for report in reports if isinstance(report.result, SelectResult)]
+    if not any(given):
+        return ()
+    counts = np.array(given, dtype=np.float64)
+    shares = cap_rows([sum(each) for each in given], cap) / np.maximum(counts.sum(axis=1), 1.0)
+    # a label that a device has keeps a row: else one that claims a billion rows of others would make it weigh a billion
+    counts = np.where(counts > 0, np.maximum(counts * shares[:, None], 1.0), 0.0)
+    return tuple(balanced_weights(counts.sum(axis=0)).tolist())
 
 
 def template_losses(

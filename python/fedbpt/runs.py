@@ -63,6 +63,7 @@ class RunSettings(Message, frozen=True):
     seed: NaturalInt = 0
     robust: Robust = "none"  # what takes the place of the devices' mean, so that some of them may lie
     byzantine: PositiveInt = 1  # so many, where it is robust
+    row_cap: Annotated[float, msgspec.Meta(ge=0)] = 2.0  # times the devices' median rows that one counts for; 0: any
     privacy: PrivacySpec | None = None  # clip and noise on the devices; None: losses as they are
     quorum: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
     deadline_s: PositiveFloat = 600.0
@@ -86,6 +87,8 @@ class RunSettings(Message, frozen=True):
         if self.restarts and not self.patience:
             raise ConfigError("restarts come when patience runs out: set patience, or restarts = 0")
         check_robust(self.method, self.robust)
+        if 0 < self.row_cap < 1:
+            raise ConfigError(f"row_cap = {self.row_cap:g} would cut the median device: give 1 or more, or 0: no cap")
         if self.robust != "none" and (self.patience or self.balanced):
             raise ConfigError(
                 f"robust = {self.robust!r} cannot go with patience or balanced: devices that lie on dev rows or label "

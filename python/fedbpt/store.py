@@ -152,6 +152,7 @@ class RunStore(Database):
             self._write_metrics(db, run, round, metrics)
             self._write_traffic(db, run, traffic or {})
             db.execute("UPDATE runs SET updated = ? WHERE run = ?", (now, run))
+            db.execute("DELETE FROM runs WHERE run = ?", (_aside(run),))
 
     def record_late(self, run: str, report: RoundReport) -> None:
         """Keep a report that came after its round had closed; it is never replayed. Twice is once."""
@@ -206,12 +207,29 @@ class RunStore(Database):
                 "UPDATE runs SET status = ?, updated = ?, result = coalesce(?, result) WHERE run = ?",
                 (status, _now(), result, run),
             )
+            if status == "finished":
+                db.execute("DELETE FROM runs WHERE run = ?", (_aside(run),))
             self._write_traffic(db, run, traffic or {})
 
     def delete_run(self, run: str) -> None:
         """Forget ``run`` and everything under it; no such run is no error."""
         with self._transaction() as db:
             db.execute("DELETE FROM runs WHERE run = ?", (run,))
+
+    def set_aside(self, run: str) -> None:
+        """Make room for another run of the name ``run``, which is forgotten when that one closes its first round.
+
+        Until then `restore` brings it back, and it is listed as ``run~``. No such run is no error.
+        """
+        with self._transaction() as db:
+            self._rename(db, run, _aside(run))
+
+    def restore(self, run: str) -> None:
+        """Undo `set_aside` where no round has been closed since, and forget what was begun in its place."""
+        with self._transaction() as db:
+            if db.execute("SELECT 1 FROM runs WHERE run = ?", (_aside(run),)).fetchone():
+                db.execute("DELETE FROM runs WHERE run = ?", (run,))
+                self._rename(db, _aside(run), run)
 
     # --- reading -------------------------------------------------------------------------------------------------
 
@@ -309,6 +327,12 @@ class RunStore(Database):
             return db.execute(sql, values).fetchall()
 
     @staticmethod
+    def _rename(db: sqlite3.Connection, run: str, name: str) -> None:
+        db.execute("PRAGMA defer_foreign_keys = ON")  # until the transaction ends
+        for table in ("runs", "devices", "rounds", "reports", "losses", "metrics"):
+            db.execute(f"UPDATE {table} SET run = ? WHERE run = ?", (name, run))
+
+    @staticmethod
     def _write_metrics(db: sqlite3.Connection, run: str, round: int, metrics: Mapping[str, float]) -> None:
         rows = [(run, round, name, float(value)) for name, value in metrics.items()]
         db.executemany("INSERT OR REPLACE INTO metrics VALUES (?, ?, ?, ?)", rows)
@@ -325,6 +349,10 @@ _SELECT_RUN: Final = (
     "SELECT run, created, updated, status, task, model_fingerprint, model_name, identity, settings, result,"
     " (SELECT count(*) FROM rounds WHERE rounds.run = runs.run) FROM runs"
 )
+
+
+def _aside(run: str) -> str:
+    return f"{run}~"  # no run can be called so by its user
 
 
 def _now() -> str:

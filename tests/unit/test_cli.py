@@ -237,7 +237,7 @@ def test_a_stopped_run_says_how_to_go_on(which: signal.Signals, run: Run, monkey
     monkeypatch.setattr(tune_command, "load_config", lambda _path: signal.raise_signal(which))
     before = signal.getsignal(signal.SIGTERM)
     answer = run("tune", "my run.toml", "--fresh", "--quiet")
-    assert answer == (130, "", "fedbpt: stopped; to go on from there: fedbpt tune 'my run.toml' --quiet\n")
+    assert answer == (130, "", "fedbpt: stopped; to go on from there: fedbpt tune 'my run.toml' --fresh --quiet\n")
     assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -11,7 +11,6 @@ import pytest
 
 from fedbpt import Budget, PromptSpec, cli, models, tune
 from fedbpt.cli import demo
-from fedbpt.store import RunStore
 from fedbpt.tasks import Row, load, read_task_rows, split_rows
 from tests.toy_scorer import ToyScorer
 from tests.toy_task import TASK, rows
@@ -20,40 +19,20 @@ NEWS = load("bbc-news")
 ASKED = {"model": "sha256:1", "devices": 3, "rows": "all"}
 
 
-class Place:
-    """A demo's folder with a stored run."""
-
-    def __init__(self, folder: Path) -> None:
-        self.saved, self.record, self.path = folder / "p", folder / "demo.json", folder / "runs.db"
-
-    def begin(self, **changes: object) -> bool:
-        """Whether a demo goes on with the run that is stored."""
-        with RunStore(self.path) as store:
-            demo._forget_unless_interrupted(store, self.saved, self.record, {**ASKED, **changes})
-            goes_on = store.find_run(demo.RUN) is not None
-            if not goes_on:
-                store.create_run(
-                    demo.RUN, task="t", model_fingerprint="f", model_name="m", identity="i", settings=b"", devices=()
-                )
-            return goes_on
-
-
 def test_a_demo_goes_on_only_where_it_was_stopped(tmp_path: Path) -> None:
-    place = Place(tmp_path)
-    assert not place.begin()
-    assert place.begin()
-    place.saved.touch()
-    assert not place.begin()
-    assert not place.saved.exists()
-    assert place.begin()
+    record = tmp_path / "demo.json"
+    assert not demo._was_interrupted(record, ASKED)
+    demo._remember(record, ASKED, ended=False)
+    assert demo._was_interrupted(record, ASKED)
+    demo._remember(record, ASKED, ended=True)
+    assert not demo._was_interrupted(record, ASKED)
 
 
 @pytest.mark.parametrize("change", [{"model": "sha256:2"}, {"devices": 2}, {"rows": "quick"}])
 def test_a_stopped_demo_of_something_else_is_no_use(tmp_path: Path, change: dict[str, object]) -> None:
-    place = Place(tmp_path)
-    place.begin()
-    assert not place.begin(**change)
-    assert place.begin(**change)
+    record = tmp_path / "demo.json"
+    demo._remember(record, ASKED, ended=False)
+    assert not demo._was_interrupted(record, {**ASKED, **change})
 
 
 def news(n: int) -> list[Row]:

@@ -323,3 +323,14 @@ def test_a_template_that_is_not_there_is_refused(tmp_path: Path) -> None:
 def test_a_missing_folder_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(PromptError, match="has no adapter_config"):
         imported(tmp_path / "none")
+
+
+@pytest.mark.parametrize("to", ["npy", "gguf"])
+def test_what_cannot_be_replaced_keeps_its_card(tmp_path: Path, to: Any) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    card_path(target).write_text("of another prompt")
+    with pytest.raises(PromptError, match="cannot write"):
+        export_prompt(make(), target, to)
+    assert card_path(target).read_text() == "of another prompt"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.md"]

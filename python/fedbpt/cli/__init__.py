@@ -98,8 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _run(given)
     except typer.Exit as done:
         code = done.exit_code
-    except (KeyboardInterrupt, typer.Abort, RunStopped):
-        echo(f"fedbpt: {_stopped(given)}", err=True)
+    except (KeyboardInterrupt, typer.Abort, RunStopped) as stop:
+        echo(f"fedbpt: {_stopped(given, begun=isinstance(stop, RunStopped))}", err=True)
         code = INTERRUPTED
     except _ClickException as error:
         echo(f"fedbpt: {_usage(error)}", err=True)
@@ -148,10 +148,11 @@ def _show_traceback(kind: type[BaseException], error: BaseException, trace: Trac
     echo("".join(traceback.format_exception(kind, error, trace)).rstrip(), err=True)
 
 
-def _stopped(given: Sequence[str]) -> str:
+def _stopped(given: Sequence[str], begun: bool) -> str:
+    """What to say; ``begun``: a run has taken the place of the one that was to be forgotten."""
     if not any(list(given[: len(command)]) == command for command in _RESUMED):
         return "stopped"
-    again = shlex.join(word for word in given if word != "--fresh")
+    again = shlex.join(word for word in given if not (begun and word == "--fresh"))
     return f"stopped; to go on from there: fedbpt {again}"
 
 

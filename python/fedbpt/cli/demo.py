@@ -33,7 +33,7 @@ from fedbpt.messages import ObjectiveSpec, PromptSpec
 from fedbpt.native_scorer import load_model, physical_cores
 from fedbpt.plain_text import plain
 from fedbpt.prompt import Prompt
-from fedbpt.runs import Event, RunResult, RunSettings
+from fedbpt.runs import Event, RoundClosed, RunResult, RunSettings
 from fedbpt.scorer import Scorer
 from fedbpt.store import RunStore
 from fedbpt.tasks import Row, Task
@@ -89,7 +89,8 @@ def demo(
 
     with ExitStack() as stack:
         store = stack.enter_context(RunStore(folder / "runs.db"))
-        _forget_unless_interrupted(store, saved, folder / "demo.json", asked)
+        record = folder / "demo.json"
+        fresh = not _was_interrupted(record, asked)
         files = _write_data(folder / "data", task, splits, devices, seed)
         observers = Observers(dashboard=dashboard)
         watch = stack.enter_context(observers.watching(store.path, RUN, teller(not shown)))
@@ -99,15 +100,19 @@ def demo(
             watch.meet(clients)
 
             def tell(event: Event) -> None:
+                if isinstance(event, RoundClosed):
+                    _remember(record, asked, ended=False)
                 display(event)
                 watch(event)
 
             aggregator = aggregator_for(settings)
-            result = Federation(clients, task, settings, aggregator, store, RUN, tell, observers.control).run()
+            federation = Federation(clients, task, settings, aggregator, store, RUN, tell, observers.control, fresh)
+            result = federation.run()
 
         scorer = load_model(model)
         prompt = make_prompt(scorer, task, result)
         prompt.save(saved)
+        _remember(record, asked, ended=True)
         questions = questions_of(task, files[0]["test"])
         watch.compare(Comparison(lambda: comparing(scorer, task, result), task.labels, questions, watch.devices))
         _report(result, saved, _examples(scorer, task, splits["test"], prompt), folder, as_json)
@@ -115,16 +120,13 @@ def demo(
         watch.linger(teller(not shown))
 
 
-def _forget_unless_interrupted(store: RunStore, saved: Path, record: Path, asked: dict[str, Any]) -> None:
-    """A demo runs anew each time, except that one that was stopped goes on: on the same model, devices and rows.
+def _was_interrupted(record: Path, asked: dict[str, Any]) -> bool:
+    """A demo runs anew each time, except that one that was stopped goes on: on the same model, devices and rows."""
+    return record.exists() and record.read_text() == json.dumps({**asked, "ended": False})
 
-    ``record`` remembers those; ``saved`` is written last, so it tells a demo that ended from one that was stopped.
-    """
-    wanted = json.dumps(asked)
-    if saved.exists() or not record.exists() or record.read_text() != wanted:
-        store.delete_run(RUN)
-        saved.unlink(missing_ok=True)
-        record.write_text(wanted)
+
+def _remember(record: Path, asked: dict[str, Any], ended: bool) -> None:
+    record.write_text(json.dumps({**asked, "ended": ended}))
 
 
 def _settings(task: Task, rounds: int, seed: int) -> RunSettings:

@@ -116,6 +116,8 @@ def device(
     pauses = _pauses(pause_on, shown=not (quiet or as_json))
     tls = Tls(cert, key, ca, client_certs)
     token = token_in(token_file) if token_file else None
+    if coordinator is not None and enrol_code is not None:
+        _kv_bytes(model, kv_budget, max_memory)  # a device that cannot start uses up no code
     link = credentials_for(coordinator, enrol_code, credentials or default_credentials(), tls, allow_insecure)
     kv_bytes = _kv_bytes(model, kv_budget, max_memory)
     if install_service:

@@ -33,7 +33,7 @@ from fedbpt.clients import DeviceClient
 from fedbpt.config import RunConfig, load_config
 from fedbpt.dashboard.comparing import Comparison, comparing, questions_of
 from fedbpt.display import RunDisplay
-from fedbpt.errors import ConfigError, FederationError
+from fedbpt.errors import ConfigError, FederationError, RunStopped
 from fedbpt.estimate import RunCost, estimate
 from fedbpt.federation import Federation
 from fedbpt.garbage import collect_between_rounds
@@ -41,7 +41,7 @@ from fedbpt.membership import misfit
 from fedbpt.messages import DeviceInfo
 from fedbpt.native_scorer import NativeScorer, load_model
 from fedbpt.plain_text import echo
-from fedbpt.runs import Event, RunResult, RunStarted
+from fedbpt.runs import Event, RoundClosed, RunResult, RunStarted
 from fedbpt.store import RunStore
 from fedbpt.tasks import Task, word_notes
 from fedbpt.tls import Tls
@@ -60,7 +60,9 @@ Expect = Annotated[
     int | None, typer.Option(min=1, help="Begin when so many devices call in. Default: all enrolled or invited.")
 ]
 Tokens = Annotated[Path | None, typer.Option("--tokens", help='Devices\' tokens: TOML lines "ADDRESS" = "TOKEN".')]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Forget what is stored of this run, and start over.")]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Start over; the stored run is forgotten when the first round closes.")
+]
 Log = Annotated[Path | None, typer.Option("--log", help="Add what happens to this file, a line of JSON each.")]
 Monitor = Annotated[
     str | None, typer.Option("--monitor", help="HOST:PORT to watch the run at: JSON, events, Prometheus metrics.")
@@ -159,7 +161,11 @@ def _tune(
     display = RunDisplay(shown)
     tell = teller(not shown)
 
+    begun = not fresh
+
     def watch(event: Event) -> None:
+        nonlocal begun
+        begun = begun or isinstance(event, RoundClosed)
         if scorer is not None and isinstance(event, RunStarted):
             require_model_of_run(scorer, event)  # before the work, not when its prompt is to be written
         display(event)
@@ -170,19 +176,21 @@ def _tune(
         tell(f"hint: {note}")
     with ExitStack() as stack:
         store = stack.enter_context(RunStore(config.store))
-        if fresh:
-            store.delete_run(config.run)
         observer = stack.enter_context(observers.watching(store.path, config.run, tell))
-        stored = store.find_run(config.run)
+        stored = None if fresh else store.find_run(config.run)
         finished = stored is not None and stored.status == "finished"
-        clients = stack.enter_context(
-            reach.clients(list(store.devices(config.run)), finished, tell, config.settings.quorum)
-        )
+        known = [] if fresh else list(store.devices(config.run))
+        clients = stack.enter_context(reach.clients(known, finished, tell, config.settings.quorum))
         observer.meet(clients)
         aggregator = aggregator_for(config.settings)
-        federation = Federation(clients, task, config.settings, aggregator, store, config.run, watch, observers.control)
-        with display:
-            result = federation.run()
+        federation = Federation(
+            clients, task, config.settings, aggregator, store, config.run, watch, observers.control, fresh
+        )
+        try:
+            with display:
+                result = federation.run()
+        except (KeyboardInterrupt, RunStopped) as stop:
+            raise (RunStopped("start it again to resume it") if begun else KeyboardInterrupt) from stop
         report(result, observer)
         observer.linger(tell)
 

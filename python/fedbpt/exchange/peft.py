@@ -24,7 +24,7 @@ from fedbpt.errors import ConfigError, PromptError
 from fedbpt.exchange.snippet import snippet
 from fedbpt.messages import PromptSpec
 from fedbpt.model_card import fenced, known_model, model_card
-from fedbpt.prompt import Prompt, write
+from fedbpt.prompt import Prompt, encode_card, write
 from fedbpt.scorer import Scorer
 from fedbpt.tasks.task import Task, bos_ids
 
@@ -55,10 +55,13 @@ def write_adapter(prompt: Prompt, folder: Path, scorer: Scorer, task: Task, base
     use += f"```console\n$ pip install torch transformers peft\n```\n\n{fenced(code, 'python')}"
     rows = np.concatenate([bos, prompt.rows])
     _make(folder)
-    write(folder / "README.md", model_card(prompt, use, "peft").encode(errors="backslashreplace"))
-    write(folder / _PROMPT, prompt.to_bytes())
-    write(folder / _WEIGHTS, safetensors.numpy.save({_KEY: rows}, metadata={"format": "pt"}))
-    write(folder / _CONFIG, json.dumps(_config(rows, base), indent=2).encode())
+    files = {
+        _PROMPT: prompt.to_bytes(),
+        _WEIGHTS: safetensors.numpy.save({_KEY: rows}, metadata={"format": "pt"}),
+        _CONFIG: json.dumps(_config(rows, base), indent=2).encode(),
+        "README.md": encode_card(model_card(prompt, use, "peft")),
+    }
+    write({folder / name: content for name, content in files.items()})
     return folder
 
 
