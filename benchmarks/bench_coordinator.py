@@ -27,9 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from virtual_devices import VirtualDevice, call_in, info_of, report_on
+from virtual_devices import TASK, VirtualDevice, call_in, info_of, report_on
 
-from fedbpt import tasks
 from fedbpt.agent.worker import Worker
 from fedbpt.api import aggregator_for
 from fedbpt.clients import DeviceClient, InProcessClient
@@ -37,15 +36,12 @@ from fedbpt.coordinator import CoordinatorServer
 from fedbpt.federation import Federation
 from fedbpt.garbage import collect_between_rounds
 from fedbpt.memory import memory_of_process
-from fedbpt.messages import DeviceInfo, EvaluateReport, ObjectiveSpec, PromptSpec, RoundPlan, RoundReport, Template
+from fedbpt.messages import DeviceInfo, EvaluateReport, ObjectiveSpec, PromptSpec, RoundPlan, RoundReport
 from fedbpt.registry import DeviceRegistry
 from fedbpt.runs import Event, RoundClosed, RunSettings, RunStarted
 from fedbpt.store import RunStore
 from fedbpt.tokens import Credentials, digest, new_token
 
-TASK = tasks.Task(
-    name="toy", labels=("x", "y"), templates=(Template(pattern="{text} It was", label_words=(" a", " b")),)
-)
 D = 500
 POPSIZE = 16
 

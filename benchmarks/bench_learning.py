@@ -180,7 +180,7 @@ def federated(
     """One figure for each budget; a run goes on from one to the next."""
     labels = [label for _, label in train]
     parts = tasks.partition(labels, args.devices, "dirichlet" if args.devices > 1 else "iid", args.dirichlet, seed)
-    devices = [Device(f"device-{i}", scorer, [train[row] for row in part]) for i, part in enumerate(parts)]
+    devices = [Device(f"device-{i}", scorer, [train[row] for row in part], task=task) for i, part in enumerate(parts)]
     with tempfile.TemporaryDirectory() as folder, RunStore(Path(folder) / "runs.db") as store:
         for budget in args.evaluations:
             settings = settings_of(args, task, seed, budget)

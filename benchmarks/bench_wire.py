@@ -40,6 +40,7 @@ def plan_of(work: Work, d: int) -> RoundPlan:
         device="device-0",
         seed=1,
         model_fingerprint="sha256:" + 64 * "0",
+        task=TASK.identity,
         labels=TASK.labels,
         template=TASK.templates[0],
         prompt=PromptSpec(d=d),

@@ -80,8 +80,9 @@ def idle_device(model: str, eager: bool) -> dict[str, Any]:
     from fedbpt.local import Device
     from fedbpt.memory import memory_of_process
     from fedbpt.native_scorer import load_model
+    from fedbpt.tasks import load
 
-    device = Device("idle", load_model(model, late=True), [("a text", 0)])
+    device = Device("idle", load_model(model, late=True), [("a text", 0)], task=load("sst-2"))
     with AgentServer(AgentService(device)):
         return {"rss": memory_of_process()["rss"], "imported": imported}
 

@@ -38,7 +38,7 @@ def calibrated(
 ) -> tuple[Objective, Readout | None]:
     """The training rows for the template that a run of one generation selects, corrected by its bias."""
     with tempfile.TemporaryDirectory() as folder, RunStore(Path(folder) / "runs.db") as store:
-        clients = [InProcessClient(Device("d", scorer, train))]
+        clients = [InProcessClient(Device("d", scorer, train, task=task))]
         result = Federation(clients, task, settings, aggregator_for(settings), store, "bench").run()
     objective = Objective(scorer, result.template, task.labels, train, settings.objective, settings.prompt)
     objective.readout = result.lines()["calibrated"][1]

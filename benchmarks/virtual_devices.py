@@ -20,16 +20,20 @@ from fedbpt import wire
 from fedbpt.agent.poller import PAUSES_S, Backoff
 from fedbpt.envelopes import POLL_PATH, REPLY_PATH, Delivery, Poll, Reply, Request
 from fedbpt.messages import Array, DeviceInfo, PooledResult, ReplayWork, RoundPlan, RoundReport
+from fedbpt.tasks import Task, Template
 from fedbpt.tokens import Credentials
 
 _deliveries = msgspec.msgpack.Decoder(Delivery)
 _plans = msgspec.msgpack.Decoder(RoundPlan)
 
 
+TASK = Task(name="toy", labels=("x", "y"), templates=(Template(pattern="{text} It was", label_words=(" a", " b")),))
+
+
 def info_of(name: str) -> DeviceInfo:
     return DeviceInfo(
         name=name, version="0", model_fingerprint="sha256:toy", model_name="toy", backend="toy", n_train=16,
-        n_dev=0, n_test=0, ram_bytes=2**30, rss_bytes=2**20, peak_rss_bytes=2**20,
+        n_dev=0, n_test=0, ram_bytes=2**30, rss_bytes=2**20, peak_rss_bytes=2**20, task=TASK.identity,
     )  # fmt: skip
 
 

@@ -26,19 +26,32 @@ from fedbpt.messages import (
 )
 from fedbpt.population import sample_population
 from fedbpt.questions import Answer, Question
+from fedbpt.task_identity import TaskIdentity
 
 FINGERPRINT = "sha256:toy"
+
+TOY = TaskIdentity.of("toy", ("x", "y"))
+"""Of `tests.toy_scene.ToyTask`."""
 
 
 class FakeDevice:
     """Losses are squared distances to a target; `slow_s` is how long a round takes, `fail` what it raises."""
 
-    def __init__(self, name: str, *, slow_s: float = 0.0, target: float = 1.0, fingerprint: str = FINGERPRINT) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        slow_s: float = 0.0,
+        target: float = 1.0,
+        fingerprint: str = FINGERPRINT,
+        task: TaskIdentity | None = TOY,
+    ) -> None:
         self.name = name
         self.slow_s = slow_s
         self.evaluate_slow_s = 0.0
         self.target = target
         self.fingerprint = fingerprint
+        self.task = task
         self.fail: Exception | None = None
         self.change: Callable[[RoundReport], RoundReport] = lambda report: report
         self.plans: list[RoundPlan] = []
@@ -60,6 +73,7 @@ class FakeDevice:
             ram_bytes=2**30,
             rss_bytes=2**20,
             peak_rss_bytes=2**21,
+            task=self.task,
         )
 
     def run(self, plan: RoundPlan, progress: Callable[[int, int], None], cancelled: Callable[[], bool]) -> RoundReport:

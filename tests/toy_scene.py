@@ -14,23 +14,28 @@ from fedbpt.clients import InProcessClient
 from fedbpt.control import RunControl
 from fedbpt.errors import DeviceUnreachableError
 from fedbpt.federation import Federation
-from fedbpt.ledger import FederatedTask
 from fedbpt.local import Device
+from fedbpt.membership import FederatedTask
 from fedbpt.messages import ObjectiveSpec, PromptSpec, Template
 from fedbpt.runs import Event, RoundClosed, RunResult, RunSettings
 from fedbpt.store import RunStore
-from tests.fake_device import FakeDevice
+from fedbpt.task_identity import TaskIdentity
+from tests.fake_device import TOY, FakeDevice
 
 D = 4
 
 
 class ToyTask(NamedTuple):
-    name: str = "toy"
+    name: str = TOY.name
     labels: tuple[str, ...] = ("x", "y")
     templates: tuple[Template, ...] = (
         Template(pattern="{text} In one word it was", label_words=(" bad", " good")),
         Template(pattern="{text} It was", label_words=(" bad", " good")),
     )
+
+    @property
+    def identity(self) -> TaskIdentity:
+        return TaskIdentity.of(self.name, self.labels)
 
 
 class FlakyClient(InProcessClient):

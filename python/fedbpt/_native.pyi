@@ -61,10 +61,10 @@ class Generator:
     def is_end(self, id: int) -> bool:
         """Whether a text ends with this token."""
 
-    def chat_ids(self, messages: Sequence[tuple[str, str]]) -> NDArray[np.int32]:
+    def chat_ids(self, messages: Sequence[tuple[bytes, bytes]]) -> NDArray[np.int32]:
         """Token ids [n] of (role, content) messages in the model's chat template. Raises `InputError`."""
 
-    def has_special(self, text: str) -> bool:
+    def has_special(self, text: bytes) -> bool:
         """Whether a text names special tokens."""
 
     @property
@@ -78,11 +78,11 @@ class Generator:
 class Engine:
     """A loaded model and its scorer. Thread-safe: calls that compute wait for each other."""
 
-    def __init__(self, path: str, n_threads: int, n_gpu_layers: int, gpu: str, kv_q8_0: bool) -> None:
+    def __init__(self, path: bytes, n_threads: int, n_gpu_layers: int, gpu: str, kv_q8_0: bool) -> None:
         """Load a GGUF file. Raises `ModelFileError`, `UnsupportedModelError` or `InputError`."""
 
-    def tokenize(self, text: str, add_bos: bool | None = None) -> NDArray[np.int32]:
-        """Token ids [n]; ``add_bos`` None: as the model was trained."""
+    def tokenize(self, text: bytes, add_bos: bool | None = None) -> NDArray[np.int32]:
+        """Token ids [n] of a text in UTF-8; ``add_bos`` None: as the model was trained."""
 
     def token_embeddings(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
         """Rows [n, n_embd], in the scale that ``embeds`` has."""
@@ -118,6 +118,10 @@ class Engine:
 
     @property
     def shares_beginnings(self) -> bool: ...
+    @property
+    def embedding_scale(self) -> float: ...
+    @property
+    def notes(self) -> list[str]: ...
     def embedding_std(self) -> float:
         """Standard deviation over the whole token embedding table."""
 
@@ -144,7 +148,7 @@ def requantize_formats() -> list[str]:
     """The formats that `requantize` knows, smallest first."""
 
 def requantize(
-    source: str, target: str, format: str, n_threads: int, progress: Callable[[int, int], None] | None = None
+    source: bytes, target: bytes, format: str, n_threads: int, progress: Callable[[int, int], None] | None = None
 ) -> None:
     """Write the model ``source`` in ``format`` to ``target``; ``progress`` gets tensors done and in total.
 
@@ -152,13 +156,13 @@ def requantize(
     handler raised.
     """
 
-def tensor_shapes(path: str) -> list[tuple[str, tuple[int, ...]]]:
+def tensor_shapes(path: bytes) -> list[tuple[str, tuple[int, ...]]]:
     """(name, shape) of every tensor in a model file, the inputs of a matrix first. Raises `ModelFileError`."""
 
 def model_parts(path: bytes) -> list[bytes]:
     """The files of a model in order, where one may be split: any part is given. Raises `ModelFileError`."""
 
-def weight_formats(path: str) -> list[tuple[str, int, int]]:
+def weight_formats(path: bytes) -> list[tuple[str, int, int]]:
     """(ggml type, parameters, bytes) of the matrices in a model's layers, most parameters first.
 
     Raises `ModelFileError`.
@@ -166,6 +170,15 @@ def weight_formats(path: str) -> list[tuple[str, int, int]]:
 
 def matmul_flops(type: str) -> float:
     """FLOP/s of one CPU thread multiplying 64 tokens by a matrix of a ggml type, measured. Raises `InputError`."""
+
+def try_alone(
+    path: bytes, n_threads: int, n_gpu_layers: int, gpu: str, kv_q8_0: bool, memory_bytes: int, cpu_seconds: int
+) -> None:
+    """Try a model file in this process, which is there for nothing else.
+
+    What comes of it is written to standard output (``src/fedbpt_native/trial.h``). Beyond the limits, 0 for none, or
+    where llama.cpp asserts, the process ends.
+    """
 
 class GraphTrace:
     """For the fork's tests: the nodes of each graph that a small CPU context computes, in the form of trace.h."""

@@ -126,7 +126,7 @@ def tune(
         ensemble=ensemble,
     )
     watch = _Curves(on_event)
-    result = _run_alone(Device(DEVICE, scorer, to_rows(train, task), dev_rows), task, settings, watch, show)
+    result = _run_alone(Device(DEVICE, scorer, to_rows(train, task), dev_rows, task=task), task, settings, watch, show)
     return TuneResult(make_prompt(scorer, task, result), result, tuple(watch.losses), tuple(watch.dev))
 
 

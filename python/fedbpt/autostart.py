@@ -114,13 +114,14 @@ def _quoted(word: str) -> str:
 
 
 def _write(path: Path, text: str, force: bool) -> None:
+    content = os.fsencode(text)  # paths in it need not be UTF-8
     try:
-        if path.exists() and not force and path.read_text() != text:
+        if path.exists() and not force and path.read_bytes() != content:
             raise ConfigError(f"{path} is there and differs: look at it, then replace it with --force")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            temporary.write_text(text)
+            temporary.write_bytes(content)
             temporary.chmod(0o755 if path.suffix == "" else 0o644)
             temporary.replace(path)
         finally:

@@ -42,7 +42,8 @@ def targets_of(rows: Sequence[Row], labels: tuple[str, ...]) -> NDArray[np.intp]
     """Label indices [n]; zeros for target texts. Raises `DataError` for what is neither in its place."""
     for number, (_, label) in enumerate(rows):
         if not labels and not isinstance(label, str):
-            raise DataError(f"row {number} has label {label} where a target text should be: the task has no labels")
+            raise DataError(f"row {number} has a label where a target text should be: the task has no labels")
         if labels and not (isinstance(label, int | np.integer) and 0 <= label < len(labels)):
-            raise DataError(f"row {number} has label {label}, but there are {len(labels)} labels: {', '.join(labels)}")
+            known = f"but there are {len(labels)} labels: {', '.join(labels)}"
+            raise DataError(f"row {number} has label {label!r}, {known}", public=f"row {number} has another, {known}")
     return np.array([label if labels else 0 for _, label in rows], dtype=np.intp)

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from fedbpt.bench import Measurement
+from fedbpt.checking import DECODE_ERRORS
 from fedbpt.errors import DataError
 
 
@@ -30,7 +31,7 @@ def read_measurement(path: Path) -> Measurement:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     except msgspec.ValidationError as error:
         raise DataError(f"{path} is no measurement of this version's `fedbpt bench --json`: {error}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except DECODE_ERRORS as error:
         raise DataError(f"{path} is not JSON as `fedbpt bench --json` prints it: {error}") from error
 
 

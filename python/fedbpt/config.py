@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from fedbpt import tasks
+from fedbpt.checking import DECODE_ERRORS
 from fedbpt.errors import ConfigError, FedbptError
 from fedbpt.runs import RunSettings
 from fedbpt.tasks import Task
@@ -60,9 +61,9 @@ def load_config(path: str | Path) -> tuple[RunConfig, Task]:
         raise ConfigError(f"cannot read the run file {path}: {error.strerror or error}") from error
     try:
         raw = msgspec.toml.decode(content)
-        _decoded(path, raw)  # before the task is read: complain about the file itself first
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except DECODE_ERRORS as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    _decoded(path, raw)  # before the task is read: complain about the file itself first
     beside = path.parent / raw["task"]
     task = tasks.load(beside if beside.is_file() else raw["task"])
     raw["settings"] = with_defaults(raw.get("settings", {}), task)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from types import TracebackType
 
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
 from fedbpt.estimate import spent_share
+from fedbpt.plain_text import plain
 from fedbpt.runs import (
     DeviceBack,
     DeviceLost,
@@ -24,6 +23,7 @@ from fedbpt.runs import (
     Steered,
     TemplateSelected,
 )
+from fedbpt.terminal import PlainConsole
 
 _DOING = {"calibration": "calibrating", "probe": "baseline", "readout": "readout"}
 
@@ -45,11 +45,11 @@ class RunDisplay:
 
     def __init__(self, shown: bool = True) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}", table_column=Column(min_width=10, no_wrap=True)),
+            TextColumn("{task.description}", markup=False, table_column=Column(min_width=10, no_wrap=True)),
             BarColumn(bar_width=12),
-            TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[figures]}", markup=False, table_column=Column(no_wrap=True)),
             TimeElapsedColumn(),
-            console=Console(stderr=True),
+            console=PlainConsole(stderr=True),
             disable=not shown,
         )
         self._line = self._progress.add_task("connecting", total=None, figures="")
@@ -127,9 +127,9 @@ class RunDisplay:
         """``share`` None: nobody knows how long this takes."""
         total = None if share is None else 1.0
         self._progress.update(
-            self._line, description=escape(description), total=total, completed=share or 0.0, figures=figures
+            self._line, description=plain(description), total=total, completed=share or 0.0, figures=plain(figures)
         )
 
     def _say(self, text: str, style: str | None = None) -> None:
         if not self._progress.disable:
-            self._progress.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+            self._progress.console.print(text, style=style, highlight=False, soft_wrap=True)

@@ -39,8 +39,8 @@ def poll_s(n_devices: int) -> float:
     return min(max(n_devices * POLL_S_PER_DEVICE, shortest), longest)
 
 
-RequestId: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}$")]
-Path: TypeAlias = Annotated[str, msgspec.Meta(max_length=1024, pattern=r"^/v1/[A-Za-z0-9._~%/?=&-]*$")]
+RequestId: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
+Path: TypeAlias = Annotated[str, msgspec.Meta(max_length=1024, pattern=r"^/v1/[A-Za-z0-9._~%/?=&-]*\Z")]
 
 
 Method: TypeAlias = Literal["GET", "POST", "DELETE"]

@@ -32,11 +32,30 @@
 
 from __future__ import annotations
 
+from fedbpt.plain_text import one_line
+
+MOST_SAID = 4000
+"""Longest message of an error, in characters: it may quote what others wrote."""
+
 
 class FedbptError(Exception):
-    """Base of every error raised on purpose."""
+    """Base of every error raised on purpose. Its text is one line that any terminal may show.
+
+    ``public``: the message without what it quotes of a row; all that another machine is told.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "", *, public: str | None = None) -> None:
+        super().__init__(message)
+        self.public = one_line(message if public is None else public, MOST_SAID)
+
+    def __str__(self) -> str:
+        return one_line(super().__str__(), MOST_SAID)
+
+
+class ModelWarning(UserWarning):
+    """A model that fedbpt computes otherwise than its makers do (`NativeScorer.notes`)."""
 
 
 class InputError(FedbptError, ValueError):

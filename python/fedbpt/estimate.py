@@ -16,7 +16,8 @@ from fedbpt.aggregation.base import Aggregator
 from fedbpt.aggregation.readout import EXCHANGES, ReadoutFit
 from fedbpt.bench import Measurement, Projection
 from fedbpt.errors import ConfigError
-from fedbpt.ledger import FederatedTask, epsilon_of
+from fedbpt.ledger import epsilon_of
+from fedbpt.membership import FederatedTask
 from fedbpt.messages import (
     Array,
     DeviceInfo,
@@ -239,7 +240,8 @@ def _fit_work(latent: np.ndarray, n_words: int, n_labels: int, others: tuple[Tem
 def _plan(settings: RunSettings, task: FederatedTask, work: Work) -> RoundPlan:
     return RoundPlan(
         run="run", round=100, device="device", seed=settings.seed, model_fingerprint="sha256:" + 64 * "0",
-        labels=task.labels, template=task.templates[0], prompt=settings.prompt, objective=settings.objective, work=work,
+        task=task.identity, labels=task.labels, template=task.templates[0], prompt=settings.prompt,
+        objective=settings.objective, work=work,
         deadline_s=settings.deadline_s, label_bias=tuple([0.0] * len(task.labels)),
         label_weights=tuple([1.0] * len(task.labels)) if settings.balanced else (), privacy=settings.privacy,
     )  # fmt: skip

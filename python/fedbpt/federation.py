@@ -23,8 +23,9 @@ from fedbpt.control import RunControl, Wish
 from fedbpt.errors import ConfigError, FederationError, QuorumError, StoreError
 from fedbpt.event_loop import run_to_end
 from fedbpt.fleet import Fleet
-from fedbpt.ledger import SELECTION, FederatedTask, RunLedger
+from fedbpt.ledger import SELECTION, RunLedger
 from fedbpt.members import Draft, Listener, check_names, common_model
+from fedbpt.membership import FederatedTask
 from fedbpt.messages import (
     DeviceInfo,
     EvaluateReport,
@@ -135,7 +136,7 @@ class Federation:
             self._emit(RunFinished(result=result))
             return result
         began = time.monotonic()
-        self._fleet = fleet = Fleet(self._clients, self._listener(), Pace(self.settings.stragglers))
+        self._fleet = fleet = Fleet(self._clients, self.task.identity, self._listener(), Pace(self.settings.stragglers))
         try:
             result = await self._control.unless_stopped(self._sitting(fleet, began))
         except BaseException:
@@ -159,8 +160,10 @@ class Federation:
     async def _connect(self, fleet: Fleet) -> None:
         infos = await fleet.connect()
         if len(infos) < self._needed:
+            with_task = " with the run's task" if any(map(fleet.unfit, fleet.members.values())) else ""
             raise QuorumError(
-                f"{len(infos)} of {len(self._clients)} devices answer, {self._needed} are needed{fleet.missing()}"
+                f"{len(infos)} of {len(self._clients)} devices answer{with_task}, {self._needed} are needed"
+                f"{fleet.missing()}"
             )
         model = common_model(infos)
         ledger = self._ledger
@@ -168,7 +171,7 @@ class Federation:
         fleet.round = ledger.closed + 1
         members = fleet.members.values()
         self._store.record_devices(self.run_name, {m.name: m.info for m in members if m.info is not None})
-        self._store.record_losses(self.run_name, fleet.round, {m.name: m.reason for m in members if m.info is None})
+        self._store.record_losses(self.run_name, fleet.round, {m.name: m.reason for m in members if m.state == "lost"})
         self._emit(
             RunStarted(
                 run=self.run_name,
@@ -305,7 +308,8 @@ class Federation:
         if not reports and not fleet.live:
             await fleet.settle(self.settings.deadline_s)
             reports = await fleet.evaluate(request, limit)
-        has_rows = any(member.info and member.info.n_test for member in fleet.members.values())
+        able = [member for member in fleet.members.values() if not fleet.unfit(member)]
+        has_rows = any(member.info and member.info.n_test for member in able)
         if not reports and has_rows:
             raise FederationError(
                 f"tuned, but no device could evaluate the result{fleet.missing()};"

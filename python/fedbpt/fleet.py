@@ -23,7 +23,8 @@ from fedbpt.errors import (
     QuorumError,
     WireError,
 )
-from fedbpt.members import INVITATIONS, Draft, Listener, Member, OpenRound
+from fedbpt.members import INVITATIONS, Draft, Listener, Member, OpenRound, describe_absent
+from fedbpt.membership import misfit
 from fedbpt.messages import (
     DeviceInfo,
     EvaluateReport,
@@ -34,7 +35,9 @@ from fedbpt.messages import (
     SearchHistory,
 )
 from fedbpt.pace import Pace
+from fedbpt.plain_text import MOST_TOLD, one_line
 from fedbpt.reports import check_evaluation, check_report
+from fedbpt.task_identity import TaskIdentity
 from fedbpt.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -44,22 +47,26 @@ PROBE_S: Final = (0.25, 5.0)
 
 GREETED_AT_ONCE: Final = 32
 
-SHOWN: Final = 5
-"""Devices that a line names at most."""
-
 CANCEL_S: Final = 3.0
 """How long devices may take to hear that the run stops."""
 
 
 class Fleet:
-    """The members by name. Use within one event loop; `aclose` at the end."""
+    """The members by name. Only those with ``task`` count. Use within one event loop; `aclose` at the end."""
 
-    def __init__(self, clients: Mapping[str, DeviceClient], listener: Listener, pace: Pace | None = None) -> None:
+    def __init__(
+        self,
+        clients: Mapping[str, DeviceClient],
+        task: TaskIdentity,
+        listener: Listener,
+        pace: Pace | None = None,
+    ) -> None:
         self.members = {name: Member(client) for name, client in clients.items()}
         self.round = 0
         self._listener = listener
         self._pace = pace or Pace(stragglers=0)
-        self._fingerprint = ""
+        self._task = task
+        self._fingerprint: str | None = None
         self._turns = Turns()
         self._changed = asyncio.Event()
         self._background: set[asyncio.Task[None]] = set()
@@ -72,7 +79,9 @@ class Fleet:
     # --- membership ----------------------------------------------------------------------------------------------
 
     async def connect(self) -> list[DeviceInfo]:
-        """Ask every device who it is; those that do not answer are lost. Returns the others' infos."""
+        """Ask every device who it is; those that do not answer, or have another task, are lost. Returns the others'
+        infos.
+        """
 
         turns = Turns(GREETED_AT_ONCE)
 
@@ -82,27 +91,29 @@ class Fleet:
 
         answers = await asyncio.gather(*map(greeted, self.members.values()))
         for member, answer in zip(self.members.values(), answers, strict=True):
+            problem = str(answer)
             if isinstance(answer, DeviceInfo):
                 self._meet(member, answer)
-                member.state = "live"
+                problem = self.unfit(member)
+            if problem:
+                self._lose(member, problem, probe=False)
             else:
-                self._lose(member, str(answer), probe=False)
-        return [answer for answer in answers if isinstance(answer, DeviceInfo)]
+                member.state = "live"
+        return [member.info for member in self.live if member.info is not None]
 
     def require_model(self, fingerprint: str) -> None:
         """From now on only devices with this model count; lost ones are looked for."""
         self._fingerprint = fingerprint
         for member in self.members.values():
-            if member.state == "live" and (problem := self._wrong_model(member)):
+            if member.state == "live" and (problem := self.unfit(member)):
                 self._lose(member, problem)
             elif member.state == "lost":
                 self._spawn(self._probe(member))
 
-    def _wrong_model(self, member: Member) -> str:
-        info = member.info
-        if info is None or info.model_fingerprint == self._fingerprint:
-            return ""
-        return f"it has {info.model_name} ({info.model_fingerprint}), the run uses {self._fingerprint}"
+    def unfit(self, member: Member) -> str:
+        """Why what ``member`` said of itself keeps it out of the run; empty: nothing does."""
+        found = None if member.info is None else misfit(member.info, self._fingerprint, self._task)
+        return "" if found is None else f"it {found.reason}"
 
     async def _ask(self, member: Member) -> DeviceInfo | FedbptError:
         try:
@@ -116,23 +127,24 @@ class Fleet:
         member.heard(info)
 
     def _lose(self, member: Member, reason: str, probe: bool = True, until_idle: bool = False) -> None:
+        reason = one_line(reason, MOST_TOLD)
         member.state, member.reason = "lost", reason
         self._listener.lost(member.name, self.round, reason)
         if probe:
             self._spawn(self._probe(member, until_idle))
 
     async def _probe(self, member: Member, until_idle: bool = False) -> None:
-        """Look for a lost device until it answers with the right model (and is not busy); then it is live."""
+        """Look for a lost device until it answers with model and task of the run (and is not busy); then it is live."""
         pause, longest = PROBE_S
         while True:
             await asyncio.sleep(pause)
             pause = min(pause * 2, longest)
             answer = await self._ask(member)
             if not isinstance(answer, DeviceInfo):
-                member.reason = str(answer)
+                member.reason = one_line(str(answer), MOST_TOLD)
                 continue
             self._meet(member, answer)
-            if problem := self._wrong_model(member):
+            if problem := self.unfit(member):
                 member.reason = problem
                 continue
             if answer.busy and until_idle:
@@ -275,12 +287,7 @@ class Fleet:
 
     def missing(self) -> str:
         """`` (a: why; b: why)`` of the devices that do not count now, or nothing."""
-        # A reason that the device gave itself begins with its name already.
-        reasons = [
-            f"{m.name}: {m.reason.removeprefix(f'{m.name}: ')}" for m in self.members.values() if m.state != "live"
-        ]
-        more = [f"and {len(reasons) - SHOWN} more"] if len(reasons) > SHOWN else []
-        return f" ({'; '.join(reasons[:SHOWN] + more)})" if reasons else ""
+        return describe_absent(self.members.values())
 
     async def _work(self, member: Member, plan: RoundPlan, history: SearchHistory | None) -> RoundReport:
         """One device's report on ``plan``, which is sent again where the device was restarted."""

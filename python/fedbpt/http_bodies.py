@@ -34,6 +34,7 @@ STATUS_OF_CODE: Final = {
     "unknown-search": 409,
     "replay-differs": 409,
     "wrong-model": 422,
+    "wrong-task": 422,
     "unknown-round": 404,
     "unknown-evaluation": 404,
     "unknown-question": 404,

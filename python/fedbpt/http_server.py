@@ -71,6 +71,7 @@ class HttpServer:
         self.url = url_of(host, self.port, tls.serves)
         config = uvicorn.Config(
             _ReadToTheEnd(app),
+            log_config=None,  # records go where the program's do
             log_level="warning",
             access_log=False,
             lifespan="on",

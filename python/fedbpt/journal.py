@@ -16,14 +16,17 @@ from typing import NamedTuple, TypeAlias
 
 from fedbpt import wire
 from fedbpt.errors import ConfigError
+from fedbpt.faults import public_reason, public_traceback
 from fedbpt.messages import Message, PositiveInt
+from fedbpt.plain_text import plain
 from fedbpt.runs import Event
 
 log = logging.getLogger(__name__)
 
 
 class Logged(Message, frozen=True, tag=True):
-    """What the library told Python's logging; ``exception``: the traceback, where there was one."""
+    """What the library told Python's logging; ``exception``: the traceback, where there was one, without messages that
+    may quote a row."""
 
     level: str
     logger: str
@@ -65,7 +68,7 @@ class Journal:
             self._seq += 1
             now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
             entry = Entry(seq=self._seq, time=now, sitting=self._sitting, event=event)
-            line = Line(entry, wire.encode_json(entry))
+            line = Line(entry, plain(wire.encode_json(entry).decode()).encode())
             troubles = [sink(line) for sink in self._sinks]
         for trouble in filter(None, troubles):  # without the lock: the warning may come back here as an entry
             log.warning("%s", trouble)
@@ -90,11 +93,14 @@ class _JournalHandler(logging.Handler):
     def __init__(self, journal: Journal) -> None:
         super().__init__(logging.WARNING)
         self._journal = journal
-        self._exceptions = logging.Formatter()
 
     def emit(self, record: logging.LogRecord) -> None:
-        trace = self._exceptions.formatException(record.exc_info) if record.exc_info else ""
-        self._journal(Logged(level=record.levelname, logger=record.name, message=record.getMessage(), exception=trace))
+        # A device may work in this process, and the journal's readers be elsewhere.
+        given = record.args if isinstance(record.args, tuple) else ()
+        told = tuple(public_reason(each) if isinstance(each, BaseException) else each for each in given)
+        message = record.msg % told if told else record.getMessage()
+        trace = public_traceback(record.exc_info[1]) if record.exc_info else ""
+        self._journal(Logged(level=record.levelname, logger=record.name, message=message, exception=trace))
 
 
 class LogFile:

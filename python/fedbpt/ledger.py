@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from fedbpt import wire
 from fedbpt.aggregation.base import Aggregator
 from fedbpt.aggregation.readout import ReadoutFit
 from fedbpt.errors import ConfigError, FederationError, StoreError
+from fedbpt.membership import FederatedTask
 from fedbpt.messages import (
     Array,
     DeviceInfo,
@@ -32,23 +33,10 @@ from fedbpt.pace import TextPace
 from fedbpt.privacy import epsilon, sampling_rate
 from fedbpt.reports import label_weights, mean_loss, purpose_of, template_losses
 from fedbpt.runs import Lines, RoundPurpose, RunResult, RunSettings, lines
-from fedbpt.store import RunStore, StoredRound, Traffic
+from fedbpt.store import RunStore, StoredRound, StoredRun, Traffic
 
 SELECTION: Final = 0
 """The round in which the template is chosen; calibration and search begin with round 1."""
-
-
-class FederatedTask(Protocol):
-    """What the round loop asks of a task (`fedbpt.tasks.Task`)."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def labels(self) -> tuple[str, ...]: ...
-
-    @property
-    def templates(self) -> tuple[Template, ...]: ...
 
 
 class RunLedger:
@@ -92,30 +80,45 @@ class RunLedger:
     def template_index(self) -> int:
         return self._selected
 
-    def _identity(self) -> str:
-        first, *rest = self.task.templates
+    def _identity(self, *reading: str) -> str:
         texts = "\0".join([self.settings.identity(), self.task.name, *self.task.labels])
-        digests = [wire.digest(template) for template in (first, *rest)]
+        digests = [*map(wire.digest, self.task.templates), *reading]
         return wire.digest(Template(pattern=texts, label_words=tuple(digests)))
+
+    @property
+    def identity(self) -> str:
+        """Digest of all that must stay the same from sitting to sitting."""
+        return self._identity(self.task.identity.reading)
 
     def fits_task(self) -> bool:
         """Whether the stored run is of this task and these settings."""
-        return self.store.get_run(self.run).identity == self._identity()
+        return self._fits(self.store.get_run(self.run))
+
+    def _fits(self, stored: StoredRun) -> bool:
+        # Versions before did not store how rows are read: such a run is taken to read them as this one does.
+        return stored.identity in (self.identity, self._identity())
+
+    def _require_fit(self, stored: StoredRun) -> None:
+        if not self._fits(stored):
+            raise ConfigError(f"run {self.run!r} was begun with another task or settings: give this one another name")
 
     def finished(self) -> RunResult | None:
         """The stored result, if the run ended with this very budget; refuses a run of other settings."""
         stored = self.store.find_run(self.run)
         if stored is None:
             return None
-        if stored.identity != self._identity():
-            raise ConfigError(f"run {self.run!r} was begun with another task or settings: give this one another name")
+        self._require_fit(stored)
         if stored.result is None or stored.status != "finished":
             return None
         result = wire.decode(stored.result, RunResult)
         return result if result.settings == self.settings else None
 
     def open(self, model: DeviceInfo, devices: Sequence[str]) -> None:
-        """Begin the run in the store, or resume it. ``model``: a device that has the model that all have."""
+        """Begin the run in the store, or resume it. ``model``: a device that has the model that all have.
+
+        Raises:
+            ConfigError: the stored run is of another task or other settings. FederationError: of another model.
+        """
         self._model = model
         stored = self.store.find_run(self.run)
         if stored is None:
@@ -124,17 +127,18 @@ class RunLedger:
                 task=self.task.name,
                 model_fingerprint=model.model_fingerprint,
                 model_name=model.model_name,
-                identity=self._identity(),
+                identity=self.identity,
                 settings=wire.encode(self.settings),
                 devices=devices,
             )
-        elif stored.model_fingerprint != model.model_fingerprint:
-            raise FederationError(
-                f"run {self.run!r} was begun with {stored.model_name} ({stored.model_fingerprint}),"
-                f" the devices have {model.model_name} ({model.model_fingerprint})"
-            )
         else:
-            self.store.record_settings(self.run, wire.encode(self.settings))
+            self._require_fit(stored)
+            if stored.model_fingerprint != model.model_fingerprint:
+                raise FederationError(
+                    f"run {self.run!r} was begun with {stored.model_name} ({stored.model_fingerprint}),"
+                    f" the devices have {model.model_name} ({model.model_fingerprint})"
+                )
+            self.store.record_settings(self.run, wire.encode(self.settings), self.identity)
         self.store.add_devices(self.run, devices)
         self.store.set_status(self.run, "running")
         self.is_open = True
@@ -259,6 +263,7 @@ class RunLedger:
             device=device,
             seed=self.settings.seed,
             model_fingerprint=self._model.model_fingerprint,
+            task=self.task.identity,
             labels=self.task.labels,
             template=self.template,
             prompt=self.settings.prompt,
@@ -360,6 +365,7 @@ class RunLedger:
         """To evaluate ``latents`` [k, d]; ``what``: ``readouts``, ``split``, ``max_rows``."""
         return EvaluateRequest(
             model_fingerprint=self._model.model_fingerprint,
+            task=self.task.identity,
             labels=self.task.labels,
             template=self.template,
             prompt=self.settings.prompt,

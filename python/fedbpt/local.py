@@ -17,6 +17,7 @@ from fedbpt.device_state import DeviceState
 from fedbpt.effort import Effort
 from fedbpt.errors import DataError, InputError
 from fedbpt.local_search import local_search, local_seed
+from fedbpt.membership import misfit
 from fedbpt.messages import (
     Array,
     DeviceInfo,
@@ -47,6 +48,7 @@ from fedbpt.readout import answer
 from fedbpt.sampling import mini_batch, parts_of, row_weights, under
 from fedbpt.scorer import Scorer
 from fedbpt.seeding import generator
+from fedbpt.tasks import Task
 from fedbpt.version import VERSION
 from fedbpt.wire import digest
 
@@ -63,6 +65,7 @@ class Device:
         scorer: its model.
         train_rows: (text, label index) pairs that it tunes on.
         dev_rows, test_rows: rows that choose, and that only report; may be empty.
+        task: what the rows were read for; plans for another one are refused.
         state: what it remembers of earlier rounds; None: nothing.
 
     Raises:
@@ -77,6 +80,7 @@ class Device:
         dev_rows: Sequence[Row] = (),
         test_rows: Sequence[Row] = (),
         *,
+        task: Task,
         state: DeviceState | None = None,
     ) -> None:
         if not train_rows:
@@ -84,6 +88,7 @@ class Device:
         self.name = name
         self.scorer = scorer
         self._rows = {"train": tuple(train_rows), "dev": tuple(dev_rows), "test": tuple(test_rows)}
+        self._task = task.identity
         self._objectives: OrderedDict[bytes, Objective] = OrderedDict()
         self.state = state or DeviceState()
 
@@ -115,6 +120,7 @@ class Device:
             peak_rss_bytes=int(memory.get("peak_rss", 0)),
             tokens_per_second=self.state.tokens_per_second,
             shares_beginnings=self.scorer.shares_beginnings,
+            task=self._task,
         )
 
     def run(
@@ -131,10 +137,10 @@ class Device:
             cancelled: asked between scoring calls.
 
         Raises:
-            InputError: a plan for another model, or one that makes no sense (`TaskError`, `DataError`).
+            InputError: a plan for another model or task, or one that makes no sense (`TaskError`, `DataError`).
             ScoringInterrupted: cancelled.
         """
-        self._check_model(plan.model_fingerprint)
+        self._check_fits(plan)
         began = time.monotonic()
         waited = 0.0
 
@@ -188,7 +194,7 @@ class Device:
         cancelled: Cancelled = lambda: False,
     ) -> EvaluateReport:
         """Count what each latent gets right on held-back rows. Raises as `run` does."""
-        self._check_model(request.model_fingerprint)
+        self._check_fits(request)
         latents = request.latents.numpy()
         if latents.ndim != 2 or len(latents) == 0:
             raise InputError(f"latents must have shape [k, {request.prompt.d}] with k of 1 or more")
@@ -387,9 +393,6 @@ class Device:
             self._objectives.popitem(last=False)
         return made
 
-    def _check_model(self, fingerprint: str) -> None:
-        if fingerprint != self.scorer.fingerprint:
-            raise InputError(
-                f"the plan is for the model {fingerprint}, device {self.name} has {self.scorer.name} "
-                f"({self.scorer.fingerprint}): start all devices with the same model file"
-            )
+    def _check_fits(self, asked: RoundPlan | EvaluateRequest) -> None:
+        if (found := misfit(self.info(), asked.model_fingerprint, asked.task)) is not None:
+            raise InputError(f"device {self.name} {found.reason}")

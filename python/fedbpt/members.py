@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
@@ -58,6 +58,9 @@ class Draft(NamedTuple):
     wanted: int
 
 
+MAX_NAMED: Final = 5
+"""Devices that a line names at most."""
+
 INVITATIONS: Final = 3
 """How often a device may be given the same round: it may be restarted or drop out and come back."""
 
@@ -83,6 +86,14 @@ class OpenRound:
     def may_ask(self, name: str) -> bool:
         """Whether a device that is live may be asked, again or at all."""
         return name not in self.barred and self.invited[name] < INVITATIONS
+
+
+def describe_absent(members: Iterable[Member]) -> str:
+    """`` (a: why; b: why)`` of those that are not live, the first `MAX_NAMED` of them; empty: all are."""
+    # A reason that the device gave itself begins with its name already.
+    reasons = [f"{m.name}: {m.reason.removeprefix(f'{m.name}: ')}" for m in members if m.state != "live"]
+    more = [f"and {len(reasons) - MAX_NAMED} more"] if len(reasons) > MAX_NAMED else []
+    return f" ({'; '.join(reasons[:MAX_NAMED] + more)})" if reasons else ""
 
 
 def check_names(names: Sequence[str], what: str) -> None:

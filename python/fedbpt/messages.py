@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.errors import WireError
+from fedbpt.task_identity import TaskIdentity
 
 PROTOCOL_VERSION = 1
 
@@ -26,7 +27,9 @@ LossName: TypeAlias = Literal["cross_entropy", "hinge", "nll"]
 PositiveInt: TypeAlias = Annotated[int, msgspec.Meta(ge=1)]
 NaturalInt: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
 PositiveFloat: TypeAlias = Annotated[float, msgspec.Meta(gt=0)]
-Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z")]
+Fingerprint: TypeAlias = Annotated[str, msgspec.Meta(max_length=128, pattern=r"^[!-~]*\Z")]
+Digest: TypeAlias = Annotated[str, msgspec.Meta(max_length=128)]
 
 
 def as_name(text: str) -> str:
@@ -189,7 +192,7 @@ class ReplayWork(Message, frozen=True, tag="replay"):
 
     history: SearchHistory
     known: NaturalInt
-    plan_digest: str
+    plan_digest: Digest
 
 
 class LocalWork(Message, frozen=True, tag="local"):
@@ -257,7 +260,7 @@ class RanksResult(Message, frozen=True, tag="ranks"):
 
     ranks: bytes
     fitness: float
-    check: str
+    check: Digest
 
 
 class FitResult(Message, frozen=True, tag="fit"):
@@ -282,7 +285,8 @@ class RoundPlan(Message, frozen=True):
     round: NaturalInt
     device: Name  # the name by which the coordinator knows this device; seeds its mini-batches
     seed: NaturalInt
-    model_fingerprint: str
+    model_fingerprint: Fingerprint
+    task: TaskIdentity
     labels: tuple[str, ...]
     template: Template
     prompt: PromptSpec
@@ -307,7 +311,7 @@ class RoundReport(Message, frozen=True):
     run: Name
     round: NaturalInt
     device: Name
-    plan_digest: str
+    plan_digest: Digest
     result: Result
     n_texts: PositiveInt  # rows behind the result: its weight
     evaluations: NaturalInt  # candidates scored
@@ -341,7 +345,8 @@ class EvaluateRequest(Message, frozen=True):
     ``test`` rows only report. ``label_weights``: as in a `RoundPlan`.
     """
 
-    model_fingerprint: str
+    model_fingerprint: Fingerprint
+    task: TaskIdentity
     labels: tuple[str, ...]
     template: Template
     prompt: PromptSpec
@@ -370,7 +375,7 @@ class DeviceInfo(Message, frozen=True):
 
     name: Name
     version: str
-    model_fingerprint: str
+    model_fingerprint: Fingerprint
     model_name: str
     backend: str
     n_train: NaturalInt
@@ -385,6 +390,7 @@ class DeviceInfo(Message, frozen=True):
     paused: str = ""  # why its work waits; empty: it does not
     celsius: float | None = None
     battery: float | None = None
+    task: TaskIdentity | None = None  # None: said by a version before there were any
     protocol: Literal[1] = 1
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from fedbpt.messages import PromptSpec, Template
 from fedbpt.models import CATALOGUE, CatalogueEntry, PackagedFile
+from fedbpt.plain_text import one_line, plain
+
+_MARKUP = re.compile(r"[\\`*_{}\[\]<>&~$@#]|:(?=//)|(?<=\bwww)\.|^[-+=]", re.IGNORECASE)
 
 PLACES = {
     "cue": "in place of the answer cue's last {n} token(s)",
@@ -35,6 +40,16 @@ _TRAINING = {
     "peft_version": "PEFT version",
     "base_model": "base model, as the adapter says",
 }
+
+
+FACTORS_AFTER_EMBEDDING = {
+    "afmoe": "√n_embd where its configuration says mup_enabled",
+    "granite": "its embedding_multiplier",
+    "granite_swa": "its embedding_multiplier",
+    "granitemoe": "its embedding_multiplier",
+    "hrm_text": "its embedding_scale",
+}
+"""Architectures whose embeddings transformers (5.x) multiplies after ``inputs_embeds``, not before, and by what."""
 
 
 class Described(Protocol):
@@ -68,6 +83,17 @@ def known_model(name: str, fingerprint: str) -> CatalogueEntry | None:
     return entry if fingerprint == f"sha256:{entry.source.sha256}" else None
 
 
+def scale_notes(architecture: str) -> tuple[str, ...]:
+    """Where rows are not what transformers takes as ``inputs_embeds``: how they differ, one line; else none."""
+    factor = FACTORS_AFTER_EMBEDDING.get(architecture)
+    if factor is None:
+        return ()
+    return (
+        "Rows are what the first layer reads. Transformers multiplies the inputs_embeds of "
+        f"{architecture} by {factor}: divide rows by it to pass them there.",
+    )
+
+
 def model_card(prompt: Described, use: str, library: str = "fedbpt") -> str:
     """The card of a prompt, Markdown.
 
@@ -79,7 +105,7 @@ def model_card(prompt: Described, use: str, library: str = "fedbpt") -> str:
     known = known_model(prompt.model_name, prompt.model_fingerprint)
     parts = [
         _front_matter(prompt, known, library),
-        f"# {prompt.task_name}: a soft prompt for {prompt.model_name}\n",
+        f"# {as_markdown(prompt.task_name)}: a soft prompt for {as_markdown(prompt.model_name)}\n",
         f"{prompt.n_prompt} row(s) of {prompt.n_embd} numbers that adapt a frozen language model to a task, "
         f"{PLACES[prompt.spec.placement].format(n=prompt.n_prompt)}. Made with fedbpt.\n",
         "## Model\n\n" + _model(prompt, known),
@@ -99,14 +125,28 @@ def model_card(prompt: Described, use: str, library: str = "fedbpt") -> str:
 def use_in_fedbpt(prompt: Described, file_name: str) -> str:
     """How a prompt file is loaded, as Markdown. Model and task go by name where fedbpt knows them."""
     model = prompt.model_name if prompt.model_name in CATALOGUE else f"{prompt.model_name}.gguf"
-    return (
-        f"```console\n$ fedbpt evaluate {file_name} --model {model} --task {prompt.task_name} --data rows.csv\n```\n\n"
-        "```python\nimport fedbpt\n\n"
+    file, of_model, task = (shlex.quote(one_line(name)) for name in (file_name, model, prompt.task_name))
+    command = f"$ fedbpt evaluate {file} --model {of_model} --task {task} --data rows.csv\n"
+    code = (
+        "import fedbpt\n\n"
         f"scorer = fedbpt.load_model({json.dumps(model)})\n"
         f"task = fedbpt.tasks.load({json.dumps(prompt.task_name)})  # or its task file\n"
         f"prompt = fedbpt.Prompt.load({json.dumps(file_name)})\n"
-        "fedbpt.evaluate(scorer, task, rows, prompt=prompt)\n```\n"
+        "fedbpt.evaluate(scorer, task, rows, prompt=prompt)\n"
     )
+    return f"{fenced(command, 'console')}\n{fenced(code, 'python')}"
+
+
+def as_markdown(text: str) -> str:
+    """Markdown that shows ``text``, on one line: nothing in it is markup, a link or HTML."""
+    escaped = _MARKUP.sub(r"\\\g<0>", one_line(text))
+    return re.sub(r"^(\d+)([.)])", r"\1\\\2", escaped)  # no item of a list
+
+
+def fenced(code: str, language: str = "") -> str:
+    """A block of code, which ends where its fence does and no sooner. ``code`` ends with a line feed."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
+    return f"{fence}{language}\n{plain(code)}{fence}\n"
 
 
 def _front_matter(prompt: Described, known: CatalogueEntry | None, library: str) -> str:
@@ -123,17 +163,19 @@ def _front_matter(prompt: Described, known: CatalogueEntry | None, library: str)
 
 
 def _model(prompt: Described, known: CatalogueEntry | None) -> str:
-    lines = [("name", prompt.model_name)]
+    lines = [("name", as_markdown(prompt.model_name))]
     if known is not None:
         lines.append(("model", known.description))
-    lines += [("architecture", prompt.architecture), ("file", f"`{prompt.model_fingerprint}`")]
-    return _table(("", ""), lines) + "\nThe prompt fits this very file: other weights differ, in another format, too.\n"
+    lines += [("architecture", as_markdown(prompt.architecture)), ("file", _span(prompt.model_fingerprint))]
+    told = "".join(f"\n{note}\n" for note in scale_notes(prompt.architecture))
+    fits = "\nThe prompt fits this very file: other weights differ, in another format, too.\n"
+    return _table(("", ""), lines) + fits + told
 
 
 def _task(prompt: Described) -> str:
-    text = f"`{prompt.task_name}`. A text is put to the model as\n\n{_code(prompt.template.pattern)}\n"
+    text = f"{_span(prompt.task_name)}. A text is put to the model as\n\n{_pattern(prompt.template)}\n"
     if prompt.labels:
-        words = [(label, f"`{json.dumps(w, ensure_ascii=False)}`") for label, w in _words(prompt)]
+        words = [(as_markdown(label), _span(json.dumps(word, ensure_ascii=False))) for label, word in _words(prompt)]
         text += "and is given the label whose word the model finds likeliest after it.\n\n"
         text += _table(("label", "word"), words)
     else:
@@ -142,7 +184,7 @@ def _task(prompt: Described) -> str:
         text += f"\nA readout, fitted to training rows, corrects scores by the logits of {prompt.n_words} words.\n"
     if prompt.others:
         text += "\nThe labels' log-probabilities are averaged with those of the model without the prompt, asked as\n\n"
-        text += "\n".join(_code(other.pattern) for other in prompt.others)
+        text += "\n".join(map(_pattern, prompt.others))
     return text
 
 
@@ -156,9 +198,10 @@ def _results(told: Mapping[str, Any]) -> str:
     figure = "accuracy" if "tuned_accuracy" in told else "perplexity"
     for key, title in (("zero_shot", "zero-shot"), ("tuned", "tuned")):
         value = told.get(f"{key}_{figure}")
-        if value is not None:
+        if _is_number(value):
             low_high = told.get(f"{key}_interval")
-            interval = f"{low_high[0]:.3f} – {low_high[1]:.3f}" if low_high else ""
+            known = isinstance(low_high, list | tuple) and len(low_high) == 2 and all(map(_is_number, low_high))
+            interval = f"{low_high[0]:.3f} – {low_high[1]:.3f}" if known and low_high else ""
             lines.append((title, f"{value:.3f}", interval, _figure(told.get(f"{key}_n", ""))))
     return _table(("", figure, "95 % interval", "rows"), lines) if lines else ""
 
@@ -168,16 +211,27 @@ def _licence(known: CatalogueEntry | None) -> str:
     return text if known is None else f"{text}The model's licence: {known.licence}.\n"
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _figure(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
+    if not _is_number(value):
+        return as_markdown(str(value))
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _code(pattern: str) -> str:
-    return f"```\n{pattern}\n```\n"
+def _pattern(template: Template) -> str:
+    return fenced(f"{template.pattern}\n")
+
+
+def _span(text: str) -> str:
+    """``text`` as code, where that needs no escapes: within code there are none."""
+    line = one_line(text)
+    return as_markdown(line) if "`" in line or "\\" in line else f"`{line}`"
 
 
 def _table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Of cells in Markdown."""
     rows = [headings, ["---"] * len(headings), *lines]
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)

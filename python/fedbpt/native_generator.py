@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from fedbpt.checking import utf8
 from fedbpt.errors import InputError
 from fedbpt.generator import SEEDS, Placed, Sampling, Token, check_rows
 from fedbpt.models import WatchedFiles
@@ -60,10 +61,11 @@ class NativeGenerator:
         return self._generator.is_end(token)
 
     def chat_ids(self, messages: Sequence[tuple[str, str]]) -> NDArray[np.int32]:
-        for role, content in messages:
-            if self._generator.has_special(role) or self._generator.has_special(content) or "\0" in role + content:
+        encoded = [(utf8(role, "a message's role"), utf8(content, "a message")) for role, content in messages]
+        for role, content in encoded:
+            if self._generator.has_special(role) or self._generator.has_special(content) or b"\0" in role + content:
                 raise InputError("a message holds text that this model takes for a control token: leave that out")
-        return self._generator.chat_ids(list(messages))
+        return self._generator.chat_ids(encoded)
 
 
 class NativeStream:

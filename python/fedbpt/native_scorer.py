@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,7 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedbpt import models
-from fedbpt.errors import InputError
+from fedbpt.checking import printable, utf8
+from fedbpt.errors import InputError, ModelWarning
 from fedbpt.memory import memory_of_process
 from fedbpt.messages import Placement
 from fedbpt.models.trial import TrialSettings, run_once
@@ -70,6 +72,9 @@ def load_model(
         UnsupportedModelError: no causal decoder, or an architecture that soft prompts do not work with.
         InputError: no or too many threads, GPU layers where there is no (such) GPU, a ``kv_type`` that the
             model's attention heads do not divide into.
+
+    Warns:
+        ModelWarning: llama.cpp computes the model otherwise than its makers do (`NativeScorer.notes`).
     """
     path = models.locate(Path(name_or_path) if isinstance(name_or_path, os.PathLike) else name_or_path)
     return NativeScorer(path, str(name_or_path), n_threads, n_gpu_layers, gpu, kv_budget_bytes, kv_type, late)
@@ -97,7 +102,7 @@ def _engine(path: Path, settings: TrialSettings) -> _native.Engine:
 
     run_once(path, settings)
     q8_0 = settings.kv_type == "q8_0"
-    return _native.Engine(str(path), settings.n_threads, settings.n_gpu_layers, settings.gpu or "", q8_0)
+    return _native.Engine(os.fsencode(path), settings.n_threads, settings.n_gpu_layers, settings.gpu or "", q8_0)
 
 
 class NativeScorer:
@@ -119,7 +124,7 @@ class NativeScorer:
         if kv_type not in ("f16", "q8_0"):
             raise InputError(f"kv_type must be 'f16' or 'q8_0', got {kv_type!r}")
         self.path = path
-        self.name = path.stem if name and name.endswith(".gguf") else name or path.stem
+        self.name = printable(path.stem if name and name.endswith(".gguf") else name or path.stem)
         self.kv_budget_bytes = kv_budget_bytes
         self._given = name or str(path)
         self._n_gpu_layers, self._gpu = n_gpu_layers, gpu
@@ -145,6 +150,8 @@ class NativeScorer:
                 with self._files.unchanged():
                     loaded = self._load()
                 self._loaded = loaded
+                for note in loaded.notes:
+                    warnings.warn(f"{self.name}: {note}", ModelWarning, stacklevel=2)
             return self._loaded
 
     @property
@@ -167,6 +174,16 @@ class NativeScorer:
     @property
     def architecture(self) -> str:
         return str(self._engine.architecture)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What llama.cpp computes otherwise than the model's makers do, a sentence each; of a late model none yet."""
+        return tuple(self._loaded.notes) if self._loaded is not None else ()
+
+    @property
+    def embedding_scale(self) -> float:
+        """What the model multiplies token embeddings by before its first layer; soft prompt rows are given after it."""
+        return float(self._engine.embedding_scale)
 
     @property
     def backend(self) -> str:
@@ -195,7 +212,7 @@ class NativeScorer:
 
     def tokenize(self, text: str, add_bos: bool | None = None) -> NDArray[np.int32]:
         """Token ids [n]. ``add_bos`` None: as the model was trained. Special tokens in ``text`` are plain text."""
-        ids: NDArray[np.int32] = self._engine.tokenize(text, add_bos)
+        ids: NDArray[np.int32] = self._engine.tokenize(utf8(text, "text"), add_bos)
         return ids
 
     def token_embeddings(self, ids: ArrayLike) -> NDArray[np.float32]:

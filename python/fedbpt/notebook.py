@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from fedbpt.display import RunDisplay
+from fedbpt.plain_text import plain
 
 
 def in_notebook() -> bool:
@@ -68,7 +69,7 @@ class NotebookDisplay(RunDisplay):
     def __repr__(self) -> str:
         description, share, figures = self._now
         done = "" if share is None else f"  {100 * share:.0f} %"
-        return "\n".join([*(text for text, _ in self._said), f"{description}{done}  {figures}"])
+        return plain("\n".join([*(text for text, _ in self._said), f"{description}{done}  {figures}"]))
 
     def _repr_html_(self) -> str:
         description, share, figures = self._now

@@ -6,6 +6,8 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, Literal, NamedTuple
 
+from fedbpt.plain_text import plain
+
 CONTENT_TYPE: Final = "text/plain; version=0.0.4"
 
 _ESCAPES: Final = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
@@ -60,5 +62,5 @@ class Histogram:
 
 
 def _labels(labels: Mapping[str, str]) -> str:
-    inside = ",".join(f'{name}="{value.translate(_ESCAPES)}"' for name, value in labels.items())
+    inside = ",".join(f'{name}="{plain(value).translate(_ESCAPES)}"' for name, value in labels.items())
     return f"{{{inside}}}" if inside else ""

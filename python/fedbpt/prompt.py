@@ -22,6 +22,7 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from fedbpt.checking import DECODE_ERRORS
 from fedbpt.errors import InputError, PromptError
 from fedbpt.html_tables import html_table
 from fedbpt.messages import Array, PromptSpec, Readout, Template
@@ -180,7 +181,7 @@ class Prompt:
             PromptError: that fails.
         """
         target = Path(path)
-        write(card_path(target), model_card(self, use_in_fedbpt(self, target.name)).encode())
+        write_card(target, model_card(self, use_in_fedbpt(self, target.name)))
         write(target, self.to_bytes())
         return target
 
@@ -220,7 +221,7 @@ class Prompt:
         try:
             tensors = safetensors.numpy.load(content)
             metadata = _metadata(content)
-        except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        except (safetensors.SafetensorError, *DECODE_ERRORS, KeyError) as error:
             raise PromptError(f"{source} is not a safetensors file, or is cut short") from error
         if _KEY not in metadata or set(tensors) not in _TENSOR_SETS:
             raise PromptError(f"{source} is a safetensors file but not a prompt that fedbpt saved")
@@ -281,6 +282,11 @@ def card_path(prompt_path: Path) -> Path:
     return prompt_path.with_name(f"{prompt_path.name}.md")
 
 
+def write_card(prompt_path: Path, card: str) -> None:
+    """Write a model card beside a prompt file. Raises `PromptError` where that fails."""
+    write(card_path(prompt_path), card.encode(errors="backslashreplace"))  # it names files, whose names may be no UTF-8
+
+
 def write(target: Path, content: bytes) -> None:
     """Write a file, whole or not at all. Raises `PromptError` where that fails."""
     partial = target.with_name(f".{target.name}.{os.getpid()}.part")
@@ -306,7 +312,7 @@ def _header(text: str, source: str) -> _Header:
         if number != FORMAT:
             raise PromptError(f"{source} has prompt format {number}, this fedbpt reads {FORMAT}: update fedbpt")
         return msgspec.json.decode(text, type=_Header)
-    except (ValueError, KeyError, TypeError, msgspec.DecodeError) as error:
+    except (*DECODE_ERRORS, KeyError, TypeError) as error:
         raise PromptError(f"{source} is damaged: {error}") from error
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
-from fedbpt.messages import Message, NaturalInt, PositiveInt
+from fedbpt.errors import WireError
+from fedbpt.messages import Fingerprint, Message, NaturalInt, PositiveInt
 
 MAX_TOKENS = 4096
 """Longest answer that may be asked for."""
 
 DEFAULT_TOKENS = 64
 """Longest answer where nobody asks for another."""
+
+
+Said: TypeAlias = Annotated[str, msgspec.Meta(max_length=2**20)]
+Probability: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 class Question(Message, frozen=True):
@@ -22,7 +28,7 @@ class Question(Message, frozen=True):
     The others say how text is generated, where the prompt does not classify.
     """
 
-    model_fingerprint: str
+    model_fingerprint: Fingerprint
     prompt: Annotated[bytes, msgspec.Meta(max_length=8 * 2**20)]
     text: Annotated[str, msgspec.Meta(min_length=1, max_length=100_000)]
     max_text_tokens: PositiveInt | None = None
@@ -41,8 +47,14 @@ class Answer(Message, frozen=True):
     each side has said so far. ``n``: how many pieces that is.
     """
 
-    probabilities: tuple[tuple[float, ...], ...] = ()
-    texts: tuple[str, str] = ("", "")
+    probabilities: Annotated[tuple[tuple[Probability, ...], ...], msgspec.Meta(max_length=2)] = ()
+    texts: tuple[Said, Said] = ("", "")
     n: NaturalInt = 0
     done: bool = False
     protocol: Literal[1] = 1
+
+
+def check_answer(answer: Answer, labels: Sequence[str]) -> None:
+    """Raises `WireError` unless a finished answer has a probability of each of ``labels`` on both sides, or texts."""
+    if [len(side) for side in answer.probabilities] != [len(labels)] * (2 if labels else 0):
+        raise WireError(f"the answer is not one for {len(labels)} labels")

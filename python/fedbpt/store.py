@@ -188,10 +188,10 @@ class RunStore(Database):
             rows = [(run, device) for device in devices]
             db.executemany("INSERT OR IGNORE INTO devices (run, device) VALUES (?, ?)", rows)
 
-    def record_settings(self, run: str, settings: bytes) -> None:
-        """The settings of a later sitting of ``run``: its budget may have changed."""
+    def record_settings(self, run: str, settings: bytes, identity: str) -> None:
+        """The settings of a later sitting of ``run``: its budget may have changed, and ``identity`` may say more."""
         with self._transaction() as db:
-            db.execute("UPDATE runs SET settings = ? WHERE run = ?", (settings, run))
+            db.execute("UPDATE runs SET settings = ?, identity = ? WHERE run = ?", (settings, identity, run))
 
     def set_status(
         self,

@@ -20,6 +20,7 @@ from typing import Final
 
 import msgspec
 
+from fedbpt.checking import DECODE_ERRORS
 from fedbpt.errors import ConfigError
 
 TOKEN_BYTES: Final = 32
@@ -85,9 +86,10 @@ class Credentials:
     @classmethod
     def load(cls, path: Path) -> Credentials:
         """Raises `ConfigError` where the file is absent, damaged, or open to others."""
+        content = read_private(path)
         try:
-            return msgspec.json.decode(read_private(path), type=cls)
-        except msgspec.DecodeError as error:
+            return msgspec.json.decode(content, type=cls)
+        except DECODE_ERRORS as error:
             raise ConfigError(f"{path} holds no device's credentials: enrol the device again (--enrol)") from error
 
 

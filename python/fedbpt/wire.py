@@ -3,6 +3,7 @@
 A body is one message of a type that the route names. What is refused, with `WireError`: a body over
 `MAX_BODY_BYTES`, anything that is not the type (unknown, missing or ill-typed fields, nesting too deep), an array
 whose bytes do not fit its shape, NaN or infinity anywhere, an array whose Euclidean norm exceeds `MAX_NORM`.
+What a machine says to people in free text (`ErrorReply`, ...) is cut, not refused.
 Nothing is ever unpickled.
 """
 
@@ -10,14 +11,17 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Final, TypeVar
 
 import msgspec
 import numpy as np
 
+from fedbpt.checking import DECODE_ERRORS, half_character
 from fedbpt.errors import WireError
-from fedbpt.messages import Array, Message
+from fedbpt.messages import Array, DeviceInfo, ErrorReply, Message, RoundProgress
+from fedbpt.plain_text import MOST_TOLD, one_line
 
 CONTENT_TYPE: Final = "application/vnd.fedbpt.v1+msgpack"
 JSON_TYPE: Final = "application/json"
@@ -28,17 +32,30 @@ MAX_BODY_BYTES: Final = 16 * 2**20
 MAX_NORM: Final = 1e9
 """Largest Euclidean norm of any array. Losses and latents of a sane run stay many orders below."""
 
+_TOLD: Final[Mapping[type[Message], tuple[str, ...]]] = {
+    DeviceInfo: ("version", "model_name", "backend", "paused"),
+    ErrorReply: ("code", "message"),
+    RoundProgress: ("error", "paused"),
+}
+"""Free text for people. What is received of it becomes one plain line of at most `MOST_TOLD` characters."""
+
 M = TypeVar("M", bound=Message)
 
 
 def encode(message: Message) -> bytes:
-    """MessagePack bytes. Deterministic: equal messages give equal bytes."""
-    return msgspec.msgpack.encode(message)
+    """MessagePack bytes. Deterministic: equal messages give equal bytes. Raises `WireError` for what has none."""
+    try:
+        return msgspec.msgpack.encode(message)
+    except (UnicodeEncodeError, OverflowError) as error:
+        raise WireError(f"a {type(message).__name__} cannot be sent: {_unsendable(error)}") from error
 
 
 def encode_json(message: Message) -> bytes:
-    """JSON bytes; arrays' data as base64."""
-    return msgspec.json.encode(message)
+    """JSON bytes; arrays' data as base64. Raises as `encode` does."""
+    try:
+        return msgspec.json.encode(message)
+    except (UnicodeEncodeError, OverflowError) as error:
+        raise WireError(f"a {type(message).__name__} cannot be sent: {_unsendable(error)}") from error
 
 
 def decode(body: bytes, kind: type[M], limit: int = MAX_BODY_BYTES) -> M:
@@ -46,8 +63,8 @@ def decode(body: bytes, kind: type[M], limit: int = MAX_BODY_BYTES) -> M:
     _check_size(body, limit)
     try:
         message: M = _msgpack_decoder(kind).decode(body)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise WireError(f"not a valid {kind.__name__}: {error}") from error
+    except DECODE_ERRORS as error:
+        raise WireError(f"not a valid {kind.__name__}: {one_line(str(error), MOST_TOLD)}") from error
     return _checked(message)
 
 
@@ -56,8 +73,8 @@ def decode_json(body: bytes, kind: type[M], limit: int = MAX_BODY_BYTES) -> M:
     _check_size(body, limit)
     try:
         message: M = _json_decoder(kind).decode(body)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise WireError(f"not a valid {kind.__name__}: {error}") from error
+    except DECODE_ERRORS as error:
+        raise WireError(f"not a valid {kind.__name__}: {one_line(str(error), MOST_TOLD)}") from error
     return _checked(message)
 
 
@@ -75,7 +92,15 @@ def check(message: Message) -> None:
     _check_value(message, type(message).__name__)
 
 
+def _unsendable(error: Exception) -> str:
+    if isinstance(error, UnicodeEncodeError):
+        return f"a text in it holds {half_character(error.object)}"
+    return "a number in it is too large"
+
+
 def _checked(message: M) -> M:
+    for field in _TOLD.get(type(message), ()):
+        msgspec.structs.force_setattr(message, field, one_line(getattr(message, field), MOST_TOLD))
     check(message)
     return message
 

@@ -68,7 +68,9 @@ py::list tensor_shapes_of(const std::string & path) {
     }
     py::list shapes;
     for (const TensorShape & tensor : found) {
-        shapes.append(py::make_tuple(tensor.name, py::tuple(py::cast(tensor.shape))));
+        // in a damaged file a name need not be UTF-8
+        const auto name = py::reinterpret_steal<py::object>(PyUnicode_DecodeUTF8(tensor.name.data(), static_cast<py::ssize_t>(tensor.name.size()), "backslashreplace"));
+        shapes.append(py::make_tuple(name, py::tuple(py::cast(tensor.shape))));
     }
     return shapes;
 }

@@ -125,6 +125,8 @@ void register_scorer(py::module_ & module) {
         .def("interrupt", [](Engine & engine) { engine.scorer.interrupt(); }, "Make the scoring call in flight raise ScoringInterrupted.")
         .def("embedding_std", [](const Engine & engine) { return engine.model->embedding_std(); }, py::call_guard<py::gil_scoped_release>())
         .def_property_readonly("shares_beginnings", [](const Engine & engine) { return engine.model->has_row_attention(); })
+        .def_property_readonly("embedding_scale", [](const Engine & engine) { return engine.model->embedding_scale(); })
+        .def_property_readonly("notes", [](const Engine & engine) { return engine.model->notes(); })
         .def("memory", &memory, "bytes by part")
         .def_property_readonly("n_embd", [](const Engine & engine) { return engine.model->n_embd(); })
         .def_property_readonly("n_vocab", [](const Engine & engine) { return engine.model->n_vocab(); })

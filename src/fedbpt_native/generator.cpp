@@ -140,7 +140,6 @@ void Generator::drop(Sequence & sequence) {
     }
     sequence.input      = {};
     sequence.n_computed = 0;
-    sequence.is_whole   = true;
 }
 
 // Has the sequence begin with what is computed of `input` already, in whichever sequence the most is. Returns how much that is.
@@ -149,7 +148,7 @@ size_t Generator::adopt(Sequence & sequence, Input input) {
     size_t           most = 0;
     for (const Sequence & other : sequences_) {
         const size_t n = std::min({ common(other.input, input), other.n_computed, input.ids.size() - 1 });  // the last token gives the logits
-        if (n > most && (other.is_whole || n == other.n_computed)) {
+        if (n > most && other.is_long == is_long(input)) {
             best = &other;
             most = n;
         }
@@ -162,7 +161,7 @@ size_t Generator::adopt(Sequence & sequence, Input input) {
             llama_memory_seq_cp(llama_get_memory(ctx_.get()), best->id, sequence.id, 0, static_cast<llama_pos>(most));
         }
     }
-    sequence.is_whole   = best == nullptr || best->is_whole;
+    sequence.is_long    = is_long(input);
     sequence.input      = std::move(input);
     sequence.n_computed = most;
     return most;
@@ -172,11 +171,11 @@ size_t Generator::adopt(Sequence & sequence, Input input) {
 void Generator::keep_head(const Sequence & sequence) {
     const Input & input = sequence.input;
     const size_t  n     = input.rows_at + input.rows.size()/static_cast<size_t>(model_->n_embd());
-    if (input.rows.empty() || n >= sequence.n_computed || !sequence.is_whole) {
+    if (input.rows.empty() || n >= sequence.n_computed) {
         return;
     }
     for (Sequence & head : sequences_) {
-        if (head.is_head && head.n_computed == n && common(head.input, input) == n) {
+        if (head.is_head && head.n_computed == n && head.is_long == sequence.is_long && common(head.input, input) == n) {
             head.last_used = ++clock_;
             return;
         }
@@ -185,6 +184,7 @@ void Generator::keep_head(const Sequence & sequence) {
     drop(head);
     head.input      = { { input.ids.begin(), input.ids.begin() + static_cast<std::ptrdiff_t>(n) }, input.rows, input.rows_at };
     head.n_computed = n;
+    head.is_long    = sequence.is_long;
     head.last_used  = ++clock_;
     llama_memory_seq_cp(llama_get_memory(ctx_.get()), sequence.id, head.id, 0, static_cast<llama_pos>(n));
 }
@@ -211,14 +211,12 @@ void Generator::ensure_context(size_t n_cells) {
 
 // A new context of at least so many cells, with the KV of the texts that are being generated.
 void Generator::grow(size_t n_cells) {
-    const auto n_swa = static_cast<size_t>(llama_model_n_swa(model_->get()));
     std::vector<std::pair<Sequence *, std::vector<uint8_t>>> saved;
     for (Sequence & sequence : sequences_) {
         if (sequence.is_live() && sequence.n_computed > 0) {
             std::vector<uint8_t> state(llama_state_seq_get_size(ctx_.get(), sequence.id));
             state.resize(llama_state_seq_get_data(ctx_.get(), state.data(), state.size(), sequence.id));
             saved.emplace_back(&sequence, std::move(state));
-            sequence.is_whole = sequence.is_whole && (n_swa == 0 || sequence.n_computed <= n_swa);
         }
         sequence.n_computed = 0;
     }
@@ -313,6 +311,11 @@ Choice Generator::next(Stream & stream, size_t n_likeliest, const std::function<
 // The logits after the sequence's last token.
 const float * Generator::compute(Sequence & sequence) {
     const size_t n = sequence.input.ids.size();
+    if (sequence.is_long != is_long(sequence.input)) {  // the text has grown past what LongRoPE's short factors are for
+        llama_memory_seq_rm(llama_get_memory(ctx_.get()), sequence.id, -1, -1);
+        sequence.n_computed = 0;
+        sequence.is_long    = is_long(sequence.input);
+    }
     while (sequence.n_computed < n) {
         compute_part(sequence, std::min(n, sequence.n_computed + kBatch));
     }
@@ -337,6 +340,7 @@ void Generator::compute_part(Sequence & sequence, size_t end) {
         llama_soft_prompt_set(ctx_.get(), sequence.id, static_cast<llama_pos>(input.rows_at), static_cast<int32_t>(n_rows), input.rows.data());
     }
 
+    llama_soft_prompt_set_text_length(ctx_.get(), model_->rope_length(sequence.is_long));
     next_stop_check_ = {};
     if (on_abort(this)) {
         throw ScoringInterrupted("the text was interrupted");
@@ -368,7 +372,6 @@ void Generator::reset() {
     llama_soft_prompt_clear(ctx_.get());
     for (Sequence & sequence : sequences_) {
         sequence.n_computed = 0;
-        sequence.is_whole   = true;
     }
 }
 

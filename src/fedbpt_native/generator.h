@@ -85,7 +85,7 @@ private:
         size_t              n_computed = 0;
         llama_seq_id        id         = 0;
         bool                is_head    = false;
-        bool                is_whole   = true;  // else layers with a sliding window hold what the last token sees alone
+        bool                is_long    = false;  // computed with LongRoPE's long factors
         uint64_t            last_used  = 0;
         std::weak_ptr<char> owner;     // a stream's alive_
 
@@ -95,6 +95,7 @@ private:
     void validate(const Input & input, const Sampling & sampling) const;
     size_t common(const Input & a, const Input & b) const;
     const float * row_of(const Input & input, size_t i) const;
+    bool is_long(const Input & input) const { return model_->is_long(input.ids.size()); }
 
     Sequence * oldest(bool is_head);
     size_t adopt(Sequence & sequence, Input input);

@@ -34,10 +34,28 @@ void drop_prefix(std::string & line) {
     }
 }
 
+// What a terminal would obey is escaped, as fedbpt.plain_text does: llama.cpp quotes the metadata of a model file.
+void print_plain(const char * text) {
+    for (const auto * c = reinterpret_cast<const unsigned char *>(text); *c != 0; ++c) {
+        const bool is_c1   = c[0] == 0xc2 && c[1] >= 0x80 && c[1] <= 0x9f;
+        const bool is_bidi = c[0] == 0xe2 && ((c[1] == 0x80 && c[2] >= 0xaa && c[2] <= 0xae) || (c[1] == 0x81 && c[2] >= 0xa6 && c[2] <= 0xa9));
+        if ((c[0] < 0x20 && c[0] != '\n' && c[0] != '\t') || c[0] == 0x7f) {
+            std::fprintf(stderr, "\\u%04x", c[0]);
+        } else if (is_c1) {
+            std::fprintf(stderr, "\\u%04x", *++c);
+        } else if (is_bidi) {
+            std::fprintf(stderr, "\\u20%02x", ((c[1] & 0x3) << 6) | (c[2] & 0x3f));
+            c += 2;
+        } else {
+            std::fputc(*c, stderr);
+        }
+    }
+}
+
 void on_log(ggml_log_level level, const char * text, void * /*user_data*/) {
     static const bool echo = std::getenv("FEDBPT_LLAMA_LOG") != nullptr;
     if (echo) {
-        std::fputs(text, stderr);
+        print_plain(text);
     }
     if (level == GGML_LOG_LEVEL_ERROR) {
         keep_error(text);

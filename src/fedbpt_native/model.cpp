@@ -18,6 +18,7 @@
 #include "llama-soft-prompt.h"
 #include "log.h"
 #include "model_file.h"
+#include "model_notes.h"
 #include "parts.h"
 
 namespace fedbpt {
@@ -91,7 +92,9 @@ Model::Model(ModelPtr model, std::vector<std::string> paths, std::string archite
       architecture_(std::move(architecture)),
       n_embd_(llama_model_n_embd(model_.get())),
       n_vocab_(llama_vocab_n_tokens(vocab_)),
-      n_ctx_train_(llama_model_n_ctx_train(model_.get())) {}
+      n_ctx_train_(llama_model_n_ctx_train(model_.get())),
+      long_rope_from_(llama_soft_prompt_long_rope_from(model_.get())),
+      notes_(notes_on(paths_.front(), model_.get())) {}
 
 std::shared_ptr<const Model> Model::load(const std::string & any_part, int32_t n_gpu_layers, const std::string & gpu) {
     start_backends();

@@ -45,6 +45,9 @@ public:
     // over all entries of the embedding table, in the same scale
     double embedding_std() const;
 
+    // what llama.cpp computes otherwise than the model's makers do, a sentence each
+    const std::vector<std::string> & notes() const { return notes_; }
+
     void check_token(llama_token id, const char * what) const;
 
     llama_model * get() const { return model_.get(); }
@@ -53,9 +56,18 @@ public:
     int32_t n_ctx_train() const { return n_ctx_train_; }
     uint64_t n_params() const { return llama_model_n_params(model_.get()); }
     uint64_t size_bytes() const { return llama_model_size(model_.get()); }
-    bool is_f32() const { return (llama_model_ftype(model_.get()) & ~LLAMA_FTYPE_GUESSED) == LLAMA_FTYPE_ALL_F32; }
+    // whether all matrices of its layers are
+    bool is_f32() const { return llama_soft_prompt_is_f32(model_.get()); }
     // with it a token's bits do not depend on what is computed beside it; f32 models have no flash attention
     bool has_row_attention() const { return !is_f32() && llama_soft_prompt_has_row_attention(model_.get()); }
+
+    // what token embeddings are multiplied by before the first layer; rows are given after it
+    float embedding_scale() const { return llama_soft_prompt_embedding_scale(model_.get()); }
+
+    // whether a text of so many tokens takes LongRoPE's long factors: by its own length, as in transformers
+    bool is_long(size_t n_tokens) const { return long_rope_from_ > 0 && n_tokens > long_rope_from_; }
+    // what llama_soft_prompt_set_text_length takes
+    uint32_t rope_length(bool is_long) const { return long_rope_from_ + is_long; }
     bool fits_kv(ggml_type type) const { return llama_soft_prompt_head_size(model_.get()) % ggml_blck_size(type) == 0; }
     const std::string & architecture() const { return architecture_; }
     std::string description() const;
@@ -70,6 +82,8 @@ private:
     int32_t                  n_embd_;
     int32_t                  n_vocab_;
     int32_t                  n_ctx_train_;
+    uint32_t                 long_rope_from_;  // 0: none
+    std::vector<std::string> notes_;
 };
 
 }  // namespace fedbpt

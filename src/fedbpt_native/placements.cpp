@@ -100,14 +100,11 @@ TextKvPtr Scorer::compute_kv(const Request & request, size_t i) {
 
     size_t done = 0;
     if (model_->has_row_attention()) {
-        const auto [like, n_same] = texts_.longest(text->tokens);
+        const auto [like, n_same] = texts_[is_long_].longest(text->tokens);
         if (like && n_same == text->tokens.size() && n_same == like->tokens.size()) {
             return like;
         }
-        // with a sliding window, a state holds of the layers that have it what the last token sees alone
-        const auto n_swa = static_cast<size_t>(llama_model_n_swa(model_->get()));
-        const bool whole = n_swa == 0 || like == nullptr || like->tokens.size() <= n_swa || n_same == like->tokens.size();
-        if (like && whole && like->tokens.size() <= n_ctx_) {
+        if (like && like->tokens.size() <= n_ctx_) {
             restore(*like, kFirstSeq);
             llama_memory_seq_rm(memory, kFirstSeq, static_cast<llama_pos>(n_same), -1);
             done = n_same;
@@ -123,7 +120,7 @@ TextKvPtr Scorer::compute_kv(const Request & request, size_t i) {
     text->state.resize(llama_state_seq_get_data(ctx_.get(), text->state.data(), text->state.size(), kFirstSeq));
     llama_memory_seq_rm(memory, kFirstSeq, -1, -1);
     if (model_->has_row_attention()) {
-        texts_.add(text);
+        texts_[is_long_].add(text);
     }
     return text;
 }

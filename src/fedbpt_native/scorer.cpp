@@ -126,7 +126,7 @@ void Scorer::ensure_context(const Request & request, const std::vector<Pack> & p
         const size_t own    = front ? request.n_prompt + pack.n_tokens : pack.n_texts()*request.n_tail();
         most = std::max(most, shared + together*own + pack.n_steps);
     }
-    const auto     n_ctx     = static_cast<uint32_t>(padded(request.plan.prefix().size() + most + kPad, 256));
+    const auto     n_ctx     = static_cast<uint32_t>(padded(request.plan.prefix().size() + most + 2*kPad, 256));  // what fills a batch up: first its outputs, then its tokens
     const uint32_t n_seq_max = request.plan.label_head() != nullptr ? kSeqMax : static_cast<uint32_t>(padded(kFirstSeq + 1 + sequences_max(request.plan), kPad));
     if (n_seq_max > kSeqMax) {
         throw InputError(std::to_string(request.plan.n_branches()) + " continuations of several tokens are too many for one text: give " + std::to_string(kSeqMax - kFirstSeq - kPad) + " at most");
@@ -195,13 +195,52 @@ void Scorer::reset() {
     }
 }
 
+size_t Scorer::Request::n_read(size_t i) const {
+    const auto text = static_cast<size_t>(which[i]);
+
+    size_t longest = 1;
+    for (size_t k = 0; k < plan.n_continuations(); ++k) {
+        longest = std::max(longest, plan.continuation_length(text, k));
+    }
+    return plan.prefix().size() + (plan.placement() == Placement::front ? n_prompt : 0) + length(i) + longest - 1;
+}
+
+// LongRoPE's factors are those of a text's own length, and one llama_decode has one choice: short texts first, then long ones.
 void Scorer::run(const Request & request, float * out) {
+    std::vector<int64_t> which[2], places[2];
+    for (size_t i = 0; i < request.n_which; ++i) {
+        const bool is_long = model_->is_long(request.n_read(i));
+        which[is_long].push_back(request.which[i]);
+        places[is_long].push_back(static_cast<int64_t>(i));
+    }
+    const size_t n_columns = request.plan.n_columns();
+
+    for (const bool is_long : { false, true }) {
+        is_long_ = is_long;
+        if (which[is_long].size() == request.n_which) {
+            run_alike(request, out);
+        } else if (!which[is_long].empty()) {
+            const Request      part { request.plan, which[is_long].data(), which[is_long].size(), request.embeds, request.n_candidates, request.n_prompt };
+            std::vector<float> scores(part.n_outputs()*n_columns);
+            run_alike(part, scores.data());
+            for (size_t c = 0; c < part.n_candidates; ++c) {
+                for (size_t i = 0; i < part.n_which; ++i) {
+                    const size_t to = c*request.n_which + static_cast<size_t>(places[is_long][i]);
+                    std::copy_n(&scores[(c*part.n_which + i)*n_columns], n_columns, out + to*n_columns);
+                }
+            }
+        }
+    }
+}
+
+void Scorer::run_alike(const Request & request, float * out) {
     const std::vector<Pack> packs    = pack(request);
     const size_t            together = candidates_together(request, packs);
     ensure_context(request, packs, together);
 
     llama_memory_clear(llama_get_memory(ctx_.get()), /*data =*/ false);
     llama_soft_prompt_clear(ctx_.get());
+    llama_soft_prompt_set_text_length(ctx_.get(), model_->rope_length(is_long_));
     const auto n_labels = static_cast<int32_t>(request.plan.whole_vocabulary() ? 0 : request.plan.label_ids().size());
     llama_soft_prompt_set_labels(ctx_.get(), request.plan.label_ids().data(), n_labels, request.plan.label_head());
 

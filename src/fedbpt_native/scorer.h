@@ -59,6 +59,8 @@ private:
         size_t head_of(size_t i) const { return plan.prefix().size() + length(i) - n_tail(); }
 
         size_t n_steps(size_t i) const { return plan.n_steps(static_cast<size_t>(which[i])); }
+        // all that is read of text i: prefix, rows, text, its longest continuation but for the last token
+        size_t n_read(size_t i) const;
 
         size_t n_outputs() const { return n_candidates*n_which; }
         int64_t output_of(size_t candidate, size_t i) const { return static_cast<int64_t>(candidate*n_which + i); }
@@ -85,6 +87,7 @@ private:
     void ensure_context(const Request & request, const std::vector<Pack> & packs, size_t together);
 
     void run(const Request & request, float * out);
+    void run_alike(const Request & request, float * out);
     void score_front(const Request & request, const Pack & pack, const Group & group, bool first_pack, float * out);
     void add_continuations(const Request & request, size_t candidate, size_t i, const llama_seq_id * seqs, llama_pos pos);
     void score_cue(const Request & request, const Pack & pack, size_t together, float * out);
@@ -107,7 +110,8 @@ private:
     ContextPtr                   ctx_;
     uint32_t                     n_ctx_     = 0;
     uint32_t                     n_seq_max_ = 0;
-    TextKvIndex                  texts_;
+    TextKvIndex                  texts_[2];  // with LongRoPE's short factors, and its long ones
+    bool                         is_long_ = false;
     Batch                        batch_;
     std::vector<llama_seq_id>    seqs_;   // scratch
     std::vector<Step>            steps_;  // of the batch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
@@ -15,11 +16,12 @@ from fedbpt.clients import InProcessClient
 from fedbpt.dashboard.comparing import comparing
 from fedbpt.federation import Federation
 from fedbpt.local import Device
+from fedbpt.messages import Template
 from fedbpt.questions import DEFAULT_TOKENS
 from fedbpt.runs import RunSettings
 from fedbpt.side_by_side import Side
 from fedbpt.store import RunStore
-from fedbpt.tasks import load_task
+from fedbpt.tasks import Task, load_task, write_rows
 from tests.browser.conftest import DESKTOP, PHONE, OpenPage, dashboard_of, shown
 from tests.browser.test_stored_runs import WCAG_AA
 from tests.integration.processes import Fleet
@@ -129,7 +131,7 @@ def test_texts_are_generated_side_by_side(tmp_path: Path, fleet: Fleet, open_pag
     (tmp_path / "manner.toml").write_text(MANNER_FILE)
     task, scorer = load_task(tmp_path / "manner.toml"), load_model(model, n_threads=1)
     settings = RunSettings(rounds=1, popsize=4, prompt=PromptSpec(d=6)).for_labels(())
-    client = InProcessClient(Device("a", scorer, manner_rows(6), test_rows=manner_rows(2, 6)))
+    client = InProcessClient(Device("a", scorer, manner_rows(6), test_rows=manner_rows(2, 6), task=task))
     with RunStore(tmp_path / "runs.db") as store:
         result = Federation([client], task, settings, aggregator_for(settings), store, "manner").run()
     expected: dict[Side, str] = {"original": "", "tuned": ""}
@@ -146,3 +148,40 @@ def test_texts_are_generated_side_by_side(tmp_path: Path, fleet: Fleet, open_pag
     assert all(expected.values())
     for shown_side, said in zip(page.locator(".said").all(), expected.values(), strict=True):
         expect(shown_side).to_have_text(said.replace("\0", ""), use_inner_text=False)
+
+
+def test_nothing_that_others_wrote_runs_as_a_script(tmp_path: Path, fleet: Fleet, open_page: OpenPage) -> None:
+    script = "window.ran = true"
+    labels = (
+        f'" :data-x="({script})" y="',
+        f'<img src=x onerror="{script}">',
+        f"`${{{script}}}` {{{{ {script} }}}}",
+        f"</script><script>{script}</script>",
+    )
+    words = (" good", " bad", " one", " two")
+    template = Template(pattern=f"{{text}}\n<img src=x onerror='{script}'>:", label_words=words)
+    task = Task(name="mood", labels=labels, templates=(template,))
+    (tmp_path / "mood.json").write_bytes(msgspec.json.encode(task))
+    model = tiny_gguf.write(tmp_path / "tiny.gguf", tiny_gguf.LLAMA)
+    scorer, settings = load_model(model, n_threads=1), RunSettings(rounds=1, popsize=4, prompt=PromptSpec(d=6))
+    mine = [(f"{label} {i}", i % 4) for i, label in enumerate(labels * 3)]
+    write_rows(tmp_path / "rows.jsonl", mine, labels)
+    with RunStore(tmp_path / "runs.db") as store:
+        client = InProcessClient(Device("a", scorer, mine, test_rows=mine))
+        Federation([client], task, settings, aggregator_for(settings), store, "mood").run()
+        store.record_losses("mood", 1, {"a": labels[0] + labels[1]})
+    more = ("--model", model, "--task", tmp_path / "mood.json", "--questions", tmp_path / "rows.jsonl")
+    url = shown(fleet, "mood", tmp_path / "runs.db", *more)
+    page = open_page(url)
+    expect(page.locator(".notices")).to_contain_text(labels[0] + labels[1])
+    assert page.evaluate("window.ran") is None
+    page.goto(f"{url}/compare")
+    for label in labels:
+        expect(page.get_by_label(f"Tuned: {label}", exact=True)).to_be_visible()
+    page.get_by_role("button", name=labels[0]).first.click()
+    expect(page.get_by_role("status")).to_contain_text("The row says:")
+    page.get_by_label("Your text").fill(labels[1])
+    page.get_by_role("button", name="Compare", exact=True).click()
+    expect(page.get_by_role("status")).to_have_text("")
+    assert page.evaluate("window.ran") is None
+    assert page.locator("img[src=x], [data-x]").count() == 0

@@ -17,7 +17,7 @@ from fedbpt import wire
 from fedbpt.agent import AgentService
 from fedbpt.agent.server import AgentServer
 from fedbpt.clients import DeviceClient, HttpClient, InProcessClient
-from fedbpt.errors import DeviceFailedError, DeviceRefusedError, DeviceTimeoutError, InputError
+from fedbpt.errors import DataError, DeviceFailedError, DeviceRefusedError, DeviceTimeoutError, InputError
 from fedbpt.messages import (
     Array,
     EvaluateRequest,
@@ -30,9 +30,10 @@ from fedbpt.messages import (
     Template,
 )
 from fedbpt.questions import Answer, Question
+from fedbpt.task_identity import TaskIdentity
 from fedbpt.turns import Turns
 from tests.caller import called_by
-from tests.fake_device import FINGERPRINT, FakeDevice
+from tests.fake_device import FINGERPRINT, TOY, FakeDevice
 
 TEMPLATE = Template(pattern="{text} It was", label_words=(" bad", " good"))
 
@@ -44,6 +45,7 @@ def plan(**changes: Any) -> RoundPlan:
         device="a",
         seed=0,
         model_fingerprint=FINGERPRINT,
+        task=TOY,
         labels=("x", "y"),
         template=TEMPLATE,
         prompt=PromptSpec(d=3),
@@ -56,6 +58,7 @@ def plan(**changes: Any) -> RoundPlan:
 def request(**changes: Any) -> EvaluateRequest:
     made = EvaluateRequest(
         model_fingerprint=FINGERPRINT,
+        task=TOY,
         labels=("x", "y"),
         template=TEMPLATE,
         prompt=PromptSpec(d=3),
@@ -160,6 +163,20 @@ def test_a_plan_for_another_model_is_refused_by_name(make_client):
     play(make_client, scene)
 
 
+def test_work_for_another_task_is_refused_by_name(make_client, device):
+    async def scene(client):
+        for ask in (client.start, client.work):
+            with pytest.raises(DeviceRefusedError, match=r"toy.*weather") as caught:
+                await ask(plan(task=TaskIdentity.of("weather", ("x", "y"))))
+            assert caught.value.code == "wrong-task"
+        with pytest.raises(DeviceRefusedError, match="label") as caught:
+            await client.evaluate(request(task=TaskIdentity.of("toy", ("y", "x"))))
+        assert caught.value.code == "wrong-task"
+
+    play(make_client, scene)
+    assert device.plans == device.requests == []
+
+
 def test_a_round_that_the_device_does_not_know_is_named_so(make_client):
     async def scene(client):
         with pytest.raises(DeviceRefusedError) as caught:
@@ -209,11 +226,14 @@ def test_cancelling_stops_the_work_and_the_round_can_begin_again(make_client, de
 
 def test_failed_work_is_reported_with_its_reason_and_can_be_tried_again(make_client, device):
     async def scene(client):
-        for problem, said in ((InputError("no rows"), "no rows"), (KeyError("x"), "KeyError: 'x'")):
+        quoting = DataError("row 3: 'the cat sat'", public="row 3")
+        problems = (InputError("no rows"), "no rows"), (quoting, "row 3"), (KeyError("the cat"), "KeyError")
+        for problem, said in problems:
             device.fail = problem
             await client.start(plan())
-            with pytest.raises(DeviceFailedError, match=said):
+            with pytest.raises(DeviceFailedError, match=said) as failed:
                 await client.wait("r", 1)
+            assert "the cat" not in str(failed.value)  # no text of a row leaves the device
         device.fail = None
         await client.start(plan())
         await client.wait("r", 1)

@@ -23,7 +23,7 @@ SETTINGS = settings(rounds=3, method="fedbpt", iterations=2, quorum=1.0, straggl
 
 def device(name: str) -> Device:
     data = rows(12, first=12 * ord(name))
-    return Device(name, ToyScorer(), data, [], data[:4])
+    return Device(name, ToyScorer(), data, [], data[:4], task=TASK)
 
 
 def tuned(path: Path, clients: list[DeviceClient]) -> RunResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -118,5 +119,5 @@ def _packed(type: int, value: Value) -> bytes:
         except OverflowError:
             return struct.pack(f"<{code}", float("inf"))
     size = struct.calcsize(code)
-    whole = int(value) if value == value and abs(value) != float("inf") else 0  # noqa: PLR0124 - NaN
+    whole = int(value) if math.isfinite(value) else 0
     return (whole & (2 ** (8 * size) - 1)).to_bytes(size, "little")

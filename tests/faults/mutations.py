@@ -18,9 +18,9 @@ from tests.native import tiny_gguf
 NUMBERS = (0, 1, 2, 3, 7, 8, 13, 32, 255, 1000, 65535, 2**20, 2**24, 2**30, 2**31 - 1, 2**31, 2**32 - 1, 2**63, -1, -2)
 FLOATS = (0.0, -0.0, 1.0, -1.0, 1e-45, 1e-30, 1e10, 3e38, float("inf"), float("-inf"), float("nan"))
 ARCHITECTURES = tuple(gguf.MODEL_ARCH_NAMES.values())
-TOKENIZERS = (b"llama", b"gpt2", b"bert", b"t5", b"rwkv", b"plamo2", b"gemma4", b"test", b"none", b"no_vocab", b"hybriddna")
-SPLITTERS = (b"default", b"llama-bpe", b"deepseek-v3", b"gpt-4o", b"qwen2", b"tekken", b"viking", b"gemma4", b"kimi-k2")
-TEXTS = (b"", b"\n", b"\x00", b"\xff\xfe", b"<0x0A>", b"<0xZZ>", b"</s>", b"<unk>", b"phi-3", b"yarn", b"longrope", b"none", b"a" * 5000)
+TOKENIZERS = tuple(b"llama gpt2 bert t5 rwkv plamo2 gemma4 test none no_vocab hybriddna whitespace".split())
+SPLITTERS = tuple(b"default llama-bpe deepseek-v3 gpt-4o qwen2 tekken viking gemma4 kimi-k2 new".split())
+TEXTS = (b"", b"\n", b"\x00", b"\xff\xfe", b"a" * 5000, *b"<0x0A> <0xZZ> </s> <unk> phi-3 yarn longrope none".split())
 
 
 def _keys() -> Iterator[str]:
@@ -101,7 +101,8 @@ def _text(rng: random.Random, key: bytes, old: bytes) -> bytes:
         return rng.choice(TOKENIZERS)
     if key == b"tokenizer.ggml.pre":
         return rng.choice(SPLITTERS)
-    return rng.choice((*TEXTS, old + old, old[: len(old) // 2], rng.randbytes(rng.randrange(1, 12)), _flipped(rng, old)))
+    bytes_ = rng.randbytes(rng.randrange(1, 12))
+    return rng.choice((*TEXTS, old + old, old[: len(old) // 2], bytes_, _flipped(rng, old)))
 
 
 def _flipped(rng: random.Random, data: bytes) -> bytes:

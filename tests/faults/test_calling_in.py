@@ -34,7 +34,7 @@ SETTINGS = settings(rounds=8, method="pooled", popsize=6, quorum=1.0, stragglers
 
 def device(name: str) -> Device:
     data = rows(12, first=12 * ord(name))
-    return Device(name, ToyScorer(), data, [], data[:4])
+    return Device(name, ToyScorer(), data, [], data[:4], task=TASK)
 
 
 def tuned(path: Path, clients: list[InProcessClient]) -> RunResult:

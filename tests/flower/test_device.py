@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
@@ -16,6 +17,8 @@ from fedbpt.flower.records import answer_of, packed
 from fedbpt.local import Device
 from fedbpt.messages import DeviceInfo, RoundReport
 from fedbpt.messages import Message as OurMessage
+from fedbpt.tasks import read_rows
+from tests.toy_scene import ToyTask
 from tests.toy_scorer import ToyScorer
 from tests.unit.test_local_fit import asked
 from tests.unit.test_privacy import ROWS, losses_of, plan
@@ -36,7 +39,7 @@ class Node:
 
     def _make(self, _context: Context, state: DeviceState) -> Device:
         self.scorers.append(ToyScorer())
-        return Device("pi5", self.scorers[-1], ROWS, state=state)
+        return Device("pi5", self.scorers[-1], ROWS, task=ToyTask(), state=state)
 
     def ask(self, message: OurMessage | None, kind: type[Any] = RoundReport, to: str = MessageType.TRAIN) -> Any:
         sent = Message(packed(message), 1, to)
@@ -56,8 +59,8 @@ def test_the_context_keeps_the_noise_key_from_message_to_message() -> None:
 
 def test_a_fit_is_scored_once_however_many_messages_it_takes() -> None:
     node = Node()
-    node.ask(asked())
-    node.ask(asked(n_words=4, readout=None))
+    for fit in (asked(), asked(n_words=4, readout=None)):
+        node.ask(msgspec.structs.replace(fit, task=ToyTask().identity))
     assert [bool(scorer.calls) for scorer in node.scorers] == [True, False]
 
 
@@ -94,9 +97,24 @@ def test_a_damaged_snapshot_is_told_and_nothing_is_overwritten(tmp_path: Path) -
 
 def test_a_fault_of_the_device_is_a_reply_that_names_it() -> None:
     def broken(_context: Context, _state: DeviceState) -> Any:
-        raise KeyError("model")
+        raise KeyError("the cat sat")
 
     node = Node()
     node._app = client_app(broken)
-    with pytest.raises(DeviceFailedError, match="KeyError: 'model'"):
+    with pytest.raises(DeviceFailedError, match=r"KeyError in .*broken \(line") as failed:
         node.ask(plan())
+    assert "cat" not in str(failed.value)
+
+
+def test_a_file_that_cannot_be_read_is_told_without_its_rows(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "fine", "label": "the cat sat"}\n')
+
+    def reads(_context: Context, state: DeviceState) -> Any:
+        return Device("pi5", ToyScorer(), read_rows(file, ("a", "b")), state=state)
+
+    node = Node()
+    node._app = client_app(reads)
+    with pytest.raises(DeviceFailedError, match=r"rows\.jsonl:1") as failed:
+        node.ask(plan())
+    assert "cat" not in str(failed.value)

@@ -34,7 +34,7 @@ def short(**changes: Any) -> RunSettings:
 
 def device(number: int, state: DeviceState | None = None) -> Device:
     data = rows(12, first=12 * number)
-    return Device(f"node-{number}", ToyScorer(), data, data[4:8], data[:4], state=state)
+    return Device(f"node-{number}", ToyScorer(), data, data[4:8], data[:4], task=TASK, state=state)
 
 
 def make_device(context: Context, state: DeviceState) -> Device:

@@ -211,6 +211,23 @@ def test_a_device_of_another_model_is_refused_by_name(workshop: Workshop) -> Non
     assert_one_line(err, "the devices have different models", "tiny", "other")
 
 
+def test_a_device_of_another_task_takes_no_part_and_is_named(workshop: Workshop) -> None:
+    turned = TASK_FILE.replace('["negative", "positive"]', '["positive", "negative"]')
+    (workshop.folder / "turned.toml").write_text(turned)
+    processes = [workshop.device("a"), workshop.device("b", "--task", "turned.toml")]
+    workshop.run_file([ready(process) for process in processes], "rounds = 3")
+    code, out, err = workshop.run("tune", "run.toml", "--plan")
+    assert (code, out.count("127.0.0.1-"), "labels" in err) == (0, 0, True)
+    code, _, err = workshop.run("tune", "run.toml")
+    assert code == 0
+    assert "film-mood" in err
+    assert "labels" in err
+    with RunStore(workshop.folder / "runs" / "runs.db") as store:
+        assert [len(line.reported) for line in store.history("mood")] == [1, 1, 1, 1]
+    code, out, _ = workshop.run("runs", "show", "mood", "--json")
+    assert (code, json.loads(out)["result"]["n"]) == (0, 20)
+
+
 def test_a_prompt_for_another_model_than_the_devices_is_refused_before_the_work(workshop: Workshop) -> None:
     tiny_gguf.write(workshop.folder / "other.gguf", tiny_gguf.QWEN2)
     workshop.run_file(workshop.devices()[1], "rounds = 100000")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -47,6 +48,20 @@ def test_a_file_that_is_no_gguf_is_reported_by_its_name(tmp_path: Path) -> None:
     assert "page.gguf" in one_line(failed.value)
 
 
+def test_a_path_whose_bytes_are_no_utf8_is_a_path(llama: Case, tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/m\xf6del.gguf"))
+    path.write_bytes(llama.path.read_bytes())
+    scorer = fedbpt.load_model(path, n_threads=1)
+    assert scorer.name == r"m\udcf6del"
+    assert scorer.fingerprint == fedbpt.models.fingerprint(llama.path)
+    assert fedbpt.models.weight_formats(path) == fedbpt.models.weight_formats(llama.path)
+    assert fedbpt.models.requantize(path, "q8_0").path.is_file()
+    for fails in (fedbpt.load_model, fedbpt.models.tensor_shapes):
+        with pytest.raises(ModelFileError) as failed:
+            fails(tiny_gguf.write_not_gguf(path))
+        assert r"m\xf6del.gguf" in one_line(failed.value)
+
+
 @pytest.mark.parametrize("keep", [0.0, 0.00001, 0.002, 0.02, 0.5, 0.999])
 def test_a_file_cut_short_is_reported_by_its_name(llama: Case, tmp_path: Path, keep: float) -> None:
     with pytest.raises(ModelFileError) as failed:
@@ -90,7 +105,7 @@ except ModelFileError as error:
     assert done.stdout.startswith("refused:")
 
 
-@pytest.mark.parametrize("architecture", ["gemma3n", "gemma4", "graniteswitch", "no-such-architecture"])
+@pytest.mark.parametrize("architecture", ["gemma3n", "gemma4", "graniteswitch", "phimoe", "no-such-architecture"])
 def test_an_unsupported_architecture_is_named(tmp_path: Path, architecture: str) -> None:
     path = tiny_gguf.write_other_architecture(tmp_path / "other.gguf", architecture)
     with pytest.raises(UnsupportedModelError) as failed:

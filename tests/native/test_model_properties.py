@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tiny_gguf
 from tiny_case import Case
 
 import fedbpt
+from fedbpt.errors import ModelWarning
 from fedbpt.scorer import Scorer
 
 
@@ -53,6 +58,30 @@ def test_token_embeddings_follow_the_ids(case: Case) -> None:
 def test_quantised_token_embeddings_are_dequantised(repeatable: Case) -> None:
     every = repeatable.scorer.token_embeddings(np.arange(repeatable.model.n_vocab))
     np.testing.assert_allclose(every, repeatable.reference.embedding_table, rtol=1e-5, atol=1e-6)
+
+
+def test_the_embedding_scale_is_between_the_table_and_the_first_layer(case: Case) -> None:
+    expected = np.sqrt(case.model.n_embd) if case.model.architecture == "gemma3" else 1.0
+    assert case.scorer.embedding_scale == pytest.approx(expected, rel=1e-6)  # type: ignore[attr-defined]
+
+
+def test_models_that_are_computed_as_their_makers_do_need_no_note(case: Case) -> None:
+    assert case.scorer.notes == ()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [({"sliding_window": 64}, "64"), ({"tokenizer": "bpe", "pre": ""}, "pre-tokenizer"), ({"sliding_window": 512}, "")],
+    ids=["window", "pre-tokenizer", "window-of-the-whole-context"],
+)
+def test_what_llama_cpp_leaves_out_is_said_once(tmp_path: Path, change: dict[str, Any], word: str) -> None:
+    path = tiny_gguf.write(tmp_path / "model.gguf", replace(tiny_gguf.LLAMA, **change))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scorer = fedbpt.load_model(path, n_threads=1)
+    assert [type(each.message) for each in caught] == [ModelWarning] * bool(word)
+    assert len(scorer.notes) == bool(word)
+    assert all(word in note for note in scorer.notes)
 
 
 def test_embedding_std_is_that_of_the_table_as_the_graph_sees_it(case: Case) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import tiny_gguf
 from tiny_case import Case
+
+from fedbpt.errors import InputError
 
 TEXTS = [
     "the movie was great!",
@@ -30,6 +34,22 @@ def test_tokens_hold_the_whole_text(case: Case, text: str) -> None:
     assert ids.dtype == np.int32
     assert ids.ndim == 1
     assert detokenized(case, ids) == text
+
+
+@pytest.mark.parametrize("text", ["a cut \ud83d", "\udc80", "caf\udce9", b"bytes", 7])
+def test_what_utf8_cannot_write_is_refused_without_the_text(case: Case, text: Any) -> None:
+    with pytest.raises(InputError) as refused:
+        case.scorer.tokenize(text)
+    assert repr(text) not in str(refused.value)
+    with pytest.raises(InputError):
+        case.scorer.compile([text], [3])
+    with pytest.raises(InputError):
+        case.scorer.generator.chat_ids([("user", text)])
+
+
+def test_every_character_of_unicode_can_be_tokenised(case: Case) -> None:
+    text = "".join(chr(code) for code in [*range(0xD800), *range(0xE000, 0x110000, 61)])
+    assert len(case.scorer.tokenize(text)) > 0
 
 
 def test_known_words_are_one_token(case: Case) -> None:

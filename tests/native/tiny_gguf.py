@@ -279,7 +279,8 @@ def _add_tokenizer(writer: gguf.GGUFWriter, model: TinyModel) -> None:
         writer.add_token_scores(vocab.scores)
         writer.add_add_space_prefix(model.architecture != "gemma3")
     else:
-        writer.add_tokenizer_pre(model.pre)
+        if model.pre:
+            writer.add_tokenizer_pre(model.pre)
         writer.add_token_merges(vocab.merges)
     writer.add_bos_token_id(vocab.bos)
     writer.add_eos_token_id(vocab.eos)

@@ -32,7 +32,7 @@ def manner() -> Prompt:
 
 
 def device() -> Device:
-    return Device("a", ToyScorer(), rows(4))
+    return Device("a", ToyScorer(), rows(4), task=TASK)
 
 
 def question(prompt: Prompt, text: str = "aaa number 1", **changes: object) -> Question:
@@ -74,7 +74,7 @@ def test_a_damaged_prompt_or_one_for_another_model_is_refused(mood: Prompt) -> N
     asked = question(mood)
     with pytest.raises(PromptError, match="the question's prompt is not a safetensors file"):
         ask(Question(model_fingerprint=asked.model_fingerprint, prompt=asked.prompt[:-5], text="x"))
-    other = Device("b", ToyScorer(seed=7), rows(4))
+    other = Device("b", ToyScorer(seed=7), rows(4), task=TASK)
     with pytest.raises(PromptError, match="this prompt was made for toy"):
         other.answer(asked, lambda _answer: None, lambda: False)
 

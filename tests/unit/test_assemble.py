@@ -126,6 +126,13 @@ def test_a_line_that_moved_stops_the_build_in_one_line(
     assert not (tree / "CMakeLists.txt").exists()
 
 
+def test_an_empty_line_is_no_place_for_a_hunk(assemble: ModuleType, upstream: Path, tmp_path: Path) -> None:
+    (upstream / "src" / "graph.cpp").write_text("first\n\nthird\nfourth\n")
+    (assemble.HERE / "UPSTREAM.toml").write_text(hook(2, "") + hook(4, "fourth"))
+    with pytest.raises(assemble.AssemblyError, match="empty line"):
+        assemble.assemble(tmp_path / "tree", tmp_path / "cache", upstream)
+
+
 def test_a_file_that_went_away_stops_the_build(assemble: ModuleType, upstream: Path, tmp_path: Path) -> None:
     (upstream / "src" / "graph.cpp").unlink()
     with pytest.raises(assemble.AssemblyError, match=r"upstream has no src/graph\.cpp"):

@@ -27,6 +27,7 @@ from tests.toy_scorer import ToyScorer
 from tests.toy_task import TASK
 from tests.unit.test_federation_fit import SETTINGS, FitScene, nth, same
 from tests.unit.test_local import LABELS, OTHER, PROMPT, TEMPLATE, local, plan, pooled, request
+from tests.unit.test_local import TASK as MOOD
 from tests.unit.test_local_fit import fit
 
 WEIGHTS = (3.0, 0.5)
@@ -44,7 +45,7 @@ def mixed(n: int, n_negative: int, first: int = 0) -> list[Row]:
 
 
 def device(rows: list[Row] = SKEWED) -> Device:
-    return Device("pi5", ToyScorer(), rows, rows[:6], rows[3:10])
+    return Device("pi5", ToyScorer(), rows, rows[:6], rows[3:10], task=MOOD)
 
 
 def objective(weights: tuple[float, ...] = WEIGHTS) -> Objective:
@@ -188,7 +189,7 @@ def test_without_it_no_label_count_leaves_a_device(scene: FitScene) -> None:
 
 
 def test_one_template_is_not_selected_but_rows_are_counted(scene: FitScene) -> None:
-    task = Task(name="one", labels=TASK.labels, templates=TASK.templates[:1])
+    task = Task(name=TASK.name, labels=TASK.labels, templates=TASK.templates[:1])
     plans = plans_of(scene)
     settings = {**SETTINGS, "balanced": True}
     scene.federation("r", task, **settings).run()

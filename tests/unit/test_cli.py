@@ -262,7 +262,7 @@ def stored(folder: Path) -> RunResult:
 
     def federation(name: str, store: RunStore, on_event: Callable[[Any], None] = lambda _event: None) -> Federation:
         shares = {"a": (rows(8), rows(4, 20), rows(6, 40)), "b": (rows(9, 60), rows(3, 80), rows(5, 90))}
-        clients = [InProcessClient(Device(device, ToyScorer(), *share)) for device, share in shares.items()]
+        clients = [InProcessClient(Device(device, ToyScorer(), *share, task=TASK)) for device, share in shares.items()]
         return Federation(clients, TASK, settings, aggregator_for(settings), store, name, on_event)
 
     def stop(event: Any) -> None:

@@ -107,7 +107,7 @@ def test_a_stop_string_ends_both(say) -> None:
 
 @pytest.mark.parametrize("token", [None, "a-token-of-some-length"])
 def test_a_connected_device_answers_as_this_machine_does(say, folder: Path, token: str | None) -> None:
-    with AgentServer(AgentService(Device("a", ToyScorer(), rows(4))), token=token) as server:
+    with AgentServer(AgentService(Device("a", ToyScorer(), rows(4), task=TASK)), token=token) as server:
         there = ["--device", server.url]
         if token:
             write_private(folder / "token", token.encode())

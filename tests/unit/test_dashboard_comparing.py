@@ -113,7 +113,7 @@ def test_a_device_answers_as_this_machine_does(moods: TuneResult, manner: TuneRe
         await made.aclose()
         return answer, heard
 
-    with AgentServer(AgentService(Device("pi5", ToyScorer(), rows(4)))) as server:
+    with AgentServer(AgentService(Device("pi5", ToyScorer(), rows(4), task=TASK))) as server:
         found, _ = asyncio.run(ask(server, TASK, moods.run, "aaa"))
         said, _ = asyncio.run(ask(server, MANNER, manner.run, "question 3"))
     assert found.probabilities == tuple(SideBySide(ToyScorer(), moods.prompt, TASK).classify("aaa"))

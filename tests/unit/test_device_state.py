@@ -12,26 +12,29 @@ from fedbpt import wire
 from fedbpt.device_state import DeviceState, Snapshot
 from fedbpt.errors import WireError
 from fedbpt.local import Device
+from tests.toy_scene import ToyTask
 from tests.toy_scorer import ToyScorer
 from tests.unit import test_local_fit, test_privacy
-from tests.unit.test_local import ROWS
+from tests.unit.test_local import ROWS, TASK
 
 
-def restarted(device: Device, rows: list[Any]) -> Device:
-    return Device(device.name, ToyScorer(), rows, state=DeviceState.from_bytes(device.state.to_bytes()))
+def restarted(device: Device, rows: list[Any], task: Any) -> Device:
+    return Device(device.name, ToyScorer(), rows, task=task, state=DeviceState.from_bytes(device.state.to_bytes()))
 
 
 def test_a_restarted_device_answers_a_private_question_with_the_same_noise() -> None:
     first = test_privacy.device()
     answer = test_privacy.losses_of(first.run(test_privacy.plan()))
-    assert (test_privacy.losses_of(restarted(first, test_privacy.ROWS).run(test_privacy.plan())) == answer).all()
+    assert (
+        test_privacy.losses_of(restarted(first, test_privacy.ROWS, ToyTask()).run(test_privacy.plan())) == answer
+    ).all()
     assert (test_privacy.losses_of(test_privacy.device().run(test_privacy.plan())) != answer).any()
 
 
 def test_a_restarted_device_goes_on_with_a_fit_without_scoring_again() -> None:
-    first = Device("kitchen", ToyScorer(), ROWS)
+    first = Device("kitchen", ToyScorer(), ROWS, task=TASK)
     result = first.run(test_local_fit.asked()).result
-    again = restarted(first, ROWS)
+    again = restarted(first, ROWS, TASK)
     assert again.run(test_local_fit.asked()).result == result
     assert isinstance(again.scorer, ToyScorer)
     assert not again.scorer.calls

@@ -7,7 +7,6 @@ import math
 
 import msgspec
 import pytest
-from rich.console import Console
 
 from fedbpt import display
 from fedbpt.display import RunDisplay, human_bytes
@@ -27,13 +26,14 @@ from fedbpt.runs import (
     Score,
     TemplateSelected,
 )
+from fedbpt.terminal import PlainConsole
 
 TEMPLATE = Template(pattern="{text}\n[Topic]:", label_words=(" bad", " good"))
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, *events: Event, visible: bool = True) -> str:
     stream = io.StringIO()
-    monkeypatch.setattr(display, "Console", lambda **_: Console(file=stream, width=200))
+    monkeypatch.setattr(display, "PlainConsole", lambda **_: PlainConsole(file=stream, width=200))
     with RunDisplay(visible) as live:
         for event in events:
             live(event)

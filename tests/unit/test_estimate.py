@@ -42,7 +42,7 @@ def long_text(n: int) -> str:
 
 @pytest.mark.parametrize("placement", ["cue", "front"])
 def test_the_readouts_other_templates_are_counted_and_need_a_deadline_of_their_own(placement: Any) -> None:
-    task = Task(name="toy", labels=TASK.labels, templates=(*TASK.templates, *TASK.templates))
+    task = msgspec.structs.replace(TASK, templates=(*TASK.templates, *TASK.templates))
     objective = ObjectiveSpec(batch_size=2, max_text_tokens=16, readout_words=16)
     settings = RunSettings(
         rounds=1,
@@ -54,7 +54,7 @@ def test_the_readouts_other_templates_are_counted_and_need_a_deadline_of_their_o
     )
     spent, bound = [], []
     for changed in (settings, msgspec.structs.replace(settings, ensemble=1)):
-        device = Device("d", ToyScorer(), [(long_text(i), label) for i, (_, label) in enumerate(rows(24))])
+        device = Device("d", ToyScorer(), [(long_text(i), label) for i, (_, label) in enumerate(rows(24))], task=TASK)
         bound.append(estimate(changed, task, [device.info()], aggregator_for(changed)).devices[0])
         with RunStore(":memory:") as store:
             federation = Federation([InProcessClient(device)], task, changed, aggregator_for(changed), store, "run")
@@ -81,7 +81,7 @@ def test_a_run_costs_no_more_and_not_absurdly_less(method: Any) -> None:
     settings = RunSettings(
         rounds=12, popsize=6, iterations=3, method=method, prompt=PromptSpec(d=20), objective=objective, baselines=True
     )
-    made = [Device(f"d{i}", ToyScorer(), rows(24)) for i in range(devices)]
+    made = [Device(f"d{i}", ToyScorer(), rows(24), task=TASK) for i in range(devices)]
     expected = estimate(settings, TASK, [device.info() for device in made], aggregator_for(settings))
     with RunStore(":memory:") as store:
         clients = [InProcessClient(device) for device in made]
@@ -148,7 +148,7 @@ def test_seconds_alone_need_every_devices_speed() -> None:
 
 
 def test_a_device_measures_its_speed_before_any_round() -> None:
-    device = Device("d", ToyScorer(), rows(4))
+    device = Device("d", ToyScorer(), rows(4), task=TASK)
     assert device.info().tokens_per_second is None
     assert device.measure_speed() > 0
     assert (device.info().tokens_per_second or 0) > 0
@@ -166,7 +166,7 @@ def test_a_private_runs_epsilon_is_what_it_then_spends() -> None:
     private = settings(
         rounds=3, method="pooled", popsize=6, privacy=PrivacySpec(clip=1.0, noise_multiplier=2.0), quorum=1.0
     )
-    device = Device("a", ToyScorer(), rows(12), [], rows(4))
+    device = Device("a", ToyScorer(), rows(12), [], rows(4), task=TASK)
     told = estimate(private, TASK, [device.info()], aggregator_for(private)).epsilon
     with RunStore(":memory:") as store:
         spent = Federation([InProcessClient(device)], TASK, private, aggregator_for(private), store, "r").run().epsilon

@@ -54,6 +54,15 @@ def test_npy_has_the_rows(tmp_path: Path) -> None:
     assert found.tobytes() == prompt.rows.tobytes()
 
 
+@pytest.mark.parametrize("to", ["gguf", "npy"])
+@pytest.mark.parametrize(("architecture", "says"), [("granite", True), ("gemma2", False)])
+def test_rows_in_another_scale_than_transformers_say_so(tmp_path: Path, to: Any, architecture: str, says: bool) -> None:
+    prompt = make(label_bias=None, architecture=architecture)
+    done = export_prompt(prompt, tmp_path / "rows", to)
+    assert any("inputs_embeds" in note for note in done.notes) is says
+    assert ("inputs_embeds" in card_path(done.path).read_text()) is says
+
+
 @pytest.mark.parametrize(
     ("prompt", "n"), [(make(), 1), (make(**READOUT), 1), (make(label_bias=None), 0)], ids=["bias", "readout", "rows"]
 )

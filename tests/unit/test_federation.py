@@ -226,8 +226,10 @@ def test_failing_work_loses_the_device_for_the_round_with_its_reason(scene: Scen
     scene.devices["b"].fail = RuntimeError("out of memory")
     result = scene.run()
     assert result.devices[1].reports == 0
-    assert "RuntimeError: out of memory" in scene.of(DeviceLost)[0].reason
-    assert "out of memory" in scene.store.history("r")[0].lost["b"]
+    reason = scene.of(DeviceLost)[0].reason
+    assert "RuntimeError in tests.fake_device" in reason
+    assert scene.store.history("r")[0].lost["b"] == reason
+    assert "out of memory" not in reason  # what an error of others says may be a row
 
 
 def swap(**fields: Any) -> Callable[[RoundReport], RoundReport]:
@@ -321,7 +323,7 @@ def test_a_device_that_cannot_evaluate_is_left_out_of_the_result(scene: Scene, m
     monkeypatch.setattr(scene.devices["b"], "evaluate", fail)
     result = scene.run(evaluate_every=2)
     assert (result.tuned.n, result.devices[1].tuned.n) == (40, 0)
-    assert "no test rows" in scene.of(DeviceLost)[0].reason
+    assert "RuntimeError" in scene.of(DeviceLost)[0].reason
 
 
 def test_where_nobody_can_evaluate_the_tuned_rounds_are_kept(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

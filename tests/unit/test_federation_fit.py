@@ -42,7 +42,8 @@ class FitScene(Scene):
     def __init__(self, path: Path, train: dict[str, list[Row]] | None = None) -> None:
         shares = train or {"a": rows(12), "b": rows(14, 50)}
         super().__init__(
-            path, *(Device(name, ToyScorer(), share, share[:4], TEST[name]) for name, share in shares.items())
+            path,
+            *(Device(name, ToyScorer(), share, share[:4], TEST[name], task=TASK) for name, share in shares.items()),
         )
 
     def run(self, run: str = "r", **changes: Any) -> RunResult:

@@ -10,7 +10,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from rich.console import Console
 
 from fedbpt import Budget, Prompt, PromptSpec, TuneResult, cli, evaluate, tune
 from fedbpt.cli import evaluate as evaluate_command
@@ -21,6 +20,7 @@ from fedbpt.objective import Objective
 from fedbpt.runs import Evaluated, RunFinished, RunSettings
 from fedbpt.tasks import Task, load_task, read_task_rows, to_rows, write_partition, write_rows
 from fedbpt.tasks.task import target_ids
+from fedbpt.terminal import PlainConsole
 from tests.toy_scorer import ToyScorer
 
 TASK_FILE = """
@@ -106,7 +106,7 @@ def test_the_result_speaks_of_perplexity(tuned: TuneResult, monkeypatch: pytest.
     assert found["tuned_perplexity"] == pytest.approx(12.5)
     assert "tuned_accuracy" not in found
     stream = io.StringIO()
-    monkeypatch.setattr(report, "Console", lambda: Console(file=stream, width=200))
+    monkeypatch.setattr(report, "PlainConsole", lambda: PlainConsole(file=stream, width=200))
     report.print_result(result, None)
     assert "perplexity" in stream.getvalue()
     assert "12.50" in stream.getvalue()
@@ -176,7 +176,7 @@ def test_rows_without_a_target_are_refused(
         (("no", "yes"), NLL, 1, InputError, "does not go with 2 labels"),
         ((), NLL, 1, DataError, "a target text should be"),
         ((), NLL, " ", InputError, "a target text is empty"),
-        (("no", "yes"), ObjectiveSpec(), "yes", DataError, "has label yes"),
+        (("no", "yes"), ObjectiveSpec(), "yes", DataError, "has label .yes"),
     ],
 )
 def test_what_does_not_go_together_is_refused(

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from fedbpt import wire
-from fedbpt.errors import ConfigError
+from fedbpt.errors import ConfigError, DataError
 from fedbpt.journal import Entry, Journal, Line, LogFile, Logged
 from fedbpt.runs import DeviceLost, LateReport
 from tests.fake_device import FakeDevice
@@ -63,8 +63,28 @@ def test_warnings_of_the_library_are_entries_and_others_are_not(caplog: pytest.L
     plain, broken = kept
     assert plain == Logged(level="WARNING", logger="fedbpt.fleet", message="device a")
     assert (broken.level, broken.message) == ("ERROR", "it broke")
-    assert broken.exception.endswith("ValueError: cause")
+    assert broken.exception.endswith("ValueError")
+    assert "test_journal.py" in broken.exception
     assert [record.getMessage() for record in caplog.records] == ["device a", "no", "it broke", "after"]
+
+
+def test_what_errors_quote_of_rows_is_in_no_entry() -> None:
+    kept: list[Any] = []
+    journal = Journal(lambda line: kept.append(line.entry.event) or "")
+    log, row = logging.getLogger("fedbpt.agent"), "the cat sat"
+    with journal.hearing_warnings():
+        log.warning("round %d failed: %s", 1, DataError(f"row 3: {row!r}", public="row 3"))
+        log.warning("round %d failed: %s", 2, KeyError(row))
+        try:
+            try:
+                raise TypeError(row)
+            except TypeError as error:
+                raise DataError(f"row 3: {row!r}", public="row 3") from error
+        except DataError:
+            log.exception("work failed")
+    assert [entry.message for entry in kept] == ["round 1 failed: row 3", kept[1].message, "work failed"]
+    assert not [entry for entry in kept if "cat" in entry.message + entry.exception]
+    assert {"DataError: row 3", "TypeError"} <= set(kept[2].exception.splitlines())
 
 
 def test_who_has_no_logging_of_their_own_still_reads_warnings(

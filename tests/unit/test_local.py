@@ -31,18 +31,20 @@ from fedbpt.objective import Objective
 from fedbpt.population import sample_population
 from fedbpt.search import CmaSearch
 from fedbpt.seeding import generator
+from fedbpt.tasks import Task
 from fedbpt.wire import digest
 from tests.toy_scorer import ToyScorer
 
 TEMPLATE = Template(pattern="{text}\nMood: (", label_words=("b", "g"))
 OTHER = Template(pattern="Review: {text}\nIt was: (", label_words=("b", "g"))
 LABELS = ("bad", "good")
+TASK = Task(name="mood", labels=LABELS, templates=(TEMPLATE, OTHER))
 ROWS = [(f"text {i} {'ugly' * (i % 2)}", i % 2) for i in range(20)]
 PROMPT = PromptSpec(n_prompt=2, d=6, seed=1, alpha=2.0)
 
 
 def device(scorer: ToyScorer | None = None) -> Device:
-    return Device("pi5", scorer or ToyScorer(), ROWS, ROWS[:6], ROWS[3:10])
+    return Device("pi5", scorer or ToyScorer(), ROWS, ROWS[:6], ROWS[3:10], task=TASK)
 
 
 def plan(work: Work, **changes: Any) -> RoundPlan:
@@ -52,6 +54,7 @@ def plan(work: Work, **changes: Any) -> RoundPlan:
         "device": "kitchen",
         "seed": 7,
         "model_fingerprint": ToyScorer().fingerprint,
+        "task": TASK.identity,
         "labels": LABELS,
         "template": TEMPLATE,
         "prompt": PROMPT,
@@ -248,6 +251,7 @@ def test_select_without_templates_is_refused() -> None:
 def request(**changes: Any) -> EvaluateRequest:
     fields: dict[str, Any] = {
         "model_fingerprint": ToyScorer().fingerprint,
+        "task": TASK.identity,
         "labels": LABELS,
         "template": TEMPLATE,
         "prompt": PROMPT,
@@ -307,7 +311,7 @@ def test_an_evaluation_that_makes_no_sense_is_refused(changes: dict[str, Any]) -
 
 def test_evaluating_rows_that_the_device_has_not_is_refused() -> None:
     with pytest.raises(DataError, match="test rows"):
-        Device("pi5", ToyScorer(), ROWS).evaluate(request())
+        Device("pi5", ToyScorer(), ROWS, task=TASK).evaluate(request())
 
 
 # --- what a device says of itself ------------------------------------------------------------------------------------
@@ -328,7 +332,7 @@ def test_info_counts_rows_and_tells_no_label() -> None:
 
 def test_a_device_needs_training_rows() -> None:
     with pytest.raises(DataError, match="training rows"):
-        Device("pi5", ToyScorer(), [])
+        Device("pi5", ToyScorer(), [], task=TASK)
 
 
 def test_a_template_that_cannot_work_is_a_task_error() -> None:

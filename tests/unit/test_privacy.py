@@ -47,13 +47,13 @@ ROWS = [(f"text {i} {'ugly' * (i % 2)}", i % 2) for i in range(40)]
 
 
 def device(rows: list[Any] = ROWS, name: str = "pi5") -> Device:
-    return Device(name, ToyScorer(), rows, rows[:4], rows[4:10])
+    return Device(name, ToyScorer(), rows, rows[:4], rows[4:10], task=ToyTask())
 
 
 def plan(work: Work = POOLED, **changes: Any) -> RoundPlan:
     fields: dict[str, Any] = {
         "run": "r", "round": 1, "device": "pi5", "seed": 7, "model_fingerprint": ToyScorer().fingerprint,
-        "labels": ("x", "y"), "template": ToyTask().templates[0], "prompt": PromptSpec(d=D),
+        "task": ToyTask().identity, "labels": ("x", "y"), "template": ToyTask().templates[0], "prompt": PromptSpec(d=D),
         "objective": ObjectiveSpec(batch_size=8, readout_words=0), "work": work, "privacy": SPEC,
     }  # fmt: skip
     return RoundPlan(**{**fields, **changes})

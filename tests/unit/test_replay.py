@@ -14,6 +14,7 @@ from fedbpt.local_search import local_search, local_seed
 from fedbpt.messages import Array, ObjectiveSpec, PromptSpec, RanksResult, RoundPlan, RoundReport, Template, Work
 from fedbpt.replay import Replayer, may_shorten, short_plan, short_report, whole_report
 from fedbpt.wire import encode
+from tests.fake_device import TOY
 from tests.toy_federation import answer, report
 
 D, SEED = 320, 5  # of two-point step sizes, whose pair is a part of the state
@@ -21,7 +22,8 @@ D, SEED = 320, 5  # of two-point step sizes, whose pair is a part of the state
 
 def plan(work: Work, round: int = 1) -> RoundPlan:
     return RoundPlan(
-        run="r", round=round, device="a", seed=SEED, model_fingerprint="sha256:0", labels=("x", "y"),
+        run="r", round=round, device="a", seed=SEED, model_fingerprint="sha256:0", task=TOY,
+        labels=("x", "y"),
         template=Template(pattern="{text} It was", label_words=(" bad", " good")), prompt=PromptSpec(d=D),
         objective=ObjectiveSpec(), work=work,
     )  # fmt: skip

@@ -31,7 +31,7 @@ LOCAL = settings(rounds=3, method="fedavg", popsize=6, iterations=4, prompt=Prom
 
 def device() -> Device:
     data = rows(12)
-    return Device("a", ToyScorer(), data, [], data[:4])
+    return Device("a", ToyScorer(), data, [], data[:4], task=TASK)
 
 
 def tuned(path: Path, client: DeviceClient, chosen: RunSettings, watch: Any = lambda _event: None) -> RunResult:

@@ -28,6 +28,7 @@ from fedbpt.messages import (
     Work,
 )
 from fedbpt.reports import check_report
+from tests.fake_device import TOY
 
 N_WORDS, N_LABELS = 4, 3
 STATE = SearchState(mean=Array.of(np.zeros(2)), sigma=1.0)
@@ -46,6 +47,7 @@ def plan(n_words: int = N_WORDS, moments: bool = False, work: Work | None = None
         device="a",
         seed=0,
         model_fingerprint="sha256:0",
+        task=TOY,
         labels=("x", "y", "z"),
         template=template,
         prompt=PromptSpec(d=2),

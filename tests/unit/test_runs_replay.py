@@ -54,7 +54,9 @@ def stop_after_search(rounds: int) -> EventCallback:
 
 def tuned(on_event: EventCallback = lambda _event: None, **changes: Any) -> RunResult:
     settings = msgspec.structs.replace(SETTINGS, **changes)
-    clients = [InProcessClient(Device(name, ToyScorer(), rows(8, i), rows(4, i), [])) for i, name in enumerate("ab")]
+    clients = [
+        InProcessClient(Device(name, ToyScorer(), rows(8, i), rows(4, i), [], task=TASK)) for i, name in enumerate("ab")
+    ]
     with RunStore(DB) as store:
         return Federation(clients, TASK, settings, aggregator_for(settings), store, "toy", on_event).run()
 

@@ -23,10 +23,14 @@ from fedbpt.messages import (
     PromptSpec,
     Readout,
     RoundPlan,
+    RoundProgress,
     RoundReport,
     SearchState,
     Template,
 )
+from fedbpt.plain_text import MOST_TOLD
+from fedbpt.questions import Answer, check_answer
+from tests.fake_device import TOY
 
 
 def plan(**changes: object) -> RoundPlan:
@@ -36,6 +40,7 @@ def plan(**changes: object) -> RoundPlan:
         device="a",
         seed=0,
         model_fingerprint="sha256:0",
+        task=TOY,
         labels=("x", "y"),
         template=Template(pattern="{text} It was", label_words=(" bad", " good")),
         prompt=PromptSpec(d=3),
@@ -43,6 +48,13 @@ def plan(**changes: object) -> RoundPlan:
         work=PooledWork(state=SearchState(mean=Array.of(np.zeros(3)), sigma=1.0), generation=0, popsize=4),
     )
     return msgspec.structs.replace(made, **changes)
+
+
+def info() -> dict[str, object]:
+    return {
+        "name": "a", "version": "0", "model_fingerprint": "sha256:0", "model_name": "m", "backend": "cpu", "n_train": 1,
+        "n_dev": 0, "n_test": 0, "ram_bytes": 1, "rss_bytes": 1, "peak_rss_bytes": 1,
+    }  # fmt: skip
 
 
 def report(**changes: object) -> RoundReport:
@@ -87,7 +99,7 @@ def fit_work(n_words: int, **changes: object) -> FitWork:
 
 def evaluation(**changes: object) -> EvaluateRequest:
     made = EvaluateRequest(
-        model_fingerprint="sha256:0", labels=("x", "y"), template=plan().template, prompt=PromptSpec(d=3),
+        model_fingerprint="sha256:0", task=TOY, labels=("x", "y"), template=plan().template, prompt=PromptSpec(d=3),
         objective=ObjectiveSpec(), latents=Array.of(np.zeros((2, 3))), readouts=(None, readout(4)), others=OTHERS,
     )  # fmt: skip
     return msgspec.structs.replace(made, **changes)
@@ -215,3 +227,58 @@ def test_a_damaged_plan_is_refused_or_read_but_never_crashes(data: st.DataObject
     except WireError:
         return
     assert wire.digest(read)
+
+
+# --- text for people -------------------------------------------------------------------------------------------------
+
+LONG = "\x1b]0;owned\x07 " * 2**16
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (ErrorReply, {"code": LONG, "message": LONG}),
+        (RoundProgress, {"run": "r", "round": 1, "state": "failed", "error": LONG, "paused": LONG}),
+        (DeviceInfo, {**info(), "version": LONG, "model_name": LONG, "backend": LONG, "paused": LONG}),
+    ],
+)
+def test_what_a_machine_tells_people_is_cut_and_plain(kind: type[Message], fields: dict[str, object]) -> None:
+    for decode, encode in ((wire.decode, msgspec.msgpack.encode), (wire.decode_json, msgspec.json.encode)):
+        message = decode(encode(fields), kind)
+        for name in (name for name, value in fields.items() if value is LONG):
+            text = getattr(message, name)
+            assert len(text) <= MOST_TOLD
+            assert f"{len(LONG):,} characters" in text
+            assert "\x1b" not in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        (DeviceInfo, {"name": "device\n"}),
+        (DeviceInfo, {"model_fingerprint": "x" * 129}),
+        (DeviceInfo, {"model_fingerprint": "sha256:\x1b"}),
+        (DeviceInfo, {LONG: 1}),
+        (RoundReport, {"plan_digest": "0" * 129}),
+        (RoundReport, {"result": {"type": LONG}}),
+        (Answer, {"texts": ("", "x" * (2**20 + 1))}),
+        (Answer, {"probabilities": ((0.5,), (0.5,), (0.5,))}),
+        (Answer, {"probabilities": ((1.5,), (0.5,))}),
+    ],
+)
+def test_names_and_numbers_that_no_device_has_are_refused_in_a_short_line(
+    kind: type[Message], change: dict[str, object]
+) -> None:
+    whole = {DeviceInfo: info(), RoundReport: msgspec.to_builtins(report()), Answer: {}}[kind]
+    with pytest.raises(WireError) as caught:
+        wire.decode(msgspec.msgpack.encode({**whole, **change}), kind)
+    assert len(str(caught.value)) <= MOST_TOLD + 40
+    assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("probabilities", [(), ((0.5, 0.5),), ((0.5, 0.5), (1.0,)), ((1.0,), (1.0,))])
+def test_an_answer_without_each_labels_probabilities_is_refused(probabilities: tuple[tuple[float, ...], ...]) -> None:
+    with pytest.raises(WireError):
+        check_answer(Answer(probabilities=probabilities, done=True), ("x", "y"))
+    check_answer(Answer(probabilities=((0.5, 0.5), (0.1, 0.9)), done=True), ("x", "y"))
+    check_answer(Answer(texts=("a", "b"), done=True), ())

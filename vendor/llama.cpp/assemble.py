@@ -84,6 +84,8 @@ def apply_patches(tree: Path, anchors: dict[str, str]) -> None:
             raise AssemblyError(f"{patch.name}: upstream has no {name}; {HOW_TO_MOVE}")
         lines = path.read_text().splitlines(keepends=True)
         found = line_hash(lines[after]) if after < len(lines) else "end of file"
+        if found == line_hash(""):
+            raise AssemblyError(f"{patch.name}: {name}:{after + 1} is an empty line; {HOW_TO_MOVE}")
         expected = anchors.get(f"{name}:{after + 1}")
         if found != expected:
             raise AssemblyError(

@@ -11,6 +11,7 @@ from fedbpt.agent.http import build_app
 from fedbpt.agent.service import AgentService
 from fedbpt.errors import ConfigError
 from fedbpt.http_server import HttpServer
+from fedbpt.plain_text import echo
 from fedbpt.tls import Tls, is_loopback
 
 log = logging.getLogger(__name__)
@@ -19,7 +20,7 @@ log = logging.getLogger(__name__)
 def announce(url: str) -> None:
     """Print one machine-readable line, so that a parent process learns the port: ``{"ready": {"url": ...}}``."""
     parts = urlsplit(url)
-    print(json.dumps({"ready": {"host": parts.hostname, "port": parts.port, "url": url}}), flush=True)
+    echo(json.dumps({"ready": {"host": parts.hostname, "port": parts.port, "url": url}}))
 
 
 def serve(

@@ -23,11 +23,14 @@ import msgspec
 
 from fedbpt import wire
 from fedbpt.agent.worker import Worker
-from fedbpt.errors import DeviceFailedError, DeviceRefusedError, FedbptError, ModelFileError, ScoringInterrupted
+from fedbpt.errors import DeviceFailedError, DeviceRefusedError, FedbptError, ScoringInterrupted
+from fedbpt.faults import public_reason
 from fedbpt.machine import battery_percent, heat
+from fedbpt.membership import misfit
 from fedbpt.messages import DeviceInfo, EvaluateReport, EvaluateRequest, RoundPlan, RoundProgress, RoundReport
 from fedbpt.prometheus import Family, Sample, exposition
 from fedbpt.questions import Answer, Question
+from fedbpt.task_identity import TaskIdentity
 
 log = logging.getLogger(__name__)
 
@@ -135,9 +138,9 @@ class AgentService:
         return any(job.state == "running" for job in self._jobs.values())
 
     def start(self, plan: RoundPlan) -> RoundProgress:
-        """Accept ``plan``; refused as ``conflict``, ``busy`` or ``wrong-model``."""
+        """Accept ``plan``; refused as ``conflict``, ``busy``, ``wrong-model`` or ``wrong-task``."""
         self._check_open()
-        self._check_model(plan.model_fingerprint)
+        self._check_fits(plan.model_fingerprint, plan.task)
         digest = wire.digest(plan)
         known = self._jobs.get((plan.run, plan.round))
         if known and known.digest != digest:
@@ -174,7 +177,7 @@ class AgentService:
     def start_evaluation(self, request: EvaluateRequest) -> str:
         """Accept ``request``; returns the id by which to fetch the result. The same request has the same id."""
         self._check_open()
-        self._check_model(request.model_fingerprint)
+        self._check_fits(request.model_fingerprint, request.task)
         identity = wire.digest(request)
         known = self._evaluation(identity)
         if known is None or known.state not in ("running", "done"):
@@ -199,7 +202,7 @@ class AgentService:
     def start_question(self, question: Question) -> str:
         """Accept ``question``; returns the id by which to fetch the answer. The same question has the same id."""
         self._check_open()
-        self._check_model(question.model_fingerprint)
+        self._check_fits(question.model_fingerprint, None)
         identity = wire.digest(question)
         known = self._evaluation(identity)
         if known is None or known.state not in ("running", "done"):
@@ -248,10 +251,9 @@ class AgentService:
         if self._stopping.is_set():
             raise self._refusal("stopping", "the device is being stopped")
 
-    def _check_model(self, fingerprint: str) -> None:
-        if fingerprint != self._info.model_fingerprint:
-            ours = f"{self._info.model_name} ({self._info.model_fingerprint})"
-            raise self._refusal("wrong-model", f"this device has {ours}, the plan is for {fingerprint}")
+    def _check_fits(self, model_fingerprint: str, task: TaskIdentity | None) -> None:
+        if (found := misfit(self._info, model_fingerprint, task)) is not None:
+            raise self._refusal(found.code, f"this device {found.reason}")
 
     def _refusal(self, code: str, message: str) -> DeviceRefusedError:
         self.counts["refused"] += 1
@@ -310,14 +312,12 @@ class AgentService:
             output = work()
         except ScoringInterrupted:
             error = "the work was interrupted"
-        except ModelFileError as problem:  # for whoever runs the device to mend
-            log.error("work of round %s of run %r failed: %s", job.round, job.run, problem)
-            error = str(problem)
         except FedbptError as problem:
-            error = str(problem)
+            log.warning("work of round %s of run %r failed: %s", job.round, job.run, problem)
+            error = public_reason(problem)
         except Exception as problem:
             log.exception("work of round %s of run %r failed", job.round, job.run)
-            error = f"{type(problem).__name__}: {problem}"
+            error = public_reason(problem)
         try:
             info = self.device.info()
         except Exception:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import re
 import shlex
 import signal
 import sys
 import threading
+import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from itertools import pairwise
 from keyword import iskeyword
+from types import TracebackType
 from typing import Annotated, Any
 
 import typer
 
 from fedbpt.cli.options import help_without_command
 from fedbpt.dashboard import DEFAULT_ADDRESS
-from fedbpt.errors import FedbptError, RunStopped
+from fedbpt.errors import FedbptError, ModelWarning, RunStopped
+from fedbpt.plain_text import PlainFormatter, echo
 from fedbpt.version import VERSION
 
 COMMANDS = (
@@ -41,7 +47,7 @@ _ClickException: Any = typer.BadParameter.__mro__[2]
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"fedbpt {VERSION}")
+        echo(f"fedbpt {VERSION}")
         raise typer.Exit
 
 
@@ -83,26 +89,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in given  # wherever it stands
     given = _with_address([word for word in given if word != "--debug"])
     code = 0
+    warnings.filterwarnings("ignore", category=ModelWarning)  # commands print a model's notes
+    _take_any_text()
+    if logging.lastResort is not None:  # what writes records to the terminal
+        logging.lastResort.setFormatter(PlainFormatter())
     try:
         with _terminated_as_interrupted():
             _run(given)
     except typer.Exit as done:
         code = done.exit_code
     except (KeyboardInterrupt, typer.Abort, RunStopped):
-        typer.echo(f"fedbpt: {_stopped(given)}", err=True)
+        echo(f"fedbpt: {_stopped(given)}", err=True)
         code = INTERRUPTED
     except _ClickException as error:
-        typer.echo(f"fedbpt: {_usage(error)}", err=True)
+        echo(f"fedbpt: {_usage(error)}", err=True)
         code = error.exit_code
     except BrokenPipeError:  # who reads the output has seen enough: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except Exception as error:
         if debug:
+            sys.excepthook = _show_traceback
             raise
-        typer.echo(f"fedbpt: {_one_line(error)}", err=True)
+        echo(f"fedbpt: {_one_line(error)}", err=True)
         code = error.exit_code if isinstance(error, FedbptError) else 1
     sys.exit(code)
+
+
+def _take_any_text() -> None:
+    """A character that a stream's encoding cannot write is escaped: it costs nobody a result that is computed already.
+
+    Bytes of standard input that are no text become what `fedbpt.checking.utf8` refuses.
+    """
+    for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stdin, "surrogateescape")):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors=errors)
 
 
 def _run(given: Sequence[str]) -> None:
@@ -121,6 +142,10 @@ def _with_address(given: Sequence[str]) -> list[str]:
         alone = word == "--dashboard" and not re.fullmatch(r"\S+:\d+", after)
         words.append(f"{word}={DEFAULT_ADDRESS}" if alone else word)
     return words
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    echo("".join(traceback.format_exception(kind, error, trace)).rstrip(), err=True)
 
 
 def _stopped(given: Sequence[str]) -> str:

@@ -6,29 +6,31 @@ from collections.abc import Iterator, Sequence
 
 from rich.bar import Bar
 from rich.cells import cell_len
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from fedbpt.plain_text import plain
 from fedbpt.side_by_side import SIDES, Probabilities, Side
+from fedbpt.terminal import PlainConsole
 
 _BAR = 8, 24  # characters, at least and at most
 _FIGURE = 8
 
 
-def print_probabilities(console: Console, labels: Sequence[str], found: Probabilities, label: str | None) -> None:
+def print_probabilities(console: PlainConsole, labels: Sequence[str], found: Probabilities, label: str | None) -> None:
     """A line per label. ``label``: the row's own, where it is known."""
     table = Table(box=None, padding=(0, 1))
     table.add_column("", no_wrap=True)
-    room = (console.width - max(map(cell_len, labels)) - 2) // len(SIDES) - _FIGURE - 4
+    room = (console.width - max(cell_len(plain(label)) for label in labels) - 2) // len(SIDES) - _FIGURE - 4
     bar = min(max(room, _BAR[0]), _BAR[1])
     for side in SIDES:
         table.add_column(side, justify="right", no_wrap=True, min_width=_FIGURE)
         table.add_column("", width=bar)
     for i, name in enumerate(labels):
-        cells: list[RenderableType] = [Text(name)]
+        cells: list[RenderableType] = [name]
         for side in SIDES:
             values: tuple[float, ...] = getattr(found, side)
             style = "bold" if values[i] == max(values) else ""
@@ -36,10 +38,10 @@ def print_probabilities(console: Console, labels: Sequence[str], found: Probabil
         table.add_row(*cells)
     console.print(table)
     if label is not None:
-        console.print(Text(f"the row says {label}", "dim"))
+        console.print(f"the row says {label}", style="dim", highlight=False)
 
 
-def print_texts(console: Console, pieces: Iterator[tuple[Side, str]]) -> dict[Side, str]:
+def print_texts(console: PlainConsole, pieces: Iterator[tuple[Side, str]]) -> dict[Side, str]:
     """Both texts as they come; what there was of them at the end."""
     texts: dict[Side, str] = dict.fromkeys(SIDES, "")
     with Live(_panels(texts), console=console, refresh_per_second=10, vertical_overflow="visible") as live:
@@ -53,5 +55,5 @@ def _panels(texts: dict[Side, str]) -> Table:
     table = Table.grid(expand=True)
     for _ in texts:
         table.add_column(ratio=1)
-    table.add_row(*(Panel(Text(text.strip("\n")), title=side) for side, text in texts.items()))
+    table.add_row(*(Panel(Text(plain(text.strip("\n"))), title=Text(side)) for side, text in texts.items()))
     return table

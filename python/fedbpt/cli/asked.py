@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from fedbpt.clients import HttpClient
 from fedbpt.generator import Sampling
 from fedbpt.prompt import Prompt
-from fedbpt.questions import DEFAULT_TOKENS, Answer, Question
+from fedbpt.questions import DEFAULT_TOKENS, Answer, Question, check_answer
 from fedbpt.side_by_side import SIDES, Probabilities, Side
 from fedbpt.tasks import Task
 
@@ -68,6 +68,8 @@ class AskedDevice:
                 item = came.get()
                 if isinstance(item, BaseException):
                     raise item
+                if item.done:
+                    check_answer(item, self.labels)
                 yield item
                 if item.done:
                     return

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import msgspec
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fedbpt import models, tasks
 from fedbpt.bench import Measurement, Rate, ThreadRate, best_threads, measure, measure_threads
@@ -20,6 +20,8 @@ from fedbpt.display import human_bytes
 from fedbpt.estimate import project
 from fedbpt.machine import Heat
 from fedbpt.native_scorer import load_model
+from fedbpt.plain_text import echo
+from fedbpt.terminal import PlainConsole
 
 
 def bench(
@@ -50,11 +52,11 @@ def bench(
     if model in models.CATALOGUE:
         with progress_bar(model, shown) as progress:
             models.pull(model, progress)
-    console = Console(stderr=True, quiet=not shown)
+    console = PlainConsole(stderr=True, quiet=not shown)
     with console.status("") as status:
 
         def say(part: str) -> None:
-            status.update(f"measuring: {part}")
+            status.update(Text(f"measuring: {part}"))
 
         by_threads: tuple[ThreadRate, ...] = ()
         if threads is None and not quick and not gpu_layers:
@@ -64,14 +66,14 @@ def bench(
         found = measure(scorer, quick=quick, threads=by_threads, on_part=say)
     found = msgspec.structs.replace(found, projection=project(found, tasks.load("ag-news")))
     if as_json:
-        typer.echo(msgspec.json.encode(found).decode())
+        echo(msgspec.json.encode(found).decode())
     else:
         _print(found)
         print_hint(scorer, shown)
 
 
 def _print(found: Measurement) -> None:
-    console = Console()
+    console = PlainConsole()
     machine = " ".join(part for part in (found.board, found.cpu, found.machine) if part)
     _line(console, f"{machine}, {found.n_physical_cores} cores, {human_bytes(found.ram_bytes)} RAM")
     weights = ", ".join(f"{100 * share:.0f} % {name}" for name, share in found.weights.items())
@@ -114,9 +116,9 @@ def _compare(paths: tuple[Path, Path], as_json: bool) -> None:
     found = compare(*map(read_measurement, paths))
     if as_json:
         answer = {"figures": found.figures, "ratios": found.ratios(), "notes": found.notes}
-        typer.echo(msgspec.json.encode(answer).decode())
+        echo(msgspec.json.encode(answer).decode())
         return
-    console = Console()
+    console = PlainConsole()
     table = Table(box=None)
     for heading in ("", *(path.stem for path in paths), "ratio"):
         table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
@@ -129,8 +131,8 @@ def _compare(paths: tuple[Path, Path], as_json: bool) -> None:
         _line(console, f"note: {note}")
 
 
-def _line(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+def _line(console: PlainConsole, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True)
 
 
 def _work(rate: Rate) -> str:

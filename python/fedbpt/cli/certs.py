@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import typer
 
-from fedbpt.cli.options import AsJson, Quiet, help_without_command
+from fedbpt.cli.options import AsJson, Quiet, help_without_command, print_json
+from fedbpt.plain_text import echo
 
 app = typer.Typer(
     name="certs",
@@ -59,7 +59,7 @@ def issue_command(
 def _print(made: Mapping[str, tuple[Path, Path]], as_json: bool, quiet: bool) -> None:
     if as_json:
         shown = {name: {"cert": str(cert), "key": str(key)} for name, (cert, key) in made.items()}
-        typer.echo(msgspec.json.encode(shown).decode())
+        print_json(shown)
         return
     for cert, key in made.values():
-        typer.echo(str(cert) if quiet else f"{cert}, its key in {key} (keep it private)")
+        echo(str(cert) if quiet else f"{cert}, its key in {key} (keep it private)")

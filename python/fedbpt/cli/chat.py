@@ -9,24 +9,26 @@ from pathlib import Path
 from typing import Annotated, Protocol
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from fedbpt import tasks
+from fedbpt.checking import utf8
 from fedbpt.cli.answers import print_probabilities, print_texts
 from fedbpt.cli.asked import AskedDevice
 from fedbpt.cli.evaluate import model_of
 from fedbpt.cli.hint import print_hint
 from fedbpt.cli.options import AsJson, Ca, GpuLayers, GpuName, Quiet, Threads
 from fedbpt.clients import HttpClient
-from fedbpt.errors import ConfigError, DeviceError, InputError
+from fedbpt.errors import ConfigError, DeviceError, InputError, WireError
 from fedbpt.generator import Sampling
 from fedbpt.native_scorer import load_model
+from fedbpt.plain_text import echo, one_line
 from fedbpt.prompt import Prompt
 from fedbpt.questions import DEFAULT_TOKENS
 from fedbpt.seeding import generator
 from fedbpt.side_by_side import SIDES, Probabilities, Side, SideBySide
 from fedbpt.tasks import Row
+from fedbpt.terminal import PlainConsole
 from fedbpt.tls import Tls
 from fedbpt.tokens import read_private
 
@@ -87,21 +89,22 @@ def chat(
         scorer = load_model(model or model_of(prompt), n_threads=threads, n_gpu_layers=gpu_layers, gpu=gpu)
         pair = SideBySide(scorer, prompt, chosen)
         print_hint(scorer, shown=not (quiet or as_json))
-    console = Console()
+    console = PlainConsole()
     talks = sys.stdin.isatty() and not as_json
     if talks and not quiet:
         _introduce(console, pair.name, prompt.task_name, offered)
     for text, label in _asked(offered, talks):
         try:
+            utf8(text, "the question")
             _answer(console, pair, text, label, how, max_tokens, tuple(stop or ()), as_json)
         except KeyboardInterrupt:
             if not talks:
                 raise
             console.print("stopped; Ctrl-D ends")
-        except (InputError, DeviceError) as error:
+        except (InputError, DeviceError, WireError) as error:
             if not talks:
                 raise
-            console.print(f"fedbpt: {escape(str(error))}")
+            console.print(f"fedbpt: {error}", highlight=False)
 
 
 class Pair(Protocol):
@@ -138,10 +141,11 @@ def _offered(task: tasks.Task | None, data: Path | None, n: int) -> list[Row]:
     return [rows[i] for i in sorted(chosen)]
 
 
-def _introduce(console: Console, model: str, task: str, offered: Sequence[Row]) -> None:
-    console.print(f"{escape(model)}, as it is and tuned for {escape(task)}")
+def _introduce(console: PlainConsole, model: str, task: str, offered: Sequence[Row]) -> None:
+    console.print(f"{model}, as it is and tuned for {task}")
     for number, (text, _) in enumerate(offered, start=1):
-        console.print(f"  [bold]{number}[/]  {escape(text)}", overflow="ellipsis", no_wrap=True)
+        line = Text.assemble("  ", (f"{number}", "bold"), f"  {one_line(text)}")
+        console.print(line, overflow="ellipsis", no_wrap=True)
     either = "a number or your own text" if offered else "your text"
     console.print(f"Type {either}; Ctrl-D ends.")
 
@@ -161,7 +165,7 @@ def _asked(offered: Sequence[Row], talks: bool) -> Iterator[tuple[str, int | str
 
 
 def _answer(
-    console: Console,
+    console: PlainConsole,
     pair: Pair,
     text: str,
     label: int | str | None,
@@ -190,5 +194,5 @@ def _answer(
 
 
 def _print_json(value: dict[str, object]) -> None:
-    typer.echo(json.dumps(value, ensure_ascii=False))
+    echo(json.dumps(value, ensure_ascii=False))
     sys.stdout.flush()

@@ -17,6 +17,7 @@ from fedbpt.dashboard import DEFAULT_ADDRESS
 from fedbpt.dashboard.comparing import Comparison, comparing, questions_of
 from fedbpt.dashboard.server import DashboardServer
 from fedbpt.native_scorer import load_model
+from fedbpt.plain_text import echo
 from fedbpt.runs import RunResult
 from fedbpt.tls import Tls
 
@@ -55,9 +56,9 @@ def dashboard(
 
     def announce(_url: str) -> None:
         if as_json:
-            typer.echo(msgspec.json.encode({"ready": {"url": server.link}}).decode())
+            echo(msgspec.json.encode({"ready": {"url": server.link}}).decode())
         elif not quiet:
-            typer.echo(f"run {run} at {server.link}; Ctrl-C ends it", err=True)
+            echo(f"run {run} at {server.link}; Ctrl-C ends it", err=True)
 
     server.on_ready = announce
     server.run()

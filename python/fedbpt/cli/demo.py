@@ -12,17 +12,16 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import msgspec
 import numpy as np
 import typer
-from rich.console import Console
+from rich.text import Text
 
 from fedbpt import models, tasks
 from fedbpt.api import aggregator_for, evaluate, make_prompt
 from fedbpt.cli.hint import print_hint
 from fedbpt.cli.models import progress_bar
 from fedbpt.cli.observe import Observers
-from fedbpt.cli.options import AsJson, Dashboard, Quiet, teller
+from fedbpt.cli.options import AsJson, Dashboard, Quiet, print_json, teller
 from fedbpt.cli.reach import host_and_port
 from fedbpt.cli.report import print_result, result_as_json
 from fedbpt.clients.http import HttpClient
@@ -32,11 +31,13 @@ from fedbpt.errors import ConfigError, FedbptError
 from fedbpt.federation import Federation
 from fedbpt.messages import ObjectiveSpec, PromptSpec
 from fedbpt.native_scorer import load_model, physical_cores
+from fedbpt.plain_text import plain
 from fedbpt.prompt import Prompt
 from fedbpt.runs import Event, RunResult, RunSettings
 from fedbpt.scorer import Scorer
 from fedbpt.store import RunStore
 from fedbpt.tasks import Row, Task
+from fedbpt.terminal import PlainConsole
 from fedbpt.tls import is_loopback
 
 RUN = "demo"
@@ -215,11 +216,12 @@ def _examples(scorer: Scorer, task: Task, rows: Sequence[Row], prompt: Prompt, w
 def _report(result: RunResult, saved: Path, examples: Sequence[Example], folder: Path, as_json: bool) -> None:
     if as_json:
         found = {**result_as_json(result, saved), "examples": [example._asdict() for example in examples]}
-        typer.echo(msgspec.json.encode(found).decode())
+        print_json(found)
         return
     print_result(result, saved)
-    console = Console()
+    console = PlainConsole()
     for example in examples:
-        console.print(f"\n{example.text}", style="dim", markup=False, highlight=False)
-        console.print(f"  original model: [red]{example.original}[/]   tuned: [green]{example.label}[/] (right)")
+        console.print(f"\n{example.text}", style="dim", highlight=False)
+        said = (plain(example.original), "red"), "   tuned: ", (plain(example.label), "green"), " (right)"
+        console.print(Text.assemble("  original model: ", *said))
     console.print(f"\nrun: fedbpt runs show demo --store {folder / 'runs.db'}", soft_wrap=True)

@@ -41,7 +41,8 @@ from fedbpt.memory import kv_budget_within
 from fedbpt.models import locate, model_size
 from fedbpt.native_scorer import DEFAULT_KV_BUDGET_BYTES, load_model
 from fedbpt.pauses import TRIGGERS, Pauses
-from fedbpt.tasks import Row, load, read_task_rows
+from fedbpt.plain_text import echo
+from fedbpt.tasks import Row, Task, load, read_task_rows
 from fedbpt.tls import Tls
 from fedbpt.tokens import Credentials, default_credentials
 
@@ -111,7 +112,7 @@ def device(
 
     Example: fedbpt device --model smollm2-135m --data mine.jsonl --task ag-news --port 8401
     """
-    rows = _rows(task, data, dev, test)  # before the model: a wrong file is told at once
+    chosen, rows = _rows(task, data, dev, test)  # before the model: a wrong file is told at once
     pauses = _pauses(pause_on, shown=not (quiet or as_json))
     tls = Tls(cert, key, ca, client_certs)
     token = token_in(token_file) if token_file else None
@@ -123,7 +124,7 @@ def device(
     scorer = load_model(
         model, n_threads=threads, n_gpu_layers=gpu_layers, gpu=gpu, kv_budget_bytes=kv_bytes, late=load_late
     )
-    local = Device(link.device if link else name or socket.gethostname(), scorer, *rows)
+    local = Device(link.device if link else name or socket.gethostname(), scorer, *rows, task=chosen)
     if not load_late:
         print_hint(scorer, shown=not (quiet or as_json))
         local.measure_speed()  # for `fedbpt tune --plan`
@@ -153,7 +154,7 @@ def _teller(local: Device, n_rows: int, link: Credentials | None, as_json: bool,
                 announce(url)
             elif not quiet:
                 how = "calls in at" if link else "serves on"
-                typer.echo(f"{local.name} {how} {url} with {local.scorer.name} and {n_rows} rows; Ctrl-C stops it")
+                echo(f"{local.name} {how} {url} with {local.scorer.name} and {n_rows} rows; Ctrl-C stops it")
         except OSError as error:  # what it prints to is full or gone: nobody reads it, the work goes on all the same
             log.warning("cannot say that the device is ready at %s: %s", url, error.strerror or error)
 
@@ -161,12 +162,12 @@ def _teller(local: Device, n_rows: int, link: Credentials | None, as_json: bool,
 
 
 def _tell(line: str) -> None:
-    typer.echo(line, err=True)
+    echo(line, err=True)
 
 
-def _rows(task: str, *files: Path | None) -> list[list[Row]]:
+def _rows(task: str, *files: Path | None) -> tuple[Task, list[list[Row]]]:
     chosen = load(task)
-    return [[] if file is None else read_task_rows(chosen, file) for file in files]
+    return chosen, [[] if file is None else read_task_rows(chosen, file) for file in files]
 
 
 def _kv_bytes(model: str, kv_budget: int, max_memory: int | None) -> int:
@@ -185,11 +186,11 @@ def _pauses(given: str, shown: bool) -> Pauses:
 
     def say(reason: str) -> None:
         if shown:
-            typer.echo(f"paused: {reason}" if reason else "goes on", err=True)
+            echo(f"paused: {reason}" if reason else "goes on", err=True)
 
     pauses = Pauses([trigger for trigger in TRIGGERS if trigger in on], say)
     for trigger in pauses.untold() if shown else []:
-        typer.echo(f"hint: this system does not tell of {trigger}: the device never pauses on it", err=True)
+        echo(f"hint: this system does not tell of {trigger}: the device never pauses on it", err=True)
     return pauses
 
 
@@ -203,9 +204,9 @@ def _install(context: typer.Context, max_memory: int | None, force: bool, as_jso
         command += [parameter.opts[0]] if value is True else [parameter.opts[0], str(value)]
     found = install(command, max_memory=max_memory, force=force)
     if as_json:
-        typer.echo(json.dumps({"path": str(found.path), "enable": found.enable, "remove": found.remove}))
+        echo(json.dumps({"path": str(found.path), "enable": found.enable, "remove": found.remove}))
         return
-    typer.echo(f"wrote {found.path}\nenable: {found.enable}\nremove: {found.remove}\n{found.notes}")
+    echo(f"wrote {found.path}\nenable: {found.enable}\nremove: {found.remove}\n{found.notes}")
 
 
 def _stop_at_eof() -> None:

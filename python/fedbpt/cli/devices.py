@@ -7,12 +7,13 @@ from typing import Annotated
 
 import msgspec
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from fedbpt.cli.options import AsJson, Quiet, Registry, help_without_command
 from fedbpt.errors import StoreError
+from fedbpt.plain_text import echo
 from fedbpt.registry import INVITATION_S, DeviceRegistry
+from fedbpt.terminal import PlainConsole
 
 app = typer.Typer(
     name="devices",
@@ -39,11 +40,11 @@ def invite_command(
     with DeviceRegistry(registry) as opened:
         code = opened.invite(name, minutes * 60)
     if as_json:
-        typer.echo(msgspec.json.encode({"device": name, "code": code, "minutes": minutes}).decode())
+        echo(msgspec.json.encode({"device": name, "code": code, "minutes": minutes}).decode())
     elif quiet:
-        typer.echo(code)
+        echo(code)
     else:
-        typer.echo(f"{code} enrols {name}, once, within {minutes:g} minutes, while `fedbpt tune --listen` runs")
+        echo(f"{code} enrols {name}, once, within {minutes:g} minutes, while `fedbpt tune --listen` runs")
 
 
 @app.command("list")
@@ -55,15 +56,15 @@ def list_command(registry: Registry = DEFAULT_REGISTRY, as_json: AsJson = False,
     with _opened(registry) as opened:
         found = opened.devices()
     if as_json:
-        typer.echo(msgspec.json.encode([line._asdict() for line in found]).decode())
+        echo(msgspec.json.encode([line._asdict() for line in found]).decode())
     elif quiet:
         for line in found:
-            typer.echo(line.device)
+            echo(line.device)
     else:
         table = Table("device", "state", "since", box=None)
         for line in found:
             table.add_row(*line)
-        Console().print(table)
+        PlainConsole().print(table)
 
 
 @app.command("revoke")
@@ -77,9 +78,9 @@ def revoke_command(
     with _opened(registry) as opened:
         opened.revoke(name)
     if as_json:
-        typer.echo(msgspec.json.encode({"device": name, "state": "revoked"}).decode())
+        echo(msgspec.json.encode({"device": name, "state": "revoked"}).decode())
     elif not quiet:
-        typer.echo(f"{name} is revoked; `fedbpt devices invite {name}` lets it in again")
+        echo(f"{name} is revoked; `fedbpt devices invite {name}` lets it in again")
 
 
 def _opened(registry: Path) -> DeviceRegistry:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from fedbpt import api, models
 from fedbpt.cli.hint import print_hint
@@ -15,9 +14,11 @@ from fedbpt.cli.options import AsJson, GpuLayers, GpuName, Quiet, Threads, task_
 from fedbpt.cli.report import print_accuracies, print_perplexities
 from fedbpt.errors import ConfigError
 from fedbpt.native_scorer import load_model
+from fedbpt.plain_text import echo
 from fedbpt.prompt import Prompt
 from fedbpt.results import EvaluationResult
 from fedbpt.tasks import read_task_rows
+from fedbpt.terminal import PlainConsole
 
 
 def evaluate(
@@ -54,16 +55,18 @@ def evaluate(
         "tuned": api.evaluate(scorer, chosen, rows, prompt),
     }
     if as_json:
-        typer.echo(json.dumps({name: _as_json(result, not chosen.labels) for name, result in found.items()}))
+        echo(json.dumps({name: _as_json(result, not chosen.labels) for name, result in found.items()}))
     elif quiet:
         tuned = found["tuned"]
-        typer.echo(f"{tuned.accuracy if chosen.labels else tuned.perplexity:.4f}")
+        echo(f"{tuned.accuracy if chosen.labels else tuned.perplexity:.4f}")
     elif not chosen.labels:
         title = f"{prompt.task_name} on {scorer.name}, {len(rows)} rows"
-        print_perplexities(Console(), title, {name.replace("_", "-"): result.loss for name, result in found.items()})
+        print_perplexities(
+            PlainConsole(), title, {name.replace("_", "-"): result.loss for name, result in found.items()}
+        )
     else:
         lines = {name.replace("_", "-"): (r.accuracy, r.interval, r.loss) for name, r in found.items()}
-        print_accuracies(Console(), f"{prompt.task_name} on {scorer.name}, {len(rows)} rows", lines)
+        print_accuracies(PlainConsole(), f"{prompt.task_name} on {scorer.name}, {len(rows)} rows", lines)
 
 
 def model_of(prompt: Prompt) -> str:

@@ -12,6 +12,7 @@ from fedbpt.cli.evaluate import model_of
 from fedbpt.cli.options import AsJson, Quiet, task_named
 from fedbpt.exchange import Target, export_prompt
 from fedbpt.native_scorer import load_model
+from fedbpt.plain_text import echo
 from fedbpt.prompt import Prompt, card_path
 
 
@@ -44,9 +45,9 @@ def export(
         found = export_prompt(prompt, out, to)
     if as_json:
         card = out / "README.md" if to == "peft" else card_path(out)
-        typer.echo(json.dumps({"path": str(found.path), "card_path": str(card), "notes": found.notes}))
+        echo(json.dumps({"path": str(found.path), "card_path": str(card), "notes": found.notes}))
         return
-    typer.echo(str(found.path))
+    echo(str(found.path))
     if not quiet:
         for note in found.notes:
-            typer.echo(note, err=True)
+            echo(note, err=True)

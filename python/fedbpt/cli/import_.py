@@ -12,6 +12,7 @@ from fedbpt import tasks
 from fedbpt.cli.options import AsJson, Model, Quiet
 from fedbpt.exchange import import_prompt
 from fedbpt.native_scorer import load_model
+from fedbpt.plain_text import echo
 from fedbpt.prompt import card_path
 
 
@@ -32,8 +33,8 @@ def import_(
     out.parent.mkdir(parents=True, exist_ok=True)
     path = prompt.save(out)
     if as_json:
-        typer.echo(json.dumps({"prompt_path": str(path), "card_path": str(card_path(path))}))
+        echo(json.dumps({"prompt_path": str(path), "card_path": str(card_path(path))}))
         return
-    typer.echo(str(path))
+    echo(str(path))
     if not quiet:
-        typer.echo(f"{prompt!r}", err=True)
+        echo(f"{prompt!r}", err=True)

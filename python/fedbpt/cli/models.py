@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -27,6 +26,8 @@ from fedbpt.cli.options import AsJson, Quiet, Threads, help_without_command
 from fedbpt.display import human_bytes
 from fedbpt.native_scorer import physical_cores
 from fedbpt.packages import Progress as OnProgress
+from fedbpt.plain_text import echo
+from fedbpt.terminal import PlainConsole
 
 app = typer.Typer(
     name="models",
@@ -45,11 +46,11 @@ def list_command(as_json: AsJson = False, quiet: Quiet = False) -> None:
     """
     entries = models.list_models()
     if as_json:
-        typer.echo(json.dumps([_as_json(entry) for entry in entries]))
+        echo(json.dumps([_as_json(entry) for entry in entries]))
         return
     if quiet:
         for entry in entries:
-            typer.echo(entry.name)
+            echo(entry.name)
         return
     table = Table(box=None)
     for heading in ("name", "model", "size", "licence", "here"):
@@ -57,7 +58,7 @@ def list_command(as_json: AsJson = False, quiet: Quiet = False) -> None:
     for entry in entries:
         here = "yes" if entry.downloaded else "no"
         table.add_row(entry.name, entry.description, f"{entry.size / 1e6:,.0f} MB", entry.licence, here)
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 @app.command("pull")
@@ -69,9 +70,9 @@ def pull_command(name: Name, as_json: AsJson = False, quiet: Quiet = False) -> N
     with progress_bar(name, shown=not quiet) as progress:
         path = models.pull(name, progress)
     if as_json:
-        typer.echo(json.dumps({"name": name, "path": str(path), "fingerprint": models.fingerprint(path)}))
+        echo(json.dumps({"name": name, "path": str(path), "fingerprint": models.fingerprint(path)}))
     else:
-        typer.echo(str(path))
+        echo(str(path))
 
 
 @app.command("path")
@@ -83,9 +84,9 @@ def path_command(name: Name, as_json: AsJson = False, quiet: Quiet = False) -> N
     del quiet  # the path is the result: there is nothing else to leave out
     path = models.locate(name)
     if as_json:
-        typer.echo(json.dumps({"name": name, "path": str(path), "fingerprint": models.fingerprint(path)}))
+        echo(json.dumps({"name": name, "path": str(path), "fingerprint": models.fingerprint(path)}))
     else:
-        typer.echo(str(path))
+        echo(str(path))
 
 
 @app.command("requantize")
@@ -122,12 +123,12 @@ def requantize_command(
             "source": str(written.source),
             "source_size_bytes": written.source_size,
         }
-        typer.echo(json.dumps(found))
+        echo(json.dumps(found))
         return
-    typer.echo(str(written.path))
+    echo(str(written.path))
     if not quiet:
         sizes = f"{human_bytes(written.source_size)} before, {human_bytes(written.size)} now"
-        typer.echo(f"{sizes}; requantising loses some accuracy: `fedbpt evaluate` says how much", err=True)
+        echo(f"{sizes}; requantising loses some accuracy: `fedbpt evaluate` says how much", err=True)
 
 
 def _as_json(entry: models.ModelEntry) -> dict[str, object]:
@@ -150,11 +151,11 @@ def progress_bar(name: str, shown: bool, unit: str = "bytes") -> Iterator[OnProg
     if not shown:
         yield None
         return
-    figures: list[ProgressColumn] = (
-        [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn(), TextColumn(unit)]
-    )
-    columns = [TextColumn("{task.description}"), BarColumn(), *figures, TimeRemainingColumn()]
-    bar = Progress(*columns, console=Console(stderr=True))
+    figures: list[ProgressColumn] = [DownloadColumn(), TransferSpeedColumn()]
+    if unit != "bytes":
+        figures = [MofNCompleteColumn(), TextColumn(unit, markup=False)]
+    columns = [TextColumn("{task.description}", markup=False), BarColumn(), *figures, TimeRemainingColumn()]
+    bar = Progress(*columns, console=PlainConsole(stderr=True))
     line = bar.add_task(name, total=None)
 
     def show(done: int, total: int | None) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import msgspec
 import typer
 
 from fedbpt import tasks
 from fedbpt.dashboard import DEFAULT_ADDRESS
 from fedbpt.errors import ConfigError
+from fedbpt.plain_text import echo
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; print nothing but the result.")]
@@ -49,13 +52,22 @@ Dashboard = Annotated[
 
 def teller(silent: bool) -> Callable[[str], None]:
     """Tells people a line, beside what a command prints."""
-    return lambda line: None if silent else typer.echo(line, err=True)
+    return lambda line: None if silent else echo(line, err=True)
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on standard output; of a path whose bytes are no UTF-8, they are escaped as Python reads them."""
+    try:
+        text = msgspec.json.encode(value).decode()
+    except UnicodeEncodeError:
+        text = json.dumps(msgspec.to_builtins(value))
+    echo(text)
 
 
 def help_without_command(context: typer.Context) -> None:
     """Callback of a group of commands: alone, it shows its help."""
     if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+        echo(context.get_help())
 
 
 def task_named(given: str | None, recorded: str) -> tasks.Task:

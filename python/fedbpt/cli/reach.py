@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from fedbpt.checking import DECODE_ERRORS
 from fedbpt.clients import DeviceClient, HttpClient, PostOffice
 from fedbpt.coordinator import CoordinatorServer
 from fedbpt.errors import ConfigError
@@ -119,8 +120,9 @@ def host_and_port(option: str, given: str) -> tuple[str, int]:
 def _secrets(path: Path | None) -> dict[str, str]:
     if path is None:
         return {}
+    content = read_private(path)
     try:
-        found = msgspec.toml.decode(read_private(path), type=dict[str, str])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        found = msgspec.toml.decode(content, type=dict[str, str])
+    except DECODE_ERRORS as error:
         raise ConfigError(f'{path} is no file of tokens: lines like "https://pi5:8401" = "TOKEN"') from error
     return {address.rstrip("/"): token for address, token in found.items()}

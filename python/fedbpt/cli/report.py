@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import typer
-from rich.console import Console
 from rich.table import Table
 
 from fedbpt.display import human_bytes
 from fedbpt.estimate import RunCost
+from fedbpt.plain_text import echo
 from fedbpt.results import wilson_interval
 from fedbpt.runs import BASELINES, RunResult, Score, perplexity
+from fedbpt.terminal import PlainConsole
 
 
 def result_as_json(result: RunResult, prompt_path: Path | None) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def _figures(result: RunResult, name: str, score: Score) -> dict[str, Any]:
 
 def print_result(result: RunResult, prompt_path: Path | None) -> None:
     """The table at the end of a run."""
-    console = Console()
+    console = PlainConsole()
     if result.tuned.n:
         others = {title: result.baselines[name] for name, title in BASELINES.items() if name in result.baselines}
         scores = {"zero-shot": result.zero_shot, **others, "tuned": result.tuned}
@@ -97,9 +97,9 @@ def print_result(result: RunResult, prompt_path: Path | None) -> None:
 def print_cost(cost: RunCost, as_json: bool) -> None:
     """What a run will cost at most: a line per device, or JSON."""
     if as_json:
-        typer.echo(msgspec.json.encode(cost).decode())
+        echo(msgspec.json.encode(cost).decode())
         return
-    console = Console()
+    console = PlainConsole()
     table = Table(box=None)
     for heading in ("device", "tokens", "time", "up", "down", "memory now"):
         table.add_column(heading, justify="left" if heading == "device" else "right")
@@ -114,10 +114,10 @@ def print_cost(cost: RunCost, as_json: bool) -> None:
 
 
 def print_accuracies(
-    console: Console, title: str, lines: Mapping[str, tuple[float, tuple[float, float], float]]
+    console: PlainConsole, title: str, lines: Mapping[str, tuple[float, tuple[float, float], float]]
 ) -> None:
     """A line each of (accuracy, its 95 % interval, loss in nats)."""
-    console.print(title, style="italic", markup=False, highlight=False)
+    console.print(title, style="italic", highlight=False)
     table = Table()
     for heading in ("", "accuracy", "95 % interval", "loss"):
         table.add_column(heading, justify="left" if not heading else "right")
@@ -126,9 +126,9 @@ def print_accuracies(
     console.print(table)
 
 
-def print_perplexities(console: Console, title: str, losses: Mapping[str, float]) -> None:
+def print_perplexities(console: PlainConsole, title: str, losses: Mapping[str, float]) -> None:
     """A line each of mean losses in nats a token."""
-    console.print(title, style="italic", markup=False, highlight=False)
+    console.print(title, style="italic", highlight=False)
     table = Table()
     for heading in ("", "perplexity", "loss"):
         table.add_column(heading, justify="left" if not heading else "right")

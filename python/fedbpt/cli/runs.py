@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import msgspec
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from fedbpt import wire
 from fedbpt.api import aggregator_for, make_prompt
-from fedbpt.cli.options import AsJson, Quiet, help_without_command, task_named
+from fedbpt.cli.options import AsJson, Quiet, help_without_command, print_json, task_named
 from fedbpt.cli.report import print_result, result_as_json
 from fedbpt.errors import ConfigError, StoreError
 from fedbpt.history import round_as_json, run_as_json
 from fedbpt.ledger import RunLedger
 from fedbpt.native_scorer import load_model
+from fedbpt.plain_text import echo
 from fedbpt.runs import RunResult, RunSettings
 from fedbpt.scalars import write_scalars
 from fedbpt.store import RunStore, StoredRun
+from fedbpt.terminal import PlainConsole
 
 app = typer.Typer(
     name="runs",
@@ -45,10 +45,10 @@ def list_command(store: Store = DEFAULT_STORE, as_json: AsJson = False, quiet: Q
     with open_store(store) as opened:
         runs = opened.list_runs()
     if as_json:
-        _print_json([run_as_json(run) for run in runs])
+        print_json([run_as_json(run) for run in runs])
     elif quiet:
         for run in runs:
-            typer.echo(run.run)
+            echo(run.run)
     else:
         table = Table(box=None)
         for heading in ("run", "task", "model", "status", "rounds", "accuracy", "updated"):
@@ -60,7 +60,7 @@ def list_command(store: Store = DEFAULT_STORE, as_json: AsJson = False, quiet: Q
                 tuned = result.tuned
                 figure = f"ppl {tuned.perplexity:.2f}" if result.generates else f"{tuned.accuracy:.3f}"
             table.add_row(run.run, run.task, run.model_name, run.status, str(run.n_rounds), figure, run.updated)
-        Console().print(table)
+        PlainConsole().print(table)
 
 
 @app.command("show")
@@ -74,12 +74,12 @@ def show_command(run: RunName, store: Store = DEFAULT_STORE, as_json: AsJson = F
     result = _result(found)
     if as_json:
         shown = {**run_as_json(found), "rounds": [round_as_json(line) for line in history]}
-        _print_json({**shown, "result": result_as_json(result, None) if result else None})
+        print_json({**shown, "result": result_as_json(result, None) if result else None})
         return
     if result is not None:
         print_result(result, None)
     else:
-        typer.echo(f"run {run} is {found.status} after {found.n_rounds} rounds: start it again to go on")
+        echo(f"run {run} is {found.status} after {found.n_rounds} rounds: start it again to go on")
     if quiet:
         return
     table = Table(box=None)
@@ -90,7 +90,7 @@ def show_command(run: RunName, store: Store = DEFAULT_STORE, as_json: AsJson = F
         overall = {name: value for name, value in line.metrics.items() if "/" not in name}  # not of one device
         figures = ", ".join(f"{name} {value:.4g}" for name, value in sorted(overall.items()))
         table.add_row(str(line.round), str(len(line.reported)), lost, figures)
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 @app.command("export")
@@ -116,9 +116,9 @@ def export_command(
     out.parent.mkdir(parents=True, exist_ok=True)
     path = make_prompt(load_model(model), task_named(task, found.task), result).save(out)
     if as_json:
-        _print_json({"run": run, "prompt_path": str(path)})
+        print_json({"run": run, "prompt_path": str(path)})
     else:
-        typer.echo(str(path))
+        echo(str(path))
 
 
 @app.command("replay")
@@ -143,9 +143,9 @@ def replay_command(
     if result is not None and found.status == "finished" and digest != result.digest:
         raise StoreError(f"run {run} replays to {digest}, its result says {result.digest}: it was changed since")
     if as_json:
-        _print_json({"run": run, "n_rounds": n_rounds, "digest": digest})
+        print_json({"run": run, "n_rounds": n_rounds, "digest": digest})
     else:
-        typer.echo(digest if quiet else f"{n_rounds} rounds replay to the digests they had; digest {digest}")
+        echo(digest if quiet else f"{n_rounds} rounds replay to the digests they had; digest {digest}")
 
 
 @app.command("scalars")
@@ -164,9 +164,9 @@ def scalars_command(
     with open_store(store) as opened:
         folder = write_scalars(opened.history(run), out / run)
     if as_json:
-        _print_json({"run": run, "folder": str(folder)})
+        print_json({"run": run, "folder": str(folder)})
     else:
-        typer.echo(str(folder))
+        echo(str(folder))
 
 
 @contextmanager
@@ -180,7 +180,3 @@ def open_store(path: Path) -> Iterator[RunStore]:
 
 def _result(run: StoredRun) -> RunResult | None:
     return None if run.result is None else wire.decode(run.result, RunResult)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(msgspec.json.encode(value).decode())

@@ -14,6 +14,7 @@ from fedbpt.cli.credentials import token_in
 from fedbpt.cli.hint import print_hint
 from fedbpt.cli.options import AllowInsecure, AsJson, Cert, GpuLayers, GpuName, Key, Model, Quiet, Threads
 from fedbpt.native_scorer import load_model
+from fedbpt.plain_text import echo
 from fedbpt.prompt import Prompt
 from fedbpt.serving import ModelServer, served_models
 from fedbpt.tls import Tls
@@ -59,7 +60,7 @@ def serve(
 
     def ready(url: str) -> None:
         if as_json:
-            typer.echo(json.dumps({"ready": {"url": url, "models": list(served)}}))
+            echo(json.dumps({"ready": {"url": url, "models": list(served)}}))
         elif not quiet:
             _tell(url, list(served))
 
@@ -67,4 +68,4 @@ def serve(
 
 
 def _tell(url: str, names: Sequence[str]) -> None:
-    typer.echo(f"serves {', '.join(names)} at {url}/v1; Ctrl-C stops it")
+    echo(f"serves {', '.join(names)} at {url}/v1; Ctrl-C stops it")

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import typer
 
 from fedbpt.api import aggregator_for, make_prompt, require_model_of_run
@@ -25,6 +24,7 @@ from fedbpt.cli.options import (
     Questions,
     Quiet,
     Registry,
+    print_json,
     teller,
 )
 from fedbpt.cli.reach import Reach
@@ -33,12 +33,14 @@ from fedbpt.clients import DeviceClient
 from fedbpt.config import RunConfig, load_config
 from fedbpt.dashboard.comparing import Comparison, comparing, questions_of
 from fedbpt.display import RunDisplay
-from fedbpt.errors import ConfigError
+from fedbpt.errors import ConfigError, FederationError
 from fedbpt.estimate import RunCost, estimate
 from fedbpt.federation import Federation
 from fedbpt.garbage import collect_between_rounds
+from fedbpt.membership import misfit
 from fedbpt.messages import DeviceInfo
 from fedbpt.native_scorer import NativeScorer, load_model
+from fedbpt.plain_text import echo
 from fedbpt.runs import Event, RunResult, RunStarted
 from fedbpt.store import RunStore
 from fedbpt.tasks import Task
@@ -136,12 +138,12 @@ def tune(
 
 def _report(config: RunConfig, result: RunResult, saved: Path | None, as_json: bool, quiet: bool) -> None:
     if as_json:
-        typer.echo(msgspec.json.encode(result_as_json(result, saved)).decode())
+        print_json(result_as_json(result, saved))
         return
     print_result(result, saved)
     if saved is None and not quiet:
         wanted = f"{config.run} --store {config.store} --model MODEL --out PROMPT.safetensors"
-        typer.echo(f"to write its prompt: fedbpt runs export {wanted}")
+        echo(f"to write its prompt: fedbpt runs export {wanted}")
 
 
 def _tune(
@@ -184,7 +186,10 @@ def _tune(
 
 
 def _cost(config: RunConfig, task: Task, reach: Reach, tell: Callable[[str], None]) -> RunCost:
-    """What the run will cost on its devices. Raises `DeviceError` where one does not answer."""
+    """What the run will cost on its devices; one that cannot take part is named and left out.
+
+    Raises `DeviceError` where one does not answer.
+    """
 
     async def ask(client: DeviceClient) -> DeviceInfo:
         try:
@@ -196,7 +201,18 @@ def _cost(config: RunConfig, task: Task, reach: Reach, tell: Callable[[str], Non
         return list(await asyncio.gather(*(ask(client) for client in clients)))
 
     with reach.clients([], False, tell) as clients:
-        return estimate(config.settings, task, asyncio.run(ask_all(clients)), aggregator_for(config.settings))
+        infos = [_able(info, task, tell) for info in asyncio.run(ask_all(clients))]
+    able = [info for info in infos if info is not None]
+    if not able:
+        raise FederationError("no device can take part: start them with the run's task")
+    return estimate(config.settings, task, able, aggregator_for(config.settings))
+
+
+def _able(info: DeviceInfo, task: Task, tell: Callable[[str], None]) -> DeviceInfo | None:
+    found = misfit(info, None, task.identity)
+    if found is not None:
+        tell(f"device {info.name} cannot take part: it {found.reason}")
+    return info if found is None else None
 
 
 def _prompt_path(config: RunConfig, given: Path | None, model: str | None) -> Path | None:

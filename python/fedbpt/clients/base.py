@@ -28,7 +28,7 @@ class DeviceClient(Protocol):
 
         DeviceUnreachableError: no answer, tried again for a few seconds.
         DeviceRefusedError: the device said no; ``code`` is one of ``conflict`` (another plan for this round),
-            ``busy``, ``wrong-model``, ``unknown-round`` (the device was restarted), ``malformed``, ...
+            ``busy``, ``wrong-model``, ``wrong-task``, ``unknown-round`` (the device was restarted), ``malformed``, ...
         WireError: the answer is not what the protocol allows.
 
     ``bytes_down`` and ``bytes_up`` count the bodies of messages to and from the device as they are sent, with every

@@ -9,7 +9,7 @@ from typing import Final
 from nicegui import ui
 
 from fedbpt.dashboard.comparing import Comparison, Row
-from fedbpt.dashboard.elements import button, heading, top
+from fedbpt.dashboard.elements import button, describe, heading, top
 from fedbpt.errors import FedbptError
 from fedbpt.questions import Answer
 from fedbpt.side_by_side import SIDES, Side
@@ -115,7 +115,7 @@ class _Side:
     def __init__(self, title: str, labels: tuple[str, ...]) -> None:
         self._labels = labels
         self._bars = []
-        with ui.element("section").classes("panel side").props(f'aria-label="{title}"'):
+        with describe(ui.element("section").classes("panel side"), title):
             with ui.element("div").classes("row"):
                 heading(title)
                 self._verdict = ui.label().classes("state")
@@ -127,7 +127,7 @@ class _Side:
                     name = ui.label(label)
                     share = ui.label("–").classes("share")
                     bar = ui.linear_progress(0.0, show_value=False, size="12px", color=None)
-                    bar.props(f'aria-label="{title}: {label}" animation-speed=300')
+                    describe(bar.props("animation-speed=300"), f"{title}: {label}")
                 self._bars.append((name, share, bar))
 
     def show(self, probabilities: tuple[float, ...], answer: str | None) -> None:

@@ -13,7 +13,7 @@ from fedbpt.api import make_prompt
 from fedbpt.clients import HttpClient
 from fedbpt.errors import FedbptError, InputError
 from fedbpt.generator import TextModel
-from fedbpt.questions import DEFAULT_TOKENS, Answer, Question
+from fedbpt.questions import DEFAULT_TOKENS, Answer, Question, check_answer
 from fedbpt.runs import RunResult
 from fedbpt.seeding import generator
 from fedbpt.side_by_side import Probabilities, Side, SideBySide
@@ -103,7 +103,10 @@ class Comparison:
                 unwanted.set()
 
     async def ask_device(self, name: str, text: str, on_answer: Callable[[Answer], None]) -> Answer:
-        """What the device ``name`` says; ``on_answer``: told what there is so far. Raises also `DeviceError`."""
+        """What the device ``name`` says; ``on_answer``: told what there is so far.
+
+        Raises also `DeviceError`, `WireError`.
+        """
         if not text.strip():
             raise InputError("an empty text says nothing: give some words")
         with self._place():
@@ -113,7 +116,9 @@ class Comparison:
                 model_fingerprint=prompt.model_fingerprint, prompt=prompt.to_bytes(), text=text,
                 max_text_tokens=pair.max_text_tokens,
             )  # fmt: skip
-            return await self.devices[name].ask(question, ASK_S, on_answer)
+            answer = await self.devices[name].ask(question, ASK_S, on_answer)
+            check_answer(answer, self.labels)
+            return answer
 
     async def aclose(self) -> None:
         """No more questions; the one under way is not waited for."""

@@ -31,7 +31,7 @@ class Controls:
         self._deadline = view.deadline_s
         paused = self._control.wish.paused
         self._pause.text = "Resume" if paused else "Pause"
-        self._pause.props(f"icon={'play_arrow' if paused else 'pause'}")
+        self._pause.icon = "play_arrow" if paused else "pause"
 
     def _turn(self) -> None:
         assert self._control is not None

@@ -5,16 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nicegui import ui
 
 from fedbpt.dashboard.charts import Options
 
+E = TypeVar("E", bound=ui.element)
+
 
 def heading(text: str) -> ui.label:
     """The title of a part of the page."""
     return ui.label(text).classes("heading").props("role=heading aria-level=2")
+
+
+def describe(element: E, text: str) -> E:
+    """Say what an element is, for who does not see it. Any text will do: it is not parsed, as `Element.props` does."""
+    element.props["aria-label"] = text
+    return element
 
 
 def chart(options: Options, style: str = "") -> ui.echart:
@@ -47,7 +55,8 @@ def _theme_button() -> None:
     }
 
     def turn() -> None:
-        dark.value, icon, name = order[dark.value]
-        switch.props(f'icon={icon} aria-label="Colours: {name}. Change"')
+        dark.value, switch.icon, name = order[dark.value]
+        describe(switch, f"Colours: {name}. Change")
 
-    switch = ui.button(on_click=turn).props('flat round icon=contrast aria-label="Colours: system. Change" color=none')
+    switch = ui.button(icon="contrast", on_click=turn, color=None).props("flat round")
+    describe(switch, "Colours: system. Change")

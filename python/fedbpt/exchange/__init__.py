@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias, get_args
 
 from fedbpt.errors import ConfigError
 from fedbpt.exchange import gguf_file, npy, peft
+from fedbpt.model_card import scale_notes
 from fedbpt.prompt import Prompt
 from fedbpt.scorer import Scorer
 from fedbpt.tasks import Task
@@ -59,9 +60,9 @@ def export_prompt(
     """
     target = Path(out)
     if to == "gguf":
-        return Exported(gguf_file.write_gguf(prompt, target), ())
+        return Exported(gguf_file.write_gguf(prompt, target), scale_notes(prompt.architecture))
     if to == "npy":
-        return Exported(npy.write_npy(prompt, target), npy.notes(prompt))
+        return Exported(npy.write_npy(prompt, target), (*npy.notes(prompt), *scale_notes(prompt.architecture)))
     if to != "peft":
         raise ConfigError(f"there is no export to {to!r}: choose one of {', '.join(TARGETS)}")
     if scorer is None or task is None:

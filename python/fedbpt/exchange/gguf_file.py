@@ -14,7 +14,7 @@ import numpy as np
 
 from fedbpt.errors import MissingExtraError, PromptError
 from fedbpt.model_card import model_card
-from fedbpt.prompt import Prompt, card_path, write
+from fedbpt.prompt import Prompt, write_card
 
 ROWS = "soft_prompt.weight"
 _TENSORS = ("label_bias", "word_ids", "word_weights", "other_weights")
@@ -46,7 +46,7 @@ def write_gguf(prompt: Prompt, target: Path) -> Path:
         raise MissingExtraError("an export to GGUF", "gguf") from error
     partial = target.with_name(f".{target.name}.part")
     use = _USE.format(name=target.name, n_prompt=prompt.n_prompt, n_embd=prompt.n_embd)
-    write(card_path(target), model_card(prompt, use, "gguf").encode())
+    write_card(target, model_card(prompt, use, "gguf"))
     writer = gguf.GGUFWriter(partial, prompt.architecture)
     try:
         _add_metadata(writer, prompt)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fedbpt.model_card import model_card
-from fedbpt.prompt import Prompt, card_path, write
+from fedbpt.prompt import Prompt, write, write_card
 
 
 def write_npy(prompt: Prompt, target: Path) -> Path:
@@ -16,7 +16,7 @@ def write_npy(prompt: Prompt, target: Path) -> Path:
     content = io.BytesIO()
     np.save(content, prompt.rows, allow_pickle=False)
     use = f"```python\nimport numpy as np\n\nrows = np.load({target.name!r})  # input embeddings, one a row\n```\n\n"
-    write(card_path(target), model_card(prompt, use + "".join(f"{note}\n" for note in notes(prompt)), "numpy").encode())
+    write_card(target, model_card(prompt, use + "".join(f"{note}\n" for note in notes(prompt)), "numpy"))
     write(target, content.getvalue())
     return target
 

@@ -19,10 +19,11 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from fedbpt.checking import DECODE_ERRORS
 from fedbpt.errors import ConfigError, PromptError
 from fedbpt.exchange.snippet import snippet
 from fedbpt.messages import PromptSpec
-from fedbpt.model_card import known_model, model_card
+from fedbpt.model_card import fenced, known_model, model_card
 from fedbpt.prompt import Prompt, write
 from fedbpt.scorer import Scorer
 from fedbpt.tasks.task import Task, bos_ids
@@ -51,10 +52,10 @@ def write_adapter(prompt: Prompt, folder: Path, scorer: Scorer, task: Task, base
     bos = _bos_rows(prompt.spec, scorer)
     code = snippet(prompt, scorer, task, base, len(bos))
     use = "".join(f"{note}\n\n" for note in notes(prompt, scorer))
-    use += f"```console\n$ pip install torch transformers peft\n```\n\n```python\n{code}```\n"
+    use += f"```console\n$ pip install torch transformers peft\n```\n\n{fenced(code, 'python')}"
     rows = np.concatenate([bos, prompt.rows])
     _make(folder)
-    write(folder / "README.md", model_card(prompt, use, "peft").encode())
+    write(folder / "README.md", model_card(prompt, use, "peft").encode(errors="backslashreplace"))
     write(folder / _PROMPT, prompt.to_bytes())
     write(folder / _WEIGHTS, safetensors.numpy.save({_KEY: rows}, metadata={"format": "pt"}))
     write(folder / _CONFIG, json.dumps(_config(rows, base), indent=2).encode())
@@ -166,7 +167,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], NDArray[np.float32]]:
     try:
         config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
         kind, where = config["peft_type"], config.get("task_type")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, *DECODE_ERRORS, KeyError, TypeError, AttributeError) as error:
         raise PromptError(f"{folder / _CONFIG} is damaged: {error}") from error
     if kind != "PROMPT_TUNING" or where not in ("CAUSAL_LM", None) or config.get("num_transformer_submodules") == 2:
         raise PromptError(f"{folder} is a {kind} adapter for {where}: only PROMPT_TUNING for CAUSAL_LM can be imported")

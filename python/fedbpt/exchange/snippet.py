@@ -9,6 +9,7 @@ import json
 
 from fedbpt.messages import Template
 from fedbpt.model_card import known_model
+from fedbpt.plain_text import one_line
 from fedbpt.prompt import Prompt
 from fedbpt.scorer import Scorer
 from fedbpt.tasks.task import SENTINELS, Task, cue_ids, head_ids, label_word_ids, split_pattern
@@ -119,9 +120,10 @@ def snippet(prompt: Prompt, scorer: Scorer, task: Task, model: str, n_bos: int) 
     quantised = known is not None and known.original == model
     templates = (prompt.template, *prompt.others)
     lines = [_line(prompt, scorer, template, n_bos if i == 0 else 0) for i, template in enumerate(templates)]
+    name = one_line(prompt.model_name)  # it stands in a comment
     setup = _SETUP.format(
         model=json.dumps(model),
-        weights="not quantised: logits differ a little" if quantised else f"the weights of {prompt.model_name}",
+        weights="not quantised: logits differ a little" if quantised else f"the weights of {name}",
         labels=list(prompt.labels),
         templates="".join(lines),
     )

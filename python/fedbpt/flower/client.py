@@ -18,6 +18,7 @@ from fedbpt.clients.base import AnswerCallback, ProgressCallback, Works
 from fedbpt.errors import DeviceFailedError, DeviceRefusedError, DeviceTimeoutError, DeviceUnreachableError
 from fedbpt.flower.nodes import ANSWER_S, Nodes
 from fedbpt.flower.records import answer_of, packed, size_of
+from fedbpt.membership import misfit
 from fedbpt.messages import DeviceInfo, EvaluateReport, EvaluateRequest, Message, RoundPlan, RoundReport, SearchHistory
 from fedbpt.questions import Answer, Question
 
@@ -73,7 +74,7 @@ class FlowerClient(Works):
         return self._info
 
     async def start(self, plan: RoundPlan, history: SearchHistory | None = None) -> None:  # noqa: ARG002 - sent whole
-        await self._check_model(plan.model_fingerprint)
+        await self._check_fits(plan)
         key, digest = (plan.run, plan.round), wire.digest(plan)
         known = self._rounds.get(key)
         if known is not None and known.digest != digest:
@@ -116,7 +117,7 @@ class FlowerClient(Works):
         self._drop((run, round))
 
     async def evaluate(self, request: EvaluateRequest, timeout_s: float | None = None) -> EvaluateReport:
-        await self._check_model(request.model_fingerprint)
+        await self._check_fits(request)
         ttl_s = max(TTL_ROUNDS * (timeout_s or 0.0), LEAST_TTL_S)
         asked = self._ask(MessageType.EVALUATE, request, EvaluateReport, ttl_s)
         try:
@@ -146,13 +147,10 @@ class FlowerClient(Works):
         if (work := self._rounds.pop(key, None)) is not None:
             work.task.cancel()
 
-    async def _check_model(self, fingerprint: str) -> None:
+    async def _check_fits(self, asked: RoundPlan | EvaluateRequest) -> None:
         info = self._info or await self.status()
-        if info.model_fingerprint != fingerprint:
-            raise DeviceRefusedError(
-                f"{self.name} has {info.model_name} ({info.model_fingerprint}), the plan is for {fingerprint}",
-                "wrong-model",
-            )
+        if (found := misfit(info, asked.model_fingerprint, asked.task)) is not None:
+            raise DeviceRefusedError(f"{self.name} {found.reason}", found.code)
 
     async def _ask(self, kind: str, message: Message | None, reply: type[M], ttl_s: float, group: str = "") -> M:
         node = self._nodes.node_of(self.name)

@@ -20,6 +20,7 @@ from fedbpt import messages, wire
 from fedbpt.agent.service import LocalDevice
 from fedbpt.device_state import DeviceState
 from fedbpt.errors import ConfigError, FedbptError, WireError
+from fedbpt.faults import public_reason
 from fedbpt.flower.records import RECORD, WORK_FAILED, packed, unpacked
 from fedbpt.messages import ErrorReply, EvaluateRequest, RoundPlan, RoundReport
 from fedbpt.tokens import read_private, write_private
@@ -87,10 +88,11 @@ def _served(
         report = wire.encode(answer) if isinstance(answer, RoundReport) else kept.report
         _keep(context, kept, Kept(state=state.to_bytes(), report=report))
     except FedbptError as error:
-        answer = ErrorReply(code=WORK_FAILED, message=str(error))
+        log.warning("work of node %d failed: %s", context.node_id, error)
+        answer = ErrorReply(code=WORK_FAILED, message=public_reason(error))
     except Exception as error:
         log.exception("work of node %d failed", context.node_id)
-        answer = ErrorReply(code=WORK_FAILED, message=f"{type(error).__name__}: {error}")
+        answer = ErrorReply(code=WORK_FAILED, message=public_reason(error))
     return Message(packed(answer), reply_to=message)
 
 

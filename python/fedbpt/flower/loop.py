@@ -16,9 +16,11 @@ from fedbpt.api import aggregator_for
 from fedbpt.errors import ConfigError, DeviceError, QuorumError, WireError
 from fedbpt.flower.client import LEAST_TTL_S
 from fedbpt.flower.records import answer_of, packed
-from fedbpt.ledger import SELECTION, FederatedTask, RunLedger
+from fedbpt.ledger import SELECTION, RunLedger
 from fedbpt.members import common_model
+from fedbpt.membership import FederatedTask, misfit
 from fedbpt.messages import DeviceInfo, EvaluateReport, EvaluateRequest, RoundPlan, RoundReport
+from fedbpt.plain_text import MOST_TOLD, one_line
 from fedbpt.reports import check_evaluation, check_report
 from fedbpt.runs import NO_SCORE, RoundPurpose, RunSettings, Score
 from fedbpt.store import RunStore
@@ -34,7 +36,9 @@ M = TypeVar("M", bound=messages.Message)
 class FlowerLoop:
     """Selection, calibration and search, by the run's ledger. No readout: Flower does not say which round is the last.
 
-    ``devices``: node id and info by name.
+    ``devices``: node id and info by name; those with rows of another task are left out, and named in the log.
+
+    Raises `QuorumError` where too few are left, and what `RunLedger.open` raises.
     """
 
     def __init__(
@@ -47,8 +51,17 @@ class FlowerLoop:
     ) -> None:
         self._ledger = RunLedger(store, run, task, settings, aggregator_for(settings))
         self._settings = settings
-        self._nodes = {name: node for name, (node, _) in devices.items()}
-        self._infos = {name: info for name, (_, info) in devices.items()}
+        unfit = {name: found for name, (_, info) in devices.items() if (found := misfit(info, None, task.identity))}
+        for name, found in unfit.items():
+            log.warning("%s is left out: it %s", name, found.reason)
+        self._nodes = {name: node for name, (node, _) in devices.items() if name not in unfit}
+        self._infos = {name: devices[name][1] for name in self._nodes}
+        self._needed = max(settings.quorum * len(devices), self._ledger.aggregator.min_reports, 1)
+        if len(self._nodes) < self._needed:
+            reasons = "; ".join(f"{name}: it {found.reason}" for name, found in unfit.items())
+            raise QuorumError(
+                f"{len(self._nodes)} of {len(devices)} devices can take part, {self._needed:g} are needed ({reasons})"
+            )
         self._plans: dict[str, RoundPlan] = {}
         self._work_digest = ""
         self._request: EvaluateRequest | None = None
@@ -88,11 +101,10 @@ class FlowerLoop:
                 log.warning("%s: its report is refused: %s", name, error)
             else:
                 reports.append(report)
-        needed = max(self._settings.quorum * len(self._nodes), ledger.aggregator.min_reports, 1)
-        if len(reports) < needed:
+        if len(reports) < self._needed:
             raise QuorumError(
-                f"{len(reports)} of {len(self._nodes)} devices reported, {needed:g} are needed; start the run again to "
-                "resume it"
+                f"{len(reports)} of {len(self._nodes)} devices reported, {self._needed:g} are needed; start the run "
+                "again to resume it"
             )
         reports.sort(key=lambda report: report.device)
         loss = ledger.commit(reports[0].round, self._work_digest, reports, time.monotonic() - self._began, {})
@@ -131,7 +143,7 @@ class FlowerLoop:
         for reply in replies:
             name = names.get(reply.metadata.src_node_id)
             if name is None or reply.has_error():
-                reason = reply.error.reason if reply.has_error() else "it is no node of this run"
+                reason = one_line(reply.error.reason, MOST_TOLD) if reply.has_error() else "it is no node of this run"
                 log.warning("%s: %s", name or f"node {reply.metadata.src_node_id}", reason)
                 continue
             try:

@@ -21,6 +21,7 @@ from flwr.serverapp import Grid
 from fedbpt.errors import DeviceError, DeviceFailedError, DeviceUnreachableError, WireError
 from fedbpt.flower.records import answer_of, packed
 from fedbpt.messages import DeviceInfo
+from fedbpt.plain_text import MOST_TOLD, one_line
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ class Nodes:
         reply = await question.reply
         if not reply.has_error():
             return reply.content
-        reason = reply.error.reason or f"error {reply.error.code}"
+        reason = one_line(reply.error.reason or f"error {reply.error.code}", MOST_TOLD)
         if reply.error.code in GONE:
             raise DeviceUnreachableError(f"Flower does not reach node {node}: {reason}")
         raise DeviceFailedError(f"node {node} failed in Flower: {reason}")

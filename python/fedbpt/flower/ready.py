@@ -20,6 +20,7 @@ from fedbpt.flower.device import client_app
 from fedbpt.flower.strategy import FIND_S, FedBPT
 from fedbpt.local import Device
 from fedbpt.native_scorer import load_model
+from fedbpt.plain_text import echo
 from fedbpt.runs import DeviceBack, DeviceLost, Evaluated, Event, RoundClosed, RunFinished, RunSettings
 from fedbpt.scorer import Scorer
 from fedbpt.store import RunStore
@@ -100,17 +101,17 @@ def _tell(event: Event) -> None:
     match event:
         case RoundClosed():
             lost = f", without {', '.join(event.missing)}" if event.missing else ""
-            print(f"round {event.round} ({event.purpose}): loss {event.loss:.4f}{lost}", flush=True)
+            echo(f"round {event.round} ({event.purpose}): loss {event.loss:.4f}{lost}")
         case Evaluated(round=round, score=score):
-            print(f"round {round}: accuracy {score.accuracy:.3f} on {score.n} dev rows", flush=True)
+            echo(f"round {round}: accuracy {score.accuracy:.3f} on {score.n} dev rows")
         case DeviceLost(device=device, reason=reason):
-            print(f"{device} is lost: {reason}", flush=True)
+            echo(f"{device} is lost: {reason}")
         case DeviceBack(device=device):
-            print(f"{device} is back", flush=True)
+            echo(f"{device} is back")
         case RunFinished(result=result):
-            print(f"run {result.run}: digest {result.digest} after {result.rounds} rounds", flush=True)
+            echo(f"run {result.run}: digest {result.digest} after {result.rounds} rounds")
             if result.tuned.n:
-                print(f"accuracy {result.tuned.accuracy:.3f}, zero-shot {result.zero_shot.accuracy:.3f}", flush=True)
+                echo(f"accuracy {result.tuned.accuracy:.3f}, zero-shot {result.zero_shot.accuracy:.3f}")
 
 
 # --- a node ----------------------------------------------------------------------------------------------------------
@@ -123,7 +124,8 @@ def make_device(context: Context, state: DeviceState) -> Device:
         raise ConfigError("a node needs a model and data: give them in the app's configuration or in --node-config")
     rows = [_rows(config, file) if file else [] for file in (config.data, config.dev, config.test)]
     simulated = f"node-{config.partition_id}" if config.partition_id is not None else socket.gethostname()
-    return Device(config.name or simulated, _scorer(config.model, config.threads), *rows, state=state)
+    task, scorer = tasks.load(config.task), _scorer(config.model, config.threads)
+    return Device(config.name or simulated, scorer, *rows, task=task, state=state)
 
 
 def _rows(config: AppConfig, file: str) -> list[Row]:

@@ -29,7 +29,7 @@ from fedbpt.federation import Federation
 from fedbpt.flower.client import FlowerClient
 from fedbpt.flower.loop import FlowerLoop, arrays_of, score_metrics
 from fedbpt.flower.nodes import Nodes
-from fedbpt.ledger import FederatedTask
+from fedbpt.membership import FederatedTask
 from fedbpt.runs import Evaluated, Event, EventCallback, RoundClosed, RunResult, RunSettings
 from fedbpt.store import RunStore
 

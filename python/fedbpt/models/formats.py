@@ -91,7 +91,9 @@ def requantize(
     try:
         temporary.touch(exist_ok=False)  # before the work: a folder that cannot be written to is told at once
         try:
-            _native.requantize(str(source), str(temporary), format, n_threads or os.cpu_count() or 1, progress)
+            _native.requantize(
+                os.fsencode(source), os.fsencode(temporary), format, n_threads or os.cpu_count() or 1, progress
+            )
             publish(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
@@ -108,7 +110,7 @@ def weight_formats(path: Path) -> tuple[WeightFormat, ...]:
     """
     from fedbpt import _native
 
-    return tuple(WeightFormat(*part) for part in _native.weight_formats(str(path)))
+    return tuple(WeightFormat(*part) for part in _native.weight_formats(os.fsencode(path)))
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -119,7 +121,7 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """
     from fedbpt import _native
 
-    return dict(_native.tensor_shapes(str(path)))
+    return dict(_native.tensor_shapes(os.fsencode(path)))
 
 
 def matmul_flops(types: Collection[str]) -> dict[str, float]:

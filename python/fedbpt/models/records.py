@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import msgspec
 
+from fedbpt.checking import DECODE_ERRORS
 from fedbpt.packages import publish
 
 _T = TypeVar("_T", bound=msgspec.Struct)
@@ -31,5 +32,5 @@ def read_record(path: Path, kind: type[_T]) -> _T | None:
         return None
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
-    except msgspec.DecodeError:
+    except DECODE_ERRORS:
         return None

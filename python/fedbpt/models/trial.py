@@ -1,8 +1,8 @@
 """Model files are tried in a process of their own before they are loaded here.
 
-llama.cpp asserts, crashes or never returns on some files that contradict themselves, and takes the process with it. So a
-child loads each model first, and does once and small what is ever done with one (``src/fedbpt_native/trial.h``). What passed
-is remembered in ``trials/`` of the cache folder, until one of the model's files, fedbpt or the machine changes.
+llama.cpp asserts, crashes or never returns on some files that contradict themselves, and takes the process with it. So
+a child loads each model first, and does once and small what is ever done with one (``src/fedbpt_native/trial.h``). What
+passed is remembered in ``trials/`` of the cache folder, until one of the model's files, fedbpt or the machine changes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 import msgspec
 
 from fedbpt import errors
+from fedbpt.checking import printable
 from fedbpt.errors import ModelFileError
 from fedbpt.models.fingerprints import FileStamp, real_paths, stamps_of
 from fedbpt.models.parts import model_parts
@@ -34,14 +35,14 @@ log = logging.getLogger(__name__)
 
 # Isolated and without site: the native module is all that it imports, and it is ready after some 30 ms.
 _CHILD = """
-import importlib.util, sys
+import importlib.util, os, sys
 spec = importlib.util.spec_from_file_location("_native", sys.argv[1])
 native = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(native)
 print("ready", flush=True)
 path, n_threads, n_gpu_layers, gpu, kv_type, memory_bytes, cpu_seconds = sys.argv[2:]
 native.try_alone(
-    path, int(n_threads), int(n_gpu_layers), gpu, kv_type == "q8_0", int(memory_bytes), int(cpu_seconds)
+    os.fsencode(path), int(n_threads), int(n_gpu_layers), gpu, kv_type == "q8_0", int(memory_bytes), int(cpu_seconds)
 )
 """
 _IN_TRIAL = "FEDBPT_IN_TRIAL"  # set in the child: whatever starts there, it starts no other
@@ -82,7 +83,7 @@ class _Passed(msgspec.Struct, frozen=True):
 _passed: set[_Passed] = set()
 
 
-def run(path: Path, settings: TrialSettings = TrialSettings()) -> TrialReport:  # noqa: B008 - it is immutable
+def run(path: Path, settings: TrialSettings = TrialSettings()) -> TrialReport:
     """Try a model, whatever is known of it.
 
     Args:
@@ -101,7 +102,7 @@ def run(path: Path, settings: TrialSettings = TrialSettings()) -> TrialReport:  
     if reason is not None and not os.environ.get(_IN_TRIAL):
         log.warning(
             "%s is loaded untried, by what its header says alone: %s. A damaged file may end this process",
-            path, reason,
+            printable(path), reason,
         )  # fmt: skip
     return TrialReport(path, reason is None, time.monotonic() - began)
 
@@ -184,8 +185,8 @@ def _end(path: Path, said: list[str], reason: str) -> ModelFileError:
     stage = next((line.removeprefix("stage ") for line in reversed(said) if line.startswith("stage ")), "at its start")
     reason = next((line.removeprefix("abort ") for line in said if line.startswith("abort ")), reason)
     return ModelFileError(
-        f"{path} ends llama.cpp {stage} ({reason}): it is damaged or contradicts itself; fetch it again, or take another "
-        "file of the model or a newer fedbpt"
+        f"{printable(path)} ends llama.cpp {stage} ({reason}): it is damaged or contradicts itself; fetch it again, or "
+        "take another file of the model or a newer fedbpt"
     )
 
 

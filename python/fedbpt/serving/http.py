@@ -17,6 +17,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from fedbpt.checking import DECODE_ERRORS
 from fedbpt.errors import DeviceRefusedError, FedbptError, InputError, ScoringInterrupted
 from fedbpt.http_auth import LoopbackOnly, RequireToken
 from fedbpt.http_bodies import STATUS_OF_CODE, Handler, body_of, faults_as, refusal_headers
@@ -185,7 +186,7 @@ async def _read(request: Request, kind: type[R]) -> R:
     body = await body_of(request, MAX_BODY_BYTES)
     try:
         return msgspec.json.decode(body, type=kind)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+    except DECODE_ERRORS as error:
         raise ApiError(f"the request is not what it should be: {error}") from error
 
 

@@ -16,15 +16,14 @@ from fedbpt.tasks.builtin import BUILTIN
 from fedbpt.tasks.partition import Manifest, partition, read_manifest, split_rows, write_partition
 from fedbpt.tasks.perturb import perturb
 from fedbpt.tasks.readers import (
-    bbc_news,
     drop_duplicates,
-    load_hub,
     read_rows,
     read_task_rows,
     rows_from_dataset,
     to_rows,
     write_rows,
 )
+from fedbpt.tasks.sources import bbc_news, load_hub
 from fedbpt.tasks.task import Task, Tokenizer, cue_ids, label_word_ids, load_task, render_ids
 
 __all__ = [

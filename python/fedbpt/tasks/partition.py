@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedbpt.batches import Row
+from fedbpt.checking import DECODE_ERRORS
 from fedbpt.errors import DataError, InputError
 from fedbpt.packages import sha256_of
 from fedbpt.seeding import generator
@@ -180,7 +181,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    except msgspec.DecodeError as error:
+    except DECODE_ERRORS as error:
         raise DataError(f"{path} is damaged: {error}") from error
     for part in manifest.devices:
         file = folder / part.file

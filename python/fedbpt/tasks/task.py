@@ -15,8 +15,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from fedbpt.checking import DECODE_ERRORS
 from fedbpt.errors import ConfigError, InputError, TaskError
 from fedbpt.messages import Message, PositiveInt, Template
+from fedbpt.task_identity import TaskIdentity
 
 DEFAULT_MAX_TEXT_TOKENS = 128
 
@@ -68,6 +70,11 @@ class Task(Message, frozen=True):
             split_pattern(template)
             _check_words(template, self.labels)
 
+    @property
+    def identity(self) -> TaskIdentity:
+        """What devices of one run must have in common; templates and ``max_text_tokens`` come with the run."""
+        return TaskIdentity.of(self.name, self.labels, (self.text_columns, self.label_column, self.max_words))
+
     def clip(self, text: str) -> str:
         """``text`` with white space made single spaces, cut after ``max_words`` words."""
         return " ".join(text.split()[: self.max_words])
@@ -100,7 +107,7 @@ def load_task(path: str | Path) -> Task:
         if isinstance(error.__cause__, TaskError):
             raise TaskError(f"{path}: {error.__cause__}") from error
         raise ConfigError(f"{path}: {error}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except DECODE_ERRORS as error:
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise ConfigError(f"{path} is not valid {kind}: {error}") from error
 
@@ -156,7 +163,7 @@ def render_ids(
     spoken = head.rstrip()
     if spoken:
         # The head's trailing space belongs to the text's first word, as tokenizers see it.
-        body = _continuation(tokenizer, head[len(spoken) :] + text)
+        body = _continuation(tokenizer, head[len(spoken) :] + text, public_name="a row's text")
     else:
         body = np.asarray(tokenizer.tokenize(head + text, add_bos=False), dtype=np.int32)
     front = head_ids(tokenizer, template)
@@ -190,15 +197,20 @@ def target_ids(tokenizer: Tokenizer, template: Template, target: str, max_tokens
     if not target.strip():
         raise InputError("a target text is empty: give at least one word")
     target = target.strip()
-    return _after_cue(tokenizer, template, f" {target}", f"the target text {target[:20]!r}")[:max_tokens]
+    what = f"the target text {target[:20]!r}"
+    return _after_cue(tokenizer, template, f" {target}", what, public_name="a row's target text")[:max_tokens]
 
 
-def _after_cue(tokenizer: Tokenizer, template: Template, words: str, what: str) -> NDArray[np.int32]:
+def _after_cue(
+    tokenizer: Tokenizer, template: Template, words: str, what: str, public_name: str | None = None
+) -> NDArray[np.int32]:
+    """``public_name``: for an error that leaves the device, where ``what`` quotes a row."""
     cue = split_pattern(template)[1]
     before = cue_ids(tokenizer, template)
-    after = _continuation(tokenizer, cue + words)
+    after = _continuation(tokenizer, cue + words, public_name)
     if len(after) <= len(before) or not np.array_equal(after[: len(before)], before):
-        raise TaskError(f"{what} merges with the cue {cue!r}: start it with a space, or end the cue otherwise")
+        problem = f"merges with the cue {cue!r}: start it with a space, or end the cue otherwise"
+        raise TaskError(f"{what} {problem}", public=f"{public_name or what} {problem}")
     return after[len(before) :]
 
 
@@ -216,11 +228,15 @@ def _check_words(template: Template, labels: tuple[str, ...]) -> None:
             raise TaskError(f"template {template.pattern!r}: label word {word!r} stands for two labels")
 
 
-def _continuation(tokenizer: Tokenizer, text: str) -> NDArray[np.int32]:
+def _continuation(tokenizer: Tokenizer, text: str, public_name: str | None = None) -> NDArray[np.int32]:
     """The ids of ``text`` as it goes on from something before it."""
     for sentinel in SENTINELS:
         alone = np.asarray(tokenizer.tokenize(sentinel, add_bos=False), dtype=np.int32)
         joined = np.asarray(tokenizer.tokenize(sentinel + text, add_bos=False), dtype=np.int32)
         if len(joined) > len(alone) and np.array_equal(joined[: len(alone)], alone):
             return joined[len(alone) :]
-    raise TaskError(f"this model's tokenizer merges {text[:40]!r} with what stands before it: start it with a new line")
+    what, problem = f"{text[:40]!r}", "with what stands before it: start it with a new line"
+    raise TaskError(
+        f"this model's tokenizer merges {what} {problem}",
+        public=f"this model's tokenizer merges {public_name or what} {problem}",
+    )

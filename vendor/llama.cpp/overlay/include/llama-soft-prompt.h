@@ -29,8 +29,9 @@ LLAMA_API void llama_soft_prompt_clear(struct llama_context * ctx);
 LLAMA_API struct llama_model * llama_soft_prompt_load_from_file(const char * path, struct llama_model_params params);
 
 // llama_init_from_model, with labels (llama_soft_prompt_set_labels) from the start, so that no buffer is reserved n_vocab wide, and with
-// row attention where the model has it: flash attention on the CPU then gives each token what its own cells give, to the last bit,
-// whatever is computed beside it and wherever in the cache its cells lie (ggml-row-attention.h).
+// row attention: flash attention on the CPU then gives each token what its own cells give, to the last bit, whatever is computed
+// beside it and wherever in the cache its cells lie (ggml-row-attention.h). With params.swa_full a cell that a sliding window has
+// passed is neither given to another token nor left out of a sequence's state: a sequence can go on from any of its positions.
 LLAMA_API struct llama_context * llama_soft_prompt_init_from_model(
           struct llama_model * model,
  struct llama_context_params   params,
@@ -41,8 +42,21 @@ LLAMA_API struct llama_context * llama_soft_prompt_init_from_model(
 // The largest number that divides all sizes of a head's keys and values.
 LLAMA_API int32_t llama_soft_prompt_head_size(const struct llama_model * model);
 
-// false for models with ALiBi or attention sinks: row attention does not know them
+// false for models that llama.cpp never computes with flash attention, and so not with row attention
 LLAMA_API bool llama_soft_prompt_has_row_attention(const struct llama_model * model);
+
+// What the graph multiplies token embeddings by before the first layer. Rows are given after it.
+LLAMA_API float llama_soft_prompt_embedding_scale(const struct llama_model * model);
+
+// Whether all matrices of the layers are f32, whatever the file says of itself.
+LLAMA_API bool llama_soft_prompt_is_f32(const struct llama_model * model);
+
+// The length of a text, in tokens, above which LongRoPE's long factors replace its short ones; 0 where the model has none.
+LLAMA_API uint32_t llama_soft_prompt_long_rope_from(const struct llama_model * model);
+
+// From the next llama_decode on, LongRoPE's factors are those of texts of so many tokens (the longest of a batch; which side of
+// llama_soft_prompt_long_rope_from they are on must be the same for all). 0: llama.cpp's own choice, by the context's size.
+LLAMA_API void llama_soft_prompt_set_text_length(struct llama_context * ctx, uint32_t n_tokens);
 
 // From the next llama_decode on, compute the logits of tokens ids[n] alone: the output layer is head[n][n_embd] in place of
 // the whole matrix, and no buffer is n_vocab wide. head = NULL computes the whole output layer and picks from it; the result

@@ -31,6 +31,10 @@ public:
     bool touches(const llama_ubatch & ubatch) const;
 
     bool row_attention = false;
+    bool keeps_masked_cells = false;
+
+    // of the longest text of the next llama_decode, in tokens; 0: not said, the context's size counts
+    uint32_t text_length = 0;
 
     // --- label logits ---
 

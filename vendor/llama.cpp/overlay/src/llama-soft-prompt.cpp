@@ -37,6 +37,14 @@ std::shared_ptr<llama_soft_prompt> llama_soft_prompt_new() {
     return prepared ? prepared : std::make_shared<llama_soft_prompt>();
 }
 
+bool llama_soft_prompt_keeps_masked_cells() {
+    return prepared && prepared->keeps_masked_cells;
+}
+
+uint32_t llama_soft_prompt_text_length(const llama_cparams & cparams) {
+    return cparams.soft_prompt->text_length;
+}
+
 void llama_soft_prompt::set(llama_seq_id seq_id, llama_pos pos0, int32_t n_rows, const float * rows) {
     GGML_ASSERT(seq_id >= 0 && seq_id < LLAMA_MAX_SEQ);
     GGML_ASSERT(n_rows == 0 || rows != nullptr);
@@ -122,7 +130,8 @@ namespace {
 class llm_graph_input_soft_prompt : public llm_graph_input_i {
 public:
     llm_graph_input_soft_prompt(std::shared_ptr<llama_soft_prompt> table, float scale)
-        : table(std::move(table)), inv_scale(1.0f/scale), n_labels(this->table->n_labels()), has_head(this->table->label_head() != nullptr) {}
+        : table(std::move(table)), inv_scale(1.0f/scale), n_labels(this->table->n_labels()), has_head(this->table->label_head() != nullptr),
+          text_length(this->table->text_length) {}
 
     void set_input(const llama_ubatch * ubatch) override {
         if (!keep) {
@@ -156,9 +165,9 @@ public:
         const bool had  = keep != nullptr;
         const bool want = table->touches(params.ubatch);
 
-        // the label head too: a graph without one has no other input to tell
+        // the label head and the text's length too: a graph has no other input to tell
         return had == want && (!had || keep->ne[1] == (int64_t) params.ubatch.n_tokens) &&
-            n_labels == table->n_labels() && has_head == (table->label_head() != nullptr);
+            n_labels == table->n_labels() && has_head == (table->label_head() != nullptr) && text_length == table->text_length;
     }
 
     ggml_tensor * keep = nullptr; // F32 [1,      n_tokens]
@@ -169,6 +178,7 @@ private:
     const float  inv_scale;
     const size_t n_labels;
     const bool   has_head;
+    const uint32_t text_length;
 
     std::vector<float> buf_keep;
     std::vector<float> buf_soft;
@@ -284,7 +294,8 @@ llama_model * llama_soft_prompt_load_from_file(const char * path, llama_model_pa
 
 llama_context * llama_soft_prompt_init_from_model(llama_model * model, llama_context_params params, const llama_token * ids, int32_t n, const float * head) {
     prepared = std::make_shared<llama_soft_prompt>();
-    prepared->row_attention = llama_soft_prompt_has_row_attention(model);
+    prepared->row_attention      = llama_soft_prompt_has_row_attention(model);
+    prepared->keeps_masked_cells = params.swa_full;
     prepared->set_labels(model->output, ids, n, head);
 
     llama_context * ctx = llama_init_from_model(model, params);
@@ -301,9 +312,28 @@ int32_t llama_soft_prompt_head_size(const llama_model * model) {
 }
 
 bool llama_soft_prompt_has_row_attention(const llama_model * model) {
+    return model->arch != LLM_ARCH_GROK; // as llama_init_from_model has it
+}
+
+float llama_soft_prompt_embedding_scale(const llama_model * model) {
+    return embedding_scale(model->arch, model->hparams);
+}
+
+bool llama_soft_prompt_is_f32(const llama_model * model) {
+    const auto & tensors = model->tensors_by_name;
+    return std::none_of(tensors.begin(), tensors.end(), [](const std::pair<std::string, ggml_tensor *> & entry) {
+        return entry.first.rfind("blk.", 0) == 0 && ggml_n_dims(entry.second) > 1 && entry.second->type != GGML_TYPE_F32;
+    });
+}
+
+uint32_t llama_soft_prompt_long_rope_from(const llama_model * model) {
     const auto & layers = model->layers;
-    return model->hparams.f_max_alibi_bias == 0.0f &&
-        std::all_of(layers.begin(), layers.end(), [](const llama_layer & layer) { return layer.attn_sinks == nullptr; });
+    const bool   any    = std::any_of(layers.begin(), layers.end(), [](const llama_layer & layer) { return layer.rope_long != nullptr; });
+    return any ? model->hparams.n_ctx_orig_yarn : 0;
+}
+
+void llama_soft_prompt_set_text_length(llama_context * ctx, uint32_t n_tokens) {
+    ctx->get_cparams().soft_prompt->text_length = n_tokens;
 }
 
 const float * llama_soft_prompt_label_logits(const llama_context * ctx) {
@@ -382,6 +412,8 @@ const char * llama_soft_prompt_refuses(const char * architecture) {
         case LLM_ARCH_COGVLM:
         case LLM_ARCH_MINICPM3:
             return "it treats token and embedding input differently in a way that is not handled yet";
+        case LLM_ARCH_PHIMOE:
+            return "llama.cpp computes its norms and weighs its experts in another way than the model was trained with";
         case LLM_ARCH_DFLASH:
         case LLM_ARCH_EAGLE3:
             return "it is a draft model that reads another model's states";

@@ -20,7 +20,7 @@ static inline void ggml_row_attention_request(struct ggml_tensor * node) {
 
 struct ggml_compute_params;
 
-// The CPU backend's: false where it was not requested or is not possible (ALiBi, sinks, no mask); nothing is done then.
+// The CPU backend's: false where it was not requested or is not possible (no mask, a mask a head); nothing is done then.
 bool ggml_row_attention(const struct ggml_compute_params * params, struct ggml_tensor * node);
 
 #ifdef __cplusplus

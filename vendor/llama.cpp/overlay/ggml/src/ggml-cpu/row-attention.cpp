@@ -93,10 +93,11 @@ struct Scratch {
 class Attention {
 public:
     Attention(ggml_tensor * node, Scratch & scratch)
-        : node(node), q(node->src[0]), k(node->src[1]), v(node->src[2]), mask(node->src[3]), s(scratch),
+        : node(node), q(node->src[0]), k(node->src[1]), v(node->src[2]), mask(node->src[3]), sinks(node->src[4]), s(scratch),
           n_queries(q->ne[1]), n_kv(k->ne[1]), n_group(q->ne[2]/k->ne[2]) {
-        std::memcpy(&scale, (const float *) node->op_params + 0, sizeof(float));
-        std::memcpy(&cap,   (const float *) node->op_params + 2, sizeof(float));
+        std::memcpy(&scale,    (const float *) node->op_params + 0, sizeof(float));
+        std::memcpy(&max_bias, (const float *) node->op_params + 1, sizeof(float));
+        std::memcpy(&cap,      (const float *) node->op_params + 2, sizeof(float));
         if (cap != 0.0f) {
             scale /= cap;
         }
@@ -129,6 +130,15 @@ public:
 private:
     int64_t query_of(int64_t row) const { return row/n_group; }
     int64_t head_of(int64_t head, int64_t row) const { return head*n_group + row%n_group; }
+
+    const uint16_t * mask_of(int64_t row) const { return (const uint16_t *) ((const char *) mask->data + query_of(row)*mask->nb[1]); }
+
+    // ALiBi (Press et al. 2022): how much a head's scores fall with each position of distance
+    float slope_of(int64_t head) const {
+        const uint32_t n_head = (uint32_t) q->ne[2];
+        const uint32_t n_low  = 1u << (uint32_t) std::floor(std::log2(n_head));
+        return head < n_low ? std::pow(2.0f, -max_bias/n_low*(head + 1)) : std::pow(2.0f, -max_bias/2.0f/n_low*(2*(head - n_low) + 1));
+    }
 
     void find_cells(int64_t first, int64_t last) {
         std::fill(s.open.begin(), s.open.end(), 0);
@@ -196,6 +206,11 @@ private:
             shift[r/kLanes][r%kLanes] = (int32_t) (query_of(row) - query_of(first));
         }
 
+        float slope[kRows];
+        for (int64_t row = first; row < last; ++row) {
+            slope[row - first] = max_bias > 0.0f ? slope_of(head_of(head, row)) : 0.0f;
+        }
+
         Block top;
         for (auto & t : top.v) {
             t = splat(-INFINITY);
@@ -216,6 +231,12 @@ private:
                         w.v[r/kLanes][r%kLanes] = cap*tanhf(w.v[r/kLanes][r%kLanes]);
                     }
                 }
+                if (max_bias > 0.0f) {  // the mask holds minus the distance
+                    for (int64_t row = first; row < last; ++row) {
+                        const int r = (int) (row - first);
+                        w.v[r/kLanes][r%kLanes] += slope[r]*ggml_fp16_to_fp32(mask_of(row)[s.cells[begin + j]]);
+                    }
+                }
                 for (int i = 0; i < kVectors; ++i) {
                     const ints sees = ((ints{} + open) >> shift[i]) & 1;
                     w.v[i]   = sees != 0 ? w.v[i] : splat(-INFINITY);
@@ -226,6 +247,17 @@ private:
 
         std::fill(s.out.begin(), s.out.end(), Block{});
         sum = {};
+        if (sinks != nullptr) {  // a score of each head's own, whose weight goes nowhere
+            Block sink = top;
+            for (int64_t row = first; row < last; ++row) {
+                const int r = (int) (row - first);
+                sink.v[r/kLanes][r%kLanes] = ((const float *) sinks->data)[head_of(head, row)];
+            }
+            for (int i = 0; i < kVectors; ++i) {
+                top.v[i] = sink.v[i] > top.v[i] ? sink.v[i] : top.v[i];
+                sum.v[i] = exp_of(sink.v[i] - top.v[i]);
+            }
+        }
         for (int64_t c = 0; c < n_cells; ++c) {
             for (int i = 0; i < kVectors; ++i) {
                 const floats p = exp_of(s.weight[c].v[i] - top.v[i]);
@@ -263,12 +295,14 @@ private:
     const ggml_tensor * const k;
     const ggml_tensor * const v;
     const ggml_tensor * const mask;
+    const ggml_tensor * const sinks;  // F32 [n_head], or null
     Scratch & s;
 
     const int64_t n_queries, n_kv, n_group;
     int64_t n_cells = 0;
     float   scale   = 1.0f;
     float   cap     = 0.0f;  // logit soft-capping
+    float   max_bias = 0.0f; // ALiBi
     Block   sum     = {};
 };
 
@@ -278,8 +312,7 @@ bool is_possible(const ggml_tensor * node) {
     const ggml_tensor * v    = node->src[2];
     const ggml_tensor * mask = node->src[3];
 
-    const bool alibi = ((const float *) node->op_params)[1] > 0.0f;
-    return !alibi && node->src[4] == nullptr && mask != nullptr && mask->type == GGML_TYPE_F16 && mask->ne[2] == 1 && mask->ne[3] == 1 &&
+    return mask != nullptr && mask->type == GGML_TYPE_F16 && mask->ne[2] == 1 && mask->ne[3] == 1 &&
         q->type == GGML_TYPE_F32 && q->ne[3] == 1 && k->ne[3] == 1 && v->ne[3] == 1 && k->ne[2] == v->ne[2] && q->ne[2] % k->ne[2] == 0 && v->ne[0] % kStep == 0;
 }
 

@@ -1,0 +1,46 @@
+"""A run's task, and whether a device can take part: it needs the same task and model. Both sides of the wire ask."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, Protocol
+
+from fedbpt.messages import DeviceInfo, Template
+from fedbpt.task_identity import TaskIdentity
+
+
+class FederatedTask(Protocol):
+    """What the round loop asks of a task (`fedbpt.tasks.Task`)."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+
+    @property
+    def templates(self) -> tuple[Template, ...]: ...
+
+    @property
+    def identity(self) -> TaskIdentity: ...
+
+
+class Misfit(NamedTuple):
+    """Why a device cannot take part. ``code`` as in `DeviceRefusedError`; ``reason`` continues the device's name."""
+
+    code: Literal["wrong-model", "wrong-task"]
+    reason: str
+
+
+def misfit(info: DeviceInfo, model_fingerprint: str | None, task: TaskIdentity | None) -> Misfit | None:
+    """Why the device of ``info`` cannot do work for this model and this task, None standing for any; None: it can."""
+    if task is not None:
+        if info.task is None:
+            return Misfit("wrong-task", "does not say which task its rows are of: update fedbpt there")
+        if difference := info.task.difference(task):
+            return Misfit("wrong-task", difference)
+    if model_fingerprint is not None and info.model_fingerprint != model_fingerprint:
+        own = f"{info.model_name} ({info.model_fingerprint})"
+        return Misfit(
+            "wrong-model", f"has the model {own}, the run uses {model_fingerprint}: start it with the run's model file"
+        )
+    return None

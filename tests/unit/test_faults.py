@@ -1,0 +1,190 @@
+"""What another machine is told of an error: never what it quotes of a row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fedbpt import wire
+from fedbpt.errors import DataError, FedbptError, InputError, TaskError, WireError
+from fedbpt.faults import public_reason, public_traceback
+from fedbpt.local import Device
+from fedbpt.messages import (
+    Array,
+    ErrorReply,
+    EvaluateRequest,
+    ObjectiveSpec,
+    PromptSpec,
+    RoundPlan,
+    SelectWork,
+    Template,
+)
+from fedbpt.tasks import Row, read_rows
+from fedbpt.tasks.readers import rows_from_dataset, to_rows
+from tests.toy_scorer import ToyScorer
+from tests.toy_task import TASK
+
+ROW = "canary sings loudly"
+SPEC = PromptSpec(d=4)
+
+
+class MergingScorer(ToyScorer):
+    """Two neighbouring characters are one token where the first is a digit, a space or a colon."""
+
+    merges = "1x) :"
+
+    def tokenize(self, text: str, add_bos: bool | None = None) -> NDArray[np.int32]:
+        ids = super().tokenize(text, add_bos).tolist()
+        merged: list[int] = []
+        while ids:
+            token = ids.pop(0)
+            merged.append((token + ids.pop(0)) % 256 if ids and token < 256 and chr(token) in self.merges else token)
+        return np.array(merged, dtype=np.int32)
+
+
+class ColonMerger(MergingScorer):
+    merges = ":"
+
+
+class ForeignScorer(ToyScorer):
+    """Fails as code of others does: with its arguments in the message."""
+
+    def tokenize(self, text: str, add_bos: bool | None = None) -> NDArray[np.int32]:
+        if "canary" in text:
+            raise TypeError(f"incompatible function arguments. Invoked with: {text!r}")
+        return super().tokenize(text, add_bos)
+
+
+def plan(device: Device, labels: tuple[str, ...], template: Template) -> RoundPlan:
+    loss = "cross_entropy" if labels else "nll"
+    return RoundPlan(
+        run="r", round=0, device="d", seed=1, model_fingerprint=device.scorer.fingerprint, labels=labels,
+        template=template, prompt=SPEC, objective=ObjectiveSpec(loss=loss), work=SelectWork(templates=(template,)),
+    )  # fmt: skip
+
+
+def evaluation(device: Device, labels: tuple[str, ...], template: Template) -> EvaluateRequest:
+    asked = plan(device, labels, template)
+    return EvaluateRequest(
+        model_fingerprint=asked.model_fingerprint, labels=labels, template=template, prompt=SPEC,
+        objective=asked.objective, latents=Array.of(np.zeros((1, 4))),
+    )  # fmt: skip
+
+
+TARGETS = Template(pattern="{text}\nSummary:", label_words=())
+LED = Template(pattern="Read: {text}\nMood:", label_words=("b", "g"))
+
+WORK: dict[str, tuple[ToyScorer, Row, tuple[str, ...], Template]] = {
+    "a foreign error": (ForeignScorer(), (ROW, 0), TASK.labels, TASK.templates[0]),
+    "a target text for a label": (ToyScorer(), ("fine", ROW), TASK.labels, TASK.templates[0]),
+    "a label for a target text": (ToyScorer(), (ROW, 1), (), TARGETS),
+    "a target that merges with the cue": (ColonMerger(), ("fine", ROW), (), TARGETS),
+    "a text that merges with the head": (MergingScorer(), (ROW, 0), TASK.labels, LED),
+    "a text that is too long": (ToyScorer(n_ctx=16), (ROW, 0), TASK.labels, TASK.templates[0]),
+}
+
+
+@pytest.mark.parametrize("case", WORK)
+def test_no_text_of_a_row_is_told_of_a_devices_work(case: str) -> None:
+    scorer, row, labels, template = WORK[case]
+    device = Device("d", scorer, [row], [row], [row])
+    for work in (
+        lambda: device.run(plan(device, labels, template)),
+        lambda: device.evaluate(evaluation(device, labels, template)),
+    ):
+        with pytest.raises((FedbptError, TypeError)) as failed:
+            work()
+        told = public_reason(failed.value) + public_traceback(failed.value)
+        assert not [word for word in ROW.split() if word in told]
+
+
+FILES: dict[str, str] = {
+    "label.jsonl": f'{{"text": "x", "label": "{ROW}"}}\n',
+    "no-header.csv": f"{ROW},0\n{ROW},1\n",
+    "fields.csv": f"text,{ROW}\nx,1,2,3\n",
+    "no-column.jsonl": f'{{"{ROW}": "x", "label": 0}}\n',
+    "not-json.jsonl": f'{{"text": "{ROW}", "label": }}\n',
+    "quotes.csv": f'text,label\n"{ROW}" and,1\n',
+    "empty.jsonl": f'{{"text": " ", "label": "{ROW}"}}\n',
+    "half.jsonl": f'{{"text": "{ROW} \\ud83d", "label": 0}}\n',
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_read_for_a_coordinator_is_told_by_file_and_line(name: str, tmp_path: Path) -> None:
+    """Over Flower, files are read when a message comes."""
+    (tmp_path / name).write_text(FILES[name])
+    with pytest.raises(DataError) as failed:
+        read_rows(tmp_path / name, ("a", "b"))
+    told = public_reason(failed.value)
+    assert told.startswith(f"{tmp_path / name}:")
+    assert not [word for word in ROW.split() if word in told]
+
+
+@pytest.mark.parametrize("given", [[(ROW, "c")], [(ROW,)], [{"text": ROW}]])
+def test_pairs_that_cannot_be_rows_are_told_by_number(given: Any) -> None:
+    with pytest.raises(DataError) as failed:
+        to_rows(given, TASK)
+    assert "canary" not in public_reason(failed.value)
+
+
+def test_a_data_sets_unknown_label_is_told_without_it() -> None:
+    class Rows(list[Any]):
+        column_names = ("text", "label")
+
+    with pytest.raises(DataError, match="sings") as failed:  # its owner reads it
+        rows_from_dataset(Rows([{"text": "x", "label": ROW}]), ("a", "b"))
+    assert "sings" not in public_reason(failed.value)
+
+
+def test_an_error_of_ours_says_itself() -> None:
+    assert public_reason(TaskError("one label word begins with the other")) == "one label word begins with the other"
+    assert public_reason(InputError("token 7", public="a token")) == "a token"
+
+
+def test_a_path_whose_bytes_are_no_utf8_can_be_told() -> None:
+    reply = ErrorReply(code="x", message=public_reason(DataError("cannot read m\udcf6del")))
+    assert wire.decode(wire.encode(reply), ErrorReply).message == r"cannot read m\udcf6del"
+
+
+def test_a_message_that_utf8_cannot_write_is_refused_without_the_text() -> None:
+    for encode in (wire.encode, wire.encode_json, wire.digest):
+        with pytest.raises(WireError) as refused:
+            encode(ErrorReply(code="x", message="canary \ud83d"))
+        assert "canary" not in str(refused.value)
+
+
+def test_a_foreign_error_is_told_by_type_module_function_and_line() -> None:
+    def fails() -> None:
+        raise ValueError(ROW)
+
+    with pytest.raises(ValueError, match="canary") as failed:
+        fails()
+    assert "ValueError in tests.unit.test_faults." in public_reason(failed.value)
+    assert f"fails (line {fails.__code__.co_firstlineno + 1})" in public_reason(failed.value)
+
+
+def test_of_a_call_into_a_library_the_place_of_ours_is_told() -> None:
+    device = Device("d", ForeignScorer(), [(ROW, 0)])
+    with pytest.raises(TypeError) as of_ours:
+        device.run(plan(device, TASK.labels, TASK.templates[0]))
+    told = public_reason(of_ours.value)
+    assert told.startswith("TypeError in tests.unit.test_faults.")
+    assert ", called by fedbpt.tasks.task." in told
+
+
+def test_what_the_system_says_is_told() -> None:
+    with pytest.raises(OSError, match="nowhere") as failed:
+        Path("/nowhere/at/all").read_bytes()
+    assert "No such file or directory" in public_reason(failed.value)
+
+
+def test_a_traceback_goes_down_to_the_cause_and_ends_where_causes_go_round() -> None:
+    first, second = InputError("outer", public="outer"), KeyError(ROW)
+    first.__cause__, second.__cause__ = second, first
+    told = public_traceback(first)
+    assert told.count("InputError: outer") == told.count("KeyError") == 1
