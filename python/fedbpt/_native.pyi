@@ -177,6 +177,15 @@ def weight_formats(path: bytes) -> list[tuple[str, int, int]]:
 def matmul_flops(type: str) -> float:
     """FLOP/s of one CPU thread multiplying 64 tokens by a matrix of a ggml type, measured. Raises `InputError`."""
 
+def try_alone(
+    path: bytes, n_threads: int, n_gpu_layers: int, gpu: str, kv_q8_0: bool, memory_bytes: int, cpu_seconds: int
+) -> None:
+    """Try a model file in this process, which is there for nothing else.
+
+    What comes of it is written to standard output (``src/fedbpt_native/trial.h``). Beyond the limits, 0 for none, or
+    where llama.cpp asserts, the process ends.
+    """
+
 class GraphTrace:
     """For the fork's tests: the nodes of each graph that a small CPU context computes, in the form of trace.h."""
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,6 +18,7 @@ from fedbpt.checking import printable, utf8
 from fedbpt.errors import InputError, ModelWarning
 from fedbpt.memory import memory_of_process
 from fedbpt.messages import Placement
+from fedbpt.models.trial import TrialSettings, run_once
 from fedbpt.native_generator import NativeGenerator
 from fedbpt.token_arrays import continuation_ids, ragged, token_ids
 
@@ -52,6 +53,9 @@ def load_model(
 ) -> NativeScorer:
     """Load a model for scoring.
 
+    The first time a file is loaded it is tried in a process of its own: damaged ones may end a process
+    (`fedbpt.models.trial`).
+
     Args:
         name_or_path: a name from the catalogue (``fedbpt models list``) that has been pulled, or a GGUF file;
             any part of a split one.
@@ -64,8 +68,8 @@ def load_model(
 
     Raises:
         ModelNotFoundError: no such name, not pulled yet, or no such file.
-        ModelFileError: not a GGUF file, cut short or corrupt, or a part of it is missing.
-        UnsupportedModelError: an architecture that soft prompts do not work with.
+        ModelFileError: not a GGUF file, cut short, damaged or contradicting itself, or a part of it is missing.
+        UnsupportedModelError: no causal decoder, or an architecture that soft prompts do not work with.
         InputError: no or too many threads, GPU layers where there is no (such) GPU, a ``kv_type`` that the
             model's attention heads do not divide into.
 
@@ -92,10 +96,13 @@ def gpus() -> tuple[Gpu, ...]:
     return tuple(Gpu(*found) for found in _native.gpus())
 
 
-def _engine(*given: Any) -> _native.Engine:
+def _engine(path: Path, settings: TrialSettings) -> _native.Engine:
+    """Load a model that has passed its trial."""
     from fedbpt import _native  # late: a device that waits for its first work does without its memory
 
-    return _native.Engine(*given)
+    run_once(path, settings)
+    q8_0 = settings.kv_type == "q8_0"
+    return _native.Engine(os.fsencode(path), settings.n_threads, settings.n_gpu_layers, settings.gpu or "", q8_0)
 
 
 class NativeScorer:
@@ -122,7 +129,7 @@ class NativeScorer:
         self._given = name or str(path)
         self._n_gpu_layers, self._gpu = n_gpu_layers, gpu
         threads = physical_cores() if n_threads is None else n_threads
-        self._load = partial(_engine, os.fsencode(path), threads, n_gpu_layers, gpu or "", kv_type == "q8_0")
+        self._load = partial(_engine, path, TrialSettings(threads, n_gpu_layers, gpu, kv_type))
         self._loading = threading.Lock()
         self._files = models.WatchedFiles(path)
         self._loaded: _native.Engine | None = None

@@ -1,7 +1,5 @@
 #include <pybind11/pybind11.h>
 
-#include <string>
-
 #include "errors.h"
 
 namespace py = pybind11;
@@ -12,10 +10,7 @@ namespace {
 
 void raise(const char * name, const std::exception & error) {
     const py::object type = py::module_::import("fedbpt.errors").attr(name);
-    // a path, or what a model file holds, need not be UTF-8
-    const std::string line = one_line(error.what());
-    const auto        text = py::reinterpret_steal<py::object>(PyUnicode_DecodeUTF8(line.data(), static_cast<py::ssize_t>(line.size()), "backslashreplace"));
-    PyErr_SetObject(type.ptr(), text.ptr());
+    PyErr_SetString(type.ptr(), one_line(error.what()).c_str());  // a path, or what a model file holds, need not be UTF-8
 }
 
 }  // namespace

@@ -1,5 +1,7 @@
 #include "errors.h"
 
+#include <cstdio>
+
 namespace fedbpt {
 
 namespace {
@@ -36,7 +38,9 @@ std::string one_line(const std::string & text) {
     for (size_t at = 0; at < text.size();) {
         const size_t length = character_length(text, at);
         if (length == 0) {
-            line += '?';
+            char escaped[5];
+            std::snprintf(escaped, sizeof(escaped), "\\x%02x", static_cast<unsigned char>(text[at]));
+            line += escaped;
         } else if (is_control(text, at, length)) {
             line += ' ';
         } else {

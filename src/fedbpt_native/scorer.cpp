@@ -126,7 +126,7 @@ void Scorer::ensure_context(const Request & request, const std::vector<Pack> & p
         const size_t own    = front ? request.n_prompt + pack.n_tokens : pack.n_texts()*request.n_tail();
         most = std::max(most, shared + together*own + pack.n_steps);
     }
-    const auto     n_ctx     = static_cast<uint32_t>(padded(request.plan.prefix().size() + most + kPad, 256));
+    const auto     n_ctx     = static_cast<uint32_t>(padded(request.plan.prefix().size() + most + 2*kPad, 256));  // what fills a batch up: first its outputs, then its tokens
     const uint32_t n_seq_max = request.plan.label_head() != nullptr ? kSeqMax : static_cast<uint32_t>(padded(kFirstSeq + 1 + sequences_max(request.plan), kPad));
     if (n_seq_max > kSeqMax) {
         throw InputError(std::to_string(request.plan.n_branches()) + " continuations of several tokens are too many for one text: give " + std::to_string(kSeqMax - kFirstSeq - kPad) + " at most");

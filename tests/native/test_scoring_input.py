@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tiny_case import Case
 
+import fedbpt
 from fedbpt.errors import InputError
 
 N_PROMPT = 3
@@ -150,3 +151,12 @@ def test_lists_strides_and_other_number_types_are_taken(llama: Case) -> None:
     np.testing.assert_array_equal(llama.scorer.score_with_soft_prompt(**other), expected)
     fortran = arguments(llama) | {"embeds": np.asfortranarray(given["embeds"])}
     np.testing.assert_array_equal(llama.scorer.score_with_soft_prompt(**fortran), expected)
+
+
+@pytest.mark.parametrize("n_text", range(244, 254))
+def test_what_fills_a_batch_up_has_room_too(llama: Case, n_text: int) -> None:
+    """Around 256 tokens, by which the KV cache grows, with a prefix that is no multiple of 4."""
+    scorer = fedbpt.load_model(llama.path, n_threads=1)
+    text, prefix = llama.texts([n_text]), llama.ids(2)
+    logits = scorer.score_with_soft_prompt(text, llama.prompts(1, 2), [5], prefix=prefix)
+    assert np.isfinite(logits).all()

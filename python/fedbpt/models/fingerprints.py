@@ -48,7 +48,7 @@ def fingerprint(path: str | Path) -> str:
     if not Path(path).is_file():
         raise ModelNotFoundError(f"no such model file: {path}")
     parts = model_parts(Path(path))
-    paths, stamps = _real_paths(parts), stamps_of(parts)
+    paths, stamps = real_paths(parts), stamps_of(parts)
     known = read_record(_record_of(paths), _Fingerprint)
     if known is None or (known.paths, known.files) != (paths, stamps):
         # the stamps from before: a file that changes while it is read is read again the next time
@@ -65,10 +65,11 @@ def stamps_of(parts: Sequence[Path]) -> tuple[FileStamp, ...]:
 
 def remember_fingerprint(path: Path, sha256: str) -> None:
     """Keep the sha256 (hex) of a model in one file, where it is known already."""
-    _remember(_Fingerprint(sha256, _real_paths([path]), stamps_of([path])))
+    _remember(_Fingerprint(sha256, real_paths([path]), stamps_of([path])))
 
 
-def _real_paths(parts: Sequence[Path]) -> tuple[str, ...]:
+def real_paths(parts: Sequence[Path]) -> tuple[str, ...]:
+    """Where files are once links are followed, as text that a record may hold."""
     return tuple(os.fsencode(part.resolve()).decode(errors="backslashreplace") for part in parts)
 
 
