@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
             "token_arrays",
             "native_generator",
             "native_scorer",
+            "model_check",
             "bench",
             "comparison",
             "wire",
