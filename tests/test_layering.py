@@ -25,8 +25,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("models", "model_card", "prompt", "tasks"),
     ),
     (
-        *("scorer", "generator", "token_arrays", "native_generator", "native_scorer", "bench", "comparison", "wire"),
-        *("racing", "evaluation", "objective", "envelopes", "generation", "exchange"),
+        *("scorer", "generator", "token_arrays", "native_generator", "native_scorer", "model_check"),
+        *("bench", "comparison", "wire", "racing", "evaluation", "objective", "envelopes", "generation", "exchange"),
     ),
     (
         *("device_state", "effort", "speed", "sampling", "local_search", "replay", "side_by_side", "answering"),

@@ -85,7 +85,7 @@ LEAVES = {name: command for name, command in COMMANDS.items() if not hasattr(com
 
 def test_the_promised_commands_are_there() -> None:
     words = ["demo", "device", "tune", "evaluate", "chat", "serve", "export", "import", "bench"]
-    words += ["models list", "models pull", "models path", "models requantize"]
+    words += ["models list", "models pull", "models path", "models check", "models requantize"]
     words += ["certs init", "certs issue", "devices invite", "devices list", "devices revoke"]
     words += ["runs list", "runs show", "runs export", "runs replay", "runs scalars", "dashboard"]
     assert set(LEAVES) == {f"fedbpt {word}" for word in words}

@@ -1,4 +1,4 @@
-"""``fedbpt models``: list, pull, path, requantize."""
+"""``fedbpt models``: list, pull, path, check, requantize."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from rich.progress import (
 from rich.table import Table
 
 from fedbpt import models
+from fedbpt.cli.model_check import check_command
 from fedbpt.cli.options import AsJson, Quiet, Threads, help_without_command
 from fedbpt.display import human_bytes
 from fedbpt.native_scorer import physical_cores
@@ -31,7 +32,7 @@ from fedbpt.terminal import PlainConsole
 
 app = typer.Typer(
     name="models",
-    help="The models on this machine: list, pull, path, requantize.\n\nExample: fedbpt models pull smollm2-135m",
+    help="The models on this machine: list, pull, path, check, requantize.\n\nExample: fedbpt models pull smollm2-135m",
 )
 app.callback(invoke_without_command=True)(help_without_command)
 
@@ -87,6 +88,9 @@ def path_command(name: Name, as_json: AsJson = False, quiet: Quiet = False) -> N
         echo(json.dumps({"name": name, "path": str(path), "fingerprint": models.fingerprint(path)}))
     else:
         echo(str(path))
+
+
+app.command("check")(check_command)
 
 
 @app.command("requantize")
