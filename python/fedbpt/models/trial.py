@@ -142,7 +142,8 @@ def _run_child(path: Path, settings: TrialSettings) -> str | None:
     memory = 0 if settings.n_gpu_layers else int(_MEMORY_BYTES + _MEMORY_PER_BYTE * size)
     cpu_s = int(_CPU_S + _CPU_S_PER_BYTE * size)
     given = (n_threads, settings.n_gpu_layers, settings.gpu or "", settings.kv_type, memory, cpu_s)
-    command = [sys.executable, "-I", "-S", "-c", _CHILD, str(_native_file()), path, *map(str, given)]
+    command: list[str | os.PathLike[str]] = [sys.executable, "-I", "-S", "-c", _CHILD, str(_native_file())]
+    command += [path, *map(str, given)]
     environment = {**os.environ, _IN_TRIAL: "1", "GGML_NO_BACKTRACE": "1"}
     try:
         child = subprocess.run(
