@@ -34,7 +34,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("runs", "database", "store", "history", "journal", "scalars", "registry", "bounds", "reports"),
-        *("http_bodies", "http_auth", "http_server", "turns", "agent", "clients", "coordinator", "serving"),
+        *(
+            "http_bodies",
+            "http_auth",
+            "http_connections",
+            "http_server",
+            "turns",
+            "agent",
+            "clients",
+            "coordinator",
+            "serving",
+        ),
         *(
             "members",
             "pace",

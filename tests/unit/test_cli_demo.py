@@ -20,19 +20,19 @@ ASKED = {"model": "sha256:1", "devices": 3, "rows": "all"}
 
 
 def test_a_demo_goes_on_only_where_it_was_stopped(tmp_path: Path) -> None:
-    record = tmp_path / "demo.json"
-    assert not demo._was_interrupted(record, ASKED)
-    demo._remember(record, ASKED, ended=False)
-    assert demo._was_interrupted(record, ASKED)
-    demo._remember(record, ASKED, ended=True)
-    assert not demo._was_interrupted(record, ASKED)
+    record = demo._Record(tmp_path / "demo.json", ASKED)
+    assert not record.tells_of_interruption()
+    record.write(ended=False)
+    assert record.tells_of_interruption()
+    record.write(ended=True)
+    assert not record.tells_of_interruption()
 
 
 @pytest.mark.parametrize("change", [{"model": "sha256:2"}, {"devices": 2}, {"rows": "quick"}])
 def test_a_stopped_demo_of_something_else_is_no_use(tmp_path: Path, change: dict[str, object]) -> None:
-    record = tmp_path / "demo.json"
-    demo._remember(record, ASKED, ended=False)
-    assert not demo._was_interrupted(record, {**ASKED, **change})
+    path = tmp_path / "demo.json"
+    demo._Record(path, ASKED).write(ended=False)
+    assert not demo._Record(path, {**ASKED, **change}).tells_of_interruption()
 
 
 def news(n: int) -> list[Row]:

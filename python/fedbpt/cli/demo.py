@@ -83,14 +83,13 @@ def demo(
         rows = [(task.clip(text), label) for text, label in tasks.bbc_news(progress=progress)]
     splits = tasks.split_rows(rows, QUICK_ROWS if quick else ROWS, seed)
     folder = out / f"demo-{seed}"
-    saved = folder / "prompt.safetensors"
     settings = _settings(task, rounds, seed)
     asked = {"model": models.fingerprint(path), "devices": devices, "rows": "quick" if quick else "all"}
 
     with ExitStack() as stack:
         store = stack.enter_context(RunStore(folder / "runs.db"))
-        record = folder / "demo.json"
-        fresh = not _was_interrupted(record, asked)
+        saved, record = folder / "prompt.safetensors", _Record(folder / "demo.json", asked)
+        fresh = not record.tells_of_interruption()
         files = _write_data(folder / "data", task, splits, devices, seed)
         observers = Observers(dashboard=dashboard)
         watch = stack.enter_context(observers.watching(store.path, RUN, teller(not shown)))
@@ -100,10 +99,8 @@ def demo(
             watch.meet(clients)
 
             def tell(event: Event) -> None:
-                if isinstance(event, RoundClosed):
-                    _remember(record, asked, ended=False)
-                display(event)
-                watch(event)
+                for listen in (record, display, watch):
+                    listen(event)
 
             aggregator = aggregator_for(settings)
             federation = Federation(clients, task, settings, aggregator, store, RUN, tell, observers.control, fresh)
@@ -112,7 +109,7 @@ def demo(
         scorer = load_model(model)
         prompt = make_prompt(scorer, task, result)
         prompt.save(saved)
-        _remember(record, asked, ended=True)
+        record.write(ended=True)
         questions = questions_of(task, files[0]["test"])
         watch.compare(Comparison(lambda: comparing(scorer, task, result), task.labels, questions, watch.devices))
         _report(result, saved, _examples(scorer, task, splits["test"], prompt), folder, as_json)
@@ -120,13 +117,25 @@ def demo(
         watch.linger(teller(not shown))
 
 
-def _was_interrupted(record: Path, asked: dict[str, Any]) -> bool:
-    """A demo runs anew each time, except that one that was stopped goes on: on the same model, devices and rows."""
-    return record.exists() and record.read_text() == json.dumps({**asked, "ended": False})
+class _Record:
+    """Remembers what the stored demo was asked for, and whether it ended: one that did not goes on, others run anew."""
 
+    def __init__(self, path: Path, asked: dict[str, Any]) -> None:
+        self._path = path
+        self._asked = asked
 
-def _remember(record: Path, asked: dict[str, Any], ended: bool) -> None:
-    record.write_text(json.dumps({**asked, "ended": ended}))
+    def tells_of_interruption(self) -> bool:
+        return self._path.exists() and self._path.read_text() == self._text(ended=False)
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, RoundClosed):  # from now on this demo's run is the stored one
+            self.write(ended=False)
+
+    def write(self, ended: bool) -> None:
+        self._path.write_text(self._text(ended))
+
+    def _text(self, ended: bool) -> str:
+        return json.dumps({**self._asked, "ended": ended})
 
 
 def _settings(task: Task, rounds: int, seed: int) -> RunSettings:

@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -116,10 +117,8 @@ def device(
     pauses = _pauses(pause_on, shown=not (quiet or as_json))
     tls = Tls(cert, key, ca, client_certs)
     token = token_in(token_file) if token_file else None
-    if coordinator is not None and enrol_code is not None:
-        _kv_bytes(model, kv_budget, max_memory)  # a device that cannot start uses up no code
-    link = credentials_for(coordinator, enrol_code, credentials or default_credentials(), tls, allow_insecure)
-    kv_bytes = _kv_bytes(model, kv_budget, max_memory)
+    room = partial(_kv_bytes, model, kv_budget, max_memory)
+    link, kv_bytes = _link(coordinator, enrol_code, credentials, tls, allow_insecure, room)
     if install_service:
         _install(context, max_memory, force, as_json)
         return
@@ -133,10 +132,24 @@ def device(
     if until_eof:
         threading.Thread(target=_stop_at_eof, name="fedbpt-until-eof", daemon=True).start()
     service, ready = AgentService(local, pause=pauses.reason), _teller(local, len(rows[0]), link, as_json, quiet)
-    if link is not None:
-        _call_in(service, link, tls, allow_insecure, ready)
-    else:
+    if link is None:
         AgentServer(service, host, port, tls=tls, token=token, on_ready=ready, allow_insecure=allow_insecure).run()
+    else:
+        _call_in(service, link, tls, allow_insecure, ready)
+
+
+def _link(
+    url: str | None,
+    code: str | None,
+    path: Path | None,
+    tls: Tls,
+    allow_insecure: bool,
+    room: Callable[[], int],
+) -> tuple[Credentials | None, int]:
+    """`credentials_for`, and what ``room`` says, which raises where the device cannot start, before a code is used."""
+    if url is not None and code is not None:
+        room()
+    return credentials_for(url, code, path or default_credentials(), tls, allow_insecure), room()
 
 
 def _call_in(

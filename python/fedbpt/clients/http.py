@@ -49,6 +49,9 @@ log = logging.getLogger(__name__)
 POLL_S: Final = 5.0
 """How long the device may hold a poll open: also how often progress is heard of."""
 
+SOONEST_S: Final = 0.5
+"""Between two polls of a device that answers at once that it is not done."""
+
 ANSWER_S: Final = 5.0
 """How long the network and the device may take for anything beyond that."""
 
@@ -258,17 +261,11 @@ class HttpClient(Works):
         raise DeviceUnreachableError(f"{self.name} keeps forgetting an evaluation: is it being restarted?")
 
     async def _poll(
-        self,
-        path: str,
-        kind: type[M],
-        what: str,
-        timeout_s: float | None,
-        on_progress: ProgressCallback | None,
-        deadline: float | None = None,
-    ) -> M:
-        deadline = _deadline(timeout_s) if deadline is None else deadline
+        self, path: str, kind: type[M], what: str, timeout_s: float | None, on_progress: ProgressCallback | None,
+        deadline: float,
+    ) -> M:  # fmt: skip
         while True:
-            hold = max(min(self._poll_s, deadline - _now()), 0.0)
+            began, hold = _now(), max(min(self._poll_s, deadline - _now()), 0.0)
             query = f"{'&' if '?' in path else '?'}wait={hold:.3f}"
             response = await self._request("GET", path + query, hold_s=hold)
             if response.status == HTTPStatus.OK:
@@ -276,6 +273,8 @@ class HttpClient(Works):
             self._under_way(self._decode(response, RoundProgress), what, on_progress)
             if _now() >= deadline:
                 raise DeviceTimeoutError(f"{self.name} did not finish {what} within {timeout_s:g} s")
+            # one that does not hold the poll must not keep the coordinator, and its log, busy
+            await asyncio.sleep(began + min(hold, SOONEST_S) - _now())
 
     def _under_way(self, progress: RoundProgress, what: str, on_progress: ProgressCallback | None) -> None:
         check_progress(progress)
