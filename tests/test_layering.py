@@ -49,8 +49,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *(
             "members",
             "pace",
+            "spending",
             "fleet",
             "ledger",
+            "run_listener",
             "estimate",
             "outcome",
             "garbage",
