@@ -57,6 +57,7 @@ class FakeDevice:
         self.plans: list[RoundPlan] = []
         self.requests: list[EvaluateRequest] = []
         self.questions: list[Question] = []
+        self.interrupts = 0
         self.gate = threading.Event()
         self.gate.set()
 
@@ -100,6 +101,9 @@ class FakeDevice:
                 peak_rss_bytes=3 * 2**20,
             )
         )
+
+    def interrupt(self) -> None:
+        self.interrupts += 1
 
     def answer(self, question: Question, said: Callable[[Answer], None], cancelled: Callable[[], bool]) -> Answer:
         """Each word of the text is a piece, said by both sides; `slow_s` is how long one takes."""

@@ -48,9 +48,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *(
             "members",
             "pace",
+            "spending",
             "fleet",
             "ledger",
             "vetting",
+            "run_listener",
             "estimate",
             "outcome",
             "garbage",

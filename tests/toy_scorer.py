@@ -140,6 +140,9 @@ class ToyScorer:
             values[rows_at : rows_at + len(rows)] = rows
         return self._forward(values)
 
+    def interrupt(self) -> None:
+        """Its calls are short."""
+
     def memory(self) -> Mapping[str, int]:
         size = self._table.nbytes
         return {"weights": size, "kv": 0, "compute": 0, "rss": size, "peak_rss": size}

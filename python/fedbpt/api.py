@@ -54,7 +54,8 @@ class Budget:
     Args:
         evaluations: candidates scored, each on one mini-batch per device.
         tokens: forward tokens, summed over devices.
-        seconds: of tuning rounds; choosing the template comes before, evaluating after.
+        seconds: of calibration, search and readout; choosing the template comes before, evaluating beside and after.
+            A generation that is not done when they are over, less the readout's share, is stopped and left out.
     """
 
     evaluations: int | None = None
@@ -114,8 +115,6 @@ def tune(
     Raises:
         DataError, TaskError, ConfigError: rows, templates or a budget that cannot work.
     """
-    for note in word_notes(scorer, task):
-        log.warning("%s", note)
     dev_rows = [] if dev is None else to_rows(dev, task)
     settings = RunSettings(
         **(budget or Budget()).limits(),
@@ -141,6 +140,8 @@ def _run_alone(device: Device, task: Task, settings: RunSettings, watch: _Curves
         display(event)
         watch(event)
 
+    for note in word_notes(device.scorer, task):
+        log.warning("%s", note)
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fedbpt-"))
         store = stack.enter_context(RunStore(Path(folder) / "runs.db"))

@@ -18,7 +18,6 @@ from fedbpt.aggregation.base import Aggregator
 from fedbpt.aggregation.readout import EXCHANGES, ReadoutFit
 from fedbpt.bench import Measurement, Projection
 from fedbpt.errors import ConfigError
-from fedbpt.ledger import epsilon_of
 from fedbpt.membership import FederatedTask
 from fedbpt.messages import (
     Array,
@@ -70,13 +69,14 @@ class Tokens:
 
 class Parts(NamedTuple):
     """What a run costs one device: choosing the template, the texts once with the fits, a round of the search, and the
-    texts under the readout's other templates.
+    texts under the readout's other templates. ``fit``: of ``texts``, one fit.
     """
 
     select: Tokens
     texts: Tokens
     round: Tokens
     others: Tokens
+    fit: Tokens
 
     def whole(self, rounds: int) -> Tokens:
         return self.select + self.texts + self.round * rounds + self.others
@@ -141,7 +141,7 @@ def estimate(
                 others=part.others.total, words=_dearest_words(task.templates, info),
             )
         )  # fmt: skip
-    spent = epsilon_of(settings, len(task.templates), min(info.n_train for info in infos), rounds)
+    spent = settings.epsilon(len(task.templates), min(info.n_train for info in infos), rounds)
     return RunCost(rounds=rounds, evaluations=rounds * per_round, devices=tuple(devices), epsilon=spent)
 
 
@@ -203,7 +203,22 @@ def tokens_of(settings: RunSettings, templates: Sequence[Template], info: Device
     a_fit = Tokens(prompt.n_prompt if cue else prompt.n_prompt + text, words) * fitted
     texts = Tokens(n_rows * text if cue else 0) + a_fit * 2
     n_others = min(settings.ensemble, n_templates) - 1 if objective.readout_words else 0
-    return Parts(select, texts, each, Tokens(again, words) * (n_others * fitted))
+    return Parts(select, texts, each, Tokens(again, words) * (n_others * fitted), a_fit)
+
+
+def readout_tokens(
+    settings: RunSettings, templates: Sequence[Template], infos: Sequence[DeviceInfo], calibrated: int
+) -> float:
+    """Forward tokens that the readout's fit is to cost the device that it costs most.
+
+    ``calibrated``: what calibration has cost all of them, which tells how long texts are; 0: at most, then.
+    """
+    if not settings.objective.readout_words:
+        return 0.0
+    parts = [tokens_of(settings, templates, info) for info in infos]
+    at_most = sum(part.texts.total - part.fit.total for part in parts)
+    share = min(1.0, calibrated / at_most) if calibrated and at_most else 1.0
+    return share * max((part.fit.total + part.others.total for part in parts), default=0)
 
 
 def _dearest_words(templates: Sequence[Template], info: DeviceInfo) -> int | None:

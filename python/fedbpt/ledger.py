@@ -31,9 +31,9 @@ from fedbpt.messages import (
     Work,
 )
 from fedbpt.pace import TextPace
-from fedbpt.privacy import epsilon, sampling_rate
 from fedbpt.reports import cap_reports, label_weights, mean_loss, purpose_of, template_losses, template_scores
 from fedbpt.runs import Lines, RoundPurpose, RunResult, RunSettings, TemplateScore, lines
+from fedbpt.spending import Spending
 from fedbpt.store import RunStore, StoredRound, StoredRun, Traffic
 
 SELECTION: Final = 0
@@ -59,10 +59,7 @@ class RunLedger:
         self._no_better = 0  # evaluations since that, or since the last restart
         self._restarts = 0
         self.fits: dict[FitPurpose, ReadoutFit] = {}
-        self.tokens = 0
-        self.seconds = 0.0
-        self._selection_tokens = 0
-        self._selection_seconds = 0.0
+        self.spending = Spending()
         self.reports: dict[str, int] = {}
         self.template_losses: tuple[float, ...] = ()
         self.candidates: tuple[TemplateScore, ...] = ()
@@ -162,7 +159,7 @@ class RunLedger:
             if stored.round > SELECTION and "dev_loss" in history.get(stored.round, {}):
                 self.judge(history[stored.round]["dev_loss"])
         for round, metrics in history.items():
-            self._spend(round, metrics.get("seconds", 0.0))
+            self._took(round, metrics.get("seconds", 0.0) + metrics.get("cut_seconds", 0.0))
         return n_rounds
 
     def _replay_round(self, stored: StoredRound) -> None:
@@ -234,17 +231,25 @@ class RunLedger:
         """There is one template: nothing to select."""
         self.closed = max(self.closed, SELECTION)
 
-    def spent(self) -> bool:
-        """Whether a limit of the budget is reached; choosing the template is not charged."""
-        limits = self.settings
-        tokens, seconds = self.tokens - self._selection_tokens, self.seconds - self._selection_seconds
+    def spent(self, reserve_s: float = 0.0) -> bool:
+        """Whether a limit of the budget is reached; choosing the template is not charged.
+
+        ``reserve_s``: of the budget in seconds, what is for the readout.
+        """
+        limits, spent = self.settings, self.spending
         return bool(
             (limits.rounds and self.searched >= limits.rounds)
             or (limits.evaluations and self.aggregator.evaluations >= limits.evaluations)
-            or (limits.tokens and tokens >= limits.tokens)
-            or (limits.seconds and seconds >= limits.seconds)
+            or (limits.tokens and spent.charged_tokens >= limits.tokens)
+            or (limits.seconds and spent.seconds_left(limits.seconds) <= reserve_s)
             or (limits.patience and self._no_better >= limits.patience)
         )
+
+    def leave_out(self, round: int, seconds: float) -> None:
+        """A round that the budget ended before enough devices had reported: it costs its time, and changes nothing."""
+        before = self.metrics(round).get("cut_seconds", 0.0)
+        self.store.record_metrics(self.run, round, {"cut_seconds": before + seconds})
+        self._took(round, seconds)
 
     def judge(self, loss: float) -> None:
         """The search's mean now has ``loss`` on dev rows, nats."""
@@ -295,7 +300,7 @@ class RunLedger:
         Every device is taken to have answered in each of them.
         """
         selected = len(self.task.templates) if self.closed >= SELECTION else 1
-        return epsilon_of(self.settings, selected, self._fewest_rows, self.searched)
+        return self.settings.epsilon(selected, self._fewest_rows, self.searched)
 
     def commit(
         self,
@@ -324,13 +329,11 @@ class RunLedger:
             },
             traffic=traffic,
         )
-        self._spend(round, seconds)
+        self._took(round, seconds)
         return loss
 
-    def _spend(self, round: int, seconds: float) -> None:
-        self.seconds += seconds
-        if round == SELECTION:
-            self._selection_seconds += seconds
+    def _took(self, round: int, seconds: float) -> None:
+        self.spending.add_seconds(seconds, charged=round != SELECTION)
 
     def apply(self, round: int, reports: Sequence[RoundReport]) -> None:
         """The one way in which state changes, live and on replay."""
@@ -346,7 +349,6 @@ class RunLedger:
                 TemplateScore(template=template, score=score)
                 for template, score in zip(self.task.templates, scores, strict=False)
             )
-            self._selection_tokens = sum(report.tokens for report in reports)
         elif isinstance(result := reports[0].result, FitResult):
             self.fit(result.purpose).update(counted)
         else:
@@ -361,8 +363,8 @@ class RunLedger:
         self.closed = round
         fewest = min(report.n_texts for report in reports)
         self._fewest_rows = min(self._fewest_rows or fewest, fewest)
+        self.spending.tokens_for[purpose_of(reports)] += sum(report.tokens for report in reports)
         for report in reports:
-            self.tokens += report.tokens
             self.reports[report.device] = self.reports.get(report.device, 0) + 1
 
     def lines(self) -> Lines:
@@ -392,14 +394,3 @@ class RunLedger:
     def metrics(self, round: int) -> dict[str, float]:
         """The figures kept of ``round``."""
         return next((dict(line.metrics) for line in self.store.history(self.run) if line.round == round), {})
-
-
-def epsilon_of(settings: RunSettings, n_templates: int, n_rows: int, rounds: int) -> float | None:
-    """ε of a selection among ``n_templates`` and ``rounds`` of search, on a row of a device that has ``n_rows``; None:
-    without privacy, or rows.
-    """
-    if settings.privacy is None or not n_rows:
-        return None
-    searches = rounds * (1 if settings.method == "pooled" else settings.iterations)
-    select, search = (sampling_rate(n_rows, s) for s in (settings.select_rows, settings.objective.batch_size))
-    return epsilon(settings.privacy, [(select, int(n_templates > 1)), (search, searches)])

@@ -40,7 +40,7 @@ from fedbpt.messages import (
     Template,
     as_name,
 )
-from fedbpt.objective import Objective, Progress
+from fedbpt.objective import Cancelled, Objective, Progress
 from fedbpt.population import sample_population
 from fedbpt.privacy import Releases, RowLosses, check_private
 from fedbpt.questions import Answer, Question
@@ -52,8 +52,6 @@ from fedbpt.speed import Speed, measure_speed
 from fedbpt.tasks import Task
 from fedbpt.version import VERSION
 from fedbpt.wire import digest
-
-Cancelled = Callable[[], bool]
 
 _KEPT_OBJECTIVES = 4  # encoded rows are small; train, dev and test under one template, and one to spare
 
@@ -89,8 +87,7 @@ class Device:
         self.name = name
         self.scorer = scorer
         self._rows = {"train": tuple(train_rows), "dev": tuple(dev_rows), "test": tuple(test_rows)}
-        self._task = task
-        self._speed: Speed | None = None
+        self._task, self._speed = task, Speed(0.0, {}, None)
         self._objectives: OrderedDict[bytes, Objective] = OrderedDict()
         self.state = state or DeviceState()
 
@@ -118,8 +115,8 @@ class Device:
             tokens_per_second=self.state.tokens_per_second,
             shares_beginnings=self.scorer.shares_beginnings,
             task=self._task.identity,
-            word_tokens=self._speed.word_tokens if self._speed else {},
-            word_tokens_per_second=self._speed.word_tokens_per_second if self._speed else None,
+            word_tokens=self._speed.word_tokens,
+            word_tokens_per_second=self._speed.word_tokens_per_second,
         )
 
     def run(
@@ -140,8 +137,7 @@ class Device:
             ScoringInterrupted: cancelled.
         """
         self._check_fits(plan)
-        began = time.monotonic()
-        waited = 0.0
+        began, waited = time.monotonic(), 0.0
 
         def asked() -> bool:  # may take long: a paused device waits there
             nonlocal waited
@@ -181,6 +177,10 @@ class Device:
             seconds=seconds,
             peak_rss_bytes=int(self.scorer.memory().get("peak_rss", 0)),
         )
+
+    def interrupt(self) -> None:
+        """Stop the scoring call in flight, from another thread; its work raises `ScoringInterrupted`."""
+        self.scorer.interrupt()
 
     def answer(self, question: Question, said: Callable[[Answer], None], cancelled: Cancelled) -> Answer:
         """What a person asks; see `answer_of`."""
@@ -395,5 +395,5 @@ class Device:
         return made
 
     def _check_fits(self, asked: RoundPlan | EvaluateRequest) -> None:
-        if (found := misfit(self.info(), asked.model_fingerprint, asked.task)) is not None:
+        if found := misfit(self.info(), asked.model_fingerprint, asked.task):
             raise InputError(f"device {self.name} {found.reason}")

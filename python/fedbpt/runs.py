@@ -26,6 +26,7 @@ from fedbpt.messages import (
     Readout,
     Template,
 )
+from fedbpt.privacy import epsilon, sampling_rate
 from fedbpt.quantities import NaturalInt, PositiveFloat, PositiveInt
 
 _LARGEST_EXPONENT = 700.0  # e^700 is about the largest float
@@ -113,6 +114,16 @@ class RunSettings(Message, frozen=True):
             return self
         objective = msgspec.structs.replace(self.objective, loss="nll", readout_words=0)
         return msgspec.structs.replace(self, objective=objective, calibrate=False, baselines=False, balanced=False)
+
+    def epsilon(self, n_templates: int, n_rows: int, rounds: int) -> float | None:
+        """ε of a selection among ``n_templates`` and ``rounds`` of search, on a row of a device that has ``n_rows``;
+        None: without privacy, or rows.
+        """
+        if self.privacy is None or not n_rows:
+            return None
+        searches = rounds * (1 if self.method == "pooled" else self.iterations)
+        select, search = (sampling_rate(n_rows, size) for size in (self.select_rows, self.objective.batch_size))
+        return epsilon(self.privacy, [(select, int(n_templates > 1)), (search, searches)])
 
     def identity(self) -> str:
         """Digest of what a run must have in common to be resumed; the budget may change, and patience without restarts,

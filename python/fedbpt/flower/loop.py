@@ -111,7 +111,7 @@ class FlowerLoop:
         loss = ledger.commit(reports[0].round, self._work_digest, reports, time.monotonic() - self._began, {})
         figures = {"loss": loss, "devices": len(reports), "evaluations": ledger.aggregator.evaluations}
         self._returned = ledger.mean
-        return arrays_of(self._returned), MetricRecord({**figures, "tokens": ledger.tokens})
+        return arrays_of(self._returned), MetricRecord({**figures, "tokens": ledger.spending.tokens})
 
     def _require_quorum(self, reports: Sequence[RoundReport]) -> None:
         if len(reports) < self._needed:
