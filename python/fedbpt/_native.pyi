@@ -164,6 +164,9 @@ def weight_formats(path: bytes) -> list[tuple[str, int, int]]:
 def matmul_flops(type: str) -> float:
     """FLOP/s of one CPU thread multiplying 64 tokens by a matrix of a ggml type, measured. Raises `InputError`."""
 
+def use_std_regex(use: bool) -> None:
+    """For the fork's tests: whether this thread splits texts into words as upstream does, by ``std::regex``."""
+
 class GraphTrace:
     """For the fork's tests: the nodes of each graph that a small CPU context computes, in the form of trace.h."""
 

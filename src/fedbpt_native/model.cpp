@@ -6,6 +6,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <new>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -21,6 +22,7 @@ namespace fedbpt {
 namespace {
 
 constexpr uint32_t    kLayersMax    = 512;    // LLAMA_MAX_LAYERS
+constexpr size_t      kTextBytesMax = 1 << 20;  // tokenising takes some 200 bytes of memory for each
 constexpr llama_token kRowsResident = 16384;  // of the embedding table, while all of it is read
 
 // Sharing one text's KV between candidates needs a decoder whose whole memory is a KV cache.
@@ -148,13 +150,24 @@ std::shared_ptr<const Model> Model::load(const std::string & path, int32_t n_gpu
 }
 
 std::vector<llama_token> Model::tokenize(const std::string & text, int add_bos, bool parse_special) const {
+    if (text.size() > kTextBytesMax) {
+        throw InputError("a text of " + std::to_string(text.size()) + " bytes is too long: cut it to " + std::to_string(kTextBytesMax));
+    }
     std::vector<llama_token> ids(text.size() + 2);
 
     const auto length = static_cast<int32_t>(text.size());
-    int32_t n = llama_tokenize(vocab_, text.data(), length, ids.data(), static_cast<int32_t>(ids.size()), /*add_special =*/ false, parse_special);
-    if (n < 0) {
-        ids.resize(-static_cast<int64_t>(n));
-        n = llama_tokenize(vocab_, text.data(), length, ids.data(), static_cast<int32_t>(ids.size()), false, parse_special);
+    const auto fill   = [&] { return llama_tokenize(vocab_, text.data(), length, ids.data(), static_cast<int32_t>(ids.size()), /*add_special =*/ false, parse_special); };
+    int32_t    n      = 0;
+    try {
+        n = fill();
+        if (n < 0) {
+            ids.resize(-static_cast<int64_t>(n));
+            n = fill();
+        }
+    } catch (const std::bad_alloc &) {
+        throw;
+    } catch (const std::exception & error) {
+        throw InputError(std::string("this model's vocabulary cannot spell the text (") + error.what() + "): convert the model anew");
     }
     ids.resize(std::max(n, 0));
 
