@@ -186,6 +186,9 @@ def try_alone(
     where llama.cpp asserts, the process ends.
     """
 
+def use_std_regex(use: bool) -> None:
+    """For the fork's tests: whether this thread splits texts into words as upstream does, by ``std::regex``."""
+
 class GraphTrace:
     """For the fork's tests: the nodes of each graph that a small CPU context computes, in the form of trace.h."""
 
