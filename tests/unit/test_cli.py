@@ -85,7 +85,7 @@ LEAVES = {name: command for name, command in COMMANDS.items() if not hasattr(com
 
 def test_the_promised_commands_are_there() -> None:
     words = ["demo", "device", "tune", "evaluate", "chat", "serve", "export", "import", "bench"]
-    words += ["models list", "models pull", "models path", "models check", "models requantize"]
+    words += ["models list", "models pull", "models path", "models rm", "models check", "models requantize"]
     words += ["certs init", "certs issue", "devices invite", "devices list", "devices revoke"]
     words += ["runs list", "runs show", "runs export", "runs replay", "runs scalars", "dashboard"]
     assert set(LEAVES) == {f"fedbpt {word}" for word in words}
@@ -98,6 +98,37 @@ def test_every_command_and_group_has_help_with_an_example(name: str, run: Run) -
     answer = run(*name.split()[1:], "--help")
     assert answer.code == 0
     assert "Example: fedbpt" in answer.out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_short_form_asks_for_help_everywhere(name: str, run: Run) -> None:
+    words = name.split()[1:]
+    assert run(*words, "-h") == run(*words, "--help")
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("fedbpt mod", {"models"}),
+        ("fedbpt models p", {"pull", "path"}),
+        ("fedbpt models list --j", {"--json"}),
+        ("fedbpt serve --mod", {"--model"}),
+    ],
+)
+def test_a_shell_may_ask_for_the_rest_of_a_command(
+    typed: str, offered: set[str], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_FEDBPT_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+    code, out, err = run()
+    assert (code, set(out.split()), err) == (0, offered, "")
+
+
+def test_the_shell_is_told_how_to_ask(run: Run) -> None:
+    code, out, _ = run("--show-completion", "bash")
+    assert code == 0
+    assert "_FEDBPT_COMPLETE=complete_bash" in out
 
 
 @pytest.mark.parametrize("name", LEAVES)

@@ -38,6 +38,7 @@ Names that Python keeps to itself end in ``_`` there.
 """
 
 INTERRUPTED = 130
+_COMPLETES = "_FEDBPT_COMPLETE"
 _RESUMED = (["demo"], ["tune"], ["models", "pull"])  # the commands that go on where they were stopped
 
 # typer brings its own copy of click in some versions and uses the installed one in others: this is whichever it uses.
@@ -69,7 +70,7 @@ def make_app(wanted: str | None = None) -> typer.Typer:
         name="fedbpt",
         help="Federated black-box prompt tuning: adapt an LLM across devices that keep their data.\n\n"
         "Example: fedbpt demo",
-        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},  # of the commands, too
         pretty_exceptions_enable=False,
     )
     app.callback(invoke_without_command=True)(options)
@@ -85,6 +86,8 @@ def make_app(wanted: str | None = None) -> typer.Typer:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The ``fedbpt`` program. Exit codes: 0 done, 1 it failed, 2 the command was wrong, 130 interrupted."""
+    if _COMPLETES in os.environ:
+        _complete()
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given  # wherever it stands
     given = _with_address([word for word in given if word != "--debug"])
@@ -124,6 +127,13 @@ def _take_any_text() -> None:
     for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stdin, "surrogateescape")):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors=errors)
+
+
+def _complete() -> None:
+    """Answer the shell that wants the rest of a command, as ``fedbpt --install-completion`` has told it to ask."""
+    typed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS", "")
+    command = typer.main.get_command(make_app(next(iter(typed.split()[1:]), None)))
+    command.main(args=[], prog_name="fedbpt")  # this exits
 
 
 def _run(given: Sequence[str]) -> None:
