@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("intervals", "batches", "losses", "projection", "population", "search", "readout", "privacy"),
-        *("models", "model_card", "prompt", "tasks"),
+        *("tasks", "models", "model_card", "prompt"),
     ),
     (
         *("scorer", "generator", "token_arrays", "native_generator", "native_scorer", "model_check"),

@@ -168,8 +168,8 @@ def make_prompt(scorer: Scorer, task: Task, result: RunResult) -> Prompt:
     # one row is enough: a prompt depends on the template and the model alone
     made = Objective(scorer, result.template, task.labels, [("x", 0 if task.labels else "x")], objective, spec)
     made.readout = result.readout
-    history = _history(result)
-    return made.as_prompt(result.latent, task.name, (history,), result.others)
+    tuned_on = msgspec.structs.replace(task, max_text_tokens=objective.max_text_tokens)
+    return made.as_prompt(result.latent, tuned_on, (_history(result),), result.others)
 
 
 def _history(result: RunResult) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from fedbpt.event_loop import run_to_end
 from fedbpt.fleet import Fleet
 from fedbpt.ledger import SELECTION, RunLedger
 from fedbpt.members import Draft, Listener, check_names, common_model
-from fedbpt.membership import FederatedTask
 from fedbpt.messages import (
     DeviceInfo,
     EvaluateReport,
@@ -57,6 +56,7 @@ from fedbpt.runs import (
 )
 from fedbpt.seeding import generator
 from fedbpt.store import RunStore, Traffic
+from fedbpt.tasks import Task
 from fedbpt.vetting import vet
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class Federation:
     def __init__(
         self,
         clients: Sequence[DeviceClient],
-        task: FederatedTask,
+        task: Task,
         settings: RunSettings,
         aggregator: Aggregator,
         store: RunStore,

@@ -17,7 +17,7 @@ from fedbpt.database import Database
 from fedbpt.errors import StoreError, WireError
 from fedbpt.messages import DeviceInfo, RoundReport
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 _SCHEMA: Final = """
 CREATE TABLE runs (
@@ -48,11 +48,15 @@ CREATE TABLE metrics (
 );
 """
 
+_TASKS: Final = "CREATE TABLE tasks (run TEXT PRIMARY KEY REFERENCES runs ON DELETE CASCADE, body BLOB NOT NULL)"
+"""What version 1 of the schema lacks."""
+
 RunStatus: TypeAlias = Literal["running", "stopped", "finished"]
 
 
 class StoredRun(NamedTuple):
-    """One row of ``fedbpt runs list``. ``settings`` and ``result`` are wire bytes (`fedbpt.runs`);
+    """One row of ``fedbpt runs list``. ``settings`` and ``result`` are wire bytes (`fedbpt.runs`), and so is
+    ``definition``, of the task (None: an earlier version began the run, and kept the task's name alone);
     ``identity`` is a digest of what must be the same to resume it.
     """
 
@@ -67,6 +71,7 @@ class StoredRun(NamedTuple):
     settings: bytes
     result: bytes | None
     n_rounds: int
+    definition: bytes | None
 
 
 class StoredRound(NamedTuple):
@@ -182,6 +187,11 @@ class RunStore(Database):
         """Add figures to a round (an evaluation after it); a figure of the same name is replaced."""
         with self._transaction() as db:
             self._write_metrics(db, run, round, metrics)
+
+    def record_task(self, run: str, definition: bytes) -> None:
+        """The task of ``run``, as it is given to its latest sitting."""
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO tasks VALUES (?, ?)", (run, definition))
 
     def add_devices(self, run: str, devices: Sequence[str]) -> None:
         """Devices that a later sitting of ``run`` brings; known ones stay as they are."""
@@ -314,13 +324,20 @@ class RunStore(Database):
             raise StoreError(f"{self.path} is not a run database: {error}") from error
         with self._transaction() as db:
             (version,) = db.execute("PRAGMA user_version").fetchone()
-            tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-            if version == 0 and tables == 0:
-                for statement in _SCHEMA.split(";"):
-                    db.execute(statement)
-                db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            elif version != SCHEMA_VERSION:
-                raise StoreError(f"{self.path} is not a run database of version {SCHEMA_VERSION}: choose another file")
+            tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            if version == SCHEMA_VERSION and "runs" in tables:
+                return
+            if version == 0 and not tables:
+                statements = [*_SCHEMA.split(";"), _TASKS]
+            elif version == 1 and "runs" in tables:
+                statements = [_TASKS]
+            else:
+                raise StoreError(
+                    f"{self.path} is not a run database of version {SCHEMA_VERSION} or before: choose another file"
+                )
+            for statement in statements:
+                db.execute(statement)
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def _query(self, sql: str, *values: object) -> list[Any]:
         with self._reading() as db:
@@ -347,7 +364,8 @@ class RunStore(Database):
 
 _SELECT_RUN: Final = (
     "SELECT run, created, updated, status, task, model_fingerprint, model_name, identity, settings, result,"
-    " (SELECT count(*) FROM rounds WHERE rounds.run = runs.run) FROM runs"
+    " (SELECT count(*) FROM rounds WHERE rounds.run = runs.run),"
+    " (SELECT body FROM tasks WHERE tasks.run = runs.run) FROM runs"
 )
 
 

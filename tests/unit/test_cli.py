@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sqlite3
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -309,21 +310,22 @@ def test_runs_show_of_a_stopped_run_says_how_to_go_on(run: Run) -> None:
 @pytest.mark.usefixtures("stored", "toy_model")
 def test_an_exported_prompt_can_be_evaluated(run: Run, folder: Path) -> None:
     out = folder / "new" / "p.safetensors"
-    arguments = ("runs", "export", "toy", "--model", "toy", "--task", "mood.toml", "--out", out)
+    arguments = ("runs", "export", "toy", "--model", "toy", "--out", out)
     assert run(*arguments) == (0, f"{out}\n", "")
     assert json.loads(run(*arguments, "--json").out) == {"run": "toy", "prompt_path": str(out)}
-    evaluated = ("evaluate", out, "--data", "rows.jsonl", "--task", "mood.toml", "--model", "toy")
+    evaluated = ("evaluate", out, "--data", "rows.jsonl", "--model", "toy")
     found = json.loads(run(*evaluated, "--json").out)
     assert set(found) == {"zero_shot", "tuned"}
     assert found["tuned"]["n"] == len(found["tuned"]["predictions"]) == 12
     assert run(*evaluated, "--quiet").out == f"{found['tuned']['accuracy']:.4f}\n"
     assert "toy-mood on toy, 12 rows" in run(*evaluated).out
+    assert run(*evaluated, "--task", "mood.toml") == run(*evaluated)
 
 
 @pytest.mark.usefixtures("stored", "toy_model")
 def test_a_hint_on_the_model_is_for_people_on_standard_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    run("runs", "export", "toy", "-m", "toy", "-t", "mood.toml", "-o", "p")
-    evaluated = ("evaluate", "p", "--data", "rows.jsonl", "--task", "mood.toml", "--model", "toy")
+    run("runs", "export", "toy", "-m", "toy", "-o", "p")
+    evaluated = ("evaluate", "p", "--data", "rows.jsonl", "--model", "toy")
     assert run(*evaluated).err == ""
     monkeypatch.setattr(ToyScorer, "hint", "try another format")
     assert run(*evaluated).err == "hint: try another format\n"
@@ -338,20 +340,19 @@ def test_a_hint_on_the_model_is_for_people_on_standard_error(run: Run, monkeypat
         (("runs", "show", "absent"), 1, "no run 'absent' in runs/runs.db"),
         (("runs", "export", "absent", "-m", "toy", "-o", "p"), 1, "no run 'absent'"),
         (("runs", "export", "half", "-m", "toy", "-o", "p"), 2, "run half is stopped"),
-        (("runs", "export", "toy", "-m", "toy", "-o", "p"), 2, "task toy-mood is not built in"),
+        (("runs", "export", "toy", "-m", "toy", "-o", "p", "-t", "sst-2"), 2, "was not of this task sst-2"),
         (("runs", "replay", "absent"), 1, "no run 'absent'"),
-        (("runs", "replay", "toy"), 2, "task toy-mood is not built in"),
-        (("runs", "replay", "toy", "-t", "ag-news"), 2, "run toy was not of this task toy-mood"),
+        (("runs", "replay", "toy", "-t", "ag-news"), 2, "run toy was not of this task ag-news"),
+        (("dashboard", "toy", "-t", "ag-news"), 2, "run toy was not of this task ag-news"),
         (("runs", "scalars", "absent", "-o", "boards"), 1, "no run 'absent'"),
         (("runs", "scalars", "toy", "-o", "mood.toml"), 2, "cannot write mood.toml/toy"),
-        (("evaluate", "toy.safetensors", "--data", "rows.jsonl"), 2, "task toy-mood is not built in"),
-        (("evaluate", "toy.safetensors", "--data", "rows.jsonl", "-t", "mood.toml"), 2, "a model file, toy: say where"),
+        (("evaluate", "toy.safetensors", "--data", "rows.jsonl"), 2, "a model file, toy: say where"),
         (("evaluate", "toy.safetensors", "--data", "rows.jsonl", "-t", "ag-news", "-m", "toy"), 2, "is for labels"),
         (("evaluate", "toy.safetensors", "--data", "mood.toml", "-t", "mood.toml", "-m", "toy"), 2, "mood.toml"),
     ],
 )
 def test_a_wrong_use_of_what_is_stored_is_one_line(arguments: tuple[str, ...], code: int, said: str, run: Run) -> None:
-    run("runs", "export", "toy", "-m", "toy", "-t", "mood.toml", "-o", "toy.safetensors")
+    run("runs", "export", "toy", "-m", "toy", "-o", "toy.safetensors")
     answer = run(*arguments)
     assert answer.code == code, answer
     assert said in answer.err
@@ -361,10 +362,23 @@ def test_a_wrong_use_of_what_is_stored_is_one_line(arguments: tuple[str, ...], c
 @pytest.mark.usefixtures("stored")
 def test_a_prompt_is_not_made_with_another_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs_command, "load_model", lambda _model: ToyScorer(seed=1, name="other"))
-    answer = run("runs", "export", "toy", "-m", "x", "-t", "mood.toml", "-o", "p")
+    answer = run("runs", "export", "toy", "-m", "x", "-o", "p")
     assert answer.code == 1
     assert "not other" in answer.err
     assert not Path("p").exists()
+
+
+@pytest.mark.usefixtures("stored", "toy_model")
+def test_a_run_that_an_earlier_version_began_asks_for_its_task(run: Run, folder: Path) -> None:
+    with sqlite3.connect(folder / "runs" / "runs.db") as db:
+        db.execute("DROP TABLE tasks")
+        db.execute("PRAGMA user_version = 1")
+    for command in (("runs", "export", "toy", "-m", "toy", "-o", "p"), ("runs", "replay", "toy")):
+        answer = run(*command)
+        assert (answer.code, answer.out, len(answer.err.splitlines())) == (2, "", 1)
+        assert "--task" in answer.err
+        assert run(*command, "--task", "mood.toml").code == 0
+    assert Prompt.load("p").task == TASK
 
 
 # --- bench -----------------------------------------------------------------------------------------------------------
