@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("runs", "database", "store", "history", "journal", "scalars", "registry", "bounds", "reports"),
+        *("rounds", "curves"),
         *("http_bodies", "http_auth", "http_server", "turns", "agent", "clients", "coordinator", "serving"),
         *(
             "members",
@@ -47,6 +48,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
             "control",
             "event_loop",
             "federation",
+            "alone",
         ),
     ),
     (

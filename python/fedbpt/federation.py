@@ -84,6 +84,7 @@ class Federation:
         on_event: called for each `fedbpt.runs` event, from the loop's thread.
         fresh: forget a stored run of this name as soon as this one has closed a round; it is not resumed.
         control: by which people pause, resume and stop the run, and change its deadline; None: nobody does.
+        rows: digest of all rows where the coordinator has them itself: a stored run of other rows is refused.
 
     Raises:
         ConfigError: names that clash or cannot be used, too few devices for the method.
@@ -101,6 +102,7 @@ class Federation:
         on_event: EventCallback = lambda _event: None,
         control: RunControl | None = None,
         fresh: bool = False,
+        rows: str = "",
     ) -> None:
         check_names([run], "run")
         if settings.privacy is not None:
@@ -119,7 +121,7 @@ class Federation:
         self._control = control or RunControl()
         self._fresh = fresh
         self._wish = Wish()
-        self._ledger = RunLedger(store, run, task, settings, aggregator)
+        self._ledger = RunLedger(store, run, task, settings, aggregator, rows)
         self._fleet: Fleet | None = None
 
     def run(self) -> RunResult:
@@ -132,6 +134,11 @@ class Federation:
             a stored run that does not fit. StoreError: the store cannot be written. RunStopped: by ``control``.
         """
         return run_to_end(self.run_async)
+
+    @property
+    def searched(self) -> int:
+        """Closed rounds of the search."""
+        return self._ledger.searched
 
     async def run_async(self) -> RunResult:
         """`run`, for callers with a loop of their own. A federation runs once."""

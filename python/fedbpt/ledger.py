@@ -43,12 +43,15 @@ SELECTION: Final = 0
 class RunLedger:
     """The state of one run. ``aggregator`` must be fresh; `open` replays the stored rounds into it."""
 
-    def __init__(self, store: RunStore, run: str, task: Task, settings: RunSettings, aggregator: Aggregator) -> None:
+    def __init__(
+        self, store: RunStore, run: str, task: Task, settings: RunSettings, aggregator: Aggregator, rows: str = ""
+    ) -> None:
         self.store = store
         self.run = run
         self.task = task
         self.settings = settings
         self.aggregator = aggregator
+        self._rows = rows
         self.is_open = False
         self.closed = -1  # the last closed round
         self.searched = 0  # rounds of the search
@@ -88,6 +91,8 @@ class RunLedger:
     def _require_fit(self, stored: StoredRun) -> None:
         if not is_of(stored, self.settings, self.task):
             raise ConfigError(f"run {self.run!r} was begun with another task or settings: give this one another name")
+        if self._rows != stored.rows:
+            raise ConfigError(f"run {self.run!r} was begun with other rows: give this one another name, or --fresh")
 
     def finished(self) -> RunResult | None:
         """The stored result, if the run ended with this very budget; refuses a run of other settings."""
@@ -126,7 +131,7 @@ class RunLedger:
                     f" the devices have {model.model_name} ({model.model_fingerprint})"
                 )
             self.store.record_settings(self.run, wire.encode(self.settings), identity_of(self.settings, self.task))
-        self.store.record_task(self.run, wire.encode(self.task))
+        self.store.record_task(self.run, wire.encode(self.task), self._rows)
         self.store.add_devices(self.run, devices)
         self.store.set_status(self.run, "running")
         self.is_open = True

@@ -48,7 +48,11 @@ CREATE TABLE metrics (
 );
 """
 
-_TASKS: Final = "CREATE TABLE tasks (run TEXT PRIMARY KEY REFERENCES runs ON DELETE CASCADE, body BLOB NOT NULL)"
+_TASKS: Final = """
+CREATE TABLE tasks (
+    run TEXT PRIMARY KEY REFERENCES runs ON DELETE CASCADE, body BLOB NOT NULL, rows_digest TEXT NOT NULL
+)
+"""
 """What version 1 of the schema lacks."""
 
 RunStatus: TypeAlias = Literal["running", "stopped", "finished"]
@@ -57,7 +61,8 @@ RunStatus: TypeAlias = Literal["running", "stopped", "finished"]
 class StoredRun(NamedTuple):
     """One row of ``fedbpt runs list``. ``settings`` and ``result`` are wire bytes (`fedbpt.runs`), and so is
     ``definition``, of the task (None: an earlier version began the run, and kept the task's name alone);
-    ``identity`` is a digest of what must be the same to resume it.
+    ``identity`` is a digest of what must be the same to resume it; ``rows`` one of the rows where the run was of one
+    machine, else empty.
     """
 
     run: str
@@ -72,6 +77,7 @@ class StoredRun(NamedTuple):
     result: bytes | None
     n_rounds: int
     definition: bytes | None
+    rows: str
 
 
 class StoredRound(NamedTuple):
@@ -188,10 +194,10 @@ class RunStore(Database):
         with self._transaction() as db:
             self._write_metrics(db, run, round, metrics)
 
-    def record_task(self, run: str, definition: bytes) -> None:
-        """The task of ``run``, as it is given to its latest sitting."""
+    def record_task(self, run: str, definition: bytes, rows: str = "") -> None:
+        """The task of ``run``, as it is given to its latest sitting. ``rows``: a digest, see `StoredRun`."""
         with self._transaction() as db:
-            db.execute("INSERT OR REPLACE INTO tasks VALUES (?, ?)", (run, definition))
+            db.execute("INSERT OR REPLACE INTO tasks VALUES (?, ?, ?)", (run, definition, rows))
 
     def add_devices(self, run: str, devices: Sequence[str]) -> None:
         """Devices that a later sitting of ``run`` brings; known ones stay as they are."""
@@ -346,7 +352,7 @@ class RunStore(Database):
     @staticmethod
     def _rename(db: sqlite3.Connection, run: str, name: str) -> None:
         db.execute("PRAGMA defer_foreign_keys = ON")  # until the transaction ends
-        for table in ("runs", "devices", "rounds", "reports", "losses", "metrics"):
+        for table in ("runs", "tasks", "devices", "rounds", "reports", "losses", "metrics"):
             db.execute(f"UPDATE {table} SET run = ? WHERE run = ?", (name, run))
 
     @staticmethod
@@ -365,7 +371,8 @@ class RunStore(Database):
 _SELECT_RUN: Final = (
     "SELECT run, created, updated, status, task, model_fingerprint, model_name, identity, settings, result,"
     " (SELECT count(*) FROM rounds WHERE rounds.run = runs.run),"
-    " (SELECT body FROM tasks WHERE tasks.run = runs.run) FROM runs"
+    " (SELECT body FROM tasks WHERE tasks.run = runs.run),"
+    " coalesce((SELECT rows_digest FROM tasks WHERE tasks.run = runs.run), '') FROM runs"
 )
 
 
