@@ -28,7 +28,7 @@ CREATE TABLE runs (
 CREATE TABLE devices (
     run TEXT NOT NULL REFERENCES runs ON DELETE CASCADE, device TEXT NOT NULL, info BLOB,
     bytes_up INTEGER NOT NULL DEFAULT 0, bytes_down INTEGER NOT NULL DEFAULT 0,
-    peak_rss_bytes INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (run, device)
+    peak_rss_bytes INTEGER NOT NULL DEFAULT 0, address TEXT NOT NULL DEFAULT '', PRIMARY KEY (run, device)
 );
 CREATE TABLE rounds (
     run TEXT NOT NULL REFERENCES runs ON DELETE CASCADE, round INTEGER NOT NULL, closed TEXT NOT NULL,
@@ -53,7 +53,7 @@ CREATE TABLE tasks (
     run TEXT PRIMARY KEY REFERENCES runs ON DELETE CASCADE, body BLOB NOT NULL, rows_digest TEXT NOT NULL
 )
 """
-"""What version 1 of the schema lacks."""
+_FROM_VERSION_1: Final = (_TASKS, "ALTER TABLE devices ADD COLUMN address TEXT NOT NULL DEFAULT ''")
 
 RunStatus: TypeAlias = Literal["running", "stopped", "finished"]
 
@@ -205,6 +205,12 @@ class RunStore(Database):
             rows = [(run, device) for device in devices]
             db.executemany("INSERT OR IGNORE INTO devices (run, device) VALUES (?, ?)", rows)
 
+    def record_addresses(self, run: str, addresses: Mapping[str, str]) -> None:
+        """Where devices of ``run`` are called, by name; in one transaction."""
+        with self._transaction() as db:
+            rows = [(address, run, device) for device, address in addresses.items()]
+            db.executemany("UPDATE devices SET address = ? WHERE run = ? AND device = ?", rows)
+
     def record_settings(self, run: str, settings: bytes, identity: str) -> None:
         """The settings of a later sitting of ``run``: its budget may have changed, and ``identity`` may say more."""
         with self._transaction() as db:
@@ -291,6 +297,10 @@ class RunStore(Database):
         rows = self._query("SELECT device, info FROM devices WHERE run = ? ORDER BY device", run)
         return {device: wire.decode(info, DeviceInfo) if info else None for device, info in rows}
 
+    def addresses(self, run: str) -> dict[str, str]:
+        """Where each device of ``run`` was called last; empty for one that calls in."""
+        return dict(self._query("SELECT device, address FROM devices WHERE run = ? ORDER BY device", run))
+
     def history(self, run: str, since: int = 0) -> list[RoundHistory]:
         """One entry a round from ``since`` on, in order; rounds that only have metrics or losses are among them."""
         self.get_run(run)
@@ -336,7 +346,7 @@ class RunStore(Database):
             if version == 0 and not tables:
                 statements = [*_SCHEMA.split(";"), _TASKS]
             elif version == 1 and "runs" in tables:
-                statements = [_TASKS]
+                statements = [*_FROM_VERSION_1]
             else:
                 raise StoreError(
                     f"{self.path} is not a run database of version {SCHEMA_VERSION} or before: choose another file"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sqlite3
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -31,6 +30,7 @@ from fedbpt.store import RunStore
 from fedbpt.tasks import write_rows
 from tests.toy_scorer import ToyScorer
 from tests.toy_task import TASK, TASK_FILE, rows
+from tests.unit.test_store import as_of_version_1
 
 
 class Answer(NamedTuple):
@@ -88,7 +88,7 @@ def test_the_promised_commands_are_there() -> None:
     words = ["demo", "device", "tune", "evaluate", "chat", "serve", "export", "import", "bench"]
     words += ["models list", "models pull", "models path", "models check", "models requantize"]
     words += ["certs init", "certs issue", "devices invite", "devices list", "devices revoke"]
-    words += ["runs list", "runs show", "runs export", "runs replay", "runs scalars", "dashboard"]
+    words += ["runs list", "runs show", "runs export", "runs replay", "runs scalars", "runs delete", "dashboard"]
     assert set(LEAVES) == {f"fedbpt {word}" for word in words}
 
 
@@ -378,11 +378,23 @@ def test_a_prompt_is_not_made_with_another_model(run: Run, monkeypatch: pytest.M
     assert not Path("p").exists()
 
 
+@pytest.mark.usefixtures("stored")
+def test_a_run_can_be_deleted_unless_it_is_under_way(run: Run, folder: Path) -> None:
+    assert run("runs", "delete", "half").code == 0
+    assert run("runs", "list", "--quiet").out == "toy\n"
+    with RunStore(folder / "runs" / "runs.db") as store:
+        store.set_status("toy", "running")
+    refused = run("runs", "delete", "toy")
+    assert (refused.code, refused.out, len(refused.err.splitlines())) == (2, "", 1)
+    assert json.loads(run("runs", "show", "toy", "--json").out)["n_rounds"] == 4
+    assert json.loads(run("runs", "delete", "toy", "--force", "--json").out) == {"run": "toy", "n_rounds": 4}
+    assert run("runs", "list", "--quiet").out == ""
+    assert run("runs", "delete", "toy").code == 1
+
+
 @pytest.mark.usefixtures("stored", "toy_model")
 def test_a_run_that_an_earlier_version_began_asks_for_its_task(run: Run, folder: Path) -> None:
-    with sqlite3.connect(folder / "runs" / "runs.db") as db:
-        db.execute("DROP TABLE tasks")
-        db.execute("PRAGMA user_version = 1")
+    as_of_version_1(folder / "runs" / "runs.db")
     for command in (("runs", "export", "toy", "-m", "toy", "-o", "p"), ("runs", "replay", "toy")):
         answer = run(*command)
         assert (answer.code, answer.out, len(answer.err.splitlines())) == (2, "", 1)

@@ -27,7 +27,7 @@ from fedbpt.terminal import PlainConsole
 
 app = typer.Typer(
     name="runs",
-    help="The runs in a store: list, show, export, replay, scalars.\n\nExample: fedbpt runs list",
+    help="The runs in a store: list, show, export, replay, scalars, delete.\n\nExample: fedbpt runs list",
 )
 app.callback(invoke_without_command=True)(help_without_command)
 
@@ -147,6 +147,33 @@ def replay_command(
         print_json({"run": run, "n_rounds": n_rounds, "digest": digest})
     else:
         echo(digest if quiet else f"{n_rounds} rounds replay to the digests they had; digest {digest}")
+
+
+@app.command("delete")
+def delete_command(
+    run: RunName,
+    store: Store = DEFAULT_STORE,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also one that is under way, or ended without a word.")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Delete a run from a store, with its rounds, reports and figures. Prompt files stay.
+
+    Example: fedbpt runs delete demo
+    """
+    with open_store(store) as opened:
+        found = opened.get_run(run)
+        if found.status == "running" and not force:
+            raise ConfigError(
+                f"run {run} is under way, or its coordinator ended without a word: stop it first, or give --force"
+            )
+        opened.delete_run(run)
+    if as_json:
+        print_json({"run": run, "n_rounds": found.n_rounds})
+    elif not quiet:
+        echo(f"deleted run {run} of {found.n_rounds} rounds")
 
 
 @app.command("scalars")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from fedbpt.cli.observe import Observers, Watch
 from fedbpt.cli.options import print_json, teller
 from fedbpt.cli.reach import Reach
 from fedbpt.cli.report import print_cost, print_result, result_as_json
-from fedbpt.clients import DeviceClient
+from fedbpt.clients import DeviceClient, HttpClient
 from fedbpt.config import RunConfig
 from fedbpt.dashboard.comparing import Comparison, Row, comparing, questions_of
 from fedbpt.display import RunDisplay
@@ -83,6 +83,7 @@ class Tuning:
         self._observers, self._output = observers, output
         self._offered: Sequence[Row] = () if output.questions is None else questions_of(task, output.questions)
         self._tell = teller(not output.shown)
+        self._called: Mapping[str, str] = {}  # addresses of devices by name
 
     def over(self, reach: Reach) -> None:
         """Over devices."""
@@ -90,9 +91,10 @@ class Tuning:
         with self._opened() as (store, watch):
             stored = None if self._fresh else store.find_run(config.run)
             finished = stored is not None and stored.status == "finished"
-            known = list(store.devices(config.run)) if stored else []
+            known = store.addresses(config.run) if stored else {}
             with reach.clients(known, finished, self._tell, config.settings.quorum) as clients:
                 watch.meet(clients)
+                self._called = {client.name: client.url for client in clients if isinstance(client, HttpClient)}
                 self._run(store, watch, lambda: clients, "", _to_the_end)
 
     def here(self, rows: Sequence[list[TaskRow]]) -> None:
@@ -127,8 +129,10 @@ class Tuning:
         def tell(event: Event) -> None:
             nonlocal begun
             begun = begun or isinstance(event, RoundClosed)
-            if self._scorer is not None and isinstance(event, RunStarted):
-                require_model_of_run(self._scorer, event)  # before the work, not when its prompt is to be written
+            if isinstance(event, RunStarted):
+                store.record_addresses(event.run, self._called)
+                if self._scorer is not None:
+                    require_model_of_run(self._scorer, event)  # before the work, not when its prompt is to be written
             display(event)
             watch(event)
             collect_between_rounds(event)
@@ -192,7 +196,7 @@ def print_plan(config: RunConfig, task: Task, reach: Reach, output: Output) -> N
         return list(await asyncio.gather(*(ask(client) for client in clients)))
 
     tell = teller(not output.shown)
-    with reach.clients([], False, tell) as clients:
+    with reach.clients({}, False, tell) as clients:
         infos = [_able(info, task, tell) for info in asyncio.run(ask_all(clients))]
     able = [info for info in infos if info is not None]
     if not able:
