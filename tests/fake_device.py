@@ -30,7 +30,7 @@ from fedbpt.task_identity import TaskIdentity
 
 FINGERPRINT = "sha256:toy"
 
-TOY = TaskIdentity.of("toy", ("x", "y"))
+TOY = TaskIdentity.of("toy", ("x", "y"), (("text",), "label", None))  # reading as a `Task` does that says nothing else
 """Of `tests.toy_scene.ToyTask`."""
 
 

@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("intervals", "batches", "losses", "projection", "population", "search", "readout", "privacy"),
-        *("models", "model_card", "prompt", "tasks"),
+        *("tasks", "models", "model_card", "prompt"),
     ),
     (
         *("scorer", "generator", "token_arrays", "native_generator", "native_scorer", "model_check"),
@@ -34,17 +34,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("runs", "database", "store", "history", "journal", "scalars", "registry", "bounds", "reports"),
-        *(
-            "http_bodies",
-            "http_auth",
-            "http_connections",
-            "http_server",
-            "turns",
-            "agent",
-            "clients",
-            "coordinator",
-            "serving",
-        ),
+        *("rounds", "curves", "http_bodies", "http_auth", "http_connections", "http_server", "turns"),
+        *("agent", "clients", "coordinator", "serving"),
         *(
             "members",
             "pace",
@@ -59,6 +50,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
             "control",
             "event_loop",
             "federation",
+            "alone",
         ),
     ),
     (

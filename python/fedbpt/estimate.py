@@ -18,7 +18,6 @@ from fedbpt.aggregation.base import Aggregator
 from fedbpt.aggregation.readout import EXCHANGES, ReadoutFit
 from fedbpt.bench import Measurement, Projection
 from fedbpt.errors import ConfigError
-from fedbpt.membership import FederatedTask
 from fedbpt.messages import (
     Array,
     DeviceInfo,
@@ -34,6 +33,7 @@ from fedbpt.messages import (
     Work,
 )
 from fedbpt.runs import RunSettings
+from fedbpt.tasks import Task
 
 TEMPLATE_TOKENS = 12
 """What a template adds to a text, head and cue; ours add 2 to 6."""
@@ -115,9 +115,7 @@ class RunCost(msgspec.Struct, frozen=True, kw_only=True):
     epsilon: float | None = None
 
 
-def estimate(
-    settings: RunSettings, task: FederatedTask, infos: Sequence[DeviceInfo], aggregator: Aggregator
-) -> RunCost:
+def estimate(settings: RunSettings, task: Task, infos: Sequence[DeviceInfo], aggregator: Aggregator) -> RunCost:
     """The costs of a run over ``infos``; ``aggregator`` is fresh from the same settings.
 
     Raises:
@@ -156,7 +154,7 @@ def spent_share(settings: RunSettings, searched: int, evaluations: int, tokens: 
     return min(1.0, max(done / limit for done, limit in spent if limit))
 
 
-def project(found: Measurement, task: FederatedTask, rows: int = 128) -> Projection:
+def project(found: Measurement, task: Task, rows: int = 128) -> Projection:
     """What tuning with the default settings would take of the machine that was measured, alone with ``rows`` rows."""
     settings = RunSettings(deadline_s=_NO_DEADLINE_S)
     info = DeviceInfo(
@@ -273,7 +271,7 @@ def _check_deadline(settings: RunSettings, infos: Sequence[DeviceInfo], parts: S
             )
 
 
-def _bytes(settings: RunSettings, task: FederatedTask, rounds: int, aggregator: Aggregator) -> tuple[int, int]:
+def _bytes(settings: RunSettings, task: Task, rounds: int, aggregator: Aggregator) -> tuple[int, int]:
     """(up, down) of the bodies of a device's rounds, from messages of the sizes that will be sent."""
     n_labels, zero = len(task.labels), np.zeros(settings.prompt.d)
     work = aggregator.work(1)
@@ -305,7 +303,7 @@ def _fit_work(latent: np.ndarray, n_words: int, n_labels: int, others: tuple[Tem
     return msgspec.structs.replace(fit.work(), readout=fit.readout)
 
 
-def _plan(settings: RunSettings, task: FederatedTask, work: Work) -> RoundPlan:
+def _plan(settings: RunSettings, task: Task, work: Work) -> RoundPlan:
     return RoundPlan(
         run="run", round=100, device="device", seed=settings.seed, model_fingerprint="sha256:" + 64 * "0",
         task=task.identity, labels=task.labels, template=task.templates[0], prompt=settings.prompt,

@@ -26,7 +26,6 @@ from fedbpt.event_loop import run_to_end
 from fedbpt.fleet import Fleet
 from fedbpt.ledger import SELECTION, RunLedger
 from fedbpt.members import Draft, check_names, common_model, describe_absent
-from fedbpt.membership import FederatedTask
 from fedbpt.messages import (
     EvaluateReport,
     FitPurpose,
@@ -52,6 +51,7 @@ from fedbpt.runs import (
 )
 from fedbpt.seeding import generator
 from fedbpt.store import RunStore, Traffic
+from fedbpt.tasks import Task
 from fedbpt.vetting import vet
 
 log = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ class Federation:
         on_event: called for each `fedbpt.runs` event, from the loop's thread.
         fresh: forget a stored run of this name as soon as this one has closed a round; it is not resumed.
         control: by which people pause, resume and stop the run, and change its deadline; None: nobody does.
+        rows: digest of all rows where the coordinator has them itself: a stored run of other rows is refused.
 
     Raises:
         ConfigError: names that clash or cannot be used, too few devices for the method.
@@ -91,7 +92,7 @@ class Federation:
     def __init__(
         self,
         clients: Sequence[DeviceClient],
-        task: FederatedTask,
+        task: Task,
         settings: RunSettings,
         aggregator: Aggregator,
         store: RunStore,
@@ -99,6 +100,7 @@ class Federation:
         on_event: EventCallback = lambda _event: None,
         control: RunControl | None = None,
         fresh: bool = False,
+        rows: str = "",
     ) -> None:
         check_names([run], "run")
         if settings.privacy is not None:
@@ -117,7 +119,7 @@ class Federation:
         self._control = control or RunControl()
         self._fresh = fresh
         self._wish = Wish()
-        self._ledger = RunLedger(store, run, task, settings, aggregator)
+        self._ledger = RunLedger(store, run, task, settings, aggregator, rows)
         self._fleet: Fleet | None = None
 
     def run(self) -> RunResult:
@@ -130,6 +132,11 @@ class Federation:
             a stored run that does not fit. StoreError: the store cannot be written. RunStopped: by ``control``.
         """
         return run_to_end(self.run_async)
+
+    @property
+    def searched(self) -> int:
+        """Closed rounds of the search."""
+        return self._ledger.searched
 
     async def run_async(self) -> RunResult:
         """`run`, for callers with a loop of their own. A federation runs once."""

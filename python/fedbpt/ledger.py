@@ -14,7 +14,6 @@ from fedbpt import wire
 from fedbpt.aggregation.base import Aggregator
 from fedbpt.aggregation.readout import ReadoutFit
 from fedbpt.errors import ConfigError, FederationError, StoreError
-from fedbpt.membership import FederatedTask
 from fedbpt.messages import (
     Array,
     DeviceInfo,
@@ -35,6 +34,7 @@ from fedbpt.reports import cap_reports, label_weights, mean_loss, purpose_of, te
 from fedbpt.runs import Lines, RoundPurpose, RunResult, RunSettings, TemplateScore, lines
 from fedbpt.spending import Spending
 from fedbpt.store import RunStore, StoredRound, StoredRun, Traffic
+from fedbpt.tasks import Task
 
 SELECTION: Final = 0
 """The round in which the template is chosen; calibration and search begin with round 1."""
@@ -44,13 +44,14 @@ class RunLedger:
     """The state of one run. ``aggregator`` must be fresh; `open` replays the stored rounds into it."""
 
     def __init__(
-        self, store: RunStore, run: str, task: FederatedTask, settings: RunSettings, aggregator: Aggregator
+        self, store: RunStore, run: str, task: Task, settings: RunSettings, aggregator: Aggregator, rows: str = ""
     ) -> None:
         self.store = store
         self.run = run
         self.task = task
         self.settings = settings
         self.aggregator = aggregator
+        self._rows = rows
         self.is_open = False
         self.closed = -1  # the last closed round
         self.searched = 0  # rounds of the search
@@ -79,32 +80,16 @@ class RunLedger:
     def template_index(self) -> int:
         return self._selected
 
-    def _identity(self, *reading: str) -> str:
-        texts = "\0".join([self.settings.identity(), self.task.name, *self.task.labels])
-        digests = [*map(wire.digest, self.task.templates), *reading]
-        return wire.digest(Template(pattern=texts, label_words=tuple(digests)))
-
-    @property
-    def identity(self) -> str:
-        """Digest of all that must stay the same from sitting to sitting."""
-        return self._identity(self.task.identity.reading)
-
     def twin(self) -> RunLedger:
         """Another ledger in the same state, to try what `apply` leads to."""
         shared = {id(each): each for each in (self.store, self.task, self.settings)}
         return copy.deepcopy(self, shared)
 
-    def fits_task(self) -> bool:
-        """Whether the stored run is of this task and these settings."""
-        return self._fits(self.store.get_run(self.run))
-
-    def _fits(self, stored: StoredRun) -> bool:
-        # Versions before did not store how rows are read: such a run is taken to read them as this one does.
-        return stored.identity in (self.identity, self._identity())
-
     def _require_fit(self, stored: StoredRun) -> None:
-        if not self._fits(stored):
+        if not is_of(stored, self.settings, self.task):
             raise ConfigError(f"run {self.run!r} was begun with another task or settings: give this one another name")
+        if self._rows != stored.rows:
+            raise ConfigError(f"run {self.run!r} was begun with other rows: give this one another name, or --fresh")
 
     def finished(self) -> RunResult | None:
         """The stored result, if the run ended with this very budget; refuses a run of other settings."""
@@ -131,7 +116,7 @@ class RunLedger:
                 task=self.task.name,
                 model_fingerprint=model.model_fingerprint,
                 model_name=model.model_name,
-                identity=self.identity,
+                identity=identity_of(self.settings, self.task),
                 settings=wire.encode(self.settings),
                 devices=devices,
             )
@@ -142,7 +127,8 @@ class RunLedger:
                     f"run {self.run!r} was begun with {stored.model_name} ({stored.model_fingerprint}),"
                     f" the devices have {model.model_name} ({model.model_fingerprint})"
                 )
-            self.store.record_settings(self.run, wire.encode(self.settings), self.identity)
+            self.store.record_settings(self.run, wire.encode(self.settings), identity_of(self.settings, self.task))
+        self.store.record_task(self.run, wire.encode(self.task), self._rows)
         self.store.add_devices(self.run, devices)
         self.store.set_status(self.run, "running")
         self.is_open = True
@@ -394,3 +380,18 @@ class RunLedger:
     def metrics(self, round: int) -> dict[str, float]:
         """The figures kept of ``round``."""
         return next((dict(line.metrics) for line in self.store.history(self.run) if line.round == round), {})
+
+
+def identity_of(settings: RunSettings, task: Task, reads: bool = True) -> str:
+    """Digest of what a run must have in common with a stored one to resume it.
+
+    ``reads``: how the task reads rows is a part of it; versions before did not store that.
+    """
+    texts = "\0".join([settings.identity(), task.name, *task.labels])
+    digests = [*map(wire.digest, task.templates), *([task.identity.reading] if reads else ())]
+    return wire.digest(Template(pattern=texts, label_words=tuple(digests)))
+
+
+def is_of(run: StoredRun, settings: RunSettings, task: Task) -> bool:
+    """Whether a stored run is of these settings and this task; versions before are taken to read rows as it does."""
+    return run.identity in (identity_of(settings, task), identity_of(settings, task, reads=False))

@@ -23,7 +23,7 @@ from fedbpt.racing import Race, race
 from fedbpt.readout import blocks, ensemble, word_ids
 from fedbpt.scorer import Plan, Scorer
 from fedbpt.tasks.perturb import perturb
-from fedbpt.tasks.task import bos_ids, cue_ids, label_word_ids, render_ids, target_ids
+from fedbpt.tasks.task import Task, bos_ids, cue_ids, label_word_ids, render_ids, target_ids
 
 CHUNK = 64
 """Texts per scoring call. Fixed: how texts share a call may show in the last bits of a quantised model's logits."""
@@ -268,7 +268,7 @@ class Objective:
     def as_prompt(
         self,
         latent: ArrayLike,
-        task_name: str,
+        task: Task,
         history: tuple[Mapping[str, Any], ...] = (),
         others: tuple[Template, ...] = (),
     ) -> Prompt:
@@ -278,7 +278,7 @@ class Objective:
         return Prompt(
             rows=self.embeds(np.asarray(latent, dtype=np.float64)[None])[0],
             spec=self.prompt,
-            task_name=task_name,
+            task_name=task.name,
             labels=self.labels,
             template=self.template,
             model_fingerprint=self.scorer.fingerprint,
@@ -290,6 +290,7 @@ class Objective:
             word_weights=weights[0, 1:],
             others=others,
             other_weights=weights[1:],
+            task=task,
         )
 
     def _indices(self, indices: ArrayLike | None) -> NDArray[np.intp]:

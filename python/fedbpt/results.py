@@ -70,12 +70,16 @@ class EvaluationResult:
 
 @dataclass(frozen=True)
 class TuneResult:
-    """What `tune` found: ``prompt`` to save and use, ``run`` with all figures, ``curve`` of (evaluations, loss)."""
+    """What `tune` found: ``prompt`` to save and use, ``run`` with all figures, ``curve`` of (evaluations, loss).
+
+    ``interrupted``: Ctrl-C ended the search before its budget was spent.
+    """
 
     prompt: Prompt
     run: RunResult
     curve: tuple[tuple[int, float], ...] = field(repr=False)
     dev_curve: tuple[tuple[int, float], ...] = field(repr=False)
+    interrupted: bool = False
 
     @property
     def template(self) -> Template:

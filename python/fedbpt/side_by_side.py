@@ -41,7 +41,8 @@ class SideBySide:
     Args:
         model: what the prompt was tuned for.
         prompt: the tuned prompt.
-        task: the prompt's; says how texts are cut. None: at 128 tokens to classify, not at all to generate.
+        task: says how texts are cut; None: the prompt's own. Where that is not known, texts are cut at 128 tokens to
+            classify, not at all to generate.
         max_text_tokens: where they are cut instead; None: as ``task`` says.
 
     Raises:
@@ -53,6 +54,7 @@ class SideBySide:
         self, model: Scorer, prompt: Prompt, task: Task | None = None, *, max_text_tokens: int | None = None
     ) -> None:
         prompt.check(model)
+        task = prompt.task if task is None else task
         if task is not None and task.labels != prompt.labels:
             raise ConfigError(f"the prompt is for labels {list(prompt.labels)}, the task has {list(task.labels)}")
         self.model = model

@@ -7,9 +7,8 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from fedbpt.membership import FederatedTask
 from fedbpt.scorer import Plan, Scorer
-from fedbpt.tasks.task import label_word_ids
+from fedbpt.tasks.task import Task, label_word_ids
 from fedbpt.tasks.words import word_costs
 from fedbpt.wire import digest
 
@@ -29,7 +28,7 @@ class Speed(NamedTuple):
     word_tokens_per_second: float | None
 
 
-def measure_speed(scorer: Scorer, task: FederatedTask, text: str) -> Speed:
+def measure_speed(scorer: Scorer, task: Task, text: str) -> Speed:
     """Score ``text``, repeated to `TEXT_TOKENS` tokens, and the dearest of the task's label words after it."""
     ids = np.resize(scorer.tokenize(text), TEXT_TOKENS)
     alone = _rate(scorer, scorer.compile([ids], ids[:1], keep_kv=False))

@@ -19,6 +19,7 @@ from fedbpt.generator import Sampling
 from fedbpt.messages import Template
 from fedbpt.objective import Objective
 from fedbpt.side_by_side import SideBySide
+from fedbpt.tasks import Task
 from tests.integration.processes import ROOT, Fleet
 
 NAME = "smollm2-135m"
@@ -42,10 +43,10 @@ def files(scorer: fedbpt.NativeScorer, tmp_path_factory: pytest.TempPathFactory)
     made = Objective(
         scorer, task.templates[0], task.labels, [(TEXT, 2)], ObjectiveSpec(readout_words=0), PromptSpec(d=20)
     )
-    made.as_prompt(latent, task.name).save(folder / "news.safetensors")
+    made.as_prompt(latent, task).save(folder / "news.safetensors")
     spec = PromptSpec(d=20, n_prompt=6, placement="front", alpha=0.2, seed=3)
     made = Objective(scorer, ANSWERING, (), [("x", "y")], ObjectiveSpec(loss="nll"), spec)
-    made.as_prompt(latent, "answers").save(folder / "answers.safetensors")
+    made.as_prompt(latent, Task(name="answers", templates=(ANSWERING,))).save(folder / "answers.safetensors")
     return folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -68,11 +69,28 @@ def test_examples_are_what_only_the_tuned_model_gets_right() -> None:
     scorer = ToyScorer()
     prompt = tune(scorer, TASK, rows(24), budget=Budget(evaluations=240), prompt=PromptSpec(d=6, alpha=2.0)).prompt
     held_out = rows(100, first=200)
-    found = demo._examples(scorer, TASK, held_out, prompt)
+    found = list(demo._examples(scorer, TASK, held_out, prompt))
     assert 0 < len(found) <= 2
     for example in found:
         assert (example.text, TASK.labels.index(example.label)) in held_out
         assert example.original != example.label
+
+
+def test_the_table_is_printed_before_examples_are_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = tune(ToyScorer(), TASK, rows(24), budget=Budget(evaluations=16), prompt=PromptSpec(d=6), show=False)
+    printed: list[str] = []
+
+    def look() -> Iterator[demo.Example]:
+        printed.append(capsys.readouterr().out)
+        yield demo.Example("a text", "positive", "negative")
+
+    demo._report(result.run, tmp_path / "p", look(), tmp_path, as_json=False)
+    assert "16 evaluations" in printed[0]
+    after = capsys.readouterr().out
+    assert "a text" in after
+    assert "16 evaluations" not in after
 
 
 def test_a_device_that_cannot_start_is_one_line(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import msgspec
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -92,6 +93,10 @@ def test_gguf_has_all_of_the_prompt(tmp_path: Path, kind: str) -> None:
     assert fields["fedbpt.templates"] == [template.pattern for template in (prompt.template, *prompt.others)]
     assert fields["fedbpt.labels"] == list(prompt.labels)
     assert fields["fedbpt.label_words"][:2] == list(prompt.template.label_words)
+    assert "fedbpt.task.definition" not in fields
+    done = export_prompt(make(task=MOOD, task_name=MOOD.name), tmp_path / "with-task.gguf", "gguf")
+    definition = gguf.GGUFReader(done.path).fields["fedbpt.task.definition"].contents()
+    assert msgspec.json.decode(definition, type=Task) == MOOD
 
 
 @pytest.mark.parametrize("to", ["npy", "gguf"])
@@ -157,8 +162,8 @@ def test_an_adapter_may_be_written_again_but_a_folder_of_other_things_is_left_al
     ("changes", "error", "said"),
     [
         ({"to": "onnx"}, ConfigError, "peft, gguf, npy"),
-        ({"scorer": None}, ConfigError, "the model and the task"),
-        ({"task": None}, ConfigError, "the model and the task"),
+        ({"scorer": None}, ConfigError, "needs the model"),
+        ({"task": None}, ConfigError, "needs the model"),
         ({"task": TASK}, ConfigError, "labels"),
         ({"scorer": Llama(seed=1, name="other")}, PromptError, "made for toy"),
         ({"scorer": ToyScorer()}, PromptError, "architecture toy"),

@@ -23,7 +23,7 @@ class AskedDevice:
         self.name = f"{prompt.model_name} on {client.name}"
         self.labels = prompt.labels
         self._client = client
-        self._task = task
+        self._task = prompt.task if task is None else task
         self._fingerprint, self._prompt = prompt.model_fingerprint, prompt.to_bytes()
 
     @property

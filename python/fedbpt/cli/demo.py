@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -46,6 +46,8 @@ ROWS = {"test": 600, "dev": 150, "train": 320}
 QUICK_ROWS = {"test": 60, "dev": 15, "train": 60}
 SKEW = 0.5  # Dirichlet α of the label shares: most devices lack a label or two
 READY_S = 120.0
+LOOKED_AT, AT_ONCE = 192, 32
+"""Held-out rows among which examples are looked for, at most; and so many at once."""
 
 
 class Example(NamedTuple):
@@ -112,7 +114,7 @@ def demo(
         record.write(ended=True)
         questions = questions_of(task, files[0]["test"])
         watch.compare(Comparison(lambda: comparing(scorer, task, result), task.labels, questions, watch.devices))
-        _report(result, saved, _examples(scorer, task, splits["test"], prompt), folder, as_json)
+        _report(result, saved, _examples(scorer, task, splits["test"][:LOOKED_AT], prompt), folder, as_json)
         print_hint(scorer, shown)
         watch.linger(teller(not shown))
 
@@ -209,27 +211,27 @@ def _address(name: str, process: subprocess.Popen[str]) -> str:
     return str(json.loads(line)["ready"]["url"])
 
 
-def _examples(scorer: Scorer, task: Task, rows: Sequence[Row], prompt: Prompt, wanted: int = 2) -> list[Example]:
-    """The first held-out rows that only the tuned model gets right; looks no further than it must."""
-    found: list[Example] = []
-    for start in range(0, len(rows), 64):
-        part = rows[start : start + 64]
+def _examples(scorer: Scorer, task: Task, rows: Sequence[Row], prompt: Prompt, wanted: int = 2) -> Iterator[Example]:
+    """The first held-out rows that only the tuned model gets right, each as it is found."""
+    n_found = 0
+    for start in range(0, len(rows), AT_ONCE):
+        part = rows[start : start + AT_ONCE]
         before = evaluate(scorer, task, part, template=prompt.template).predictions
         after = evaluate(scorer, task, part, prompt).predictions
         truth = np.array([label for _, label in part])
         for i in np.flatnonzero((after == truth) & (before != truth)).tolist():
-            found.append(Example(part[i][0], task.labels[truth[i]], task.labels[before[i]]))
-            if len(found) == wanted:
-                return found
-    return found
+            yield Example(part[i][0], task.labels[truth[i]], task.labels[before[i]])
+            n_found += 1
+            if n_found == wanted:
+                return
 
 
-def _report(result: RunResult, saved: Path, examples: Sequence[Example], folder: Path, as_json: bool) -> None:
+def _report(result: RunResult, saved: Path, examples: Iterable[Example], folder: Path, as_json: bool) -> None:
     if as_json:
         found = {**result_as_json(result, saved), "examples": [example._asdict() for example in examples]}
         print_json(found)
         return
-    print_result(result, saved)
+    print_result(result, saved)  # before the examples, which take a while on a busy machine
     console = PlainConsole()
     for example in examples:
         console.print(f"\n{example.text}", style="dim", highlight=False)

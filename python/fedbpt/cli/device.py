@@ -86,7 +86,7 @@ def device(
     dev: Annotated[Path | None, typer.Option(help="Rows that show the accuracy during the run.")] = None,
     host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve on; 0: any free one.")] = 8401,
-    name: Annotated[str | None, typer.Option(help="What this device calls itself. Default: the host's name.")] = None,
+    name: Annotated[str | None, typer.Option(help="Its name in every run. Default: the host's; as invited.")] = None,
     coordinator: Coordinator = None,
     enrol_code: EnrolCode = None,
     credentials: CredentialsFile = None,
@@ -117,8 +117,9 @@ def device(
     pauses = _pauses(pause_on, shown=not (quiet or as_json))
     tls = Tls(cert, key, ca, client_certs)
     token = token_in(token_file) if token_file else None
-    room = partial(_kv_bytes, model, kv_budget, max_memory)
-    link, kv_bytes = _link(coordinator, enrol_code, credentials, tls, allow_insecure, room)
+    able = partial(_kv_bytes, model, kv_budget, max_memory)
+    link = _link(coordinator, enrol_code, credentials, tls, allow_insecure, name, able)
+    kv_bytes = able()
     if install_service:
         _install(context, max_memory, force, as_json)
         return
@@ -139,17 +140,24 @@ def device(
 
 
 def _link(
-    url: str | None,
+    coordinator: str | None,
     code: str | None,
-    path: Path | None,
+    kept: Path | None,
     tls: Tls,
     allow_insecure: bool,
-    room: Callable[[], int],
-) -> tuple[Credentials | None, int]:
-    """`credentials_for`, and what ``room`` says, which raises where the device cannot start, before a code is used."""
-    if url is not None and code is not None:
-        room()
-    return credentials_for(url, code, path or default_credentials(), tls, allow_insecure), room()
+    name: str | None,
+    check: Callable[[], object],
+) -> Credentials | None:
+    """What to call in with; None: the device is called. Raises `ConfigError` where it was invited by another name.
+
+    ``check``: called before a code is used up; raises where the device cannot start.
+    """
+    if coordinator is not None and code is not None:
+        check()
+    link = credentials_for(coordinator, code, kept or default_credentials(), tls, allow_insecure, _tell)
+    if link is not None and name not in (None, link.device):
+        raise ConfigError(f"this device was invited as {link.device}, its name in every run: leave --name out")
+    return link
 
 
 def _call_in(
@@ -217,7 +225,7 @@ def _install(context: typer.Context, max_memory: int | None, force: bool, as_jso
         if parameter.name in ("install_service", "force", "enrol_code") or value in (None, parameter.default):
             continue
         command += [parameter.opts[0]] if value is True else [parameter.opts[0], str(value)]
-    found = install(command, max_memory=max_memory, force=force)
+    found = install(command, device=context.params.get("name"), max_memory=max_memory, force=force)
     if as_json:
         echo(json.dumps({"path": str(found.path), "enable": found.enable, "remove": found.remove}))
         return

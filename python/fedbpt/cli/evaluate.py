@@ -10,7 +10,7 @@ import typer
 
 from fedbpt import api, models
 from fedbpt.cli.hint import print_hint
-from fedbpt.cli.options import AsJson, GpuLayers, GpuName, Quiet, Threads, task_named
+from fedbpt.cli.options import AsJson, GpuLayers, GpuName, Quiet, Threads, chosen_task
 from fedbpt.cli.report import print_accuracies, print_chance, print_perplexities
 from fedbpt.errors import ConfigError
 from fedbpt.native_scorer import load_model
@@ -42,7 +42,7 @@ def evaluate(
     Example: fedbpt evaluate prompt.safetensors --data test.csv
     """
     prompt = Prompt.load(prompt_file)
-    chosen = task_named(task, prompt.task_name)
+    chosen = chosen_task(task, prompt.task, prompt.task_name)
     if chosen.labels != prompt.labels:
         raise ConfigError(
             f"the prompt is for labels {list(prompt.labels)}, task {chosen.name} has {list(chosen.labels)}"

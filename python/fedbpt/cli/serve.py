@@ -23,7 +23,7 @@ PromptFiles = Annotated[
     list[Path] | None, typer.Option("--prompt", "-p", help="A tuned prompt's file, as often as needed.")
 ]
 TaskFiles = Annotated[
-    list[str] | None, typer.Option("--task", "-t", help="A prompt's task file, where the task is not built in.")
+    list[str] | None, typer.Option("--task", "-t", help="A prompt's task file, instead of the one in the prompt file.")
 ]
 TokenFile = Annotated[
     Path | None, typer.Option("--token-file", help="Answer only who sends the token in this file; made if absent.")
@@ -57,7 +57,7 @@ def serve(
     Example: fedbpt serve --model smollm2-135m --prompt prompt.safetensors
     """
     loaded = [Prompt.load(path) for path in prompts or []]
-    known = {**tasks.BUILTIN, **{found.name: found for found in map(tasks.load, task or [])}}
+    known = {found.name: found for found in map(tasks.load, task or [])}
     token = token_in(token_file) if token_file else None
     tls = Tls(cert, key)
     scorer = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers, gpu=gpu)

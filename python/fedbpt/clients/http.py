@@ -40,7 +40,7 @@ from fedbpt.messages import (
 from fedbpt.questions import Answer, Question
 from fedbpt.replay import REFUSALS, may_shorten, short_plan, whole_report
 from fedbpt.reports import check_progress
-from fedbpt.tls import Tls, is_loopback
+from fedbpt.tls import Tls, certificate_problem, is_loopback
 
 M = TypeVar("M", bound=Message)
 
@@ -300,15 +300,15 @@ class HttpClient(Works):
                 response = await self._exchange(method, path, body, hold_s + self._answer_s)
                 if response.status not in (429, 502, 503, 504):
                     return self._accepted(response)
-                problem = f"answers {response.status} {HTTPStatus(response.status).phrase}"
+                problem = f"answers {response.status} {HTTPStatus(response.status).phrase}: is it running?"
                 pause = max(pause, response.retry_after_s)
             except (httpx.TransportError, httpx.InvalidURL, asyncio.TimeoutError) as error:
-                problem = _explain(error)
+                problem = certificate_problem(error) or f"{_explain(error)}: is it running and in reach?"
                 # A poll that was held for long and then broke: patience counts from here, once.
                 if not held and isinstance(error, httpx.ReadError | httpx.RemoteProtocolError):
                     give_up, held = max(give_up, _now() + self._retry_s), True
             if _now() + pause >= give_up:
-                raise DeviceUnreachableError(f"{self.name} ({self.where}) {problem}: is it running and in reach?")
+                raise DeviceUnreachableError(f"{self.name} ({self.where}) {problem}")
             await asyncio.sleep(pause)
             pause = min(pause * 2, 1.0)
 

@@ -47,7 +47,7 @@ def questions_of(task: Task, path: Path, n: int = QUESTIONS) -> tuple[Row, ...]:
 
 def comparing(scorer: TextModel, task: Task, result: RunResult) -> SideBySide:
     """A finished run's prompt beside its model. Raises `PromptError`: ``scorer`` is another model."""
-    return SideBySide(scorer, make_prompt(scorer, task, result), task)
+    return SideBySide(scorer, make_prompt(scorer, task, result))
 
 
 class Comparison:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from fedbpt.errors import MissingExtraError, PromptError
@@ -76,6 +77,8 @@ def _add_metadata(writer: Any, prompt: Prompt) -> None:
     writer.add_string("fedbpt.task", prompt.task_name)
     writer.add_string("fedbpt.model.name", prompt.model_name)
     writer.add_string("fedbpt.model.fingerprint", prompt.model_fingerprint)
+    if prompt.task is not None:
+        writer.add_string("fedbpt.task.definition", msgspec.json.encode(prompt.task).decode())
     templates = (prompt.template, *prompt.others)
     writer.add_array("fedbpt.templates", [template.pattern for template in templates])
     if prompt.labels:

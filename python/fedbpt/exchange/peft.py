@@ -81,7 +81,7 @@ def notes(prompt: Prompt, scorer: Scorer) -> tuple[str, ...]:
     return tuple(told)
 
 
-def read_adapter(folder: Path, scorer: Scorer, task: Task, template: int) -> Prompt:
+def read_adapter(folder: Path, scorer: Scorer, task: Task | None, template: int) -> Prompt:
     """Arguments and errors as for `fedbpt.exchange.import_prompt`."""
     config, rows = _read(folder)
     _check_architecture(scorer)
@@ -92,6 +92,8 @@ def read_adapter(folder: Path, scorer: Scorer, task: Task, template: int) -> Pro
         )
     if (folder / _PROMPT).is_file():
         return _continued(Prompt.load(folder / _PROMPT), rows, folder, scorer, task)
+    if task is None:
+        raise ConfigError(f"{folder} was not written by fedbpt: say what it is for with the task (--task)")
     if not 0 <= template < len(task.templates):
         raise ConfigError(f"task {task.name} has templates 0 to {len(task.templates) - 1}, not {template}")
     told = {"peft_version": config.get("peft_version"), "base_model": config.get("base_model_name_or_path")}
@@ -105,13 +107,14 @@ def read_adapter(folder: Path, scorer: Scorer, task: Task, template: int) -> Pro
         model_name=scorer.name,
         architecture=scorer.architecture,
         history=({"imported_from": "PEFT", **{name: value for name, value in told.items() if value}},),
+        task=task,
     )
 
 
-def _continued(prompt: Prompt, rows: NDArray[np.float32], folder: Path, scorer: Scorer, task: Task) -> Prompt:
+def _continued(prompt: Prompt, rows: NDArray[np.float32], folder: Path, scorer: Scorer, task: Task | None) -> Prompt:
     """The prompt that was exported to ``folder``, with the adapter's rows."""
     prompt.check(scorer)
-    if task.labels != prompt.labels:
+    if task is not None and task.labels != prompt.labels:
         raise ConfigError(f"the adapter is for labels {list(prompt.labels)}, the task has {list(task.labels)}")
     bos = _bos_rows(prompt.spec, scorer)
     own = rows[len(bos) :]

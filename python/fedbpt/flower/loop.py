@@ -18,12 +18,13 @@ from fedbpt.flower.client import LEAST_TTL_S
 from fedbpt.flower.records import answer_of, packed
 from fedbpt.ledger import SELECTION, RunLedger
 from fedbpt.members import common_model
-from fedbpt.membership import FederatedTask, misfit
+from fedbpt.membership import misfit
 from fedbpt.messages import DeviceInfo, EvaluateReport, EvaluateRequest, RoundPlan, RoundReport
 from fedbpt.plain_text import MOST_TOLD, one_line
 from fedbpt.reports import check_evaluation, check_report
 from fedbpt.runs import NO_SCORE, RoundPurpose, RunSettings, Score
 from fedbpt.store import RunStore
+from fedbpt.tasks import Task
 from fedbpt.vetting import vet
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class FlowerLoop:
         self,
         store: RunStore,
         run: str,
-        task: FederatedTask,
+        task: Task,
         settings: RunSettings,
         devices: Mapping[str, tuple[int, DeviceInfo]],
     ) -> None:

@@ -171,7 +171,7 @@ def served_models(
 ) -> dict[str, ServedModel]:
     """By name: the plain model under its own, then each prompt as ``MODEL+TASK``; a task's second is ``MODEL+TASK-2``.
 
-    ``tasks``: by name, those of the prompts that are known.
+    ``tasks``: by name, instead of the prompts' own.
 
     Raises:
         PromptError, ConfigError: as `SideBySide`.

@@ -7,9 +7,8 @@ from typing import NamedTuple
 import msgspec
 
 from fedbpt.errors import TaskError
-from fedbpt.membership import FederatedTask
 from fedbpt.messages import Template
-from fedbpt.tasks.task import Tokenizer, label_word_ids
+from fedbpt.tasks.task import Task, Tokenizer, label_word_ids
 
 MAX_LISTED = 6
 """Words that a line names at most."""
@@ -31,12 +30,12 @@ class WordCosts(NamedTuple):
         return sum(count - 1 for count in self.tokens)
 
 
-def word_costs(tokenizer: Tokenizer, task: FederatedTask) -> list[WordCosts]:
+def word_costs(tokenizer: Tokenizer, task: Task) -> list[WordCosts]:
     """The costs of each of the task's templates, in order."""
     return [_costs(tokenizer, template, task.labels) for template in task.templates]
 
 
-def word_notes(tokenizer: Tokenizer, task: FederatedTask) -> list[str]:
+def word_notes(tokenizer: Tokenizer, task: Task) -> list[str]:
     """A line for each template whose label words cost more than they must, or that cannot serve this model."""
     notes = []
     for costs in word_costs(tokenizer, task):
