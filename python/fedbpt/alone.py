@@ -77,5 +77,6 @@ def digest_of_rows(*splits: Sequence[Row]) -> str:
     """sha256 (hex) of rows; a stored run is of the rows that it was begun with."""
     found = hashlib.sha256()
     for rows in splits:
-        found.update(msgspec.json.encode(rows) + b"\n")
+        plain = [(text, label if isinstance(label, str) else int(label)) for text, label in rows]
+        found.update(msgspec.json.encode(plain) + b"\n")
     return found.hexdigest()
