@@ -17,5 +17,5 @@ if __name__ == "__main__":
     native = module_from_spec(spec)
     spec.loader.exec_module(native)
     for line in sys.stdin:
-        native.try_alone(line.strip(), 1, 0, "", False, MEMORY_BYTES, CPU_S)
+        native.try_alone(line.strip().encode(), 1, 0, "", False, MEMORY_BYTES, CPU_S)
         print("next", flush=True)

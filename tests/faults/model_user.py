@@ -15,7 +15,7 @@ import numpy as np
 from fedbpt import _native
 from fedbpt.errors import FedbptError, InputError
 
-N_TEXTS, N_ROWS, N_LONG = 40, 4, 300
+N_TEXTS, N_ROWS, N_LONG = 12, 3, 120
 
 
 def use(path: str) -> None:
@@ -47,8 +47,8 @@ def _score(engine: _native.Engine, rng: np.random.Generator) -> None:
     n = len(texts[1]) - 1
     labels = rng.integers(0, engine.n_vocab, 3).astype(np.int32)
     prefix = rng.integers(0, engine.n_vocab, 2).astype(np.int32)
-    ids = rng.integers(0, engine.n_vocab, 3 * N_ROWS).astype(np.int32)
-    rows = engine.token_embeddings(ids).reshape(3, N_ROWS, -1)
+    ids = rng.integers(0, engine.n_vocab, 2 * N_ROWS).astype(np.int32)
+    rows = engine.token_embeddings(ids).reshape(2, N_ROWS, -1)
     follow = _ragged([rng.integers(0, engine.n_vocab, length) for _ in range(n) for length in (1, 3)])
     nothing = _ragged([])
     for cue, wanted, continuations in ((False, labels, nothing), (True, labels, nothing), (False, None, follow)):

@@ -142,8 +142,8 @@ def _run_child(path: Path, settings: TrialSettings) -> str | None:
     memory = 0 if settings.n_gpu_layers else int(_MEMORY_BYTES + _MEMORY_PER_BYTE * size)
     cpu_s = int(_CPU_S + _CPU_S_PER_BYTE * size)
     given = (n_threads, settings.n_gpu_layers, settings.gpu or "", settings.kv_type, memory, cpu_s)
-    command: list[str | os.PathLike[str]] = [sys.executable, "-I", "-S", "-c", _CHILD, str(_native_file())]
-    command += [path, *map(str, given)]
+    python = [sys.executable, "-I", "-S", "-c", _CHILD]
+    command = [*python, os.fspath(_native_file()), os.fspath(path), *map(str, given)]
     environment = {**os.environ, _IN_TRIAL: "1", "GGML_NO_BACKTRACE": "1"}
     try:
         child = subprocess.run(
@@ -155,7 +155,7 @@ def _run_child(path: Path, settings: TrialSettings) -> str | None:
     except subprocess.TimeoutExpired as expired:
         raise _end(path, _lines(expired.stdout), f"it did not end within {expired.timeout:.0f} s") from None
     said = _lines(child.stdout)
-    if not said:
+    if "ready" not in said:
         lines = _lines(child.stderr)
         return f"{sys.executable} did not start ({lines[-1] if lines else f'exit status {child.returncode}'})"
     if said[-1] == "passed":
