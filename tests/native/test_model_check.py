@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,10 +194,25 @@ def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
         fedbpt.check_model(tmp_path / "none.gguf")
 
 
-@pytest.mark.parametrize("timeout_s", [0, -1])
-def test_no_time_is_refused(llama: Case, timeout_s: int) -> None:
-    with pytest.raises(InputError):
-        fedbpt.check_model(llama.path, timeout_s=timeout_s)
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *({"timeout_s": seconds} for seconds in (0, 0.5, 2**40)),
+        *({"n_threads": threads} for threads in (0, "2")),
+        *({"gpu": 1}, {"kv_type": "f32"}, {"n_gpu_layers": None}),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_named(llama: Case, setting: dict[str, Any]) -> None:
+    with pytest.raises(InputError) as refused:
+        fedbpt.check_model(llama.path, **setting)
+    assert next(iter(setting)) in str(refused.value)
+
+
+def test_a_path_of_any_bytes_is_checked(llama: Case, tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9.gguf")
+    shutil.copyfile(llama.path, path)
+    assert fedbpt.check_model(path, n_threads=1).holds
+    assert run(str(path), "--threads", "1", "--json") == 0
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import msgspec
 
 from fedbpt import models
+from fedbpt.checking import printable
 from fedbpt.errors import InputError, ModelFileError
 from fedbpt.model_check.child import Begun, Said, Settings
 from fedbpt.model_check.findings import CHECKS, Finding, ModelCheck, ModelFacts
@@ -46,13 +47,15 @@ def check_model(
         InputError: a setting that makes no sense.
         ModelNotFoundError: no such name, not pulled yet, or no such file.
     """
-    if timeout_s < 1:
-        raise InputError(f"timeout_s must be at least 1 second, got {timeout_s}")
+    given = {"n_threads": n_threads, "n_gpu_layers": n_gpu_layers, "gpu": gpu, "kv_type": kv_type}
+    try:
+        settings = msgspec.convert({**given, "timeout_s": timeout_s}, Settings)
+    except msgspec.ValidationError as error:
+        raise InputError(f"a setting of check_model makes no sense: {error}") from error
     try:
         path = models.locate(name_or_path)
     except ModelFileError as error:  # a part is missing, say
-        return _outcome(str(name_or_path), None, [Finding("loads", False, str(error))])
-    settings = Settings(n_threads, n_gpu_layers, gpu, kv_type, timeout_s)
+        return _outcome(printable(name_or_path), None, [Finding("loads", False, str(error))])
     command = [sys.executable, "-m", "fedbpt.model_check.child", str(path), msgspec.json.encode(settings).decode()]
     begun, facts, findings = "loads", None, list[Finding]()
     begin, said = time.monotonic(), ""
@@ -73,7 +76,7 @@ def check_model(
     if code != 0 and begun not in {finding.name for finding in findings}:
         detail = _why_ended(code, said, timeout_s)
         findings.append(Finding(begun, False, detail, time.monotonic() - begin))
-    return _outcome(str(path), facts, findings)
+    return _outcome(printable(path), facts, findings)
 
 
 @contextmanager
