@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("models", "model_card", "prompt", "tasks"),
     ),
     (
+        "token_arrays",
         *("scorer", "generator", "native_generator", "native_scorer", "bench", "comparison", "wire", "racing"),
         *("objective", "envelopes", "generation", "exchange"),
     ),

@@ -110,6 +110,9 @@ class Engine:
         Raises `InputError`, `ScoringInterrupted` or what a signal handler raised.
         """
 
+    def twin(self) -> Engine:
+        """A new one, of the same weights, with threads and buffers of its own."""
+
     def generator(self) -> Generator:
         """A new one, with a KV cache of its own."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -22,12 +23,14 @@ class NativeGenerator:
 
     It has a KV cache of its own, made at the first text and as long as the texts need. What was computed is kept: a
     text begins with the KV of the longest beginning that it shares with a text before it, soft rows included, and what
-    stands up to the end of the rows is kept for the last seven prompts used.
+    stands up to the end of the rows is kept for the last seven prompts used. It is for the process that made it: one
+    that is forked gets another from its scorer.
     """
 
     def __init__(self, engine: _native.Engine) -> None:
         self._engine = engine
         self._generator = engine.generator()
+        self._process = os.getpid()
 
     @property
     def n_ctx(self) -> int:
@@ -44,6 +47,7 @@ class NativeGenerator:
 
     def open(self, placed: Placed, sampling: Sampling) -> NativeStream:
         """See `fedbpt.generator.Generator.open`. At most four texts at a time."""
+        _check_process(self._process)
         ids = np.ascontiguousarray(placed.ids, dtype=np.int32)
         rows = check_rows(placed.rows, self._engine.n_embd)
         seed = secrets.randbelow(SEEDS) if sampling.seed is None else sampling.seed % SEEDS
@@ -72,14 +76,21 @@ class NativeStream:
     def __init__(self, generator: _native.Generator, stream: _native.Generator.Stream) -> None:
         self._generator = generator
         self._stream = stream
+        self._process = os.getpid()
 
     @property
     def n_reused(self) -> int:
         return int(self._stream.n_reused)
 
     def next(self, n_likeliest: int = 0) -> Token:
+        _check_process(self._process)
         token, log_prob, likeliest = self._generator.next(self._stream, n_likeliest)
         return Token(token, log_prob, tuple(likeliest))
 
     def cancel(self) -> None:
         self._stream.cancel()
+
+
+def _check_process(begun_in: int) -> None:
+    if begun_in != os.getpid():
+        raise InputError("this text was begun before this process was forked: begin it anew, by the scorer's generator")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -15,9 +16,11 @@ from numpy.typing import ArrayLike, NDArray
 from fedbpt import models
 from fedbpt.checking import printable, utf8
 from fedbpt.errors import InputError
+from fedbpt.machine import physical_cores
 from fedbpt.memory import memory_of_process
 from fedbpt.messages import Placement
 from fedbpt.native_generator import NativeGenerator
+from fedbpt.token_arrays import flat_continuations, prompt_rows, ragged, token_ids
 
 if TYPE_CHECKING:
     from fedbpt import _native
@@ -26,16 +29,6 @@ KVType = Literal["f16", "q8_0"]
 
 DEFAULT_KV_BUDGET_BYTES = 512 * 2**20
 """How much KV a plan keeps unless told otherwise: that of some 250 texts of 90 tokens for a model of 135M."""
-
-
-def physical_cores() -> int:
-    """Physical cores that this process may run on: hyper-threads of one core count once."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    cores = set()
-    for cpu in allowed:
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        cores.add(siblings.read_text().strip() if siblings.is_file() else str(cpu))
-    return max(1, len(cores))
 
 
 def load_model(
@@ -92,8 +85,30 @@ def _engine(*given: Any) -> _native.Engine:
     return _native.Engine(*given)
 
 
+_scorers: weakref.WeakSet[NativeScorer] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for scorer in list(_scorers):
+        scorer._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _twin(engine: _native.Engine, on_gpu: bool) -> _native.Engine:
+    """For a process that was forked from the one of ``engine``."""
+    if on_gpu:
+        raise InputError("a model on a GPU cannot be used in a process that was forked from it: load it there")
+    return engine.twin()
+
+
 class NativeScorer:
-    """A frozen GGUF model that scores texts under soft prompts (`fedbpt.scorer.Scorer`). Thread-safe."""
+    """A frozen GGUF model that scores texts under soft prompts (`fedbpt.scorer.Scorer`).
+
+    Thread-safe. A process that is forked may go on with it: the weights are shared, and threads are started anew. On a
+    GPU it is refused. Pickled, it is loaded again from its file.
+    """
 
     def __init__(
         self,
@@ -114,13 +129,29 @@ class NativeScorer:
         self.name = printable(Path(name).stem if name and name.endswith(".gguf") else name or path.stem)
         self.kv_budget_bytes = kv_budget_bytes
         self._given = name or str(path)
+        self._settings = (path, name, n_threads, n_gpu_layers, gpu, kv_budget_bytes, kv_type)
         self._n_gpu_layers, self._gpu = n_gpu_layers, gpu
         threads = physical_cores() if n_threads is None else n_threads
-        self._load = partial(_engine, os.fsencode(path), threads, n_gpu_layers, gpu or "", kv_type == "q8_0")
+        engine_settings = (threads, n_gpu_layers, gpu or "", kv_type == "q8_0")
+        self._load: Callable[[], _native.Engine] = partial(_engine, os.fsencode(path), *engine_settings)
         self._loading = threading.Lock()
         self._loaded = None if late else self._load()
         self._embedding_std: float | None = None
         self._fingerprint: str | None = None
+        self._in_flight: list[_native.Plan] = []
+        self._torn: list[_native.Plan] = []  # in flight as this process was forked
+        _scorers.add(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return NativeScorer, (*self._settings, True)
+
+    def _after_fork(self) -> None:
+        """The threads that compute, and whoever holds the lock, are in the process that this one was forked from."""
+        self._loading = threading.Lock()
+        self._torn, self._in_flight = self._torn + self._in_flight, []
+        self.__dict__.pop("generator", None)
+        if self._loaded is not None:
+            self._load, self._loaded = partial(_twin, self._loaded, bool(self._n_gpu_layers)), None
 
     def __repr__(self) -> str:
         return f"<NativeScorer {self.name}: {self._engine.description}, {self.n_threads} threads, {self.backend}>"
@@ -186,7 +217,7 @@ class NativeScorer:
 
     def token_embeddings(self, ids: ArrayLike) -> NDArray[np.float32]:
         """Input embeddings [len(ids), n_embd] of tokens, in the scale that soft prompt rows have."""
-        rows: NDArray[np.float32] = self._engine.token_embeddings(_token_ids(ids, "ids"))
+        rows: NDArray[np.float32] = self._engine.token_embeddings(token_ids(ids, "ids"))
         return rows
 
     def compile(
@@ -226,11 +257,11 @@ class NativeScorer:
         before = self._ids([] if prefix is None else prefix, "prefix")
         add_bos = None if prefix is None else False
         tokens = [self._ids(text, f"text {i}", add_bos) for i, text in enumerate(texts)]
-        ids = _ragged([np.concatenate([text, after]) if len(text) else text for text in tokens])
-        follow = _ragged(_continuations(continuations, len(tokens)))
+        ids = ragged([np.concatenate([text, after]) if len(text) else text for text in tokens])
+        follow = ragged(flat_continuations(continuations, len(tokens)))
         if label_ids is None and continuations is not None:
             label_ids = []
-        labels = None if label_ids is None else _token_ids(label_ids, "label_ids")
+        labels = None if label_ids is None else token_ids(label_ids, "label_ids")
         plan = self._engine.plan(
             ids, labels, placement == "cue", before, follow, self.kv_budget_bytes if keep_kv else 0
         )
@@ -281,7 +312,14 @@ class NativeScorer:
 
     def score_plan(self, plan: _native.Plan, embeds: ArrayLike, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         """What `NativePlan.score` does."""
-        logits: NDArray[np.float32] = self._engine.score(plan, indices, self._rows(embeds))
+        if plan in self._torn:
+            raise InputError("these texts were being scored when this process was forked: compile them anew here")
+        rows, engine = prompt_rows(embeds, self.n_embd), self._engine
+        self._in_flight.append(plan)
+        try:
+            logits: NDArray[np.float32] = engine.score(plan, indices, rows)
+        finally:
+            self._in_flight.remove(plan)
         return logits
 
     @cached_property
@@ -300,23 +338,7 @@ class NativeScorer:
         return models.faster_format(self._given, self.weight_formats)
 
     def _ids(self, text: str | ArrayLike, name: str, add_bos: bool | None = None) -> NDArray[np.int32]:
-        return self.tokenize(text, add_bos) if isinstance(text, str) else _token_ids(text, name)
-
-    def _rows(self, embeds: ArrayLike) -> NDArray[np.float32]:
-        given = np.asarray(embeds)
-        if given.dtype.kind not in "fiu":
-            raise InputError(f"embeds must be real numbers, got {given.dtype}")
-        with np.errstate(over="ignore"):  # too large for float32 becomes infinity, which the engine refuses
-            rows = np.ascontiguousarray(given, dtype=np.float32)
-        if rows.ndim == 2:
-            rows = rows[None]
-        if rows.ndim != 3:
-            raise InputError(
-                f"embeds must be [n_candidates, n_prompt, n_embd] or [n_prompt, n_embd], got shape {list(rows.shape)}"
-            )
-        if rows.shape[2] != self.n_embd:
-            raise InputError(f"embeds has rows of {rows.shape[2]} numbers, but this model's n_embd is {self.n_embd}")
-        return rows
+        return self.tokenize(text, add_bos) if isinstance(text, str) else token_ids(text, name)
 
 
 class NativePlan:
@@ -361,34 +383,3 @@ class NativePlan:
 
     def __repr__(self) -> str:
         return f"<NativePlan of {self.n_texts} texts, KV of {self.n_kept} kept in {self.kv_bytes / 1e6:.0f} MB>"
-
-
-def _token_ids(ids: ArrayLike, what: str) -> NDArray[np.int32]:
-    """A 1-D int32 array of ``ids``; token ids are checked against the vocabulary by the engine."""
-    array = np.asarray(ids)
-    if array.ndim != 1:
-        raise InputError(f"{what} must be a flat sequence of token ids, got shape {list(array.shape)}")
-    if array.size == 0:
-        return np.empty(0, dtype=np.int32)
-    if array.dtype.kind not in "iu":
-        raise InputError(f"{what} must be integers, got {array.dtype}")
-    if array.max() > np.iinfo(np.int32).max or array.min() < np.iinfo(np.int32).min:
-        raise InputError(f"{what} holds an id outside the vocabulary: {int(np.abs(array).max())}")
-    return np.ascontiguousarray(array, dtype=np.int32)
-
-
-def _continuations(given: Sequence[Sequence[ArrayLike]] | None, n_texts: int) -> list[NDArray[np.int32]]:
-    """Equally many for each text, the first text's first."""
-    if given is None:
-        return []
-    counts = {len(of_text) for of_text in given}
-    if len(given) != n_texts or len(counts) != 1:
-        raise InputError(f"continuations must be equally many for each of the {n_texts} texts")
-    return [_token_ids(ids, f"continuation of text {i}") for i, of_text in enumerate(given) for ids in of_text]
-
-
-def _ragged(texts: Sequence[NDArray[np.int32]]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """N sequences as one flat array and N + 1 offsets."""
-    offsets = np.zeros(len(texts) + 1, dtype=np.int64)
-    np.cumsum([len(text) for text in texts], out=offsets[1:])
-    return (np.concatenate(texts) if texts else np.empty(0, dtype=np.int32)), offsets
