@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("tasks", "models", "model_card", "prompt"),
     ),
     (
-        *("scorer", "generator", "token_arrays", "native_generator", "native_scorer", "model_check"),
+        *("token_arrays", "scorer", "generator", "native_generator", "native_scorer", "model_check"),
         *("bench", "comparison", "wire", "racing", "evaluation", "objective", "envelopes", "generation", "exchange"),
     ),
     (

@@ -116,6 +116,9 @@ class Engine:
     def metadata(self, key: str) -> bytes | None:
         """What the model file says under ``key``, as text; None: nothing."""
 
+    def twin(self) -> Engine:
+        """A new one, of the same weights, with threads and buffers of its own."""
+
     def generator(self) -> Generator:
         """A new one, with a KV cache of its own."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 from collections.abc import Sequence
 from functools import cached_property
@@ -27,13 +28,15 @@ class NativeGenerator:
 
     It has a KV cache of its own, made at the first text and as long as the texts need. What was computed is kept: a
     text begins with the KV of the longest beginning that it shares with a text before it, soft rows included, and what
-    stands up to the end of the rows is kept for the last seven prompts used.
+    stands up to the end of the rows is kept for the last seven prompts used. It is for the process that made it: one
+    that is forked gets another from its scorer.
     """
 
     def __init__(self, engine: _native.Engine, files: WatchedFiles) -> None:
         self._engine = engine
         self._files = files
         self._generator = engine.generator()
+        self._process = os.getpid()
 
     @property
     def n_ctx(self) -> int:
@@ -50,6 +53,7 @@ class NativeGenerator:
 
     def open(self, placed: Placed, sampling: Sampling) -> NativeStream:
         """See `fedbpt.generator.Generator.open`. At most four texts at a time."""
+        _check_process(self._process)
         ids = np.ascontiguousarray(placed.ids, dtype=np.int32)
         rows = check_rows(placed.rows, self._engine.n_embd)
         seed = secrets.randbelow(SEEDS) if sampling.seed is None else sampling.seed % SEEDS
@@ -94,10 +98,12 @@ class NativeStream:
     def __init__(self, generator: _native.Generator, stream: _native.Generator.Stream, files: WatchedFiles) -> None:
         self._generator = generator
         self._stream: _native.Generator.Stream | None = stream
+        self._process = os.getpid()
         self._files = files
         self.n_reused = int(stream.n_reused)
 
     def next(self, n_likeliest: int = 0) -> Token:
+        _check_process(self._process)
         if self._stream is None:
             raise InputError("this text was closed: open another one")
         # No variable of this frame: the traceback of an error would hold the stream, and with it the place.
@@ -112,3 +118,8 @@ class NativeStream:
 
     def close(self) -> None:
         self._stream = None  # with the last reference, the engine has its place back
+
+
+def _check_process(begun_in: int) -> None:
+    if begun_in != os.getpid():
+        raise InputError("this text was begun before this process was forked: begin it anew, by the scorer's generator")

@@ -29,8 +29,9 @@ from fedbpt.dashboard.comparing import Comparison, comparing, questions_of
 from fedbpt.display import RunDisplay
 from fedbpt.errors import ConfigError, FedbptError
 from fedbpt.federation import Federation
+from fedbpt.machine import physical_cores
 from fedbpt.messages import ObjectiveSpec, PromptSpec
-from fedbpt.native_scorer import load_model, physical_cores
+from fedbpt.native_scorer import load_model
 from fedbpt.plain_text import plain
 from fedbpt.prompt import Prompt
 from fedbpt.runs import Event, RoundClosed, RunResult, RunSettings

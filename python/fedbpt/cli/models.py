@@ -25,7 +25,7 @@ from fedbpt import models
 from fedbpt.cli.model_check import check_command
 from fedbpt.cli.options import AsJson, Quiet, Threads, help_without_command
 from fedbpt.display import human_bytes
-from fedbpt.native_scorer import physical_cores
+from fedbpt.machine import physical_cores
 from fedbpt.packages import Progress as OnProgress
 from fedbpt.plain_text import echo
 from fedbpt.terminal import PlainConsole
