@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
 import msgspec
 
 from fedbpt.clients.base import DeviceClient
-from fedbpt.errors import ConfigError, FederationError
+from fedbpt.errors import ConfigError, FederationError, QuorumError
 from fedbpt.messages import DeviceInfo, EvaluateRequest, Name, RoundProgress, RoundReport, SearchHistory
 
 
@@ -101,6 +101,15 @@ def describe_absent(members: Iterable[Member]) -> str:
     reasons = [f"{m.name}: {m.reason.removeprefix(f'{m.name}: ')}" for m in members if m.state != "live"]
     more = [f"and {len(reasons) - MAX_NAMED} more"] if len(reasons) > MAX_NAMED else []
     return f" ({'; '.join(reasons[:MAX_NAMED] + more)})" if reasons else ""
+
+
+def too_few_reports(round: OpenRound, members: Collection[Member]) -> QuorumError:
+    """The error of a round that ended without the reports that it needed."""
+    return QuorumError(
+        f"round {round.number}: {len(round.reports)} of {len(members)} devices reported"
+        f" (deadline {round.deadline_s:g} s), {round.needed} are needed{describe_absent(members)};"
+        " start the same run again to resume it"
+    )
 
 
 def check_names(names: Sequence[str], what: str) -> None:
