@@ -103,7 +103,7 @@ sanitize: setup
 	  tests/native --deselect tests/native/test_leaks.py --timeout 1200 $(TEST_ARGS)
 
 # The wheels to ship, see docs/wheels.md.
-PYTHONS     ?= 3.10 3.11 3.12 3.13
+PYTHONS     ?=
 WHEEL_TOOLS := $(VENV)/.wheel-stamp
 
 $(WHEEL_TOOLS): pyproject.toml constraints.txt | $(BIN)/python
@@ -112,10 +112,10 @@ $(WHEEL_TOOLS): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 wheel: $(WHEEL_TOOLS)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/build_wheels.py x86_64 --pythons $(PYTHONS)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/build_wheels.py x86_64 $(if $(PYTHONS),--pythons $(PYTHONS))
 
 wheel-aarch64: $(WHEEL_TOOLS)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/build_wheels.py aarch64 --pythons $(PYTHONS)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/build_wheels.py aarch64 $(if $(PYTHONS),--pythons $(PYTHONS))
 
 # What is tested is the wheel and not the editable install: that hooks itself in by a .pth file, which the interpreter behind
 # the environment does not read.

@@ -59,6 +59,9 @@ class InstantDevice:
     def run(self, plan: RoundPlan, _progress: Callable[[int, int], None], _cancel: Callable[[], bool]) -> RoundReport:
         return report_on(plan, self._losses)
 
+    def interrupt(self) -> None:
+        """Its work takes no time."""
+
     def evaluate(self, *_: Any) -> EvaluateReport:
         raise NotImplementedError("it has no test rows")
 

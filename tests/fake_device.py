@@ -30,7 +30,7 @@ from fedbpt.task_identity import TaskIdentity
 
 FINGERPRINT = "sha256:toy"
 
-TOY = TaskIdentity.of("toy", ("x", "y"))
+TOY = TaskIdentity.of("toy", ("x", "y"), (("text",), "label", None))  # reading as a `Task` does that says nothing else
 """Of `tests.toy_scene.ToyTask`."""
 
 
@@ -57,6 +57,7 @@ class FakeDevice:
         self.plans: list[RoundPlan] = []
         self.requests: list[EvaluateRequest] = []
         self.questions: list[Question] = []
+        self.interrupts = 0
         self.gate = threading.Event()
         self.gate.set()
 
@@ -100,6 +101,9 @@ class FakeDevice:
                 peak_rss_bytes=3 * 2**20,
             )
         )
+
+    def interrupt(self) -> None:
+        self.interrupts += 1
 
     def answer(self, question: Question, said: Callable[[Answer], None], cancelled: Callable[[], bool]) -> Answer:
         """Each word of the text is a piece, said by both sides; `slow_s` is how long one takes."""

@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub on the loopback: one file, HEAD and GET of ``resolve``, ranges, faults.
+"""A stand-in for the Hugging Face hub on the loopback: a few files, HEAD and GET of ``resolve``, ranges, faults.
 
 Written from the hub's documented headers (``X-Repo-Commit``, ``X-Linked-Etag``, ``X-Linked-Size``).
 """
@@ -15,15 +15,20 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves ``content`` as ``repo``/``filename``. Set the public attributes before a request to cause a fault."""
+    """Serves ``content`` as ``repo``/``filename``, and more after `add`.
+
+    Set the public attributes before a request to cause a fault.
+    """
 
     daemon_threads = True
 
     def __init__(self, repo: str, filename: str, content: bytes) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.paths = {f"/{repo}/resolve/{revision}/{filename}" for revision in ("main", COMMIT)}
-        self.content = content
-        self.etag = hashlib.sha256(content).hexdigest()
+        self.repo = repo
+        self.contents: dict[str, bytes] = {}  # by path
+        self.add(filename, content)
+        self.paths = set(self.contents)  # those that are there
+        self.etag = hashlib.sha256(content).hexdigest()  # of the first file
         self.cut_after: list[int] = []  # each GET answer breaks off after this many bytes, while there are entries
         self.ignore_ranges = False
         self.get_status = 200
@@ -32,6 +37,12 @@ class Hub(ThreadingHTTPServer):
         self.redirect_to: str | None = None  # another stand-in: the store that the hub sends GETs to
         self.tokens: set[str | None] = set()  # the Authorization header of each request
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02})
+
+    def add(self, filename: str, content: bytes) -> None:
+        """Serve one more file."""
+        added = {f"/{self.repo}/resolve/{revision}/{filename}": content for revision in ("main", COMMIT)}
+        self.contents |= added
+        self.paths = set(self.contents)
 
     @property
     def url(self) -> str:
@@ -59,9 +70,12 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.redirect_to:
             self.send_header("Location", self.server.redirect_to + self.path)
         self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("X-Linked-Etag", f'"{self.server.etag}"')
-        self.send_header("X-Linked-Size", str(len(self.server.content)))
-        self.send_header("Content-Length", str(len(self.server.content)))
+        content = self.server.contents[self.path]
+        first = content is next(iter(self.server.contents.values()))
+        etag = self.server.etag if first else hashlib.sha256(content).hexdigest()
+        self.send_header("X-Linked-Etag", f'"{etag}"')
+        self.send_header("X-Linked-Size", str(len(content)))
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
 
     def do_GET(self) -> None:
@@ -81,11 +95,12 @@ class _Handler(BaseHTTPRequestHandler):
         start = 0
         if self.headers.get("Range") and not hub.ignore_ranges:
             start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
-        body = hub.content[start:]
+        content = hub.contents[self.path]
+        body = content[start:]
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(body)))
         if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(hub.content) - 1}/{len(hub.content)}")
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.end_headers()
         if hub.cut_after:
             self.wfile.write(body[: hub.cut_after.pop(0)])

@@ -10,21 +10,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.errors import InputError, ScoringInterrupted
-from fedbpt.generator import Placed, Sampling, Token, check_rows
+from fedbpt.generator import OPENAIS, SEEDS, Placed, Sampling, Token, check_rows
 
 if TYPE_CHECKING:
     from tests.toy_scorer import ToyScorer
 
 END = 0  # the byte that ends a text
+PLACES = 4  # for texts that are being generated, as the engine has them
 
 
 class ToyGenerator:
-    """`fedbpt.generator.Generator` by a `ToyScorer`. ``opened``: what was begun; ``pace``: held to make it wait."""
+    """`fedbpt.generator.Generator` by a `ToyScorer`. ``opened``: what was begun; ``pace``: held to make it wait.
+
+    A text holds its place until it is closed: the engine's may be freed earlier, when nothing refers to them any more.
+    """
 
     def __init__(self, scorer: ToyScorer) -> None:
         self._scorer = scorer
         self.n_tokens = 0
         self.opened: list[Placed] = []
+        self.n_open = 0
+        self.recommended = OPENAIS
         self.cancelled = threading.Event()
         self.pace = threading.Event()
         self.pace.set()
@@ -39,6 +45,8 @@ class ToyGenerator:
             raise InputError("there is nothing to go on from: give at least one token")
         if len(placed.ids) >= self.n_ctx:
             raise InputError(f"the text has {len(placed.ids)} tokens, the context is {self.n_ctx}: shorten the text")
+        if self.n_open == PLACES:
+            raise InputError(f"{PLACES} texts are being generated: wait for one to end")
         self.opened.append(placed)
         return ToyStream(self, self._scorer, placed, sampling)
 
@@ -47,6 +55,9 @@ class ToyGenerator:
 
     def is_end(self, token: int) -> bool:
         return token == END
+
+    def text_ids(self, text: str) -> NDArray[np.int32]:
+        return self._scorer.tokenize(text)
 
     def chat_ids(self, messages: Sequence[tuple[str, str]]) -> NDArray[np.int32]:
         return self._scorer.tokenize("".join(f"{role}: {content}\n" for role, content in messages) + "assistant:")
@@ -59,10 +70,12 @@ class ToyStream:
         self._generator, self._scorer, self._placed = generator, scorer, placed
         self._ids = [int(token) for token in placed.ids]
         self._sampling = sampling
-        self._random = np.random.default_rng(sampling.seed)
-        self._cancelled = False
+        self._random = np.random.default_rng(None if sampling.seed is None else sampling.seed % SEEDS)
+        self._cancelled = self._closed = False
+        generator.n_open += 1
 
     def next(self, n_likeliest: int = 0) -> Token:
+        assert not self._closed
         self._generator.pace.wait()
         if self._cancelled:
             raise ScoringInterrupted("the text was interrupted")
@@ -81,3 +94,8 @@ class ToyStream:
     def cancel(self) -> None:
         self._cancelled = True
         self._generator.cancelled.set()
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._generator.n_open -= 1

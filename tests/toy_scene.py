@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -15,27 +15,22 @@ from fedbpt.control import RunControl
 from fedbpt.errors import DeviceUnreachableError
 from fedbpt.federation import Federation
 from fedbpt.local import Device
-from fedbpt.membership import FederatedTask
 from fedbpt.messages import ObjectiveSpec, PromptSpec, Template
 from fedbpt.runs import Event, RoundClosed, RunResult, RunSettings
 from fedbpt.store import RunStore
-from fedbpt.task_identity import TaskIdentity
+from fedbpt.tasks import Task
 from tests.fake_device import TOY, FakeDevice
 
 D = 4
 
 
-class ToyTask(NamedTuple):
+class ToyTask(Task, frozen=True):
     name: str = TOY.name
     labels: tuple[str, ...] = ("x", "y")
     templates: tuple[Template, ...] = (
         Template(pattern="{text} In one word it was", label_words=(" bad", " good")),
         Template(pattern="{text} It was", label_words=(" bad", " good")),
     )
-
-    @property
-    def identity(self) -> TaskIdentity:
-        return TaskIdentity.of(self.name, self.labels)
 
 
 class FlakyClient(InProcessClient):
@@ -91,7 +86,7 @@ class Scene:
         self.on_event: Callable[[Event], None] = lambda _event: None
 
     def federation(
-        self, run: str = "r", task: FederatedTask | None = None, control: RunControl | None = None, **changes: Any
+        self, run: str = "r", task: Task | None = None, control: RunControl | None = None, **changes: Any
     ) -> Federation:
         def hear(event: Event) -> None:
             self.events.append(event)
@@ -103,7 +98,7 @@ class Scene:
             list(self.clients.values()), task or ToyTask(), chosen, search, self.store, run, hear, control
         )
 
-    def run(self, run: str = "r", task: FederatedTask | None = None, **changes: Any) -> RunResult:
+    def run(self, run: str = "r", task: Task | None = None, **changes: Any) -> RunResult:
         """``changes``: of the settings; ``control``."""
         return self.federation(run, task, **changes).run()
 

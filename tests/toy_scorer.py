@@ -37,6 +37,7 @@ class ToyScorer:
     n_threads = 1
     weight_formats = (WeightFormat("f32", 1000, 4000),)
     hint: str | None = None
+    notes: tuple[str, ...] = ()
 
     def __init__(self, seed: int = 0, n_embd: int = 8, n_ctx: int = 512, name: str = "toy") -> None:
         rng = np.random.default_rng(seed)
@@ -138,6 +139,9 @@ class ToyScorer:
         if len(rows):
             values[rows_at : rows_at + len(rows)] = rows
         return self._forward(values)
+
+    def interrupt(self) -> None:
+        """Its calls are short."""
 
     def memory(self) -> Mapping[str, int]:
         size = self._table.nbytes

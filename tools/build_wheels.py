@@ -10,13 +10,13 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from check_wheel import WheelError, check
 
 ROOT = Path(__file__).resolve().parents[1]
-PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 GLIBC = "2_27"  # as in cmake/toolchains/
 # In the environment of each Python; cmake and ninja are those on PATH. tomli is for Python 3.10.
 BUILD_PACKAGES = ("pip", "scikit-build-core", "pybind11", "tomli; python_version < '3.11'")
@@ -44,6 +44,26 @@ def find_python(version: str) -> Path:
             if done.returncode == 0 and done.stdout.strip() == version:
                 return path
     raise BuildError(f"found no Python {version} with C headers: install it, or choose others with PYTHONS='3.11 3.12'")
+
+
+def chosen(asked: Sequence[str] | None) -> list[str]:
+    """What to build for: what was asked for, all of which must be here, or else those of `PYTHONS` that are."""
+    if asked is not None:
+        for version in asked:
+            find_python(version)  # all of them, before the first one's minutes
+        return list(asked)
+    found, missing = [], []
+    for version in PYTHONS:
+        try:
+            find_python(version)
+            found.append(version)
+        except BuildError:
+            missing.append(version)
+    if not found:
+        raise BuildError(f"found no Python of {', '.join(PYTHONS)} with C headers: install one")
+    if missing:
+        print(f"fedbpt: left out, not here with C headers: Python {', '.join(missing)}", file=sys.stderr)
+    return found
 
 
 def run(command: list[object], environment: dict[str, str] | None = None) -> None:
@@ -83,13 +103,13 @@ def build_wheel(machine: str, version: str, out: Path) -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("machine", choices=("aarch64", "x86_64"))
-    parser.add_argument("--pythons", nargs="+", default=PYTHONS, metavar="VERSION", help="default: %(default)s")
+    parser.add_argument(
+        "--pythons", nargs="+", metavar="VERSION", help=f"default: those of {' '.join(PYTHONS)} that this machine has"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder for the wheels")
     args = parser.parse_args()
     try:
-        for version in args.pythons:
-            find_python(version)  # all of them, before the first one's minutes
-        for version in args.pythons:
+        for version in chosen(args.pythons):
             for old in args.out.glob(f"fedbpt-*-cp{version.replace('.', '')}-*_{args.machine}.whl"):
                 old.unlink()
             wheel = build_wheel(args.machine, version, args.out)

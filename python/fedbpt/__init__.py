@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fedbpt.errors import FedbptError
     from fedbpt.exchange import export_prompt, import_prompt
     from fedbpt.messages import ObjectiveSpec, PromptSpec, Template
+    from fedbpt.model_check import ModelCheck, check_model
     from fedbpt.native_scorer import Gpu, NativeScorer, gpus, load_model
     from fedbpt.prompt import Prompt
     from fedbpt.results import EvaluationResult, TuneResult
@@ -32,6 +33,7 @@ _MODULES = {
     "errors": ("FedbptError",),
     "exchange": ("export_prompt", "import_prompt"),
     "messages": ("ObjectiveSpec", "PromptSpec", "Template"),
+    "model_check": ("ModelCheck", "check_model"),
     "native_scorer": ("Gpu", "NativeScorer", "gpus", "load_model"),
     "prompt": ("Prompt",),
     "results": ("EvaluationResult", "TuneResult"),
@@ -44,6 +46,7 @@ __all__ = [
     "EvaluationResult",
     "FedbptError",
     "Gpu",
+    "ModelCheck",
     "NativeScorer",
     "ObjectiveSpec",
     "Prompt",
@@ -51,6 +54,7 @@ __all__ = [
     "Task",
     "Template",
     "TuneResult",
+    "check_model",
     "errors",
     "evaluate",
     "export_prompt",

@@ -61,6 +61,9 @@ class Generator:
     def is_end(self, id: int) -> bool:
         """Whether a text ends with this token."""
 
+    def text_ids(self, text: bytes) -> NDArray[np.int32]:
+        """Token ids [n] of a text in UTF-8, its special tokens as such, with one BOS where the model wants it."""
+
     def chat_ids(self, messages: Sequence[tuple[bytes, bytes]]) -> NDArray[np.int32]:
         """Token ids [n] of (role, content) messages in the model's chat template. Raises `InputError`."""
 
@@ -109,6 +112,12 @@ class Engine:
         Log-probabilities of the K continuations, then logits.
         Raises `InputError`, `ScoringInterrupted` or what a signal handler raised.
         """
+
+    def metadata(self, key: str) -> bytes | None:
+        """What the model file says under ``key``, as text; None: nothing."""
+
+    def twin(self) -> Engine:
+        """A new one, of the same weights, with threads and buffers of its own."""
 
     def generator(self) -> Generator:
         """A new one, with a KV cache of its own."""
@@ -179,6 +188,9 @@ def try_alone(
     What comes of it is written to standard output (``src/fedbpt_native/trial.h``). Beyond the limits, 0 for none, or
     where llama.cpp asserts, the process ends.
     """
+
+def use_std_regex(use: bool) -> None:
+    """For the fork's tests: whether this thread splits texts into words as upstream does, by ``std::regex``."""
 
 class GraphTrace:
     """For the fork's tests: the nodes of each graph that a small CPU context computes, in the form of trace.h."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 
 from fedbpt.errors import ScoringInterrupted
 from fedbpt.generator import Sampling
@@ -34,10 +35,11 @@ def answer_of(
         return Answer(probabilities=tuple(pair.classify(question.text)), done=True)
     how = Sampling(question.temperature, question.top_p, seed=question.seed)
     answer = Answer()
-    for side, piece in pair.generate(question.text, how, question.max_tokens, question.stop):
-        if cancelled():
-            raise ScoringInterrupted("the answer was cancelled")
-        original, tuned = (text + piece * (side == of) for of, text in zip(SIDES, answer.texts, strict=True))
-        answer = Answer(texts=(original, tuned), n=answer.n + 1)
-        said(answer)
+    with closing(pair.generate(question.text, how, question.max_tokens, question.stop)) as pieces:
+        for side, piece in pieces:
+            if cancelled():
+                raise ScoringInterrupted("the answer was cancelled")
+            original, tuned = (text + piece * (side == of) for of, text in zip(SIDES, answer.texts, strict=True))
+            answer = Answer(texts=(original, tuned), n=answer.n + 1)
+            said(answer)
     return Answer(texts=answer.texts, n=answer.n, done=True)

@@ -5,42 +5,40 @@ A run on one machine is a federation of one device in this process: the same rou
 
 from __future__ import annotations
 
+import logging
+import os
 import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import numpy as np
 
 from fedbpt.aggregation import Aggregator, make_aggregator
-from fedbpt.clients.in_process import InProcessClient
+from fedbpt.alone import NAME, clients_of, digest_of_rows, run_alone, settings_alone
+from fedbpt.curves import curves_of
 from fedbpt.errors import ConfigError, PromptError
 from fedbpt.federation import Federation
+from fedbpt.intervals import wilson_interval
 from fedbpt.local import Device
 from fedbpt.messages import LossName, ObjectiveSpec, PromptSpec, Template
 from fedbpt.notebook import live_display
 from fedbpt.objective import Objective
 from fedbpt.prompt import Prompt, short_fingerprint
-from fedbpt.results import EvaluationResult, TuneResult, wilson_interval
-from fedbpt.runs import (
-    Evaluated,
-    Event,
-    RoundClosed,
-    RunResult,
-    RunSettings,
-    RunStarted,
-    Score,
-    TemplateSelected,
-)
+from fedbpt.results import EvaluationResult, TuneResult
+from fedbpt.runs import Event, RunResult, RunSettings, RunStarted, Score
 from fedbpt.sampling import parts_of, under
 from fedbpt.scorer import Scorer
 from fedbpt.store import RunStore
-from fedbpt.tasks import Task, to_rows
+from fedbpt.tasks import Row, Task, to_rows, word_notes
 
-DEVICE = "this-machine"
+log = logging.getLogger(__name__)
+
+POPSIZE: Final = 16
+EVALUATE_EVERY: Final = 10
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,8 @@ class Budget:
     Args:
         evaluations: candidates scored, each on one mini-batch per device.
         tokens: forward tokens, summed over devices.
-        seconds: of tuning rounds; choosing the template comes before, evaluating after.
+        seconds: of calibration, search and readout; choosing the template comes before, evaluating beside and after.
+            A generation that is not done when they are over, less the readout's share, is stopped and left out.
     """
 
     evaluations: int | None = None
@@ -74,73 +73,115 @@ def tune(
     task: Task,
     train: Any,
     dev: Any = None,
+    test: Any = None,
     *,
     budget: Budget | None = None,
     seed: int = 0,
     prompt: PromptSpec | None = None,
     objective: ObjectiveSpec | None = None,
-    popsize: int = 16,
-    evaluate_every: int = 10,
+    popsize: int = POPSIZE,
+    evaluate_every: int = EVALUATE_EVERY,
     patience: int = 0,
     restarts: int = 0,
     balanced: bool = False,
     ensemble: int = 2,
+    store: str | os.PathLike[str] | None = None,
+    run: str = "tune",
     on_event: Callable[[Event], None] = lambda _event: None,
     show: bool | None = None,
 ) -> TuneResult:
-    """Tune a soft prompt for ``task`` on this machine.
+    """Tune a soft prompt for ``task`` on this machine. Ctrl-C ends the search: the result is of what there is so far.
 
     Args:
-        scorer: the model, from `load_model`.
-        task: from `fedbpt.tasks.load`; the training rows select one of its templates.
+        scorer, task: the model, from `load_model`; the task, from `fedbpt.tasks.load`.
         train: rows to tune on: (text, label index or target text) pairs, a `datasets.Dataset` or a file.
         dev: rows to watch the accuracy on; with ``patience`` they choose, too.
+        test: rows that only report: for the result's figures and the model card's.
         budget: when to stop.
         seed: of everything random; the run's prompt seed unless ``prompt`` sets its own.
         prompt: place, length and size of the search space; None: the defaults, in the cue.
         objective: loss and mini-batch size.
-        popsize: candidates a generation, λ.
-        evaluate_every: generations between evaluations on ``dev``.
+        popsize, evaluate_every: candidates a generation, λ; generations between evaluations on ``dev``.
         patience: so many of those without a lower loss end the search, and the best mean counts; 0: never.
         restarts: so often the search begins anew from the best mean when patience runs out, instead of ending.
         balanced: weigh the rows' losses so that every label counts alike, however many rows it has.
         ensemble: so many of the task's templates does the readout average over; 1: the selected one alone.
-        on_event, show: called for each `fedbpt.runs` event; whether to show live how it goes, None: in a notebook.
+        store, run: the run database that keeps the run (None: none does), and the run's name there. Called again, it
+            goes on where it was stopped; a finished run's result is returned.
+        on_event, show: called for each `fedbpt.runs` event; whether to show how it goes.
 
     Raises:
-        DataError, TaskError, ConfigError: rows, templates or a budget that cannot work.
+        DataError, TaskError, ConfigError: rows, templates or a budget that cannot work; a stored run of other rows.
+        StoreError: of ``store``.
+        KeyboardInterrupt: Ctrl-C before the first round of the search is closed, or for the second time.
     """
-    dev_rows = [] if dev is None else to_rows(dev, task)
-    settings = RunSettings(
+    for note in word_notes(scorer, task):
+        log.warning("%s", note)
+    splits = [to_rows(train, task), *([] if given is None else to_rows(given, task) for given in (dev, test))]
+    options = {"popsize": popsize, "patience": patience, "restarts": restarts, "balanced": balanced}
+    every = evaluate_every if splits[1] else 0
+    settings = settings_for(task, budget, seed, prompt, objective, evaluate_every=every, ensemble=ensemble, **options)
+    return _tune(scorer, task, splits, settings, store, run, on_event, show)
+
+
+def settings_for(
+    task: Task,
+    budget: Budget | None = None,
+    seed: int = 0,
+    prompt: PromptSpec | None = None,
+    objective: ObjectiveSpec | None = None,
+    **options: Any,
+) -> RunSettings:
+    """Of a run on this machine; arguments as for `tune`, ``options`` are other fields of `RunSettings`."""
+    found = RunSettings(
         **(budget or Budget()).limits(),
         prompt=prompt or PromptSpec(seed=seed),
         objective=objective or ObjectiveSpec(max_text_tokens=task.max_text_tokens),
-        popsize=popsize,
         seed=seed,
-        quorum=1.0,
-        deadline_s=7 * 86400.0,  # nobody waits for a device but its owner
-        evaluate_every=evaluate_every if dev_rows else 0,
-        patience=patience,
-        restarts=restarts,
-        balanced=balanced,
-        ensemble=ensemble,
+        **{"popsize": POPSIZE, "evaluate_every": EVALUATE_EVERY, **options},
     )
-    watch = _Curves(on_event)
-    result = _run_alone(Device(DEVICE, scorer, to_rows(train, task), dev_rows, task=task), task, settings, watch, show)
-    return TuneResult(make_prompt(scorer, task, result), result, tuple(watch.losses), tuple(watch.dev))
+    return settings_alone(found)
 
 
-def _run_alone(device: Device, task: Task, settings: RunSettings, watch: _Curves, show: bool | None) -> RunResult:
-    def tell(event: Event) -> None:
-        display(event)
-        watch(event)
-
+def _tune(
+    scorer: Scorer,
+    task: Task,
+    splits: Sequence[Sequence[Row]],
+    settings: RunSettings,
+    store: str | os.PathLike[str] | None,
+    run: str,
+    on_event: Callable[[Event], None],
+    show: bool | None,
+) -> TuneResult:
     with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fedbpt-"))
-        store = stack.enter_context(RunStore(Path(folder) / "runs.db"))
-        display = stack.enter_context(live_display(show))
-        clients = [InProcessClient(device)]
-        return Federation(clients, task, settings, aggregator_for(settings), store, "tune", tell).run()
+        opened = stack.enter_context(_store_at(store))
+        tell = _told(stack.enter_context(live_display(show)), on_event)
+        client = stack.enter_context(clients_of(Device(NAME, scorer, *splits, task=task)))
+
+        def begin(settings: RunSettings) -> Federation:
+            search, rows = aggregator_for(settings), digest_of_rows(*splits)
+            return Federation([client()], task, settings, search, opened, run, tell, rows=rows)
+
+        ended = run_alone(begin, settings)
+        curves = curves_of(opened, run)
+    return TuneResult(make_prompt(scorer, task, ended.result), ended.result, *curves, ended.interrupted)
+
+
+@contextmanager
+def _store_at(path: str | os.PathLike[str] | None) -> Iterator[RunStore]:
+    """The store at ``path``; None: one that is deleted in the end."""
+    with ExitStack() as stack:
+        if path is None:
+            path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedbpt-"))) / "runs.db"
+        yield stack.enter_context(RunStore(Path(path)))
+
+
+def _told(*listeners: Callable[[Event], None]) -> Callable[[Event], None]:
+    def tell(event: Event) -> None:
+        for listener in listeners:
+            listener(event)
+
+    return tell
 
 
 def aggregator_for(settings: RunSettings) -> Aggregator:
@@ -162,8 +203,8 @@ def make_prompt(scorer: Scorer, task: Task, result: RunResult) -> Prompt:
     # one row is enough: a prompt depends on the template and the model alone
     made = Objective(scorer, result.template, task.labels, [("x", 0 if task.labels else "x")], objective, spec)
     made.readout = result.readout
-    history = _history(result)
-    return made.as_prompt(result.latent, task.name, (history,), result.others)
+    tuned_on = msgspec.structs.replace(task, max_text_tokens=objective.max_text_tokens)
+    return made.as_prompt(result.latent, tuned_on, (_history(result),), result.others)
 
 
 def _history(result: RunResult) -> dict[str, Any]:
@@ -251,24 +292,3 @@ def evaluate(
             np.concatenate([part.predictions[0] for part in parts]),
         )  # fmt: skip
     return EvaluationResult(found.n, found.correct[0], found.loss_sums[0] / found.n, found.predictions[0])
-
-
-class _Curves:
-    """Listens to a run: (evaluations, mini-batch loss), and (evaluations, development accuracy or perplexity)."""
-
-    def __init__(self, then: Callable[[Event], None]) -> None:
-        self.losses: list[tuple[int, float]] = []
-        self.dev: list[tuple[int, float]] = []
-        self._then = then
-        self._generates = False
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, RoundClosed) and event.purpose == "search":
-            self.losses.append((event.evaluations, event.loss))
-        elif isinstance(event, Evaluated):
-            figure = event.score.perplexity if self._generates else event.score.accuracy
-            self.dev.append((self.losses[-1][0] if self.losses else 0, figure))
-        elif isinstance(event, TemplateSelected):
-            self.losses.clear()
-            self._generates = not event.template.label_words
-        self._then(event)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedbpt.errors import ConfigError, FedbptError
+from fedbpt.messages import as_name
 
-NAME = "fedbpt-device"
+SERVICE = "fedbpt-device"
 _KEPT = ("FEDBPT_CACHE", "FEDBPT_CREDENTIALS", "FEDBPT_LLAMA_LOG")  # the environment that a command depends on
 
 
@@ -27,6 +28,7 @@ class Installed:
 def install(
     command: Sequence[str],
     *,
+    device: str | None = None,
     max_memory: int | None = None,
     force: bool = False,
     environment: Mapping[str, str] = os.environ,
@@ -36,6 +38,7 @@ def install(
 
     Args:
         command: program and arguments; the program by its full path.
+        device: the device's name where this machine may have several: each has a file of its own; None: the only one.
         max_memory: MiB beyond which systemd ends it; None: no limit.
         force: replace a file of other content.
         environment: ``PREFIX`` of Termux there means Termux.
@@ -46,11 +49,12 @@ def install(
         FedbptError: it cannot be written.
     """
     home = home or Path.home()
+    service = SERVICE if device is None else f"{SERVICE}-{as_name(device)}"
     kept = {name: environment[name] for name in _KEPT if name in environment}
     if "com.termux" in environment.get("PREFIX", ""):
-        path = home / ".termux/boot" / NAME
-        text = boot_script(command, Path.cwd(), kept, environment["PREFIX"])
-        log = home / f".{NAME}.log"
+        path = home / ".termux/boot" / service
+        log = home / f".{service}.log"
+        text = boot_script(command, Path.cwd(), kept, environment["PREFIX"], log.name)
         found = Installed(
             path,
             f"install the app Termux:Boot and open it once; to start now: sh {shlex.quote(str(path))} &",
@@ -58,13 +62,13 @@ def install(
             f"it logs to {log}, anew at each start",
         )
     else:
-        path = Path(environment.get("XDG_CONFIG_HOME") or home / ".config") / "systemd/user" / f"{NAME}.service"
+        path = Path(environment.get("XDG_CONFIG_HOME") or home / ".config") / "systemd/user" / f"{service}.service"
         text = systemd_unit(command, Path.cwd(), kept, max_memory)
         found = Installed(
             path,
-            f"systemctl --user daemon-reload && systemctl --user enable --now {NAME} && loginctl enable-linger",
-            f"systemctl --user disable --now {NAME}; rm {shlex.quote(str(path))}",
-            f"it logs to the journal: journalctl --user -u {NAME}",
+            f"systemctl --user daemon-reload && systemctl --user enable --now {service} && loginctl enable-linger",
+            f"systemctl --user disable --now {service}; rm {shlex.quote(str(path))}",
+            f"it logs to the journal: journalctl --user -u {service}",
         )
     _write(path, text, force)
     return found
@@ -95,14 +99,17 @@ def systemd_unit(command: Sequence[str], folder: Path, environment: Mapping[str,
     return "\n".join(lines) + "\n"
 
 
-def boot_script(command: Sequence[str], folder: Path, environment: Mapping[str, str], prefix: str) -> str:
-    """The script's text; ``prefix``: of Termux. A wake lock, or Android stops the processor with the screen off."""
+def boot_script(command: Sequence[str], folder: Path, environment: Mapping[str, str], prefix: str, log: str) -> str:
+    """The script's text; ``prefix``: of Termux; ``log``: a file's name in the home.
+
+    A wake lock, or Android stops the processor with the screen off.
+    """
     lines = [
         f"#!{prefix}/bin/sh",
         "termux-wake-lock",
         f"cd {shlex.quote(str(folder))} || exit 1",
         *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
-        f'exec nice -n 10 {shlex.join(command)} >"$HOME/.{NAME}.log" 2>&1',
+        f'exec nice -n 10 {shlex.join(command)} >"$HOME"/{shlex.quote(log)} 2>&1',
     ]
     return "\n".join(lines) + "\n"
 
@@ -117,7 +124,10 @@ def _write(path: Path, text: str, force: bool) -> None:
     content = os.fsencode(text)  # paths in it need not be UTF-8
     try:
         if path.exists() and not force and path.read_bytes() != content:
-            raise ConfigError(f"{path} is there and differs: look at it, then replace it with --force")
+            raise ConfigError(
+                f"{path} is there and differs: look at it, then replace it with --force, or give another device on this"
+                " machine a --name of its own"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:

@@ -14,6 +14,20 @@ Row: TypeAlias = tuple[str, int | str]
 """(text, label index), or (text, target text) where a task has no labels."""
 
 
+class LabelIndex(int):
+    """A label's index that knows the label's name, by which a row keeps its label where it is read again."""
+
+    name: str
+
+    def __new__(cls, index: int, name: str) -> LabelIndex:
+        made = super().__new__(cls, index)
+        made.name = name
+        return made
+
+    def __getnewargs__(self) -> tuple[int, str]:  # type: ignore[override]
+        return int(self), self.name
+
+
 def batch_indices(
     n_rows: int,
     batch_size: int,
@@ -46,4 +60,6 @@ def targets_of(rows: Sequence[Row], labels: tuple[str, ...]) -> NDArray[np.intp]
         if labels and not (isinstance(label, int | np.integer) and 0 <= label < len(labels)):
             known = f"but there are {len(labels)} labels: {', '.join(labels)}"
             raise DataError(f"row {number} has label {label!r}, {known}", public=f"row {number} has another, {known}")
+        if labels and isinstance(label, LabelIndex) and labels[label] != label.name:
+            raise DataError(f"row {number} was read for other labels than the task has: read the rows for this task")
     return np.array([label if labels else 0 for _, label in rows], dtype=np.intp)

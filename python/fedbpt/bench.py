@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 
 from fedbpt import models
 from fedbpt.energy import SYSFS, EnergyMeter
-from fedbpt.machine import Heat, board_name, cpu_name, heat
+from fedbpt.machine import Heat, board_name, cpu_name, heat, physical_cores
 from fedbpt.memory import physical_memory
 from fedbpt.messages import Placement
-from fedbpt.native_scorer import physical_cores
 from fedbpt.scorer import Plan, Scorer
 from fedbpt.version import VERSION
 

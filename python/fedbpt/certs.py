@@ -70,7 +70,7 @@ def issue(folder: Path, name: str, hosts: Sequence[str] = ()) -> Pair:
     if not isinstance(issuer_key, ec.EllipticCurvePrivateKey):
         raise ConfigError(f"{authority.key} is no key that `fedbpt certs init` made")
     key = ec.generate_private_key(ec.SECP256R1())
-    issuer = x509.load_pem_x509_certificate(authority.cert.read_bytes()).subject
+    issuer = _in_time(authority.cert).subject
     made = _builder(_name(name), issuer, key, issuer_key, CERTIFICATE_DAYS)
     made = made.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
     made = made.add_extension(_usage(authority=False), critical=True)
@@ -79,6 +79,17 @@ def issue(folder: Path, name: str, hosts: Sequence[str] = ()) -> Pair:
     names = x509.SubjectAlternativeName([_host(host) for host in hosts or (name,)])
     _write(files, made.add_extension(names, critical=False), key, issuer_key)
     return files
+
+
+def _in_time(path: Path) -> x509.Certificate:
+    """The authority's certificate. Raises `ConfigError` where this machine's clock says that it is not valid now."""
+    found, now = x509.load_pem_x509_certificate(path.read_bytes()), datetime.datetime.now(datetime.timezone.utc)
+    if not found.not_valid_before_utc <= now <= found.not_valid_after_utc:
+        raise ConfigError(
+            f"{path} is valid from {found.not_valid_before_utc:%Y-%m-%d} to {found.not_valid_after_utc:%Y-%m-%d}, and "
+            f"this machine's clock says {now:%Y-%m-%d}: set the clock if that is wrong, else make another authority"
+        )
+    return found
 
 
 def _new(folder: Path, name: str) -> Pair:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 from abc import ABC, abstractmethod
@@ -28,6 +29,7 @@ class Database(ABC):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._lock = threading.RLock()
+        self._process = os.getpid()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(self.path, timeout=10.0, isolation_level=None, check_same_thread=False)
@@ -57,9 +59,15 @@ class Database(ABC):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r})"
 
+    def _check_process(self) -> None:
+        """SQLite's locks are a process's own: two that share a connection damage the file."""
+        if self._process != os.getpid():
+            raise StoreError(f"the {self.WHAT} {self.path} was opened before this process was forked: open it here")
+
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """All of what is written inside, or nothing."""
+        self._check_process()
         with self._lock:
             try:
                 self._db.execute("BEGIN IMMEDIATE")
@@ -74,6 +82,7 @@ class Database(ABC):
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
+        self._check_process()
         with self._lock:
             try:
                 yield self._db

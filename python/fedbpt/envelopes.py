@@ -50,7 +50,7 @@ class Poll(Message, frozen=True):
     """Ask for work. ``holding``: requests that were handed over and are not answered yet."""
 
     holding: Annotated[tuple[RequestId, ...], msgspec.Meta(max_length=MAX_HELD)] = ()
-    wait_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # how long to hold the poll open while there is nothing
+    wait_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 0.0  # how long to hold the poll open while there is nothing
     protocol: Literal[1] = 1
 
 

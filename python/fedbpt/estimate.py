@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -16,8 +18,6 @@ from fedbpt.aggregation.base import Aggregator
 from fedbpt.aggregation.readout import EXCHANGES, ReadoutFit
 from fedbpt.bench import Measurement, Projection
 from fedbpt.errors import ConfigError
-from fedbpt.ledger import epsilon_of
-from fedbpt.membership import FederatedTask
 from fedbpt.messages import (
     Array,
     DeviceInfo,
@@ -33,6 +33,7 @@ from fedbpt.messages import (
     Work,
 )
 from fedbpt.runs import RunSettings
+from fedbpt.tasks import Task
 
 TEMPLATE_TOKENS = 12
 """What a template adds to a text, head and cue; ours add 2 to 6."""
@@ -41,11 +42,52 @@ TEMPLATE_TOKENS = 12
 _NO_DEADLINE_S = 1e9
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """Forward tokens: those of texts and prompts, and those of label words beyond the first of each."""
+
+    texts: int
+    words: int = 0
+
+    def __add__(self, other: Tokens) -> Tokens:
+        return Tokens(self.texts + other.texts, self.words + other.words)
+
+    def __mul__(self, times: int) -> Tokens:
+        return Tokens(self.texts * times, self.words * times)
+
+    @property
+    def total(self) -> int:
+        return self.texts + self.words
+
+    def seconds(self, info: DeviceInfo) -> float | None:
+        """How long they take the device; None: it does not say how fast it is."""
+        if not info.tokens_per_second:
+            return None
+        of_words = info.word_tokens_per_second or info.tokens_per_second
+        return self.texts / info.tokens_per_second + self.words / of_words
+
+
+class Parts(NamedTuple):
+    """What a run costs one device: choosing the template, the texts once with the fits, a round of the search, and the
+    texts under the readout's other templates. ``fit``: of ``texts``, one fit.
+    """
+
+    select: Tokens
+    texts: Tokens
+    round: Tokens
+    others: Tokens
+    fit: Tokens
+
+    def whole(self, rounds: int) -> Tokens:
+        return self.select + self.texts + self.round * rounds + self.others
+
+
 class DeviceCost(msgspec.Struct, frozen=True, kw_only=True):
     """At most so much on one device. ``seconds`` None: nobody knows how fast it is. Evaluations are not in it.
 
     ``select``, ``texts``, ``round`` and ``others`` are forward tokens: choosing the template, the texts' own once where
-    their KV is kept, a round of the search, and the texts under the readout's other templates.
+    their KV is kept, a round of the search, and the texts under the readout's other templates. ``words``: what the
+    dearest template's label words add to a candidate's cost of a text; None: the device does not say, 0 was taken.
     """
 
     name: str
@@ -58,6 +100,7 @@ class DeviceCost(msgspec.Struct, frozen=True, kw_only=True):
     texts: int
     round: int
     others: int
+    words: int | None
 
 
 class RunCost(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,9 +115,7 @@ class RunCost(msgspec.Struct, frozen=True, kw_only=True):
     epsilon: float | None = None
 
 
-def estimate(
-    settings: RunSettings, task: FederatedTask, infos: Sequence[DeviceInfo], aggregator: Aggregator
-) -> RunCost:
+def estimate(settings: RunSettings, task: Task, infos: Sequence[DeviceInfo], aggregator: Aggregator) -> RunCost:
     """The costs of a run over ``infos``; ``aggregator`` is fresh from the same settings.
 
     Raises:
@@ -83,22 +124,22 @@ def estimate(
     """
     settings = settings.for_labels(task.labels)
     local = settings.method != "pooled"
-    parts = [_tokens(settings, task.templates, info) for info in infos]
+    parts = [tokens_of(settings, task.templates, info) for info in infos]
     per_round = settings.popsize * settings.iterations + 1 if local else settings.popsize
     rounds = _rounds(settings, infos, parts, per_round)
     _check_deadline(settings, infos, parts)
     up, down = _bytes(settings, task, rounds, aggregator)
     devices = []
-    for info, (select, texts, each, others) in zip(infos, parts, strict=True):
-        tokens = select + texts + rounds * each + others
-        speed = info.tokens_per_second
+    for info, part in zip(infos, parts, strict=True):
+        whole = part.whole(rounds)
         devices.append(
             DeviceCost(
-                name=info.name, tokens=tokens, seconds=tokens / speed if speed else None, bytes_up=up, bytes_down=down,
-                rss_bytes=info.rss_bytes, select=select, texts=texts, round=each, others=others,
+                name=info.name, tokens=whole.total, seconds=whole.seconds(info), bytes_up=up, bytes_down=down,
+                rss_bytes=info.rss_bytes, select=part.select.total, texts=part.texts.total, round=part.round.total,
+                others=part.others.total, words=_dearest_words(task.templates, info),
             )
         )  # fmt: skip
-    spent = epsilon_of(settings, len(task.templates), min(info.n_train for info in infos), rounds)
+    spent = settings.epsilon(len(task.templates), min(info.n_train for info in infos), rounds)
     return RunCost(rounds=rounds, evaluations=rounds * per_round, devices=tuple(devices), epsilon=spent)
 
 
@@ -113,7 +154,7 @@ def spent_share(settings: RunSettings, searched: int, evaluations: int, tokens: 
     return min(1.0, max(done / limit for done, limit in spent if limit))
 
 
-def project(found: Measurement, task: FederatedTask, rows: int = 128) -> Projection:
+def project(found: Measurement, task: Task, rows: int = 128) -> Projection:
     """What tuning with the default settings would take of the machine that was measured, alone with ``rows`` rows."""
     settings = RunSettings(deadline_s=_NO_DEADLINE_S)
     info = DeviceInfo(
@@ -133,36 +174,61 @@ def project(found: Measurement, task: FederatedTask, rows: int = 128) -> Project
     )  # fmt: skip
 
 
-def _tokens(settings: RunSettings, templates: Sequence[Template], info: DeviceInfo) -> tuple[int, int, int, int]:
-    """(choosing the template, the texts once, a search's round, the readout's other templates) on a device."""
+def tokens_of(settings: RunSettings, templates: Sequence[Template], info: DeviceInfo) -> Parts:
+    """At most so many forward tokens on a device; settings as `RunSettings.for_labels` has them."""
     objective, prompt, n_rows, n_templates = settings.objective, settings.prompt, info.n_train, len(templates)
     text = objective.max_text_tokens + TEMPLATE_TOKENS
     target = objective.max_text_tokens if objective.loss == "nll" else 0
+    words = _dearest_words(templates, info) or 0
     alike = len({template.pattern.partition("{text}")[0] for template in templates}) == 1
     # under one more template a text that begins as before costs its end alone
     again = TEMPLATE_TOKENS if info.shares_beginnings and prompt.placement == "cue" and alike else text
     selected = min(settings.select_rows or n_rows, n_rows) if n_templates > 1 else int(settings.balanced)
-    select = selected * (text + again * (n_templates - 1) + target * n_templates)
+    select = Tokens(text + again * (n_templates - 1) + target * n_templates, words * n_templates) * selected
     batch = min(objective.batch_size or n_rows, n_rows)
     cue = prompt.placement == "cue"
-    a_text = target + (prompt.n_prompt if cue else text)  # for one candidate; in front all texts share the prompt's KV
-    a_candidate = batch * a_text + (0 if cue else prompt.n_prompt)
+    # for one candidate; in front all texts share the prompt's KV
+    a_text = Tokens(target + (prompt.n_prompt if cue else text), words)
+    a_candidate = a_text * batch + Tokens(0 if cue else prompt.n_prompt)
     if objective.perturb > 0:
-        a_candidate += batch * (text + prompt.n_prompt)
+        a_candidate += Tokens(text + prompt.n_prompt, words) * batch
     if settings.method == "pooled":
-        each = settings.popsize * a_candidate
+        each = a_candidate * settings.popsize
     else:  # and the mean on all rows
-        each = settings.popsize * settings.iterations * a_candidate + n_rows * a_text
+        each = a_candidate * (settings.popsize * settings.iterations) + a_text * n_rows
     fits = settings.calibrate or objective.readout_words > 0
     fitted = min(settings.fit_rows or n_rows, n_rows) if fits else 0
-    texts = (n_rows * text if cue else 0) + 2 * fitted * (prompt.n_prompt if cue else prompt.n_prompt + text)
-    others = (min(settings.ensemble, n_templates) - 1) * fitted * again if objective.readout_words else 0
-    return select, texts, each, others
+    a_fit = Tokens(prompt.n_prompt if cue else prompt.n_prompt + text, words) * fitted
+    texts = Tokens(n_rows * text if cue else 0) + a_fit * 2
+    n_others = min(settings.ensemble, n_templates) - 1 if objective.readout_words else 0
+    return Parts(select, texts, each, Tokens(again, words) * (n_others * fitted), a_fit)
 
 
-def _rounds(
-    settings: RunSettings, infos: Sequence[DeviceInfo], parts: Sequence[tuple[int, int, int, int]], evaluations: int
-) -> int:
+def readout_tokens(
+    settings: RunSettings, templates: Sequence[Template], infos: Sequence[DeviceInfo], calibrated: int
+) -> float:
+    """Forward tokens that the readout's fit is to cost the device that it costs most.
+
+    ``calibrated``: what calibration has cost all of them, which tells how long texts are; 0: at most, then.
+    """
+    if not settings.objective.readout_words:
+        return 0.0
+    parts = [tokens_of(settings, templates, info) for info in infos]
+    at_most = sum(part.texts.total - part.fit.total for part in parts)
+    share = min(1.0, calibrated / at_most) if calibrated and at_most else 1.0
+    return share * max((part.fit.total + part.others.total for part in parts), default=0)
+
+
+def _dearest_words(templates: Sequence[Template], info: DeviceInfo) -> int | None:
+    """Most tokens that a template's label words add to a candidate's cost of a text; None: the device does not say."""
+    if not any(template.label_words for template in templates):
+        return 0
+    known = [info.word_tokens.get(wire.digest(template)) for template in templates]
+    found = [tokens for tokens in known if tokens is not None]
+    return max(found) if len(found) == len(known) else None
+
+
+def _rounds(settings: RunSettings, infos: Sequence[DeviceInfo], parts: Sequence[Parts], evaluations: int) -> int:
     """Rounds until the first limit. Each limit must leave room for one."""
     limits = []
     if settings.rounds:
@@ -170,18 +236,19 @@ def _rounds(
     if settings.evaluations:
         limits.append(math.ceil(settings.evaluations / evaluations))
     if settings.tokens:
-        before, each = sum(texts for _, texts, _, _ in parts), sum(each for _, _, each, _ in parts)
+        before, each = sum(part.texts.total for part in parts), sum(part.round.total for part in parts)
         if settings.tokens < before + each:
             raise ConfigError(
                 f"tokens = {settings.tokens} may be spent before the first round of the search: "
                 f"give at least {before + each}"
             )
         limits.append((settings.tokens - before) // each)
-    speeds = [info.tokens_per_second for info in infos]
-    if settings.seconds and all(speeds):
+    if settings.seconds and all(info.tokens_per_second for info in infos):
         # every round waits for the slowest
-        first = max(texts / speed for (_, texts, _, _), speed in zip(parts, speeds, strict=True) if speed)
-        then = max(each / speed for (_, _, each, _), speed in zip(parts, speeds, strict=True) if speed)
+        first, then = (
+            max(tokens.seconds(info) or 0.0 for tokens, info in zip(which, infos, strict=True))
+            for which in ([part.texts for part in parts], [part.round for part in parts])
+        )
         if settings.seconds < first + then:
             raise ConfigError(
                 f"seconds = {settings.seconds:g} may be over before the first round of the search: "
@@ -193,19 +260,18 @@ def _rounds(
     return min(limits)
 
 
-def _check_deadline(
-    settings: RunSettings, infos: Sequence[DeviceInfo], parts: Sequence[tuple[int, int, int, int]]
-) -> None:
-    for info, longest in zip(infos, (max(part) for part in parts), strict=True):
-        if info.tokens_per_second and longest / info.tokens_per_second > settings.deadline_s:
-            needed = math.ceil(longest / info.tokens_per_second)
+def _check_deadline(settings: RunSettings, infos: Sequence[DeviceInfo], parts: Sequence[Parts]) -> None:
+    for info, part in zip(infos, parts, strict=True):
+        longest = max(tokens.seconds(info) or 0.0 for tokens in part)
+        if longest > settings.deadline_s:
+            needed = math.ceil(longest)
             raise ConfigError(
                 f"deadline_s = {settings.deadline_s:g} is too short for {info.name}, which may need {needed} s "
                 f"for a round ({info.tokens_per_second:.0f} tokens/s): give at least {needed}"
             )
 
 
-def _bytes(settings: RunSettings, task: FederatedTask, rounds: int, aggregator: Aggregator) -> tuple[int, int]:
+def _bytes(settings: RunSettings, task: Task, rounds: int, aggregator: Aggregator) -> tuple[int, int]:
     """(up, down) of the bodies of a device's rounds, from messages of the sizes that will be sent."""
     n_labels, zero = len(task.labels), np.zeros(settings.prompt.d)
     work = aggregator.work(1)
@@ -237,7 +303,7 @@ def _fit_work(latent: np.ndarray, n_words: int, n_labels: int, others: tuple[Tem
     return msgspec.structs.replace(fit.work(), readout=fit.readout)
 
 
-def _plan(settings: RunSettings, task: FederatedTask, work: Work) -> RoundPlan:
+def _plan(settings: RunSettings, task: Task, work: Work) -> RoundPlan:
     return RoundPlan(
         run="run", round=100, device="device", seed=settings.seed, model_fingerprint="sha256:" + 64 * "0",
         task=task.identity, labels=task.labels, template=task.templates[0], prompt=settings.prompt,

@@ -21,29 +21,24 @@ from fedbpt.aggregation.base import Aggregator
 from fedbpt.clients.base import DeviceClient
 from fedbpt.control import RunControl, Wish
 from fedbpt.errors import ConfigError, FederationError, QuorumError, StoreError
+from fedbpt.estimate import readout_tokens
 from fedbpt.event_loop import run_to_end
 from fedbpt.fleet import Fleet
 from fedbpt.ledger import SELECTION, RunLedger
-from fedbpt.members import Draft, Listener, check_names, common_model
-from fedbpt.membership import FederatedTask
+from fedbpt.members import Draft, check_names, common_model, describe_absent
 from fedbpt.messages import (
-    DeviceInfo,
     EvaluateReport,
     FitPurpose,
-    RoundProgress,
-    RoundReport,
 )
 from fedbpt.outcome import make_result
 from fedbpt.pace import Pace
 from fedbpt.privacy import require_accountant
+from fedbpt.reports import evaluation_loss
+from fedbpt.run_listener import listener_for
 from fedbpt.runs import (
     NO_SCORE,
-    DeviceBack,
-    DeviceLost,
     Evaluated,
     EventCallback,
-    LateReport,
-    Progressed,
     RoundClosed,
     RoundPurpose,
     RunFinished,
@@ -56,6 +51,8 @@ from fedbpt.runs import (
 )
 from fedbpt.seeding import generator
 from fedbpt.store import RunStore, Traffic
+from fedbpt.tasks import Task
+from fedbpt.vetting import vet
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +61,9 @@ EVALUATION_DEADLINES: Final = 10
 
 SETTLE_S: Final = 5.0
 """How long the final evaluation waits for devices to be live again."""
+
+FIRST_ROUNDS_S: Final = 1.0
+"""What a round of calibration and the first generation may take, however small the budget in seconds is."""
 
 LOOK_S: Final = 0.1
 """Between two looks whether a paused run may go on."""
@@ -80,7 +80,9 @@ class Federation:
         store: where rounds are committed. A run of this name in it is resumed; a finished one is returned as it is.
         run: the run's name, letters, digits and ``._-``.
         on_event: called for each `fedbpt.runs` event, from the loop's thread.
+        fresh: forget a stored run of this name as soon as this one has closed a round; it is not resumed.
         control: by which people pause, resume and stop the run, and change its deadline; None: nobody does.
+        rows: digest of all rows where the coordinator has them itself: a stored run of other rows is refused.
 
     Raises:
         ConfigError: names that clash or cannot be used, too few devices for the method.
@@ -90,13 +92,15 @@ class Federation:
     def __init__(
         self,
         clients: Sequence[DeviceClient],
-        task: FederatedTask,
+        task: Task,
         settings: RunSettings,
         aggregator: Aggregator,
         store: RunStore,
         run: str,
         on_event: EventCallback = lambda _event: None,
         control: RunControl | None = None,
+        fresh: bool = False,
+        rows: str = "",
     ) -> None:
         check_names([run], "run")
         if settings.privacy is not None:
@@ -113,8 +117,9 @@ class Federation:
         self._store = store
         self._emit = on_event
         self._control = control or RunControl()
+        self._fresh = fresh
         self._wish = Wish()
-        self._ledger = RunLedger(store, run, task, settings, aggregator)
+        self._ledger = RunLedger(store, run, task, settings, aggregator, rows)
         self._fleet: Fleet | None = None
 
     def run(self) -> RunResult:
@@ -128,15 +133,23 @@ class Federation:
         """
         return run_to_end(self.run_async)
 
+    @property
+    def searched(self) -> int:
+        """Closed rounds of the search."""
+        return self._ledger.searched
+
     async def run_async(self) -> RunResult:
         """`run`, for callers with a loop of their own. A federation runs once."""
         if self._fleet is not None:
             raise FederationError("a federation runs once: make another, with a fresh aggregator, to resume")
-        if (result := self._ledger.finished()) is not None:
+        self._store.restore(self.run_name)  # a fresh start that was killed before its first round
+        if not self._fresh and (result := self._ledger.finished()) is not None:
             self._emit(RunFinished(result=result))
             return result
         began = time.monotonic()
-        self._fleet = fleet = Fleet(self._clients, self.task.identity, self._listener(), Pace(self.settings.stragglers))
+        self._fleet = fleet = Fleet(
+            self._clients, self.task.identity, listener_for(self._ledger, self._emit), Pace(self.settings.stragglers)
+        )
         try:
             result = await self._control.unless_stopped(self._sitting(fleet, began))
         except BaseException:
@@ -151,7 +164,7 @@ class Federation:
         await self._connect(fleet)
         await self._select(fleet)
         await self._tune(fleet)
-        if self.settings.objective.readout_words:
+        if self.settings.objective.readout_words and self._ledger.spending.seconds_left(self.settings.seconds) > 0:
             await self._fit(fleet, "readout")
         return await self._finish(fleet, began)
 
@@ -163,10 +176,12 @@ class Federation:
             with_task = " with the run's task" if any(map(fleet.unfit, fleet.members.values())) else ""
             raise QuorumError(
                 f"{len(infos)} of {len(self._clients)} devices answer{with_task}, {self._needed} are needed"
-                f"{fleet.missing()}"
+                f"{describe_absent(fleet.members.values())}"
             )
         model = common_model(infos)
         ledger = self._ledger
+        if self._fresh:
+            self._store.set_aside(self.run_name)
         ledger.open(model, list(self._clients))
         fleet.round = ledger.closed + 1
         members = fleet.members.values()
@@ -195,8 +210,11 @@ class Federation:
         elif ledger.closed < SELECTION:
             await self._round(fleet, SELECTION, "selection")
         self._emit(
-            TemplateSelected(template=ledger.template, index=ledger.template_index, losses=ledger.template_losses)
-        )
+            TemplateSelected(
+                template=ledger.template, index=ledger.template_index, losses=ledger.template_losses,
+                candidates=ledger.candidates,
+            )
+        )  # fmt: skip
         if self.settings.evaluate_every and "dev_loss" not in ledger.metrics(SELECTION):
             await self._evaluate_live(fleet, SELECTION)
 
@@ -209,13 +227,16 @@ class Federation:
         while True:
             if every and ledger.searched > ledger.judged and ledger.searched % every == 0:
                 await self._evaluate_live(fleet, ledger.closed)
-            if ledger.spent():
+            if ledger.spent(self._readout_s(fleet)) or not await self._round(fleet, ledger.closed + 1, "search"):
                 break
-            await self._round(fleet, ledger.closed + 1, "search")
+        if not ledger.searched:
+            log.warning("run %s: the budget was spent before the first generation was done", self.run_name)
 
     async def _fit(self, fleet: Fleet, purpose: FitPurpose) -> None:
         while not self._ledger.fit(purpose).done:
-            await self._round(fleet, self._ledger.closed + 1, purpose)
+            if not await self._round(fleet, self._ledger.closed + 1, purpose):
+                del self._ledger.fits[purpose]
+                return
 
     def _quorum_of(self, n_devices: int) -> int:
         return max(math.ceil(self.settings.quorum * n_devices), self._min_reports)
@@ -240,22 +261,48 @@ class Federation:
                 return
             await asyncio.sleep(LOOK_S)
 
-    async def _round(self, fleet: Fleet, round: int, purpose: RoundPurpose) -> None:
+    def _readout_s(self, fleet: Fleet) -> float:
+        """How long the readout's fit is to take at the pace so far: a budget in seconds holds with it."""
+        spending = self._ledger.spending
+        rate = spending.tokens_per_second(max(len(self._ledger.reports), 1))
+        infos = [member.info for member in fleet.members.values() if member.info and not fleet.unfit(member)]
+        calibrated = spending.tokens_for["calibration"]
+        return readout_tokens(self.settings, self.task.templates, infos, calibrated) / rate if rate else 0.0
+
+    def _seconds_left(self, fleet: Fleet, purpose: RoundPurpose) -> float:
+        """After how long a round is stopped and left out; the readout, which has its share, is not."""
+        if purpose in ("selection", "readout"):
+            return math.inf
+        left = self._ledger.spending.seconds_left(self.settings.seconds) - self._readout_s(fleet)
+        return left if self._ledger.searched else max(left, FIRST_ROUNDS_S)
+
+    async def _round(self, fleet: Fleet, round: int, purpose: RoundPurpose) -> bool:
+        """Whether it counts: the budget in seconds was not over before."""
         await self._await_turn()
         began = time.monotonic()
         ledger = self._ledger
         work = ledger.work(round, purpose)
         work_digest = wire.digest(work)  # before the update: what the work is made of changes then
         draft = self._draft(round, purpose)
+        needed = self._needed if draft is None else self._quorum_of(draft.wanted)
+        deadline_s = self._wish.deadline_s or self.settings.deadline_s
         reports = await fleet.run_round(
             round,
             lambda device: ledger.plan(round, device, work),
-            self._needed if draft is None else self._quorum_of(draft.wanted),
-            self._wish.deadline_s or self.settings.deadline_s,
+            needed,
+            deadline_s,
             purpose,
             draft,
             ledger.aggregator.history() if purpose == "search" else None,
+            self._seconds_left(fleet, purpose),
         )
+        if not reports:
+            log.info("run %s: the budget ended within round %d (%s): it is left out", self.run_name, round, purpose)
+            ledger.leave_out(round, time.monotonic() - began)
+            return False
+        reports, refused = vet(ledger, round, reports)
+        fleet.refuse(refused)
+        fleet.require_quorum(len(reports), needed, deadline_s)
         costs = self._costs(fleet)
         loss = ledger.commit(round, work_digest, reports, time.monotonic() - began, costs)
         reported = tuple(report.device for report in reports)
@@ -268,13 +315,14 @@ class Federation:
                 missing=tuple(name for name in self._clients if name not in reported),
                 loss=loss,
                 evaluations=ledger.aggregator.evaluations,
-                tokens=ledger.tokens,
-                seconds=ledger.seconds,
+                tokens=ledger.spending.tokens,
+                seconds=ledger.spending.seconds,
                 bytes_up=sum(cost.bytes_up for cost in costs.values()),
                 bytes_down=sum(cost.bytes_down for cost in costs.values()),
                 epsilon=ledger.spent_epsilon,
             )
         )
+        return True
 
     # --- evaluation ----------------------------------------------------------------------------------------------
 
@@ -289,12 +337,13 @@ class Federation:
             return
         score = sum((Score.of(report, 0) for report in reports.values()), NO_SCORE)
         figure = "accuracy" if self.task.labels else "perplexity"
-        figures = {f"dev_{figure}": getattr(score, figure), "dev_loss": score.loss, "dev_n": float(score.n)}
+        loss = evaluation_loss(list(reports.values()), self.settings.row_cap)
+        figures = {f"dev_{figure}": getattr(score, figure), "dev_loss": loss, "dev_n": float(score.n)}
         for device, report in reports.items():
             of_device = Score.of(report, 0)
             figures |= {f"dev_{figure}/{device}": getattr(of_device, figure), f"dev_loss/{device}": of_device.loss}
         self._store.record_metrics(self.run_name, round, figures)
-        ledger.judge(score.loss)
+        ledger.judge(loss)
         self._emit(Evaluated(round=round, score=score, devices=tuple(reports)))
 
     async def _evaluate_final(self, fleet: Fleet) -> dict[str, EvaluateReport]:
@@ -312,7 +361,7 @@ class Federation:
         has_rows = any(member.info and member.info.n_test for member in able)
         if not reports and has_rows:
             raise FederationError(
-                f"tuned, but no device could evaluate the result{fleet.missing()};"
+                f"tuned, but no device could evaluate the result{describe_absent(fleet.members.values())};"
                 " start the same run again to resume it"
             )
         return reports
@@ -336,10 +385,10 @@ class Federation:
     async def _stop(self, fleet: Fleet) -> None:
         """The run ends early: tell the devices, and leave a store to resume from."""
         await fleet.cancel_rounds(self.run_name)
-        if not self._ledger.is_open:
-            return
         try:
-            self._store.set_status(self.run_name, "stopped", traffic=self._costs(fleet))
+            if self._ledger.is_open:
+                self._store.set_status(self.run_name, "stopped", traffic=self._costs(fleet))
+            self._store.restore(self.run_name)
         except StoreError as error:
             log.warning("%s", error)  # what ended the run is the error to show
 
@@ -355,29 +404,3 @@ class Federation:
                 max(before.peak_rss_bytes, member.peak_rss_bytes),
             )
         return costs
-
-    def _listener(self) -> Listener:
-        return Listener(
-            lost=self._on_lost, back=self._on_back, late=self._on_late, progress=self._on_progress, met=self._on_met
-        )
-
-    def _on_lost(self, device: str, round: int, reason: str) -> None:
-        self._emit(DeviceLost(device=device, round=round, reason=reason))
-        if self._ledger.is_open:
-            self._store.record_losses(self.run_name, round, {device: reason})
-
-    def _on_back(self, device: str, round: int) -> None:
-        self._emit(DeviceBack(device=device, round=round))
-
-    def _on_late(self, report: RoundReport) -> None:
-        self._store.record_late(self.run_name, report)
-        self._emit(LateReport(device=report.device, round=report.round))
-
-    def _on_progress(self, device: str, where: RoundProgress) -> None:
-        self._emit(
-            Progressed(device=device, round=where.round, done=where.done, total=where.total, paused=where.paused)
-        )
-
-    def _on_met(self, device: str, info: DeviceInfo) -> None:
-        if self._ledger.is_open:
-            self._store.record_devices(self.run_name, {device: info})

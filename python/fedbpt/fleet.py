@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from typing import Any, Final
@@ -79,9 +80,7 @@ class Fleet:
     # --- membership ----------------------------------------------------------------------------------------------
 
     async def connect(self) -> list[DeviceInfo]:
-        """Ask every device who it is; those that do not answer, or have another task, are lost. Returns the others'
-        infos.
-        """
+        """Ask every device who it is; who does not answer, or has another task, is lost. Returns the others' infos."""
 
         turns = Turns(GREETED_AT_ONCE)
 
@@ -168,6 +167,7 @@ class Fleet:
         kind: str = "",
         draft: Draft | None = None,
         history: SearchHistory | None = None,
+        budget_s: float = math.inf,
     ) -> list[RoundReport]:
         """Reports of one round, sorted by device. Ends when all that were asked have answered, or at the deadline.
 
@@ -179,13 +179,15 @@ class Fleet:
                 are ``needed`` reports.
             draft: whom to ask, and how many reports end the round; None: all live devices.
             history: of the search that the round belongs to, where there is one.
+            budget_s: when the run has spent its time: without ``needed`` reports the devices are then stopped, and
+                there are none.
 
         Raises:
             QuorumError: fewer than ``needed`` reports at the deadline; lost devices may come back until then.
         """
         everybody = Draft(tuple(self.members), len(self.members), len(self.members))
         now = asyncio.get_running_loop().time()
-        current = OpenRound(round, kind, draft or everybody, needed, deadline_s, now, history)
+        current = OpenRound(round, kind, draft or everybody, needed, deadline_s, now, budget_s, history)
         self.round = round
         try:
             while True:
@@ -230,7 +232,7 @@ class Fleet:
         working, enough = current.working.values(), len(current.reports) >= current.needed
         if len(current.reports) >= current.draft.wanted or (not working and (enough or not self._may_reach(current))):
             return 0.0
-        now, end = asyncio.get_running_loop().time(), current.began + current.deadline_s
+        now, end = asyncio.get_running_loop().time(), current.began + current.limit_s
         if enough:  # nobody waits for stragglers
             end = min(end, max(current.since[m.name] + self._pace.limit(m.name, current.kind) for m in working))
         return end - now
@@ -268,9 +270,10 @@ class Fleet:
 
     def _close_round(self, current: OpenRound) -> None:
         reported, took = len(current.reports), asyncio.get_running_loop().time() - current.began
+        spent = took >= current.budget_s
         for task, member in list(current.working.items()):
             del current.working[task]
-            if reported >= current.draft.wanted:  # asked for safety alone
+            if spent or reported >= current.draft.wanted:  # or asked for safety alone
                 task.cancel()
                 self._spawn(self._cancel([(member, key) for key in member.sent]))
                 continue
@@ -278,12 +281,23 @@ class Fleet:
             member.reason = f"round {current.number} was not done after {min(took, current.deadline_s):.3g} s"
             self._listener.lost(member.name, current.number, member.reason)
             self._spawn(self._await_late(task, member))
-        if reported < current.needed:
+        if reported < current.needed and spent:
+            current.reports.clear()
+            return
+        self.require_quorum(reported, current.needed, current.deadline_s)
+
+    def require_quorum(self, reported: int, needed: int, deadline_s: float) -> None:
+        """Raises `QuorumError` where fewer than ``needed`` have reported in the current round."""
+        if reported < needed:
             raise QuorumError(
-                f"round {current.number}: {reported} of {len(self.members)} devices reported"
-                f" (deadline {current.deadline_s:g} s), {current.needed} are needed{self.missing()};"
-                " start the same run again to resume it"
+                f"round {self.round}: {reported} of {len(self.members)} devices reported (deadline {deadline_s:g} s),"
+                f" {needed} are needed{self.missing()}; start the same run again to resume it"
             )
+
+    def refuse(self, reasons: Mapping[str, str]) -> None:
+        """Lose the devices in ``reasons``, whose reports cannot be used, until they answer again."""
+        for name, reason in reasons.items():
+            self._lose(self.members[name], reason)
 
     def missing(self) -> str:
         """`` (a: why; b: why)`` of the devices that do not count now, or nothing."""
@@ -334,14 +348,14 @@ class Fleet:
     async def evaluate(self, request: EvaluateRequest, timeout_s: float) -> dict[str, EvaluateReport]:
         """Reports of the live devices that have such rows and answer in time, by name; the others are lost."""
         self._check_background()
-        members = [member for member in self.live if member.has_rows(request)]
+        members = [member for member in self.live if member.n_rows(request)]
         answers = await asyncio.gather(*(self._evaluate(member, request, timeout_s) for member in members))
         return {m.name: answer for m, answer in zip(members, answers, strict=True) if answer is not None}
 
     async def _evaluate(self, member: Member, request: EvaluateRequest, timeout_s: float) -> EvaluateReport | None:
         try:
             report = await member.client.evaluate(request, timeout_s)
-            check_evaluation(report, request)
+            check_evaluation(report, request, member.n_rows(request))
         except (DeviceError, WireError) as error:
             self._lose(member, f"evaluation: {error}")
             return None

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, TypeAlias
+from dataclasses import replace
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbpt.errors import InputError
-from fedbpt.generator import Generator, Placed, Sampling, TextModel, Token
+from fedbpt.errors import InputError, ScoringInterrupted
+from fedbpt.generator import SEEDS, Generator, Placed, Sampling, TextModel, Token, TokenStream
 from fedbpt.messages import PromptPlace, Template
 from fedbpt.pieces import TextPieces
+from fedbpt.seeding import derive_seed
 from fedbpt.tasks.task import bos_ids, render_ids
 
 FinishReason: TypeAlias = Literal["stop", "length"]
+
+SLICE: Final = 32
+"""Tokens after which a text may be paused."""
 
 
 class Piece(NamedTuple):
@@ -26,6 +31,9 @@ class Piece(NamedTuple):
 
 class Generation:
     """A text as it is generated: iterate over its pieces. `cancel` ends it from any thread.
+
+    A generator goes on with few texts at a time. This one's place is given back at the end of the text, where it fails,
+    and by `close`, which a context manager calls; until then it is held, except after `pause`.
 
     Args:
         generator: of the model.
@@ -50,52 +58,110 @@ class Generation:
     ) -> None:
         if max_tokens is not None and max_tokens < 1:
             raise InputError(f"max_tokens must be at least 1, got {max_tokens}")
-        self._generator = generator
-        self._stream = generator.open(placed, sampling or Sampling())
         self.n_prompt = len(placed.ids)
         """Tokens that the model reads."""
-        self.n_tokens = 0
-        """Tokens generated so far, without the one that ends the text."""
         self.finish_reason: FinishReason | None = None
         """``stop``: the model ended its text, or a stop string came; ``length``: there was no room for more."""
         room = generator.n_ctx - self.n_prompt
         self._most = room if max_tokens is None else min(max_tokens, room)
+        self._generator, self._placed, self._sampling = generator, placed, sampling or Sampling()
         self._n_likeliest = n_likeliest
         self._text = TextPieces(stop)
-        self._pieces = self._generate()
+        self._ids: list[int] = []
+        self._slice = 0
+        self._cancelled = self._closed = False
+        self._stream: TokenStream | None = self._open()
+        self.n_reused = self._stream.n_reused
+        """Tokens of ``n_prompt`` whose KV was there already."""
 
     @property
-    def n_reused(self) -> int:
-        """Tokens of ``n_prompt`` whose KV was there already."""
-        return self._stream.n_reused
+    def n_tokens(self) -> int:
+        """Tokens generated so far, without the one that ends the text."""
+        return len(self._ids)
 
     def cancel(self) -> None:
         """From any thread: the next piece raises `ScoringInterrupted`."""
-        self._stream.cancel()
+        self._cancelled = True
+        stream = self._stream
+        if stream is not None:
+            stream.cancel()
+
+    def pause(self) -> None:
+        """Give the place back until the next piece is asked for. Call it after a multiple of `SLICE` tokens.
+
+        In between, sampling with a seed would not give the text again that it gives without a pause.
+        """
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def close(self) -> None:
+        """Give the place back: no more pieces come."""
+        self._closed = True
+        self.pause()
+
+    def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __iter__(self) -> Iterator[Piece]:
         return self
 
     def __next__(self) -> Piece:
-        return next(self._pieces)
+        piece = None
+        if not self._closed:
+            try:
+                piece = self._advance()
+            except BaseException:
+                self.close()
+                raise
+            if self.finish_reason is not None:
+                self.close()
+        if piece is None:
+            raise StopIteration
+        return piece
 
-    def _generate(self) -> Iterator[Piece]:
-        while self.n_tokens < self._most:
-            token = self._stream.next(self._n_likeliest)
-            if self._generator.is_end(token.id):
-                self.finish_reason = "stop"
-                break
-            self.n_tokens += 1
-            piece = self._text.add(self._generator.piece(token.id))
-            if self._text.stopped:
-                self.finish_reason = "stop"
-                yield Piece(piece, token)
-                return
-            yield Piece(piece, token)
-        self.finish_reason = self.finish_reason or "length"
+    def _advance(self) -> Piece | None:
+        """The next piece; the last one may be missing."""
+        if self.n_tokens < self._most:
+            token = self._running().next(self._n_likeliest)
+            if not self._generator.is_end(token.id):
+                self._ids.append(token.id)
+                piece = Piece(self._text.add(self._generator.piece(token.id)), token)
+                if self._text.stopped:
+                    self.finish_reason = "stop"
+                return piece
+            self.finish_reason = "stop"
+        else:
+            self.finish_reason = "length"
         rest = self._text.end()
-        if rest:
-            yield Piece(rest, None)
+        return Piece(rest, None) if rest else None
+
+    def _running(self) -> TokenStream:
+        due = self.n_tokens // SLICE if self._is_repeatable else 0
+        if due != self._slice:
+            self.pause()
+            self._slice = due
+        if self._stream is None:
+            self._stream = self._open()
+        if self._cancelled:
+            raise ScoringInterrupted("the text was interrupted")
+        return self._stream
+
+    @property
+    def _is_repeatable(self) -> bool:
+        return self._sampling.temperature > 0 and self._sampling.seed is not None
+
+    def _open(self) -> TokenStream:
+        """Go on with what there is so far. Each slice has a seed of its own, so that it may begin anew."""
+        placed, sampling, seed = self._placed, self._sampling, self._sampling.seed
+        if self._ids:
+            placed = replace(placed, ids=np.concatenate([placed.ids, np.array(self._ids, dtype=np.int32)]))
+        if self._slice and seed is not None:
+            sampling = replace(sampling, seed=derive_seed(seed % SEEDS, "text", self._slice))
+        return self._generator.open(placed, sampling)
 
 
 def place(

@@ -38,6 +38,10 @@ class Sampling:
             raise InputError(f"top_k must be a number of tokens, or 0 for all, got {self.top_k}")
 
 
+OPENAIS = Sampling(temperature=1.0)
+"""How OpenAI's API samples where nothing else is said."""
+
+
 @dataclass(frozen=True)
 class Placed:
     """What a model reads: token ids [n], those from ``rows_at`` on embedded as ``rows`` [n_rows, n_embd] instead."""
@@ -71,6 +75,10 @@ class TokenStream(Protocol):
         """End it, from any thread: `next` raises, within a graph where it is computing."""
         ...
 
+    def close(self) -> None:
+        """Give back its place among the texts that are being generated. Not while `next` computes."""
+        ...
+
 
 class Generator(Protocol):
     """What generation asks of a model."""
@@ -95,6 +103,18 @@ class Generator(Protocol):
 
     def is_end(self, token: int) -> bool:
         """Whether the model ends its text with this token."""
+        ...
+
+    @property
+    def recommended(self) -> Sampling:
+        """How the model's maker recommends to sample, as far as the model file says; else `OPENAIS`."""
+        ...
+
+    def text_ids(self, text: str) -> NDArray[np.int32]:
+        """Token ids [n] of a text to go on with, BOS first where the model was trained with it.
+
+        What names a special token is that token, BOS too: then there is no other one.
+        """
         ...
 
     def chat_ids(self, messages: Sequence[tuple[str, str]]) -> NDArray[np.int32]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from fedbpt import wire
 from fedbpt.store import RoundHistory, RunStore, StoredRun
+from fedbpt.tasks import BUILTIN, Task
 
 
 def run_as_json(run: StoredRun) -> dict[str, Any]:
@@ -18,6 +20,14 @@ def run_as_json(run: StoredRun) -> dict[str, Any]:
         "created": run.created,
         "updated": run.updated,
     }
+
+
+def task_of_run(run: StoredRun) -> Task | None:
+    """The task of a stored run; None: an earlier version began it, which kept the name alone, and it is not built in.
+
+    Raises `WireError` for one that is damaged.
+    """
+    return BUILTIN.get(run.task) if run.definition is None else wire.decode(run.definition, Task)
 
 
 def round_as_json(line: RoundHistory) -> dict[str, Any]:

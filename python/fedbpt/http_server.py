@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 import sys
@@ -16,6 +17,7 @@ import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedbpt.errors import ConfigError, FedbptError
+from fedbpt.http_connections import KEPT_S, Http, Listener, Seldom
 from fedbpt.tls import Tls, is_loopback, url_of
 
 S = TypeVar("S", bound="HttpServer")
@@ -24,8 +26,16 @@ MOST_UNREAD_BYTES: Final = 32 * 2**20
 MOST_UNREAD_S: Final = 2.0
 """What is read of a request that was answered before its end."""
 
-IDLE_S: Final = 60
+STALLED_S: Final = 30.0
+"""A peer that takes nothing of what is sent to it for so long is dropped, where the system can (Linux)."""
+
+IDLE_S: Final = KEPT_S - 15
 """How long our callers keep a connection that they do not use: a report need not wait for a TLS handshake."""
+
+TICKS_PER_S: Final = 10
+"""Of uvicorn's server."""
+
+_SELDOM: Final = Seldom()
 
 
 class HttpServer:
@@ -38,6 +48,7 @@ class HttpServer:
         on_ready: called with the URL once requests are answered.
         on_exit: called on the event loop when the server is to end: lets long polls go.
         websockets: whether the application speaks them, by the package ``websockets``.
+        most_connections: at once, idle ones are closed beyond; None: by the process's limit of open files.
 
     Raises:
         ConfigError: a host beyond loopback without TLS or ``allow_insecure``, or a port outside 0–65535.
@@ -55,6 +66,7 @@ class HttpServer:
         on_ready: Callable[[str], None] = lambda _url: None,
         on_exit: Callable[[], None] = lambda: None,
         websockets: bool = False,
+        most_connections: int | None = None,
     ) -> None:
         tls = tls or Tls()
         if not (tls.serves or allow_insecure or is_loopback(host)):
@@ -66,7 +78,7 @@ class HttpServer:
         self.host = host
         self.on_ready = on_ready
         self.on_exit = on_exit
-        self._socket = _bind(host, port)
+        self._socket = _bind(host, port, most_connections)
         self.port: int = self._socket.getsockname()[1]
         self.url = url_of(host, self.port, tls.serves)
         config = uvicorn.Config(
@@ -77,11 +89,12 @@ class HttpServer:
             lifespan="on",
             server_header=False,
             timeout_graceful_shutdown=3,
-            timeout_keep_alive=IDLE_S + 15,  # callers let go first, so that none of them uses what is just being closed
-            http="h11",  # also where a faster parser happens to be installed: one behaviour everywhere
+            timeout_keep_alive=int(KEPT_S),
+            http=Http,  # also where a faster parser happens to be installed: one behaviour everywhere
             ws="auto" if websockets else "none",
             **options,
         )
+        logging.getLogger("uvicorn.error").addFilter(_SELDOM)
         self._server = _Server(config, self)
         self._thread: threading.Thread | None = None
 
@@ -107,6 +120,10 @@ class HttpServer:
             self._thread = None
         else:
             self._socket.close()
+
+    def shed_idle(self) -> None:
+        """Close the connections that have been idle for too long; on the event loop."""
+        self._socket.shed_idle()
 
     def serve(self) -> None:
         """Serve in this thread until the server is told to stop."""
@@ -139,6 +156,11 @@ class _Server(uvicorn.Server):
             self._owner.on_ready(self._owner.url)
             if self.ready is not None:
                 self.ready.set()
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % TICKS_PER_S == 0:
+            self._owner.shed_idle()
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets=sockets)
@@ -206,17 +228,19 @@ def quiet_signals() -> Iterator[None]:
             signal.signal(which, handler)
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def _bind(host: str, port: int, most_connections: int | None) -> Listener:
     if not 0 <= port <= 65535:
         raise ConfigError(f"{port} is no port: give one of 1 to 65535, or 0 for any free one")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        bound = socket.socket(family, socket.SOCK_STREAM)
+        bound = Listener(family, socket.SOCK_STREAM, most_connections)
     except OSError as error:
         raise ConfigError(f"{host} is no address of this machine: {error.strerror}") from error
     try:
         if sys.platform != "win32":  # there it would let two servers share a port
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # its connections inherit it
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * STALLED_S))
         bound.bind(address)
         bound.listen(128)  # where another listens on the port already, some systems say so only here
     except OSError as error:

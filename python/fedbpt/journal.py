@@ -17,8 +17,9 @@ from typing import NamedTuple, TypeAlias
 from fedbpt import wire
 from fedbpt.errors import ConfigError
 from fedbpt.faults import public_reason, public_traceback
-from fedbpt.messages import Message, PositiveInt
+from fedbpt.messages import Message
 from fedbpt.plain_text import plain
+from fedbpt.quantities import PositiveInt
 from fedbpt.runs import Event
 
 log = logging.getLogger(__name__)

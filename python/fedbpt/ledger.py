@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -13,7 +14,6 @@ from fedbpt import wire
 from fedbpt.aggregation.base import Aggregator
 from fedbpt.aggregation.readout import ReadoutFit
 from fedbpt.errors import ConfigError, FederationError, StoreError
-from fedbpt.membership import FederatedTask
 from fedbpt.messages import (
     Array,
     DeviceInfo,
@@ -30,10 +30,11 @@ from fedbpt.messages import (
     Work,
 )
 from fedbpt.pace import TextPace
-from fedbpt.privacy import epsilon, sampling_rate
-from fedbpt.reports import label_weights, mean_loss, purpose_of, template_losses
-from fedbpt.runs import Lines, RoundPurpose, RunResult, RunSettings, lines
+from fedbpt.reports import cap_reports, label_weights, mean_loss, purpose_of, template_losses, template_scores
+from fedbpt.runs import Lines, RoundPurpose, RunResult, RunSettings, TemplateScore, lines
+from fedbpt.spending import Spending
 from fedbpt.store import RunStore, StoredRound, StoredRun, Traffic
+from fedbpt.tasks import Task
 
 SELECTION: Final = 0
 """The round in which the template is chosen; calibration and search begin with round 1."""
@@ -43,13 +44,14 @@ class RunLedger:
     """The state of one run. ``aggregator`` must be fresh; `open` replays the stored rounds into it."""
 
     def __init__(
-        self, store: RunStore, run: str, task: FederatedTask, settings: RunSettings, aggregator: Aggregator
+        self, store: RunStore, run: str, task: Task, settings: RunSettings, aggregator: Aggregator, rows: str = ""
     ) -> None:
         self.store = store
         self.run = run
         self.task = task
         self.settings = settings
         self.aggregator = aggregator
+        self._rows = rows
         self.is_open = False
         self.closed = -1  # the last closed round
         self.searched = 0  # rounds of the search
@@ -58,12 +60,10 @@ class RunLedger:
         self._no_better = 0  # evaluations since that, or since the last restart
         self._restarts = 0
         self.fits: dict[FitPurpose, ReadoutFit] = {}
-        self.tokens = 0
-        self.seconds = 0.0
-        self._selection_tokens = 0
-        self._selection_seconds = 0.0
+        self.spending = Spending()
         self.reports: dict[str, int] = {}
         self.template_losses: tuple[float, ...] = ()
+        self.candidates: tuple[TemplateScore, ...] = ()
         self.label_weights: tuple[float, ...] = ()  # of a row's loss; empty: ones
         self._pace = TextPace()
         self.traffic_before: dict[str, Traffic] = {}
@@ -80,27 +80,16 @@ class RunLedger:
     def template_index(self) -> int:
         return self._selected
 
-    def _identity(self, *reading: str) -> str:
-        texts = "\0".join([self.settings.identity(), self.task.name, *self.task.labels])
-        digests = [*map(wire.digest, self.task.templates), *reading]
-        return wire.digest(Template(pattern=texts, label_words=tuple(digests)))
-
-    @property
-    def identity(self) -> str:
-        """Digest of all that must stay the same from sitting to sitting."""
-        return self._identity(self.task.identity.reading)
-
-    def fits_task(self) -> bool:
-        """Whether the stored run is of this task and these settings."""
-        return self._fits(self.store.get_run(self.run))
-
-    def _fits(self, stored: StoredRun) -> bool:
-        # Versions before did not store how rows are read: such a run is taken to read them as this one does.
-        return stored.identity in (self.identity, self._identity())
+    def twin(self) -> RunLedger:
+        """Another ledger in the same state, to try what `apply` leads to."""
+        shared = {id(each): each for each in (self.store, self.task, self.settings)}
+        return copy.deepcopy(self, shared)
 
     def _require_fit(self, stored: StoredRun) -> None:
-        if not self._fits(stored):
+        if not is_of(stored, self.settings, self.task):
             raise ConfigError(f"run {self.run!r} was begun with another task or settings: give this one another name")
+        if self._rows != stored.rows:
+            raise ConfigError(f"run {self.run!r} was begun with other rows: give this one another name, or --fresh")
 
     def finished(self) -> RunResult | None:
         """The stored result, if the run ended with this very budget; refuses a run of other settings."""
@@ -127,7 +116,7 @@ class RunLedger:
                 task=self.task.name,
                 model_fingerprint=model.model_fingerprint,
                 model_name=model.model_name,
-                identity=self.identity,
+                identity=identity_of(self.settings, self.task),
                 settings=wire.encode(self.settings),
                 devices=devices,
             )
@@ -138,7 +127,8 @@ class RunLedger:
                     f"run {self.run!r} was begun with {stored.model_name} ({stored.model_fingerprint}),"
                     f" the devices have {model.model_name} ({model.model_fingerprint})"
                 )
-            self.store.record_settings(self.run, wire.encode(self.settings), self.identity)
+            self.store.record_settings(self.run, wire.encode(self.settings), identity_of(self.settings, self.task))
+        self.store.record_task(self.run, wire.encode(self.task), self._rows)
         self.store.add_devices(self.run, devices)
         self.store.set_status(self.run, "running")
         self.is_open = True
@@ -155,7 +145,7 @@ class RunLedger:
             if stored.round > SELECTION and "dev_loss" in history.get(stored.round, {}):
                 self.judge(history[stored.round]["dev_loss"])
         for round, metrics in history.items():
-            self._spend(round, metrics.get("seconds", 0.0))
+            self._took(round, metrics.get("seconds", 0.0) + metrics.get("cut_seconds", 0.0))
         return n_rounds
 
     def _replay_round(self, stored: StoredRound) -> None:
@@ -171,7 +161,7 @@ class RunLedger:
                 self.fits.pop(purpose)
                 self._count(stored.round, stored.reports)
                 return
-            self._apply(stored.round, stored.reports)
+            self.apply(stored.round, stored.reports)
         except (ValueError, LookupError) as error:  # reports that do not fit the work, or none
             raise failure from error
         if (work_digest, self._digest()) != (stored.work_digest, stored.state_digest):
@@ -227,17 +217,25 @@ class RunLedger:
         """There is one template: nothing to select."""
         self.closed = max(self.closed, SELECTION)
 
-    def spent(self) -> bool:
-        """Whether a limit of the budget is reached; choosing the template is not charged."""
-        limits = self.settings
-        tokens, seconds = self.tokens - self._selection_tokens, self.seconds - self._selection_seconds
+    def spent(self, reserve_s: float = 0.0) -> bool:
+        """Whether a limit of the budget is reached; choosing the template is not charged.
+
+        ``reserve_s``: of the budget in seconds, what is for the readout.
+        """
+        limits, spent = self.settings, self.spending
         return bool(
             (limits.rounds and self.searched >= limits.rounds)
             or (limits.evaluations and self.aggregator.evaluations >= limits.evaluations)
-            or (limits.tokens and tokens >= limits.tokens)
-            or (limits.seconds and seconds >= limits.seconds)
+            or (limits.tokens and spent.charged_tokens >= limits.tokens)
+            or (limits.seconds and spent.seconds_left(limits.seconds) <= reserve_s)
             or (limits.patience and self._no_better >= limits.patience)
         )
+
+    def leave_out(self, round: int, seconds: float) -> None:
+        """A round that the budget ended before enough devices had reported: it costs its time, and changes nothing."""
+        before = self.metrics(round).get("cut_seconds", 0.0)
+        self.store.record_metrics(self.run, round, {"cut_seconds": before + seconds})
+        self._took(round, seconds)
 
     def judge(self, loss: float) -> None:
         """The search's mean now has ``loss`` on dev rows, nats."""
@@ -288,7 +286,7 @@ class RunLedger:
         Every device is taken to have answered in each of them.
         """
         selected = len(self.task.templates) if self.closed >= SELECTION else 1
-        return epsilon_of(self.settings, selected, self._fewest_rows, self.searched)
+        return self.settings.epsilon(selected, self._fewest_rows, self.searched)
 
     def commit(
         self,
@@ -299,8 +297,8 @@ class RunLedger:
         traffic: Mapping[str, Traffic],
     ) -> float:
         """Let a round count and write it, in one transaction; returns its mean loss, nats."""
-        self._apply(round, reports)
-        loss = mean_loss(reports)
+        self.apply(round, reports)
+        loss = mean_loss(cap_reports(reports, self.settings.row_cap))
         tokens = sum(report.tokens for report in reports)
         spent = self.spent_epsilon = self.epsilon()
         self.store.commit_round(
@@ -317,26 +315,30 @@ class RunLedger:
             },
             traffic=traffic,
         )
-        self._spend(round, seconds)
+        self._took(round, seconds)
         return loss
 
-    def _spend(self, round: int, seconds: float) -> None:
-        self.seconds += seconds
-        if round == SELECTION:
-            self._selection_seconds += seconds
+    def _took(self, round: int, seconds: float) -> None:
+        self.spending.add_seconds(seconds, charged=round != SELECTION)
 
-    def _apply(self, round: int, reports: Sequence[RoundReport]) -> None:
+    def apply(self, round: int, reports: Sequence[RoundReport]) -> None:
         """The one way in which state changes, live and on replay."""
+        cap = self.settings.row_cap
+        counted = cap_reports(reports, cap)
         if round == SELECTION:
-            self.label_weights = label_weights(reports)
-            losses = template_losses(reports, self.label_weights, self.settings.robust != "none")
+            self.label_weights = label_weights(reports, cap)
+            losses = template_losses(counted, self.label_weights, self.settings.robust != "none")
             self._selected = int(np.argmin(losses))
             self.template_losses = tuple(losses.tolist())
-            self._selection_tokens = sum(report.tokens for report in reports)
+            scores = template_scores(reports, self.template_losses) if len(self.task.templates) > 1 else ()
+            self.candidates = tuple(
+                TemplateScore(template=template, score=score)
+                for template, score in zip(self.task.templates, scores, strict=False)
+            )
         elif isinstance(result := reports[0].result, FitResult):
-            self.fit(result.purpose).update(reports)
+            self.fit(result.purpose).update(counted)
         else:
-            self.aggregator.update(reports)
+            self.aggregator.update(counted)
             self.searched += 1
             for report in reports:
                 self._pace.took(report.device, report.seconds, report.n_texts)
@@ -347,8 +349,8 @@ class RunLedger:
         self.closed = round
         fewest = min(report.n_texts for report in reports)
         self._fewest_rows = min(self._fewest_rows or fewest, fewest)
+        self.spending.tokens_for[purpose_of(reports)] += sum(report.tokens for report in reports)
         for report in reports:
-            self.tokens += report.tokens
             self.reports[report.device] = self.reports.get(report.device, 0) + 1
 
     def lines(self) -> Lines:
@@ -380,12 +382,16 @@ class RunLedger:
         return next((dict(line.metrics) for line in self.store.history(self.run) if line.round == round), {})
 
 
-def epsilon_of(settings: RunSettings, n_templates: int, n_rows: int, rounds: int) -> float | None:
-    """ε of a selection among ``n_templates`` and ``rounds`` of search, on a row of a device that has ``n_rows``; None:
-    without privacy, or rows.
+def identity_of(settings: RunSettings, task: Task, reads: bool = True) -> str:
+    """Digest of what a run must have in common with a stored one to resume it.
+
+    ``reads``: how the task reads rows is a part of it; versions before did not store that.
     """
-    if settings.privacy is None or not n_rows:
-        return None
-    searches = rounds * (1 if settings.method == "pooled" else settings.iterations)
-    select, search = (sampling_rate(n_rows, s) for s in (settings.select_rows, settings.objective.batch_size))
-    return epsilon(settings.privacy, [(select, int(n_templates > 1)), (search, searches)])
+    texts = "\0".join([settings.identity(), task.name, *task.labels])
+    digests = [*map(wire.digest, task.templates), *([task.identity.reading] if reads else ())]
+    return wire.digest(Template(pattern=texts, label_words=tuple(digests)))
+
+
+def is_of(run: StoredRun, settings: RunSettings, task: Task) -> bool:
+    """Whether a stored run is of these settings and this task; versions before are taken to read rows as it does."""
+    return run.identity in (identity_of(settings, task), identity_of(settings, task, reads=False))

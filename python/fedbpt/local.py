@@ -40,7 +40,7 @@ from fedbpt.messages import (
     Template,
     as_name,
 )
-from fedbpt.objective import Objective, Progress
+from fedbpt.objective import Cancelled, Objective, Progress
 from fedbpt.population import sample_population
 from fedbpt.privacy import Releases, RowLosses, check_private
 from fedbpt.questions import Answer, Question
@@ -48,11 +48,10 @@ from fedbpt.readout import answer
 from fedbpt.sampling import mini_batch, parts_of, row_weights, under
 from fedbpt.scorer import Scorer
 from fedbpt.seeding import generator
+from fedbpt.speed import Speed, measure_speed
 from fedbpt.tasks import Task
 from fedbpt.version import VERSION
 from fedbpt.wire import digest
-
-Cancelled = Callable[[], bool]
 
 _KEPT_OBJECTIVES = 4  # encoded rows are small; train, dev and test under one template, and one to spare
 
@@ -88,20 +87,15 @@ class Device:
         self.name = name
         self.scorer = scorer
         self._rows = {"train": tuple(train_rows), "dev": tuple(dev_rows), "test": tuple(test_rows)}
-        self._task = task.identity
+        self._task, self._speed = task, Speed(0.0, {}, None)
         self._objectives: OrderedDict[bytes, Objective] = OrderedDict()
         self.state = state or DeviceState()
 
     def measure_speed(self) -> float:
-        """Forward tokens per second on a text of 128 tokens, as `info` says until a round has shown better."""
-        ids = np.resize(self.scorer.tokenize(self._rows["train"][0][0]), 128)
-        plan = self.scorer.compile([ids], ids[:1], keep_kv=False)
-        none = np.zeros((1, 0, self.scorer.n_embd), dtype=np.float32)
-        plan.score(none)  # buffers and caches
-        before, began = plan.n_tokens, time.monotonic()
-        plan.score(none)
-        self.state.tokens_per_second = (plan.n_tokens - before) / max(time.monotonic() - began, 1e-6)
-        return self.state.tokens_per_second
+        """Forward tokens per second on a text, as `info` says until a round has shown better; and what words cost."""
+        self._speed = measure_speed(self.scorer, self._task, self._rows["train"][0][0])
+        self.state.tokens_per_second = self._speed.tokens_per_second
+        return self._speed.tokens_per_second
 
     def info(self) -> DeviceInfo:
         """What the device says of itself; ``tokens_per_second``: its last round's, or `measure_speed`'s before any."""
@@ -120,7 +114,9 @@ class Device:
             peak_rss_bytes=int(memory.get("peak_rss", 0)),
             tokens_per_second=self.state.tokens_per_second,
             shares_beginnings=self.scorer.shares_beginnings,
-            task=self._task,
+            task=self._task.identity,
+            word_tokens=self._speed.word_tokens,
+            word_tokens_per_second=self._speed.word_tokens_per_second,
         )
 
     def run(
@@ -141,8 +137,7 @@ class Device:
             ScoringInterrupted: cancelled.
         """
         self._check_fits(plan)
-        began = time.monotonic()
-        waited = 0.0
+        began, waited = time.monotonic(), 0.0
 
         def asked() -> bool:  # may take long: a paused device waits there
             nonlocal waited
@@ -182,6 +177,10 @@ class Device:
             seconds=seconds,
             peak_rss_bytes=int(self.scorer.memory().get("peak_rss", 0)),
         )
+
+    def interrupt(self) -> None:
+        """Stop the scoring call in flight, from another thread; its work raises `ScoringInterrupted`."""
+        self.scorer.interrupt()
 
     def answer(self, question: Question, said: Callable[[Answer], None], cancelled: Cancelled) -> Answer:
         """What a person asks; see `answer_of`."""
@@ -235,21 +234,23 @@ class Device:
         parts = [chosen]
         if work.by_label:
             parts = [chosen[labels[chosen] == label] for label in range(len(plan.labels))]
-        sums, done = np.zeros((len(work.templates), len(parts))), 0
+        sums, correct, done = np.zeros((len(work.templates), len(parts))), np.zeros(len(work.templates), dtype=int), 0
         made = self._zero_shot_objectives(plan, work)
         for place, part in enumerate(parts):
             for rows in parts_of(part, len(made)):
                 for number, objective in enumerate(made):
                     with counter.of(objective):
-                        losses = objective.row_losses(objective.zero_shot_embeds(), rows, cancelled)
+                        losses, right = objective.row_results(objective.zero_shot_embeds(), rows, cancelled)
                     sums[number, place] += losses.sum()
+                    correct[number] += right.sum()
                 done += len(rows)
                 progress(done, len(chosen))
         counter.evaluations += len(made) * sum(len(part) > 0 for part in parts)
+        rights = tuple(correct.tolist()) if plan.labels else ()
         if not work.by_label:
-            return SelectResult(loss_sums=Array.of(sums[:, 0])), len(chosen)
+            return SelectResult(loss_sums=Array.of(sums[:, 0]), correct=rights), len(chosen)
         counts = np.bincount(labels, minlength=len(plan.labels)).tolist()
-        return SelectResult(loss_sums=Array.of(sums), label_counts=tuple(counts)), len(chosen)
+        return SelectResult(loss_sums=Array.of(sums), correct=rights, label_counts=tuple(counts)), len(chosen)
 
     def _select_privately(
         self, plan: RoundPlan, work: SelectWork, counter: Effort, cancelled: Cancelled
@@ -394,5 +395,5 @@ class Device:
         return made
 
     def _check_fits(self, asked: RoundPlan | EvaluateRequest) -> None:
-        if (found := misfit(self.info(), asked.model_fingerprint, asked.task)) is not None:
+        if found := misfit(self.info(), asked.model_fingerprint, asked.task):
             raise InputError(f"device {self.name} {found.reason}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -35,6 +36,33 @@ class LocalSearch(NamedTuple):
 def local_seed(plan: RoundPlan) -> int:
     """Of the candidates that the device searches by in this round: each device has its own."""
     return derive_seed(plan.seed, "local", plan.device, plan.round)
+
+
+def farthest_move(work: LocalWork) -> float:
+    """How far the mean of `local_search` may lie from the state's at most, whatever the losses are.
+
+    A mean moves by less than its candidates lie away: σ·s·‖n‖, s the largest standard deviation and n a vector of
+    normals, ‖n‖ < √d + 8. That grows by less than e^(2/√d) an iteration; measured with losses that favour the longest
+    steps it is half as much.
+    """
+    state, d = work.state, len(work.state.mean.numpy())
+    widest = 1.0
+    if state.scales is not None:
+        widest = float(state.scales.numpy().max())
+    elif state.covariance is not None:
+        widest = math.sqrt(np.trace(state.covariance.numpy()))
+    return state.sigma * widest * (math.sqrt(d) + 8) * _growth(work.iterations, 2 / math.sqrt(d))
+
+
+def sigma_squares_bounds(work: LocalWork) -> tuple[float, float]:
+    """Least and largest Σ_i σ_i² of `local_search`: the first σ is the state's, growth as for `farthest_move`."""
+    d = len(work.state.mean.numpy())
+    return work.state.sigma**2, work.state.sigma**2 * _growth(work.iterations, 4 / math.sqrt(d))
+
+
+def _growth(iterations: int, rate: float) -> float:
+    """Σ_i e^(i·rate), as large as a sum may be."""
+    return float(np.exp(np.minimum(rate * np.arange(iterations), 60.0)).sum())
 
 
 def local_search(work: LocalWork, seed: int, losses: Losses) -> LocalSearch:

@@ -10,6 +10,11 @@ from numpy.typing import ArrayLike, NDArray
 from fedbpt.errors import InputError
 from fedbpt.messages import LossName
 
+MAX_RATIO = 1e6
+"""Largest perturbed ratio: what is larger is equally bad."""
+
+_SMALLEST_LOSS = 1e-12  # a perturbed loss of zero (hinge) must not divide
+
 HINGE_MARGIN = 2.0
 """Margin of the hinge loss, as in Black-Box Tuning (arXiv 2201.03514)."""
 
@@ -28,6 +33,11 @@ def hinge(logits: ArrayLike, targets: ArrayLike, margin: float = HINGE_MARGIN) -
     over = np.maximum(0.0, values - _at(values, index)[..., None] + margin)
     losses: NDArray[np.float64] = over.sum(axis=-1) - margin  # the target's own term is the margin
     return losses
+
+
+def perturbed_ratio(losses: ArrayLike, perturbed: ArrayLike) -> NDArray[np.float64]:
+    """F = L(z; D) / L(z; D̃), elementwise, `MAX_RATIO` at most (Sun et al. 2023, arXiv 2310.01467, section 3.3)."""
+    return np.minimum(np.asarray(losses) / np.maximum(perturbed, _SMALLEST_LOSS), MAX_RATIO)
 
 
 def balanced_weights(counts: ArrayLike) -> NDArray[np.float64]:

@@ -54,6 +54,16 @@ def cpu_name(proc: Path = PROC) -> str:
     return " + ".join(dict.fromkeys(cores)) or platform.processor() or platform.machine()
 
 
+def physical_cores() -> int:
+    """Physical cores that this process may run on: hyper-threads of one core count once."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores = set()
+    for cpu in allowed:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.read_text().strip() if siblings.is_file() else str(cpu))
+    return max(1, len(cores))
+
+
 def board_name(proc: Path = PROC, sysfs: Path = SYSFS) -> str | None:
     """What the board or the computer is called; None: the system does not tell."""
     for path in (proc / "device-tree/model", sysfs / "class/dmi/id/product_name"):
@@ -70,7 +80,7 @@ def heat(sysfs: Path = SYSFS) -> Heat:
 def battery_percent(sysfs: Path = SYSFS) -> float | None:
     """How full the battery is; None: there is none, or the system does not tell."""
     levels = [_number(supply / "capacity") for supply in sysfs.glob("class/power_supply/*")]
-    return next((float(level) for level in levels if level is not None), None)
+    return next((float(level) for level in levels if level is not None and 0 <= level <= 100), None)
 
 
 def _celsius(sysfs: Path) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -29,11 +30,11 @@ class Member:
         self.bytes_down_before = client.bytes_down
         self.sent: set[tuple[str, int]] = set()
 
-    def has_rows(self, request: EvaluateRequest) -> bool:
-        """Whether it said that it has rows of the kind that ``request`` is for."""
+    def n_rows(self, request: EvaluateRequest) -> int:
+        """How many rows of the kind that ``request`` is for it said to have."""
         if self.info is None:
-            return False
-        return (self.info.n_dev if request.split == "dev" else self.info.n_test) > 0
+            return 0
+        return self.info.n_dev if request.split == "dev" else self.info.n_test
 
     def heard(self, info: DeviceInfo) -> None:
         self.info = info
@@ -67,7 +68,7 @@ INVITATIONS: Final = 3
 
 @dataclass
 class OpenRound:
-    """Where a round stands while the fleet runs it."""
+    """Where a round stands while the fleet runs it. ``budget_s``: when it ends without reports, and without fault."""
 
     number: int
     kind: str
@@ -75,6 +76,7 @@ class OpenRound:
     needed: int
     deadline_s: float
     began: float
+    budget_s: float = math.inf
     history: SearchHistory | None = None
     reports: dict[str, RoundReport] = field(default_factory=dict)
     invited: Counter[str] = field(default_factory=Counter)
@@ -82,6 +84,11 @@ class OpenRound:
     working: dict[asyncio.Task[RoundReport], Member] = field(default_factory=dict)
     ended: list[asyncio.Task[RoundReport]] = field(default_factory=list)
     since: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def limit_s(self) -> float:
+        """Longest that it takes."""
+        return min(self.deadline_s, self.budget_s)
 
     def may_ask(self, name: str) -> bool:
         """Whether a device that is live may be asked, again or at all."""

@@ -1,27 +1,11 @@
-"""A run's task, and whether a device can take part: it needs the same task and model. Both sides of the wire ask."""
+"""Whether a device can take part in a run: it needs the same task and model. Both sides of the wire ask."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
-from fedbpt.messages import DeviceInfo, Template
+from fedbpt.messages import DeviceInfo
 from fedbpt.task_identity import TaskIdentity
-
-
-class FederatedTask(Protocol):
-    """What the round loop asks of a task (`fedbpt.tasks.Task`)."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def labels(self) -> tuple[str, ...]: ...
-
-    @property
-    def templates(self) -> tuple[Template, ...]: ...
-
-    @property
-    def identity(self) -> TaskIdentity: ...
 
 
 class Misfit(NamedTuple):

@@ -14,19 +14,16 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from fedbpt import quantities
 from fedbpt.errors import WireError
+from fedbpt.quantities import NaturalInt, PositiveFloat, PositiveInt
 from fedbpt.task_identity import TaskIdentity
-
-PROTOCOL_VERSION = 1
 
 Placement: TypeAlias = Literal["front", "cue"]
 PromptPlace: TypeAlias = Literal["front", "first", "cue"]
 Dtype: TypeAlias = Literal["<f2", "<f4", "<f8"]
 LossName: TypeAlias = Literal["cross_entropy", "hinge", "nll"]
 
-PositiveInt: TypeAlias = Annotated[int, msgspec.Meta(ge=1)]
-NaturalInt: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
-PositiveFloat: TypeAlias = Annotated[float, msgspec.Meta(gt=0)]
 Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z")]
 Fingerprint: TypeAlias = Annotated[str, msgspec.Meta(max_length=128, pattern=r"^[!-~]*\Z")]
 Digest: TypeAlias = Annotated[str, msgspec.Meta(max_length=128)]
@@ -45,7 +42,7 @@ class Array(Message, frozen=True):
     """A float array: ``data`` holds the little-endian bytes of ``shape`` elements in C order."""
 
     dtype: Dtype
-    shape: tuple[NaturalInt, ...]
+    shape: Annotated[tuple[quantities.Count, ...], msgspec.Meta(max_length=8)]
     data: bytes
 
     @classmethod
@@ -145,9 +142,6 @@ class SearchState(Message, frozen=True):
     step: Array | None = None
 
 
-# --- what a device is asked to do in a round ---------------------------------------------------------------------
-
-
 class SelectWork(Message, frozen=True, tag="select"):
     """Score the zero-shot model with each template on at most ``max_rows`` random training rows (0: all).
 
@@ -230,11 +224,13 @@ Work: TypeAlias = SelectWork | PooledWork | ReplayWork | LocalWork | FitWork
 class SelectResult(Message, frozen=True, tag="select"):
     """``loss_sums``: sums over texts of the loss, nats; [n_templates], or [n_templates, n_labels] where asked by label.
 
-    ``label_counts``: training rows of each label, scored or not; empty where not asked by label.
+    ``correct``: texts that each template gets right; empty of target texts, and in a private run. ``label_counts``:
+    training rows of each label, scored or not; empty where not asked by label.
     """
 
     loss_sums: Array
-    label_counts: tuple[NaturalInt, ...] = ()
+    correct: tuple[quantities.Rows, ...] = ()
+    label_counts: tuple[quantities.Rows, ...] = ()
 
 
 class PooledResult(Message, frozen=True, tag="pooled"):
@@ -250,8 +246,8 @@ class LocalResult(Message, frozen=True, tag="local"):
     """
 
     mean: Array
-    fitness: float
-    sigma_squares: PositiveFloat
+    fitness: quantities.LossSum
+    sigma_squares: quantities.Variance
     ranks: bytes = b""
 
 
@@ -259,7 +255,7 @@ class RanksResult(Message, frozen=True, tag="ranks"):
     """A `LocalResult` without its mean, which the coordinator makes by replaying; ``check``: see `fedbpt.replay`."""
 
     ranks: bytes
-    fitness: float
+    fitness: quantities.LossSum
     check: Digest
 
 
@@ -271,7 +267,7 @@ class FitResult(Message, frozen=True, tag="fit"):
     """
 
     purpose: FitPurpose
-    loss: float
+    loss: quantities.LossSum
     means: Array
 
 
@@ -309,15 +305,15 @@ class RoundReport(Message, frozen=True):
     """A device's answer to one `RoundPlan`. ``tokens`` counts forward tokens asked for; times are monotonic seconds."""
 
     run: Name
-    round: NaturalInt
+    round: quantities.Count
     device: Name
     plan_digest: Digest
     result: Result
-    n_texts: PositiveInt  # rows behind the result: its weight
-    evaluations: NaturalInt  # candidates scored
-    tokens: NaturalInt
-    seconds: float
-    peak_rss_bytes: NaturalInt
+    n_texts: quantities.SomeRows  # rows behind the result: its weight
+    evaluations: quantities.Count  # candidates scored
+    tokens: quantities.Tokens
+    seconds: quantities.Seconds
+    peak_rss_bytes: quantities.Bytes
     protocol: Literal[1] = 1
 
 
@@ -328,21 +324,19 @@ class RoundProgress(Message, frozen=True):
     """
 
     run: Name
-    round: NaturalInt
+    round: quantities.Count
     state: Literal["running", "done", "failed", "cancelled"]
-    done: NaturalInt = 0
-    total: NaturalInt = 0
+    done: quantities.Count = 0
+    total: quantities.Count = 0
     error: str = ""
     paused: str = ""
 
 
 class EvaluateRequest(Message, frozen=True):
-    """Measure latents on the device's held-back rows; an empty ``latents`` list is not allowed.
+    """Measure latents [k, d], k > 0, on the device's held-back rows.
 
-    z = 0 is the model without a prompt, in front of the text too, where P0 are random tokens.
-
-    ``latents`` [k, d]. ``max_rows`` 0 = all rows; else the first ``max_rows``. ``split``: ``dev`` rows may choose,
-    ``test`` rows only report. ``label_weights``: as in a `RoundPlan`.
+    z = 0 is the model without a prompt, also in front, where P0 are random tokens. ``max_rows`` 0 = all rows; else the
+    first ``max_rows``. ``split``: ``dev`` rows may choose, ``test`` rows report. ``label_weights``: as in `RoundPlan`.
     """
 
     model_fingerprint: Fingerprint
@@ -363,33 +357,38 @@ class EvaluateRequest(Message, frozen=True):
 class EvaluateReport(Message, frozen=True):
     """Counts, so that reports of several devices add up. Index i belongs to latent i."""
 
-    n: PositiveInt
-    correct: tuple[NaturalInt, ...]
-    loss_sums: tuple[float, ...]
-    seconds: float
+    n: quantities.SomeRows
+    correct: tuple[quantities.Rows, ...]
+    loss_sums: tuple[quantities.LossSum, ...]
+    seconds: quantities.Seconds
     protocol: Literal[1] = 1
 
 
 class DeviceInfo(Message, frozen=True):
-    """What a device says of itself. Never its data, nor label counts. ``celsius``, ``battery`` (%): None: not known."""
+    """What a device says of itself. Never its data, nor label counts. ``celsius``, ``battery`` (%): None: not known.
+
+    ``word_tokens``: by the digest of a template, tokens of its label words less one each; of its task's, if known.
+    """
 
     name: Name
     version: str
     model_fingerprint: Fingerprint
     model_name: str
     backend: str
-    n_train: NaturalInt
-    n_dev: NaturalInt
-    n_test: NaturalInt
-    ram_bytes: NaturalInt
-    rss_bytes: NaturalInt
-    peak_rss_bytes: NaturalInt
-    tokens_per_second: float | None = None
+    n_train: quantities.Rows
+    n_dev: quantities.Rows
+    n_test: quantities.Rows
+    ram_bytes: quantities.Bytes
+    rss_bytes: quantities.Bytes
+    peak_rss_bytes: quantities.Bytes
+    tokens_per_second: quantities.Speed | None = None
+    word_tokens: dict[str, quantities.Count] = {}
+    word_tokens_per_second: quantities.Speed | None = None
     shares_beginnings: bool = False  # under another template a text costs its end alone
     busy: bool = False
     paused: str = ""  # why its work waits; empty: it does not
-    celsius: float | None = None
-    battery: float | None = None
+    celsius: quantities.Celsius | None = None
+    battery: quantities.Percent | None = None
     task: TaskIdentity | None = None  # None: said by a version before there were any
     protocol: Literal[1] = 1
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from fedbpt.messages import PromptSpec, Template
 from fedbpt.models import CATALOGUE, CatalogueEntry, PackagedFile
 from fedbpt.plain_text import one_line, plain
+from fedbpt.tasks import Task
 
 _MARKUP = re.compile(r"[\\`*_{}\[\]<>&~$@#]|:(?=//)|(?<=\bwww)\.|^[-+=]", re.IGNORECASE)
 
@@ -64,6 +65,7 @@ class Described(Protocol):
     model_name: str
     architecture: str
     history: tuple[dict[str, Any], ...]
+    task: Task | None
 
     @property
     def n_prompt(self) -> int: ...
@@ -123,16 +125,20 @@ def model_card(prompt: Described, use: str, library: str = "fedbpt") -> str:
 
 
 def use_in_fedbpt(prompt: Described, file_name: str) -> str:
-    """How a prompt file is loaded, as Markdown. Model and task go by name where fedbpt knows them."""
-    model = prompt.model_name if prompt.model_name in CATALOGUE else f"{prompt.model_name}.gguf"
-    file, of_model, task = (shlex.quote(one_line(name)) for name in (file_name, model, prompt.task_name))
-    command = f"$ fedbpt evaluate {file} --model {of_model} --task {task} --data rows.csv\n"
+    """How a prompt file is loaded, as Markdown. The model goes by name where fedbpt knows it."""
+    known = prompt.model_name in CATALOGUE
+    model = prompt.model_name if known else f"{prompt.model_name}.gguf"
+    given = "" if known else f" --model {shlex.quote(one_line(model))}"
+    task = "prompt.task"
+    if prompt.task is None:
+        given, task = f"{given} --task task.toml", 'fedbpt.tasks.load("task.toml")'
+    file = shlex.quote(one_line(file_name))
+    command = f"$ fedbpt evaluate {file}{given} --data rows.csv\n$ fedbpt chat --prompt {file}{given}\n"
     code = (
         "import fedbpt\n\n"
         f"scorer = fedbpt.load_model({json.dumps(model)})\n"
-        f"task = fedbpt.tasks.load({json.dumps(prompt.task_name)})  # or its task file\n"
         f"prompt = fedbpt.Prompt.load({json.dumps(file_name)})\n"
-        "fedbpt.evaluate(scorer, task, rows, prompt=prompt)\n"
+        f'fedbpt.evaluate(scorer, {task}, "rows.csv", prompt=prompt)\n'
     )
     return f"{fenced(command, 'console')}\n{fenced(code, 'python')}"
 
@@ -180,12 +186,24 @@ def _task(prompt: Described) -> str:
         text += _table(("label", "word"), words)
     else:
         text += "and the text that follows is the model's.\n"
+    if prompt.task is not None:
+        text += f"\n{_cut(prompt.task)}\n"
     if prompt.n_words:
         text += f"\nA readout, fitted to training rows, corrects scores by the logits of {prompt.n_words} words.\n"
     if prompt.others:
         text += "\nThe labels' log-probabilities are averaged with those of the model without the prompt, asked as\n\n"
         text += "\n".join(map(_pattern, prompt.others))
     return text
+
+
+def _cut(task: Task) -> str:
+    words = "" if task.max_words is None else f"its first {task.max_words} words, "
+    columns = " or ".join(f"`{column}`" for column in task.text_columns)
+    return (
+        f"Of a text {words}at most {task.max_text_tokens} tokens are read. "
+        f"Data files have it in column {columns}, and the {'label' if task.labels else 'target text'} in "
+        f"`{task.label_column}`."
+    )
 
 
 def _words(prompt: Described) -> Iterable[tuple[str, str]]:

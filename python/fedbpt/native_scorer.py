@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,11 +17,12 @@ from numpy.typing import ArrayLike, NDArray
 from fedbpt import models
 from fedbpt.checking import printable, utf8
 from fedbpt.errors import InputError, ModelWarning
+from fedbpt.machine import physical_cores
 from fedbpt.memory import memory_of_process
 from fedbpt.messages import Placement
 from fedbpt.models.trial import TrialSettings, run_once
 from fedbpt.native_generator import NativeGenerator
-from fedbpt.token_arrays import continuation_ids, ragged, token_ids
+from fedbpt.token_arrays import flat_continuations, prompt_rows, ragged, token_ids
 
 if TYPE_CHECKING:
     from fedbpt import _native
@@ -29,16 +31,6 @@ KVType = Literal["f16", "q8_0"]
 
 DEFAULT_KV_BUDGET_BYTES = 512 * 2**20
 """How much KV a plan keeps unless told otherwise: that of some 250 texts of 90 tokens for a model of 135M."""
-
-
-def physical_cores() -> int:
-    """Physical cores that this process may run on: hyper-threads of one core count once."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    cores = set()
-    for cpu in allowed:
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        cores.add(siblings.read_text().strip() if siblings.is_file() else str(cpu))
-    return max(1, len(cores))
 
 
 def load_model(
@@ -105,8 +97,30 @@ def _engine(path: Path, settings: TrialSettings) -> _native.Engine:
     return _native.Engine(os.fsencode(path), settings.n_threads, settings.n_gpu_layers, settings.gpu or "", q8_0)
 
 
+_scorers: weakref.WeakSet[NativeScorer] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for scorer in list(_scorers):
+        scorer._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _twin(engine: _native.Engine, on_gpu: bool) -> _native.Engine:
+    """For a process that was forked from the one of ``engine``."""
+    if on_gpu:
+        raise InputError("a model on a GPU cannot be used in a process that was forked from it: load it there")
+    return engine.twin()
+
+
 class NativeScorer:
-    """A frozen GGUF model that scores texts under soft prompts (`fedbpt.scorer.Scorer`). Thread-safe."""
+    """A frozen GGUF model that scores texts under soft prompts (`fedbpt.scorer.Scorer`).
+
+    Thread-safe. A process that is forked may go on with it: the weights are shared, and threads are started anew. On a
+    GPU it is refused. Pickled, it is loaded again from its file.
+    """
 
     def __init__(
         self,
@@ -127,15 +141,32 @@ class NativeScorer:
         self.name = printable(path.stem if name and name.endswith(".gguf") else name or path.stem)
         self.kv_budget_bytes = kv_budget_bytes
         self._given = name or str(path)
+        self._settings = (path, name, n_threads, n_gpu_layers, gpu, kv_budget_bytes, kv_type)
         self._n_gpu_layers, self._gpu = n_gpu_layers, gpu
         threads = physical_cores() if n_threads is None else n_threads
-        self._load = partial(_engine, path, TrialSettings(threads, n_gpu_layers, gpu, kv_type))
+        self._load: Callable[[], _native.Engine] = partial(
+            _engine, path, TrialSettings(threads, n_gpu_layers, gpu, kv_type)
+        )
         self._loading = threading.Lock()
         self._files = models.WatchedFiles(path)
         self._loaded: _native.Engine | None = None
         self._embedding_std: float | None = None
+        self._in_flight: list[_native.Plan] = []
+        self._torn: list[_native.Plan] = []  # in flight as this process was forked
+        _scorers.add(self)
         if not late:
             self._load_once()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return NativeScorer, (*self._settings, True)
+
+    def _after_fork(self) -> None:
+        """The threads that compute, and whoever holds the lock, are in the process that this one was forked from."""
+        self._loading = threading.Lock()
+        self._torn, self._in_flight = self._torn + self._in_flight, []
+        self.__dict__.pop("generator", None)
+        if self._loaded is not None:
+            self._load, self._loaded = partial(_twin, self._loaded, bool(self._n_gpu_layers)), None
 
     def __repr__(self) -> str:
         return f"<NativeScorer {self.name}: {self._engine.description}, {self.n_threads} threads, {self.backend}>"
@@ -259,7 +290,7 @@ class NativeScorer:
         add_bos = None if prefix is None else False
         tokens = [self._ids(text, f"text {i}", add_bos) for i, text in enumerate(texts)]
         ids = ragged([np.concatenate([text, after]) if len(text) else text for text in tokens])
-        follow = ragged(continuation_ids(continuations, len(tokens)))
+        follow = ragged(flat_continuations(continuations, len(tokens)))
         if label_ids is None and continuations is not None:
             label_ids = []
         labels = None if label_ids is None else token_ids(label_ids, "label_ids")
@@ -314,9 +345,15 @@ class NativeScorer:
 
     def score_plan(self, plan: _native.Plan, embeds: ArrayLike, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         """What `NativePlan.score` does."""
-        rows = self._rows(embeds)
-        with self._files.unchanged():
-            logits: NDArray[np.float32] = self._engine.score(plan, indices, rows)
+        if plan in self._torn:
+            raise InputError("these texts were being scored when this process was forked: compile them anew here")
+        rows, engine = prompt_rows(embeds, self.n_embd), self._engine
+        self._in_flight.append(plan)
+        try:
+            with self._files.unchanged():
+                logits: NDArray[np.float32] = engine.score(plan, indices, rows)
+        finally:
+            self._in_flight.remove(plan)
         return logits
 
     @cached_property
@@ -337,22 +374,6 @@ class NativeScorer:
 
     def _ids(self, text: str | ArrayLike, name: str, add_bos: bool | None = None) -> NDArray[np.int32]:
         return self.tokenize(text, add_bos) if isinstance(text, str) else token_ids(text, name)
-
-    def _rows(self, embeds: ArrayLike) -> NDArray[np.float32]:
-        given = np.asarray(embeds)
-        if given.dtype.kind not in "fiu":
-            raise InputError(f"embeds must be real numbers, got {given.dtype}")
-        with np.errstate(over="ignore"):  # too large for float32 becomes infinity, which the engine refuses
-            rows = np.ascontiguousarray(given, dtype=np.float32)
-        if rows.ndim == 2:
-            rows = rows[None]
-        if rows.ndim != 3:
-            raise InputError(
-                f"embeds must be [n_candidates, n_prompt, n_embd] or [n_prompt, n_embd], got shape {list(rows.shape)}"
-            )
-        if rows.shape[2] != self.n_embd:
-            raise InputError(f"embeds has rows of {rows.shape[2]} numbers, but this model's n_embd is {self.n_embd}")
-        return rows
 
 
 class NativePlan:

@@ -19,10 +19,8 @@ def in_notebook() -> bool:
 
 
 def live_display(shown: bool | None) -> RunDisplay:
-    """What shows a run: in a notebook a panel, else a line on standard error. None: a panel, or nothing."""
-    if in_notebook() and shown is not False:
-        return NotebookDisplay()
-    return RunDisplay(bool(shown))
+    """What shows a run, unless ``shown`` is False: in a notebook a panel, else lines on standard error."""
+    return NotebookDisplay() if in_notebook() and shown is not False else RunDisplay(shown is not False)
 
 
 def show_figures() -> None:
@@ -54,8 +52,8 @@ class NotebookDisplay(RunDisplay):
         if kind is None:
             self._update("done", 1.0, self._now[2])
 
-    def _update(self, description: str, share: float | None, figures: str) -> None:
-        self._now = (description, share, figures)
+    def _update(self, description: str, share: float | None, figures: str, left: str = "") -> None:
+        self._now = (description, share, "  ".join(filter(None, (left, figures))))
         self._show()
 
     def _say(self, text: str, style: str | None = None) -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import msgspec
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedbpt.batches import Row, targets_of
 from fedbpt.errors import DataError, InputError, ScoringInterrupted
-from fedbpt.losses import LOSSES
+from fedbpt.evaluation import Evaluation
+from fedbpt.losses import LOSSES, perturbed_ratio
 from fedbpt.messages import ObjectiveSpec, PromptSpec, Readout, Template
 from fedbpt.projection import Projection, scored_as, start_rows
 from fedbpt.prompt import Prompt
@@ -23,31 +23,13 @@ from fedbpt.racing import Race, race
 from fedbpt.readout import blocks, ensemble, word_ids
 from fedbpt.scorer import Plan, Scorer
 from fedbpt.tasks.perturb import perturb
-from fedbpt.tasks.task import bos_ids, cue_ids, label_word_ids, render_ids, target_ids
+from fedbpt.tasks.task import Task, bos_ids, cue_ids, label_word_ids, render_ids, target_ids
 
 CHUNK = 64
 """Texts per scoring call. Fixed: how texts share a call may show in the last bits of a quantised model's logits."""
 
-_SMALLEST_LOSS = 1e-12  # a perturbed loss of zero (hinge) must not divide
-
 Progress = Callable[[int, int], None]
 Cancelled = Callable[[], bool]
-
-
-class Evaluation(msgspec.Struct, frozen=True, kw_only=True, eq=False):
-    """How k prompts did on n rows. ``predictions`` int [k, n] are label indices; losses are nats (or hinge units).
-
-    Without labels ``predictions`` are −1 and ``correct`` 0.
-    """
-
-    n: int
-    correct: tuple[int, ...]
-    loss_sums: tuple[float, ...]
-    predictions: NDArray[np.intp]
-
-    @property
-    def accuracy(self) -> tuple[float, ...]:
-        return tuple(c / self.n for c in self.correct)
 
 
 class Objective:
@@ -181,14 +163,24 @@ class Objective:
                 total += self._row_losses(part, raw).sum(axis=1)
             sums.append(total)
         self.evaluations += len(total)
-        return sums[0] / len(chosen) if passes == 1 else sums[0] / np.maximum(sums[1], _SMALLEST_LOSS)
+        return sums[0] / len(chosen) if passes == 1 else perturbed_ratio(*sums)
 
     def row_losses(
         self, embeds: ArrayLike, indices: ArrayLike, cancelled: Cancelled | None = None
     ) -> NDArray[np.float64]:
         """Loss [k, n] of each candidate on each row, not perturbed; otherwise as `losses`. No evaluation is counted."""
-        parts = self._raw(embeds, self._indices(indices), None, None, cancelled)
-        return np.concatenate([self._row_losses(*part) for part in parts], axis=1)
+        return self.row_results(embeds, indices, cancelled)[0]
+
+    def row_results(
+        self, embeds: ArrayLike, indices: ArrayLike, cancelled: Cancelled | None = None
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """`row_losses`, and whether each candidate's label is the row's [k, n]; never, of target texts."""
+        losses, right = [], []
+        for part, raw in self._raw(embeds, self._indices(indices), None, None, cancelled):
+            read_out = self._read_out(raw, [self._blocks(self.readout)] * len(raw), ())
+            losses.append(self._losses(part, read_out))
+            right.append((read_out.argmax(axis=-1) == self.targets[part]) & bool(self.labels))
+        return np.concatenate(losses, axis=1), np.concatenate(right, axis=1)
 
     def race(
         self,
@@ -276,7 +268,7 @@ class Objective:
     def as_prompt(
         self,
         latent: ArrayLike,
-        task_name: str,
+        task: Task,
         history: tuple[Mapping[str, Any], ...] = (),
         others: tuple[Template, ...] = (),
     ) -> Prompt:
@@ -286,7 +278,7 @@ class Objective:
         return Prompt(
             rows=self.embeds(np.asarray(latent, dtype=np.float64)[None])[0],
             spec=self.prompt,
-            task_name=task_name,
+            task_name=task.name,
             labels=self.labels,
             template=self.template,
             model_fingerprint=self.scorer.fingerprint,
@@ -298,6 +290,7 @@ class Objective:
             word_weights=weights[0, 1:],
             others=others,
             other_weights=weights[1:],
+            task=task,
         )
 
     def _indices(self, indices: ArrayLike | None) -> NDArray[np.intp]:

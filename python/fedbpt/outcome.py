@@ -46,8 +46,8 @@ def make_result(
         digest=ledger.aggregator.digest(),
         rounds=ledger.searched,
         evaluations=ledger.aggregator.evaluations,
-        tokens=ledger.tokens,
-        seconds=ledger.seconds,
+        tokens=ledger.spending.tokens,
+        seconds=ledger.spending.seconds,
         total_seconds=total_seconds,
         zero_shot=sum((device.zero_shot for device in devices), NO_SCORE),
         tuned=sum((device.tuned for device in devices), NO_SCORE),
@@ -58,6 +58,7 @@ def make_result(
         },
         fits={purpose: fit.readout for purpose, fit in ledger.fits.items()},
         others=ledger.others if "readout" in ledger.fits else (),
+        templates=ledger.candidates,
         epsilon=ledger.epsilon(),
         devices=devices,
     )

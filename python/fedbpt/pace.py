@@ -54,4 +54,4 @@ class TextPace:
         if not speeds.get(device):
             return usual
         fair = usual * statistics.median(speeds.values()) / speeds[device]
-        return max(1, min(round(fair), 4 * usual))
+        return max(1, round(min(fair, 4 * usual)))

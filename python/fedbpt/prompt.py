@@ -3,11 +3,13 @@
 Tensors: ``rows`` float32 [n_prompt, n_embd], ``label_bias`` float32 [n_labels]; with a readout also ``word_ids`` int32
 [n_words] and ``word_weights`` float32 [n_words, n_labels]; with other templates ``other_weights`` float32 [n_others,
 1 + n_words, n_labels]. The file's metadata has one key, ``fedbpt``: a JSON object
-with a format number, the `PromptSpec`, task, labels, template, model and history.
+with a format number, the `PromptSpec`, the task, template, model and history. Files of format 1 have a task's name and
+labels alone.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -27,9 +29,12 @@ from fedbpt.errors import InputError, PromptError
 from fedbpt.html_tables import html_table
 from fedbpt.messages import Array, PromptSpec, Readout, Template
 from fedbpt.model_card import model_card, use_in_fedbpt
+from fedbpt.tasks import BUILTIN, Task
 
-FORMAT = 1
-"""Number of the file format; a file with another one is refused."""
+FORMAT = 2
+"""Number of the file format that is written."""
+
+_READ = (1, FORMAT)
 
 _KEY = "fedbpt"
 _TENSORS = {"rows", "label_bias"}
@@ -46,6 +51,7 @@ _PLAIN = (
     "architecture",
     "history",
     "others",
+    "task",
 )
 
 
@@ -73,6 +79,7 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     architecture: str
     history: tuple[dict[str, Any], ...]
     others: tuple[Template, ...] = ()
+    task: Task | None = None
 
 
 class Prompt:
@@ -93,9 +100,12 @@ class Prompt:
         word_weights: [n_words, n_labels], what each of them adds to each label; with ``word_ids`` alone.
         others: templates whose corrected log-probabilities, without a prompt, are averaged with the prompt's.
         other_weights: [n_others, 1 + n_words, n_labels], their readouts; with ``others`` alone.
+        task: the whole task: its templates, columns, and how it cuts texts; None: the built-in one of that name and
+            those labels, else it is not known.
 
     Raises:
-        InputError: shapes that disagree, NaN or infinity, a history that JSON cannot hold.
+        InputError: shapes that disagree, NaN or infinity, a history that JSON cannot hold, a task of another name or
+            other labels.
     """
 
     def __init__(
@@ -115,6 +125,7 @@ class Prompt:
         word_weights: NDArray[np.floating[Any]] | None = None,
         others: tuple[Template, ...] = (),
         other_weights: NDArray[np.floating[Any]] | None = None,
+        task: Task | None = None,
     ) -> None:
         self.rows = np.array(rows, dtype=np.float32)
         bias = np.zeros(len(labels)) if label_bias is None else label_bias
@@ -134,6 +145,16 @@ class Prompt:
         self.model_name = model_name
         self.architecture = architecture
         self.history = tuple(dict(entry) for entry in history)
+        self.task = _built_in(task_name, self.labels) if task is None else task
+        self._check()
+
+    def _check(self) -> None:
+        spec, n_words = self.spec, self.n_words
+        if self.task is not None and (self.task.name, self.task.labels) != (self.task_name, self.labels):
+            raise InputError(
+                f"the prompt is for {self.task_name} with labels {list(self.labels)}, not for {self.task.name} with "
+                f"{list(self.task.labels)}"
+            )
         if self.rows.ndim != 2 or self.rows.shape[0] != spec.n_prompt or self.rows.shape[1] == 0:
             raise InputError(f"prompt rows must have shape [{spec.n_prompt}, n_embd], got {list(self.rows.shape)}")
         if self.label_bias.shape != (len(self.labels),):
@@ -144,7 +165,7 @@ class Prompt:
         if self.other_weights.shape != (len(self.others), 1 + n_words, len(self.labels)):
             wanted = [len(self.others), 1 + n_words, len(self.labels)]
             raise InputError(f"other_weights must have shape {wanted}, got {list(self.other_weights.shape)}")
-        for used in (template, *self.others):
+        for used in (self.template, *self.others):
             if len(used.label_words) != len(self.labels):
                 raise InputError(f"{len(used.label_words)} label words for {len(self.labels)} labels")
         tensors = (self.rows, self.label_bias, self.word_weights, self.other_weights)
@@ -181,8 +202,8 @@ class Prompt:
             PromptError: that fails.
         """
         target = Path(path)
-        write_card(target, model_card(self, use_in_fedbpt(self, target.name)))
-        write(target, self.to_bytes())
+        card = model_card(self, use_in_fedbpt(self, target.name))
+        write({target: self.to_bytes(), card_path(target): encode_card(card)})
         return target
 
     def to_bytes(self) -> bytes:
@@ -198,6 +219,7 @@ class Prompt:
             architecture=self.architecture,
             history=self.history,
             others=self.others,
+            task=self.task,
         )
         tensors: dict[str, NDArray[Any]] = {name: getattr(self, name) for name in _TENSORS}
         if len(self.word_ids) or self.others:
@@ -282,21 +304,28 @@ def card_path(prompt_path: Path) -> Path:
     return prompt_path.with_name(f"{prompt_path.name}.md")
 
 
-def write_card(prompt_path: Path, card: str) -> None:
-    """Write a model card beside a prompt file. Raises `PromptError` where that fails."""
-    write(card_path(prompt_path), card.encode(errors="backslashreplace"))  # it names files, whose names may be no UTF-8
+def encode_card(card: str) -> bytes:
+    """A model card as UTF-8; it names files, whose names may be none."""
+    return card.encode(errors="backslashreplace")
 
 
-def write(target: Path, content: bytes) -> None:
-    """Write a file, whole or not at all. Raises `PromptError` where that fails."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
+def write(files: Mapping[Path, bytes]) -> None:
+    """Write files that belong together. Raises `PromptError` where one cannot be written; then none is replaced."""
+    partials = {target: target.with_name(f".{target.name}.{os.getpid()}.part") for target in files}
+    target = next(iter(files))
     try:
-        partial.write_bytes(content)
-        partial.replace(target)
+        for target, partial in partials.items():
+            if target.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            partial.write_bytes(files[target])
+        for target, partial in partials.items():
+            partial.replace(target)
     except OSError as error:
-        with suppress(OSError):  # what is the matter is told below
-            partial.unlink()
         raise PromptError(f"cannot write the prompt to {target}: {error.strerror or error}") from error
+    finally:
+        for partial in partials.values():
+            with suppress(OSError):  # what is the matter is told above
+                partial.unlink()
 
 
 def _metadata(content: bytes) -> dict[str, str]:
@@ -309,11 +338,16 @@ def _metadata(content: bytes) -> dict[str, str]:
 def _header(text: str, source: str) -> _Header:
     try:
         number = json.loads(text)["format"]
-        if number != FORMAT:
-            raise PromptError(f"{source} has prompt format {number}, this fedbpt reads {FORMAT}: update fedbpt")
+        if number not in _READ:
+            raise PromptError(f"{source} has prompt format {number}, this fedbpt reads up to {FORMAT}: update fedbpt")
         return msgspec.json.decode(text, type=_Header)
     except (*DECODE_ERRORS, KeyError, TypeError) as error:
         raise PromptError(f"{source} is damaged: {error}") from error
+
+
+def _built_in(name: str, labels: tuple[str, ...]) -> Task | None:
+    found = BUILTIN.get(name)
+    return found if found is not None and found.labels == labels else None
 
 
 def short_fingerprint(fingerprint: str) -> str:

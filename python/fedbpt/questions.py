@@ -8,7 +8,8 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 
 from fedbpt.errors import WireError
-from fedbpt.messages import Fingerprint, Message, NaturalInt, PositiveInt
+from fedbpt.messages import Fingerprint, Message
+from fedbpt.quantities import Count, NaturalInt, PositiveInt, Probability
 
 MAX_TOKENS = 4096
 """Longest answer that may be asked for."""
@@ -18,7 +19,6 @@ DEFAULT_TOKENS = 64
 
 
 Said: TypeAlias = Annotated[str, msgspec.Meta(max_length=2**20)]
-Probability: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 class Question(Message, frozen=True):
@@ -49,7 +49,7 @@ class Answer(Message, frozen=True):
 
     probabilities: Annotated[tuple[tuple[Probability, ...], ...], msgspec.Meta(max_length=2)] = ()
     texts: tuple[Said, Said] = ("", "")
-    n: NaturalInt = 0
+    n: Count = 0
     done: bool = False
     protocol: Literal[1] = 1
 

@@ -153,5 +153,6 @@ def answer(
     ]
     gradients = np.stack([gradient for _, gradient in found])
     loss = float(np.mean([loss for loss, _ in found]))
-    # float16: this is the most that goes up; centred, it bears the rounding
-    return FitResult(purpose=work.purpose, loss=loss, means=Array.of(gradients, "<f2"))
+    # float16: this is the most that goes up; centred, it bears the rounding. Its largest number is 65504.
+    packed = Array.of(gradients, "<f2" if np.abs(gradients).max() < 6e4 else "<f4")
+    return FitResult(purpose=work.purpose, loss=loss, means=packed)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
 from typing import Final
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbpt import wire
+from fedbpt import bounds, wire
 from fedbpt.errors import WireError
+from fedbpt.local_search import farthest_move, sigma_squares_bounds
 from fedbpt.losses import balanced_weights
 from fedbpt.messages import (
     Array,
@@ -23,14 +27,12 @@ from fedbpt.messages import (
     PooledWork,
     RanksResult,
     RoundPlan,
+    RoundProgress,
     RoundReport,
     SelectResult,
     SelectWork,
 )
-from fedbpt.runs import RoundPurpose
-
-MAX_LOSS: Final = 1e4
-"""Nats (or hinge units) of a row before its weight: logits that give more are of no model. Not of a perturbed ratio."""
+from fedbpt.runs import RoundPurpose, Score
 
 _RESULT_OF: Final[dict[type, type]] = {
     SelectWork: SelectResult, PooledWork: PooledResult, LocalWork: LocalResult, FitWork: FitResult,
@@ -38,7 +40,7 @@ _RESULT_OF: Final[dict[type, type]] = {
 
 
 def check_report(report: RoundReport, plan: RoundPlan, n_rows: int | None = None) -> None:
-    """Raises `WireError` unless ``report`` answers ``plan``: the same ids and digest, a fitting and finite result.
+    """Raises `WireError` unless ``report`` answers ``plan``: the same ids and digest, a result that can be.
 
     ``n_rows``: training rows that the device said to have; None: it has not said.
     """
@@ -49,70 +51,113 @@ def check_report(report: RoundReport, plan: RoundPlan, n_rows: int | None = None
     if report.plan_digest != wire.digest(plan):
         raise WireError("the report's plan digest is another: it answers a plan that was not sent")
     wire.check(report)
-    wanted_kind = _RESULT_OF[type(plan.work)]
-    _check_counts(report, plan, n_rows)
-    result = report.result
+    result, work = report.result, plan.work
+    wanted_kind = _RESULT_OF[type(work)]
     if not isinstance(result, wanted_kind):
         raise WireError(f"the report holds a {type(result).__name__}, the plan asks for a {wanted_kind.__name__}")
-    if isinstance(result, SelectResult) and isinstance(plan.work, SelectWork):
-        n_templates, n_labels = len(plan.work.templates), len(plan.labels) if plan.work.by_label else 0
-        _check_shape(result.loss_sums, (n_templates, n_labels) if n_labels else (n_templates,), "loss_sums")
-        if len(result.label_counts) != n_labels or sum(result.label_counts) < report.n_texts * bool(n_labels):
-            raise WireError(f"label_counts {list(result.label_counts)} cannot be: asked was for {n_labels} labels")
-    elif isinstance(result, PooledResult) and isinstance(plan.work, PooledWork):
-        _check_shape(result.losses, (plan.work.popsize,), "losses")
-    elif isinstance(result, FitResult) and isinstance(plan.work, FitWork):
-        if result.purpose != plan.work.purpose:
-            raise WireError(f"the report is of a {result.purpose} fit, the plan asks for {plan.work.purpose}")
-        shape = (1 + len(plan.work.others), 1 + plan.work.n_words)
-        _check_shape(result.means, shape if plan.work.readout is None else (*shape, len(plan.labels)), "means")
-        if plan.work.readout is None and result.means.numpy()[:, -1].min() < 0:
-            raise WireError("a mean of squares is negative")
-    elif isinstance(result, LocalResult):
-        _check_shape(result.mean, (plan.prompt.d,), "mean")
-        if isinstance(plan.work, LocalWork) and len(result.ranks) not in (0, plan.work.iterations * plan.work.popsize):
-            raise WireError(f"{len(result.ranks)} ranks: the plan asks for those of {plan.work.iterations} generations")
-    if plan.objective.perturb == 0:
-        _check_losses(report, max(plan.label_weights, default=1.0))
+    _check_counts(report, plan, n_rows)
+    if isinstance(result, SelectResult) and isinstance(work, SelectWork):
+        _check_selection(report, result, plan, work, n_rows)
+    elif isinstance(result, PooledResult) and isinstance(work, PooledWork):
+        _check_shape(result.losses, (work.popsize,), "losses")
+        _check_losses(result.losses.numpy(), bounds.loss_range(plan))
+    elif isinstance(result, FitResult) and isinstance(work, FitWork):
+        _check_fit(result, plan, work)
+    elif isinstance(result, LocalResult) and isinstance(work, LocalWork):
+        _check_local(result, plan, work)
+
+
+def _check_correct(result: SelectResult, plan: RoundPlan, n_texts: int) -> None:
+    """Counts of right answers are of labels, and of no private run, whose noise they would undo."""
+    told = bool(plan.labels) and plan.privacy is None
+    if result.correct and not (told and len(result.correct) == result.loss_sums.shape[0]):
+        raise WireError(
+            f"the report counts right answers of {len(result.correct)} templates: asked was for none or all"
+        )
+    if max(result.correct, default=0) > n_texts:
+        raise WireError("the report counts more right answers than texts")
 
 
 def _check_counts(report: RoundReport, plan: RoundPlan, n_rows: int | None) -> None:
-    """Rows are the report's weight, evaluations are charged to the run's budget: neither may be made up."""
+    """Rows are the report's weight, evaluations and tokens are charged to the run's budget: none may be made up."""
     if n_rows is not None and report.n_texts > n_rows:
         raise WireError(f"the report is of {report.n_texts} rows, the device said that it has {n_rows}")
-    work = plan.work
-    if isinstance(work, SelectWork):
-        most = len(work.templates) * max(1, len(plan.labels))
-    elif isinstance(work, FitWork):
-        most = 1 + len(work.others)
-    elif isinstance(work, LocalWork):
-        most = work.popsize * work.iterations + 1
-    else:
-        most = work.popsize if isinstance(work, PooledWork) else work.history.popsize
-    if report.evaluations > most:
-        raise WireError(f"the report counts {report.evaluations} evaluations, the plan asks for {most} at most")
+    for counted, most, what in (
+        (report.n_texts, bounds.most_rows(plan, report.n_texts), "rows"),
+        (report.evaluations, bounds.most_evaluations(plan), "evaluations"),
+        (report.tokens, bounds.most_tokens(plan, report.n_texts), "tokens"),
+    ):
+        if counted > most:
+            raise WireError(f"the report counts {counted} {what}, the plan asks for {most} at most")
 
 
-def _check_losses(report: RoundReport, largest_weight: float) -> None:
-    result = report.result
-    if isinstance(result, SelectResult):
-        values = result.loss_sums.numpy() / report.n_texts
-    elif isinstance(result, PooledResult):
-        values = result.losses.numpy()
-    else:
-        values = np.array([result.loss if isinstance(result, FitResult) else result.fitness])
-    if (worst := float(np.abs(values).max())) > (bound := MAX_LOSS * largest_weight):
-        raise WireError(f"the report holds a loss of {worst:.3g}, over the bound of {bound:.3g}")
+def _check_selection(
+    report: RoundReport, result: SelectResult, plan: RoundPlan, work: SelectWork, n_rows: int | None
+) -> None:
+    n_templates, n_labels = len(work.templates), len(plan.labels) if work.by_label else 0
+    _check_shape(result.loss_sums, (n_templates, n_labels) if n_labels else (n_templates,), "loss_sums")
+    _check_correct(result, plan, report.n_texts)
+    counts = result.label_counts
+    fewest, most = (report.n_texts, n_rows or sum(counts)) if n_labels else (0, 0)
+    if len(counts) != n_labels or not fewest <= sum(counts) <= most:
+        raise WireError(f"label_counts {list(counts)} cannot be: asked was for {n_labels} labels of {most} rows")
+    _check_losses(result.loss_sums.numpy() / report.n_texts, bounds.loss_range(plan))
 
 
-def check_evaluation(report: EvaluateReport, request: EvaluateRequest) -> None:
-    """Raises `WireError` unless ``report`` has counts that can be for each latent of ``request``."""
+def _check_fit(result: FitResult, plan: RoundPlan, work: FitWork) -> None:
+    if result.purpose != work.purpose:
+        raise WireError(f"the report is of a {result.purpose} fit, the plan asks for {work.purpose}")
+    shape = (1 + len(work.others), 1 + work.n_words)
+    _check_shape(result.means, shape if work.readout is None else (*shape, len(plan.labels)), "means")
+    _check_losses(np.array([result.loss]), bounds.loss_range(plan))
+    means = result.means.numpy()
+    if (excess := np.abs(means) / bounds.means_bound(plan, work)).max() > 1:
+        raise WireError(f"the report's means are {excess.max():.3g} times as large as they can be")
+    if work.readout is None:
+        squares = means[:, -1]
+        if (squares * (1 + bounds.ROUNDING) + 1e-9 < (means[:, :-1] ** 2).sum(axis=1)).any():
+            raise WireError("a mean of squares is smaller than the square of the mean")
+
+
+def _check_local(result: LocalResult, plan: RoundPlan, work: LocalWork) -> None:
+    _check_shape(result.mean, (plan.prompt.d,), "mean")
+    if len(result.ranks) not in (0, work.iterations * work.popsize):
+        raise WireError(f"{len(result.ranks)} ranks: the plan asks for those of {work.iterations} generations")
+    _check_losses(np.array([result.fitness]), bounds.loss_range(plan))
+    moved, most = float(np.linalg.norm(result.mean.numpy() - work.state.mean.numpy())), farthest_move(work)
+    if moved > most:
+        raise WireError(f"the report's mean lies {moved:.3g} from the plan's, it cannot be more than {most:.3g}")
+    low, high = sigma_squares_bounds(work)
+    if not low * (1 - bounds.ROUNDING) <= result.sigma_squares <= high * (1 + bounds.ROUNDING):
+        raise WireError(f"sigma_squares {result.sigma_squares:.3g} cannot be: it lies between {low:.3g} and {high:.3g}")
+
+
+def _check_losses(losses: NDArray[np.float64], allowed: tuple[float, float]) -> None:
+    low, high = allowed
+    if not (low <= losses.min() and losses.max() <= high):
+        worst = losses.min() if losses.min() < low else losses.max()
+        raise WireError(f"the report holds a loss of {worst:.3g}, outside the bounds of {low:.3g} and {high:.3g}")
+
+
+def check_evaluation(report: EvaluateReport, request: EvaluateRequest, n_rows: int | None = None) -> None:
+    """Raises `WireError` unless ``report`` has counts that can be for each latent of ``request``.
+
+    ``n_rows``: rows of the split that the device said to have; None: it has not said.
+    """
     wire.check(report)
     k = request.latents.shape[0]
     if len(report.correct) != k or len(report.loss_sums) != k:
         raise WireError(f"the evaluation has {len(report.correct)} counts, asked was for {k}")
-    if max(report.correct) > report.n or (request.max_rows and report.n > request.max_rows):
-        raise WireError("the evaluation's counts cannot be: more correct than rows, or more rows than asked")
+    most = min(n for n in (n_rows, request.max_rows or None, report.n) if n is not None)
+    if max(report.correct) > report.n or report.n > most:
+        raise WireError("the evaluation's counts cannot be: more correct than rows, or more rows than there are")
+    _check_losses(np.array(report.loss_sums) / report.n, bounds.evaluation_loss_range(request))
+
+
+def check_progress(progress: RoundProgress) -> None:
+    """Raises `WireError` where more steps are done than there are."""
+    if progress.done > progress.total:
+        raise WireError(f"{progress.done} of {progress.total} steps cannot be done")
 
 
 def _check_shape(array: Array, shape: tuple[int, ...], name: str) -> None:
@@ -128,10 +173,44 @@ def purpose_of(reports: Sequence[RoundReport]) -> RoundPurpose:
     return result.purpose if isinstance(result, FitResult) else "search"
 
 
-def label_weights(reports: Sequence[RoundReport]) -> tuple[float, ...]:
-    """Of a row's loss, by all devices' label counts; empty where they were not asked for."""
-    counts = [report.result.label_counts for report in reports if isinstance(report.result, SelectResult)]
-    return tuple(balanced_weights(np.sum(counts, axis=0)).tolist()) if any(counts) else ()
+def cap_rows(counts: Sequence[int], cap: float) -> NDArray[np.float64]:
+    """What of each device's number of rows counts: ``cap`` times the median number at most; 0: all of it."""
+    most = cap * statistics.median(counts) if cap else math.inf
+    return np.minimum(np.array(counts, dtype=np.float64), np.maximum(np.floor(most), 1.0))
+
+
+def cap_reports(reports: Sequence[RoundReport], cap: float) -> list[RoundReport]:
+    """``reports`` whose ``n_texts`` are those of `cap_rows`, with the losses summed over them to match."""
+    capped = []
+    for report, n in zip(reports, cap_rows([report.n_texts for report in reports], cap), strict=True):
+        if n < report.n_texts:
+            result = report.result
+            if isinstance(result, SelectResult):
+                sums = result.loss_sums.numpy() * (n / report.n_texts)
+                result = msgspec.structs.replace(result, loss_sums=Array.of(sums))
+            report = msgspec.structs.replace(report, n_texts=int(n), result=result)
+        capped.append(report)
+    return capped
+
+
+def evaluation_loss(reports: Sequence[EvaluateReport], cap: float) -> float:
+    """Mean loss of the first latent over all devices' rows, nats, as far as `cap_rows` lets them count."""
+    counts = np.array([report.n for report in reports])
+    shares = cap_rows(counts.tolist(), cap) / counts
+    total = sum(share * report.loss_sums[0] for share, report in zip(shares, reports, strict=True))
+    return float(total / (shares * counts).sum())
+
+
+def label_weights(reports: Sequence[RoundReport], cap: float = 0.0) -> tuple[float, ...]:
+    """Of a row's loss, by all devices' label counts; empty where they were not asked for. ``cap``: see `cap_rows`."""
+    given = [report.result.label_counts for report in reports if isinstance(report.result, SelectResult)]
+    if not any(given):
+        return ()
+    counts = np.array(given, dtype=np.float64)
+    shares = cap_rows([sum(each) for each in given], cap) / np.maximum(counts.sum(axis=1), 1.0)
+    # a label that a device has keeps a row: else one that claims a billion rows of others would make it weigh a billion
+    counts = np.where(counts > 0, np.maximum(counts * shares[:, None], 1.0), 0.0)
+    return tuple(balanced_weights(counts.sum(axis=0)).tolist())
 
 
 def template_losses(
@@ -149,6 +228,20 @@ def template_losses(
         np.median(sums / counts[:, None], axis=0) if robust else sums.sum(axis=0) / counts.sum()
     )
     return found
+
+
+def template_scores(reports: Sequence[RoundReport], losses: Sequence[float]) -> tuple[Score, ...]:
+    """What each template scored without a prompt, over the devices that count right answers; empty: none does.
+
+    ``losses`` [n_templates]: as `template_losses` has them.
+    """
+    counted = [
+        (r.result.correct, r.n_texts) for r in reports if isinstance(r.result, SelectResult) and r.result.correct
+    ]
+    if not counted:
+        return ()
+    n, correct = sum(n for _, n in counted), np.sum([right for right, _ in counted], axis=0)
+    return tuple(Score(n=n, correct=int(c), loss_sum=n * loss) for c, loss in zip(correct, losses, strict=True))
 
 
 def mean_loss(reports: Sequence[RoundReport]) -> float:

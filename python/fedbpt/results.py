@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedbpt.display import describe_accuracy
 from fedbpt.errors import MissingExtraError
 from fedbpt.html_tables import html_table
+from fedbpt.intervals import wilson_interval
 from fedbpt.messages import Template
 from fedbpt.notebook import show_figures
 from fedbpt.prompt import Prompt
@@ -18,8 +19,6 @@ from fedbpt.runs import RunResult, perplexity
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Z_95 = 1.959963984540054  # two-sided 95 % quantile of the standard normal
 
 
 @dataclass(frozen=True)
@@ -69,24 +68,18 @@ class EvaluationResult:
         )
 
 
-def wilson_interval(correct: int, n: int) -> tuple[float, float]:
-    """95 % interval of a proportion by Wilson's score (J. Am. Stat. Assoc. 22, 1927)."""
-    if n == 0:
-        return 0.0, 1.0
-    share, z2 = correct / n, Z_95**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 @dataclass(frozen=True)
 class TuneResult:
-    """What `tune` found: ``prompt`` to save and use, ``run`` with all figures, ``curve`` of (evaluations, loss)."""
+    """What `tune` found: ``prompt`` to save and use, ``run`` with all figures, ``curve`` of (evaluations, loss).
+
+    ``interrupted``: Ctrl-C ended the search before its budget was spent.
+    """
 
     prompt: Prompt
     run: RunResult
     curve: tuple[tuple[int, float], ...] = field(repr=False)
     dev_curve: tuple[tuple[int, float], ...] = field(repr=False)
+    interrupted: bool = False
 
     @property
     def template(self) -> Template:
@@ -107,6 +100,7 @@ class TuneResult:
             ("evaluations", f"{run.evaluations:,} in {run.rounds:,} rounds"),
             ("forward tokens", f"{run.tokens:,}"),
             ("seconds", f"{run.seconds:.1f}"),
+            *((f"zero-shot, {each.template.pattern!r}", describe_accuracy(each)) for each in run.templates),
         ]
         if self.dev_curve:
             figure = "perplexity" if run.generates else "accuracy"

@@ -13,21 +13,21 @@ from numpy.typing import NDArray
 from fedbpt import wire
 from fedbpt.aggregation.robust import Robust, check_robust
 from fedbpt.errors import ConfigError
+from fedbpt.intervals import wilson_interval
 from fedbpt.messages import (
     Array,
     DeviceInfo,
     EvaluateReport,
     FitPurpose,
     Message,
-    NaturalInt,
     ObjectiveSpec,
-    PositiveFloat,
-    PositiveInt,
     PrivacySpec,
     PromptSpec,
     Readout,
     Template,
 )
+from fedbpt.privacy import epsilon, sampling_rate
+from fedbpt.quantities import NaturalInt, PositiveFloat, PositiveInt
 
 _LARGEST_EXPONENT = 700.0  # e^700 is about the largest float
 
@@ -64,6 +64,7 @@ class RunSettings(Message, frozen=True):
     seed: NaturalInt = 0
     robust: Robust = "none"  # what takes the place of the devices' mean, so that some of them may lie
     byzantine: PositiveInt = 1  # so many, where it is robust
+    row_cap: Annotated[float, msgspec.Meta(ge=0)] = 2.0  # times the devices' median rows that one counts for; 0: any
     privacy: PrivacySpec | None = None  # clip and noise on the devices; None: losses as they are
     quorum: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
     deadline_s: PositiveFloat = 600.0
@@ -87,6 +88,8 @@ class RunSettings(Message, frozen=True):
         if self.restarts and not self.patience:
             raise ConfigError("restarts come when patience runs out: set patience, or restarts = 0")
         check_robust(self.method, self.robust)
+        if 0 < self.row_cap < 1:
+            raise ConfigError(f"row_cap = {self.row_cap:g} would cut the median device: give 1 or more, or 0: no cap")
         if self.robust != "none" and (self.patience or self.balanced):
             raise ConfigError(
                 f"robust = {self.robust!r} cannot go with patience or balanced: devices that lie on dev rows or label "
@@ -112,6 +115,16 @@ class RunSettings(Message, frozen=True):
         objective = msgspec.structs.replace(self.objective, loss="nll", readout_words=0)
         return msgspec.structs.replace(self, objective=objective, calibrate=False, baselines=False, balanced=False)
 
+    def epsilon(self, n_templates: int, n_rows: int, rounds: int) -> float | None:
+        """ε of a selection among ``n_templates`` and ``rounds`` of search, on a row of a device that has ``n_rows``;
+        None: without privacy, or rows.
+        """
+        if self.privacy is None or not n_rows:
+            return None
+        searches = rounds * (1 if self.method == "pooled" else self.iterations)
+        select, search = (sampling_rate(n_rows, size) for size in (self.select_rows, self.objective.batch_size))
+        return epsilon(self.privacy, [(select, int(n_templates > 1)), (search, searches)])
+
     def identity(self) -> str:
         """Digest of what a run must have in common to be resumed; the budget may change, and patience without restarts,
         which it makes a part of the search."""
@@ -133,6 +146,11 @@ class Score(Message, frozen=True):
     @property
     def accuracy(self) -> float:
         return self.correct / self.n if self.n else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the accuracy (`fedbpt.intervals.wilson_interval`)."""
+        return wilson_interval(self.correct, self.n)
 
     @property
     def loss(self) -> float:
@@ -186,6 +204,13 @@ def lines(mean: NDArray[np.float64], fits: Mapping[FitPurpose, Readout]) -> Line
     return found
 
 
+class TemplateScore(Message, frozen=True):
+    """A template, and how the model does with it and no prompt on the training rows that chose among templates."""
+
+    template: Template
+    score: Score
+
+
 class DeviceSummary(Message, frozen=True):
     """One device's share of a run. ``zero_shot`` and ``tuned`` have n = 0 where it missed the final evaluation.
 
@@ -229,6 +254,7 @@ class RunResult(Message, frozen=True):
     fits: dict[FitPurpose, Readout]
     devices: tuple[DeviceSummary, ...]
     others: tuple[Template, ...] = ()  # the templates of the readout's ``others``
+    templates: tuple[TemplateScore, ...] = ()  # as `TemplateSelected.candidates`
     epsilon: float | None = None  # spent on a training row at most; None: the run was not private
 
     @property
@@ -275,11 +301,15 @@ class RunStarted(Message, frozen=True, tag=True):
 
 
 class TemplateSelected(Message, frozen=True, tag=True):
-    """``losses``: mean loss of each candidate on the training rows, nats; empty where there was nothing to select."""
+    """``losses``: mean loss of each candidate on the training rows, nats; empty where there was nothing to select.
+
+    ``candidates``: their scores; empty too where nobody counts right answers: of target texts, in a private run.
+    """
 
     template: Template
     index: NaturalInt
     losses: tuple[float, ...]
+    candidates: tuple[TemplateScore, ...] = ()
 
 
 class Progressed(Message, frozen=True, tag=True):

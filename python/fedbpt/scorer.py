@@ -123,6 +123,10 @@ class Scorer(Protocol):
         """
         ...
 
+    def interrupt(self) -> None:
+        """Make the scoring call in flight, on whatever thread, raise `ScoringInterrupted`; there may be none."""
+        ...
+
     def memory(self) -> Mapping[str, int]:
         """Bytes by part: ``weights``, ``kv``, ``compute``, ``rss``, ``peak_rss``."""
         ...

@@ -47,7 +47,8 @@ TWO_POINT_DIMENSION = 300
 MOST_RANKED = 256
 """Candidates whose ranks fit into bytes."""
 
-_LIMIT = 1e30  # keeps what float32 rounds positive and finite
+_SMALLEST = 1e-30  # keeps what float32 rounds positive
+_LARGEST_NORM = 1e8  # of a state's arrays; a message bears ten times as much (`fedbpt.wire.MAX_NORM`)
 _CMA_LOCK = threading.Lock()
 
 
@@ -136,6 +137,7 @@ class CmaUpdate:
             "verb_log": 0,
             "signals_filename": None,
         }
+        self._farthest = farthest(sigma, d)
         with _quiet():
             self._es = _cma().CMAEvolutionStrategy(_as_sent(np.zeros(d) if start is None else start), sigma, options)
             self._lift_floor()
@@ -191,8 +193,8 @@ class CmaUpdate:
             self._es.tell(list(points), list(ranks), check_points=None if foreign else False)
             # Devices draw around the float32 mean. Were the package to keep its own, the difference would count as
             # a step, a huge one once σ is below float32's resolution of the mean.
-            self._es.mean = _as_sent(self._es.mean)
-            self._es.sigma = float(np.clip(self._es.sigma, 1 / _LIMIT, _LIMIT))
+            self._es.mean = _as_sent(np.clip(self._es.mean, -self._farthest, self._farthest))
+            self._es.sigma = step_within(self._es.sigma, self._farthest / max(self._widest(), 1.0))
             if self._two_point:
                 self._step = self._next_step()
 
@@ -218,14 +220,14 @@ class CmaUpdate:
         """The distribution as devices get it: float32 but for a full covariance, which rounding could make
         indefinite."""
         step = None if self._step is None else Array.of(self._step, "<f4")
-        scales = np.broadcast_to(np.asarray(self._es.sigma_vec.scaling, dtype=np.float64), self._es.mean.shape)
+        scales = self._scales()
         sigma = float(np.float32(self.sigma))
         mean = Array.of(self._es.mean, "<f4")
         if self.covariance == "diagonal":
-            limited = Array.of(np.clip(scales, 1 / _LIMIT, _LIMIT), "<f4")
-            return SearchState(mean=mean, sigma=sigma, scales=limited, step=step)
+            return SearchState(mean=mean, sigma=sigma, scales=Array.of(scales, "<f4"), step=step)
         matrix = np.asarray(self._es.sm.C, dtype=np.float64)
         matrix = scales[:, None] * ((matrix + matrix.T) / 2) * scales[None, :]
+        matrix *= min(1.0, _LARGEST_NORM / np.linalg.norm(matrix))
         return SearchState(mean=mean, sigma=sigma, covariance=Array.of(matrix, "<f8"), step=step)
 
     def digest(self) -> str:
@@ -241,6 +243,16 @@ class CmaUpdate:
             values = np.ascontiguousarray(part, dtype="<f8")
             digest.update(f"|{values.shape}|".encode() + values.tobytes())
         return digest.hexdigest()
+
+    def _scales(self) -> Floats:
+        """√diag(C) [d] of a separable search; ones of a full one."""
+        scales = np.broadcast_to(np.asarray(self._es.sigma_vec.scaling, dtype=np.float64), self._es.mean.shape)
+        return np.clip(scales, _SMALLEST, _LARGEST_NORM / math.sqrt(len(scales)))
+
+    def _widest(self) -> float:
+        """The largest standard deviation of a coordinate, σ being 1."""
+        own = 1.0 if self.covariance == "diagonal" else math.sqrt(np.max(np.diag(self._es.sm.C)))
+        return float(np.max(self._scales())) * own
 
     def _next_step(self) -> Floats | None:
         """The mean's last move, made as long as normals are expected to be: E‖N(0, I)‖ of eq. 43."""
@@ -262,6 +274,19 @@ class CmaUpdate:
         # enter nothing else once the damping is computed.
         if self._es.sp.popsize < MIN_POPSIZE:
             self._es.sp.lam_mirr = MIN_POPSIZE - self._es.sp.popsize
+
+
+def farthest(sigma0: float, d: int) -> float:
+    """How far from 0 a mean's coordinate may come, and how large a step size, in a search that begins with ``sigma0``.
+
+    A million times as far as an honest search begins: whatever the ranks, it goes on from a state that devices accept.
+    """
+    return min(1e6 * sigma0, _LARGEST_NORM / math.sqrt(d))
+
+
+def step_within(sigma: float, limit: float) -> float:
+    """``sigma``, not below what float32 can tell from 0 and not above ``limit``."""
+    return float(np.clip(sigma, _SMALLEST, limit))
 
 
 def ranks_of(losses: ArrayLike) -> Floats:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Literal, NamedTuple, TypeAlias
 
 import msgspec
@@ -18,7 +20,7 @@ from fedbpt.prompt import Prompt
 from fedbpt.readout import blocks, ensemble
 from fedbpt.scorer import Scorer
 from fedbpt.tasks import Task
-from fedbpt.tasks.task import DEFAULT_MAX_TEXT_TOKENS
+from fedbpt.tasks.task import DEFAULT_MAX_TEXT_TOKENS, render_ids
 
 Side: TypeAlias = Literal["original", "tuned"]
 
@@ -39,7 +41,8 @@ class SideBySide:
     Args:
         model: what the prompt was tuned for.
         prompt: the tuned prompt.
-        task: the prompt's; says how texts are cut. None: at 128 tokens to classify, not at all to generate.
+        task: says how texts are cut; None: the prompt's own. Where that is not known, texts are cut at 128 tokens to
+            classify, not at all to generate.
         max_text_tokens: where they are cut instead; None: as ``task`` says.
 
     Raises:
@@ -51,6 +54,7 @@ class SideBySide:
         self, model: Scorer, prompt: Prompt, task: Task | None = None, *, max_text_tokens: int | None = None
     ) -> None:
         prompt.check(model)
+        task = prompt.task if task is None else task
         if task is not None and task.labels != prompt.labels:
             raise ConfigError(f"the prompt is for labels {list(prompt.labels)}, the task has {list(task.labels)}")
         self.model = model
@@ -82,16 +86,28 @@ class SideBySide:
             found = ensemble(raw, blocks(prompt.readout, n_words, n_labels))
         return tuple(float(p) for p in _softmax(found[0]))
 
+    def n_read(self, text: str) -> int:
+        """Tokens that the tuned model reads to classify ``text``: cut, in each of the prompt's templates."""
+        limit, clipped = self.max_text_tokens or DEFAULT_MAX_TEXT_TOKENS, self._clip(text)
+        templates = (self.prompt.template, *self.prompt.others)
+        n_front = 0 if self.prompt.spec.placement == "cue" else self.prompt.n_prompt
+        return n_front + sum(len(render_ids(self.model, template, clipped, limit)) for template in templates)
+
     def generate(
         self, text: str, sampling: Sampling | None = None, max_tokens: int | None = None, stop: tuple[str, ...] = ()
-    ) -> Iterator[tuple[Side, str]]:
+    ) -> SidesInTurn:
         """Both sides' answers, a piece of the one and a piece of the other in turn; see `Generation`.
+
+        Who does not read them to the end closes the iterator (`contextlib.closing`).
 
         Raises:
             InputError: an empty text, or one that is longer than the context.
         """
-        running = {side: self.generation(text, side, sampling, max_tokens, stop) for side in SIDES}
-        return _in_turn(running)
+        with ExitStack() as opened:
+            running = {
+                side: opened.enter_context(self.generation(text, side, sampling, max_tokens, stop)) for side in SIDES
+            }
+            return SidesInTurn(running, opened.pop_all())
 
     def generation(
         self,
@@ -125,14 +141,31 @@ class SideBySide:
         return f"SideBySide({self.model.name!r} and {self.prompt!r})"
 
 
-def _in_turn(running: dict[Side, Generation]) -> Iterator[tuple[Side, str]]:
-    while running:
-        for side, generation in list(running.items()):
-            piece = next(generation, None)
-            if piece is None:
-                del running[side]
-            elif piece.text:
-                yield side, piece.text
+class SidesInTurn(Iterator[tuple[Side, str]]):
+    """Pieces of texts that are ``running``, by turns; ``opened`` ends them."""
+
+    def __init__(self, running: dict[Side, Generation], opened: ExitStack) -> None:
+        self._turns = deque(running.items())
+        self._opened = opened
+
+    def __next__(self) -> tuple[Side, str]:
+        try:
+            while self._turns:
+                side, generation = self._turns.popleft()
+                piece = next(generation, None)
+                if piece is not None:
+                    self._turns.append((side, generation))
+                    if piece.text:
+                        return side, piece.text
+        except BaseException:
+            self.close()
+            raise
+        raise StopIteration
+
+    def close(self) -> None:
+        """No more pieces come."""
+        self._turns.clear()
+        self._opened.close()
 
 
 def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:

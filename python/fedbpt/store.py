@@ -17,7 +17,7 @@ from fedbpt.database import Database
 from fedbpt.errors import StoreError, WireError
 from fedbpt.messages import DeviceInfo, RoundReport
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 _SCHEMA: Final = """
 CREATE TABLE runs (
@@ -28,7 +28,7 @@ CREATE TABLE runs (
 CREATE TABLE devices (
     run TEXT NOT NULL REFERENCES runs ON DELETE CASCADE, device TEXT NOT NULL, info BLOB,
     bytes_up INTEGER NOT NULL DEFAULT 0, bytes_down INTEGER NOT NULL DEFAULT 0,
-    peak_rss_bytes INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (run, device)
+    peak_rss_bytes INTEGER NOT NULL DEFAULT 0, address TEXT NOT NULL DEFAULT '', PRIMARY KEY (run, device)
 );
 CREATE TABLE rounds (
     run TEXT NOT NULL REFERENCES runs ON DELETE CASCADE, round INTEGER NOT NULL, closed TEXT NOT NULL,
@@ -48,12 +48,21 @@ CREATE TABLE metrics (
 );
 """
 
+_TASKS: Final = """
+CREATE TABLE tasks (
+    run TEXT PRIMARY KEY REFERENCES runs ON DELETE CASCADE, body BLOB NOT NULL, rows_digest TEXT NOT NULL
+)
+"""
+_FROM_VERSION_1: Final = (_TASKS, "ALTER TABLE devices ADD COLUMN address TEXT NOT NULL DEFAULT ''")
+
 RunStatus: TypeAlias = Literal["running", "stopped", "finished"]
 
 
 class StoredRun(NamedTuple):
-    """One row of ``fedbpt runs list``. ``settings`` and ``result`` are wire bytes (`fedbpt.runs`);
-    ``identity`` is a digest of what must be the same to resume it.
+    """One row of ``fedbpt runs list``. ``settings`` and ``result`` are wire bytes (`fedbpt.runs`), and so is
+    ``definition``, of the task (None: an earlier version began the run, and kept the task's name alone);
+    ``identity`` is a digest of what must be the same to resume it; ``rows`` one of the rows where the run was of one
+    machine, else empty.
     """
 
     run: str
@@ -67,6 +76,8 @@ class StoredRun(NamedTuple):
     settings: bytes
     result: bytes | None
     n_rounds: int
+    definition: bytes | None
+    rows: str
 
 
 class StoredRound(NamedTuple):
@@ -152,6 +163,7 @@ class RunStore(Database):
             self._write_metrics(db, run, round, metrics)
             self._write_traffic(db, run, traffic or {})
             db.execute("UPDATE runs SET updated = ? WHERE run = ?", (now, run))
+            db.execute("DELETE FROM runs WHERE run = ?", (_aside(run),))
 
     def record_late(self, run: str, report: RoundReport) -> None:
         """Keep a report that came after its round had closed; it is never replayed. Twice is once."""
@@ -182,11 +194,22 @@ class RunStore(Database):
         with self._transaction() as db:
             self._write_metrics(db, run, round, metrics)
 
+    def record_task(self, run: str, definition: bytes, rows: str = "") -> None:
+        """The task of ``run``, as it is given to its latest sitting. ``rows``: a digest, see `StoredRun`."""
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO tasks VALUES (?, ?, ?)", (run, definition, rows))
+
     def add_devices(self, run: str, devices: Sequence[str]) -> None:
         """Devices that a later sitting of ``run`` brings; known ones stay as they are."""
         with self._transaction() as db:
             rows = [(run, device) for device in devices]
             db.executemany("INSERT OR IGNORE INTO devices (run, device) VALUES (?, ?)", rows)
+
+    def record_addresses(self, run: str, addresses: Mapping[str, str]) -> None:
+        """Where devices of ``run`` are called, by name; in one transaction."""
+        with self._transaction() as db:
+            rows = [(address, run, device) for device, address in addresses.items()]
+            db.executemany("UPDATE devices SET address = ? WHERE run = ? AND device = ?", rows)
 
     def record_settings(self, run: str, settings: bytes, identity: str) -> None:
         """The settings of a later sitting of ``run``: its budget may have changed, and ``identity`` may say more."""
@@ -206,12 +229,29 @@ class RunStore(Database):
                 "UPDATE runs SET status = ?, updated = ?, result = coalesce(?, result) WHERE run = ?",
                 (status, _now(), result, run),
             )
+            if status == "finished":
+                db.execute("DELETE FROM runs WHERE run = ?", (_aside(run),))
             self._write_traffic(db, run, traffic or {})
 
     def delete_run(self, run: str) -> None:
         """Forget ``run`` and everything under it; no such run is no error."""
         with self._transaction() as db:
             db.execute("DELETE FROM runs WHERE run = ?", (run,))
+
+    def set_aside(self, run: str) -> None:
+        """Make room for another run of the name ``run``, which is forgotten when that one closes its first round.
+
+        Until then `restore` brings it back, and it is listed as ``run~``. No such run is no error.
+        """
+        with self._transaction() as db:
+            self._rename(db, run, _aside(run))
+
+    def restore(self, run: str) -> None:
+        """Undo `set_aside` where no round has been closed since, and forget what was begun in its place."""
+        with self._transaction() as db:
+            if db.execute("SELECT 1 FROM runs WHERE run = ?", (_aside(run),)).fetchone():
+                db.execute("DELETE FROM runs WHERE run = ?", (run,))
+                self._rename(db, _aside(run), run)
 
     # --- reading -------------------------------------------------------------------------------------------------
 
@@ -257,6 +297,10 @@ class RunStore(Database):
         rows = self._query("SELECT device, info FROM devices WHERE run = ? ORDER BY device", run)
         return {device: wire.decode(info, DeviceInfo) if info else None for device, info in rows}
 
+    def addresses(self, run: str) -> dict[str, str]:
+        """Where each device of ``run`` was called last; empty for one that calls in."""
+        return dict(self._query("SELECT device, address FROM devices WHERE run = ? ORDER BY device", run))
+
     def history(self, run: str, since: int = 0) -> list[RoundHistory]:
         """One entry a round from ``since`` on, in order; rounds that only have metrics or losses are among them."""
         self.get_run(run)
@@ -296,17 +340,30 @@ class RunStore(Database):
             raise StoreError(f"{self.path} is not a run database: {error}") from error
         with self._transaction() as db:
             (version,) = db.execute("PRAGMA user_version").fetchone()
-            tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-            if version == 0 and tables == 0:
-                for statement in _SCHEMA.split(";"):
-                    db.execute(statement)
-                db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            elif version != SCHEMA_VERSION:
-                raise StoreError(f"{self.path} is not a run database of version {SCHEMA_VERSION}: choose another file")
+            tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            if version == SCHEMA_VERSION and "runs" in tables:
+                return
+            if version == 0 and not tables:
+                statements = [*_SCHEMA.split(";"), _TASKS]
+            elif version == 1 and "runs" in tables:
+                statements = [*_FROM_VERSION_1]
+            else:
+                raise StoreError(
+                    f"{self.path} is not a run database of version {SCHEMA_VERSION} or before: choose another file"
+                )
+            for statement in statements:
+                db.execute(statement)
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def _query(self, sql: str, *values: object) -> list[Any]:
         with self._reading() as db:
             return db.execute(sql, values).fetchall()
+
+    @staticmethod
+    def _rename(db: sqlite3.Connection, run: str, name: str) -> None:
+        db.execute("PRAGMA defer_foreign_keys = ON")  # until the transaction ends
+        for table in ("runs", "tasks", "devices", "rounds", "reports", "losses", "metrics"):
+            db.execute(f"UPDATE {table} SET run = ? WHERE run = ?", (name, run))
 
     @staticmethod
     def _write_metrics(db: sqlite3.Connection, run: str, round: int, metrics: Mapping[str, float]) -> None:
@@ -323,8 +380,14 @@ class RunStore(Database):
 
 _SELECT_RUN: Final = (
     "SELECT run, created, updated, status, task, model_fingerprint, model_name, identity, settings, result,"
-    " (SELECT count(*) FROM rounds WHERE rounds.run = runs.run) FROM runs"
+    " (SELECT count(*) FROM rounds WHERE rounds.run = runs.run),"
+    " (SELECT body FROM tasks WHERE tasks.run = runs.run),"
+    " coalesce((SELECT rows_digest FROM tasks WHERE tasks.run = runs.run), '') FROM runs"
 )
+
+
+def _aside(run: str) -> str:
+    return f"{run}~"  # no run can be called so by its user
 
 
 def _now() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import ssl
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,29 @@ class Tls:
             files = ", ".join(str(path) for path in (self.cert, self.key, self.ca) if path is not None)
             raise ConfigError(f"cannot use {files} for TLS: {getattr(error, 'reason', None) or error}") from error
         return context
+
+
+# of OpenSSL's X509_V_ERR_…: CERT_NOT_YET_VALID, CERT_HAS_EXPIRED; HOSTNAME_MISMATCH and IP_ADDRESS_MISMATCH
+_NOT_YET_VALID, _EXPIRED, _OTHER_NAMES = 9, 10, (62, 64)
+
+
+def certificate_problem(error: BaseException) -> str:
+    """What is the matter with a certificate where that ended a connection, as a line that goes on from its address;
+    empty: it was something else. A certificate that is out of its time may mean a clock that is wrong, and says so.
+    """
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, ssl.SSLCertVerificationError):
+        found = found.__cause__ or found.__context__
+    if found is None:
+        return ""
+    today = f"by this machine's clock, which says {datetime.now(timezone.utc):%Y-%m-%d}"
+    if found.verify_code == _NOT_YET_VALID:
+        return f"has a certificate that is not valid yet {today}: set the clock right"
+    if found.verify_code == _EXPIRED:
+        return f"has a certificate that has expired {today}: set the clock if that is wrong, else renew the certificate"
+    if found.verify_code in _OTHER_NAMES:
+        return f"has a certificate for other names ({found.verify_message}): call it by one of those, or issue another"
+    return f"has a certificate that is not believed ({found.verify_message}): give the CA that signed it (--ca)"
 
 
 def is_loopback(host: str) -> bool:

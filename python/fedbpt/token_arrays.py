@@ -1,4 +1,4 @@
-"""Sequences of token ids as the engine takes them: int32 arrays, and many of them as one."""
+"""Token ids and soft prompts as the arrays that the engine takes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def token_ids(ids: ArrayLike, what: str) -> NDArray[np.int32]:
     return np.ascontiguousarray(array, dtype=np.int32)
 
 
-def continuation_ids(given: Sequence[Sequence[ArrayLike]] | None, n_texts: int) -> list[NDArray[np.int32]]:
+def flat_continuations(given: Sequence[Sequence[ArrayLike]] | None, n_texts: int) -> list[NDArray[np.int32]]:
     """The continuations of all texts in one list: equally many for each text, the first text's first.
 
     Raises `InputError` where they are not equally many.
@@ -45,3 +45,21 @@ def ragged(texts: Sequence[NDArray[np.int32]]) -> tuple[NDArray[np.int32], NDArr
     offsets = np.zeros(len(texts) + 1, dtype=np.int64)
     np.cumsum([len(text) for text in texts], out=offsets[1:])
     return (np.concatenate(texts) if texts else np.empty(0, dtype=np.int32)), offsets
+
+
+def prompt_rows(embeds: ArrayLike, n_embd: int) -> NDArray[np.float32]:
+    """Soft prompts as float32 [n_candidates, n_prompt, n_embd]. Raises `InputError` for another shape."""
+    given = np.asarray(embeds)
+    if given.dtype.kind not in "fiu":
+        raise InputError(f"embeds must be real numbers, got {given.dtype}")
+    with np.errstate(over="ignore"):  # too large for float32 becomes infinity, which the engine refuses
+        rows = np.ascontiguousarray(given, dtype=np.float32)
+    if rows.ndim == 2:
+        rows = rows[None]
+    if rows.ndim != 3:
+        raise InputError(
+            f"embeds must be [n_candidates, n_prompt, n_embd] or [n_prompt, n_embd], got shape {list(rows.shape)}"
+        )
+    if rows.shape[2] != n_embd:
+        raise InputError(f"embeds has rows of {rows.shape[2]} numbers, but this model's n_embd is {n_embd}")
+    return rows

@@ -46,6 +46,19 @@ IntArray chat_ids(const Generator & generator, const std::vector<std::pair<std::
     return IntArray(static_cast<py::ssize_t>(ids.size()), ids.data());
 }
 
+IntArray text_ids(const Generator & generator, const std::string & text) {
+    std::vector<llama_token> ids;
+    {
+        py::gil_scoped_release release;
+        ids = generator.model().tokenize(text, /*add_bos =*/ -1, /*parse_special =*/ true);
+        const llama_token bos = llama_vocab_bos(llama_model_get_vocab(generator.model().get()));
+        if (ids.size() > 1 && ids[0] == bos && ids[1] == bos) {  // the text named it
+            ids.erase(ids.begin());
+        }
+    }
+    return IntArray(static_cast<py::ssize_t>(ids.size()), ids.data());
+}
+
 bool has_special(const Generator & generator, const std::string & text) {
     return generator.model().tokenize(text, 0, /*parse_special =*/ true) != generator.model().tokenize(text, 0);
 }
@@ -65,6 +78,7 @@ void register_generator(py::module_ & module) {
         .def("next", &next, py::arg("stream"), py::arg("n_likeliest"), "(id, log-probability, [(id, log-probability) of the likeliest])")
         .def("piece", [](const Generator & generator, llama_token id) { return py::bytes(generator.model().piece(id)); }, py::arg("id"))
         .def("is_end", [](const Generator & generator, llama_token id) { return generator.model().is_end(id); }, py::arg("id"))
+        .def("text_ids", &text_ids, py::arg("text"), "int32 [n] of a text; special tokens in it count as such, BOS comes once")
         .def("chat_ids", &chat_ids, py::arg("messages"), "int32 [n] of (role, content) messages in the model's chat template; special tokens in a content count as such")
         .def("has_special", &has_special, py::arg("text"), py::call_guard<py::gil_scoped_release>(), "whether a text names special tokens")
         .def_property_readonly("n_tokens", &Generator::n_tokens)

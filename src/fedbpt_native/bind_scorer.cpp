@@ -26,6 +26,9 @@ public:
     Engine(const std::string & path, int32_t n_threads, int32_t n_gpu_layers, const std::string & gpu, bool kv_q8_0)
         : model(Model::load(path, n_gpu_layers, gpu)), kv_type(kv_q8_0 ? GGML_TYPE_Q8_0 : GGML_TYPE_F16), scorer(model, n_threads, kv_type) {}
 
+    // Of the same weights, with threads and buffers of its own.
+    explicit Engine(const Engine & other) : model(other.model), kv_type(other.kv_type), scorer(model, other.scorer.n_threads(), kv_type) {}
+
     std::unique_ptr<Generator> generator() const { return std::make_unique<Generator>(model, scorer.n_threads(), kv_type); }
 
     const std::shared_ptr<const Model> model;
@@ -90,6 +93,12 @@ FloatArray score(Engine & engine, Plan & plan, const LongArray & which, const Fl
     return logits;
 }
 
+std::optional<py::bytes> metadata(const Engine & engine, const std::string & key) {
+    char          value[256];
+    const int32_t n = llama_model_meta_val_str(engine.model->get(), key.c_str(), value, sizeof(value));
+    return n < 0 ? std::nullopt : std::make_optional(py::bytes(value));
+}
+
 py::dict memory(const Engine & engine) {
     MemoryUse use;
     {
@@ -121,6 +130,11 @@ void register_scorer(py::module_ & module) {
              "texts and continuations: (int32 [total], int64 offsets [n + 1])")
         .def("score", &score, py::arg("plan"), py::arg("which").noconvert(), py::arg("embeds").noconvert(),
              "which int64 [n], embeds float32 [n_candidates, n_prompt, n_embd] -> float32 [n_candidates, n, n_continuations + n_labels]")
+<<<<<<< HEAD
+        .def("metadata", &metadata, py::arg("key"), "what the model file says under a key, as text, or None")
+=======
+        .def("twin", [](const Engine & engine) { return std::make_unique<Engine>(engine); }, py::call_guard<py::gil_scoped_release>(), "A new one, of the same weights, with threads and buffers of its own.")
+>>>>>>> process
         .def("generator", &Engine::generator, py::call_guard<py::gil_scoped_release>(), "A new one, of the same weights, with a KV cache of its own.")
         .def("interrupt", [](Engine & engine) { engine.scorer.interrupt(); }, "Make the scoring call in flight raise ScoringInterrupted.")
         .def("embedding_std", [](const Engine & engine) { return engine.model->embedding_std(); }, py::call_guard<py::gil_scoped_release>())

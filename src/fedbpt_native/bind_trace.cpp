@@ -5,6 +5,7 @@
 #include <map>
 
 #include "errors.h"
+#include "llama-pretokenizer.h"
 #include "llama-soft-prompt.h"
 #include "trace.h"
 
@@ -47,6 +48,8 @@ private:
 }  // namespace
 
 void register_trace(py::module_ & module) {
+    module.def("use_std_regex", &llama_pretokenizer_use_std_regex, py::arg("use"), "For the fork's tests: whether this thread splits texts into words as upstream does.");
+
     py::class_<SoftTrace>(module, "GraphTrace", "For the fork's tests: the nodes of each graph that a small context computes, one line a node. See trace.h.")
         .def(py::init<const std::string &, bool>(), py::arg("path"), py::arg("flash_attention"))
         .def("decode", [](SoftTrace & self, const std::vector<llama_token> & tokens, llama_seq_id seq, llama_pos pos0) { return self.trace.decode(tokens, seq, pos0); },

@@ -2,6 +2,9 @@
 
 // RAII for the C handles of llama.cpp and ggml.
 
+#include <sys/types.h>
+#include <unistd.h>
+
 #include <memory>
 
 #include "backends.h"
@@ -20,8 +23,15 @@ struct ContextDeleter {
 struct SamplerDeleter {
     void operator()(llama_sampler * sampler) const { llama_sampler_free(sampler); }
 };
+// A process that is forked has the pool, but not its threads: to wait for their end would take for ever.
 struct ThreadpoolDeleter {
-    void operator()(ggml_threadpool * pool) const { cpu_function<decltype(ggml_threadpool_free)>("ggml_threadpool_free")(pool); }
+    pid_t owner = getpid();
+
+    void operator()(ggml_threadpool * pool) const {
+        if (getpid() == owner) {
+            cpu_function<decltype(ggml_threadpool_free)>("ggml_threadpool_free")(pool);
+        }
+    }
 };
 struct GgufDeleter {
     void operator()(gguf_context * gguf) const { gguf_free(gguf); }

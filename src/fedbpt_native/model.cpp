@@ -6,6 +6,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <new>
 #include <unordered_set>
 
 #ifdef __linux__
@@ -13,7 +14,6 @@
 #endif
 
 #include "backends.h"
-#include "deep_stack.h"
 #include "errors.h"
 #include "llama-soft-prompt.h"
 #include "log.h"
@@ -25,9 +25,7 @@ namespace fedbpt {
 
 namespace {
 
-constexpr size_t      kShallowText  = 1024;   // bytes: any thread's stack is enough for it
-constexpr size_t      kStackMin     = 1 << 20;
-constexpr size_t      kStackPerByte = 2048;   // of a text, some 500 are used
+constexpr size_t      kTextBytesMax = 1 << 20;  // tokenising takes some 200 bytes of memory for each
 constexpr llama_token kRowsResident = 16384;  // of the embedding table, while all of it is read
 
 // Gives back the memory of mapped files' pages; whoever reads them again gets them from the page cache. Weights that were
@@ -76,6 +74,8 @@ auto with_vocabulary(const std::string & path, Call && call) {
     std::string error = "an exception of another C++ library";
     try {
         return call();
+    } catch (const std::bad_alloc &) {
+        throw;
     } catch (const std::exception & thrown) {
         error = thrown.what();
     } catch (...) {  // in a wheel llama.cpp's std::exception is not this module's
@@ -133,22 +133,17 @@ std::shared_ptr<const Model> Model::load(const std::string & any_part, int32_t n
 }
 
 std::vector<llama_token> Model::tokenize(const std::string & text, int add_bos, bool parse_special) const {
+    if (text.size() > kTextBytesMax) {
+        throw InputError("a text of " + std::to_string(text.size()) + " bytes is too long: cut it to " + std::to_string(kTextBytesMax));
+    }
     std::vector<llama_token> ids(text.size() + 2);
 
     const auto length = static_cast<int32_t>(text.size());
-    int32_t    n      = 0;
-    const auto run    = [&] {
-        n = with_vocabulary(paths_.front(), [&] { return llama_tokenize(vocab_, text.data(), length, ids.data(), static_cast<int32_t>(ids.size()), /*add_special =*/ false, parse_special); });
-        if (n < 0) {
-            ids.resize(-static_cast<int64_t>(n));
-            n = with_vocabulary(paths_.front(), [&] { return llama_tokenize(vocab_, text.data(), length, ids.data(), static_cast<int32_t>(ids.size()), false, parse_special); });
-        }
-    };
-    // std::regex, by which llama.cpp splits texts for some vocabularies, calls itself once for each character of a run
-    if (llama_vocab_type(vocab_) == LLAMA_VOCAB_TYPE_BPE && text.size() > kShallowText) {
-        run_with_stack(kStackMin + text.size()*kStackPerByte, run);
-    } else {
-        run();
+    const auto fill   = [&] { return llama_tokenize(vocab_, text.data(), length, ids.data(), static_cast<int32_t>(ids.size()), /*add_special =*/ false, parse_special); };
+    int32_t    n      = with_vocabulary(paths_.front(), fill);
+    if (n < 0) {
+        ids.resize(-static_cast<int64_t>(n));
+        n = with_vocabulary(paths_.front(), fill);
     }
     ids.resize(std::max(n, 0));
 

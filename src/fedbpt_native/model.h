@@ -21,7 +21,7 @@ public:
     static std::shared_ptr<const Model> load(const std::string & any_part, int32_t n_gpu_layers, const std::string & gpu = "");
 
     // add_bos: -1 as the model was trained, 0 no, 1 yes. Special tokens in the text are plain text, or with parse_special themselves.
-    // Throws ModelFileError where the vocabulary contradicts itself.
+    // Throws InputError for a text of more than 1 MiB, ModelFileError where the vocabulary contradicts itself or has no tokens for it.
     std::vector<llama_token> tokenize(const std::string & text, int add_bos, bool parse_special = false) const;
 
     // The bytes that a token adds to a text, perhaps part of a character; none for special tokens. Throws InputError,

@@ -111,7 +111,7 @@ def test_a_file_that_cannot_be_read_is_told_without_its_rows(tmp_path: Path) -> 
     file.write_text('{"text": "fine", "label": "the cat sat"}\n')
 
     def reads(_context: Context, state: DeviceState) -> Any:
-        return Device("pi5", ToyScorer(), read_rows(file, ("a", "b")), state=state)
+        return Device("pi5", ToyScorer(), read_rows(file, ("a", "b")), task=ToyTask(), state=state)
 
     node = Node()
     node._app = client_app(reads)

@@ -23,6 +23,7 @@ def test_the_service_starts_the_command_that_was_given(workshop: Workshop) -> No
     code, out, err = workshop.run(*given, "--install-service")
     assert code == 0, err
     told = json.loads(out)
+    assert Path(told["path"]).name == "fedbpt-device-a.service"  # the device has a name of its own
     text = Path(told["path"]).read_text()
     for word in given:
         assert f'"{word}"' in text

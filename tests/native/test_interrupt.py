@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 import pytest
 import tiny_gguf
@@ -17,8 +19,21 @@ from numpy.typing import NDArray
 from tiny_case import N_THREADS, Case
 
 import fedbpt
+from fedbpt.agent.service import AgentService
 from fedbpt.errors import ScoringInterrupted
+from fedbpt.local import Device
+from fedbpt.messages import (
+    Array,
+    ObjectiveSpec,
+    PooledWork,
+    PromptSpec,
+    RoundPlan,
+    RoundReport,
+    SearchState,
+    Template,
+)
 from fedbpt.native_scorer import NativePlan
+from fedbpt.tasks import Task
 
 UBATCH = 512  # tokens a graph
 N_SIGNALS = 8
@@ -107,6 +122,34 @@ def test_interrupt_ends_a_graph_before_its_last_node(llama: Case) -> None:
     finally:
         over.set()
         thread.join()
+
+
+@PLACEMENTS
+def test_cancelling_a_round_ends_its_call_within_one_graph(fast: Case, placement: str) -> None:
+    """A device's round of one call, minutes long, as a coordinator cancels it whose budget is spent."""
+    template = Template(pattern="{text} so", label_words=(" a", " b"))
+    task = Task(name="t", labels=("a", "b"), templates=(template,))
+    device = Device("a", fedbpt.load_model(fast.path, n_threads=N_THREADS), [("text " * 50, 0)] * 50, task=task)
+    state = SearchState(mean=Array.of(np.zeros(2)), sigma=1.0)
+    asked = RoundPlan(
+        run="r", round=1, device="a", seed=0, model_fingerprint=device.scorer.fingerprint, task=task.identity,
+        labels=task.labels, template=template, prompt=PromptSpec(placement=placement, n_prompt=2, d=2),
+        objective=ObjectiveSpec(batch_size=0, readout_words=0),
+        work=PooledWork(state=state, generation=0, popsize=20_000),
+    )  # fmt: skip
+
+    async def play() -> None:
+        service = AgentService(device)
+        service.start(asked)
+        while not device._objectives or not next(iter(device._objectives.values()))._plan.n_tokens:
+            await asyncio.sleep(0.001)
+        service.cancel("r", 1)
+        smaller = msgspec.structs.replace(asked, round=2, work=msgspec.structs.replace(asked.work, popsize=2))
+        service.start(smaller)
+        assert isinstance(await service.wait("r", 2, 60), RoundReport)
+        service.close()
+
+    asyncio.run(play())
 
 
 @PLACEMENTS

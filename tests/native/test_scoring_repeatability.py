@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny_gguf
 from numpy.typing import NDArray
 from tiny_case import N_THREADS, Case
 
 import fedbpt
+from fedbpt import models
 from fedbpt.errors import InputError
 
 LENGTHS = [3, 40, 5, 17, 26, 4, 9, 70]
@@ -102,3 +106,26 @@ def test_a_freshly_loaded_model_gives_the_same_bits(repeatable: Case, placement:
     how = {"label_ids": [5, 300, 17], "prefix": [1, 44], "placement": placement}
     actual = fresh.score_with_soft_prompt(repeatable.texts(LENGTHS), embeds, **how)
     np.testing.assert_array_equal(actual, score(repeatable, embeds, placement=placement))
+
+
+@pytest.fixture(scope="module")
+def k_quant(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    """A model whose matrices all have a format of blocks of 256, by the name of the format."""
+    folder = tmp_path_factory.mktemp("k-quants")
+    model = replace(tiny_gguf.LLAMA, n_embd=256, n_head=8, n_head_kv=8, head_dim=32, n_ff=512, n_layer=2)
+    plain = tiny_gguf.write(folder / "plain.gguf", model)
+    return lambda format: Case(model, models.requantize(plain, format, force=True, n_threads=1).path)
+
+
+@PLACEMENTS
+@pytest.mark.parametrize("format", ["q2_k", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k"])
+def test_the_number_of_candidates_moves_no_bit_of_k_quants(
+    k_quant: Callable[[str], Case], format: str, placement: str
+) -> None:
+    """Kernels for many columns that round otherwise than those for few would show."""
+    case = k_quant(format)
+    texts, embeds = case.texts([30, 9]), case.prompts(24, 4)
+    together = case.scorer.score_with_soft_prompt(texts, embeds, [5, 300, 17], placement)
+    for first, last in [(0, 1), (3, 5), (7, 12), (0, 24)]:
+        alone = case.scorer.score_with_soft_prompt(texts, embeds[first:last], [5, 300, 17], placement)
+        np.testing.assert_array_equal(alone, together[first:last])

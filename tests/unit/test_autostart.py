@@ -51,12 +51,12 @@ def test_termux_gets_a_boot_script(tmp_path: Path) -> None:
 
 def test_the_boot_script_runs_the_command_as_it_was_given(tmp_path: Path) -> None:
     probe = [sys.executable, "-c", "import os, sys; print(os.getcwd(), sys.argv[1:], os.environ['FEDBPT_CACHE'])"]
-    text = boot_script([*probe, "two words", "$HOME"], tmp_path, {"FEDBPT_CACHE": "/big disk"}, "/usr")
+    text = boot_script([*probe, "two words", "$HOME"], tmp_path, {"FEDBPT_CACHE": "/big disk"}, "/usr", ".my log")
     (tmp_path / "termux-wake-lock").write_text("#!/bin/sh\n")
     (tmp_path / "termux-wake-lock").chmod(0o755)
     environment = {"HOME": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin"}
     subprocess.run(["/bin/sh", "-c", text], env=environment, check=True)
-    assert (tmp_path / ".fedbpt-device.log").read_text() == f"{tmp_path} ['two words', '$HOME'] /big disk\n"
+    assert (tmp_path / ".my log").read_text() == f"{tmp_path} ['two words', '$HOME'] /big disk\n"
 
 
 def test_a_file_of_other_content_is_replaced_only_by_force(tmp_path: Path) -> None:
@@ -74,6 +74,21 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / ".config").write_text("a file")
     with pytest.raises(FedbptError, match="cannot write"):
         install(COMMAND, environment={}, home=tmp_path)
+
+
+@pytest.mark.parametrize("environment", [{}, TERMUX])
+def test_each_named_device_on_a_machine_has_a_file_of_its_own(tmp_path: Path, environment: dict[str, str]) -> None:
+    made = [
+        install([*COMMAND, str(name)], device=name, environment=environment, home=tmp_path)
+        for name in (None, "left", "right", "a b")
+    ]
+    assert [found.path.stem for found in made] == [
+        "fedbpt-device", "fedbpt-device-left", "fedbpt-device-right", "fedbpt-device-a-b",
+    ]  # fmt: skip
+    for found in made[1:]:
+        assert found.path.stem in f"{found.enable} {found.remove}"
+        assert found.path.stem in found.notes
+        assert found.path.stem in found.remove
 
 
 def test_the_removal_line_is_one_word_a_path(tmp_path: Path) -> None:

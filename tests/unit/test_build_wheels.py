@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,3 +48,43 @@ def test_a_missing_python_is_said_before_anything_is_built() -> None:
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("fedbpt: found no Python 9.9 with C headers: install it, or choose others")
+
+
+def test_a_python_of_the_default_list_that_is_not_here_is_left_out_in_one_line(
+    tmp_path: Path, pyenv: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_python(tmp_path / "bin" / "python3.11", "echo 3.11")
+    write_python(pyenv / "versions" / "3.14.0" / "bin" / "python", "echo 3.14")
+    assert build_wheels.chosen(None) == ["3.11", "3.14"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(version in line for version in ("3.10", "3.12", "3.13"))
+    assert "3.14" not in line
+
+
+def test_nothing_is_said_where_all_are_here(tmp_path: Path, pyenv: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pyenv.parent == tmp_path
+    for version in build_wheels.PYTHONS:
+        write_python(tmp_path / "bin" / f"python{version}", f"echo {version}")
+    assert build_wheels.chosen(None) == list(build_wheels.PYTHONS)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("pyenv")
+def test_no_python_at_all_is_an_error() -> None:
+    with pytest.raises(build_wheels.BuildError):
+        build_wheels.chosen(None)
+
+
+def test_one_that_is_asked_for_must_be_here(tmp_path: Path, pyenv: Path) -> None:
+    assert pyenv.parent == tmp_path
+    write_python(tmp_path / "bin" / "python3.11", "echo 3.11")
+    assert build_wheels.chosen(["3.11"]) == ["3.11"]
+    with pytest.raises(build_wheels.BuildError):
+        build_wheels.chosen(["3.11", "3.14"])
+
+
+def test_the_versions_to_build_are_those_that_the_package_promises() -> None:
+    classifiers = re.findall(
+        r"Programming Language :: Python :: (3\.\d+)", (build_wheels.ROOT / "pyproject.toml").read_text()
+    )
+    assert tuple(classifiers) == build_wheels.PYTHONS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import shutil
 import ssl
 import stat
 from collections.abc import Iterator
@@ -13,9 +15,16 @@ from cryptography import x509
 
 from fedbpt import certs
 from fedbpt.agent import AgentService
+from fedbpt.agent.calls import enrol
+from fedbpt.agent.poller import Poller
 from fedbpt.agent.server import AgentServer
-from fedbpt.errors import ConfigError
+from fedbpt.clients import HttpClient
+from fedbpt.coordinator import CoordinatorServer
+from fedbpt.errors import ConfigError, DeviceUnreachableError, FedbptError
+from fedbpt.registry import DeviceRegistry
 from fedbpt.tls import Tls, is_loopback, url_of
+from fedbpt.tokens import Credentials
+from tests.caller import wait_until
 from tests.fake_device import FakeDevice
 
 
@@ -62,6 +71,69 @@ def test_a_server_with_the_certificate_of_another_host_is_not(folder: Path) -> N
     with AgentServer(AgentService(FakeDevice("a")), tls=tls(folder, "elsewhere")) as server:
         with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
             status(server.url, tls(folder))
+
+
+OUT_OF_TIME = {"not valid yet": {"LEEWAY_DAYS": -30}, "expired": {"LEEWAY_DAYS": 9, "CERTIFICATE_DAYS": -5}}
+
+
+@pytest.fixture(params=OUT_OF_TIME)
+def untimely(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Tls]:
+    """What is the matter with a server's certificate by the clock of who calls it, and that certificate."""
+    at = folder / request.param
+    if not at.exists():
+        at.mkdir()
+        for file in certs.pair(folder, "ca"):
+            shutil.copy(file, at)
+        for constant, days in OUT_OF_TIME[request.param].items():
+            monkeypatch.setattr(certs, constant, days)
+        certs.issue(at, "server", ["127.0.0.1"])
+    return request.param, tls(at, "server")
+
+
+def test_a_clock_that_is_wrong_is_called_that_by_who_calls_a_device(untimely: tuple[str, Tls], folder: Path) -> None:
+    with AgentServer(AgentService(FakeDevice("a")), tls=untimely[1]) as server:
+        with pytest.raises(DeviceUnreachableError) as error:
+            asyncio.run(HttpClient(server.url, tls=tls(folder), retry_s=0.1).status())
+    assert untimely[0] in str(error.value)
+    assert "clock" in str(error.value)
+
+
+def test_a_clock_that_is_wrong_is_called_that_by_a_device_that_calls(untimely: tuple[str, Tls], folder: Path) -> None:
+    told: list[str] = []
+    with DeviceRegistry(folder / "devices.db") as registry, CoordinatorServer(registry, tls=untimely[1]) as server:
+        with pytest.raises(FedbptError) as error:
+            enrol(server.url, registry.invite("a"), tls=tls(folder))
+        credentials = Credentials(server.url, "a", "secret")
+        with Poller(AgentService(FakeDevice("a")), credentials, tls=tls(folder), tell=told.append):
+            wait_until(lambda: bool(told))
+    for line in (str(error.value), told[0]):
+        assert untimely[0] in line
+        assert "clock" in line
+        assert "\n" not in line
+
+
+def test_a_certificate_of_another_ca_is_no_matter_of_the_clock(served: str, folder: Path) -> None:
+    for call in (
+        lambda: asyncio.run(HttpClient(served, tls=tls(folder / "other"), retry_s=0.1).status()),
+        lambda: enrol(served, "CODE", tls=tls(folder / "other")),
+    ):
+        with pytest.raises(FedbptError, match="--ca") as error:
+            call()
+        assert "clock" not in str(error.value)
+
+
+def test_a_certificate_for_another_name_is_called_that(folder: Path) -> None:
+    with AgentServer(AgentService(FakeDevice("a")), tls=tls(folder, "elsewhere")) as server:
+        with pytest.raises(DeviceUnreachableError, match="other names"):
+            asyncio.run(HttpClient(server.url, tls=tls(folder), retry_s=0.1).status())
+
+
+def test_an_authority_that_is_not_valid_now_signs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(certs, "LEEWAY_DAYS", -30)
+    certs.init(tmp_path)
+    with pytest.raises(ConfigError, match="clock"):
+        certs.issue(tmp_path, "pi5")
+    assert not certs.pair(tmp_path, "pi5").cert.exists()
 
 
 def test_plain_http_is_no_way_in(served: str) -> None:

@@ -30,6 +30,7 @@ from fedbpt.store import RunStore
 from fedbpt.tasks import write_rows
 from tests.toy_scorer import ToyScorer
 from tests.toy_task import TASK, TASK_FILE, rows
+from tests.unit.test_store import as_of_version_1
 
 
 class Answer(NamedTuple):
@@ -85,9 +86,9 @@ LEAVES = {name: command for name, command in COMMANDS.items() if not hasattr(com
 
 def test_the_promised_commands_are_there() -> None:
     words = ["demo", "device", "tune", "evaluate", "chat", "serve", "export", "import", "bench"]
-    words += ["models list", "models pull", "models path", "models requantize"]
+    words += ["models list", "models pull", "models path", "models rm", "models check", "models requantize"]
     words += ["certs init", "certs issue", "devices invite", "devices list", "devices revoke"]
-    words += ["runs list", "runs show", "runs export", "runs replay", "runs scalars", "dashboard"]
+    words += ["runs list", "runs show", "runs export", "runs replay", "runs scalars", "runs delete", "dashboard"]
     assert set(LEAVES) == {f"fedbpt {word}" for word in words}
 
 
@@ -98,6 +99,37 @@ def test_every_command_and_group_has_help_with_an_example(name: str, run: Run) -
     answer = run(*name.split()[1:], "--help")
     assert answer.code == 0
     assert "Example: fedbpt" in answer.out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_short_form_asks_for_help_everywhere(name: str, run: Run) -> None:
+    words = name.split()[1:]
+    assert run(*words, "-h") == run(*words, "--help")
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("fedbpt mod", {"models"}),
+        ("fedbpt models p", {"pull", "path"}),
+        ("fedbpt models list --j", {"--json"}),
+        ("fedbpt serve --mod", {"--model"}),
+    ],
+)
+def test_a_shell_may_ask_for_the_rest_of_a_command(
+    typed: str, offered: set[str], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_FEDBPT_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+    code, out, err = run()
+    assert (code, set(out.split()), err) == (0, offered, "")
+
+
+def test_the_shell_is_told_how_to_ask(run: Run) -> None:
+    code, out, _ = run("--show-completion", "bash")
+    assert code == 0
+    assert "_FEDBPT_COMPLETE=complete_bash" in out
 
 
 @pytest.mark.parametrize("name", LEAVES)
@@ -126,7 +158,17 @@ DEVICE = ("device", "--task", "ag-news", "--model")
     ("arguments", "code", "said"),
     [
         (("bogus",), 2, "No such command 'bogus': see `fedbpt --help`"),
-        (("tune",), 2, "`fedbpt tune --help`"),
+        (("tune",), 2, "give a run file"),
+        (("tune", "--model", "x", "--data", "rows.jsonl"), 2, "--task is missing"),
+        (("tune", "--task", "sst-2", "--data", "rows.jsonl"), 2, "--model is missing"),
+        (("tune", "--task", "bogus", "--model", "x", "--data", "rows.jsonl"), 2, "unknown task 'bogus'"),
+        (("tune", "--task", "sst-2", "--model", "x", "--data", "absent.csv"), 2, "cannot read absent.csv"),
+        (("tune", "--task", "sst-2", "--model", "x", "--data", "a", "--device", "http://pi5"), 2, "leave it out"),
+        (("tune", "--task", "sst-2", "--model", "x", "--data", "a", "--listen", "0.0.0.0:1"), 2, "leave it out"),
+        (("tune", "run.toml", "--data", "a", "--model", "x", "--seed", "1"), 2, "set seed in run.toml"),
+        (("tune", "run.toml", "--device", "http://pi5", "--task", "sst-2"), 2, "set task in run.toml"),
+        (("tune", "run.toml", "--data", "a"), 2, "--model is missing"),
+        (("tune", "run.toml", "--test", "a"), 2, "go with --data"),
         (("demo", "--bogus"), 2, "--bogus"),
         (("demo", "--devices", "0"), 2, "'--devices'"),
         (("demo", "--devices", "many"), 2, "'--devices'"),
@@ -237,7 +279,7 @@ def test_a_stopped_run_says_how_to_go_on(which: signal.Signals, run: Run, monkey
     monkeypatch.setattr(tune_command, "load_config", lambda _path: signal.raise_signal(which))
     before = signal.getsignal(signal.SIGTERM)
     answer = run("tune", "my run.toml", "--fresh", "--quiet")
-    assert answer == (130, "", "fedbpt: stopped; to go on from there: fedbpt tune 'my run.toml' --quiet\n")
+    assert answer == (130, "", "fedbpt: stopped; to go on from there: fedbpt tune 'my run.toml' --fresh --quiet\n")
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -309,21 +351,22 @@ def test_runs_show_of_a_stopped_run_says_how_to_go_on(run: Run) -> None:
 @pytest.mark.usefixtures("stored", "toy_model")
 def test_an_exported_prompt_can_be_evaluated(run: Run, folder: Path) -> None:
     out = folder / "new" / "p.safetensors"
-    arguments = ("runs", "export", "toy", "--model", "toy", "--task", "mood.toml", "--out", out)
+    arguments = ("runs", "export", "toy", "--model", "toy", "--out", out)
     assert run(*arguments) == (0, f"{out}\n", "")
     assert json.loads(run(*arguments, "--json").out) == {"run": "toy", "prompt_path": str(out)}
-    evaluated = ("evaluate", out, "--data", "rows.jsonl", "--task", "mood.toml", "--model", "toy")
+    evaluated = ("evaluate", out, "--data", "rows.jsonl", "--model", "toy")
     found = json.loads(run(*evaluated, "--json").out)
     assert set(found) == {"zero_shot", "tuned"}
     assert found["tuned"]["n"] == len(found["tuned"]["predictions"]) == 12
     assert run(*evaluated, "--quiet").out == f"{found['tuned']['accuracy']:.4f}\n"
     assert "toy-mood on toy, 12 rows" in run(*evaluated).out
+    assert run(*evaluated, "--task", "mood.toml") == run(*evaluated)
 
 
 @pytest.mark.usefixtures("stored", "toy_model")
 def test_a_hint_on_the_model_is_for_people_on_standard_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    run("runs", "export", "toy", "-m", "toy", "-t", "mood.toml", "-o", "p")
-    evaluated = ("evaluate", "p", "--data", "rows.jsonl", "--task", "mood.toml", "--model", "toy")
+    run("runs", "export", "toy", "-m", "toy", "-o", "p")
+    evaluated = ("evaluate", "p", "--data", "rows.jsonl", "--model", "toy")
     assert run(*evaluated).err == ""
     monkeypatch.setattr(ToyScorer, "hint", "try another format")
     assert run(*evaluated).err == "hint: try another format\n"
@@ -338,20 +381,19 @@ def test_a_hint_on_the_model_is_for_people_on_standard_error(run: Run, monkeypat
         (("runs", "show", "absent"), 1, "no run 'absent' in runs/runs.db"),
         (("runs", "export", "absent", "-m", "toy", "-o", "p"), 1, "no run 'absent'"),
         (("runs", "export", "half", "-m", "toy", "-o", "p"), 2, "run half is stopped"),
-        (("runs", "export", "toy", "-m", "toy", "-o", "p"), 2, "task toy-mood is not built in"),
+        (("runs", "export", "toy", "-m", "toy", "-o", "p", "-t", "sst-2"), 2, "was not of this task sst-2"),
         (("runs", "replay", "absent"), 1, "no run 'absent'"),
-        (("runs", "replay", "toy"), 2, "task toy-mood is not built in"),
-        (("runs", "replay", "toy", "-t", "ag-news"), 2, "run toy was not of this task toy-mood"),
+        (("runs", "replay", "toy", "-t", "ag-news"), 2, "run toy was not of this task ag-news"),
+        (("dashboard", "toy", "-t", "ag-news"), 2, "run toy was not of this task ag-news"),
         (("runs", "scalars", "absent", "-o", "boards"), 1, "no run 'absent'"),
         (("runs", "scalars", "toy", "-o", "mood.toml"), 2, "cannot write mood.toml/toy"),
-        (("evaluate", "toy.safetensors", "--data", "rows.jsonl"), 2, "task toy-mood is not built in"),
-        (("evaluate", "toy.safetensors", "--data", "rows.jsonl", "-t", "mood.toml"), 2, "a model file, toy: say where"),
+        (("evaluate", "toy.safetensors", "--data", "rows.jsonl"), 2, "a model file, toy: say where"),
         (("evaluate", "toy.safetensors", "--data", "rows.jsonl", "-t", "ag-news", "-m", "toy"), 2, "is for labels"),
         (("evaluate", "toy.safetensors", "--data", "mood.toml", "-t", "mood.toml", "-m", "toy"), 2, "mood.toml"),
     ],
 )
 def test_a_wrong_use_of_what_is_stored_is_one_line(arguments: tuple[str, ...], code: int, said: str, run: Run) -> None:
-    run("runs", "export", "toy", "-m", "toy", "-t", "mood.toml", "-o", "toy.safetensors")
+    run("runs", "export", "toy", "-m", "toy", "-o", "toy.safetensors")
     answer = run(*arguments)
     assert answer.code == code, answer
     assert said in answer.err
@@ -361,10 +403,35 @@ def test_a_wrong_use_of_what_is_stored_is_one_line(arguments: tuple[str, ...], c
 @pytest.mark.usefixtures("stored")
 def test_a_prompt_is_not_made_with_another_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs_command, "load_model", lambda _model: ToyScorer(seed=1, name="other"))
-    answer = run("runs", "export", "toy", "-m", "x", "-t", "mood.toml", "-o", "p")
+    answer = run("runs", "export", "toy", "-m", "x", "-o", "p")
     assert answer.code == 1
     assert "not other" in answer.err
     assert not Path("p").exists()
+
+
+@pytest.mark.usefixtures("stored")
+def test_a_run_can_be_deleted_unless_it_is_under_way(run: Run, folder: Path) -> None:
+    assert run("runs", "delete", "half").code == 0
+    assert run("runs", "list", "--quiet").out == "toy\n"
+    with RunStore(folder / "runs" / "runs.db") as store:
+        store.set_status("toy", "running")
+    refused = run("runs", "delete", "toy")
+    assert (refused.code, refused.out, len(refused.err.splitlines())) == (2, "", 1)
+    assert json.loads(run("runs", "show", "toy", "--json").out)["n_rounds"] == 4
+    assert json.loads(run("runs", "delete", "toy", "--force", "--json").out) == {"run": "toy", "n_rounds": 4}
+    assert run("runs", "list", "--quiet").out == ""
+    assert run("runs", "delete", "toy").code == 1
+
+
+@pytest.mark.usefixtures("stored", "toy_model")
+def test_a_run_that_an_earlier_version_began_asks_for_its_task(run: Run, folder: Path) -> None:
+    as_of_version_1(folder / "runs" / "runs.db")
+    for command in (("runs", "export", "toy", "-m", "toy", "-o", "p"), ("runs", "replay", "toy")):
+        answer = run(*command)
+        assert (answer.code, answer.out, len(answer.err.splitlines())) == (2, "", 1)
+        assert "--task" in answer.err
+        assert run(*command, "--task", "mood.toml").code == 0
+    assert Prompt.load("p").task == TASK
 
 
 # --- bench -----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from tests.unit.test_cli import Run, folder, run
 from tests.unit.test_generation import TASK as MANNER
 from tests.unit.test_generation import TASK_FILE as MANNER_FILE
 from tests.unit.test_generation import rows as manner_rows
+from tests.unit.test_prompt import as_of_format_1
 
 __all__ = ["folder", "run"]
 
@@ -40,6 +42,7 @@ class Typed(io.StringIO):
 def files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tune(ToyScorer(), TASK, rows(16), budget=BUDGET, prompt=SPEC).prompt.save(folder / "mood.safetensors")
     tune(ToyScorer(), MANNER, manner_rows(8), budget=BUDGET, prompt=SPEC).prompt.save(folder / "manner.safetensors")
+    as_of_format_1(Path(shutil.copy(folder / "mood.safetensors", folder / "old.safetensors")))
     (folder / "mood.toml").write_text(TASK_FILE)
     (folder / "manner.toml").write_text(MANNER_FILE)
     write_rows(folder / "rows.jsonl", rows(20), TASK.labels)
@@ -55,7 +58,7 @@ def say(monkeypatch: pytest.MonkeyPatch, run: Run):
     return call
 
 
-MOOD = ("--prompt", "mood.safetensors", "--task", "mood.toml")
+MOOD = ("--prompt", "mood.safetensors")
 
 
 def test_piped_questions_are_answered_a_line_of_json_each(say, folder: Path) -> None:
@@ -77,6 +80,13 @@ def test_a_number_asks_a_held_out_row_and_tells_its_label(say) -> None:
     row, own = (json.loads(line) for line in answer.out.splitlines())
     assert (row["text"], TASK.labels.index(row["label"])) in rows(20)
     assert (own["text"], own["label"]) == ("9", None)  # there is no such row
+
+
+def test_a_prompt_of_an_earlier_version_is_asked_with_its_task_or_without_rows(say) -> None:
+    old = ("--prompt", "old.safetensors", "--json")
+    assert say("zzz\n", *old) == say("zzz\n", *MOOD, "--json")
+    given = ("--data", "rows.jsonl", "--task", "mood.toml")
+    assert say("2\n", *old, *given) == say("2\n", *MOOD, "--data", "rows.jsonl", "--json")
 
 
 def test_people_see_bars_and_which_label_the_row_has(say) -> None:
@@ -138,7 +148,7 @@ def test_a_question_that_cannot_be_answered_ends_a_pipe_but_not_a_person(say, mo
     ("arguments", "code", "said"),
     [
         (("--prompt", "absent"), 1, "cannot read the prompt absent"),
-        (("--prompt", "mood.safetensors", "--data", "rows.jsonl"), 2, "say where its file is with --task"),
+        (("--prompt", "old.safetensors", "--data", "rows.jsonl"), 2, "say where its task file is with --task"),
         (("--prompt", "mood.safetensors", "--task", "manner.toml"), 2, "the prompt is for labels"),
         (("--prompt", "mood.safetensors", "--top-p", "2"), 2, "top_p must be above 0"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,6 @@ import pytest
 
 from fedbpt import Budget, PromptSpec, cli, models, tune
 from fedbpt.cli import demo
-from fedbpt.store import RunStore
 from fedbpt.tasks import Row, load, read_task_rows, split_rows
 from tests.toy_scorer import ToyScorer
 from tests.toy_task import TASK, rows
@@ -20,40 +20,20 @@ NEWS = load("bbc-news")
 ASKED = {"model": "sha256:1", "devices": 3, "rows": "all"}
 
 
-class Place:
-    """A demo's folder with a stored run."""
-
-    def __init__(self, folder: Path) -> None:
-        self.saved, self.record, self.path = folder / "p", folder / "demo.json", folder / "runs.db"
-
-    def begin(self, **changes: object) -> bool:
-        """Whether a demo goes on with the run that is stored."""
-        with RunStore(self.path) as store:
-            demo._forget_unless_interrupted(store, self.saved, self.record, {**ASKED, **changes})
-            goes_on = store.find_run(demo.RUN) is not None
-            if not goes_on:
-                store.create_run(
-                    demo.RUN, task="t", model_fingerprint="f", model_name="m", identity="i", settings=b"", devices=()
-                )
-            return goes_on
-
-
 def test_a_demo_goes_on_only_where_it_was_stopped(tmp_path: Path) -> None:
-    place = Place(tmp_path)
-    assert not place.begin()
-    assert place.begin()
-    place.saved.touch()
-    assert not place.begin()
-    assert not place.saved.exists()
-    assert place.begin()
+    record = demo._Record(tmp_path / "demo.json", ASKED)
+    assert not record.tells_of_interruption()
+    record.write(ended=False)
+    assert record.tells_of_interruption()
+    record.write(ended=True)
+    assert not record.tells_of_interruption()
 
 
 @pytest.mark.parametrize("change", [{"model": "sha256:2"}, {"devices": 2}, {"rows": "quick"}])
 def test_a_stopped_demo_of_something_else_is_no_use(tmp_path: Path, change: dict[str, object]) -> None:
-    place = Place(tmp_path)
-    place.begin()
-    assert not place.begin(**change)
-    assert place.begin(**change)
+    path = tmp_path / "demo.json"
+    demo._Record(path, ASKED).write(ended=False)
+    assert not demo._Record(path, {**ASKED, **change}).tells_of_interruption()
 
 
 def news(n: int) -> list[Row]:
@@ -89,11 +69,28 @@ def test_examples_are_what_only_the_tuned_model_gets_right() -> None:
     scorer = ToyScorer()
     prompt = tune(scorer, TASK, rows(24), budget=Budget(evaluations=240), prompt=PromptSpec(d=6, alpha=2.0)).prompt
     held_out = rows(100, first=200)
-    found = demo._examples(scorer, TASK, held_out, prompt)
+    found = list(demo._examples(scorer, TASK, held_out, prompt))
     assert 0 < len(found) <= 2
     for example in found:
         assert (example.text, TASK.labels.index(example.label)) in held_out
         assert example.original != example.label
+
+
+def test_the_table_is_printed_before_examples_are_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = tune(ToyScorer(), TASK, rows(24), budget=Budget(evaluations=16), prompt=PromptSpec(d=6), show=False)
+    printed: list[str] = []
+
+    def look() -> Iterator[demo.Example]:
+        printed.append(capsys.readouterr().out)
+        yield demo.Example("a text", "positive", "negative")
+
+    demo._report(result.run, tmp_path / "p", look(), tmp_path, as_json=False)
+    assert "16 evaluations" in printed[0]
+    after = capsys.readouterr().out
+    assert "a text" in after
+    assert "16 evaluations" not in after
 
 
 def test_a_device_that_cannot_start_is_one_line(

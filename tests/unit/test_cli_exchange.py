@@ -12,10 +12,10 @@ from fedbpt import Prompt, cli
 from fedbpt.cli import export as export_command
 from fedbpt.cli import import_ as import_command
 from tests.toy_task import TASK, TASK_FILE
-from tests.unit.test_exchange import Llama
-from tests.unit.test_prompt import READOUT, make
+from tests.unit.test_exchange import Llama, foreign
+from tests.unit.test_prompt import READOUT, as_of_format_1, make
 
-PROMPT = make(labels=TASK.labels, template=TASK.templates[0], task_name=TASK.name, **READOUT)
+PROMPT = make(labels=TASK.labels, template=TASK.templates[0], task_name=TASK.name, task=TASK, **READOUT)
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +25,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setattr(command, "load_model", lambda _name: Llama())
     (tmp_path / "mood.toml").write_text(TASK_FILE)
     PROMPT.save(tmp_path / "p.safetensors")
+    as_of_format_1(PROMPT.save(tmp_path / "old.safetensors"))
+    foreign(tmp_path / "foreign", np.zeros((2, 8), np.float32))
     return tmp_path
 
 
@@ -35,8 +37,8 @@ def run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, s
     return (caught.value.code, *capfd.readouterr())
 
 
-PEFT = ("export", "p.safetensors", "--to", "peft", "-m", "toy", "-t", "mood.toml", "--base", "someone/toy", "-o", "a")
-BACK = ("import", "a", "-m", "toy", "-t", "mood.toml", "-o", "new/back.safetensors")
+PEFT = ("export", "p.safetensors", "--to", "peft", "-m", "toy", "--base", "someone/toy", "-o", "a")
+BACK = ("import", "a", "-m", "toy", "-o", "new/back.safetensors")
 
 
 def test_to_peft_and_back(capfd: pytest.CaptureFixture[str]) -> None:
@@ -47,6 +49,8 @@ def test_to_peft_and_back(capfd: pytest.CaptureFixture[str]) -> None:
     assert (code, out) == (0, "new/back.safetensors\n")
     assert "Prompt('toy-mood' for 'toy'" in err
     assert Prompt.load("new/back.safetensors") == PROMPT
+    assert run(capfd, *PEFT[:-2], "-t", "mood.toml", "-o", "b")[:2] == (0, "b\n")
+    assert Path("b/README.md").read_text() == Path("a/README.md").read_text()
 
 
 @pytest.mark.parametrize("command", [PEFT, BACK])
@@ -83,9 +87,10 @@ def test_files_need_no_model_and_make_their_folder(
         (("export", "p.safetensors", "--to", "onnx", "-o", "x"), 2, "'--to'"),
         (("export", "p.safetensors", "-o", "x"), 2, "'--to'"),
         (("export", "none", "--to", "npy", "-o", "x"), 1, "cannot read the prompt none"),
-        (("export", "p.safetensors", "--to", "peft", "-o", "x", "-t", "mood.toml"), 2, "say where it is with --model"),
-        (("export", "p.safetensors", "--to", "peft", "-o", "x", "-m", "toy"), 2, "--task"),
-        (("export", "p.safetensors", "--to", "peft", "-o", "x", "-m", "t", "-t", "mood.toml"), 2, "--base"),
+        (("export", "p.safetensors", "--to", "peft", "-o", "x"), 2, "say where it is with --model"),
+        (("export", "old.safetensors", "--to", "peft", "-o", "x", "-m", "toy"), 2, "--task"),
+        (("export", "p.safetensors", "--to", "peft", "-o", "x", "-m", "t"), 2, "--base"),
+        (("import", "foreign", "-m", "toy", "-o", "x"), 2, "--task"),
         (("import", "none", "-m", "toy", "-t", "mood.toml", "-o", "x"), 1, "none has no adapter_config.json"),
         (("import", "none", "-m", "toy", "-t", "bogus", "-o", "x"), 2, "bogus"),
         (("import", "none", "-m", "toy", "-t", "mood.toml", "-o", "x", "--template", "-1"), 2, "'--template'"),

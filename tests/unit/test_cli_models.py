@@ -20,7 +20,7 @@ def run(*arguments):
     return CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
-@pytest.mark.parametrize("command", ["list", "pull", "path", "requantize"])
+@pytest.mark.parametrize("command", ["list", "pull", "path", "rm", "check", "requantize"])
 def test_every_command_has_help_with_an_example_and_json_and_quiet(command):
     shown = run(command, "--help").output
     assert f"Example: fedbpt models {command}" in shown
@@ -71,3 +71,17 @@ def test_pull_draws_its_bar_on_standard_error(pulled):
 def test_an_error_reaches_the_caller_as_ours():
     with pytest.raises(ModelNotFoundError, match="fedbpt models pull smollm2-135m"):
         run("path", "smollm2-135m")
+
+
+def test_rm_says_what_it_freed(monkeypatch):
+    removed = []
+    monkeypatch.setattr(models, "remove", lambda name: removed.append(name) or 98_400_000)
+    assert "98.4 MB" in run("rm", "smollm2-135m").output
+    assert json.loads(run("rm", "smollm2-135m", "--json").output) == {"name": "smollm2-135m", "freed_bytes": 98_400_000}
+    assert run("rm", "smollm2-135m", "--quiet").output == ""
+    assert removed == 3 * ["smollm2-135m"]
+
+
+def test_rm_of_what_is_not_here_is_ours():
+    with pytest.raises(ModelNotFoundError):
+        run("rm", "smollm2-135m")

@@ -16,10 +16,12 @@ import pytest
 import fedbpt
 from fedbpt import cli
 from fedbpt.cli.credentials import credentials_for, token_in
+from fedbpt.coordinator import CoordinatorServer
 from fedbpt.errors import ConfigError
 from fedbpt.registry import DeviceRegistry
 from fedbpt.tls import Tls
 from fedbpt.tokens import Credentials
+from tests.toy_task import TASK_FILE
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -103,3 +105,15 @@ def test_a_token_for_another_coordinator_is_not_sent(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="https://one:8400, not https://two:8400") as caught:
         credentials_for("https://two:8400", None, path, Tls(), False)
     assert "secret" not in str(caught.value)
+
+
+def test_a_device_that_cannot_start_uses_up_no_code(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "toy.toml").write_text(TASK_FILE)
+    (tmp_path / "mine.jsonl").write_text('{"text": "a", "label": "negative"}\n')
+    with DeviceRegistry("devices.db") as registry, CoordinatorServer(registry) as server:
+        code = registry.invite("pixel")
+        wanted = ("--coordinator", server.url, "--enrol", code, "--credentials", "own.json")
+        answer = run("device", "--model", "absent.gguf", "--task", "toy.toml", "--data", "mine.jsonl", *wanted)
+        assert (answer[0], len(answer[2].splitlines())) == (2, 1)
+        assert not Path("own.json").exists()
+        assert registry.enrol(code, bytes(32)) == "pixel"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import re
+from typing import Any
 
 import msgspec
 import pytest
@@ -24,6 +26,7 @@ from fedbpt.runs import (
     RunSettings,
     RunStarted,
     Score,
+    TemplateScore,
     TemplateSelected,
 )
 from fedbpt.terminal import PlainConsole
@@ -31,13 +34,22 @@ from fedbpt.terminal import PlainConsole
 TEMPLATE = Template(pattern="{text}\n[Topic]:", label_words=(" bad", " good"))
 
 
-def shown(monkeypatch: pytest.MonkeyPatch, *events: Event, visible: bool = True) -> str:
+def shown(
+    monkeypatch: pytest.MonkeyPatch, *events: Event, visible: bool = True, terminal: bool = True, width: int = 200
+) -> str:
+    """What is on the screen when the events have come, without the codes that move the cursor; or in the log."""
     stream = io.StringIO()
-    monkeypatch.setattr(display, "PlainConsole", lambda **_: PlainConsole(file=stream, width=200))
+    console = PlainConsole(file=stream, width=width, force_terminal=terminal, color_system=None, legacy_windows=False)
+    monkeypatch.setattr(display, "PlainConsole", lambda **_: console)
     with RunDisplay(visible) as live:
         for event in events:
             live(event)
-    return stream.getvalue()
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
+
+
+def lines(*arguments: Any, **options: Any) -> list[str]:
+    """What a log holds."""
+    return shown(*arguments, terminal=False, **options).splitlines()
 
 
 def started(resumed: int = 0, rounds: int = 10) -> RunStarted:
@@ -80,6 +92,41 @@ def test_the_line_holds_what_a_person_watches(monkeypatch: pytest.MonkeyPatch) -
     assert "eta 1:10" in text  # 30 s for three rounds of ten
 
 
+def test_a_terminal_of_80_columns_shows_bar_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    score = Score(n=10, correct=7, loss_sum=1.0)
+    events = [Evaluated(round=round, score=score, devices=("a",)) for round in (0, 2)]
+    [*_, line] = shown(monkeypatch, started(), *events, closed(3), width=80).splitlines()
+    assert len(line) <= 80
+    for part in ("round 3", "━━", "eta 1:10", "acc 0.700"):
+        assert part in line
+
+
+def test_what_went_before_the_search_is_not_in_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    calibrated = closed(4, seconds=500.0, purpose="calibration", before=4)
+    assert "eta 0:40" in shown(monkeypatch, started(), calibrated, closed(10, seconds=560.0, before=4))
+    settings = RunSettings(rounds=0, seconds=600.0)
+    for_seconds = msgspec.structs.replace(started(), settings=settings)
+    assert "eta 0:40" in shown(monkeypatch, for_seconds, calibrated, closed(10, seconds=560.0, before=4))
+
+
+def test_a_script_sees_lines_of_progress_and_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = TemplateSelected(template=TEMPLATE, index=0, losses=(0.5,))
+    rounds = [closed(round) for round in range(1, 31)]
+    said = lines(monkeypatch, started(rounds=30), template, *rounds, closed(31, purpose="readout", before=1))
+    assert said[:3] == ["choosing a template on toy", r"template '{text}\n[Topic]:' with bad, good", "tuning"]
+    assert len([line for line in said if line.startswith("round ")]) == 10  # one for each tenth of the budget
+    assert said[-1].startswith("readout")
+    assert "eta" in said[4]
+    assert "━" not in "".join(said)
+
+
+def test_a_log_of_slow_rounds_has_each_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(display, "QUIET_S", 0.0)
+    said = lines(monkeypatch, started(rounds=100), *(closed(round) for round in range(1, 6)))
+    assert len([line for line in said if line.startswith("round ")]) == 5
+    assert lines(monkeypatch, started(), closed(1), visible=False) == []
+
+
 def test_the_end_of_the_budget_is_shown_as_finishing(monkeypatch: pytest.MonkeyPatch) -> None:
     text = shown(monkeypatch, started(rounds=3), closed(3))
     assert "finishing" in text
@@ -99,15 +146,17 @@ def test_rounds_that_fit_are_named_and_leave_the_searchs_numbers_alone(monkeypat
 
 
 def test_what_must_not_be_missed_stays_above_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    guesses = TemplateScore(template=TEMPLATE, score=Score(n=32, correct=16, loss_sum=9.0))
     text = shown(
         monkeypatch,
         started(resumed=4),
-        TemplateSelected(template=TEMPLATE, index=0, losses=(0.5,)),
+        TemplateSelected(template=TEMPLATE, index=0, losses=(0.5,), candidates=(guesses,)),
         DeviceLost(device="c", round=5, reason="c: [Errno 111] refused"),
         DeviceBack(device="c", round=7),
     )
     assert "run r: resumed after 4 rounds" in text
     assert r"template '{text}\n[Topic]:' with bad, good" in text
+    assert r"0.500 [0.336, 0.664] of 32 training rows, no better than chance (0.500): '{text}\n[Topic]:'" in text
     assert "device c is lost in round 5: [Errno 111] refused" in text
     assert "device c is back in round 7" in text
 
@@ -120,7 +169,8 @@ def test_a_run_that_was_finished_before_says_so(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_hidden_display_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     lost = DeviceLost(device="c", round=5, reason="gone")
-    assert shown(monkeypatch, started(), lost, closed(1), visible=False) == ""
+    for terminal in (True, False):
+        assert shown(monkeypatch, started(), lost, closed(1), visible=False, terminal=terminal) == ""
 
 
 def test_of_target_texts_the_line_shows_the_perplexity(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from tests.unit.test_federation_fit import SETTINGS, TEST, FitScene, nth
 
 # the second one is selected
 FIRST = Template(pattern="Text: {text}\nSo (", label_words=("n", "y"))
-THREE = Task(name="toy-three", labels=TWO.labels, templates=(FIRST, *TWO.templates))
+THREE = Task(name=TWO.name, labels=TWO.labels, templates=(FIRST, *TWO.templates))
 N_WORDS = 13
 PER_TEMPLATE = 4
 SPEC = ObjectiveSpec(batch_size=4, readout_words=N_WORDS)
@@ -183,7 +183,7 @@ def test_it_costs_little_at_worst_where_other_templates_add_nothing(
 
 
 def test_a_task_with_one_template_has_no_others_and_is_fitted_as_without_an_ensemble(scene: EnsembleScene) -> None:
-    one = Task(name="toy-one", labels=TWO.labels, templates=TWO.templates[:1])
+    one = Task(name=TWO.name, labels=TWO.labels, templates=TWO.templates[:1])
     result, single = (scene.run(name, one, ensemble=9 if name == "on" else 1) for name in ("on", "off"))
     assert result.others == ()
     assert result.readout is not None
@@ -197,6 +197,7 @@ def test_a_task_of_target_texts_has_no_others(scene: EnsembleScene) -> None:
     task = Task(name="toy-text", templates=templates, label_column="answer")
     for device in scene.devices.values():
         device._rows = {split: [(text, f"zig {n}") for text, n in held] for split, held in device._rows.items()}
+        device._task = task
     result = scene.run(task=task)
     assert (result.others, result.fits, result.readout) == ((), {}, None)
     prompt = make_prompt(ToyScorer(), task, result)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import msgspec
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -92,6 +93,10 @@ def test_gguf_has_all_of_the_prompt(tmp_path: Path, kind: str) -> None:
     assert fields["fedbpt.templates"] == [template.pattern for template in (prompt.template, *prompt.others)]
     assert fields["fedbpt.labels"] == list(prompt.labels)
     assert fields["fedbpt.label_words"][:2] == list(prompt.template.label_words)
+    assert "fedbpt.task.definition" not in fields
+    done = export_prompt(make(task=MOOD, task_name=MOOD.name), tmp_path / "with-task.gguf", "gguf")
+    definition = gguf.GGUFReader(done.path).fields["fedbpt.task.definition"].contents()
+    assert msgspec.json.decode(definition, type=Task) == MOOD
 
 
 @pytest.mark.parametrize("to", ["npy", "gguf"])
@@ -157,8 +162,8 @@ def test_an_adapter_may_be_written_again_but_a_folder_of_other_things_is_left_al
     ("changes", "error", "said"),
     [
         ({"to": "onnx"}, ConfigError, "peft, gguf, npy"),
-        ({"scorer": None}, ConfigError, "the model and the task"),
-        ({"task": None}, ConfigError, "the model and the task"),
+        ({"scorer": None}, ConfigError, "needs the model"),
+        ({"task": None}, ConfigError, "needs the model"),
         ({"task": TASK}, ConfigError, "labels"),
         ({"scorer": Llama(seed=1, name="other")}, PromptError, "made for toy"),
         ({"scorer": ToyScorer()}, PromptError, "architecture toy"),
@@ -323,3 +328,14 @@ def test_a_template_that_is_not_there_is_refused(tmp_path: Path) -> None:
 def test_a_missing_folder_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(PromptError, match="has no adapter_config"):
         imported(tmp_path / "none")
+
+
+@pytest.mark.parametrize("to", ["npy", "gguf"])
+def test_what_cannot_be_replaced_keeps_its_card(tmp_path: Path, to: Any) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    card_path(target).write_text("of another prompt")
+    with pytest.raises(PromptError, match="cannot write"):
+        export_prompt(make(), target, to)
+    assert card_path(target).read_text() == "of another prompt"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.md"]

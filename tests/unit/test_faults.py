@@ -23,7 +23,7 @@ from fedbpt.messages import (
     SelectWork,
     Template,
 )
-from fedbpt.tasks import Row, read_rows
+from fedbpt.tasks import Row, Task, read_rows
 from fedbpt.tasks.readers import rows_from_dataset, to_rows
 from tests.toy_scorer import ToyScorer
 from tests.toy_task import TASK
@@ -59,10 +59,15 @@ class ForeignScorer(ToyScorer):
         return super().tokenize(text, add_bos)
 
 
+def task_of(labels: tuple[str, ...], template: Template) -> Task:
+    return Task(name="toy-mood", labels=labels, templates=(template,))
+
+
 def plan(device: Device, labels: tuple[str, ...], template: Template) -> RoundPlan:
     loss = "cross_entropy" if labels else "nll"
     return RoundPlan(
         run="r", round=0, device="d", seed=1, model_fingerprint=device.scorer.fingerprint, labels=labels,
+        task=task_of(labels, template).identity,
         template=template, prompt=SPEC, objective=ObjectiveSpec(loss=loss), work=SelectWork(templates=(template,)),
     )  # fmt: skip
 
@@ -70,7 +75,7 @@ def plan(device: Device, labels: tuple[str, ...], template: Template) -> RoundPl
 def evaluation(device: Device, labels: tuple[str, ...], template: Template) -> EvaluateRequest:
     asked = plan(device, labels, template)
     return EvaluateRequest(
-        model_fingerprint=asked.model_fingerprint, labels=labels, template=template, prompt=SPEC,
+        model_fingerprint=asked.model_fingerprint, task=asked.task, labels=labels, template=template, prompt=SPEC,
         objective=asked.objective, latents=Array.of(np.zeros((1, 4))),
     )  # fmt: skip
 
@@ -91,7 +96,7 @@ WORK: dict[str, tuple[ToyScorer, Row, tuple[str, ...], Template]] = {
 @pytest.mark.parametrize("case", WORK)
 def test_no_text_of_a_row_is_told_of_a_devices_work(case: str) -> None:
     scorer, row, labels, template = WORK[case]
-    device = Device("d", scorer, [row], [row], [row])
+    device = Device("d", scorer, [row], [row], [row], task=task_of(labels, template))
     for work in (
         lambda: device.run(plan(device, labels, template)),
         lambda: device.evaluate(evaluation(device, labels, template)),
@@ -169,7 +174,7 @@ def test_a_foreign_error_is_told_by_type_module_function_and_line() -> None:
 
 
 def test_of_a_call_into_a_library_the_place_of_ours_is_told() -> None:
-    device = Device("d", ForeignScorer(), [(ROW, 0)])
+    device = Device("d", ForeignScorer(), [(ROW, 0)], task=task_of(TASK.labels, TASK.templates[0]))
     with pytest.raises(TypeError) as of_ours:
         device.run(plan(device, TASK.labels, TASK.templates[0]))
     told = public_reason(of_ours.value)

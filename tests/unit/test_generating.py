@@ -7,7 +7,7 @@ import pytest
 
 from fedbpt import PromptSpec
 from fedbpt.errors import InputError, ScoringInterrupted
-from fedbpt.generation import Generation, place
+from fedbpt.generation import SLICE, Generation, place
 from fedbpt.generator import Placed, Sampling
 from fedbpt.messages import ObjectiveSpec, Template
 from fedbpt.objective import Objective
@@ -136,3 +136,61 @@ def test_a_text_of_no_tokens_is_refused() -> None:
     scorer = ToyScorer()
     with pytest.raises(InputError, match="max_tokens must be at least 1"):
         Generation(scorer.generator, Placed(scorer.tokenize("a")), max_tokens=0)
+
+
+# --- places ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_text_gives_its_place_back_at_its_end_when_it_fails_and_when_it_is_closed() -> None:
+    scorer = ToyScorer()
+    generator, placed = scorer.generator, Placed(scorer.tokenize("a"))
+    text_of(Generation(generator, placed, max_tokens=3))
+    assert generator.n_open == 0
+    with Generation(generator, placed) as left:
+        next(left)
+        assert generator.n_open == 1
+    assert generator.n_open == 0
+    assert list(left) == []
+    left.close()
+    left.cancel()
+    failing = Generation(generator, placed)
+    failing.cancel()
+    with pytest.raises(ScoringInterrupted):
+        next(failing)
+    assert generator.n_open == 0
+    assert list(failing) == []
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.5, seed=7), Sampling(1.5, seed=-7)])
+def test_a_text_that_is_paused_between_slices_goes_on_as_it_would_have(sampling: Sampling) -> None:
+    scorer = ToyScorer()
+    whole = Generation(scorer.generator, Placed(scorer.tokenize("a")), sampling, 3 * SLICE + 5)
+    expected = [piece.token.id for piece in whole]
+    paused = Generation(scorer.generator, Placed(scorer.tokenize("a")), sampling, 3 * SLICE + 5)
+    found = []
+    for piece in paused:
+        found.append(piece.token.id)
+        if len(found) % SLICE == 0:
+            paused.pause()
+            assert scorer.generator.n_open == 0
+    assert found == expected
+    assert (paused.n_tokens, paused.finish_reason) == (whole.n_tokens, whole.finish_reason)
+
+
+def test_the_slices_of_a_sample_differ() -> None:
+    scorer = ToyScorer()
+    scorer.logits_after = lambda *_: np.zeros(257)
+    sampled = Generation(scorer.generator, Placed(scorer.tokenize("a")), Sampling(1.0, seed=1), 2 * SLICE)
+    ids = [piece.token.id for piece in sampled]
+    assert ids[:SLICE] != ids[SLICE:]
+
+
+def test_one_that_was_cancelled_while_it_was_paused_does_not_go_on() -> None:
+    scorer = ToyScorer()
+    generation = Generation(scorer.generator, Placed(scorer.tokenize("a")))
+    next(generation)
+    generation.pause()
+    generation.cancel()
+    with pytest.raises(ScoringInterrupted):
+        next(generation)
+    assert scorer.generator.n_open == 0

@@ -10,7 +10,16 @@ import pytest
 
 from fedbpt import wire
 from fedbpt.clients import HttpClient
-from fedbpt.errors import ConfigError, DeviceError, DeviceRefusedError, DeviceUnreachableError, FedbptError, WireError
+from fedbpt.errors import (
+    ConfigError,
+    DeviceError,
+    DeviceRefusedError,
+    DeviceTimeoutError,
+    DeviceUnreachableError,
+    FedbptError,
+    WireError,
+)
+from fedbpt.messages import RoundProgress
 
 
 def ask(
@@ -166,3 +175,30 @@ def test_a_device_is_named_after_its_host_and_port() -> None:
     assert HttpClient("http://pi5:8401/").name == "pi5-8401"
     assert HttpClient("http://[::1]:8401").name == "1-8401"
     assert HttpClient("http://pi5:8401", name="kitchen").name == "kitchen"
+
+
+def test_a_device_that_does_not_hold_a_poll_is_not_asked_without_pause() -> None:
+    asked = []
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        progress = wire.encode(RoundProgress(run="r", round=1, state="running", done=1, total=2))
+        while True:
+            try:
+                await reader.readuntil(b"\r\n\r\n")
+            except (ConnectionError, asyncio.IncompleteReadError):
+                break
+            asked.append(1)
+            writer.write(reply("202 Accepted", progress))
+            await writer.drain()
+        writer.close()
+
+    async def main() -> None:
+        server = await asyncio.start_server(handle, "127.0.0.1", 0)
+        client = HttpClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        with pytest.raises(DeviceTimeoutError):
+            await client.wait("r", 1, timeout_s=1.2)
+        await client.aclose()
+        server.close()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+    assert 1 < len(asked) <= 5

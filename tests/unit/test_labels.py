@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from fedbpt import tasks
+from fedbpt.batches import targets_of
 from fedbpt.errors import DataError
 from fedbpt.tasks import Task, Template
 
@@ -135,6 +137,8 @@ CASES: list[tuple[tuple[str, ...], Any, Any]] = [
     (RATED, 1, REFUSED),
     (RATED, "2", REFUSED),
     (("v1", "v2"), 1, REFUSED),
+    (("v0", "v1"), 1, 1),
+    (("page 0", "page 1", "chapter 1"), 1, REFUSED),
     (("covid-19", "flu"), 1, 1),
     # truth
     (("true", "false"), True, 0),
@@ -162,6 +166,34 @@ def test_what_is_no_label_is_refused(value: Any) -> None:
     for rows in ([("awful", value)], [{"text": "awful", "label": value}]):
         with pytest.raises(DataError, match="row 0"):
             tasks.to_rows(rows, task_of(MOOD))
+
+
+@pytest.mark.parametrize("labels", [STARS, RATED, ("1", "0"), ("v1", "v2"), MOOD])
+def test_rows_that_were_read_once_keep_their_labels_when_they_are_read_again(tmp_path: Path, labels: Any) -> None:
+    task = task_of(labels)
+    once = tasks.to_rows([(f"text {i}", name) for i, name in enumerate(labels)], task)
+    assert [index for _, index in once] == list(range(len(labels)))
+    assert tasks.to_rows(once, task) == once
+    assert tasks.to_rows(tasks.split_rows(once, {"all": len(once)})["all"][::-1], task)
+    tasks.write_rows(tmp_path / "rows.jsonl", once, labels)
+    assert tasks.to_rows(tmp_path / "rows.jsonl", task) == once
+
+
+def test_rows_of_another_tasks_order_are_never_scored() -> None:
+    once = tasks.to_rows([("a", 0), ("b", 1)], task_of(MOOD))
+    assert targets_of(once, MOOD).tolist() == [0, 1]
+    with pytest.raises(DataError, match="row 0"):
+        targets_of(once, MOOD[::-1])
+
+
+def test_rows_that_were_read_for_another_task_keep_their_labels_names() -> None:
+    once = tasks.to_rows([("a", 0), ("b", 1)], task_of(MOOD))
+    assert tasks.to_rows(once, task_of(MOOD[::-1])) == [("a", 1), ("b", 0)]
+    assert tasks.to_rows(once, task_of(("neutral", *MOOD))) == [("a", 1), ("b", 2)]
+    assert tasks.to_rows(pickle.loads(pickle.dumps(once)), task_of(MOOD[::-1])) == [("a", 1), ("b", 0)]
+    for others in (STARS, ("positive", "bad")):
+        with pytest.raises(DataError, match="row 0"):
+            tasks.to_rows(once, task_of(others))
 
 
 def test_a_missing_label_in_a_column_of_numbers_is_the_one_that_is_refused() -> None:

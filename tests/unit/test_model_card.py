@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +11,19 @@ import msgspec
 import pytest
 import yaml
 
-from fedbpt import Budget, ObjectiveSpec, Prompt, PromptSpec, TuneResult, models, tune
+import fedbpt
+from fedbpt import Budget, ObjectiveSpec, Prompt, PromptSpec, TuneResult, cli, models, tune
 from fedbpt.api import make_prompt
+from fedbpt.cli import chat as chat_command
+from fedbpt.cli import evaluate as evaluate_command
+from fedbpt.intervals import wilson_interval
 from fedbpt.messages import PrivacySpec, Template
 from fedbpt.model_card import known_model, model_card
 from fedbpt.prompt import card_path
-from fedbpt.results import wilson_interval
 from fedbpt.runs import Score
+from tests.printed import blocks, commands
 from tests.toy_scorer import ToyScorer
-from tests.toy_task import TASK, rows
+from tests.toy_task import TASK, TASK_FILE, rows
 from tests.unit.test_prompt import OTHERS, READOUT, make
 
 
@@ -42,6 +48,35 @@ def test_saving_writes_the_card_beside_the_prompt(tmp_path: Path) -> None:
     text = card_path(saved).read_text()
     assert "# mood: a soft prompt for toy" in text
     assert 'fedbpt.Prompt.load("p.safetensors")' in text
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_the_card_prints_can_be_run(known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for module in (fedbpt, evaluate_command, chat_command):
+        monkeypatch.setattr(module, "load_model", lambda *_args, **_options: ToyScorer())
+    task = TASK if known else None
+    saved = make(task_name=TASK.name, labels=TASK.labels, template=TASK.templates[0], task=task).save("my prompt.st")
+    (tmp_path / "task.toml").write_text(TASK_FILE)
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows(8)))
+    monkeypatch.setattr("sys.stdin", io.StringIO("zzz\n"))
+    console, python = blocks(card_path(saved).read_text().partition("## Use")[2])
+    ran = [shlex.split(command) for _, command in commands(console)]
+    assert [words[:2] for words in ran] == [["fedbpt", "evaluate"], ["fedbpt", "chat"]]
+    for words in ran:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(words[1:])
+        assert ended.value.code == 0, words
+    exec(python.text, {})
+
+
+def test_it_says_how_texts_are_cut_and_what_columns_data_have() -> None:
+    task = msgspec.structs.replace(TASK, max_words=7, text_columns=("body", "{a} {b}"), label_column="mood")
+    fields: dict[str, Any] = {"task_name": task.name, "labels": task.labels, "template": task.templates[0]}
+    text = card(make(**fields, task=task))
+    for said in ("first 7 words", "128 tokens", "`body` or `{a} {b}`", "`mood`"):
+        assert said in text
+    assert "tokens are read" not in card(make(**fields))
 
 
 def test_it_says_for_which_model_and_task_the_prompt_is() -> None:

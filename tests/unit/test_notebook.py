@@ -54,17 +54,18 @@ def kernel() -> Any:
         (True, None, True, True),
         (True, True, True, True),
         (True, False, False, False),
-        (False, None, False, False),
+        (False, None, False, True),
         (False, True, False, True),
+        (False, False, False, False),
     ],
 )
-def test_a_panel_is_for_notebooks_and_elsewhere_only_what_is_asked_for(
+def test_a_panel_is_for_notebooks_and_elsewhere_there_are_lines(
     monkeypatch: pytest.MonkeyPatch, inside: bool, shown: bool | None, panel: bool, visible: bool
 ) -> None:
     monkeypatch.setattr(notebook, "in_notebook", lambda: inside)
     made = live_display(shown)
     assert type(made) is (NotebookDisplay if panel else RunDisplay)
-    assert panel or made._progress.disable != visible
+    assert panel or made._shown == visible
 
 
 def test_the_panel_is_brought_up_to_date_in_place(panels: list[str]) -> None:

@@ -12,12 +12,13 @@ from fedbpt.errors import DataError, InputError, ScoringInterrupted, TaskError
 from fedbpt.losses import cross_entropy
 from fedbpt.messages import Array, LossName, ObjectiveSpec, PromptSpec, Readout, Template
 from fedbpt.objective import CHUNK, Objective
-from fedbpt.tasks.task import cue_ids, label_word_ids, render_ids
+from fedbpt.tasks.task import Task, cue_ids, label_word_ids, render_ids
 from tests.toy_scorer import BOS, ToyScorer
 
 # The toy tokenizer's words share their first byte, the space: these do not.
 TEMPLATE = Template(pattern="{text}\nMood: (", label_words=("b", "g"))
 LABELS = ("bad", "good")
+MOOD = Task(name="mood", labels=LABELS, templates=(TEMPLATE,))
 ROWS = [(f"text number {i} {'ugly' * (i % 2)}", i % 2) for i in range(10)]
 CUE = PromptSpec(n_prompt=2, d=6, seed=1)
 FRONT = PromptSpec(n_prompt=3, d=6, seed=1, placement="front")
@@ -360,7 +361,8 @@ def test_labels_in_proportion_take_noise_out_of_a_mean() -> None:
 def test_a_latent_becomes_a_prompt() -> None:
     objective = make()
     z = latents(1)[0]
-    prompt = objective.as_prompt(z, "mood", ({"round": 3},))
+    prompt = objective.as_prompt(z, MOOD, ({"round": 3},))
+    assert prompt.task == MOOD
     assert np.array_equal(prompt.rows, objective.embeds(z[None])[0])
     assert prompt.history == ({"round": 3},)
     prompt.check(ToyScorer())

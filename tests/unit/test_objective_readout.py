@@ -10,7 +10,7 @@ from fedbpt.losses import cross_entropy
 from fedbpt.messages import Array, ObjectiveSpec, PromptSpec, Readout
 from fedbpt.readout import read
 from tests.toy_scorer import ToyScorer
-from tests.unit.test_objective import CUE, FRONT, latents, make
+from tests.unit.test_objective import CUE, FRONT, MOOD, latents, make
 
 
 def readout(rows: int, seed: int = 0) -> Readout:
@@ -63,10 +63,10 @@ def test_one_readout_for_each_candidate_or_none() -> None:
 def test_a_latent_becomes_a_prompt_with_its_readout() -> None:
     objective = make(spec=ObjectiveSpec(readout_words=5))
     objective.readout = readout(1)
-    biased = objective.as_prompt(latents(1)[0], "mood")
+    biased = objective.as_prompt(latents(1)[0], MOOD)
     np.testing.assert_allclose(biased.label_bias, objective.readout.weights.numpy()[0], rtol=1e-6)
     assert (len(biased.word_ids), biased.word_weights.shape) == (0, (0, 2))
     objective.readout = readout(6)
-    full = objective.as_prompt(latents(1)[0], "mood")
+    full = objective.as_prompt(latents(1)[0], MOOD)
     assert full.word_ids.tolist() == objective.word_ids.tolist()
     np.testing.assert_allclose(full.readout.weights.numpy(), objective.readout.weights.numpy(), rtol=1e-6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from fedbpt.errors import InputError, PromptError
 from fedbpt.messages import PromptSpec, Template
 from fedbpt.prompt import Prompt
+from fedbpt.tasks import BUILTIN, Task
 from tests.toy_scorer import ToyScorer
 
 
@@ -141,6 +143,61 @@ def test_a_file_from_before_there_were_other_templates_still_loads(tmp_path: Pat
     tensors = safetensors.numpy.load(content)
     path.write_bytes(safetensors.numpy.save(tensors, metadata={"fedbpt": json.dumps(old)}))
     assert Prompt.load(path) == make(**READOUT)
+
+
+MOOD = Task(
+    name="mood",
+    labels=("bad", "good"),
+    templates=(Template(pattern="{text}\nMood:", label_words=(" bad", " good")), OTHERS["others"][0]),
+    max_text_tokens=17,
+    max_words=9,
+    text_columns=("review", "{title} {body}"),
+    label_column="stars",
+)
+
+
+def as_of_format_1(path: Path) -> Path:
+    """The file as the version before wrote it: with the task's name and labels alone."""
+    content = path.read_bytes()
+    text = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["fedbpt"]
+    header = {name: value for name, value in json.loads(text).items() if name != "task"}
+    metadata = {"fedbpt": json.dumps({**header, "format": 1})}
+    path.write_bytes(safetensors.numpy.save(safetensors.numpy.load(content), metadata=metadata))
+    return path
+
+
+def test_a_prompt_carries_its_whole_task(tmp_path: Path) -> None:
+    prompt = make(task=MOOD)
+    assert Prompt.load(prompt.save(tmp_path / "p.safetensors")).task == MOOD
+    assert prompt != make()
+    assert prompt.with_rows(prompt.rows + 1, ()).task == MOOD
+
+
+def test_a_file_of_format_1_knows_a_task_that_is_built_in_and_no_other(tmp_path: Path) -> None:
+    own = Prompt.load(as_of_format_1(make(task=MOOD, **OTHERS).save(tmp_path / "own.safetensors")))
+    assert own == make(**OTHERS)
+    assert own.task is None
+    sst_2 = BUILTIN["sst-2"]
+    built_in = make(task_name="sst-2", labels=sst_2.labels, task=sst_2)
+    assert Prompt.load(as_of_format_1(built_in.save(tmp_path / "sst.safetensors"))) == built_in
+    namesake = make(task_name="sst-2", task=Task(name="sst-2", labels=MOOD.labels, templates=MOOD.templates))
+    assert Prompt.load(as_of_format_1(namesake.save(tmp_path / "namesake.safetensors"))).task is None
+
+
+def test_a_format_to_come_is_refused_with_its_number(tmp_path: Path) -> None:
+    path = altered(make().save(tmp_path / "p.safetensors"), {"format": 3, "what_there_will_be": 1})
+    with pytest.raises(PromptError, match="format 3"):
+        Prompt.load(path)
+
+
+@pytest.mark.parametrize("changes", [{"name": "other"}, {"labels": ("good", "bad")}])
+def test_a_prompt_of_another_task_is_refused(tmp_path: Path, changes: dict) -> None:
+    other = msgspec.structs.replace(MOOD, **changes)
+    with pytest.raises(InputError):
+        make(task=other)
+    path = altered(make(task=MOOD).save(tmp_path / "p.safetensors"), {"task": msgspec.to_builtins(other)})
+    with pytest.raises(PromptError, match="damaged"):
+        Prompt.load(path)
 
 
 def test_prompts_that_differ_in_their_other_templates_are_not_equal() -> None:

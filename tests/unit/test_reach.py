@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,8 +12,10 @@ import pytest
 from fedbpt import tokens
 from fedbpt.agent import AgentService
 from fedbpt.agent.poller import Poller
+from fedbpt.agent.server import AgentServer
 from fedbpt.cli import reach as reach_module
 from fedbpt.cli.reach import Reach
+from fedbpt.clients import HttpClient
 from fedbpt.errors import ConfigError
 from fedbpt.registry import DeviceRegistry
 from fedbpt.tokens import Credentials
@@ -49,7 +51,7 @@ def enrol(reach: Reach, name: str) -> str:
 
 
 def names(reach: Reach, known: list[str], finished: bool = False) -> list[str]:
-    with reach.clients(known, finished, lambda _line: None) as clients:
+    with reach.clients(dict.fromkeys(known, ""), finished, lambda _line: None) as clients:
         return [client.name for client in clients]
 
 
@@ -61,7 +63,7 @@ def test_all_that_are_enrolled_or_invited_are_waited_for(reach: Reach, call: Cal
     for name in "cab":
         call(name)
     told: list[str] = []
-    with reach.clients([], False, told.append) as clients:
+    with reach.clients({}, False, told.append) as clients:
         assert [client.name for client in clients] == ["a", "b", "c"]
     assert told[-1] == f"3 of 3 devices call in at http://{reach.listen}: a, b, c"
 
@@ -85,7 +87,7 @@ def test_a_run_that_is_resumed_goes_on_with_its_quorum(
     call("a")
     enrol(reach, "gone")
     told: list[str] = []
-    with reach.clients(["a", "gone"], False, told.append, quorum=0.5) as clients:
+    with reach.clients({"a": "", "gone": ""}, False, told.append, quorum=0.5) as clients:
         assert [client.name for client in clients] == ["a", "gone"]
     assert told[-1].startswith("1 of 2 devices call in")
 
@@ -98,6 +100,41 @@ def test_for_a_finished_run_nobody_is_waited_for(reach: Reach) -> None:
     ]
 
 
+def called_by_name(reach: Reach, known: dict[str, str] | None = None) -> dict[str, str]:
+    """Names of the devices that are called, with their addresses."""
+    with reach.clients(known or {}, False, lambda _line: None) as clients:
+        return {client.name: client.url for client in clients if isinstance(client, HttpClient)}
+
+
+@contextmanager
+def serving(*own: str) -> Iterator[list[str]]:
+    """Addresses of devices that call themselves so."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(AgentServer(AgentService(FakeDevice(name)))).url for name in own]
+
+
+def test_a_device_that_is_called_has_the_name_that_it_calls_itself() -> None:
+    with serving("pi5", "pixel") as urls:
+        assert called_by_name(Reach(urls)) == dict(zip(("pi5", "pixel"), urls, strict=True))
+
+
+def test_names_that_two_have_and_devices_that_do_not_answer_go_by_their_addresses() -> None:
+    with serving("board", "board", "pixel") as urls:
+        found = called_by_name(Reach([*urls, "http://127.0.0.1:9"]))
+    ports = [url.rpartition(":")[2] for url in urls]
+    assert list(found) == [f"127.0.0.1-{ports[0]}", f"127.0.0.1-{ports[1]}", "pixel", "127.0.0.1-9"]
+    with serving("pixel") as urls:
+        assert list(called_by_name(Reach(urls), {"pixel": ""})) != ["pixel"]  # that is one that calls in
+
+
+def test_a_device_keeps_the_name_that_it_had_in_the_run() -> None:
+    with serving("new-name", "moved", "old") as urls:
+        by_address = f"127.0.0.1-{urls[2].rpartition(':')[2]}"
+        known = {"pi5": urls[0], "moved": "http://10.0.0.9:8401", by_address: "", "away": "http://127.0.0.1:9"}
+        found = called_by_name(Reach([*urls, "http://127.0.0.1:9"]), known)
+        assert list(found) == ["pi5", "moved", by_address, "away"]
+
+
 def test_without_a_device_that_may_call_nobody_is_waited_for_in_vain(reach: Reach) -> None:
     with pytest.raises(ConfigError, match="fedbpt devices invite"):
         names(reach, [])
@@ -107,7 +144,7 @@ def test_tokens_are_for_their_addresses_alone(tmp_path: Path) -> None:
     file = tmp_path / "tokens.toml"
     tokens.write_private(file, b'"http://127.0.0.1:8401/" = "right"\n')
     two = Reach(["http://127.0.0.1:8401", "http://127.0.0.1:8402/"], tokens=file)
-    with two.clients([], False, lambda _line: None) as clients:
+    with two.clients({}, False, lambda _line: None) as clients:
         assert [client._authorization for client in clients] == [{"authorization": "Bearer right"}, {}]  # type: ignore[attr-defined]
 
 

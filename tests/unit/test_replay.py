@@ -114,13 +114,17 @@ def test_a_short_plan_asks_for_no_more_than_a_whole_one_could():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"sigma0": 5e-324}, {"sigma0": 1e-200}, {"sigma0": 1.7e308}, {"start": Array.of(np.full(D, 1e9))}]
+    "changes",
+    [
+        *({"sigma0": 5e-324}, {"sigma0": 1e-200}, {"sigma0": 1.7e308}),
+        {"start": Array.of(np.full(D, 1e9)), "ranks": b""},  # with ranks it would come back into bounds
+    ],
 )
 def test_a_search_whose_state_no_message_may_hold_is_refused_and_forgotten(changes: dict[str, Any]):
     search, device = Pooled(D, popsize=6, seed=SEED), Replayer()
     wanted = plan(search.work(0))
     short = short_plan(wanted, search.history(), 0)
-    history = msgspec.structs.replace(search.history(), **changes, ranks=bytes(range(6)) * 8)
+    history = msgspec.structs.replace(search.history(), **{"ranks": bytes(range(6)) * 8, **changes})
     with pytest.raises(WireError, match=r"sigma0|no message may hold"):
         device.whole(msgspec.structs.replace(short, work=msgspec.structs.replace(short.work, history=history)))
     assert device.whole(short) == wanted

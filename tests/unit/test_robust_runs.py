@@ -27,12 +27,11 @@ HONEST = ("a", "b", "c", "d")
 def lie(report: RoundReport) -> RoundReport:
     """Losses turned round, of templates and of candidates."""
     if isinstance(report.result, SelectResult):
-        return msgspec.structs.replace(
-            report, result=SelectResult(loss_sums=Array.of(-1e3 * report.result.loss_sums.numpy()))
-        )
+        sums = 8 * 9000 - 1e3 * report.result.loss_sums.numpy()
+        return msgspec.structs.replace(report, result=SelectResult(loss_sums=Array.of(sums)))
     assert isinstance(report.result, PooledResult)
     # within the bound on losses: a liar that is refused is no danger to the plain mean either
-    losses = PooledResult(losses=Array.of(np.clip(-6 * report.result.losses.numpy(), -9000, 0)))
+    losses = PooledResult(losses=Array.of(np.clip(9000 - 6 * report.result.losses.numpy(), 0, 9000)))
     return msgspec.structs.replace(report, result=losses)
 
 

@@ -16,7 +16,9 @@ from tensorboardX.proto.event_pb2 import Event as BoardEvent
 from fedbpt import cli, wire
 from fedbpt.api import aggregator_for
 from fedbpt.clients.in_process import InProcessClient
+from fedbpt.errors import ConfigError
 from fedbpt.federation import Federation
+from fedbpt.history import task_of_run
 from fedbpt.ledger import RunLedger
 from fedbpt.local import Device
 from fedbpt.messages import Array, ObjectiveSpec, PooledResult, PromptSpec, RoundReport
@@ -72,11 +74,11 @@ def test_a_run_replays_to_its_digest(run: Run, method: Method) -> None:
     with RunStore(DB) as store:
         n_rounds = store.get_run("toy").n_rounds
     assert n_rounds > 4  # those that calibrate and fit the readout are among them
-    answer = run("replay", "toy", "--task", "mood.toml", "--json")
+    answer = run("replay", "toy", "--json")
     assert (answer[0], answer[2]) == (0, "")
     assert json.loads(answer[1]) == {"run": "toy", "n_rounds": n_rounds, "digest": result.digest}
     assert f"{n_rounds} rounds replay" in run("replay", "toy", "-t", "mood.toml")[1]
-    assert run("replay", "toy", "-t", "mood.toml", "-q")[1] == f"{result.digest}\n"
+    assert run("replay", "toy", "-q")[1] == f"{result.digest}\n"
 
 
 def test_a_run_whose_budget_changed_on_the_way_replays(run: Run) -> None:
@@ -194,9 +196,21 @@ def test_without_the_extra_scalars_are_one_line(run: Run, monkeypatch: pytest.Mo
     assert "pip install 'fedbpt[tensorboard]'" in err
 
 
-def test_the_ledger_tells_another_task_from_its_own(run: Run) -> None:  # noqa: ARG001 - the folder
+@pytest.mark.parametrize("changes", [{"name": "x"}, {"labels": TASK.labels[::-1]}, {"templates": TASK.templates[:1]}])
+def test_a_run_of_another_task_is_not_resumed(run: Run, changes: dict[str, Any]) -> None:  # noqa: ARG001 - the folder
     tuned(rounds=1)
+    settings = msgspec.structs.replace(SETTINGS, rounds=1)
+    other = msgspec.structs.replace(TASK, **changes)
     with RunStore(DB) as store:
-        for task, fits in ((TASK, True), (msgspec.structs.replace(TASK, name="x"), False)):
-            changed = msgspec.structs.replace(SETTINGS, rounds=1)
-            assert RunLedger(store, "toy", task, changed, aggregator_for(changed)).fits_task() is fits
+        assert RunLedger(store, "toy", TASK, settings, aggregator_for(settings)).finished() is not None
+        with pytest.raises(ConfigError, match="another task"):
+            RunLedger(store, "toy", other, settings, aggregator_for(settings)).finished()
+
+
+def test_the_store_keeps_the_task_of_the_latest_sitting(run: Run) -> None:  # noqa: ARG001 - the folder
+    with pytest.raises(StopRunError):
+        tuned(stop_after_search(2))
+    change("DELETE FROM tasks")  # as a version that kept the name alone
+    tuned()
+    with RunStore(DB) as store:
+        assert task_of_run(store.get_run("toy")) == TASK

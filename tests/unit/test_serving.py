@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import httpx
+import msgspec
 import openai
 import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from starlette.routing import Route
 
-from fedbpt import Budget, Prompt, PromptSpec, tune
+from fedbpt import Budget, Prompt, PromptSpec, http_server, tune
 from fedbpt.errors import ConfigError
 from fedbpt.generation import Generation
 from fedbpt.generator import Placed, Sampling
-from fedbpt.serving import ModelServer, served_models
-from fedbpt.serving.desk import MAX_WAITING
+from fedbpt.http_server import HttpServer
+from fedbpt.serving import ModelServer, desk, served_models
+from fedbpt.serving.protocol import CompletionRequest
+from fedbpt.serving.server import SEND_BUFFER_BYTES
 from fedbpt.side_by_side import SideBySide
+from fedbpt.tasks import Task
+from fedbpt.tasks.task import render_ids
 from fedbpt.tls import Tls
+from tests.toy_generator import PLACES
 from tests.toy_scorer import ToyScorer
 from tests.toy_task import TASK, rows
 from tests.unit.test_generation import TASK as MANNER
@@ -187,6 +199,25 @@ def test_log_probabilities_come_in_both_forms(client: openai.OpenAI) -> None:
     assert [entry.logprob for entry in entries] == [entry.logprob for entry in chat.logprobs.content]
 
 
+def test_without_a_temperature_the_makers_sampling_is_used(client: openai.OpenAI, scorer: ToyScorer) -> None:
+    scorer.generator.recommended = Sampling(temperature=0.0)
+    with ModelServer(served_models(scorer, [])) as server, client_of(server) as told:
+        asked: dict[str, Any] = {"model": "toy", "prompt": "once", "max_tokens": 20, "seed": 3}
+        assert told.completions.create(**asked).choices[0].text == greedy("once", 20)
+        chosen = told.completions.create(**asked, temperature=1.0).choices[0].text
+        assert chosen == client.completions.create(**asked).choices[0].text != greedy("once", 20)  # as OpenAI has it
+    recommended = Sampling(0.6, 0.9, 40)
+    for given, expected in (
+        ({}, Sampling(0.6, 0.9, 40)),
+        ({"top_p": 0.5, "seed": 2}, Sampling(0.6, 0.5, 40, 2)),
+        ({"top_k": 0}, Sampling(0.6, 0.9, 0)),
+        ({"temperature": 0.2}, Sampling(0.2)),
+        ({"temperature": 1.0, "top_k": 5}, Sampling(1.0, 1.0, 5)),
+    ):
+        request = msgspec.convert({"model": "toy", "prompt": "x", **given}, CompletionRequest)
+        assert request.how(recommended).sampling == expected
+
+
 # --- tuned prompts ---------------------------------------------------------------------------------------------------
 
 
@@ -199,6 +230,20 @@ def test_a_prompt_that_generates_answers_as_it_was_tuned(
     assert client.chat.completions.create(**asked, messages=history).choices[0].message.content == expected
     assert client.completions.create(**asked, prompt="question 1").choices[0].text == expected
     assert (scorer.generator.opened[-1].rows == prompts[1].rows).all()
+
+
+def test_the_usage_of_a_classifier_counts_what_it_read(prompts: list[Prompt]) -> None:
+    short = Task(name=TASK.name, labels=TASK.labels, templates=TASK.templates, max_text_tokens=5)
+    with (
+        ModelServer(served_models(ToyScorer(), [prompts[0]], {TASK.name: short})) as server,
+        client_of(server) as client,
+    ):
+        counts = {
+            client.completions.create(model="toy+toy-mood", prompt=text).usage.prompt_tokens
+            for text in ("aaa number 1", "aaa number 1" * 40)
+        }
+    templates = (prompts[0].template, *prompts[0].others)
+    assert counts == {sum(len(render_ids(ToyScorer(), template, "aaa number", 5)) for template in templates)}
 
 
 def test_a_prompt_that_classifies_answers_with_the_label(client: openai.OpenAI, prompts: list[Prompt]) -> None:
@@ -293,6 +338,24 @@ def test_another_path_is_404_in_openais_form(server: ModelServer) -> None:
     assert httpx.get(f"{server.url}/healthz").text == "ok\n"
 
 
+def test_it_says_that_it_is_well_and_how_it_is_used(server: ModelServer) -> None:
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    help = httpx.get(f"{server.url}/")
+    assert (help.status_code, help.headers["content-type"].split(";")[0]) == (200, "text/plain")
+    assert f"{server.url}/v1" in help.text
+    assert help.text.count("\n") == 1
+    assert "toy+toy-mood" in help.text
+
+
+def test_options_are_told(server: ModelServer) -> None:
+    for path, methods in (("/v1/completions", {"POST"}), ("/v1/models", {"GET", "HEAD"}), ("/health", {"GET", "HEAD"})):
+        answer = httpx.options(f"{server.url}{path}")
+        assert answer.status_code == 204
+        assert {method.strip() for method in answer.headers["allow"].split(",")} == methods | {"OPTIONS"}
+        assert "access-control-allow-origin" not in answer.headers
+    assert httpx.options(f"{server.url}/v1/none").status_code == 404
+
+
 # --- who is answered -------------------------------------------------------------------------------------------------
 
 
@@ -305,6 +368,41 @@ def test_with_a_token_only_who_sends_it_is_answered(scorer: ToyScorer) -> None:
             pytest.raises(openai.AuthenticationError, match="asks for its token"),
         ):
             client.models.list()
+
+
+PREFLIGHT = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+
+
+@pytest.mark.parametrize("token", [None, TOKEN])
+def test_a_web_page_of_an_origin_that_was_named_may_call(scorer: ToyScorer, token: str | None) -> None:
+    page, other = {"origin": "https://app.example"}, {"origin": "https://evil.example"}
+    with ModelServer(served_models(scorer, []), token=token, origins=["https://app.example"]) as server:
+        asked = httpx.options(f"{server.url}/v1/chat/completions", headers=page | PREFLIGHT)
+        assert asked.status_code == 200
+        assert asked.headers["access-control-allow-origin"] == "https://app.example"
+        assert "POST" in asked.headers["access-control-allow-methods"]
+        assert "authorization" in asked.headers["access-control-allow-headers"]
+        key = {"authorization": f"Bearer {token}"} if token else {}
+        listed = httpx.get(f"{server.url}/v1/models", headers=page | key)
+        assert (listed.status_code, listed.headers["access-control-allow-origin"]) == (200, "https://app.example")
+        refused = httpx.get(f"{server.url}/v1/models/none", headers=page)
+        assert refused.status_code == (401 if token else 404)
+        assert refused.headers["access-control-allow-origin"] == "https://app.example"  # its page may read why
+        for answer in (
+            httpx.options(f"{server.url}/v1/chat/completions", headers=other | PREFLIGHT),
+            httpx.get(f"{server.url}/v1/models", headers=other | key),
+        ):
+            assert "access-control-allow-origin" not in answer.headers
+        if token:
+            assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "origin", ["app.example", "https://app.example/", "https://app.example/x", "ftp://x", "null", ""]
+)
+def test_what_is_no_origin_is_refused(scorer: ToyScorer, origin: str) -> None:
+    with pytest.raises(ConfigError, match="origin"):
+        ModelServer(served_models(scorer, []), origins=[origin])
 
 
 def test_beyond_loopback_it_wants_a_token_and_tls(scorer: ToyScorer) -> None:
@@ -348,31 +446,99 @@ def test_a_client_that_hangs_up_interrupts_its_generation(server: ModelServer, s
 
 
 def test_the_next_request_has_its_turn_after_the_one_before(client: openai.OpenAI, scorer: ToyScorer) -> None:
-    with client.completions.create(model="toy", prompt="once", max_tokens=400, stream=True, temperature=0) as stream:
-        next(iter(stream))
-        scorer.generator.pace.clear()
+    scorer.generator.pace.clear()
+    with client.completions.create(model="toy", prompt="once", max_tokens=400, stream=True, temperature=0):
+        pass
     assert scorer.generator.cancelled.wait(10)
     scorer.generator.pace.set()
     found = client.completions.create(model="toy", prompt="once", max_tokens=4, temperature=0)
     assert found.choices[0].text == greedy("once", 4)
 
 
-def test_too_many_that_wait_are_refused(client: openai.OpenAI, scorer: ToyScorer) -> None:
+def test_many_prompts_are_answered_each_in_its_place(client: openai.OpenAI, scorer: ToyScorer) -> None:
+    texts = [f"text {i}" for i in range(4 * PLACES)]
+    asked: dict[str, Any] = {"model": "toy", "prompt": texts, "max_tokens": 2, "temperature": 0}
+    expected = [greedy(text, 2) for text in texts]
+    assert [choice.text for choice in client.completions.create(**asked).choices] == expected
+    said = [""] * len(texts)
+    for chunk in client.completions.create(**asked, stream=True):
+        said[chunk.choices[0].index] += chunk.choices[0].text
+    assert said == expected
+    assert scorer.generator.n_open == 0
+
+
+@pytest.mark.parametrize("sent", [["a"] * 257, ["a"] * 250_000, [[1]] * 150_000])
+def test_more_prompts_than_a_request_may_have_are_refused(
+    server: ModelServer, scorer: ToyScorer, sent: list[Any]
+) -> None:
+    body = msgspec.json.encode({"model": "toy", "prompt": sent, "max_tokens": 1})
+    answer = httpx.post(
+        f"{server.url}/v1/completions", content=body, headers={"content-type": "application/json"}, timeout=60
+    )
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+    assert scorer.generator.opened == []
+
+
+def test_texts_that_clients_leave_give_their_places_back(client: openai.OpenAI, scorer: ToyScorer) -> None:
+    for _ in range(2 * PLACES):
+        with client.chat.completions.create(model="toy", messages=USER, max_tokens=400, stream=True) as stream:
+            next(iter(stream))
+    for _ in range(PLACES):
+        found = client.completions.create(model="toy", prompt="once", max_tokens=2, temperature=0)
+        assert found.choices[0].text == greedy("once", 2)
+    while scorer.generator.n_open:  # a server notices that a client left when it is told so
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="only Linux drops a peer that takes nothing")
+def test_a_client_that_stops_reading_is_dropped_and_its_work_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "STALLED_S", 1.0)
+    ended = Event()
+
+    async def pieces() -> AsyncIterator[bytes]:
+        try:
+            while True:
+                yield b"data: " + b"x" * 1000 + b"\n\n"
+                await asyncio.sleep(0)
+        finally:
+            ended.set()
+
+    async def endless(_request: Request) -> StreamingResponse:
+        return StreamingResponse(pieces())
+
+    app = Starlette(routes=[Route("/", endless)])
+    with HttpServer(app, "127.0.0.1", 0) as server, socket.create_connection((server.host, server.port)) as idle:
+        idle.sendall(b"GET / HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
+        assert ended.wait(60)
+
+
+def test_a_served_connection_holds_back_little(server: ModelServer) -> None:
+    size = server._socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+    assert size <= 2 * SEND_BUFFER_BYTES  # the system counts its own part, too
+
+
+def test_one_more_than_may_wait_is_told_when_to_come_again(
+    client: openai.OpenAI, scorer: ToyScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(desk, "MAX_REQUESTS", 1)
+    asked: dict[str, Any] = {"model": "toy", "prompt": "x", "max_tokens": 3}
     scorer.generator.pace.clear()
-    with client.completions.create(model="toy", prompt=["x"] * MAX_WAITING, max_tokens=1, stream=True) as first:
-        with pytest.raises(openai.RateLimitError, match="too many requests wait"):
-            client.completions.create(model="toy", prompt="x", max_tokens=1)
+    with client.completions.create(**asked, stream=True) as first:
+        with pytest.raises(openai.RateLimitError) as caught:
+            client.completions.create(**asked)
         scorer.generator.pace.set()
-        assert len({chunk.choices[0].index for chunk in first}) == MAX_WAITING
+        list(first)
+    assert caught.value.code == "too-many"
+    assert int(caught.value.response.headers["retry-after"]) > 0
+    assert client.with_options(max_retries=5).completions.create(**asked).choices  # its place is free again
 
 
 def test_a_server_that_stops_ends_the_answers(scorer: ToyScorer) -> None:
     server = ModelServer(served_models(scorer, []))
     server.start()
     with client_of(server) as client:
+        scorer.generator.pace.clear()
         with client.completions.create(model="toy", prompt="once", max_tokens=400, stream=True) as stream:
-            next(iter(stream))
-            scorer.generator.pace.clear()
             server._server.begin_exit()
             assert scorer.generator.cancelled.wait(10)
             scorer.generator.pace.set()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,8 @@ from fedbpt.generation import Generation, place
 from fedbpt.generator import Sampling
 from fedbpt.side_by_side import SideBySide
 from fedbpt.tasks import Task
+from fedbpt.tasks.task import render_ids
+from tests.toy_generator import PLACES
 from tests.toy_scorer import ToyScorer
 from tests.toy_task import TASK, rows
 from tests.unit.test_generation import TASK as MANNER
@@ -83,3 +87,26 @@ def test_another_model_or_task_is_refused(moods: Prompt) -> None:
         SideBySide(ToyScorer(seed=9), moods)
     with pytest.raises(ConfigError, match="the prompt is for labels"):
         SideBySide(ToyScorer(), moods, MANNER)
+
+
+def test_both_places_are_given_back_by_who_leaves_early(manner: TuneResult) -> None:
+    scorer = ToyScorer()
+    pair = SideBySide(scorer, manner.prompt, MANNER)
+    with closing(pair.generate("question 3")) as pieces:
+        next(pieces)
+        assert scorer.generator.n_open == 2
+    assert scorer.generator.n_open == 0
+    assert list(pieces) == []
+    held = [pair.generation(f"question {i}", "tuned") for i in range(PLACES - 1)]
+    with pytest.raises(InputError):
+        pair.generate("question 4")  # there is a place for one side alone
+    assert scorer.generator.n_open == len(held)
+
+
+def test_what_a_classifier_reads_is_counted_as_it_is_cut(moods: Prompt) -> None:
+    templates = (moods.template, *moods.others)
+    for limit, text in ((None, "aaa number 1"), (4, "aaa number 1"), (4, "aaa number 1" * 50)):
+        pair = SideBySide(ToyScorer(), moods, TASK, max_text_tokens=limit)
+        texts = [render_ids(ToyScorer(), template, text, limit or TASK.max_text_tokens) for template in templates]
+        in_front = moods.n_prompt if moods.spec.placement == "front" else 0
+        assert pair.n_read(text) == in_front + sum(map(len, texts))

@@ -9,6 +9,7 @@ import pytest
 from fedbpt import wire
 from fedbpt.errors import StoreError
 from fedbpt.messages import Array, DeviceInfo, PooledResult, RoundReport
+from fedbpt.registry import DeviceRegistry
 from fedbpt.store import RunStore, Traffic
 
 
@@ -170,8 +171,39 @@ def test_a_file_that_is_no_run_database_is_refused(tmp_path: Path) -> None:
     db = sqlite3.connect(other)
     db.execute("CREATE TABLE t (x)")
     db.close()
-    with pytest.raises(StoreError, match="version 1"):
+    with pytest.raises(StoreError, match="version 2"):
         RunStore(other)
+    with DeviceRegistry(tmp_path / "devices.sqlite"):
+        pass  # its version is 1, as the run database's was once
+    with pytest.raises(StoreError, match="version 2"):
+        RunStore(tmp_path / "devices.sqlite")
+
+
+def as_of_version_1(path: Path) -> None:
+    """Make a database what the version before wrote."""
+    db = sqlite3.connect(path)
+    db.execute("DROP TABLE tasks")
+    db.execute("ALTER TABLE devices DROP COLUMN address")
+    db.execute("PRAGMA user_version = 1")
+    db.close()
+
+
+def test_a_database_of_version_1_is_taken_up(store: RunStore) -> None:
+    create(store)
+    commit(store, 1, "a")
+    store.close()
+    as_of_version_1(store.path)
+    for _ in range(2):
+        with RunStore(store.path) as again:
+            assert again.get_run("r").definition is None
+            assert [line.reported for line in again.history("r")] == [("a",)]
+    with RunStore(store.path) as again:
+        again.record_task("r", b"task")
+        again.record_addresses("r", {"a": "http://pi5:8401", "unknown": "x"})
+        assert again.addresses("r") == {"a": "http://pi5:8401", "b": ""}
+        assert again.get_run("r").definition == b"task"
+        again.delete_run("r")
+        assert again._query("SELECT count(*) FROM tasks") == [(0,)]
 
 
 def test_a_folder_that_cannot_be_made_is_a_store_error(tmp_path: Path) -> None:

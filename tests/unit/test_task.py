@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from fedbpt import tasks
 from fedbpt.errors import ConfigError, InputError, TaskError
 from fedbpt.messages import Template
-from fedbpt.tasks.task import Task, cue_ids, label_word_ids, load_task, render_ids
+from fedbpt.tasks.task import (
+    MAX_TEXT_BYTES,
+    Task,
+    cue_ids,
+    label_word_ids,
+    load_task,
+    render_ids,
+    target_ids,
+)
 
 
 class WordTokenizer:
@@ -175,3 +183,19 @@ def test_builtin_tasks_have_three_to_five_candidate_templates():
         for tokenizer in TOKENIZERS:
             for template in task.templates:
                 assert len(label_word_ids(tokenizer, template, task.labels)) == len(task.labels)
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_a_text_too_long_to_tokenise_begins_with_its_own_tokens(tokenizer):
+    text, template = "cat dog " * (MAX_TEXT_BYTES // 4), Template(pattern="Read: {text}\nTopic:", label_words=())
+    assert np.array_equal(render_ids(tokenizer, template, text, 9), render_ids(tokenizer, template, text[:200], 9))
+    targets = Template(pattern="{text}\nTopic:", label_words=())
+    assert np.array_equal(target_ids(tokenizer, targets, text, 9), target_ids(tokenizer, targets, text[:200], 9))
+
+
+def test_a_text_of_one_endless_word_is_refused_by_its_length():
+    tokenizer, template, text = WordTokenizer(bos=True), TOPIC, "\u00e9a" + "a" * MAX_TEXT_BYTES
+    with pytest.raises(InputError, match=str(len(text))):
+        render_ids(tokenizer, template, text)
+    with pytest.raises(InputError, match=str(len(text))):
+        target_ids(tokenizer, template, text, 9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 import httpx
@@ -13,7 +14,7 @@ from fedbpt.errors import ConfigError, CoordinatorRefusedError, FedbptError, Wir
 from fedbpt.http_bodies import retry_after
 from fedbpt.http_server import IDLE_S
 from fedbpt.messages import ErrorReply, Message
-from fedbpt.tls import Tls, is_loopback
+from fedbpt.tls import Tls, certificate_problem, is_loopback
 from fedbpt.tokens import Credentials
 
 M = TypeVar("M", bound=Message)
@@ -21,7 +22,8 @@ M = TypeVar("M", bound=Message)
 ANSWER_S: Final = 20.0
 """How long the network and the coordinator may take for an answer, beyond a poll's hold."""
 
-ENROL_ATTEMPTS: Final = 6
+ENROL_PAUSES_S: Final = (0.5, 10.0)
+"""Between two attempts to enrol: the first, and the longest."""
 
 
 def origin(url: str, allow_insecure: bool) -> str:
@@ -73,19 +75,27 @@ def decoded(content: bytes, kind: type[M]) -> M:
     return wire.decode(content, kind, MAX_ENVELOPE_BYTES)
 
 
-def enrol(url: str, code: str, *, tls: Tls | None = None, allow_insecure: bool = False) -> Credentials:
+def enrol(
+    url: str,
+    code: str,
+    *,
+    tls: Tls | None = None,
+    allow_insecure: bool = False,
+    tell: Callable[[str], None] = lambda _line: None,
+) -> Credentials:
     """Exchange a one-time code for credentials. The token is made here; only its SHA-256 is sent.
 
-    Raises `CoordinatorRefusedError` for a code that is unknown, used or expired, `FedbptError` without an answer.
+    Waits for a coordinator that does not answer, until it does, and ``tell``s so once.
+    Raises `CoordinatorRefusedError` for a code that is unknown, used or expired, `FedbptError` where a certificate is
+    not believed.
     """
     url = origin(url, allow_insecure)
     secret = tokens.new_token()
     body = wire.encode(Enrolment(code=code.strip(), token_digest=tokens.digest(secret)))
-    problem, pause_s = "", 0.0
+    told, pause_s = False, ENROL_PAUSES_S[0]
     with httpx.Client(**client_options(url, tls or Tls())) as http:
-        for attempt in range(ENROL_ATTEMPTS):
-            time.sleep(pause_s)
-            pause_s = 2.0 ** (attempt - 1)
+        while True:
+            wait_s, pause_s = pause_s, min(2 * pause_s, ENROL_PAUSES_S[1])
             try:
                 response = http.post(ENROL_PATH, content=body)
                 # With the same token a code can be sent again: an answer that was lost costs nothing.
@@ -94,9 +104,12 @@ def enrol(url: str, code: str, *, tls: Tls | None = None, allow_insecure: bool =
             except CoordinatorRefusedError as error:
                 if not error.retry_after_s:
                     raise
-                problem, pause_s = str(error), error.retry_after_s
+                problem, wait_s = str(error), error.retry_after_s
             except httpx.TransportError as error:
+                if refused := certificate_problem(error):
+                    raise FedbptError(f"{url} {refused}") from error
                 problem = str(error) or type(error).__name__
-    raise FedbptError(
-        f"no answer from {url}: {problem}; is the coordinator running (fedbpt tune --listen) and in reach?"
-    )
+            if not told:
+                told = True
+                tell(f"waiting for the coordinator at {url} (fedbpt tune --listen): {problem}")
+            time.sleep(wait_s)

@@ -34,7 +34,7 @@ from fedbpt.envelopes import (
 from fedbpt.errors import CoordinatorRefusedError, WireError
 from fedbpt.http_server import quiet_signals
 from fedbpt.messages import Message
-from fedbpt.tls import Tls
+from fedbpt.tls import Tls, certificate_problem
 from fedbpt.tokens import Credentials
 
 T = TypeVar("T")
@@ -247,7 +247,8 @@ class Poller:
             except WireError as error:
                 problem = f"it does not answer as a fedbpt coordinator does ({error})"
             except httpx.HTTPError as error:
-                problem = f"it cannot be reached ({str(error) or type(error).__name__})"
+                refused = certificate_problem(error) or f"cannot be reached ({str(error) or type(error).__name__})"
+                problem = f"it {refused}"
             else:
                 self._notice("")
                 return answer

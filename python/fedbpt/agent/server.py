@@ -7,9 +7,12 @@ import logging
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
+from starlette.types import ASGIApp
+
 from fedbpt.agent.http import build_app
 from fedbpt.agent.service import AgentService
 from fedbpt.errors import ConfigError
+from fedbpt.http_auth import OwnNames
 from fedbpt.http_server import HttpServer
 from fedbpt.plain_text import echo
 from fedbpt.tls import Tls, is_loopback
@@ -59,7 +62,9 @@ class AgentServer(HttpServer):
                 " certificates (--ca, --client-certs), or allow it on a network you trust (--allow-insecure)"
             )
         self.service = service
-        app = build_app(service, token)
+        app: ASGIApp = build_app(service, token)
+        if token is None and not tls.serves:  # with TLS, a stranger's name has no certificate here
+            app = OwnNames(app, host)
         super().__init__(
             app, host, port, tls=tls, allow_insecure=allow_insecure, on_ready=on_ready, on_exit=service.stop
         )

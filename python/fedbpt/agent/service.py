@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final, Literal, Protocol, TypeAlias
 
 import msgspec
@@ -39,12 +41,15 @@ KEPT_JOBS: Final = 16
 
 EVALUATION: Final = "evaluate"
 
+INTERRUPT_S: Final = 0.1
+"""How often work that was cancelled is stopped again, until it has ended."""
+
 PAUSE_POLL_S: Final = 0.5
 """How often paused work looks whether it may go on."""
 
 
 class LocalDevice(Protocol):
-    """The device's own work (`fedbpt.local.Device`). Synchronous; called from one thread at a time."""
+    """The device's own work (`fedbpt.local.Device`). Synchronous; but for `interrupt`, one thread calls at a time."""
 
     @property
     def name(self) -> str: ...
@@ -60,6 +65,9 @@ class LocalDevice(Protocol):
     ) -> EvaluateReport: ...
 
     def answer(self, question: Question, said: Callable[[Answer], None], cancelled: Callable[[], bool]) -> Answer: ...
+
+    def interrupt(self) -> None:
+        """Stop the scoring call that is under way. Called from another thread; there may be none."""
 
 
 Output: TypeAlias = RoundReport | EvaluateReport | Answer
@@ -121,6 +129,8 @@ class AgentService:
         self._owns_worker = worker is None
         self._pause = pause
         self._jobs: dict[tuple[str, int], _Job] = {}
+        self._working: _Job | None = None  # on the worker's thread
+        self._switching = threading.Lock()
         self._stopping = asyncio.Event()
         self._info = device.info()
 
@@ -290,6 +300,16 @@ class AgentService:
             self.counts["cancelled"] += 1
             job.end("cancelled", error="cancelled")
         self._jobs = {key: kept for key, kept in self._jobs.items() if kept is not job}
+        self._interrupt(job)
+
+    def _interrupt(self, job: _Job) -> None:
+        """Stop the scoring call of ``job``, and look again: it may have been about to make one."""
+        with self._switching:
+            if self._working is not job:
+                return
+            self.device.interrupt()
+        with suppress(RuntimeError):  # no running loop: the service ends
+            asyncio.get_running_loop().call_later(INTERRUPT_S, self._interrupt, job)
 
     def _stops(self, job: _Job) -> Callable[[], bool]:
         """What the work asks before each scoring call: whether it was cancelled, which a pause does not hold up."""
@@ -304,8 +324,10 @@ class AgentService:
         return cancelled
 
     def _on_worker(self, loop: asyncio.AbstractEventLoop, job: _Job, work: Callable[[], Output]) -> None:
-        if job.cancelled:
-            return
+        with self._switching:
+            if job.cancelled:
+                return
+            self._working = job
         output: Output | None = None
         error = ""
         try:
@@ -318,6 +340,8 @@ class AgentService:
         except Exception as problem:
             log.exception("work of round %s of run %r failed", job.round, job.run)
             error = public_reason(problem)
+        with self._switching:
+            self._working = None
         try:
             info = self.device.info()
         except Exception:

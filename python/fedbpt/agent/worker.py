@@ -23,7 +23,7 @@ class Worker:
     def submit(self, job: Callable[[], None]) -> None:
         """Queue ``job``. It must not raise."""
         with self._lock:
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():  # as after a fork: threads stay behind
                 self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                 self._thread.start()
             self._jobs.put(job)

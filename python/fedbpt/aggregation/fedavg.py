@@ -18,6 +18,7 @@ from fedbpt.aggregation.base import accepted, latents_of, weighted_sum, weights_
 from fedbpt.aggregation.robust import Robust, centre, check_robust, reports_needed
 from fedbpt.errors import InputError
 from fedbpt.messages import Array, LocalResult, LocalWork, RoundReport, SearchState
+from fedbpt.search import farthest, step_within
 
 
 class FedAvg:
@@ -77,9 +78,10 @@ class FedAvg:
         means = latents_of(pairs, [result.mean.numpy() for _, result in pairs], len(self._mean), "a mean")
         weights = weights_of(pairs)
         squares = np.array([[result.sigma_squares] for _, result in pairs])
-        self._mean = centre(means, weights, self._robust, self._byzantine)
+        limit = farthest(self._sigma0, len(self._mean))
+        self._mean = np.clip(centre(means, weights, self._robust, self._byzantine), -limit, limit)
         square = weighted_sum(weights, squares)[0] if self._robust == "none" else np.median(squares)
-        self._sigma = math.sqrt(square / self._iterations)
+        self._sigma = step_within(math.sqrt(square / self._iterations), limit)
         self._rounds += 1
         self._evaluations += max(report.evaluations for report, _ in pairs)
 

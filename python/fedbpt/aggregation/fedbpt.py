@@ -41,7 +41,7 @@ from fedbpt.aggregation.base import accepted, latents_of
 from fedbpt.aggregation.robust import Robust, check_robust, krum, reports_needed
 from fedbpt.errors import InputError
 from fedbpt.messages import LocalResult, LocalWork, RoundReport
-from fedbpt.search import CmaUpdate, Covariance
+from fedbpt.search import CmaUpdate, Covariance, farthest, step_within
 
 
 class FedBPT:
@@ -139,7 +139,7 @@ class FedBPT:
         server.resize(len(means))
         server.sigma = before
         server.update(means, fitness, foreign=True)
-        self._local_sigma *= server.sigma / before
+        self._local_sigma = step_within(self._local_sigma * server.sigma / before, farthest(self._sigma0, self._d))
         self._evaluations += max(report.evaluations for report, _ in pairs)
 
     def restart(self, mean: NDArray[np.float64]) -> None:

@@ -37,6 +37,8 @@ _MEMORY = 10  # pairs that L-BFGS keeps
 _ARMIJO, _SHORTEN = 1e-4, 0.3
 _ROUNDING = 1e-5  # of the moments, which come as float32
 _STILL = 3e-4  # nats: an exchange that gains less is the last
+_SMALLEST_SCALE = 1e-3  # logits that differ by less say nothing
+_LONGEST = 1e4  # of a step in W, whose entries are standard deviations: devices can compute with what it leads to
 
 
 class ReadoutFit:
@@ -131,7 +133,7 @@ class ReadoutFit:
             variance = square - (self._centre**2).sum(axis=1)
             # words that never change have the rounding of the moments as their variance: it must not scale them up
             scale = np.sqrt(np.maximum(variance, _ROUNDING * square))
-            self._scale = np.where(scale > 0, scale, 1.0)
+            self._scale = np.where(scale > 0, np.maximum(scale, _SMALLEST_SCALE), 1.0)
             self._centred = True
             return
         loss = float(self._middle(weights, np.array([[result.loss] for _, result in pairs]))[0])
@@ -179,7 +181,7 @@ class ReadoutFit:
         self._best = self._best + step
         self._value, self._gradient = value, gradient
         self._move = self._direction()
-        self._length = 1.0
+        self._length = min(1.0, _LONGEST / max(float(np.sqrt((self._move**2).sum())), 1.0))
 
     def _direction(self) -> Floats:
         """−H·gradient by the two loops of L-BFGS."""

@@ -38,6 +38,7 @@ Names that Python keeps to itself end in ``_`` there.
 """
 
 INTERRUPTED = 130
+_COMPLETES = "_FEDBPT_COMPLETE"
 _RESUMED = (["demo"], ["tune"], ["models", "pull"])  # the commands that go on where they were stopped
 
 # typer brings its own copy of click in some versions and uses the installed one in others: this is whichever it uses.
@@ -69,7 +70,7 @@ def make_app(wanted: str | None = None) -> typer.Typer:
         name="fedbpt",
         help="Federated black-box prompt tuning: adapt an LLM across devices that keep their data.\n\n"
         "Example: fedbpt demo",
-        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},  # of the commands, too
         pretty_exceptions_enable=False,
     )
     app.callback(invoke_without_command=True)(options)
@@ -85,6 +86,8 @@ def make_app(wanted: str | None = None) -> typer.Typer:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The ``fedbpt`` program. Exit codes: 0 done, 1 it failed, 2 the command was wrong, 130 interrupted."""
+    if _COMPLETES in os.environ:
+        _complete()
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given  # wherever it stands
     given = _with_address([word for word in given if word != "--debug"])
@@ -98,8 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _run(given)
     except typer.Exit as done:
         code = done.exit_code
-    except (KeyboardInterrupt, typer.Abort, RunStopped):
-        echo(f"fedbpt: {_stopped(given)}", err=True)
+    except (KeyboardInterrupt, typer.Abort, RunStopped) as stop:
+        echo(f"fedbpt: {_stopped(given, begun=isinstance(stop, RunStopped))}", err=True)
         code = INTERRUPTED
     except _ClickException as error:
         echo(f"fedbpt: {_usage(error)}", err=True)
@@ -126,6 +129,13 @@ def _take_any_text() -> None:
             stream.reconfigure(errors=errors)
 
 
+def _complete() -> None:
+    """Answer the shell that wants the rest of a command, as ``fedbpt --install-completion`` has told it to ask."""
+    typed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS", "")
+    command = typer.main.get_command(make_app(next(iter(typed.split()[1:]), None)))
+    command.main(args=[], prog_name="fedbpt")  # this exits
+
+
 def _run(given: Sequence[str]) -> None:
     # Not by calling the app: what that makes of Ctrl-C differs between versions of typer.
     wanted = next((word for word in given if not word.startswith("-")), None)
@@ -148,10 +158,11 @@ def _show_traceback(kind: type[BaseException], error: BaseException, trace: Trac
     echo("".join(traceback.format_exception(kind, error, trace)).rstrip(), err=True)
 
 
-def _stopped(given: Sequence[str]) -> str:
+def _stopped(given: Sequence[str], begun: bool) -> str:
+    """What to say; ``begun``: a run has taken the place of the one that was to be forgotten."""
     if not any(list(given[: len(command)]) == command for command in _RESUMED):
         return "stopped"
-    again = shlex.join(word for word in given if word != "--fresh")
+    again = shlex.join(word for word in given if not (begun and word == "--fresh"))
     return f"stopped; to go on from there: fedbpt {again}"
 
 

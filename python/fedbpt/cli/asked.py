@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 
 from fedbpt.clients import HttpClient
 from fedbpt.generator import Sampling
@@ -22,7 +23,7 @@ class AskedDevice:
         self.name = f"{prompt.model_name} on {client.name}"
         self.labels = prompt.labels
         self._client = client
-        self._task = task
+        self._task = prompt.task if task is None else task
         self._fingerprint, self._prompt = prompt.model_fingerprint, prompt.to_bytes()
 
     @property
@@ -35,16 +36,19 @@ class AskedDevice:
 
     def generate(
         self, text: str, sampling: Sampling | None = None, max_tokens: int | None = None, stop: tuple[str, ...] = ()
-    ) -> Iterator[tuple[Side, str]]:
+    ) -> Generator[tuple[Side, str], None, None]:
         """A piece of each side's answer for each message of the device that has news of it."""
         known = ("", "")
-        for answer in self._answers(text, sampling or Sampling(), max_tokens or DEFAULT_TOKENS, stop):
-            for side, before, now in zip(SIDES, known, answer.texts, strict=True):
-                if now != before:
-                    yield side, now[len(before) :]
-            known = answer.texts
+        with closing(self._answers(text, sampling or Sampling(), max_tokens or DEFAULT_TOKENS, stop)) as answers:
+            for answer in answers:
+                for side, before, now in zip(SIDES, known, answer.texts, strict=True):
+                    if now != before:
+                        yield side, now[len(before) :]
+                known = answer.texts
 
-    def _answers(self, text: str, how: Sampling, max_tokens: int, stop: tuple[str, ...]) -> Iterator[Answer]:
+    def _answers(
+        self, text: str, how: Sampling, max_tokens: int, stop: tuple[str, ...]
+    ) -> Generator[Answer, None, None]:
         """What there is so far, then all of it; whoever leaves early has the device stop."""
         clipped = " ".join(text.split()) if self._task is None else self._task.clip(text)
         question = Question(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Protocol
 
@@ -17,9 +18,9 @@ from fedbpt.cli.answers import print_probabilities, print_texts
 from fedbpt.cli.asked import AskedDevice
 from fedbpt.cli.evaluate import model_of
 from fedbpt.cli.hint import print_hint
-from fedbpt.cli.options import AsJson, Ca, GpuLayers, GpuName, Quiet, Threads
+from fedbpt.cli.options import AsJson, Ca, GpuLayers, GpuName, Quiet, Threads, chosen_task
 from fedbpt.clients import HttpClient
-from fedbpt.errors import ConfigError, DeviceError, InputError, WireError
+from fedbpt.errors import DeviceError, InputError, WireError
 from fedbpt.generator import Sampling
 from fedbpt.native_scorer import load_model
 from fedbpt.plain_text import echo, one_line
@@ -37,7 +38,7 @@ OwnModel = Annotated[
     str | None, typer.Option("--model", "-m", help="Model name or .gguf file. Default: the one in the prompt file.")
 ]
 OwnTask = Annotated[
-    str | None, typer.Option("--task", "-t", help="The prompt's task file, where the task is not built in.")
+    str | None, typer.Option("--task", "-t", help="Task name or file. Default: the one in the prompt file.")
 ]
 Data = Annotated[Path | None, typer.Option("--data", "-d", help="Held-out rows to choose questions from.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="The longest answer, in tokens.")]
@@ -78,8 +79,9 @@ def chat(
     Example: fedbpt chat --prompt prompt.safetensors --data test.csv
     """
     prompt = Prompt.load(prompt_file)
-    chosen = task_of(prompt, task)
-    offered = _offered(chosen, data, questions)
+    needs_task = task is not None or data is not None
+    chosen = chosen_task(task, prompt.task, prompt.task_name) if needs_task else prompt.task
+    offered = [] if chosen is None or data is None else _offered(chosen, data, questions)
     how = Sampling(temperature, top_p, seed=seed)
     pair: Pair
     if device is not None:
@@ -120,22 +122,17 @@ class Pair(Protocol):
 
     def generate(
         self, text: str, sampling: Sampling | None, max_tokens: int | None, stop: tuple[str, ...]
-    ) -> Iterator[tuple[Side, str]]: ...
+    ) -> Pieces: ...
 
 
-def task_of(prompt: Prompt, given: str | None) -> tasks.Task | None:
-    """The task of ``--task``, else the built-in one of the prompt's task name, else none."""
-    if given is not None:
-        return tasks.load(given)
-    return tasks.BUILTIN.get(prompt.task_name)
+class Pieces(Iterator[tuple[Side, str]], Protocol):
+    """Of both answers, as they come."""
+
+    def close(self) -> None: ...
 
 
-def _offered(task: tasks.Task | None, data: Path | None, n: int) -> list[Row]:
+def _offered(task: tasks.Task, data: Path, n: int) -> list[Row]:
     """``n`` rows of the file, at random and always the same."""
-    if data is None:
-        return []
-    if task is None:
-        raise ConfigError("--data needs the prompt's task, which is not built in: say where its file is with --task")
     rows = tasks.read_task_rows(task, data)
     chosen = generator(0, "questions").permutation(len(rows))[:n]
     return [rows[i] for i in sorted(chosen)]
@@ -183,14 +180,14 @@ def _answer(
         else:
             print_probabilities(console, pair.labels, found, name)
         return
-    pieces = pair.generate(text, how, max_tokens, stop)
-    if as_json:
+    with closing(pair.generate(text, how, max_tokens, stop)) as pieces:
+        if not as_json:
+            print_texts(console, pieces)
+            return
         said = dict.fromkeys(SIDES, "")
         for side, piece in pieces:
             said[side] += piece
-        _print_json({"text": text, "target": name, "original": said["original"], "tuned": said["tuned"]})
-    else:
-        print_texts(console, pieces)
+    _print_json({"text": text, "target": name, "original": said["original"], "tuned": said["tuned"]})
 
 
 def _print_json(value: dict[str, object]) -> None:

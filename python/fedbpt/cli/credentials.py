@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from fedbpt.errors import ConfigError
@@ -11,9 +12,17 @@ from fedbpt.tokens import Credentials, new_token, read_private, write_private
 
 
 def credentials_for(
-    coordinator: str | None, code: str | None, path: Path, tls: Tls, allow_insecure: bool
+    coordinator: str | None,
+    code: str | None,
+    path: Path,
+    tls: Tls,
+    allow_insecure: bool,
+    tell: Callable[[str], None] = lambda _line: None,
 ) -> Credentials | None:
-    """What to call ``coordinator`` with: kept from before, or got for ``code`` and kept; None: the device is called."""
+    """What to call ``coordinator`` with: kept from before, or got for ``code`` and kept; None: the device is called.
+
+    ``tell``: called with a line where the coordinator is waited for.
+    """
     if coordinator is None:
         if code is not None:
             raise ConfigError("--enrol needs the coordinator's address: --coordinator https://HOST:PORT")
@@ -22,7 +31,7 @@ def credentials_for(
 
     url = origin(coordinator, allow_insecure)
     if code is not None:
-        made = enrol(url, code, tls=tls, allow_insecure=allow_insecure)
+        made = enrol(url, code, tls=tls, allow_insecure=allow_insecure, tell=tell)
         made.save(path)
         return made
     if not path.exists():

@@ -8,17 +8,19 @@ from typing import Annotated
 import msgspec
 import typer
 
-from fedbpt import tasks, wire
+from fedbpt import wire
 from fedbpt.cli.credentials import token_in
-from fedbpt.cli.options import AllowInsecure, AsJson, Cert, Key, Questions, Quiet, task_named
+from fedbpt.cli.options import AllowInsecure, AsJson, Cert, Key, Questions, Quiet
 from fedbpt.cli.reach import host_and_port
-from fedbpt.cli.runs import DEFAULT_STORE, RunName, Store, TaskFile, open_store
+from fedbpt.cli.runs import DEFAULT_STORE, RunName, Store, TaskFile, open_store, run_task
 from fedbpt.dashboard import DEFAULT_ADDRESS
 from fedbpt.dashboard.comparing import Comparison, comparing, questions_of
 from fedbpt.dashboard.server import DashboardServer
+from fedbpt.history import task_of_run
 from fedbpt.native_scorer import load_model
 from fedbpt.plain_text import echo
 from fedbpt.runs import RunResult
+from fedbpt.store import StoredRun
 from fedbpt.tls import Tls
 
 
@@ -47,7 +49,7 @@ def dashboard(
     with open_store(store) as found:
         stored = found.get_run(run)
     result = None if stored.result is None or stored.status != "finished" else wire.decode(stored.result, RunResult)
-    comparison = None if result is None else _comparison(result, model, task, questions)
+    comparison = None if result is None else _comparison(stored, result, model, task, questions)
     host, port = host_and_port("--at", at)
     secret = None if token is None else token_in(token)
     server = DashboardServer(store, run, host, port, token=secret, tls=Tls(cert, key), allow_insecure=allow_insecure)
@@ -64,10 +66,12 @@ def dashboard(
     server.run()
 
 
-def _comparison(result: RunResult, model: str | None, task: str | None, questions: Path | None) -> Comparison | None:
+def _comparison(
+    stored: StoredRun, result: RunResult, model: str | None, task: str | None, questions: Path | None
+) -> Comparison | None:
     """The run's prompt beside its model, which is loaded for the first question; None: its task is not known here."""
-    if task is None and questions is None and result.task not in tasks.BUILTIN:
+    if task is None and questions is None and task_of_run(stored) is None:
         return None
-    known = task_named(task, result.task)
+    known = run_task(stored, task)
     offered = () if questions is None else questions_of(known, questions)
     return Comparison(lambda: comparing(load_model(model or result.model_name), known, result), known.labels, offered)

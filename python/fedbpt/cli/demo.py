@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -29,11 +29,12 @@ from fedbpt.dashboard.comparing import Comparison, comparing, questions_of
 from fedbpt.display import RunDisplay
 from fedbpt.errors import ConfigError, FedbptError
 from fedbpt.federation import Federation
+from fedbpt.machine import physical_cores
 from fedbpt.messages import ObjectiveSpec, PromptSpec
-from fedbpt.native_scorer import load_model, physical_cores
+from fedbpt.native_scorer import load_model
 from fedbpt.plain_text import plain
 from fedbpt.prompt import Prompt
-from fedbpt.runs import Event, RunResult, RunSettings
+from fedbpt.runs import Event, RoundClosed, RunResult, RunSettings
 from fedbpt.scorer import Scorer
 from fedbpt.store import RunStore
 from fedbpt.tasks import Row, Task
@@ -46,6 +47,8 @@ ROWS = {"test": 600, "dev": 150, "train": 320}
 QUICK_ROWS = {"test": 60, "dev": 15, "train": 60}
 SKEW = 0.5  # Dirichlet α of the label shares: most devices lack a label or two
 READY_S = 120.0
+LOOKED_AT, AT_ONCE = 192, 32
+"""Held-out rows among which examples are looked for, at most; and so many at once."""
 
 
 class Example(NamedTuple):
@@ -83,13 +86,13 @@ def demo(
         rows = [(task.clip(text), label) for text, label in tasks.bbc_news(progress=progress)]
     splits = tasks.split_rows(rows, QUICK_ROWS if quick else ROWS, seed)
     folder = out / f"demo-{seed}"
-    saved = folder / "prompt.safetensors"
     settings = _settings(task, rounds, seed)
     asked = {"model": models.fingerprint(path), "devices": devices, "rows": "quick" if quick else "all"}
 
     with ExitStack() as stack:
         store = stack.enter_context(RunStore(folder / "runs.db"))
-        _forget_unless_interrupted(store, saved, folder / "demo.json", asked)
+        saved, record = folder / "prompt.safetensors", _Record(folder / "demo.json", asked)
+        fresh = not record.tells_of_interruption()
         files = _write_data(folder / "data", task, splits, devices, seed)
         observers = Observers(dashboard=dashboard)
         watch = stack.enter_context(observers.watching(store.path, RUN, teller(not shown)))
@@ -99,32 +102,43 @@ def demo(
             watch.meet(clients)
 
             def tell(event: Event) -> None:
-                display(event)
-                watch(event)
+                for listen in (record, display, watch):
+                    listen(event)
 
             aggregator = aggregator_for(settings)
-            result = Federation(clients, task, settings, aggregator, store, RUN, tell, observers.control).run()
+            federation = Federation(clients, task, settings, aggregator, store, RUN, tell, observers.control, fresh)
+            result = federation.run()
 
         scorer = load_model(model)
         prompt = make_prompt(scorer, task, result)
         prompt.save(saved)
+        record.write(ended=True)
         questions = questions_of(task, files[0]["test"])
         watch.compare(Comparison(lambda: comparing(scorer, task, result), task.labels, questions, watch.devices))
-        _report(result, saved, _examples(scorer, task, splits["test"], prompt), folder, as_json)
+        _report(result, saved, _examples(scorer, task, splits["test"][:LOOKED_AT], prompt), folder, as_json)
         print_hint(scorer, shown)
         watch.linger(teller(not shown))
 
 
-def _forget_unless_interrupted(store: RunStore, saved: Path, record: Path, asked: dict[str, Any]) -> None:
-    """A demo runs anew each time, except that one that was stopped goes on: on the same model, devices and rows.
+class _Record:
+    """Remembers what the stored demo was asked for, and whether it ended: one that did not goes on, others run anew."""
 
-    ``record`` remembers those; ``saved`` is written last, so it tells a demo that ended from one that was stopped.
-    """
-    wanted = json.dumps(asked)
-    if saved.exists() or not record.exists() or record.read_text() != wanted:
-        store.delete_run(RUN)
-        saved.unlink(missing_ok=True)
-        record.write_text(wanted)
+    def __init__(self, path: Path, asked: dict[str, Any]) -> None:
+        self._path = path
+        self._asked = asked
+
+    def tells_of_interruption(self) -> bool:
+        return self._path.exists() and self._path.read_text() == self._text(ended=False)
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, RoundClosed):  # from now on this demo's run is the stored one
+            self.write(ended=False)
+
+    def write(self, ended: bool) -> None:
+        self._path.write_text(self._text(ended))
+
+    def _text(self, ended: bool) -> str:
+        return json.dumps({**self._asked, "ended": ended})
 
 
 def _settings(task: Task, rounds: int, seed: int) -> RunSettings:
@@ -198,27 +212,27 @@ def _address(name: str, process: subprocess.Popen[str]) -> str:
     return str(json.loads(line)["ready"]["url"])
 
 
-def _examples(scorer: Scorer, task: Task, rows: Sequence[Row], prompt: Prompt, wanted: int = 2) -> list[Example]:
-    """The first held-out rows that only the tuned model gets right; looks no further than it must."""
-    found: list[Example] = []
-    for start in range(0, len(rows), 64):
-        part = rows[start : start + 64]
+def _examples(scorer: Scorer, task: Task, rows: Sequence[Row], prompt: Prompt, wanted: int = 2) -> Iterator[Example]:
+    """The first held-out rows that only the tuned model gets right, each as it is found."""
+    n_found = 0
+    for start in range(0, len(rows), AT_ONCE):
+        part = rows[start : start + AT_ONCE]
         before = evaluate(scorer, task, part, template=prompt.template).predictions
         after = evaluate(scorer, task, part, prompt).predictions
         truth = np.array([label for _, label in part])
         for i in np.flatnonzero((after == truth) & (before != truth)).tolist():
-            found.append(Example(part[i][0], task.labels[truth[i]], task.labels[before[i]]))
-            if len(found) == wanted:
-                return found
-    return found
+            yield Example(part[i][0], task.labels[truth[i]], task.labels[before[i]])
+            n_found += 1
+            if n_found == wanted:
+                return
 
 
-def _report(result: RunResult, saved: Path, examples: Sequence[Example], folder: Path, as_json: bool) -> None:
+def _report(result: RunResult, saved: Path, examples: Iterable[Example], folder: Path, as_json: bool) -> None:
     if as_json:
         found = {**result_as_json(result, saved), "examples": [example._asdict() for example in examples]}
         print_json(found)
         return
-    print_result(result, saved)
+    print_result(result, saved)  # before the examples, which take a while on a busy machine
     console = PlainConsole()
     for example in examples:
         console.print(f"\n{example.text}", style="dim", highlight=False)

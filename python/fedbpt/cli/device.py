@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -85,7 +86,7 @@ def device(
     dev: Annotated[Path | None, typer.Option(help="Rows that show the accuracy during the run.")] = None,
     host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve on; 0: any free one.")] = 8401,
-    name: Annotated[str | None, typer.Option(help="What this device calls itself. Default: the host's name.")] = None,
+    name: Annotated[str | None, typer.Option(help="Its name in every run. Default: the host's; as invited.")] = None,
     coordinator: Coordinator = None,
     enrol_code: EnrolCode = None,
     credentials: CredentialsFile = None,
@@ -116,8 +117,9 @@ def device(
     pauses = _pauses(pause_on, shown=not (quiet or as_json))
     tls = Tls(cert, key, ca, client_certs)
     token = token_in(token_file) if token_file else None
-    link = credentials_for(coordinator, enrol_code, credentials or default_credentials(), tls, allow_insecure)
-    kv_bytes = _kv_bytes(model, kv_budget, max_memory)
+    able = partial(_kv_bytes, model, kv_budget, max_memory)
+    link = _link(coordinator, enrol_code, credentials, tls, allow_insecure, name, able)
+    kv_bytes = able()
     if install_service:
         _install(context, max_memory, force, as_json)
         return
@@ -126,15 +128,36 @@ def device(
     )
     local = Device(link.device if link else name or socket.gethostname(), scorer, *rows, task=chosen)
     if not load_late:
-        print_hint(scorer, shown=not (quiet or as_json))
+        print_hint(scorer, shown=not (quiet or as_json), task=chosen)
         local.measure_speed()  # for `fedbpt tune --plan`
     if until_eof:
         threading.Thread(target=_stop_at_eof, name="fedbpt-until-eof", daemon=True).start()
     service, ready = AgentService(local, pause=pauses.reason), _teller(local, len(rows[0]), link, as_json, quiet)
-    if link is not None:
-        _call_in(service, link, tls, allow_insecure, ready)
-    else:
+    if link is None:
         AgentServer(service, host, port, tls=tls, token=token, on_ready=ready, allow_insecure=allow_insecure).run()
+    else:
+        _call_in(service, link, tls, allow_insecure, ready)
+
+
+def _link(
+    coordinator: str | None,
+    code: str | None,
+    kept: Path | None,
+    tls: Tls,
+    allow_insecure: bool,
+    name: str | None,
+    check: Callable[[], object],
+) -> Credentials | None:
+    """What to call in with; None: the device is called. Raises `ConfigError` where it was invited by another name.
+
+    ``check``: called before a code is used up; raises where the device cannot start.
+    """
+    if coordinator is not None and code is not None:
+        check()
+    link = credentials_for(coordinator, code, kept or default_credentials(), tls, allow_insecure, _tell)
+    if link is not None and name not in (None, link.device):
+        raise ConfigError(f"this device was invited as {link.device}, its name in every run: leave --name out")
+    return link
 
 
 def _call_in(
@@ -202,7 +225,7 @@ def _install(context: typer.Context, max_memory: int | None, force: bool, as_jso
         if parameter.name in ("install_service", "force", "enrol_code") or value in (None, parameter.default):
             continue
         command += [parameter.opts[0]] if value is True else [parameter.opts[0], str(value)]
-    found = install(command, max_memory=max_memory, force=force)
+    found = install(command, device=context.params.get("name"), max_memory=max_memory, force=force)
     if as_json:
         echo(json.dumps({"path": str(found.path), "enable": found.enable, "remove": found.remove}))
         return

@@ -10,13 +10,14 @@ import typer
 
 from fedbpt import api, models
 from fedbpt.cli.hint import print_hint
-from fedbpt.cli.options import AsJson, GpuLayers, GpuName, Quiet, Threads, task_named
-from fedbpt.cli.report import print_accuracies, print_perplexities
+from fedbpt.cli.options import AsJson, GpuLayers, GpuName, Quiet, Threads, chosen_task
+from fedbpt.cli.report import print_accuracies, print_chance, print_perplexities
 from fedbpt.errors import ConfigError
 from fedbpt.native_scorer import load_model
 from fedbpt.plain_text import echo
 from fedbpt.prompt import Prompt
 from fedbpt.results import EvaluationResult
+from fedbpt.runs import Score
 from fedbpt.tasks import read_task_rows
 from fedbpt.terminal import PlainConsole
 
@@ -41,7 +42,7 @@ def evaluate(
     Example: fedbpt evaluate prompt.safetensors --data test.csv
     """
     prompt = Prompt.load(prompt_file)
-    chosen = task_named(task, prompt.task_name)
+    chosen = chosen_task(task, prompt.task, prompt.task_name)
     if chosen.labels != prompt.labels:
         raise ConfigError(
             f"the prompt is for labels {list(prompt.labels)}, task {chosen.name} has {list(chosen.labels)}"
@@ -66,7 +67,9 @@ def evaluate(
         )
     else:
         lines = {name.replace("_", "-"): (r.accuracy, r.interval, r.loss) for name, r in found.items()}
-        print_accuracies(PlainConsole(), f"{prompt.task_name} on {scorer.name}, {len(rows)} rows", lines)
+        console, zero = PlainConsole(), found["zero_shot"]
+        print_accuracies(console, f"{prompt.task_name} on {scorer.name}, {len(rows)} rows", lines)
+        print_chance(console, Score(n=zero.n, correct=zero.correct, loss_sum=zero.n * zero.loss), len(chosen.labels))
 
 
 def model_of(prompt: Prompt) -> str:

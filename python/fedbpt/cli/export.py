@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from fedbpt.cli.evaluate import model_of
-from fedbpt.cli.options import AsJson, Quiet, task_named
+from fedbpt.cli.options import AsJson, Quiet, chosen_task
 from fedbpt.exchange import Target, export_prompt
 from fedbpt.native_scorer import load_model
 from fedbpt.plain_text import echo
@@ -38,7 +38,8 @@ def export(
     """
     prompt = Prompt.load(prompt_file)
     if to == "peft":
-        chosen, scorer = task_named(task, prompt.task_name), load_model(model or model_of(prompt))
+        chosen = chosen_task(task, prompt.task, prompt.task_name)
+        scorer = load_model(model or model_of(prompt))
         found = export_prompt(prompt, out, to, scorer=scorer, task=chosen, base_model=base)
     else:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from fedbpt.native_scorer import NativeScorer
 from fedbpt.plain_text import echo
+from fedbpt.tasks import Task, word_notes
 
 
-def print_hint(scorer: NativeScorer, shown: bool) -> None:
-    """Print the scorer's notes and its hint on standard error. Not ``shown``: nothing is measured either."""
-    for note in scorer.notes if shown else ():
+def print_hint(scorer: NativeScorer, shown: bool, task: Task | None = None) -> None:
+    """Print the scorer's notes and its hint, and what ``task``'s label words cost it, on standard error.
+
+    Not ``shown``: nothing is measured either.
+    """
+    if not shown:
+        return
+    for note in scorer.notes:
         echo(f"note: {note}", err=True)
-    if shown and scorer.hint:
-        echo(f"hint: {scorer.hint}", err=True)
+    for hint in [scorer.hint, *(word_notes(scorer, task) if task else [])]:
+        if hint:
+            echo(f"hint: {hint}", err=True)

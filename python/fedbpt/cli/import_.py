@@ -19,8 +19,10 @@ from fedbpt.prompt import card_path
 def import_(
     folder: Annotated[Path, typer.Argument(help="A PEFT prompt-tuning adapter's folder.", show_default=False)],
     model: Model,
-    task: Annotated[str, typer.Option("--task", "-t", help="The task that it is for: a name or file.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The prompt file to write.")],
+    task: Annotated[
+        str | None, typer.Option("--task", "-t", help="What it is for: a task name or file. Not for fedbpt's own.")
+    ] = None,
     template: Annotated[int, typer.Option("--template", min=0, help="Which of the task's templates, from 0.")] = 0,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -29,7 +31,7 @@ def import_(
 
     Example: fedbpt import adapter --model smollm2-135m --task ag-news --out prompt.safetensors
     """
-    prompt = import_prompt(folder, load_model(model), tasks.load(task), template)
+    prompt = import_prompt(folder, load_model(model), None if task is None else tasks.load(task), template)
     out.parent.mkdir(parents=True, exist_ok=True)
     path = prompt.save(out)
     if as_json:

@@ -1,4 +1,4 @@
-"""``fedbpt models``: list, pull, path, requantize."""
+"""``fedbpt models``: list, pull, path, rm, check, requantize."""
 
 from __future__ import annotations
 
@@ -22,20 +22,24 @@ from rich.progress import (
 from rich.table import Table
 
 from fedbpt import models
+from fedbpt.cli.model_check import check_command
 from fedbpt.cli.options import AsJson, Quiet, Threads, help_without_command
 from fedbpt.display import human_bytes
-from fedbpt.native_scorer import physical_cores
+from fedbpt.machine import physical_cores
 from fedbpt.packages import Progress as OnProgress
 from fedbpt.plain_text import echo
 from fedbpt.terminal import PlainConsole
 
 app = typer.Typer(
     name="models",
-    help="The models on this machine: list, pull, path, requantize.\n\nExample: fedbpt models pull smollm2-135m",
+    help="The models on this machine: list, pull, path, rm, check, requantize.\n\n"
+    "Example: fedbpt models pull smollm2-135m",
 )
 app.callback(invoke_without_command=True)(help_without_command)
 
-Name = Annotated[str, typer.Argument(help="A name from `fedbpt models list`.", show_default=False)]
+Name = Annotated[
+    str, typer.Argument(help="A name from `fedbpt models list`, or hf.co/OWNER/REPO:FILE.gguf.", show_default=False)
+]
 
 
 @app.command("list")
@@ -65,6 +69,8 @@ def list_command(as_json: AsJson = False, quiet: Quiet = False) -> None:
 def pull_command(name: Name, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Fetch a model and verify its sha256; does nothing where it is here already. Interrupted, it goes on next time.
 
+    A file of a Hugging Face repository is named hf.co/OWNER/REPO:FILE.gguf; of a split model any part will do.
+
     Example: fedbpt models pull smollm2-135m
     """
     with progress_bar(name, shown=not quiet) as progress:
@@ -87,6 +93,22 @@ def path_command(name: Name, as_json: AsJson = False, quiet: Quiet = False) -> N
         echo(json.dumps({"name": name, "path": str(path), "fingerprint": models.fingerprint(path)}))
     else:
         echo(str(path))
+
+
+@app.command("rm")
+def rm_command(name: Name, as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Remove a model that was pulled, and what a broken pull left. Who uses it now stops with an error.
+
+    Example: fedbpt models rm gemma3-270m
+    """
+    freed = models.remove(name)
+    if as_json:
+        echo(json.dumps({"name": name, "freed_bytes": freed}))
+    elif not quiet:
+        echo(f"removed {name}: {human_bytes(freed)}")
+
+
+app.command("check")(check_command)
 
 
 @app.command("requantize")

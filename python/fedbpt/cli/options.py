@@ -70,8 +70,15 @@ def help_without_command(context: typer.Context) -> None:
         echo(context.get_help())
 
 
-def task_named(given: str | None, recorded: str) -> tasks.Task:
-    """The task of ``--task``, else the built-in one of the name that a file recorded."""
-    if given is None and recorded not in tasks.BUILTIN:
-        raise ConfigError(f"task {recorded} is not built in: say where its task file is with --task")
-    return tasks.load(given or recorded)
+def chosen_task(given: str | None, carried: tasks.Task | None, name: str) -> tasks.Task:
+    """The task of ``--task``, else the one that a prompt file or a run carries.
+
+    Raises `ConfigError` where neither is there: ``name`` is all that earlier versions kept.
+    """
+    if given is not None:
+        return tasks.load(given)
+    if carried is None:
+        raise ConfigError(
+            f"an earlier version of fedbpt kept the name of task {name} alone: say where its task file is with --task"
+        )
+    return carried

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 import msgspec
@@ -16,13 +18,17 @@ import msgspec
 from fedbpt.checking import DECODE_ERRORS
 from fedbpt.clients import DeviceClient, HttpClient, PostOffice
 from fedbpt.coordinator import CoordinatorServer
-from fedbpt.errors import ConfigError
+from fedbpt.errors import ConfigError, DeviceError, WireError
+from fedbpt.members import check_names
 from fedbpt.registry import DeviceRegistry
 from fedbpt.tls import Tls
 from fedbpt.tokens import read_private
 
 RETURN_S: Final = 10.0
 """How long a run that is resumed waits for all of its devices: after a short break they call within seconds."""
+
+NAME_S: Final = 1.0
+"""How long a device is tried to be asked for its name; later it has the one that its address makes."""
 
 LOOK_S: Final = 0.2
 """Pause between two looks at who calls in."""
@@ -46,19 +52,19 @@ class Reach:
 
     @contextmanager
     def clients(
-        self, known: Sequence[str], finished: bool, tell: Callable[[str], None], quorum: float = 1.0
+        self, known: Mapping[str, str], finished: bool, tell: Callable[[str], None], quorum: float = 1.0
     ) -> Iterator[list[DeviceClient]]:
         """The devices, sorted by name among those that call in, so that who called first makes no difference.
 
-        ``known``: devices of the run so far; those of them that are enrolled belong to it, present or not.
+        A device that is called has the name that it calls itself, but for names that two have: these are called by
+        their addresses.
+        ``known``: devices of the run so far, with where they were called (empty: they call in): a device that is called
+        there again keeps its name. Those of them that are enrolled belong to the run, present or not.
         ``finished``: the run is: nobody will be asked, and nobody is waited for. ``tell``: called with who is there,
         when that changes. ``quorum``: the share of them that a run needs: one that is resumed waits for the others a
         moment only, and finds them later.
         """
-        secrets = _secrets(self.tokens)
-        called: list[DeviceClient] = [
-            HttpClient(address, token=secrets.get(address.rstrip("/")), tls=self.tls) for address in self.addresses
-        ]
+        called: list[DeviceClient] = [*self._called(known, finished)] if self.addresses else []
         if self.listen is None:
             yield called
             return
@@ -74,6 +80,23 @@ class Reach:
                 calling = self._await(registry, server, tell, mine, math.ceil(quorum * len(mine)))
                 names = sorted({*calling, *mine})
                 yield [*called, *(server.client(name) for name in names)]
+
+    def _called(self, known: Mapping[str, str], finished: bool) -> list[HttpClient]:
+        secrets = _secrets(self.tokens)
+
+        def client(url: str, **options: Any) -> HttpClient:
+            return HttpClient(url, token=secrets.get(url.rstrip("/")), tls=self.tls, **options)
+
+        by_address = [client(url) for url in self.addresses]
+        check_names([each.name for each in by_address], "device")
+        before = {address: name for name, address in known.items() if address}
+        names = {each.url: each.name if each.name in known else before.get(each.url, "") for each in by_address}
+        unknown = [url for url, name in names.items() if not name]
+        if unknown and not finished:
+            asked = [client(url, retry_s=NAME_S) for url in unknown]
+            names |= dict(zip(unknown, asyncio.run(_own_names(asked)), strict=True))
+        taken = Counter([*names.values(), *(name for name, address in known.items() if not address)])
+        return [client(each.url, name=names[each.url] if taken[names[each.url]] == 1 else None) for each in by_address]
 
     def _await(
         self,
@@ -103,6 +126,20 @@ class Reach:
             if len(present) >= expected or goes_on:
                 return present
             time.sleep(LOOK_S)
+
+
+async def _own_names(clients: Sequence[HttpClient]) -> list[str]:
+    """What each device calls itself; empty where it does not answer."""
+
+    async def ask(client: HttpClient) -> str:
+        try:
+            return (await client.status()).name
+        except (DeviceError, WireError):
+            return ""  # the run says what is the matter, and looks for it
+        finally:
+            await client.aclose()
+
+    return list(await asyncio.gather(*map(ask, clients)))
 
 
 def host_and_port(option: str, given: str) -> tuple[str, int]:

@@ -9,11 +9,11 @@ from typing import Any
 import msgspec
 from rich.table import Table
 
-from fedbpt.display import human_bytes
+from fedbpt.display import describe_accuracy, human_bytes
 from fedbpt.estimate import RunCost
+from fedbpt.intervals import beats_chance
 from fedbpt.plain_text import echo
-from fedbpt.results import wilson_interval
-from fedbpt.runs import BASELINES, RunResult, Score, perplexity
+from fedbpt.runs import BASELINES, RunResult, Score, TemplateScore, perplexity
 from fedbpt.terminal import PlainConsole
 
 
@@ -24,6 +24,7 @@ def result_as_json(result: RunResult, prompt_path: Path | None) -> dict[str, Any
         "task": result.task,
         "model": result.model_name,
         "template": result.template,
+        "templates": [_candidate(each) for each in result.templates],
         **_figures(result, "zero_shot", result.zero_shot),
         **_figures(result, "tuned", result.tuned),
         "baselines": {name: score.accuracy for name, score in result.baselines.items()},
@@ -53,10 +54,21 @@ def result_as_json(result: RunResult, prompt_path: Path | None) -> dict[str, Any
     }
 
 
+def _candidate(candidate: TemplateScore) -> dict[str, Any]:
+    score, n_labels = candidate.score, len(candidate.template.label_words)
+    return {
+        **msgspec.to_builtins(candidate.template),
+        "n": score.n,
+        "accuracy": score.accuracy,
+        "interval": score.interval,
+        "beats_chance": beats_chance(score.correct, score.n, n_labels),
+    }
+
+
 def _figures(result: RunResult, name: str, score: Score) -> dict[str, Any]:
     if result.generates:
         return {f"{name}_perplexity": score.perplexity}
-    return {f"{name}_accuracy": score.accuracy, f"{name}_interval": _interval(score)}
+    return {f"{name}_accuracy": score.accuracy, f"{name}_interval": score.interval}
 
 
 def print_result(result: RunResult, prompt_path: Path | None) -> None:
@@ -69,8 +81,12 @@ def print_result(result: RunResult, prompt_path: Path | None) -> None:
         if result.generates:
             print_perplexities(console, title, {name: score.loss for name, score in scores.items()})
         else:
-            lines = {name: (score.accuracy, _interval(score), score.loss) for name, score in scores.items()}
+            lines = {name: (score.accuracy, score.interval, score.loss) for name, score in scores.items()}
             print_accuracies(console, title, lines)
+            print_chance(console, result.zero_shot, len(result.template.label_words))
+    for candidate in result.templates:
+        line = f"zero-shot {describe_accuracy(candidate)}: {candidate.template.pattern!r}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     devices = Table(box=None)
     for heading in ("device", "rows", "rounds", "up", "down", "peak memory"):
         devices.add_column(heading, justify="left" if heading == "device" else "right")
@@ -109,6 +125,11 @@ def print_cost(cost: RunCost, as_json: bool) -> None:
         table.add_row(device.name, f"{device.tokens:,}", time, *(human_bytes(size) for size in sizes))
     console.print(f"at most, for {cost.evaluations} evaluations in {cost.rounds} rounds of search:")
     console.print(table)
+    for device in cost.devices:
+        if device.words is None:
+            console.print(f"{device.name} does not say how many tokens the label words are: one each was counted")
+        elif device.words:
+            console.print(f"{device.name}: label words add up to {device.words} tokens to each candidate and text")
     if cost.epsilon is not None:
         console.print(f"ε {cost.epsilon:.2f} of one training row of a device")
 
@@ -137,5 +158,10 @@ def print_perplexities(console: PlainConsole, title: str, losses: Mapping[str, f
     console.print(table)
 
 
-def _interval(score: Score) -> tuple[float, float]:
-    return wilson_interval(score.correct, score.n)
+def print_chance(console: PlainConsole, zero_shot: Score, n_labels: int) -> None:
+    """Say so where the model without a prompt is no better than guessing."""
+    if zero_shot.n and not beats_chance(zero_shot.correct, zero_shot.n, n_labels):
+        console.print(
+            f"zero-shot is no better than chance ({1 / n_labels:.3f}): try other label words or another template",
+            highlight=False,
+        )

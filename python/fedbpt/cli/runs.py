@@ -12,27 +12,30 @@ from rich.table import Table
 
 from fedbpt import wire
 from fedbpt.api import aggregator_for, make_prompt
-from fedbpt.cli.options import AsJson, Quiet, help_without_command, print_json, task_named
+from fedbpt.cli.options import AsJson, Quiet, chosen_task, help_without_command, print_json
 from fedbpt.cli.report import print_result, result_as_json
 from fedbpt.errors import ConfigError, StoreError
-from fedbpt.history import round_as_json, run_as_json
-from fedbpt.ledger import RunLedger
+from fedbpt.history import round_as_json, run_as_json, task_of_run
+from fedbpt.ledger import RunLedger, is_of
 from fedbpt.native_scorer import load_model
 from fedbpt.plain_text import echo
 from fedbpt.runs import RunResult, RunSettings
 from fedbpt.scalars import write_scalars
 from fedbpt.store import RunStore, StoredRun
+from fedbpt.tasks import Task
 from fedbpt.terminal import PlainConsole
 
 app = typer.Typer(
     name="runs",
-    help="The runs in a store: list, show, export, replay, scalars.\n\nExample: fedbpt runs list",
+    help="The runs in a store: list, show, export, replay, scalars, delete.\n\nExample: fedbpt runs list",
 )
 app.callback(invoke_without_command=True)(help_without_command)
 
 Store = Annotated[Path, typer.Option("--store", help="The run database.")]
 RunName = Annotated[str, typer.Argument(help="A name from `fedbpt runs list`.", show_default=False)]
-TaskFile = Annotated[str | None, typer.Option("--task", "-t", help="The run's task file, unless built in.")]
+TaskFile = Annotated[
+    str | None, typer.Option("--task", "-t", help="The run's task file, where an earlier version began it.")
+]
 DEFAULT_STORE = Path("runs/runs.db")
 
 
@@ -114,7 +117,7 @@ def export_command(
     if result is None:
         raise ConfigError(f"run {run} is {found.status}: only a finished run has a prompt, start it again to finish it")
     out.parent.mkdir(parents=True, exist_ok=True)
-    path = make_prompt(load_model(model), task_named(task, found.task), result).save(out)
+    path = make_prompt(load_model(model), run_task(found, task), result).save(out)
     if as_json:
         print_json({"run": run, "prompt_path": str(path)})
     else:
@@ -136,9 +139,7 @@ def replay_command(
     with open_store(store) as opened:
         found = opened.get_run(run)
         settings, result = wire.decode(found.settings, RunSettings), _result(found)
-        ledger = RunLedger(opened, run, task_named(task, found.task), settings, aggregator_for(settings))
-        if not ledger.fits_task():
-            raise ConfigError(f"run {run} was not of this task {found.task}: give the task file it had with --task")
+        ledger = RunLedger(opened, run, run_task(found, task), settings, aggregator_for(settings))
         n_rounds, digest = ledger.replay(), ledger.aggregator.digest()
     if result is not None and found.status == "finished" and digest != result.digest:
         raise StoreError(f"run {run} replays to {digest}, its result says {result.digest}: it was changed since")
@@ -146,6 +147,33 @@ def replay_command(
         print_json({"run": run, "n_rounds": n_rounds, "digest": digest})
     else:
         echo(digest if quiet else f"{n_rounds} rounds replay to the digests they had; digest {digest}")
+
+
+@app.command("delete")
+def delete_command(
+    run: RunName,
+    store: Store = DEFAULT_STORE,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also one that is under way, or ended without a word.")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Delete a run from a store, with its rounds, reports and figures. Prompt files stay.
+
+    Example: fedbpt runs delete demo
+    """
+    with open_store(store) as opened:
+        found = opened.get_run(run)
+        if found.status == "running" and not force:
+            raise ConfigError(
+                f"run {run} is under way, or its coordinator ended without a word: stop it first, or give --force"
+            )
+        opened.delete_run(run)
+    if as_json:
+        print_json({"run": run, "n_rounds": found.n_rounds})
+    elif not quiet:
+        echo(f"deleted run {run} of {found.n_rounds} rounds")
 
 
 @app.command("scalars")
@@ -176,6 +204,18 @@ def open_store(path: Path) -> Iterator[RunStore]:
         raise StoreError(f"there is no run database {path}: give it with --store, or start a run")
     with RunStore(path) as store:
         yield store
+
+
+def run_task(run: StoredRun, given: str | None) -> Task:
+    """The task of a run: the one of ``--task``, which must be the run's, else the stored one.
+
+    Raises `ConfigError` for another task, or where none is known.
+    """
+    task = chosen_task(given, task_of_run(run), run.task)
+    stored = given is None and run.definition is not None
+    if not stored and not is_of(run, wire.decode(run.settings, RunSettings), task):
+        raise ConfigError(f"run {run.run} was not of this task {task.name}: give the task file that it had with --task")
+    return task
 
 
 def _result(run: StoredRun) -> RunResult | None:

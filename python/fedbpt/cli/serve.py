@@ -23,10 +23,15 @@ PromptFiles = Annotated[
     list[Path] | None, typer.Option("--prompt", "-p", help="A tuned prompt's file, as often as needed.")
 ]
 TaskFiles = Annotated[
-    list[str] | None, typer.Option("--task", "-t", help="A prompt's task file, where the task is not built in.")
+    list[str] | None, typer.Option("--task", "-t", help="A prompt's task file, instead of the one in the prompt file.")
 ]
 TokenFile = Annotated[
     Path | None, typer.Option("--token-file", help="Answer only who sends the token in this file; made if absent.")
+]
+
+Origins = Annotated[
+    list[str] | None,
+    typer.Option("--cors", metavar="ORIGIN", help="Let web pages of this origin call it, as often as needed; *: all."),
 ]
 
 
@@ -37,6 +42,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve on; 0: any free one.")] = 8411,
     token_file: TokenFile = None,
+    cors: Origins = None,
     cert: Cert = None,
     key: Key = None,
     allow_insecure: AllowInsecure = False,
@@ -51,7 +57,7 @@ def serve(
     Example: fedbpt serve --model smollm2-135m --prompt prompt.safetensors
     """
     loaded = [Prompt.load(path) for path in prompts or []]
-    known = {**tasks.BUILTIN, **{found.name: found for found in map(tasks.load, task or [])}}
+    known = {found.name: found for found in map(tasks.load, task or [])}
     token = token_in(token_file) if token_file else None
     tls = Tls(cert, key)
     scorer = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers, gpu=gpu)
@@ -64,7 +70,9 @@ def serve(
         elif not quiet:
             _tell(url, list(served))
 
-    ModelServer(served, host, port, token=token, tls=tls, allow_insecure=allow_insecure, on_ready=ready).run()
+    ModelServer(
+        served, host, port, token=token, origins=cors or (), tls=tls, allow_insecure=allow_insecure, on_ready=ready
+    ).run()
 
 
 def _tell(url: str, names: Sequence[str]) -> None:

@@ -1,18 +1,18 @@
-"""``fedbpt tune``: coordinate a run over devices."""
+"""``fedbpt tune``: coordinate a run over devices, or tune on this machine alone."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from fedbpt.api import aggregator_for, make_prompt, require_model_of_run
+from fedbpt.alone import NAME
 from fedbpt.cli.devices import DEFAULT_REGISTRY
-from fedbpt.cli.observe import Observers, Watch
+from fedbpt.cli.here import Chosen, Files
+from fedbpt.cli.observe import Observers
 from fedbpt.cli.options import (
     AllowInsecure,
     AsJson,
@@ -20,38 +20,47 @@ from fedbpt.cli.options import (
     Cert,
     ClientCerts,
     Dashboard,
+    GpuLayers,
+    GpuName,
     Key,
     Questions,
     Quiet,
     Registry,
-    print_json,
-    teller,
+    Threads,
 )
 from fedbpt.cli.reach import Reach
-from fedbpt.cli.report import print_cost, print_result, result_as_json
-from fedbpt.clients import DeviceClient
-from fedbpt.config import RunConfig, load_config
-from fedbpt.dashboard.comparing import Comparison, comparing, questions_of
-from fedbpt.display import RunDisplay
-from fedbpt.errors import ConfigError, FederationError
-from fedbpt.estimate import RunCost, estimate
-from fedbpt.federation import Federation
-from fedbpt.garbage import collect_between_rounds
-from fedbpt.membership import misfit
-from fedbpt.messages import DeviceInfo
-from fedbpt.native_scorer import NativeScorer, load_model
-from fedbpt.plain_text import echo
-from fedbpt.runs import Event, RunResult, RunStarted
-from fedbpt.store import RunStore
-from fedbpt.tasks import Task
+from fedbpt.cli.tuning import Output, Tuning, print_plan, print_plan_here, prompt_path
+from fedbpt.config import load_config
+from fedbpt.errors import ConfigError
+from fedbpt.local import Device
+from fedbpt.native_scorer import load_model
 from fedbpt.tls import Tls
 
+RunFile = Annotated[
+    Path | None,
+    typer.Argument(help="The run file (TOML): task, devices, settings. Not needed with --data.", show_default=False),
+]
+Data = Annotated[
+    Path | None, typer.Option("--data", "-d", help="Rows to tune on, on this machine alone: no device, no run file.")
+]
+Dev = Annotated[Path | None, typer.Option("--dev", help="With --data: rows that show the accuracy during the run.")]
+Test = Annotated[Path | None, typer.Option("--test", help="With --data: rows that only report the final accuracy.")]
+OwnTask = Annotated[str | None, typer.Option("--task", "-t", help="Without a run file: the task's name or file.")]
+OwnRun = Annotated[
+    str | None, typer.Option("--run", help="Without a run file: the run's name in the store. Default: the task's.")
+]
+OwnStore = Annotated[
+    Path | None, typer.Option("--store", help="Without a run file: the run database. Default: runs/runs.db.")
+]
+Evaluations = Annotated[int | None, typer.Option(min=1, help="Without a run file: candidates to score. Default: 1600.")]
+Seconds = Annotated[float | None, typer.Option(min=0, help="Without a run file: how long to tune.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Without a run file: of everything random. Default: 0.")]
 Addresses = Annotated[
     list[str] | None, typer.Option("--device", help="A device's address, as often as needed; adds to the file's.")
 ]
 PromptFile = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write the tuned prompt.")]
 OwnModel = Annotated[
-    str | None, typer.Option("--model", "-m", help="The devices' model, here too: needed to write the prompt.")
+    str | None, typer.Option("--model", "-m", help="The model; with devices, theirs: needed to write the prompt.")
 ]
 Listen = Annotated[
     str | None, typer.Option("--listen", help="HOST:PORT where enrolled devices call in; --device adds others.")
@@ -60,7 +69,9 @@ Expect = Annotated[
     int | None, typer.Option(min=1, help="Begin when so many devices call in. Default: all enrolled or invited.")
 ]
 Tokens = Annotated[Path | None, typer.Option("--tokens", help='Devices\' tokens: TOML lines "ADDRESS" = "TOKEN".')]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Forget what is stored of this run, and start over.")]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Start over; the stored run is forgotten when the first round closes.")
+]
 Log = Annotated[Path | None, typer.Option("--log", help="Add what happens to this file, a line of JSON each.")]
 Monitor = Annotated[
     str | None, typer.Option("--monitor", help="HOST:PORT to watch the run at: JSON, events, Prometheus metrics.")
@@ -78,10 +89,22 @@ OnlyPlan = Annotated[
 
 
 def tune(
-    run_file: Annotated[Path, typer.Argument(help="The run file (TOML): task, devices, settings.", show_default=False)],
+    run_file: RunFile = None,
+    model: OwnModel = None,
+    task: OwnTask = None,
+    data: Data = None,
+    dev: Dev = None,
+    test: Test = None,
+    run: OwnRun = None,
+    store: OwnStore = None,
+    evaluations: Evaluations = None,
+    seconds: Seconds = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    gpu_layers: GpuLayers = 0,
+    gpu: GpuName = None,
     device: Addresses = None,
     prompt_file: PromptFile = None,
-    model: OwnModel = None,
     listen: Listen = None,
     expect: Expect = None,
     registry: Registry = DEFAULT_REGISTRY,
@@ -102,124 +125,74 @@ def tune(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Tune over devices. Ctrl-C loses at most one round: the same command goes on where it stood.
+    """Tune over devices, or on this machine alone. Ctrl-C loses at most one round: the same command goes on.
 
-    Example: fedbpt tune run.toml --device http://pi5:8401 --device http://pixel:8401
+    Example: fedbpt tune --model smollm2-135m --task support.toml --data train.csv --test test.csv
     """
-    config, task = load_config(run_file)
-    addresses = [*config.devices, *(device or [])]
-    if not (addresses or listen):
+    asked = _Asked(
+        run_file,
+        model,
+        Chosen(task, run, store, evaluations, seconds, seed),
+        Reach(device or (), tokens, listen, expect, registry, Tls(cert, key, ca, client_certs), allow_insecure),
+        Observers(log, monitor, monitor_token, Tls(cert, key), allow_insecure, dashboard, dashboard_token),
+        Output(prompt_file, questions, as_json, quiet),
+        {"n_threads": threads, "n_gpu_layers": gpu_layers, "gpu": gpu},
+        fresh,
+        only_plan,
+    )
+    if data is not None:
+        _tune_here(asked, Files(data, dev, test))
+    elif dev or test:
+        raise ConfigError("--dev and --test go with --data, on this machine: devices have rows of their own")
+    else:
+        _tune_over_devices(asked)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    run_file: Path | None
+    model: str | None
+    chosen: Chosen
+    reach: Reach
+    observers: Observers
+    output: Output
+    engine: Mapping[str, Any]  # arguments of `load_model`
+    fresh: bool
+    only_plan: bool
+
+
+def _tune_here(asked: _Asked, files: Files) -> None:
+    if asked.reach.addresses or asked.reach.listen:
+        raise ConfigError("--data is for a run on this machine: leave it out, or --device and --listen")
+    config, task = asked.chosen.config(asked.run_file, asked.model)
+    rows = files.rows(task)  # before the model: a wrong file is told at once
+    out = prompt_path(config, asked.output.prompt, config.model)
+    scorer = load_model(str(config.model), **asked.engine)
+    if asked.only_plan:
+        print_plan_here(config, task, Device(NAME, scorer, *rows, task=task), asked.output.as_json)
+        return
+    output = replace(asked.output, prompt=out, questions=asked.output.questions or files.test)
+    Tuning(config, task, scorer, asked.observers, output, asked.fresh).here(rows)
+
+
+def _tune_over_devices(asked: _Asked) -> None:
+    if asked.run_file is None:
         raise ConfigError(
-            f"no devices: name them in {run_file} (devices = [...]) or with --device http://HOST:PORT, or let them"
-            " call in (--listen HOST:PORT)"
+            "give a run file (fedbpt tune run.toml), or tune on this machine alone with --model, --task and --data"
         )
-    reach = Reach(addresses, tokens, listen, expect, registry, Tls(cert, key, ca, client_certs), allow_insecure)
-    observers = Observers(log, monitor, monitor_token, Tls(cert, key), allow_insecure, dashboard, dashboard_token)
-    if only_plan:
-        print_cost(_cost(config, task, reach, teller(as_json or quiet)), as_json)
-        return
-    offered = () if questions is None else questions_of(task, questions)
-    model = model or config.model
-    out = _prompt_path(config, prompt_file, model)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)  # before the work: a folder that cannot be is told at once
-    scorer = load_model(model) if model else None
-
-    def report(result: RunResult, observer: Watch) -> None:
-        if scorer is not None:
-            observer.compare(
-                Comparison(lambda: comparing(scorer, task, result), task.labels, offered, observer.devices)
-            )
-        saved = make_prompt(scorer, task, result).save(out) if scorer is not None and out is not None else None
-        _report(config, result, saved, as_json, quiet)
-
-    _tune(config, task, reach, observers, scorer, fresh, report, shown=not (quiet or as_json))
-
-
-def _report(config: RunConfig, result: RunResult, saved: Path | None, as_json: bool, quiet: bool) -> None:
-    if as_json:
-        print_json(result_as_json(result, saved))
-        return
-    print_result(result, saved)
-    if saved is None and not quiet:
-        wanted = f"{config.run} --store {config.store} --model MODEL --out PROMPT.safetensors"
-        echo(f"to write its prompt: fedbpt runs export {wanted}")
-
-
-def _tune(
-    config: RunConfig,
-    task: Task,
-    reach: Reach,
-    observers: Observers,
-    scorer: NativeScorer | None,
-    fresh: bool,
-    report: Callable[[RunResult, Watch], None],
-    shown: bool,
-) -> None:
-    display = RunDisplay(shown)
-    tell = teller(not shown)
-
-    def watch(event: Event) -> None:
-        if scorer is not None and isinstance(event, RunStarted):
-            require_model_of_run(scorer, event)  # before the work, not when its prompt is to be written
-        display(event)
-        observer(event)
-        collect_between_rounds(event)
-
-    with ExitStack() as stack:
-        store = stack.enter_context(RunStore(config.store))
-        if fresh:
-            store.delete_run(config.run)
-        observer = stack.enter_context(observers.watching(store.path, config.run, tell))
-        stored = store.find_run(config.run)
-        finished = stored is not None and stored.status == "finished"
-        clients = stack.enter_context(
-            reach.clients(list(store.devices(config.run)), finished, tell, config.settings.quorum)
+    asked.chosen.refuse(asked.run_file)
+    config, task = load_config(asked.run_file)
+    reach = replace(asked.reach, addresses=[*config.devices, *asked.reach.addresses])
+    if not (reach.addresses or reach.listen):
+        raise ConfigError(
+            f"no devices: name them in {asked.run_file} (devices = [...]) or with --device http://HOST:PORT, let them"
+            " call in (--listen HOST:PORT), or tune on this machine alone (--data FILE)"
         )
-        observer.meet(clients)
-        aggregator = aggregator_for(config.settings)
-        federation = Federation(clients, task, config.settings, aggregator, store, config.run, watch, observers.control)
-        with display:
-            result = federation.run()
-        report(result, observer)
-        observer.linger(tell)
-
-
-def _cost(config: RunConfig, task: Task, reach: Reach, tell: Callable[[str], None]) -> RunCost:
-    """What the run will cost on its devices; one that cannot take part is named and left out.
-
-    Raises `DeviceError` where one does not answer.
-    """
-
-    async def ask(client: DeviceClient) -> DeviceInfo:
-        try:
-            return await client.status()
-        finally:
-            await client.aclose()
-
-    async def ask_all(clients: Sequence[DeviceClient]) -> list[DeviceInfo]:
-        return list(await asyncio.gather(*(ask(client) for client in clients)))
-
-    with reach.clients([], False, tell) as clients:
-        infos = [_able(info, task, tell) for info in asyncio.run(ask_all(clients))]
-    able = [info for info in infos if info is not None]
-    if not able:
-        raise FederationError("no device can take part: start them with the run's task")
-    return estimate(config.settings, task, able, aggregator_for(config.settings))
-
-
-def _able(info: DeviceInfo, task: Task, tell: Callable[[str], None]) -> DeviceInfo | None:
-    found = misfit(info, None, task.identity)
-    if found is not None:
-        tell(f"device {info.name} cannot take part: it {found.reason}")
-    return info if found is None else None
-
-
-def _prompt_path(config: RunConfig, given: Path | None, model: str | None) -> Path | None:
-    """Where the prompt goes; None: nowhere, for want of the model that its rows are made with."""
-    named = given or (Path(config.prompt_file) if config.prompt_file else None)
-    if model is None:
-        if named is not None:
-            raise ConfigError("writing the prompt needs the model here too: give --model, as on the devices")
-        return None
-    return named or Path(config.store).parent / f"{config.run}.safetensors"
+    if asked.only_plan:
+        print_plan(config, task, reach, asked.output)
+        return
+    model = asked.model or config.model
+    out = prompt_path(config, asked.output.prompt, model)
+    scorer = load_model(model, **asked.engine) if model else None
+    output = replace(asked.output, prompt=out)
+    Tuning(config, task, scorer, asked.observers, output, asked.fresh).over(reach)

@@ -39,7 +39,8 @@ from fedbpt.messages import (
 )
 from fedbpt.questions import Answer, Question
 from fedbpt.replay import REFUSALS, may_shorten, short_plan, whole_report
-from fedbpt.tls import Tls, is_loopback
+from fedbpt.reports import check_progress
+from fedbpt.tls import Tls, certificate_problem, is_loopback
 
 M = TypeVar("M", bound=Message)
 
@@ -47,6 +48,9 @@ log = logging.getLogger(__name__)
 
 POLL_S: Final = 5.0
 """How long the device may hold a poll open: also how often progress is heard of."""
+
+SOONEST_S: Final = 0.5
+"""Between two polls of a device that answers at once that it is not done."""
 
 ANSWER_S: Final = 5.0
 """How long the network and the device may take for anything beyond that."""
@@ -257,17 +261,11 @@ class HttpClient(Works):
         raise DeviceUnreachableError(f"{self.name} keeps forgetting an evaluation: is it being restarted?")
 
     async def _poll(
-        self,
-        path: str,
-        kind: type[M],
-        what: str,
-        timeout_s: float | None,
-        on_progress: ProgressCallback | None,
-        deadline: float | None = None,
-    ) -> M:
-        deadline = _deadline(timeout_s) if deadline is None else deadline
+        self, path: str, kind: type[M], what: str, timeout_s: float | None, on_progress: ProgressCallback | None,
+        deadline: float,
+    ) -> M:  # fmt: skip
         while True:
-            hold = max(min(self._poll_s, deadline - _now()), 0.0)
+            began, hold = _now(), max(min(self._poll_s, deadline - _now()), 0.0)
             query = f"{'&' if '?' in path else '?'}wait={hold:.3f}"
             response = await self._request("GET", path + query, hold_s=hold)
             if response.status == HTTPStatus.OK:
@@ -275,8 +273,11 @@ class HttpClient(Works):
             self._under_way(self._decode(response, RoundProgress), what, on_progress)
             if _now() >= deadline:
                 raise DeviceTimeoutError(f"{self.name} did not finish {what} within {timeout_s:g} s")
+            # one that does not hold the poll must not keep the coordinator, and its log, busy
+            await asyncio.sleep(began + min(hold, SOONEST_S) - _now())
 
     def _under_way(self, progress: RoundProgress, what: str, on_progress: ProgressCallback | None) -> None:
+        check_progress(progress)
         if progress.state == "cancelled":
             raise DeviceFailedError(f"{self.name}: {what} was cancelled")
         if on_progress is not None:
@@ -299,15 +300,15 @@ class HttpClient(Works):
                 response = await self._exchange(method, path, body, hold_s + self._answer_s)
                 if response.status not in (429, 502, 503, 504):
                     return self._accepted(response)
-                problem = f"answers {response.status} {HTTPStatus(response.status).phrase}"
+                problem = f"answers {response.status} {HTTPStatus(response.status).phrase}: is it running?"
                 pause = max(pause, response.retry_after_s)
             except (httpx.TransportError, httpx.InvalidURL, asyncio.TimeoutError) as error:
-                problem = _explain(error)
+                problem = certificate_problem(error) or f"{_explain(error)}: is it running and in reach?"
                 # A poll that was held for long and then broke: patience counts from here, once.
                 if not held and isinstance(error, httpx.ReadError | httpx.RemoteProtocolError):
                     give_up, held = max(give_up, _now() + self._retry_s), True
             if _now() + pause >= give_up:
-                raise DeviceUnreachableError(f"{self.name} ({self.where}) {problem}: is it running and in reach?")
+                raise DeviceUnreachableError(f"{self.name} ({self.where}) {problem}")
             await asyncio.sleep(pause)
             pause = min(pause * 2, 1.0)
 

@@ -25,6 +25,7 @@ from fedbpt.messages import (
     SearchHistory,
 )
 from fedbpt.questions import Answer, Question
+from fedbpt.reports import check_progress
 
 M = TypeVar("M", bound=Message)
 A = TypeVar("A")
@@ -70,6 +71,8 @@ class InProcessClient(Works):
             answer = await self._reached(self.service.wait(run, round, _step(deadline)))
             if isinstance(answer, RoundReport):
                 return self._up(answer, RoundReport)
+            answer = wire.decode(wire.encode(answer), RoundProgress)  # counts no bytes, see POLL_S
+            check_progress(answer)
             if on_progress is not None and answer.state == "running":
                 on_progress(answer)
             self._pending(answer, deadline, f"round {round}", timeout_s)

@@ -17,6 +17,7 @@ from fedbpt import tokens
 from fedbpt.clients.mailbox import PostOffice
 from fedbpt.envelopes import ENROL_PATH, MAX_ENVELOPE_BYTES, POLL_PATH, REPLY_PATH, Enrolled, Enrolment, Poll, Reply
 from fedbpt.errors import CoordinatorRefusedError
+from fedbpt.http_auth import wrong_name
 from fedbpt.http_bodies import EXCEPTION_HANDLERS, read, reply
 from fedbpt.rate_limit import RateLimit
 from fedbpt.registry import DeviceRegistry
@@ -39,9 +40,13 @@ def build_app(
     office: PostOffice,
     device_limit: tuple[float, int] = DEVICE_LIMIT,
     guess_limit: tuple[float, int] = GUESS_LIMIT,
+    host: str | None = None,
 ) -> Starlette:
-    """The routes, as an ASGI application. The post office belongs to the loop that runs it."""
-    routes = _Routes(registry, office, RateLimit(*device_limit), RateLimit(*guess_limit))
+    """The routes, as an ASGI application. The post office belongs to the loop that runs it.
+
+    ``host``: who has no token is answered under the names of a server bound to this alone; None: under any name.
+    """
+    routes = _Routes(registry, office, RateLimit(*device_limit), RateLimit(*guess_limit), host)
     return Starlette(
         routes=[
             Route(ENROL_PATH, routes.enrol, methods=["POST"]),
@@ -55,9 +60,12 @@ def build_app(
 
 
 class _Routes:
-    def __init__(self, registry: DeviceRegistry, office: PostOffice, devices: RateLimit, guesses: RateLimit) -> None:
+    def __init__(
+        self, registry: DeviceRegistry, office: PostOffice, devices: RateLimit, guesses: RateLimit, host: str | None
+    ) -> None:
         self._registry, self._office = registry, office
         self._devices, self._guesses = devices, guesses
+        self._host = host
 
     @asynccontextmanager
     async def lifespan(self, _app: Starlette) -> AsyncIterator[None]:
@@ -66,6 +74,7 @@ class _Routes:
         self._office.close()
 
     async def enrol(self, request: Request) -> Response:
+        self._check_name(request)
         _limit(self._guesses, _address(request))
         enrolment = await read(request, Enrolment, SMALL_BODY_BYTES)
         return reply(request, Enrolled(device=self._registry.enrol(enrolment.code, enrolment.token_digest)))
@@ -90,14 +99,21 @@ class _Routes:
         self._office.box(device).answer(request.path_params["id"], answer)
         return Response(status_code=204)
 
-    async def healthz(self, _request: Request) -> Response:
+    async def healthz(self, request: Request) -> Response:
+        self._check_name(request)
         return PlainTextResponse("ok\n")
+
+    def _check_name(self, request: Request) -> None:
+        """Raises `CoordinatorRefusedError` for a request without a token under a name that a stranger may own."""
+        if self._host is not None and (problem := wrong_name(request, self._host)):
+            raise CoordinatorRefusedError(problem, "wrong-host")
 
     def _authenticate(self, request: Request) -> str:
         """The device that calls, within its limit; an address that guesses tokens is slowed down."""
         try:
             device = self._registry.authenticate(tokens.bearer(request.headers))
         except CoordinatorRefusedError:
+            self._check_name(request)
             _limit(self._guesses, _address(request))
             raise
         _limit(self._devices, device)

@@ -6,7 +6,7 @@ from fedbpt.clients.mailbox import MailboxClient, PostOffice
 from fedbpt.coordinator.http import DEVICE_LIMIT, GUESS_LIMIT, build_app
 from fedbpt.http_server import HttpServer
 from fedbpt.registry import DeviceRegistry
-from fedbpt.tls import Tls
+from fedbpt.tls import Tls, is_loopback
 
 
 class CoordinatorServer(HttpServer):
@@ -24,7 +24,8 @@ class CoordinatorServer(HttpServer):
         guess_limit: tuple[float, int] = GUESS_LIMIT,
     ) -> None:
         self.office = PostOffice()
-        app = build_app(registry, self.office, device_limit, guess_limit)
+        reached_as = host if is_loopback(host) and not (tls and tls.serves) else None
+        app = build_app(registry, self.office, device_limit, guess_limit, reached_as)
         super().__init__(app, host, port, tls=tls, allow_insecure=allow_insecure, on_exit=self.office.close)
 
     def present(self) -> list[str]:

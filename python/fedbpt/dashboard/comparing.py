@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -46,7 +47,7 @@ def questions_of(task: Task, path: Path, n: int = QUESTIONS) -> tuple[Row, ...]:
 
 def comparing(scorer: TextModel, task: Task, result: RunResult) -> SideBySide:
     """A finished run's prompt beside its model. Raises `PromptError`: ``scorer`` is another model."""
-    return SideBySide(scorer, make_prompt(scorer, task, result), task)
+    return SideBySide(scorer, make_prompt(scorer, task, result))
 
 
 class Comparison:
@@ -86,10 +87,11 @@ class Comparison:
 
         def work() -> None:
             try:
-                for piece in self._pair().generate(text, max_tokens=DEFAULT_TOKENS):
-                    loop.call_soon_threadsafe(pieces.put_nowait, piece)
-                    if unwanted.is_set():
-                        return
+                with closing(self._pair().generate(text, max_tokens=DEFAULT_TOKENS)) as generated:
+                    for piece in generated:
+                        loop.call_soon_threadsafe(pieces.put_nowait, piece)
+                        if unwanted.is_set():
+                            return
             finally:
                 loop.call_soon_threadsafe(pieces.put_nowait, None)
 

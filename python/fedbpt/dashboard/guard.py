@@ -17,10 +17,9 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedbpt import tokens
-from fedbpt.http_auth import GUESSES, host_of
+from fedbpt.http_auth import GUESSES, wrong_name
 from fedbpt.http_bodies import STATUS_OF_CODE
 from fedbpt.rate_limit import RateLimit
-from fedbpt.tls import is_loopback
 
 COOKIE: Final = "fedbpt-dashboard"
 
@@ -52,8 +51,8 @@ class Guard:
 
     def _answer(self, connection: HTTPConnection) -> Response | None:
         """A refusal, or a redirection; None: let it through."""
-        if self._digest is None and not is_loopback(host_of(connection)):
-            return _refused("wrong-host", "without a token this is for 127.0.0.1 and localhost")
+        if self._digest is None and (problem := wrong_name(connection, "127.0.0.1")):
+            return _refused("wrong-host", problem)
         origin = connection.headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != connection.headers.get("host"):
             return _refused("unauthorized", "another web page may not use this dashboard")

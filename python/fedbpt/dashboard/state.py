@@ -15,11 +15,11 @@ from typing import Final
 
 from fedbpt import wire
 from fedbpt.control import RunControl
-from fedbpt.dashboard.rounds import ClosedRound, numbers_of
 from fedbpt.dashboard.views import DeviceStatus, DeviceView, Notice, Point, RunView, Status
 from fedbpt.estimate import spent_share
 from fedbpt.journal import Line, Logged
 from fedbpt.messages import DeviceInfo
+from fedbpt.rounds import ClosedRound, evaluations_in, numbers_of
 from fedbpt.runs import (
     DeviceBack,
     DeviceLost,
@@ -247,8 +247,7 @@ class RunState:
         self._seconds += self._metrics.get(closed.round, {}).get("seconds", 0.0)
         if searches:
             self._searched += 1
-            pooled = self._settings.method == "pooled"  # the same candidates for all
-            self._evaluations += self._settings.popsize if pooled else closed.evaluations
+            self._evaluations += evaluations_in(closed, self._settings)
             self._participations += len(closed.shares)
             self._losses.append(Point(closed.round, closed.loss))
         for share in closed.shares:

@@ -49,7 +49,7 @@ def export_prompt(
             gives the same label logits; ``gguf``: all of the prompt, as tensors and metadata; ``npy``: its rows,
             float32 [n_prompt, n_embd].
         scorer: the prompt's model; needed for ``peft``, whose code holds token ids.
-        task: the prompt's task; needed for ``peft``.
+        task: how texts are cut, for ``peft``; None: as the prompt's own task says.
         base_model: of the model's weights, the Hugging Face name or folder, for ``peft``; None: as the catalogue says.
 
     Raises:
@@ -65,12 +65,15 @@ def export_prompt(
         return Exported(npy.write_npy(prompt, target), (*npy.notes(prompt), *scale_notes(prompt.architecture)))
     if to != "peft":
         raise ConfigError(f"there is no export to {to!r}: choose one of {', '.join(TARGETS)}")
+    task = prompt.task if task is None else task
     if scorer is None or task is None:
-        raise ConfigError("an export to PEFT needs the model and the task: give both")
+        raise ConfigError("an export to PEFT needs the model, and the task where the prompt has none: give both")
     return Exported(peft.write_adapter(prompt, target, scorer, task, base_model), peft.notes(prompt, scorer))
 
 
-def import_prompt(folder: str | os.PathLike[str], scorer: Scorer, task: Task, template: int = 0) -> Prompt:
+def import_prompt(
+    folder: str | os.PathLike[str], scorer: Scorer, task: Task | None = None, template: int = 0
+) -> Prompt:
     """A PEFT prompt-tuning adapter as a prompt.
 
     Rows are taken bit for bit. An adapter that `export_prompt` wrote gives the prompt that it was; where PEFT has
@@ -80,11 +83,11 @@ def import_prompt(folder: str | os.PathLike[str], scorer: Scorer, task: Task, te
     Args:
         folder: with adapter_config.json and adapter_model.safetensors.
         scorer: the model that the adapter was trained for.
-        task: how texts are put to it.
+        task: how texts are put to it; None: as the prompt was tuned, for an adapter that fedbpt wrote.
         template: which of the task's templates, for an adapter that fedbpt did not write.
 
     Raises:
         PromptError: no such adapter, another kind of adapter, or one for another model.
-        ConfigError: another task; no such template.
+        ConfigError: another task, or none for an adapter that fedbpt did not write; no such template.
     """
     return peft.read_adapter(Path(folder), scorer, task, template)

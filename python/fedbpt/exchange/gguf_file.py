@@ -7,14 +7,16 @@ tensors are a prompt file's (`fedbpt.prompt`), those without elements left out.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from fedbpt.errors import MissingExtraError, PromptError
 from fedbpt.model_card import model_card
-from fedbpt.prompt import Prompt, write_card
+from fedbpt.prompt import Prompt, card_path, encode_card, write
 
 ROWS = "soft_prompt.weight"
 _TENSORS = ("label_bias", "word_ids", "word_weights", "other_weights")
@@ -46,7 +48,6 @@ def write_gguf(prompt: Prompt, target: Path) -> Path:
         raise MissingExtraError("an export to GGUF", "gguf") from error
     partial = target.with_name(f".{target.name}.part")
     use = _USE.format(name=target.name, n_prompt=prompt.n_prompt, n_embd=prompt.n_embd)
-    write_card(target, model_card(prompt, use, "gguf"))
     writer = gguf.GGUFWriter(partial, prompt.architecture)
     try:
         _add_metadata(writer, prompt)
@@ -58,10 +59,13 @@ def write_gguf(prompt: Prompt, target: Path) -> Path:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        partial.replace(target)
+        content = partial.read_bytes()
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise PromptError(f"cannot write the prompt to {target}: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):  # what is the matter is told above
+            partial.unlink()
+    write({target: content, card_path(target): encode_card(model_card(prompt, use, "gguf"))})
     return target
 
 
@@ -73,6 +77,8 @@ def _add_metadata(writer: Any, prompt: Prompt) -> None:
     writer.add_string("fedbpt.task", prompt.task_name)
     writer.add_string("fedbpt.model.name", prompt.model_name)
     writer.add_string("fedbpt.model.fingerprint", prompt.model_fingerprint)
+    if prompt.task is not None:
+        writer.add_string("fedbpt.task.definition", msgspec.json.encode(prompt.task).decode())
     templates = (prompt.template, *prompt.others)
     writer.add_array("fedbpt.templates", [template.pattern for template in templates])
     if prompt.labels:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fedbpt.model_card import model_card
-from fedbpt.prompt import Prompt, write, write_card
+from fedbpt.prompt import Prompt, card_path, encode_card, write
 
 
 def write_npy(prompt: Prompt, target: Path) -> Path:
@@ -16,8 +16,8 @@ def write_npy(prompt: Prompt, target: Path) -> Path:
     content = io.BytesIO()
     np.save(content, prompt.rows, allow_pickle=False)
     use = f"```python\nimport numpy as np\n\nrows = np.load({target.name!r})  # input embeddings, one a row\n```\n\n"
-    write_card(target, model_card(prompt, use + "".join(f"{note}\n" for note in notes(prompt)), "numpy"))
-    write(target, content.getvalue())
+    card = model_card(prompt, use + "".join(f"{note}\n" for note in notes(prompt)), "numpy")
+    write({target: content.getvalue(), card_path(target): encode_card(card)})
     return target
 
 

@@ -24,7 +24,7 @@ from fedbpt.errors import ConfigError, PromptError
 from fedbpt.exchange.snippet import snippet
 from fedbpt.messages import PromptSpec
 from fedbpt.model_card import fenced, known_model, model_card
-from fedbpt.prompt import Prompt, write
+from fedbpt.prompt import Prompt, encode_card, write
 from fedbpt.scorer import Scorer
 from fedbpt.tasks.task import Task, bos_ids
 
@@ -55,10 +55,13 @@ def write_adapter(prompt: Prompt, folder: Path, scorer: Scorer, task: Task, base
     use += f"```console\n$ pip install torch transformers peft\n```\n\n{fenced(code, 'python')}"
     rows = np.concatenate([bos, prompt.rows])
     _make(folder)
-    write(folder / "README.md", model_card(prompt, use, "peft").encode(errors="backslashreplace"))
-    write(folder / _PROMPT, prompt.to_bytes())
-    write(folder / _WEIGHTS, safetensors.numpy.save({_KEY: rows}, metadata={"format": "pt"}))
-    write(folder / _CONFIG, json.dumps(_config(rows, base), indent=2).encode())
+    files = {
+        _PROMPT: prompt.to_bytes(),
+        _WEIGHTS: safetensors.numpy.save({_KEY: rows}, metadata={"format": "pt"}),
+        _CONFIG: json.dumps(_config(rows, base), indent=2).encode(),
+        "README.md": encode_card(model_card(prompt, use, "peft")),
+    }
+    write({folder / name: content for name, content in files.items()})
     return folder
 
 
@@ -78,7 +81,7 @@ def notes(prompt: Prompt, scorer: Scorer) -> tuple[str, ...]:
     return tuple(told)
 
 
-def read_adapter(folder: Path, scorer: Scorer, task: Task, template: int) -> Prompt:
+def read_adapter(folder: Path, scorer: Scorer, task: Task | None, template: int) -> Prompt:
     """Arguments and errors as for `fedbpt.exchange.import_prompt`."""
     config, rows = _read(folder)
     _check_architecture(scorer)
@@ -89,6 +92,8 @@ def read_adapter(folder: Path, scorer: Scorer, task: Task, template: int) -> Pro
         )
     if (folder / _PROMPT).is_file():
         return _continued(Prompt.load(folder / _PROMPT), rows, folder, scorer, task)
+    if task is None:
+        raise ConfigError(f"{folder} was not written by fedbpt: say what it is for with the task (--task)")
     if not 0 <= template < len(task.templates):
         raise ConfigError(f"task {task.name} has templates 0 to {len(task.templates) - 1}, not {template}")
     told = {"peft_version": config.get("peft_version"), "base_model": config.get("base_model_name_or_path")}
@@ -102,13 +107,14 @@ def read_adapter(folder: Path, scorer: Scorer, task: Task, template: int) -> Pro
         model_name=scorer.name,
         architecture=scorer.architecture,
         history=({"imported_from": "PEFT", **{name: value for name, value in told.items() if value}},),
+        task=task,
     )
 
 
-def _continued(prompt: Prompt, rows: NDArray[np.float32], folder: Path, scorer: Scorer, task: Task) -> Prompt:
+def _continued(prompt: Prompt, rows: NDArray[np.float32], folder: Path, scorer: Scorer, task: Task | None) -> Prompt:
     """The prompt that was exported to ``folder``, with the adapter's rows."""
     prompt.check(scorer)
-    if task.labels != prompt.labels:
+    if task is not None and task.labels != prompt.labels:
         raise ConfigError(f"the adapter is for labels {list(prompt.labels)}, the task has {list(task.labels)}")
     bos = _bos_rows(prompt.spec, scorer)
     own = rows[len(bos) :]

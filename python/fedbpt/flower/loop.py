@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final, TypeVar
 
 import numpy as np
@@ -18,12 +18,14 @@ from fedbpt.flower.client import LEAST_TTL_S
 from fedbpt.flower.records import answer_of, packed
 from fedbpt.ledger import SELECTION, RunLedger
 from fedbpt.members import common_model
-from fedbpt.membership import FederatedTask, misfit
+from fedbpt.membership import misfit
 from fedbpt.messages import DeviceInfo, EvaluateReport, EvaluateRequest, RoundPlan, RoundReport
 from fedbpt.plain_text import MOST_TOLD, one_line
 from fedbpt.reports import check_evaluation, check_report
 from fedbpt.runs import NO_SCORE, RoundPurpose, RunSettings, Score
 from fedbpt.store import RunStore
+from fedbpt.tasks import Task
+from fedbpt.vetting import vet
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ class FlowerLoop:
         self,
         store: RunStore,
         run: str,
-        task: FederatedTask,
+        task: Task,
         settings: RunSettings,
         devices: Mapping[str, tuple[int, DeviceInfo]],
     ) -> None:
@@ -101,16 +103,23 @@ class FlowerLoop:
                 log.warning("%s: its report is refused: %s", name, error)
             else:
                 reports.append(report)
-        if len(reports) < self._needed:
-            raise QuorumError(
-                f"{len(reports)} of {len(self._nodes)} devices reported, {self._needed:g} are needed; start the run "
-                "again to resume it"
-            )
+        self._require_quorum(reports)
+        reports, refused = vet(ledger, reports[0].round, reports)
+        for name, reason in refused.items():
+            log.warning("%s: %s", name, reason)
+        self._require_quorum(reports)
         reports.sort(key=lambda report: report.device)
         loss = ledger.commit(reports[0].round, self._work_digest, reports, time.monotonic() - self._began, {})
         figures = {"loss": loss, "devices": len(reports), "evaluations": ledger.aggregator.evaluations}
         self._returned = ledger.mean
-        return arrays_of(self._returned), MetricRecord({**figures, "tokens": ledger.tokens})
+        return arrays_of(self._returned), MetricRecord({**figures, "tokens": ledger.spending.tokens})
+
+    def _require_quorum(self, reports: Sequence[RoundReport]) -> None:
+        if len(reports) < self._needed:
+            raise QuorumError(
+                f"{len(reports)} of {len(self._nodes)} devices reported, {self._needed:g} are needed; "
+                "start the run again to resume it"
+            )
 
     def evaluations(self) -> list[Message]:
         """Ask for the mean's accuracy on ``dev`` rows."""
@@ -127,7 +136,8 @@ class FlowerLoop:
         total = NO_SCORE
         for name, report in self._answers(replies, EvaluateReport):
             try:
-                check_evaluation(report, self._request or self._ledger.request(self._ledger.mean[None]))
+                request = self._request or self._ledger.request(self._ledger.mean[None])
+                check_evaluation(report, request, self._infos[name].n_dev)
             except WireError as error:
                 log.warning("%s: its evaluation is refused: %s", name, error)
             else:

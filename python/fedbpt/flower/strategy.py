@@ -29,9 +29,9 @@ from fedbpt.federation import Federation
 from fedbpt.flower.client import FlowerClient
 from fedbpt.flower.loop import FlowerLoop, arrays_of, score_metrics
 from fedbpt.flower.nodes import Nodes
-from fedbpt.membership import FederatedTask
 from fedbpt.runs import Evaluated, Event, EventCallback, RoundClosed, RunResult, RunSettings
 from fedbpt.store import RunStore
+from fedbpt.tasks import Task
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class FedBPT(Strategy):
 
     def __init__(
         self,
-        task: FederatedTask,
+        task: Task,
         settings: RunSettings,
         store: RunStore,
         run: str = "run",

@@ -19,7 +19,7 @@ from fedbpt.models.formats import (
     weight_formats,
 )
 from fedbpt.models.parts import model_parts, model_size
-from fedbpt.models.store import ModelEntry, list_models, locate, pull
+from fedbpt.models.store import ModelEntry, list_models, locate, pull, remove
 from fedbpt.models.watch import WatchedFiles
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "model_parts",
     "model_size",
     "pull",
+    "remove",
     "requantize",
     "tensor_shapes",
     "weight_formats",

@@ -47,7 +47,11 @@ def fingerprint(path: str | Path) -> str:
     """
     if not Path(path).is_file():
         raise ModelNotFoundError(f"no such model file: {path}")
-    parts = model_parts(Path(path))
+    return fingerprint_of_files(model_parts(Path(path)))
+
+
+def fingerprint_of_files(parts: Sequence[Path]) -> str:
+    """``sha256:<hex>`` of files joined in this order, kept as `fingerprint` keeps it. Raises `OSError`."""
     paths, stamps = real_paths(parts), stamps_of(parts)
     known = read_record(_record_of(paths), _Fingerprint)
     if known is None or (known.paths, known.files) != (paths, stamps):
@@ -63,6 +67,11 @@ def stamps_of(parts: Sequence[Path]) -> tuple[FileStamp, ...]:
     return tuple(FileStamp(each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in found)
 
 
+def forget_fingerprint(parts: Sequence[Path]) -> None:
+    """Remove what is kept of files that are still there. Raises `OSError`."""
+    _record_of(real_paths(parts)).unlink(missing_ok=True)
+
+
 def remember_fingerprint(path: Path, sha256: str) -> None:
     """Keep the sha256 (hex) of a model in one file, where it is known already."""
     _remember(_Fingerprint(sha256, real_paths([path]), stamps_of([path])))
@@ -74,7 +83,8 @@ def real_paths(parts: Sequence[Path]) -> tuple[str, ...]:
 
 
 def _record_of(paths: Sequence[str]) -> Path:
-    return cache_folder() / "fingerprints" / f"{hashlib.sha256(paths[0].encode()).hexdigest()[:32]}.json"
+    name = hashlib.sha256("\0".join(paths).encode()).hexdigest()[:32]
+    return cache_folder() / "fingerprints" / f"{name}.json"
 
 
 def _remember(found: _Fingerprint) -> None:

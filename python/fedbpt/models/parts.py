@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-_PART = re.compile(r"(?P<model>.+)-\d{5}-of-\d{5}\.gguf")
+_PART = re.compile(r"(?P<model>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 def model_parts(path: Path) -> tuple[Path, ...]:
@@ -24,6 +24,14 @@ def model_parts(path: Path) -> tuple[Path, ...]:
 
     parts = tuple(Path(os.fsdecode(part)) for part in _native.model_parts(os.fsencode(named)))
     return parts if len(parts) > 1 else (path,)
+
+
+def names_of_parts(name: str) -> tuple[str, ...]:
+    """The names of all parts of the model that a file of this name is a part of; of another file its own."""
+    found = _PART.fullmatch(name)
+    if found is None or not 1 <= int(found["number"]) <= int(found["count"]):
+        return (name,)
+    return tuple(f"{found['model']}-{i + 1:05d}-of-{found['count']}.gguf" for i in range(int(found["count"])))
 
 
 def model_size(path: Path) -> int:

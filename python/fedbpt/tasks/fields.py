@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
+from fedbpt.batches import LabelIndex
 from fedbpt.checking import half_character
 from fedbpt.errors import DataError
 
@@ -110,8 +111,8 @@ class LabelReader:
     """Reads the values of a label column for a task with ``labels``; with none, they are target texts.
 
     A name decides where there is one: as it is written, else whatever its case and white space. A whole number is an
-    index only where it cannot be a name: no label is a number, and this number is in no label's name. What is neither
-    is refused.
+    index only where it cannot be a name: no label is a number, and this number is in no other label's name. What is
+    neither is refused.
 
     Args:
         labels: the task's, in order.
@@ -123,17 +124,24 @@ class LabelReader:
         self._labels = tuple(labels)
         numbered = data_names is not None and list(data_names) == [str(i) for i in range(len(data_names))]
         self._data_names = None if data_names is None or numbered else tuple(data_names)
+        self._indices = [LabelIndex(i, name) for i, name in enumerate(labels)]  # rows of one label share one
         self._exact = {name: i for i, name in enumerate(labels)}
         self._folded = _unique((fold(name), i) for i, name in enumerate(labels))
         self._numbers = any(_NUMBER.fullmatch(name.strip()) for name in labels)
         self._values = _unique((value, i) for i, name in enumerate(labels) if (value := whole_number(name)) is not None)
-        self._within = {int(run): name for name in labels for run in re.findall(r"[0-9]{1,15}", name)}
+        self._within: dict[int, set[str]] = {}
+        for name in labels:
+            for digits in re.findall(r"[0-9]{1,15}", name):
+                self._within.setdefault(int(digits), set()).add(name)
 
-    def read(self, value: Any, where: str) -> int | str:
+    def read(self, value: Any, where: str) -> LabelIndex | str:
         """The index of the label that ``value`` stands for, or the target text. Raises `DataError`."""
         if not self._labels:
             return read_text(value, f"{where}, target")
-        value = _plain(value)
+        given = value.name if isinstance(value, LabelIndex) else _plain(value)
+        return self._indices[self._index(given, where)]
+
+    def _index(self, value: Any, where: str) -> int:
         if self._data_names is not None and type(value) is int:
             return self._by_data_name(value, where)
         if isinstance(value, str | bool) and (found := self._by_name(str(value))) is not None:
@@ -148,8 +156,8 @@ class LabelReader:
             return named
         if not 0 <= number < len(self._labels):
             raise self._unknown(value, where)
-        if number in self._within:
-            either = f"{self._within[number]!r}, or number {number} of the labels, {self._labels[number]!r}"
+        if others := self._within.get(number, set()) - {self._labels[number]}:
+            either = f"{min(others)!r}, or number {number} of the labels, {self._labels[number]!r}"
             raise _refusal(f"label {value!r} may mean {either}: give names instead of numbers", where)
         return number
 

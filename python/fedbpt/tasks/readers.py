@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedbpt.batches import Row
+from fedbpt.batches import LabelIndex, Row
 from fedbpt.errors import DataError
+from fedbpt.tasks.builtin import AG_NEWS
 from fedbpt.tasks.fields import PAIR, Columns, Fields, LabelReader, read_text
 from fedbpt.tasks.tables import Record, file_records, first_fields, object_records, only_split
 from fedbpt.tasks.task import Task
@@ -138,5 +139,6 @@ def _read_ag_news_original(path: Path, columns: Sequence[str]) -> list[Row]:
         if label not in ("1", "2", "3", "4"):
             known = "the original AG News has labels 1 to 4"
             raise DataError(f"{where}: unknown label {label!r}: {known}", public=f"{where}: {known}")
-        rows.append((read_text(f"{title} {description}", where), int(label) - 1))
+        index = int(label) - 1
+        rows.append((read_text(f"{title} {description}", where), LabelIndex(index, AG_NEWS.labels[index])))
     return rows

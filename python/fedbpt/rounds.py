@@ -1,11 +1,11 @@
-"""A closed round in numbers: what the dashboard keeps of its reports."""
+"""A closed round in numbers: what curves and the dashboard keep of its reports."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 from fedbpt.reports import mean_loss, purpose_of
-from fedbpt.runs import RoundPurpose
+from fedbpt.runs import RoundPurpose, RunSettings
 from fedbpt.store import StoredRound
 
 
@@ -26,6 +26,11 @@ class ClosedRound(NamedTuple):
     evaluations: int
     loss: float
     shares: tuple[Share, ...]
+
+
+def evaluations_in(closed: ClosedRound, settings: RunSettings) -> int:
+    """Candidates that a round of the search scored: in pooled search the same on all devices."""
+    return settings.popsize if settings.method == "pooled" else closed.evaluations
 
 
 def numbers_of(closed: StoredRound) -> ClosedRound:

@@ -1,0 +1,221 @@
+"""What ``fedbpt tune`` does: run, watch, report."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from fedbpt.alone import NAME, Ended, clients_of, digest_of_rows, run_alone
+from fedbpt.api import aggregator_for, make_prompt, require_model_of_run
+from fedbpt.cli.hint import print_hint
+from fedbpt.cli.observe import Observers, Watch
+from fedbpt.cli.options import print_json, teller
+from fedbpt.cli.reach import Reach
+from fedbpt.cli.report import print_cost, print_result, result_as_json
+from fedbpt.clients import DeviceClient, HttpClient
+from fedbpt.config import RunConfig
+from fedbpt.dashboard.comparing import Comparison, Row, comparing, questions_of
+from fedbpt.display import RunDisplay
+from fedbpt.errors import ConfigError, FederationError, RunStopped
+from fedbpt.estimate import RunCost, estimate
+from fedbpt.federation import Federation
+from fedbpt.garbage import collect_between_rounds
+from fedbpt.local import Device
+from fedbpt.membership import misfit
+from fedbpt.messages import DeviceInfo
+from fedbpt.native_scorer import NativeScorer
+from fedbpt.plain_text import echo
+from fedbpt.runs import Event, RoundClosed, RunResult, RunSettings, RunStarted
+from fedbpt.store import RunStore
+from fedbpt.tasks import Row as TaskRow
+from fedbpt.tasks import Task
+
+Begin: TypeAlias = Callable[[RunSettings], Federation]
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where results go, and how. ``prompt``: the prompt file; None: there is none."""
+
+    prompt: Path | None = None
+    questions: Path | None = None
+    as_json: bool = False
+    quiet: bool = False
+
+    @property
+    def shown(self) -> bool:
+        """Whether people are told how it goes."""
+        return not (self.quiet or self.as_json)
+
+
+def prompt_path(config: RunConfig, given: Path | None, model: str | None) -> Path | None:
+    """Where the prompt goes; None: nowhere, for want of the model that its rows are made with.
+
+    Its folder is made before the work: one that cannot be is told at once.
+    """
+    named = given or (Path(config.prompt_file) if config.prompt_file else None)
+    if model is None:
+        if named is not None:
+            raise ConfigError("writing the prompt needs the model here too: give --model, as on the devices")
+        return None
+    found = named or Path(config.store).parent / f"{config.run}.safetensors"
+    found.parent.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+class Tuning:
+    """A run, by ``reach`` or, where there are ``rows``, on this machine.
+
+    Args:
+        scorer: the model, which the prompt is written with; None: there is none here.
+        fresh: forget what is stored of the run.
+    """
+
+    def __init__(
+        self, config: RunConfig, task: Task, scorer: NativeScorer | None, observers: Observers, output: Output,
+        fresh: bool = False,
+    ) -> None:  # fmt: skip
+        self._config, self._task, self._scorer, self._fresh = config, task, scorer, fresh
+        self._observers, self._output = observers, output
+        self._offered: Sequence[Row] = () if output.questions is None else questions_of(task, output.questions)
+        self._tell = teller(not output.shown)
+        self._called: Mapping[str, str] = {}  # addresses of devices by name
+
+    def over(self, reach: Reach) -> None:
+        """Over devices."""
+        config = self._config
+        with self._opened() as (store, watch):
+            stored = None if self._fresh else store.find_run(config.run)
+            finished = stored is not None and stored.status == "finished"
+            known = store.addresses(config.run) if stored else {}
+            with reach.clients(known, finished, self._tell, config.settings.quorum) as clients:
+                watch.meet(clients)
+                self._called = {client.name: client.url for client in clients if isinstance(client, HttpClient)}
+                self._run(store, watch, lambda: clients, "", _to_the_end)
+
+    def here(self, rows: Sequence[list[TaskRow]]) -> None:
+        """On this machine. Ctrl-C keeps what there is, and raises `RunStopped` when that is written."""
+        device = self._device(rows)
+        with self._opened() as (store, watch), clients_of(device) as client:
+            ended = self._run(store, watch, lambda: [client()], digest_of_rows(*rows), run_alone)
+        if ended.interrupted:
+            raise RunStopped("start it again to resume it")
+
+    def _device(self, rows: Sequence[list[TaskRow]]) -> Device:
+        assert self._scorer is not None
+        return Device(NAME, self._scorer, *rows, task=self._task)
+
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[RunStore, Watch]]:
+        with ExitStack() as stack:
+            store = stack.enter_context(RunStore(self._config.store))
+            yield store, stack.enter_context(self._observers.watching(store.path, self._config.run, self._tell))
+
+    def _run(
+        self,
+        store: RunStore,
+        watch: Watch,
+        clients: Callable[[], Sequence[DeviceClient]],
+        rows: str,
+        run: Callable[[Begin, RunSettings], Ended],
+    ) -> Ended:
+        display = RunDisplay(self._output.shown)
+        begun = not self._fresh
+
+        def tell(event: Event) -> None:
+            nonlocal begun
+            begun = begun or isinstance(event, RoundClosed)
+            if isinstance(event, RunStarted):
+                store.record_addresses(event.run, self._called)
+                if self._scorer is not None:
+                    require_model_of_run(self._scorer, event)  # before the work, not when its prompt is to be written
+            display(event)
+            watch(event)
+            collect_between_rounds(event)
+
+        def begin(settings: RunSettings) -> Federation:
+            steering = self._observers.control
+            control = None if steering.stopped else steering  # stopped once, what is left is done
+            fresh = self._fresh and not begun
+            return Federation(
+                clients(), self._task, settings, aggregator_for(settings), store, self._config.run, tell, control,
+                fresh, rows,
+            )  # fmt: skip
+
+        if self._scorer is not None:
+            print_hint(self._scorer, self._output.shown, self._task)
+        try:
+            with display:
+                ended = run(begin, self._config.settings)
+        except (KeyboardInterrupt, RunStopped) as stop:
+            raise (RunStopped("start it again to resume it") if begun else KeyboardInterrupt) from stop
+        self._report(ended.result, watch)
+        if not ended.interrupted:
+            watch.linger(self._tell)
+        return ended
+
+    def _report(self, result: RunResult, watch: Watch) -> None:
+        config, task, scorer, output = self._config, self._task, self._scorer, self._output
+        saved = None
+        if scorer is not None:
+            watch.compare(
+                Comparison(lambda: comparing(scorer, task, result), task.labels, self._offered, watch.devices)
+            )
+            if output.prompt is not None:
+                saved = make_prompt(scorer, task, result).save(output.prompt)
+        if output.as_json:
+            print_json(result_as_json(result, saved))
+            return
+        print_result(result, saved)
+        if saved is None and not output.quiet:
+            wanted = f"{config.run} --store {config.store} --model MODEL --out PROMPT.safetensors"
+            echo(f"to write its prompt: fedbpt runs export {wanted}")
+
+
+def _to_the_end(begin: Begin, settings: RunSettings) -> Ended:
+    return Ended(begin(settings).run(), False)
+
+
+def print_plan(config: RunConfig, task: Task, reach: Reach, output: Output) -> None:
+    """What the run will cost on its devices; one that cannot take part is named and left out.
+
+    Raises `DeviceError` where one does not answer.
+    """
+
+    async def ask(client: DeviceClient) -> DeviceInfo:
+        try:
+            return await client.status()
+        finally:
+            await client.aclose()
+
+    async def ask_all(clients: Sequence[DeviceClient]) -> list[DeviceInfo]:
+        return list(await asyncio.gather(*(ask(client) for client in clients)))
+
+    tell = teller(not output.shown)
+    with reach.clients({}, False, tell) as clients:
+        infos = [_able(info, task, tell) for info in asyncio.run(ask_all(clients))]
+    able = [info for info in infos if info is not None]
+    if not able:
+        raise FederationError("no device can take part: start them with the run's task")
+    print_cost(_cost(config, task, able), output.as_json)
+
+
+def _able(info: DeviceInfo, task: Task, tell: Callable[[str], None]) -> DeviceInfo | None:
+    found = misfit(info, None, task.identity)
+    if found is not None:
+        tell(f"device {info.name} cannot take part: it {found.reason}")
+    return info if found is None else None
+
+
+def print_plan_here(config: RunConfig, task: Task, device: Device, as_json: bool) -> None:
+    """What the run will cost on this machine."""
+    device.measure_speed()
+    print_cost(_cost(config, task, [device.info()]), as_json)
+
+
+def _cost(config: RunConfig, task: Task, infos: Sequence[DeviceInfo]) -> RunCost:
+    return estimate(config.settings, task, infos, aggregator_for(config.settings))

@@ -1,0 +1,39 @@
+"""The curves of a stored run."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias
+
+from fedbpt import wire
+from fedbpt.rounds import evaluations_in, numbers_of
+from fedbpt.runs import RunSettings
+from fedbpt.store import RunStore
+
+Curve: TypeAlias = tuple[tuple[int, float], ...]
+"""(evaluations so far, figure) pairs."""
+
+
+class Curves(NamedTuple):
+    """``losses``: mean loss of each round of the search, nats. ``dev``: accuracy or perplexity on development rows."""
+
+    losses: Curve
+    dev: Curve
+
+
+def curves_of(store: RunStore, run: str) -> Curves:
+    """The curves of ``run``, over all of its sittings. Raises `StoreError` where there is no such run."""
+    settings = wire.decode(store.get_run(run).settings, RunSettings)
+    reached: dict[int, int] = {}
+    losses, evaluations = [], 0
+    for closed in map(numbers_of, store.rounds(run)):
+        if closed.purpose == "search":
+            evaluations += evaluations_in(closed, settings)
+            losses.append((evaluations, closed.loss))
+        reached[closed.round] = evaluations
+    dev = [
+        (reached.get(line.round, 0), line.metrics[name])
+        for line in store.history(run)
+        for name in ("dev_accuracy", "dev_perplexity")
+        if name in line.metrics
+    ]
+    return Curves(tuple(losses), tuple(dev))

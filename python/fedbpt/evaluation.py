@@ -1,0 +1,23 @@
+"""`Evaluation`: how prompts did on rows."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Evaluation(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """How k prompts did on n rows. ``predictions`` int [k, n] are label indices; losses are nats (or hinge units).
+
+    Without labels ``predictions`` are −1 and ``correct`` 0.
+    """
+
+    n: int
+    correct: tuple[int, ...]
+    loss_sums: tuple[float, ...]
+    predictions: NDArray[np.intp]
+
+    @property
+    def accuracy(self) -> tuple[float, ...]:
+        return tuple(c / self.n for c in self.correct)

@@ -1,0 +1,45 @@
+"""Names of models in Hugging Face repositories: ``hf.co/OWNER/REPO:FILE.gguf``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from fedbpt.errors import InputError
+from fedbpt.models.parts import names_of_parts
+
+HOW = "hf.co/OWNER/REPO:FILE.gguf"
+
+_PREFIX = re.compile(r"(https://)?(hf\.co|huggingface\.co)/(?P<rest>.*)", re.DOTALL)
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_FILE = re.compile(r"[\w][\w.+ -]*", re.ASCII)  # a folder or a file
+
+
+@dataclass(frozen=True)
+class HubName:
+    """A model in a repository: its files in order, one or all parts of a split model."""
+
+    repo: str
+    files: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"hf.co/{self.repo}:{self.files[0]}"
+
+
+def parse_hub_name(name: str) -> HubName | None:
+    """What ``name`` names in a repository, whichever of its parts; None where it is no such name.
+
+    Raises:
+        InputError: it begins as one, but names no repository or no GGUF file.
+    """
+    found = _PREFIX.fullmatch(name)
+    if found is None:
+        return None
+    repo, _, file = found["rest"].partition(":")
+    path = PurePosixPath(file)
+    if not _REPO.fullmatch(repo):
+        raise InputError(f"{name!r} names no repository: give {HOW}")
+    if path.suffix != ".gguf" or path.as_posix() != file or not all(_FILE.fullmatch(part) for part in path.parts):
+        raise InputError(f"{name!r} names no GGUF file of the repository: give {HOW}, as the repository lists it")
+    return HubName(repo, tuple(path.with_name(part).as_posix() for part in names_of_parts(path.name)))
