@@ -8,6 +8,7 @@ passed is remembered in ``trials/`` of the cache folder, until one of the model'
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import logging
 import os
@@ -28,7 +29,7 @@ from fedbpt.errors import ModelFileError
 from fedbpt.models.fingerprints import FileStamp, real_paths, stamps_of
 from fedbpt.models.parts import model_parts
 from fedbpt.models.records import read_record, write_record
-from fedbpt.packages import cache_folder, locked
+from fedbpt.packages import cache_folder
 from fedbpt.version import VERSION
 
 log = logging.getLogger(__name__)
@@ -117,8 +118,8 @@ def run_once(path: Path, settings: TrialSettings) -> None:
     record = _record_of(passed, settings)
     if passed in _passed or read_record(record, _Passed) == passed:
         return
-    with _alone(record):
-        if read_record(record, _Passed) == passed:
+    with _alone(path):
+        if passed in _passed or read_record(record, _Passed) == passed:
             return
         if run(path, settings).tried:
             _remember(record, passed)
@@ -215,11 +216,11 @@ def _record_of(passed: _Passed, settings: TrialSettings) -> Path:
 
 
 @contextlib.contextmanager
-def _alone(record: Path) -> Iterator[None]:
-    """Hold the lock of a record between processes; none where the cache folder cannot be written to."""
+def _alone(path: Path) -> Iterator[None]:
+    """Hold the lock on a model's file, which tells processes apart without any file of ours."""
     with contextlib.ExitStack() as held:
-        with contextlib.suppress(OSError):
-            held.enter_context(locked(cache_folder() / "locks" / f"trial-{record.stem}.lock"))
+        with contextlib.suppress(OSError):  # without it, at worst, a file is tried more than once
+            fcntl.flock(held.enter_context(path.open("rb")), fcntl.LOCK_EX)
         yield
 
 
