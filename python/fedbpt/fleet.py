@@ -21,6 +21,7 @@ from fedbpt.errors import (
     DeviceRefusedError,
     DeviceUnreachableError,
     FedbptError,
+    QuorumError,
     WireError,
 )
 from fedbpt.members import INVITATIONS, Draft, Listener, Member, OpenRound, describe_absent
