@@ -21,7 +21,6 @@ from fedbpt.errors import (
     DeviceRefusedError,
     DeviceUnreachableError,
     FedbptError,
-    QuorumError,
     WireError,
 )
 from fedbpt.members import INVITATIONS, Draft, Listener, Member, OpenRound, describe_absent
@@ -55,17 +54,11 @@ CANCEL_S: Final = 3.0
 class Fleet:
     """The members by name. Only those with ``task`` count. Use within one event loop; `aclose` at the end."""
 
-    def __init__(
-        self,
-        clients: Mapping[str, DeviceClient],
-        task: TaskIdentity,
-        listener: Listener,
-        pace: Pace | None = None,
-    ) -> None:
+    def __init__(self, clients: Mapping[str, DeviceClient], task: TaskIdentity, listener: Listener, pace: Pace) -> None:
         self.members = {name: Member(client) for name, client in clients.items()}
         self.round = 0
         self._listener = listener
-        self._pace = pace or Pace(stragglers=0)
+        self._pace = pace
         self._task = task
         self._fingerprint: str | None = None
         self._turns = Turns()
@@ -200,7 +193,7 @@ class Fleet:
                 await self._wait_changed(left)
                 while current.ended:
                     self._take(current.ended.pop(), current)
-            self._close_round(current)
+            await self._close_round(current)
         except BaseException:
             for task in current.working:
                 task.cancel()
@@ -268,23 +261,33 @@ class Fleet:
             seconds = asyncio.get_running_loop().time() - current.since[member.name]
             self._pace.took(member.name, current.kind, seconds)
 
-    def _close_round(self, current: OpenRound) -> None:
+    async def _close_round(self, current: OpenRound) -> None:
         reported, took = len(current.reports), asyncio.get_running_loop().time() - current.began
-        spent = took >= current.budget_s
+        left_out = reported < current.needed and took >= current.budget_s
         for task, member in list(current.working.items()):
             del current.working[task]
-            if spent or reported >= current.draft.wanted:  # or asked for safety alone
+            if left_out:
+                task.cancel()
+            elif took >= current.budget_s or reported >= current.draft.wanted:  # or asked for safety alone
                 task.cancel()
                 self._spawn(self._cancel([(member, key) for key in member.sent]))
-                continue
-            member.state = "late"
-            member.reason = f"round {current.number} was not done after {min(took, current.deadline_s):.3g} s"
-            self._listener.lost(member.name, current.number, member.reason)
-            self._spawn(self._await_late(task, member))
-        if reported < current.needed and spent:
-            current.reports.clear()
-            return
-        self.require_quorum(reported, current.needed, current.deadline_s)
+            else:
+                member.state = "late"
+                member.reason = f"round {current.number} was not done after {min(took, current.deadline_s):.3g} s"
+                self._listener.lost(member.name, current.number, member.reason)
+                self._spawn(self._await_late(task, member))
+        if left_out:
+            await self._withdraw(current)
+        else:
+            self.require_quorum(reported, current.needed, current.deadline_s)
+
+    async def _withdraw(self, current: OpenRound) -> None:
+        """Have the devices forget a round that is left out: the next one has its number."""
+        current.reports.clear()
+        asked = [self.members[name] for name in current.invited]
+        await self._cancel([(member, key) for member in asked for key in member.sent])
+        for member in asked:
+            member.sent = set()
 
     def require_quorum(self, reported: int, needed: int, deadline_s: float) -> None:
         """Raises `QuorumError` where fewer than ``needed`` have reported in the current round."""

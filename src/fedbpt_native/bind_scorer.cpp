@@ -130,11 +130,8 @@ void register_scorer(py::module_ & module) {
              "texts and continuations: (int32 [total], int64 offsets [n + 1])")
         .def("score", &score, py::arg("plan"), py::arg("which").noconvert(), py::arg("embeds").noconvert(),
              "which int64 [n], embeds float32 [n_candidates, n_prompt, n_embd] -> float32 [n_candidates, n, n_continuations + n_labels]")
-<<<<<<< HEAD
         .def("metadata", &metadata, py::arg("key"), "what the model file says under a key, as text, or None")
-=======
         .def("twin", [](const Engine & engine) { return std::make_unique<Engine>(engine); }, py::call_guard<py::gil_scoped_release>(), "A new one, of the same weights, with threads and buffers of its own.")
->>>>>>> process
         .def("generator", &Engine::generator, py::call_guard<py::gil_scoped_release>(), "A new one, of the same weights, with a KV cache of its own.")
         .def("interrupt", [](Engine & engine) { engine.scorer.interrupt(); }, "Make the scoring call in flight raise ScoringInterrupted.")
         .def("embedding_std", [](const Engine & engine) { return engine.model->embedding_std(); }, py::call_guard<py::gil_scoped_release>())

@@ -6,7 +6,6 @@
 #include <mutex>
 #include <utility>
 
-#include <pthread.h>
 
 #include "llama.h"
 
@@ -71,12 +70,7 @@ void on_log(ggml_log_level level, const char * text, void * /*user_data*/) {
 
 void install_log() {
     static std::once_flag once;
-    std::call_once(once, [] {
-        llama_log_set(on_log, nullptr);
-        // a process that is forked while another thread holds the mutex would wait for that thread, which it does not have
-        const auto release = [] { g_mutex.unlock(); };
-        pthread_atfork([] { g_mutex.lock(); }, release, release);
-    });
+    std::call_once(once, [] { llama_log_set(on_log, nullptr); });
 }
 
 LogListener::LogListener(std::function<void(const char *)> on_text) : on_text_(std::move(on_text)) {

@@ -185,7 +185,6 @@ def test_a_byte_of_which_no_rwkv_token_begins_is_unknown(load: Load) -> None:
 
 
 def test_a_character_that_the_vocabulary_cannot_spell_is_refused(load: Load) -> None:
-    scorer = load("spm", without="Q")
-    assert len(scorer.tokenize("a")) > 0
+    assert len(load("spm").tokenize("Q")) > 0
     with pytest.raises(ModelFileError, match="vocabulary"):
-        scorer.tokenize("Q")
+        load("spm", without="Q")

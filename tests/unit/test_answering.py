@@ -67,7 +67,7 @@ def test_a_prompt_that_generates_gives_both_sides_texts_as_they_come(manner: Pro
 def test_an_answer_can_be_withdrawn(manner: Prompt) -> None:
     said: list[Answer] = []
     scorer = ToyScorer()
-    answering = Device("a", scorer, rows(4))
+    answering = Device("a", scorer, rows(4), task=TASK)
     for _ in range(PLACES):
         said.clear()
         with pytest.raises(ScoringInterrupted):

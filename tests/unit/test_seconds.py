@@ -124,6 +124,19 @@ def test_what_is_left_out_is_not_in_the_result(tmp_path: Path, purpose: str) -> 
     assert result.tuned.n == 8
 
 
+def test_the_round_after_one_that_was_left_out_has_its_number(scene: Scene) -> None:
+    """One device has its report done, the other not; both then take another plan for the same round."""
+    scene.when(closed(2), lambda: hang(scene.devices["b"]))
+    first = scene.run(**limited())
+    assert first.rounds == 2
+    plans = [[plan.round for plan in device.plans] for device in scene.devices.values()]
+    assert plans == [[0, 1, 2, 3], [0, 1, 2, 3]]
+    scene.devices["b"].gate.set()
+    for client in scene.clients.values():
+        assert client._service is None or not client.service._jobs
+    assert scene.run(rounds=4, quorum=1.0).rounds == 4
+
+
 # --- the readout's share ---------------------------------------------------------------------------------------------
 
 
