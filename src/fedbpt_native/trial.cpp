@@ -221,7 +221,7 @@ void try_alone(const std::string & path, const TrialSettings & settings, const P
     } catch (const ModelFileError & error) {
         refuse("ModelFileError", error.what());
     } catch (const std::bad_alloc &) {
-        refuse("ModelFileError", path + " asks for more memory than there is: end other programs, or take a smaller model or format");
+        refuse("ModelFileError", path + " takes more memory than its size explains, or than there is: end other programs, fetch it again, or take a smaller model or format");
     } catch (const std::exception & error) {
         refuse("ModelFileError", path + " cannot be used (" + error.what() + "): take another file of the model, or a newer fedbpt");
     } catch (...) {

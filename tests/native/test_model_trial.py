@@ -237,12 +237,3 @@ def test_a_path_of_other_bytes_than_utf8_is_tried(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError) as failed:
         trial.run(path)
     str(failed.value).encode()
-
-
-@pytest.mark.parametrize("pre", ["default", "deepseek-v3", "gpt-4o"])
-def test_a_long_run_of_one_character_does_not_end_the_process(tmp_path: Path, pre: str) -> None:
-    """std::regex, by which llama.cpp splits texts for these, calls itself for each character."""
-    source = tiny_gguf.TinyModel(**{**vars(tiny_gguf.LLAMA_BPE), "pre": pre})
-    scorer = fedbpt.load_model(tiny_gguf.write(tmp_path / "model.gguf", source), n_threads=1)
-    for run in ("A", "0", " "):
-        assert len(scorer.tokenize(run * 100_000, add_bos=False)) > 0
