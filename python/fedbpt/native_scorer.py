@@ -151,6 +151,7 @@ class NativeScorer:
         self._files = models.WatchedFiles(path)
         self._loaded: _native.Engine | None = None
         self._embedding_std: float | None = None
+        self._noted = False
         self._in_flight: list[_native.Plan] = []
         self._torn: list[_native.Plan] = []  # in flight as this process was forked
         _scorers.add(self)
@@ -181,8 +182,9 @@ class NativeScorer:
                 with self._files.unchanged():
                     loaded = self._load()
                 self._loaded = loaded
-                for note in loaded.notes:
+                for note in () if self._noted else loaded.notes:
                     warnings.warn(f"{self.name}: {note}", ModelWarning, stacklevel=2)
+                self._noted = True
             return self._loaded
 
     @property
