@@ -34,13 +34,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("runs", "database", "store", "history", "journal", "scalars", "registry", "bounds", "reports"),
-        *("rounds", "curves"),
+        *("dev_figures", "rounds", "curves"),
         *("http_bodies", "http_auth", "http_server", "turns", "agent", "clients", "coordinator", "serving"),
         *(
             "members",
             "pace",
             "fleet",
             "ledger",
+            "live",
             "vetting",
             "estimate",
             "outcome",
