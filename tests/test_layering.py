@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("runs", "database", "store", "history", "journal", "scalars", "registry", "bounds", "reports"),
-        *("rounds", "curves", "http_bodies", "http_auth", "http_connections", "http_server", "turns"),
+        *("dev_figures", "rounds", "curves", "http_bodies", "http_auth", "http_connections", "http_server", "turns"),
         *("agent", "clients", "coordinator", "serving"),
         *(
             "members",
@@ -42,6 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
             "spending",
             "fleet",
             "ledger",
+            "live",
             "vetting",
             "run_listener",
             "estimate",

@@ -70,7 +70,7 @@ def settings(**changes: Any) -> RunSettings:
     """Of a search alone: no calibration, no readout."""
     made = RunSettings(
         rounds=4, popsize=6, prompt=PromptSpec(d=D), objective=ObjectiveSpec(readout_words=0), calibrate=False,
-        deadline_s=5.0, quorum=0.5, seed=3,
+        deadline_s=5.0, quorum=0.5, seed=3, evaluate_every=0,
     )  # fmt: skip
     return msgspec.structs.replace(made, **changes)
 

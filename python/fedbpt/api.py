@@ -22,14 +22,13 @@ from fedbpt.alone import NAME, clients_of, digest_of_rows, run_alone, settings_a
 from fedbpt.curves import curves_of
 from fedbpt.errors import ConfigError, PromptError
 from fedbpt.federation import Federation
-from fedbpt.intervals import wilson_interval
 from fedbpt.local import Device
 from fedbpt.messages import LossName, ObjectiveSpec, PromptSpec, Template
 from fedbpt.notebook import live_display
 from fedbpt.objective import Objective
 from fedbpt.prompt import Prompt, short_fingerprint
 from fedbpt.results import EvaluationResult, TuneResult
-from fedbpt.runs import Event, RunResult, RunSettings, RunStarted, Score
+from fedbpt.runs import Event, RunResult, RunSettings, RunStarted, Split
 from fedbpt.sampling import parts_of, under
 from fedbpt.scorer import Scorer
 from fedbpt.store import RunStore
@@ -38,7 +37,8 @@ from fedbpt.tasks import Row, Task, to_rows, word_notes
 log = logging.getLogger(__name__)
 
 POPSIZE: Final = 16
-EVALUATE_EVERY: Final = 10
+MOST_BETWEEN, EVALUATIONS = 10, 8
+"""Generations between evaluations on development rows, at most; and how many evaluations there are to be."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def tune(
     prompt: PromptSpec | None = None,
     objective: ObjectiveSpec | None = None,
     popsize: int = POPSIZE,
-    evaluate_every: int = EVALUATE_EVERY,
+    evaluate_every: int | None = None,
     patience: int = 0,
     restarts: int = 0,
     balanced: bool = False,
@@ -101,7 +101,8 @@ def tune(
         seed: of everything random; the run's prompt seed unless ``prompt`` sets its own.
         prompt: place, length and size of the search space; None: the defaults, in the cue.
         objective: loss and mini-batch size.
-        popsize, evaluate_every: candidates a generation, λ; generations between evaluations on ``dev``.
+        popsize, evaluate_every: candidates a generation, λ; generations between evaluations on ``dev``, None: at most
+            10, and so few that there are eight evaluations.
         patience: so many of those without a lower loss end the search, and the best mean counts; 0: never.
         restarts: so often the search begins anew from the best mean when patience runs out, instead of ending.
         balanced: weigh the rows' losses so that every label counts alike, however many rows it has.
@@ -120,7 +121,7 @@ def tune(
     splits = [to_rows(train, task), *([] if given is None else to_rows(given, task) for given in (dev, test))]
     options = {"popsize": popsize, "patience": patience, "restarts": restarts, "balanced": balanced}
     every = evaluate_every if splits[1] else 0
-    settings = settings_for(task, budget, seed, prompt, objective, evaluate_every=every, ensemble=ensemble, **options)
+    settings = settings_for(task, budget, seed, prompt, objective, every, ensemble=ensemble, **options)
     return _tune(scorer, task, splits, settings, store, run, on_event, show)
 
 
@@ -130,15 +131,23 @@ def settings_for(
     seed: int = 0,
     prompt: PromptSpec | None = None,
     objective: ObjectiveSpec | None = None,
+    evaluate_every: int | None = None,
+    popsize: int = POPSIZE,
     **options: Any,
 ) -> RunSettings:
     """Of a run on this machine; arguments as for `tune`, ``options`` are other fields of `RunSettings`."""
+    limits = (budget or Budget()).limits()
+    if evaluate_every is None:
+        generations = limits["evaluations"] // popsize or MOST_BETWEEN * EVALUATIONS
+        evaluate_every = min(max(generations // EVALUATIONS, 1), MOST_BETWEEN)
     found = RunSettings(
-        **(budget or Budget()).limits(),
+        **limits,
         prompt=prompt or PromptSpec(seed=seed),
         objective=objective or ObjectiveSpec(max_text_tokens=task.max_text_tokens),
         seed=seed,
-        **{"popsize": POPSIZE, "evaluate_every": EVALUATE_EVERY, **options},
+        popsize=popsize,
+        evaluate_every=evaluate_every,
+        **options,
     )
     return settings_alone(found)
 
@@ -223,8 +232,7 @@ def _history(result: RunResult) -> dict[str, Any]:
         **({} if settings.robust == "none" else {"robust": settings.robust, "byzantine": settings.byzantine}),
         **privacy,
         **({} if result.epsilon is None else {"epsilon": result.epsilon}),
-        **_scores(result, result.zero_shot, "zero_shot"),
-        **_scores(result, result.tuned, "tuned"),
+        **_figures(result),
     }
 
 
@@ -237,13 +245,16 @@ def require_model_of_run(scorer: Scorer, run: RunResult | RunStarted) -> None:
         )
 
 
-def _scores(result: RunResult, score: Score, name: str) -> dict[str, Any]:
-    if not score.n:
-        return {}
-    if result.generates:
-        return {f"{name}_perplexity": score.perplexity, f"{name}_n": score.n}
-    interval = list(wilson_interval(score.correct, score.n))
-    return {f"{name}_accuracy": score.accuracy, f"{name}_interval": interval, f"{name}_n": score.n}
+def _figures(result: RunResult) -> dict[str, Any]:
+    """Of test rows, or where there were none of development rows (``split``)."""
+    split: Split = "test" if result.tuned.n else "dev"
+    told: dict[str, Any] = {"split": split} if result.scores(split) else {}
+    for name, score in result.scores(split).items():
+        if result.generates:
+            told |= {f"{name}_perplexity": score.perplexity, f"{name}_n": score.n}
+        else:
+            told |= {f"{name}_accuracy": score.accuracy, f"{name}_interval": list(score.interval), f"{name}_n": score.n}
+    return told
 
 
 def evaluate(

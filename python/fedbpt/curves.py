@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple, TypeAlias
 
 from fedbpt import wire
+from fedbpt.dev_figures import dev_points
 from fedbpt.rounds import evaluations_in, numbers_of
 from fedbpt.runs import RunSettings
 from fedbpt.store import RunStore
@@ -30,10 +31,6 @@ def curves_of(store: RunStore, run: str) -> Curves:
             evaluations += evaluations_in(closed, settings)
             losses.append((evaluations, closed.loss))
         reached[closed.round] = evaluations
-    dev = [
-        (reached.get(line.round, 0), line.metrics[name])
-        for line in store.history(run)
-        for name in ("dev_accuracy", "dev_perplexity")
-        if name in line.metrics
-    ]
-    return Curves(tuple(losses), tuple(dev))
+    history = {line.round: line.metrics for line in store.history(run)}
+    points = dev_points(history, generates=settings.objective.loss == "nll")
+    return Curves(tuple(losses), tuple((reached.get(point.round, 0), point.figure) for point in points))

@@ -82,6 +82,8 @@ class RunDisplay:
         self._started = False
         self._zero_shot: Score | None = None
         self._score: Score | None = None
+        self._closed: RoundClosed | None = None
+        self._share: float | None = None
         self._generates = False
         self._before = Spent(0.0, 0.0)  # the search
         self._printed = ("", 0, -math.inf)  # stage, tenths of the budget, when
@@ -112,9 +114,8 @@ class RunDisplay:
                 self._say(f"template {event.template.pattern!r}" + (f" with {words}" if words else ""))
                 self._update("tuning", None, "")
             case Evaluated():
-                self._score = event.score
-                if event.round == 0:
-                    self._zero_shot = event.score
+                self._score, self._zero_shot = event.score, event.zero_shot
+                self._update("evaluated", self._share, self._figures(self._closed))
             case RoundClosed() if event.round > 0:
                 self._show_round(event)
             case DeviceLost():
@@ -130,8 +131,10 @@ class RunDisplay:
                 self._say(f"run {event.result.run} was finished before: this is its result")
 
     def _show_round(self, event: RoundClosed) -> None:
-        self._live = len(event.reported)
-        share = spent_share(self._settings, event.searched, event.evaluations, event.tokens, event.seconds)
+        self._live, self._closed = len(event.reported), event
+        share = self._share = spent_share(
+            self._settings, event.searched, event.evaluations, event.tokens, event.seconds
+        )
         searches = event.purpose == "search"
         spent = Spent(event.seconds, share)
         if not event.searched:
@@ -145,17 +148,21 @@ class RunDisplay:
     def _figure(self, score: Score) -> str:
         return f"{score.perplexity:.2f}" if self._generates else f"{score.accuracy:.3f}"
 
-    def _figures(self, event: RoundClosed) -> str:
+    def _figures(self, event: RoundClosed | None) -> str:
         """The most important first."""
         parts = []
-        if self._score is not None:
-            line = "" if self._zero_shot is None else f" (zero-shot {self._figure(self._zero_shot)})"
-            parts.append(f"{'ppl' if self._generates else 'acc'} {self._figure(self._score)}{line}")
-        # a private loss is noise about 0
-        parts.append(f"loss {event.loss:.3f}" if event.epsilon is None else f"ε {event.epsilon:.2f}")
-        if self._devices > 1:
-            parts.append(f"{self._live}/{self._devices} devices")
-            parts.append(f"up {human_bytes(event.bytes_up)}  down {human_bytes(event.bytes_down)}")
+        if self._score is not None and self._score.n:
+            low, high = self._score.interval
+            interval = "" if self._generates else f" [{low:.3f}, {high:.3f}]"
+            parts.append(f"{'ppl' if self._generates else 'acc'} {self._figure(self._score)}{interval}")
+        if self._zero_shot is not None and self._zero_shot.n:
+            parts.append(f"zero-shot {self._figure(self._zero_shot)}")
+        if event is not None:
+            # a private loss is noise about 0
+            parts.append(f"loss {event.loss:.3f}" if event.epsilon is None else f"ε {event.epsilon:.2f}")
+            if self._devices > 1:
+                parts.append(f"{self._live}/{self._devices} devices")
+                parts.append(f"up {human_bytes(event.bytes_up)}  down {human_bytes(event.bytes_down)}")
         return "  ".join(parts)
 
     def _update(self, description: str, share: float | None, figures: str, left: str = "") -> None:

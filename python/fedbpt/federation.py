@@ -25,6 +25,7 @@ from fedbpt.estimate import readout_tokens
 from fedbpt.event_loop import run_to_end
 from fedbpt.fleet import Fleet
 from fedbpt.ledger import SELECTION, RunLedger
+from fedbpt.live import LiveEvaluation
 from fedbpt.members import Draft, check_names, common_model, describe_absent
 from fedbpt.messages import (
     EvaluateReport,
@@ -33,11 +34,8 @@ from fedbpt.messages import (
 from fedbpt.outcome import make_result
 from fedbpt.pace import Pace
 from fedbpt.privacy import require_accountant
-from fedbpt.reports import evaluation_loss
 from fedbpt.run_listener import listener_for
 from fedbpt.runs import (
-    NO_SCORE,
-    Evaluated,
     EventCallback,
     RoundClosed,
     RoundPurpose,
@@ -45,7 +43,6 @@ from fedbpt.runs import (
     RunResult,
     RunSettings,
     RunStarted,
-    Score,
     Steered,
     TemplateSelected,
 )
@@ -121,6 +118,7 @@ class Federation:
         self._wish = Wish()
         self._ledger = RunLedger(store, run, task, settings, aggregator, rows)
         self._fleet: Fleet | None = None
+        self._live: LiveEvaluation | None = None
 
     def run(self) -> RunResult:
         """The whole run. Works inside a running event loop too (a notebook), from a thread of its own.
@@ -162,10 +160,12 @@ class Federation:
 
     async def _sitting(self, fleet: Fleet, began: float) -> RunResult:
         await self._connect(fleet)
+        self._live = LiveEvaluation(self._ledger, fleet, self._deadline_s)
         await self._select(fleet)
         await self._tune(fleet)
         if self.settings.objective.readout_words and self._ledger.spending.seconds_left(self.settings.seconds) > 0:
             await self._fit(fleet, "readout")
+        await self._evaluate_live(self._ledger.closed, final=True)
         return await self._finish(fleet, began)
 
     # --- beginning and resuming ----------------------------------------------------------------------------------
@@ -215,8 +215,8 @@ class Federation:
                 candidates=ledger.candidates,
             )
         )  # fmt: skip
-        if self.settings.evaluate_every and "dev_loss" not in ledger.metrics(SELECTION):
-            await self._evaluate_live(fleet, SELECTION)
+        if "dev_loss" not in ledger.metrics(SELECTION):
+            await self._evaluate_live(SELECTION)
 
     async def _tune(self, fleet: Fleet) -> None:
         ledger, every = self._ledger, self.settings.evaluate_every
@@ -225,8 +225,11 @@ class Federation:
         if self.settings.baselines and self.settings.objective.readout_words:
             await self._fit(fleet, "probe")
         while True:
-            if every and ledger.searched > ledger.judged and ledger.searched % every == 0:
-                await self._evaluate_live(fleet, ledger.closed)
+            # the last mean is evaluated with its final readout; before that only where it has to be judged
+            spent = ledger.spent(self._readout_s(fleet))
+            due = every and ledger.searched % every == 0 and (self.settings.patience or not spent)
+            if due and ledger.searched > ledger.judged:
+                await self._evaluate_live(ledger.closed)
             if ledger.spent(self._readout_s(fleet)) or not await self._round(fleet, ledger.closed + 1, "search"):
                 break
         if not ledger.searched:
@@ -249,6 +252,9 @@ class Federation:
         order = generator(self.settings.seed, "draft", round).permutation(sorted(self._clients))
         asked = math.ceil(wanted * (1 + self.settings.over_selection))
         return Draft(tuple(order.tolist()), asked, wanted)
+
+    def _deadline_s(self) -> float:
+        return self._wish.deadline_s or self.settings.deadline_s
 
     async def _await_turn(self) -> None:
         """Let what people wish take effect; while they wish a pause, wait."""
@@ -285,7 +291,7 @@ class Federation:
         work_digest = wire.digest(work)  # before the update: what the work is made of changes then
         draft = self._draft(round, purpose)
         needed = self._needed if draft is None else self._quorum_of(draft.wanted)
-        deadline_s = self._wish.deadline_s or self.settings.deadline_s
+        deadline_s = self._deadline_s()
         reports = await fleet.run_round(
             round,
             lambda device: ledger.plan(round, device, work),
@@ -326,25 +332,12 @@ class Federation:
 
     # --- evaluation ----------------------------------------------------------------------------------------------
 
-    async def _evaluate_live(self, fleet: Fleet, round: int) -> None:
-        """The mean's accuracy on ``dev`` rows; devices that do not answer are left out."""
-        ledger = self._ledger
-        latents, readouts = ledger.aggregator.mean[None], (ledger.readout("calibration"),)
-        what = {"readouts": readouts, "label_weights": ledger.label_weights, "split": "dev"}
-        request = ledger.request(latents, max_rows=self.settings.dev_rows, **what)
-        reports = await fleet.evaluate(request, self.settings.deadline_s)
-        if not reports:
-            return
-        score = sum((Score.of(report, 0) for report in reports.values()), NO_SCORE)
-        figure = "accuracy" if self.task.labels else "perplexity"
-        loss = evaluation_loss(list(reports.values()), self.settings.row_cap)
-        figures = {f"dev_{figure}": getattr(score, figure), "dev_loss": loss, "dev_n": float(score.n)}
-        for device, report in reports.items():
-            of_device = Score.of(report, 0)
-            figures |= {f"dev_{figure}/{device}": getattr(of_device, figure), f"dev_loss/{device}": of_device.loss}
-        self._store.record_metrics(self.run_name, round, figures)
-        ledger.judge(loss)
-        self._emit(Evaluated(round=round, score=score, devices=tuple(reports)))
+    async def _evaluate_live(self, round: int, final: bool = False) -> None:
+        """What would be shipped now, on ``dev`` rows; devices that do not answer are left out."""
+        if self._live is not None and self.settings.evaluate_every:
+            event = await self._live.measure(round, final)
+            if event is not None:
+                self._emit(event)
 
     async def _evaluate_final(self, fleet: Fleet) -> dict[str, EvaluateReport]:
         """Zero-shot, tuned and the baselines, on the same ``test`` rows, of every device that is in reach."""
@@ -370,11 +363,12 @@ class Federation:
 
     async def _finish(self, fleet: Fleet, began: float) -> RunResult:
         reports = await self._evaluate_final(fleet)
-        await fleet.cancel_rounds(self.run_name)
+        await fleet.cancel_rounds()
         costs = self._costs(fleet)
         result = make_result(
-            self._ledger, self.settings, self._model, fleet.members.values(), costs, reports, time.monotonic() - began
-        )
+            self._ledger, self.settings, self._model, fleet.members.values(), costs, reports,
+            self._live.scores if self._live else {}, time.monotonic() - began,
+        )  # fmt: skip
         if result.tuned.n:
             figure, (before, after) = "perplexity" if result.generates else "accuracy", (result.zero_shot, result.tuned)
             figures = {f"test_{figure}_zero_shot": getattr(before, figure), f"test_{figure}": getattr(after, figure)}
@@ -384,7 +378,7 @@ class Federation:
 
     async def _stop(self, fleet: Fleet) -> None:
         """The run ends early: tell the devices, and leave a store to resume from."""
-        await fleet.cancel_rounds(self.run_name)
+        await fleet.cancel_rounds()
         try:
             if self._ledger.is_open:
                 self._store.set_status(self.run_name, "stopped", traffic=self._costs(fleet))

@@ -378,10 +378,9 @@ class Fleet:
 
     # --- the end -------------------------------------------------------------------------------------------------
 
-    async def cancel_rounds(self, run: str) -> None:
-        """Tell every device in reach to stop its round of ``run``; nobody is waited for long."""
-        work = [(member, key) for member in self.members.values() for key in member.sent if key[0] == run]
-        await self._cancel(work)
+    async def cancel_rounds(self) -> None:
+        """Tell every device in reach to stop what it was given; nobody is waited for long."""
+        await self._cancel([(member, key) for member in self.members.values() for key in member.sent])
 
     async def _cancel(self, work: list[tuple[Member, tuple[str, int]]]) -> None:
         async def tell(member: Member, key: tuple[str, int]) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from fedbpt import wire
 from fedbpt.aggregation.base import Aggregator
 from fedbpt.aggregation.readout import ReadoutFit
+from fedbpt.dev_figures import judged_loss
 from fedbpt.errors import ConfigError, FederationError, StoreError
 from fedbpt.messages import (
     Array,
@@ -142,8 +143,8 @@ class RunLedger:
         for stored in self.store.rounds(self.run):
             self._replay_round(stored)
             n_rounds += 1
-            if stored.round > SELECTION and "dev_loss" in history.get(stored.round, {}):
-                self.judge(history[stored.round]["dev_loss"])
+            if stored.round > SELECTION and (loss := judged_loss(history.get(stored.round, {}))) is not None:
+                self.judge(loss)
         for round, metrics in history.items():
             self._took(round, metrics.get("seconds", 0.0) + metrics.get("cut_seconds", 0.0))
         return n_rounds
@@ -182,20 +183,24 @@ class RunLedger:
         """The fit for ``purpose``, as far as it has come; the readout's begins anew once the search goes on."""
         if purpose not in self.fits:
             mean = self.mean
-            others = self.others if purpose == "readout" else ()
-            n_words = self.settings.objective.readout_words // (1 + len(others))
-            self.fits[purpose] = ReadoutFit(
-                purpose,
-                mean if purpose == "readout" else np.zeros_like(mean),
-                0 if purpose == "calibration" else n_words,
-                len(self.task.labels),
-                self._bias(),
-                self.settings.fit_rows,
-                others,
-                self.settings.robust,
-                self.settings.byzantine,
-            )
+            self.fits[purpose] = self.new_fit(purpose, mean if purpose == "readout" else np.zeros_like(mean))
         return self.fits[purpose]
+
+    def new_fit(self, purpose: FitPurpose, latent: NDArray[np.float64]) -> ReadoutFit:
+        """A fit for the prompt of ``latent`` [d], before its first exchange. It is no part of the run's state."""
+        others = self.others if purpose == "readout" else ()
+        n_words = self.settings.objective.readout_words // (1 + len(others))
+        return ReadoutFit(
+            purpose,
+            latent,
+            0 if purpose == "calibration" else n_words,
+            len(self.task.labels),
+            self._bias(),
+            self.settings.fit_rows,
+            others,
+            self.settings.robust,
+            self.settings.byzantine,
+        )
 
     @property
     def others(self) -> tuple[Template, ...]:
@@ -237,16 +242,18 @@ class RunLedger:
         self.store.record_metrics(self.run, round, {"cut_seconds": before + seconds})
         self._took(round, seconds)
 
-    def judge(self, loss: float) -> None:
-        """The search's mean now has ``loss`` on dev rows, nats."""
+    def judge(self, loss: float) -> bool:
+        """The search's mean now has ``loss`` on dev rows, nats; whether that is the lowest so far."""
         self.judged = self.searched
-        if self._best is None or loss < self._best[0]:
+        better = self._best is None or loss < self._best[0]
+        if better:
             self._best, self._no_better = (loss, self.aggregator.mean), 0
         else:
             self._no_better += 1
         if self._no_better >= self.settings.patience and self._restarts < self.settings.restarts:
             self._restarts, self._no_better = self._restarts + 1, 0
             self.aggregator.restart(self.mean)
+        return better
 
     @property
     def mean(self) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections import OrderedDict
@@ -45,7 +46,7 @@ from fedbpt.population import sample_population
 from fedbpt.privacy import Releases, RowLosses, check_private
 from fedbpt.questions import Answer, Question
 from fedbpt.readout import answer
-from fedbpt.sampling import mini_batch, parts_of, row_weights, under
+from fedbpt.sampling import PlainLogits, mini_batch, parts_of, row_weights, under
 from fedbpt.scorer import Scorer
 from fedbpt.seeding import generator
 from fedbpt.speed import Speed, measure_speed
@@ -54,6 +55,7 @@ from fedbpt.version import VERSION
 from fedbpt.wire import digest
 
 _KEPT_OBJECTIVES = 4  # encoded rows are small; train, dev and test under one template, and one to spare
+_KEPT_PLAIN = 16  # a few hundred numbers a row; each other template of train and dev rows
 
 
 class Device:
@@ -89,6 +91,7 @@ class Device:
         self._rows = {"train": tuple(train_rows), "dev": tuple(dev_rows), "test": tuple(test_rows)}
         self._task, self._speed = task, Speed(0.0, {}, None)
         self._objectives: OrderedDict[bytes, Objective] = OrderedDict()
+        self._plain_logits: OrderedDict[bytes, PlainLogits] = OrderedDict()
         self.state = state or DeviceState()
 
     def measure_speed(self) -> float:
@@ -208,10 +211,10 @@ class Device:
         objective.row_weights = row_weights(objective, request)
         if request.readouts and len(request.readouts) != len(latents):
             raise InputError(f"{len(request.readouts)} readouts for {len(latents)} latents: give one each, or none")
-        others = [under(template, objective, self._rows[request.split]) for template in request.others]
+        others = [self._plain(objective, request, template, np.arange(n)) for template in request.others]
         correct, loss_sums = [0] * len(latents), [0.0] * len(latents)
         for part in parts_of(np.arange(n), 1 + len(others)):
-            logits = [other.logits(other.zero_shot_embeds(), part, cancelled) for other in others]
+            logits = [other.of(part, cancelled) for other in others]
             for which, embeds in objective.prompts(latents):
                 readouts = [request.readouts[i] for i in which] if request.readouts else ()
                 report = None if others else progress
@@ -301,16 +304,15 @@ class Device:
         key = msgspec.msgpack.encode((*what, plan.seed, plan.device, work.max_rows))
         if self.state.fitted is None or self.state.fitted_to != key:  # a fit's prompt stands still
             [(_, embeds)] = objective.prompts(work.latent.numpy()[None])
-            made = [(objective, embeds)]
-            for template in work.others:
-                other = under(template, objective, self._rows["train"])
-                made.append((other, other.zero_shot_embeds()))
-            logits: list[list[NDArray[np.float32]]] = [[] for _ in made]
-            parts = parts_of(chosen, len(made))
+            others = [self._plain(objective, plan, template, chosen) for template in work.others]
+            logits: list[list[NDArray[np.float32]]] = [[] for _ in range(1 + len(others))]
+            parts = parts_of(chosen, len(logits))
             for number, part in enumerate(parts):
-                for (each, prompt), found in zip(made, logits, strict=True):
-                    with counter.of(each):
-                        found.append(each.logits(prompt, part, cancelled))
+                with counter.of(objective):
+                    logits[0].append(objective.logits(embeds, part, cancelled))
+                for other, found in zip(others, logits[1:], strict=True):
+                    with counter.of(other.objective):
+                        found.append(other.of(part, cancelled))
                 progress(number + 1, len(parts) + 1)
             self.state.fitted_to, self.state.fitted = key, np.stack([np.concatenate(each) for each in logits])
         rows = row_weights(objective, plan)[chosen]
@@ -373,6 +375,23 @@ class Device:
         bias = np.array(plan.label_bias)
         objective.readout = Readout(weights=Array.of(bias[None])) if len(bias) else None
         return objective
+
+    def _plain(
+        self, like: Objective, asked: RoundPlan | EvaluateRequest, template: Template, rows: NDArray[np.intp]
+    ) -> PlainLogits:
+        """The logits of ``rows`` under another template, without a prompt: kept, for they are asked for again."""
+        split = asked.split if isinstance(asked, EvaluateRequest) else "train"
+        what = (split, template, asked.template, asked.labels, asked.objective, asked.prompt, rows.tobytes())
+        key = hashlib.sha256(msgspec.msgpack.encode(what)).digest()
+        if key not in self._plain_logits:
+            made = PlainLogits(under(template, like, self._rows[split]))
+            if split == "test":  # asked for once
+                return made
+            self._plain_logits[key] = made
+        self._plain_logits.move_to_end(key)
+        while len(self._plain_logits) > _KEPT_PLAIN:
+            self._plain_logits.popitem(last=False)
+        return self._plain_logits[key]
 
     def _objective(
         self,

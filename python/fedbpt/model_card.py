@@ -53,6 +53,20 @@ FACTORS_AFTER_EMBEDDING = {
 """Architectures whose embeddings transformers (5.x) multiplies after ``inputs_embeds``, not before, and by what."""
 
 
+_STAGES = {
+    "zero_shot": "zero-shot",
+    "calibrated": "calibration only",
+    "probe": "linear probe",
+    "prompt": "tuned, without readout",
+    "tuned": "tuned",
+}
+
+_ROWS = {
+    "test": "On held-back rows, which chose nothing.",
+    "dev": "On development rows, which showed how the tuning went. No others were held back.",
+}
+
+
 class Described(Protocol):
     """What the card asks of a prompt; a `fedbpt.prompt.Prompt` satisfies it."""
 
@@ -119,7 +133,7 @@ def model_card(prompt: Described, use: str, library: str = "fedbpt") -> str:
         parts.append("## Training\n\n" + _table(("", ""), training))
     results = _results(told)
     if results:
-        parts.append("## Results\n\nOn held-back rows, which chose nothing.\n\n" + results)
+        parts.append(f"## Results\n\n{_ROWS.get(str(told.get('split')), _ROWS['test'])}\n\n{results}")
     parts += ["## Licence\n\n" + _licence(known), "## Use\n\n" + use]
     return "\n".join(parts)
 
@@ -214,7 +228,7 @@ def _results(told: Mapping[str, Any]) -> str:
     """A table of what the last entry of a history says; empty where it says nothing."""
     lines = []
     figure = "accuracy" if "tuned_accuracy" in told else "perplexity"
-    for key, title in (("zero_shot", "zero-shot"), ("tuned", "tuned")):
+    for key, title in _STAGES.items():
         value = told.get(f"{key}_{figure}")
         if _is_number(value):
             low_high = told.get(f"{key}_interval")

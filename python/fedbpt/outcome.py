@@ -18,9 +18,16 @@ def make_result(
     members: Iterable[Member],
     costs: Mapping[str, Traffic],
     reports: Mapping[str, EvaluateReport],
+    dev: Mapping[str, Score],
     total_seconds: float,
 ) -> RunResult:
-    """The result of a run. ``model``: a device that has its model; ``reports``: of the final evaluation, by device."""
+    """The result of a run.
+
+    Args:
+        model: a device that has its model.
+        reports: of the final evaluation, by device.
+        dev: the last scores on ``dev`` rows, by line; empty: there are none.
+    """
     names = list(ledger.lines())
     devices = tuple(
         DeviceSummary(
@@ -61,4 +68,5 @@ def make_result(
         templates=ledger.candidates,
         epsilon=ledger.epsilon(),
         devices=devices,
+        dev=dict(dev),
     )

@@ -193,11 +193,11 @@ def cap_reports(reports: Sequence[RoundReport], cap: float) -> list[RoundReport]
     return capped
 
 
-def evaluation_loss(reports: Sequence[EvaluateReport], cap: float) -> float:
-    """Mean loss of the first latent over all devices' rows, nats, as far as `cap_rows` lets them count."""
+def evaluation_loss(reports: Sequence[EvaluateReport], cap: float, which: int = 0) -> float:
+    """Mean loss of latent ``which`` over all devices' rows, nats, as far as `cap_rows` lets them count."""
     counts = np.array([report.n for report in reports])
     shares = cap_rows(counts.tolist(), cap) / counts
-    total = sum(share * report.loss_sums[0] for share, report in zip(shares, reports, strict=True))
+    total = sum(share * report.loss_sums[which] for share, report in zip(shares, reports, strict=True))
     return float(total / (shares * counts).sum())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from fedbpt.intervals import wilson_interval
 from fedbpt.messages import Template
 from fedbpt.notebook import show_figures
 from fedbpt.prompt import Prompt
-from fedbpt.runs import RunResult, perplexity
+from fedbpt.runs import RunResult, Score, perplexity
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -102,11 +103,11 @@ class TuneResult:
             ("seconds", f"{run.seconds:.1f}"),
             *((f"zero-shot, {each.template.pattern!r}", describe_accuracy(each)) for each in run.templates),
         ]
-        if self.dev_curve:
-            figure = "perplexity" if run.generates else "accuracy"
-            (_, before), (_, after) = self.dev_curve[0], self.dev_curve[-1]
-            lines.append((f"development {figure}", f"{before:.3f} → {after:.3f}"))
+        lines += [(f"{name} {_figure_name(run)}", _gain(run, scores)) for name, scores in self._splits() if scores]
         return html_table(f"Tuned for {run.task}", lines) + self.prompt._repr_html_()
+
+    def _splits(self) -> list[tuple[str, dict[str, Score]]]:
+        return [("development", self.run.scores("dev")), ("test", self.run.scores("test"))]
 
     def plot(self) -> Figure:
         """A matplotlib figure of the mini-batch loss, and of the figure on development rows where there were some."""
@@ -121,11 +122,24 @@ class TuneResult:
         axes.set(xlabel="evaluations", ylabel="loss (nats)", title=self.run.task)
         if self.dev_curve:
             right = axes.twinx()
-            figure_name = "perplexity" if self.run.generates else "accuracy"
-            right.plot(*_columns(self.dev_curve), color="tab:green", marker=".", label=f"development {figure_name}")
-            right.set_ylabel(figure_name)
+            name = _figure_name(self.run)
+            right.plot(*_columns(self.dev_curve), color="tab:green", marker=".", label=f"development {name}")
+            right.set_ylabel(name)
         figure.legend(loc="outside lower center", ncols=2)
         return figure
+
+
+def _figure_name(run: RunResult) -> str:
+    return "perplexity" if run.generates else "accuracy"
+
+
+def _gain(run: RunResult, scores: Mapping[str, Score]) -> str:
+    """From the model as it is to what is shipped, on the same rows."""
+    before, after = scores["zero_shot"], scores["tuned"]
+    if run.generates:
+        return f"{before.perplexity:.3f} → {after.perplexity:.3f} on {after.n:,} rows"
+    low, high = after.interval
+    return f"{before.accuracy:.3f} → {after.accuracy:.3f} [{low:.3f}, {high:.3f}] on {after.n:,} rows"
 
 
 def _columns(points: tuple[tuple[int, float], ...]) -> tuple[list[int], list[float]]:

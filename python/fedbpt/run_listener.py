@@ -21,6 +21,8 @@ def listener_for(ledger: RunLedger, emit: EventCallback) -> Listener:
         emit(DeviceBack(device=device, round=round))
 
     def late(report: RoundReport) -> None:
+        if report.run != run:
+            return  # of a live evaluation: nothing is kept of it
         store.record_late(run, report)
         emit(LateReport(device=report.device, round=report.round))
 

@@ -74,7 +74,7 @@ class RunSettings(Message, frozen=True):
     per_round: NaturalInt = 0  # reports that make a round of the search; 0: of all devices
     over_selection: Annotated[float, msgspec.Meta(ge=0)] = 0.25  # share of those asked besides, for some are slow
     even_rounds: bool = False  # slow devices score smaller mini-batches, so that all end a round together
-    evaluate_every: NaturalInt = 0  # rounds between live evaluations on ``dev`` rows; 0: none
+    evaluate_every: NaturalInt = 20  # rounds between live evaluations, where devices have ``dev`` rows; 0: none
     patience: NaturalInt = 0  # so many of those without a lower loss end the search, and the best mean counts; 0: never
     restarts: NaturalInt = 0  # so often the search begins anew from the best mean instead
     dev_rows: NaturalInt = 100  # most rows per device in those; 0: all
@@ -188,6 +188,11 @@ BASELINES = {
 the tuned prompt with a bias per label. By their keys, with their names for people."""
 
 
+LINES = {"zero_shot": "zero-shot", **BASELINES, "tuned": "tuned"}
+"""All that is compared, by key, with names for people, in the order in which it comes about."""
+
+Split: TypeAlias = Literal["dev", "test"]
+
 Lines: TypeAlias = dict[str, tuple[NDArray[np.float64], Readout | None]]
 
 
@@ -232,6 +237,7 @@ class RunResult(Message, frozen=True):
 
     ``rounds`` are the search's. ``baselines``: other ways, by name (`BASELINES`). They, ``zero_shot``, ``tuned`` were
     measured on the same held-back ``test`` rows, which chose nothing.
+    ``dev``: the same by name, ``zero_shot`` and ``tuned`` too, on ``dev`` rows; empty: there were none.
     ``seconds``: of the closed rounds (tuning); ``total_seconds`` with connecting and evaluating, this sitting only.
     """
 
@@ -256,6 +262,7 @@ class RunResult(Message, frozen=True):
     others: tuple[Template, ...] = ()  # the templates of the readout's ``others``
     templates: tuple[TemplateScore, ...] = ()  # as `TemplateSelected.candidates`
     epsilon: float | None = None  # spent on a training row at most; None: the run was not private
+    dev: dict[str, Score] = msgspec.field(default_factory=dict)
 
     @property
     def generates(self) -> bool:
@@ -275,6 +282,11 @@ class RunResult(Message, frozen=True):
     def lines(self) -> Lines:
         """What was evaluated: see `lines`."""
         return lines(self.latent, self.fits)
+
+    def scores(self, split: Split) -> dict[str, Score]:
+        """What was measured on ``split`` rows, by the keys of `LINES` and in their order; empty: nothing was."""
+        found = {"zero_shot": self.zero_shot, **self.baselines, "tuned": self.tuned} if split == "test" else self.dev
+        return {name: found[name] for name in LINES if name in found and found[name].n}
 
     @property
     def bytes_up(self) -> int:
@@ -343,11 +355,16 @@ class RoundClosed(Message, frozen=True, tag=True):
 
 
 class Evaluated(Message, frozen=True, tag=True):
-    """A live evaluation on ``dev`` rows after ``round``; round 0 is zero-shot."""
+    """What would be shipped if the search ended after ``round``, on ``dev`` rows; round 0 is zero-shot.
+
+    ``zero_shot`` and ``stages``, by their keys in `BASELINES`, are of the same rows.
+    """
 
     round: NaturalInt
     score: Score
     devices: tuple[str, ...]
+    zero_shot: Score = NO_SCORE
+    stages: dict[str, Score] = msgspec.field(default_factory=dict)
 
 
 class DeviceLost(Message, frozen=True, tag=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,24 @@ def under(template: Template, like: Objective, rows: Sequence[Row]) -> Objective
     return Objective(
         like.scorer, template, like.labels, rows, like.spec, like.prompt, keep_kv=False, words=like.word_ids
     )
+
+
+class PlainLogits:
+    """Logits of rows under another template, without a prompt; each part of the rows is computed once.
+
+    ``objective``: made by `under`. Rows are to come in the same parts each time.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        self._known: dict[bytes, NDArray[np.float32]] = {}
+
+    def of(self, part: NDArray[np.intp], cancelled: Callable[[], bool]) -> NDArray[np.float32]:
+        """Logits [n, n_labels + n_words] of a part. Raises as `Objective.logits`."""
+        key = part.tobytes()
+        if key not in self._known:
+            self._known[key] = self.objective.logits(self.objective.zero_shot_embeds(), part, cancelled)
+        return self._known[key]
 
 
 def row_weights(objective: Objective, asked: RoundPlan | EvaluateRequest) -> NDArray[np.float64]:

@@ -84,10 +84,17 @@ def test_bytes_are_for_people(count: float, text: str) -> None:
 
 
 def test_the_line_holds_what_a_person_watches(monkeypatch: pytest.MonkeyPatch) -> None:
-    score = Evaluated(round=0, score=Score(n=10, correct=7, loss_sum=1.0), devices=("a",))
-    better = Evaluated(round=2, score=Score(n=10, correct=9, loss_sum=1.0), devices=("a",))
-    text = shown(monkeypatch, started(), score, closed(1), better, closed(3))
-    for part in ("round 3", "acc 0.900 (zero-shot 0.700)", "loss 0.510", "2/3 devices", "up 900 B  down 5.4 KB"):
+    score, better = Score(n=10, correct=7, loss_sum=1.0), Score(n=10, correct=9, loss_sum=1.0)
+    first = Evaluated(round=0, score=score, zero_shot=score, devices=("a",))
+    later = Evaluated(round=2, score=better, zero_shot=score, devices=("a",))
+    text = shown(monkeypatch, started(), first, closed(1), later, closed(3))
+    for part in (
+        "round 3",
+        "acc 0.900 [0.596, 0.982]  zero-shot 0.700",
+        "loss 0.510",
+        "2/3 devices",
+        "up 900 B  down 5.4 KB",
+    ):
         assert part in text
     assert "eta 1:10" in text  # 30 s for three rounds of ten
 
@@ -125,6 +132,14 @@ def test_a_log_of_slow_rounds_has_each_of_them(monkeypatch: pytest.MonkeyPatch) 
     said = lines(monkeypatch, started(rounds=100), *(closed(round) for round in range(1, 6)))
     assert len([line for line in said if line.startswith("round ")]) == 5
     assert lines(monkeypatch, started(), closed(1), visible=False) == []
+
+
+def test_the_last_evaluation_is_shown_when_no_round_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    score, better = Score(n=10, correct=7, loss_sum=1.0), Score(n=10, correct=9, loss_sum=1.0)
+    events = [closed(3), Evaluated(round=3, score=better, zero_shot=score, devices=("a",))]
+    for text in (shown(monkeypatch, started(rounds=3), *events), "\n".join(lines(monkeypatch, started(), *events))):
+        assert "acc 0.900" in text.splitlines()[-1]
+        assert "zero-shot 0.700" in text.splitlines()[-1]
 
 
 def test_the_end_of_the_budget_is_shown_as_finishing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,9 +193,10 @@ def test_of_target_texts_the_line_shows_the_perplexity(monkeypatch: pytest.Monke
     before, after = (Score(n=4, correct=0, loss_sum=4 * math.log(value)) for value in (80.0, 65.6))
     text = shown(
         monkeypatch, started(), TemplateSelected(template=template, index=0, losses=()),
-        Evaluated(round=0, score=before, devices=("a",)), Evaluated(round=5, score=after, devices=("a",)), closed(5),
+        Evaluated(round=0, score=before, zero_shot=before, devices=("a",)),
+        Evaluated(round=5, score=after, zero_shot=before, devices=("a",)), closed(5),
     )  # fmt: skip
-    assert "ppl 65.60 (zero-shot 80.00)" in text
+    assert "ppl 65.60  zero-shot 80.00" in text
     assert "acc" not in text
     assert " with " not in text
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedbpt.errors import ConfigError
-from fedbpt.runs import Evaluated, RoundClosed, RunSettings
+from fedbpt.runs import Evaluated, RoundClosed, RunSettings, RunStarted
 from tests.toy_scene import StopRunError, stop
 from tests.unit.test_federation_fit import FitScene
 
@@ -24,9 +24,11 @@ def scene(tmp_path: Path) -> Iterator[FitScene]:
 
 
 def judged(scene: FitScene) -> list[tuple[int, float]]:
-    """(rounds of the search, dev loss) of the last run's evaluations."""
+    """(rounds of the search, dev loss of its mean without a readout) of the last run's evaluations."""
     searched = {event.round: event.searched for event in scene.of(RoundClosed)}
-    return [(searched[event.round], event.score.loss) for event in scene.of(Evaluated) if event.round]
+    history = scene.store.history(scene.of(RunStarted)[-1].run)
+    losses = {line.round: line.metrics["judged_loss"] for line in history if "judged_loss" in line.metrics}
+    return [(searched[round], loss) for round, loss in losses.items() if round]
 
 
 def test_a_search_ends_when_dev_rows_no_longer_gain_and_the_best_mean_counts(scene: FitScene) -> None:
@@ -77,9 +79,13 @@ def test_a_run_stopped_beside_an_evaluation_resumes_to_the_same_result(
     resumed = scene.run("stopped", **SETTINGS)
     for name in ("mean", "digest", "rounds", "fits", "tuned"):
         assert getattr(resumed, name) == getattr(whole, name), name
-    assert len([line for line in scene.store.history("stopped") if "dev_loss" in line.metrics]) == evaluations + 1
+    evaluated = [line for line in scene.store.history("stopped") if "dev_loss" in line.metrics]
+    assert len(evaluated) == 1 + evaluations + 1  # zero-shot, and the result
+    assert {name: score.accuracy for name, score in resumed.dev.items()} == {
+        name: score.accuracy for name, score in whole.dev.items()
+    }
 
 
 def test_patience_needs_evaluations() -> None:
     with pytest.raises(ConfigError, match="set evaluate_every"):
-        RunSettings(patience=3)
+        RunSettings(patience=3, evaluate_every=0)

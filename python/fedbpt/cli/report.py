@@ -13,7 +13,7 @@ from fedbpt.display import describe_accuracy, human_bytes
 from fedbpt.estimate import RunCost
 from fedbpt.intervals import beats_chance
 from fedbpt.plain_text import echo
-from fedbpt.runs import BASELINES, RunResult, Score, TemplateScore, perplexity
+from fedbpt.runs import LINES, RunResult, Score, Split, TemplateScore, perplexity
 from fedbpt.terminal import PlainConsole
 
 
@@ -29,6 +29,7 @@ def result_as_json(result: RunResult, prompt_path: Path | None) -> dict[str, Any
         **_figures(result, "tuned", result.tuned),
         "baselines": {name: score.accuracy for name, score in result.baselines.items()},
         "n": result.tuned.n,
+        "dev": {name: _score(result, score) for name, score in result.scores("dev").items()},
         "evaluations": result.evaluations,
         "tokens": result.tokens,
         "rounds": result.rounds,
@@ -71,19 +72,17 @@ def _figures(result: RunResult, name: str, score: Score) -> dict[str, Any]:
     return {f"{name}_accuracy": score.accuracy, f"{name}_interval": score.interval}
 
 
+def _score(result: RunResult, score: Score) -> dict[str, Any]:
+    if result.generates:
+        return {"n": score.n, "perplexity": score.perplexity}
+    return {"n": score.n, "accuracy": score.accuracy, "interval": score.interval}
+
+
 def print_result(result: RunResult, prompt_path: Path | None) -> None:
     """The table at the end of a run."""
     console = PlainConsole()
-    if result.tuned.n:
-        others = {title: result.baselines[name] for name, title in BASELINES.items() if name in result.baselines}
-        scores = {"zero-shot": result.zero_shot, **others, "tuned": result.tuned}
-        title = f"{result.task} on {result.model_name}: {result.tuned.n} held-out rows, which chose nothing"
-        if result.generates:
-            print_perplexities(console, title, {name: score.loss for name, score in scores.items()})
-        else:
-            lines = {name: (score.accuracy, score.interval, score.loss) for name, score in scores.items()}
-            print_accuracies(console, title, lines)
-            print_chance(console, result.zero_shot, len(result.template.label_words))
+    _print_scores(console, result, "test", "held-out rows, which chose nothing")
+    _print_scores(console, result, "dev", "development rows, which showed how it went")
     for candidate in result.templates:
         line = f"zero-shot {describe_accuracy(candidate)}: {candidate.template.pattern!r}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -108,6 +107,21 @@ def print_result(result: RunResult, prompt_path: Path | None) -> None:
         console.print(f"ε {result.epsilon:.2f} at δ {result.settings.privacy.delta:g}, of one training row of a device")
     if prompt_path is not None:
         console.print(f"prompt: {prompt_path}", soft_wrap=True)
+
+
+def _print_scores(console: PlainConsole, result: RunResult, split: Split, rows: str) -> None:
+    """The table of a split, where something was measured on it."""
+    scores = {LINES[name]: score for name, score in result.scores(split).items()}
+    if not scores:
+        return
+    title = f"{result.task} on {result.model_name}: {scores['tuned'].n} {rows}"
+    if result.generates:
+        print_perplexities(console, title, {name: score.loss for name, score in scores.items()})
+        return
+    print_accuracies(
+        console, title, {name: (score.accuracy, score.interval, score.loss) for name, score in scores.items()}
+    )
+    print_chance(console, scores["zero-shot"], len(result.template.label_words))
 
 
 def print_cost(cost: RunCost, as_json: bool) -> None:
