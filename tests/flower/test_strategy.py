@@ -17,6 +17,7 @@ from fedbpt.flower.loop import LATENT
 from fedbpt.messages import PrivacySpec
 from fedbpt.runs import DeviceBack, DeviceLost, Event, LateReport, RoundClosed
 from fedbpt.store import RunStore
+from fedbpt.task_identity import TaskIdentity
 from tests.fake_device import FakeDevice
 from tests.flower.toy_app import TASK, make_device, natively, settings, short
 from tests.flower.toy_grid import Node, ToyGrid, node_of
@@ -225,6 +226,35 @@ def test_flowers_own_loop_asks_for_the_quorum_too(store: RunStore) -> None:
     strategy = FedBPT(ToyTask(), search_alone(quorum=1.0), store, devices=2)
     with pytest.raises(QuorumError, match="1 of 2 devices reported, 2 are needed"):
         Strategy.start(strategy, ToyGrid(node_of(a), node_of(b)), ArrayRecord())
+
+
+# --- a node with another task ----------------------------------------------------------------------------------------
+
+
+def test_a_node_with_another_task_is_named_and_the_others_go_on(store: RunStore) -> None:
+    a, b, c = devices("a", "b", "c")
+    b.task = TaskIdentity.of("toy", ("y", "x"))
+    events: list[Event] = []
+    strategy = FedBPT(ToyTask(), search_alone(quorum=0.5), store, devices=3, on_event=events.append)
+    strategy.start(ToyGrid(*map(node_of, (a, b, c))))
+    assert {event.device for event in events if isinstance(event, DeviceLost)} == {"b"}
+    assert strategy.result is not None
+    assert [device.reports > 0 for device in strategy.result.devices] == [True, False, True]
+    assert b.plans == []
+
+
+def test_flowers_own_loop_leaves_a_node_with_another_task_out(
+    store: RunStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    a, b = devices("a", "b")
+    b.task = None
+    strategy = FedBPT(ToyTask(), search_alone(quorum=0.5), store, devices=2)
+    Strategy.start(strategy, ToyGrid(node_of(a), node_of(b)), ArrayRecord(), num_rounds=2)
+    assert "b is left out" in caplog.text
+    assert (len(a.plans), b.plans) == (2, [])
+    strict = FedBPT(ToyTask(), search_alone(quorum=1.0), store, "strict", devices=2)
+    with pytest.raises(QuorumError, match=r"1 of 2 devices can take part, 2 are needed \(b: "):
+        Strategy.start(strict, ToyGrid(node_of(a), node_of(b)), ArrayRecord())
 
 
 # --- what of Flower does not go with it ------------------------------------------------------------------------------

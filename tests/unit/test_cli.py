@@ -86,7 +86,15 @@ LEAVES = {name: command for name, command in COMMANDS.items() if not hasattr(com
 
 def test_the_promised_commands_are_there() -> None:
     words = ["demo", "device", "tune", "evaluate", "chat", "serve", "export", "import", "bench"]
-    words += ["models list", "models pull", "models path", "models rm", "models check", "models requantize"]
+    words += [
+        "models list",
+        "models pull",
+        "models path",
+        "models rm",
+        "models check",
+        "models requantize",
+        "tasks new",
+    ]
     words += ["certs init", "certs issue", "devices invite", "devices list", "devices revoke"]
     words += ["runs list", "runs show", "runs export", "runs replay", "runs scalars", "runs delete", "dashboard"]
     assert set(LEAVES) == {f"fedbpt {word}" for word in words}
@@ -140,7 +148,7 @@ def test_every_command_has_json_quiet_and_a_word_on_each_option(name: str) -> No
     assert [parameter.name for parameter in parameters if not parameter.help] == []
 
 
-@pytest.mark.parametrize("group", [(), ("models",), ("runs",), ("certs",), ("devices",)])
+@pytest.mark.parametrize("group", [(), ("models",), ("tasks",), ("runs",), ("certs",), ("devices",)])
 def test_a_group_alone_shows_its_help(group: tuple[str, ...], run: Run) -> None:
     assert run(*group) == run(*group, "--help")
 

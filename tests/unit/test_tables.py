@@ -51,6 +51,7 @@ READ: dict[str, tuple[str, str | bytes]] = {
     "one column as it is written, one not": ("a.csv", "text,Text,label\nmy invoice,x,0\nit is broken,y,1\n"),
     "line ends of old": ("a.csv", "text,label\rmy invoice,billing\rit is broken,technical\r"),
     "UTF-16 with its mark": ("a.csv", "text,label\nmy invoice,billing\nit is broken,technical\n".encode("utf-16")),
+    "quoted, with semicolons": ("a.csv", '"text";"label"\n"my invoice";"billing"\n"it is broken";"technical"\n'),
     "no line end at the end": ("a.csv", "text,label\nmy invoice,billing\nit is broken,technical"),
     "ndjson": ("a.ndjson", '{"text": "my invoice", "label": "billing"}\n{"text": "it is broken", "label": 1}\n'),
     "blank lines in JSON lines": (
@@ -79,6 +80,11 @@ REFUSED: dict[str, tuple[str, str | bytes, str]] = {
     "an object's key twice": ("a.jsonl", '{"text": "my invoice", "text": "x", "label": 0}\n', r"a\.jsonl:1: .*2 times"),
     "no header": ("a.csv", "my invoice,billing\nit is broken,technical\n", r"a\.csv:1: no column 'text'.*header"),
     "no header, index": ("a.csv", "my invoice;0\nit is broken;1\n", r"a\.csv:1: no column 'text'.*header"),
+    "no header, quoted": (
+        "a.csv",
+        '"my invoice","billing"\n"it is","technical"\n',
+        r"a\.csv:1: no column 'text'.*header",
+    ),
     "no header, long": ("a.csv", f"my invoice {LONG}\n", r"a\.csv:1: no column 'text'.*header"),
     "a comma too many": ("a.csv", "text,label\nno, my invoice,billing\n", r"a\.csv:2: 3 fields for 2 .*quotes"),
     "a field too few": ("a.csv", "text,label\nmy invoice\n", r"a\.csv:2: 1 fields for 2"),

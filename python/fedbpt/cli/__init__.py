@@ -30,7 +30,7 @@ from fedbpt.version import VERSION
 
 COMMANDS = (
     *("demo", "device", "tune", "evaluate", "chat", "serve", "export", "import"),
-    *("bench", "models", "runs", "dashboard", "devices", "certs"),
+    *("bench", "models", "tasks", "runs", "dashboard", "devices", "certs"),
 )
 """Each a module of `fedbpt.cli`: with a function of its name, or, for a group, with an ``app``.
 

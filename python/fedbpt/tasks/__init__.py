@@ -13,6 +13,7 @@ from fedbpt.batches import Row
 from fedbpt.errors import ConfigError
 from fedbpt.messages import Template
 from fedbpt.tasks.builtin import BUILTIN
+from fedbpt.tasks.draft import Draft, draft_task, task_toml
 from fedbpt.tasks.partition import Manifest, partition, read_manifest, split_rows, write_partition
 from fedbpt.tasks.perturb import perturb
 from fedbpt.tasks.readers import (
@@ -29,6 +30,7 @@ from fedbpt.tasks.words import WordCosts, word_costs, word_notes
 
 __all__ = [
     "BUILTIN",
+    "Draft",
     "Manifest",
     "Row",
     "Task",
@@ -37,6 +39,7 @@ __all__ = [
     "WordCosts",
     "bbc_news",
     "cue_ids",
+    "draft_task",
     "drop_duplicates",
     "label_word_ids",
     "load",
@@ -50,6 +53,7 @@ __all__ = [
     "render_ids",
     "rows_from_dataset",
     "split_rows",
+    "task_toml",
     "to_rows",
     "word_costs",
     "word_notes",

@@ -23,6 +23,8 @@ _WHOLE: Final = re.compile(r"([+-]?[0-9]{1,15})(\.0*)?")  # also as a spreadshee
 MAX_LISTED: Final = 20
 """Names that an error lists at most."""
 
+NO_HEADER: Final = "this looks like a row, write a header line above it (text,label)"
+
 MAX_HEADING: Final = (40, 4)
 """Characters and words of a column's name; what is longer is taken for a row where a header should be."""
 
@@ -57,17 +59,10 @@ class Columns(NamedTuple):
 
     def _missing(self, names: Sequence[str], wanted: Sequence[str], where: str) -> DataError:
         problem = f"{where}: no column {' or '.join(repr(name) for name in wanted)}"
-        known = {fold(label) for label in self.labels}
-        if any(
-            len(name) > MAX_HEADING[0]
-            or len(name.split()) > MAX_HEADING[1]
-            or fold(name) in known
-            or whole_number(name) is not None
-            for name in names
-        ):
-            return DataError(f"{problem}: this looks like a row, write a header line above it (text,label)")
+        if looks_like_row(names, self.labels):
+            return DataError(f"{problem}: {NO_HEADER}")
         # Where the file has no header, its first row's fields stand for the columns' names.
-        return DataError(f"{problem}: the columns are {_listed(names)}", public=problem)
+        return DataError(f"{problem}: the columns are {listed(names)}", public=problem)
 
 
 class Fields(NamedTuple):
@@ -171,13 +166,25 @@ class LabelReader:
             raise self._unknown(value, where)
         found = self._by_name(names[value])
         if found is None:
-            known = f"its labels are {_listed(self._labels)}"
+            known = f"its labels are {listed(self._labels)}"
             raise _refusal(f"the data calls its label {value} {names[value]!r}, the task does not: {known}", where)
         return found
 
     def _unknown(self, value: Any, where: str) -> DataError:
         indexed = self._labels if self._numbers else [f"{i} {name}" for i, name in enumerate(self._labels)]
-        return _refusal(f"unknown label {value!r}: give one of {_listed(indexed)}", where)
+        return _refusal(f"unknown label {value!r}: give one of {listed(indexed)}", where)
+
+
+def looks_like_row(names: Sequence[str], labels: Iterable[str] = ()) -> bool:
+    """Whether what stands for the columns' names may be a row of a file without a header; ``labels``: of its task."""
+    known = {fold(label) for label in labels}
+    return any(
+        len(name) > MAX_HEADING[0]
+        or len(name.split()) > MAX_HEADING[1]
+        or fold(name) in known
+        or whole_number(name) is not None
+        for name in names
+    )
 
 
 def whole_number(value: Any) -> int | None:
@@ -232,6 +239,7 @@ def _refusal(problem: str, where: str) -> DataError:
     return DataError(f"{where}: {problem}", public=f"{where}: its label is none of the task's, or not clearly one")
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Names for people, the first `MAX_LISTED` of them."""
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
     return ", ".join(names[:MAX_LISTED]) + more

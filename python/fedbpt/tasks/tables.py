@@ -179,11 +179,12 @@ def _dialect(path: Path, check_header: CheckHeader) -> dict[str, Any]:
         ways = [tabs, *(way for way in ways if way["delimiter"] != "\t")]
     widest, problem = 0, DataError(f"{path} holds no rows")
     for way in ways:
-        line, header = next(_delimited_lines(path, way), (1, []))
+        header: list[str] = []
         try:
+            line, header = next(_delimited_lines(path, way), (1, []))
             check_header(_trimmed([name.strip() for name in header], 1), f"{path}:{line}")
             return way
-        except DataError as error:
+        except DataError as error:  # also a line that cannot be split so
             if len(header) > widest:
                 widest, problem = len(header), error
     raise problem

@@ -1,0 +1,96 @@
+"""``fedbpt tasks``: task files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from fedbpt import models
+from fedbpt.cli.options import AsJson, Quiet, help_without_command
+from fedbpt.errors import ConfigError
+from fedbpt.native_scorer import NativeScorer, load_model
+from fedbpt.tasks import Draft, WordCosts, draft_task, task_toml, word_costs, word_notes
+
+app = typer.Typer(name="tasks", help="Task files.\n\nExample: fedbpt tasks new data.csv")
+app.callback(invoke_without_command=True)(help_without_command)
+
+Data = Annotated[Path, typer.Argument(help="Labelled rows: CSV, TSV or JSONL.", show_default=False)]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="The task file to write. Default: NAME.toml.")]
+Name = Annotated[str | None, typer.Option("--name", help="The task's name. Default: the data file's.")]
+TextColumn = Annotated[str | None, typer.Option("--text-column", help="The column of the texts. Default: found.")]
+LabelColumn = Annotated[str | None, typer.Option("--label-column", help="The column of the labels. Default: found.")]
+CountedBy = Annotated[
+    str | None, typer.Option("--model", "-m", help="Whose tokens to count. Default: the first model that was pulled.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace a file that is there.")]
+
+
+@app.command("new")
+def new_command(
+    data: Data,
+    out: Out = None,
+    name: Name = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
+    model: CountedBy = None,
+    force: Force = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a task file for the rows of a data file: labels, words and two templates, ready to edit.
+
+    Example: fedbpt tasks new support.csv --model smollm2-135m
+    """
+    draft = draft_task(data, name, text_column, label_column)
+    path = out or Path(f"{draft.task.name}.toml")
+    if path.exists() and not force:
+        raise ConfigError(f"{path} is there already: give another name with --out, or --force to replace it")
+    scorer = _counting(model)
+    costs = word_costs(scorer, draft.task) if scorer else []
+    text = task_toml(draft.task, costs, scorer.name if scorer else "")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8", newline="\n")
+    if as_json:
+        typer.echo(msgspec.json.encode(_as_json(path, draft, scorer, costs)).decode())
+    elif quiet:
+        typer.echo(str(path))
+    else:
+        _print(path, draft, scorer)
+
+
+def _counting(model: str | None) -> NativeScorer | None:
+    """Whose tokens to count; None: there is no model on this machine."""
+    pulled = [entry.name for entry in models.list_models() if entry.downloaded]
+    chosen = model or next(iter(pulled), None)
+    return load_model(chosen) if chosen else None
+
+
+def _as_json(path: Path, draft: Draft, scorer: NativeScorer | None, costs: list[WordCosts]) -> dict[str, Any]:
+    task = draft.task
+    return {
+        "path": str(path),
+        "name": task.name,
+        "labels": dict(zip(task.labels, draft.counts, strict=True)),
+        "text_column": task.text_columns[0],
+        "label_column": task.label_column,
+        "model": scorer.name if scorer else None,
+        "templates": [
+            {**msgspec.to_builtins(template), "tokens": costs[i].tokens if costs else None}
+            for i, template in enumerate(task.templates)
+        ],
+    }
+
+
+def _print(path: Path, draft: Draft, scorer: NativeScorer | None) -> None:
+    task = draft.task
+    counts = ", ".join(f"{label} {count}" for label, count in zip(task.labels, draft.counts, strict=True))
+    typer.echo(f"wrote {path}: texts in {task.text_columns[0]!r}, labels in {task.label_column!r}")
+    typer.echo(f"{len(task.labels)} labels in {sum(draft.counts)} rows: {counts}")
+    for note in word_notes(scorer, task) if scorer else []:
+        typer.echo(note)
+    if scorer is None:
+        typer.echo("what the label words cost is not known: give --model, or pull one (fedbpt models pull)")
+    typer.echo("edit its words and templates, then give it as --task")
