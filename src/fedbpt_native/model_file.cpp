@@ -17,7 +17,7 @@ namespace {
 constexpr double kLayersMax  = 512;      // LLAMA_MAX_LAYERS
 constexpr double kExpertsMax = 1024;     // LLAMA_MAX_EXPERTS
 constexpr double kWindowMax  = 1 << 24;  // tokens: llama.cpp sets aside a number for each, for each sequence
-constexpr double kContextMin = 16;       // tokens: a prompt, a text, and room to go on
+constexpr double kContextMin = 8;        // tokens: a prompt, a text, and room to go on
 constexpr double kIntMax     = 2147483647;
 
 bool contains(const std::string & text, std::initializer_list<const char *> parts) {

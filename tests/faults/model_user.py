@@ -15,7 +15,7 @@ import numpy as np
 from fedbpt import _native
 from fedbpt.errors import FedbptError, InputError
 
-N_TEXTS, N_ROWS, N_LONG = 12, 3, 120
+N_TEXTS, N_ROWS, N_LONG = 12, 2, 120
 
 
 def use(path: str) -> None:
@@ -41,15 +41,15 @@ def _read(engine: _native.Engine, rng: np.random.Generator) -> None:
 
 
 def _score(engine: _native.Engine, rng: np.random.Generator) -> None:
-    most = min(engine.n_ctx_train, N_LONG) - 8 - N_ROWS
+    most = min(engine.n_ctx_train, N_LONG) - 2 - N_ROWS
     lengths = [N_ROWS, most, *rng.integers(N_ROWS, max(N_ROWS + 1, most // 4), N_TEXTS)]
     texts = _ragged([rng.integers(0, engine.n_vocab, length) for length in lengths if length >= N_ROWS])
     n = len(texts[1]) - 1
     labels = rng.integers(0, engine.n_vocab, 3).astype(np.int32)
-    prefix = rng.integers(0, engine.n_vocab, 2).astype(np.int32)
+    prefix = rng.integers(0, engine.n_vocab, 1).astype(np.int32)
     ids = rng.integers(0, engine.n_vocab, 2 * N_ROWS).astype(np.int32)
     rows = engine.token_embeddings(ids).reshape(2, N_ROWS, -1)
-    follow = _ragged([rng.integers(0, engine.n_vocab, length) for _ in range(n) for length in (1, 3)])
+    follow = _ragged([rng.integers(0, engine.n_vocab, length) for _ in range(n) for length in (1, 2)])
     nothing = _ragged([])
     for cue, wanted, continuations in ((False, labels, nothing), (True, labels, nothing), (False, None, follow)):
         plan = engine.plan(texts, wanted, cue, prefix, continuations, 1 << 20)
@@ -60,7 +60,7 @@ def _score(engine: _native.Engine, rng: np.random.Generator) -> None:
 
 def _generate(engine: _native.Engine, rng: np.random.Generator) -> None:
     generator = engine.generator()
-    for length in (1, min(engine.n_ctx_train, N_LONG) - 8, 5):
+    for length in (1, min(engine.n_ctx_train, N_LONG) - 4, 4):
         ids = rng.integers(0, engine.n_vocab, max(1, length)).astype(np.int32)
         rows = engine.token_embeddings(ids[: length // 2])
         stream = generator.open(ids, rows, 0, 0.7, 0.9, 0, 1)
