@@ -56,7 +56,7 @@ def write(
     writer.add_add_bos_token(False)
     for name, values in tiny_gguf.tensors(smallest).items():
         writer.add_tensor(name, values)
-    tiny_gguf._close(writer)
+    tiny_gguf.close(writer)
     return path
 
 
