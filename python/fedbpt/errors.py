@@ -9,8 +9,8 @@
     │   └── ConfigError                a run file or option
     ├── ModelError
     │   ├── ModelNotFoundError         no such name in the catalogue, no such file
-    │   ├── ModelFileError             not a GGUF file, cut short, corrupt, a part missing
-    │   ├── UnsupportedModelError      an architecture that the soft prompt cannot serve
+    │   ├── ModelFileError             not a GGUF file, cut short, contradicting itself, a part missing
+    │   ├── UnsupportedModelError      no causal decoder, an architecture that the soft prompt cannot serve
     │   └── DownloadError              no network, wrong checksum
     ├── PromptError                    a prompt file that is damaged or made for another model
     ├── WireError                      a message that is refused: unknown field, wrong shape, NaN, too large
@@ -91,7 +91,7 @@ class ModelFileError(ModelError):
 
 
 class UnsupportedModelError(ModelError):
-    """An architecture that the soft prompt cannot serve."""
+    """No causal decoder, or an architecture that the soft prompt cannot serve."""
 
 
 class DownloadError(ModelError):

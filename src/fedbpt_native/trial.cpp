@@ -168,9 +168,11 @@ void enter_limits(const ProcessLimits & limits) {
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     std::ofstream("/proc/self/oom_score_adj") << 1000;
     prctl(PR_SET_DUMPABLE, 0);
+#ifndef __SANITIZE_ADDRESS__  // whose shadow memory has terabytes
     if (limits.memory_bytes > 0) {
         limit(RLIMIT_DATA, limits.memory_bytes);
     }
+#endif
 #endif
     limit(RLIMIT_CORE, 0);
     if (limits.cpu_seconds > 0) {

@@ -15,6 +15,7 @@ import tiny_gguf
 from gguf_bytes import Gguf, read
 
 import fedbpt
+from fedbpt import models
 from fedbpt.errors import ModelFileError, UnsupportedModelError
 from fedbpt.models import trial
 from fedbpt.models.trial import TrialReport, TrialSettings
@@ -227,6 +228,13 @@ def test_a_late_model_is_tried_when_it_is_first_used(model: Path, trials: list[P
     assert trials == []
     scorer.tokenize("the market")
     assert trials == [model]
+
+
+def test_a_file_that_fails_is_not_requantised_either(tmp_path: Path) -> None:
+    path = edited(tmp_path / "wrong.gguf", bytes_for_bert)
+    with pytest.raises(ModelFileError):
+        models.requantize(path, "q8_0", n_threads=1)
+    assert sorted(each.name for each in tmp_path.glob("*.gguf*")) == ["wrong.gguf"]
 
 
 def test_a_path_of_other_bytes_than_utf8_is_tried(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def uncollected() -> Iterator[None]:
 
 
 def new(case: Case) -> NativeGenerator:
-    return NativeGenerator(case.scorer._engine)
+    return NativeGenerator(case.scorer._engine, case.scorer._files)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.5, top_p=0.9, top_k=40, seed=3)])

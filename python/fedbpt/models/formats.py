@@ -14,6 +14,7 @@ from typing import NamedTuple
 from fedbpt.errors import InputError, ModelError
 from fedbpt.models.parts import model_parts, model_size, model_stem
 from fedbpt.models.store import locate
+from fedbpt.models.trial import TrialSettings, run_once
 from fedbpt.packages import Progress, publish
 
 FORMATS = ("q2_k", "q3_k_m", "q4_0", "iq4_nl", "q4_k_m", "q4_1", "q5_k_m", "q6_k", "q8_0", "bf16", "f16")
@@ -71,6 +72,7 @@ def requantize(
         InputError: no such format, no threads, or ``out`` exists or is the source.
         ModelNotFoundError: no such model.
         ModelFileError: not a GGUF file, damaged, or no room on the disk.
+        UnsupportedModelError: a model that fedbpt cannot use.
         ModelError: ``out`` cannot be written.
     """
     if format not in FORMATS:
@@ -91,9 +93,9 @@ def requantize(
     try:
         temporary.touch(exist_ok=False)  # before the work: a folder that cannot be written to is told at once
         try:
-            _native.requantize(
-                os.fsencode(source), os.fsencode(temporary), format, n_threads or os.cpu_count() or 1, progress
-            )
+            threads = n_threads or os.cpu_count() or 1
+            run_once(source, TrialSettings(threads))  # llama.cpp's quantiser, too, ends a process over some files
+            _native.requantize(os.fsencode(source), os.fsencode(temporary), format, threads, progress)
             publish(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)

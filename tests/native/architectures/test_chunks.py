@@ -56,7 +56,7 @@ def test_a_text_that_ends_in_its_second_chunk_scores_as_that_chunk(chunked: Case
 
 def test_a_beginning_that_lies_in_the_first_chunk_is_whole_after_a_text_that_left_it(chunked: Case) -> None:
     """A text whose cells come right after free ones lends its beginning, of which no later token sees anything."""
-    generator = NativeGenerator(chunked.scorer._engine)
+    generator = NativeGenerator(chunked.scorer._engine, chunked.scorer._files)
     long = chunked.ids(N_CHUNK + 50)
     again = np.concatenate([long[:300], chunked.ids(5, seed=2)])
     small = [chunked.ids(9, seed=seed) for seed in range(5)]

@@ -16,7 +16,7 @@ N_TOKENS = 6
 def test_each_token_is_the_likeliest_and_has_its_log_probability(case: Case, placement: str) -> None:
     ids, rows = case.ids(70), case.prompts(1, 3)[0]
     given = Placed(ids, rows, 1 if placement == "front" else len(ids) - len(rows))
-    stream = NativeGenerator(case.scorer._engine).open(given, Sampling())
+    stream = NativeGenerator(case.scorer._engine, case.scorer._files).open(given, Sampling())
     tokens = [stream.next(n_likeliest=3) for _ in range(N_TOKENS)]
 
     read = np.concatenate([ids, [token.id for token in tokens[:-1]]])

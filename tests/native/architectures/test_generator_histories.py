@@ -34,7 +34,7 @@ WINDOWS = [
 
 
 def new(case: Case) -> NativeGenerator:
-    return NativeGenerator(case.scorer._engine)
+    return NativeGenerator(case.scorer._engine, case.scorer._files)
 
 
 class History:

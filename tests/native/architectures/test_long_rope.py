@@ -103,7 +103,7 @@ def test_a_plan_gives_the_same_before_and_after_another_plan_with_longer_texts(c
 def test_generated_texts_follow_one_rule_whatever_came_before(choices: Choices) -> None:
     case, scored = choices.case, []
     for history in ([], [800], [20, 800, 20]):
-        generator = NativeGenerator(case.scorer._engine)
+        generator = NativeGenerator(case.scorer._engine, case.scorer._files)
         for n in history:
             generator.open(Placed(case.ids(n, seed=5)), Sampling()).next()
         for n in (20, 300, 800):
