@@ -94,7 +94,7 @@ def tune(
 
     Args:
         scorer, task: the model, from `load_model`; the task, from `fedbpt.tasks.load`.
-        train: rows to tune on: (text, label index or target text) pairs, a `datasets.Dataset` or a file.
+        train: rows to tune on, as `fedbpt.tasks.to_rows` takes them: pairs, dicts, a DataFrame, a Dataset, a file.
         dev: rows to watch the accuracy on; with ``patience`` they choose, too.
         test: rows that only report: for the result's figures and the model card's.
         budget: when to stop.
@@ -270,7 +270,7 @@ def evaluate(
     Args:
         scorer: the model.
         task: the task; its name and labels must be the prompt's.
-        rows: (text, label index) pairs, a `datasets.Dataset` or a file.
+        rows: as for `tune`.
         prompt: None: zero-shot.
         template: how to put the texts to the model; None: the prompt's own, or the task's first.
 

@@ -96,6 +96,7 @@ REFUSED = {
     "no header, many rows": ("a good one,yes\n" * 9 + "bad,no\n" * 9, r"a\.csv:1: .*header"),
     "unclear columns": ("p,q,r\nx y z,a,c\nx z,b,d\ny z,a,c\ny y,b,d\n", "--label-column"),
     "one column": ("text\na\nb\n", "one column"),
+    "half a character": ('{"text": "a", "label": "x"}\n{"text": "b", "label": "\\ud83d"}\n', r"a\.jsonl:2: half"),
     "no rows": ("text,label\n", "no rows"),
     "nothing": ("", "no rows"),
 }
@@ -105,7 +106,7 @@ REFUSED = {
 def test_what_gives_no_task_is_refused_in_one_line(tmp_path: Path, form: str) -> None:
     content, message = REFUSED[form]
     with pytest.raises(DataError, match=message) as caught:
-        draft_task(write(tmp_path, "a.csv", content))
+        draft_task(write(tmp_path, "a.jsonl" if content.startswith("{") else "a.csv", content))
     assert "\n" not in str(caught.value)
     assert "good" not in str(caught.value)
 

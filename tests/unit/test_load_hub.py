@@ -32,6 +32,12 @@ def test_a_parquet_file_is_read(tmp_path, dataset):
     assert tasks.load_hub(tasks.load("sst-2"), source=tmp_path / "s.parquet") == READ
 
 
+@pytest.mark.parametrize("name", ["s.jsonl", "s.NDJSON"])
+def test_lines_of_json_are_read(tmp_path, dataset, name):
+    dataset.cast_column("label", datasets.Value("int64")).to_json(tmp_path / name)
+    assert tasks.load_hub(tasks.load("sst-2"), source=tmp_path / name) == READ
+
+
 def test_a_saved_folder_is_read_by_split(tmp_path, dataset):
     datasets.DatasetDict({"train": dataset}).save_to_disk(tmp_path / "saved")
     assert tasks.load_hub(tasks.load("sst-2"), "train", tmp_path / "saved") == READ

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from fedbpt.errors import ConfigError, InputError, QuorumError
+from fedbpt.ledger import identity_of
 from fedbpt.local import Device
 from fedbpt.membership import misfit
 from fedbpt.messages import SelectWork
@@ -17,7 +18,7 @@ from fedbpt.runs import DeviceBack, DeviceLost
 from fedbpt.task_identity import TaskIdentity
 from fedbpt.tasks import Task, Template
 from tests.fake_device import TOY, FakeDevice
-from tests.toy_scene import Scene, closed
+from tests.toy_scene import Scene, closed, settings
 from tests.toy_scorer import ToyScorer
 from tests.unit.test_local import LABELS, ROWS, TASK, TEMPLATE, local, plan, pooled, request
 
@@ -138,7 +139,7 @@ def test_a_run_is_not_resumed_with_another_task_or_rows_that_are_read_otherwise(
 
 def test_a_run_of_the_version_before_resumes_and_its_columns_are_known_from_then_on(alone: Scene) -> None:
     sitting(alone, **COLUMNS)
-    before = alone.federation(task=of_task(**COLUMNS))._ledger._identity()
+    before = identity_of(settings(rounds=2), of_task(**COLUMNS), reads=False)
     with alone.store._transaction() as db:
         db.execute("UPDATE runs SET identity = ?", (before,))
     sitting(alone, **COLUMNS)

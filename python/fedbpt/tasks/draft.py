@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from fedbpt.checking import half_character
 from fedbpt.errors import DataError
 from fedbpt.messages import Template, as_name
 from fedbpt.tasks.fields import NO_HEADER, Columns, LabelReader, fold, listed, looks_like_row, whole_number
@@ -160,6 +161,8 @@ def _name_of(value: Any, where: str) -> str:
     name = str(value) if isinstance(value, bool | int | float) else value
     if not isinstance(name, str) or not name.strip():
         raise DataError(f"{where}: no label: fill it in or remove the row")
+    if half := half_character(name):
+        raise DataError(f"{where}: {half} in the label: it was cut within an emoji, mend it")
     return name.strip()
 
 

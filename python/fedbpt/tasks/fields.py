@@ -166,8 +166,8 @@ class LabelReader:
             raise self._unknown(value, where)
         found = self._by_name(names[value])
         if found is None:
-            known = f"its labels are {listed(self._labels)}"
-            raise _refusal(f"the data calls its label {value} {names[value]!r}, the task does not: {known}", where)
+            known = f"none of the task's, {listed(self._labels)}: call it the same in both"
+            raise _refusal(f"the data calls its label {value} {names[value]!r}, which is {known}", where)
         return found
 
     def _unknown(self, value: Any, where: str) -> DataError:

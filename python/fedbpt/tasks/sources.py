@@ -30,9 +30,9 @@ _HUB_SOURCES = {
 def load_hub(task: Task, split: str = "train", source: str | Path | None = None) -> list[Row]:
     """AG News or SST-2 by `datasets`: from the Hugging Face hub, or from ``source``.
 
-    ``source``: another hub name, a folder made by ``save_to_disk``, or a ``.parquet``, ``.arrow``, ``.json`` or
-    ``.csv`` file. ``split`` is ``train`` or ``test``; SST-2's ``test`` is GLUE's validation split, whose labels are
-    public.
+    ``source``: another hub name, a folder made by ``save_to_disk``, or a ``.parquet``, ``.arrow``, ``.json``,
+    ``.jsonl``, ``.ndjson`` or ``.csv`` file. ``split`` is ``train`` or ``test``; SST-2's ``test`` is GLUE's validation
+    split, whose labels are public.
 
     Raises:
         MissingExtraError: `datasets` is not installed.
@@ -52,7 +52,8 @@ def load_hub(task: Task, split: str = "train", source: str | Path | None = None)
         elif Path(source).is_dir():
             dataset = datasets.load_from_disk(str(source))
         elif Path(source).is_file():
-            kind = Path(source).suffix.removeprefix(".")
+            kind = Path(source).suffix.lower().removeprefix(".")
+            kind = "json" if kind in ("jsonl", "ndjson") else kind
             dataset = datasets.load_dataset(kind, data_files=str(source), split="train")
         else:
             dataset = datasets.load_dataset(str(source), split=split)

@@ -136,7 +136,8 @@ def bos_ids(tokenizer: Tokenizer) -> NDArray[np.int32]:
 
 def cue_ids(tokenizer: Tokenizer, template: Template) -> NDArray[np.int32]:
     """Token ids [n] of the answer cue, the same for every text. Raises `TaskError`."""
-    return _continuation(tokenizer, split_pattern(template)[1])
+    cue = split_pattern(template)[1]
+    return _continuation(tokenizer, cue, f"the cue {cue!r}")
 
 
 def head_ids(tokenizer: Tokenizer, template: Template) -> NDArray[np.int32]:
@@ -168,7 +169,7 @@ def render_ids(
     read = _readable(text)
     if spoken:
         # The head's trailing space belongs to the text's first word, as tokenizers see it.
-        body = _continuation(tokenizer, head[len(spoken) :] + read, public_name="a row's text")
+        body = _continuation(tokenizer, head[len(spoken) :] + read, "a row's text")
     else:
         body = np.asarray(tokenizer.tokenize(head + read, add_bos=False), dtype=np.int32)
     front = head_ids(tokenizer, template)
@@ -215,22 +216,18 @@ def target_ids(tokenizer: Tokenizer, template: Template, target: str, max_tokens
     if not target.strip():
         raise InputError("a target text is empty: give at least one word")
     target = target.strip()
-    what = f"the target text {target[:20]!r}"
     read = _readable(target)
-    ids = _after_cue(tokenizer, template, f" {read}", what, public_name="a row's target text")
+    ids = _after_cue(tokenizer, template, f" {read}", "a row's target text")
     return _first(ids, max_tokens, read, target)
 
 
-def _after_cue(
-    tokenizer: Tokenizer, template: Template, words: str, what: str, public_name: str | None = None
-) -> NDArray[np.int32]:
-    """``public_name``: for an error that leaves the device, where ``what`` quotes a row."""
+def _after_cue(tokenizer: Tokenizer, template: Template, words: str, what: str) -> NDArray[np.int32]:
+    """``what``: names ``words`` in an error, without what they say where they are of a row."""
     cue = split_pattern(template)[1]
     before = cue_ids(tokenizer, template)
-    after = _continuation(tokenizer, cue + words, public_name)
+    after = _continuation(tokenizer, cue + words, what)
     if len(after) <= len(before) or not np.array_equal(after[: len(before)], before):
-        problem = f"merges with the cue {cue!r}: start it with a space, or end the cue otherwise"
-        raise TaskError(f"{what} {problem}", public=f"{public_name or what} {problem}")
+        raise TaskError(f"{what} merges with the cue {cue!r}: start it with a space, or end the cue otherwise")
     return after[len(before) :]
 
 
@@ -248,15 +245,11 @@ def _check_words(template: Template, labels: tuple[str, ...]) -> None:
             raise TaskError(f"template {template.pattern!r}: label word {word!r} stands for two labels")
 
 
-def _continuation(tokenizer: Tokenizer, text: str, public_name: str | None = None) -> NDArray[np.int32]:
+def _continuation(tokenizer: Tokenizer, text: str, what: str) -> NDArray[np.int32]:
     """The ids of ``text`` as it goes on from something before it."""
     for sentinel in SENTINELS:
         alone = np.asarray(tokenizer.tokenize(sentinel, add_bos=False), dtype=np.int32)
         joined = np.asarray(tokenizer.tokenize(sentinel + text, add_bos=False), dtype=np.int32)
         if len(joined) > len(alone) and np.array_equal(joined[: len(alone)], alone):
             return joined[len(alone) :]
-    what, problem = f"{text[:40]!r}", "with what stands before it: start it with a new line"
-    raise TaskError(
-        f"this model's tokenizer merges {what} {problem}",
-        public=f"this model's tokenizer merges {public_name or what} {problem}",
-    )
+    raise TaskError(f"this model's tokenizer merges {what} with what stands before it: start it with a new line")
