@@ -142,8 +142,8 @@ class RunDisplay:
         doing = f"round {event.searched}" if searches else _DOING[event.purpose]
         if searches and share == 1.0:
             doing = "finishing"
-        left = time_left(self._before, spent) if searches else None
-        self._update(doing, share, self._figures(event), "" if left is None else f"eta {left}")
+        left = seconds_left(self._before, spent) if searches else None
+        self._update(doing, share, self._figures(event), "" if left is None else f"eta {minutes(left)}")
 
     def _figure(self, score: Score) -> str:
         return f"{score.perplexity:.2f}" if self._generates else f"{score.accuracy:.3f}"
@@ -190,6 +190,12 @@ class RunDisplay:
             self._console.print(text, style=style, highlight=False, soft_wrap=True)
 
 
+def minutes(seconds: float) -> str:
+    """As ``0:43``."""
+    whole, rest = divmod(round(seconds), 60)
+    return f"{whole}:{rest:02d}"
+
+
 class Spent(NamedTuple):
     """When ``share`` of a budget was spent, 0 to 1; seconds of closed rounds until then."""
 
@@ -197,9 +203,8 @@ class Spent(NamedTuple):
     share: float
 
 
-def time_left(before: Spent, now: Spent) -> str | None:
-    """How long the rest of a budget will take at the pace since ``before``, as ``0:43``; None: nobody knows."""
+def seconds_left(before: Spent, now: Spent) -> float | None:
+    """How long the rest of a budget will take at the pace since ``before``; None: nobody knows."""
     if not before.share < now.share < 1:
         return None
-    left = round((now.seconds - before.seconds) * (1 - now.share) / (now.share - before.share))
-    return f"{left // 60}:{left % 60:02d}"
+    return (now.seconds - before.seconds) * (1 - now.share) / (now.share - before.share)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -13,9 +13,10 @@ from fedbpt.dashboard.state import RunState
 from fedbpt.dashboard.views import DeviceView
 from fedbpt.errors import DeviceUnreachableError
 from fedbpt.journal import Journal, Logged
-from fedbpt.runs import DeviceBack, DeviceLost, LateReport, Progressed, RoundClosed, Steered
+from fedbpt.runs import DeviceBack, DeviceLost, Event, LateReport, Progressed, RoundClosed, Steered
 from tests.fake_device import FakeDevice
 from tests.toy_scene import Scene, StopRunError, closed, stop
+from tests.unit.test_federation_fit import FitScene
 
 
 @pytest.fixture
@@ -41,18 +42,58 @@ def test_before_there_is_a_run_nothing_is_shown(scene: Scene) -> None:
     assert (view.status, view.searched, view.figure, view.devices) == ("waiting", 0, None, ())
 
 
-def test_a_finished_run_shows_its_result_on_test_rows(scene: Scene) -> None:
+def test_a_finished_run_shows_its_result_on_the_rows_that_it_was_watched_by(scene: Scene) -> None:
     result = scene.run(evaluate_every=2)
     state = stored(scene)
     view = state.view()
     assert (view.status, view.share, view.eta_s) == ("finished", 1.0, None)
-    assert (view.figure, view.zero_shot, view.n_rows) == (result.tuned.accuracy, result.zero_shot.accuracy, 40)
+    dev, test = result.scores("dev"), result.scores("test")
+    assert (view.figure, view.zero_shot) == (dev["tuned"].accuracy, dev["zero_shot"].accuracy)
+    assert (view.split, view.n_rows, view.interval) == ("dev", 20, dev["tuned"].interval)
+    assert state.dev_points()[-1].figure == view.figure  # where the curve ends
+    assert [stage.title for stage in view.stages] == ["zero-shot", "tuned"]
+    for stage, name in zip(view.stages, ("zero_shot", "tuned"), strict=True):
+        assert stage.dev == (dev[name].accuracy, 20, dev[name].interval)
+        assert stage.test == (test[name].accuracy, 40, test[name].interval)
     assert (view.searched, view.evaluations, view.tokens) == (4, result.evaluations, result.tokens)
     assert view.seconds == pytest.approx(result.seconds)
     assert (view.bytes_up, view.bytes_down, view.participations) == (result.bytes_up, result.bytes_down, 8)
     assert [(found.name, found.reports, found.status) for found in view.devices] == [("a", 5, "done"), ("b", 5, "done")]
-    assert device(state, "a").figure == result.devices[0].tuned.accuracy
+    assert device(state, "a").figure == state.device_figures("a")[-1].value
     assert view.template == result.template.pattern
+
+
+def test_without_development_rows_the_result_on_test_rows_is_shown(scene: Scene) -> None:
+    result = scene.run()
+    view = stored(scene).view()
+    assert (view.figure, view.zero_shot, view.n_rows) == (result.tuned.accuracy, result.zero_shot.accuracy, 40)
+    assert (view.split, view.interval) == ("test", result.tuned.interval)
+    assert [(stage.dev, stage.test is None) for stage in view.stages] == [(None, False)] * 2
+    assert device(stored(scene), "a").figure == result.devices[0].tuned.accuracy
+
+
+def test_rounds_on_the_page_are_those_of_the_search_and_so_is_the_time_left(tmp_path: Path) -> None:
+    scene = FitScene(tmp_path / "fits.db")
+    scene.when(closed_search(2), stop)
+    with pytest.raises(StopRunError):
+        scene.run(rounds=8, evaluate_every=1)
+    state = RunState("r")
+    state.look(scene.store)
+    assert [point.round for point in state.losses()] == [1, 2]
+    assert [point.round for point in state.device_losses("a")] == [1, 2]
+    assert [point.round for point in state.dev_points()] == [0, 1]
+    stages = state.view().stages
+    assert [stage.title for stage in stages] == [
+        "zero-shot", "calibration only", "linear probe", "tuned, without readout", "tuned",
+    ]  # fmt: skip
+    assert {stage.dev.n for stage in stages if stage.dev} == {8}
+    assert state._before.seconds > 0
+    assert state._before.share == 0
+    scene.store.close()
+
+
+def closed_search(number: int) -> Callable[[Event], bool]:
+    return lambda event: isinstance(event, RoundClosed) and event.searched == number
 
 
 def test_events_and_store_show_what_the_store_alone_shows(scene: Scene) -> None:
@@ -71,15 +112,15 @@ def test_events_and_store_show_what_the_store_alone_shows(scene: Scene) -> None:
     for curve in ("losses", "device_losses", "device_figures"):
         names = () if curve == "losses" else ("b",)
         assert getattr(state, curve)(*names) == getattr(stored(scene), curve)(*names)
-    assert state.dev("accuracy") == stored(scene).dev("accuracy")
+    assert state.dev_points() == stored(scene).dev_points()
 
 
 def test_curves_have_a_point_a_round_and_the_zero_shot_line_is_round_0(scene: Scene) -> None:
     scene.run(evaluate_every=2)
     state = stored(scene)
     assert [point.round for point in state.losses()] == [1, 2, 3, 4]
-    assert [point.round for point in state.dev("accuracy")] == [0, 2, 4]
-    assert [point.round for point in state.dev("loss")] == [0, 2, 4]
+    assert [point.round for point in state.dev_points()] == [0, 2, 4]
+    assert len({(point.n, point.zero_shot, point.zero_shot_loss) for point in state.dev_points()}) == 1
     assert [point.round for point in state.device_losses("a")] == [1, 2, 3, 4]
     assert [point.round for point in state.device_figures("a")] == [0, 2, 4]
     both = [state.device_losses(name)[0].value for name in ("a", "b")]
@@ -92,14 +133,14 @@ def test_only_what_is_new_is_taken_up(scene: Scene) -> None:
     with pytest.raises(StopRunError):
         scene.run(evaluate_every=2)
     state = stored(scene)
-    assert (state.view().status, len(state.losses()), len(state.dev("loss"))) == ("stopped", 2, 1)
+    assert (state.view().status, len(state.losses()), len(state.dev_points())) == ("stopped", 2, 1)
     version = state.version
     state.look(scene.store)
     assert state.version == version
     scene.run(evaluate_every=2)  # round 2 is evaluated first, round 3 and 4 follow
     state.look(scene.store)
     assert [point.round for point in state.losses()] == [1, 2, 3, 4]
-    assert [point.round for point in state.dev("loss")] == [0, 2, 4]
+    assert [point.round for point in state.dev_points()] == [0, 2, 4]
     assert state.view() == stored(scene).view()
 
 
@@ -212,4 +253,5 @@ def test_the_time_left_follows_from_the_budget_that_is_spent(scene: Scene) -> No
     scene.store.set_status("r", "running")
     view = stored(scene).view()
     assert view.share == 0.25
-    assert view.eta_s == pytest.approx(3 * view.seconds)
+    searching = scene.store.history("r")[1].metrics["seconds"]
+    assert view.eta_s == pytest.approx(3 * searching)  # what went before the search does not come again

@@ -118,9 +118,9 @@ def test_only_the_readout_is_of_several_templates_and_they_share_its_words(scene
     result = scene.run(evaluate_every=2)
     asked = {work.purpose: (work.n_words, work.others) for work in works}
     assert asked == {"calibration": (0, ()), "probe": (N_WORDS, ()), "readout": (PER_TEMPLATE, result.others)}
-    *live, final = requests
-    assert {request.others for request in live} == {()}
-    assert final.others == result.others
+    zero_shot, *live, final = requests
+    assert zero_shot.others == ()
+    assert {request.others for request in (*live, final)} == {result.others}
     with_others = [bool(readout and readout.others) for readout in final.readouts]
     assert with_others == [name == "tuned" for name in result.lines()]
 

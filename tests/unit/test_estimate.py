@@ -42,7 +42,8 @@ def long_text(n: int) -> str:
 
 @pytest.mark.parametrize("placement", ["cue", "front"])
 def test_the_readouts_other_templates_are_counted_and_need_a_deadline_of_their_own(placement: Any) -> None:
-    task = msgspec.structs.replace(TASK, templates=(*TASK.templates, *TASK.templates))
+    more = [msgspec.structs.replace(each, pattern=f"{each.pattern[:-1]};") for each in TASK.templates]
+    task = msgspec.structs.replace(TASK, templates=(*TASK.templates, *more))
     objective = ObjectiveSpec(batch_size=2, max_text_tokens=16, readout_words=16)
     settings = RunSettings(
         rounds=1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Final, Protocol
 
 from nicegui import ui
@@ -13,7 +14,8 @@ from fedbpt.dashboard.beside import Communication, Memory
 from fedbpt.dashboard.controls import Controls
 from fedbpt.dashboard.elements import chart, heading, top
 from fedbpt.dashboard.state import RunState
-from fedbpt.dashboard.views import Point, RunView
+from fedbpt.dashboard.views import Point, RunView, Stage
+from fedbpt.dev_figures import DevPoint
 from fedbpt.display import human_bytes
 
 LOOK_S: Final = 0.25
@@ -42,7 +44,7 @@ class RunPage:
             self._heading = Heading(view)
             ui.element("div").classes("spring")
             self._controls = Controls(control)
-        self._parts: list[Part] = [Tiles(), Curves(state), Devices(state)]
+        self._parts: list[Part] = [Tiles(), Curves(state), Stages(), Devices(state)]
         with ui.element("div").classes("pair"):
             self._parts += [Communication(), Memory()]
         self._parts.append(Notices())
@@ -126,7 +128,7 @@ class Curves:
 
     def __init__(self, state: RunState) -> None:
         self._state = state
-        self._shown: tuple[list[Point], list[Point], list[Point]] | None = None
+        self._shown: tuple[list[DevPoint], list[Point]] | None = None
         with ui.element("div").classes("pair"):
             with ui.element("section").classes("panel"):
                 self._title = heading("Accuracy on development rows")
@@ -136,25 +138,66 @@ class Curves:
                 self._loss = chart(charts.curve("Loss by round, against the zero-shot line", ""))
 
     def show(self, view: RunView) -> None:
-        generates = view.generates
-        figures, dev = self._state.dev("perplexity" if generates else "accuracy"), self._state.dev("loss")
-        losses = self._state.losses()
-        if self._shown == (figures, dev, losses):
+        generates, found, losses = view.generates, self._state.dev_points(), self._state.losses()
+        if self._shown == (found, losses):
             return
-        self._shown = (figures, dev, losses)
+        self._shown = (found, losses)
+        figures = [Point(point.round, point.figure) for point in found]
+        dev = [Point(point.round, point.loss) for point in found]
         if generates:
             self._title.text = "Perplexity on development rows"
             self._figure.options["yAxis"]["axisLabel"]["formatter"] = "{value}"
         else:
             figures = [Point(round, 100 * value) for round, value in figures]
-        zero = figures[0].value if figures and figures[0].round == 0 else None
+        scale = 1 if generates else 100
+        zero = None if not found or found[-1].zero_shot is None else scale * found[-1].zero_shot
         charts.set_curves(self._figure.options, {"tuned": (figures, "var(--tuned)", 3)}, zero)
-        zero = dev[0].value if dev and dev[0].round == 0 else None
+        zero = found[-1].zero_shot_loss if found else None
         # a private loss is noise about 0
         batches = {"mini-batches": (losses, "var(--other)", 1.2)} if view.epsilon is None else {}
         charts.set_curves(self._loss.options, {"development rows": (dev, "var(--loss)", 3), **batches}, zero)
         self._figure.update()
         self._loss.update()
+
+
+class Stages:
+    """What each step of the run gives: the table that the terminal prints at the end."""
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, str]] = []
+        with ui.element("section").classes("panel") as self._panel:
+            heading("What each step gives")
+            with (
+                ui.element("div")
+                .classes("scroller")
+                .props('tabindex=0 role="region" aria-label="What each step gives"')
+            ):
+                self._table = ui.table(columns=[], rows=[], row_key="title", pagination=0)
+            self._table.props('flat hide-bottom wrap-cells :dense="Quasar.Screen.lt.md"')
+        self._panel.visible = False
+
+    def show(self, view: RunView) -> None:
+        rows = [texts.stage_row(stage, view.generates) for stage in view.stages]
+        if rows == self._rows:
+            return
+        self._rows = rows
+        self._panel.visible = bool(rows)
+        self._table.columns = [
+            {"name": "title", "label": "Step", "field": "title", "align": "left"},
+            *_splits(view.stages),
+        ]
+        self._table.rows = rows
+
+
+def _splits(stages: Sequence[Stage]) -> list[dict[str, str]]:
+    """A column for each kind of rows that something was measured on, with how many they are."""
+    columns = []
+    for split, name in texts.ROWS.items():
+        counts = {found.n for stage in stages if (found := getattr(stage, split)) is not None}
+        if counts:
+            label = f"{max(counts):,} {name}"
+            columns.append({"name": split, "label": label, "field": split, "align": "right"})
+    return columns
 
 
 _COLUMNS: Final = (

@@ -11,16 +11,20 @@ import re
 import threading
 from collections import deque
 from collections.abc import Iterable, Mapping
-from typing import Final
+from typing import Any, Final
 
 from fedbpt import wire
 from fedbpt.control import RunControl
-from fedbpt.dashboard.views import DeviceStatus, DeviceView, Notice, Point, RunView, Status
+from fedbpt.dashboard.views import DeviceStatus, DeviceView, Measured, Notice, Point, RunView, Stage, Status
+from fedbpt.dev_figures import DevPoint, dev_points, stages_of
+from fedbpt.display import Spent, seconds_left
 from fedbpt.estimate import spent_share
+from fedbpt.intervals import wilson_interval
 from fedbpt.journal import Line, Logged
 from fedbpt.messages import DeviceInfo
 from fedbpt.rounds import ClosedRound, evaluations_in, numbers_of
 from fedbpt.runs import (
+    LINES,
     DeviceBack,
     DeviceLost,
     LateReport,
@@ -95,6 +99,8 @@ class RunState:
         self._told: set[tuple[int, str]] = set()  # (round, device) of losses that the store has
         self._searched = self._evaluations = self._tokens = self._participations = 0
         self._seconds = 0.0
+        self._before = Spent(0.0, 0.0)  # the search
+        self._reached: dict[int, int] = {}  # rounds of the search, by round
         self._doing = ""
         self._template = ""
 
@@ -225,7 +231,7 @@ class RunState:
             self._metrics[line.round] = line.metrics
             for name, value in line.metrics.items():
                 figure, _, device = name.partition("/")
-                if device and figure != "dev_loss":
+                if device and figure in ("dev_accuracy", "dev_perplexity"):
                     self._device(device).figures[line.round] = value
             if not self.here:
                 for name in line.reported:
@@ -249,7 +255,8 @@ class RunState:
             self._searched += 1
             self._evaluations += evaluations_in(closed, self._settings)
             self._participations += len(closed.shares)
-            self._losses.append(Point(closed.round, closed.loss))
+            self._losses.append(Point(self._searched, closed.loss))
+        self._reached[closed.round] = self._searched
         for share in closed.shares:
             device = self._device(share.device)
             device.reports += 1
@@ -257,9 +264,16 @@ class RunState:
             if share.seconds > 0:
                 device.tokens_per_second = share.tokens / share.seconds
             if searches:
-                device.losses.append(Point(closed.round, share.loss))
+                device.losses.append(Point(self._searched, share.loss))
+        if not self._searched:
+            self._before = self._spent()
         if not self.here:
             self._doing = _DOING[closed.purpose]
+
+    def _spent(self) -> Spent:
+        limits = self._settings
+        share = spent_share(limits, self._searched, self._evaluations, self._tokens, self._seconds)
+        return Spent(self._seconds, share)
 
     # --- what is shown -------------------------------------------------------------------------------------------
 
@@ -268,11 +282,11 @@ class RunState:
         with self._lock:
             return self._losses[since:]
 
-    def dev(self, figure: str) -> list[Point]:
-        """``loss``, ``accuracy`` or ``perplexity`` on development rows, of each evaluation."""
+    def dev_points(self) -> list[DevPoint]:
+        """Each evaluation on development rows, all of the same rows; ``round`` counts those of the search."""
         with self._lock:
-            name = f"dev_{figure}"
-            return [Point(round, found[name]) for round, found in sorted(self._metrics.items()) if name in found]
+            found = dev_points(self._metrics, self.generates)
+            return [point._replace(round=self._reached.get(point.round, 0)) for point in found]
 
     def device_losses(self, name: str) -> list[Point]:
         """Mean loss of each round of the search that device ``name`` reported in."""
@@ -282,7 +296,8 @@ class RunState:
     def device_figures(self, name: str) -> list[Point]:
         """Accuracy or perplexity of each evaluation on development rows of device ``name``."""
         with self._lock:
-            return [Point(round, value) for round, value in sorted(self._device(name).figures.items())]
+            figures = sorted(self._device(name).figures.items())
+            return [Point(self._reached.get(round, 0), value) for round, value in figures]
 
     def view(self) -> RunView:
         """All but the curves."""
@@ -291,9 +306,8 @@ class RunState:
             finished, status = self._status == "finished", self._status
             if status == "running" and self._control is not None and self._control.wish.paused:
                 status = "pausing"
-            share = spent_share(limits, self._searched, self._evaluations, self._tokens, self._seconds)
-            eta = self._seconds * (1 - share) / share if 0 < share < 1 and self._status == "running" else None
-            figure, zero_shot, n_rows = self._headline()
+            spent = self._spent()
+            headline = self._headline()
             epsilons = [found["epsilon"] for _, found in sorted(self._metrics.items()) if "epsilon" in found]
             devices = tuple(self._device_view(name) for name in sorted(self._devices))
             return RunView(
@@ -305,17 +319,16 @@ class RunState:
                 status=status,
                 doing="" if status in ("finished", "stopped") else self._doing,
                 generates=self.generates,
-                figure=figure,
-                zero_shot=zero_shot,
-                n_rows=n_rows,
+                **headline,
+                stages=self._stages(),
                 loss=self._losses[-1].value if self._losses else None,
                 searched=self._searched,
                 rounds_limit=limits.rounds,
                 evaluations=self._evaluations,
                 tokens=self._tokens,
                 seconds=self._seconds,
-                share=1.0 if finished else share,
-                eta_s=eta,
+                share=1.0 if finished else spent.share,
+                eta_s=seconds_left(self._before, spent) if self._status == "running" else None,
                 epsilon=(result.epsilon if finished and result else None) or next(reversed(epsilons), None),
                 participations=self._participations,
                 bytes_up=sum(device.bytes_up for device in devices),
@@ -334,15 +347,52 @@ class RunState:
             return self._result.generates
         return self._settings.objective.loss == "nll"
 
-    def _headline(self) -> tuple[float | None, float | None, int]:
-        result = self._result
-        if self._status == "finished" and result is not None and result.tuned.n:
-            return self._figure(result.tuned), self._figure(result.zero_shot), result.tuned.n
-        points = self.dev("perplexity" if self.generates else "accuracy")
-        if not points:
-            return None, None, 0
-        n_rows = int(self._metrics[points[-1].round].get("dev_n", 0))
-        return points[-1].value, points[0].value if points[0].round == 0 else None, n_rows
+    def _headline(self) -> dict[str, Any]:
+        """Of what would be shipped now, on the same rows from start to end."""
+        points, result = self.dev_points(), self._result
+        if points:
+            last, split = points[-1], "dev"
+            found = Measured(last.figure, last.n, self._interval(last.figure, last.n))
+            zero_shot = last.zero_shot
+        elif self._status == "finished" and result is not None and result.tuned.n:
+            found, split, zero_shot = self._measured(result.tuned), "test", self._figure(result.zero_shot)
+        else:
+            return {"figure": None, "zero_shot": None, "n_rows": 0, "interval": None, "split": "dev"}
+        return {
+            "figure": found.value,
+            "zero_shot": zero_shot,
+            "n_rows": found.n,
+            "interval": found.interval,
+            "split": split,
+        }
+
+    def _stages(self) -> tuple[Stage, ...]:
+        """What each step gives, as the terminal says at the end; of a run under way as far as it has come."""
+        result = self._result if self._status == "finished" else None
+        if result is not None and result.scores("dev"):
+            dev = {name: self._measured(score) for name, score in result.scores("dev").items()}
+        else:
+            dev = self._stages_now()
+        test = {} if result is None else {n: self._measured(score) for n, score in result.scores("test").items()}
+        known = [name for name in LINES if name in dev or name in test]
+        if len(known) < 2:  # of a version before: there is nothing to compare
+            return ()
+        return tuple(Stage(LINES[name], dev.get(name), test.get(name)) for name in known)
+
+    def _stages_now(self) -> dict[str, Measured]:
+        evaluated = [round for round in sorted(self._metrics) if "dev_loss" in self._metrics[round]]
+        if not evaluated:
+            return {}
+        metrics = self._metrics[evaluated[-1]]
+        n = int(metrics.get("dev_n", 0))
+        figures = stages_of(metrics, self.generates)
+        return {name: Measured(value, n, self._interval(value, n)) for name, value in figures.items()}
+
+    def _measured(self, score: Score) -> Measured:
+        return Measured(self._figure(score), score.n, None if self.generates else score.interval)
+
+    def _interval(self, figure: float, n: int) -> tuple[float, float] | None:
+        return None if self.generates or not n else wilson_interval(round(figure * n), n)
 
     def _figure(self, score: Score) -> float:
         return perplexity(score.loss) if self.generates else score.accuracy
@@ -352,7 +402,7 @@ class RunState:
         status, detail = self._device_status(device)
         figures = [value for _, value in sorted(device.figures.items())]
         figure, zero_shot = (figures[-1], figures[0]) if figures else (None, None)
-        if self._status == "finished" and self._result is not None:
+        if not figures and self._status == "finished" and self._result is not None:
             for summary in self._result.devices:
                 if summary.name == name and summary.tuned.n:
                     figure, zero_shot = self._figure(summary.tuned), self._figure(summary.zero_shot)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from fedbpt.dashboard.views import DeviceView, RunView
+from fedbpt.dashboard.views import DeviceView, Measured, RunView, Stage
 from fedbpt.display import human_bytes
+from fedbpt.runs import Split
 
 NONE: Final = "–"
 
@@ -40,13 +41,34 @@ def gain(view: RunView) -> str:
     return f"{change:+.2f}" if view.generates else f"{100 * change:+.1f} points"
 
 
+ROWS: Final[dict[Split, str]] = {"dev": "development rows", "test": "held-out rows, which chose nothing"}
+
+
 def basis(view: RunView) -> str:
-    """What the figure is measured on."""
+    """What the figure is measured on, and how far it can be trusted."""
     if view.figure is None:
         return "not evaluated yet"
-    rows = "held-out rows, which chose nothing" if view.status == "finished" else "development rows"
-    over = "" if view.zero_shot is None else f"zero-shot {figure(view.zero_shot, view.generates)} · "
-    return f"{over}{view.n_rows:,} {rows}"
+    parts = [] if view.zero_shot is None else [f"zero-shot {figure(view.zero_shot, view.generates)}"]
+    parts += [] if view.interval is None else [f"95 % interval {interval(view.interval)}"]
+    return " · ".join([*parts, f"{view.n_rows:,} {ROWS[view.split]}"])
+
+
+def interval(bounds: tuple[float, float]) -> str:
+    """``88.2 – 96.3 %``."""
+    low, high = bounds
+    return f"{100 * low:.1f} – {100 * high:.1f} %"
+
+
+def stage_row(stage: Stage, generates: bool) -> dict[str, str]:
+    """A row of the table of stages."""
+    return {"title": stage.title, "dev": _measured(stage.dev, generates), "test": _measured(stage.test, generates)}
+
+
+def _measured(found: Measured | None, generates: bool) -> str:
+    if found is None:
+        return NONE
+    bounds = "" if found.interval is None else f" ({interval(found.interval)})"
+    return f"{figure(found.value, generates)}{bounds}"
 
 
 def duration(seconds: float | None) -> str:

@@ -5,15 +5,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
+from fedbpt.runs import Split
+
 Status: TypeAlias = Literal["waiting", "running", "pausing", "paused", "stopped", "finished"]
 DeviceStatus: TypeAlias = Literal["absent", "live", "paused", "silent", "lost", "done"]
 
 
 class Point(NamedTuple):
-    """A figure after a round."""
+    """A figure after a round; rounds are those of the search."""
 
     round: int
     value: float
+
+
+class Measured(NamedTuple):
+    """A figure of ``n`` rows: accuracy (0 to 1) with its 95 % interval, or perplexity without one."""
+
+    value: float
+    n: int
+    interval: tuple[float, float] | None
+
+
+class Stage(NamedTuple):
+    """What a step of the run gives, on the rows of each split; None: not measured."""
+
+    title: str
+    dev: Measured | None
+    test: Measured | None
 
 
 class Notice(NamedTuple):
@@ -47,7 +65,8 @@ class DeviceView:
 class RunView:
     """A run as it stands. ``figure`` and ``zero_shot``: accuracy (0 to 1), or perplexity where ``generates``.
 
-    They are of ``n_rows`` development rows, once the run is ``finished`` of test rows; None: not evaluated.
+    They are of the same ``n_rows`` rows of ``split`` from the run's start to its end: development rows, or where there
+    are none, once it is finished, test rows. None: not evaluated. ``interval``: of the accuracy, 95 %.
     ``share``: of the budget that is spent, 0 to 1. ``participations``: reports that made rounds of the search.
     """
 
@@ -62,6 +81,9 @@ class RunView:
     figure: float | None
     zero_shot: float | None
     n_rows: int
+    interval: tuple[float, float] | None
+    split: Split
+    stages: tuple[Stage, ...]
     loss: float | None
     searched: int
     rounds_limit: int
