@@ -100,7 +100,10 @@ def _check_selection(
     counts = result.label_counts
     fewest, most = (report.n_texts, n_rows or sum(counts)) if n_labels else (0, 0)
     if len(counts) != n_labels or not fewest <= sum(counts) <= most:
-        raise WireError(f"label_counts {list(counts)} cannot be: asked was for {n_labels} labels of {most} rows")
+        raise WireError(
+            f"label_counts of {len(counts)} labels and {sum(counts)} rows cannot be: asked was for {n_labels} labels of"
+            f" {fewest} to {most} rows"
+        )
     _check_losses(result.loss_sums.numpy() / report.n_texts, bounds.loss_range(plan))
 
 

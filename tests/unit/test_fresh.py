@@ -12,14 +12,13 @@ from fedbpt import cli
 from fedbpt.agent import AgentService
 from fedbpt.agent.server import AgentServer
 from fedbpt.aggregation.pooled import Pooled
-from fedbpt.cli import tune as tune_command
 from fedbpt.errors import DataError, FedbptError, FederationError, QuorumError
 from fedbpt.federation import Federation
 from fedbpt.runs import RunResult
 from fedbpt.store import RunStore
 from tests.fake_device import FakeDevice
 from tests.toy_scene import D, Scene, StopRunError, ToyTask, closed, settings, stop
-from tests.toy_task import TASK_FILE
+from tests.toy_task import TASK, TASK_FILE
 
 
 @pytest.fixture
@@ -115,13 +114,12 @@ def test_there_need_be_nothing_to_forget(scene: Scene) -> None:
 def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """A finished run in the default store of this folder, and the words that made it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tune_command.Observers, "watching", tune_command.Observers.watching)
     (tmp_path / "toy.toml").write_text(TASK_FILE)
     (tmp_path / "run.toml").write_text(
         'task = "toy.toml"\nrun = "r"\n[settings]\nrounds = 2\npopsize = 4\ncalibrate = false\n'
         "[settings.prompt]\nd = 4\n[settings.objective]\nreadout_words = 0\n"
     )
-    with AgentServer(AgentService(FakeDevice("a"))) as server:
+    with AgentServer(AgentService(FakeDevice("a", task=TASK.identity))) as server:
         words = ["tune", "run.toml", "--quiet", "--device", server.url]
         with pytest.raises(SystemExit) as ended:
             cli.main(words)

@@ -15,14 +15,15 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fedbpt.coordinator import monitor as monitor_module
 from fedbpt.coordinator.feed import EventFeed
+from fedbpt.coordinator.metrics import RunMetrics
 from fedbpt.coordinator.monitor import MonitorServer
 from fedbpt.errors import ConfigError
 from fedbpt.journal import Journal
-from fedbpt.runs import DeviceBack, DeviceLost, LateReport
+from fedbpt.runs import DeviceBack, DeviceLost, LateReport, RoundClosed, RunStarted
 from fedbpt.store import RunStore
 from tests.caller import wait_until
 from tests.fake_device import FakeDevice
-from tests.toy_scene import Scene, StopRunError, closed, stop
+from tests.toy_scene import Scene, StopRunError, closed, settings, stop
 
 LATE = LateReport(device="a", round=3)
 
@@ -230,6 +231,22 @@ def test_a_resumed_run_counts_its_own_rounds_seconds_alone(tmp_path: Path) -> No
         with RunStore(tmp_path / "runs.db") as store:
             assert total == pytest.approx(store.history("r")[-1].metrics["seconds"])
         assert (count, value(found, "round")) == (1, 4)
+
+
+def test_a_fresh_run_counts_no_seconds_of_the_one_it_takes_the_place_of() -> None:
+    metrics = RunMetrics("r", seconds=1000.0)
+    started = RunStarted(
+        run="r", devices=("a",), live=("a",), model_name="m", model_fingerprint="f", resumed=0, settings=settings()
+    )
+    first = RoundClosed(
+        round=0, purpose="selection", searched=0, reported=("a",), missing=(), loss=1.0, evaluations=0, tokens=0,
+        seconds=2.5, bytes_up=0, bytes_down=0,
+    )  # fmt: skip
+    journal = Journal(metrics)
+    journal(started)
+    journal(first)
+    found = {family.name: family for family in metrics.families({})}
+    assert [s.value for s in found["run_round_seconds"].samples if s.suffix == "_sum"] == [2.5]
 
 
 # --- who may read ----------------------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ class RunMetrics:
         match line.entry.event:
             case RunStarted() as event:
                 self._started, self._live = event, set(event.live)
+                self._seconds = self._seconds if event.resumed else 0.0  # of a run that this one takes the place of
             case TemplateSelected() as event:
                 self._generates = not event.template.label_words
             case RoundClosed() as event:
