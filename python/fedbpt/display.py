@@ -143,7 +143,7 @@ class RunDisplay:
         if searches and share == 1.0:
             doing = "finishing"
         left = seconds_left(self._before, spent) if searches else None
-        self._update(doing, share, self._figures(event), "" if left is None else f"eta {minutes(left)}")
+        self._update(doing, share, self._figures(event), "" if left is None else f"eta {duration(left)}")
 
     def _figure(self, score: Score) -> str:
         return f"{score.perplexity:.2f}" if self._generates else f"{score.accuracy:.3f}"
@@ -190,10 +190,11 @@ class RunDisplay:
             self._console.print(text, style=style, highlight=False, soft_wrap=True)
 
 
-def minutes(seconds: float) -> str:
-    """As ``0:43``."""
-    whole, rest = divmod(round(seconds), 60)
-    return f"{whole}:{rest:02d}"
+def duration(seconds: float) -> str:
+    """As ``0:43``, ``1:02:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class Spent(NamedTuple):

@@ -20,8 +20,8 @@ from tests.integration.processes import Fleet
 from tests.integration.test_cli_processes import assert_one_line
 
 TASK_FILE = """
-name = "film-mood"
-labels = ["negative", "positive"]
+name = "toy"
+labels = ["x", "y"]
 [[templates]]
 pattern = "{text}\\nit was"
 label_words = [" bad", " good"]
@@ -126,7 +126,7 @@ def test_a_device_that_vanishes_is_in_the_log_and_the_stream_of_a_stopped_run_en
     assert process.returncode == 130
     assert "DeviceLost" in kinds
     lost = [e for e in (wire.decode_json(line, Entry).event for line in site.log()) if isinstance(e, DeviceLost)]
-    assert lost[0].device == b.removeprefix("http://").replace(":", "-")
+    assert lost[0].device == "b"
     assert err.splitlines()[-1].startswith("fedbpt: stopped; to go on from there: fedbpt tune run.toml --log log.jsonl")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from fedbpt import display
 from fedbpt.dashboard.views import DeviceView, Measured, RunView, Stage
 from fedbpt.display import human_bytes
 from fedbpt.runs import Split
@@ -73,11 +74,7 @@ def _measured(found: Measured | None, generates: bool) -> str:
 
 def duration(seconds: float | None) -> str:
     """``3:07``, ``1:02:03``."""
-    if seconds is None:
-        return NONE
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    return NONE if seconds is None else display.duration(seconds)
 
 
 def rounds(view: RunView) -> str:
