@@ -28,7 +28,51 @@ GEMMA_LOCAL_ROPE_BASE = 10_000.0
 GEMMA_LAYERS_PER_GLOBAL = 6
 
 
-class Reference:
+class CausalModel:
+    """A model by its definition: `logits` of one text, and what follows from them."""
+
+    n_vocab: int
+    n_embd: int
+
+    @property
+    def embedding_table(self) -> Rows:
+        """[n_vocab, n_embd], in the scale of fedbpt's rows."""
+        raise NotImplementedError
+
+    def logits(self, inputs: ArrayLike) -> Rows:
+        """Logits [n, n_vocab] at every position of ``inputs``: token ids [n] or embedding rows [n, n_embd]."""
+        raise NotImplementedError
+
+    def token_embeddings(self, ids: ArrayLike) -> Rows:
+        """[len(ids), n_embd]."""
+        return self.embedding_table[np.asarray(ids, dtype=np.int64)]
+
+    def score(
+        self,
+        tokens: Sequence[ArrayLike],
+        embeds: ArrayLike,
+        label_ids: ArrayLike | None = None,
+        placement: Literal["front", "cue"] = "front",
+        prefix: ArrayLike | None = None,
+    ) -> Rows:
+        """`fedbpt.scorer.Scorer.score_with_soft_prompt`, naively: one text and one candidate at a time."""
+        embeds = np.asarray(embeds, dtype=np.float64)
+        candidates = embeds[None] if embeds.ndim == 2 else embeds
+        before = self.token_embeddings([] if prefix is None else prefix)
+        labels = np.arange(self.n_vocab) if label_ids is None else np.asarray(label_ids)
+        result = np.empty((len(candidates), len(tokens), len(labels)))
+        for c, prompt in enumerate(candidates):
+            for t, text in enumerate(tokens):
+                rows = self.token_embeddings(text)
+                if placement == "front":
+                    parts = [before, prompt, rows]
+                else:
+                    parts = [before, rows[: len(rows) - len(prompt)], prompt]
+                result[c, t] = self.logits(np.concatenate(parts))[-1, labels]
+        return result
+
+
+class Reference(CausalModel):
     """One model file's weights, dequantised to float64, and its settings."""
 
     def __init__(self, path: Path) -> None:
@@ -65,10 +109,6 @@ class Reference:
         table = self._weights["token_embd.weight"]
         return table * np.sqrt(self.n_embd) if self.architecture == "gemma3" else table
 
-    def token_embeddings(self, ids: ArrayLike) -> Rows:
-        """[len(ids), n_embd]."""
-        return self.embedding_table[np.asarray(ids, dtype=np.int64)]
-
     # --- what comes out ---
 
     def logits(self, inputs: ArrayLike) -> Rows:
@@ -80,30 +120,6 @@ class Reference:
         x = self._rms_norm(x, self._weights["output_norm.weight"])
         head = self._weights.get("output.weight", self._weights["token_embd.weight"])
         return x @ head.T + self._weights.get("output.bias", 0.0)
-
-    def score(
-        self,
-        tokens: Sequence[ArrayLike],
-        embeds: ArrayLike,
-        label_ids: ArrayLike | None = None,
-        placement: Literal["front", "cue"] = "front",
-        prefix: ArrayLike | None = None,
-    ) -> Rows:
-        """`fedbpt.scorer.Scorer.score_with_soft_prompt`, naively: one text and one candidate at a time."""
-        embeds = np.asarray(embeds, dtype=np.float64)
-        candidates = embeds[None] if embeds.ndim == 2 else embeds
-        before = self.token_embeddings([] if prefix is None else prefix)
-        labels = np.arange(self.n_vocab) if label_ids is None else np.asarray(label_ids)
-        result = np.empty((len(candidates), len(tokens), len(labels)))
-        for c, prompt in enumerate(candidates):
-            for t, text in enumerate(tokens):
-                rows = self.token_embeddings(text)
-                if placement == "front":
-                    parts = [before, prompt, rows]
-                else:
-                    parts = [before, rows[: len(rows) - len(prompt)], prompt]
-                result[c, t] = self.logits(np.concatenate(parts))[-1, labels]
-        return result
 
     # --- the layers ---
 

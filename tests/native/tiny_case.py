@@ -25,6 +25,11 @@ class Case:
     path: Path
 
     @cached_property
+    def weights(self) -> tiny_gguf.Weights:
+        """Of which type the file's matrices are."""
+        return self.model.weights
+
+    @cached_property
     def scorer(self) -> Scorer:
         """The model as fedbpt loads it."""
         return fedbpt.load_model(self.path, n_threads=N_THREADS)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 Weights = Literal["f32", "f16", "q8_0", "q4_1"]
 
-_TYPES = {
+TYPES = {
     "f32": gguf.GGMLQuantizationType.F32,
     "f16": gguf.GGMLQuantizationType.F16,
     "q8_0": gguf.GGMLQuantizationType.Q8_0,
@@ -221,18 +221,19 @@ def write(path: Path, model: TinyModel, omit: str | None = None, claim: TinyMode
     writer = gguf.GGUFWriter(path, model.architecture)
     writer.add_name(f"tiny-{model.architecture}")
     _add_hyperparameters(writer, claim or model)
-    _add_tokenizer(writer, model)
+    add_tokenizer(writer, model)
     for name, values in tensors(model).items():
         if name == omit:
             continue
         # llama.cpp keeps norms and biases in float32 whatever the type of the matrices is.
-        kind = _TYPES[model.weights] if values.ndim == 2 else gguf.GGMLQuantizationType.F32
+        kind = TYPES[model.weights] if values.ndim == 2 else gguf.GGMLQuantizationType.F32
         writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
-    _close(writer)
+    close(writer)
     return path
 
 
-def _close(writer: gguf.GGUFWriter) -> None:
+def close(writer: gguf.GGUFWriter) -> None:
+    """Write what was added."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -257,7 +258,8 @@ def _add_hyperparameters(writer: gguf.GGUFWriter, model: TinyModel) -> None:
         writer.add_sliding_window(model.sliding_window)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, model: TinyModel) -> None:
+def add_tokenizer(writer: gguf.GGUFWriter, model: TinyModel) -> None:
+    """Add the `vocabulary` of ``model``."""
     vocab = vocabulary(model)
     writer.add_tokenizer_model("llama" if vocab.kind == "spm" else "gpt2")
     writer.add_token_list(vocab.pieces)

@@ -1,0 +1,114 @@
+"""LongRoPE: which set of frequencies a text gets depends on the model or on the text, never on what is beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import long_rope
+import numpy as np
+import pytest
+from hugging_face import HuggingFace
+from tiny_case import N_THREADS, Case
+
+import fedbpt
+from fedbpt.generator import Placed, Sampling
+from fedbpt.native_generator import NativeGenerator
+
+N = long_rope.N_ORIGINAL
+LENGTHS = [1, 20, 300, N - 1, N, N + 1, 800]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A model, and what transformers computes under each rule that may choose the frequencies."""
+
+    case: Case
+    by_length: HuggingFace
+    """The short set for texts of up to N tokens, the long one for others: transformers' own rule."""
+    always_long: HuggingFace
+    """The long set for every text, as the model has one."""
+
+    def assert_one_rule(self, scored: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        """``scored``: texts, and the logits after each, up to a constant; all of them must follow one of the rules."""
+        spread = self.by_length.logits(self.case.ids(64)).std()
+        errors = [
+            max(np.abs(normalized(logits) - normalized(rule.logits(ids)[-1])).max() for ids, logits in scored)
+            for rule in (self.by_length, self.always_long)
+        ]
+        assert min(errors) <= self.case.model.tolerance * spread
+
+
+@pytest.fixture(scope="module", params=[architecture.name for architecture in long_rope.ARCHITECTURES])
+def choices(request: pytest.FixtureRequest, architecture_case: Callable[..., Case]) -> Choices:
+    case = architecture_case(request.param)
+    long_alone = replace(
+        case.model, config={**case.model.config, **long_rope.config(short_factor=long_rope.ROPE["long_factor"])}
+    )
+    return Choices(case, case.reference, HuggingFace(long_alone))
+
+
+def normalized(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities in nats."""
+    return logits - np.logaddexp.reduce(logits.astype(np.float64))
+
+
+def no_prompt(case: Case) -> np.ndarray:
+    return np.zeros((1, 0, case.model.n_embd), np.float32)
+
+
+def test_the_two_sets_are_far_apart(choices: Choices) -> None:
+    short = choices.case.ids(N)
+    difference = np.abs(choices.by_length.logits(short) - choices.always_long.logits(short))[-1].max()
+    assert difference > 0.5
+    long = choices.case.ids(800)
+    np.testing.assert_allclose(choices.by_length.logits(long), choices.always_long.logits(long), atol=1e-3)
+
+
+def test_texts_alone_beside_others_and_after_long_ones_follow_one_rule(choices: Choices) -> None:
+    case, texts = choices.case, choices.case.texts(LENGTHS)
+    scorer = fedbpt.load_model(case.path, n_threads=N_THREADS)
+    scored = []
+    for together in (*([text] for text in texts), texts[:3] * 8, texts[:-1], texts[::-1]):
+        logits = scorer.score_with_soft_prompt(together, no_prompt(case))[0]
+        scored += list(zip(together, logits, strict=True))
+    choices.assert_one_rule(scored)
+
+
+@pytest.mark.parametrize("placement", ["front", "cue"])
+def test_soft_prompts_follow_the_same_rule_whatever_was_scored_before(choices: Choices, placement: str) -> None:
+    case, scorer = choices.case, fedbpt.load_model(choices.case.path, n_threads=N_THREADS)
+    tokens, prefix = case.ids(5, seed=3), case.ids(4, seed=4)
+    rows = scorer.token_embeddings(tokens)
+    scored = []
+    for lengths in ([20], [20, 800], [90, 20], [20]):
+        texts = case.texts(lengths)
+        logits = scorer.score_with_soft_prompt(texts, rows, None, placement, prefix)[0]
+        for text, found in zip(texts, logits, strict=True):
+            parts = [prefix, tokens, text] if placement == "front" else [prefix, text[:-5], tokens]
+            scored.append((np.concatenate(parts), found))
+    choices.assert_one_rule(scored)
+
+
+def test_a_plan_gives_the_same_before_and_after_another_plan_with_longer_texts(choices: Choices) -> None:
+    scorer = fedbpt.load_model(choices.case.path, n_threads=N_THREADS)
+    text, embeds = choices.case.ids(60), choices.case.prompts(1, 3)
+    plan = scorer.compile([text], None, "cue")
+    before = plan.score(embeds)
+    scorer.compile([choices.case.ids(800)], None, "cue").score(embeds)
+    scorer.compile(choices.case.texts([30] * 32), None, "cue").score(embeds)
+    np.testing.assert_allclose(plan.score(embeds), before, atol=1e-3)
+
+
+def test_generated_texts_follow_one_rule_whatever_came_before(choices: Choices) -> None:
+    case, scored = choices.case, []
+    for history in ([], [800], [20, 800, 20]):
+        generator = NativeGenerator(case.scorer._engine)
+        for n in history:
+            generator.open(Placed(case.ids(n, seed=5)), Sampling()).next()
+        for n in (20, 300, 800):
+            ids, log_p = case.ids(n), np.empty(case.model.n_vocab)
+            for token, value in generator.open(Placed(ids), Sampling()).next(case.model.n_vocab).likeliest:
+                log_p[token] = value
+            scored.append((ids, log_p))
+    choices.assert_one_rule(scored)
