@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from reference import CausalModel, Rows
 from tiny_case import Case
 
+SELECTION_BIASES = ("correction_bias", "expert_bias")
 # Spread of a matrix's products with rows of spread 1, by the end of its name. Attention is sharp enough to matter and
 # experts are far enough apart that rounding does not choose another one.
 GAINS = {
@@ -31,11 +32,11 @@ GAINS = {
     "down_proj.weight": 1.0,
     "down_proj": 1.0,
     "sinks": 1.0,
+    **dict.fromkeys(SELECTION_BIASES, 0.5),
     "lm_head.weight": 3.0,
     "embed_out.weight": 3.0,
 }
 GAIN = 1.5  # of all other matrices
-SELECTION_BIASES = ("correction_bias", "expert_bias")
 MEANS = {"sinks": 2.0}  # what is added to a vector's values
 
 
@@ -75,9 +76,8 @@ def draw_weights(model: Any, architecture: Architecture) -> None:
             elif values.ndim == 1:
                 # norms' weights are ones by now, or zeros where one is added to them; biases are zeros
                 constant = values[0] if (values == values[0]).all() else 0.0
-                drawn = (
-                    constant + by_end({**MEANS, **architecture.means}, name, 0.0) + by_end(gains, name, 0.25) * drawn
-                )
+                mean = constant + by_end({**MEANS, **architecture.means}, name, 0.0)
+                drawn = mean + by_end(gains, name, 0.25) * drawn
             else:
                 drawn *= by_end(gains, name, GAIN) / n_inputs(name, values, model) ** 0.5
             values.copy_(drawn.half().float())

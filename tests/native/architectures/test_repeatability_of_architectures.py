@@ -48,13 +48,15 @@ def test_texts_beside_it_move_no_bit_of_a_text_in_the_cue_and_little_in_front(qu
             assert np.abs(alone[:, 0] - together[:, i]).max() <= most
 
 
-def test_quantized_weights_score_as_the_model_up_to_rounding(quantized: Case) -> None:
-    text = quantized.ids(60)
-    no_prompt = np.zeros((1, 0, quantized.model.n_embd), np.float32)
-    ends = [5, 20, 60]
-    scored = quantized.scorer.score_with_soft_prompt([text[:end] for end in ends], no_prompt)[0]
-    expected = quantized.reference.logits(text)[np.array(ends) - 1]
-    assert np.abs(scored - expected).mean() <= 0.15 * expected.std()
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
+def test_half_precision_scores_as_the_model_up_to_rounding(architecture_case: Callable[..., Case], name: str) -> None:
+    """The weights are the same, but attention is the fork's own. In a mixture rounding may choose another expert."""
+    case = architecture_case(name, "f16")
+    texts, no_prompt = case.texts([5, 20, 25, 40, 60]), np.zeros((1, 0, case.model.n_embd), np.float32)
+    scored = case.scorer.score_with_soft_prompt(texts, no_prompt)
+    expected = case.reference.score(texts, no_prompt)
+    errors = np.abs(scored - expected)[0].max(axis=1) / expected.std()
+    assert np.median(errors) <= 0.02
 
 
 @pytest.mark.parametrize("weights", ["f16", "q8_0"])
