@@ -150,7 +150,7 @@ def _settings(task: Task, rounds: int, seed: int) -> RunSettings:
         seed=seed,
         select_rows=32,
         deadline_s=300.0,
-        evaluate_every=20,
+        evaluate_every=50,
     )
 
 

@@ -12,6 +12,7 @@ from fedbpt import models
 from fedbpt.cli.options import AsJson, Quiet, help_without_command
 from fedbpt.errors import ConfigError
 from fedbpt.native_scorer import NativeScorer, load_model
+from fedbpt.plain_text import echo
 from fedbpt.tasks import Draft, WordCosts, draft_task, task_toml, word_costs, word_notes
 
 app = typer.Typer(name="tasks", help="Task files.\n\nExample: fedbpt tasks new data.csv")
@@ -54,9 +55,9 @@ def new_command(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8", newline="\n")
     if as_json:
-        typer.echo(msgspec.json.encode(_as_json(path, draft, scorer, costs)).decode())
+        echo(msgspec.json.encode(_as_json(path, draft, scorer, costs)).decode())
     elif quiet:
-        typer.echo(str(path))
+        echo(str(path))
     else:
         _print(path, draft, scorer)
 
@@ -87,10 +88,10 @@ def _as_json(path: Path, draft: Draft, scorer: NativeScorer | None, costs: list[
 def _print(path: Path, draft: Draft, scorer: NativeScorer | None) -> None:
     task = draft.task
     counts = ", ".join(f"{label} {count}" for label, count in zip(task.labels, draft.counts, strict=True))
-    typer.echo(f"wrote {path}: texts in {task.text_columns[0]!r}, labels in {task.label_column!r}")
-    typer.echo(f"{len(task.labels)} labels in {sum(draft.counts)} rows: {counts}")
+    echo(f"wrote {path}: texts in {task.text_columns[0]!r}, labels in {task.label_column!r}")
+    echo(f"{len(task.labels)} labels in {sum(draft.counts)} rows: {counts}")
     for note in word_notes(scorer, task) if scorer else []:
-        typer.echo(note)
+        echo(note)
     if scorer is None:
-        typer.echo("what the label words cost is not known: give --model, or pull one (fedbpt models pull)")
-    typer.echo("edit its words and templates, then give it as --task")
+        echo("what the label words cost is not known: give --model, or pull one (fedbpt models pull)")
+    echo("edit its words and templates, then give it as --task")
