@@ -21,7 +21,7 @@ from elftools.elf.dynamic import DynamicSection
 from elftools.elf.elffile import ELFFile
 from elftools.elf.gnuversions import GNUVerNeedSection
 
-MAX_BYTES = 4_000_000
+MAX_BYTES = 4_500_000
 MACHINES = {"aarch64": "EM_AARCH64", "x86_64": "EM_X86_64"}
 # what glibc itself brings; libstdc++ and libgcc_s are not in it: an old system's may be too old
 GLIBC = re.compile(r"(ld-linux.*|lib(c|m|dl|rt|pthread))\.so\.\d+")
