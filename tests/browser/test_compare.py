@@ -168,7 +168,7 @@ def test_nothing_that_others_wrote_runs_as_a_script(tmp_path: Path, fleet: Fleet
     mine = [(f"{label} {i}", i % 4) for i, label in enumerate(labels * 3)]
     write_rows(tmp_path / "rows.jsonl", mine, labels)
     with RunStore(tmp_path / "runs.db") as store:
-        client = InProcessClient(Device("a", scorer, mine, test_rows=mine))
+        client = InProcessClient(Device("a", scorer, mine, test_rows=mine, task=task))
         Federation([client], task, settings, aggregator_for(settings), store, "mood").run()
         store.record_losses("mood", 1, {"a": labels[0] + labels[1]})
     more = ("--model", model, "--task", tmp_path / "mood.json", "--questions", tmp_path / "rows.jsonl")
