@@ -52,14 +52,24 @@ def refused(call: Callable[[], object]) -> None:
 
 
 def interrupted(scorer: fedbpt.NativeScorer, call: Callable[[], object]) -> None:
-    """``call``, interrupted from a signal handler, which runs on this thread and so within ``call``."""
-    signal.signal(signal.SIGALRM, lambda *_: scorer.interrupt())
+    """``call``, interrupted from a signal handler, which runs on this thread and so within ``call``.
+
+    A signal may still be pending when the timer stops: its handler then runs in a later call, and must do nothing.
+    """
+    in_call = True
+
+    def interrupt(*_: object) -> None:
+        if in_call:
+            scorer.interrupt()
+
+    signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, 2e-4, 2e-4)
     try:
         call()
     except ScoringInterrupted:
         return
     finally:
+        in_call = False
         signal.setitimer(signal.ITIMER_REAL, 0)
     raise AssertionError("a call that should have been interrupted was not")
 

@@ -13,9 +13,9 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from fedbpt.dashboard import server as server_module
 from fedbpt.dashboard.guard import COOKIE, Guard
 from fedbpt.dashboard.server import DashboardServer
+from fedbpt.dashboard.visits import Visits
 from fedbpt.errors import ConfigError, MissingExtraError
 
 
@@ -101,16 +101,11 @@ def test_who_is_let_in_is_a_visit() -> None:
     assert (http.get("/", headers={"host": "localhost:8500"}).status_code, len(visits)) == (200, 1)
 
 
-def test_who_comes_or_leaves_watches_for_some_seconds_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = DashboardServer(tmp_path / "runs.db", "r")
-    try:
-        server.n_pages = lambda: 0
-        assert not server.is_watched()
-        server.n_pages = lambda: 1
-        assert server.is_watched()
-        server.n_pages = lambda: 0
-        assert server.is_watched()  # between two pages, perhaps
-        monkeypatch.setattr(server_module, "AWAY_S", 0.0)
-        assert not server.is_watched()
-    finally:
-        server.stop()
+def test_who_comes_or_leaves_watches_for_some_seconds_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    open_pages = iter((0, 1, 0, 0))
+    visits = Visits(lambda: next(open_pages))
+    assert not visits.are_on()
+    assert visits.are_on()
+    assert visits.are_on()  # between two pages, perhaps
+    monkeypatch.setattr("fedbpt.dashboard.visits.AWAY_S", 0.0)
+    assert not visits.are_on()

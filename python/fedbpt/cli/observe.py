@@ -71,7 +71,7 @@ class Watch:
         """The run ends without a result."""
         if self._dashboard is not None:
             self._dashboard.state.stopped()
-            if self._dashboard.n_pages():
+            if self._dashboard.n_pages:
                 time.sleep(FAREWELL_S)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
-import time
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +14,7 @@ from fedbpt.dashboard.comparing import Comparison
 from fedbpt.dashboard.guard import Guard
 from fedbpt.dashboard.pulse import Pulse
 from fedbpt.dashboard.state import RunState
+from fedbpt.dashboard.visits import Visits
 from fedbpt.errors import FedbptError, MissingExtraError, StoreError
 from fedbpt.http_auth import check_token
 from fedbpt.http_server import HttpServer
@@ -27,9 +26,6 @@ log = logging.getLogger(__name__)
 
 LOOK_S: Final = 1.0
 """Between two looks at the store."""
-
-AWAY_S: Final = 5.0
-"""How long nobody may be there without being gone: between two pages, at a reload, on a phone that changes networks."""
 
 
 class DashboardServer(HttpServer):
@@ -63,8 +59,8 @@ class DashboardServer(HttpServer):
             raise MissingExtraError("the dashboard", "dashboard") from error
         check_token(token, host, "--dashboard-token")
         self.state = RunState(run, control)
-        self.n_pages = n_pages
-        self._watched_at = -math.inf
+        self._n_pages = n_pages
+        self._visits = Visits(n_pages)
         self.comparison: Comparison | None = None
         """What visitors can compare; from any thread."""
         self._token = token
@@ -73,7 +69,7 @@ class DashboardServer(HttpServer):
         self._loop: asyncio.AbstractEventLoop | None = None
         try:
             pages = build_app(self.state, control, lambda: self.comparison, self._on_startup, self._on_shutdown)
-            app = Guard(pages, token, self._visit)
+            app = Guard(pages, token, self._visits.came)
             super().__init__(app, host, port, tls=tls, allow_insecure=allow_insecure, websockets=True)
         except BaseException:
             self._store.close()
@@ -94,14 +90,14 @@ class DashboardServer(HttpServer):
         pulse = Pulse(clients, self.state.heard, self.state.met)
         self._loop.call_soon_threadsafe(lambda: self._spawn(pulse.run()))
 
-    def is_watched(self) -> bool:
-        """Whether a page is open, or was asked for or open within `AWAY_S`. From any thread."""
-        if self.n_pages():
-            self._visit()
-        return time.monotonic() - self._watched_at < AWAY_S
+    @property
+    def n_pages(self) -> int:
+        """How many pages are open now."""
+        return self._n_pages()
 
-    def _visit(self) -> None:
-        self._watched_at = time.monotonic()
+    def is_watched(self) -> bool:
+        """Whether a page is open, or was asked for or open within `fedbpt.dashboard.visits.AWAY_S`. From any thread."""
+        return self._visits.are_on()
 
     def stop(self) -> None:
         super().stop()
