@@ -29,25 +29,25 @@ from typing import Any
 import numpy as np
 from virtual_devices import TASK, VirtualDevice, call_in, info_of, report_on
 
-from fedbpt.agent.worker import Worker
 from fedbpt.api import aggregator_for
-from fedbpt.clients import DeviceClient, InProcessClient
-from fedbpt.coordinator import CoordinatorServer
-from fedbpt.federation import Federation
-from fedbpt.garbage import collect_between_rounds
-from fedbpt.memory import memory_of_process
-from fedbpt.messages import DeviceInfo, EvaluateReport, ObjectiveSpec, PromptSpec, RoundPlan, RoundReport
-from fedbpt.registry import DeviceRegistry
-from fedbpt.runs import Event, RoundClosed, RunSettings, RunStarted
-from fedbpt.store import RunStore
-from fedbpt.tokens import Credentials, digest, new_token
+from fedbpt.coordinator.clients import DeviceClient, InProcessClient
+from fedbpt.coordinator.enrolment import DeviceRegistry
+from fedbpt.coordinator.federation import Federation
+from fedbpt.coordinator.gc_policy import collect_between_rounds
+from fedbpt.coordinator.server import CoordinatorServer
+from fedbpt.device.agent.worker import Worker
+from fedbpt.machine.memory import memory_of_process
+from fedbpt.net.tokens import Credentials, digest, new_token
+from fedbpt.protocol.messages import DeviceInfo, EvaluateReport, ObjectiveSpec, PromptSpec, RoundPlan, RoundReport
+from fedbpt.runs.settings import Event, RoundClosed, RunSettings, RunStarted
+from fedbpt.runs.store import RunStore
 
 D = 500
 POPSIZE = 16
 
 
 class InstantDevice:
-    """A `fedbpt.agent.LocalDevice` whose losses are made up."""
+    """A `fedbpt.device.agent.LocalDevice` whose losses are made up."""
 
     def __init__(self, name: str) -> None:
         self.name = name

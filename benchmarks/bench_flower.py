@@ -31,19 +31,20 @@ from typing import Any
 
 from bench_coordinator import POPSIZE, TASK, D, InstantDevice, enrol
 
-from fedbpt import tasks, wire
-from fedbpt.agent import AgentService
-from fedbpt.agent.poller import Poller
-from fedbpt.agent.worker import Worker
+from fedbpt import tasks
 from fedbpt.api import aggregator_for
-from fedbpt.clients import DeviceClient, InProcessClient
-from fedbpt.coordinator import CoordinatorServer
-from fedbpt.federation import Federation
-from fedbpt.memory import memory_of_process
-from fedbpt.messages import ObjectiveSpec, PromptSpec
-from fedbpt.registry import DeviceRegistry
-from fedbpt.runs import RunResult, RunSettings
-from fedbpt.store import RunStore
+from fedbpt.coordinator.clients import DeviceClient, InProcessClient
+from fedbpt.coordinator.enrolment import DeviceRegistry
+from fedbpt.coordinator.federation import Federation
+from fedbpt.coordinator.server import CoordinatorServer
+from fedbpt.device.agent import AgentService
+from fedbpt.device.agent.poller import Poller
+from fedbpt.device.agent.worker import Worker
+from fedbpt.machine.memory import memory_of_process
+from fedbpt.protocol import codec
+from fedbpt.protocol.messages import ObjectiveSpec, PromptSpec
+from fedbpt.runs.settings import RunResult, RunSettings
+from fedbpt.runs.store import RunStore
 
 HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
@@ -332,7 +333,7 @@ def real(folder: Path, model: str, n_devices: int, rounds: int, workers: int) ->
     total_s = time.monotonic() - began
     flower = {"round_s": statistics.median(round_seconds(folder / "real.db")), "total_s": total_s}
     with RunStore(folder / "real.db") as store:
-        result = wire.decode(store.get_run("r").result or b"", RunResult)
+        result = codec.decode(store.get_run("r").result or b"", RunResult)
     near = natively(folder / "near-real.db", result, given, n_devices)
     ours = {"round_s": statistics.median(round_seconds(folder / "near-real.db")), "total_s": near.total_seconds}
     if near.digest != result.digest:
@@ -344,7 +345,7 @@ def natively(path: Path, of: RunResult, given: dict[str, Any], n_devices: int) -
     """The run ``of``, with the same devices in this process."""
     from flwr.app import RecordDict
 
-    from fedbpt.device_state import DeviceState
+    from fedbpt.device.state import DeviceState
     from fedbpt.flower.ready import make_device
 
     nodes = [{"partition-id": number, "num-partitions": n_devices} for number in range(n_devices)]

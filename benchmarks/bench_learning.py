@@ -33,16 +33,16 @@ from peers import UnavailableError
 import fedbpt
 from fedbpt import tasks
 from fedbpt.api import aggregator_for
-from fedbpt.clients.in_process import InProcessClient
+from fedbpt.coordinator.clients.in_process import InProcessClient
+from fedbpt.coordinator.federation import Federation
+from fedbpt.device.device import Device
 from fedbpt.errors import ModelNotFoundError
-from fedbpt.federation import Federation
-from fedbpt.local import Device
-from fedbpt.messages import Array, ObjectiveSpec, PromptSpec, Readout
-from fedbpt.objective import Objective
-from fedbpt.readout import word_ids
-from fedbpt.runs import Lines, RunSettings
-from fedbpt.seeding import generator
-from fedbpt.store import RunStore
+from fedbpt.objective.objective import Objective
+from fedbpt.objective.readout import word_ids
+from fedbpt.protocol.messages import Array, ObjectiveSpec, PromptSpec, Readout
+from fedbpt.protocol.seeding import generator
+from fedbpt.runs.settings import Lines, RunSettings
+from fedbpt.runs.store import RunStore
 from fedbpt.tasks.task import label_word_ids
 
 Row = tuple[str, int]

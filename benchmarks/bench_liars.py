@@ -26,13 +26,13 @@ from bench_learning import FILES, Judge, read_rows, shots
 import fedbpt
 from fedbpt import tasks
 from fedbpt.api import aggregator_for
-from fedbpt.clients.in_process import InProcessClient
+from fedbpt.coordinator.clients.in_process import InProcessClient
+from fedbpt.coordinator.federation import Federation
+from fedbpt.device.device import Device
 from fedbpt.errors import DownloadError, ModelNotFoundError
-from fedbpt.federation import Federation
-from fedbpt.local import Device
-from fedbpt.messages import DeviceInfo, ObjectiveSpec, PromptSpec, RoundPlan, RoundReport
-from fedbpt.runs import RunResult, RunSettings
-from fedbpt.store import RunStore
+from fedbpt.protocol.messages import DeviceInfo, ObjectiveSpec, PromptSpec, RoundPlan, RoundReport
+from fedbpt.runs.settings import RunResult, RunSettings
+from fedbpt.runs.store import RunStore
 
 CLAIMED = 10**6
 KV_BYTES = 3 * 2**30

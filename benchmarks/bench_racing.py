@@ -20,13 +20,13 @@ from collections.abc import Callable
 import numpy as np
 
 import fedbpt
-from fedbpt.batches import Row, batch_indices
 from fedbpt.errors import ModelNotFoundError
-from fedbpt.messages import Template
-from fedbpt.objective import Objective
-from fedbpt.search import CmaSearch
-from fedbpt.seeding import generator
+from fedbpt.objective.objective import Objective
+from fedbpt.protocol.messages import Template
+from fedbpt.protocol.seeding import generator
+from fedbpt.search.cma_es import CmaSearch
 from fedbpt.tasks import to_rows
+from fedbpt.tasks.rows import Row, batch_indices
 
 POPSIZE = 16
 MU = POPSIZE // 2

@@ -32,20 +32,20 @@ import httpx
 import numpy as np
 from bench_coordinator import POPSIZE, TASK, D, InstantDevice, enrol
 
-from fedbpt import wire
-from fedbpt.agent.calls import client_options
-from fedbpt.agent.worker import Worker
 from fedbpt.api import aggregator_for
-from fedbpt.clients import DeviceClient, InProcessClient
-from fedbpt.coordinator import CoordinatorServer
-from fedbpt.envelopes import POLL_PATH, POLL_S, Poll, poll_s
-from fedbpt.federation import Federation
-from fedbpt.memory import memory_of_process
-from fedbpt.messages import ObjectiveSpec, PromptSpec
-from fedbpt.registry import DeviceRegistry
-from fedbpt.runs import RunSettings
-from fedbpt.store import RunStore
-from fedbpt.tls import Tls
+from fedbpt.coordinator.clients import DeviceClient, InProcessClient
+from fedbpt.coordinator.enrolment import DeviceRegistry
+from fedbpt.coordinator.federation import Federation
+from fedbpt.coordinator.server import CoordinatorServer
+from fedbpt.device.agent.calls import client_options
+from fedbpt.device.agent.worker import Worker
+from fedbpt.machine.memory import memory_of_process
+from fedbpt.net.tls import Tls
+from fedbpt.protocol import codec
+from fedbpt.protocol.messages import ObjectiveSpec, PromptSpec
+from fedbpt.protocol.polling import POLL_PATH, POLL_S, Poll, poll_s
+from fedbpt.runs.settings import RunSettings
+from fedbpt.runs.store import RunStore
 
 HERE = Path(__file__).parent
 
@@ -83,7 +83,7 @@ async def polls(server: subprocess.Popen[str], folder: Path, url: str, n: int, t
         clients.append(httpx.AsyncClient(**{**options, "timeout": 90.0}))
 
     async def poll(client: httpx.AsyncClient, wait_s: float) -> None:
-        (await client.post(POLL_PATH, content=wire.encode(Poll(wait_s=wait_s)))).raise_for_status()
+        (await client.post(POLL_PATH, content=codec.encode(Poll(wait_s=wait_s)))).raise_for_status()
 
     async def all_poll() -> None:
         for start in range(0, n, 50):

@@ -30,9 +30,9 @@ from peers.stock_llama import StockModel
 from workload import SENTENCES, prompts, texts_like_news
 
 import fedbpt
+from fedbpt.engine.native_generator import NativeGenerator
+from fedbpt.engine.text_generator import Placed, Sampling
 from fedbpt.errors import ModelNotFoundError
-from fedbpt.generator import Placed, Sampling
-from fedbpt.native_generator import NativeGenerator
 
 ROWS = 50
 

@@ -17,7 +17,7 @@ import numpy as np
 from workload import label_ids, seconds, texts_like_news
 
 import fedbpt
-from fedbpt.sampling import TEMPLATES_SHARE
+from fedbpt.objective.mini_batches import TEMPLATES_SHARE
 
 CUES = (" Topic:", " Category:", " Section:", " This article is about")
 

@@ -14,9 +14,9 @@ import cma
 import msgspec
 import numpy as np
 
-from fedbpt import wire
 from fedbpt.aggregation import FedAvg, FedBPT, Pooled
-from fedbpt.messages import (
+from fedbpt.protocol import codec
+from fedbpt.protocol.messages import (
     Array,
     LocalResult,
     ObjectiveSpec,
@@ -27,7 +27,7 @@ from fedbpt.messages import (
     RoundReport,
     Work,
 )
-from fedbpt.replay import may_shorten, short_plan, short_report
+from fedbpt.search.compact_plans import may_shorten, short_plan, short_report
 from fedbpt.tasks import BUILTIN
 
 TASK = BUILTIN["bbc-news"]
@@ -105,7 +105,7 @@ def main() -> None:
     peer = reference_bytes(d, popsize)
     results = []
     for scheme, (sent, reported) in schemes.items():
-        down, up = len(wire.encode(sent)), len(wire.encode(reported))
+        down, up = len(codec.encode(sent)), len(codec.encode(reported))
         results.append({"scheme": scheme, "bytes_down": down, "bytes_up": up, "peer_bytes_down": peer})
         print(
             f"{scheme:30} down {down:9,} B  up {up:6,} B  {peer / down:8,.1f} times less down than the optimiser object"

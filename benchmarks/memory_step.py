@@ -19,14 +19,23 @@ from peers import UnavailableError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from fedbpt.messages import Placement
+    from fedbpt.protocol.messages import Placement
 
 UNAVAILABLE = 3
 """Exit code where a peer is not installed; the output is the reason."""
 POPSIZE = 16
 MINI_BATCH = 8
-EAGER = ("fedbpt.api", "fedbpt.federation", "fedbpt.cli.tune", "fedbpt.cli.demo", "cma", "httpx", "matplotlib.pyplot",
-         "huggingface_hub", "datasets")  # fmt: skip
+EAGER = (
+    "fedbpt.api",
+    "fedbpt.coordinator.federation",
+    "fedbpt.cli.tune",
+    "fedbpt.cli.demo",
+    "cma",
+    "httpx",
+    "matplotlib.pyplot",
+    "huggingface_hub",
+    "datasets",
+)
 RESIDENT = {"resident_own": "RssAnon", "resident_files": "RssFile"}
 N_PROMPT: dict[Placement, int] = {"front": 50, "cue": 1}
 
@@ -36,11 +45,11 @@ def fedbpt_step(model: str, threads: int | None, texts: int, placement: Placemen
     import workload
 
     import fedbpt
-    from fedbpt.losses import cross_entropy
-    from fedbpt.memory import memory_of_process
-    from fedbpt.messages import PromptSpec
-    from fedbpt.projection import Projection
-    from fedbpt.search import CmaSearch
+    from fedbpt.machine.memory import memory_of_process
+    from fedbpt.objective.losses import cross_entropy
+    from fedbpt.protocol.messages import PromptSpec
+    from fedbpt.search.cma_es import CmaSearch
+    from fedbpt.search.projection import Projection
 
     interpreter = memory_of_process()["rss"]
     scorer = fedbpt.load_model(model, n_threads=threads)
@@ -74,12 +83,12 @@ def idle_device(model: str, eager: bool) -> dict[str, Any]:
     """What `fedbpt device --load-late` holds while it waits for work. ``eager``: with all that fedbpt may import."""
     imported = [name for name in EAGER if eager and _can_import(name)]
 
-    from fedbpt.agent import AgentService
-    from fedbpt.agent.server import AgentServer
     from fedbpt.cli import device as _command  # noqa: F401 - what the command line adds
-    from fedbpt.local import Device
-    from fedbpt.memory import memory_of_process
-    from fedbpt.native_scorer import load_model
+    from fedbpt.device.agent import AgentService
+    from fedbpt.device.agent.server import AgentServer
+    from fedbpt.device.device import Device
+    from fedbpt.engine.native_scorer import load_model
+    from fedbpt.machine.memory import memory_of_process
     from fedbpt.tasks import load
 
     device = Device("idle", load_model(model, late=True), [("a text", 0)], task=load("sst-2"))

@@ -18,15 +18,15 @@ from peers.pytorch import load_gguf
 import fedbpt
 from fedbpt import tasks
 from fedbpt.api import aggregator_for
-from fedbpt.batches import batch_indices
-from fedbpt.clients.in_process import InProcessClient
-from fedbpt.federation import Federation
-from fedbpt.local import Device
-from fedbpt.messages import Readout
-from fedbpt.objective import Objective
-from fedbpt.runs import RunSettings
-from fedbpt.seeding import generator
-from fedbpt.store import RunStore
+from fedbpt.coordinator.clients.in_process import InProcessClient
+from fedbpt.coordinator.federation import Federation
+from fedbpt.device.device import Device
+from fedbpt.objective.objective import Objective
+from fedbpt.protocol.messages import Readout
+from fedbpt.protocol.seeding import generator
+from fedbpt.runs.settings import RunSettings
+from fedbpt.runs.store import RunStore
+from fedbpt.tasks.rows import batch_indices
 from fedbpt.tasks.task import render_ids
 
 Rows = list[tuple[str, int]]

@@ -1,7 +1,7 @@
 """Devices that call in and take no time: many of them in one process, so that what is measured is their coordinator.
 
-They speak what `fedbpt.agent.poller` speaks, over two kept connections each, without its libraries: HTTP by hand, the
-losses made up, the digest of a plan that is to be replayed taken from it.
+They speak what `fedbpt.device.agent.poller` speaks, over two kept connections each, without its libraries: HTTP by
+hand, the losses made up, the digest of a plan that is to be replayed taken from it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from urllib.parse import urlsplit
 import msgspec
 import numpy as np
 
-from fedbpt import wire
-from fedbpt.agent.poller import PAUSES_S, Backoff
-from fedbpt.envelopes import POLL_PATH, REPLY_PATH, Delivery, Poll, Reply, Request
-from fedbpt.messages import Array, DeviceInfo, PooledResult, ReplayWork, RoundPlan, RoundReport
+from fedbpt.device.agent.poller import PAUSES_S, Backoff
+from fedbpt.net.tokens import Credentials
+from fedbpt.protocol import codec
+from fedbpt.protocol.messages import Array, DeviceInfo, PooledResult, ReplayWork, RoundPlan, RoundReport
+from fedbpt.protocol.polling import POLL_PATH, REPLY_PATH, Delivery, Poll, Reply, Request
 from fedbpt.tasks import Task, Template
-from fedbpt.tokens import Credentials
 
 _deliveries = msgspec.msgpack.Decoder(Delivery)
 _plans = msgspec.msgpack.Decoder(RoundPlan)
@@ -38,7 +38,7 @@ def info_of(name: str) -> DeviceInfo:
 
 
 def report_on(plan: RoundPlan, losses: np.ndarray[Any, Any]) -> RoundReport:
-    whole = plan.work.plan_digest if isinstance(plan.work, ReplayWork) else wire.digest(plan)
+    whole = plan.work.plan_digest if isinstance(plan.work, ReplayWork) else codec.digest(plan)
     return RoundReport(
         run=plan.run, round=plan.round, device=plan.device, plan_digest=whole,
         result=PooledResult(losses=Array.of(losses, "<f4")), n_texts=8, evaluations=len(losses), tokens=128,
@@ -53,8 +53,8 @@ class Connection:
         address = urlsplit(credentials.coordinator)
         self._host, self._port = address.hostname, address.port
         self._head = (
-            f"host: {address.netloc}\r\nauthorization: Bearer {credentials.bearer}\r\naccept: {wire.CONTENT_TYPE}\r\n"
-            f"content-type: {wire.CONTENT_TYPE}\r\ncontent-length: "
+            f"host: {address.netloc}\r\nauthorization: Bearer {credentials.bearer}\r\naccept: {codec.CONTENT_TYPE}\r\n"
+            f"content-type: {codec.CONTENT_TYPE}\r\ncontent-length: "
         )
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._lock = asyncio.Lock()
@@ -89,7 +89,7 @@ class VirtualDevice:
     def __init__(self, credentials: Credentials, work_s: float, popsize: int, seconds: list[float]) -> None:
         self._rng = random.Random(credentials.device)
         self._polls, self._replies = Connection(credentials), Connection(credentials)
-        self._info = wire.encode(info_of(credentials.device))
+        self._info = codec.encode(info_of(credentials.device))
         self._losses = np.random.default_rng(self._rng.getrandbits(32)).random(popsize)
         self._work_s = work_s
         self._seconds = seconds
@@ -100,7 +100,7 @@ class VirtualDevice:
         """Until cancelled."""
         try:
             while True:
-                poll = wire.encode(Poll(holding=tuple(self._held), wait_s=self._poll_s))
+                poll = codec.encode(Poll(holding=tuple(self._held), wait_s=self._poll_s))
                 content = await self._persist(self._polls, POLL_PATH, poll)
                 delivery = _deliveries.decode(content)
                 self._poll_s = delivery.wait_s
@@ -114,7 +114,7 @@ class VirtualDevice:
 
     async def _serve(self, request: Request) -> None:
         try:
-            reply = wire.encode(Reply(status=200, content_type=wire.CONTENT_TYPE, body=await self._answer(request)))
+            reply = codec.encode(Reply(status=200, content_type=codec.CONTENT_TYPE, body=await self._answer(request)))
             began = time.monotonic()
             await self._persist(self._replies, REPLY_PATH.format(id=request.id), reply)
             if request.method == "POST":  # a report
@@ -139,7 +139,7 @@ class VirtualDevice:
             return self._info
         if request.method == "DELETE":
             return b""
-        report = wire.encode(report_on(_plans.decode(request.body), self._losses))
+        report = codec.encode(report_on(_plans.decode(request.body), self._losses))
         await asyncio.sleep(self._rng.uniform(0, self._work_s))
         return report
 

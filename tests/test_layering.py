@@ -13,53 +13,17 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "python" / "fedbpt"
 NATIVE = ROOT / "src" / "fedbpt_native"
 
-# A part (a module or a folder of fedbpt) imports parts of lower layers, and of its own layer those further left.
-LAYERS: tuple[tuple[str, ...], ...] = (
-    (
-        *("plain_text", "errors", "checking", "faults", "version", "quantities", "task_identity", "messages"),
-        *("membership", "seeding", "memory", "energy", "machine", "pauses", "autostart", "packages"),
-        *("tls", "tokens", "certs", "rate_limit", "prometheus", "pieces", "questions", "html_tables"),
-    ),
-    (
-        *("intervals", "batches", "losses", "projection", "population", "search", "readout", "privacy"),
-        *("tasks", "models", "model_card", "prompt"),
-    ),
-    (
-        *("token_arrays", "scorer", "generator", "native_generator", "native_scorer", "model_check"),
-        *("bench", "comparison", "wire", "racing", "evaluation", "objective", "envelopes", "generation", "exchange"),
-    ),
-    (
-        *("device_state", "effort", "speed", "sampling", "local_search", "replay", "side_by_side", "answering"),
-        *("local", "aggregation"),
-    ),
-    (
-        *("runs", "database", "store", "history", "journal", "scalars", "registry", "bounds", "reports"),
-        *("dev_figures", "rounds", "curves", "http_bodies", "http_auth", "http_connections", "http_server", "turns"),
-        *("agent", "clients", "coordinator", "serving"),
-        *(
-            "members",
-            "pace",
-            "spending",
-            "fleet",
-            "ledger",
-            "live",
-            "vetting",
-            "run_listener",
-            "estimate",
-            "outcome",
-            "garbage",
-            "control",
-            "event_loop",
-            "federation",
-            "alone",
-        ),
-    ),
-    (
-        *("config", "terminal", "display", "notebook", "results", "api", "dashboard", "flower"),
-        *("__init__", "cli", "__main__"),
-    ),
+# From the ground up: a part (a package, or a module beside the packages) imports only parts before it.
+ORDER: tuple[str, ...] = (
+    *("plain_text", "html_tables", "errors", "version", "checking"),
+    *("protocol", "faults", "machine", "net"),
+    *("models", "tasks", "search", "aggregation", "engine", "model_check", "bench"),
+    *("prompts", "objective", "exchange", "runs", "side_by_side"),
+    *("device", "coordinator"),
+    *("display", "results", "api"),
+    *("serving", "dashboard", "flower", "__init__", "cli", "__main__"),
 )
-RANK = {part: (layer, place) for layer, parts in enumerate(LAYERS) for place, part in enumerate(parts)}
+RANK = {part: rank for rank, part in enumerate(ORDER)}
 
 NONDESCRIPT = {"utils", "util", "common", "helpers", "helper", "misc"}
 
@@ -95,7 +59,7 @@ def imported(path: Path) -> Iterator[tuple[int, list[str]]]:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_down_only(path: Path) -> None:
     part = part_of(path)
-    assert part in RANK, f"give {part} its place in LAYERS"
+    assert part in RANK, f"give {part} its place in ORDER"
     wrong = [
         f"{path.name}:{line}: {part} imports {part_named(name)}"
         for line, name in imported(path)
@@ -104,13 +68,15 @@ def test_imports_point_down_only(path: Path) -> None:
     assert not wrong
 
 
-def test_layer_table_names_no_part_twice() -> None:
-    assert len(RANK) == sum(len(parts) for parts in LAYERS)
+def test_the_order_names_every_part_once_and_no_other() -> None:
+    assert len(RANK) == len(ORDER)
+    assert set(ORDER) == {part_of(path) for path in MODULES}
 
 
 def test_only_scorer_generator_formats_and_parts_import_the_native_module() -> None:
     importers = {str(path.relative_to(PACKAGE)) for path in MODULES for _, name in imported(path) if "_native" in name}
-    assert importers == {"models/formats.py", "models/parts.py", "native_generator.py", "native_scorer.py"}
+    engine = {"engine/native_generator.py", "engine/native_scorer.py"}
+    assert importers == {"models/formats.py", "models/parts.py"} | engine
 
 
 def test_import_finder_sees_every_way_to_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,15 +84,15 @@ def test_import_finder_sees_every_way_to_import(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "cli").mkdir()
     module = tmp_path / "cli" / "tune.py"
     module.write_text(
-        "import fedbpt.api, numpy\nfrom fedbpt import wire\nfrom fedbpt.errors import E\n"
-        "from . import models\nfrom ..store import RunStore\ndef f():\n    import fedbpt\n"
+        "import fedbpt.api, numpy\nfrom fedbpt import tasks\nfrom fedbpt.errors import E\n"
+        "from . import models\nfrom ..runs import RunStore\ndef f():\n    import fedbpt\n"
     )
     assert [name for _, name in imported(module)] == [
         ["api"],
-        ["wire"],
+        ["tasks"],
         ["errors", "E"],
         ["cli", "models"],
-        ["store", "RunStore"],
+        ["runs", "RunStore"],
         [],
     ]
 

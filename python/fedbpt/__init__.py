@@ -17,12 +17,12 @@ from fedbpt.version import VERSION
 if TYPE_CHECKING:
     from fedbpt import errors, models, tasks
     from fedbpt.api import Budget, evaluate, tune
+    from fedbpt.engine.native_scorer import Gpu, NativeScorer, gpus, load_model
     from fedbpt.errors import FedbptError
     from fedbpt.exchange import export_prompt, import_prompt
-    from fedbpt.messages import ObjectiveSpec, PromptSpec, Template
     from fedbpt.model_check import ModelCheck, check_model
-    from fedbpt.native_scorer import Gpu, NativeScorer, gpus, load_model
-    from fedbpt.prompt import Prompt
+    from fedbpt.prompts.prompt import Prompt
+    from fedbpt.protocol.messages import ObjectiveSpec, PromptSpec, Template
     from fedbpt.results import EvaluationResult, TuneResult
     from fedbpt.tasks import Task
 
@@ -32,10 +32,10 @@ _MODULES = {
     "api": ("Budget", "evaluate", "tune"),
     "errors": ("FedbptError",),
     "exchange": ("export_prompt", "import_prompt"),
-    "messages": ("ObjectiveSpec", "PromptSpec", "Template"),
+    "protocol.messages": ("ObjectiveSpec", "PromptSpec", "Template"),
     "model_check": ("ModelCheck", "check_model"),
-    "native_scorer": ("Gpu", "NativeScorer", "gpus", "load_model"),
-    "prompt": ("Prompt",),
+    "engine.native_scorer": ("Gpu", "NativeScorer", "gpus", "load_model"),
+    "prompts.prompt": ("Prompt",),
     "results": ("EvaluationResult", "TuneResult"),
     "tasks": ("Task",),
 }

@@ -18,20 +18,20 @@ import msgspec
 import numpy as np
 
 from fedbpt.aggregation import Aggregator, make_aggregator
-from fedbpt.alone import NAME, clients_of, digest_of_rows, run_alone, settings_alone
-from fedbpt.curves import curves_of
+from fedbpt.coordinator.curves import curves_of
+from fedbpt.coordinator.federation import Federation
+from fedbpt.coordinator.one_machine import NAME, clients_of, digest_of_rows, run_alone, settings_alone
+from fedbpt.device.device import Device
+from fedbpt.display.notebook import live_display
+from fedbpt.engine.scorer import Scorer
 from fedbpt.errors import ConfigError, PromptError
-from fedbpt.federation import Federation
-from fedbpt.local import Device
-from fedbpt.messages import LossName, ObjectiveSpec, PromptSpec, Template
-from fedbpt.notebook import live_display
-from fedbpt.objective import Objective
-from fedbpt.prompt import Prompt, short_fingerprint
+from fedbpt.objective.mini_batches import parts_of, under
+from fedbpt.objective.objective import Objective
+from fedbpt.prompts.prompt import Prompt, short_fingerprint
+from fedbpt.protocol.messages import LossName, ObjectiveSpec, PromptSpec, Template
 from fedbpt.results import EvaluationResult, TuneResult
-from fedbpt.runs import Event, RunResult, RunSettings, RunStarted, Split
-from fedbpt.sampling import parts_of, under
-from fedbpt.scorer import Scorer
-from fedbpt.store import RunStore
+from fedbpt.runs.settings import Event, RunResult, RunSettings, RunStarted, Split
+from fedbpt.runs.store import RunStore
 from fedbpt.tasks import Row, Task, to_rows, word_notes
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ def tune(
         ensemble: so many of the task's templates does the readout average over; 1: the selected one alone.
         store, run: the run database that keeps the run (None: none does), and the run's name there. Called again, it
             goes on where it was stopped; a finished run's result is returned.
-        on_event, show: called for each `fedbpt.runs` event; whether to show how it goes.
+        on_event, show: called for each `fedbpt.runs.settings` event; whether to show how it goes.
 
     Raises:
         DataError, TaskError, ConfigError: rows, templates or a budget that cannot work; a stored run of other rows.

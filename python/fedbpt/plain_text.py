@@ -2,7 +2,7 @@
 
 A terminal obeys control characters and shows what follows a bidirectional control in another order. `plain` escapes
 both as JSON does, so that JSON stays the same value. Whatever goes to a terminal passes through `echo`,
-`fedbpt.terminal.PlainConsole` or `PlainFormatter`.
+`fedbpt.display.plain_console.PlainConsole` or `PlainFormatter`.
 """
 
 from __future__ import annotations

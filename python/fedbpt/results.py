@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbpt.display import describe_accuracy
+from fedbpt.display.console import describe_accuracy
+from fedbpt.display.notebook import show_figures
 from fedbpt.errors import MissingExtraError
 from fedbpt.html_tables import html_table
-from fedbpt.intervals import wilson_interval
-from fedbpt.messages import Template
-from fedbpt.notebook import show_figures
-from fedbpt.prompt import Prompt
-from fedbpt.runs import RunResult, Score, perplexity
+from fedbpt.prompts.prompt import Prompt
+from fedbpt.protocol.messages import Template
+from fedbpt.runs.intervals import wilson_interval
+from fedbpt.runs.settings import RunResult, Score, perplexity
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import numpy as np
 
-from fedbpt import wire
-from fedbpt.messages import Array, PooledResult, RoundReport
-from fedbpt.runs import RunSettings
-from fedbpt.store import RunStore, Traffic
-from tests.fake_device import FINGERPRINT, FakeDevice
+from fedbpt.protocol import codec
+from fedbpt.protocol.messages import Array, PooledResult, RoundReport
+from fedbpt.runs.settings import RunSettings
+from fedbpt.runs.store import RunStore, Traffic
+from tests.support.fake_device import FINGERPRINT, FakeDevice
 
 
 def write_run(path: Path, n_devices: int, n_rounds: int, run: str = "big", limit: int = 0) -> Path:
     """A run under way, of ``n_rounds`` closed rounds of at most ``limit``."""
     names = [f"device-{i:02d}" for i in range(n_devices)]
-    settings = wire.encode(RunSettings(rounds=limit or 2 * n_rounds))
+    settings = codec.encode(RunSettings(rounds=limit or 2 * n_rounds))
     with RunStore(path) as store:
         store._db.execute("PRAGMA synchronous = OFF")  # a store to throw away
         store.create_run(

@@ -13,23 +13,23 @@ from playwright.sync_api import expect
 
 from fedbpt import PromptSpec, load_model
 from fedbpt.api import aggregator_for
-from fedbpt.clients import InProcessClient
+from fedbpt.coordinator.clients import InProcessClient
+from fedbpt.coordinator.federation import Federation
 from fedbpt.dashboard.comparing import comparing
-from fedbpt.federation import Federation
-from fedbpt.local import Device
-from fedbpt.messages import Template
-from fedbpt.questions import DEFAULT_TOKENS
-from fedbpt.runs import RunSettings
-from fedbpt.side_by_side import Side
-from fedbpt.store import RunStore
+from fedbpt.device.device import Device
+from fedbpt.protocol.messages import Template
+from fedbpt.protocol.questions import DEFAULT_TOKENS
+from fedbpt.runs.settings import RunSettings
+from fedbpt.runs.store import RunStore
+from fedbpt.side_by_side.sides import Side
 from fedbpt.tasks import Task, load_task, write_rows
 from tests.browser.conftest import DESKTOP, PHONE, OpenPage, dashboard_of, shown
 from tests.browser.test_stored_runs import WCAG_AA
 from tests.integration.processes import Fleet
 from tests.integration.test_cli_processes import Workshop
 from tests.native import tiny_gguf
-from tests.unit.test_generation import TASK_FILE as MANNER_FILE
-from tests.unit.test_generation import rows as manner_rows
+from tests.unit.engine.test_text_stream import TASK_FILE as MANNER_FILE
+from tests.unit.engine.test_text_stream import rows as manner_rows
 
 
 @pytest.fixture

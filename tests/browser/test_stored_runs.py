@@ -10,12 +10,12 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
-from fedbpt.store import RunStore
+from fedbpt.runs.store import RunStore
 from tests.browser.conftest import DESKTOP, PHONE, OpenPage, shown
 from tests.browser.stored_runs import write_run
-from tests.fake_device import FakeDevice
 from tests.integration.processes import Fleet
-from tests.toy_scene import Scene
+from tests.support.fake_device import FakeDevice
+from tests.support.toy_scene import Scene
 
 WCAG_AA = {"runOnly": {"type": "tag", "values": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}}
 

@@ -13,12 +13,13 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedbpt import wire
-from fedbpt.agent import AgentService
-from fedbpt.agent.server import AgentServer
-from fedbpt.clients import DeviceClient, HttpClient, InProcessClient
+from fedbpt.coordinator.clients import DeviceClient, HttpClient, InProcessClient
+from fedbpt.coordinator.slots import Turns
+from fedbpt.device.agent import AgentService
+from fedbpt.device.agent.server import AgentServer
 from fedbpt.errors import DataError, DeviceFailedError, DeviceRefusedError, DeviceTimeoutError, InputError
-from fedbpt.messages import (
+from fedbpt.protocol import codec
+from fedbpt.protocol.messages import (
     Array,
     EvaluateRequest,
     ObjectiveSpec,
@@ -29,11 +30,10 @@ from fedbpt.messages import (
     SearchState,
     Template,
 )
-from fedbpt.questions import Answer, Question
-from fedbpt.task_identity import TaskIdentity
-from fedbpt.turns import Turns
-from tests.caller import called_by
-from tests.fake_device import FINGERPRINT, TOY, FakeDevice
+from fedbpt.protocol.questions import Answer, Question
+from fedbpt.protocol.task_identity import TaskIdentity
+from tests.support.caller import called_by
+from tests.support.fake_device import FINGERPRINT, TOY, FakeDevice
 
 TEMPLATE = Template(pattern="{text} It was", label_words=(" bad", " good"))
 
@@ -121,7 +121,7 @@ def test_a_round_is_accepted_at_once_and_its_report_waited_for(make_client, devi
         assert (await client.status()).busy
         report = await client.wait("r", 1)
         assert time.monotonic() - began >= 1.0
-        assert report.plan_digest == wire.digest(plan())
+        assert report.plan_digest == codec.digest(plan())
         assert not (await client.status()).busy
 
     play(make_client, scene)
@@ -244,7 +244,7 @@ def test_failed_work_is_reported_with_its_reason_and_can_be_tried_again(make_cli
 def test_work_is_the_report_on_a_plan(make_client, device):
     async def scene(client):
         report = await client.work(plan())
-        assert report.plan_digest == wire.digest(plan())
+        assert report.plan_digest == codec.digest(plan())
         assert await client.work(plan()) == report
         with pytest.raises(DeviceRefusedError) as caught:
             await client.work(plan(seed=1))
@@ -264,7 +264,7 @@ def test_work_that_takes_longer_than_a_poll_is_followed_to_its_end(make_client, 
     async def scene(client):
         client._poll_s = 0.2
         report = await client.work(plan(), on_progress=seen.append)
-        assert report.plan_digest == wire.digest(plan())
+        assert report.plan_digest == codec.digest(plan())
 
     play(make_client, scene)
     assert {progress.state for progress in seen} == {"running"}
@@ -371,12 +371,12 @@ def test_an_evaluation_waits_its_turn_and_may_run_out_of_time(make_client, devic
 def test_bodies_are_counted_both_ways(make_client):
     async def scene(client):
         info = await client.status()
-        assert (client.bytes_down, client.bytes_up) == (0, len(wire.encode(info)))
+        assert (client.bytes_down, client.bytes_up) == (0, len(codec.encode(info)))
         before = client.bytes_up
         await client.start(plan())
-        assert client.bytes_down == len(wire.encode(plan()))
+        assert client.bytes_down == len(codec.encode(plan()))
         report = await client.wait("r", 1)
-        assert 0 <= client.bytes_up - before - len(wire.encode(report)) < 200
+        assert 0 <= client.bytes_up - before - len(codec.encode(report)) < 200
 
     play(make_client, scene)
 
@@ -388,7 +388,7 @@ def test_a_client_can_be_used_again_after_closing_in_another_loop(make_client):
 
     client = play(make_client, scene)
     play(lambda: client, scene)
-    assert client.bytes_down >= len(wire.encode(plan()))
+    assert client.bytes_down >= len(codec.encode(plan()))
 
 
 def test_closing_leaves_no_work_running_for_ever(device):
@@ -468,6 +468,6 @@ def test_a_question_waits_for_a_round_and_does_not_disturb_it(make_client, devic
         await client.start(plan())
         answer = await client.ask(question(text="no"))
         assert answer.done
-        assert (await client.wait("r", 1)).plan_digest == wire.digest(plan())
+        assert (await client.wait("r", 1)).plan_digest == codec.digest(plan())
 
     play(make_client, scene)

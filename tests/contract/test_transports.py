@@ -5,18 +5,18 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
-from fedbpt.agent import AgentService
-from fedbpt.agent.server import AgentServer
 from fedbpt.api import aggregator_for
-from fedbpt.clients import DeviceClient, HttpClient, InProcessClient
-from fedbpt.federation import Federation
-from fedbpt.local import Device
-from fedbpt.runs import RunResult
-from fedbpt.store import RunStore
-from tests.caller import called_by
-from tests.toy_scene import settings
-from tests.toy_scorer import ToyScorer
-from tests.toy_task import TASK, rows
+from fedbpt.coordinator.clients import DeviceClient, HttpClient, InProcessClient
+from fedbpt.coordinator.federation import Federation
+from fedbpt.device.agent import AgentService
+from fedbpt.device.agent.server import AgentServer
+from fedbpt.device.device import Device
+from fedbpt.runs.settings import RunResult
+from fedbpt.runs.store import RunStore
+from tests.support.caller import called_by
+from tests.support.toy_scene import settings
+from tests.support.toy_scorer import ToyScorer
+from tests.support.toy_task import TASK, rows
 
 SETTINGS = settings(rounds=3, method="fedbpt", iterations=2, quorum=1.0, stragglers=0.0, deadline_s=60.0)
 

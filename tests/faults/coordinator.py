@@ -16,12 +16,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from fedbpt import store, wire
 from fedbpt.aggregation.pooled import Pooled
-from fedbpt.clients import HttpClient
-from fedbpt.federation import Federation
-from fedbpt.runs import RunResult
-from tests.toy_scene import ToyTask, settings
+from fedbpt.coordinator.clients import HttpClient
+from fedbpt.coordinator.federation import Federation
+from fedbpt.protocol import codec
+from fedbpt.runs import store
+from fedbpt.runs.settings import RunResult
+from tests.support.toy_scene import ToyTask, settings
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([__name__])
@@ -87,4 +88,4 @@ def digest(path: Path) -> str:
         stored = opened.get_run("r")
     assert stored.status == "finished"
     assert stored.result is not None
-    return wire.decode(stored.result, RunResult).digest
+    return codec.decode(stored.result, RunResult).digest

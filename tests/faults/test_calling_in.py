@@ -9,23 +9,23 @@ from pathlib import Path
 
 import pytest
 
-from fedbpt.agent import AgentService
-from fedbpt.agent.calls import enrol
-from fedbpt.agent.poller import Poller
 from fedbpt.api import aggregator_for
-from fedbpt.clients import InProcessClient
-from fedbpt.coordinator import CoordinatorServer
-from fedbpt.federation import Federation
-from fedbpt.local import Device
-from fedbpt.registry import DeviceRegistry
-from fedbpt.runs import RunResult
-from fedbpt.store import RunStore
-from tests.caller import wait_until
+from fedbpt.coordinator.clients import InProcessClient
+from fedbpt.coordinator.enrolment import DeviceRegistry
+from fedbpt.coordinator.federation import Federation
+from fedbpt.coordinator.server import CoordinatorServer
+from fedbpt.device.agent import AgentService
+from fedbpt.device.agent.calls import enrol
+from fedbpt.device.agent.poller import Poller
+from fedbpt.device.device import Device
+from fedbpt.runs.settings import RunResult
+from fedbpt.runs.store import RunStore
 from tests.faults.conftest import ALL
 from tests.faults.proxy import FAULTS, Fault, FaultProxy
-from tests.toy_scene import settings
-from tests.toy_scorer import ToyScorer
-from tests.toy_task import TASK, rows
+from tests.support.caller import wait_until
+from tests.support.toy_scene import settings
+from tests.support.toy_scorer import ToyScorer
+from tests.support.toy_task import TASK, rows
 
 pytestmark = pytest.mark.timeout(1800)
 

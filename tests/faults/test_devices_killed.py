@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from fedbpt.store import RunStore
+from fedbpt.runs.store import RunStore
 from tests.faults.conftest import ALL
 from tests.faults.coordinator import Coordinator, digest
 from tests.integration.processes import Fleet

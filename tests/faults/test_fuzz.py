@@ -11,21 +11,21 @@ from typing import Any
 import httpx
 import pytest
 
-from fedbpt import wire
-from fedbpt.agent import AgentService
-from fedbpt.agent.http import build_app
 from fedbpt.aggregation import Pooled
-from fedbpt.clients.mailbox import PostOffice
+from fedbpt.coordinator.clients.mailbox import PostOffice
+from fedbpt.coordinator.enrolment import DeviceRegistry
 from fedbpt.coordinator.http import build_app as build_coordinator
-from fedbpt.envelopes import ENROL_PATH, POLL_PATH, REPLY_PATH, Enrolment, Poll, Reply, Request
+from fedbpt.device.agent import AgentService
+from fedbpt.device.agent.http import build_app
 from fedbpt.errors import ScoringInterrupted
-from fedbpt.messages import ErrorReply, RoundPlan
-from fedbpt.registry import DeviceRegistry
-from fedbpt.replay import short_plan
-from fedbpt.tokens import digest, new_token
+from fedbpt.net.tokens import digest, new_token
+from fedbpt.protocol import codec
+from fedbpt.protocol.messages import ErrorReply, RoundPlan
+from fedbpt.protocol.polling import ENROL_PATH, POLL_PATH, REPLY_PATH, Enrolment, Poll, Reply, Request
+from fedbpt.search.compact_plans import short_plan
 from tests.contract.test_clients import plan
-from tests.fake_device import FakeDevice
 from tests.faults.conftest import ALL
+from tests.support.fake_device import FakeDevice
 
 FRAMES = 1_000_000 if ALL else 5_000
 PATHS = (
@@ -36,7 +36,7 @@ PATHS = (
     "/v1/rounds/r/99999999999999999999",
     "/v1/rounds/%00/1",
 )
-TYPES = (*[wire.CONTENT_TYPE] * 8, "application/json", "text/plain", "", f"{wire.CONTENT_TYPE}; charset=x")
+TYPES = (*[codec.CONTENT_TYPE] * 8, "application/json", "text/plain", "", f"{codec.CONTENT_TYPE}; charset=x")
 
 
 class Unwilling(FakeDevice):
@@ -74,7 +74,7 @@ def test_no_frame_breaks_a_device() -> None:
     rng = random.Random(11)
     search = Pooled(3, popsize=4)
     pooled = plan(work=search.work(0))
-    frames = [wire.encode(plan()), wire.encode(short_plan(pooled, search.history(), 0))]
+    frames = [codec.encode(plan()), codec.encode(short_plan(pooled, search.history(), 0))]
     service = AgentService(Unwilling("a"))
     taken = refused = 0
 
@@ -87,11 +87,11 @@ def test_no_frame_breaks_a_device() -> None:
                 path = PATHS[0] if rng.random() < 0.8 else rng.choice(PATHS)
                 answer = await http.post(path, content=body, headers={"content-type": rng.choice(TYPES)})
                 if answer.status_code == 202:
-                    assert wire.decode(body, RoundPlan).round == 1
+                    assert codec.decode(body, RoundPlan).round == 1
                     taken += 1
                     continue
                 assert 400 <= answer.status_code < 500, (answer.status_code, body)
-                wire.decode(answer.content, ErrorReply)
+                codec.decode(answer.content, ErrorReply)
                 refused += 1
 
     try:
@@ -107,9 +107,9 @@ def test_no_frame_breaks_a_coordinator(tmp_path: Path) -> None:
     rng = random.Random(12)
     id = f"{7:032x}"
     frames = {
-        POLL_PATH: wire.encode(Poll(holding=(f"{8:032x}",))),
-        REPLY_PATH.format(id=id): wire.encode(Reply(status=200, content_type="x", body=b"12345")),
-        ENROL_PATH: wire.encode(Enrolment(code="ABCD-EFGH-JKLM", token_digest=32 * b"x")),
+        POLL_PATH: codec.encode(Poll(holding=(f"{8:032x}",))),
+        REPLY_PATH.format(id=id): codec.encode(Reply(status=200, content_type="x", body=b"12345")),
+        ENROL_PATH: codec.encode(Enrolment(code="ABCD-EFGH-JKLM", token_digest=32 * b"x")),
     }
     seen: Counter[int] = Counter()
 
@@ -131,7 +131,7 @@ def test_no_frame_breaks_a_coordinator(tmp_path: Path) -> None:
                 answer = await http.post(path, content=body, headers=headers)
                 seen[answer.status_code] += 1
                 if answer.status_code >= 400:
-                    wire.decode(answer.content, ErrorReply)
+                    codec.decode(answer.content, ErrorReply)
             waiting.cancel()
 
     with DeviceRegistry(tmp_path / "devices.db") as registry:

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fedbpt import certs
-from tests.caller import wait_until
+from fedbpt.net import certs
+from tests.support.caller import wait_until
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

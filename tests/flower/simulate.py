@@ -10,10 +10,10 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from fedbpt.flower import FedBPT, client_app
-from fedbpt.runs import Event, RoundClosed, RunStarted
-from fedbpt.store import RunStore
+from fedbpt.runs.settings import Event, RoundClosed, RunStarted
+from fedbpt.runs.store import RunStore
 from tests.flower.toy_app import TASK, make_device, short
-from tests.toy_scene import StopRunError
+from tests.support.toy_scene import StopRunError
 
 RAY = {"init_args": {"num_cpus": 1, "include_dashboard": False}, "client_resources": {"num_cpus": 1}}
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 import httpx
 import pytest
 
-from fedbpt import wire
-from fedbpt.clients import DeviceClient
+from fedbpt.coordinator.clients import DeviceClient
 from fedbpt.errors import DeviceFailedError, DeviceTimeoutError, DeviceUnreachableError
 from fedbpt.flower import FlowerClient, Nodes
+from fedbpt.protocol import codec
 from tests.contract.test_clients import (  # noqa: F401 - with the client below
     plan,
     play,
@@ -29,8 +29,8 @@ from tests.contract.test_clients import (  # noqa: F401 - with the client below
     test_status_is_what_the_device_says,
     test_the_same_plan_again_gives_the_same_report_without_working_twice,
 )
-from tests.fake_device import FakeDevice
 from tests.flower.toy_grid import ToyGrid, node_of
+from tests.support.fake_device import FakeDevice
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_bodies_are_counted_without_what_flower_adds(make_client):
         down, up = client.bytes_down, client.bytes_up
         await client.start(plan())
         report = await client.wait("r", 1)
-        assert client.bytes_down - down == len(wire.encode(plan()))
-        assert client.bytes_up - up == len(wire.encode(report))
+        assert client.bytes_down - down == len(codec.encode(plan()))
+        assert client.bytes_up - up == len(codec.encode(report))
 
     play(make_client, scene)

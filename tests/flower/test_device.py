@@ -10,18 +10,18 @@ import pytest
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedbpt.device_state import DeviceState
+from fedbpt.device.device import Device
+from fedbpt.device.state import DeviceState
 from fedbpt.errors import DeviceFailedError
 from fedbpt.flower import client_app
 from fedbpt.flower.records import answer_of, packed
-from fedbpt.local import Device
-from fedbpt.messages import DeviceInfo, RoundReport
-from fedbpt.messages import Message as OurMessage
+from fedbpt.protocol.messages import DeviceInfo, RoundReport
+from fedbpt.protocol.messages import Message as OurMessage
 from fedbpt.tasks import read_rows
-from tests.toy_scene import ToyTask
-from tests.toy_scorer import ToyScorer
-from tests.unit.test_local_fit import asked
-from tests.unit.test_privacy import ROWS, losses_of, plan
+from tests.support.toy_scene import ToyTask
+from tests.support.toy_scorer import ToyScorer
+from tests.unit.device.test_local_fit import asked
+from tests.unit.objective.test_privacy import ROWS, losses_of, plan
 
 
 @pytest.fixture(autouse=True)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from fedbpt.store import RunStore
-from tests.caller import wait_until
+from fedbpt.runs.store import RunStore
 from tests.flower.deployment import deployed
 from tests.flower.toy_app import natively, short
 from tests.flower.toy_processes import APP
+from tests.support.caller import wait_until
 
 NODES = 4
 

@@ -15,11 +15,11 @@ from flwr.cli.config_utils import load_and_validate
 from flwr.common.config import flatten_dict
 
 from fedbpt import tasks
-from fedbpt.device_state import DeviceState
+from fedbpt.device.state import DeviceState
 from fedbpt.errors import ConfigError
 from fedbpt.flower import APP, ready
-from tests.toy_scorer import ToyScorer
-from tests.toy_task import TASK_FILE
+from tests.support.toy_scorer import ToyScorer
+from tests.support.toy_task import TASK_FILE
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedbpt.store import RunStore
+from fedbpt.runs.store import RunStore
 from tests.flower.toy_app import natively, short
 
 ROOT = Path(__file__).parents[2]

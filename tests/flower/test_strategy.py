@@ -14,15 +14,15 @@ from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping, 
 from fedbpt.errors import ConfigError, QuorumError
 from fedbpt.flower import FedBPT, client_app
 from fedbpt.flower.loop import LATENT
-from fedbpt.messages import PrivacySpec
-from fedbpt.runs import DeviceBack, DeviceLost, Event, LateReport, RoundClosed
-from fedbpt.store import RunStore
-from fedbpt.task_identity import TaskIdentity
-from tests.fake_device import FakeDevice
+from fedbpt.protocol.messages import PrivacySpec
+from fedbpt.protocol.task_identity import TaskIdentity
+from fedbpt.runs.settings import DeviceBack, DeviceLost, Event, LateReport, RoundClosed
+from fedbpt.runs.store import RunStore
 from tests.flower.toy_app import TASK, make_device, natively, settings, short
 from tests.flower.toy_grid import Node, ToyGrid, node_of
-from tests.toy_scene import StopRunError, ToyTask, stop
-from tests.toy_scene import settings as search_alone
+from tests.support.fake_device import FakeDevice
+from tests.support.toy_scene import StopRunError, ToyTask, stop
+from tests.support.toy_scene import settings as search_alone
 
 
 @pytest.fixture(autouse=True)
@@ -186,7 +186,7 @@ def test_a_node_that_has_answered_a_plan_answers_it_again_without_working(store:
     grid = ToyGrid(node_of(a), node_of(b))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedbpt.ledger.RunLedger.commit", lambda *_: stop())
+        patch.setattr("fedbpt.coordinator.ledger.RunLedger.commit", lambda *_: stop())
         with pytest.raises(StopRunError):
             events_of(store, grid)
     assert len(a.plans) == 1

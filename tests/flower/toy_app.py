@@ -8,16 +8,16 @@ from typing import Any
 from flwr.app import Context
 
 from fedbpt.api import aggregator_for
-from fedbpt.clients import InProcessClient
-from fedbpt.device_state import DeviceState
-from fedbpt.federation import Federation
-from fedbpt.local import Device
-from fedbpt.messages import ObjectiveSpec
-from fedbpt.runs import RunResult, RunSettings
-from fedbpt.store import RunStore
-from tests.toy_scene import settings as toy_settings
-from tests.toy_scorer import ToyScorer
-from tests.toy_task import TASK, rows
+from fedbpt.coordinator.clients import InProcessClient
+from fedbpt.coordinator.federation import Federation
+from fedbpt.device.device import Device
+from fedbpt.device.state import DeviceState
+from fedbpt.protocol.messages import ObjectiveSpec
+from fedbpt.runs.settings import RunResult, RunSettings
+from fedbpt.runs.store import RunStore
+from tests.support.toy_scene import settings as toy_settings
+from tests.support.toy_scorer import ToyScorer
+from tests.support.toy_task import TASK, rows
 
 
 def settings(**changes: Any) -> RunSettings:

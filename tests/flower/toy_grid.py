@@ -18,9 +18,9 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedbpt.device_state import DeviceState
+from fedbpt.device.state import DeviceState
 from fedbpt.flower import client_app
-from tests.fake_device import FakeDevice
+from tests.support.fake_device import FakeDevice
 
 _NUMBERS = itertools.count(1)
 

@@ -6,7 +6,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedbpt.flower import FedBPT, client_app
-from fedbpt.store import RunStore
+from fedbpt.runs.store import RunStore
 from tests.flower.toy_app import TASK, make_device, short
 
 APP = """

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from fedbpt import tokens, wire
-from fedbpt.runs import RunResult
-from fedbpt.store import RunStore
-from tests.caller import wait_until
+from fedbpt.net import tokens
+from fedbpt.protocol import codec
+from fedbpt.runs.settings import RunResult
+from fedbpt.runs.store import RunStore
 from tests.integration.processes import Fleet
 from tests.integration.test_cli_processes import Workshop, assert_one_line
+from tests.support.caller import wait_until
 
 ROUNDS = 60
 SETTINGS = f"rounds = {ROUNDS}\nquorum = 1.0\nstragglers = 0.0\ndeadline_s = 300.0\n"
@@ -66,7 +67,7 @@ class Site(Workshop):
         with RunStore(self.folder / store) as opened:
             found = opened.get_run("mood").result
         assert found is not None
-        return wire.decode(found, RunResult)
+        return codec.decode(found, RunResult)
 
     def rounds(self, store: str) -> int:
         path = self.folder / store

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fedbpt import Prompt
-from fedbpt.store import RunStore
+from fedbpt.runs.store import RunStore
 from fedbpt.tasks import load, write_rows
 from tests.integration.processes import Fleet, ready
 from tests.native import tiny_gguf

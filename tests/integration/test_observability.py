@@ -13,9 +13,9 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from fedbpt import wire
-from fedbpt.journal import Entry
-from fedbpt.runs import DeviceLost
+from fedbpt.protocol import codec
+from fedbpt.runs.event_log import Entry
+from fedbpt.runs.settings import DeviceLost
 from tests.integration.processes import Fleet
 from tests.integration.test_cli_processes import assert_one_line
 
@@ -96,7 +96,7 @@ def test_a_run_is_watched_from_its_beginning_to_its_end(site: Site) -> None:
     assert (process.returncode, "Traceback" in err) == (0, False)
 
     assert data == site.log()
-    entries = [wire.decode_json(line, Entry) for line in data]
+    entries = [codec.decode_json(line, Entry) for line in data]
     assert [entry.seq for entry in entries] == list(range(1, len(entries) + 1))
     kinds = [type(entry.event).__name__ for entry in entries]
     assert (kinds[0], kinds[-1], kinds.count("RoundClosed")) == ("RunStarted", "RunFinished", 16)
@@ -125,7 +125,7 @@ def test_a_device_that_vanishes_is_in_the_log_and_the_stream_of_a_stopped_run_en
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "DeviceLost" in kinds
-    lost = [e for e in (wire.decode_json(line, Entry).event for line in site.log()) if isinstance(e, DeviceLost)]
+    lost = [e for e in (codec.decode_json(line, Entry).event for line in site.log()) if isinstance(e, DeviceLost)]
     assert lost[0].device == "b"
     assert err.splitlines()[-1].startswith("fedbpt: stopped; to go on from there: fedbpt tune run.toml --log log.jsonl")
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from fedbpt.aggregation.pooled import Pooled
-from fedbpt.clients import HttpClient
-from fedbpt.federation import Federation
-from fedbpt.runs import DeviceBack, DeviceLost, Event, RoundClosed, RunResult
-from fedbpt.store import RunStore
+from fedbpt.coordinator.clients import HttpClient
+from fedbpt.coordinator.federation import Federation
+from fedbpt.runs.settings import DeviceBack, DeviceLost, Event, RoundClosed, RunResult
+from fedbpt.runs.store import RunStore
 from tests.integration.processes import Fleet
-from tests.toy_scene import ToyTask, settings
+from tests.support.toy_scene import ToyTask, settings
 
 
 class Coordinator:

@@ -15,10 +15,10 @@ import pytest
 
 import fedbpt
 from fedbpt import ObjectiveSpec, Prompt, PromptSpec, models, tasks
-from fedbpt.generator import Sampling
-from fedbpt.messages import Template
-from fedbpt.objective import Objective
-from fedbpt.side_by_side import SideBySide
+from fedbpt.engine.text_generator import Sampling
+from fedbpt.objective.objective import Objective
+from fedbpt.protocol.messages import Template
+from fedbpt.side_by_side.sides import SideBySide
 from fedbpt.tasks import Task
 from tests.integration.processes import ROOT, Fleet
 

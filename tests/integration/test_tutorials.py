@@ -17,11 +17,12 @@ from typing import IO, Final
 
 import pytest
 
-from fedbpt import Prompt, wire
-from fedbpt.runs import RunResult
-from fedbpt.store import RunStore
+from fedbpt import Prompt
+from fedbpt.protocol import codec
+from fedbpt.runs.settings import RunResult
+from fedbpt.runs.store import RunStore
 from tests.integration.processes import Fleet
-from tests.printed import Block, blocks, commands
+from tests.support.printed import Block, blocks, commands
 
 TUTORIALS: Final = Path(__file__).parents[2] / "docs" / "tutorials"
 SUPPORT: Final = TUTORIALS / "support"
@@ -119,7 +120,7 @@ def result_of(folder: Path, run: str) -> RunResult:
         found = store.get_run(run)
     assert found.status == "finished"
     assert found.result is not None
-    return wire.decode(found.result, RunResult)
+    return codec.decode(found.result, RunResult)
 
 
 @pytest.mark.timeout(1800)

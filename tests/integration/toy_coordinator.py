@@ -6,11 +6,11 @@ import signal
 import sys
 
 from fedbpt.aggregation.pooled import Pooled
-from fedbpt.clients import HttpClient
-from fedbpt.federation import Federation
-from fedbpt.runs import Event
-from fedbpt.store import RunStore
-from tests.toy_scene import ToyTask, settings
+from fedbpt.coordinator.clients import HttpClient
+from fedbpt.coordinator.federation import Federation
+from fedbpt.runs.settings import Event
+from fedbpt.runs.store import RunStore
+from tests.support.toy_scene import ToyTask, settings
 
 
 def main() -> int:

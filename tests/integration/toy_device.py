@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from fedbpt.agent import AgentService
-from fedbpt.agent.server import serve
+from fedbpt.device.agent import AgentService
+from fedbpt.device.agent.server import serve
 from fedbpt.errors import FedbptError
-from tests.fake_device import FakeDevice
+from tests.support.fake_device import FakeDevice
 
 
 def main() -> int:

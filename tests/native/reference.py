@@ -55,7 +55,7 @@ class CausalModel:
         placement: Literal["front", "cue"] = "front",
         prefix: ArrayLike | None = None,
     ) -> Rows:
-        """`fedbpt.scorer.Scorer.score_with_soft_prompt`, naively: one text and one candidate at a time."""
+        """`fedbpt.engine.scorer.Scorer.score_with_soft_prompt`, naively: one text and one candidate at a time."""
         embeds = np.asarray(embeds, dtype=np.float64)
         candidates = embeds[None] if embeds.ndim == 2 else embeds
         before = self.token_embeddings([] if prefix is None else prefix)

@@ -1,11 +1,11 @@
-"""`fedbpt.bench.measure` with the real scorer; what it makes of times and joules is tested with a toy."""
+"""`fedbpt.bench.measurement.measure` with the real scorer; what it makes of times and joules is tested with a toy."""
 
 from __future__ import annotations
 
 import pytest
 from tiny_case import Case
 
-from fedbpt.bench import KERNELS, measure
+from fedbpt.bench.measurement import KERNELS, measure
 
 
 def test_a_real_scorer_can_be_measured(llama: Case) -> None:

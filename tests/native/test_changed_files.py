@@ -16,9 +16,9 @@ import tiny_gguf
 from tiny_case import N_THREADS, Case
 
 import fedbpt
+from fedbpt.engine.native_scorer import NativeScorer
+from fedbpt.engine.text_generator import Placed, Sampling
 from fedbpt.errors import ModelFileError
-from fedbpt.generator import Placed, Sampling
-from fedbpt.native_scorer import NativeScorer
 
 TEXTS = [[5, 6, 7], [8, 9]]
 LABELS = [259, 3, 411]

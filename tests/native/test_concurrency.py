@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from tiny_case import N_THREADS, Case
 
 import fedbpt
+from fedbpt.engine.native_scorer import NativePlan
 from fedbpt.errors import InputError, ScoringInterrupted
-from fedbpt.native_scorer import NativePlan
 
 LABELS = [5, 300, 17]
 Logits = NDArray[np.float32]

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from tiny_case import Case
 
+from fedbpt.engine.native_scorer import _twin
 from fedbpt.errors import InputError
-from fedbpt.native_scorer import _twin
 
 SCRIPT = """
 import os, signal, sys, threading, warnings
@@ -21,10 +21,10 @@ from multiprocessing import get_context
 import numpy as np
 
 import fedbpt
-from fedbpt.agent import Worker
+from fedbpt.device.agent import Worker
 from fedbpt.errors import InputError, StoreError
-from fedbpt.generator import Placed, Sampling
-from fedbpt.store import RunStore
+from fedbpt.engine.text_generator import Placed, Sampling
+from fedbpt.runs.store import RunStore
 
 warnings.simplefilter("ignore", DeprecationWarning)  # Python's, on forks of processes with threads
 scorer = fedbpt.load_model(sys.argv[1], n_threads=2)

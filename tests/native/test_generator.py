@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from tiny_case import N_THREADS, Case
 
 import fedbpt
+from fedbpt.engine.native_generator import NativeGenerator, NativeStream
+from fedbpt.engine.text_generator import Placed, Sampling, Token
 from fedbpt.errors import InputError, ModelFileError, ScoringInterrupted
-from fedbpt.generator import Placed, Sampling, Token
-from fedbpt.native_generator import NativeGenerator, NativeStream
 
 TOLERANCE = 1e-3  # nats a token, on float32 weights
 GREEDY = Sampling()

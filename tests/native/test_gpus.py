@@ -10,8 +10,8 @@ import pytest
 from tiny_case import N_THREADS, Case
 
 import fedbpt
+from fedbpt.engine.native_scorer import NativeScorer
 from fedbpt.errors import InputError
-from fedbpt.native_scorer import NativeScorer
 
 GPUS = fedbpt.gpus()
 needs_gpu = pytest.mark.skipif(not GPUS, reason="this build finds no GPU: docs/backends.md says how to build for one")

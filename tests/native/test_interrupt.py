@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from tiny_case import N_THREADS, Case
 
 import fedbpt
-from fedbpt.agent.service import AgentService
+from fedbpt.device.agent.service import AgentService
+from fedbpt.device.device import Device
+from fedbpt.engine.native_scorer import NativePlan
 from fedbpt.errors import ScoringInterrupted
-from fedbpt.local import Device
-from fedbpt.messages import (
+from fedbpt.protocol.messages import (
     Array,
     ObjectiveSpec,
     PooledWork,
@@ -32,7 +33,6 @@ from fedbpt.messages import (
     SearchState,
     Template,
 )
-from fedbpt.native_scorer import NativePlan
 from fedbpt.tasks import Task
 
 UBATCH = 512  # tokens a graph

@@ -16,8 +16,8 @@ from tiny_case import Case
 
 import fedbpt
 from fedbpt import cli
+from fedbpt.engine.text_generator import Token
 from fedbpt.errors import InputError, ModelNotFoundError
-from fedbpt.generator import Token
 from fedbpt.model_check import CHECKS, Finding, ModelCheck, ModelFacts
 from fedbpt.model_check.child import Settings, examine
 from fedbpt.model_check.probes import Probes

@@ -15,8 +15,8 @@ import tiny_gguf
 from tiny_case import Case
 
 import fedbpt
+from fedbpt.engine.scorer import Scorer
 from fedbpt.errors import ModelWarning
-from fedbpt.scorer import Scorer
 
 
 def test_a_loaded_model_is_a_scorer(case: Case) -> None:

@@ -15,10 +15,10 @@ import tiny_gguf
 from tiny_case import Case
 
 import fedbpt
+from fedbpt.engine.native_generator import NativeGenerator
+from fedbpt.engine.text_generator import OPENAIS, Placed, Sampling
+from fedbpt.engine.text_stream import SLICE, Generation
 from fedbpt.errors import ScoringInterrupted
-from fedbpt.generation import SLICE, Generation
-from fedbpt.generator import OPENAIS, Placed, Sampling
-from fedbpt.native_generator import NativeGenerator
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from reference import Reference
 
 import fedbpt
-from fedbpt.scorer import Scorer
+from fedbpt.engine.scorer import Scorer
 
 N_THREADS = 1  # threads that wait for each other on a busy machine cost tiny models a hundredfold
 

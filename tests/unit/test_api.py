@@ -14,10 +14,10 @@ import pytest
 
 from fedbpt import Budget, ObjectiveSpec, Prompt, PromptSpec, TuneResult, evaluate, tune
 from fedbpt.errors import ConfigError, DataError, MissingExtraError, PromptError
-from fedbpt.intervals import wilson_interval
-from fedbpt.runs import Event, RoundClosed, RunFinished, RunStarted
-from tests.toy_scorer import ToyScorer
-from tests.toy_task import TASK, rows
+from fedbpt.runs.intervals import wilson_interval
+from fedbpt.runs.settings import Event, RoundClosed, RunFinished, RunStarted
+from tests.support.toy_scorer import ToyScorer
+from tests.support.toy_task import TASK, rows
 
 SPEC = PromptSpec(d=6, alpha=2.0, seed=5)
 TRAIN = rows(24)

@@ -43,7 +43,7 @@ def test_an_install_brings_only_what_is_known_to_have_wheels_and_be_small() -> N
 
 
 @pytest.mark.parametrize(
-    "command", ["import fedbpt", "import fedbpt.cli", "import fedbpt.cli.device, fedbpt.agent.server"]
+    "command", ["import fedbpt", "import fedbpt.cli", "import fedbpt.cli.device, fedbpt.device.agent.server"]
 )
 def test_nothing_heavy_is_imported_by_a_device(command: str) -> None:
     probe = f"import sys; {command}; print(sorted(set({sorted(HEAVY | {'cma'})!r}) & set(sys.modules)))"

@@ -14,12 +14,12 @@ from starlette.routing import Route
 
 import fedbpt
 from fedbpt import cli, errors
-from fedbpt.agent.http import build_app as device_app
 from fedbpt.coordinator.http import build_app as coordinator_app
 from fedbpt.coordinator.monitor import build_app as monitor_app
-from fedbpt.http_bodies import STATUS_OF_CODE
-from fedbpt.model_card import PLACES
-from fedbpt.prompt import _OTHERS_TENSORS, _TENSORS, _Header
+from fedbpt.device.agent.http import build_app as device_app
+from fedbpt.net.bodies import STATUS_OF_CODE
+from fedbpt.prompts.model_card import PLACES
+from fedbpt.prompts.prompt import _OTHERS_TENSORS, _TENSORS, _Header
 from fedbpt.serving.http import build_app as serving_app
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -105,10 +105,11 @@ def test_the_prompt_file_is_described_as_it_is() -> None:
 
 
 def test_the_run_store_is_described_table_by_table() -> None:
-    from fedbpt import registry, store
+    from fedbpt.coordinator import enrolment
+    from fedbpt.runs import store
 
     text = page("formats.md")
-    for module in (store, registry):
+    for module in (store, enrolment):
         tables = re.findall(r"CREATE TABLE (\w+)", inspect.getsource(module))
         assert tables
         assert [table for table in tables if f"| `{table}` |" not in text] == []

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedbpt import wire
+from fedbpt.device.device import Device
 from fedbpt.errors import DataError, FedbptError, InputError, TaskError, WireError
 from fedbpt.faults import public_reason, public_traceback
-from fedbpt.local import Device
-from fedbpt.messages import (
+from fedbpt.protocol import codec
+from fedbpt.protocol.messages import (
     Array,
     ErrorReply,
     EvaluateRequest,
@@ -25,8 +25,8 @@ from fedbpt.messages import (
 )
 from fedbpt.tasks import Row, Task, read_rows
 from fedbpt.tasks.readers import rows_from_dataset, to_rows
-from tests.toy_scorer import ToyScorer
-from tests.toy_task import TASK
+from tests.support.toy_scorer import ToyScorer
+from tests.support.toy_task import TASK
 
 ROW = "canary sings loudly"
 SPEC = PromptSpec(d=4)
@@ -153,11 +153,11 @@ def test_an_error_of_ours_says_itself() -> None:
 
 def test_a_path_whose_bytes_are_no_utf8_can_be_told() -> None:
     reply = ErrorReply(code="x", message=public_reason(DataError("cannot read m\udcf6del")))
-    assert wire.decode(wire.encode(reply), ErrorReply).message == r"cannot read m\udcf6del"
+    assert codec.decode(codec.encode(reply), ErrorReply).message == r"cannot read m\udcf6del"
 
 
 def test_a_message_that_utf8_cannot_write_is_refused_without_the_text() -> None:
-    for encode in (wire.encode, wire.encode_json, wire.digest):
+    for encode in (codec.encode, codec.encode_json, codec.digest):
         with pytest.raises(WireError) as refused:
             encode(ErrorReply(code="x", message="canary \ud83d"))
         assert "canary" not in str(refused.value)

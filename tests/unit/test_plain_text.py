@@ -14,16 +14,16 @@ from rich.table import Table
 from rich.text import Text
 
 from fedbpt import cli
+from fedbpt.display.notebook import NotebookDisplay
+from fedbpt.display.plain_console import PlainConsole
 from fedbpt.errors import FedbptError, InputError, MissingExtraError
-from fedbpt.journal import Entry, Journal, Line, Logged
-from fedbpt.messages import Template
-from fedbpt.model_card import model_card, use_in_fedbpt
-from fedbpt.notebook import NotebookDisplay
+from fedbpt.net.prometheus import Family, Sample, exposition
 from fedbpt.plain_text import MOST_TOLD, PlainFormatter, echo, one_line, plain
-from fedbpt.prometheus import Family, Sample, exposition
-from fedbpt.runs import DeviceLost
-from fedbpt.terminal import PlainConsole
-from tests.unit.test_prompt import make
+from fedbpt.prompts.model_card import model_card, use_in_fedbpt
+from fedbpt.protocol.messages import Template
+from fedbpt.runs.event_log import Entry, Journal, Line, Logged
+from fedbpt.runs.settings import DeviceLost
+from tests.unit.prompts.test_prompt import make
 
 PACKAGE = Path(cli.__file__).parent.parent
 HOSTILE = "a\x1b[2J\x1b]0;title\x07b\x9b31m\x08\r\x7f \u202egnp\u2066\u200f\u2028\ud83d\U000e0041 [red]c[/] :boom:"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fedbpt.engine.scorer import Scorer
 from fedbpt.errors import InputError
-from fedbpt.scorer import Scorer
-from tests.toy_scorer import ToyScorer
+from tests.support.toy_scorer import ToyScorer
 
 TEXTS = [[1, 2, 3], [256, 7], list(range(40))]
 

@@ -8,7 +8,7 @@ from fedbpt.aggregation.fedbpt import FedBPT
 from fedbpt.aggregation.pooled import Pooled
 from fedbpt.aggregation.robust import Robust
 from fedbpt.errors import ConfigError
-from fedbpt.messages import PromptSpec
+from fedbpt.protocol.messages import PromptSpec
 
 __all__ = ["Aggregator", "FedAvg", "FedBPT", "Pooled", "Robust", "make_aggregator"]
 

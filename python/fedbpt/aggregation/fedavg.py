@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from fedbpt.aggregation.base import accepted, latents_of, weighted_sum, weights_of
 from fedbpt.aggregation.robust import Robust, centre, check_robust, reports_needed
 from fedbpt.errors import InputError
-from fedbpt.messages import Array, LocalResult, LocalWork, RoundReport, SearchState
-from fedbpt.search import farthest, step_within
+from fedbpt.protocol.messages import Array, LocalResult, LocalWork, RoundReport, SearchState
+from fedbpt.search.cma_es import farthest, step_within
 
 
 class FedAvg:

@@ -40,8 +40,8 @@ from numpy.typing import NDArray
 from fedbpt.aggregation.base import accepted, latents_of
 from fedbpt.aggregation.robust import Robust, check_robust, krum, reports_needed
 from fedbpt.errors import InputError
-from fedbpt.messages import LocalResult, LocalWork, RoundReport
-from fedbpt.search import CmaUpdate, Covariance, farthest, step_within
+from fedbpt.protocol.messages import LocalResult, LocalWork, RoundReport
+from fedbpt.search.cma_es import CmaUpdate, Covariance, farthest, step_within
 
 
 class FedBPT:

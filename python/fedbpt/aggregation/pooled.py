@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from fedbpt.aggregation.base import accepted, latents_of, weights_of
 from fedbpt.aggregation.robust import Robust, centre, check_robust, reports_needed
-from fedbpt.messages import Array, PooledResult, PooledWork, RoundReport, SearchHistory
-from fedbpt.search import MOST_RANKED, CmaSearch, Covariance, StepSize, rank_bytes
+from fedbpt.protocol.messages import Array, PooledResult, PooledWork, RoundReport, SearchHistory
+from fedbpt.search.cma_es import MOST_RANKED, CmaSearch, Covariance, StepSize, rank_bytes
 
 DECAY = 3
 """η of the averaging: mean t gets a weight of about t^η."""
@@ -35,7 +35,7 @@ class Pooled:
         popsize: candidates per generation, λ.
         seed: the run's; devices draw the population from it.
         covariance: ``diagonal`` or ``full``.
-        step_size: ``auto`` (by the dimension), ``path`` or ``two_point``, see `fedbpt.search.CmaUpdate`.
+        step_size: ``auto`` (by the dimension), ``path`` or ``two_point``, see `fedbpt.search.cma_es.CmaUpdate`.
         robust: what takes the place of the weighted sum of losses, see `fedbpt.aggregation.robust`.
         byzantine: so many devices may lie where it is robust.
     """

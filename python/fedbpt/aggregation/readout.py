@@ -1,4 +1,4 @@
-"""Fit a readout over devices: multinomial logistic regression by exact pooled gradients (`fedbpt.readout`).
+"""Fit a readout over devices: multinomial logistic regression by exact pooled gradients (`fedbpt.objective.readout`).
 
 Words' logits are centred and scaled by pooled moments (one exchange), then L-BFGS (Nocedal & Wright 2006, alg. 7.4,
 with Armijo's rule) minimises
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from fedbpt.aggregation.base import accepted, weights_of
 from fedbpt.aggregation.robust import Robust, centre, reports_needed
 from fedbpt.errors import InputError
-from fedbpt.messages import Array, FitPurpose, FitResult, FitWork, Readout, RoundReport, Template
+from fedbpt.protocol.messages import Array, FitPurpose, FitResult, FitWork, Readout, RoundReport, Template
 
 Floats = NDArray[np.float64]
 

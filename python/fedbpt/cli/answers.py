@@ -12,9 +12,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from fedbpt.display.plain_console import PlainConsole
 from fedbpt.plain_text import plain
-from fedbpt.side_by_side import SIDES, Probabilities, Side
-from fedbpt.terminal import PlainConsole
+from fedbpt.side_by_side.sides import SIDES, Probabilities, Side
 
 _BAR = 8, 24  # characters, at least and at most
 _FIGURE = 8

@@ -11,17 +11,17 @@ from rich.table import Table
 from rich.text import Text
 
 from fedbpt import models, tasks
-from fedbpt.bench import Measurement, Rate, ThreadRate, best_threads, measure, measure_threads
+from fedbpt.bench.comparison import compare, read_measurement
+from fedbpt.bench.measurement import Measurement, Rate, ThreadRate, best_threads, measure, measure_threads
 from fedbpt.cli.hint import print_hint
 from fedbpt.cli.models import progress_bar
 from fedbpt.cli.options import AsJson, GpuLayers, GpuName, Quiet, Threads
-from fedbpt.comparison import compare, read_measurement
-from fedbpt.display import human_bytes
-from fedbpt.estimate import project
-from fedbpt.machine import Heat
-from fedbpt.native_scorer import load_model
+from fedbpt.coordinator.estimate import project
+from fedbpt.display.console import human_bytes
+from fedbpt.display.plain_console import PlainConsole
+from fedbpt.engine.native_scorer import load_model
+from fedbpt.machine.info import Heat
 from fedbpt.plain_text import echo
-from fedbpt.terminal import PlainConsole
 
 
 def bench(

@@ -31,7 +31,7 @@ def init_command(
 
     Example: fedbpt certs init --host coordinator.lan --host 192.168.1.10
     """
-    from fedbpt import certs  # it needs an extra
+    from fedbpt.net import certs  # it needs an extra
 
     made = {"ca": certs.init(folder)}
     hosts = dict.fromkeys(["localhost", "127.0.0.1", "::1", socket.gethostname(), *(host or [])])
@@ -51,7 +51,7 @@ def issue_command(
 
     Example: fedbpt certs issue pi5 --host pi5.lan
     """
-    from fedbpt import certs
+    from fedbpt.net import certs
 
     _print({name: certs.issue(folder, name, host or ())}, as_json, quiet)
 

@@ -15,23 +15,23 @@ from rich.text import Text
 from fedbpt import tasks
 from fedbpt.checking import utf8
 from fedbpt.cli.answers import print_probabilities, print_texts
-from fedbpt.cli.asked import AskedDevice
 from fedbpt.cli.evaluate import model_of
 from fedbpt.cli.hint import print_hint
 from fedbpt.cli.options import AsJson, Ca, GpuLayers, GpuName, Quiet, Threads, chosen_task
-from fedbpt.clients import HttpClient
+from fedbpt.cli.remote import AskedDevice
+from fedbpt.coordinator.clients import HttpClient
+from fedbpt.display.plain_console import PlainConsole
+from fedbpt.engine.native_scorer import load_model
+from fedbpt.engine.text_generator import Sampling
 from fedbpt.errors import DeviceError, InputError, WireError
-from fedbpt.generator import Sampling
-from fedbpt.native_scorer import load_model
+from fedbpt.net.tls import Tls
+from fedbpt.net.tokens import read_private
 from fedbpt.plain_text import echo, one_line
-from fedbpt.prompt import Prompt
-from fedbpt.questions import DEFAULT_TOKENS
-from fedbpt.seeding import generator
-from fedbpt.side_by_side import SIDES, Probabilities, Side, SideBySide
+from fedbpt.prompts.prompt import Prompt
+from fedbpt.protocol.questions import DEFAULT_TOKENS
+from fedbpt.protocol.seeding import generator
+from fedbpt.side_by_side.sides import SIDES, Probabilities, Side, SideBySide
 from fedbpt.tasks import Row
-from fedbpt.terminal import PlainConsole
-from fedbpt.tls import Tls
-from fedbpt.tokens import read_private
 
 PromptFile = Annotated[Path, typer.Option("--prompt", "-p", help="The tuned prompt's file.", show_default=False)]
 OwnModel = Annotated[

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedbpt.errors import ConfigError
-from fedbpt.tls import Tls
-from fedbpt.tokens import Credentials, new_token, read_private, write_private
+from fedbpt.net.tls import Tls
+from fedbpt.net.tokens import Credentials, new_token, read_private, write_private
 
 
 def credentials_for(
@@ -27,7 +27,10 @@ def credentials_for(
         if code is not None:
             raise ConfigError("--enrol needs the coordinator's address: --coordinator https://HOST:PORT")
         return None
-    from fedbpt.agent.calls import enrol, origin  # with an HTTP client, which a device that is called does without
+    from fedbpt.device.agent.calls import (  # with an HTTP client, which a device that is called does without
+        enrol,
+        origin,
+    )
 
     url = origin(coordinator, allow_insecure)
     if code is not None:

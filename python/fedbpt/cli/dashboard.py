@@ -8,7 +8,6 @@ from typing import Annotated
 import msgspec
 import typer
 
-from fedbpt import wire
 from fedbpt.cli.credentials import token_in
 from fedbpt.cli.options import AllowInsecure, AsJson, Cert, Key, Questions, Quiet
 from fedbpt.cli.reach import host_and_port
@@ -16,12 +15,13 @@ from fedbpt.cli.runs import DEFAULT_STORE, RunName, Store, TaskFile, open_store,
 from fedbpt.dashboard import DEFAULT_ADDRESS
 from fedbpt.dashboard.comparing import Comparison, comparing, questions_of
 from fedbpt.dashboard.server import DashboardServer
-from fedbpt.history import task_of_run
-from fedbpt.native_scorer import load_model
+from fedbpt.engine.native_scorer import load_model
+from fedbpt.net.tls import Tls
 from fedbpt.plain_text import echo
-from fedbpt.runs import RunResult
-from fedbpt.store import StoredRun
-from fedbpt.tls import Tls
+from fedbpt.protocol import codec
+from fedbpt.runs.as_json import task_of_run
+from fedbpt.runs.settings import RunResult
+from fedbpt.runs.store import StoredRun
 
 
 def dashboard(
@@ -48,7 +48,7 @@ def dashboard(
     """
     with open_store(store) as found:
         stored = found.get_run(run)
-    result = None if stored.result is None or stored.status != "finished" else wire.decode(stored.result, RunResult)
+    result = None if stored.result is None or stored.status != "finished" else codec.decode(stored.result, RunResult)
     comparison = None if result is None else _comparison(stored, result, model, task, questions)
     host, port = host_and_port("--at", at)
     secret = None if token is None else token_in(token)

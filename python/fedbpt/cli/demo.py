@@ -24,22 +24,22 @@ from fedbpt.cli.observe import Observers
 from fedbpt.cli.options import AsJson, Dashboard, Quiet, print_json, teller
 from fedbpt.cli.reach import host_and_port
 from fedbpt.cli.report import print_result, result_as_json
-from fedbpt.clients.http import HttpClient
+from fedbpt.coordinator.clients.http import HttpClient
+from fedbpt.coordinator.federation import Federation
 from fedbpt.dashboard.comparing import Comparison, comparing, questions_of
-from fedbpt.display import RunDisplay
+from fedbpt.display.console import RunDisplay
+from fedbpt.display.plain_console import PlainConsole
+from fedbpt.engine.native_scorer import load_model
+from fedbpt.engine.scorer import Scorer
 from fedbpt.errors import ConfigError, FedbptError
-from fedbpt.federation import Federation
-from fedbpt.machine import physical_cores
-from fedbpt.messages import ObjectiveSpec, PromptSpec
-from fedbpt.native_scorer import load_model
+from fedbpt.machine.info import physical_cores
+from fedbpt.net.tls import is_loopback
 from fedbpt.plain_text import plain
-from fedbpt.prompt import Prompt
-from fedbpt.runs import Event, RoundClosed, RunResult, RunSettings
-from fedbpt.scorer import Scorer
-from fedbpt.store import RunStore
+from fedbpt.prompts.prompt import Prompt
+from fedbpt.protocol.messages import ObjectiveSpec, PromptSpec
+from fedbpt.runs.settings import Event, RoundClosed, RunResult, RunSettings
+from fedbpt.runs.store import RunStore
 from fedbpt.tasks import Row, Task
-from fedbpt.terminal import PlainConsole
-from fedbpt.tls import is_loopback
 
 RUN = "demo"
 TASK = "bbc-news"

@@ -16,9 +16,6 @@ from typing import Annotated
 
 import typer
 
-from fedbpt.agent.server import AgentServer, announce
-from fedbpt.agent.service import AgentService
-from fedbpt.autostart import install
 from fedbpt.cli.credentials import credentials_for, token_in
 from fedbpt.cli.hint import print_hint
 from fedbpt.cli.options import (
@@ -36,16 +33,19 @@ from fedbpt.cli.options import (
     TaskName,
     Threads,
 )
+from fedbpt.device.agent.server import AgentServer, announce
+from fedbpt.device.agent.service import AgentService
+from fedbpt.device.device import Device
+from fedbpt.engine.native_scorer import DEFAULT_KV_BUDGET_BYTES, load_model
 from fedbpt.errors import ConfigError
-from fedbpt.local import Device
-from fedbpt.memory import kv_budget_within
+from fedbpt.machine.autostart import install
+from fedbpt.machine.memory import kv_budget_within
+from fedbpt.machine.pauses import TRIGGERS, Pauses
 from fedbpt.models import locate, model_size
-from fedbpt.native_scorer import DEFAULT_KV_BUDGET_BYTES, load_model
-from fedbpt.pauses import TRIGGERS, Pauses
+from fedbpt.net.tls import Tls
+from fedbpt.net.tokens import Credentials, default_credentials
 from fedbpt.plain_text import echo
 from fedbpt.tasks import Row, Task, load, read_task_rows
-from fedbpt.tls import Tls
-from fedbpt.tokens import Credentials, default_credentials
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ def _link(
 def _call_in(
     service: AgentService, link: Credentials, tls: Tls, allow_insecure: bool, ready: Callable[[str], None]
 ) -> None:
-    from fedbpt.agent.poller import Poller  # with an HTTP client, which a device that is called does without
+    from fedbpt.device.agent.poller import Poller  # with an HTTP client, which a device that is called does without
 
     Poller(service, link, tls=tls, allow_insecure=allow_insecure, on_ready=ready, tell=_tell).run()
 

@@ -10,10 +10,10 @@ import typer
 from rich.table import Table
 
 from fedbpt.cli.options import AsJson, Quiet, Registry, help_without_command
+from fedbpt.coordinator.enrolment import INVITATION_S, DeviceRegistry
+from fedbpt.display.plain_console import PlainConsole
 from fedbpt.errors import StoreError
 from fedbpt.plain_text import echo
-from fedbpt.registry import INVITATION_S, DeviceRegistry
-from fedbpt.terminal import PlainConsole
 
 app = typer.Typer(
     name="devices",

@@ -12,14 +12,14 @@ from fedbpt import api, models
 from fedbpt.cli.hint import print_hint
 from fedbpt.cli.options import AsJson, GpuLayers, GpuName, Quiet, Threads, chosen_task
 from fedbpt.cli.report import print_accuracies, print_chance, print_perplexities
+from fedbpt.display.plain_console import PlainConsole
+from fedbpt.engine.native_scorer import load_model
 from fedbpt.errors import ConfigError
-from fedbpt.native_scorer import load_model
 from fedbpt.plain_text import echo
-from fedbpt.prompt import Prompt
+from fedbpt.prompts.prompt import Prompt
 from fedbpt.results import EvaluationResult
-from fedbpt.runs import Score
+from fedbpt.runs.settings import Score
 from fedbpt.tasks import read_task_rows
-from fedbpt.terminal import PlainConsole
 
 
 def evaluate(

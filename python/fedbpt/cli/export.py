@@ -10,10 +10,10 @@ import typer
 
 from fedbpt.cli.evaluate import model_of
 from fedbpt.cli.options import AsJson, Quiet, chosen_task
+from fedbpt.engine.native_scorer import load_model
 from fedbpt.exchange import Target, export_prompt
-from fedbpt.native_scorer import load_model
 from fedbpt.plain_text import echo
-from fedbpt.prompt import Prompt, card_path
+from fedbpt.prompts.prompt import Prompt, card_path
 
 
 def export(

@@ -9,11 +9,11 @@ from pathlib import Path
 import msgspec
 
 from fedbpt import tasks
-from fedbpt.alone import settings_alone
 from fedbpt.api import Budget, settings_for
-from fedbpt.config import RunConfig, load_config
+from fedbpt.coordinator.one_machine import settings_alone
 from fedbpt.errors import ConfigError
-from fedbpt.messages import as_name
+from fedbpt.protocol.messages import as_name
+from fedbpt.runs.run_file import RunConfig, load_config
 from fedbpt.tasks import Row, Task, read_task_rows
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedbpt.native_scorer import NativeScorer
+from fedbpt.engine.native_scorer import NativeScorer
 from fedbpt.plain_text import echo
 from fedbpt.tasks import Task, word_notes
 

@@ -10,10 +10,10 @@ import typer
 
 from fedbpt import tasks
 from fedbpt.cli.options import AsJson, Model, Quiet
+from fedbpt.engine.native_scorer import load_model
 from fedbpt.exchange import import_prompt
-from fedbpt.native_scorer import load_model
 from fedbpt.plain_text import echo
-from fedbpt.prompt import card_path
+from fedbpt.prompts.prompt import card_path
 
 
 def import_(

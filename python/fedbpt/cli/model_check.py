@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from fedbpt.cli.options import AsJson, GpuLayers, GpuName, Quiet, Threads
-from fedbpt.display import human_bytes
+from fedbpt.display.console import human_bytes
+from fedbpt.display.plain_console import PlainConsole
 from fedbpt.model_check import CHECKS, ModelCheck, check_model
 from fedbpt.plain_text import echo
-from fedbpt.terminal import PlainConsole
 
 _WORDS = {True: "holds", False: "FAILS", None: "-"}
 _STYLES = {True: "green", False: "bold red", None: "dim"}

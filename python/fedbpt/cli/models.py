@@ -24,11 +24,11 @@ from rich.table import Table
 from fedbpt import models
 from fedbpt.cli.model_check import check_command
 from fedbpt.cli.options import AsJson, Quiet, Threads, help_without_command
-from fedbpt.display import human_bytes
-from fedbpt.machine import physical_cores
-from fedbpt.packages import Progress as OnProgress
+from fedbpt.display.console import human_bytes
+from fedbpt.display.plain_console import PlainConsole
+from fedbpt.machine.info import physical_cores
+from fedbpt.machine.wheel_files import Progress as OnProgress
 from fedbpt.plain_text import echo
-from fedbpt.terminal import PlainConsole
 
 app = typer.Typer(
     name="models",

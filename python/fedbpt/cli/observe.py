@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Final
 
 from fedbpt.cli.credentials import token_in
 from fedbpt.cli.reach import host_and_port
-from fedbpt.clients import DeviceClient, HttpClient
-from fedbpt.control import RunControl
+from fedbpt.coordinator.clients import DeviceClient, HttpClient
+from fedbpt.coordinator.control import RunControl
 from fedbpt.coordinator.monitor import MonitorServer
 from fedbpt.errors import ConfigError
-from fedbpt.journal import Journal, LogFile, Sink
-from fedbpt.runs import Event
-from fedbpt.tls import Tls
+from fedbpt.net.tls import Tls
+from fedbpt.runs.event_log import Journal, LogFile, Sink
+from fedbpt.runs.settings import Event
 
 if TYPE_CHECKING:
     from fedbpt.dashboard.comparing import Comparison
@@ -31,7 +31,7 @@ LOOK_S: Final = 0.2
 
 
 class Watch:
-    """A run's observers, while it lasts: an `fedbpt.runs.EventCallback`."""
+    """A run's observers, while it lasts: an `fedbpt.runs.settings.EventCallback`."""
 
     def __init__(self, journal: Journal, dashboard: DashboardServer | None) -> None:
         self._journal, self._dashboard = journal, dashboard

@@ -16,13 +16,13 @@ from urllib.parse import urlsplit
 import msgspec
 
 from fedbpt.checking import DECODE_ERRORS
-from fedbpt.clients import DeviceClient, HttpClient, PostOffice
-from fedbpt.coordinator import CoordinatorServer
+from fedbpt.coordinator.clients import DeviceClient, HttpClient, PostOffice
+from fedbpt.coordinator.enrolment import DeviceRegistry
+from fedbpt.coordinator.members import check_names
+from fedbpt.coordinator.server import CoordinatorServer
 from fedbpt.errors import ConfigError, DeviceError, WireError
-from fedbpt.members import check_names
-from fedbpt.registry import DeviceRegistry
-from fedbpt.tls import Tls
-from fedbpt.tokens import read_private
+from fedbpt.net.tls import Tls
+from fedbpt.net.tokens import read_private
 
 RETURN_S: Final = 10.0
 """How long a run that is resumed waits for all of its devices: after a short break they call within seconds."""

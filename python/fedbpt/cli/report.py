@@ -9,12 +9,12 @@ from typing import Any
 import msgspec
 from rich.table import Table
 
-from fedbpt.display import describe_accuracy, human_bytes
-from fedbpt.estimate import RunCost
-from fedbpt.intervals import beats_chance
+from fedbpt.coordinator.estimate import RunCost
+from fedbpt.display.console import describe_accuracy, human_bytes
+from fedbpt.display.plain_console import PlainConsole
 from fedbpt.plain_text import echo
-from fedbpt.runs import LINES, RunResult, Score, Split, TemplateScore, perplexity
-from fedbpt.terminal import PlainConsole
+from fedbpt.runs.intervals import beats_chance
+from fedbpt.runs.settings import LINES, RunResult, Score, Split, TemplateScore, perplexity
 
 
 def result_as_json(result: RunResult, prompt_path: Path | None) -> dict[str, Any]:

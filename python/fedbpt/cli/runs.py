@@ -10,20 +10,20 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from fedbpt import wire
 from fedbpt.api import aggregator_for, make_prompt
 from fedbpt.cli.options import AsJson, Quiet, chosen_task, help_without_command, print_json
 from fedbpt.cli.report import print_result, result_as_json
+from fedbpt.coordinator.ledger import RunLedger, is_of
+from fedbpt.display.plain_console import PlainConsole
+from fedbpt.engine.native_scorer import load_model
 from fedbpt.errors import ConfigError, StoreError
-from fedbpt.history import round_as_json, run_as_json, task_of_run
-from fedbpt.ledger import RunLedger, is_of
-from fedbpt.native_scorer import load_model
 from fedbpt.plain_text import echo
-from fedbpt.runs import RunResult, RunSettings
-from fedbpt.scalars import write_scalars
-from fedbpt.store import RunStore, StoredRun
+from fedbpt.protocol import codec
+from fedbpt.runs.as_json import round_as_json, run_as_json, task_of_run
+from fedbpt.runs.settings import RunResult, RunSettings
+from fedbpt.runs.store import RunStore, StoredRun
+from fedbpt.runs.tensorboard import write_scalars
 from fedbpt.tasks import Task
-from fedbpt.terminal import PlainConsole
 
 app = typer.Typer(
     name="runs",
@@ -138,7 +138,7 @@ def replay_command(
     """
     with open_store(store) as opened:
         found = opened.get_run(run)
-        settings, result = wire.decode(found.settings, RunSettings), _result(found)
+        settings, result = codec.decode(found.settings, RunSettings), _result(found)
         ledger = RunLedger(opened, run, run_task(found, task), settings, aggregator_for(settings))
         n_rounds, digest = ledger.replay(), ledger.aggregator.digest()
     if result is not None and found.status == "finished" and digest != result.digest:
@@ -213,10 +213,10 @@ def run_task(run: StoredRun, given: str | None) -> Task:
     """
     task = chosen_task(given, task_of_run(run), run.task)
     stored = given is None and run.definition is not None
-    if not stored and not is_of(run, wire.decode(run.settings, RunSettings), task):
+    if not stored and not is_of(run, codec.decode(run.settings, RunSettings), task):
         raise ConfigError(f"run {run.run} was not of this task {task.name}: give the task file that it had with --task")
     return task
 
 
 def _result(run: StoredRun) -> RunResult | None:
-    return None if run.result is None else wire.decode(run.result, RunResult)
+    return None if run.result is None else codec.decode(run.result, RunResult)

@@ -13,11 +13,11 @@ from fedbpt import tasks
 from fedbpt.cli.credentials import token_in
 from fedbpt.cli.hint import print_hint
 from fedbpt.cli.options import AllowInsecure, AsJson, Cert, GpuLayers, GpuName, Key, Model, Quiet, Threads
-from fedbpt.native_scorer import load_model
+from fedbpt.engine.native_scorer import load_model
+from fedbpt.net.tls import Tls
 from fedbpt.plain_text import echo
-from fedbpt.prompt import Prompt
+from fedbpt.prompts.prompt import Prompt
 from fedbpt.serving import ModelServer, served_models
-from fedbpt.tls import Tls
 
 PromptFiles = Annotated[
     list[Path] | None, typer.Option("--prompt", "-p", help="A tuned prompt's file, as often as needed.")

@@ -10,8 +10,8 @@ import typer
 
 from fedbpt import models
 from fedbpt.cli.options import AsJson, Quiet, help_without_command
+from fedbpt.engine.native_scorer import NativeScorer, load_model
 from fedbpt.errors import ConfigError
-from fedbpt.native_scorer import NativeScorer, load_model
 from fedbpt.plain_text import echo
 from fedbpt.tasks import Draft, WordCosts, draft_task, task_toml, word_costs, word_notes
 

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from fedbpt.alone import NAME
 from fedbpt.cli.devices import DEFAULT_REGISTRY
 from fedbpt.cli.here import Chosen, Files
 from fedbpt.cli.observe import Observers
@@ -30,11 +29,12 @@ from fedbpt.cli.options import (
 )
 from fedbpt.cli.reach import Reach
 from fedbpt.cli.tuning import Output, Tuning, print_plan, print_plan_here, prompt_path
-from fedbpt.config import load_config
+from fedbpt.coordinator.one_machine import NAME
+from fedbpt.device.device import Device
+from fedbpt.engine.native_scorer import load_model
 from fedbpt.errors import ConfigError
-from fedbpt.local import Device
-from fedbpt.native_scorer import load_model
-from fedbpt.tls import Tls
+from fedbpt.net.tls import Tls
+from fedbpt.runs.run_file import load_config
 
 RunFile = Annotated[
     Path | None,

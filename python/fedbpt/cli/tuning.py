@@ -9,28 +9,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from fedbpt.alone import NAME, Ended, clients_of, digest_of_rows, run_alone
 from fedbpt.api import aggregator_for, make_prompt, require_model_of_run
 from fedbpt.cli.hint import print_hint
 from fedbpt.cli.observe import Observers, Watch
 from fedbpt.cli.options import print_json, teller
 from fedbpt.cli.reach import Reach
 from fedbpt.cli.report import print_cost, print_result, result_as_json
-from fedbpt.clients import DeviceClient, HttpClient
-from fedbpt.config import RunConfig
+from fedbpt.coordinator.clients import DeviceClient, HttpClient
+from fedbpt.coordinator.estimate import RunCost, estimate
+from fedbpt.coordinator.federation import Federation
+from fedbpt.coordinator.gc_policy import collect_between_rounds
+from fedbpt.coordinator.one_machine import NAME, Ended, clients_of, digest_of_rows, run_alone
 from fedbpt.dashboard.comparing import Comparison, Row, comparing, questions_of
-from fedbpt.display import RunDisplay
+from fedbpt.device.device import Device
+from fedbpt.display.console import RunDisplay
+from fedbpt.engine.native_scorer import NativeScorer
 from fedbpt.errors import ConfigError, FederationError, RunStopped
-from fedbpt.estimate import RunCost, estimate
-from fedbpt.federation import Federation
-from fedbpt.garbage import collect_between_rounds
-from fedbpt.local import Device
-from fedbpt.membership import misfit
-from fedbpt.messages import DeviceInfo
-from fedbpt.native_scorer import NativeScorer
 from fedbpt.plain_text import echo
-from fedbpt.runs import Event, RoundClosed, RunResult, RunSettings, RunStarted
-from fedbpt.store import RunStore
+from fedbpt.protocol.membership import misfit
+from fedbpt.protocol.messages import DeviceInfo
+from fedbpt.runs.run_file import RunConfig
+from fedbpt.runs.settings import Event, RoundClosed, RunResult, RunSettings, RunStarted
+from fedbpt.runs.store import RunStore
 from fedbpt.tasks import Row as TaskRow
 from fedbpt.tasks import Task
 

@@ -1,7 +1,1 @@
-"""The coordinator's own server, for devices that call in: enrolment and mailboxes."""
-
-from __future__ import annotations
-
-from fedbpt.coordinator.server import CoordinatorServer
-
-__all__ = ["CoordinatorServer"]
+"""The coordinator's part: rounds over a fleet, and the server for devices that call in."""

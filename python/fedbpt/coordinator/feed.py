@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from typing import Final, NamedTuple
 
-from fedbpt.journal import Line
+from fedbpt.runs.event_log import Line
 
 KEEP_LINES: Final = 2000
 KEEP_BYTES: Final = 8 * 2**20
@@ -25,7 +25,7 @@ class Missed(NamedTuple):
 
 
 class EventFeed:
-    """A `fedbpt.journal.Sink`. The readers belong to the loop that called `open`."""
+    """A `fedbpt.runs.event_log.Sink`. The readers belong to the loop that called `open`."""
 
     def __init__(self, keep_lines: int = KEEP_LINES, keep_bytes: int = KEEP_BYTES) -> None:
         self._keep_lines, self._keep_bytes = keep_lines, keep_bytes

@@ -1,4 +1,4 @@
-"""The coordinator's HTTP routes: devices enrol, poll their mailboxes, post replies. Bodies: `fedbpt.http_bodies`."""
+"""The coordinator's HTTP routes: devices enrol, poll their mailboxes, post replies. Bodies: `fedbpt.net.bodies`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,23 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from fedbpt import tokens
-from fedbpt.clients.mailbox import PostOffice
-from fedbpt.envelopes import ENROL_PATH, MAX_ENVELOPE_BYTES, POLL_PATH, REPLY_PATH, Enrolled, Enrolment, Poll, Reply
+from fedbpt.coordinator.clients.mailbox import PostOffice
+from fedbpt.coordinator.enrolment import DeviceRegistry
 from fedbpt.errors import CoordinatorRefusedError
-from fedbpt.http_auth import wrong_name
-from fedbpt.http_bodies import EXCEPTION_HANDLERS, read, reply
-from fedbpt.rate_limit import RateLimit
-from fedbpt.registry import DeviceRegistry
+from fedbpt.net import tokens
+from fedbpt.net.auth import wrong_name
+from fedbpt.net.bodies import EXCEPTION_HANDLERS, read, reply
+from fedbpt.net.rate_limit import RateLimit
+from fedbpt.protocol.polling import (
+    ENROL_PATH,
+    MAX_ENVELOPE_BYTES,
+    POLL_PATH,
+    REPLY_PATH,
+    Enrolled,
+    Enrolment,
+    Poll,
+    Reply,
+)
 
 MAX_WAIT_S: Final = 60.0
 """Longest that a poll is held open."""

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Final, Literal
 
-from fedbpt.journal import Line
-from fedbpt.prometheus import Family, Histogram, Sample
-from fedbpt.runs import (
+from fedbpt.net.prometheus import Family, Histogram, Sample
+from fedbpt.runs.event_log import Line
+from fedbpt.runs.settings import (
     DeviceBack,
     DeviceLost,
     Evaluated,
@@ -20,13 +20,13 @@ from fedbpt.runs import (
     RunStarted,
     TemplateSelected,
 )
-from fedbpt.store import Traffic
+from fedbpt.runs.store import Traffic
 
 BOUNDS_S: Final = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 
 
 class RunMetrics:
-    """A `fedbpt.journal.Sink` for one run. ``seconds``: of the rounds that were closed in earlier sittings."""
+    """A `fedbpt.runs.event_log.Sink` for one run. ``seconds``: of the rounds that were closed in earlier sittings."""
 
     def __init__(self, run: str, seconds: float = 0.0) -> None:
         self._labels = {"run": run}

@@ -18,18 +18,18 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fedbpt import wire
 from fedbpt.coordinator.feed import EventFeed, Missed
 from fedbpt.coordinator.metrics import RunMetrics
 from fedbpt.errors import CoordinatorRefusedError
-from fedbpt.history import run_as_json, run_in_full
-from fedbpt.http_auth import LoopbackOnly, RequireToken, check_token
-from fedbpt.http_bodies import EXCEPTION_HANDLERS
-from fedbpt.http_server import HttpServer
-from fedbpt.journal import Line
-from fedbpt.prometheus import CONTENT_TYPE, exposition
-from fedbpt.store import RunStore, StoredRun
-from fedbpt.tls import Tls
+from fedbpt.net.auth import LoopbackOnly, RequireToken, check_token
+from fedbpt.net.bodies import EXCEPTION_HANDLERS
+from fedbpt.net.prometheus import CONTENT_TYPE, exposition
+from fedbpt.net.server import HttpServer
+from fedbpt.net.tls import Tls
+from fedbpt.protocol import codec
+from fedbpt.runs.as_json import run_as_json, run_in_full
+from fedbpt.runs.event_log import Line
+from fedbpt.runs.store import RunStore, StoredRun
 
 HEARTBEAT_S: Final = 15.0
 """Longest silence of a stream of events: then a comment comes, so that proxies keep it open."""
@@ -42,7 +42,7 @@ MAX_READERS: Final = 64
 
 
 class MonitorServer(HttpServer):
-    """Serves what ``store`` holds, and live, what is told of ``run``: a `fedbpt.journal.Sink`. See `HttpServer`.
+    """Serves what ``store`` holds, and live, what is told of ``run``: a `fedbpt.runs.event_log.Sink`. See `HttpServer`.
 
     Args:
         store: the run database, read through a connection of its own.
@@ -169,7 +169,7 @@ class _JsonOnly:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             others = [header for header in scope["headers"] if header[0] != b"accept"]
-            scope = {**scope, "headers": [*others, (b"accept", wire.JSON_TYPE.encode())]}
+            scope = {**scope, "headers": [*others, (b"accept", codec.JSON_TYPE.encode())]}
         await self._app(scope, receive, send)
 
 
@@ -185,4 +185,4 @@ def _as_event(item: Line | Missed | None) -> bytes:
 
 
 def _json(value: Any) -> Response:
-    return Response(msgspec.json.encode(value), media_type=wire.JSON_TYPE)
+    return Response(msgspec.json.encode(value), media_type=codec.JSON_TYPE)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from fedbpt.clients.mailbox import MailboxClient, PostOffice
+from fedbpt.coordinator.clients.mailbox import MailboxClient, PostOffice
+from fedbpt.coordinator.enrolment import DeviceRegistry
 from fedbpt.coordinator.http import DEVICE_LIMIT, GUESS_LIMIT, build_app
-from fedbpt.http_server import HttpServer
-from fedbpt.registry import DeviceRegistry
-from fedbpt.tls import Tls, is_loopback
+from fedbpt.net.server import HttpServer
+from fedbpt.net.tls import Tls, is_loopback
 
 
 class CoordinatorServer(HttpServer):

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from nicegui import Client, app, ui
 from starlette.types import ASGIApp
 
-from fedbpt.control import RunControl
+from fedbpt.coordinator.control import RunControl
 from fedbpt.dashboard.compare_page import ComparePage
 from fedbpt.dashboard.comparing import Comparison
 from fedbpt.dashboard.pages import RunPage

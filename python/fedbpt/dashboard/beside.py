@@ -9,7 +9,7 @@ from nicegui import run, ui
 from fedbpt.dashboard import charts, costs
 from fedbpt.dashboard.elements import chart, heading
 from fedbpt.dashboard.views import RunView
-from fedbpt.display import human_bytes
+from fedbpt.display.console import human_bytes
 
 OURS: Final = "This run"
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
 from fedbpt.dashboard.views import Point
-from fedbpt.display import human_bytes
+from fedbpt.display.console import human_bytes
 
 Options: TypeAlias = dict[str, Any]
 Curve: TypeAlias = tuple[Sequence[Point], str, float]

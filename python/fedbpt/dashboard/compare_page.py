@@ -11,8 +11,8 @@ from nicegui import ui
 from fedbpt.dashboard.comparing import Comparison, Row
 from fedbpt.dashboard.elements import button, describe, heading, top
 from fedbpt.errors import FedbptError
-from fedbpt.questions import Answer
-from fedbpt.side_by_side import SIDES, Side
+from fedbpt.protocol.questions import Answer
+from fedbpt.side_by_side.sides import SIDES, Side
 
 TITLES: Final[dict[Side, str]] = {"original": "Original", "tuned": "Tuned"}
 

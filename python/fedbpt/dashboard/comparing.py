@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from fedbpt.api import make_prompt
-from fedbpt.clients import HttpClient
+from fedbpt.coordinator.clients import HttpClient
+from fedbpt.engine.text_generator import TextModel
 from fedbpt.errors import FedbptError, InputError
-from fedbpt.generator import TextModel
-from fedbpt.questions import DEFAULT_TOKENS, Answer, Question, check_answer
-from fedbpt.runs import RunResult
-from fedbpt.seeding import generator
-from fedbpt.side_by_side import Probabilities, Side, SideBySide
+from fedbpt.protocol.questions import DEFAULT_TOKENS, Answer, Question, check_answer
+from fedbpt.protocol.seeding import generator
+from fedbpt.runs.settings import RunResult
+from fedbpt.side_by_side.sides import Probabilities, Side, SideBySide
 from fedbpt.tasks import Task, read_task_rows
 
 MOST_WAITING: Final = 16

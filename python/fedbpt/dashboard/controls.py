@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nicegui import ui
 
-from fedbpt.control import RunControl
+from fedbpt.coordinator.control import RunControl
 from fedbpt.dashboard.elements import button, heading
 from fedbpt.dashboard.views import RunView
 from fedbpt.errors import ConfigError

@@ -16,10 +16,10 @@ from starlette.requests import HTTPConnection
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fedbpt import tokens
-from fedbpt.http_auth import GUESSES, wrong_name
-from fedbpt.http_bodies import STATUS_OF_CODE
-from fedbpt.rate_limit import RateLimit
+from fedbpt.net import tokens
+from fedbpt.net.auth import GUESSES, wrong_name
+from fedbpt.net.bodies import STATUS_OF_CODE
+from fedbpt.net.rate_limit import RateLimit
 
 COOKIE: Final = "fedbpt-dashboard"
 

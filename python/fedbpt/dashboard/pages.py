@@ -8,15 +8,15 @@ from typing import Final, Protocol
 
 from nicegui import ui
 
-from fedbpt.control import RunControl
+from fedbpt.coordinator.control import RunControl
 from fedbpt.dashboard import charts, texts
 from fedbpt.dashboard.beside import Communication, Memory
 from fedbpt.dashboard.controls import Controls
 from fedbpt.dashboard.elements import chart, heading, top
 from fedbpt.dashboard.state import RunState
 from fedbpt.dashboard.views import Point, RunView, Stage
-from fedbpt.dev_figures import DevPoint
-from fedbpt.display import human_bytes
+from fedbpt.display.console import human_bytes
+from fedbpt.runs.dev_figures import DevPoint
 
 LOOK_S: Final = 0.25
 """How often a page looks for what is new; a device that died is shown at once."""

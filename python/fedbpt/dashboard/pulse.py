@@ -11,9 +11,9 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from fedbpt.clients import DeviceClient, HttpClient
+from fedbpt.coordinator.clients import DeviceClient, HttpClient
 from fedbpt.errors import DeviceError, WireError
-from fedbpt.messages import DeviceInfo
+from fedbpt.protocol.messages import DeviceInfo
 
 log = logging.getLogger(__name__)
 

@@ -8,19 +8,19 @@ from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from fedbpt.clients import DeviceClient
-from fedbpt.control import RunControl
+from fedbpt.coordinator.clients import DeviceClient
+from fedbpt.coordinator.control import RunControl
 from fedbpt.dashboard.comparing import Comparison
 from fedbpt.dashboard.guard import Guard
 from fedbpt.dashboard.pulse import Pulse
 from fedbpt.dashboard.state import RunState
 from fedbpt.dashboard.visits import Visits
 from fedbpt.errors import FedbptError, MissingExtraError, StoreError
-from fedbpt.http_auth import check_token
-from fedbpt.http_server import HttpServer
-from fedbpt.journal import Line
-from fedbpt.store import RunStore
-from fedbpt.tls import Tls
+from fedbpt.net.auth import check_token
+from fedbpt.net.server import HttpServer
+from fedbpt.net.tls import Tls
+from fedbpt.runs.event_log import Line
+from fedbpt.runs.store import RunStore
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ LOOK_S: Final = 1.0
 
 
 class DashboardServer(HttpServer):
-    """Shows ``run`` of ``store``: a `fedbpt.journal.Sink` for its events. See `HttpServer`. One in a process.
+    """Shows ``run`` of ``store``: a `fedbpt.runs.event_log.Sink` for its events. See `HttpServer`. One in a process.
 
     Args:
         store: the run database, read through a connection of its own.

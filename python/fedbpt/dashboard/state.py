@@ -13,17 +13,17 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from fedbpt import wire
-from fedbpt.control import RunControl
+from fedbpt.coordinator.control import RunControl
+from fedbpt.coordinator.estimate import spent_share
+from fedbpt.coordinator.round_figures import ClosedRound, evaluations_in, numbers_of
 from fedbpt.dashboard.views import DeviceStatus, DeviceView, Measured, Notice, Point, RunView, Stage, Status
-from fedbpt.dev_figures import DevPoint, dev_points, stages_of
-from fedbpt.display import Spent, seconds_left
-from fedbpt.estimate import spent_share
-from fedbpt.intervals import wilson_interval
-from fedbpt.journal import Line, Logged
-from fedbpt.messages import DeviceInfo
-from fedbpt.rounds import ClosedRound, evaluations_in, numbers_of
-from fedbpt.runs import (
+from fedbpt.display.console import Spent, seconds_left
+from fedbpt.protocol import codec
+from fedbpt.protocol.messages import DeviceInfo
+from fedbpt.runs.dev_figures import DevPoint, dev_points, stages_of
+from fedbpt.runs.event_log import Line, Logged
+from fedbpt.runs.intervals import wilson_interval
+from fedbpt.runs.settings import (
     LINES,
     DeviceBack,
     DeviceLost,
@@ -39,7 +39,7 @@ from fedbpt.runs import (
     TemplateSelected,
     perplexity,
 )
-from fedbpt.store import RoundHistory, RunStore, StoredRun, Traffic
+from fedbpt.runs.store import RoundHistory, RunStore, StoredRun, Traffic
 
 KEPT_NOTICES: Final = 50
 
@@ -69,7 +69,7 @@ class _Device:
 
 
 class RunState:
-    """The state of run ``run``. A `fedbpt.journal.Sink` for its events; `look` reads the store.
+    """The state of run ``run``. A `fedbpt.runs.event_log.Sink` for its events; `look` reads the store.
 
     ``version`` counts changes. ``control``: of the run that this process coordinates, whose events come here; None: it
     is coordinated elsewhere, or by nobody.
@@ -220,9 +220,9 @@ class RunState:
 
     def _take(self, stored: StoredRun, history: Iterable[RoundHistory], rounds: Iterable[ClosedRound]) -> None:
         if self._stored is None or stored.settings != self._stored.settings:
-            self._settings = wire.decode(stored.settings, RunSettings)
+            self._settings = codec.decode(stored.settings, RunSettings)
         if stored.result is not None and (self._stored is None or self._stored.result != stored.result):
-            self._result = wire.decode(stored.result, RunResult)
+            self._result = codec.decode(stored.result, RunResult)
             self._template = self._result.template.pattern
         self._stored = stored
         if not self.here:

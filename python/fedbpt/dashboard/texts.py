@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from fedbpt import display
 from fedbpt.dashboard.views import DeviceView, Measured, RunView, Stage
-from fedbpt.display import human_bytes
-from fedbpt.runs import Split
+from fedbpt.display import console
+from fedbpt.display.console import human_bytes
+from fedbpt.runs.settings import Split
 
 NONE: Final = "–"
 
@@ -74,7 +74,7 @@ def _measured(found: Measured | None, generates: bool) -> str:
 
 def duration(seconds: float | None) -> str:
     """``3:07``, ``1:02:03``."""
-    return NONE if seconds is None else display.duration(seconds)
+    return NONE if seconds is None else console.duration(seconds)
 
 
 def rounds(view: RunView) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
-from fedbpt.runs import Split
+from fedbpt.runs.settings import Split
 
 Status: TypeAlias = Literal["waiting", "running", "pausing", "paused", "stopped", "finished"]
 DeviceStatus: TypeAlias = Literal["absent", "live", "paused", "silent", "lost", "done"]

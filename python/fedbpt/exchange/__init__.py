@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
+from fedbpt.engine.scorer import Scorer
 from fedbpt.errors import ConfigError
 from fedbpt.exchange import gguf_file, npy, peft
-from fedbpt.model_card import scale_notes
-from fedbpt.prompt import Prompt
-from fedbpt.scorer import Scorer
+from fedbpt.prompts.model_card import scale_notes
+from fedbpt.prompts.prompt import Prompt
 from fedbpt.tasks import Task
 
 __all__ = ["TARGETS", "Exported", "Target", "export_prompt", "import_prompt"]

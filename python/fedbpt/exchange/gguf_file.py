@@ -2,7 +2,7 @@
 
 Its metadata follow LoRA adapters': ``general.type`` adapter, ``general.architecture`` the model's, ``adapter.type``
 soft_prompt. ``soft_prompt.weight`` has a row after the other, float32, as ``llama_batch.embd`` takes them; the other
-tensors are a prompt file's (`fedbpt.prompt`), those without elements left out.
+tensors are a prompt file's (`fedbpt.prompts.prompt`), those without elements left out.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import msgspec
 import numpy as np
 
 from fedbpt.errors import MissingExtraError, PromptError
-from fedbpt.model_card import model_card
-from fedbpt.prompt import Prompt, card_path, encode_card, write
+from fedbpt.prompts.model_card import model_card
+from fedbpt.prompts.prompt import Prompt, card_path, encode_card, write
 
 ROWS = "soft_prompt.weight"
 _TENSORS = ("label_bias", "word_ids", "word_weights", "other_weights")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fedbpt.model_card import model_card
-from fedbpt.prompt import Prompt, card_path, encode_card, write
+from fedbpt.prompts.model_card import model_card
+from fedbpt.prompts.prompt import Prompt, card_path, encode_card, write
 
 
 def write_npy(prompt: Prompt, target: Path) -> Path:

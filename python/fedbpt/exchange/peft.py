@@ -20,12 +20,12 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from fedbpt.checking import DECODE_ERRORS
+from fedbpt.engine.scorer import Scorer
 from fedbpt.errors import ConfigError, PromptError
 from fedbpt.exchange.snippet import snippet
-from fedbpt.messages import PromptSpec
-from fedbpt.model_card import fenced, known_model, model_card
-from fedbpt.prompt import Prompt, encode_card, write
-from fedbpt.scorer import Scorer
+from fedbpt.prompts.model_card import fenced, known_model, model_card
+from fedbpt.prompts.prompt import Prompt, encode_card, write
+from fedbpt.protocol.messages import PromptSpec
 from fedbpt.tasks.task import Task, bos_ids
 
 CHECKED = ("gemma3", "llama", "qwen2")

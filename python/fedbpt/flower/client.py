@@ -13,14 +13,22 @@ from typing import Final, TypeVar
 import msgspec
 from flwr.app import MessageType
 
-from fedbpt import wire
-from fedbpt.clients.base import AnswerCallback, ProgressCallback, Works
+from fedbpt.coordinator.clients.base import AnswerCallback, ProgressCallback, Works
 from fedbpt.errors import DeviceFailedError, DeviceRefusedError, DeviceTimeoutError, DeviceUnreachableError
 from fedbpt.flower.nodes import ANSWER_S, Nodes
 from fedbpt.flower.records import answer_of, packed, size_of
-from fedbpt.membership import misfit
-from fedbpt.messages import DeviceInfo, EvaluateReport, EvaluateRequest, Message, RoundPlan, RoundReport, SearchHistory
-from fedbpt.questions import Answer, Question
+from fedbpt.protocol import codec
+from fedbpt.protocol.membership import misfit
+from fedbpt.protocol.messages import (
+    DeviceInfo,
+    EvaluateReport,
+    EvaluateRequest,
+    Message,
+    RoundPlan,
+    RoundReport,
+    SearchHistory,
+)
+from fedbpt.protocol.questions import Answer, Question
 
 M = TypeVar("M", bound=Message)
 
@@ -58,7 +66,7 @@ class FlowerClient(Works):
     async def status(self) -> DeviceInfo:
         """What the device said last, while it works; it would not answer before it has ended."""
         if (news := self._nodes.news_of(self.name)) is not None:
-            self.bytes_up += len(wire.encode(news))
+            self.bytes_up += len(codec.encode(news))
             self._info = news
         elif self._info is not None and self._working():
             return msgspec.structs.replace(self._info, busy=True)
@@ -75,7 +83,7 @@ class FlowerClient(Works):
 
     async def start(self, plan: RoundPlan, history: SearchHistory | None = None) -> None:  # noqa: ARG002 - sent whole
         await self._check_fits(plan)
-        key, digest = (plan.run, plan.round), wire.digest(plan)
+        key, digest = (plan.run, plan.round), codec.digest(plan)
         known = self._rounds.get(key)
         if known is not None and known.digest != digest:
             raise DeviceRefusedError(f"{self.name}: round {plan.round} was begun with another plan", "conflict")

@@ -1,6 +1,6 @@
 """`client_app`: a Flower ClientApp around our device. One message is one piece of work.
 
-What the device remembers (`fedbpt.device_state`) and its last report lie in ``context.state``, which never leaves the
+What the device remembers (`fedbpt.device.state`) and its last report lie in ``context.state``, which never leaves the
 node; a SuperNode keeps that in memory alone, so where the node's configuration names a file (``state``), they are
 written there too, and read where the context has none.
 """
@@ -16,14 +16,14 @@ from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 
-from fedbpt import messages, wire
-from fedbpt.agent.service import LocalDevice
-from fedbpt.device_state import DeviceState
+from fedbpt.device.agent.service import LocalDevice
+from fedbpt.device.state import DeviceState
 from fedbpt.errors import ConfigError, FedbptError, WireError
 from fedbpt.faults import public_reason
 from fedbpt.flower.records import RECORD, WORK_FAILED, packed, unpacked
-from fedbpt.messages import ErrorReply, EvaluateRequest, RoundPlan, RoundReport
-from fedbpt.tokens import read_private, write_private
+from fedbpt.net.tokens import read_private, write_private
+from fedbpt.protocol import codec, messages
+from fedbpt.protocol.messages import ErrorReply, EvaluateRequest, RoundPlan, RoundReport
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +67,8 @@ def _round(message: Message, device: LocalDevice, kept: Kept) -> RoundReport:
     """The report on a plan. The same plan again, from a server that was killed, is not worked on again."""
     plan = unpacked(message.content, RoundPlan)
     if kept.report:
-        report = wire.decode(kept.report, RoundReport)
-        if report.plan_digest == wire.digest(plan):
+        report = codec.decode(kept.report, RoundReport)
+        if report.plan_digest == codec.digest(plan):
             return report
     return device.run(plan, _unheard, _never)
 
@@ -85,7 +85,7 @@ def _served(
         kept = _kept(context)
         state = DeviceState.from_bytes(kept.state) if kept.state else DeviceState()
         answer = work(make(context, state), kept)
-        report = wire.encode(answer) if isinstance(answer, RoundReport) else kept.report
+        report = codec.encode(answer) if isinstance(answer, RoundReport) else kept.report
         _keep(context, kept, Kept(state=state.to_bytes(), report=report))
     except FedbptError as error:
         log.warning("work of node %d failed: %s", context.node_id, error)
@@ -99,12 +99,12 @@ def _served(
 def _kept(context: Context) -> Kept:
     record = context.state.config_records.get(RECORD)
     if record is not None and isinstance(body := record["body"], bytes):
-        return wire.decode(body, Kept, _MOST_BYTES)
+        return codec.decode(body, Kept, _MOST_BYTES)
     path = _snapshot(context)
     if path is None or not path.exists():
         return Kept(state=b"")
     try:
-        return wire.decode(read_private(path), Kept, _MOST_BYTES)
+        return codec.decode(read_private(path), Kept, _MOST_BYTES)
     except WireError as error:
         raise ConfigError(f"the snapshot {path} is damaged: delete it, and the device begins anew ({error})") from error
 
@@ -112,13 +112,13 @@ def _kept(context: Context) -> Kept:
 def _keep(context: Context, before: Kept, now: Kept) -> None:
     if now == before:
         return
-    body = wire.encode(now)
+    body = codec.encode(now)
     context.state[RECORD] = ConfigRecord({"body": body})
     if (path := _snapshot(context)) is not None:
         write_private(path, body)
 
 
-_MOST_BYTES: Final = 2 * wire.MAX_BODY_BYTES
+_MOST_BYTES: Final = 2 * codec.MAX_BODY_BYTES
 
 
 def _snapshot(context: Context) -> Path | None:

@@ -11,21 +11,21 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MessageType, MetricRecord
 from numpy.typing import NDArray
 
-from fedbpt import messages, wire
 from fedbpt.api import aggregator_for
+from fedbpt.coordinator.ledger import SELECTION, RunLedger
+from fedbpt.coordinator.members import common_model
+from fedbpt.coordinator.report_checks import check_evaluation, check_report
+from fedbpt.coordinator.vetting import vet
 from fedbpt.errors import ConfigError, DeviceError, QuorumError, WireError
 from fedbpt.flower.client import LEAST_TTL_S
 from fedbpt.flower.records import answer_of, packed
-from fedbpt.ledger import SELECTION, RunLedger
-from fedbpt.members import common_model
-from fedbpt.membership import misfit
-from fedbpt.messages import DeviceInfo, EvaluateReport, EvaluateRequest, RoundPlan, RoundReport
 from fedbpt.plain_text import MOST_TOLD, one_line
-from fedbpt.reports import check_evaluation, check_report
-from fedbpt.runs import NO_SCORE, RoundPurpose, RunSettings, Score
-from fedbpt.store import RunStore
+from fedbpt.protocol import codec, messages
+from fedbpt.protocol.membership import misfit
+from fedbpt.protocol.messages import DeviceInfo, EvaluateReport, EvaluateRequest, RoundPlan, RoundReport
+from fedbpt.runs.settings import NO_SCORE, RoundPurpose, RunSettings, Score
+from fedbpt.runs.store import RunStore
 from fedbpt.tasks import Task
-from fedbpt.vetting import vet
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class FlowerLoop:
             )
         round, purpose = self._next()
         work = self._ledger.work(round, purpose)
-        self._work_digest, self._began = wire.digest(work), time.monotonic()
+        self._work_digest, self._began = codec.digest(work), time.monotonic()
         self._plans = {name: self._ledger.plan(round, name, work) for name in self._nodes}
         return [self._message(name, plan, MessageType.TRAIN, str(round)) for name, plan in self._plans.items()]
 

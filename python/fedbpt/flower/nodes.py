@@ -20,8 +20,8 @@ from flwr.serverapp import Grid
 
 from fedbpt.errors import DeviceError, DeviceFailedError, DeviceUnreachableError, WireError
 from fedbpt.flower.records import answer_of, packed
-from fedbpt.messages import DeviceInfo
 from fedbpt.plain_text import MOST_TOLD, one_line
+from fedbpt.protocol.messages import DeviceInfo
 
 log = logging.getLogger(__name__)
 

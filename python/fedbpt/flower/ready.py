@@ -13,17 +13,17 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedbpt import tasks
-from fedbpt.config import with_defaults
-from fedbpt.device_state import DeviceState
+from fedbpt.device.device import Device
+from fedbpt.device.state import DeviceState
+from fedbpt.engine.native_scorer import load_model
+from fedbpt.engine.scorer import Scorer
 from fedbpt.errors import ConfigError, FedbptError
 from fedbpt.flower.device import client_app
 from fedbpt.flower.strategy import FIND_S, FedBPT
-from fedbpt.local import Device
-from fedbpt.native_scorer import load_model
 from fedbpt.plain_text import echo
-from fedbpt.runs import DeviceBack, DeviceLost, Evaluated, Event, RoundClosed, RunFinished, RunSettings
-from fedbpt.scorer import Scorer
-from fedbpt.store import RunStore
+from fedbpt.runs.run_file import with_defaults
+from fedbpt.runs.settings import DeviceBack, DeviceLost, Evaluated, Event, RoundClosed, RunFinished, RunSettings
+from fedbpt.runs.store import RunStore
 from fedbpt.tasks import Row, Task
 from fedbpt.tasks.partition import Scheme
 

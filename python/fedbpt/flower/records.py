@@ -10,9 +10,9 @@ from typing import Final, TypeVar
 
 from flwr.app import ConfigRecord, RecordDict
 
-from fedbpt import wire
 from fedbpt.errors import DeviceFailedError, DeviceRefusedError, WireError
-from fedbpt.messages import ErrorReply, Message
+from fedbpt.protocol import codec
+from fedbpt.protocol.messages import ErrorReply, Message
 
 M = TypeVar("M", bound=Message)
 
@@ -22,7 +22,7 @@ WORK_FAILED: Final = "work-failed"
 
 def packed(message: Message | None) -> RecordDict:
     """``message`` as a Flower message's content; None: a question without arguments."""
-    kind, body = ("", b"") if message is None else (type(message).__name__, wire.encode(message))
+    kind, body = ("", b"") if message is None else (type(message).__name__, codec.encode(message))
     return RecordDict({RECORD: ConfigRecord({"kind": kind, "body": body})})
 
 
@@ -37,7 +37,7 @@ def body_of(content: RecordDict, kind: type[Message]) -> bytes:
 
 def unpacked(content: RecordDict, kind: type[M]) -> M:
     """The message of ``kind``. Raises `WireError`."""
-    return wire.decode(body_of(content, kind), kind)
+    return codec.decode(body_of(content, kind), kind)
 
 
 def answer_of(content: RecordDict, kind: type[M], name: str) -> M:

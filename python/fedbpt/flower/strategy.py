@@ -23,14 +23,14 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedbpt.api import aggregator_for
+from fedbpt.coordinator.federation import Federation
 from fedbpt.errors import QuorumError
-from fedbpt.event_loop import run_to_end
-from fedbpt.federation import Federation
 from fedbpt.flower.client import FlowerClient
 from fedbpt.flower.loop import FlowerLoop, arrays_of, score_metrics
 from fedbpt.flower.nodes import Nodes
-from fedbpt.runs import Evaluated, Event, EventCallback, RoundClosed, RunResult, RunSettings
-from fedbpt.store import RunStore
+from fedbpt.net.event_loop import run_to_end
+from fedbpt.runs.settings import Evaluated, Event, EventCallback, RoundClosed, RunResult, RunSettings
+from fedbpt.runs.store import RunStore
 from fedbpt.tasks import Task
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class FedBPT(Strategy):
         run: the run's name.
         devices: wait for so many; 0: whichever nodes are there.
         find_s: how long to wait for them, seconds.
-        on_event: called for each `fedbpt.runs` event.
+        on_event: called for each `fedbpt.runs.settings` event.
     """
 
     def __init__(

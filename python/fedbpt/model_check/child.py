@@ -18,10 +18,10 @@ from typing import Annotated
 
 import msgspec
 
+from fedbpt.engine.native_scorer import KVType, load_model
 from fedbpt.errors import FedbptError, ModelWarning
 from fedbpt.model_check.findings import CHECKS, Finding, ModelFacts
 from fedbpt.model_check.probes import Answer, Probes
-from fedbpt.native_scorer import KVType, load_model
 
 
 class Begun(msgspec.Struct, frozen=True, tag=True):

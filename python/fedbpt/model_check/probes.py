@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt import models
+from fedbpt.engine.native_scorer import NativeScorer
+from fedbpt.engine.text_generator import Placed, Sampling
 from fedbpt.errors import InputError
-from fedbpt.generator import Placed, Sampling
-from fedbpt.messages import Placement
 from fedbpt.model_check.findings import ModelFacts
-from fedbpt.native_scorer import NativeScorer
+from fedbpt.protocol.messages import Placement
 
 TEXTS = (
     "The river rose again last night, and two bridges are closed until the water falls.",

@@ -14,10 +14,10 @@ import msgspec
 
 from fedbpt import models
 from fedbpt.checking import printable
+from fedbpt.engine.native_scorer import KVType
 from fedbpt.errors import InputError, ModelFileError
 from fedbpt.model_check.child import Begun, Said, Settings
 from fedbpt.model_check.findings import CHECKS, Finding, ModelCheck, ModelFacts
-from fedbpt.native_scorer import KVType
 from fedbpt.plain_text import one_line
 
 _MOST_SAID = 300  # characters of what the process said before it ended

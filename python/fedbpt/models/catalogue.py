@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TypeAlias
 
-from fedbpt.packages import Package
+from fedbpt.machine.wheel_files import Package
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from pathlib import Path
 import msgspec
 
 from fedbpt.errors import ModelNotFoundError
+from fedbpt.machine.wheel_files import cache_folder, sha256_of
 from fedbpt.models.parts import model_parts
 from fedbpt.models.records import read_record, write_record
-from fedbpt.packages import cache_folder, sha256_of
 
 log = logging.getLogger(__name__)
 

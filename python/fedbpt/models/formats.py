@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedbpt.errors import InputError, ModelError
+from fedbpt.machine.wheel_files import Progress, publish
 from fedbpt.models.parts import model_parts, model_size, model_stem
 from fedbpt.models.store import locate
 from fedbpt.models.trial import TrialSettings, run_once
-from fedbpt.packages import Progress, publish
 
 FORMATS = ("q2_k", "q3_k_m", "q4_0", "iq4_nl", "q4_k_m", "q4_1", "q5_k_m", "q6_k", "q8_0", "bf16", "f16")
 """What `requantize` can write, smallest first. Most are mixtures: q4_k_m is q4_K with some q6_K, say."""

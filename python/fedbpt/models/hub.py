@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 
 from fedbpt.errors import DownloadError, MissingExtraError
-from fedbpt.packages import Progress, require_space, sha256_of
+from fedbpt.machine.wheel_files import Progress, require_space, sha256_of
 
 _ATTEMPTS = 5  # in a row without a new byte
 _BACKOFF_S = 1.0

@@ -10,7 +10,7 @@ from typing import TypeVar
 import msgspec
 
 from fedbpt.checking import DECODE_ERRORS
-from fedbpt.packages import publish
+from fedbpt.machine.wheel_files import publish
 
 _T = TypeVar("_T", bound=msgspec.Struct)
 

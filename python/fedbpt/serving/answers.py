@@ -9,16 +9,16 @@ from typing import Protocol
 
 import numpy as np
 
+from fedbpt.engine.text_generator import Generator, Placed, Sampling, TextModel, Token
+from fedbpt.engine.text_stream import FinishReason, Generation, Piece
 from fedbpt.errors import InputError
-from fedbpt.generation import FinishReason, Generation, Piece
-from fedbpt.generator import Generator, Placed, Sampling, TextModel, Token
-from fedbpt.prompt import Prompt
-from fedbpt.side_by_side import SideBySide
+from fedbpt.prompts.prompt import Prompt
+from fedbpt.side_by_side.sides import SideBySide
 from fedbpt.tasks import Task
 
 
 class Answer(Protocol):
-    """An answer as it comes, in pieces; `fedbpt.generation.Generation` is one."""
+    """An answer as it comes, in pieces; `fedbpt.engine.text_stream.Generation` is one."""
 
     @property
     def n_prompt(self) -> int: ...

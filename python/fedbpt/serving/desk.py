@@ -12,9 +12,9 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Final
 
-from fedbpt.agent.worker import Worker
+from fedbpt.device.agent.worker import Worker
+from fedbpt.engine.text_stream import SLICE, Piece
 from fedbpt.errors import FedbptError, ScoringInterrupted
-from fedbpt.generation import SLICE, Piece
 from fedbpt.serving.answers import Answer
 
 MAX_REQUESTS: Final = 64

@@ -25,8 +25,8 @@ from starlette.types import Receive, Scope, Send
 
 from fedbpt.checking import DECODE_ERRORS
 from fedbpt.errors import DeviceRefusedError, FedbptError, InputError, ScoringInterrupted
-from fedbpt.http_auth import LoopbackOnly, RequireToken
-from fedbpt.http_bodies import STATUS_OF_CODE, Handler, body_of, faults_as, refusal_headers
+from fedbpt.net.auth import LoopbackOnly, RequireToken
+from fedbpt.net.bodies import STATUS_OF_CODE, Handler, body_of, faults_as, refusal_headers
 from fedbpt.serving.answers import Answer, ServedModel
 from fedbpt.serving.desk import Desk, Job, Ticket
 from fedbpt.serving.protocol import ApiError, ChatRequest, CompletionRequest

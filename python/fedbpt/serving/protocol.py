@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
+from fedbpt.engine.text_generator import Sampling
 from fedbpt.errors import InputError
-from fedbpt.generator import Sampling
 from fedbpt.serving.answers import Settings
 
 MAX_LIKELIEST = 20

@@ -8,8 +8,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-from fedbpt.generation import FinishReason, Piece
-from fedbpt.generator import Token
+from fedbpt.engine.text_generator import Token
+from fedbpt.engine.text_stream import FinishReason, Piece
 
 Json: TypeAlias = dict[str, Any]
 

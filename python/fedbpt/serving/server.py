@@ -8,12 +8,12 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from fedbpt.errors import ConfigError
-from fedbpt.http_auth import check_token
-from fedbpt.http_server import HttpServer
+from fedbpt.net.auth import check_token
+from fedbpt.net.server import HttpServer
+from fedbpt.net.tls import Tls
 from fedbpt.serving.answers import ServedModel
 from fedbpt.serving.desk import Desk
 from fedbpt.serving.http import build_app
-from fedbpt.tls import Tls
 
 SEND_BUFFER_BYTES: Final = 2**16
 """Of a connection, in the system: some hundred pieces. A client that reads no more is noticed when it is full."""

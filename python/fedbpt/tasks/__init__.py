@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedbpt.batches import Row
 from fedbpt.errors import ConfigError
-from fedbpt.messages import Template
+from fedbpt.protocol.messages import Template
 from fedbpt.tasks.builtin import BUILTIN
 from fedbpt.tasks.draft import Draft, draft_task, task_toml
 from fedbpt.tasks.partition import Manifest, partition, read_manifest, split_rows, write_partition
@@ -24,6 +23,7 @@ from fedbpt.tasks.readers import (
     to_rows,
     write_rows,
 )
+from fedbpt.tasks.rows import Row
 from fedbpt.tasks.sources import bbc_news, load_hub
 from fedbpt.tasks.task import Task, Tokenizer, cue_ids, label_word_ids, load_task, render_ids
 from fedbpt.tasks.words import WordCosts, word_costs, word_notes

@@ -13,9 +13,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
-from fedbpt.batches import LabelIndex
 from fedbpt.checking import half_character
 from fedbpt.errors import DataError
+from fedbpt.tasks.rows import LabelIndex
 
 _NUMBER: Final = re.compile(r"[+-]?[0-9]+([.,][0-9]+)?")
 _WHOLE: Final = re.compile(r"([+-]?[0-9]{1,15})(\.0*)?")  # also as a spreadsheet writes a column with gaps: 1.0

@@ -15,12 +15,12 @@ import msgspec
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fedbpt.batches import Row
 from fedbpt.checking import DECODE_ERRORS
 from fedbpt.errors import DataError, InputError
-from fedbpt.packages import sha256_of
-from fedbpt.seeding import generator
+from fedbpt.machine.wheel_files import sha256_of
+from fedbpt.protocol.seeding import generator
 from fedbpt.tasks.readers import drop_duplicates, write_rows
+from fedbpt.tasks.rows import Row
 
 Scheme: TypeAlias = Literal["iid", "dirichlet", "size"]
 

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedbpt.batches import LabelIndex, Row
 from fedbpt.errors import DataError
 from fedbpt.tasks.builtin import AG_NEWS
 from fedbpt.tasks.fields import PAIR, Columns, Fields, LabelReader, read_text
+from fedbpt.tasks.rows import LabelIndex, Row
 from fedbpt.tasks.tables import Record, file_records, first_fields, object_records, only_split
 from fedbpt.tasks.task import Task
 

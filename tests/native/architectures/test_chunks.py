@@ -15,8 +15,8 @@ from hugging_face import ArchitectureCase, HuggingFace
 from table import ARCHITECTURES
 from tiny_case import Case
 
-from fedbpt.generator import Placed, Sampling
-from fedbpt.native_generator import NativeGenerator
+from fedbpt.engine.native_generator import NativeGenerator
+from fedbpt.engine.text_generator import Placed, Sampling
 
 TOLERANCE = 0.05
 N_CHUNK = 8192  # llama.cpp's, whatever a file says

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tiny_case import Case
 
-from fedbpt.generator import Placed, Sampling
-from fedbpt.native_generator import NativeGenerator
+from fedbpt.engine.native_generator import NativeGenerator
+from fedbpt.engine.text_generator import Placed, Sampling
 
 N_TOKENS = 6
 

@@ -12,8 +12,8 @@ import pytest
 from numpy.typing import NDArray
 from tiny_case import Case
 
-from fedbpt.generator import Placed, Sampling, Token
-from fedbpt.native_generator import NativeGenerator, NativeStream
+from fedbpt.engine.native_generator import NativeGenerator, NativeStream
+from fedbpt.engine.text_generator import Placed, Sampling, Token
 
 N_TEXTS = 24
 N_STREAMS = 3

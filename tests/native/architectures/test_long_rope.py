@@ -12,8 +12,8 @@ from hugging_face import HuggingFace
 from tiny_case import N_THREADS, Case
 
 import fedbpt
-from fedbpt.generator import Placed, Sampling
-from fedbpt.native_generator import NativeGenerator
+from fedbpt.engine.native_generator import NativeGenerator
+from fedbpt.engine.text_generator import Placed, Sampling
 
 N = long_rope.N_ORIGINAL
 LENGTHS = [1, 20, 300, N - 1, N, N + 1, 800]

@@ -1,0 +1,92 @@
+"""`AskedDevice`: the original and the tuned model of a connected device, asked as a `SideBySide` is."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Generator
+from contextlib import closing
+
+from fedbpt.coordinator.clients import HttpClient
+from fedbpt.engine.text_generator import Sampling
+from fedbpt.prompts.prompt import Prompt
+from fedbpt.protocol.questions import DEFAULT_TOKENS, Answer, Question, check_answer
+from fedbpt.side_by_side.sides import SIDES, Probabilities, Side
+from fedbpt.tasks import Task
+
+
+class AskedDevice:
+    """Asks the device that ``client`` reaches. Other arguments as for `SideBySide`; errors as `HttpClient.ask`."""
+
+    def __init__(self, client: HttpClient, prompt: Prompt, task: Task | None = None) -> None:
+        self.name = f"{prompt.model_name} on {client.name}"
+        self.labels = prompt.labels
+        self._client = client
+        self._task = prompt.task if task is None else task
+        self._fingerprint, self._prompt = prompt.model_fingerprint, prompt.to_bytes()
+
+    @property
+    def classifies(self) -> bool:
+        return bool(self.labels)
+
+    def classify(self, text: str) -> Probabilities:
+        *_, answer = self._answers(text, Sampling(), 1, ())
+        return Probabilities(*answer.probabilities)
+
+    def generate(
+        self, text: str, sampling: Sampling | None = None, max_tokens: int | None = None, stop: tuple[str, ...] = ()
+    ) -> Generator[tuple[Side, str], None, None]:
+        """A piece of each side's answer for each message of the device that has news of it."""
+        known = ("", "")
+        with closing(self._answers(text, sampling or Sampling(), max_tokens or DEFAULT_TOKENS, stop)) as answers:
+            for answer in answers:
+                for side, before, now in zip(SIDES, known, answer.texts, strict=True):
+                    if now != before:
+                        yield side, now[len(before) :]
+                known = answer.texts
+
+    def _answers(
+        self, text: str, how: Sampling, max_tokens: int, stop: tuple[str, ...]
+    ) -> Generator[Answer, None, None]:
+        """What there is so far, then all of it; whoever leaves early has the device stop."""
+        clipped = " ".join(text.split()) if self._task is None else self._task.clip(text)
+        question = Question(
+            model_fingerprint=self._fingerprint,
+            prompt=self._prompt,
+            text=clipped,
+            max_text_tokens=None if self._task is None else self._task.max_text_tokens,
+            max_tokens=max_tokens,
+            temperature=how.temperature,
+            top_p=how.top_p,
+            seed=how.seed,
+            stop=stop,
+        )
+        came: queue.SimpleQueue[Answer | BaseException] = queue.SimpleQueue()
+        loop = asyncio.new_event_loop()
+        asking = loop.create_task(self._ask(question, came))
+        thread = threading.Thread(target=lambda: loop.run_until_complete(asking), name="fedbpt-ask")
+        thread.start()
+        try:
+            while True:
+                item = came.get()
+                if isinstance(item, BaseException):
+                    raise item
+                if item.done:
+                    check_answer(item, self.labels)
+                yield item
+                if item.done:
+                    return
+        finally:
+            loop.call_soon_threadsafe(asking.cancel)
+            thread.join()
+            loop.close()
+
+    async def _ask(self, question: Question, came: queue.SimpleQueue[Answer | BaseException]) -> None:
+        outcome: Answer | BaseException
+        try:
+            outcome = await self._client.ask(question, on_answer=came.put)
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - raised where the answer is awaited
+            outcome = error
+        await self._client.aclose()
+        came.put(outcome)

@@ -1,0 +1,157 @@
+"""`DeviceRegistry`: which devices may call in, in one SQLite file: invitations, digests of tokens, revocations.
+
+Apart from the run store, which is a history to show and to share. No secret is in it: see `fedbpt.net.tokens`. Commands
+and a running coordinator use it at once; each request asks it, so that a revocation holds from the next one on.
+"""
+
+from __future__ import annotations
+
+import hmac
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Final, Literal, NamedTuple
+
+import msgspec
+
+from fedbpt.errors import ConfigError, CoordinatorRefusedError, StoreError
+from fedbpt.net import tokens
+from fedbpt.protocol.messages import Name
+from fedbpt.runs.database import Database
+
+SCHEMA_VERSION: Final = 1
+_APPLICATION_ID: Final = 0x46425054  # marks the file: a run store is none of ours
+
+INVITATION_S: Final = 3600.0
+"""How long a code can be used, seconds."""
+
+_SCHEMA: Final = """
+CREATE TABLE devices (
+    device TEXT PRIMARY KEY, token_digest BLOB NOT NULL, enrolled TEXT NOT NULL, revoked TEXT
+);
+CREATE TABLE invitations (
+    device TEXT PRIMARY KEY, code_digest BLOB NOT NULL, expires REAL NOT NULL, token_digest BLOB
+);
+"""
+
+
+class Enrolment(NamedTuple):
+    """One line of ``fedbpt devices list``. ``since``: ISO 8601; empty for one that is only invited."""
+
+    device: str
+    state: Literal["invited", "enrolled", "revoked"]
+    since: str
+
+
+class DeviceRegistry(Database):
+    """The registry at ``path`` (made with its folder if absent). Safe to use from several threads.
+
+    ``clock``: seconds since 1970, for the expiry of codes: of all that is stored, only these depend on a clock.
+    Raises StoreError: the file cannot be opened, is no registry, or a write failed.
+    """
+
+    WHAT = "device registry"
+
+    def __init__(self, path: str | Path, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        super().__init__(path)
+
+    # --- for the operator ----------------------------------------------------------------------------------------
+
+    def invite(self, device: str, valid_s: float = INVITATION_S) -> str:
+        """A one-time code by which ``device`` is enrolled, good for ``valid_s`` seconds; an older one is void.
+
+        A device that is enrolled already keeps its token until the code is used. Raises `ConfigError` for a bad name.
+        """
+        try:
+            msgspec.convert(device, Name)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{device!r} cannot name a device: use letters, digits and ._- (at most 128)") from error
+        code = tokens.new_code()
+        with self._transaction() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO invitations VALUES (?, ?, ?, NULL)",
+                (device, tokens.digest(tokens.plain_code(code)), self._clock() + valid_s),
+            )
+        return code
+
+    def revoke(self, device: str) -> None:
+        """From now on ``device`` is refused, and an open invitation void. Raises `ConfigError` for an unknown one."""
+        with self._transaction() as db:
+            invited = db.execute("DELETE FROM invitations WHERE device = ?", (device,)).rowcount
+            changed = db.execute(
+                "UPDATE devices SET revoked = coalesce(revoked, ?) WHERE device = ?", (self._today(), device)
+            ).rowcount
+        if not invited + changed:
+            raise ConfigError(f"no device {device!r} in {self.path}: `fedbpt devices list` shows them")
+
+    def devices(self) -> list[Enrolment]:
+        """All devices that are enrolled, revoked or invited, by name."""
+        with self._reading() as db:
+            rows = db.execute("SELECT device, enrolled, revoked FROM devices").fetchall()
+            open_codes = db.execute(
+                "SELECT device FROM invitations WHERE token_digest IS NULL AND expires > ?", (self._clock(),)
+            ).fetchall()
+        found = {device: Enrolment(device, "revoked" if revoked else "enrolled", revoked or enrolled)
+                 for device, enrolled, revoked in rows}  # fmt: skip
+        for (device,) in open_codes:
+            if device not in found or found[device].state == "revoked":
+                found[device] = Enrolment(device, "invited", "")
+        return [found[device] for device in sorted(found)]
+
+    # --- for the coordinator's server ----------------------------------------------------------------------------
+
+    def enrol(self, code: str, token_digest: bytes) -> str:
+        """Use ``code`` for a token with this SHA-256; returns the device's name. Safe to repeat with the same token.
+
+        Refused as ``bad-code`` where it is unknown, expired or used.
+        """
+        given = tokens.digest(tokens.plain_code(code))
+        now = self._clock()
+        with self._transaction() as db:
+            device = ""
+            for name, stored, expires, used_for in db.execute("SELECT * FROM invitations").fetchall():
+                fresh = used_for is None or hmac.compare_digest(used_for, token_digest)
+                if hmac.compare_digest(stored, given) and expires > now and fresh:
+                    device = name
+            if not device:
+                raise CoordinatorRefusedError(
+                    "this code is unknown, used or expired: ask for another (`fedbpt devices invite NAME`)", "bad-code"
+                )
+            db.execute("UPDATE invitations SET token_digest = ? WHERE device = ?", (token_digest, device))
+            db.execute("INSERT OR REPLACE INTO devices VALUES (?, ?, ?, NULL)", (device, token_digest, self._today()))
+        return device
+
+    def authenticate(self, bearer: str) -> str:
+        """The device whose token ``bearer`` is. Refused as ``unauthorized``, without saying what was wrong."""
+        device, secret = tokens.split(bearer)
+        with self._reading() as db:
+            row = db.execute(
+                "SELECT token_digest FROM devices WHERE device = ? AND revoked IS NULL", (device,)
+            ).fetchone()
+        if not tokens.matches(secret, row[0] if row else bytes(32)):
+            raise CoordinatorRefusedError(
+                "the coordinator does not know this device's token: it was revoked or replaced; enrol the device again",
+                "unauthorized",
+            )
+        return device
+
+    # --- inside --------------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        with self._transaction() as db:
+            (ours,) = db.execute("PRAGMA application_id").fetchone()
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+            if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                for statement in _SCHEMA.split(";"):
+                    db.execute(statement)
+                db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+                db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            elif (ours, version) != (_APPLICATION_ID, SCHEMA_VERSION):
+                raise StoreError(
+                    f"{self.path} is not a device registry of version {SCHEMA_VERSION}: choose another file"
+                )
+
+    def _today(self) -> str:
+        return datetime.fromtimestamp(self._clock(), timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,320 @@
+"""What a run will cost, before it begins: tokens, seconds and bytes on each device, from its settings and the devices'
+own words. Upper bounds: every text is taken to be as long as the task lets it be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from fedbpt.aggregation import make_aggregator
+from fedbpt.aggregation.base import Aggregator
+from fedbpt.aggregation.readout import EXCHANGES, ReadoutFit
+from fedbpt.bench.measurement import Measurement, Projection
+from fedbpt.errors import ConfigError
+from fedbpt.protocol import codec
+from fedbpt.protocol.messages import (
+    Array,
+    DeviceInfo,
+    FitResult,
+    FitWork,
+    LocalResult,
+    PooledResult,
+    PooledWork,
+    Result,
+    RoundPlan,
+    RoundReport,
+    Template,
+    Work,
+)
+from fedbpt.runs.settings import RunSettings
+from fedbpt.tasks import Task
+
+TEMPLATE_TOKENS = 12
+"""What a template adds to a text, head and cue; ours add 2 to 6."""
+
+
+_NO_DEADLINE_S = 1e9
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Forward tokens: those of texts and prompts, and those of label words beyond the first of each."""
+
+    texts: int
+    words: int = 0
+
+    def __add__(self, other: Tokens) -> Tokens:
+        return Tokens(self.texts + other.texts, self.words + other.words)
+
+    def __mul__(self, times: int) -> Tokens:
+        return Tokens(self.texts * times, self.words * times)
+
+    @property
+    def total(self) -> int:
+        return self.texts + self.words
+
+    def seconds(self, info: DeviceInfo) -> float | None:
+        """How long they take the device; None: it does not say how fast it is."""
+        if not info.tokens_per_second:
+            return None
+        of_words = info.word_tokens_per_second or info.tokens_per_second
+        return self.texts / info.tokens_per_second + self.words / of_words
+
+
+class Parts(NamedTuple):
+    """What a run costs one device: choosing the template, the texts once with the fits, a round of the search, and the
+    texts under the readout's other templates. ``fit``: of ``texts``, one fit.
+    """
+
+    select: Tokens
+    texts: Tokens
+    round: Tokens
+    others: Tokens
+    fit: Tokens
+
+    def whole(self, rounds: int) -> Tokens:
+        return self.select + self.texts + self.round * rounds + self.others
+
+
+class DeviceCost(msgspec.Struct, frozen=True, kw_only=True):
+    """At most so much on one device. ``seconds`` None: nobody knows how fast it is. Evaluations are not in it.
+
+    ``select``, ``texts``, ``round`` and ``others`` are forward tokens: choosing the template, the texts' own once where
+    their KV is kept, a round of the search, and the texts under the readout's other templates. ``words``: what the
+    dearest template's label words add to a candidate's cost of a text; None: the device does not say, 0 was taken.
+    """
+
+    name: str
+    tokens: int
+    seconds: float | None
+    bytes_up: int
+    bytes_down: int
+    rss_bytes: int
+    select: int
+    texts: int
+    round: int
+    others: int
+    words: int | None
+
+
+class RunCost(msgspec.Struct, frozen=True, kw_only=True):
+    """``rounds`` of the search and ``evaluations`` in them, until the budget is spent on every device.
+
+    ``epsilon``: then spent on a training row of the device that has the fewest; None: the run is not private.
+    """
+
+    rounds: int
+    evaluations: int
+    devices: tuple[DeviceCost, ...]
+    epsilon: float | None = None
+
+
+def estimate(settings: RunSettings, task: Task, infos: Sequence[DeviceInfo], aggregator: Aggregator) -> RunCost:
+    """The costs of a run over ``infos``; ``aggregator`` is fresh from the same settings.
+
+    Raises:
+        ConfigError: a budget that is spent before the search begins, a deadline that the slowest device cannot keep.
+            It names the nearest that is possible.
+    """
+    settings = settings.for_labels(task.labels)
+    local = settings.method != "pooled"
+    parts = [tokens_of(settings, task.templates, info) for info in infos]
+    per_round = settings.popsize * settings.iterations + 1 if local else settings.popsize
+    rounds = _rounds(settings, infos, parts, per_round)
+    _check_deadline(settings, infos, parts)
+    up, down = _bytes(settings, task, rounds, aggregator)
+    devices = []
+    for info, part in zip(infos, parts, strict=True):
+        whole = part.whole(rounds)
+        devices.append(
+            DeviceCost(
+                name=info.name, tokens=whole.total, seconds=whole.seconds(info), bytes_up=up, bytes_down=down,
+                rss_bytes=info.rss_bytes, select=part.select.total, texts=part.texts.total, round=part.round.total,
+                others=part.others.total, words=_dearest_words(task.templates, info),
+            )
+        )  # fmt: skip
+    spent = settings.epsilon(len(task.templates), min(info.n_train for info in infos), rounds)
+    return RunCost(rounds=rounds, evaluations=rounds * per_round, devices=tuple(devices), epsilon=spent)
+
+
+def spent_share(settings: RunSettings, searched: int, evaluations: int, tokens: int, seconds: float) -> float:
+    """How much of the budget is spent, 0 to 1: of the limit that is nearest. ``searched``: rounds of the search."""
+    spent = [
+        (searched, settings.rounds),
+        (evaluations, settings.evaluations),
+        (tokens, settings.tokens),
+        (seconds, settings.seconds),
+    ]
+    return min(1.0, max(done / limit for done, limit in spent if limit))
+
+
+def project(found: Measurement, task: Task, rows: int = 128) -> Projection:
+    """What tuning with the default settings would take of the machine that was measured, alone with ``rows`` rows."""
+    settings = RunSettings(deadline_s=_NO_DEADLINE_S)
+    info = DeviceInfo(
+        name="device", version=found.fedbpt_version, model_fingerprint=found.model_fingerprint, model_name="model",
+        backend="any", n_train=rows, n_dev=0, n_test=0, ram_bytes=found.ram_bytes, rss_bytes=0, peak_rss_bytes=0,
+        shares_beginnings=True,
+    )  # fmt: skip
+    aggregator = make_aggregator(settings.method, settings.prompt, settings.popsize, settings.iterations, settings.seed)
+    cost = estimate(settings, task, [info], aggregator)
+    [device] = cost.devices
+    search = cost.rounds * device.round
+    candidates = found.cue if settings.prompt.placement == "cue" else found.front
+    seconds = (device.tokens - search) / found.prefill.tokens_per_second + search / candidates.tokens_per_second
+    return Projection(
+        task=task.name, rows=rows, rounds=cost.rounds, evaluations=cost.evaluations, tokens=device.tokens,
+        seconds=seconds,
+    )  # fmt: skip
+
+
+def tokens_of(settings: RunSettings, templates: Sequence[Template], info: DeviceInfo) -> Parts:
+    """At most so many forward tokens on a device; settings as `RunSettings.for_labels` has them."""
+    objective, prompt, n_rows, n_templates = settings.objective, settings.prompt, info.n_train, len(templates)
+    text = objective.max_text_tokens + TEMPLATE_TOKENS
+    target = objective.max_text_tokens if objective.loss == "nll" else 0
+    words = _dearest_words(templates, info) or 0
+    alike = len({template.pattern.partition("{text}")[0] for template in templates}) == 1
+    # under one more template a text that begins as before costs its end alone
+    again = TEMPLATE_TOKENS if info.shares_beginnings and prompt.placement == "cue" and alike else text
+    selected = min(settings.select_rows or n_rows, n_rows) if n_templates > 1 else int(settings.balanced)
+    select = Tokens(text + again * (n_templates - 1) + target * n_templates, words * n_templates) * selected
+    batch = min(objective.batch_size or n_rows, n_rows)
+    cue = prompt.placement == "cue"
+    # for one candidate; in front all texts share the prompt's KV
+    a_text = Tokens(target + (prompt.n_prompt if cue else text), words)
+    a_candidate = a_text * batch + Tokens(0 if cue else prompt.n_prompt)
+    if objective.perturb > 0:
+        a_candidate += Tokens(text + prompt.n_prompt, words) * batch
+    if settings.method == "pooled":
+        each = a_candidate * settings.popsize
+    else:  # and the mean on all rows
+        each = a_candidate * (settings.popsize * settings.iterations) + a_text * n_rows
+    fits = settings.calibrate or objective.readout_words > 0
+    fitted = min(settings.fit_rows or n_rows, n_rows) if fits else 0
+    a_fit = Tokens(prompt.n_prompt if cue else prompt.n_prompt + text, words) * fitted
+    texts = Tokens(n_rows * text if cue else 0) + a_fit * 2
+    n_others = min(settings.ensemble, n_templates) - 1 if objective.readout_words else 0
+    return Parts(select, texts, each, Tokens(again, words) * (n_others * fitted), a_fit)
+
+
+def readout_tokens(
+    settings: RunSettings, templates: Sequence[Template], infos: Sequence[DeviceInfo], calibrated: int
+) -> float:
+    """Forward tokens that the readout's fit is to cost the device that it costs most.
+
+    ``calibrated``: what calibration has cost all of them, which tells how long texts are; 0: at most, then.
+    """
+    if not settings.objective.readout_words:
+        return 0.0
+    parts = [tokens_of(settings, templates, info) for info in infos]
+    at_most = sum(part.texts.total - part.fit.total for part in parts)
+    share = min(1.0, calibrated / at_most) if calibrated and at_most else 1.0
+    return share * max((part.fit.total + part.others.total for part in parts), default=0)
+
+
+def _dearest_words(templates: Sequence[Template], info: DeviceInfo) -> int | None:
+    """Most tokens that a template's label words add to a candidate's cost of a text; None: the device does not say."""
+    if not any(template.label_words for template in templates):
+        return 0
+    known = [info.word_tokens.get(codec.digest(template)) for template in templates]
+    found = [tokens for tokens in known if tokens is not None]
+    return max(found) if len(found) == len(known) else None
+
+
+def _rounds(settings: RunSettings, infos: Sequence[DeviceInfo], parts: Sequence[Parts], evaluations: int) -> int:
+    """Rounds until the first limit. Each limit must leave room for one."""
+    limits = []
+    if settings.rounds:
+        limits.append(settings.rounds)
+    if settings.evaluations:
+        limits.append(math.ceil(settings.evaluations / evaluations))
+    if settings.tokens:
+        before, each = sum(part.texts.total for part in parts), sum(part.round.total for part in parts)
+        if settings.tokens < before + each:
+            raise ConfigError(
+                f"tokens = {settings.tokens} may be spent before the first round of the search: "
+                f"give at least {before + each}"
+            )
+        limits.append((settings.tokens - before) // each)
+    if settings.seconds and all(info.tokens_per_second for info in infos):
+        # every round waits for the slowest
+        first, then = (
+            max(tokens.seconds(info) or 0.0 for tokens, info in zip(which, infos, strict=True))
+            for which in ([part.texts for part in parts], [part.round for part in parts])
+        )
+        if settings.seconds < first + then:
+            raise ConfigError(
+                f"seconds = {settings.seconds:g} may be over before the first round of the search: "
+                f"give at least {math.ceil(first + then)}"
+            )
+        limits.append(int((settings.seconds - first) / then))
+    if not limits:
+        raise ConfigError("a budget in seconds needs every device to say how fast it is: set rounds")
+    return min(limits)
+
+
+def _check_deadline(settings: RunSettings, infos: Sequence[DeviceInfo], parts: Sequence[Parts]) -> None:
+    for info, part in zip(infos, parts, strict=True):
+        longest = max(tokens.seconds(info) or 0.0 for tokens in part)
+        if longest > settings.deadline_s:
+            needed = math.ceil(longest)
+            raise ConfigError(
+                f"deadline_s = {settings.deadline_s:g} is too short for {info.name}, which may need {needed} s "
+                f"for a round ({info.tokens_per_second:.0f} tokens/s): give at least {needed}"
+            )
+
+
+def _bytes(settings: RunSettings, task: Task, rounds: int, aggregator: Aggregator) -> tuple[int, int]:
+    """(up, down) of the bodies of a device's rounds, from messages of the sizes that will be sent."""
+    n_labels, zero = len(task.labels), np.zeros(settings.prompt.d)
+    work = aggregator.work(1)
+    if isinstance(work, PooledWork) and work.state.step is None:  # from the second generation on there is one
+        state = msgspec.structs.replace(work.state, step=work.state.mean)
+        work = msgspec.structs.replace(work, state=state)
+    answer: Result = PooledResult(losses=Array.of(np.zeros(settings.popsize), "<f4"))
+    if settings.method != "pooled":
+        answer = LocalResult(mean=Array.of(zero), fitness=0.0, sigma_squares=1.0)
+    sent: list[tuple[int, Work, Result]] = [(rounds, work, answer)]
+    n_words, others = settings.objective.readout_words, task.templates[1 : settings.ensemble]
+    fits: list[tuple[int, tuple[Template, ...]]] = [(0, ())] if settings.calibrate else []
+    if n_words:
+        fits += [(n_words, ())] if settings.baselines else []
+        fits.append((n_words // (1 + len(others)), others))
+    for width, with_others in fits:
+        means = Array.of(np.zeros((1 + len(with_others), 1 + width, n_labels)), "<f2")
+        fitted = FitResult(purpose="readout", loss=0.0, means=means)
+        sent.append((EXCHANGES + 1, _fit_work(zero, width, n_labels, with_others), fitted))
+    up = down = 0
+    for times, each, result in sent:
+        up += times * len(codec.encode(_report(result)))
+        down += times * len(codec.encode(_plan(settings, task, each)))
+    return up, down
+
+
+def _fit_work(latent: np.ndarray, n_words: int, n_labels: int, others: tuple[Template, ...]) -> FitWork:
+    fit = ReadoutFit("readout", latent, n_words, n_labels, others=others)
+    return msgspec.structs.replace(fit.work(), readout=fit.readout)
+
+
+def _plan(settings: RunSettings, task: Task, work: Work) -> RoundPlan:
+    return RoundPlan(
+        run="run", round=100, device="device", seed=settings.seed, model_fingerprint="sha256:" + 64 * "0",
+        task=task.identity, labels=task.labels, template=task.templates[0], prompt=settings.prompt,
+        objective=settings.objective, work=work,
+        deadline_s=settings.deadline_s, label_bias=tuple([0.0] * len(task.labels)),
+        label_weights=tuple([1.0] * len(task.labels)) if settings.balanced else (), privacy=settings.privacy,
+    )  # fmt: skip
+
+
+def _report(result: Result) -> RoundReport:
+    return RoundReport(
+        run="run", round=100, device="device", plan_digest=32 * "0", result=result, n_texts=256, evaluations=16,
+        tokens=1000, seconds=1.0, peak_rss_bytes=2**28,
+    )  # fmt: skip

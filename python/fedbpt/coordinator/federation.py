@@ -1,0 +1,400 @@
+"""`Federation`: a run from connecting to the result; the round loop (design: ``docs/federation.md``).
+
+A round: each live device gets its plan, the reports that come before the deadline update the aggregator, and round
+and reports are committed as one transaction. What follows is a function of the committed reports alone, so a run that
+was stopped at any instant is resumed by replaying them, to the same digest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from fedbpt.aggregation.base import Aggregator
+from fedbpt.coordinator.clients.base import DeviceClient
+from fedbpt.coordinator.control import RunControl, Wish
+from fedbpt.coordinator.estimate import readout_tokens
+from fedbpt.coordinator.fleet import Fleet
+from fedbpt.coordinator.ledger import SELECTION, RunLedger
+from fedbpt.coordinator.live import LiveEvaluation
+from fedbpt.coordinator.members import Draft, check_names, common_model, describe_absent
+from fedbpt.coordinator.outcome import make_result
+from fedbpt.coordinator.run_listener import listener_for
+from fedbpt.coordinator.stragglers import Pace
+from fedbpt.coordinator.vetting import vet
+from fedbpt.errors import ConfigError, FederationError, QuorumError, StoreError
+from fedbpt.net.event_loop import run_to_end
+from fedbpt.objective.privacy import require_accountant
+from fedbpt.protocol import codec
+from fedbpt.protocol.messages import (
+    EvaluateReport,
+    FitPurpose,
+)
+from fedbpt.protocol.seeding import generator
+from fedbpt.runs.settings import (
+    EventCallback,
+    RoundClosed,
+    RoundPurpose,
+    RunFinished,
+    RunResult,
+    RunSettings,
+    RunStarted,
+    Steered,
+    TemplateSelected,
+)
+from fedbpt.runs.store import RunStore, Traffic
+from fedbpt.tasks import Task
+
+log = logging.getLogger(__name__)
+
+EVALUATION_DEADLINES: Final = 10
+"""The final evaluation, of many rows, may take as long as this many rounds; a live one as long as one."""
+
+SETTLE_S: Final = 5.0
+"""How long the final evaluation waits for devices to be live again."""
+
+FIRST_ROUNDS_S: Final = 1.0
+"""What a round of calibration and the first generation may take, however small the budget in seconds is."""
+
+LOOK_S: Final = 0.1
+"""Between two looks whether a paused run may go on."""
+
+
+class Federation:
+    """One run over ``clients``: select the template, tune, evaluate.
+
+    Args:
+        clients: the devices; their names must differ and stay the same when the run is resumed.
+        task: name, labels, candidate templates.
+        settings: budget, objective, patience.
+        aggregator: fresh from the same settings; the run's stored rounds are replayed into it.
+        store: where rounds are committed. A run of this name in it is resumed; a finished one is returned as it is.
+        run: the run's name, letters, digits and ``._-``.
+        on_event: called for each `fedbpt.runs.settings` event, from the loop's thread.
+        fresh: forget a stored run of this name as soon as this one has closed a round; it is not resumed.
+        control: by which people pause, resume and stop the run, and change its deadline; None: nobody does.
+        rows: digest of all rows where the coordinator has them itself: a stored run of other rows is refused.
+
+    Raises:
+        ConfigError: names that clash or cannot be used, too few devices for the method.
+        MissingExtraError: a private run without the accountant's library.
+    """
+
+    def __init__(
+        self,
+        clients: Sequence[DeviceClient],
+        task: Task,
+        settings: RunSettings,
+        aggregator: Aggregator,
+        store: RunStore,
+        run: str,
+        on_event: EventCallback = lambda _event: None,
+        control: RunControl | None = None,
+        fresh: bool = False,
+        rows: str = "",
+    ) -> None:
+        check_names([run], "run")
+        if settings.privacy is not None:
+            require_accountant()
+        check_names([client.name for client in clients], "device")
+        self.run_name = run
+        self.task = task
+        settings = self.settings = settings.for_labels(task.labels)
+        self._clients = {client.name: client for client in clients}
+        self._min_reports = max(aggregator.min_reports, 1)
+        if self._min_reports > (a_round := min(len(clients), settings.per_round or len(clients))):
+            raise ConfigError(f"{settings.method} needs reports of {self._min_reports} devices, a round has {a_round}")
+        self._needed = self._quorum_of(len(clients))
+        self._store = store
+        self._emit = on_event
+        self._control = control or RunControl()
+        self._fresh = fresh
+        self._wish = Wish()
+        self._ledger = RunLedger(store, run, task, settings, aggregator, rows)
+        self._fleet: Fleet | None = None
+        self._live: LiveEvaluation | None = None
+
+    def run(self) -> RunResult:
+        """The whole run. Works inside a running event loop too (a notebook), from a thread of its own.
+
+        Ctrl-C tells the devices to stop, and leaves a store from which the same call resumes.
+
+        Raises:
+            QuorumError: too few devices, at the start or in a round. FederationError: devices with different models,
+            a stored run that does not fit. StoreError: the store cannot be written. RunStopped: by ``control``.
+        """
+        return run_to_end(self.run_async)
+
+    @property
+    def searched(self) -> int:
+        """Closed rounds of the search."""
+        return self._ledger.searched
+
+    async def run_async(self) -> RunResult:
+        """`run`, for callers with a loop of their own. A federation runs once."""
+        if self._fleet is not None:
+            raise FederationError("a federation runs once: make another, with a fresh aggregator, to resume")
+        self._store.restore(self.run_name)  # a fresh start that was killed before its first round
+        if not self._fresh and (result := self._ledger.finished()) is not None:
+            self._emit(RunFinished(result=result))
+            return result
+        began = time.monotonic()
+        self._fleet = fleet = Fleet(
+            self._clients, self.task.identity, listener_for(self._ledger, self._emit), Pace(self.settings.stragglers)
+        )
+        try:
+            result = await self._control.unless_stopped(self._sitting(fleet, began))
+        except BaseException:
+            await self._stop(fleet)
+            raise
+        finally:
+            await fleet.aclose()
+        self._emit(RunFinished(result=result))
+        return result
+
+    async def _sitting(self, fleet: Fleet, began: float) -> RunResult:
+        await self._connect(fleet)
+        self._live = LiveEvaluation(self._ledger, fleet, self._deadline_s)
+        await self._select(fleet)
+        await self._tune(fleet)
+        if self.settings.objective.readout_words and self._ledger.spending.seconds_left(self.settings.seconds) > 0:
+            await self._fit(fleet, "readout")
+        await self._evaluate_live(self._ledger.closed, final=True)
+        return await self._finish(fleet, began)
+
+    # --- beginning and resuming ----------------------------------------------------------------------------------
+
+    async def _connect(self, fleet: Fleet) -> None:
+        infos = await fleet.connect()
+        if len(infos) < self._needed:
+            with_task = " with the run's task" if any(map(fleet.unfit, fleet.members.values())) else ""
+            raise QuorumError(
+                f"{len(infos)} of {len(self._clients)} devices answer{with_task}, {self._needed} are needed"
+                f"{describe_absent(fleet.members.values())}"
+            )
+        model = common_model(infos)
+        ledger = self._ledger
+        if self._fresh:
+            self._store.set_aside(self.run_name)
+        ledger.open(model, list(self._clients))
+        fleet.round = ledger.closed + 1
+        members = fleet.members.values()
+        self._store.record_devices(self.run_name, {m.name: m.info for m in members if m.info is not None})
+        self._store.record_losses(self.run_name, fleet.round, {m.name: m.reason for m in members if m.state == "lost"})
+        self._emit(
+            RunStarted(
+                run=self.run_name,
+                devices=tuple(self._clients),
+                live=tuple(member.name for member in fleet.live),
+                model_name=model.model_name,
+                model_fingerprint=model.model_fingerprint,
+                resumed=ledger.closed + 1,
+                settings=self.settings,
+            )
+        )
+        fleet.require_model(model.model_fingerprint)
+        self._model = model
+
+    # --- rounds --------------------------------------------------------------------------------------------------
+
+    async def _select(self, fleet: Fleet) -> None:
+        ledger = self._ledger
+        if len(self.task.templates) == 1 and not self.settings.balanced:
+            ledger.skip_selection()
+        elif ledger.closed < SELECTION:
+            await self._round(fleet, SELECTION, "selection")
+        self._emit(
+            TemplateSelected(
+                template=ledger.template, index=ledger.template_index, losses=ledger.template_losses,
+                candidates=ledger.candidates,
+            )
+        )  # fmt: skip
+        if "dev_loss" not in ledger.metrics(SELECTION):
+            await self._evaluate_live(SELECTION)
+
+    async def _tune(self, fleet: Fleet) -> None:
+        ledger, every = self._ledger, self.settings.evaluate_every
+        if self.settings.calibrate:
+            await self._fit(fleet, "calibration")
+        if self.settings.baselines and self.settings.objective.readout_words:
+            await self._fit(fleet, "probe")
+        while True:
+            # the last mean is evaluated with its final readout; before that only where it has to be judged
+            spent = ledger.spent(self._readout_s(fleet))
+            due = every and ledger.searched % every == 0 and (self.settings.patience or not spent)
+            if due and ledger.searched > ledger.judged:
+                await self._evaluate_live(ledger.closed)
+            if ledger.spent(self._readout_s(fleet)) or not await self._round(fleet, ledger.closed + 1, "search"):
+                break
+        if not ledger.searched:
+            log.warning("run %s: the budget was spent before the first generation was done", self.run_name)
+
+    async def _fit(self, fleet: Fleet, purpose: FitPurpose) -> None:
+        while not self._ledger.fit(purpose).done:
+            if not await self._round(fleet, self._ledger.closed + 1, purpose):
+                del self._ledger.fits[purpose]
+                return
+
+    def _quorum_of(self, n_devices: int) -> int:
+        return max(math.ceil(self.settings.quorum * n_devices), self._min_reports)
+
+    def _draft(self, round: int, purpose: RoundPurpose) -> Draft | None:
+        """Whom a round of the search asks, where that is not everybody: drawn anew each round."""
+        wanted = self.settings.per_round
+        if purpose != "search" or not 0 < wanted < len(self._clients):
+            return None
+        order = generator(self.settings.seed, "draft", round).permutation(sorted(self._clients))
+        asked = math.ceil(wanted * (1 + self.settings.over_selection))
+        return Draft(tuple(order.tolist()), asked, wanted)
+
+    def _deadline_s(self) -> float:
+        return self._wish.deadline_s or self.settings.deadline_s
+
+    async def _await_turn(self) -> None:
+        """Let what people wish take effect; while they wish a pause, wait."""
+        while True:
+            wish = self._control.wish
+            if wish != self._wish:
+                self._wish = wish
+                self._emit(Steered(paused=wish.paused, deadline_s=wish.deadline_s or self.settings.deadline_s))
+            if not wish.paused:
+                return
+            await asyncio.sleep(LOOK_S)
+
+    def _readout_s(self, fleet: Fleet) -> float:
+        """How long the readout's fit is to take at the pace so far: a budget in seconds holds with it."""
+        spending = self._ledger.spending
+        rate = spending.tokens_per_second(max(len(self._ledger.reports), 1))
+        infos = [member.info for member in fleet.members.values() if member.info and not fleet.unfit(member)]
+        calibrated = spending.tokens_for["calibration"]
+        return readout_tokens(self.settings, self.task.templates, infos, calibrated) / rate if rate else 0.0
+
+    def _seconds_left(self, fleet: Fleet, purpose: RoundPurpose) -> float:
+        """After how long a round is stopped and left out; the readout, which has its share, is not."""
+        if purpose in ("selection", "readout"):
+            return math.inf
+        left = self._ledger.spending.seconds_left(self.settings.seconds) - self._readout_s(fleet)
+        return left if self._ledger.searched else max(left, FIRST_ROUNDS_S)
+
+    async def _round(self, fleet: Fleet, round: int, purpose: RoundPurpose) -> bool:
+        """Whether it counts: the budget in seconds was not over before."""
+        await self._await_turn()
+        began = time.monotonic()
+        ledger = self._ledger
+        work = ledger.work(round, purpose)
+        work_digest = codec.digest(work)  # before the update: what the work is made of changes then
+        draft = self._draft(round, purpose)
+        needed = self._needed if draft is None else self._quorum_of(draft.wanted)
+        deadline_s = self._deadline_s()
+        reports = await fleet.run_round(
+            round,
+            lambda device: ledger.plan(round, device, work),
+            needed,
+            deadline_s,
+            purpose,
+            draft,
+            ledger.aggregator.history() if purpose == "search" else None,
+            self._seconds_left(fleet, purpose),
+        )
+        if not reports:
+            log.info("run %s: the budget ended within round %d (%s): it is left out", self.run_name, round, purpose)
+            ledger.leave_out(round, time.monotonic() - began)
+            return False
+        reports, refused = vet(ledger, round, reports)
+        fleet.refuse(refused)
+        fleet.require_quorum(len(reports), needed, deadline_s)
+        costs = self._costs(fleet)
+        loss = ledger.commit(round, work_digest, reports, time.monotonic() - began, costs)
+        reported = tuple(report.device for report in reports)
+        self._emit(
+            RoundClosed(
+                round=round,
+                purpose=purpose,
+                searched=ledger.searched,
+                reported=reported,
+                missing=tuple(name for name in self._clients if name not in reported),
+                loss=loss,
+                evaluations=ledger.aggregator.evaluations,
+                tokens=ledger.spending.tokens,
+                seconds=ledger.spending.seconds,
+                bytes_up=sum(cost.bytes_up for cost in costs.values()),
+                bytes_down=sum(cost.bytes_down for cost in costs.values()),
+                epsilon=ledger.spent_epsilon,
+            )
+        )
+        return True
+
+    # --- evaluation ----------------------------------------------------------------------------------------------
+
+    async def _evaluate_live(self, round: int, final: bool = False) -> None:
+        """What would be shipped now, on ``dev`` rows; devices that do not answer are left out."""
+        if self._live is not None and self.settings.evaluate_every:
+            event = await self._live.measure(round, final)
+            if event is not None:
+                self._emit(event)
+
+    async def _evaluate_final(self, fleet: Fleet) -> dict[str, EvaluateReport]:
+        """Zero-shot, tuned and the baselines, on the same ``test`` rows, of every device that is in reach."""
+        lines = self._ledger.lines().values()
+        latents, readouts = np.stack([latent for latent, _ in lines]), tuple(readout for _, readout in lines)
+        request = self._ledger.request(latents, readouts=readouts, max_rows=self.settings.test_rows)
+        limit = EVALUATION_DEADLINES * self.settings.deadline_s
+        await fleet.settle(min(SETTLE_S, self.settings.deadline_s))
+        reports = await fleet.evaluate(request, limit)
+        if not reports and not fleet.live:
+            await fleet.settle(self.settings.deadline_s)
+            reports = await fleet.evaluate(request, limit)
+        able = [member for member in fleet.members.values() if not fleet.unfit(member)]
+        has_rows = any(member.info and member.info.n_test for member in able)
+        if not reports and has_rows:
+            raise FederationError(
+                f"tuned, but no device could evaluate the result{describe_absent(fleet.members.values())};"
+                " start the same run again to resume it"
+            )
+        return reports
+
+    # --- the end -------------------------------------------------------------------------------------------------
+
+    async def _finish(self, fleet: Fleet, began: float) -> RunResult:
+        reports = await self._evaluate_final(fleet)
+        await fleet.cancel_rounds()
+        costs = self._costs(fleet)
+        result = make_result(
+            self._ledger, self.settings, self._model, fleet.members.values(), costs, reports,
+            self._live.scores if self._live else {}, time.monotonic() - began,
+        )  # fmt: skip
+        if result.tuned.n:
+            figure, (before, after) = "perplexity" if result.generates else "accuracy", (result.zero_shot, result.tuned)
+            figures = {f"test_{figure}_zero_shot": getattr(before, figure), f"test_{figure}": getattr(after, figure)}
+            self._store.record_metrics(self.run_name, self._ledger.closed, figures)
+        self._store.set_status(self.run_name, "finished", codec.encode(result), costs)
+        return result
+
+    async def _stop(self, fleet: Fleet) -> None:
+        """The run ends early: tell the devices, and leave a store to resume from."""
+        await fleet.cancel_rounds()
+        try:
+            if self._ledger.is_open:
+                self._store.set_status(self.run_name, "stopped", traffic=self._costs(fleet))
+            self._store.restore(self.run_name)
+        except StoreError as error:
+            log.warning("%s", error)  # what ended the run is the error to show
+
+    # --- inside --------------------------------------------------------------------------------------------------
+
+    def _costs(self, fleet: Fleet) -> dict[str, Traffic]:
+        costs = {}
+        for name, member in fleet.members.items():
+            before = self._ledger.traffic_before.get(name, Traffic(0, 0, 0))
+            costs[name] = Traffic(
+                before.bytes_up + member.client.bytes_up - member.bytes_up_before,
+                before.bytes_down + member.client.bytes_down - member.bytes_down_before,
+                max(before.peak_rss_bytes, member.peak_rss_bytes),
+            )
+        return costs

@@ -1,0 +1,72 @@
+"""What a run found, put together at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from fedbpt.coordinator.ledger import RunLedger
+from fedbpt.coordinator.members import Member
+from fedbpt.protocol.messages import Array, DeviceInfo, EvaluateReport
+from fedbpt.runs.settings import BASELINES, NO_SCORE, DeviceSummary, RunResult, RunSettings, Score
+from fedbpt.runs.store import Traffic
+
+
+def make_result(
+    ledger: RunLedger,
+    settings: RunSettings,
+    model: DeviceInfo,
+    members: Iterable[Member],
+    costs: Mapping[str, Traffic],
+    reports: Mapping[str, EvaluateReport],
+    dev: Mapping[str, Score],
+    total_seconds: float,
+) -> RunResult:
+    """The result of a run.
+
+    Args:
+        model: a device that has its model.
+        reports: of the final evaluation, by device.
+        dev: the last scores on ``dev`` rows, by line; empty: there are none.
+    """
+    names = list(ledger.lines())
+    devices = tuple(
+        DeviceSummary(
+            name=member.name,
+            info=member.info,
+            reports=ledger.reports.get(member.name, 0),
+            bytes_up=costs[member.name].bytes_up,
+            bytes_down=costs[member.name].bytes_down,
+            peak_rss_bytes=costs[member.name].peak_rss_bytes,
+            zero_shot=Score.of(reports[member.name], 0) if member.name in reports else NO_SCORE,
+            tuned=Score.of(reports[member.name], 1) if member.name in reports else NO_SCORE,
+        )
+        for member in members
+    )
+    return RunResult(
+        run=ledger.run,
+        task=ledger.task.name,
+        settings=settings,
+        model_fingerprint=model.model_fingerprint,
+        model_name=model.model_name,
+        template=ledger.template,
+        mean=Array.of(ledger.mean),
+        digest=ledger.aggregator.digest(),
+        rounds=ledger.searched,
+        evaluations=ledger.aggregator.evaluations,
+        tokens=ledger.spending.tokens,
+        seconds=ledger.spending.seconds,
+        total_seconds=total_seconds,
+        zero_shot=sum((device.zero_shot for device in devices), NO_SCORE),
+        tuned=sum((device.tuned for device in devices), NO_SCORE),
+        baselines={
+            name: sum((Score.of(report, i) for report in reports.values()), NO_SCORE)
+            for i, name in enumerate(names)
+            if name in BASELINES
+        },
+        fits={purpose: fit.readout for purpose, fit in ledger.fits.items()},
+        others=ledger.others if "readout" in ledger.fits else (),
+        templates=ledger.candidates,
+        epsilon=ledger.epsilon(),
+        devices=devices,
+        dev=dict(dev),
+    )

@@ -1,0 +1,44 @@
+"""A closed round in numbers: what curves and the dashboard keep of its reports."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fedbpt.coordinator.report_checks import mean_loss, purpose_of
+from fedbpt.runs.settings import RoundPurpose, RunSettings
+from fedbpt.runs.store import StoredRound
+
+
+class Share(NamedTuple):
+    """One device's part in a round. ``loss``: mean over its rows and candidates, nats."""
+
+    device: str
+    tokens: int
+    seconds: float
+    loss: float
+
+
+class ClosedRound(NamedTuple):
+    """``evaluations``: candidates of the device that scored most; ``loss``: the devices' mean, nats."""
+
+    round: int
+    purpose: RoundPurpose
+    evaluations: int
+    loss: float
+    shares: tuple[Share, ...]
+
+
+def evaluations_in(closed: ClosedRound, settings: RunSettings) -> int:
+    """Candidates that a round of the search scored: in pooled search the same on all devices."""
+    return settings.popsize if settings.method == "pooled" else closed.evaluations
+
+
+def numbers_of(closed: StoredRound) -> ClosedRound:
+    reports = closed.reports
+    return ClosedRound(
+        closed.round,
+        purpose_of(reports),
+        max(report.evaluations for report in reports),
+        mean_loss(reports),
+        tuple(Share(report.device, report.tokens, report.seconds, mean_loss([report])) for report in reports),
+    )

@@ -1,0 +1,36 @@
+"""What a fleet tells of its devices, as events of the run and lines in its store."""
+
+from __future__ import annotations
+
+from fedbpt.coordinator.ledger import RunLedger
+from fedbpt.coordinator.members import Listener
+from fedbpt.protocol.messages import DeviceInfo, RoundProgress, RoundReport
+from fedbpt.runs.settings import DeviceBack, DeviceLost, EventCallback, LateReport, Progressed
+
+
+def listener_for(ledger: RunLedger, emit: EventCallback) -> Listener:
+    """Whom a `fedbpt.coordinator.fleet.Fleet` tells; the store is written once the run is open."""
+    store, run = ledger.store, ledger.run
+
+    def lost(device: str, round: int, reason: str) -> None:
+        emit(DeviceLost(device=device, round=round, reason=reason))
+        if ledger.is_open:
+            store.record_losses(run, round, {device: reason})
+
+    def back(device: str, round: int) -> None:
+        emit(DeviceBack(device=device, round=round))
+
+    def late(report: RoundReport) -> None:
+        if report.run != run:
+            return  # of a live evaluation: nothing is kept of it
+        store.record_late(run, report)
+        emit(LateReport(device=report.device, round=report.round))
+
+    def progress(device: str, where: RoundProgress) -> None:
+        emit(Progressed(device=device, round=where.round, done=where.done, total=where.total, paused=where.paused))
+
+    def met(device: str, info: DeviceInfo) -> None:
+        if ledger.is_open:
+            store.record_devices(run, {device: info})
+
+    return Listener(lost=lost, back=back, late=late, progress=progress, met=met)

@@ -1,0 +1,126 @@
+"""The `Generator` that runs on the llama.cpp fork, on the weights of a `NativeScorer`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedbpt.checking import utf8
+from fedbpt.engine.text_generator import OPENAIS, SEEDS, Placed, Sampling, Token, check_rows
+from fedbpt.errors import InputError
+from fedbpt.models import WatchedFiles
+
+if TYPE_CHECKING:
+    from fedbpt import _native
+
+log = logging.getLogger(__name__)
+
+
+class NativeGenerator:
+    """Goes on with texts (`fedbpt.engine.text_generator.Generator`). Thread-safe: calls that compute wait for each
+    other.
+
+    It has a KV cache of its own, made at the first text and as long as the texts need. What was computed is kept: a
+    text begins with the KV of the longest beginning that it shares with a text before it, soft rows included, and what
+    stands up to the end of the rows is kept for the last seven prompts used. It is for the process that made it: one
+    that is forked gets another from its scorer.
+    """
+
+    def __init__(self, engine: _native.Engine, files: WatchedFiles) -> None:
+        self._engine = engine
+        self._files = files
+        self._generator = engine.generator()
+        self._process = os.getpid()
+
+    @property
+    def n_ctx(self) -> int:
+        return int(self._engine.n_ctx_train)
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self._generator.n_tokens)
+
+    @property
+    def n_cells(self) -> int:
+        """Tokens that the KV cache has room for now."""
+        return int(self._generator.n_cells)
+
+    def open(self, placed: Placed, sampling: Sampling) -> NativeStream:
+        """See `fedbpt.engine.text_generator.Generator.open`. At most four texts at a time."""
+        _check_process(self._process)
+        ids = np.ascontiguousarray(placed.ids, dtype=np.int32)
+        rows = check_rows(placed.rows, self._engine.n_embd)
+        seed = secrets.randbelow(SEEDS) if sampling.seed is None else sampling.seed % SEEDS
+        stream = self._generator.open(
+            ids, rows, placed.rows_at, sampling.temperature, sampling.top_p, sampling.top_k, seed
+        )
+        return NativeStream(self._generator, stream, self._files)
+
+    def piece(self, token: int) -> bytes:
+        return self._generator.piece(token)
+
+    def is_end(self, token: int) -> bool:
+        return self._generator.is_end(token)
+
+    @cached_property
+    def recommended(self) -> Sampling:
+        """From ``general.sampling.temp``, ``.top_p`` and ``.top_k`` of the model file; other samplers have no part."""
+        said = {key: self._engine.metadata(f"general.sampling.{key}") for key in ("temp", "top_p", "top_k")}
+        found = {key: value.decode(errors="replace") for key, value in said.items() if value is not None}
+        try:
+            # llama.cpp takes a temperature below 0 for 0, and top_k below 1 for all
+            temperature, top_p = max(float(found.get("temp", OPENAIS.temperature)), 0.0), float(found.get("top_p", 1.0))
+            return Sampling(temperature, top_p, max(int(float(found.get("top_k", 0))), 0))
+        except (ValueError, OverflowError) as error:
+            log.warning("the model file recommends sampling that makes no sense (%s): it is ignored", error)
+            return OPENAIS
+
+    def text_ids(self, text: str) -> NDArray[np.int32]:
+        return self._generator.text_ids(utf8(text, "text"))
+
+    def chat_ids(self, messages: Sequence[tuple[str, str]]) -> NDArray[np.int32]:
+        encoded = [(utf8(role, "a message's role"), utf8(content, "a message")) for role, content in messages]
+        for role, content in encoded:
+            if self._generator.has_special(role) or self._generator.has_special(content) or b"\0" in role + content:
+                raise InputError("a message holds text that this model takes for a control token: leave that out")
+        return self._generator.chat_ids(encoded)
+
+
+class NativeStream:
+    """A text that is being generated (`fedbpt.engine.text_generator.TokenStream`)."""
+
+    def __init__(self, generator: _native.Generator, stream: _native.Generator.Stream, files: WatchedFiles) -> None:
+        self._generator = generator
+        self._stream: _native.Generator.Stream | None = stream
+        self._process = os.getpid()
+        self._files = files
+        self.n_reused = int(stream.n_reused)
+
+    def next(self, n_likeliest: int = 0) -> Token:
+        _check_process(self._process)
+        if self._stream is None:
+            raise InputError("this text was closed: open another one")
+        # No variable of this frame: the traceback of an error would hold the stream, and with it the place.
+        with self._files.unchanged():
+            token, log_prob, likeliest = self._generator.next(self._stream, n_likeliest)
+        return Token(token, log_prob, tuple(likeliest))
+
+    def cancel(self) -> None:
+        stream = self._stream
+        if stream is not None:
+            stream.cancel()
+
+    def close(self) -> None:
+        self._stream = None  # with the last reference, the engine has its place back
+
+
+def _check_process(begun_in: int) -> None:
+    if begun_in != os.getpid():
+        raise InputError("this text was begun before this process was forked: begin it anew, by the scorer's generator")

@@ -1,0 +1,422 @@
+"""The `Scorer` that runs on the llama.cpp fork."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fedbpt import models
+from fedbpt.checking import printable, utf8
+from fedbpt.engine.native_generator import NativeGenerator
+from fedbpt.engine.token_arrays import flat_continuations, prompt_rows, ragged, token_ids
+from fedbpt.errors import InputError, ModelWarning
+from fedbpt.machine.info import physical_cores
+from fedbpt.machine.memory import memory_of_process
+from fedbpt.models.trial import TrialSettings, run_once
+from fedbpt.protocol.messages import Placement
+
+if TYPE_CHECKING:
+    from fedbpt import _native
+
+KVType = Literal["f16", "q8_0"]
+
+DEFAULT_KV_BUDGET_BYTES = 512 * 2**20
+"""How much KV a plan keeps unless told otherwise: that of some 250 texts of 90 tokens for a model of 135M."""
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str],
+    n_threads: int | None = None,
+    n_gpu_layers: int = 0,
+    *,
+    gpu: str | None = None,
+    kv_budget_bytes: int = DEFAULT_KV_BUDGET_BYTES,
+    kv_type: KVType = "f16",
+    late: bool = False,
+) -> NativeScorer:
+    """Load a model for scoring.
+
+    The first time a file is loaded it is tried in a process of its own: damaged ones may end a process
+    (`fedbpt.models.trial`).
+
+    Args:
+        name_or_path: a name from the catalogue (``fedbpt models list``) that has been pulled, or a GGUF file;
+            any part of a split one.
+        n_threads: threads that compute; None: the physical cores that this process may use.
+        n_gpu_layers: layers to put on the GPU, for builds with a GPU backend; -1: all.
+        gpu: the name of one of `gpus`; None: all that there are.
+        kv_budget_bytes: how much of its texts' KV a plan (`NativeScorer.compile`) may keep.
+        kv_type: ``q8_0`` keeps twice as many texts in the same memory; logits move by rounding (docs/engine.md).
+        late: load the weights at the first use. A file that cannot be loaded is told then, not here.
+
+    Raises:
+        ModelNotFoundError: no such name, not pulled yet, or no such file.
+        ModelFileError: not a GGUF file, cut short, damaged or contradicting itself, or a part of it is missing.
+        UnsupportedModelError: no causal decoder, or an architecture that soft prompts do not work with.
+        InputError: no or too many threads, GPU layers where there is no (such) GPU, a ``kv_type`` that the
+            model's attention heads do not divide into.
+
+    Warns:
+        ModelWarning: llama.cpp computes the model otherwise than its makers do (`NativeScorer.notes`).
+    """
+    path = models.locate(Path(name_or_path) if isinstance(name_or_path, os.PathLike) else name_or_path)
+    return NativeScorer(path, str(name_or_path), n_threads, n_gpu_layers, gpu, kv_budget_bytes, kv_type, late)
+
+
+class Gpu(NamedTuple):
+    """One that this build of fedbpt can use."""
+
+    name: str
+    description: str
+    memory_bytes: int
+    free_bytes: int
+
+
+def gpus() -> tuple[Gpu, ...]:
+    """The GPUs of this machine, where fedbpt is built with a backend for them (docs/backends.md)."""
+    from fedbpt import _native
+
+    return tuple(Gpu(*found) for found in _native.gpus())
+
+
+def _engine(path: Path, settings: TrialSettings) -> _native.Engine:
+    """Load a model that has passed its trial."""
+    from fedbpt import _native  # late: a device that waits for its first work does without its memory
+
+    run_once(path, settings)
+    q8_0 = settings.kv_type == "q8_0"
+    return _native.Engine(os.fsencode(path), settings.n_threads, settings.n_gpu_layers, settings.gpu or "", q8_0)
+
+
+_scorers: weakref.WeakSet[NativeScorer] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for scorer in list(_scorers):
+        scorer._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _twin(engine: _native.Engine, on_gpu: bool) -> _native.Engine:
+    """For a process that was forked from the one of ``engine``."""
+    if on_gpu:
+        raise InputError("a model on a GPU cannot be used in a process that was forked from it: load it there")
+    return engine.twin()
+
+
+class NativeScorer:
+    """A frozen GGUF model that scores texts under soft prompts (`fedbpt.engine.scorer.Scorer`).
+
+    Thread-safe. A process that is forked may go on with it: the weights are shared, and threads are started anew. On a
+    GPU it is refused. Pickled, it is loaded again from its file.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        name: str | None = None,
+        n_threads: int | None = None,
+        n_gpu_layers: int = 0,
+        gpu: str | None = None,
+        kv_budget_bytes: int = DEFAULT_KV_BUDGET_BYTES,
+        kv_type: KVType = "f16",
+        late: bool = False,
+    ) -> None:
+        if kv_budget_bytes < 0:
+            raise InputError(f"kv_budget_bytes must not be negative, got {kv_budget_bytes}")
+        if kv_type not in ("f16", "q8_0"):
+            raise InputError(f"kv_type must be 'f16' or 'q8_0', got {kv_type!r}")
+        self.path = path
+        self.name = printable(path.stem if name and name.endswith(".gguf") else name or path.stem)
+        self.kv_budget_bytes = kv_budget_bytes
+        self._given = name or str(path)
+        self._settings = (path, name, n_threads, n_gpu_layers, gpu, kv_budget_bytes, kv_type)
+        self._n_gpu_layers, self._gpu = n_gpu_layers, gpu
+        threads = physical_cores() if n_threads is None else n_threads
+        self._load: Callable[[], _native.Engine] = partial(
+            _engine, path, TrialSettings(threads, n_gpu_layers, gpu, kv_type)
+        )
+        self._loading = threading.Lock()
+        self._files = models.WatchedFiles(path)
+        self._loaded: _native.Engine | None = None
+        self._embedding_std: float | None = None
+        self._noted = False
+        self._in_flight: list[_native.Plan] = []
+        self._torn: list[_native.Plan] = []  # in flight as this process was forked
+        _scorers.add(self)
+        if not late:
+            self._load_once()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return NativeScorer, (*self._settings, True)
+
+    def _after_fork(self) -> None:
+        """The threads that compute, and whoever holds the lock, are in the process that this one was forked from."""
+        self._loading = threading.Lock()
+        self._torn, self._in_flight = self._torn + self._in_flight, []
+        self.__dict__.pop("generator", None)
+        if self._loaded is not None:
+            self._load, self._loaded = partial(_twin, self._loaded, bool(self._n_gpu_layers)), None
+
+    def __repr__(self) -> str:
+        return f"<NativeScorer {self.name}: {self._engine.description}, {self.n_threads} threads, {self.backend}>"
+
+    @property
+    def _engine(self) -> _native.Engine:
+        return self._loaded or self._load_once()
+
+    def _load_once(self) -> _native.Engine:
+        with self._loading:
+            if self._loaded is None:
+                with self._files.unchanged():
+                    loaded = self._load()
+                self._loaded = loaded
+                for note in () if self._noted else loaded.notes:
+                    warnings.warn(f"{self.name}: {note}", ModelWarning, stacklevel=2)
+                self._noted = True
+            return self._loaded
+
+    @property
+    def n_embd(self) -> int:
+        return int(self._engine.n_embd)
+
+    @property
+    def n_vocab(self) -> int:
+        return int(self._engine.n_vocab)
+
+    @property
+    def n_ctx_train(self) -> int:
+        """The longest sequence that the model was trained on, in tokens."""
+        return int(self._engine.n_ctx_train)
+
+    @property
+    def n_threads(self) -> int:
+        return int(self._engine.n_threads)
+
+    @property
+    def architecture(self) -> str:
+        return str(self._engine.architecture)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What llama.cpp computes otherwise than the model's makers do, a sentence each; of a late model none yet."""
+        return tuple(self._loaded.notes) if self._loaded is not None else ()
+
+    @property
+    def embedding_scale(self) -> float:
+        """What the model multiplies token embeddings by before its first layer; soft prompt rows are given after it."""
+        return float(self._engine.embedding_scale)
+
+    @property
+    def backend(self) -> str:
+        if not self._n_gpu_layers:
+            return "cpu"
+        layers = "all" if self._n_gpu_layers < 0 else self._n_gpu_layers
+        return f"{self._gpu or 'gpu'} ({layers} layers)"
+
+    @property
+    def fingerprint(self) -> str:
+        """``sha256:…`` of the model's files as they were loaded. Raises `ModelFileError` where they have changed."""
+        return self._files.fingerprint
+
+    @property
+    def shares_beginnings(self) -> bool:
+        """Before a late model is loaded it says no: that costs no more than a high estimate."""
+        return self._loaded is not None and bool(self._loaded.shares_beginnings)
+
+    @property
+    def embedding_std(self) -> float:
+        """Standard deviation over all entries of the token embedding table, as the graph sees it."""
+        if self._embedding_std is None:
+            with self._files.unchanged():
+                self._embedding_std = float(self._engine.embedding_std())
+        return self._embedding_std
+
+    def tokenize(self, text: str, add_bos: bool | None = None) -> NDArray[np.int32]:
+        """Token ids [n]. ``add_bos`` None: as the model was trained. Special tokens in ``text`` are plain text."""
+        ids: NDArray[np.int32] = self._engine.tokenize(utf8(text, "text"), add_bos)
+        return ids
+
+    def token_embeddings(self, ids: ArrayLike) -> NDArray[np.float32]:
+        """Input embeddings [len(ids), n_embd] of tokens, in the scale that soft prompt rows have."""
+        with self._files.unchanged():
+            rows: NDArray[np.float32] = self._engine.token_embeddings(token_ids(ids, "ids"))
+        return rows
+
+    def compile(
+        self,
+        texts: Sequence[str | ArrayLike],
+        label_ids: ArrayLike | None = None,
+        placement: Placement = "front",
+        prefix: str | ArrayLike | None = None,
+        cue: str | ArrayLike | None = None,
+        *,
+        continuations: Sequence[Sequence[ArrayLike]] | None = None,
+        keep_kv: bool = True,
+    ) -> NativePlan:
+        """Lay a data set out for scoring many times.
+
+        In ``cue`` placement the plan keeps the texts' KV as they are first scored, up to the scorer's
+        ``kv_budget_bytes``: from then on a candidate costs n_prompt tokens a text. What does not fit is computed again
+        each time (`NativePlan.n_kept` says how many are kept). Kept KV lies outside the context, and is restored for
+        the texts of a call.
+
+        Args:
+            texts: N texts, each a string or token ids.
+            label_ids, placement, prefix: as for `score_with_soft_prompt`.
+            cue: what follows each text ("\\nTopic:"), a string or token ids.
+            continuations: for each of the N texts the K token-id sequences that may follow it; None: none. Their
+                log-probabilities, in nats, come before the logits; ``label_ids`` None then means no logits.
+            keep_kv: False for one pass over the texts: nothing is kept.
+
+        A string is tokenised here. BOS, where the model wants it, goes before the prefix, else before each text.
+
+        Raises:
+            InputError: as `score_with_soft_prompt`, for all that does not depend on the prompt.
+        """
+        if placement not in ("front", "cue"):
+            raise InputError(f"placement must be 'front' or 'cue', got {placement!r}")
+        after = self._ids([] if cue is None else cue, "cue", add_bos=False)
+        before = self._ids([] if prefix is None else prefix, "prefix")
+        add_bos = None if prefix is None else False
+        tokens = [self._ids(text, f"text {i}", add_bos) for i, text in enumerate(texts)]
+        ids = ragged([np.concatenate([text, after]) if len(text) else text for text in tokens])
+        follow = ragged(flat_continuations(continuations, len(tokens)))
+        if label_ids is None and continuations is not None:
+            label_ids = []
+        labels = None if label_ids is None else token_ids(label_ids, "label_ids")
+        with self._files.unchanged():
+            plan = self._engine.plan(
+                ids, labels, placement == "cue", before, follow, self.kv_budget_bytes if keep_kv else 0
+            )
+        return NativePlan(self, plan)
+
+    def score_with_soft_prompt(
+        self,
+        tokens: Sequence[ArrayLike],
+        embeds: ArrayLike,
+        label_ids: ArrayLike | None = None,
+        placement: Placement = "front",
+        prefix: ArrayLike | None = None,
+    ) -> NDArray[np.float32]:
+        """Logits [n_candidates, len(tokens), n_labels] at each text's last position under each candidate prompt.
+
+        Args:
+            tokens: N token-id sequences.
+            embeds: float32 [n_candidates, n_prompt, n_embd], or [n_prompt, n_embd] for one candidate. n_prompt
+                may be 0: no soft prompt.
+            label_ids: token ids whose logits to return; None: all n_vocab.
+            placement: ``front``: prefix, then the rows, then the text. ``cue``: prefix, then the text, with the
+                rows in place of the text's last n_prompt tokens.
+            prefix: token ids before everything, shared by all texts (BOS, an instruction).
+
+        A candidate's logits depend on no other candidate and on no earlier call, and repeat bit for bit.
+
+        Raises:
+            InputError: wrong n_embd, NaN or infinity, an empty text, a text longer than the context, a token id
+                outside the vocabulary.
+            ScoringInterrupted: `interrupt` was called. Ctrl-C raises KeyboardInterrupt within one graph.
+        """
+        return self.compile(tokens, label_ids, placement, prefix, keep_kv=False).score(embeds)
+
+    @cached_property
+    def generator(self) -> NativeGenerator:
+        """Generates text with these weights, by a KV cache of its own."""
+        return NativeGenerator(self._engine, self._files)
+
+    def interrupt(self) -> None:
+        """Make the scoring call in flight, on whatever thread, raise `ScoringInterrupted`."""
+        if self._loaded is not None:
+            self._loaded.interrupt()
+
+    def memory(self) -> Mapping[str, int]:
+        """Bytes: ``weights``, ``kv`` and ``compute`` buffers of the engine; ``rss`` and ``peak_rss`` of the process."""
+        buffers = {"weights": 0, "kv": 0, "compute": 0} if self._loaded is None else self._loaded.memory()
+        return {**buffers, **memory_of_process()}
+
+    def score_plan(self, plan: _native.Plan, embeds: ArrayLike, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+        """What `NativePlan.score` does."""
+        if plan in self._torn:
+            raise InputError("these texts were being scored when this process was forked: compile them anew here")
+        rows, engine = prompt_rows(embeds, self.n_embd), self._engine
+        self._in_flight.append(plan)
+        try:
+            with self._files.unchanged():
+                logits: NDArray[np.float32] = engine.score(plan, indices, rows)
+        finally:
+            self._in_flight.remove(plan)
+        return logits
+
+    @cached_property
+    def weight_formats(self) -> tuple[models.WeightFormat, ...]:
+        """What the matrices of the layers are stored as, most parameters first."""
+        with self._files.unchanged():
+            return models.weight_formats(self.path)
+
+    @cached_property
+    def hint(self) -> str | None:
+        """One line of advice where this CPU would be much faster with another format of the weights, else None.
+
+        The first time it measures the CPU's matrix kernels, for some 30 ms each.
+        """
+        if self._n_gpu_layers:
+            return None
+        return models.faster_format(self._given, self.weight_formats)
+
+    def _ids(self, text: str | ArrayLike, name: str, add_bos: bool | None = None) -> NDArray[np.int32]:
+        return self.tokenize(text, add_bos) if isinstance(text, str) else token_ids(text, name)
+
+
+class NativePlan:
+    """A data set laid out by `NativeScorer.compile` (`fedbpt.engine.scorer.Plan`)."""
+
+    def __init__(self, scorer: NativeScorer, plan: _native.Plan) -> None:
+        self._scorer = scorer
+        self._plan = plan
+
+    @property
+    def n_texts(self) -> int:
+        return int(self._plan.n_texts)
+
+    @property
+    def n_tokens(self) -> int:
+        """Forward tokens computed for this plan so far."""
+        return int(self._plan.n_tokens)
+
+    @property
+    def n_kept(self) -> int:
+        """Texts whose KV is kept."""
+        return int(self._plan.n_kept)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV that is kept."""
+        return int(self._plan.kv_bytes)
+
+    def score(self, embeds: ArrayLike, indices: ArrayLike | None = None) -> NDArray[np.float32]:
+        """Logits [n_candidates, n, n_labels] of the texts ``indices`` [n] (None: all) under each candidate prompt.
+
+        With continuations, [n_candidates, n, K + n_labels]: their log-probabilities, nats, then the logits.
+
+        Raises as `NativeScorer.score_with_soft_prompt`; InputError also for an index outside the plan.
+        """
+        chosen = np.arange(self.n_texts) if indices is None else np.asarray(indices)
+        if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
+            raise InputError(
+                f"indices must be a flat sequence of text numbers, got {chosen.dtype} {list(chosen.shape)}"
+            )
+        return self._scorer.score_plan(self._plan, embeds, np.ascontiguousarray(chosen, dtype=np.int64))
+
+    def __repr__(self) -> str:
+        return f"<NativePlan of {self.n_texts} texts, KV of {self.n_kept} kept in {self.kv_bytes / 1e6:.0f} MB>"

@@ -1,0 +1,391 @@
+"""How bad a soft prompt is on labelled texts, in mini-batches.
+
+The perturbed ratio is FedBPT's (Sun et al. 2023, arXiv 2310.01467, section 3.3): F(z) = L(z; D) / L(z; D̃), where D̃ is
+D with text tokens replaced at random; a prompt that answers the same whatever the text says gains nothing by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fedbpt.engine.scorer import Plan, Scorer
+from fedbpt.errors import DataError, InputError, ScoringInterrupted
+from fedbpt.objective.evaluation import Evaluation
+from fedbpt.objective.losses import LOSSES, perturbed_ratio
+from fedbpt.objective.racing import Race, race
+from fedbpt.objective.readout import blocks, ensemble, word_ids
+from fedbpt.prompts.prompt import Prompt
+from fedbpt.protocol.messages import ObjectiveSpec, PromptSpec, Readout, Template
+from fedbpt.search.projection import Projection, scored_as, start_rows
+from fedbpt.tasks.perturb import perturb
+from fedbpt.tasks.rows import Row, targets_of
+from fedbpt.tasks.task import Task, bos_ids, cue_ids, label_word_ids, render_ids, target_ids
+
+CHUNK = 64
+"""Texts per scoring call. Fixed: how texts share a call may show in the last bits of a quantised model's logits."""
+
+Progress = Callable[[int, int], None]
+Cancelled = Callable[[], bool]
+
+
+class Objective:
+    """Labelled rows, encoded once for one model, template and prompt place.
+
+    Args:
+        scorer: the model.
+        template: how a text is put to it.
+        labels: label names, one per label word; empty: rows have target texts, to be made likely.
+        rows: (text, label index) or (text, target text) pairs.
+        objective: which loss; mini-batches are the caller's (`fedbpt.tasks.rows`).
+        prompt: where the prompt goes and how long it is.
+        keep_kv: False where the rows are scored once: their KV is not kept.
+        words: token ids [n_words] that a readout uses; None: the run's random ones, ``objective.readout_words`` many.
+
+    Raises:
+        TaskError: label words of which one begins with another; a cue shorter than the prompt.
+        DataError: no rows, a label out of range.
+        InputError: an empty text, a loss that does not go with the task.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        template: Template,
+        labels: tuple[str, ...],
+        rows: Sequence[Row],
+        objective: ObjectiveSpec,
+        prompt: PromptSpec,
+        keep_kv: bool = True,
+        words: ArrayLike | None = None,
+    ) -> None:
+        if not rows:
+            raise DataError("there are no rows to score: give at least one")
+        self.scorer = scorer
+        self.template = template
+        self.labels = tuple(labels)
+        self.spec = objective
+        if (objective.loss == "nll") == bool(self.labels):
+            raise InputError(f"loss {objective.loss!r} does not go with {len(self.labels)} labels: nll is for none")
+        self.label_word_ids = label_word_ids(scorer, template, self.labels)
+        if words is None and self.labels:
+            known = np.concatenate(self.label_word_ids)
+            words = word_ids(scorer.n_vocab, objective.readout_words, prompt.seed, known)
+        self.word_ids = np.array([] if words is None else words, dtype=np.int32)
+        self.readout: Readout | None = None
+        """Corrects the label words' logits of every candidate; None: they are as the model says."""
+        self.targets = targets_of(rows, self.labels)
+        """Label indices [n]; zeros where there are no labels."""
+        self.row_weights = np.ones(len(rows))
+        """Of each row's loss [n]."""
+        self._cue = np.asarray(cue_ids(scorer, template), dtype=np.int32)
+        n_bos = len(bos_ids(scorer))
+        texts = [render_ids(scorer, template, text, objective.max_text_tokens) for text, _ in rows]
+        # In front, the prompt goes between BOS and the text; in the cue, the text keeps its own BOS.
+        self._prefix = texts[0][:n_bos] if prompt.placement == "front" and n_bos else None
+        self._tokens = [text[n_bos:] if self._prefix is not None else text for text in texts]
+        self._prompt = prompt
+        limit = objective.max_text_tokens
+        self._answers = (
+            [self.label_word_ids] * len(rows)
+            if self.labels
+            else [[target_ids(scorer, template, str(target), limit)] for _, target in rows]
+        )
+        self._plan = self._compile(np.arange(len(rows)), self._tokens, keep_kv)
+        self.projection = Projection(prompt, start_rows(scorer, self._cue, prompt), scorer.embedding_std)
+        self._zero_shot = np.full(len(texts), np.nan)
+        self.evaluations = 0
+        """Candidates scored so far."""
+        self.tokens = 0
+        """Forward tokens computed so far; a text that the prompt follows counts once, while its plan keeps its KV."""
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    @property
+    def prompt(self) -> PromptSpec:
+        return self._prompt
+
+    def embeds(self, latents: ArrayLike) -> NDArray[np.float32]:
+        """Soft prompts [k, n_prompt, n_embd] of latents [k, d]; z = 0 in the cue is exactly the zero-shot model."""
+        return self.projection.embeds(latents)
+
+    def zero_shot_embeds(self) -> NDArray[np.float32]:
+        """The one "candidate" that leaves the model as it is: the cue's own rows, or no row at all in front."""
+        rows = self.projection.p0
+        return rows[None] if self.prompt.placement == "cue" else rows[None, :0]
+
+    def prompts(self, latents: NDArray[np.float64]) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
+        """(which of ``latents`` [k, d], their prompts), with z = 0 as the model without a prompt.
+
+        Prompts with equally many rows come together: in front z = 0 has none. Raises `InputError` for another d.
+        """
+        if latents.shape[1:] != (self.prompt.d,):
+            raise InputError(f"latents must have shape [k, {self.prompt.d}], got {list(latents.shape)}")
+        bare = ~latents.any(axis=1) if self.prompt.placement != "cue" else np.zeros(len(latents), dtype=bool)
+        if bare.any():
+            yield np.flatnonzero(bare), np.repeat(self.zero_shot_embeds(), bare.sum(), axis=0)
+        if not bare.all():
+            yield np.flatnonzero(~bare), self.embeds(latents[~bare])
+
+    def losses(
+        self,
+        embeds: ArrayLike,
+        indices: ArrayLike | None = None,
+        rng: np.random.Generator | None = None,
+        progress: Progress | None = None,
+        cancelled: Cancelled | None = None,
+    ) -> NDArray[np.float64]:
+        """Mean loss [k] of each candidate over these rows; the perturbed ratio where ``spec.perturb`` > 0.
+
+        Args:
+            embeds: [k, n_prompt, n_embd].
+            indices: rows to use; None: all.
+            rng: replaces the tokens of the perturbed copy; needed where ``spec.perturb`` > 0.
+            progress: called with (rows done, rows in all) after each scoring call.
+            cancelled: asked before each scoring call.
+
+        Raises:
+            ScoringInterrupted: ``cancelled`` said yes.
+        """
+        chosen = self._indices(indices)
+        rate = self.spec.perturb
+        passes = 2 if rate > 0 else 1
+        sums = []
+        for step in range(passes):
+            report = _shifted(progress, step * len(chosen), passes * len(chosen))
+            replaced = self._perturbed(chosen, rate, rng) if step == 1 else None
+            total = np.zeros(len(np.asarray(embeds)))
+            for part, raw in self._raw(embeds, chosen, replaced, report, cancelled):
+                total += self._row_losses(part, raw).sum(axis=1)
+            sums.append(total)
+        self.evaluations += len(total)
+        return sums[0] / len(chosen) if passes == 1 else perturbed_ratio(*sums)
+
+    def row_losses(
+        self, embeds: ArrayLike, indices: ArrayLike, cancelled: Cancelled | None = None
+    ) -> NDArray[np.float64]:
+        """Loss [k, n] of each candidate on each row, not perturbed; otherwise as `losses`. No evaluation is counted."""
+        return self.row_results(embeds, indices, cancelled)[0]
+
+    def row_results(
+        self, embeds: ArrayLike, indices: ArrayLike, cancelled: Cancelled | None = None
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """`row_losses`, and whether each candidate's label is the row's [k, n]; never, of target texts."""
+        losses, right = [], []
+        for part, raw in self._raw(embeds, self._indices(indices), None, None, cancelled):
+            read_out = self._read_out(raw, [self._blocks(self.readout)] * len(raw), ())
+            losses.append(self._losses(part, read_out))
+            right.append((read_out.argmax(axis=-1) == self.targets[part]) & bool(self.labels))
+        return np.concatenate(losses, axis=1), np.concatenate(right, axis=1)
+
+    def race(
+        self,
+        embeds: ArrayLike,
+        indices: ArrayLike | None = None,
+        *,
+        n_better: int,
+        cancelled: Cancelled | None = None,
+    ) -> Race:
+        """Losses of which the ``n_better`` smallest are right: other candidates stop early (`fedbpt.objective.racing`).
+
+        Rows go by the loss of the model without prompt, the largest first; it is computed once for each row.
+        With fewer than `racing.MIN_TEXTS` rows the result is that of `losses` to the last bit. With more, a candidate
+        that was scored on all rows has their mean, up to rounding: the rows are scored in other calls, and which rows
+        share a call shows in the last bits of their logits, or in more where activations are quantised.
+
+        Args:
+            embeds: [k, n_prompt, n_embd].
+            indices: rows to use; None: all.
+            n_better: how many of the best candidates to keep right; half the population for CMA-ES.
+            cancelled: asked before each scoring call.
+
+        Raises:
+            InputError: ``n_better`` outside 1…k; a perturbed objective, which is no mean over rows.
+            ScoringInterrupted: ``cancelled`` said yes.
+        """
+        if self.spec.perturb > 0:
+            raise InputError("a perturbed objective is a ratio and cannot be raced: set perturb to 0 or use losses")
+        candidates = np.asarray(embeds, dtype=np.float32)
+        chosen = self._indices(indices)
+
+        found = race(
+            lambda who, texts: self.row_losses(candidates[who], chosen[texts], cancelled),
+            lambda: self._zero_shot_losses(chosen, cancelled), len(candidates), len(chosen), n_better=n_better,
+        )  # fmt: skip
+        self.evaluations += len(candidates)
+        return found
+
+    def evaluate(
+        self,
+        embeds: ArrayLike,
+        indices: ArrayLike | None = None,
+        progress: Progress | None = None,
+        cancelled: Cancelled | None = None,
+        readouts: Sequence[Readout | None] = (),
+        others: Sequence[NDArray[np.float32]] = (),
+    ) -> Evaluation:
+        """Count what each candidate gets right, by ``readouts`` where they are given, one per candidate.
+
+        ``others``: of the other templates that a readout may have, their `logits` of the same rows.
+        Other arguments and errors as for `losses`; never perturbed.
+        """
+        chosen = self._indices(indices)
+        k = len(candidates := np.asarray(embeds, dtype=np.float32))
+        # candidates that differ in the readout alone are scored once
+        _, first, which = np.unique(candidates.reshape(k, -1), axis=0, return_index=True, return_inverse=True)
+        which = which.ravel()  # numpy 2.0 gives it a second axis
+        if readouts and len(readouts) != k:
+            raise InputError(f"{len(readouts)} readouts for {k} candidates: give one each, or none")
+        weights = [self._blocks(readout) for readout in readouts or [self.readout] * k]
+        wrong = {len(own) - 1 for own in weights} - {0, len(others)}
+        if wrong:
+            raise InputError(f"a readout has {wrong.pop()} other templates, given are the logits of {len(others)}")
+        predictions, loss_sums, done = [], np.zeros(k), 0
+        for part, raw in self._raw(candidates[first], chosen, None, progress, cancelled):
+            read_out = self._read_out(raw[which], weights, [own[done : done + len(part)] for own in others])
+            loss_sums += self._losses(part, read_out).sum(axis=1)
+            predictions.append(read_out.argmax(axis=-1) if self.labels else np.full(read_out.shape[:2], -1))
+            done += len(part)
+        self.evaluations += len(loss_sums)
+        labels = np.concatenate(predictions, axis=1)
+        right = (labels == self.targets[chosen]).sum(axis=1)
+        return Evaluation(
+            n=len(chosen),
+            correct=tuple(int(count) for count in right),
+            loss_sums=tuple(float(total) for total in loss_sums),
+            predictions=labels,
+        )
+
+    def logits(self, embeds: ArrayLike, indices: ArrayLike, cancelled: Cancelled | None = None) -> NDArray[np.float32]:
+        """Logits [n, n_labels + n_words] of one candidate [1, n_prompt, n_embd], for fitting a readout."""
+        parts = self._raw(embeds, self._indices(indices), None, None, cancelled)
+        return np.concatenate([raw[0] for _, raw in parts])
+
+    def as_prompt(
+        self,
+        latent: ArrayLike,
+        task: Task,
+        history: tuple[Mapping[str, Any], ...] = (),
+        others: tuple[Template, ...] = (),
+    ) -> Prompt:
+        """The artefact of one latent [d], with this objective's ``readout`` and the ``others`` that are in it."""
+        n_words = 0 if self.readout is None else self.readout.weights.shape[0] - 1
+        weights = self._blocks(self.readout)[:, : 1 + n_words]  # without words that it does not use
+        return Prompt(
+            rows=self.embeds(np.asarray(latent, dtype=np.float64)[None])[0],
+            spec=self.prompt,
+            task_name=task.name,
+            labels=self.labels,
+            template=self.template,
+            model_fingerprint=self.scorer.fingerprint,
+            model_name=self.scorer.name,
+            architecture=self.scorer.architecture,
+            history=history,
+            label_bias=weights[0, 0],
+            word_ids=self.word_ids[:n_words],
+            word_weights=weights[0, 1:],
+            others=others,
+            other_weights=weights[1:],
+            task=task,
+        )
+
+    def _indices(self, indices: ArrayLike | None) -> NDArray[np.intp]:
+        chosen = np.arange(len(self)) if indices is None else np.asarray(indices, dtype=np.intp)
+        if chosen.ndim != 1 or not len(chosen) or chosen.min() < 0 or chosen.max() >= len(self):
+            raise InputError(f"row indices must be a non-empty list within 0..{len(self) - 1}")
+        return chosen
+
+    def _perturbed(
+        self, chosen: NDArray[np.intp], rate: float, rng: np.random.Generator | None
+    ) -> list[NDArray[np.int32]]:
+        if rng is None:
+            raise InputError("the perturbed objective needs a random generator: pass rng")
+        keep = len(self._cue)
+        return [perturb(self._tokens[i], keep, rate, self.scorer.n_vocab, rng) for i in chosen]
+
+    def _zero_shot_losses(self, chosen: NDArray[np.intp], cancelled: Cancelled | None) -> NDArray[np.float64]:
+        """Loss [n] of the model without prompt; a text a call, so that it depends on no other and no earlier call."""
+        for i in np.unique(chosen[np.isnan(self._zero_shot[chosen])]):
+            for part, raw in self._raw(self.zero_shot_embeds(), np.array([i]), None, None, cancelled):
+                self._zero_shot[i] = self._row_losses(part, raw)[0, 0]
+        return self._zero_shot[chosen]
+
+    def _row_losses(self, part: NDArray[np.intp], raw: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Losses [k, n] of what `_raw` gave, corrected by ``readout``."""
+        return self._losses(part, self._read_out(raw, [self._blocks(self.readout)] * len(raw), ()))
+
+    def _losses(self, part: NDArray[np.intp], read_out: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Losses [k, n] of what `_read_out` gave, times ``row_weights``."""
+        if self.spec.loss == "nll":
+            losses: NDArray[np.float64] = -read_out[..., 0] / [len(self._answers[i][0]) for i in part]
+        else:
+            losses = LOSSES[self.spec.loss](read_out, self.targets[part])
+        return losses * self.row_weights[part]
+
+    def _read_out(
+        self, raw: NDArray[np.float32], weights: Sequence[NDArray[np.float64]], others: Sequence[NDArray[np.float32]]
+    ) -> NDArray[np.float64]:
+        """Label logits [k, n, n_labels] by each candidate's ``weights``; a target's log-probability as it is."""
+        if not self.labels:
+            return raw.astype(np.float64)
+        return np.stack([ensemble([own, *others][: len(v)], v) for own, v in zip(raw, weights, strict=True)])
+
+    def _raw(
+        self,
+        embeds: ArrayLike,
+        chosen: NDArray[np.intp],
+        replaced: list[NDArray[np.int32]] | None,
+        progress: Progress | None,
+        cancelled: Cancelled | None,
+    ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
+        """A chunk of rows, and their numbers [k, n, n_labels + n_words].
+
+        Label words' logits, or their log-probabilities where one has several tokens, or the target text's; then
+        random words' logits.
+        """
+        candidates = np.asarray(embeds, dtype=np.float32)
+        if candidates.ndim != 3:
+            raise InputError(f"embeds must have shape [k, n_prompt, n_embd], got {list(candidates.shape)}")
+        for start in range(0, len(chosen), CHUNK):
+            if cancelled is not None and cancelled():
+                raise ScoringInterrupted(f"scoring was cancelled after {start} of {len(chosen)} texts")
+            part = chosen[start : start + CHUNK]
+            if replaced is None:
+                plan, which = self._plan, part
+            else:
+                texts = replaced[start : start + CHUNK]
+                plan, which = self._compile(part, texts, keep_kv=False), np.arange(len(texts))
+            before = plan.n_tokens
+            raw = plan.score(candidates, which)
+            self.tokens += plan.n_tokens - before
+            yield part, raw
+            if progress is not None:
+                progress(start + len(part), len(chosen))
+
+    def _compile(self, rows: NDArray[np.intp], texts: list[NDArray[np.int32]], keep_kv: bool) -> Plan:
+        """``texts`` stand for ``rows``: theirs, or perturbed."""
+        answers: list[list[NDArray[np.int32]]] | None = [self._answers[i] for i in rows]
+        ids = self.word_ids
+        if self.labels and all(len(word) == 1 for word in self.label_word_ids):  # their logits do
+            answers, ids = None, np.concatenate([*self.label_word_ids, self.word_ids])
+        return self.scorer.compile(
+            texts, ids, scored_as(self._prompt), self._prefix, continuations=answers, keep_kv=keep_kv
+        )
+
+    def _blocks(self, readout: Readout | None) -> NDArray[np.float64]:
+        return blocks(readout, len(self.word_ids), len(self.labels))
+
+    def __repr__(self) -> str:
+        place = f"{self.prompt.n_prompt} x {self.prompt.placement}"
+        return f"Objective({len(self)} rows, {len(self.labels)} labels, {self.spec.loss}, {place})"
+
+
+def _shifted(progress: Progress | None, before: int, total: int) -> Progress | None:
+    if progress is None:
+        return None
+    report = progress
+    return lambda done, _: report(before + done, total)

@@ -1,0 +1,355 @@
+"""The prompt artefact: a tuned soft prompt with all that is needed to use it, as one safetensors file.
+
+Tensors: ``rows`` float32 [n_prompt, n_embd], ``label_bias`` float32 [n_labels]; with a readout also ``word_ids`` int32
+[n_words] and ``word_weights`` float32 [n_words, n_labels]; with other templates ``other_weights`` float32 [n_others,
+1 + n_words, n_labels]. The file's metadata has one key, ``fedbpt``: a JSON object
+with a format number, the `PromptSpec`, the task, template, model and history. Files of format 1 have a task's name and
+labels alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+import safetensors
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from fedbpt.checking import DECODE_ERRORS
+from fedbpt.errors import InputError, PromptError
+from fedbpt.html_tables import html_table
+from fedbpt.prompts.model_card import model_card, use_in_fedbpt
+from fedbpt.protocol.messages import Array, PromptSpec, Readout, Template
+from fedbpt.tasks import BUILTIN, Task
+
+FORMAT = 2
+"""Number of the file format that is written."""
+
+_READ = (1, FORMAT)
+
+_KEY = "fedbpt"
+_TENSORS = {"rows", "label_bias"}
+_READOUT_TENSORS = {"word_ids", "word_weights"}
+_OTHERS_TENSORS = {*_READOUT_TENSORS, "other_weights"}
+_TENSOR_SETS = (_TENSORS, _TENSORS | _READOUT_TENSORS, _TENSORS | _OTHERS_TENSORS)
+_PLAIN = (
+    "spec",
+    "task_name",
+    "labels",
+    "template",
+    "model_fingerprint",
+    "model_name",
+    "architecture",
+    "history",
+    "others",
+    "task",
+)
+
+
+class Model(Protocol):
+    """What a prompt asks of a model to know whether it fits; a `fedbpt.engine.scorer.Scorer` satisfies it."""
+
+    @property
+    def n_embd(self) -> int: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+
+class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    format: int
+    spec: PromptSpec
+    task_name: str
+    labels: tuple[str, ...]
+    template: Template
+    model_fingerprint: str
+    model_name: str
+    architecture: str
+    history: tuple[dict[str, Any], ...]
+    others: tuple[Template, ...] = ()
+    task: Task | None = None
+
+
+class Prompt:
+    """A soft prompt for one model and one task.
+
+    Args:
+        rows: float32 [n_prompt, n_embd].
+        spec: how it was made; ``spec.placement`` says where it goes.
+        task_name: of the task it was tuned for.
+        labels: in the order of the template's label words.
+        template: how a text is put to the model.
+        model_fingerprint: of the model file, ``sha256:…``.
+        model_name: what to call the model in a message to a person.
+        architecture: of the model.
+        history: small JSON objects, one per step worth remembering.
+        label_bias: [n_labels] added to the label words' logits; None: zeros.
+        word_ids: token ids [n_words] whose logits a readout uses (`fedbpt.objective.readout`); None: no readout.
+        word_weights: [n_words, n_labels], what each of them adds to each label; with ``word_ids`` alone.
+        others: templates whose corrected log-probabilities, without a prompt, are averaged with the prompt's.
+        other_weights: [n_others, 1 + n_words, n_labels], their readouts; with ``others`` alone.
+        task: the whole task: its templates, columns, and how it cuts texts; None: the built-in one of that name and
+            those labels, else it is not known.
+
+    Raises:
+        InputError: shapes that disagree, NaN or infinity, a history that JSON cannot hold, a task of another name or
+            other labels.
+    """
+
+    def __init__(
+        self,
+        *,
+        rows: NDArray[np.floating[Any]],
+        spec: PromptSpec,
+        task_name: str,
+        labels: tuple[str, ...],
+        template: Template,
+        model_fingerprint: str,
+        model_name: str,
+        architecture: str,
+        history: tuple[Mapping[str, Any], ...] = (),
+        label_bias: NDArray[np.floating[Any]] | None = None,
+        word_ids: NDArray[np.integer[Any]] | None = None,
+        word_weights: NDArray[np.floating[Any]] | None = None,
+        others: tuple[Template, ...] = (),
+        other_weights: NDArray[np.floating[Any]] | None = None,
+        task: Task | None = None,
+    ) -> None:
+        self.rows = np.array(rows, dtype=np.float32)
+        bias = np.zeros(len(labels)) if label_bias is None else label_bias
+        self.label_bias = np.array(bias, dtype=np.float32)
+        self.word_ids = np.array([] if word_ids is None else word_ids, dtype=np.int32)
+        none = np.zeros((0, len(labels)))
+        self.word_weights = np.array(none if word_weights is None else word_weights, dtype=np.float32)
+        self.others = tuple(others)
+        n_words = self.word_ids.size
+        none = np.zeros((0, 1 + n_words, len(labels)))
+        self.other_weights = np.array(none if other_weights is None else other_weights, dtype=np.float32)
+        self.spec = spec
+        self.task_name = task_name
+        self.labels = tuple(labels)
+        self.template = template
+        self.model_fingerprint = model_fingerprint
+        self.model_name = model_name
+        self.architecture = architecture
+        self.history = tuple(dict(entry) for entry in history)
+        self.task = _built_in(task_name, self.labels) if task is None else task
+        self._check()
+
+    def _check(self) -> None:
+        spec, n_words = self.spec, self.n_words
+        if self.task is not None and (self.task.name, self.task.labels) != (self.task_name, self.labels):
+            raise InputError(
+                f"the prompt is for {self.task_name} with labels {list(self.labels)}, not for {self.task.name} with "
+                f"{list(self.task.labels)}"
+            )
+        if self.rows.ndim != 2 or self.rows.shape[0] != spec.n_prompt or self.rows.shape[1] == 0:
+            raise InputError(f"prompt rows must have shape [{spec.n_prompt}, n_embd], got {list(self.rows.shape)}")
+        if self.label_bias.shape != (len(self.labels),):
+            raise InputError(f"label_bias must have shape [{len(self.labels)}], got {list(self.label_bias.shape)}")
+        if self.word_ids.ndim != 1 or self.word_weights.shape != (n_words, len(self.labels)):
+            wanted, got = [n_words, len(self.labels)], list(self.word_weights.shape)
+            raise InputError(f"word_weights must have shape {wanted}, one row for each of word_ids, got {got}")
+        if self.other_weights.shape != (len(self.others), 1 + n_words, len(self.labels)):
+            wanted = [len(self.others), 1 + n_words, len(self.labels)]
+            raise InputError(f"other_weights must have shape {wanted}, got {list(self.other_weights.shape)}")
+        for used in (self.template, *self.others):
+            if len(used.label_words) != len(self.labels):
+                raise InputError(f"{len(used.label_words)} label words for {len(self.labels)} labels")
+        tensors = (self.rows, self.label_bias, self.word_weights, self.other_weights)
+        if not all(np.isfinite(part).all() for part in tensors):
+            raise InputError("the prompt holds NaN or infinity")
+        try:
+            json.dumps(self.history, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"a prompt's history must be plain JSON values: {error}") from error
+
+    @property
+    def n_prompt(self) -> int:
+        return int(self.rows.shape[0])
+
+    @property
+    def n_embd(self) -> int:
+        return int(self.rows.shape[1])
+
+    @property
+    def n_words(self) -> int:
+        """How many words a readout uses; 0: none."""
+        return int(self.word_ids.size)
+
+    @property
+    def readout(self) -> Readout:
+        """Its and its other templates' label bias and word weights, for an `Objective` with its ``word_ids``."""
+        own = Array.of(np.concatenate([self.label_bias[None], self.word_weights]), "<f4")
+        return Readout(weights=own, others=tuple(Array.of(of_template, "<f4") for of_template in self.other_weights))
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the file, whole or not at all, and a model card beside it (`card_path`).
+
+        Raises:
+            PromptError: that fails.
+        """
+        target = Path(path)
+        card = model_card(self, use_in_fedbpt(self, target.name))
+        write({target: self.to_bytes(), card_path(target): encode_card(card)})
+        return target
+
+    def to_bytes(self) -> bytes:
+        """The content of a prompt file."""
+        header = _Header(
+            format=FORMAT,
+            spec=self.spec,
+            task_name=self.task_name,
+            labels=self.labels,
+            template=self.template,
+            model_fingerprint=self.model_fingerprint,
+            model_name=self.model_name,
+            architecture=self.architecture,
+            history=self.history,
+            others=self.others,
+            task=self.task,
+        )
+        tensors: dict[str, NDArray[Any]] = {name: getattr(self, name) for name in _TENSORS}
+        if len(self.word_ids) or self.others:
+            names = _OTHERS_TENSORS if self.others else _READOUT_TENSORS
+            tensors |= {name: getattr(self, name) for name in names}
+        return safetensors.numpy.save(tensors, metadata={_KEY: msgspec.json.encode(header).decode()})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Prompt:
+        """Read a file that `save` wrote. Raises `PromptError`: missing, damaged, not a prompt, a newer format."""
+        source = Path(path)
+        try:
+            content = source.read_bytes()
+        except OSError as error:
+            raise PromptError(f"cannot read the prompt {source}: {error.strerror or error}") from error
+        return cls.decode(content, str(source))
+
+    @classmethod
+    def decode(cls, content: bytes, source: str) -> Prompt:
+        """Of a file's content; ``source``: what to call it in a message. Raises `PromptError` as `load` does."""
+        try:
+            tensors = safetensors.numpy.load(content)
+            metadata = _metadata(content)
+        except (safetensors.SafetensorError, *DECODE_ERRORS, KeyError) as error:
+            raise PromptError(f"{source} is not a safetensors file, or is cut short") from error
+        if _KEY not in metadata or set(tensors) not in _TENSOR_SETS:
+            raise PromptError(f"{source} is a safetensors file but not a prompt that fedbpt saved")
+        header = _header(metadata[_KEY], source)
+        fields: dict[str, Any] = {name: getattr(header, name) for name in header.__struct_fields__ if name != "format"}
+        try:
+            return cls(**{**tensors, **fields})
+        except InputError as error:
+            raise PromptError(f"{source} is damaged: {error}") from error
+
+    def with_rows(self, rows: NDArray[np.floating[Any]], history: tuple[Mapping[str, Any], ...]) -> Prompt:
+        """The same with other rows [n_prompt, n_embd], and with a history of their own."""
+        tensors = {name: getattr(self, name) for name in (_TENSORS | _OTHERS_TENSORS) - {"rows"}}
+        plain = {name: getattr(self, name) for name in _PLAIN if name != "history"}
+        return Prompt(rows=rows, history=history, **tensors, **plain)
+
+    def check(self, model: Model) -> None:
+        """Raises `PromptError`, naming both models, where the prompt was made for another one."""
+        if model.fingerprint != self.model_fingerprint:
+            raise PromptError(
+                f"this prompt was made for {self.model_name} ({short_fingerprint(self.model_fingerprint)}), "
+                f"not for {model.name} ({short_fingerprint(model.fingerprint)}): "
+                f"load {self.model_name}, or tune a prompt for {model.name}"
+            )
+        if model.n_embd != self.n_embd:
+            raise PromptError(f"this prompt has rows of {self.n_embd} numbers, {model.name} embeds in {model.n_embd}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Prompt):
+            return NotImplemented
+        return all(
+            np.array_equal(getattr(self, name), getattr(other, name)) for name in _TENSORS | _OTHERS_TENSORS
+        ) and all(getattr(self, name) == getattr(other, name) for name in _PLAIN)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _repr_html_(self) -> str:
+        words = zip(self.labels, self.template.label_words, strict=True)
+        lines = [
+            ("model", f"{self.model_name} ({short_fingerprint(self.model_fingerprint)})"),
+            ("prompt", f"{self.n_prompt} x {self.n_embd}, {self.spec.placement}"),
+            ("template", repr(self.template.pattern)),
+            ("labels", ", ".join(f"{label} →{word}" for label, word in words)),
+            ("readout", f"{self.n_words} words, {1 + len(self.others)} template(s)"),
+        ]
+        return html_table(f"Prompt for {self.task_name}", [line for line in lines if line[1]])
+
+    def __repr__(self) -> str:
+        norm = float(np.linalg.norm(self.rows)) / math.sqrt(self.n_prompt)
+        return (
+            f"Prompt({self.task_name!r} for {self.model_name!r}, {self.n_prompt} x {self.n_embd} {self.spec.placement},"
+            f" labels={list(self.labels)}, row norm {norm:.3g}, {len(self.history)} history entries)"
+        )
+
+
+def card_path(prompt_path: Path) -> Path:
+    """Where the model card of a prompt file is: its name with ``.md``."""
+    return prompt_path.with_name(f"{prompt_path.name}.md")
+
+
+def encode_card(card: str) -> bytes:
+    """A model card as UTF-8; it names files, whose names may be none."""
+    return card.encode(errors="backslashreplace")
+
+
+def write(files: Mapping[Path, bytes]) -> None:
+    """Write files that belong together. Raises `PromptError` where one cannot be written; then none is replaced."""
+    partials = {target: target.with_name(f".{target.name}.{os.getpid()}.part") for target in files}
+    target = next(iter(files))
+    try:
+        for target, partial in partials.items():
+            if target.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            partial.write_bytes(files[target])
+        for target, partial in partials.items():
+            partial.replace(target)
+    except OSError as error:
+        raise PromptError(f"cannot write the prompt to {target}: {error.strerror or error}") from error
+    finally:
+        for partial in partials.values():
+            with suppress(OSError):  # what is the matter is told above
+                partial.unlink()
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """The metadata of safetensors bytes: 8 bytes of length, then JSON with an entry ``__metadata__``."""
+    length = int.from_bytes(content[:8], "little")
+    found = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    return dict(found)
+
+
+def _header(text: str, source: str) -> _Header:
+    try:
+        number = json.loads(text)["format"]
+        if number not in _READ:
+            raise PromptError(f"{source} has prompt format {number}, this fedbpt reads up to {FORMAT}: update fedbpt")
+        return msgspec.json.decode(text, type=_Header)
+    except (*DECODE_ERRORS, KeyError, TypeError) as error:
+        raise PromptError(f"{source} is damaged: {error}") from error
+
+
+def _built_in(name: str, labels: tuple[str, ...]) -> Task | None:
+    found = BUILTIN.get(name)
+    return found if found is not None and found.labels == labels else None
+
+
+def short_fingerprint(fingerprint: str) -> str:
+    """As much of a fingerprint as tells two models apart in a message."""
+    return fingerprint[:19] + "…" if len(fingerprint) > 20 else fingerprint

@@ -1,0 +1,89 @@
+"""A device's search on its own rows: CMA-ES from a state that the server sent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedbpt.protocol.messages import Array, LocalResult, LocalWork, RoundPlan
+from fedbpt.protocol.seeding import derive_seed
+from fedbpt.search.cma_es import CmaSearch, Covariance, rank_bytes
+from fedbpt.search.population import transform
+
+Losses: TypeAlias = Callable[[NDArray[np.float64], int], NDArray[np.float64]]
+
+
+class LocalSearch(NamedTuple):
+    """``mean`` [d]; ``sigma_squares``: Σ_i σ_i² over the iterations, each σ as its candidates were drawn; ``ranks``
+    [iterations, popsize]: of the candidates, a byte each, from which the rest follows; empty where a byte is too small.
+    """
+
+    mean: NDArray[np.float64]
+    sigma_squares: float
+    ranks: bytes
+
+    def with_fitness(self, fitness: float) -> LocalResult:
+        """What a device answers."""
+        return LocalResult(
+            mean=Array.of(self.mean), fitness=fitness, sigma_squares=self.sigma_squares, ranks=self.ranks
+        )
+
+
+def local_seed(plan: RoundPlan) -> int:
+    """Of the candidates that the device searches by in this round: each device has its own."""
+    return derive_seed(plan.seed, "local", plan.device, plan.round)
+
+
+def farthest_move(work: LocalWork) -> float:
+    """How far the mean of `local_search` may lie from the state's at most, whatever the losses are.
+
+    A mean moves by less than its candidates lie away: σ·s·‖n‖, s the largest standard deviation and n a vector of
+    normals, ‖n‖ < √d + 8. That grows by less than e^(2/√d) an iteration; measured with losses that favour the longest
+    steps it is half as much.
+    """
+    state, d = work.state, len(work.state.mean.numpy())
+    widest = 1.0
+    if state.scales is not None:
+        widest = float(state.scales.numpy().max())
+    elif state.covariance is not None:
+        widest = math.sqrt(np.trace(state.covariance.numpy()))
+    return state.sigma * widest * (math.sqrt(d) + 8) * _growth(work.iterations, 2 / math.sqrt(d))
+
+
+def sigma_squares_bounds(work: LocalWork) -> tuple[float, float]:
+    """Least and largest Σ_i σ_i² of `local_search`: the first σ is the state's, growth as for `farthest_move`."""
+    d = len(work.state.mean.numpy())
+    return work.state.sigma**2, work.state.sigma**2 * _growth(work.iterations, 4 / math.sqrt(d))
+
+
+def _growth(iterations: int, rate: float) -> float:
+    """Σ_i e^(i·rate), as large as a sum may be."""
+    return float(np.exp(np.minimum(rate * np.arange(iterations), 60.0)).sum())
+
+
+def local_search(work: LocalWork, seed: int, losses: Losses) -> LocalSearch:
+    """FedBPT's work on a device (arXiv 2310.01467, algorithm 1): CMA-ES from the server's (m, σ, C).
+
+    Standard CMA-ES runs on y with z = m + L·y, L·Lᵀ = C: the algorithm is invariant under affine maps (Hansen,
+    arXiv 1604.00772, section B), so this equals starting it at (m, σ, C), with new evolution paths.
+    Step size by path length, as published: a few generations are too short for two-point adaptation.
+
+    Args:
+        work: the state and how long to search from it.
+        seed: of this device's candidates in this round.
+        losses: latents [popsize, d] and the iteration → losses [popsize].
+    """
+    start = work.state.mean.numpy()
+    kind: Covariance = "diagonal" if work.state.covariance is None else "full"
+    search = CmaSearch(len(start), work.state.sigma, work.popsize, seed, kind, "path")
+    sigma_squares, ranks = 0.0, b""
+    for iteration in range(work.iterations):
+        sigma_squares += search.sigma**2
+        found = losses(start + transform(work.state, search.ask()), iteration)
+        search.tell(found)
+        ranks += rank_bytes(found)
+    return LocalSearch(start + transform(work.state, search.mean[None])[0], sigma_squares, ranks)

@@ -1,0 +1,128 @@
+"""Runs over devices in this process: a task, clients that can fail, and the events that a run tells."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from fedbpt.aggregation.pooled import Pooled
+from fedbpt.coordinator.clients import InProcessClient
+from fedbpt.coordinator.control import RunControl
+from fedbpt.coordinator.federation import Federation
+from fedbpt.device.device import Device
+from fedbpt.errors import DeviceUnreachableError
+from fedbpt.protocol.messages import ObjectiveSpec, PromptSpec, Template
+from fedbpt.runs.settings import Event, RoundClosed, RunResult, RunSettings
+from fedbpt.runs.store import RunStore
+from fedbpt.tasks import Task
+from tests.support.fake_device import TOY, FakeDevice
+
+D = 4
+
+
+class ToyTask(Task, frozen=True):
+    name: str = TOY.name
+    labels: tuple[str, ...] = ("x", "y")
+    templates: tuple[Template, ...] = (
+        Template(pattern="{text} In one word it was", label_words=(" bad", " good")),
+        Template(pattern="{text} It was", label_words=(" bad", " good")),
+    )
+
+
+class FlakyClient(InProcessClient):
+    """A client whose device can be out of reach (``down``)."""
+
+    down = False
+
+    async def status(self) -> Any:
+        self._check()
+        return await super().status()
+
+    async def start(self, plan: Any, history: Any = None) -> None:
+        self._check()
+        await super().start(plan, history)
+
+    async def wait(self, run: str, round: int, timeout_s: float | None = None, on_progress: Any = None) -> Any:
+        while True:
+            self._check()
+            waiting = asyncio.ensure_future(super().wait(run, round, timeout_s, on_progress))
+            done, _ = await asyncio.wait([waiting], timeout=0.05)
+            if done:
+                return waiting.result()
+            waiting.cancel()
+
+    def _check(self) -> None:
+        if self.down:
+            raise DeviceUnreachableError(f"{self.name} cannot be reached")
+
+    def restart(self, graceful: bool) -> None:
+        """Forget all rounds, as a device does that is started again."""
+        if self._service is not None and graceful:
+            self._service.stop()
+        self._service = None
+
+
+def settings(**changes: Any) -> RunSettings:
+    """Of a search alone: no calibration, no readout."""
+    made = RunSettings(
+        rounds=4, popsize=6, prompt=PromptSpec(d=D), objective=ObjectiveSpec(readout_words=0), calibrate=False,
+        deadline_s=5.0, quorum=0.5, seed=3, evaluate_every=0,
+    )  # fmt: skip
+    return msgspec.structs.replace(made, **changes)
+
+
+class Scene:
+    """Devices, a store, and the events of the runs over them."""
+
+    def __init__(self, path: Path, *devices: FakeDevice | Device) -> None:
+        self.devices: dict[str, Any] = {device.name: device for device in devices}
+        self.clients = {name: FlakyClient(device) for name, device in self.devices.items()}
+        self.store = RunStore(path)
+        self.events: list[Event] = []
+        self.on_event: Callable[[Event], None] = lambda _event: None
+
+    def federation(
+        self, run: str = "r", task: Task | None = None, control: RunControl | None = None, **changes: Any
+    ) -> Federation:
+        def hear(event: Event) -> None:
+            self.events.append(event)
+            self.on_event(event)
+
+        chosen = settings(**changes)
+        search = Pooled(D, popsize=chosen.popsize, seed=chosen.seed)
+        return Federation(
+            list(self.clients.values()), task or ToyTask(), chosen, search, self.store, run, hear, control
+        )
+
+    def run(self, run: str = "r", task: Task | None = None, **changes: Any) -> RunResult:
+        """``changes``: of the settings; ``control``."""
+        return self.federation(run, task, **changes).run()
+
+    def of(self, kind: type[Any]) -> list[Any]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+    def when(self, wanted: Callable[[Event], bool], do: Callable[[], None]) -> None:
+        """``do`` once, at the first event that is ``wanted``."""
+        pending = [do]
+
+        def react(event: Event) -> None:
+            if pending and wanted(event):
+                pending.pop()()
+
+        self.on_event = react
+
+
+def closed(round: int) -> Callable[[Event], bool]:
+    return lambda event: isinstance(event, RoundClosed) and event.round == round
+
+
+class StopRunError(Exception):
+    pass
+
+
+def stop() -> None:
+    raise StopRunError

@@ -1,0 +1,33 @@
+"""A task that the toy model can tune on: two labels whose words are one byte each, and rows to learn from."""
+
+from __future__ import annotations
+
+from fedbpt.protocol.messages import Template
+from fedbpt.tasks import Row, Task
+
+TASK = Task(
+    name="toy-mood",
+    labels=("negative", "positive"),
+    templates=(
+        Template(pattern="{text}\nMood:", label_words=("b", "g")),
+        Template(pattern="{text}\nIt was:", label_words=("d", "f")),
+    ),
+)
+
+TASK_FILE = """
+name = "toy-mood"
+labels = ["negative", "positive"]
+[[templates]]
+pattern = "{text}\\nMood:"
+label_words = ["b", "g"]
+[[templates]]
+pattern = "{text}\\nIt was:"
+label_words = ["d", "f"]
+"""
+
+_WORDS = ("zzz", "aaa", "iii")
+
+
+def rows(n: int, first: int = 0) -> list[Row]:
+    """``n`` rows, one in four negative: that is there to learn. ``first``: the first one's number."""
+    return [(f"{_WORDS[i % 3]} number {i}", int(i % 4 > 0)) for i in range(first, first + n)]

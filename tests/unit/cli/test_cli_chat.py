@@ -1,0 +1,160 @@
+"""``fedbpt chat`` with the toy model: questions from standard input or held-out rows, answers as JSON or for people."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fedbpt import Budget, PromptSpec, tune
+from fedbpt.cli import chat as chat_command
+from fedbpt.device.agent import AgentService
+from fedbpt.device.agent.server import AgentServer
+from fedbpt.device.device import Device
+from fedbpt.net.tokens import write_private
+from fedbpt.side_by_side.sides import SideBySide
+from fedbpt.tasks import write_rows
+from tests.support.toy_scorer import ToyScorer
+from tests.support.toy_task import TASK, TASK_FILE, rows
+from tests.unit.cli.test_cli import Run, folder, run
+from tests.unit.engine.test_text_stream import TASK as MANNER
+from tests.unit.engine.test_text_stream import TASK_FILE as MANNER_FILE
+from tests.unit.engine.test_text_stream import rows as manner_rows
+from tests.unit.prompts.test_prompt import as_of_format_1
+
+__all__ = ["folder", "run"]
+
+SPEC = PromptSpec(d=4, alpha=2.0)
+BUDGET = Budget(evaluations=24)
+
+
+class Typed(io.StringIO):
+    """Standard input of a person."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tune(ToyScorer(), TASK, rows(16), budget=BUDGET, prompt=SPEC).prompt.save(folder / "mood.safetensors")
+    tune(ToyScorer(), MANNER, manner_rows(8), budget=BUDGET, prompt=SPEC).prompt.save(folder / "manner.safetensors")
+    as_of_format_1(Path(shutil.copy(folder / "mood.safetensors", folder / "old.safetensors")))
+    (folder / "mood.toml").write_text(TASK_FILE)
+    (folder / "manner.toml").write_text(MANNER_FILE)
+    write_rows(folder / "rows.jsonl", rows(20), TASK.labels)
+    monkeypatch.setattr(chat_command, "load_model", lambda *_args, **_options: ToyScorer())
+
+
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch, run: Run):
+    def call(text: str, *arguments: str, person: bool = False):
+        monkeypatch.setattr("sys.stdin", (Typed if person else io.StringIO)(text))
+        return run("chat", "--model", "toy", *arguments)
+
+    return call
+
+
+MOOD = ("--prompt", "mood.safetensors")
+
+
+def test_piped_questions_are_answered_a_line_of_json_each(say, folder: Path) -> None:
+    answer = say("aaa number 1\n\n  zzz\n", *MOOD, "--json")
+    assert (answer.code, answer.err) == (0, "")
+    first, second = (json.loads(line) for line in answer.out.splitlines())
+    found = SideBySide(ToyScorer(), chat_command.Prompt.load(folder / "mood.safetensors"), TASK).classify("zzz")
+    assert first["text"] == "aaa number 1"
+    assert second == {
+        "text": "zzz",
+        "label": None,
+        "original": dict(zip(TASK.labels, found.original, strict=True)),
+        "tuned": dict(zip(TASK.labels, found.tuned, strict=True)),
+    }
+
+
+def test_a_number_asks_a_held_out_row_and_tells_its_label(say) -> None:
+    answer = say("2\n9\n", *MOOD, "--data", "rows.jsonl", "--questions", "3", "--json")
+    row, own = (json.loads(line) for line in answer.out.splitlines())
+    assert (row["text"], TASK.labels.index(row["label"])) in rows(20)
+    assert (own["text"], own["label"]) == ("9", None)  # there is no such row
+
+
+def test_a_prompt_of_an_earlier_version_is_asked_with_its_task_or_without_rows(say) -> None:
+    old = ("--prompt", "old.safetensors", "--json")
+    assert say("zzz\n", *old) == say("zzz\n", *MOOD, "--json")
+    given = ("--data", "rows.jsonl", "--task", "mood.toml")
+    assert say("2\n", *old, *given) == say("2\n", *MOOD, "--data", "rows.jsonl", "--json")
+
+
+def test_people_see_bars_and_which_label_the_row_has(say) -> None:
+    answer = say("1\n", *MOOD, "--data", "rows.jsonl", "--questions", "2", person=True)
+    assert answer.code == 0
+    assert "toy, as it is and tuned for toy-mood" in answer.out
+    assert answer.out.count("number") >= 2
+    assert "the row says" in answer.out
+    assert "%" in answer.out
+    assert "█" in answer.out
+
+
+def test_texts_are_generated_side_by_side(say) -> None:
+    answer = say("question 1\n", "--prompt", "manner.safetensors", "--max-tokens", "4")
+    assert answer.code == 0
+    assert "original" in answer.out
+    assert "tuned" in answer.out
+    found = json.loads(say("question 1\n", "--prompt", "manner.safetensors", "--max-tokens", "4", "--json").out)
+    assert found["original"] != found["tuned"]
+    assert found["target"] is None
+
+
+def test_a_stop_string_ends_both(say) -> None:
+    whole = json.loads(say("question 1\n", "--prompt", "manner.safetensors", "--json").out)["original"]
+    cut = json.loads(say("question 1\n", "--prompt", "manner.safetensors", "--json", "--stop", whole[2]).out)
+    assert cut["original"] == whole[: whole.index(whole[2])]
+
+
+@pytest.mark.parametrize("token", [None, "a-token-of-some-length"])
+def test_a_connected_device_answers_as_this_machine_does(say, folder: Path, token: str | None) -> None:
+    with AgentServer(AgentService(Device("a", ToyScorer(), rows(4), task=TASK)), token=token) as server:
+        there = ["--device", server.url]
+        if token:
+            write_private(folder / "token", token.encode())
+            there += ["--token-file", "token"]
+        manner = ("--prompt", "manner.safetensors", "--max-tokens", "4", "--json")
+        for text, given in (("aaa number 1\nzzz\n", (*MOOD, "--json")), ("question 1\n", manner)):
+            assert say(text, *given, *there) == say(text, *given)
+        shown = say("question 1\n", "--prompt", "manner.safetensors", *there, person=True)
+        assert "toy on 127.0.0.1" in shown.out
+        assert "original" in shown.out
+        answer = say("word\n", "--prompt", "manner.safetensors", "--device", "http://127.0.0.1:9", "--json")
+        assert (answer.code, "cannot be reached" in answer.err) == (1, True)
+
+
+def test_a_question_that_cannot_be_answered_ends_a_pipe_but_not_a_person(say, monkeypatch) -> None:
+    monkeypatch.setattr(chat_command, "load_model", lambda *_args, **_options: ToyScorer(n_ctx=40))
+    texts = f"{'word ' * 20}\nshort\n"
+    answer = say(texts, "--prompt", "manner.safetensors", "--json")
+    assert (answer.code, answer.out) == (2, "")
+    assert "shorten the text" in answer.err
+    answer = say(texts, "--prompt", "manner.safetensors", person=True)
+    assert answer.code == 0
+    assert "shorten the text" in answer.out
+    assert "original" in answer.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("--prompt", "absent"), 1, "cannot read the prompt absent"),
+        (("--prompt", "old.safetensors", "--data", "rows.jsonl"), 2, "say where its task file is with --task"),
+        (("--prompt", "mood.safetensors", "--task", "manner.toml"), 2, "the prompt is for labels"),
+        (("--prompt", "mood.safetensors", "--top-p", "2"), 2, "top_p must be above 0"),
+    ],
+)
+def test_what_does_not_fit_is_said_in_one_line(say, arguments: tuple[str, ...], code: int, said: str) -> None:
+    answer = say("x\n", *arguments)
+    assert answer.code == code
+    assert said in answer.err
+    assert len(answer.err.splitlines()) == 1

@@ -1,0 +1,175 @@
+"""What a run will cost: counted against what one does cost, and what cannot be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from fedbpt.aggregation import make_aggregator
+from fedbpt.api import aggregator_for
+from fedbpt.coordinator.clients.in_process import InProcessClient
+from fedbpt.coordinator.estimate import RunCost, estimate
+from fedbpt.coordinator.federation import Federation
+from fedbpt.device.device import Device
+from fedbpt.errors import ConfigError
+from fedbpt.protocol.messages import DeviceInfo, ObjectiveSpec, PrivacySpec, PromptSpec, Template
+from fedbpt.runs.settings import RunSettings
+from fedbpt.runs.store import RunStore
+from fedbpt.tasks import Task
+from tests.support.toy_scene import settings
+from tests.support.toy_scorer import ToyScorer
+from tests.support.toy_task import TASK, rows
+
+
+def info(name: str = "pi5", n_train: int = 100, speed: float | None = 50.0) -> DeviceInfo:
+    return DeviceInfo(
+        name=name, version="1", model_fingerprint="f", model_name="toy", backend="cpu", n_train=n_train, n_dev=0,
+        n_test=0, ram_bytes=8 << 30, rss_bytes=300_000_000, peak_rss_bytes=300_000_000, tokens_per_second=speed,
+    )  # fmt: skip
+
+
+def cost(*infos: DeviceInfo, **changes: Any) -> RunCost:
+    settings = msgspec.structs.replace(RunSettings(rounds=10, popsize=16), **changes)
+    return estimate(settings, TASK, infos or (info(),), aggregator_for(settings))
+
+
+def long_text(n: int) -> str:
+    """So long that it fills the task's limit of tokens."""
+    return f"{n} " + "number " * 3
+
+
+@pytest.mark.parametrize("placement", ["cue", "front"])
+def test_the_readouts_other_templates_are_counted_and_need_a_deadline_of_their_own(placement: Any) -> None:
+    more = [msgspec.structs.replace(each, pattern=f"{each.pattern[:-1]};") for each in TASK.templates]
+    task = msgspec.structs.replace(TASK, templates=(*TASK.templates, *more))
+    objective = ObjectiveSpec(batch_size=2, max_text_tokens=16, readout_words=16)
+    settings = RunSettings(
+        rounds=1,
+        popsize=4,
+        prompt=PromptSpec(d=20, placement=placement),
+        objective=objective,
+        select_rows=1,
+        ensemble=4,
+    )
+    spent, bound = [], []
+    for changed in (settings, msgspec.structs.replace(settings, ensemble=1)):
+        device = Device("d", ToyScorer(), [(long_text(i), label) for i, (_, label) in enumerate(rows(24))], task=TASK)
+        bound.append(estimate(changed, task, [device.info()], aggregator_for(changed)).devices[0])
+        with RunStore(":memory:") as store:
+            federation = Federation([InProcessClient(device)], task, changed, aggregator_for(changed), store, "run")
+            spent.append(federation.run())
+    counted, measured = bound[0].tokens - bound[1].tokens, spent[0].tokens - spent[1].tokens
+    assert counted == bound[0].others > bound[1].others == 0
+    assert 0.7 < measured / counted <= 1
+    for one, expected in zip(spent, bound, strict=True):
+        assert 0.3 < one.bytes_up / expected.bytes_up < 1.1
+        assert 0.3 < one.bytes_down / expected.bytes_down < 1.1
+    assert 0.7 < (spent[0].bytes_down / spent[1].bytes_down) / (bound[0].bytes_down / bound[1].bytes_down) < 1.4
+    speed = info(n_train=24, speed=1.0)
+    short = msgspec.structs.replace(settings, deadline_s=float(bound[0].others - 1))
+    with pytest.raises(ConfigError, match="deadline_s"):
+        estimate(short, task, [speed], aggregator_for(short))
+    single = msgspec.structs.replace(short, ensemble=1)
+    assert estimate(single, task, [speed], aggregator_for(single)).rounds == 1
+
+
+@pytest.mark.parametrize("method", ["pooled", "fedavg", "fedbpt"])
+def test_a_run_costs_no_more_and_not_absurdly_less(method: Any) -> None:
+    devices = 2 if method == "fedbpt" else 1
+    objective = ObjectiveSpec(max_text_tokens=16, readout_words=16)
+    settings = RunSettings(
+        rounds=12, popsize=6, iterations=3, method=method, prompt=PromptSpec(d=20), objective=objective, baselines=True
+    )
+    made = [Device(f"d{i}", ToyScorer(), rows(24), task=TASK) for i in range(devices)]
+    expected = estimate(settings, TASK, [device.info() for device in made], aggregator_for(settings))
+    with RunStore(":memory:") as store:
+        clients = [InProcessClient(device) for device in made]
+        result = Federation(clients, TASK, settings, aggregator_for(settings), store, "run").run()
+    assert result.evaluations == expected.evaluations
+    assert 0.3 < result.tokens / sum(device.tokens for device in expected.devices) <= 1
+    for spent, bound in zip(result.devices, expected.devices, strict=True):
+        assert 0.3 < spent.bytes_up / bound.bytes_up < 1.1  # other messages than rounds' are few and small
+        assert 0.3 < spent.bytes_down / bound.bytes_down < 1.1
+
+
+def test_a_text_under_another_template_costs_its_end_where_the_device_shares_beginnings() -> None:
+    three = Task(name="toy", labels=TASK.labels, templates=(*TASK.templates, *TASK.templates, *TASK.templates))
+    settings = RunSettings(rounds=10)
+    sharing = msgspec.structs.replace(info(), shares_beginnings=True)
+    apart, together = (
+        estimate(settings, three, [each], aggregator_for(settings)).devices[0] for each in (info(), sharing)
+    )
+    assert together.select < apart.select / 3
+    assert together.others < apart.others / 5
+    assert (together.texts, together.round) == (apart.texts, apart.round)
+    framed = Template(pattern="Review: {text}\nRating:", label_words=(" bad", " good"))
+    unlike = Task(name="toy", labels=TASK.labels, templates=(*TASK.templates, framed))
+    one, other = estimate(settings, unlike, [info(), sharing], aggregator_for(settings)).devices
+    assert one == other
+
+
+def test_time_follows_from_each_devices_speed() -> None:
+    found = cost(info("slow", speed=50.0), info("fast", speed=500.0), info("new", speed=None))
+    slow, fast, new = found.devices
+    assert slow.seconds == pytest.approx(10 * (fast.seconds or 0))
+    assert new.seconds is None
+    assert slow.seconds == pytest.approx(slow.tokens / 50)
+
+
+def test_evaluations_and_tokens_limit_rounds() -> None:
+    assert cost(rounds=0, evaluations=800).rounds == 50
+    whole = cost(rounds=20).devices[0]
+    assert cost(rounds=0, tokens=whole.texts + 7 * whole.round).rounds == 7
+    assert cost(rounds=0, seconds=(whole.texts + 7.5 * whole.round) / 50).rounds == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rounds": 0, "tokens": 100}, "tokens = 100 may be spent"),
+        ({"rounds": 0, "seconds": 1.0}, "seconds = 1 may be over"),
+        ({"deadline_s": 10.0}, "deadline_s = 10 is too short for pi5"),
+    ],
+)
+def test_the_impossible_is_refused_with_the_nearest_that_is_possible(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as refused:
+        cost(**changes)
+    limit = next(name for name in ("tokens", "seconds", "deadline_s") if name in changes)
+    nearest = int(str(refused.value).rsplit("at least ", 1)[1])
+    assert cost(**{**changes, limit: nearest}).rounds >= 1
+    with pytest.raises(ConfigError):
+        cost(**{**changes, limit: nearest - 2})
+
+
+def test_seconds_alone_need_every_devices_speed() -> None:
+    with pytest.raises(ConfigError, match="set rounds"):
+        cost(info(speed=None), rounds=0, seconds=60.0)
+
+
+def test_a_device_measures_its_speed_before_any_round() -> None:
+    device = Device("d", ToyScorer(), rows(4), task=TASK)
+    assert device.info().tokens_per_second is None
+    assert device.measure_speed() > 0
+    assert (device.info().tokens_per_second or 0) > 0
+
+
+def test_the_aggregator_is_left_as_it_was() -> None:
+    settings = RunSettings(rounds=3, popsize=6)
+    aggregator = make_aggregator("pooled", settings.prompt, 6, 8, 0)
+    before = aggregator.digest()
+    estimate(settings, TASK, [info()], aggregator)
+    assert aggregator.digest() == before
+
+
+def test_a_private_runs_epsilon_is_what_it_then_spends() -> None:
+    private = settings(
+        rounds=3, method="pooled", popsize=6, privacy=PrivacySpec(clip=1.0, noise_multiplier=2.0), quorum=1.0
+    )
+    device = Device("a", ToyScorer(), rows(12), [], rows(4), task=TASK)
+    told = estimate(private, TASK, [device.info()], aggregator_for(private)).epsilon
+    with RunStore(":memory:") as store:
+        spent = Federation([InProcessClient(device)], TASK, private, aggregator_for(private), store, "r").run().epsilon
+    assert told == spent is not None
+    assert cost().epsilon is None

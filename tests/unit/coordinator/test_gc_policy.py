@@ -1,0 +1,46 @@
+"""Garbage is collected between rounds."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+
+import pytest
+
+from fedbpt.coordinator.gc_policy import NEVER, NORMAL, collect_between_rounds
+from fedbpt.runs.settings import RunFinished
+from tests.unit.display.test_display import closed, result, started
+
+
+class Cycle:
+    def __init__(self) -> None:
+        self.me = self
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    before = gc.get_threshold()
+    yield
+    gc.set_threshold(*before)
+    gc.unfreeze()
+
+
+def test_old_objects_are_gone_through_when_a_round_has_closed_and_only_then() -> None:
+    collect_between_rounds(started())
+    assert gc.get_threshold()[2] == NEVER
+    old = Cycle()
+    for _ in range(3):
+        gc.collect(1)  # it has grown old
+    gone = weakref.ref(old)
+    del old
+    gc.collect(1)
+    assert gone() is not None
+    collect_between_rounds(closed(1))
+    assert gone() is None
+
+
+def test_after_the_run_it_is_as_before() -> None:
+    collect_between_rounds(started())
+    collect_between_rounds(RunFinished(result=result()))
+    assert gc.get_threshold() == NORMAL

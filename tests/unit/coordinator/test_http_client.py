@@ -1,0 +1,204 @@
+"""The HTTP client against servers that are not there, not devices, or not honest."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from fedbpt.coordinator.clients import HttpClient
+from fedbpt.errors import (
+    ConfigError,
+    DeviceError,
+    DeviceRefusedError,
+    DeviceTimeoutError,
+    DeviceUnreachableError,
+    FedbptError,
+    WireError,
+)
+from fedbpt.protocol import codec
+from fedbpt.protocol.messages import RoundProgress
+
+
+def ask(
+    answer: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]], retry_s: float, answer_s: float = 5
+) -> None:
+    """Ask for the status of a server that answers every connection with ``answer``."""
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await reader.readuntil(b"\r\n\r\n")
+            await answer(reader, writer)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            return
+        finally:
+            writer.close()
+
+    async def main() -> None:
+        server = await asyncio.start_server(handle, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        client = HttpClient(f"http://127.0.0.1:{port}", retry_s=retry_s, answer_s=answer_s)
+        try:
+            await client.status()
+        finally:
+            await client.aclose()
+            server.close()
+            await server.wait_closed()
+
+    asyncio.run(asyncio.wait_for(main(), 10))
+
+
+def reply(status: str, body: bytes, content_type: str = codec.CONTENT_TYPE, length: int | None = None) -> bytes:
+    size = len(body) if length is None else length
+    return f"HTTP/1.1 {status}\r\ncontent-type: {content_type}\r\ncontent-length: {size}\r\n\r\n".encode() + body
+
+
+@pytest.mark.parametrize(
+    ("bytes_back", "error", "said"),
+    [
+        (b"", DeviceUnreachableError, "broke the connection"),
+        (b"SSH-2.0-OpenSSH\r\n", DeviceUnreachableError, "broke the connection"),
+        (reply("200 OK", b"\x80", length=50), DeviceUnreachableError, "broke the connection"),
+        (reply("503 Busy", b""), DeviceUnreachableError, "503"),
+        (reply("200 OK", b"<html>", "text/html"), DeviceRefusedError, "is this its address"),
+        (reply("404 Not Found", b"<html>", "text/html"), DeviceRefusedError, "is this its address"),
+        (reply("302 Found", b""), DeviceRefusedError, "is this its address"),
+        (reply("200 OK", b"\x80"), WireError, "not a valid DeviceInfo"),
+    ],
+)
+def test_an_answer_that_is_none_is_named(bytes_back: bytes, error: type[FedbptError], said: str) -> None:
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(bytes_back)
+        await writer.drain()
+
+    with pytest.raises(error, match=said):
+        ask(answer, retry_s=0.2)
+
+
+def test_an_endless_body_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec, "MAX_BODY_BYTES", 10_000)
+
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 1000000000\r\n\r\n")
+        while True:
+            writer.write(b"\0" * 4096)
+            await writer.drain()
+
+    with pytest.raises(WireError, match="limit of 10000"):
+        ask(answer, retry_s=0.2)
+
+
+def test_silence_is_given_up_in_bounded_time() -> None:
+    async def drip(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n")
+        while not writer.is_closing():
+            writer.write(b"\0")
+            await writer.drain()
+            await asyncio.sleep(0.05)
+
+    began = time.monotonic()
+    with pytest.raises(DeviceUnreachableError, match="does not answer"):
+        ask(drip, retry_s=0.5, answer_s=0.2)
+    assert time.monotonic() - began < 3
+
+
+def test_a_connection_that_breaks_once_is_tried_again() -> None:
+    calls: list[int] = []
+
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        calls.append(1)
+        if len(calls) > 1:
+            writer.write(reply("404 Not Found", b""))
+            await writer.drain()
+
+    with pytest.raises(DeviceRefusedError):
+        ask(answer, retry_s=2)
+    assert len(calls) == 2
+
+
+def test_a_device_that_names_a_time_is_not_asked_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    sleep = asyncio.sleep
+
+    async def note(seconds: float) -> None:
+        waits.append(seconds)
+        await sleep(0)
+
+    calls: list[int] = []
+
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        calls.append(1)
+        busy = b"HTTP/1.1 429 Too Many\r\nretry-after: 3\r\ncontent-length: 0\r\n\r\n"
+        writer.write(busy if len(calls) == 1 else reply("404 Not Found", b""))
+        await writer.drain()
+
+    monkeypatch.setattr("fedbpt.coordinator.clients.http.asyncio.sleep", note)
+    with pytest.raises(DeviceRefusedError):
+        ask(answer, retry_s=5)
+    assert waits == [3.0]
+    calls.clear()
+    with pytest.raises(DeviceUnreachableError, match="429"):
+        ask(answer, retry_s=2)  # sooner than it wants to be asked again
+
+
+def test_a_token_is_not_sent_unencrypted_beyond_loopback() -> None:
+    for url in ("http://pi5:8401", "http://192.0.2.1:8401"):
+        with pytest.raises(ConfigError, match="https://"):
+            HttpClient(url, token="secret")
+    HttpClient("http://127.0.0.1:8401", token="secret")
+    assert "secret" not in repr(HttpClient("https://pi5:8401", token="secret"))
+
+
+def test_nobody_there_is_named_with_the_address() -> None:
+    async def main() -> None:
+        client = HttpClient("http://127.0.0.1:9", retry_s=0.3)
+        try:
+            with pytest.raises(DeviceError, match=r"127\.0\.0\.1-9 \(http://127\.0\.0\.1:9\) cannot be reached"):
+                await client.status()
+        finally:
+            await client.aclose()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "url", ["", "pi5:8401", "ftp://pi5", "http://", "http://pi5:port", "http://user:word@pi5:8401"]
+)
+def test_an_address_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match="like http://pi5:8401"):
+        HttpClient(url)
+
+
+def test_a_device_is_named_after_its_host_and_port() -> None:
+    assert HttpClient("http://pi5:8401/").name == "pi5-8401"
+    assert HttpClient("http://[::1]:8401").name == "1-8401"
+    assert HttpClient("http://pi5:8401", name="kitchen").name == "kitchen"
+
+
+def test_a_device_that_does_not_hold_a_poll_is_not_asked_without_pause() -> None:
+    asked = []
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        progress = codec.encode(RoundProgress(run="r", round=1, state="running", done=1, total=2))
+        while True:
+            try:
+                await reader.readuntil(b"\r\n\r\n")
+            except (ConnectionError, asyncio.IncompleteReadError):
+                break
+            asked.append(1)
+            writer.write(reply("202 Accepted", progress))
+            await writer.drain()
+        writer.close()
+
+    async def main() -> None:
+        server = await asyncio.start_server(handle, "127.0.0.1", 0)
+        client = HttpClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        with pytest.raises(DeviceTimeoutError):
+            await client.wait("r", 1, timeout_s=1.2)
+        await client.aclose()
+        server.close()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+    assert 1 < len(asked) <= 5

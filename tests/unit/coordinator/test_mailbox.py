@@ -1,0 +1,188 @@
+"""The mailbox: what is handed over, when, and which replies count."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import httpx
+import pytest
+
+from fedbpt.coordinator.clients import mailbox
+from fedbpt.coordinator.clients.mailbox import Mailbox, PostOffice
+from fedbpt.errors import CoordinatorRefusedError
+from fedbpt.protocol import codec
+from fedbpt.protocol.polling import Reply, Request
+
+REPLY = Reply(status=200, content_type=codec.CONTENT_TYPE, body=b"yes")
+OTHER = Reply(status=200, content_type=codec.CONTENT_TYPE, body=b"no")
+
+
+def request(number: int, body: bytes = b"") -> Request:
+    return Request(id=f"{number:032x}", method="POST", path="/v1/status", body=body)
+
+
+def play(scene: Callable[[Mailbox], Awaitable[None]]) -> None:
+    async def main() -> None:
+        await asyncio.wait_for(scene(Mailbox("a")), 20)
+
+    asyncio.run(main())
+
+
+async def put(box: Mailbox, *requests: Request, timeout_s: float = 10.0) -> list[asyncio.Future[Reply]]:
+    """Requests lie in the box of a device that has just called."""
+    await box.poll((), 0.0)
+    waiting = [asyncio.ensure_future(box.exchange(request, timeout_s)) for request in requests]
+    await asyncio.sleep(0)
+    return waiting
+
+
+def test_a_poll_that_is_open_gets_a_request_at_once_and_its_reply_goes_back() -> None:
+    async def scene(box: Mailbox) -> None:
+        polling = asyncio.ensure_future(box.poll((), 10.0))
+        await asyncio.sleep(0)
+        waiting = asyncio.ensure_future(box.exchange(request(1), 10.0))
+        assert (await polling).requests == (request(1),)
+        box.answer(request(1).id, REPLY)
+        assert await waiting == REPLY
+        assert (await box.poll((), 0.0)).requests == ()
+
+    play(scene)
+
+
+def test_requests_come_in_order_and_what_the_device_holds_is_not_handed_over_again() -> None:
+    async def scene(box: Mailbox) -> None:
+        await put(box, request(2), request(1))
+        assert (await box.poll((), 0.0)).requests == (request(2), request(1))
+        assert (await box.poll((request(2).id,), 0.0)).requests == (request(1),)
+        held = (request(1).id, request(2).id, "f" * 32)  # one of a coordinator that was restarted
+        assert (await box.poll(held, 0.0)).requests == ()
+
+    play(scene)
+
+
+def test_what_was_lost_on_its_way_or_by_a_restart_is_handed_over_again() -> None:
+    async def scene(box: Mailbox) -> None:
+        await put(box, request(1))
+        for _ in range(3):
+            assert (await box.poll((), 0.0)).requests == (request(1),)
+
+    play(scene)
+
+
+def test_a_delivery_is_at_most_a_body_but_never_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec, "MAX_BODY_BYTES", 100)
+
+    async def scene(box: Mailbox) -> None:
+        await put(box, request(1, b"x" * 100), request(2, b"x" * 60), request(3, b"x" * 40), request(4, b"x"))
+        assert [r.id[-1] for r in (await box.poll((), 0.0)).requests] == ["1"]
+        assert [r.id[-1] for r in (await box.poll((request(1).id,), 0.0)).requests] == ["2", "3"]
+
+    play(scene)
+
+
+def test_the_same_reply_again_is_accepted_another_is_a_conflict() -> None:
+    async def scene(box: Mailbox) -> None:
+        (waiting,) = await put(box, request(1))
+        box.answer(request(1).id, REPLY)
+        box.answer(request(1).id, REPLY)
+        with pytest.raises(CoordinatorRefusedError) as refused:
+            box.answer(request(1).id, OTHER)
+        assert refused.value.code == "conflict"
+        assert await waiting == REPLY
+        box.answer(request(1).id, REPLY)
+
+    play(scene)
+
+
+def test_a_reply_that_nobody_waits_for_is_refused() -> None:
+    async def scene(box: Mailbox) -> None:
+        (waiting,) = await put(box, request(1))
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        for id in (request(1).id, request(2).id):
+            with pytest.raises(CoordinatorRefusedError) as refused:
+                box.answer(id, REPLY)
+            assert refused.value.code == "unknown-request"
+
+    play(scene)
+
+
+def test_a_newer_poll_takes_the_place_of_an_older_one() -> None:
+    async def scene(box: Mailbox) -> None:
+        older = asyncio.ensure_future(box.poll((), 10.0))
+        await asyncio.sleep(0)
+        newer = asyncio.ensure_future(box.poll((), 10.0))
+        with pytest.raises(CoordinatorRefusedError, match="two processes") as refused:
+            await older
+        assert refused.value.code == "superseded"
+        await asyncio.sleep(0)
+        waiting = asyncio.ensure_future(box.exchange(request(1), 10.0))
+        assert (await newer).requests == (request(1),)
+        waiting.cancel()
+
+    play(scene)
+
+
+def test_a_device_that_never_called_is_out_of_reach_at_once() -> None:
+    async def scene(box: Mailbox) -> None:
+        assert not box.present
+        with pytest.raises(httpx.ConnectError):
+            await box.exchange(request(1), 10.0)
+
+    play(scene)
+
+
+def test_a_device_that_ceases_to_call_is_out_of_reach_and_what_it_held_is_broken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scene(box: Mailbox) -> None:
+        monkeypatch.setattr(mailbox, "ABSENT_S", 0.5)
+        held, waiting = await put(box, request(1)), []
+        await box.poll((), 0.0)
+        waiting = [*held, asyncio.ensure_future(box.exchange(request(2), 10.0))]
+        await asyncio.sleep(0)
+        assert box.present
+        outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [httpx.ReadError, httpx.ConnectError]
+        assert not box.present
+
+    play(scene)
+
+
+def test_a_device_that_polls_and_does_not_answer_times_out() -> None:
+    async def scene(box: Mailbox) -> None:
+        polling = asyncio.ensure_future(box.poll((request(1).id,), 10.0))
+        await asyncio.sleep(0)
+        with pytest.raises(httpx.ReadTimeout):
+            await box.exchange(request(1), 0.0)
+        polling.cancel()
+
+    play(scene)
+
+
+def test_a_box_that_is_closed_lets_its_poll_go_and_says_when_to_call_again() -> None:
+    async def scene(box: Mailbox) -> None:
+        polling = asyncio.ensure_future(box.poll((), 10.0))
+        await asyncio.sleep(0)
+        box.close()
+        with pytest.raises(CoordinatorRefusedError) as refused:
+            await polling
+        assert (refused.value.code, refused.value.retry_after_s) == ("stopping", mailbox.STOPPING_S)
+        assert not box.present
+
+    play(scene)
+
+
+def test_a_post_office_that_does_not_run_reaches_nobody() -> None:
+    async def main() -> None:
+        with pytest.raises(httpx.ConnectError):
+            await PostOffice().exchange("a", request(1), 1.0)
+        office = PostOffice()
+        office.open()
+        office.close()
+        with pytest.raises(httpx.ConnectError):
+            await office.exchange("a", request(1), 1.0)
+        assert not office.box("a").present
+
+    asyncio.run(main())

@@ -1,0 +1,270 @@
+"""Every number that a device sends has a bound, and what is beyond it is refused where it is read."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedbpt.coordinator.report_checks import check_evaluation, check_progress, check_report
+from fedbpt.errors import WireError
+from fedbpt.protocol import codec, messages, polling, questions
+from fedbpt.protocol.messages import (
+    Array,
+    DeviceInfo,
+    EvaluateReport,
+    EvaluateRequest,
+    FitResult,
+    LocalResult,
+    LocalWork,
+    Message,
+    ObjectiveSpec,
+    PooledResult,
+    PooledWork,
+    PromptSpec,
+    Readout,
+    RoundPlan,
+    RoundProgress,
+    RoundReport,
+    SearchState,
+    SelectResult,
+    SelectWork,
+)
+from fedbpt.search.local_search import farthest_move, local_search, sigma_squares_bounds
+from tests.support.fake_device import FakeDevice
+from tests.support.lies import EXTREMES, changed, largest, leaves
+from tests.unit.coordinator.test_report_checks import FITS, N_LABELS, N_WORDS, RIGHT, STATE, means, plan, report
+
+FROM_DEVICES = (
+    *(messages.DeviceInfo, messages.RoundReport, messages.RoundProgress, messages.EvaluateReport, messages.ErrorReply),
+    *(questions.Answer, polling.Poll, polling.Reply, polling.Enrolment),
+)
+TO_DEVICES = (
+    *(messages.RoundPlan, messages.EvaluateRequest, questions.Question, polling.Request, polling.Delivery),
+    polling.Enrolled,
+)
+
+
+NUMBERS = (msgspec.inspect.IntType, msgspec.inspect.FloatType, msgspec.inspect.StructType)  # the last: an array
+
+
+def numbers_of(kinds: tuple[type[Any], ...]) -> Iterator[tuple[str, Any]]:
+    """(type and field, type info) of every number in messages of these kinds, and of every array."""
+    todo, seen = list(kinds), set()
+    while todo:
+        kind = todo.pop()
+        if kind in seen:
+            continue
+        seen.add(kind)
+        for field in msgspec.inspect.type_info(kind).fields:
+            inner = [field.type]
+            while inner:
+                found = inner.pop()
+                if isinstance(found, msgspec.inspect.StructType) and found.cls is not Array:
+                    todo.append(found.cls)
+                elif isinstance(
+                    found, msgspec.inspect.StructType | msgspec.inspect.IntType | msgspec.inspect.FloatType
+                ):
+                    yield f"{kind.__name__}.{field.name}", found
+                elif isinstance(found, msgspec.inspect.UnionType):
+                    inner += found.types
+                elif isinstance(found, msgspec.inspect.VarTupleType):
+                    inner.append(found.item_type)
+                elif isinstance(found, msgspec.inspect.TupleType):
+                    inner += found.item_types
+                else:
+                    assert not hasattr(found, "item_type"), f"what does a {found} hold?"
+                    assert not isinstance(found, msgspec.inspect.AnyType)
+
+
+def closure(kinds: tuple[type[Any], ...]) -> set[str]:
+    return {where.split(".")[0] for where, _ in numbers_of(kinds)} | {kind.__name__ for kind in kinds}
+
+
+def test_every_message_is_known_to_come_from_devices_or_to_go_to_them() -> None:
+    known = closure(FROM_DEVICES) | closure(TO_DEVICES)
+    for module in (messages, questions, polling):
+        for name, kind in inspect.getmembers(module, inspect.isclass):
+            if issubclass(kind, Message) and kind not in (Message, Array):
+                assert name in known or not list(numbers_of((kind,))), f"say in FROM_DEVICES or TO_DEVICES: {name}"
+
+
+def test_every_number_of_a_device_is_bounded_on_both_sides() -> None:
+    numbers = [(where, of) for where, of in numbers_of(FROM_DEVICES) if not isinstance(of, msgspec.inspect.StructType)]
+    assert {"RoundReport.peak_rss_bytes", "EvaluateReport.n", "LocalResult.sigma_squares"} <= {at for at, _ in numbers}
+    for where, of in numbers:
+        low = [bound for bound in (of.ge, of.gt) if bound is not None]
+        high = [bound for bound in (of.le, of.lt) if bound is not None]
+        assert low, f"{where} has no lower bound"
+        assert high, f"{where} has no upper bound"
+        if isinstance(of, msgspec.inspect.IntType):
+            assert high[0] <= 2**50, f"{where}: sums of it do not fit 64 bits"
+
+
+# --- numbers that the plan bounds ------------------------------------------------------------------------------------
+
+SELECT = plan(work=SelectWork(templates=(FITS["bias"].template,) * 2, max_rows=9))
+BY_LABEL = plan(work=SelectWork(templates=(FITS["bias"].template,) * 2, max_rows=9, by_label=True))
+POOLED = plan(work=PooledWork(state=STATE, generation=0, popsize=4))
+LOCAL = plan(work=LocalWork(state=STATE, iterations=2, popsize=4))
+LOCALLY = LocalResult(mean=Array.of(np.ones(2)), fitness=0.5, sigma_squares=2.1)
+
+ANSWERS: dict[str, tuple[RoundPlan, RoundReport]] = {
+    "selection": (SELECT, report(SELECT, SelectResult(loss_sums=Array.of(np.ones(2))))),
+    "by label": (
+        BY_LABEL,
+        report(BY_LABEL, SelectResult(loss_sums=Array.of(np.ones((2, 3))), label_counts=(5, 0, 11))),
+    ),
+    "pooled": (POOLED, report(POOLED, PooledResult(losses=Array.of(np.ones(4))))),
+    "local": (LOCAL, report(LOCAL, LOCALLY)),
+    **{name: (fit, report(fit, means(*RIGHT[name]))) for name, fit in FITS.items()},
+}
+N_ROWS = 16
+
+ARRAYS: dict[str, dict[str, tuple[float, ...]]] = {
+    "SelectResult.loss_sums": {"selection": (-1.0, 8.1e4), "by label": (-1.0, 8.1e4)},
+    "PooledResult.losses": {"pooled": (-1.0, 1.1e4)},
+    "LocalResult.mean": {"local": (-200.0, 200.0, 9.9e8)},
+    "FitResult.means": {"gradient": (-2e4, 2e4), "moments": (-1e5, 1e5), "bias": (-1.1, 1.1)},
+}
+"""By array: answers in which it is, and values that are too small or too large for all of its entries."""
+
+
+def test_every_array_of_a_device_has_its_bound_tested() -> None:
+    assert set(ARRAYS) == {
+        where for where, of in numbers_of(FROM_DEVICES) if isinstance(of, msgspec.inspect.StructType)
+    }
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_honest_answers_pass(name: str) -> None:
+    asked, answer = ANSWERS[name]
+    check_report(codec.decode(codec.encode(answer), RoundReport), asked, N_ROWS)
+
+
+@pytest.mark.parametrize(("where", "name"), [(where, name) for where, names in ARRAYS.items() for name in names])
+def test_entries_beyond_the_plans_bound_are_refused(where: str, name: str) -> None:
+    asked, answer = ANSWERS[name]
+    field = where.split(".")[1]
+    for value in ARRAYS[where][name]:
+        array = getattr(answer.result, field)
+        lie = Array.of(np.full(array.shape, value))
+        result = msgspec.structs.replace(answer.result, **{field: lie})
+        with pytest.raises(WireError):
+            check_report(msgspec.structs.replace(answer, result=result), asked, N_ROWS)
+
+
+LARGEST: dict[str, float] = {
+    "n_texts": N_ROWS,
+    "evaluations": 9,
+    "tokens": 10**6,
+    "label_counts": N_ROWS,
+    "loss_sums": 8e4,
+    "losses": 1e4,
+    "mean": 100,
+    "fitness": 1e4,
+    "sigma_squares": 40,
+    "loss": 1e4,
+    "means": N_WORDS * 1e8,
+    "seconds": 1e9,
+    "peak_rss_bytes": 2**50,
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_what_passes_is_no_larger_than_the_plan_allows(name: str, data: st.DataObject) -> None:
+    asked, answer = ANSWERS[name]
+    path = data.draw(st.sampled_from([path for path in leaves(answer) if path[-1] != "round"]))
+    value = data.draw(st.sampled_from(EXTREMES))
+    lie = changed(answer, path, value)
+    field = next(part for part in reversed(path) if isinstance(part, str))
+    try:
+        received = codec.decode(codec.encode(lie), RoundReport)
+        check_report(received, asked, N_ROWS)
+    except WireError:
+        return
+    assert largest(received, path) <= LARGEST[field]
+
+
+def evaluation(**changes: Any) -> tuple[EvaluateReport, EvaluateRequest]:
+    request = EvaluateRequest(
+        model_fingerprint="f", task=SELECT.task, labels=("x", "y"), template=SELECT.template, prompt=PromptSpec(d=2),
+        objective=ObjectiveSpec(), latents=Array.of(np.zeros((2, 2))),
+    )  # fmt: skip
+    answer = EvaluateReport(n=20, correct=(3, 20), loss_sums=(2.0, 8.0), seconds=1.0)
+    return msgspec.structs.replace(answer, **changes), request
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [{"n": 21}, {"n": 10**9}, {"correct": (21, 3)}, {"loss_sums": (2.1e5, 1.0)}, {"loss_sums": (1.0, -1.0)}],
+    ids=str,
+)
+def test_an_evaluation_that_cannot_be_is_refused(lie: dict[str, Any]) -> None:
+    check_evaluation(*evaluation(), n_rows=20)
+    with pytest.raises(WireError):
+        check_evaluation(*evaluation(**lie), n_rows=20)
+
+
+@pytest.mark.parametrize("kind", [DeviceInfo, EvaluateReport, RoundProgress])
+def test_an_extreme_number_is_refused_or_small_enough_to_be_stored(kind: type[Message]) -> None:
+    honest: dict[type[Message], Message] = {
+        DeviceInfo: msgspec.structs.replace(FakeDevice("a").info(), celsius=40.0, battery=50.0, tokens_per_second=9.0),
+        EvaluateReport: evaluation()[0],
+        RoundProgress: RoundProgress(run="r", round=1, state="running", done=1, total=2),
+    }
+    for path in leaves(honest[kind]):
+        for value in EXTREMES:
+            try:
+                received = codec.decode(codec.encode(changed(honest[kind], path, value)), kind)
+            except WireError:
+                continue
+            assert codec.decode(codec.encode(received), kind) == received
+            assert largest(received, path) <= (1e30 if "loss_sums" in path else 2**50)
+
+
+def test_more_steps_than_there_are_cannot_be_done() -> None:
+    check_progress(RoundProgress(run="r", round=1, state="running", done=2, total=2))
+    with pytest.raises(WireError):
+        check_progress(RoundProgress(run="r", round=1, state="running", done=3, total=2))
+
+
+def test_a_readout_widens_the_bounds_by_what_it_adds() -> None:
+    """A readout that others have spoilt makes honest losses large: their devices are not to be taken for liars."""
+    weights = Array.of(np.full((1 + N_WORDS, N_LABELS), 100.0))
+    spoilt = msgspec.structs.replace(FITS["gradient"].work, readout=Readout(weights=weights))
+    asked = msgspec.structs.replace(FITS["gradient"], work=spoilt)
+    loss = FitResult(purpose="probe", loss=1e6, means=means(*RIGHT["gradient"]).means)
+    check_report(report(asked, loss), asked)
+    with pytest.raises(WireError):
+        check_report(report(FITS["gradient"], loss), FITS["gradient"])
+
+
+@pytest.mark.parametrize("d", [1, 4, 32, 500])
+@pytest.mark.parametrize("scales", [False, True])
+def test_a_local_search_stays_within_its_bounds_whatever_the_losses(d: int, scales: bool) -> None:
+    rng = np.random.default_rng(1)
+    along = rng.standard_normal(d)
+    spread = Array.of(rng.uniform(0.1, 3.0, d)) if scales else None
+    state = SearchState(mean=Array.of(rng.standard_normal(d)), sigma=0.3, scales=spread)
+    farther = {
+        "longest": lambda z, _: -np.linalg.norm(z - state.mean.numpy(), axis=1),
+        "shortest": lambda z, _: np.linalg.norm(z - state.mean.numpy(), axis=1),
+        "one way": lambda z, _: -(z @ along),
+        "noise": lambda z, _: rng.standard_normal(len(z)),
+    }
+    for popsize, iterations in ((3, 8), (20, 8), (8, 1)):
+        work = LocalWork(state=state, iterations=iterations, popsize=popsize)
+        for losses in farther.values():
+            found = local_search(work, 5, losses)
+            assert np.linalg.norm(found.mean - state.mean.numpy()) < 0.7 * farthest_move(work)
+            low, high = sigma_squares_bounds(work)
+            assert low <= found.sigma_squares <= high

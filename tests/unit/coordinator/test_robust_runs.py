@@ -1,0 +1,138 @@
+"""Whole runs with a device that lies: what the template is, the fits and the search come to, and resuming them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from fedbpt.aggregation import make_aggregator
+from fedbpt.aggregation.readout import ReadoutFit
+from fedbpt.api import aggregator_for
+from fedbpt.coordinator.federation import Federation
+from fedbpt.errors import ConfigError
+from fedbpt.objective.readout import answer, full_weights
+from fedbpt.protocol.messages import Array, FitResult, PooledResult, PromptSpec, RoundReport, SelectResult
+from fedbpt.runs.settings import DeviceLost, RunResult
+from tests.support.fake_device import FakeDevice
+from tests.support.toy_federation import report
+from tests.support.toy_scene import D, Scene, StopRunError, ToyTask, closed, settings, stop
+
+HONEST = ("a", "b", "c", "d")
+
+
+def lie(report: RoundReport) -> RoundReport:
+    """Losses turned round, of templates and of candidates."""
+    if isinstance(report.result, SelectResult):
+        sums = 8 * 9000 - 1e3 * report.result.loss_sums.numpy()
+        return msgspec.structs.replace(report, result=SelectResult(loss_sums=Array.of(sums)))
+    assert isinstance(report.result, PooledResult)
+    # within the bound on losses: a liar that is refused is no danger to the plain mean either
+    losses = PooledResult(losses=Array.of(np.clip(9000 - 6 * report.result.losses.numpy(), 0, 9000)))
+    return msgspec.structs.replace(report, result=losses)
+
+
+def scene(path: Path) -> Scene:
+    devices = [FakeDevice(name) for name in (*HONEST, "liar")]
+    devices[-1].change = lie
+    return Scene(path, *devices)
+
+
+def tune(scene: Scene, **changes: Any) -> RunResult:
+    chosen = settings(**{"rounds": 30, **changes})
+    clients = list(scene.clients.values())
+    hear = lambda event: (scene.events.append(event), scene.on_event(event))  # noqa: E731
+    return Federation(clients, ToyTask(), chosen, aggregator_for(chosen), scene.store, "r", hear).run()
+
+
+def distance(result: RunResult) -> float:
+    return float(((result.latent - 1.0) ** 2).sum())
+
+
+def test_one_liar_of_five_decides_a_plain_run_and_no_robust_one(tmp_path: Path) -> None:
+    attacked = scene(tmp_path / "plain.db")
+    plain = tune(attacked, rounds=8)
+    assert not attacked.of(DeviceLost)
+    robust = tune(scene(tmp_path / "robust.db"), robust="rank")
+    assert plain.template != robust.template == ToyTask().templates[1]
+    assert distance(plain) > D
+    assert distance(robust) < 0.2 * D
+
+
+def test_an_attacked_run_that_is_stopped_resumes_to_the_same_digest(tmp_path: Path) -> None:
+    whole = tune(scene(tmp_path / "whole.db"), robust="median")
+    stopped = scene(tmp_path / "stopped.db")
+    stopped.when(closed(7), stop)
+    with pytest.raises(StopRunError):
+        tune(stopped, robust="median")
+    assert tune(stopped, robust="median").digest == whole.digest
+
+
+def test_a_run_with_too_few_devices_to_outvote_the_liars_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs reports of 7 devices, a round has 5"):
+        tune(scene(tmp_path / "runs.db"), robust="trimmed-mean", byzantine=3)
+
+
+def test_a_run_begun_without_it_is_not_resumed_with_it(tmp_path: Path) -> None:
+    begun = scene(tmp_path / "runs.db")
+    tune(begun)
+    with pytest.raises(ConfigError, match="begun with another task or settings"):
+        tune(begun, robust="rank")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [("n_texts", 17, "17 rows, the device said that it has 16"), ("evaluations", 10**6, "1000000 evaluations")],
+)
+def test_weight_and_charges_that_are_made_up_lose_the_device(
+    tmp_path: Path, field: str, value: int, reason: str
+) -> None:
+    made = scene(tmp_path / "runs.db")
+    made.devices["liar"].change = lambda report: msgspec.structs.replace(report, **{field: value})
+    tune(made)
+    lost = [event for event in made.of(DeviceLost) if event.device == "liar"]
+    assert lost
+    assert reason in lost[0].reason
+
+
+@pytest.mark.parametrize("robust", ["median", "trimmed-mean", "rank"])
+@pytest.mark.parametrize("n_words", [0, 4])
+def test_a_fit_withstands_a_liars_gradients(robust: Any, n_words: int) -> None:
+    """The cross-entropy of all honest rows after the fit, against that of the model as it is."""
+    before, plain, robustly = (fitted_loss(n_words, choice) for choice in (None, "none", robust))
+    assert plain > 0.9 * before  # it learned nothing, or worse
+    assert robustly < 0.5 * before
+
+
+def fitted_loss(n_words: int, robust: Any) -> float:
+    rng = np.random.default_rng(2)
+    rows, n_labels = 40, 3
+    shards = []
+    for _ in range(5):
+        logits = rng.standard_normal((1, rows, n_labels + n_words)).astype(np.float32)
+        best = logits[0, :, :n_labels] + np.array([1.5, 0, -1.5]) + 0.5 * rng.standard_normal((rows, n_labels))
+        shards.append((logits, best.argmax(axis=1)))
+    fit = ReadoutFit("readout", np.zeros(2), n_words, n_labels, robust=robust or "none", byzantine=1)
+    while robust and not fit.done:
+        work = fit.work()
+        results = [answer(work, logits, targets, None, n_labels) for logits, targets in shards]
+        bent = -30 * results[-1].means.numpy()
+        bent = bent if work.readout else np.abs(bent)  # squares below 0 would be refused
+        results[-1] = FitResult(purpose="readout", loss=-9.0, means=Array.of(bent))
+        fit.update([report(f"device-{i}", 1, result, rows) for i, result in enumerate(results)])
+    weights = full_weights(fit.readout, n_words, n_labels)
+    total = 0.0
+    for logits, targets in shards[:-1]:
+        found = logits[0, :, :n_labels] + weights[0] + logits[0, :, n_labels:] @ weights[1:]
+        found = found - found.max(axis=1, keepdims=True)
+        total += float((np.log(np.exp(found).sum(axis=1)) - found[np.arange(rows), targets]).sum())
+    return total / (4 * rows)
+
+
+def test_an_aggregator_of_settings_is_the_one_that_they_name() -> None:
+    chosen = settings(robust="median", byzantine=2)
+    assert aggregator_for(chosen).min_reports == 5
+    assert make_aggregator("fedbpt", PromptSpec(d=2), 4, 2, 0, "krum", 2).min_reports == 7

@@ -1,0 +1,247 @@
+"""A budget in seconds holds within a generation: what is not done by then is stopped and left out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedbpt.api import aggregator_for
+from fedbpt.coordinator.clients import InProcessClient
+from fedbpt.coordinator.estimate import readout_tokens, tokens_of
+from fedbpt.coordinator.federation import Federation
+from fedbpt.coordinator.spending import Spending
+from fedbpt.device.agent.service import AgentService
+from fedbpt.device.device import Device
+from fedbpt.errors import QuorumError, ScoringInterrupted
+from fedbpt.protocol.messages import EvaluateReport, ObjectiveSpec, PooledWork, PromptSpec, RoundPlan, RoundReport
+from fedbpt.runs.settings import DeviceBack, DeviceLost, RoundClosed, RunSettings
+from fedbpt.runs.store import RunStore
+from tests.contract.test_clients import plan, request
+from tests.support.fake_device import FakeDevice
+from tests.support.toy_scene import Scene, closed
+from tests.support.toy_scorer import ToyScorer
+from tests.support.toy_task import TASK, rows
+
+SECONDS = 1.5
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    made = Scene(tmp_path / "runs.db", FakeDevice("a"), FakeDevice("b"))
+    with made.store:
+        yield made
+
+
+def limited(**changes: Any) -> dict[str, Any]:
+    return {"rounds": 0, "seconds": SECONDS, "quorum": 1.0, "deadline_s": 600.0, **changes}
+
+
+def hang(*devices: FakeDevice) -> None:
+    for device in devices:
+        device.gate.clear()
+
+
+def test_a_generation_that_overruns_is_stopped_and_left_out(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    expected = scene.run("three", rounds=3).digest
+    scene.when(closed(3), lambda: hang(*scene.devices.values()))
+    with caplog.at_level(logging.WARNING):
+        result = scene.run(**limited(rounds=1000))
+    assert (result.rounds, result.digest) == (3, expected)
+    assert result.seconds >= SECONDS
+    assert result.evaluations == 3 * 6
+    assert all(device.interrupts for device in scene.devices.values())
+    assert not scene.of(DeviceLost) + scene.of(DeviceBack)
+    assert result.tuned.n == 40
+    assert not [record for record in caplog.records if record.name.startswith("fedbpt")]
+
+
+def test_where_not_one_generation_fits_the_run_says_so(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    scene.when(closed(0), lambda: hang(*scene.devices.values()))
+    with caplog.at_level(logging.WARNING):
+        result = scene.run(**limited(seconds=0.1))
+    assert (result.rounds, result.evaluations) == (0, 0)
+    assert "first generation" in caplog.text
+    assert scene.store.get_run("r").status == "finished"
+
+
+def test_reports_of_enough_devices_count_when_the_budget_ends(scene: Scene) -> None:
+    scene.when(closed(1), lambda: hang(scene.devices["b"]))
+    result = scene.run(**limited(quorum=0.5))
+    assert [device.reports for device in result.devices] == [3, 2]
+    assert scene.of(RoundClosed)[-1].reported == ("a",)
+    assert scene.devices["b"].interrupts
+    assert not scene.of(DeviceLost)
+
+
+def test_a_deadline_that_comes_first_is_still_a_fault(scene: Scene) -> None:
+    scene.when(closed(1), lambda: hang(*scene.devices.values()))
+    with pytest.raises(QuorumError, match=r"deadline 0\.3 s"):
+        scene.run(**limited(seconds=60.0, deadline_s=0.3))
+
+
+def test_the_time_that_was_cut_is_spent_and_a_larger_budget_goes_on(scene: Scene) -> None:
+    scene.when(closed(2), lambda: hang(*scene.devices.values()))
+    spent = scene.run(**limited()).seconds
+    for device in scene.devices.values():
+        device.gate.set()
+    assert scene.store.history("r")[3].metrics["cut_seconds"] > 1
+    longer = scene.run(rounds=5, quorum=1.0)
+    assert longer.seconds > spent
+    assert longer.digest == scene.run("whole", rounds=5, quorum=1.0).digest
+
+
+@pytest.mark.parametrize("purpose", ["calibration", "search"])
+def test_what_is_left_out_is_not_in_the_result(tmp_path: Path, purpose: str) -> None:
+    """Calibration, search and readout on a real device, whose rounds for ``purpose`` take longer than the budget."""
+    device = Device("a", ToyScorer(), rows(16), [], rows(8, 50), task=TASK)
+    work, over = device.run, threading.Event()
+
+    def run(asked: RoundPlan, progress: Callable[[int, int], None], cancelled: Callable[[], bool]) -> RoundReport:
+        if purpose == ("search" if isinstance(asked.work, PooledWork) else getattr(asked.work, "purpose", "")):
+            assert over.wait(60)
+            raise ScoringInterrupted("interrupted")
+        return work(asked, progress, cancelled)
+
+    scene = Scene(tmp_path / "runs.db", device)
+    device.run, device.interrupt = run, over.set  # type: ignore[method-assign]
+    asked = settings(rounds=1000, seconds=0.5)
+    with scene.store:
+        federation = Federation(
+            list(scene.clients.values()), TASK, asked, aggregator_for(asked), scene.store, "r", scene.events.append
+        )
+        result = federation.run()
+    closed_for = {event.purpose for event in scene.of(RoundClosed)}
+    assert over.is_set()
+    assert result.evaluations == 0
+    assert set(result.fits) == (set() if purpose == "calibration" else {"calibration"} | (closed_for & {"readout"}))
+    assert purpose not in closed_for
+    assert result.tuned.n == 8
+
+
+def test_the_round_after_one_that_was_left_out_has_its_number(scene: Scene) -> None:
+    """One device has its report done, the other not; both then take another plan for the same round."""
+    scene.when(closed(2), lambda: hang(scene.devices["b"]))
+    first = scene.run(**limited())
+    assert first.rounds == 2
+    plans = [[plan.round for plan in device.plans] for device in scene.devices.values()]
+    assert plans == [[0, 1, 2, 3], [0, 1, 2, 3]]
+    scene.devices["b"].gate.set()
+    for client in scene.clients.values():
+        assert client._service is None or not client.service._jobs
+    assert scene.run(rounds=4, quorum=1.0).rounds == 4
+
+
+# --- the readout's share ---------------------------------------------------------------------------------------------
+
+
+def settings(**changes: Any) -> RunSettings:
+    objective = ObjectiveSpec(max_text_tokens=64, readout_words=8)
+    given: dict[str, Any] = {"rounds": 2, "popsize": 4, "prompt": PromptSpec(d=4), "objective": objective, **changes}
+    return RunSettings(**given)
+
+
+def test_the_readouts_tokens_are_foretold_by_the_calibrations() -> None:
+    device = Device("a", ToyScorer(), rows(40), task=TASK)
+    asked = settings()
+    with RunStore(":memory:") as store:
+        federation = Federation([InProcessClient(device)], TASK, asked, aggregator_for(asked), store, "r")
+        federation.run()
+        spent = federation._ledger.spending.tokens_for
+    at_most = readout_tokens(asked, TASK.templates, [device.info()], 0)
+    foretold = readout_tokens(asked, TASK.templates, [device.info()], spent["calibration"])
+    parts = tokens_of(asked, TASK.templates, device.info())
+    assert at_most == parts.fit.total + parts.others.total
+    assert spent["readout"] <= at_most
+    assert 0.6 < spent["readout"] / foretold < 1.6 < at_most / spent["readout"]
+
+
+def test_without_a_readout_nothing_is_kept_for_it() -> None:
+    info = Device("a", ToyScorer(), rows(40), task=TASK).info()
+    bare = settings().for_labels(())
+    assert readout_tokens(bare, TASK.templates, [info], 100) == 0
+
+
+def test_a_budget_ends_the_search_with_the_readouts_share_left(scene: Scene) -> None:
+    spending = Spending()
+    spending.tokens_for["selection"] += 1000
+    spending.add_seconds(50.0, charged=False)
+    assert (spending.tokens, spending.charged_tokens, spending.seconds) == (1000, 0, 50.0)
+    assert spending.tokens_per_second(2) == 0
+    spending.tokens_for["search"] += 600
+    spending.add_seconds(6.0, charged=True)
+    assert spending.seconds_left(10.0) == 4.0
+    assert spending.tokens_per_second(2) == 50.0
+    limited_run = scene.federation(rounds=0, seconds=10.0)
+    limited_run._ledger.spending = spending
+    assert [limited_run._ledger.spent(reserve) for reserve in (0.0, 3.9, 4.0)] == [False, False, True]
+
+
+# --- the device ------------------------------------------------------------------------------------------------------
+
+
+class ScoringDevice(FakeDevice):
+    """A device in one long scoring call, which only `interrupt` ends."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.scoring, self.stopped = threading.Event(), threading.Event()
+
+    def run(self, plan: RoundPlan, progress: Callable[[int, int], None], cancelled: Callable[[], bool]) -> RoundReport:
+        if plan.round == 1:
+            self._score()
+        return super().run(plan, progress, cancelled)
+
+    def evaluate(self, *_: Any) -> EvaluateReport:
+        self._score()
+        raise AssertionError("it was interrupted")
+
+    def _score(self) -> None:
+        self.scoring.set()
+        assert self.stopped.wait(60)
+        raise ScoringInterrupted("interrupted")
+
+    def interrupt(self) -> None:
+        super().interrupt()
+        if self.interrupts > 1:  # the first came between two calls
+            self.stopped.set()
+
+
+def test_cancelling_stops_a_scoring_call_under_way() -> None:
+    device = ScoringDevice("a")
+
+    async def play() -> None:
+        service = AgentService(device)
+        service.start(plan())
+        await asyncio.to_thread(device.scoring.wait, 60)
+        service.cancel("r", 1)
+        service.start(plan(round=2))
+        report = await service.wait("r", 2, 60)
+        assert isinstance(report, RoundReport)
+        assert service.close()
+
+    asyncio.run(play())
+    assert device.interrupts == 2
+
+
+def test_cancelling_work_that_waits_stops_no_other() -> None:
+    device = ScoringDevice("a")
+
+    async def play() -> None:
+        service = AgentService(device)
+        service.start(plan())
+        await asyncio.to_thread(device.scoring.wait, 60)
+        identity = service.start_evaluation(request())
+        service.cancel_evaluation(identity)
+        await asyncio.sleep(0.3)
+        assert device.interrupts == 0
+        service.stop()
+        assert await asyncio.to_thread(device.stopped.wait, 60)
+        assert service.close()
+
+    asyncio.run(play())

@@ -1,0 +1,143 @@
+"""What visitors of the compare page are answered."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedbpt import Budget, PromptSpec, TuneResult, tune
+from fedbpt.coordinator.clients import HttpClient
+from fedbpt.dashboard import comparing as comparing_module
+from fedbpt.dashboard.comparing import Comparison, Row, comparing, questions_of
+from fedbpt.device.agent import AgentService
+from fedbpt.device.agent.server import AgentServer
+from fedbpt.device.device import Device
+from fedbpt.errors import FedbptError, InputError, ModelNotFoundError
+from fedbpt.protocol.questions import DEFAULT_TOKENS, Answer
+from fedbpt.runs.settings import RunResult
+from fedbpt.side_by_side.sides import Side, SideBySide
+from fedbpt.tasks import Task, write_rows
+from tests.support.toy_scorer import ToyScorer
+from tests.support.toy_task import TASK, rows
+from tests.unit.engine.test_text_stream import TASK as MANNER
+from tests.unit.engine.test_text_stream import rows as manner_rows
+
+SPEC = PromptSpec(d=6, alpha=2.0)
+
+
+@pytest.fixture(scope="module")
+def moods() -> TuneResult:
+    return tune(ToyScorer(), TASK, rows(20), budget=Budget(evaluations=16), prompt=SPEC, popsize=8)
+
+
+@pytest.fixture(scope="module")
+def manner() -> TuneResult:
+    return tune(ToyScorer(), MANNER, manner_rows(8), budget=Budget(evaluations=16), prompt=SPEC, popsize=8)
+
+
+@pytest.fixture
+def comparison(moods: TuneResult) -> Iterator[Comparison]:
+    made = Comparison(lambda: comparing(ToyScorer(), TASK, moods.run), TASK.labels)
+    yield made
+    asyncio.run(made.aclose())
+
+
+def test_answers_are_those_of_the_runs_prompt(moods: TuneResult, comparison: Comparison) -> None:
+    expected = SideBySide(ToyScorer(), moods.prompt, TASK).classify("aaa")
+    assert asyncio.run(comparison.classify("aaa")) == expected
+
+
+def test_the_model_is_loaded_once_and_in_another_thread(moods: TuneResult) -> None:
+    loaded: list[str] = []
+
+    def make() -> SideBySide:
+        loaded.append(threading.current_thread().name)
+        return comparing(ToyScorer(), TASK, moods.run)
+
+    comparison = Comparison(make, TASK.labels)
+    assert loaded == []
+
+    async def both() -> None:
+        await asyncio.gather(comparison.classify("aaa"), comparison.classify("zzz"))
+
+    asyncio.run(both())
+    asyncio.run(comparison.aclose())
+    assert [name.startswith("fedbpt-compare") for name in loaded] == [True]
+
+
+def test_texts_come_in_pieces_and_both_sides_are_told(manner: TuneResult) -> None:
+    comparison = Comparison(lambda: comparing(ToyScorer(), MANNER, manner.run), ())
+
+    async def said() -> dict[Side, str]:
+        texts: dict[Side, str] = {"original": "", "tuned": ""}
+        async for side, piece in comparison.generate("question 3"):
+            texts[side] += piece
+        return texts
+
+    found = asyncio.run(said())
+    asyncio.run(comparison.aclose())
+    pair = SideBySide(ToyScorer(), manner.prompt, MANNER)
+    expected: dict[Side, str] = {"original": "", "tuned": ""}
+    for side, piece in pair.generate("question 3", max_tokens=DEFAULT_TOKENS):
+        expected[side] += piece
+    assert found == expected
+
+
+def test_faults_are_told_to_who_asked_and_the_next_is_answered(comparison: Comparison) -> None:
+    with pytest.raises(InputError):
+        asyncio.run(comparison.classify("  "))
+    assert sum(asyncio.run(comparison.classify("aaa")).tuned) == pytest.approx(1)
+
+    def absent() -> SideBySide:
+        raise ModelNotFoundError("pull it first")
+
+    without = Comparison(absent, TASK.labels)
+    with pytest.raises(ModelNotFoundError, match="pull it first"):
+        asyncio.run(without.classify("aaa"))
+    asyncio.run(without.aclose())
+
+
+def test_a_device_answers_as_this_machine_does(moods: TuneResult, manner: TuneResult) -> None:
+    async def ask(server: AgentServer, task: Task, run: RunResult, text: str) -> tuple[Answer, list[Answer]]:
+        made = Comparison(
+            lambda: comparing(ToyScorer(), task, run), task.labels, devices=[HttpClient(server.url, "pi5")]
+        )
+        heard: list[Answer] = []
+        with pytest.raises(InputError, match="empty text"):
+            await made.ask_device("pi5", " ", heard.append)
+        answer = await made.ask_device("pi5", text, heard.append)
+        await made.aclose()
+        return answer, heard
+
+    with AgentServer(AgentService(Device("pi5", ToyScorer(), rows(4), task=TASK))) as server:
+        found, _ = asyncio.run(ask(server, TASK, moods.run, "aaa"))
+        said, _ = asyncio.run(ask(server, MANNER, manner.run, "question 3"))
+    assert found.probabilities == tuple(SideBySide(ToyScorer(), moods.prompt, TASK).classify("aaa"))
+    expected = {"original": "", "tuned": ""}
+    for side, piece in SideBySide(ToyScorer(), manner.prompt, MANNER).generate("question 3", max_tokens=64):
+        expected[side] += piece
+    assert said.texts == (expected["original"], expected["tuned"])
+
+
+def test_a_crowd_is_refused(comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparing_module, "MOST_WAITING", 2)
+
+    async def crowd() -> list[object]:
+        return await asyncio.gather(*(comparison.classify("aaa") for _ in range(3)), return_exceptions=True)
+
+    kinds = [isinstance(answer, FedbptError) for answer in asyncio.run(crowd())]
+    assert kinds == [False, False, True]
+    asyncio.run(comparison.classify("aaa"))  # there is room again
+
+
+def test_questions_are_held_out_rows_always_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "test.jsonl"
+    write_rows(path, rows(30), TASK.labels)
+    found = questions_of(TASK, path, 4)
+    assert len(set(found)) == 4
+    assert found == questions_of(TASK, path, 4)
+    assert set(found) <= {Row(text, TASK.labels[label]) for text, label in rows(30)}

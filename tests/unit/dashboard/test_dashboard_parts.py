@@ -1,0 +1,152 @@
+"""The dashboard's numbers, words and charts, without a page."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from fedbpt import models
+from fedbpt.coordinator.clients import HttpClient
+from fedbpt.coordinator.clients.http import RETRY_S
+from fedbpt.dashboard import charts, costs, pulse, texts
+from fedbpt.dashboard.state import RunState
+from fedbpt.dashboard.views import DeviceView, Point, RunView
+from fedbpt.errors import ModelNotFoundError
+
+SHAPE = costs.ModelShape(n_weights=1_000_000, n_embd=100, adapted=1200)
+DEVICE = DeviceView("pi5", "live", "", 61.4, 2**28, None, None, 900, 5400, 3, 0.5, 0.8, 0.7)
+EMPTY = RunState("r").view()
+
+
+def view(**changes: object) -> RunView:
+    return dataclasses.replace(EMPTY, **changes)  # type: ignore[arg-type]
+
+
+# --- costs -----------------------------------------------------------------------------------------------------------
+
+
+def test_others_send_their_parameters_down_and_up_as_float32_for_each_report() -> None:
+    assert costs.bytes_of_others(SHAPE, participations=3) == {
+        "Soft-prompt FedAvg": 3 * 2 * 4 * 50 * 100,
+        "LoRA, r = 8": 3 * 2 * 4 * 8 * 1200,
+        "Full fine-tuning": 3 * 2 * 4 * 1_000_000,
+    }
+
+
+def test_a_shape_counts_all_weights_and_what_lora_adapts(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {"token_embd.weight": (8, 50), "output_norm.weight": (8,)}
+    for layer in ("blk.0", "blk.1"):
+        tensors |= {f"{layer}.attn_q.weight": (8, 16), f"{layer}.attn_k.weight": (8, 4)}
+        tensors |= {f"{layer}.attn_v.weight": (8, 4), f"{layer}.ffn_up.weight": (8, 32)}
+    monkeypatch.setattr(models, "tensor_shapes", lambda _path: tensors)
+    assert costs.shape_of(Path("model.gguf")) == (400 + 8 + 2 * (128 + 32 + 32 + 256), 8, 2 * (24 + 12))
+
+
+def test_a_model_that_is_not_here_or_is_another_has_no_shape(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def absent(_name: str) -> Path:
+        raise ModelNotFoundError("no such model")
+
+    monkeypatch.setattr(models, "tensor_shapes", lambda _path: {"token_embd.weight": (8, 50)})
+    monkeypatch.setattr(models, "fingerprint", lambda _path: "sha256:this")
+    monkeypatch.setattr(models, "locate", lambda _name: tmp_path)
+    assert costs.shape_of_model("m", "sha256:this") == (400, 8, 0)
+    assert costs.shape_of_model("m", "sha256:other") is None
+    monkeypatch.setattr(models, "locate", absent)
+    assert costs.shape_of_model("m", "sha256:this") is None
+
+
+def test_every_measured_memory_says_on_what_machine_and_has_back_propagation() -> None:
+    found = costs.memory_figures("smollm2-135m")
+    assert found is not None
+    assert all((found.machine, found.date, found.how))
+    assert "Back-propagation (PEFT)" in found.peak_rss
+    assert costs.memory_figures("bogus") is None
+
+
+# --- pulse -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_death_shows_within_two_seconds_and_before_a_round_gives_up() -> None:
+    from fedbpt.dashboard.pages import LOOK_S
+
+    assert pulse.PULSE_S + pulse.PATIENCE_S + LOOK_S <= 2.0 < RETRY_S
+
+
+def test_a_twin_is_the_same_device_and_counts_apart() -> None:
+    client = HttpClient("http://pi5:8401", "pi5")
+    twin = client.twin()
+    assert (twin.url, twin.name, twin is client) == (client.url, "pi5", False)
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def test_figures_and_gains_are_in_points_or_perplexity() -> None:
+    assert (texts.figure(0.9234, False), texts.figure(7.309, True)) == ("92.3 %", "7.31")
+    assert texts.figure(None, False) == "–"
+    assert texts.gain(view(figure=0.92, zero_shot=0.825)) == "+9.5 points"
+    assert texts.gain(view(figure=7.3, zero_shot=9.1, generates=True)) == "-1.80"
+    assert texts.gain(view(figure=0.9)) == ""
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(None, "–"), (7.2, "0:07"), (187, "3:07"), (3723, "1:02:03")])
+def test_durations(seconds: float | None, said: str) -> None:
+    assert texts.duration(seconds) == said
+
+
+def test_a_device_row_has_a_word_for_what_is_not_known() -> None:
+    row = texts.device_row(DEVICE, generates=False)
+    assert (row["speed"], row["memory"], row["health"], row["figure"]) == ("61 tok/s", "268.4 MB", "–", "80.0 %")
+    known = dataclasses.replace(DEVICE, celsius=61.4, battery=83.0)
+    assert texts.device_row(known, generates=False)["health"] == "83 % · 61 °C"
+
+
+def test_every_status_has_a_word_and_a_style() -> None:
+    assert set(texts.STATUS) == set(texts.STATUS_STYLE)
+    assert set(texts.DEVICE_STATUS) == set(texts.DEVICE_STYLE)
+
+
+# --- charts ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_curve_has_its_points_and_the_line_to_beat() -> None:
+    options = charts.curve("accuracy", " %")
+    charts.set_curves(options, {"tuned": ([Point(0, 78.0), Point(20, 92.34567)], "red", 3)}, 78.0)
+    [line] = options["series"]
+    assert line["data"] == [[0, 78.0], [20, 92.3457]]
+    assert line["markLine"]["data"] == [{"yAxis": 78.0}]
+    assert options["yAxis"]["min"] < 78.0 < 92.4 < options["yAxis"]["max"]
+
+
+def test_long_curves_are_thinned_with_their_ends_and_without_marks() -> None:
+    points = [Point(i, float(i)) for i in range(1000)]
+    thin = charts.thinned(points)
+    assert (len(thin), thin[0], thin[-1]) == (charts.MOST_POINTS, points[0], points[-1])
+    assert [point.round for point in thin] == sorted({point.round for point in thin})
+    assert charts.thinned(points[:3]) == points[:3]
+    options = charts.curve("loss", "")
+    charts.set_curves(options, {"loss": (points, "red", 1)}, None)
+    assert (options["series"][0]["showSymbol"], options["series"][0]["sampling"]) == (False, "lttb")
+
+
+def test_many_devices_have_no_legend() -> None:
+    options = charts.curve("devices", "")
+    charts.set_devices(options, {f"device-{i}": [Point(1, 1.0)] for i in range(50)})
+    assert (len(options["series"]), options["legend"]["show"]) == (50, False)
+    charts.set_devices(options, {"device-0": [Point(1, 1.0)]})
+    assert options["legend"]["show"] is True
+
+
+def test_bars_tell_their_bytes_and_nothing_is_no_bar_of_minus_infinity() -> None:
+    options = charts.bars("bytes", logarithmic=True)
+    charts.set_bars(options, {"ours": 0, "others": 1.2e9}, "ours")
+    first, second = options["series"][0]["data"]
+    assert (first["name"], second["name"]) == ("0 B", "1.2 GB")
+    assert first["value"] >= options["xAxis"]["min"] > 0
+    linear = charts.bars("bytes", logarithmic=False)
+    charts.set_bars(linear, {"ours": 5, "others": 7}, "ours")
+    assert (linear["xAxis"]["type"], linear["xAxis"]["min"]) == ("value", 0)
+    charts.set_bars(options, {}, "ours")
+    assert options["series"][0]["data"] == []

@@ -1,0 +1,257 @@
+"""What the dashboard knows of a run: from its events and its store, or from the store alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from fedbpt.coordinator.control import RunControl
+from fedbpt.dashboard.state import RunState
+from fedbpt.dashboard.views import DeviceView
+from fedbpt.errors import DeviceUnreachableError
+from fedbpt.runs.event_log import Journal, Logged
+from fedbpt.runs.settings import DeviceBack, DeviceLost, Event, LateReport, Progressed, RoundClosed, Steered
+from tests.support.fake_device import FakeDevice
+from tests.support.toy_scene import Scene, StopRunError, closed, stop
+from tests.unit.coordinator.test_federation_fit import FitScene
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    scene = Scene(tmp_path / "runs.db", FakeDevice("a"), FakeDevice("b", target=1.5))
+    yield scene
+    scene.store.close()
+
+
+def stored(scene: Scene) -> RunState:
+    """As of now, from the store alone."""
+    state = RunState("r")
+    state.look(scene.store)
+    return state
+
+
+def device(state: RunState, name: str) -> DeviceView:
+    return next(found for found in state.view().devices if found.name == name)
+
+
+def test_before_there_is_a_run_nothing_is_shown(scene: Scene) -> None:
+    view = stored(scene).view()
+    assert (view.status, view.searched, view.figure, view.devices) == ("waiting", 0, None, ())
+
+
+def test_a_finished_run_shows_its_result_on_the_rows_that_it_was_watched_by(scene: Scene) -> None:
+    result = scene.run(evaluate_every=2)
+    state = stored(scene)
+    view = state.view()
+    assert (view.status, view.share, view.eta_s) == ("finished", 1.0, None)
+    dev, test = result.scores("dev"), result.scores("test")
+    assert (view.figure, view.zero_shot) == (dev["tuned"].accuracy, dev["zero_shot"].accuracy)
+    assert (view.split, view.n_rows, view.interval) == ("dev", 20, dev["tuned"].interval)
+    assert state.dev_points()[-1].figure == view.figure  # where the curve ends
+    assert [stage.title for stage in view.stages] == ["zero-shot", "tuned"]
+    for stage, name in zip(view.stages, ("zero_shot", "tuned"), strict=True):
+        assert stage.dev == (dev[name].accuracy, 20, dev[name].interval)
+        assert stage.test == (test[name].accuracy, 40, test[name].interval)
+    assert (view.searched, view.evaluations, view.tokens) == (4, result.evaluations, result.tokens)
+    assert view.seconds == pytest.approx(result.seconds)
+    assert (view.bytes_up, view.bytes_down, view.participations) == (result.bytes_up, result.bytes_down, 8)
+    assert [(found.name, found.reports, found.status) for found in view.devices] == [("a", 5, "done"), ("b", 5, "done")]
+    assert device(state, "a").figure == state.device_figures("a")[-1].value
+    assert view.template == result.template.pattern
+
+
+def test_without_development_rows_the_result_on_test_rows_is_shown(scene: Scene) -> None:
+    result = scene.run()
+    view = stored(scene).view()
+    assert (view.figure, view.zero_shot, view.n_rows) == (result.tuned.accuracy, result.zero_shot.accuracy, 40)
+    assert (view.split, view.interval) == ("test", result.tuned.interval)
+    assert [(stage.dev, stage.test is None) for stage in view.stages] == [(None, False)] * 2
+    assert device(stored(scene), "a").figure == result.devices[0].tuned.accuracy
+
+
+def test_rounds_on_the_page_are_those_of_the_search_and_so_is_the_time_left(tmp_path: Path) -> None:
+    scene = FitScene(tmp_path / "fits.db")
+    scene.when(closed_search(2), stop)
+    with pytest.raises(StopRunError):
+        scene.run(rounds=8, evaluate_every=1)
+    state = RunState("r")
+    state.look(scene.store)
+    assert [point.round for point in state.losses()] == [1, 2]
+    assert [point.round for point in state.device_losses("a")] == [1, 2]
+    assert [point.round for point in state.dev_points()] == [0, 1]
+    stages = state.view().stages
+    assert [stage.title for stage in stages] == [
+        "zero-shot", "calibration only", "linear probe", "tuned, without readout", "tuned",
+    ]  # fmt: skip
+    assert {stage.dev.n for stage in stages if stage.dev} == {8}
+    assert state._before.seconds > 0
+    assert state._before.share == 0
+    scene.store.close()
+
+
+def closed_search(number: int) -> Callable[[Event], bool]:
+    return lambda event: isinstance(event, RoundClosed) and event.searched == number
+
+
+def test_events_and_store_show_what_the_store_alone_shows(scene: Scene) -> None:
+    state = RunState("r", RunControl())
+    journal = Journal(state)
+
+    def hear(event: object) -> None:
+        journal(event)  # type: ignore[arg-type]
+        if isinstance(event, RoundClosed):
+            state.look(scene.store)
+
+    scene.on_event = hear
+    scene.run(evaluate_every=2)
+    state.look(scene.store)
+    assert msgspec.to_builtins(state.view()) == msgspec.to_builtins(stored(scene).view())
+    for curve in ("losses", "device_losses", "device_figures"):
+        names = () if curve == "losses" else ("b",)
+        assert getattr(state, curve)(*names) == getattr(stored(scene), curve)(*names)
+    assert state.dev_points() == stored(scene).dev_points()
+
+
+def test_curves_have_a_point_a_round_and_the_zero_shot_line_is_round_0(scene: Scene) -> None:
+    scene.run(evaluate_every=2)
+    state = stored(scene)
+    assert [point.round for point in state.losses()] == [1, 2, 3, 4]
+    assert [point.round for point in state.dev_points()] == [0, 2, 4]
+    assert len({(point.n, point.zero_shot, point.zero_shot_loss) for point in state.dev_points()}) == 1
+    assert [point.round for point in state.device_losses("a")] == [1, 2, 3, 4]
+    assert [point.round for point in state.device_figures("a")] == [0, 2, 4]
+    both = [state.device_losses(name)[0].value for name in ("a", "b")]
+    assert state.losses()[0].value == pytest.approx(sum(both) / 2)
+    assert both[0] != both[1]
+
+
+def test_only_what_is_new_is_taken_up(scene: Scene) -> None:
+    scene.when(closed(2), stop)
+    with pytest.raises(StopRunError):
+        scene.run(evaluate_every=2)
+    state = stored(scene)
+    assert (state.view().status, len(state.losses()), len(state.dev_points())) == ("stopped", 2, 1)
+    version = state.version
+    state.look(scene.store)
+    assert state.version == version
+    scene.run(evaluate_every=2)  # round 2 is evaluated first, round 3 and 4 follow
+    state.look(scene.store)
+    assert [point.round for point in state.losses()] == [1, 2, 3, 4]
+    assert [point.round for point in state.dev_points()] == [0, 2, 4]
+    assert state.view() == stored(scene).view()
+
+
+def test_a_run_begun_anew_under_the_same_name_is_another(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene.run()
+    state = stored(scene)
+    scene.store.delete_run("r")
+    monkeypatch.setattr("fedbpt.runs.store._now", lambda: "2030-01-01T00:00:00+00:00")
+    scene.run(rounds=1)
+    state.look(scene.store)
+    assert (state.view().searched, len(state.losses())) == (1, 1)
+
+
+def test_a_lost_device_is_shown_with_its_reason_until_it_is_back(scene: Scene) -> None:
+    scene.run(rounds=1)
+    state = RunState("r", RunControl())
+    state.look(scene.store)
+    journal = Journal(state)
+    journal(next(event for event in scene.events if hasattr(event, "live")))
+    urgent = state.urgent
+    journal(DeviceLost(device="b", round=2, reason="b (http://pi5:8401) cannot be reached"))
+    assert device(state, "b").detail == "cannot be reached"
+    journal(DeviceLost(device="b", round=2, reason="b: it does not answer"))
+    assert (device(state, "b").status, device(state, "b").detail) == ("lost", "it does not answer")
+    assert (state.view().live, state.urgent != urgent) == (1, True)
+    journal(DeviceBack(device="b", round=3))
+    assert device(state, "b").status == "live"
+    assert [notice.text for notice in state.view().notices] == [
+        "b is back",
+        "b is lost: it does not answer",
+        "b is lost: cannot be reached",
+    ]
+
+
+def test_a_device_without_pulse_is_silent_at_once(scene: Scene) -> None:
+    scene.run(rounds=1)
+    state = RunState("r", RunControl())
+    state.look(scene.store)
+    Journal(state)(scene.events[0])
+    urgent = state.urgent
+    state.heard("a", True)
+    assert state.urgent == urgent
+    state.heard("a", False)
+    assert (device(state, "a").status, state.urgent != urgent) == ("silent", True)
+    state.heard("a", True)
+    assert device(state, "a").status == "live"
+
+
+def test_progress_pauses_and_what_devices_say_of_themselves_are_shown() -> None:
+    state = RunState("r", RunControl())
+    state.met("a", msgspec.structs.replace(FakeDevice("a").info(), celsius=61.0, battery=83.0))
+    assert (device(state, "a").celsius, device(state, "a").battery) == (61.0, 83.0)
+    journal = Journal(state)
+    journal(Progressed(device="a", round=1, done=3, total=8))
+    assert (device(state, "a").status, device(state, "a").detail) == ("live", "3 of 8")
+    journal(Progressed(device="a", round=1, done=3, total=8, paused="on battery"))
+    assert (device(state, "a").status, device(state, "a").detail) == ("paused", "on battery")
+
+
+def test_a_device_lost_in_the_last_round_is_lost_for_who_watches_from_elsewhere(scene: Scene) -> None:
+    scene.devices["b"].fail = DeviceUnreachableError("b went away")
+    scene.when(closed(2), stop)
+    with pytest.raises(StopRunError):
+        scene.run()
+    scene.store.set_status("r", "running")
+    state = stored(scene)
+    assert device(state, "b").status == "lost"
+    assert device(state, "a").status == "live"
+    state.look(scene.store)  # again: it is told once
+    said = [notice for notice in state.view().notices if "b was lost in round" in notice.text]
+    assert len({notice.text for notice in said}) == len(said) > 0
+    assert "went away" in said[0].text
+    assert said[0].bad
+
+
+def test_steering_is_shown_when_it_is_wanted_and_when_it_holds(scene: Scene) -> None:
+    scene.run(rounds=1)
+    control = RunControl()
+    state = RunState("r", control)
+    state.look(scene.store)
+    journal = Journal(state)
+    journal(scene.events[0])
+    control.pause()
+    assert state.view().status == "pausing"
+    journal(Steered(paused=True, deadline_s=30.0))
+    assert (state.view().status, state.view().deadline_s) == ("paused", 30.0)
+    control.resume()
+    journal(Steered(paused=False, deadline_s=30.0))
+    assert state.view().status == "running"
+    assert [notice.text for notice in state.view().notices] == ["goes on", "a round may take 30 s", "paused"]
+    state.stopped()
+    assert state.view().status == "stopped"
+
+
+def test_warnings_and_late_reports_are_noticed() -> None:
+    state = RunState("r", RunControl())
+    journal = Journal(state)
+    journal(LateReport(device="a", round=3))
+    journal(Logged(level="WARNING", logger="fedbpt", message="the disk is full"))
+    assert [notice.text for notice in state.view().notices] == [
+        "the disk is full",
+        "a: its report on round 3 came late and is not used",
+    ]
+
+
+def test_the_time_left_follows_from_the_budget_that_is_spent(scene: Scene) -> None:
+    scene.when(closed(1), stop)
+    with pytest.raises(StopRunError):
+        scene.run(rounds=4)
+    scene.store.set_status("r", "running")
+    view = stored(scene).view()
+    assert view.share == 0.25
+    searching = scene.store.history("r")[1].metrics["seconds"]
+    assert view.eta_s == pytest.approx(3 * searching)  # what went before the search does not come again

@@ -1,0 +1,315 @@
+"""A device that calls in, and a coordinator that is absent, refuses, or talks nonsense."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from fedbpt.coordinator.enrolment import DeviceRegistry
+from fedbpt.coordinator.server import CoordinatorServer
+from fedbpt.device.agent import AgentService
+from fedbpt.device.agent.calls import enrol
+from fedbpt.device.agent.poller import Backoff, Poller
+from fedbpt.errors import ConfigError, CoordinatorRefusedError
+from fedbpt.net import tokens
+from fedbpt.net.tokens import Credentials
+from fedbpt.protocol import codec
+from fedbpt.protocol.messages import Array, DeviceInfo, ErrorReply, Message
+from fedbpt.protocol.polling import Delivery, Poll, Reply, Request
+from tests.contract.test_clients import request
+from tests.support.caller import called_by, wait_until
+from tests.support.fake_device import FakeDevice
+
+ID = "a" * 32
+
+
+def answer(message: Message, status: int = 200, **headers: str) -> httpx.Response:
+    return httpx.Response(
+        status, headers={"content-type": codec.CONTENT_TYPE, **headers}, content=codec.encode(message)
+    )
+
+
+def refused(code: str, status: int, **headers: str) -> httpx.Response:
+    return answer(ErrorReply(code=code, message=f"{code}, it says"), status, **headers)
+
+
+class Coordinator:
+    """Answers by script: polls in turn, then ``unauthorized`` when nothing is held; replies with 204."""
+
+    def __init__(self, *polls: httpx.Response | Exception) -> None:
+        self.polls = list(polls)
+        self.asked: list[Poll] = []
+        self.replies: dict[str, Reply] = {}
+        self.reply_answers: list[httpx.Response] = []
+        self.bearers: set[str] = set()
+        self.n_replies = 0
+
+    async def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.bearers.add(request.headers["authorization"])
+        if request.url.path == "/v1/mailbox/poll":
+            self.asked.append(codec.decode(request.content, Poll))
+            if not self.polls and self.asked[-1].holding:
+                await asyncio.sleep(0.001)
+                return answer(Delivery())
+            found = self.polls.pop(0) if self.polls else refused("unauthorized", 401)
+            if isinstance(found, Exception):
+                raise found
+            return found
+        self.n_replies += 1
+        self.replies[request.url.path.rsplit("/", 1)[1]] = codec.decode(request.content, Reply)
+        return self.reply_answers.pop(0) if self.reply_answers else httpx.Response(204)
+
+
+def run(coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[float]]:
+    """A device that calls ``coordinator`` until it is refused: what it told, and for how long it was asked to wait."""
+    told: list[str] = []
+    waits: list[float] = []
+
+    def pause(_self: Backoff, at_least_s: float = 0.0) -> float:
+        waits.append(at_least_s)
+        return 0.0
+
+    monkeypatch.setattr(Backoff, "pause", pause)
+    credentials = Credentials("http://127.0.0.1:9", "a", "secret")
+    poller = Poller(AgentService(FakeDevice("a")), credentials, tell=told.append)
+    poller._options["transport"] = httpx.MockTransport(coordinator)
+    with pytest.raises(CoordinatorRefusedError) as caught:
+        poller.run()
+    assert caught.value.code == "unauthorized"
+    return told, waits
+
+
+def test_a_pause_grows_with_full_jitter_up_to_its_longest() -> None:
+    bounds = []
+    for _ in range(200):
+        backoff = Backoff(0.5, 8.0, random.Random(len(bounds)))
+        bounds.append([backoff.pause() for _ in range(8)])
+    longest = [max(column) for column in zip(*bounds, strict=True)]
+    shortest = [min(column) for column in zip(*bounds, strict=True)]
+    for i, bound in enumerate([0.5, 1, 2, 4, 8, 8, 8, 8]):
+        assert 0.9 * bound < longest[i] <= bound
+        assert shortest[i] < 0.1 * bound
+
+
+def test_a_server_that_names_a_time_is_not_called_before() -> None:
+    assert min(Backoff(0.5, 8.0).pause(60.0) for _ in range(20)) >= 60.0
+    assert Backoff(0.5, 8.0).pause(60.0) <= 60.5
+
+
+def test_requests_are_answered_by_the_devices_routes(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = Request(id=ID, method="GET", path="/v1/status")
+    unknown = Request(id="b" * 32, method="GET", path="/v1/rounds/r/1?wait=0")
+    coordinator = Coordinator(answer(Delivery(requests=(wanted, unknown))))
+    assert run(coordinator, monkeypatch) == ([], [])
+    assert codec.decode(coordinator.replies[ID].body, DeviceInfo).name == "a"
+    assert coordinator.replies["b" * 32].status == 404
+    assert coordinator.bearers == {"Bearer a~secret"}
+    assert coordinator.asked[-1].holding == ()
+
+
+def test_a_request_that_is_handed_over_twice_is_answered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = Request(id=ID, method="GET", path="/v1/status")
+    again = answer(Delivery(requests=(wanted, wanted)))
+    coordinator = Coordinator(again, again)
+    run(coordinator, monkeypatch)
+    assert coordinator.asked[1].holding == (ID,)
+    assert coordinator.n_replies == 1
+
+
+def test_what_goes_wrong_is_told_once_and_so_is_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = httpx.ConnectError("refused")
+    told, waits = run(Coordinator(absent, absent, answer(Delivery()), absent, answer(Delivery())), monkeypatch)
+    there = "http://127.0.0.1:9"
+    assert told == 2 * [f"{there}: it cannot be reached (refused); trying again", f"{there} answers again"]
+    assert waits == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("response", "said", "wait_s"),
+    [
+        (refused("stopping", 503, **{"retry-after": "7"}), "stopping, it says", 7.0),
+        (refused("too-many", 429, **{"retry-after": "60"}), "too-many, it says", 60.0),
+        (refused("superseded", 409), "superseded, it says", 0.0),
+        (httpx.Response(502, headers={"retry-after": "5"}, text="<html>"), "is this its address", 5.0),
+        (httpx.Response(503, headers={"retry-after": "Fri, 31 Dec 1999 23:59:59 GMT"}), "is this its address", 0.0),
+        (httpx.Response(302, headers={"location": "http://elsewhere"}), "is this its address", 0.0),
+        (httpx.Response(200, text="<html>sign in</html>"), "does not answer as a fedbpt coordinator", 0.0),
+        (answer(ErrorReply(code="x", message="y")), "does not answer as a fedbpt coordinator", 0.0),
+    ],
+)
+def test_a_coordinator_that_does_not_answer_as_it_should_is_called_again_when_it_says(
+    response: httpx.Response, said: str, wait_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, waits = run(Coordinator(response, answer(Delivery())), monkeypatch)
+    assert said in told[0]
+    assert "secret" not in " ".join(told)
+    assert waits == [wait_s]
+
+
+@pytest.mark.parametrize(("code", "status"), [("unknown-request", 404), ("conflict", 409), ("too-large", 413)])
+def test_a_reply_that_is_not_wanted_is_dropped(code: str, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = Request(id=ID, method="GET", path="/v1/status")
+    coordinator = Coordinator(answer(Delivery(requests=(wanted,))))
+    coordinator.reply_answers = [refused(code, status)]
+    assert run(coordinator, monkeypatch) == ([], [])
+    assert coordinator.asked[-1].holding == ()
+
+
+def test_a_reply_is_sent_until_it_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = Request(id=ID, method="GET", path="/v1/status")
+    coordinator = Coordinator(answer(Delivery(requests=(wanted,))))
+    coordinator.reply_answers = [refused("stopping", 503, **{"retry-after": "3"})]
+    _, waits = run(coordinator, monkeypatch)
+    assert waits == [3.0]
+    assert coordinator.asked[-1].holding == ()
+
+
+@pytest.mark.parametrize(
+    "url", ["", "host:8400", "ftp://host", "https://", "https://user:pw@host", "https://host?token=x"]
+)
+def test_an_address_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match="no coordinator's address"):
+        Poller(AgentService(FakeDevice("a")), Credentials(url, "a", "secret"))
+
+
+def test_a_token_goes_nowhere_unencrypted() -> None:
+    far = Credentials("http://coordinator.example:8400", "a", "secret")
+    with pytest.raises(ConfigError, match="not encrypted"):
+        Poller(AgentService(FakeDevice("a")), far)
+    with pytest.raises(ConfigError, match="not encrypted"):
+        enrol(far.coordinator, "CODE")
+    Poller(AgentService(FakeDevice("a")), far, allow_insecure=True)
+
+
+# --- against a real server ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def served(folder: Path, port: int = 0) -> Iterator[CoordinatorServer]:
+    with DeviceRegistry(folder / "devices.db") as registry, CoordinatorServer(registry, port=port) as server:
+        yield server
+
+
+@contextmanager
+def calling(credentials: Credentials, tell: Callable[[str], None] = lambda _line: None) -> Iterator[Poller]:
+    with Poller(AgentService(FakeDevice("a")), credentials, tell=tell, pauses_s=(0.02, 0.1)) as poller:
+        yield poller
+
+
+class PatienceError(Exception):
+    """Enough was waited."""
+
+
+def test_an_enrolment_that_is_put_off_is_sent_again_when_it_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            raise PatienceError
+
+    monkeypatch.setattr("fedbpt.device.agent.calls.time.sleep", wait)
+    with DeviceRegistry(tmp_path / "devices.db") as registry:
+        with CoordinatorServer(registry, guess_limit=(0.001, 1)) as server:
+            assert enrol(server.url, registry.invite("a")).device == "a"
+            with pytest.raises(PatienceError):
+                enrol(server.url, registry.invite("b"))
+    assert min(waits) > 500
+    assert len(waits) == 3
+
+
+def test_a_wrong_code_is_one_line(tmp_path: Path) -> None:
+    with served(tmp_path) as server:
+        with pytest.raises(CoordinatorRefusedError, match="ask for another"):
+            enrol(server.url, "WRONG")
+
+
+def test_an_enrolment_waits_for_its_coordinator_and_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    waits: list[float] = []
+    with ExitStack() as stack:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        registry = stack.enter_context(DeviceRegistry(tmp_path / "devices.db"))
+
+        def wait(seconds: float) -> None:
+            waits.append(seconds)
+            if len(waits) == 8:
+                stack.enter_context(CoordinatorServer(registry, port=port))
+
+        monkeypatch.setattr("fedbpt.device.agent.calls.time.sleep", wait)
+        made = enrol(f"http://127.0.0.1:{port}", registry.invite("a"), tell=told.append)
+    assert made.device == "a"
+    assert waits == sorted(waits)
+    assert waits[-1] <= 10
+    assert len(told) == 1
+    assert "fedbpt tune --listen" in told[0]
+
+
+def test_a_device_finds_a_coordinator_that_was_restarted(tmp_path: Path) -> None:
+    told: list[str] = []
+    with served(tmp_path) as server:
+        with DeviceRegistry(tmp_path / "devices.db") as registry:
+            credentials = enrol(server.url, registry.invite("a"))
+    with calling(credentials, told.append):
+        wait_until(lambda: len(told) == 1)
+        for _ in range(2):
+            with served(tmp_path, server.port) as again:
+                wait_until(lambda: again.present() == ["a"] and "answers again" in told[-1])
+            wait_until(lambda: "trying again" in told[-1])
+    assert "cannot be reached" in told[0]
+
+
+def test_no_secret_is_in_logs_addresses_or_the_coordinators_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    told: list[str] = []
+    with served(tmp_path) as server, DeviceRegistry(tmp_path / "devices.db") as registry:
+        code = registry.invite("a")
+        credentials = enrol(server.url, code)
+        with calling(credentials, told.append):
+            wait_until(lambda: server.present() == ["a"])
+            assert asyncio.run(server.client("a").status()).name == "a"
+        files = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    logged = caplog.text + " ".join(map(str, told))
+    assert "/v1/mailbox/poll" in logged  # addresses are logged, and looked at here
+    assert b"invitations" in files
+    for secret in (code, tokens.plain_code(code), credentials.secret):
+        assert secret not in logged
+        assert secret.encode() not in files
+
+
+def test_a_message_of_nearly_the_largest_size_goes_through(tmp_path: Path) -> None:
+    device = FakeDevice("a")
+    with called_by(tmp_path, device) as coordinator:
+        client = coordinator.client("a")
+        latents = Array.of(np.zeros((2000, 1000)))
+        report = asyncio.run(client.evaluate(request(latents=latents)))
+    assert len(report.correct) == 2000
+    assert 15 * 2**20 < client.bytes_down < codec.MAX_BODY_BYTES
+
+
+def test_a_device_that_is_revoked_ends(tmp_path: Path) -> None:
+    told: list[str] = []
+    with served(tmp_path) as server, DeviceRegistry(tmp_path / "devices.db") as registry:
+        credentials = enrol(server.url, registry.invite("a"))
+        with calling(credentials, told.append):
+            wait_until(lambda: server.present() == ["a"])
+            registry.revoke("a")
+            server.office._boxes["a"]._let_go()  # its open poll ends: the next one is refused
+            wait_until(lambda: bool(told) and "enrol the device again" in told[-1])

@@ -1,0 +1,89 @@
+"""Wheels fetched by the real pip from a local folder: pinned, checked, never half there."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+from fedbpt.errors import DownloadError
+from fedbpt.machine import wheel_files
+from fedbpt.machine.wheel_files import Package, fetch_wheel
+from tests.support.toy_wheel import make_wheel
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A folder that is pip's only source."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setattr(wheel_files, "_POLL_S", 0.02)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def test_a_wheel_is_fetched_once_and_its_progress_ends_at_its_size(tmp_path, index):
+    package = make_wheel(index, "toy-data", "toy/data.bin", b"x" * 1000)
+    seen = []
+    wheel = fetch_wheel(package, tmp_path / "out", lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (package.size, package.size)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert list((tmp_path / "out").iterdir()) == [wheel]
+    next(index.iterdir()).unlink()
+    assert fetch_wheel(package, tmp_path / "out") == wheel
+
+
+def test_a_damaged_wheel_is_fetched_again(tmp_path, index):
+    package = make_wheel(index, "toy-data", "toy/data.bin", b"x")
+    wheel = fetch_wheel(package, tmp_path / "out")
+    wheel.write_bytes(wheel.read_bytes()[:-1])
+    fetch_wheel(package, tmp_path / "out")
+    assert wheel_files.sha256_of(wheel) == package.sha256
+
+
+def test_another_file_than_the_pinned_one_is_refused_and_leaves_nothing(tmp_path, index):
+    make_wheel(index, "toy-data", "toy/data.bin", b"x")
+    wrong = Package("toy-data", "1.0", "0" * 64, 10)
+    with pytest.raises(DownloadError, match=r"toy-data==1\.0: the file offered is not the one expected"):
+        fetch_wheel(wrong, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.usefixtures("index")
+def test_a_package_that_cannot_be_had_is_one_line(tmp_path):
+    with pytest.raises(DownloadError, match=r"pip could not fetch toy-data==1\.0: .+") as caught:
+        fetch_wheel(Package("toy-data", "1.0", "0" * 64, 10), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_python_without_pip_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # noqa: ARG005
+    with pytest.raises(DownloadError, match="-m ensurepip"):
+        fetch_wheel(Package("toy-data", "1.0", "0" * 64, 10), tmp_path)
+
+
+def test_too_little_disk_is_said_before_anything_is_fetched(tmp_path):
+    with pytest.raises(DownloadError, match="big needs 1000000000 MB free"):
+        wheel_files.require_space(tmp_path, 10**15, "big")
+
+
+def test_the_cache_folder_can_be_chosen(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDBPT_CACHE", str(tmp_path))
+    assert wheel_files.cache_folder() == tmp_path
+    monkeypatch.delenv("FEDBPT_CACHE")
+    assert wheel_files.cache_folder().name == "fedbpt"
+
+
+def test_a_lock_ends_with_the_process_that_held_it(tmp_path):
+    script = (
+        "import sys, pathlib, time\nfrom fedbpt.machine.wheel_files import locked\n"
+        "with locked(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "x.lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        holder.kill()
+    with wheel_files.locked(tmp_path / "x.lock"):
+        pass

@@ -1,0 +1,86 @@
+"""Tokens, codes, and the private files that they lie in."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import stat
+from pathlib import Path
+
+import pytest
+
+from fedbpt.errors import ConfigError
+from fedbpt.net import tokens
+from fedbpt.net.tokens import Credentials
+
+
+def test_secrets_are_long_and_never_the_same() -> None:
+    assert len({tokens.new_token() for _ in range(100)} | {tokens.new_code() for _ in range(100)}) == 200
+    assert len(tokens.new_token()) >= 43  # 32 bytes in base64
+    assert re.fullmatch(r"[A-Z2-7]{4}(-[A-Z2-7]{4}){3}", tokens.new_code())
+
+
+def test_a_digest_is_sha256_and_matches_its_secret_alone() -> None:
+    assert tokens.digest("s") == hashlib.sha256(b"s").digest()
+    assert tokens.matches("s", tokens.digest("s"))
+    assert not tokens.matches("t", tokens.digest("s"))
+    assert not tokens.matches("", bytes(32))
+
+
+def test_a_typed_code_may_have_blanks_dashes_and_small_letters() -> None:
+    assert tokens.plain_code(" k7qf-2m4p xw3a-tz6l\n") == "K7QF2M4PXW3ATZ6L"
+
+
+@pytest.mark.parametrize(
+    ("header", "token"),
+    [("Bearer a~b", "a~b"), ("bearer  x ", "x"), ("Basic eDp5", ""), ("", ""), ("Bearer", "")],
+)
+def test_the_bearer_token_of_a_header(header: str, token: str) -> None:
+    assert tokens.bearer({"authorization": header}) == token
+
+
+def test_credentials_survive_in_a_file_that_only_their_owner_reads(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "credentials.json"
+    made = Credentials("https://c:8400", "pi5", tokens.new_token())
+    made.save(path)
+    made.save(path)
+    assert Credentials.load(path) == made
+    assert tokens.split(made.bearer) == ("pi5", made.secret)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_credentials_do_not_show_their_secret() -> None:
+    made = Credentials("https://c:8400", "pi5", "the-secret")
+    assert "the-secret" not in f"{made!r} {made}"
+
+
+def test_a_secret_that_others_may_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    tokens.write_private(path, b"s")
+    path.chmod(0o640)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        tokens.read_private(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"coordinator": 1, "device": "a", "secret": "s"}', b"\xff"])
+def test_damaged_credentials_are_named(tmp_path: Path, content: bytes) -> None:
+    tokens.write_private(tmp_path / "c", content)
+    with pytest.raises(ConfigError, match="enrol the device again"):
+        Credentials.load(tmp_path / "c")
+
+
+def test_a_file_that_cannot_be_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        Credentials.load(tmp_path / "absent")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot write"):
+        tokens.write_private(tmp_path / "file" / "c", b"")
+
+
+def test_where_credentials_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("FEDBPT_CREDENTIALS", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert tokens.default_credentials() == tmp_path / "fedbpt" / "credentials.json"
+    monkeypatch.setenv("FEDBPT_CREDENTIALS", "c.json")
+    assert tokens.default_credentials() == Path("c.json")

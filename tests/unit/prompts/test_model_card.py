@@ -1,0 +1,185 @@
+"""Model cards: what is known is told, what is not is left out."""
+
+from __future__ import annotations
+
+import io
+import shlex
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import yaml
+
+import fedbpt
+from fedbpt import Budget, ObjectiveSpec, Prompt, PromptSpec, TuneResult, cli, models, tune
+from fedbpt.api import make_prompt
+from fedbpt.cli import chat as chat_command
+from fedbpt.cli import evaluate as evaluate_command
+from fedbpt.prompts.model_card import known_model, model_card
+from fedbpt.prompts.prompt import card_path
+from fedbpt.protocol.messages import PrivacySpec, Template
+from fedbpt.runs.intervals import wilson_interval
+from fedbpt.runs.settings import Score
+from tests.support.printed import blocks, commands
+from tests.support.toy_scorer import ToyScorer
+from tests.support.toy_task import TASK, TASK_FILE, rows
+from tests.unit.prompts.test_prompt import OTHERS, READOUT, make
+
+
+@pytest.fixture(scope="module")
+def result() -> TuneResult:
+    return tune(ToyScorer(), TASK, rows(24), budget=Budget(evaluations=32), prompt=PromptSpec(d=6))
+
+
+def card(prompt: Prompt) -> str:
+    return model_card(prompt, "USE\n")
+
+
+def front_matter(text: str) -> dict[str, Any]:
+    start, matter, _ = text.split("---\n", 2)
+    assert start == ""
+    found: dict[str, Any] = yaml.safe_load(matter)
+    return found
+
+
+def test_saving_writes_the_card_beside_the_prompt(tmp_path: Path) -> None:
+    saved = make().save(tmp_path / "p.safetensors")
+    text = card_path(saved).read_text()
+    assert "# mood: a soft prompt for toy" in text
+    assert 'fedbpt.Prompt.load("p.safetensors")' in text
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_the_card_prints_can_be_run(known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for module in (fedbpt, evaluate_command, chat_command):
+        monkeypatch.setattr(module, "load_model", lambda *_args, **_options: ToyScorer())
+    task = TASK if known else None
+    saved = make(task_name=TASK.name, labels=TASK.labels, template=TASK.templates[0], task=task).save("my prompt.st")
+    (tmp_path / "task.toml").write_text(TASK_FILE)
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows(8)))
+    monkeypatch.setattr("sys.stdin", io.StringIO("zzz\n"))
+    console, python = blocks(card_path(saved).read_text().partition("## Use")[2])
+    ran = [shlex.split(command) for _, command in commands(console)]
+    assert [words[:2] for words in ran] == [["fedbpt", "evaluate"], ["fedbpt", "chat"]]
+    for words in ran:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(words[1:])
+        assert ended.value.code == 0, words
+    exec(python.text, {})
+
+
+def test_it_says_how_texts_are_cut_and_what_columns_data_have() -> None:
+    task = msgspec.structs.replace(TASK, max_words=7, text_columns=("body", "{a} {b}"), label_column="mood")
+    fields: dict[str, Any] = {"task_name": task.name, "labels": task.labels, "template": task.templates[0]}
+    text = card(make(**fields, task=task))
+    for said in ("first 7 words", "128 tokens", "`body` or `{a} {b}`", "`mood`"):
+        assert said in text
+    assert "tokens are read" not in card(make(**fields))
+
+
+def test_it_says_for_which_model_and_task_the_prompt_is() -> None:
+    prompt = make()
+    text = card(prompt)
+    assert f"`{prompt.model_fingerprint}`" in text
+    assert "2 row(s) of 8 numbers" in text
+    assert "in place of the answer cue's last 2 token(s)" in text
+    assert "{text}\nMood:" in text
+    assert '| good | `" good"` |' in text
+    assert "readout" not in text
+    assert front_matter(text)["pipeline_tag"] == "text-classification"
+
+
+def test_it_tells_of_readout_and_other_templates() -> None:
+    text = card(make(**READOUT))
+    assert "by the logits of 3 words" in text
+    assert "averaged" not in text
+    other = OTHERS["others"][0].pattern
+    assert other in card(make(**OTHERS))
+
+
+def test_it_tells_how_the_prompt_was_trained(result: TuneResult) -> None:
+    text = card(result.prompt)
+    for title, value in (("method", "pooled"), ("evaluations", "32"), ("devices", "1"), ("seed", "0")):
+        assert f"| {title} | {value} |" in text
+    assert f"| forward tokens | {result.run.tokens:,} |" in text
+    assert f"| digest of the search | {result.run.digest} |" in text
+
+
+def test_figures_are_told_with_their_intervals_where_there_are_some(result: TuneResult) -> None:
+    assert "Results" not in card(result.prompt)  # nothing was held back
+    zero_shot, tuned = Score(n=40, correct=20, loss_sum=30.0), Score(n=40, correct=31, loss_sum=20.0)
+    measured = msgspec.structs.replace(result.run, zero_shot=zero_shot, tuned=tuned)
+    text = card(make_prompt(ToyScorer(), TASK, measured))
+    low, high = wilson_interval(31, 40)
+    assert f"| tuned | 0.775 | {low:.3f} – {high:.3f} | 40 |" in text
+    assert "| zero-shot | 0.500 |" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "told", "untold"),
+    [
+        ({"robust": "median", "byzantine": 2}, ["| robust aggregation | median |", "may lie | 2 |"], "privacy"),
+        (
+            {
+                "privacy": PrivacySpec(clip=0.3, noise_multiplier=2.0),
+                "calibrate": False,
+                "objective": ObjectiveSpec(readout_words=0),
+            },
+            ["clip, nats | 0.3 |", "noise multiplier | 2 |", "δ | 1e-05 |", "device | 1.25 |"],
+            "robust",
+        ),
+    ],
+)
+def test_privacy_and_robust_settings_are_told(
+    result: TuneResult, settings: dict[str, Any], told: list[str], untold: str
+) -> None:
+    run = msgspec.structs.replace(
+        result.run,
+        settings=msgspec.structs.replace(result.run.settings, **settings),
+        epsilon=1.25 if "privacy" in settings else None,
+        fits={},
+        others=(),
+    )
+    text = card(make_prompt(ToyScorer(), TASK, run))
+    assert [line for line in told if line not in text] == []
+    assert untold not in text
+
+
+def test_nothing_is_said_of_what_is_not_known() -> None:
+    text = card(make(history=()))
+    assert "Training" not in text
+    assert "Results" not in text
+    assert "None" not in text
+    assert "licence:" not in text
+    assert "base_model" not in front_matter(text)
+
+
+def test_a_model_of_the_catalogue_has_its_licence_and_origin_but_not_a_file_that_only_bears_its_name() -> None:
+    entry = models.CATALOGUE["smollm2-135m"]
+    assert isinstance(entry.source, models.PackagedFile)
+    known = make(model_name=entry.name, model_fingerprint=f"sha256:{entry.source.sha256}")
+    assert front_matter(card(known))["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert "licence: Apache-2.0." in card(known)
+    renamed = make(model_name=entry.name)
+    assert known_model(renamed.model_name, renamed.model_fingerprint) is None
+    assert "base_model" not in front_matter(card(renamed))
+
+
+def test_a_prompt_of_target_texts_tells_perplexities() -> None:
+    prompt = make(
+        labels=(), label_bias=None, template=Template(pattern="{text}\nAnswer:", label_words=()),
+        history=({"zero_shot_perplexity": 30.0, "zero_shot_n": 5, "tuned_perplexity": 12.5, "tuned_n": 5},),
+    )  # fmt: skip
+    text = card(prompt)
+    assert "| tuned | 12.500 |  | 5 |" in text
+    assert front_matter(text)["pipeline_tag"] == "text-generation"
+
+
+@pytest.mark.parametrize("name", ['quo"ted', "a: b", "with | bar", "naïve — ü"])
+def test_odd_names_break_neither_table_nor_front_matter(name: str) -> None:
+    text = card(make(model_name=name, labels=("bad", name)))
+    assert front_matter(text)["library_name"] == "fedbpt"
+    line = next(line for line in text.splitlines() if line.startswith("| name |"))
+    assert line == f"| name | {name.replace('|', chr(92) + '|')} |"

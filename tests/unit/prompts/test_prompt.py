@@ -1,0 +1,374 @@
+"""The prompt artefact: what is saved is what is loaded, and the wrong file or model is refused in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedbpt.errors import InputError, PromptError
+from fedbpt.prompts.prompt import Prompt
+from fedbpt.protocol.messages import PromptSpec, Template
+from fedbpt.tasks import BUILTIN, Task
+from tests.support.toy_scorer import ToyScorer
+
+
+def make(**changes: object) -> Prompt:
+    scorer = ToyScorer()
+    fields: dict = {
+        "rows": np.random.default_rng(0).standard_normal((2, 8)),
+        "spec": PromptSpec(n_prompt=2, d=20, seed=3),
+        "task_name": "mood",
+        "labels": ("bad", "good"),
+        "template": Template(pattern="{text}\nMood:", label_words=(" bad", " good")),
+        "model_fingerprint": scorer.fingerprint,
+        "model_name": "toy",
+        "architecture": "toy",
+        "history": ({"round": 1, "loss": 0.5},),
+        "label_bias": np.array([0.25, -0.25]),
+    }
+    return Prompt(**{**fields, **changes})
+
+
+def test_a_prompt_survives_the_disk(tmp_path: Path) -> None:
+    prompt = make()
+    saved = prompt.save(tmp_path / "p.safetensors")
+    loaded = Prompt.load(saved)
+    assert loaded == prompt
+    assert loaded.rows.tobytes() == prompt.rows.tobytes()
+    assert {p.name for p in tmp_path.iterdir()} == {"p.safetensors", "p.safetensors.md"}
+
+
+READOUT = {"word_ids": np.array([7, 3, 3]), "word_weights": np.array([[0.5, -0.5], [1.0, 0.25], [0.0, 2.0]])}
+
+
+def test_a_prompt_with_a_readout_survives_the_disk(tmp_path: Path) -> None:
+    prompt = make(**READOUT)
+    loaded = Prompt.load(prompt.save(tmp_path / "p.safetensors"))
+    assert loaded == prompt
+    assert loaded.word_ids.tolist() == [7, 3, 3]
+    assert loaded.word_weights.tobytes() == prompt.word_weights.tobytes()
+    assert loaded.readout == prompt.readout
+    assert loaded.readout.weights.numpy().tolist() == [[0.25, -0.25], [0.5, -0.5], [1.0, 0.25], [0.0, 2.0]]
+
+
+def test_a_prompt_without_a_readout_has_its_bias_alone_and_the_file_holds_no_words(tmp_path: Path) -> None:
+    prompt = make()
+    assert prompt.readout.weights.numpy().tolist() == [[0.25, -0.25]]
+    saved = prompt.save(tmp_path / "p.safetensors")
+    assert set(safetensors.numpy.load(saved.read_bytes())) == {"rows", "label_bias"}
+
+
+@pytest.mark.parametrize("part", READOUT)
+def test_prompts_that_differ_in_the_readout_are_not_equal(part: str) -> None:
+    changed = READOUT[part].copy()
+    changed[0] += 1
+    assert make(**READOUT) == make(**READOUT)
+    assert make(**READOUT) != make(**{**READOUT, part: changed})
+    assert make(**READOUT) != make()
+
+
+def test_a_file_with_half_a_readout_is_refused(tmp_path: Path) -> None:
+    path = make(**READOUT).save(tmp_path / "p.safetensors")
+    tensors = safetensors.numpy.load(path.read_bytes())
+    header = path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")]
+    metadata = json.loads(header)["__metadata__"]
+    del tensors["word_ids"]
+    path.write_bytes(safetensors.numpy.save(tensors, metadata=metadata))
+    with pytest.raises(PromptError, match="not a prompt"):
+        Prompt.load(path)
+
+
+def altered(path: Path, header: dict[str, object] | None = None, **tensors: np.ndarray | None) -> Path:
+    """The file with other tensors (None: without) and other fields in its header."""
+    content = path.read_bytes()
+    found = {**safetensors.numpy.load(content), **tensors}
+    text = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["fedbpt"]
+    metadata = {"fedbpt": json.dumps({**json.loads(text), **(header or {})})}
+    kept = {name: array for name, array in found.items() if array is not None}
+    path.write_bytes(safetensors.numpy.save(kept, metadata=metadata))
+    return path
+
+
+OTHERS: dict = {
+    **READOUT,
+    "others": (
+        Template(pattern="Review: {text}\nIt was:", label_words=(" poor", " great")),
+        Template(pattern="{text} (", label_words=("n", "y")),
+    ),
+    "other_weights": np.arange(16).reshape(2, 4, 2) / 8,
+}
+
+
+def test_a_prompt_with_other_templates_survives_the_disk(tmp_path: Path) -> None:
+    prompt = make(**OTHERS)
+    loaded = Prompt.load(prompt.save(tmp_path / "p.safetensors"))
+    assert loaded == prompt
+    assert loaded.others == OTHERS["others"]
+    assert loaded.other_weights.tobytes() == OTHERS["other_weights"].astype(np.float32).tobytes()
+    assert loaded.readout == prompt.readout
+    assert [array.numpy().tolist() for array in loaded.readout.others] == OTHERS["other_weights"].tolist()
+
+
+def test_a_prompt_whose_other_templates_have_a_bias_alone_survives_the_disk(tmp_path: Path) -> None:
+    prompt = make(others=OTHERS["others"], other_weights=OTHERS["other_weights"][:, :1])
+    loaded = Prompt.load(prompt.save(tmp_path / "p.safetensors"))
+    assert loaded == prompt
+    assert loaded.word_ids.shape == (0,)
+    assert [array.shape for array in loaded.readout.others] == [(1, 2), (1, 2)]
+
+
+@pytest.mark.parametrize("given", [{}, READOUT], ids=["bias", "readout"])
+def test_a_prompt_without_other_templates_has_none_in_its_file(tmp_path: Path, given: dict) -> None:
+    path = make(**given).save(tmp_path / "p.safetensors")
+    assert "other_weights" not in safetensors.numpy.load(path.read_bytes())
+    for file in (path, altered(path, {"others": []})):
+        loaded = Prompt.load(file)
+        assert (loaded.others, loaded.other_weights.size, loaded.readout.others) == ((), 0, ())
+        assert loaded == make(**given)
+
+
+def test_a_file_from_before_there_were_other_templates_still_loads(tmp_path: Path) -> None:
+    path = make(**READOUT).save(tmp_path / "p.safetensors")
+    content = path.read_bytes()
+    text = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["fedbpt"]
+    old = {name: value for name, value in json.loads(text).items() if name != "others"}
+    assert "others" in json.loads(text)
+    tensors = safetensors.numpy.load(content)
+    path.write_bytes(safetensors.numpy.save(tensors, metadata={"fedbpt": json.dumps(old)}))
+    assert Prompt.load(path) == make(**READOUT)
+
+
+MOOD = Task(
+    name="mood",
+    labels=("bad", "good"),
+    templates=(Template(pattern="{text}\nMood:", label_words=(" bad", " good")), OTHERS["others"][0]),
+    max_text_tokens=17,
+    max_words=9,
+    text_columns=("review", "{title} {body}"),
+    label_column="stars",
+)
+
+
+def as_of_format_1(path: Path) -> Path:
+    """The file as the version before wrote it: with the task's name and labels alone."""
+    content = path.read_bytes()
+    text = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["fedbpt"]
+    header = {name: value for name, value in json.loads(text).items() if name != "task"}
+    metadata = {"fedbpt": json.dumps({**header, "format": 1})}
+    path.write_bytes(safetensors.numpy.save(safetensors.numpy.load(content), metadata=metadata))
+    return path
+
+
+def test_a_prompt_carries_its_whole_task(tmp_path: Path) -> None:
+    prompt = make(task=MOOD)
+    assert Prompt.load(prompt.save(tmp_path / "p.safetensors")).task == MOOD
+    assert prompt != make()
+    assert prompt.with_rows(prompt.rows + 1, ()).task == MOOD
+
+
+def test_a_file_of_format_1_knows_a_task_that_is_built_in_and_no_other(tmp_path: Path) -> None:
+    own = Prompt.load(as_of_format_1(make(task=MOOD, **OTHERS).save(tmp_path / "own.safetensors")))
+    assert own == make(**OTHERS)
+    assert own.task is None
+    sst_2 = BUILTIN["sst-2"]
+    built_in = make(task_name="sst-2", labels=sst_2.labels, task=sst_2)
+    assert Prompt.load(as_of_format_1(built_in.save(tmp_path / "sst.safetensors"))) == built_in
+    namesake = make(task_name="sst-2", task=Task(name="sst-2", labels=MOOD.labels, templates=MOOD.templates))
+    assert Prompt.load(as_of_format_1(namesake.save(tmp_path / "namesake.safetensors"))).task is None
+
+
+def test_a_format_to_come_is_refused_with_its_number(tmp_path: Path) -> None:
+    path = altered(make().save(tmp_path / "p.safetensors"), {"format": 3, "what_there_will_be": 1})
+    with pytest.raises(PromptError, match="format 3"):
+        Prompt.load(path)
+
+
+@pytest.mark.parametrize("changes", [{"name": "other"}, {"labels": ("good", "bad")}])
+def test_a_prompt_of_another_task_is_refused(tmp_path: Path, changes: dict) -> None:
+    other = msgspec.structs.replace(MOOD, **changes)
+    with pytest.raises(InputError):
+        make(task=other)
+    path = altered(make(task=MOOD).save(tmp_path / "p.safetensors"), {"task": msgspec.to_builtins(other)})
+    with pytest.raises(PromptError, match="damaged"):
+        Prompt.load(path)
+
+
+def test_prompts_that_differ_in_their_other_templates_are_not_equal() -> None:
+    changed = OTHERS["other_weights"].copy()
+    changed[1, 3, 1] += 1
+    assert make(**OTHERS) == make(**OTHERS)
+    assert make(**OTHERS) != make(**{**OTHERS, "other_weights": changed})
+    assert make(**OTHERS) != make(**{**OTHERS, "others": OTHERS["others"][::-1]})
+    assert make(**OTHERS) != make(**READOUT)
+
+
+@pytest.mark.parametrize(
+    ("header", "tensors"),
+    [
+        ({"others": []}, {}),
+        ({}, {"other_weights": None}),
+        ({}, {"other_weights": np.zeros((1, 4, 2), np.float32)}),
+        ({}, {"other_weights": np.zeros((2, 3, 2), np.float32)}),
+        ({}, {"other_weights": np.zeros((2, 4, 3), np.float32)}),
+        ({}, {"other_weights": np.zeros((2, 8), np.float32)}),
+        ({}, {"other_weights": np.array(1, np.float32)}),
+        ({}, {"other_weights": np.full((2, 4, 2), np.inf, np.float32)}),
+        ({}, {"word_ids": np.array(1, np.int32)}),
+        ({"others": [{"pattern": "{text}", "label_words": [" a"]}] * 2}, {}),
+        ({"others": "none"}, {}),
+    ],
+    ids=["no templates", "no weights", "too few", "other words", "other labels", "flat", "a number", "infinity",
+         "word ids that are a number", "a label word too few", "not a list"],
+)  # fmt: skip
+def test_a_file_with_damaged_other_templates_is_one_line(tmp_path: Path, header: dict, tensors: dict) -> None:
+    path = altered(make(**OTHERS).save(tmp_path / "p.safetensors"), header, **tensors)
+    with pytest.raises(PromptError, match="damaged") as error:
+        Prompt.load(path)
+    one_line(error)
+
+
+def test_a_file_with_other_templates_but_no_words_is_refused(tmp_path: Path) -> None:
+    path = altered(make(**OTHERS).save(tmp_path / "p.safetensors"), word_ids=None, word_weights=None)
+    with pytest.raises(PromptError, match="not a prompt"):
+        Prompt.load(path)
+
+
+@settings(deadline=None)
+@given(text=st.text(max_size=40).filter(lambda s: s.isprintable()))
+def test_any_text_survives_in_the_metadata(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.mktemp("p") / "p.safetensors"
+    prompt = make(task_name=text, template=Template(pattern=text + "{text}\n", label_words=(text + "a", text + "b")))
+    prompt.save(path)
+    assert Prompt.load(path) == prompt
+
+
+def test_the_label_bias_is_zero_unless_given() -> None:
+    assert make(label_bias=None).label_bias.tolist() == [0, 0]
+
+
+def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    one, other = make().save(tmp_path / "a"), make().save(tmp_path / "b")
+    assert one.read_bytes() == other.read_bytes()
+
+
+def one_line(error: pytest.ExceptionInfo[PromptError]) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(PromptError) as error:
+        Prompt.load(tmp_path / "none.safetensors")
+    assert "none.safetensors" in one_line(error)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello, I am text", b"\xff" * 100, b"\x02\0\0\0\0\0\0\0{}"])
+def test_a_file_of_another_kind_is_one_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "p.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(PromptError) as error:
+        Prompt.load(path)
+    one_line(error)
+
+
+@pytest.mark.parametrize("keep", [4, 60, 300, -1])
+def test_a_file_cut_short_is_one_line(tmp_path: Path, keep: int) -> None:
+    path = make().save(tmp_path / "p.safetensors")
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(PromptError) as error:
+        Prompt.load(path)
+    assert "p.safetensors" in one_line(error)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        None,
+        {"other": "x"},
+        {"fedbpt": "{"},
+        {"fedbpt": "[]"},
+        {"fedbpt": '{"format": 1}'},
+        {"fedbpt": '{"format": 99}'},
+    ],
+)
+def test_missing_or_odd_metadata_is_one_line(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+    path = tmp_path / "p.safetensors"
+    tensors = {"rows": np.zeros((2, 8), np.float32), "label_bias": np.zeros(2, np.float32)}
+    path.write_bytes(safetensors.numpy.save(tensors, metadata=metadata))
+    with pytest.raises(PromptError) as error:
+        Prompt.load(path)
+    one_line(error)
+
+
+def test_a_file_with_nan_is_damaged(tmp_path: Path) -> None:
+    path = make().save(tmp_path / "p.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-4:] = np.float32("nan").tobytes()
+    path.write_bytes(bytes(content))
+    with pytest.raises(PromptError, match="damaged"):
+        Prompt.load(path)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match="cannot write"):
+        make().save(tmp_path / "no" / "p.safetensors")
+
+
+def test_the_right_model_passes() -> None:
+    make().check(ToyScorer())
+
+
+def test_the_wrong_model_is_refused_by_name() -> None:
+    with pytest.raises(PromptError) as error:
+        make().check(ToyScorer(seed=1, name="other-7b"))
+    assert "toy" in one_line(error)
+    assert "other-7b" in one_line(error)
+
+
+def test_the_callers_rows_are_copied() -> None:
+    rows = np.ones((2, 8), dtype=np.float32)
+    prompt = make(rows=rows)
+    rows[:] = 0
+    assert (prompt.rows == 1).all()
+
+
+def test_its_repr_says_what_it_is() -> None:
+    assert "mood" in repr(make())
+    assert "2 x 8 cue" in repr(make())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rows": np.zeros((3, 8))},
+        {"rows": np.zeros(8)},
+        {"rows": np.full((2, 8), np.nan)},
+        {"label_bias": np.zeros(3)},
+        {"labels": ("only",), "label_bias": None},
+        {"word_ids": READOUT["word_ids"]},
+        {"word_weights": READOUT["word_weights"]},
+        {**READOUT, "word_ids": np.array([1, 2])},
+        {**READOUT, "word_ids": np.array([[1, 2, 3]])},
+        {**READOUT, "word_weights": np.zeros((3, 3))},
+        {**READOUT, "word_weights": np.full((3, 2), np.nan)},
+        {**OTHERS, "others": ()},
+        {**READOUT, "others": OTHERS["others"]},
+        {**OTHERS, "others": (OTHERS["others"][0], Template(pattern="{text}", label_words=("a", "b", "c")))},
+        {**OTHERS, "other_weights": OTHERS["other_weights"][:, :3]},
+        {**OTHERS, "other_weights": np.full((2, 4, 2), np.nan)},
+        {"template": Template(pattern="{text}", label_words=("a",))},
+        {"history": ({"x": object()},)},
+        {"history": ({"x": float("nan")},)},
+    ],
+)
+def test_what_makes_no_sense_is_refused(changes: dict) -> None:
+    with pytest.raises(InputError):
+        make(**changes)

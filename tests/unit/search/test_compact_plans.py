@@ -1,0 +1,175 @@
+"""The short forms of plans and reports: the other side makes the same bits of them, or says that it cannot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from fedbpt.aggregation import FedAvg, FedBPT, Pooled
+from fedbpt.errors import DeviceRefusedError, WireError
+from fedbpt.protocol.codec import encode
+from fedbpt.protocol.messages import (
+    Array,
+    ObjectiveSpec,
+    PromptSpec,
+    RanksResult,
+    RoundPlan,
+    RoundReport,
+    Template,
+    Work,
+)
+from fedbpt.search.compact_plans import Replayer, may_shorten, short_plan, short_report, whole_report
+from fedbpt.search.local_search import local_search, local_seed
+from tests.support.fake_device import TOY
+from tests.support.toy_federation import answer, report
+
+D, SEED = 320, 5  # of two-point step sizes, whose pair is a part of the state
+
+
+def plan(work: Work, round: int = 1) -> RoundPlan:
+    return RoundPlan(
+        run="r", round=round, device="a", seed=SEED, model_fingerprint="sha256:0", task=TOY,
+        labels=("x", "y"),
+        template=Template(pattern="{text} It was", label_words=(" bad", " good")), prompt=PromptSpec(d=D),
+        objective=ObjectiveSpec(), work=work,
+    )  # fmt: skip
+
+
+def loss(latents: np.ndarray) -> np.ndarray:
+    return np.asarray(((latents - 0.3) ** 2).sum(axis=1))
+
+
+def step(search: Pooled, round: int) -> None:
+    search.update([answer(search.work(round), "a", round, loss, SEED)])
+
+
+def test_a_device_makes_each_generation_from_the_latest_ranks():
+    search, device, known = Pooled(D, popsize=6, seed=SEED), Replayer(), 0
+    for round in range(5):
+        wanted = plan(search.work(round), round)
+        short = short_plan(wanted, search.history(), known)
+        assert device.whole(short) == wanted
+        assert device.whole(short) == wanted  # the answer was lost, the plan comes again
+        assert len(encode(short)) < len(encode(wanted)) / 4
+        known = round
+        step(search, round)
+
+
+def test_a_device_that_was_not_asked_for_some_rounds_hears_all_their_ranks():
+    search, device = Pooled(D, popsize=6, seed=SEED), Replayer()
+    device.whole(short_plan(plan(search.work(0)), search.history(), 0))
+    for round in range(4):
+        step(search, round)
+    wanted = plan(search.work(4), 4)
+    assert device.whole(short_plan(wanted, search.history(), 0)) == wanted
+
+
+def test_a_device_that_lost_its_search_says_so_and_takes_all_ranks():
+    search = Pooled(D, popsize=6, seed=SEED)
+    for round in range(3):
+        step(search, round)
+    wanted, new = plan(search.work(3), 3), Replayer()
+    with pytest.raises(DeviceRefusedError, match="all of its ranks") as caught:
+        new.whole(short_plan(wanted, search.history(), 2))
+    assert caught.value.code == "unknown-search"
+    assert new.whole(short_plan(wanted, search.history(), 0)) == wanted
+
+
+def test_a_search_that_began_anew_is_replayed_from_its_own_start():
+    search, device = Pooled(D, popsize=6, seed=SEED), Replayer()
+    for round in range(3):
+        step(search, round)
+    device.whole(short_plan(plan(search.work(3)), search.history(), 0))
+    search.restart(np.linspace(-1, 1, D))
+    for round in range(3, 5):
+        step(search, round)
+    wanted, history = plan(search.work(5), 5), search.history()
+    assert history.first == 3
+    assert len(history.ranks) == 2 * 6
+    assert device.whole(short_plan(wanted, history, history.first)) == wanted
+
+
+def test_another_state_is_refused_and_forgotten():
+    search, device = Pooled(D, popsize=6, seed=SEED), Replayer()
+    step(search, 0)
+    wanted = plan(search.work(1), 1)
+    other = msgspec.structs.replace(search.history(), ranks=bytes([5, 4, 3, 2, 1, 0]))
+    with pytest.raises(DeviceRefusedError, match="another state") as caught:
+        device.whole(short_plan(wanted, other, 0))
+    assert caught.value.code == "replay-differs"
+    assert device.whole(short_plan(wanted, search.history(), 0)) == wanted
+
+
+@pytest.mark.parametrize("ranks", [b"\x00\x01\x02", b"\x00\x00\x01\x02\x03\x04", b"\x00\x01\x02\x03\x04\x06"])
+def test_ranks_that_are_none_are_refused(ranks: bytes):
+    search = Pooled(D, popsize=6, seed=SEED)
+    history = msgspec.structs.replace(search.history(), ranks=ranks)
+    with pytest.raises(WireError, match="ranks"):
+        Replayer().whole(short_plan(plan(search.work(0)), history, 0))
+
+
+def test_a_short_plan_asks_for_no_more_than_a_whole_one_could():
+    search = Pooled(D, popsize=6, seed=SEED)
+    short = short_plan(plan(search.work(0)), search.history(), 0)
+    vast = msgspec.structs.replace(short, prompt=PromptSpec(d=10**12))
+    with pytest.raises(WireError, match="send the state"):
+        Replayer().whole(vast)
+    long = msgspec.structs.replace(search.history(), ranks=bytes(range(6)) * (12 * D))
+    with pytest.raises(WireError, match="send the state"):
+        Replayer().whole(short_plan(plan(search.work(0)), long, 0))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"sigma0": 5e-324}, {"sigma0": 1e-200}, {"sigma0": 1.7e308}),
+        {"start": Array.of(np.full(D, 1e9)), "ranks": b""},  # with ranks it would come back into bounds
+    ],
+)
+def test_a_search_whose_state_no_message_may_hold_is_refused_and_forgotten(changes: dict[str, Any]):
+    search, device = Pooled(D, popsize=6, seed=SEED), Replayer()
+    wanted = plan(search.work(0))
+    short = short_plan(wanted, search.history(), 0)
+    history = msgspec.structs.replace(search.history(), **{"ranks": bytes(range(6)) * 8, **changes})
+    with pytest.raises(WireError, match=r"sigma0|no message may hold"):
+        device.whole(msgspec.structs.replace(short, work=msgspec.structs.replace(short.work, history=history)))
+    assert device.whole(short) == wanted
+
+
+def test_populations_over_a_byte_have_no_short_form():
+    assert Pooled(8, popsize=257).history() is None
+    assert FedAvg(8).history() is None
+
+
+def local_report(asked: RoundPlan) -> RoundReport:
+    found = local_search(asked.work, local_seed(asked), lambda latents, _: loss(latents))
+    return report("a", 1, found.with_fitness(0.25))
+
+
+def test_a_coordinator_makes_a_local_search_from_its_ranks():
+    asked = plan(FedAvg(D, popsize=6, iterations=4).work(1))
+    whole = local_report(asked)
+    short = short_report(whole)
+    assert len(encode(short)) < len(encode(whole)) / 6
+    assert whole_report(short, asked) == whole
+    assert whole_report(whole, asked) == whole
+
+
+def test_a_local_search_that_comes_out_otherwise_is_not_used():
+    asked = plan(FedAvg(D, popsize=6, iterations=4).work(1))
+    short = short_report(local_report(asked))
+    assert isinstance(short.result, RanksResult)
+    elsewhere = msgspec.structs.replace(short.result, check=32 * "0")
+    assert whole_report(msgspec.structs.replace(short, result=elsewhere), asked) is None
+    fewer = msgspec.structs.replace(short.result, ranks=short.result.ranks[:6])
+    with pytest.raises(WireError, match="1 generations, the plan asks for 4"):
+        whole_report(msgspec.structs.replace(short, result=fewer), asked)
+
+
+def test_only_cheap_searches_are_repeated():
+    assert may_shorten(FedAvg(D).work(1))
+    assert not may_shorten(FedBPT(8).work(1))
+    assert not may_shorten(Pooled(D).work(1))
