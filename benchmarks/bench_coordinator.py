@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 from virtual_devices import TASK, VirtualDevice, call_in, info_of, report_on
 
-from fedbpt.api import aggregator_for
 from fedbpt.coordinator.clients import DeviceClient, InProcessClient
 from fedbpt.coordinator.enrolment import DeviceRegistry
 from fedbpt.coordinator.federation import Federation
@@ -100,7 +99,7 @@ def coordinate(folder: Path, n_devices: int, rounds: int, port: int) -> None:
             stack.callback(worker.close)
             clients = [InProcessClient(InstantDevice(f"d{i}"), worker=worker) for i in range(n_devices)]
         before, began = time.process_time(), time.monotonic()
-        Federation(clients, TASK, settings, aggregator_for(settings), store, "r", watch).run()
+        Federation(clients, TASK, settings, settings.aggregator(), store, "r", watch).run()
         cpu, seconds = time.process_time() - before, time.monotonic() - began
     print(json.dumps({"cpu_s": cpu, "seconds": seconds, "reports": n_devices * rounds, "rss": rss}), flush=True)
 

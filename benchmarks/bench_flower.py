@@ -32,7 +32,6 @@ from typing import Any
 from bench_coordinator import POPSIZE, TASK, D, InstantDevice, enrol
 
 from fedbpt import tasks
-from fedbpt.api import aggregator_for
 from fedbpt.coordinator.clients import DeviceClient, InProcessClient
 from fedbpt.coordinator.enrolment import DeviceRegistry
 from fedbpt.coordinator.federation import Federation
@@ -252,7 +251,7 @@ def until(condition: Callable[[], bool], seconds: float = 300.0) -> None:
 def tune(clients: list[DeviceClient], rounds: int, path: Path) -> str:
     with RunStore(path) as store:
         asked = settings(rounds)
-        return Federation(clients, TASK, asked, aggregator_for(asked), store, "r").run().digest
+        return Federation(clients, TASK, asked, asked.aggregator(), store, "r").run().digest
 
 
 # --- without sockets -------------------------------------------------------------------------------------------------
@@ -353,7 +352,7 @@ def natively(path: Path, of: RunResult, given: dict[str, Any], n_devices: int) -
     worker = Worker("devices")
     clients = [InProcessClient(make_device(context, DeviceState()), worker=worker) for context in contexts]
     with RunStore(path) as store:
-        search = aggregator_for(of.settings)
+        search = of.settings.aggregator()
         result = Federation(clients, tasks.load("bbc-news"), of.settings, search, store, "r").run()
     worker.close()
     return result

@@ -32,7 +32,6 @@ from peers import UnavailableError
 
 import fedbpt
 from fedbpt import tasks
-from fedbpt.api import aggregator_for
 from fedbpt.coordinator.clients.in_process import InProcessClient
 from fedbpt.coordinator.federation import Federation
 from fedbpt.device.device import Device
@@ -185,7 +184,7 @@ def federated(
         for budget in args.evaluations:
             settings = settings_of(args, task, seed, budget)
             clients = [InProcessClient(device) for device in devices]
-            federation = Federation(clients, task, settings, aggregator_for(settings), store, "bench")
+            federation = Federation(clients, task, settings, settings.aggregator(), store, "bench")
             result = federation.run()
             yield {
                 "evaluations": result.evaluations,

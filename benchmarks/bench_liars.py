@@ -25,7 +25,6 @@ from bench_learning import FILES, Judge, read_rows, shots
 
 import fedbpt
 from fedbpt import tasks
-from fedbpt.api import aggregator_for
 from fedbpt.coordinator.clients.in_process import InProcessClient
 from fedbpt.coordinator.federation import Federation
 from fedbpt.device.device import Device
@@ -86,7 +85,7 @@ def tuned(
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, RunStore(Path(folder) / "runs.db") as store:
         clients = [InProcessClient(device) for device in devices]
-        return settings, Federation(clients, task, settings, aggregator_for(settings), store, "bench").run()
+        return settings, Federation(clients, task, settings, settings.aggregator(), store, "bench").run()
 
 
 def data(args: argparse.Namespace, seed: int) -> tuple[list[Row], list[Row], list[Row]]:

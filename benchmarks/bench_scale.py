@@ -32,7 +32,6 @@ import httpx
 import numpy as np
 from bench_coordinator import POPSIZE, TASK, D, InstantDevice, enrol
 
-from fedbpt.api import aggregator_for
 from fedbpt.coordinator.clients import DeviceClient, InProcessClient
 from fedbpt.coordinator.enrolment import DeviceRegistry
 from fedbpt.coordinator.federation import Federation
@@ -147,7 +146,7 @@ def idle_fleet(n: int, rounds: int) -> float:
     clients: list[DeviceClient] = [InProcessClient(InstantDevice(f"d{i}"), worker=worker) for i in range(n)]
     with tempfile.TemporaryDirectory() as folder, RunStore(Path(folder) / "runs.db") as store:
         before = time.process_time()
-        Federation(clients, TASK, asked, aggregator_for(asked), store, "r").run()
+        Federation(clients, TASK, asked, asked.aggregator(), store, "r").run()
         spent = time.process_time() - before
     worker.close()
     return spent

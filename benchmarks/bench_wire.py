@@ -14,7 +14,9 @@ import cma
 import msgspec
 import numpy as np
 
-from fedbpt.aggregation import FedAvg, FedBPT, Pooled
+from fedbpt.aggregation.fedavg import FedAvg
+from fedbpt.aggregation.fedbpt import FedBPT
+from fedbpt.aggregation.pooled import Pooled
 from fedbpt.protocol import codec
 from fedbpt.protocol.messages import (
     Array,

@@ -17,7 +17,6 @@ from peers.pytorch import load_gguf
 
 import fedbpt
 from fedbpt import tasks
-from fedbpt.api import aggregator_for
 from fedbpt.coordinator.clients.in_process import InProcessClient
 from fedbpt.coordinator.federation import Federation
 from fedbpt.device.device import Device
@@ -39,7 +38,7 @@ def calibrated(
     """The training rows for the template that a run of one generation selects, corrected by its bias."""
     with tempfile.TemporaryDirectory() as folder, RunStore(Path(folder) / "runs.db") as store:
         clients = [InProcessClient(Device("d", scorer, train, task=task))]
-        result = Federation(clients, task, settings, aggregator_for(settings), store, "bench").run()
+        result = Federation(clients, task, settings, settings.aggregator(), store, "bench").run()
     objective = Objective(scorer, result.template, task.labels, train, settings.objective, settings.prompt)
     objective.readout = result.lines()["calibrated"][1]
     return objective, objective.readout

@@ -17,7 +17,6 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
-from fedbpt.aggregation import Aggregator, make_aggregator
 from fedbpt.coordinator.curves import curves_of
 from fedbpt.coordinator.federation import Federation
 from fedbpt.coordinator.one_machine import NAME, clients_of, digest_of_rows, run_alone, settings_alone
@@ -80,6 +79,8 @@ def tune(
     prompt: PromptSpec | None = None,
     objective: ObjectiveSpec | None = None,
     popsize: int = POPSIZE,
+    method: str = "pooled",
+    iterations: int = 8,
     evaluate_every: int | None = None,
     patience: int = 0,
     restarts: int = 0,
@@ -103,6 +104,7 @@ def tune(
         objective: loss and mini-batch size.
         popsize, evaluate_every: candidates a generation, λ; generations between evaluations on ``dev``, None: at most
             10, and so few that there are eight evaluations.
+        method, iterations: the aggregation (`fedbpt.aggregation.methods`), and the generations of its local searches.
         patience: so many of those without a lower loss end the search, and the best mean counts; 0: never.
         restarts: so often the search begins anew from the best mean when patience runs out, instead of ending.
         balanced: weigh the rows' losses so that every label counts alike, however many rows it has.
@@ -119,9 +121,17 @@ def tune(
     for note in word_notes(scorer, task):
         log.warning("%s", note)
     splits = [to_rows(train, task), *([] if given is None else to_rows(given, task) for given in (dev, test))]
-    options = {"popsize": popsize, "patience": patience, "restarts": restarts, "balanced": balanced}
+    options: dict[str, Any] = {
+        "popsize": popsize,
+        "method": method,
+        "iterations": iterations,
+        "patience": patience,
+        "restarts": restarts,
+        "balanced": balanced,
+        "ensemble": ensemble,
+    }
     every = evaluate_every if splits[1] else 0
-    settings = settings_for(task, budget, seed, prompt, objective, every, ensemble=ensemble, **options)
+    settings = settings_for(task, budget, seed, prompt, objective, every, **options)
     return _tune(scorer, task, splits, settings, store, run, on_event, show)
 
 
@@ -168,7 +178,7 @@ def _tune(
         client = stack.enter_context(clients_of(Device(NAME, scorer, *splits, task=task)))
 
         def begin(settings: RunSettings) -> Federation:
-            search, rows = aggregator_for(settings), digest_of_rows(*splits)
+            search, rows = settings.aggregator(), digest_of_rows(*splits)
             return Federation([client()], task, settings, search, opened, run, tell, rows=rows)
 
         ended = run_alone(begin, settings)
@@ -191,14 +201,6 @@ def _told(*listeners: Callable[[Event], None]) -> Callable[[Event], None]:
             listener(event)
 
     return tell
-
-
-def aggregator_for(settings: RunSettings) -> Aggregator:
-    """The aggregator that ``settings.method`` names, before its first round."""
-    return make_aggregator(
-        settings.method, settings.prompt, settings.popsize, settings.iterations, settings.seed, settings.robust,
-        settings.byzantine,
-    )  # fmt: skip
 
 
 def make_prompt(scorer: Scorer, task: Task, result: RunResult) -> Prompt:

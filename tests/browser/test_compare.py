@@ -12,7 +12,6 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
 from fedbpt import PromptSpec, load_model
-from fedbpt.api import aggregator_for
 from fedbpt.coordinator.clients import InProcessClient
 from fedbpt.coordinator.federation import Federation
 from fedbpt.dashboard.comparing import comparing
@@ -134,7 +133,7 @@ def test_texts_are_generated_side_by_side(tmp_path: Path, fleet: Fleet, open_pag
     settings = RunSettings(rounds=1, popsize=4, prompt=PromptSpec(d=6)).for_labels(())
     client = InProcessClient(Device("a", scorer, manner_rows(6), test_rows=manner_rows(2, 6), task=task))
     with RunStore(tmp_path / "runs.db") as store:
-        result = Federation([client], task, settings, aggregator_for(settings), store, "manner").run()
+        result = Federation([client], task, settings, settings.aggregator(), store, "manner").run()
     expected: dict[Side, str] = {"original": "", "tuned": ""}
     for side, piece in comparing(scorer, task, result).generate("question 3", max_tokens=DEFAULT_TOKENS):
         expected[side] += piece
@@ -169,7 +168,7 @@ def test_nothing_that_others_wrote_runs_as_a_script(tmp_path: Path, fleet: Fleet
     write_rows(tmp_path / "rows.jsonl", mine, labels)
     with RunStore(tmp_path / "runs.db") as store:
         client = InProcessClient(Device("a", scorer, mine, test_rows=mine, task=task))
-        Federation([client], task, settings, aggregator_for(settings), store, "mood").run()
+        Federation([client], task, settings, settings.aggregator(), store, "mood").run()
         store.record_losses("mood", 1, {"a": labels[0] + labels[1]})
     more = ("--model", model, "--task", tmp_path / "mood.json", "--questions", tmp_path / "rows.jsonl")
     url = shown(fleet, "mood", tmp_path / "runs.db", *more)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
-from fedbpt.api import aggregator_for
 from fedbpt.coordinator.clients import DeviceClient, HttpClient, InProcessClient
 from fedbpt.coordinator.federation import Federation
 from fedbpt.device.agent import AgentService
@@ -28,7 +27,7 @@ def device(name: str) -> Device:
 
 def tuned(path: Path, clients: list[DeviceClient]) -> RunResult:
     with RunStore(path) as store:
-        return Federation(clients, TASK, SETTINGS, aggregator_for(SETTINGS), store, "r").run()
+        return Federation(clients, TASK, SETTINGS, SETTINGS.aggregator(), store, "r").run()
 
 
 def test_the_same_devices_give_the_same_digest_by_every_transport_and_mixed(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from fedbpt.api import aggregator_for
 from fedbpt.coordinator.clients import InProcessClient
 from fedbpt.coordinator.enrolment import DeviceRegistry
 from fedbpt.coordinator.federation import Federation
@@ -39,7 +38,7 @@ def device(name: str) -> Device:
 
 def tuned(path: Path, clients: list[InProcessClient]) -> RunResult:
     with RunStore(path) as store:
-        return Federation(clients, TASK, SETTINGS, aggregator_for(SETTINGS), store, "r").run()
+        return Federation(clients, TASK, SETTINGS, SETTINGS.aggregator(), store, "r").run()
 
 
 @pytest.mark.parametrize("fault", FAULTS if ALL else ["duplicate", "unacknowledged", "stall"])

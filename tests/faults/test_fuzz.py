@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from fedbpt.aggregation import Pooled
+from fedbpt.aggregation.pooled import Pooled
 from fedbpt.coordinator.clients.mailbox import PostOffice
 from fedbpt.coordinator.enrolment import DeviceRegistry
 from fedbpt.coordinator.http import build_app as build_coordinator

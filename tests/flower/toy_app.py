@@ -7,7 +7,6 @@ from typing import Any
 
 from flwr.app import Context
 
-from fedbpt.api import aggregator_for
 from fedbpt.coordinator.clients import InProcessClient
 from fedbpt.coordinator.federation import Federation
 from fedbpt.device.device import Device
@@ -45,4 +44,4 @@ def make_device(context: Context, state: DeviceState) -> Device:
 def natively(path: Path, n_devices: int, asked: RunSettings) -> RunResult:
     with RunStore(path) as store:
         clients = [InProcessClient(device(number)) for number in range(n_devices)]
-        return Federation(clients, TASK, asked, aggregator_for(asked), store, "r").run()
+        return Federation(clients, TASK, asked, asked.aggregator(), store, "r").run()

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.aggregation.base import accepted, latents_of, weighted_sum, weights_of
-from fedbpt.aggregation.robust import Robust, centre, check_robust, reports_needed
+from fedbpt.aggregation.methods import Method, register
+from fedbpt.aggregation.robust import Robust, centre, reports_needed
 from fedbpt.errors import InputError
 from fedbpt.protocol.messages import Array, LocalResult, LocalWork, RoundReport, SearchState
 from fedbpt.search.cma_es import farthest, step_within
@@ -46,7 +47,7 @@ class FedAvg:
             raise InputError(f"d and iterations must be at least 1, got {d} and {iterations}")
         if not (math.isfinite(sigma0) and sigma0 > 0):
             raise InputError(f"sigma0 must be positive and finite, got {sigma0}")
-        check_robust("fedavg", robust)
+        METHOD.check_robust(robust)
         self._robust: Robust = robust
         self._byzantine = byzantine
         self.min_reports = reports_needed(robust, byzantine)
@@ -94,3 +95,13 @@ class FedAvg:
 
     def __repr__(self) -> str:
         return f"FedAvg(d={len(self._mean)}, round={self._rounds}, σ={self._sigma:.3g})"
+
+
+METHOD = register(
+    Method(
+        name="fedavg",
+        make=lambda s: FedAvg(s.d, s.sigma0, s.popsize, s.iterations, s.robust, s.byzantine),
+        robust=("none", "median", "trimmed-mean", "krum"),
+        local=True,
+    )
+)

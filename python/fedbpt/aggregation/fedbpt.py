@@ -38,7 +38,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.aggregation.base import accepted, latents_of
-from fedbpt.aggregation.robust import Robust, check_robust, krum, reports_needed
+from fedbpt.aggregation.methods import Method, register
+from fedbpt.aggregation.robust import Robust, krum, reports_needed
 from fedbpt.errors import InputError
 from fedbpt.protocol.messages import LocalResult, LocalWork, RoundReport
 from fedbpt.search.cma_es import CmaUpdate, Covariance, farthest, step_within
@@ -79,7 +80,7 @@ class FedBPT:
         if iterations < 1:
             raise InputError(f"iterations must be at least 1, got {iterations}")
         self._n_devices = n_devices if compat else None
-        check_robust("fedbpt", robust)
+        METHOD.check_robust(robust)
         self._n_liars = 0 if robust == "none" else byzantine
         self.min_reports = self._n_devices or max(2, reports_needed(robust, byzantine))
         self._popsize = popsize
@@ -151,3 +152,15 @@ class FedBPT:
 
     def __repr__(self) -> str:
         return f"FedBPT(d={self._d}, round={self._server.generation}, local σ={self._local_sigma:.3g})"
+
+
+# Krum only: the server ranks the means by their fitness, so it needs means that were sent, not coordinates of several.
+METHOD = register(
+    Method(
+        name="fedbpt",
+        make=lambda s: FedBPT(s.d, s.sigma0, s.popsize, s.iterations, robust=s.robust, byzantine=s.byzantine),
+        robust=("none", "krum"),
+        local=True,
+        private=False,
+    )
+)

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.aggregation.base import accepted, latents_of, weights_of
-from fedbpt.aggregation.robust import Robust, centre, check_robust, reports_needed
+from fedbpt.aggregation.methods import Method, register
+from fedbpt.aggregation.robust import Robust, centre, reports_needed
 from fedbpt.protocol.messages import Array, PooledResult, PooledWork, RoundReport, SearchHistory
 from fedbpt.search.cma_es import MOST_RANKED, CmaSearch, Covariance, StepSize, rank_bytes
 
@@ -51,7 +52,7 @@ class Pooled:
         robust: Robust = "none",
         byzantine: int = 1,
     ) -> None:
-        check_robust("pooled", robust)
+        METHOD.check_robust(robust)
         self._robust: Robust = robust
         self._byzantine = byzantine
         self.min_reports = reports_needed(robust, byzantine)
@@ -107,3 +108,13 @@ class Pooled:
 
     def __repr__(self) -> str:
         return f"Pooled({self._search!r})"
+
+
+# Without Krum, which would keep the losses of one device's mini-batch.
+METHOD = register(
+    Method(
+        name="pooled",
+        make=lambda s: Pooled(s.d, s.sigma0, s.popsize, s.seed, robust=s.robust, byzantine=s.byzantine),
+        robust=("none", "median", "trimmed-mean", "rank"),
+    )
+)

@@ -21,25 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.aggregation.base import weighted_sum
-from fedbpt.errors import ConfigError, InputError
+from fedbpt.errors import InputError
 
 Floats: TypeAlias = NDArray[np.float64]
 Robust: TypeAlias = Literal["none", "median", "trimmed-mean", "krum", "rank"]
-
-USED_BY: dict[str, tuple[Robust, ...]] = {
-    "pooled": ("none", "median", "trimmed-mean", "rank"),
-    "fedavg": ("none", "median", "trimmed-mean", "krum"),
-    "fedbpt": ("none", "krum"),
-}
-"""What goes with which method. Of losses Krum would keep one device's mini-batch; FedBPT's server ranks the means by
-their fitness, so it needs means that were sent, and coordinates of several are none."""
-
-
-def check_robust(method: str, robust: Robust) -> None:
-    """Raises `ConfigError` for a method that ``robust`` does not go with."""
-    if robust not in USED_BY[method]:
-        choices = ", ".join(USED_BY[method])
-        raise ConfigError(f"robust = {robust!r} does not go with method {method!r}: choose of {choices}")
 
 
 def reports_needed(robust: Robust, byzantine: int) -> int:

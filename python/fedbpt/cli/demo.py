@@ -17,7 +17,7 @@ import typer
 from rich.text import Text
 
 from fedbpt import models, tasks
-from fedbpt.api import aggregator_for, evaluate, make_prompt
+from fedbpt.api import evaluate, make_prompt
 from fedbpt.cli.hint import print_hint
 from fedbpt.cli.models import progress_bar
 from fedbpt.cli.observe import Observers
@@ -105,7 +105,7 @@ def demo(
                 for listen in (record, display, watch):
                     listen(event)
 
-            aggregator = aggregator_for(settings)
+            aggregator = settings.aggregator()
             federation = Federation(clients, task, settings, aggregator, store, RUN, tell, observers.control, fresh)
             result = federation.run()
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from fedbpt.api import aggregator_for, make_prompt
+from fedbpt.api import make_prompt
 from fedbpt.cli.options import AsJson, Quiet, chosen_task, help_without_command, print_json
 from fedbpt.cli.report import print_result, result_as_json
 from fedbpt.coordinator.ledger import RunLedger, is_of
@@ -139,7 +139,7 @@ def replay_command(
     with open_store(store) as opened:
         found = opened.get_run(run)
         settings, result = codec.decode(found.settings, RunSettings), _result(found)
-        ledger = RunLedger(opened, run, run_task(found, task), settings, aggregator_for(settings))
+        ledger = RunLedger(opened, run, run_task(found, task), settings, settings.aggregator())
         n_rounds, digest = ledger.replay(), ledger.aggregator.digest()
     if result is not None and found.status == "finished" and digest != result.digest:
         raise StoreError(f"run {run} replays to {digest}, its result says {result.digest}: it was changed since")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from fedbpt.api import aggregator_for, make_prompt, require_model_of_run
+from fedbpt.api import make_prompt, require_model_of_run
 from fedbpt.cli.hint import print_hint
 from fedbpt.cli.observe import Observers, Watch
 from fedbpt.cli.options import print_json, teller
@@ -142,7 +142,7 @@ class Tuning:
             control = None if steering.stopped else steering  # stopped once, what is left is done
             fresh = self._fresh and not begun
             return Federation(
-                clients(), self._task, settings, aggregator_for(settings), store, self._config.run, tell, control,
+                clients(), self._task, settings, settings.aggregator(), store, self._config.run, tell, control,
                 fresh, rows,
             )  # fmt: skip
 
@@ -218,4 +218,4 @@ def print_plan_here(config: RunConfig, task: Task, device: Device, as_json: bool
 
 
 def _cost(config: RunConfig, task: Task, infos: Sequence[DeviceInfo]) -> RunCost:
-    return estimate(config.settings, task, infos, aggregator_for(config.settings))
+    return estimate(config.settings, task, infos, config.settings.aggregator())

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from fedbpt.aggregation import make_aggregator
 from fedbpt.aggregation.base import Aggregator
+from fedbpt.aggregation.methods import method_named
 from fedbpt.aggregation.readout import EXCHANGES, ReadoutFit
 from fedbpt.bench.measurement import Measurement, Projection
 from fedbpt.errors import ConfigError
@@ -123,7 +123,7 @@ def estimate(settings: RunSettings, task: Task, infos: Sequence[DeviceInfo], agg
             It names the nearest that is possible.
     """
     settings = settings.for_labels(task.labels)
-    local = settings.method != "pooled"
+    local = method_named(settings.method).local
     parts = [tokens_of(settings, task.templates, info) for info in infos]
     per_round = settings.popsize * settings.iterations + 1 if local else settings.popsize
     rounds = _rounds(settings, infos, parts, per_round)
@@ -162,8 +162,7 @@ def project(found: Measurement, task: Task, rows: int = 128) -> Projection:
         backend="any", n_train=rows, n_dev=0, n_test=0, ram_bytes=found.ram_bytes, rss_bytes=0, peak_rss_bytes=0,
         shares_beginnings=True,
     )  # fmt: skip
-    aggregator = make_aggregator(settings.method, settings.prompt, settings.popsize, settings.iterations, settings.seed)
-    cost = estimate(settings, task, [info], aggregator)
+    cost = estimate(settings, task, [info], settings.aggregator())
     [device] = cost.devices
     search = cost.rounds * device.round
     candidates = found.cue if settings.prompt.placement == "cue" else found.front
@@ -192,10 +191,9 @@ def tokens_of(settings: RunSettings, templates: Sequence[Template], info: Device
     a_candidate = a_text * batch + Tokens(0 if cue else prompt.n_prompt)
     if objective.perturb > 0:
         a_candidate += Tokens(text + prompt.n_prompt, words) * batch
-    if settings.method == "pooled":
-        each = a_candidate * settings.popsize
-    else:  # and the mean on all rows
-        each = a_candidate * (settings.popsize * settings.iterations) + a_text * n_rows
+    each = a_candidate * settings.popsize
+    if method_named(settings.method).local:  # and the mean on all rows
+        each = each * settings.iterations + a_text * n_rows
     fits = settings.calibrate or objective.readout_words > 0
     fitted = min(settings.fit_rows or n_rows, n_rows) if fits else 0
     a_fit = Tokens(prompt.n_prompt if cue else prompt.n_prompt + text, words) * fitted
@@ -279,7 +277,7 @@ def _bytes(settings: RunSettings, task: Task, rounds: int, aggregator: Aggregato
         state = msgspec.structs.replace(work.state, step=work.state.mean)
         work = msgspec.structs.replace(work, state=state)
     answer: Result = PooledResult(losses=Array.of(np.zeros(settings.popsize), "<f4"))
-    if settings.method != "pooled":
+    if method_named(settings.method).local:
         answer = LocalResult(mean=Array.of(zero), fitness=0.0, sigma_squares=1.0)
     sent: list[tuple[int, Work, Result]] = [(rounds, work, answer)]
     n_words, others = settings.objective.readout_words, task.templates[1 : settings.ensemble]

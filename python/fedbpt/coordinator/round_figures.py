@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from fedbpt.aggregation.methods import method_named
 from fedbpt.coordinator.report_checks import mean_loss, purpose_of
 from fedbpt.runs.settings import RoundPurpose, RunSettings
 from fedbpt.runs.store import StoredRound
@@ -30,7 +31,7 @@ class ClosedRound(NamedTuple):
 
 def evaluations_in(closed: ClosedRound, settings: RunSettings) -> int:
     """Candidates that a round of the search scored: in pooled search the same on all devices."""
-    return settings.popsize if settings.method == "pooled" else closed.evaluations
+    return closed.evaluations if method_named(settings.method).local else settings.popsize
 
 
 def numbers_of(closed: StoredRound) -> ClosedRound:

@@ -1,0 +1,1 @@
+"""A device's part: its rows, its model, its work."""

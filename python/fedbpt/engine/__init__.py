@@ -1,0 +1,1 @@
+"""The model: scores of tokens with soft prompts, and generated text."""

@@ -11,7 +11,6 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MessageType, MetricRecord
 from numpy.typing import NDArray
 
-from fedbpt.api import aggregator_for
 from fedbpt.coordinator.ledger import SELECTION, RunLedger
 from fedbpt.coordinator.members import common_model
 from fedbpt.coordinator.report_checks import check_evaluation, check_report
@@ -51,7 +50,7 @@ class FlowerLoop:
         settings: RunSettings,
         devices: Mapping[str, tuple[int, DeviceInfo]],
     ) -> None:
-        self._ledger = RunLedger(store, run, task, settings, aggregator_for(settings))
+        self._ledger = RunLedger(store, run, task, settings, settings.aggregator())
         self._settings = settings
         unfit = {name: found for name, (_, info) in devices.items() if (found := misfit(info, None, task.identity))}
         for name, found in unfit.items():

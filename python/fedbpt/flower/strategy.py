@@ -22,7 +22,6 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from fedbpt.api import aggregator_for
 from fedbpt.coordinator.federation import Federation
 from fedbpt.errors import QuorumError
 from fedbpt.flower.client import FlowerClient
@@ -107,7 +106,7 @@ class FedBPT(Strategy):
         if timeout is not None:
             settings = msgspec.structs.replace(settings, deadline_s=timeout)
         self.summary()
-        aggregator, found = aggregator_for(settings), Result()
+        aggregator, found = settings.aggregator(), Result()
 
         def listen(event: Event) -> None:
             if isinstance(event, RoundClosed) and event.purpose == "search":

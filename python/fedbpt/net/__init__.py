@@ -1,0 +1,1 @@
+"""HTTP, TLS and tokens: servers, bodies, certificates. Nothing here knows of tuning."""

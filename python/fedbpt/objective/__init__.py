@@ -1,0 +1,1 @@
+"""How good a prompt is on rows: losses, readout, mini-batches, privacy."""

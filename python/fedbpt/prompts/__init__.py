@@ -1,0 +1,1 @@
+"""The result: a prompt file and its model card."""

@@ -1,0 +1,1 @@
+"""Settings, events and the record of runs."""

@@ -10,7 +10,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbpt.aggregation.robust import Robust, check_robust
+from fedbpt.aggregation.base import Aggregator
+from fedbpt.aggregation.methods import SearchSettings, method_named
+from fedbpt.aggregation.robust import Robust
 from fedbpt.errors import ConfigError
 from fedbpt.objective.privacy import epsilon, sampling_rate
 from fedbpt.protocol import codec
@@ -32,7 +34,6 @@ from fedbpt.runs.intervals import wilson_interval
 _LARGEST_EXPONENT = 700.0  # e^700 is about the largest float
 
 RoundPurpose: TypeAlias = Literal["selection", "calibration", "probe", "search", "readout"]
-Method: TypeAlias = Literal["pooled", "fedbpt", "fedavg"]
 
 
 class RunSettings(Message, frozen=True):
@@ -43,14 +44,14 @@ class RunSettings(Message, frozen=True):
     sittings. Round 0, which chooses the template, is not charged. ``objective.readout_words`` > 0: after the search, a
     readout is fitted.
     ``quorum`` is the share of the run's devices that must report in a round; ``deadline_s`` the longest
-    that a round may take. ``method`` names the aggregator, for the record.
+    that a round may take. ``method`` names the aggregator (`fedbpt.aggregation.methods`).
     """
 
     rounds: NaturalInt = 40
     evaluations: NaturalInt = 0
     tokens: NaturalInt = 0
     seconds: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    method: Method = "pooled"
+    method: str = "pooled"
     prompt: PromptSpec = PromptSpec()
     objective: ObjectiveSpec = ObjectiveSpec()
     select_rows: NaturalInt = 32  # most training rows per device that choose the template; 0: all
@@ -87,7 +88,7 @@ class RunSettings(Message, frozen=True):
             raise ConfigError("patience needs evaluations on dev rows: give dev rows, and set evaluate_every")
         if self.restarts and not self.patience:
             raise ConfigError("restarts come when patience runs out: set patience, or restarts = 0")
-        check_robust(self.method, self.robust)
+        method_named(self.method).check_robust(self.robust)
         if 0 < self.row_cap < 1:
             raise ConfigError(f"row_cap = {self.row_cap:g} would cut the median device: give 1 or more, or 0: no cap")
         if self.robust != "none" and (self.patience or self.balanced):
@@ -97,7 +98,7 @@ class RunSettings(Message, frozen=True):
             )
         objective = self.objective
         told = self.calibrate or self.balanced or objective.readout_words or objective.perturb
-        if self.privacy is not None and (self.method == "fedbpt" or told):
+        if self.privacy is not None and (told or not method_named(self.method).private):
             raise ConfigError(
                 "privacy is for losses of candidates alone: set method = pooled or fedavg, calibrate = false, "
                 "balanced = false, objective.readout_words = 0 and objective.perturb = 0"
@@ -115,13 +116,27 @@ class RunSettings(Message, frozen=True):
         objective = msgspec.structs.replace(self.objective, loss="nll", readout_words=0)
         return msgspec.structs.replace(self, objective=objective, calibrate=False, baselines=False, balanced=False)
 
+    def aggregator(self) -> Aggregator:
+        """The aggregator of ``method``, before its first round."""
+        return method_named(self.method).make(
+            SearchSettings(
+                d=self.prompt.d,
+                sigma0=self.prompt.sigma0,
+                popsize=self.popsize,
+                iterations=self.iterations,
+                seed=self.seed,
+                robust=self.robust,
+                byzantine=self.byzantine,
+            )
+        )
+
     def epsilon(self, n_templates: int, n_rows: int, rounds: int) -> float | None:
         """ε of a selection among ``n_templates`` and ``rounds`` of search, on a row of a device that has ``n_rows``;
         None: without privacy, or rows.
         """
         if self.privacy is None or not n_rows:
             return None
-        searches = rounds * (1 if self.method == "pooled" else self.iterations)
+        searches = rounds * (self.iterations if method_named(self.method).local else 1)
         select, search = (sampling_rate(n_rows, size) for size in (self.select_rows, self.objective.batch_size))
         return epsilon(self.privacy, [(select, int(n_templates > 1)), (search, searches)])
 

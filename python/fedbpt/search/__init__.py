@@ -1,0 +1,1 @@
+"""CMA-ES over latents, and how a latent becomes a prompt."""

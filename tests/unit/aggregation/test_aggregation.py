@@ -8,7 +8,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from fedbpt.aggregation import Aggregator, FedAvg, FedBPT, Pooled
+from fedbpt.aggregation import Aggregator
+from fedbpt.aggregation.fedavg import FedAvg
+from fedbpt.aggregation.fedbpt import FedBPT
+from fedbpt.aggregation.pooled import Pooled
 from fedbpt.errors import InputError
 from fedbpt.protocol.messages import Array, LocalResult, PooledResult, RoundReport
 from tests.support.toy_federation import Loss, report, run

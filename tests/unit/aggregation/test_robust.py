@@ -9,10 +9,13 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedbpt.aggregation import Aggregator, FedAvg, FedBPT, Pooled, make_aggregator
+from fedbpt.aggregation import Aggregator, SearchSettings, method_named
+from fedbpt.aggregation.fedavg import FedAvg
+from fedbpt.aggregation.fedbpt import FedBPT
+from fedbpt.aggregation.pooled import Pooled
 from fedbpt.aggregation.robust import centre, krum, ranks, reports_needed
 from fedbpt.errors import ConfigError, InputError
-from fedbpt.protocol.messages import Array, LocalResult, PooledResult, PooledWork, PromptSpec, RoundReport, Work
+from fedbpt.protocol.messages import Array, LocalResult, PooledResult, PooledWork, RoundReport, Work
 from fedbpt.runs.settings import RunSettings
 from tests.support.toy_federation import answer, report
 
@@ -121,7 +124,9 @@ ROUNDS = {"fedavg": 15, "fedbpt": 15, "pooled": 40}
 
 
 def make(method: str, robust: Any) -> Aggregator:
-    return make_aggregator(method, PromptSpec(d=D), 12, 4, 3, robust, LIARS)
+    return method_named(method).make(
+        SearchSettings(d=D, sigma0=1.0, popsize=12, iterations=4, seed=3, robust=robust, byzantine=LIARS)
+    )
 
 
 @every_case

@@ -15,7 +15,6 @@ from typer.main import get_command
 
 import fedbpt
 from fedbpt import ObjectiveSpec, Prompt, PromptSpec, cli
-from fedbpt.api import aggregator_for
 from fedbpt.bench.measurement import Measurement, measure, measure_threads
 from fedbpt.cli import bench as bench_command
 from fedbpt.cli import evaluate as evaluate_command
@@ -306,7 +305,7 @@ def stored(folder: Path) -> RunResult:
     def federation(name: str, store: RunStore, on_event: Callable[[Any], None] = lambda _event: None) -> Federation:
         shares = {"a": (rows(8), rows(4, 20), rows(6, 40)), "b": (rows(9, 60), rows(3, 80), rows(5, 90))}
         clients = [InProcessClient(Device(device, ToyScorer(), *share, task=TASK)) for device, share in shares.items()]
-        return Federation(clients, TASK, settings, aggregator_for(settings), store, name, on_event)
+        return Federation(clients, TASK, settings, settings.aggregator(), store, name, on_event)
 
     def stop(event: Any) -> None:
         if getattr(event, "round", 0) == 2:

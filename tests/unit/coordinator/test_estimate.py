@@ -7,8 +7,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from fedbpt.aggregation import make_aggregator
-from fedbpt.api import aggregator_for
 from fedbpt.coordinator.clients.in_process import InProcessClient
 from fedbpt.coordinator.estimate import RunCost, estimate
 from fedbpt.coordinator.federation import Federation
@@ -32,7 +30,7 @@ def info(name: str = "pi5", n_train: int = 100, speed: float | None = 50.0) -> D
 
 def cost(*infos: DeviceInfo, **changes: Any) -> RunCost:
     settings = msgspec.structs.replace(RunSettings(rounds=10, popsize=16), **changes)
-    return estimate(settings, TASK, infos or (info(),), aggregator_for(settings))
+    return estimate(settings, TASK, infos or (info(),), settings.aggregator())
 
 
 def long_text(n: int) -> str:
@@ -56,9 +54,9 @@ def test_the_readouts_other_templates_are_counted_and_need_a_deadline_of_their_o
     spent, bound = [], []
     for changed in (settings, msgspec.structs.replace(settings, ensemble=1)):
         device = Device("d", ToyScorer(), [(long_text(i), label) for i, (_, label) in enumerate(rows(24))], task=TASK)
-        bound.append(estimate(changed, task, [device.info()], aggregator_for(changed)).devices[0])
+        bound.append(estimate(changed, task, [device.info()], changed.aggregator()).devices[0])
         with RunStore(":memory:") as store:
-            federation = Federation([InProcessClient(device)], task, changed, aggregator_for(changed), store, "run")
+            federation = Federation([InProcessClient(device)], task, changed, changed.aggregator(), store, "run")
             spent.append(federation.run())
     counted, measured = bound[0].tokens - bound[1].tokens, spent[0].tokens - spent[1].tokens
     assert counted == bound[0].others > bound[1].others == 0
@@ -70,9 +68,9 @@ def test_the_readouts_other_templates_are_counted_and_need_a_deadline_of_their_o
     speed = info(n_train=24, speed=1.0)
     short = msgspec.structs.replace(settings, deadline_s=float(bound[0].others - 1))
     with pytest.raises(ConfigError, match="deadline_s"):
-        estimate(short, task, [speed], aggregator_for(short))
+        estimate(short, task, [speed], short.aggregator())
     single = msgspec.structs.replace(short, ensemble=1)
-    assert estimate(single, task, [speed], aggregator_for(single)).rounds == 1
+    assert estimate(single, task, [speed], single.aggregator()).rounds == 1
 
 
 @pytest.mark.parametrize("method", ["pooled", "fedavg", "fedbpt"])
@@ -83,10 +81,10 @@ def test_a_run_costs_no_more_and_not_absurdly_less(method: Any) -> None:
         rounds=12, popsize=6, iterations=3, method=method, prompt=PromptSpec(d=20), objective=objective, baselines=True
     )
     made = [Device(f"d{i}", ToyScorer(), rows(24), task=TASK) for i in range(devices)]
-    expected = estimate(settings, TASK, [device.info() for device in made], aggregator_for(settings))
+    expected = estimate(settings, TASK, [device.info() for device in made], settings.aggregator())
     with RunStore(":memory:") as store:
         clients = [InProcessClient(device) for device in made]
-        result = Federation(clients, TASK, settings, aggregator_for(settings), store, "run").run()
+        result = Federation(clients, TASK, settings, settings.aggregator(), store, "run").run()
     assert result.evaluations == expected.evaluations
     assert 0.3 < result.tokens / sum(device.tokens for device in expected.devices) <= 1
     for spent, bound in zip(result.devices, expected.devices, strict=True):
@@ -99,14 +97,14 @@ def test_a_text_under_another_template_costs_its_end_where_the_device_shares_beg
     settings = RunSettings(rounds=10)
     sharing = msgspec.structs.replace(info(), shares_beginnings=True)
     apart, together = (
-        estimate(settings, three, [each], aggregator_for(settings)).devices[0] for each in (info(), sharing)
+        estimate(settings, three, [each], settings.aggregator()).devices[0] for each in (info(), sharing)
     )
     assert together.select < apart.select / 3
     assert together.others < apart.others / 5
     assert (together.texts, together.round) == (apart.texts, apart.round)
     framed = Template(pattern="Review: {text}\nRating:", label_words=(" bad", " good"))
     unlike = Task(name="toy", labels=TASK.labels, templates=(*TASK.templates, framed))
-    one, other = estimate(settings, unlike, [info(), sharing], aggregator_for(settings)).devices
+    one, other = estimate(settings, unlike, [info(), sharing], settings.aggregator()).devices
     assert one == other
 
 
@@ -157,7 +155,7 @@ def test_a_device_measures_its_speed_before_any_round() -> None:
 
 def test_the_aggregator_is_left_as_it_was() -> None:
     settings = RunSettings(rounds=3, popsize=6)
-    aggregator = make_aggregator("pooled", settings.prompt, 6, 8, 0)
+    aggregator = settings.aggregator()
     before = aggregator.digest()
     estimate(settings, TASK, [info()], aggregator)
     assert aggregator.digest() == before
@@ -168,8 +166,8 @@ def test_a_private_runs_epsilon_is_what_it_then_spends() -> None:
         rounds=3, method="pooled", popsize=6, privacy=PrivacySpec(clip=1.0, noise_multiplier=2.0), quorum=1.0
     )
     device = Device("a", ToyScorer(), rows(12), [], rows(4), task=TASK)
-    told = estimate(private, TASK, [device.info()], aggregator_for(private)).epsilon
+    told = estimate(private, TASK, [device.info()], private.aggregator()).epsilon
     with RunStore(":memory:") as store:
-        spent = Federation([InProcessClient(device)], TASK, private, aggregator_for(private), store, "r").run().epsilon
+        spent = Federation([InProcessClient(device)], TASK, private, private.aggregator(), store, "r").run().epsilon
     assert told == spent is not None
     assert cost().epsilon is None

@@ -15,9 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbpt.aggregation import make_aggregator
+from fedbpt.aggregation import SearchSettings, method_named
 from fedbpt.aggregation.readout import ReadoutFit
-from fedbpt.api import aggregator_for
 from fedbpt.coordinator.clients import DeviceClient, HttpClient, InProcessClient
 from fedbpt.coordinator.federation import Federation
 from fedbpt.coordinator.ledger import RunLedger
@@ -81,7 +80,7 @@ def tune(
 ) -> RunResult:
     chosen = toy_settings(**{**FITS, **changes})
     with RunStore(store) as opened:
-        return Federation(clients, TASK, chosen, aggregator_for(chosen), opened, "r", on_event).run()
+        return Federation(clients, TASK, chosen, chosen.aggregator(), opened, "r", on_event).run()
 
 
 def lost(events: list[Event]) -> dict[str, str]:
@@ -212,7 +211,7 @@ def test_a_lie_over_the_network_ends_no_run(tmp_path: Path, transport: str, atta
 # --- what is made of all reports -----------------------------------------------------------------------------------
 
 
-class Fragile(type(aggregator_for(toy_settings()))):  # type: ignore[misc] # Pooled, without its limits
+class Fragile(type(toy_settings().aggregator())):  # type: ignore[misc] # Pooled, without its limits
     """Ends up with a state that no message may hold once ``liar`` reports."""
 
     def work(self, round: int) -> Any:
@@ -312,7 +311,7 @@ D = 4
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shrink", [False, True])
 def test_no_sequence_of_plausible_lies_leads_to_a_plan_that_devices_refuse(method: str, shrink: bool) -> None:
-    aggregator = make_aggregator(method, PromptSpec(d=D), 6, 3, 3)
+    aggregator = method_named(method).make(SearchSettings(d=D, sigma0=1.0, popsize=6, iterations=3, seed=3))
 
     def longest(z: np.ndarray, _: int) -> np.ndarray:
         length = np.linalg.norm(z, axis=1)
@@ -353,7 +352,7 @@ def test_no_gradients_within_the_bounds_lead_to_a_plan_that_devices_refuse() -> 
 def test_a_ledger_is_tried_on_a_twin(tmp_path: Path) -> None:
     chosen = toy_settings()
     with RunStore(tmp_path / "runs.db") as store:
-        ledger = RunLedger(store, "r", TASK, chosen, aggregator_for(chosen))
+        ledger = RunLedger(store, "r", TASK, chosen, chosen.aggregator())
         before = ledger.aggregator.digest()
         twin = ledger.twin()
         assert (twin.store, twin.task) == (ledger.store, ledger.task)

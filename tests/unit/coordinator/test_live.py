@@ -12,7 +12,7 @@ import pytest
 from fedbpt import Budget, PromptSpec, evaluate, tune
 from fedbpt.protocol.messages import EvaluateReport, FitWork, RoundPlan
 from fedbpt.runs.dev_figures import DevPoint, dev_points, judged_loss, metrics_of
-from fedbpt.runs.settings import BASELINES, Evaluated, Method, RoundClosed, Score
+from fedbpt.runs.settings import BASELINES, Evaluated, RoundClosed, Score
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, rows
 from tests.unit.coordinator.test_federation_fit import FitScene, same
@@ -97,7 +97,7 @@ def test_with_patience_the_best_so_far_is_shown(scene: FitScene) -> None:
 
 
 @pytest.mark.parametrize("method", ["pooled", "fedbpt", "fedavg"])
-def test_whether_and_when_is_evaluated_changes_nothing(scene: FitScene, method: Method) -> None:
+def test_whether_and_when_is_evaluated_changes_nothing(scene: FitScene, method: str) -> None:
     few = {**EVERY_2, "rounds": 3, "iterations": 2, "method": method}
     watched = scene.run("watched", **{**few, "evaluate_every": 1})
     rounds = [(event.round, event.purpose) for event in scene.of(RoundClosed)]

@@ -16,7 +16,7 @@ from fedbpt.cli import tuning
 from fedbpt.display.console import RunDisplay
 from fedbpt.errors import ConfigError, PromptError
 from fedbpt.prompts.prompt import card_path
-from fedbpt.runs.settings import Event, RoundClosed, RunFinished, RunStarted
+from fedbpt.runs.settings import Event, RoundClosed, RunFinished, RunSettings, RunStarted
 from fedbpt.runs.store import RunStore
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, TASK_FILE, rows
@@ -204,7 +204,7 @@ def test_a_fresh_start_that_fails_leaves_the_finished_run(run: Run, monkeypatch:
     first = run(*ALONE, *SHORT, "--json")
     assert run(*ALONE, *SHORT, "--fresh", "--monitor", "bogus").code == 2
     with monkeypatch.context() as patch:
-        patch.setattr(tuning, "aggregator_for", lambda _settings: 1 // 0)
+        patch.setattr(RunSettings, "aggregator", lambda _settings: 1 // 0)
         assert run(*ALONE, *SHORT, "--fresh").code == 1
     assert run(*ALONE, *SHORT, "--json") == first
 

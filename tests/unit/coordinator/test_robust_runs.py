@@ -9,14 +9,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedbpt.aggregation import make_aggregator
 from fedbpt.aggregation.readout import ReadoutFit
-from fedbpt.api import aggregator_for
 from fedbpt.coordinator.federation import Federation
 from fedbpt.errors import ConfigError
 from fedbpt.objective.readout import answer, full_weights
-from fedbpt.protocol.messages import Array, FitResult, PooledResult, PromptSpec, RoundReport, SelectResult
-from fedbpt.runs.settings import DeviceLost, RunResult
+from fedbpt.protocol.messages import Array, FitResult, PooledResult, RoundReport, SelectResult
+from fedbpt.runs.settings import DeviceLost, RunResult, RunSettings
 from tests.support.fake_device import FakeDevice
 from tests.support.toy_federation import report
 from tests.support.toy_scene import D, Scene, StopRunError, ToyTask, closed, settings, stop
@@ -45,7 +43,7 @@ def tune(scene: Scene, **changes: Any) -> RunResult:
     chosen = settings(**{"rounds": 30, **changes})
     clients = list(scene.clients.values())
     hear = lambda event: (scene.events.append(event), scene.on_event(event))  # noqa: E731
-    return Federation(clients, ToyTask(), chosen, aggregator_for(chosen), scene.store, "r", hear).run()
+    return Federation(clients, ToyTask(), chosen, chosen.aggregator(), scene.store, "r", hear).run()
 
 
 def distance(result: RunResult) -> float:
@@ -134,5 +132,5 @@ def fitted_loss(n_words: int, robust: Any) -> float:
 
 def test_an_aggregator_of_settings_is_the_one_that_they_name() -> None:
     chosen = settings(robust="median", byzantine=2)
-    assert aggregator_for(chosen).min_reports == 5
-    assert make_aggregator("fedbpt", PromptSpec(d=2), 4, 2, 0, "krum", 2).min_reports == 7
+    assert chosen.aggregator().min_reports == 5
+    assert RunSettings(method="fedbpt", robust="krum", byzantine=2).aggregator().min_reports == 7

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from fedbpt.api import aggregator_for
 from fedbpt.coordinator.clients import InProcessClient
 from fedbpt.coordinator.estimate import readout_tokens, tokens_of
 from fedbpt.coordinator.federation import Federation
@@ -113,7 +112,7 @@ def test_what_is_left_out_is_not_in_the_result(tmp_path: Path, purpose: str) -> 
     asked = settings(rounds=1000, seconds=0.5)
     with scene.store:
         federation = Federation(
-            list(scene.clients.values()), TASK, asked, aggregator_for(asked), scene.store, "r", scene.events.append
+            list(scene.clients.values()), TASK, asked, asked.aggregator(), scene.store, "r", scene.events.append
         )
         result = federation.run()
     closed_for = {event.purpose for event in scene.of(RoundClosed)}
@@ -150,7 +149,7 @@ def test_the_readouts_tokens_are_foretold_by_the_calibrations() -> None:
     device = Device("a", ToyScorer(), rows(40), task=TASK)
     asked = settings()
     with RunStore(":memory:") as store:
-        federation = Federation([InProcessClient(device)], TASK, asked, aggregator_for(asked), store, "r")
+        federation = Federation([InProcessClient(device)], TASK, asked, asked.aggregator(), store, "r")
         federation.run()
         spent = federation._ledger.spending.tokens_for
     at_most = readout_tokens(asked, TASK.templates, [device.info()], 0)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from fedbpt import Budget, evaluate, tune
-from fedbpt.api import aggregator_for
 from fedbpt.coordinator.estimate import estimate
 from fedbpt.coordinator.federation import Federation
 from fedbpt.device.device import Device
@@ -234,7 +233,7 @@ def test_how_labels_are_spread_over_devices_does_not_matter(tmp_path: Path) -> N
 def test_every_method_runs_balanced(scene: FitScene, method: Any) -> None:
     settings = RunSettings(**{**SETTINGS, "balanced": True, "method": method, "iterations": 2, "deadline_s": 5.0})
     clients = list(scene.clients.values())
-    federation = Federation(clients, TASK, settings, aggregator_for(settings), scene.store, "r")
+    federation = Federation(clients, TASK, settings, settings.aggregator(), scene.store, "r")
     assert federation.run().rounds == SETTINGS["rounds"]
 
 
@@ -260,9 +259,9 @@ def test_the_plan_of_a_balanced_run_counts_the_text_that_one_template_costs() ->
     task = Task(name="one", labels=TASK.labels, templates=TASK.templates[:1])
     settings = RunSettings(rounds=2, popsize=6)
     infos = [device().info()]
-    plain = estimate(settings, task, infos, aggregator_for(settings)).devices[0]
+    plain = estimate(settings, task, infos, settings.aggregator()).devices[0]
     balanced = msgspec.structs.replace(settings, balanced=True)
-    counted = estimate(balanced, task, infos, aggregator_for(balanced)).devices[0]
+    counted = estimate(balanced, task, infos, balanced.aggregator()).devices[0]
     assert plain.select == 0 < counted.select
     assert counted.bytes_down > plain.bytes_down
 

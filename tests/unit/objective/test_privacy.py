@@ -14,7 +14,6 @@ import pytest
 from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
 from dp_accounting.rdp import RdpAccountant
 
-from fedbpt.aggregation import make_aggregator
 from fedbpt.cli.report import result_as_json
 from fedbpt.coordinator.federation import Federation
 from fedbpt.device.device import Device
@@ -221,7 +220,7 @@ def scene(path: Path) -> Scene:
 
 def tune(scene: Scene, **changes: Any) -> RunResult:
     chosen = settings(privacy=SPEC, objective=ObjectiveSpec(readout_words=0, batch_size=5), **changes)
-    search = make_aggregator(chosen.method, chosen.prompt, chosen.popsize, chosen.iterations, chosen.seed)
+    search = chosen.aggregator()
     hear = lambda event: (scene.events.append(event), scene.on_event(event))  # noqa: E731
     return Federation(list(scene.clients.values()), ToyTask(), chosen, search, scene.store, "r", hear).run()
 

@@ -14,7 +14,6 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event as BoardEvent
 
 from fedbpt import cli
-from fedbpt.api import aggregator_for
 from fedbpt.coordinator.clients.in_process import InProcessClient
 from fedbpt.coordinator.federation import Federation
 from fedbpt.coordinator.ledger import RunLedger
@@ -23,7 +22,7 @@ from fedbpt.errors import ConfigError
 from fedbpt.protocol import codec
 from fedbpt.protocol.messages import Array, ObjectiveSpec, PooledResult, PromptSpec, RoundReport
 from fedbpt.runs.as_json import task_of_run
-from fedbpt.runs.settings import EventCallback, Method, RoundClosed, RunResult, RunSettings
+from fedbpt.runs.settings import EventCallback, RoundClosed, RunResult, RunSettings
 from fedbpt.runs.store import RunStore
 from tests.support.toy_scene import StopRunError, stop
 from tests.support.toy_scorer import ToyScorer
@@ -61,7 +60,7 @@ def tuned(on_event: EventCallback = lambda _event: None, **changes: Any) -> RunR
         InProcessClient(Device(name, ToyScorer(), rows(8, i), rows(4, i), [], task=TASK)) for i, name in enumerate("ab")
     ]
     with RunStore(DB) as store:
-        return Federation(clients, TASK, settings, aggregator_for(settings), store, "toy", on_event).run()
+        return Federation(clients, TASK, settings, settings.aggregator(), store, "toy", on_event).run()
 
 
 def change(sql: str, *values: object) -> None:
@@ -70,7 +69,7 @@ def change(sql: str, *values: object) -> None:
 
 
 @pytest.mark.parametrize("method", ["pooled", "fedbpt", "fedavg"])
-def test_a_run_replays_to_its_digest(run: Run, method: Method) -> None:
+def test_a_run_replays_to_its_digest(run: Run, method: str) -> None:
     result = tuned(method=method, iterations=2)
     with RunStore(DB) as store:
         n_rounds = store.get_run("toy").n_rounds
@@ -203,9 +202,9 @@ def test_a_run_of_another_task_is_not_resumed(run: Run, changes: dict[str, Any])
     settings = msgspec.structs.replace(SETTINGS, rounds=1)
     other = msgspec.structs.replace(TASK, **changes)
     with RunStore(DB) as store:
-        assert RunLedger(store, "toy", TASK, settings, aggregator_for(settings)).finished() is not None
+        assert RunLedger(store, "toy", TASK, settings, settings.aggregator()).finished() is not None
         with pytest.raises(ConfigError, match="another task"):
-            RunLedger(store, "toy", other, settings, aggregator_for(settings)).finished()
+            RunLedger(store, "toy", other, settings, settings.aggregator()).finished()
 
 
 def test_the_store_keeps_the_task_of_the_latest_sitting(run: Run) -> None:  # noqa: ARG001 - the folder

@@ -8,7 +8,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedbpt.aggregation import FedAvg, FedBPT, Pooled
+from fedbpt.aggregation.fedavg import FedAvg
+from fedbpt.aggregation.fedbpt import FedBPT
+from fedbpt.aggregation.pooled import Pooled
 from fedbpt.errors import DeviceRefusedError, WireError
 from fedbpt.protocol.codec import encode
 from fedbpt.protocol.messages import (

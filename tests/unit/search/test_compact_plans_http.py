@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from fedbpt.api import aggregator_for
 from fedbpt.coordinator.clients import DeviceClient, HttpClient, InProcessClient
 from fedbpt.coordinator.federation import Federation
 from fedbpt.device.agent import AgentService
@@ -36,7 +35,7 @@ def device() -> Device:
 
 def tuned(path: Path, client: DeviceClient, chosen: RunSettings, watch: Any = lambda _event: None) -> RunResult:
     with RunStore(path) as store:
-        return Federation([client], TASK, chosen, aggregator_for(chosen), store, "r", watch).run()
+        return Federation([client], TASK, chosen, chosen.aggregator(), store, "r", watch).run()
 
 
 @contextmanager

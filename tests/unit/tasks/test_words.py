@@ -11,7 +11,6 @@ import pytest
 from numpy.typing import NDArray
 
 from fedbpt import Budget, PromptSpec, tune
-from fedbpt.api import aggregator_for
 from fedbpt.cli.hint import print_hint
 from fedbpt.cli.report import print_cost
 from fedbpt.coordinator.clients import InProcessClient
@@ -134,7 +133,7 @@ def measured(task: Task = DEAR) -> Device:
 
 
 def plan_of(asked: RunSettings, device: Device, task: Task = DEAR) -> RunCost:
-    return estimate(asked, task, [device.info()], aggregator_for(asked))
+    return estimate(asked, task, [device.info()], asked.aggregator())
 
 
 @pytest.mark.parametrize("method", ["pooled", "fedavg"])
@@ -145,7 +144,7 @@ def test_a_plan_counts_the_tokens_of_the_label_words(method: Any, placement: Any
     (cost,) = plan_of(asked, device).devices
     (cheap,) = plan_of(asked, measured(TASK), TASK).devices
     with RunStore(":memory:") as store:
-        spent = Federation([InProcessClient(device)], DEAR, asked, aggregator_for(asked), store, "r").run().tokens
+        spent = Federation([InProcessClient(device)], DEAR, asked, asked.aggregator(), store, "r").run().tokens
     assert cheap.words == 0 < cost.words == 6
     assert cheap.tokens < cost.tokens
     assert 0.3 < spent / cost.tokens <= 1
@@ -155,17 +154,17 @@ def test_a_plan_counts_the_time_of_the_label_words() -> None:
     asked = settings()
     info = msgspec.structs.replace(measured().info(), tokens_per_second=100.0, word_tokens_per_second=10.0)
     same = msgspec.structs.replace(info, word_tokens_per_second=None)
-    slow, usual = (estimate(asked, DEAR, [each], aggregator_for(asked)).devices[0] for each in (info, same))
+    slow, usual = (estimate(asked, DEAR, [each], asked.aggregator()).devices[0] for each in (info, same))
     words = (slow.seconds - usual.seconds) / (1 / 10 - 1 / 100)  # type: ignore[operator]
     assert slow.tokens == usual.tokens
     assert 0 < words < slow.tokens
     assert usual.seconds == pytest.approx(usual.tokens / 100)
     short = msgspec.structs.replace(asked, deadline_s=slow.texts / 90)  # the longest round by tokens
-    assert estimate(short, DEAR, [same], aggregator_for(short)).rounds == 6
+    assert estimate(short, DEAR, [same], short.aggregator()).rounds == 6
     with pytest.raises(ConfigError, match="deadline_s"):
-        estimate(short, DEAR, [info], aggregator_for(short))
+        estimate(short, DEAR, [info], short.aggregator())
     seconds = msgspec.structs.replace(asked, rounds=0, seconds=1000.0)
-    fewer, more = (estimate(seconds, DEAR, [each], aggregator_for(seconds)).rounds for each in (info, same))
+    fewer, more = (estimate(seconds, DEAR, [each], seconds.aggregator()).rounds for each in (info, same))
     assert fewer < more
 
 
