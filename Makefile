@@ -18,12 +18,13 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt \
 # second build compiles only what changed. Their versions are in constraints.txt.
 BUILD_TOOLS := pip scikit-build-core pybind11 cmake ninja
 
-.PHONY: help setup demo docs screenshots test test-flower faults sanitize wheel wheel-aarch64 test-wheel test-aarch64 lint bench clean
+.PHONY: help setup demo docs screenshots test test-fast test-flower faults sanitize wheel wheel-aarch64 test-wheel test-aarch64 lint bench clean
 
 help:
 	@echo 'make setup   create $(VENV) and build fedbpt into it (again: only what changed)'
 	@echo 'make demo    tune a small model over three devices on this machine (DEMO_ARGS="--help" for options)'
 	@echo 'make test    run every test (TEST_ARGS="tests/unit -k search" for some)'
+	@echo 'make test-fast   the tests of every day: tests/unit and tests/contract, in parallel, without the C++ and without models'
 	@echo 'make test-flower   the tests on Flower, in an environment of its own (Python 3.11 or newer)'
 	@echo 'make docs    the documentation as web pages in build/site'
 	@echo 'make faults  all faults that a federation must survive, for an hour or so; make test tries a few of each'
@@ -67,6 +68,9 @@ docs: setup
 
 test: setup
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+test-fast: setup
+	$(BIN)/python -m pytest tests/unit tests/contract -q -n auto --dist loadfile $(TEST_ARGS)
 
 # Flower's dependencies clash with ours in constraints.txt: an environment of its own, which takes the rest from $(VENV).
 FLOWER       := build/flower

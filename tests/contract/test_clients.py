@@ -326,19 +326,20 @@ def test_a_later_round_of_the_same_run_supersedes_one_at_work(make_client, devic
     play(make_client, scene)
 
 
-def test_another_run_is_told_that_the_device_is_busy(make_client, device):
+@pytest.mark.parametrize("run", ["r", "evaluate"])
+def test_another_run_is_told_that_the_device_is_busy(make_client, device, run):
     device.gate.clear()
 
     async def scene(client):
-        await client.start(plan())
-        with pytest.raises(DeviceRefusedError, match="run 'r'") as caught:
+        await client.start(plan(run=run))
+        with pytest.raises(DeviceRefusedError, match=f"run '{run}'") as caught:
             await client.start(plan(run="other"))
         assert caught.value.code == "busy"
         device.gate.set()
-        await client.wait("r", 1)
+        await client.wait(run, 1)
         await client.start(plan(run="other"))
         await client.wait("other", 1)
-        await client.wait("r", 1)
+        await client.wait(run, 1)
 
     play(make_client, scene)
 

@@ -267,6 +267,13 @@ def test_noise_that_a_wrapper_puts_on_the_mean_is_refused_for_the_search_would_n
         Strategy.start(strategy, ToyGrid(node(0), node(1)), ArrayRecord(), num_rounds=3)
 
 
+@pytest.mark.parametrize("changes", [{"patience": 2}, {"patience": 2, "restarts": 1}])
+def test_flowers_own_loop_refuses_to_end_early(store: RunStore, changes: dict[str, int]) -> None:
+    strategy = FedBPT(TASK, settings(evaluate_every=1, **changes), store, devices=2)
+    with pytest.raises(ConfigError, match=r"FedBPT\.start"):
+        Strategy.start(strategy, ToyGrid(node(0), node(1)), ArrayRecord(), num_rounds=3)
+
+
 def test_a_mod_that_would_put_noise_on_arrays_fails_instead_of_doing_nothing(store: RunStore) -> None:
     nodes = [Node(client_app(make_device, [LocalDpMod(1.0, 1.0, 1.0, 1e-5)]), **{"partition-id": i}) for i in (0, 1)]
     with pytest.raises(QuorumError, match="LocalDpMod"):

@@ -208,7 +208,7 @@ class Device:
             keep_kv=request.split == "dev",  # looked at again and again; test rows once
         )  # fmt: skip
         n = min(request.max_rows or len(objective), len(objective))
-        objective.row_weights = row_weights(objective, request)
+        weights = row_weights(objective, request)
         if request.readouts and len(request.readouts) != len(latents):
             raise InputError(f"{len(request.readouts)} readouts for {len(latents)} latents: give one each, or none")
         others = [self._plain(objective, request, template, np.arange(n)) for template in request.others]
@@ -218,7 +218,7 @@ class Device:
             for which, embeds in objective.prompts(latents):
                 readouts = [request.readouts[i] for i in which] if request.readouts else ()
                 report = None if others else progress
-                found = objective.evaluate(embeds, part, report, cancelled, readouts, logits)
+                found = objective.evaluate(embeds, part, report, cancelled, readouts, logits, weights)
                 for i, right, loss in zip(which, found.correct, found.loss_sums, strict=True):
                     correct[i], loss_sums[i] = correct[i] + right, loss_sums[i] + loss
             if others:
@@ -286,10 +286,10 @@ class Device:
             noisy = self._private_losses(plan, 0, objective, latents, counter, cancelled)
             return PooledResult(losses=Array.of(noisy, "<f4")), len(objective)
         path = (plan.device, work.generation)
-        chosen = mini_batch(objective, row_weights(objective, plan), plan.texts, plan, path)
+        chosen, weights = mini_batch(objective, row_weights(objective, plan), plan.texts, plan, path)
         noise = generator(plan.seed, "perturb", *path)
         with counter.of(objective):
-            losses = objective.losses(objective.embeds(latents), chosen, noise, progress, cancelled)
+            losses = objective.losses(objective.embeds(latents), chosen, noise, progress, cancelled, weights)
         # the mini-batch's mean stands for all of the device's rows: weighing it by less would favour small devices
         return PooledResult(losses=Array.of(losses, "<f4")), len(objective)
 
@@ -335,9 +335,9 @@ class Device:
             last = iteration == work.iterations
             path = (plan.device, plan.round, iteration)
             size = 0 if last else plan.texts
-            chosen = mini_batch(objective, weights, size, plan, path)
+            chosen, of_rows = mini_batch(objective, weights, size, plan, path)
             noise = generator(plan.seed, "perturb", *path)
-            values = objective.losses(objective.embeds(latents), chosen, noise, None, cancelled)
+            values = objective.losses(objective.embeds(latents), chosen, noise, None, cancelled, of_rows)
             progress(iteration + 1, steps)
             return values
 
@@ -373,8 +373,7 @@ class Device:
     def _train_objective(self, plan: RoundPlan) -> Objective:
         objective = self._objective("train", plan.template, plan.labels, plan.objective, plan.prompt)
         bias = np.array(plan.label_bias)
-        objective.readout = Readout(weights=Array.of(bias[None])) if len(bias) else None
-        return objective
+        return objective.read_by(Readout(weights=Array.of(bias[None])) if len(bias) else None)
 
     def _plain(
         self, like: Objective, asked: RoundPlan | EvaluateRequest, template: Template, rows: NDArray[np.intp]

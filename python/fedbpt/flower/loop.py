@@ -39,7 +39,8 @@ class FlowerLoop:
 
     ``devices``: node id and info by name; those with rows of another task are left out, and named in the log.
 
-    Raises `QuorumError` where too few are left, and what `RunLedger.open` raises.
+    Raises `QuorumError` where too few are left, `ConfigError` for settings that this loop cannot keep, and what
+    `RunLedger.open` raises.
     """
 
     def __init__(
@@ -50,6 +51,10 @@ class FlowerLoop:
         settings: RunSettings,
         devices: Mapping[str, tuple[int, DeviceInfo]],
     ) -> None:
+        if settings.patience:
+            raise ConfigError(
+                "Flower's own loop cannot end a search early: set patience and restarts to 0, or call FedBPT.start"
+            )
         self._ledger = RunLedger(store, run, task, settings, settings.aggregator())
         self._settings = settings
         unfit = {name: found for name, (_, info) in devices.items() if (found := misfit(info, None, task.identity))}

@@ -62,13 +62,12 @@ def row_weights(objective: Objective, asked: RoundPlan | EvaluateRequest) -> NDA
 
 def mini_batch(
     objective: Objective, weights: NDArray[np.float64], size: int, plan: RoundPlan, path: tuple[str | int, ...]
-) -> NDArray[np.intp]:
-    """A mini-batch by ``weights`` [n] of the rows; ``objective`` then gives the weighted mean of all rows, unbiased.
+) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """A mini-batch by ``weights`` [n] of all rows, and the weights [n] that make its mean loss an unbiased estimate.
 
     Rows that were drawn by their weight count alike, so that a rare label is in the mini-batch instead of weighing
     much in a few of them.
     """
     chosen = batch_indices(len(objective), size, generator(plan.seed, "batch", *path), objective.targets, weights)
     everything = len(chosen) == len(objective)
-    objective.row_weights = weights if everything else np.full(len(weights), weights.mean())
-    return chosen
+    return chosen, weights if everything else np.full(len(weights), weights.mean())

@@ -6,6 +6,7 @@ D with text tokens replaced at random; a prompt that answers the same whatever t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,6 @@ from fedbpt.engine.scorer import Plan, Scorer
 from fedbpt.errors import DataError, InputError, ScoringInterrupted
 from fedbpt.objective.evaluation import Evaluation
 from fedbpt.objective.losses import LOSSES, perturbed_ratio
-from fedbpt.objective.racing import Race, race
 from fedbpt.objective.readout import blocks, ensemble, word_ids
 from fedbpt.prompts.prompt import Prompt
 from fedbpt.protocol.messages import ObjectiveSpec, PromptSpec, Readout, Template
@@ -76,11 +76,9 @@ class Objective:
             words = word_ids(scorer.n_vocab, objective.readout_words, prompt.seed, known)
         self.word_ids = np.array([] if words is None else words, dtype=np.int32)
         self.readout: Readout | None = None
-        """Corrects the label words' logits of every candidate; None: they are as the model says."""
+        """Corrects the label words' logits of every candidate; None: they are as the model says. See `read_by`."""
         self.targets = targets_of(rows, self.labels)
         """Label indices [n]; zeros where there are no labels."""
-        self.row_weights = np.ones(len(rows))
-        """Of each row's loss [n]."""
         self._cue = np.asarray(cue_ids(scorer, template), dtype=np.int32)
         n_bos = len(bos_ids(scorer))
         texts = [render_ids(scorer, template, text, objective.max_text_tokens) for text, _ in rows]
@@ -96,7 +94,6 @@ class Objective:
         )
         self._plan = self._compile(np.arange(len(rows)), self._tokens, keep_kv)
         self.projection = Projection(prompt, start_rows(scorer, self._cue, prompt), scorer.embedding_std)
-        self._zero_shot = np.full(len(texts), np.nan)
         self.evaluations = 0
         """Candidates scored so far."""
         self.tokens = 0
@@ -104,6 +101,12 @@ class Objective:
 
     def __len__(self) -> int:
         return len(self._tokens)
+
+    def read_by(self, readout: Readout | None) -> Objective:
+        """The same rows, whose KV is shared, with another ``readout``. It counts from here on for itself."""
+        made = copy.copy(self)
+        made.readout = readout
+        return made
 
     @property
     def prompt(self) -> PromptSpec:
@@ -138,6 +141,7 @@ class Objective:
         rng: np.random.Generator | None = None,
         progress: Progress | None = None,
         cancelled: Cancelled | None = None,
+        row_weights: NDArray[np.float64] | None = None,
     ) -> NDArray[np.float64]:
         """Mean loss [k] of each candidate over these rows; the perturbed ratio where ``spec.perturb`` > 0.
 
@@ -147,6 +151,7 @@ class Objective:
             rng: replaces the tokens of the perturbed copy; needed where ``spec.perturb`` > 0.
             progress: called with (rows done, rows in all) after each scoring call.
             cancelled: asked before each scoring call.
+            row_weights: [n] of all rows' losses; None: 1 each.
 
         Raises:
             ScoringInterrupted: ``cancelled`` said yes.
@@ -160,7 +165,7 @@ class Objective:
             replaced = self._perturbed(chosen, rate, rng) if step == 1 else None
             total = np.zeros(len(np.asarray(embeds)))
             for part, raw in self._raw(embeds, chosen, replaced, report, cancelled):
-                total += self._row_losses(part, raw).sum(axis=1)
+                total += self._losses(part, self._read_out_alike(raw), row_weights).sum(axis=1)
             sums.append(total)
         self.evaluations += len(total)
         return sums[0] / len(chosen) if passes == 1 else perturbed_ratio(*sums)
@@ -177,47 +182,10 @@ class Objective:
         """`row_losses`, and whether each candidate's label is the row's [k, n]; never, of target texts."""
         losses, right = [], []
         for part, raw in self._raw(embeds, self._indices(indices), None, None, cancelled):
-            read_out = self._read_out(raw, [self._blocks(self.readout)] * len(raw), ())
+            read_out = self._read_out_alike(raw)
             losses.append(self._losses(part, read_out))
             right.append((read_out.argmax(axis=-1) == self.targets[part]) & bool(self.labels))
         return np.concatenate(losses, axis=1), np.concatenate(right, axis=1)
-
-    def race(
-        self,
-        embeds: ArrayLike,
-        indices: ArrayLike | None = None,
-        *,
-        n_better: int,
-        cancelled: Cancelled | None = None,
-    ) -> Race:
-        """Losses of which the ``n_better`` smallest are right: other candidates stop early (`fedbpt.objective.racing`).
-
-        Rows go by the loss of the model without prompt, the largest first; it is computed once for each row.
-        With fewer than `racing.MIN_TEXTS` rows the result is that of `losses` to the last bit. With more, a candidate
-        that was scored on all rows has their mean, up to rounding: the rows are scored in other calls, and which rows
-        share a call shows in the last bits of their logits, or in more where activations are quantised.
-
-        Args:
-            embeds: [k, n_prompt, n_embd].
-            indices: rows to use; None: all.
-            n_better: how many of the best candidates to keep right; half the population for CMA-ES.
-            cancelled: asked before each scoring call.
-
-        Raises:
-            InputError: ``n_better`` outside 1…k; a perturbed objective, which is no mean over rows.
-            ScoringInterrupted: ``cancelled`` said yes.
-        """
-        if self.spec.perturb > 0:
-            raise InputError("a perturbed objective is a ratio and cannot be raced: set perturb to 0 or use losses")
-        candidates = np.asarray(embeds, dtype=np.float32)
-        chosen = self._indices(indices)
-
-        found = race(
-            lambda who, texts: self.row_losses(candidates[who], chosen[texts], cancelled),
-            lambda: self._zero_shot_losses(chosen, cancelled), len(candidates), len(chosen), n_better=n_better,
-        )  # fmt: skip
-        self.evaluations += len(candidates)
-        return found
 
     def evaluate(
         self,
@@ -227,6 +195,7 @@ class Objective:
         cancelled: Cancelled | None = None,
         readouts: Sequence[Readout | None] = (),
         others: Sequence[NDArray[np.float32]] = (),
+        row_weights: NDArray[np.float64] | None = None,
     ) -> Evaluation:
         """Count what each candidate gets right, by ``readouts`` where they are given, one per candidate.
 
@@ -247,7 +216,7 @@ class Objective:
         predictions, loss_sums, done = [], np.zeros(k), 0
         for part, raw in self._raw(candidates[first], chosen, None, progress, cancelled):
             read_out = self._read_out(raw[which], weights, [own[done : done + len(part)] for own in others])
-            loss_sums += self._losses(part, read_out).sum(axis=1)
+            loss_sums += self._losses(part, read_out, row_weights).sum(axis=1)
             predictions.append(read_out.argmax(axis=-1) if self.labels else np.full(read_out.shape[:2], -1))
             done += len(part)
         self.evaluations += len(loss_sums)
@@ -307,24 +276,19 @@ class Objective:
         keep = len(self._cue)
         return [perturb(self._tokens[i], keep, rate, self.scorer.n_vocab, rng) for i in chosen]
 
-    def _zero_shot_losses(self, chosen: NDArray[np.intp], cancelled: Cancelled | None) -> NDArray[np.float64]:
-        """Loss [n] of the model without prompt; a text a call, so that it depends on no other and no earlier call."""
-        for i in np.unique(chosen[np.isnan(self._zero_shot[chosen])]):
-            for part, raw in self._raw(self.zero_shot_embeds(), np.array([i]), None, None, cancelled):
-                self._zero_shot[i] = self._row_losses(part, raw)[0, 0]
-        return self._zero_shot[chosen]
-
-    def _row_losses(self, part: NDArray[np.intp], raw: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Losses [k, n] of what `_raw` gave, corrected by ``readout``."""
-        return self._losses(part, self._read_out(raw, [self._blocks(self.readout)] * len(raw), ()))
-
-    def _losses(self, part: NDArray[np.intp], read_out: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Losses [k, n] of what `_read_out` gave, times ``row_weights``."""
+    def _losses(
+        self, part: NDArray[np.intp], read_out: NDArray[np.float64], row_weights: NDArray[np.float64] | None = None
+    ) -> NDArray[np.float64]:
+        """Losses [k, n] of what `_read_out` gave, times the rows' weights."""
         if self.spec.loss == "nll":
             losses: NDArray[np.float64] = -read_out[..., 0] / [len(self._answers[i][0]) for i in part]
         else:
             losses = LOSSES[self.spec.loss](read_out, self.targets[part])
-        return losses * self.row_weights[part]
+        return losses if row_weights is None else losses * row_weights[part]
+
+    def _read_out_alike(self, raw: NDArray[np.float32]) -> NDArray[np.float64]:
+        """What `_read_out` makes of all candidates by ``readout``."""
+        return self._read_out(raw, [self._blocks(self.readout)] * len(raw), ())
 
     def _read_out(
         self, raw: NDArray[np.float32], weights: Sequence[NDArray[np.float64]], others: Sequence[NDArray[np.float32]]

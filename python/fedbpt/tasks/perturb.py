@@ -8,13 +8,10 @@ from numpy.typing import ArrayLike, NDArray
 from fedbpt.errors import InputError
 
 
-def perturb(
-    ids: ArrayLike, keep_tail: int, rate: float, n_vocab: int, rng: np.random.Generator, keep_head: int = 0
-) -> NDArray[np.int32]:
+def perturb(ids: ArrayLike, keep_tail: int, rate: float, n_vocab: int, rng: np.random.Generator) -> NDArray[np.int32]:
     """A new array of ``ids`` [n] with each token replaced by a uniformly random one with probability ``rate``.
 
-    The last ``keep_tail`` tokens (the answer cue) and the first ``keep_head`` (BOS, the template's own words) never
-    change. A random token may happen to be the one that it replaces.
+    The last ``keep_tail`` tokens (the answer cue) never change. A random token may be the one that it replaces.
 
     Raises:
         InputError: ``rate`` outside [0, 1], negative counts, or ``n_vocab`` < 1.
@@ -24,10 +21,9 @@ def perturb(
         raise InputError("ids must be one-dimensional")
     if not 0 <= rate <= 1:
         raise InputError(f"the perturbation rate must be between 0 and 1, got {rate}")
-    if keep_tail < 0 or keep_head < 0 or n_vocab < 1:
-        raise InputError("keep_tail and keep_head cannot be negative, n_vocab must be positive")
+    if keep_tail < 0 or n_vocab < 1:
+        raise InputError("keep_tail cannot be negative, n_vocab must be positive")
     chosen = rng.random(len(tokens)) < rate
-    chosen[:keep_head] = False
     chosen[max(len(tokens) - keep_tail, 0) :] = False
     random = rng.integers(0, n_vocab, size=len(tokens), dtype=np.int32)
     return np.where(chosen, random, tokens)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedbpt import models
-from fedbpt.coordinator.clients import HttpClient
+from fedbpt.coordinator.clients import HttpClient, MailboxClient, PostOffice
 from fedbpt.coordinator.clients.http import RETRY_S
 from fedbpt.dashboard import charts, costs, pulse, texts
 from fedbpt.dashboard.state import RunState
@@ -74,10 +74,13 @@ def test_a_death_shows_within_two_seconds_and_before_a_round_gives_up() -> None:
     assert pulse.PULSE_S + pulse.PATIENCE_S + LOOK_S <= 2.0 < RETRY_S
 
 
-def test_a_twin_is_the_same_device_and_counts_apart() -> None:
-    client = HttpClient("http://pi5:8401", "pi5")
+@pytest.mark.parametrize(
+    "client", [HttpClient("http://pi5:8401", "pi5", poll_s=3.0), MailboxClient("pi5", PostOffice(), 3.0)]
+)
+def test_a_twin_is_the_same_device_and_counts_apart(client: HttpClient) -> None:
     twin = client.twin()
     assert (twin.url, twin.name, twin is client) == (client.url, "pi5", False)
+    assert twin._poll_s == client._poll_s == 3.0
 
 
 # --- words -----------------------------------------------------------------------------------------------------------

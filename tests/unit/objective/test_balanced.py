@@ -18,7 +18,7 @@ from fedbpt.errors import InputError, WireError
 from fedbpt.objective.losses import balanced_weights
 from fedbpt.objective.objective import Objective
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import ObjectiveSpec, PromptSpec, RoundPlan, SelectResult, SelectWork
+from fedbpt.protocol.messages import ObjectiveSpec, PrivacySpec, PromptSpec, RoundPlan, SelectResult, SelectWork, Work
 from fedbpt.runs.settings import RoundClosed, RunSettings, TemplateSelected
 from fedbpt.search.population import sample_population
 from fedbpt.tasks import Row, Task
@@ -48,18 +48,18 @@ def device(rows: list[Row] = SKEWED) -> Device:
     return Device("pi5", ToyScorer(), rows, rows[:6], rows[3:10], task=MOOD)
 
 
-def objective(weights: tuple[float, ...] = WEIGHTS) -> Objective:
-    made = Objective(ToyScorer(), TEMPLATE, LABELS, SKEWED, ObjectiveSpec(), PROMPT)
-    made.row_weights = np.array(weights)[made.targets]
-    return made
+def objective() -> Objective:
+    return Objective(ToyScorer(), TEMPLATE, LABELS, SKEWED, ObjectiveSpec(), PROMPT)
 
 
 def test_pooled_losses_of_all_rows_are_weighted() -> None:
     asked = plan(pooled(), objective=ObjectiveSpec(batch_size=0), label_weights=WEIGHTS)
     found = device().run(asked).result.losses.numpy()
     expected = objective()
+    weights = np.array(WEIGHTS)[expected.targets]
     latents = sample_population(pooled().state, 6, 7, 3)
-    np.testing.assert_array_equal(found, expected.losses(expected.embeds(latents)).astype(np.float32))
+    losses = expected.losses(expected.embeds(latents), row_weights=weights)
+    np.testing.assert_array_equal(found, losses.astype(np.float32))
 
 
 def test_a_mini_batch_stands_for_the_weighted_mean_of_all_rows() -> None:
@@ -71,13 +71,14 @@ def test_a_mini_batch_stands_for_the_weighted_mean_of_all_rows() -> None:
     for generation in range(200):
         work = msgspec.structs.replace(pooled(generation, 3), state=still)
         means.append(mine.run(plan(work, objective=spec, label_weights=weights)).result.losses.numpy()[0])
-    whole = objective(weights)
-    expected = whole.losses(whole.embeds(state.mean.numpy()[None]))[0]
+    whole = objective()
+    of_rows = np.array(weights)[whole.targets]
+    expected = whole.losses(whole.embeds(state.mean.numpy()[None]), row_weights=of_rows)[0]
     assert np.mean(means) == pytest.approx(expected, abs=4 * np.std(means) / np.sqrt(200))
-    drawn_evenly = objective(weights)
     rng = np.random.default_rng(0)
-    embeds = drawn_evenly.embeds(state.mean.numpy()[None])
-    noisy = [drawn_evenly.losses(embeds, rng.choice(24, 4, replace=False))[0] for _ in range(200)]
+    embeds = whole.embeds(state.mean.numpy()[None])
+    drawn_evenly = [rng.choice(24, 4, replace=False) for _ in range(200)]
+    noisy = [whole.losses(embeds, chosen, row_weights=of_rows)[0] for chosen in drawn_evenly]
     assert np.std(means) < 0.5 * np.std(noisy)
 
 
@@ -86,8 +87,8 @@ def test_a_local_search_weighs_its_rows_one_on_average() -> None:
     doubled = device().run(plan(local(), label_weights=(6.0, 1.0))).result
     assert found == doubled
     whole = objective()
-    whole.row_weights /= whole.row_weights.mean()
-    fitness = whole.losses(whole.embeds(found.mean.numpy()[None]))[0]
+    weights = np.array(WEIGHTS)[whole.targets]
+    fitness = whole.losses(whole.embeds(found.mean.numpy()[None]), row_weights=weights / weights.mean())[0]
     assert found.fitness == pytest.approx(fitness, rel=1e-12)
 
 
@@ -107,9 +108,20 @@ def test_dev_losses_are_weighted_and_accuracy_is_not() -> None:
     plain, weighted = mine.evaluate(request(split="dev")), mine.evaluate(request(split="dev", label_weights=WEIGHTS))
     assert weighted.correct == plain.correct
     rows = Objective(ToyScorer(), TEMPLATE, LABELS, SKEWED[:6], ObjectiveSpec(), PROMPT)
-    rows.row_weights = np.array(WEIGHTS)[rows.targets]
-    assert weighted.loss_sums == rows.evaluate(rows.embeds(request().latents.numpy())).loss_sums
+    expected = rows.evaluate(rows.embeds(request().latents.numpy()), row_weights=np.array(WEIGHTS)[rows.targets])
+    assert weighted.loss_sums == expected.loss_sums
     assert mine.evaluate(request(split="dev")).loss_sums == plain.loss_sums  # nothing of it stays
+
+
+@pytest.mark.parametrize("privacy", [None, PrivacySpec(clip=1.0, noise_multiplier=0.5)])
+@pytest.mark.parametrize("work", [pooled(), local()])
+def test_what_a_device_was_asked_before_changes_no_result(work: Work, privacy: PrivacySpec | None) -> None:
+    asked = plan(work, privacy=privacy, objective=ObjectiveSpec(batch_size=4))
+    fresh, used = device(), device()
+    used.state.key = fresh.state.key  # of the noise
+    used.run(plan(pooled(), label_weights=WEIGHTS, objective=ObjectiveSpec(batch_size=4)))
+    used.run(plan(pooled(), label_bias=(1.0, -1.0), objective=ObjectiveSpec(batch_size=4)))
+    assert used.run(asked).result == fresh.run(asked).result
 
 
 def test_a_selection_by_label_sums_label_by_label_and_counts_all_rows() -> None:

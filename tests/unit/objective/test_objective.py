@@ -163,82 +163,6 @@ def test_the_perturbed_objective_needs_a_generator() -> None:
         objective.losses(objective.embeds(latents(1)))
 
 
-# --- racing --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("prompt", [CUE, FRONT])
-@pytest.mark.parametrize("spec", [ObjectiveSpec(), ObjectiveSpec(loss="hinge")])
-def test_a_race_ranks_the_better_half_as_scoring_everything_does(prompt: PromptSpec, spec: ObjectiveSpec) -> None:
-    objective = make(prompt, spec, rows=ROWS * 8)
-    dropped = 0
-    for seed in range(10):
-        rng = np.random.default_rng(seed)
-        embeds, rows = objective.embeds(3 * rng.standard_normal((12, 6))), batch_indices(80, 40, rng)
-        everything = objective.losses(embeds, rows)
-        found = objective.race(embeds, rows, n_better=6)
-        assert np.array_equal(np.argsort(found.losses)[:6], np.argsort(everything)[:6])
-        finished = found.n_scored == 40
-        np.testing.assert_allclose(found.losses[finished], everything[finished], rtol=1e-14)
-        dropped += (~finished).sum()
-    assert dropped > 0
-
-
-def test_a_race_over_few_rows_is_plain_scoring() -> None:
-    scorer = ToyScorer()
-    objective = make(scorer=scorer)
-    embeds = objective.embeds(latents(6))
-    found = objective.race(embeds, [7, 2, 5], n_better=3)
-    assert scorer.calls == [(6, 3)]
-    assert np.array_equal(found.losses, objective.losses(embeds, [7, 2, 5]))
-
-
-def test_a_race_asks_the_model_without_prompt_once_for_each_row() -> None:
-    scorer = ToyScorer()
-    objective = make(rows=ROWS * 3, scorer=scorer)
-    embeds = objective.embeds(latents(6))
-    first = objective.race(embeds, range(20), n_better=3)
-    assert scorer.calls[:20] == 20 * [(1, 1)]
-    assert scorer.calls[20] == (6, 15)
-    again = objective.race(embeds, range(30), n_better=3)
-    assert scorer.calls.count((1, 1)) == 30
-    assert np.array_equal(objective.race(embeds, range(20), n_better=3).losses, first.losses)
-    assert objective.evaluations == 18
-    assert again.n_scored.max() == 30
-
-
-def test_a_race_begins_with_the_rows_of_largest_zero_shot_loss() -> None:
-    scorer = ToyScorer()
-    objective = make(rows=ROWS * 2, scorer=scorer)
-    zero_shot = [objective.evaluate(objective.zero_shot_embeds(), [i]).loss_sums[0] for i in range(20)]
-    seen: list[list[int]] = []
-    score = objective._plan.score
-    objective._plan.score = lambda embeds, rows: seen.append(list(rows)) or score(embeds, rows)
-    objective.race(objective.embeds(latents(6)), n_better=3)
-    assert sorted(seen[20]) == sorted(np.argsort(-np.array(zero_shot), kind="stable")[:15])
-
-
-def test_a_perturbed_objective_cannot_be_raced() -> None:
-    objective = make(spec=ObjectiveSpec(perturb=0.5))
-    with pytest.raises(InputError, match="set perturb to 0"):
-        objective.race(objective.embeds(latents(4)), n_better=2)
-
-
-def test_a_race_with_a_better_half_out_of_range_scores_nothing() -> None:
-    scorer = ToyScorer()
-    objective = make(rows=ROWS * 2, scorer=scorer)
-    with pytest.raises(InputError, match="n_better"):
-        objective.race(objective.embeds(latents(4)), n_better=5)
-    assert not scorer.calls
-
-
-def test_a_race_can_be_cancelled() -> None:
-    scorer = ToyScorer()
-    objective = make(rows=ROWS * 2, scorer=scorer)
-    with pytest.raises(ScoringInterrupted):
-        objective.race(objective.embeds(latents(4)), n_better=2, cancelled=lambda: len(scorer.calls) == 21)
-    assert len(scorer.calls) == 21
-
-
 # --- counting, progress, cancelling --------------------------------------------------------------------------------
 
 
@@ -397,8 +321,8 @@ def test_row_weights_scale_each_rows_loss_but_not_what_is_right(loss: LossName) 
     embeds = objective.embeds(latents(3))
     rows = np.array([objective.losses(embeds, [i]) for i in range(len(objective))])
     plain = objective.evaluate(embeds)
-    objective.row_weights = np.linspace(0.5, 3, len(objective))
-    np.testing.assert_allclose(objective.losses(embeds), (rows.T * objective.row_weights).mean(axis=1))
-    found = objective.evaluate(embeds)
-    np.testing.assert_allclose(found.loss_sums, (rows.T * objective.row_weights).sum(axis=1))
+    weights = np.linspace(0.5, 3, len(objective))
+    np.testing.assert_allclose(objective.losses(embeds, row_weights=weights), (rows.T * weights).mean(axis=1))
+    found = objective.evaluate(embeds, row_weights=weights)
+    np.testing.assert_allclose(found.loss_sums, (rows.T * weights).sum(axis=1))
     assert found.correct == plain.correct

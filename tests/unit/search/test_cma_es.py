@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedbpt
-from fedbpt.errors import InputError
+from fedbpt.errors import ConfigError, InputError
 from fedbpt.protocol.messages import Array, SearchState
 from fedbpt.protocol.seeding import generator
+from fedbpt.search import cma_es
 from fedbpt.search.cma_es import CmaSearch, CmaUpdate, Covariance, StepSize
 from fedbpt.search.population import cholesky, sample_population
 
@@ -409,3 +410,9 @@ def test_the_cma_package_brings_nothing_that_is_not_used() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert ended.stdout == "set()\n"
+
+
+def test_a_version_of_the_package_without_a_part_that_is_used_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cma_es, "_STATE", (*cma_es._STATE, "of_another_version"))
+    with pytest.raises(ConfigError, match=r"of_another_version.*pip install 'cma>="):
+        cma_es.CmaUpdate(3, 1.0, 4)

@@ -294,7 +294,7 @@ class MailboxClient(HttpClient):
         return await self.wait(plan.run, plan.round, None, on_progress)
 
     def twin(self) -> MailboxClient:
-        return MailboxClient(self.name, self._office)
+        return MailboxClient(self.name, self._office, poll_s=self._poll_s)
 
     async def _exchange(self, method: Method, path: str, body: bytes | None, read_s: float) -> Response:
         request = Request(id=f"{_PROCESS}{next(_COUNTER):016x}", method=method, path=path, body=body or b"")

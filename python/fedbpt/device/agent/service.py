@@ -40,6 +40,7 @@ KEPT_JOBS: Final = 16
 """Finished pieces of work (of other runs, and evaluations) that are kept before the oldest is dropped."""
 
 EVALUATION: Final = "evaluate"
+"""The run that the progress of an evaluation or a question names. A run may have that name, too."""
 
 INTERRUPT_S: Final = 0.1
 """How often work that was cancelled is stopped again, until it has ended."""
@@ -79,8 +80,8 @@ State: TypeAlias = Literal["running", "done", "failed", "cancelled"]
 class _Job:
     """One accepted piece of work. All fields but ``cancelled``, ``steps`` and ``paused`` belong to the event loop."""
 
-    def __init__(self, run: str, round: int, digest: str) -> None:
-        self.run, self.round, self.digest = run, round, digest
+    def __init__(self, run: str, round: int, digest: str, is_round: bool = True) -> None:
+        self.run, self.round, self.digest, self.is_round = run, round, digest, is_round
         self.state: State = "running"
         self.steps = (0, 0)
         self.cancelled = False
@@ -159,11 +160,13 @@ class AgentService:
             raise self._refusal("conflict", f"round {plan.round} of run {plan.run!r} was begun with another plan")
         if known and known.state in ("running", "done"):
             return known.progress()
-        for job in self._jobs.values():
-            if job.state == "running" and job.run not in (plan.run, EVALUATION):
+        rounds = [job for job in self._jobs.values() if job.is_round]
+        for job in rounds:
+            if job.state == "running" and job.run != plan.run:
                 raise self._refusal("busy", f"device is working on round {job.round} of run {job.run!r}: try later")
-        for job in [job for job in self._jobs.values() if job.run == plan.run]:
-            self._drop(job)
+        for job in rounds:
+            if job.run == plan.run:
+                self._drop(job)
 
         job = _Job(plan.run, plan.round, digest)
         self._submit((plan.run, plan.round), job, lambda: self.device.run(plan, job.step, self._stops(job)))
@@ -193,7 +196,7 @@ class AgentService:
         identity = codec.digest(request)
         known = self._evaluation(identity)
         if known is None or known.state not in ("running", "done"):
-            job = _Job(EVALUATION, 0, identity)
+            job = _Job(EVALUATION, 0, identity, is_round=False)
             self._submit((identity, -1), job, lambda: self.device.evaluate(request, job.step, self._stops(job)))
         return identity
 
@@ -218,7 +221,7 @@ class AgentService:
         identity = codec.digest(question)
         known = self._evaluation(identity)
         if known is None or known.state not in ("running", "done"):
-            job, loop = _Job(EVALUATION, 0, identity), asyncio.get_running_loop()
+            job, loop = _Job(EVALUATION, 0, identity, is_round=False), asyncio.get_running_loop()
 
             def said(answer: Answer) -> None:
                 loop.call_soon_threadsafe(job.say, answer)
