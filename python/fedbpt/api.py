@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +23,7 @@ from fedbpt.device.device import Device
 from fedbpt.display.notebook import live_display
 from fedbpt.engine.scorer import Scorer
 from fedbpt.errors import ConfigError, PromptError
+from fedbpt.machine.interrupts import interruptible
 from fedbpt.objective.mini_batches import parts_of, under
 from fedbpt.objective.objective import Objective
 from fedbpt.prompts.prompt import Prompt, short_fingerprint
@@ -67,6 +67,7 @@ class Budget:
         return {"rounds": 0, **(given if any(given.values()) else {**given, "evaluations": 1600})}
 
 
+@interruptible()
 def tune(
     scorer: Scorer,
     task: Task,
@@ -115,7 +116,7 @@ def tune(
 
     Raises:
         DataError, TaskError, ConfigError: rows, templates or a budget that cannot work; a stored run of other rows.
-        StoreError: of ``store``.
+        StoreError: of ``store``; another process is at this run.
         KeyboardInterrupt: Ctrl-C before the first round of the search is closed, or for the second time.
     """
     for note in word_notes(scorer, task):
@@ -173,7 +174,8 @@ def _tune(
     show: bool | None,
 ) -> TuneResult:
     with ExitStack() as stack:
-        opened = stack.enter_context(_store_at(store))
+        opened = stack.enter_context(RunStore(None if store is None else Path(store)))
+        stack.enter_context(opened.held(run))
         tell = _told(stack.enter_context(live_display(show)), on_event)
         client = stack.enter_context(clients_of(Device(NAME, scorer, *splits, task=task)))
 
@@ -184,15 +186,6 @@ def _tune(
         ended = run_alone(begin, settings)
         curves = curves_of(opened, run)
     return TuneResult(make_prompt(scorer, task, ended.result), ended.result, *curves, ended.interrupted)
-
-
-@contextmanager
-def _store_at(path: str | os.PathLike[str] | None) -> Iterator[RunStore]:
-    """The store at ``path``; None: one that is deleted in the end."""
-    with ExitStack() as stack:
-        if path is None:
-            path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedbpt-"))) / "runs.db"
-        yield stack.enter_context(RunStore(Path(path)))
 
 
 def _told(*listeners: Callable[[Event], None]) -> Callable[[Event], None]:
@@ -259,6 +252,7 @@ def _figures(result: RunResult) -> dict[str, Any]:
     return told
 
 
+@interruptible()
 def evaluate(
     scorer: Scorer,
     task: Task,

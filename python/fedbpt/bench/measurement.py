@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 
 from fedbpt import models
 from fedbpt.engine.scorer import Plan, Scorer
-from fedbpt.machine.energy import SYSFS, EnergyMeter
+from fedbpt.machine.energy import EnergyMeter
 from fedbpt.machine.info import Heat, board_name, cpu_name, heat, physical_cores
+from fedbpt.machine.interrupts import interruptible
 from fedbpt.machine.memory import physical_memory
+from fedbpt.machine.system_files import SYSFS
 from fedbpt.protocol.messages import Placement
 from fedbpt.version import VERSION
 
@@ -137,6 +139,7 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     format: Literal[1] = 1
 
 
+@interruptible()
 def measure(
     scorer: BenchScorer,
     *,

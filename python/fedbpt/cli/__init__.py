@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import re
@@ -23,6 +22,7 @@ from typing import Annotated, Any
 import typer
 
 from fedbpt.cli.options import help_without_command
+from fedbpt.cli.streams import repair_streams
 from fedbpt.dashboard import DEFAULT_ADDRESS
 from fedbpt.errors import FedbptError, ModelWarning, RunStopped
 from fedbpt.plain_text import PlainFormatter, echo
@@ -86,6 +86,7 @@ def make_app(wanted: str | None = None) -> typer.Typer:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The ``fedbpt`` program. Exit codes: 0 done, 1 it failed, 2 the command was wrong, 130 interrupted."""
+    repair_streams()
     if _COMPLETES in os.environ:
         _complete()
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -93,12 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = _with_address([word for word in given if word != "--debug"])
     code = 0
     warnings.filterwarnings("ignore", category=ModelWarning)  # commands print a model's notes
-    _take_any_text()
     if logging.lastResort is not None:  # what writes records to the terminal
         logging.lastResort.setFormatter(PlainFormatter())
     try:
         with _terminated_as_interrupted():
             _run(given)
+            sys.stdout.flush()  # here a full disk or a broken pipe can still be told
     except typer.Exit as done:
         code = done.exit_code
     except (KeyboardInterrupt, typer.Abort, RunStopped) as stop:
@@ -119,16 +120,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _take_any_text() -> None:
-    """A character that a stream's encoding cannot write is escaped: it costs nobody a result that is computed already.
-
-    Bytes of standard input that are no text become what `fedbpt.checking.utf8` refuses.
-    """
-    for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stdin, "surrogateescape")):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-            stream.reconfigure(errors=errors)
-
-
 def _complete() -> None:
     """Answer the shell that wants the rest of a command, as ``fedbpt --install-completion`` has told it to ask."""
     typed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS", "")
@@ -142,7 +133,6 @@ def _run(given: Sequence[str]) -> None:
     command = typer.main.get_command(make_app(wanted))
     with command.make_context("fedbpt", list(given)) as context:
         command.invoke(context)
-    sys.stdout.flush()
 
 
 def _with_address(given: Sequence[str]) -> list[str]:
@@ -174,8 +164,12 @@ def _usage(error: Any) -> str:
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and not isinstance(error, FedbptError):
+        if error.strerror.startswith("No usable temporary directory"):  # as `tempfile` says
+            return "there is no folder for temporary files: set TMPDIR to one that can be written"
         return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     text = " ".join(str(error).split())
+    if isinstance(error, RuntimeError) and "home directory" in text:  # as `pathlib` says, to a library of ours
+        return "this user has no home folder: set HOME to one"
     if isinstance(error, FedbptError):
         return text
     return f"unexpected {type(error).__name__}: {text} (a fault of fedbpt: --debug shows where)"

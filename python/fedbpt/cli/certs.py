@@ -33,10 +33,10 @@ def init_command(
     """
     from fedbpt.net import certs  # it needs an extra
 
-    made = {"ca": certs.init(folder)}
-    hosts = dict.fromkeys(["localhost", "127.0.0.1", "::1", socket.gethostname(), *(host or [])])
-    made["coordinator"] = certs.issue(folder, "coordinator", list(hosts))
-    _print(made, as_json, quiet)
+    own = [name for name in (socket.gethostname(),) if certs.is_host(name)]
+    hosts = dict.fromkeys(["localhost", "127.0.0.1", "::1", *own, *(host or [])])
+    made = certs.init(folder, {"coordinator": list(hosts)})
+    _print({"ca": made, "coordinator": certs.pair(folder, "coordinator")}, as_json, quiet)
 
 
 @app.command("issue")

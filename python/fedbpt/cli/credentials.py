@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from fedbpt.errors import ConfigError
 from fedbpt.net.tls import Tls
-from fedbpt.net.tokens import Credentials, new_token, read_private, write_private
+from fedbpt.net.tokens import (
+    Credentials,
+    check_private,
+    default_credentials,
+    digest,
+    new_token,
+    plain_code,
+    read_private,
+    write_private,
+)
 
 
 def credentials_for(
     coordinator: str | None,
     code: str | None,
-    path: Path,
+    path: Path | None,
     tls: Tls,
     allow_insecure: bool,
     tell: Callable[[str], None] = lambda _line: None,
 ) -> Credentials | None:
     """What to call ``coordinator`` with: kept from before, or got for ``code`` and kept; None: the device is called.
 
-    ``tell``: called with a line where the coordinator is waited for.
+    ``path``: the file that it is kept in; None: the user's own. ``tell``: called with a line where the coordinator is
+    waited for.
     """
     if coordinator is None:
         if code is not None:
@@ -32,9 +43,14 @@ def credentials_for(
         origin,
     )
 
-    url = origin(coordinator, allow_insecure)
+    url, path = origin(coordinator, allow_insecure), path or default_credentials()
     if code is not None:
-        made = enrol(url, code, tls=tls, allow_insecure=allow_insecure, tell=tell)
+        used = digest(plain_code(code)).hex()
+        before = _readable(path)
+        if before is not None and (before.coordinator, before.code_digest) == (url, used):
+            return before  # the same command once more: the code is used up, by this device
+        check_private(path)  # before the code is used up
+        made = replace(enrol(url, code, tls=tls, allow_insecure=allow_insecure, tell=tell), code_digest=used)
         made.save(path)
         return made
     if not path.exists():
@@ -48,6 +64,13 @@ def credentials_for(
             f"the token in {path} is for {kept.coordinator}, not {url}: enrol there (--enrol CODE, --credentials FILE)"
         )
     return kept
+
+
+def _readable(path: Path) -> Credentials | None:
+    try:
+        return Credentials.load(path)
+    except ConfigError:  # absent or damaged: it is about to be replaced
+        return None
 
 
 def token_in(path: Path) -> str:

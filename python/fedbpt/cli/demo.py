@@ -32,6 +32,7 @@ from fedbpt.display.plain_console import PlainConsole
 from fedbpt.engine.native_scorer import load_model
 from fedbpt.engine.scorer import Scorer
 from fedbpt.errors import ConfigError, FedbptError
+from fedbpt.machine.files import write_whole
 from fedbpt.machine.info import physical_cores
 from fedbpt.net.tls import is_loopback
 from fedbpt.plain_text import plain
@@ -91,6 +92,8 @@ def demo(
 
     with ExitStack() as stack:
         store = stack.enter_context(RunStore(folder / "runs.db"))
+        working = stack.enter_context(ExitStack())
+        working.enter_context(store.held(RUN))
         saved, record = folder / "prompt.safetensors", _Record(folder / "demo.json", asked)
         fresh = not record.tells_of_interruption()
         files = _write_data(folder / "data", task, splits, devices, seed)
@@ -117,6 +120,7 @@ def demo(
         watch.compare(Comparison(lambda: comparing(scorer, task, result), task.labels, questions, watch.devices))
         _report(result, saved, _examples(scorer, task, splits["test"][:LOOKED_AT], prompt), folder, as_json)
         print_hint(scorer, shown)
+        working.close()
         watch.linger(teller(not shown))
 
 
@@ -135,7 +139,7 @@ class _Record:
             self.write(ended=False)
 
     def write(self, ended: bool) -> None:
-        self._path.write_text(self._text(ended))
+        write_whole({self._path: self._text(ended).encode()})
 
     def _text(self, ended: bool) -> str:
         return json.dumps({**self._asked, "ended": ended})

@@ -43,8 +43,9 @@ from fedbpt.machine.memory import kv_budget_within
 from fedbpt.machine.pauses import TRIGGERS, Pauses
 from fedbpt.models import locate, model_size
 from fedbpt.net.tls import Tls
-from fedbpt.net.tokens import Credentials, default_credentials
+from fedbpt.net.tokens import Credentials
 from fedbpt.plain_text import echo
+from fedbpt.protocol.messages import as_name
 from fedbpt.tasks import Row, Task, load, read_task_rows
 
 log = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ def device(
     scorer = load_model(
         model, n_threads=threads, n_gpu_layers=gpu_layers, gpu=gpu, kv_budget_bytes=kv_bytes, late=load_late
     )
-    local = Device(link.device if link else name or socket.gethostname(), scorer, *rows, task=chosen)
+    local = Device(link.device if link else name or as_name(socket.gethostname()), scorer, *rows, task=chosen)
     if not load_late:
         print_hint(scorer, shown=not (quiet or as_json), task=chosen)
         local.measure_speed()  # for `fedbpt tune --plan`
@@ -154,7 +155,7 @@ def _link(
     """
     if coordinator is not None and code is not None:
         check()
-    link = credentials_for(coordinator, code, kept or default_credentials(), tls, allow_insecure, _tell)
+    link = credentials_for(coordinator, code, kept, tls, allow_insecure, _tell)
     if link is not None and name not in (None, link.device):
         raise ConfigError(f"this device was invited as {link.device}, its name in every run: leave --name out")
     return link

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from fedbpt.cli.options import AsJson, Quiet, Registry, help_without_command
-from fedbpt.coordinator.enrolment import INVITATION_S, DeviceRegistry
+from fedbpt.coordinator.enrolment import INVITATION_S, DeviceRegistry, check_device_name
 from fedbpt.display.plain_console import PlainConsole
 from fedbpt.errors import StoreError
 from fedbpt.plain_text import echo
@@ -37,6 +37,7 @@ def invite_command(
 
     Example: fedbpt devices invite pixel
     """
+    check_device_name(name)  # before a registry is begun
     with DeviceRegistry(registry) as opened:
         code = opened.invite(name, minutes * 60)
     if as_json:

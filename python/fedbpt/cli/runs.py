@@ -169,7 +169,8 @@ def delete_command(
             raise ConfigError(
                 f"run {run} is under way, or its coordinator ended without a word: stop it first, or give --force"
             )
-        opened.delete_run(run)
+        with opened.held(run):
+            opened.delete_run(run)
     if as_json:
         print_json({"run": run, "n_rounds": found.n_rounds})
     elif not quiet:

@@ -12,6 +12,7 @@ from fedbpt import models
 from fedbpt.cli.options import AsJson, Quiet, help_without_command
 from fedbpt.engine.native_scorer import NativeScorer, load_model
 from fedbpt.errors import ConfigError
+from fedbpt.machine.files import write_whole
 from fedbpt.plain_text import echo
 from fedbpt.tasks import Draft, WordCosts, draft_task, task_toml, word_costs, word_notes
 
@@ -53,7 +54,7 @@ def new_command(
     costs = word_costs(scorer, draft.task) if scorer else []
     text = task_toml(draft.task, costs, scorer.name if scorer else "")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8", newline="\n")
+    write_whole({path: text.encode()})
     if as_json:
         echo(msgspec.json.encode(_as_json(path, draft, scorer, costs)).decode())
     elif quiet:

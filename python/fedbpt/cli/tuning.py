@@ -88,7 +88,7 @@ class Tuning:
     def over(self, reach: Reach) -> None:
         """Over devices."""
         config = self._config
-        with self._opened() as (store, watch):
+        with self._opened() as (store, watch, let_go):
             stored = None if self._fresh else store.find_run(config.run)
             finished = stored is not None and stored.status == "finished"
             known = store.addresses(config.run) if stored else {}
@@ -96,12 +96,17 @@ class Tuning:
                 watch.meet(clients)
                 self._called = {client.name: client.url for client in clients if isinstance(client, HttpClient)}
                 self._run(store, watch, lambda: clients, "", _to_the_end)
+                let_go()
+                watch.linger(self._tell)
 
     def here(self, rows: Sequence[list[TaskRow]]) -> None:
         """On this machine. Ctrl-C keeps what there is, and raises `RunStopped` when that is written."""
         device = self._device(rows)
-        with self._opened() as (store, watch), clients_of(device) as client:
+        with self._opened() as (store, watch, let_go), clients_of(device) as client:
             ended = self._run(store, watch, lambda: [client()], digest_of_rows(*rows), run_alone)
+            let_go()
+            if not ended.interrupted:
+                watch.linger(self._tell)
         if ended.interrupted:
             raise RunStopped("start it again to resume it")
 
@@ -110,10 +115,14 @@ class Tuning:
         return Device(NAME, self._scorer, *rows, task=self._task)
 
     @contextmanager
-    def _opened(self) -> Iterator[tuple[RunStore, Watch]]:
+    def _opened(self) -> Iterator[tuple[RunStore, Watch, Callable[[], None]]]:
+        """What the run is kept in and who watches it. No other process works on it until the third is called."""
         with ExitStack() as stack:
             store = stack.enter_context(RunStore(self._config.store))
-            yield store, stack.enter_context(self._observers.watching(store.path, self._config.run, self._tell))
+            working = stack.enter_context(ExitStack())
+            working.enter_context(store.held(self._config.run))
+            watch = stack.enter_context(self._observers.watching(store.path, self._config.run, self._tell))
+            yield store, watch, working.close
 
     def _run(
         self,
@@ -154,8 +163,6 @@ class Tuning:
         except (KeyboardInterrupt, RunStopped) as stop:
             raise (RunStopped("start it again to resume it") if begun else KeyboardInterrupt) from stop
         self._report(ended.result, watch)
-        if not ended.interrupted:
-            watch.linger(self._tell)
         return ended
 
     def _report(self, result: RunResult, watch: Watch) -> None:

@@ -44,6 +44,14 @@ class Enrolment(NamedTuple):
     since: str
 
 
+def check_device_name(text: str) -> None:
+    """Raises `ConfigError` where no device can be called so."""
+    try:
+        msgspec.convert(text, Name)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{text!r} cannot name a device: use letters, digits and ._- (at most 128)") from error
+
+
 class DeviceRegistry(Database):
     """The registry at ``path`` (made with its folder if absent). Safe to use from several threads.
 
@@ -64,10 +72,7 @@ class DeviceRegistry(Database):
 
         A device that is enrolled already keeps its token until the code is used. Raises `ConfigError` for a bad name.
         """
-        try:
-            msgspec.convert(device, Name)
-        except msgspec.ValidationError as error:
-            raise ConfigError(f"{device!r} cannot name a device: use letters, digits and ._- (at most 128)") from error
+        check_device_name(device)
         code = tokens.new_code()
         with self._transaction() as db:
             db.execute(

@@ -127,7 +127,8 @@ class Federation:
 
         Raises:
             QuorumError: too few devices, at the start or in a round. FederationError: devices with different models,
-            a stored run that does not fit. StoreError: the store cannot be written. RunStopped: by ``control``.
+            a stored run that does not fit. StoreError: the store cannot be written, or another process runs the run.
+            RunStopped: by ``control``.
         """
         return run_to_end(self.run_async)
 
@@ -140,6 +141,10 @@ class Federation:
         """`run`, for callers with a loop of their own. A federation runs once."""
         if self._fleet is not None:
             raise FederationError("a federation runs once: make another, with a fresh aggregator, to resume")
+        with self._store.held(self.run_name):
+            return await self._run_alone()
+
+    async def _run_alone(self) -> RunResult:
         self._store.restore(self.run_name)  # a fresh start that was killed before its first round
         if not self._fresh and (result := self._ledger.finished()) is not None:
             self._emit(RunFinished(result=result))

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from typing import Final, NamedTuple
 
+from fedbpt.net.deadlines import within
 from fedbpt.runs.event_log import Line
 
 KEEP_LINES: Final = 2000
@@ -83,7 +84,7 @@ class EventFeed:
                     return
                 else:
                     try:
-                        await asyncio.wait_for(woken.wait(), heartbeat_s)
+                        await within(heartbeat_s, woken.wait())
                     except asyncio.TimeoutError:
                         yield None
         finally:

@@ -28,6 +28,7 @@ from fedbpt.errors import (
     QuorumError,
     WireError,
 )
+from fedbpt.net.deadlines import within
 from fedbpt.plain_text import MOST_TOLD, one_line
 from fedbpt.protocol.membership import misfit
 from fedbpt.protocol.messages import (
@@ -243,7 +244,7 @@ class Fleet:
 
     async def _wait_changed(self, timeout_s: float) -> None:
         with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), timeout_s)
+            await within(timeout_s, self._changed.wait())
 
     def _take(self, task: asyncio.Task[RoundReport], current: OpenRound) -> None:
         """Count a finished task's report, or lose its device; only one out of reach may try this round again."""
@@ -386,7 +387,7 @@ class Fleet:
         async def tell(member: Member, key: tuple[str, int]) -> None:
             async with self._turns.one():
                 try:
-                    await asyncio.wait_for(member.client.cancel(*key), CANCEL_S)
+                    await within(CANCEL_S, member.client.cancel(*key))
                 except (DeviceError, WireError, asyncio.TimeoutError) as error:
                     log.info("%s could not be told to stop: %s", member.name, error or type(error).__name__)
 

@@ -13,6 +13,7 @@ from typing import Final
 
 from fedbpt.coordinator.clients import DeviceClient, HttpClient
 from fedbpt.errors import DeviceError, WireError
+from fedbpt.net.deadlines import within
 from fedbpt.protocol.messages import DeviceInfo
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,6 @@ class Pulse:
 
     async def _ask(self, twin: HttpClient) -> None:
         try:
-            self._met(twin.name, await asyncio.wait_for(twin.status(), PATIENCE_S))
+            self._met(twin.name, await within(PATIENCE_S, twin.status()))
         except (DeviceError, WireError, asyncio.TimeoutError) as error:
             log.info("%s does not say how it is: %s", twin.name, error or "it takes too long")

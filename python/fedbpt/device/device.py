@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from fedbpt.device.speed import Speed, measure_speed
 from fedbpt.device.state import DeviceState
 from fedbpt.engine.scorer import Scorer
 from fedbpt.errors import DataError, InputError
+from fedbpt.machine.memory import physical_memory
 from fedbpt.objective.mini_batches import PlainLogits, mini_batch, parts_of, row_weights, under
 from fedbpt.objective.objective import Cancelled, Objective, Progress
 from fedbpt.objective.privacy import Releases, RowLosses, check_private
@@ -112,7 +112,7 @@ class Device:
             n_train=len(self._rows["train"]),
             n_dev=len(self._rows["dev"]),
             n_test=len(self._rows["test"]),
-            ram_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            ram_bytes=physical_memory(),
             rss_bytes=int(memory.get("rss", 0)),
             peak_rss_bytes=int(memory.get("peak_rss", 0)),
             tokens_per_second=self.state.tokens_per_second,

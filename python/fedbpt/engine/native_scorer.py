@@ -20,6 +20,7 @@ from fedbpt.engine.native_generator import NativeGenerator
 from fedbpt.engine.token_arrays import flat_continuations, prompt_rows, ragged, token_ids
 from fedbpt.errors import InputError, ModelWarning
 from fedbpt.machine.info import physical_cores
+from fedbpt.machine.interrupts import interruptible
 from fedbpt.machine.memory import memory_of_process
 from fedbpt.models.trial import TrialSettings, run_once
 from fedbpt.protocol.messages import Placement
@@ -33,6 +34,7 @@ DEFAULT_KV_BUDGET_BYTES = 512 * 2**20
 """How much KV a plan keeps unless told otherwise: that of some 250 texts of 90 tokens for a model of 135M."""
 
 
+@interruptible()
 def load_model(
     name_or_path: str | os.PathLike[str],
     n_threads: int | None = None,
@@ -302,6 +304,7 @@ class NativeScorer:
             )
         return NativePlan(self, plan)
 
+    @interruptible()
     def score_with_soft_prompt(
         self,
         tokens: Sequence[ArrayLike],
@@ -345,6 +348,7 @@ class NativeScorer:
         buffers = {"weights": 0, "kv": 0, "compute": 0} if self._loaded is None else self._loaded.memory()
         return {**buffers, **memory_of_process()}
 
+    @interruptible()
     def score_plan(self, plan: _native.Plan, embeds: ArrayLike, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         """What `NativePlan.score` does."""
         if plan in self._torn:

@@ -23,6 +23,7 @@ from fedbpt.checking import DECODE_ERRORS
 from fedbpt.engine.scorer import Scorer
 from fedbpt.errors import ConfigError, PromptError
 from fedbpt.exchange.snippet import snippet
+from fedbpt.machine.files import PARTIAL
 from fedbpt.prompts.model_card import fenced, known_model, model_card
 from fedbpt.prompts.prompt import Prompt, encode_card, write
 from fedbpt.protocol.messages import PromptSpec
@@ -56,9 +57,9 @@ def write_adapter(prompt: Prompt, folder: Path, scorer: Scorer, task: Task, base
     rows = np.concatenate([bos, prompt.rows])
     _make(folder)
     files = {
+        _CONFIG: json.dumps(_config(rows, base), indent=2).encode(),  # first: by it the next export knows its own
         _PROMPT: prompt.to_bytes(),
         _WEIGHTS: safetensors.numpy.save({_KEY: rows}, metadata={"format": "pt"}),
-        _CONFIG: json.dumps(_config(rows, base), indent=2).encode(),
         "README.md": encode_card(model_card(prompt, use, "peft")),
     }
     write({folder / name: content for name, content in files.items()})
@@ -159,9 +160,11 @@ def _config(rows: NDArray[np.float32], base_model: str) -> dict[str, Any]:
 def _make(folder: Path) -> None:
     """Raises `PromptError` for a folder with other things in it: nothing of theirs is overwritten."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()) and not (folder / _CONFIG).is_file():
+        # what a killed export left under other names is nobody's
+        has_others = folder.exists() and any(path.suffix != PARTIAL for path in folder.iterdir())
+        if has_others and not (folder / _CONFIG).is_file():
             raise PromptError(f"{folder} is not empty and has no adapter: choose a new folder")
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PromptError(f"cannot write the adapter to {folder}: {error.strerror or error}") from error
 

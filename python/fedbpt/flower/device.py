@@ -21,6 +21,7 @@ from fedbpt.device.state import DeviceState
 from fedbpt.errors import ConfigError, FedbptError, WireError
 from fedbpt.faults import public_reason
 from fedbpt.flower.records import RECORD, WORK_FAILED, packed, unpacked
+from fedbpt.machine.folders import expanded
 from fedbpt.net.tokens import read_private, write_private
 from fedbpt.protocol import codec, messages
 from fedbpt.protocol.messages import ErrorReply, EvaluateRequest, RoundPlan, RoundReport
@@ -123,7 +124,7 @@ _MOST_BYTES: Final = 2 * codec.MAX_BODY_BYTES
 
 def _snapshot(context: Context) -> Path | None:
     named = context.node_config.get(STATE_FILE)
-    return Path(str(named)).expanduser() if named else None
+    return expanded(str(named)) if named else None
 
 
 def _unheard(_done: int, _total: int) -> None:

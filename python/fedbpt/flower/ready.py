@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -20,7 +19,9 @@ from fedbpt.engine.scorer import Scorer
 from fedbpt.errors import ConfigError, FedbptError
 from fedbpt.flower.device import client_app
 from fedbpt.flower.strategy import FIND_S, FedBPT
+from fedbpt.machine.folders import expanded
 from fedbpt.plain_text import echo
+from fedbpt.protocol.messages import as_name
 from fedbpt.runs.run_file import with_defaults
 from fedbpt.runs.settings import DeviceBack, DeviceLost, Evaluated, Event, RoundClosed, RunFinished, RunSettings
 from fedbpt.runs.store import RunStore
@@ -89,7 +90,7 @@ def main(grid: Grid, context: Context) -> None:
     """Tune, or go on with a run that was stopped."""
     config = config_of(context.run_config)
     task = tasks.load(config.task)
-    with RunStore(Path(config.store).expanduser()) as store:
+    with RunStore(expanded(config.store)) as store:
         FedBPT(
             task, settings_of(config, task), store, config.run,
             devices=config.devices, find_s=config.find_s, on_event=_tell,
@@ -123,7 +124,7 @@ def make_device(context: Context, state: DeviceState) -> Device:
     if not (config.model and config.data):
         raise ConfigError("a node needs a model and data: give them in the app's configuration or in --node-config")
     rows = [_rows(config, file) if file else [] for file in (config.data, config.dev, config.test)]
-    simulated = f"node-{config.partition_id}" if config.partition_id is not None else socket.gethostname()
+    simulated = f"node-{config.partition_id}" if config.partition_id is not None else as_name(socket.gethostname())
     task, scorer = tasks.load(config.task), _scorer(config.model, config.threads)
     return Device(config.name or simulated, scorer, *rows, task=task, state=state)
 
@@ -140,7 +141,7 @@ def _rows(config: AppConfig, file: str) -> list[Row]:
 
 @lru_cache(maxsize=8)
 def _read(task: str, file: str) -> list[Row]:
-    return tasks.read_task_rows(tasks.load(task), Path(file).expanduser())
+    return tasks.read_task_rows(tasks.load(task), expanded(file))
 
 
 @lru_cache(maxsize=1)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedbpt.errors import ConfigError, FedbptError
+from fedbpt.machine import folders
+from fedbpt.machine.files import write_whole
 from fedbpt.protocol.messages import as_name
 
 SERVICE = "fedbpt-device"
@@ -48,10 +50,11 @@ def install(
         ConfigError: a file of other content is there.
         FedbptError: it cannot be written.
     """
-    home = home or Path.home()
     service = SERVICE if device is None else f"{SERVICE}-{as_name(device)}"
     kept = {name: environment[name] for name in _KEPT if name in environment}
+    instead = "set HOME, or XDG_CONFIG_HOME, to a folder of its own"
     if "com.termux" in environment.get("PREFIX", ""):
+        home = home or folders.home(instead)
         path = home / ".termux/boot" / service
         log = home / f".{service}.log"
         text = boot_script(command, Path.cwd(), kept, environment["PREFIX"], log.name)
@@ -62,7 +65,8 @@ def install(
             f"it logs to {log}, anew at each start",
         )
     else:
-        path = Path(environment.get("XDG_CONFIG_HOME") or home / ".config") / "systemd/user" / f"{service}.service"
+        configuration = Path(environment.get("XDG_CONFIG_HOME") or (home or folders.home(instead)) / ".config")
+        path = configuration / "systemd/user" / f"{service}.service"
         text = systemd_unit(command, Path.cwd(), kept, max_memory)
         found = Installed(
             path,
@@ -129,12 +133,7 @@ def _write(path: Path, text: str, force: bool) -> None:
                 " machine a --name of its own"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_bytes(content)
-            temporary.chmod(0o755 if path.suffix == "" else 0o644)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole({path: content})
+        path.chmod(0o755 if path.suffix == "" else 0o644)
     except OSError as error:
         raise FedbptError(f"cannot write {path}: {error.strerror or error}") from error

@@ -15,7 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeAlias
 
-SYSFS = Path("/sys")
+from fedbpt.machine.system_files import SYSFS, read, text
+
 INTERVAL_S = 0.1
 
 # hwmon drivers that measure a board or a processor; a graphics card's power, say, is another matter
@@ -131,7 +132,7 @@ class EnergyMeter:
 def _rapl(sysfs: Path, _clock: Clock) -> Iterator[_Source]:
     """Each CPU package and the memory beside it; what lies inside a package (core, uncore) is part of it."""
     for zone in sorted((sysfs / "class/powercap").glob("intel-rapl:*")):
-        name = _text(zone / "name")
+        name = read(zone / "name")
         if name.startswith("package") or name == "dram":
             yield _Counter(f"RAPL {name}", zone / "energy_uj", _number(zone / "max_energy_range_uj"))
 
@@ -139,7 +140,7 @@ def _rapl(sysfs: Path, _clock: Clock) -> Iterator[_Source]:
 def _hwmon(sysfs: Path, clock: Clock) -> Iterator[_Source]:
     rails: list[tuple[str, _Source]] = []
     for device in sorted((sysfs / "class/hwmon").glob("hwmon*")):
-        driver = _text(device / "name") if (device / "name").is_file() else ""
+        driver = text(device / "name") or ""
         if not _HWMON.match(driver):
             continue
         energies = [path for path in sorted(device.glob("energy*_input")) if not _label(path).startswith("Ecore")]
@@ -159,14 +160,14 @@ def _jetson(sysfs: Path, clock: Clock) -> Iterator[_Source]:
     """The INA3221 under NVIDIA's kernels before 5.10: milliwatts."""
     rails: list[tuple[str, _Source]] = []
     for power in sorted((sysfs / "bus/i2c/drivers/ina3221x").glob("*/iio:device*/in_power[012]_input")):
-        label = _text(power.with_name(f"rail_name_{power.name[len('in_power')]}"))
+        label = read(power.with_name(f"rail_name_{power.name[len('in_power')]}"))
         rails.append((label, _Power(f"ina3221 {label}", (power,), 1e-3, clock)))
     yield from _of_board(rails)
 
 
 def _battery(sysfs: Path, clock: Clock) -> Iterator[_Source]:
     for supply in sorted((sysfs / "class/power_supply").glob("*")):
-        if _text(supply / "type") != "Battery" or _text(supply / "status") != "Discharging":
+        if text(supply / "type") != "Battery" or text(supply / "status") != "Discharging":
             continue
         if (supply / "power_now").is_file():
             yield _Power(f"battery {supply.name}", (supply / "power_now",), 1e-6, clock)
@@ -183,17 +184,12 @@ def _of_board(rails: list[tuple[str, _Source]]) -> list[_Source]:
 def _label(value: Path) -> str:
     """What the driver calls the rail of ``in1_input``, ``power2_input``, ...; else ``in1``, ``power2``."""
     stem = value.name.removesuffix("_input")
-    label = value.with_name(f"{stem}_label")
-    return _text(label) if label.is_file() else stem
-
-
-def _text(path: Path) -> str:
-    return path.read_text().strip()
+    return text(value.with_name(f"{stem}_label")) or stem
 
 
 def _number(path: Path) -> int:
-    text = _text(path)
+    found = read(path)
     try:
-        return int(text)
+        return int(found)
     except ValueError as error:
-        raise OSError(errno.EINVAL, f"holds {text!r}, no number", str(path)) from error
+        raise OSError(errno.EINVAL, f"holds {found!r}, no number", str(path)) from error

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from fedbpt.machine.energy import SYSFS
-
-PROC = Path("/proc")
+from fedbpt.machine.system_files import PROC, SYSFS, entries, number, text
 
 # MIDR implementer and part, as in /proc/cpuinfo: the cores of common boards and phones
 _ARM_CORES = {
@@ -43,33 +41,26 @@ class Heat(msgspec.Struct, frozen=True):
 
 def cpu_name(proc: Path = PROC) -> str:
     """The processor's name, or those of its kinds of core."""
-    info = proc / "cpuinfo"
-    text = info.read_text() if info.is_file() else ""
-    named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    info = text(proc / "cpuinfo") or ""
+    named = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
     if named:
         return named[1].strip()
-    makers = re.findall(r"^CPU implementer\s*:\s*(\w+)$", text, re.MULTILINE)
-    parts = re.findall(r"^CPU part\s*:\s*(\w+)$", text, re.MULTILINE)
+    makers = re.findall(r"^CPU implementer\s*:\s*(0x[0-9a-fA-F]+)$", info, re.MULTILINE)
+    parts = re.findall(r"^CPU part\s*:\s*(0x[0-9a-fA-F]+)$", info, re.MULTILINE)
     cores = [_ARM_CORES.get((int(a, 16), int(b, 16)), f"Arm {a}/{b}") for a, b in zip(makers, parts, strict=False)]
     return " + ".join(dict.fromkeys(cores)) or platform.processor() or platform.machine()
 
 
-def physical_cores() -> int:
+def physical_cores(sysfs: Path = SYSFS) -> int:
     """Physical cores that this process may run on: hyper-threads of one core count once."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    cores = set()
-    for cpu in allowed:
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        cores.add(siblings.read_text().strip() if siblings.is_file() else str(cpu))
-    return max(1, len(cores))
+    topology = "devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    return max(1, len({text(sysfs / topology.format(cpu)) or str(cpu) for cpu in allowed}))
 
 
 def board_name(proc: Path = PROC, sysfs: Path = SYSFS) -> str | None:
     """What the board or the computer is called; None: the system does not tell."""
-    for path in (proc / "device-tree/model", sysfs / "class/dmi/id/product_name"):
-        if path.is_file() and os.access(path, os.R_OK):
-            return path.read_text().strip("\0\n ") or None
-    return None
+    return text(proc / "device-tree/model") or text(sysfs / "class/dmi/id/product_name") or None
 
 
 def heat(sysfs: Path = SYSFS) -> Heat:
@@ -79,44 +70,36 @@ def heat(sysfs: Path = SYSFS) -> Heat:
 
 def battery_percent(sysfs: Path = SYSFS) -> float | None:
     """How full the battery is; None: there is none, or the system does not tell."""
-    levels = [_number(supply / "capacity") for supply in sysfs.glob("class/power_supply/*")]
+    levels = [number(supply / "capacity") for supply in entries(sysfs, "class/power_supply/*")]
     return next((float(level) for level in levels if level is not None and 0 <= level <= 100), None)
 
 
 def _celsius(sysfs: Path) -> float | None:
-    zones = {}
-    for zone in sysfs.glob("class/thermal/thermal_zone*"):
-        millidegrees = _number(zone / "temp")
+    zones = []
+    for zone in entries(sysfs, "class/thermal/thermal_zone*"):
+        millidegrees = number(zone / "temp")
         if millidegrees is not None and 0 < millidegrees < 150_000:
-            zones[zone] = ((zone / "type").read_text().strip().lower(), millidegrees / 1000)
-    processor = [celsius for kind, celsius in zones.values() if re.search("cpu|pkg|soc|core", kind)]
+            zones.append(((text(zone / "type") or "").lower(), millidegrees / 1000))
+    processor = [celsius for kind, celsius in zones if re.search("cpu|pkg|soc|core", kind)]
     # a power chip's zone is made up on some boards
-    return max(processor or [celsius for kind, celsius in zones.values() if "pmic" not in kind], default=None)
+    return max(processor or [celsius for kind, celsius in zones if "pmic" not in kind], default=None)
 
 
 def _limited(sysfs: Path) -> bool | None:
-    states = [_number(device / "cur_state") for device in _cpu_coolers(sysfs)]
-    pi = sysfs / "devices/platform/soc/soc:firmware/get_throttled"
-    if pi.is_file():
-        states.append(int(pi.read_text(), 16) & _PI_LIMITS)
+    states = [number(device / "cur_state") for device in _cpu_coolers(sysfs)]
+    pi = number(sysfs / "devices/platform/soc/soc:firmware/get_throttled", base=16)
+    states.append(None if pi is None else pi & _PI_LIMITS)
     known = [state for state in states if state is not None]
     return any(known) if known else None
 
 
 def _cpu_coolers(sysfs: Path) -> list[Path]:
     """The cooling devices that cool by slowing the processor down."""
-    devices = sysfs.glob("class/thermal/cooling_device*")
-    return [device for device in devices if re.search("cpufreq|processor", (device / "type").read_text().lower())]
+    devices = entries(sysfs, "class/thermal/cooling_device*")
+    return [device for device in devices if re.search("cpufreq|processor", (text(device / "type") or "").lower())]
 
 
 def _throttle_events(sysfs: Path) -> int | None:
-    counts = [_number(path) for path in sysfs.glob("devices/system/cpu/cpu*/thermal_throttle/core_throttle_count")]
+    counts = [number(path) for path in entries(sysfs, "devices/system/cpu/cpu*/thermal_throttle/core_throttle_count")]
     known = [count for count in counts if count is not None]
     return sum(known) if known else None
-
-
-def _number(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # a sensor that is switched off says so this way
-        return None

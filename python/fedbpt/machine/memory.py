@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import sys
 from pathlib import Path
 
 from fedbpt.errors import ConfigError
+from fedbpt.machine.system_files import PROC, text
 
 WEIGHTS_ALLOWANCE = 1.15  # benchmarks/bench_memory.py holds us to it: weights, and what is computed with them
 INTERPRETER_BYTES = 64 * 2**20
 
 
-def memory_of_process() -> dict[str, int]:
-    """``rss`` now and ``peak_rss`` since start, bytes. Where the system has no /proc, ``rss`` is the peak."""
+def memory_of_process(proc: Path = PROC) -> dict[str, int]:
+    """``rss`` now and ``peak_rss`` since start, bytes. Where the system does not tell ``rss``, it is the peak."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    statm = Path("/proc/self/statm")
-    rss = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.is_file() else peak
+    found = re.match(r"[0-9]+ ([0-9]{1,18}) ", text(proc / "self/statm") or "")
+    rss = int(found[1]) * os.sysconf("SC_PAGE_SIZE") if found else peak
     return {"rss": rss, "peak_rss": max(peak, rss)}
 
 

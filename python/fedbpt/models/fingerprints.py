@@ -11,7 +11,8 @@ from pathlib import Path
 import msgspec
 
 from fedbpt.errors import ModelNotFoundError
-from fedbpt.machine.wheel_files import cache_folder, sha256_of
+from fedbpt.machine.folders import cache_folder
+from fedbpt.machine.wheel_files import sha256_of
 from fedbpt.models.parts import model_parts
 from fedbpt.models.records import read_record, write_record
 

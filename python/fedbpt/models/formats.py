@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedbpt.errors import InputError, ModelError
+from fedbpt.machine.folders import expanded
+from fedbpt.machine.interrupts import interruptible
 from fedbpt.machine.wheel_files import Progress, publish
 from fedbpt.models.parts import model_parts, model_size, model_stem
 from fedbpt.models.store import locate
@@ -46,6 +48,7 @@ class Requantized:
     source_size: int
 
 
+@interruptible()
 def requantize(
     name_or_path: str | os.PathLike[str],
     format: str,
@@ -82,7 +85,7 @@ def requantize(
     from fedbpt import _native
 
     source = locate(name_or_path)
-    target = source.with_name(f"{model_stem(source)}.{format}.gguf") if out is None else Path(out).expanduser()
+    target = source.with_name(f"{model_stem(source)}.{format}.gguf") if out is None else expanded(out)
     if target.is_dir():
         raise InputError(f"{target} is a folder: give the .gguf file to write")
     if target.exists() and any(target.samefile(part) for part in model_parts(source)):

@@ -1,7 +1,7 @@
 """One file from the Hugging Face hub, resumable and verified.
 
-`huggingface_hub` says where the file is, who may read it, its commit, size and sha256; the bytes are streamed here,
-since its own downloader starts from zero in each new process, which a 3 GB file over a weak link cannot afford.
+`huggingface_hub` says where the file is and what its user may read it by. It is asked for and streamed here: that
+library's own downloader starts from zero in each new process, which a 3 GB file over a weak link cannot afford.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ import httpx
 
 from fedbpt.errors import DownloadError, MissingExtraError
 from fedbpt.machine.wheel_files import Progress, require_space, sha256_of
+from fedbpt.net.proxies import ByProxy
+from fedbpt.net.tls import certificate_problem
 
 _ATTEMPTS = 5  # in a row without a new byte
 _BACKOFF_S = 1.0
 _TIMEOUT_S = 30.0
+_REDIRECTS = 5
 
 
 @dataclass(frozen=True)
@@ -42,23 +45,50 @@ def describe(repo: str, filename: str) -> RemoteFile:
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_url
+        from huggingface_hub import constants, get_token, hf_hub_url
     except ImportError as error:
         raise MissingExtraError("fetching from the Hugging Face hub", "hub") from error
-    endpoint = os.environ.get("HF_ENDPOINT")
+    what, endpoint = f"{repo}/{filename}", os.environ.get("HF_ENDPOINT")
+    if constants.HF_HUB_OFFLINE:
+        raise DownloadError(f"HF_HUB_OFFLINE is set: unset it to fetch {what}, or fetch it by hand and give its path")
     try:
         token = get_token()
         url = hf_hub_url(repo, filename, endpoint=endpoint)
-        metadata = get_hf_file_metadata(url, token=token, library_name="fedbpt")
-    except Exception as error:  # its transport errors share no base and change from version to version
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise DownloadError(f"the Hugging Face hub did not give {repo}/{filename}: {reason[0]}") from error
-    sha256 = (metadata.etag or "").lower()
-    if not re.fullmatch(r"[0-9a-f]{64}", sha256) or metadata.commit_hash is None or metadata.size is None:
-        raise DownloadError(f"the hub states no sha256 for {repo}/{filename}: fetch it by hand and give its path")
-    url = hf_hub_url(repo, filename, revision=metadata.commit_hash, endpoint=endpoint)
+    except Exception as error:
+        raise _not_given(what, str(error) or type(error).__name__) from error
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    return RemoteFile(url, headers, metadata.commit_hash, sha256, metadata.size)
+    told = _head(url, headers, what)
+    etag = told.get("X-Linked-Etag") or told.get("ETag", "")
+    sha256, commit = etag.removeprefix("W/").strip('"').lower(), told.get("X-Repo-Commit", "")
+    size = told.get("X-Linked-Size") or told.get("Content-Length", "")
+    if not re.fullmatch(r"[0-9a-f]{64}", sha256) or not commit or not re.fullmatch(r"[0-9]{1,18}", size):
+        raise DownloadError(f"the hub states no sha256 for {what}: fetch it by hand and give its path")
+    pinned = hf_hub_url(repo, filename, revision=commit, endpoint=endpoint)
+    return RemoteFile(pinned, headers, commit, sha256, int(size))
+
+
+def _head(url: str, headers: dict[str, str], what: str) -> httpx.Headers:
+    """What the hub says of a file: not what the store says that it leads to, which is on another host."""
+    target = httpx.URL(url)
+    try:
+        with _client() as http:
+            for _ in range(_REDIRECTS):  # a repository that was renamed
+                response = http.head(target, headers={**headers, "Accept-Encoding": "identity"})
+                following = response.next_request
+                if following is None or following.url.netloc != target.netloc:
+                    break
+                target = following.url
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise _not_given(what, certificate_problem(error) or str(error) or type(error).__name__) from error
+    if response.status_code in (401, 403):
+        raise _not_given(what, f"HTTP {response.status_code}: set HF_TOKEN to an access token that may read it")
+    if response.is_error:
+        raise _not_given(what, f"HTTP {response.status_code} {response.reason_phrase}".rstrip())
+    return response.headers
+
+
+def _not_given(what: str, reason: str) -> DownloadError:
+    return DownloadError(f"the Hugging Face hub did not give {what}: {reason}")
 
 
 def fetch(remote: RemoteFile, folder: Path, progress: Progress | None = None) -> Path:
@@ -100,6 +130,10 @@ def fetch(remote: RemoteFile, folder: Path, progress: Progress | None = None) ->
     return partial
 
 
+def _client() -> httpx.Client:
+    return httpx.Client(transport=ByProxy(), timeout=_TIMEOUT_S)
+
+
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
@@ -109,7 +143,7 @@ def _stream(remote: RemoteFile, partial: Path, have: int, progress: Progress | N
     if have:
         headers["Range"] = f"bytes={have}-"
     # Redirects lead to a store on another host; httpx leaves the access token behind there.
-    with httpx.stream("GET", remote.url, headers=headers, follow_redirects=True, timeout=_TIMEOUT_S) as response:
+    with _client() as http, http.stream("GET", remote.url, headers=headers, follow_redirects=True) as response:
         continues = response.status_code == 206
         if continues and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             raise DownloadError(f"{remote.url}: the server sent another range than bytes {have}-; try again later")

@@ -27,10 +27,8 @@ def write_record(path: Path, value: msgspec.Struct) -> None:
 
 
 def read_record(path: Path, kind: type[_T]) -> _T | None:
-    """The record at ``path``; None where there is none, or one that is damaged or of another version."""
-    if not path.is_file():
-        return None
+    """The record at ``path``; None where none can be read, or one that is damaged or of another version."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
-    except DECODE_ERRORS:
+    except (OSError, *DECODE_ERRORS):
         return None

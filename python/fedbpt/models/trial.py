@@ -26,7 +26,7 @@ import msgspec
 from fedbpt import errors
 from fedbpt.checking import printable
 from fedbpt.errors import ModelFileError
-from fedbpt.machine.wheel_files import cache_folder
+from fedbpt.machine.folders import cache_folder
 from fedbpt.models.fingerprints import FileStamp, real_paths, stamps_of
 from fedbpt.models.parts import model_parts
 from fedbpt.models.records import read_record, write_record

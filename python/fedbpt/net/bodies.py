@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from fedbpt.errors import CoordinatorRefusedError, DeviceFailedError, DeviceRefusedError, WireError
+from fedbpt.net.deadlines import within
 from fedbpt.protocol import codec
 from fedbpt.protocol.messages import ErrorReply, Message
 
@@ -113,7 +114,7 @@ def retry_after(headers: Mapping[str, str]) -> float:
 async def body_of(request: Request, limit: int) -> bytes:
     """The request's body; refused over ``limit`` bytes, or where it takes too long."""
     try:
-        return await asyncio.wait_for(_read_body(request, limit), BODY_TIMEOUT_S)
+        return await within(BODY_TIMEOUT_S, _read_body(request, limit))
     except asyncio.TimeoutError as error:
         raise DeviceRefusedError(f"the body took over {BODY_TIMEOUT_S:g} s to arrive", "too-slow") from error
 

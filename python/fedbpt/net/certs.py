@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final, NamedTuple, TypeAlias
 
 from fedbpt.errors import ConfigError, MissingExtraError
-from fedbpt.net.tokens import read_private, write_private
+from fedbpt.machine.files import write_whole
+from fedbpt.net.tokens import read_private
 
 try:
     from cryptography import x509
@@ -49,15 +52,25 @@ def pair(folder: Path, name: str) -> Pair:
     return Pair(folder / f"{name}.pem", folder / f"{name}.key")
 
 
-def init(folder: Path) -> Pair:
-    """Make the authority ``ca`` in ``folder``. Raises `ConfigError` where there is one: it is not replaced."""
-    files = _new(folder, "ca")
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = _name("fedbpt CA")
-    made = _builder(name, name, key, key, CA_DAYS)
+class _Authority(NamedTuple):
+    name: x509.Name
+    key: PrivateKey
+
+
+def init(folder: Path, issued: Mapping[str, Sequence[str]] = MappingProxyType({})) -> Pair:
+    """Make the authority ``ca`` in ``folder``, and certificates of it by name for hosts, as `issue` does: all or none.
+
+    Raises `ConfigError` where one of them is there, which is not replaced, or a host is none.
+    """
+    files = {name: _new(folder, name) for name in ("ca", *issued)}
+    authority = _Authority(_name("fedbpt CA"), ec.generate_private_key(ec.SECP256R1()))
+    made = _builder(authority.name, authority, authority.key, CA_DAYS)
     made = made.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-    _write(files, made.add_extension(_usage(authority=True), critical=True), key, key)
-    return files
+    contents = _signed(files["ca"], made.add_extension(_usage(authority=True), critical=True), authority.key, authority)
+    for name, hosts in issued.items():
+        contents |= _issued(files[name], authority, name, hosts)
+    _write(contents)
+    return files["ca"]
 
 
 def issue(folder: Path, name: str, hosts: Sequence[str] = ()) -> Pair:
@@ -66,24 +79,37 @@ def issue(folder: Path, name: str, hosts: Sequence[str] = ()) -> Pair:
     Raises `ConfigError` where there is no authority, the certificate exists, or a host is none.
     """
     files, authority = _new(folder, name), pair(folder, "ca")
-    issuer_key = load_pem_private_key(read_private(authority.key), password=None)
+    content = read_private(authority.key)
+    try:
+        issuer_key = load_pem_private_key(content, password=None)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{authority.key} is no key that `fedbpt certs init` made") from error
     if not isinstance(issuer_key, ec.EllipticCurvePrivateKey):
         raise ConfigError(f"{authority.key} is no key that `fedbpt certs init` made")
+    _write(_issued(files, _Authority(_in_time(authority.cert).subject, issuer_key), name, hosts))
+    return files
+
+
+def _issued(files: Pair, authority: _Authority, name: str, hosts: Sequence[str]) -> dict[Path, bytes]:
     key = ec.generate_private_key(ec.SECP256R1())
-    issuer = _in_time(authority.cert).subject
-    made = _builder(_name(name), issuer, key, issuer_key, CERTIFICATE_DAYS)
+    made = _builder(_name(name), authority, key, CERTIFICATE_DAYS)
     made = made.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
     made = made.add_extension(_usage(authority=False), critical=True)
     both_ends = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
     made = made.add_extension(both_ends, critical=False)
     names = x509.SubjectAlternativeName([_host(host) for host in hosts or (name,)])
-    _write(files, made.add_extension(names, critical=False), key, issuer_key)
-    return files
+    return _signed(files, made.add_extension(names, critical=False), key, authority)
 
 
 def _in_time(path: Path) -> x509.Certificate:
     """The authority's certificate. Raises `ConfigError` where this machine's clock says that it is not valid now."""
-    found, now = x509.load_pem_x509_certificate(path.read_bytes()), datetime.datetime.now(datetime.timezone.utc)
+    try:
+        found = x509.load_pem_x509_certificate(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is no certificate that `fedbpt certs init` made") from error
+    now = datetime.datetime.now(datetime.timezone.utc)
     if not found.not_valid_before_utc <= now <= found.not_valid_after_utc:
         raise ConfigError(
             f"{path} is valid from {found.not_valid_before_utc:%Y-%m-%d} to {found.not_valid_after_utc:%Y-%m-%d}, and "
@@ -93,6 +119,8 @@ def _in_time(path: Path) -> x509.Certificate:
 
 
 def _new(folder: Path, name: str) -> Pair:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise ConfigError(f"{name!r} cannot be a certificate's name: use letters, digits and ._- (at most 64)")
     files = pair(folder, name)
     for path in files:
         if path.exists():
@@ -101,18 +129,13 @@ def _new(folder: Path, name: str) -> Pair:
 
 
 def _name(common: str) -> x509.Name:
-    try:
-        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
-    except ValueError as error:
-        raise ConfigError(f"{common!r} cannot be a certificate's name: {error}") from error
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
 
 
-def _builder(
-    subject: x509.Name, issuer: x509.Name, key: PrivateKey, issuer_key: PrivateKey, days: int
-) -> x509.CertificateBuilder:
+def _builder(subject: x509.Name, authority: _Authority, key: PrivateKey, days: int) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.timezone.utc)
     made = x509.CertificateBuilder(
-        issuer_name=issuer,
+        issuer_name=authority.name,
         subject_name=subject,
         public_key=key.public_key(),
         serial_number=x509.random_serial_number(),
@@ -120,7 +143,7 @@ def _builder(
         not_valid_after=now + datetime.timedelta(days=days),
     )
     made = made.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-    issuer_id = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key())
+    issuer_id = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key())
     return made.add_extension(issuer_id, critical=False)
 
 
@@ -138,21 +161,32 @@ def _usage(authority: bool) -> x509.KeyUsage:
     )
 
 
+def is_host(text: str) -> bool:
+    """Whether ``text`` can be a host's name in a certificate; addresses apart."""
+    return len(text) <= 253 and re.fullmatch(r"(\*\.)?([A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}", text) is not None
+
+
 def _host(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         pass  # a name, then
-    try:
-        return x509.DNSName(host)
-    except ValueError as error:
-        raise ConfigError(f"{host!r} is no host's name or address") from error
+    if not is_host(host):
+        raise ConfigError(f"{host!r} is no host's name or address: give it alone, without http:// and without a port")
+    return x509.DNSName(host)
 
 
-def _write(files: Pair, made: x509.CertificateBuilder, key: PrivateKey, issuer_key: PrivateKey) -> None:
-    certificate = made.sign(issuer_key, hashes.SHA256()).public_bytes(Encoding.PEM)
-    write_private(files.key, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+def _signed(files: Pair, made: x509.CertificateBuilder, key: PrivateKey, authority: _Authority) -> dict[Path, bytes]:
+    """What the files are to hold."""
+    return {
+        files.key: key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
+        files.cert: made.sign(authority.key, hashes.SHA256()).public_bytes(Encoding.PEM),
+    }
+
+
+def _write(contents: Mapping[Path, bytes]) -> None:
     try:
-        files.cert.write_bytes(certificate)
+        next(iter(contents)).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(contents, private=[path for path in contents if path.suffix == ".key"])
     except OSError as error:
-        raise ConfigError(f"cannot write {files.cert}: {error.strerror or error}") from error
+        raise ConfigError(f"cannot write {error.filename}: {error.strerror or error}") from error

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import threading
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
+
+from fedbpt.machine.interrupts import interruptible
 
 T = TypeVar("T")
 
 
+@interruptible()
 def run_to_end(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """What ``main`` returns; inside a running event loop, from a thread of its own. Ctrl-C cancels it either way."""
     return _run_in_thread(main) if _in_loop() else asyncio.run(main())
@@ -25,18 +30,21 @@ def _in_loop() -> bool:
 
 def _run_in_thread(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
     running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any] | None]] = []
+    stopped = threading.Event()
 
     async def wrapped() -> T:
         running.append((asyncio.get_running_loop(), asyncio.current_task()))
+        if stopped.is_set():  # before there was anything to cancel
+            raise asyncio.CancelledError
         return await main()
 
     with concurrent.futures.ThreadPoolExecutor(1, "fedbpt-federation") as pool:
-        future = pool.submit(lambda: asyncio.run(wrapped()))
         try:
-            return future.result()
+            return pool.submit(lambda: asyncio.run(wrapped())).result()
         except KeyboardInterrupt:
+            stopped.set()
             for loop, task in running:
                 if task is not None:
-                    loop.call_soon_threadsafe(task.cancel)
-            concurrent.futures.wait([future])
-            raise
+                    with suppress(RuntimeError):  # it has just ended, and its loop is closed
+                        loop.call_soon_threadsafe(task.cancel)
+            raise  # when the thread has ended

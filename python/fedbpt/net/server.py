@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedbpt.errors import ConfigError, FedbptError
 from fedbpt.net.connections import KEPT_S, Http, Listener, Seldom
+from fedbpt.net.deadlines import within
 from fedbpt.net.tls import Tls, is_loopback, url_of
 
 S = TypeVar("S", bound="HttpServer")
@@ -206,7 +207,7 @@ class _ReadToTheEnd:
         async def say(message: Message) -> None:
             if message["type"] == "http.response.body" and not message.get("more_body", False) and not ended:
                 with suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(read_out(), MOST_UNREAD_S)
+                    await within(MOST_UNREAD_S, read_out())
             await send(message)
 
         await self._app(scope, hear, say)

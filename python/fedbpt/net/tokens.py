@@ -7,12 +7,12 @@ password hash is needed: against 256 bits, or 80 that expire within the hour, gu
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import hmac
 import os
 import re
 import secrets
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,8 @@ import msgspec
 
 from fedbpt.checking import DECODE_ERRORS
 from fedbpt.errors import ConfigError
+from fedbpt.machine.files import write_whole
+from fedbpt.machine.folders import config_folder
 
 TOKEN_BYTES: Final = 32
 CODE_BYTES: Final = 10
@@ -69,11 +71,15 @@ def split(token: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Credentials:
-    """What an enrolled device keeps: whom it calls, its name there, and its token's secret."""
+    """What an enrolled device keeps: whom it calls, its name there, and its token's secret.
+
+    ``code_digest``: of the code that it was enrolled by, hex, by which the same command enrols it once.
+    """
 
     coordinator: str
     device: str
     secret: str = field(repr=False)
+    code_digest: str = field(default="", repr=False)
 
     @property
     def bearer(self) -> str:
@@ -95,27 +101,27 @@ class Credentials:
 
 def default_credentials() -> Path:
     """``$FEDBPT_CREDENTIALS``, else a file in the user's configuration folder."""
-    chosen = os.environ.get("FEDBPT_CREDENTIALS")
-    folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    return Path(chosen) if chosen else folder / "fedbpt" / "credentials.json"
+    if chosen := os.environ.get("FEDBPT_CREDENTIALS"):
+        return Path(chosen)
+    return config_folder("say where the token is kept (--credentials FILE)") / "fedbpt" / "credentials.json"
 
 
 def write_private(path: Path, content: bytes) -> None:
     """Replace ``path`` by a file that only its owner can read, whole or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")  # made with mode 0600
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_whole({path: content}, private=[path])
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def check_private(path: Path) -> None:
+    """Raises `ConfigError` where `write_private` could not write ``path``."""
+    probe = path.with_name(f".{path.name}.{os.getpid()}")
+    write_private(probe, b"")
+    probe.unlink()
+    if path.is_dir():
+        raise ConfigError(f"cannot write {path}: {os.strerror(errno.EISDIR)}")
 
 
 def read_private(path: Path) -> bytes:

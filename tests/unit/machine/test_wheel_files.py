@@ -68,13 +68,6 @@ def test_too_little_disk_is_said_before_anything_is_fetched(tmp_path):
         wheel_files.require_space(tmp_path, 10**15, "big")
 
 
-def test_the_cache_folder_can_be_chosen(tmp_path, monkeypatch):
-    monkeypatch.setenv("FEDBPT_CACHE", str(tmp_path))
-    assert wheel_files.cache_folder() == tmp_path
-    monkeypatch.delenv("FEDBPT_CACHE")
-    assert wheel_files.cache_folder().name == "fedbpt"
-
-
 def test_a_lock_ends_with_the_process_that_held_it(tmp_path):
     script = (
         "import sys, pathlib, time\nfrom fedbpt.machine.wheel_files import locked\n"

@@ -23,6 +23,7 @@ from fedbpt.errors import (
     WireError,
 )
 from fedbpt.net.bodies import retry_after
+from fedbpt.net.deadlines import within
 from fedbpt.net.server import IDLE_S
 from fedbpt.net.tls import Tls, certificate_problem, is_loopback
 from fedbpt.protocol import codec
@@ -192,7 +193,7 @@ class HttpClient(Works):
     async def answers(self, timeout_s: float) -> bool:
         """Whether the device answers within ``timeout_s``, asked once."""
         try:
-            await asyncio.wait_for(self._exchange("GET", "/healthz", None, timeout_s), timeout_s)
+            await within(timeout_s, self._exchange("GET", "/healthz", None, timeout_s))
         except (httpx.TransportError, asyncio.TimeoutError, WireError):
             return False
         return True
@@ -332,7 +333,7 @@ class HttpClient(Works):
         self.bytes_down += len(body or b"")
         async with self._http.stream(method, url, content=body, headers=headers, timeout=timeout) as response:
             # The time-outs above are for each read; a device that drips bytes must not hold the coordinator.
-            content = await asyncio.wait_for(self._read(response), read_s + self._answer_s)
+            content = await within(read_s + self._answer_s, self._read(response))
         kind = response.headers.get("content-type", "")
         return Response(response.status_code, kind, content, retry_after(response.headers))
 

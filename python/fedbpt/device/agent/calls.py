@@ -11,6 +11,7 @@ import httpx
 from fedbpt.errors import ConfigError, CoordinatorRefusedError, FedbptError, WireError
 from fedbpt.net import tokens
 from fedbpt.net.bodies import retry_after
+from fedbpt.net.proxies import proxy_of
 from fedbpt.net.server import IDLE_S
 from fedbpt.net.tls import Tls, certificate_problem, is_loopback
 from fedbpt.net.tokens import Credentials
@@ -48,7 +49,8 @@ def client_options(url: str, tls: Tls) -> dict[str, Any]:
     address = httpx.URL(url)
     return {
         "base_url": url,
-        "trust_env": not is_loopback(address.host),
+        "trust_env": False,
+        "proxy": proxy_of(address),
         "verify": tls.client_context() if address.scheme == "https" else False,
         "headers": {"accept": codec.CONTENT_TYPE, "content-type": codec.CONTENT_TYPE, "user-agent": "fedbpt"},
         "timeout": ANSWER_S,

@@ -1,0 +1,44 @@
+"""Files that are there whole or not at all: written under other names, and renamed when their bytes are on the disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+PARTIAL = ".part"
+
+
+def write_whole(files: Mapping[Path, bytes], private: Collection[Path] = ()) -> None:
+    """Write files that belong together, by path: all of them or, where one cannot be written, none.
+
+    Those in ``private`` only their owner can read. Raises OSError, whose ``filename`` is the one that could not be.
+    """
+    number = secrets.token_hex(4)
+    partials = {path: path.with_name(f".{path.name}.{number}{PARTIAL}") for path in files}
+    added: list[Path] = []
+    target = Path()
+    try:
+        for target, partial in partials.items():
+            if target.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            mode = 0o600 if target in private else 0o666
+            with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+                file.write(files[target])
+                file.flush()
+                os.fsync(file.fileno())
+        for target, partial in partials.items():
+            is_new = not target.exists()
+            partial.replace(target)
+            if is_new:
+                added.append(target)
+    except OSError as error:
+        for path in added:
+            path.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror or str(error), str(target)) from error
+    finally:
+        for partial in partials.values():
+            if partial.exists():
+                partial.unlink()

@@ -1,0 +1,111 @@
+"""The user's folders: where there is no home, where it cannot be written, and where nobody need ask for it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedbpt import models
+from fedbpt.errors import ConfigError
+from fedbpt.machine import folders
+from fedbpt.net.tokens import default_credentials
+
+# what a container's user is that has a number and no account
+HOMELESS = "import pwd, os\ndef none(*_): raise KeyError\npwd.getpwuid = pwd.getpwnam = none\n"
+
+
+def test_the_cache_folder_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDBPT_CACHE", str(tmp_path))
+    assert folders.cache_folder() == tmp_path
+    monkeypatch.delenv("FEDBPT_CACHE")
+    assert folders.cache_folder().name == "fedbpt"
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "FEDBPT_CACHE", "FEDBPT_CREDENTIALS"):
+        monkeypatch.delenv(name, raising=False)
+
+    def refuse() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", refuse)
+    monkeypatch.setattr(Path, "expanduser", lambda path: refuse() if str(path).startswith("~") else path)
+
+
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_what_is_set_is_taken_and_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="no home folder: set FEDBPT_CACHE to a folder"):
+        folders.cache_folder()
+    with pytest.raises(ConfigError, match=r"no home folder: .*--credentials FILE"):
+        default_credentials()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/config")
+    assert (folders.cache_folder().parent, default_credentials().parent) == (Path("/cache"), Path("/config/fedbpt"))
+    monkeypatch.setenv("FEDBPT_CACHE", "/mine")
+    monkeypatch.setenv("FEDBPT_CREDENTIALS", "/token")
+    assert (folders.cache_folder(), default_credentials()) == (Path("/mine"), Path("/token"))
+
+
+@pytest.mark.usefixtures("homeless")
+@pytest.mark.parametrize("path", ["~/m.gguf", "~nobody-of-this-name/m.gguf"])
+def test_a_path_in_a_home_that_there_is_not_is_one_line(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"names a home folder that there is not: give the whole path"):
+        folders.expanded(path)
+    monkeypatch.setenv("FEDBPT_CACHE", "/mine")
+    with pytest.raises(ConfigError, match="give the whole path"):
+        models.locate(path)
+
+
+def fedbpt(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, whose user has no home."""
+    kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+    program = f"{HOMELESS}from fedbpt.cli import main\nmain({list(arguments)!r})"
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, env={**kept, **environment}
+    )
+
+
+def test_a_process_without_a_home_lists_models_where_the_cache_is_set(tmp_path: Path) -> None:
+    for variable in ("FEDBPT_CACHE", "XDG_CACHE_HOME"):
+        listed = fedbpt("models", "list", "--quiet", **{variable: str(tmp_path)})
+        assert (listed.returncode, listed.stderr) == (0, ""), listed.stderr
+        assert "smollm2-135m" in listed.stdout
+    refused = fedbpt("models", "list")
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        f"fedbpt: this user ({os.getuid()}) has no home folder: set FEDBPT_CACHE to a folder where fedbpt may keep"
+        " models\n"
+    )
+
+
+def test_what_others_ask_a_home_for_is_one_line() -> None:
+    asked = fedbpt("--install-completion", "bash")
+    assert asked.returncode in (1, 2)
+    assert "Traceback" not in asked.stderr
+    assert "unexpected" not in asked.stderr
+    assert asked.stderr.count("\n") == 1
+
+
+def test_a_device_that_is_called_asks_for_no_home(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": "World"}\n')
+    arguments = ("device", "--model", "smollm2-135m", "--data", str(tmp_path / "rows.jsonl"), "--task", "ag-news")
+    ended = fedbpt(*arguments, FEDBPT_CACHE=str(tmp_path))
+    assert "model smollm2-135m is not on this machine" in ended.stderr
+    assert "home" not in fedbpt(*arguments, "--coordinator", "http://127.0.0.1:1", FEDBPT_CACHE=str(tmp_path),
+                                FEDBPT_CREDENTIALS=str(tmp_path / "token")).stderr  # fmt: skip
+
+
+def test_a_home_that_cannot_be_written_lists_models(tmp_path: Path) -> None:
+    # a file where the folder should be: nobody can write below it, not even root
+    (tmp_path / "home").touch()
+    listed = fedbpt("models", "list", "--quiet", HOME=str(tmp_path / "home"))
+    assert (listed.returncode, listed.stderr) == (0, "")
+    pulled = fedbpt("models", "pull", "smollm2-135m", "--quiet", HOME=str(tmp_path / "home"))
+    assert pulled.returncode == 1
+    assert "FEDBPT_CACHE names another folder" in pulled.stderr
+    assert pulled.stderr.count("\n") == 1
