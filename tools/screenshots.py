@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,6 @@ ROOT = Path(__file__).resolve().parent.parent
 DESKTOP, PHONE = (1280, 800), (390, 844)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 WAIT_MS = 300_000  # a busy machine loads the model for the first question
-QUESTION = "Shares rose after the bank told investors of a record profit"
 
 
 def fedbpt(*arguments: object) -> list[str]:
@@ -33,6 +33,9 @@ def fedbpt(*arguments: object) -> list[str]:
 def dashboard(run: str, store: Path) -> Iterator[str]:
     """The address of a dashboard of a stored run."""
     command = fedbpt("dashboard", run, "--store", store, "--at", "127.0.0.1:0", "--json")
+    questions = store.parent / "data" / "test" / "device-0.jsonl"  # as the demo has them
+    if questions.is_file():
+        command += ["--questions", str(questions)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -55,11 +58,12 @@ def shoot(page: Page, url: str, target: Path) -> None:
 
 
 def compare(page: Page, url: str, target: Path) -> None:
-    """The compare page with a question that is answered."""
+    """The compare page with all held-out rows looked at, and the first of them asked about."""
     page.goto(url.rstrip("/") + "/compare")
-    page.get_by_label("Your text").fill(QUESTION)
-    page.get_by_role("button", name="Compare", exact=True).click()
+    page.locator(".count", has_text=re.compile(r"^\d+ looked at:")).wait_for(timeout=WAIT_MS)
+    page.locator(".held-out button").first.click()
     page.locator(".side", has_text="Tuned").locator(".share", has_text="%").first.wait_for(timeout=WAIT_MS)
+    page.mouse.move(0, 0)
     page.wait_for_timeout(1500)
     page.screenshot(path=str(target), full_page=True)
     print(target)

@@ -49,12 +49,15 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def open_page(browser: Browser) -> Iterator[OpenPage]:
-    """``open_page(url, size, scheme)``. At the end: no page complained, and none asked another machine for anything."""
+    """``open_page(url, size, scheme, drawn)``; ``drawn``: a chart is waited for.
+
+    At the end: no page complained, and none asked another machine for anything.
+    """
     complaints: list[str] = []
     asked: set[str] = set()
     contexts = []
 
-    def open_one(url: str, size: dict[str, int] = DESKTOP, scheme: str = "light") -> Page:
+    def open_one(url: str, size: dict[str, int] = DESKTOP, scheme: str = "light", drawn: bool = True) -> Page:
         context = browser.new_context(viewport=size, color_scheme=scheme, locale="en-US")  # type: ignore[arg-type]
         contexts.append(context)
         page = context.new_page()
@@ -72,7 +75,7 @@ def open_page(browser: Browser) -> Iterator[OpenPage]:
             print(f"a second try: {error}")
             time.sleep(2.0)
             page.goto(url)
-        page.wait_for_selector(".chart svg")
+        page.wait_for_selector(".chart svg" if drawn else ".panel")
         return page
 
     yield open_one

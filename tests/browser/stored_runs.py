@@ -28,7 +28,7 @@ def write_run(path: Path, n_devices: int, n_rounds: int, run: str = "big", limit
         store.record_metrics(run, 0, _evaluation(names, 0.0))
         for round in range(1, n_rounds + 1):
             share = round / n_rounds
-            reports = [_report(run, round, name, 1.0 - 0.5 * share) for name in names]
+            reports = [write_report(run, round, name, 1.0 - 0.5 * share) for name in names]
             costs = {name: Traffic(600 * round, 5000 * round, 2**28) for name in names}
             store.commit_round(
                 run, round, work_digest="", state_digest="", reports=reports,
@@ -47,7 +47,7 @@ def _evaluation(names: list[str], share: float) -> dict[str, float]:
     return figures
 
 
-def _report(run: str, round: int, device: str, loss: float) -> RoundReport:
+def write_report(run: str, round: int, device: str, loss: float) -> RoundReport:
     return RoundReport(
         run=run, round=round, device=device, plan_digest="", n_texts=8, evaluations=20, tokens=320, seconds=1.6,
         peak_rss_bytes=2**28, result=PooledResult(losses=Array.of(np.full(4, loss), "<f4")),

@@ -15,6 +15,7 @@ from fedbpt import PromptSpec, load_model
 from fedbpt.coordinator.clients import InProcessClient
 from fedbpt.coordinator.federation import Federation
 from fedbpt.dashboard.comparing import comparing
+from fedbpt.dashboard.examples import KINDS
 from fedbpt.device.device import Device
 from fedbpt.protocol.messages import Template
 from fedbpt.protocol.questions import DEFAULT_TOKENS
@@ -29,6 +30,12 @@ from tests.integration.test_cli_processes import Workshop
 from tests.native import tiny_gguf
 from tests.unit.engine.test_text_stream import TASK_FILE as MANNER_FILE
 from tests.unit.engine.test_text_stream import rows as manner_rows
+
+WATCH_THE_BAR = """() => {
+    const bar = document.querySelector('[aria-label="Asking both"]');
+    new MutationObserver(() => { window.moved = window.moved || getComputedStyle(bar).display !== "none"; })
+        .observe(bar, {attributes: true});
+}"""
 
 
 @pytest.fixture
@@ -59,12 +66,30 @@ def test_a_run_is_compared_when_it_is_finished(workshop: Workshop, open_page: Op
         assert sum(shares(side)) == pytest.approx(100, abs=0.2)
         right = side.locator(".most").first.inner_text() == row_says
         expect(side.locator(".state")).to_have_text("right" if right else "wrong")
+        expect(side.locator(".verdict")).to_have_text(side.locator(".most").first.inner_text())
+
+    held_out = page.locator(".held-out")
+    expect(held_out.locator(".count")).to_have_text(re.compile(r"^(\d+) looked at: the two models differ on \d+$"))
+    n_rows = int(held_out.locator(".count").inner_text().split()[0])
+    kinds = held_out.locator(".kind").all_inner_texts()
+    assert [kind.partition(":")[0] for kind in kinds] == list(KINDS.values())
+    counts = [re.fullmatch(r".*: (\d+) of (\d+)", kind) for kind in kinds]
+    assert sum(int(found[1]) for found in counts if found) == n_rows
+    assert {int(found[2]) for found in counts if found} == {n_rows}
+    for kind, verdicts in (("Only the tuned", ("wrong", "right")), ("Both are right", ("right", "right"))):
+        group = held_out.locator("> div", has_text=kind)
+        if group.get_by_role("button").count():
+            group.get_by_role("button").first.click()
+            for side, said in zip((original, tuned), verdicts, strict=True):
+                expect(side.locator(".state")).to_have_text(said)
 
     page.get_by_label("Your text").fill("good great movie 1")
-    page.get_by_role("button", name="Compare", exact=True).focus()
-    page.keyboard.press("Enter")
+    page.get_by_label("Your text").press("Enter")
     expect(page.get_by_role("status")).to_have_text("")
     expect(tuned.locator(".state")).to_be_hidden()
+    page.get_by_label("Your text").press("Shift+Enter")
+    page.keyboard.type("more")
+    expect(page.get_by_label("Your text")).to_have_value("good great movie 1\nmore")
     code, out, _ = workshop.run(
         "chat", "--prompt", "runs/mood.safetensors", "--model", "tiny.gguf", "--task", "mood.toml", "--json",
         said="good great movie 1\n",
@@ -105,8 +130,12 @@ def test_a_stored_run_is_compared_accessibly_and_on_a_phone(
         page = open_page(url, size, scheme)
         page.goto(f"{url}/compare")
         page.get_by_label("Your text").fill("bad movie")
+        page.evaluate(WATCH_THE_BAR)
         page.get_by_role("button", name="Compare", exact=True).click()
         expect(page.locator(".side").first).to_contain_text("%")
+        expect(page.get_by_role("progressbar", name="Asking both")).to_be_hidden()
+        if size == DESKTOP:  # the model is loaded
+            assert page.evaluate("window.moved")
         expect(page.locator(".side .state").first).to_be_hidden()  # nobody knows the answer
         expect(page.get_by_role("button", name="Compare", exact=True)).to_have_css("opacity", "1")
         found = Axe().run(page, options=WCAG_AA)

@@ -23,7 +23,7 @@ def test_the_demo_is_watched_and_both_models_are_asked(tmp_path: Path, fleet: Fl
     page = open_page(address.strip())
     expect(page.get_by_role("status")).to_have_text("finished", timeout=300_000)
     page.get_by_role("link", name="Compare").click()
-    row = page.locator("main button").nth(1)  # the first held-out text
+    row = page.locator(".held-out button").first
     expect(row).to_be_visible()
     row.click()
     expect(page.get_by_role("status")).to_contain_text("The row says:")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
-from fedbpt.runs.store import RunStore
+from fedbpt.protocol import codec
+from fedbpt.runs.settings import RunSettings
+from fedbpt.runs.store import RunStore, Traffic
 from tests.browser.conftest import DESKTOP, PHONE, OpenPage, shown
-from tests.browser.stored_runs import write_run
+from tests.browser.stored_runs import write_report, write_run
 from tests.integration.processes import Fleet
 from tests.support.fake_device import FakeDevice
 from tests.support.toy_scene import Scene
@@ -110,6 +113,80 @@ def test_with_a_token_only_its_link_opens_the_page(tmp_path: Path, fleet: Fleet,
     expect(page.locator("tbody tr")).to_have_count(2)
     page.get_by_role("button", name="loss", exact=True).click()  # its WebSocket has the cookie
     expect(page.get_by_role("button", name="loss", exact=True)).to_have_attribute("aria-pressed", "true")
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_the_room_watches_by_a_qr_code_and_cannot_steer(
+    tmp_path: Path, fleet: Fleet, open_page: OpenPage, size: dict[str, int]
+) -> None:
+    path = write_run(tmp_path / "runs.db", 2, 3)
+    process = fleet.spawn("tests.browser.shared_dashboard", path, "big", "the-operators-token")
+    assert process.stdout is not None
+    operators, everybodys = json.loads(process.stdout.readline())
+    assert "the-operators-token" in operators
+    assert "the-operators-token" not in everybodys
+    page = open_page(operators)
+    expect(page.get_by_role("button", name="Pause")).to_be_visible()
+    page.get_by_role("button", name="Watch along").click()
+    dialog = page.get_by_role("dialog")
+    expect(dialog.get_by_role("img", name="QR code of the link")).to_be_visible()
+    expect(dialog.get_by_text(everybodys, exact=True)).to_be_visible()
+
+    watchers = open_page(everybodys, size)
+    expect(watchers.locator("tbody tr, .device").first).to_be_visible()
+    for name in ("Pause", "Stop", "Deadline"):
+        expect(watchers.get_by_role("button", name=name)).to_have_count(0)
+    assert "the-operators-token" not in watchers.content()
+    watchers.get_by_role("button", name="Watch along").click()  # who watches may bring others
+    expect(watchers.get_by_role("dialog").get_by_text(everybodys, exact=True)).to_be_visible()
+    watchers.wait_for_function("document.getAnimations().every(each => each.playState !== 'running')")
+    found = Axe().run(watchers, options=WCAG_AA)
+    assert found.violations_count == 0, found.generate_report()
+    assert watchers.evaluate("document.documentElement.scrollWidth") <= size["width"]
+
+
+@pytest.mark.parametrize("size", [(1920, 1080), (1280, 720)], ids=["1920", "1280"])
+def test_a_projector_shows_the_main_things_without_scrolling(
+    tmp_path: Path, fleet: Fleet, open_page: OpenPage, size: tuple[int, int]
+) -> None:
+    width, height = size
+    page = open_page(shown(fleet, "big", write_run(tmp_path / "runs.db", 3, 40)), {"width": width, "height": height})
+    parts = [page.locator(".sentence"), page.locator(".path"), *page.locator(".tile").all()]
+    for part in [*parts, *page.locator(".chart").all()[:2]]:
+        expect(part).to_be_visible()
+        box = part.bounding_box()
+        assert box is not None
+        assert box["y"] + box["height"] <= height
+    for side in (page.locator(".tile").first, page.locator(".tile").last):
+        box = side.bounding_box()
+        assert box is not None
+        assert box["x"] < 0.05 * width or box["x"] + box["width"] > 0.95 * width
+
+
+def test_before_the_first_figure_there_is_no_empty_chart(tmp_path: Path, fleet: Fleet, open_page: OpenPage) -> None:
+    path = tmp_path / "runs.db"
+    with RunStore(path) as store:
+        settings = codec.encode(RunSettings(rounds=4))
+        store.create_run(
+            "new", task="toy", model_fingerprint="sha256:toy", model_name="toy", identity="", settings=settings,
+            devices=["pi5"],
+        )  # fmt: skip
+        page = open_page(shown(fleet, "new", path), drawn=False)
+        expect(page.get_by_role("status")).to_have_text("running")
+        expect(page.locator(".sentence")).to_contain_text("One device teaches a frozen toy to sort toy; its texts")
+        expect(page.locator(".waits")).to_have_count(5)
+        expect(page.locator(".chart")).to_have_count(0)
+        expect(page.locator("main")).not_to_contain_text("0 B")
+        store.record_devices("new", {"pi5": FakeDevice("pi5").info()})
+        expect(page.locator(".chart")).to_have_count(1)  # memory
+        report = write_report("new", 1, "pi5", 0.5)
+        costs = {"pi5": Traffic(600, 5000, 2**28)}
+        store.commit_round(
+            "new", 1, work_digest="", state_digest="", reports=[report], metrics={"seconds": 2.0}, traffic=costs
+        )
+        expect(page.locator(".chart svg")).to_have_count(4)  # all but accuracy
+        expect(page.get_by_role("status")).to_have_text("running · search")
+        expect(page.locator(".step.now")).to_have_text("search")
 
 
 def test_colours_are_chosen_by_hand(finished: str, open_page: OpenPage) -> None:

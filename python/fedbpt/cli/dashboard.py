@@ -9,6 +9,7 @@ import msgspec
 import typer
 
 from fedbpt.cli.credentials import token_in
+from fedbpt.cli.observe import tell_how_to_watch
 from fedbpt.cli.options import AllowInsecure, AsJson, Cert, Key, Questions, Quiet
 from fedbpt.cli.reach import host_and_port
 from fedbpt.cli.runs import DEFAULT_STORE, RunName, Store, TaskFile, open_store, run_task
@@ -61,6 +62,7 @@ def dashboard(
             echo(msgspec.json.encode({"ready": {"url": server.link}}).decode())
         elif not quiet:
             echo(f"run {run} at {server.link}; Ctrl-C ends it", err=True)
+            tell_how_to_watch(server, lambda line: echo(line, err=True))
 
     server.on_ready = announce
     server.run()

@@ -9,15 +9,15 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import numpy as np
 import typer
 from rich.text import Text
 
 from fedbpt import models, tasks
-from fedbpt.api import evaluate, make_prompt
+from fedbpt.api import make_prompt
 from fedbpt.cli.hint import print_hint
 from fedbpt.cli.models import progress_bar
 from fedbpt.cli.observe import Observers
@@ -27,16 +27,16 @@ from fedbpt.cli.report import print_result, result_as_json
 from fedbpt.coordinator.clients.http import HttpClient
 from fedbpt.coordinator.federation import Federation
 from fedbpt.dashboard.comparing import Comparison, comparing, questions_of
+from fedbpt.dashboard.examples import Verdict
 from fedbpt.display.console import RunDisplay
 from fedbpt.display.plain_console import PlainConsole
 from fedbpt.engine.native_scorer import load_model
-from fedbpt.engine.scorer import Scorer
-from fedbpt.errors import ConfigError, FedbptError
+from fedbpt.errors import FedbptError
 from fedbpt.machine.files import write_whole
 from fedbpt.machine.info import physical_cores
 from fedbpt.net.tls import is_loopback
+from fedbpt.net.tokens import new_token
 from fedbpt.plain_text import plain
-from fedbpt.prompts.prompt import Prompt
 from fedbpt.protocol.messages import ObjectiveSpec, PromptSpec
 from fedbpt.runs.settings import Event, RoundClosed, RunResult, RunSettings
 from fedbpt.runs.store import RunStore
@@ -48,8 +48,8 @@ ROWS = {"test": 600, "dev": 150, "train": 320}
 QUICK_ROWS = {"test": 60, "dev": 15, "train": 60}
 SKEW = 0.5  # Dirichlet α of the label shares: most devices lack a label or two
 READY_S = 120.0
-LOOKED_AT, AT_ONCE = 192, 32
-"""Held-out rows among which examples are looked for, at most; and so many at once."""
+EXAMPLES = 2
+"""So many are printed."""
 
 
 class Example(NamedTuple):
@@ -58,6 +58,10 @@ class Example(NamedTuple):
     text: str
     label: str
     original: str
+
+    @classmethod
+    def of(cls, found: Verdict) -> Example:
+        return cls(found.row.text, found.row.answer, found.original)
 
 
 def demo(
@@ -78,8 +82,7 @@ def demo(
     Example: fedbpt demo --rounds 50 --json
     """
     shown = not (quiet or as_json)
-    if dashboard is not None and not is_loopback(host_and_port("--dashboard", dashboard)[0]):
-        raise ConfigError("the demo is shown on this machine alone (127.0.0.1:PORT); `fedbpt tune` has tokens and TLS")
+    shared = dashboard is not None and not is_loopback(host_and_port("--dashboard", dashboard)[0])
     task = tasks.load(TASK)
     with progress_bar(model, shown) as progress:
         path = models.pull(model, progress) if model in models.CATALOGUE else models.locate(model)
@@ -97,28 +100,34 @@ def demo(
         saved, record = folder / "prompt.safetensors", _Record(folder / "demo.json", asked)
         fresh = not record.tells_of_interruption()
         files = _write_data(folder / "data", task, splits, devices, seed)
-        observers = Observers(dashboard=dashboard)
-        watch = stack.enter_context(observers.watching(store.path, RUN, teller(not shown)))
+        # Public news, and nobody who watches can steer: a network that others hear is no risk.
+        secret = new_token() if shared else None
+        observers = Observers(dashboard=dashboard, dashboard_secret=secret, allow_insecure=shared)
+        tell = teller(not (shown or shared))  # a link with a new token is told in any case
+        if shared:
+            tell("the dashboard is shown to this network without encryption: public news, by links with new tokens")
+        watch = stack.enter_context(observers.watching(store.path, RUN, tell))
         with RunDisplay(shown) as display:
             urls = stack.enter_context(_device_processes(path, files, task))
             clients = [HttpClient(url, name) for name, url in urls.items()]
             watch.meet(clients)
 
-            def tell(event: Event) -> None:
+            def hear(event: Event) -> None:
                 for listen in (record, display, watch):
                     listen(event)
 
             aggregator = settings.aggregator()
-            federation = Federation(clients, task, settings, aggregator, store, RUN, tell, observers.control, fresh)
+            federation = Federation(clients, task, settings, aggregator, store, RUN, hear, observers.control, fresh)
             result = federation.run()
 
         scorer = load_model(model)
-        prompt = make_prompt(scorer, task, result)
-        prompt.save(saved)
+        make_prompt(scorer, task, result).save(saved)
         record.write(ended=True)
         questions = questions_of(task, files[0]["test"])
-        watch.compare(Comparison(lambda: comparing(scorer, task, result), task.labels, questions, watch.devices))
-        _report(result, saved, _examples(scorer, task, splits["test"][:LOOKED_AT], prompt), folder, as_json)
+        comparison = Comparison(lambda: comparing(scorer, task, result), task.labels, questions, watch.devices)
+        watch.compare(comparison)
+        examples = islice(comparison.examples.find("gained"), EXAMPLES)
+        _report(result, saved, map(Example.of, examples), folder, as_json)
         print_hint(scorer, shown)
         working.close()
         watch.linger(teller(not shown))
@@ -214,21 +223,6 @@ def _address(name: str, process: subprocess.Popen[str]) -> str:
         reason = (error.strip().splitlines() or [f"no answer in {time.monotonic() - began:.0f} s"])[-1]
         raise FedbptError(f"{name} did not start: {reason.removeprefix('fedbpt: ')}")
     return str(json.loads(line)["ready"]["url"])
-
-
-def _examples(scorer: Scorer, task: Task, rows: Sequence[Row], prompt: Prompt, wanted: int = 2) -> Iterator[Example]:
-    """The first held-out rows that only the tuned model gets right, each as it is found."""
-    n_found = 0
-    for start in range(0, len(rows), AT_ONCE):
-        part = rows[start : start + AT_ONCE]
-        before = evaluate(scorer, task, part, template=prompt.template).predictions
-        after = evaluate(scorer, task, part, prompt).predictions
-        truth = np.array([label for _, label in part])
-        for i in np.flatnonzero((after == truth) & (before != truth)).tolist():
-            yield Example(part[i][0], task.labels[truth[i]], task.labels[before[i]])
-            n_found += 1
-            if n_found == wanted:
-                return
 
 
 def _report(result: RunResult, saved: Path, examples: Iterable[Example], folder: Path, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -55,6 +56,8 @@ class Watch:
         """The run is finished: visitors of the dashboard may compare what it tuned with the original."""
         if self._dashboard is not None:
             self._dashboard.comparison = comparison
+            if self._dashboard.is_watched():
+                comparison.look_for_examples()
 
     def linger(self, tell: Callable[[str], None]) -> None:
         """Keep a finished run on the screen until its last page is closed, or Ctrl-C."""
@@ -78,7 +81,7 @@ class Watch:
 @dataclass(frozen=True)
 class Observers:
     """``log``: a file for lines of JSON. ``monitor``, ``dashboard``: HOST:PORT; their ``token``: a file with what their
-    readers send. ``control``: what the dashboard steers the run by.
+    readers send. ``control``: what the dashboard steers the run by; ``dashboard_secret``: a token that is in no file.
     """
 
     log: Path | None = None
@@ -89,6 +92,7 @@ class Observers:
     dashboard: str | None = None
     dashboard_token: Path | None = None
     control: RunControl = field(default_factory=RunControl)
+    dashboard_secret: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.token is not None and self.monitor is None:
@@ -115,6 +119,7 @@ class Observers:
             if dashboard is not None:
                 sinks.append(stack.enter_context(dashboard))
                 tell(f"dashboard at {dashboard.link}")
+                tell_how_to_watch(dashboard, tell)
             journal = Journal(*sinks)
             stack.enter_context(journal.hearing_warnings())
             watch = Watch(journal, dashboard)
@@ -130,7 +135,20 @@ class Observers:
         from fedbpt.dashboard.server import DashboardServer
 
         host, port = host_and_port("--dashboard", self.dashboard)
-        token = None if self.dashboard_token is None else token_in(self.dashboard_token)
+        token = self.dashboard_secret if self.dashboard_token is None else token_in(self.dashboard_token)
         return DashboardServer(
             store, run, host, port, control=self.control, token=token, tls=self.tls, allow_insecure=self.allow_insecure
         )
+
+
+def tell_how_to_watch(dashboard: DashboardServer, tell: Callable[[str], None]) -> None:
+    """The link for people on other machines, who cannot steer; in a terminal with a QR code of it."""
+    link = dashboard.watch_link
+    if link is None:
+        return
+    tell(f"to watch it from elsewhere, without the controls: {link}")
+    if sys.stderr.isatty():
+        from fedbpt.dashboard.invitation import qr_lines
+
+        for line in qr_lines(link):
+            tell(line)

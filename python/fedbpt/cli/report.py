@@ -87,7 +87,7 @@ def print_result(result: RunResult, prompt_path: Path | None) -> None:
         line = f"zero-shot {describe_accuracy(candidate)}: {candidate.template.pattern!r}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     devices = Table(box=None)
-    for heading in ("device", "rows", "rounds", "up", "down", "peak memory"):
+    for heading in ("device", "rows", "reports", "up", "down", "peak memory"):
         devices.add_column(heading, justify="left" if heading == "device" else "right")
     for device in result.devices:
         devices.add_row(

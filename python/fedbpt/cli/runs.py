@@ -14,6 +14,8 @@ from fedbpt.api import make_prompt
 from fedbpt.cli.options import AsJson, Quiet, chosen_task, help_without_command, print_json
 from fedbpt.cli.report import print_result, result_as_json
 from fedbpt.coordinator.ledger import RunLedger, is_of
+from fedbpt.coordinator.report_checks import purpose_of
+from fedbpt.display.console import DOING
 from fedbpt.display.plain_console import PlainConsole
 from fedbpt.engine.native_scorer import load_model
 from fedbpt.errors import ConfigError, StoreError
@@ -47,6 +49,7 @@ def list_command(store: Store = DEFAULT_STORE, as_json: AsJson = False, quiet: Q
     """
     with open_store(store) as opened:
         runs = opened.list_runs()
+        searched = {} if as_json or quiet else {run.run: _searched(opened, run) for run in runs}
     if as_json:
         print_json([run_as_json(run) for run in runs])
     elif quiet:
@@ -62,7 +65,7 @@ def list_command(store: Store = DEFAULT_STORE, as_json: AsJson = False, quiet: Q
             if result and result.tuned.n:
                 tuned = result.tuned
                 figure = f"ppl {tuned.perplexity:.2f}" if result.generates else f"{tuned.accuracy:.3f}"
-            table.add_row(run.run, run.task, run.model_name, run.status, str(run.n_rounds), figure, run.updated)
+            table.add_row(run.run, run.task, run.model_name, run.status, str(searched[run.run]), figure, run.updated)
         PlainConsole().print(table)
 
 
@@ -74,6 +77,7 @@ def show_command(run: RunName, store: Store = DEFAULT_STORE, as_json: AsJson = F
     """
     with open_store(store) as opened:
         found, history = opened.get_run(run), opened.history(run)
+        names = _names_of_rounds(opened, run)
     result = _result(found)
     if as_json:
         shown = {**run_as_json(found), "rounds": [round_as_json(line) for line in history]}
@@ -82,7 +86,8 @@ def show_command(run: RunName, store: Store = DEFAULT_STORE, as_json: AsJson = F
     if result is not None:
         print_result(result, None)
     else:
-        echo(f"run {run} is {found.status} after {found.n_rounds} rounds: start it again to go on")
+        n_searched = sum(name.isdecimal() for name in names.values())
+        echo(f"run {run} is {found.status} after {n_searched} rounds: start it again to go on")
     if quiet:
         return
     table = Table(box=None)
@@ -92,7 +97,7 @@ def show_command(run: RunName, store: Store = DEFAULT_STORE, as_json: AsJson = F
         lost = "; ".join(f"{name}: {reason}" for name, reason in line.lost.items())
         overall = {name: value for name, value in line.metrics.items() if "/" not in name}  # not of one device
         figures = ", ".join(f"{name} {value:.4g}" for name, value in sorted(overall.items()))
-        table.add_row(str(line.round), str(len(line.reported)), lost, figures)
+        table.add_row(names.get(line.round, "-"), str(len(line.reported)), lost, figures)
     PlainConsole().print(table)
 
 
@@ -217,6 +222,24 @@ def run_task(run: StoredRun, given: str | None) -> Task:
     if not stored and not is_of(run, codec.decode(run.settings, RunSettings), task):
         raise ConfigError(f"run {run.run} was not of this task {task.name}: give the task file that it had with --task")
     return task
+
+
+def _names_of_rounds(store: RunStore, run: str) -> dict[int, str]:
+    """What each closed round is called: its number in the search, or its stage."""
+    names, searched = {}, 0
+    for closed in store.rounds(run):
+        purpose = purpose_of(closed.reports)
+        searched += purpose == "search"
+        names[closed.round] = str(searched) if purpose == "search" else DOING[purpose]
+    return names
+
+
+def _searched(store: RunStore, run: StoredRun) -> int:
+    """Rounds of the search, which is what everybody calls rounds."""
+    result = _result(run)
+    if result is not None and run.status == "finished":
+        return result.rounds
+    return sum(name.isdecimal() for name in _names_of_rounds(store, run.run).values())
 
 
 def _result(run: StoredRun) -> RunResult | None:

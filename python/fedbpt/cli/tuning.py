@@ -20,7 +20,8 @@ from fedbpt.coordinator.estimate import RunCost, estimate
 from fedbpt.coordinator.federation import Federation
 from fedbpt.coordinator.gc_policy import collect_between_rounds
 from fedbpt.coordinator.one_machine import NAME, Ended, clients_of, digest_of_rows, run_alone
-from fedbpt.dashboard.comparing import Comparison, Row, comparing, questions_of
+from fedbpt.dashboard.comparing import Comparison, comparing, questions_of
+from fedbpt.dashboard.examples import Row
 from fedbpt.device.device import Device
 from fedbpt.display.console import RunDisplay
 from fedbpt.engine.native_scorer import NativeScorer

@@ -45,6 +45,7 @@ from fedbpt.runs.settings import (
     RunResult,
     RunSettings,
     RunStarted,
+    StageBegan,
     Steered,
     TemplateSelected,
 )
@@ -170,6 +171,7 @@ class Federation:
         await self._tune(fleet)
         if self.settings.objective.readout_words and self._ledger.spending.seconds_left(self.settings.seconds) > 0:
             await self._fit(fleet, "readout")
+        self._emit(StageBegan(stage="evaluation"))
         await self._evaluate_live(self._ledger.closed, final=True)
         return await self._finish(fleet, began)
 
@@ -201,6 +203,7 @@ class Federation:
                 model_fingerprint=model.model_fingerprint,
                 resumed=ledger.closed + 1,
                 settings=self.settings,
+                searched=ledger.searched,
             )
         )
         fleet.require_model(model.model_fingerprint)
@@ -213,6 +216,7 @@ class Federation:
         if len(self.task.templates) == 1 and not self.settings.balanced:
             ledger.skip_selection()
         elif ledger.closed < SELECTION:
+            self._emit(StageBegan(stage="selection"))
             await self._round(fleet, SELECTION, "selection")
         self._emit(
             TemplateSelected(
@@ -229,6 +233,7 @@ class Federation:
             await self._fit(fleet, "calibration")
         if self.settings.baselines and self.settings.objective.readout_words:
             await self._fit(fleet, "probe")
+        self._emit(StageBegan(stage="search"))
         while True:
             # the last mean is evaluated with its final readout; before that only where it has to be judged
             spent = ledger.spent(self._readout_s(fleet))
@@ -241,6 +246,8 @@ class Federation:
             log.warning("run %s: the budget was spent before the first generation was done", self.run_name)
 
     async def _fit(self, fleet: Fleet, purpose: FitPurpose) -> None:
+        if not self._ledger.fit(purpose).done:
+            self._emit(StageBegan(stage=purpose))
         while not self._ledger.fit(purpose).done:
             if not await self._round(fleet, self._ledger.closed + 1, purpose):
                 del self._ledger.fits[purpose]
@@ -331,6 +338,8 @@ class Federation:
                 bytes_up=sum(cost.bytes_up for cost in costs.values()),
                 bytes_down=sum(cost.bytes_down for cost in costs.values()),
                 epsilon=ledger.spent_epsilon,
+                share=ledger.course.share(self.settings),
+                eta_s=ledger.course.seconds_left(self.settings, self.task.templates, fleet.infos),
             )
         )
         return True

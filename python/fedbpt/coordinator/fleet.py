@@ -67,10 +67,17 @@ class Fleet:
         self._changed = asyncio.Event()
         self._background: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
+        self._over = False
+        self._called_off: set[str] = set()  # late devices that were told not to go on
 
     @property
     def live(self) -> list[Member]:
         return [member for member in self.members.values() if member.state == "live"]
+
+    @property
+    def infos(self) -> list[DeviceInfo]:
+        """What the live devices said of themselves last."""
+        return [member.info for member in self.live if member.info is not None]
 
     # --- membership ----------------------------------------------------------------------------------------------
 
@@ -93,7 +100,7 @@ class Fleet:
                 self._lose(member, problem, probe=False)
             else:
                 member.state = "live"
-        return [member.info for member in self.live if member.info is not None]
+        return self.infos
 
     def require_model(self, fingerprint: str) -> None:
         """From now on only devices with this model count; lost ones are looked for."""
@@ -121,6 +128,8 @@ class Fleet:
         member.heard(info)
 
     def _lose(self, member: Member, reason: str, probe: bool = True, until_idle: bool = False) -> None:
+        if self._over:
+            return  # it is not needed any more
         reason = one_line(reason, MOST_TOLD)
         member.state, member.reason = "lost", reason
         self._listener.lost(member.name, self.round, reason)
@@ -341,7 +350,10 @@ class Fleet:
         try:
             report = await task
         except (DeviceError, WireError) as error:
-            self._lose(member, str(error))
+            if isinstance(error, DeviceFailedError) and member.name in self._called_off:
+                self._return(member)  # it did as it was told
+            else:
+                self._lose(member, str(error))
             return
         finally:
             task.cancel()
@@ -369,6 +381,7 @@ class Fleet:
     async def settle(self, timeout_s: float) -> None:
         """Take late devices off their closed rounds, and wait a moment for devices to be live again."""
         late = [member for member in self.members.values() if member.state == "late"]
+        self._called_off |= {member.name for member in late}
         await self._cancel([(member, key) for member in late for key in member.sent])
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
@@ -380,7 +393,10 @@ class Fleet:
     # --- the end -------------------------------------------------------------------------------------------------
 
     async def cancel_rounds(self) -> None:
-        """Tell every device in reach to stop what it was given; nobody is waited for long."""
+        """The run is over: tell every device in reach to stop what it was given. Nobody is waited for long, and who
+        leaves from now on is not lost.
+        """
+        self._over = True
         await self._cancel([(member, key) for member in self.members.values() for key in member.sent])
 
     async def _cancel(self, work: list[tuple[Member, tuple[str, int]]]) -> None:

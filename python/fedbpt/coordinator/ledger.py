@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fedbpt.aggregation.base import Aggregator
 from fedbpt.aggregation.readout import ReadoutFit
+from fedbpt.coordinator.course import Course
 from fedbpt.coordinator.report_checks import (
     cap_reports,
     label_weights,
@@ -39,7 +40,7 @@ from fedbpt.protocol.messages import (
     Template,
     Work,
 )
-from fedbpt.runs.dev_figures import judged_loss
+from fedbpt.runs.dev_figures import DEV_SECONDS, judged_loss
 from fedbpt.runs.settings import Lines, RoundPurpose, RunResult, RunSettings, TemplateScore, lines
 from fedbpt.runs.store import RunStore, StoredRound, StoredRun, Traffic
 from fedbpt.tasks import Task
@@ -69,6 +70,7 @@ class RunLedger:
         self._restarts = 0
         self.fits: dict[FitPurpose, ReadoutFit] = {}
         self.spending = Spending()
+        self.course = Course(self.spending)
         self.reports: dict[str, int] = {}
         self.template_losses: tuple[float, ...] = ()
         self.candidates: tuple[TemplateScore, ...] = ()
@@ -147,10 +149,17 @@ class RunLedger:
         """Take up the stored rounds; returns how many. Raises `StoreError` at the first whose digests differ."""
         n_rounds = 0
         history = {line.round: line.metrics for line in self.store.history(self.run)}
+        if DEV_SECONDS in history.get(SELECTION, {}):  # also where there was nothing to select
+            self.course.evaluated(0, history[SELECTION][DEV_SECONDS])
         for stored in self.store.rounds(self.run):
+            scored = self.aggregator.evaluations
             self._replay_round(stored)
             n_rounds += 1
-            if stored.round > SELECTION and (loss := judged_loss(history.get(stored.round, {}))) is not None:
+            metrics = history.get(stored.round, {})
+            self._follow(stored.reports, metrics.get("seconds", 0.0), scored)
+            if stored.round > SELECTION and DEV_SECONDS in metrics:
+                self.course.evaluated(self.searched, metrics[DEV_SECONDS])
+            if stored.round > SELECTION and (loss := judged_loss(metrics)) is not None:
                 self.judge(loss)
         for round, metrics in history.items():
             self._took(round, metrics.get("seconds", 0.0) + metrics.get("cut_seconds", 0.0))
@@ -311,6 +320,7 @@ class RunLedger:
         traffic: Mapping[str, Traffic],
     ) -> float:
         """Let a round count and write it, in one transaction; returns its mean loss, nats."""
+        scored = self.aggregator.evaluations
         self.apply(round, reports)
         loss = mean_loss(cap_reports(reports, self.settings.row_cap))
         tokens = sum(report.tokens for report in reports)
@@ -330,7 +340,13 @@ class RunLedger:
             traffic=traffic,
         )
         self._took(round, seconds)
+        self._follow(reports, seconds, scored)
         return loss
+
+    def _follow(self, reports: Sequence[RoundReport], seconds: float, scored: int) -> None:
+        """``scored``: candidates before the round that has these reports."""
+        tokens = sum(report.tokens for report in reports)
+        self.course.closed(purpose_of(reports), seconds, self.aggregator.evaluations - scored, tokens)
 
     def _took(self, round: int, seconds: float) -> None:
         self.spending.add_seconds(seconds, charged=round != SELECTION)

@@ -9,6 +9,7 @@ which is the calibrated prompt's without a readout.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -22,7 +23,7 @@ from fedbpt.coordinator.ledger import RunLedger
 from fedbpt.coordinator.report_checks import cap_reports, evaluation_loss
 from fedbpt.errors import InputError, QuorumError
 from fedbpt.protocol.messages import EvaluateReport, FitPurpose, FitWork, Readout, RoundPlan
-from fedbpt.runs.dev_figures import FINAL, metrics_of, scores_of
+from fedbpt.runs.dev_figures import DEV_SECONDS, FINAL, metrics_of, scores_of
 from fedbpt.runs.settings import BASELINES, Evaluated, Lines, Score, lines
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class LiveEvaluation:
         ledger = self._ledger
         if not any(member.info and member.info.n_dev for member in self._fleet.live):
             return None
+        began = time.monotonic()
         found = ledger.lines() if final else await self._lines_now()
         reports = {} if found is None else await self._evaluate(found)
         if found is None or not reports:
@@ -68,7 +70,10 @@ class LiveEvaluation:
         if improved or not ledger.settings.patience or not self._shown[1]:
             self._shown = names, reports
         figures = metrics_of(*self._shown, generates=not ledger.task.labels)
-        ledger.store.record_metrics(ledger.run, round, figures | ({FINAL: 1.0} if final else {"judged_loss": judged}))
+        figures |= {FINAL: 1.0} if final else {"judged_loss": judged, DEV_SECONDS: time.monotonic() - began}
+        ledger.store.record_metrics(ledger.run, round, figures)
+        if not final:
+            ledger.course.evaluated(ledger.searched, figures[DEV_SECONDS])
         scores = self.scores
         return Evaluated(
             round=round,

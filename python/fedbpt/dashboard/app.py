@@ -7,11 +7,13 @@ from typing import Final
 
 from fastapi import FastAPI
 from nicegui import Client, app, ui
+from starlette.requests import Request
 from starlette.types import ASGIApp
 
 from fedbpt.coordinator.control import RunControl
 from fedbpt.dashboard.compare_page import ComparePage
 from fedbpt.dashboard.comparing import Comparison
+from fedbpt.dashboard.guard import may_steer
 from fedbpt.dashboard.pages import RunPage
 from fedbpt.dashboard.state import RunState
 from fedbpt.errors import FedbptError
@@ -28,11 +30,13 @@ def build_app(
     state: RunState,
     control: RunControl | None,
     comparison: Callable[[], Comparison | None],
+    invitation: Callable[[], str | None],
     on_startup: Hook,
     on_shutdown: Hook,
 ) -> ASGIApp:
-    """The pages of one run; ``comparison``: what there is to compare by now.
+    """The pages of one run, behind a `fedbpt.dashboard.guard.Guard`, which says who may steer.
 
+    ``comparison``: what there is to compare by now; ``invitation``: the link for others who want to watch.
     NiceGUI keeps one application in a process: a second is refused with `FedbptError`.
     """
     if _built:
@@ -40,12 +44,12 @@ def build_app(
     _built.append(state)
 
     @ui.page("/", title=f"{state.run} · fedbpt")
-    def index() -> None:
-        RunPage(state, control)
+    def index(request: Request) -> None:
+        RunPage(state, control if may_steer(request.scope) else None, invitation())
 
     @ui.page("/compare", title=f"Compare · {state.run} · fedbpt")
     def compare() -> None:
-        ComparePage(state.run, comparison)
+        ComparePage(state.run, comparison, invitation())
 
     app.on_startup(on_startup)
     app.on_shutdown(on_shutdown)

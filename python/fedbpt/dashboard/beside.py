@@ -7,7 +7,7 @@ from typing import Final
 from nicegui import run, ui
 
 from fedbpt.dashboard import charts, costs
-from fedbpt.dashboard.elements import chart, heading
+from fedbpt.dashboard.elements import LateChart, heading
 from fedbpt.dashboard.views import RunView
 from fedbpt.display.console import human_bytes
 
@@ -20,10 +20,14 @@ class Communication:
     def __init__(self) -> None:
         self._model = ""
         self._shape: costs.ModelShape | None = None
-        self._shown = (-1, -1, False)
+        self._shown: tuple[object, ...] = ()
         with ui.element("section").classes("panel"):
             _heading("Communication", costs.FORMULA)
-            self._chart = chart(charts.bars("Bytes sent, beside other ways of tuning", logarithmic=True), "low")
+            self._chart = LateChart(
+                charts.bars("Bytes sent, beside other ways of tuning", logarithmic=True),
+                "Shown from the first round of the search on.",
+                "low",
+            )
             self._note = ui.label().classes("note")
 
     def show(self, view: RunView) -> None:
@@ -41,9 +45,11 @@ class Communication:
         if (sent, view.participations, self._shape is None) == self._shown:
             return
         self._shown = (sent, view.participations, self._shape is None)
+        if not (sent and view.participations):
+            return
         others = costs.bytes_of_others(self._shape, view.participations) if self._shape else {}
         charts.set_bars(self._chart.options, {OURS: sent, **others}, OURS)
-        self._chart.update()
+        self._chart.draw(True)
         self._note.text = _ratio(sent, others) if others else _unknown(view.model)
 
 
@@ -57,17 +63,23 @@ class Memory:
                 "Memory",
                 "Peak resident memory of a process: here, the largest device's. Others were measured, never computed.",
             )
-            self._chart = chart(charts.bars("Peak memory, beside back-propagation", logarithmic=False), "low")
+            self._chart = LateChart(
+                charts.bars("Peak memory, beside back-propagation", logarithmic=False),
+                "Shown when a device has said how much it takes.",
+                "low",
+            )
             self._note = ui.label().classes("note")
 
     def show(self, view: RunView) -> None:
         if (view.model, view.peak_rss_bytes) == self._shown:
             return
         self._shown = (view.model, view.peak_rss_bytes)
+        if not view.peak_rss_bytes:
+            return
         found = costs.memory_figures(view.model)
-        ours = {OURS: float(view.peak_rss_bytes)} if view.peak_rss_bytes else {}
-        charts.set_bars(self._chart.options, {**ours, **(found.peak_rss if found else {})}, next(iter(ours), ""))
-        self._chart.update()
+        others = {} if found is None else found.of_others()
+        charts.set_bars(self._chart.options, {OURS: float(view.peak_rss_bytes), **others}, OURS)
+        self._chart.draw(True)
         if found is None:
             self._note.text = f"Nothing was measured for {view.model or 'this model'}: make bench BENCH=bench_memory"
         else:
@@ -84,8 +96,6 @@ def _heading(title: str, explanation: str) -> None:
 
 
 def _ratio(sent: int, others: dict[str, int]) -> str:
-    if not sent or not others:
-        return ""
     name, most = list(others.items())[1]
     return f"{name} would have sent {most / sent:,.0f} times as much: {human_bytes(most)}. The scale is logarithmic."
 

@@ -8,8 +8,9 @@ from typing import Final
 
 from nicegui import ui
 
-from fedbpt.dashboard.comparing import Comparison, Row
+from fedbpt.dashboard.comparing import Comparison
 from fedbpt.dashboard.elements import button, describe, heading, top
+from fedbpt.dashboard.examples import KINDS, Kind, Row
 from fedbpt.errors import FedbptError
 from fedbpt.protocol.questions import Answer
 from fedbpt.side_by_side.sides import SIDES, Side
@@ -19,15 +20,23 @@ TITLES: Final[dict[Side, str]] = {"original": "Original", "tuned": "Tuned"}
 HERE: Final = "this machine"
 
 LOOK_S: Final = 1.0
-"""How often a page without a model looks whether there is one now."""
+"""How often a page looks whether there is a model, or are more examples, now."""
+
+OFFERED: Final[dict[Kind, int]] = {"gained": 3, "lost": 3, "both": 2, "neither": 1}
+"""Examples of each kind, at most."""
+
+OFFERED_TEXTS: Final = 6
+"""Rows that are offered where answers are texts."""
+
+_ENTER: Final = "(e) => { if (!e.shiftKey && !e.isComposing) { e.preventDefault(); emit(); } }"
 
 
 class ComparePage:
-    """``find``: the comparison, once there is one."""
+    """``find``: the comparison, once there is one; ``invitation``: the link for others who want to watch."""
 
-    def __init__(self, run: str, find: Callable[[], Comparison | None]) -> None:
+    def __init__(self, run: str, find: Callable[[], Comparison | None], invitation: str | None) -> None:
         self._find = find
-        with top():
+        with top(invitation):
             ui.label(run).classes("title").props("role=heading aria-level=1")
             ui.link("Run", "/").classes("tab")
             ui.label("Compare").classes("tab here").props('aria-current="page"')
@@ -45,35 +54,46 @@ class ComparePage:
 
     def _build(self, comparison: Comparison) -> None:
         self._comparison = comparison
-        with ui.element("section").classes("panel"):
-            heading("Ask both")
-            self._text = ui.textarea("Your text").props("outlined autogrow maxlength=4000").classes("ask")
-            with ui.element("div").classes("row"):
-                self._where = ui.select([HERE, *comparison.devices], value=HERE, label="Answered by")
-                self._where.props("outlined dense").classes("where").visible = bool(comparison.devices)
-                self._button = button("Compare", "compare_arrows", self._ask_own, "main")
-                self._message = ui.label().classes("what").props('role="status"')
-        with ui.element("div").classes("pair"):
-            self._sides = {side: _Side(TITLES[side], comparison.labels) for side in SIDES}
-        if comparison.questions:
-            with ui.element("section").classes("panel"):
-                heading("Or ask about a held-out text, which was never trained on")
-                with ui.element("div").classes("offers"):
-                    for question in comparison.questions:
-                        self._offer(question)
+        self._asking = False
+        with ui.element("div").classes("compare"):
+            with ui.element("section").classes("panel own"):
+                heading("Ask both")
+                self._text = ui.textarea("Your text").props("outlined autogrow maxlength=4000").classes("ask")
+                self._text.on("keydown.enter", self._ask_own, js_handler=_ENTER)
+                with ui.element("div").classes("row"):
+                    self._where = ui.select([HERE, *comparison.devices], value=HERE, label="Answered by")
+                    self._where.props("outlined dense").classes("where").visible = bool(comparison.devices)
+                    self._button = button("Compare", "compare_arrows", self._ask_own, "main")
+                    self._message = ui.label().classes("what").props('role="status"')
+                self._moving = ui.linear_progress(show_value=False, size="6px", color=None)
+                describe(self._moving.props("indeterminate"), "Asking both").visible = False
+            with ui.element("div").classes("pair sides"):
+                self._sides = {side: _Side(TITLES[side], comparison.labels) for side in SIDES}
+            if comparison.questions:
+                with ui.element("section").classes("panel held-out"):
+                    heading("Or ask about a held-out text, which was never trained on")
+                    if comparison.labels:
+                        _Offers(comparison, self._offer)
+                    else:
+                        with ui.element("div").classes("offers"):
+                            for question in comparison.questions[:OFFERED_TEXTS]:
+                                self._offer(question)
 
     def _offer(self, question: Row) -> None:
         async def ask() -> None:
             self._text.value = question.text
             await self._ask(question.text, question.answer)
 
-        shown = question.text if len(question.text) < 120 else f"{question.text[:118]}…"
+        shown = question.text if len(question.text) < 90 else f"{question.text[:88]}…"
         button(shown, "", ask, "plain")
 
     async def _ask_own(self) -> None:
         await self._ask(str(self._text.value or ""), None)
 
     async def _ask(self, text: str, answer: str | None) -> None:
+        if self._asking:
+            return
+        self._asking = self._moving.visible = True
         self._message.text = "asking both …"
         self._button.disable()
         try:
@@ -89,6 +109,7 @@ class ComparePage:
         else:
             self._message.text = "" if answer is None else f"The row says: {answer}"
         finally:
+            self._asking = self._moving.visible = False
             self._button.enable()
 
     def _show(self, found: Answer, answer: str | None) -> None:
@@ -109,8 +130,50 @@ class ComparePage:
                 self._sides[side].text.text += piece
 
 
+class _Offers:
+    """Held-out rows by what both models say to them, with how many there are of each kind: no kind is left out."""
+
+    def __init__(self, comparison: Comparison, offer: Callable[[Row], None]) -> None:
+        self._comparison, self._offer = comparison, offer
+        self._shown: dict[Kind, int] = dict.fromkeys(KINDS, 0)
+        self._count = ui.label().classes("count")
+        self._bar = ui.linear_progress(0.0, show_value=False, size="6px", color=None)
+        describe(self._bar, "Held-out texts looked at")
+        self._groups: dict[Kind, tuple[ui.element, ui.label, ui.element]] = {}
+        for kind in KINDS:
+            with ui.element("div") as group:
+                title = ui.label().classes("kind").props("role=heading aria-level=3")
+                self._groups[kind] = group, title, ui.element("div").classes("offers")
+            group.visible = False
+        comparison.look_for_examples()
+        self._timer = ui.timer(LOOK_S, self._look)
+        self._look()
+
+    def _look(self) -> None:
+        examples = self._comparison.examples
+        verdicts, counts = examples.verdicts, examples.counts()
+        n, done = len(verdicts), examples.done
+        self._bar.value = n / examples.n_rows
+        self._bar.visible = not done and not self._comparison.trouble
+        so_far = "" if done else f" so far, of {examples.n_rows}"
+        self._count.text = (
+            self._comparison.trouble or f"{n:,} looked at{so_far}: the two models differ on {examples.n_differ():,}"
+        )
+        for kind, title in KINDS.items():
+            group, label, place = self._groups[kind]
+            label.text = f"{title}: {counts[kind]:,} of {n:,}"
+            group.visible = n > 0
+            found = [verdict for verdict in verdicts if verdict.kind == kind][: OFFERED[kind]]
+            with place:
+                for verdict in found[self._shown[kind] :]:
+                    self._offer(verdict.row)
+            self._shown[kind] = len(found)
+        if done or self._comparison.trouble:
+            self._timer.deactivate()
+
+
 class _Side:
-    """One model's answer: a bar for each label, or a text."""
+    """One model's answer: a verdict that a room can read and a bar for each label, or a text."""
 
     def __init__(self, title: str, labels: tuple[str, ...]) -> None:
         self._labels = labels
@@ -118,8 +181,10 @@ class _Side:
         with describe(ui.element("section").classes("panel side"), title):
             with ui.element("div").classes("row"):
                 heading(title)
-                self._verdict = ui.label().classes("state")
-                self._verdict.visible = False
+                self._right = ui.label().classes("state")
+                self._right.visible = False
+            self._verdict = ui.label("–").classes("verdict").props('aria-live="polite"')
+            self._verdict.visible = bool(labels)
             self.text = ui.label().classes("said").props('aria-live="polite"')
             self.text.visible = not labels
             for label in labels:
@@ -133,10 +198,12 @@ class _Side:
     def show(self, probabilities: tuple[float, ...], answer: str | None) -> None:
         """``answer``: the label that the row has, where it is known."""
         most = max(probabilities)
-        right = answer == self._labels[probabilities.index(most)]
-        self._verdict.text = "right" if right else "wrong"
-        self._verdict.classes(remove="bad") if right else self._verdict.classes(add="bad")
-        self._verdict.visible = answer is not None
+        verdict = self._verdict.text = self._labels[probabilities.index(most)]
+        right = answer == verdict
+        self._right.text = "right" if right else "wrong"
+        for element in (self._right, self._verdict):
+            element.classes(add="bad") if answer is not None and not right else element.classes(remove="bad")
+        self._right.visible = answer is not None
         for (name, share, bar), value in zip(self._bars, probabilities, strict=True):
             bar.value = round(value, 4)
             share.text = f"{100 * value:.1f} %"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 from fedbpt.api import make_prompt
 from fedbpt.coordinator.clients import HttpClient
+from fedbpt.dashboard.examples import Examples, Row
 from fedbpt.engine.text_generator import TextModel
 from fedbpt.errors import FedbptError, InputError
 from fedbpt.protocol.questions import DEFAULT_TOKENS, Answer, Question, check_answer
@@ -26,15 +28,10 @@ MOST_WAITING: Final = 16
 ASK_S: Final = 120.0
 """How long a device may take for an answer."""
 
-QUESTIONS: Final = 6
-"""Held-out rows that a page offers."""
+QUESTIONS: Final = 192
+"""Held-out rows that are looked at for examples, at most."""
 
-
-class Row(NamedTuple):
-    """A held-out row; ``answer``: its label's name, or its target text."""
-
-    text: str
-    answer: str
+log = logging.getLogger(__name__)
 
 
 def questions_of(task: Task, path: Path, n: int = QUESTIONS) -> tuple[Row, ...]:
@@ -56,7 +53,7 @@ class Comparison:
     Args:
         make: loads the model and the prompt; called in that thread, for the first question.
         labels: the task's; empty where texts are generated.
-        questions: to choose from.
+        questions: held-out rows to choose from.
         devices: those that may be asked instead of this machine; used on one event loop.
     """
 
@@ -72,6 +69,11 @@ class Comparison:
         self.devices = {device.name: device for device in devices}
         self._make = make
         self._made: SideBySide | None = None
+        self.examples = Examples(questions if labels else (), self.labels, lambda text: self._pair().classify(text))
+        """What both models say to ``questions``, as far as `look_for_examples` has come."""
+        self.trouble = ""
+        """Why no more examples come; empty: nothing is the matter."""
+        self._looking = self._closed = False
         self._pool = ThreadPoolExecutor(1, "fedbpt-compare")
         self._waiting = 0
 
@@ -122,8 +124,32 @@ class Comparison:
             check_answer(answer, self.labels)
             return answer
 
+    def look_for_examples(self) -> None:
+        """Begin, once: row by row, so that visitors' questions come between. From any thread."""
+        if not self._looking:
+            self._looking = True
+            self._look_on()
+
+    def _look_on(self) -> None:
+        if not self._closed:
+            self._pool.submit(self.examples.look).add_done_callback(self._looked)
+
+    def _looked(self, found: Future[bool]) -> None:
+        if found.cancelled():
+            return
+        error = found.exception()
+        if error is None:
+            if found.result():
+                self._look_on()
+        elif isinstance(error, FedbptError):
+            self.trouble = str(error)
+        else:
+            self.trouble = "examples could not be looked for: the log says why"
+            log.error("no more examples are looked for", exc_info=error)
+
     async def aclose(self) -> None:
         """No more questions; the one under way is not waited for."""
+        self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
         for device in self.devices.values():
             await device.aclose()

@@ -70,6 +70,10 @@ class MemoryFigures(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     how: str
     peak_rss: dict[str, int]
 
+    def of_others(self) -> dict[str, int]:
+        """Without what fedbpt itself took in the benchmark: a run's own figure stands for it."""
+        return {name: size for name, size in self.peak_rss.items() if not name.startswith("fedbpt")}
+
 
 def memory_figures(model: str) -> MemoryFigures | None:
     """What was measured for ``model``; None: nothing was."""

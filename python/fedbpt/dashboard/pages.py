@@ -12,11 +12,12 @@ from fedbpt.coordinator.control import RunControl
 from fedbpt.dashboard import charts, texts
 from fedbpt.dashboard.beside import Communication, Memory
 from fedbpt.dashboard.controls import Controls
-from fedbpt.dashboard.elements import chart, heading, top
+from fedbpt.dashboard.elements import LateChart, heading, top
 from fedbpt.dashboard.state import RunState
 from fedbpt.dashboard.views import Point, RunView, Stage
-from fedbpt.display.console import human_bytes
+from fedbpt.display.console import DOING, human_bytes
 from fedbpt.runs.dev_figures import DevPoint
+from fedbpt.runs.settings import RunStage
 
 LOOK_S: Final = 0.25
 """How often a page looks for what is new; a device that died is shown at once."""
@@ -32,19 +33,19 @@ class Part(Protocol):
 
 
 class RunPage:
-    """One browser's page."""
+    """One browser's page. ``invitation``: the link for others who want to watch."""
 
-    def __init__(self, state: RunState, control: RunControl | None) -> None:
+    def __init__(self, state: RunState, control: RunControl | None, invitation: str | None) -> None:
         self._state = state
         self._version = -1
         self._urgent: tuple[object, ...] = ()
         self._updated = 0.0
         view = state.view()
-        with top():
+        with top(invitation):
             self._heading = Heading(view)
             ui.element("div").classes("spring")
             self._controls = Controls(control)
-        self._parts: list[Part] = [Tiles(), Curves(state), Stages(), Devices(state)]
+        self._parts: list[Part] = [Story(), Tiles(), Curves(state), Stages(), Devices(state)]
         with ui.element("div").classes("pair"):
             self._parts += [Communication(), Memory()]
         self._parts.append(Notices())
@@ -77,8 +78,30 @@ class Heading:
     def show(self, view: RunView) -> None:
         known = (view.task, view.model and f"on {view.model}", f"method {view.method}")
         self._what.text = " · ".join(part for part in known if part) if view.task else "no round yet"
-        self._status.text = texts.STATUS[view.status]
+        self._status.text = texts.state(view)
         self._status.classes(replace=f"state {texts.STATUS_STYLE[view.status]}")
+
+
+class Story:
+    """What is going on, in a sentence, and how far it has come."""
+
+    def __init__(self) -> None:
+        self._stages: dict[RunStage, ui.label] = {}
+        with ui.element("section").classes("panel story"):
+            self._sentence = ui.label().classes("sentence")
+            self._path = ui.element("div").classes("path").props('role="list" aria-label="Stages"')
+
+    def show(self, view: RunView) -> None:
+        self._sentence.text = texts.sentence(view)
+        if tuple(self._stages) != view.path:
+            self._path.clear()
+            with self._path:
+                self._stages = {stage: ui.label(DOING[stage]).props("role=listitem") for stage in view.path}
+        now = len(view.path) if view.status == "finished" else -1
+        if view.stage in view.path:
+            now = view.path.index(view.stage)
+        for i, step in enumerate(self._stages.values()):
+            step.classes(replace="step" + (" past" if i < now else " now" if i == now else ""))
 
 
 class Tile:
@@ -109,17 +132,19 @@ class Tiles:
     def show(self, view: RunView) -> None:
         self._figure.label.text = "Perplexity" if view.generates else "Accuracy"
         self._figure.big.text = texts.figure(view.figure, view.generates)
-        self._figure.gain.text = texts.gain(view)
+        self._figure.gain.text = " · ".join(filter(None, (texts.gain(view), texts.trust(view))))
         self._figure.small.text = texts.basis(view)
         self._round.big.text = texts.rounds(view)
         self._bar.value = round(view.share, 3)
-        self._round.small.text = f"{texts.progress(view)} · {view.evaluations:,} evaluations"
+        known = (texts.progress(view), f"{view.evaluations:,} evaluations" if view.evaluations else "")
+        self._round.small.text = " · ".join(filter(None, known))
         finished = view.status == "finished"
         self._devices.big.text = f"{len(view.devices)}" if finished else f"{view.live} / {len(view.devices)}"
         self._devices.gain.text = "took part" if finished else "live"
         self._devices.small.text = texts.speed(view)
-        self._sent.big.text = human_bytes(view.bytes_up + view.bytes_down)
-        self._sent.gain.text = texts.traffic(view)
+        sent = view.bytes_up + view.bytes_down
+        self._sent.big.text = human_bytes(sent) if sent else texts.NONE
+        self._sent.gain.text = texts.traffic(view) if sent else ""
         self._sent.small.text = "by all devices" if view.epsilon is None else f"privacy spent: ε = {view.epsilon:.2f}"
 
 
@@ -132,10 +157,16 @@ class Curves:
         with ui.element("div").classes("pair"):
             with ui.element("section").classes("panel"):
                 self._title = heading("Accuracy on development rows")
-                self._figure = chart(charts.curve("Accuracy by round, against the zero-shot line", " %"))
+                self._figure = LateChart(
+                    charts.curve("Accuracy by round, against the zero-shot line", " %"),
+                    "The first figure comes when the template is chosen and the devices have development rows.",
+                )
             with ui.element("section").classes("panel"):
                 heading("Loss, nats")
-                self._loss = chart(charts.curve("Loss by round, against the zero-shot line", ""))
+                self._loss = LateChart(
+                    charts.curve("Loss by round, against the zero-shot line", ""),
+                    "The first loss comes with the first evaluation, or the first round of the search.",
+                )
 
     def show(self, view: RunView) -> None:
         generates, found, losses = view.generates, self._state.dev_points(), self._state.losses()
@@ -156,8 +187,8 @@ class Curves:
         # a private loss is noise about 0
         batches = {"mini-batches": (losses, "var(--other)", 1.2)} if view.epsilon is None else {}
         charts.set_curves(self._loss.options, {"development rows": (dev, "var(--loss)", 3), **batches}, zero)
-        self._figure.update()
-        self._loss.update()
+        self._figure.draw(bool(figures))
+        self._loss.draw(bool(dev or (losses and batches)))
 
 
 class Stages:
@@ -215,7 +246,8 @@ _CARD: Final = """
 <div class="row"><strong>{{ props.row.name }}</strong><span style="flex: 1"></span>
 <span class="state" :class="props.row.style">{{ props.row.state }}</span></div>
 <div class="what" v-if="props.row.detail">{{ props.row.detail }}</div>
-<dl><div v-for="col in props.cols.slice(2)" :key="col.name"><dt>{{ col.label }}</dt><dd>{{ col.value }}</dd></div></dl>
+<dl><div v-for="col in props.cols.slice(2)" :key="col.name" :class="col.name">
+<dt>{{ col.label }}</dt><dd>{{ col.value }}</dd></div></dl>
 </div></div>
 """
 
@@ -250,7 +282,9 @@ class Devices:
                 self._which = ui.toggle({"figure": "accuracy", "loss": "loss"}, value="loss", on_change=self._draw)
                 self._which.props('no-caps flat toggle-color="" color="" aria-label="Curve"').classes("which")
             self._which.visible = False  # until there is a choice
-            self._chart = chart(charts.curve("A curve for each device, by round", ""))
+            self._chart = LateChart(
+                charts.curve("A curve for each device, by round", ""), "The first point comes with the first round."
+            )
 
     def show(self, view: RunView) -> None:
         trouble_first = sorted(view.devices, key=lambda device: device.status not in ("silent", "lost", "absent"))
@@ -278,8 +312,9 @@ class Devices:
         percent = self._which.value == "figure" and not self._state.generates
         self._chart.options["yAxis"]["axisLabel"]["formatter"] = "{value} %" if percent else "{value}"
         names = [device.name for device in self._state.view().devices]
-        charts.set_devices(self._chart.options, {name: self._curve(name) for name in names})
-        self._chart.update()
+        curves = {name: self._curve(name) for name in names}
+        charts.set_devices(self._chart.options, curves)
+        self._chart.draw(any(curves.values()))
 
 
 class Notices:

@@ -34,7 +34,7 @@ class DashboardServer(HttpServer):
     Args:
         store: the run database, read through a connection of its own.
         control: steers the run that is coordinated in this process; None: it is not, and can be watched only.
-        token: what browsers must send; None: loopback only.
+        token: what browsers must send to steer; those with `watch_link` only watch. None: loopback only.
 
     Raises:
         ConfigError: a host beyond loopback without token, or without TLS or ``allow_insecure``.
@@ -55,6 +55,7 @@ class DashboardServer(HttpServer):
     ) -> None:
         try:
             from fedbpt.dashboard.app import build_app, n_pages
+            from fedbpt.dashboard.invitation import links
         except ImportError as error:
             raise MissingExtraError("the dashboard", "dashboard") from error
         check_token(token, host, "--dashboard-token")
@@ -63,22 +64,34 @@ class DashboardServer(HttpServer):
         self._visits = Visits(n_pages)
         self.comparison: Comparison | None = None
         """What visitors can compare; from any thread."""
-        self._token = token
         self._store = RunStore(store)
         self._tasks: list[asyncio.Task[None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         try:
-            pages = build_app(self.state, control, lambda: self.comparison, self._on_startup, self._on_shutdown)
+            pages = build_app(
+                self.state,
+                control,
+                lambda: self.comparison,
+                lambda: self.watch_link,
+                self._on_startup,
+                self._on_shutdown,
+            )
             app = Guard(pages, token, self._visits.came)
             super().__init__(app, host, port, tls=tls, allow_insecure=allow_insecure, websockets=True)
         except BaseException:
             self._store.close()
             raise
+        self._links = links(host, self.port, tls is not None and tls.serves, token)
 
     @property
     def link(self) -> str:
-        """What people open: the address, with the token."""
-        return self.url if self._token is None else f"{self.url}/?token={self._token}"
+        """What the operator opens: the address, with the token."""
+        return self._links.operators
+
+    @property
+    def watch_link(self) -> str | None:
+        """For those who may look but not steer, from their own machines; None: only this machine can reach it."""
+        return self._links.everybodys
 
     def __call__(self, line: Line) -> str:
         return self.state(line)

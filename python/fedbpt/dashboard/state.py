@@ -10,19 +10,21 @@ from __future__ import annotations
 import re
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from time import monotonic
 from typing import Any, Final
 
 from fedbpt.coordinator.control import RunControl
-from fedbpt.coordinator.estimate import spent_share
+from fedbpt.coordinator.course import Course
 from fedbpt.coordinator.round_figures import ClosedRound, evaluations_in, numbers_of
+from fedbpt.coordinator.spending import Spending
 from fedbpt.dashboard.views import DeviceStatus, DeviceView, Measured, Notice, Point, RunView, Stage, Status
-from fedbpt.display.console import Spent, seconds_left
 from fedbpt.protocol import codec
 from fedbpt.protocol.messages import DeviceInfo
-from fedbpt.runs.dev_figures import DevPoint, dev_points, stages_of
+from fedbpt.runs.as_json import task_of_run
+from fedbpt.runs.dev_figures import DEV_SECONDS, DevPoint, dev_points, stages_of
 from fedbpt.runs.event_log import Line, Logged
-from fedbpt.runs.intervals import wilson_interval
+from fedbpt.runs.intervals import Interval, wilson_interval
 from fedbpt.runs.settings import (
     LINES,
     DeviceBack,
@@ -33,23 +35,18 @@ from fedbpt.runs.settings import (
     RunFinished,
     RunResult,
     RunSettings,
+    RunStage,
     RunStarted,
     Score,
+    StageBegan,
     Steered,
     TemplateSelected,
     perplexity,
 )
 from fedbpt.runs.store import RoundHistory, RunStore, StoredRun, Traffic
+from fedbpt.tasks import Task
 
 KEPT_NOTICES: Final = 50
-
-_DOING: Final = {
-    "selection": "choosing a template",
-    "calibration": "calibrating",
-    "probe": "fitting the baseline",
-    "search": "tuning",
-    "readout": "fitting the readout",
-}
 
 
 class _Device:
@@ -61,7 +58,8 @@ class _Device:
         self.losses: list[Point] = []
         self.figures: dict[int, float] = {}
         self.reports = 0
-        self.tokens_per_second: float | None = None
+        self.tokens = 0
+        self.seconds = 0.0
         self.lost = ""
         self.paused = ""
         self.progress = ""
@@ -97,11 +95,13 @@ class RunState:
         self._metrics: dict[int, Mapping[str, float]] = {}
         self._last = -1
         self._told: set[tuple[int, str]] = set()  # (round, device) of losses that the store has
-        self._searched = self._evaluations = self._tokens = self._participations = 0
-        self._seconds = 0.0
-        self._before = Spent(0.0, 0.0)  # the search
+        self._spending = Spending()
+        self._course = Course(self._spending)
+        self._participations = 0
+        self._counted_at = monotonic()
         self._reached: dict[int, int] = {}  # rounds of the search, by round
-        self._doing = ""
+        self._stage: RunStage | None = None
+        self._task: Task | None = None
         self._template = ""
 
     # --- from the run's events -----------------------------------------------------------------------------------
@@ -115,18 +115,19 @@ class RunState:
     def _hear(self, line: Line) -> None:
         match line.entry.event:
             case RunStarted() as event:
-                self._settings, self._status, self._doing = event.settings, "running", "connecting"
+                self._settings, self._status = event.settings, "running"
                 for name in event.devices:
                     self._device(name).lost = "" if name in event.live else "no answer yet"
                 if event.resumed:
-                    self._note(line, f"resumed after {event.resumed} rounds")
+                    self._note(line, f"resumed after {event.searched} rounds")
+            case StageBegan() as event:
+                self._stage = event.stage
             case TemplateSelected() as event:
-                self._template, self._doing = event.template.pattern, "tuning"
+                self._template = event.template.pattern
             case Progressed() as event:
                 device = self._device(event.device)
                 device.progress, device.paused = f"{event.done} of {event.total}" if event.total else "", event.paused
-            case RoundClosed() as event:
-                self._doing = _DOING[event.purpose]
+            case RoundClosed():
                 for device in self._devices.values():
                     device.progress = ""
             case DeviceLost() as event:
@@ -136,7 +137,7 @@ class RunState:
                 self._device(event.device).lost = ""
                 self._alarm(line, f"{event.device} is back", bad=False)
             case LateReport() as event:
-                self._note(line, f"{event.device}: its report on round {event.round} came late and is not used")
+                self._note(line, f"{event.device}: a report came late and is not used")
             case Steered() as event:
                 before = self._steered or Steered(paused=False, deadline_s=self._settings.deadline_s)
                 self._steered, self._status = event, "paused" if event.paused else "running"
@@ -145,7 +146,7 @@ class RunState:
                 if event.deadline_s != before.deadline_s:
                     self._note(line, f"a round may take {event.deadline_s:g} s", bad=False)
             case RunFinished() as event:
-                self._result, self._status, self._doing = event.result, "finished", ""
+                self._result, self._status = event.result, "finished"
                 self._settings = event.result.settings
             case Logged() as event:
                 self._note(line, event.message)
@@ -159,7 +160,7 @@ class RunState:
         """The run ended before it was finished."""
         with self._lock:
             if self._status != "finished":
-                self._status, self._doing = "stopped", ""
+                self._status = "stopped"
             self.version += 1
 
     def _device(self, name: str) -> _Device:
@@ -218,62 +219,74 @@ class RunState:
                 device.info = device.info or info
             self.version += 1
 
-    def _take(self, stored: StoredRun, history: Iterable[RoundHistory], rounds: Iterable[ClosedRound]) -> None:
+    def _take(self, stored: StoredRun, history: Sequence[RoundHistory], rounds: Iterable[ClosedRound]) -> None:
         if self._stored is None or stored.settings != self._stored.settings:
             self._settings = codec.decode(stored.settings, RunSettings)
         if stored.result is not None and (self._stored is None or self._stored.result != stored.result):
             self._result = codec.decode(stored.result, RunResult)
             self._template = self._result.template.pattern
+        if self._stored is None or self._stored.definition != stored.definition:
+            self._task = task_of_run(stored)
         self._stored = stored
         if not self.here:
             self._status = stored.status
         for line in history:
+            cut = [metrics.get("cut_seconds", 0.0) for metrics in (line.metrics, self._metrics.get(line.round, {}))]
+            self._spending.add_seconds(cut[0] - cut[1], charged=True)  # of rounds that were left out
             self._metrics[line.round] = line.metrics
             for name, value in line.metrics.items():
                 figure, _, device = name.partition("/")
                 if device and figure in ("dev_accuracy", "dev_perplexity"):
                     self._device(device).figures[line.round] = value
             if not self.here:
-                for name in line.reported:
-                    self._device(name).lost = ""
-                for name, reason in line.lost.items():
-                    said = _without_name(name, reason)
-                    self._device(name).lost = "" if name in line.reported else said
-                    if (line.round, name) not in self._told:
-                        self._told.add((line.round, name))
-                        text = f"{name} was lost in round {line.round}: {said}"
-                        self._notices.append(Notice(line.closed, text, name not in line.reported))
+                self._follow(line)
         for closed in rounds:
             if closed.round > self._last:
                 self._last = closed.round
                 self._count(closed)
+        if not self.here and stored.status == "finished" and self._result is not None:
+            for summary in self._result.devices:
+                if summary.tuned.n and self._device(summary.name).lost:
+                    self._device(summary.name).lost = ""
+                    self._notices.append(Notice(stored.updated, f"{summary.name} is back", False))
+        for line in history:
+            if DEV_SECONDS in line.metrics:
+                self._course.evaluated(self._reached.get(line.round, 0), line.metrics[DEV_SECONDS])
+
+    def _follow(self, line: RoundHistory) -> None:
+        """Who was lost and who came back, of a run that is coordinated elsewhere."""
+        for name, reason in line.lost.items():
+            if (line.round, name) not in self._told:
+                self._told.add((line.round, name))
+                said = self._device(name).lost = _without_name(name, reason)
+                self._notices.append(Notice(line.closed, f"{name} is lost: {said}", True))
+        for name in line.reported:
+            if self._device(name).lost:
+                self._notices.append(Notice(line.closed, f"{name} is back", False))
+            self._device(name).lost = ""
 
     def _count(self, closed: ClosedRound) -> None:
-        searches = closed.purpose == "search"
-        self._seconds += self._metrics.get(closed.round, {}).get("seconds", 0.0)
+        searches, metrics = closed.purpose == "search", self._metrics.get(closed.round, {})
+        seconds = metrics.get("seconds", 0.0)
+        tokens = sum(share.tokens for share in closed.shares)
+        self._spending.add_seconds(seconds, closed.purpose != "selection")
+        self._spending.tokens_for[closed.purpose] += tokens
+        self._counted_at = monotonic()
+        self._course.closed(closed.purpose, seconds, evaluations_in(closed, self._settings), tokens)
+        searched = self._course.searched
         if searches:
-            self._searched += 1
-            self._evaluations += evaluations_in(closed, self._settings)
             self._participations += len(closed.shares)
-            self._losses.append(Point(self._searched, closed.loss))
-        self._reached[closed.round] = self._searched
+            self._losses.append(Point(searched, closed.loss))
+        self._reached[closed.round] = searched
         for share in closed.shares:
             device = self._device(share.device)
-            device.reports += 1
-            self._tokens += share.tokens
-            if share.seconds > 0:
-                device.tokens_per_second = share.tokens / share.seconds
+            device.tokens += share.tokens
+            device.seconds += share.seconds
             if searches:
-                device.losses.append(Point(self._searched, share.loss))
-        if not self._searched:
-            self._before = self._spent()
+                device.reports += 1
+                device.losses.append(Point(searched, share.loss))
         if not self.here:
-            self._doing = _DOING[closed.purpose]
-
-    def _spent(self) -> Spent:
-        limits = self._settings
-        share = spent_share(limits, self._searched, self._evaluations, self._tokens, self._seconds)
-        return Spent(self._seconds, share)
+            self._stage = closed.purpose
 
     # --- what is shown -------------------------------------------------------------------------------------------
 
@@ -306,7 +319,6 @@ class RunState:
             finished, status = self._status == "finished", self._status
             if status == "running" and self._control is not None and self._control.wish.paused:
                 status = "pausing"
-            spent = self._spent()
             headline = self._headline()
             epsilons = [found["epsilon"] for _, found in sorted(self._metrics.items()) if "epsilon" in found]
             devices = tuple(self._device_view(name) for name in sorted(self._devices))
@@ -317,18 +329,20 @@ class RunState:
                 model_fingerprint=stored.model_fingerprint if stored else "",
                 method=limits.method,
                 status=status,
-                doing="" if status in ("finished", "stopped") else self._doing,
+                stage=None if status in ("finished", "stopped", "waiting") else self._stage,
+                path=self._path(),
+                labels=self._task.labels if self._task else (),
                 generates=self.generates,
                 **headline,
                 stages=self._stages(),
                 loss=self._losses[-1].value if self._losses else None,
-                searched=self._searched,
+                searched=self._course.searched,
                 rounds_limit=limits.rounds,
-                evaluations=self._evaluations,
-                tokens=self._tokens,
-                seconds=self._seconds,
-                share=1.0 if finished else spent.share,
-                eta_s=seconds_left(self._before, spent) if self._status == "running" else None,
+                evaluations=self._course.evaluations,
+                tokens=self._spending.tokens,
+                seconds=self._spending.seconds,
+                share=1.0 if finished else self._course.share(limits),
+                eta_s=self._eta() if self._status == "running" else None,
                 epsilon=(result.epsilon if finished and result else None) or next(reversed(epsilons), None),
                 participations=self._participations,
                 bytes_up=sum(device.bytes_up for device in devices),
@@ -339,6 +353,26 @@ class RunState:
                 devices=devices,
                 notices=tuple(reversed(self._notices)),
             )
+
+    def _path(self) -> tuple[RunStage, ...]:
+        """The stages of the run."""
+        limits, task = self._settings, self._task
+        reads_out = limits.objective.readout_words > 0
+        stages: dict[RunStage, bool] = {
+            "selection": task is None or len(task.templates) > 1 or limits.balanced,
+            "calibration": limits.calibrate,
+            "probe": limits.baselines and reads_out,
+            "search": True,
+            "readout": reads_out,
+            "evaluation": True,
+        }
+        return tuple(stage for stage, is_there in stages.items() if is_there)
+
+    def _eta(self) -> float | None:
+        infos = [device.info for device in self._devices.values() if device.info is not None and not device.lost]
+        templates = self._task.templates if self._task else ()
+        left = self._course.seconds_left(self._settings, templates, infos)
+        return None if left is None else max(left - (monotonic() - self._counted_at), 0.0)
 
     @property
     def generates(self) -> bool:
@@ -357,10 +391,14 @@ class RunState:
         elif self._status == "finished" and result is not None and result.tuned.n:
             found, split, zero_shot = self._measured(result.tuned), "test", self._figure(result.zero_shot)
         else:
-            return {"figure": None, "zero_shot": None, "n_rows": 0, "interval": None, "split": "dev"}
+            return {
+                "figure": None, "zero_shot": None, "zero_shot_interval": None, "n_rows": 0, "interval": None,
+                "split": "dev",
+            }  # fmt: skip
         return {
             "figure": found.value,
             "zero_shot": zero_shot,
+            "zero_shot_interval": self._interval(zero_shot, found.n),
             "n_rows": found.n,
             "interval": found.interval,
             "split": split,
@@ -391,8 +429,8 @@ class RunState:
     def _measured(self, score: Score) -> Measured:
         return Measured(self._figure(score), score.n, None if self.generates else score.interval)
 
-    def _interval(self, figure: float, n: int) -> tuple[float, float] | None:
-        return None if self.generates or not n else wilson_interval(round(figure * n), n)
+    def _interval(self, figure: float | None, n: int) -> Interval | None:
+        return None if self.generates or figure is None or not n else wilson_interval(round(figure * n), n)
 
     def _figure(self, score: Score) -> float:
         return perplexity(score.loss) if self.generates else score.accuracy
@@ -400,17 +438,20 @@ class RunState:
     def _device_view(self, name: str) -> DeviceView:
         device, info = self._devices[name], self._devices[name].info
         status, detail = self._device_status(device)
-        figures = [value for _, value in sorted(device.figures.items())]
-        figure, zero_shot = (figures[-1], figures[0]) if figures else (None, None)
-        if not figures and self._status == "finished" and self._result is not None:
+        figure, interval = None, None
+        if device.figures:
+            last = max(device.figures)
+            figure = device.figures[last]
+            interval = self._interval(figure, int(self._metrics[last].get(f"dev_n/{name}", 0)))
+        elif self._status == "finished" and self._result is not None:
             for summary in self._result.devices:
                 if summary.name == name and summary.tuned.n:
-                    figure, zero_shot = self._figure(summary.tuned), self._figure(summary.zero_shot)
+                    figure, _, interval = self._measured(summary.tuned)
         return DeviceView(
             name=name,
             status=status,
             detail=detail,
-            tokens_per_second=device.tokens_per_second or (info.tokens_per_second if info else None),
+            tokens_per_second=device.tokens / device.seconds if device.seconds else None,
             rss_bytes=max(device.traffic.peak_rss_bytes, info.peak_rss_bytes if info else 0),
             celsius=info.celsius if info else None,
             battery=info.battery if info else None,
@@ -419,7 +460,7 @@ class RunState:
             reports=device.reports,
             loss=device.losses[-1].value if device.losses else None,
             figure=figure,
-            zero_shot=zero_shot,
+            interval=interval,
         )
 
     def _device_status(self, device: _Device) -> tuple[DeviceStatus, str]:

@@ -6,7 +6,8 @@ from typing import Any, Final
 
 from fedbpt.dashboard.views import DeviceView, Measured, RunView, Stage
 from fedbpt.display import console
-from fedbpt.display.console import human_bytes
+from fedbpt.display.console import DOING, human_bytes
+from fedbpt.runs.intervals import Interval
 from fedbpt.runs.settings import Split
 
 NONE: Final = "–"
@@ -27,6 +28,41 @@ DEVICE_STYLE: Final = {"absent": "quiet", "live": "", "paused": "warn", "silent"
                        "done": "quiet"}  # fmt: skip
 
 
+_NUMBERS: Final = (
+    "No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten", "Eleven", "Twelve",
+)  # fmt: skip
+_MOST_LABELS, _MOST_CHARACTERS = 8, 80  # that a sentence can hold
+
+
+def sentence(view: RunView) -> str:
+    """What is going on, for who sees the page for the first time."""
+    n = len(view.devices)
+    if not (n and view.task):
+        return "The run has not begun yet."
+    who = _NUMBERS[n] if n < len(_NUMBERS) else f"{n:,}"
+    devices, texts = ("device", "its texts stay with it") if n == 1 else ("devices", "their texts stay with them")
+    verb = "taught" if view.status in ("finished", "stopped") else "teaches" if n == 1 else "teach"
+    return f"{who} {devices} {verb} a frozen {view.model or 'model'} {_aim(view)}; {texts}."
+
+
+def _aim(view: RunView) -> str:
+    if view.generates:
+        return f"to write as the examples of {view.task} do"
+    if not view.labels:
+        return f"to sort {view.task}"
+    *names, last = view.labels
+    listed = f"{', '.join(names)} or {last}"
+    if len(view.labels) > _MOST_LABELS or len(listed) > _MOST_CHARACTERS:
+        listed = f"{len(view.labels):,} labels"
+    return f"to sort {view.task} into {listed}"
+
+
+def state(view: RunView) -> str:
+    """The run's state, and while it runs the stage that it is in."""
+    said = STATUS[view.status]
+    return said if view.stage is None else f"{said} · {DOING[view.stage]}"
+
+
 def figure(value: float | None, generates: bool) -> str:
     """An accuracy as ``92.0 %``, a perplexity as ``7.31``."""
     if value is None:
@@ -36,7 +72,7 @@ def figure(value: float | None, generates: bool) -> str:
 
 def gain(view: RunView) -> str:
     """What was gained over zero-shot, in points or as a change of the perplexity."""
-    if view.figure is None or view.zero_shot is None:
+    if view.figure is None or view.zero_shot is None or not view.searched:
         return ""
     change = view.figure - view.zero_shot
     return f"{change:+.2f}" if view.generates else f"{100 * change:+.1f} points"
@@ -49,12 +85,22 @@ def basis(view: RunView) -> str:
     """What the figure is measured on, and how far it can be trusted."""
     if view.figure is None:
         return "not evaluated yet"
-    parts = [] if view.zero_shot is None else [f"zero-shot {figure(view.zero_shot, view.generates)}"]
-    parts += [] if view.interval is None else [f"95 % interval {interval(view.interval)}"]
-    return " · ".join([*parts, f"{view.n_rows:,} {ROWS[view.split]}"])
+    before = ""
+    if view.zero_shot is not None:
+        before = f"zero-shot {_with_interval(view.zero_shot, view.zero_shot_interval, view.generates)} · "
+    return f"{before}{view.n_rows:,} {ROWS[view.split]}"
 
 
-def interval(bounds: tuple[float, float]) -> str:
+def trust(view: RunView) -> str:
+    """The interval of the figure."""
+    return "" if view.interval is None else f"95 % interval {interval(view.interval)}"
+
+
+def _with_interval(value: float, bounds: Interval | None, generates: bool) -> str:
+    return figure(value, generates) + ("" if bounds is None else f" ({interval(bounds)})")
+
+
+def interval(bounds: Interval) -> str:
     """``88.2 – 96.3 %``."""
     low, high = bounds
     return f"{100 * low:.1f} – {100 * high:.1f} %"
@@ -68,8 +114,7 @@ def stage_row(stage: Stage, generates: bool) -> dict[str, str]:
 def _measured(found: Measured | None, generates: bool) -> str:
     if found is None:
         return NONE
-    bounds = "" if found.interval is None else f" ({interval(found.interval)})"
-    return f"{figure(found.value, generates)}{bounds}"
+    return _with_interval(found.value, found.interval, generates)
 
 
 def duration(seconds: float | None) -> str:
@@ -78,24 +123,26 @@ def duration(seconds: float | None) -> str:
 
 
 def rounds(view: RunView) -> str:
+    """Rounds of the search so far, and at most."""
+    if view.status == "waiting":
+        return NONE  # for want of the run's settings
     return f"{view.searched:,}" + (f" / {view.rounds_limit:,}" if view.rounds_limit else "")
 
 
 def progress(view: RunView) -> str:
-    """What is being done, and how long it will take."""
+    """How long it took, or will take."""
     if view.status == "finished":
         return f"done in {duration(view.seconds)}"
     if view.status == "stopped":
         return "the same command resumes it"
-    left = "" if view.eta_s is None else f"{duration(view.eta_s)} left"
-    return " · ".join(part for part in (view.doing, left) if part)
+    if view.eta_s is None:
+        return ""
+    return f"about {duration(view.eta_s)} left" if view.eta_s >= 1 else "nearly done"
 
 
 def speed(view: RunView) -> str:
-    """What all devices do together."""
-    gone = ("absent", "silent", "lost")
-    together = sum(device.tokens_per_second or 0.0 for device in view.devices if device.status not in gone)
-    return f"{together:,.0f} tokens a second" if together else ""
+    """What all devices have done together, over all rounds: the tokens and seconds that the terminal prints."""
+    return f"{view.tokens / view.seconds:,.0f} tokens a second" if view.tokens and view.seconds else ""
 
 
 def traffic(view: RunView) -> str:
@@ -110,14 +157,18 @@ def device_row(device: DeviceView, generates: bool) -> dict[str, Any]:
         "style": DEVICE_STYLE[device.status],
         "detail": device.detail,
         "speed": _number(device.tokens_per_second, " tok/s"),
-        "memory": human_bytes(device.rss_bytes) if device.rss_bytes else NONE,
+        "memory": _bytes(device.rss_bytes),
         "health": _health(device),
-        "up": human_bytes(device.bytes_up),
-        "down": human_bytes(device.bytes_down),
+        "up": _bytes(device.bytes_up),
+        "down": _bytes(device.bytes_down),
         "reports": device.reports,
-        "figure": figure(device.figure, generates),
+        "figure": NONE if device.figure is None else _with_interval(device.figure, device.interval, generates),
         "loss": _number(device.loss, "", 3),
     }
+
+
+def _bytes(count: int) -> str:
+    return human_bytes(count) if count else NONE
 
 
 def _health(device: DeviceView) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
-from fedbpt.runs.settings import Split
+from fedbpt.runs.intervals import Interval
+from fedbpt.runs.settings import RunStage, Split
 
 Status: TypeAlias = Literal["waiting", "running", "pausing", "paused", "stopped", "finished"]
 DeviceStatus: TypeAlias = Literal["absent", "live", "paused", "silent", "lost", "done"]
@@ -23,7 +24,7 @@ class Measured(NamedTuple):
 
     value: float
     n: int
-    interval: tuple[float, float] | None
+    interval: Interval | None
 
 
 class Stage(NamedTuple):
@@ -44,7 +45,10 @@ class Notice(NamedTuple):
 
 @dataclass(frozen=True)
 class DeviceView:
-    """One device. ``detail`` says why or where; None: not known. ``figure``: accuracy (0 to 1) or perplexity."""
+    """One device. ``detail`` says why or where; None: not known. ``figure``: accuracy (0 to 1) with its 95 %
+    ``interval``, or perplexity. ``tokens_per_second``: over all of its rounds; ``reports``: rounds of the search
+    that it reported in.
+    """
 
     name: str
     status: DeviceStatus
@@ -58,7 +62,7 @@ class DeviceView:
     reports: int
     loss: float | None
     figure: float | None
-    zero_shot: float | None
+    interval: Interval | None
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ class RunView:
     """A run as it stands. ``figure`` and ``zero_shot``: accuracy (0 to 1), or perplexity where ``generates``.
 
     They are of the same ``n_rows`` rows of ``split`` from the run's start to its end: development rows, or where there
-    are none, once it is finished, test rows. None: not evaluated. ``interval``: of the accuracy, 95 %.
+    are none, once it is finished, test rows. None: not evaluated. The intervals: of the accuracies, 95 %.
+    ``stage``: where it is now, on its ``path``.
     ``share``: of the budget that is spent, 0 to 1. ``participations``: reports that made rounds of the search.
     """
 
@@ -76,12 +81,15 @@ class RunView:
     model_fingerprint: str
     method: str
     status: Status
-    doing: str
+    stage: RunStage | None
+    path: tuple[RunStage, ...]
+    labels: tuple[str, ...]
     generates: bool
     figure: float | None
     zero_shot: float | None
+    zero_shot_interval: Interval | None
     n_rows: int
-    interval: tuple[float, float] | None
+    interval: Interval | None
     split: Split
     stages: tuple[Stage, ...]
     loss: float | None

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import time
 from types import TracebackType
-from typing import Final, NamedTuple
+from typing import Final
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
-from fedbpt.coordinator.estimate import spent_share
 from fedbpt.display.plain_console import PlainConsole
 from fedbpt.plain_text import plain
 from fedbpt.runs.intervals import beats_chance
@@ -22,9 +21,10 @@ from fedbpt.runs.settings import (
     LateReport,
     RoundClosed,
     RunFinished,
-    RunSettings,
+    RunStage,
     RunStarted,
     Score,
+    StageBegan,
     Steered,
     TemplateScore,
     TemplateSelected,
@@ -33,7 +33,15 @@ from fedbpt.runs.settings import (
 QUIET_S: Final = 30.0
 """How long a run that is shown in a log says nothing at most, seconds; it speaks when a round closes."""
 
-_DOING = {"calibration": "calibrating", "probe": "baseline", "readout": "readout"}
+DOING: Final[dict[RunStage, str]] = {
+    "selection": "template",
+    "calibration": "calibration",
+    "probe": "baseline",
+    "search": "search",
+    "readout": "readout",
+    "evaluation": "evaluation",
+}
+"""The stages of a run, for people."""
 
 
 def human_bytes(count: float) -> str:
@@ -77,7 +85,6 @@ class RunDisplay:
             expand=True,
         )
         self._line = self._progress.add_task("connecting", total=None, figures="", left="")
-        self._settings = RunSettings()
         self._devices = self._live = 0
         self._started = False
         self._zero_shot: Score | None = None
@@ -85,7 +92,6 @@ class RunDisplay:
         self._closed: RoundClosed | None = None
         self._share: float | None = None
         self._generates = False
-        self._before = Spent(0.0, 0.0)  # the search
         self._printed = ("", 0, -math.inf)  # stage, tenths of the budget, when
 
     def __enter__(self) -> RunDisplay:
@@ -101,18 +107,19 @@ class RunDisplay:
         match event:
             case RunStarted():
                 self._started = True
-                self._settings = event.settings
                 self._devices, self._live = len(event.devices), len(event.live)
                 if event.resumed:
-                    self._say(f"run {event.run}: resumed after {event.resumed} rounds")
+                    self._say(f"run {event.run}: resumed after {event.searched} rounds")
                 self._update(f"choosing a template on {event.model_name}", None, "")
+            case StageBegan() if event.stage != "selection":  # that is said already
+                left = None if self._closed is None else self._closed.eta_s
+                self._update(DOING[event.stage], self._share, self._figures(self._closed), _eta(left))
             case TemplateSelected():
                 words = ", ".join(word.strip() for word in event.template.label_words)
                 self._generates = not words
                 for candidate in event.candidates:
                     self._say(f"zero-shot accuracy {describe_accuracy(candidate)}: {candidate.template.pattern!r}")
                 self._say(f"template {event.template.pattern!r}" + (f" with {words}" if words else ""))
-                self._update("tuning", None, "")
             case Evaluated():
                 self._score, self._zero_shot = event.score, event.zero_shot
                 self._update("evaluated", self._share, self._figures(self._closed))
@@ -120,30 +127,21 @@ class RunDisplay:
                 self._show_round(event)
             case DeviceLost():
                 reason = event.reason.removeprefix(f"{event.device}: ")
-                self._say(f"device {event.device} is lost in round {event.round}: {reason}", "yellow")
+                self._say(f"device {event.device} is lost: {reason}", "yellow")
             case DeviceBack():
-                self._say(f"device {event.device} is back in round {event.round}")
+                self._say(f"device {event.device} is back")
             case Steered():
                 self._say(f"{'paused' if event.paused else 'under way'}; a round may take {event.deadline_s:g} s")
             case LateReport():
-                self._say(f"device {event.device}: its report on round {event.round} came late and is not used")
+                self._say(f"device {event.device}: a report came late and is not used")
             case RunFinished() if not self._started:
                 self._say(f"run {event.result.run} was finished before: this is its result")
 
     def _show_round(self, event: RoundClosed) -> None:
         self._live, self._closed = len(event.reported), event
-        share = self._share = spent_share(
-            self._settings, event.searched, event.evaluations, event.tokens, event.seconds
-        )
-        searches = event.purpose == "search"
-        spent = Spent(event.seconds, share)
-        if not event.searched:
-            self._before = spent
-        doing = f"round {event.searched}" if searches else _DOING[event.purpose]
-        if searches and share == 1.0:
-            doing = "finishing"
-        left = seconds_left(self._before, spent) if searches else None
-        self._update(doing, share, self._figures(event), "" if left is None else f"eta {duration(left)}")
+        self._share = event.share
+        doing = f"round {event.searched}" if event.purpose == "search" else DOING[event.purpose]
+        self._update(doing, event.share, self._figures(event), _eta(event.eta_s))
 
     def _figure(self, score: Score) -> str:
         return f"{score.perplexity:.2f}" if self._generates else f"{score.accuracy:.3f}"
@@ -197,15 +195,5 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-class Spent(NamedTuple):
-    """When ``share`` of a budget was spent, 0 to 1; seconds of closed rounds until then."""
-
-    seconds: float
-    share: float
-
-
-def seconds_left(before: Spent, now: Spent) -> float | None:
-    """How long the rest of a budget will take at the pace since ``before``; None: nobody knows."""
-    if not before.share < now.share < 1:
-        return None
-    return (now.seconds - before.seconds) * (1 - now.share) / (now.share - before.share)
+def _eta(seconds: float | None) -> str:
+    return "" if seconds is None else f"eta {duration(seconds)}"

@@ -42,6 +42,12 @@ def new_code() -> str:
     return "-".join(text[i : i + 4] for i in range(0, len(text), 4))
 
 
+def watch_token(token: str) -> str:
+    """For those who may look but not steer; made of the operator's ``token``, which does not follow from it."""
+    made = hmac.new(token.encode(), b"fedbpt: watch", hashlib.sha256).digest()
+    return base64.urlsafe_b64encode(made[:16]).decode().rstrip("=")  # short, for a QR code
+
+
 def plain_code(typed: str) -> str:
     """The code that was meant: without blanks and dashes, in capitals."""
     return re.sub(r"[\s-]", "", typed).upper()

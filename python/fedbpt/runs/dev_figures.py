@@ -16,6 +16,9 @@ Metrics = Mapping[str, float]
 FINAL: Final = "dev_final"
 """Marks the evaluation of a result: it judged nothing."""
 
+DEV_SECONDS: Final = "dev_seconds"
+"""How long an evaluation took, with the readout that was fitted for it."""
+
 
 class DevPoint(NamedTuple):
     """One evaluation. ``figure``: accuracy (0 to 1) or perplexity; losses in nats; zero-shot None: not measured."""

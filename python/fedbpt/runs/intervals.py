@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Final
+from typing import Final, TypeAlias
+
+Interval: TypeAlias = tuple[float, float]
+"""Lower and upper end."""
 
 Z_95: Final = 1.959963984540054
 """Two-sided 95 % quantile of the standard normal."""
 
 
-def wilson_interval(correct: int, n: int) -> tuple[float, float]:
+def wilson_interval(correct: int, n: int) -> Interval:
     """95 % interval of a proportion by Wilson's score (J. Am. Stat. Assoc. 22, 1927)."""
     if n == 0:
         return 0.0, 1.0

@@ -34,6 +34,7 @@ from fedbpt.runs.intervals import wilson_interval
 _LARGEST_EXPONENT = 700.0  # e^700 is about the largest float
 
 RoundPurpose: TypeAlias = Literal["selection", "calibration", "probe", "search", "readout"]
+RunStage: TypeAlias = RoundPurpose | Literal["evaluation"]
 
 
 class RunSettings(Message, frozen=True):
@@ -316,7 +317,9 @@ class RunResult(Message, frozen=True):
 
 
 class RunStarted(Message, frozen=True, tag=True):
-    """``resumed``: number of closed rounds taken from the store; ``devices``: all; ``live``: those that answered."""
+    """``resumed``: number of closed rounds taken from the store, ``searched`` of them of the search; ``devices``: all;
+    ``live``: those that answered.
+    """
 
     run: str
     devices: tuple[str, ...]
@@ -325,6 +328,13 @@ class RunStarted(Message, frozen=True, tag=True):
     model_fingerprint: str
     resumed: NaturalInt
     settings: RunSettings
+    searched: NaturalInt = 0
+
+
+class StageBegan(Message, frozen=True, tag=True):
+    """The run is at ``stage`` from now on."""
+
+    stage: RunStage
 
 
 class TemplateSelected(Message, frozen=True, tag=True):
@@ -353,6 +363,7 @@ class RoundClosed(Message, frozen=True, tag=True):
     """Totals are since the run began; ``loss`` is the round's mean over candidates, weighted by rows, nats.
 
     ``searched``: rounds of the search so far. ``epsilon``: spent so far, at the settings' δ; None: not private.
+    ``share``: of the budget that is spent, 0 to 1; ``eta_s``: seconds until the result; None: nobody knows.
     """
 
     round: NaturalInt
@@ -367,6 +378,8 @@ class RoundClosed(Message, frozen=True, tag=True):
     bytes_up: NaturalInt
     bytes_down: NaturalInt
     epsilon: float | None = None
+    share: float = 0.0
+    eta_s: float | None = None
 
 
 class Evaluated(Message, frozen=True, tag=True):
@@ -417,6 +430,7 @@ class RunFinished(Message, frozen=True, tag=True):
 
 Event: TypeAlias = (
     RunStarted
+    | StageBegan
     | TemplateSelected
     | Progressed
     | RoundClosed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,8 @@ import pytest
 
 from fedbpt import Budget, PromptSpec, cli, models, tune
 from fedbpt.cli import demo
+from fedbpt.cli.observe import Observers
+from fedbpt.errors import FedbptError
 from fedbpt.tasks import Row, load, read_task_rows, split_rows
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, rows
@@ -65,17 +67,6 @@ def test_the_training_rows_are_skewed_and_the_same_each_time(tmp_path: Path) -> 
     assert shares.std(axis=0).max() > 0.1
 
 
-def test_examples_are_what_only_the_tuned_model_gets_right() -> None:
-    scorer = ToyScorer()
-    prompt = tune(scorer, TASK, rows(24), budget=Budget(evaluations=240), prompt=PromptSpec(d=6, alpha=2.0)).prompt
-    held_out = rows(100, first=200)
-    found = list(demo._examples(scorer, TASK, held_out, prompt))
-    assert 0 < len(found) <= 2
-    for example in found:
-        assert (example.text, TASK.labels.index(example.label)) in held_out
-        assert example.original != example.label
-
-
 def test_the_table_is_printed_before_examples_are_looked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,11 +99,50 @@ def test_a_device_that_cannot_start_is_one_line(
     assert line.count("fedbpt") == 1
 
 
-@pytest.mark.parametrize(
-    ("address", "said"), [("0.0.0.0:8500", "on this machine alone"), ("nowhere:99999", "is no HOST:PORT")]
-)
-def test_its_dashboard_is_for_this_machine(address: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_address_that_is_none_is_told_before_anything_is_fetched(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main(["demo", "--dashboard", address])
+        cli.main(["demo", "--dashboard", "nowhere:99999"])
     assert ended.value.code != 0
-    assert said in capsys.readouterr().err
+    assert "is no HOST:PORT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [[], ["--json"], ["--quiet"]])
+def test_beyond_loopback_it_has_a_link_for_the_operator_and_one_for_the_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    made: list[dict[str, object]] = []
+
+    class Server:
+        """What `demo` starts; the real one is in `tests.browser`."""
+
+        def __init__(self, *_: object, **options: object) -> None:
+            made.append(options)
+            self.link, self.watch_link = (
+                f"http://127.0.0.1:8500/?token={options['token']}",
+                "http://pi5:8500/?token=watch",
+            )
+
+        def __enter__(self) -> Callable[[object], str]:
+            return lambda _line: ""
+
+        def __exit__(self, *_: object) -> None:
+            raise FedbptError("that is enough")
+
+    monkeypatch.setattr("fedbpt.dashboard.server.DashboardServer", Server)
+    monkeypatch.setattr(models, "locate", lambda _name: tmp_path / "m.gguf")
+    monkeypatch.setattr(models, "fingerprint", lambda _path: "sha256:1")
+    monkeypatch.setattr(demo.tasks, "bbc_news", lambda **_: news(1200))
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--model", "m.gguf", "--out", str(tmp_path), "--dashboard", "0.0.0.0:8500", *more])
+    said = capfd.readouterr().err
+    [options] = made
+    assert options["allow_insecure"] is True
+    assert len(str(options["token"])) >= 32
+    assert "without encryption: public news" in said
+    assert f"dashboard at http://127.0.0.1:8500/?token={options['token']}\n" in said
+    assert "without the controls: http://pi5:8500/?token=watch\n" in said
+    assert "█" not in said  # that is for a terminal
+
+
+def test_on_loopback_it_needs_no_token() -> None:
+    assert Observers(dashboard="127.0.0.1:8500").dashboard_secret is None

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
+from fedbpt.coordinator.fleet import Fleet
+from fedbpt.coordinator.members import Listener
 from fedbpt.coordinator.stragglers import ENOUGH, SLACK_S, Pace, TextPace
 from fedbpt.errors import ConfigError
 from fedbpt.runs.settings import DeviceLost, LateReport, RoundClosed
 from tests.support.fake_device import FakeDevice
-from tests.support.toy_scene import Scene, StopRunError, closed
+from tests.support.toy_scene import FlakyClient, Scene, StopRunError, ToyTask, closed
 
 HOUR = 3600.0  # a deadline that no test waits for
 
@@ -172,3 +175,29 @@ def test_a_stopped_run_resumes_to_the_same_digest_and_mini_batches(scene: Scene,
         for each in (scene, other)
     ]
     assert asked[0] == asked[1]
+
+
+# --- the end -------------------------------------------------------------------------------------------------------
+
+
+def test_who_leaves_when_the_run_is_over_is_not_lost() -> None:
+    told: list[str] = []
+
+    def nothing(*_: object) -> None:
+        pass
+
+    listener = Listener(
+        lost=lambda name, *_: told.append(name), back=nothing, late=nothing, progress=nothing, met=nothing
+    )
+
+    async def run() -> None:
+        clients = {name: FlakyClient(FakeDevice(name)) for name in "ab"}
+        fleet = Fleet(clients, ToyTask().identity, listener, Pace(0.0))
+        await fleet.connect()
+        fleet.refuse({"a": "a report of another round"})
+        await fleet.cancel_rounds()
+        fleet.refuse({"b": "it was cancelled"})
+        await fleet.aclose()
+
+    asyncio.run(run())
+    assert told == ["a"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,14 +13,15 @@ import pytest
 from fedbpt import Budget, PromptSpec, TuneResult, tune
 from fedbpt.coordinator.clients import HttpClient
 from fedbpt.dashboard import comparing as comparing_module
-from fedbpt.dashboard.comparing import Comparison, Row, comparing, questions_of
+from fedbpt.dashboard.comparing import Comparison, comparing, questions_of
+from fedbpt.dashboard.examples import KINDS, Examples, Row, Verdict
 from fedbpt.device.agent import AgentService
 from fedbpt.device.agent.server import AgentServer
 from fedbpt.device.device import Device
 from fedbpt.errors import FedbptError, InputError, ModelNotFoundError
 from fedbpt.protocol.questions import DEFAULT_TOKENS, Answer
 from fedbpt.runs.settings import RunResult
-from fedbpt.side_by_side.sides import Side, SideBySide
+from fedbpt.side_by_side.sides import Probabilities, Side, SideBySide
 from fedbpt.tasks import Task, write_rows
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, rows
@@ -141,3 +143,77 @@ def test_questions_are_held_out_rows_always_the_same(tmp_path: Path) -> None:
     assert len(set(found)) == 4
     assert found == questions_of(TASK, path, 4)
     assert set(found) <= {Row(text, TASK.labels[label]) for text, label in rows(30)}
+
+
+# --- examples --------------------------------------------------------------------------------------------------------
+
+SAID = {"a": ("x", "x"), "b": ("y", "x"), "c": ("x", "y"), "d": ("y", "y"), "e": ("y", "x")}
+"""What the original and the tuned model say; the rows all say x."""
+
+
+def looked_up(*texts: str) -> Examples:
+    def classify(text: str) -> Probabilities:
+        original, tuned = (((0.9, 0.1) if said == "x" else (0.1, 0.9)) for said in SAID[text])
+        return Probabilities(original, tuned)
+
+    return Examples([Row(text, "x") for text in texts], ("x", "y"), classify)
+
+
+def test_examples_are_of_every_kind_and_all_rows_are_counted() -> None:
+    examples = looked_up(*"abcde")
+    assert (examples.counts(), examples.done) == ({}, False)
+    while examples.look():
+        pass
+    assert examples.done
+    assert [verdict.kind for verdict in examples.verdicts] == ["both", "gained", "lost", "neither", "gained"]
+    assert dict(examples.counts()) == {"both": 1, "gained": 2, "lost": 1, "neither": 1}
+    assert set(KINDS) == set(examples.counts())
+    assert examples.n_differ() == 3
+
+
+def test_who_wants_examples_of_a_kind_looks_no_further_than_needed() -> None:
+    examples = looked_up(*"abcde")
+    found = examples.find("gained")
+    assert next(found) == Verdict(Row("b", "x"), "y", "x")
+    assert len(examples.verdicts) == 2
+    assert [verdict.row.text for verdict in found] == ["e"]
+    assert list(examples.find("lost")) == [Verdict(Row("c", "x"), "x", "y")]
+
+
+def test_examples_are_what_the_page_would_answer_and_questions_come_between(moods: TuneResult) -> None:
+    questions = [Row(text, TASK.labels[label]) for text, label in rows(30, first=200)]
+    comparison = Comparison(lambda: comparing(ToyScorer(), TASK, moods.run), TASK.labels, questions)
+    comparison.look_for_examples()
+    comparison.look_for_examples()  # twice is once
+    answer = asyncio.run(comparison.classify("aaa"))
+    assert answer == SideBySide(ToyScorer(), moods.prompt, TASK).classify("aaa")
+    deadline = time.monotonic() + 60
+    while not comparison.examples.done and time.monotonic() < deadline:
+        time.sleep(0.01)
+    asyncio.run(comparison.aclose())
+    verdicts = comparison.examples.verdicts
+    assert [verdict.row for verdict in verdicts] == questions
+    for verdict, (text, _) in zip(verdicts, rows(30, first=200), strict=True):
+        original, tuned = SideBySide(ToyScorer(), moods.prompt, TASK).classify(text)
+        labels = [TASK.labels[side.index(max(side))] for side in (original, tuned)]
+        assert [verdict.original, verdict.tuned] == labels
+
+
+def test_a_model_that_is_not_here_ends_the_search_for_examples_in_one_line() -> None:
+    def absent() -> SideBySide:
+        raise ModelNotFoundError("pull it first")
+
+    comparison = Comparison(absent, TASK.labels, [Row("aaa", "positive")])
+    comparison.look_for_examples()
+    deadline = time.monotonic() + 60
+    while not comparison.trouble and time.monotonic() < deadline:
+        time.sleep(0.01)
+    asyncio.run(comparison.aclose())
+    assert comparison.trouble == "pull it first"
+
+
+def test_nothing_is_looked_for_where_answers_are_texts() -> None:
+    comparison = Comparison(lambda: pytest.fail("no model is wanted"), (), [Row("aaa", "a reply")])
+    comparison.look_for_examples()
+    asyncio.run(comparison.aclose())
+    assert (comparison.examples.n_rows, comparison.trouble) == (0, "")

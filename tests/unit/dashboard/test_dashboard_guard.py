@@ -13,10 +13,11 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from fedbpt.dashboard.guard import COOKIE, Guard
+from fedbpt.dashboard.guard import COOKIE, Guard, may_steer
 from fedbpt.dashboard.server import DashboardServer
 from fedbpt.dashboard.visits import Visits
 from fedbpt.errors import ConfigError, MissingExtraError
+from fedbpt.net.tokens import watch_token
 
 
 async def _page(_request: Request) -> Response:
@@ -72,6 +73,40 @@ def test_with_a_token_the_link_gives_a_cookie_that_opens_pages_and_sockets() -> 
 
 def test_a_program_may_send_the_token_as_any_other() -> None:
     assert client("secret-token").get("/", headers={"authorization": "Bearer secret-token"}).status_code == 200
+
+
+async def _steers(request: Request) -> Response:
+    return PlainTextResponse(str(may_steer(request.scope)))
+
+
+def steering(token: str | None) -> TestClient:
+    base_url = "http://127.0.0.1:8500" if token is None else "http://192.168.1.20:8500"
+    return TestClient(Guard(Starlette(routes=[Route("/", _steers)]), token), base_url=base_url)
+
+
+def test_who_has_the_link_to_watch_does_not_steer_and_the_operator_does() -> None:
+    assert steering(None).get("/").text == "True"
+    watcher = steering("secret-token")
+    assert watcher.get(f"/?token={watch_token('secret-token')}").text == "False"
+    assert watcher.get("/").text == "False"
+    operator = steering("secret-token")
+    assert operator.get("/?token=secret-token").text == "True"
+    assert watcher.get("/?token=secret-token").text == "True"  # who opens the operator's link later is the operator
+    bearer = {"authorization": f"Bearer {watch_token('secret-token')}"}
+    assert steering("secret-token").get("/", headers=bearer).text == "False"
+    assert not may_steer({})  # of a request that came by another way
+
+
+def test_the_token_to_watch_differs_from_the_operators_and_belongs_to_it() -> None:
+    first, again, other = watch_token("secret-token"), watch_token("secret-token"), watch_token("another-token")
+    assert first == again != other
+    assert "secret" not in first
+    assert len(first) == 22  # 128 bits
+
+
+def test_without_a_token_a_link_to_watch_is_no_token() -> None:
+    assert steering(None).get("/?token=").text == "True"
+    assert client("secret-token").get("/?token=").status_code == 401
 
 
 def test_who_guesses_tokens_is_slowed_down() -> None:

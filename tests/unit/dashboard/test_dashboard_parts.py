@@ -16,7 +16,7 @@ from fedbpt.dashboard.views import DeviceView, Point, RunView
 from fedbpt.errors import ModelNotFoundError
 
 SHAPE = costs.ModelShape(n_weights=1_000_000, n_embd=100, adapted=1200)
-DEVICE = DeviceView("pi5", "live", "", 61.4, 2**28, None, None, 900, 5400, 3, 0.5, 0.8, 0.7)
+DEVICE = DeviceView("pi5", "live", "", 61.4, 2**28, None, None, 900, 5400, 3, 0.5, 0.8, (0.72, 0.86))
 EMPTY = RunState("r").view()
 
 
@@ -60,6 +60,8 @@ def test_a_model_that_is_not_here_or_is_another_has_no_shape(monkeypatch: pytest
 def test_every_measured_memory_says_on_what_machine_and_has_back_propagation() -> None:
     found = costs.memory_figures("smollm2-135m")
     assert found is not None
+    assert not any(name.startswith("fedbpt") for name in found.of_others())  # the run's own figure is the one
+    assert len(found.of_others()) < len(found.peak_rss)
     assert all((found.machine, found.date, found.how))
     assert "Back-propagation (PEFT)" in found.peak_rss
     assert costs.memory_figures("bogus") is None
@@ -89,9 +91,16 @@ def test_a_twin_is_the_same_device_and_counts_apart(client: HttpClient) -> None:
 def test_figures_and_gains_are_in_points_or_perplexity() -> None:
     assert (texts.figure(0.9234, False), texts.figure(7.309, True)) == ("92.3 %", "7.31")
     assert texts.figure(None, False) == "–"
-    assert texts.gain(view(figure=0.92, zero_shot=0.825)) == "+9.5 points"
-    assert texts.gain(view(figure=7.3, zero_shot=9.1, generates=True)) == "-1.80"
-    assert texts.gain(view(figure=0.9)) == ""
+    assert texts.gain(view(figure=0.92, zero_shot=0.825, searched=1)) == "+9.5 points"
+    assert texts.gain(view(figure=7.3, zero_shot=9.1, generates=True, searched=1)) == "-1.80"
+    assert texts.gain(view(figure=0.9, searched=1)) == ""
+    assert texts.gain(view(figure=0.8, zero_shot=0.8)) == ""  # nothing was searched yet
+
+
+def test_the_time_left_is_never_none_at_all() -> None:
+    assert texts.progress(view(status="running", eta_s=43.2)) == "about 0:43 left"
+    assert texts.progress(view(status="running", eta_s=0.0)) == "nearly done"
+    assert texts.progress(view(status="running")) == ""
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(None, "–"), (7.2, "0:07"), (187, "3:07"), (3723, "1:02:03")])
@@ -101,9 +110,58 @@ def test_durations(seconds: float | None, said: str) -> None:
 
 def test_a_device_row_has_a_word_for_what_is_not_known() -> None:
     row = texts.device_row(DEVICE, generates=False)
-    assert (row["speed"], row["memory"], row["health"], row["figure"]) == ("61 tok/s", "268.4 MB", "–", "80.0 %")
+    assert (row["speed"], row["memory"], row["health"], row["figure"]) == (
+        "61 tok/s", "268.4 MB", "–", "80.0 % (72.0 – 86.0 %)",
+    )  # fmt: skip
     known = dataclasses.replace(DEVICE, celsius=61.4, battery=83.0)
     assert texts.device_row(known, generates=False)["health"] == "83 % · 61 °C"
+
+
+def labelled(*labels: str, n: int = 3, **changes: object) -> RunView:
+    devices = tuple(dataclasses.replace(DEVICE, name=f"d{i}") for i in range(n))
+    return view(devices=devices, task="bbc-news", model="m", labels=labels, status="running", **changes)
+
+
+def test_a_sentence_says_what_is_going_on() -> None:
+    assert texts.sentence(EMPTY) == "The run has not begun yet."
+    assert texts.sentence(labelled("sport", "tech")) == (
+        "Three devices teach a frozen m to sort bbc-news into sport or tech; their texts stay with them."
+    )
+    assert texts.sentence(labelled("a", "b", n=1, stage="search")).startswith("One device teaches a frozen m to sort")
+    many = tuple(f"label {i}" for i in range(30))
+    assert "into 30 labels; their" in texts.sentence(labelled(*many))
+    assert "Twelve devices" in texts.sentence(labelled("a", "b", n=12))
+    assert "13 devices" in texts.sentence(labelled("a", "b", n=13))
+    assert "One device taught" in texts.sentence(dataclasses.replace(labelled("a", "b", n=1), status="finished"))
+    assert "to write as the examples of bbc-news do" in texts.sentence(labelled(generates=True))
+    assert "to sort bbc-news; " in texts.sentence(labelled())  # of a version before, which kept the task's name alone
+
+
+def test_the_state_says_the_stage() -> None:
+    assert texts.state(labelled("a", "b", stage="calibration")) == "running · calibration"
+    assert texts.state(view(status="finished")) == "finished"
+    assert [texts.state(labelled("a", "b", stage=stage)) for stage in ("selection", "search", "readout")] == [
+        "running · template", "running · search", "running · readout",
+    ]  # fmt: skip
+
+
+def test_rounds_are_counted_once_the_run_has_begun() -> None:
+    assert texts.rounds(EMPTY) == "–"
+    assert texts.rounds(view(status="running", rounds_limit=100)) == "0 / 100"
+    assert texts.rounds(view(status="running", searched=1234)) == "1,234 / 40"
+    assert texts.rounds(view(status="running", searched=7, rounds_limit=0)) == "7"
+
+
+def test_every_accuracy_has_its_interval() -> None:
+    found = view(figure=0.92, zero_shot=0.8, zero_shot_interval=(0.7, 0.87), interval=(0.84, 0.96), n_rows=100)
+    assert texts.trust(found) == "95 % interval 84.0 – 96.0 %"
+    assert texts.basis(found) == "zero-shot 80.0 % (70.0 – 87.0 %) · 100 development rows"
+    assert texts.trust(view(figure=7.3, generates=True)) == ""
+
+
+def test_the_speed_is_of_the_tokens_and_seconds_that_the_terminal_prints() -> None:
+    assert texts.speed(view(tokens=9000, seconds=60.0)) == "150 tokens a second"
+    assert texts.speed(view(seconds=3.0)) == ""
 
 
 def test_every_status_has_a_word_and_a_style() -> None:

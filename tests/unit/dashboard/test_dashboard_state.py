@@ -58,7 +58,7 @@ def test_a_finished_run_shows_its_result_on_the_rows_that_it_was_watched_by(scen
     assert (view.searched, view.evaluations, view.tokens) == (4, result.evaluations, result.tokens)
     assert view.seconds == pytest.approx(result.seconds)
     assert (view.bytes_up, view.bytes_down, view.participations) == (result.bytes_up, result.bytes_down, 8)
-    assert [(found.name, found.reports, found.status) for found in view.devices] == [("a", 5, "done"), ("b", 5, "done")]
+    assert [(found.name, found.reports, found.status) for found in view.devices] == [("a", 4, "done"), ("b", 4, "done")]
     assert device(state, "a").figure == state.device_figures("a")[-1].value
     assert view.template == result.template.pattern
 
@@ -87,8 +87,10 @@ def test_rounds_on_the_page_are_those_of_the_search_and_so_is_the_time_left(tmp_
         "zero-shot", "calibration only", "linear probe", "tuned, without readout", "tuned",
     ]  # fmt: skip
     assert {stage.dev.n for stage in stages if stage.dev} == {8}
-    assert state._before.seconds > 0
-    assert state._before.share == 0
+    assert (state.view().stage, state.view().path) == (
+        None, ("selection", "calibration", "probe", "search", "readout", "evaluation"),
+    )  # fmt: skip
+    assert state.view().share == 0.25
     scene.store.close()
 
 
@@ -210,10 +212,36 @@ def test_a_device_lost_in_the_last_round_is_lost_for_who_watches_from_elsewhere(
     assert device(state, "b").status == "lost"
     assert device(state, "a").status == "live"
     state.look(scene.store)  # again: it is told once
-    said = [notice for notice in state.view().notices if "b was lost in round" in notice.text]
+    said = [notice for notice in state.view().notices if "b is lost" in notice.text]
     assert len({notice.text for notice in said}) == len(said) > 0
     assert "went away" in said[0].text
     assert said[0].bad
+
+
+def test_the_log_of_a_finished_run_says_who_came_back(scene: Scene) -> None:
+    def leave() -> None:
+        scene.clients["b"].down = True
+
+    def come_back() -> None:
+        scene.clients["b"].down = False
+
+    steps = [(closed(1), leave), (closed(2), come_back)]
+
+    def react(event: Event) -> None:
+        if steps and steps[0][0](event):
+            steps.pop(0)[1]()
+
+    scene.on_event = react
+    scene.devices["a"].slow_s = 0.2  # so that there are rounds left
+    assert scene.run(rounds=8).devices[1].reports > 2
+    state = stored(scene)
+    said = [notice.text for notice in state.view().notices if notice.text.startswith("b ")]
+    assert said[0] == "b is back"
+    assert said[-1].startswith("b is lost: ")
+    notices = state.view().notices
+    state._stored = None  # as if all were new
+    state.look(scene.store)
+    assert state.view().notices == notices
 
 
 def test_steering_is_shown_when_it_is_wanted_and_when_it_holds(scene: Scene) -> None:
@@ -242,16 +270,24 @@ def test_warnings_and_late_reports_are_noticed() -> None:
     journal(Logged(level="WARNING", logger="fedbpt", message="the disk is full"))
     assert [notice.text for notice in state.view().notices] == [
         "the disk is full",
-        "a: its report on round 3 came late and is not used",
+        "a: a report came late and is not used",
     ]
 
 
-def test_the_time_left_follows_from_the_budget_that_is_spent(scene: Scene) -> None:
+def test_the_time_left_follows_from_the_budget_that_is_spent_and_goes_down(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("fedbpt.dashboard.state.monotonic", lambda: now)
     scene.when(closed(1), stop)
     with pytest.raises(StopRunError):
         scene.run(rounds=4)
     scene.store.set_status("r", "running")
-    view = stored(scene).view()
-    assert view.share == 0.25
+    state = stored(scene)
+    assert state.view().share == 0.25
     searching = scene.store.history("r")[1].metrics["seconds"]
-    assert view.eta_s == pytest.approx(3 * searching)  # what went before the search does not come again
+    assert state.view().eta_s == pytest.approx(3 * searching)  # what went before the search does not come again
+    now += 2 * searching
+    assert state.view().eta_s == pytest.approx(searching)
+    now += 2 * searching
+    assert state.view().eta_s == 0.0

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from fedbpt.display import console as display
-from fedbpt.display.console import RunDisplay, human_bytes
+from fedbpt.display.console import DOING, RunDisplay, human_bytes
 from fedbpt.display.plain_console import PlainConsole
 from fedbpt.protocol.messages import Array, Template
 from fedbpt.runs.settings import (
@@ -27,6 +27,7 @@ from fedbpt.runs.settings import (
     RunSettings,
     RunStarted,
     Score,
+    StageBegan,
     TemplateScore,
     TemplateSelected,
 )
@@ -52,18 +53,22 @@ def lines(*arguments: Any, **options: Any) -> list[str]:
     return shown(*arguments, terminal=False, **options).splitlines()
 
 
-def started(resumed: int = 0, rounds: int = 10) -> RunStarted:
+def started(resumed: int = 0, rounds: int = 10, searched: int = 0) -> RunStarted:
     return RunStarted(
         run="r", devices=("a", "b", "c"), live=("a", "b", "c"), model_name="toy", model_fingerprint="f",
-        resumed=resumed, settings=RunSettings(rounds=rounds),
+        resumed=resumed, searched=searched, settings=RunSettings(rounds=rounds),
     )  # fmt: skip
 
 
-def closed(round: int, seconds: float = 30.0, purpose: RoundPurpose = "search", before: int = 0) -> RoundClosed:
-    """``before``: rounds that were not the search's."""
+def closed(
+    round: int, seconds: float = 30.0, purpose: RoundPurpose = "search", before: int = 0, rounds: int = 10
+) -> RoundClosed:
+    """``before``: rounds that were not the search's, of ``rounds``."""
+    share = (round - before) / rounds
     return RoundClosed(
         round=round, purpose=purpose, searched=round - before, reported=("a", "b"), missing=("c",), loss=0.51,
         evaluations=16 * round, tokens=1000, seconds=seconds, bytes_up=900, bytes_down=5400,
+        share=share, eta_s=seconds / share * (1 - share) if share else None,
     )  # fmt: skip
 
 
@@ -108,20 +113,15 @@ def test_a_terminal_of_80_columns_shows_bar_and_time_left(monkeypatch: pytest.Mo
         assert part in line
 
 
-def test_what_went_before_the_search_is_not_in_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    calibrated = closed(4, seconds=500.0, purpose="calibration", before=4)
-    assert "eta 0:40" in shown(monkeypatch, started(), calibrated, closed(10, seconds=560.0, before=4))
-    settings = RunSettings(rounds=0, seconds=600.0)
-    for_seconds = msgspec.structs.replace(started(), settings=settings)
-    assert "eta 0:40" in shown(monkeypatch, for_seconds, calibrated, closed(10, seconds=560.0, before=4))
-
-
 def test_a_script_sees_lines_of_progress_and_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     template = TemplateSelected(template=TEMPLATE, index=0, losses=(0.5,))
-    rounds = [closed(round) for round in range(1, 31)]
-    said = lines(monkeypatch, started(rounds=30), template, *rounds, closed(31, purpose="readout", before=1))
-    assert said[:3] == ["choosing a template on toy", r"template '{text}\n[Topic]:' with bad, good", "tuning"]
-    assert len([line for line in said if line.startswith("round ")]) == 10  # one for each tenth of the budget
+    rounds = [closed(round, rounds=30) for round in range(1, 31)]
+    before = [started(rounds=30), template, StageBegan(stage="search")]
+    said = lines(monkeypatch, *before, *rounds, closed(31, purpose="readout", before=1, rounds=30))
+    assert said[:3] == ["choosing a template on toy", r"template '{text}\n[Topic]:' with bad, good", "search"]
+    assert (
+        len([line for line in said if line.startswith("round ")]) == 11
+    )  # the first, and one for each tenth of the budget
     assert said[-1].startswith("readout")
     assert "eta" in said[4]
     assert "━" not in "".join(said)
@@ -142,15 +142,16 @@ def test_the_last_evaluation_is_shown_when_no_round_follows(monkeypatch: pytest.
         assert "zero-shot 0.700" in text.splitlines()[-1]
 
 
-def test_the_end_of_the_budget_is_shown_as_finishing(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = shown(monkeypatch, started(rounds=3), closed(3))
-    assert "finishing" in text
-    assert "eta" not in text
+def test_the_stage_is_shown_from_its_beginning_on_with_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stage, said in DOING.items():
+        text = shown(monkeypatch, started(), closed(3), StageBegan(stage=stage))
+        assert (said if stage != "selection" else "round 3") in text.splitlines()[-1]
+        assert "eta 1:10" in text.splitlines()[-1]
 
 
 def test_rounds_that_fit_are_named_and_leave_the_searchs_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for purpose, said in (
-        ("calibration", "calibrating"),
+        ("calibration", "calibration"),
         ("probe", "baseline"),
         ("readout", "readout"),
     ):
@@ -164,7 +165,7 @@ def test_what_must_not_be_missed_stays_above_the_line(monkeypatch: pytest.Monkey
     guesses = TemplateScore(template=TEMPLATE, score=Score(n=32, correct=16, loss_sum=9.0))
     text = shown(
         monkeypatch,
-        started(resumed=4),
+        started(resumed=6, searched=4),
         TemplateSelected(template=TEMPLATE, index=0, losses=(0.5,), candidates=(guesses,)),
         DeviceLost(device="c", round=5, reason="c: [Errno 111] refused"),
         DeviceBack(device="c", round=7),
@@ -172,8 +173,8 @@ def test_what_must_not_be_missed_stays_above_the_line(monkeypatch: pytest.Monkey
     assert "run r: resumed after 4 rounds" in text
     assert r"template '{text}\n[Topic]:' with bad, good" in text
     assert r"0.500 [0.336, 0.664] of 32 training rows, no better than chance (0.500): '{text}\n[Topic]:'" in text
-    assert "device c is lost in round 5: [Errno 111] refused" in text
-    assert "device c is back in round 7" in text
+    assert "device c is lost: [Errno 111] refused" in text
+    assert "device c is back" in text
 
 
 def test_a_run_that_was_finished_before_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,7 @@ def test_the_panel_is_brought_up_to_date_in_place(panels: list[str]) -> None:
         assert "round 4" in panels[-1]
         assert "loss 0.510" in panels[-1]
         panel(DeviceLost(device="c", round=5, reason="c: <no> answer"))
-        assert "device c is lost in round 5: &lt;no&gt; answer" in panels[-1]
+        assert "device c is lost: &lt;no&gt; answer" in panels[-1]
     assert "done" in panels[-1]
     assert "is lost" in panels[-1]
     assert "done  100 %" in repr(panel)
