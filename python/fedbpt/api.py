@@ -18,21 +18,23 @@ import msgspec
 import numpy as np
 
 from fedbpt.aggregation import Aggregator, make_aggregator
+from fedbpt.argument_types import check_fields, checked
 from fedbpt.coordinator.curves import curves_of
 from fedbpt.coordinator.federation import Federation
 from fedbpt.coordinator.one_machine import NAME, clients_of, digest_of_rows, run_alone, settings_alone
 from fedbpt.device.device import Device
 from fedbpt.display.notebook import live_display
 from fedbpt.engine.scorer import Scorer
-from fedbpt.errors import ConfigError, PromptError
+from fedbpt.errors import ConfigError, InputError, PromptError
 from fedbpt.objective.mini_batches import parts_of, under
 from fedbpt.objective.objective import Objective
 from fedbpt.prompts.prompt import Prompt, short_fingerprint
 from fedbpt.protocol.messages import LossName, ObjectiveSpec, PromptSpec, Template
+from fedbpt.protocol.quantities import PositiveFloat, PositiveInt
 from fedbpt.results import EvaluationResult, TuneResult
 from fedbpt.runs.settings import Event, RunResult, RunSettings, RunStarted, Split
 from fedbpt.runs.store import RunStore
-from fedbpt.tasks import Row, Task, to_rows, word_notes
+from fedbpt.tasks import GivenTask, Row, Task, load, to_rows, word_notes
 
 log = logging.getLogger(__name__)
 
@@ -52,15 +54,12 @@ class Budget:
             A generation that is not done when they are over, less the readout's share, is stopped and left out.
     """
 
-    evaluations: int | None = None
-    tokens: int | None = None
-    seconds: float | None = None
+    evaluations: PositiveInt | None = None
+    tokens: PositiveInt | None = None
+    seconds: PositiveFloat | None = None
 
     def __post_init__(self) -> None:
-        for name in ("evaluations", "tokens", "seconds"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"a budget of {value} {name} is nothing: give a positive number")
+        check_fields(self)
 
     def limits(self) -> dict[str, Any]:
         """As fields of `RunSettings`."""
@@ -68,9 +67,10 @@ class Budget:
         return {"rounds": 0, **(given if any(given.values()) else {**given, "evaluations": 1600})}
 
 
+@checked
 def tune(
     scorer: Scorer,
-    task: Task,
+    task: GivenTask,
     train: Any,
     dev: Any = None,
     test: Any = None,
@@ -93,7 +93,7 @@ def tune(
     """Tune a soft prompt for ``task`` on this machine. Ctrl-C ends the search: the result is of what there is so far.
 
     Args:
-        scorer, task: the model, from `load_model`; the task, from `fedbpt.tasks.load`.
+        scorer, task: the model, from `load_model`; the task, or its name or file, as for `fedbpt.tasks.load`.
         train: rows to tune on, as `fedbpt.tasks.to_rows` takes them: pairs, dicts, a DataFrame, a Dataset, a file.
         dev: rows to watch the accuracy on; with ``patience`` they choose, too.
         test: rows that only report: for the result's figures and the model card's.
@@ -112,17 +112,29 @@ def tune(
         on_event, show: called for each `fedbpt.runs.settings` event; whether to show how it goes.
 
     Raises:
+        InputError: an argument of another kind; a prompt that does not fit the model. Nothing was scored.
         DataError, TaskError, ConfigError: rows, templates or a budget that cannot work; a stored run of other rows.
         StoreError: of ``store``.
         KeyboardInterrupt: Ctrl-C before the first round of the search is closed, or for the second time.
     """
+    task = load(task)
     for note in word_notes(scorer, task):
         log.warning("%s", note)
-    splits = [to_rows(train, task), *([] if given is None else to_rows(given, task) for given in (dev, test))]
+    given = {"train": train, **{name: rows for name, rows in (("dev", dev), ("test", test)) if rows is not None}}
+    found = {name: _rows(name, rows, task) for name, rows in given.items()}
+    splits = [found.get(name, []) for name in ("train", "dev", "test")]
     options = {"popsize": popsize, "patience": patience, "restarts": restarts, "balanced": balanced}
     every = evaluate_every if splits[1] else 0
     settings = settings_for(task, budget, seed, prompt, objective, every, ensemble=ensemble, **options)
     return _tune(scorer, task, splits, settings, store, run, on_event, show)
+
+
+def _rows(name: str, given: Any, task: Task) -> list[Row]:
+    """Of the argument ``name``, which an error names."""
+    try:
+        return to_rows(given, task)
+    except InputError as error:
+        raise type(error)(f"{name}: {error}", public=f"{name}: {error.public}") from error
 
 
 def settings_for(
@@ -165,7 +177,9 @@ def _tune(
     with ExitStack() as stack:
         opened = stack.enter_context(_store_at(store))
         tell = _told(stack.enter_context(live_display(show)), on_event)
-        client = stack.enter_context(clients_of(Device(NAME, scorer, *splits, task=task)))
+        device = Device(NAME, scorer, *splits, task=task)
+        device.check_fit(settings.for_labels(task.labels).objective, settings.prompt)
+        client = stack.enter_context(clients_of(device))
 
         def begin(settings: RunSettings) -> Federation:
             search, rows = aggregator_for(settings), digest_of_rows(*splits)
@@ -201,6 +215,7 @@ def aggregator_for(settings: RunSettings) -> Aggregator:
     )  # fmt: skip
 
 
+@checked
 def make_prompt(scorer: Scorer, task: Task, result: RunResult) -> Prompt:
     """The prompt artefact of a run: its latent, as rows of this model's embeddings.
 
@@ -257,9 +272,10 @@ def _figures(result: RunResult) -> dict[str, Any]:
     return told
 
 
+@checked
 def evaluate(
     scorer: Scorer,
-    task: Task,
+    task: GivenTask,
     rows: Any,
     prompt: Prompt | None = None,
     *,
@@ -269,7 +285,7 @@ def evaluate(
 
     Args:
         scorer: the model.
-        task: the task; its name and labels must be the prompt's.
+        task: the task, or its name or file; its name and labels must be the prompt's.
         rows: as for `tune`.
         prompt: None: zero-shot.
         template: how to put the texts to the model; None: the prompt's own, or the task's first.
@@ -278,7 +294,8 @@ def evaluate(
         PromptError: the prompt was made for another model.
         TaskError, DataError: as in `tune`.
     """
-    data = to_rows(rows, task)
+    task = load(task)
+    data = _rows("rows", rows, task)
     loss: LossName = "cross_entropy" if task.labels else "nll"
     spec = ObjectiveSpec(loss=loss, max_text_tokens=task.max_text_tokens, readout_words=0)
     if prompt is None:

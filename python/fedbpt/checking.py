@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -24,6 +25,14 @@ def half_character(text: str) -> str | None:
     """
     found = _SURROGATE.search(text)
     return None if found is None else f"half a character, \\u{ord(found[0]):04x}, at position {found.start()}"
+
+
+def at_home(path: str | os.PathLike[str]) -> Path:
+    """``path`` with the folder that ``~`` stands for; as it is, where that is not known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def printable(text: str | os.PathLike[str]) -> str:

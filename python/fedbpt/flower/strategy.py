@@ -23,12 +23,14 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedbpt.api import aggregator_for
+from fedbpt.argument_types import checked
 from fedbpt.coordinator.federation import Federation
 from fedbpt.errors import QuorumError
 from fedbpt.flower.client import FlowerClient
 from fedbpt.flower.loop import FlowerLoop, arrays_of, score_metrics
 from fedbpt.flower.nodes import Nodes
 from fedbpt.net.event_loop import run_to_end
+from fedbpt.protocol.quantities import NaturalInt
 from fedbpt.runs.settings import Evaluated, Event, EventCallback, RoundClosed, RunResult, RunSettings
 from fedbpt.runs.store import RunStore
 from fedbpt.tasks import Task
@@ -52,6 +54,7 @@ class FedBPT(Strategy):
         on_event: called for each `fedbpt.runs.settings` event.
     """
 
+    @checked
     def __init__(
         self,
         task: Task,
@@ -59,7 +62,7 @@ class FedBPT(Strategy):
         store: RunStore,
         run: str = "run",
         *,
-        devices: int = 0,
+        devices: NaturalInt = 0,
         find_s: float = FIND_S,
         on_event: EventCallback = lambda _event: None,
     ) -> None:
@@ -77,6 +80,7 @@ class FedBPT(Strategy):
 
     # --- the whole run -------------------------------------------------------------------------------------------
 
+    @checked
     def start(
         self,
         grid: Grid,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from fedbpt.argument_types import checked
 from fedbpt.errors import ModelNotFoundError
 from fedbpt.machine.wheel_files import cache_folder, sha256_of
 from fedbpt.models.parts import model_parts
@@ -36,6 +37,7 @@ class _Fingerprint(msgspec.Struct, frozen=True):
     files: tuple[FileStamp, ...]
 
 
+@checked
 def fingerprint(path: str | Path) -> str:
     """``sha256:<hex>`` of a model's file; of a split model, of all its parts joined in order, whichever is given.
 

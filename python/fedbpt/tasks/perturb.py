@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fedbpt.argument_types import array_of, checked
 from fedbpt.errors import InputError
 
 
+@checked
 def perturb(
     ids: ArrayLike, keep_tail: int, rate: float, n_vocab: int, rng: np.random.Generator, keep_head: int = 0
 ) -> NDArray[np.int32]:
@@ -19,13 +21,13 @@ def perturb(
     Raises:
         InputError: ``rate`` outside [0, 1], negative counts, or ``n_vocab`` < 1.
     """
-    tokens = np.array(ids, dtype=np.int32)
+    tokens = array_of(ids, np.int32, "ids")
     if tokens.ndim != 1:
         raise InputError("ids must be one-dimensional")
     if not 0 <= rate <= 1:
         raise InputError(f"the perturbation rate must be between 0 and 1, got {rate}")
-    if keep_tail < 0 or keep_head < 0 or n_vocab < 1:
-        raise InputError("keep_tail and keep_head cannot be negative, n_vocab must be positive")
+    if keep_tail < 0 or keep_head < 0 or not 0 < n_vocab < 2**31:
+        raise InputError("keep_tail and keep_head cannot be negative, n_vocab must be from 1 to 2^31 - 1")
     chosen = rng.random(len(tokens)) < rate
     chosen[:keep_head] = False
     chosen[max(len(tokens) - keep_tail, 0) :] = False
