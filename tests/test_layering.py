@@ -15,7 +15,7 @@ NATIVE = ROOT / "src" / "fedbpt_native"
 
 # From the ground up: a part (a package, or a module beside the packages) imports only parts before it.
 ORDER: tuple[str, ...] = (
-    *("plain_text", "html_tables", "errors", "version", "checking"),
+    *("plain_text", "html_tables", "errors", "version", "checking", "quantities", "argument_types"),
     *("protocol", "faults", "machine", "net"),
     *("models", "tasks", "search", "aggregation", "engine", "model_check", "bench"),
     *("prompts", "objective", "exchange", "runs", "side_by_side"),

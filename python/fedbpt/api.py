@@ -16,22 +16,24 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
+from fedbpt.argument_types import check_fields, checked
 from fedbpt.coordinator.curves import curves_of
 from fedbpt.coordinator.federation import Federation
 from fedbpt.coordinator.one_machine import NAME, clients_of, digest_of_rows, run_alone, settings_alone
 from fedbpt.device.device import Device
 from fedbpt.display.notebook import live_display
 from fedbpt.engine.scorer import Scorer
-from fedbpt.errors import ConfigError, PromptError
+from fedbpt.errors import ConfigError, InputError, PromptError
 from fedbpt.machine.interrupts import interruptible
 from fedbpt.objective.mini_batches import parts_of, under
 from fedbpt.objective.objective import Objective
 from fedbpt.prompts.prompt import Prompt, short_fingerprint
 from fedbpt.protocol.messages import LossName, ObjectiveSpec, PromptSpec, Template
+from fedbpt.quantities import PositiveFloat, PositiveInt
 from fedbpt.results import EvaluationResult, TuneResult
 from fedbpt.runs.settings import Event, RunResult, RunSettings, RunStarted, Split
 from fedbpt.runs.store import RunStore
-from fedbpt.tasks import Row, Task, to_rows, word_notes
+from fedbpt.tasks import GivenTask, Row, Task, load, to_rows, word_notes
 
 log = logging.getLogger(__name__)
 
@@ -51,15 +53,12 @@ class Budget:
             A generation that is not done when they are over, less the readout's share, is stopped and left out.
     """
 
-    evaluations: int | None = None
-    tokens: int | None = None
-    seconds: float | None = None
+    evaluations: PositiveInt | None = None
+    tokens: PositiveInt | None = None
+    seconds: PositiveFloat | None = None
 
     def __post_init__(self) -> None:
-        for name in ("evaluations", "tokens", "seconds"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"a budget of {value} {name} is nothing: give a positive number")
+        check_fields(self)
 
     def limits(self) -> dict[str, Any]:
         """As fields of `RunSettings`."""
@@ -67,10 +66,11 @@ class Budget:
         return {"rounds": 0, **(given if any(given.values()) else {**given, "evaluations": 1600})}
 
 
+@checked
 @interruptible()
 def tune(
     scorer: Scorer,
-    task: Task,
+    task: GivenTask,
     train: Any,
     dev: Any = None,
     test: Any = None,
@@ -95,7 +95,7 @@ def tune(
     """Tune a soft prompt for ``task`` on this machine. Ctrl-C ends the search: the result is of what there is so far.
 
     Args:
-        scorer, task: the model, from `load_model`; the task, from `fedbpt.tasks.load`.
+        scorer, task: the model, from `load_model`; the task, or its name or file, as for `fedbpt.tasks.load`.
         train: rows to tune on, as `fedbpt.tasks.to_rows` takes them: pairs, dicts, a DataFrame, a Dataset, a file.
         dev: rows to watch the accuracy on; with ``patience`` they choose, too.
         test: rows that only report: for the result's figures and the model card's.
@@ -115,13 +115,17 @@ def tune(
         on_event, show: called for each `fedbpt.runs.settings` event; whether to show how it goes.
 
     Raises:
+        InputError: an argument of another kind; a prompt that does not fit the model. Nothing was scored.
         DataError, TaskError, ConfigError: rows, templates or a budget that cannot work; a stored run of other rows.
         StoreError: of ``store``; another process is at this run.
         KeyboardInterrupt: Ctrl-C before the first round of the search is closed, or for the second time.
     """
+    task = load(task)
     for note in word_notes(scorer, task):
         log.warning("%s", note)
-    splits = [to_rows(train, task), *([] if given is None else to_rows(given, task) for given in (dev, test))]
+    given = {"train": train, **{name: rows for name, rows in (("dev", dev), ("test", test)) if rows is not None}}
+    found = {name: _rows(name, rows, task) for name, rows in given.items()}
+    splits = [found.get(name, []) for name in ("train", "dev", "test")]
     options: dict[str, Any] = {
         "popsize": popsize,
         "method": method,
@@ -134,6 +138,14 @@ def tune(
     every = evaluate_every if splits[1] else 0
     settings = settings_for(task, budget, seed, prompt, objective, every, **options)
     return _tune(scorer, task, splits, settings, store, run, on_event, show)
+
+
+def _rows(name: str, given: Any, task: Task) -> list[Row]:
+    """Of the argument ``name``, which an error names."""
+    try:
+        return to_rows(given, task)
+    except InputError as error:
+        raise type(error)(f"{name}: {error}", public=f"{name}: {error.public}") from error
 
 
 def settings_for(
@@ -177,7 +189,9 @@ def _tune(
         opened = stack.enter_context(RunStore(None if store is None else Path(store)))
         stack.enter_context(opened.held(run))
         tell = _told(stack.enter_context(live_display(show)), on_event)
-        client = stack.enter_context(clients_of(Device(NAME, scorer, *splits, task=task)))
+        device = Device(NAME, scorer, *splits, task=task)
+        device.check_fit(settings.for_labels(task.labels).objective, settings.prompt)
+        client = stack.enter_context(clients_of(device))
 
         def begin(settings: RunSettings) -> Federation:
             search, rows = settings.aggregator(), digest_of_rows(*splits)
@@ -196,6 +210,7 @@ def _told(*listeners: Callable[[Event], None]) -> Callable[[Event], None]:
     return tell
 
 
+@checked
 def make_prompt(scorer: Scorer, task: Task, result: RunResult) -> Prompt:
     """The prompt artefact of a run: its latent, as rows of this model's embeddings.
 
@@ -252,10 +267,11 @@ def _figures(result: RunResult) -> dict[str, Any]:
     return told
 
 
+@checked
 @interruptible()
 def evaluate(
     scorer: Scorer,
-    task: Task,
+    task: GivenTask,
     rows: Any,
     prompt: Prompt | None = None,
     *,
@@ -265,7 +281,7 @@ def evaluate(
 
     Args:
         scorer: the model.
-        task: the task; its name and labels must be the prompt's.
+        task: the task, or its name or file; its name and labels must be the prompt's.
         rows: as for `tune`.
         prompt: None: zero-shot.
         template: how to put the texts to the model; None: the prompt's own, or the task's first.
@@ -274,7 +290,8 @@ def evaluate(
         PromptError: the prompt was made for another model.
         TaskError, DataError: as in `tune`.
     """
-    data = to_rows(rows, task)
+    task = load(task)
+    data = _rows("rows", rows, task)
     loss: LossName = "cross_entropy" if task.labels else "nll"
     spec = ObjectiveSpec(loss=loss, max_text_tokens=task.max_text_tokens, readout_words=0)
     if prompt is None:

@@ -9,9 +9,13 @@ from __future__ import annotations
 import os
 import traceback
 from types import FrameType, TracebackType
+from typing import Final
 
 from fedbpt.checking import printable
 from fedbpt.errors import FedbptError
+
+FAULT: Final = "a fault of fedbpt"
+"""In the reason of an error that is none of ours."""
 
 
 def public_reason(error: BaseException) -> str:
@@ -22,7 +26,7 @@ def public_reason(error: BaseException) -> str:
     if isinstance(error, OSError) and isinstance(error.errno, int):
         kind = f"{kind} ({os.strerror(error.errno)})"
     where = _place(error.__traceback__)
-    return f"{kind}{f' in {where}' if where else ''}: a fault of fedbpt, the log of that device has the details"
+    return f"{kind}{f' in {where}' if where else ''}: {FAULT}, the log of that device has the details"
 
 
 def public_traceback(error: BaseException | None) -> str:

@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord, MetricRecord
 from flwr.clientapp.mod import LocalDpMod
 from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping, Strategy
 
-from fedbpt.errors import ConfigError, QuorumError
+from fedbpt.errors import ConfigError, FedbptError, QuorumError
 from fedbpt.flower import FedBPT, client_app
 from fedbpt.flower.loop import LATENT
 from fedbpt.protocol.messages import PrivacySpec
@@ -20,6 +20,7 @@ from fedbpt.runs.settings import DeviceBack, DeviceLost, Event, LateReport, Roun
 from fedbpt.runs.store import RunStore
 from tests.flower.toy_app import TASK, make_device, natively, settings, short
 from tests.flower.toy_grid import Node, ToyGrid, node_of
+from tests.support.any_value import VALUES, fault_of
 from tests.support.fake_device import FakeDevice
 from tests.support.toy_scene import StopRunError, ToyTask, stop
 from tests.support.toy_scene import settings as search_alone
@@ -157,6 +158,20 @@ def test_a_round_without_its_quorum_ends_the_run_and_says_how_to_go_on(store: Ru
     a.fail = b.fail = ValueError("no")
     with pytest.raises(QuorumError, match="start the same run again to resume it"):
         events_of(store, ToyGrid(node_of(a), node_of(b)))
+
+
+@pytest.mark.parametrize("parameter", ["task", "settings", "store", "run", "devices", "find_s", "on_event"])
+def test_any_value_is_taken_or_refused_by_its_name(parameter: str, store: RunStore) -> None:
+    right = {"task": TASK, "settings": settings(), "store": store}
+    faults = [fault_of(FedBPT, right, parameter, value) for value in VALUES]
+    assert [fault for fault in faults if fault is not None] == []
+
+
+@pytest.mark.parametrize("wrong", [{"grid": None}, {"num_rounds": -1}, {"num_rounds": 0.5}, {"timeout": float("nan")}])
+def test_what_a_run_cannot_have_is_refused_by_its_name(wrong: dict[str, Any], store: RunStore) -> None:
+    given = {"grid": ToyGrid(), **wrong}
+    with pytest.raises(FedbptError, match=r"grid|rounds|timeout"):
+        FedBPT(TASK, settings(), store).start(**given)
 
 
 # --- own checkpoints -------------------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ def test_an_unknown_format_is_refused_with_the_choices(model: Path) -> None:
 
 
 def test_no_threads_cannot_work(model: Path) -> None:
-    with pytest.raises(InputError, match="n_threads must be 1 or more, got 0"):
+    with pytest.raises(InputError, match="n_threads must be a whole number from 1 to 512 or None, got 0"):
         models.requantize(model, "q4_0", n_threads=0)
 
 

@@ -57,6 +57,10 @@ class ToyScorer:
     shares_beginnings = False
 
     @property
+    def n_ctx_train(self) -> int:
+        return self.n_ctx
+
+    @property
     def embedding_std(self) -> float:
         return float(self._table.std())
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt import models
+from fedbpt.argument_types import checked
 from fedbpt.engine.scorer import Plan, Scorer
 from fedbpt.machine.energy import EnergyMeter
 from fedbpt.machine.info import Heat, board_name, cpu_name, heat, physical_cores
@@ -139,6 +140,7 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     format: Literal[1] = 1
 
 
+@checked
 @interruptible()
 def measure(
     scorer: BenchScorer,
@@ -213,6 +215,7 @@ def _rates(
     return rates
 
 
+@checked
 def measure_threads(
     load: Callable[[int], Scorer],
     counts: Sequence[int] | None = None,
@@ -245,6 +248,7 @@ def _shares(formats: Sequence[models.WeightFormat]) -> dict[str, float]:
     return {part.type: part.n_params / n_params for part in formats}
 
 
+@checked
 def best_threads(rates: Sequence[ThreadRate]) -> int | None:
     """The number of threads that was fastest; None: none was measured."""
     return max(rates, key=lambda rate: rate.tokens_per_second).n_threads if rates else None

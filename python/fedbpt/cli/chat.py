@@ -155,7 +155,7 @@ def _asked(offered: Sequence[Row], talks: bool) -> Iterator[tuple[str, int | str
         except EOFError:
             return
         word = line.strip()
-        if word.isdecimal() and 1 <= int(word) <= len(offered):
+        if word.isdecimal() and len(word) < 10 and 1 <= int(word) <= len(offered):
             yield offered[int(word) - 1]
         elif word:
             yield word, None

@@ -33,6 +33,7 @@ from fedbpt.cli.options import (
     TaskName,
     Threads,
 )
+from fedbpt.coordinator.members import check_names
 from fedbpt.device.agent.server import AgentServer, announce
 from fedbpt.device.agent.service import AgentService
 from fedbpt.device.device import Device
@@ -116,6 +117,8 @@ def device(
     """
     chosen, rows = _rows(task, data, dev, test)  # before the model: a wrong file is told at once
     pauses = _pauses(pause_on, shown=not (quiet or as_json))
+    if name is not None:
+        check_names([name], "device")
     tls = Tls(cert, key, ca, client_certs)
     token = token_in(token_file) if token_file else None
     able = partial(_kv_bytes, model, kv_budget, max_memory)

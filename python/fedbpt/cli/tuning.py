@@ -102,7 +102,8 @@ class Tuning:
 
     def here(self, rows: Sequence[list[TaskRow]]) -> None:
         """On this machine. Ctrl-C keeps what there is, and raises `RunStopped` when that is written."""
-        device = self._device(rows)
+        device, settings = self._device(rows), self._config.settings
+        device.check_fit(settings.for_labels(self._task.labels).objective, settings.prompt)
         with self._opened() as (store, watch, let_go), clients_of(device) as client:
             ended = self._run(store, watch, lambda: [client()], digest_of_rows(*rows), run_alone)
             let_go()

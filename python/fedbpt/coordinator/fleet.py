@@ -28,6 +28,7 @@ from fedbpt.errors import (
     QuorumError,
     WireError,
 )
+from fedbpt.faults import FAULT
 from fedbpt.net.deadlines import within
 from fedbpt.plain_text import MOST_TOLD, one_line
 from fedbpt.protocol.membership import misfit
@@ -266,6 +267,8 @@ class Fleet:
             busy = isinstance(error, DeviceRefusedError) and error.code == "busy"
             if not busy:
                 current.barred.add(member.name)
+            if isinstance(error, DeviceFailedError):
+                current.failures[member.name] = str(error).removeprefix(f"{member.name}: ")
             self._lose(member, str(error), until_idle=busy)
         else:
             member.peak_rss_bytes = max(member.peak_rss_bytes, report.peak_rss_bytes)
@@ -290,6 +293,7 @@ class Fleet:
         if left_out:
             await self._withdraw(current)
         else:
+            self._require_no_common_failure(current)
             self.require_quorum(reported, current.needed, current.deadline_s)
 
     async def _withdraw(self, current: OpenRound) -> None:
@@ -299,6 +303,16 @@ class Fleet:
         await self._cancel([(member, key) for member in asked for key in member.sent])
         for member in asked:
             member.sent = set()
+
+    def _require_no_common_failure(self, current: OpenRound) -> None:
+        """Raises `QuorumError` where what was asked is refused by all, and alike: asked again, it would be again."""
+        reasons = set(current.failures.values())
+        if (
+            len(reasons) == 1
+            and set(current.failures) == set(current.invited)
+            and FAULT not in (reason := reasons.pop())
+        ):
+            raise QuorumError(f"round {self.round}: no device could do its work: {reason}")
 
     def require_quorum(self, reported: int, needed: int, deadline_s: float) -> None:
         """Raises `QuorumError` where fewer than ``needed`` have reported in the current round."""

@@ -81,6 +81,7 @@ class OpenRound:
     reports: dict[str, RoundReport] = field(default_factory=dict)
     invited: Counter[str] = field(default_factory=Counter)
     barred: set[str] = field(default_factory=set)
+    failures: dict[str, str] = field(default_factory=dict)
     working: dict[asyncio.Task[RoundReport], Member] = field(default_factory=dict)
     ended: list[asyncio.Task[RoundReport]] = field(default_factory=list)
     since: dict[str, float] = field(default_factory=dict)
@@ -109,7 +110,9 @@ def check_names(names: Sequence[str], what: str) -> None:
         try:
             msgspec.convert(name, Name)
         except msgspec.ValidationError as error:
-            raise ConfigError(f"{name!r} cannot name a {what}: use letters, digits and ._- (at most 128)") from error
+            raise ConfigError(
+                f"{name[:60]!r} cannot name a {what}: use letters, digits and ._- (at most 128)"
+            ) from error
         if count > 1:
             raise ConfigError(f"two {what}s are named {name!r}: give each its own name")
     if not names:

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from fedbpt.argument_types import checked
 from fedbpt.device.effort import Effort
 from fedbpt.device.speed import Speed, measure_speed
 from fedbpt.device.state import DeviceState
@@ -73,6 +74,7 @@ class Device:
         DataError: no training rows.
     """
 
+    @checked
     def __init__(
         self,
         name: str,
@@ -93,6 +95,13 @@ class Device:
         self._objectives: OrderedDict[bytes, Objective] = OrderedDict()
         self._plain_logits: OrderedDict[bytes, PlainLogits] = OrderedDict()
         self.state = state or DeviceState()
+
+    def check_fit(self, objective: ObjectiveSpec, prompt: PromptSpec) -> None:
+        """Raises `InputError` where prompt, templates and the longest rows do not go with the model. Scores nothing."""
+        for rows in filter(None, self._rows.values()):
+            longest = max(rows, key=lambda row: len(row[0]) + (len(row[1]) if isinstance(row[1], str) else 0))
+            for template in self._task.templates:
+                Objective(self.scorer, template, self._task.labels, [longest], objective, prompt, keep_kv=False)
 
     def measure_speed(self) -> float:
         """Forward tokens per second on a text, as `info` says until a round has shown better; and what words cost."""

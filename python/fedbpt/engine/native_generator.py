@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from fedbpt.argument_types import checked
 from fedbpt.checking import utf8
 from fedbpt.engine.text_generator import OPENAIS, SEEDS, Placed, Sampling, Token, check_rows
+from fedbpt.engine.token_arrays import token_ids
 from fedbpt.errors import InputError
 from fedbpt.models import WatchedFiles
+from fedbpt.quantities import TokenId
 
 if TYPE_CHECKING:
     from fedbpt import _native
@@ -52,10 +55,11 @@ class NativeGenerator:
         """Tokens that the KV cache has room for now."""
         return int(self._generator.n_cells)
 
+    @checked
     def open(self, placed: Placed, sampling: Sampling) -> NativeStream:
         """See `fedbpt.engine.text_generator.Generator.open`. At most four texts at a time."""
         _check_process(self._process)
-        ids = np.ascontiguousarray(placed.ids, dtype=np.int32)
+        ids = token_ids(placed.ids, "ids")
         rows = check_rows(placed.rows, self._engine.n_embd)
         seed = secrets.randbelow(SEEDS) if sampling.seed is None else sampling.seed % SEEDS
         stream = self._generator.open(
@@ -63,10 +67,12 @@ class NativeGenerator:
         )
         return NativeStream(self._generator, stream, self._files)
 
-    def piece(self, token: int) -> bytes:
+    @checked
+    def piece(self, token: TokenId) -> bytes:
         return self._generator.piece(token)
 
-    def is_end(self, token: int) -> bool:
+    @checked
+    def is_end(self, token: TokenId) -> bool:
         return self._generator.is_end(token)
 
     @cached_property
@@ -85,6 +91,7 @@ class NativeGenerator:
     def text_ids(self, text: str) -> NDArray[np.int32]:
         return self._generator.text_ids(utf8(text, "text"))
 
+    @checked
     def chat_ids(self, messages: Sequence[tuple[str, str]]) -> NDArray[np.int32]:
         encoded = [(utf8(role, "a message's role"), utf8(content, "a message")) for role, content in messages]
         for role, content in encoded:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedbpt import models
+from fedbpt.argument_types import as_array, checked
 from fedbpt.checking import printable, utf8
 from fedbpt.engine.native_generator import NativeGenerator
 from fedbpt.engine.token_arrays import flat_continuations, prompt_rows, ragged, token_ids
@@ -24,6 +25,7 @@ from fedbpt.machine.interrupts import interruptible
 from fedbpt.machine.memory import memory_of_process
 from fedbpt.models.trial import TrialSettings, run_once
 from fedbpt.protocol.messages import Placement
+from fedbpt.quantities import GpuLayers, NaturalInt, Threads
 
 if TYPE_CHECKING:
     from fedbpt import _native
@@ -34,14 +36,15 @@ DEFAULT_KV_BUDGET_BYTES = 512 * 2**20
 """How much KV a plan keeps unless told otherwise: that of some 250 texts of 90 tokens for a model of 135M."""
 
 
+@checked
 @interruptible()
 def load_model(
     name_or_path: str | os.PathLike[str],
-    n_threads: int | None = None,
-    n_gpu_layers: int = 0,
+    n_threads: Threads | None = None,
+    n_gpu_layers: GpuLayers = 0,
     *,
     gpu: str | None = None,
-    kv_budget_bytes: int = DEFAULT_KV_BUDGET_BYTES,
+    kv_budget_bytes: NaturalInt = DEFAULT_KV_BUDGET_BYTES,
     kv_type: KVType = "f16",
     late: bool = False,
 ) -> NativeScorer:
@@ -124,22 +127,19 @@ class NativeScorer:
     GPU it is refused. Pickled, it is loaded again from its file.
     """
 
+    @checked
     def __init__(
         self,
         path: Path,
-        name: str | None = None,
-        n_threads: int | None = None,
-        n_gpu_layers: int = 0,
+        name: str | os.PathLike[str] | None = None,
+        n_threads: Threads | None = None,
+        n_gpu_layers: GpuLayers = 0,
         gpu: str | None = None,
-        kv_budget_bytes: int = DEFAULT_KV_BUDGET_BYTES,
+        kv_budget_bytes: NaturalInt = DEFAULT_KV_BUDGET_BYTES,
         kv_type: KVType = "f16",
         late: bool = False,
     ) -> None:
-        if kv_budget_bytes < 0:
-            raise InputError(f"kv_budget_bytes must not be negative, got {kv_budget_bytes}")
-        if kv_type not in ("f16", "q8_0"):
-            raise InputError(f"kv_type must be 'f16' or 'q8_0', got {kv_type!r}")
-        self.path = path
+        self.path, name = path, None if name is None else os.fspath(name)
         self.name = printable(path.stem if name and name.endswith(".gguf") else name or path.stem)
         self.kv_budget_bytes = kv_budget_bytes
         self._given = name or str(path)
@@ -245,17 +245,20 @@ class NativeScorer:
                 self._embedding_std = float(self._engine.embedding_std())
         return self._embedding_std
 
+    @checked
     def tokenize(self, text: str, add_bos: bool | None = None) -> NDArray[np.int32]:
         """Token ids [n]. ``add_bos`` None: as the model was trained. Special tokens in ``text`` are plain text."""
         ids: NDArray[np.int32] = self._engine.tokenize(utf8(text, "text"), add_bos)
         return ids
 
+    @checked
     def token_embeddings(self, ids: ArrayLike) -> NDArray[np.float32]:
         """Input embeddings [len(ids), n_embd] of tokens, in the scale that soft prompt rows have."""
         with self._files.unchanged():
             rows: NDArray[np.float32] = self._engine.token_embeddings(token_ids(ids, "ids"))
         return rows
 
+    @checked
     def compile(
         self,
         texts: Sequence[str | ArrayLike],
@@ -287,8 +290,6 @@ class NativeScorer:
         Raises:
             InputError: as `score_with_soft_prompt`, for all that does not depend on the prompt.
         """
-        if placement not in ("front", "cue"):
-            raise InputError(f"placement must be 'front' or 'cue', got {placement!r}")
         after = self._ids([] if cue is None else cue, "cue", add_bos=False)
         before = self._ids([] if prefix is None else prefix, "prefix")
         add_bos = None if prefix is None else False
@@ -304,6 +305,7 @@ class NativeScorer:
             )
         return NativePlan(self, plan)
 
+    @checked
     @interruptible()
     def score_with_soft_prompt(
         self,
@@ -408,6 +410,7 @@ class NativePlan:
         """Bytes of the KV that is kept."""
         return int(self._plan.kv_bytes)
 
+    @checked
     def score(self, embeds: ArrayLike, indices: ArrayLike | None = None) -> NDArray[np.float32]:
         """Logits [n_candidates, n, n_labels] of the texts ``indices`` [n] (None: all) under each candidate prompt.
 
@@ -415,7 +418,7 @@ class NativePlan:
 
         Raises as `NativeScorer.score_with_soft_prompt`; InputError also for an index outside the plan.
         """
-        chosen = np.arange(self.n_texts) if indices is None else np.asarray(indices)
+        chosen = np.arange(self.n_texts) if indices is None else as_array(indices, "indices")
         if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
             raise InputError(
                 f"indices must be a flat sequence of text numbers, got {chosen.dtype} {list(chosen.shape)}"

@@ -43,6 +43,11 @@ class Scorer(Protocol):
     def n_vocab(self) -> int: ...
 
     @property
+    def n_ctx_train(self) -> int:
+        """The longest sequence that the model was trained on, in tokens."""
+        ...
+
+    @property
     def architecture(self) -> str: ...
 
     @property

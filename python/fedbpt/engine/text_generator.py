@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, TypeGuard
+from typing import NamedTuple, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fedbpt.argument_types import array_of, check_fields
 from fedbpt.engine.scorer import Scorer
 from fedbpt.errors import InputError
 
@@ -30,6 +31,7 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 <= self.temperature < float("inf"):
             raise InputError(f"temperature must be a number from 0 on, got {self.temperature}")
         if not 0 < self.top_p <= 1:
@@ -139,7 +141,7 @@ def generates(model: Scorer) -> TypeGuard[TextModel]:
 
 def check_rows(rows: ArrayLike, n_embd: int) -> NDArray[np.float32]:
     """Rows as float32 [n_rows, n_embd]; none at all may have any shape. Raises `InputError`."""
-    given: NDArray[Any] = np.ascontiguousarray(rows, dtype=np.float32)
+    given = np.ascontiguousarray(array_of(rows, np.float32, "rows"))
     if given.size == 0:
         return np.empty((0, n_embd), dtype=np.float32)
     if given.ndim != 2 or given.shape[1] != n_embd:

@@ -9,11 +9,13 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from fedbpt.argument_types import checked
 from fedbpt.engine.pieces import TextPieces
-from fedbpt.engine.text_generator import SEEDS, Generator, Placed, Sampling, TextModel, Token, TokenStream
-from fedbpt.errors import InputError, ScoringInterrupted
+from fedbpt.engine.text_generator import SEEDS, Generator, Placed, Sampling, TextModel, Token, TokenStream, check_rows
+from fedbpt.errors import ScoringInterrupted
 from fedbpt.protocol.messages import PromptPlace, Template
 from fedbpt.protocol.seeding import derive_seed
+from fedbpt.quantities import NaturalInt, PositiveInt
 from fedbpt.tasks.task import bos_ids, render_ids
 
 FinishReason: TypeAlias = Literal["stop", "length"]
@@ -47,17 +49,16 @@ class Generation:
         InputError: ``max_tokens`` < 1; what `Generator.open` refuses.
     """
 
+    @checked
     def __init__(
         self,
         generator: Generator,
         placed: Placed,
         sampling: Sampling | None = None,
-        max_tokens: int | None = None,
+        max_tokens: PositiveInt | None = None,
         stop: tuple[str, ...] = (),
-        n_likeliest: int = 0,
+        n_likeliest: NaturalInt = 0,
     ) -> None:
-        if max_tokens is not None and max_tokens < 1:
-            raise InputError(f"max_tokens must be at least 1, got {max_tokens}")
         self.n_prompt = len(placed.ids)
         """Tokens that the model reads."""
         self.finish_reason: FinishReason | None = None
@@ -164,11 +165,12 @@ class Generation:
         return self._generator.open(placed, sampling)
 
 
+@checked
 def place(
     model: TextModel,
     template: Template,
     text: str,
-    max_text_tokens: int | None = None,
+    max_text_tokens: PositiveInt | None = None,
     rows: NDArray[np.float32] | None = None,
     placement: PromptPlace = "cue",
 ) -> Placed:
@@ -181,7 +183,8 @@ def place(
         TaskError: a template that does not work with this model.
     """
     ids = render_ids(model, template, text, max_text_tokens or model.generator.n_ctx)
-    if rows is None or not len(rows):
+    rows = check_rows([] if rows is None else rows, model.n_embd)
+    if not len(rows):
         return Placed(ids)
     n_rows = len(rows)
     if placement == "cue":

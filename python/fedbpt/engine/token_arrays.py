@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fedbpt.argument_types import as_array
 from fedbpt.errors import InputError
 
 
@@ -15,7 +16,7 @@ def token_ids(ids: ArrayLike, what: str) -> NDArray[np.int32]:
 
     Raises `InputError` for what is no flat sequence of integers.
     """
-    array = np.asarray(ids)
+    array = as_array(ids, what)
     if array.ndim != 1:
         raise InputError(f"{what} must be a flat sequence of token ids, got shape {list(array.shape)}")
     if array.size == 0:
@@ -49,7 +50,7 @@ def ragged(texts: Sequence[NDArray[np.int32]]) -> tuple[NDArray[np.int32], NDArr
 
 def prompt_rows(embeds: ArrayLike, n_embd: int) -> NDArray[np.float32]:
     """Soft prompts as float32 [n_candidates, n_prompt, n_embd]. Raises `InputError` for another shape."""
-    given = np.asarray(embeds)
+    given = as_array(embeds, "embeds")
     if given.dtype.kind not in "fiu":
         raise InputError(f"embeds must be real numbers, got {given.dtype}")
     with np.errstate(over="ignore"):  # too large for float32 becomes infinity, which the engine refuses

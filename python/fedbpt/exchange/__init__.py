@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
+from fedbpt.argument_types import checked
 from fedbpt.engine.scorer import Scorer
 from fedbpt.errors import ConfigError
 from fedbpt.exchange import gguf_file, npy, peft
 from fedbpt.prompts.model_card import scale_notes
 from fedbpt.prompts.prompt import Prompt
-from fedbpt.tasks import Task
+from fedbpt.tasks import GivenTask, load
 
 __all__ = ["TARGETS", "Exported", "Target", "export_prompt", "import_prompt"]
 
@@ -31,13 +32,14 @@ class Exported:
     notes: tuple[str, ...]
 
 
+@checked
 def export_prompt(
     prompt: Prompt,
     out: str | os.PathLike[str],
     to: Target,
     *,
     scorer: Scorer | None = None,
-    task: Task | None = None,
+    task: GivenTask | None = None,
     base_model: str | None = None,
 ) -> Exported:
     """Write a prompt for another program, with a model card beside it.
@@ -63,16 +65,15 @@ def export_prompt(
         return Exported(gguf_file.write_gguf(prompt, target), scale_notes(prompt.architecture))
     if to == "npy":
         return Exported(npy.write_npy(prompt, target), (*npy.notes(prompt), *scale_notes(prompt.architecture)))
-    if to != "peft":
-        raise ConfigError(f"there is no export to {to!r}: choose one of {', '.join(TARGETS)}")
-    task = prompt.task if task is None else task
-    if scorer is None or task is None:
+    chosen = prompt.task if task is None else load(task)
+    if scorer is None or chosen is None:
         raise ConfigError("an export to PEFT needs the model, and the task where the prompt has none: give both")
-    return Exported(peft.write_adapter(prompt, target, scorer, task, base_model), peft.notes(prompt, scorer))
+    return Exported(peft.write_adapter(prompt, target, scorer, chosen, base_model), peft.notes(prompt, scorer))
 
 
+@checked
 def import_prompt(
-    folder: str | os.PathLike[str], scorer: Scorer, task: Task | None = None, template: int = 0
+    folder: str | os.PathLike[str], scorer: Scorer, task: GivenTask | None = None, template: int = 0
 ) -> Prompt:
     """A PEFT prompt-tuning adapter as a prompt.
 
@@ -90,4 +91,4 @@ def import_prompt(
         PromptError: no such adapter, another kind of adapter, or one for another model.
         ConfigError: another task, or none for an adapter that fedbpt did not write; no such template.
     """
-    return peft.read_adapter(Path(folder), scorer, task, template)
+    return peft.read_adapter(Path(folder), scorer, None if task is None else load(task), template)

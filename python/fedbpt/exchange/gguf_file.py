@@ -46,7 +46,7 @@ def write_gguf(prompt: Prompt, target: Path) -> Path:
         import gguf
     except ImportError as error:
         raise MissingExtraError("an export to GGUF", "gguf") from error
-    partial = target.with_name(f".{target.name}.part")
+    partial = target.parent / f".{target.name}.part"
     use = _USE.format(name=target.name, n_prompt=prompt.n_prompt, n_embd=prompt.n_embd)
     writer = gguf.GGUFWriter(partial, prompt.architecture)
     try:

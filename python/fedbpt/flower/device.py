@@ -16,6 +16,7 @@ from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 
+from fedbpt.argument_types import checked
 from fedbpt.device.agent.service import LocalDevice
 from fedbpt.device.state import DeviceState
 from fedbpt.errors import ConfigError, FedbptError, WireError
@@ -42,6 +43,7 @@ class Kept(messages.Message, frozen=True):
     report: bytes = b""
 
 
+@checked
 def client_app(make_device: MakeDevice, mods: Sequence[Mod] = ()) -> ClientApp:
     """The ClientApp of a federation's devices. Errors of the work are replies, which name the reason.
 

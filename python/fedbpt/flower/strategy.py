@@ -22,12 +22,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from fedbpt.argument_types import checked
 from fedbpt.coordinator.federation import Federation
 from fedbpt.errors import QuorumError
 from fedbpt.flower.client import FlowerClient
 from fedbpt.flower.loop import FlowerLoop, arrays_of, score_metrics
 from fedbpt.flower.nodes import Nodes
 from fedbpt.net.event_loop import run_to_end
+from fedbpt.quantities import NaturalInt
 from fedbpt.runs.settings import Evaluated, Event, EventCallback, RoundClosed, RunResult, RunSettings
 from fedbpt.runs.store import RunStore
 from fedbpt.tasks import Task
@@ -51,6 +53,7 @@ class FedBPT(Strategy):
         on_event: called for each `fedbpt.runs.settings` event.
     """
 
+    @checked
     def __init__(
         self,
         task: Task,
@@ -58,7 +61,7 @@ class FedBPT(Strategy):
         store: RunStore,
         run: str = "run",
         *,
-        devices: int = 0,
+        devices: NaturalInt = 0,
         find_s: float = FIND_S,
         on_event: EventCallback = lambda _event: None,
     ) -> None:
@@ -76,6 +79,7 @@ class FedBPT(Strategy):
 
     # --- the whole run -------------------------------------------------------------------------------------------
 
+    @checked
     def start(
         self,
         grid: Grid,

@@ -14,7 +14,6 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
 
 import msgspec
 
@@ -33,11 +32,11 @@ class Begun(msgspec.Struct, frozen=True, tag=True):
 class Settings(msgspec.Struct, frozen=True):
     """As for `load_model`; ``timeout_s``: whole seconds after which the process ends itself."""
 
-    n_threads: Annotated[int, msgspec.Meta(ge=1, le=4096)] | None
-    n_gpu_layers: Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)]
+    n_threads: int | None
+    n_gpu_layers: int
     gpu: str | None
     kv_type: KVType
-    timeout_s: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+    timeout_s: int
 
 
 Said = Begun | Finding | ModelFacts

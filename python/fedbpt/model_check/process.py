@@ -9,30 +9,34 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Annotated
 
 import msgspec
 
 from fedbpt import models
+from fedbpt.argument_types import checked
 from fedbpt.checking import printable
 from fedbpt.engine.native_scorer import KVType
-from fedbpt.errors import InputError, ModelFileError
+from fedbpt.errors import ModelFileError
 from fedbpt.machine.interrupts import interruptible
 from fedbpt.model_check.child import Begun, Said, Settings
 from fedbpt.model_check.findings import CHECKS, Finding, ModelCheck, ModelFacts
 from fedbpt.plain_text import one_line
+from fedbpt.quantities import GpuLayers, Threads
 
 _MOST_SAID = 300  # characters of what the process said before it ended
 
 
+@checked
 @interruptible()
 def check_model(
     name_or_path: str | os.PathLike[str],
     *,
-    n_threads: int | None = None,
-    n_gpu_layers: int = 0,
+    n_threads: Threads | None = None,
+    n_gpu_layers: GpuLayers = 0,
     gpu: str | None = None,
     kv_type: KVType = "f16",
-    timeout_s: int = 600,
+    timeout_s: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)] = 600,
     on_check: Callable[[str], None] | None = None,
 ) -> ModelCheck:
     """Try what a model is used for, in another process, so that a file that ends it does no harm.
@@ -49,11 +53,7 @@ def check_model(
         InputError: a setting that makes no sense.
         ModelNotFoundError: no such name, not pulled yet, or no such file.
     """
-    given = {"n_threads": n_threads, "n_gpu_layers": n_gpu_layers, "gpu": gpu, "kv_type": kv_type}
-    try:
-        settings = msgspec.convert({**given, "timeout_s": timeout_s}, Settings)
-    except msgspec.ValidationError as error:
-        raise InputError(f"a setting of check_model makes no sense: {error}") from error
+    settings = Settings(n_threads, n_gpu_layers, gpu, kv_type, timeout_s)
     try:
         path = models.locate(name_or_path)
     except ModelFileError as error:  # a part is missing, say

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from fedbpt.argument_types import checked
 from fedbpt.errors import ModelNotFoundError
 from fedbpt.machine.folders import cache_folder
 from fedbpt.machine.wheel_files import sha256_of
@@ -37,6 +38,7 @@ class _Fingerprint(msgspec.Struct, frozen=True):
     files: tuple[FileStamp, ...]
 
 
+@checked
 def fingerprint(path: str | Path) -> str:
     """``sha256:<hex>`` of a model's file; of a split model, of all its parts joined in order, whichever is given.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from fedbpt.argument_types import checked
 from fedbpt.errors import InputError, ModelError
 from fedbpt.machine.folders import expanded
 from fedbpt.machine.interrupts import interruptible
@@ -18,6 +19,7 @@ from fedbpt.machine.wheel_files import Progress, publish
 from fedbpt.models.parts import model_parts, model_size, model_stem
 from fedbpt.models.store import locate
 from fedbpt.models.trial import TrialSettings, run_once
+from fedbpt.quantities import Threads
 
 FORMATS = ("q2_k", "q3_k_m", "q4_0", "iq4_nl", "q4_k_m", "q4_1", "q5_k_m", "q6_k", "q8_0", "bf16", "f16")
 """What `requantize` can write, smallest first. Most are mixtures: q4_k_m is q4_K with some q6_K, say."""
@@ -48,6 +50,7 @@ class Requantized:
     source_size: int
 
 
+@checked
 @interruptible()
 def requantize(
     name_or_path: str | os.PathLike[str],
@@ -55,7 +58,7 @@ def requantize(
     out: str | os.PathLike[str] | None = None,
     *,
     force: bool = False,
-    n_threads: int | None = None,
+    n_threads: Threads | None = None,
     progress: Progress | None = None,
 ) -> Requantized:
     """Write a model in another format, by llama.cpp's quantiser; use the new file by its path.
@@ -80,8 +83,6 @@ def requantize(
     """
     if format not in FORMATS:
         raise InputError(f"unknown format {format!r}: choose one of {', '.join(FORMATS)}")
-    if n_threads is not None and n_threads < 1:
-        raise InputError(f"n_threads must be 1 or more, got {n_threads}")
     from fedbpt import _native
 
     source = locate(name_or_path)
@@ -92,7 +93,7 @@ def requantize(
         raise InputError(f"{target} is the model itself: choose another file to write")
     if target.exists() and not force:
         raise InputError(f"{target} exists: choose another file, or replace it (--force)")
-    temporary = target.with_name(f"{target.name}.{os.getpid()}-{threading.get_ident():x}.tmp")
+    temporary = target.parent / f"{target.name}.{os.getpid()}-{threading.get_ident():x}.tmp"
     try:
         temporary.touch(exist_ok=False)  # before the work: a folder that cannot be written to is told at once
         try:
@@ -107,6 +108,7 @@ def requantize(
     return Requantized(target, format, source, target.stat().st_size, model_size(source))
 
 
+@checked
 def weight_formats(path: Path) -> tuple[WeightFormat, ...]:
     """The formats of the matrices in the layers of a model, of all its files, most parameters first.
 
@@ -118,6 +120,7 @@ def weight_formats(path: Path) -> tuple[WeightFormat, ...]:
     return tuple(WeightFormat(*part) for part in _native.weight_formats(os.fsencode(path)))
 
 
+@checked
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor of a model by name, of all its files; ggml's way round: a matrix's inputs come first.
 
@@ -129,6 +132,7 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return dict(_native.tensor_shapes(os.fsencode(path)))
 
 
+@checked
 def matmul_flops(types: Collection[str]) -> dict[str, float]:
     """FLOP/s of one thread of this CPU multiplying 64 tokens by a matrix of each ggml type, in its own CPU time.
 
@@ -143,6 +147,7 @@ def matmul_flops(types: Collection[str]) -> dict[str, float]:
     return {type: max(found[type] for found in rounds) for type in rounds[0]}
 
 
+@checked
 def faster_format(
     model: str,
     weights: Sequence[WeightFormat],

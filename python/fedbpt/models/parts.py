@@ -6,9 +6,13 @@ import os
 import re
 from pathlib import Path
 
+from fedbpt.argument_types import checked
+from fedbpt.errors import ModelNotFoundError
+
 _PART = re.compile(r"(?P<model>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
+@checked
 def model_parts(path: Path) -> tuple[Path, ...]:
     """The files of a model in order: one, or all parts of a split model, whichever of them ``path`` is.
 
@@ -34,9 +38,13 @@ def names_of_parts(name: str) -> tuple[str, ...]:
     return tuple(f"{found['model']}-{i + 1:05d}-of-{found['count']}.gguf" for i in range(int(found["count"])))
 
 
+@checked
 def model_size(path: Path) -> int:
-    """Bytes of all files of a model. Raises as `model_parts`, and `OSError` where there is no such file."""
-    return sum(part.stat().st_size for part in model_parts(path))
+    """Bytes of all files of a model. Raises as `model_parts`, and `ModelNotFoundError` where there is no such file."""
+    try:
+        return sum(part.stat().st_size for part in model_parts(path))
+    except OSError as error:
+        raise ModelNotFoundError(f"cannot read the model file {path}: {error.strerror or error}") from error
 
 
 def model_stem(path: Path) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 
+from fedbpt.argument_types import checked
 from fedbpt.errors import DownloadError, InputError, ModelError, ModelFileError, ModelNotFoundError
 from fedbpt.machine.folders import ELSEWHERE, cache_folder, expanded
 from fedbpt.machine.interrupts import interruptible
@@ -90,6 +91,7 @@ def list_models() -> tuple[ModelEntry, ...]:
     return tuple(entries)
 
 
+@checked
 def locate(name_or_path: str | os.PathLike[str]) -> Path:
     """The GGUF file of a model that was pulled, by its name, or of a path to any local file. Fetches nothing.
 
@@ -110,7 +112,7 @@ def locate(name_or_path: str | os.PathLike[str]) -> Path:
             raise ModelNotFoundError(f"{path} is a folder: give the .gguf file in it")
         if path.suffix == ".gguf" or len(path.parts) > 1:
             raise ModelNotFoundError(f"no such model file: {path}")
-        raise ModelNotFoundError(f"unknown model {name!r}: give a .gguf file or one of {', '.join(CATALOGUE)}")
+        raise ModelNotFoundError(f"unknown model {name[:60]!r}: give a .gguf file or one of {', '.join(CATALOGUE)}")
     again = f"run `fedbpt models pull {shlex.quote(stored.name)}`"
     if not stored.is_here:
         raise ModelNotFoundError(f"model {stored.name} is not on this machine: {again}")
@@ -121,6 +123,7 @@ def locate(name_or_path: str | os.PathLike[str]) -> Path:
     return stored.paths[0]
 
 
+@checked
 @interruptible()
 def pull(name: str, progress: Progress | None = None) -> Path:
     """Fetch a model unless it is here and whole; the path of the verified file, of a split model of its first part.
@@ -147,6 +150,7 @@ def pull(name: str, progress: Progress | None = None) -> Path:
         raise DownloadError(f"cannot write {where}: {error.strerror or error}; {ELSEWHERE}") from error
 
 
+@checked
 def remove(name: str) -> int:
     """Remove a model that was pulled, and what an interrupted `pull` left of one; bytes that this freed.
 
@@ -212,7 +216,9 @@ def _stored(name: str) -> _Stored | None:
 def _named(name: str) -> _Stored:
     stored = _stored(name)
     if stored is None:
-        raise ModelNotFoundError(f"unknown model {name!r}: the catalogue has {', '.join(CATALOGUE)}; or give {HOW}")
+        raise ModelNotFoundError(
+            f"unknown model {name[:60]!r}: the catalogue has {', '.join(CATALOGUE)}; or give {HOW}"
+        )
     return stored
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedbpt.errors import ModelFileError
+from fedbpt.argument_types import checked
+from fedbpt.errors import ModelFileError, ModelNotFoundError
 from fedbpt.models.fingerprints import FileStamp, fingerprint, stamps_of
 from fedbpt.models.parts import model_parts
 
@@ -14,13 +15,17 @@ from fedbpt.models.parts import model_parts
 class WatchedFiles:
     """The files of one model, as they were when this was made: make it before the model is loaded.
 
-    Raises `ModelFileError` as `model_parts`.
+    Raises `ModelFileError` as `model_parts`, and `ModelNotFoundError` where there is no such file.
     """
 
+    @checked
     def __init__(self, path: Path) -> None:
         self._path = path
         self._parts = model_parts(path)
-        self._stamps = stamps_of(self._parts)
+        try:
+            self._stamps = stamps_of(self._parts)
+        except OSError as error:
+            raise ModelNotFoundError(f"cannot read the model file {path}: {error.strerror or error}") from error
         self._fingerprint: str | None = None
 
     @property

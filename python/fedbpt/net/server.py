@@ -235,8 +235,9 @@ def _bind(host: str, port: int, most_connections: int | None) -> Listener:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         bound = Listener(family, socket.SOCK_STREAM, most_connections)
-    except OSError as error:
-        raise ConfigError(f"{host} is no address of this machine: {error.strerror}") from error
+    except (OSError, UnicodeError) as error:  # the latter: a name with a part that is too long
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{host!r} is no address of this machine: {reason}") from error
     try:
         if sys.platform != "win32":  # there it would let two servers share a port
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -92,6 +92,13 @@ class Objective:
             if self.labels
             else [[target_ids(scorer, template, str(target), limit)] for _, target in rows]
         )
+        longest = max(map(len, texts))
+        room = scorer.n_ctx_train - (prompt.n_prompt if prompt.placement != "cue" else 0)
+        if longest > room:
+            raise InputError(
+                f"a text of {longest} tokens, its template among them, and n_prompt {prompt.n_prompt} do not fit into "
+                f"the model's context of {scorer.n_ctx_train}: use a smaller n_prompt or max_text_tokens"
+            )
         self._plan = self._compile(np.arange(len(rows)), self._tokens, keep_kv)
         self.projection = Projection(prompt, start_rows(scorer, self._cue, prompt), scorer.embedding_std)
         self.evaluations = 0

@@ -22,6 +22,7 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from fedbpt.argument_types import array_of, checked
 from fedbpt.checking import DECODE_ERRORS
 from fedbpt.errors import InputError, PromptError
 from fedbpt.html_tables import html_table
@@ -107,6 +108,7 @@ class Prompt:
             other labels.
     """
 
+    @checked
     def __init__(
         self,
         *,
@@ -126,16 +128,16 @@ class Prompt:
         other_weights: NDArray[np.floating[Any]] | None = None,
         task: Task | None = None,
     ) -> None:
-        self.rows = np.array(rows, dtype=np.float32)
+        self.rows = array_of(rows, np.float32, "rows")
         bias = np.zeros(len(labels)) if label_bias is None else label_bias
-        self.label_bias = np.array(bias, dtype=np.float32)
-        self.word_ids = np.array([] if word_ids is None else word_ids, dtype=np.int32)
+        self.label_bias = array_of(bias, np.float32, "label_bias")
+        self.word_ids = array_of([] if word_ids is None else word_ids, np.int32, "word_ids")
         none = np.zeros((0, len(labels)))
-        self.word_weights = np.array(none if word_weights is None else word_weights, dtype=np.float32)
+        self.word_weights = array_of(none if word_weights is None else word_weights, np.float32, "word_weights")
         self.others = tuple(others)
         n_words = self.word_ids.size
         none = np.zeros((0, 1 + n_words, len(labels)))
-        self.other_weights = np.array(none if other_weights is None else other_weights, dtype=np.float32)
+        self.other_weights = array_of(none if other_weights is None else other_weights, np.float32, "other_weights")
         self.spec = spec
         self.task_name = task_name
         self.labels = tuple(labels)
@@ -167,9 +169,9 @@ class Prompt:
         for used in (self.template, *self.others):
             if len(used.label_words) != len(self.labels):
                 raise InputError(f"{len(used.label_words)} label words for {len(self.labels)} labels")
-        tensors = (self.rows, self.label_bias, self.word_weights, self.other_weights)
-        if not all(np.isfinite(part).all() for part in tensors):
-            raise InputError("the prompt holds NaN or infinity")
+        for name in ("rows", "label_bias", "word_weights", "other_weights"):
+            if not np.isfinite(getattr(self, name)).all():
+                raise InputError(f"the prompt holds NaN or infinity, in its {name}")
         try:
             json.dumps(self.history, allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -194,6 +196,7 @@ class Prompt:
         own = Array.of(np.concatenate([self.label_bias[None], self.word_weights]), "<f4")
         return Readout(weights=own, others=tuple(Array.of(of_template, "<f4") for of_template in self.other_weights))
 
+    @checked
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the file, whole or not at all, and a model card beside it (`card_path`).
 
@@ -227,6 +230,7 @@ class Prompt:
         return safetensors.numpy.save(tensors, metadata={_KEY: msgspec.json.encode(header).decode()})
 
     @classmethod
+    @checked
     def load(cls, path: str | os.PathLike[str]) -> Prompt:
         """Read a file that `save` wrote. Raises `PromptError`: missing, damaged, not a prompt, a newer format."""
         source = Path(path)
@@ -237,6 +241,7 @@ class Prompt:
         return cls.decode(content, str(source))
 
     @classmethod
+    @checked
     def decode(cls, content: bytes, source: str) -> Prompt:
         """Of a file's content; ``source``: what to call it in a message. Raises `PromptError` as `load` does."""
         try:
@@ -253,12 +258,14 @@ class Prompt:
         except InputError as error:
             raise PromptError(f"{source} is damaged: {error}") from error
 
+    @checked
     def with_rows(self, rows: NDArray[np.floating[Any]], history: tuple[Mapping[str, Any], ...]) -> Prompt:
         """The same with other rows [n_prompt, n_embd], and with a history of their own."""
         tensors = {name: getattr(self, name) for name in (_TENSORS | _OTHERS_TENSORS) - {"rows"}}
         plain = {name: getattr(self, name) for name in _PLAIN if name != "history"}
         return Prompt(rows=rows, history=history, **tensors, **plain)
 
+    @checked
     def check(self, model: Model) -> None:
         """Raises `PromptError`, naming both models, where the prompt was made for another one."""
         if model.fingerprint != self.model_fingerprint:
@@ -300,7 +307,7 @@ class Prompt:
 
 def card_path(prompt_path: Path) -> Path:
     """Where the model card of a prompt file is: its name with ``.md``."""
-    return prompt_path.with_name(f"{prompt_path.name}.md")
+    return prompt_path.parent / f"{prompt_path.name}.md"
 
 
 def encode_card(card: str) -> bytes:

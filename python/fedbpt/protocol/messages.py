@@ -14,10 +14,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from fedbpt import quantities
+from fedbpt.argument_types import check_fields
 from fedbpt.errors import WireError
-from fedbpt.protocol import quantities
-from fedbpt.protocol.quantities import NaturalInt, PositiveFloat, PositiveInt
 from fedbpt.protocol.task_identity import TaskIdentity
+from fedbpt.quantities import Length, NaturalInt, PositiveFloat, PositiveInt, Scale
 
 Placement: TypeAlias = Literal["front", "cue"]
 PromptPlace: TypeAlias = Literal["front", "first", "cue"]
@@ -36,6 +37,13 @@ def as_name(text: str) -> str:
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Base of all wire values: immutable, keyword-only, strict."""
+
+
+class CheckedMessage(Message, frozen=True):
+    """Base of what people make, too: a field of the wrong kind raises `ConfigError` where it is made."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 class Array(Message, frozen=True):
@@ -64,7 +72,7 @@ class Array(Message, frozen=True):
         return values
 
 
-class Template(Message, frozen=True):
+class Template(CheckedMessage, frozen=True):
     """One way to put a text to the model. ``pattern`` holds ``{text}`` once; what follows it is the answer cue.
 
     ``label_words`` has one word per label, in label order, each with its leading space where the cue ends
@@ -75,7 +83,7 @@ class Template(Message, frozen=True):
     label_words: tuple[str, ...]
 
 
-class PromptSpec(Message, frozen=True):
+class PromptSpec(CheckedMessage, frozen=True):
     """How a latent z ∈ R^d becomes a soft prompt: vec(P) = vec(P0) + A z.
 
     A [n_prompt·n_embd, d] is drawn from ``seed`` with standard deviation α·std(E)/(√d·σ0), E the token
@@ -84,14 +92,14 @@ class PromptSpec(Message, frozen=True):
     """
 
     placement: PromptPlace = "cue"
-    n_prompt: PositiveInt = 1
-    d: PositiveInt = 500
-    alpha: PositiveFloat = 0.5
-    sigma0: PositiveFloat = 1.0
+    n_prompt: Length = 1
+    d: Length = 500
+    alpha: Scale = 0.5
+    sigma0: Scale = 1.0
     seed: NaturalInt = 0
 
 
-class ObjectiveSpec(Message, frozen=True):
+class ObjectiveSpec(CheckedMessage, frozen=True):
     """What a device minimises. ``perturb`` is the token replacement probability r of the perturbed ratio (0: off).
 
     ``nll``: the negative log-likelihood of a target text's tokens, for tasks without labels; it goes with them alone.
@@ -100,11 +108,13 @@ class ObjectiveSpec(Message, frozen=True):
     loss: LossName = "cross_entropy"
     batch_size: NaturalInt = 8  # texts per generation, drawn anew each time; 0 = all
     max_text_tokens: PositiveInt = 128
-    readout_words: NaturalInt = 128  # random words whose logits a readout may use; 0: a bias alone
+    readout_words: Annotated[int, msgspec.Meta(ge=0, le=2**20)] = (
+        128  # random words whose logits a readout may use; 0: a bias alone
+    )
     perturb: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
 
 
-class PrivacySpec(Message, frozen=True):
+class PrivacySpec(CheckedMessage, frozen=True):
     """Clip and noise of what a device sends (`fedbpt.objective.privacy`).
 
     ``clip`` C, nats: of a row's losses, less their mean over the candidates, the Euclidean norm at most.

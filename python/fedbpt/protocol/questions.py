@@ -9,7 +9,7 @@ import msgspec
 
 from fedbpt.errors import WireError
 from fedbpt.protocol.messages import Fingerprint, Message
-from fedbpt.protocol.quantities import Count, NaturalInt, PositiveInt, Probability
+from fedbpt.quantities import Count, NaturalInt, PositiveInt, Probability
 
 MAX_TOKENS = 4096
 """Longest answer that may be asked for."""

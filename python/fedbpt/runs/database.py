@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
+from fedbpt.argument_types import checked
 from fedbpt.errors import StoreError
 
 T = TypeVar("T", bound="Database")
@@ -26,6 +27,7 @@ class Database(ABC):
     WHAT: ClassVar[str]
     """For people, as in ``run database``."""
 
+    @checked
     def __init__(self, path: str | Path | None) -> None:
         self.path = Path(":memory:" if path is None else path)
         self.in_memory = path is None

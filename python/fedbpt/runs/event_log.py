@@ -19,7 +19,7 @@ from fedbpt.faults import public_reason, public_traceback
 from fedbpt.plain_text import plain
 from fedbpt.protocol import codec
 from fedbpt.protocol.messages import Message
-from fedbpt.protocol.quantities import PositiveInt
+from fedbpt.quantities import PositiveInt
 from fedbpt.runs.settings import Event
 
 log = logging.getLogger(__name__)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,7 +58,7 @@ def load_config(path: str | Path) -> tuple[RunConfig, Task]:
     """
     path = Path(path)
     try:
-        content = path.read_bytes()
+        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise ConfigError(f"cannot read the run file {path}: {error.strerror or error}") from error
     try:
@@ -65,7 +67,7 @@ def load_config(path: str | Path) -> tuple[RunConfig, Task]:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     _decoded(path, raw)  # before the task is read: complain about the file itself first
     beside = path.parent / raw["task"]
-    task = tasks.load(beside if beside.is_file() else raw["task"])
+    task = tasks.load(beside if os.path.isfile(beside) else raw["task"])  # noqa: PTH113 - False for what names no file
     raw["settings"] = with_defaults(raw.get("settings", {}), task)
     return _decoded(path, raw), task
 

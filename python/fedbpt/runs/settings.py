@@ -18,6 +18,7 @@ from fedbpt.objective.privacy import epsilon, sampling_rate
 from fedbpt.protocol import codec
 from fedbpt.protocol.messages import (
     Array,
+    CheckedMessage,
     DeviceInfo,
     EvaluateReport,
     FitPurpose,
@@ -28,7 +29,7 @@ from fedbpt.protocol.messages import (
     Readout,
     Template,
 )
-from fedbpt.protocol.quantities import NaturalInt, PositiveFloat, PositiveInt
+from fedbpt.quantities import Length, NaturalInt, PositiveFloat, PositiveInt
 from fedbpt.runs.intervals import wilson_interval
 
 _LARGEST_EXPONENT = 700.0  # e^700 is about the largest float
@@ -37,7 +38,7 @@ RoundPurpose: TypeAlias = Literal["selection", "calibration", "probe", "search",
 RunStage: TypeAlias = RoundPurpose | Literal["evaluation"]
 
 
-class RunSettings(Message, frozen=True):
+class RunSettings(CheckedMessage, frozen=True):
     """All that decides a run's outcome, and its budget: tuning ends at the first limit that is reached.
 
     ``rounds``, ``evaluations``, ``tokens`` and ``seconds`` are limits, 0 for none; at least one must be set.
@@ -61,7 +62,7 @@ class RunSettings(Message, frozen=True):
     balanced: bool = False  # weigh losses so that every label counts alike; devices then send their label counts
     ensemble: PositiveInt = 2  # so many templates, the best by the selection, does the readout average over
     baselines: bool = False  # fit and evaluate a linear probe on the model without prompt, too
-    popsize: PositiveInt = 20
+    popsize: Length = 20
     iterations: PositiveInt = 8
     seed: NaturalInt = 0
     robust: Robust = "none"  # what takes the place of the devices' mean, so that some of them may lie
@@ -83,6 +84,7 @@ class RunSettings(Message, frozen=True):
     test_rows: NaturalInt = 0  # most rows per device in the final evaluation; 0: all
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not (self.rounds or self.evaluations or self.tokens or self.seconds):
             raise ConfigError("a run needs a limit: set rounds, evaluations, tokens or seconds")
         if self.patience and not self.evaluate_every:

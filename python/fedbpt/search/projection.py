@@ -7,12 +7,14 @@ the prompt then moves by α·std(E) per entry, whatever d is. Nobody sends A or 
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedbpt.errors import InputError, TaskError
+from fedbpt.machine.memory import physical_memory
 from fedbpt.protocol.messages import Placement, PromptSpec
 from fedbpt.protocol.seeding import generator
 
@@ -47,10 +49,19 @@ class Projection:
         self.p0 = p0
         self.entry_std = spec.alpha * embedding_std / (math.sqrt(spec.d) * spec.sigma0)
         """Standard deviation of A's entries."""
-        rng = generator(spec.seed, "projection")
-        matrix = rng.standard_normal((p0.size, spec.d), dtype=np.float32)
+        if 4 * p0.size * spec.d > (memory := physical_memory()):
+            raise InputError(
+                f"d {spec.d} with n_prompt {spec.n_prompt} takes {4 * p0.size * spec.d / 1e9:,.0f} GB, this machine "
+                f"has {memory / 1e9:,.0f}: use a smaller d"
+            )
+
+    @cached_property
+    def _matrix(self) -> NDArray[np.float32]:
+        """A, drawn at its first use: to choose among templates takes none."""
+        rng = generator(self.spec.seed, "projection")
+        matrix = rng.standard_normal((self.p0.size, self.spec.d), dtype=np.float32)
         matrix *= np.float32(self.entry_std)
-        self._matrix = matrix
+        return matrix
 
     def embeds(self, z: ArrayLike) -> NDArray[np.float32]:
         """Soft prompts float32 [k, n_prompt, n_embd] of latents ``z`` [k, d]. z = 0 gives exactly p0.

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from fedbpt.argument_types import checked
 from fedbpt.engine.scorer import Scorer
 from fedbpt.engine.text_generator import Sampling, generates
 from fedbpt.engine.text_stream import Generation, place
@@ -19,7 +20,8 @@ from fedbpt.objective.objective import Objective
 from fedbpt.objective.readout import blocks, ensemble
 from fedbpt.prompts.prompt import Prompt
 from fedbpt.protocol.messages import ObjectiveSpec, PromptSpec, Template
-from fedbpt.tasks import Task
+from fedbpt.quantities import NaturalInt, PositiveInt
+from fedbpt.tasks import GivenTask, load
 from fedbpt.tasks.task import DEFAULT_MAX_TEXT_TOKENS, render_ids
 
 Side: TypeAlias = Literal["original", "tuned"]
@@ -50,11 +52,17 @@ class SideBySide:
         ConfigError: the prompt is for other labels than the task's.
     """
 
+    @checked
     def __init__(
-        self, model: Scorer, prompt: Prompt, task: Task | None = None, *, max_text_tokens: int | None = None
+        self,
+        model: Scorer,
+        prompt: Prompt,
+        task: GivenTask | None = None,
+        *,
+        max_text_tokens: PositiveInt | None = None,
     ) -> None:
         prompt.check(model)
-        task = prompt.task if task is None else task
+        task = prompt.task if task is None else load(task)
         if task is not None and task.labels != prompt.labels:
             raise ConfigError(f"the prompt is for labels {list(prompt.labels)}, the task has {list(task.labels)}")
         self.model = model
@@ -70,10 +78,12 @@ class SideBySide:
         """Whether answers are labels (`classify`); else they are texts (`generate`)."""
         return bool(self.labels)
 
+    @checked
     def classify(self, text: str) -> Probabilities:
         """Probabilities of the labels, which `fedbpt.evaluate` judges by. Raises `InputError` for an empty text."""
         return Probabilities(self.probabilities(text, "original"), self.probabilities(text, "tuned"))
 
+    @checked
     def probabilities(self, text: str, side: Side) -> tuple[float, ...]:
         """One side of `classify`."""
         prompt, n_words, n_labels = self.prompt, len(self.prompt.word_ids), len(self.labels)
@@ -86,6 +96,7 @@ class SideBySide:
             found = ensemble(raw, blocks(prompt.readout, n_words, n_labels))
         return tuple(float(p) for p in _softmax(found[0]))
 
+    @checked
     def n_read(self, text: str) -> int:
         """Tokens that the tuned model reads to classify ``text``: cut, in each of the prompt's templates."""
         limit, clipped = self.max_text_tokens or DEFAULT_MAX_TEXT_TOKENS, self._clip(text)
@@ -93,8 +104,13 @@ class SideBySide:
         n_front = 0 if self.prompt.spec.placement == "cue" else self.prompt.n_prompt
         return n_front + sum(len(render_ids(self.model, template, clipped, limit)) for template in templates)
 
+    @checked
     def generate(
-        self, text: str, sampling: Sampling | None = None, max_tokens: int | None = None, stop: tuple[str, ...] = ()
+        self,
+        text: str,
+        sampling: Sampling | None = None,
+        max_tokens: PositiveInt | None = None,
+        stop: tuple[str, ...] = (),
     ) -> SidesInTurn:
         """Both sides' answers, a piece of the one and a piece of the other in turn; see `Generation`.
 
@@ -109,14 +125,15 @@ class SideBySide:
             }
             return SidesInTurn(running, opened.pop_all())
 
+    @checked
     def generation(
         self,
         text: str,
         side: Side,
         sampling: Sampling | None = None,
-        max_tokens: int | None = None,
+        max_tokens: PositiveInt | None = None,
         stop: tuple[str, ...] = (),
-        n_likeliest: int = 0,
+        n_likeliest: NaturalInt = 0,
     ) -> Generation:
         """One side of `generate`, to be cancelled, or asked what it took."""
         if not generates(self.model):

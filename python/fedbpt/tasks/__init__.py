@@ -7,8 +7,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import TypeAlias
 
+from fedbpt.argument_types import checked
 from fedbpt.errors import ConfigError
 from fedbpt.protocol.messages import Template
 from fedbpt.tasks.builtin import BUILTIN
@@ -31,6 +34,7 @@ from fedbpt.tasks.words import WordCosts, word_costs, word_notes
 __all__ = [
     "BUILTIN",
     "Draft",
+    "GivenTask",
     "Manifest",
     "Row",
     "Task",
@@ -62,17 +66,24 @@ __all__ = [
 ]
 
 
-def load(name_or_path: str | Path) -> Task:
-    """A built-in task by name (``ag-news``, ``sst-2``, ``bbc-news``), or the task file at a path.
+GivenTask: TypeAlias = Task | str | os.PathLike[str]
+"""A task, or what `load` takes."""
+
+
+@checked
+def load(name_or_path: GivenTask) -> Task:
+    """A built-in task by name (``ag-news``, ``sst-2``, ``bbc-news``), or the task file at a path; a task is itself.
 
     Raises:
         ConfigError: neither; or a task file that cannot be read.
         TaskError: a task file whose templates cannot work.
     """
+    if isinstance(name_or_path, Task):
+        return name_or_path
     task = BUILTIN.get(str(name_or_path))
     if task is not None:
         return task
     path = Path(name_or_path)
     if path.suffix not in (".toml", ".json") and not path.is_file():
-        raise ConfigError(f"unknown task {str(name_or_path)!r}: give a task file or one of {', '.join(BUILTIN)}")
+        raise ConfigError(f"unknown task {str(name_or_path)[:60]!r}: give a task file or one of {', '.join(BUILTIN)}")
     return load_task(path)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from fedbpt.argument_types import checked
 from fedbpt.checking import half_character
 from fedbpt.errors import DataError
 from fedbpt.protocol.messages import Template, as_name
@@ -35,6 +36,7 @@ class Draft(NamedTuple):
     counts: tuple[int, ...]
 
 
+@checked
 def draft_task(
     path: str | Path, name: str | None = None, text_column: str | None = None, label_column: str | None = None
 ) -> Draft:
@@ -69,6 +71,7 @@ def draft_task(
     return Draft(task, tuple(counts[i] for i in range(len(labels))))
 
 
+@checked
 def task_toml(task: Task, costs: Sequence[WordCosts] = (), model: str = "") -> str:
     """The task as the text of a task file, with what to edit; ``costs``: of its label words with ``model``."""
     numbers = all(whole_number(label) is not None for label in task.labels)

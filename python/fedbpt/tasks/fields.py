@@ -20,6 +20,8 @@ from fedbpt.tasks.rows import LabelIndex
 _NUMBER: Final = re.compile(r"[+-]?[0-9]+([.,][0-9]+)?")
 _WHOLE: Final = re.compile(r"([+-]?[0-9]{1,15})(\.0*)?")  # also as a spreadsheet writes a column with gaps: 1.0
 
+MOST_NUMBER: Final = 10**15
+
 MAX_LISTED: Final = 20
 """Names that an error lists at most."""
 
@@ -141,6 +143,8 @@ class LabelReader:
             return self._by_data_name(value, where)
         if isinstance(value, str | bool) and (found := self._by_name(str(value))) is not None:
             return found
+        if isinstance(value, int) and abs(value) > MOST_NUMBER:  # Python writes none of thousands of digits
+            value = "a number of over 15 digits"
         number = None if self._data_names else whole_number(value)
         if number is None:
             raise self._unknown(value, where)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import msgspec
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fedbpt.argument_types import array_of, checked
 from fedbpt.checking import DECODE_ERRORS
 from fedbpt.errors import DataError, InputError
 from fedbpt.machine.wheel_files import sha256_of
@@ -45,6 +46,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: Literal[1] = 1
 
 
+@checked
 def partition(
     labels: ArrayLike,
     n_devices: int,
@@ -61,14 +63,12 @@ def partition(
     Raises:
         InputError: an unknown scheme, α ≤ 0, fewer than one device, fewer rows than n_devices·min_rows.
     """
-    given = np.asarray(labels)
-    if given.ndim != 1 or (given.size and not np.issubdtype(given.dtype, np.integer)):
+    given = array_of(labels, np.int64, "labels")
+    if given.ndim != 1:
         raise InputError("labels must be a one-dimensional array of integers")
-    if scheme not in get_args(Scheme):
-        raise InputError(f"unknown partition scheme {scheme!r}: choose one of {', '.join(get_args(Scheme))}")
     if n_devices < 1 or min_rows < 1:
         raise InputError("a partition needs at least one device and one row a device")
-    if not alpha > 0 or not np.isfinite(alpha):
+    if not alpha > 0:
         raise InputError(f"alpha must be a positive number, got {alpha}")
     if len(given) < n_devices * min_rows:
         raise InputError(f"{len(given)} rows are too few for {n_devices} devices with at least {min_rows} each")
@@ -96,6 +96,7 @@ def _top_up(parts: list[list[int]], min_rows: int, rng: np.random.Generator) -> 
             part.append(richest.pop(int(rng.integers(len(richest)))))
 
 
+@checked
 def split_rows(rows: Sequence[Row], sizes: Mapping[str, int], seed: int = 0) -> dict[str, list[Row]]:
     """Disjoint, shuffled splits of ``rows``, each with the labels' proportions (to within a row a label).
 
@@ -133,6 +134,7 @@ def _strata(rows: Sequence[Row]) -> NDArray[np.int64]:
     return np.array([0 if isinstance(label, str) else label for _, label in rows], dtype=np.int64)
 
 
+@checked
 def write_partition(
     folder: str | Path,
     rows: Sequence[Row],
@@ -169,6 +171,7 @@ def write_partition(
     return manifest
 
 
+@checked
 def read_manifest(folder: str | Path) -> Manifest:
     """The manifest of ``folder``, each file checked against its sha256.
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fedbpt.argument_types import array_of, checked
 from fedbpt.errors import InputError
 
 
+@checked
 def perturb(ids: ArrayLike, keep_tail: int, rate: float, n_vocab: int, rng: np.random.Generator) -> NDArray[np.int32]:
     """A new array of ``ids`` [n] with each token replaced by a uniformly random one with probability ``rate``.
 
@@ -16,13 +18,13 @@ def perturb(ids: ArrayLike, keep_tail: int, rate: float, n_vocab: int, rng: np.r
     Raises:
         InputError: ``rate`` outside [0, 1], negative counts, or ``n_vocab`` < 1.
     """
-    tokens = np.array(ids, dtype=np.int32)
+    tokens = array_of(ids, np.int32, "ids")
     if tokens.ndim != 1:
         raise InputError("ids must be one-dimensional")
     if not 0 <= rate <= 1:
         raise InputError(f"the perturbation rate must be between 0 and 1, got {rate}")
-    if keep_tail < 0 or n_vocab < 1:
-        raise InputError("keep_tail cannot be negative, n_vocab must be positive")
+    if keep_tail < 0 or not 0 < n_vocab < 2**31:
+        raise InputError("keep_tail cannot be negative, n_vocab must be from 1 to 2^31 - 1")
     chosen = rng.random(len(tokens)) < rate
     chosen[max(len(tokens) - keep_tail, 0) :] = False
     random = rng.integers(0, n_vocab, size=len(tokens), dtype=np.int32)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedbpt.argument_types import checked
 from fedbpt.errors import DataError
 from fedbpt.tasks.builtin import AG_NEWS
 from fedbpt.tasks.fields import PAIR, Columns, Fields, LabelReader, read_text
@@ -20,8 +21,9 @@ from fedbpt.tasks.tables import Record, file_records, first_fields, object_recor
 from fedbpt.tasks.task import Task
 
 
+@checked
 def read_rows(
-    path: str | Path,
+    path: str | os.PathLike[str],
     labels: Sequence[str],
     text_column: str | Sequence[str] = "text",
     label_column: str = "label",
@@ -46,7 +48,8 @@ def read_rows(
     return rows
 
 
-def read_task_rows(task: Task, path: str | Path) -> list[Row]:
+@checked
+def read_task_rows(task: Task, path: str | os.PathLike[str]) -> list[Row]:
     """Rows of a file for a task: its column names, its word limit; for AG News also the original form without header.
 
     Raises `DataError` as `read_rows` does.
@@ -59,6 +62,7 @@ def read_task_rows(task: Task, path: str | Path) -> list[Row]:
     return [(task.clip(text), label) for text, label in rows]
 
 
+@checked
 def rows_from_dataset(
     dataset: Any, labels: Sequence[str], text_column: str | Sequence[str] = "text", label_column: str = "label"
 ) -> list[Row]:
@@ -77,6 +81,7 @@ def rows_from_dataset(
     return rows
 
 
+@checked
 def to_rows(data: Any, task: Task) -> list[Row]:
     """``data``, as a caller may give it, as rows cut to the task's word limit.
 
@@ -87,19 +92,29 @@ def to_rows(data: Any, task: Task) -> list[Row]:
     Raises `DataError`.
     """
     if isinstance(data, str | os.PathLike):
-        return read_task_rows(task, Path(data))
+        return read_task_rows(task, data)
     rows = rows_from_dataset(data, task.labels, task.text_columns, task.label_column)
     return [(task.clip(text), label) for text, label in rows]
 
 
+@checked
 def write_rows(path: str | Path, rows: Iterable[Row], labels: Sequence[str]) -> None:
-    """Write rows as JSONL, one ``{"text": ..., "label": name}`` a line; `read_rows` gives them back."""
-    with Path(path).open("w", encoding="utf-8", newline="\n") as file:
-        for text, label in rows:
-            name = label if isinstance(label, str) else labels[label]
-            file.write(json.dumps({"text": text, "label": name}, ensure_ascii=False) + "\n")
+    """Write rows as JSONL, one ``{"text": ..., "label": name}`` a line; `read_rows` gives them back.
+
+    Raises `DataError`: the file cannot be written, a label's index that is not one of ``labels``.
+    """
+    try:
+        with Path(path).open("w", encoding="utf-8", newline="\n") as file:
+            for number, (text, label) in enumerate(rows):
+                if not isinstance(label, str) and not 0 <= label < len(labels):
+                    raise DataError(f"row {number}: there is no label {label} among the {len(labels)} labels")
+                name = label if isinstance(label, str) else labels[label]
+                file.write(json.dumps({"text": text, "label": name}, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+@checked
 def drop_duplicates(rows: Iterable[Row]) -> list[Row]:
     """Rows whose text (white space aside) was not seen before, in order."""
     first: dict[str, Row] = {}

@@ -7,6 +7,7 @@ import re
 import zipfile
 from pathlib import Path
 
+from fedbpt.argument_types import checked
 from fedbpt.errors import DataError, DownloadError, MissingExtraError
 from fedbpt.machine.folders import ELSEWHERE, cache_folder
 from fedbpt.machine.wheel_files import Package, Progress, fetch_wheel, locked
@@ -28,6 +29,7 @@ _HUB_SOURCES = {
 }
 
 
+@checked
 def load_hub(task: Task, split: str = "train", source: str | Path | None = None) -> list[Row]:
     """AG News or SST-2 by `datasets`: from the Hugging Face hub, or from ``source``.
 
@@ -69,6 +71,7 @@ def load_hub(task: Task, split: str = "train", source: str | Path | None = None)
     return [(task.clip(text), label) for text, label in rows]
 
 
+@checked
 def bbc_news(folder: str | Path | None = None, progress: Progress | None = None) -> list[Row]:
     """BBC News (Greene & Cunningham 2006), the embedded data set: five topics, title and opening of each article.
 

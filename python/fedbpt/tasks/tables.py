@@ -79,7 +79,7 @@ def object_records(data: Any) -> Iterator[Record]:
         return _table_records(data.columns, data.itertuples(index=False, name=None))
     elif names is not None and hasattr(data, "to_pylist"):
         return _table_records(names, zip(*(column.to_pylist() for column in data.columns), strict=True))
-    if isinstance(data, str | bytes) or not isinstance(data, Iterable):
+    if isinstance(data, str | bytes) or not isinstance(data, Iterable) or getattr(data, "ndim", 1) == 0:
         raise DataError(
             f"rows cannot be read from {type(data).__name__}: give (text, label) pairs, dicts, a DataFrame, a Dataset "
             "or a file"
@@ -229,7 +229,7 @@ def _long_fields() -> Iterator[None]:
 def _column_records(data: Mapping[Any, Any]) -> Iterator[Record]:
     columns = [list(values) for values in data.values() if _is_column(values)]
     if len(columns) != len(data) or len({len(values) for values in columns}) != 1:
-        raise DataError('a dict must hold columns of the same length: {"text": [...], "label": [...]}')
+        raise DataError('a dict of rows must hold columns of the same length: {"text": [...], "label": [...]}')
     return _table_records(data, zip(*columns, strict=True))
 
 

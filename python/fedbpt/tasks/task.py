@@ -8,6 +8,7 @@ space in front of what it is given (SentencePiece) does not add one in the middl
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 from typing import Protocol
 
@@ -15,11 +16,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from fedbpt.argument_types import checked
 from fedbpt.checking import DECODE_ERRORS
 from fedbpt.errors import ConfigError, InputError, TaskError
-from fedbpt.protocol.messages import Message, Template
-from fedbpt.protocol.quantities import PositiveInt
+from fedbpt.protocol.messages import CheckedMessage, Template
 from fedbpt.protocol.task_identity import TaskIdentity
+from fedbpt.quantities import PositiveInt
 
 DEFAULT_MAX_TEXT_TOKENS = 128
 
@@ -39,7 +41,7 @@ class Tokenizer(Protocol):
         ...
 
 
-class Task(Message, frozen=True):
+class Task(CheckedMessage, frozen=True):
     """What to ask of a text.
 
     ``templates`` are candidates, each with a word per label; the shots select one. Without ``labels`` a task is to make
@@ -59,6 +61,7 @@ class Task(Message, frozen=True):
     label_column: str = "label"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.name.strip():
             raise TaskError("a task needs a name")
         if len(self.labels) == 1 or len(set(self.labels)) != len(self.labels):
@@ -84,6 +87,7 @@ class Task(Message, frozen=True):
         return " ".join(text.split()[: self.max_words])
 
 
+@checked
 def load_task(path: str | Path) -> Task:
     """Read a task file: TOML, or JSON where the name ends in ``.json``.
 
@@ -101,7 +105,7 @@ def load_task(path: str | Path) -> Task:
     """
     path = Path(path)
     try:
-        content = path.read_bytes()
+        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise ConfigError(f"cannot read the task file {path}: {error.strerror or error}") from error
     try:
@@ -134,6 +138,7 @@ def bos_ids(tokenizer: Tokenizer) -> NDArray[np.int32]:
     return np.asarray(trained[: len(trained) - len(bare)], dtype=np.int32)
 
 
+@checked
 def cue_ids(tokenizer: Tokenizer, template: Template) -> NDArray[np.int32]:
     """Token ids [n] of the answer cue, the same for every text. Raises `TaskError`."""
     cue = split_pattern(template)[1]
@@ -148,6 +153,7 @@ def head_ids(tokenizer: Tokenizer, template: Template) -> NDArray[np.int32]:
     return bos_ids(tokenizer)
 
 
+@checked
 def render_ids(
     tokenizer: Tokenizer, template: Template, text: str, max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS
 ) -> NDArray[np.int32]:
@@ -189,6 +195,7 @@ def _first(ids: NDArray[np.int32], n: int, read: str, text: str) -> NDArray[np.i
     return ids[:n]
 
 
+@checked
 def label_word_ids(tokenizer: Tokenizer, template: Template, labels: tuple[str, ...]) -> list[NDArray[np.int32]]:
     """Token ids of each label word as it continues the cue, one array per label.
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from fedbpt.argument_types import checked
 from fedbpt.errors import TaskError
 from fedbpt.protocol.messages import Template
 from fedbpt.tasks.task import Task, Tokenizer, label_word_ids
@@ -30,11 +31,13 @@ class WordCosts(NamedTuple):
         return sum(count - 1 for count in self.tokens)
 
 
+@checked
 def word_costs(tokenizer: Tokenizer, task: Task) -> list[WordCosts]:
     """The costs of each of the task's templates, in order."""
     return [_costs(tokenizer, template, task.labels) for template in task.templates]
 
 
+@checked
 def word_notes(tokenizer: Tokenizer, task: Task) -> list[str]:
     """A line for each template whose label words cost more than they must, or that cannot serve this model."""
     notes = []

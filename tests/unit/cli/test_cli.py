@@ -189,6 +189,7 @@ DEVICE = ("device", "--task", "ag-news", "--model")
         ((*DEVICE, ".", "--data", "news.jsonl"), 2, "is a folder"),
         (("device", "--model", "x", "--data", "news.jsonl", "--task", "chess"), 2, "unknown task 'chess'"),
         ((*DEVICE, "x", "--data", "news.jsonl", "--port", "99999"), 2, "'--port'"),
+        ((*DEVICE, "x", "--data", "news.jsonl", "--name", "a b"), 2, "'a b' cannot name a device"),
         (("models", "path", "smollm2-135m"), 2, "fedbpt models pull smollm2-135m"),
         (("models", "pull", "bogus"), 2, "unknown model 'bogus'"),
         (("models", "requantize", "smollm2-135m", "q4_0"), 2, "fedbpt models pull smollm2-135m"),

@@ -82,6 +82,12 @@ def test_a_number_asks_a_held_out_row_and_tells_its_label(say) -> None:
     assert (own["text"], own["label"]) == ("9", None)  # there is no such row
 
 
+@pytest.mark.parametrize("typed", ["9" * 5000, "a\0b", "\ufeffhello", "١", "-1", "é" * 3000])
+def test_any_line_is_a_question(typed: str, say) -> None:
+    answer = say(f"{typed}\n", *MOOD, "--data", "rows.jsonl", "--questions", "3", "--json")
+    assert (answer.code, answer.err, len(answer.out.splitlines())) == (0, "", 1)
+
+
 def test_a_prompt_of_an_earlier_version_is_asked_with_its_task_or_without_rows(say) -> None:
     old = ("--prompt", "old.safetensors", "--json")
     assert say("zzz\n", *old) == say("zzz\n", *MOOD, "--json")

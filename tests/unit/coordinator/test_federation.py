@@ -280,9 +280,16 @@ def test_a_round_that_nobody_can_do_ends_at_once(scene: Scene) -> None:
     for device in scene.devices.values():
         device.fail = FedbptError("no rows")
     began = time.monotonic()
-    with pytest.raises(QuorumError, match="no rows"):
+    with pytest.raises(QuorumError, match=r"^round 0: no device could do its work: no rows$"):
         scene.run(deadline_s=60)
     assert time.monotonic() - began < 5
+
+
+def test_a_round_that_devices_cannot_do_for_several_reasons_names_them(scene: Scene) -> None:
+    for name, device in scene.devices.items():
+        device.fail = FedbptError(f"no rows in {name}.csv")
+    with pytest.raises(QuorumError, match=r"\(a: no rows in a.csv; .*start the same run again to resume it"):
+        scene.run(deadline_s=60)
 
 
 def test_different_models_are_refused_by_name(scene: Scene) -> None:

@@ -134,7 +134,7 @@ def test_sampling_that_makes_no_sense_is_refused(settings: dict[str, float], mes
 
 def test_a_text_of_no_tokens_is_refused() -> None:
     scorer = ToyScorer()
-    with pytest.raises(InputError, match="max_tokens must be at least 1"):
+    with pytest.raises(InputError, match="max_tokens must be a whole number from 1"):
         Generation(scorer.generator, Placed(scorer.tokenize("a")), max_tokens=0)
 
 

@@ -17,7 +17,7 @@ import pytest
 import safetensors.numpy
 
 from fedbpt import Prompt, PromptSpec, evaluate, export_prompt, import_prompt
-from fedbpt.errors import ConfigError, FedbptError, MissingExtraError, PromptError
+from fedbpt.errors import ConfigError, FedbptError, InputError, MissingExtraError, PromptError
 from fedbpt.prompts.prompt import card_path
 from fedbpt.protocol.messages import Placement
 from fedbpt.tasks import Task
@@ -161,7 +161,7 @@ def test_an_adapter_may_be_written_again_but_a_folder_of_other_things_is_left_al
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
-        ({"to": "onnx"}, ConfigError, "peft, gguf, npy"),
+        ({"to": "onnx"}, InputError, "'peft', 'gguf', 'npy', got 'onnx'"),
         ({"scorer": None}, ConfigError, "needs the model"),
         ({"task": None}, ConfigError, "needs the model"),
         ({"task": TASK}, ConfigError, "labels"),

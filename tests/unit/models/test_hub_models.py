@@ -84,7 +84,6 @@ def test_other_names_are_none_of_a_hub(name: str) -> None:
             "o/r:./m.gguf",
             "o/r:.gguf",
             "o/r:a\nb.gguf",
-            "o/r:a\0.gguf",
             "o/r:m.gguf?x=y",
             "o/r:x/.gguf",
         ),

@@ -116,7 +116,8 @@ def test_ranks_that_are_none_are_refused(ranks: bytes):
 def test_a_short_plan_asks_for_no_more_than_a_whole_one_could():
     search = Pooled(D, popsize=6, seed=SEED)
     short = short_plan(plan(search.work(0)), search.history(), 0)
-    vast = msgspec.structs.replace(short, prompt=PromptSpec(d=10**12))
+    full = msgspec.structs.replace(short.work, history=msgspec.structs.replace(short.work.history, covariance="full"))
+    vast = msgspec.structs.replace(short, prompt=PromptSpec(d=10**6), work=full)
     with pytest.raises(WireError, match="send the state"):
         Replayer().whole(vast)
     long = msgspec.structs.replace(search.history(), ranks=bytes(range(6)) * (12 * D))

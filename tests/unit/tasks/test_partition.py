@@ -61,10 +61,10 @@ def test_by_size_skews_sizes_and_keeps_labels_alike():
     [
         ({"n_devices": 0}, "at least one device"),
         ({"n_devices": 5}, "4 rows are too few for 5 devices"),
-        ({"scheme": "random"}, "unknown partition scheme"),
+        ({"scheme": "random"}, "scheme must be one of .*, got .random."),
         ({"alpha": 0.0}, "alpha must be"),
         ({"alpha": float("nan")}, "alpha must be"),
-        ({"labels": [0.5] * 4}, "integers"),
+        ({"labels": [0.5] * 4}, "whole numbers"),
     ],
 )
 def test_a_partition_that_cannot_be_is_refused(arguments, message):

@@ -95,7 +95,7 @@ class HttpClient(Works):
     ) -> None:
         try:
             self._url = httpx.URL(url.rstrip("/"))
-        except httpx.InvalidURL as error:
+        except (httpx.InvalidURL, UnicodeError) as error:
             raise ConfigError(f"{url!r} is no device address: give one like http://pi5:8401") from error
         if self._url.scheme not in ("http", "https") or not self._url.host or self._url.userinfo:
             raise ConfigError(f"{url!r} is no device address: give one like http://pi5:8401")

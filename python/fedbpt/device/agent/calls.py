@@ -32,7 +32,7 @@ def origin(url: str, allow_insecure: bool) -> str:
     """``url`` as a coordinator's address. Raises `ConfigError` where it is none, or a token would go unencrypted."""
     try:
         found = httpx.URL(url.rstrip("/"))
-    except httpx.InvalidURL as error:
+    except (httpx.InvalidURL, UnicodeError) as error:
         raise ConfigError(f"{url!r} is no coordinator's address: give one like https://host:8400") from error
     if found.scheme not in ("http", "https") or not found.host or found.userinfo or found.query:
         raise ConfigError(f"{url!r} is no coordinator's address: give one like https://host:8400")

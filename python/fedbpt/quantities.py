@@ -6,13 +6,25 @@ of SQLite and MessagePack. `fedbpt.coordinator.report_checks` bounds most of it 
 
 from __future__ import annotations
 
-from typing import Annotated, TypeAlias
+from typing import Annotated, Final, TypeAlias
 
 import msgspec
 
-PositiveInt: TypeAlias = Annotated[int, msgspec.Meta(ge=1)]
-NaturalInt: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
+LARGEST: Final = 2**63 - 1
+"""What SQLite holds, and every reader of MessagePack."""
+
+PositiveInt: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=LARGEST)]
+NaturalInt: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=LARGEST)]
 PositiveFloat: TypeAlias = Annotated[float, msgspec.Meta(gt=0)]
+Scale: TypeAlias = Annotated[float, msgspec.Meta(ge=1e-4, le=1e4)]
+"""Of a search and of its prompts: latents then stay within `fedbpt.protocol.codec.MAX_NORM`, embeddings within float32.
+"""
+Length: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=10**6)]
+"""Of a latent, of a prompt, of a population."""
+Threads: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=512)]
+"""That compute: ggml has no more."""
+GpuLayers: TypeAlias = Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)]
+TokenId: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 
 Rows: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=10**9)]
 SomeRows: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=10**9)]
