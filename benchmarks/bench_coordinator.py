@@ -37,8 +37,10 @@ from fedbpt.coordinator.server import CoordinatorServer
 from fedbpt.device.agent.worker import Worker
 from fedbpt.machine.memory import memory_of_process
 from fedbpt.net.tokens import Credentials, digest, new_token
-from fedbpt.protocol.messages import DeviceInfo, EvaluateReport, ObjectiveSpec, PromptSpec, RoundPlan, RoundReport
-from fedbpt.runs.settings import Event, RoundClosed, RunSettings, RunStarted
+from fedbpt.protocol.rounds import DeviceInfo, EvaluateReport, RoundPlan, RoundReport
+from fedbpt.protocol.specs import ObjectiveSpec, PromptSpec
+from fedbpt.runs.events import Event, RoundClosed, RunStarted
+from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
 
 D = 500

@@ -41,8 +41,9 @@ from fedbpt.device.agent.poller import Poller
 from fedbpt.device.agent.worker import Worker
 from fedbpt.machine.memory import memory_of_process
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import ObjectiveSpec, PromptSpec
-from fedbpt.runs.settings import RunResult, RunSettings
+from fedbpt.protocol.specs import ObjectiveSpec, PromptSpec
+from fedbpt.runs.result import RunResult
+from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
 
 HERE = Path(__file__).parent

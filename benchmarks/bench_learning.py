@@ -38,9 +38,10 @@ from fedbpt.device.device import Device
 from fedbpt.errors import ModelNotFoundError
 from fedbpt.objective.objective import Objective
 from fedbpt.objective.readout import word_ids
-from fedbpt.protocol.messages import Array, ObjectiveSpec, PromptSpec, Readout
 from fedbpt.protocol.seeding import generator
-from fedbpt.runs.settings import Lines, RunSettings
+from fedbpt.protocol.specs import Array, ObjectiveSpec, PromptSpec, Readout
+from fedbpt.runs.result import Lines
+from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
 from fedbpt.tasks.task import label_word_ids
 

@@ -29,8 +29,10 @@ from fedbpt.coordinator.clients.in_process import InProcessClient
 from fedbpt.coordinator.federation import Federation
 from fedbpt.device.device import Device
 from fedbpt.errors import DownloadError, ModelNotFoundError
-from fedbpt.protocol.messages import DeviceInfo, ObjectiveSpec, PromptSpec, RoundPlan, RoundReport
-from fedbpt.runs.settings import RunResult, RunSettings
+from fedbpt.protocol.rounds import DeviceInfo, RoundPlan, RoundReport
+from fedbpt.protocol.specs import ObjectiveSpec, PromptSpec
+from fedbpt.runs.result import RunResult
+from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
 
 CLAIMED = 10**6

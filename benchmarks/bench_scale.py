@@ -41,8 +41,8 @@ from fedbpt.device.agent.worker import Worker
 from fedbpt.machine.memory import memory_of_process
 from fedbpt.net.tls import Tls
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import ObjectiveSpec, PromptSpec
 from fedbpt.protocol.polling import POLL_PATH, POLL_S, Poll, poll_s
+from fedbpt.protocol.specs import ObjectiveSpec, PromptSpec
 from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
 

@@ -23,7 +23,7 @@ from workload import alternate, label_ids, log_slope, prompts, seconds, texts_li
 import fedbpt
 from fedbpt.errors import ModelNotFoundError
 from fedbpt.machine.memory import memory_of_process
-from fedbpt.protocol.messages import Placement
+from fedbpt.protocol.specs import Placement
 
 DOUBLINGS = (1, 2, 4, 8)
 N_PROMPT: dict[Placement, int] = {"front": 50, "cue": 1}

@@ -32,7 +32,7 @@ from workload import alternate, label_ids, prompts, seconds, texts_like_news
 
 import fedbpt
 from fedbpt.errors import ModelNotFoundError
-from fedbpt.protocol.messages import Placement
+from fedbpt.protocol.specs import Placement
 
 MODELS = ("smollm2-135m", "gemma3-270m")
 PEER_ROWS = 50

@@ -18,17 +18,8 @@ from fedbpt.aggregation.fedavg import FedAvg
 from fedbpt.aggregation.fedbpt import FedBPT
 from fedbpt.aggregation.pooled import Pooled
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import (
-    Array,
-    LocalResult,
-    ObjectiveSpec,
-    PooledResult,
-    PromptSpec,
-    Result,
-    RoundPlan,
-    RoundReport,
-    Work,
-)
+from fedbpt.protocol.rounds import LocalResult, PooledResult, Result, RoundPlan, RoundReport, Work
+from fedbpt.protocol.specs import Array, ObjectiveSpec, PromptSpec
 from fedbpt.search.compact_plans import may_shorten, short_plan, short_report
 from fedbpt.tasks import BUILTIN
 

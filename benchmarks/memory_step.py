@@ -19,7 +19,7 @@ from peers import UnavailableError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from fedbpt.protocol.messages import Placement
+    from fedbpt.protocol.specs import Placement
 
 UNAVAILABLE = 3
 """Exit code where a peer is not installed; the output is the reason."""
@@ -47,7 +47,7 @@ def fedbpt_step(model: str, threads: int | None, texts: int, placement: Placemen
     import fedbpt
     from fedbpt.machine.memory import memory_of_process
     from fedbpt.objective.losses import cross_entropy
-    from fedbpt.protocol.messages import PromptSpec
+    from fedbpt.protocol.specs import PromptSpec
     from fedbpt.search.cma_es import CmaSearch
     from fedbpt.search.projection import Projection
 

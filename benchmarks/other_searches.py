@@ -21,8 +21,8 @@ from fedbpt.coordinator.clients.in_process import InProcessClient
 from fedbpt.coordinator.federation import Federation
 from fedbpt.device.device import Device
 from fedbpt.objective.objective import Objective
-from fedbpt.protocol.messages import Readout
 from fedbpt.protocol.seeding import generator
+from fedbpt.protocol.specs import Readout
 from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
 from fedbpt.tasks.rows import batch_indices

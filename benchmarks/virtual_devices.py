@@ -19,8 +19,9 @@ import numpy as np
 from fedbpt.device.agent.poller import PAUSES_S, Backoff
 from fedbpt.net.tokens import Credentials
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import Array, DeviceInfo, PooledResult, ReplayWork, RoundPlan, RoundReport
 from fedbpt.protocol.polling import POLL_PATH, REPLY_PATH, Delivery, Poll, Reply, Request
+from fedbpt.protocol.rounds import DeviceInfo, PooledResult, ReplayWork, RoundPlan, RoundReport
+from fedbpt.protocol.specs import Array
 from fedbpt.tasks import Task, Template
 
 _deliveries = msgspec.msgpack.Decoder(Delivery)

@@ -14,7 +14,8 @@ import numpy as np
 import fedbpt
 from fedbpt.aggregation import Method, SearchSettings, register
 from fedbpt.aggregation.base import accepted, latents_of, weighted_sum, weights_of
-from fedbpt.protocol.messages import Array, LocalResult, LocalWork, RoundReport, SearchState
+from fedbpt.protocol.rounds import LocalResult, LocalWork, RoundReport, SearchState
+from fedbpt.protocol.specs import Array
 
 
 class BetterHalf:

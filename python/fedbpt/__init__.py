@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fedbpt.exchange import export_prompt, import_prompt
     from fedbpt.model_check import ModelCheck, check_model
     from fedbpt.prompts.prompt import Prompt
-    from fedbpt.protocol.messages import ObjectiveSpec, PromptSpec, Template
+    from fedbpt.protocol.specs import ObjectiveSpec, PromptSpec, Template
     from fedbpt.results import EvaluationResult, TuneResult
     from fedbpt.tasks import Task
 

@@ -28,10 +28,12 @@ from fedbpt.machine.interrupts import interruptible
 from fedbpt.objective.mini_batches import parts_of, under
 from fedbpt.objective.objective import Objective
 from fedbpt.prompts.prompt import Prompt, short_fingerprint
-from fedbpt.protocol.messages import LossName, ObjectiveSpec, PromptSpec, Template
+from fedbpt.protocol.specs import LossName, ObjectiveSpec, PromptSpec, Template
 from fedbpt.quantities import PositiveFloat, PositiveInt
 from fedbpt.results import EvaluationResult, TuneResult
-from fedbpt.runs.settings import Event, RunResult, RunSettings, RunStarted, Split
+from fedbpt.runs.events import Event, RunStarted
+from fedbpt.runs.result import RunResult, Split
+from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
 from fedbpt.tasks import GivenTask, Row, Task, load, to_rows, word_notes
 

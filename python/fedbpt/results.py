@@ -14,9 +14,9 @@ from fedbpt.display.notebook import show_figures
 from fedbpt.errors import MissingExtraError
 from fedbpt.html_tables import html_table
 from fedbpt.prompts.prompt import Prompt
-from fedbpt.protocol.messages import Template
+from fedbpt.protocol.specs import Template
 from fedbpt.runs.intervals import wilson_interval
-from fedbpt.runs.settings import RunResult, Score, perplexity
+from fedbpt.runs.result import RunResult, Score, perplexity
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import Array, PooledResult, RoundReport
+from fedbpt.protocol.rounds import PooledResult, RoundReport
+from fedbpt.protocol.specs import Array
 from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore, Traffic
 from tests.support.fake_device import FINGERPRINT, FakeDevice

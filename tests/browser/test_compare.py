@@ -17,8 +17,8 @@ from fedbpt.coordinator.federation import Federation
 from fedbpt.dashboard.comparing import comparing
 from fedbpt.dashboard.examples import KINDS
 from fedbpt.device.device import Device
-from fedbpt.protocol.messages import Template
 from fedbpt.protocol.questions import DEFAULT_TOKENS
+from fedbpt.protocol.specs import Template
 from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
 from fedbpt.side_by_side.sides import Side

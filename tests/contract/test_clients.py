@@ -19,18 +19,9 @@ from fedbpt.device.agent import AgentService
 from fedbpt.device.agent.server import AgentServer
 from fedbpt.errors import DataError, DeviceFailedError, DeviceRefusedError, DeviceTimeoutError, InputError
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import (
-    Array,
-    EvaluateRequest,
-    ObjectiveSpec,
-    PooledWork,
-    PromptSpec,
-    RoundPlan,
-    RoundProgress,
-    SearchState,
-    Template,
-)
 from fedbpt.protocol.questions import Answer, Question
+from fedbpt.protocol.rounds import EvaluateRequest, PooledWork, RoundPlan, RoundProgress, SearchState
+from fedbpt.protocol.specs import Array, ObjectiveSpec, PromptSpec, Template
 from fedbpt.protocol.task_identity import TaskIdentity
 from tests.support.caller import called_by
 from tests.support.fake_device import FINGERPRINT, TOY, FakeDevice

@@ -10,7 +10,7 @@ from fedbpt.coordinator.federation import Federation
 from fedbpt.device.agent import AgentService
 from fedbpt.device.agent.server import AgentServer
 from fedbpt.device.device import Device
-from fedbpt.runs.settings import RunResult
+from fedbpt.runs.result import RunResult
 from fedbpt.runs.store import RunStore
 from tests.support.caller import called_by
 from tests.support.toy_scene import settings

@@ -21,7 +21,7 @@ from fedbpt.coordinator.clients import HttpClient
 from fedbpt.coordinator.federation import Federation
 from fedbpt.protocol import codec
 from fedbpt.runs import store
-from fedbpt.runs.settings import RunResult
+from fedbpt.runs.result import RunResult
 from tests.support.toy_scene import ToyTask, settings
 
 _CONTEXT = multiprocessing.get_context("forkserver")

@@ -17,7 +17,7 @@ from fedbpt.device.agent import AgentService
 from fedbpt.device.agent.calls import enrol
 from fedbpt.device.agent.poller import Poller
 from fedbpt.device.device import Device
-from fedbpt.runs.settings import RunResult
+from fedbpt.runs.result import RunResult
 from fedbpt.runs.store import RunStore
 from tests.faults.conftest import ALL
 from tests.faults.proxy import FAULTS, Fault, FaultProxy

@@ -20,8 +20,8 @@ from fedbpt.device.agent.http import build_app
 from fedbpt.errors import ScoringInterrupted
 from fedbpt.net.tokens import digest, new_token
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import ErrorReply, RoundPlan
 from fedbpt.protocol.polling import ENROL_PATH, POLL_PATH, REPLY_PATH, Enrolment, Poll, Reply, Request
+from fedbpt.protocol.rounds import ErrorReply, RoundPlan
 from fedbpt.search.compact_plans import short_plan
 from tests.contract.test_clients import plan
 from tests.faults.conftest import ALL

@@ -10,7 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from fedbpt.flower import FedBPT, client_app
-from fedbpt.runs.settings import Event, RoundClosed, RunStarted
+from fedbpt.runs.events import Event, RoundClosed, RunStarted
 from fedbpt.runs.store import RunStore
 from tests.flower.toy_app import TASK, make_device, short
 from tests.support.toy_scene import StopRunError

@@ -15,8 +15,8 @@ from fedbpt.device.state import DeviceState
 from fedbpt.errors import DeviceFailedError
 from fedbpt.flower import client_app
 from fedbpt.flower.records import answer_of, packed
-from fedbpt.protocol.messages import DeviceInfo, RoundReport
-from fedbpt.protocol.messages import Message as OurMessage
+from fedbpt.protocol.rounds import DeviceInfo, RoundReport
+from fedbpt.protocol.specs import Message as OurMessage
 from fedbpt.tasks import read_rows
 from tests.support.toy_scene import ToyTask
 from tests.support.toy_scorer import ToyScorer

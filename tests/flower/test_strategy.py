@@ -14,9 +14,9 @@ from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping, 
 from fedbpt.errors import ConfigError, FedbptError, QuorumError
 from fedbpt.flower import FedBPT, client_app
 from fedbpt.flower.loop import LATENT
-from fedbpt.protocol.messages import PrivacySpec
+from fedbpt.protocol.specs import PrivacySpec
 from fedbpt.protocol.task_identity import TaskIdentity
-from fedbpt.runs.settings import DeviceBack, DeviceLost, Event, LateReport, RoundClosed
+from fedbpt.runs.events import DeviceBack, DeviceLost, Event, LateReport, RoundClosed
 from fedbpt.runs.store import RunStore
 from tests.flower.toy_app import TASK, make_device, natively, settings, short
 from tests.flower.toy_grid import Node, ToyGrid, node_of

@@ -11,8 +11,9 @@ from fedbpt.coordinator.clients import InProcessClient
 from fedbpt.coordinator.federation import Federation
 from fedbpt.device.device import Device
 from fedbpt.device.state import DeviceState
-from fedbpt.protocol.messages import ObjectiveSpec
-from fedbpt.runs.settings import RunResult, RunSettings
+from fedbpt.protocol.specs import ObjectiveSpec
+from fedbpt.runs.result import RunResult
+from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
 from tests.support.toy_scene import settings as toy_settings
 from tests.support.toy_scorer import ToyScorer

@@ -13,7 +13,7 @@ import pytest
 
 from fedbpt.net import tokens
 from fedbpt.protocol import codec
-from fedbpt.runs.settings import RunResult
+from fedbpt.runs.result import RunResult
 from fedbpt.runs.store import RunStore
 from tests.integration.processes import Fleet
 from tests.integration.test_cli_processes import Workshop, assert_one_line

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fedbpt.protocol import codec
 from fedbpt.runs.event_log import Entry
-from fedbpt.runs.settings import DeviceLost
+from fedbpt.runs.events import DeviceLost
 from tests.integration.processes import Fleet
 from tests.integration.test_cli_processes import assert_one_line
 

@@ -12,7 +12,8 @@ import pytest
 from fedbpt.aggregation.pooled import Pooled
 from fedbpt.coordinator.clients import HttpClient
 from fedbpt.coordinator.federation import Federation
-from fedbpt.runs.settings import DeviceBack, DeviceLost, Event, RoundClosed, RunResult
+from fedbpt.runs.events import DeviceBack, DeviceLost, Event, RoundClosed
+from fedbpt.runs.result import RunResult
 from fedbpt.runs.store import RunStore
 from tests.integration.processes import Fleet
 from tests.support.toy_scene import ToyTask, settings

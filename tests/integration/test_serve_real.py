@@ -17,7 +17,7 @@ import fedbpt
 from fedbpt import ObjectiveSpec, Prompt, PromptSpec, models, tasks
 from fedbpt.engine.text_generator import Sampling
 from fedbpt.objective.objective import Objective
-from fedbpt.protocol.messages import Template
+from fedbpt.protocol.specs import Template
 from fedbpt.side_by_side.sides import SideBySide
 from fedbpt.tasks import Task
 from tests.integration.processes import ROOT, Fleet

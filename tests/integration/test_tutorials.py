@@ -19,7 +19,7 @@ import pytest
 
 from fedbpt import Prompt
 from fedbpt.protocol import codec
-from fedbpt.runs.settings import RunResult
+from fedbpt.runs.result import RunResult
 from fedbpt.runs.store import RunStore
 from tests.integration.processes import Fleet
 from tests.support.printed import Block, blocks, commands

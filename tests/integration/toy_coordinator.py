@@ -8,7 +8,7 @@ import sys
 from fedbpt.aggregation.pooled import Pooled
 from fedbpt.coordinator.clients import HttpClient
 from fedbpt.coordinator.federation import Federation
-from fedbpt.runs.settings import Event
+from fedbpt.runs.events import Event
 from fedbpt.runs.store import RunStore
 from tests.support.toy_scene import ToyTask, settings
 

@@ -17,7 +17,7 @@ import numpy as np
 
 import fedbpt
 from fedbpt.errors import InputError, ScoringInterrupted
-from fedbpt.protocol.messages import Placement
+from fedbpt.protocol.specs import Placement
 
 N_SAMPLES = 200
 LABELS = [5, 17]

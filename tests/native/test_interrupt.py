@@ -23,16 +23,8 @@ from fedbpt.device.agent.service import AgentService
 from fedbpt.device.device import Device
 from fedbpt.engine.native_scorer import NativePlan
 from fedbpt.errors import ScoringInterrupted
-from fedbpt.protocol.messages import (
-    Array,
-    ObjectiveSpec,
-    PooledWork,
-    PromptSpec,
-    RoundPlan,
-    RoundReport,
-    SearchState,
-    Template,
-)
+from fedbpt.protocol.rounds import PooledWork, RoundPlan, RoundReport, SearchState
+from fedbpt.protocol.specs import Array, ObjectiveSpec, PromptSpec, Template
 from fedbpt.tasks import Task
 
 UBATCH = 512  # tokens a graph

@@ -18,7 +18,7 @@ from fedbpt import Prompt, PromptSpec, export_prompt, import_prompt
 from fedbpt.engine.scorer import Scorer
 from fedbpt.objective.objective import Objective
 from fedbpt.objective.readout import blocks, ensemble
-from fedbpt.protocol.messages import ObjectiveSpec, PromptPlace, Template
+from fedbpt.protocol.specs import ObjectiveSpec, PromptPlace, Template
 from fedbpt.tasks import Task, label_word_ids, render_ids
 
 if any(find_spec(name) is None for name in ("peft", "torch", "transformers")):

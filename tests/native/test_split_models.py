@@ -19,7 +19,7 @@ from fedbpt import cli, models
 from fedbpt.cli.device import _kv_bytes
 from fedbpt.errors import InputError, ModelFileError, ModelNotFoundError, PromptError
 from fedbpt.machine.memory import kv_budget_within
-from fedbpt.protocol.messages import PromptSpec, Template
+from fedbpt.protocol.specs import PromptSpec, Template
 
 LABELS = [259, 3, 411]
 

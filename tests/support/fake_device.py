@@ -10,8 +10,8 @@ import numpy as np
 
 from fedbpt.errors import ScoringInterrupted
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import (
-    Array,
+from fedbpt.protocol.questions import Answer, Question
+from fedbpt.protocol.rounds import (
     DeviceInfo,
     EvaluateReport,
     EvaluateRequest,
@@ -24,7 +24,7 @@ from fedbpt.protocol.messages import (
     SelectResult,
     SelectWork,
 )
-from fedbpt.protocol.questions import Answer, Question
+from fedbpt.protocol.specs import Array
 from fedbpt.protocol.task_identity import TaskIdentity
 from fedbpt.search.population import sample_population
 

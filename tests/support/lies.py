@@ -10,8 +10,9 @@ import msgspec
 import numpy as np
 
 from fedbpt.device.agent import LocalDevice
-from fedbpt.protocol.messages import Array, DeviceInfo, EvaluateReport, EvaluateRequest, Message, RoundPlan, RoundReport
 from fedbpt.protocol.questions import Answer, Question
+from fedbpt.protocol.rounds import DeviceInfo, EvaluateReport, EvaluateRequest, RoundPlan, RoundReport
+from fedbpt.protocol.specs import Array, Message
 
 M = TypeVar("M", bound=Message)
 

@@ -8,8 +8,9 @@ import msgspec
 import numpy as np
 
 from fedbpt.aggregation import Aggregator
-from fedbpt.protocol.messages import Array, LocalWork, PooledResult, PooledWork, Result, RoundReport, Work
+from fedbpt.protocol.rounds import LocalWork, PooledResult, PooledWork, Result, RoundReport, Work
 from fedbpt.protocol.seeding import derive_seed
+from fedbpt.protocol.specs import Array
 from fedbpt.search.local_search import local_search
 from fedbpt.search.population import sample_population
 

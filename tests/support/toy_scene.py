@@ -15,8 +15,10 @@ from fedbpt.coordinator.control import RunControl
 from fedbpt.coordinator.federation import Federation
 from fedbpt.device.device import Device
 from fedbpt.errors import DeviceUnreachableError
-from fedbpt.protocol.messages import ObjectiveSpec, PromptSpec, Template
-from fedbpt.runs.settings import Event, RoundClosed, RunResult, RunSettings
+from fedbpt.protocol.specs import ObjectiveSpec, PromptSpec, Template
+from fedbpt.runs.events import Event, RoundClosed
+from fedbpt.runs.result import RunResult
+from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
 from fedbpt.tasks import Task
 from tests.support.fake_device import TOY, FakeDevice

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fedbpt.errors import InputError
 from fedbpt.models import WeightFormat
-from fedbpt.protocol.messages import Placement
+from fedbpt.protocol.specs import Placement
 from tests.support.toy_generator import ToyGenerator
 
 BOS = 256

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedbpt.protocol.messages import Template
+from fedbpt.protocol.specs import Template
 from fedbpt.tasks import Row, Task
 
 TASK = Task(

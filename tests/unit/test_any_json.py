@@ -23,8 +23,8 @@ from fedbpt.errors import FedbptError
 from fedbpt.exchange import import_prompt
 from fedbpt.net.tokens import Credentials
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import EvaluateRequest, RoundPlan
 from fedbpt.protocol.questions import Question
+from fedbpt.protocol.rounds import EvaluateRequest, RoundPlan
 from fedbpt.runs.run_file import load_config
 from fedbpt.serving.answers import served_models
 from fedbpt.serving.server import ModelServer

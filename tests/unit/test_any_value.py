@@ -21,7 +21,7 @@ from fedbpt.device.device import Device
 from fedbpt.engine.text_generator import Placed, Sampling
 from fedbpt.engine.text_stream import Generation, place
 from fedbpt.errors import ConfigError, FedbptError
-from fedbpt.protocol.messages import PrivacySpec
+from fedbpt.protocol.specs import PrivacySpec
 from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
 from fedbpt.side_by_side.sides import SideBySide

@@ -14,8 +14,8 @@ import pytest
 
 from fedbpt import Budget, ObjectiveSpec, Prompt, PromptSpec, TuneResult, evaluate, tune
 from fedbpt.errors import ConfigError, DataError, MissingExtraError, PromptError
+from fedbpt.runs.events import Event, RoundClosed, RunFinished, RunStarted
 from fedbpt.runs.intervals import wilson_interval
-from fedbpt.runs.settings import Event, RoundClosed, RunFinished, RunStarted
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, rows
 

@@ -13,16 +13,8 @@ from fedbpt.device.device import Device
 from fedbpt.errors import DataError, FedbptError, InputError, TaskError, WireError
 from fedbpt.faults import public_reason, public_traceback
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import (
-    Array,
-    ErrorReply,
-    EvaluateRequest,
-    ObjectiveSpec,
-    PromptSpec,
-    RoundPlan,
-    SelectWork,
-    Template,
-)
+from fedbpt.protocol.rounds import ErrorReply, EvaluateRequest, RoundPlan, SelectWork
+from fedbpt.protocol.specs import Array, ObjectiveSpec, PromptSpec, Template
 from fedbpt.tasks import Row, Task, read_rows
 from fedbpt.tasks.readers import rows_from_dataset, to_rows
 from tests.support.toy_scorer import ToyScorer

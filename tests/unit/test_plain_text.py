@@ -20,9 +20,9 @@ from fedbpt.errors import FedbptError, InputError, MissingExtraError
 from fedbpt.net.prometheus import Family, Sample, exposition
 from fedbpt.plain_text import MOST_TOLD, PlainFormatter, echo, one_line, plain
 from fedbpt.prompts.model_card import model_card, use_in_fedbpt
-from fedbpt.protocol.messages import Template
+from fedbpt.protocol.specs import Template
 from fedbpt.runs.event_log import Entry, Journal, Line, Logged
-from fedbpt.runs.settings import DeviceLost
+from fedbpt.runs.events import DeviceLost
 from tests.unit.prompts.test_prompt import make
 
 PACKAGE = Path(cli.__file__).parent.parent

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.errors import InputError
-from fedbpt.protocol.messages import Result, RoundReport, SearchHistory, Work
+from fedbpt.protocol.rounds import Result, RoundReport, SearchHistory, Work
 
 R = TypeVar("R", bound=Result)
 

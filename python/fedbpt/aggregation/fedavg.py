@@ -18,7 +18,8 @@ from fedbpt.aggregation.base import accepted, latents_of, weighted_sum, weights_
 from fedbpt.aggregation.methods import Method, register
 from fedbpt.aggregation.robust import Robust, centre, reports_needed
 from fedbpt.errors import InputError
-from fedbpt.protocol.messages import Array, LocalResult, LocalWork, RoundReport, SearchState
+from fedbpt.protocol.rounds import LocalResult, LocalWork, RoundReport, SearchState
+from fedbpt.protocol.specs import Array
 from fedbpt.search.cma_es import farthest, step_within
 
 

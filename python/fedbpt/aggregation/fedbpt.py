@@ -41,7 +41,7 @@ from fedbpt.aggregation.base import accepted, latents_of
 from fedbpt.aggregation.methods import Method, register
 from fedbpt.aggregation.robust import Robust, krum, reports_needed
 from fedbpt.errors import InputError
-from fedbpt.protocol.messages import LocalResult, LocalWork, RoundReport
+from fedbpt.protocol.rounds import LocalResult, LocalWork, RoundReport
 from fedbpt.search.cma_es import CmaUpdate, Covariance, farthest, step_within
 
 

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from fedbpt.aggregation.base import accepted, latents_of, weights_of
 from fedbpt.aggregation.methods import Method, register
 from fedbpt.aggregation.robust import Robust, centre, reports_needed
-from fedbpt.protocol.messages import Array, PooledResult, PooledWork, RoundReport, SearchHistory
+from fedbpt.protocol.rounds import PooledResult, PooledWork, RoundReport, SearchHistory
+from fedbpt.protocol.specs import Array
 from fedbpt.search.cma_es import MOST_RANKED, CmaSearch, Covariance, StepSize, rank_bytes
 
 DECAY = 3

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from fedbpt.aggregation.base import accepted, weights_of
 from fedbpt.aggregation.robust import Robust, centre, reports_needed
 from fedbpt.errors import InputError
-from fedbpt.protocol.messages import Array, FitPurpose, FitResult, FitWork, Readout, RoundReport, Template
+from fedbpt.protocol.rounds import FitPurpose, FitResult, FitWork, RoundReport
+from fedbpt.protocol.specs import Array, Readout, Template
 
 Floats = NDArray[np.float64]
 

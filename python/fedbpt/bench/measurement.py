@@ -26,7 +26,7 @@ from fedbpt.machine.info import Heat, board_name, cpu_name, heat, physical_cores
 from fedbpt.machine.interrupts import interruptible
 from fedbpt.machine.memory import physical_memory
 from fedbpt.machine.system_files import SYSFS
-from fedbpt.protocol.messages import Placement
+from fedbpt.protocol.specs import Placement
 from fedbpt.version import VERSION
 
 SECONDS = 4.0  # for each kind of work, after a first call that is not counted

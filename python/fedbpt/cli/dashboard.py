@@ -21,7 +21,7 @@ from fedbpt.net.tls import Tls
 from fedbpt.plain_text import echo
 from fedbpt.protocol import codec
 from fedbpt.runs.as_json import task_of_run
-from fedbpt.runs.settings import RunResult
+from fedbpt.runs.result import RunResult
 from fedbpt.runs.store import StoredRun
 
 

@@ -37,8 +37,10 @@ from fedbpt.machine.info import physical_cores
 from fedbpt.net.tls import is_loopback
 from fedbpt.net.tokens import new_token
 from fedbpt.plain_text import plain
-from fedbpt.protocol.messages import ObjectiveSpec, PromptSpec
-from fedbpt.runs.settings import Event, RoundClosed, RunResult, RunSettings
+from fedbpt.protocol.specs import ObjectiveSpec, PromptSpec
+from fedbpt.runs.events import Event, RoundClosed
+from fedbpt.runs.result import RunResult
+from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
 from fedbpt.tasks import Row, Task
 

@@ -46,7 +46,7 @@ from fedbpt.models import locate, model_size
 from fedbpt.net.tls import Tls
 from fedbpt.net.tokens import Credentials
 from fedbpt.plain_text import echo
-from fedbpt.protocol.messages import as_name
+from fedbpt.protocol.specs import as_name
 from fedbpt.tasks import Row, Task, load, read_task_rows
 
 log = logging.getLogger(__name__)

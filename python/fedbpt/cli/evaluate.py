@@ -18,7 +18,7 @@ from fedbpt.errors import ConfigError
 from fedbpt.plain_text import echo
 from fedbpt.prompts.prompt import Prompt
 from fedbpt.results import EvaluationResult
-from fedbpt.runs.settings import Score
+from fedbpt.runs.result import Score
 from fedbpt.tasks import read_task_rows
 
 

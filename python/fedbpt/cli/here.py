@@ -12,7 +12,7 @@ from fedbpt import tasks
 from fedbpt.api import Budget, settings_for
 from fedbpt.coordinator.one_machine import settings_alone
 from fedbpt.errors import ConfigError
-from fedbpt.protocol.messages import as_name
+from fedbpt.protocol.specs import as_name
 from fedbpt.runs.run_file import RunConfig, load_config
 from fedbpt.tasks import Row, Task, read_task_rows
 

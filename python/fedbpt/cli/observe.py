@@ -18,7 +18,7 @@ from fedbpt.coordinator.monitor import MonitorServer
 from fedbpt.errors import ConfigError
 from fedbpt.net.tls import Tls
 from fedbpt.runs.event_log import Journal, LogFile, Sink
-from fedbpt.runs.settings import Event
+from fedbpt.runs.events import Event
 
 if TYPE_CHECKING:
     from fedbpt.dashboard.comparing import Comparison
@@ -32,7 +32,7 @@ LOOK_S: Final = 0.2
 
 
 class Watch:
-    """A run's observers, while it lasts: an `fedbpt.runs.settings.EventCallback`."""
+    """A run's observers, while it lasts: an `fedbpt.runs.events.EventCallback`."""
 
     def __init__(self, journal: Journal, dashboard: DashboardServer | None) -> None:
         self._journal, self._dashboard = journal, dashboard

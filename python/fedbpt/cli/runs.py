@@ -22,7 +22,8 @@ from fedbpt.errors import ConfigError, StoreError
 from fedbpt.plain_text import echo
 from fedbpt.protocol import codec
 from fedbpt.runs.as_json import round_as_json, run_as_json, task_of_run
-from fedbpt.runs.settings import RunResult, RunSettings
+from fedbpt.runs.result import RunResult
+from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore, StoredRun
 from fedbpt.runs.tensorboard import write_scalars
 from fedbpt.tasks import Task

@@ -28,9 +28,11 @@ from fedbpt.engine.native_scorer import NativeScorer
 from fedbpt.errors import ConfigError, FederationError, RunStopped
 from fedbpt.plain_text import echo
 from fedbpt.protocol.membership import misfit
-from fedbpt.protocol.messages import DeviceInfo
+from fedbpt.protocol.rounds import DeviceInfo
+from fedbpt.runs.events import Event, RoundClosed, RunStarted
+from fedbpt.runs.result import RunResult
 from fedbpt.runs.run_file import RunConfig
-from fedbpt.runs.settings import Event, RoundClosed, RunResult, RunSettings, RunStarted
+from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
 from fedbpt.tasks import Row as TaskRow
 from fedbpt.tasks import Task

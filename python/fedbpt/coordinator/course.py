@@ -9,8 +9,10 @@ from typing import Final, NamedTuple
 
 from fedbpt.coordinator.estimate import readout_tokens, spent_share
 from fedbpt.coordinator.spending import Spending
-from fedbpt.protocol.messages import DeviceInfo, Template
-from fedbpt.runs.settings import RoundPurpose, RunSettings
+from fedbpt.protocol.rounds import DeviceInfo
+from fedbpt.protocol.specs import Template
+from fedbpt.runs.events import RoundPurpose
+from fedbpt.runs.settings import RunSettings
 
 RECENT: Final = 10
 """Rounds of the search that give the pace."""

@@ -17,7 +17,7 @@ import msgspec
 
 from fedbpt.errors import ConfigError, CoordinatorRefusedError, StoreError
 from fedbpt.net import tokens
-from fedbpt.protocol.messages import Name
+from fedbpt.protocol.specs import Name
 from fedbpt.runs.database import Database
 
 SCHEMA_VERSION: Final = 1

@@ -18,8 +18,7 @@ from fedbpt.aggregation.readout import EXCHANGES, ReadoutFit
 from fedbpt.bench.measurement import Measurement, Projection
 from fedbpt.errors import ConfigError
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import (
-    Array,
+from fedbpt.protocol.rounds import (
     DeviceInfo,
     FitResult,
     FitWork,
@@ -29,9 +28,9 @@ from fedbpt.protocol.messages import (
     Result,
     RoundPlan,
     RoundReport,
-    Template,
     Work,
 )
+from fedbpt.protocol.specs import Array, Template
 from fedbpt.runs.settings import RunSettings
 from fedbpt.tasks import Task
 

@@ -32,23 +32,20 @@ from fedbpt.errors import ConfigError, FederationError, QuorumError, StoreError
 from fedbpt.net.event_loop import run_to_end
 from fedbpt.objective.privacy import require_accountant
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import (
-    EvaluateReport,
-    FitPurpose,
-)
+from fedbpt.protocol.rounds import EvaluateReport, FitPurpose
 from fedbpt.protocol.seeding import generator
-from fedbpt.runs.settings import (
+from fedbpt.runs.events import (
     EventCallback,
     RoundClosed,
     RoundPurpose,
     RunFinished,
-    RunResult,
-    RunSettings,
     RunStarted,
     StageBegan,
     Steered,
     TemplateSelected,
 )
+from fedbpt.runs.result import RunResult
+from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore, Traffic
 from fedbpt.tasks import Task
 

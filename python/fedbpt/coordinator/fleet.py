@@ -32,7 +32,7 @@ from fedbpt.faults import FAULT
 from fedbpt.net.deadlines import within
 from fedbpt.plain_text import MOST_TOLD, one_line
 from fedbpt.protocol.membership import misfit
-from fedbpt.protocol.messages import (
+from fedbpt.protocol.rounds import (
     DeviceInfo,
     EvaluateReport,
     EvaluateRequest,

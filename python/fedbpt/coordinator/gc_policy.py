@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gc
 
-from fedbpt.runs.settings import Event, RoundClosed, RunFinished, RunStarted
+from fedbpt.runs.events import Event, RoundClosed, RunFinished, RunStarted
 
 NORMAL = gc.get_threshold()
 NEVER = 2**30
 
 
 def collect_between_rounds(event: Event) -> None:
-    """A `fedbpt.runs.settings.EventCallback`, for a process that coordinates one run: from its start to its end, all
+    """A `fedbpt.runs.events.EventCallback`, for a process that coordinates one run: from its start to its end, all
     objects are gone through when a round has closed, and only then; young ones as always.
     """
     match event:

@@ -25,23 +25,23 @@ from fedbpt.coordinator.spending import Spending
 from fedbpt.coordinator.stragglers import TextPace
 from fedbpt.errors import ConfigError, FederationError, StoreError
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import (
-    Array,
+from fedbpt.protocol.rounds import (
     DeviceInfo,
     EvaluateRequest,
     FitPurpose,
     FitResult,
     LocalWork,
     PooledWork,
-    Readout,
     RoundPlan,
     RoundReport,
     SelectWork,
-    Template,
     Work,
 )
+from fedbpt.protocol.specs import Array, Readout, Template
 from fedbpt.runs.dev_figures import DEV_SECONDS, judged_loss
-from fedbpt.runs.settings import Lines, RoundPurpose, RunResult, RunSettings, TemplateScore, lines
+from fedbpt.runs.events import RoundPurpose
+from fedbpt.runs.result import Lines, RunResult, TemplateScore, lines
+from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore, StoredRound, StoredRun, Traffic
 from fedbpt.tasks import Task
 

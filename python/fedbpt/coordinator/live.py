@@ -22,9 +22,11 @@ from fedbpt.coordinator.fleet import Fleet
 from fedbpt.coordinator.ledger import RunLedger
 from fedbpt.coordinator.report_checks import cap_reports, evaluation_loss
 from fedbpt.errors import InputError, QuorumError
-from fedbpt.protocol.messages import EvaluateReport, FitPurpose, FitWork, Readout, RoundPlan
+from fedbpt.protocol.rounds import EvaluateReport, FitPurpose, FitWork, RoundPlan
+from fedbpt.protocol.specs import Readout
 from fedbpt.runs.dev_figures import DEV_SECONDS, FINAL, metrics_of, scores_of
-from fedbpt.runs.settings import BASELINES, Evaluated, Lines, Score, lines
+from fedbpt.runs.events import Evaluated
+from fedbpt.runs.result import BASELINES, Lines, Score, lines
 
 log = logging.getLogger(__name__)
 

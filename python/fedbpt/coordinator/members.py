@@ -13,7 +13,8 @@ import msgspec
 
 from fedbpt.coordinator.clients.base import DeviceClient
 from fedbpt.errors import ConfigError, FederationError
-from fedbpt.protocol.messages import DeviceInfo, EvaluateRequest, Name, RoundProgress, RoundReport, SearchHistory
+from fedbpt.protocol.rounds import DeviceInfo, EvaluateRequest, RoundProgress, RoundReport, SearchHistory
+from fedbpt.protocol.specs import Name
 
 
 class Member:

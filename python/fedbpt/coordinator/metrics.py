@@ -9,7 +9,7 @@ from typing import Final, Literal
 
 from fedbpt.net.prometheus import Family, Histogram, Sample
 from fedbpt.runs.event_log import Line
-from fedbpt.runs.settings import (
+from fedbpt.runs.events import (
     DeviceBack,
     DeviceLost,
     Evaluated,

@@ -15,7 +15,8 @@ from fedbpt.coordinator.federation import Federation
 from fedbpt.device.agent.worker import Worker
 from fedbpt.device.device import Device
 from fedbpt.errors import RunStopped
-from fedbpt.runs.settings import RunResult, RunSettings
+from fedbpt.runs.result import RunResult
+from fedbpt.runs.settings import RunSettings
 from fedbpt.tasks.rows import Row
 
 log = logging.getLogger(__name__)

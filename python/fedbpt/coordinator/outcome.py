@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping
 
 from fedbpt.coordinator.ledger import RunLedger
 from fedbpt.coordinator.members import Member
-from fedbpt.protocol.messages import Array, DeviceInfo, EvaluateReport
-from fedbpt.runs.settings import BASELINES, NO_SCORE, DeviceSummary, RunResult, RunSettings, Score
+from fedbpt.protocol.rounds import DeviceInfo, EvaluateReport
+from fedbpt.protocol.specs import Array
+from fedbpt.runs.result import BASELINES, NO_SCORE, DeviceSummary, RunResult, Score
+from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import Traffic
 
 

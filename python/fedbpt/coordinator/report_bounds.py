@@ -11,18 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.objective.losses import MAX_RATIO
-from fedbpt.protocol.messages import (
-    Array,
-    EvaluateRequest,
-    FitWork,
-    LocalWork,
-    PooledWork,
-    Readout,
-    ReplayWork,
-    RoundPlan,
-    SelectWork,
-    Template,
-)
+from fedbpt.protocol.rounds import EvaluateRequest, FitWork, LocalWork, PooledWork, ReplayWork, RoundPlan, SelectWork
+from fedbpt.protocol.specs import Array, Readout, Template
 
 MAX_LOSS: Final = 1e4
 """Nats (or hinge units) of a row before its weight: logits that give more are of no model."""

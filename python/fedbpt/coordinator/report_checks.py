@@ -15,8 +15,7 @@ from fedbpt.coordinator import report_bounds
 from fedbpt.errors import WireError
 from fedbpt.objective.losses import balanced_weights
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import (
-    Array,
+from fedbpt.protocol.rounds import (
     EvaluateReport,
     EvaluateRequest,
     FitResult,
@@ -32,7 +31,9 @@ from fedbpt.protocol.messages import (
     SelectResult,
     SelectWork,
 )
-from fedbpt.runs.settings import RoundPurpose, Score
+from fedbpt.protocol.specs import Array
+from fedbpt.runs.events import RoundPurpose
+from fedbpt.runs.result import Score
 from fedbpt.search.local_search import farthest_move, sigma_squares_bounds
 
 _RESULT_OF: Final[dict[type, type]] = {

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from fedbpt.aggregation.methods import method_named
 from fedbpt.coordinator.report_checks import mean_loss, purpose_of
-from fedbpt.runs.settings import RoundPurpose, RunSettings
+from fedbpt.runs.events import RoundPurpose
+from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import StoredRound
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fedbpt.coordinator.ledger import RunLedger
 from fedbpt.coordinator.members import Listener
-from fedbpt.protocol.messages import DeviceInfo, RoundProgress, RoundReport
-from fedbpt.runs.settings import DeviceBack, DeviceLost, EventCallback, LateReport, Progressed
+from fedbpt.protocol.rounds import DeviceInfo, RoundProgress, RoundReport
+from fedbpt.runs.events import DeviceBack, DeviceLost, EventCallback, LateReport, Progressed
 
 
 def listener_for(ledger: RunLedger, emit: EventCallback) -> Listener:

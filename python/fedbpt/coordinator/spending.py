@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from fedbpt.runs.settings import RoundPurpose
+from fedbpt.runs.events import RoundPurpose
 
 
 class Spending:

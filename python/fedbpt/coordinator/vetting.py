@@ -14,7 +14,7 @@ from fedbpt.coordinator.ledger import RunLedger
 from fedbpt.coordinator.report_checks import purpose_of
 from fedbpt.errors import FedbptError, FederationError
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import LocalWork, PooledWork, RoundPlan, RoundReport
+from fedbpt.protocol.rounds import LocalWork, PooledWork, RoundPlan, RoundReport
 from fedbpt.search.population import transform
 
 

@@ -18,7 +18,7 @@ from fedbpt.engine.text_generator import TextModel
 from fedbpt.errors import FedbptError, InputError
 from fedbpt.protocol.questions import DEFAULT_TOKENS, Answer, Question, check_answer
 from fedbpt.protocol.seeding import generator
-from fedbpt.runs.settings import RunResult
+from fedbpt.runs.result import RunResult
 from fedbpt.side_by_side.sides import Probabilities, Side, SideBySide
 from fedbpt.tasks import Task, read_task_rows
 

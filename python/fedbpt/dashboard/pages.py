@@ -17,7 +17,7 @@ from fedbpt.dashboard.state import RunState
 from fedbpt.dashboard.views import Point, RunView, Stage
 from fedbpt.display.console import DOING, human_bytes
 from fedbpt.runs.dev_figures import DevPoint
-from fedbpt.runs.settings import RunStage
+from fedbpt.runs.events import RunStage
 
 LOOK_S: Final = 0.25
 """How often a page looks for what is new; a device that died is shown at once."""

@@ -14,7 +14,7 @@ from typing import Final
 from fedbpt.coordinator.clients import DeviceClient, HttpClient
 from fedbpt.errors import DeviceError, WireError
 from fedbpt.net.deadlines import within
-from fedbpt.protocol.messages import DeviceInfo
+from fedbpt.protocol.rounds import DeviceInfo
 
 log = logging.getLogger(__name__)
 

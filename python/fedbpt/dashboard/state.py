@@ -20,29 +20,26 @@ from fedbpt.coordinator.round_figures import ClosedRound, evaluations_in, number
 from fedbpt.coordinator.spending import Spending
 from fedbpt.dashboard.views import DeviceStatus, DeviceView, Measured, Notice, Point, RunView, Stage, Status
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import DeviceInfo
+from fedbpt.protocol.rounds import DeviceInfo
 from fedbpt.runs.as_json import task_of_run
 from fedbpt.runs.dev_figures import DEV_SECONDS, DevPoint, dev_points, stages_of
 from fedbpt.runs.event_log import Line, Logged
-from fedbpt.runs.intervals import Interval, wilson_interval
-from fedbpt.runs.settings import (
-    LINES,
+from fedbpt.runs.events import (
     DeviceBack,
     DeviceLost,
     LateReport,
     Progressed,
     RoundClosed,
     RunFinished,
-    RunResult,
-    RunSettings,
     RunStage,
     RunStarted,
-    Score,
     StageBegan,
     Steered,
     TemplateSelected,
-    perplexity,
 )
+from fedbpt.runs.intervals import Interval, wilson_interval
+from fedbpt.runs.result import LINES, RunResult, Score, perplexity
+from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RoundHistory, RunStore, StoredRun, Traffic
 from fedbpt.tasks import Task
 

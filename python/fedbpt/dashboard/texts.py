@@ -8,7 +8,7 @@ from fedbpt.dashboard.views import DeviceView, Measured, RunView, Stage
 from fedbpt.display import console
 from fedbpt.display.console import DOING, human_bytes
 from fedbpt.runs.intervals import Interval
-from fedbpt.runs.settings import Split
+from fedbpt.runs.result import Split
 
 NONE: Final = "–"
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
+from fedbpt.runs.events import RunStage
 from fedbpt.runs.intervals import Interval
-from fedbpt.runs.settings import RunStage, Split
+from fedbpt.runs.result import Split
 
 Status: TypeAlias = Literal["waiting", "running", "pausing", "paused", "stopped", "finished"]
 DeviceStatus: TypeAlias = Literal["absent", "live", "paused", "silent", "lost", "done"]

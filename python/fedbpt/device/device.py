@@ -24,8 +24,8 @@ from fedbpt.objective.privacy import Releases, RowLosses, check_private
 from fedbpt.objective.readout import answer
 from fedbpt.protocol.codec import digest
 from fedbpt.protocol.membership import misfit
-from fedbpt.protocol.messages import (
-    Array,
+from fedbpt.protocol.questions import Answer, Question
+from fedbpt.protocol.rounds import (
     DeviceInfo,
     EvaluateReport,
     EvaluateRequest,
@@ -33,21 +33,16 @@ from fedbpt.protocol.messages import (
     FitWork,
     LocalResult,
     LocalWork,
-    ObjectiveSpec,
     PooledResult,
     PooledWork,
-    PromptSpec,
-    Readout,
     Result,
     RoundPlan,
     RoundReport,
     SelectResult,
     SelectWork,
-    Template,
-    as_name,
 )
-from fedbpt.protocol.questions import Answer, Question
 from fedbpt.protocol.seeding import generator
+from fedbpt.protocol.specs import Array, ObjectiveSpec, PromptSpec, Readout, Template, as_name
 from fedbpt.search.local_search import local_search, local_seed
 from fedbpt.search.population import sample_population
 from fedbpt.side_by_side.on_device import answer_of

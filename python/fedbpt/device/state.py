@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fedbpt.errors import WireError
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import Array, Message
+from fedbpt.protocol.specs import Array, Message
 
 KEY_BYTES: Final = 32
 

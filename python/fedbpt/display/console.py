@@ -12,8 +12,7 @@ from rich.table import Column
 
 from fedbpt.display.plain_console import PlainConsole
 from fedbpt.plain_text import plain
-from fedbpt.runs.intervals import beats_chance
-from fedbpt.runs.settings import (
+from fedbpt.runs.events import (
     DeviceBack,
     DeviceLost,
     Evaluated,
@@ -23,12 +22,12 @@ from fedbpt.runs.settings import (
     RunFinished,
     RunStage,
     RunStarted,
-    Score,
     StageBegan,
     Steered,
-    TemplateScore,
     TemplateSelected,
 )
+from fedbpt.runs.intervals import beats_chance
+from fedbpt.runs.result import Score, TemplateScore
 
 QUIET_S: Final = 30.0
 """How long a run that is shown in a log says nothing at most, seconds; it speaks when a round closes."""
@@ -62,7 +61,7 @@ def describe_accuracy(candidate: TemplateScore) -> str:
 
 
 class RunDisplay:
-    """An `fedbpt.runs.settings.EventCallback` that shows how a run goes, on standard error: in a terminal a line that
+    """An `fedbpt.runs.events.EventCallback` that shows how a run goes, on standard error: in a terminal a line that
     is kept up to date, with what must not be missed above it; elsewhere, such as in a log, a line now and then.
 
     Use as a context manager around the run; ``shown`` False: silent.

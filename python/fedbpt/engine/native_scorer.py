@@ -24,7 +24,7 @@ from fedbpt.machine.info import physical_cores
 from fedbpt.machine.interrupts import interruptible
 from fedbpt.machine.memory import memory_of_process
 from fedbpt.models.trial import TrialSettings, run_once
-from fedbpt.protocol.messages import Placement
+from fedbpt.protocol.specs import Placement
 from fedbpt.quantities import GpuLayers, NaturalInt, Threads
 
 if TYPE_CHECKING:

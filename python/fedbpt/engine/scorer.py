@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fedbpt.protocol.messages import Placement
+from fedbpt.protocol.specs import Placement
 
 
 class Plan(Protocol):

@@ -13,8 +13,8 @@ from fedbpt.argument_types import checked
 from fedbpt.engine.pieces import TextPieces
 from fedbpt.engine.text_generator import SEEDS, Generator, Placed, Sampling, TextModel, Token, TokenStream, check_rows
 from fedbpt.errors import ScoringInterrupted
-from fedbpt.protocol.messages import PromptPlace, Template
 from fedbpt.protocol.seeding import derive_seed
+from fedbpt.protocol.specs import PromptPlace, Template
 from fedbpt.quantities import NaturalInt, PositiveInt
 from fedbpt.tasks.task import bos_ids, render_ids
 

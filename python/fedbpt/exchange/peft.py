@@ -26,7 +26,7 @@ from fedbpt.exchange.snippet import snippet
 from fedbpt.machine.files import PARTIAL
 from fedbpt.prompts.model_card import fenced, known_model, model_card
 from fedbpt.prompts.prompt import Prompt, encode_card, write
-from fedbpt.protocol.messages import PromptSpec
+from fedbpt.protocol.specs import PromptSpec
 from fedbpt.tasks.task import Task, bos_ids
 
 CHECKED = ("gemma3", "llama", "qwen2")

@@ -11,7 +11,7 @@ from fedbpt.engine.scorer import Scorer
 from fedbpt.plain_text import one_line
 from fedbpt.prompts.model_card import known_model
 from fedbpt.prompts.prompt import Prompt
-from fedbpt.protocol.messages import Template
+from fedbpt.protocol.specs import Template
 from fedbpt.tasks.task import SENTINELS, Task, cue_ids, head_ids, label_word_ids, split_pattern
 
 _SETUP = """\

@@ -19,16 +19,9 @@ from fedbpt.flower.nodes import ANSWER_S, Nodes
 from fedbpt.flower.records import answer_of, packed, size_of
 from fedbpt.protocol import codec
 from fedbpt.protocol.membership import misfit
-from fedbpt.protocol.messages import (
-    DeviceInfo,
-    EvaluateReport,
-    EvaluateRequest,
-    Message,
-    RoundPlan,
-    RoundReport,
-    SearchHistory,
-)
 from fedbpt.protocol.questions import Answer, Question
+from fedbpt.protocol.rounds import DeviceInfo, EvaluateReport, EvaluateRequest, RoundPlan, RoundReport, SearchHistory
+from fedbpt.protocol.specs import Message
 
 M = TypeVar("M", bound=Message)
 

@@ -24,8 +24,8 @@ from fedbpt.faults import public_reason
 from fedbpt.flower.records import RECORD, WORK_FAILED, packed, unpacked
 from fedbpt.machine.folders import expanded
 from fedbpt.net.tokens import read_private, write_private
-from fedbpt.protocol import codec, messages
-from fedbpt.protocol.messages import ErrorReply, EvaluateRequest, RoundPlan, RoundReport
+from fedbpt.protocol import codec, specs
+from fedbpt.protocol.rounds import ErrorReply, EvaluateReport, EvaluateRequest, RoundPlan, RoundReport
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ STATE_FILE: Final = "state"
 """Key of a node's configuration: the file of its snapshot."""
 
 
-class Kept(messages.Message, frozen=True):
+class Kept(specs.Message, frozen=True):
     """What is in ``context.state``, and in the snapshot."""
 
     state: bytes
@@ -76,14 +76,14 @@ def _round(message: Message, device: LocalDevice, kept: Kept) -> RoundReport:
     return device.run(plan, _unheard, _never)
 
 
-def _evaluation(message: Message, device: LocalDevice) -> messages.EvaluateReport:
+def _evaluation(message: Message, device: LocalDevice) -> EvaluateReport:
     return device.evaluate(unpacked(message.content, EvaluateRequest), _unheard, _never)
 
 
 def _served(
-    message: Message, context: Context, make: MakeDevice, work: Callable[[LocalDevice, Kept], messages.Message]
+    message: Message, context: Context, make: MakeDevice, work: Callable[[LocalDevice, Kept], specs.Message]
 ) -> Message:
-    answer: messages.Message
+    answer: specs.Message
     try:
         kept = _kept(context)
         state = DeviceState.from_bytes(kept.state) if kept.state else DeviceState()

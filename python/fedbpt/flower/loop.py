@@ -19,10 +19,12 @@ from fedbpt.errors import ConfigError, DeviceError, QuorumError, WireError
 from fedbpt.flower.client import LEAST_TTL_S
 from fedbpt.flower.records import answer_of, packed
 from fedbpt.plain_text import MOST_TOLD, one_line
-from fedbpt.protocol import codec, messages
+from fedbpt.protocol import codec, specs
 from fedbpt.protocol.membership import misfit
-from fedbpt.protocol.messages import DeviceInfo, EvaluateReport, EvaluateRequest, RoundPlan, RoundReport
-from fedbpt.runs.settings import NO_SCORE, RoundPurpose, RunSettings, Score
+from fedbpt.protocol.rounds import DeviceInfo, EvaluateReport, EvaluateRequest, RoundPlan, RoundReport
+from fedbpt.runs.events import RoundPurpose
+from fedbpt.runs.result import NO_SCORE, Score
+from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
 from fedbpt.tasks import Task
 
@@ -31,7 +33,7 @@ log = logging.getLogger(__name__)
 LATENT: Final = "latent"
 """Key of the search's mean [d] in an `ArrayRecord`."""
 
-M = TypeVar("M", bound=messages.Message)
+M = TypeVar("M", bound=specs.Message)
 
 
 class FlowerLoop:

@@ -21,7 +21,7 @@ from flwr.serverapp import Grid
 from fedbpt.errors import DeviceError, DeviceFailedError, DeviceUnreachableError, WireError
 from fedbpt.flower.records import answer_of, packed
 from fedbpt.plain_text import MOST_TOLD, one_line
-from fedbpt.protocol.messages import DeviceInfo
+from fedbpt.protocol.rounds import DeviceInfo
 
 log = logging.getLogger(__name__)
 

@@ -21,9 +21,10 @@ from fedbpt.flower.device import client_app
 from fedbpt.flower.strategy import FIND_S, FedBPT
 from fedbpt.machine.folders import expanded
 from fedbpt.plain_text import echo
-from fedbpt.protocol.messages import as_name
+from fedbpt.protocol.specs import as_name
+from fedbpt.runs.events import DeviceBack, DeviceLost, Evaluated, Event, RoundClosed, RunFinished
 from fedbpt.runs.run_file import with_defaults
-from fedbpt.runs.settings import DeviceBack, DeviceLost, Evaluated, Event, RoundClosed, RunFinished, RunSettings
+from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
 from fedbpt.tasks import Row, Task
 from fedbpt.tasks.partition import Scheme

@@ -12,7 +12,8 @@ from flwr.app import ConfigRecord, RecordDict
 
 from fedbpt.errors import DeviceFailedError, DeviceRefusedError, WireError
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import ErrorReply, Message
+from fedbpt.protocol.rounds import ErrorReply
+from fedbpt.protocol.specs import Message
 
 M = TypeVar("M", bound=Message)
 

@@ -30,7 +30,9 @@ from fedbpt.flower.loop import FlowerLoop, arrays_of, score_metrics
 from fedbpt.flower.nodes import Nodes
 from fedbpt.net.event_loop import run_to_end
 from fedbpt.quantities import NaturalInt
-from fedbpt.runs.settings import Evaluated, Event, EventCallback, RoundClosed, RunResult, RunSettings
+from fedbpt.runs.events import Evaluated, Event, EventCallback, RoundClosed
+from fedbpt.runs.result import RunResult
+from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
 from fedbpt.tasks import Task
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from fedbpt.errors import ConfigError, FedbptError
 from fedbpt.machine import folders
 from fedbpt.machine.files import write_whole
-from fedbpt.protocol.messages import as_name
+from fedbpt.protocol.specs import as_name
 
 SERVICE = "fedbpt-device"
 _KEPT = ("FEDBPT_CACHE", "FEDBPT_CREDENTIALS", "FEDBPT_LLAMA_LOG")  # the environment that a command depends on

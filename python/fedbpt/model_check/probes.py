@@ -18,7 +18,7 @@ from fedbpt.engine.native_scorer import NativeScorer
 from fedbpt.engine.text_generator import Placed, Sampling
 from fedbpt.errors import InputError
 from fedbpt.model_check.findings import ModelFacts
-from fedbpt.protocol.messages import Placement
+from fedbpt.protocol.specs import Placement
 
 TEXTS = (
     "The river rose again last night, and two bridges are closed until the water falls.",

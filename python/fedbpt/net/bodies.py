@@ -18,7 +18,8 @@ from starlette.responses import Response
 from fedbpt.errors import CoordinatorRefusedError, DeviceFailedError, DeviceRefusedError, WireError
 from fedbpt.net.deadlines import within
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import ErrorReply, Message
+from fedbpt.protocol.rounds import ErrorReply
+from fedbpt.protocol.specs import Message
 
 M = TypeVar("M", bound=Message)
 

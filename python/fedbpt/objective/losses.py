@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedbpt.errors import InputError
-from fedbpt.protocol.messages import LossName
+from fedbpt.protocol.specs import LossName
 
 MAX_RATIO = 1e6
 """Largest perturbed ratio: what is larger is equally bad."""

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from fedbpt.errors import InputError
 from fedbpt.objective.objective import Objective
-from fedbpt.protocol.messages import EvaluateRequest, RoundPlan, Template
+from fedbpt.protocol.rounds import EvaluateRequest, RoundPlan
 from fedbpt.protocol.seeding import generator
+from fedbpt.protocol.specs import Template
 from fedbpt.tasks.rows import Row, batch_indices
 
 TEMPLATES_SHARE = 4

@@ -19,7 +19,7 @@ from fedbpt.objective.evaluation import Evaluation
 from fedbpt.objective.losses import LOSSES, perturbed_ratio
 from fedbpt.objective.readout import blocks, ensemble, word_ids
 from fedbpt.prompts.prompt import Prompt
-from fedbpt.protocol.messages import ObjectiveSpec, PromptSpec, Readout, Template
+from fedbpt.protocol.specs import ObjectiveSpec, PromptSpec, Readout, Template
 from fedbpt.search.projection import Projection, scored_as, start_rows
 from fedbpt.tasks.perturb import perturb
 from fedbpt.tasks.rows import Row, targets_of

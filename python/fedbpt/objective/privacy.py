@@ -25,7 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.errors import InputError, MissingExtraError
-from fedbpt.protocol.messages import FitWork, PrivacySpec, RoundPlan, SelectWork
+from fedbpt.protocol.rounds import FitWork, RoundPlan, SelectWork
+from fedbpt.protocol.specs import PrivacySpec
 
 Floats: TypeAlias = NDArray[np.float64]
 RowLosses: TypeAlias = Callable[[NDArray[np.intp]], Floats]

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.errors import InputError
-from fedbpt.protocol.messages import Array, FitResult, FitWork, Readout
+from fedbpt.protocol.rounds import FitResult, FitWork
 from fedbpt.protocol.seeding import generator
+from fedbpt.protocol.specs import Array, Readout
 
 Floats = NDArray[np.float64]
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from fedbpt.models import CATALOGUE, CatalogueEntry, PackagedFile
 from fedbpt.plain_text import one_line, plain
-from fedbpt.protocol.messages import PromptSpec, Template
+from fedbpt.protocol.specs import PromptSpec, Template
 from fedbpt.tasks import Task
 
 _MARKUP = re.compile(r"[\\`*_{}\[\]<>&~$@#]|:(?=//)|(?<=\bwww)\.|^[-+=]", re.IGNORECASE)

@@ -28,7 +28,7 @@ from fedbpt.errors import InputError, PromptError
 from fedbpt.html_tables import html_table
 from fedbpt.machine.files import write_whole
 from fedbpt.prompts.model_card import model_card, use_in_fedbpt
-from fedbpt.protocol.messages import Array, PromptSpec, Readout, Template
+from fedbpt.protocol.specs import Array, PromptSpec, Readout, Template
 from fedbpt.tasks import BUILTIN, Task
 
 FORMAT = 2

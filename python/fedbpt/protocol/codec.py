@@ -21,7 +21,8 @@ import numpy as np
 from fedbpt.checking import DECODE_ERRORS, half_character
 from fedbpt.errors import WireError
 from fedbpt.plain_text import MOST_TOLD, one_line
-from fedbpt.protocol.messages import Array, DeviceInfo, ErrorReply, Message, RoundProgress
+from fedbpt.protocol.rounds import DeviceInfo, ErrorReply, RoundProgress
+from fedbpt.protocol.specs import Array, Message
 
 CONTENT_TYPE: Final = "application/vnd.fedbpt.v1+msgpack"
 JSON_TYPE: Final = "application/json"

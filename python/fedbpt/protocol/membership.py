@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from fedbpt.protocol.messages import DeviceInfo
+from fedbpt.protocol.rounds import DeviceInfo
 from fedbpt.protocol.task_identity import TaskIdentity
 
 

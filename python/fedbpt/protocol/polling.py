@@ -12,7 +12,7 @@ from typing import Annotated, Final, Literal, TypeAlias
 import msgspec
 
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import Message, Name
+from fedbpt.protocol.specs import Message, Name
 
 POLL_PATH: Final = "/v1/mailbox/poll"
 REPLY_PATH: Final = "/v1/mailbox/replies/{id}"

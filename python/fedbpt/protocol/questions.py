@@ -8,7 +8,7 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 
 from fedbpt.errors import WireError
-from fedbpt.protocol.messages import Fingerprint, Message
+from fedbpt.protocol.specs import Fingerprint, Message
 from fedbpt.quantities import Count, NaturalInt, PositiveInt, Probability
 
 MAX_TOKENS = 4096

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
-from fedbpt.protocol.messages import EvaluateReport
-from fedbpt.runs.settings import BASELINES, NO_SCORE, Score, perplexity
+from fedbpt.protocol.rounds import EvaluateReport
+from fedbpt.runs.result import BASELINES, NO_SCORE, Score, perplexity
 
 Metrics = Mapping[str, float]
 

@@ -18,9 +18,9 @@ from fedbpt.errors import ConfigError
 from fedbpt.faults import public_reason, public_traceback
 from fedbpt.plain_text import plain
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import Message
+from fedbpt.protocol.specs import Message
 from fedbpt.quantities import PositiveInt
-from fedbpt.runs.settings import Event
+from fedbpt.runs.events import Event
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from fedbpt.errors import StoreError, WireError
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import DeviceInfo, RoundReport
+from fedbpt.protocol.rounds import DeviceInfo, RoundReport
 from fedbpt.runs.database import Database
 from fedbpt.runs.run_lock import sole_worker
 

@@ -34,7 +34,8 @@ from numpy.typing import ArrayLike
 
 from fedbpt.errors import ConfigError, InputError
 from fedbpt.machine.interrupts import uninterrupted
-from fedbpt.protocol.messages import Array, SearchState
+from fedbpt.protocol.rounds import SearchState
+from fedbpt.protocol.specs import Array
 from fedbpt.search.population import Floats, sample_population
 
 Covariance: TypeAlias = Literal["diagonal", "full"]

@@ -19,7 +19,7 @@ import numpy as np
 
 from fedbpt.errors import DeviceRefusedError, WireError
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import (
+from fedbpt.protocol.rounds import (
     LocalResult,
     LocalWork,
     PooledWork,

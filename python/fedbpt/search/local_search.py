@@ -9,8 +9,9 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbpt.protocol.messages import Array, LocalResult, LocalWork, RoundPlan
+from fedbpt.protocol.rounds import LocalResult, LocalWork, RoundPlan
 from fedbpt.protocol.seeding import derive_seed
+from fedbpt.protocol.specs import Array
 from fedbpt.search.cma_es import CmaSearch, Covariance, rank_bytes
 from fedbpt.search.population import transform
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.errors import InputError
-from fedbpt.protocol.messages import SearchState
+from fedbpt.protocol.rounds import SearchState
 from fedbpt.protocol.seeding import generator
 
 Floats: TypeAlias = NDArray[np.float64]

@@ -15,8 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from fedbpt.errors import InputError, TaskError
 from fedbpt.machine.memory import physical_memory
-from fedbpt.protocol.messages import Placement, PromptSpec
 from fedbpt.protocol.seeding import generator
+from fedbpt.protocol.specs import Placement, PromptSpec
 
 
 class Embedder(Protocol):

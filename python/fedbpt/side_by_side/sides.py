@@ -19,7 +19,7 @@ from fedbpt.errors import ConfigError
 from fedbpt.objective.objective import Objective
 from fedbpt.objective.readout import blocks, ensemble
 from fedbpt.prompts.prompt import Prompt
-from fedbpt.protocol.messages import ObjectiveSpec, PromptSpec, Template
+from fedbpt.protocol.specs import ObjectiveSpec, PromptSpec, Template
 from fedbpt.quantities import NaturalInt, PositiveInt
 from fedbpt.tasks import GivenTask, load
 from fedbpt.tasks.task import DEFAULT_MAX_TEXT_TOKENS, render_ids

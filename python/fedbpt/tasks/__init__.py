@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from fedbpt.argument_types import checked
 from fedbpt.errors import ConfigError
-from fedbpt.protocol.messages import Template
+from fedbpt.protocol.specs import Template
 from fedbpt.tasks.builtin import BUILTIN
 from fedbpt.tasks.draft import Draft, draft_task, task_toml
 from fedbpt.tasks.partition import Manifest, partition, read_manifest, split_rows, write_partition

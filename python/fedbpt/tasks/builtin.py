@@ -1,14 +1,14 @@
 """The built-in tasks: AG News, SST-2 and BBC News, each with candidate templates.
 
 Every label word is one token, distinct within its template, in the vocabularies of SmolLM2 and Gemma 3. Which template
-serves is chosen on training shots, per model (`fedbpt.protocol.messages.SelectWork`).
+serves is chosen on training shots, per model (`fedbpt.protocol.rounds.SelectWork`).
 """
 
 from __future__ import annotations
 
 from types import MappingProxyType
 
-from fedbpt.protocol.messages import Template
+from fedbpt.protocol.specs import Template
 from fedbpt.tasks.task import Task
 
 

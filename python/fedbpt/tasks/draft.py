@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 from fedbpt.argument_types import checked
 from fedbpt.checking import half_character
 from fedbpt.errors import DataError
-from fedbpt.protocol.messages import Template, as_name
+from fedbpt.protocol.specs import Template, as_name
 from fedbpt.tasks.fields import NO_HEADER, Columns, LabelReader, fold, listed, looks_like_row, whole_number
 from fedbpt.tasks.tables import Record, file_records
 from fedbpt.tasks.task import Task

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from fedbpt.argument_types import checked
 from fedbpt.checking import DECODE_ERRORS
 from fedbpt.errors import ConfigError, InputError, TaskError
-from fedbpt.protocol.messages import CheckedMessage, Template
+from fedbpt.protocol.specs import CheckedMessage, Template
 from fedbpt.protocol.task_identity import TaskIdentity
 from fedbpt.quantities import PositiveInt
 

@@ -8,7 +8,7 @@ import msgspec
 
 from fedbpt.argument_types import checked
 from fedbpt.errors import TaskError
-from fedbpt.protocol.messages import Template
+from fedbpt.protocol.specs import Template
 from fedbpt.tasks.task import Task, Tokenizer, label_word_ids
 
 MAX_LISTED = 6

@@ -13,7 +13,8 @@ from fedbpt.aggregation.fedavg import FedAvg
 from fedbpt.aggregation.fedbpt import FedBPT
 from fedbpt.aggregation.pooled import Pooled
 from fedbpt.errors import InputError
-from fedbpt.protocol.messages import Array, LocalResult, PooledResult, RoundReport
+from fedbpt.protocol.rounds import LocalResult, PooledResult, RoundReport
+from fedbpt.protocol.specs import Array
 from tests.support.toy_federation import Loss, report, run
 
 with warnings.catch_warnings():

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from fedbpt.aggregation.readout import EXCHANGES, RIDGE, ReadoutFit
 from fedbpt.errors import InputError
 from fedbpt.objective.readout import full_weights, loss_and_gradient, moments, read
-from fedbpt.protocol.messages import Array, Dtype, FitResult, FitWork, PooledResult, Readout, RoundReport
+from fedbpt.protocol.rounds import FitResult, FitWork, PooledResult, RoundReport
+from fedbpt.protocol.specs import Array, Dtype, Readout
 from tests.support.toy_federation import report
 
 LABELS, WORDS = 3, 8

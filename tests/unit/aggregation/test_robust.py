@@ -15,7 +15,8 @@ from fedbpt.aggregation.fedbpt import FedBPT
 from fedbpt.aggregation.pooled import Pooled
 from fedbpt.aggregation.robust import centre, krum, ranks, reports_needed
 from fedbpt.errors import ConfigError, InputError
-from fedbpt.protocol.messages import Array, LocalResult, PooledResult, PooledWork, RoundReport, Work
+from fedbpt.protocol.rounds import LocalResult, PooledResult, PooledWork, RoundReport, Work
+from fedbpt.protocol.specs import Array
 from fedbpt.runs.settings import RunSettings
 from tests.support.toy_federation import answer, report
 

@@ -24,7 +24,8 @@ from fedbpt.coordinator.clients.in_process import InProcessClient
 from fedbpt.coordinator.federation import Federation
 from fedbpt.device.device import Device
 from fedbpt.errors import FedbptError
-from fedbpt.runs.settings import RunResult, RunSettings
+from fedbpt.runs.result import RunResult
+from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
 from fedbpt.tasks import write_rows
 from tests.support.toy_scorer import ToyScorer

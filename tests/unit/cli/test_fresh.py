@@ -14,7 +14,7 @@ from fedbpt.coordinator.federation import Federation
 from fedbpt.device.agent import AgentService
 from fedbpt.device.agent.server import AgentServer
 from fedbpt.errors import DataError, FedbptError, FederationError, QuorumError
-from fedbpt.runs.settings import RunResult
+from fedbpt.runs.result import RunResult
 from fedbpt.runs.store import RunStore
 from tests.support.fake_device import FakeDevice
 from tests.support.toy_scene import D, Scene, StopRunError, ToyTask, closed, settings, stop

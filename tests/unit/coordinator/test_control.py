@@ -11,7 +11,8 @@ import pytest
 
 from fedbpt.coordinator.control import RunControl
 from fedbpt.errors import ConfigError, RunStopped
-from fedbpt.runs.settings import DeviceLost, RoundClosed, RunResult, Steered
+from fedbpt.runs.events import DeviceLost, RoundClosed, Steered
+from fedbpt.runs.result import RunResult
 from tests.support.caller import wait_until
 from tests.support.fake_device import FakeDevice
 from tests.support.toy_scene import Scene, closed

@@ -16,8 +16,9 @@ from fedbpt.coordinator.server import CoordinatorServer
 from fedbpt.errors import ConfigError
 from fedbpt.net import tokens
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import ErrorReply, Message
 from fedbpt.protocol.polling import MAX_ENVELOPE_BYTES, Delivery, Enrolled, Enrolment, Poll, Reply, Request
+from fedbpt.protocol.rounds import ErrorReply
+from fedbpt.protocol.specs import Message
 
 ID = "0" * 32
 REPLY = Reply(status=200)

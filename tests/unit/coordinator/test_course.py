@@ -8,8 +8,10 @@ import pytest
 from fedbpt.coordinator.course import Course
 from fedbpt.coordinator.estimate import readout_tokens
 from fedbpt.coordinator.spending import Spending
-from fedbpt.protocol.messages import DeviceInfo, ObjectiveSpec
-from fedbpt.runs.settings import RoundPurpose, RunSettings
+from fedbpt.protocol.rounds import DeviceInfo
+from fedbpt.protocol.specs import ObjectiveSpec
+from fedbpt.runs.events import RoundPurpose
+from fedbpt.runs.settings import RunSettings
 from tests.support.fake_device import FakeDevice
 from tests.support.toy_scene import ToyTask
 

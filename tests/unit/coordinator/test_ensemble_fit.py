@@ -13,7 +13,8 @@ from fedbpt.errors import InputError
 from fedbpt.objective.losses import cross_entropy
 from fedbpt.objective.readout import blocks, ensemble, loss_and_gradient, moments, read
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import Array, Dtype, FitResult, FitWork, Readout, RoundReport, Template
+from fedbpt.protocol.rounds import FitResult, FitWork, RoundReport
+from fedbpt.protocol.specs import Array, Dtype, Readout, Template
 from tests.support.toy_federation import report
 from tests.unit.aggregation.test_aggregation_readout import LABELS, WORDS, Rows, by_label, fitted, optimum, rows
 

@@ -12,7 +12,8 @@ from fedbpt.coordinator.estimate import RunCost, estimate
 from fedbpt.coordinator.federation import Federation
 from fedbpt.device.device import Device
 from fedbpt.errors import ConfigError
-from fedbpt.protocol.messages import DeviceInfo, ObjectiveSpec, PrivacySpec, PromptSpec, Template
+from fedbpt.protocol.rounds import DeviceInfo
+from fedbpt.protocol.specs import ObjectiveSpec, PrivacySpec, PromptSpec, Template
 from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
 from fedbpt.tasks import Task

@@ -18,19 +18,20 @@ from fedbpt.coordinator.clients import InProcessClient
 from fedbpt.coordinator.federation import Federation
 from fedbpt.errors import ConfigError, FedbptError, FederationError, QuorumError, StoreError
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import Array, LocalResult, PooledResult, RoundReport
-from fedbpt.runs.settings import (
+from fedbpt.protocol.rounds import LocalResult, PooledResult, RoundReport
+from fedbpt.protocol.specs import Array
+from fedbpt.runs.events import (
     DeviceBack,
     DeviceLost,
     Evaluated,
     LateReport,
     RoundClosed,
     RunFinished,
-    RunResult,
-    RunSettings,
     RunStarted,
     TemplateSelected,
 )
+from fedbpt.runs.result import RunResult
+from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
 from tests.support.fake_device import FakeDevice
 from tests.support.toy_scene import D, Scene, StopRunError, ToyTask, closed, settings, stop

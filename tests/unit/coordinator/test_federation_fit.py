@@ -17,8 +17,10 @@ from fedbpt.api import make_prompt
 from fedbpt.device.device import Device
 from fedbpt.errors import ConfigError, StoreError
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import Array, FitResult, FitWork, ObjectiveSpec, PromptSpec, Readout, RoundReport
-from fedbpt.runs.settings import BASELINES, Event, RoundClosed, RunResult, RunStarted
+from fedbpt.protocol.rounds import FitResult, FitWork, RoundReport
+from fedbpt.protocol.specs import Array, ObjectiveSpec, PromptSpec, Readout
+from fedbpt.runs.events import Event, RoundClosed, RunStarted
+from fedbpt.runs.result import BASELINES, RunResult
 from fedbpt.tasks import Row
 from tests.support.toy_scene import D, Scene, StopRunError, closed, stop
 from tests.support.toy_scorer import ToyScorer

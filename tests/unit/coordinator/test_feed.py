@@ -9,7 +9,7 @@ from typing import Any
 
 from fedbpt.coordinator.feed import EventFeed, Missed
 from fedbpt.runs.event_log import Journal, Line
-from fedbpt.runs.settings import LateReport
+from fedbpt.runs.events import LateReport
 
 
 def event(round: int) -> LateReport:

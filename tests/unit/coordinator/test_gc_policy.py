@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from fedbpt.coordinator.gc_policy import NEVER, NORMAL, collect_between_rounds
-from fedbpt.runs.settings import RunFinished
+from fedbpt.runs.events import RunFinished
 from tests.unit.display.test_display import closed, result, started
 
 

@@ -19,7 +19,7 @@ from fedbpt.errors import (
     WireError,
 )
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import RoundProgress
+from fedbpt.protocol.rounds import RoundProgress
 
 
 def ask(

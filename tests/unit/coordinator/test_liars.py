@@ -27,25 +27,23 @@ from fedbpt.device.agent.server import AgentServer
 from fedbpt.device.device import Device
 from fedbpt.errors import FederationError, QuorumError
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import (
-    Array,
+from fedbpt.protocol.rounds import (
     DeviceInfo,
     EvaluateReport,
     FitResult,
     FitWork,
     LocalResult,
     LocalWork,
-    Message,
-    ObjectiveSpec,
     PooledResult,
     PooledWork,
-    PromptSpec,
     RoundPlan,
     RoundReport,
     SelectResult,
     Work,
 )
-from fedbpt.runs.settings import DeviceLost, Event, RoundClosed, RunResult
+from fedbpt.protocol.specs import Array, Message, ObjectiveSpec, PromptSpec
+from fedbpt.runs.events import DeviceLost, Event, RoundClosed
+from fedbpt.runs.result import RunResult
 from fedbpt.runs.store import RunStore
 from fedbpt.search.local_search import farthest_move, local_search, local_seed, sigma_squares_bounds
 from fedbpt.search.population import sample_population

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from fedbpt import Budget, PromptSpec, evaluate, tune
-from fedbpt.protocol.messages import EvaluateReport, FitWork, RoundPlan
+from fedbpt.protocol.rounds import EvaluateReport, FitWork, RoundPlan
 from fedbpt.runs.dev_figures import DevPoint, dev_points, judged_loss, metrics_of
-from fedbpt.runs.settings import BASELINES, Evaluated, RoundClosed, Score
+from fedbpt.runs.events import Evaluated, RoundClosed
+from fedbpt.runs.result import BASELINES, Score
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, rows
 from tests.unit.coordinator.test_federation_fit import FitScene, same

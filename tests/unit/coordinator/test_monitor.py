@@ -19,7 +19,7 @@ from fedbpt.coordinator.metrics import RunMetrics
 from fedbpt.coordinator.monitor import MonitorServer
 from fedbpt.errors import ConfigError
 from fedbpt.runs.event_log import Journal
-from fedbpt.runs.settings import DeviceBack, DeviceLost, LateReport, RoundClosed, RunStarted
+from fedbpt.runs.events import DeviceBack, DeviceLost, LateReport, RoundClosed, RunStarted
 from fedbpt.runs.store import RunStore
 from tests.support.caller import wait_until
 from tests.support.fake_device import FakeDevice

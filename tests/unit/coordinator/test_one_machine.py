@@ -16,7 +16,8 @@ from fedbpt.cli import tuning
 from fedbpt.display.console import RunDisplay
 from fedbpt.errors import ConfigError, PromptError
 from fedbpt.prompts.prompt import card_path
-from fedbpt.runs.settings import Event, RoundClosed, RunFinished, RunSettings, RunStarted
+from fedbpt.runs.events import Event, RoundClosed, RunFinished, RunStarted
+from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, TASK_FILE, rows

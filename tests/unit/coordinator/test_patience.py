@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from fedbpt.errors import ConfigError
-from fedbpt.runs.settings import Evaluated, RoundClosed, RunSettings, RunStarted
+from fedbpt.runs.events import Evaluated, RoundClosed, RunStarted
+from fedbpt.runs.settings import RunSettings
 from tests.support.toy_scene import StopRunError, stop
 from tests.unit.coordinator.test_federation_fit import FitScene
 

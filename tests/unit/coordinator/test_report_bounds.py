@@ -14,21 +14,16 @@ from hypothesis import strategies as st
 
 from fedbpt.coordinator.report_checks import check_evaluation, check_progress, check_report
 from fedbpt.errors import WireError
-from fedbpt.protocol import codec, messages, polling, questions
-from fedbpt.protocol.messages import (
-    Array,
+from fedbpt.protocol import codec, polling, questions, rounds, specs
+from fedbpt.protocol.rounds import (
     DeviceInfo,
     EvaluateReport,
     EvaluateRequest,
     FitResult,
     LocalResult,
     LocalWork,
-    Message,
-    ObjectiveSpec,
     PooledResult,
     PooledWork,
-    PromptSpec,
-    Readout,
     RoundPlan,
     RoundProgress,
     RoundReport,
@@ -36,17 +31,18 @@ from fedbpt.protocol.messages import (
     SelectResult,
     SelectWork,
 )
+from fedbpt.protocol.specs import Array, Message, ObjectiveSpec, PromptSpec, Readout
 from fedbpt.search.local_search import farthest_move, local_search, sigma_squares_bounds
 from tests.support.fake_device import FakeDevice
 from tests.support.lies import EXTREMES, changed, largest, leaves
 from tests.unit.coordinator.test_report_checks import FITS, N_LABELS, N_WORDS, RIGHT, STATE, means, plan, report
 
 FROM_DEVICES = (
-    *(messages.DeviceInfo, messages.RoundReport, messages.RoundProgress, messages.EvaluateReport, messages.ErrorReply),
+    *(rounds.DeviceInfo, rounds.RoundReport, rounds.RoundProgress, rounds.EvaluateReport, rounds.ErrorReply),
     *(questions.Answer, polling.Poll, polling.Reply, polling.Enrolment),
 )
 TO_DEVICES = (
-    *(messages.RoundPlan, messages.EvaluateRequest, questions.Question, polling.Request, polling.Delivery),
+    *(rounds.RoundPlan, rounds.EvaluateRequest, questions.Question, polling.Request, polling.Delivery),
     polling.Enrolled,
 )
 
@@ -89,7 +85,7 @@ def closure(kinds: tuple[type[Any], ...]) -> set[str]:
 
 def test_every_message_is_known_to_come_from_devices_or_to_go_to_them() -> None:
     known = closure(FROM_DEVICES) | closure(TO_DEVICES)
-    for module in (messages, questions, polling):
+    for module in (rounds, specs, questions, polling):
         for name, kind in inspect.getmembers(module, inspect.isclass):
             if issubclass(kind, Message) and kind not in (Message, Array):
                 assert name in known or not list(numbers_of((kind,))), f"say in FROM_DEVICES or TO_DEVICES: {name}"

@@ -11,23 +11,19 @@ import pytest
 from fedbpt.coordinator.report_checks import check_report
 from fedbpt.errors import WireError
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import (
-    Array,
+from fedbpt.protocol.rounds import (
     FitResult,
     FitWork,
-    ObjectiveSpec,
     PooledResult,
     PooledWork,
-    PromptSpec,
-    Readout,
     RoundPlan,
     RoundReport,
     SearchState,
     SelectResult,
     SelectWork,
-    Template,
     Work,
 )
+from fedbpt.protocol.specs import Array, ObjectiveSpec, PromptSpec, Readout, Template
 from tests.support.fake_device import TOY
 
 N_WORDS, N_LABELS = 4, 3

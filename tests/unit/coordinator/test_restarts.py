@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from fedbpt.errors import ConfigError
-from fedbpt.protocol.messages import PooledWork
-from fedbpt.runs.settings import Evaluated, RoundClosed, RunSettings
+from fedbpt.protocol.rounds import PooledWork
+from fedbpt.runs.events import Evaluated, RoundClosed
+from fedbpt.runs.settings import RunSettings
 from tests.support.toy_scene import StopRunError, stop
 from tests.unit.coordinator.test_federation_fit import FitScene, same
 from tests.unit.coordinator.test_patience import SETTINGS, judged

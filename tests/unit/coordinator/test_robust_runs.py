@@ -13,8 +13,11 @@ from fedbpt.aggregation.readout import ReadoutFit
 from fedbpt.coordinator.federation import Federation
 from fedbpt.errors import ConfigError
 from fedbpt.objective.readout import answer, full_weights
-from fedbpt.protocol.messages import Array, FitResult, PooledResult, RoundReport, SelectResult
-from fedbpt.runs.settings import DeviceLost, RunResult, RunSettings
+from fedbpt.protocol.rounds import FitResult, PooledResult, RoundReport, SelectResult
+from fedbpt.protocol.specs import Array
+from fedbpt.runs.events import DeviceLost
+from fedbpt.runs.result import RunResult
+from fedbpt.runs.settings import RunSettings
 from tests.support.fake_device import FakeDevice
 from tests.support.toy_federation import report
 from tests.support.toy_scene import D, Scene, StopRunError, ToyTask, closed, settings, stop

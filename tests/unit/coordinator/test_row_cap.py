@@ -12,8 +12,10 @@ import pytest
 
 from fedbpt.coordinator.report_checks import cap_reports, cap_rows, evaluation_loss, label_weights, template_losses
 from fedbpt.errors import ConfigError
-from fedbpt.protocol.messages import Array, DeviceInfo, EvaluateReport, FitResult, PooledResult, SelectResult
-from fedbpt.runs.settings import RunResult, RunSettings
+from fedbpt.protocol.rounds import DeviceInfo, EvaluateReport, FitResult, PooledResult, SelectResult
+from fedbpt.protocol.specs import Array
+from fedbpt.runs.result import RunResult
+from fedbpt.runs.settings import RunSettings
 from tests.support.fake_device import FakeDevice
 from tests.support.toy_federation import report
 from tests.support.toy_scene import Scene, StopRunError, closed, settings, stop

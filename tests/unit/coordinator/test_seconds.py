@@ -18,8 +18,10 @@ from fedbpt.coordinator.spending import Spending
 from fedbpt.device.agent.service import AgentService
 from fedbpt.device.device import Device
 from fedbpt.errors import QuorumError, ScoringInterrupted
-from fedbpt.protocol.messages import EvaluateReport, ObjectiveSpec, PooledWork, PromptSpec, RoundPlan, RoundReport
-from fedbpt.runs.settings import DeviceBack, DeviceLost, RoundClosed, RunSettings
+from fedbpt.protocol.rounds import EvaluateReport, PooledWork, RoundPlan, RoundReport
+from fedbpt.protocol.specs import ObjectiveSpec, PromptSpec
+from fedbpt.runs.events import DeviceBack, DeviceLost, RoundClosed
+from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
 from tests.contract.test_clients import plan, request
 from tests.support.fake_device import FakeDevice

@@ -13,7 +13,7 @@ from fedbpt.coordinator.fleet import Fleet
 from fedbpt.coordinator.members import Listener
 from fedbpt.coordinator.stragglers import ENOUGH, SLACK_S, Pace, TextPace
 from fedbpt.errors import ConfigError
-from fedbpt.runs.settings import DeviceLost, LateReport, RoundClosed
+from fedbpt.runs.events import DeviceLost, LateReport, RoundClosed
 from tests.support.fake_device import FakeDevice
 from tests.support.toy_scene import FlakyClient, Scene, StopRunError, ToyTask, closed
 

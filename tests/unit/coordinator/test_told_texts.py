@@ -21,7 +21,7 @@ from fedbpt.net.server import HttpServer
 from fedbpt.plain_text import MOST_TOLD
 from fedbpt.protocol import codec
 from fedbpt.runs.event_log import Journal, LogFile
-from fedbpt.runs.settings import DeviceLost, Event
+from fedbpt.runs.events import DeviceLost, Event
 from fedbpt.runs.store import RunStore
 from tests.support.fake_device import FakeDevice
 from tests.support.toy_scene import D, ToyTask, settings

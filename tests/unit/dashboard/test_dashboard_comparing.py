@@ -20,7 +20,7 @@ from fedbpt.device.agent.server import AgentServer
 from fedbpt.device.device import Device
 from fedbpt.errors import FedbptError, InputError, ModelNotFoundError
 from fedbpt.protocol.questions import DEFAULT_TOKENS, Answer
-from fedbpt.runs.settings import RunResult
+from fedbpt.runs.result import RunResult
 from fedbpt.side_by_side.sides import Probabilities, Side, SideBySide
 from fedbpt.tasks import Task, write_rows
 from tests.support.toy_scorer import ToyScorer

@@ -13,7 +13,7 @@ from fedbpt.dashboard.state import RunState
 from fedbpt.dashboard.views import DeviceView
 from fedbpt.errors import DeviceUnreachableError
 from fedbpt.runs.event_log import Journal, Logged
-from fedbpt.runs.settings import DeviceBack, DeviceLost, Event, LateReport, Progressed, RoundClosed, Steered
+from fedbpt.runs.events import DeviceBack, DeviceLost, Event, LateReport, Progressed, RoundClosed, Steered
 from tests.support.fake_device import FakeDevice
 from tests.support.toy_scene import Scene, StopRunError, closed, stop
 from tests.unit.coordinator.test_federation_fit import FitScene

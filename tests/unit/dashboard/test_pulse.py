@@ -17,7 +17,7 @@ from fedbpt.device.agent import AgentService
 from fedbpt.device.agent.calls import enrol
 from fedbpt.device.agent.poller import Poller
 from fedbpt.device.agent.server import AgentServer
-from fedbpt.protocol.messages import DeviceInfo
+from fedbpt.protocol.rounds import DeviceInfo
 from tests.support.fake_device import FakeDevice
 
 

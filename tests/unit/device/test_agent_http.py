@@ -16,7 +16,7 @@ from fedbpt.device.agent.server import AgentServer
 from fedbpt.errors import ConfigError, DeviceRefusedError, FedbptError, ModelFileError
 from fedbpt.net.bodies import STATUS_OF_CODE
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import DeviceInfo, ErrorReply, RoundProgress, RoundReport
+from fedbpt.protocol.rounds import DeviceInfo, ErrorReply, RoundProgress, RoundReport
 from tests.contract.test_clients import plan
 from tests.support.fake_device import FakeDevice
 

@@ -12,22 +12,19 @@ from fedbpt.device.device import Device
 from fedbpt.errors import DataError, InputError, ScoringInterrupted, TaskError
 from fedbpt.objective.objective import Objective
 from fedbpt.protocol.codec import digest
-from fedbpt.protocol.messages import (
-    Array,
+from fedbpt.protocol.rounds import (
     DeviceInfo,
     EvaluateRequest,
     LocalWork,
-    ObjectiveSpec,
     PooledWork,
-    PromptSpec,
     RoundPlan,
     RoundReport,
     SearchState,
     SelectWork,
-    Template,
     Work,
 )
 from fedbpt.protocol.seeding import generator
+from fedbpt.protocol.specs import Array, ObjectiveSpec, PromptSpec, Template
 from fedbpt.search.cma_es import CmaSearch
 from fedbpt.search.local_search import local_search
 from fedbpt.search.population import sample_population

@@ -12,7 +12,8 @@ from fedbpt.errors import InputError, ScoringInterrupted, TaskError
 from fedbpt.objective.losses import LOSSES
 from fedbpt.objective.objective import Objective
 from fedbpt.objective.readout import loss_and_gradient, moments, word_ids
-from fedbpt.protocol.messages import Array, FitWork, ObjectiveSpec, PromptSpec, Readout, Template
+from fedbpt.protocol.rounds import FitWork
+from fedbpt.protocol.specs import Array, ObjectiveSpec, PromptSpec, Readout, Template
 from fedbpt.tasks.task import label_word_ids, render_ids
 from tests.support.toy_scorer import ToyScorer
 from tests.unit.device.test_device import LABELS, PROMPT, ROWS, TEMPLATE, device, plan, request, through_the_wire

@@ -11,8 +11,9 @@ import pytest
 from fedbpt.errors import InputError, ScoringInterrupted
 from fedbpt.objective.objective import Objective
 from fedbpt.objective.readout import loss_and_gradient, moments
-from fedbpt.protocol.messages import Array, FitResult, FitWork, ObjectiveSpec, PromptSpec, Readout, RoundReport
+from fedbpt.protocol.rounds import FitResult, FitWork, RoundReport
 from fedbpt.protocol.seeding import generator
+from fedbpt.protocol.specs import Array, ObjectiveSpec, PromptSpec, Readout
 from fedbpt.search.population import sample_population
 from fedbpt.tasks.rows import batch_indices
 from tests.support.toy_scorer import ToyScorer

@@ -23,8 +23,9 @@ from fedbpt.errors import ConfigError, CoordinatorRefusedError
 from fedbpt.net import tokens
 from fedbpt.net.tokens import Credentials
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import Array, DeviceInfo, ErrorReply, Message
 from fedbpt.protocol.polling import Delivery, Poll, Reply, Request
+from fedbpt.protocol.rounds import DeviceInfo, ErrorReply
+from fedbpt.protocol.specs import Array, Message
 from tests.contract.test_clients import request
 from tests.support.caller import called_by, wait_until
 from tests.support.fake_device import FakeDevice

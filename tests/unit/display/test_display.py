@@ -13,9 +13,8 @@ import pytest
 from fedbpt.display import console as display
 from fedbpt.display.console import DOING, RunDisplay, human_bytes
 from fedbpt.display.plain_console import PlainConsole
-from fedbpt.protocol.messages import Array, Template
-from fedbpt.runs.settings import (
-    NO_SCORE,
+from fedbpt.protocol.specs import Array, Template
+from fedbpt.runs.events import (
     DeviceBack,
     DeviceLost,
     Evaluated,
@@ -23,14 +22,12 @@ from fedbpt.runs.settings import (
     RoundClosed,
     RoundPurpose,
     RunFinished,
-    RunResult,
-    RunSettings,
     RunStarted,
-    Score,
     StageBegan,
-    TemplateScore,
     TemplateSelected,
 )
+from fedbpt.runs.result import NO_SCORE, RunResult, Score, TemplateScore
+from fedbpt.runs.settings import RunSettings
 
 TEMPLATE = Template(pattern="{text}\n[Topic]:", label_words=(" bad", " good"))
 

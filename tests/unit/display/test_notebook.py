@@ -15,7 +15,7 @@ from fedbpt.display.console import RunDisplay
 from fedbpt.display.notebook import NotebookDisplay, in_notebook, live_display
 from fedbpt.html_tables import html_table
 from fedbpt.results import EvaluationResult
-from fedbpt.runs.settings import DeviceLost
+from fedbpt.runs.events import DeviceLost
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, rows
 from tests.unit.display.test_display import closed, started

@@ -10,7 +10,7 @@ from fedbpt.engine.text_generator import Placed, Sampling
 from fedbpt.engine.text_stream import SLICE, Generation, place
 from fedbpt.errors import InputError, ScoringInterrupted
 from fedbpt.objective.objective import Objective
-from fedbpt.protocol.messages import ObjectiveSpec, Template
+from fedbpt.protocol.specs import ObjectiveSpec, Template
 from tests.support.toy_generator import END
 from tests.support.toy_scorer import BOS, ToyScorer
 

@@ -17,8 +17,9 @@ from fedbpt.cli import report
 from fedbpt.display.plain_console import PlainConsole
 from fedbpt.errors import ConfigError, DataError, FedbptError, InputError, TaskError
 from fedbpt.objective.objective import Objective
-from fedbpt.protocol.messages import ObjectiveSpec, Template
-from fedbpt.runs.settings import Evaluated, RunFinished, RunSettings
+from fedbpt.protocol.specs import ObjectiveSpec, Template
+from fedbpt.runs.events import Evaluated, RunFinished
+from fedbpt.runs.settings import RunSettings
 from fedbpt.tasks import Task, load_task, read_task_rows, to_rows, write_partition, write_rows
 from fedbpt.tasks.task import target_ids
 from tests.support.toy_scorer import ToyScorer

@@ -19,7 +19,7 @@ import safetensors.numpy
 from fedbpt import Prompt, PromptSpec, evaluate, export_prompt, import_prompt
 from fedbpt.errors import ConfigError, FedbptError, InputError, MissingExtraError, PromptError
 from fedbpt.prompts.prompt import card_path
-from fedbpt.protocol.messages import Placement
+from fedbpt.protocol.specs import Placement
 from fedbpt.tasks import Task
 from tests.support.toy_scorer import BOS, ToyScorer
 from tests.support.toy_task import TASK, rows

@@ -32,7 +32,7 @@ from fedbpt.net.certs import init, issue
 from fedbpt.net.server import HttpServer
 from fedbpt.net.tls import Tls
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import ErrorReply
+from fedbpt.protocol.rounds import ErrorReply
 from fedbpt.serving.server import ModelServer
 from tests.support.caller import wait_until
 from tests.support.fake_device import FakeDevice

@@ -18,8 +18,10 @@ from fedbpt.errors import InputError, WireError
 from fedbpt.objective.losses import balanced_weights
 from fedbpt.objective.objective import Objective
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import ObjectiveSpec, PrivacySpec, PromptSpec, RoundPlan, SelectResult, SelectWork, Work
-from fedbpt.runs.settings import RoundClosed, RunSettings, TemplateSelected
+from fedbpt.protocol.rounds import RoundPlan, SelectResult, SelectWork, Work
+from fedbpt.protocol.specs import ObjectiveSpec, PrivacySpec, PromptSpec
+from fedbpt.runs.events import RoundClosed, TemplateSelected
+from fedbpt.runs.settings import RunSettings
 from fedbpt.search.population import sample_population
 from fedbpt.tasks import Row, Task
 from tests.support.toy_scene import StopRunError, stop

@@ -18,17 +18,10 @@ from fedbpt.objective.losses import cross_entropy
 from fedbpt.objective.objective import Objective
 from fedbpt.objective.readout import blocks, read
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import (
-    Array,
-    FitResult,
-    FitWork,
-    ObjectiveSpec,
-    PromptSpec,
-    Readout,
-    RoundReport,
-    Template,
-)
-from fedbpt.runs.settings import RoundClosed, RunResult, RunStarted, Score, TemplateSelected
+from fedbpt.protocol.rounds import FitResult, FitWork, RoundReport
+from fedbpt.protocol.specs import Array, ObjectiveSpec, PromptSpec, Readout, Template
+from fedbpt.runs.events import RoundClosed, RunStarted, TemplateSelected
+from fedbpt.runs.result import RunResult, Score
 from fedbpt.tasks import Row, Task
 from tests.support.toy_scene import D, Scene, StopRunError, stop
 from tests.support.toy_scorer import ToyScorer

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedbpt.errors import DataError, InputError, ScoringInterrupted, TaskError
 from fedbpt.objective.losses import cross_entropy
 from fedbpt.objective.objective import CHUNK, Objective
-from fedbpt.protocol.messages import Array, LossName, ObjectiveSpec, PromptSpec, Readout, Template
+from fedbpt.protocol.specs import Array, LossName, ObjectiveSpec, PromptSpec, Readout, Template
 from fedbpt.tasks.rows import batch_indices
 from fedbpt.tasks.task import Task, cue_ids, label_word_ids, render_ids
 from tests.support.toy_scorer import BOS, ToyScorer

@@ -8,7 +8,7 @@ import pytest
 from fedbpt.errors import InputError
 from fedbpt.objective.losses import cross_entropy
 from fedbpt.objective.readout import read
-from fedbpt.protocol.messages import Array, ObjectiveSpec, PromptSpec, Readout
+from fedbpt.protocol.specs import Array, ObjectiveSpec, PromptSpec, Readout
 from tests.support.toy_scorer import ToyScorer
 from tests.unit.objective.test_objective import CUE, FRONT, MOOD, latents, make
 

@@ -20,20 +20,10 @@ from fedbpt.device.device import Device
 from fedbpt.errors import ConfigError, InputError, MissingExtraError
 from fedbpt.objective.objective import Objective
 from fedbpt.objective.privacy import ORDERS, Releases, clipped, epsilon, sampling_rate
-from fedbpt.protocol.messages import (
-    Array,
-    FitWork,
-    LocalWork,
-    ObjectiveSpec,
-    PooledWork,
-    PrivacySpec,
-    PromptSpec,
-    RoundPlan,
-    SearchState,
-    SelectWork,
-    Work,
-)
-from fedbpt.runs.settings import RoundClosed, RunResult
+from fedbpt.protocol.rounds import FitWork, LocalWork, PooledWork, RoundPlan, SearchState, SelectWork, Work
+from fedbpt.protocol.specs import Array, ObjectiveSpec, PrivacySpec, PromptSpec
+from fedbpt.runs.events import RoundClosed
+from fedbpt.runs.result import RunResult
 from fedbpt.search.population import sample_population
 from tests.support.toy_scene import D, Scene, StopRunError, ToyTask, closed, settings, stop
 from tests.support.toy_scorer import ToyScorer

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from fedbpt.errors import InputError
 from fedbpt.objective.losses import cross_entropy
 from fedbpt.objective.readout import answer, blocks, ensemble, full_weights, loss_and_gradient, moments, read, word_ids
-from fedbpt.protocol.messages import Array, FitWork, Readout, Template
+from fedbpt.protocol.rounds import FitWork
+from fedbpt.protocol.specs import Array, Readout, Template
 
 N_LABELS, N_WORDS = 3, 5
 LABEL_IDS = np.array([4, 0, 9], dtype=np.int32)

@@ -17,9 +17,11 @@ from fedbpt.device.device import Device
 from fedbpt.display.console import describe_accuracy
 from fedbpt.errors import WireError
 from fedbpt.protocol.codec import digest
-from fedbpt.protocol.messages import PrivacySpec, SelectResult, SelectWork, Template
+from fedbpt.protocol.rounds import SelectResult, SelectWork
+from fedbpt.protocol.specs import PrivacySpec, Template
+from fedbpt.runs.events import TemplateSelected
 from fedbpt.runs.intervals import beats_chance, wilson_interval
-from fedbpt.runs.settings import Score, TemplateScore, TemplateSelected
+from fedbpt.runs.result import Score, TemplateScore
 from tests.support.toy_scene import StopRunError, closed, stop
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, rows

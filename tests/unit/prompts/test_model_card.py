@@ -18,9 +18,9 @@ from fedbpt.cli import chat as chat_command
 from fedbpt.cli import evaluate as evaluate_command
 from fedbpt.prompts.model_card import known_model, model_card
 from fedbpt.prompts.prompt import card_path
-from fedbpt.protocol.messages import PrivacySpec, Template
+from fedbpt.protocol.specs import PrivacySpec, Template
 from fedbpt.runs.intervals import wilson_interval
-from fedbpt.runs.settings import Score
+from fedbpt.runs.result import Score
 from tests.support.printed import blocks, commands
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, TASK_FILE, rows

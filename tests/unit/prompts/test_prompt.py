@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fedbpt.errors import InputError, PromptError
 from fedbpt.prompts.prompt import Prompt
-from fedbpt.protocol.messages import PromptSpec, Template
+from fedbpt.protocol.specs import PromptSpec, Template
 from fedbpt.tasks import BUILTIN, Task
 from tests.support.toy_scorer import ToyScorer
 

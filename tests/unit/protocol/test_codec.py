@@ -9,27 +9,22 @@ from hypothesis import strategies as st
 from fedbpt.errors import WireError
 from fedbpt.plain_text import MOST_TOLD
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import (
-    Array,
+from fedbpt.protocol.questions import Answer, check_answer
+from fedbpt.protocol.rounds import (
     DeviceInfo,
     ErrorReply,
     EvaluateRequest,
     FitResult,
     FitWork,
     LocalResult,
-    Message,
-    ObjectiveSpec,
     PooledResult,
     PooledWork,
-    PromptSpec,
-    Readout,
     RoundPlan,
     RoundProgress,
     RoundReport,
     SearchState,
-    Template,
 )
-from fedbpt.protocol.questions import Answer, check_answer
+from fedbpt.protocol.specs import Array, Message, ObjectiveSpec, PromptSpec, Readout, Template
 from tests.support.fake_device import TOY
 
 

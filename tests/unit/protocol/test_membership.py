@@ -13,9 +13,9 @@ from fedbpt.coordinator.ledger import identity_of
 from fedbpt.device.device import Device
 from fedbpt.errors import ConfigError, InputError, QuorumError
 from fedbpt.protocol.membership import misfit
-from fedbpt.protocol.messages import SelectWork
+from fedbpt.protocol.rounds import SelectWork
 from fedbpt.protocol.task_identity import TaskIdentity
-from fedbpt.runs.settings import DeviceBack, DeviceLost
+from fedbpt.runs.events import DeviceBack, DeviceLost
 from fedbpt.tasks import Task, Template
 from tests.support.fake_device import TOY, FakeDevice
 from tests.support.toy_scene import Scene, closed, settings

@@ -13,7 +13,7 @@ import pytest
 from fedbpt.errors import ConfigError, DataError
 from fedbpt.protocol import codec
 from fedbpt.runs.event_log import Entry, Journal, Line, LogFile, Logged
-from fedbpt.runs.settings import DeviceLost, LateReport
+from fedbpt.runs.events import DeviceLost, LateReport
 from tests.support.fake_device import FakeDevice
 from tests.support.toy_scene import Scene
 

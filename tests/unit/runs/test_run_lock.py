@@ -17,7 +17,7 @@ import pytest
 
 from fedbpt import Budget, PromptSpec, TuneResult, tune
 from fedbpt.errors import StoreError
-from fedbpt.runs.settings import Event, RoundClosed
+from fedbpt.runs.events import Event, RoundClosed
 from fedbpt.runs.store import RunStore
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, TASK_FILE, rows

@@ -20,9 +20,12 @@ from fedbpt.coordinator.ledger import RunLedger
 from fedbpt.device.device import Device
 from fedbpt.errors import ConfigError
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import Array, ObjectiveSpec, PooledResult, PromptSpec, RoundReport
+from fedbpt.protocol.rounds import PooledResult, RoundReport
+from fedbpt.protocol.specs import Array, ObjectiveSpec, PromptSpec
 from fedbpt.runs.as_json import task_of_run
-from fedbpt.runs.settings import EventCallback, RoundClosed, RunResult, RunSettings
+from fedbpt.runs.events import EventCallback, RoundClosed
+from fedbpt.runs.result import RunResult
+from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
 from tests.support.toy_scene import StopRunError, stop
 from tests.support.toy_scorer import ToyScorer

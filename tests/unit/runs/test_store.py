@@ -9,7 +9,8 @@ import pytest
 from fedbpt.coordinator.enrolment import DeviceRegistry
 from fedbpt.errors import StoreError
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import Array, DeviceInfo, PooledResult, RoundReport
+from fedbpt.protocol.rounds import DeviceInfo, PooledResult, RoundReport
+from fedbpt.protocol.specs import Array
 from fedbpt.runs.store import RunStore, Traffic
 
 

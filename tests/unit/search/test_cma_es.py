@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 import fedbpt
 from fedbpt.errors import ConfigError, InputError
-from fedbpt.protocol.messages import Array, SearchState
+from fedbpt.protocol.rounds import SearchState
 from fedbpt.protocol.seeding import generator
+from fedbpt.protocol.specs import Array
 from fedbpt.search import cma_es
 from fedbpt.search.cma_es import CmaSearch, CmaUpdate, Covariance, StepSize
 from fedbpt.search.population import cholesky, sample_population

@@ -13,16 +13,8 @@ from fedbpt.aggregation.fedbpt import FedBPT
 from fedbpt.aggregation.pooled import Pooled
 from fedbpt.errors import DeviceRefusedError, WireError
 from fedbpt.protocol.codec import encode
-from fedbpt.protocol.messages import (
-    Array,
-    ObjectiveSpec,
-    PromptSpec,
-    RanksResult,
-    RoundPlan,
-    RoundReport,
-    Template,
-    Work,
-)
+from fedbpt.protocol.rounds import RanksResult, RoundPlan, RoundReport, Work
+from fedbpt.protocol.specs import Array, ObjectiveSpec, PromptSpec, Template
 from fedbpt.search.compact_plans import Replayer, may_shorten, short_plan, short_report, whole_report
 from fedbpt.search.local_search import local_search, local_seed
 from tests.support.fake_device import TOY

@@ -16,8 +16,11 @@ from fedbpt.device.agent import AgentService
 from fedbpt.device.agent.server import AgentServer
 from fedbpt.device.device import Device
 from fedbpt.errors import DeviceRefusedError
-from fedbpt.protocol.messages import PromptSpec, RoundPlan
-from fedbpt.runs.settings import Event, RoundClosed, RunResult, RunSettings
+from fedbpt.protocol.rounds import RoundPlan
+from fedbpt.protocol.specs import PromptSpec
+from fedbpt.runs.events import Event, RoundClosed
+from fedbpt.runs.result import RunResult
+from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
 from fedbpt.search.compact_plans import Replayer
 from tests.support.toy_scene import settings

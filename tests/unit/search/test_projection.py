@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedbpt.errors import InputError
-from fedbpt.protocol.messages import PromptSpec
+from fedbpt.protocol.specs import PromptSpec
 from fedbpt.search.projection import Projection
 
 SPEC = PromptSpec(n_prompt=3, d=20, alpha=0.4, sigma0=0.5, seed=11)

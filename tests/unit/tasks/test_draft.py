@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedbpt import cli, tasks
 from fedbpt.cli import tasks as tasks_command
 from fedbpt.errors import ConfigError, DataError
-from fedbpt.protocol.messages import Template
+from fedbpt.protocol.specs import Template
 from fedbpt.tasks import Task, draft_task, load_task, read_task_rows, task_toml, word_costs
 from tests.support.toy_scorer import ToyScorer
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from fedbpt import Budget, Prompt, PromptSpec, evaluate, tune
-from fedbpt.protocol.messages import Template
+from fedbpt.protocol.specs import Template
 from fedbpt.tasks import Task, load_task, read_task_rows
 from tests.support.toy_scorer import ToyScorer
 

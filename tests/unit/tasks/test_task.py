@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedbpt import tasks
 from fedbpt.errors import ConfigError, InputError, TaskError
-from fedbpt.protocol.messages import Template
+from fedbpt.protocol.specs import Template
 from fedbpt.tasks.task import (
     MAX_TEXT_BYTES,
     Task,

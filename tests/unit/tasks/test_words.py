@@ -19,7 +19,7 @@ from fedbpt.coordinator.federation import Federation
 from fedbpt.device.device import Device
 from fedbpt.device.speed import measure_speed
 from fedbpt.errors import ConfigError
-from fedbpt.protocol.messages import ObjectiveSpec, Template
+from fedbpt.protocol.specs import ObjectiveSpec, Template
 from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
 from fedbpt.tasks import Task, word_costs, word_notes

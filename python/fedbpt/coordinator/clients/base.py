@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
 from fedbpt.coordinator.slots import Turns
-from fedbpt.protocol.messages import (
+from fedbpt.protocol.questions import Answer, Question
+from fedbpt.protocol.rounds import (
     DeviceInfo,
     EvaluateReport,
     EvaluateRequest,
@@ -15,7 +16,6 @@ from fedbpt.protocol.messages import (
     RoundReport,
     SearchHistory,
 )
-from fedbpt.protocol.questions import Answer, Question
 
 ProgressCallback: TypeAlias = Callable[[RoundProgress], None]
 AnswerCallback: TypeAlias = Callable[[Answer], None]

@@ -27,20 +27,20 @@ from fedbpt.net.deadlines import within
 from fedbpt.net.server import IDLE_S
 from fedbpt.net.tls import Tls, certificate_problem, is_loopback
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import (
+from fedbpt.protocol.polling import Method
+from fedbpt.protocol.questions import Answer, Question
+from fedbpt.protocol.rounds import (
     DeviceInfo,
     ErrorReply,
     EvaluateReport,
     EvaluateRequest,
-    Message,
     RanksResult,
     RoundPlan,
     RoundProgress,
     RoundReport,
     SearchHistory,
 )
-from fedbpt.protocol.polling import Method
-from fedbpt.protocol.questions import Answer, Question
+from fedbpt.protocol.specs import Message
 from fedbpt.search.compact_plans import REFUSALS, may_shorten, short_plan, whole_report
 
 M = TypeVar("M", bound=Message)

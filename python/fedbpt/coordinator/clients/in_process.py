@@ -15,17 +15,17 @@ from fedbpt.device.agent.service import AgentService, LocalDevice
 from fedbpt.device.agent.worker import Worker
 from fedbpt.errors import DeviceFailedError, DeviceRefusedError, DeviceTimeoutError, DeviceUnreachableError
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import (
+from fedbpt.protocol.questions import Answer, Question
+from fedbpt.protocol.rounds import (
     DeviceInfo,
     EvaluateReport,
     EvaluateRequest,
-    Message,
     RoundPlan,
     RoundProgress,
     RoundReport,
     SearchHistory,
 )
-from fedbpt.protocol.questions import Answer, Question
+from fedbpt.protocol.specs import Message
 
 M = TypeVar("M", bound=Message)
 A = TypeVar("A")

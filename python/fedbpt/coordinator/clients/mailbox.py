@@ -25,8 +25,8 @@ from fedbpt.coordinator.clients.http import POLL_S, HttpClient, Response
 from fedbpt.coordinator.slots import Turns
 from fedbpt.errors import CoordinatorRefusedError
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import RoundPlan, RoundProgress, RoundReport, SearchHistory
 from fedbpt.protocol.polling import Delivery, Method, Reply, Request, poll_s
+from fedbpt.protocol.rounds import RoundPlan, RoundProgress, RoundReport, SearchHistory
 
 ANSWER_S: Final = 20.0
 """How long a device that calls in may take for a reply: twice as long as to notice that a connection went silent."""

@@ -16,8 +16,9 @@ from fedbpt.net.server import IDLE_S
 from fedbpt.net.tls import Tls, certificate_problem, is_loopback
 from fedbpt.net.tokens import Credentials
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import ErrorReply, Message
 from fedbpt.protocol.polling import ENROL_PATH, MAX_ENVELOPE_BYTES, Enrolled, Enrolment
+from fedbpt.protocol.rounds import ErrorReply
+from fedbpt.protocol.specs import Message
 
 M = TypeVar("M", bound=Message)
 

@@ -18,8 +18,8 @@ from fedbpt.errors import WireError
 from fedbpt.net.auth import RequireToken
 from fedbpt.net.bodies import EXCEPTION_HANDLERS, read, reply, seconds
 from fedbpt.net.prometheus import CONTENT_TYPE as METRICS_TYPE
-from fedbpt.protocol.messages import EvaluateRequest, RoundPlan, RoundProgress
 from fedbpt.protocol.questions import Answer, Question
+from fedbpt.protocol.rounds import EvaluateRequest, RoundPlan, RoundProgress
 from fedbpt.search.compact_plans import Replayer, short_report
 
 MAX_WAIT_S: Final = 60.0

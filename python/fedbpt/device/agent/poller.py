@@ -24,7 +24,6 @@ from fedbpt.net.server import quiet_signals
 from fedbpt.net.tls import Tls, certificate_problem
 from fedbpt.net.tokens import Credentials
 from fedbpt.protocol import codec
-from fedbpt.protocol.messages import Message
 from fedbpt.protocol.polling import (
     MAX_ENVELOPE_BYTES,
     MAX_HELD,
@@ -36,6 +35,7 @@ from fedbpt.protocol.polling import (
     Reply,
     Request,
 )
+from fedbpt.protocol.specs import Message
 
 T = TypeVar("T")
 

@@ -30,8 +30,8 @@ from fedbpt.machine.info import battery_percent, heat
 from fedbpt.net.prometheus import Family, Sample, exposition
 from fedbpt.protocol import codec
 from fedbpt.protocol.membership import misfit
-from fedbpt.protocol.messages import DeviceInfo, EvaluateReport, EvaluateRequest, RoundPlan, RoundProgress, RoundReport
 from fedbpt.protocol.questions import Answer, Question
+from fedbpt.protocol.rounds import DeviceInfo, EvaluateReport, EvaluateRequest, RoundPlan, RoundProgress, RoundReport
 from fedbpt.protocol.task_identity import TaskIdentity
 
 log = logging.getLogger(__name__)
