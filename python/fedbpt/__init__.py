@@ -32,7 +32,7 @@ _MODULES = {
     "api": ("Budget", "evaluate", "tune"),
     "errors": ("FedbptError",),
     "exchange": ("export_prompt", "import_prompt"),
-    "protocol.messages": ("ObjectiveSpec", "PromptSpec", "Template"),
+    "protocol.specs": ("ObjectiveSpec", "PromptSpec", "Template"),
     "model_check": ("ModelCheck", "check_model"),
     "engine.native_scorer": ("Gpu", "NativeScorer", "gpus", "load_model"),
     "prompts.prompt": ("Prompt",),
