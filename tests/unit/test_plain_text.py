@@ -222,7 +222,14 @@ PARSED = {
 BUILT = (ast.JoinedStr, ast.BinOp, ast.Call)
 """Expressions that put a string together."""
 
+SAFE = {"qr_svg"}
+"""Functions whose result holds no text of others: the modules of a QR code."""
+
 MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def is_built(part: ast.AST) -> bool:
+    return isinstance(part, BUILT) and not (isinstance(part, ast.Call) and getattr(part.func, "id", "") in SAFE)
 
 
 def calls(path: Path) -> list[tuple[ast.Call, str]]:
@@ -242,8 +249,7 @@ def test_no_string_is_put_together_for_a_parser(path: Path) -> None:
         f"{path.name}:{node.lineno}: {name}"
         for node, name in calls(path)
         for argument in (*node.args, *(keyword.value for keyword in node.keywords))
-        if (in_page and name in PARSED and any(isinstance(part, BUILT) for part in ast.walk(argument)))
-        or name == "from_markup"
+        if (in_page and name in PARSED and any(is_built(part) for part in ast.walk(argument))) or name == "from_markup"
     ]
     wrong += [
         f"{path.name}:{node.lineno}: markup"

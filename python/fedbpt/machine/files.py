@@ -17,7 +17,7 @@ def write_whole(files: Mapping[Path, bytes], private: Collection[Path] = ()) -> 
     Those in ``private`` only their owner can read. Raises OSError, whose ``filename`` is the one that could not be.
     """
     number = secrets.token_hex(4)
-    partials = {path: path.with_name(f".{path.name}.{number}{PARTIAL}") for path in files}
+    partials = {path: path.parent / f".{path.name}.{number}{PARTIAL}" for path in files}
     added: list[Path] = []
     target = Path()
     try:

@@ -9,12 +9,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Final, TypeVar
 
 from fedbpt.argument_types import checked
 from fedbpt.errors import StoreError
 
 T = TypeVar("T", bound="Database")
+
+IN_MEMORY: Final = ":memory:"
+"""SQLite's name for a database without a file."""
 
 
 class Database(ABC):
@@ -29,14 +32,14 @@ class Database(ABC):
 
     @checked
     def __init__(self, path: str | Path | None) -> None:
-        self.path = Path(":memory:" if path is None else path)
-        self.in_memory = path is None
+        self.path = Path(IN_MEMORY if path is None else path)
+        self.in_memory = str(self.path) == IN_MEMORY
         self._lock = threading.RLock()
         self._process = os.getpid()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(
-                ":memory:" if path is None else self.path.absolute(), timeout=10.0, isolation_level=None,
+                IN_MEMORY if self.in_memory else self.path.absolute(), timeout=10.0, isolation_level=None,
                 check_same_thread=False,
             )  # fmt: skip
             self._db.execute("PRAGMA temp_store = MEMORY")  # there may be no folder for temporary files

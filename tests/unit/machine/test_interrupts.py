@@ -24,7 +24,7 @@ BEGIN = """
 import asyncio, signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in a shell's background
 from fedbpt import Budget, PromptSpec, evaluate, tune
-from fedbpt.runs.settings import RoundClosed
+from fedbpt.runs.events import RoundClosed
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, rows
 

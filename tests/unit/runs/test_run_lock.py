@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 ENDLESS = """
 import sys
-from fedbpt.runs.settings import RoundClosed
+from fedbpt.runs.events import RoundClosed
 from tests.unit.runs.test_run_lock import tuned
 
 def ready(event):
