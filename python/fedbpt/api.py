@@ -16,7 +16,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
-from fedbpt.argument_types import check_fields, checked
+from fedbpt.argument_types import DataclassMeta, check_fields, checked
 from fedbpt.coordinator.curves import curves_of
 from fedbpt.coordinator.federation import Federation
 from fedbpt.coordinator.one_machine import NAME, clients_of, digest_of_rows, run_alone, settings_alone
@@ -45,7 +45,7 @@ MOST_BETWEEN, EVALUATIONS = 10, 8
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(metaclass=DataclassMeta):
     """When tuning ends: at the first limit that is reached. None: no such limit; all None: 1,600 evaluations.
 
     Args:

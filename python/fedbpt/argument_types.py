@@ -90,6 +90,25 @@ def check_fields(made: Any) -> None:
             put(made, name, fitting)
 
 
+class _NamedFields:
+    """Of a class: what its fields are not called is an error of ours, too."""
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc] # a metaclass's
+        except TypeError as error:
+            fields = ", ".join(_kinds_of(self))
+            raise ConfigError(f"{self.__name__}: {error}; its fields are {fields}") from error
+
+
+class StructMeta(_NamedFields, msgspec.StructMeta):
+    """The metaclass of structs that call `check_fields`."""
+
+
+class DataclassMeta(_NamedFields, type):
+    """The metaclass of dataclasses that call `check_fields`."""
+
+
 @cache
 def _kinds_of(annotated: Any) -> dict[str, Any]:
     hints = get_type_hints(annotated, include_extras=True)

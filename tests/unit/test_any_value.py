@@ -269,6 +269,13 @@ def test_what_cannot_be_tuned_is_told_before_anything_is_scored(changes: dict[st
     assert scorer.calls == []
 
 
+@pytest.mark.parametrize("make", [PromptSpec, ObjectiveSpec, RunSettings, Budget, Sampling])
+def test_a_field_that_there_is_not_is_named_beside_those_that_there_are(make: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"^{make.__name__}: .*'placment'; its fields are \w+, ") as caught:
+        make(placment="cue")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_task_may_be_given_by_its_name_or_file(folder: Path) -> None:
     (folder / "mood.toml").write_text(tasks.task_toml(TASK))
     found = [fedbpt.evaluate(ToyScorer(), task, ROWS).loss for task in (TASK, "mood.toml", folder / "mood.toml")]

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol, TypeGuard
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fedbpt.argument_types import array_of, check_fields
+from fedbpt.argument_types import DataclassMeta, array_of, check_fields
 from fedbpt.engine.scorer import Scorer
 from fedbpt.errors import InputError
 
@@ -18,7 +18,7 @@ SEEDS = 2**32 - 1
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(metaclass=DataclassMeta):
     """How the next token is chosen. ``temperature`` 0: the most likely one, whatever the rest says.
 
     ``top_p``: only from the likeliest tokens that have so much probability together; ``top_k``: from so many, 0: all.

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt import quantities
-from fedbpt.argument_types import check_fields
+from fedbpt.argument_types import StructMeta, check_fields
 from fedbpt.errors import WireError
 from fedbpt.quantities import Length, NaturalInt, PositiveFloat, PositiveInt, Scale
 
@@ -38,8 +38,8 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Base of all wire values: immutable, keyword-only, strict."""
 
 
-class CheckedMessage(Message, frozen=True):
-    """Base of what people make, too: a field of the wrong kind raises `ConfigError` where it is made."""
+class CheckedMessage(Message, frozen=True, metaclass=StructMeta):
+    """Base of what people make, too: a field of the wrong kind or name raises `ConfigError` where it is made."""
 
     def __post_init__(self) -> None:
         check_fields(self)
