@@ -107,7 +107,11 @@ class WireError(FedbptError):
 
 
 class DeviceError(FedbptError):
-    """Something about one device."""
+    """Something about one device. ``device``: its name, empty where it speaks of itself; ``reason``: what is wrong."""
+
+    def __init__(self, reason: str = "", *, device: str = "") -> None:
+        super().__init__(f"{device}: {reason}" if device else reason)
+        self.device, self.reason = device, one_line(reason, MOST_SAID)
 
 
 class DeviceUnreachableError(DeviceError):
@@ -121,13 +125,17 @@ class DeviceTimeoutError(DeviceError):
 class DeviceRefusedError(DeviceError):
     """The device understood the request and refused it. ``code`` is stable, for programs: ``unknown-round``, ..."""
 
-    def __init__(self, message: str, code: str = "refused") -> None:
-        super().__init__(message)
+    def __init__(self, reason: str, code: str = "refused", *, device: str = "") -> None:
+        super().__init__(reason, device=device)
         self.code = code
 
 
 class DeviceFailedError(DeviceError):
-    """The device's work ended in an error."""
+    """The device's work ended in an error. ``is_fault``: in one that fedbpt does not raise on purpose."""
+
+    def __init__(self, reason: str, *, is_fault: bool = False, device: str = "") -> None:
+        super().__init__(reason, device=device)
+        self.is_fault = is_fault
 
 
 class CoordinatorRefusedError(FedbptError):

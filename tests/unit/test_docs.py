@@ -20,6 +20,7 @@ from fedbpt.device.agent.http import build_app as device_app
 from fedbpt.net.bodies import STATUS_OF_CODE
 from fedbpt.prompts.model_card import PLACES
 from fedbpt.prompts.prompt import _OTHERS_TENSORS, _TENSORS, _Header
+from fedbpt.protocol.refusals import WORK_FAILED, WORK_FAULT
 from fedbpt.serving.http import build_app as serving_app
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -75,7 +76,7 @@ def test_no_route_is_documented_that_is_not_there() -> None:
 def test_every_refusals_code_is_documented_with_its_status() -> None:
     lines = [re.match(r"\| (\d+) \| (.*) \|$", line) for line in page("http.md").splitlines()]
     documented = {code: int(line[1]) for line in lines if line for code in re.findall(r"`([a-z-]+)`", line[2])}
-    assert documented == {**STATUS_OF_CODE, "work-failed": 500, "internal": 500}
+    assert documented == {**STATUS_OF_CODE, WORK_FAILED: 500, WORK_FAULT: 500, "internal": 500}
 
 
 def test_every_error_has_an_entry_in_troubleshooting() -> None:

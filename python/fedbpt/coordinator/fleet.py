@@ -28,7 +28,6 @@ from fedbpt.errors import (
     QuorumError,
     WireError,
 )
-from fedbpt.faults import FAULT
 from fedbpt.net.deadlines import within
 from fedbpt.plain_text import MOST_TOLD, one_line
 from fedbpt.protocol.membership import misfit
@@ -268,7 +267,7 @@ class Fleet:
             if not busy:
                 current.barred.add(member.name)
             if isinstance(error, DeviceFailedError):
-                current.failures[member.name] = str(error).removeprefix(f"{member.name}: ")
+                current.failures[member.name] = error
             self._lose(member, str(error), until_idle=busy)
         else:
             member.peak_rss_bytes = max(member.peak_rss_bytes, report.peak_rss_bytes)
@@ -306,13 +305,10 @@ class Fleet:
 
     def _require_no_common_failure(self, current: OpenRound) -> None:
         """Raises `QuorumError` where what was asked is refused by all, and alike: asked again, it would be again."""
-        reasons = set(current.failures.values())
-        if (
-            len(reasons) == 1
-            and set(current.failures) == set(current.invited)
-            and FAULT not in (reason := reasons.pop())
-        ):
-            raise QuorumError(f"round {self.round}: no device could do its work: {reason}")
+        reasons = {error.reason for error in current.failures.values()}
+        is_fault = any(error.is_fault for error in current.failures.values())
+        if len(reasons) == 1 and set(current.failures) == set(current.invited) and not is_fault:
+            raise QuorumError(f"round {self.round}: no device could do its work: {reasons.pop()}")
 
     def require_quorum(self, reported: int, needed: int, deadline_s: float) -> None:
         """Raises `QuorumError` where fewer than ``needed`` have reported in the current round."""
@@ -358,7 +354,9 @@ class Fleet:
             except WireError as error:
                 raise WireError(f"{member.name}: its report is refused: {error}") from error
             return report
-        raise DeviceFailedError(f"{member.name} forgot round {plan.round} {INVITATIONS} times: is it being restarted?")
+        raise DeviceFailedError(
+            f"forgot round {plan.round} {INVITATIONS} times: is it being restarted?", device=member.name
+        )
 
     async def _await_late(self, task: asyncio.Task[RoundReport], member: Member) -> None:
         try:

@@ -12,7 +12,7 @@ from typing import Final, Literal, NamedTuple
 import msgspec
 
 from fedbpt.coordinator.clients.base import DeviceClient
-from fedbpt.errors import ConfigError, FederationError
+from fedbpt.errors import ConfigError, DeviceFailedError, FederationError
 from fedbpt.protocol.rounds import DeviceInfo, EvaluateRequest, RoundProgress, RoundReport, SearchHistory
 from fedbpt.protocol.specs import Name
 
@@ -82,7 +82,7 @@ class OpenRound:
     reports: dict[str, RoundReport] = field(default_factory=dict)
     invited: Counter[str] = field(default_factory=Counter)
     barred: set[str] = field(default_factory=set)
-    failures: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, DeviceFailedError] = field(default_factory=dict)
     working: dict[asyncio.Task[RoundReport], Member] = field(default_factory=dict)
     ended: list[asyncio.Task[RoundReport]] = field(default_factory=list)
     since: dict[str, float] = field(default_factory=dict)

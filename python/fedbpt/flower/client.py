@@ -68,7 +68,7 @@ class FlowerClient(Works):
                 asked = self._ask(MessageType.QUERY, None, DeviceInfo, self._answer_s)
                 self._info = await asyncio.wait_for(asked, self._answer_s)
             except asyncio.TimeoutError as error:
-                raise DeviceUnreachableError(f"{self.name} does not answer: is its SuperNode running?") from error
+                raise DeviceUnreachableError("does not answer: is its SuperNode running?", device=self.name) from error
             except DeviceUnreachableError:
                 await self._nodes.look()  # it may be back under another id
                 raise
@@ -79,12 +79,14 @@ class FlowerClient(Works):
         key, digest = (plan.run, plan.round), codec.digest(plan)
         known = self._rounds.get(key)
         if known is not None and known.digest != digest:
-            raise DeviceRefusedError(f"{self.name}: round {plan.round} was begun with another plan", "conflict")
+            raise DeviceRefusedError(f"round {plan.round} was begun with another plan", "conflict", device=self.name)
         if known is not None and not known.failed:
             return
         for run, round in self._working():
             if run != plan.run:
-                raise DeviceRefusedError(f"{self.name} is working on round {round} of run {run!r}: try later", "busy")
+                raise DeviceRefusedError(
+                    f"is working on round {round} of run {run!r}: try later", "busy", device=self.name
+                )
         for other in [other for other in self._rounds if other[0] == plan.run]:
             self._drop(other)
         ttl_s = max(TTL_ROUNDS * plan.deadline_s, LEAST_TTL_S)
@@ -105,13 +107,13 @@ class FlowerClient(Works):
         work = self._rounds.get((run, round))
         if work is None:
             raise DeviceRefusedError(
-                f"{self.name}: no round {round} of run {run!r} here: send its plan again", "unknown-round"
+                f"no round {round} of run {run!r} here: send its plan again", "unknown-round", device=self.name
             )
         await asyncio.wait([work.task], timeout=timeout_s)
         if not work.task.done():
-            raise DeviceTimeoutError(f"{self.name} did not finish round {round} within {timeout_s:g} s")
+            raise DeviceTimeoutError(f"did not finish round {round} within {timeout_s:g} s", device=self.name)
         if work.task.cancelled():
-            raise DeviceFailedError(f"{self.name}: round {round} was cancelled")
+            raise DeviceFailedError(f"round {round} was cancelled", device=self.name)
         return work.task.result()
 
     async def cancel(self, run: str, round: int) -> None:
@@ -124,7 +126,9 @@ class FlowerClient(Works):
         try:
             return await asyncio.wait_for(asked, timeout_s)
         except asyncio.TimeoutError as error:
-            raise DeviceTimeoutError(f"{self.name} did not finish an evaluation within {timeout_s:g} s") from error
+            raise DeviceTimeoutError(
+                f"did not finish an evaluation within {timeout_s:g} s", device=self.name
+            ) from error
 
     async def ask(
         self,
@@ -133,7 +137,7 @@ class FlowerClient(Works):
         on_answer: AnswerCallback | None = None,  # noqa: ARG002
     ) -> Answer:
         """Refused: Flower carries rounds and evaluations alone."""
-        raise DeviceRefusedError(f"{self.name} is reached over Flower, which carries no questions", "not-found")
+        raise DeviceRefusedError("is reached over Flower, which carries no questions", "not-found", device=self.name)
 
     async def aclose(self) -> None:
         for key in list(self._rounds):

@@ -21,10 +21,11 @@ from fedbpt.device.agent.service import LocalDevice
 from fedbpt.device.state import DeviceState
 from fedbpt.errors import ConfigError, FedbptError, WireError
 from fedbpt.faults import public_reason
-from fedbpt.flower.records import RECORD, WORK_FAILED, packed, unpacked
+from fedbpt.flower.records import RECORD, packed, unpacked
 from fedbpt.machine.folders import expanded
 from fedbpt.net.tokens import read_private, write_private
 from fedbpt.protocol import codec, specs
+from fedbpt.protocol.refusals import WORK_FAILED, WORK_FAULT
 from fedbpt.protocol.rounds import ErrorReply, EvaluateReport, EvaluateRequest, RoundPlan, RoundReport
 
 log = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def _served(
         answer = ErrorReply(code=WORK_FAILED, message=public_reason(error))
     except Exception as error:
         log.exception("work of node %d failed", context.node_id)
-        answer = ErrorReply(code=WORK_FAILED, message=public_reason(error))
+        answer = ErrorReply(code=WORK_FAULT, message=public_reason(error))
     return Message(packed(answer), reply_to=message)
 
 

@@ -10,15 +10,15 @@ from typing import Final, TypeVar
 
 from flwr.app import ConfigRecord, RecordDict
 
-from fedbpt.errors import DeviceFailedError, DeviceRefusedError, WireError
+from fedbpt.errors import WireError
 from fedbpt.protocol import codec
+from fedbpt.protocol.refusals import refusal_of
 from fedbpt.protocol.rounds import ErrorReply
 from fedbpt.protocol.specs import Message
 
 M = TypeVar("M", bound=Message)
 
 RECORD: Final = "fedbpt"
-WORK_FAILED: Final = "work-failed"
 
 
 def packed(message: Message | None) -> RecordDict:
@@ -46,9 +46,7 @@ def answer_of(content: RecordDict, kind: type[M], name: str) -> M:
     record = content.config_records.get(RECORD)
     try:
         if record is not None and record.get("kind") == ErrorReply.__name__:
-            reply = unpacked(content, ErrorReply)
-            message = f"{name}: {reply.message}"
-            raise DeviceFailedError(message) if reply.code == WORK_FAILED else DeviceRefusedError(message, reply.code)
+            raise refusal_of(unpacked(content, ErrorReply), name)
         return unpacked(content, kind)
     except WireError as error:
         raise WireError(f"{name}: {error}") from error

@@ -18,6 +18,7 @@ from starlette.responses import Response
 from fedbpt.errors import CoordinatorRefusedError, DeviceFailedError, DeviceRefusedError, WireError
 from fedbpt.net.deadlines import within
 from fedbpt.protocol import codec
+from fedbpt.protocol.refusals import WORK_FAILED, WORK_FAULT
 from fedbpt.protocol.rounds import ErrorReply
 from fedbpt.protocol.specs import Message
 
@@ -54,7 +55,7 @@ STATUS_OF_CODE: Final = {
     "method-not-allowed": 405,
     "stopping": 503,
 }
-"""The ``code`` of an `ErrorReply` and the HTTP status it comes with; ``work-failed`` and ``internal`` are 500."""
+"""The HTTP status that the ``code`` of an `ErrorReply` comes with; `WORK_FAILED`, `WORK_FAULT`, ``internal``: 500."""
 
 
 async def read(request: Request, kind: type[M], limit: int | None = None) -> M:
@@ -140,7 +141,8 @@ async def _on_refused(request: Request, error: Exception) -> Response:
 
 
 async def _on_failed(request: Request, error: Exception) -> Response:
-    return refusal(request, "work-failed", str(error), 500)
+    is_fault = isinstance(error, DeviceFailedError) and error.is_fault
+    return refusal(request, WORK_FAULT if is_fault else WORK_FAILED, str(error), 500)
 
 
 def faults_as(refuse: Callable[..., Response]) -> dict[Any, Handler]:

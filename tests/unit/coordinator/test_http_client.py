@@ -11,7 +11,6 @@ import pytest
 from fedbpt.coordinator.clients import HttpClient
 from fedbpt.errors import (
     ConfigError,
-    DeviceError,
     DeviceRefusedError,
     DeviceTimeoutError,
     DeviceUnreachableError,
@@ -155,8 +154,10 @@ def test_nobody_there_is_named_with_the_address() -> None:
     async def main() -> None:
         client = HttpClient("http://127.0.0.1:9", retry_s=0.3)
         try:
-            with pytest.raises(DeviceError, match=r"127\.0\.0\.1-9 \(http://127\.0\.0\.1:9\) cannot be reached"):
+            with pytest.raises(DeviceUnreachableError) as caught:
                 await client.status()
+            assert caught.value.device == "127.0.0.1-9"
+            assert "http://127.0.0.1:9" in caught.value.reason
         finally:
             await client.aclose()
 

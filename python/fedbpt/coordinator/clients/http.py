@@ -29,6 +29,7 @@ from fedbpt.net.tls import Tls, certificate_problem, is_loopback
 from fedbpt.protocol import codec
 from fedbpt.protocol.polling import Method
 from fedbpt.protocol.questions import Answer, Question
+from fedbpt.protocol.refusals import refusal_of
 from fedbpt.protocol.rounds import (
     DeviceInfo,
     ErrorReply,
@@ -175,7 +176,7 @@ class HttpClient(Works):
                     return answer
                 if on_answer is not None:
                     on_answer(answer)
-            raise DeviceTimeoutError(f"{self.name} did not finish an answer within {timeout_s:g} s")
+            raise DeviceTimeoutError(f"did not finish an answer within {timeout_s:g} s", device=self.name)
         finally:
             await self._forget(path)
 
@@ -259,7 +260,7 @@ class HttpClient(Works):
                 if error.code != "unknown-evaluation" or not attempts_left:
                     raise
             await begin()
-        raise DeviceUnreachableError(f"{self.name} keeps forgetting an evaluation: is it being restarted?")
+        raise DeviceUnreachableError("keeps forgetting an evaluation: is it being restarted?", device=self.name)
 
     async def _poll(
         self, path: str, kind: type[M], what: str, timeout_s: float | None, on_progress: ProgressCallback | None,
@@ -273,14 +274,14 @@ class HttpClient(Works):
                 return self._decode(response, kind)
             self._under_way(self._decode(response, RoundProgress), what, on_progress)
             if _now() >= deadline:
-                raise DeviceTimeoutError(f"{self.name} did not finish {what} within {timeout_s:g} s")
+                raise DeviceTimeoutError(f"did not finish {what} within {timeout_s:g} s", device=self.name)
             # one that does not hold the poll must not keep the coordinator, and its log, busy
             await asyncio.sleep(began + min(hold, SOONEST_S) - _now())
 
     def _under_way(self, progress: RoundProgress, what: str, on_progress: ProgressCallback | None) -> None:
         check_progress(progress)
         if progress.state == "cancelled":
-            raise DeviceFailedError(f"{self.name}: {what} was cancelled")
+            raise DeviceFailedError(f"{what} was cancelled", device=self.name)
         if on_progress is not None:
             on_progress(progress)
 
@@ -309,7 +310,7 @@ class HttpClient(Works):
                 if not held and isinstance(error, httpx.ReadError | httpx.RemoteProtocolError):
                     give_up, held = max(give_up, _now() + self._retry_s), True
             if _now() + pause >= give_up:
-                raise DeviceUnreachableError(f"{self.name} ({self.where}) {problem}")
+                raise DeviceUnreachableError(f"{problem} ({self.where})", device=self.name)
             await asyncio.sleep(pause)
             pause = min(pause * 2, 1.0)
 
@@ -353,20 +354,18 @@ class HttpClient(Works):
             reply = codec.decode(response.content, ErrorReply)
         except WireError as error:
             raise DeviceRefusedError(
-                f"{self.name} ({self.where}) answered {response.status} and not as a fedbpt device does:"
-                " is this its address?",
+                f"{self.where} answered {response.status} and not as a fedbpt device does: is this its address?",
                 "not-a-device",
+                device=self.name,
             ) from error
-        message = f"{self.name}: {reply.message}"
-        if reply.code == "work-failed":
-            raise DeviceFailedError(message)
-        raise DeviceRefusedError(message, reply.code)
+        raise refusal_of(reply, self.name)
 
     def _decode(self, response: Response, kind: type[M]) -> M:
         if response.kind.split(";")[0].strip().lower() != codec.CONTENT_TYPE:
             raise DeviceRefusedError(
-                f"{self.name} ({self.where}) does not answer as a fedbpt device does: is this its address?",
+                f"{self.where} does not answer as a fedbpt device does: is this its address?",
                 "not-a-device",
+                device=self.name,
             )
         try:
             return codec.decode(response.content, kind)

@@ -106,7 +106,7 @@ class InProcessClient(Works):
                     return answer
                 if on_answer is not None:
                     on_answer(answer)
-            raise DeviceTimeoutError(f"{self.name} did not finish an answer within {timeout_s:g} s")
+            raise DeviceTimeoutError(f"did not finish an answer within {timeout_s:g} s", device=self.name)
         finally:
             self.service.cancel_question(identity)
 
@@ -122,13 +122,13 @@ class InProcessClient(Works):
         except DeviceRefusedError as error:
             if error.code != "stopping":
                 raise
-            raise DeviceUnreachableError(f"{self.name} is being stopped") from error
+            raise DeviceUnreachableError("is being stopped", device=self.name) from error
 
     def _pending(self, progress: RoundProgress, deadline: float, what: str, timeout_s: float | None) -> None:
         if progress.state == "cancelled":
-            raise DeviceFailedError(f"{self.name}: {what} was cancelled")
+            raise DeviceFailedError(f"{what} was cancelled", device=self.name)
         if asyncio.get_running_loop().time() >= deadline:
-            raise DeviceTimeoutError(f"{self.name} did not finish {what} within {timeout_s:g} s")
+            raise DeviceTimeoutError(f"did not finish {what} within {timeout_s:g} s", device=self.name)
 
     def _down(self, message: M) -> M:
         body = codec.encode(message)

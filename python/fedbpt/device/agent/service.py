@@ -87,6 +87,7 @@ class _Job:
         self.cancelled = False
         self.paused = ""
         self.error = ""
+        self.is_fault = False
         self.output: Output | None = None
         self.ended = asyncio.Event()
         self.answer = Answer()  # to a question, so far
@@ -286,7 +287,7 @@ class AgentService:
                 wait.cancel()
         self._check_open()
         if job.state == "failed":
-            raise DeviceFailedError(job.error)
+            raise DeviceFailedError(job.error, is_fault=job.is_fault)
         return job.output
 
     def _submit(self, key: tuple[str, int], job: _Job, work: Callable[[], Output]) -> None:
@@ -334,7 +335,7 @@ class AgentService:
                 return
             self._working = job
         output: Output | None = None
-        error = ""
+        error, is_fault = "", False
         try:
             output = work()
         except ScoringInterrupted:
@@ -344,7 +345,7 @@ class AgentService:
             error = public_reason(problem)
         except Exception as problem:
             log.exception("work of round %s of run %r failed", job.round, job.run)
-            error = public_reason(problem)
+            error, is_fault = public_reason(problem), True
         with self._switching:
             self._working = None
         try:
@@ -353,12 +354,12 @@ class AgentService:
             log.exception("the device could not say how it is")
             info = self._info
         try:
-            loop.call_soon_threadsafe(self._finish, job, output, error, info)
+            loop.call_soon_threadsafe(self._finish, job, output, error, is_fault, info)
         except RuntimeError:
             log.info("work of round %s of run %r ended after its server", job.round, job.run)
 
-    def _finish(self, job: _Job, output: Output | None, error: str, info: DeviceInfo) -> None:
-        self._info = info
+    def _finish(self, job: _Job, output: Output | None, error: str, is_fault: bool, info: DeviceInfo) -> None:
+        self._info, job.is_fault = info, is_fault
         if job.state != "running":
             return
         if output is not None:
