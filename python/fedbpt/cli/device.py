@@ -33,7 +33,6 @@ from fedbpt.cli.options import (
     TaskName,
     Threads,
 )
-from fedbpt.coordinator.members import check_names
 from fedbpt.device.agent.server import AgentServer, announce
 from fedbpt.device.agent.service import AgentService
 from fedbpt.device.device import Device
@@ -46,6 +45,7 @@ from fedbpt.models import locate, model_size
 from fedbpt.net.tls import Tls
 from fedbpt.net.tokens import Credentials
 from fedbpt.plain_text import echo
+from fedbpt.protocol.names import check_names
 from fedbpt.protocol.specs import as_name
 from fedbpt.tasks import Row, Task, load, read_task_rows
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from fedbpt.cli.credentials import token_in
 from fedbpt.cli.reach import host_and_port
-from fedbpt.coordinator.clients import DeviceClient, HttpClient
+from fedbpt.coordinator.clients import DeviceClient, RemoteDevice
 from fedbpt.coordinator.control import RunControl
 from fedbpt.coordinator.monitor import MonitorServer
 from fedbpt.errors import ConfigError
@@ -48,9 +48,9 @@ class Watch:
             self._dashboard.watch(clients)
 
     @property
-    def devices(self) -> list[HttpClient]:
+    def devices(self) -> list[RemoteDevice]:
         """Other clients of the run's devices, for the dashboard's event loop."""
-        return [client.twin() for client in self._clients if isinstance(client, HttpClient)]
+        return [client.twin() for client in self._clients if isinstance(client, RemoteDevice)]
 
     def compare(self, comparison: Comparison) -> None:
         """The run is finished: visitors of the dashboard may compare what it tuned with the original."""

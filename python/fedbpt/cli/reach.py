@@ -18,11 +18,11 @@ import msgspec
 from fedbpt.checking import DECODE_ERRORS
 from fedbpt.coordinator.clients import DeviceClient, HttpClient, PostOffice
 from fedbpt.coordinator.enrolment import DeviceRegistry
-from fedbpt.coordinator.members import check_names
 from fedbpt.coordinator.server import CoordinatorServer
 from fedbpt.errors import ConfigError, DeviceError, WireError
 from fedbpt.net.tls import Tls
 from fedbpt.net.tokens import read_private
+from fedbpt.protocol.names import check_names
 
 RETURN_S: Final = 10.0
 """How long a run that is resumed waits for all of its devices: after a short break they call within seconds."""

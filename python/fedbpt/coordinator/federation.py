@@ -23,7 +23,7 @@ from fedbpt.coordinator.estimate import readout_tokens
 from fedbpt.coordinator.fleet import Fleet
 from fedbpt.coordinator.ledger import SELECTION, RunLedger
 from fedbpt.coordinator.live import LiveEvaluation
-from fedbpt.coordinator.members import Draft, check_names, common_model, describe_absent
+from fedbpt.coordinator.members import Draft, common_model, describe_absent
 from fedbpt.coordinator.outcome import make_result
 from fedbpt.coordinator.run_listener import listener_for
 from fedbpt.coordinator.stragglers import Pace
@@ -32,6 +32,7 @@ from fedbpt.errors import ConfigError, FederationError, QuorumError, StoreError
 from fedbpt.net.event_loop import run_to_end
 from fedbpt.objective.privacy import require_accountant
 from fedbpt.protocol import codec
+from fedbpt.protocol.names import check_names
 from fedbpt.protocol.rounds import EvaluateReport, FitPurpose
 from fedbpt.protocol.seeding import generator
 from fedbpt.runs.events import (

@@ -9,12 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
-import msgspec
-
 from fedbpt.coordinator.clients.base import DeviceClient
-from fedbpt.errors import ConfigError, DeviceFailedError, FederationError
+from fedbpt.errors import DeviceFailedError, FederationError
 from fedbpt.protocol.rounds import DeviceInfo, EvaluateRequest, RoundProgress, RoundReport, SearchHistory
-from fedbpt.protocol.specs import Name
 
 
 class Member:
@@ -103,21 +100,6 @@ def describe_absent(members: Iterable[Member]) -> str:
     reasons = [f"{m.name}: {m.reason.removeprefix(f'{m.name}: ')}" for m in members if m.state != "live"]
     more = [f"and {len(reasons) - MAX_NAMED} more"] if len(reasons) > MAX_NAMED else []
     return f" ({'; '.join(reasons[:MAX_NAMED] + more)})" if reasons else ""
-
-
-def check_names(names: Sequence[str], what: str) -> None:
-    counts = Counter(names)
-    for name, count in counts.items():
-        try:
-            msgspec.convert(name, Name)
-        except msgspec.ValidationError as error:
-            raise ConfigError(
-                f"{name[:60]!r} cannot name a {what}: use letters, digits and ._- (at most 128)"
-            ) from error
-        if count > 1:
-            raise ConfigError(f"two {what}s are named {name!r}: give each its own name")
-    if not names:
-        raise ConfigError(f"a run needs at least one {what}")
 
 
 def common_model(infos: Sequence[DeviceInfo]) -> DeviceInfo:

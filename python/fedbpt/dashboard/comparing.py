@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from fedbpt.api import make_prompt
-from fedbpt.coordinator.clients import HttpClient
+from fedbpt.coordinator.clients import RemoteDevice
 from fedbpt.dashboard.examples import Examples, Row
 from fedbpt.engine.text_generator import TextModel
 from fedbpt.errors import FedbptError, InputError
@@ -62,7 +62,7 @@ class Comparison:
         make: Callable[[], SideBySide],
         labels: Sequence[str],
         questions: Sequence[Row] = (),
-        devices: Sequence[HttpClient] = (),
+        devices: Sequence[RemoteDevice] = (),
     ) -> None:
         self.labels = tuple(labels)
         self.questions = tuple(questions)

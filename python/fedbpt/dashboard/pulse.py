@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from fedbpt.coordinator.clients import DeviceClient, HttpClient
+from fedbpt.coordinator.clients import DeviceClient, RemoteDevice
 from fedbpt.errors import DeviceError, WireError
 from fedbpt.net.deadlines import within
 from fedbpt.protocol.rounds import DeviceInfo
@@ -42,7 +42,7 @@ class Pulse:
         heard: Callable[[str, bool], None],
         met: Callable[[str, DeviceInfo], None],
     ) -> None:
-        self._twins = [client.twin() for client in clients if isinstance(client, HttpClient)]
+        self._twins = [client.twin() for client in clients if isinstance(client, RemoteDevice)]
         self._heard, self._met = heard, met
 
     async def run(self) -> None:
@@ -53,7 +53,7 @@ class Pulse:
             for twin in self._twins:
                 await twin.aclose()
 
-    async def _follow(self, twin: HttpClient) -> None:
+    async def _follow(self, twin: RemoteDevice) -> None:
         beat = 0
         while True:
             answers = await twin.answers(PATIENCE_S)
@@ -63,7 +63,7 @@ class Pulse:
             beat += 1
             await asyncio.sleep(PULSE_S)
 
-    async def _ask(self, twin: HttpClient) -> None:
+    async def _ask(self, twin: RemoteDevice) -> None:
         try:
             self._met(twin.name, await within(PATIENCE_S, twin.status()))
         except (DeviceError, WireError, asyncio.TimeoutError) as error:

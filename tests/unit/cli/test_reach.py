@@ -145,7 +145,7 @@ def test_tokens_are_for_their_addresses_alone(tmp_path: Path) -> None:
     tokens.write_private(file, b'"http://127.0.0.1:8401/" = "right"\n')
     two = Reach(["http://127.0.0.1:8401", "http://127.0.0.1:8402/"], tokens=file)
     with two.clients({}, False, lambda _line: None) as clients:
-        assert [client._authorization for client in clients] == [{"authorization": "Bearer right"}, {}]  # type: ignore[attr-defined]
+        assert [client._transport._token for client in clients] == ["right", None]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("content", [b"x", b'["a"]\nb = 1', b"a = 1", b"\xff"])

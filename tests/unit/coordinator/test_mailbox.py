@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-import httpx
 import pytest
 
 from fedbpt.coordinator.clients import mailbox
 from fedbpt.coordinator.clients.mailbox import Mailbox, PostOffice
+from fedbpt.coordinator.clients.transport import NoReplyError
 from fedbpt.errors import CoordinatorRefusedError
 from fedbpt.protocol import codec
 from fedbpt.protocol.polling import Reply, Request
@@ -127,7 +127,7 @@ def test_a_newer_poll_takes_the_place_of_an_older_one() -> None:
 def test_a_device_that_never_called_is_out_of_reach_at_once() -> None:
     async def scene(box: Mailbox) -> None:
         assert not box.present
-        with pytest.raises(httpx.ConnectError):
+        with pytest.raises(NoReplyError):
             await box.exchange(request(1), 10.0)
 
     play(scene)
@@ -144,7 +144,7 @@ def test_a_device_that_ceases_to_call_is_out_of_reach_and_what_it_held_is_broken
         await asyncio.sleep(0)
         assert box.present
         outcomes = await asyncio.gather(*waiting, return_exceptions=True)
-        assert [type(outcome) for outcome in outcomes] == [httpx.ReadError, httpx.ConnectError]
+        assert [outcome.begun for outcome in outcomes] == [True, False]
         assert not box.present
 
     play(scene)
@@ -154,7 +154,7 @@ def test_a_device_that_polls_and_does_not_answer_times_out() -> None:
     async def scene(box: Mailbox) -> None:
         polling = asyncio.ensure_future(box.poll((request(1).id,), 10.0))
         await asyncio.sleep(0)
-        with pytest.raises(httpx.ReadTimeout):
+        with pytest.raises(NoReplyError, match="does not answer"):
             await box.exchange(request(1), 0.0)
         polling.cancel()
 
@@ -176,12 +176,12 @@ def test_a_box_that_is_closed_lets_its_poll_go_and_says_when_to_call_again() -> 
 
 def test_a_post_office_that_does_not_run_reaches_nobody() -> None:
     async def main() -> None:
-        with pytest.raises(httpx.ConnectError):
+        with pytest.raises(NoReplyError):
             await PostOffice().exchange("a", request(1), 1.0)
         office = PostOffice()
         office.open()
         office.close()
-        with pytest.raises(httpx.ConnectError):
+        with pytest.raises(NoReplyError):
             await office.exchange("a", request(1), 1.0)
         assert not office.box("a").present
 

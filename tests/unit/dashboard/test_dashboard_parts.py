@@ -9,7 +9,7 @@ import pytest
 
 from fedbpt import models
 from fedbpt.coordinator.clients import HttpClient, MailboxClient, PostOffice
-from fedbpt.coordinator.clients.http import RETRY_S
+from fedbpt.coordinator.clients.remote import RETRY_S, RemoteDevice
 from fedbpt.dashboard import charts, costs, pulse, texts
 from fedbpt.dashboard.state import RunState
 from fedbpt.dashboard.views import DeviceView, Point, RunView
@@ -79,9 +79,9 @@ def test_a_death_shows_within_two_seconds_and_before_a_round_gives_up() -> None:
 @pytest.mark.parametrize(
     "client", [HttpClient("http://pi5:8401", "pi5", poll_s=3.0), MailboxClient("pi5", PostOffice(), 3.0)]
 )
-def test_a_twin_is_the_same_device_and_counts_apart(client: HttpClient) -> None:
+def test_a_twin_is_the_same_device_and_counts_apart(client: RemoteDevice) -> None:
     twin = client.twin()
-    assert (twin.url, twin.name, twin is client) == (client.url, "pi5", False)
+    assert (twin.where, twin.name, twin is client) == (client.where, "pi5", False)
     assert twin._poll_s == client._poll_s == 3.0
 
 

@@ -6,5 +6,14 @@ from fedbpt.coordinator.clients.base import DeviceClient, ProgressCallback
 from fedbpt.coordinator.clients.http import HttpClient
 from fedbpt.coordinator.clients.in_process import InProcessClient
 from fedbpt.coordinator.clients.mailbox import MailboxClient, PostOffice
+from fedbpt.coordinator.clients.remote import RemoteDevice
 
-__all__ = ["DeviceClient", "HttpClient", "InProcessClient", "MailboxClient", "PostOffice", "ProgressCallback"]
+__all__ = [
+    "DeviceClient",
+    "HttpClient",
+    "InProcessClient",
+    "MailboxClient",
+    "PostOffice",
+    "ProgressCallback",
+    "RemoteDevice",
+]

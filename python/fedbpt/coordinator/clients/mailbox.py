@@ -1,7 +1,7 @@
 """`MailboxClient`: reaches a device that calls in. Its requests lie in a `Mailbox` until the device fetches them.
 
-The mailbox is an HTTP channel the other way round: an `HttpClient` that puts each request into the box and awaits its
-reply. Repetition, time-outs and errors are therefore those of a device that is called.
+The mailbox is a `Transport` the other way round: each request is put into the box, and its reply awaited. Repetition,
+time-outs and errors are those of any `RemoteDevice`.
 
 A `PostOffice` and its boxes belong to the event loop of the coordinator's server. Clients may live in another one.
 """
@@ -15,18 +15,13 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
 from typing import Final
 
-import httpx
-
-from fedbpt.coordinator.clients.base import ProgressCallback
-from fedbpt.coordinator.clients.http import POLL_S, HttpClient, Response
-from fedbpt.coordinator.slots import Turns
+from fedbpt.coordinator.clients.remote import POLL_S, RemoteDevice
+from fedbpt.coordinator.clients.transport import IN_REACH, NoReplyError, Response
 from fedbpt.errors import CoordinatorRefusedError
 from fedbpt.protocol import codec
 from fedbpt.protocol.polling import Delivery, Method, Reply, Request, poll_s
-from fedbpt.protocol.rounds import RoundPlan, RoundProgress, RoundReport, SearchHistory
 
 ANSWER_S: Final = 20.0
 """How long a device that calls in may take for a reply: twice as long as to notice that a connection went silent."""
@@ -175,9 +170,8 @@ class Mailbox:
     async def exchange(self, request: Request, timeout_s: float, fetched: Callable[[], None] = lambda: None) -> Reply:
         """Lay ``request`` into the box and await its reply. ``fetched``: called when the device has it.
 
-        Raises httpx.ConnectError where the device does not call in, httpx.ReadError where it ceased to with the
-        request in hand, httpx.ReadTimeout where it does not fetch it within ``timeout_s`` seconds, or then does not
-        reply within as many.
+        Raises `NoReplyError` where the device does not call in, or ceased to with the request in hand; where it does
+        not fetch it within ``timeout_s`` seconds, or then does not reply within as many.
         """
         exchange = self._open[request.id] = _Exchange(request, timeout_s, fetched)
         self._news.set()
@@ -187,7 +181,7 @@ class Mailbox:
                     raise _gone(exchange)
                 left = exchange.deadline - _now()
                 if left <= 0:
-                    raise httpx.ReadTimeout("the device does not answer")
+                    raise NoReplyError(f"does not answer: {IN_REACH}")
                 # For as long as the device is sure to be present: most exchanges wake up once.
                 await asyncio.wait([exchange.reply], timeout=min(left, ABSENT_S - self.silent_s))
             return exchange.reply.result()
@@ -202,9 +196,9 @@ class Mailbox:
             exchange.end()
 
 
-def _gone(exchange: _Exchange) -> httpx.TransportError:
-    gone = httpx.ReadError if exchange.delivered else httpx.ConnectError
-    return gone("the device does not call in")
+def _gone(exchange: _Exchange) -> NoReplyError:
+    what = "ceased to call in" if exchange.delivered else "does not call in"
+    return NoReplyError(f"{what}: {IN_REACH}", begun=exchange.delivered)
 
 
 class PostOffice:
@@ -254,7 +248,7 @@ class PostOffice:
         """`Mailbox.exchange`, from any event loop; ``fetched`` is called on that of the office."""
         loop = self._loop
         if loop is None or self._closed:
-            raise httpx.ConnectError("the coordinator's server does not run")
+            raise NoReplyError("cannot be reached: the coordinator's server does not run")
 
         async def there() -> Reply:
             return await self.box(device).exchange(request, timeout_s, fetched)
@@ -266,53 +260,37 @@ class PostOffice:
         return MailboxClient(device, self, min(max(POLL_S, len(self._boxes) * HOLD_S_PER_DEVICE), LONGEST_HOLD_S))
 
 
-class MailboxClient(HttpClient):
+class MailboxClient(RemoteDevice):
     """Reaches the device that calls in as ``device``. See `DeviceClient` for the methods."""
 
     def __init__(self, device: str, office: PostOffice, poll_s: float = POLL_S) -> None:
-        super().__init__("http://mailbox", device, answer_s=ANSWER_S, poll_s=poll_s)
-        self.where = "calls in"
-        self._office = office
-        self._fetched: Callable[[], None] = lambda: None
+        super().__init__(MailboxTransport(device, office), device, answer_s=ANSWER_S, poll_s=poll_s)
 
-    async def work(
-        self,
-        plan: RoundPlan,
-        history: SearchHistory | None = None,
-        on_progress: ProgressCallback | None = None,
-        turns: Turns | None = None,
-    ) -> RoundReport:
-        """One exchange, where the device is done within the time that it may hold the plan."""
-        self._plan = plan
-        async with (turns or Turns()).one() as end_turn:
-            self._fetched = partial(_call, asyncio.get_running_loop(), end_turn)
-            answer = await self._hand_over(plan, history, self._poll_s)
-        if isinstance(answer, RoundProgress):
-            self._under_way(answer, f"round {plan.round}", on_progress)
-        elif (report := await self._whole(answer, plan)) is not None:
-            return report
-        return await self.wait(plan.run, plan.round, None, on_progress)
 
-    def twin(self) -> MailboxClient:
-        return MailboxClient(self.name, self._office, poll_s=self._poll_s)
+class MailboxTransport:
+    """Requests by the mailbox of ``device``. See `Transport`."""
 
-    async def _exchange(self, method: Method, path: str, body: bytes | None, read_s: float) -> Response:
+    where = "calls in"
+    holds_plans = True
+
+    def __init__(self, device: str, office: PostOffice) -> None:
+        self._device, self._office = device, office
+
+    async def send(
+        self, method: Method, path: str, body: bytes | None, read_s: float, taken: Callable[[], None] = lambda: None
+    ) -> Response:
         request = Request(id=f"{_PROCESS}{next(_COUNTER):016x}", method=method, path=path, body=body or b"")
-        self.bytes_down += len(request.body)
-        reply = await self._office.exchange(self.name, request, read_s, self._fetched)
-        self.bytes_up += len(reply.body)
+        reply = await self._office.exchange(self._device, request, read_s, taken)
         return Response(reply.status, reply.content_type, reply.body)
 
     async def answers(self, timeout_s: float) -> bool:
-        return self._office.silent_s(self.name) < timeout_s
+        return self._office.silent_s(self._device) < timeout_s
 
-    def __repr__(self) -> str:
-        return f"MailboxClient({self.name!r})"
+    async def aclose(self) -> None:
+        """The connections are the device's."""
 
-
-def _call(loop: asyncio.AbstractEventLoop, what: Callable[[], None]) -> None:
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(what)
+    def twin(self) -> MailboxTransport:
+        return self
 
 
 def _now() -> float:
