@@ -166,6 +166,8 @@ def _misfit(value: Any, *, inner: bool = False) -> _MisfitError:
         return _MisfitError(text, text)
     if not isinstance(value, str) or inner:
         return _MisfitError(kind, kind)
+    if half_character(value):
+        return _MisfitError("one with half a character", "one with half a character")
     return _MisfitError(repr(str(value)) if len(value) <= MOST_SHOWN else f"{kind} of {len(value)} characters", kind)
 
 
