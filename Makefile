@@ -67,10 +67,10 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: setup
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(TEST_ARGS)
 
 test-fast: setup
-	$(BIN)/python -m pytest tests/unit tests/contract -q -n auto --dist loadfile $(TEST_ARGS)
+	$(BIN)/python -m pytest tests/unit tests/contract -q -n auto --maxprocesses 4 --dist loadfile $(TEST_ARGS)
 
 # Flower's dependencies clash with ours in constraints.txt: an environment of its own, which takes the rest from $(VENV).
 FLOWER       := build/flower
