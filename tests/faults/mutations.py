@@ -120,7 +120,7 @@ def _change_value(rng: random.Random, model: Gguf) -> None:
     setting = rng.choice(model.settings)
     if setting.type == ARRAY:
         _change_array(rng, setting)
-    elif setting.type == STRING:
+    elif isinstance(setting.value, bytes):
         setting.value = _text(rng, setting.key, setting.value)
     else:
         setting.value = _number(rng, setting.value)
