@@ -381,7 +381,10 @@ class NativeScorer:
         return models.faster_format(self._given, self.weight_formats)
 
     def _ids(self, text: str | ArrayLike, name: str, add_bos: bool | None = None) -> NDArray[np.int32]:
-        return self.tokenize(text, add_bos) if isinstance(text, str) else token_ids(text, name)
+        if not isinstance(text, str):
+            return token_ids(text, name)
+        utf8(text, name)
+        return self.tokenize(text, add_bos)
 
 
 class NativePlan:
