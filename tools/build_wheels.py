@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -72,6 +74,28 @@ def run(command: list[object], environment: dict[str, str] | None = None) -> Non
         raise BuildError(f"this failed, see the lines above: {' '.join(words)}")
 
 
+def headers_elsewhere(include: Path, folder: Path) -> Path | None:
+    """A folder in ``folder`` from which the rest of a Python's C headers is found; None: ``include`` has them all.
+
+    Debian's ``pyconfig.h`` includes ``<TRIPLET/pythonX.Y/pyconfig.h>`` of ``/usr/include``, which a compiler with a C
+    library of its own must not search.
+    """
+    found = re.search(r"<([^>]+)/pyconfig\.h>", (include / "pyconfig.h").read_text())
+    if found is None:
+        return None
+    inside = folder / found[1]
+    inside.parent.mkdir(parents=True, exist_ok=True)
+    inside.unlink(missing_ok=True)
+    inside.symlink_to(include.parent / found[1])
+    return folder
+
+
+def include_of(python: Path) -> Path:
+    """Where Python.h is."""
+    asks = "import sysconfig; print(sysconfig.get_path('include'))"
+    return Path(subprocess.run([python, "-c", asks], capture_output=True, text=True, check=True).stdout.strip())
+
+
 def environment_for(version: str, folder: Path) -> Path:
     """The Python of an environment with what builds a wheel in it; made once."""
     python = folder / "bin" / "python"
@@ -95,9 +119,19 @@ def build_wheel(machine: str, version: str, out: Path) -> Path:
     settings = {"build-dir": build, "cmake.args": f"--preset={machine}-manylinux", "wheel.tags": wheel_tag}
     options = [f"--config-settings={name}={value}" for name, value in settings.items()]
     pip = [python, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation"]
-    run([*pip, *options, "--wheel-dir", out, ROOT])
+    headers = headers_elsewhere(include_of(python), build / f"headers-{version}")
+    run([*pip, *options, "--wheel-dir", out, ROOT], {"CPLUS_INCLUDE_PATH": str(headers)} if headers else None)
     (wheel,) = out.glob(f"fedbpt-*-{wheel_tag}.whl")
     return wheel
+
+
+def require_whole(wheel: Path, package: Path = ROOT / "python" / "fedbpt") -> None:
+    """Raises `BuildError` where ``wheel`` lacks a module of ``package``: what excludes files may match too much."""
+    with zipfile.ZipFile(wheel) as archive:
+        there = set(archive.namelist())
+    wanted = {path.relative_to(package.parent).as_posix() for path in package.rglob("*.py")}
+    if missing := sorted(wanted - there):
+        raise BuildError(f"{wheel.name} lacks {len(missing)} modules, {missing[0]} for one: see [tool.scikit-build]")
 
 
 def main() -> int:
@@ -114,6 +148,7 @@ def main() -> int:
                 old.unlink()
             wheel = build_wheel(args.machine, version, args.out)
             check(wheel)
+            require_whole(wheel)
             print(f"{wheel}: {wheel.stat().st_size} bytes")
     except (BuildError, WheelError, OSError) as error:
         print(f"fedbpt: {error}", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import build_wheels
@@ -88,3 +89,33 @@ def test_the_versions_to_build_are_those_that_the_package_promises() -> None:
         r"Programming Language :: Python :: (3\.\d+)", (build_wheels.ROOT / "pyproject.toml").read_text()
     )
     assert tuple(classifiers) == build_wheels.PYTHONS
+
+
+@pytest.mark.parametrize("redirects", [False, True])
+def test_headers_that_debian_keeps_elsewhere_are_found(redirects: bool, tmp_path: Path) -> None:
+    include, rest = tmp_path / "include" / "python3.14", tmp_path / "include" / "x86_64-linux-gnu" / "python3.14"
+    for folder in (include, rest):
+        folder.mkdir(parents=True)
+        (folder / "pyconfig.h").write_text("#define HERE\n")
+    if redirects:
+        (include / "pyconfig.h").write_text("# include <x86_64-linux-gnu/python3.14/pyconfig.h>\n")
+    for _ in range(2):  # as of a second build
+        found = build_wheels.headers_elsewhere(include, tmp_path / "headers")
+    assert (found is not None) == redirects
+    if found is not None:
+        assert (found / "x86_64-linux-gnu" / "python3.14" / "pyconfig.h").read_text() == "#define HERE\n"
+
+
+def test_a_wheel_that_lacks_a_module_is_refused(tmp_path: Path) -> None:
+    package = tmp_path / "fedbpt"
+    (package / "runs").mkdir(parents=True)
+    for name in ("__init__.py", "runs/__init__.py"):
+        (package / name).touch()
+    wheel = tmp_path / "fedbpt.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("fedbpt/__init__.py", "")
+    with pytest.raises(build_wheels.BuildError, match=r"lacks 1 modules, fedbpt/runs/__init__\.py"):
+        build_wheels.require_whole(wheel, package)
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr("fedbpt/runs/__init__.py", "")
+    build_wheels.require_whole(wheel, package)
