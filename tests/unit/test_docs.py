@@ -114,3 +114,10 @@ def test_the_run_store_is_described_table_by_table() -> None:
         tables = re.findall(r"CREATE TABLE (\w+)", inspect.getsource(module))
         assert tables
         assert [table for table in tables if f"| `{table}` |" not in text] == []
+
+
+def test_the_places_that_the_developers_page_names_are_there() -> None:
+    named = re.findall(r"`([a-z_/.-]+/[a-z_.-]*)`", page("development.md"))
+    roots = (DOCS.parent, DOCS.parent / "python" / "fedbpt", DOCS.parent / "tests", DOCS)
+    assert len(named) > 25
+    assert [name for name in named if not any((root / name).exists() for root in roots) and "build/" not in name] == []
