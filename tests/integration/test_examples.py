@@ -24,6 +24,7 @@ def test_every_example_is_run() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(SAYS)
 
 
+@pytest.mark.timeout(1800)  # of a busy machine; by itself none takes longer than a minute
 @pytest.mark.parametrize("name", sorted(SAYS))
 def test_an_example_runs(name: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
