@@ -42,13 +42,19 @@ class FedbptError(Exception):
     """Base of every error raised on purpose. Its text is one line that any terminal may show.
 
     ``public``: the message without what it quotes of a row; all that another machine is told.
+    ``field``: the name of the argument, setting, option, column, key or path that is wrong; empty where none is.
+    ``limit``: the bound that was passed; None where there is none.
     """
 
     exit_code = 1
 
-    def __init__(self, message: str = "", *, public: str | None = None) -> None:
+    def __init__(
+        self, message: str = "", *, public: str | None = None, field: str = "", limit: float | None = None
+    ) -> None:
         super().__init__(message)
         self.public = one_line(message if public is None else public, MOST_SAID)
+        self.field = field
+        self.limit = limit
 
     def __str__(self) -> str:
         return one_line(super().__str__(), MOST_SAID)
@@ -109,8 +115,8 @@ class WireError(FedbptError):
 class DeviceError(FedbptError):
     """Something about one device. ``device``: its name, empty where it speaks of itself; ``reason``: what is wrong."""
 
-    def __init__(self, reason: str = "", *, device: str = "") -> None:
-        super().__init__(f"{device}: {reason}" if device else reason)
+    def __init__(self, reason: str = "", *, device: str = "", field: str = "", limit: float | None = None) -> None:
+        super().__init__(f"{device}: {reason}" if device else reason, field=field, limit=limit)
         self.device, self.reason = device, one_line(reason, MOST_SAID)
 
 
