@@ -8,22 +8,16 @@
 
 #include "errors.h"
 #include "llama-soft-prompt.h"
-#include "log.h"
 #include "log_sum_exp.h"
+#include "sequences.h"
 
 namespace fedbpt {
 
 namespace {
 
-constexpr uint32_t     kUbatch = 512;   // tokens a graph
-constexpr uint32_t     kBatch  = 2048;  // tokens a llama_decode
-constexpr size_t       kPad    = 4;     // CPU kernels take rows by four, and round the rest differently
-constexpr llama_seq_id kPadSeq = 0;     // tokens that only fill a batch up
 constexpr size_t       kTexts  = 4;     // being generated, or kept to go on from
 constexpr size_t       kHeads  = 7;     // kept; each sequence takes two buffers of n_vocab numbers
 constexpr size_t       kRoom   = 256;   // cells to generate into before the context grows
-
-constexpr auto kStopInterval = std::chrono::milliseconds(20);
 
 SamplerPtr make_sampler(const Sampling & sampling) {
     SamplerPtr chain(llama_sampler_chain_init(llama_sampler_chain_default_params()));
@@ -60,15 +54,10 @@ std::vector<std::pair<llama_token, float>> likeliest(const float * logits, size_
 }  // namespace
 
 Generator::Generator(std::shared_ptr<const Model> model, int32_t n_threads, ggml_type kv_type)
-    : model_(std::move(model)), n_threads_(n_threads), kv_type_(model_->is_f32() ? GGML_TYPE_F32 : kv_type), sequences_(kTexts + kHeads) {
+    : model_(model), session_(std::move(model), n_threads, kv_type), sequences_(kTexts + kHeads) {
     for (size_t i = 0; i < sequences_.size(); ++i) {
         sequences_[i].id      = kPadSeq + 1 + static_cast<llama_seq_id>(i);
         sequences_[i].is_head = i >= kTexts;
-    }
-    ggml_threadpool_params params = ggml_threadpool_params_default(n_threads);
-    threadpool_.reset(cpu_function<decltype(ggml_threadpool_new)>("ggml_threadpool_new")(&params));
-    if (!threadpool_) {
-        throw std::bad_alloc();
     }
 }
 
@@ -135,8 +124,8 @@ Generator::Sequence * Generator::oldest(bool is_head) {
 }
 
 void Generator::drop(Sequence & sequence) {
-    if (ctx_) {
-        llama_memory_seq_rm(llama_get_memory(ctx_.get()), sequence.id, -1, -1);
+    if (session_.is_open()) {
+        llama_memory_seq_rm(session_.memory(), sequence.id, -1, -1);
     }
     sequence.input      = {};
     sequence.n_computed = 0;
@@ -154,11 +143,11 @@ size_t Generator::adopt(Sequence & sequence, Input input) {
         }
     }
     if (best == &sequence) {
-        llama_memory_seq_rm(llama_get_memory(ctx_.get()), sequence.id, static_cast<llama_pos>(most), -1);
+        llama_memory_seq_rm(session_.memory(), sequence.id, static_cast<llama_pos>(most), -1);
     } else {
         drop(sequence);
         if (best != nullptr) {
-            llama_memory_seq_cp(llama_get_memory(ctx_.get()), best->id, sequence.id, 0, static_cast<llama_pos>(most));
+            llama_memory_seq_cp(session_.memory(), best->id, sequence.id, 0, static_cast<llama_pos>(most));
         }
     }
     sequence.is_long    = is_long(input);
@@ -186,7 +175,7 @@ void Generator::keep_head(const Sequence & sequence) {
     head.n_computed = n;
     head.is_long    = sequence.is_long;
     head.last_used  = ++clock_;
-    llama_memory_seq_cp(llama_get_memory(ctx_.get()), sequence.id, head.id, 0, static_cast<llama_pos>(n));
+    llama_memory_seq_cp(session_.memory(), sequence.id, head.id, 0, static_cast<llama_pos>(n));
 }
 
 // Gives up a text that is no longer being generated; false where there is none.
@@ -204,7 +193,7 @@ bool Generator::evict() {
 }
 
 void Generator::ensure_context(size_t n_cells) {
-    if (!ctx_ || n_ctx_ < n_cells) {
+    if (session_.n_cells() < n_cells) {
         grow(n_cells + kRoom);
     }
 }
@@ -214,49 +203,18 @@ void Generator::grow(size_t n_cells) {
     std::vector<std::pair<Sequence *, std::vector<uint8_t>>> saved;
     for (Sequence & sequence : sequences_) {
         if (sequence.is_live() && sequence.n_computed > 0) {
-            std::vector<uint8_t> state(llama_state_seq_get_size(ctx_.get(), sequence.id));
-            state.resize(llama_state_seq_get_data(ctx_.get(), state.data(), state.size(), sequence.id));
-            saved.emplace_back(&sequence, std::move(state));
+            saved.emplace_back(&sequence, session_.save(sequence.id));
         }
         sequence.n_computed = 0;
     }
-    ctx_.reset();
-    const auto n_ctx = static_cast<uint32_t>((n_cells + kRoom - 1)/kRoom*kRoom);
-    n_ctx_           = 0;
-
-    llama_context_params params = llama_context_default_params();
-    params.n_ctx               = n_ctx;
-    params.n_batch             = kBatch;
-    params.n_ubatch            = kUbatch;
-    params.n_seq_max           = 1 + kTexts + kHeads;
-    params.n_outputs_max       = params.n_seq_max;
-    params.n_threads           = n_threads_;
-    params.n_threads_batch     = n_threads_;
-    params.kv_unified          = true;
-    params.swa_full            = true;
-    params.type_k              = kv_type_;
-    params.type_v              = kv_type_;
-    if (kv_type_ == GGML_TYPE_F32) {
-        params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;  // it would cast the KV to f16
-    } else if (kv_type_ != GGML_TYPE_F16) {
-        params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;   // nothing else reads it
-    }
-    params.abort_callback      = on_abort;
-    params.abort_callback_data = this;
-
-    take_error();
-    ctx_.reset(llama_soft_prompt_init_from_model(model_->get(), params, nullptr, 0, nullptr));
-    if (!ctx_) {
-        throw std::runtime_error("cannot create a context of " + std::to_string(n_ctx) + " tokens (" + take_error() + "): free memory, or ask for less text");
-    }
-    n_ctx_ = n_ctx;
-    llama_attach_threadpool(ctx_.get(), threadpool_.get(), threadpool_.get());
+    const auto     size   = static_cast<uint32_t>((n_cells + kRoom - 1)/kRoom*kRoom);
+    const uint32_t n_seqs = 1 + kTexts + kHeads;
+    session_.close();
+    session_.open({ size, n_seqs, /*n_outputs =*/ n_seqs }, {}, "free memory, or ask for less text");
 
     for (auto & [sequence, state] : saved) {
-        if (llama_state_seq_set_data(ctx_.get(), state.data(), state.size(), sequence->id) == 0) {
-            throw std::runtime_error("a text's KV could not be restored (" + take_error() + "): please report this");
-        }
-        sequence->n_computed = static_cast<size_t>(llama_memory_seq_pos_max(llama_get_memory(ctx_.get()), sequence->id)) + 1;
+        session_.restore(state, sequence->id);
+        sequence->n_computed = static_cast<size_t>(llama_memory_seq_pos_max(session_.memory(), sequence->id)) + 1;
     }
 }
 
@@ -285,12 +243,7 @@ Choice Generator::next(Stream & stream, size_t n_likeliest, const std::function<
         throw InputError("the model's context of " + std::to_string(model_->n_ctx_train()) + " tokens is full: ask for less text");
     }
 
-    struct Computing {
-        Generator & self;
-        ~Computing() { self.current_ = nullptr; self.stop_ = nullptr; }
-    } computing { *this };
-    current_ = &stream;
-    stop_    = &stop;
+    const Session::Watch watch(session_, stream.cancelled_, stop);
 
     ensure_context(sequence.input.ids.size());
     const float * logits  = compute(sequence);
@@ -302,7 +255,7 @@ Choice Generator::next(Stream & stream, size_t n_likeliest, const std::function<
     }
     keep_head(sequence);
 
-    const llama_token id = llama_sampler_sample(stream.sampler_.get(), ctx_.get(), -1);
+    const llama_token id = llama_sampler_sample(stream.sampler_.get(), session_.context(), -1);
     sequence.input.ids.push_back(id);
     sequence.last_used = ++clock_;
     return { id, static_cast<float>(logits[id] - log_sum), n_likeliest > 0 ? likeliest(logits, n_vocab, log_sum, n_likeliest) : std::vector<std::pair<llama_token, float>>() };
@@ -312,19 +265,18 @@ Choice Generator::next(Stream & stream, size_t n_likeliest, const std::function<
 const float * Generator::compute(Sequence & sequence) {
     const size_t n = sequence.input.ids.size();
     if (sequence.is_long != is_long(sequence.input)) {  // the text has grown past what LongRoPE's short factors are for
-        llama_memory_seq_rm(llama_get_memory(ctx_.get()), sequence.id, -1, -1);
+        llama_memory_seq_rm(session_.memory(), sequence.id, -1, -1);
         sequence.n_computed = 0;
         sequence.is_long    = is_long(sequence.input);
     }
     while (sequence.n_computed < n) {
-        compute_part(sequence, std::min(n, sequence.n_computed + kBatch));
+        compute_part(sequence, std::min(n, sequence.n_computed + Session::kBatch));
     }
-    return llama_get_logits_ith(ctx_.get(), -1);
+    return llama_get_logits_ith(session_.context(), -1);
 }
 
 void Generator::compute_part(Sequence & sequence, size_t end) {
-    llama_memory_t memory = llama_get_memory(ctx_.get());
-    const Input &  input  = sequence.input;
+    const Input & input = sequence.input;
 
     batch_.clear();
     bool any_row = false;
@@ -332,63 +284,40 @@ void Generator::compute_part(Sequence & sequence, size_t end) {
         any_row = any_row || row_of(input, i) != nullptr;
         batch_.add(input.ids[i], static_cast<llama_pos>(i), sequence.id, i + 1 == input.ids.size() ? 0 : Batch::kNone);
     }
-    for (llama_pos pos = 0; batch_.size() > 1 && batch_.size() % kPad != 0; ++pos) {
-        batch_.add(/*token =*/ 0, pos, kPadSeq, Batch::kNone);
+    if (batch_.size() > 1) {
+        Session::pad(batch_, /*outputs =*/ false);
     }
+    session_.check_stop();  // before anything is computed: what other texts have stays
     if (any_row) {
         const size_t n_rows = input.rows.size()/static_cast<size_t>(model_->n_embd());
-        llama_soft_prompt_set(ctx_.get(), sequence.id, static_cast<llama_pos>(input.rows_at), static_cast<int32_t>(n_rows), input.rows.data());
+        llama_soft_prompt_set(session_.context(), sequence.id, static_cast<llama_pos>(input.rows_at), static_cast<int32_t>(n_rows), input.rows.data());
     }
 
-    llama_soft_prompt_set_text_length(ctx_.get(), model_->rope_length(sequence.is_long));
-    next_stop_check_ = {};
-    if (on_abort(this)) {
-        throw ScoringInterrupted("the text was interrupted");
+    llama_soft_prompt_set_text_length(session_.context(), model_->rope_length(sequence.is_long));
+    bool fits = false;
+    try {
+        fits = session_.decode(batch_, 0, batch_.size());
+    } catch (...) {
+        reset();
+        throw;
     }
-    take_error();
-    const int32_t status = llama_decode(ctx_.get(), batch_.view(0, batch_.size()));
-    llama_soft_prompt_clear(ctx_.get());
-    if (status == 1) {  // no cells are free
+    llama_soft_prompt_clear(session_.context());
+    if (!fits) {
         if (!evict()) {
-            grow(2*n_ctx_);
+            grow(2*session_.n_cells());
         }
         return;
     }
-    if (status != 0) {
-        reset();
-        if (status == 2) {
-            throw ScoringInterrupted("the text was interrupted");
-        }
-        throw std::runtime_error("llama_decode failed with status " + std::to_string(status) + " (" + take_error() + "): please report this");
-    }
-    llama_memory_seq_rm(memory, kPadSeq, -1, -1);
+    session_.remove_padding();
     n_tokens_ += end - sequence.n_computed;
     sequence.n_computed = end;
 }
 
 void Generator::reset() {
-    // with the data: what an interrupted or overflowing pass left must not reach a later one, not even times zero
-    llama_memory_clear(llama_get_memory(ctx_.get()), /*data =*/ true);
-    llama_soft_prompt_clear(ctx_.get());
+    session_.clear();
     for (Sequence & sequence : sequences_) {
         sequence.n_computed = 0;
     }
-}
-
-bool Generator::on_abort(void * data) {
-    auto * self = static_cast<Generator *>(data);
-    if (self->current_ == nullptr) {
-        return false;
-    }
-    if (self->current_->cancelled_) {
-        return true;
-    }
-    const auto now = std::chrono::steady_clock::now();
-    if (now < self->next_stop_check_) {
-        return false;
-    }
-    self->next_stop_check_ = now + kStopInterval;
-    return *self->stop_ && (*self->stop_)();
 }
 
 }  // namespace fedbpt

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <atomic>
-#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -12,6 +11,7 @@
 #include "batch.h"
 #include "handles.h"
 #include "model.h"
+#include "session.h"
 
 namespace fedbpt {
 
@@ -77,7 +77,7 @@ public:
     const Model & model() const { return *model_; }
     // forward tokens computed so far
     uint64_t n_tokens() const { return n_tokens_; }
-    uint32_t n_cells() const { return n_ctx_; }
+    uint32_t n_cells() const { return session_.n_cells(); }
 
 private:
     struct Sequence {  // whose KV is in the context up to n_computed
@@ -109,23 +109,14 @@ private:
     void compute_part(Sequence & sequence, size_t end);
     void reset();
 
-    static bool on_abort(void * self);
-
     std::shared_ptr<const Model> model_;
-    const int32_t                n_threads_;
-    const ggml_type              kv_type_;
-    ThreadpoolPtr                threadpool_;
-    ContextPtr                   ctx_;
-    uint32_t                     n_ctx_ = 0;
+    Session                      session_;
     Batch                        batch_;
     std::vector<Sequence>        sequences_;
     std::atomic<uint64_t>        n_tokens_ { 0 };
     uint64_t                     clock_ = 0;
 
-    std::mutex                            mutex_;
-    const Stream                        * current_ = nullptr;
-    const std::function<bool()>         * stop_    = nullptr;
-    std::chrono::steady_clock::time_point next_stop_check_;
+    std::mutex mutex_;
 };
 
 }  // namespace fedbpt

@@ -5,7 +5,6 @@
 #include <string>
 
 #include "llama-soft-prompt.h"
-#include "log.h"
 #include "scorer.h"
 #include "sequences.h"
 
@@ -43,7 +42,7 @@ void Scorer::add_continuations(const Request & request, size_t candidate, size_t
 // prefix | rows | text | continuations. The rows go with the first pack's texts, as tokens of all their sequences; the other packs share
 // those cells.
 void Scorer::score_front(const Request & request, const Pack & pack, const Group & group, bool first_pack, float * out) {
-    llama_memory_t memory = llama_get_memory(ctx_.get());
+    llama_memory_t memory = session_.memory();
     const auto n_prefix = static_cast<llama_pos>(request.plan.prefix().size());
     const auto n_prompt = static_cast<llama_pos>(request.n_prompt);
     const size_t n_branches = request.plan.n_branches();
@@ -64,7 +63,7 @@ void Scorer::score_front(const Request & request, const Pack & pack, const Group
             }
         }
         if (first_pack && n_prompt > 0) {
-            llama_soft_prompt_set(ctx_.get(), prompt, n_prefix, n_prompt, rows_of(request, c));
+            llama_soft_prompt_set(session_.context(), prompt, n_prefix, n_prompt, rows_of(request, c));
             for (llama_pos j = 0; j < n_prompt; ++j) {
                 batch_.add(/*placeholder token =*/ 0, n_prefix + j, seqs_.data(), seqs_.size(), Batch::kNone);
             }
@@ -92,7 +91,7 @@ void Scorer::score_front(const Request & request, const Pack & pack, const Group
 // The KV of prefix and text i up to where the rows begin: computed alone in an empty cache, so that it is the same whatever texts
 // are scored beside it.
 TextKvPtr Scorer::compute_kv(const Request & request, size_t i) {
-    llama_memory_t memory = llama_get_memory(ctx_.get());
+    llama_memory_t memory = session_.memory();
 
     auto text = std::make_shared<TextKv>();
     text->tokens = request.plan.prefix();
@@ -104,8 +103,8 @@ TextKvPtr Scorer::compute_kv(const Request & request, size_t i) {
         if (like && n_same == text->tokens.size() && n_same == like->tokens.size()) {
             return like;
         }
-        if (like && like->tokens.size() <= n_ctx_) {
-            restore(*like, kFirstSeq);
+        if (like && like->tokens.size() <= session_.n_cells()) {
+            session_.restore(like->state, kFirstSeq);
             llama_memory_seq_rm(memory, kFirstSeq, static_cast<llama_pos>(n_same), -1);
             done = n_same;
         }
@@ -116,8 +115,7 @@ TextKvPtr Scorer::compute_kv(const Request & request, size_t i) {
     }
     decode(request, nullptr);
 
-    text->state.resize(llama_state_seq_get_size(ctx_.get(), kFirstSeq));
-    text->state.resize(llama_state_seq_get_data(ctx_.get(), text->state.data(), text->state.size(), kFirstSeq));
+    text->state = session_.save(kFirstSeq);
     llama_memory_seq_rm(memory, kFirstSeq, -1, -1);
     if (model_->has_row_attention()) {
         texts_[is_long_].add(text);
@@ -125,16 +123,10 @@ TextKvPtr Scorer::compute_kv(const Request & request, size_t i) {
     return text;
 }
 
-void Scorer::restore(const TextKv & text, llama_seq_id seq) {
-    if (llama_state_seq_set_data(ctx_.get(), text.state.data(), text.state.size(), seq) == 0) {
-        throw std::runtime_error("a text's KV could not be restored (" + take_error() + "): please report this");
-    }
-}
-
 // Each text's KV up to where the rows begin, in `slots` sequences, which share its cells. It is computed once for all candidates,
 // and kept.
 void Scorer::restore_texts(const Request & request, const Pack & pack, size_t slots) {
-    llama_memory_t memory = llama_get_memory(ctx_.get());
+    llama_memory_t memory = session_.memory();
 
     std::vector<TextKvPtr> texts(pack.n_texts());
     for (size_t i = pack.first; i < pack.last; ++i) {
@@ -151,7 +143,7 @@ void Scorer::restore_texts(const Request & request, const Pack & pack, size_t sl
             continue;
         }
         const llama_seq_id seq = kFirstSeq + static_cast<llama_seq_id>((i - pack.first)*slots);
-        restore(*texts[i - pack.first], seq);
+        session_.restore(texts[i - pack.first]->state, seq);
         for (llama_seq_id slot = 1; slot < static_cast<llama_seq_id>(slots); ++slot) {
             llama_memory_seq_cp(memory, seq, seq + slot, -1, -1);
         }
@@ -160,7 +152,7 @@ void Scorer::restore_texts(const Request & request, const Pack & pack, size_t sl
 
 // prefix | text, its last n_prompt embeddings replaced | continuations. A text has a sequence for each candidate and branch.
 void Scorer::score_cue(const Request & request, const Pack & pack, size_t together, float * out) {
-    llama_memory_t memory     = llama_get_memory(ctx_.get());
+    llama_memory_t memory     = session_.memory();
     const size_t   n_tail     = request.n_tail();
     const size_t   n_branches = request.plan.n_branches();
     const size_t   slots      = together*n_branches;
@@ -180,7 +172,7 @@ void Scorer::score_cue(const Request & request, const Pack & pack, size_t togeth
             for (size_t c = group.first; c < group.last; ++c) {
                 seqs_.resize(n_branches);
                 std::iota(seqs_.begin(), seqs_.end(), seq_of(i, (c - group.first)*n_branches));
-                llama_soft_prompt_set(ctx_.get(), seqs_.front(), pos0, static_cast<int32_t>(request.n_prompt), rows_of(request, c));
+                llama_soft_prompt_set(session_.context(), seqs_.front(), pos0, static_cast<int32_t>(request.n_prompt), rows_of(request, c));
                 for (size_t j = 0; j < n_tail; ++j) {
                     batch_.add(ids[j], pos0 + static_cast<llama_pos>(j), seqs_.data(), n_branches, j + 1 == n_tail ? request.output_of(c, i) : Batch::kNone);
                 }
@@ -196,7 +188,7 @@ void Scorer::score_cue(const Request & request, const Pack & pack, size_t togeth
         }
     }
 
-    llama_soft_prompt_clear(ctx_.get());
+    llama_soft_prompt_clear(session_.context());
     for (llama_seq_id seq = kFirstSeq; seq < seq_of(pack.last, 0); ++seq) {
         llama_memory_seq_rm(memory, seq, -1, -1);
     }

@@ -16,16 +16,11 @@ namespace fedbpt {
 
 namespace {
 
-constexpr uint32_t kUbatch      = 512;   // tokens a graph
-constexpr uint32_t kBatch       = 2048;  // tokens a llama_decode
 constexpr size_t   kTextsMax    = 32;    // texts a pack
 constexpr size_t   kWholeMax    = 32;    // outputs n_vocab wide a llama_decode
 constexpr size_t   kCueCellsMax = 1024;  // KV cells of a cue pack's texts: attention slows down with a longer KV
 
 constexpr uint32_t kSeqMax      = 256;   // LLAMA_MAX_SEQ
-constexpr size_t   kPad         = 4;     // CPU kernels take rows by four, and round the rest differently
-
-constexpr auto kStopInterval = std::chrono::milliseconds(20);
 
 size_t padded(size_t n, size_t unit) {
     return (n + unit - 1)/unit*unit;
@@ -38,19 +33,7 @@ size_t sequences_max(const Plan & plan) {
 
 }  // namespace
 
-Scorer::Scorer(std::shared_ptr<const Model> model, int32_t n_threads, ggml_type kv_type) : model_(std::move(model)), n_threads_(n_threads), kv_type_(model_->is_f32() ? GGML_TYPE_F32 : kv_type) {
-    if (n_threads < 1 || n_threads > GGML_MAX_N_THREADS) {
-        throw InputError("n_threads must be between 1 and " + std::to_string(GGML_MAX_N_THREADS) + ", got " + std::to_string(n_threads));
-    }
-    if (kv_type_ == GGML_TYPE_Q8_0 && !model_->fits_kv(kv_type_)) {
-        throw InputError("kv_type q8_0 packs 32 numbers, which does not divide this model's attention heads: use f16");
-    }
-    ggml_threadpool_params params = ggml_threadpool_params_default(n_threads);
-    threadpool_.reset(cpu_function<decltype(ggml_threadpool_new)>("ggml_threadpool_new")(&params));
-    if (!threadpool_) {
-        throw std::bad_alloc();
-    }
-}
+Scorer::Scorer(std::shared_ptr<const Model> model, int32_t n_threads, ggml_type kv_type) : model_(model), session_(std::move(model), n_threads, kv_type) {}
 
 void Scorer::validate(const Request & request) const {
     if (request.n_which == 0) {
@@ -77,9 +60,9 @@ void Scorer::validate(const Request & request) const {
 // cue pack. A text longer than that is a pack of its own.
 std::vector<Scorer::Pack> Scorer::pack(const Request & request) const {
     const bool   front      = request.plan.placement() == Placement::front;
-    const size_t tokens_max = front ? kUbatch : kCueCellsMax;
+    const size_t tokens_max = front ? Session::kUbatch : kCueCellsMax;
     const size_t branches   = sequences_max(request.plan)/request.plan.n_branches();
-    const size_t texts_max  = front ? branches : std::clamp<size_t>(kBatch/request.n_tail(), 1, branches);
+    const size_t texts_max  = front ? branches : std::clamp<size_t>(Session::kBatch/request.n_tail(), 1, branches);
 
     std::vector<Pack> packs;
     for (size_t i = 0; i < request.n_which; ++i) {
@@ -111,7 +94,7 @@ size_t Scorer::candidates_together(const Request & request, const std::vector<Pa
     for (const Pack & pack : packs) {
         const size_t n_tokens = front ? request.n_prompt + pack.n_tokens : pack.n_texts()*request.n_tail();
         const size_t n_seqs   = pack.n_texts() + (front ? 1 : 0);
-        together = std::min({ together, (kUbatch - kPad)/n_tokens, (kSeqMax - kFirstSeq - kPad)/n_seqs });
+        together = std::min({ together, (Session::kUbatch - Session::kPad)/n_tokens, (kSeqMax - kFirstSeq - Session::kPad)/n_seqs });
     }
     return std::max<size_t>(together, 1);
 }
@@ -126,47 +109,19 @@ void Scorer::ensure_context(const Request & request, const std::vector<Pack> & p
         const size_t own    = front ? request.n_prompt + pack.n_tokens : pack.n_texts()*request.n_tail();
         most = std::max(most, shared + together*own + pack.n_steps);
     }
-    const auto     n_ctx     = static_cast<uint32_t>(padded(request.plan.prefix().size() + most + 2*kPad, 256));  // what fills a batch up: first its outputs, then its tokens
-    const uint32_t n_seq_max = request.plan.label_head() != nullptr ? kSeqMax : static_cast<uint32_t>(padded(kFirstSeq + 1 + sequences_max(request.plan), kPad));
+    const auto     n_ctx     = static_cast<uint32_t>(padded(request.plan.prefix().size() + most + 2*Session::kPad, 256));  // what fills a batch up: first its outputs, then its tokens
+    const uint32_t n_seq_max = request.plan.label_head() != nullptr ? kSeqMax : static_cast<uint32_t>(padded(kFirstSeq + 1 + sequences_max(request.plan), Session::kPad));
     if (n_seq_max > kSeqMax) {
-        throw InputError(std::to_string(request.plan.n_branches()) + " continuations of several tokens are too many for one text: give " + std::to_string(kSeqMax - kFirstSeq - kPad) + " at most");
+        throw InputError(std::to_string(request.plan.n_branches()) + " continuations of several tokens are too many for one text: give " + std::to_string(kSeqMax - kFirstSeq - Session::kPad) + " at most");
     }
-    if (ctx_ && n_ctx <= n_ctx_ && n_seq_max == n_seq_max_) {
+    if (session_.is_open() && n_ctx <= session_.n_cells() && n_seq_max == n_seq_max_) {
         return;
     }
-
-    llama_context_params params = llama_context_default_params();
-    params.n_ctx           = std::max(n_ctx, n_ctx_);
-    params.n_batch         = kBatch;
-    params.n_ubatch        = kUbatch;
-    params.n_seq_max       = n_seq_max;
-    params.n_outputs_max   = std::max<uint32_t>(n_seq_max, kWholeMax);
-    params.n_threads       = n_threads_;
-    params.n_threads_batch = n_threads_;
-    params.kv_unified      = true;
-    params.swa_full        = true;
-    params.type_k          = kv_type_;
-    params.type_v          = kv_type_;
-    if (kv_type_ == GGML_TYPE_F32) {
-        params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;  // it would cast the KV to f16
-    } else if (kv_type_ != GGML_TYPE_F16) {
-        params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;   // nothing else reads it
-    }
-    params.abort_callback      = on_abort;
-    params.abort_callback_data = this;
-
-    ctx_.reset();
-    n_ctx_ = 0;
-    take_error();
     const std::vector<llama_token> & labels = request.plan.label_ids();
     const auto n_labels = static_cast<int32_t>(request.plan.whole_vocabulary() ? 0 : labels.size());
-    ctx_.reset(llama_soft_prompt_init_from_model(model_->get(), params, labels.data(), n_labels, request.plan.label_head()));
-    if (!ctx_) {
-        throw std::runtime_error("cannot create a context of " + std::to_string(n_ctx) + " tokens (" + take_error() + "): free memory, or score shorter texts");
-    }
-    n_ctx_     = params.n_ctx;
+    session_.open({ std::max(n_ctx, session_.n_cells()), n_seq_max, std::max<uint32_t>(n_seq_max, kWholeMax) },
+                  { labels.data(), n_labels, request.plan.label_head() }, "free memory, or score shorter texts");
     n_seq_max_ = n_seq_max;
-    llama_attach_threadpool(ctx_.get(), threadpool_.get(), threadpool_.get());
 }
 
 void Scorer::score(Plan & plan, const int64_t * which, size_t n_which, const float * embeds, size_t n_candidates, size_t n_prompt, float * out, const std::function<bool()> & stop) {
@@ -175,23 +130,15 @@ void Scorer::score(Plan & plan, const int64_t * which, size_t n_which, const flo
 
     std::lock_guard<std::mutex> lock(mutex_);
     interrupted_ = false;
-    stop_        = &stop;
+    const Session::Watch watch(session_, interrupted_, stop);
 
     try {
         run(request, out);
     } catch (...) {
-        stop_ = nullptr;
-        reset();
+        if (session_.is_open()) {
+            session_.clear();
+        }
         throw;
-    }
-    stop_ = nullptr;
-}
-
-void Scorer::reset() {
-    if (ctx_) {
-        // with the data: what an interrupted or overflowing pass left must not reach a later one, not even times zero
-        llama_memory_clear(llama_get_memory(ctx_.get()), /*data =*/ true);
-        llama_soft_prompt_clear(ctx_.get());
     }
 }
 
@@ -238,11 +185,11 @@ void Scorer::run_alike(const Request & request, float * out) {
     const size_t            together = candidates_together(request, packs);
     ensure_context(request, packs, together);
 
-    llama_memory_clear(llama_get_memory(ctx_.get()), /*data =*/ false);
-    llama_soft_prompt_clear(ctx_.get());
-    llama_soft_prompt_set_text_length(ctx_.get(), model_->rope_length(is_long_));
+    llama_memory_clear(session_.memory(), /*data =*/ false);
+    llama_soft_prompt_clear(session_.context());
+    llama_soft_prompt_set_text_length(session_.context(), model_->rope_length(is_long_));
     const auto n_labels = static_cast<int32_t>(request.plan.whole_vocabulary() ? 0 : request.plan.label_ids().size());
-    llama_soft_prompt_set_labels(ctx_.get(), request.plan.label_ids().data(), n_labels, request.plan.label_head());
+    llama_soft_prompt_set_labels(session_.context(), request.plan.label_ids().data(), n_labels, request.plan.label_head());
 
     if (request.plan.placement() == Placement::cue) {
         request.plan.keep_for_tail(request.n_tail());
@@ -258,10 +205,10 @@ void Scorer::run_alike(const Request & request, float * out) {
             }
         }
     }
-    llama_soft_prompt_clear(ctx_.get());
+    llama_soft_prompt_clear(session_.context());
 
     if (!std::all_of(out, out + request.n_outputs()*request.plan.n_columns(), [](float logit) { return std::isfinite(logit); })) {
-        reset();
+        session_.clear();
     }
 }
 
@@ -294,61 +241,30 @@ void Scorer::read_whole(const Request & request, int64_t output, const float * l
 void Scorer::decode(const Request & request, float * out) {
     Plan &       plan     = request.plan;
     const bool   whole    = plan.whole_vocabulary();
-    const size_t n_tokens = batch_.size();  // without those that fill up
-    for (llama_pos pos = 0; batch_.size() % kPad != 0 || batch_.n_outputs() % kPad != 0; ++pos) {
-        batch_.add(/*token =*/ 0, pos, kPadSeq, batch_.n_outputs() % kPad != 0 ? Batch::kUnread : Batch::kNone);
-    }
+    const size_t n_tokens = batch_.size();  // without padding
+    Session::pad(batch_, /*outputs =*/ true);
     for (size_t begin = 0, end = 0; begin < batch_.size(); begin = end) {
-        end = batch_.end_of(begin, kBatch, whole ? kWholeMax : kBatch);
-
-        next_stop_check_ = {};  // due: a small model computes many batches in an interval
-        if (on_abort(this)) {
-            throw ScoringInterrupted("scoring was interrupted");
-        }
+        end = batch_.end_of(begin, Session::kBatch, whole ? kWholeMax : Session::kBatch);
         plan.count_tokens(std::min(end, n_tokens) - std::min(begin, n_tokens));
-        take_error();
-        const int32_t status = llama_decode(ctx_.get(), batch_.view(begin, end));
-        if (status == 2) {
-            throw ScoringInterrupted("scoring was interrupted");
-        }
-        if (status != 0) {
-            throw std::runtime_error("llama_decode failed with status " + std::to_string(status) + " (" + take_error() + "): please report this");
+        if (!session_.decode(batch_, begin, end)) {
+            throw std::runtime_error("the context has too few KV cells: please report this");
         }
 
         if (!whole) {
-            llama_synchronize(ctx_.get());
+            llama_synchronize(session_.context());
         }
         const size_t  n_labels = plan.n_labels();
-        const float * labels   = llama_soft_prompt_label_logits(ctx_.get());
+        const float * labels   = llama_soft_prompt_label_logits(session_.context());
         for (size_t i = begin; i < end; ++i) {
             if (batch_.output(i) >= 0 && whole) {
-                read_whole(request, batch_.output(i), llama_get_logits_ith(ctx_.get(), static_cast<int32_t>(i - begin)), out);
+                read_whole(request, batch_.output(i), llama_get_logits_ith(session_.context(), static_cast<int32_t>(i - begin)), out);
             } else if (batch_.output(i) >= 0) {
                 std::copy(labels, labels + n_labels, out + static_cast<size_t>(batch_.output(i))*n_labels);
             }
             labels += whole || batch_.output(i) == Batch::kNone ? 0 : n_labels;
         }
     }
-    llama_memory_seq_rm(llama_get_memory(ctx_.get()), kPadSeq, -1, -1);
-}
-
-bool Scorer::on_abort(void * data) {
-    auto * self = static_cast<Scorer *>(data);
-    if (self->interrupted_) {
-        return true;
-    }
-    if (self->stop_ == nullptr || !*self->stop_) {
-        return false;
-    }
-    const auto now = std::chrono::steady_clock::now();
-    if (now < self->next_stop_check_) {
-        return false;
-    }
-    self->next_stop_check_ = now + kStopInterval;
-    if ((*self->stop_)()) {
-        self->interrupted_ = true;
-    }
-    return self->interrupted_;
+    session_.remove_padding();
 }
 
 MemoryUse Scorer::memory() const {
@@ -356,8 +272,8 @@ MemoryUse Scorer::memory() const {
 
     MemoryUse use;
     use.weights = model_->size_bytes();
-    if (ctx_) {
-        for (const auto & [type, data] : llama_get_memory_breakdown(ctx_.get())) {
+    if (session_.is_open()) {
+        for (const auto & [type, data] : llama_get_memory_breakdown(session_.context())) {
             use.kv += data.context;
             use.compute += data.compute;
             use.gpu += is_on_gpu(type) ? data.total() : 0;

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <atomic>
-#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -9,9 +8,9 @@
 #include <vector>
 
 #include "batch.h"
-#include "handles.h"
 #include "model.h"
 #include "plan.h"
+#include "session.h"
 #include "text_kv.h"
 
 namespace fedbpt {
@@ -40,7 +39,7 @@ public:
     void interrupt() { interrupted_ = true; }
 
     MemoryUse memory() const;
-    int32_t n_threads() const { return n_threads_; }
+    int32_t n_threads() const { return session_.n_threads(); }
 
 private:
     struct Request {
@@ -94,32 +93,21 @@ private:
 
     const float * rows_of(const Request & request, size_t candidate) const { return request.embeds + candidate*request.n_prompt*static_cast<size_t>(model_->n_embd()); }
     void restore_texts(const Request & request, const Pack & pack, size_t slots);
-    void restore(const TextKv & text, llama_seq_id seq);
     TextKvPtr compute_kv(const Request & request, size_t i);
     void decode_prefix(const Request & request);
     void decode(const Request & request, float * out);
     void read_whole(const Request & request, int64_t output, const float * logits, float * out) const;
-    void reset();
-
-    static bool on_abort(void * self);
-
     std::shared_ptr<const Model> model_;
-    const int32_t                n_threads_;
-    const ggml_type              kv_type_;
-    ThreadpoolPtr                threadpool_;
-    ContextPtr                   ctx_;
-    uint32_t                     n_ctx_     = 0;
-    uint32_t                     n_seq_max_ = 0;
+    Session                      session_;
+    uint32_t                     n_seq_max_ = 0;  // of the session's context
     TextKvIndex                  texts_[2];  // with LongRoPE's short factors, and its long ones
     bool                         is_long_ = false;
     Batch                        batch_;
     std::vector<llama_seq_id>    seqs_;   // scratch
     std::vector<Step>            steps_;  // of the batch
 
-    mutable std::mutex                    mutex_;
-    std::atomic<bool>                     interrupted_ { false };
-    const std::function<bool()>         * stop_ = nullptr;
-    std::chrono::steady_clock::time_point next_stop_check_;
+    mutable std::mutex mutex_;
+    std::atomic<bool>  interrupted_ { false };
 };
 
 }  // namespace fedbpt
