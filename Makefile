@@ -52,7 +52,8 @@ $(STAMP): $(SOURCES) | $(BIN)/python
 	  { echo "$(PYTHON) has no C headers; on Debian and Ubuntu: apt-get install python3-dev" >&2; exit 1; }
 	$(PIP) install --quiet --constraint constraints.txt $(BUILD_TOOLS)
 	@echo 'Installing fedbpt; the first build compiles llama.cpp and takes some minutes'
-	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation \
+	  --config-settings cmake.define.FEDBPT_TRACE=ON --editable '.[dev]'
 	@touch $@
 
 demo: setup
@@ -102,7 +103,7 @@ sanitize: setup
 	@echo 'Building fedbpt and llama.cpp with sanitizers; the first time takes half an hour of one core'
 	$(PIP) install --quiet --no-deps --no-build-isolation --upgrade --target $(SANITIZED)/site \
 	  --config-settings build-dir=$(SANITIZED)/build --config-settings cmake.build-type=RelWithDebInfo \
-	  --config-settings cmake.define.FEDBPT_SANITIZE=ON .
+	  --config-settings cmake.define.FEDBPT_SANITIZE=ON --config-settings cmake.define.FEDBPT_TRACE=ON .
 	tests/native/sanitize/run.sh $(BIN)/python $(SANITIZED)/site \
 	  tests/native --deselect tests/native/test_leaks.py --timeout 1200 $(TEST_ARGS)
 

@@ -17,6 +17,7 @@ from fedbpt.version import VERSION
 if TYPE_CHECKING:
     from fedbpt import errors, models, tasks
     from fedbpt.api import Budget, evaluate, tune
+    from fedbpt.engine.features import features
     from fedbpt.engine.native_scorer import Gpu, NativeScorer, gpus, load_model
     from fedbpt.errors import FedbptError
     from fedbpt.exchange import export_prompt, import_prompt
@@ -34,6 +35,7 @@ _MODULES = {
     "exchange": ("export_prompt", "import_prompt"),
     "protocol.specs": ("ObjectiveSpec", "PromptSpec", "Template"),
     "model_check": ("ModelCheck", "check_model"),
+    "engine.features": ("features",),
     "engine.native_scorer": ("Gpu", "NativeScorer", "gpus", "load_model"),
     "prompts.prompt": ("Prompt",),
     "results": ("EvaluationResult", "TuneResult"),
@@ -58,6 +60,7 @@ __all__ = [
     "errors",
     "evaluate",
     "export_prompt",
+    "features",
     "gpus",
     "import_prompt",
     "load_model",

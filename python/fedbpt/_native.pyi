@@ -97,11 +97,12 @@ class Engine:
         cue: bool,
         prefix: NDArray[np.int32],
         continuations: tuple[NDArray[np.int32], NDArray[np.int64]],
+        layers: Sequence[int],
         kv_budget_bytes: int,
     ) -> Plan:
         """Lay out N texts and their N·K continuations, each as ids [total] with offsets [n + 1].
 
-        ``label_ids`` None: all of the vocabulary.
+        ``label_ids`` None: all of the vocabulary. ``layers``: those that `score_states` reads, ascending.
 
         Arrays are C-contiguous and never converted. Raises `InputError`.
         """
@@ -111,6 +112,14 @@ class Engine:
 
         Log-probabilities of the K continuations, then logits.
         Raises `InputError`, `ScoringInterrupted` or what a signal handler raised.
+        """
+
+    def score_states(
+        self, plan: Plan, which: NDArray[np.int64], embeds: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """What `score` returns, and the states of the plan's layers [n_candidates, n, n_layers, n_embd].
+
+        Raises as `score`, and `UnsupportedModelError` where llama.cpp's graph does not say where a layer ends.
         """
 
     def metadata(self, key: str) -> bytes | None:
@@ -139,6 +148,8 @@ class Engine:
 
     @property
     def n_embd(self) -> int: ...
+    @property
+    def n_layer(self) -> int: ...
     @property
     def n_vocab(self) -> int: ...
     @property

@@ -68,29 +68,45 @@ Ragged to_ragged(const RaggedArrays & sequences) {
     return { to_vector(sequences.first), to_vector(sequences.second) };
 }
 
-std::unique_ptr<Plan> make_plan(const Engine & engine, const RaggedArrays & texts, const std::optional<IntArray> & label_ids, bool cue, const IntArray & prefix, const RaggedArrays & continuations, uint64_t kv_budget_bytes) {
+std::unique_ptr<Plan> make_plan(const Engine & engine, const RaggedArrays & texts, const std::optional<IntArray> & label_ids, bool cue, const IntArray & prefix, const RaggedArrays & continuations, std::vector<int32_t> layers, uint64_t kv_budget_bytes) {
     return std::make_unique<Plan>(engine.model, to_ragged(texts), cue ? Placement::cue : Placement::front, to_vector(prefix), !label_ids,
-                                  label_ids ? to_vector(*label_ids) : std::vector<llama_token>(), to_ragged(continuations), kv_budget_bytes);
+                                  label_ids ? to_vector(*label_ids) : std::vector<llama_token>(), to_ragged(continuations), std::move(layers), kv_budget_bytes);
 }
 
-FloatArray score(Engine & engine, Plan & plan, const LongArray & which, const FloatArray & embeds) {
+void score_into(Engine & engine, Plan & plan, const LongArray & which, const FloatArray & embeds, FloatArray & logits, FloatArray * states) {
     if (!plan.is_for(*engine.model)) {
         throw InputError("this plan was compiled by another scorer: compile its texts with the scorer that is to score them");
     }
-    FloatArray logits({ embeds.shape(0), which.size(), static_cast<py::ssize_t>(plan.n_columns()) });
-    float * out = logits.mutable_data();
+    float * out        = logits.mutable_data();
+    float * states_out = states != nullptr ? states->mutable_data() : nullptr;
 
     const std::function<bool()> stop = python_wants_to_stop;
     try {
         py::gil_scoped_release release;
-        engine.scorer.score(plan, which.data(), static_cast<size_t>(which.size()), embeds.data(), static_cast<size_t>(embeds.shape(0)), static_cast<size_t>(embeds.shape(1)), out, stop);
+        engine.scorer.score(plan, which.data(), static_cast<size_t>(which.size()), embeds.data(), static_cast<size_t>(embeds.shape(0)), static_cast<size_t>(embeds.shape(1)), out, states_out, stop);
     } catch (...) {
         if (PyErr_Occurred()) {  // a signal handler's exception comes before ours
             throw py::error_already_set();
         }
         throw;
     }
+}
+
+FloatArray logits_for(const Plan & plan, const LongArray & which, const FloatArray & embeds) {
+    return FloatArray({ embeds.shape(0), which.size(), static_cast<py::ssize_t>(plan.n_columns()) });
+}
+
+FloatArray score(Engine & engine, Plan & plan, const LongArray & which, const FloatArray & embeds) {
+    FloatArray logits = logits_for(plan, which, embeds);
+    score_into(engine, plan, which, embeds, logits, nullptr);
     return logits;
+}
+
+std::pair<FloatArray, FloatArray> score_states(Engine & engine, Plan & plan, const LongArray & which, const FloatArray & embeds) {
+    FloatArray logits = logits_for(plan, which, embeds);
+    FloatArray states({ embeds.shape(0), which.size(), static_cast<py::ssize_t>(plan.layers().size()), static_cast<py::ssize_t>(engine.model->n_embd()) });
+    score_into(engine, plan, which, embeds, logits, &states);
+    return { logits, states };
 }
 
 std::optional<py::bytes> metadata(const Engine & engine, const std::string & key) {
@@ -126,10 +142,12 @@ void register_scorer(py::module_ & module) {
         .def(py::init<const std::string &, int32_t, int32_t, const std::string &, bool>(), py::arg("path"), py::arg("n_threads"), py::arg("n_gpu_layers"), py::arg("gpu"), py::arg("kv_q8_0"), py::call_guard<py::gil_scoped_release>())
         .def("tokenize", &tokenize, py::arg("text"), py::arg("add_bos") = py::none(), "int32 [n]")
         .def("token_embeddings", &token_embeddings, py::arg("ids").noconvert(), "float32 [n, n_embd]")
-        .def("plan", &make_plan, py::arg("texts").noconvert(), py::arg("label_ids").noconvert(), py::arg("cue"), py::arg("prefix").noconvert(), py::arg("continuations").noconvert(), py::arg("kv_budget_bytes"),
+        .def("plan", &make_plan, py::arg("texts").noconvert(), py::arg("label_ids").noconvert(), py::arg("cue"), py::arg("prefix").noconvert(), py::arg("continuations").noconvert(), py::arg("layers"), py::arg("kv_budget_bytes"),
              "texts and continuations: (int32 [total], int64 offsets [n + 1])")
         .def("score", &score, py::arg("plan"), py::arg("which").noconvert(), py::arg("embeds").noconvert(),
              "which int64 [n], embeds float32 [n_candidates, n_prompt, n_embd] -> float32 [n_candidates, n, n_continuations + n_labels]")
+        .def("score_states", &score_states, py::arg("plan"), py::arg("which").noconvert(), py::arg("embeds").noconvert(),
+             "as score, and float32 [n_candidates, n, n_layers, n_embd]: the plan's layers' states at each text's last token")
         .def("metadata", &metadata, py::arg("key"), "what the model file says under a key, as text, or None")
         .def("twin", [](const Engine & engine) { return std::make_unique<Engine>(engine); }, py::call_guard<py::gil_scoped_release>(), "A new one, of the same weights, with threads and buffers of its own.")
         .def("generator", &Engine::generator, py::call_guard<py::gil_scoped_release>(), "A new one, of the same weights, with a KV cache of its own.")
@@ -140,6 +158,7 @@ void register_scorer(py::module_ & module) {
         .def_property_readonly("notes", [](const Engine & engine) { return engine.model->notes(); })
         .def("memory", &memory, "bytes by part")
         .def_property_readonly("n_embd", [](const Engine & engine) { return engine.model->n_embd(); })
+        .def_property_readonly("n_layer", [](const Engine & engine) { return llama_model_n_layer(engine.model->get()); })
         .def_property_readonly("n_vocab", [](const Engine & engine) { return engine.model->n_vocab(); })
         .def_property_readonly("n_ctx_train", [](const Engine & engine) { return engine.model->n_ctx_train(); })
         .def_property_readonly("n_threads", [](const Engine & engine) { return engine.scorer.n_threads(); })

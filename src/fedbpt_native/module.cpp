@@ -18,6 +18,8 @@ PYBIND11_MODULE(_native, module) {
     fedbpt::register_formats(module);
     fedbpt::register_generator(module);
     fedbpt::register_scorer(module);
+#ifdef FEDBPT_TRACE
     fedbpt::register_trace(module);
+#endif
     fedbpt::register_trial(module);
 }

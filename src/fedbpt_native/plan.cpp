@@ -19,7 +19,7 @@ void check_spans(const Ragged & sequences, const char * what) {
 }  // namespace
 
 Plan::Plan(std::shared_ptr<const Model> model, Ragged texts, Placement placement, std::vector<llama_token> prefix, bool all_labels, std::vector<llama_token> label_ids,
-           Ragged continuations, uint64_t kv_budget_bytes)
+           Ragged continuations, std::vector<int32_t> layers, uint64_t kv_budget_bytes)
     : model_(std::move(model)),
       texts_(std::move(texts)),
       placement_(placement),
@@ -27,6 +27,7 @@ Plan::Plan(std::shared_ptr<const Model> model, Ragged texts, Placement placement
       all_labels_(all_labels),
       label_ids_(std::move(label_ids)),
       continuations_(std::move(continuations)),
+      layers_(std::move(layers)),
       kv_budget_bytes_(kv_budget_bytes) {
     check_spans(texts_, "texts");
     check_spans(continuations_, "continuations");
@@ -36,8 +37,17 @@ Plan::Plan(std::shared_ptr<const Model> model, Ragged texts, Placement placement
     if (continuations_.size() % n_texts() != 0) {
         throw InputError(std::to_string(continuations_.size()) + " continuations for " + std::to_string(n_texts()) + " texts: give each text equally many");
     }
-    if (n_columns() == 0) {
+    if (n_columns() == 0 && layers_.empty()) {
         throw InputError("label_ids is empty: name at least one token, or pass None for all");
+    }
+    const int32_t n_layers = llama_model_n_layer(model_->get());
+    for (size_t i = 0; i < layers_.size(); ++i) {
+        if (layers_[i] < 0 || layers_[i] >= n_layers) {
+            throw InputError("the model has layers 0 to " + std::to_string(n_layers - 1) + ", got " + std::to_string(layers_[i]));
+        }
+        if (i > 0 && layers_[i] <= layers_[i - 1]) {
+            throw InputError("layers must ascend, got " + std::to_string(layers_[i]) + " after " + std::to_string(layers_[i - 1]));
+        }
     }
     for (const llama_token id : prefix_) {
         model_->check_token(id, "prefix token id");
@@ -66,7 +76,8 @@ Plan::Plan(std::shared_ptr<const Model> model, Ragged texts, Placement placement
         check_rows(i, 0);
     }
     if (!whole_vocabulary()) {
-        label_head_ = model_->output_rows(label_ids_);
+        head_ids_   = label_ids_.empty() ? std::vector<llama_token> { 0 } : label_ids_;
+        label_head_ = model_->output_rows(head_ids_);
     }
     kv_.resize(n_texts());
 }

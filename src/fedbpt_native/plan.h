@@ -27,9 +27,11 @@ struct Ragged {
 class Plan {
 public:
     // all_labels: the logits of the whole vocabulary. continuations: equally many of each text, the first text's first.
-    // Throws InputError: an empty text or continuation, a token id outside the vocabulary, no texts, a text longer than the context.
+    // layers: whose states may be asked for, ascending.
+    // Throws InputError: an empty text or continuation, a token id outside the vocabulary, no texts, a text longer than the context, no
+    // such layer.
     Plan(std::shared_ptr<const Model> model, Ragged texts, Placement placement, std::vector<llama_token> prefix, bool all_labels, std::vector<llama_token> label_ids,
-         Ragged continuations, uint64_t kv_budget_bytes);
+         Ragged continuations, std::vector<int32_t> layers, uint64_t kv_budget_bytes);
 
     bool is_for(const Model & model) const { return model_.get() == &model; }
     size_t n_texts() const { return texts_.size(); }
@@ -40,7 +42,9 @@ public:
 
     bool all_labels() const { return all_labels_; }
     const std::vector<llama_token> & label_ids() const { return label_ids_; }
-    // the label words' rows of the output layer, or null where the model cannot do with rows alone
+    // the tokens whose logits are computed: the labels, or any one where only states are wanted
+    const std::vector<llama_token> & head_ids() const { return head_ids_; }
+    // their rows of the output layer, or null where the model cannot do with rows alone
     const float * label_head() const { return label_head_.empty() ? nullptr : label_head_.data(); }
     size_t n_labels() const { return all_labels_ ? n_vocab() : label_ids_.size(); }
     size_t n_vocab() const { return static_cast<size_t>(model_->n_vocab()); }
@@ -57,6 +61,9 @@ public:
     size_t n_columns() const { return n_continuations() + n_labels(); }
     // whether the model's logits are wanted of the whole vocabulary
     bool whole_vocabulary() const { return all_labels_ || n_continuations() > 0; }
+
+    const std::vector<int32_t> & layers() const { return layers_; }
+    size_t n_state() const { return layers_.size()*static_cast<size_t>(model_->n_embd()); }
 
     // Throws InputError where n_prompt rows do not fit text i: into its cue, or before it in the context.
     void check_rows(size_t i, size_t n_prompt) const;
@@ -84,8 +91,10 @@ private:
     std::vector<llama_token>     prefix_;
     bool                         all_labels_;
     std::vector<llama_token>     label_ids_;
+    std::vector<llama_token>     head_ids_;
     std::vector<float>           label_head_;
     Ragged                       continuations_;
+    std::vector<int32_t>         layers_;
     size_t                       n_branches_ = 1;
 
     uint64_t                          kv_budget_bytes_;

@@ -117,15 +117,14 @@ void Scorer::ensure_context(const Request & request, const std::vector<Pack> & p
     if (session_.is_open() && n_ctx <= session_.n_cells() && n_seq_max == n_seq_max_) {
         return;
     }
-    const std::vector<llama_token> & labels = request.plan.label_ids();
-    const auto n_labels = static_cast<int32_t>(request.plan.whole_vocabulary() ? 0 : labels.size());
+    const std::vector<llama_token> & labels = request.plan.head_ids();
     session_.open({ std::max(n_ctx, session_.n_cells()), n_seq_max, std::max<uint32_t>(n_seq_max, kWholeMax) },
-                  { labels.data(), n_labels, request.plan.label_head() }, "free memory, or score shorter texts");
+                  { labels.data(), static_cast<int32_t>(labels.size()), request.plan.label_head() }, "free memory, or score shorter texts");
     n_seq_max_ = n_seq_max;
 }
 
-void Scorer::score(Plan & plan, const int64_t * which, size_t n_which, const float * embeds, size_t n_candidates, size_t n_prompt, float * out, const std::function<bool()> & stop) {
-    const Request request { plan, which, n_which, embeds, n_candidates, n_prompt };
+void Scorer::score(Plan & plan, const int64_t * which, size_t n_which, const float * embeds, size_t n_candidates, size_t n_prompt, float * out, float * states, const std::function<bool()> & stop) {
+    const Request request { plan, which, n_which, embeds, n_candidates, n_prompt, states };
     validate(request);
 
     std::lock_guard<std::mutex> lock(mutex_);
@@ -161,19 +160,25 @@ void Scorer::run(const Request & request, float * out) {
         places[is_long].push_back(static_cast<int64_t>(i));
     }
     const size_t n_columns = request.plan.n_columns();
+    const size_t n_state   = request.plan.n_state();
 
     for (const bool is_long : { false, true }) {
         is_long_ = is_long;
         if (which[is_long].size() == request.n_which) {
             run_alike(request, out);
         } else if (!which[is_long].empty()) {
-            const Request      part { request.plan, which[is_long].data(), which[is_long].size(), request.embeds, request.n_candidates, request.n_prompt };
+            Request            part { request.plan, which[is_long].data(), which[is_long].size(), request.embeds, request.n_candidates, request.n_prompt, nullptr };
             std::vector<float> scores(part.n_outputs()*n_columns);
+            std::vector<float> states(request.states != nullptr ? part.n_outputs()*n_state : 0);
+            part.states = request.states != nullptr ? states.data() : nullptr;
             run_alike(part, scores.data());
             for (size_t c = 0; c < part.n_candidates; ++c) {
                 for (size_t i = 0; i < part.n_which; ++i) {
                     const size_t to = c*request.n_which + static_cast<size_t>(places[is_long][i]);
-                    std::copy_n(&scores[(c*part.n_which + i)*n_columns], n_columns, out + to*n_columns);
+                    std::copy_n(scores.data() + (c*part.n_which + i)*n_columns, n_columns, out + to*n_columns);
+                    if (request.states != nullptr) {
+                        std::copy_n(states.data() + (c*part.n_which + i)*n_state, n_state, request.states + to*n_state);
+                    }
                 }
             }
         }
@@ -188,8 +193,10 @@ void Scorer::run_alike(const Request & request, float * out) {
     llama_memory_clear(session_.memory(), /*data =*/ false);
     llama_soft_prompt_clear(session_.context());
     llama_soft_prompt_set_text_length(session_.context(), model_->rope_length(is_long_));
-    const auto n_labels = static_cast<int32_t>(request.plan.whole_vocabulary() ? 0 : request.plan.label_ids().size());
-    llama_soft_prompt_set_labels(session_.context(), request.plan.label_ids().data(), n_labels, request.plan.label_head());
+    const std::vector<llama_token> & labels = request.plan.head_ids();
+    llama_soft_prompt_set_labels(session_.context(), labels.data(), static_cast<int32_t>(labels.size()), request.plan.label_head());
+    const std::vector<int32_t> & layers = request.plan.layers();
+    llama_soft_prompt_set_taps(session_.context(), layers.data(), request.states != nullptr ? static_cast<int32_t>(layers.size()) : 0);
 
     if (request.plan.placement() == Placement::cue) {
         request.plan.keep_for_tail(request.n_tail());
@@ -253,15 +260,26 @@ void Scorer::decode(const Request & request, float * out) {
         if (!whole) {
             llama_synchronize(session_.context());
         }
-        const size_t  n_labels = plan.n_labels();
-        const float * labels   = llama_soft_prompt_label_logits(session_.context());
+        const size_t  n_head = plan.head_ids().size();
+        const float * labels = llama_soft_prompt_label_logits(session_.context());
+        const float * states = request.states != nullptr ? llama_soft_prompt_states(session_.context()) : nullptr;
         for (size_t i = begin; i < end; ++i) {
             if (batch_.output(i) >= 0 && whole) {
                 read_whole(request, batch_.output(i), llama_get_logits_ith(session_.context(), static_cast<int32_t>(i - begin)), out);
             } else if (batch_.output(i) >= 0) {
-                std::copy(labels, labels + n_labels, out + static_cast<size_t>(batch_.output(i))*n_labels);
+                std::copy_n(labels, plan.n_labels(), out + static_cast<size_t>(batch_.output(i))*plan.n_labels());
             }
-            labels += whole || batch_.output(i) == Batch::kNone ? 0 : n_labels;
+            if (batch_.output(i) == Batch::kNone) {
+                continue;
+            }
+            if (request.states != nullptr && batch_.output(i) >= 0 && batch_.output(i) < static_cast<int64_t>(request.n_outputs())) {
+                if (states == nullptr) {
+                    throw UnsupportedModelError("the states of this model's layers cannot be read: llama.cpp's graph of it does not say where a layer ends");
+                }
+                std::copy_n(states, plan.n_state(), request.states + static_cast<size_t>(batch_.output(i))*plan.n_state());
+            }
+            labels += n_head;
+            states += states != nullptr ? plan.n_state() : 0;
         }
     }
     session_.remove_padding();

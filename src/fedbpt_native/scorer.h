@@ -31,9 +31,10 @@ public:
     // kv_type: of the KV cache, GGML_TYPE_F16 or GGML_TYPE_Q8_0; models of f32 have it in f32. Throws InputError.
     Scorer(std::shared_ptr<const Model> model, int32_t n_threads, ggml_type kv_type = GGML_TYPE_F16);
 
-    // The plan's texts `which[n_which]` under embeds[n_candidates][n_prompt][n_embd] -> out[n_candidates][n_which][n_columns].
+    // The plan's texts `which[n_which]` under embeds[n_candidates][n_prompt][n_embd] -> out[n_candidates][n_which][n_columns], and where
+    // `states` is not null, of the plan's layers at each text's last token, states[n_candidates][n_which][n_layers][n_embd].
     // `stop` is asked every few milliseconds, on this thread, whether to give up. Throws InputError, ScoringInterrupted.
-    void score(Plan & plan, const int64_t * which, size_t n_which, const float * embeds, size_t n_candidates, size_t n_prompt, float * out, const std::function<bool()> & stop);
+    void score(Plan & plan, const int64_t * which, size_t n_which, const float * embeds, size_t n_candidates, size_t n_prompt, float * out, float * states, const std::function<bool()> & stop);
 
     // Makes the call in flight, if any, throw ScoringInterrupted.
     void interrupt() { interrupted_ = true; }
@@ -49,6 +50,7 @@ private:
         const float   * embeds;
         size_t          n_candidates;
         size_t          n_prompt;
+        float         * states;
 
         size_t length(size_t i) const { return plan.length(static_cast<size_t>(which[i])); }
         const llama_token * text(size_t i) const { return plan.text(static_cast<size_t>(which[i])); }

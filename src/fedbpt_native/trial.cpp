@@ -103,12 +103,12 @@ void try_scores(const std::shared_ptr<const Model> & model, Scorer & scorer, Pla
     const std::vector<llama_token> labels = { some[0], some[6] };
     const Ragged                   follow = continuations ? Ragged { { some[2], some[3], some[1], some[2], some[3], some[4] }, { 0, 2, 3, 5, 6 } } : Ragged {};
 
-    Plan plan(model, texts, placement, /*prefix =*/ { some[6] }, /*all_labels =*/ continuations, labels, follow, /*kv_budget_bytes =*/ 0);
+    Plan plan(model, texts, placement, /*prefix =*/ { some[6] }, /*all_labels =*/ continuations, labels, follow, /*layers =*/ { 0 }, /*kv_budget_bytes =*/ 0);
     const std::vector<float>   rows  = embeddings(*model, { some[0], some[6], some[1], some[4] });
     const std::vector<int64_t> which = { 0, 1 };
     const size_t               n     = continuations ? 1 : 2;
     std::vector<float>         logits(n*which.size()*plan.n_columns());
-    scorer.score(plan, which.data(), which.size(), rows.data(), n, kRows, logits.data(), never);
+    scorer.score(plan, which.data(), which.size(), rows.data(), n, kRows, logits.data(), /*states =*/ nullptr, never);
     check_finite(logits);
 }
 

@@ -32,6 +32,7 @@ class ToyScorer:
     """
 
     n_vocab = 257
+    n_layer = 2
     architecture = "toy"
     backend = "numpy"
     n_threads = 1
@@ -105,11 +106,12 @@ class ToyScorer:
         cue: ArrayLike | None = None,
         *,
         continuations: Sequence[Sequence[ArrayLike]] | None = None,
+        layers: Sequence[int] | None = None,
         keep_kv: bool = True,
     ) -> ToyPlan:
         after = np.asarray([] if cue is None else cue, dtype=np.int32)
         tokens = [np.concatenate([np.asarray(ids), after]) for ids in texts]
-        return ToyPlan(self, tokens, label_ids, placement, prefix, continuations, keep_kv)
+        return ToyPlan(self, tokens, label_ids, placement, prefix, continuations, layers or (), keep_kv)
 
     def log_probabilities(
         self,
@@ -131,6 +133,25 @@ class ToyScorer:
                         top = logits.max()
                         found[c, t, k] += logits[token] - top - np.log(np.exp(logits - top).sum())
                         so_far = np.concatenate([so_far, self._table[[token]]])
+        return found
+
+    def states(
+        self,
+        texts: list[NDArray[np.intp]],
+        embeds: ArrayLike,
+        layers: Sequence[int],
+        placement: Placement,
+        prefix: ArrayLike | None,
+    ) -> NDArray[np.float32]:
+        """[n_candidates, n, n_layers, n_embd]: after layer 0 the last token and the mean, after 1 the hidden layer's."""
+        head = self._table[self._checked([] if prefix is None else prefix)]
+        candidates = np.asarray(embeds, dtype=np.float32)
+        found = np.zeros((len(candidates), len(texts), len(layers), self.n_embd), dtype=np.float32)
+        for c, rows in enumerate(candidates):
+            for t, text in enumerate(texts):
+                values = self._join(head, rows, self._table[self._checked(text)], placement).astype(np.float64)
+                every = (values.mean(axis=0) + 0.1 * values[-1], self._hidden(values)[: self.n_embd])
+                found[c, t] = [every[layer] for layer in layers]
         return found
 
     @cached_property
@@ -166,10 +187,12 @@ class ToyScorer:
             raise InputError(f"a text of {len(joined)} tokens is longer than the context of {self.n_ctx}")
         return joined
 
-    def _forward(self, sequence: NDArray[np.float32]) -> NDArray[np.float64]:
-        values = sequence.astype(np.float64)
+    def _hidden(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         context = np.tanh(values @ self._mix).mean(axis=0)
-        return np.tanh(2.0 * context + values[-1] @ self._own) @ self._head
+        return np.asarray(np.tanh(2.0 * context + values[-1] @ self._own))
+
+    def _forward(self, sequence: NDArray[np.float32]) -> NDArray[np.float64]:
+        return np.asarray(self._hidden(sequence.astype(np.float64)) @ self._head)
 
     def _checked(self, ids: ArrayLike) -> NDArray[np.intp]:
         index = np.asarray(ids, dtype=np.intp)
@@ -189,9 +212,11 @@ class ToyPlan:
         placement: Placement,
         prefix: ArrayLike | None,
         continuations: Sequence[Sequence[ArrayLike]] | None,
+        layers: Sequence[int],
         keep_kv: bool,
     ) -> None:
         self._continuations = continuations
+        self._layers = layers
         self._keep_kv = keep_kv
         self._scorer = scorer
         self._texts = texts
@@ -202,6 +227,15 @@ class ToyPlan:
     @property
     def n_texts(self) -> int:
         return len(self._texts)
+
+    def score_states(
+        self, embeds: ArrayLike, indices: ArrayLike | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        chosen = range(self.n_texts) if indices is None else [int(i) for i in np.asarray(indices)]
+        _, placement, prefix = self._options
+        texts = [self._texts[i] for i in chosen]
+        states = self._scorer.states(texts, embeds, self._layers, placement, prefix)
+        return self.score(embeds, indices), states
 
     def score(self, embeds: ArrayLike, indices: ArrayLike | None = None) -> NDArray[np.float32]:
         chosen = range(self.n_texts) if indices is None else [int(i) for i in np.asarray(indices)]

@@ -194,6 +194,10 @@ class NativeScorer:
         return int(self._engine.n_embd)
 
     @property
+    def n_layer(self) -> int:
+        return int(self._engine.n_layer)
+
+    @property
     def n_vocab(self) -> int:
         return int(self._engine.n_vocab)
 
@@ -268,6 +272,7 @@ class NativeScorer:
         cue: str | ArrayLike | None = None,
         *,
         continuations: Sequence[Sequence[ArrayLike]] | None = None,
+        layers: Sequence[int] | None = None,
         keep_kv: bool = True,
     ) -> NativePlan:
         """Lay a data set out for scoring many times.
@@ -283,6 +288,8 @@ class NativeScorer:
             cue: what follows each text ("\\nTopic:"), a string or token ids.
             continuations: for each of the N texts the K token-id sequences that may follow it; None: none. Their
                 log-probabilities, in nats, come before the logits; ``label_ids`` None then means no logits.
+            layers: those whose states `NativePlan.states` is to give, ascending from 0; None: none. With them,
+                ``label_ids`` may be empty: no logits.
             keep_kv: False for one pass over the texts: nothing is kept.
 
         A string is tokenised here. BOS, where the model wants it, goes before the prefix, else before each text.
@@ -301,9 +308,15 @@ class NativeScorer:
         labels = None if label_ids is None else token_ids(label_ids, "label_ids")
         with self._files.unchanged():
             plan = self._engine.plan(
-                ids, labels, placement == "cue", before, follow, self.kv_budget_bytes if keep_kv else 0
+                ids,
+                labels,
+                placement == "cue",
+                before,
+                follow,
+                [] if layers is None else list(layers),
+                self.kv_budget_bytes if keep_kv else 0,
             )
-        return NativePlan(self, plan)
+        return NativePlan(self, plan, [] if layers is None else layers)
 
     @checked
     @interruptible()
@@ -351,18 +364,25 @@ class NativeScorer:
         return {**buffers, **memory_of_process()}
 
     @interruptible()
-    def score_plan(self, plan: _native.Plan, embeds: ArrayLike, indices: NDArray[np.int64]) -> NDArray[np.float32]:
-        """What `NativePlan.score` does."""
+    def score_plan(
+        self, plan: _native.Plan, embeds: ArrayLike, indices: NDArray[np.int64], with_states: bool = False
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """What `NativePlan.score` and `NativePlan.score_states` do."""
         if plan in self._torn:
             raise InputError("these texts were being scored when this process was forked: compile them anew here")
         rows, engine = prompt_rows(embeds, self.n_embd), self._engine
         self._in_flight.append(plan)
         try:
             with self._files.unchanged():
-                logits: NDArray[np.float32] = engine.score(plan, indices, rows)
+                logits: NDArray[np.float32]
+                states: NDArray[np.float32] | None = None
+                if with_states:
+                    logits, states = engine.score_states(plan, indices, rows)
+                else:
+                    logits = engine.score(plan, indices, rows)
         finally:
             self._in_flight.remove(plan)
-        return logits
+        return logits, states
 
     @cached_property
     def weight_formats(self) -> tuple[models.WeightFormat, ...]:
@@ -390,9 +410,10 @@ class NativeScorer:
 class NativePlan:
     """A data set laid out by `NativeScorer.compile` (`fedbpt.engine.scorer.Plan`)."""
 
-    def __init__(self, scorer: NativeScorer, plan: _native.Plan) -> None:
+    def __init__(self, scorer: NativeScorer, plan: _native.Plan, layers: Sequence[int] = ()) -> None:
         self._scorer = scorer
         self._plan = plan
+        self.layers = tuple(layers)
 
     @property
     def n_texts(self) -> int:
@@ -421,12 +442,45 @@ class NativePlan:
 
         Raises as `NativeScorer.score_with_soft_prompt`; InputError also for an index outside the plan.
         """
+        return self._scorer.score_plan(self._plan, embeds, self._chosen(indices))[0]
+
+    @checked
+    def score_states(
+        self, embeds: ArrayLike, indices: ArrayLike | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """What `score` returns, and the states of the plan's layers [n_candidates, n, n_layers, n_embd], in one pass.
+
+        A state is what a layer adds up to at a text's last token, before the next layer's norm: element l + 1 of
+        ``hidden_states`` in Hugging Face's transformers, but after the last layer also before the final norm.
+
+        Raises as `score`; InputError where the plan was compiled without ``layers``; UnsupportedModelError where
+        llama.cpp does not say where this architecture's layers end.
+        """
+        if not self.layers:
+            raise InputError("the plan has no layers: name some when you compile it (layers=(…))", field="layers")
+        logits, states = self._scorer.score_plan(self._plan, embeds, self._chosen(indices), with_states=True)
+        assert states is not None
+        return logits, states
+
+    @checked
+    def states(self, indices: ArrayLike | None = None, embeds: ArrayLike | None = None) -> NDArray[np.float32]:
+        """States of the plan's layers [n, n_layers, n_embd] at the last token of the texts ``indices`` [n] (None: all).
+
+        Under candidate prompts ``embeds`` [n_candidates, n_prompt, n_embd]: [n_candidates, n, n_layers, n_embd].
+        Raises as `score_states`.
+        """
+        if embeds is not None:
+            return self.score_states(embeds, indices)[1]
+        found: NDArray[np.float32] = self.score_states(np.zeros((1, 0, self._scorer.n_embd), np.float32), indices)[1][0]
+        return found
+
+    def _chosen(self, indices: ArrayLike | None) -> NDArray[np.int64]:
         chosen = np.arange(self.n_texts) if indices is None else as_array(indices, "indices")
         if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
             raise InputError(
                 f"indices must be a flat sequence of text numbers, got {chosen.dtype} {list(chosen.shape)}"
             )
-        return self._scorer.score_plan(self._plan, embeds, np.ascontiguousarray(chosen, dtype=np.int64))
+        return np.ascontiguousarray(chosen, dtype=np.int64)
 
     def __repr__(self) -> str:
         return f"<NativePlan of {self.n_texts} texts, KV of {self.n_kept} kept in {self.kv_bytes / 1e6:.0f} MB>"

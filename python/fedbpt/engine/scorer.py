@@ -31,6 +31,15 @@ class Plan(Protocol):
         """
         ...
 
+    def score_states(
+        self, embeds: ArrayLike, indices: ArrayLike | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """What `score` returns, and the states of the plan's layers [n_candidates, n, n_layers, n_embd], in one pass.
+
+        A state is what a layer adds up to at a text's last token, before the next layer's norm.
+        """
+        ...
+
 
 @runtime_checkable
 class Scorer(Protocol):
@@ -38,6 +47,9 @@ class Scorer(Protocol):
 
     @property
     def n_embd(self) -> int: ...
+
+    @property
+    def n_layer(self) -> int: ...
 
     @property
     def n_vocab(self) -> int: ...
@@ -91,12 +103,14 @@ class Scorer(Protocol):
         cue: ArrayLike | None = None,
         *,
         continuations: Sequence[Sequence[ArrayLike]] | None = None,
+        layers: Sequence[int] | None = None,
         keep_kv: bool = True,
     ) -> Plan:
         """Lay a data set out for scoring many times; arguments as for `score_with_soft_prompt`.
 
         ``cue``: token ids that follow each text. ``continuations``: for each text the K token-id sequences that may
         follow it; their log-probabilities, nats, come before the logits, and no ``label_ids`` means no logits then.
+        ``layers``: those whose states `Plan.score_states` gives, ascending; ``label_ids`` may then be empty.
         ``keep_kv`` False: for one pass over it; nothing is kept of the
         texts' KV.
         """

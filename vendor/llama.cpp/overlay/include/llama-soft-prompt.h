@@ -71,6 +71,14 @@ LLAMA_API void llama_soft_prompt_set_labels(
 // out[n_outputs][n_labels] of the last llama_decode, in the batch's order; valid until the next.
 LLAMA_API const float * llama_soft_prompt_label_logits(const struct llama_context * ctx);
 
+// From the next llama_decode on, the states of layers[n] at the tokens that want outputs: what each layer adds up to, after its
+// residual connections and before the next layer's norm (layers count from 0). n = 0: none, and the graph is upstream's again.
+LLAMA_API void llama_soft_prompt_set_taps(struct llama_context * ctx, const int32_t * layers, int32_t n);
+
+// out[n_outputs][n][n_embd] of the last llama_decode, in the batch's order; valid until the next. NULL where this architecture's graph
+// does not say where a layer ends.
+LLAMA_API const float * llama_soft_prompt_states(const struct llama_context * ctx);
+
 // Where the rows of the output layer lie in the model file: the tensor's name, or NULL where the output layer is more than one
 // matrix product (a bias, a scale per row, token ids in the graph), so that rows of it alone would not do.
 LLAMA_API const char * llama_soft_prompt_output_tensor(const struct llama_model * model);

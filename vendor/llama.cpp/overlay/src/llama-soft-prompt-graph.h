@@ -18,6 +18,8 @@ struct ggml_tensor;
 struct llama_hparams;
 struct llama_ubatch;
 class  llm_graph_result;
+class  llm_graph_input_i;
+struct llm_graph_context;
 
 // (sequence, position) -> row. Shared by a context and the graph parameters copied from it.
 class llama_soft_prompt {
@@ -46,9 +48,18 @@ public:
     bool is_output(const ggml_tensor * w) const { return head != nullptr && w == output; }
     const float * label_head() const { return head; }
 
-    // Takes the label logits of an ubatch's n outputs out of its graph; false where upstream's own are wanted.
-    bool take_logits(ggml_backend_sched_t sched, const ggml_tensor * logits, int64_t n_before, int64_t n);
+    // Takes the label logits and the states of an ubatch's n outputs out of its graph; false where upstream's own logits are wanted.
+    bool take_outputs(ggml_backend_sched_t sched, const ggml_tensor * logits, int64_t n_before, int64_t n);
     const float * label_logits() const { return taken.data(); }
+
+    // --- layers' states ---
+
+    std::vector<int32_t> taps; // layers
+    llm_graph_input_i  * building = nullptr; // of the graph that is built now
+
+    // the graph that runs next has these tensors [n_embd, n_outputs], one a tap, null where there is none
+    void run_taps(const std::vector<ggml_tensor *> & tensors) { tapped = &tensors; }
+    const float * states() const { return has_states ? states_taken.data() : nullptr; }
 
 private:
     struct run {
@@ -64,6 +75,13 @@ private:
     std::vector<llama_token> labels;
     const float            * head   = nullptr;
     std::vector<float>       taken;
+
+    bool take_logits(const ggml_tensor * logits, int64_t n_before, int64_t n);
+    void take_states(int64_t n_before, int64_t n);
+
+    const std::vector<ggml_tensor *> * tapped = nullptr;
+    std::vector<float>                 states_taken;
+    bool                               has_states = false;
 };
 
 // embd*keep + soft where the ubatch has soft rows, embd itself where it has none
@@ -75,6 +93,10 @@ ggml_tensor * llama_soft_prompt_build(
         const llama_cparams & cparams,
         const llama_ubatch  & ubatch,
         ggml_tensor         * embd);
+
+// What layer il adds up to: cur [n_embd, n_tokens, or n_outputs after the last layer]. Where the layer is tapped, the graph also gives
+// its rows of outputs.
+void llama_soft_prompt_layer(const llm_graph_context & graph, ggml_tensor * cur, int il);
 
 // the label head in place of the output matrix, w itself elsewhere
 ggml_tensor * llama_soft_prompt_output(

@@ -91,7 +91,39 @@ void llama_soft_prompt::set_labels(const ggml_tensor * output, const llama_token
     head = n > 0 ? rows : nullptr;
 }
 
-bool llama_soft_prompt::take_logits(ggml_backend_sched_t sched, const ggml_tensor * logits, int64_t n_before, int64_t n) {
+bool llama_soft_prompt::take_outputs(ggml_backend_sched_t sched, const ggml_tensor * logits, int64_t n_before, int64_t n) {
+    if (n > 0 && (!labels.empty() || !taps.empty())) {
+        ggml_backend_sched_synchronize(sched);
+    }
+    take_states(n_before, n);
+    return take_logits(logits, n_before, n);
+}
+
+void llama_soft_prompt::take_states(int64_t n_before, int64_t n) {
+    if (n_before == 0) {
+        has_states = false;
+    }
+    if (taps.empty() || n == 0) {
+        return;
+    }
+    has_states = tapped != nullptr && std::find(tapped->begin(), tapped->end(), nullptr) == tapped->end();
+    if (!has_states) {
+        return;
+    }
+    const int64_t n_embd = tapped->front()->ne[0];
+    const int64_t n_taps = tapped->size();
+    states_taken.resize((n_before + n)*n_taps*n_embd);
+
+    std::vector<float> layer(n*n_embd);
+    for (int64_t t = 0; t < n_taps; ++t) {
+        ggml_backend_tensor_get((*tapped)[t], layer.data(), 0, layer.size()*sizeof(float));
+        for (int64_t i = 0; i < n; ++i) {
+            std::copy_n(layer.data() + i*n_embd, n_embd, states_taken.data() + ((n_before + i)*n_taps + t)*n_embd);
+        }
+    }
+}
+
+bool llama_soft_prompt::take_logits(const ggml_tensor * logits, int64_t n_before, int64_t n) {
     if (labels.empty()) {
         return false;
     }
@@ -102,8 +134,6 @@ bool llama_soft_prompt::take_logits(ggml_backend_sched_t sched, const ggml_tenso
     const size_t n_labels = labels.size();
     taken.resize((n_before + n)*n_labels);
     float * out = taken.data() + n_before*n_labels;
-
-    ggml_backend_sched_synchronize(sched);
 
     if (head != nullptr && logits->ne[0] == (int64_t) n_labels) {
         ggml_backend_tensor_get(logits, out, 0, n*n_labels*sizeof(float));
@@ -126,14 +156,23 @@ bool llama_soft_prompt::take_logits(ggml_backend_sched_t sched, const ggml_tenso
 namespace {
 
 // Without soft rows both tensors are null: the input then adds no node, it only forbids the reuse of its graph for an
-// ubatch that has some.
+// ubatch that has some, or for other taps.
 class llm_graph_input_soft_prompt : public llm_graph_input_i {
 public:
     llm_graph_input_soft_prompt(std::shared_ptr<llama_soft_prompt> table, float scale)
         : table(std::move(table)), inv_scale(1.0f/scale), n_labels(this->table->n_labels()), has_head(this->table->label_head() != nullptr),
-          text_length(this->table->text_length) {}
+          text_length(this->table->text_length), taps(this->table->taps), tapped(taps.size()) {
+        this->table->building = this;
+    }
+
+    ~llm_graph_input_soft_prompt() override {
+        if (table->building == this) {
+            table->building = nullptr;
+        }
+    }
 
     void set_input(const llama_ubatch * ubatch) override {
+        table->run_taps(tapped);
         if (!keep) {
             return;
         }
@@ -167,7 +206,27 @@ public:
 
         // the label head and the text's length too: a graph has no other input to tell
         return had == want && (!had || keep->ne[1] == (int64_t) params.ubatch.n_tokens) &&
-            n_labels == table->n_labels() && has_head == (table->label_head() != nullptr) && text_length == table->text_length;
+            n_labels == table->n_labels() && has_head == (table->label_head() != nullptr) && text_length == table->text_length && taps == table->taps;
+    }
+
+    void layer(const llm_graph_context & graph, ggml_tensor * cur, int il) {
+        const auto tap = std::find(taps.begin(), taps.end(), il);
+        if (tap == taps.end() || graph.n_outputs == 0) {
+            return;
+        }
+        // the last layer has left out all but the outputs already, in most architectures
+        if (cur->ne[1] != graph.n_outputs || graph.n_outputs == graph.n_tokens) {
+            if (!out_ids) {
+                out_ids = graph.build_inp_out_ids();
+            }
+            cur = ggml_get_rows(graph.ctx0, cur, out_ids);
+        } else {
+            cur = ggml_cont(graph.ctx0, cur); // a tensor of its own: an output's memory is given to no other
+        }
+        ggml_set_output(cur);
+        ggml_format_name(cur, "soft_prompt_tap-%d", il);
+        ggml_build_forward_expand(graph.gf, cur);
+        tapped[tap - taps.begin()] = cur;
     }
 
     ggml_tensor * keep = nullptr; // F32 [1,      n_tokens]
@@ -179,6 +238,10 @@ private:
     const size_t n_labels;
     const bool   has_head;
     const uint32_t text_length;
+
+    const std::vector<int32_t> taps;
+    std::vector<ggml_tensor *> tapped;            // F32 [n_embd, n_outputs] each
+    ggml_tensor              * out_ids = nullptr; // I32 [n_outputs]
 
     std::vector<float> buf_keep;
     std::vector<float> buf_soft;
@@ -245,6 +308,13 @@ ggml_tensor * llama_soft_prompt_build(
     return cur;
 }
 
+void llama_soft_prompt_layer(const llm_graph_context & graph, ggml_tensor * cur, int il) {
+    const auto & table = graph.cparams.soft_prompt;
+    if (!table->taps.empty() && table->building) {
+        static_cast<llm_graph_input_soft_prompt *>(table->building)->layer(graph, cur, il);
+    }
+}
+
 ggml_tensor * llama_soft_prompt_output(ggml_context * ctx0, llm_graph_result * res, const llama_cparams & cparams, ggml_tensor * w) {
     const auto & table = cparams.soft_prompt;
     if (!table->is_output(w)) {
@@ -279,6 +349,14 @@ void llama_soft_prompt_clear(llama_context * ctx) {
 
 void llama_soft_prompt_set_labels(llama_context * ctx, const llama_token * ids, int32_t n, const float * head) {
     ctx->get_cparams().soft_prompt->set_labels(ctx->get_model().output, ids, n, head);
+}
+
+void llama_soft_prompt_set_taps(llama_context * ctx, const int32_t * layers, int32_t n) {
+    ctx->get_cparams().soft_prompt->taps.assign(layers, layers + n);
+}
+
+const float * llama_soft_prompt_states(const llama_context * ctx) {
+    return ctx->get_cparams().soft_prompt->states();
 }
 
 bool llama_soft_prompt_leaves_in_file(const ggml_tensor * meta) {
