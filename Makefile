@@ -31,7 +31,7 @@ help:
 	@echo 'make sanitize   the native tests under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make wheel   the wheels to ship in dist/, for any x86-64 CPU; make wheel-aarch64: for any 64-bit ARM CPU (PYTHONS="3.11" for some)'
 	@echo 'make test-wheel   the native tests on the x86-64 wheel; make test-aarch64: on emulated boards, and a federation with them'
-	@echo 'make lint    ruff and mypy'
+	@echo 'make lint    ruff, clang-format and mypy'
 	@echo 'make bench   list the benchmarks; BENCH=name runs one, BENCH=all every one'
 	@echo 'make clean   remove what was built; models, data and runs stay'
 
@@ -149,6 +149,7 @@ test-aarch64: setup $(WHEEL_TOOLS)
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror src/fedbpt_native/*.cpp src/fedbpt_native/*.h
 	$(BIN)/mypy
 
 BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))

@@ -36,13 +36,15 @@ std::vector<ggml_backend_dev_t> gpu_devices() {
 
 #ifdef GGML_BACKEND_DL
 void load_libraries() {
-    Dl_info self {};
+    Dl_info self{};
     dladdr(reinterpret_cast<const void *>(&start_backends), &self);
     const std::string folder = std::filesystem::absolute(self.dli_fname).parent_path().string();
 
     ggml_backend_load_all_from_path(folder.c_str());
     if (cpu_device() == nullptr) {
-        throw std::runtime_error("no CPU backend in " + folder + " runs on this CPU: build fedbpt on this machine (pip install --no-binary fedbpt fedbpt)");
+        throw std::runtime_error(
+            "no CPU backend in " + folder +
+            " runs on this CPU: build fedbpt on this machine (pip install --no-binary fedbpt fedbpt)");
     }
 }
 #endif

@@ -43,11 +43,11 @@ llama_batch Batch::view(size_t begin, size_t end) {
 
     llama_batch batch = {};
     batch.n_tokens = static_cast<int32_t>(end - begin);
-    batch.token    = token_.data() + begin;
-    batch.pos      = pos_.data() + begin;
+    batch.token = token_.data() + begin;
+    batch.pos = pos_.data() + begin;
     batch.n_seq_id = n_seq_.data() + begin;
-    batch.seq_id   = seq_ptr_.data() + begin;
-    batch.logits   = wants_output_.data() + begin;
+    batch.seq_id = seq_ptr_.data() + begin;
+    batch.logits = wants_output_.data() + begin;
     return batch;
 }
 

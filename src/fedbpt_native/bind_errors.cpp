@@ -10,7 +10,8 @@ namespace {
 
 void raise(const char * name, const std::exception & error) {
     const py::object type = py::module_::import("fedbpt.errors").attr(name);
-    PyErr_SetString(type.ptr(), one_line(error.what()).c_str());  // a path, or what a model file holds, need not be UTF-8
+    PyErr_SetString(type.ptr(),
+                    one_line(error.what()).c_str());  // a path, or what a model file holds, need not be UTF-8
 }
 
 }  // namespace

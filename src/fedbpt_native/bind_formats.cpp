@@ -11,7 +11,8 @@ namespace fedbpt {
 
 namespace {
 
-void requantize_file(const std::string & source, const std::string & target, const std::string & format, int32_t n_threads, const std::optional<py::function> & progress) {
+void requantize_file(const std::string & source, const std::string & target, const std::string & format,
+                     int32_t n_threads, const std::optional<py::function> & progress) {
     const auto go_on = [&](int done, int total) {
         py::gil_scoped_acquire acquire;
         try {
@@ -69,7 +70,8 @@ py::list tensor_shapes_of(const std::string & path) {
     py::list shapes;
     for (const TensorShape & tensor : found) {
         // in a damaged file a name need not be UTF-8
-        const auto name = py::reinterpret_steal<py::object>(PyUnicode_DecodeUTF8(tensor.name.data(), static_cast<py::ssize_t>(tensor.name.size()), "backslashreplace"));
+        const auto name = py::reinterpret_steal<py::object>(
+            PyUnicode_DecodeUTF8(tensor.name.data(), static_cast<py::ssize_t>(tensor.name.size()), "backslashreplace"));
         shapes.append(py::make_tuple(name, py::tuple(py::cast(tensor.shape))));
     }
     return shapes;
@@ -79,12 +81,17 @@ py::list tensor_shapes_of(const std::string & path) {
 
 void register_formats(py::module_ & module) {
     module.def("requantize_formats", &requantize_formats, "The formats that requantize knows, smallest first.");
-    module.def("requantize", &requantize_file, py::arg("source"), py::arg("target"), py::arg("format"), py::arg("n_threads"), py::arg("progress") = py::none(),
+    module.def("requantize", &requantize_file, py::arg("source"), py::arg("target"), py::arg("format"),
+               py::arg("n_threads"), py::arg("progress") = py::none(),
                "Write a model file in another format; progress gets tensors done and in total.");
-    module.def("model_parts", &model_parts_of, py::arg("path"), "The files of a model in order, where one may be split: any part is given.");
-    module.def("weight_formats", &weight_formats_of, py::arg("path"), "(ggml type, parameters, bytes) of the matrices in a model's layers, most parameters first.");
-    module.def("tensor_shapes", &tensor_shapes_of, py::arg("path"), "(name, shape) of every tensor in a model file, the inputs of a matrix first.");
-    module.def("matmul_flops", &matmul_flops, py::arg("type"), py::call_guard<py::gil_scoped_release>(), "FLOP/s of one CPU thread multiplying by a matrix of a ggml type, measured.");
+    module.def("model_parts", &model_parts_of, py::arg("path"),
+               "The files of a model in order, where one may be split: any part is given.");
+    module.def("weight_formats", &weight_formats_of, py::arg("path"),
+               "(ggml type, parameters, bytes) of the matrices in a model's layers, most parameters first.");
+    module.def("tensor_shapes", &tensor_shapes_of, py::arg("path"),
+               "(name, shape) of every tensor in a model file, the inputs of a matrix first.");
+    module.def("matmul_flops", &matmul_flops, py::arg("type"), py::call_guard<py::gil_scoped_release>(),
+               "FLOP/s of one CPU thread multiplying by a matrix of a ggml type, measured.");
 }
 
 }  // namespace fedbpt

@@ -10,11 +10,12 @@ namespace fedbpt {
 
 namespace {
 
-using IntArray   = py::array_t<int32_t, py::array::c_style>;
+using IntArray = py::array_t<int32_t, py::array::c_style>;
 using FloatArray = py::array_t<float, py::array::c_style>;
 
-std::unique_ptr<Generator::Stream> open(Generator & generator, const IntArray & ids, const FloatArray & rows, size_t rows_at, float temperature, float top_p, int32_t top_k, uint32_t seed) {
-    Input input { { ids.data(), ids.data() + ids.size() }, { rows.data(), rows.data() + rows.size() }, rows_at };
+std::unique_ptr<Generator::Stream> open(Generator & generator, const IntArray & ids, const FloatArray & rows,
+                                        size_t rows_at, float temperature, float top_p, int32_t top_k, uint32_t seed) {
+    Input input{ { ids.data(), ids.data() + ids.size() }, { rows.data(), rows.data() + rows.size() }, rows_at };
     py::gil_scoped_release release;
     return generator.open(std::move(input), { temperature, top_p, top_k, seed });
 }
@@ -41,7 +42,8 @@ IntArray chat_ids(const Generator & generator, const std::vector<std::pair<std::
     std::vector<llama_token> ids;
     {
         py::gil_scoped_release release;
-        ids = generator.model().tokenize(generator.model().chat_text(messages), /*add_bos =*/ -1, /*parse_special =*/ true);
+        ids =
+            generator.model().tokenize(generator.model().chat_text(messages), /*add_bos =*/-1, /*parse_special =*/true);
     }
     return IntArray(static_cast<py::ssize_t>(ids.size()), ids.data());
 }
@@ -50,7 +52,7 @@ IntArray text_ids(const Generator & generator, const std::string & text) {
     std::vector<llama_token> ids;
     {
         py::gil_scoped_release release;
-        ids = generator.model().tokenize(text, /*add_bos =*/ -1, /*parse_special =*/ true);
+        ids = generator.model().tokenize(text, /*add_bos =*/-1, /*parse_special =*/true);
         const llama_token bos = llama_vocab_bos(llama_model_get_vocab(generator.model().get()));
         if (ids.size() > 1 && ids[0] == bos && ids[1] == bos) {  // the text named it
             ids.erase(ids.begin());
@@ -60,27 +62,39 @@ IntArray text_ids(const Generator & generator, const std::string & text) {
 }
 
 bool has_special(const Generator & generator, const std::string & text) {
-    return generator.model().tokenize(text, 0, /*parse_special =*/ true) != generator.model().tokenize(text, 0);
+    return generator.model().tokenize(text, 0, /*parse_special =*/true) != generator.model().tokenize(text, 0);
 }
 
 }  // namespace
 
 void register_generator(py::module_ & module) {
-    py::class_<Generator, py::smart_holder> generator(module, "Generator", "Texts token by token; made by Engine.generator. Thread-safe: calls that compute wait for each other.");
+    py::class_<Generator, py::smart_holder> generator(
+        module, "Generator",
+        "Texts token by token; made by Engine.generator. Thread-safe: calls that compute wait for each other.");
 
     py::class_<Generator::Stream, py::smart_holder>(generator, "Stream")
         .def("cancel", &Generator::Stream::cancel, "Make the call in flight, or the next, raise ScoringInterrupted.")
         .def_property_readonly("n_reused", &Generator::Stream::n_reused);
 
     generator
-        .def("open", &open, py::arg("ids").noconvert(), py::arg("rows").noconvert(), py::arg("rows_at"), py::arg("temperature"), py::arg("top_p"), py::arg("top_k"), py::arg("seed"), py::keep_alive<0, 1>(),
+        .def("open", &open, py::arg("ids").noconvert(), py::arg("rows").noconvert(), py::arg("rows_at"),
+             py::arg("temperature"), py::arg("top_p"), py::arg("top_k"), py::arg("seed"), py::keep_alive<0, 1>(),
              "ids int32 [n], rows float32 [n_rows, n_embd]")
-        .def("next", &next, py::arg("stream"), py::arg("n_likeliest"), "(id, log-probability, [(id, log-probability) of the likeliest])")
-        .def("piece", [](const Generator & generator, llama_token id) { return py::bytes(generator.model().piece(id)); }, py::arg("id"))
-        .def("is_end", [](const Generator & generator, llama_token id) { return generator.model().is_end(id); }, py::arg("id"))
-        .def("text_ids", &text_ids, py::arg("text"), "int32 [n] of a text; special tokens in it count as such, BOS comes once")
-        .def("chat_ids", &chat_ids, py::arg("messages"), "int32 [n] of (role, content) messages in the model's chat template; special tokens in a content count as such")
-        .def("has_special", &has_special, py::arg("text"), py::call_guard<py::gil_scoped_release>(), "whether a text names special tokens")
+        .def("next", &next, py::arg("stream"), py::arg("n_likeliest"),
+             "(id, log-probability, [(id, log-probability) of the likeliest])")
+        .def(
+            "piece", [](const Generator & generator, llama_token id) { return py::bytes(generator.model().piece(id)); },
+            py::arg("id"))
+        .def(
+            "is_end", [](const Generator & generator, llama_token id) { return generator.model().is_end(id); },
+            py::arg("id"))
+        .def("text_ids", &text_ids, py::arg("text"),
+             "int32 [n] of a text; special tokens in it count as such, BOS comes once")
+        .def("chat_ids", &chat_ids, py::arg("messages"),
+             "int32 [n] of (role, content) messages in the model's chat template; special tokens in a content count as "
+             "such")
+        .def("has_special", &has_special, py::arg("text"), py::call_guard<py::gil_scoped_release>(),
+             "whether a text names special tokens")
         .def_property_readonly("n_tokens", &Generator::n_tokens)
         .def_property_readonly("n_cells", &Generator::n_cells);
 }

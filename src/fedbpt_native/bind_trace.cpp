@@ -24,7 +24,8 @@ public:
 
     void set(llama_seq_id seq, llama_pos pos0, const FloatArray & rows) {
         if (seq < 0 || seq >= GraphTrace::kSeqs) {
-            throw InputError("a trace has sequences 0 to " + std::to_string(GraphTrace::kSeqs - 1) + ", got " + std::to_string(seq));
+            throw InputError("a trace has sequences 0 to " + std::to_string(GraphTrace::kSeqs - 1) + ", got " +
+                             std::to_string(seq));
         }
         if (rows.ndim() != 2 || rows.shape(1) != trace.n_embd()) {
             throw InputError("rows must be [n_rows, " + std::to_string(trace.n_embd()) + "]");
@@ -48,16 +49,27 @@ private:
 }  // namespace
 
 void register_trace(py::module_ & module) {
-    module.def("use_std_regex", &llama_pretokenizer_use_std_regex, py::arg("use"), "For the fork's tests: whether this thread splits texts into words as upstream does.");
+    module.def("use_std_regex", &llama_pretokenizer_use_std_regex, py::arg("use"),
+               "For the fork's tests: whether this thread splits texts into words as upstream does.");
 
-    py::class_<SoftTrace>(module, "GraphTrace", "For the fork's tests: the nodes of each graph that a small context computes, one line a node. See trace.h.")
+    py::class_<SoftTrace>(
+        module, "GraphTrace",
+        "For the fork's tests: the nodes of each graph that a small context computes, one line a node. See trace.h.")
         .def(py::init<const std::string &, bool>(), py::arg("path"), py::arg("flash_attention"))
-        .def("decode", [](SoftTrace & self, const std::vector<llama_token> & tokens, llama_seq_id seq, llama_pos pos0) { return self.trace.decode(tokens, seq, pos0); },
-             py::arg("tokens"), py::arg("seq") = 0, py::arg("pos0") = 0, "The lines of one llama_decode of tokens, logits for the last.")
-        .def("set_soft_prompt", &SoftTrace::set, py::arg("seq"), py::arg("pos0"), py::arg("rows"), "rows float32 [n_rows, n_embd]")
+        .def(
+            "decode",
+            [](SoftTrace & self, const std::vector<llama_token> & tokens, llama_seq_id seq, llama_pos pos0) {
+                return self.trace.decode(tokens, seq, pos0);
+            },
+            py::arg("tokens"), py::arg("seq") = 0, py::arg("pos0") = 0,
+            "The lines of one llama_decode of tokens, logits for the last.")
+        .def("set_soft_prompt", &SoftTrace::set, py::arg("seq"), py::arg("pos0"), py::arg("rows"),
+             "rows float32 [n_rows, n_embd]")
         .def("clear_soft_prompt", &SoftTrace::clear)
         .def_property_readonly("n_embd", [](const SoftTrace & self) { return self.trace.n_embd(); })
-        .def_property_readonly("n_reused", [](const SoftTrace & self) { return self.trace.n_reused(); }, "Graphs that were run again rather than built anew.");
+        .def_property_readonly(
+            "n_reused", [](const SoftTrace & self) { return self.trace.n_reused(); },
+            "Graphs that were run again rather than built anew.");
 }
 
 }  // namespace fedbpt

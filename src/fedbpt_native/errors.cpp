@@ -8,8 +8,12 @@ namespace {
 
 // Bytes of the character that begins there; 0 where none does.
 size_t character_length(const std::string & text, size_t at) {
-    const auto   lead   = static_cast<unsigned char>(text[at]);
-    const size_t length = lead < 0x80 ? 1 : lead >= 0xc2 && lead < 0xe0 ? 2 : lead >= 0xe0 && lead < 0xf0 ? 3 : lead >= 0xf0 && lead < 0xf5 ? 4 : 0;
+    const auto lead = static_cast<unsigned char>(text[at]);
+    const size_t length = lead < 0x80                   ? 1
+                          : lead >= 0xc2 && lead < 0xe0 ? 2
+                          : lead >= 0xe0 && lead < 0xf0 ? 3
+                          : lead >= 0xf0 && lead < 0xf5 ? 4
+                                                        : 0;
     if (length == 0 || at + length > text.size()) {
         return 0;
     }
@@ -20,14 +24,16 @@ size_t character_length(const std::string & text, size_t at) {
     }
     const auto second = static_cast<unsigned char>(length > 1 ? text[at + 1] : 0);
     // encoded longer than need be, a surrogate, or beyond U+10FFFF
-    const bool wrong = (lead == 0xe0 && second < 0xa0) || (lead == 0xed && second > 0x9f) || (lead == 0xf0 && second < 0x90) || (lead == 0xf4 && second > 0x8f);
+    const bool wrong = (lead == 0xe0 && second < 0xa0) || (lead == 0xed && second > 0x9f) ||
+                       (lead == 0xf0 && second < 0x90) || (lead == 0xf4 && second > 0x8f);
     return wrong ? 0 : length;
 }
 
 bool is_control(const std::string & text, size_t at, size_t length) {
     const auto lead = static_cast<unsigned char>(text[at]);
     // C0 and DEL; C1; the line and paragraph separators
-    return (length == 1 && (lead < 0x20 || lead == 0x7f)) || (length == 2 && lead == 0xc2 && static_cast<unsigned char>(text[at + 1]) < 0xa0) ||
+    return (length == 1 && (lead < 0x20 || lead == 0x7f)) ||
+           (length == 2 && lead == 0xc2 && static_cast<unsigned char>(text[at + 1]) < 0xa0) ||
            text.compare(at, length, "\xe2\x80\xa8") == 0 || text.compare(at, length, "\xe2\x80\xa9") == 0;
 }
 

@@ -7,7 +7,8 @@
 
 namespace fedbpt {
 
-// Text that may come from a file, fit for a message: one line of UTF-8. Control characters become spaces, bytes that are no UTF-8 \xNN.
+// Text that may come from a file, fit for a message: one line of UTF-8. Control characters become spaces, bytes that
+// are no UTF-8 \xNN.
 std::string one_line(const std::string & text);
 
 struct InputError : std::invalid_argument {

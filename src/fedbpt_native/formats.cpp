@@ -16,18 +16,19 @@ namespace fedbpt {
 
 namespace {
 
-constexpr int64_t kIn     = 512;   // a multiple of every type's block
-constexpr int64_t kOut    = 1024;
+constexpr int64_t kIn = 512;  // a multiple of every type's block
+constexpr int64_t kOut = 1024;
 constexpr int64_t kTokens = 64;
 
-constexpr int    kRepeatsMin    = 2;
+constexpr int kRepeatsMin = 2;
 constexpr double kEnoughSeconds = 0.01;
 
 ggml_type type_named(const std::string & name) {
     for (int i = 0; i < GGML_TYPE_COUNT; ++i) {
         const auto type = static_cast<ggml_type>(i);
         // integers and what activations are rounded to have names too, but cannot be unpacked
-        if (ggml_type_name(type) == name && (type == GGML_TYPE_F32 || ggml_get_type_traits(type)->to_float != nullptr)) {
+        if (ggml_type_name(type) == name &&
+            (type == GGML_TYPE_F32 || ggml_get_type_traits(type)->to_float != nullptr)) {
             return type;
         }
     }
@@ -36,20 +37,24 @@ ggml_type type_named(const std::string & name) {
 
 // What this thread has computed: on a busy machine the clock on the wall also counts what others did meanwhile.
 double thread_seconds() {
-    timespec now {};
+    timespec now{};
     clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
-    return static_cast<double>(now.tv_sec) + 1e-9*static_cast<double>(now.tv_nsec);
+    return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
 }
 
 ggml_context_ptr new_context() {
-    return ggml_context_ptr(ggml_init({ 8*ggml_tensor_overhead() + ggml_graph_overhead(), /*mem_buffer =*/ nullptr, /*no_alloc =*/ true }));
+    return ggml_context_ptr(
+        ggml_init({ 8 * ggml_tensor_overhead() + ggml_graph_overhead(), /*mem_buffer =*/nullptr, /*no_alloc =*/true }));
 }
 
-// As llama_model_loader chooses: the first special buffer of the CPU (repacked, AMX) that has a kernel for it, else the plain one.
-ggml_backend_buffer_type_t weight_buffer_type(ggml_backend_dev_t cpu, ggml_tensor * weight, const ggml_tensor * product) {
+// As llama_model_loader chooses: the first special buffer of the CPU (repacked, AMX) that has a kernel for it, else the
+// plain one.
+ggml_backend_buffer_type_t weight_buffer_type(ggml_backend_dev_t cpu, ggml_tensor * weight,
+                                              const ggml_tensor * product) {
     const auto extra = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(
         ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu), "ggml_backend_dev_get_extra_bufts"));
-    for (ggml_backend_buffer_type_t * candidate = extra ? extra(cpu) : nullptr; candidate != nullptr && *candidate != nullptr; ++candidate) {
+    for (ggml_backend_buffer_type_t * candidate = extra ? extra(cpu) : nullptr;
+         candidate != nullptr && *candidate != nullptr; ++candidate) {
         const ggml_backend_buffer_ptr empty(ggml_backend_buft_alloc_buffer(*candidate, 0));
         weight->buffer = empty.get();
         const bool fits = ggml_backend_dev_supports_op(cpu, product);
@@ -66,12 +71,13 @@ template <typename F>
 void for_each_tensor(const std::string & path, const F & visit) {
     for (const std::string & part : model_parts(path)) {
         ggml_context * tensors = nullptr;
-        const GgufPtr gguf(gguf_init_from_file(part.c_str(), { /*no_alloc =*/ true, &tensors }));
+        const GgufPtr gguf(gguf_init_from_file(part.c_str(), { /*no_alloc =*/true, &tensors }));
         if (!gguf) {
             throw ModelFileError(part + " cannot be read any more: was it moved or cut short?");
         }
         const ggml_context_ptr owner(tensors);
-        for (ggml_tensor * tensor = ggml_get_first_tensor(tensors); tensor != nullptr; tensor = ggml_get_next_tensor(tensors, tensor)) {
+        for (ggml_tensor * tensor = ggml_get_first_tensor(tensors); tensor != nullptr;
+             tensor = ggml_get_next_tensor(tensors, tensor)) {
             visit(tensor);
         }
     }
@@ -84,22 +90,25 @@ std::vector<WeightFormat> weight_formats(const std::string & path) {
     for_each_tensor(path, [&](const ggml_tensor * tensor) {
         if (std::string(tensor->name).rfind("blk.", 0) == 0 && ggml_n_dims(tensor) > 1) {
             WeightFormat & format = found[tensor->type];
-            format.type      = ggml_type_name(tensor->type);
+            format.type = ggml_type_name(tensor->type);
             format.n_params += static_cast<uint64_t>(ggml_nelements(tensor));
-            format.n_bytes  += ggml_nbytes(tensor);
+            format.n_bytes += ggml_nbytes(tensor);
         }
     });
     std::vector<WeightFormat> formats;
     for (const auto & [type, format] : found) {
         formats.push_back(format);
     }
-    std::stable_sort(formats.begin(), formats.end(), [](const WeightFormat & a, const WeightFormat & b) { return a.n_params > b.n_params; });
+    std::stable_sort(formats.begin(), formats.end(),
+                     [](const WeightFormat & a, const WeightFormat & b) { return a.n_params > b.n_params; });
     return formats;
 }
 
 std::vector<TensorShape> tensor_shapes(const std::string & path) {
     std::vector<TensorShape> shapes;
-    for_each_tensor(path, [&](const ggml_tensor * tensor) { shapes.push_back({ tensor->name, { tensor->ne, tensor->ne + ggml_n_dims(tensor) } }); });
+    for_each_tensor(path, [&](const ggml_tensor * tensor) {
+        shapes.push_back({ tensor->name, { tensor->ne, tensor->ne + ggml_n_dims(tensor) } });
+    });
     return shapes;
 }
 
@@ -111,13 +120,14 @@ double matmul_flops(const std::string & type) {
     cpu_function<void(ggml_backend_t, int)>("ggml_backend_set_n_threads")(backend.get(), 1);  // this one
 
     const ggml_context_ptr weights = new_context(), rest = new_context();
-    ggml_tensor * weight  = ggml_new_tensor_2d(weights.get(), weight_type, kIn, kOut);
-    ggml_tensor * input   = ggml_new_tensor_2d(rest.get(), GGML_TYPE_F32, kIn, kTokens);
+    ggml_tensor * weight = ggml_new_tensor_2d(weights.get(), weight_type, kIn, kOut);
+    ggml_tensor * input = ggml_new_tensor_2d(rest.get(), GGML_TYPE_F32, kIn, kTokens);
     ggml_tensor * product = ggml_mul_mat(rest.get(), weight, input);
-    ggml_cgraph * graph   = ggml_new_graph_custom(rest.get(), 8, false);
+    ggml_cgraph * graph = ggml_new_graph_custom(rest.get(), 8, false);
     ggml_build_forward_expand(graph, product);
 
-    const ggml_backend_buffer_ptr weight_buffer(ggml_backend_alloc_ctx_tensors_from_buft(weights.get(), weight_buffer_type(cpu, weight, product)));
+    const ggml_backend_buffer_ptr weight_buffer(
+        ggml_backend_alloc_ctx_tensors_from_buft(weights.get(), weight_buffer_type(cpu, weight, product)));
     const ggml_backend_buffer_ptr rest_buffer(ggml_backend_alloc_ctx_tensors(rest.get(), backend.get()));
     if (!weight_buffer || !rest_buffer) {
         throw std::bad_alloc();
@@ -135,7 +145,7 @@ double matmul_flops(const std::string & type) {
         best = std::min(best, taken);
         total += taken;
     }
-    return 2.0*kIn*kOut*kTokens/best;
+    return 2.0 * kIn * kOut * kTokens / best;
 }
 
 }  // namespace fedbpt

@@ -15,9 +15,9 @@ namespace fedbpt {
 
 namespace {
 
-constexpr size_t       kTexts  = 4;     // being generated, or kept to go on from
-constexpr size_t       kHeads  = 7;     // kept; each sequence takes two buffers of n_vocab numbers
-constexpr size_t       kRoom   = 256;   // cells to generate into before the context grows
+constexpr size_t kTexts = 4;   // being generated, or kept to go on from
+constexpr size_t kHeads = 7;   // kept; each sequence takes two buffers of n_vocab numbers
+constexpr size_t kRoom = 256;  // cells to generate into before the context grows
 
 SamplerPtr make_sampler(const Sampling & sampling) {
     SamplerPtr chain(llama_sampler_chain_init(llama_sampler_chain_default_params()));
@@ -31,7 +31,7 @@ SamplerPtr make_sampler(const Sampling & sampling) {
         add(llama_sampler_init_top_k(sampling.top_k));
     }
     if (sampling.top_p < 1.0f) {
-        add(llama_sampler_init_top_p(sampling.top_p, /*min_keep =*/ 1));
+        add(llama_sampler_init_top_p(sampling.top_p, /*min_keep =*/1));
     }
     add(llama_sampler_init_temp(sampling.temperature));
     add(llama_sampler_init_dist(sampling.seed));
@@ -42,7 +42,8 @@ std::vector<std::pair<llama_token, float>> likeliest(const float * logits, size_
     std::vector<llama_token> order(n_vocab);
     std::iota(order.begin(), order.end(), 0);
     n = std::min(n, n_vocab);
-    std::partial_sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(n), order.end(), [&](llama_token a, llama_token b) { return logits[a] > logits[b]; });
+    std::partial_sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(n), order.end(),
+                      [&](llama_token a, llama_token b) { return logits[a] > logits[b]; });
 
     std::vector<std::pair<llama_token, float>> found;
     for (size_t i = 0; i < n; ++i) {
@@ -54,15 +55,17 @@ std::vector<std::pair<llama_token, float>> likeliest(const float * logits, size_
 }  // namespace
 
 Generator::Generator(std::shared_ptr<const Model> model, int32_t n_threads, ggml_type kv_type)
-    : model_(model), session_(std::move(model), n_threads, kv_type), sequences_(kTexts + kHeads) {
+    : model_(model),
+      session_(std::move(model), n_threads, kv_type),
+      sequences_(kTexts + kHeads) {
     for (size_t i = 0; i < sequences_.size(); ++i) {
-        sequences_[i].id      = kPadSeq + 1 + static_cast<llama_seq_id>(i);
+        sequences_[i].id = kPadSeq + 1 + static_cast<llama_seq_id>(i);
         sequences_[i].is_head = i >= kTexts;
     }
 }
 
 void Generator::validate(const Input & input, const Sampling & sampling) const {
-    const size_t n_rows = input.rows.size()/model_->n_embd();
+    const size_t n_rows = input.rows.size() / model_->n_embd();
     if (input.ids.empty()) {
         throw InputError("there is nothing to go on from: give at least one token");
     }
@@ -70,13 +73,16 @@ void Generator::validate(const Input & input, const Sampling & sampling) const {
         model_->check_token(id, "token id");
     }
     if (input.rows_at + n_rows > input.ids.size()) {
-        throw InputError(std::to_string(n_rows) + " rows from token " + std::to_string(input.rows_at) + " on do not lie within the text's " + std::to_string(input.ids.size()) + " tokens");
+        throw InputError(std::to_string(n_rows) + " rows from token " + std::to_string(input.rows_at) +
+                         " on do not lie within the text's " + std::to_string(input.ids.size()) + " tokens");
     }
     if (!std::all_of(input.rows.begin(), input.rows.end(), [](float x) { return std::isfinite(x); })) {
         throw InputError("the soft prompt holds NaN or infinity");
     }
     if (input.ids.size() >= static_cast<size_t>(model_->n_ctx_train())) {
-        throw InputError("the text and its prompt have " + std::to_string(input.ids.size()) + " tokens, and the model's context is " + std::to_string(model_->n_ctx_train()) + ": shorten the text");
+        throw InputError("the text and its prompt have " + std::to_string(input.ids.size()) +
+                         " tokens, and the model's context is " + std::to_string(model_->n_ctx_train()) +
+                         ": shorten the text");
     }
     if (!(sampling.temperature >= 0.0f && std::isfinite(sampling.temperature))) {
         throw InputError("temperature must be a number from 0 on, got " + std::to_string(sampling.temperature));
@@ -91,21 +97,22 @@ void Generator::validate(const Input & input, const Sampling & sampling) const {
 
 const float * Generator::row_of(const Input & input, size_t i) const {
     const size_t n_embd = static_cast<size_t>(model_->n_embd());
-    const bool   inside = i >= input.rows_at && i < input.rows_at + input.rows.size()/n_embd;
-    return inside ? input.rows.data() + (i - input.rows_at)*n_embd : nullptr;
+    const bool inside = i >= input.rows_at && i < input.rows_at + input.rows.size() / n_embd;
+    return inside ? input.rows.data() + (i - input.rows_at) * n_embd : nullptr;
 }
 
 // How many of their first tokens are embedded alike.
 size_t Generator::common(const Input & a, const Input & b) const {
     const size_t n = std::min(a.ids.size(), b.ids.size());
-    size_t       i = 0;
+    size_t i = 0;
     for (; i < n; ++i) {
         const float * row_a = row_of(a, i);
         const float * row_b = row_of(b, i);
         if ((row_a == nullptr) != (row_b == nullptr)) {
             break;
         }
-        if (row_a == nullptr ? a.ids[i] != b.ids[i] : std::memcmp(row_a, row_b, static_cast<size_t>(model_->n_embd())*sizeof(float)) != 0) {
+        if (row_a == nullptr ? a.ids[i] != b.ids[i]
+                             : std::memcmp(row_a, row_b, static_cast<size_t>(model_->n_embd()) * sizeof(float)) != 0) {
             break;
         }
     }
@@ -116,7 +123,8 @@ size_t Generator::common(const Input & a, const Input & b) const {
 Generator::Sequence * Generator::oldest(bool is_head) {
     Sequence * found = nullptr;
     for (Sequence & sequence : sequences_) {
-        if (sequence.is_head == is_head && !sequence.is_live() && (found == nullptr || sequence.last_used < found->last_used)) {
+        if (sequence.is_head == is_head && !sequence.is_live() &&
+            (found == nullptr || sequence.last_used < found->last_used)) {
             found = &sequence;
         }
     }
@@ -127,16 +135,18 @@ void Generator::drop(Sequence & sequence) {
     if (session_.is_open()) {
         llama_memory_seq_rm(session_.memory(), sequence.id, -1, -1);
     }
-    sequence.input      = {};
+    sequence.input = {};
     sequence.n_computed = 0;
 }
 
-// Has the sequence begin with what is computed of `input` already, in whichever sequence the most is. Returns how much that is.
+// Has the sequence begin with what is computed of `input` already, in whichever sequence the most is. Returns how much
+// that is.
 size_t Generator::adopt(Sequence & sequence, Input input) {
     const Sequence * best = nullptr;
-    size_t           most = 0;
+    size_t most = 0;
     for (const Sequence & other : sequences_) {
-        const size_t n = std::min({ common(other.input, input), other.n_computed, input.ids.size() - 1 });  // the last token gives the logits
+        const size_t n = std::min(
+            { common(other.input, input), other.n_computed, input.ids.size() - 1 });  // the last token gives the logits
         if (n > most && other.is_long == is_long(input)) {
             best = &other;
             most = n;
@@ -150,8 +160,8 @@ size_t Generator::adopt(Sequence & sequence, Input input) {
             llama_memory_seq_cp(session_.memory(), best->id, sequence.id, 0, static_cast<llama_pos>(most));
         }
     }
-    sequence.is_long    = is_long(input);
-    sequence.input      = std::move(input);
+    sequence.is_long = is_long(input);
+    sequence.input = std::move(input);
     sequence.n_computed = most;
     return most;
 }
@@ -159,22 +169,25 @@ size_t Generator::adopt(Sequence & sequence, Input input) {
 // Keeps all up to the end of the rows apart, where more follows.
 void Generator::keep_head(const Sequence & sequence) {
     const Input & input = sequence.input;
-    const size_t  n     = input.rows_at + input.rows.size()/static_cast<size_t>(model_->n_embd());
+    const size_t n = input.rows_at + input.rows.size() / static_cast<size_t>(model_->n_embd());
     if (input.rows.empty() || n >= sequence.n_computed) {
         return;
     }
     for (Sequence & head : sequences_) {
-        if (head.is_head && head.n_computed == n && head.is_long == sequence.is_long && common(head.input, input) == n) {
+        if (head.is_head && head.n_computed == n && head.is_long == sequence.is_long &&
+            common(head.input, input) == n) {
             head.last_used = ++clock_;
             return;
         }
     }
-    Sequence & head = *oldest(/*is_head =*/ true);
+    Sequence & head = *oldest(/*is_head =*/true);
     drop(head);
-    head.input      = { { input.ids.begin(), input.ids.begin() + static_cast<std::ptrdiff_t>(n) }, input.rows, input.rows_at };
+    head.input = { { input.ids.begin(), input.ids.begin() + static_cast<std::ptrdiff_t>(n) },
+                   input.rows,
+                   input.rows_at };
     head.n_computed = n;
-    head.is_long    = sequence.is_long;
-    head.last_used  = ++clock_;
+    head.is_long = sequence.is_long;
+    head.last_used = ++clock_;
     llama_memory_seq_cp(session_.memory(), sequence.id, head.id, 0, static_cast<llama_pos>(n));
 }
 
@@ -182,7 +195,8 @@ void Generator::keep_head(const Sequence & sequence) {
 bool Generator::evict() {
     Sequence * found = nullptr;
     for (Sequence & sequence : sequences_) {
-        if (!sequence.is_head && !sequence.is_live() && sequence.n_computed > 0 && (found == nullptr || sequence.last_used < found->last_used)) {
+        if (!sequence.is_head && !sequence.is_live() && sequence.n_computed > 0 &&
+            (found == nullptr || sequence.last_used < found->last_used)) {
             found = &sequence;
         }
     }
@@ -207,10 +221,10 @@ void Generator::grow(size_t n_cells) {
         }
         sequence.n_computed = 0;
     }
-    const auto     size   = static_cast<uint32_t>((n_cells + kRoom - 1)/kRoom*kRoom);
+    const auto size = static_cast<uint32_t>((n_cells + kRoom - 1) / kRoom * kRoom);
     const uint32_t n_seqs = 1 + kTexts + kHeads;
     session_.close();
-    session_.open({ size, n_seqs, /*n_outputs =*/ n_seqs }, {}, "free memory, or ask for less text");
+    session_.open({ size, n_seqs, /*n_outputs =*/n_seqs }, {}, "free memory, or ask for less text");
 
     for (auto & [sequence, state] : saved) {
         session_.restore(state, sequence->id);
@@ -224,14 +238,15 @@ std::unique_ptr<Generator::Stream> Generator::open(Input input, const Sampling &
     stream->sampler_ = make_sampler(sampling);
 
     std::lock_guard<std::mutex> lock(mutex_);
-    Sequence * sequence = oldest(/*is_head =*/ false);
+    Sequence * sequence = oldest(/*is_head =*/false);
     if (sequence == nullptr) {
-        throw InputError(std::to_string(kTexts) + " texts are being generated, more at a time are not possible: wait for one to end");
+        throw InputError(std::to_string(kTexts) +
+                         " texts are being generated, more at a time are not possible: wait for one to end");
     }
     ensure_context(input.ids.size() + kRoom);
-    stream->n_reused_   = adopt(*sequence, std::move(input));
-    stream->sequence_   = sequence;
-    sequence->owner     = stream->alive_;
+    stream->n_reused_ = adopt(*sequence, std::move(input));
+    stream->sequence_ = sequence;
+    sequence->owner = stream->alive_;
     sequence->last_used = ++clock_;
     return stream;
 }
@@ -240,25 +255,29 @@ Choice Generator::next(Stream & stream, size_t n_likeliest, const std::function<
     std::lock_guard<std::mutex> lock(mutex_);
     Sequence & sequence = *stream.sequence_;
     if (sequence.input.ids.size() > static_cast<size_t>(model_->n_ctx_train())) {
-        throw InputError("the model's context of " + std::to_string(model_->n_ctx_train()) + " tokens is full: ask for less text");
+        throw InputError("the model's context of " + std::to_string(model_->n_ctx_train()) +
+                         " tokens is full: ask for less text");
     }
 
     const Session::Watch watch(session_, stream.cancelled_, stop);
 
     ensure_context(sequence.input.ids.size());
-    const float * logits  = compute(sequence);
-    const auto    n_vocab = static_cast<size_t>(model_->n_vocab());
-    const double  log_sum = log_sum_exp(logits, n_vocab);
+    const float * logits = compute(sequence);
+    const auto n_vocab = static_cast<size_t>(model_->n_vocab());
+    const double log_sum = log_sum_exp(logits, n_vocab);
     if (!std::isfinite(log_sum)) {
         reset();
-        throw InputError("the model's logits are not finite: the soft prompt's numbers are too large, or the model file is damaged");
+        throw InputError(
+            "the model's logits are not finite: the soft prompt's numbers are too large, or the model file is damaged");
     }
     keep_head(sequence);
 
     const llama_token id = llama_sampler_sample(stream.sampler_.get(), session_.context(), -1);
     sequence.input.ids.push_back(id);
     sequence.last_used = ++clock_;
-    return { id, static_cast<float>(logits[id] - log_sum), n_likeliest > 0 ? likeliest(logits, n_vocab, log_sum, n_likeliest) : std::vector<std::pair<llama_token, float>>() };
+    return { id, static_cast<float>(logits[id] - log_sum),
+             n_likeliest > 0 ? likeliest(logits, n_vocab, log_sum, n_likeliest)
+                             : std::vector<std::pair<llama_token, float>>() };
 }
 
 // The logits after the sequence's last token.
@@ -267,7 +286,7 @@ const float * Generator::compute(Sequence & sequence) {
     if (sequence.is_long != is_long(sequence.input)) {  // the text has grown past what LongRoPE's short factors are for
         llama_memory_seq_rm(session_.memory(), sequence.id, -1, -1);
         sequence.n_computed = 0;
-        sequence.is_long    = is_long(sequence.input);
+        sequence.is_long = is_long(sequence.input);
     }
     while (sequence.n_computed < n) {
         compute_part(sequence, std::min(n, sequence.n_computed + Session::kBatch));
@@ -285,12 +304,13 @@ void Generator::compute_part(Sequence & sequence, size_t end) {
         batch_.add(input.ids[i], static_cast<llama_pos>(i), sequence.id, i + 1 == input.ids.size() ? 0 : Batch::kNone);
     }
     if (batch_.size() > 1) {
-        Session::pad(batch_, /*outputs =*/ false);
+        Session::pad(batch_, /*outputs =*/false);
     }
     session_.check_stop();  // before anything is computed: what other texts have stays
     if (any_row) {
-        const size_t n_rows = input.rows.size()/static_cast<size_t>(model_->n_embd());
-        llama_soft_prompt_set(session_.context(), sequence.id, static_cast<llama_pos>(input.rows_at), static_cast<int32_t>(n_rows), input.rows.data());
+        const size_t n_rows = input.rows.size() / static_cast<size_t>(model_->n_embd());
+        llama_soft_prompt_set(session_.context(), sequence.id, static_cast<llama_pos>(input.rows_at),
+                              static_cast<int32_t>(n_rows), input.rows.data());
     }
 
     llama_soft_prompt_set_text_length(session_.context(), model_->rope_length(sequence.is_long));
@@ -304,7 +324,7 @@ void Generator::compute_part(Sequence & sequence, size_t end) {
     llama_soft_prompt_clear(session_.context());
     if (!fits) {
         if (!evict()) {
-            grow(2*session_.n_cells());
+            grow(2 * session_.n_cells());
         }
         return;
     }

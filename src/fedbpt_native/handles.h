@@ -37,10 +37,10 @@ struct GgufDeleter {
     void operator()(gguf_context * gguf) const { gguf_free(gguf); }
 };
 
-using ModelPtr      = std::unique_ptr<llama_model, ModelDeleter>;
-using ContextPtr    = std::unique_ptr<llama_context, ContextDeleter>;
-using SamplerPtr    = std::unique_ptr<llama_sampler, SamplerDeleter>;
+using ModelPtr = std::unique_ptr<llama_model, ModelDeleter>;
+using ContextPtr = std::unique_ptr<llama_context, ContextDeleter>;
+using SamplerPtr = std::unique_ptr<llama_sampler, SamplerDeleter>;
 using ThreadpoolPtr = std::unique_ptr<ggml_threadpool, ThreadpoolDeleter>;
-using GgufPtr       = std::unique_ptr<gguf_context, GgufDeleter>;
+using GgufPtr = std::unique_ptr<gguf_context, GgufDeleter>;
 
 }  // namespace fedbpt

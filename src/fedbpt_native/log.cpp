@@ -6,7 +6,6 @@
 #include <mutex>
 #include <utility>
 
-
 #include "llama.h"
 
 namespace fedbpt {
@@ -38,8 +37,9 @@ void drop_prefix(std::string & line) {
 // What a terminal would obey is escaped, as fedbpt.plain_text does: llama.cpp quotes the metadata of a model file.
 void print_plain(const char * text) {
     for (const auto * c = reinterpret_cast<const unsigned char *>(text); *c != 0; ++c) {
-        const bool is_c1   = c[0] == 0xc2 && c[1] >= 0x80 && c[1] <= 0x9f;
-        const bool is_bidi = c[0] == 0xe2 && ((c[1] == 0x80 && c[2] >= 0xaa && c[2] <= 0xae) || (c[1] == 0x81 && c[2] >= 0xa6 && c[2] <= 0xa9));
+        const bool is_c1 = c[0] == 0xc2 && c[1] >= 0x80 && c[1] <= 0x9f;
+        const bool is_bidi = c[0] == 0xe2 && ((c[1] == 0x80 && c[2] >= 0xaa && c[2] <= 0xae) ||
+                                              (c[1] == 0x81 && c[2] >= 0xa6 && c[2] <= 0xa9));
         if ((c[0] < 0x20 && c[0] != '\n' && c[0] != '\t') || c[0] == 0x7f) {
             std::fprintf(stderr, "\\u%04x", c[0]);
         } else if (is_c1) {

@@ -11,18 +11,20 @@ namespace {
 
 constexpr size_t kLanes = 16;
 
-// exp(x) for x <= 0, flushed to about 1e-38, by 2^n·exp(r), |r| <= ln(2)/2, and Taylor's polynomial: within 3e-7 of it. Unlike
-// std::exp it is a handful of operations without a branch, which a compiler turns into vector code.
+// exp(x) for x <= 0, flushed to about 1e-38, by 2^n·exp(r), |r| <= ln(2)/2, and Taylor's polynomial: within 3e-7 of it.
+// Unlike std::exp it is a handful of operations without a branch, which a compiler turns into vector code.
 inline float exp_of_negative(float x) {
-    constexpr float kLog2e = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f, kRound = 12582912.0f;  // 1.5·2^23
+    constexpr float kLog2e = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f,
+                    kRound = 12582912.0f;  // 1.5·2^23
     x = std::max(x, -87.0f);
-    const float n = (x*kLog2e + kRound) - kRound;
-    const float r = (x - n*kLn2High) - n*kLn2Low;
-    const float p = 1 + r*(1 + r*(1/2.0f + r*(1/6.0f + r*(1/24.0f + r*(1/120.0f + r*(1/720.0f))))));
-    const auto  bits = static_cast<uint32_t>((static_cast<int32_t>(n) + 127)) << 23;
+    const float n = (x * kLog2e + kRound) - kRound;
+    const float r = (x - n * kLn2High) - n * kLn2Low;
+    const float p =
+        1 + r * (1 + r * (1 / 2.0f + r * (1 / 6.0f + r * (1 / 24.0f + r * (1 / 120.0f + r * (1 / 720.0f))))));
+    const auto bits = static_cast<uint32_t>((static_cast<int32_t>(n) + 127)) << 23;
     float scale;
     std::memcpy(&scale, &bits, sizeof(scale));
-    return p*scale;
+    return p * scale;
 }
 
 }  // namespace
@@ -39,7 +41,7 @@ double log_sum_exp(const float * values, size_t n) {
         for (size_t j = 0; j < kLanes; ++j) {
             part[j] = exp_of_negative(values[i + j] - most);
         }
-        for (size_t width = kLanes/2; width > 0; width /= 2) {
+        for (size_t width = kLanes / 2; width > 0; width /= 2) {
             for (size_t j = 0; j < width; ++j) {
                 part[j] += part[j + width];
             }

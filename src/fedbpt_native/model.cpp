@@ -25,11 +25,11 @@ namespace fedbpt {
 
 namespace {
 
-constexpr size_t      kTextBytesMax = 1 << 20;  // tokenising takes some 200 bytes of memory for each
+constexpr size_t kTextBytesMax = 1 << 20;     // tokenising takes some 200 bytes of memory for each
 constexpr llama_token kRowsResident = 16384;  // of the embedding table, while all of it is read
 
-// Gives back the memory of mapped files' pages; whoever reads them again gets them from the page cache. Weights that were
-// repacked for this CPU would otherwise be resident twice.
+// Gives back the memory of mapped files' pages; whoever reads them again gets them from the page cache. Weights that
+// were repacked for this CPU would otherwise be resident twice.
 void release_pages(const std::vector<std::string> & paths) {
 #ifdef __linux__
     std::unordered_set<std::string> targets;
@@ -43,20 +43,21 @@ void release_pages(const std::vector<std::string> & paths) {
     for (std::string line; !targets.empty() && std::getline(maps, line);) {
         // begin-end perms offset device inode   path
         unsigned long begin = 0, end = 0;
-        int           at    = 0;
-        if (std::sscanf(line.c_str(), "%lx-%lx %*s %*s %*s %*s %n", &begin, &end, &at) == 2 && at > 0 && targets.count(line.substr(static_cast<size_t>(at))) > 0) {
+        int at = 0;
+        if (std::sscanf(line.c_str(), "%lx-%lx %*s %*s %*s %*s %n", &begin, &end, &at) == 2 && at > 0 &&
+            targets.count(line.substr(static_cast<size_t>(at))) > 0) {
             madvise(reinterpret_cast<void *>(begin), end - begin, MADV_DONTNEED);
         }
     }
 #else
-    (void) paths;
+    (void)paths;
 #endif
 }
 
 // While a model is loaded: twenty times, what has been read so far.
 struct PageRelease {
     const std::vector<std::string> & paths;
-    float                            next = 0.0f;
+    float next = 0.0f;
 
     static bool on_progress(float progress, void * self_) {
         auto * self = static_cast<PageRelease *>(self_);
@@ -80,7 +81,8 @@ auto with_vocabulary(const std::string & path, Call && call) {
         error = thrown.what();
     } catch (...) {  // in a wheel llama.cpp's std::exception is not this module's
     }
-    throw ModelFileError(path + " has a vocabulary that contradicts itself (" + error + "): take another file of the model");
+    throw ModelFileError(path + " has a vocabulary that contradicts itself (" + error +
+                         "): take another file of the model");
 }
 
 }  // namespace
@@ -100,15 +102,18 @@ std::shared_ptr<const Model> Model::load(const std::string & any_part, int32_t n
     start_backends();
 
     if (n_gpu_layers != 0 && gpus().empty()) {
-        throw InputError("n_gpu_layers = " + std::to_string(n_gpu_layers) + ", but this build of fedbpt finds no GPU: leave it 0, or build with -C cmake.define.GGML_CUDA=ON or GGML_VULKAN=ON");
+        throw InputError("n_gpu_layers = " + std::to_string(n_gpu_layers) +
+                         ", but this build of fedbpt finds no GPU: leave it 0, or build with -C "
+                         "cmake.define.GGML_CUDA=ON or GGML_VULKAN=ON");
     }
     if (n_gpu_layers == 0 && !gpu.empty()) {
-        throw InputError("gpu = '" + gpu + "' with n_gpu_layers = 0 leaves everything on the CPU: give n_gpu_layers too, -1 for all");
+        throw InputError("gpu = '" + gpu +
+                         "' with n_gpu_layers = 0 leaves everything on the CPU: give n_gpu_layers too, -1 for all");
     }
 
     std::vector<std::string> paths = model_parts(any_part);
-    const std::string &      path  = paths.front();
-    const ModelFile          file(path);
+    const std::string & path = paths.front();
+    const ModelFile file(path);
     file.check();
 
     llama_model_params params = llama_model_default_params();
@@ -118,11 +123,12 @@ std::shared_ptr<const Model> Model::load(const std::string & any_part, int32_t n
     params.devices = n_gpu_layers != 0 && gpu.empty() ? nullptr : devices.data();
 
     take_error();
-    PageRelease release { paths };
-    params.progress_callback           = PageRelease::on_progress;
+    PageRelease release{ paths };
+    params.progress_callback = PageRelease::on_progress;
     params.progress_callback_user_data = &release;
 
-    ModelPtr model(n_gpu_layers == 0 ? llama_soft_prompt_load_from_file(path.c_str(), params) : llama_model_load_from_file(path.c_str(), params));
+    ModelPtr model(n_gpu_layers == 0 ? llama_soft_prompt_load_from_file(path.c_str(), params)
+                                     : llama_model_load_from_file(path.c_str(), params));
     release_pages(paths);
     if (!model) {
         const std::string error = take_error();
@@ -134,13 +140,17 @@ std::shared_ptr<const Model> Model::load(const std::string & any_part, int32_t n
 
 std::vector<llama_token> Model::tokenize(const std::string & text, int add_bos, bool parse_special) const {
     if (text.size() > kTextBytesMax) {
-        throw InputError("a text of " + std::to_string(text.size()) + " bytes is too long: cut it to " + std::to_string(kTextBytesMax));
+        throw InputError("a text of " + std::to_string(text.size()) + " bytes is too long: cut it to " +
+                         std::to_string(kTextBytesMax));
     }
     std::vector<llama_token> ids(text.size() + 2);
 
     const auto length = static_cast<int32_t>(text.size());
-    const auto fill   = [&] { return llama_tokenize(vocab_, text.data(), length, ids.data(), static_cast<int32_t>(ids.size()), /*add_special =*/ false, parse_special); };
-    int32_t    n      = with_vocabulary(paths_.front(), fill);
+    const auto fill = [&] {
+        return llama_tokenize(vocab_, text.data(), length, ids.data(), static_cast<int32_t>(ids.size()),
+                              /*add_special =*/false, parse_special);
+    };
+    int32_t n = with_vocabulary(paths_.front(), fill);
     if (n < 0) {
         ids.resize(-static_cast<int64_t>(n));
         n = with_vocabulary(paths_.front(), fill);
@@ -160,8 +170,11 @@ std::vector<llama_token> Model::tokenize(const std::string & text, int add_bos, 
 std::string Model::piece(llama_token id) const {
     check_token(id, "token id");
     std::string bytes(64, '\0');
-    const auto read = [&] { return llama_token_to_piece(vocab_, id, bytes.data(), static_cast<int32_t>(bytes.size()), /*lstrip =*/ 0, /*special =*/ false); };
-    int32_t    n    = with_vocabulary(paths_.front(), read);
+    const auto read = [&] {
+        return llama_token_to_piece(vocab_, id, bytes.data(), static_cast<int32_t>(bytes.size()), /*lstrip =*/0,
+                                    /*special =*/false);
+    };
+    int32_t n = with_vocabulary(paths_.front(), read);
     if (n < 0) {
         bytes.resize(static_cast<size_t>(-static_cast<int64_t>(n)));
         n = with_vocabulary(paths_.front(), read);
@@ -171,17 +184,22 @@ std::string Model::piece(llama_token id) const {
 }
 
 std::string Model::chat_text(const std::vector<std::pair<std::string, std::string>> & messages) const {
-    const char * chat_template = llama_model_chat_template(model_.get(), /*name =*/ nullptr);
+    const char * chat_template = llama_model_chat_template(model_.get(), /*name =*/nullptr);
     if (chat_template == nullptr) {
-        throw InputError("this model has no chat template: it goes on with a text (completions), it was not trained to answer messages");
+        throw InputError(
+            "this model has no chat template: it goes on with a text (completions), it was not trained to answer "
+            "messages");
     }
     std::vector<llama_chat_message> chat;
     for (const auto & [role, content] : messages) {
         chat.push_back({ role.c_str(), content.c_str() });
     }
-    std::string   text;
-    const auto    apply = [&] { return llama_chat_apply_template(chat_template, chat.data(), chat.size(), /*add_ass =*/ true, text.data(), static_cast<int32_t>(text.size())); };
-    const int32_t n     = apply();
+    std::string text;
+    const auto apply = [&] {
+        return llama_chat_apply_template(chat_template, chat.data(), chat.size(), /*add_ass =*/true, text.data(),
+                                         static_cast<int32_t>(text.size()));
+    };
+    const int32_t n = apply();
     if (n < 0) {
         throw InputError("llama.cpp does not know this model's chat template: use completions");
     }
@@ -192,7 +210,8 @@ std::string Model::chat_text(const std::vector<std::pair<std::string, std::strin
 
 void Model::check_token(llama_token id, const char * what) const {
     if (id < 0 || id >= n_vocab_) {
-        throw InputError(std::string(what) + " " + std::to_string(id) + " is outside the vocabulary [0, " + std::to_string(n_vocab_) + "): tokenize with this model");
+        throw InputError(std::string(what) + " " + std::to_string(id) + " is outside the vocabulary [0, " +
+                         std::to_string(n_vocab_) + "): tokenize with this model");
     }
 }
 
@@ -209,35 +228,36 @@ std::vector<float> Model::output_rows(const std::vector<llama_token> & ids) cons
         return {};
     }
     // from the file: in memory the matrix may be repacked for this CPU, or on a GPU
-    GgufPtr     gguf;
-    int64_t     index = -1;
+    GgufPtr gguf;
+    int64_t index = -1;
     std::string path;
     for (auto part = paths_.begin(); index < 0 && part != paths_.end(); ++part) {
-        path  = *part;
-        gguf  = open_gguf(path);
+        path = *part;
+        gguf = open_gguf(path);
         index = gguf_find_tensor(gguf.get(), name);
     }
     if (index < 0) {
         return {};
     }
-    const ggml_type type     = gguf_get_tensor_type(gguf.get(), index);
-    const size_t    row_size = ggml_row_size(type, n_embd_);
-    if (gguf_get_tensor_size(gguf.get(), index) != row_size*static_cast<size_t>(n_vocab_)) {
+    const ggml_type type = gguf_get_tensor_type(gguf.get(), index);
+    const size_t row_size = ggml_row_size(type, n_embd_);
+    if (gguf_get_tensor_size(gguf.get(), index) != row_size * static_cast<size_t>(n_vocab_)) {
         return {};
     }
 
-    std::ifstream      file(path, std::ios::binary);
-    std::vector<char>  packed(row_size);
-    std::vector<float> rows(ids.size()*n_embd_);
+    std::ifstream file(path, std::ios::binary);
+    std::vector<char> packed(row_size);
+    std::vector<float> rows(ids.size() * n_embd_);
     for (size_t i = 0; i < ids.size(); ++i) {
-        file.seekg(static_cast<std::streamoff>(gguf_get_data_offset(gguf.get()) + gguf_get_tensor_offset(gguf.get(), index) + ids[i]*row_size));
+        file.seekg(static_cast<std::streamoff>(gguf_get_data_offset(gguf.get()) +
+                                               gguf_get_tensor_offset(gguf.get(), index) + ids[i] * row_size));
         if (!file.read(packed.data(), static_cast<std::streamsize>(row_size))) {
             throw ModelFileError(path + " cannot be read any more: was it moved or cut short since it was loaded?");
         }
         if (type == GGML_TYPE_F32) {
-            std::memcpy(rows.data() + i*n_embd_, packed.data(), row_size);
+            std::memcpy(rows.data() + i * n_embd_, packed.data(), row_size);
         } else {
-            ggml_get_type_traits(type)->to_float(packed.data(), rows.data() + i*n_embd_, n_embd_);
+            ggml_get_type_traits(type)->to_float(packed.data(), rows.data() + i * n_embd_, n_embd_);
         }
     }
     return rows;
@@ -254,15 +274,15 @@ double Model::embedding_std() const {
         llama_soft_prompt_token_embeddings(model_.get(), &id, 1, row.data());
         for (const float value : row) {
             sum += value;
-            sum_squares += static_cast<double>(value)*value;
+            sum_squares += static_cast<double>(value) * value;
         }
     }
 
     release_pages(paths_);
 
-    const double count = static_cast<double>(n_vocab_)*n_embd_;
-    const double mean  = sum/count;
-    return std::sqrt(std::max(0.0, sum_squares/count - mean*mean));
+    const double count = static_cast<double>(n_vocab_) * n_embd_;
+    const double mean = sum / count;
+    return std::sqrt(std::max(0.0, sum_squares / count - mean * mean));
 }
 
 std::string Model::description() const {

@@ -14,14 +14,15 @@ namespace fedbpt {
 // A frozen model: weights, vocabulary, token embeddings. Immutable after load, so safe to share between threads.
 class Model {
 public:
-    // Throws ModelFileError, UnsupportedModelError (by the file's header, before its weights are loaded), InputError (GPU layers where
-    // there is no GPU, or not the one named).
-    // gpu: the name of one; empty: all that there are, with n_gpu_layers 0 none.
-    // any_part: the file, or any part of a split model.
-    static std::shared_ptr<const Model> load(const std::string & any_part, int32_t n_gpu_layers, const std::string & gpu = "");
+    // Throws ModelFileError, UnsupportedModelError (by the file's header, before its weights are loaded), InputError
+    // (GPU layers where there is no GPU, or not the one named). gpu: the name of one; empty: all that there are, with
+    // n_gpu_layers 0 none. any_part: the file, or any part of a split model.
+    static std::shared_ptr<const Model> load(const std::string & any_part, int32_t n_gpu_layers,
+                                             const std::string & gpu = "");
 
-    // add_bos: -1 as the model was trained, 0 no, 1 yes. Special tokens in the text are plain text, or with parse_special themselves.
-    // Throws InputError for a text of more than 1 MiB, ModelFileError where the vocabulary contradicts itself or has no tokens for it.
+    // add_bos: -1 as the model was trained, 0 no, 1 yes. Special tokens in the text are plain text, or with
+    // parse_special themselves. Throws InputError for a text of more than 1 MiB, ModelFileError where the vocabulary
+    // contradicts itself or has no tokens for it.
     std::vector<llama_token> tokenize(const std::string & text, int add_bos, bool parse_special = false) const;
 
     // The bytes that a token adds to a text, perhaps part of a character; none for special tokens. Throws InputError,
@@ -31,8 +32,8 @@ public:
     // whether a text ends with this token
     bool is_end(llama_token id) const { return llama_vocab_is_eog(vocab_, id); }
 
-    // (role, content) messages in the model's own chat template, up to where the assistant's answer begins. Throws InputError
-    // where the model has none, or one that llama.cpp does not know.
+    // (role, content) messages in the model's own chat template, up to where the assistant's answer begins. Throws
+    // InputError where the model has none, or one that llama.cpp does not know.
     std::string chat_text(const std::vector<std::pair<std::string, std::string>> & messages) const;
 
     // out[n][n_embd], in the scale of soft prompt rows. Throws InputError on an id outside the vocabulary.
@@ -75,14 +76,14 @@ public:
 private:
     Model(ModelPtr model, std::vector<std::string> paths, std::string architecture);
 
-    ModelPtr                 model_;
-    const llama_vocab *      vocab_;
+    ModelPtr model_;
+    const llama_vocab * vocab_;
     std::vector<std::string> paths_;
-    std::string              architecture_;
-    int32_t                  n_embd_;
-    int32_t                  n_vocab_;
-    int32_t                  n_ctx_train_;
-    uint32_t                 long_rope_from_;  // 0: none
+    std::string architecture_;
+    int32_t n_embd_;
+    int32_t n_vocab_;
+    int32_t n_ctx_train_;
+    uint32_t long_rope_from_;  // 0: none
     std::vector<std::string> notes_;
 };
 

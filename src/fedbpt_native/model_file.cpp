@@ -14,14 +14,15 @@ namespace fedbpt {
 
 namespace {
 
-constexpr double kLayersMax  = 512;      // LLAMA_MAX_LAYERS
-constexpr double kExpertsMax = 1024;     // LLAMA_MAX_EXPERTS
-constexpr double kWindowMax  = 1 << 24;  // tokens: llama.cpp sets aside a number for each, for each sequence
-constexpr double kContextMin = 8;        // tokens: a prompt, a text, and room to go on
-constexpr double kIntMax     = 2147483647;
+constexpr double kLayersMax = 512;      // LLAMA_MAX_LAYERS
+constexpr double kExpertsMax = 1024;    // LLAMA_MAX_EXPERTS
+constexpr double kWindowMax = 1 << 24;  // tokens: llama.cpp sets aside a number for each, for each sequence
+constexpr double kContextMin = 8;       // tokens: a prompt, a text, and room to go on
+constexpr double kIntMax = 2147483647;
 
 bool contains(const std::string & text, std::initializer_list<const char *> parts) {
-    return std::any_of(parts.begin(), parts.end(), [&](const char * part) { return text.find(part) != std::string::npos; });
+    return std::any_of(parts.begin(), parts.end(),
+                       [&](const char * part) { return text.find(part) != std::string::npos; });
 }
 
 // A text of the file in a message.
@@ -50,7 +51,8 @@ std::string load_advice(const std::string & error) {
     if (contains(error, { "not within the file bounds", "unexpectedly reached end of file", "read error" })) {
         return "the file is cut short or damaged, fetch it again";
     }
-    if (contains(error, { "failed to allocate", "unable to allocate", "bad_alloc", "mmap failed", "Cannot allocate memory" })) {
+    if (contains(error, { "failed to allocate", "unable to allocate", "bad_alloc", "mmap failed",
+                          "Cannot allocate memory" })) {
         return "there is not enough memory for it: end other programs, or take a smaller model or format";
     }
     if (contains(error, { "failed to open" })) {
@@ -59,15 +61,21 @@ std::string load_advice(const std::string & error) {
     if (contains(error, { "GGUF split", "split file", "invalid split", "split count" })) {
         return "all parts must lie beside the first one under their own names: fetch them again";
     }
-    if (contains(error, { "not found", "missing tensor", "wrong shape", "wrong number of tensors", "wrong type", "wrong array length" })) {
+    if (contains(error, { "not found", "missing tensor", "wrong shape", "wrong number of tensors", "wrong type",
+                          "wrong array length" })) {
         return "the model needs " + newer + ", or its conversion to GGUF is broken: take another file";
     }
     return "take another file of the model, or " + newer;
 }
 
-ModelFile::ModelFile(std::string path) : path_(std::move(path)), gguf_(open_gguf(path_)), architecture_(text("general.architecture")) {
+ModelFile::ModelFile(std::string path)
+    : path_(std::move(path)),
+      gguf_(open_gguf(path_)),
+      architecture_(text("general.architecture")) {
     if (architecture_.empty()) {
-        throw ModelFileError(path_ + " names no architecture (general.architecture): it is no language model, or its conversion was cut short");
+        throw ModelFileError(
+            path_ +
+            " names no architecture (general.architecture): it is no language model, or its conversion was cut short");
     }
     check_size();
     // llama.cpp asserts on this one whatever the file is used for
@@ -90,7 +98,8 @@ std::optional<int64_t> ModelFile::find(const std::string & key) const {
 
 std::string ModelFile::text(const std::string & key) const {
     const auto index = find(key);
-    return index && gguf_get_kv_type(gguf_.get(), *index) == GGUF_TYPE_STRING ? gguf_get_val_str(gguf_.get(), *index) : "";
+    return index && gguf_get_kv_type(gguf_.get(), *index) == GGUF_TYPE_STRING ? gguf_get_val_str(gguf_.get(), *index)
+                                                                              : "";
 }
 
 std::vector<double> ModelFile::numbers(const std::string & key) const {
@@ -98,31 +107,43 @@ std::vector<double> ModelFile::numbers(const std::string & key) const {
     if (!index) {
         return {};
     }
-    const bool      is_array = gguf_get_kv_type(gguf_.get(), *index) == GGUF_TYPE_ARRAY;
-    const gguf_type type     = is_array ? gguf_get_arr_type(gguf_.get(), *index) : gguf_get_kv_type(gguf_.get(), *index);
+    const bool is_array = gguf_get_kv_type(gguf_.get(), *index) == GGUF_TYPE_ARRAY;
+    const gguf_type type = is_array ? gguf_get_arr_type(gguf_.get(), *index) : gguf_get_kv_type(gguf_.get(), *index);
     if (type == GGUF_TYPE_STRING || type == GGUF_TYPE_ARRAY) {
         return {};
     }
     const void * data = is_array ? gguf_get_arr_data(gguf_.get(), *index) : gguf_get_val_data(gguf_.get(), *index);
-    const size_t n    = is_array ? gguf_get_arr_n(gguf_.get(), *index) : 1;
+    const size_t n = is_array ? gguf_get_arr_n(gguf_.get(), *index) : 1;
 
     const auto read = [&](auto zero) {
         const auto * values = static_cast<const decltype(zero) *>(data);
         return std::vector<double>(values, values + n);
     };
     switch (type) {
-        case GGUF_TYPE_UINT8:   return read(uint8_t());
-        case GGUF_TYPE_BOOL:    return read(int8_t());
-        case GGUF_TYPE_INT8:    return read(int8_t());
-        case GGUF_TYPE_UINT16:  return read(uint16_t());
-        case GGUF_TYPE_INT16:   return read(int16_t());
-        case GGUF_TYPE_UINT32:  return read(uint32_t());
-        case GGUF_TYPE_INT32:   return read(int32_t());
-        case GGUF_TYPE_UINT64:  return read(uint64_t());
-        case GGUF_TYPE_INT64:   return read(int64_t());
-        case GGUF_TYPE_FLOAT32: return read(float());
-        case GGUF_TYPE_FLOAT64: return read(double());
-        default:                return {};
+        case GGUF_TYPE_UINT8:
+            return read(uint8_t());
+        case GGUF_TYPE_BOOL:
+            return read(int8_t());
+        case GGUF_TYPE_INT8:
+            return read(int8_t());
+        case GGUF_TYPE_UINT16:
+            return read(uint16_t());
+        case GGUF_TYPE_INT16:
+            return read(int16_t());
+        case GGUF_TYPE_UINT32:
+            return read(uint32_t());
+        case GGUF_TYPE_INT32:
+            return read(int32_t());
+        case GGUF_TYPE_UINT64:
+            return read(uint64_t());
+        case GGUF_TYPE_INT64:
+            return read(int64_t());
+        case GGUF_TYPE_FLOAT32:
+            return read(float());
+        case GGUF_TYPE_FLOAT64:
+            return read(double());
+        default:
+            return {};
     }
 }
 
@@ -137,7 +158,9 @@ std::optional<double> ModelFile::number(const std::string & key) const {
 
 std::optional<size_t> ModelFile::length(const std::string & key) const {
     const auto index = find(key);
-    return index && gguf_get_kv_type(gguf_.get(), *index) == GGUF_TYPE_ARRAY ? std::optional(gguf_get_arr_n(gguf_.get(), *index)) : std::nullopt;
+    return index && gguf_get_kv_type(gguf_.get(), *index) == GGUF_TYPE_ARRAY
+               ? std::optional(gguf_get_arr_n(gguf_.get(), *index))
+               : std::nullopt;
 }
 
 void ModelFile::throw_damaged(const std::string & what) const {
@@ -145,7 +168,8 @@ void ModelFile::throw_damaged(const std::string & what) const {
 }
 
 void ModelFile::throw_unsupported(const std::string & why) const {
-    throw UnsupportedModelError(path_ + " does not work with soft prompts (architecture " + quoted(architecture_) + "): " + why + "; choose another model");
+    throw UnsupportedModelError(path_ + " does not work with soft prompts (architecture " + quoted(architecture_) +
+                                "): " + why + "; choose another model");
 }
 
 // Before weights are mapped: reading past a file's end is a signal.
@@ -155,29 +179,35 @@ void ModelFile::check_size() const {
         end = std::max<uint64_t>(end, gguf_get_tensor_offset(gguf_.get(), i) + gguf_get_tensor_size(gguf_.get(), i));
     }
     std::error_code error;
-    const uint64_t  size = std::filesystem::file_size(path_, error);
-    const uint64_t  need = gguf_get_data_offset(gguf_.get()) + end;
+    const uint64_t size = std::filesystem::file_size(path_, error);
+    const uint64_t need = gguf_get_data_offset(gguf_.get()) + end;
     if (!error && size < need) {
-        throw ModelFileError(path_ + " is cut short, it has " + std::to_string(size) + " of " + std::to_string(need) + " bytes: fetch it again");
+        throw ModelFileError(path_ + " is cut short, it has " + std::to_string(size) + " of " + std::to_string(need) +
+                             " bytes: fetch it again");
     }
 }
 
 void ModelFile::check_kind() const {
     const std::string type = text("general.type");
     if (!type.empty() && type != "model") {
-        throw UnsupportedModelError(path_ + " is of the type " + quoted(type) + " (general.type), no whole model: give the model that it is for");
+        throw UnsupportedModelError(path_ + " is of the type " + quoted(type) +
+                                    " (general.type), no whole model: give the model that it is for");
     }
     if (const char * why = llama_soft_prompt_refuses(architecture_.c_str())) {
         throw_unsupported(why);
     }
     if (number(key("attention.causal")).value_or(1) == 0) {
-        throw_unsupported("each of its tokens sees those after it too (attention.causal is false), and scoring needs a causal model");
+        throw_unsupported(
+            "each of its tokens sees those after it too (attention.causal is false), and scoring needs a causal model");
     }
     if (number(key("pooling_type")).value_or(0) != 0) {
-        throw_unsupported("it is a model for embeddings or ranking (it has a pooling_type), and scoring needs one that continues text");
+        throw_unsupported(
+            "it is a model for embeddings or ranking (it has a pooling_type), and scoring needs one that continues "
+            "text");
     }
     if (gguf_get_n_tensors(gguf_.get()) == 0 && number("split.count").value_or(0) < 2) {
-        throw UnsupportedModelError(path_ + " holds no weights, only settings and perhaps a vocabulary: give the whole model");
+        throw UnsupportedModelError(path_ +
+                                    " holds no weights, only settings and perhaps a vocabulary: give the whole model");
     }
 }
 
@@ -192,7 +222,8 @@ void ModelFile::check_range(const char * name, double least, double most) const 
 void ModelFile::check_settings() const {
     for (int64_t i = 0; i < gguf_get_n_kv(gguf_.get()); ++i) {
         const std::string name = gguf_get_key(gguf_.get(), i);
-        if (name.compare(0, architecture_.size() + 1, architecture_ + ".") == 0 && gguf_get_kv_type(gguf_.get(), i) == GGUF_TYPE_FLOAT32 && std::isnan(gguf_get_val_f32(gguf_.get(), i))) {
+        if (name.compare(0, architecture_.size() + 1, architecture_ + ".") == 0 &&
+            gguf_get_kv_type(gguf_.get(), i) == GGUF_TYPE_FLOAT32 && std::isnan(gguf_get_val_f32(gguf_.get(), i))) {
             throw_damaged("says NaN for " + quoted(name));
         }
     }
@@ -211,51 +242,57 @@ void ModelFile::check_settings() const {
 
     const std::string scaling = text(key("rope.scaling.type"));
     if (!scaling.empty() && scaling != "none" && scaling != "linear" && scaling != "yarn" && scaling != "longrope") {
-        throw UnsupportedModelError(path_ + " scales positions by " + quoted(scaling) + " (" + key("rope.scaling.type") + "), which this llama.cpp (" + llama_version() + ") does not know: take a newer fedbpt, or another model");
+        throw UnsupportedModelError(path_ + " scales positions by " + quoted(scaling) + " (" +
+                                    key("rope.scaling.type") + "), which this llama.cpp (" + llama_version() +
+                                    ") does not know: take a newer fedbpt, or another model");
     }
 }
 
 void ModelFile::check_heads() const {
-    const std::vector<double> heads    = numbers(key("attention.head_count"));
-    std::vector<double>       heads_kv = numbers(key("attention.head_count_kv"));
-    const bool                is_array = length(key("attention.head_count")) || length(key("attention.head_count_kv"));
+    const std::vector<double> heads = numbers(key("attention.head_count"));
+    std::vector<double> heads_kv = numbers(key("attention.head_count_kv"));
+    const bool is_array = length(key("attention.head_count")) || length(key("attention.head_count_kv"));
     // a layer's may be 0, in models of which some layers have no attention
     if (std::none_of(heads.begin(), heads.end(), [](double n) { return n >= 1; })) {
         throw_damaged("says that it has no attention heads (" + key("attention.head_count") + ")");
     }
     for (size_t i = 0; i < std::max(heads.size(), heads_kv.size()) && !heads_kv.empty(); ++i) {
-        const double n    = heads[std::min(i, heads.size() - 1)];
+        const double n = heads[std::min(i, heads.size() - 1)];
         const double n_kv = heads_kv[std::min(i, heads_kv.size() - 1)];
         if (n_kv == 0 && is_array) {
             continue;
         }
         if (!(n_kv >= 1) || std::fmod(n, n_kv) != 0) {
-            throw_damaged("says that it has " + written(n) + " attention heads and " + written(n_kv) + " of keys and values");
+            throw_damaged("says that it has " + written(n) + " attention heads and " + written(n_kv) +
+                          " of keys and values");
         }
     }
 
     const double width = number(key("embedding_length")).value_or(0);
-    double       size  = number(key("attention.key_length")).value_or(0);
+    double size = number(key("attention.key_length")).value_or(0);
     check_range("attention.key_length", 1, kIntMax);
     check_range("attention.value_length", 1, kIntMax);
     if (size == 0 && !is_array && width > 0) {
         if (std::fmod(width, heads.front()) != 0) {
-            throw_damaged("says that it has " + written(heads.front()) + " attention heads and an embedding_length of " + written(width));
+            throw_damaged("says that it has " + written(heads.front()) +
+                          " attention heads and an embedding_length of " + written(width));
         }
-        size = width/heads.front();
+        size = width / heads.front();
     }
     for (const char * name : { "rope.dimension_count", "rope.dimension_count_swa" }) {
         const double rotated = number(key(name)).value_or(2);
-        if (!(rotated >= 2) || std::fmod(rotated, 2) != 0 || (size > 0 && rotated > std::max(size, number(key("attention.key_length_swa")).value_or(0)))) {
-            throw_damaged("says " + written(rotated) + " for " + key(name) + (size > 0 ? ", with heads of " + written(size) : ""));
+        if (!(rotated >= 2) || std::fmod(rotated, 2) != 0 ||
+            (size > 0 && rotated > std::max(size, number(key("attention.key_length_swa")).value_or(0)))) {
+            throw_damaged("says " + written(rotated) + " for " + key(name) +
+                          (size > 0 ? ", with heads of " + written(size) : ""));
         }
     }
 }
 
 void ModelFile::check_experts() const {
-    const double              n    = number(key("expert_count")).value_or(0);
+    const double n = number(key("expert_count")).value_or(0);
     const std::vector<double> used = numbers(key("expert_used_count"));
-    const double              most = used.empty() ? 0 : *std::max_element(used.begin(), used.end());
+    const double most = used.empty() ? 0 : *std::max_element(used.begin(), used.end());
     if (n <= 1 && architecture_.compare(0, 7, "hunyuan") == 0) {
         return;  // llama.cpp takes one expert there for none
     }
@@ -265,7 +302,8 @@ void ModelFile::check_experts() const {
     const double groups = number(key("expert_group_count")).value_or(0);
     const double chosen = number(key("expert_group_used_count")).value_or(0);
     if (groups > 0 && (groups >= n || (groups > 1 && (std::fmod(n, groups) != 0 || chosen < 1 || chosen >= groups)))) {
-        throw_damaged("says that it uses " + written(chosen) + " of " + written(groups) + " groups of " + written(n) + " experts");
+        throw_damaged("says that it uses " + written(chosen) + " of " + written(groups) + " groups of " + written(n) +
+                      " experts");
     }
     check_range("expert_gating_func", 0, 4);
 }
@@ -273,10 +311,13 @@ void ModelFile::check_experts() const {
 void ModelFile::check_vocabulary() const {
     const std::string model = text("tokenizer.ggml.model");
     if (model.empty() || model == "none" || model == "no_vocab") {
-        throw UnsupportedModelError(path_ + " has no vocabulary (tokenizer.ggml.model), without which no text can be read: convert the model with its tokenizer, or take another file");
+        throw UnsupportedModelError(path_ +
+                                    " has no vocabulary (tokenizer.ggml.model), without which no text can be read: "
+                                    "convert the model with its tokenizer, or take another file");
     }
     const auto tokens = find("tokenizer.ggml.tokens");
-    if (!tokens || gguf_get_kv_type(gguf_.get(), *tokens) != GGUF_TYPE_ARRAY || gguf_get_arr_type(gguf_.get(), *tokens) != GGUF_TYPE_STRING) {
+    if (!tokens || gguf_get_kv_type(gguf_.get(), *tokens) != GGUF_TYPE_ARRAY ||
+        gguf_get_arr_type(gguf_.get(), *tokens) != GGUF_TYPE_STRING) {
         throw_damaged("lists no tokens (tokenizer.ggml.tokens)");
     }
     const size_t n = gguf_get_arr_n(gguf_.get(), *tokens);
@@ -285,7 +326,8 @@ void ModelFile::check_vocabulary() const {
     }
     for (const char * name : { "tokenizer.ggml.scores", "tokenizer.ggml.token_type" }) {
         if (const auto entries = length(name); entries && *entries < n) {
-            throw_damaged("has " + std::to_string(n) + " tokens and " + std::to_string(*entries) + " entries of " + name);
+            throw_damaged("has " + std::to_string(n) + " tokens and " + std::to_string(*entries) + " entries of " +
+                          name);
         }
     }
 
@@ -309,7 +351,8 @@ void ModelFile::check_tensors() const {
     for (int64_t i = 0; i < gguf_get_n_tensors(gguf_.get()); ++i) {
         const ggml_type type = gguf_get_tensor_type(gguf_.get(), i);
         if (type != GGML_TYPE_F32 && ggml_get_type_traits(type)->to_float == nullptr) {
-            throw_damaged("stores " + quoted(gguf_get_tensor_name(gguf_.get(), i)) + " as " + ggml_type_name(type) + ", which is no type of weights");
+            throw_damaged("stores " + quoted(gguf_get_tensor_name(gguf_.get(), i)) + " as " + ggml_type_name(type) +
+                          ", which is no type of weights");
         }
     }
 }

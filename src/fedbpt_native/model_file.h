@@ -12,14 +12,15 @@ namespace fedbpt {
 // What a model file says of itself, read without its weights.
 class ModelFile {
 public:
-    // path: of a split model the first part. Throws ModelFileError: no GGUF, cut short, or nothing that names an architecture.
+    // path: of a split model the first part. Throws ModelFileError: no GGUF, cut short, or nothing that names an
+    // architecture.
     explicit ModelFile(std::string path);
 
     const std::string & architecture() const { return architecture_; }
 
-    // Whether it can be scored and generated with, as far as its header tells. llama.cpp finds the rest as it loads the weights; on some
-    // of what is looked for here it would end the process instead, or never return.
-    // Throws UnsupportedModelError: no causal decoder, or one that soft prompts do not work with. ModelFileError: settings, a
+    // Whether it can be scored and generated with, as far as its header tells. llama.cpp finds the rest as it loads the
+    // weights; on some of what is looked for here it would end the process instead, or never return. Throws
+    // UnsupportedModelError: no causal decoder, or one that soft prompts do not work with. ModelFileError: settings, a
     // vocabulary or tensors that cannot be.
     void check() const;
 
@@ -46,7 +47,7 @@ private:
     [[noreturn]] void throw_unsupported(const std::string & why) const;
 
     std::string path_;
-    GgufPtr     gguf_;
+    GgufPtr gguf_;
     std::string architecture_;
 };
 

@@ -16,10 +16,14 @@ uint64_t largest_of(const gguf_context * gguf, const std::string & name) {
         return 0;
     }
     switch (gguf_get_kv_type(gguf, key)) {
-        case GGUF_TYPE_UINT32: return gguf_get_val_u32(gguf, key);
-        case GGUF_TYPE_INT32:  return static_cast<uint64_t>(std::max(0, gguf_get_val_i32(gguf, key)));
-        case GGUF_TYPE_UINT64: return gguf_get_val_u64(gguf, key);
-        default:               return 0;
+        case GGUF_TYPE_UINT32:
+            return gguf_get_val_u32(gguf, key);
+        case GGUF_TYPE_INT32:
+            return static_cast<uint64_t>(std::max(0, gguf_get_val_i32(gguf, key)));
+        case GGUF_TYPE_UINT64:
+            return gguf_get_val_u64(gguf, key);
+        default:
+            return 0;
     }
 }
 
@@ -32,7 +36,7 @@ std::string text_of(const gguf_context * gguf, const char * name) {
 
 std::vector<std::string> notes_on(const std::string & path, const llama_model * model) {
     std::vector<std::string> notes;
-    const GgufPtr gguf(gguf_init_from_file(path.c_str(), { /*no_alloc =*/ true, /*ctx =*/ nullptr }));
+    const GgufPtr gguf(gguf_init_from_file(path.c_str(), { /*no_alloc =*/true, /*ctx =*/nullptr }));
     if (!gguf) {
         return notes;
     }
@@ -40,14 +44,20 @@ std::vector<std::string> notes_on(const std::string & path, const llama_model * 
 
     const uint64_t window = largest_of(gguf.get(), architecture + ".attention.sliding_window");
     if (window > 0 && llama_model_n_swa(model) == 0 && window < static_cast<uint64_t>(llama_model_n_ctx_train(model))) {
-        notes.push_back("the model was made with a sliding window of " + std::to_string(window) + " tokens, which llama.cpp does not use for " + architecture +
-                        ": texts longer than that are read in full, and score otherwise than with the model's own code");
+        notes.push_back(
+            "the model was made with a sliding window of " + std::to_string(window) +
+            " tokens, which llama.cpp does not use for " + architecture +
+            ": texts longer than that are read in full, and score otherwise than with the model's own code");
     }
     if (architecture == "minimax-m3") {
-        notes.push_back("the model was made with sparse attention; in a cache that texts share llama.cpp computes it as dense: long texts score otherwise than with the model's own code");
+        notes.push_back(
+            "the model was made with sparse attention; in a cache that texts share llama.cpp computes it as dense: "
+            "long texts score otherwise than with the model's own code");
     }
     if (text_of(gguf.get(), "tokenizer.ggml.model") == "gpt2" && text_of(gguf.get(), "tokenizer.ggml.pre").empty()) {
-        notes.push_back("the file does not name its pre-tokenizer (tokenizer.ggml.pre): texts may be split into other tokens than the model was trained on; a newer conversion names it");
+        notes.push_back(
+            "the file does not name its pre-tokenizer (tokenizer.ggml.pre): texts may be split into other tokens than "
+            "the model was trained on; a newer conversion names it");
     }
     return notes;
 }

@@ -12,7 +12,9 @@ void register_trial(pybind11::module_ & module);
 }  // namespace fedbpt
 
 PYBIND11_MODULE(_native, module) {
-    module.doc() = "fedbpt's llama.cpp fork: scoring and generating texts under soft prompts. Use fedbpt.engine.native_scorer, which validates and documents.";
+    module.doc() =
+        "fedbpt's llama.cpp fork: scoring and generating texts under soft prompts. Use fedbpt.engine.native_scorer, "
+        "which validates and documents.";
 
     fedbpt::register_errors(module);
     fedbpt::register_formats(module);

@@ -13,7 +13,7 @@ namespace fedbpt {
 namespace {
 
 constexpr const char * kNumber = "split.no";
-constexpr const char * kCount  = "split.count";
+constexpr const char * kCount = "split.count";
 
 std::string suffix(int number, int count) {
     char text[48];
@@ -52,17 +52,22 @@ void check_present(const std::vector<std::string> & parts) {
     if (missing.empty()) {
         return;
     }
-    const std::string others = missing.size() > 1 ? " and " + std::to_string(missing.size() - 1) + " more of its parts" : "";
-    throw ModelFileError(missing.front() + others + " of a model in " + std::to_string(parts.size()) + " files cannot be found: put all parts into one folder, under the names that they were published with");
+    const std::string others =
+        missing.size() > 1 ? " and " + std::to_string(missing.size() - 1) + " more of its parts" : "";
+    throw ModelFileError(
+        missing.front() + others + " of a model in " + std::to_string(parts.size()) +
+        " files cannot be found: put all parts into one folder, under the names that they were published with");
 }
 
 void check_part(const gguf_context * gguf, const std::string & path, int number, int count) {
     if (read_number(gguf, kNumber, path) != number || read_number(gguf, kCount, path) != count) {
-        throw ModelFileError(path + " is not part " + std::to_string(number + 1) + " of " + std::to_string(count) + ", whatever its name says: fetch it again");
+        throw ModelFileError(path + " is not part " + std::to_string(number + 1) + " of " + std::to_string(count) +
+                             ", whatever its name says: fetch it again");
     }
     size_t size = gguf_get_data_offset(gguf);
     for (int64_t i = 0; i < gguf_get_n_tensors(gguf); ++i) {
-        size = std::max(size, gguf_get_data_offset(gguf) + gguf_get_tensor_offset(gguf, i) + gguf_get_tensor_size(gguf, i));
+        size = std::max(size,
+                        gguf_get_data_offset(gguf) + gguf_get_tensor_offset(gguf, i) + gguf_get_tensor_size(gguf, i));
     }
     std::error_code error;
     const auto found = std::filesystem::file_size(path, error);
@@ -94,7 +99,7 @@ const char * read_advice(const std::string & error) {
 GgufPtr open_gguf(const std::string & path) {
     install_log();
     take_error();
-    GgufPtr gguf(gguf_init_from_file(path.c_str(), { /*no_alloc =*/ true, /*ctx =*/ nullptr }));
+    GgufPtr gguf(gguf_init_from_file(path.c_str(), { /*no_alloc =*/true, /*ctx =*/nullptr }));
     if (!gguf) {
         const std::string error = take_error();
         throw ModelFileError(path + " is not a readable GGUF file (" + error + "): " + read_advice(error));
@@ -103,17 +108,19 @@ GgufPtr open_gguf(const std::string & path) {
 }
 
 std::vector<std::string> model_parts(const std::string & path) {
-    const GgufPtr given  = open_gguf(path);
-    const int     count  = read_number(given.get(), kCount, path).value_or(1);
-    const int     number = read_number(given.get(), kNumber, path).value_or(0);
+    const GgufPtr given = open_gguf(path);
+    const int count = read_number(given.get(), kCount, path).value_or(1);
+    const int number = read_number(given.get(), kNumber, path).value_or(0);
     if (count <= 1) {
         return { path };
     }
     if (!ends_with(name_of(path), suffix(number, count))) {
-        throw ModelFileError(path + " is part " + std::to_string(number + 1) + " of a model in " + std::to_string(count) + " files: give it back its name, NAME" + suffix(number, count) + ", beside the other parts");
+        throw ModelFileError(path + " is part " + std::to_string(number + 1) + " of a model in " +
+                             std::to_string(count) + " files: give it back its name, NAME" + suffix(number, count) +
+                             ", beside the other parts");
     }
 
-    const std::string        prefix = path.substr(0, path.size() - suffix(number, count).size());
+    const std::string prefix = path.substr(0, path.size() - suffix(number, count).size());
     std::vector<std::string> parts;
     for (int i = 0; i < count; ++i) {
         parts.push_back(prefix + suffix(i, count));

@@ -24,34 +24,38 @@ void Scorer::decode_prefix(const Request & request) {
 
 // All but the last token of each of text i's continuations, from `pos` on: a continuation of several tokens has one of
 // seqs[n_branches] for itself.
-void Scorer::add_continuations(const Request & request, size_t candidate, size_t i, const llama_seq_id * seqs, llama_pos pos) {
+void Scorer::add_continuations(const Request & request, size_t candidate, size_t i, const llama_seq_id * seqs,
+                               llama_pos pos) {
     const Plan & plan = request.plan;
     const size_t text = static_cast<size_t>(request.which[i]);
 
     for (size_t k = 0; k < plan.n_continuations(); ++k) {
-        const llama_token * ids    = plan.continuation(text, k);
-        const size_t        length = plan.continuation_length(text, k);
+        const llama_token * ids = plan.continuation(text, k);
+        const size_t length = plan.continuation_length(text, k);
         for (size_t j = 0; j + 1 < length; ++j) {
-            batch_.add(ids[j], pos + static_cast<llama_pos>(j), *seqs, static_cast<int64_t>(request.n_outputs() + steps_.size()));
+            batch_.add(ids[j], pos + static_cast<llama_pos>(j), *seqs,
+                       static_cast<int64_t>(request.n_outputs() + steps_.size()));
             steps_.push_back({ request.output_of(candidate, i), k, ids[j + 1] });
         }
         seqs += length > 1;
     }
 }
 
-// prefix | rows | text | continuations. The rows go with the first pack's texts, as tokens of all their sequences; the other packs share
-// those cells.
-void Scorer::score_front(const Request & request, const Pack & pack, const Group & group, bool first_pack, float * out) {
+// prefix | rows | text | continuations. The rows go with the first pack's texts, as tokens of all their sequences; the
+// other packs share those cells.
+void Scorer::score_front(const Request & request, const Pack & pack, const Group & group, bool first_pack,
+                         float * out) {
     llama_memory_t memory = session_.memory();
     const auto n_prefix = static_cast<llama_pos>(request.plan.prefix().size());
     const auto n_prompt = static_cast<llama_pos>(request.n_prompt);
     const size_t n_branches = request.plan.n_branches();
-    const auto n_seqs   = static_cast<llama_seq_id>(1 + pack.n_texts()*n_branches);  // of a slot: the rows', then the texts'
+    const auto n_seqs =
+        static_cast<llama_seq_id>(1 + pack.n_texts() * n_branches);  // of a slot: the rows', then the texts'
 
     batch_.clear();
     steps_.clear();
     for (size_t c = group.first; c < group.last; ++c) {
-        const llama_seq_id prompt = kFirstSeq + static_cast<llama_seq_id>(c - group.first)*n_seqs;
+        const llama_seq_id prompt = kFirstSeq + static_cast<llama_seq_id>(c - group.first) * n_seqs;
 
         seqs_.clear();
         for (llama_seq_id seq = prompt; seq < prompt + n_seqs; ++seq) {
@@ -65,14 +69,15 @@ void Scorer::score_front(const Request & request, const Pack & pack, const Group
         if (first_pack && n_prompt > 0) {
             llama_soft_prompt_set(session_.context(), prompt, n_prefix, n_prompt, rows_of(request, c));
             for (llama_pos j = 0; j < n_prompt; ++j) {
-                batch_.add(/*placeholder token =*/ 0, n_prefix + j, seqs_.data(), seqs_.size(), Batch::kNone);
+                batch_.add(/*placeholder token =*/0, n_prefix + j, seqs_.data(), seqs_.size(), Batch::kNone);
             }
         }
         for (size_t i = pack.first; i < pack.last; ++i) {
-            const size_t         length = request.length(i);
-            const llama_seq_id * seqs   = &seqs_[1 + (i - pack.first)*n_branches];
+            const size_t length = request.length(i);
+            const llama_seq_id * seqs = &seqs_[1 + (i - pack.first) * n_branches];
             for (size_t j = 0; j < length; ++j) {
-                batch_.add(request.text(i)[j], n_prefix + n_prompt + static_cast<llama_pos>(j), seqs, n_branches, j + 1 == length ? request.output_of(c, i) : Batch::kNone);
+                batch_.add(request.text(i)[j], n_prefix + n_prompt + static_cast<llama_pos>(j), seqs, n_branches,
+                           j + 1 == length ? request.output_of(c, i) : Batch::kNone);
             }
             add_continuations(request, c, i, seqs, n_prefix + n_prompt + static_cast<llama_pos>(length));
         }
@@ -81,15 +86,15 @@ void Scorer::score_front(const Request & request, const Pack & pack, const Group
 
     // the rows stay for the candidate's next pack
     const bool last_pack = pack.last == request.n_which;
-    for (llama_seq_id s = 0; s < static_cast<llama_seq_id>(group.size())*n_seqs; ++s) {
+    for (llama_seq_id s = 0; s < static_cast<llama_seq_id>(group.size()) * n_seqs; ++s) {
         if (last_pack || s % n_seqs != 0) {
             llama_memory_seq_rm(memory, kFirstSeq + s, -1, -1);
         }
     }
 }
 
-// The KV of prefix and text i up to where the rows begin: computed alone in an empty cache, so that it is the same whatever texts
-// are scored beside it.
+// The KV of prefix and text i up to where the rows begin: computed alone in an empty cache, so that it is the same
+// whatever texts are scored beside it.
 TextKvPtr Scorer::compute_kv(const Request & request, size_t i) {
     llama_memory_t memory = session_.memory();
 
@@ -123,14 +128,14 @@ TextKvPtr Scorer::compute_kv(const Request & request, size_t i) {
     return text;
 }
 
-// Each text's KV up to where the rows begin, in `slots` sequences, which share its cells. It is computed once for all candidates,
-// and kept.
+// Each text's KV up to where the rows begin, in `slots` sequences, which share its cells. It is computed once for all
+// candidates, and kept.
 void Scorer::restore_texts(const Request & request, const Pack & pack, size_t slots) {
     llama_memory_t memory = session_.memory();
 
     std::vector<TextKvPtr> texts(pack.n_texts());
     for (size_t i = pack.first; i < pack.last; ++i) {
-        const auto row  = static_cast<size_t>(request.which[i]);
+        const auto row = static_cast<size_t>(request.which[i]);
         TextKvPtr & text = texts[i - pack.first];
         text = request.plan.kv(row);
         if (request.head_of(i) > 0 && !text) {
@@ -142,7 +147,7 @@ void Scorer::restore_texts(const Request & request, const Pack & pack, size_t sl
         if (request.head_of(i) == 0) {
             continue;
         }
-        const llama_seq_id seq = kFirstSeq + static_cast<llama_seq_id>((i - pack.first)*slots);
+        const llama_seq_id seq = kFirstSeq + static_cast<llama_seq_id>((i - pack.first) * slots);
         session_.restore(texts[i - pack.first]->state, seq);
         for (llama_seq_id slot = 1; slot < static_cast<llama_seq_id>(slots); ++slot) {
             llama_memory_seq_cp(memory, seq, seq + slot, -1, -1);
@@ -150,31 +155,36 @@ void Scorer::restore_texts(const Request & request, const Pack & pack, size_t sl
     }
 }
 
-// prefix | text, its last n_prompt embeddings replaced | continuations. A text has a sequence for each candidate and branch.
+// prefix | text, its last n_prompt embeddings replaced | continuations. A text has a sequence for each candidate and
+// branch.
 void Scorer::score_cue(const Request & request, const Pack & pack, size_t together, float * out) {
-    llama_memory_t memory     = session_.memory();
-    const size_t   n_tail     = request.n_tail();
-    const size_t   n_branches = request.plan.n_branches();
-    const size_t   slots      = together*n_branches;
-    const auto     seq_of     = [&](size_t i, size_t slot) { return kFirstSeq + static_cast<llama_seq_id>((i - pack.first)*slots + slot); };
+    llama_memory_t memory = session_.memory();
+    const size_t n_tail = request.n_tail();
+    const size_t n_branches = request.plan.n_branches();
+    const size_t slots = together * n_branches;
+    const auto seq_of = [&](size_t i, size_t slot) {
+        return kFirstSeq + static_cast<llama_seq_id>((i - pack.first) * slots + slot);
+    };
 
     restore_texts(request, pack, slots);
 
     for (size_t first = 0; first < request.n_candidates; first += together) {
-        const Group group { first, std::min(first + together, request.n_candidates) };
+        const Group group{ first, std::min(first + together, request.n_candidates) };
 
         batch_.clear();
         steps_.clear();
         for (size_t i = pack.first; i < pack.last; ++i) {
-            const auto          pos0 = static_cast<llama_pos>(request.head_of(i));
-            const llama_token * ids  = request.text(i) + request.length(i) - n_tail;
+            const auto pos0 = static_cast<llama_pos>(request.head_of(i));
+            const llama_token * ids = request.text(i) + request.length(i) - n_tail;
 
             for (size_t c = group.first; c < group.last; ++c) {
                 seqs_.resize(n_branches);
-                std::iota(seqs_.begin(), seqs_.end(), seq_of(i, (c - group.first)*n_branches));
-                llama_soft_prompt_set(session_.context(), seqs_.front(), pos0, static_cast<int32_t>(request.n_prompt), rows_of(request, c));
+                std::iota(seqs_.begin(), seqs_.end(), seq_of(i, (c - group.first) * n_branches));
+                llama_soft_prompt_set(session_.context(), seqs_.front(), pos0, static_cast<int32_t>(request.n_prompt),
+                                      rows_of(request, c));
                 for (size_t j = 0; j < n_tail; ++j) {
-                    batch_.add(ids[j], pos0 + static_cast<llama_pos>(j), seqs_.data(), n_branches, j + 1 == n_tail ? request.output_of(c, i) : Batch::kNone);
+                    batch_.add(ids[j], pos0 + static_cast<llama_pos>(j), seqs_.data(), n_branches,
+                               j + 1 == n_tail ? request.output_of(c, i) : Batch::kNone);
                 }
                 add_continuations(request, c, i, seqs_.data(), pos0 + static_cast<llama_pos>(n_tail));
             }
@@ -182,7 +192,7 @@ void Scorer::score_cue(const Request & request, const Pack & pack, size_t togeth
         decode(request, out);
 
         for (size_t i = pack.first; i < pack.last; ++i) {
-            for (size_t slot = 0; slot < group.size()*n_branches; ++slot) {
+            for (size_t slot = 0; slot < group.size() * n_branches; ++slot) {
                 llama_memory_seq_rm(memory, seq_of(i, slot), static_cast<llama_pos>(request.head_of(i)), -1);
             }
         }

@@ -11,15 +11,17 @@ namespace {
 
 void check_spans(const Ragged & sequences, const char * what) {
     const std::vector<int64_t> & offsets = sequences.offsets;
-    if (offsets.empty() || offsets.front() != 0 || offsets.back() != static_cast<int64_t>(sequences.ids.size()) || !std::is_sorted(offsets.begin(), offsets.end())) {
+    if (offsets.empty() || offsets.front() != 0 || offsets.back() != static_cast<int64_t>(sequences.ids.size()) ||
+        !std::is_sorted(offsets.begin(), offsets.end())) {
         throw InputError(std::string("the ") + what + "' offsets do not span their tokens");
     }
 }
 
 }  // namespace
 
-Plan::Plan(std::shared_ptr<const Model> model, Ragged texts, Placement placement, std::vector<llama_token> prefix, bool all_labels, std::vector<llama_token> label_ids,
-           Ragged continuations, std::vector<int32_t> layers, uint64_t kv_budget_bytes)
+Plan::Plan(std::shared_ptr<const Model> model, Ragged texts, Placement placement, std::vector<llama_token> prefix,
+           bool all_labels, std::vector<llama_token> label_ids, Ragged continuations, std::vector<int32_t> layers,
+           uint64_t kv_budget_bytes)
     : model_(std::move(model)),
       texts_(std::move(texts)),
       placement_(placement),
@@ -35,7 +37,8 @@ Plan::Plan(std::shared_ptr<const Model> model, Ragged texts, Placement placement
         throw InputError("no texts to score: pass at least one token sequence");
     }
     if (continuations_.size() % n_texts() != 0) {
-        throw InputError(std::to_string(continuations_.size()) + " continuations for " + std::to_string(n_texts()) + " texts: give each text equally many");
+        throw InputError(std::to_string(continuations_.size()) + " continuations for " + std::to_string(n_texts()) +
+                         " texts: give each text equally many");
     }
     if (n_columns() == 0 && layers_.empty()) {
         throw InputError("label_ids is empty: name at least one token, or pass None for all");
@@ -43,10 +46,12 @@ Plan::Plan(std::shared_ptr<const Model> model, Ragged texts, Placement placement
     const int32_t n_layers = llama_model_n_layer(model_->get());
     for (size_t i = 0; i < layers_.size(); ++i) {
         if (layers_[i] < 0 || layers_[i] >= n_layers) {
-            throw InputError("the model has layers 0 to " + std::to_string(n_layers - 1) + ", got " + std::to_string(layers_[i]));
+            throw InputError("the model has layers 0 to " + std::to_string(n_layers - 1) + ", got " +
+                             std::to_string(layers_[i]));
         }
         if (i > 0 && layers_[i] <= layers_[i - 1]) {
-            throw InputError("layers must ascend, got " + std::to_string(layers_[i]) + " after " + std::to_string(layers_[i - 1]));
+            throw InputError("layers must ascend, got " + std::to_string(layers_[i]) + " after " +
+                             std::to_string(layers_[i - 1]));
         }
     }
     for (const llama_token id : prefix_) {
@@ -68,7 +73,8 @@ Plan::Plan(std::shared_ptr<const Model> model, Ragged texts, Placement placement
         size_t n_branches = 0;
         for (size_t k = 0; k < n_continuations(); ++k) {
             if (continuation_length(i, k) == 0) {
-                throw InputError("continuation " + std::to_string(k) + " of text " + std::to_string(i) + " is empty: it needs at least one token");
+                throw InputError("continuation " + std::to_string(k) + " of text " + std::to_string(i) +
+                                 " is empty: it needs at least one token");
             }
             n_branches += continuation_length(i, k) > 1;
         }
@@ -76,7 +82,7 @@ Plan::Plan(std::shared_ptr<const Model> model, Ragged texts, Placement placement
         check_rows(i, 0);
     }
     if (!whole_vocabulary()) {
-        head_ids_   = label_ids_.empty() ? std::vector<llama_token> { 0 } : label_ids_;
+        head_ids_ = label_ids_.empty() ? std::vector<llama_token>{ 0 } : label_ids_;
         label_head_ = model_->output_rows(head_ids_);
     }
     kv_.resize(n_texts());
@@ -102,7 +108,9 @@ void Plan::check_rows(size_t i, size_t n_prompt) const {
         n_after = std::max(n_after, continuation_length(i, k) - 1);
     }
     if (n_before + length(i) + n_after > static_cast<size_t>(model_->n_ctx_train())) {
-        throw InputError(name + (n_after > 0 ? " before " + std::to_string(n_after) + " of its continuation," : "") + " after " + std::to_string(n_before) + " of prefix and prompt; the model's context is " + std::to_string(model_->n_ctx_train()) + ": shorten it");
+        throw InputError(name + (n_after > 0 ? " before " + std::to_string(n_after) + " of its continuation," : "") +
+                         " after " + std::to_string(n_before) + " of prefix and prompt; the model's context is " +
+                         std::to_string(model_->n_ctx_train()) + ": shorten it");
     }
 }
 
@@ -110,9 +118,9 @@ void Plan::keep_for_tail(size_t n_tail) {
     if (n_tail == n_tail_) {
         return;
     }
-    n_tail_   = n_tail;
+    n_tail_ = n_tail;
     kv_bytes_ = 0;
-    n_kept_   = 0;
+    n_kept_ = 0;
     kv_.assign(n_texts(), {});
 }
 

@@ -14,7 +14,7 @@ enum class Placement { front, cue };
 // Token sequences, one after another: sequence i is ids[offsets[i] .. offsets[i + 1]).
 struct Ragged {
     std::vector<llama_token> ids;
-    std::vector<int64_t>     offsets = { 0 };
+    std::vector<int64_t> offsets = { 0 };
 
     size_t size() const { return offsets.size() - 1; }
     size_t length(size_t i) const { return static_cast<size_t>(offsets[i + 1] - offsets[i]); }
@@ -28,10 +28,11 @@ class Plan {
 public:
     // all_labels: the logits of the whole vocabulary. continuations: equally many of each text, the first text's first.
     // layers: whose states may be asked for, ascending.
-    // Throws InputError: an empty text or continuation, a token id outside the vocabulary, no texts, a text longer than the context, no
-    // such layer.
-    Plan(std::shared_ptr<const Model> model, Ragged texts, Placement placement, std::vector<llama_token> prefix, bool all_labels, std::vector<llama_token> label_ids,
-         Ragged continuations, std::vector<int32_t> layers, uint64_t kv_budget_bytes);
+    // Throws InputError: an empty text or continuation, a token id outside the vocabulary, no texts, a text longer than
+    // the context, no such layer.
+    Plan(std::shared_ptr<const Model> model, Ragged texts, Placement placement, std::vector<llama_token> prefix,
+         bool all_labels, std::vector<llama_token> label_ids, Ragged continuations, std::vector<int32_t> layers,
+         uint64_t kv_budget_bytes);
 
     bool is_for(const Model & model) const { return model_.get() == &model; }
     size_t n_texts() const { return texts_.size(); }
@@ -49,9 +50,9 @@ public:
     size_t n_labels() const { return all_labels_ ? n_vocab() : label_ids_.size(); }
     size_t n_vocab() const { return static_cast<size_t>(model_->n_vocab()); }
 
-    size_t n_continuations() const { return continuations_.size()/n_texts(); }
-    size_t continuation_length(size_t i, size_t k) const { return continuations_.length(i*n_continuations() + k); }
-    const llama_token * continuation(size_t i, size_t k) const { return continuations_[i*n_continuations() + k]; }
+    size_t n_continuations() const { return continuations_.size() / n_texts(); }
+    size_t continuation_length(size_t i, size_t k) const { return continuations_.length(i * n_continuations() + k); }
+    const llama_token * continuation(size_t i, size_t k) const { return continuations_[i * n_continuations() + k]; }
     // tokens computed for text i's continuations: all but the last of each
     size_t n_steps(size_t i) const;
     // sequences a text needs: one for each continuation of several tokens, at least one
@@ -63,7 +64,7 @@ public:
     bool whole_vocabulary() const { return all_labels_ || n_continuations() > 0; }
 
     const std::vector<int32_t> & layers() const { return layers_; }
-    size_t n_state() const { return layers_.size()*static_cast<size_t>(model_->n_embd()); }
+    size_t n_state() const { return layers_.size() * static_cast<size_t>(model_->n_embd()); }
 
     // Throws InputError where n_prompt rows do not fit text i: into its cue, or before it in the context.
     void check_rows(size_t i, size_t n_prompt) const;
@@ -86,23 +87,23 @@ public:
 
 private:
     std::shared_ptr<const Model> model_;
-    Ragged                       texts_;
-    Placement                    placement_;
-    std::vector<llama_token>     prefix_;
-    bool                         all_labels_;
-    std::vector<llama_token>     label_ids_;
-    std::vector<llama_token>     head_ids_;
-    std::vector<float>           label_head_;
-    Ragged                       continuations_;
-    std::vector<int32_t>         layers_;
-    size_t                       n_branches_ = 1;
+    Ragged texts_;
+    Placement placement_;
+    std::vector<llama_token> prefix_;
+    bool all_labels_;
+    std::vector<llama_token> label_ids_;
+    std::vector<llama_token> head_ids_;
+    std::vector<float> label_head_;
+    Ragged continuations_;
+    std::vector<int32_t> layers_;
+    size_t n_branches_ = 1;
 
-    uint64_t                          kv_budget_bytes_;
-    uint64_t                          kv_bytes_ = 0;
-    size_t                            n_kept_   = 0;
-    size_t                            n_tail_   = 0;
-    uint64_t                          n_tokens_ = 0;
-    std::vector<TextKvPtr>            kv_;
+    uint64_t kv_budget_bytes_;
+    uint64_t kv_bytes_ = 0;
+    size_t n_kept_ = 0;
+    size_t n_tail_ = 0;
+    uint64_t n_tokens_ = 0;
+    std::vector<TextKvPtr> kv_;
 };
 
 }  // namespace fedbpt

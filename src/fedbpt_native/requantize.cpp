@@ -18,22 +18,17 @@ namespace {
 
 struct Format {
     const char * name;
-    llama_ftype  ftype;
+    llama_ftype ftype;
 };
 
 // without those that need an importance matrix
-constexpr std::array kFormats {
-    Format { "q2_k",   LLAMA_FTYPE_MOSTLY_Q2_K },
-    Format { "q3_k_m", LLAMA_FTYPE_MOSTLY_Q3_K_M },
-    Format { "q4_0",   LLAMA_FTYPE_MOSTLY_Q4_0 },
-    Format { "iq4_nl", LLAMA_FTYPE_MOSTLY_IQ4_NL },
-    Format { "q4_k_m", LLAMA_FTYPE_MOSTLY_Q4_K_M },
-    Format { "q4_1",   LLAMA_FTYPE_MOSTLY_Q4_1 },
-    Format { "q5_k_m", LLAMA_FTYPE_MOSTLY_Q5_K_M },
-    Format { "q6_k",   LLAMA_FTYPE_MOSTLY_Q6_K },
-    Format { "q8_0",   LLAMA_FTYPE_MOSTLY_Q8_0 },
-    Format { "bf16",   LLAMA_FTYPE_MOSTLY_BF16 },
-    Format { "f16",    LLAMA_FTYPE_MOSTLY_F16 },
+constexpr std::array kFormats{
+    Format{ "q2_k", LLAMA_FTYPE_MOSTLY_Q2_K },     Format{ "q3_k_m", LLAMA_FTYPE_MOSTLY_Q3_K_M },
+    Format{ "q4_0", LLAMA_FTYPE_MOSTLY_Q4_0 },     Format{ "iq4_nl", LLAMA_FTYPE_MOSTLY_IQ4_NL },
+    Format{ "q4_k_m", LLAMA_FTYPE_MOSTLY_Q4_K_M }, Format{ "q4_1", LLAMA_FTYPE_MOSTLY_Q4_1 },
+    Format{ "q5_k_m", LLAMA_FTYPE_MOSTLY_Q5_K_M }, Format{ "q6_k", LLAMA_FTYPE_MOSTLY_Q6_K },
+    Format{ "q8_0", LLAMA_FTYPE_MOSTLY_Q8_0 },     Format{ "bf16", LLAMA_FTYPE_MOSTLY_BF16 },
+    Format{ "f16", LLAMA_FTYPE_MOSTLY_F16 },
 };
 
 struct Stopped : std::exception {};
@@ -48,22 +43,24 @@ std::vector<std::string> requantize_formats() {
     return names;
 }
 
-bool requantize(const std::string & source, const std::string & target, const std::string & format, int32_t n_threads, const std::function<bool(int done, int total)> & go_on) {
-    const auto chosen = std::find_if(kFormats.begin(), kFormats.end(), [&](const Format & known) { return known.name == format; });
+bool requantize(const std::string & source, const std::string & target, const std::string & format, int32_t n_threads,
+                const std::function<bool(int done, int total)> & go_on) {
+    const auto chosen =
+        std::find_if(kFormats.begin(), kFormats.end(), [&](const Format & known) { return known.name == format; });
     if (chosen == kFormats.end()) {
         throw InputError("unknown format '" + format + "'");
     }
     start_backends();
     const std::string first = model_parts(source).front();
-    const ModelFile   file(first);
+    const ModelFile file(first);
 
     llama_model_quantize_params params = llama_model_quantize_default_params();
-    params.ftype            = chosen->ftype;
-    params.nthread          = n_threads;
+    params.ftype = chosen->ftype;
+    params.nthread = n_threads;
     params.allow_requantize = true;
 
     bool stopped = false;
-    int  total   = 0;
+    int total = 0;
     // llama_model_quantize has no callback, but it logs each tensor as "[  1/272] name ..."
     const LogListener listener([&](const char * line) {
         int number = 0;
@@ -77,10 +74,12 @@ bool requantize(const std::string & source, const std::string & target, const st
     try {
         failed = llama_model_quantize(first.c_str(), target.c_str(), &params) != 0;
     } catch (const Stopped &) {
-        // llama_model_quantize catches every std::exception of its own C++ library, which in a wheel is not this module's
+        // llama_model_quantize catches every std::exception of its own C++ library, which in a wheel is not this
+        // module's
     }
     if (failed && !stopped) {
-        throw ModelFileError(source + " cannot be written as " + format + " (" + take_error() + "): it may be cut short or damaged, or the disk full");
+        throw ModelFileError(source + " cannot be written as " + format + " (" + take_error() +
+                             "): it may be cut short or damaged, or the disk full");
     }
     return !stopped && go_on(total, total);
 }

@@ -16,14 +16,14 @@ namespace fedbpt {
 
 namespace {
 
-constexpr size_t   kTextsMax    = 32;    // texts a pack
-constexpr size_t   kWholeMax    = 32;    // outputs n_vocab wide a llama_decode
-constexpr size_t   kCueCellsMax = 1024;  // KV cells of a cue pack's texts: attention slows down with a longer KV
+constexpr size_t kTextsMax = 32;       // texts a pack
+constexpr size_t kWholeMax = 32;       // outputs n_vocab wide a llama_decode
+constexpr size_t kCueCellsMax = 1024;  // KV cells of a cue pack's texts: attention slows down with a longer KV
 
-constexpr uint32_t kSeqMax      = 256;   // LLAMA_MAX_SEQ
+constexpr uint32_t kSeqMax = 256;  // LLAMA_MAX_SEQ
 
 size_t padded(size_t n, size_t unit) {
-    return (n + unit - 1)/unit*unit;
+    return (n + unit - 1) / unit * unit;
 }
 
 // Sequences of one candidate's pack.
@@ -33,7 +33,9 @@ size_t sequences_max(const Plan & plan) {
 
 }  // namespace
 
-Scorer::Scorer(std::shared_ptr<const Model> model, int32_t n_threads, ggml_type kv_type) : model_(model), session_(std::move(model), n_threads, kv_type) {}
+Scorer::Scorer(std::shared_ptr<const Model> model, int32_t n_threads, ggml_type kv_type)
+    : model_(model),
+      session_(std::move(model), n_threads, kv_type) {}
 
 void Scorer::validate(const Request & request) const {
     if (request.n_which == 0) {
@@ -44,32 +46,34 @@ void Scorer::validate(const Request & request) const {
     }
     for (size_t i = 0; i < request.n_which; ++i) {
         if (request.which[i] < 0 || static_cast<size_t>(request.which[i]) >= request.plan.n_texts()) {
-            throw InputError("text index " + std::to_string(request.which[i]) + " is outside the plan's " + std::to_string(request.plan.n_texts()) + " texts");
+            throw InputError("text index " + std::to_string(request.which[i]) + " is outside the plan's " +
+                             std::to_string(request.plan.n_texts()) + " texts");
         }
         request.plan.check_rows(static_cast<size_t>(request.which[i]), request.n_prompt);
     }
-    const size_t n_rows = request.n_prompt*model_->n_embd();
-    for (size_t i = 0; i < request.n_candidates*n_rows; ++i) {
+    const size_t n_rows = request.n_prompt * model_->n_embd();
+    for (size_t i = 0; i < request.n_candidates * n_rows; ++i) {
         if (!std::isfinite(request.embeds[i])) {
-            throw InputError("embeds holds NaN or infinity in candidate " + std::to_string(i/n_rows));
+            throw InputError("embeds holds NaN or infinity in candidate " + std::to_string(i / n_rows));
         }
     }
 }
 
-// Next fit, in the texts' order: a pack fills one ubatch (front, where the first pack carries the rows too) or the KV cells of a
-// cue pack. A text longer than that is a pack of its own.
+// Next fit, in the texts' order: a pack fills one ubatch (front, where the first pack carries the rows too) or the KV
+// cells of a cue pack. A text longer than that is a pack of its own.
 std::vector<Scorer::Pack> Scorer::pack(const Request & request) const {
-    const bool   front      = request.plan.placement() == Placement::front;
+    const bool front = request.plan.placement() == Placement::front;
     const size_t tokens_max = front ? Session::kUbatch : kCueCellsMax;
-    const size_t branches   = sequences_max(request.plan)/request.plan.n_branches();
-    const size_t texts_max  = front ? branches : std::clamp<size_t>(Session::kBatch/request.n_tail(), 1, branches);
+    const size_t branches = sequences_max(request.plan) / request.plan.n_branches();
+    const size_t texts_max = front ? branches : std::clamp<size_t>(Session::kBatch / request.n_tail(), 1, branches);
 
     std::vector<Pack> packs;
     for (size_t i = 0; i < request.n_which; ++i) {
         const size_t length = request.length(i);
-        const size_t steps  = request.n_steps(i);
-        const size_t rows   = front && packs.size() <= 1 ? request.n_prompt : 0;
-        if (!packs.empty() && rows + packs.back().n_tokens + packs.back().n_steps + length + steps <= tokens_max && packs.back().n_texts() < texts_max) {
+        const size_t steps = request.n_steps(i);
+        const size_t rows = front && packs.size() <= 1 ? request.n_prompt : 0;
+        if (!packs.empty() && rows + packs.back().n_tokens + packs.back().n_steps + length + steps <= tokens_max &&
+            packs.back().n_texts() < texts_max) {
             packs.back().last = i + 1;
             packs.back().n_tokens += length;
             packs.back().n_steps += steps;
@@ -92,9 +96,10 @@ size_t Scorer::candidates_together(const Request & request, const std::vector<Pa
     }
     size_t together = request.n_candidates;
     for (const Pack & pack : packs) {
-        const size_t n_tokens = front ? request.n_prompt + pack.n_tokens : pack.n_texts()*request.n_tail();
-        const size_t n_seqs   = pack.n_texts() + (front ? 1 : 0);
-        together = std::min({ together, (Session::kUbatch - Session::kPad)/n_tokens, (kSeqMax - kFirstSeq - Session::kPad)/n_seqs });
+        const size_t n_tokens = front ? request.n_prompt + pack.n_tokens : pack.n_texts() * request.n_tail();
+        const size_t n_seqs = pack.n_texts() + (front ? 1 : 0);
+        together = std::min({ together, (Session::kUbatch - Session::kPad) / n_tokens,
+                              (kSeqMax - kFirstSeq - Session::kPad) / n_seqs });
     }
     return std::max<size_t>(together, 1);
 }
@@ -105,26 +110,34 @@ void Scorer::ensure_context(const Request & request, const std::vector<Pack> & p
     size_t most = 0;
     for (const Pack & pack : packs) {
         // in the cue each text has the prefix for itself: it is part of its saved KV
-        const size_t shared = front ? 0 : pack.n_tokens + pack.n_texts()*request.plan.prefix().size();
-        const size_t own    = front ? request.n_prompt + pack.n_tokens : pack.n_texts()*request.n_tail();
-        most = std::max(most, shared + together*own + pack.n_steps);
+        const size_t shared = front ? 0 : pack.n_tokens + pack.n_texts() * request.plan.prefix().size();
+        const size_t own = front ? request.n_prompt + pack.n_tokens : pack.n_texts() * request.n_tail();
+        most = std::max(most, shared + together * own + pack.n_steps);
     }
-    const auto     n_ctx     = static_cast<uint32_t>(padded(request.plan.prefix().size() + most + 2*Session::kPad, 256));  // what fills a batch up: first its outputs, then its tokens
-    const uint32_t n_seq_max = request.plan.label_head() != nullptr ? kSeqMax : static_cast<uint32_t>(padded(kFirstSeq + 1 + sequences_max(request.plan), Session::kPad));
+    const auto n_ctx = static_cast<uint32_t>(padded(request.plan.prefix().size() + most + 2 * Session::kPad,
+                                                    256));  // what fills a batch up: first its outputs, then its tokens
+    const uint32_t n_seq_max =
+        request.plan.label_head() != nullptr
+            ? kSeqMax
+            : static_cast<uint32_t>(padded(kFirstSeq + 1 + sequences_max(request.plan), Session::kPad));
     if (n_seq_max > kSeqMax) {
-        throw InputError(std::to_string(request.plan.n_branches()) + " continuations of several tokens are too many for one text: give " + std::to_string(kSeqMax - kFirstSeq - Session::kPad) + " at most");
+        throw InputError(std::to_string(request.plan.n_branches()) +
+                         " continuations of several tokens are too many for one text: give " +
+                         std::to_string(kSeqMax - kFirstSeq - Session::kPad) + " at most");
     }
     if (session_.is_open() && n_ctx <= session_.n_cells() && n_seq_max == n_seq_max_) {
         return;
     }
     const std::vector<llama_token> & labels = request.plan.head_ids();
     session_.open({ std::max(n_ctx, session_.n_cells()), n_seq_max, std::max<uint32_t>(n_seq_max, kWholeMax) },
-                  { labels.data(), static_cast<int32_t>(labels.size()), request.plan.label_head() }, "free memory, or score shorter texts");
+                  { labels.data(), static_cast<int32_t>(labels.size()), request.plan.label_head() },
+                  "free memory, or score shorter texts");
     n_seq_max_ = n_seq_max;
 }
 
-void Scorer::score(Plan & plan, const int64_t * which, size_t n_which, const float * embeds, size_t n_candidates, size_t n_prompt, float * out, float * states, const std::function<bool()> & stop) {
-    const Request request { plan, which, n_which, embeds, n_candidates, n_prompt, states };
+void Scorer::score(Plan & plan, const int64_t * which, size_t n_which, const float * embeds, size_t n_candidates,
+                   size_t n_prompt, float * out, float * states, const std::function<bool()> & stop) {
+    const Request request{ plan, which, n_which, embeds, n_candidates, n_prompt, states };
     validate(request);
 
     std::lock_guard<std::mutex> lock(mutex_);
@@ -151,7 +164,8 @@ size_t Scorer::Request::n_read(size_t i) const {
     return plan.prefix().size() + (plan.placement() == Placement::front ? n_prompt : 0) + length(i) + longest - 1;
 }
 
-// LongRoPE's factors are those of a text's own length, and one llama_decode has one choice: short texts first, then long ones.
+// LongRoPE's factors are those of a text's own length, and one llama_decode has one choice: short texts first, then
+// long ones.
 void Scorer::run(const Request & request, float * out) {
     std::vector<int64_t> which[2], places[2];
     for (size_t i = 0; i < request.n_which; ++i) {
@@ -160,24 +174,27 @@ void Scorer::run(const Request & request, float * out) {
         places[is_long].push_back(static_cast<int64_t>(i));
     }
     const size_t n_columns = request.plan.n_columns();
-    const size_t n_state   = request.plan.n_state();
+    const size_t n_state = request.plan.n_state();
 
     for (const bool is_long : { false, true }) {
         is_long_ = is_long;
         if (which[is_long].size() == request.n_which) {
             run_alike(request, out);
         } else if (!which[is_long].empty()) {
-            Request            part { request.plan, which[is_long].data(), which[is_long].size(), request.embeds, request.n_candidates, request.n_prompt, nullptr };
-            std::vector<float> scores(part.n_outputs()*n_columns);
-            std::vector<float> states(request.states != nullptr ? part.n_outputs()*n_state : 0);
+            Request part{ request.plan,   which[is_long].data(), which[is_long].size(),
+                          request.embeds, request.n_candidates,  request.n_prompt,
+                          nullptr };
+            std::vector<float> scores(part.n_outputs() * n_columns);
+            std::vector<float> states(request.states != nullptr ? part.n_outputs() * n_state : 0);
             part.states = request.states != nullptr ? states.data() : nullptr;
             run_alike(part, scores.data());
             for (size_t c = 0; c < part.n_candidates; ++c) {
                 for (size_t i = 0; i < part.n_which; ++i) {
-                    const size_t to = c*request.n_which + static_cast<size_t>(places[is_long][i]);
-                    std::copy_n(scores.data() + (c*part.n_which + i)*n_columns, n_columns, out + to*n_columns);
+                    const size_t to = c * request.n_which + static_cast<size_t>(places[is_long][i]);
+                    std::copy_n(scores.data() + (c * part.n_which + i) * n_columns, n_columns, out + to * n_columns);
                     if (request.states != nullptr) {
-                        std::copy_n(states.data() + (c*part.n_which + i)*n_state, n_state, request.states + to*n_state);
+                        std::copy_n(states.data() + (c * part.n_which + i) * n_state, n_state,
+                                    request.states + to * n_state);
                     }
                 }
             }
@@ -186,17 +203,19 @@ void Scorer::run(const Request & request, float * out) {
 }
 
 void Scorer::run_alike(const Request & request, float * out) {
-    const std::vector<Pack> packs    = pack(request);
-    const size_t            together = candidates_together(request, packs);
+    const std::vector<Pack> packs = pack(request);
+    const size_t together = candidates_together(request, packs);
     ensure_context(request, packs, together);
 
-    llama_memory_clear(session_.memory(), /*data =*/ false);
+    llama_memory_clear(session_.memory(), /*data =*/false);
     llama_soft_prompt_clear(session_.context());
     llama_soft_prompt_set_text_length(session_.context(), model_->rope_length(is_long_));
     const std::vector<llama_token> & labels = request.plan.head_ids();
-    llama_soft_prompt_set_labels(session_.context(), labels.data(), static_cast<int32_t>(labels.size()), request.plan.label_head());
+    llama_soft_prompt_set_labels(session_.context(), labels.data(), static_cast<int32_t>(labels.size()),
+                                 request.plan.label_head());
     const std::vector<int32_t> & layers = request.plan.layers();
-    llama_soft_prompt_set_taps(session_.context(), layers.data(), request.states != nullptr ? static_cast<int32_t>(layers.size()) : 0);
+    llama_soft_prompt_set_taps(session_.context(), layers.data(),
+                               request.states != nullptr ? static_cast<int32_t>(layers.size()) : 0);
 
     if (request.plan.placement() == Placement::cue) {
         request.plan.keep_for_tail(request.n_tail());
@@ -206,7 +225,7 @@ void Scorer::run_alike(const Request & request, float * out) {
     } else {
         decode_prefix(request);
         for (size_t c = 0; c < request.n_candidates; c += together) {
-            const Group group { c, std::min(c + together, request.n_candidates) };
+            const Group group{ c, std::min(c + together, request.n_candidates) };
             for (const Pack & pack : packs) {
                 score_front(request, pack, group, &pack == &packs.front(), out);
             }
@@ -214,42 +233,44 @@ void Scorer::run_alike(const Request & request, float * out) {
     }
     llama_soft_prompt_clear(session_.context());
 
-    if (!std::all_of(out, out + request.n_outputs()*request.plan.n_columns(), [](float logit) { return std::isfinite(logit); })) {
+    if (!std::all_of(out, out + request.n_outputs() * request.plan.n_columns(),
+                     [](float logit) { return std::isfinite(logit); })) {
         session_.clear();
     }
 }
 
 // What a continuation's next token adds to its log-probability, and the logits that are wanted beside it.
 void Scorer::read_whole(const Request & request, int64_t output, const float * logits, float * out) const {
-    const Plan & plan       = request.plan;
-    const auto   column_of  = [&](int64_t text) { return out + static_cast<size_t>(text)*plan.n_columns(); };
-    const auto   n_outputs  = static_cast<int64_t>(request.n_outputs());
-    const double log_sum    = plan.n_continuations() > 0 ? log_sum_exp(logits, plan.n_vocab()) : 0.0;
-    const auto   log_p      = [&](llama_token token) { return static_cast<float>(logits[token] - log_sum); };
+    const Plan & plan = request.plan;
+    const auto column_of = [&](int64_t text) { return out + static_cast<size_t>(text) * plan.n_columns(); };
+    const auto n_outputs = static_cast<int64_t>(request.n_outputs());
+    const double log_sum = plan.n_continuations() > 0 ? log_sum_exp(logits, plan.n_vocab()) : 0.0;
+    const auto log_p = [&](llama_token token) { return static_cast<float>(logits[token] - log_sum); };
 
     if (output >= n_outputs) {
         const Step & step = steps_[static_cast<size_t>(output - n_outputs)];
         column_of(step.output)[step.continuation] += log_p(step.token);
         return;
     }
-    float *      columns = column_of(output);
-    const size_t text    = static_cast<size_t>(request.which[static_cast<size_t>(output) % request.n_which]);
+    float * columns = column_of(output);
+    const size_t text = static_cast<size_t>(request.which[static_cast<size_t>(output) % request.n_which]);
     for (size_t k = 0; k < plan.n_continuations(); ++k) {
         *columns++ = log_p(plan.continuation(text, k)[0]);  // the first: comes before its steps
     }
     if (plan.all_labels()) {
         std::copy(logits, logits + plan.n_vocab(), columns);
     } else {
-        std::transform(plan.label_ids().begin(), plan.label_ids().end(), columns, [&](llama_token id) { return logits[id]; });
+        std::transform(plan.label_ids().begin(), plan.label_ids().end(), columns,
+                       [&](llama_token id) { return logits[id]; });
     }
 }
 
 // Runs batch_ and writes what is wanted of each output token to out[output][n_columns].
 void Scorer::decode(const Request & request, float * out) {
-    Plan &       plan     = request.plan;
-    const bool   whole    = plan.whole_vocabulary();
+    Plan & plan = request.plan;
+    const bool whole = plan.whole_vocabulary();
     const size_t n_tokens = batch_.size();  // without padding
-    Session::pad(batch_, /*outputs =*/ true);
+    Session::pad(batch_, /*outputs =*/true);
     for (size_t begin = 0, end = 0; begin < batch_.size(); begin = end) {
         end = batch_.end_of(begin, Session::kBatch, whole ? kWholeMax : Session::kBatch);
         plan.count_tokens(std::min(end, n_tokens) - std::min(begin, n_tokens));
@@ -260,23 +281,28 @@ void Scorer::decode(const Request & request, float * out) {
         if (!whole) {
             llama_synchronize(session_.context());
         }
-        const size_t  n_head = plan.head_ids().size();
+        const size_t n_head = plan.head_ids().size();
         const float * labels = llama_soft_prompt_label_logits(session_.context());
         const float * states = request.states != nullptr ? llama_soft_prompt_states(session_.context()) : nullptr;
         for (size_t i = begin; i < end; ++i) {
             if (batch_.output(i) >= 0 && whole) {
-                read_whole(request, batch_.output(i), llama_get_logits_ith(session_.context(), static_cast<int32_t>(i - begin)), out);
+                read_whole(request, batch_.output(i),
+                           llama_get_logits_ith(session_.context(), static_cast<int32_t>(i - begin)), out);
             } else if (batch_.output(i) >= 0) {
-                std::copy_n(labels, plan.n_labels(), out + static_cast<size_t>(batch_.output(i))*plan.n_labels());
+                std::copy_n(labels, plan.n_labels(), out + static_cast<size_t>(batch_.output(i)) * plan.n_labels());
             }
             if (batch_.output(i) == Batch::kNone) {
                 continue;
             }
-            if (request.states != nullptr && batch_.output(i) >= 0 && batch_.output(i) < static_cast<int64_t>(request.n_outputs())) {
+            if (request.states != nullptr && batch_.output(i) >= 0 &&
+                batch_.output(i) < static_cast<int64_t>(request.n_outputs())) {
                 if (states == nullptr) {
-                    throw UnsupportedModelError("the states of this model's layers cannot be read: llama.cpp's graph of it does not say where a layer ends");
+                    throw UnsupportedModelError(
+                        "the states of this model's layers cannot be read: llama.cpp's graph of it does not say where "
+                        "a layer ends");
                 }
-                std::copy_n(states, plan.n_state(), request.states + static_cast<size_t>(batch_.output(i))*plan.n_state());
+                std::copy_n(states, plan.n_state(),
+                            request.states + static_cast<size_t>(batch_.output(i)) * plan.n_state());
             }
             labels += n_head;
             states += states != nullptr ? plan.n_state() : 0;

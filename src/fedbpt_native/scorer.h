@@ -17,24 +17,26 @@ namespace fedbpt {
 
 struct MemoryUse {
     uint64_t weights = 0, kv = 0, compute = 0;  // bytes
-    uint64_t gpu     = 0;                          // what of these lies in a GPU's own memory
+    uint64_t gpu = 0;                           // what of these lies in a GPU's own memory
 };
 
 // Scores texts under soft prompts. One call at a time: a second thread's waits.
 //
-// As many candidates go through one llama_decode as fill it. With row attention (llama-soft-prompt.h) a token gets the same bits
-// whatever is beside it; without, candidates go one by one. Each text's own KV is computed alone; with row attention, from where
-// another text's that begins alike ends. So a logit depends on no other candidate, on their number or order, nor on earlier calls,
-// and repeats bit for bit.
+// As many candidates go through one llama_decode as fill it. With row attention (llama-soft-prompt.h) a token gets the
+// same bits whatever is beside it; without, candidates go one by one. Each text's own KV is computed alone; with row
+// attention, from where another text's that begins alike ends. So a logit depends on no other candidate, on their
+// number or order, nor on earlier calls, and repeats bit for bit.
 class Scorer {
 public:
     // kv_type: of the KV cache, GGML_TYPE_F16 or GGML_TYPE_Q8_0; models of f32 have it in f32. Throws InputError.
     Scorer(std::shared_ptr<const Model> model, int32_t n_threads, ggml_type kv_type = GGML_TYPE_F16);
 
-    // The plan's texts `which[n_which]` under embeds[n_candidates][n_prompt][n_embd] -> out[n_candidates][n_which][n_columns], and where
-    // `states` is not null, of the plan's layers at each text's last token, states[n_candidates][n_which][n_layers][n_embd].
-    // `stop` is asked every few milliseconds, on this thread, whether to give up. Throws InputError, ScoringInterrupted.
-    void score(Plan & plan, const int64_t * which, size_t n_which, const float * embeds, size_t n_candidates, size_t n_prompt, float * out, float * states, const std::function<bool()> & stop);
+    // The plan's texts `which[n_which]` under embeds[n_candidates][n_prompt][n_embd] ->
+    // out[n_candidates][n_which][n_columns], and where `states` is not null, of the plan's layers at each text's last
+    // token, states[n_candidates][n_which][n_layers][n_embd]. `stop` is asked every few milliseconds, on this thread,
+    // whether to give up. Throws InputError, ScoringInterrupted.
+    void score(Plan & plan, const int64_t * which, size_t n_which, const float * embeds, size_t n_candidates,
+               size_t n_prompt, float * out, float * states, const std::function<bool()> & stop);
 
     // Makes the call in flight, if any, throw ScoringInterrupted.
     void interrupt() { interrupted_ = true; }
@@ -44,17 +46,18 @@ public:
 
 private:
     struct Request {
-        Plan          & plan;
+        Plan & plan;
         const int64_t * which;
-        size_t          n_which;
-        const float   * embeds;
-        size_t          n_candidates;
-        size_t          n_prompt;
-        float         * states;
+        size_t n_which;
+        const float * embeds;
+        size_t n_candidates;
+        size_t n_prompt;
+        float * states;
 
         size_t length(size_t i) const { return plan.length(static_cast<size_t>(which[i])); }
         const llama_token * text(size_t i) const { return plan.text(static_cast<size_t>(which[i])); }
-        // without rows in the cue each text's last token is computed anew for each candidate: something must give the logits
+        // without rows in the cue each text's last token is computed anew for each candidate: something must give the
+        // logits
         size_t n_tail() const { return n_prompt > 0 ? n_prompt : 1; }
         // tokens before the rows, or before the last token
         size_t head_of(size_t i) const { return plan.prefix().size() + length(i) - n_tail(); }
@@ -63,17 +66,18 @@ private:
         // all that is read of text i: prefix, rows, text, its longest continuation but for the last token
         size_t n_read(size_t i) const;
 
-        size_t n_outputs() const { return n_candidates*n_which; }
-        int64_t output_of(size_t candidate, size_t i) const { return static_cast<int64_t>(candidate*n_which + i); }
+        size_t n_outputs() const { return n_candidates * n_which; }
+        int64_t output_of(size_t candidate, size_t i) const { return static_cast<int64_t>(candidate * n_which + i); }
     };
     struct Pack {  // the request's texts [first, last): scored together
         size_t first, last, n_tokens, n_steps;
 
         size_t n_texts() const { return last - first; }
     };
-    struct Step {  // a token of a continuation, whose log-probability is wanted: output n_outputs() + its index in steps_
-        int64_t     output;  // the text's
-        size_t      continuation;
+    struct Step {  // a token of a continuation, whose log-probability is wanted: output n_outputs() + its index in
+                   // steps_
+        int64_t output;  // the text's
+        size_t continuation;
         llama_token token;
     };
     struct Group {  // candidates [first, last): scored together, each in a slot of its own
@@ -90,26 +94,29 @@ private:
     void run(const Request & request, float * out);
     void run_alike(const Request & request, float * out);
     void score_front(const Request & request, const Pack & pack, const Group & group, bool first_pack, float * out);
-    void add_continuations(const Request & request, size_t candidate, size_t i, const llama_seq_id * seqs, llama_pos pos);
+    void add_continuations(const Request & request, size_t candidate, size_t i, const llama_seq_id * seqs,
+                           llama_pos pos);
     void score_cue(const Request & request, const Pack & pack, size_t together, float * out);
 
-    const float * rows_of(const Request & request, size_t candidate) const { return request.embeds + candidate*request.n_prompt*static_cast<size_t>(model_->n_embd()); }
+    const float * rows_of(const Request & request, size_t candidate) const {
+        return request.embeds + candidate * request.n_prompt * static_cast<size_t>(model_->n_embd());
+    }
     void restore_texts(const Request & request, const Pack & pack, size_t slots);
     TextKvPtr compute_kv(const Request & request, size_t i);
     void decode_prefix(const Request & request);
     void decode(const Request & request, float * out);
     void read_whole(const Request & request, int64_t output, const float * logits, float * out) const;
     std::shared_ptr<const Model> model_;
-    Session                      session_;
-    uint32_t                     n_seq_max_ = 0;  // of the session's context
-    TextKvIndex                  texts_[2];  // with LongRoPE's short factors, and its long ones
-    bool                         is_long_ = false;
-    Batch                        batch_;
-    std::vector<llama_seq_id>    seqs_;   // scratch
-    std::vector<Step>            steps_;  // of the batch
+    Session session_;
+    uint32_t n_seq_max_ = 0;  // of the session's context
+    TextKvIndex texts_[2];    // with LongRoPE's short factors, and its long ones
+    bool is_long_ = false;
+    Batch batch_;
+    std::vector<llama_seq_id> seqs_;  // scratch
+    std::vector<Step> steps_;         // of the batch
 
     mutable std::mutex mutex_;
-    std::atomic<bool>  interrupted_ { false };
+    std::atomic<bool> interrupted_{ false };
 };
 
 }  // namespace fedbpt

@@ -18,9 +18,12 @@ constexpr auto kStopInterval = std::chrono::milliseconds(20);
 }  // namespace
 
 Session::Session(std::shared_ptr<const Model> model, int32_t n_threads, ggml_type kv_type)
-    : model_(std::move(model)), n_threads_(n_threads), kv_type_(model_->is_f32() ? GGML_TYPE_F32 : kv_type) {
+    : model_(std::move(model)),
+      n_threads_(n_threads),
+      kv_type_(model_->is_f32() ? GGML_TYPE_F32 : kv_type) {
     if (n_threads < 1 || n_threads > GGML_MAX_N_THREADS) {
-        throw InputError("n_threads must be between 1 and " + std::to_string(GGML_MAX_N_THREADS) + ", got " + std::to_string(n_threads));
+        throw InputError("n_threads must be between 1 and " + std::to_string(GGML_MAX_N_THREADS) + ", got " +
+                         std::to_string(n_threads));
     }
     if (kv_type_ == GGML_TYPE_Q8_0 && !model_->fits_kv(kv_type_)) {
         throw InputError("kv_type q8_0 packs 32 numbers, which does not divide this model's attention heads: use f16");
@@ -34,49 +37,51 @@ Session::Session(std::shared_ptr<const Model> model, int32_t n_threads, ggml_typ
 
 void Session::open(const Size & size, const Labels & labels, const char * advice) {
     llama_context_params params = llama_context_default_params();
-    params.n_ctx           = size.n_cells;
-    params.n_batch         = kBatch;
-    params.n_ubatch        = kUbatch;
-    params.n_seq_max       = size.n_seqs;
-    params.n_outputs_max   = size.n_outputs;
-    params.n_threads       = n_threads_;
+    params.n_ctx = size.n_cells;
+    params.n_batch = kBatch;
+    params.n_ubatch = kUbatch;
+    params.n_seq_max = size.n_seqs;
+    params.n_outputs_max = size.n_outputs;
+    params.n_threads = n_threads_;
     params.n_threads_batch = n_threads_;
-    params.kv_unified      = true;
-    params.swa_full        = true;
-    params.type_k          = kv_type_;
-    params.type_v          = kv_type_;
+    params.kv_unified = true;
+    params.swa_full = true;
+    params.type_k = kv_type_;
+    params.type_v = kv_type_;
     if (kv_type_ == GGML_TYPE_F32) {
         params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;  // it would cast the KV to f16
     } else if (kv_type_ != GGML_TYPE_F16) {
         params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;  // nothing else reads it
     }
-    params.abort_callback      = on_abort;
+    params.abort_callback = on_abort;
     params.abort_callback_data = this;
 
     ctx_.reset();  // first: two contexts at a time may be too large
     take_error();
     ctx_.reset(llama_soft_prompt_init_from_model(model_->get(), params, labels.ids, labels.n, labels.head));
     if (!ctx_) {
-        throw std::runtime_error("cannot create a context of " + std::to_string(size.n_cells) + " tokens (" + take_error() + "): " + advice);
+        throw std::runtime_error("cannot create a context of " + std::to_string(size.n_cells) + " tokens (" +
+                                 take_error() + "): " + advice);
     }
     llama_attach_threadpool(ctx_.get(), threadpool_.get(), threadpool_.get());
 }
 
-Session::Watch::Watch(Session & session, const std::atomic<bool> & cancelled, const std::function<bool()> & stop) : session_(session) {
+Session::Watch::Watch(Session & session, const std::atomic<bool> & cancelled, const std::function<bool()> & stop)
+    : session_(session) {
     session.cancelled_ = &cancelled;
-    session.stop_      = &stop;
-    session.stopped_   = false;
+    session.stop_ = &stop;
+    session.stopped_ = false;
 }
 
 Session::Watch::~Watch() {
     session_.cancelled_ = nullptr;
-    session_.stop_      = nullptr;
+    session_.stop_ = nullptr;
 }
 
 void Session::pad(Batch & batch, bool outputs) {
     const auto lacks_output = [&] { return outputs && batch.n_outputs() % kPad != 0; };
     for (llama_pos pos = 0; batch.size() % kPad != 0 || lacks_output(); ++pos) {
-        batch.add(/*token =*/ 0, pos, kPadSeq, lacks_output() ? Batch::kUnread : Batch::kNone);
+        batch.add(/*token =*/0, pos, kPadSeq, lacks_output() ? Batch::kUnread : Batch::kNone);
     }
 }
 
@@ -99,13 +104,14 @@ bool Session::decode(Batch & batch, size_t begin, size_t end) {
         throw ScoringInterrupted("the computation was interrupted");
     }
     if (status != 0 && status != 1) {
-        throw std::runtime_error("llama_decode failed with status " + std::to_string(status) + " (" + take_error() + "): please report this");
+        throw std::runtime_error("llama_decode failed with status " + std::to_string(status) + " (" + take_error() +
+                                 "): please report this");
     }
     return status == 0;
 }
 
 void Session::clear() {
-    llama_memory_clear(memory(), /*data =*/ true);
+    llama_memory_clear(memory(), /*data =*/true);
     llama_soft_prompt_clear(ctx_.get());
 }
 
@@ -137,7 +143,7 @@ bool Session::wants_to_stop() {
         return false;
     }
     next_stop_check_ = now + kStopInterval;
-    stopped_         = (*stop_)();
+    stopped_ = (*stop_)();
     return stopped_;
 }
 

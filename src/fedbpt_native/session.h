@@ -16,9 +16,9 @@ namespace fedbpt {
 // Not thread-safe: its owner holds a lock.
 class Session {
 public:
-    static constexpr uint32_t kUbatch = 512;   // tokens a graph
-    static constexpr uint32_t kBatch  = 2048;  // tokens a llama_decode
-    static constexpr size_t   kPad    = 4;     // CPU kernels take rows by four, and round the rest differently
+    static constexpr uint32_t kUbatch = 512;  // tokens a graph
+    static constexpr uint32_t kBatch = 2048;  // tokens a llama_decode
+    static constexpr size_t kPad = 4;         // CPU kernels take rows by four, and round the rest differently
 
     // kv_type: of the KV cache, GGML_TYPE_F16 or GGML_TYPE_Q8_0; models of f32 have it in f32. Throws InputError.
     Session(std::shared_ptr<const Model> model, int32_t n_threads, ggml_type kv_type);
@@ -29,9 +29,9 @@ public:
         uint32_t n_outputs;  // of one llama_decode, n_vocab wide each where there is no label head
     };
     struct Labels {  // see llama_soft_prompt_set_labels
-        const llama_token * ids  = nullptr;
-        int32_t             n    = 0;
-        const float       * head = nullptr;
+        const llama_token * ids = nullptr;
+        int32_t n = 0;
+        const float * head = nullptr;
     };
     // Replaces the context. `advice` ends the message where there is no memory for it. Throws std::runtime_error.
     void open(const Size & size, const Labels & labels, const char * advice);
@@ -39,10 +39,10 @@ public:
 
     bool is_open() const { return ctx_ != nullptr; }
     llama_context * context() const { return ctx_.get(); }
-    llama_memory_t  memory() const { return llama_get_memory(ctx_.get()); }
-    uint32_t        n_cells() const { return is_open() ? llama_n_ctx(ctx_.get()) : 0; }
-    const Model &   model() const { return *model_; }
-    int32_t         n_threads() const { return n_threads_; }
+    llama_memory_t memory() const { return llama_get_memory(ctx_.get()); }
+    uint32_t n_cells() const { return is_open() ? llama_n_ctx(ctx_.get()) : 0; }
+    const Model & model() const { return *model_; }
+    int32_t n_threads() const { return n_threads_; }
 
     // While it exists, a pass gives up once `cancelled` is set or `stop` returns true. `stop` is called every few
     // milliseconds, on the thread that computes.
@@ -81,14 +81,14 @@ private:
     bool wants_to_stop();
 
     std::shared_ptr<const Model> model_;
-    const int32_t                n_threads_;
-    const ggml_type              kv_type_;
-    ThreadpoolPtr                threadpool_;
-    ContextPtr                   ctx_;
+    const int32_t n_threads_;
+    const ggml_type kv_type_;
+    ThreadpoolPtr threadpool_;
+    ContextPtr ctx_;
 
-    const std::atomic<bool>             * cancelled_ = nullptr;
-    const std::function<bool()>         * stop_      = nullptr;
-    bool                                  stopped_   = false;
+    const std::atomic<bool> * cancelled_ = nullptr;
+    const std::function<bool()> * stop_ = nullptr;
+    bool stopped_ = false;
     std::chrono::steady_clock::time_point next_stop_check_;
 };
 

@@ -6,15 +6,15 @@ namespace fedbpt {
 
 namespace {
 
-constexpr size_t kBeginning   = 8;  // tokens that two texts must share at least
-constexpr size_t kLatest      = 4;  // texts
+constexpr size_t kBeginning = 8;  // tokens that two texts must share at least
+constexpr size_t kLatest = 4;     // texts
 constexpr size_t kLatestBytes = 256u << 20;
 
 // FNV-1a of the first kBeginning tokens
 uint64_t beginning_of(const std::vector<llama_token> & tokens) {
     uint64_t hash = 0xcbf29ce484222325;
     for (size_t i = 0; i < kBeginning; ++i) {
-        hash = (hash ^ static_cast<uint32_t>(tokens[i]))*0x100000001b3;
+        hash = (hash ^ static_cast<uint32_t>(tokens[i])) * 0x100000001b3;
     }
     return hash;
 }
@@ -26,11 +26,12 @@ void TextKvIndex::add(const TextKvPtr & text) {
         return;
     }
     by_beginning_[beginning_of(text->tokens)].push_back(text);
-    if (++n_entries_ > 2*n_swept_ + 64) {  // drop what no plan keeps any more
+    if (++n_entries_ > 2 * n_swept_ + 64) {  // drop what no plan keeps any more
         n_entries_ = 0;
         for (auto entry = by_beginning_.begin(); entry != by_beginning_.end();) {
             auto & texts = entry->second;
-            texts.erase(std::remove_if(texts.begin(), texts.end(), [](const auto & each) { return each.expired(); }), texts.end());
+            texts.erase(std::remove_if(texts.begin(), texts.end(), [](const auto & each) { return each.expired(); }),
+                        texts.end());
             n_entries_ += texts.size();
             entry = texts.empty() ? by_beginning_.erase(entry) : std::next(entry);
         }
@@ -46,7 +47,7 @@ void TextKvIndex::add(const TextKvPtr & text) {
 }
 
 std::pair<TextKvPtr, size_t> TextKvIndex::longest(const std::vector<llama_token> & tokens) {
-    std::pair<TextKvPtr, size_t> best { nullptr, kBeginning - 1 };
+    std::pair<TextKvPtr, size_t> best{ nullptr, kBeginning - 1 };
     if (tokens.size() < kBeginning) {
         return best;
     }
@@ -60,8 +61,10 @@ std::pair<TextKvPtr, size_t> TextKvIndex::longest(const std::vector<llama_token>
             continue;
         }
         const size_t most = std::min(tokens.size(), text->tokens.size());
-        const auto   end  = std::mismatch(tokens.begin(), tokens.begin() + static_cast<std::ptrdiff_t>(most), text->tokens.begin()).first;
-        const auto   same = static_cast<size_t>(end - tokens.begin());
+        const auto end =
+            std::mismatch(tokens.begin(), tokens.begin() + static_cast<std::ptrdiff_t>(most), text->tokens.begin())
+                .first;
+        const auto same = static_cast<size_t>(end - tokens.begin());
         if (same > best.second) {
             best = { text, same };
         }

@@ -16,10 +16,11 @@ namespace fedbpt {
 
 namespace {
 
-constexpr uint32_t kTokensMax = 64;   // a decode, and so a ubatch
-constexpr uint32_t kCells     = 256;  // KV cells: the least that llama.cpp pads to
+constexpr uint32_t kTokensMax = 64;  // a decode, and so a ubatch
+constexpr uint32_t kCells = 256;     // KV cells: the least that llama.cpp pads to
 
-// The tensor's name, without what ggml calls a nameless one after its place in the graph: node_12, leaf_3, "node_12 (view)".
+// The tensor's name, without what ggml calls a nameless one after its place in the graph: node_12, leaf_3, "node_12
+// (view)".
 std::string own_name(const ggml_tensor * tensor) {
     const std::string name = tensor->name;
     if (name.rfind("node_", 0) != 0 && name.rfind("leaf_", 0) != 0) {
@@ -48,7 +49,8 @@ std::string joined(Iterator first, Iterator last, ToText to_text) {
 std::string shape(const ggml_tensor * tensor) {
     const auto number = [](auto n) { return std::to_string(n); };
 
-    std::string text = std::string(ggml_type_name(tensor->type)) + " [" + joined(tensor->ne, tensor->ne + ggml_n_dims(tensor), number) + "]";
+    std::string text = std::string(ggml_type_name(tensor->type)) + " [" +
+                       joined(tensor->ne, tensor->ne + ggml_n_dims(tensor), number) + "]";
     if (!ggml_is_contiguous(tensor)) {
         text += " nb=" + joined(tensor->nb, tensor->nb + GGML_MAX_DIMS, number);
     }
@@ -56,7 +58,7 @@ std::string shape(const ggml_tensor * tensor) {
 }
 
 std::string params(const ggml_tensor * node) {
-    uint32_t words[GGML_MAX_OP_PARAMS/sizeof(uint32_t)];
+    uint32_t words[GGML_MAX_OP_PARAMS / sizeof(uint32_t)];
     std::memcpy(words, node->op_params, sizeof(words));
 
     const uint32_t * end = std::end(words);
@@ -75,29 +77,30 @@ GraphTrace::GraphTrace(const std::string & path, bool flash_attention) {
     ggml_backend_dev_t no_devices[] = { nullptr };
 
     llama_model_params model_params = llama_model_default_params();
-    model_params.devices         = no_devices;
-    model_params.n_gpu_layers    = 0;
-    model_params.use_extra_bufts = false;  // no weights laid out for this CPU: upstream's AMX code dies when GCC 12 built it
+    model_params.devices = no_devices;
+    model_params.n_gpu_layers = 0;
+    model_params.use_extra_bufts =
+        false;  // no weights laid out for this CPU: upstream's AMX code dies when GCC 12 built it
     model_.reset(llama_model_load_from_file(path.c_str(), model_params));
     if (!model_) {
         throw ModelFileError(path + " cannot be loaded (" + take_error() + ")");
     }
 
     llama_context_params params = llama_context_default_params();
-    params.n_ctx             = kCells;
-    params.n_batch           = kTokensMax;
-    params.n_ubatch          = kTokensMax;
-    params.n_seq_max         = kSeqs;
-    params.n_threads         = 1;
-    params.n_threads_batch   = 1;
-    params.kv_unified        = true;
-    params.swa_full          = true;
-    params.offload_kqv       = false;
-    params.op_offload        = false;
-    params.flash_attn_type   = flash_attention ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
-    params.type_k            = flash_attention ? GGML_TYPE_F16 : GGML_TYPE_F32;
-    params.type_v            = params.type_k;
-    params.cb_eval           = on_node;
+    params.n_ctx = kCells;
+    params.n_batch = kTokensMax;
+    params.n_ubatch = kTokensMax;
+    params.n_seq_max = kSeqs;
+    params.n_threads = 1;
+    params.n_threads_batch = 1;
+    params.kv_unified = true;
+    params.swa_full = true;
+    params.offload_kqv = false;
+    params.op_offload = false;
+    params.flash_attn_type = flash_attention ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
+    params.type_k = flash_attention ? GGML_TYPE_F16 : GGML_TYPE_F32;
+    params.type_v = params.type_k;
+    params.cb_eval = on_node;
     params.cb_eval_user_data = this;
     ctx_.reset(llama_init_from_model(model_.get(), params));
     if (!ctx_) {
@@ -107,7 +110,8 @@ GraphTrace::GraphTrace(const std::string & path, bool flash_attention) {
 
 std::vector<std::string> GraphTrace::decode(const std::vector<llama_token> & tokens, llama_seq_id seq, llama_pos pos0) {
     if (tokens.empty() || tokens.size() > kTokensMax) {
-        throw InputError("a trace takes 1 to " + std::to_string(kTokensMax) + " tokens, got " + std::to_string(tokens.size()));
+        throw InputError("a trace takes 1 to " + std::to_string(kTokensMax) + " tokens, got " +
+                         std::to_string(tokens.size()));
     }
     Batch batch;
     for (size_t i = 0; i < tokens.size(); ++i) {
@@ -122,7 +126,8 @@ std::vector<std::string> GraphTrace::decode(const std::vector<llama_token> & tok
     take_error();
     const int32_t status = llama_decode(ctx_.get(), batch.view(0, batch.size()));
     if (status != 0) {
-        throw InputError("llama_decode refused the tokens with status " + std::to_string(status) + " (" + take_error() + ")");
+        throw InputError("llama_decode refused the tokens with status " + std::to_string(status) + " (" + take_error() +
+                         ")");
     }
     return std::move(lines_);
 }
@@ -143,10 +148,11 @@ void GraphTrace::record(const ggml_tensor * node) {
         }
     }
     const std::string label = "%" + std::to_string(n_nodes_++);
-    const std::string name  = own_name(node);
+    const std::string name = own_name(node);
 
     labels_[node] = label;
-    lines_.push_back(label + " " + ggml_op_desc(node) + " " + shape(node) + (name.empty() ? "" : " ") + name + " <-" + sources + params(node));
+    lines_.push_back(label + " " + ggml_op_desc(node) + " " + shape(node) + (name.empty() ? "" : " ") + name + " <-" +
+                     sources + params(node));
 }
 
 std::string GraphTrace::source(const ggml_tensor * tensor) {

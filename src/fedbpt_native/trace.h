@@ -1,7 +1,7 @@
 #pragma once
 
-// What llama_decode computes, node by node, as text: for the proof that the fork leaves upstream's graphs alone. Uses upstream's
-// own API only, so that vendor/llama.cpp/record builds the same file against an unpatched tree.
+// What llama_decode computes, node by node, as text: for the proof that the fork leaves upstream's graphs alone. Uses
+// upstream's own API only, so that vendor/llama.cpp/record builds the same file against an unpatched tree.
 
 #include <cstdint>
 #include <string>
@@ -18,8 +18,8 @@ namespace fedbpt {
 //     %i OP type [ne] name <- sources {params}   the graph's node i
 //
 // A source is a leaf's name (#2 for a second leaf of that name) or a node's %i. Strides are given where a tensor is not
-// contiguous (nb=), params are the words of op_params in hex. Nothing in it depends on the machine: no address, no backend, no
-// kind of buffer.
+// contiguous (nb=), params are the words of op_params in hex. Nothing in it depends on the machine: no address, no
+// backend, no kind of buffer.
 class GraphTrace {
 public:
     static constexpr llama_seq_id kSeqs = 4;
@@ -36,21 +36,21 @@ public:
     int32_t n_reused() const { return llama_perf_context(ctx_.get()).n_reused; }
 
     llama_context * context() const { return ctx_.get(); }
-    int32_t         n_embd() const { return llama_model_n_embd(model_.get()); }
+    int32_t n_embd() const { return llama_model_n_embd(model_.get()); }
 
 private:
     static bool on_node(ggml_tensor * node, bool ask, void * self);
 
-    void        record(const ggml_tensor * node);
+    void record(const ggml_tensor * node);
     std::string source(const ggml_tensor * tensor);
 
-    ModelPtr   model_;
+    ModelPtr model_;
     ContextPtr ctx_;
 
-    std::vector<std::string>                             lines_;
+    std::vector<std::string> lines_;
     std::unordered_map<const ggml_tensor *, std::string> labels_;  // of the nodes and leaves seen in this decode
-    std::unordered_map<std::string, int>                 n_named_;  // how many leaves have this name
-    int                                                  n_nodes_ = 0;
+    std::unordered_map<std::string, int> n_named_;                 // how many leaves have this name
+    int n_nodes_ = 0;
 };
 
 }  // namespace fedbpt

@@ -24,17 +24,20 @@ namespace fedbpt {
 
 namespace {
 
-constexpr size_t   kRun    = 4096;  // equal characters in a row
-constexpr size_t   kPieces = 1000;  // of the vocabulary, joined to a text
-constexpr uint32_t kStep   = 251;   // every so many code points one
+constexpr size_t kRun = 4096;     // equal characters in a row
+constexpr size_t kPieces = 1000;  // of the vocabulary, joined to a text
+constexpr uint32_t kStep = 251;   // every so many code points one
 
-bool never() { return false; }
+bool never() {
+    return false;
+}
 
 // n tokens spread over the vocabulary, its last one among them where there are two.
 std::vector<llama_token> spread(const Model & model, size_t n) {
     std::vector<llama_token> ids;
     for (size_t i = 0; i < n; ++i) {
-        ids.push_back(static_cast<llama_token>(static_cast<int64_t>(i)*(model.n_vocab() - 1)/static_cast<int64_t>(std::max<size_t>(n - 1, 1))));
+        ids.push_back(static_cast<llama_token>(static_cast<int64_t>(i) * (model.n_vocab() - 1) /
+                                               static_cast<int64_t>(std::max<size_t>(n - 1, 1))));
     }
     return ids;
 }
@@ -50,7 +53,8 @@ std::string utf8(uint32_t c) {
     if (c < 0x10000) {
         return { byte(0xe0 | c >> 12), byte(0x80 | (c >> 6 & 0x3f)), byte(0x80 | (c & 0x3f)) };
     }
-    return { byte(0xf0 | c >> 18), byte(0x80 | (c >> 12 & 0x3f)), byte(0x80 | (c >> 6 & 0x3f)), byte(0x80 | (c & 0x3f)) };
+    return { byte(0xf0 | c >> 18), byte(0x80 | (c >> 12 & 0x3f)), byte(0x80 | (c >> 6 & 0x3f)),
+             byte(0x80 | (c & 0x3f)) };
 }
 
 void try_texts(const Model & model) {
@@ -73,7 +77,7 @@ void try_texts(const Model & model) {
     }
     for (const std::string & text : texts) {
         const bool pieces = &text == &texts[2];
-        for (const llama_token id : model.tokenize(text, /*add_bos =*/ 0, /*parse_special =*/ pieces)) {
+        for (const llama_token id : model.tokenize(text, /*add_bos =*/0, /*parse_special =*/pieces)) {
             model.check_token(id, "a token of its own tokenizer,");
         }
     }
@@ -90,35 +94,38 @@ void check_finite(const std::vector<float> & numbers) {
 }
 
 std::vector<float> embeddings(const Model & model, const std::vector<llama_token> & ids) {
-    std::vector<float> rows(ids.size()*static_cast<size_t>(model.n_embd()));
+    std::vector<float> rows(ids.size() * static_cast<size_t>(model.n_embd()));
     model.token_embeddings(ids.data(), ids.size(), rows.data());
     return rows;
 }
 
 // Two texts under two candidates, or under one with two continuations each and the whole vocabulary's logits.
 void try_scores(const std::shared_ptr<const Model> & model, Scorer & scorer, Placement placement, bool continuations) {
-    constexpr size_t               kRows  = 2;
-    const std::vector<llama_token> some   = spread(*model, 7);
-    const Ragged                   texts  = { { some[1], some[2], some[3], some[4], some[5] }, { 0, 3, 5 } };
+    constexpr size_t kRows = 2;
+    const std::vector<llama_token> some = spread(*model, 7);
+    const Ragged texts = { { some[1], some[2], some[3], some[4], some[5] }, { 0, 3, 5 } };
     const std::vector<llama_token> labels = { some[0], some[6] };
-    const Ragged                   follow = continuations ? Ragged { { some[2], some[3], some[1], some[2], some[3], some[4] }, { 0, 2, 3, 5, 6 } } : Ragged {};
+    const Ragged follow = continuations
+                              ? Ragged{ { some[2], some[3], some[1], some[2], some[3], some[4] }, { 0, 2, 3, 5, 6 } }
+                              : Ragged{};
 
-    Plan plan(model, texts, placement, /*prefix =*/ { some[6] }, /*all_labels =*/ continuations, labels, follow, /*layers =*/ { 0 }, /*kv_budget_bytes =*/ 0);
-    const std::vector<float>   rows  = embeddings(*model, { some[0], some[6], some[1], some[4] });
+    Plan plan(model, texts, placement, /*prefix =*/{ some[6] }, /*all_labels =*/continuations, labels, follow,
+              /*layers =*/{ 0 }, /*kv_budget_bytes =*/0);
+    const std::vector<float> rows = embeddings(*model, { some[0], some[6], some[1], some[4] });
     const std::vector<int64_t> which = { 0, 1 };
-    const size_t               n     = continuations ? 1 : 2;
-    std::vector<float>         logits(n*which.size()*plan.n_columns());
-    scorer.score(plan, which.data(), which.size(), rows.data(), n, kRows, logits.data(), /*states =*/ nullptr, never);
+    const size_t n = continuations ? 1 : 2;
+    std::vector<float> logits(n * which.size() * plan.n_columns());
+    scorer.score(plan, which.data(), which.size(), rows.data(), n, kRows, logits.data(), /*states =*/nullptr, never);
     check_finite(logits);
 }
 
 void try_generation(const std::shared_ptr<const Model> & model, const TrialSettings & settings, ggml_type kv_type) {
     Generator generator(model, settings.n_threads, kv_type);
-    Input     input { spread(*model, 3), {}, 1 };
+    Input input{ spread(*model, 3), {}, 1 };
     input.rows = embeddings(*model, { input.ids[2] });
-    const auto stream = generator.open(std::move(input), Sampling { 0.8f, 0.9f, 40, 1 });
+    const auto stream = generator.open(std::move(input), Sampling{ 0.8f, 0.9f, 40, 1 });
     for (int i = 0; i < 2; ++i) {
-        generator.next(*stream, /*n_likeliest =*/ 1, never);
+        generator.next(*stream, /*n_likeliest =*/1, never);
     }
 }
 
@@ -129,7 +136,7 @@ void try_chat(const Model & model) {
     } catch (const InputError &) {
         return;  // it has none, or llama.cpp does not know it: that is told where one is asked for
     }
-    model.tokenize(text, /*add_bos =*/ -1, /*parse_special =*/ true);
+    model.tokenize(text, /*add_bos =*/-1, /*parse_special =*/true);
 }
 
 void say(const std::string & line) {
@@ -150,13 +157,13 @@ void on_abort(const char * message_) {
 }
 
 uint64_t cpu_seconds_so_far() {
-    rusage used {};
+    rusage used{};
     getrusage(RUSAGE_SELF, &used);
     return static_cast<uint64_t>(used.ru_utime.tv_sec + used.ru_stime.tv_sec);
 }
 
 void limit(int resource, uint64_t most) {
-    rlimit limits {};
+    rlimit limits{};
     if (getrlimit(resource, &limits) == 0) {
         limits.rlim_cur = std::min<rlim_t>(most, limits.rlim_max);
         setrlimit(resource, &limits);
@@ -183,12 +190,13 @@ void enter_limits(const ProcessLimits & limits) {
 
 }  // namespace
 
-void try_model(const std::string & path, const TrialSettings & settings, const std::function<void(const char * stage)> & on_stage) {
+void try_model(const std::string & path, const TrialSettings & settings,
+               const std::function<void(const char * stage)> & on_stage) {
     on_stage("while it is loaded");
     const auto model = Model::load(path, settings.n_gpu_layers, settings.gpu);
 
     const ggml_type kv_type = settings.kv_q8_0 ? GGML_TYPE_Q8_0 : GGML_TYPE_F16;
-    auto            scorer  = std::make_unique<Scorer>(model, settings.n_threads, kv_type);
+    auto scorer = std::make_unique<Scorer>(model, settings.n_threads, kv_type);
 
     try {
         on_stage("while its tokenizer reads and writes texts");
@@ -196,15 +204,16 @@ void try_model(const std::string & path, const TrialSettings & settings, const s
         try_chat(*model);
 
         on_stage("while texts are scored");
-        try_scores(model, *scorer, Placement::front, /*continuations =*/ false);
-        try_scores(model, *scorer, Placement::cue, /*continuations =*/ false);
-        try_scores(model, *scorer, Placement::front, /*continuations =*/ true);
+        try_scores(model, *scorer, Placement::front, /*continuations =*/false);
+        try_scores(model, *scorer, Placement::cue, /*continuations =*/false);
+        try_scores(model, *scorer, Placement::front, /*continuations =*/true);
         scorer.reset();
 
         on_stage("while text is generated");
         try_generation(model, settings, kv_type);
     } catch (const InputError & error) {  // not of any caller's input
-        throw ModelFileError(path + " cannot be used (" + error.what() + "): fetch it again, or take another file of the model");
+        throw ModelFileError(path + " cannot be used (" + error.what() +
+                             "): fetch it again, or take another file of the model");
     }
 }
 
@@ -212,7 +221,9 @@ void try_alone(const std::string & path, const TrialSettings & settings, const P
     enter_limits(limits);
     ggml_set_abort_callback(on_abort);
 
-    const auto refuse = [](const char * type, const std::string & why) { say("refused " + std::string(type) + " " + why); };
+    const auto refuse = [](const char * type, const std::string & why) {
+        say("refused " + std::string(type) + " " + why);
+    };
     try {
         try_model(path, settings, [](const char * stage) { say("stage " + std::string(stage)); });
         say("passed");
@@ -223,11 +234,15 @@ void try_alone(const std::string & path, const TrialSettings & settings, const P
     } catch (const ModelFileError & error) {
         refuse("ModelFileError", error.what());
     } catch (const std::bad_alloc &) {
-        refuse("ModelFileError", path + " takes more memory than its size explains, or than there is: end other programs, fetch it again, or take a smaller model or format");
+        refuse("ModelFileError", path +
+                                     " takes more memory than its size explains, or than there is: end other programs, "
+                                     "fetch it again, or take a smaller model or format");
     } catch (const std::exception & error) {
-        refuse("ModelFileError", path + " cannot be used (" + error.what() + "): take another file of the model, or a newer fedbpt");
+        refuse("ModelFileError",
+               path + " cannot be used (" + error.what() + "): take another file of the model, or a newer fedbpt");
     } catch (...) {
         refuse("ModelFileError", path + " cannot be used: take another file of the model, or a newer fedbpt");
-    }}
+    }
+}
 
 }  // namespace fedbpt

@@ -19,7 +19,8 @@ from tiny_case import Case
 from fedbpt import _native
 
 pytestmark = pytest.mark.skipif(
-    not hasattr(_native, "GraphTrace"), reason="built without -DFEDBPT_TRACE=ON, as wheels are: make setup builds with it"
+    not hasattr(_native, "GraphTrace"),
+    reason="built without -DFEDBPT_TRACE=ON, as wheels are: make setup builds with it",
 )
 
 RECORDING: dict[str, Any] = json.loads((Path(__file__).parent / "upstream_graphs.json").read_text())

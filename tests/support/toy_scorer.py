@@ -143,7 +143,7 @@ class ToyScorer:
         placement: Placement,
         prefix: ArrayLike | None,
     ) -> NDArray[np.float32]:
-        """[n_candidates, n, n_layers, n_embd]: after layer 0 the last token and the mean, after 1 the hidden layer's."""
+        """[n_candidates, n, n_layers, n_embd]: layer 0 has the last token and the mean, 1 the hidden layer."""
         head = self._table[self._checked([] if prefix is None else prefix)]
         candidates = np.asarray(embeds, dtype=np.float32)
         found = np.zeros((len(candidates), len(texts), len(layers), self.n_embd), dtype=np.float32)
