@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fedbpt.coordinator.clients import DeviceClient, HttpClient, InProcessClient
-from fedbpt.coordinator.slots import Turns
+from fedbpt.coordinator.slots import Slots
 from fedbpt.device.agent import AgentService
 from fedbpt.device.agent.server import AgentServer
 from fedbpt.errors import DataError, DeviceFailedError, DeviceRefusedError, DeviceTimeoutError, InputError
@@ -278,14 +278,14 @@ def test_work_that_is_cancelled_meanwhile_or_fails_says_so(make_client, device):
     play(make_client, scene)
 
 
-def test_plans_are_handed_over_in_turns_that_a_device_at_work_does_not_keep(make_client, device):
+def test_plans_are_handed_over_in_slots_that_a_device_at_work_does_not_keep(make_client, device):
     device.gate.clear()
-    turns = Turns(at_once=1, longest_s=60.0)
+    slots = Slots(at_once=1, max_hold_s=60.0)
 
     async def scene(client):
-        working = asyncio.ensure_future(client.work(plan(), turns=turns))
+        working = asyncio.ensure_future(client.work(plan(), slots=slots))
         await asyncio.sleep(0)
-        async with turns.one():  # the device has the plan, and works on it
+        async with slots.acquire():  # the device has the plan, and works on it
             assert not working.done()
         device.gate.set()
         await working

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.errors import InputError
-from fedbpt.protocol.rounds import Result, RoundReport, SearchHistory, Work
+from fedbpt.protocol.rounds import FitPurpose, Result, RoundReport, SearchHistory, Work
+from fedbpt.protocol.specs import Readout
 
 R = TypeVar("R", bound=Result)
 
@@ -49,6 +50,32 @@ class Aggregator(Protocol):
 
     def restart(self, mean: NDArray[np.float64]) -> None:
         """Search anew from ``mean`` [d], with nothing learned of step size and covariance."""
+        ...
+
+    def digest(self) -> str:
+        """sha256 (hex) of everything that decides what comes next."""
+        ...
+
+
+class Fit(Protocol):
+    """Fits a readout over the devices in several exchanges, each of them a round; deterministic, as an `Aggregator`."""
+
+    purpose: FitPurpose
+    min_reports: int
+    """Fewest reports that `update` works with."""
+    done: bool
+
+    @property
+    def readout(self) -> Readout:
+        """The best readout so far."""
+        ...
+
+    def work(self) -> Work:
+        """What every device does in the next exchange."""
+        ...
+
+    def update(self, reports: Sequence[RoundReport]) -> None:
+        """Close an exchange. Raises `InputError`, and changes nothing, for reports that do not fit."""
         ...
 
     def digest(self) -> str:

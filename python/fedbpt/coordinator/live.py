@@ -17,12 +17,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbpt.aggregation.readout import ReadoutFit
+from fedbpt.aggregation.base import Fit
 from fedbpt.coordinator.fleet import Fleet
 from fedbpt.coordinator.ledger import RunLedger
-from fedbpt.coordinator.report_checks import cap_reports, evaluation_loss
+from fedbpt.coordinator.round_reports import cap_reports, evaluation_loss
 from fedbpt.errors import InputError, QuorumError
-from fedbpt.protocol.rounds import EvaluateReport, FitPurpose, FitWork, RoundPlan
+from fedbpt.protocol.rounds import EvaluateReport, FitPurpose, RoundPlan, Work
 from fedbpt.protocol.specs import Readout
 from fedbpt.runs.dev_figures import DEV_SECONDS, FINAL, metrics_of, scores_of
 from fedbpt.runs.events import Evaluated
@@ -62,20 +62,20 @@ class LiveEvaluation:
         if not any(member.info and member.info.n_dev for member in self._fleet.live):
             return None
         began = time.monotonic()
-        found = ledger.lines() if final else await self._lines_now()
+        found = ledger.state.lines() if final else await self._lines_now()
         reports = {} if found is None else await self._evaluate(found)
         if found is None or not reports:
             return None
         names = list(found)
         judged = evaluation_loss(list(reports.values()), ledger.settings.row_cap, names.index(_judged(names)))
-        improved = final or ledger.judge(judged)
+        improved = final or ledger.state.judge(judged)
         if improved or not ledger.settings.patience or not self._shown[1]:
             self._shown = names, reports
         figures = metrics_of(*self._shown, generates=not ledger.task.labels)
         figures |= {FINAL: 1.0} if final else {"judged_loss": judged, DEV_SECONDS: time.monotonic() - began}
         ledger.store.record_metrics(ledger.run, round, figures)
         if not final:
-            ledger.course.evaluated(ledger.searched, figures[DEV_SECONDS])
+            ledger.course.evaluated(ledger.state.searched, figures[DEV_SECONDS])
         scores = self.scores
         return Evaluated(
             round=round,
@@ -88,11 +88,11 @@ class LiveEvaluation:
     async def _lines_now(self) -> Lines | None:
         """What would be compared if the search ended now; None: no readout could be fitted."""
         ledger = self._ledger
-        mean = ledger.aggregator.mean
+        mean = ledger.state.aggregator.mean
         fits: dict[FitPurpose, Readout] = {
-            purpose: fit.readout for purpose, fit in ledger.fits.items() if purpose != "readout"
+            purpose: fit.readout for purpose, fit in ledger.state.fits.items() if purpose != "readout"
         }
-        if ledger.searched and ledger.settings.objective.readout_words:
+        if ledger.state.searched and ledger.settings.objective.readout_words:
             readout = await self._readout(mean)
             if readout is None:
                 return None
@@ -100,7 +100,7 @@ class LiveEvaluation:
         return lines(mean, fits)
 
     async def _readout(self, mean: NDArray[np.float64]) -> Readout | None:
-        fit = self._ledger.new_fit("readout", mean)
+        fit = self._ledger.state.new_fit("readout", mean)
         try:
             while not fit.done:
                 await self._exchange(fit)
@@ -109,25 +109,25 @@ class LiveEvaluation:
             return None
         return fit.readout
 
-    async def _exchange(self, fit: ReadoutFit) -> None:
+    async def _exchange(self, fit: Fit) -> None:
         self._exchanges += 1
         work, ledger = fit.work(), self._ledger
         reports = await self._fleet.run_round(
-            ledger.closed, lambda device: self._plan(device, work), fit.min_reports, self._deadline_s(), "readout"
+            ledger.state.closed, lambda device: self._plan(device, work), fit.min_reports, self._deadline_s(), "readout"
         )
         fit.update(cap_reports(reports, ledger.settings.row_cap))
 
-    def _plan(self, device: str, work: FitWork) -> RoundPlan:
-        plan = self._ledger.plan(self._exchanges, device, work)
+    def _plan(self, device: str, work: Work) -> RoundPlan:
+        plan = self._ledger.planner.plan(self._exchanges, device, work)
         return msgspec.structs.replace(plan, run=f"{plan.run[: 128 - len(SUFFIX)]}{SUFFIX}")
 
     async def _evaluate(self, found: Lines) -> dict[str, EvaluateReport]:
         ledger = self._ledger
         latents = np.stack([latent for latent, _ in found.values()])
-        request = ledger.request(
+        request = ledger.planner.request(
             latents,
             readouts=tuple(readout for _, readout in found.values()),
-            label_weights=ledger.label_weights,
+            label_weights=ledger.state.label_weights,
             split="dev",
             max_rows=ledger.settings.dev_rows,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fedbpt.aggregation.methods import method_named
-from fedbpt.coordinator.report_checks import mean_loss, purpose_of
+from fedbpt.coordinator.round_reports import mean_loss, purpose_of
 from fedbpt.runs.events import RoundPurpose
 from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import StoredRound

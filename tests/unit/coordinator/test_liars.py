@@ -19,9 +19,9 @@ from fedbpt.aggregation import SearchSettings, method_named
 from fedbpt.aggregation.readout import ReadoutFit
 from fedbpt.coordinator.clients import DeviceClient, HttpClient, InProcessClient
 from fedbpt.coordinator.federation import Federation
-from fedbpt.coordinator.ledger import RunLedger
-from fedbpt.coordinator.report_bounds import means_bound
 from fedbpt.coordinator.report_checks import check_report
+from fedbpt.coordinator.run_state import RunState
+from fedbpt.coordinator.work_kinds.readout_fit import means_bound
 from fedbpt.device.agent import AgentService
 from fedbpt.device.agent.server import AgentServer
 from fedbpt.device.device import Device
@@ -347,13 +347,12 @@ def test_no_gradients_within_the_bounds_lead_to_a_plan_that_devices_refuse() -> 
         asked(fit.work(), 2, "a")
 
 
-def test_a_ledger_is_tried_on_a_twin(tmp_path: Path) -> None:
+def test_a_round_is_tried_out_on_a_copy_of_the_state() -> None:
     chosen = toy_settings()
-    with RunStore(tmp_path / "runs.db") as store:
-        ledger = RunLedger(store, "r", TASK, chosen, chosen.aggregator())
-        before = ledger.aggregator.digest()
-        twin = ledger.twin()
-        assert (twin.store, twin.task) == (ledger.store, ledger.task)
-        losses = PooledResult(losses=Array.of(np.arange(float(chosen.popsize))))
-        twin.aggregator.update([report(name, 1, losses) for name in HONEST])
-        assert twin.aggregator.digest() != before == ledger.aggregator.digest()
+    state = RunState(TASK, chosen, chosen.aggregator())
+    before = state.digest()
+    copied = state.copy()
+    losses = PooledResult(losses=Array.of(np.arange(float(chosen.popsize))))
+    copied.apply(1, [report(name, 1, losses) for name in HONEST])
+    assert copied.digest() != before == state.digest()
+    assert (state.closed, copied.closed) == (-1, 1)

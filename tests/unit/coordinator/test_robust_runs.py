@@ -19,6 +19,7 @@ from fedbpt.runs.events import DeviceLost
 from fedbpt.runs.result import RunResult
 from fedbpt.runs.settings import RunSettings
 from tests.support.fake_device import FakeDevice
+from tests.support.raises import raises
 from tests.support.toy_federation import report
 from tests.support.toy_scene import D, Scene, StopRunError, ToyTask, closed, settings, stop
 
@@ -73,30 +74,25 @@ def test_an_attacked_run_that_is_stopped_resumes_to_the_same_digest(tmp_path: Pa
 
 
 def test_a_run_with_too_few_devices_to_outvote_the_liars_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="needs reports of 7 devices, a round has 5"):
+    with raises(ConfigError, field="per_round", limit=7):
         tune(scene(tmp_path / "runs.db"), robust="trimmed-mean", byzantine=3)
 
 
 def test_a_run_begun_without_it_is_not_resumed_with_it(tmp_path: Path) -> None:
     begun = scene(tmp_path / "runs.db")
     tune(begun)
-    with pytest.raises(ConfigError, match="begun with another task or settings"):
+    with raises(ConfigError, field="run"):
         tune(begun, robust="rank")
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "reason"),
-    [("n_texts", 17, "17 rows, the device said that it has 16"), ("evaluations", 10**6, "1000000 evaluations")],
-)
-def test_weight_and_charges_that_are_made_up_lose_the_device(
-    tmp_path: Path, field: str, value: int, reason: str
-) -> None:
+@pytest.mark.parametrize(("field", "value"), [("n_texts", 17), ("evaluations", 10**6)])
+def test_weight_and_charges_that_are_made_up_lose_the_device(tmp_path: Path, field: str, value: int) -> None:
     made = scene(tmp_path / "runs.db")
     made.devices["liar"].change = lambda report: msgspec.structs.replace(report, **{field: value})
     tune(made)
     lost = [event for event in made.of(DeviceLost) if event.device == "liar"]
     assert lost
-    assert reason in lost[0].reason
+    assert f"{field} is {value}" in lost[0].reason
 
 
 @pytest.mark.parametrize("robust", ["median", "trimmed-mean", "rank"])

@@ -18,7 +18,7 @@ from fedbpt.coordinator.spending import Spending
 from fedbpt.device.agent.service import AgentService
 from fedbpt.device.device import Device
 from fedbpt.errors import QuorumError, ScoringInterrupted
-from fedbpt.protocol.rounds import EvaluateReport, PooledWork, RoundPlan, RoundReport
+from fedbpt.protocol.rounds import EvaluateReport, FitWork, PooledWork, RoundPlan, RoundReport
 from fedbpt.protocol.specs import ObjectiveSpec, PromptSpec
 from fedbpt.runs.events import DeviceBack, DeviceLost, RoundClosed
 from fedbpt.runs.settings import RunSettings
@@ -138,6 +138,31 @@ def test_the_round_after_one_that_was_left_out_has_its_number(scene: Scene) -> N
     assert scene.run(rounds=4, quorum=1.0).rounds == 4
 
 
+@pytest.mark.parametrize("n_exchanges", [1, 2])
+def test_a_run_whose_calibration_was_cut_short_is_resumed(tmp_path: Path, n_exchanges: int) -> None:
+    device = Device("a", ToyScorer(), rows(16), [], rows(8, 50), task=TASK)
+    work, over = device.run, threading.Event()
+    calibrations: list[RoundPlan] = []
+
+    def run(asked: RoundPlan, progress: Callable[[int, int], None], cancelled: Callable[[], bool]) -> RoundReport:
+        if isinstance(asked.work, FitWork) and asked.work.purpose == "calibration":
+            calibrations.append(asked)
+            if len(calibrations) > n_exchanges and not over.is_set():
+                assert over.wait(60)
+                raise ScoringInterrupted("interrupted")
+        return work(asked, progress, cancelled)
+
+    scene = Scene(tmp_path / "runs.db", device)
+    device.run, device.interrupt = run, over.set  # type: ignore[method-assign]
+    fits: list[set[str]] = []
+    with scene.store:
+        for changes in ({"seconds": 0.5}, {"rounds": 1}):
+            asked = settings(baselines=True, **changes)
+            federation = Federation(list(scene.clients.values()), TASK, asked, asked.aggregator(), scene.store, "r")
+            fits.append(set(federation.run().fits))
+    assert fits == [{"probe"}, {"calibration", "probe", "readout"}]
+
+
 # --- the readout's share ---------------------------------------------------------------------------------------------
 
 
@@ -180,7 +205,7 @@ def test_a_budget_ends_the_search_with_the_readouts_share_left(scene: Scene) -> 
     assert spending.tokens_per_second(2) == 50.0
     limited_run = scene.federation(rounds=0, seconds=10.0)
     limited_run._ledger.spending = spending
-    assert [limited_run._ledger.spent(reserve) for reserve in (0.0, 3.9, 4.0)] == [False, False, True]
+    assert [limited_run._ledger.is_spent(reserve) for reserve in (0.0, 3.9, 4.0)] == [False, False, True]
 
 
 # --- the device ------------------------------------------------------------------------------------------------------

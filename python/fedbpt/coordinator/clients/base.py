@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
-from fedbpt.coordinator.slots import Turns
+from fedbpt.coordinator.slots import Slots
 from fedbpt.protocol.questions import Answer, Question
 from fedbpt.protocol.rounds import (
     DeviceInfo,
@@ -71,11 +71,11 @@ class DeviceClient(Protocol):
         plan: RoundPlan,
         history: SearchHistory | None = None,
         on_progress: ProgressCallback | None = None,
-        turns: Turns | None = None,
+        slots: Slots | None = None,
     ) -> RoundReport:
         """The report on ``plan``: `start` and `wait`, in as few exchanges as it takes.
 
-        ``turns``: of those that are given work at the same time: one is taken while the plan is handed over.
+        ``slots``: one is held while the plan is handed over.
         """
         ...
 
@@ -106,9 +106,9 @@ class Works:
         plan: RoundPlan,
         history: SearchHistory | None = None,
         on_progress: ProgressCallback | None = None,
-        turns: Turns | None = None,
+        slots: Slots | None = None,
     ) -> RoundReport:
         """See `DeviceClient.work`."""
-        async with (turns or Turns()).one():
+        async with (slots or Slots()).acquire():
             await self.start(plan, history)
         return await self.wait(plan.run, plan.round, None, on_progress)

@@ -14,7 +14,7 @@ from urllib.parse import quote
 from fedbpt.coordinator.clients.base import AnswerCallback, ProgressCallback
 from fedbpt.coordinator.clients.transport import NoReplyError, Response, Transport
 from fedbpt.coordinator.report_checks import check_progress
-from fedbpt.coordinator.slots import Turns
+from fedbpt.coordinator.slots import Slots
 from fedbpt.errors import (
     DeviceFailedError,
     DeviceRefusedError,
@@ -117,13 +117,13 @@ class RemoteDevice:
         plan: RoundPlan,
         history: SearchHistory | None = None,
         on_progress: ProgressCallback | None = None,
-        turns: Turns | None = None,
+        slots: Slots | None = None,
     ) -> RoundReport:
         """In one exchange, where the transport holds a plan and the device is done in time."""
         self._plan = plan
         hold_s = self._poll_s if self._transport.holds_plans else 0.0
-        async with (turns or Turns()).one() as end_turn:
-            taken = partial(_call, asyncio.get_running_loop(), end_turn) if hold_s else _nothing
+        async with (slots or Slots()).acquire() as release:
+            taken = partial(_call, asyncio.get_running_loop(), release) if hold_s else _nothing
             answer = await self._hand_over(plan, history, hold_s, taken)
         if isinstance(answer, RoundReport):
             if (report := await self._whole(answer, plan)) is not None:
