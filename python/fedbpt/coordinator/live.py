@@ -1,9 +1,8 @@
-"""What would be shipped if the search ended now, measured on the devices' development rows.
+"""`LiveEvaluation`: the result as it would be if the search ended now, on the devices' development rows.
 
-A result is the prompt with its readout, and most of what is gained may be the readout's. So one is fitted to the
-search's mean as it stands, in the very way in which the last one will be. These exchanges are no part of the run: they
-close no round, and nothing of an evaluation decides what comes next, but for the loss by which ``patience`` judges,
-which is the calibrated prompt's without a readout.
+A result is a prompt with its readout, and the readout may account for most of the gain. So a readout is fitted to the
+current mean, in the same way as at the end. These exchanges are not part of the run: they close no round, and decide
+nothing, except that ``patience`` judges by the loss of the calibrated prompt without a readout.
 """
 
 from __future__ import annotations
@@ -31,30 +30,32 @@ from fedbpt.runs.result import BASELINES, Lines, Score, lines
 log = logging.getLogger(__name__)
 
 SUFFIX: Final = ".live"
-"""Of the run's name in the exchanges, so that devices keep them apart from its rounds."""
+"""Appended to the run's name in these exchanges, so that devices distinguish them from its rounds."""
 
 
 class LiveEvaluation:
-    """Evaluations of one sitting of a run.
+    """Evaluations of one session of a run.
 
     Args:
-        ledger: the run's state.
+        ledger: the run's state and store.
         fleet: its devices.
-        deadline_s: asked how long an exchange, or an evaluation, may take.
+        deadline_s: returns the time limit of an exchange, and of an evaluation, seconds.
     """
 
     def __init__(self, ledger: RunLedger, fleet: Fleet, deadline_s: Callable[[], float]) -> None:
-        self._ledger, self._fleet, self._deadline_s = ledger, fleet, deadline_s
+        self._ledger = ledger
+        self._fleet = fleet
+        self._deadline_s = deadline_s
         self._exchanges = 0
         self._shown: tuple[list[str], dict[str, EvaluateReport]] = ([], {})
 
     @property
     def scores(self) -> Mapping[str, Score]:
-        """The latest, by line: of what would be shipped, which with ``patience`` is the best so far."""
+        """The latest scores by variant; with ``patience``, those of the best mean so far."""
         return scores_of(*self._shown)
 
     async def measure(self, round: int, final: bool = False) -> Evaluated | None:
-        """Evaluate, write the figures to ``round``, and let ``patience`` judge; None: nobody had rows, or answered.
+        """Evaluate, store the figures with ``round``, and judge the mean; None: no device has rows, or reported.
 
         ``final``: the search is over, its readout fitted, and its mean judged.
         """
@@ -86,7 +87,7 @@ class LiveEvaluation:
         )
 
     async def _lines_now(self) -> Lines | None:
-        """What would be compared if the search ended now; None: no readout could be fitted."""
+        """The variants as they would be if the search ended now; None: no readout could be fitted."""
         ledger = self._ledger
         mean = ledger.state.aggregator.mean
         fits: dict[FitPurpose, Readout] = {
@@ -104,14 +105,15 @@ class LiveEvaluation:
         try:
             while not fit.done:
                 await self._exchange(fit)
-        except (QuorumError, InputError) as error:  # the run itself may do without
-            log.info("the live figure is left out this time: %s", error)
+        except (QuorumError, InputError) as error:  # the run goes on without the figure
+            log.info("live evaluation left out: %s", error)
             return None
         return fit.readout
 
     async def _exchange(self, fit: Fit) -> None:
         self._exchanges += 1
-        work, ledger = fit.work(), self._ledger
+        ledger = self._ledger
+        work = fit.work()
         reports = await self._fleet.run_round(
             ledger.state.closed, lambda device: self._plan(device, work), fit.min_reports, self._deadline_s(), "readout"
         )

@@ -1,4 +1,4 @@
-"""What a run found, put together at its end."""
+"""The result of a run, made at its end."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ def make_result(
     """The result of a run.
 
     Args:
-        model: a device that has its model.
+        model: the info of any device with its model.
+        costs: by device.
         reports: of the final evaluation, by device.
-        dev: the last scores on ``dev`` rows, by line; empty: there are none.
+        dev: the last scores on ``dev`` rows, by variant; empty: there are none.
     """
     names = list(ledger.state.lines())
     devices = tuple(

@@ -1,4 +1,4 @@
-"""What a fleet tells of its devices, as events of the run and lines in its store."""
+"""Turns what a fleet reports of its devices into events of the run and records in its store."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fedbpt.runs.events import DeviceBack, DeviceLost, EventCallback, LateReport
 
 
 def listener_for(ledger: RunLedger, emit: EventCallback) -> Listener:
-    """Whom a `fedbpt.coordinator.fleet.Fleet` tells; the store is written once the run is open."""
+    """A listener for `fedbpt.coordinator.fleet.Fleet`; the store is written once the run is open."""
     store, run = ledger.store, ledger.run
 
     def lost(device: str, round: int, reason: str) -> None:
@@ -22,7 +22,7 @@ def listener_for(ledger: RunLedger, emit: EventCallback) -> Listener:
 
     def late(report: RoundReport) -> None:
         if report.run != run:
-            return  # of a live evaluation: nothing is kept of it
+            return  # of a live evaluation, which is not stored
         store.record_late(run, report)
         emit(LateReport(device=report.device, round=report.round))
 

@@ -18,6 +18,7 @@ from fedbpt.errors import ConfigError, InputError
 from fedbpt.protocol.rounds import LocalResult, PooledResult, PooledWork, RoundReport, Work
 from fedbpt.protocol.specs import Array
 from fedbpt.runs.settings import RunSettings
+from tests.support.raises import raises
 from tests.support.toy_federation import answer, report
 
 D, LIARS, HONEST = 6, 2, 5
@@ -195,7 +196,7 @@ def test_too_few_reports_to_outvote_the_liars_are_refused(robust: Any, least: in
     assert reports_needed(robust, 2) == least
     centre(ROWS[:least], EQUAL[:least], robust, 2)
     if least > 1:
-        with pytest.raises(InputError, match="needs more than"):
+        with raises(InputError, limit=least):
             centre(ROWS[: least - 1], EQUAL[: least - 1], robust, 2)
 
 
@@ -205,10 +206,11 @@ def test_what_does_not_go_with_a_method_is_refused() -> None:
         lambda: FedAvg(2, robust="rank"),
         lambda: FedBPT(2, robust="median"),
     ):
-        with pytest.raises(ConfigError, match="does not go with"):
+        with raises(ConfigError, field="robust"):
             maker()
-    with pytest.raises(ConfigError, match="choose of none, median, trimmed-mean, rank"):
+    with raises(ConfigError, field="robust") as caught:
         RunSettings(robust="krum")
+    assert "none, median, trimmed-mean, rank" in str(caught.value)
     for other in ({"patience": 1, "evaluate_every": 1}, {"balanced": True}):
-        with pytest.raises(ConfigError, match="robust = 'median' cannot go with"):
+        with raises(ConfigError):
             RunSettings(robust="median", **other)

@@ -15,6 +15,7 @@ from fedbpt.runs.events import DeviceLost, RoundClosed, Steered
 from fedbpt.runs.result import RunResult
 from tests.support.caller import wait_until
 from tests.support.fake_device import FakeDevice
+from tests.support.raises import raises
 from tests.support.toy_scene import Scene, closed
 
 
@@ -69,7 +70,7 @@ def test_a_stopped_run_keeps_its_rounds_and_resumes_to_the_same_digest(scene: Sc
     undisturbed = scene.run("other").digest
     control = RunControl()
     scene.when(closed(2), control.stop)
-    with pytest.raises(RunStopped, match="start it again to resume it"):
+    with raises(RunStopped):
         scene.run(control=control)
     stored = scene.store.get_run("r")
     assert (stored.status, stored.n_rounds, control.stopped) == ("stopped", 3, True)
@@ -121,7 +122,7 @@ def test_another_deadline_holds_from_the_next_round_on(scene: Scene) -> None:
     scene.run(control=control, rounds=2, deadline_s=3600.0, stragglers=0.0)
     scene.devices["b"].gate.set()
     assert [(event.paused, event.deadline_s) for event in scene.of(Steered)] == [(False, 0.3)]
-    assert "not done after 0.3 s" in scene.of(DeviceLost)[0].reason
+    assert " 0.3 s" in scene.of(DeviceLost)[0].reason
 
 
 def test_a_finished_run_is_recognised_whatever_its_deadline_was(scene: Scene) -> None:
@@ -135,6 +136,6 @@ def test_a_finished_run_is_recognised_whatever_its_deadline_was(scene: Scene) ->
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_deadline_that_cannot_be_is_refused(seconds: float) -> None:
     control = RunControl()
-    with pytest.raises(ConfigError, match="give a number of seconds above 0"):
+    with raises(ConfigError, field="deadline_s"):
         control.set_deadline(seconds)
     assert control.wish.deadline_s is None

@@ -19,6 +19,7 @@ from fedbpt.protocol import codec
 from fedbpt.protocol.polling import MAX_ENVELOPE_BYTES, Delivery, Enrolled, Enrolment, Poll, Reply, Request
 from fedbpt.protocol.rounds import ErrorReply
 from fedbpt.protocol.specs import Message
+from tests.support.raises import raises
 
 ID = "0" * 32
 REPLY = Reply(status=200)
@@ -195,6 +196,6 @@ def test_a_device_that_calls_too_often_is_told_when_to_come_again(tmp_path: Path
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1"])
 def test_beyond_loopback_there_is_encryption_or_a_word(tmp_path: Path, host: str) -> None:
     with DeviceRegistry(tmp_path / "devices.db") as registry:
-        with pytest.raises(ConfigError, match="no encryption"):
+        with raises(ConfigError):
             CoordinatorServer(registry, host)
         CoordinatorServer(registry, "0.0.0.0", allow_insecure=True).stop()

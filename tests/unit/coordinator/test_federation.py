@@ -189,7 +189,7 @@ def test_a_device_that_is_dead_from_the_start_costs_nothing_and_joins_when_it_co
     assert time.monotonic() - began < 5
     assert scene.of(RunStarted)[0].live == ("a", "c")
     lost = scene.of(DeviceLost)[0]
-    assert (lost.device, lost.reason) == ("b", "b cannot be reached")
+    assert (lost.device, lost.reason) == ("b", "b: cannot be reached (in this process)")
     assert scene.of(DeviceBack)
     assert 0 < result.devices[1].reports < 25
     assert scene.store.devices("r")["b"] is not None
@@ -266,7 +266,7 @@ def test_too_few_devices_at_the_start_are_named(scene: Scene) -> None:
     with raises(QuorumError, limit=2) as caught:
         scene.run()
     assert "1 of 3 devices" in str(caught.value)
-    assert "(a: a cannot be reached; b: " in str(caught.value)
+    assert "(a: cannot be reached (in this process); b: " in str(caught.value)
 
 
 def test_a_round_without_quorum_ends_at_its_deadline_and_can_be_resumed(scene: Scene) -> None:

@@ -9,10 +9,11 @@ import pytest
 
 from fedbpt.coordinator.clients import mailbox
 from fedbpt.coordinator.clients.mailbox import Mailbox, PostOffice
-from fedbpt.coordinator.clients.transport import NoReplyError
+from fedbpt.coordinator.clients.transport import NoResponseError
 from fedbpt.errors import CoordinatorRefusedError
 from fedbpt.protocol import codec
 from fedbpt.protocol.polling import Reply, Request
+from tests.support.raises import raises
 
 REPLY = Reply(status=200, content_type=codec.CONTENT_TYPE, body=b"yes")
 OTHER = Reply(status=200, content_type=codec.CONTENT_TYPE, body=b"no")
@@ -43,7 +44,7 @@ def test_a_poll_that_is_open_gets_a_request_at_once_and_its_reply_goes_back() ->
         await asyncio.sleep(0)
         waiting = asyncio.ensure_future(box.exchange(request(1), 10.0))
         assert (await polling).requests == (request(1),)
-        box.answer(request(1).id, REPLY)
+        box.take_reply(request(1).id, REPLY)
         assert await waiting == REPLY
         assert (await box.poll((), 0.0)).requests == ()
 
@@ -84,13 +85,13 @@ def test_a_delivery_is_at_most_a_body_but_never_empty(monkeypatch: pytest.Monkey
 def test_the_same_reply_again_is_accepted_another_is_a_conflict() -> None:
     async def scene(box: Mailbox) -> None:
         (waiting,) = await put(box, request(1))
-        box.answer(request(1).id, REPLY)
-        box.answer(request(1).id, REPLY)
+        box.take_reply(request(1).id, REPLY)
+        box.take_reply(request(1).id, REPLY)
         with pytest.raises(CoordinatorRefusedError) as refused:
-            box.answer(request(1).id, OTHER)
+            box.take_reply(request(1).id, OTHER)
         assert refused.value.code == "conflict"
         assert await waiting == REPLY
-        box.answer(request(1).id, REPLY)
+        box.take_reply(request(1).id, REPLY)
 
     play(scene)
 
@@ -102,7 +103,7 @@ def test_a_reply_that_nobody_waits_for_is_refused() -> None:
         await asyncio.gather(waiting, return_exceptions=True)
         for id in (request(1).id, request(2).id):
             with pytest.raises(CoordinatorRefusedError) as refused:
-                box.answer(id, REPLY)
+                box.take_reply(id, REPLY)
             assert refused.value.code == "unknown-request"
 
     play(scene)
@@ -113,9 +114,8 @@ def test_a_newer_poll_takes_the_place_of_an_older_one() -> None:
         older = asyncio.ensure_future(box.poll((), 10.0))
         await asyncio.sleep(0)
         newer = asyncio.ensure_future(box.poll((), 10.0))
-        with pytest.raises(CoordinatorRefusedError, match="two processes") as refused:
+        with raises(CoordinatorRefusedError, code="superseded"):
             await older
-        assert refused.value.code == "superseded"
         await asyncio.sleep(0)
         waiting = asyncio.ensure_future(box.exchange(request(1), 10.0))
         assert (await newer).requests == (request(1),)
@@ -127,7 +127,7 @@ def test_a_newer_poll_takes_the_place_of_an_older_one() -> None:
 def test_a_device_that_never_called_is_out_of_reach_at_once() -> None:
     async def scene(box: Mailbox) -> None:
         assert not box.present
-        with pytest.raises(NoReplyError):
+        with pytest.raises(NoResponseError):
             await box.exchange(request(1), 10.0)
 
     play(scene)
@@ -154,7 +154,7 @@ def test_a_device_that_polls_and_does_not_answer_times_out() -> None:
     async def scene(box: Mailbox) -> None:
         polling = asyncio.ensure_future(box.poll((request(1).id,), 10.0))
         await asyncio.sleep(0)
-        with pytest.raises(NoReplyError, match="does not answer"):
+        with pytest.raises(NoResponseError):
             await box.exchange(request(1), 0.0)
         polling.cancel()
 
@@ -176,12 +176,12 @@ def test_a_box_that_is_closed_lets_its_poll_go_and_says_when_to_call_again() -> 
 
 def test_a_post_office_that_does_not_run_reaches_nobody() -> None:
     async def main() -> None:
-        with pytest.raises(NoReplyError):
+        with pytest.raises(NoResponseError):
             await PostOffice().exchange("a", request(1), 1.0)
         office = PostOffice()
         office.open()
         office.close()
-        with pytest.raises(NoReplyError):
+        with pytest.raises(NoResponseError):
             await office.exchange("a", request(1), 1.0)
         assert not office.box("a").present
 

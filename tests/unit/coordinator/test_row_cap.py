@@ -17,6 +17,7 @@ from fedbpt.protocol.specs import Array
 from fedbpt.runs.result import RunResult
 from fedbpt.runs.settings import RunSettings
 from tests.support.fake_device import FakeDevice
+from tests.support.raises import raises
 from tests.support.toy_federation import report
 from tests.support.toy_scene import Scene, StopRunError, closed, settings, stop
 
@@ -126,7 +127,7 @@ def test_a_run_with_the_cap_resumes_to_the_same_digest(tmp_path: Path) -> None:
     with pytest.raises(StopRunError):
         scene.run()
     assert scene.run().digest == whole.digest
-    with pytest.raises(ConfigError, match="another name"):
+    with raises(ConfigError, field="run"):
         scene.run(row_cap=3.0)
     scene.store.close()
 

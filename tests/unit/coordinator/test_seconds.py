@@ -25,6 +25,7 @@ from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
 from tests.contract.test_clients import plan, request
 from tests.support.fake_device import FakeDevice
+from tests.support.raises import raises
 from tests.support.toy_scene import Scene, closed
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, rows
@@ -82,8 +83,9 @@ def test_reports_of_enough_devices_count_when_the_budget_ends(scene: Scene) -> N
 
 def test_a_deadline_that_comes_first_is_still_a_fault(scene: Scene) -> None:
     scene.when(closed(1), lambda: hang(*scene.devices.values()))
-    with pytest.raises(QuorumError, match=r"deadline 0\.3 s"):
+    with raises(QuorumError) as caught:
         scene.run(**limited(seconds=60.0, deadline_s=0.3))
+    assert "0.3 s" in str(caught.value)
 
 
 def test_the_time_that_was_cut_is_spent_and_a_larger_budget_goes_on(scene: Scene) -> None:
@@ -134,7 +136,7 @@ def test_the_round_after_one_that_was_left_out_has_its_number(scene: Scene) -> N
     assert plans == [[0, 1, 2, 3], [0, 1, 2, 3]]
     scene.devices["b"].gate.set()
     for client in scene.clients.values():
-        assert client._service is None or not client.service._jobs
+        assert client.is_idle
     assert scene.run(rounds=4, quorum=1.0).rounds == 4
 
 

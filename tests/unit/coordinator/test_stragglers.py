@@ -14,7 +14,7 @@ from fedbpt.coordinator.fleet import Fleet
 from fedbpt.coordinator.members import Listener
 from fedbpt.coordinator.stragglers import ENOUGH, SLACK_S, Pace, TextPace
 from fedbpt.errors import ConfigError
-from fedbpt.protocol.rounds import RoundPlan
+from fedbpt.protocol.rounds import RoundPlan, RoundReport
 from fedbpt.runs.events import DeviceLost, LateReport, RoundClosed
 from tests.support.fake_device import FakeDevice
 from tests.support.raises import raises
@@ -98,11 +98,11 @@ def test_a_round_of_some_devices_asks_a_few_more_and_ends_with_enough(scene: Sce
     asked: Counter[int] = Counter()
     for client in scene.clients.values():
 
-        async def start(plan: RoundPlan, history: Any = None, start: Any = client.start) -> None:
+        async def work(plan: RoundPlan, *rest: Any, work: Any = client.work) -> RoundReport:
             asked[plan.round] += 1
-            await start(plan, history)
+            return await work(plan, *rest)
 
-        client.start = start  # type: ignore[method-assign]
+        client.work = work  # type: ignore[method-assign]
     scene.run(rounds=6, per_round=2, over_selection=0.5)
     assert {len(event.reported) for event in searched(scene)} <= {2, 3}  # the third may be as fast
     assert scene.of(DeviceLost) == []
