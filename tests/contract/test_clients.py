@@ -1,4 +1,4 @@
-"""What every `DeviceClient` must do, whichever way it reaches its device."""
+"""The contract of every `DeviceClient`, whatever its transport."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_status_is_what_the_device_says(make_client, device):
     assert play(make_client, scene).name == "a"
 
 
-def test_a_round_is_accepted_at_once_and_its_report_waited_for(make_client, device):
+def test_a_round_is_accepted_at_once_and_its_report_awaited(make_client, device):
     device.slow_s = 1.0
 
     async def scene(client):
@@ -166,7 +166,7 @@ def test_work_for_another_task_is_refused_by_name(make_client, device):
     assert device.plans == device.requests == []
 
 
-def test_a_round_that_the_device_does_not_know_is_named_so(make_client):
+def test_an_unknown_round_is_refused_as_such(make_client):
     async def scene(client):
         with raises(DeviceRefusedError, code="unknown-round"):
             await client.wait("r", 7)
@@ -174,7 +174,7 @@ def test_a_round_that_the_device_does_not_know_is_named_so(make_client):
     play(make_client, scene)
 
 
-def test_waiting_ends_with_its_time_and_the_work_goes_on(make_client, device):
+def test_waiting_ends_at_its_timeout_and_the_work_goes_on(make_client, device):
     device.gate.clear()
     seen: list[RoundProgress] = []
 
@@ -258,7 +258,7 @@ def test_work_that_takes_longer_than_a_poll_is_followed_to_its_end(make_client, 
     assert {progress.state for progress in seen} == {"running"}
 
 
-def test_work_that_is_cancelled_meanwhile_or_fails_says_so(make_client, device):
+def test_work_that_is_cancelled_or_fails_raises(make_client, device):
     device.gate.clear()
 
     async def scene(client):
@@ -276,7 +276,7 @@ def test_work_that_is_cancelled_meanwhile_or_fails_says_so(make_client, device):
     play(make_client, scene)
 
 
-def test_plans_are_handed_over_in_slots_that_a_device_at_work_does_not_keep(make_client, device):
+def test_a_slot_is_held_only_while_the_plan_is_sent(make_client, device):
     device.gate.clear()
     slots = Slots(at_once=1, max_hold_s=60.0)
 
@@ -382,7 +382,7 @@ def test_a_client_can_be_used_again_after_closing_in_another_loop(make_client):
     assert client.bytes_down >= len(codec.encode(plan()))
 
 
-def test_closing_leaves_no_work_running_for_ever(device):
+def test_closing_stops_the_work(device):
     device.gate.clear()
 
     async def scene(client):
@@ -429,7 +429,7 @@ def test_a_question_for_another_model_is_refused(make_client, device):
     assert not device.questions
 
 
-def test_a_question_that_nobody_waits_for_is_not_answered_on(make_client, device):
+def test_a_question_that_times_out_is_cancelled(make_client, device):
     device.slow_s = 5.0
 
     async def scene(client):
@@ -441,7 +441,7 @@ def test_a_question_that_nobody_waits_for_is_not_answered_on(make_client, device
     play(make_client, scene)
 
 
-def test_an_answer_that_fails_says_why(make_client, device):
+def test_a_failed_answer_has_its_reason(make_client, device):
     device.fail = InputError("the text is empty: give at least one word")
 
     async def scene(client):
@@ -452,7 +452,7 @@ def test_an_answer_that_fails_says_why(make_client, device):
     play(make_client, scene)
 
 
-def test_a_question_waits_for_a_round_and_does_not_disturb_it(make_client, device):
+def test_a_question_waits_for_a_running_round(make_client, device):
     device.slow_s = 0.3
 
     async def scene(client):

@@ -185,7 +185,8 @@ class ReadoutFit:
             self._pairs = [*self._pairs, (step, difference)][-_MEMORY:]
         self.done = self._value - value < _MIN_GAIN
         self._best = self._best + step
-        self._value, self._gradient = value, gradient
+        self._value = value
+        self._gradient = gradient
         self._move = self._direction()
         self._length = min(1.0, _MAX_STEP / max(float(np.sqrt((self._move**2).sum())), 1.0))
 

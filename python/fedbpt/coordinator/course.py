@@ -85,7 +85,8 @@ class Course:
 
     def _rounds_left(self, limits: RunSettings) -> float | None:
         """Rounds until a limit that is a count; None: there is none, or no pace yet."""
-        pace, spent = self._pace, self._spending
+        pace = self._pace
+        spent = self._spending
         left = [
             max(limit - done, 0) / each
             for limit, done, each in (

@@ -136,11 +136,19 @@ def estimate(settings: RunSettings, task: Task, infos: Sequence[DeviceInfo], agg
         whole = part.whole(rounds)
         devices.append(
             DeviceCost(
-                name=info.name, tokens=whole.total, seconds=whole.seconds(info), bytes_up=up, bytes_down=down,
-                rss_bytes=info.rss_bytes, select=part.select.total, texts=part.texts.total, round=part.round.total,
-                others=part.others.total, words=_dearest_words(task.templates, info),
-            )
-        )  # fmt: skip
+                name=info.name,
+                tokens=whole.total,
+                seconds=whole.seconds(info),
+                bytes_up=up,
+                bytes_down=down,
+                rss_bytes=info.rss_bytes,
+                select=part.select.total,
+                texts=part.texts.total,
+                round=part.round.total,
+                others=part.others.total,
+                words=_dearest_words(task.templates, info),
+            ),
+        )
     spent = settings.epsilon(len(task.templates), min(info.n_train for info in infos), rounds)
     return RunCost(rounds=rounds, evaluations=rounds * per_round, devices=tuple(devices), epsilon=spent)
 
@@ -160,24 +168,40 @@ def project(found: Measurement, task: Task, rows: int = 128) -> Projection:
     """What tuning with the default settings and ``rows`` rows would cost on the measured machine."""
     settings = RunSettings(deadline_s=_NO_DEADLINE_S)
     info = DeviceInfo(
-        name="device", version=found.fedbpt_version, model_fingerprint=found.model_fingerprint, model_name="model",
-        backend="any", n_train=rows, n_dev=0, n_test=0, ram_bytes=found.ram_bytes, rss_bytes=0, peak_rss_bytes=0,
+        name="device",
+        version=found.fedbpt_version,
+        model_fingerprint=found.model_fingerprint,
+        model_name="model",
+        backend="any",
+        n_train=rows,
+        n_dev=0,
+        n_test=0,
+        ram_bytes=found.ram_bytes,
+        rss_bytes=0,
+        peak_rss_bytes=0,
         shares_beginnings=True,
-    )  # fmt: skip
+    )
     cost = estimate(settings, task, [info], settings.aggregator())
     [device] = cost.devices
     search = cost.rounds * device.round
     candidates = found.cue if settings.prompt.placement == "cue" else found.front
     seconds = (device.tokens - search) / found.prefill.tokens_per_second + search / candidates.tokens_per_second
     return Projection(
-        task=task.name, rows=rows, rounds=cost.rounds, evaluations=cost.evaluations, tokens=device.tokens,
+        task=task.name,
+        rows=rows,
+        rounds=cost.rounds,
+        evaluations=cost.evaluations,
+        tokens=device.tokens,
         seconds=seconds,
-    )  # fmt: skip
+    )
 
 
 def tokens_of(settings: RunSettings, templates: Sequence[Template], info: DeviceInfo) -> Parts:
     """Most forward tokens on a device; ``settings`` are those of `RunSettings.for_labels`."""
-    objective, prompt, n_rows, n_templates = settings.objective, settings.prompt, info.n_train, len(templates)
+    objective = settings.objective
+    prompt = settings.prompt
+    n_rows = info.n_train
+    n_templates = len(templates)
     text = objective.max_text_tokens + TEMPLATE_TOKENS
     target = objective.max_text_tokens if objective.loss == "nll" else 0
     words = _dearest_words(templates, info) or 0
@@ -289,7 +313,8 @@ def _bytes(settings: RunSettings, task: Task, rounds: int, aggregator: Aggregato
     if method_named(settings.method).local:
         result = LocalResult(mean=Array.of(zero), fitness=0.0, sigma_squares=1.0)
     sent: list[tuple[int, Work, Result]] = [(rounds, work, result)]
-    n_words, others = settings.objective.readout_words, task.templates[1 : settings.ensemble]
+    n_words = settings.objective.readout_words
+    others = task.templates[1 : settings.ensemble]
     fits: list[tuple[int, tuple[Template, ...]]] = [(0, ())] if settings.calibrate else []
     if n_words:
         fits += [(n_words, ())] if settings.baselines else []
@@ -312,16 +337,34 @@ def _fit_work(latent: np.ndarray, n_words: int, n_labels: int, others: tuple[Tem
 
 def _plan(settings: RunSettings, task: Task, work: Work) -> RoundPlan:
     return RoundPlan(
-        run="run", round=100, device="device", seed=settings.seed, model_fingerprint="sha256:" + 64 * "0",
-        task=task.identity, labels=task.labels, template=task.templates[0], prompt=settings.prompt,
-        objective=settings.objective, work=work,
-        deadline_s=settings.deadline_s, label_bias=tuple([0.0] * len(task.labels)),
-        label_weights=tuple([1.0] * len(task.labels)) if settings.balanced else (), privacy=settings.privacy,
-    )  # fmt: skip
+        run="run",
+        round=100,
+        device="device",
+        seed=settings.seed,
+        model_fingerprint="sha256:" + 64 * "0",
+        task=task.identity,
+        labels=task.labels,
+        template=task.templates[0],
+        prompt=settings.prompt,
+        objective=settings.objective,
+        work=work,
+        deadline_s=settings.deadline_s,
+        label_bias=tuple([0.0] * len(task.labels)),
+        label_weights=tuple([1.0] * len(task.labels)) if settings.balanced else (),
+        privacy=settings.privacy,
+    )
 
 
 def _report(result: Result) -> RoundReport:
     return RoundReport(
-        run="run", round=100, device="device", plan_digest=32 * "0", result=result, n_texts=256, evaluations=16,
-        tokens=1000, seconds=1.0, peak_rss_bytes=2**28,
-    )  # fmt: skip
+        run="run",
+        round=100,
+        device="device",
+        plan_digest=32 * "0",
+        result=result,
+        n_texts=256,
+        evaluations=16,
+        tokens=1000,
+        seconds=1.0,
+        peak_rss_bytes=2**28,
+    )

@@ -224,7 +224,8 @@ class Federation:
     # --- rounds --------------------------------------------------------------------------------------------------
 
     async def _select(self, fleet: Fleet) -> None:
-        ledger, state = self._ledger, self._ledger.state
+        ledger = self._ledger
+        state = self._ledger.state
         if len(self.task.templates) == 1 and not self.settings.balanced:
             state.skip_selection()
         elif state.closed < SELECTION:
@@ -242,7 +243,8 @@ class Federation:
             await self._evaluate_live(SELECTION)
 
     async def _tune(self, fleet: Fleet) -> None:
-        ledger, state = self._ledger, self._ledger.state
+        ledger = self._ledger
+        state = self._ledger.state
         every = self.settings.evaluate_every
         if self.settings.calibrate:
             await self._fit(fleet, "calibration")
@@ -316,7 +318,9 @@ class Federation:
         """Run and commit one round; returns False if the budget in seconds ended it."""
         await self._apply_control()
         began = time.monotonic()
-        ledger, state, planner = self._ledger, self._ledger.state, self._ledger.planner
+        ledger = self._ledger
+        state = self._ledger.state
+        planner = self._ledger.planner
         work = planner.work(round, purpose)
         work_digest = codec.digest(work)  # now: a commit changes the state that the work refers to
         cohort = self._cohort(round, purpose)

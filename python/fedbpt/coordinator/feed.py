@@ -29,7 +29,8 @@ class EventFeed:
     """A `fedbpt.runs.event_log.Sink`. Readers use the event loop that called `open`."""
 
     def __init__(self, keep_lines: int = KEEP_LINES, keep_bytes: int = KEEP_BYTES) -> None:
-        self._keep_lines, self._keep_bytes = keep_lines, keep_bytes
+        self._keep_lines = keep_lines
+        self._keep_bytes = keep_bytes
         self._lock = threading.Lock()
         self._lines: deque[Line] = deque()
         self._bytes = 0
@@ -55,7 +56,8 @@ class EventFeed:
     def close(self) -> None:
         """End: readers stop after the lines that are left. Call on the loop."""
         with self._lock:
-            self._closed, self._loop = True, None
+            self._closed = True
+            self._loop = None
         self._wake()
 
     @property

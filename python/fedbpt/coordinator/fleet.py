@@ -134,7 +134,8 @@ class Fleet:
         if self._over:
             return
         reason = one_line(reason, MOST_TOLD)
-        member.state, member.reason = "lost", reason
+        member.state = "lost"
+        member.reason = reason
         self._listener.lost(member.name, self.round, reason)
         if probe:
             self._spawn(self._probe(member, until_idle))
@@ -159,7 +160,8 @@ class Fleet:
             return
 
     def _return(self, member: Member) -> None:
-        member.state, member.reason = "live", ""
+        member.state = "live"
+        member.reason = ""
         self._listener.back(member.name, self.round)
         self._changed.set()
 

@@ -73,8 +73,10 @@ class _Routes:
     def __init__(
         self, registry: DeviceRegistry, office: PostOffice, devices: RateLimit, guesses: RateLimit, host: str | None
     ) -> None:
-        self._registry, self._office = registry, office
-        self._devices, self._guesses = devices, guesses
+        self._registry = registry
+        self._office = office
+        self._devices = devices
+        self._guesses = guesses
         self._host = host
 
     @asynccontextmanager

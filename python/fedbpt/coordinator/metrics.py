@@ -50,13 +50,15 @@ class RunMetrics:
     def _hear(self, line: Line) -> None:
         match line.entry.event:
             case RunStarted() as event:
-                self._started, self._live = event, set(event.live)
+                self._started = event
+                self._live = set(event.live)
                 self._seconds = self._seconds if event.resumed else 0.0  # a fresh run that replaces a stored one
             case TemplateSelected() as event:
                 self._generates = not event.template.label_words
             case RoundClosed() as event:
                 self._rounds.setdefault(event.purpose, Histogram(BOUNDS_S)).observe(event.seconds - self._seconds)
-                self._closed, self._seconds = event, event.seconds
+                self._closed = event
+                self._seconds = event.seconds
             case Evaluated() as event:
                 self._evaluated = event
             case DeviceLost(device=device):
@@ -83,7 +85,8 @@ class RunMetrics:
         ]
 
     def _of_rounds(self) -> list[Family]:
-        closed, evaluated = self._closed, self._evaluated
+        closed = self._closed
+        evaluated = self._evaluated
         rounds = [
             sample
             for purpose, times in self._rounds.items()

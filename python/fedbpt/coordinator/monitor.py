@@ -117,8 +117,10 @@ class _Routes:
     """Routes that read the store are plain functions, which Starlette runs in threads."""
 
     def __init__(self, store: RunStore, run: str, feed: EventFeed, metrics: RunMetrics, heartbeat_s: float) -> None:
-        self._store, self._run = store, run
-        self._feed, self._metrics = feed, metrics
+        self._store = store
+        self._run = run
+        self._feed = feed
+        self._metrics = metrics
         self._heartbeat_s = heartbeat_s
 
     @asynccontextmanager

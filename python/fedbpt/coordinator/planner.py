@@ -55,7 +55,8 @@ class Planner:
 
     def plan(self, round: int, device: str, work: Work) -> RoundPlan:
         """The plan that ``device`` is sent in ``round``."""
-        state, settings = self._state, self._state.settings
+        state = self._state
+        settings = self._state.settings
         bias = state.label_bias
         return RoundPlan(
             run=self._run,
@@ -92,7 +93,8 @@ class Planner:
         max_rows: int = 0,
     ) -> EvaluateRequest:
         """A request to evaluate ``latents`` [k, d]; for the arguments see `EvaluateRequest`."""
-        state, settings = self._state, self._state.settings
+        state = self._state
+        settings = self._state.settings
         return EvaluateRequest(
             model_fingerprint=self.model_fingerprint,
             task=state.task.identity,

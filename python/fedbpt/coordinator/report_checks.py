@@ -24,7 +24,8 @@ def check_report(report: RoundReport, plan: RoundPlan, n_rows: int | None = None
     if report.plan_digest != codec.digest(plan):
         raise WireError("plan_digest is not the plan's: the report answers another plan", field="plan_digest")
     codec.check(report)
-    result, work = report.result, plan.work
+    result = report.result
+    work = plan.work
     kind = kind_of(work)
     if not isinstance(result, kind.result):
         raise WireError(f"result is a {type(result).__name__}, expected a {kind.result.__name__}", field="result")
@@ -34,7 +35,8 @@ def check_report(report: RoundReport, plan: RoundPlan, n_rows: int | None = None
 
 def _check_counts(report: RoundReport, plan: RoundPlan, n_rows: int | None) -> None:
     """Rows are the report's weight; evaluations and tokens are charged to the run's budget."""
-    work, kind = plan.work, kind_of(plan.work)
+    work = plan.work
+    kind = kind_of(plan.work)
     if n_rows is not None and report.n_texts > n_rows:
         raise WireError(
             f"n_texts is {report.n_texts}, but the device said it has {n_rows} rows", field="n_texts", limit=n_rows

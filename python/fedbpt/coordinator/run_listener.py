@@ -10,7 +10,8 @@ from fedbpt.runs.events import DeviceBack, DeviceLost, EventCallback, LateReport
 
 def listener_for(ledger: RunLedger, emit: EventCallback) -> Listener:
     """A listener for `fedbpt.coordinator.fleet.Fleet`; the store is written once the run is open."""
-    store, run = ledger.store, ledger.run
+    store = ledger.store
+    run = ledger.run
 
     def lost(device: str, round: int, reason: str) -> None:
         emit(DeviceLost(device=device, round=round, reason=reason))

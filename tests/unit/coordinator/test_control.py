@@ -1,4 +1,4 @@
-"""Steering a run: pause, resume, stop, another deadline."""
+"""`RunControl`: pause, resume, stop, another deadline."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_stopped_run_keeps_its_rounds_and_resumes_to_the_same_digest(scene: Sc
     assert scene.run().digest == undisturbed
 
 
-def test_what_is_stopped_before_it_begins_does_not_begin(scene: Scene) -> None:
+def test_a_run_stopped_before_it_begins_does_not_begin(scene: Scene) -> None:
     control = RunControl()
     control.stop()
     with pytest.raises(RunStopped):
@@ -85,7 +85,7 @@ def test_what_is_stopped_before_it_begins_does_not_begin(scene: Scene) -> None:
     assert scene.events == []
 
 
-def test_a_stop_in_mid_round_is_not_waited_for(scene: Scene) -> None:
+def test_a_stop_ends_an_open_round(scene: Scene) -> None:
     scene.devices["a"].gate.clear()
     control = RunControl()
     threading.Timer(0.2, control.stop).start()
@@ -94,13 +94,13 @@ def test_a_stop_in_mid_round_is_not_waited_for(scene: Scene) -> None:
     scene.devices["a"].gate.set()
 
 
-def test_a_stop_after_the_end_is_nothing(scene: Scene) -> None:
+def test_a_stop_after_the_end_has_no_effect(scene: Scene) -> None:
     control = RunControl()
     scene.run(control=control)
     control.stop()
 
 
-def test_cancelling_a_steered_run_is_still_cancelling() -> None:
+def test_cancelling_a_run_under_control_raises_cancelled_error() -> None:
     async def main() -> None:
         work = asyncio.ensure_future(RunControl().unless_stopped(asyncio.sleep(3600)))
         await asyncio.sleep(0)
@@ -111,7 +111,7 @@ def test_cancelling_a_steered_run_is_still_cancelling() -> None:
     asyncio.run(main())
 
 
-def test_another_deadline_holds_from_the_next_round_on(scene: Scene) -> None:
+def test_a_changed_deadline_applies_from_the_next_round(scene: Scene) -> None:
     control = RunControl()
 
     def change() -> None:
@@ -125,7 +125,7 @@ def test_another_deadline_holds_from_the_next_round_on(scene: Scene) -> None:
     assert " 0.3 s" in scene.of(DeviceLost)[0].reason
 
 
-def test_a_finished_run_is_recognised_whatever_its_deadline_was(scene: Scene) -> None:
+def test_a_finished_run_is_returned_whatever_its_deadline_was(scene: Scene) -> None:
     control = RunControl()
     control.set_deadline(7.0)
     first = scene.run(control=control)
@@ -134,7 +134,7 @@ def test_a_finished_run_is_recognised_whatever_its_deadline_was(scene: Scene) ->
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_deadline_that_cannot_be_is_refused(seconds: float) -> None:
+def test_an_invalid_deadline_is_refused(seconds: float) -> None:
     control = RunControl()
     with raises(ConfigError, field="deadline_s"):
         control.set_deadline(seconds)

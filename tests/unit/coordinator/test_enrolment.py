@@ -1,4 +1,4 @@
-"""Who may call in: invitations that hold once, tokens by digest, revocation."""
+"""The devices that may call in: one-time invitations, tokens by digest, revocation."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ def test_an_enrolled_device_is_known_by_its_token(registry: DeviceRegistry) -> N
     assert [(line.device, line.state) for line in registry.devices()] == [("a", "enrolled"), ("b", "enrolled")]
 
 
-def test_it_is_known_after_reopening(registry: DeviceRegistry) -> None:
+def test_an_enrolled_device_is_known_after_reopening(registry: DeviceRegistry) -> None:
     made = enrolled(registry, "a")
     with DeviceRegistry(registry.path) as again:
         assert again.authenticate(made.bearer) == "a"
 
 
 @pytest.mark.parametrize("bearer", ["", "~", "a", "a~", "a~wrong", "b~{}", "~{}", "{}", "a~{}x", "A~{}"])
-def test_any_other_token_is_refused_alike(registry: DeviceRegistry, bearer: str) -> None:
+def test_every_other_token_is_refused_in_the_same_way(registry: DeviceRegistry, bearer: str) -> None:
     made = enrolled(registry, "a")
     enrolled(registry, "b")
     with raises(CoordinatorRefusedError, code="unauthorized"):
         registry.authenticate(bearer.format(made.secret))
 
 
-def test_a_code_holds_once(registry: DeviceRegistry) -> None:
+def test_a_code_can_be_used_once(registry: DeviceRegistry) -> None:
     code = registry.invite("a")
     registry.enrol(code, tokens.digest("first"))
     with raises(CoordinatorRefusedError, code="bad-code"):
@@ -91,7 +91,7 @@ def test_a_code_expires(registry: DeviceRegistry, clock: Clock) -> None:
     assert registry.devices() == []
 
 
-def test_a_new_code_voids_the_older_and_its_use_the_older_token(registry: DeviceRegistry) -> None:
+def test_a_new_code_voids_the_older_one_and_using_it_the_older_token(registry: DeviceRegistry) -> None:
     before = enrolled(registry, "a")
     old, new = registry.invite("a"), registry.invite("a")
     with pytest.raises(CoordinatorRefusedError):
@@ -131,7 +131,7 @@ def test_no_secret_is_in_the_file(registry: DeviceRegistry) -> None:
     registry.enrol(used, tokens.digest(secret))
     registry.authenticate(f"a~{secret}")
     content = b"".join(path.read_bytes() for path in registry.path.parent.iterdir())
-    assert tokens.digest(secret) in content  # what is looked at is what was written
+    assert tokens.digest(secret) in content  # the content was read from the right files
     for code in (open_code, used):
         assert code.encode() not in content
         assert tokens.plain_code(code).encode() not in content
@@ -139,7 +139,7 @@ def test_no_secret_is_in_the_file(registry: DeviceRegistry) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "a b", "../a", "-a", "a~b", "x" * 129])
-def test_a_name_that_cannot_be_is_refused(registry: DeviceRegistry, name: str) -> None:
+def test_an_invalid_name_is_refused(registry: DeviceRegistry, name: str) -> None:
     with raises(ConfigError, field="device"):
         registry.invite(name)
 
@@ -149,7 +149,7 @@ def test_an_unknown_device_cannot_be_revoked(registry: DeviceRegistry) -> None:
         registry.revoke("x")
 
 
-def test_a_file_that_is_no_registry_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_registry_is_refused(tmp_path: Path) -> None:
     RunStore(tmp_path / "runs.db").close()
     (tmp_path / "text").write_text("hello " * 1000)
     for name in ("runs.db", "text"):

@@ -1,4 +1,4 @@
-"""The HTTP client against servers that are not there, not devices, or not honest."""
+"""The HTTP client against unreachable servers, servers that are not devices, and misbehaving ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def ask(
     retry_s: float,
     response_s: float = 5,
 ) -> None:
-    """Ask for the status of a server that answers every connection with ``answer``."""
+    """Request the status of a server that handles every connection with ``answer``."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -70,7 +70,9 @@ def reply(status: str, body: bytes, content_type: str = codec.CONTENT_TYPE, leng
         (reply("200 OK", b"\x80"), WireError, "DeviceInfo"),
     ],
 )
-def test_an_answer_that_is_none_is_named(bytes_back: bytes, error: type[FedbptError], value: str) -> None:
+def test_an_invalid_response_is_an_error_with_the_address(
+    bytes_back: bytes, error: type[FedbptError], value: str
+) -> None:
     async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(bytes_back)
         await writer.drain()
@@ -81,7 +83,7 @@ def test_an_answer_that_is_none_is_named(bytes_back: bytes, error: type[FedbptEr
     assert getattr(caught.value, "code", "not-a-device") == "not-a-device"
 
 
-def test_an_endless_body_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_body_is_refused_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codec, "MAX_BODY_BYTES", 10_000)
 
     async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -94,7 +96,7 @@ def test_an_endless_body_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
         ask(answer, retry_s=0.2)
 
 
-def test_silence_is_given_up_in_bounded_time() -> None:
+def test_a_device_that_sends_too_slowly_times_out() -> None:
     async def drip(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n")
         while not writer.is_closing():
@@ -108,7 +110,7 @@ def test_silence_is_given_up_in_bounded_time() -> None:
     assert time.monotonic() - began < 3
 
 
-def test_a_connection_that_breaks_once_is_tried_again() -> None:
+def test_a_broken_connection_is_retried() -> None:
     calls: list[int] = []
 
     async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -122,7 +124,7 @@ def test_a_connection_that_breaks_once_is_tried_again() -> None:
     assert len(calls) == 2
 
 
-def test_a_device_that_names_a_time_is_not_asked_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_after_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     sleep = asyncio.sleep
 
@@ -144,7 +146,7 @@ def test_a_device_that_names_a_time_is_not_asked_before(monkeypatch: pytest.Monk
     assert waits == [3.0]
     calls.clear()
     with raises(DeviceUnreachableError) as caught:
-        ask(answer, retry_s=2)  # sooner than it wants to be asked again
+        ask(answer, retry_s=2)  # less than Retry-After
     assert "429" in str(caught.value)
 
 
@@ -156,7 +158,7 @@ def test_a_token_is_not_sent_unencrypted_beyond_loopback() -> None:
     assert "secret" not in repr(HttpClient("https://pi5:8401", token="secret"))
 
 
-def test_nobody_there_is_named_with_the_address() -> None:
+def test_an_unreachable_device_is_named_with_its_address() -> None:
     async def main() -> None:
         client = HttpClient("http://127.0.0.1:9", retry_s=0.3)
         try:
@@ -173,7 +175,7 @@ def test_nobody_there_is_named_with_the_address() -> None:
 @pytest.mark.parametrize(
     "url", ["", "pi5:8401", "ftp://pi5", "http://", "http://pi5:port", "http://user:word@pi5:8401"]
 )
-def test_an_address_that_is_none_is_refused(url: str) -> None:
+def test_an_invalid_address_is_refused(url: str) -> None:
     with raises(ConfigError, field="url"):
         HttpClient(url)
 
@@ -184,7 +186,7 @@ def test_a_device_is_named_after_its_host_and_port() -> None:
     assert HttpClient("http://pi5:8401", name="kitchen").name == "kitchen"
 
 
-def test_a_device_that_does_not_hold_a_poll_is_not_asked_without_pause() -> None:
+def test_polls_that_are_not_held_are_spaced() -> None:
     asked = []
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

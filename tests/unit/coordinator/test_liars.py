@@ -1,4 +1,4 @@
-"""One device of four sends a number that is too large, too small or none: the run goes on, and can be resumed."""
+"""One device of four sends a number that is too large, too small or NaN: the run goes on, and can be resumed."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def survives(lie: Callable[[Any], Any], **changes: Any) -> list[Event]:
 
 
 def template() -> list[tuple[type, tuple[Any, ...]]]:
-    """(result or message, path of a number in the message that holds it), of all that a device sends in a run."""
+    """(result or message type, path of a number) of everything that a device sends in a run."""
     array = Array.of(np.zeros((1, 1)))
     results = (
         SelectResult(loss_sums=array, label_counts=(1, 1)),
@@ -207,11 +207,11 @@ def test_a_lie_over_the_network_ends_no_run(tmp_path: Path, transport: str, atta
     assert result.rounds == 2
 
 
-# --- what is made of all reports -----------------------------------------------------------------------------------
+# --- the plan that follows ----------------------------------------------------------------------------------
 
 
 class Fragile(type(toy_settings().aggregator())):  # type: ignore[misc] # Pooled, without its limits
-    """Ends up with a state that no message may hold once ``liar`` reports."""
+    """Reaches a state that no message can hold after a report of ``liars``."""
 
     def work(self, round: int) -> Any:
         work = super().work(round)
@@ -234,7 +234,7 @@ def fragile_run(tmp_path: Path, events: list[Event], **changes: Any) -> RunResul
         return Federation(clients, TASK, chosen, aggregator, store, "r", events.append).run()
 
 
-def test_a_report_that_spoils_the_next_plan_is_left_out(tmp_path: Path) -> None:
+def test_a_report_that_makes_the_next_plan_impossible_is_left_out(tmp_path: Path) -> None:
     events: list[Event] = []
     result = fragile_run(tmp_path, events)
     assert set(lost(events)) == {"liar"}
@@ -243,7 +243,7 @@ def test_a_report_that_spoils_the_next_plan_is_left_out(tmp_path: Path) -> None:
     assert result.rounds == 2
 
 
-def test_where_no_single_report_spoils_it_nothing_is_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_that_no_single_report_spoils_is_not_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Fragile, "liars", ("b", "liar"))
     events: list[Event] = []
     with pytest.raises(FederationError):
@@ -290,7 +290,7 @@ def answered(plan: RoundPlan, losses: Callable[[np.ndarray, int], np.ndarray]) -
 
 
 def as_far_as_believed(honest: RoundReport, plan: RoundPlan) -> RoundReport:
-    """The mean that lies farthest from the plan's, with the largest step size, among those that are accepted."""
+    """The accepted mean farthest from the plan's, with the largest accepted step size."""
     result = honest.result
     assert isinstance(result, LocalResult)
     assert isinstance(plan.work, LocalWork)
@@ -325,7 +325,7 @@ def test_no_sequence_of_plausible_lies_leads_to_a_plan_that_devices_refuse(metho
             lie = as_far_as_believed(lie, plans[-1])
         aggregator.update([*reports, lie])
     assert np.isfinite(aggregator.mean).all()
-    assert (np.abs(aggregator.mean).max() > 1e5) == (not shrink)  # it went as far as it may
+    assert (np.abs(aggregator.mean).max() > 1e5) == (not shrink)  # at its bound
 
 
 def test_no_gradients_within_the_bounds_lead_to_a_plan_that_devices_refuse() -> None:

@@ -1,4 +1,4 @@
-"""The mailbox: what is handed over, when, and which replies count."""
+"""The mailbox: which requests are delivered when, and which replies are accepted."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def play(scene: Callable[[Mailbox], Awaitable[None]]) -> None:
 
 
 async def put(box: Mailbox, *requests: Request, timeout_s: float = 10.0) -> list[asyncio.Future[Reply]]:
-    """Requests lie in the box of a device that has just called."""
+    """Put requests into the mailbox of a device that has just called."""
     await box.poll((), 0.0)
     waiting = [asyncio.ensure_future(box.exchange(request, timeout_s)) for request in requests]
     await asyncio.sleep(0)
     return waiting
 
 
-def test_a_poll_that_is_open_gets_a_request_at_once_and_its_reply_goes_back() -> None:
+def test_an_open_poll_gets_a_request_at_once_and_its_reply_goes_back() -> None:
     async def scene(box: Mailbox) -> None:
         polling = asyncio.ensure_future(box.poll((), 10.0))
         await asyncio.sleep(0)
@@ -51,18 +51,18 @@ def test_a_poll_that_is_open_gets_a_request_at_once_and_its_reply_goes_back() ->
     play(scene)
 
 
-def test_requests_come_in_order_and_what_the_device_holds_is_not_handed_over_again() -> None:
+def test_requests_come_in_order_and_held_ones_are_not_delivered_again() -> None:
     async def scene(box: Mailbox) -> None:
         await put(box, request(2), request(1))
         assert (await box.poll((), 0.0)).requests == (request(2), request(1))
         assert (await box.poll((request(2).id,), 0.0)).requests == (request(1),)
-        held = (request(1).id, request(2).id, "f" * 32)  # one of a coordinator that was restarted
+        held = (request(1).id, request(2).id, "f" * 32)  # the last: of a coordinator before its restart
         assert (await box.poll(held, 0.0)).requests == ()
 
     play(scene)
 
 
-def test_what_was_lost_on_its_way_or_by_a_restart_is_handed_over_again() -> None:
+def test_requests_lost_on_the_way_or_by_a_restart_are_delivered_again() -> None:
     async def scene(box: Mailbox) -> None:
         await put(box, request(1))
         for _ in range(3):
@@ -82,7 +82,7 @@ def test_a_delivery_is_at_most_a_body_but_never_empty(monkeypatch: pytest.Monkey
     play(scene)
 
 
-def test_the_same_reply_again_is_accepted_another_is_a_conflict() -> None:
+def test_a_repeated_reply_is_accepted_and_a_different_one_is_a_conflict() -> None:
     async def scene(box: Mailbox) -> None:
         (waiting,) = await put(box, request(1))
         box.take_reply(request(1).id, REPLY)
@@ -109,7 +109,7 @@ def test_a_reply_that_nobody_waits_for_is_refused() -> None:
     play(scene)
 
 
-def test_a_newer_poll_takes_the_place_of_an_older_one() -> None:
+def test_a_newer_poll_supersedes_an_older_one() -> None:
     async def scene(box: Mailbox) -> None:
         older = asyncio.ensure_future(box.poll((), 10.0))
         await asyncio.sleep(0)
@@ -133,7 +133,7 @@ def test_a_device_that_never_called_is_out_of_reach_at_once() -> None:
     play(scene)
 
 
-def test_a_device_that_ceases_to_call_is_out_of_reach_and_what_it_held_is_broken(
+def test_a_device_that_stops_calling_is_out_of_reach_and_its_requests_fail(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def scene(box: Mailbox) -> None:
@@ -150,7 +150,7 @@ def test_a_device_that_ceases_to_call_is_out_of_reach_and_what_it_held_is_broken
     play(scene)
 
 
-def test_a_device_that_polls_and_does_not_answer_times_out() -> None:
+def test_a_device_that_polls_but_does_not_reply_times_out() -> None:
     async def scene(box: Mailbox) -> None:
         polling = asyncio.ensure_future(box.poll((request(1).id,), 10.0))
         await asyncio.sleep(0)
@@ -161,7 +161,7 @@ def test_a_device_that_polls_and_does_not_answer_times_out() -> None:
     play(scene)
 
 
-def test_a_box_that_is_closed_lets_its_poll_go_and_says_when_to_call_again() -> None:
+def test_a_closed_mailbox_ends_its_poll_and_says_when_to_call_again() -> None:
     async def scene(box: Mailbox) -> None:
         polling = asyncio.ensure_future(box.poll((), 10.0))
         await asyncio.sleep(0)
@@ -174,7 +174,7 @@ def test_a_box_that_is_closed_lets_its_poll_go_and_says_when_to_call_again() -> 
     play(scene)
 
 
-def test_a_post_office_that_does_not_run_reaches_nobody() -> None:
+def test_a_post_office_that_does_not_run_reaches_no_device() -> None:
     async def main() -> None:
         with pytest.raises(NoResponseError):
             await PostOffice().exchange("a", request(1), 1.0)

@@ -1,4 +1,4 @@
-"""What a device's report of a fit must be like."""
+"""Checks of reports: shapes, bounds and counts."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_fits_report_of_another_shape_is_refused(fit: str) -> None:
 
 
 @every_fit
-def test_moments_and_gradients_are_not_taken_for_each_other(fit: str) -> None:
+def test_moments_and_gradients_are_not_confused(fit: str) -> None:
     for other in FITS:
         if other != fit:
             with raises(WireError, field="means"):
@@ -126,13 +126,13 @@ def test_a_result_of_other_work_is_refused() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e12])
-def test_numbers_that_cannot_be_are_refused(value: float) -> None:
+def test_impossible_numbers_are_refused(value: float) -> None:
     body = codec.encode(report(FITS["gradient"], means(*RIGHT["gradient"], value=value)))
     with pytest.raises(WireError):
         codec.decode(body, RoundReport)
 
 
-def test_a_loss_that_is_no_number_is_refused() -> None:
+def test_a_loss_of_nan_is_refused() -> None:
     lie = msgspec.structs.replace(means(*RIGHT["gradient"]), loss=float("nan"))
     with pytest.raises(WireError):
         codec.decode(codec.encode(report(FITS["gradient"], lie)), RoundReport)
@@ -150,7 +150,7 @@ def sums(*shape: int, counts: tuple[int, ...] = ()) -> SelectResult:
     return SelectResult(loss_sums=Array.of(np.ones(shape)), label_counts=counts)
 
 
-def test_a_selections_report_of_what_was_asked_passes() -> None:
+def test_a_selections_report_of_the_right_shape_passes() -> None:
     for asked, result in ((selection(False), sums(2)), (selection(True), sums(2, 3, counts=(5, 0, 4)))):
         check_report(report(asked, result), asked)
 
@@ -167,13 +167,13 @@ def test_a_selections_report_of_what_was_asked_passes() -> None:
     ],
     ids=["counts unasked", "sums unasked", "no sums", "no counts", "too few labels", "fewer rows than texts"],
 )
-def test_a_selections_report_of_something_else_is_refused(by_label: bool, result: SelectResult, field: str) -> None:
+def test_a_selections_report_of_another_shape_is_refused(by_label: bool, result: SelectResult, field: str) -> None:
     with raises(WireError, field=field):
         check_report(report(selection(by_label), result), selection(by_label))
 
 
 @pytest.mark.parametrize("loss", [1e5, -1e5])
-def test_a_loss_that_no_model_has_is_refused(loss: float) -> None:
+def test_a_loss_out_of_bounds_is_refused(loss: float) -> None:
     fit = plan()
     with raises(WireError, field="loss"):
         check_report(report(fit, FitResult(purpose="probe", loss=loss, means=means(1, 5, 3).means)), fit)
@@ -192,14 +192,14 @@ def test_a_perturbed_ratio_has_no_such_bound() -> None:
     check_report(report(ratio, PooledResult(losses=Array.of(np.array([1e6])))), ratio)
 
 
-def test_rows_are_no_more_than_the_device_said() -> None:
+def test_more_rows_than_the_device_said_it_has_are_refused() -> None:
     fit = plan()
     check_report(report(fit, means(1, 5, 3)), fit, n_rows=8)
     with raises(WireError, field="n_texts", limit=7):
         check_report(report(fit, means(1, 5, 3)), fit, n_rows=7)
 
 
-def test_evaluations_are_no_more_than_asked() -> None:
+def test_more_evaluations_than_the_plan_asks_for_are_refused() -> None:
     pooled = plan(work=PooledWork(state=STATE, generation=0, popsize=2))
     given = report(pooled, PooledResult(losses=Array.of(np.zeros(2))))
     check_report(msgspec.structs.replace(given, evaluations=2), pooled)

@@ -1,4 +1,4 @@
-"""A budget in seconds holds within a generation: what is not done by then is stopped and left out."""
+"""A budget in seconds ends rounds too: a round that is not done by then is stopped and left out."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_generation_that_overruns_is_stopped_and_left_out(scene: Scene, caplog
     assert not [record for record in caplog.records if record.name.startswith("fedbpt")]
 
 
-def test_where_not_one_generation_fits_the_run_says_so(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_budget_too_small_for_one_generation_is_logged(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
     scene.when(closed(0), lambda: hang(*scene.devices.values()))
     with caplog.at_level(logging.WARNING):
         result = scene.run(**limited(seconds=0.1))
@@ -81,14 +81,14 @@ def test_reports_of_enough_devices_count_when_the_budget_ends(scene: Scene) -> N
     assert not scene.of(DeviceLost)
 
 
-def test_a_deadline_that_comes_first_is_still_a_fault(scene: Scene) -> None:
+def test_a_deadline_before_the_end_of_the_budget_is_an_error(scene: Scene) -> None:
     scene.when(closed(1), lambda: hang(*scene.devices.values()))
     with raises(QuorumError) as caught:
         scene.run(**limited(seconds=60.0, deadline_s=0.3))
     assert "0.3 s" in str(caught.value)
 
 
-def test_the_time_that_was_cut_is_spent_and_a_larger_budget_goes_on(scene: Scene) -> None:
+def test_the_time_of_a_cut_round_is_spent_and_a_larger_budget_resumes(scene: Scene) -> None:
     scene.when(closed(2), lambda: hang(*scene.devices.values()))
     spent = scene.run(**limited()).seconds
     for device in scene.devices.values():
@@ -100,7 +100,7 @@ def test_the_time_that_was_cut_is_spent_and_a_larger_budget_goes_on(scene: Scene
 
 
 @pytest.mark.parametrize("purpose", ["calibration", "search"])
-def test_what_is_left_out_is_not_in_the_result(tmp_path: Path, purpose: str) -> None:
+def test_a_round_that_is_left_out_is_not_in_the_result(tmp_path: Path, purpose: str) -> None:
     """Calibration, search and readout on a real device, whose rounds for ``purpose`` take longer than the budget."""
     device = Device("a", ToyScorer(), rows(16), [], rows(8, 50), task=TASK)
     work, over = device.run, threading.Event()
@@ -127,8 +127,8 @@ def test_what_is_left_out_is_not_in_the_result(tmp_path: Path, purpose: str) -> 
     assert result.tuned.n == 8
 
 
-def test_the_round_after_one_that_was_left_out_has_its_number(scene: Scene) -> None:
-    """One device has its report done, the other not; both then take another plan for the same round."""
+def test_the_round_after_one_that_is_left_out_has_the_same_number(scene: Scene) -> None:
+    """One device is done, the other is not; both then accept another plan for the same round."""
     scene.when(closed(2), lambda: hang(scene.devices["b"]))
     first = scene.run(**limited())
     assert first.rounds == 2
@@ -174,7 +174,7 @@ def settings(**changes: Any) -> RunSettings:
     return RunSettings(**given)
 
 
-def test_the_readouts_tokens_are_foretold_by_the_calibrations() -> None:
+def test_the_readouts_tokens_are_predicted_from_the_calibrations() -> None:
     device = Device("a", ToyScorer(), rows(40), task=TASK)
     asked = settings()
     with RunStore(":memory:") as store:
@@ -189,7 +189,7 @@ def test_the_readouts_tokens_are_foretold_by_the_calibrations() -> None:
     assert 0.6 < spent["readout"] / foretold < 1.6 < at_most / spent["readout"]
 
 
-def test_without_a_readout_nothing_is_kept_for_it() -> None:
+def test_without_a_readout_no_budget_is_reserved_for_it() -> None:
     info = Device("a", ToyScorer(), rows(40), task=TASK).info()
     bare = settings().for_labels(())
     assert readout_tokens(bare, TASK.templates, [info], 100) == 0
@@ -214,7 +214,7 @@ def test_a_budget_ends_the_search_with_the_readouts_share_left(scene: Scene) -> 
 
 
 class ScoringDevice(FakeDevice):
-    """A device in one long scoring call, which only `interrupt` ends."""
+    """A device in one long scoring call, which ends only by `interrupt`."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -257,7 +257,7 @@ def test_cancelling_stops_a_scoring_call_under_way() -> None:
     assert device.interrupts == 2
 
 
-def test_cancelling_work_that_waits_stops_no_other() -> None:
+def test_cancelling_queued_work_does_not_stop_other_work() -> None:
     device = ScoringDevice("a")
 
     async def play() -> None:

@@ -104,7 +104,8 @@ class TransportClient:
     async def wait(
         self, run: str, round: int, timeout_s: float | None = None, on_progress: ProgressCallback | None = None
     ) -> RoundReport:
-        plan, path = self._plan, _round_path(run, round)
+        plan = self._plan
+        path = _round_path(run, round)
         deadline = _deadline(timeout_s)
         if plan is not None and (plan.run, plan.round) == (run, round) and self._may_shorten(plan.work):
             short = f"{path}?short=1"
