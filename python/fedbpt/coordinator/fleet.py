@@ -95,7 +95,7 @@ class Fleet:
         found = await asyncio.gather(*map(status, self.members.values()))
         for member, info in zip(self.members.values(), found, strict=True):
             if isinstance(info, DeviceInfo):
-                self._meet(member, info)
+                self._update_info(member, info)
                 problem = self.unfit(member)
             else:
                 problem = str(info)
@@ -125,10 +125,10 @@ class Fleet:
         except (DeviceError, WireError) as error:
             return error
 
-    def _meet(self, member: Member, info: DeviceInfo) -> None:
+    def _update_info(self, member: Member, info: DeviceInfo) -> None:
         if member.info is None:
-            self._listener.met(member.name, info)
-        member.heard(info)
+            self._listener.connected(member.name, info)
+        member.update_info(info)
 
     def _lose(self, member: Member, reason: str, probe: bool = True, until_idle: bool = False) -> None:
         if self._over:
@@ -150,7 +150,7 @@ class Fleet:
             if not isinstance(info, DeviceInfo):
                 member.reason = one_line(str(info), MOST_TOLD)
                 continue
-            self._meet(member, info)
+            self._update_info(member, info)
             if problem := self.unfit(member):
                 member.reason = problem
                 continue

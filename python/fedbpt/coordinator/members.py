@@ -34,7 +34,7 @@ class Member:
             return 0
         return self.info.n_dev if request.split == "dev" else self.info.n_test
 
-    def heard(self, info: DeviceInfo) -> None:
+    def update_info(self, info: DeviceInfo) -> None:
         self.info = info
         self.peak_rss_bytes = max(self.peak_rss_bytes, info.peak_rss_bytes)
 
@@ -46,7 +46,7 @@ class Listener(NamedTuple):
     back: Callable[[str, int], None]
     late: Callable[[RoundReport], None]
     progress: Callable[[str, RoundProgress], None]
-    met: Callable[[str, DeviceInfo], None]
+    connected: Callable[[str, DeviceInfo], None]
 
 
 class Cohort(NamedTuple):

@@ -44,10 +44,10 @@ class RunMetrics:
 
     def __call__(self, line: Line) -> str:
         with self._lock:
-            self._hear(line)
+            self._count(line)
         return ""
 
-    def _hear(self, line: Line) -> None:
+    def _count(self, line: Line) -> None:
         match line.entry.event:
             case RunStarted() as event:
                 self._started = event

@@ -30,8 +30,8 @@ def listener_for(ledger: RunLedger, emit: EventCallback) -> Listener:
     def progress(device: str, where: RoundProgress) -> None:
         emit(Progressed(device=device, round=where.round, done=where.done, total=where.total, paused=where.paused))
 
-    def met(device: str, info: DeviceInfo) -> None:
+    def connected(device: str, info: DeviceInfo) -> None:
         if ledger.is_open:
             store.record_devices(run, {device: info})
 
-    return Listener(lost=lost, back=back, late=late, progress=progress, met=met)
+    return Listener(lost=lost, back=back, late=late, progress=progress, connected=connected)
