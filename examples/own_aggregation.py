@@ -39,7 +39,7 @@ class BetterHalf:
     def update(self, reports: Sequence[RoundReport]) -> None:
         by_fitness = sorted(accepted(reports, LocalResult, self.min_reports), key=lambda pair: pair[1].fitness)
         better = by_fitness[: (len(by_fitness) + 1) // 2]
-        means = latents_of(better, [result.mean.numpy() for _, result in better], len(self.mean), "a mean")
+        means = latents_of(better, [result.mean.numpy() for _, result in better], len(self.mean), "mean")
         self.mean = weighted_sum(weights_of(better), means)
         squares = [result.sigma_squares / self._settings.iterations for _, result in better]
         self._sigma = float(np.sqrt(np.mean(squares)))

@@ -1,4 +1,4 @@
-"""What every `DeviceClient` must do, whichever way it reaches its device."""
+"""The contract of every `DeviceClient`, whatever its transport."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fedbpt.coordinator.clients import DeviceClient, HttpClient, InProcessClient
-from fedbpt.coordinator.slots import Turns
+from fedbpt.coordinator.slots import Slots
 from fedbpt.device.agent import AgentService
 from fedbpt.device.agent.server import AgentServer
 from fedbpt.errors import DataError, DeviceFailedError, DeviceRefusedError, DeviceTimeoutError, InputError
@@ -25,6 +25,7 @@ from fedbpt.protocol.specs import Array, ObjectiveSpec, PromptSpec, Template
 from fedbpt.protocol.task_identity import TaskIdentity
 from tests.support.caller import called_by
 from tests.support.fake_device import FINGERPRINT, TOY, FakeDevice
+from tests.support.raises import raises
 
 TEMPLATE = Template(pattern="{text} It was", label_words=(" bad", " good"))
 
@@ -103,7 +104,7 @@ def test_status_is_what_the_device_says(make_client, device):
     assert play(make_client, scene).name == "a"
 
 
-def test_a_round_is_accepted_at_once_and_its_report_waited_for(make_client, device):
+def test_a_round_is_accepted_at_once_and_its_report_awaited(make_client, device):
     device.slow_s = 1.0
 
     async def scene(client):
@@ -134,9 +135,8 @@ def test_another_plan_for_the_same_round_is_a_conflict(make_client, device):
     async def scene(client):
         for _ in range(2):
             await client.start(plan())
-            with pytest.raises(DeviceRefusedError) as caught:
+            with raises(DeviceRefusedError, code="conflict"):
                 await client.start(plan(seed=1))
-            assert caught.value.code == "conflict"
             await client.wait("r", 1)
 
     play(make_client, scene)
@@ -145,11 +145,10 @@ def test_another_plan_for_the_same_round_is_a_conflict(make_client, device):
 
 def test_a_plan_for_another_model_is_refused_by_name(make_client):
     async def scene(client):
-        with pytest.raises(DeviceRefusedError, match=r"toy.*sha256:other") as caught:
-            await client.start(plan(model_fingerprint="sha256:other"))
-        assert caught.value.code == "wrong-model"
-        with pytest.raises(DeviceRefusedError, match="sha256:other"):
-            await client.evaluate(request(model_fingerprint="sha256:other"))
+        for ask, message in ((client.start, plan()), (client.evaluate, request())):
+            with raises(DeviceRefusedError, code="wrong-model") as caught:
+                await ask(msgspec.structs.replace(message, model_fingerprint="sha256:other"))
+            assert "sha256:other" in str(caught.value)
 
     play(make_client, scene)
 
@@ -157,35 +156,34 @@ def test_a_plan_for_another_model_is_refused_by_name(make_client):
 def test_work_for_another_task_is_refused_by_name(make_client, device):
     async def scene(client):
         for ask in (client.start, client.work):
-            with pytest.raises(DeviceRefusedError, match=r"toy.*weather") as caught:
+            with raises(DeviceRefusedError, code="wrong-task") as caught:
                 await ask(plan(task=TaskIdentity.of("weather", ("x", "y"))))
-            assert caught.value.code == "wrong-task"
-        with pytest.raises(DeviceRefusedError, match="label") as caught:
+            assert all(name in str(caught.value) for name in ("toy", "weather"))
+        with raises(DeviceRefusedError, code="wrong-task"):
             await client.evaluate(request(task=TaskIdentity.of("toy", ("y", "x"))))
-        assert caught.value.code == "wrong-task"
 
     play(make_client, scene)
     assert device.plans == device.requests == []
 
 
-def test_a_round_that_the_device_does_not_know_is_named_so(make_client):
+def test_an_unknown_round_is_refused_as_such(make_client):
     async def scene(client):
-        with pytest.raises(DeviceRefusedError) as caught:
+        with raises(DeviceRefusedError, code="unknown-round"):
             await client.wait("r", 7)
-        assert caught.value.code == "unknown-round"
 
     play(make_client, scene)
 
 
-def test_waiting_ends_with_its_time_and_the_work_goes_on(make_client, device):
+def test_waiting_ends_at_its_timeout_and_the_work_goes_on(make_client, device):
     device.gate.clear()
     seen: list[RoundProgress] = []
 
     async def scene(client):
         await client.start(plan())
         began = time.monotonic()
-        with pytest.raises(DeviceTimeoutError, match=r"round 1 within 0\.2 s"):
+        with raises(DeviceTimeoutError, device="a") as caught:
             await client.wait("r", 1, timeout_s=0.2, on_progress=seen.append)
+        assert "round 1 within 0.2 s" in str(caught.value)
         assert time.monotonic() - began < 2
         device.gate.set()
         await client.wait("r", 1)
@@ -202,9 +200,9 @@ def test_cancelling_stops_the_work_and_the_round_can_begin_again(make_client, de
         waiting = asyncio.ensure_future(client.wait("r", 1))
         await asyncio.sleep(0.1)
         await client.cancel("r", 1)
-        with pytest.raises(DeviceFailedError, match="cancelled"):
+        with raises(DeviceFailedError, device="a", is_fault=False):
             await waiting
-        with pytest.raises(DeviceRefusedError, match="send its plan again"):
+        with raises(DeviceRefusedError, code="unknown-round"):
             await client.wait("r", 1)
         await client.cancel("r", 1)
         assert not (await client.status()).busy
@@ -219,11 +217,12 @@ def test_failed_work_is_reported_with_its_reason_and_can_be_tried_again(make_cli
     async def scene(client):
         quoting = DataError("row 3: 'the cat sat'", public="row 3")
         problems = (InputError("no rows"), "no rows"), (quoting, "row 3"), (KeyError("the cat"), "KeyError")
-        for problem, said in problems:
+        for problem, told in problems:
             device.fail = problem
             await client.start(plan())
-            with pytest.raises(DeviceFailedError, match=said) as failed:
+            with raises(DeviceFailedError, device="a") as failed:
                 await client.wait("r", 1)
+            assert told in str(failed.value)
             assert "the cat" not in str(failed.value)  # no text of a row leaves the device
         device.fail = None
         await client.start(plan())
@@ -237,12 +236,10 @@ def test_work_is_the_report_on_a_plan(make_client, device):
         report = await client.work(plan())
         assert report.plan_digest == codec.digest(plan())
         assert await client.work(plan()) == report
-        with pytest.raises(DeviceRefusedError) as caught:
+        with raises(DeviceRefusedError, code="conflict"):
             await client.work(plan(seed=1))
-        assert caught.value.code == "conflict"
-        with pytest.raises(DeviceRefusedError) as caught:
+        with raises(DeviceRefusedError, code="wrong-model"):
             await client.work(plan(model_fingerprint="sha256:other"))
-        assert caught.value.code == "wrong-model"
 
     play(make_client, scene)
     assert len(device.plans) == 1
@@ -261,31 +258,32 @@ def test_work_that_takes_longer_than_a_poll_is_followed_to_its_end(make_client, 
     assert {progress.state for progress in seen} == {"running"}
 
 
-def test_work_that_is_cancelled_meanwhile_or_fails_says_so(make_client, device):
+def test_work_that_is_cancelled_or_fails_raises(make_client, device):
     device.gate.clear()
 
     async def scene(client):
         working = asyncio.ensure_future(client.work(plan()))
         await asyncio.sleep(0.3)
         await client.cancel("r", 1)
-        with pytest.raises(DeviceFailedError, match="cancelled"):
+        with raises(DeviceFailedError, device="a", is_fault=False):
             await working
         device.gate.set()
         device.fail = InputError("no rows")
-        with pytest.raises(DeviceFailedError, match="no rows"):
+        with raises(DeviceFailedError) as caught:
             await client.work(plan())
+        assert "no rows" in str(caught.value)
 
     play(make_client, scene)
 
 
-def test_plans_are_handed_over_in_turns_that_a_device_at_work_does_not_keep(make_client, device):
+def test_a_slot_is_held_only_while_the_plan_is_sent(make_client, device):
     device.gate.clear()
-    turns = Turns(at_once=1, longest_s=60.0)
+    slots = Slots(at_once=1, max_hold_s=60.0)
 
     async def scene(client):
-        working = asyncio.ensure_future(client.work(plan(), turns=turns))
+        working = asyncio.ensure_future(client.work(plan(), slots=slots))
         await asyncio.sleep(0)
-        async with turns.one():  # the device has the plan, and works on it
+        async with slots.acquire():  # the device has the plan, and works on it
             assert not working.done()
         device.gate.set()
         await working
@@ -323,9 +321,9 @@ def test_another_run_is_told_that_the_device_is_busy(make_client, device, run):
 
     async def scene(client):
         await client.start(plan(run=run))
-        with pytest.raises(DeviceRefusedError, match=f"run '{run}'") as caught:
+        with raises(DeviceRefusedError, code="busy") as caught:
             await client.start(plan(run="other"))
-        assert caught.value.code == "busy"
+        assert f"'{run}'" in str(caught.value)
         device.gate.set()
         await client.wait(run, 1)
         await client.start(plan(run="other"))
@@ -351,8 +349,9 @@ def test_an_evaluation_waits_its_turn_and_may_run_out_of_time(make_client, devic
 
     async def scene(client):
         await client.start(plan())
-        with pytest.raises(DeviceTimeoutError, match=r"evaluation within 0\.1 s"):
+        with raises(DeviceTimeoutError, device="a") as caught:
             await client.evaluate(request(), timeout_s=0.1)
+        assert "evaluation within 0.1 s" in str(caught.value)
         device.gate.set()
         assert (await client.evaluate(request())).n == 20
         await client.wait("r", 1)
@@ -383,7 +382,7 @@ def test_a_client_can_be_used_again_after_closing_in_another_loop(make_client):
     assert client.bytes_down >= len(codec.encode(plan()))
 
 
-def test_closing_leaves_no_work_running_for_ever(device):
+def test_closing_stops_the_work(device):
     device.gate.clear()
 
     async def scene(client):
@@ -423,19 +422,18 @@ def test_the_same_question_again_is_answered_again(make_client, device):
 
 def test_a_question_for_another_model_is_refused(make_client, device):
     async def scene(client):
-        with pytest.raises(DeviceRefusedError) as caught:
+        with raises(DeviceRefusedError, code="wrong-model"):
             await client.ask(question(model_fingerprint="sha256:other"))
-        assert caught.value.code == "wrong-model"
 
     play(make_client, scene)
     assert not device.questions
 
 
-def test_a_question_that_nobody_waits_for_is_not_answered_on(make_client, device):
+def test_a_question_that_times_out_is_cancelled(make_client, device):
     device.slow_s = 5.0
 
     async def scene(client):
-        with pytest.raises(DeviceTimeoutError, match="did not finish an answer within"):
+        with raises(DeviceTimeoutError, device="a"):
             await client.ask(question(), timeout_s=0.1)
         device.slow_s = 0.0
         assert (await client.ask(question(text="no"))).done
@@ -443,17 +441,18 @@ def test_a_question_that_nobody_waits_for_is_not_answered_on(make_client, device
     play(make_client, scene)
 
 
-def test_an_answer_that_fails_says_why(make_client, device):
+def test_a_failed_answer_has_its_reason(make_client, device):
     device.fail = InputError("the text is empty: give at least one word")
 
     async def scene(client):
-        with pytest.raises(DeviceFailedError, match="the text is empty"):
+        with raises(DeviceFailedError) as caught:
             await client.ask(question())
+        assert str(device.fail) in str(caught.value)
 
     play(make_client, scene)
 
 
-def test_a_question_waits_for_a_round_and_does_not_disturb_it(make_client, device):
+def test_a_question_waits_for_a_running_round(make_client, device):
     device.slow_s = 0.3
 
     async def scene(client):

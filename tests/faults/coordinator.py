@@ -49,7 +49,7 @@ def run(path: Path, urls: Sequence[str], kill_at: int, clock_s: float, count: An
         if count.value == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    clients = [HttpClient(url, name=f"device-{number}", retry_s=8.0, answer_s=1.0) for number, url in enumerate(urls)]
+    clients = [HttpClient(url, name=f"device-{number}", retry_s=8.0, response_s=1.0) for number, url in enumerate(urls)]
     chosen = settings(**{"rounds": 4, "deadline_s": 60.0, "quorum": 1.0, "stragglers": 0.0, **changes})
     with store.RunStore(path) as opened:
         opened._db.set_trace_callback(statement)

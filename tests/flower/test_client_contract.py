@@ -19,10 +19,10 @@ from tests.contract.test_clients import (  # noqa: F401 - with the client below
     test_a_finished_report_is_kept_until_the_next_round_replaces_it,
     test_a_later_round_of_the_same_run_supersedes_one_at_work,
     test_a_plan_for_another_model_is_refused_by_name,
-    test_a_round_is_accepted_at_once_and_its_report_waited_for,
-    test_a_round_that_the_device_does_not_know_is_named_so,
+    test_a_round_is_accepted_at_once_and_its_report_awaited,
     test_an_evaluation_gives_counts_for_every_latent,
     test_an_evaluation_waits_its_turn_and_may_run_out_of_time,
+    test_an_unknown_round_is_refused_as_such,
     test_another_plan_for_the_same_round_is_a_conflict,
     test_another_run_is_told_that_the_device_is_busy,
     test_failed_work_is_reported_with_its_reason_and_can_be_tried_again,
@@ -53,7 +53,7 @@ def make_client(grid: ToyGrid) -> Iterator[Callable[[], DeviceClient]]:
     nodes.close()
 
 
-def test_waiting_ends_with_its_time_and_the_work_goes_on(make_client, device):
+def test_waiting_ends_at_its_timeout_and_the_work_goes_on(make_client, device):
     device.gate.clear()
 
     async def scene(client):

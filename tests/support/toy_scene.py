@@ -11,10 +11,11 @@ import msgspec
 
 from fedbpt.aggregation.pooled import Pooled
 from fedbpt.coordinator.clients import InProcessClient
+from fedbpt.coordinator.clients.in_process import InProcessTransport
+from fedbpt.coordinator.clients.transport import NoResponseError, Response
 from fedbpt.coordinator.control import RunControl
 from fedbpt.coordinator.federation import Federation
 from fedbpt.device.device import Device
-from fedbpt.errors import DeviceUnreachableError
 from fedbpt.protocol.specs import ObjectiveSpec, PromptSpec, Template
 from fedbpt.runs.events import Event, RoundClosed
 from fedbpt.runs.result import RunResult
@@ -35,37 +36,53 @@ class ToyTask(Task, frozen=True):
     )
 
 
-class FlakyClient(InProcessClient):
-    """A client whose device can be out of reach (``down``)."""
+class FlakyTransport(InProcessTransport):
+    """A transport that can be ``down``, and whose device can be restarted."""
 
     down = False
+    restarts = 0
 
-    async def status(self) -> Any:
-        self._check()
-        return await super().status()
-
-    async def start(self, plan: Any, history: Any = None) -> None:
-        self._check()
-        await super().start(plan, history)
-
-    async def wait(self, run: str, round: int, timeout_s: float | None = None, on_progress: Any = None) -> Any:
-        while True:
-            self._check()
-            waiting = asyncio.ensure_future(super().wait(run, round, timeout_s, on_progress))
-            done, _ = await asyncio.wait([waiting], timeout=0.05)
-            if done:
-                return waiting.result()
-            waiting.cancel()
-
-    def _check(self) -> None:
-        if self.down:
-            raise DeviceUnreachableError(f"{self.name} cannot be reached")
+    async def send(self, *request: Any) -> Response:
+        while not self.down:
+            restarts = self.restarts
+            sending = asyncio.ensure_future(super().send(*request))
+            try:
+                while not self.down and restarts == self.restarts:
+                    done, _ = await asyncio.wait([sending], timeout=0.05)
+                    if done:
+                        return sending.result()
+            finally:
+                sending.cancel()
+        raise NoResponseError("cannot be reached")
 
     def restart(self, graceful: bool) -> None:
         """Forget all rounds, as a device does that is started again."""
-        if self._service is not None and graceful:
-            self._service.stop()
-        self._service = None
+        if self._served is not None and graceful:
+            self._served[0].stop()
+        self._served = None
+        self.restarts += 1
+
+
+class FlakyClient(InProcessClient):
+    """A client of a device that can be out of reach (``down``), or restarted."""
+
+    def __init__(self, device: FakeDevice | Device) -> None:
+        super().__init__(device)
+        self._transport: FlakyTransport = FlakyTransport(device)
+        self.restart = self._transport.restart
+
+    @property
+    def down(self) -> bool:
+        return self._transport.down
+
+    @down.setter
+    def down(self, is_down: bool) -> None:
+        self._transport.down = is_down
+
+    @property
+    def is_idle(self) -> bool:
+        """The device has no work, nor any report."""
+        return self._transport._served is None or not self.service._jobs
 
 
 def settings(**changes: Any) -> RunSettings:

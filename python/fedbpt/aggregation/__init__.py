@@ -1,4 +1,4 @@
-"""How reports become the next round: one algorithm a file, each with the `Method` that it registers."""
+"""Algorithms that turn reports into the next round: one a file, each with the `Method` that it registers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the coordinator asks of an aggregation algorithm, and the checks that all of them share."""
+"""`Aggregator` and `Fit`, and the checks that their implementations share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.errors import InputError
-from fedbpt.protocol.rounds import Result, RoundReport, SearchHistory, Work
+from fedbpt.protocol.rounds import FitPurpose, Result, RoundReport, SearchHistory, Work
+from fedbpt.protocol.specs import Readout
 
 R = TypeVar("R", bound=Result)
 
@@ -27,20 +28,20 @@ class Aggregator(Protocol):
 
     @property
     def mean(self) -> NDArray[np.float64]:
-        """The latent [d] to use: the search's mean, not the best sample."""
+        """The latent [d] to ship: the search's mean, not the best sample."""
         ...
 
     @property
     def evaluations(self) -> int:
-        """Candidates that a device has scored so far: each round's most among its reports, summed."""
+        """Candidates that a device has scored so far: the sum over rounds of the most in a report."""
         ...
 
     def work(self, round: int) -> Work:
-        """What every device does in this round; rounds count from 0 and name the generation."""
+        """What every device does in ``round``."""
         ...
 
     def history(self) -> SearchHistory | None:
-        """What devices can make `work` from themselves by replaying it; None: they cannot."""
+        """The history from which devices can make `work` by replaying it; None: they cannot."""
         ...
 
     def update(self, reports: Sequence[RoundReport]) -> None:
@@ -48,7 +49,33 @@ class Aggregator(Protocol):
         ...
 
     def restart(self, mean: NDArray[np.float64]) -> None:
-        """Search anew from ``mean`` [d], with nothing learned of step size and covariance."""
+        """Restart from ``mean`` [d], with the initial step size and covariance."""
+        ...
+
+    def digest(self) -> str:
+        """sha256 (hex) of everything that decides what comes next."""
+        ...
+
+
+class Fit(Protocol):
+    """Fits a readout over the devices in several exchanges, each of them a round; deterministic, as an `Aggregator`."""
+
+    purpose: FitPurpose
+    min_reports: int
+    """Fewest reports that `update` works with."""
+    done: bool
+
+    @property
+    def readout(self) -> Readout:
+        """The best readout so far."""
+        ...
+
+    def work(self) -> Work:
+        """What every device does in the next exchange."""
+        ...
+
+    def update(self, reports: Sequence[RoundReport]) -> None:
+        """Close an exchange. Raises `InputError`, and changes nothing, for reports that do not fit."""
         ...
 
     def digest(self) -> str:
@@ -57,36 +84,41 @@ class Aggregator(Protocol):
 
 
 def accepted(reports: Sequence[RoundReport], kind: type[R], least: int) -> list[tuple[RoundReport, R]]:
-    """Reports in order of device name, with their results.
+    """The reports with their results, in order of device name.
 
     Raises:
-        InputError: fewer than ``least``, a device twice, a result of another kind.
+        InputError: fewer than ``least`` reports, two of one device, a result of another type.
     """
     if len(reports) < least:
-        raise InputError(f"this round needs reports of at least {least} devices, got {len(reports)}")
+        raise InputError(f"expected reports of at least {least} devices, got {len(reports)}", limit=least)
     ordered = sorted(reports, key=lambda report: report.device)
     pairs: list[tuple[RoundReport, R]] = []
     for before, report in zip([None, *ordered], ordered, strict=False):
         if before is not None and before.device == report.device:
-            raise InputError(f"device {report.device} reported twice in one round")
+            raise InputError(f"device {report.device} reported twice in one round", field="device")
         if not isinstance(report.result, kind):
-            raise InputError(f"device {report.device} sent {type(report.result).__name__}, not {kind.__name__}")
+            raise InputError(
+                f"device {report.device} sent a {type(report.result).__name__}, expected a {kind.__name__}",
+                field="result",
+            )
         pairs.append((report, report.result))
     return pairs
 
 
 def latents_of(
-    pairs: Sequence[tuple[RoundReport, R]], arrays: Sequence[NDArray[np.float64]], size: int, what: str
+    pairs: Sequence[tuple[RoundReport, R]], arrays: Sequence[NDArray[np.float64]], size: int, field: str
 ) -> NDArray[np.float64]:
-    """``arrays`` [size] each, stacked [len, size]; raises `InputError` naming the device whose shape is wrong."""
+    """``arrays``, of shape [size] for each of ``pairs``, stacked [len, size]; raises `InputError` for other shapes."""
     for (report, _), values in zip(pairs, arrays, strict=True):
         if values.shape != (size,):
-            raise InputError(f"device {report.device} sent {what} of shape {list(values.shape)}, expected [{size}]")
+            raise InputError(
+                f"device {report.device} sent {field} of shape {list(values.shape)}, expected [{size}]", field=field
+            )
     return np.stack(arrays)
 
 
 def weights_of(pairs: Sequence[tuple[RoundReport, R]]) -> NDArray[np.float64]:
-    """Each device's share of the texts behind the reports; sums to 1."""
+    """Each device's share of the texts behind the reports [K]; sums to 1."""
     counts = np.array([report.n_texts for report, _ in pairs], dtype=np.float64)
     shares: NDArray[np.float64] = counts / counts.sum()
     return shares

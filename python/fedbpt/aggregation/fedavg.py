@@ -1,8 +1,8 @@
 """FedAvg of local search means (McMahan et al. 2017, arXiv 1602.05629, with CMA-ES in place of gradient descent).
 
 Device k searches from the shared mean and step size with C = I; the server averages the means, weighted by texts, and
-the step sizes' mean squares likewise. One exchange for several generations: the fallback where latency is high.
-Where it is to be robust, another centre takes the place of the means' average, and the median that of the squares'.
+the mean squares of the step sizes likewise. One exchange serves several generations, for high latency. With a robust
+rule, another centre replaces the average of the means, and the median that of the squares.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class FedAvg:
         sigma0: initial step size.
         popsize: λ of the devices' searches.
         iterations: generations a device searches per round.
-        robust: what takes the place of the average, see `fedbpt.aggregation.robust`.
-        byzantine: so many devices may lie where it is robust.
+        robust: rule that replaces the average, see `fedbpt.aggregation.robust`.
+        byzantine: number of Byzantine devices tolerated; unused without a robust rule.
     """
 
     def __init__(
@@ -45,15 +45,17 @@ class FedAvg:
         byzantine: int = 1,
     ) -> None:
         if d < 1 or iterations < 1:
-            raise InputError(f"d and iterations must be at least 1, got {d} and {iterations}")
+            field = "d" if d < 1 else "iterations"
+            raise InputError(f"d and iterations must be at least 1, got {d} and {iterations}", field=field, limit=1)
         if not (math.isfinite(sigma0) and sigma0 > 0):
-            raise InputError(f"sigma0 must be positive and finite, got {sigma0}")
+            raise InputError(f"sigma0 must be positive and finite, got {sigma0}", field="sigma0")
         METHOD.check_robust(robust)
         self._robust: Robust = robust
         self._byzantine = byzantine
         self.min_reports = reports_needed(robust, byzantine)
         self._mean: NDArray[np.float64] = np.zeros(d)
-        self._sigma = self._sigma0 = float(sigma0)
+        self._sigma0 = float(sigma0)
+        self._sigma = self._sigma0
         self._popsize = popsize
         self._iterations = iterations
         self._rounds = 0
@@ -67,17 +69,17 @@ class FedAvg:
     def evaluations(self) -> int:
         return self._evaluations
 
-    def work(self, round: int) -> LocalWork:  # noqa: ARG002 - the state says it all
+    def work(self, round: int) -> LocalWork:  # noqa: ARG002 - the state decides
         """A search from the shared mean."""
         state = SearchState(mean=Array.of(self._mean, "<f4"), sigma=float(np.float32(self._sigma)))
         return LocalWork(state=state, iterations=self._iterations, popsize=self._popsize)
 
     def history(self) -> None:
-        """Devices get the state: it is made of all devices' means."""
+        """None: devices cannot replay a state that is made of all devices' means."""
 
     def update(self, reports: Sequence[RoundReport]) -> None:
         pairs = accepted(reports, LocalResult, self.min_reports)
-        means = latents_of(pairs, [result.mean.numpy() for _, result in pairs], len(self._mean), "a mean")
+        means = latents_of(pairs, [result.mean.numpy() for _, result in pairs], len(self._mean), "mean")
         weights = weights_of(pairs)
         squares = np.array([[result.sigma_squares] for _, result in pairs])
         limit = farthest(self._sigma0, len(self._mean))
@@ -88,7 +90,8 @@ class FedAvg:
         self._evaluations += max(report.evaluations for report, _ in pairs)
 
     def restart(self, mean: NDArray[np.float64]) -> None:
-        self._mean, self._sigma = np.array(mean), self._sigma0
+        self._mean = np.array(mean)
+        self._sigma = self._sigma0
 
     def digest(self) -> str:
         own = f"{self._popsize}|{self._iterations}|{self._rounds}|{self._sigma.hex()}|{self._evaluations}|"

@@ -7,23 +7,24 @@ uploads its mean m_k, the fitness f_k = F(m_k) and Σ_i σ²_{k,i}. The server t
 
 makes one CMA-ES update with population K and μ = K on ({m_k}, {f_k}), and scales the next local σ by
 σ_after/σ_before. The m_k were not drawn from the server's distribution, so the ``cma`` package treats them as injected:
-longer than √d + 2d/(d+2) in Mahalanobis distance, they are drawn in (Hansen 2011, arXiv 1110.4181).
+longer than √d + 2d/(d+2) in Mahalanobis distance, they are shortened to that (Hansen 2011, arXiv 1110.4181).
 
-On skewed data this can collapse: a device with almost one class looks fittest, whatever it does to the others.
+On skewed data this can collapse: a device with almost only one class has the best fitness, whatever its mean does to
+the others.
 
-Where it is to be robust, multi-Krum keeps the means that lie near each other, and the median of their Σ_i σ²_{k,i}
-takes the place of the mean.
+With a robust rule, multi-Krum keeps the means that lie near each other, and the median of their Σ_i σ²_{k,i} replaces
+the mean.
 
-What the reference implementation (NVFlare ``research/fed-bpt``) does otherwise. We do not, unless ``compat="nvflare"``:
+The reference implementation (NVFlare ``research/fed-bpt``) differs. We follow it only with ``compat="nvflare"``:
 
-- It divides by the configured number of clients, not by that of replies; the same number is the population.
+- It divides by the configured number of clients, not by the number of reports; the same number is the population.
 - It divides by the devices' μ (the number of parents, λ // 2), not by μ_eff.
-- Its σ floor of 0.5 and its cap at the unfloored value undo each other: there is no floor. Nor have we one.
+- Its floor of 0.5 for σ and its cap at the value without a floor cancel each other. We have no floor either.
 - The package's default below 6 clients is mirrored sampling, which changes the damping of σ though no server sample
   is ever used.
-- It seeds every client alike, so that all draw the same normals each round. Ours are seeded by device and round,
-  with compat too: it concerns the server alone.
-- It picks the prompt to save by test accuracy. We return the mean.
+- It gives every client the same seed, so that all draw the same normals each round. Ours are seeded by device and
+  round, with compat too: that concerns the server only.
+- It selects the prompt to save by test accuracy. We return the mean.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ class FedBPT:
         iterations: I, generations a device searches per round.
         covariance: ``full`` as published, or ``diagonal`` to send d numbers instead of d².
         n_devices: configured number of devices; ``compat`` needs it.
-        compat: ``nvflare`` reproduces the reference implementation's server, see above; all of ``n_devices`` must then
-            report in every round, as there.
+        compat: ``nvflare`` reproduces the reference implementation's server, see above; as there, all of
+            ``n_devices`` must then report in every round.
         robust: ``none``, or ``krum``, see `fedbpt.aggregation.robust`.
-        byzantine: so many devices may lie where it is robust.
+        byzantine: number of Byzantine devices tolerated; unused without a robust rule.
     """
 
     def __init__(
@@ -74,25 +75,26 @@ class FedBPT:
         byzantine: int = 1,
     ) -> None:
         if compat not in (None, "nvflare"):
-            raise InputError(f"compat must be None or 'nvflare', got {compat!r}")
+            raise InputError(f"compat must be None or 'nvflare', got {compat!r}", field="compat")
         if compat and (n_devices is None or n_devices < 2):
-            raise InputError("compat='nvflare' needs n_devices of 2 or more: the reference divides by it")
+            raise InputError("compat='nvflare' needs n_devices of at least 2", field="n_devices", limit=2)
         if iterations < 1:
-            raise InputError(f"iterations must be at least 1, got {iterations}")
+            raise InputError(f"iterations must be at least 1, got {iterations}", field="iterations", limit=1)
         self._n_devices = n_devices if compat else None
         METHOD.check_robust(robust)
-        self._n_liars = 0 if robust == "none" else byzantine
+        self._n_byzantine = 0 if robust == "none" else byzantine
         self.min_reports = self._n_devices or max(2, reports_needed(robust, byzantine))
         self._popsize = popsize
         self._iterations = iterations
-        # The package's own default, which the reference takes: True below a population of 6.
+        # The package's default, which the reference uses: mirrored below a population of 6.
         mirrors = 1 if self._n_devices and self._n_devices < 6 else 0
         self._make = partial(
             CmaUpdate, d, sigma0, self.min_reports, covariance, step_size="path", all_parents=True, mirrors=mirrors
         )
         self._server = self._make()
         self._d = d
-        self._local_sigma = self._sigma0 = float(sigma0)
+        self._sigma0 = float(sigma0)
+        self._local_sigma = self._sigma0
         self._parents = popsize // 2 if compat else CmaUpdate(1, 1.0, popsize).mueff
         self._evaluations = 0
 
@@ -102,14 +104,14 @@ class FedBPT:
 
     @property
     def local_sigma(self) -> float:
-        """Step size that devices start the next round with."""
+        """Step size with which devices start the next round."""
         return self._local_sigma
 
     @property
     def evaluations(self) -> int:
         return self._evaluations
 
-    def work(self, round: int) -> LocalWork:  # noqa: ARG002 - the state says it all
+    def work(self, round: int) -> LocalWork:  # noqa: ARG002 - the state decides
         """(m, σ, C) of the server, with the local step size."""
         server = self._server.state()
         state = type(server)(
@@ -121,20 +123,25 @@ class FedBPT:
         return LocalWork(state=state, iterations=self._iterations, popsize=self._popsize)
 
     def history(self) -> None:
-        """Devices get the state: it is made of all devices' means."""
+        """None: devices cannot replay a state that is made of all devices' means."""
 
     def update(self, reports: Sequence[RoundReport]) -> None:
         pairs = accepted(reports, LocalResult, self.min_reports)
         if self._n_devices is not None and len(pairs) != self._n_devices:
-            raise InputError(f"compat='nvflare' needs all {self._n_devices} devices to report, got {len(pairs)}")
-        means = latents_of(pairs, [result.mean.numpy() for _, result in pairs], self._d, "a mean")
+            raise InputError(
+                f"compat='nvflare' needs all {self._n_devices} devices to report, got {len(pairs)}",
+                limit=self._n_devices,
+            )
+        means = latents_of(pairs, [result.mean.numpy() for _, result in pairs], self._d, "mean")
         fitness = np.array([result.fitness for _, result in pairs])
         if not np.isfinite(fitness).all():
-            raise InputError("a report's fitness is NaN or infinite")
+            raise InputError("a report's fitness is NaN or infinite", field="fitness")
         squares = np.array([result.sigma_squares for _, result in pairs])
-        if self._n_liars:
-            kept = np.sort(krum(means, self._n_liars)[: len(means) - self._n_liars])
-            means, fitness, squares = means[kept], fitness[kept], np.full(len(kept), np.median(squares[kept]))
+        if self._n_byzantine:
+            kept = np.sort(krum(means, self._n_byzantine)[: len(means) - self._n_byzantine])
+            means = means[kept]
+            fitness = fitness[kept]
+            squares = np.full(len(kept), np.median(squares[kept]))
         before = math.sqrt(math.fsum(squares) / (len(squares) * self._parents))
         server = self._server
         server.resize(len(means))
@@ -144,7 +151,8 @@ class FedBPT:
         self._evaluations += max(report.evaluations for report, _ in pairs)
 
     def restart(self, mean: NDArray[np.float64]) -> None:
-        self._server, self._local_sigma = self._make(start=mean), self._sigma0
+        self._server = self._make(start=mean)
+        self._local_sigma = self._sigma0
 
     def digest(self) -> str:
         own = f"{self._popsize}|{self._iterations}|{self._n_devices}|{self._local_sigma.hex()}|{self._evaluations}"
@@ -154,7 +162,7 @@ class FedBPT:
         return f"FedBPT(d={self._d}, round={self._server.generation}, local σ={self._local_sigma:.3g})"
 
 
-# Krum only: the server ranks the means by their fitness, so it needs means that were sent, not coordinates of several.
+# Krum only: the server ranks means by their fitness, so it needs means as sent, not combinations of coordinates.
 METHOD = register(
     Method(
         name="fedbpt",

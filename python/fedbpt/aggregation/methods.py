@@ -16,10 +16,10 @@ from fedbpt.errors import ConfigError
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """What a run's settings say of its search.
+    """The settings of a run's search.
 
     ``d``: dimension of the latent; ``sigma0``: initial step size; ``popsize``: λ, of the shared population or of each
-    device's local search; ``iterations``: generations of a local search; ``seed``: the run's, which the plans carry;
+    device's local search; ``iterations``: generations of a local search; ``seed``: of the run, sent with the plans;
     ``robust``, ``byzantine``: see `fedbpt.aggregation.robust`.
     """
 
@@ -37,12 +37,12 @@ class Method:
     """One method of aggregation.
 
     Attributes:
-        name: what ``method`` of a run's settings calls it.
-        make: an aggregator before its first round.
-        robust: the rules that it works with, ``none`` among them.
+        name: value of ``method`` in a run's settings.
+        make: makes an aggregator before its first round.
+        robust: the robust rules that it supports, including ``none``.
         local: a round is a search of ``iterations`` generations on each device (`LocalWork`), not one generation
-            that all devices share (`PooledWork`).
-        private: its results can be had from losses of candidates only, as differential privacy needs it.
+            that all devices score (`PooledWork`).
+        private: its results depend on the losses of candidates only, as differential privacy requires.
     """
 
     name: str
@@ -52,29 +52,27 @@ class Method:
     private: bool = True
 
     def check_robust(self, robust: Robust) -> None:
-        """Raises `ConfigError` for a rule that does not go with this method."""
+        """Raise `ConfigError` for a rule that this method does not support."""
         if robust not in self.robust:
             choices = ", ".join(self.robust)
-            raise ConfigError(f"robust = {robust!r} does not go with method {self.name!r}: choose of {choices}")
+            raise ConfigError(
+                f"method {self.name!r} does not support robust = {robust!r}: choose from {choices}", field="robust"
+            )
 
 
 _METHODS: dict[str, Method] = {}
 
 
 def register(method: Method) -> Method:
-    """Make ``method`` known by its name; returns it.
-
-    Raises:
-        ConfigError: another method has that name.
-    """
+    """Register ``method`` by its name; returns it. Raises `ConfigError` if another method has that name."""
     known = _METHODS.setdefault(method.name, method)
     if known is not method:
-        raise ConfigError(f"there is a method {method.name!r} already: give this one another name")
+        raise ConfigError(f"a method {method.name!r} is registered already: give this one another name", field="name")
     return method
 
 
 def method_named(name: str) -> Method:
-    """Raises `ConfigError`, which lists the methods, for an unknown ``name``."""
+    """The method ``name``; raises `ConfigError`, which lists the methods, for an unknown one."""
     if name not in _METHODS:
-        raise ConfigError(f"unknown method {name!r}: choose of {', '.join(sorted(_METHODS))}")
+        raise ConfigError(f"unknown method {name!r}: choose from {', '.join(sorted(_METHODS))}", field="method")
     return _METHODS[name]

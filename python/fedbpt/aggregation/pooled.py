@@ -1,11 +1,11 @@
-"""Pooled search: one exact global CMA-ES whose population every device makes from a shared seed.
+"""Pooled search: one exact global CMA-ES, whose population every device draws from a shared seed.
 
-Each device scores all candidates on its own mini-batch and sends λ losses; their sum, weighted by texts, is an
-unbiased estimate of the global loss, so this is centralised CMA-ES on the pooled data, however skewed the devices
-are. The price is one exchange per generation. Ours; no paper.
+Each device scores all candidates on its own mini-batch and sends λ losses; their mean, weighted by texts, is an
+unbiased estimate of the global loss. So this is centralised CMA-ES on the pooled data, however skewed the devices are,
+for one exchange per generation. Ours; no paper.
 
-Tiny mini-batches make the search's mean wander about what it looks for, so the result is an average of the means, late
-ones counting more: polynomial-decay averaging (Shamir & Zhang 2013, arXiv 1212.1824, section 4).
+With tiny mini-batches the search's mean wanders around the optimum, so the result is an average of the means in which
+late ones count more: polynomial-decay averaging (Shamir & Zhang 2013, arXiv 1212.1824, section 4).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fedbpt.protocol.specs import Array
 from fedbpt.search.cma_es import MOST_RANKED, CmaSearch, Covariance, StepSize, rank_bytes
 
 DECAY = 3
-"""η of the averaging: mean t gets a weight of about t^η."""
+"""η of the averaging: mean t has a weight of about t^η."""
 
 
 class Pooled:
@@ -35,11 +35,11 @@ class Pooled:
         d: dimension of the latent.
         sigma0: initial step size.
         popsize: candidates per generation, λ.
-        seed: the run's; devices draw the population from it.
+        seed: of the run; devices draw the population from it.
         covariance: ``diagonal`` or ``full``.
         step_size: ``auto`` (by the dimension), ``path`` or ``two_point``, see `fedbpt.search.cma_es.CmaUpdate`.
-        robust: what takes the place of the weighted sum of losses, see `fedbpt.aggregation.robust`.
-        byzantine: so many devices may lie where it is robust.
+        robust: rule that replaces the weighted mean of losses, see `fedbpt.aggregation.robust`.
+        byzantine: number of Byzantine devices tolerated; unused without a robust rule.
     """
 
     def __init__(
@@ -62,24 +62,24 @@ class Pooled:
         self._began = SearchHistory(sigma0=sigma0, popsize=popsize, covariance=covariance, step_size=step_size)
         self._told = bytearray()
         self._average = self._search.mean
-        self._before = 0  # evaluations of searches before a restart
+        self._before = 0  # evaluations before the last restart
 
     @property
     def mean(self) -> NDArray[np.float64]:
-        """The average of the search's means, [d]."""
+        """The average of the search's means [d]."""
         return np.array(self._average)
 
     @property
     def evaluations(self) -> int:
         return self._before + self._search.evaluations
 
-    def work(self, round: int) -> PooledWork:  # noqa: ARG002 - the generation is what the search has been told
-        """The next generation. It repeats for a round that closed without an update."""
+    def work(self, round: int) -> PooledWork:  # noqa: ARG002 - the generation follows from the updates
+        """The next generation; the same one again if a round closed without an update."""
         search = self._search
         return PooledWork(state=search.state(), generation=search.generation, popsize=search.popsize)
 
     def history(self) -> SearchHistory | None:
-        """All that the search was told; None where a byte is too small for a rank."""
+        """The ranks of all updates; None if a rank does not fit into a byte."""
         if self._search.popsize > MOST_RANKED:
             return None
         return msgspec.structs.replace(self._began, ranks=bytes(self._told))
@@ -88,7 +88,7 @@ class Pooled:
         pairs = accepted(reports, PooledResult, self.min_reports)
         losses = latents_of(pairs, [result.losses.numpy() for _, result in pairs], self._search.popsize, "losses")
         if self._robust != "none":
-            # devices differ in how hard their texts are: what counts is which candidates each finds better than others
+            # Some devices have harder texts: compare the candidates within each device.
             losses = losses - losses.mean(axis=1, keepdims=True)
         combined = centre(losses, weights_of(pairs), self._robust, self._byzantine)
         self._search.tell(combined)
@@ -111,7 +111,7 @@ class Pooled:
         return f"Pooled({self._search!r})"
 
 
-# Without Krum, which would keep the losses of one device's mini-batch.
+# No Krum: it would keep the losses of one device's mini-batch.
 METHOD = register(
     Method(
         name="pooled",

@@ -1,13 +1,13 @@
-"""Fit a readout over devices: multinomial logistic regression by exact pooled gradients (`fedbpt.objective.readout`).
+"""`ReadoutFit`: multinomial logistic regression over devices by exact pooled gradients (`fedbpt.objective.readout`).
 
-Words' logits are centred and scaled by pooled moments (one exchange), then L-BFGS (Nocedal & Wright 2006, alg. 7.4,
-with Armijo's rule) minimises
+The words' logits x are centred by μ and scaled by r, pooled moments (one exchange); then L-BFGS (Nocedal & Wright 2006,
+alg. 7.4, with Armijo's rule) minimises
 
     mean cross-entropy + ρ/(2n)·‖W‖²,    W the weights on (1, 3·(x − μ)/r),    n rows on all devices
 
-from W = 0: the model's own label words, with the bias it is given. An exchange is one evaluation of the loss and its
-gradient; devices know V alone, into which μ and r are folded. Several templates' readouts are fitted apart, their
-objectives' mean being minimised at once.
+from W = 0: the model's own label words, with the given bias. An exchange is one evaluation of the loss and its
+gradient; devices see only V, into which μ and r are folded. Several templates have separate readouts; the mean of their
+objectives is minimised.
 """
 
 from __future__ import annotations
@@ -31,31 +31,32 @@ RIDGE = 2.5
 """ρ. Chosen on development rows of AG News and SST-2, see docs/algorithm.md."""
 
 EXCHANGES = 14
-"""At most so many evaluations of the gradient."""
+"""Most evaluations of the gradient."""
 
-_SPREAD = 3.0  # root mean square norm of the scaled words' logits
-_MEMORY = 10  # pairs that L-BFGS keeps
-_ARMIJO, _SHORTEN = 1e-4, 0.3
-_ROUNDING = 1e-5  # of the moments, which come as float32
-_STILL = 3e-4  # nats: an exchange that gains less is the last
-_SMALLEST_SCALE = 1e-3  # logits that differ by less say nothing
-_LONGEST = 1e4  # of a step in W, whose entries are standard deviations: devices can compute with what it leads to
+_SPREAD = 3.0  # root mean square norm of the scaled logits
+_MEMORY = 10  # pairs kept by L-BFGS
+_ARMIJO = 1e-4  # least decrease, as a share of the linear prediction
+_SHORTEN = 0.3  # factor of a step that decreases less
+_ROUNDING = 1e-5  # relative, of the moments, which are sent as float32
+_MIN_GAIN = 3e-4  # nats: the fit ends with an exchange that gains less
+_MIN_SCALE = 1e-3  # logits that vary less carry no information
+_MAX_STEP = 1e4  # norm of a step in W: devices can still compute with the result
 
 
 class ReadoutFit:
-    """One fit, by `work` and `update` like an `Aggregator`, until `done`.
+    """One fit, see `Fit`.
 
     Args:
-        purpose: what it is for; devices repeat it.
+        purpose: sent with the work; devices repeat it.
         latent: [d], the prompt.
-        n_words: 0 fits a bias alone.
+        n_words: of the readout; 0 fits only a bias.
         n_labels: of the task.
         bias: [n_labels] to start from; None: zeros.
-        max_rows: training rows that a device uses at most.
+        max_rows: most training rows used on a device.
         others: templates whose readouts are fitted too, without a prompt.
-        robust: ``trimmed-mean``, or for any other but ``none`` the ``median``, takes the place of the devices' mean of
-            each coordinate (Yin et al. 2018, arXiv 1803.01498); the gradient is then no longer exact.
-        byzantine: so many devices may lie where it is robust.
+        robust: ``trimmed-mean``, or with any other rule the ``median``, replaces the devices' mean of each coordinate
+            (Yin et al. 2018, arXiv 1803.01498); the gradient is then not exact.
+        byzantine: number of Byzantine devices tolerated; unused without a robust rule.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class ReadoutFit:
         self._value = math.inf
         self._gradient: Floats = np.zeros(self._shape)
         self._move: Floats = np.zeros(self._shape)
-        self._length = 0.0  # of the step being tried; 0: the first point
+        self._length = 0.0  # of the step that is tried; 0: the first point
         self._pairs: list[tuple[Floats, Floats]] = []
         self._devices: tuple[str, ...] = ()
         self._exchanges = 0
@@ -96,12 +97,12 @@ class ReadoutFit:
 
     @property
     def readout(self) -> Readout:
-        """The best found so far."""
+        """The best readout so far."""
         return self._readout(self._best)
 
     @property
     def loss(self) -> float:
-        """Its objective, nats."""
+        """Objective of `readout`, nats."""
         return self._value
 
     def work(self) -> FitWork:
@@ -123,18 +124,20 @@ class ReadoutFit:
         shape = self._shape if self._centred else self._shape[:2]
         for report, result in pairs:
             if result.means.shape != shape:
-                got, wanted = list(result.means.shape), list(shape)
-                raise InputError(f"device {report.device} sent means of shape {got}, expected {wanted}")
+                got, expected = list(result.means.shape), list(shape)
+                raise InputError(
+                    f"device {report.device} sent means of shape {got}, expected {expected}", field="means"
+                )
         weights = weights_of(pairs)
         means = self._middle(weights, np.stack([result.means.numpy().ravel() for _, result in pairs]))
         if not self._centred:
             means = means.reshape(shape)
-            self._centre = means[:, :-1].astype(np.float32).astype(np.float64)  # as devices get it
+            self._centre = means[:, :-1].astype(np.float32).astype(np.float64)  # rounded as devices get it
             square = means[:, -1]
             variance = square - (self._centre**2).sum(axis=1)
-            # words that never change have the rounding of the moments as their variance: it must not scale them up
+            # The variance of words that never change is the rounding of the moments: do not scale it up.
             scale = np.sqrt(np.maximum(variance, _ROUNDING * square))
-            self._scale = np.where(scale > 0, np.maximum(scale, _SMALLEST_SCALE), 1.0)
+            self._scale = np.where(scale > 0, np.maximum(scale, _MIN_SCALE), 1.0)
             self._centred = True
             return
         loss = float(self._middle(weights, np.array([[result.loss] for _, result in pairs]))[0])
@@ -142,8 +145,10 @@ class ReadoutFit:
         self._exchanges += 1
         devices = tuple(report.device for report, _ in pairs)
         if devices != self._devices:
-            # the loss of other rows: nothing that was found before compares with it
-            self._devices, self._pairs, self._value = devices, [], math.inf
+            # A loss on other rows: earlier ones cannot be compared with it.
+            self._devices = devices
+            self._pairs = []
+            self._value = math.inf
         self._learn(*self._objective(loss, means.reshape(self._shape), RIDGE / n_rows))
         self.done = self.done or self._exchanges >= EXCHANGES
 
@@ -162,10 +167,10 @@ class ReadoutFit:
         return digest.hexdigest()
 
     def _objective(self, loss: float, by_v: Floats, ridge: float) -> tuple[float, Floats]:
-        """The objective and its gradient by W at the point that was asked."""
+        """The objective, and its gradient by W, at the point of the last `work`."""
         point = self._best + self._length * self._move
         gradient: Floats = by_v.copy()
-        gradient[:, 1:] *= (_SPREAD / self._scale)[:, None, None]  # devices have centred it
+        gradient[:, 1:] *= (_SPREAD / self._scale)[:, None, None]  # centred on the devices
         n_templates = len(gradient)
         return loss + ridge / 2 * float((point**2).sum()) / n_templates, (gradient + ridge * point) / n_templates
 
@@ -178,11 +183,12 @@ class ReadoutFit:
         difference = gradient - self._gradient
         if math.isfinite(self._value) and float((step * difference).sum()) > 0:
             self._pairs = [*self._pairs, (step, difference)][-_MEMORY:]
-        self.done = self._value - value < _STILL
+        self.done = self._value - value < _MIN_GAIN
         self._best = self._best + step
-        self._value, self._gradient = value, gradient
+        self._value = value
+        self._gradient = gradient
         self._move = self._direction()
-        self._length = min(1.0, _LONGEST / max(float(np.sqrt((self._move**2).sum())), 1.0))
+        self._length = min(1.0, _MAX_STEP / max(float(np.sqrt((self._move**2).sum())), 1.0))
 
     def _direction(self) -> Floats:
         """−H·gradient by the two loops of L-BFGS."""

@@ -14,7 +14,7 @@ from fedbpt.api import make_prompt
 from fedbpt.cli.options import AsJson, Quiet, chosen_task, help_without_command, print_json
 from fedbpt.cli.report import print_result, result_as_json
 from fedbpt.coordinator.ledger import RunLedger, is_of
-from fedbpt.coordinator.report_checks import purpose_of
+from fedbpt.coordinator.round_reports import purpose_of
 from fedbpt.display.console import DOING
 from fedbpt.display.plain_console import PlainConsole
 from fedbpt.engine.native_scorer import load_model
@@ -146,7 +146,7 @@ def replay_command(
         found = opened.get_run(run)
         settings, result = codec.decode(found.settings, RunSettings), _result(found)
         ledger = RunLedger(opened, run, run_task(found, task), settings, settings.aggregator())
-        n_rounds, digest = ledger.replay(), ledger.aggregator.digest()
+        n_rounds, digest = ledger.replay(), ledger.state.aggregator.digest()
     if result is not None and found.status == "finished" and digest != result.digest:
         raise StoreError(f"run {run} replays to {digest}, its result says {result.digest}: it was changed since")
     if as_json:

@@ -1,1 +1,1 @@
-"""The coordinator's part: rounds over a fleet, and the server for devices that call in."""
+"""The coordinator: rounds over a fleet of devices, and the server for devices that call in."""

@@ -1,4 +1,4 @@
-"""`RunControl`: how people steer a run while it is under way. The round loop asks it between rounds."""
+"""`RunControl`: pause, resume and stop a run while it goes on. The round loop reads it between rounds."""
 
 from __future__ import annotations
 
@@ -14,16 +14,14 @@ T = TypeVar("T")
 
 
 class Wish(NamedTuple):
-    """What is wanted of the next round. ``deadline_s`` None: as the run's settings say."""
+    """What the next round is to do. ``deadline_s`` None: the run's settings."""
 
     paused: bool = False
     deadline_s: float | None = None
 
 
 class RunControl:
-    """Pause, resume, stop, another deadline: from any thread, for one run of one
-    `fedbpt.coordinator.federation.Federation`.
-    """
+    """Controls one run of a `fedbpt.coordinator.federation.Federation`. Safe to use from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -41,31 +39,32 @@ class RunControl:
         return self._stopped
 
     def pause(self) -> None:
-        """No round begins from now on; the one under way is finished."""
+        """Begin no more rounds; the open one is finished."""
         with self._lock:
             self._wish = self._wish._replace(paused=True)
 
     def resume(self) -> None:
-        """Go on after `pause`."""
+        """Continue after `pause`."""
         with self._lock:
             self._wish = self._wish._replace(paused=False)
 
     def set_deadline(self, seconds: float) -> None:
-        """Longest that a round may take, from the next one on, in this sitting. Raises `ConfigError` unless > 0."""
+        """Set the time limit of rounds, from the next one on, in this session. Raises `ConfigError` unless > 0."""
         if not (math.isfinite(seconds) and seconds > 0):
-            raise ConfigError(f"a deadline of {seconds:g} s cannot be: give a number of seconds above 0")
+            raise ConfigError(f"invalid deadline of {seconds:g} s: give more than 0 seconds", field="deadline_s")
         with self._lock:
             self._wish = self._wish._replace(deadline_s=float(seconds))
 
     def stop(self) -> None:
-        """End the run as Ctrl-C does: devices are told, closed rounds stay, and the same call resumes it."""
+        """End the run as Ctrl-C does: devices stop, closed rounds are kept, and the same call resumes it."""
         with self._lock:
             self._stopped = True
             self._cancel()
 
     async def unless_stopped(self, work: Coroutine[Any, Any, T]) -> T:
-        """What ``work`` returns. Raises `RunStopped`, with ``work`` cancelled, when `stop` is called."""
-        loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
+        """Await ``work``; if `stop` is called, cancel it and raise `RunStopped`."""
+        loop = asyncio.get_running_loop()
+        task = asyncio.ensure_future(work)
         with self._lock:
             if self._stopped:
                 task.cancel()
@@ -77,5 +76,5 @@ class RunControl:
                 raise RunStopped("the run was stopped: start it again to resume it") from None
             raise
         finally:
-            with self._lock:  # the loop may be closed from now on
+            with self._lock:  # after this the loop may be closed
                 self._cancel = lambda: None

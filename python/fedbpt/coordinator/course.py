@@ -1,4 +1,4 @@
-"""`Course`: how far a run has come, and how long the rest will take. Live and stored runs are counted by the same."""
+"""`Course`: the progress of a run, and the time that is left. Counts live and stored runs alike."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedbpt.runs.events import RoundPurpose
 from fedbpt.runs.settings import RunSettings
 
 RECENT: Final = 10
-"""Rounds of the search that give the pace."""
+"""Last rounds of the search that give the pace."""
 
 
 class _Round(NamedTuple):
@@ -25,44 +25,42 @@ class _Round(NamedTuple):
 
 
 class Course:
-    """Counts closed rounds. ``spending``: the run's, which whoever closes rounds keeps."""
+    """Counts closed rounds. ``spending``: of the run; updated by the caller."""
 
     def __init__(self, spending: Spending) -> None:
         self._spending = spending
         self._recent: deque[_Round] = deque(maxlen=RECENT)
         self._seconds: defaultdict[RoundPurpose, float] = defaultdict(float)
-        self._live: dict[int, float] = {}  # seconds of the evaluations on dev rows, by rounds of the search
+        self._live: dict[int, float] = {}  # seconds of the evaluations on dev rows, by `searched`
         self.searched = 0
         self.evaluations = 0
 
     def closed(self, purpose: RoundPurpose, seconds: float, evaluations: int, tokens: int) -> None:
-        """A round is closed. ``evaluations``: of the search; ``tokens``: of all devices."""
+        """Count a closed round. ``evaluations``: of the search; ``tokens``: of all devices."""
         self._seconds[purpose] += seconds
         if purpose == "search":
             self.searched += 1
             self.evaluations += evaluations
             self._recent.append(_Round(seconds, evaluations, tokens))
-            self._seconds["readout"] = 0.0  # it will be fitted anew
+            self._seconds["readout"] = 0.0  # it will be fitted again
 
     def evaluated(self, searched: int, seconds: float) -> None:
-        """After so many rounds of the search: what would be shipped was evaluated on dev rows, with a readout of
-        its own, in ``seconds``.
-        """
+        """Count an evaluation on dev rows, with the fit of its readout, after ``searched`` rounds of the search."""
         self._live[searched] = seconds
 
     def share(self, limits: RunSettings) -> float:
-        """How much of the budget is spent, 0 to 1: of the limit that is nearest."""
+        """Share of the budget that is spent, 0 to 1, by the limit that is nearest."""
         spent = self._spending
         return spent_share(limits, self.searched, self.evaluations, spent.charged_tokens, spent.charged_seconds)
 
     def seconds_left(
         self, limits: RunSettings, templates: Sequence[Template], infos: Sequence[DeviceInfo]
     ) -> float | None:
-        """How long the run will take until its result is there; None: nobody knows yet.
+        """Seconds until the run's result; None: unknown yet.
 
-        By the clock where the budget is in seconds, which calibration and readout are charged to. Otherwise at the pace
-        of the last rounds, with the evaluations to come and the readout. Of several limits, the first. The evaluation
-        of the result comes on top. ``templates``: the task's; empty: they are not known, nor is the readout's cost.
+        For a budget in seconds, by the clock: calibration and readout are charged to it. Otherwise at the pace of the
+        last rounds, plus the evaluations to come and the readout. With several limits, by the first. The evaluation of
+        the result is added. ``templates``: of the task; empty: unknown, and the readout's cost with them.
         """
         readout_s = self._readout_s(limits, templates, infos)
         evaluation_s = self._last_s if len(self._live) > 1 else self._first_s + readout_s
@@ -73,20 +71,22 @@ class Course:
             between_s = self._n_evaluations(limits, rounds) * evaluation_s
             ends.append(rounds * self._pace.seconds + between_s + readout_s)
         if limits.seconds:
-            left, pace = max(self._spending.seconds_left(limits.seconds), 0.0), self._pace.seconds
+            left = max(self._spending.seconds_left(limits.seconds), 0.0)
+            pace = self._pace.seconds
             between_s = self._n_evaluations(limits, left / pace) * evaluation_s if pace else 0.0
             ends.append(left + between_s)  # evaluations are not charged
         return min(ends) + self._final_s(limits, infos) if ends else None
 
     @property
     def _pace(self) -> _Round:
-        """The mean of the last rounds."""
+        """Mean of the last rounds."""
         n = max(len(self._recent), 1)
         return _Round(*(sum(each[i] for each in self._recent) / n for i in range(3)))
 
     def _rounds_left(self, limits: RunSettings) -> float | None:
-        """Until a count is reached; None: there is none, or no pace."""
-        pace, spent = self._pace, self._spending
+        """Rounds until a limit that is a count; None: there is none, or no pace yet."""
+        pace = self._pace
+        spent = self._spending
         left = [
             max(limit - done, 0) / each
             for limit, done, each in (
@@ -99,7 +99,7 @@ class Course:
         return min(left, default=None)
 
     def _n_evaluations(self, limits: RunSettings, rounds: float) -> int:
-        """Of those on dev rows before the search's end; the last mean's is part of the end."""
+        """Number of evaluations on dev rows in the next ``rounds``; the last mean's is part of the end."""
         every = limits.evaluate_every
         if not (every and self._live):
             return 0
@@ -107,7 +107,7 @@ class Course:
 
     @property
     def _first_s(self) -> float:
-        """Of the first evaluation on dev rows, which reads them and fits nothing; 0: there was none."""
+        """Seconds of the first evaluation on dev rows, which reads them and fits nothing; 0: there was none."""
         return self._live[min(self._live)] if self._live else 0.0
 
     @property
@@ -115,7 +115,7 @@ class Course:
         return self._live[max(self._live)] if self._live else 0.0
 
     def _readout_s(self, limits: RunSettings, templates: Sequence[Template], infos: Sequence[DeviceInfo]) -> float:
-        """Of the readout's fit, at the pace in tokens; no longer than an evaluation, of which one is a part."""
+        """Seconds of the readout's fit, at the pace in tokens; at most those of an evaluation, which includes a fit."""
         rate = self._spending.tokens_per_second(max(len(infos), 1))
         if not (rate and templates):
             return 0.0
@@ -123,7 +123,7 @@ class Course:
         return min(tokens / rate, self._last_s if len(self._live) > 1 else math.inf)
 
     def _final_s(self, limits: RunSettings, infos: Sequence[DeviceInfo]) -> float:
-        """Of the last mean's evaluation on dev rows and of the result's on test rows, which are read then."""
+        """Seconds of evaluating the last mean on dev rows, and the result on test rows, which are read then."""
         dev, test = (
             max((min(rows, most or rows) for rows in counts), default=0)
             for counts, most in (

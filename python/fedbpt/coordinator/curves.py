@@ -11,7 +11,7 @@ from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
 
 Curve: TypeAlias = tuple[tuple[int, float], ...]
-"""(evaluations so far, figure) pairs."""
+"""Pairs of evaluations so far and figure."""
 
 
 class Curves(NamedTuple):
@@ -22,10 +22,11 @@ class Curves(NamedTuple):
 
 
 def curves_of(store: RunStore, run: str) -> Curves:
-    """The curves of ``run``, over all of its sittings. Raises `StoreError` where there is no such run."""
+    """The curves of ``run``, over all its sessions. Raises `StoreError` for an unknown run."""
     settings = codec.decode(store.get_run(run).settings, RunSettings)
     reached: dict[int, int] = {}
-    losses, evaluations = [], 0
+    losses = []
+    evaluations = 0
     for closed in map(numbers_of, store.rounds(run)):
         if closed.purpose == "search":
             evaluations += evaluations_in(closed, settings)

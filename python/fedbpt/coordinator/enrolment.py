@@ -1,7 +1,7 @@
-"""`DeviceRegistry`: which devices may call in, in one SQLite file: invitations, digests of tokens, revocations.
+"""`DeviceRegistry`: the devices that may call in, in one SQLite file: invitations, digests of tokens, revocations.
 
-Apart from the run store, which is a history to show and to share. No secret is in it: see `fedbpt.net.tokens`. Commands
-and a running coordinator use it at once; each request asks it, so that a revocation holds from the next one on.
+It is separate from the run store, which may be shown and shared, and holds no secrets (`fedbpt.net.tokens`). Commands
+and a running coordinator may use it at the same time; every request reads it, so a revocation takes effect at once.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from fedbpt.protocol.specs import Name
 from fedbpt.runs.database import Database
 
 SCHEMA_VERSION: Final = 1
-_APPLICATION_ID: Final = 0x46425054  # marks the file: a run store is none of ours
+_APPLICATION_ID: Final = 0x46425054  # distinguishes the file from a run store
 
 INVITATION_S: Final = 3600.0
-"""How long a code can be used, seconds."""
+"""How long a code is valid, seconds."""
 
 _SCHEMA: Final = """
 CREATE TABLE devices (
@@ -37,7 +37,7 @@ CREATE TABLE invitations (
 
 
 class Enrolment(NamedTuple):
-    """One line of ``fedbpt devices list``. ``since``: ISO 8601; empty for one that is only invited."""
+    """One line of ``fedbpt devices list``. ``since``: ISO 8601; empty for a device that is only invited."""
 
     device: str
     state: Literal["invited", "enrolled", "revoked"]
@@ -45,18 +45,22 @@ class Enrolment(NamedTuple):
 
 
 def check_device_name(text: str) -> None:
-    """Raises `ConfigError` where no device can be called so."""
+    """Raise `ConfigError` unless ``text`` is a valid device name."""
     try:
         msgspec.convert(text, Name)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{text!r} cannot name a device: use letters, digits and ._- (at most 128)") from error
+        raise ConfigError(
+            f"invalid device name {text!r}: use letters, digits and ._- (at most 128)", field="device"
+        ) from error
 
 
 class DeviceRegistry(Database):
-    """The registry at ``path`` (made with its folder if absent). Safe to use from several threads.
+    """The registry at ``path`` (created with its folder if absent). Safe to use from several threads.
 
-    ``clock``: seconds since 1970, for the expiry of codes: of all that is stored, only these depend on a clock.
-    Raises StoreError: the file cannot be opened, is no registry, or a write failed.
+    ``clock``: seconds since 1970, for the expiry of codes.
+
+    Raises:
+        StoreError: the file cannot be opened, is not a registry, or a write failed.
     """
 
     WHAT = "device registry"
@@ -68,9 +72,9 @@ class DeviceRegistry(Database):
     # --- for the operator ----------------------------------------------------------------------------------------
 
     def invite(self, device: str, valid_s: float = INVITATION_S) -> str:
-        """A one-time code by which ``device`` is enrolled, good for ``valid_s`` seconds; an older one is void.
+        """A one-time code for enrolling ``device``, valid for ``valid_s`` seconds; it replaces an older one.
 
-        A device that is enrolled already keeps its token until the code is used. Raises `ConfigError` for a bad name.
+        An enrolled device keeps its token until the code is used. Raises `ConfigError` for an invalid name.
         """
         check_device_name(device)
         code = tokens.new_code()
@@ -82,24 +86,28 @@ class DeviceRegistry(Database):
         return code
 
     def revoke(self, device: str) -> None:
-        """From now on ``device`` is refused, and an open invitation void. Raises `ConfigError` for an unknown one."""
+        """Refuse ``device``, and void its invitation. Raises `ConfigError` for an unknown device."""
         with self._transaction() as db:
             invited = db.execute("DELETE FROM invitations WHERE device = ?", (device,)).rowcount
             changed = db.execute(
                 "UPDATE devices SET revoked = coalesce(revoked, ?) WHERE device = ?", (self._today(), device)
             ).rowcount
         if not invited + changed:
-            raise ConfigError(f"no device {device!r} in {self.path}: `fedbpt devices list` shows them")
+            raise ConfigError(
+                f"no device {device!r} in {self.path}: list them with `fedbpt devices list`", field="device"
+            )
 
     def devices(self) -> list[Enrolment]:
-        """All devices that are enrolled, revoked or invited, by name."""
+        """The enrolled, revoked and invited devices, by name."""
         with self._reading() as db:
             rows = db.execute("SELECT device, enrolled, revoked FROM devices").fetchall()
             open_codes = db.execute(
                 "SELECT device FROM invitations WHERE token_digest IS NULL AND expires > ?", (self._clock(),)
             ).fetchall()
-        found = {device: Enrolment(device, "revoked" if revoked else "enrolled", revoked or enrolled)
-                 for device, enrolled, revoked in rows}  # fmt: skip
+        found = {
+            device: Enrolment(device, "revoked" if revoked else "enrolled", revoked or enrolled)
+            for device, enrolled, revoked in rows
+        }
         for (device,) in open_codes:
             if device not in found or found[device].state == "revoked":
                 found[device] = Enrolment(device, "invited", "")
@@ -108,9 +116,10 @@ class DeviceRegistry(Database):
     # --- for the coordinator's server ----------------------------------------------------------------------------
 
     def enrol(self, code: str, token_digest: bytes) -> str:
-        """Use ``code`` for a token with this SHA-256; returns the device's name. Safe to repeat with the same token.
+        """Use ``code`` for a token with this SHA-256; returns the device's name. May be repeated with the same token.
 
-        Refused as ``bad-code`` where it is unknown, expired or used.
+        Raises:
+            CoordinatorRefusedError: ``bad-code``: unknown, expired or used.
         """
         given = tokens.digest(tokens.plain_code(code))
         now = self._clock()
@@ -122,14 +131,18 @@ class DeviceRegistry(Database):
                     device = name
             if not device:
                 raise CoordinatorRefusedError(
-                    "this code is unknown, used or expired: ask for another (`fedbpt devices invite NAME`)", "bad-code"
+                    "the code is unknown, used or expired: ask for another (`fedbpt devices invite NAME`)", "bad-code"
                 )
             db.execute("UPDATE invitations SET token_digest = ? WHERE device = ?", (token_digest, device))
             db.execute("INSERT OR REPLACE INTO devices VALUES (?, ?, ?, NULL)", (device, token_digest, self._today()))
         return device
 
     def authenticate(self, bearer: str) -> str:
-        """The device whose token ``bearer`` is. Refused as ``unauthorized``, without saying what was wrong."""
+        """The device with the token ``bearer``.
+
+        Raises:
+            CoordinatorRefusedError: ``unauthorized``, for whatever reason.
+        """
         device, secret = tokens.split(bearer)
         with self._reading() as db:
             row = db.execute(
@@ -137,7 +150,7 @@ class DeviceRegistry(Database):
             ).fetchone()
         if not tokens.matches(secret, row[0] if row else bytes(32)):
             raise CoordinatorRefusedError(
-                "the coordinator does not know this device's token: it was revoked or replaced; enrol the device again",
+                "this device's token was revoked or replaced: enrol the device again",
                 "unauthorized",
             )
         return device

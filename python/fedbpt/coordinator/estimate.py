@@ -1,5 +1,6 @@
-"""What a run will cost, before it begins: tokens, seconds and bytes on each device, from its settings and the devices'
-own words. Upper bounds: every text is taken to be as long as the task lets it be.
+"""What a run will cost each device: tokens, seconds and bytes, from its settings and the devices' infos.
+
+These are upper bounds: every text is taken to be as long as the task allows.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from fedbpt.runs.settings import RunSettings
 from fedbpt.tasks import Task
 
 TEMPLATE_TOKENS = 12
-"""What a template adds to a text, head and cue; ours add 2 to 6."""
+"""Tokens that a template adds to a text, before and after it; those of the shipped tasks add 2 to 6."""
 
 
 _NO_DEADLINE_S = 1e9
@@ -43,7 +44,7 @@ _NO_DEADLINE_S = 1e9
 
 @dataclass(frozen=True)
 class Tokens:
-    """Forward tokens: those of texts and prompts, and those of label words beyond the first of each."""
+    """Forward tokens: of texts and prompts, and of label words beyond the first token of each."""
 
     texts: int
     words: int = 0
@@ -59,7 +60,7 @@ class Tokens:
         return self.texts + self.words
 
     def seconds(self, info: DeviceInfo) -> float | None:
-        """How long they take the device; None: it does not say how fast it is."""
+        """Seconds that they take on the device; None: its speed is unknown."""
         if not info.tokens_per_second:
             return None
         of_words = info.word_tokens_per_second or info.tokens_per_second
@@ -67,8 +68,10 @@ class Tokens:
 
 
 class Parts(NamedTuple):
-    """What a run costs one device: choosing the template, the texts once with the fits, a round of the search, and the
-    texts under the readout's other templates. ``fit``: of ``texts``, one fit.
+    """What a run costs one device.
+
+    ``select``: selecting the template; ``texts``: the texts once, and two fits; ``round``: one round of the search;
+    ``others``: the texts under the readout's other templates; ``fit``: one of the fits in ``texts``.
     """
 
     select: Tokens
@@ -82,11 +85,11 @@ class Parts(NamedTuple):
 
 
 class DeviceCost(msgspec.Struct, frozen=True, kw_only=True):
-    """At most so much on one device. ``seconds`` None: nobody knows how fast it is. Evaluations are not in it.
+    """Upper bounds for one device, without evaluations. ``seconds`` None: its speed is unknown.
 
-    ``select``, ``texts``, ``round`` and ``others`` are forward tokens: choosing the template, the texts' own once where
-    their KV is kept, a round of the search, and the texts under the readout's other templates. ``words``: what the
-    dearest template's label words add to a candidate's cost of a text; None: the device does not say, 0 was taken.
+    ``select``, ``texts``, ``round`` and ``others`` are forward tokens: selecting the template, the texts once (if their
+    KV is kept), one round of the search, and the texts under the readout's other templates. ``words``: tokens that the
+    label words of the most expensive template add to a candidate's cost of a text; None: unknown, taken as 0.
     """
 
     name: str
@@ -103,9 +106,9 @@ class DeviceCost(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunCost(msgspec.Struct, frozen=True, kw_only=True):
-    """``rounds`` of the search and ``evaluations`` in them, until the budget is spent on every device.
+    """``rounds`` of the search and ``evaluations`` in them, until the budget is spent.
 
-    ``epsilon``: then spent on a training row of the device that has the fewest; None: the run is not private.
+    ``epsilon``: spent by then on a training row of the device with the fewest rows; None: the run is not private.
     """
 
     rounds: int
@@ -115,11 +118,11 @@ class RunCost(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def estimate(settings: RunSettings, task: Task, infos: Sequence[DeviceInfo], aggregator: Aggregator) -> RunCost:
-    """The costs of a run over ``infos``; ``aggregator`` is fresh from the same settings.
+    """The cost of a run on the devices of ``infos``; ``aggregator`` is fresh from the same settings.
 
     Raises:
-        ConfigError: a budget that is spent before the search begins, a deadline that the slowest device cannot keep.
-            It names the nearest that is possible.
+        ConfigError: a budget that is spent before the search begins, or a deadline that the slowest device cannot
+            keep; ``limit`` is the nearest possible value.
     """
     settings = settings.for_labels(task.labels)
     local = method_named(settings.method).local
@@ -133,17 +136,25 @@ def estimate(settings: RunSettings, task: Task, infos: Sequence[DeviceInfo], agg
         whole = part.whole(rounds)
         devices.append(
             DeviceCost(
-                name=info.name, tokens=whole.total, seconds=whole.seconds(info), bytes_up=up, bytes_down=down,
-                rss_bytes=info.rss_bytes, select=part.select.total, texts=part.texts.total, round=part.round.total,
-                others=part.others.total, words=_dearest_words(task.templates, info),
-            )
-        )  # fmt: skip
+                name=info.name,
+                tokens=whole.total,
+                seconds=whole.seconds(info),
+                bytes_up=up,
+                bytes_down=down,
+                rss_bytes=info.rss_bytes,
+                select=part.select.total,
+                texts=part.texts.total,
+                round=part.round.total,
+                others=part.others.total,
+                words=_dearest_words(task.templates, info),
+            ),
+        )
     spent = settings.epsilon(len(task.templates), min(info.n_train for info in infos), rounds)
     return RunCost(rounds=rounds, evaluations=rounds * per_round, devices=tuple(devices), epsilon=spent)
 
 
 def spent_share(settings: RunSettings, searched: int, evaluations: int, tokens: int, seconds: float) -> float:
-    """How much of the budget is spent, 0 to 1: of the limit that is nearest. ``searched``: rounds of the search."""
+    """Share of the budget that is spent, 0 to 1, by the limit that is nearest. ``searched``: rounds of the search."""
     spent = [
         (searched, settings.rounds),
         (evaluations, settings.evaluations),
@@ -154,38 +165,54 @@ def spent_share(settings: RunSettings, searched: int, evaluations: int, tokens: 
 
 
 def project(found: Measurement, task: Task, rows: int = 128) -> Projection:
-    """What tuning with the default settings would take of the machine that was measured, alone with ``rows`` rows."""
+    """What tuning with the default settings and ``rows`` rows would cost on the measured machine."""
     settings = RunSettings(deadline_s=_NO_DEADLINE_S)
     info = DeviceInfo(
-        name="device", version=found.fedbpt_version, model_fingerprint=found.model_fingerprint, model_name="model",
-        backend="any", n_train=rows, n_dev=0, n_test=0, ram_bytes=found.ram_bytes, rss_bytes=0, peak_rss_bytes=0,
+        name="device",
+        version=found.fedbpt_version,
+        model_fingerprint=found.model_fingerprint,
+        model_name="model",
+        backend="any",
+        n_train=rows,
+        n_dev=0,
+        n_test=0,
+        ram_bytes=found.ram_bytes,
+        rss_bytes=0,
+        peak_rss_bytes=0,
         shares_beginnings=True,
-    )  # fmt: skip
+    )
     cost = estimate(settings, task, [info], settings.aggregator())
     [device] = cost.devices
     search = cost.rounds * device.round
     candidates = found.cue if settings.prompt.placement == "cue" else found.front
     seconds = (device.tokens - search) / found.prefill.tokens_per_second + search / candidates.tokens_per_second
     return Projection(
-        task=task.name, rows=rows, rounds=cost.rounds, evaluations=cost.evaluations, tokens=device.tokens,
+        task=task.name,
+        rows=rows,
+        rounds=cost.rounds,
+        evaluations=cost.evaluations,
+        tokens=device.tokens,
         seconds=seconds,
-    )  # fmt: skip
+    )
 
 
 def tokens_of(settings: RunSettings, templates: Sequence[Template], info: DeviceInfo) -> Parts:
-    """At most so many forward tokens on a device; settings as `RunSettings.for_labels` has them."""
-    objective, prompt, n_rows, n_templates = settings.objective, settings.prompt, info.n_train, len(templates)
+    """Most forward tokens on a device; ``settings`` are those of `RunSettings.for_labels`."""
+    objective = settings.objective
+    prompt = settings.prompt
+    n_rows = info.n_train
+    n_templates = len(templates)
     text = objective.max_text_tokens + TEMPLATE_TOKENS
     target = objective.max_text_tokens if objective.loss == "nll" else 0
     words = _dearest_words(templates, info) or 0
     alike = len({template.pattern.partition("{text}")[0] for template in templates}) == 1
-    # under one more template a text that begins as before costs its end alone
+    # Under another template with the same beginning, a text costs only its end.
     again = TEMPLATE_TOKENS if info.shares_beginnings and prompt.placement == "cue" and alike else text
     selected = min(settings.select_rows or n_rows, n_rows) if n_templates > 1 else int(settings.balanced)
     select = Tokens(text + again * (n_templates - 1) + target * n_templates, words * n_templates) * selected
     batch = min(objective.batch_size or n_rows, n_rows)
     cue = prompt.placement == "cue"
-    # for one candidate; in front all texts share the prompt's KV
+    # For one candidate; a prompt in front is computed once for all texts.
     a_text = Tokens(target + (prompt.n_prompt if cue else text), words)
     a_candidate = a_text * batch + Tokens(0 if cue else prompt.n_prompt)
     if objective.perturb > 0:
@@ -204,9 +231,9 @@ def tokens_of(settings: RunSettings, templates: Sequence[Template], info: Device
 def readout_tokens(
     settings: RunSettings, templates: Sequence[Template], infos: Sequence[DeviceInfo], calibrated: int
 ) -> float:
-    """Forward tokens that the readout's fit is to cost the device that it costs most.
+    """Expected forward tokens of the readout's fit on the device where it costs most.
 
-    ``calibrated``: what calibration has cost all of them, which tells how long texts are; 0: at most, then.
+    ``calibrated``: tokens of the calibration on all devices, which show how long texts are; 0: take the upper bound.
     """
     if not settings.objective.readout_words:
         return 0.0
@@ -217,7 +244,7 @@ def readout_tokens(
 
 
 def _dearest_words(templates: Sequence[Template], info: DeviceInfo) -> int | None:
-    """Most tokens that a template's label words add to a candidate's cost of a text; None: the device does not say."""
+    """Most tokens that a template's label words add to a candidate's cost of a text; None: unknown."""
     if not any(template.label_words for template in templates):
         return 0
     known = [info.word_tokens.get(codec.digest(template)) for template in templates]
@@ -226,7 +253,7 @@ def _dearest_words(templates: Sequence[Template], info: DeviceInfo) -> int | Non
 
 
 def _rounds(settings: RunSettings, infos: Sequence[DeviceInfo], parts: Sequence[Parts], evaluations: int) -> int:
-    """Rounds until the first limit. Each limit must leave room for one."""
+    """Rounds until the first limit. Raises `ConfigError` for a limit before the first round."""
     limits = []
     if settings.rounds:
         limits.append(settings.rounds)
@@ -237,23 +264,28 @@ def _rounds(settings: RunSettings, infos: Sequence[DeviceInfo], parts: Sequence[
         if settings.tokens < before + each:
             raise ConfigError(
                 f"tokens = {settings.tokens} may be spent before the first round of the search: "
-                f"give at least {before + each}"
+                f"give at least {before + each}",
+                field="tokens",
+                limit=before + each,
             )
         limits.append((settings.tokens - before) // each)
     if settings.seconds and all(info.tokens_per_second for info in infos):
-        # every round waits for the slowest
+        # Every round waits for the slowest device.
         first, then = (
             max(tokens.seconds(info) or 0.0 for tokens, info in zip(which, infos, strict=True))
             for which in ([part.texts for part in parts], [part.round for part in parts])
         )
         if settings.seconds < first + then:
+            least = math.ceil(first + then)
             raise ConfigError(
                 f"seconds = {settings.seconds:g} may be over before the first round of the search: "
-                f"give at least {math.ceil(first + then)}"
+                f"give at least {least}",
+                field="seconds",
+                limit=least,
             )
         limits.append(int((settings.seconds - first) / then))
     if not limits:
-        raise ConfigError("a budget in seconds needs every device to say how fast it is: set rounds")
+        raise ConfigError("the cost of a budget in seconds needs the speed of every device: set rounds", field="rounds")
     return min(limits)
 
 
@@ -264,22 +296,25 @@ def _check_deadline(settings: RunSettings, infos: Sequence[DeviceInfo], parts: S
             needed = math.ceil(longest)
             raise ConfigError(
                 f"deadline_s = {settings.deadline_s:g} is too short for {info.name}, which may need {needed} s "
-                f"for a round ({info.tokens_per_second:.0f} tokens/s): give at least {needed}"
+                f"for a round ({info.tokens_per_second:.0f} tokens/s): give at least {needed}",
+                field="deadline_s",
+                limit=needed,
             )
 
 
 def _bytes(settings: RunSettings, task: Task, rounds: int, aggregator: Aggregator) -> tuple[int, int]:
-    """(up, down) of the bodies of a device's rounds, from messages of the sizes that will be sent."""
+    """Bytes (up, down) of the bodies of a device's rounds, from messages of the same sizes."""
     n_labels, zero = len(task.labels), np.zeros(settings.prompt.d)
     work = aggregator.work(1)
-    if isinstance(work, PooledWork) and work.state.step is None:  # from the second generation on there is one
+    if isinstance(work, PooledWork) and work.state.step is None:  # set from the second generation on
         state = msgspec.structs.replace(work.state, step=work.state.mean)
         work = msgspec.structs.replace(work, state=state)
-    answer: Result = PooledResult(losses=Array.of(np.zeros(settings.popsize), "<f4"))
+    result: Result = PooledResult(losses=Array.of(np.zeros(settings.popsize), "<f4"))
     if method_named(settings.method).local:
-        answer = LocalResult(mean=Array.of(zero), fitness=0.0, sigma_squares=1.0)
-    sent: list[tuple[int, Work, Result]] = [(rounds, work, answer)]
-    n_words, others = settings.objective.readout_words, task.templates[1 : settings.ensemble]
+        result = LocalResult(mean=Array.of(zero), fitness=0.0, sigma_squares=1.0)
+    sent: list[tuple[int, Work, Result]] = [(rounds, work, result)]
+    n_words = settings.objective.readout_words
+    others = task.templates[1 : settings.ensemble]
     fits: list[tuple[int, tuple[Template, ...]]] = [(0, ())] if settings.calibrate else []
     if n_words:
         fits += [(n_words, ())] if settings.baselines else []
@@ -289,8 +324,8 @@ def _bytes(settings: RunSettings, task: Task, rounds: int, aggregator: Aggregato
         fitted = FitResult(purpose="readout", loss=0.0, means=means)
         sent.append((EXCHANGES + 1, _fit_work(zero, width, n_labels, with_others), fitted))
     up = down = 0
-    for times, each, result in sent:
-        up += times * len(codec.encode(_report(result)))
+    for times, each, answer in sent:
+        up += times * len(codec.encode(_report(answer)))
         down += times * len(codec.encode(_plan(settings, task, each)))
     return up, down
 
@@ -302,16 +337,34 @@ def _fit_work(latent: np.ndarray, n_words: int, n_labels: int, others: tuple[Tem
 
 def _plan(settings: RunSettings, task: Task, work: Work) -> RoundPlan:
     return RoundPlan(
-        run="run", round=100, device="device", seed=settings.seed, model_fingerprint="sha256:" + 64 * "0",
-        task=task.identity, labels=task.labels, template=task.templates[0], prompt=settings.prompt,
-        objective=settings.objective, work=work,
-        deadline_s=settings.deadline_s, label_bias=tuple([0.0] * len(task.labels)),
-        label_weights=tuple([1.0] * len(task.labels)) if settings.balanced else (), privacy=settings.privacy,
-    )  # fmt: skip
+        run="run",
+        round=100,
+        device="device",
+        seed=settings.seed,
+        model_fingerprint="sha256:" + 64 * "0",
+        task=task.identity,
+        labels=task.labels,
+        template=task.templates[0],
+        prompt=settings.prompt,
+        objective=settings.objective,
+        work=work,
+        deadline_s=settings.deadline_s,
+        label_bias=tuple([0.0] * len(task.labels)),
+        label_weights=tuple([1.0] * len(task.labels)) if settings.balanced else (),
+        privacy=settings.privacy,
+    )
 
 
 def _report(result: Result) -> RoundReport:
     return RoundReport(
-        run="run", round=100, device="device", plan_digest=32 * "0", result=result, n_texts=256, evaluations=16,
-        tokens=1000, seconds=1.0, peak_rss_bytes=2**28,
-    )  # fmt: skip
+        run="run",
+        round=100,
+        device="device",
+        plan_digest=32 * "0",
+        result=result,
+        n_texts=256,
+        evaluations=16,
+        tokens=1000,
+        seconds=1.0,
+        peak_rss_bytes=2**28,
+    )

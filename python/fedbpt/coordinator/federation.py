@@ -1,8 +1,8 @@
 """`Federation`: a run from connecting to the result; the round loop (design: ``docs/federation.md``).
 
-A round: each live device gets its plan, the reports that come before the deadline update the aggregator, and round
-and reports are committed as one transaction. What follows is a function of the committed reports alone, so a run that
-was stopped at any instant is resumed by replaying them, to the same digest.
+In a round, each live device gets its plan, the reports that come before the deadline update the aggregator, and the
+round is committed with its reports in one transaction. What follows depends on the committed reports only, so a run
+that was stopped at any time is resumed by replaying them, to the same digest.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from fedbpt.coordinator.clients.base import DeviceClient
 from fedbpt.coordinator.control import RunControl, Wish
 from fedbpt.coordinator.estimate import readout_tokens
 from fedbpt.coordinator.fleet import Fleet
-from fedbpt.coordinator.ledger import SELECTION, RunLedger
+from fedbpt.coordinator.ledger import RunLedger
 from fedbpt.coordinator.live import LiveEvaluation
-from fedbpt.coordinator.members import Draft, common_model, describe_absent
+from fedbpt.coordinator.members import Cohort, common_model, describe_absent
 from fedbpt.coordinator.outcome import make_result
 from fedbpt.coordinator.run_listener import listener_for
+from fedbpt.coordinator.run_state import SELECTION
 from fedbpt.coordinator.stragglers import Pace
 from fedbpt.coordinator.vetting import vet
 from fedbpt.errors import ConfigError, FederationError, QuorumError, StoreError
@@ -53,35 +54,36 @@ from fedbpt.tasks import Task
 log = logging.getLogger(__name__)
 
 EVALUATION_DEADLINES: Final = 10
-"""The final evaluation, of many rows, may take as long as this many rounds; a live one as long as one."""
+"""Time limit of the final evaluation, in deadlines of a round; a live evaluation has one."""
 
 SETTLE_S: Final = 5.0
-"""How long the final evaluation waits for devices to be live again."""
+"""How long the final evaluation waits for late and lost devices."""
 
 FIRST_ROUNDS_S: Final = 1.0
-"""What a round of calibration and the first generation may take, however small the budget in seconds is."""
+"""Shortest time limit of a round before the first generation is done, however small the budget in seconds is."""
 
-LOOK_S: Final = 0.1
-"""Between two looks whether a paused run may go on."""
+PAUSE_POLL_S: Final = 0.1
+"""Poll interval while the run is paused."""
 
 
 class Federation:
     """One run over ``clients``: select the template, tune, evaluate.
 
     Args:
-        clients: the devices; their names must differ and stay the same when the run is resumed.
+        clients: the devices; their names must differ, and stay the same when the run is resumed.
         task: name, labels, candidate templates.
         settings: budget, objective, patience.
         aggregator: fresh from the same settings; the run's stored rounds are replayed into it.
-        store: where rounds are committed. A run of this name in it is resumed; a finished one is returned as it is.
-        run: the run's name, letters, digits and ``._-``.
-        on_event: called for each `fedbpt.runs.settings` event, from the loop's thread.
-        fresh: forget a stored run of this name as soon as this one has closed a round; it is not resumed.
-        control: by which people pause, resume and stop the run, and change its deadline; None: nobody does.
-        rows: digest of all rows where the coordinator has them itself: a stored run of other rows is refused.
+        store: where rounds are committed. A run of this name in it is resumed; the result of a finished one is
+            returned.
+        run: name of the run: letters, digits and ``._-``.
+        on_event: called for each `fedbpt.runs.events.Event`, from the loop's thread.
+        fresh: do not resume a stored run of this name, and replace it as soon as this one has closed a round.
+        control: pauses, resumes and stops the run, and changes its deadline; None: nothing does.
+        rows: digest of all rows, where the coordinator has them: a stored run of other rows is refused.
 
     Raises:
-        ConfigError: names that clash or cannot be used, too few devices for the method.
+        ConfigError: duplicate or invalid names, too few devices for the method.
         MissingExtraError: a private run without the accountant's library.
     """
 
@@ -104,11 +106,17 @@ class Federation:
         check_names([client.name for client in clients], "device")
         self.run_name = run
         self.task = task
-        settings = self.settings = settings.for_labels(task.labels)
+        self.settings = settings = settings.for_labels(task.labels)
         self._clients = {client.name: client for client in clients}
         self._min_reports = max(aggregator.min_reports, 1)
-        if self._min_reports > (a_round := min(len(clients), settings.per_round or len(clients))):
-            raise ConfigError(f"{settings.method} needs reports of {self._min_reports} devices, a round has {a_round}")
+        devices_per_round = min(len(clients), settings.per_round or len(clients))
+        if self._min_reports > devices_per_round:
+            raise ConfigError(
+                f"method {settings.method!r} needs the reports of {self._min_reports} devices, but a round has"
+                f" {devices_per_round}: add devices, or change per_round or robust",
+                field="per_round",
+                limit=self._min_reports,
+            )
         self._needed = self._quorum_of(len(clients))
         self._store = store
         self._emit = on_event
@@ -120,13 +128,15 @@ class Federation:
         self._live: LiveEvaluation | None = None
 
     def run(self) -> RunResult:
-        """The whole run. Works inside a running event loop too (a notebook), from a thread of its own.
+        """Run to the end. Inside a running event loop (a notebook) too, in a thread of its own.
 
-        Ctrl-C tells the devices to stop, and leaves a store from which the same call resumes.
+        Ctrl-C stops the devices, and leaves a store from which the same call resumes the run.
 
         Raises:
-            QuorumError: too few devices, at the start or in a round. FederationError: devices with different models,
-            a stored run that does not fit. StoreError: the store cannot be written, or another process runs the run.
+            QuorumError: too few devices, at the start or in a round.
+            FederationError: devices with different models; a stored run with another model.
+            ConfigError: a stored run with another task, other settings or other rows.
+            StoreError: the store cannot be written, or another process runs the run.
             RunStopped: by ``control``.
         """
         return run_to_end(self.run_async)
@@ -134,26 +144,28 @@ class Federation:
     @property
     def searched(self) -> int:
         """Closed rounds of the search."""
-        return self._ledger.searched
+        return self._ledger.state.searched
 
     async def run_async(self) -> RunResult:
-        """`run`, for callers with a loop of their own. A federation runs once."""
+        """`run`, for callers with an event loop. Can be called once."""
         if self._fleet is not None:
-            raise FederationError("a federation runs once: make another, with a fresh aggregator, to resume")
+            raise FederationError("this federation has run already: make another, with a fresh aggregator, to resume")
         with self._store.held(self.run_name):
-            return await self._run_alone()
+            return await self._run_held()
 
-    async def _run_alone(self) -> RunResult:
-        self._store.restore(self.run_name)  # a fresh start that was killed before its first round
-        if not self._fresh and (result := self._ledger.finished()) is not None:
-            self._emit(RunFinished(result=result))
-            return result
+    async def _run_held(self) -> RunResult:
+        self._store.restore(self.run_name)  # a fresh run that was killed before its first round
+        if not self._fresh:
+            result = self._ledger.finished()
+            if result is not None:
+                self._emit(RunFinished(result=result))
+                return result
         began = time.monotonic()
         self._fleet = fleet = Fleet(
             self._clients, self.task.identity, listener_for(self._ledger, self._emit), Pace(self.settings.stragglers)
         )
         try:
-            result = await self._control.unless_stopped(self._sitting(fleet, began))
+            result = await self._control.unless_stopped(self._session(fleet, began))
         except BaseException:
             await self._stop(fleet)
             raise
@@ -162,7 +174,7 @@ class Federation:
         self._emit(RunFinished(result=result))
         return result
 
-    async def _sitting(self, fleet: Fleet, began: float) -> RunResult:
+    async def _session(self, fleet: Fleet, began: float) -> RunResult:
         await self._connect(fleet)
         self._live = LiveEvaluation(self._ledger, fleet, self._deadline_s)
         await self._select(fleet)
@@ -170,7 +182,7 @@ class Federation:
         if self.settings.objective.readout_words and self._ledger.spending.seconds_left(self.settings.seconds) > 0:
             await self._fit(fleet, "readout")
         self._emit(StageBegan(stage="evaluation"))
-        await self._evaluate_live(self._ledger.closed, final=True)
+        await self._evaluate_live(self._ledger.state.closed, final=True)
         return await self._finish(fleet, began)
 
     # --- beginning and resuming ----------------------------------------------------------------------------------
@@ -181,17 +193,19 @@ class Federation:
             with_task = " with the run's task" if any(map(fleet.unfit, fleet.members.values())) else ""
             raise QuorumError(
                 f"{len(infos)} of {len(self._clients)} devices answer{with_task}, {self._needed} are needed"
-                f"{describe_absent(fleet.members.values())}"
+                f"{describe_absent(fleet.members.values())}",
+                limit=self._needed,
             )
         model = common_model(infos)
         ledger = self._ledger
         if self._fresh:
             self._store.set_aside(self.run_name)
         ledger.open(model, list(self._clients))
-        fleet.round = ledger.closed + 1
+        next_round = ledger.state.closed + 1
+        fleet.round = next_round
         members = fleet.members.values()
         self._store.record_devices(self.run_name, {m.name: m.info for m in members if m.info is not None})
-        self._store.record_losses(self.run_name, fleet.round, {m.name: m.reason for m in members if m.state == "lost"})
+        self._store.record_losses(self.run_name, next_round, {m.name: m.reason for m in members if m.state == "lost"})
         self._emit(
             RunStarted(
                 run=self.run_name,
@@ -199,9 +213,9 @@ class Federation:
                 live=tuple(member.name for member in fleet.live),
                 model_name=model.model_name,
                 model_fingerprint=model.model_fingerprint,
-                resumed=ledger.closed + 1,
+                resumed=next_round,
                 settings=self.settings,
-                searched=ledger.searched,
+                searched=ledger.state.searched,
             )
         )
         fleet.require_model(model.model_fingerprint)
@@ -211,63 +225,69 @@ class Federation:
 
     async def _select(self, fleet: Fleet) -> None:
         ledger = self._ledger
+        state = self._ledger.state
         if len(self.task.templates) == 1 and not self.settings.balanced:
-            ledger.skip_selection()
-        elif ledger.closed < SELECTION:
+            state.skip_selection()
+        elif state.closed < SELECTION:
             self._emit(StageBegan(stage="selection"))
             await self._round(fleet, SELECTION, "selection")
         self._emit(
             TemplateSelected(
-                template=ledger.template, index=ledger.template_index, losses=ledger.template_losses,
-                candidates=ledger.candidates,
+                template=state.template,
+                index=state.template_index,
+                losses=state.template_losses,
+                candidates=state.candidates,
             )
-        )  # fmt: skip
+        )
         if "dev_loss" not in ledger.metrics(SELECTION):
             await self._evaluate_live(SELECTION)
 
     async def _tune(self, fleet: Fleet) -> None:
-        ledger, every = self._ledger, self.settings.evaluate_every
+        ledger = self._ledger
+        state = self._ledger.state
+        every = self.settings.evaluate_every
         if self.settings.calibrate:
             await self._fit(fleet, "calibration")
         if self.settings.baselines and self.settings.objective.readout_words:
             await self._fit(fleet, "probe")
         self._emit(StageBegan(stage="search"))
         while True:
-            # the last mean is evaluated with its final readout; before that only where it has to be judged
-            spent = ledger.spent(self._readout_s(fleet))
-            due = every and ledger.searched % every == 0 and (self.settings.patience or not spent)
-            if due and ledger.searched > ledger.judged:
-                await self._evaluate_live(ledger.closed)
-            if ledger.spent(self._readout_s(fleet)) or not await self._round(fleet, ledger.closed + 1, "search"):
+            # The last mean is evaluated with its final readout; before that only if it has to be judged.
+            is_spent = ledger.is_spent(self._readout_s(fleet))
+            is_due = every and state.searched % every == 0 and (self.settings.patience or not is_spent)
+            if is_due and state.searched > state.judged:
+                await self._evaluate_live(state.closed)
+            if ledger.is_spent(self._readout_s(fleet)) or not await self._round(fleet, state.closed + 1, "search"):
                 break
-        if not ledger.searched:
+        if not state.searched:
             log.warning("run %s: the budget was spent before the first generation was done", self.run_name)
 
     async def _fit(self, fleet: Fleet, purpose: FitPurpose) -> None:
-        if not self._ledger.fit(purpose).done:
+        state = self._ledger.state
+        if not state.fit(purpose).done:
             self._emit(StageBegan(stage=purpose))
-        while not self._ledger.fit(purpose).done:
-            if not await self._round(fleet, self._ledger.closed + 1, purpose):
-                del self._ledger.fits[purpose]
+        while not state.fit(purpose).done:
+            if not await self._round(fleet, state.closed + 1, purpose):
+                state.abandon_fits()
                 return
 
     def _quorum_of(self, n_devices: int) -> int:
         return max(math.ceil(self.settings.quorum * n_devices), self._min_reports)
 
-    def _draft(self, round: int, purpose: RoundPurpose) -> Draft | None:
-        """Whom a round of the search asks, where that is not everybody: drawn anew each round."""
+    def _cohort(self, round: int, purpose: RoundPurpose) -> Cohort | None:
+        """The devices of a round of the search, drawn anew for each round; None: all devices."""
         wanted = self.settings.per_round
         if purpose != "search" or not 0 < wanted < len(self._clients):
             return None
         order = generator(self.settings.seed, "draft", round).permutation(sorted(self._clients))
-        asked = math.ceil(wanted * (1 + self.settings.over_selection))
-        return Draft(tuple(order.tolist()), asked, wanted)
+        size = math.ceil(wanted * (1 + self.settings.over_selection))
+        return Cohort(tuple(order.tolist()), size, wanted)
 
     def _deadline_s(self) -> float:
         return self._wish.deadline_s or self.settings.deadline_s
 
-    async def _await_turn(self) -> None:
-        """Let what people wish take effect; while they wish a pause, wait."""
+    async def _apply_control(self) -> None:
+        """Apply what `RunControl` was told since the last round; wait while the run is paused."""
         while True:
             wish = self._control.wish
             if wish != self._wish:
@@ -275,41 +295,45 @@ class Federation:
                 self._emit(Steered(paused=wish.paused, deadline_s=wish.deadline_s or self.settings.deadline_s))
             if not wish.paused:
                 return
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(PAUSE_POLL_S)
 
     def _readout_s(self, fleet: Fleet) -> float:
-        """How long the readout's fit is to take at the pace so far: a budget in seconds holds with it."""
+        """Expected seconds of the readout's fit at the pace so far, which a budget in seconds includes."""
         spending = self._ledger.spending
-        rate = spending.tokens_per_second(max(len(self._ledger.reports), 1))
+        rate = spending.tokens_per_second(max(len(self._ledger.state.n_reports), 1))
+        if not rate:
+            return 0.0
         infos = [member.info for member in fleet.members.values() if member.info and not fleet.unfit(member)]
         calibrated = spending.tokens_for["calibration"]
-        return readout_tokens(self.settings, self.task.templates, infos, calibrated) / rate if rate else 0.0
+        return readout_tokens(self.settings, self.task.templates, infos, calibrated) / rate
 
     def _seconds_left(self, fleet: Fleet, purpose: RoundPurpose) -> float:
-        """After how long a round is stopped and left out; the readout, which has its share, is not."""
+        """Time after which the budget ends a round, which is then left out; infinite for selection and readout."""
         if purpose in ("selection", "readout"):
             return math.inf
         left = self._ledger.spending.seconds_left(self.settings.seconds) - self._readout_s(fleet)
-        return left if self._ledger.searched else max(left, FIRST_ROUNDS_S)
+        return left if self._ledger.state.searched else max(left, FIRST_ROUNDS_S)
 
     async def _round(self, fleet: Fleet, round: int, purpose: RoundPurpose) -> bool:
-        """Whether it counts: the budget in seconds was not over before."""
-        await self._await_turn()
+        """Run and commit one round; returns False if the budget in seconds ended it."""
+        await self._apply_control()
         began = time.monotonic()
         ledger = self._ledger
-        work = ledger.work(round, purpose)
-        work_digest = codec.digest(work)  # before the update: what the work is made of changes then
-        draft = self._draft(round, purpose)
-        needed = self._needed if draft is None else self._quorum_of(draft.wanted)
+        state = self._ledger.state
+        planner = self._ledger.planner
+        work = planner.work(round, purpose)
+        work_digest = codec.digest(work)  # now: a commit changes the state that the work refers to
+        cohort = self._cohort(round, purpose)
+        needed = self._needed if cohort is None else self._quorum_of(cohort.wanted)
         deadline_s = self._deadline_s()
         reports = await fleet.run_round(
             round,
-            lambda device: ledger.plan(round, device, work),
+            lambda device: planner.plan(round, device, work),
             needed,
             deadline_s,
             purpose,
-            draft,
-            ledger.aggregator.history() if purpose == "search" else None,
+            cohort,
+            state.aggregator.history() if purpose == "search" else None,
             self._seconds_left(fleet, purpose),
         )
         if not reports:
@@ -320,22 +344,22 @@ class Federation:
         fleet.refuse(refused)
         fleet.require_quorum(len(reports), needed, deadline_s)
         costs = self._costs(fleet)
-        loss = ledger.commit(round, work_digest, reports, time.monotonic() - began, costs)
+        committed = ledger.commit(round, work_digest, reports, time.monotonic() - began, costs)
         reported = tuple(report.device for report in reports)
         self._emit(
             RoundClosed(
                 round=round,
                 purpose=purpose,
-                searched=ledger.searched,
+                searched=state.searched,
                 reported=reported,
                 missing=tuple(name for name in self._clients if name not in reported),
-                loss=loss,
-                evaluations=ledger.aggregator.evaluations,
+                loss=committed.loss,
+                evaluations=state.aggregator.evaluations,
                 tokens=ledger.spending.tokens,
                 seconds=ledger.spending.seconds,
                 bytes_up=sum(cost.bytes_up for cost in costs.values()),
                 bytes_down=sum(cost.bytes_down for cost in costs.values()),
-                epsilon=ledger.spent_epsilon,
+                epsilon=committed.epsilon,
                 share=ledger.course.share(self.settings),
                 eta_s=ledger.course.seconds_left(self.settings, self.task.templates, fleet.infos),
             )
@@ -345,17 +369,18 @@ class Federation:
     # --- evaluation ----------------------------------------------------------------------------------------------
 
     async def _evaluate_live(self, round: int, final: bool = False) -> None:
-        """What would be shipped now, on ``dev`` rows; devices that do not answer are left out."""
+        """Measure on ``dev`` rows what would be shipped now; devices that do not answer are left out."""
         if self._live is not None and self.settings.evaluate_every:
             event = await self._live.measure(round, final)
             if event is not None:
                 self._emit(event)
 
     async def _evaluate_final(self, fleet: Fleet) -> dict[str, EvaluateReport]:
-        """Zero-shot, tuned and the baselines, on the same ``test`` rows, of every device that is in reach."""
-        lines = self._ledger.lines().values()
-        latents, readouts = np.stack([latent for latent, _ in lines]), tuple(readout for _, readout in lines)
-        request = self._ledger.request(latents, readouts=readouts, max_rows=self.settings.test_rows)
+        """Reports of all variants on the same ``test`` rows, of every device in reach."""
+        lines = self._ledger.state.lines().values()
+        latents = np.stack([latent for latent, _ in lines])
+        readouts = tuple(readout for _, readout in lines)
+        request = self._ledger.planner.request(latents, readouts, max_rows=self.settings.test_rows)
         limit = EVALUATION_DEADLINES * self.settings.deadline_s
         await fleet.settle(min(SETTLE_S, self.settings.deadline_s))
         reports = await fleet.evaluate(request, limit)
@@ -378,27 +403,34 @@ class Federation:
         await fleet.cancel_rounds()
         costs = self._costs(fleet)
         result = make_result(
-            self._ledger, self.settings, self._model, fleet.members.values(), costs, reports,
-            self._live.scores if self._live else {}, time.monotonic() - began,
-        )  # fmt: skip
+            self._ledger,
+            self.settings,
+            self._model,
+            fleet.members.values(),
+            costs,
+            reports,
+            self._live.scores if self._live else {},
+            time.monotonic() - began,
+        )
         if result.tuned.n:
-            figure, (before, after) = "perplexity" if result.generates else "accuracy", (result.zero_shot, result.tuned)
-            figures = {f"test_{figure}_zero_shot": getattr(before, figure), f"test_{figure}": getattr(after, figure)}
-            self._store.record_metrics(self.run_name, self._ledger.closed, figures)
+            figure = "perplexity" if result.generates else "accuracy"
+            figures = {
+                f"test_{figure}_zero_shot": getattr(result.zero_shot, figure),
+                f"test_{figure}": getattr(result.tuned, figure),
+            }
+            self._store.record_metrics(self.run_name, self._ledger.state.closed, figures)
         self._store.set_status(self.run_name, "finished", codec.encode(result), costs)
         return result
 
     async def _stop(self, fleet: Fleet) -> None:
-        """The run ends early: tell the devices, and leave a store to resume from."""
+        """End the run early: stop the devices, and leave a store to resume from."""
         await fleet.cancel_rounds()
         try:
             if self._ledger.is_open:
                 self._store.set_status(self.run_name, "stopped", traffic=self._costs(fleet))
             self._store.restore(self.run_name)
         except StoreError as error:
-            log.warning("%s", error)  # what ended the run is the error to show
-
-    # --- inside --------------------------------------------------------------------------------------------------
+            log.warning("%s", error)  # the error that ended the run is the one to raise
 
     def _costs(self, fleet: Fleet) -> dict[str, Traffic]:
         costs = {}

@@ -1,7 +1,7 @@
-"""`EventFeed`: the latest lines of a journal, for any number of readers, none of which the run ever waits for.
+"""`EventFeed`: the latest lines of a run's event log, for any number of readers. The run never waits for a reader.
 
-Lines are kept once for all readers, within a limit; a reader is a place in them. One that is too slow, or comes late,
-finds lines gone, and is told how many.
+A limited number of lines is kept for all readers, each of which has a position in them. A reader that is too slow, or
+comes late, is told how many lines it missed.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ KEEP_BYTES: Final = 8 * 2**20
 
 
 class Missed(NamedTuple):
-    """So many lines are gone unread."""
+    """Number of lines that were dropped before the reader came to them."""
 
     lines: int
 
 
 class EventFeed:
-    """A `fedbpt.runs.event_log.Sink`. The readers belong to the loop that called `open`."""
+    """A `fedbpt.runs.event_log.Sink`. Readers use the event loop that called `open`."""
 
     def __init__(self, keep_lines: int = KEEP_LINES, keep_bytes: int = KEEP_BYTES) -> None:
-        self._keep_lines, self._keep_bytes = keep_lines, keep_bytes
+        self._keep_lines = keep_lines
+        self._keep_bytes = keep_bytes
         self._lock = threading.Lock()
         self._lines: deque[Line] = deque()
         self._bytes = 0
@@ -49,13 +50,14 @@ class EventFeed:
         return ""
 
     def open(self) -> None:
-        """Readers come from the running loop from now on."""
+        """Take readers from the running event loop."""
         self._loop = asyncio.get_running_loop()
 
     def close(self) -> None:
-        """No more lines come: readers end when they have read what is there. To call on the loop."""
+        """End: readers stop after the lines that are left. Call on the loop."""
         with self._lock:
-            self._closed, self._loop = True, None
+            self._closed = True
+            self._loop = None
         self._wake()
 
     @property
@@ -63,9 +65,9 @@ class EventFeed:
         return len(self._woken)
 
     async def read(self, after: str, heartbeat_s: float) -> AsyncIterator[Line | Missed | None]:
-        """Lines from the one after id ``after`` (``SITTING-SEQ``; of no line here: the first that is kept).
+        """Yield the lines after the id ``after`` (``SITTING-SEQ``); an unknown id: from the first line that is kept.
 
-        None: nothing came for ``heartbeat_s``.
+        Yields None after ``heartbeat_s`` seconds without a line.
         """
         woken = asyncio.Event()
         self._woken.add(woken)
@@ -91,11 +93,11 @@ class EventFeed:
             self._woken.discard(woken)
 
     def _next(self, sitting: str, read: int) -> tuple[Line | None, bool]:
-        """The first line kept after ``read``, and whether no more will come."""
+        """The first line kept after ``read``, and whether the feed is closed."""
         with self._lock:
             if not self._lines:
                 return None, self._closed
-            first = self._lines[0].entry  # lines are numbered without gaps
+            first = self._lines[0].entry  # line numbers have no gaps
             place = max(read + 1 - first.seq, 0) if sitting == first.sitting else 0
             return (self._lines[place] if place < len(self._lines) else None), self._closed
 

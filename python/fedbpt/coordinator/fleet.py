@@ -1,8 +1,8 @@
-"""`Fleet`: the devices of a run, which of them count right now, and one round or evaluation over them.
+"""`Fleet`: the devices of a run, their states, and one round or evaluation over them.
 
-A device is *live* (it is given work), *lost* (it failed: it is skipped, and looked for in the background until it
-answers), or *late* (it still works on a round that closed without it: it is skipped until it has delivered).
-So a device costs a round at most its deadline, and later rounds nothing until it is back.
+A device is *live* (it is given work), *lost* (it failed: it is skipped, and probed in the background until it answers),
+or *late* (it still works on a round that closed without it: it is skipped until it has reported). So a device delays a
+round by at most its deadline, and later rounds not at all until it is back.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from contextlib import suppress
 from typing import Any, Final
 
 from fedbpt.coordinator.clients.base import DeviceClient
-from fedbpt.coordinator.members import INVITATIONS, Draft, Listener, Member, OpenRound, describe_absent
+from fedbpt.coordinator.members import MAX_ATTEMPTS, Cohort, Listener, Member, OpenRound, describe_absent
 from fedbpt.coordinator.report_checks import check_evaluation, check_report
-from fedbpt.coordinator.slots import Turns
+from fedbpt.coordinator.slots import Slots
 from fedbpt.coordinator.stragglers import Pace
 from fedbpt.errors import (
     DeviceError,
@@ -45,16 +45,16 @@ from fedbpt.protocol.task_identity import TaskIdentity
 log = logging.getLogger(__name__)
 
 PROBE_S: Final = (0.25, 5.0)
-"""First and longest pause between two looks for a lost device."""
+"""First and longest pause between two probes of a lost device."""
 
-GREETED_AT_ONCE: Final = 32
+CONNECTED_AT_ONCE: Final = 32
 
 CANCEL_S: Final = 3.0
-"""How long devices may take to hear that the run stops."""
+"""Time limit of telling a device to stop."""
 
 
 class Fleet:
-    """The members by name. Only those with ``task`` count. Use within one event loop; `aclose` at the end."""
+    """The members by name; those without ``task`` are lost. For one event loop; `aclose` at the end."""
 
     def __init__(self, clients: Mapping[str, DeviceClient], task: TaskIdentity, listener: Listener, pace: Pace) -> None:
         self.members = {name: Member(client) for name, client in clients.items()}
@@ -63,12 +63,12 @@ class Fleet:
         self._pace = pace
         self._task = task
         self._fingerprint: str | None = None
-        self._turns = Turns()
+        self._slots = Slots()
         self._changed = asyncio.Event()
         self._background: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
         self._over = False
-        self._called_off: set[str] = set()  # late devices that were told not to go on
+        self._called_off: set[str] = set()  # late devices that were told to stop
 
     @property
     def live(self) -> list[Member]:
@@ -76,26 +76,29 @@ class Fleet:
 
     @property
     def infos(self) -> list[DeviceInfo]:
-        """What the live devices said of themselves last."""
+        """The latest infos of the live devices."""
         return [member.info for member in self.live if member.info is not None]
 
     # --- membership ----------------------------------------------------------------------------------------------
 
     async def connect(self) -> list[DeviceInfo]:
-        """Ask every device who it is; who does not answer, or has another task, is lost. Returns the others' infos."""
+        """Ask every device for its status, and return the infos of the live ones.
 
-        turns = Turns(GREETED_AT_ONCE)
+        Devices that do not answer, or have another task, are lost.
+        """
+        slots = Slots(CONNECTED_AT_ONCE)
 
-        async def greeted(member: Member) -> DeviceInfo | FedbptError:
-            async with turns.one():
-                return await self._ask(member)
+        async def status(member: Member) -> DeviceInfo | FedbptError:
+            async with slots.acquire():
+                return await self._status(member)
 
-        answers = await asyncio.gather(*map(greeted, self.members.values()))
-        for member, answer in zip(self.members.values(), answers, strict=True):
-            problem = str(answer)
-            if isinstance(answer, DeviceInfo):
-                self._meet(member, answer)
+        found = await asyncio.gather(*map(status, self.members.values()))
+        for member, info in zip(self.members.values(), found, strict=True):
+            if isinstance(info, DeviceInfo):
+                self._update_info(member, info)
                 problem = self.unfit(member)
+            else:
+                problem = str(info)
             if problem:
                 self._lose(member, problem, probe=False)
             else:
@@ -103,7 +106,7 @@ class Fleet:
         return self.infos
 
     def require_model(self, fingerprint: str) -> None:
-        """From now on only devices with this model count; lost ones are looked for."""
+        """Lose the devices with another model, and start to probe the lost ones."""
         self._fingerprint = fingerprint
         for member in self.members.values():
             if member.state == "live" and (problem := self.unfit(member)):
@@ -112,51 +115,53 @@ class Fleet:
                 self._spawn(self._probe(member))
 
     def unfit(self, member: Member) -> str:
-        """Why what ``member`` said of itself keeps it out of the run; empty: nothing does."""
+        """Why ``member`` cannot take part, by its info; empty: it can."""
         found = None if member.info is None else misfit(member.info, self._fingerprint, self._task)
         return "" if found is None else f"it {found.reason}"
 
-    async def _ask(self, member: Member) -> DeviceInfo | FedbptError:
+    async def _status(self, member: Member) -> DeviceInfo | FedbptError:
         try:
             return await member.client.status()
         except (DeviceError, WireError) as error:
             return error
 
-    def _meet(self, member: Member, info: DeviceInfo) -> None:
+    def _update_info(self, member: Member, info: DeviceInfo) -> None:
         if member.info is None:
-            self._listener.met(member.name, info)
-        member.heard(info)
+            self._listener.connected(member.name, info)
+        member.update_info(info)
 
     def _lose(self, member: Member, reason: str, probe: bool = True, until_idle: bool = False) -> None:
         if self._over:
-            return  # it is not needed any more
+            return
         reason = one_line(reason, MOST_TOLD)
-        member.state, member.reason = "lost", reason
+        member.state = "lost"
+        member.reason = reason
         self._listener.lost(member.name, self.round, reason)
         if probe:
             self._spawn(self._probe(member, until_idle))
 
     async def _probe(self, member: Member, until_idle: bool = False) -> None:
-        """Look for a lost device until it answers with model and task of the run (and is not busy); then it is live."""
+        """Ask a lost device for its status until it has the run's model and task (and is idle); then it is live."""
         pause, longest = PROBE_S
         while True:
             await asyncio.sleep(pause)
             pause = min(pause * 2, longest)
-            answer = await self._ask(member)
-            if not isinstance(answer, DeviceInfo):
-                member.reason = one_line(str(answer), MOST_TOLD)
+            info = await self._status(member)
+            if not isinstance(info, DeviceInfo):
+                member.reason = one_line(str(info), MOST_TOLD)
                 continue
-            self._meet(member, answer)
+            self._update_info(member, info)
             if problem := self.unfit(member):
                 member.reason = problem
                 continue
-            if answer.busy and until_idle:
+            if info.busy and until_idle:
                 continue
             self._return(member)
             return
 
     def _return(self, member: Member) -> None:
-        member.state, member.reason = "live", ""
+        member.state = "live"
+        member.reason = ""
         self._listener.back(member.name, self.round)
         self._changed.set()
 
@@ -169,29 +174,29 @@ class Fleet:
         needed: int,
         deadline_s: float,
         kind: str = "",
-        draft: Draft | None = None,
+        cohort: Cohort | None = None,
         history: SearchHistory | None = None,
         budget_s: float = math.inf,
     ) -> list[RoundReport]:
-        """Reports of one round, sorted by device. Ends when all that were asked have answered, or at the deadline.
+        """The reports of one round, sorted by device. Ends when all invited devices have reported, or at the deadline.
 
         Args:
-            round, plan_for: what each device is asked.
-            needed: so many reports at least.
-            deadline_s: longest that the round takes.
-            kind: of its work: a device that takes much longer than it usually does for this kind is late, once there
-                are ``needed`` reports.
-            draft: whom to ask, and how many reports end the round; None: all live devices.
-            history: of the search that the round belongs to, where there is one.
-            budget_s: when the run has spent its time: without ``needed`` reports the devices are then stopped, and
-                there are none.
+            round, plan_for: number of the round, and the plan of each device.
+            needed: fewest reports.
+            deadline_s: time limit of the round.
+            kind: of its work. Once there are ``needed`` reports, a device that takes much longer than usual for this
+                kind is late.
+            cohort: the devices to invite, and how many reports end the round; None: all live devices.
+            history: of the search that the round belongs to.
+            budget_s: time left of the run's budget. If there are fewer than ``needed`` reports by then, the devices are
+                stopped and no reports are returned.
 
         Raises:
             QuorumError: fewer than ``needed`` reports at the deadline; lost devices may come back until then.
         """
-        everybody = Draft(tuple(self.members), len(self.members), len(self.members))
+        everybody = Cohort(tuple(self.members), len(self.members), len(self.members))
         now = asyncio.get_running_loop().time()
-        current = OpenRound(round, kind, draft or everybody, needed, deadline_s, now, budget_s, history)
+        current = OpenRound(round, kind, cohort or everybody, needed, deadline_s, now, budget_s, history)
         self.round = round
         try:
             while True:
@@ -213,18 +218,13 @@ class Fleet:
         return [current.reports[name] for name in sorted(current.reports)]
 
     def _invite(self, current: OpenRound, plan_for: Callable[[str], RoundPlan]) -> None:
-        asked = {*current.reports, *(member.name for member in current.working.values())}
-        if len(asked) >= current.draft.asked:
-            return
-        for name in current.draft.order:
+        invited = {*current.reports, *(member.name for member in current.working.values())}
+        for name in current.cohort.order:
+            if len(invited) >= current.cohort.size:
+                return
             member = self.members[name]
-            if (
-                member.state == "live"
-                and name not in asked
-                and current.may_ask(name)
-                and len(asked) < current.draft.asked
-            ):
-                asked.add(name)
+            if member.state == "live" and name not in invited and current.may_invite(name):
+                invited.add(name)
                 current.invited[name] += 1
                 current.since[name] = asyncio.get_running_loop().time()
                 task = asyncio.create_task(self._work(member, plan_for(name), current.history))
@@ -232,19 +232,23 @@ class Fleet:
                 task.add_done_callback(lambda task: self._on_work_end(task, current))
 
     def _time_left(self, current: OpenRound) -> float:
-        """How many seconds the round may still wait for a report; 0: it is over."""
-        working, enough = current.working.values(), len(current.reports) >= current.needed
-        if len(current.reports) >= current.draft.wanted or (not working and (enough or not self._may_reach(current))):
+        """Seconds that the round may still wait for a report; 0: it is over."""
+        working = current.working.values()
+        is_enough = len(current.reports) >= current.needed
+        if len(current.reports) >= current.cohort.wanted:
             return 0.0
-        now, end = asyncio.get_running_loop().time(), current.began + current.limit_s
-        if enough:  # nobody waits for stragglers
+        if not working and (is_enough or not self._may_reach_quorum(current)):
+            return 0.0
+        now = asyncio.get_running_loop().time()
+        end = current.began + current.limit_s
+        if is_enough:  # do not wait for stragglers
             end = min(end, max(current.since[m.name] + self._pace.limit(m.name, current.kind) for m in working))
         return end - now
 
-    def _may_reach(self, current: OpenRound) -> bool:
-        """Whether waiting on can help: enough devices have reported or may still be asked."""
-        may = [name for name in self.members if name in current.reports or current.may_ask(name)]
-        return len(may) >= current.needed
+    def _may_reach_quorum(self, current: OpenRound) -> bool:
+        """Whether enough devices have reported or may still be invited."""
+        candidates = [name for name in self.members if name in current.reports or current.may_invite(name)]
+        return len(candidates) >= current.needed
 
     def _on_work_end(self, task: asyncio.Task[RoundReport], current: OpenRound) -> None:
         if task in current.working:
@@ -256,7 +260,7 @@ class Fleet:
             await within(timeout_s, self._changed.wait())
 
     def _take(self, task: asyncio.Task[RoundReport], current: OpenRound) -> None:
-        """Count a finished task's report, or lose its device; only one out of reach may try this round again."""
+        """Count a finished task's report, or lose its device; only an unreachable one may try this round again."""
         member = current.working.pop(task)
         try:
             report = current.reports[member.name] = task.result()
@@ -275,13 +279,14 @@ class Fleet:
             self._pace.took(member.name, current.kind, seconds)
 
     async def _close_round(self, current: OpenRound) -> None:
-        reported, took = len(current.reports), asyncio.get_running_loop().time() - current.began
+        reported = len(current.reports)
+        took = asyncio.get_running_loop().time() - current.began
         left_out = reported < current.needed and took >= current.budget_s
         for task, member in list(current.working.items()):
             del current.working[task]
             if left_out:
                 task.cancel()
-            elif took >= current.budget_s or reported >= current.draft.wanted:  # or asked for safety alone
+            elif took >= current.budget_s or reported >= current.cohort.wanted:  # over-selected
                 task.cancel()
                 self._spawn(self._cancel([(member, key) for key in member.sent]))
             else:
@@ -296,39 +301,40 @@ class Fleet:
             self.require_quorum(reported, current.needed, current.deadline_s)
 
     async def _withdraw(self, current: OpenRound) -> None:
-        """Have the devices forget a round that is left out: the next one has its number."""
+        """Have the devices forget a round that is left out: the next one has the same number."""
         current.reports.clear()
-        asked = [self.members[name] for name in current.invited]
-        await self._cancel([(member, key) for member in asked for key in member.sent])
-        for member in asked:
+        invited = [self.members[name] for name in current.invited]
+        await self._cancel([(member, key) for member in invited for key in member.sent])
+        for member in invited:
             member.sent = set()
 
     def _require_no_common_failure(self, current: OpenRound) -> None:
-        """Raises `QuorumError` where what was asked is refused by all, and alike: asked again, it would be again."""
+        """Raise `QuorumError` if the work failed on all devices for the same reason: it would fail again."""
         reasons = {error.reason for error in current.failures.values()}
         is_fault = any(error.is_fault for error in current.failures.values())
         if len(reasons) == 1 and set(current.failures) == set(current.invited) and not is_fault:
-            raise QuorumError(f"round {self.round}: no device could do its work: {reasons.pop()}")
+            raise QuorumError(f"round {self.round} failed on every device: {reasons.pop()}")
 
     def require_quorum(self, reported: int, needed: int, deadline_s: float) -> None:
-        """Raises `QuorumError` where fewer than ``needed`` have reported in the current round."""
+        """Raise `QuorumError` if fewer than ``needed`` devices have reported in the current round."""
         if reported < needed:
             raise QuorumError(
                 f"round {self.round}: {reported} of {len(self.members)} devices reported (deadline {deadline_s:g} s),"
-                f" {needed} are needed{self.missing()}; start the same run again to resume it"
+                f" {needed} are needed{self.missing()}; start the same run again to resume it",
+                limit=needed,
             )
 
     def refuse(self, reasons: Mapping[str, str]) -> None:
-        """Lose the devices in ``reasons``, whose reports cannot be used, until they answer again."""
+        """Lose the devices in ``reasons``, whose reports cannot be used, until they answer a probe."""
         for name, reason in reasons.items():
             self._lose(self.members[name], reason)
 
     def missing(self) -> str:
-        """`` (a: why; b: why)`` of the devices that do not count now, or nothing."""
+        """`` (a: why; b: why)`` of the devices that are not live; empty: all are."""
         return describe_absent(self.members.values())
 
     async def _work(self, member: Member, plan: RoundPlan, history: SearchHistory | None) -> RoundReport:
-        """One device's report on ``plan``, which is sent again where the device was restarted."""
+        """One device's report on ``plan``, which is sent again if the device was restarted."""
 
         def progress(where: RoundProgress) -> None:
             self._listener.progress(member.name, where)
@@ -336,12 +342,12 @@ class Fleet:
         key = (plan.run, plan.round)
         replaces = key not in member.sent
         member.sent = {key}
-        for _ in range(INVITATIONS):
+        for _ in range(MAX_ATTEMPTS):
             try:
-                report = await member.client.work(plan, history, progress, self._turns)
+                report = await member.client.work(plan, history, progress, self._slots)
             except DeviceRefusedError as error:
                 if error.code == "conflict" and replaces:
-                    # Left by a coordinator that had other settings, under this run's name: it is ours to replace, once.
+                    # Left by a coordinator with other settings, under this run's name: replace it, once.
                     replaces = False
                     await member.client.cancel(*key)
                 elif error.code == "unknown-round":
@@ -352,10 +358,10 @@ class Fleet:
             try:
                 check_report(report, plan, member.info.n_train if member.info else None)
             except WireError as error:
-                raise WireError(f"{member.name}: its report is refused: {error}") from error
+                raise WireError(f"{member.name}: report refused: {error}", field=error.field) from error
             return report
         raise DeviceFailedError(
-            f"forgot round {plan.round} {INVITATIONS} times: is it being restarted?", device=member.name
+            f"forgot round {plan.round} {MAX_ATTEMPTS} times: is it being restarted?", device=member.name
         )
 
     async def _await_late(self, task: asyncio.Task[RoundReport], member: Member) -> None:
@@ -363,7 +369,7 @@ class Fleet:
             report = await task
         except (DeviceError, WireError) as error:
             if isinstance(error, DeviceFailedError) and member.name in self._called_off:
-                self._return(member)  # it did as it was told
+                self._return(member)  # it stopped, as it was told
             else:
                 self._lose(member, str(error))
             return
@@ -375,11 +381,11 @@ class Fleet:
     # --- an evaluation -------------------------------------------------------------------------------------------
 
     async def evaluate(self, request: EvaluateRequest, timeout_s: float) -> dict[str, EvaluateReport]:
-        """Reports of the live devices that have such rows and answer in time, by name; the others are lost."""
+        """By name, the reports of the live devices that have such rows; devices that do not report in time are lost."""
         self._check_background()
         members = [member for member in self.live if member.n_rows(request)]
-        answers = await asyncio.gather(*(self._evaluate(member, request, timeout_s) for member in members))
-        return {m.name: answer for m, answer in zip(members, answers, strict=True) if answer is not None}
+        reports = await asyncio.gather(*(self._evaluate(member, request, timeout_s) for member in members))
+        return {m.name: report for m, report in zip(members, reports, strict=True) if report is not None}
 
     async def _evaluate(self, member: Member, request: EvaluateRequest, timeout_s: float) -> EvaluateReport | None:
         try:
@@ -391,7 +397,7 @@ class Fleet:
         return report
 
     async def settle(self, timeout_s: float) -> None:
-        """Take late devices off their closed rounds, and wait a moment for devices to be live again."""
+        """Stop late devices, and wait up to ``timeout_s`` seconds for them, and for any device, to be live again."""
         late = [member for member in self.members.values() if member.state == "late"]
         self._called_off |= {member.name for member in late}
         await self._cancel([(member, key) for member in late for key in member.sent])
@@ -405,15 +411,13 @@ class Fleet:
     # --- the end -------------------------------------------------------------------------------------------------
 
     async def cancel_rounds(self) -> None:
-        """The run is over: tell every device in reach to stop what it was given. Nobody is waited for long, and who
-        leaves from now on is not lost.
-        """
+        """Stop every device in reach, within `CANCEL_S`. Devices that fail from now on are not lost."""
         self._over = True
         await self._cancel([(member, key) for member in self.members.values() for key in member.sent])
 
     async def _cancel(self, work: list[tuple[Member, tuple[str, int]]]) -> None:
         async def tell(member: Member, key: tuple[str, int]) -> None:
-            async with self._turns.one():
+            async with self._slots.acquire():
                 try:
                     await within(CANCEL_S, member.client.cancel(*key))
                 except (DeviceError, WireError, asyncio.TimeoutError) as error:
@@ -422,7 +426,7 @@ class Fleet:
         await asyncio.gather(*(tell(*each) for each in work))
 
     async def aclose(self) -> None:
-        """Stop looking for devices, and close their clients."""
+        """Stop the probes, and close the clients."""
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
@@ -436,7 +440,7 @@ class Fleet:
     def _on_background_end(self, task: asyncio.Task[None]) -> None:
         self._background.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            # A fault while nobody waited (the store, a listener): the round loop raises it.
+            # A fault in the background (of the store, of a listener): the round loop raises it.
             self._failure = self._failure or error
             self._changed.set()
 

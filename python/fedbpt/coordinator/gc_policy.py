@@ -1,4 +1,4 @@
-"""Python's collection of garbage, when nobody waits: going through a big fleet's objects takes 0.2 s and more."""
+"""Full garbage collections between rounds only: with a large fleet, one takes 0.2 s or more."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ NEVER = 2**30
 
 
 def collect_between_rounds(event: Event) -> None:
-    """A `fedbpt.runs.events.EventCallback`, for a process that coordinates one run: from its start to its end, all
-    objects are gone through when a round has closed, and only then; young ones as always.
+    """A `fedbpt.runs.events.EventCallback` for a process that coordinates one run.
+
+    During the run, the oldest generation is collected only when a round has closed; younger ones as usual.
     """
     match event:
         case RunStarted():
-            gc.freeze()  # what is loaded stays
+            gc.freeze()  # modules stay loaded: do not traverse them
             gc.set_threshold(*NORMAL[:2], NEVER)
         case RoundClosed():
             gc.collect()
         case RunFinished():
-            gc.set_threshold(*NORMAL)  # its dashboard may be open for days
+            gc.set_threshold(*NORMAL)  # the process may serve its dashboard for days

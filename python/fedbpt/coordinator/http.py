@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
@@ -32,13 +33,13 @@ from fedbpt.protocol.polling import (
 )
 
 MAX_WAIT_S: Final = 60.0
-"""Longest that a poll is held open."""
+"""Longest hold of a poll."""
 
 DEVICE_LIMIT: Final = (100.0, 400)
-"""Requests of one device: a second, and at once. Each request of ours costs it two: it is no limit to honest work."""
+"""Requests of one device: per second, and burst. It sends two for each request of ours: honest work stays below."""
 
 GUESS_LIMIT: Final = (1.0, 20)
-"""Enrolments and requests without a valid token, for one address: a second, and at once."""
+"""Enrolments, and requests without a valid token, of one address: per second, and burst."""
 
 SMALL_BODY_BYTES: Final = 16 * 2**10
 """Largest poll or enrolment."""
@@ -51,16 +52,16 @@ def build_app(
     guess_limit: tuple[float, int] = GUESS_LIMIT,
     host: str | None = None,
 ) -> Starlette:
-    """The routes, as an ASGI application. The post office belongs to the loop that runs it.
+    """The routes, as an ASGI application. ``office`` belongs to the event loop that runs it.
 
-    ``host``: who has no token is answered under the names of a server bound to this alone; None: under any name.
+    ``host``: requests without a token must name this host; None: any host.
     """
     routes = _Routes(registry, office, RateLimit(*device_limit), RateLimit(*guess_limit), host)
     return Starlette(
         routes=[
             Route(ENROL_PATH, routes.enrol, methods=["POST"]),
             Route(POLL_PATH, routes.poll, methods=["POST"]),
-            Route(REPLY_PATH, routes.answer, methods=["POST"]),
+            Route(REPLY_PATH, routes.take_reply, methods=["POST"]),
             Route("/healthz", routes.healthz, methods=["GET"]),
         ],
         exception_handlers=EXCEPTION_HANDLERS,
@@ -72,8 +73,10 @@ class _Routes:
     def __init__(
         self, registry: DeviceRegistry, office: PostOffice, devices: RateLimit, guesses: RateLimit, host: str | None
     ) -> None:
-        self._registry, self._office = registry, office
-        self._devices, self._guesses = devices, guesses
+        self._registry = registry
+        self._office = office
+        self._devices = devices
+        self._guesses = guesses
         self._host = host
 
     @asynccontextmanager
@@ -92,7 +95,7 @@ class _Routes:
         device = self._authenticate(request)
         poll = await read(request, Poll, SMALL_BODY_BYTES)
         delivery = asyncio.ensure_future(self._office.box(device).poll(poll.holding, min(poll.wait_s, MAX_WAIT_S)))
-        gone = asyncio.ensure_future(request.receive())  # after the body, only a disconnection comes
+        gone = asyncio.ensure_future(request.receive())  # after the body, the only message is a disconnection
         try:
             await asyncio.wait([delivery, gone], return_when=asyncio.FIRST_COMPLETED)
             if not delivery.done():
@@ -102,10 +105,10 @@ class _Routes:
             gone.cancel()
             delivery.cancel()
 
-    async def answer(self, request: Request) -> Response:
+    async def take_reply(self, request: Request) -> Response:
         device = self._authenticate(request)
-        answer = await read(request, Reply, MAX_ENVELOPE_BYTES)
-        self._office.box(device).answer(request.path_params["id"], answer)
+        posted = await read(request, Reply, MAX_ENVELOPE_BYTES)
+        self._office.box(device).take_reply(request.path_params["id"], posted)
         return Response(status_code=204)
 
     async def healthz(self, request: Request) -> Response:
@@ -113,12 +116,12 @@ class _Routes:
         return PlainTextResponse("ok\n")
 
     def _check_name(self, request: Request) -> None:
-        """Raises `CoordinatorRefusedError` for a request without a token under a name that a stranger may own."""
+        """Raise `CoordinatorRefusedError` if a request without a token names another host (DNS rebinding)."""
         if self._host is not None and (problem := wrong_name(request, self._host)):
             raise CoordinatorRefusedError(problem, "wrong-host")
 
     def _authenticate(self, request: Request) -> str:
-        """The device that calls, within its limit; an address that guesses tokens is slowed down."""
+        """The device that calls, within its rate limit; addresses that guess tokens have one too."""
         try:
             device = self._registry.authenticate(tokens.bearer(request.headers))
         except CoordinatorRefusedError:
@@ -136,4 +139,4 @@ def _address(request: Request) -> str:
 def _limit(limit: RateLimit, key: str) -> None:
     wait_s = limit.take(key)
     if wait_s:
-        raise CoordinatorRefusedError("too many requests", "too-many", wait_s)
+        raise CoordinatorRefusedError(f"too many requests: try again in {math.ceil(wait_s)} s", "too-many", wait_s)

@@ -1,56 +1,48 @@
-"""`RunLedger`: where a run stands, as a function of its committed rounds; writes them and reads them again."""
+"""`RunLedger`: the closed rounds of a run, written to the store and replayed from it."""
 
 from __future__ import annotations
 
-import copy
-import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import NamedTuple
 
 from fedbpt.aggregation.base import Aggregator
-from fedbpt.aggregation.readout import ReadoutFit
 from fedbpt.coordinator.course import Course
-from fedbpt.coordinator.report_checks import (
-    cap_reports,
-    label_weights,
-    mean_loss,
-    purpose_of,
-    template_losses,
-    template_scores,
-)
+from fedbpt.coordinator.planner import Planner
+from fedbpt.coordinator.round_reports import cap_reports, mean_loss, purpose_of
+from fedbpt.coordinator.run_state import SELECTION, RunState
 from fedbpt.coordinator.spending import Spending
-from fedbpt.coordinator.stragglers import TextPace
 from fedbpt.errors import ConfigError, FederationError, StoreError
 from fedbpt.protocol import codec
-from fedbpt.protocol.rounds import (
-    DeviceInfo,
-    EvaluateRequest,
-    FitPurpose,
-    FitResult,
-    LocalWork,
-    PooledWork,
-    RoundPlan,
-    RoundReport,
-    SelectWork,
-    Work,
-)
-from fedbpt.protocol.specs import Array, Readout, Template
+from fedbpt.protocol.rounds import DeviceInfo, RoundReport
+from fedbpt.protocol.specs import Template
 from fedbpt.runs.dev_figures import DEV_SECONDS, judged_loss
-from fedbpt.runs.events import RoundPurpose
-from fedbpt.runs.result import Lines, RunResult, TemplateScore, lines
+from fedbpt.runs.result import RunResult
 from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore, StoredRound, StoredRun, Traffic
 from fedbpt.tasks import Task
 
-SELECTION: Final = 0
-"""The round in which the template is chosen; calibration and search begin with round 1."""
+
+class Committed(NamedTuple):
+    """A committed round. ``loss``: of its reports, mean, nats; ``epsilon``: spent so far, None: not private."""
+
+    loss: float
+    epsilon: float | None
 
 
 class RunLedger:
-    """The state of one run. ``aggregator`` must be fresh; `open` replays the stored rounds into it."""
+    """The state of one run, and its copy in the store.
+
+    Args:
+        aggregator: fresh; `open` replays the stored rounds into it.
+        rows: digest of all rows, where the coordinator has them.
+
+    Attributes:
+        state: what the closed rounds lead to.
+        planner: makes the next work from it.
+        spending, course: cost and progress.
+        is_open: `open` was called.
+        traffic_before: bytes of earlier sessions, by device.
+    """
 
     def __init__(
         self, store: RunStore, run: str, task: Task, settings: RunSettings, aggregator: Aggregator, rows: str = ""
@@ -59,66 +51,47 @@ class RunLedger:
         self.run = run
         self.task = task
         self.settings = settings
-        self.aggregator = aggregator
-        self._rows = rows
-        self.is_open = False
-        self.closed = -1  # the last closed round
-        self.searched = 0  # rounds of the search
-        self.judged = 0  # rounds of the search when its mean was last evaluated on dev rows
-        self._best: tuple[float, NDArray[np.float64]] | None = None  # of those: the lowest loss, and its mean
-        self._no_better = 0  # evaluations since that, or since the last restart
-        self._restarts = 0
-        self.fits: dict[FitPurpose, ReadoutFit] = {}
+        self.state = RunState(task, settings, aggregator)
+        self.planner = Planner(run, self.state)
         self.spending = Spending()
         self.course = Course(self.spending)
-        self.reports: dict[str, int] = {}
-        self.template_losses: tuple[float, ...] = ()
-        self.candidates: tuple[TemplateScore, ...] = ()
-        self.label_weights: tuple[float, ...] = ()  # of a row's loss; empty: ones
-        self._pace = TextPace()
+        self.is_open = False
         self.traffic_before: dict[str, Traffic] = {}
-        self._selected = 0
-        self.spent_epsilon: float | None = None  # when the last round closed
-        self._fewest_rows = 0  # of a device whose report counted; 0: none yet
+        self._rows = rows
 
-    @property
-    def template(self) -> Template:
-        """The selected template; before the selection, the first."""
-        return self.task.templates[self._selected]
+    # --- opening -------------------------------------------------------------------------------------------------
 
-    @property
-    def template_index(self) -> int:
-        return self._selected
-
-    def twin(self) -> RunLedger:
-        """Another ledger in the same state, to try what `apply` leads to."""
-        shared = {id(each): each for each in (self.store, self.task, self.settings)}
-        return copy.deepcopy(self, shared)
-
-    def _require_fit(self, stored: StoredRun) -> None:
+    def _require_same_run(self, stored: StoredRun) -> None:
         if not is_of(stored, self.settings, self.task):
-            raise ConfigError(f"run {self.run!r} was begun with another task or settings: give this one another name")
+            raise ConfigError(
+                f"run {self.run!r} was begun with another task or other settings: give this run another name",
+                field="run",
+            )
         if self._rows != stored.rows:
-            raise ConfigError(f"run {self.run!r} was begun with other rows: give this one another name, or --fresh")
+            raise ConfigError(
+                f"run {self.run!r} was begun with other rows: give this run another name, or --fresh", field="rows"
+            )
 
     def finished(self) -> RunResult | None:
-        """The stored result, if the run ended with this very budget; refuses a run of other settings."""
+        """The stored result, if the run ended with the same budget. Raises `ConfigError` as `open` does."""
         stored = self.store.find_run(self.run)
         if stored is None:
             return None
-        self._require_fit(stored)
+        self._require_same_run(stored)
         if stored.result is None or stored.status != "finished":
             return None
         result = codec.decode(stored.result, RunResult)
         return result if result.settings == self.settings else None
 
     def open(self, model: DeviceInfo, devices: Sequence[str]) -> None:
-        """Begin the run in the store, or resume it. ``model``: a device that has the model that all have.
+        """Begin the run in the store, or resume it. ``model``: the info of a device with the run's model.
 
         Raises:
-            ConfigError: the stored run is of another task or other settings. FederationError: of another model.
+            ConfigError: the stored run has another task, other settings or other rows.
+            FederationError: it has another model.
         """
-        self._model = model
+        self.planner.model_fingerprint = model.model_fingerprint
+        identity = identity_of(self.settings, self.task)
         stored = self.store.find_run(self.run)
         if stored is None:
             self.store.create_run(
@@ -126,18 +99,19 @@ class RunLedger:
                 task=self.task.name,
                 model_fingerprint=model.model_fingerprint,
                 model_name=model.model_name,
-                identity=identity_of(self.settings, self.task),
+                identity=identity,
                 settings=codec.encode(self.settings),
                 devices=devices,
             )
         else:
-            self._require_fit(stored)
+            self._require_same_run(stored)
             if stored.model_fingerprint != model.model_fingerprint:
                 raise FederationError(
-                    f"run {self.run!r} was begun with {stored.model_name} ({stored.model_fingerprint}),"
-                    f" the devices have {model.model_name} ({model.model_fingerprint})"
+                    f"run {self.run!r} was begun with {stored.model_name} ({stored.model_fingerprint}), but the devices"
+                    f" have {model.model_name} ({model.model_fingerprint}): give this run another name",
+                    field="model_fingerprint",
                 )
-            self.store.record_settings(self.run, codec.encode(self.settings), identity_of(self.settings, self.task))
+            self.store.record_settings(self.run, codec.encode(self.settings), identity)
         self.store.record_task(self.run, codec.encode(self.task), self._rows)
         self.store.add_devices(self.run, devices)
         self.store.set_status(self.run, "running")
@@ -145,171 +119,55 @@ class RunLedger:
         self.traffic_before = self.store.traffic(self.run)
         self.replay()
 
+    # --- replaying -----------------------------------------------------------------------------------------------
+
     def replay(self) -> int:
-        """Take up the stored rounds; returns how many. Raises `StoreError` at the first whose digests differ."""
+        """Apply the stored rounds; returns how many. Raises `StoreError` at the first whose digests differ."""
         n_rounds = 0
         history = {line.round: line.metrics for line in self.store.history(self.run)}
         if DEV_SECONDS in history.get(SELECTION, {}):  # also where there was nothing to select
             self.course.evaluated(0, history[SELECTION][DEV_SECONDS])
         for stored in self.store.rounds(self.run):
-            scored = self.aggregator.evaluations
-            self._replay_round(stored)
-            n_rounds += 1
             metrics = history.get(stored.round, {})
-            self._follow(stored.reports, metrics.get("seconds", 0.0), scored)
-            if stored.round > SELECTION and DEV_SECONDS in metrics:
-                self.course.evaluated(self.searched, metrics[DEV_SECONDS])
-            if stored.round > SELECTION and (loss := judged_loss(metrics)) is not None:
-                self.judge(loss)
+            scored = self.state.aggregator.evaluations
+            self._replay_round(stored)
+            self._count(stored.reports, metrics.get("seconds", 0.0), scored)
+            n_rounds += 1
+            if stored.round > SELECTION:
+                self._replay_evaluation(metrics)
         for round, metrics in history.items():
-            self._took(round, metrics.get("seconds", 0.0) + metrics.get("cut_seconds", 0.0))
+            self._add_seconds(round, metrics.get("seconds", 0.0) + metrics.get("cut_seconds", 0.0))
         return n_rounds
+
+    def _replay_evaluation(self, metrics: Mapping[str, float]) -> None:
+        if DEV_SECONDS in metrics:
+            self.course.evaluated(self.state.searched, metrics[DEV_SECONDS])
+        loss = judged_loss(metrics)
+        if loss is not None:
+            self.state.judge(loss)
 
     def _replay_round(self, stored: StoredRound) -> None:
         failure = StoreError(
-            f"round {stored.round} of run {self.run!r} does not replay to the state it had: it was made with another"
-            " version, or changed since; begin a run of another name"
+            f"round {stored.round} of run {self.run!r} does not replay to its stored digests: another version made it,"
+            " or the store was changed; begin a run with another name",
+            field="round",
         )
+        state = self.state
         try:
             purpose = purpose_of(stored.reports)
-            work_digest = codec.digest(self.work(stored.round, purpose))
+            state.abandon_fits(keep=purpose)
+            work_digest = codec.digest(self.planner.work(stored.round, purpose))
             if purpose == "readout" and work_digest != stored.work_digest:
-                # fitted to the prompt that counted with another patience: it cost what it cost, and is fitted anew
-                self.fits.pop(purpose)
-                self._count(stored.round, stored.reports)
+                # It was fitted to the mean that another ``patience`` chose: only its cost counts.
+                state.discard_readout(stored.round, stored.reports)
                 return
-            self.apply(stored.round, stored.reports)
-        except (ValueError, LookupError) as error:  # reports that do not fit the work, or none
+            state.apply(stored.round, stored.reports)
+        except (ValueError, LookupError) as error:  # reports that do not fit the work, or no reports
             raise failure from error
-        if (work_digest, self._digest()) != (stored.work_digest, stored.state_digest):
+        if (work_digest, state.digest()) != (stored.work_digest, stored.state_digest):
             raise failure
 
-    def work(self, round: int, purpose: RoundPurpose) -> Work:
-        """What the devices do in ``round``."""
-        if purpose == "selection":
-            templates = self.task.templates
-            # with one template, only the label counts are wanted
-            max_rows = self.settings.select_rows if len(templates) > 1 else 1
-            return SelectWork(templates=templates, max_rows=max_rows, by_label=self.settings.balanced)
-        if purpose == "search":
-            return self.aggregator.work(round)
-        return self.fit(purpose).work()
-
-    def fit(self, purpose: FitPurpose) -> ReadoutFit:
-        """The fit for ``purpose``, as far as it has come; the readout's begins anew once the search goes on."""
-        if purpose not in self.fits:
-            mean = self.mean
-            self.fits[purpose] = self.new_fit(purpose, mean if purpose == "readout" else np.zeros_like(mean))
-        return self.fits[purpose]
-
-    def new_fit(self, purpose: FitPurpose, latent: NDArray[np.float64]) -> ReadoutFit:
-        """A fit for the prompt of ``latent`` [d], before its first exchange. It is no part of the run's state."""
-        others = self.others if purpose == "readout" else ()
-        n_words = self.settings.objective.readout_words // (1 + len(others))
-        return ReadoutFit(
-            purpose,
-            latent,
-            0 if purpose == "calibration" else n_words,
-            len(self.task.labels),
-            self._bias(),
-            self.settings.fit_rows,
-            others,
-            self.settings.robust,
-            self.settings.byzantine,
-        )
-
-    @property
-    def others(self) -> tuple[Template, ...]:
-        """The templates that the readout averages the selected one's with: the next best by the selection's loss."""
-        if not self.settings.objective.readout_words:
-            return ()
-        ranked = np.argsort(self.template_losses, kind="stable")  # none where there was nothing to select
-        return tuple(self.task.templates[i] for i in ranked[1 : self.settings.ensemble])
-
-    def _bias(self) -> NDArray[np.float64] | None:
-        fit = self.fits.get("calibration")
-        return None if fit is None else fit.readout.weights.numpy()[0]
-
-    def readout(self, purpose: FitPurpose) -> Readout | None:
-        """What the fit for ``purpose`` found; None: there was none."""
-        return self.fits[purpose].readout if purpose in self.fits else None
-
-    def skip_selection(self) -> None:
-        """There is one template: nothing to select."""
-        self.closed = max(self.closed, SELECTION)
-
-    def spent(self, reserve_s: float = 0.0) -> bool:
-        """Whether a limit of the budget is reached; choosing the template is not charged.
-
-        ``reserve_s``: of the budget in seconds, what is for the readout.
-        """
-        limits, spent = self.settings, self.spending
-        return bool(
-            (limits.rounds and self.searched >= limits.rounds)
-            or (limits.evaluations and self.aggregator.evaluations >= limits.evaluations)
-            or (limits.tokens and spent.charged_tokens >= limits.tokens)
-            or (limits.seconds and spent.seconds_left(limits.seconds) <= reserve_s)
-            or (limits.patience and self._no_better >= limits.patience)
-        )
-
-    def leave_out(self, round: int, seconds: float) -> None:
-        """A round that the budget ended before enough devices had reported: it costs its time, and changes nothing."""
-        before = self.metrics(round).get("cut_seconds", 0.0)
-        self.store.record_metrics(self.run, round, {"cut_seconds": before + seconds})
-        self._took(round, seconds)
-
-    def judge(self, loss: float) -> bool:
-        """The search's mean now has ``loss`` on dev rows, nats; whether that is the lowest so far."""
-        self.judged = self.searched
-        better = self._best is None or loss < self._best[0]
-        if better:
-            self._best, self._no_better = (loss, self.aggregator.mean), 0
-        else:
-            self._no_better += 1
-        if self._no_better >= self.settings.patience and self._restarts < self.settings.restarts:
-            self._restarts, self._no_better = self._restarts + 1, 0
-            self.aggregator.restart(self.mean)
-        return better
-
-    @property
-    def mean(self) -> NDArray[np.float64]:
-        """The latent [d] that counts: the search's, or where dev rows may choose, the best of those judged by them."""
-        return self._best[1] if self.settings.patience and self._best is not None else self.aggregator.mean
-
-    def plan(self, round: int, device: str, work: Work) -> RoundPlan:
-        """What ``device`` is asked in ``round``."""
-        return RoundPlan(
-            run=self.run,
-            round=round,
-            device=device,
-            seed=self.settings.seed,
-            model_fingerprint=self._model.model_fingerprint,
-            task=self.task.identity,
-            labels=self.task.labels,
-            template=self.template,
-            prompt=self.settings.prompt,
-            objective=self.settings.objective,
-            work=work,
-            batch_size=self._batch_size(device, work),
-            deadline_s=self.settings.deadline_s,
-            label_bias=() if (bias := self._bias()) is None else tuple(bias.tolist()),
-            label_weights=self.label_weights,
-            privacy=self.settings.privacy,
-        )
-
-    def _batch_size(self, device: str, work: Work) -> int | None:
-        usual = self.settings.objective.batch_size
-        if not (self.settings.even_rounds and usual and isinstance(work, PooledWork | LocalWork)):
-            return None
-        return self._pace.batch_size(device, usual)
-
-    def epsilon(self) -> float | None:
-        """ε spent by the closed rounds on a row of the device that has the fewest; None: the run is not private.
-
-        Every device is taken to have answered in each of them.
-        """
-        selected = len(self.task.templates) if self.closed >= SELECTION else 1
-        return self.settings.epsilon(selected, self._fewest_rows, self.searched)
+    # --- committing ----------------------------------------------------------------------------------------------
 
     def commit(
         self,
@@ -318,104 +176,73 @@ class RunLedger:
         reports: Sequence[RoundReport],
         seconds: float,
         traffic: Mapping[str, Traffic],
-    ) -> float:
-        """Let a round count and write it, in one transaction; returns its mean loss, nats."""
-        scored = self.aggregator.evaluations
-        self.apply(round, reports)
+    ) -> Committed:
+        """Apply a round and write it, in one transaction."""
+        scored = self.state.aggregator.evaluations
+        self.state.apply(round, reports)
+        self._count(reports, seconds, scored)
         loss = mean_loss(cap_reports(reports, self.settings.row_cap))
-        tokens = sum(report.tokens for report in reports)
-        spent = self.spent_epsilon = self.epsilon()
+        epsilon = self.epsilon()
+        metrics = {"loss": loss, "seconds": seconds, "tokens": float(sum(report.tokens for report in reports))}
+        if epsilon is not None:
+            metrics["epsilon"] = epsilon
         self.store.commit_round(
             self.run,
             round,
             work_digest=work_digest,
-            state_digest=self._digest(),
+            state_digest=self.state.digest(),
             reports=reports,
-            metrics={
-                "loss": loss,
-                "seconds": seconds,
-                "tokens": float(tokens),
-                **({} if spent is None else {"epsilon": spent}),
-            },
+            metrics=metrics,
             traffic=traffic,
         )
-        self._took(round, seconds)
-        self._follow(reports, seconds, scored)
-        return loss
+        self._add_seconds(round, seconds)
+        return Committed(loss, epsilon)
 
-    def _follow(self, reports: Sequence[RoundReport], seconds: float, scored: int) -> None:
-        """``scored``: candidates before the round that has these reports."""
+    def leave_out(self, round: int, seconds: float) -> None:
+        """Record the time of a round that the budget ended before enough devices had reported."""
+        before = self.metrics(round).get("cut_seconds", 0.0)
+        self.store.record_metrics(self.run, round, {"cut_seconds": before + seconds})
+        self._add_seconds(round, seconds)
+
+    def _count(self, reports: Sequence[RoundReport], seconds: float, scored: int) -> None:
+        """Count a round that was applied. ``scored``: candidates before it."""
+        purpose = purpose_of(reports)
+        if purpose == "search":
+            self.planner.learn_pace(reports)
+        self.spending.add_reports(purpose, reports)
         tokens = sum(report.tokens for report in reports)
-        self.course.closed(purpose_of(reports), seconds, self.aggregator.evaluations - scored, tokens)
+        self.course.closed(purpose, seconds, self.state.aggregator.evaluations - scored, tokens)
 
-    def _took(self, round: int, seconds: float) -> None:
+    def _add_seconds(self, round: int, seconds: float) -> None:
         self.spending.add_seconds(seconds, charged=round != SELECTION)
 
-    def apply(self, round: int, reports: Sequence[RoundReport]) -> None:
-        """The one way in which state changes, live and on replay."""
-        cap = self.settings.row_cap
-        counted = cap_reports(reports, cap)
-        if round == SELECTION:
-            self.label_weights = label_weights(reports, cap)
-            losses = template_losses(counted, self.label_weights, self.settings.robust != "none")
-            self._selected = int(np.argmin(losses))
-            self.template_losses = tuple(losses.tolist())
-            scores = template_scores(reports, self.template_losses) if len(self.task.templates) > 1 else ()
-            self.candidates = tuple(
-                TemplateScore(template=template, score=score)
-                for template, score in zip(self.task.templates, scores, strict=False)
-            )
-        elif isinstance(result := reports[0].result, FitResult):
-            self.fit(result.purpose).update(counted)
-        else:
-            self.aggregator.update(counted)
-            self.searched += 1
-            for report in reports:
-                self._pace.took(report.device, report.seconds, report.n_texts)
-            self.fits.pop("readout", None)
-        self._count(round, reports)
+    # --- readings ------------------------------------------------------------------------------------------------
 
-    def _count(self, round: int, reports: Sequence[RoundReport]) -> None:
-        self.closed = round
-        fewest = min(report.n_texts for report in reports)
-        self._fewest_rows = min(self._fewest_rows or fewest, fewest)
-        self.spending.tokens_for[purpose_of(reports)] += sum(report.tokens for report in reports)
-        for report in reports:
-            self.reports[report.device] = self.reports.get(report.device, 0) + 1
+    def is_spent(self, reserve_s: float = 0.0) -> bool:
+        """Whether the search ends: a limit of the budget is reached, or its patience ran out.
 
-    def lines(self) -> Lines:
-        """What is evaluated in the end."""
-        return lines(self.mean, {purpose: fit.readout for purpose, fit in self.fits.items()})
-
-    def _digest(self) -> str:
-        """sha256 of everything that decides what comes next."""
-        fits = [f"|{purpose}|{fit.digest()}" for purpose, fit in self.fits.items()]
-        weights = [f"|{weight.hex()}" for weight in self.label_weights]
-        return hashlib.sha256("".join([self.aggregator.digest(), *fits, *weights]).encode()).hexdigest()
-
-    def request(self, latents: NDArray[np.float64], **what: Any) -> EvaluateRequest:
-        """To evaluate ``latents`` [k, d]; ``what``: ``readouts``, ``split``, ``max_rows``."""
-        return EvaluateRequest(
-            model_fingerprint=self._model.model_fingerprint,
-            task=self.task.identity,
-            labels=self.task.labels,
-            template=self.template,
-            prompt=self.settings.prompt,
-            objective=self.settings.objective,
-            latents=Array.of(latents),
-            others=self.others if any(readout and readout.others for readout in what.get("readouts", ())) else (),
-            **what,
+        ``reserve_s``: part of the budget in seconds that is kept for the readout.
+        """
+        state = self.state
+        evaluations = state.aggregator.evaluations
+        return state.out_of_patience or self.spending.reaches_limit(
+            self.settings, state.searched, evaluations, reserve_s
         )
 
+    def epsilon(self) -> float | None:
+        """ε spent by the closed rounds, see `Spending.epsilon`."""
+        n_selected = len(self.task.templates) if self.state.closed >= SELECTION else 1
+        return self.spending.epsilon(self.settings, n_selected, self.state.searched)
+
     def metrics(self, round: int) -> dict[str, float]:
-        """The figures kept of ``round``."""
+        """The stored figures of ``round``."""
         return next((dict(line.metrics) for line in self.store.history(self.run) if line.round == round), {})
 
 
 def identity_of(settings: RunSettings, task: Task, reads: bool = True) -> str:
     """Digest of what a run must have in common with a stored one to resume it.
 
-    ``reads``: how the task reads rows is a part of it; versions before did not store that.
+    ``reads``: include how the task reads rows, which older versions did not store.
     """
     texts = "\0".join([settings.identity(), task.name, *task.labels])
     digests = [*map(codec.digest, task.templates), *([task.identity.reading] if reads else ())]
@@ -423,5 +250,5 @@ def identity_of(settings: RunSettings, task: Task, reads: bool = True) -> str:
 
 
 def is_of(run: StoredRun, settings: RunSettings, task: Task) -> bool:
-    """Whether a stored run is of these settings and this task; versions before are taken to read rows as it does."""
+    """Whether a stored run has these settings and this task; an older version's is taken to read rows as it does."""
     return run.identity in (identity_of(settings, task), identity_of(settings, task, reads=False))

@@ -1,9 +1,8 @@
-"""What would be shipped if the search ended now, measured on the devices' development rows.
+"""`LiveEvaluation`: the result as it would be if the search ended now, on the devices' development rows.
 
-A result is the prompt with its readout, and most of what is gained may be the readout's. So one is fitted to the
-search's mean as it stands, in the very way in which the last one will be. These exchanges are no part of the run: they
-close no round, and nothing of an evaluation decides what comes next, but for the loss by which ``patience`` judges,
-which is the calibrated prompt's without a readout.
+A result is a prompt with its readout, and the readout may account for most of the gain. So a readout is fitted to the
+current mean, in the same way as at the end. These exchanges are not part of the run: they close no round, and decide
+nothing, except that ``patience`` judges by the loss of the calibrated prompt without a readout.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbpt.aggregation.readout import ReadoutFit
+from fedbpt.aggregation.base import Fit
 from fedbpt.coordinator.fleet import Fleet
 from fedbpt.coordinator.ledger import RunLedger
-from fedbpt.coordinator.report_checks import cap_reports, evaluation_loss
+from fedbpt.coordinator.round_reports import cap_reports, evaluation_loss
 from fedbpt.errors import InputError, QuorumError
-from fedbpt.protocol.rounds import EvaluateReport, FitPurpose, FitWork, RoundPlan
+from fedbpt.protocol.rounds import EvaluateReport, FitPurpose, RoundPlan, Work
 from fedbpt.protocol.specs import Readout
 from fedbpt.runs.dev_figures import DEV_SECONDS, FINAL, metrics_of, scores_of
 from fedbpt.runs.events import Evaluated
@@ -31,30 +30,32 @@ from fedbpt.runs.result import BASELINES, Lines, Score, lines
 log = logging.getLogger(__name__)
 
 SUFFIX: Final = ".live"
-"""Of the run's name in the exchanges, so that devices keep them apart from its rounds."""
+"""Appended to the run's name in these exchanges, so that devices distinguish them from its rounds."""
 
 
 class LiveEvaluation:
-    """Evaluations of one sitting of a run.
+    """Evaluations of one session of a run.
 
     Args:
-        ledger: the run's state.
+        ledger: the run's state and store.
         fleet: its devices.
-        deadline_s: asked how long an exchange, or an evaluation, may take.
+        deadline_s: returns the time limit of an exchange, and of an evaluation, seconds.
     """
 
     def __init__(self, ledger: RunLedger, fleet: Fleet, deadline_s: Callable[[], float]) -> None:
-        self._ledger, self._fleet, self._deadline_s = ledger, fleet, deadline_s
+        self._ledger = ledger
+        self._fleet = fleet
+        self._deadline_s = deadline_s
         self._exchanges = 0
         self._shown: tuple[list[str], dict[str, EvaluateReport]] = ([], {})
 
     @property
     def scores(self) -> Mapping[str, Score]:
-        """The latest, by line: of what would be shipped, which with ``patience`` is the best so far."""
+        """The latest scores by variant; with ``patience``, those of the best mean so far."""
         return scores_of(*self._shown)
 
     async def measure(self, round: int, final: bool = False) -> Evaluated | None:
-        """Evaluate, write the figures to ``round``, and let ``patience`` judge; None: nobody had rows, or answered.
+        """Evaluate, store the figures with ``round``, and judge the mean; None: no device has rows, or reported.
 
         ``final``: the search is over, its readout fitted, and its mean judged.
         """
@@ -62,20 +63,20 @@ class LiveEvaluation:
         if not any(member.info and member.info.n_dev for member in self._fleet.live):
             return None
         began = time.monotonic()
-        found = ledger.lines() if final else await self._lines_now()
+        found = ledger.state.lines() if final else await self._lines_now()
         reports = {} if found is None else await self._evaluate(found)
         if found is None or not reports:
             return None
         names = list(found)
         judged = evaluation_loss(list(reports.values()), ledger.settings.row_cap, names.index(_judged(names)))
-        improved = final or ledger.judge(judged)
+        improved = final or ledger.state.judge(judged)
         if improved or not ledger.settings.patience or not self._shown[1]:
             self._shown = names, reports
         figures = metrics_of(*self._shown, generates=not ledger.task.labels)
         figures |= {FINAL: 1.0} if final else {"judged_loss": judged, DEV_SECONDS: time.monotonic() - began}
         ledger.store.record_metrics(ledger.run, round, figures)
         if not final:
-            ledger.course.evaluated(ledger.searched, figures[DEV_SECONDS])
+            ledger.course.evaluated(ledger.state.searched, figures[DEV_SECONDS])
         scores = self.scores
         return Evaluated(
             round=round,
@@ -86,13 +87,13 @@ class LiveEvaluation:
         )
 
     async def _lines_now(self) -> Lines | None:
-        """What would be compared if the search ended now; None: no readout could be fitted."""
+        """The variants as they would be if the search ended now; None: no readout could be fitted."""
         ledger = self._ledger
-        mean = ledger.aggregator.mean
+        mean = ledger.state.aggregator.mean
         fits: dict[FitPurpose, Readout] = {
-            purpose: fit.readout for purpose, fit in ledger.fits.items() if purpose != "readout"
+            purpose: fit.readout for purpose, fit in ledger.state.fits.items() if purpose != "readout"
         }
-        if ledger.searched and ledger.settings.objective.readout_words:
+        if ledger.state.searched and ledger.settings.objective.readout_words:
             readout = await self._readout(mean)
             if readout is None:
                 return None
@@ -100,34 +101,35 @@ class LiveEvaluation:
         return lines(mean, fits)
 
     async def _readout(self, mean: NDArray[np.float64]) -> Readout | None:
-        fit = self._ledger.new_fit("readout", mean)
+        fit = self._ledger.state.new_fit("readout", mean)
         try:
             while not fit.done:
                 await self._exchange(fit)
-        except (QuorumError, InputError) as error:  # the run itself may do without
-            log.info("the live figure is left out this time: %s", error)
+        except (QuorumError, InputError) as error:  # the run goes on without the figure
+            log.info("live evaluation left out: %s", error)
             return None
         return fit.readout
 
-    async def _exchange(self, fit: ReadoutFit) -> None:
+    async def _exchange(self, fit: Fit) -> None:
         self._exchanges += 1
-        work, ledger = fit.work(), self._ledger
+        ledger = self._ledger
+        work = fit.work()
         reports = await self._fleet.run_round(
-            ledger.closed, lambda device: self._plan(device, work), fit.min_reports, self._deadline_s(), "readout"
+            ledger.state.closed, lambda device: self._plan(device, work), fit.min_reports, self._deadline_s(), "readout"
         )
         fit.update(cap_reports(reports, ledger.settings.row_cap))
 
-    def _plan(self, device: str, work: FitWork) -> RoundPlan:
-        plan = self._ledger.plan(self._exchanges, device, work)
+    def _plan(self, device: str, work: Work) -> RoundPlan:
+        plan = self._ledger.planner.plan(self._exchanges, device, work)
         return msgspec.structs.replace(plan, run=f"{plan.run[: 128 - len(SUFFIX)]}{SUFFIX}")
 
     async def _evaluate(self, found: Lines) -> dict[str, EvaluateReport]:
         ledger = self._ledger
         latents = np.stack([latent for latent, _ in found.values()])
-        request = ledger.request(
+        request = ledger.planner.request(
             latents,
             readouts=tuple(readout for _, readout in found.values()),
-            label_weights=ledger.label_weights,
+            label_weights=ledger.state.label_weights,
             split="dev",
             max_rows=ledger.settings.dev_rows,
         )

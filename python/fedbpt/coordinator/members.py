@@ -1,4 +1,4 @@
-"""What a fleet knows of each of its devices, whom it tells, and whom it asks."""
+"""What a `fedbpt.coordinator.fleet.Fleet` keeps: its devices, its listener, and the round that is open."""
 
 from __future__ import annotations
 
@@ -22,55 +22,58 @@ class Member:
         self.name = client.name
         self.info: DeviceInfo | None = None
         self.state: Literal["live", "lost", "late"] = "lost"
-        self.reason = "not asked yet"
+        self.reason = "not connected yet"
         self.peak_rss_bytes = 0
         self.bytes_up_before = client.bytes_up
         self.bytes_down_before = client.bytes_down
         self.sent: set[tuple[str, int]] = set()
 
     def n_rows(self, request: EvaluateRequest) -> int:
-        """How many rows of the kind that ``request`` is for it said to have."""
+        """Rows of the request's split that the device said it has."""
         if self.info is None:
             return 0
         return self.info.n_dev if request.split == "dev" else self.info.n_test
 
-    def heard(self, info: DeviceInfo) -> None:
+    def update_info(self, info: DeviceInfo) -> None:
         self.info = info
         self.peak_rss_bytes = max(self.peak_rss_bytes, info.peak_rss_bytes)
 
 
 class Listener(NamedTuple):
-    """Whom the fleet tells what happens. All are called on the event loop."""
+    """Callbacks of the fleet, called on the event loop. The arguments begin with the device, then the round."""
 
     lost: Callable[[str, int, str], None]
     back: Callable[[str, int], None]
     late: Callable[[RoundReport], None]
     progress: Callable[[str, RoundProgress], None]
-    met: Callable[[str, DeviceInfo], None]
+    connected: Callable[[str, DeviceInfo], None]
 
 
-class Draft(NamedTuple):
-    """Whom a round asks: the first ``asked`` live devices of ``order``; ``wanted`` reports end it."""
+class Cohort(NamedTuple):
+    """The devices of a round: the first ``size`` live ones of ``order``; ``wanted`` reports end the round."""
 
     order: tuple[str, ...]
-    asked: int
+    size: int
     wanted: int
 
 
-MAX_NAMED: Final = 5
-"""Devices that a line names at most."""
+MAX_NAMED_DEVICES: Final = 5
+"""Most devices that a message names."""
 
-INVITATIONS: Final = 3
-"""How often a device may be given the same round: it may be restarted or drop out and come back."""
+MAX_ATTEMPTS: Final = 3
+"""How often a device may be given the same round: it may be restarted, or drop out and come back."""
 
 
 @dataclass
 class OpenRound:
-    """Where a round stands while the fleet runs it. ``budget_s``: when it ends without reports, and without fault."""
+    """A round that the fleet runs. ``budget_s``: when it ends even without reports, and without an error.
+
+    ``barred``: devices that may not try again; ``since``: when each device was invited last, loop time.
+    """
 
     number: int
     kind: str
-    draft: Draft
+    cohort: Cohort
     needed: int
     deadline_s: float
     began: float
@@ -86,24 +89,24 @@ class OpenRound:
 
     @property
     def limit_s(self) -> float:
-        """Longest that it takes."""
+        """Time limit, seconds."""
         return min(self.deadline_s, self.budget_s)
 
-    def may_ask(self, name: str) -> bool:
-        """Whether a device that is live may be asked, again or at all."""
-        return name not in self.barred and self.invited[name] < INVITATIONS
+    def may_invite(self, name: str) -> bool:
+        """Whether a live device may be given the round, again or for the first time."""
+        return name not in self.barred and self.invited[name] < MAX_ATTEMPTS
 
 
 def describe_absent(members: Iterable[Member]) -> str:
-    """`` (a: why; b: why)`` of those that are not live, the first `MAX_NAMED` of them; empty: all are."""
-    # A reason that the device gave itself begins with its name already.
+    """`` (a: why; b: why)`` of the first `MAX_NAMED_DEVICES` members that are not live; empty: all are."""
+    # A reason that comes from the device begins with its name.
     reasons = [f"{m.name}: {m.reason.removeprefix(f'{m.name}: ')}" for m in members if m.state != "live"]
-    more = [f"and {len(reasons) - MAX_NAMED} more"] if len(reasons) > MAX_NAMED else []
-    return f" ({'; '.join(reasons[:MAX_NAMED] + more)})" if reasons else ""
+    more = [f"and {len(reasons) - MAX_NAMED_DEVICES} more"] if len(reasons) > MAX_NAMED_DEVICES else []
+    return f" ({'; '.join(reasons[:MAX_NAMED_DEVICES] + more)})" if reasons else ""
 
 
 def common_model(infos: Sequence[DeviceInfo]) -> DeviceInfo:
-    """The info of a device with the model that all have. Raises `FederationError` where they have different ones."""
+    """The info of any device, if all have the same model; otherwise raises `FederationError`."""
     by_model: dict[str, list[DeviceInfo]] = {}
     for info in infos:
         by_model.setdefault(info.model_fingerprint, []).append(info)
@@ -112,5 +115,7 @@ def common_model(infos: Sequence[DeviceInfo]) -> DeviceInfo:
             f"{', '.join(info.name for info in group)}: {group[0].model_name} ({fingerprint})"
             for fingerprint, group in by_model.items()
         )
-        raise FederationError(f"the devices have different models, give all the same file: {held}")
+        raise FederationError(
+            f"the devices have different models, give all the same file: {held}", field="model_fingerprint"
+        )
     return infos[0]

@@ -1,4 +1,4 @@
-"""`RunMetrics`: a run's figures for Prometheus, kept up to date by its events."""
+"""`RunMetrics`: the figures of a run for Prometheus, from its events."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BOUNDS_S: Final = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 
 
 class RunMetrics:
-    """A `fedbpt.runs.event_log.Sink` for one run. ``seconds``: of the rounds that were closed in earlier sittings."""
+    """A `fedbpt.runs.event_log.Sink` for one run. ``seconds``: of the rounds closed in earlier sessions."""
 
     def __init__(self, run: str, seconds: float = 0.0) -> None:
         self._labels = {"run": run}
@@ -34,7 +34,8 @@ class RunMetrics:
         self._started: RunStarted | None = None
         self._closed: RoundClosed | None = None
         self._evaluated: Evaluated | None = None
-        self._finished = self._generates = False
+        self._finished = False
+        self._generates = False
         self._seconds = seconds
         self._rounds: dict[RoundPurpose, Histogram] = {}
         self._live: set[str] = set()
@@ -43,19 +44,21 @@ class RunMetrics:
 
     def __call__(self, line: Line) -> str:
         with self._lock:
-            self._hear(line)
+            self._count(line)
         return ""
 
-    def _hear(self, line: Line) -> None:
+    def _count(self, line: Line) -> None:
         match line.entry.event:
             case RunStarted() as event:
-                self._started, self._live = event, set(event.live)
-                self._seconds = self._seconds if event.resumed else 0.0  # of a run that this one takes the place of
+                self._started = event
+                self._live = set(event.live)
+                self._seconds = self._seconds if event.resumed else 0.0  # a fresh run that replaces a stored one
             case TemplateSelected() as event:
                 self._generates = not event.template.label_words
             case RoundClosed() as event:
                 self._rounds.setdefault(event.purpose, Histogram(BOUNDS_S)).observe(event.seconds - self._seconds)
-                self._closed, self._seconds = event, event.seconds
+                self._closed = event
+                self._seconds = event.seconds
             case Evaluated() as event:
                 self._evaluated = event
             case DeviceLost(device=device):
@@ -69,7 +72,7 @@ class RunMetrics:
                 self._finished = True
 
     def families(self, traffic: Mapping[str, Traffic]) -> list[Family]:
-        """``traffic``: of each device, as of the last closed round."""
+        """The metrics. ``traffic``: of each device, as of the last closed round."""
         with self._lock:
             return [*self._of_run(), *self._of_rounds(), *self._of_devices(traffic)]
 
@@ -82,7 +85,8 @@ class RunMetrics:
         ]
 
     def _of_rounds(self) -> list[Family]:
-        closed, evaluated = self._closed, self._evaluated
+        closed = self._closed
+        evaluated = self._evaluated
         rounds = [
             sample
             for purpose, times in self._rounds.items()

@@ -1,6 +1,6 @@
-"""`MonitorServer`: what people and their tools may read of a run while it is coordinated. JSON, events, metrics.
+"""`MonitorServer`: a running run for people and tools to read: JSON, events, metrics.
 
-It is not the server that devices call (`CoordinatorServer`): their tokens open nothing here, its token nothing there.
+It is separate from the server that devices call (`CoordinatorServer`): neither accepts the other's tokens.
 """
 
 from __future__ import annotations
@@ -32,24 +32,27 @@ from fedbpt.runs.event_log import Line
 from fedbpt.runs.store import RunStore, StoredRun
 
 HEARTBEAT_S: Final = 15.0
-"""Longest silence of a stream of events: then a comment comes, so that proxies keep it open."""
+"""Longest silence of an event stream before a comment is sent, so that proxies keep it open."""
 
 RETRY_MS: Final = 2000
-"""When a browser's EventSource comes again after the stream has ended."""
+"""When a browser's EventSource reconnects after the stream has ended."""
 
 MAX_READERS: Final = 64
-"""Streams of events at once."""
+"""Most open event streams."""
 
 
 class MonitorServer(HttpServer):
-    """Serves what ``store`` holds, and live, what is told of ``run``: a `fedbpt.runs.event_log.Sink`. See `HttpServer`.
+    """Serves the runs of ``store``, and the events of ``run``, for which it is a `fedbpt.runs.event_log.Sink`.
 
     Args:
-        store: the run database, read through a connection of its own.
-        token: what readers must send; None: loopback only.
+        store: the run database, read through its own connection.
+        token: required of readers; None: loopback only.
+        heartbeat_s: see `HEARTBEAT_S`.
+
+    The other arguments are those of `HttpServer`.
 
     Raises:
-        ConfigError: a host beyond loopback without token, or without TLS or ``allow_insecure``.
+        ConfigError: a host beyond loopback without a token, or without TLS or ``allow_insecure``.
     """
 
     def __init__(
@@ -93,7 +96,7 @@ def build_app(
     token: str | None = None,
     heartbeat_s: float = HEARTBEAT_S,
 ) -> Starlette:
-    """The routes, as an ASGI application; without ``token`` it answers under loopback's names only."""
+    """The routes, as an ASGI application; without ``token``, for requests that name a loopback host only."""
     routes = _Routes(store, run, feed, metrics, heartbeat_s)
     guard = Middleware(LoopbackOnly) if token is None else Middleware(RequireToken, token=token, who="this monitor")
     return Starlette(
@@ -111,11 +114,13 @@ def build_app(
 
 
 class _Routes:
-    """Those that read the store are plain functions: they run in threads, beside the streams."""
+    """Routes that read the store are plain functions, which Starlette runs in threads."""
 
     def __init__(self, store: RunStore, run: str, feed: EventFeed, metrics: RunMetrics, heartbeat_s: float) -> None:
-        self._store, self._run = store, run
-        self._feed, self._metrics = feed, metrics
+        self._store = store
+        self._run = run
+        self._feed = feed
+        self._metrics = metrics
         self._heartbeat_s = heartbeat_s
 
     @asynccontextmanager
@@ -133,9 +138,13 @@ class _Routes:
     async def events(self, request: Request) -> Response:
         run = request.path_params["run"]
         if run != self._run:
-            raise CoordinatorRefusedError(f"run {run!r} is not under way here, run {self._run!r} is", "unknown-run")
+            raise CoordinatorRefusedError(
+                f"run {run!r} does not run here: read the events of run {self._run!r}", "unknown-run"
+            )
         if self._feed.n_readers >= MAX_READERS:
-            raise CoordinatorRefusedError(f"{MAX_READERS} streams are read already", "too-many", 10.0)
+            raise CoordinatorRefusedError(
+                f"{MAX_READERS} event streams are open already: try again later", "too-many", 10.0
+            )
         after = request.headers.get("last-event-id", "")
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
         return StreamingResponse(self._stream(after), headers=headers, media_type="text/event-stream")
@@ -156,12 +165,12 @@ class _Routes:
     def _named(self, request: Request) -> StoredRun:
         found = self._store.find_run(request.path_params["run"])
         if found is None:
-            raise CoordinatorRefusedError("there is no such run: GET /v1/runs lists them", "unknown-run")
+            raise CoordinatorRefusedError("no such run: list the runs with GET /v1/runs", "unknown-run")
         return found
 
 
 class _JsonOnly:
-    """ASGI middleware: refusals are JSON, too, whatever is asked for."""
+    """ASGI middleware: errors are JSON too, whatever the Accept header says."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -174,7 +183,7 @@ class _JsonOnly:
 
 
 def _as_event(item: Line | Missed | None) -> bytes:
-    """As server-sent events write it: https://html.spec.whatwg.org/multipage/server-sent-events.html"""
+    """``item`` as a server-sent event: https://html.spec.whatwg.org/multipage/server-sent-events.html"""
     if item is None:
         return b": nothing new\n\n"
     if isinstance(item, Missed):

@@ -1,4 +1,4 @@
-"""A run on this machine alone: one device in this process. Ctrl-C ends the search and keeps what there is."""
+"""A run on this machine only, with one device in this process. Ctrl-C ends the search and keeps its result."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from fedbpt.tasks.rows import Row
 log = logging.getLogger(__name__)
 
 NAME: Final = "this-machine"
-"""Of the device."""
+"""Name of the device."""
 
 NO_DEADLINE_S: Final = 7 * 86400.0
-"""Nobody waits for the device but its owner."""
+"""No deadline in practice: no other device waits."""
 
 
 class Ended(NamedTuple):
-    """``interrupted``: the budget is not spent; the same run goes on when it is started again."""
+    """``interrupted``: before the budget was spent; the same run goes on when it is started again."""
 
     result: RunResult
     interrupted: bool
 
 
 def settings_alone(settings: RunSettings) -> RunSettings:
-    """``settings`` for a run whose one device is always there."""
+    """``settings`` for a run whose only device is always in reach."""
     return msgspec.structs.replace(settings, quorum=1.0, deadline_s=NO_DEADLINE_S, stragglers=0.0)
 
 
 @contextmanager
 def clients_of(device: Device) -> Iterator[Callable[[], InProcessClient]]:
-    """What makes a client of ``device``, again and again: their work is done one after the other, on one thread.
+    """Yield a function that makes clients of ``device``, which share one worker thread.
 
-    A scoring call that cannot be interrupted may outlast the run that asked for it.
+    So a scoring call that outlasts its run and the next run's calls do not run at the same time.
     """
     worker = Worker(f"fedbpt-{device.name}")
     try:
@@ -54,11 +54,14 @@ def clients_of(device: Device) -> Iterator[Callable[[], InProcessClient]]:
 
 
 def run_alone(begin: Callable[[RunSettings], Federation], settings: RunSettings) -> Ended:
-    """The run that ``begin`` makes of ``settings``, each time anew, to the end of its budget, or until Ctrl-C.
+    """Run the federation that ``begin`` makes of ``settings`` to the end of its budget, or until Ctrl-C.
 
-    Then the readout is fitted to what was found, and evaluated, as if the budget had been spent. A second Ctrl-C ends
-    that, too. Raises `KeyboardInterrupt` or `RunStopped` where no round of the search was closed; else as
-    `Federation.run` does.
+    After Ctrl-C, a second federation fits the readout and evaluates the result, as if the budget were spent; another
+    Ctrl-C ends that too.
+
+    Raises:
+        KeyboardInterrupt, RunStopped: no round of the search was closed.
+        FedbptError: as `Federation.run`.
     """
     federation = begin(settings)
     try:
@@ -68,14 +71,14 @@ def run_alone(begin: Callable[[RunSettings], Federation], settings: RunSettings)
         if not searched:
             raise
         log.warning(
-            "stopped after %d rounds of the search: finishing with what they found; Ctrl-C again ends at once", searched
+            "stopped after %d rounds of the search: finishing with their result; Ctrl-C again ends at once", searched
         )
         spent = msgspec.structs.replace(settings, rounds=searched, evaluations=0, tokens=0, seconds=0.0)
         return Ended(begin(spent).run(), True)
 
 
 def digest_of_rows(*splits: Sequence[Row]) -> str:
-    """sha256 (hex) of rows; a stored run is of the rows that it was begun with."""
+    """sha256 (hex) of rows, by which a stored run is resumed with the same rows only."""
     found = hashlib.sha256()
     for rows in splits:
         plain = [(text, label if isinstance(label, str) else int(label)) for text, label in rows]

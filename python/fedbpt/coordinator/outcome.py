@@ -1,4 +1,4 @@
-"""What a run found, put together at its end."""
+"""The result of a run, made at its end."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ def make_result(
     """The result of a run.
 
     Args:
-        model: a device that has its model.
+        model: the info of any device with its model.
+        costs: by device.
         reports: of the final evaluation, by device.
-        dev: the last scores on ``dev`` rows, by line; empty: there are none.
+        dev: the last scores on ``dev`` rows, by variant; empty: there are none.
     """
-    names = list(ledger.lines())
+    names = list(ledger.state.lines())
     devices = tuple(
         DeviceSummary(
             name=member.name,
             info=member.info,
-            reports=ledger.reports.get(member.name, 0),
+            reports=ledger.state.n_reports[member.name],
             bytes_up=costs[member.name].bytes_up,
             bytes_down=costs[member.name].bytes_down,
             peak_rss_bytes=costs[member.name].peak_rss_bytes,
@@ -50,11 +51,11 @@ def make_result(
         settings=settings,
         model_fingerprint=model.model_fingerprint,
         model_name=model.model_name,
-        template=ledger.template,
-        mean=Array.of(ledger.mean),
-        digest=ledger.aggregator.digest(),
-        rounds=ledger.searched,
-        evaluations=ledger.aggregator.evaluations,
+        template=ledger.state.template,
+        mean=Array.of(ledger.state.mean),
+        digest=ledger.state.aggregator.digest(),
+        rounds=ledger.state.searched,
+        evaluations=ledger.state.aggregator.evaluations,
         tokens=ledger.spending.tokens,
         seconds=ledger.spending.seconds,
         total_seconds=total_seconds,
@@ -65,9 +66,9 @@ def make_result(
             for i, name in enumerate(names)
             if name in BASELINES
         },
-        fits={purpose: fit.readout for purpose, fit in ledger.fits.items()},
-        others=ledger.others if "readout" in ledger.fits else (),
-        templates=ledger.candidates,
+        fits={purpose: fit.readout for purpose, fit in ledger.state.fits.items()},
+        others=ledger.state.others if "readout" in ledger.state.fits else (),
+        templates=ledger.state.candidates,
         epsilon=ledger.epsilon(),
         devices=devices,
         dev=dict(dev),

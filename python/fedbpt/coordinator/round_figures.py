@@ -1,11 +1,11 @@
-"""A closed round in numbers: what curves and the dashboard keep of its reports."""
+"""The figures of a closed round that curves and the dashboard show."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 from fedbpt.aggregation.methods import method_named
-from fedbpt.coordinator.report_checks import mean_loss, purpose_of
+from fedbpt.coordinator.round_reports import mean_loss, purpose_of
 from fedbpt.runs.events import RoundPurpose
 from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import StoredRound
@@ -21,7 +21,7 @@ class Share(NamedTuple):
 
 
 class ClosedRound(NamedTuple):
-    """``evaluations``: candidates of the device that scored most; ``loss``: the devices' mean, nats."""
+    """``evaluations``: most candidates that a device scored; ``loss``: mean of the devices, weighted by rows, nats."""
 
     round: int
     purpose: RoundPurpose
@@ -31,7 +31,7 @@ class ClosedRound(NamedTuple):
 
 
 def evaluations_in(closed: ClosedRound, settings: RunSettings) -> int:
-    """Candidates that a round of the search scored: in pooled search the same on all devices."""
+    """Candidates of a round of the search; in pooled search, all devices score the same ones."""
     return closed.evaluations if method_named(settings.method).local else settings.popsize
 
 

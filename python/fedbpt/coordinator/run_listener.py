@@ -1,4 +1,4 @@
-"""What a fleet tells of its devices, as events of the run and lines in its store."""
+"""Turns what a fleet reports of its devices into events of the run and records in its store."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from fedbpt.runs.events import DeviceBack, DeviceLost, EventCallback, LateReport
 
 
 def listener_for(ledger: RunLedger, emit: EventCallback) -> Listener:
-    """Whom a `fedbpt.coordinator.fleet.Fleet` tells; the store is written once the run is open."""
-    store, run = ledger.store, ledger.run
+    """A listener for `fedbpt.coordinator.fleet.Fleet`; the store is written once the run is open."""
+    store = ledger.store
+    run = ledger.run
 
     def lost(device: str, round: int, reason: str) -> None:
         emit(DeviceLost(device=device, round=round, reason=reason))
@@ -22,15 +23,15 @@ def listener_for(ledger: RunLedger, emit: EventCallback) -> Listener:
 
     def late(report: RoundReport) -> None:
         if report.run != run:
-            return  # of a live evaluation: nothing is kept of it
+            return  # of a live evaluation, which is not stored
         store.record_late(run, report)
         emit(LateReport(device=report.device, round=report.round))
 
     def progress(device: str, where: RoundProgress) -> None:
         emit(Progressed(device=device, round=where.round, done=where.done, total=where.total, paused=where.paused))
 
-    def met(device: str, info: DeviceInfo) -> None:
+    def connected(device: str, info: DeviceInfo) -> None:
         if ledger.is_open:
             store.record_devices(run, {device: info})
 
-    return Listener(lost=lost, back=back, late=late, progress=progress, met=met)
+    return Listener(lost=lost, back=back, late=late, progress=progress, connected=connected)

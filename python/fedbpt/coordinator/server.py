@@ -10,7 +10,7 @@ from fedbpt.net.tls import Tls, is_loopback
 
 
 class CoordinatorServer(HttpServer):
-    """Serves the devices of ``registry`` that call in; see `HttpServer`. Run it from its thread (``start``)."""
+    """Serves the devices of ``registry`` that call in, in a thread (``start``); see `HttpServer`."""
 
     def __init__(
         self,
@@ -33,5 +33,5 @@ class CoordinatorServer(HttpServer):
         return self.office.present()
 
     def client(self, device: str) -> MailboxClient:
-        """A client of ``device``, to use from any event loop while the server runs."""
+        """A client of ``device``, for any event loop while the server runs."""
         return self.office.client(device)

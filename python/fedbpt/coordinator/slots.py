@@ -1,4 +1,4 @@
-"""`Turns`: many devices are given work a few at a time, and none that is slow to take it holds up the others."""
+"""`Slots`: limit how many devices are given work at once, without waiting for slow ones."""
 
 from __future__ import annotations
 
@@ -8,32 +8,34 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 AT_ONCE: Final = 16
-LONGEST_S: Final = 0.25
+MAX_HOLD_S: Final = 0.25
 
 
-class Turns:
-    """At most ``at_once`` at the same time, of which those that take over ``longest_s`` seconds do not count.
+class Slots:
+    """A semaphore of ``at_once`` slots, each of which is released after at most ``max_hold_s`` seconds.
 
-    What comes meanwhile, such as the report of a device that is done already, is heard in between. For one event loop.
+    Between two acquisitions the event loop handles what has arrived, such as reports. For one event loop.
     """
 
-    def __init__(self, at_once: int = AT_ONCE, longest_s: float = LONGEST_S) -> None:
+    def __init__(self, at_once: int = AT_ONCE, max_hold_s: float = MAX_HOLD_S) -> None:
         self._free = asyncio.Semaphore(at_once)
-        self._longest_s = longest_s
+        self._max_hold_s = max_hold_s
 
     @asynccontextmanager
-    async def one(self) -> AsyncIterator[Callable[[], None]]:
-        """Wait for a turn, and have it meanwhile; what is returned ends it before."""
+    async def acquire(self) -> AsyncIterator[Callable[[], None]]:
+        """Acquire a slot; the yielded callable releases it early."""
         await self._free.acquire()
-        mine = [self._free]
+        is_held = True
 
-        def end() -> None:
-            if mine:
-                mine.pop().release()
+        def release() -> None:
+            nonlocal is_held
+            if is_held:
+                is_held = False
+                self._free.release()
 
-        patience = asyncio.get_running_loop().call_later(self._longest_s, end)
+        timer = asyncio.get_running_loop().call_later(self._max_hold_s, release)
         try:
-            yield end
+            yield release
         finally:
-            patience.cancel()
-            end()
+            timer.cancel()
+            release()

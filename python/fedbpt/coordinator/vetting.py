@@ -1,7 +1,7 @@
-"""Whether a round's reports may be committed: what comes next must be a plan that devices accept.
+"""Whether a round's reports may be committed: the plan that follows must be one that devices accept.
 
-`fedbpt.coordinator.report_checks` bounds each report, and aggregation keeps its state in bounds. Should reports that
-pass still add up to nonsense, the one that does it is left out; a round that is committed cannot be taken back.
+`fedbpt.coordinator.report_checks` bounds each report, and aggregation bounds its state. If reports within these bounds
+still lead to an impossible plan, the report that causes it is left out: a committed round cannot be undone.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedbpt.coordinator.ledger import RunLedger
-from fedbpt.coordinator.report_checks import purpose_of
+from fedbpt.coordinator.round_reports import purpose_of
+from fedbpt.coordinator.work_kinds import kind_of
 from fedbpt.errors import FedbptError, FederationError
 from fedbpt.protocol import codec
-from fedbpt.protocol.rounds import LocalWork, PooledWork, RoundPlan, RoundReport
-from fedbpt.search.population import transform
+from fedbpt.protocol.rounds import RoundPlan, RoundReport
 
 
 def vet(ledger: RunLedger, round: int, reports: Sequence[RoundReport]) -> tuple[list[RoundReport], dict[str, str]]:
-    """The ``reports`` that may close ``round``, and of the others, by device, why not. ``ledger`` stays as it is.
+    """The ``reports`` that may close ``round``, and by device why the others may not. ``ledger`` is not changed.
 
-    Raises `FederationError` where no single device is to blame.
+    Raises:
+        FederationError: leaving out any one report does not help.
     """
     problem = _problem(ledger, round, reports)
     if not problem:
@@ -37,17 +38,17 @@ def vet(ledger: RunLedger, round: int, reports: Sequence[RoundReport]) -> tuple[
 
 
 def _problem(ledger: RunLedger, round: int, reports: Sequence[RoundReport]) -> str:
-    """Why no device would accept what follows from ``reports``; empty: they would."""
+    """Why no device would accept the plan that follows from ``reports``; empty: they would."""
     purpose = purpose_of(reports)
     try:
-        twin = ledger.twin()
+        state = ledger.state.copy()
+        planner = ledger.planner.for_state(state)
         with np.errstate(all="ignore"):  # what overflows is found below
-            twin.apply(round, reports)
-            work = twin.work(round + 1, "search" if purpose == "selection" else purpose)
-            plan = twin.plan(round + 1, reports[0].device, work)
+            state.apply(round, reports)
+            work = planner.work(round + 1, "search" if purpose == "selection" else purpose)
+            plan = planner.plan(round + 1, reports[0].device, work)
             codec.decode(codec.encode(plan), RoundPlan)
-            if isinstance(work, PooledWork | LocalWork):
-                transform(work.state, np.zeros((1, plan.prompt.d)))
+            kind_of(work).check_work(plan, work)
     except (FedbptError, ArithmeticError, ValueError) as error:
         return str(error)
     return ""

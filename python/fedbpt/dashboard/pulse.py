@@ -56,7 +56,7 @@ class Pulse:
     async def _follow(self, twin: RemoteDevice) -> None:
         beat = 0
         while True:
-            answers = await twin.answers(PATIENCE_S)
+            answers = await twin.responds(PATIENCE_S)
             self._heard(twin.name, answers)
             if answers and beat % STATUS_EVERY == 0:
                 await self._ask(twin)

@@ -11,9 +11,10 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MessageType, MetricRecord
 from numpy.typing import NDArray
 
-from fedbpt.coordinator.ledger import SELECTION, RunLedger
+from fedbpt.coordinator.ledger import RunLedger
 from fedbpt.coordinator.members import common_model
 from fedbpt.coordinator.report_checks import check_evaluation, check_report
+from fedbpt.coordinator.run_state import SELECTION
 from fedbpt.coordinator.vetting import vet
 from fedbpt.errors import ConfigError, DeviceError, QuorumError, WireError
 from fedbpt.flower.client import LEAST_TTL_S
@@ -64,7 +65,7 @@ class FlowerLoop:
             log.warning("%s is left out: it %s", name, found.reason)
         self._nodes = {name: node for name, (node, _) in devices.items() if name not in unfit}
         self._infos = {name: devices[name][1] for name in self._nodes}
-        self._needed = max(settings.quorum * len(devices), self._ledger.aggregator.min_reports, 1)
+        self._needed = max(settings.quorum * len(devices), self._ledger.state.aggregator.min_reports, 1)
         if len(self._nodes) < self._needed:
             reasons = "; ".join(f"{name}: it {found.reason}" for name, found in unfit.items())
             raise QuorumError(
@@ -77,14 +78,14 @@ class FlowerLoop:
         self._returned: NDArray[np.float64] | None = None
         self._ledger.open(common_model(list(self._infos.values())), sorted(devices))
         if len(task.templates) == 1 and not settings.balanced:
-            self._ledger.skip_selection()
+            self._ledger.state.skip_selection()
 
     def _next(self) -> tuple[int, RoundPurpose]:
-        ledger = self._ledger
-        if ledger.closed < SELECTION:
+        state = self._ledger.state
+        if state.closed < SELECTION:
             return SELECTION, "selection"
-        calibrates = self._settings.calibrate and not ledger.fit("calibration").done
-        return ledger.closed + 1, "calibration" if calibrates else "search"
+        calibrates = self._settings.calibrate and not state.fit("calibration").done
+        return state.closed + 1, "calibration" if calibrates else "search"
 
     def plans(self, arrays: ArrayRecord) -> list[Message]:
         """What devices are asked next. Raises `ConfigError` where ``arrays`` are not those of the last `close`."""
@@ -94,9 +95,9 @@ class FlowerLoop:
                 "than a mean; for differential privacy set settings.privacy"
             )
         round, purpose = self._next()
-        work = self._ledger.work(round, purpose)
+        work = self._ledger.planner.work(round, purpose)
         self._work_digest, self._began = codec.digest(work), time.monotonic()
-        self._plans = {name: self._ledger.plan(round, name, work) for name in self._nodes}
+        self._plans = {name: self._ledger.planner.plan(round, name, work) for name in self._nodes}
         return [self._message(name, plan, MessageType.TRAIN, str(round)) for name, plan in self._plans.items()]
 
     def close(self, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord]:
@@ -115,9 +116,9 @@ class FlowerLoop:
             log.warning("%s: %s", name, reason)
         self._require_quorum(reports)
         reports.sort(key=lambda report: report.device)
-        loss = ledger.commit(reports[0].round, self._work_digest, reports, time.monotonic() - self._began, {})
-        figures = {"loss": loss, "devices": len(reports), "evaluations": ledger.aggregator.evaluations}
-        self._returned = ledger.mean
+        committed = ledger.commit(reports[0].round, self._work_digest, reports, time.monotonic() - self._began, {})
+        figures = {"loss": committed.loss, "devices": len(reports), "evaluations": ledger.state.aggregator.evaluations}
+        self._returned = ledger.state.mean
         return arrays_of(self._returned), MetricRecord({**figures, "tokens": ledger.spending.tokens})
 
     def _require_quorum(self, reports: Sequence[RoundReport]) -> None:
@@ -129,11 +130,14 @@ class FlowerLoop:
 
     def evaluations(self) -> list[Message]:
         """Ask for the mean's accuracy on ``dev`` rows."""
-        ledger = self._ledger
-        self._request = ledger.request(
-            ledger.mean[None], readouts=(ledger.readout("calibration"),), label_weights=ledger.label_weights,
-            split="dev", max_rows=self._settings.dev_rows,
-        )  # fmt: skip
+        state = self._ledger.state
+        self._request = self._ledger.planner.request(
+            state.mean[None],
+            readouts=(state.readout("calibration"),),
+            label_weights=state.label_weights,
+            split="dev",
+            max_rows=self._settings.dev_rows,
+        )
         names = [name for name, info in self._infos.items() if info.n_dev]
         return [self._message(name, self._request, MessageType.EVALUATE, "") for name in names]
 
@@ -142,7 +146,7 @@ class FlowerLoop:
         total = NO_SCORE
         for name, report in self._answers(replies, EvaluateReport):
             try:
-                request = self._request or self._ledger.request(self._ledger.mean[None])
+                request = self._request or self._ledger.planner.request(self._ledger.state.mean[None])
                 check_evaluation(report, request, self._infos[name].n_dev)
             except WireError as error:
                 log.warning("%s: its evaluation is refused: %s", name, error)

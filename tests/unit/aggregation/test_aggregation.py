@@ -1,4 +1,4 @@
-"""Aggregation: deterministic, indifferent to order, faithful to its sources, and what skewed data do to it."""
+"""Aggregation: deterministic, independent of order, faithful to its sources; its behaviour on skewed data."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ every_algorithm = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.ke
 
 
 def bowls() -> dict[str, Loss]:
-    """Four convex devices with minima and curvatures of their own, far from the start."""
+    """Four convex devices with different minima and curvatures, far from the start."""
     rng = np.random.default_rng(0)
     devices: dict[str, Loss] = {}
     for i in range(4):
@@ -49,12 +49,12 @@ def total(devices: dict[str, Loss], z: np.ndarray) -> float:
 
 
 @every_algorithm
-def test_it_is_an_aggregator(make: Callable[[], Aggregator]) -> None:
+def test_every_method_is_an_aggregator(make: Callable[[], Aggregator]) -> None:
     assert isinstance(make(), Aggregator)
 
 
 @every_algorithm
-def test_it_minimises_over_four_heterogeneous_devices(make: Callable[[], Aggregator]) -> None:
+def test_every_method_minimises_over_four_heterogeneous_devices(make: Callable[[], Aggregator]) -> None:
     devices, aggregator = bowls(), make()
     start = total(devices, aggregator.mean)
     run(aggregator, devices, 20)
@@ -132,23 +132,23 @@ def test_fedavg_averages_means_by_texts() -> None:
     assert fedavg.work(1).state.sigma == pytest.approx(np.sqrt((0.75 * 4 + 0.25 * 16) / 4))
 
 
-def test_pooled_work_names_the_generation_that_the_search_is_in() -> None:
+def test_pooled_work_has_the_generation_of_the_search() -> None:
     pooled = Pooled(2, popsize=4)
     assert pooled.work(0).generation == pooled.work(5).generation == 0
     pooled.update([loss_report("a", np.arange(4), 1)])
     assert pooled.work(6).generation == 1
 
 
-# --- against the cma package alone --------------------------------------------------------------------------------
+# --- against the cma package --------------------------------------------------------------------------------
 
 
 def native_server(k: int, reports: list[list[RoundReport]], divisor: float, **options: object) -> tuple[object, float]:
-    """The server's equations with nothing but the package: σ_g, tell, ratio."""
+    """The server's equations with only the package: σ_g, tell, ratio."""
     kept = np.random.get_state()  # noqa: NPY002
     settings = {"popsize": k, "CMA_mu": k, "seed": 42, "verbose": -9, **options}
     es, local_sigma = cma.CMAEvolutionStrategy(D * [0], 1.0, settings), 1.0
     with warnings.catch_warnings():
-        # Its mirrored samples (k < 6) are asked for and never told, which it remarks upon.
+        # Its mirrored samples (k < 6) are asked for and never told, which makes it warn.
         warnings.simplefilter("ignore", cma.evolution_strategy.InjectionWarning)
         for reports_of_round in reports:
             results = [r.result for r in reports_of_round]
@@ -195,8 +195,8 @@ def test_the_papers_server_is_the_packages_update_with_the_papers_step_size(k: i
     assert ours.local_sigma == pytest.approx(local_sigma, rel=1e-6)
 
 
-def test_a_round_of_other_size_counts_the_replies() -> None:
-    """σ_g and the population come from the reports that came, not from the configured number of devices."""
+def test_a_round_of_another_size_counts_its_reports() -> None:
+    """σ_g and the population follow from the number of reports, not from the configured number of devices."""
     first, second = uploads(4, 1)[0], uploads(6, 2)[1]
     ours = FedBPT(D, 1.0, popsize=20, n_devices=10)
     ours.update(first)
@@ -224,7 +224,7 @@ def logistic(features: np.ndarray, labels: np.ndarray) -> Loss:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_device_with_one_class_makes_fedbpt_collapse_but_not_pooled_search(seed: int) -> None:
-    """That device can always lower its own loss by answering its class, so it looks fittest and leads the mean."""
+    """That device can always lower its own loss by predicting its class, so it has the best fitness and leads."""
     shares = [1.0, 0.3, 0.3, 0.3]
     devices = {f"d{i}": logistic(*sentiment(100 * seed + i, 60, share)) for i, share in enumerate(shares)}
     features, labels = sentiment(999, 400, float(np.mean(shares)))
@@ -323,7 +323,7 @@ def test_the_averaged_mean_of_a_noisy_search_is_nearer_to_the_optimum_than_the_l
 
 
 @pytest.mark.parametrize("name", [name for name in MAKERS if name != "fedbpt nvflare"])
-def test_a_restart_begins_anew_from_a_mean(name: str) -> None:
+def test_a_restart_begins_at_the_given_mean(name: str) -> None:
     devices, aggregator = bowls(), MAKERS[name]()
     run(aggregator, devices, 3)
     spent, before = aggregator.evaluations, aggregator.digest()
@@ -342,7 +342,7 @@ def test_a_restart_begins_anew_from_a_mean(name: str) -> None:
     assert aggregator.evaluations > spent
 
 
-def test_a_restarted_pooled_search_counts_its_generations_on_and_averages_its_own_means() -> None:
+def test_a_restarted_pooled_search_continues_its_generations_and_averages_only_new_means() -> None:
     pooled = Pooled(D, 1.0, 16, seed=3)
     run(pooled, bowls(), 5)
     pooled.restart(np.full(D, 9.0))
@@ -350,7 +350,7 @@ def test_a_restarted_pooled_search_counts_its_generations_on_and_averages_its_ow
     run(pooled, bowls(), 1)
     assert pooled.work(6).generation == 6
     assert pooled.evaluations == 6 * 16
-    np.testing.assert_allclose(pooled.mean, pooled.work(6).state.mean.numpy(), rtol=1e-6)  # the first mean counts alone
+    np.testing.assert_allclose(pooled.mean, pooled.work(6).state.mean.numpy(), rtol=1e-6)  # only the first mean counts
 
 
 @every_algorithm

@@ -1,4 +1,4 @@
-"""Fitting a readout over devices: the optimum of all rows together, however they are spread."""
+"""`ReadoutFit` reaches the optimum of all rows, however they are spread over devices."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LABELS, WORDS = 3, 8
 
 
 class Rows(NamedTuple):
-    """What a device knows: logits [n, LABELS + WORDS] and targets [n]."""
+    """A device's data: logits [n, LABELS + WORDS] and targets [n]."""
 
     logits: np.ndarray
     targets: np.ndarray
@@ -32,7 +32,7 @@ class Rows(NamedTuple):
 
 
 def rows(n: int = 150, seed: int = 0) -> Rows:
-    """Label words that know little and words that know more; their logits are not centred."""
+    """Weakly informative label words and more informative words; their logits are not centred."""
     rng = np.random.default_rng(seed)
     words = 2 * rng.standard_normal((n, WORDS)) + 5 * rng.standard_normal(WORDS)
     labels = rng.normal((2, 0, -1), 1, (n, LABELS))
@@ -47,7 +47,7 @@ def by_label(whole: Rows) -> list[Rows]:
 
 
 def answer(work: FitWork, device: Rows, name: str, round: int = 0, dtype: Dtype = "<f2") -> RoundReport:
-    """What a device does with the work it decodes; its gradient goes up as ``dtype``."""
+    """What a device does with decoded work; its gradient is sent as ``dtype``."""
     work = msgspec.msgpack.decode(msgspec.msgpack.encode(work), type=FitWork)
     logits = device.logits[:, : LABELS + work.n_words].astype(np.float64)
     if work.readout is None:
@@ -125,7 +125,7 @@ def test_devices_of_one_label_each_reach_the_optimum_of_all_rows(seed: int) -> N
     assert right > (whole.logits[:, :LABELS].argmax(axis=1) == whole.targets).mean() + 0.1
 
 
-def test_its_loss_is_that_of_its_readout_and_the_ridge() -> None:
+def test_the_loss_is_that_of_the_readout_and_the_ridge() -> None:
     whole = rows()
     fit, _ = fitted(by_label(whole))
     plain = loss_and_gradient(whole.logits, whole.targets, fit.readout.weights.numpy())[0]
@@ -133,7 +133,7 @@ def test_its_loss_is_that_of_its_readout_and_the_ridge() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_start_from_a_bias_is_a_fit_of_logits_with_that_bias(seed: int) -> None:
+def test_a_fit_from_a_bias_is_a_fit_of_logits_with_that_bias(seed: int) -> None:
     whole, bias = rows(seed=seed), np.array([-1.0, 0.5, 2.0])
     given_bias, _ = fitted(by_label(whole), bias=bias)
     assert given_bias.loss == pytest.approx(optimum(whole, bias=bias), abs=1e-3)
@@ -158,7 +158,7 @@ def test_without_words_mean_probabilities_become_the_labels_shares(seed: int) ->
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_few_rows_leave_the_model_nearly_as_it_is(seed: int) -> None:
+def test_few_rows_barely_change_the_model(seed: int) -> None:
     whole = rows(400, seed)
     few, many = (fitted([whole.of(slice(n))])[0] for n in (2, 400))
     moved = [np.abs(label_logits(fit, whole) - whole.logits[:, :LABELS]).mean() for fit in (few, many)]
@@ -169,12 +169,12 @@ CONSTANT = "the variance of words that never change is rounding noise, by which 
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_one_row_moves_the_bias_alone(seed: int) -> None:
+def test_one_row_moves_only_the_bias(seed: int) -> None:
     fit, _ = fitted([rows(400, seed).of(slice(1))])
     assert np.abs(fit.readout.weights.numpy()).max() < 1
 
 
-def test_words_that_never_change_give_a_bias_alone() -> None:
+def test_constant_words_give_only_a_bias() -> None:
     for seed in range(4):
         whole = rows(seed=seed)
         never = np.tile(whole.logits[:1, LABELS:], (150, 1))
@@ -200,7 +200,7 @@ def test_how_rows_are_spread_over_devices_does_not_matter(seed: int, cuts: list[
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_rounding_what_goes_up_costs_less_than_what_the_fit_stops_at(seed: int) -> None:
+def test_rounding_of_reports_costs_less_than_the_stopping_gain(seed: int) -> None:
     devices = by_label(rows(seed=seed))
     exact, rounded = (fitted(devices, dtype=dtype)[0] for dtype in ("<f8", "<f2"))
     assert rounded.loss == pytest.approx(exact.loss, abs=3e-4)
@@ -249,7 +249,7 @@ def test_a_device_that_misses_one_exchange_costs_little() -> None:
         assert loss_and_gradient(whole.logits, whole.targets, weights)[0] < best + 0.05
 
 
-# --- what does not fit ---------------------------------------------------------------------------------------------
+# --- malformed reports --------------------------------------------------------------------------------------------
 
 
 def reshaped(good: RoundReport, shape: tuple[int, ...]) -> RoundReport:
@@ -283,10 +283,10 @@ def test_reports_that_do_not_fit_are_refused_and_change_nothing(wrong: str, exch
     assert fit.digest() != before[0]
 
 
-# --- what devices are told -----------------------------------------------------------------------------------------
+# --- the work ----------------------------------------------------------------------------------------
 
 
-def test_devices_are_asked_for_moments_first_and_then_for_gradients_at_a_readout() -> None:
+def test_work_asks_for_moments_first_and_then_for_gradients() -> None:
     latent = np.array([0.5, -1.0])
     fit = ReadoutFit("probe", latent, WORDS, LABELS, max_rows=40)
     first = fit.work()
@@ -298,7 +298,7 @@ def test_devices_are_asked_for_moments_first_and_then_for_gradients_at_a_readout
     assert (second.purpose, second.latent, second.max_rows) == ("probe", first.latent, 40)
 
 
-def test_before_its_first_gradient_its_readout_is_the_bias_that_it_was_given() -> None:
+def test_before_the_first_gradient_the_readout_is_the_initial_bias() -> None:
     bias = np.array([0.25, -1.0, 3.0])
     fit = fresh(bias=bias)
     for _ in range(2):
@@ -308,7 +308,7 @@ def test_before_its_first_gradient_its_readout_is_the_bias_that_it_was_given() -
         fit.update(answers(fit.work(), by_label(rows())))
 
 
-def test_its_repr_says_how_far_it_is() -> None:
+def test_repr_shows_the_progress_of_a_fit() -> None:
     fit, _ = fitted(by_label(rows()))
     assert "readout, 8 words" in repr(fit)
     assert f"{fit.loss:.4f} nats" in repr(fit)

@@ -1,4 +1,4 @@
-"""How far a run has come, and how long the rest takes: runs by a script, whose end is known."""
+"""Progress and time left of scripted runs, whose end is known."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INFO: DeviceInfo = msgspec.structs.replace(FakeDevice("a").info(), n_dev=50, n_t
 
 
 class Script:
-    """A run whose rounds take what they are said to."""
+    """A run whose rounds take given times."""
 
     def __init__(self, **limits: object) -> None:
         self.limits = RunSettings(**({"rounds": 0} | limits))  # type: ignore[arg-type]
@@ -28,7 +28,7 @@ class Script:
         self.course = Course(self.spending)
 
     def rounds(self, purpose: RoundPurpose, n: int, seconds: float, tokens: int = 0) -> None:
-        """A device reads `RATE` tokens a second, unless something else is said."""
+        """A device processes `RATE` tokens a second, unless ``tokens`` is given."""
         tokens = tokens or round(RATE * seconds)
         for _ in range(n):
             self.spending.add_seconds(seconds, purpose != "selection")
@@ -40,14 +40,14 @@ class Script:
         return self.course.seconds_left(self.limits, ToyTask().templates, [INFO])
 
 
-def test_a_budget_in_seconds_is_counted_by_the_clock_from_its_beginning() -> None:
+def test_a_budget_in_seconds_is_counted_by_the_clock() -> None:
     run = Script(seconds=600.0, evaluations=1600)
-    run.rounds("selection", 1, 90.0)  # which is not charged
+    run.rounds("selection", 1, 90.0)  # not charged
     assert run.left == 600.0
     run.rounds("calibration", 5, 100.0)
     assert run.left == 100.0
     run.rounds("search", 57, 1.0)
-    assert run.left == pytest.approx(43.0)  # a count that is far does not matter, nor how the time was spent
+    assert run.left == pytest.approx(43.0)  # neither a distant count nor how the time was spent matters
     assert run.course.share(run.limits) == pytest.approx(557 / 600)
 
 
@@ -62,12 +62,12 @@ def test_of_several_limits_the_first_counts() -> None:
     assert run.left == pytest.approx(16 * 2.0)
 
 
-def test_the_rest_of_a_run_by_rounds_has_its_evaluations_its_readout_and_its_end() -> None:
+def test_the_time_left_includes_evaluations_readout_and_final_evaluation() -> None:
     run = Script(rounds=20, evaluate_every=10)
     run.rounds("selection", 1, 30.0)
     run.course.evaluated(0, 6.0)
     run.rounds("calibration", 4, 10.0)
-    assert run.left is None  # nobody knows how long a round takes
+    assert run.left is None  # no round of the search is closed
     readout_s = readout_tokens(run.limits, ToyTask().templates, [INFO], 4 * 10 * RATE) / RATE
     assert readout_s > 1.0
     test_s = 2 * 6.0
@@ -90,7 +90,7 @@ def test_the_pace_is_that_of_the_last_rounds() -> None:
     assert run.left == pytest.approx(50.0)
 
 
-def test_a_search_that_goes_on_after_its_readout_is_counted_with_another() -> None:
+def test_a_search_resumed_after_its_readout_is_counted_with_another_readout() -> None:
     run = Script(rounds=2)
     run.rounds("calibration", 1, 10.0)
     run.rounds("search", 2, 1.0)

@@ -1,4 +1,4 @@
-"""Who may call in: invitations that hold once, tokens by digest, revocation."""
+"""The devices that may call in: one-time invitations, tokens by digest, revocation."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fedbpt.errors import ConfigError, CoordinatorRefusedError, StoreError
 from fedbpt.net import tokens
 from fedbpt.net.tokens import Credentials
 from fedbpt.runs.store import RunStore
+from tests.support.raises import raises
 
 
 class Clock:
@@ -38,37 +39,31 @@ def enrolled(registry: DeviceRegistry, device: str) -> Credentials:
     return made
 
 
-def code_of(refused: pytest.ExceptionInfo[CoordinatorRefusedError]) -> str:
-    return refused.value.code
-
-
 def test_an_enrolled_device_is_known_by_its_token(registry: DeviceRegistry) -> None:
     a, b = enrolled(registry, "a"), enrolled(registry, "b")
     assert [registry.authenticate(device.bearer) for device in (a, b)] == ["a", "b"]
     assert [(line.device, line.state) for line in registry.devices()] == [("a", "enrolled"), ("b", "enrolled")]
 
 
-def test_it_is_known_after_reopening(registry: DeviceRegistry) -> None:
+def test_an_enrolled_device_is_known_after_reopening(registry: DeviceRegistry) -> None:
     made = enrolled(registry, "a")
     with DeviceRegistry(registry.path) as again:
         assert again.authenticate(made.bearer) == "a"
 
 
 @pytest.mark.parametrize("bearer", ["", "~", "a", "a~", "a~wrong", "b~{}", "~{}", "{}", "a~{}x", "A~{}"])
-def test_any_other_token_is_refused_alike(registry: DeviceRegistry, bearer: str) -> None:
+def test_every_other_token_is_refused_in_the_same_way(registry: DeviceRegistry, bearer: str) -> None:
     made = enrolled(registry, "a")
     enrolled(registry, "b")
-    with pytest.raises(CoordinatorRefusedError, match="enrol the device again") as refused:
+    with raises(CoordinatorRefusedError, code="unauthorized"):
         registry.authenticate(bearer.format(made.secret))
-    assert code_of(refused) == "unauthorized"
 
 
-def test_a_code_holds_once(registry: DeviceRegistry) -> None:
+def test_a_code_can_be_used_once(registry: DeviceRegistry) -> None:
     code = registry.invite("a")
     registry.enrol(code, tokens.digest("first"))
-    with pytest.raises(CoordinatorRefusedError, match="used") as refused:
+    with raises(CoordinatorRefusedError, code="bad-code"):
         registry.enrol(code, tokens.digest("second"))
-    assert code_of(refused) == "bad-code"
     assert registry.authenticate("a~first") == "a"
 
 
@@ -91,12 +86,12 @@ def test_a_code_expires(registry: DeviceRegistry, clock: Clock) -> None:
     code = registry.invite("a")
     assert [line.state for line in registry.devices()] == ["invited"]
     clock.now += INVITATION_S
-    with pytest.raises(CoordinatorRefusedError, match="expired"):
+    with raises(CoordinatorRefusedError, code="bad-code"):
         registry.enrol(code, tokens.digest("first"))
     assert registry.devices() == []
 
 
-def test_a_new_code_voids_the_older_and_its_use_the_older_token(registry: DeviceRegistry) -> None:
+def test_a_new_code_voids_the_older_one_and_using_it_the_older_token(registry: DeviceRegistry) -> None:
     before = enrolled(registry, "a")
     old, new = registry.invite("a"), registry.invite("a")
     with pytest.raises(CoordinatorRefusedError):
@@ -136,7 +131,7 @@ def test_no_secret_is_in_the_file(registry: DeviceRegistry) -> None:
     registry.enrol(used, tokens.digest(secret))
     registry.authenticate(f"a~{secret}")
     content = b"".join(path.read_bytes() for path in registry.path.parent.iterdir())
-    assert tokens.digest(secret) in content  # what is looked at is what was written
+    assert tokens.digest(secret) in content  # the content was read from the right files
     for code in (open_code, used):
         assert code.encode() not in content
         assert tokens.plain_code(code).encode() not in content
@@ -144,22 +139,23 @@ def test_no_secret_is_in_the_file(registry: DeviceRegistry) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "a b", "../a", "-a", "a~b", "x" * 129])
-def test_a_name_that_cannot_be_is_refused(registry: DeviceRegistry, name: str) -> None:
-    with pytest.raises(ConfigError, match="cannot name a device"):
+def test_an_invalid_name_is_refused(registry: DeviceRegistry, name: str) -> None:
+    with raises(ConfigError, field="device"):
         registry.invite(name)
 
 
 def test_an_unknown_device_cannot_be_revoked(registry: DeviceRegistry) -> None:
-    with pytest.raises(ConfigError, match="no device 'x'"):
+    with raises(ConfigError, field="device"):
         registry.revoke("x")
 
 
-def test_a_file_that_is_no_registry_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_registry_is_refused(tmp_path: Path) -> None:
     RunStore(tmp_path / "runs.db").close()
     (tmp_path / "text").write_text("hello " * 1000)
     for name in ("runs.db", "text"):
-        with pytest.raises(StoreError, match=name):
+        with raises(StoreError) as caught:
             DeviceRegistry(tmp_path / name)
+        assert name in str(caught.value)
     (tmp_path / "file").touch()
-    with pytest.raises(StoreError, match="cannot open"):
+    with raises(StoreError):
         DeviceRegistry(tmp_path / "file" / "devices.db")

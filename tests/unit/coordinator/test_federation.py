@@ -1,4 +1,4 @@
-"""The round loop, over devices in this process that have no model."""
+"""The round loop, over devices without a model in this process."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from fedbpt.runs.result import RunResult
 from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
 from tests.support.fake_device import FakeDevice
+from tests.support.raises import raises
 from tests.support.toy_scene import D, Scene, StopRunError, ToyTask, closed, settings, stop
 
 
@@ -46,7 +47,7 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
     scene.store.close()
 
 
-def test_a_run_tunes_and_tells_all_that_the_table_needs(scene: Scene) -> None:
+def test_a_run_tunes_and_emits_its_events(scene: Scene) -> None:
     result = scene.run(rounds=30)
     assert result.tuned.accuracy > result.zero_shot.accuracy + 0.1
     assert (result.zero_shot.n, result.zero_shot.accuracy) == (60, 0.5)
@@ -112,7 +113,7 @@ def test_a_stopped_run_resumes_to_the_same_digest(scene: Scene, last: int) -> No
     assert scene.of(RunStarted)[-1].resumed == last + 1
 
 
-def test_bytes_and_seconds_add_up_over_sittings(scene: Scene) -> None:
+def test_bytes_and_seconds_add_up_over_sessions(scene: Scene) -> None:
     scene.when(closed(3), stop)
     with pytest.raises(StopRunError):
         scene.run()
@@ -123,7 +124,7 @@ def test_bytes_and_seconds_add_up_over_sittings(scene: Scene) -> None:
     assert result.seconds > spent
 
 
-def test_a_finished_run_is_returned_as_it_is_and_a_larger_budget_goes_on(scene: Scene) -> None:
+def test_a_finished_run_is_returned_and_a_larger_budget_resumes_it(scene: Scene) -> None:
     result = scene.run()
     n_plans = len(scene.devices["a"].plans)
     assert scene.run() == result
@@ -136,7 +137,7 @@ def test_a_finished_run_is_returned_as_it_is_and_a_larger_budget_goes_on(scene: 
 def test_a_run_of_other_settings_is_not_resumed(scene: Scene) -> None:
     scene.run()
     for changes in ({"seed": 4}, {"task": ToyTask(labels=("x", "z"))}, {"popsize": 8}):
-        with pytest.raises(ConfigError, match="another name"):
+        with raises(ConfigError, field="run"):
             scene.run(**changes)
 
 
@@ -144,8 +145,9 @@ def test_a_round_that_does_not_replay_is_refused(scene: Scene) -> None:
     scene.run()
     with scene.store._transaction() as db:
         db.execute("UPDATE rounds SET state_digest = 'x' WHERE round = 2")
-    with pytest.raises(StoreError, match=r"round 2 .*does not replay"):
+    with raises(StoreError, field="round") as caught:
         scene.run(rounds=6)
+    assert "round 2 " in str(caught.value)
 
 
 # --- faults --------------------------------------------------------------------------------------------------------
@@ -167,7 +169,7 @@ def test_a_slow_device_delays_one_round_by_its_deadline_and_its_late_report_is_n
     assert (first.missing, second.missing) == (("b",), ("b",))
     lost = scene.of(DeviceLost)[0]
     assert (lost.device, lost.round) == ("b", 1)
-    assert "not done after 0.6 s" in lost.reason
+    assert " 0.6 s" in lost.reason
     assert scene.of(LateReport) == [LateReport(device="b", round=1)]
     history = scene.store.history("r")
     assert (history[0].reported, history[0].late) == (("a", "c"), ("b",))
@@ -177,7 +179,7 @@ def test_a_slow_device_delays_one_round_by_its_deadline_and_its_late_report_is_n
     assert result.devices[1].tuned.n == 20
 
 
-def test_a_device_that_is_dead_from_the_start_costs_nothing_and_joins_when_it_comes(scene: Scene) -> None:
+def test_a_device_down_from_the_start_delays_nothing_and_joins_when_it_is_up(scene: Scene) -> None:
     scene.clients["b"].down = True
     scene.when(closed(3), lambda: setattr(scene.clients["b"], "down", False))
     for device in scene.devices.values():
@@ -187,13 +189,13 @@ def test_a_device_that_is_dead_from_the_start_costs_nothing_and_joins_when_it_co
     assert time.monotonic() - began < 5
     assert scene.of(RunStarted)[0].live == ("a", "c")
     lost = scene.of(DeviceLost)[0]
-    assert (lost.device, lost.reason) == ("b", "b cannot be reached")
+    assert (lost.device, lost.reason) == ("b", "b: cannot be reached (in this process)")
     assert scene.of(DeviceBack)
     assert 0 < result.devices[1].reports < 25
     assert scene.store.devices("r")["b"] is not None
 
 
-def test_a_device_that_dies_in_mid_round_is_lost_and_rejoins(scene: Scene) -> None:
+def test_a_device_that_goes_down_within_a_round_is_lost_and_rejoins(scene: Scene) -> None:
     scene.devices["b"].gate.clear()
     timer = threading.Timer(0.2, lambda: setattr(scene.clients["b"], "down", True))
     timer.start()
@@ -206,7 +208,7 @@ def test_a_device_that_dies_in_mid_round_is_lost_and_rejoins(scene: Scene) -> No
 
 
 @pytest.mark.parametrize("graceful", [True, False])
-def test_a_device_that_was_restarted_in_mid_round_gets_its_plan_again(scene: Scene, graceful: bool) -> None:
+def test_a_device_restarted_within_a_round_gets_its_plan_again(scene: Scene, graceful: bool) -> None:
     scene.devices["b"].gate.clear()
 
     def restart() -> None:
@@ -230,7 +232,7 @@ def test_failing_work_loses_the_device_for_the_round_with_its_reason(scene: Scen
     reason = scene.of(DeviceLost)[0].reason
     assert "RuntimeError in tests.support.fake_device" in reason
     assert scene.store.history("r")[0].lost["b"] == reason
-    assert "out of memory" not in reason  # what an error of others says may be a row
+    assert "out of memory" not in reason  # the message of a foreign error may quote a row
 
 
 def swap(**fields: Any) -> Callable[[RoundReport], RoundReport]:
@@ -261,45 +263,52 @@ def test_a_lying_device_is_refused_and_named_and_stops_nobody(scene: Scene, lie:
 
 def test_too_few_devices_at_the_start_are_named(scene: Scene) -> None:
     scene.clients["a"].down = scene.clients["b"].down = True
-    with pytest.raises(QuorumError, match=r"1 of 3 devices answer, 2 are needed \(a: a cannot be reached; b: "):
+    with raises(QuorumError, limit=2) as caught:
         scene.run()
+    assert "1 of 3 devices" in str(caught.value)
+    assert "(a: cannot be reached (in this process); b: " in str(caught.value)
 
 
 def test_a_round_without_quorum_ends_at_its_deadline_and_can_be_resumed(scene: Scene) -> None:
     scene.devices["a"].gate.clear()
     scene.devices["b"].gate.clear()
     began = time.monotonic()
-    with pytest.raises(QuorumError, match=r"round 0: 1 of 3 devices reported \(deadline 0\.5 s\), 2 are needed"):
+    with raises(QuorumError, limit=2) as caught:
         scene.run(deadline_s=0.5)
+    assert "1 of 3 devices" in str(caught.value)
+    assert "0.5 s" in str(caught.value)
     assert time.monotonic() - began < 3
     scene.devices["a"].gate.set()
     scene.devices["b"].gate.set()
     assert scene.run().digest == scene.run("whole").digest
 
 
-def test_a_round_that_nobody_can_do_ends_at_once(scene: Scene) -> None:
+def test_a_round_that_fails_on_every_device_ends_at_once(scene: Scene) -> None:
     for device in scene.devices.values():
         device.fail = FedbptError("no rows")
     began = time.monotonic()
-    with pytest.raises(QuorumError, match=r"^round 0: no device could do its work: no rows$"):
+    with raises(QuorumError) as caught:
         scene.run(deadline_s=60)
+    assert str(caught.value).endswith(": no rows")
     assert time.monotonic() - began < 5
 
 
-def test_a_round_that_devices_cannot_do_for_several_reasons_names_them(scene: Scene) -> None:
+def test_a_round_that_fails_for_several_reasons_names_them(scene: Scene) -> None:
     for name, device in scene.devices.items():
         device.fail = FedbptError(f"no rows in {name}.csv")
-    with pytest.raises(QuorumError, match=r"\(a: no rows in a.csv; .*start the same run again to resume it"):
+    with raises(QuorumError) as caught:
         scene.run(deadline_s=60)
+    assert all(f"{name}: no rows in {name}.csv" in str(caught.value) for name in scene.devices)
 
 
 def test_different_models_are_refused_by_name(scene: Scene) -> None:
     scene.devices["b"].fingerprint = "sha256:other"
-    with pytest.raises(FederationError, match=r"a, c: toy \(sha256:toy\); b: other \(sha256:other\)"):
+    with raises(FederationError, field="model_fingerprint") as caught:
         scene.run()
+    assert "a, c: toy (sha256:toy); b: other (sha256:other)" in str(caught.value)
 
 
-def test_a_device_that_comes_late_with_another_model_is_not_let_in(scene: Scene) -> None:
+def test_a_device_that_joins_late_with_another_model_is_refused(scene: Scene) -> None:
     scene.clients["b"].down = True
     scene.devices["b"].fingerprint = "sha256:other"
     scene.when(closed(0), lambda: setattr(scene.clients["b"], "down", False))
@@ -316,7 +325,7 @@ def test_a_plan_left_by_an_earlier_coordinator_is_replaced(scene: Scene) -> None
         scene.run(deadline_s=7.0)
 
     async def leave() -> None:
-        # As a coordinator leaves it that was killed: the device works on round 3 under another deadline.
+        # As left by a coordinator that was killed: the device works on round 3 with another deadline.
         plan = msgspec.structs.replace(scene.devices["a"].plans[-1], round=3, deadline_s=9.0)
         scene.clients["a"].service.start(plan)
 
@@ -334,14 +343,14 @@ def test_a_device_that_cannot_evaluate_is_left_out_of_the_result(scene: Scene, m
     assert "RuntimeError" in scene.of(DeviceLost)[0].reason
 
 
-def test_where_nobody_can_evaluate_the_tuned_rounds_are_kept(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_no_device_can_evaluate_the_rounds_are_kept(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("no")
 
     with monkeypatch.context() as patch:
         for device in scene.devices.values():
             patch.setattr(device, "evaluate", fail)
-        with pytest.raises(FederationError, match="tuned, but no device could evaluate"):
+        with raises(FederationError):
             scene.run(deadline_s=0.5)
     n_plans = len(scene.devices["a"].plans)
     assert scene.run().tuned.n == 60
@@ -351,36 +360,32 @@ def test_where_nobody_can_evaluate_the_tuned_rounds_are_kept(scene: Scene, monke
 # --- use -----------------------------------------------------------------------------------------------------------
 
 
-def test_it_runs_inside_a_running_loop_as_in_a_notebook(scene: Scene) -> None:
+def test_a_run_works_inside_a_running_event_loop(scene: Scene) -> None:
     async def cell() -> RunResult:
         return scene.run(rounds=2)
 
     assert asyncio.run(cell()).rounds == 2
 
 
-def test_names_that_clash_or_cannot_be_are_refused(tmp_path: Path) -> None:
+def test_duplicate_and_invalid_names_are_refused(tmp_path: Path) -> None:
     with RunStore(tmp_path / "s") as store:
-        for names, said in (
-            (["a", "a"], "two devices are named 'a'"),
-            (["a b"], "cannot name a device"),
-            ([], "least"),
-        ):
+        for names in (["a", "a"], ["a b"], []):
             clients = [InProcessClient(FakeDevice(name)) for name in names]
-            with pytest.raises(ConfigError, match=said):
+            with raises(ConfigError):
                 Federation(clients, ToyTask(), settings(), Pooled(D), store, "r")
-        with pytest.raises(ConfigError, match="cannot name a run"):
+        with raises(ConfigError):
             Federation([InProcessClient(FakeDevice("a"))], ToyTask(), settings(), Pooled(D), store, "../r")
 
 
 def test_a_method_that_needs_more_devices_than_there_are_is_refused(scene: Scene) -> None:
     search = Pooled(D)
     search.min_reports = 4
-    with pytest.raises(ConfigError, match="needs reports of 4 devices, a round has 3"):
+    with raises(ConfigError, field="per_round", limit=4):
         Federation(list(scene.clients.values()), ToyTask(), settings(), search, scene.store, "r")
 
 
 def test_a_run_without_a_limit_is_refused() -> None:
-    with pytest.raises(ConfigError, match="needs a limit"):
+    with raises(ConfigError):
         RunSettings(rounds=0)
 
 

@@ -1,4 +1,4 @@
-"""The feed of events: readers at any pace, and writers that wait for none."""
+"""`EventFeed`: readers at any pace, and writers that never wait for them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def in_loop(main: Callable[[], Any]) -> Any:
     return asyncio.run(main())
 
 
-def test_a_reader_gets_what_was_before_and_what_comes_and_ends_with_the_feed() -> None:
+def test_a_reader_gets_old_and_new_lines_and_ends_with_the_feed() -> None:
     async def main() -> list[Any]:
         async with open_feed() as (feed, journal):
             journal(event(1))
@@ -67,7 +67,7 @@ def test_a_reader_waits_until_another_thread_writes() -> None:
     assert in_loop(main) == [1]
 
 
-def test_who_comes_again_goes_on_after_the_last_line_read() -> None:
+def test_a_reader_that_returns_continues_after_its_last_line() -> None:
     async def main() -> list[list[Any]]:
         lines: list[Line] = []
         async with open_feed() as (feed, _):
@@ -108,7 +108,7 @@ def test_long_lines_are_bounded_by_their_bytes() -> None:
     assert in_loop(main) == [9]
 
 
-def test_silence_is_told() -> None:
+def test_a_reader_gets_a_heartbeat_while_nothing_happens() -> None:
     async def main() -> Any:
         async with open_feed() as (feed, _):
             return await anext(feed.read("", 0.001))
@@ -116,7 +116,7 @@ def test_silence_is_told() -> None:
     assert in_loop(main) is None
 
 
-def test_a_feed_whose_loop_has_ended_takes_lines_all_the_same() -> None:
+def test_a_feed_takes_lines_after_its_loop_has_ended() -> None:
     feed = EventFeed()
 
     async def main() -> None:

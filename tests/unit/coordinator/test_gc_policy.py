@@ -1,4 +1,4 @@
-"""Garbage is collected between rounds."""
+"""Full garbage collections happen between rounds."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def as_before() -> Iterator[None]:
     gc.unfreeze()
 
 
-def test_old_objects_are_gone_through_when_a_round_has_closed_and_only_then() -> None:
+def test_old_objects_are_collected_only_when_a_round_has_closed() -> None:
     collect_between_rounds(started())
     assert gc.get_threshold()[2] == NEVER
     old = Cycle()
     for _ in range(3):
-        gc.collect(1)  # it has grown old
+        gc.collect(1)  # moves it to the oldest generation
     gone = weakref.ref(old)
     del old
     gc.collect(1)
@@ -40,7 +40,7 @@ def test_old_objects_are_gone_through_when_a_round_has_closed_and_only_then() ->
     assert gone() is None
 
 
-def test_after_the_run_it_is_as_before() -> None:
+def test_thresholds_are_restored_after_the_run() -> None:
     collect_between_rounds(started())
     collect_between_rounds(RunFinished(result=result()))
     assert gc.get_threshold() == NORMAL

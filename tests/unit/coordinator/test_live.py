@@ -1,4 +1,4 @@
-"""What is shown while tuning is what would be shipped at that moment, on the same rows from start to end."""
+"""Live figures are those of the result at that moment, on the same rows from start to end."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_last_figure_is_that_of_the_prompt_that_is_shipped() -> None:
     assert f"{zero_shot.accuracy:.3f} → {shipped.accuracy:.3f}" in result._repr_html_()
 
 
-def test_a_figure_on_the_way_is_what_a_run_that_ended_there_ships(scene: FitScene) -> None:
+def test_a_live_figure_is_that_of_a_run_that_ends_there(scene: FitScene) -> None:
     scene.run("whole", **EVERY_2)
     on_the_way = shown(scene)[1:3]
     for rounds, live in zip((2, 4), on_the_way, strict=True):
@@ -79,7 +79,7 @@ def test_the_stages_are_measured_on_the_same_rows(scene: FitScene) -> None:
     assert {score.n for event in shown(scene) for score in (event.score, *event.stages.values())} == {first.score.n}
     assert {event.zero_shot for event in shown(scene)} == {first.zero_shot}
     assert result.scores("dev") == {"zero_shot": last.zero_shot, **last.stages, "tuned": last.score}
-    assert len(later) == 2  # after 2 and 4 rounds; the last mean is evaluated with its final readout alone
+    assert len(later) == 2  # after 2 and 4 rounds; the last mean is evaluated only with its final readout
 
 
 def test_with_patience_the_best_so_far_is_shown(scene: FitScene) -> None:
@@ -98,7 +98,7 @@ def test_with_patience_the_best_so_far_is_shown(scene: FitScene) -> None:
 
 
 @pytest.mark.parametrize("method", ["pooled", "fedbpt", "fedavg"])
-def test_whether_and_when_is_evaluated_changes_nothing(scene: FitScene, method: str) -> None:
+def test_live_evaluations_do_not_change_the_run(scene: FitScene, method: str) -> None:
     few = {**EVERY_2, "rounds": 3, "iterations": 2, "method": method}
     watched = scene.run("watched", **{**few, "evaluate_every": 1})
     rounds = [(event.round, event.purpose) for event in scene.of(RoundClosed)]
@@ -106,12 +106,12 @@ def test_whether_and_when_is_evaluated_changes_nothing(scene: FitScene, method: 
     alone = scene.run("alone", **{**few, "evaluate_every": 0})
     assert [(event.round, event.purpose) for event in scene.of(RoundClosed)] == rounds
     same(watched, alone)
-    assert watched.tokens <= alone.tokens  # what was computed for an evaluation is not computed again
+    assert watched.tokens <= alone.tokens  # what an evaluation computed is not computed again
     assert alone.dev == {}
 
 
 def fit_plans(scene: FitScene) -> list[RoundPlan]:
-    """What device a is asked for fits from now on."""
+    """The work of fits that device a gets from now on."""
     seen: list[RoundPlan] = []
     device, work = scene.devices["a"], scene.devices["a"].run
 
@@ -123,7 +123,7 @@ def fit_plans(scene: FitScene) -> list[RoundPlan]:
     return seen
 
 
-def test_exchanges_for_a_figure_are_told_apart_from_the_runs_rounds(scene: FitScene) -> None:
+def test_live_exchanges_are_distinct_from_the_runs_rounds(scene: FitScene) -> None:
     plans = fit_plans(scene)
     scene.run(**EVERY_2)
     live = [plan for plan in plans if plan.run == "r.live"]
@@ -131,11 +131,11 @@ def test_exchanges_for_a_figure_are_told_apart_from_the_runs_rounds(scene: FitSc
     assert {plan.run for plan in plans} == {"r", "r.live"}
     stored = {line.round for line in scene.store.history("r")}
     assert max(stored) == max(event.round for event in scene.of(RoundClosed))
-    scene.run(**{**EVERY_2, "rounds": 8})  # what devices hold of the sitting before is replaced
+    scene.run(**{**EVERY_2, "rounds": 8})  # replaces what devices hold of the session before
     assert shown(scene)[-1].round > max(stored)
 
 
-def test_without_development_rows_nothing_is_asked(tmp_path: Path) -> None:
+def test_without_development_rows_there_are_no_live_exchanges(tmp_path: Path) -> None:
     scene = FitScene(tmp_path / "runs.sqlite", n_dev=0)
     plans = fit_plans(scene)
     result = scene.run(**EVERY_2)
@@ -161,7 +161,7 @@ def history(*evaluations: dict[str, tuple[int, int, int]]) -> dict[int, dict[str
     return found
 
 
-def test_a_curve_is_of_the_devices_that_were_always_there() -> None:
+def test_a_curve_has_the_devices_that_were_in_every_evaluation() -> None:
     a, b, c = (10, 5, 5), (30, 20, 20), (20, 10, 10)
     found = dev_points(
         history({"a": a, "b": b}, {"a": (10, 5, 8), "b": (30, 20, 29), "c": c}, {"a": (10, 5, 9), "c": c}), False
@@ -176,12 +176,12 @@ def test_a_curve_is_of_the_devices_that_were_always_there() -> None:
     assert [(point.n, point.figure, point.zero_shot) for point in whole] == [(40, 0.625, 0.625), (40, 0.9, 0.625)]
 
 
-def test_devices_that_never_meet_are_shown_each_for_itself() -> None:
+def test_devices_with_no_common_evaluation_are_shown_separately() -> None:
     found = dev_points(history({"a": (10, 5, 5)}, {"b": (10, 6, 9)}), False)
     assert [(point.figure, point.zero_shot) for point in found] == [(0.5, 0.5), (0.9, 0.6)]
 
 
-def test_evaluations_of_a_version_before_are_shown_against_their_first() -> None:
+def test_evaluations_of_older_versions_are_shown_against_their_first() -> None:
     old = {
         0: {"dev_accuracy": 0.6, "dev_loss": 1.0, "dev_n": 20.0, "dev_accuracy/a": 0.6, "dev_loss/a": 1.0},
         20: {"dev_accuracy": 0.8, "dev_loss": 0.5, "dev_n": 20.0, "dev_accuracy/a": 0.8, "dev_loss/a": 0.5},

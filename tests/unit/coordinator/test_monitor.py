@@ -1,4 +1,4 @@
-"""The coordinator's monitor over real sockets: runs as JSON, events as a stream, metrics; who may read."""
+"""The coordinator's monitor over real sockets: runs as JSON, events as a stream, metrics; authorisation."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from fedbpt.runs.events import DeviceBack, DeviceLost, LateReport, RoundClosed, 
 from fedbpt.runs.store import RunStore
 from tests.support.caller import wait_until
 from tests.support.fake_device import FakeDevice
+from tests.support.raises import raises
 from tests.support.toy_scene import Scene, StopRunError, closed, settings, stop
 
 LATE = LateReport(device="a", round=3)
@@ -68,7 +69,7 @@ def refusal(answer: httpx.Response) -> tuple[int, str]:
 
 
 class Stream:
-    """What an EventSource makes of a stream: (event, id, data), and comments apart."""
+    """A stream as an EventSource reads it: (event, id, data), and the comments."""
 
     def __init__(self, lines: Iterator[str]) -> None:
         self.comments = 0
@@ -109,7 +110,7 @@ def test_runs_are_listed_and_shown_with_rounds_metrics_and_devices(live: Watched
     assert a["peak_rss_bytes"] == 3 * 2**20
 
 
-def test_what_is_not_there_has_a_reason_in_json(live: Watched) -> None:
+def test_unknown_runs_and_routes_are_json_errors(live: Watched) -> None:
     assert refusal(live.http.get("/v1/runs/other")) == (404, "unknown-run")
     assert refusal(live.http.get("/v1/runs/other/events")) == (404, "unknown-run")
     assert refusal(live.http.get("/v1/nothing")) == (404, "not-found")
@@ -127,7 +128,7 @@ def test_the_stream_has_every_event_and_ends_with_the_server(live: Watched) -> N
     assert found[-1][2]["event"]["result"]["run"] == "r"
 
 
-def test_who_comes_again_goes_on_after_the_last_event(live: Watched) -> None:
+def test_a_reader_that_reconnects_continues_after_its_last_event(live: Watched) -> None:
     for _ in range(3):
         live.journal(LATE)
     with stream(live.http) as events:
@@ -138,19 +139,19 @@ def test_who_comes_again_goes_on_after_the_last_event(live: Watched) -> None:
         assert next(iter(events))[2]["seq"] == 2
 
 
-def test_silence_is_filled_by_comments(tmp_path: Path) -> None:
+def test_comments_are_sent_while_nothing_happens(tmp_path: Path) -> None:
     with watched(tmp_path, heartbeat_s=0.01) as live, live.http.stream("GET", "/v1/runs/r/events") as answer:
         assert ": nothing new" in answer.iter_lines()
 
 
-def test_a_reader_that_does_not_read_stops_nobody_and_is_told_what_it_missed(tmp_path: Path) -> None:
+def test_a_stalled_reader_blocks_nobody_and_is_told_how_many_it_missed(tmp_path: Path) -> None:
     feed = EventFeed(keep_lines=5)
     with watched(tmp_path, feed=feed) as live, stream(live.http) as events:
         live.journal(LATE)
         reader = iter(events)
         assert next(reader)[2]["seq"] == 1
         big = DeviceLost(device="a", round=1, reason="x" * 100_000)
-        for _ in range(500):  # far more than sockets hold
+        for _ in range(500):  # far more than socket buffers hold
             live.journal(big)
         assert len(feed._lines) == 5
         read = missed = 0
@@ -165,7 +166,7 @@ def test_a_reader_that_does_not_read_stops_nobody_and_is_told_what_it_missed(tmp
         assert missed > 0
 
 
-def test_a_server_that_stops_does_not_wait_for_a_reader_that_does_not_read(tmp_path: Path) -> None:
+def test_a_stopping_server_does_not_wait_for_stalled_readers(tmp_path: Path) -> None:
     with watched(tmp_path) as live, stream(live.http) as events:
         for _ in range(100):
             live.journal(DeviceLost(device="a", round=1, reason="x" * 100_000))
@@ -217,7 +218,7 @@ def test_lost_and_late_devices_are_counted_by_name(live: Watched) -> None:
     assert (value(found, "device_losses", device="b"), value(found, "late_reports", device="a")) == (2, 1)
 
 
-def test_a_resumed_run_counts_its_own_rounds_seconds_alone(tmp_path: Path) -> None:
+def test_a_resumed_run_counts_only_the_seconds_of_its_own_rounds(tmp_path: Path) -> None:
     scene = Scene(tmp_path / "runs.db", FakeDevice("a", slow_s=0.05))
     scene.when(closed(3), stop)
     with pytest.raises(StopRunError):
@@ -233,7 +234,7 @@ def test_a_resumed_run_counts_its_own_rounds_seconds_alone(tmp_path: Path) -> No
         assert (count, value(found, "round")) == (1, 4)
 
 
-def test_a_fresh_run_counts_no_seconds_of_the_one_it_takes_the_place_of() -> None:
+def test_a_fresh_run_does_not_count_seconds_of_the_run_it_replaces() -> None:
     metrics = RunMetrics("r", seconds=1000.0)
     started = RunStarted(
         run="r", devices=("a",), live=("a",), model_name="m", model_fingerprint="f", resumed=0, settings=settings()
@@ -249,10 +250,10 @@ def test_a_fresh_run_counts_no_seconds_of_the_one_it_takes_the_place_of() -> Non
     assert [s.value for s in found["run_round_seconds"].samples if s.suffix == "_sum"] == [2.5]
 
 
-# --- who may read ----------------------------------------------------------------------------------------------------
+# --- authorisation ---------------------------------------------------------------------------------------------------
 
 
-def test_with_a_token_only_who_sends_it_reads(tmp_path: Path) -> None:
+def test_with_a_token_readers_must_send_it(tmp_path: Path) -> None:
     with watched(tmp_path, token="right") as live:
         for headers in ({}, {"authorization": "Bearer wrong"}):
             assert refusal(live.http.get("/metrics", headers=headers)) == (401, "unauthorized")
@@ -263,16 +264,16 @@ def test_with_a_token_only_who_sends_it_reads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:8400", "127.0.0.1.evil.example", "[", ""])
-def test_without_a_token_it_answers_under_loopbacks_names_alone(live: Watched, host: str) -> None:
+def test_without_a_token_only_loopback_hosts_are_served(live: Watched, host: str) -> None:
     assert refusal(live.http.get("/v1/runs", headers={"host": host})) == (421, "wrong-host")
     assert live.http.get("/v1/runs", headers={"host": "localhost:1"}).status_code == 200
 
 
-def test_beyond_loopback_it_takes_a_token_and_encryption(tmp_path: Path) -> None:
+def test_beyond_loopback_token_and_encryption_are_required(tmp_path: Path) -> None:
     path = tmp_path / "runs.db"
-    with pytest.raises(ConfigError, match="--monitor-token"):
+    with raises(ConfigError):
         MonitorServer(path, "r", "0.0.0.0", allow_insecure=True)
-    with pytest.raises(ConfigError, match="no encryption"):
+    with raises(ConfigError):
         MonitorServer(path, "r", "0.0.0.0", token="right")
     with MonitorServer(path, "r", "0.0.0.0", token="right", allow_insecure=True) as server:
         answer = httpx.get(f"http://127.0.0.1:{server.port}/healthz", trust_env=False)

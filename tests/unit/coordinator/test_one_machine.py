@@ -1,4 +1,4 @@
-"""A run on this machine alone: `fedbpt.tune` with a store, ``fedbpt tune --data``; both go on where they stopped."""
+"""A run on one machine: `fedbpt.tune` with a store, ``fedbpt tune --data``; both resume."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from fedbpt.prompts.prompt import card_path
 from fedbpt.runs.events import Event, RoundClosed, RunFinished, RunStarted
 from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
+from tests.support.raises import raises
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, TASK_FILE, rows
 from tests.unit.cli.test_cli import Answer, Run, folder, run
@@ -35,7 +36,7 @@ def tuned(**changes: Any) -> TuneResult:
 
 
 def interrupted_at(*rounds: int) -> Listener:
-    """Ctrl-C when so many rounds of the search are closed, each once."""
+    """Ctrl-C once after each of these numbers of closed rounds of the search."""
     left = list(rounds)
 
     def listen(event: Event) -> None:
@@ -49,7 +50,7 @@ def interrupted_at(*rounds: int) -> Listener:
 # --- in Python -------------------------------------------------------------------------------------------------------
 
 
-def test_a_kept_run_is_returned_as_it_was_with_its_curves(tmp_path: Path) -> None:
+def test_a_stored_run_is_returned_unchanged_with_its_curves(tmp_path: Path) -> None:
     store, events = tmp_path / "new" / "runs.db", list[Event]()
     first = tuned(dev=DEV, test=TEST, evaluate_every=4, store=store)
     again = tuned(dev=DEV, test=TEST, evaluate_every=4, store=store, on_event=events.append)
@@ -62,7 +63,7 @@ def test_a_kept_run_is_returned_as_it_was_with_its_curves(tmp_path: Path) -> Non
         assert [(found.run, found.status) for found in opened.list_runs()] == [("tune", "finished")]
 
 
-def test_a_run_that_breaks_off_goes_on_to_the_same_prompt(tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_to_the_same_prompt(tmp_path: Path) -> None:
     class BrokenError(Exception):
         pass
 
@@ -80,7 +81,9 @@ def test_a_run_that_breaks_off_goes_on_to_the_same_prompt(tmp_path: Path) -> Non
     assert result.curve == whole.curve
 
 
-def test_ctrl_c_keeps_what_there_is_and_the_same_call_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_ctrl_c_keeps_the_result_so_far_and_the_same_call_resumes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     store = tmp_path / "runs.db"
     with caplog.at_level(logging.WARNING, "fedbpt"):
         stopped = tuned(test=TEST, store=store, on_event=interrupted_at(3))
@@ -96,13 +99,13 @@ def test_ctrl_c_keeps_what_there_is_and_the_same_call_goes_on(tmp_path: Path, ca
     assert whole.curve[:3] == stopped.curve
 
 
-def test_ctrl_c_keeps_what_there_is_of_a_run_without_a_store() -> None:
+def test_ctrl_c_keeps_the_result_so_far_without_a_store() -> None:
     stopped, short = tuned(on_event=interrupted_at(3)), tuned(budget=Budget(evaluations=24))
     assert stopped.prompt.rows.tobytes() == short.prompt.rows.tobytes()
     assert stopped.prompt.readout == short.prompt.readout
 
 
-def test_ctrl_c_before_there_is_anything_or_for_the_second_time_is_raised() -> None:
+def test_ctrl_c_before_the_first_round_or_twice_is_raised() -> None:
     for rounds in ((0,), (2, 2)):
         with pytest.raises(KeyboardInterrupt):
             tuned(on_event=interrupted_at(*rounds))
@@ -118,7 +121,7 @@ def test_ctrl_c_before_there_is_anything_or_for_the_second_time_is_raised() -> N
         ({"popsize": 6}, ConfigError),
     ],
 )
-def test_a_kept_run_of_other_rows_or_settings_is_refused(
+def test_a_stored_run_of_other_rows_or_settings_is_refused(
     tmp_path: Path, changes: dict[str, Any], error: type[Exception]
 ) -> None:
     tuned(store=tmp_path / "runs.db", evaluate_every=0)
@@ -127,9 +130,9 @@ def test_a_kept_run_of_other_rows_or_settings_is_refused(
     tuned(store=tmp_path / "runs.db", run="other", **changes)
 
 
-def test_a_kept_run_of_another_model_is_refused(tmp_path: Path) -> None:
+def test_a_stored_run_of_another_model_is_refused(tmp_path: Path) -> None:
     tuned(store=tmp_path / "runs.db")
-    with pytest.raises(PromptError, match="other"):
+    with raises(PromptError):
         tune(
             ToyScorer(seed=1, name="other"), TASK, TRAIN, budget=Budget(evaluations=64), prompt=PromptSpec(d=6),
             popsize=8, store=tmp_path / "runs.db",
@@ -164,7 +167,7 @@ def test_one_command_tunes_and_writes_prompt_and_card(run: Run, folder: Path) ->
     assert answer.code == 0, answer.err
     assert "40 held-out rows" in answer.out
     assert "prompt: runs/toy-mood.safetensors" in answer.out
-    assert [line for line in answer.err.splitlines() if line.startswith("round ")]  # a script sees how it goes
+    assert [line for line in answer.err.splitlines() if line.startswith("round ")]  # progress for scripts
     prompt = Prompt.load(folder / "runs" / "toy-mood.safetensors")
     assert prompt.task == TASK
     assert prompt.history[-1]["tuned_n"] == 40
@@ -174,13 +177,13 @@ def test_one_command_tunes_and_writes_prompt_and_card(run: Run, folder: Path) ->
     assert (said["run"], said["n"], said["prompt_path"]) == ("toy-mood", 40, "runs/toy-mood.safetensors")
 
 
-def test_quiet_says_the_result_alone(run: Run) -> None:
+def test_quiet_prints_only_the_result(run: Run) -> None:
     answer = run(*ALONE, *SHORT, "--quiet")
     assert (answer.code, answer.err) == (0, "")
     assert "64 evaluations" in answer.out
 
 
-def test_a_run_file_says_the_settings(run: Run, folder: Path) -> None:
+def test_settings_come_from_the_run_file(run: Run, folder: Path) -> None:
     text = 'task = "mood.toml"\nrun = "short"\nprompt_file = "p.st"\n[settings]\nrounds = 2\npopsize = 4\n'
     (folder / "run.toml").write_text(text)
     said = json.loads(run("tune", "run.toml", "--data", "train.csv", "--model", "toy", "--json").out)
@@ -194,7 +197,7 @@ def test_other_rows_need_another_name_or_a_fresh_start(run: Run) -> None:
     other = (*ALONE[:-1], "other.csv", *SHORT, "--json")
     refused = run(*other)
     assert (refused.code, refused.out) == (2, "")
-    assert json.loads(run(*ALONE, *SHORT, "--json").out) == first  # it is still there
+    assert json.loads(run(*ALONE, *SHORT, "--json").out) == first  # it is still stored
     assert json.loads(run(*other, "--run", "other").out)["run"] == "other"
     fresh = json.loads(run(*other, "--fresh").out)
     assert fresh["digest"] != first["digest"]
@@ -222,7 +225,7 @@ class Interrupting(RunDisplay):
         self._interrupt(event)
 
 
-def test_ctrl_c_writes_what_there_is_and_says_how_to_go_on(
+def test_ctrl_c_writes_the_result_so_far_and_says_how_to_resume(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = (*ALONE, "--test", "test.csv", *SHORT, "--out", "p.st")

@@ -1,4 +1,4 @@
-"""Development rows end a search that no longer gains, and choose its mean."""
+"""`patience`: development rows end a search that no longer improves, and choose its mean."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from fedbpt.errors import ConfigError
 from fedbpt.runs.events import Evaluated, RoundClosed, RunStarted
 from fedbpt.runs.settings import RunSettings
+from tests.support.raises import raises
 from tests.support.toy_scene import StopRunError, stop
 from tests.unit.coordinator.test_federation_fit import FitScene
 
@@ -32,7 +33,7 @@ def judged(scene: FitScene) -> list[tuple[int, float]]:
     return [(searched[round], loss) for round, loss in losses.items() if round]
 
 
-def test_a_search_ends_when_dev_rows_no_longer_gain_and_the_best_mean_counts(scene: FitScene) -> None:
+def test_a_search_out_of_patience_ends_with_the_best_mean(scene: FitScene) -> None:
     result = scene.run(**SETTINGS)
     found = judged(scene)
     best = min(found, key=lambda pair: pair[1])
@@ -44,7 +45,7 @@ def test_a_search_ends_when_dev_rows_no_longer_gain_and_the_best_mean_counts(sce
     assert result.tuned == until_best.tuned
 
 
-def test_without_patience_dev_rows_choose_nothing(scene: FitScene) -> None:
+def test_without_patience_dev_rows_decide_nothing(scene: FitScene) -> None:
     watched = scene.run("watched", **{**SETTINGS, "rounds": 12, "patience": 0})
     alone = scene.run("alone", **{**SETTINGS, "rounds": 12, "patience": 0, "evaluate_every": 0})
     assert (watched.mean, watched.digest) == (alone.mean, alone.digest)
@@ -56,12 +57,12 @@ def test_a_finished_run_goes_on_with_another_patience(scene: FitScene) -> None:
     alone = scene.run("alone", **{**SETTINGS, "patience": 0, "rounds": first.rounds})
     assert longer.mean == alone.mean != first.mean
     assert longer.fits == alone.fits != first.fits
-    assert scene.run(**SETTINGS).fits == first.fits  # and back, over the readouts of both
+    assert scene.run(**SETTINGS).fits == first.fits  # and back, past both readouts
 
 
 @pytest.mark.parametrize("kind", [RoundClosed, Evaluated])
 @pytest.mark.parametrize("number", [2, 4, 5, 6])
-def test_a_run_stopped_beside_an_evaluation_resumes_to_the_same_result(
+def test_a_run_stopped_near_an_evaluation_resumes_to_the_same_result(
     scene: FitScene, kind: type[Any], number: int
 ) -> None:
     whole = scene.run("whole", **SETTINGS)
@@ -88,5 +89,5 @@ def test_a_run_stopped_beside_an_evaluation_resumes_to_the_same_result(
 
 
 def test_patience_needs_evaluations() -> None:
-    with pytest.raises(ConfigError, match="set evaluate_every"):
+    with raises(ConfigError):
         RunSettings(patience=3, evaluate_every=0)

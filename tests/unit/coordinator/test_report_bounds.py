@@ -1,4 +1,4 @@
-"""Every number that a device sends has a bound, and what is beyond it is refused where it is read."""
+"""Every number that a device sends has a bound, and is refused beyond it when it is decoded or checked."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ POOLED = plan(work=PooledWork(state=STATE, generation=0, popsize=4))
 LOCAL = plan(work=LocalWork(state=STATE, iterations=2, popsize=4))
 LOCALLY = LocalResult(mean=Array.of(np.ones(2)), fitness=0.5, sigma_squares=2.1)
 
-ANSWERS: dict[str, tuple[RoundPlan, RoundReport]] = {
+REPORTS: dict[str, tuple[RoundPlan, RoundReport]] = {
     "selection": (SELECT, report(SELECT, SelectResult(loss_sums=Array.of(np.ones(2))))),
     "by label": (
         BY_LABEL,
@@ -129,7 +129,7 @@ ARRAYS: dict[str, dict[str, tuple[float, ...]]] = {
     "LocalResult.mean": {"local": (-200.0, 200.0, 9.9e8)},
     "FitResult.means": {"gradient": (-2e4, 2e4), "moments": (-1e5, 1e5), "bias": (-1.1, 1.1)},
 }
-"""By array: answers in which it is, and values that are too small or too large for all of its entries."""
+"""By array: the reports that have it, and values out of bounds for all its entries."""
 
 
 def test_every_array_of_a_device_has_its_bound_tested() -> None:
@@ -138,15 +138,15 @@ def test_every_array_of_a_device_has_its_bound_tested() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ANSWERS)
-def test_honest_answers_pass(name: str) -> None:
-    asked, answer = ANSWERS[name]
+@pytest.mark.parametrize("name", REPORTS)
+def test_honest_reports_pass(name: str) -> None:
+    asked, answer = REPORTS[name]
     check_report(codec.decode(codec.encode(answer), RoundReport), asked, N_ROWS)
 
 
 @pytest.mark.parametrize(("where", "name"), [(where, name) for where, names in ARRAYS.items() for name in names])
 def test_entries_beyond_the_plans_bound_are_refused(where: str, name: str) -> None:
-    asked, answer = ANSWERS[name]
+    asked, answer = REPORTS[name]
     field = where.split(".")[1]
     for value in ARRAYS[where][name]:
         array = getattr(answer.result, field)
@@ -173,11 +173,11 @@ LARGEST: dict[str, float] = {
 }
 
 
-@pytest.mark.parametrize("name", ANSWERS)
+@pytest.mark.parametrize("name", REPORTS)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_what_passes_is_no_larger_than_the_plan_allows(name: str, data: st.DataObject) -> None:
-    asked, answer = ANSWERS[name]
+def test_accepted_numbers_are_within_the_plans_bounds(name: str, data: st.DataObject) -> None:
+    asked, answer = REPORTS[name]
     path = data.draw(st.sampled_from([path for path in leaves(answer) if path[-1] != "round"]))
     value = data.draw(st.sampled_from(EXTREMES))
     lie = changed(answer, path, value)
@@ -204,7 +204,7 @@ def evaluation(**changes: Any) -> tuple[EvaluateReport, EvaluateRequest]:
     [{"n": 21}, {"n": 10**9}, {"correct": (21, 3)}, {"loss_sums": (2.1e5, 1.0)}, {"loss_sums": (1.0, -1.0)}],
     ids=str,
 )
-def test_an_evaluation_that_cannot_be_is_refused(lie: dict[str, Any]) -> None:
+def test_an_impossible_evaluation_is_refused(lie: dict[str, Any]) -> None:
     check_evaluation(*evaluation(), n_rows=20)
     with pytest.raises(WireError):
         check_evaluation(*evaluation(**lie), n_rows=20)
@@ -227,14 +227,14 @@ def test_an_extreme_number_is_refused_or_small_enough_to_be_stored(kind: type[Me
             assert largest(received, path) <= (1e30 if "loss_sums" in path else 2**50)
 
 
-def test_more_steps_than_there_are_cannot_be_done() -> None:
+def test_progress_beyond_the_total_is_refused() -> None:
     check_progress(RoundProgress(run="r", round=1, state="running", done=2, total=2))
     with pytest.raises(WireError):
         check_progress(RoundProgress(run="r", round=1, state="running", done=3, total=2))
 
 
 def test_a_readout_widens_the_bounds_by_what_it_adds() -> None:
-    """A readout that others have spoilt makes honest losses large: their devices are not to be taken for liars."""
+    """A readout spoilt by other devices makes honest losses large; they must be accepted."""
     weights = Array.of(np.full((1 + N_WORDS, N_LABELS), 100.0))
     spoilt = msgspec.structs.replace(FITS["gradient"].work, readout=Readout(weights=weights))
     asked = msgspec.structs.replace(FITS["gradient"], work=spoilt)

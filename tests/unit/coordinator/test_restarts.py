@@ -1,4 +1,4 @@
-"""A search whose patience ran out begins anew, with what budget is left."""
+"""A search out of patience restarts with the rest of the budget."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from fedbpt.errors import ConfigError
 from fedbpt.protocol.rounds import PooledWork
 from fedbpt.runs.events import Evaluated, RoundClosed
 from fedbpt.runs.settings import RunSettings
+from tests.support.raises import raises
 from tests.support.toy_scene import StopRunError, stop
 from tests.unit.coordinator.test_federation_fit import FitScene, same
 from tests.unit.coordinator.test_patience import SETTINGS, judged
@@ -28,7 +29,7 @@ def scene(tmp_path: Path) -> Iterator[FitScene]:
 
 
 def works(scene: FitScene) -> list[PooledWork]:
-    """What device a is asked to do in the search from now on."""
+    """The work of the search that device a gets from now on."""
     seen: list[PooledWork] = []
     device, run = scene.devices["a"], scene.devices["a"].run
 
@@ -91,7 +92,7 @@ def test_a_larger_budget_goes_on_with_the_restarted_search(scene: FitScene) -> N
     same(found, whole)
 
 
-def test_without_restarts_a_run_is_as_it_was(scene: FitScene) -> None:
+def test_without_restarts_a_run_does_not_change(scene: FitScene) -> None:
     assert RunSettings().restarts == 0
     asked = works(scene)
     scene.run(**SETTINGS)
@@ -99,7 +100,7 @@ def test_without_restarts_a_run_is_as_it_was(scene: FitScene) -> None:
 
 
 def test_restarts_need_patience() -> None:
-    with pytest.raises(ConfigError, match="set patience, or restarts = 0"):
+    with raises(ConfigError):
         RunSettings(restarts=1, evaluate_every=2)
 
 

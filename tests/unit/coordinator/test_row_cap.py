@@ -1,4 +1,4 @@
-"""What one device's number of rows can weigh against the others'."""
+"""The weight of one device's number of rows against the others'."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedbpt.coordinator.report_checks import cap_reports, cap_rows, evaluation_loss, label_weights, template_losses
+from fedbpt.coordinator.round_reports import cap_reports, cap_rows, evaluation_loss, label_weights, template_losses
 from fedbpt.errors import ConfigError
 from fedbpt.protocol.rounds import DeviceInfo, EvaluateReport, FitResult, PooledResult, SelectResult
 from fedbpt.protocol.specs import Array
 from fedbpt.runs.result import RunResult
 from fedbpt.runs.settings import RunSettings
 from tests.support.fake_device import FakeDevice
+from tests.support.raises import raises
 from tests.support.toy_federation import report
 from tests.support.toy_scene import Scene, StopRunError, closed, settings, stop
 
@@ -29,7 +30,7 @@ from tests.support.toy_scene import Scene, StopRunError, closed, settings, stop
         ([10, 20, 30, 40], 2.0, [10, 20, 30, 40]),
         ([4, 6, 190, 200], 1.0, [4, 6, 98, 98]),
         ([1, 1, 3], 1.5, [1, 1, 1]),
-        ([5, 10**9], 2.0, [5, 10**9]),  # of two, neither is more of a liar than the other
+        ([5, 10**9], 2.0, [5, 10**9]),  # of two devices, the median cannot tell which is wrong
         ([7], 1.0, [7]),
         ([100, 10**6], 0.0, [100, 10**6]),
     ],
@@ -38,7 +39,7 @@ def test_rows_count_up_to_a_multiple_of_the_median(counts: list[int], cap: float
     assert cap_rows(counts, cap).tolist() == capped
 
 
-def test_reports_within_the_cap_stay_as_they_are() -> None:
+def test_reports_within_the_cap_are_not_changed() -> None:
     reports = [report(name, 1, PooledResult(losses=Array.of(np.arange(3.0))), n) for name, n in (("a", 8), ("b", 16))]
     assert cap_reports(reports, 2.0) == reports
 
@@ -83,7 +84,7 @@ def test_development_rows_judge_up_to_the_cap() -> None:
 
 
 def boaster(name: str, change: Callable[[Any], Any] = lambda report: report, target: float = 1.0) -> FakeDevice:
-    """A device that says it has a million rows, and looks for another target."""
+    """A device that claims a million rows, and has another target."""
 
     class Boaster(FakeDevice):
         def info(self) -> DeviceInfo:
@@ -115,7 +116,7 @@ def test_a_million_claimed_rows_do_not_decide_a_run(tmp_path: Path) -> None:
         cap: float(np.abs(tuned(tmp_path / f"{cap}.db", *honest, liar, row_cap=cap).latent - 1.0).mean())
         for cap in (0.0, 2.0)
     }
-    assert distances[0.0] > 3.0  # it went where the liar wants it
+    assert distances[0.0] > 3.0  # it follows the liar's target
     assert distances[2.0] < 2.0
 
 
@@ -126,7 +127,7 @@ def test_a_run_with_the_cap_resumes_to_the_same_digest(tmp_path: Path) -> None:
     with pytest.raises(StopRunError):
         scene.run()
     assert scene.run().digest == whole.digest
-    with pytest.raises(ConfigError, match="another name"):
+    with raises(ConfigError, field="run"):
         scene.run(row_cap=3.0)
     scene.store.close()
 

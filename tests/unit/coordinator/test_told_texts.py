@@ -1,4 +1,4 @@
-"""A device that tells its coordinator 15 MiB of escape sequences, over a socket, and what is kept of that."""
+"""A device that sends 15 MiB of escape sequences over a socket: what is stored, logged and shown of it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def fail(_request: Request) -> Response:
     return Response(body, 500, media_type=codec.CONTENT_TYPE)
 
 
-def test_of_a_devices_long_texts_a_line_is_stored_logged_and_shown(
+def test_a_devices_long_text_is_stored_logged_and_shown_as_one_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     routes = [Route("/v1/status", status), Route("/{rest:path}", fail, methods=["GET", "POST", "DELETE"])]

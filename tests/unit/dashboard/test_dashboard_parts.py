@@ -9,7 +9,8 @@ import pytest
 
 from fedbpt import models
 from fedbpt.coordinator.clients import HttpClient, MailboxClient, PostOffice
-from fedbpt.coordinator.clients.remote import RETRY_S, RemoteDevice
+from fedbpt.coordinator.clients.remote import RemoteDevice
+from fedbpt.coordinator.clients.requests import RETRY_S
 from fedbpt.dashboard import charts, costs, pulse, texts
 from fedbpt.dashboard.state import RunState
 from fedbpt.dashboard.views import DeviceView, Point, RunView

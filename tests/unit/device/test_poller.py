@@ -312,5 +312,5 @@ def test_a_device_that_is_revoked_ends(tmp_path: Path) -> None:
         with calling(credentials, told.append):
             wait_until(lambda: server.present() == ["a"])
             registry.revoke("a")
-            server.office._boxes["a"]._let_go()  # its open poll ends: the next one is refused
+            server.office._boxes["a"]._supersede()  # its open poll ends: the next one is refused
             wait_until(lambda: bool(told) and "enrol the device again" in told[-1])

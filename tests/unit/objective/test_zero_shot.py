@@ -22,6 +22,7 @@ from fedbpt.protocol.specs import PrivacySpec, Template
 from fedbpt.runs.events import TemplateSelected
 from fedbpt.runs.intervals import beats_chance, wilson_interval
 from fedbpt.runs.result import Score, TemplateScore
+from tests.support.raises import raises
 from tests.support.toy_scene import StopRunError, closed, stop
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, rows
@@ -61,7 +62,7 @@ def test_only_counts_of_all_templates_and_texts_are_believed() -> None:
     check_report(msgspec.structs.replace(honest, result=SelectResult(loss_sums=honest.result.loss_sums)), asked)
     for lie in ((1,), (1, 2, 3), (0, len(ROWS) + 1)):
         result = msgspec.structs.replace(honest.result, correct=lie)
-        with pytest.raises(WireError, match="right answers"):
+        with raises(WireError, field="correct"):
             check_report(msgspec.structs.replace(honest, result=result), asked)
 
 
@@ -72,7 +73,7 @@ def test_a_private_device_counts_none_and_none_are_taken_from_it() -> None:
     assert isinstance(report.result, SelectResult)
     assert report.result.correct == ()
     lie = msgspec.structs.replace(report.result, correct=(1, 1))
-    with pytest.raises(WireError, match="right answers"):
+    with raises(WireError, field="correct"):
         check_report(msgspec.structs.replace(report, result=lie), asked)
     assert digest(asked) == report.plan_digest
 

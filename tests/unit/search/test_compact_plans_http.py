@@ -112,6 +112,6 @@ def test_a_coordinator_that_resumes_goes_on_with_a_device_that_kept_its_search(t
 
 def test_a_report_that_the_coordinator_cannot_repeat_is_fetched_whole(tmp_path, monkeypatch):
     expected = tuned(tmp_path / "whole", InProcessClient(device()), LOCAL)
-    monkeypatch.setattr("fedbpt.coordinator.clients.remote.whole_report", lambda _report, _plan: None)
+    monkeypatch.setattr("fedbpt.coordinator.clients.requests.whole_report", lambda _report, _plan: None)
     with served() as client:
         assert tuned(tmp_path / "short", client, LOCAL).digest == expected.digest

@@ -7,6 +7,7 @@ from fedbpt.coordinator.clients.http import HttpClient
 from fedbpt.coordinator.clients.in_process import InProcessClient
 from fedbpt.coordinator.clients.mailbox import MailboxClient, PostOffice
 from fedbpt.coordinator.clients.remote import RemoteDevice
+from fedbpt.coordinator.clients.requests import TransportClient
 
 __all__ = [
     "DeviceClient",
@@ -16,4 +17,5 @@ __all__ = [
     "PostOffice",
     "ProgressCallback",
     "RemoteDevice",
+    "TransportClient",
 ]

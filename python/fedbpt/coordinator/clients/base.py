@@ -1,11 +1,11 @@
-"""`DeviceClient`: what the round loop asks of a transport."""
+"""`DeviceClient`: one device, as the round loop uses it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
-from fedbpt.coordinator.slots import Turns
+from fedbpt.coordinator.slots import Slots
 from fedbpt.protocol.questions import Answer, Question
 from fedbpt.protocol.rounds import (
     DeviceInfo,
@@ -22,22 +22,23 @@ AnswerCallback: TypeAlias = Callable[[Answer], None]
 
 
 class DeviceClient(Protocol):
-    """One device, as the coordinator sees it. Every call may be repeated safely, and ends in bounded time.
+    """One device. Every call may be repeated without further effect, and ends in bounded time.
 
     Every method may raise:
 
-        DeviceUnreachableError: no answer, tried again for a few seconds.
-        DeviceRefusedError: the device said no; ``code`` is one of ``conflict`` (another plan for this round),
-            ``busy``, ``wrong-model``, ``wrong-task``, ``unknown-round`` (the device was restarted), ``malformed``, ...
-        WireError: the answer is not what the protocol allows.
+        DeviceUnreachableError: no response, after retries.
+        DeviceRefusedError: the device refused the request; ``code`` is one of ``conflict`` (another plan for this
+            round), ``busy``, ``wrong-model``, ``wrong-task``, ``unknown-round`` (the device was restarted),
+            ``malformed``, ...
+        WireError: the response is not what the protocol allows.
 
-    ``bytes_down`` and ``bytes_up`` count the bodies of messages to and from the device as they are sent, with every
-    repetition and poll; not headers, TLS or TCP.
+    ``bytes_down`` and ``bytes_up`` count the bodies of messages to and from the device, including retries and polls;
+    not headers, TLS or TCP.
     """
 
     @property
     def name(self) -> str:
-        """The coordinator's name for the device; constant."""
+        """The coordinator's name for the device; does not change."""
         ...
 
     @property
@@ -49,10 +50,10 @@ class DeviceClient(Protocol):
     async def status(self) -> DeviceInfo: ...
 
     async def start(self, plan: RoundPlan, history: SearchHistory | None = None) -> None:
-        """Hand over ``plan``; returns when the device has accepted it.
+        """Send ``plan``; returns when the device has accepted it.
 
-        ``history``: of the search whose generation ``plan`` asks for, up to that; a transport may send of it what the
-        device has not heard, instead of the state.
+        ``history``: of the search, up to the generation that ``plan`` asks for; the part that the device lacks may be
+        sent instead of the state.
         """
         ...
 
@@ -61,8 +62,9 @@ class DeviceClient(Protocol):
     ) -> RoundReport:
         """The report of a round that was started.
 
-        Raises also DeviceTimeoutError: not done after ``timeout_s`` (None: as long as it takes);
-        DeviceFailedError: the work failed or was cancelled.
+        Also raises:
+            DeviceTimeoutError: not done after ``timeout_s`` seconds (None: no limit).
+            DeviceFailedError: the work failed or was cancelled.
         """
         ...
 
@@ -71,30 +73,30 @@ class DeviceClient(Protocol):
         plan: RoundPlan,
         history: SearchHistory | None = None,
         on_progress: ProgressCallback | None = None,
-        turns: Turns | None = None,
+        slots: Slots | None = None,
     ) -> RoundReport:
-        """The report on ``plan``: `start` and `wait`, in as few exchanges as it takes.
+        """The report on ``plan``: `start` and `wait`, in as few exchanges as possible.
 
-        ``turns``: of those that are given work at the same time: one is taken while the plan is handed over.
+        ``slots``: one is held while the plan is sent.
         """
         ...
 
     async def cancel(self, run: str, round: int) -> None:
-        """Stop a round, or let go of its report. Not there: no error."""
+        """Stop a round, or discard its report. An unknown round is no error."""
         ...
 
     async def evaluate(self, request: EvaluateRequest, timeout_s: float | None = None) -> EvaluateReport:
-        """Start, or find again, and await an evaluation; raises as `wait` does, and cancels it on a time-out."""
+        """Start an evaluation (or join the same one) and await it; raises as `wait`, and cancels it on a time-out."""
         ...
 
     async def ask(
         self, question: Question, timeout_s: float | None = None, on_answer: AnswerCallback | None = None
     ) -> Answer:
-        """Have a question answered; ``on_answer`` is called with what there is so far. Raises as `evaluate` does."""
+        """Answer a question; ``on_answer`` is called with the answer so far. Raises as `evaluate`."""
         ...
 
     async def aclose(self) -> None:
-        """Let go of connections and threads. The client may be used again, also from another event loop."""
+        """Close connections and threads. The client may be used again, also from another event loop."""
         ...
 
 
@@ -106,9 +108,9 @@ class Works:
         plan: RoundPlan,
         history: SearchHistory | None = None,
         on_progress: ProgressCallback | None = None,
-        turns: Turns | None = None,
+        slots: Slots | None = None,
     ) -> RoundReport:
         """See `DeviceClient.work`."""
-        async with (turns or Turns()).one():
+        async with (slots or Slots()).acquire():
             await self.start(plan, history)
         return await self.wait(plan.run, plan.round, None, on_progress)

@@ -1,9 +1,9 @@
-"""`MailboxClient`: reaches a device that calls in. Its requests lie in a `Mailbox` until the device fetches them.
+"""`MailboxClient`: a device that calls in. Requests to it wait in a `Mailbox` until the device fetches them.
 
-The mailbox is a `Transport` the other way round: each request is put into the box, and its reply awaited. Repetition,
-time-outs and errors are those of any `RemoteDevice`.
+The mailbox is a `Transport` in which the device polls for requests and posts the replies. Retries, time-outs and errors
+are those of any `TransportClient`.
 
-A `PostOffice` and its boxes belong to the event loop of the coordinator's server. Clients may live in another one.
+A `PostOffice` and its mailboxes belong to the event loop of the coordinator's server; clients may use another one.
 """
 
 from __future__ import annotations
@@ -17,65 +17,67 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
 
-from fedbpt.coordinator.clients.remote import POLL_S, RemoteDevice
-from fedbpt.coordinator.clients.transport import IN_REACH, NoReplyError, Response
+from fedbpt.coordinator.clients.remote import RemoteDevice
+from fedbpt.coordinator.clients.requests import POLL_S
+from fedbpt.coordinator.clients.transport import IN_REACH, NoResponseError, Response
 from fedbpt.errors import CoordinatorRefusedError
 from fedbpt.protocol import codec
 from fedbpt.protocol.polling import Delivery, Method, Reply, Request, poll_s
 
-ANSWER_S: Final = 20.0
-"""How long a device that calls in may take for a reply: twice as long as to notice that a connection went silent."""
+REPLY_S: Final = 20.0
+"""How long a device that calls in may take for a reply: twice the time in which a dead connection is noticed."""
 
 ABSENT_S: Final = 10.0
-"""A device that has not polled for so long is out of reach."""
+"""A device that has not polled for this long is out of reach."""
 
 HOLD_S_PER_DEVICE: Final = 0.05
-LONGEST_HOLD_S: Final = 30.0
-"""How long a device may hold a request: of many, each is asked less often how far its work is."""
+MAX_HOLD_S: Final = 30.0
+"""How long a device may hold a poll of its progress: the more devices, the fewer polls of each."""
 
-KEPT_ANSWERS: Final = 16
-"""Digests of a device's last replies, kept to tell a repeated reply from a forged one."""
+KEPT_REPLIES: Final = 16
+"""Digests of a device's last replies, kept to tell a repeated reply from another one."""
 
 STOPPING_S: Final = 2.0
-"""When to call again a coordinator that is being stopped."""
+"""When a device may call again while the coordinator is being stopped."""
 
 
-# With these a request's id is unique. What proves who replies is the device's token.
+# Together they make the id of a request unique. The device's token proves who replies.
 _PROCESS: Final = secrets.token_hex(8)
 _COUNTER: Final = itertools.count()
 
 
 class _Exchange:
-    """A request on its way. Belongs to the post office's loop."""
+    """An open request. Belongs to the post office's loop."""
 
-    def __init__(self, request: Request, timeout_s: float, fetched: Callable[[], None]) -> None:
+    def __init__(self, request: Request, timeout_s: float, delivered: Callable[[], None]) -> None:
         self.request = request
-        self.delivered = False
+        self.is_delivered = False
         self.deadline = _now() + timeout_s
         self.reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._timeout_s = timeout_s
-        self._fetched = fetched
+        self._delivered = delivered
 
     def deliver(self) -> None:
-        """The device has the request in hand; the first time, its own time for a reply begins."""
-        if not self.delivered:
-            self.delivered, self.deadline = True, _now() + self._timeout_s
-            self._fetched()
+        """Record that the device has fetched the request; the first time, its time for a reply begins."""
+        if not self.is_delivered:
+            self.is_delivered = True
+            self.deadline = _now() + self._timeout_s
+            self._delivered()
 
-    def end(self) -> None:
-        """There will be no reply."""
+    def fail(self) -> None:
+        """End without a reply."""
         if not self.reply.done():
             self.reply.set_exception(_gone(self))
-            self.reply.exception()  # perhaps nobody waits for it any more
+            self.reply.exception()  # retrieved: perhaps nobody waits for it any more
 
 
 class Mailbox:
-    """The requests for one device that are not answered yet, in order."""
+    """The open requests to one device, in order."""
 
     def __init__(self, device: str) -> None:
         self.device = device
         self._open: dict[str, _Exchange] = {}
-        self._answered: OrderedDict[str, bytes] = OrderedDict()  # id: digest of the reply
+        self._replied: OrderedDict[str, bytes] = OrderedDict()  # digest of the reply, by request
         self._news = asyncio.Event()
         self._poll: asyncio.Future[None] | None = None
         self._seen = float("-inf")
@@ -83,12 +85,12 @@ class Mailbox:
 
     @property
     def present(self) -> bool:
-        """Whether the device polls, or did so a moment ago."""
+        """Whether the device polls, or did so within `ABSENT_S`."""
         return not self._closed and (self._poll is not None or _now() - self._seen < ABSENT_S)
 
     @property
     def silent_s(self) -> float:
-        """Seconds since the device last held a poll open; 0: it does."""
+        """Seconds since the device's last poll ended; 0: one is open."""
         return 0.0 if self._poll is not None else _now() - self._seen
 
     # --- the device's side ---------------------------------------------------------------------------------------
@@ -96,9 +98,10 @@ class Mailbox:
     async def poll(self, holding: tuple[str, ...], wait_s: float) -> Delivery:
         """Requests that the device does not hold yet, after at most ``wait_s`` seconds.
 
-        Refused as ``superseded`` when the device polls anew, as ``stopping`` at the end.
+        Raises:
+            CoordinatorRefusedError: ``superseded``, by another poll of the device; ``stopping``.
         """
-        self._let_go()
+        self._supersede()
         self._poll = mine = asyncio.get_running_loop().create_future()
         deadline = _now() + wait_s
         try:
@@ -106,7 +109,9 @@ class Mailbox:
                 self._check_open()
                 if mine.done():
                     raise CoordinatorRefusedError(
-                        f"{self.device} polls from elsewhere: two processes use its token", "superseded", ABSENT_S
+                        f"{self.device} polls from another process: give each device its own token",
+                        "superseded",
+                        ABSENT_S,
                     )
                 requests = self._pending(set(holding))
                 if requests or _now() >= deadline:
@@ -122,28 +127,29 @@ class Mailbox:
                 self._poll = None
             self._seen = _now()
 
-    def answer(self, id: str, reply: Reply) -> None:
-        """The reply to a request. The same reply again is accepted again.
+    def take_reply(self, id: str, reply: Reply) -> None:
+        """Take the reply to a request. The same reply may be posted again.
 
-        Refused as ``unknown-request`` where this device was not asked, or nobody waits any more; as ``conflict`` where
-        it has answered otherwise.
+        Raises:
+            CoordinatorRefusedError: ``unknown-request``: none is open to this device; ``conflict``: it has posted
+                another reply.
         """
         digest = hashlib.sha256(codec.encode(reply)).digest()
-        known = self._answered.get(id)
+        known = self._replied.get(id)
         if known is not None:
             if known != digest:
-                raise CoordinatorRefusedError(f"request {id} was answered otherwise before", "conflict")
+                raise CoordinatorRefusedError(f"request {id} has another reply already: drop this one", "conflict")
             return
         exchange = self._open.get(id)
         if exchange is None or exchange.reply.done():
             raise CoordinatorRefusedError(f"no request {id} is open: drop its reply", "unknown-request")
         exchange.reply.set_result(reply)
-        self._answered[id] = digest
-        if len(self._answered) > KEPT_ANSWERS:
-            self._answered.popitem(last=False)
+        self._replied[id] = digest
+        if len(self._replied) > KEPT_REPLIES:
+            self._replied.popitem(last=False)
 
     def _pending(self, held: set[str]) -> tuple[Request, ...]:
-        """As many as one body may hold, the first in any case."""
+        """Requests to deliver: as many as fit into one body, at least one."""
         chosen: list[Request] = []
         left = codec.MAX_BODY_BYTES
         for exchange in self._open.values():
@@ -156,8 +162,8 @@ class Mailbox:
             chosen.append(exchange.request)
         return tuple(chosen)
 
-    def _let_go(self) -> None:
-        """A newer poll takes the place of an older one."""
+    def _supersede(self) -> None:
+        """End the open poll: a newer one takes its place."""
         if self._poll is not None and not self._poll.done():
             self._poll.set_result(None)
 
@@ -167,13 +173,14 @@ class Mailbox:
 
     # --- the coordinator's side ----------------------------------------------------------------------------------
 
-    async def exchange(self, request: Request, timeout_s: float, fetched: Callable[[], None] = lambda: None) -> Reply:
-        """Lay ``request`` into the box and await its reply. ``fetched``: called when the device has it.
+    async def exchange(self, request: Request, timeout_s: float, delivered: Callable[[], None] = lambda: None) -> Reply:
+        """Put ``request`` into the mailbox and await its reply. ``delivered``: called when the device has fetched it.
 
-        Raises `NoReplyError` where the device does not call in, or ceased to with the request in hand; where it does
-        not fetch it within ``timeout_s`` seconds, or then does not reply within as many.
+        Raises:
+            NoResponseError: the device does not call in, or stopped calling with the request in hand; it did not fetch
+                the request within ``timeout_s`` seconds, or did not reply within ``timeout_s`` seconds after that.
         """
-        exchange = self._open[request.id] = _Exchange(request, timeout_s, fetched)
+        exchange = self._open[request.id] = _Exchange(request, timeout_s, delivered)
         self._news.set()
         try:
             while not exchange.reply.done():
@@ -181,28 +188,28 @@ class Mailbox:
                     raise _gone(exchange)
                 left = exchange.deadline - _now()
                 if left <= 0:
-                    raise NoReplyError(f"does not answer: {IN_REACH}")
-                # For as long as the device is sure to be present: most exchanges wake up once.
+                    raise NoResponseError(f"does not respond: {IN_REACH}")
+                # The device is present for at least this long: most exchanges wake up once.
                 await asyncio.wait([exchange.reply], timeout=min(left, ABSENT_S - self.silent_s))
             return exchange.reply.result()
         finally:
             del self._open[request.id]
 
     def close(self) -> None:
-        """From now on the device is told to call again later, and is out of reach."""
+        """Refuse polls as ``stopping``, and fail the open requests."""
         self._closed = True
         self._news.set()
         for exchange in self._open.values():
-            exchange.end()
+            exchange.fail()
 
 
-def _gone(exchange: _Exchange) -> NoReplyError:
-    what = "ceased to call in" if exchange.delivered else "does not call in"
-    return NoReplyError(f"{what}: {IN_REACH}", begun=exchange.delivered)
+def _gone(exchange: _Exchange) -> NoResponseError:
+    what = "stopped calling in" if exchange.is_delivered else "does not call in"
+    return NoResponseError(f"{what}: {IN_REACH}", begun=exchange.is_delivered)
 
 
 class PostOffice:
-    """The mailboxes by device name; each is made when it is first wanted."""
+    """The mailboxes by device name; each is made when it is first used."""
 
     def __init__(self) -> None:
         self._boxes: dict[str, Mailbox] = {}
@@ -210,11 +217,11 @@ class PostOffice:
         self._closed = False
 
     def open(self) -> None:
-        """Call once from the event loop that the boxes are to belong to."""
+        """Call once, from the event loop that the mailboxes belong to."""
         self._loop = asyncio.get_running_loop()
 
     def box(self, device: str) -> Mailbox:
-        """The mailbox of ``device``. On the office's loop."""
+        """The mailbox of ``device``. Call on the office's loop."""
         found = self._boxes.get(device)
         if found is None:
             found = self._boxes[device] = Mailbox(device)
@@ -224,7 +231,7 @@ class PostOffice:
 
     @property
     def poll_s(self) -> float:
-        """How long a device is to have its next poll held open."""
+        """How long a device's next poll is held, seconds."""
         return poll_s(len(self._boxes))
 
     def present(self) -> list[str]:
@@ -232,62 +239,69 @@ class PostOffice:
         return sorted(name for name, box in self._boxes.copy().items() if box.present)
 
     def silent_s(self, device: str) -> float:
-        """`Mailbox.silent_s` of ``device``; infinite where it never called. From any thread."""
+        """`Mailbox.silent_s` of ``device``; infinite if it never called. From any thread."""
         box = self._boxes.get(device)
         return float("inf") if box is None else box.silent_s
 
     def close(self) -> None:
-        """Let every poll go. On the office's loop."""
+        """End all polls. Call on the office's loop."""
         self._closed = True
         for box in self._boxes.values():
             box.close()
 
     async def exchange(
-        self, device: str, request: Request, timeout_s: float, fetched: Callable[[], None] = lambda: None
+        self, device: str, request: Request, timeout_s: float, delivered: Callable[[], None] = lambda: None
     ) -> Reply:
-        """`Mailbox.exchange`, from any event loop; ``fetched`` is called on that of the office."""
+        """`Mailbox.exchange`, from any event loop; ``delivered`` is called on the office's loop."""
         loop = self._loop
         if loop is None or self._closed:
-            raise NoReplyError("cannot be reached: the coordinator's server does not run")
+            raise NoResponseError("cannot be reached: the coordinator's server does not run")
 
         async def there() -> Reply:
-            return await self.box(device).exchange(request, timeout_s, fetched)
+            return await self.box(device).exchange(request, timeout_s, delivered)
 
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(there(), loop))
 
     def client(self, device: str) -> MailboxClient:
-        """A client of ``device``, to use from any event loop; one of many asks less often how far its work is."""
-        return MailboxClient(device, self, min(max(POLL_S, len(self._boxes) * HOLD_S_PER_DEVICE), LONGEST_HOLD_S))
+        """A client of ``device``, for any event loop. The more mailboxes there are, the longer its polls are held."""
+        return MailboxClient(device, self, min(max(POLL_S, len(self._boxes) * HOLD_S_PER_DEVICE), MAX_HOLD_S))
 
 
 class MailboxClient(RemoteDevice):
     """Reaches the device that calls in as ``device``. See `DeviceClient` for the methods."""
 
     def __init__(self, device: str, office: PostOffice, poll_s: float = POLL_S) -> None:
-        super().__init__(MailboxTransport(device, office), device, answer_s=ANSWER_S, poll_s=poll_s)
+        super().__init__(MailboxTransport(device, office), device, response_s=REPLY_S, poll_s=poll_s)
 
 
 class MailboxTransport:
-    """Requests by the mailbox of ``device``. See `Transport`."""
+    """Requests through the mailbox of ``device``. See `Transport`."""
 
     where = "calls in"
     holds_plans = True
+    sends_short = True
 
     def __init__(self, device: str, office: PostOffice) -> None:
-        self._device, self._office = device, office
+        self._device = device
+        self._office = office
 
     async def send(
-        self, method: Method, path: str, body: bytes | None, read_s: float, taken: Callable[[], None] = lambda: None
+        self,
+        method: Method,
+        path: str,
+        body: bytes | None,
+        timeout_s: float,
+        delivered: Callable[[], None] = lambda: None,
     ) -> Response:
         request = Request(id=f"{_PROCESS}{next(_COUNTER):016x}", method=method, path=path, body=body or b"")
-        reply = await self._office.exchange(self._device, request, read_s, taken)
+        reply = await self._office.exchange(self._device, request, timeout_s, delivered)
         return Response(reply.status, reply.content_type, reply.body)
 
-    async def answers(self, timeout_s: float) -> bool:
+    async def responds(self, timeout_s: float) -> bool:
         return self._office.silent_s(self._device) < timeout_s
 
     async def aclose(self) -> None:
-        """The connections are the device's."""
+        """Nothing to close: the connections are the device's."""
 
     def twin(self) -> MailboxTransport:
         return self

@@ -1,4 +1,4 @@
-"""`Transport`: one request to a device, and its reply. What a request means, `RemoteDevice` knows."""
+"""`Transport`: one request to a device, and its response. What a request means, `TransportClient` knows."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ IN_REACH: Final = "is it running and in reach?"
 
 
 class Response(NamedTuple):
-    """A device's reply; ``kind``: its content's type."""
+    """A device's response. ``content_type``: the header, empty without one."""
 
     status: int
-    kind: str
+    content_type: str
     content: bytes
     retry_after_s: float = 0.0
 
 
-class NoReplyError(Exception):
-    """There was no reply, for a reason in words. ``begun``: the request was in the device's hands, or may have been."""
+class NoResponseError(Exception):
+    """There was no response; the message says why. ``begun``: the device has the request, or may have it."""
 
     def __init__(self, reason: str, *, begun: bool = False) -> None:
         super().__init__(reason)
@@ -28,31 +28,42 @@ class NoReplyError(Exception):
 
 
 class Transport(Protocol):
-    """How requests reach one device. A request that is sent again does no harm."""
+    """How requests reach one device. A request may be sent again: it has no further effect."""
 
     where: str
-    """Where the device is, for people."""
+    """Where the device is, as shown to people."""
 
     holds_plans: bool
-    """A plan may be held until its report is there, so that a round is one exchange."""
+    """The request with a plan may be held until its report is there, so that a round takes one exchange."""
+
+    sends_short: bool
+    """Short plans and reports (`fedbpt.search.compact_plans`) save more than they cost."""
 
     async def send(
-        self, method: Method, path: str, body: bytes | None, read_s: float, taken: Callable[[], None]
+        self, method: Method, path: str, body: bytes | None, timeout_s: float, delivered: Callable[[], None]
     ) -> Response:
-        """The reply, within ``read_s`` seconds and what the network takes. ``taken``: called when the device has it.
+        """The response to a request, within ``timeout_s`` seconds and the time that the network takes.
 
-        Raises `NoReplyError`; `WireError` for a body that is over the limit.
+        ``delivered``: called when the device has the request, from any thread.
+
+        Raises:
+            NoResponseError: there was none in time.
+            WireError: its body is over the limit.
         """
         ...
 
-    async def answers(self, timeout_s: float) -> bool:
-        """Whether the device can be reached within ``timeout_s`` seconds."""
-        ...
-
     async def aclose(self) -> None:
-        """Let go of connections. The transport may be used again, also from another event loop."""
+        """Close the connections. The transport may be used again, also from another event loop."""
         ...
 
-    def twin(self) -> Transport:
-        """Another transport to this device, with connections of its own: for another event loop."""
+
+class RemoteTransport(Transport, Protocol):
+    """A transport to a device outside this process."""
+
+    async def responds(self, timeout_s: float) -> bool:
+        """Whether the device responds within ``timeout_s`` seconds."""
+        ...
+
+    def twin(self) -> RemoteTransport:
+        """Another transport to the same device, with its own connections, for another event loop."""
         ...

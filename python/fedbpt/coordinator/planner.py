@@ -1,0 +1,111 @@
+"""`Planner`: what devices do next, from a run's state."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedbpt.coordinator.run_state import RunState
+from fedbpt.coordinator.stragglers import TextPace
+from fedbpt.coordinator.work_kinds import kind_of
+from fedbpt.protocol.rounds import EvaluateRequest, RoundPlan, RoundReport, SelectWork, Work
+from fedbpt.protocol.specs import Array, Readout
+from fedbpt.runs.events import RoundPurpose
+
+
+class Planner:
+    """Makes the work, plans and evaluation requests of one run.
+
+    Attributes:
+        model_fingerprint: of the run's model; set when the run is opened, unused by `work`.
+    """
+
+    def __init__(self, run: str, state: RunState) -> None:
+        self.model_fingerprint = ""
+        self._run = run
+        self._state = state
+        self._pace = TextPace()
+
+    def for_state(self, state: RunState) -> Planner:
+        """The same planner on another state."""
+        made = copy.copy(self)
+        made._state = state
+        return made
+
+    def learn_pace(self, reports: Sequence[RoundReport]) -> None:
+        """Learn from a round of the search how long each device takes for a text."""
+        for report in reports:
+            self._pace.took(report.device, report.seconds, report.n_texts)
+
+    def work(self, round: int, purpose: RoundPurpose) -> Work:
+        """What the devices do in ``round``."""
+        state = self._state
+        if purpose == "selection":
+            templates = state.task.templates
+            # With one template, only the label counts are needed.
+            max_rows = state.settings.select_rows if len(templates) > 1 else 1
+            return SelectWork(templates=templates, max_rows=max_rows, by_label=state.settings.balanced)
+        if purpose == "search":
+            return state.aggregator.work(round)
+        return state.fit(purpose).work()
+
+    def plan(self, round: int, device: str, work: Work) -> RoundPlan:
+        """The plan that ``device`` is sent in ``round``."""
+        state = self._state
+        settings = self._state.settings
+        bias = state.label_bias
+        return RoundPlan(
+            run=self._run,
+            round=round,
+            device=device,
+            seed=settings.seed,
+            model_fingerprint=self.model_fingerprint,
+            task=state.task.identity,
+            labels=state.task.labels,
+            template=state.template,
+            prompt=settings.prompt,
+            objective=settings.objective,
+            work=work,
+            batch_size=self._batch_size(device, work),
+            deadline_s=settings.deadline_s,
+            label_bias=() if bias is None else tuple(bias.tolist()),
+            label_weights=state.label_weights,
+            privacy=settings.privacy,
+        )
+
+    def _batch_size(self, device: str, work: Work) -> int | None:
+        settings = self._state.settings
+        usual = settings.objective.batch_size
+        if not (settings.even_rounds and usual and kind_of(work).searches):
+            return None
+        return self._pace.batch_size(device, usual)
+
+    def request(
+        self,
+        latents: NDArray[np.float64],
+        readouts: Sequence[Readout | None] = (),
+        label_weights: tuple[float, ...] = (),
+        split: Literal["dev", "test"] = "test",
+        max_rows: int = 0,
+    ) -> EvaluateRequest:
+        """A request to evaluate ``latents`` [k, d]; for the arguments see `EvaluateRequest`."""
+        state = self._state
+        settings = self._state.settings
+        return EvaluateRequest(
+            model_fingerprint=self.model_fingerprint,
+            task=state.task.identity,
+            labels=state.task.labels,
+            template=state.template,
+            prompt=settings.prompt,
+            objective=settings.objective,
+            latents=Array.of(latents),
+            readouts=tuple(readouts),
+            others=state.others if any(readout and readout.others for readout in readouts) else (),
+            label_weights=label_weights,
+            split=split,
+            max_rows=max_rows,
+        )

@@ -1,0 +1,111 @@
+"""What the coordinator reads from the reports of a round, or of an evaluation."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from fedbpt.coordinator.work_kinds import kind_of_result
+from fedbpt.objective.losses import balanced_weights
+from fedbpt.protocol.rounds import EvaluateReport, RoundReport, SelectResult
+from fedbpt.runs.events import RoundPurpose
+from fedbpt.runs.result import Score
+
+
+def purpose_of(reports: Sequence[RoundReport]) -> RoundPurpose:
+    """The purpose of the round that ``reports`` closed."""
+    result = reports[0].result
+    return kind_of_result(result).purpose(result)
+
+
+def mean_loss(reports: Sequence[RoundReport]) -> float:
+    """Mean loss of the devices, weighted by rows, nats."""
+    total = 0.0
+    for report in reports:
+        total += kind_of_result(report.result).mean_loss(report.result, report.n_texts) * report.n_texts
+    return total / sum(report.n_texts for report in reports)
+
+
+# --- the cap on rows -------------------------------------------------------------------------------------------------
+
+
+def cap_rows(counts: Sequence[int], cap: float) -> NDArray[np.float64]:
+    """``counts`` of rows by device, limited to ``cap`` times their median; 0: no limit."""
+    most = cap * statistics.median(counts) if cap else math.inf
+    return np.minimum(np.array(counts, dtype=np.float64), np.maximum(np.floor(most), 1.0))
+
+
+def cap_reports(reports: Sequence[RoundReport], cap: float) -> list[RoundReport]:
+    """``reports`` with ``n_texts`` limited as by `cap_rows`, and sums over rows scaled to match."""
+    capped = []
+    for report, n in zip(reports, cap_rows([report.n_texts for report in reports], cap), strict=True):
+        if n < report.n_texts:
+            result = kind_of_result(report.result).scaled(report.result, n / report.n_texts)
+            report = msgspec.structs.replace(report, n_texts=int(n), result=result)
+        capped.append(report)
+    return capped
+
+
+def evaluation_loss(reports: Sequence[EvaluateReport], cap: float, which: int = 0) -> float:
+    """Mean loss of latent ``which`` over all devices' rows, nats; rows count as far as `cap_rows` lets them."""
+    counts = np.array([report.n for report in reports])
+    shares = cap_rows(counts.tolist(), cap) / counts
+    total = sum(share * report.loss_sums[which] for share, report in zip(shares, reports, strict=True))
+    return float(total / (shares * counts).sum())
+
+
+# --- the selection ---------------------------------------------------------------------------------------------------
+
+
+def label_weights(reports: Sequence[RoundReport], cap: float = 0.0) -> tuple[float, ...]:
+    """Weight of a row's loss by its label, from all devices' label counts; empty without counts.
+
+    ``cap``: see `cap_rows`.
+    """
+    given = [report.result.label_counts for report in reports if isinstance(report.result, SelectResult)]
+    if not any(given):
+        return ()
+    counts = np.array(given, dtype=np.float64)
+    shares = cap_rows([sum(each) for each in given], cap) / np.maximum(counts.sum(axis=1), 1.0)
+    # A label that a device has keeps one row: otherwise a device that claims a billion rows of the other labels would
+    # make it weigh a billion.
+    counts = np.where(counts > 0, np.maximum(counts * shares[:, None], 1.0), 0.0)
+    return tuple(balanced_weights(counts.sum(axis=0)).tolist())
+
+
+def template_losses(
+    reports: Sequence[RoundReport], weights: Sequence[float], robust: bool = False
+) -> NDArray[np.float64]:
+    """Mean loss of each template over all devices' rows, nats [n_templates].
+
+    ``weights``: of the losses by label, see `label_weights`. ``robust``: the median of the devices' means instead.
+    """
+    sums = np.stack([r.result.loss_sums.numpy() for r in reports if isinstance(r.result, SelectResult)])
+    if weights:
+        sums = (sums * np.array(weights)).sum(axis=2)
+    counts = np.array([report.n_texts for report in reports])
+    if robust:
+        medians: NDArray[np.float64] = np.median(sums / counts[:, None], axis=0)
+        return medians
+    means: NDArray[np.float64] = sums.sum(axis=0) / counts.sum()
+    return means
+
+
+def template_scores(reports: Sequence[RoundReport], losses: Sequence[float]) -> tuple[Score, ...]:
+    """Score of each template without a prompt, over the devices that count right answers; empty: none does.
+
+    ``losses`` [n_templates]: of `template_losses`.
+    """
+    counted = [
+        (r.result.correct, r.n_texts) for r in reports if isinstance(r.result, SelectResult) and r.result.correct
+    ]
+    if not counted:
+        return ()
+    n = sum(n for _, n in counted)
+    correct = np.sum([right for right, _ in counted], axis=0)
+    return tuple(Score(n=n, correct=int(c), loss_sum=n * loss) for c, loss in zip(correct, losses, strict=True))

@@ -1,0 +1,68 @@
+"""The selection of the template: `SelectWork` and `SelectResult`."""
+
+from __future__ import annotations
+
+import msgspec
+
+from fedbpt.coordinator.work_kinds.base import WorkKind, check_losses, check_shape
+from fedbpt.errors import WireError
+from fedbpt.protocol.rounds import RoundPlan, RoundReport, SelectResult, SelectWork
+from fedbpt.protocol.specs import Array, Template
+from fedbpt.runs.events import RoundPurpose
+
+
+class Selection(WorkKind[SelectWork, SelectResult]):
+    work = SelectWork
+    result = SelectResult
+
+    def check_result(
+        self, report: RoundReport, result: SelectResult, plan: RoundPlan, work: SelectWork, n_rows: int | None
+    ) -> None:
+        n_templates = len(work.templates)
+        n_labels = len(plan.labels) if work.by_label else 0
+        check_shape(result.loss_sums, (n_templates, n_labels) if n_labels else (n_templates,), "loss_sums")
+        _check_correct(result, plan, report.n_texts)
+        counts = result.label_counts
+        fewest, most = (report.n_texts, n_rows or sum(counts)) if n_labels else (0, 0)
+        if len(counts) != n_labels or not fewest <= sum(counts) <= most:
+            raise WireError(
+                f"label_counts has {len(counts)} labels and {sum(counts)} rows, expected {n_labels} labels and"
+                f" {fewest} to {most} rows",
+                field="label_counts",
+            )
+        check_losses(result.loss_sums.numpy() / report.n_texts, self.loss_range(plan, work), "loss_sums")
+
+    def max_evaluations(self, plan: RoundPlan, work: SelectWork) -> int:
+        return len(work.templates) * max(1, len(plan.labels))
+
+    def max_texts(self, plan: RoundPlan, work: SelectWork, n_texts: int) -> int:  # noqa: ARG002
+        return len(work.templates) * n_texts
+
+    def max_rows(self, work: SelectWork) -> int:
+        return work.max_rows
+
+    def templates(self, plan: RoundPlan, work: SelectWork) -> tuple[Template, ...]:  # noqa: ARG002
+        return work.templates
+
+    def mean_loss(self, result: SelectResult, n_texts: int) -> float:
+        """Of the best template."""
+        sums = result.loss_sums.numpy()
+        return float(sums.reshape(sums.shape[0], -1).sum(axis=1).min()) / n_texts
+
+    def purpose(self, result: SelectResult) -> RoundPurpose:  # noqa: ARG002
+        return "selection"
+
+    def scaled(self, result: SelectResult, share: float) -> SelectResult:
+        return msgspec.structs.replace(result, loss_sums=Array.of(result.loss_sums.numpy() * share))
+
+
+def _check_correct(result: SelectResult, plan: RoundPlan, n_texts: int) -> None:
+    """Only tasks with labels have counts, and no private run: they would undo its noise."""
+    has_counts = bool(plan.labels) and plan.privacy is None
+    if result.correct and not (has_counts and len(result.correct) == result.loss_sums.shape[0]):
+        expected = f"0 or {result.loss_sums.shape[0]}" if has_counts else "0"
+        raise WireError(f"correct has {len(result.correct)} entries, expected {expected}", field="correct")
+    if max(result.correct, default=0) > n_texts:
+        raise WireError(
+            f"correct has {max(result.correct)} of {n_texts} texts, expected at most {n_texts}", field="correct"
+        )
