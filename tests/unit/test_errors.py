@@ -57,7 +57,17 @@ def test_a_missing_extra_says_what_to_install() -> None:
 
 # --- every message in the source -------------------------------------------------------------------------------------
 
-PACKAGES: Final = ("bench/", "model_check/", "tasks/", "argument_types.py", "checking.py", "faults.py")
+PACKAGES: Final = (
+    "bench/",
+    "machine/",
+    "model_check/",
+    "models/",
+    "net/",
+    "tasks/",
+    "argument_types.py",
+    "checking.py",
+    "faults.py",
+)
 """Where messages are held to the rule, as beginnings of paths in the package; ``("",)``: everywhere."""
 
 NAMES: Final = ("Flower", "Flower's", "Hugging", "Python", "PyTorch", "TensorBoard", "SuperLink", "SuperNode")

@@ -152,7 +152,7 @@ def assert_nothing_is_told(root: Path) -> None:
     assert memory_of_process(root)["rss"] > 0
     assert battery_percent(root) is None
     assert heat(root) == Heat(None, None, None)
-    assert Pauses(TRIGGERS, sysfs=root, ask=lambda _command: None).reason() == ""
+    assert Pauses(TRIGGERS, sysfs=root, run_program=lambda _command: None).reason() == ""
     with EnergyMeter(root) as meter:
         assert meter.joules() is None
 

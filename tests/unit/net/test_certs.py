@@ -26,6 +26,7 @@ from fedbpt.net.tls import Tls, is_loopback, url_of
 from fedbpt.net.tokens import Credentials
 from tests.support.caller import wait_until
 from tests.support.fake_device import FakeDevice
+from tests.support.raises import raises
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +125,10 @@ def test_a_certificate_of_another_ca_is_no_matter_of_the_clock(served: str, fold
 
 def test_a_certificate_for_another_name_is_called_that(folder: Path) -> None:
     with AgentServer(AgentService(FakeDevice("a")), tls=tls(folder, "elsewhere")) as server:
-        with pytest.raises(DeviceUnreachableError, match="other names"):
+        with pytest.raises(DeviceUnreachableError) as caught:
             asyncio.run(HttpClient(server.url, tls=tls(folder), retry_s=0.1).status())
+    assert "certificate" in str(caught.value)
+    assert "clock" not in str(caught.value)
 
 
 def test_an_authority_that_is_not_valid_now_signs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,16 +175,16 @@ def test_a_device_cannot_sign_certificates(folder: Path) -> None:
 
 def test_nothing_is_replaced(folder: Path) -> None:
     before = (folder / "ca.pem").read_bytes()
-    with pytest.raises(ConfigError, match="not replaced"):
-        certs.init(folder)
-    with pytest.raises(ConfigError, match="not replaced"):
-        certs.issue(folder, "pi5")
+    for call, name in ((lambda: certs.init(folder), "ca.pem"), (lambda: certs.issue(folder, "pi5"), "pi5.pem")):
+        with raises(ConfigError) as caught:
+            call()
+        assert name in str(caught.value)
     assert (folder / "ca.pem").read_bytes() == before
 
 
-@pytest.mark.parametrize(("name", "host"), [("x", "ü.example"), ("x" * 65, "x")])
-def test_a_name_that_cannot_be_is_refused(folder: Path, name: str, host: str) -> None:
-    with pytest.raises(ConfigError, match=r"no host's name|cannot be a certificate's name"):
+@pytest.mark.parametrize(("name", "host", "field"), [("x", "ü.example", "host"), ("x" * 65, "x", "name")])
+def test_an_invalid_name_or_host_is_refused(folder: Path, name: str, host: str, field: str) -> None:
+    with raises(ConfigError, field=field):
         certs.issue(folder, name, [host])
     assert not certs.pair(folder, name).cert.exists()
 
@@ -193,18 +196,21 @@ def test_without_an_authority_nothing_is_issued(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_together_is_refused(folder: Path, tmp_path: Path) -> None:
     cert, key = certs.pair(folder, "pi5")
-    with pytest.raises(ConfigError, match="both --cert and --key"):
+    with raises(ConfigError, field="--key"):
         Tls(cert)
-    with pytest.raises(ConfigError, match="needs a CA"):
+    with raises(ConfigError, field="--ca"):
         Tls(cert, key, client_certs=True)
-    with pytest.raises(ConfigError, match="no such file"):
+    with raises(ConfigError, field="--cert") as caught:
         Tls(tmp_path / "absent", key)
+    assert str(tmp_path / "absent") in str(caught.value)
     (tmp_path / "text").write_text("hello")
     for broken in (Tls(tmp_path / "text", key), Tls(cert, certs.pair(folder, "server").key)):
-        with pytest.raises(ConfigError, match="for TLS"):
+        with raises(ConfigError) as caught:
             broken.server_options()
-    with pytest.raises(ConfigError, match="for TLS"):
+        assert str(broken.cert) in str(caught.value)
+    with raises(ConfigError) as caught:
         Tls(ca=tmp_path / "text").client_context()
+    assert str(tmp_path / "text") in str(caught.value)
 
 
 def test_beyond_loopback_a_device_asks_who_calls(folder: Path) -> None:
@@ -213,7 +219,7 @@ def test_beyond_loopback_a_device_asks_who_calls(folder: Path) -> None:
         AgentServer(service, "0.0.0.0", tls=tls(folder, "server"))
     AgentServer(service, "0.0.0.0", tls=tls(folder, "server"), token="x" * 43).stop()
     AgentServer(service, "0.0.0.0", tls=tls(folder, "server", client_certs=True)).stop()
-    with pytest.raises(ConfigError, match="no encryption"):
+    with raises(ConfigError, field="--cert"):
         AgentServer(service, "0.0.0.0", token="x" * 43)
 
 

@@ -98,7 +98,7 @@ def test_who_waits_for_an_answer_keeps_its_connection() -> None:
         waiting = [stack.enter_context(closing(connect(server))) for _ in range(3)]
         for each in waiting:
             each.sendall(GET.replace(b"/ ", b"/held "))
-        wait_until(lambda: sum(each.since is None for each in server._socket._open.values()) == 3)
+        wait_until(lambda: sum(each.idle_since is None for each in server._socket._open.values()) == 3)
         for _ in range(3 * MOST):
             stack.enter_context(closing(connect(server)))
         assert answers(server)
@@ -113,7 +113,7 @@ def test_with_all_at_work_new_ones_are_turned_away() -> None:
         waiting = [stack.enter_context(closing(connect(server))) for _ in range(3)]
         for each in waiting:
             each.sendall(GET.replace(b"/ ", b"/held "))
-        wait_until(lambda: sum(each.since is None for each in server._socket._open.values()) == 3)
+        wait_until(lambda: sum(each.idle_since is None for each in server._socket._open.values()) == 3)
         late = stack.enter_context(closing(connect(server)))
         wait_until(lambda: ended(late))
         release.set()
@@ -125,8 +125,8 @@ def test_with_all_at_work_new_ones_are_turned_away() -> None:
 
 @pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\nHost: 127", GET + b"GET /"], ids=["nothing", "half", "next"])
 def test_who_does_not_finish_a_request_is_closed_in_time(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "HEADERS_S", 0.3)
-    monkeypatch.setattr(connections, "KEPT_S", 0.3)
+    monkeypatch.setattr(connections, "REQUEST_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(connections, "KEEP_ALIVE_S", 0.3)
     with served() as (server, _), closing(connect(server)) as slow:
         slow.sendall(said)
         wait_until(lambda: ended(slow))
@@ -134,8 +134,8 @@ def test_who_does_not_finish_a_request_is_closed_in_time(said: bytes, monkeypatc
 
 
 def test_a_long_answer_is_not_idle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "HEADERS_S", 0.2)
-    monkeypatch.setattr(connections, "KEPT_S", 0.2)
+    monkeypatch.setattr(connections, "REQUEST_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(connections, "KEEP_ALIVE_S", 0.2)
     with served() as (server, release), closing(connect(server)) as waiting:
         waiting.sendall(GET.replace(b"/ ", b"/held "))
         with closing(connect(server)) as idle:
@@ -147,7 +147,7 @@ def test_a_long_answer_is_not_idle(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_tls_handshake_that_does_not_come_is_closed_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "HEADERS_S", 0.5)
+    monkeypatch.setattr(connections, "REQUEST_TIMEOUT_S", 0.5)
     init(tmp_path)
     cert, key = issue(tmp_path, "here", ["127.0.0.1"])
     ca = tmp_path / "ca.pem"
@@ -200,7 +200,7 @@ def test_a_process_without_file_descriptors_goes_on_and_says_so_once(most: int) 
 def test_requests_that_are_none_are_told_of_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_server._SELDOM, "_last", {})
+    monkeypatch.setattr(http_server._LIMIT_WARNINGS, "_last", {})
     with served() as (server, _):
         for _ in range(20):
             with closing(connect(server)) as stranger:
