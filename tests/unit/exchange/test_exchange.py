@@ -21,6 +21,7 @@ from fedbpt.errors import ConfigError, FedbptError, InputError, MissingExtraErro
 from fedbpt.prompts.prompt import card_path
 from fedbpt.protocol.specs import Placement
 from fedbpt.tasks import Task
+from tests.support.raises import raises
 from tests.support.toy_scorer import BOS, ToyScorer
 from tests.support.toy_task import TASK, rows
 from tests.unit.prompts.test_prompt import OTHERS, READOUT, make
@@ -153,39 +154,40 @@ def test_an_adapter_may_be_written_again_but_a_folder_of_other_things_is_left_al
     exported(tmp_path, make())
     exported(tmp_path, make())
     (tmp_path / "README.md").write_text("mine")
-    with pytest.raises(PromptError, match="not empty"):
+    with raises(PromptError, field="out"):
         export_prompt(make(), tmp_path, "peft", scorer=Llama(), task=MOOD, base_model="toy")
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "said"),
+    ("changes", "error", "field", "value"),
     [
-        ({"to": "onnx"}, InputError, "'peft', 'gguf', 'npy', got 'onnx'"),
-        ({"scorer": None}, ConfigError, "needs the model"),
-        ({"task": None}, ConfigError, "needs the model"),
-        ({"task": TASK}, ConfigError, "labels"),
-        ({"scorer": Llama(seed=1, name="other")}, PromptError, "made for toy"),
-        ({"scorer": ToyScorer()}, PromptError, "architecture toy"),
-        ({"base_model": None}, ConfigError, "--base"),
+        ({"to": "onnx"}, InputError, "to", "'peft', 'gguf', 'npy', got 'onnx'"),
+        ({"scorer": None}, ConfigError, "scorer", ""),
+        ({"task": None}, ConfigError, "task", ""),
+        ({"task": TASK}, ConfigError, "task", str(list(TASK.labels))),
+        ({"scorer": Llama(seed=1, name="other")}, PromptError, None, "other"),
+        ({"scorer": ToyScorer()}, PromptError, None, "toy"),
+        ({"base_model": None}, ConfigError, "base_model", "--base"),
     ],
 )
-def test_what_cannot_be_exported_is_refused_in_one_line(
-    tmp_path: Path, changes: dict[str, Any], error: type[FedbptError], said: str
+def test_an_export_that_cannot_work_is_refused(
+    tmp_path: Path, changes: dict[str, Any], error: type[FedbptError], field: str | None, value: str
 ) -> None:
     given = {"to": "peft", "scorer": Llama(), "task": MOOD, "base_model": "toy", **changes}
-    with pytest.raises(error, match=said) as caught:
+    with raises(error) as caught:
         export_prompt(make(), tmp_path / "out", **given)
-    assert "\n" not in str(caught.value)
+    assert value in str(caught.value)
+    assert field is None or caught.value.field == field
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("to", ["npy", "gguf", "peft"])
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path, to: Any) -> None:
+def test_a_path_that_cannot_be_written_is_named(tmp_path: Path, to: Any) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(PromptError, match="cannot write") as caught:
+    with raises(PromptError) as caught:
         export_prompt(make(), tmp_path / "file" / "out", to, scorer=Llama(), task=MOOD, base_model="toy")
-    assert "\n" not in str(caught.value)
+    assert str(tmp_path / "file" / "out") in str(caught.value)
 
 
 def test_gguf_without_its_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,8 +228,10 @@ def test_an_adapter_that_was_trained_further_has_the_new_rows_and_no_figures_of_
 
 def test_an_adapter_whose_bos_was_trained_is_refused(tmp_path: Path) -> None:
     folder = exported(tmp_path, make(spec=PromptSpec(placement="front", n_prompt=2, d=1)))
-    with pytest.raises(PromptError, match="BOS"):
+    with raises(PromptError) as caught:
         imported(retrain(folder, lambda values: values + 1))
+
+    assert "BOS" in str(caught.value)
 
 
 def foreign(folder: Path, values: np.ndarray, **changes: Any) -> Path:
@@ -278,11 +282,11 @@ def test_a_foreign_adapter_stands_before_bos_as_in_peft(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "value"),
     [
-        (lambda folder: (folder / "adapter_config.json").unlink(), "no adapter_config.json"),
-        (lambda folder: (folder / "adapter_config.json").write_text("{"), "damaged"),
-        (lambda folder: (folder / "adapter_config.json").write_text("[]"), "damaged"),
+        (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json"),
+        (lambda folder: (folder / "adapter_config.json").write_text("[]"), "adapter_config.json"),
         (lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}'), "LORA"),
         (
             lambda folder: (folder / "adapter_config.json").write_text(
@@ -290,44 +294,49 @@ def test_a_foreign_adapter_stands_before_bos_as_in_peft(tmp_path: Path) -> None:
             ),
             "SEQ_CLS",
         ),
-        (lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"), "pickled"),
-        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"\x00" * 40), "can be read"),
-        (lambda folder: retrain(folder, lambda values: values * np.nan), "finite"),
-        (lambda folder: retrain(folder, lambda values: values[:, :5]), "5 numbers"),
-        (lambda folder: retrain(folder, lambda values: values[0]), "must be"),
+        (
+            lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"),
+            "adapter_model.safetensors",
+        ),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"\x00" * 40), "prompt_embeddings"),
+        (lambda folder: retrain(folder, lambda values: values * np.nan), "prompt_embeddings"),
+        (lambda folder: retrain(folder, lambda values: values[:, :5]), " 5 "),
+        (lambda folder: retrain(folder, lambda values: values[0]), "prompt_embeddings"),
     ],
 )
-def test_an_adapter_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path, spoil: Any, said: str) -> None:
+def test_an_adapter_that_cannot_be_used_is_refused(tmp_path: Path, spoil: Any, value: str) -> None:
     folder = foreign(tmp_path / "a", VALUES)
     spoil(folder)
-    with pytest.raises(PromptError, match=said) as caught:
+    with raises(PromptError) as caught:
         imported(folder, task=TASK)
-    assert "\n" not in str(caught.value)
+    assert value in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "said"),
+    ("changes", "error", "value"),
     [
-        ({"task": TASK}, ConfigError, "labels"),
-        ({"scorer": Llama(seed=1, name="other")}, PromptError, "made for toy"),
-        ({"scorer": ToyScorer()}, PromptError, "architecture"),
+        ({"task": TASK}, ConfigError, str(list(TASK.labels))),
+        ({"scorer": Llama(seed=1, name="other")}, PromptError, "other"),
+        ({"scorer": ToyScorer()}, PromptError, "toy"),
     ],
 )
 def test_an_exported_adapter_is_for_its_own_model_and_task(
-    tmp_path: Path, changes: dict[str, Any], error: type[FedbptError], said: str
+    tmp_path: Path, changes: dict[str, Any], error: type[FedbptError], value: str
 ) -> None:
-    with pytest.raises(error, match=said):
+    with raises(error) as caught:
         imported(exported(tmp_path, make()), **changes)
+    assert value in str(caught.value)
 
 
-def test_a_template_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="templates 0 to 1, not 2"):
+def test_a_missing_template_is_refused(tmp_path: Path) -> None:
+    with raises(ConfigError, field="template", limit=1):
         imported(foreign(tmp_path / "a", VALUES), task=TASK, template=2)
 
 
-def test_a_missing_folder_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(PromptError, match="has no adapter_config"):
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with raises(PromptError) as caught:
         imported(tmp_path / "none")
+    assert str(tmp_path / "none") in str(caught.value)
 
 
 @pytest.mark.parametrize("to", ["npy", "gguf"])
@@ -335,7 +344,8 @@ def test_what_cannot_be_replaced_keeps_its_card(tmp_path: Path, to: Any) -> None
     target = tmp_path / "out"
     target.mkdir()
     card_path(target).write_text("of another prompt")
-    with pytest.raises(PromptError, match="cannot write"):
+    with raises(PromptError) as caught:
         export_prompt(make(), target, to)
+    assert str(target) in str(caught.value)
     assert card_path(target).read_text() == "of another prompt"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.md"]
