@@ -117,7 +117,8 @@ class DeviceError(FedbptError):
 
     def __init__(self, reason: str = "", *, device: str = "", field: str = "", limit: float | None = None) -> None:
         super().__init__(f"{device}: {reason}" if device else reason, field=field, limit=limit)
-        self.device, self.reason = device, one_line(reason, MAX_MESSAGE_CHARS)
+        self.device = device
+        self.reason = one_line(reason, MAX_MESSAGE_CHARS)
 
 
 class DeviceUnreachableError(DeviceError):

@@ -1,4 +1,4 @@
-"""The public API with any value for any argument: it works, or raises an error of ours that names the argument."""
+"""The public API with any value for any argument works, or raises a `FedbptError` that names the argument."""
 
 from __future__ import annotations
 
@@ -48,8 +48,14 @@ HERE = {"path": "rows.jsonl"}
 CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "tune": (
         fedbpt.tune,
-        {"scorer": ToyScorer(), "task": TASK, "train": ROWS,
-         "prompt": SPEC, "popsize": 8, "budget": Budget(evaluations=8)},
+        {
+            "scorer": ToyScorer(),
+            "task": TASK,
+            "train": ROWS,
+            "prompt": SPEC,
+            "popsize": 8,
+            "budget": Budget(evaluations=8),
+        },
     ),
     "evaluate": (fedbpt.evaluate, {"scorer": ToyScorer(), "task": TASK, "rows": ROWS}),
     "export_prompt": (fedbpt.export_prompt, {"prompt": MADE, "out": "exported.npy", "to": "npy"}),
@@ -123,16 +129,17 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     ),
     "bench.measure": (measurement.measure, {"scorer": ToyScorer(), "seconds": 0.0, "quick": True}),
     "bench.measure_threads": (
-        measurement.measure_threads, {"load": lambda _n: ToyScorer(), "counts": [1], "seconds": 0.0},
+        measurement.measure_threads,
+        {"load": lambda _n: ToyScorer(), "counts": [1], "seconds": 0.0},
     ),
     "bench.best_threads": (measurement.best_threads, {"rates": ()}),
-}  # fmt: skip
+}
 
 FETCHES = {"tasks.load_hub", "tasks.bbc_news"}
-"""What they do with a value that may be right takes a network."""
+"""Functions that need a network for valid values."""
 
 NEEDS_A_MODEL = {"NativeScorer"}
-"""In `tests.native.test_any_value`."""
+"""Tested in `tests.native.test_any_value`."""
 
 SLOW = {
     ("bench.measure", "seconds"),
@@ -141,10 +148,10 @@ SLOW = {
     ("bench.measure", "sysfs"),
     ("tune", "budget"),
 }
-"""What they do with a value that may be right takes its time."""
+"""Arguments whose valid values make the call slow."""
 
 ANSWERING = {("bench.measure", "kernel_flops"), ("bench.measure_threads", "load"), ("models.faster_format", "measure")}
-"""Functions whose answer is used."""
+"""Callbacks whose result is used."""
 
 
 def parameters() -> Iterator[tuple[str, str]]:
@@ -186,7 +193,7 @@ ANYTHING = st.recursive(
 
 @settings(max_examples=400, deadline=None)
 @given(st.data(), st.sampled_from(STRUCTS))
-def test_what_people_make_can_be_sent_or_is_refused_where_it_is_made(data: st.DataObject, name: str) -> None:
+def test_any_valid_struct_can_be_sent(data: st.DataObject, name: str) -> None:
     made, right = CALLS[name]
     parameter = data.draw(st.sampled_from(list(inspect.signature(made).parameters)))
     value = data.draw(ANYTHING)

@@ -22,7 +22,7 @@ def all_errors() -> list[type[FedbptError]]:
 
 
 def drawn_tree() -> dict[str, tuple[str, ...]]:
-    """Name → names of its bases, as the module's docstring draws them."""
+    """Map each name in the module's docstring to the names of its bases."""
     tree: dict[str, tuple[str, ...]] = {}
     ancestors: list[str] = []
     block = (fedbpt.errors.__doc__ or "").split("::\n\n")[1].split("\n\n")[0]
@@ -36,12 +36,12 @@ def drawn_tree() -> dict[str, tuple[str, ...]]:
     return tree
 
 
-def test_docstring_draws_the_tree_that_there_is() -> None:
+def test_the_docstring_draws_the_actual_tree() -> None:
     assert drawn_tree() == {error.__name__: tuple(base.__name__ for base in error.__bases__) for error in all_errors()}
 
 
 @pytest.mark.parametrize("error", all_errors(), ids=lambda error: error.__name__)
-def test_every_error_has_an_exit_code_and_says_what_it_is(error: type[FedbptError]) -> None:
+def test_every_error_has_an_exit_code_and_a_docstring(error: type[FedbptError]) -> None:
     assert error.exit_code in (1, 2, 130)
     assert error.__doc__
 

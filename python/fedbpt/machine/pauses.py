@@ -94,7 +94,8 @@ class Pauses:
 
 def _on_battery(sysfs: Path) -> bool | None:
     """Whether the machine's battery (not a mouse's) discharges and no mains supply is online."""
-    batteries, mains = [], []
+    batteries = []
+    mains = []
     for supply in entries(sysfs, "class/power_supply/*"):
         kind = text(supply / "type")
         if kind == "Battery" and text(supply / "scope") != "Device":

@@ -55,7 +55,8 @@ def fingerprint(path: str | Path) -> str:
 
 def fingerprint_of_files(parts: Sequence[Path]) -> str:
     """``sha256:<hex>`` of files concatenated in this order, cached as by `fingerprint`. Raises `OSError`."""
-    paths, stamps = real_paths(parts), stamps_of(parts)
+    paths = real_paths(parts)
+    stamps = stamps_of(parts)
     known = read_record(_record_of(paths), _Fingerprint)
     if known is None or (known.paths, known.files) != (paths, stamps):
         # stamps from before reading: a file that changes meanwhile is read again the next time

@@ -109,8 +109,9 @@ def run(path: Path, settings: TrialSettings = TrialSettings()) -> TrialReport:
     if reason is not None and not os.environ.get(_IN_TRIAL):
         log.warning(
             "%s is loaded without a trial, after a check of its header only: %s. A damaged file may crash this process",
-            printable(path), reason,
-        )  # fmt: skip
+            printable(path),
+            reason,
+        )
     return TrialReport(path, reason is None, time.monotonic() - began)
 
 

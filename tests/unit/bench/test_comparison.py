@@ -1,4 +1,4 @@
-"""Two measurements side by side, and the boards' results that the repository has."""
+"""Comparison of two measurements, and the results of boards in the repository."""
 
 from __future__ import annotations
 

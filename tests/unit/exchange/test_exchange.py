@@ -1,4 +1,4 @@
-"""Prompts in other programs' formats: what goes out is what is inside, to the bit, and what comes in likewise.
+"""Export and import of prompts in other programs' formats, to the bit.
 
 That PEFT itself gives the same logits is tested in `tests.native.test_peft`.
 """
@@ -28,7 +28,7 @@ from tests.unit.prompts.test_prompt import OTHERS, READOUT, make
 
 
 class Llama(ToyScorer):
-    """The toy, under the name of an architecture that PEFT was compared with."""
+    """The toy model, under the name of a supported architecture."""
 
     architecture = "llama"
 
@@ -68,7 +68,7 @@ def test_rows_in_another_scale_than_transformers_say_so(tmp_path: Path, to: Any,
 @pytest.mark.parametrize(
     ("prompt", "n"), [(make(), 1), (make(**READOUT), 1), (make(label_bias=None), 0)], ids=["bias", "readout", "rows"]
 )
-def test_npy_says_what_it_leaves_out(tmp_path: Path, prompt: Prompt, n: int) -> None:
+def test_npy_notes_what_it_omits(tmp_path: Path, prompt: Prompt, n: int) -> None:
     done = export_prompt(prompt, tmp_path / "rows.npy", "npy")
     assert len(done.notes) == n
     assert all(note in card_path(done.path).read_text() for note in done.notes)
@@ -101,7 +101,7 @@ def test_gguf_has_all_of_the_prompt(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("to", ["npy", "gguf"])
-def test_a_file_has_a_card_beside_it_and_nothing_else_is_left(tmp_path: Path, to: Any) -> None:
+def test_an_export_writes_only_a_file_and_its_card(tmp_path: Path, to: Any) -> None:
     path = export_prompt(make(), tmp_path / f"p.{to}", to).path
     assert {found.name for found in tmp_path.iterdir()} == {path.name, f"{path.name}.md"}
     assert "# mood" in card_path(path).read_text()
@@ -133,9 +133,7 @@ def test_in_front_of_a_model_with_bos_the_first_virtual_token_is_bos(tmp_path: P
         ("first", "others", ["no readout"]),
     ],
 )
-def test_an_export_says_in_a_line_each_what_peft_cannot_do(
-    tmp_path: Path, placement: Placement, kind: str, said: list[str]
-) -> None:
+def test_an_export_notes_the_limits_of_peft(tmp_path: Path, placement: Placement, kind: str, said: list[str]) -> None:
     prompt = make(spec=PromptSpec(placement=placement, n_prompt=2, d=1), **WHOLE[kind])
     done = export_prompt(prompt, tmp_path / "a", "peft", scorer=Llama(), task=MOOD, base_model="toy")
     assert len(done.notes) == len(said)
@@ -143,14 +141,14 @@ def test_an_export_says_in_a_line_each_what_peft_cannot_do(
     assert all(note in (tmp_path / "a" / "README.md").read_text() for note in done.notes)
 
 
-def test_the_code_beside_an_adapter_is_python(tmp_path: Path) -> None:
+def test_the_code_in_an_adapters_readme_is_python(tmp_path: Path) -> None:
     for placement in ("cue", "front", "first"):
         prompt = make(spec=PromptSpec(placement=placement, n_prompt=2, d=1), **OTHERS)
         text = (exported(tmp_path, prompt) / "README.md").read_text()
         compile(text.split("```python\n")[1].split("```")[0], "README.md", "exec")
 
 
-def test_an_adapter_may_be_written_again_but_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
+def test_an_adapter_may_be_overwritten_but_not_other_files(tmp_path: Path) -> None:
     exported(tmp_path, make())
     exported(tmp_path, make())
     (tmp_path / "README.md").write_text("mine")
@@ -210,7 +208,7 @@ def test_what_was_exported_comes_back_to_the_bit(tmp_path: Path, placement: Plac
 
 
 def retrain(folder: Path, change: Any) -> Path:
-    """As if PEFT had trained the adapter further."""
+    """Change the adapter as further training with PEFT would."""
     path = folder / "adapter_model.safetensors"
     values = safetensors.numpy.load_file(path)["prompt_embeddings"]
     safetensors.numpy.save_file({"prompt_embeddings": change(values.copy())}, path)
@@ -235,7 +233,7 @@ def test_an_adapter_whose_bos_was_trained_is_refused(tmp_path: Path) -> None:
 
 
 def foreign(folder: Path, values: np.ndarray, **changes: Any) -> Path:
-    """An adapter that fedbpt did not write."""
+    """Write an adapter as other programs do."""
     folder.mkdir()
     config = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": len(values), **changes}
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -264,14 +262,14 @@ def test_bfloat16_rows_are_read(tmp_path: Path) -> None:
 
 
 def as_bfloat16(path: Path) -> bytes:
-    """A file of uint16 numbers as one of bfloat16."""
+    """Relabel a file's uint16 tensors as bfloat16."""
     content = path.read_bytes()
     n = int.from_bytes(content[:8], "little")
     header = content[8 : 8 + n].replace(b'"U16"', b'"BF16"')
     return len(header).to_bytes(8, "little") + header + content[8 + n :]
 
 
-def test_a_foreign_adapter_stands_before_bos_as_in_peft(tmp_path: Path) -> None:
+def test_a_foreign_adapter_is_placed_before_bos_as_in_peft(tmp_path: Path) -> None:
     prompt = imported(foreign(tmp_path / "a", VALUES), task=TASK)
     assert prompt.spec.placement == "first"
     scorer, held_out = Llama(), rows(8)

@@ -1,4 +1,4 @@
-"""What starts with the machine: the files that `fedbpt device --install-service` writes."""
+"""Autostart: the files that `fedbpt device --install-service` writes."""
 
 from __future__ import annotations
 
@@ -86,8 +86,11 @@ def test_each_named_device_on_a_machine_has_a_file_of_its_own(tmp_path: Path, en
         for name in (None, "left", "right", "a b")
     ]
     assert [found.path.stem for found in made] == [
-        "fedbpt-device", "fedbpt-device-left", "fedbpt-device-right", "fedbpt-device-a-b",
-    ]  # fmt: skip
+        "fedbpt-device",
+        "fedbpt-device-left",
+        "fedbpt-device-right",
+        "fedbpt-device-a-b",
+    ]
     for found in made[1:]:
         assert found.path.stem in f"{found.enable} {found.remove}"
         assert found.path.stem in found.notes

@@ -1,4 +1,4 @@
-"""The user's folders: where there is no home, where it cannot be written, and where nobody need ask for it."""
+"""The user's folders: without a home, with one that cannot be written, and where none is needed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("homeless")
-def test_without_a_home_what_is_set_is_taken_and_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_home_only_environment_variables_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     for path, remedy in ((folders.cache_folder, "FEDBPT_CACHE"), (default_credentials, "--credentials FILE")):
         with raises(ConfigError) as caught:
             path()
@@ -63,11 +63,11 @@ def test_a_path_in_a_missing_home_is_named(path: str, monkeypatch: pytest.Monkey
 
 
 IN_BASH = 'import shellingham\nshellingham.detect_shell = lambda *_: ("bash", "/bin/bash")\n'
-"""Tests may run without a shell."""
+"""The tests may run without a shell."""
 
 
 def fedbpt(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, whose user has no home."""
+    """Run the command in a new process whose user has no home."""
     kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
     program = f"{HOMELESS}{IN_BASH}from fedbpt.cli import main\nmain({list(arguments)!r})"
     return subprocess.run(
@@ -86,7 +86,7 @@ def test_a_process_without_a_home_lists_models_where_the_cache_is_set(tmp_path: 
     assert refused.stderr.count("\n") == 1
 
 
-def test_what_others_ask_a_home_for_is_one_line() -> None:
+def test_a_library_that_needs_a_home_fails_in_one_line() -> None:
     asked = fedbpt("--install-completion")
     assert asked.returncode in (1, 2)
     assert "Traceback" not in asked.stderr
@@ -94,7 +94,7 @@ def test_what_others_ask_a_home_for_is_one_line() -> None:
     assert asked.stderr.count("\n") == 1
 
 
-def test_a_device_that_is_called_asks_for_no_home(tmp_path: Path) -> None:
+def test_a_device_that_is_called_needs_no_home(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": "World"}\n')
     arguments = ("device", "--model", "smollm2-135m", "--data", str(tmp_path / "rows.jsonl"), "--task", "ag-news")
     ended = fedbpt(*arguments, FEDBPT_CACHE=str(tmp_path))

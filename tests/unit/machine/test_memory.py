@@ -1,4 +1,4 @@
-"""How a limit on memory is shared out."""
+"""The KV budget within a memory limit."""
 
 from __future__ import annotations
 

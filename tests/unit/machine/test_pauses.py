@@ -1,4 +1,4 @@
-"""When a device pauses, by made-up system files and programs."""
+"""Pauses of a device, with fake system files and programs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedbpt.machine.pauses import POLL_INTERVAL_S, TRIGGERS, Pauses, Trigger
 
 
 class Machine:
-    """Files as in /sys, and what programs print."""
+    """Fake files of /sys, and the output of programs."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -46,7 +46,7 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
-def test_a_system_that_tells_nothing_is_no_reason_to_pause(machine: Machine) -> None:
+def test_an_unknown_state_is_no_reason_to_pause(machine: Machine) -> None:
     assert machine.reason() == ""
     assert machine.pauses().unsupported() == ["battery", "heat", "user"]
     assert machine.pauses("heat").unsupported() == ["heat"]
@@ -71,14 +71,14 @@ def test_the_battery_of_a_mouse_is_not_the_machines(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize(("plugged", "reason"), [("UNPLUGGED", "on battery"), ("PLUGGED_AC", "")])
-def test_termux_tells_of_the_battery_where_the_system_does_not(machine: Machine, plugged: str, reason: str) -> None:
+def test_termux_reports_the_battery_if_the_system_does_not(machine: Machine, plugged: str, reason: str) -> None:
     machine.programs["termux-battery-status"] = f'{{"plugged": "{plugged}", "percentage": 50}}'
     assert machine.reason("battery") == reason
     assert machine.pauses("battery").unsupported() == []
 
 
 @pytest.mark.parametrize("said", ["Termux:API is not installed", "[]"])
-def test_termux_without_its_api_tells_nothing(machine: Machine, said: str) -> None:
+def test_termux_without_its_api_reports_nothing(machine: Machine, said: str) -> None:
     machine.programs["termux-battery-status"] = said
     assert machine.pauses("battery").unsupported() == ["battery"]
 
@@ -100,7 +100,7 @@ def test_somebody_at_the_machine_pauses(machine: Machine, idle: str, reason: str
     assert machine.pauses("user").unsupported() == []
 
 
-def test_all_reasons_are_named_and_changes_are_told(machine: Machine) -> None:
+def test_all_reasons_are_named_and_changes_are_reported(machine: Machine) -> None:
     told: list[str] = []
     pauses = Pauses(TRIGGERS, told.append, machine.root, machine.run_program, lambda: machine.now)
     for degrees, idle in ((90, "no"), (90, "no"), (60, "no"), (60, "yes")):

@@ -1,4 +1,4 @@
-"""Wheels fetched by the real pip from a local folder: pinned, checked, never half there."""
+"""Wheels downloaded by the real pip from a local folder: pinned, verified, atomic."""
 
 import importlib.util
 import subprocess
@@ -15,7 +15,7 @@ from tests.support.toy_wheel import make_wheel
 
 @pytest.fixture
 def index(tmp_path, monkeypatch):
-    """A folder that is pip's only source."""
+    """A folder that is pip's only package source."""
     folder = tmp_path / "index"
     folder.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")

@@ -1,4 +1,4 @@
-"""When a model's format is worth changing on this CPU. The speeds are made up."""
+"""Advice on changing a model's format for this CPU, with fake speeds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_slow_format_is_named_with_the_command_that_changes_it() -> None:
     assert len(line.splitlines()) == 1
 
 
-def test_a_little_faster_is_no_reason() -> None:
+def test_a_small_speedup_is_not_advised() -> None:
     assert advice(model(q4_1=1060), q4_1=70.0) is None
     assert advice(model(q4_1=1060), q4_1=66.0) is not None
 
@@ -63,7 +63,7 @@ def test_the_format_that_loses_less_comes_first() -> None:
     assert " q4_0`" in (advice(model(f16=100), f16=80.0, q4_0=200.0) or "")
 
 
-def test_a_model_in_the_fast_format_already_is_left_alone() -> None:
+def test_a_model_in_a_fast_format_needs_no_advice() -> None:
     assert advice(model(q4_0=100)) is None
     assert advice(model(q8_0=100), q4_0=110.0) is None
 

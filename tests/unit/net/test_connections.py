@@ -1,4 +1,4 @@
-"""Connections that say nothing, or call a server by a stranger's name. Real sockets on loopback."""
+"""Silent connections, and requests with a foreign host name, with real sockets on loopback."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ GET = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 
 
 def app(release: threading.Event) -> Starlette:
-    """Answers at once, or on ``/held`` when it is released."""
+    """An application that responds at once, or on ``/held`` after a release."""
 
     async def at_once(_request: Request) -> Response:
         return PlainTextResponse("ok")
@@ -69,7 +69,7 @@ def connect(server: HttpServer) -> socket.socket:
 
 
 def ended(connection: socket.socket) -> bool:
-    """Whether the server has closed it."""
+    """Whether the server has closed the connection."""
     connection.settimeout(0.01)
     try:
         return connection.recv(4096) == b""
@@ -83,7 +83,7 @@ def answers(server: HttpServer) -> bool:
     return httpx.get(f"http://127.0.0.1:{server.port}/", timeout=20, trust_env=False).text == "ok"
 
 
-def test_idle_connections_give_way_and_one_line_tells_of_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_idle_connections_are_closed_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     with served() as (server, _), ExitStack() as stack:
         idle = [stack.enter_context(closing(connect(server))) for _ in range(5 * MOST)]
@@ -171,7 +171,7 @@ HttpServer(app, "127.0.0.1", 0, most_connections=most, on_ready=lambda url: prin
 
 
 @pytest.mark.parametrize("most", [0, 1000], ids=["by its limit", "believing it had more"])
-def test_a_process_without_file_descriptors_goes_on_and_says_so_once(most: int) -> None:
+def test_a_process_without_file_descriptors_keeps_serving_and_warns_once(most: int) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", STARVED, str(most)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -197,9 +197,7 @@ def test_a_process_without_file_descriptors_goes_on_and_says_so_once(most: int) 
     assert "Traceback" not in said
 
 
-def test_requests_that_are_none_are_told_of_once(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_invalid_requests_are_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_server._LIMIT_WARNINGS, "_last", {})
     with served() as (server, _):
         for _ in range(20):

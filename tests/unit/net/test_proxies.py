@@ -1,4 +1,4 @@
-"""The machine's proxies: which address goes by which, and calls through real ones on the loopback."""
+"""The choice of a proxy for an address, and requests through real proxies on loopback."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_no_proxy_is_read_as_people_write_it(
         httpx.Client(**client_options(url, Tls())).close()
 
 
-def test_a_proxy_is_chosen_by_the_kind_of_address_and_loopback_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_is_chosen_by_scheme_and_loopback_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert way("https://example.com") is None
     monkeypatch.setenv("all_proxy", "fallback:1")
     monkeypatch.setenv("HTTPS_PROXY", "HTTPS://one:2")
@@ -110,7 +110,7 @@ def test_a_socks_proxy_without_its_package_says_what_to_install(monkeypatch: pyt
 
 
 class Proxy(ThreadingHTTPServer):
-    """Answers for every host there is not: as a coordinator that refuses, and as a hub with one file."""
+    """Responds for any host that does not exist: as a coordinator that refuses, and as a hub with one file."""
 
     daemon_threads = True
 
@@ -159,7 +159,7 @@ def proxy() -> Iterator[Proxy]:
 
 @contextmanager
 def socks(target: int) -> Iterator[tuple[int, list[bytes]]]:
-    """A SOCKS5 proxy that leads every connection to a port of the loopback; what it was asked for."""
+    """A SOCKS5 proxy that directs every connection to a loopback port, and records the requested addresses."""
     asked: list[bytes] = []
     opened: list[socket.socket] = []
 
@@ -222,7 +222,7 @@ def test_a_coordinator_calls_devices_without_proxies(monkeypatch: pytest.MonkeyP
         assert asyncio.run(status(name)) == "a"
 
 
-def test_the_hub_is_asked_through_the_proxy(
+def test_the_hub_is_reached_through_the_proxy(
     proxy: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{proxy.server_port}")

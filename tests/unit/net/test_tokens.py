@@ -1,4 +1,4 @@
-"""Tokens, codes, and the private files that they lie in."""
+"""Tokens, codes, and the private files that hold them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_secrets_are_long_and_never_the_same() -> None:
     assert re.fullmatch(r"[A-Z2-7]{4}(-[A-Z2-7]{4}){3}", tokens.new_code())
 
 
-def test_a_digest_is_sha256_and_matches_its_secret_alone() -> None:
+def test_a_digest_is_sha256_and_matches_only_its_secret() -> None:
     assert tokens.digest("s") == hashlib.sha256(b"s").digest()
     assert tokens.matches("s", tokens.digest("s"))
     assert not tokens.matches("t", tokens.digest("s"))

@@ -1,4 +1,4 @@
-"""The short forms of plans and reports: the other side makes the same bits of them, or says that it cannot."""
+"""Compact plans and reports: the receiver expands them to the same bits, or reports that it cannot."""
 
 from __future__ import annotations
 
@@ -26,11 +26,18 @@ D, SEED = 320, 5  # of two-point step sizes, whose pair is a part of the state
 
 def plan(work: Work, round: int = 1) -> RoundPlan:
     return RoundPlan(
-        run="r", round=round, device="a", seed=SEED, model_fingerprint="sha256:0", task=TOY,
+        run="r",
+        round=round,
+        device="a",
+        seed=SEED,
+        model_fingerprint="sha256:0",
+        task=TOY,
         labels=("x", "y"),
-        template=Template(pattern="{text} It was", label_words=(" bad", " good")), prompt=PromptSpec(d=D),
-        objective=ObjectiveSpec(), work=work,
-    )  # fmt: skip
+        template=Template(pattern="{text} It was", label_words=(" bad", " good")),
+        prompt=PromptSpec(d=D),
+        objective=ObjectiveSpec(),
+        work=work,
+    )
 
 
 def loss(latents: np.ndarray) -> np.ndarray:
@@ -53,7 +60,7 @@ def test_a_device_makes_each_generation_from_the_latest_ranks():
         step(search, round)
 
 
-def test_a_device_that_was_not_asked_for_some_rounds_hears_all_their_ranks():
+def test_a_device_that_missed_some_rounds_gets_all_their_ranks():
     search, device = Pooled(D, popsize=6, seed=SEED), Replayer()
     device.whole(short_plan(plan(search.work(0)), search.history(), 0))
     for round in range(4):
@@ -62,7 +69,7 @@ def test_a_device_that_was_not_asked_for_some_rounds_hears_all_their_ranks():
     assert device.whole(short_plan(wanted, search.history(), 0)) == wanted
 
 
-def test_a_device_that_lost_its_search_says_so_and_takes_all_ranks():
+def test_a_device_that_lost_its_search_requests_all_ranks():
     search = Pooled(D, popsize=6, seed=SEED)
     for round in range(3):
         step(search, round)
@@ -72,7 +79,7 @@ def test_a_device_that_lost_its_search_says_so_and_takes_all_ranks():
     assert new.whole(short_plan(wanted, search.history(), 0)) == wanted
 
 
-def test_a_search_that_began_anew_is_replayed_from_its_own_start():
+def test_a_restarted_search_is_replayed_from_its_own_start():
     search, device = Pooled(D, popsize=6, seed=SEED), Replayer()
     for round in range(3):
         step(search, round)
@@ -104,7 +111,7 @@ def test_malformed_ranks_are_refused(ranks: bytes):
         Replayer().whole(short_plan(plan(search.work(0)), history, 0))
 
 
-def test_a_short_plan_asks_for_no_more_than_a_whole_one_could():
+def test_a_compact_plan_requires_no_more_work_than_a_full_one_could():
     search = Pooled(D, popsize=6, seed=SEED)
     short = short_plan(plan(search.work(0)), search.history(), 0)
     full = msgspec.structs.replace(short.work, history=msgspec.structs.replace(short.work.history, covariance="full"))
@@ -135,7 +142,7 @@ def test_a_search_whose_state_exceeds_a_message_is_refused_and_forgotten(changes
     assert device.whole(short) == wanted
 
 
-def test_populations_over_a_byte_have_no_short_form():
+def test_populations_over_a_byte_have_no_compact_form():
     assert Pooled(8, popsize=257).history() is None
     assert FedAvg(8).history() is None
 

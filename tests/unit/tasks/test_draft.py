@@ -1,4 +1,4 @@
-"""A task file drafted from a data file: read back, it reads the file's rows."""
+"""Task files drafted from data files, which can then read the files' rows."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_any_names_survive_the_file(tmp_path_factory: Any, labels: list[str], na
     assert load_task(path) == task
 
 
-def test_the_cost_of_the_words_is_written_beside_them() -> None:
+def test_the_cost_of_the_words_is_a_comment_in_the_file() -> None:
     task = draft_of("cat", "dog")
     text = task_toml(task, word_costs(ToyScorer(), task), "toy")
     assert len(re.findall(r"# .* toy: 4, 4; .* 7 tokens", text)) == 2
@@ -167,7 +167,7 @@ def test_the_command_writes_a_file_that_serves_as_task(folder: Path, capsys: pyt
     assert tasks.to_rows("support.csv", tasks.load(folder / "support.toml")) == TWO
 
 
-def test_it_replaces_nothing_unless_it_is_told_to(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_replaces_nothing_unless_forced(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "support.toml").write_text("mine")
     assert run("support.csv") == ConfigError.exit_code
     assert (folder / "support.toml").read_text() == "mine"

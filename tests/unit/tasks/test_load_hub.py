@@ -1,4 +1,4 @@
-"""AG News and SST-2 by `datasets`: local files for real, the hub's names as they are asked for."""
+"""AG News and SST-2 with `datasets`: real local files, and the names requested from the hub."""
 
 import sys
 
@@ -60,7 +60,7 @@ def test_a_data_set_object_is_taken_as_rows(dataset):
         ("sst-2", "test", ("nyu-mll/glue", "sst2", "validation")),
     ],
 )
-def test_the_hub_is_asked_for_a_tasks_own_data_set(monkeypatch, task, split, asked):
+def test_a_tasks_own_data_set_is_requested_from_the_hub(monkeypatch, task, split, asked):
     calls = []
 
     def load_dataset(name, configuration=None, *, split):
@@ -72,7 +72,7 @@ def test_the_hub_is_asked_for_a_tasks_own_data_set(monkeypatch, task, split, ask
     assert calls == [asked]
 
 
-def test_what_cannot_be_loaded_is_one_line(tmp_path):
+def test_a_data_set_that_cannot_be_loaded_is_named(tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
     with raises(DataError) as caught:
         tasks.load_hub(tasks.load("sst-2"), source=tmp_path / "broken.parquet")

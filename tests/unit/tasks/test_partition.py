@@ -1,4 +1,4 @@
-"""Dealing rows out to devices, splits, manifests."""
+"""Partitions of rows over devices, splits, manifests."""
 
 import json
 
@@ -31,7 +31,7 @@ def test_a_partition_deals_every_row_once_and_leaves_no_device_short(labels, n_d
     assert all(np.array_equal(x, y) for x, y in zip(parts, again, strict=True))
 
 
-def test_iid_parts_are_equal_and_another_seed_deals_otherwise():
+def test_iid_parts_are_equal_and_depend_on_the_seed():
     labels = np.arange(30) % 3
     parts = tasks.partition(labels, 3, "iid", seed=1)
     assert [len(part) for part in parts] == [10, 10, 10]
@@ -100,7 +100,7 @@ def test_no_text_is_in_two_splits_even_if_it_occurs_twice():
         tasks.split_rows(rows, {"train": -1})
 
 
-def test_a_manifest_says_who_holds_what_and_notices_a_changed_file(tmp_path):
+def test_a_manifest_describes_the_parts_and_detects_a_changed_file(tmp_path):
     rows = [(f"text {i}", i % 3) for i in range(30)]
     manifest = tasks.write_partition(tmp_path, rows, LABELS, 3, "dirichlet", alpha=0.5, seed=4)
     assert tasks.read_manifest(tmp_path) == manifest

@@ -1,4 +1,4 @@
-"""Rows from files, data sets and pairs; each fault is named with file and line."""
+"""Rows from files, data sets and pairs; errors give file and line."""
 
 import zipfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Files as people have them: what is unambiguous is read, the rest is refused in one line with file and line."""
+"""Real-world data files: unambiguous ones are read, others are refused with file and line."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ REFUSED: dict[str, tuple[str, str | bytes, str]] = {
 
 
 @pytest.mark.parametrize("form", REFUSED)
-def test_the_rest_is_refused_in_one_line_with_file_and_line(tmp_path: Path, form: str) -> None:
+def test_ambiguous_files_are_refused_with_file_and_line(tmp_path: Path, form: str) -> None:
     name, content, message = REFUSED[form]
     with pytest.raises(DataError, match=message) as caught:
         tasks.read_task_rows(TASK, write(tmp_path, name, content))
@@ -127,7 +127,7 @@ def test_the_rest_is_refused_in_one_line_with_file_and_line(tmp_path: Path, form
     assert "sales" not in caught.value.public
 
 
-def test_a_long_field_is_read_and_the_limit_that_all_share_stays(tmp_path: Path) -> None:
+def test_a_long_field_is_read_and_the_global_limit_is_restored(tmp_path: Path) -> None:
     before = csv.field_size_limit()
     path = write(tmp_path, "a.csv", f'text,label\n"{LONG}",0\n"{LONG[:-1]}\n and, more",1\n')
     (first, second) = tasks.read_task_rows(TASK, path)
@@ -136,7 +136,7 @@ def test_a_long_field_is_read_and_the_limit_that_all_share_stays(tmp_path: Path)
     assert csv.field_size_limit() == before
 
 
-def test_the_limit_stays_where_reading_ends_in_the_middle(tmp_path: Path) -> None:
+def test_the_limit_is_restored_if_reading_stops_early(tmp_path: Path) -> None:
     before = csv.field_size_limit()
     with pytest.raises(DataError):
         tasks.read_task_rows(TASK, write(tmp_path, "a.csv", "text,label\nx,0\ny,7\nz,1\n"))
@@ -181,7 +181,7 @@ def test_ag_news_in_its_original_form_may_be_named_in_capitals(tmp_path: Path) -
         (iter([]), "no rows"),
     ],
 )
-def test_objects_that_are_no_rows_are_refused(data: Any, message: str) -> None:
+def test_objects_without_rows_are_refused(data: Any, message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         tasks.to_rows(data, TASK)
     assert "invoice" not in str(caught.value)

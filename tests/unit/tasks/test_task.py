@@ -1,4 +1,4 @@
-"""Templates and label words as token ids, on tokenizers that behave like the two families in use."""
+"""Templates and label words as token ids, with tokenizers like the two families in use."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ from tests.support.raises import raises
 
 
 class WordTokenizer:
-    """Splits like a byte-level BPE: a word takes its leading space. ``spm``: adds a space in front, as Llama 2 does."""
+    """Splits like a byte-level BPE: a word includes its leading space. ``spm``: prepends a space, like Llama 2."""
 
     def __init__(self, bos: bool, spm: bool = False) -> None:
         self.bos, self.spm = bos, spm
@@ -169,7 +169,7 @@ def test_a_bad_task_file_says_what_is_wrong(tmp_path: Path, content, error, mess
         load_task(tmp_path / "t.toml")
 
 
-def test_a_missing_task_file_and_an_unknown_task_are_told_apart(tmp_path: Path):
+def test_a_missing_task_file_and_an_unknown_task_are_different_errors(tmp_path: Path):
     with raises(ConfigError) as missing:
         tasks.load(tmp_path / "none.toml")
     assert "none.toml: No such file" in str(missing.value)

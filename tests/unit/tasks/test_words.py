@@ -32,13 +32,13 @@ LONG = (
     Template(pattern="{text}\nIt was:", label_words=("d", "f")),
 )
 DEAR = msgspec.structs.replace(TASK, templates=LONG)
-"""The first template's words are 3 and 5 tokens to the toy, whose tokens are bytes."""
+"""The first template's words have 3 and 5 tokens in the toy model, whose tokens are bytes."""
 
 KNOWN = (" billing", " technical", "billing", "\nDepartment", ":", " ")
 
 
 class GreedyTokenizer:
-    """The longest known piece each time, else a character."""
+    """Takes the longest known piece each time, else a character."""
 
     def tokenize(self, text: str, add_bos: bool | None = None) -> NDArray[np.int32]:
         ids = [] if add_bos is False else [0]
@@ -93,7 +93,7 @@ def test_many_words_are_not_all_listed() -> None:
     assert len(note) < 800
 
 
-def test_tuning_says_what_words_cost_before_it_begins(caplog: pytest.LogCaptureFixture) -> None:
+def test_tuning_notes_the_cost_of_words_before_it_begins(caplog: pytest.LogCaptureFixture) -> None:
     budget, spec = Budget(evaluations=4), PromptSpec(d=4)
     with caplog.at_level(logging.WARNING):
         tune(ToyScorer(), TASK, rows(8), budget=budget, prompt=spec, popsize=4)
@@ -120,9 +120,14 @@ def test_a_command_that_knows_task_and_model_hints_at_it(capsys: pytest.CaptureF
 def settings(method: Any = "pooled", placement: Any = "cue") -> RunSettings:
     objective = ObjectiveSpec(batch_size=4, max_text_tokens=16, readout_words=8)
     return RunSettings(
-        rounds=6, popsize=4, iterations=2, method=method, prompt=PromptSpec(d=8, placement=placement),
-        objective=objective, select_rows=4,
-    )  # fmt: skip
+        rounds=6,
+        popsize=4,
+        iterations=2,
+        method=method,
+        prompt=PromptSpec(d=8, placement=placement),
+        objective=objective,
+        select_rows=4,
+    )
 
 
 def measured(task: Task = DEAR) -> Device:
