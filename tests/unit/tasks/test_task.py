@@ -154,18 +154,18 @@ def test_a_task_file_is_read_from_toml_and_json(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("content", "error", "message"),
+    ("content", "error", "pattern"),
     [
         (TOML + "= 3", ConfigError, r"t\.toml .*TOML"),
-        (TOML.replace("max_text_tokens", "max_tokens"), ConfigError, "unknown field"),
+        (TOML.replace("max_text_tokens", "max_tokens"), ConfigError, "max_tokens"),
         (TOML.replace("64", "0"), ConfigError, ">= 1"),
-        (TOML.replace('name = "tickets"', ""), ConfigError, "missing required field `name`"),
+        (TOML.replace('name = "tickets"', ""), ConfigError, "`name`"),
         (TOML.replace('" technical"]', "]"), TaskError, r"t\.toml: template .* billing, technical"),
     ],
 )
-def test_a_bad_task_file_says_what_is_wrong(tmp_path: Path, content, error, message):
+def test_a_bad_task_file_says_what_is_wrong(tmp_path: Path, content, error, pattern):
     (tmp_path / "t.toml").write_text(content)
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=pattern):
         load_task(tmp_path / "t.toml")
 
 
