@@ -153,6 +153,8 @@ class Package:
                 found = [text for value in values for text in self.texts(value, module, depth + 1)]
             case ast.Name(name):
                 found = self._named(name, node, module, depth)
+            case ast.Call(ast.Attribute(inner, "strip" | "lstrip" | "rstrip")):
+                found = self.texts(inner, module, depth + 1)
             case ast.Call():
                 found = self._returned(called(node), module, depth)
         return list(dict.fromkeys(found))[:MAX_VARIANTS] or [HOLE]

@@ -90,7 +90,8 @@ def _head(url: str, headers: dict[str, str], file: str) -> httpx.Headers:
     if response.status_code in (401, 403):
         raise _download_error(file, f"HTTP {response.status_code}: set HF_TOKEN to an access token that may read it")
     if response.is_error:
-        raise _download_error(file, f"HTTP {response.status_code} {response.reason_phrase}".rstrip())
+        status = f"HTTP {response.status_code} {response.reason_phrase}".rstrip()
+        raise _download_error(file, f"{status}: check the name, or try again later")
     return response.headers
 
 
@@ -155,7 +156,8 @@ def _stream(remote: RemoteFile, partial: Path, have: int, progress: Progress | N
         if continues and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             raise DownloadError(f"{remote.url}: expected the range bytes {have}-, got another one: try again later")
         if not continues and response.status_code != 200:
-            raise DownloadError(f"{remote.url}: HTTP {response.status_code} {response.reason_phrase}".rstrip())
+            status = f"HTTP {response.status_code} {response.reason_phrase}".rstrip()
+            raise DownloadError(f"cannot download {remote.url}: {status}: try again later")
         done = have if continues else 0
         # Flushed block by block, so that an interruption loses nothing.
         with partial.open("ab" if continues else "wb") as file:

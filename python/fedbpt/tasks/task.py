@@ -259,9 +259,9 @@ def _after_cue(tokenizer: Tokenizer, template: Template, words: str, what: str) 
 def _check_words(template: Template, labels: tuple[str, ...]) -> None:
     words = template.label_words
     if len(words) != len(labels):
+        remedy = f"give one each for {', '.join(labels)}" if labels else "leave label_words empty"
         raise TaskError(
-            f"template {template.pattern!r} has {len(words)} label words for {len(labels)} labels: "
-            f"give one each for {', '.join(labels) or 'no label'}",
+            f"template {template.pattern!r} has {len(words)} label words for {len(labels)} labels: {remedy}",
             field="label_words",
         )
     for i, word in enumerate(words):
