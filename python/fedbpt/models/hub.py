@@ -86,7 +86,9 @@ def _head(url: str, headers: dict[str, str], file: str) -> httpx.Headers:
                     break
                 target = following.url
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise _download_error(file, certificate_problem(error) or str(error) or type(error).__name__) from error
+        problem = certificate_problem(error)
+        reason = f"it {problem}" if problem else str(error) or type(error).__name__
+        raise _download_error(file, reason) from error
     if response.status_code in (401, 403):
         raise _download_error(file, f"HTTP {response.status_code}: set HF_TOKEN to an access token that may read it")
     if response.is_error:
