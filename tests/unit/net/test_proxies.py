@@ -99,6 +99,7 @@ def test_an_invalid_proxy_is_refused_by_its_variable_and_not_quoted(
 @pytest.mark.parametrize("kind", ["socks5", "socks5h", "socks"])
 def test_a_socks_proxy_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setenv("ALL_PROXY", f"{kind}://proxy:1080")
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.invalid")
     monkeypatch.setattr(proxies.importlib.util, "find_spec", lambda _name: None)
     for call in (lambda: enrol("https://example.com", "code"), lambda: hub.describe("owner/repo", "m.gguf")):
         with raises(ConfigError, field="ALL_PROXY") as caught:
