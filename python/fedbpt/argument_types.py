@@ -1,8 +1,8 @@
-"""What a caller gives, checked against the annotations: of a function's arguments (`checked`), of a struct's or a
-dataclass's fields (`check_fields`).
+"""Run-time checks of values against type annotations: a function's arguments (`checked`), the fields of a struct or
+dataclass (`check_fields`).
 
-A value of another kind is an error of ours that names the argument, what is wanted and what was given; numbers of numpy
-become Python's. Kinds that are not known here, arrays for one, are taken as they are: who uses them checks them.
+A value of another type raises an error that names the argument, the expected type and the value. numpy scalars become
+Python numbers. Types not known here, such as arrays, pass unchecked: the code that uses them checks them.
 """
 
 from __future__ import annotations
@@ -32,31 +32,36 @@ from fedbpt.quantities import LARGEST
 P = ParamSpec("P")
 R = TypeVar("R")
 
-MOST_SHOWN: Final = 40
-"""Characters of a string that an error shows; a longer one may be a row."""
+MAX_SHOWN_CHARS: Final = 40
+"""Length of the longest string that an error quotes; a longer one may be a row."""
 
 _MODELS: Final = ("Scorer", "BenchScorer", "TextModel", "Tokenizer", "Model")
-_WORDS: Final = {
-    **dict.fromkeys(_MODELS, "a model, as fedbpt.load_model(NAME) gives it"),
-    **dict.fromkeys(("Path", "PathLike"), "a path that a file may have"),
-    "Prompt": "a prompt, as Prompt.load(FILE) or tune(...).prompt gives it",
-    "Task": "a task, as fedbpt.tasks.load(NAME) gives it",
+_DESCRIPTIONS: Final = {
+    **dict.fromkeys(_MODELS, "a model, as returned by fedbpt.load_model(NAME)"),
+    **dict.fromkeys(("Path", "PathLike"), "a valid file path"),
+    "Prompt": "a prompt, as returned by Prompt.load(FILE) or tune(...).prompt",
+    "Task": "a task, as returned by fedbpt.tasks.load(NAME)",
 }
-"""What a caller knows some classes as."""
+"""Descriptions of classes by where a caller gets them."""
 
 _ABSENT: Final = object()
 _COLLECTIONS: Final = (
-    tuple, list, collections.abc.Sequence, collections.abc.Collection, collections.abc.Iterable
-)  # fmt: skip
+    tuple,
+    list,
+    collections.abc.Sequence,
+    collections.abc.Collection,
+    collections.abc.Iterable,
+)
 _ARRAYS: Final = set(get_args(ArrayLike)) - {bool, int, float, complex, str, bytes}
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """``function``, for callers that may be wrong: its arguments fit their annotations, or it raises `InputError`.
+    """Make ``function`` check its arguments against their annotations and raise `InputError` if one does not fit.
 
-    It has no ``*args`` and no ``**kwargs``.
+    ``function`` takes no ``*args`` and no ``**kwargs``.
     """
-    signature, where = inspect.signature(function), function.__qualname__.removesuffix(".__init__")
+    signature = inspect.signature(function)
+    where = function.__qualname__.removesuffix(".__init__")
     parameters = signature.parameters.values()
     positional = [each.name for each in parameters if each.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
     required = {each.name for each in parameters if each.default is inspect.Parameter.empty}
@@ -70,35 +75,35 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
                 signature.bind(*args, **kwargs)
             except TypeError as error:
                 raise InputError(f"{where}: {error}") from error
-        kinds = _kinds_of(function)
+        annotations = _annotations_of(function)
         for name, value in given.items():
-            if name in kinds:
-                given[name] = _fitting(value, kinds[name], where, name, InputError)
+            if name in annotations:
+                given[name] = _converted(value, annotations[name], where, name, InputError)
         return call(**given)
 
     return with_fitting_arguments
 
 
 def check_fields(made: Any) -> None:
-    """For ``__post_init__`` of a frozen struct or dataclass: raises `ConfigError` for a field that does not fit."""
-    made_of: Any = type(made)
-    put = msgspec.structs.force_setattr if isinstance(made, msgspec.Struct) else object.__setattr__
-    for name, kind in _kinds_of(made_of).items():
+    """Check the fields of a frozen struct or dataclass, for ``__post_init__``. Raises `ConfigError`."""
+    cls: Any = type(made)
+    set_field = msgspec.structs.force_setattr if isinstance(made, msgspec.Struct) else object.__setattr__
+    for name, annotation in _annotations_of(cls).items():
         value = getattr(made, name)
-        fitting = _fitting(value, kind, made_of.__name__, name, ConfigError)
-        if fitting is not value:
-            put(made, name, fitting)
+        converted = _converted(value, annotation, cls.__name__, name, ConfigError)
+        if converted is not value:
+            set_field(made, name, converted)
 
 
 class _NamedFields:
-    """Of a class: what its fields are not called is an error of ours, too."""
+    """Metaclass part that raises `ConfigError` for an unknown or missing field."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().__call__(*args, **kwargs)  # type: ignore[misc] # a metaclass's
         except TypeError as error:
-            fields = ", ".join(_kinds_of(self))
-            raise ConfigError(f"{self.__name__}: {error}; its fields are {fields}") from error
+            fields = ", ".join(_annotations_of(self))
+            raise ConfigError(f"{self.__name__}: {error}; expected fields: {fields}") from error
 
 
 class StructMeta(_NamedFields, msgspec.StructMeta):
@@ -110,70 +115,72 @@ class DataclassMeta(_NamedFields, type):
 
 
 @cache
-def _kinds_of(annotated: Any) -> dict[str, Any]:
+def _annotations_of(annotated: Any) -> dict[str, Any]:
     hints = get_type_hints(annotated, include_extras=True)
-    return {name: kind for name, kind in hints.items() if name != "return"}
+    return {name: annotation for name, annotation in hints.items() if name != "return"}
 
 
 def as_array(given: Any, name: str) -> NDArray[Any]:
-    """The argument ``name`` as an array. Raises `InputError` for what is none: lists of several lengths, say."""
+    """Convert the argument ``name`` to an array. Raises `InputError` if it is not one, such as ragged lists."""
     try:
         return np.asarray(given)
     except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{name} must be an array, its rows of one length") from error
+        raise InputError(f"{name} must be an array with rows of equal length", field=name) from error
 
 
 def array_of(given: Any, dtype: type[np.floating[Any]] | type[np.integer[Any]], name: str) -> NDArray[Any]:
-    """A new array of ``dtype`` of the argument ``name``; what is too large for floats of it becomes infinity.
+    """Copy the argument ``name`` to an array of ``dtype``. Floats that overflow become infinity.
 
-    Raises `InputError` for what are no such numbers.
+    Raises `InputError` for other types, and for integers outside the range of ``dtype``.
     """
-    wanted = f"{name} must be an array of {'whole numbers' if issubclass(dtype, np.integer) else 'numbers'}"
+    expected = f"{name} must be an array of {'whole numbers' if issubclass(dtype, np.integer) else 'numbers'}"
     found = as_array(given, name)
     if found.size and found.dtype.kind not in ("iu" if issubclass(dtype, np.integer) else "fiu"):
-        raise InputError(f"{wanted}, got {found.dtype}")
+        raise InputError(f"{expected}, got {found.dtype}", field=name)
     if issubclass(dtype, np.integer) and found.size:
-        least, most = np.iinfo(dtype).min, np.iinfo(dtype).max
-        if int(found.min()) < least or int(found.max()) > most:
-            raise InputError(f"{wanted} from {least} to {most}")
+        bounds = np.iinfo(dtype)
+        if int(found.min()) < bounds.min or int(found.max()) > bounds.max:
+            raise InputError(f"{expected} from {bounds.min} to {bounds.max}", field=name)
     with np.errstate(over="ignore"):
         return np.array(found, dtype=dtype)
 
 
 class _MisfitError(Exception):
-    """``given``: in words, what does not fit."""
+    """A value of the wrong type. ``given`` describes it; ``public`` does so without quoting a string."""
 
     def __init__(self, given: str, public: str) -> None:
         super().__init__(given)
-        self.given, self.public = given, public
+        self.given = given
+        self.public = public
 
 
-def _fitting(value: Any, kind: Any, where: str, name: str, refusal: type[InputError]) -> Any:
+def _converted(value: Any, annotation: Any, where: str, name: str, error: type[InputError]) -> Any:
     try:
-        return _conversion(kind)(value)
+        return _conversion(annotation)(value)
     except _MisfitError as misfit:
-        wanted = f"{where}: {name} must be {_described(kind)}, got"
-        raise refusal(f"{wanted} {misfit.given}", public=f"{wanted} {misfit.public}") from None
+        expected = f"{where}: {name} must be {_described(annotation)}, got"
+        raise error(f"{expected} {misfit.given}", public=f"{expected} {misfit.public}", field=name) from None
 
 
 def _misfit(value: Any, *, inner: bool = False) -> _MisfitError:
-    """``inner``: of a sequence, whose strings may be rows."""
-    kind = f"a {type(value).__name__}"
+    """``inner``: the value is an item of a sequence, whose strings may be rows."""
+    type_name = f"a {type(value).__name__}"
     if value is None or isinstance(value, bool | float | np.bool_ | np.floating):
         return _MisfitError(str(value), str(value))
     if isinstance(value, int | np.integer):
         text = str(value) if abs(value) < 10**20 else "a number of over 20 digits"
         return _MisfitError(text, text)
     if not isinstance(value, str) or inner:
-        return _MisfitError(kind, kind)
+        return _MisfitError(type_name, type_name)
     if half_character(value):
         return _MisfitError("one with half a character", "one with half a character")
-    return _MisfitError(repr(str(value)) if len(value) <= MOST_SHOWN else f"{kind} of {len(value)} characters", kind)
+    shown = repr(str(value)) if len(value) <= MAX_SHOWN_CHARS else f"{type_name} of {len(value)} characters"
+    return _MisfitError(shown, type_name)
 
 
 @cache
 def _conversion(kind: Any) -> Callable[[Any], Any]:
-    """What gives a value as ``kind`` has it, or raises `_MisfitError`."""
+    """Return a function that converts a value to ``kind`` or raises `_MisfitError`."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
         limits = [limit for limit in args[1:] if isinstance(limit, msgspec.Meta)]
@@ -199,7 +206,7 @@ def _test_of(kind: Any, origin: Any, args: tuple[Any, ...]) -> Callable[[Any], b
         return lambda value: value is None
     if origin in (dict, collections.abc.Mapping):
         return lambda value: isinstance(value, collections.abc.Mapping)
-    if kind is Any or origin is not None or not isinstance(kind, type):  # to Python 3.10, list[int] is a type
+    if kind is Any or origin is not None or not isinstance(kind, type):  # in Python 3.10, list[int] is a type
         return lambda _value: True
     if getattr(kind, "_is_protocol", False):
         members = _members_of(kind)
@@ -224,12 +231,12 @@ def _plain(value: Any, kind: type) -> Any:
         raise _misfit(value)
     if kind is int and isinstance(value, numbers.Integral):
         whole = value if isinstance(value, int) else operator.index(value)
-        if abs(whole) < 2**64:  # no argument is more, and of thousands of digits Python writes none
+        if abs(whole) < 2**64:  # no argument is larger, and Python does not print integers of thousands of digits
             return whole
     if kind is float and isinstance(value, numbers.Real):
         try:
             number = float(value)
-        except (OverflowError, ValueError):  # of more than 300 digits
+        except (OverflowError, ValueError):  # an integer of more than 300 digits
             number = math.inf
         if math.isfinite(number):
             return number
@@ -245,7 +252,8 @@ def _one_of(kinds: tuple[Any, ...]) -> Callable[[Any], Any]:
     def one_of(value: Any) -> Any:
         if value is None and types.NoneType in kinds:
             return None
-        for convert in paths if paths and isinstance(value, str) else others:  # what names a file is no other string
+        # where a path is accepted, a string is always a path
+        for convert in paths if paths and isinstance(value, str) else others:
             try:
                 return convert(value)
             except _MisfitError:
@@ -257,11 +265,11 @@ def _one_of(kinds: tuple[Any, ...]) -> Callable[[Any], Any]:
 
 
 def _items(value: Any, origin: Any, each: list[Callable[[Any], Any]], n: int | None) -> Any:
-    """``n``: how many there are, each of a kind of its own; None: any number of one kind."""
+    """Convert a collection. ``n``: its length, with one converter for each item; None: any length, one converter."""
     if type(value) not in (tuple, list):
         if isinstance(value, str | bytes | collections.abc.Mapping) or not hasattr(value, "__iter__"):
             raise _misfit(value, inner=True)
-        if origin is collections.abc.Iterable and not hasattr(value, "__len__"):  # it may be gone through once
+        if origin is collections.abc.Iterable and not hasattr(value, "__len__"):  # may be iterated over only once
             return value
         if not hasattr(value, "__len__") or (isinstance(value, np.ndarray) and value.ndim == 0):
             raise _misfit(value)
@@ -277,7 +285,7 @@ def _items(value: Any, origin: Any, each: list[Callable[[Any], Any]], n: int | N
 
 
 def _within(value: Any, convert: Callable[[Any], Any], limits: list[msgspec.Meta]) -> Any:
-    """Checks what ``limits`` say of numbers and strings."""
+    """Convert a number or string, then check it against ``limits``."""
     found = convert(value)
     for limit in limits:
         size = len(found) if limit.min_length is not None or limit.max_length is not None else 0
@@ -296,18 +304,18 @@ def _within(value: Any, convert: Callable[[Any], Any], limits: list[msgspec.Meta
 
 
 def _path_like(value: Any) -> Any:
-    if isinstance(value, str | os.PathLike) and _names_a_file(os.fspath(value)):
+    if isinstance(value, str | os.PathLike) and _is_valid_path(os.fspath(value)):
         return value
     raise _misfit(value)
 
 
 def _has(value: Any, name: str) -> bool:
-    """Without asking for it: that may load a model."""
+    """Whether ``value`` has the attribute, without evaluating it: a property may load a model."""
     return hasattr(type(value), name) or inspect.getattr_static(value, name, _ABSENT) is not _ABSENT
 
 
-def _names_a_file(path: Any) -> bool:
-    """Whether the operating system can be asked for it."""
+def _is_valid_path(path: Any) -> bool:
+    """Whether the operating system accepts ``path``; the file need not exist."""
     try:
         name = os.fsencode(path) if isinstance(path, str) else b"\0"
     except UnicodeEncodeError:
@@ -324,7 +332,7 @@ def _members_of(protocol: Any) -> tuple[str, ...]:
     )
 
 
-# --- in words --------------------------------------------------------------------------------------------------------
+# --- descriptions ----------------------------------------------------------------------------------------------------
 
 
 def _described(kind: Any) -> str:
@@ -340,7 +348,7 @@ def _described(kind: Any) -> str:
     if origin in _COLLECTIONS:
         if origin is tuple and args[1:] != (...,):
             return f"({', '.join(map(_described, args))})"
-        return f"a list, each item {_described(args[0])}"
+        return f"a list with each item {_described(args[0])}"
     if origin in (dict, collections.abc.Mapping):
         return "a dict"
     if origin is collections.abc.Callable:
@@ -349,17 +357,17 @@ def _described(kind: Any) -> str:
         return "None"
     plain = {bool: "True or False", int: "a whole number", float: "a finite number", str: "a string"}
     name = getattr(origin or kind, "__name__", str(kind))
-    return plain.get(kind) or _WORDS.get(name) or f"a {name}"
+    return plain.get(kind) or _DESCRIPTIONS.get(name) or f"a {name}"
 
 
 def _bounds(limit: msgspec.Meta) -> str:
     bounds = {"from": limit.ge, "above": limit.gt, "to": limit.le, "below": limit.lt}
-    said = [f"{word} {_number(bound)}" for word, bound in bounds.items() if bound is not None]
+    described = [f"{word} {_number(bound)}" for word, bound in bounds.items() if bound is not None]
     if limit.max_length is not None:
-        said.append(f"of at most {limit.max_length} characters")
+        described.append(f"of at most {limit.max_length} characters")
     if limit.pattern is not None:
-        said.append(f"that matches {limit.pattern}")
-    return " ".join(said)
+        described.append(f"that matches {limit.pattern}")
+    return " ".join(described)
 
 
 def _number(bound: float) -> str:

@@ -15,35 +15,35 @@
     ├── PromptError                    a prompt file that is damaged or made for another model
     ├── WireError                      a message that is refused: unknown field, wrong shape, NaN, too large
     ├── DeviceError
-    │   ├── DeviceUnreachableError     no answer: wrong address, powered off, timed out
-    │   ├── DeviceTimeoutError         the device answers, but did not finish in time
-    │   ├── DeviceRefusedError         the device understood and said no (4xx); ``code`` says why
+    │   ├── DeviceUnreachableError     no response: wrong address, powered off, timed out
+    │   ├── DeviceTimeoutError         the device responds, but did not finish in time
+    │   ├── DeviceRefusedError         the device refused a valid request (4xx); ``code`` says why
     │   └── DeviceFailedError          the device's work ended in an error
-    ├── CoordinatorRefusedError        the coordinator said no to a device that called; ``code`` says why
+    ├── CoordinatorRefusedError        the coordinator refused a device's request; ``code`` says why
     ├── FederationError
     │   └── QuorumError                too few devices reported before the deadline
     ├── StoreError                     the run database cannot be read or written
     ├── ScoringInterrupted             a scoring call was cancelled
-    ├── RunStopped                     somebody stopped a run that can be resumed
+    ├── RunStopped                     a run was stopped and can be resumed
     └── MissingExtraError (ImportError) an optional dependency is not installed
 
-``exit_code`` is what the command line exits with (2: the caller's mistake, 1: the world's).
+``exit_code`` is the exit status of the command line: 2 for a caller's mistake, 130 for an interruption, 1 for the rest.
 """
 
 from __future__ import annotations
 
 from fedbpt.plain_text import one_line
 
-MOST_SAID = 4000
-"""Longest message of an error, in characters: it may quote what others wrote."""
+MAX_MESSAGE_CHARS = 4000
+"""Length that a message is cut to, in characters: it may quote text from outside."""
 
 
 class FedbptError(Exception):
-    """Base of every error raised on purpose. Its text is one line that any terminal may show.
+    """Base of every error raised on purpose. Its text is one line without control characters, safe for a terminal.
 
-    ``public``: the message without what it quotes of a row; all that another machine is told.
-    ``field``: the name of the argument, setting, option, column, key or path that is wrong; empty where none is.
-    ``limit``: the bound that was passed; None where there is none.
+    ``public``: the message without text quoted from a row; the only part sent to another machine.
+    ``field``: name of the argument, setting, option, column, key or path that is wrong; empty if none is.
+    ``limit``: the bound that was exceeded; None if there is none.
     """
 
     exit_code = 1
@@ -52,16 +52,16 @@ class FedbptError(Exception):
         self, message: str = "", *, public: str | None = None, field: str = "", limit: float | None = None
     ) -> None:
         super().__init__(message)
-        self.public = one_line(message if public is None else public, MOST_SAID)
+        self.public = one_line(message if public is None else public, MAX_MESSAGE_CHARS)
         self.field = field
         self.limit = limit
 
     def __str__(self) -> str:
-        return one_line(super().__str__(), MOST_SAID)
+        return one_line(super().__str__(), MAX_MESSAGE_CHARS)
 
 
 class ModelWarning(UserWarning):
-    """A model that fedbpt computes otherwise than its makers do (`NativeScorer.notes`)."""
+    """A model that fedbpt computes differently from its reference implementation (`NativeScorer.notes`)."""
 
 
 class InputError(FedbptError, ValueError):
@@ -79,7 +79,7 @@ class DataError(InputError):
 
 
 class ConfigError(InputError):
-    """A run file or a command-line option that makes no sense."""
+    """An invalid run file or command-line option."""
 
 
 class ModelError(FedbptError):
@@ -87,13 +87,13 @@ class ModelError(FedbptError):
 
 
 class ModelNotFoundError(ModelError):
-    """No such model in the catalogue and no such file."""
+    """Neither a model of the catalogue nor a file."""
 
     exit_code = 2
 
 
 class ModelFileError(ModelError):
-    """Not a GGUF file, or a damaged one, or one of several is missing."""
+    """Not a GGUF file, a damaged one, or one part of a split model is missing."""
 
 
 class UnsupportedModelError(ModelError):
@@ -101,7 +101,7 @@ class UnsupportedModelError(ModelError):
 
 
 class DownloadError(ModelError):
-    """A model could not be fetched, or is not what the catalogue says."""
+    """A model could not be downloaded, or does not match the catalogue's checksum."""
 
 
 class PromptError(FedbptError):
@@ -109,27 +109,28 @@ class PromptError(FedbptError):
 
 
 class WireError(FedbptError):
-    """A message that is refused."""
+    """An invalid message from another machine."""
 
 
 class DeviceError(FedbptError):
-    """Something about one device. ``device``: its name, empty where it speaks of itself; ``reason``: what is wrong."""
+    """A problem with one device. ``device``: its name, empty on the device itself; ``reason``: what is wrong."""
 
     def __init__(self, reason: str = "", *, device: str = "", field: str = "", limit: float | None = None) -> None:
         super().__init__(f"{device}: {reason}" if device else reason, field=field, limit=limit)
-        self.device, self.reason = device, one_line(reason, MOST_SAID)
+        self.device = device
+        self.reason = one_line(reason, MAX_MESSAGE_CHARS)
 
 
 class DeviceUnreachableError(DeviceError):
-    """The device did not answer."""
+    """The device did not respond."""
 
 
 class DeviceTimeoutError(DeviceError):
-    """The device answers, but did not finish its work in time."""
+    """The device responds, but did not finish its work in time."""
 
 
 class DeviceRefusedError(DeviceError):
-    """The device understood the request and refused it. ``code`` is stable, for programs: ``unknown-round``, ..."""
+    """The device refused a valid request. ``code`` is stable and meant for programs: ``unknown-round``, ..."""
 
     def __init__(self, reason: str, code: str = "refused", *, device: str = "") -> None:
         super().__init__(reason, device=device)
@@ -137,7 +138,7 @@ class DeviceRefusedError(DeviceError):
 
 
 class DeviceFailedError(DeviceError):
-    """The device's work ended in an error. ``is_fault``: in one that fedbpt does not raise on purpose."""
+    """The device's work ended in an error. ``is_fault``: one that is not a `FedbptError`."""
 
     def __init__(self, reason: str, *, is_fault: bool = False, device: str = "") -> None:
         super().__init__(reason, device=device)
@@ -145,9 +146,9 @@ class DeviceFailedError(DeviceError):
 
 
 class CoordinatorRefusedError(FedbptError):
-    """The coordinator said no to a device that called. ``code`` is stable, for programs: ``unauthorized``, ...
+    """The coordinator refused a device's request. ``code`` is stable and meant for programs: ``unauthorized``, ...
 
-    ``retry_after_s``: when to call again, seconds; 0: the same call will be refused again.
+    ``retry_after_s``: seconds to wait before retrying; 0 if a retry would be refused too.
     """
 
     def __init__(self, message: str, code: str = "refused", retry_after_s: float = 0.0) -> None:
@@ -157,7 +158,7 @@ class CoordinatorRefusedError(FedbptError):
 
 
 class FederationError(FedbptError):
-    """A run that cannot go on."""
+    """A run that cannot continue."""
 
 
 class QuorumError(FederationError):
@@ -168,14 +169,14 @@ class StoreError(FedbptError):
     """The run database cannot be read or written."""
 
 
-class ScoringInterrupted(FedbptError):  # noqa: N818 - cancelled is no failure
-    """A scoring call was cancelled before it ended."""
+class ScoringInterrupted(FedbptError):  # noqa: N818 - a cancellation is not a failure
+    """A scoring call was cancelled before it finished."""
 
     exit_code = 130
 
 
-class RunStopped(FedbptError):  # noqa: N818 - no failure either
-    """Somebody stopped the run: what it had committed stays, and the same call resumes it."""
+class RunStopped(FedbptError):  # noqa: N818 - not a failure either
+    """The run was stopped: committed rounds are kept, and the same call resumes it."""
 
     exit_code = 130
 

@@ -1,7 +1,7 @@
-"""What another machine may be told of an error.
+"""The part of an error that may be sent to another machine.
 
-An error of ours tells its ``public`` message, which quotes nothing of a row. The message of any other error may hold a
-row (a TypeError shows the arguments of a call), so of those only the type and the place are told.
+For a `FedbptError` that is its ``public`` message, which quotes no row. The message of any other error may quote a row
+(a TypeError shows the arguments of a call), so only its type and location are sent.
 """
 
 from __future__ import annotations
@@ -9,28 +9,24 @@ from __future__ import annotations
 import os
 import traceback
 from types import FrameType, TracebackType
-from typing import Final
 
 from fedbpt.checking import printable
 from fedbpt.errors import FedbptError
 
-FAULT: Final = "a fault of fedbpt"
-"""In the reason of an error that is none of ours."""
-
 
 def public_reason(error: BaseException) -> str:
-    """One line on ``error`` that may leave this device."""
+    """Describe ``error`` in one line that may leave this device."""
     if isinstance(error, FedbptError):
         return printable(error.public)
     kind = type(error).__name__
     if isinstance(error, OSError) and isinstance(error.errno, int):
         kind = f"{kind} ({os.strerror(error.errno)})"
     where = _place(error.__traceback__)
-    return f"{kind}{f' in {where}' if where else ''}: {FAULT}, the log of that device has the details"
+    return f"{kind}{f' in {where}' if where else ''}: an internal error of fedbpt, see that device's log for details"
 
 
 def public_traceback(error: BaseException | None) -> str:
-    """The traceback of ``error`` and its causes as Python prints it, without what messages quote of rows."""
+    """Format the traceback of ``error`` and its causes as Python does, with public messages only."""
     parts: list[str] = []
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
@@ -43,7 +39,7 @@ def public_traceback(error: BaseException | None) -> str:
 
 
 def _place(trace: TracebackType | None) -> str:
-    """Module, function and line of the innermost call and, where that is not ours, of the innermost that is."""
+    """Module, function and line of the innermost call, and of the innermost call in fedbpt if that is another one."""
     calls = list(traceback.walk_tb(trace))
     ours = [call for call in calls if _module(call[0]).partition(".")[0] == "fedbpt"]
     places = [_named(*call) for call in (calls[-1:] + ours[-1:])]

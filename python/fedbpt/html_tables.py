@@ -1,4 +1,4 @@
-"""Tables for notebooks: what ``_repr_html_`` answers."""
+"""HTML tables for ``_repr_html_`` in notebooks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from html import escape
 
 
 def html_table(caption: str, lines: Iterable[Sequence[str]]) -> str:
-    """Lines of cells, the first cell of each its heading; all of it plain text."""
+    """Render rows of plain-text cells; the first cell of each row is its heading."""
     body = ""
     for heading, *cells in lines:
         body += f'<tr><th style="text-align: left">{escape(heading)}</th>'

@@ -1,3 +1,3 @@
-"""The version, in one place: the package's metadata are made from it."""
+"""The version; the package metadata is built from it."""
 
 VERSION = "0.1.0"

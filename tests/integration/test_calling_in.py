@@ -163,7 +163,7 @@ def test_pushed_and_calling_devices_serve_one_run(site: Site) -> None:
 
     code, out, err = site.run("tune", "run.toml", "--fresh", "--quiet", "--device", url, "--ca", "certs/ca.pem")
     assert (code, out) == (1, "")
-    assert_one_line(err, "asks for its token")
+    assert_one_line(err, "its token")
 
 
 def test_a_device_that_may_not_call_is_told_in_one_line(site: Site) -> None:

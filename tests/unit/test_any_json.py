@@ -1,4 +1,4 @@
-"""JSON and TOML of any content, wherever they are read: an error of ours in one line, or over HTTP a 400."""
+"""JSON and TOML with any content are read, or are a `FedbptError` of one line, or over HTTP a 400."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ VALUES = {
 WHOLES = {
     "nothing": b"",
     "NUL": b"\0",
-    "a mark alone": b"\xef\xbb\xbf",
-    "no UTF-8": b'{"a": "\xff"}',
+    "only a mark": b"\xef\xbb\xbf",
+    "invalid UTF-8": b'{"a": "\xff"}',
     "UTF-16": '{"a": 1}'.encode("utf-16"),
     "null": b"null",
     "a number": b"9" * 5000,
@@ -134,7 +134,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_json_of_any_content_is_read_or_refused_in_one_line(name: str) -> None:
+def test_any_json_is_read_or_refused_in_one_line(name: str) -> None:
     right, read = READERS[name]
     faults = []
     for what, content in variants(right):
@@ -165,8 +165,8 @@ TOML_VALUES = {
         ),
         ("run.toml", {"seed": 0, "deadline_s": 1.0, "robust": "none", "popsize": 8, "rounds": 3}, load_config),
     ],
-)  # fmt: skip
-def test_toml_of_any_content_is_read_or_refused_in_one_line(
+)
+def test_any_toml_is_read_or_refused_in_one_line(
     name: str, right: dict[str, Any], read: Callable[[Path], object], folder: Path
 ) -> None:
     faults = []
@@ -206,7 +206,7 @@ ASKED = {
 
 
 @pytest.mark.parametrize("path", ASKED)
-def test_a_request_to_a_served_model_of_any_content_is_answered_or_a_400(path: str) -> None:
+def test_any_request_to_a_served_model_is_answered_or_a_400(path: str) -> None:
     faults = []
     with ModelServer(served_models(ToyScorer(), [], {})) as server, httpx.Client(base_url=server.url) as client:
         for what, content in variants(ASKED[path]):
@@ -219,7 +219,7 @@ def test_a_request_to_a_served_model_of_any_content_is_answered_or_a_400(path: s
 @pytest.mark.parametrize(
     ("path", "name"), [("rounds/r/1", "plan"), ("evaluate", "evaluation"), ("questions", "question")]
 )
-def test_a_request_to_a_device_of_any_content_is_taken_or_refused(path: str, name: str) -> None:
+def test_any_request_to_a_device_is_accepted_or_refused(path: str, name: str) -> None:
     service = AgentService(Device("a", ToyScorer(), rows(4), task=TASK))
     try:
         assert "\n".join(asyncio.run(_posted(service, f"/v1/{path}", variants(READERS[name][0])))) == ""

@@ -1,11 +1,11 @@
-"""The public API with any value for any argument: it works, or raises an error of ours that names the argument."""
+"""The public API with any value for any argument works, or raises a `FedbptError` that names the argument."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_origin, get_type_hints
 
 import msgspec
 import numpy as np
@@ -26,6 +26,7 @@ from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
 from fedbpt.side_by_side.sides import SideBySide
 from tests.support.any_value import VALUES, fault_of, ignored
+from tests.support.raises import raises
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, rows
 
@@ -47,8 +48,14 @@ HERE = {"path": "rows.jsonl"}
 CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "tune": (
         fedbpt.tune,
-        {"scorer": ToyScorer(), "task": TASK, "train": ROWS,
-         "prompt": SPEC, "popsize": 8, "budget": Budget(evaluations=8)},
+        {
+            "scorer": ToyScorer(),
+            "task": TASK,
+            "train": ROWS,
+            "prompt": SPEC,
+            "popsize": 8,
+            "budget": Budget(evaluations=8),
+        },
     ),
     "evaluate": (fedbpt.evaluate, {"scorer": ToyScorer(), "task": TASK, "rows": ROWS}),
     "export_prompt": (fedbpt.export_prompt, {"prompt": MADE, "out": "exported.npy", "to": "npy"}),
@@ -122,16 +129,17 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     ),
     "bench.measure": (measurement.measure, {"scorer": ToyScorer(), "seconds": 0.0, "quick": True}),
     "bench.measure_threads": (
-        measurement.measure_threads, {"load": lambda _n: ToyScorer(), "counts": [1], "seconds": 0.0},
+        measurement.measure_threads,
+        {"load": lambda _n: ToyScorer(), "counts": [1], "seconds": 0.0},
     ),
     "bench.best_threads": (measurement.best_threads, {"rates": ()}),
-}  # fmt: skip
+}
 
 FETCHES = {"tasks.load_hub", "tasks.bbc_news"}
-"""What they do with a value that may be right takes a network."""
+"""Functions that need a network for valid values."""
 
 NEEDS_A_MODEL = {"NativeScorer"}
-"""In `tests.native.test_any_value`."""
+"""Tested in `tests.native.test_any_value`."""
 
 SLOW = {
     ("bench.measure", "seconds"),
@@ -140,10 +148,10 @@ SLOW = {
     ("bench.measure", "sysfs"),
     ("tune", "budget"),
 }
-"""What they do with a value that may be right takes its time."""
+"""Arguments whose valid values make the call slow."""
 
 ANSWERING = {("bench.measure", "kernel_flops"), ("bench.measure_threads", "load"), ("models.faster_format", "measure")}
-"""Functions whose answer is used."""
+"""Callbacks whose result is used."""
 
 
 def parameters() -> Iterator[tuple[str, str]]:
@@ -185,7 +193,7 @@ ANYTHING = st.recursive(
 
 @settings(max_examples=400, deadline=None)
 @given(st.data(), st.sampled_from(STRUCTS))
-def test_what_people_make_can_be_sent_or_is_refused_where_it_is_made(data: st.DataObject, name: str) -> None:
+def test_any_valid_struct_can_be_sent(data: st.DataObject, name: str) -> None:
     made, right = CALLS[name]
     parameter = data.draw(st.sampled_from(list(inspect.signature(made).parameters)))
     value = data.draw(ANYTHING)
@@ -212,68 +220,65 @@ def test_every_public_function_and_class_is_among_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("made", "said"),
+    ("make", "field", "values"),
     [
         (
             lambda: PromptSpec(placement="fornt"),
-            "PromptSpec: placement must be one of 'front', 'first', 'cue', got 'fornt'",
+            "placement",
+            ["PromptSpec", "'front'", "'first'", "'cue'", "'fornt'"],
         ),
-        (
-            lambda: PromptSpec(sigma0=1e-300),
-            "PromptSpec: sigma0 must be a finite number from 0.0001 to 10,000, got 1e-300",
-        ),
-        (lambda: PromptSpec(seed=-1), "PromptSpec: seed must be a whole number from 0 to 2^63 - 1, got -1"),
-        (lambda: ObjectiveSpec(batch_size=True), "batch_size must be a whole number from 0 to 2^63 - 1, got True"),
-        (
-            lambda: Template(pattern="{text} so", label_words="ab"),
-            "label_words must be a list, each item a string, got a str",
-        ),
-        (lambda: RunSettings(prompt={"d": 6}), "RunSettings: prompt must be a PromptSpec, got a dict"),
-        (lambda: Budget(seconds=np.float32("nan")), "Budget: seconds must be a finite number above 0 or None, got nan"),
+        (lambda: PromptSpec(sigma0=1e-300), "sigma0", ["0.0001", "10,000", "1e-300"]),
+        (lambda: PromptSpec(seed=-1), "seed", ["from 0 to 2^63 - 1", "-1"]),
+        (lambda: ObjectiveSpec(batch_size=True), "batch_size", ["ObjectiveSpec", "True"]),
+        (lambda: Template(pattern="{text} so", label_words="ab"), "label_words", ["a list", "a str"]),
+        (lambda: RunSettings(prompt={"d": 6}), "prompt", ["a PromptSpec", "a dict"]),
+        (lambda: Budget(seconds=np.float32("nan")), "seconds", ["above 0", "None", "nan"]),
     ],
 )
-def test_a_wrong_field_is_told_by_name_with_what_it_may_be(made: Callable[[], object], said: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        made()
-    assert said in str(caught.value)
+def test_a_wrong_field_is_named_with_what_is_expected_and_what_was_given(
+    make: Callable[[], object], field: str, values: list[str]
+) -> None:
+    with raises(ConfigError, field=field) as caught:
+        make()
+    assert [value for value in [field, *values] if value not in str(caught.value)] == []
 
 
-def test_numbers_of_numpy_and_lists_are_taken_as_python_s() -> None:
+def test_numpy_numbers_and_lists_become_python_numbers_and_tuples() -> None:
     spec = PromptSpec(d=np.int64(6), alpha=np.float32(0.5), seed=np.uint64(3))
     assert (spec, type(spec.d), type(spec.alpha)) == (PromptSpec(d=6, seed=3), int, float)
     assert Template(pattern="{text} so", label_words=["a", "b"]).label_words == ("a", "b")
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "values"),
     [
-        ({"scorer": "smollm2-135m"}, "a model, as fedbpt.load_model(NAME) gives it, got 'smollm2-135m'"),
-        ({"task": "support.toml"}, "cannot read the task file support.toml"),
-        ({"prompt": PromptSpec(d=4, n_prompt=50)}, "n_prompt 50 is more than the answer cue's 6 tokens"),
-        (
-            {"prompt": PromptSpec(d=4, n_prompt=500, placement="front")},
-            "n_prompt 500 do not fit into the model's context",
-        ),
-        ({"objective": ObjectiveSpec(max_text_tokens=600), "test": [("x" * 600, 0)]}, "model's context of 512"),
-        ({"dev": [("", 0)]}, "dev: row 0: empty text"),
-        ({"sead": 3}, "got an unexpected keyword argument 'sead'"),
+        ({"scorer": "smollm2-135m"}, ["fedbpt.load_model(NAME)", "'smollm2-135m'"]),
+        ({"task": "support.toml"}, ["support.toml"]),
+        ({"prompt": PromptSpec(d=4, n_prompt=50)}, ["n_prompt", "50", "6 tokens"]),
+        ({"prompt": PromptSpec(d=4, n_prompt=500, placement="front")}, ["n_prompt", "500", "context"]),
+        ({"objective": ObjectiveSpec(max_text_tokens=600), "test": [("x" * 600, 0)]}, ["context", "512"]),
+        ({"dev": [("", 0)]}, ["dev: row 0: "]),
+        ({"sead": 3}, ["'sead'"]),
     ],
 )
-def test_what_cannot_be_tuned_is_told_before_anything_is_scored(changes: dict[str, Any], said: str) -> None:
+def test_a_tuning_that_cannot_work_is_refused_before_anything_is_scored(
+    changes: dict[str, Any], values: list[str]
+) -> None:
     call, right = CALLS["tune"]
     scorer = ToyScorer()
     with pytest.raises(FedbptError) as caught:
         call(**{**right, "scorer": scorer, **changes})
-    assert said in str(caught.value)
+    assert [value for value in values if value not in str(caught.value)] == []
     assert "resume" not in str(caught.value)
     assert scorer.calls == []
 
 
 @pytest.mark.parametrize("make", [PromptSpec, ObjectiveSpec, RunSettings, Budget, Sampling])
-def test_a_field_that_there_is_not_is_named_beside_those_that_there_are(make: Any) -> None:
-    with pytest.raises(ConfigError, match=rf"^{make.__name__}: .*'placment'; its fields are \w+, ") as caught:
+def test_an_unknown_field_is_named_along_with_those_that_exist(make: Any) -> None:
+    with raises(ConfigError) as caught:
         make(placment="cue")
-    assert "\n" not in str(caught.value)
+    known = list(get_type_hints(make))
+    assert [name for name in [make.__name__, "'placment'", *known] if name not in str(caught.value)] == []
 
 
 def test_a_task_may_be_given_by_its_name_or_file(folder: Path) -> None:
@@ -282,7 +287,7 @@ def test_a_task_may_be_given_by_its_name_or_file(folder: Path) -> None:
     assert len(set(found)) == 1
 
 
-def test_an_error_never_shows_what_may_be_a_row() -> None:
+def test_an_error_never_quotes_what_may_be_a_row() -> None:
     with pytest.raises(FedbptError) as caught:
         tasks.drop_duplicates([("a secret", 0), "another secret"])
     assert "secret" not in str(caught.value)

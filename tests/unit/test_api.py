@@ -86,7 +86,7 @@ def rounds_within(budget: Budget) -> list[RoundClosed]:
 
 @pytest.fixture(scope="module")
 def calibrating() -> int:
-    """The tokens that are charged before the search begins."""
+    """The tokens counted before the search begins."""
     tokens = {event.purpose: event.tokens for event in rounds_within(Budget(evaluations=1))}
     return tokens["calibration"] - tokens["selection"]
 

@@ -1,4 +1,4 @@
-"""`vendor/llama.cpp/assemble.py`, on a small upstream made here; its real hooks are checked by every build."""
+"""`vendor/llama.cpp/assemble.py` on a small fake upstream; every build checks the real hooks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def hook(line: int, before: str) -> str:
 
 @pytest.fixture
 def upstream(tmp_path: Path) -> Path:
-    """A tree with what an upstream must have."""
+    """A tree with the files that an upstream must have."""
     tree = tmp_path / "upstream"
     for folder in ("cmake", "ggml", "include", "src", "vendor"):
         (tree / folder).mkdir(parents=True)
@@ -55,7 +55,7 @@ def upstream(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def assemble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module, with an overlay and a patch for the small upstream in place of ours."""
+    """The module with an overlay and a patch for the fake upstream."""
     module = load_assemble()
     here = tmp_path / "fork"
     (here / "overlay" / "src").mkdir(parents=True)
@@ -126,7 +126,7 @@ def test_a_line_that_moved_stops_the_build_in_one_line(
     assert not (tree / "CMakeLists.txt").exists()
 
 
-def test_an_empty_line_is_no_place_for_a_hunk(assemble: ModuleType, upstream: Path, tmp_path: Path) -> None:
+def test_a_hunk_is_not_placed_at_an_empty_line(assemble: ModuleType, upstream: Path, tmp_path: Path) -> None:
     (upstream / "src" / "graph.cpp").write_text("first\n\nthird\nfourth\n")
     (assemble.HERE / "UPSTREAM.toml").write_text(hook(2, "") + hook(4, "fourth"))
     with pytest.raises(assemble.AssemblyError, match="empty line"):
@@ -148,7 +148,7 @@ def test_a_failed_assembly_is_not_taken_for_done(assemble: ModuleType, upstream:
             assemble.assemble(tree, tmp_path / "cache", upstream)
 
 
-def test_a_folder_that_is_no_upstream_is_refused(assemble: ModuleType, tmp_path: Path) -> None:
+def test_a_folder_without_an_upstream_is_refused(assemble: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(assemble.AssemblyError, match="no src/llama"):
         assemble.assemble(tmp_path / "tree", tmp_path / "cache", tmp_path)
 
@@ -177,7 +177,7 @@ def test_a_kept_source_package_is_used_without_network(
     assert not (tmp_path / "tree" / "tests").exists()
 
 
-def test_a_fetch_that_fails_tells_the_way_without_network(
+def test_a_failed_fetch_gives_the_way_without_network(
     assemble: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failed = subprocess.CompletedProcess([], 1, "", "WARNING: retrying\nERROR: No matching distribution found\n")

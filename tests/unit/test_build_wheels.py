@@ -1,4 +1,4 @@
-"""`tools/build_wheels.py`: which Pythons it builds with. Each build checks what it built with `check_wheel.py`."""
+"""The choice of Pythons in `tools/build_wheels.py`. Each build checks its wheel with `check_wheel.py`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write_python(path: Path, body: str) -> Path:
 
 @pytest.fixture
 def pyenv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """pyenv's folder, with nothing in it, and nothing else on PATH."""
+    """An empty pyenv folder, with nothing else on PATH."""
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("PYENV_ROOT", str(tmp_path / "pyenv"))
     return tmp_path / "pyenv"
@@ -42,7 +42,7 @@ def test_one_that_does_not_run_is_another_or_has_no_headers_is_passed_over(
     assert build_wheels.find_python("3.11") == found
 
 
-def test_a_missing_python_is_said_before_anything_is_built() -> None:
+def test_a_missing_python_is_an_error_before_anything_is_built() -> None:
     command = [sys.executable, build_wheels.__file__, "x86_64", "--pythons", "9.9"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -51,7 +51,7 @@ def test_a_missing_python_is_said_before_anything_is_built() -> None:
     assert line.startswith("fedbpt: found no Python 9.9 with C headers: install it, or choose others")
 
 
-def test_a_python_of_the_default_list_that_is_not_here_is_left_out_in_one_line(
+def test_a_missing_python_of_the_default_list_is_skipped_with_a_note(
     tmp_path: Path, pyenv: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_python(tmp_path / "bin" / "python3.11", "echo 3.11")
@@ -62,7 +62,9 @@ def test_a_python_of_the_default_list_that_is_not_here_is_left_out_in_one_line(
     assert "3.14" not in line
 
 
-def test_nothing_is_said_where_all_are_here(tmp_path: Path, pyenv: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_noted_if_all_pythons_are_here(
+    tmp_path: Path, pyenv: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert pyenv.parent == tmp_path
     for version in build_wheels.PYTHONS:
         write_python(tmp_path / "bin" / f"python{version}", f"echo {version}")
@@ -76,7 +78,7 @@ def test_no_python_at_all_is_an_error() -> None:
         build_wheels.chosen(None)
 
 
-def test_one_that_is_asked_for_must_be_here(tmp_path: Path, pyenv: Path) -> None:
+def test_a_requested_python_must_be_here(tmp_path: Path, pyenv: Path) -> None:
     assert pyenv.parent == tmp_path
     write_python(tmp_path / "bin" / "python3.11", "echo 3.11")
     assert build_wheels.chosen(["3.11"]) == ["3.11"]

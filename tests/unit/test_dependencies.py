@@ -1,4 +1,4 @@
-"""What an install brings: a device's must stay small, and need no compiler."""
+"""Dependencies: an install on a device must stay small, and need no compiler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The documentation says what the code has: public names, errors, commands, routes. `tests.integration` builds it."""
+"""The documentation covers public names, errors, commands and routes. `tests.integration` builds it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def page(name: str) -> str:
 
 
 def routes(app: Starlette) -> set[str]:
-    """Each route as ``METHOD /path``, converters left out."""
+    """The routes as ``METHOD /path``, without converters."""
     found = [route for route in app.routes if isinstance(route, Route)]
     assert found
     methods = [(method, route.path) for route in found for method in (route.methods or set()) - {"HEAD"}]
@@ -39,7 +39,7 @@ def routes(app: Starlette) -> set[str]:
 
 
 def stated(text: str) -> set[str]:
-    """The routes that a page names, parameters' names left out."""
+    """The routes on a page, without parameter names."""
     return {bare(found) for found in re.findall(r"`((?:GET|POST|DELETE) /[^`?]*)", text)}
 
 
@@ -48,7 +48,7 @@ def bare(route: str) -> str:
 
 
 def app(build: Any) -> Starlette:
-    """An application whose parts are never asked for anything."""
+    """An application with mocks for its parts."""
     given = [MagicMock() for name, part in inspect.signature(build).parameters.items() if part.default is part.empty]
     made: Starlette = build(*given)
     return made
@@ -68,7 +68,7 @@ def test_every_route_is_documented(build: Any, where: str) -> None:
     assert wanted - stated(page(where)) == set()
 
 
-def test_no_route_is_documented_that_is_not_there() -> None:
+def test_every_documented_route_exists() -> None:
     known = {bare(route) for build in (device_app, coordinator_app) for route in routes(app(build))}
     assert stated(page("http.md")) - known == set()
 

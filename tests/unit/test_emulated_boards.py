@@ -1,4 +1,4 @@
-"""`tools/emulated_boards.py`: what it says where boards cannot be had. That they work is `make test-aarch64`."""
+"""`tools/emulated_boards.py` where boards are not available; `make test-aarch64` runs them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a visitor of the repository sees first: links that lead somewhere, files that their readers can parse."""
+"""The repository's front page: links lead to files, and metadata files can be parsed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What another machine is told of an error: never what it quotes of a row."""
+"""The public part of an error never quotes a row."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SPEC = PromptSpec(d=4)
 
 
 class MergingScorer(ToyScorer):
-    """Two neighbouring characters are one token where the first is a digit, a space or a colon."""
+    """Merges two characters into a token if the first is a digit, a space or a colon."""
 
     merges = "1x) :"
 
@@ -43,7 +43,7 @@ class ColonMerger(MergingScorer):
 
 
 class ForeignScorer(ToyScorer):
-    """Fails as code of others does: with its arguments in the message."""
+    """Fails like third-party code, with its arguments in the message."""
 
     def tokenize(self, text: str, add_bos: bool | None = None) -> NDArray[np.int32]:
         if "canary" in text:
@@ -58,18 +58,31 @@ def task_of(labels: tuple[str, ...], template: Template) -> Task:
 def plan(device: Device, labels: tuple[str, ...], template: Template) -> RoundPlan:
     loss = "cross_entropy" if labels else "nll"
     return RoundPlan(
-        run="r", round=0, device="d", seed=1, model_fingerprint=device.scorer.fingerprint, labels=labels,
+        run="r",
+        round=0,
+        device="d",
+        seed=1,
+        model_fingerprint=device.scorer.fingerprint,
+        labels=labels,
         task=task_of(labels, template).identity,
-        template=template, prompt=SPEC, objective=ObjectiveSpec(loss=loss), work=SelectWork(templates=(template,)),
-    )  # fmt: skip
+        template=template,
+        prompt=SPEC,
+        objective=ObjectiveSpec(loss=loss),
+        work=SelectWork(templates=(template,)),
+    )
 
 
 def evaluation(device: Device, labels: tuple[str, ...], template: Template) -> EvaluateRequest:
     asked = plan(device, labels, template)
     return EvaluateRequest(
-        model_fingerprint=asked.model_fingerprint, task=asked.task, labels=labels, template=template, prompt=SPEC,
-        objective=asked.objective, latents=Array.of(np.zeros((1, 4))),
-    )  # fmt: skip
+        model_fingerprint=asked.model_fingerprint,
+        task=asked.task,
+        labels=labels,
+        template=template,
+        prompt=SPEC,
+        objective=asked.objective,
+        latents=Array.of(np.zeros((1, 4))),
+    )
 
 
 TARGETS = Template(pattern="{text}\nSummary:", label_words=())
@@ -86,7 +99,7 @@ WORK: dict[str, tuple[ToyScorer, Row, tuple[str, ...], Template]] = {
 
 
 @pytest.mark.parametrize("case", WORK)
-def test_no_text_of_a_row_is_told_of_a_devices_work(case: str) -> None:
+def test_an_error_in_a_devices_work_quotes_no_row_in_public(case: str) -> None:
     scorer, row, labels, template = WORK[case]
     device = Device("d", scorer, [row], [row], [row], task=task_of(labels, template))
     for work in (
@@ -112,8 +125,8 @@ FILES: dict[str, str] = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_that_is_read_for_a_coordinator_is_told_by_file_and_line(name: str, tmp_path: Path) -> None:
-    """Over Flower, files are read when a message comes."""
+def test_an_error_in_a_file_gives_only_file_and_line_in_public(name: str, tmp_path: Path) -> None:
+    """With Flower, files are read when a message arrives."""
     (tmp_path / name).write_text(FILES[name])
     with pytest.raises(DataError) as failed:
         read_rows(tmp_path / name, ("a", "b"))
@@ -123,13 +136,13 @@ def test_a_file_that_is_read_for_a_coordinator_is_told_by_file_and_line(name: st
 
 
 @pytest.mark.parametrize("given", [[(ROW, "c")], [(ROW,)], [{"text": ROW}]])
-def test_pairs_that_cannot_be_rows_are_told_by_number(given: Any) -> None:
+def test_invalid_pairs_are_identified_by_number_in_public(given: Any) -> None:
     with pytest.raises(DataError) as failed:
         to_rows(given, TASK)
     assert "canary" not in public_reason(failed.value)
 
 
-def test_a_data_sets_unknown_label_is_told_without_it() -> None:
+def test_an_unknown_label_is_not_quoted_in_public() -> None:
     class Rows(list[Any]):
         column_names = ("text", "label")
 
@@ -138,24 +151,24 @@ def test_a_data_sets_unknown_label_is_told_without_it() -> None:
     assert "sings" not in public_reason(failed.value)
 
 
-def test_an_error_of_ours_says_itself() -> None:
+def test_the_public_reason_of_our_errors_is_their_message() -> None:
     assert public_reason(TaskError("one label word begins with the other")) == "one label word begins with the other"
     assert public_reason(InputError("token 7", public="a token")) == "a token"
 
 
-def test_a_path_whose_bytes_are_no_utf8_can_be_told() -> None:
+def test_a_path_that_is_not_utf8_can_be_sent() -> None:
     reply = ErrorReply(code="x", message=public_reason(DataError("cannot read m\udcf6del")))
     assert codec.decode(codec.encode(reply), ErrorReply).message == r"cannot read m\udcf6del"
 
 
-def test_a_message_that_utf8_cannot_write_is_refused_without_the_text() -> None:
+def test_a_message_that_utf8_cannot_encode_is_refused_without_quoting_it() -> None:
     for encode in (codec.encode, codec.encode_json, codec.digest):
         with pytest.raises(WireError) as refused:
             encode(ErrorReply(code="x", message="canary \ud83d"))
         assert "canary" not in str(refused.value)
 
 
-def test_a_foreign_error_is_told_by_type_module_function_and_line() -> None:
+def test_a_foreign_error_is_described_by_type_module_function_and_line() -> None:
     def fails() -> None:
         raise ValueError(ROW)
 
@@ -165,7 +178,7 @@ def test_a_foreign_error_is_told_by_type_module_function_and_line() -> None:
     assert f"fails (line {fails.__code__.co_firstlineno + 1})" in public_reason(failed.value)
 
 
-def test_of_a_call_into_a_library_the_place_of_ours_is_told() -> None:
+def test_an_error_in_a_library_also_gives_our_calling_function() -> None:
     device = Device("d", ForeignScorer(), [(ROW, 0)], task=task_of(TASK.labels, TASK.templates[0]))
     with pytest.raises(TypeError) as of_ours:
         device.run(plan(device, TASK.labels, TASK.templates[0]))
@@ -174,7 +187,7 @@ def test_of_a_call_into_a_library_the_place_of_ours_is_told() -> None:
     assert ", called by fedbpt.tasks.task." in told
 
 
-def test_what_the_system_says_is_told() -> None:
+def test_the_systems_reason_is_given() -> None:
     with pytest.raises(OSError, match="nowhere") as failed:
         Path("/nowhere/at/all").read_bytes()
     assert "No such file or directory" in public_reason(failed.value)

@@ -1,4 +1,4 @@
-"""Text of others is text: on a terminal, in a log, in Prometheus' format, in Markdown, in a page's source."""
+"""Untrusted text is escaped: on a terminal, in a log, in Prometheus' format, in Markdown, in a page's source."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def is_harmless(text: str) -> bool:
         ("\U000e0041", "\\udb40\\udc41"),
     ],
 )
-def test_what_a_terminal_obeys_is_escaped_and_the_rest_is_left(text: str, shown: str) -> None:
+def test_control_characters_are_escaped_and_the_rest_is_kept(text: str, shown: str) -> None:
     assert plain(text) == shown == plain(shown)
 
 
@@ -61,7 +61,7 @@ def test_json_stays_the_same_value() -> None:
         assert is_harmless(plain(text))
 
 
-def test_a_line_is_cut_and_says_how_long_it_was() -> None:
+def test_a_cut_line_gives_its_original_length() -> None:
     assert one_line(" a\n\tb\x1b ", 100) == "a b\\u001b"
     for text in ("x" * 15_000_000, "\x1b" * 15_000_000, "a b " * 4_000_000):
         line = one_line(text, MOST_TOLD)
@@ -71,7 +71,7 @@ def test_a_line_is_cut_and_says_how_long_it_was() -> None:
     assert one_line("y" * MOST_TOLD, MOST_TOLD) == "y" * MOST_TOLD
 
 
-def test_an_error_says_one_plain_line_whatever_it_quotes() -> None:
+def test_an_error_is_one_plain_line_whatever_it_quotes() -> None:
     assert is_harmless(str(InputError(HOSTILE)))
     assert str(InputError("two\nlines")) == "two lines"
     assert len(str(FedbptError("x" * 10**6))) < 10**4
@@ -110,7 +110,7 @@ def test_echo_and_logging_are_plain(capfd: pytest.CaptureFixture[str]) -> None:
     assert is_harmless(PlainFormatter().format(record))
 
 
-def test_a_command_tells_hostile_arguments_and_files_as_text(
+def test_a_command_shows_hostile_arguments_and_files_as_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -217,13 +217,13 @@ PARSED = {
     "add_body_html",
     "mermaid",
 }
-"""Methods and elements of NiceGUI that read their argument as something else than text."""
+"""Methods and elements of NiceGUI that do not take plain text."""
 
 BUILT = (ast.JoinedStr, ast.BinOp, ast.Call)
-"""Expressions that put a string together."""
+"""Expressions that build a string."""
 
 SAFE = {"qr_svg"}
-"""Functions whose result holds no text of others: the modules of a QR code."""
+"""Functions whose result holds no untrusted text, such as a QR code."""
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -233,7 +233,7 @@ def is_built(part: ast.AST) -> bool:
 
 
 def calls(path: Path) -> list[tuple[ast.Call, str]]:
-    """Calls with the name of what is called, without what it belongs to."""
+    """Yield calls with the name of the called function or method."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):

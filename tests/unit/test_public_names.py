@@ -1,4 +1,4 @@
-"""Every package says what is public, and has it."""
+"""Every package lists its public names, and has them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def defines_all(path: Path) -> bool:
 WITH_ALL = [module_name(path) for path in sorted(PACKAGE.rglob("*.py")) if defines_all(path)]
 
 
-def test_there_are_packages_with_public_names() -> None:
+def test_packages_have_public_names() -> None:
     assert {
         "fedbpt.tasks",
         "fedbpt.models",

@@ -1,4 +1,4 @@
-"""The stand-in model keeps the promises of the `Scorer` protocol that the other tests rely on."""
+"""The toy model fulfils the `Scorer` protocol as far as other tests rely on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measuring a machine: forward passes by batch, threads and weight format; and two measurements compared."""
+"""Benchmarks of a machine: forward passes by batch, threads and weight format; comparison of two measurements."""
 
 from __future__ import annotations
 

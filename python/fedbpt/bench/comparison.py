@@ -1,4 +1,4 @@
-"""Two measurements side by side: `compare`, and `read_measurement` for what ``fedbpt bench --json`` prints."""
+"""Comparison of two measurements, read from the output of ``fedbpt bench --json``."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from fedbpt.errors import DataError
 
 
 class Comparison(msgspec.Struct, frozen=True):
-    """``figures``: name to (first, second). ``notes``: what else differs, so that ratios are not what they seem."""
+    """Two measurements compared. ``figures``: (first, second) by name; ``notes``: other differences that matter."""
 
     figures: Mapping[str, tuple[float, float]]
     notes: tuple[str, ...]
 
     def ratios(self) -> dict[str, float]:
-        """Second over first, where the first is not 0."""
+        """Second divided by first, without figures whose first value is 0."""
         return {name: second / first for name, (first, second) in self.figures.items() if first}
 
 
 def read_measurement(path: Path) -> Measurement:
-    """Raises `DataError`: no such file, not JSON, not a measurement."""
+    """Read a measurement. Raises `DataError` if the file is missing, not JSON, or not a measurement."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=Measurement)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     except msgspec.ValidationError as error:
-        raise DataError(f"{path} is no measurement of this version's `fedbpt bench --json`: {error}") from error
+        raise DataError(f"{path} is not the output of this version's `fedbpt bench --json`: {error}") from error
     except DECODE_ERRORS as error:
-        raise DataError(f"{path} is not JSON as `fedbpt bench --json` prints it: {error}") from error
+        raise DataError(f"{path} is not valid JSON, as `fedbpt bench --json` writes it: {error}") from error
 
 
 def compare(first: Measurement, second: Measurement) -> Comparison:
-    """All figures that both have."""
-    theirs = dict(_figures(second))
-    figures = {name: (value, theirs[name]) for name, value in _figures(first) if name in theirs}
+    """Compare the figures that both measurements have."""
+    others = dict(_figures(second))
+    figures = {name: (value, others[name]) for name, value in _figures(first) if name in others}
     return Comparison(figures, tuple(_notes(first, second)))
 
 
@@ -79,7 +79,7 @@ def _notes(first: Measurement, second: Measurement) -> Iterator[str]:
             yield f"projections of different runs: {runs[0]} and {runs[1]}"
     for found, which in ((first, "first"), (second, "second")):
         if found.heat_after.limited:
-            yield f"heat slowed the {which} down"
+            yield f"the {which} was throttled by heat"
 
 
 def _short(found: Measurement) -> str:

@@ -1,6 +1,6 @@
-"""How fast this machine scores with a model, what memory and energy that takes: `measure`.
+"""Measurement of this machine's scoring speed, memory and energy use with a model.
 
-What is measured is what tuning does, on texts as long as news: the prefill rate, and evaluations in both placements. An
+The workloads are those of tuning, on texts of the length of news: prefill, and evaluations in both placements. An
 evaluation is one candidate prompt on one mini-batch.
 """
 
@@ -29,9 +29,11 @@ from fedbpt.machine.system_files import SYSFS
 from fedbpt.protocol.specs import Placement
 from fedbpt.version import VERSION
 
-SECONDS = 4.0  # for each kind of work, after a first call that is not counted
-MIN_CALLS, MAX_CALLS = 3, 50
-QUICK_SECONDS, QUICK_CALLS = 0.5, 1
+SECONDS = 4.0  # per workload, after a warm-up call
+MIN_CALLS = 3
+MAX_CALLS = 50
+QUICK_SECONDS = 0.5
+QUICK_CALLS = 1
 KERNELS = ("q4_0", "iq4_nl", "q4_K", "q4_1", "q5_K", "q6_K", "q8_0", "bf16", "f16")
 
 _TEXT = """
@@ -43,7 +45,7 @@ Ministers will meet again next week to talk about grain, water and the border, b
 
 
 class BenchScorer(Scorer, Protocol):
-    """A scorer that knows how its model is stored."""
+    """A scorer with the properties that a measurement reports."""
 
     @property
     def n_threads(self) -> int: ...
@@ -73,7 +75,7 @@ THREADS = BATCHES[1]
 
 
 class Rate(msgspec.Struct, frozen=True, kw_only=True):
-    """How fast a workload went: medians over ``calls`` calls; joules are means, None where nothing tells."""
+    """The speed of a workload: medians over ``calls`` calls. Joules and watts are means, None without a source."""
 
     work: Workload
     calls: int
@@ -86,16 +88,14 @@ class Rate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ThreadRate(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens per second of `THREADS` with so many threads."""
+    """Speed of the workload `THREADS` with ``n_threads`` threads."""
 
     n_threads: int
     tokens_per_second: float
 
 
 class Projection(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run with the default settings would take of this machine alone, at most
-    (`fedbpt.coordinator.estimate.project`).
-    """
+    """Maximum cost of a run with default settings on this machine (`fedbpt.coordinator.estimate.project`)."""
 
     task: str
     rows: int
@@ -106,7 +106,7 @@ class Projection(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):
-    """What `measure` found. Sizes are bytes, times seconds, energies joules."""
+    """The result of `measure`. Sizes in bytes, times in seconds, energies in joules."""
 
     fedbpt_version: str
     cpu: str
@@ -125,17 +125,17 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     front: Rate
     memory_bytes: Mapping[str, int]  # as `Scorer.memory`
     energy_source: str | None
-    energy_note: str | None  # why there is none
+    energy_note: str | None  # why there is no source
     heat_before: Heat
     heat_after: Heat
     kernel_flops_per_second: Mapping[str, float]  # of one thread by ggml type
     hint: str | None
-    elapsed_seconds: float  # that measuring took
-    batches: tuple[Rate, ...] = ()  # of `BATCHES`: more texts a call
+    elapsed_seconds: float  # duration of the measurement
+    batches: tuple[Rate, ...] = ()  # of `BATCHES`: more texts per call
     threads: tuple[ThreadRate, ...] = ()  # empty: not measured
     best_threads: int | None = None
     best_format: str | None = None  # the ggml type of the fastest kernel
-    weights_flops_per_second: float | None = None  # of one thread, by the model's mixture of formats
+    weights_flops_per_second: float | None = None  # of one thread, for the model's mixture of formats
     projection: Projection | None = None
     format: Literal[1] = 1
 
@@ -152,21 +152,22 @@ def measure(
     kernel_flops: Callable[[Collection[str]], Mapping[str, float]] = models.matmul_flops,
     sysfs: Path = SYSFS,
 ) -> Measurement:
-    """Measure this machine with a model. Takes some 7 times ``seconds``, more where a single call takes longer.
+    """Measure this machine with a model. Takes some 7 times ``seconds``, more if a single call takes longer.
 
     Args:
-        scorer: the model, loaded.
-        seconds: for each kind of work, at least.
-        quick: at most `QUICK_SECONDS` for each, and no more calls than `QUICK_CALLS` where one takes longer.
-        threads: what `measure_threads` found.
-        on_part: told what is measured next.
+        scorer: the loaded model.
+        seconds: minimum time per workload.
+        quick: use at most `QUICK_SECONDS` per workload, and a minimum of `QUICK_CALLS` calls.
+        threads: result of `measure_threads`, to be included.
+        on_part: called with the name of each part before it is measured.
         kernel_flops: measures FLOP/s by ggml type.
-        sysfs: the root of the system's files on energy and heat.
+        sysfs: mount point of sysfs, for energy and heat.
 
     Raises:
         InputError: the model's context is shorter than the 512 tokens of the prefill.
     """
-    began, before = time.perf_counter(), heat(sysfs)
+    start = time.perf_counter()
+    before = heat(sysfs)
     with EnergyMeter(sysfs) as meter:
         prefill, cue, front, *batches = _rates(scorer, seconds, quick, meter, on_part)
     after = heat(sysfs)
@@ -186,7 +187,10 @@ def measure(
         model_fingerprint=scorer.fingerprint,
         weights=weights,
         backend=scorer.backend,
-        prefill=prefill, cue=cue, front=front, batches=tuple(batches),
+        prefill=prefill,
+        cue=cue,
+        front=front,
+        batches=tuple(batches),
         memory_bytes=dict(scorer.memory()),
         energy_source=meter.source,
         energy_note=meter.why_not,
@@ -194,19 +198,22 @@ def measure(
         heat_after=after,
         kernel_flops_per_second=kernels,
         hint=scorer.hint,
-        elapsed_seconds=time.perf_counter() - began,
+        elapsed_seconds=time.perf_counter() - start,
         threads=tuple(threads),
         best_threads=best_threads(threads),
         best_format=max(kernels, key=kernels.__getitem__),
         weights_flops_per_second=1 / sum(share / kernels[type] for type, share in weights.items()),
-    )  # fmt: skip
+    )
 
 
 def _rates(
     scorer: Scorer, seconds: float, quick: bool, meter: EnergyMeter, on_part: Callable[[str], None]
 ) -> list[Rate]:
-    """Prefill, cue, front, then `BATCHES`."""
-    seconds, calls = (min(seconds, QUICK_SECONDS), QUICK_CALLS) if quick else (seconds, MIN_CALLS)
+    """The rates of prefill, cue, front and `BATCHES`, in this order."""
+    calls = MIN_CALLS
+    if quick:
+        seconds = min(seconds, QUICK_SECONDS)
+        calls = QUICK_CALLS
     works = [("prefill", PREFILL), ("cue", CUE), ("front", FRONT), *(("batches", work) for work in BATCHES)]
     rates = []
     for name, work in works:
@@ -223,13 +230,13 @@ def measure_threads(
     seconds: float = QUICK_SECONDS,
     on_part: Callable[[str], None] = lambda _part: None,
 ) -> tuple[ThreadRate, ...]:
-    """How fast a model is with each of ``counts`` threads.
+    """Measure the speed of a model with each number of threads in ``counts``.
 
     Args:
-        load: loads it, for so many threads; one is in memory at a time.
-        counts: None: 1, 2, 4, ... and the physical cores.
-        seconds: for each, at least.
-        on_part: told what is measured next.
+        load: loads the model for a number of threads; one is in memory at a time.
+        counts: numbers of threads; None: 1, 2, 4, ... and the number of physical cores.
+        seconds: minimum time for each.
+        on_part: called with the name of each part before it is measured.
     """
     if counts is None:
         cores = physical_cores()
@@ -243,14 +250,14 @@ def measure_threads(
 
 
 def _shares(formats: Sequence[models.WeightFormat]) -> dict[str, float]:
-    """Of each ggml type in the parameters of the layers."""
+    """The share of each ggml type in the layers' parameters."""
     n_params = sum(part.n_params for part in formats)
     return {part.type: part.n_params / n_params for part in formats}
 
 
 @checked
 def best_threads(rates: Sequence[ThreadRate]) -> int | None:
-    """The number of threads that was fastest; None: none was measured."""
+    """The fastest number of threads; None if none was measured."""
     return max(rates, key=lambda rate: rate.tokens_per_second).n_threads if rates else None
 
 
@@ -259,35 +266,36 @@ def _rate(scorer: Scorer, work: Workload, seconds: float, calls: int, meter: Ene
     texts = [np.resize(np.roll(ids, -7 * i), work.text_tokens) for i in range(work.texts)]
     plan = scorer.compile(texts, np.unique(ids)[:4], work.placement)
     embeds = _candidates(scorer, ids, work)
-    plan.score(embeds)  # what is computed once only, and the caches
+    plan.score(embeds)  # warm-up: what is computed only once
 
-    tokens, before = plan.n_tokens, meter.joules()
-    taken = _call_times(plan, embeds, seconds, calls)
-    after = meter.joules()
-    median = statistics.median(taken)
-    used = None if before is None or after is None else (after - before) / len(taken)
+    tokens_before = plan.n_tokens
+    joules_before = meter.joules()
+    times = _call_times(plan, embeds, seconds, calls)
+    joules_after = meter.joules()
+    median = statistics.median(times)
+    joules = None if joules_before is None or joules_after is None else (joules_after - joules_before) / len(times)
     return Rate(
         work=work,
-        calls=len(taken),
+        calls=len(times),
         seconds_per_call=median,
-        tokens_per_second=(plan.n_tokens - tokens) / len(taken) / median,
+        tokens_per_second=(plan.n_tokens - tokens_before) / len(times) / median,
         evaluations_per_second=work.candidates / median,
-        joules_per_call=used,
-        joules_per_evaluation=None if used is None else used / work.candidates,
-        watts=None if used is None else used / statistics.fmean(taken),
+        joules_per_call=joules,
+        joules_per_evaluation=None if joules is None else joules / work.candidates,
+        watts=None if joules is None else joules / statistics.fmean(times),
     )
 
 
 def _candidates(scorer: Scorer, ids: NDArray[np.int32], work: Workload) -> NDArray[np.float32]:
-    """[candidates, n_prompt, n_embd]: rows of real tokens."""
+    """Prompts [candidates, n_prompt, n_embd] of token embeddings."""
     rows = scorer.token_embeddings(np.resize(ids, work.candidates * work.n_prompt))
     return rows.reshape(work.candidates, work.n_prompt, scorer.n_embd)
 
 
 def _call_times(plan: Plan, embeds: NDArray[np.float32], seconds: float, calls: int) -> list[float]:
-    taken: list[float] = []
-    while len(taken) < calls or (sum(taken) < seconds and len(taken) < MAX_CALLS):
-        began = time.perf_counter()
+    times: list[float] = []
+    while len(times) < calls or (sum(times) < seconds and len(times) < MAX_CALLS):
+        start = time.perf_counter()
         plan.score(embeds)
-        taken.append(time.perf_counter() - began)
-    return taken
+        times.append(time.perf_counter() - start)
+    return times

@@ -216,7 +216,7 @@ def _pauses(given: str, shown: bool) -> Pauses:
             echo(f"paused: {reason}" if reason else "goes on", err=True)
 
     pauses = Pauses([trigger for trigger in TRIGGERS if trigger in on], say)
-    for trigger in pauses.untold() if shown else []:
+    for trigger in pauses.unsupported() if shown else []:
         echo(f"hint: this system does not tell of {trigger}: the device never pauses on it", err=True)
     return pauses
 

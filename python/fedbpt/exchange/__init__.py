@@ -1,4 +1,4 @@
-"""Prompts in the formats of other programs: Hugging Face PEFT adapters, GGUF and NumPy files.
+"""Export and import of prompts: Hugging Face PEFT adapters, GGUF files, NumPy files.
 
 >>> from fedbpt.exchange import export_prompt, import_prompt
 """
@@ -26,7 +26,7 @@ TARGETS: tuple[Target, ...] = get_args(Target)
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export_prompt` wrote: ``path``, a file or a folder; ``notes``, one line each, on what it does not hold."""
+    """The result of `export_prompt`. ``path``: a file or folder; ``notes``: its limitations, one line each."""
 
     path: Path
     notes: tuple[str, ...]
@@ -42,22 +42,23 @@ def export_prompt(
     task: GivenTask | None = None,
     base_model: str | None = None,
 ) -> Exported:
-    """Write a prompt for another program, with a model card beside it.
+    """Write a prompt in the format of another program, with a model card.
 
     Args:
-        prompt: what to write.
-        out: ``peft``: the adapter's folder, new or empty or with an adapter; ``gguf``, ``npy``: the file.
-        to: ``peft``: a prompt-tuning adapter, its virtual tokens the prompt's rows, and a README.md with code that
-            gives the same label logits; ``gguf``: all of the prompt, as tensors and metadata; ``npy``: its rows,
+        prompt: the prompt to write.
+        out: for ``peft``, the adapter's folder, which must be new, empty or hold an adapter; for ``gguf`` and ``npy``,
+            the file.
+        to: ``peft``: a prompt-tuning adapter with the prompt's rows as virtual tokens, and a README.md with code that
+            computes the same label logits; ``gguf``: the whole prompt, as tensors and metadata; ``npy``: the rows,
             float32 [n_prompt, n_embd].
-        scorer: the prompt's model; needed for ``peft``, whose code holds token ids.
-        task: how texts are cut, for ``peft``; None: as the prompt's own task says.
-        base_model: of the model's weights, the Hugging Face name or folder, for ``peft``; None: as the catalogue says.
+        scorer: the prompt's model; required for ``peft``, whose code contains token ids.
+        task: for ``peft``, the task by which texts are cut; None: the prompt's own.
+        base_model: for ``peft``, the Hugging Face name or the folder of the model's weights; None: from the catalogue.
 
     Raises:
-        PromptError: ``out`` cannot be written; for ``peft``, the prompt is another model's, or its architecture was not
-            compared with PEFT's.
-        ConfigError: what ``peft`` needs is not given; another task.
+        PromptError: ``out`` cannot be written; for ``peft``, the prompt is for another model, or the architecture is
+            not tested with PEFT.
+        ConfigError: an argument that ``peft`` requires is missing, or the task has other labels.
         MissingExtraError: ``gguf`` without the package of that name.
     """
     target = Path(out)
@@ -67,7 +68,10 @@ def export_prompt(
         return Exported(npy.write_npy(prompt, target), (*npy.notes(prompt), *scale_notes(prompt.architecture)))
     chosen = prompt.task if task is None else load(task)
     if scorer is None or chosen is None:
-        raise ConfigError("an export to PEFT needs the model, and the task where the prompt has none: give both")
+        missing = "scorer" if scorer is None else "task"
+        raise ConfigError(
+            "an export to PEFT needs the model, and the task if the prompt has none: give both", field=missing
+        )
     return Exported(peft.write_adapter(prompt, target, scorer, chosen, base_model), peft.notes(prompt, scorer))
 
 
@@ -75,20 +79,20 @@ def export_prompt(
 def import_prompt(
     folder: str | os.PathLike[str], scorer: Scorer, task: GivenTask | None = None, template: int = 0
 ) -> Prompt:
-    """A PEFT prompt-tuning adapter as a prompt.
+    """Read a PEFT prompt-tuning adapter as a prompt.
 
-    Rows are taken bit for bit. An adapter that `export_prompt` wrote gives the prompt that it was; where PEFT has
-    trained it further, with the new rows and without its history. Another adapter's rows stand before everything, BOS
-    included, as PEFT puts them.
+    Rows are kept bit for bit. An adapter written by `export_prompt` gives the original prompt; if PEFT trained it
+    further, with the new rows and without its history. The rows of any other adapter are placed before everything,
+    including BOS, as in PEFT.
 
     Args:
-        folder: with adapter_config.json and adapter_model.safetensors.
+        folder: folder with adapter_config.json and adapter_model.safetensors.
         scorer: the model that the adapter was trained for.
-        task: how texts are put to it; None: as the prompt was tuned, for an adapter that fedbpt wrote.
-        template: which of the task's templates, for an adapter that fedbpt did not write.
+        task: the task; None: the prompt's own, for an adapter written by fedbpt.
+        template: number of the task's template, for an adapter not written by fedbpt.
 
     Raises:
-        PromptError: no such adapter, another kind of adapter, or one for another model.
-        ConfigError: another task, or none for an adapter that fedbpt did not write; no such template.
+        PromptError: no such adapter, another type of adapter, or one for another model.
+        ConfigError: a task with other labels, no task for an adapter not written by fedbpt, or no such template.
     """
     return peft.read_adapter(Path(folder), scorer, None if task is None else load(task), template)

@@ -1,8 +1,8 @@
-"""A prompt as a GGUF file: tensors and metadata that any program with a GGUF reader can use.
+"""Prompts as GGUF files: tensors and metadata for any program with a GGUF reader.
 
-Its metadata follow LoRA adapters': ``general.type`` adapter, ``general.architecture`` the model's, ``adapter.type``
-soft_prompt. ``soft_prompt.weight`` has a row after the other, float32, as ``llama_batch.embd`` takes them; the other
-tensors are a prompt file's (`fedbpt.prompts.prompt`), those without elements left out.
+The metadata follow those of LoRA adapters: ``general.type`` adapter, ``general.architecture`` the model's,
+``adapter.type`` soft_prompt. ``soft_prompt.weight`` holds the rows in order, float32, as ``llama_batch.embd`` expects
+them. The other tensors are those of a prompt file (`fedbpt.prompts.prompt`), without empty ones.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ ROWS = "soft_prompt.weight"
 _TENSORS = ("label_bias", "word_ids", "word_weights", "other_weights")
 
 _USE = """\
-`{name}` is a GGUF file of tensors and metadata, `gguf-dump {name}` lists them. `soft_prompt.weight` holds the rows,
-input embeddings in float32. llama.cpp's programs have no option that reads it: a program of your own gives the rows to
-`llama_decode` as `llama_batch.embd`, at the place that `fedbpt.placement` names.
+`{name}` is a GGUF file of tensors and metadata, which `gguf-dump {name}` lists. `soft_prompt.weight` holds the rows,
+input embeddings in float32. llama.cpp's programs cannot read it; your own program can pass the rows to `llama_decode`
+as `llama_batch.embd`, at the position given by `fedbpt.placement`.
 
 ```python
 import gguf
@@ -36,7 +36,7 @@ rows = tensors["soft_prompt.weight"]  # float32 [{n_prompt}, {n_embd}]
 
 
 def write_gguf(prompt: Prompt, target: Path) -> Path:
-    """The prompt as one GGUF file, and a card.
+    """Write a prompt as one GGUF file, with a model card.
 
     Raises:
         MissingExtraError: the package gguf is not installed.
@@ -63,7 +63,7 @@ def write_gguf(prompt: Prompt, target: Path) -> Path:
     except OSError as error:
         raise PromptError(f"cannot write the prompt to {target}: {error.strerror or error}") from error
     finally:
-        with suppress(OSError):  # what is the matter is told above
+        with suppress(OSError):  # the first error is the one to raise
             partial.unlink()
     write({target: content, card_path(target): encode_card(model_card(prompt, use, "gguf"))})
     return target

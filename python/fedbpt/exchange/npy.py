@@ -1,4 +1,4 @@
-"""A prompt's rows as a NumPy file."""
+"""Prompts as NumPy files of their rows."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from fedbpt.prompts.prompt import Prompt, card_path, encode_card, write
 
 
 def write_npy(prompt: Prompt, target: Path) -> Path:
-    """The rows, float32 [n_prompt, n_embd], and a card. Raises `PromptError` where they cannot be written."""
+    """Write the rows, float32 [n_prompt, n_embd], with a model card. Raises `PromptError` if that fails."""
     content = io.BytesIO()
     np.save(content, prompt.rows, allow_pickle=False)
-    use = f"```python\nimport numpy as np\n\nrows = np.load({target.name!r})  # input embeddings, one a row\n```\n\n"
+    use = f"```python\nimport numpy as np\n\nrows = np.load({target.name!r})  # input embeddings, one per row\n```\n\n"
     card = model_card(prompt, use + "".join(f"{note}\n" for note in notes(prompt)), "numpy")
     write({target: content.getvalue(), card_path(target): encode_card(card)})
     return target
 
 
 def notes(prompt: Prompt) -> tuple[str, ...]:
-    """What the file does not hold, a line each."""
+    """The parts of the prompt that the file lacks, one line each."""
     if prompt.label_bias.any() or prompt.n_words or prompt.others:
-        return ("The file holds the rows alone: label bias and readout stay in the prompt file, or go into --to gguf.",)
+        return ("The file only holds the rows: for label bias and readout, use the prompt file or --to gguf.",)
     return ()

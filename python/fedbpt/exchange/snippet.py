@@ -1,6 +1,6 @@
-"""Python code that uses a prompt with transformers and PEFT, for the README of an exported adapter.
+"""Python code for the README of an exported adapter, which uses it with transformers and PEFT.
 
-It gives the logits that fedbpt's engine gives, for the same weights, in float32 up to rounding.
+For the same weights, its float32 logits equal those of fedbpt's engine up to rounding.
 """
 
 from __future__ import annotations
@@ -20,35 +20,37 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-FOLDER = "."  # where this file is
+FOLDER = "."  # the folder of this file
 MODEL = {model}  # {weights}
 LABELS = {labels}
-TEMPLATES = [  # token ids of what stands before the text, of the answer cue, of each label word
+TEMPLATES = [  # token ids before the text, sentinels, white space before the text, ids of the cue, of each label word
 {templates}]
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32), FOLDER).eval()
 plain = model.get_base_model()
-parts = load_file(f"{{FOLDER}}/prompt.safetensors")  # the whole prompt: here for its label bias and readout
+parts = load_file(f"{{FOLDER}}/prompt.safetensors")  # label bias and readout
 """
 
 _TOKENS = """\
 
-def tokens(text, beside, gap):
-    \"\"\"Token ids of a text as it follows what stands before it.\"\"\"
+def tokens(text, sentinels, gap):
+    \"\"\"Token ids of a text as a continuation of the text before it, which a sentinel stands for.\"\"\"
     text = gap + " ".join(text.split()[:{max_words}])
-    for first in beside or [""]:
-        alone, both = (tokenizer(part, add_special_tokens=False).input_ids for part in (first, first + text))
-        if both[: len(alone)] == alone:
-            return both[len(alone) :][:{max_tokens}]
+    for sentinel in sentinels or [""]:
+        before, joined = (
+            tokenizer(part, add_special_tokens=False).input_ids for part in (sentinel, sentinel + text)
+        )
+        if joined[: len(before)] == before:
+            return joined[len(before) :][:{max_tokens}]
     raise ValueError(f"cannot tokenise {{text!r}}")
 """
 
 _IN_CUE = """\
 
 def logits(ids, more, tuned):
-    \"\"\"Logits [1 + len(more), n_vocab] after ids, and after each of more.\"\"\"
+    \"\"\"Logits [1 + len(more), n_vocab] after ids and after each of more.\"\"\"
     embeds = plain.get_input_embeddings()(torch.tensor([ids + more]))
-    if tuned:  # the prompt stands in place of the cue's last tokens, where PEFT would put it first
+    if tuned:  # the prompt replaces the cue's last tokens, whereas PEFT would put it first
         rows = model.get_prompt(batch_size=1)[0]
         embeds[0, len(ids) - len(rows) : len(ids)] = rows
     return plain(inputs_embeds=embeds).logits[0, -1 - len(more) :]
@@ -57,7 +59,7 @@ def logits(ids, more, tuned):
 _IN_FRONT = """\
 
 def logits(ids, more, tuned):
-    \"\"\"Logits [1 + len(more), n_vocab] after ids, and after each of more. PEFT puts the prompt before them.\"\"\"
+    \"\"\"Logits [1 + len(more), n_vocab] after ids and after each of more. PEFT puts the prompt first.\"\"\"
     return (model if tuned else plain)(input_ids=torch.tensor([ids + more])).logits[0, -1 - len(more) :]
 """
 
@@ -69,9 +71,9 @@ _OF_TOKENS = """\
 _OF_WORDS = """\
         after = logits(ids, [], tuned=i == 0)[0]
         scores = []
-        for word in words:  # the log-probability of all of its tokens
-            said = logits(ids, word[:-1], tuned=i == 0).log_softmax(-1)
-            scores.append(said[range(len(word)), word].sum())
+        for word in words:  # the log-probability of all its tokens
+            log_probs = logits(ids, word[:-1], tuned=i == 0).log_softmax(-1)
+            scores.append(log_probs[range(len(word)), word].sum())
         scores = torch.stack(scores)
 """
 
@@ -79,13 +81,13 @@ _LABELS = """\
 
 @torch.no_grad()
 def label_logits(text):
-    \"\"\"[n_labels]: the likeliest label has the largest.\"\"\"
+    \"\"\"Logits [n_labels], the largest for the most likely label.\"\"\"
     readouts = [torch.cat([parts["label_bias"][None], parts.get("word_weights", torch.zeros(0, len(LABELS)))])]
     readouts += list(parts.get("other_weights", []))
     read_words = parts.get("word_ids", torch.zeros(0)).long()
     found = []
-    for i, (before, beside, gap, cue, words) in enumerate(TEMPLATES):
-        ids = [*before, *tokens(text, beside, gap), *cue]
+    for i, (before, sentinels, gap, cue, words) in enumerate(TEMPLATES):
+        ids = [*before, *tokens(text, sentinels, gap), *cue]
 {scores}        found.append(scores + torch.cat([torch.ones(1), after[read_words]]) @ readouts[i])
     return found[0] if len(found) == 1 else torch.stack(found).log_softmax(-1).mean(0)
 
@@ -97,9 +99,9 @@ _TEXT = """\
 
 @torch.no_grad()
 def next_logits(text):
-    \"\"\"[n_vocab], of the token that follows the text.\"\"\"
-    before, beside, gap, cue, _ = TEMPLATES[0]
-    return logits([*before, *tokens(text, beside, gap), *cue], [], tuned=True)[0]
+    \"\"\"Logits [n_vocab] of the token after the text and the cue.\"\"\"
+    before, sentinels, gap, cue, _ = TEMPLATES[0]
+    return logits([*before, *tokens(text, sentinels, gap), *cue], [], tuned=True)[0]
 
 
 print(tokenizer.decode(next_logits({example}).argmax()))
@@ -107,42 +109,44 @@ print(tokenizer.decode(next_logits({example}).argmax()))
 
 
 def snippet(prompt: Prompt, scorer: Scorer, task: Task, model: str, n_bos: int) -> str:
-    """The code, runnable as it stands in the adapter's folder.
+    """Generate the code, which runs in the adapter's folder.
 
     Args:
-        prompt: what the adapter holds.
-        scorer: its model, whose token ids the code states.
-        task: its task, which says how texts are cut.
-        model: what transformers loads the weights from, a name or a folder.
-        n_bos: how many of the adapter's virtual tokens stand for BOS.
+        prompt: the adapter's prompt.
+        scorer: its model, for token ids.
+        task: its task, which limits the length of texts.
+        model: name or folder from which transformers loads the weights.
+        n_bos: number of the adapter's virtual tokens for BOS.
     """
     known = known_model(prompt.model_name, prompt.model_fingerprint)
     quantised = known is not None and known.original == model
     templates = (prompt.template, *prompt.others)
     lines = [_line(prompt, scorer, template, n_bos if i == 0 else 0) for i, template in enumerate(templates)]
-    name = one_line(prompt.model_name)  # it stands in a comment
+    name = one_line(prompt.model_name)  # goes into a comment
     setup = _SETUP.format(
         model=json.dumps(model),
         weights="not quantised: logits differ a little" if quantised else f"the weights of {name}",
         labels=list(prompt.labels),
         templates="".join(lines),
     )
-    place = _IN_CUE if prompt.spec.placement == "cue" else _IN_FRONT
+    logits = _IN_CUE if prompt.spec.placement == "cue" else _IN_FRONT
     tokens = _TOKENS.format(max_words=task.max_words or "", max_tokens=task.max_text_tokens)
-    return "\n".join([setup, tokens, place, _answer(prompt, scorer)])
+    return "\n".join([setup, tokens, logits, _result(prompt, scorer)])
 
 
-def _line(prompt: Prompt, scorer: Scorer, template: Template, skipped: int) -> str:
-    """One of TEMPLATES, without the ``skipped`` first token ids. The text goes on beside a neutral character."""
+def _line(prompt: Prompt, scorer: Scorer, template: Template, n_skipped: int) -> str:
+    """An entry of TEMPLATES, without the first ``n_skipped`` token ids."""
     head = split_pattern(template)[0]
-    spoken = head.rstrip()
-    before = head_ids(scorer, template).tolist()[skipped:]
+    stripped_head = head.rstrip()
+    before = head_ids(scorer, template).tolist()[n_skipped:]
     words = [word.tolist() for word in label_word_ids(scorer, template, prompt.labels)]
-    beside, gap = ("".join(SENTINELS), head[len(spoken) :]) if spoken else ("", head)
-    return f"    ({before}, {json.dumps(beside)}, {json.dumps(gap)}, {cue_ids(scorer, template).tolist()}, {words}),\n"
+    sentinels = "".join(SENTINELS) if stripped_head else ""
+    gap = head[len(stripped_head) :] if stripped_head else head
+    cue = cue_ids(scorer, template).tolist()
+    return f"    ({before}, {json.dumps(sentinels)}, {json.dumps(gap)}, {cue}, {words}),\n"
 
 
-def _answer(prompt: Prompt, scorer: Scorer) -> str:
+def _result(prompt: Prompt, scorer: Scorer) -> str:
     if not prompt.labels:
         return _TEXT.format(example=json.dumps("A text"))
     templates = (prompt.template, *prompt.others)

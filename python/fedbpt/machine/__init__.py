@@ -1,1 +1,1 @@
-"""The computer that this runs on: what it is, its energy and memory, its pauses, its files from the package index."""
+"""The machine: hardware information, energy, memory, pauses, autostart, and files from the package index."""

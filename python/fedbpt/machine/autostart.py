@@ -1,4 +1,4 @@
-"""A command that starts with the machine: a systemd unit of the user's, or a Termux:Boot script on Android."""
+"""Autostart of a command at boot: a systemd user unit, or a Termux:Boot script on Android."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fedbpt.machine.files import write_whole
 from fedbpt.protocol.specs import as_name
 
 SERVICE = "fedbpt-device"
-_KEPT = ("FEDBPT_CACHE", "FEDBPT_CREDENTIALS", "FEDBPT_LLAMA_LOG")  # the environment that a command depends on
+_ENVIRONMENT = ("FEDBPT_CACHE", "FEDBPT_CREDENTIALS", "FEDBPT_LLAMA_LOG")  # variables that a command depends on
 
 
 @dataclass(frozen=True)
 class Installed:
-    """What `install` wrote, or found written. ``enable`` and ``remove`` are shell lines for people, ``notes`` too."""
+    """The file that `install` wrote or found. ``enable`` and ``remove``: shell commands to show; ``notes``: text."""
 
     path: Path
     enable: str
@@ -36,25 +36,25 @@ def install(
     environment: Mapping[str, str] = os.environ,
     home: Path | None = None,
 ) -> Installed:
-    """Write the file that starts ``command``, from this folder, when the machine starts. Enables nothing.
+    """Write the file that starts ``command`` at boot, in the current folder. Does not enable it.
 
     Args:
-        command: program and arguments; the program by its full path.
-        device: the device's name where this machine may have several: each has a file of its own; None: the only one.
-        max_memory: MiB beyond which systemd ends it; None: no limit.
-        force: replace a file of other content.
-        environment: ``PREFIX`` of Termux there means Termux.
-        home: the user's home; None: of this process.
+        command: program, by its full path, and arguments.
+        device: the device's name, if this machine may have several, each with its own file; None: the only one.
+        max_memory: memory limit that systemd enforces, in MiB; None: no limit.
+        force: replace a file with different content.
+        environment: environment variables; Termux is detected by its ``PREFIX``.
+        home: the user's home folder; None: of this process.
 
     Raises:
-        ConfigError: a file of other content is there.
-        FedbptError: it cannot be written.
+        ConfigError: a file with different content exists.
+        FedbptError: the file cannot be written.
     """
     service = SERVICE if device is None else f"{SERVICE}-{as_name(device)}"
-    kept = {name: environment[name] for name in _KEPT if name in environment}
-    instead = "set HOME, or XDG_CONFIG_HOME, to a folder of its own"
+    kept = {name: environment[name] for name in _ENVIRONMENT if name in environment}
+    remedy = "set HOME or XDG_CONFIG_HOME to a folder of this user"
     if "com.termux" in environment.get("PREFIX", ""):
-        home = home or folders.home(instead)
+        home = home or folders.home(remedy)
         path = home / ".termux/boot" / service
         log = home / f".{service}.log"
         text = boot_script(command, Path.cwd(), kept, environment["PREFIX"], log.name)
@@ -62,10 +62,10 @@ def install(
             path,
             f"install the app Termux:Boot and open it once; to start now: sh {shlex.quote(str(path))} &",
             f"rm {shlex.quote(str(path))}",
-            f"it logs to {log}, anew at each start",
+            f"it logs to {log}, which each start overwrites",
         )
     else:
-        configuration = Path(environment.get("XDG_CONFIG_HOME") or (home or folders.home(instead)) / ".config")
+        configuration = Path(environment.get("XDG_CONFIG_HOME") or (home or folders.home(remedy)) / ".config")
         path = configuration / "systemd/user" / f"{service}.service"
         text = systemd_unit(command, Path.cwd(), kept, max_memory)
         found = Installed(
@@ -79,7 +79,7 @@ def install(
 
 
 def systemd_unit(command: Sequence[str], folder: Path, environment: Mapping[str, str], max_memory: int | None) -> str:
-    """The unit's text. Started again where it fails, but not where its command is wrong (exit code 2)."""
+    """The text of the systemd unit. It restarts the command on failure, but not on a usage error (exit code 2)."""
     lines = [
         "[Unit]",
         "Description=fedbpt device: tunes prompts on this machine's data for a coordinator",
@@ -88,7 +88,7 @@ def systemd_unit(command: Sequence[str], folder: Path, environment: Mapping[str,
         "",
         "[Service]",
         f"ExecStart={' '.join(_quoted(word) for word in command)}",
-        # a path of its own: no quotes there
+        # takes the rest of the line, without quotes
         f"WorkingDirectory={str(folder).replace('%', '%%')}",
         *(f"Environment={_quoted(f'{name}={value}')}" for name, value in environment.items()),
         "Restart=on-failure",
@@ -104,9 +104,9 @@ def systemd_unit(command: Sequence[str], folder: Path, environment: Mapping[str,
 
 
 def boot_script(command: Sequence[str], folder: Path, environment: Mapping[str, str], prefix: str, log: str) -> str:
-    """The script's text; ``prefix``: of Termux; ``log``: a file's name in the home.
+    """The text of the Termux:Boot script. ``prefix``: Termux's; ``log``: name of a file in the home folder.
 
-    A wake lock, or Android stops the processor with the screen off.
+    It takes a wake lock, without which Android stops the processor when the screen is off.
     """
     lines = [
         f"#!{prefix}/bin/sh",
@@ -119,7 +119,7 @@ def boot_script(command: Sequence[str], folder: Path, environment: Mapping[str, 
 
 
 def _quoted(word: str) -> str:
-    """As systemd.syntax(7) and systemd.service(5) read it back: one word, nothing expanded."""
+    """Quote a word for systemd.syntax(7) and systemd.service(5), without expansion."""
     escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
     return f'"{escaped}"'
 
@@ -129,8 +129,8 @@ def _write(path: Path, text: str, force: bool) -> None:
     try:
         if path.exists() and not force and path.read_bytes() != content:
             raise ConfigError(
-                f"{path} is there and differs: look at it, then replace it with --force, or give another device on this"
-                " machine a --name of its own"
+                f"{path} exists with different content: check it and replace it with --force, or give another device on"
+                " this machine its own --name"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole({path: content})

@@ -1,7 +1,7 @@
-"""The energy that this machine uses, where Linux tells: RAPL counters of the CPU, a board's power monitors, a battery.
+"""The machine's energy use, as reported by Linux: RAPL counters of the CPU, a board's power monitors, or a battery.
 
-What each covers differs (`EnergyMeter.source` names it): RAPL a CPU package, a board's input rail the whole board, a
-battery the whole device and only while nothing charges it.
+They cover different parts (`EnergyMeter.source` names the one in use): RAPL a CPU package, a board's input rail the
+whole board, a battery the whole device while it is not charging.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from fedbpt.machine.system_files import SYSFS, read, text
 
 INTERVAL_S = 0.1
 
-# hwmon drivers that measure a board or a processor; a graphics card's power, say, is another matter
+# hwmon drivers that measure a board or a processor, but not for example a graphics card
 _HWMON = re.compile(r"ina\d|fam15h_power|amd_energy|sc[mp]i_sensors|macsmc_hwmon")
-_INPUT_RAILS = ("VDD_IN", "POM_5V_IN")  # on Jetson boards these feed all other rails
+_INPUT_RAILS = ("VDD_IN", "POM_5V_IN")  # Jetson boards' rails that feed all others
 
 Clock: TypeAlias = Callable[[], float]
 
 
 class _Counter:
-    """Counts microjoules in a file, from 0 again after ``wraps_at``."""
+    """A counter of microjoules in a file, which wraps to 0 at ``wraps_at``."""
 
     def __init__(self, name: str, path: Path, wraps_at: int | None) -> None:
         self.name = name
@@ -36,7 +36,7 @@ class _Counter:
         self._last = _number(path)
 
     def joules(self) -> float:
-        """Since the last call."""
+        """Joules since the last call."""
         now = _number(self._path)
         used = now - self._last
         if used < 0:
@@ -46,7 +46,7 @@ class _Counter:
 
 
 class _Power:
-    """Power at the moment, as the product of numbers in files: integrated between calls by the trapezoidal rule."""
+    """Current power as the product of numbers in files, integrated over time by the trapezoidal rule."""
 
     def __init__(self, name: str, paths: tuple[Path, ...], unit: float, clock: Clock) -> None:
         self.name = name
@@ -59,25 +59,27 @@ class _Power:
         watts = self._unit
         for path in self._paths:
             watts *= _number(path)
-        return abs(watts)  # some batteries count what flows out as negative
+        return abs(watts)  # some batteries report discharging as negative
 
     def joules(self) -> float:
-        """Since the last call."""
-        before, then = self._last
-        self._last = now, watts = self._clock(), self._watts()
-        return (now - before) * (then + watts) / 2
+        """Joules since the last call."""
+        last_time, last_watts = self._last
+        now = self._clock()
+        watts = self._watts()
+        self._last = (now, watts)
+        return (now - last_time) * (last_watts + watts) / 2
 
 
 _Source: TypeAlias = _Counter | _Power
 
 
 class EnergyMeter:
-    """Joules since it was made. A context manager: inside, a thread reads what has no counter ten times a second.
+    """Measures energy from its construction on. As a context manager, it samples power readings in a thread.
 
     Args:
-        sysfs: the root of the system's files.
-        interval_s: seconds between two readings.
-        clock: seconds, monotonic.
+        sysfs: mount point of sysfs.
+        interval_s: sampling interval in seconds.
+        clock: monotonic time in seconds.
     """
 
     def __init__(self, sysfs: Path = SYSFS, interval_s: float = INTERVAL_S, clock: Clock = time.monotonic) -> None:
@@ -87,29 +89,29 @@ class EnergyMeter:
         self._thread = threading.Thread(target=self._watch, name="fedbpt-energy", daemon=True)
         self._joules = 0.0
         self._sources: tuple[_Source, ...] = ()
-        self.why_not: str | None = "this system tells nothing of the energy it uses"
+        self.why_not: str | None = "this system does not report its energy use"
         for find in (_rapl, _hwmon, _jetson, _battery):
             try:
                 self._sources = tuple(find(sysfs, clock))
             except OSError as error:
-                self.why_not = f"{error.filename} cannot be read ({error.strerror}): run as root"
+                self.why_not = f"cannot read {error.filename} ({error.strerror}): run as root"
             if self._sources:
                 self.why_not = None
                 break
 
     @property
     def source(self) -> str | None:
-        """What is measured; None: nothing, and ``why_not`` is one line that says why."""
+        """What is measured. None: nothing, for the reason in ``why_not``, one line."""
         return " + ".join(source.name for source in self._sources) or None
 
     def joules(self) -> float | None:
-        """Joules since this meter was made; None where nothing tells, or no longer."""
+        """Joules since this meter was constructed; None if there is no source, or no longer."""
         with self._lock:
             try:
                 self._joules += sum(source.joules() for source in self._sources)
-            except OSError as error:  # an unplugged battery, say
+            except OSError as error:  # such as an unplugged battery
                 self._sources = ()
-                self.why_not = f"{error.filename} is no longer readable: {error.strerror}"
+                self.why_not = f"cannot read {error.filename} any more: {error.strerror}"
             return self._joules if self._sources else None
 
     def _watch(self) -> None:
@@ -130,7 +132,7 @@ class EnergyMeter:
 
 
 def _rapl(sysfs: Path, _clock: Clock) -> Iterator[_Source]:
-    """Each CPU package and the memory beside it; what lies inside a package (core, uncore) is part of it."""
+    """CPU packages and DRAM. The zones inside a package (core, uncore) are part of it."""
     for zone in sorted((sysfs / "class/powercap").glob("intel-rapl:*")):
         name = read(zone / "name")
         if name.startswith("package") or name == "dram":
@@ -145,7 +147,7 @@ def _hwmon(sysfs: Path, clock: Clock) -> Iterator[_Source]:
             continue
         energies = [path for path in sorted(device.glob("energy*_input")) if not _label(path).startswith("Ecore")]
         powers = sorted(device.glob("power*_input"))
-        for path in energies:  # without a core's, which is part of its socket's
+        for path in energies:  # without cores, which are part of their socket
             rails.append((_label(path), _Counter(f"{driver} {_label(path)}", path, None)))
         for path in [] if energies else powers:
             rails.append((_label(path), _Power(f"{driver} {_label(path)}", (path,), 1e-6, clock)))
@@ -157,7 +159,7 @@ def _hwmon(sysfs: Path, clock: Clock) -> Iterator[_Source]:
 
 
 def _jetson(sysfs: Path, clock: Clock) -> Iterator[_Source]:
-    """The INA3221 under NVIDIA's kernels before 5.10: milliwatts."""
+    """The INA3221 in NVIDIA's kernels before 5.10, in milliwatts."""
     rails: list[tuple[str, _Source]] = []
     for power in sorted((sysfs / "bus/i2c/drivers/ina3221x").glob("*/iio:device*/in_power[012]_input")):
         label = read(power.with_name(f"rail_name_{power.name[len('in_power')]}"))
@@ -177,12 +179,12 @@ def _battery(sysfs: Path, clock: Clock) -> Iterator[_Source]:
 
 
 def _of_board(rails: list[tuple[str, _Source]]) -> list[_Source]:
-    """The input rails where there are some, else all."""
+    """The input rails if there are any, else all rails."""
     return [source for label, source in rails if label in _INPUT_RAILS] or [source for _, source in rails]
 
 
 def _label(value: Path) -> str:
-    """What the driver calls the rail of ``in1_input``, ``power2_input``, ...; else ``in1``, ``power2``."""
+    """The driver's label for ``in1_input``, ``power2_input``, ...; without one, ``in1``, ``power2``."""
     stem = value.name.removesuffix("_input")
     return text(value.with_name(f"{stem}_label")) or stem
 
@@ -192,4 +194,4 @@ def _number(path: Path) -> int:
     try:
         return int(found)
     except ValueError as error:
-        raise OSError(errno.EINVAL, f"holds {found!r}, no number", str(path)) from error
+        raise OSError(errno.EINVAL, f"expected a number, found {found!r}", str(path)) from error

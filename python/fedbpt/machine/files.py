@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written under other names, and renamed when their bytes are on the disk."""
+"""Atomic writes of files: written under temporary names, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ PARTIAL = ".part"
 
 
 def write_whole(files: Mapping[Path, bytes], private: Collection[Path] = ()) -> None:
-    """Write files that belong together, by path: all of them or, where one cannot be written, none.
+    """Write files, given by path: all of them or, if one cannot be written, none.
 
-    Those in ``private`` only their owner can read. Raises OSError, whose ``filename`` is the one that could not be.
+    Files in ``private`` get mode 0600. Raises OSError with the ``filename`` that could not be written.
     """
     number = secrets.token_hex(4)
     partials = {path: path.parent / f".{path.name}.{number}{PARTIAL}" for path in files}

@@ -1,4 +1,4 @@
-"""The user's folders. Some users have no home: a container's, say, that runs as a number without an account."""
+"""The user's folders. Some users have no home, such as a container's that runs under a bare user id."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ from typing import Final
 
 from fedbpt.errors import ConfigError
 
-ELSEWHERE: Final = "FEDBPT_CACHE names another folder"
-"""What to do about a cache folder that cannot be written."""
+OTHER_CACHE: Final = "set FEDBPT_CACHE to another folder"
+"""The remedy for a cache folder that cannot be written."""
 
 
-def home(instead: str) -> Path:
-    """The user's home. Raises `ConfigError` where the system names none; ``instead`` says what to do then."""
+def home(remedy: str) -> Path:
+    """The user's home folder. Raises `ConfigError`, which ends with ``remedy``, if the system has none."""
     try:
         return Path.home()
     except RuntimeError as error:
-        raise ConfigError(f"this user ({os.getuid()}) has no home folder: {instead}") from error
+        raise ConfigError(f"user {os.getuid()} has no home folder: {remedy}") from error
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """``path`` with ``~`` and ``~user`` at its beginning replaced. Raises `ConfigError` where there is no such home."""
+    """Expand a leading ``~`` or ``~user``. Raises `ConfigError` if there is no such home folder."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise ConfigError(f"{os.fspath(path)!r} names a home folder that there is not: give the whole path") from error
+        raise ConfigError(f"no home folder for {os.fspath(path)!r}: give the full path") from error
 
 
 def cache_folder() -> Path:
-    """Where fedbpt keeps what it fetched: ``$FEDBPT_CACHE``, else the platform's cache folder. May not exist yet.
+    """The folder for downloads: ``$FEDBPT_CACHE``, else in the platform's cache folder. May not exist yet.
 
-    Raises `ConfigError` where neither is known.
+    Raises `ConfigError` if neither is known.
     """
     if chosen := os.environ.get("FEDBPT_CACHE"):
         return expanded(chosen)
-    instead = "set FEDBPT_CACHE to a folder where fedbpt may keep models"
+    remedy = "set FEDBPT_CACHE to a folder for models"
     if sys.platform == "darwin":
-        return home(instead) / "Library" / "Caches" / "fedbpt"
-    return Path(os.environ.get("XDG_CACHE_HOME") or home(instead) / ".cache") / "fedbpt"
+        return home(remedy) / "Library" / "Caches" / "fedbpt"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home(remedy) / ".cache") / "fedbpt"
 
 
-def config_folder(instead: str) -> Path:
-    """The user's configuration folder; ``instead`` as for `home`. May not exist yet."""
-    return Path(os.environ.get("XDG_CONFIG_HOME") or home(instead) / ".config")
+def config_folder(remedy: str) -> Path:
+    """The user's configuration folder; ``remedy`` as for `home`. May not exist yet."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or home(remedy) / ".config")

@@ -1,4 +1,4 @@
-"""What this machine is, and whether heat slows it down."""
+"""The machine's processor, board and battery, and whether it is throttled by heat."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import msgspec
 
 from fedbpt.machine.system_files import PROC, SYSFS, entries, number, text
 
-# MIDR implementer and part, as in /proc/cpuinfo: the cores of common boards and phones
+# MIDR implementer and part, as in /proc/cpuinfo, of the cores in common boards and phones
 _ARM_CORES = {
     (0x41, 0xD03): "Cortex-A53",
     (0x41, 0xD05): "Cortex-A55",
@@ -28,19 +28,19 @@ _ARM_CORES = {
     (0x51, 0x804): "Kryo 4xx Gold",
     (0x51, 0x805): "Kryo 4xx Silver",
 }
-_PI_LIMITS = 0b1110  # of get_throttled: frequency capped, throttled, soft temperature limit; bit 0 is the voltage
+_PI_LIMITS = 0b1110  # bits of get_throttled: frequency capped, throttled, soft temperature limit
 
 
 class Heat(msgspec.Struct, frozen=True):
-    """The machine's temperature at one moment. None: the system does not tell."""
+    """The machine's thermal state at one moment. None: not reported by the system."""
 
-    celsius: float | None  # of the hottest zone of the processor
-    limited: bool | None  # heat keeps the clock down right now
-    throttle_events: int | None  # since the machine started
+    celsius: float | None  # of the processor's hottest zone
+    limited: bool | None  # the clock is throttled now
+    throttle_events: int | None  # since boot
 
 
 def cpu_name(proc: Path = PROC) -> str:
-    """The processor's name, or those of its kinds of core."""
+    """The name of the processor, or of its types of core."""
     info = text(proc / "cpuinfo") or ""
     named = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
     if named:
@@ -52,24 +52,24 @@ def cpu_name(proc: Path = PROC) -> str:
 
 
 def physical_cores(sysfs: Path = SYSFS) -> int:
-    """Physical cores that this process may run on: hyper-threads of one core count once."""
+    """Number of physical cores that this process may run on."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     topology = "devices/system/cpu/cpu{}/topology/thread_siblings_list"
     return max(1, len({text(sysfs / topology.format(cpu)) or str(cpu) for cpu in allowed}))
 
 
 def board_name(proc: Path = PROC, sysfs: Path = SYSFS) -> str | None:
-    """What the board or the computer is called; None: the system does not tell."""
+    """The model name of the board or computer; None: not reported by the system."""
     return text(proc / "device-tree/model") or text(sysfs / "class/dmi/id/product_name") or None
 
 
 def heat(sysfs: Path = SYSFS) -> Heat:
-    """The heat of now."""
+    """Read the machine's thermal state."""
     return Heat(_celsius(sysfs), _limited(sysfs), _throttle_events(sysfs))
 
 
 def battery_percent(sysfs: Path = SYSFS) -> float | None:
-    """How full the battery is; None: there is none, or the system does not tell."""
+    """Charge of the battery; None: no battery, or not reported by the system."""
     levels = [number(supply / "capacity") for supply in entries(sysfs, "class/power_supply/*")]
     return next((float(level) for level in levels if level is not None and 0 <= level <= 100), None)
 
@@ -81,7 +81,7 @@ def _celsius(sysfs: Path) -> float | None:
         if millidegrees is not None and 0 < millidegrees < 150_000:
             zones.append(((text(zone / "type") or "").lower(), millidegrees / 1000))
     processor = [celsius for kind, celsius in zones if re.search("cpu|pkg|soc|core", kind)]
-    # a power chip's zone is made up on some boards
+    # the zone of a power management chip is not real on some boards
     return max(processor or [celsius for kind, celsius in zones if "pmic" not in kind], default=None)
 
 
@@ -94,7 +94,7 @@ def _limited(sysfs: Path) -> bool | None:
 
 
 def _cpu_coolers(sysfs: Path) -> list[Path]:
-    """The cooling devices that cool by slowing the processor down."""
+    """The cooling devices that throttle the processor."""
     devices = entries(sysfs, "class/thermal/cooling_device*")
     return [device for device in devices if re.search("cpufreq|processor", (text(device / "type") or "").lower())]
 

@@ -1,7 +1,7 @@
-"""Ctrl-C during a long call inside ``asyncio.run``.
+"""Ctrl-C during a blocking call inside ``asyncio.run``.
 
-There SIGINT cancels the main task (Python 3.11 and newer) or calls what the loop was given, once that loop turns; a
-plain call that is under way keeps it from turning, and so would hear of no Ctrl-C until its end.
+There, SIGINT cancels the main task (Python 3.11 and newer) or calls the loop's own handler, but only when the event
+loop runs: a blocking call would not be interrupted before its end.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from types import FrameType
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside, and as a decorator around a call: Ctrl-C raises KeyboardInterrupt also within a running event loop.
+    """Context manager and decorator: Ctrl-C raises KeyboardInterrupt even inside a running event loop.
 
-    Handlers of the user's own stay in force.
+    A handler that the caller has installed stays in force.
     """
     handler = signal.getsignal(signal.SIGINT)
-    if not (_in_loop_of_main_thread() and _is_a_loops(handler)):
+    if not (_in_loop_of_main_thread() and _is_loop_handler(handler)):
         yield
         return
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -33,19 +33,19 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Inside, Ctrl-C waits for the end: for code of others that takes KeyboardInterrupt for any other error."""
+    """Defer Ctrl-C to the end of the context, for library code that handles KeyboardInterrupt like any other error."""
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield
         return
-    came: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    received: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: received.append((number, frame)))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-    if came:
-        handler(*came[0])
+    if received:
+        handler(*received[0])
 
 
 def _in_loop_of_main_thread() -> bool:
@@ -58,6 +58,6 @@ def _in_loop_of_main_thread() -> bool:
     return True
 
 
-def _is_a_loops(handler: object) -> bool:
-    function = getattr(handler, "func", handler)  # asyncio.run's is a functools.partial
+def _is_loop_handler(handler: object) -> bool:
+    function = getattr(handler, "func", handler)  # asyncio.run installs a functools.partial
     return str(getattr(function, "__module__", "")).partition(".")[0] in ("asyncio", "uvloop")

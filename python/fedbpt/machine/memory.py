@@ -1,4 +1,4 @@
-"""What this process holds in memory, as the operating system counts it."""
+"""The memory of this process and of the machine."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 from fedbpt.errors import ConfigError
 from fedbpt.machine.system_files import PROC, text
 
-WEIGHTS_ALLOWANCE = 1.15  # benchmarks/bench_memory.py holds us to it: weights, and what is computed with them
+WEIGHTS_ALLOWANCE = 1.15  # weights with compute buffers; benchmarks/bench_memory.py checks it
 INTERPRETER_BYTES = 64 * 2**20
 
 
 def memory_of_process(proc: Path = PROC) -> dict[str, int]:
-    """``rss`` now and ``peak_rss`` since start, bytes. Where the system does not tell ``rss``, it is the peak."""
+    """Current ``rss`` and ``peak_rss`` since start, in bytes. ``rss`` is the peak if the system does not report it."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     found = re.match(r"[0-9]+ ([0-9]{1,18}) ", text(proc / "self/statm") or "")
     rss = int(found[1]) * os.sysconf("SC_PAGE_SIZE") if found else peak
@@ -24,19 +24,21 @@ def memory_of_process(proc: Path = PROC) -> dict[str, int]:
 
 
 def kv_budget_within(limit: int, weights: int, wanted: int) -> int:
-    """The KV that a process of at most ``limit`` bytes may keep beside a model file of ``weights`` bytes.
+    """The size of the KV cache, at most ``wanted``, in a process of ``limit`` bytes with a model of ``weights`` bytes.
 
-    At most ``wanted``. Raises `ConfigError` where the model alone does not fit; it names the least that would do.
+    Raises `ConfigError`, with the smallest possible limit in MiB, if the model itself does not fit.
     """
-    room = limit - INTERPRETER_BYTES - int(WEIGHTS_ALLOWANCE * weights)
-    if room < 0:
-        least = -(-(limit - room) // 2**20)
+    available = limit - INTERPRETER_BYTES - int(WEIGHTS_ALLOWANCE * weights)
+    if available < 0:
+        least = -(-(limit - available) // 2**20)
         raise ConfigError(
-            f"the model does not fit in {limit // 2**20} MiB: give --max-memory {least} or more, or a smaller model"
+            f"the model does not fit in {limit // 2**20} MiB: give --max-memory {least} or more, or a smaller model",
+            field="--max-memory",
+            limit=least,
         )
-    return min(room, wanted)
+    return min(available, wanted)
 
 
 def physical_memory() -> int:
-    """The machine's RAM, bytes."""
+    """The machine's RAM in bytes."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,6 +1,6 @@
-"""Reading Linux's files on the machine (``/sys``, ``/proc``), any of which may be absent, closed or odd.
+"""Reading of Linux's ``/sys`` and ``/proc``, where any file may be missing, unreadable or malformed.
 
-Android closes most of them to its programs, and a sensor that is switched off answers with an error.
+Android denies programs access to most of them, and reading a disabled sensor is an error.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ PROC: Final = Path("/proc")
 
 
 def read(path: Path) -> str:
-    """The text in ``path``, without white space and NULs around it. Raises OSError, and nothing else."""
+    """Read the text in ``path``, stripped of white space and NULs. Raises only OSError."""
     return path.read_bytes().decode(errors="replace").strip("\0 \t\r\n")
 
 
 def text(path: Path) -> str | None:
-    """As `read`; None: the system does not tell."""
+    """As `read`, but None if the file cannot be read."""
     try:
         return read(path)
     except OSError:
@@ -26,7 +26,7 @@ def text(path: Path) -> str | None:
 
 
 def number(path: Path, base: int = 10) -> int | None:
-    """The whole number in ``path``; None: the system does not tell, or something else is there."""
+    """Read the integer in ``path``; None if it cannot be read, or is not an integer."""
     try:
         return int(read(path), base)
     except (OSError, ValueError):
@@ -34,7 +34,7 @@ def number(path: Path, base: int = 10) -> int | None:
 
 
 def entries(folder: Path, pattern: str) -> list[Path]:
-    """What there is in ``folder`` by ``pattern``, in order; nothing where this process may not look."""
+    """The sorted paths in ``folder`` that match ``pattern``; empty if the folder cannot be read."""
     try:
         return sorted(folder.glob(pattern))
     except OSError:

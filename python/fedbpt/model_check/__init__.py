@@ -1,4 +1,4 @@
-"""What holds for a model file: does it load, tokenise, and agree with itself?
+"""Checks of a model file: does it load and tokenise, and are its scores consistent?
 
 >>> from fedbpt import check_model
 >>> check_model("smollm2-135m").holds

@@ -1,7 +1,7 @@
-"""The process in which a model file is tried: ``python -m fedbpt.model_check.child PATH SETTINGS``.
+"""The process that checks a model file: ``python -m fedbpt.model_check.child PATH SETTINGS``.
 
-A file from elsewhere may end the process that loads it. What is found so far goes to standard output, a JSON value a
-line; the last `Begun` says what was tried when the process ended.
+An untrusted file may crash the process that loads it. Messages go to standard output as they arise, one JSON value per
+line; the last `Begun` is the check during which the process ended.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ import msgspec
 from fedbpt.engine.native_scorer import KVType, load_model
 from fedbpt.errors import FedbptError, ModelWarning
 from fedbpt.model_check.findings import CHECKS, Finding, ModelFacts
-from fedbpt.model_check.probes import Answer, Probes
+from fedbpt.model_check.probes import Outcome, Probes
 
 
 class Begun(msgspec.Struct, frozen=True, tag=True):
-    """The check of this name begins."""
+    """The check ``name`` begins."""
 
     name: str
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """As for `load_model`; ``timeout_s``: whole seconds after which the process ends itself."""
+    """Settings as for `load_model`. ``timeout_s``: seconds after which the process ends itself."""
 
     n_threads: int | None
     n_gpu_layers: int
@@ -39,15 +39,15 @@ class Settings(msgspec.Struct, frozen=True):
     timeout_s: int
 
 
-Said = Begun | Finding | ModelFacts
-Tell = Callable[[Said], None]
+Message = Begun | Finding | ModelFacts
+Send = Callable[[Message], None]
 
 
-def examine(path: Path, settings: Settings, tell: Tell) -> None:
-    """Try all of `CHECKS` on a model file; those after a load that failed are left out."""
+def examine(path: Path, settings: Settings, send: Send) -> None:
+    """Run all `CHECKS` on a model file, or only the first if it does not load."""
     probes: Probes | None = None
 
-    def load() -> Answer:
+    def load() -> Outcome:
         nonlocal probes
         scorer = load_model(
             path,
@@ -57,37 +57,37 @@ def examine(path: Path, settings: Settings, tell: Tell) -> None:
             kv_type=settings.kv_type,
         )
         probes = Probes(scorer)
-        tell(probes.facts)
+        send(probes.facts)
         return True, f"{scorer.backend}, {scorer.n_threads} threads"
 
-    _try("loads", load, tell)
+    _run_check("loads", load, send)
     if probes is not None:
         for name in list(CHECKS)[1:]:
-            _try(name, getattr(probes, name), tell)
+            _run_check(name, getattr(probes, name), send)
 
 
-def _try(name: str, check: Callable[[], Answer], tell: Tell) -> None:
-    tell(Begun(name))
-    begin = time.monotonic()
+def _run_check(name: str, check: Callable[[], Outcome], send: Send) -> None:
+    send(Begun(name))
+    start = time.monotonic()
     try:
         holds, detail = check()
     except FedbptError as error:
-        holds, detail = False, str(error)
-    tell(Finding(name, holds, detail, time.monotonic() - begin))
+        holds = False
+        detail = str(error)
+    send(Finding(name, holds, detail, time.monotonic() - start))
 
 
 def main() -> None:
-    """See the module."""
     settings = msgspec.json.decode(sys.argv[2], type=Settings)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.alarm(settings.timeout_s)  # also where the parent is gone
-    warnings.simplefilter("ignore", ModelWarning)  # they are among the facts
-    said = os.fdopen(os.dup(1), "wb", buffering=0)
+    signal.alarm(settings.timeout_s)  # works even if the parent has died
+    warnings.simplefilter("ignore", ModelWarning)  # the warnings are in the facts
+    output = os.fdopen(os.dup(1), "wb", buffering=0)
 
-    def tell(what: Said) -> None:
-        said.write(msgspec.json.encode(what) + b"\n")
+    def send(message: Message) -> None:
+        output.write(msgspec.json.encode(message) + b"\n")
 
-    examine(Path(sys.argv[1]), settings, tell)
+    examine(Path(sys.argv[1]), settings, send)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What `fedbpt.check_model` says of a model file."""
+"""The result of `fedbpt.check_model`."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import msgspec
 CHECKS = {
     "loads": "loads",
     "tokenizes": "tokens = text",
-    "repeats": "same in any company",
+    "repeats": "independent of batch",
     "rows": "rows = tokens",
-    "labels": "labels alone = among all",
+    "labels": "label logits = all logits",
     "generates": "generator = scorer",
 }
-"""What is checked, in this order: it loads; texts come back from their tokens byte for byte; logits do not depend on
-what is scored beside a text or a candidate, or was before; rows that are token embeddings score as the tokens; label
-words score alone as among the whole vocabulary; generated tokens have the log-probabilities that scoring gives them."""
+"""The checks in order, with their titles. The model loads; tokens decode to the text byte for byte; logits depend on no
+other text or candidate of the call and on no earlier call; a soft prompt of token embeddings scores as the tokens;
+the logits of only the label words equal those among the whole vocabulary; generated tokens have the log-probabilities
+that scoring gives them."""
 
 
 class Finding(msgspec.Struct, frozen=True, tag=True):
-    """One of `CHECKS`: whether it holds, None where it was not tried; what was found; seconds that it took."""
+    """The outcome of one of `CHECKS`. ``holds``: None if it was not run; ``seconds``: its duration."""
 
     name: str
     holds: bool | None
@@ -27,7 +28,7 @@ class Finding(msgspec.Struct, frozen=True, tag=True):
 
 
 class ModelFacts(msgspec.Struct, frozen=True, tag=True):
-    """What a file that loads is. Sizes in bytes, of all its parts; ``n_ctx`` tokens."""
+    """Properties of a model that loads. ``size``: bytes of all parts; ``n_ctx``: tokens."""
 
     architecture: str
     n_params: int
@@ -39,14 +40,14 @@ class ModelFacts(msgspec.Struct, frozen=True, tag=True):
     n_vocab: int
     n_embd: int
     chat: bool
-    """Whether messages can be put to it in a chat template of its own."""
+    """Whether it has a chat template."""
     fingerprint: str
     notes: tuple[str, ...]
-    """What llama.cpp computes otherwise than the model's makers do."""
+    """Differences between llama.cpp and the model's reference implementation."""
 
 
 class ModelCheck(msgspec.Struct, frozen=True):
-    """The outcome for the file at ``path``; ``facts`` None where it does not load. One finding for each of `CHECKS`."""
+    """The result for a model file, with one finding for each of `CHECKS`. ``facts``: None if it does not load."""
 
     path: str
     facts: ModelFacts | None
@@ -54,5 +55,5 @@ class ModelCheck(msgspec.Struct, frozen=True):
 
     @property
     def holds(self) -> bool:
-        """Whether everything was tried and holds."""
+        """Whether all checks were run and hold."""
         return all(finding.holds for finding in self.findings)

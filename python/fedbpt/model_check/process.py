@@ -1,4 +1,4 @@
-"""`check_model`: what holds for a model file, found in a process of its own."""
+"""`check_model`: checks of a model file in a child process."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from fedbpt.checking import printable
 from fedbpt.engine.native_scorer import KVType
 from fedbpt.errors import ModelFileError
 from fedbpt.machine.interrupts import interruptible
-from fedbpt.model_check.child import Begun, Said, Settings
+from fedbpt.model_check.child import Begun, Message, Settings
 from fedbpt.model_check.findings import CHECKS, Finding, ModelCheck, ModelFacts
 from fedbpt.plain_text import one_line
 from fedbpt.quantities import GpuLayers, Threads
 
-_MOST_SAID = 300  # characters of what the process said before it ended
+_MAX_OUTPUT_CHARS = 300  # of the last line that the process wrote before it ended
 
 
 @checked
@@ -39,45 +39,49 @@ def check_model(
     timeout_s: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)] = 600,
     on_check: Callable[[str], None] | None = None,
 ) -> ModelCheck:
-    """Try what a model is used for, in another process, so that a file that ends it does no harm.
+    """Check that a model loads and that its scores are consistent, in a child process, which a bad file may crash.
 
-    It takes some 700 forward tokens. Texts are short: what only shows in long ones, beyond a sliding window say, is not
-    seen. ``holds`` of the result is whether all of `CHECKS` do.
+    Costs some 700 forward tokens. Texts are short: problems that only show in long ones, such as beyond a sliding
+    window, are not found. The result's ``holds`` is True if all of `CHECKS` hold.
 
     Args:
         name_or_path, n_threads, n_gpu_layers, gpu, kv_type: as for `load_model`.
-        timeout_s: whole seconds that it may take.
+        timeout_s: time limit in seconds.
         on_check: called with the name of each of `CHECKS` as it begins.
 
     Raises:
-        InputError: a setting that makes no sense.
+        InputError: an invalid setting.
         ModelNotFoundError: no such name, not pulled yet, or no such file.
     """
     settings = Settings(n_threads, n_gpu_layers, gpu, kv_type, timeout_s)
     try:
         path = models.locate(name_or_path)
-    except ModelFileError as error:  # a part is missing, say
+    except ModelFileError as error:  # such as a missing part
         return _outcome(printable(name_or_path), None, [Finding("loads", False, str(error))])
     command = [sys.executable, "-m", "fedbpt.model_check.child", str(path), msgspec.json.encode(settings).decode()]
-    begun, facts, findings = "loads", None, list[Finding]()
-    begin, said = time.monotonic(), ""
+    facts: ModelFacts | None = None
+    findings: list[Finding] = []
+    check = "loads"
+    start = time.monotonic()
+    last_output = ""
     with _started(command) as process:
         for line in process.stdout or ():
-            told = _decoded(line)
-            if isinstance(told, Begun):
-                begun, begin = told.name, time.monotonic()
+            message = _decoded(line)
+            if isinstance(message, Begun):
+                check = message.name
+                start = time.monotonic()
                 if on_check is not None:
-                    on_check(begun)
-            elif isinstance(told, ModelFacts):
-                facts = told
-            elif isinstance(told, Finding):
-                findings.append(told)
+                    on_check(check)
+            elif isinstance(message, ModelFacts):
+                facts = message
+            elif isinstance(message, Finding):
+                findings.append(message)
             elif line.strip():
-                said = line.decode(errors="backslashreplace")
+                last_output = line.decode(errors="backslashreplace")
         code = process.wait()
-    if code != 0 and begun not in {finding.name for finding in findings}:
-        detail = _why_ended(code, said, timeout_s)
-        findings.append(Finding(begun, False, detail, time.monotonic() - begin))
+    if code != 0 and check not in {finding.name for finding in findings}:
+        detail = _why_ended(code, last_output, timeout_s)
+        findings.append(Finding(check, False, detail, time.monotonic() - start))
     return _outcome(printable(path), facts, findings)
 
 
@@ -93,21 +97,21 @@ def _started(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
             raise
 
 
-def _decoded(line: bytes) -> Said | None:
+def _decoded(line: bytes) -> Message | None:
     try:
-        said: Said = msgspec.json.decode(line, type=Said)
-        return said
-    except msgspec.DecodeError:  # what llama.cpp says before it ends the process
+        message: Message = msgspec.json.decode(line, type=Message)
+        return message
+    except msgspec.DecodeError:  # output of llama.cpp before it crashes
         return None
 
 
-def _why_ended(code: int, said: str, timeout_s: int) -> str:
+def _why_ended(code: int, last_output: str, timeout_s: int) -> str:
     if code == -signal.SIGALRM:
-        return f"it did not end within {timeout_s} s"
+        return f"no result within {timeout_s} s"
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    return one_line(f"it ends the process ({how}){': ' if said else ''}{said}", _MOST_SAID)
+    return one_line(f"the process ended with {how}{': ' if last_output else ''}{last_output}", _MAX_OUTPUT_CHARS)
 
 
 def _outcome(path: str, facts: ModelFacts | None, found: list[Finding]) -> ModelCheck:
-    of = {finding.name: finding for finding in found}
-    return ModelCheck(path, facts, tuple(of.get(name, Finding(name, None)) for name in CHECKS))
+    by_name = {finding.name: finding for finding in found}
+    return ModelCheck(path, facts, tuple(by_name.get(name, Finding(name, None)) for name in CHECKS))

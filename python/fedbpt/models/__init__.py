@@ -1,4 +1,4 @@
-"""The model catalogue and store: locate, fetch, verify; and the formats of weights.
+"""Model files: catalogue, local store, fingerprints and weight formats.
 
 >>> from fedbpt import models
 >>> path = models.pull("smollm2-135m")

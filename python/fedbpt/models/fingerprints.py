@@ -1,4 +1,4 @@
-"""Fingerprints of models: the sha256 of their files, computed once and kept in the cache folder."""
+"""Fingerprints of models: the sha256 of their files, cached in the cache folder."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 
 
 class FileStamp(msgspec.Struct, frozen=True):
-    """What changes when a file is replaced or written to: ``size`` in bytes, times in nanoseconds.
+    """File metadata that changes when a file is written to or replaced. ``size`` in bytes, times in nanoseconds.
 
-    ``ctime_ns`` tells of what leaves the time of modification as it was, as `cp -p` does.
+    ``ctime_ns`` also changes where the modification time is kept, as by `cp -p`.
     """
 
     inode: int
@@ -40,9 +40,9 @@ class _Fingerprint(msgspec.Struct, frozen=True):
 
 @checked
 def fingerprint(path: str | Path) -> str:
-    """``sha256:<hex>`` of a model's file; of a split model, of all its parts joined in order, whichever is given.
+    """``sha256:<hex>`` of a model's file, or of all parts of a split model concatenated in order, given any part.
 
-    Computed once, then kept until one of the files changes.
+    Cached until one of the files changes.
 
     Raises:
         ModelNotFoundError: no such file.
@@ -54,34 +54,35 @@ def fingerprint(path: str | Path) -> str:
 
 
 def fingerprint_of_files(parts: Sequence[Path]) -> str:
-    """``sha256:<hex>`` of files joined in this order, kept as `fingerprint` keeps it. Raises `OSError`."""
-    paths, stamps = real_paths(parts), stamps_of(parts)
+    """``sha256:<hex>`` of files concatenated in this order, cached as by `fingerprint`. Raises `OSError`."""
+    paths = real_paths(parts)
+    stamps = stamps_of(parts)
     known = read_record(_record_of(paths), _Fingerprint)
     if known is None or (known.paths, known.files) != (paths, stamps):
-        # the stamps from before: a file that changes while it is read is read again the next time
+        # stamps from before reading: a file that changes meanwhile is read again the next time
         known = _Fingerprint(sha256_of(*parts), paths, stamps)
         _remember(known)
     return f"sha256:{known.sha256}"
 
 
 def stamps_of(parts: Sequence[Path]) -> tuple[FileStamp, ...]:
-    """The stamp of each file. Raises `OSError` where one is gone."""
+    """The stamp of each file. Raises `OSError` if one is missing."""
     found = [part.stat() for part in parts]
     return tuple(FileStamp(each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in found)
 
 
 def forget_fingerprint(parts: Sequence[Path]) -> None:
-    """Remove what is kept of files that are still there. Raises `OSError`."""
+    """Remove the cached fingerprint of existing files. Raises `OSError`."""
     _record_of(real_paths(parts)).unlink(missing_ok=True)
 
 
 def remember_fingerprint(path: Path, sha256: str) -> None:
-    """Keep the sha256 (hex) of a model in one file, where it is known already."""
+    """Cache the known sha256 (hexadecimal) of a model in one file."""
     _remember(_Fingerprint(sha256, real_paths([path]), stamps_of([path])))
 
 
 def real_paths(parts: Sequence[Path]) -> tuple[str, ...]:
-    """Where files are once links are followed, as text that a record may hold."""
+    """Paths with links resolved, as text that JSON can hold."""
     return tuple(os.fsencode(part.resolve()).decode(errors="backslashreplace") for part in parts)
 
 
@@ -93,8 +94,10 @@ def _record_of(paths: Sequence[str]) -> Path:
 def _remember(found: _Fingerprint) -> None:
     try:
         write_record(_record_of(found.paths), found)
-    except OSError as error:  # a full disk, a read-only cache: slower, not wrong
+    except OSError as error:  # a full disk or a read-only cache: slower, not wrong
         log.warning(
-            "the fingerprint of %s cannot be kept in %s (%s): it is computed anew at each start",
-            Path(found.paths[0]).name, cache_folder(), error.strerror or error,
-        )  # fmt: skip
+            "cannot cache the fingerprint of %s in %s (%s): it is computed again at each start",
+            Path(found.paths[0]).name,
+            cache_folder(),
+            error.strerror or error,
+        )

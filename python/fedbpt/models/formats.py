@@ -1,4 +1,4 @@
-"""The formats that weights are stored in: what a file has, what this CPU multiplies fast, and how to change it."""
+"""Weight formats: which ones a file has, which ones this CPU multiplies fast, and requantisation."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from fedbpt.models.trial import TrialSettings, run_once
 from fedbpt.quantities import Threads
 
 FORMATS = ("q2_k", "q3_k_m", "q4_0", "iq4_nl", "q4_k_m", "q4_1", "q5_k_m", "q6_k", "q8_0", "bf16", "f16")
-"""What `requantize` can write, smallest first. Most are mixtures: q4_k_m is q4_K with some q6_K, say."""
+"""Formats that `requantize` can write, smallest first. Most are mixtures, such as q4_k_m: q4_K with some q6_K."""
 
-_WORTH_IT = 1.5  # times faster: less is not worth what requantising loses
-_MEASUREMENTS = 3  # all of them must say so: what else runs may slow one
-_SMALL = 20_000_000  # parameters: a model below that is fast in any format
-_ROOM = 64_000_000  # bytes by which the file may grow
-_OFFERED = {"q8_0": 8.5, "q4_0": 4.5}  # with a fast kernel on most CPUs: bits a parameter, least loss first
+_MIN_SPEEDUP = 1.5  # less is not worth the loss of requantisation
+_MEASUREMENTS = 3  # all must agree, as other processes may slow down one
+_MIN_PARAMS = 20_000_000  # a smaller model is fast in any format
+_MAX_GROWTH_BYTES = 64_000_000
+_BITS_PER_PARAM = {"q8_0": 8.5, "q4_0": 4.5}  # formats with a fast kernel on most CPUs, smallest loss first
 
 
 class WeightFormat(NamedTuple):
-    """The part of a model's layers that is stored as ``type``, a ggml type (q4_1, q6_K, f16, ...)."""
+    """The share of a model's layers stored as the ggml type ``type`` (q4_1, q6_K, f16, ...)."""
 
     type: str
     n_params: int
@@ -41,7 +41,7 @@ class WeightFormat(NamedTuple):
 
 @dataclass(frozen=True)
 class Requantized:
-    """What `requantize` wrote, with the sizes of the two files in bytes."""
+    """The result of `requantize`. Sizes in bytes."""
 
     path: Path
     format: str
@@ -61,44 +61,44 @@ def requantize(
     n_threads: Threads | None = None,
     progress: Progress | None = None,
 ) -> Requantized:
-    """Write a model in another format, by llama.cpp's quantiser; use the new file by its path.
+    """Write a model in another format with llama.cpp's quantiser.
 
-    What quantisation lost stays lost, and requantising a quantised file loses some more: `fedbpt.evaluate` says how
-    much. The new file is another model, with a fingerprint of its own. Nothing half-written ever has its name.
+    Requantising a quantised file loses additional accuracy; `fedbpt.evaluate` measures how much. The new file is a new
+    model with its own fingerprint, to be used by its path. It is written atomically.
 
     Args:
-        name_or_path: a catalogue name that has been pulled, or a GGUF file; any part of a split one.
+        name_or_path: a pulled model's name, or a GGUF file; any part of a split one.
         format: one of `FORMATS`.
-        out: the file to write, in one part; None: ``NAME.FORMAT.gguf`` beside the source.
+        out: the file to write, in one part; None: ``NAME.FORMAT.gguf`` in the source's folder.
         force: replace ``out`` if it exists. The source is never replaced.
-        n_threads: threads that compute; None: as many as the machine has.
-        progress: called with tensors done and in total. What it raises ends the work.
+        n_threads: number of compute threads; None: one per CPU.
+        progress: called with tensors done and in total. An exception that it raises cancels the work.
 
     Raises:
         InputError: no such format, no threads, or ``out`` exists or is the source.
         ModelNotFoundError: no such model.
-        ModelFileError: not a GGUF file, damaged, or no room on the disk.
+        ModelFileError: not a GGUF file, damaged, or no space on the disk.
         UnsupportedModelError: a model that fedbpt cannot use.
         ModelError: ``out`` cannot be written.
     """
     if format not in FORMATS:
-        raise InputError(f"unknown format {format!r}: choose one of {', '.join(FORMATS)}")
+        raise InputError(f"unknown format {format!r}: choose one of {', '.join(FORMATS)}", field="format")
     from fedbpt import _native
 
     source = locate(name_or_path)
     target = source.with_name(f"{model_stem(source)}.{format}.gguf") if out is None else expanded(out)
     if target.is_dir():
-        raise InputError(f"{target} is a folder: give the .gguf file to write")
+        raise InputError(f"{target} is a folder: give the .gguf file to write", field="out")
     if target.exists() and any(target.samefile(part) for part in model_parts(source)):
-        raise InputError(f"{target} is the model itself: choose another file to write")
+        raise InputError(f"{target} is the model itself: choose another file to write", field="out")
     if target.exists() and not force:
-        raise InputError(f"{target} exists: choose another file, or replace it (--force)")
+        raise InputError(f"{target} exists: choose another file, or replace it (--force)", field="out")
     temporary = target.parent / f"{target.name}.{os.getpid()}-{threading.get_ident():x}.tmp"
     try:
-        temporary.touch(exist_ok=False)  # before the work: a folder that cannot be written to is told at once
+        temporary.touch(exist_ok=False)  # fails early if the folder is not writable
         try:
             threads = n_threads or os.cpu_count() or 1
-            run_once(source, TrialSettings(threads))  # llama.cpp's quantiser, too, ends a process over some files
+            run_once(source, TrialSettings(threads))  # llama.cpp's quantiser too may crash on a bad file
             _native.requantize(os.fsencode(source), os.fsencode(temporary), format, threads, progress)
             publish(temporary, target)
         finally:
@@ -110,7 +110,7 @@ def requantize(
 
 @checked
 def weight_formats(path: Path) -> tuple[WeightFormat, ...]:
-    """The formats of the matrices in the layers of a model, of all its files, most parameters first.
+    """The formats of the matrices in a model's layers, most parameters first.
 
     Raises:
         ModelFileError: not a GGUF file.
@@ -122,7 +122,7 @@ def weight_formats(path: Path) -> tuple[WeightFormat, ...]:
 
 @checked
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor of a model by name, of all its files; ggml's way round: a matrix's inputs come first.
+    """The shapes of a model's tensors by name, in ggml's order: a matrix's input dimension comes first.
 
     Raises:
         ModelFileError: not a GGUF file.
@@ -134,9 +134,9 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 @checked
 def matmul_flops(types: Collection[str]) -> dict[str, float]:
-    """FLOP/s of one thread of this CPU multiplying 64 tokens by a matrix of each ggml type, in its own CPU time.
+    """Measure the FLOP/s of one thread multiplying 64 tokens by a matrix, for each ggml type, in its CPU time.
 
-    Measured anew, for some 30 ms each: in turn, three times over, so that what else runs here slows all of them alike.
+    Takes some 30 ms per type. The types are measured in turn, three times, so that other load affects them all alike.
 
     Raises:
         InputError: no such type.
@@ -153,20 +153,20 @@ def faster_format(
     weights: Sequence[WeightFormat],
     measure: Callable[[Collection[str]], Mapping[str, float]] = matmul_flops,
 ) -> str | None:
-    """One line of advice where this CPU multiplies much faster by another format, in about the same room; else None.
+    """Advise, in one line, a format of similar size that this CPU multiplies much faster; None if there is none.
 
-    The format that loses least comes first, of those that make the file larger by 64 MB at most.
+    Of the formats that enlarge the file by at most 64 MB, the one that loses least is preferred.
 
     Args:
-        model: the name or path that a command takes.
+        model: the model's name or path, for the command in the advice.
         weights: from `weight_formats`.
-        measure: gives FLOP/s by ggml type.
+        measure: returns FLOP/s by ggml type.
     """
     n_params = sum(part.n_params for part in weights)
-    if n_params < _SMALL:
+    if n_params < _MIN_PARAMS:
         return None
-    room = 8 * (sum(part.n_bytes for part in weights) + _ROOM)
-    offered = [format for format, bits in _OFFERED.items() if bits * n_params <= room]
+    max_bits = 8 * (sum(part.n_bytes for part in weights) + _MAX_GROWTH_BYTES)
+    offered = [format for format, bits in _BITS_PER_PARAM.items() if bits * n_params <= max_bits]
     if not offered:
         return None
     times = dict.fromkeys(offered, math.inf)
@@ -174,14 +174,14 @@ def faster_format(
         flops = measure({*offered, *(part.type for part in weights)})
         seconds = sum(part.n_params / flops[part.type] for part in weights)
         times = {format: min(times[format], seconds * flops[format] / n_params) for format in offered}
-        if max(times.values()) < _WORTH_IT:
+        if max(times.values()) < _MIN_SPEEDUP:
             return None
     for format in offered:
-        if times[format] >= _WORTH_IT:
+        if times[format] >= _MIN_SPEEDUP:
             share = 100 * weights[0].n_params / n_params
             return (
-                f"this CPU multiplies by matrices in {format} {times[format]:.1f} times faster than by this model's "
+                f"this CPU multiplies {format} matrices {times[format]:.1f} times faster than this model's "
                 f"({share:.0f} % {weights[0].type}): try `fedbpt models requantize {shlex.quote(model)} {format}`; "
-                "`fedbpt bench` shows what it gains, `fedbpt evaluate` what it loses"
+                "`fedbpt bench` measures the gain, `fedbpt evaluate` the loss"
             )
     return None

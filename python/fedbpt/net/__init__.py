@@ -1,1 +1,1 @@
-"""HTTP, TLS and tokens: servers, bodies, certificates. Nothing here knows of tuning."""
+"""HTTP, TLS and tokens: servers, message bodies, certificates. Independent of tuning."""

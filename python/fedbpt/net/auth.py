@@ -1,6 +1,6 @@
-"""Who is answered: `RequireToken`, who sends a server's one token; `OwnNames`, who calls it by a name of its own.
+"""Access control of servers: `RequireToken` checks a token, `OwnNames` the ``Host`` header.
 
-A server that other machines reach asks for a token: `check_token`.
+A server that other machines can reach must require a token: `check_token`.
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ from fedbpt.net.rate_limit import RateLimit
 from fedbpt.net.tls import is_loopback
 
 OPEN_PATHS: Final = frozenset({"/health", "/healthz"})
-"""For everybody, with a token or without."""
+"""Paths that need no token."""
 LOCAL_ZONES: Final = frozenset({"local", "localhost", "localdomain", "internal", "lan", "test"})
-"""Top-level domains that nobody can register in (RFC 6761, RFC 6762, ICANN 2024; ``lan`` is not delegated)."""
+"""Top-level domains without registrations (RFC 6761, RFC 6762, ICANN 2024; ``lan`` is not delegated)."""
 
 GUESSES: Final = (1.0, 10)
-"""Requests without the right token that an address may make: a second, and at once."""
+"""Rate limit of requests without the right token, per address: per second, and burst."""
 
 
 def check_token(token: str | None, host: str, option: str) -> None:
-    """Raises `ConfigError` where other machines reach ``host`` and ``option``, a file with a token, was not given."""
+    """Raise `ConfigError` if other machines can reach ``host`` and there is no token, which ``option`` gives."""
     if token is None and not is_loopback(host):
         raise ConfigError(
-            f"{host} can be reached from other machines: ask for a token ({option} FILE), or serve on 127.0.0.1"
+            f"{host} can be reached from other machines: require a token ({option} FILE), or serve on 127.0.0.1",
+            field=option,
         )
 
 
 class RequireToken:
-    """ASGI middleware: 401 without the token, 429 where an address guesses on; `OPEN_PATHS` are for everybody."""
+    """ASGI middleware: 401 without the token, 429 over the rate limit `GUESSES`; `OPEN_PATHS` need no token."""
 
     def __init__(self, app: ASGIApp, token: str, who: str, refuse: Callable[..., Response] = refusal) -> None:
         self._app = app
@@ -55,21 +56,22 @@ class RequireToken:
             if not tokens.matches(tokens.bearer(request.headers), self._digest):
                 wait_s = self._guesses.take(request.client.host if request.client else "")
                 if wait_s:
-                    answer = self._refuse(
+                    response = self._refuse(
                         request, "too-many", "too many requests without the token", retry_after_s=wait_s
                     )
                 else:
-                    answer = self._refuse(request, "unauthorized", f"{self._who} asks for its token")
-                await answer(scope, receive, send)
+                    response = self._refuse(request, "unauthorized", f"{self._who} requires its token")
+                await response(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
 
 class OwnNames:
-    """ASGI middleware: 421 under a name that a stranger may own. A web page can give its own name our address, and then
-    read our answers as if they were its own (DNS rebinding).
+    """ASGI middleware against DNS rebinding: 421 for a ``Host`` that others may own, since a web page could resolve its
+    own name to this server's address and then read its responses as same-origin.
 
-    ``host``: what the server is bound to. On loopback, only loopback's names are answered; else see `is_local_name`.
+    ``host``: the address that the server is bound to. On loopback, only loopback names are allowed; else see
+    `is_local_name`.
     """
 
     def __init__(self, app: ASGIApp, host: str, refuse: Callable[..., Response] = refusal) -> None:
@@ -87,20 +89,20 @@ class OwnNames:
 
 
 class LoopbackOnly(OwnNames):
-    """`OwnNames` of a server on loopback."""
+    """`OwnNames` for a server on loopback."""
 
     def __init__(self, app: ASGIApp, refuse: Callable[..., Response] = refusal) -> None:
         super().__init__(app, "127.0.0.1", refuse)
 
 
 def wrong_name(connection: HTTPConnection, host: str) -> str:
-    """Why a server bound to ``host`` is not to answer under the name that ``connection`` asks for; empty: it may."""
+    """Why a server bound to ``host`` must refuse the name in ``connection``'s ``Host`` header; empty if it need not."""
     name = host_of(connection)
     if is_loopback(host):
-        return "" if is_loopback(name) else "without a token this is for 127.0.0.1 and localhost"
+        return "" if is_loopback(name) else "without a token, use 127.0.0.1 or localhost"
     if name == host or is_local_name(name):
         return ""
-    return "without a token this answers under its address, or its name on the local network"
+    return "without a token, use this server's address or its name on the local network"
 
 
 def is_local_name(name: str) -> bool:
@@ -119,7 +121,7 @@ def _fqdn() -> str:
 
 
 def host_of(connection: HTTPConnection) -> str:
-    """The name under which the server was asked, without port; empty: it makes no sense."""
+    """The name in the ``Host`` header, without port; empty if it is missing or invalid."""
     try:
         return urlsplit(f"//{connection.headers.get('host', '')}").hostname or ""
     except ValueError:

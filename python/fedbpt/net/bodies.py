@@ -1,7 +1,7 @@
-"""Messages as HTTP bodies, for both servers: reading them within limits, replies, and refusals as `ErrorReply`.
+"""Messages as HTTP bodies: reading of requests within limits, responses, and errors as `ErrorReply`.
 
-Bodies are one MessagePack message (`codec.CONTENT_TYPE`), or JSON for people: send ``application/json``, or ask for
-it with ``Accept``. Every 4xx and 5xx body is an `ErrorReply`.
+A body is one MessagePack message (`codec.CONTENT_TYPE`), or JSON for people: send ``application/json``, or request it
+with ``Accept``. Every 4xx and 5xx body is an `ErrorReply`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from fedbpt.protocol.specs import Message
 M = TypeVar("M", bound=Message)
 
 Handler: TypeAlias = Callable[[Request, Exception], Awaitable[Response]]
-"""Starlette would call a plain function in a thread: at the end of a run, one for every device that polls."""
+"""Async, since Starlette calls a plain function in a thread: at the end of a run, one for every polling device."""
 
 BODY_TIMEOUT_S: Final = 60.0
-"""Longest that a request's body may take to arrive."""
+"""Timeout for reading a request's body."""
 
 STATUS_OF_CODE: Final = {
     "conflict": 409,
@@ -55,11 +55,14 @@ STATUS_OF_CODE: Final = {
     "method-not-allowed": 405,
     "stopping": 503,
 }
-"""The HTTP status that the ``code`` of an `ErrorReply` comes with; `WORK_FAILED`, `WORK_FAULT`, ``internal``: 500."""
+"""HTTP status by the ``code`` of an `ErrorReply`; 500 for `WORK_FAILED`, `WORK_FAULT` and ``internal``."""
 
 
 async def read(request: Request, kind: type[M], limit: int | None = None) -> M:
-    """The message of type ``kind`` that the request holds; refused over ``limit`` bytes (None: the wire's)."""
+    """Decode the request's message of type ``kind``, of at most ``limit`` bytes (default: `codec.MAX_BODY_BYTES`).
+
+    Raises `DeviceRefusedError` for a wrong content type or a body that is too large or too slow, and `WireError`.
+    """
     content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if content_type not in (codec.CONTENT_TYPE, codec.JSON_TYPE):
         raise DeviceRefusedError(f"send {codec.CONTENT_TYPE} or {codec.JSON_TYPE}", "wrong-content-type")
@@ -70,18 +73,18 @@ async def read(request: Request, kind: type[M], limit: int | None = None) -> M:
 
 
 def seconds(text: str, most: float) -> float:
-    """A client's wish for a number of seconds, at most ``most``. Raises `WireError` for what is none."""
+    """Parse a request's ``wait`` in seconds, capped at ``most``. Raises `WireError`."""
     try:
         found = float(text)
     except ValueError:
         found = math.nan
     if not 0 <= found < math.inf:
-        raise WireError(f"wait={text[:40]!r} is no number of seconds")
+        raise WireError(f"wait must be a number of seconds, got {text[:40]!r}", field="wait")
     return min(found, most)
 
 
 def reply(request: Request, message: Message, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A response with ``message``, in the form that the request asks for."""
+    """Build a response with ``message``, as JSON if the request accepts it."""
     if codec.JSON_TYPE in request.headers.get("accept", ""):
         return Response(codec.encode_json(message), status, headers, codec.JSON_TYPE)
     return Response(codec.encode(message), status, headers, codec.CONTENT_TYPE)
@@ -90,15 +93,15 @@ def reply(request: Request, message: Message, status: int = 200, headers: Mappin
 def refusal(
     request: Request, code: str, message: str, status: int | None = None, retry_after_s: float = 0.0
 ) -> Response:
-    """An `ErrorReply`; with ``retry_after_s``, when to come again."""
+    """Build a response with an `ErrorReply`. ``retry_after_s``: sent as ``Retry-After`` unless 0."""
     chosen = STATUS_OF_CODE.get(code, 400) if status is None else status
     return reply(request, ErrorReply(code=code, message=message), chosen, refusal_headers(chosen, retry_after_s))
 
 
 def refusal_headers(status: int, retry_after_s: float = 0.0) -> dict[str, str]:
-    """What a refusal with ``status`` says beside its body."""
+    """Headers of an error response."""
     headers: dict[str, str] = {}
-    if status in (401, 408, 413, 415, 429):  # the body was not read to its end: no other request can follow
+    if status in (401, 408, 413, 415, 429):  # the request's body is left unread, so the connection cannot be reused
         headers["connection"] = "close"
     if status == 401:
         headers["www-authenticate"] = "Bearer"
@@ -108,17 +111,17 @@ def refusal_headers(status: int, retry_after_s: float = 0.0) -> dict[str, str]:
 
 
 def retry_after(headers: Mapping[str, str]) -> float:
-    """The seconds that a server asks to wait for; 0.0 where it does not say, or gives a date."""
+    """The ``Retry-After`` header in seconds; 0.0 if there is none, or it is a date."""
     text = headers.get("retry-after", "")
     return float(text) if text.isdecimal() and len(text) < 6 else 0.0
 
 
 async def body_of(request: Request, limit: int) -> bytes:
-    """The request's body; refused over ``limit`` bytes, or where it takes too long."""
+    """Read the request's body. Raises `DeviceRefusedError` over ``limit`` bytes or `BODY_TIMEOUT_S`."""
     try:
         return await within(BODY_TIMEOUT_S, _read_body(request, limit))
     except asyncio.TimeoutError as error:
-        raise DeviceRefusedError(f"the body took over {BODY_TIMEOUT_S:g} s to arrive", "too-slow") from error
+        raise DeviceRefusedError(f"the body took over the limit of {BODY_TIMEOUT_S:g} s", "too-slow") from error
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
@@ -146,7 +149,7 @@ async def _on_failed(request: Request, error: Exception) -> Response:
 
 
 def faults_as(refuse: Callable[..., Response]) -> dict[Any, Handler]:
-    """Handlers of what any server meets, answered by ``refuse`` (`refusal`, in a server's own form)."""
+    """Exception handlers for any server. ``refuse`` builds the response, like `refusal`."""
 
     async def on_http_exception(request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 400
@@ -154,10 +157,10 @@ def faults_as(refuse: Callable[..., Response]) -> dict[Any, Handler]:
         return refuse(request, code, f"{request.method} {request.url.path[:200]}: {code.replace('-', ' ')}", status)
 
     async def on_disconnect(_request: Request, _gone: Exception) -> Response:
-        return Response(status_code=400)  # nobody is there to read it
+        return Response(status_code=400)  # the client is gone
 
     async def on_fault(request: Request, _fault: Exception) -> Response:
-        return refuse(request, "internal", "a fault of ours: see the log there", 500)
+        return refuse(request, "internal", "internal error: see the server's log", 500)
 
     return {HTTPException: on_http_exception, ClientDisconnect: on_disconnect, Exception: on_fault}
 
@@ -169,4 +172,4 @@ EXCEPTION_HANDLERS: Final[Mapping[Any, Handler]] = {
     DeviceFailedError: _on_failed,
     **faults_as(refusal),
 }
-"""For a Starlette application."""
+"""Exception handlers of a Starlette application."""

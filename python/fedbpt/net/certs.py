@@ -1,7 +1,7 @@
-"""A certificate authority of one's own, for a fleet: `init` makes it, `issue` signs a certificate for one machine.
+"""A private certificate authority for a fleet: `init` creates it, `issue` signs a certificate for a machine.
 
-Keys are elliptic (P-256). A certificate serves both ends of a connection, since a device may be called or call in. By
-the ``cryptography`` package (extra ``certs``), which only the machine that issues needs: import this module late.
+Keys are P-256. Certificates are for servers and clients, as a device may be either. Needs the ``cryptography`` package
+(extra ``certs``), which only the issuing machine has: import this module late.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ PrivateKey: TypeAlias = ec.EllipticCurvePrivateKey
 CA_DAYS: Final = 3650
 CERTIFICATE_DAYS: Final = 730
 LEEWAY_DAYS: Final = 1
-"""So much before its making is a certificate valid: a device's clock may be behind."""
+"""Days by which a certificate's validity begins early, as a device's clock may be behind."""
 
 
 class Pair(NamedTuple):
-    """A certificate's file and its private key's, which only the owner can read."""
+    """The files of a certificate and of its private key, which only the owner can read."""
 
     cert: Path
     key: Path
 
 
 def pair(folder: Path, name: str) -> Pair:
-    """Where the certificate of ``name`` lies in ``folder``."""
+    """The paths of the certificate ``name`` in ``folder``."""
     return Pair(folder / f"{name}.pem", folder / f"{name}.key")
 
 
@@ -58,9 +58,9 @@ class _Authority(NamedTuple):
 
 
 def init(folder: Path, issued: Mapping[str, Sequence[str]] = MappingProxyType({})) -> Pair:
-    """Make the authority ``ca`` in ``folder``, and certificates of it by name for hosts, as `issue` does: all or none.
+    """Create the authority ``ca`` in ``folder``, and certificates by name for hosts, as `issue` does: all or none.
 
-    Raises `ConfigError` where one of them is there, which is not replaced, or a host is none.
+    Raises `ConfigError` if one of the files exists, or a host is invalid.
     """
     files = {name: _new(folder, name) for name in ("ca", *issued)}
     authority = _Authority(_name("fedbpt CA"), ec.generate_private_key(ec.SECP256R1()))
@@ -74,18 +74,19 @@ def init(folder: Path, issued: Mapping[str, Sequence[str]] = MappingProxyType({}
 
 
 def issue(folder: Path, name: str, hosts: Sequence[str] = ()) -> Pair:
-    """A certificate of the authority in ``folder`` for ``name``, reached as each of ``hosts`` (none: ``name``).
+    """Issue the certificate ``name`` for ``hosts`` (default: ``name``), signed by the authority in ``folder``.
 
-    Raises `ConfigError` where there is no authority, the certificate exists, or a host is none.
+    Raises `ConfigError` if there is no authority, the certificate exists, or a host is invalid.
     """
-    files, authority = _new(folder, name), pair(folder, "ca")
+    files = _new(folder, name)
+    authority = pair(folder, "ca")
     content = read_private(authority.key)
     try:
         issuer_key = load_pem_private_key(content, password=None)
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{authority.key} is no key that `fedbpt certs init` made") from error
+        raise ConfigError(f"{authority.key} is not a key from `fedbpt certs init`") from error
     if not isinstance(issuer_key, ec.EllipticCurvePrivateKey):
-        raise ConfigError(f"{authority.key} is no key that `fedbpt certs init` made")
+        raise ConfigError(f"{authority.key} is not a key from `fedbpt certs init`")
     _write(_issued(files, _Authority(_in_time(authority.cert).subject, issuer_key), name, hosts))
     return files
 
@@ -102,29 +103,31 @@ def _issued(files: Pair, authority: _Authority, name: str, hosts: Sequence[str])
 
 
 def _in_time(path: Path) -> x509.Certificate:
-    """The authority's certificate. Raises `ConfigError` where this machine's clock says that it is not valid now."""
+    """Read the authority's certificate. Raises `ConfigError` if it is not valid now by this machine's clock."""
     try:
         found = x509.load_pem_x509_certificate(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
-        raise ConfigError(f"{path} is no certificate that `fedbpt certs init` made") from error
+        raise ConfigError(f"{path} is not a certificate from `fedbpt certs init`") from error
     now = datetime.datetime.now(datetime.timezone.utc)
     if not found.not_valid_before_utc <= now <= found.not_valid_after_utc:
         raise ConfigError(
             f"{path} is valid from {found.not_valid_before_utc:%Y-%m-%d} to {found.not_valid_after_utc:%Y-%m-%d}, and "
-            f"this machine's clock says {now:%Y-%m-%d}: set the clock if that is wrong, else make another authority"
+            f"this machine's clock says {now:%Y-%m-%d}: set the clock if that is wrong, else create a new authority"
         )
     return found
 
 
 def _new(folder: Path, name: str) -> Pair:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-        raise ConfigError(f"{name!r} cannot be a certificate's name: use letters, digits and ._- (at most 64)")
+        raise ConfigError(
+            f"invalid certificate name {name!r}: use letters, digits and ._- (at most 64)", field="name", limit=64
+        )
     files = pair(folder, name)
     for path in files:
         if path.exists():
-            raise ConfigError(f"{path} exists and is not replaced: choose another name or folder, or remove it first")
+            raise ConfigError(f"{path} exists: choose another name or folder, or remove it first")
     return files
 
 
@@ -162,7 +165,7 @@ def _usage(authority: bool) -> x509.KeyUsage:
 
 
 def is_host(text: str) -> bool:
-    """Whether ``text`` can be a host's name in a certificate; addresses apart."""
+    """Whether ``text`` is a valid host name in a certificate."""
     return len(text) <= 253 and re.fullmatch(r"(\*\.)?([A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}", text) is not None
 
 
@@ -170,14 +173,16 @@ def _host(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
-        pass  # a name, then
+        pass  # not an address
     if not is_host(host):
-        raise ConfigError(f"{host!r} is no host's name or address: give it alone, without http:// and without a port")
+        raise ConfigError(
+            f"invalid host {host!r}: give a name or an address, without http:// and without a port", field="host"
+        )
     return x509.DNSName(host)
 
 
 def _signed(files: Pair, made: x509.CertificateBuilder, key: PrivateKey, authority: _Authority) -> dict[Path, bytes]:
-    """What the files are to hold."""
+    """The contents of the files of a signed certificate."""
     return {
         files.key: key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
         files.cert: made.sign(authority.key, hashes.SHA256()).public_bytes(Encoding.PEM),

@@ -1,4 +1,4 @@
-"""`within`: await something for so long at most."""
+"""`within`: a timeout for coroutines."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ T = TypeVar("T")
 
 
 async def within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
-    """What ``work`` returns. After ``seconds`` it is cancelled, and `asyncio.TimeoutError` raised.
+    """Await ``work``. After ``seconds`` it is cancelled and `asyncio.TimeoutError` is raised.
 
-    As `asyncio.wait_for`, which before Python 3.12 loses a cancellation, such as Ctrl-C's, that comes as ``work`` ends.
+    Like `asyncio.wait_for`, which before Python 3.12 may lose a cancellation (Ctrl-C) that arrives as ``work`` ends.
     """
     task = asyncio.ensure_future(work)
     try:
@@ -25,4 +25,4 @@ async def within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
             task.cancel()
             await asyncio.wait([task])
         if not task.cancelled():
-            task.exception()  # where nobody else asks for it any more
+            task.exception()  # marks it as retrieved

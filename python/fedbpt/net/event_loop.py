@@ -1,4 +1,4 @@
-"""Run a coroutine to its end from plain code, also inside a running event loop (a notebook)."""
+"""Running coroutines from synchronous code, even inside a running event loop, as in a notebook."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @interruptible()
 def run_to_end(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """What ``main`` returns; inside a running event loop, from a thread of its own. Ctrl-C cancels it either way."""
+    """Run ``main`` and return its result, in a new thread if an event loop is running here. Ctrl-C cancels it."""
     return _run_in_thread(main) if _in_loop() else asyncio.run(main())
 
 
@@ -34,7 +34,7 @@ def _run_in_thread(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
 
     async def wrapped() -> T:
         running.append((asyncio.get_running_loop(), asyncio.current_task()))
-        if stopped.is_set():  # before there was anything to cancel
+        if stopped.is_set():  # interrupted before there was a task to cancel
             raise asyncio.CancelledError
         return await main()
 
@@ -45,6 +45,6 @@ def _run_in_thread(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
             stopped.set()
             for loop, task in running:
                 if task is not None:
-                    with suppress(RuntimeError):  # it has just ended, and its loop is closed
+                    with suppress(RuntimeError):  # it has just finished, and its loop is closed
                         loop.call_soon_threadsafe(task.cancel)
-            raise  # when the thread has ended
+            raise  # after the thread has ended

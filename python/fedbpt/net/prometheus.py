@@ -1,4 +1,4 @@
-"""Prometheus' text format, version 0.0.4: what ``GET /metrics`` answers, of a device and of the coordinator."""
+"""Prometheus' text format, version 0.0.4, for ``GET /metrics`` of devices and of the coordinator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ESCAPES: Final = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 
 class Sample(NamedTuple):
-    """One value. ``suffix`` is added to the family's name: ``_bucket``, ``_sum``, ``_count`` of a histogram."""
+    """A value. ``suffix`` is appended to the family's name: ``_bucket``, ``_sum``, ``_count`` of a histogram."""
 
     value: float
     labels: Mapping[str, str] = {}
@@ -22,7 +22,7 @@ class Sample(NamedTuple):
 
 
 class Family(NamedTuple):
-    """A metric: its ``name`` without ``fedbpt_``, and its samples."""
+    """A metric. ``name``: without the prefix ``fedbpt_``; ``what``: its help text."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
@@ -31,7 +31,7 @@ class Family(NamedTuple):
 
 
 def exposition(families: Iterable[Family]) -> str:
-    """The text; families without a sample are left out."""
+    """Render families as text, without those that have no samples."""
     lines: list[str] = []
     for name, kind, what, samples in families:
         if samples:
@@ -41,7 +41,7 @@ def exposition(families: Iterable[Family]) -> str:
 
 
 class Histogram:
-    """Counts values by upper ``bounds``, ascending."""
+    """A histogram with ascending upper ``bounds``."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = tuple(bounds)
@@ -53,8 +53,9 @@ class Histogram:
         self._sum += value
 
     def samples(self, labels: Mapping[str, str]) -> list[Sample]:
-        """Of a `Family`: cumulative buckets, sum, count."""
-        found, total = [], 0
+        """The samples for a `Family`: cumulative buckets, sum, count."""
+        found = []
+        total = 0
         for bound, count in zip((*map(str, self._bounds), "+Inf"), self._counts, strict=True):
             total += count
             found.append(Sample(total, {**labels, "le": bound}, "_bucket"))

@@ -1,7 +1,7 @@
-"""The machine's proxies, by HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY of its environment, for every HTTP client.
+"""Proxies for all HTTP clients, from the environment: HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY.
 
-httpx's own reading of them ends programs: at a network in NO_PROXY (``10.0.0.0/8``), an address in brackets, a SOCKS
-proxy without the package for it. So clients are made with ``trust_env=False`` and what is found here.
+httpx's own support raises for a network in NO_PROXY (``10.0.0.0/8``), an address in brackets, and a SOCKS proxy without
+its package. So clients are created with ``trust_env=False`` and the proxy found here.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _PORTS: Final = {"http": 80, "https": 443}
 
 
 def proxy_of(url: str | httpx.URL) -> httpx.Proxy | None:
-    """The proxy to reach ``url`` by; None: it is reached directly, as loopback always is.
+    """The proxy for ``url``; None for a direct connection, as always to loopback.
 
-    Raises `ConfigError` for a proxy that cannot be used.
+    Raises `ConfigError` for an unusable proxy.
     """
     target = httpx.URL(url)
     found = urllib.request.getproxies()
@@ -37,48 +37,51 @@ def proxy_of(url: str | httpx.URL) -> httpx.Proxy | None:
 
 
 class ByProxy(httpx.BaseTransport):
-    """Sends each request by its own address's proxy: a redirect may lead to one that has another, or none.
+    """Transport that chooses the proxy for each request: a redirect may need another one, or none.
 
     ``options``: as for `httpx.HTTPTransport`.
     """
 
     def __init__(self, **options: Any) -> None:
         self._options = options
-        self._ways: dict[httpx.URL | None, httpx.HTTPTransport] = {}
+        self._transports: dict[httpx.URL | None, httpx.HTTPTransport] = {}
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         proxy = proxy_of(request.url)
-        way = None if proxy is None else proxy.url
-        if way not in self._ways:
-            self._ways[way] = httpx.HTTPTransport(proxy=proxy, **self._options)
-        return self._ways[way].handle_request(request)
+        key = None if proxy is None else proxy.url
+        if key not in self._transports:
+            self._transports[key] = httpx.HTTPTransport(proxy=proxy, **self._options)
+        return self._transports[key].handle_request(request)
 
     def close(self) -> None:
-        for way in self._ways.values():
-            way.close()
+        for transport in self._transports.values():
+            transport.close()
 
 
-def _proxy(named: str, variable: str) -> httpx.Proxy:
-    """Errors do not quote ``named``: it may hold a password."""
-    scheme, separator, rest = named.rpartition("://")
+def _proxy(value: str, variable: str) -> httpx.Proxy:
+    """Parse the value of an environment variable. Errors do not quote it: it may hold a password."""
+    scheme, separator, rest = value.rpartition("://")
     scheme = scheme.lower() if separator else "http"
     if scheme in _SOCKS:
-        scheme = "socks5"  # by which httpx lets the proxy look names up, as ``socks5h`` asks for
+        scheme = "socks5"  # with this, httpx lets the proxy resolve names, as for ``socks5h``
         if importlib.util.find_spec("socksio") is None:
-            raise ConfigError(f"{variable} names a SOCKS proxy, which takes a package: pip install 'httpx[socks]'")
+            raise ConfigError(f"{variable} is a SOCKS proxy: pip install 'httpx[socks]'", field=variable)
     if scheme not in ("http", "https", "socks5"):
-        raise ConfigError(f"{variable} names a proxy of kind {scheme!r}: there are http, https and socks5")
+        raise ConfigError(f"{variable} has scheme {scheme!r}: use one of http, https, socks5", field=variable)
+    invalid = ConfigError(
+        f"{variable} is not a proxy's address: set it to one such as http://proxy:3128", field=variable
+    )
     try:
         proxy = httpx.Proxy(f"{scheme}://{rest}")
     except (httpx.InvalidURL, ValueError) as error:
-        raise ConfigError(f"{variable} names no proxy's address: set it to one like http://proxy:3128") from error
+        raise invalid from error
     if not proxy.url.host:
-        raise ConfigError(f"{variable} names no proxy's address: set it to one like http://proxy:3128")
+        raise invalid
     return proxy
 
 
 def _is_excepted(target: httpx.URL, no_proxy: str) -> bool:
-    """Whether an entry of NO_PROXY covers ``target``, as curl reads them: a domain covers what is below it."""
+    """Whether NO_PROXY covers ``target``, with curl's rules: a domain covers its subdomains."""
     return any(_covers(entry, target) for entry in re.split(r"[\s,]+", no_proxy.lower()) if entry)
 
 
@@ -97,7 +100,7 @@ def _covers(entry: str, target: httpx.URL) -> bool:
 
 
 def _split(text: str) -> tuple[str, str]:
-    """Host, or network, and port; the port is empty where there is none."""
+    """Split an entry into host or network, and port, which may be empty."""
     bracketed = re.fullmatch(r"\[([^\]]*)\](/\d+)?(?::(\d{1,5}))?", text)
     if bracketed:
         return f"{bracketed[1]}{bracketed[2] or ''}", bracketed[3] or ""

@@ -1,4 +1,4 @@
-"""`RateLimit`: a token bucket for each key, such as a device's name or an address."""
+"""`RateLimit`: a token bucket per key, such as a device's name or an address."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from collections.abc import Callable
 from typing import Final
 
 MAX_KEYS: Final = 10_000
-"""Buckets that are kept; the one unused for longest is dropped, and its key begins anew."""
+"""Maximum number of buckets; the least recently used is dropped."""
 
 
 class RateLimit:
-    """Allows ``burst`` calls at once and ``per_second`` in the long run, for each key. For one thread."""
+    """Allows bursts of ``burst`` calls and ``per_second`` calls on average, per key. Not thread-safe."""
 
     def __init__(self, per_second: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._per_second, self._burst, self._clock = per_second, burst, clock
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # key: calls left, as of when
+        self._per_second = per_second
+        self._burst = burst
+        self._clock = clock
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # by key: calls left, and at what time
 
     def take(self, key: str) -> float:
-        """0.0 where the call is allowed, else the seconds after which the next one will be."""
+        """Count a call. Returns 0.0 if it is allowed, else the seconds until the next one will be."""
         now = self._clock()
         left, then = self._buckets.pop(key, (float(self._burst), now))
         left = min(left + (now - then) * self._per_second, self._burst)

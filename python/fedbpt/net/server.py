@@ -1,4 +1,4 @@
-"""`HttpServer`: an ASGI application run by uvicorn, in this thread or in one of its own, over TLS or on loopback."""
+"""`HttpServer`: an ASGI application in uvicorn, in this thread or in a new one, over TLS or on loopback."""
 
 from __future__ import annotations
 
@@ -17,43 +17,46 @@ import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedbpt.errors import ConfigError, FedbptError
-from fedbpt.net.connections import KEPT_S, Http, Listener, Seldom
+from fedbpt.net.connections import KEEP_ALIVE_S, Http, LimitWarnings, Listener
 from fedbpt.net.deadlines import within
 from fedbpt.net.tls import Tls, is_loopback, url_of
 
 S = TypeVar("S", bound="HttpServer")
 
-MOST_UNREAD_BYTES: Final = 32 * 2**20
-MOST_UNREAD_S: Final = 2.0
-"""What is read of a request that was answered before its end."""
+MAX_DRAIN_BYTES: Final = 32 * 2**20
+MAX_DRAIN_S: Final = 2.0
+"""Limits for reading the rest of a request that was answered early."""
 
 STALLED_S: Final = 30.0
-"""A peer that takes nothing of what is sent to it for so long is dropped, where the system can (Linux)."""
+"""Timeout for a peer to acknowledge sent data, where the system supports it (Linux)."""
 
-IDLE_S: Final = KEPT_S - 15
-"""How long our callers keep a connection that they do not use: a report need not wait for a TLS handshake."""
+IDLE_S: Final = KEEP_ALIVE_S - 15
+"""How long our clients keep an idle connection, so that a report needs no new TLS handshake."""
 
 TICKS_PER_S: Final = 10
-"""Of uvicorn's server."""
+"""Rate of `on_tick` in uvicorn's server."""
 
-_SELDOM: Final = Seldom()
+_LIMIT_WARNINGS: Final = LimitWarnings()
 
 
 class HttpServer:
-    """A server, bound at once: `run` blocks, `start` and `stop` serve from a thread.
+    """A server that is bound on construction. `run` blocks; `start` and `stop` serve from a thread.
 
     Args:
-        host: an address beyond loopback needs TLS, or ``allow_insecure``.
-        port: 0: any free one; see ``port`` afterwards, or ``on_ready``.
-        tls: with a certificate, HTTPS.
-        on_ready: called with the URL once requests are answered.
-        on_exit: called on the event loop when the server is to end: lets long polls go.
-        websockets: whether the application speaks them, by the package ``websockets``.
-        most_connections: at once, idle ones are closed beyond; None: by the process's limit of open files.
+        app: the ASGI application.
+        host: the address to bind; other machines can only reach it with TLS or ``allow_insecure``.
+        port: the port to bind; 0 for any free one, which is then in ``port``.
+        tls: TLS settings; with a certificate, the server uses HTTPS.
+        allow_insecure: allow plain HTTP beyond loopback.
+        on_ready: called with the URL once the server accepts requests.
+        on_exit: called on the event loop when the server shuts down, to end long polls.
+        websockets: whether the application uses WebSockets (package ``websockets``).
+        most_connections: maximum number of connections, beyond which idle ones are closed; None: from the process's
+            limit of open files.
 
     Raises:
         ConfigError: a host beyond loopback without TLS or ``allow_insecure``, or a port outside 0–65535.
-        FedbptError: the port is in use or may not be bound.
+        FedbptError: the port is in use, or binding it is not permitted.
     """
 
     def __init__(
@@ -72,8 +75,9 @@ class HttpServer:
         tls = tls or Tls()
         if not (tls.serves or allow_insecure or is_loopback(host)):
             raise ConfigError(
-                f"{host} can be reached from other machines and there is no encryption: give a certificate (--cert,"
-                " --key), allow it on a network you trust (--allow-insecure), or serve on 127.0.0.1"
+                f"{host} can be reached from other machines without encryption: give a certificate (--cert, --key), "
+                "allow it on a network you trust (--allow-insecure), or serve on 127.0.0.1",
+                field="--cert",
             )
         options = tls.server_options()
         self.host = host
@@ -83,29 +87,29 @@ class HttpServer:
         self.port: int = self._socket.getsockname()[1]
         self.url = url_of(host, self.port, tls.serves)
         config = uvicorn.Config(
-            _ReadToTheEnd(app),
-            log_config=None,  # records go where the program's do
+            _DrainRequests(app),
+            log_config=None,  # use the program's logging
             log_level="warning",
             access_log=False,
             lifespan="on",
             server_header=False,
             timeout_graceful_shutdown=3,
-            timeout_keep_alive=int(KEPT_S),
-            http=Http,  # also where a faster parser happens to be installed: one behaviour everywhere
+            timeout_keep_alive=int(KEEP_ALIVE_S),
+            http=Http,  # even if a faster parser is installed, for the same behaviour everywhere
             ws="auto" if websockets else "none",
             **options,
         )
-        logging.getLogger("uvicorn.error").addFilter(_SELDOM)
+        logging.getLogger("uvicorn.error").addFilter(_LIMIT_WARNINGS)
         self._server = _Server(config, self)
         self._thread: threading.Thread | None = None
 
     def run(self) -> None:
-        """Serve until Ctrl-C or SIGTERM. No handler of the caller's sees those signals meanwhile."""
+        """Serve until Ctrl-C or SIGTERM, which do not reach the caller's handlers meanwhile."""
         with quiet_signals():
             self.serve()
 
     def start(self) -> None:
-        """Serve from a thread; returns when requests are answered."""
+        """Serve from a new thread; return when the server accepts requests."""
         ready = threading.Event()
         self._server.ready = ready
         self._thread = threading.Thread(target=self.serve, name="fedbpt-http", daemon=True)
@@ -114,7 +118,7 @@ class HttpServer:
             raise FedbptError(f"the server at {self.url} did not start: see the log")
 
     def stop(self) -> None:
-        """Let long polls go, then end."""
+        """End long polls, then shut down."""
         self._server.begin_exit()
         if self._thread is not None:
             self._thread.join(10)
@@ -123,11 +127,11 @@ class HttpServer:
             self._socket.close()
 
     def shed_idle(self) -> None:
-        """Close the connections that have been idle for too long; on the event loop."""
+        """Close the connections whose idle timeout has expired; on the event loop."""
         self._socket.shed_idle()
 
     def serve(self) -> None:
-        """Serve in this thread until the server is told to stop."""
+        """Serve in this thread until `stop` is called."""
         try:
             asyncio.run(self._server.serve(sockets=[self._socket]))
         finally:
@@ -142,7 +146,7 @@ class HttpServer:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which also says when it is ready and lets long polls go when it is asked to stop."""
+    """uvicorn's server with callbacks when it is ready and when it shuts down."""
 
     def __init__(self, config: uvicorn.Config, owner: HttpServer) -> None:
         super().__init__(config)
@@ -166,7 +170,7 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets=sockets)
         for connection in list(self.server_state.connections):
-            connection.transport.abort()  # it does not read: what is left for it cannot be sent
+            connection.transport.abort()  # the peer does not read
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
@@ -179,9 +183,9 @@ class _Server(uvicorn.Server):
             loop.call_soon_threadsafe(self._owner.on_exit)
 
 
-class _ReadToTheEnd:
-    """ASGI middleware: an answer ends when the request has, within limits. A connection that is closed with something
-    left to read is reset, and who sent it does not see why it was refused.
+class _DrainRequests:
+    """ASGI middleware that reads the rest of a request before the response ends, within limits. A connection that is
+    closed with unread data is reset, and the client would not see why it was refused.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -193,30 +197,30 @@ class _ReadToTheEnd:
             return
         ended = False
 
-        async def hear() -> Message:
+        async def tracked_receive() -> Message:
             nonlocal ended
             message = await receive()
             ended = ended or message["type"] != "http.request" or not message.get("more_body", False)
             return message
 
-        async def read_out() -> None:
-            left = MOST_UNREAD_BYTES
+        async def drain() -> None:
+            left = MAX_DRAIN_BYTES
             while not ended and left > 0:
-                left -= len((await hear()).get("body", b""))
+                left -= len((await tracked_receive()).get("body", b""))
 
-        async def say(message: Message) -> None:
+        async def draining_send(message: Message) -> None:
             if message["type"] == "http.response.body" and not message.get("more_body", False) and not ended:
                 with suppress(asyncio.TimeoutError):
-                    await within(MOST_UNREAD_S, read_out())
+                    await within(MAX_DRAIN_S, drain())
             await send(message)
 
-        await self._app(scope, hear, say)
+        await self._app(scope, tracked_receive, draining_send)
 
 
 @contextmanager
 def quiet_signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM are nothing meanwhile, but for who handles them within; then again what they were."""
-    # uvicorn raises the signals it caught once more when it has shut down; here that is the end, not an error.
+    """Ignore Ctrl-C and SIGTERM, except for handlers installed inside the context; restore the handlers at its end."""
+    # uvicorn raises a caught signal again after its shutdown, which here is the regular end.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -231,23 +235,24 @@ def quiet_signals() -> Iterator[None]:
 
 def _bind(host: str, port: int, most_connections: int | None) -> Listener:
     if not 0 <= port <= 65535:
-        raise ConfigError(f"{port} is no port: give one of 1 to 65535, or 0 for any free one")
+        raise ConfigError(f"invalid port {port}: use 1 to 65535, or 0 for any free one", field="port", limit=65535)
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         bound = Listener(family, socket.SOCK_STREAM, most_connections)
-    except (OSError, UnicodeError) as error:  # the latter: a name with a part that is too long
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name with a label that is too long
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{host!r} is no address of this machine: {reason}") from error
+        raise ConfigError(f"{host!r} is not an address of this machine: {reason}", field="host") from error
     try:
         if sys.platform != "win32":  # there it would let two servers share a port
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # its connections inherit it
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # inherited by accepted connections
             bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * STALLED_S))
         bound.bind(address)
-        bound.listen(128)  # where another listens on the port already, some systems say so only here
+        bound.listen(128)  # on some systems a port in use only fails here
     except OSError as error:
         bound.close()
         raise FedbptError(
-            f"cannot serve on {host} port {port}: {error.strerror}; choose another port, or 0 for any free one"
+            f"cannot serve on {host} port {port}: {error.strerror}; choose another port, or 0 for any free one",
+            field="port",
         ) from error
     return bound

@@ -1,4 +1,4 @@
-"""TLS from PEM files, and where plain HTTP is allowed: on loopback, or on a network said to be trusted."""
+"""TLS settings from PEM files, and messages for certificate errors."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fedbpt.errors import ConfigError
 
 @dataclass(frozen=True)
 class Tls:
-    """One end of a TLS connection. Without files: a server speaks plain HTTP, a client believes the system's CAs.
+    """TLS settings of a server or client. Without files, a server uses plain HTTP, a client trusts the system's CAs.
 
-    ``cert`` and ``key``: what this end shows. ``ca``: the only CA that is believed. ``client_certs``: as a server, ask
-    for a certificate of ``ca`` (mutual TLS). Raises `ConfigError` for what does not fit together or cannot be read.
+    ``cert`` and ``key``: this end's certificate. ``ca``: the only trusted CA. ``client_certs``: as a server, require a
+    certificate signed by ``ca`` (mutual TLS). Raises `ConfigError` for an invalid combination or a missing file.
     """
 
     cert: Path | None = None
@@ -27,24 +27,26 @@ class Tls:
 
     def __post_init__(self) -> None:
         if (self.cert is None) != (self.key is None):
-            raise ConfigError("a certificate and its key go together: give both --cert and --key")
+            missing = "--key" if self.key is None else "--cert"
+            raise ConfigError("a certificate needs its key: give both --cert and --key", field=missing)
         if self.client_certs and (self.ca is None or self.cert is None):
-            raise ConfigError("asking for client certificates needs a CA and a certificate: --ca, --cert and --key")
-        for path in (self.cert, self.key, self.ca):
+            missing = "--ca" if self.ca is None else "--cert"
+            raise ConfigError("client certificates need a CA and a certificate: --ca, --cert and --key", field=missing)
+        for option, path in {"--cert": self.cert, "--key": self.key, "--ca": self.ca}.items():
             if path is not None and not path.is_file():
-                raise ConfigError(f"no such file: {path}; `fedbpt certs init` makes certificates")
+                raise ConfigError(f"no such file: {path}; `fedbpt certs init` makes certificates", field=option)
 
     @property
     def serves(self) -> bool:
-        """Whether a server with this speaks TLS."""
+        """Whether a server with these settings uses TLS."""
         return self.cert is not None
 
     def client_context(self) -> ssl.SSLContext:
-        """For a client: verifies the server's name and certificate."""
+        """The context of a client, which verifies the server's name and certificate. Raises `ConfigError`."""
         return self._loaded(ssl.Purpose.SERVER_AUTH)
 
     def server_options(self) -> dict[str, Any]:
-        """uvicorn's options; files that are no PEM are refused here and not when the server starts."""
+        """Options for uvicorn. Raises `ConfigError` for files that are not PEM."""
         if not self.serves:
             return {}
         self._loaded(ssl.Purpose.CLIENT_AUTH)
@@ -57,20 +59,24 @@ class Tls:
         try:
             context = ssl.create_default_context(purpose, cafile=self.ca)
             if self.cert is not None:
-                context.load_cert_chain(self.cert, self.key, password="")  # no prompt for one: it is refused
+                context.load_cert_chain(self.cert, self.key, password="")  # fail instead of prompting for one
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             files = ", ".join(str(path) for path in (self.cert, self.key, self.ca) if path is not None)
             raise ConfigError(f"cannot use {files} for TLS: {getattr(error, 'reason', None) or error}") from error
         return context
 
 
-# of OpenSSL's X509_V_ERR_…: CERT_NOT_YET_VALID, CERT_HAS_EXPIRED; HOSTNAME_MISMATCH and IP_ADDRESS_MISMATCH
-_NOT_YET_VALID, _EXPIRED, _OTHER_NAMES = 9, 10, (62, 64)
+# OpenSSL's X509_V_ERR_…
+_NOT_YET_VALID = 9  # CERT_NOT_YET_VALID
+_EXPIRED = 10  # CERT_HAS_EXPIRED
+_OTHER_NAMES = (62, 64)  # HOSTNAME_MISMATCH, IP_ADDRESS_MISMATCH
 
 
 def certificate_problem(error: BaseException) -> str:
-    """What is the matter with a certificate where that ended a connection, as a line that goes on from its address;
-    empty: it was something else. A certificate that is out of its time may mean a clock that is wrong, and says so.
+    """Describe the certificate problem that caused a connection error, as a predicate to follow the peer's address.
+
+    Empty if the cause is another one. For an expired certificate, or one not yet valid, it mentions this machine's
+    clock, which may be wrong.
     """
     found: BaseException | None = error
     while found is not None and not isinstance(found, ssl.SSLCertVerificationError):
@@ -83,8 +89,8 @@ def certificate_problem(error: BaseException) -> str:
     if found.verify_code == _EXPIRED:
         return f"has a certificate that has expired {today}: set the clock if that is wrong, else renew the certificate"
     if found.verify_code in _OTHER_NAMES:
-        return f"has a certificate for other names ({found.verify_message}): call it by one of those, or issue another"
-    return f"has a certificate that is not believed ({found.verify_message}): give the CA that signed it (--ca)"
+        return f"has a certificate for other names ({found.verify_message}): use one of those, or issue another"
+    return f"has a certificate that is not trusted ({found.verify_message}): give the CA that signed it (--ca)"
 
 
 def is_loopback(host: str) -> bool:
@@ -98,5 +104,5 @@ def is_loopback(host: str) -> bool:
 
 
 def url_of(host: str, port: int, encrypted: bool) -> str:
-    """Such as ``https://pi5:8401``."""
+    """Build a URL such as ``https://pi5:8401``."""
     return f"http{'s' if encrypted else ''}://{f'[{host}]' if ':' in host else host}:{port}"

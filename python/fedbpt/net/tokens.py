@@ -1,7 +1,7 @@
-"""Secrets: a device's token, the one-time code that it is enrolled by, and the private files that they lie in.
+"""Secrets: device tokens, one-time enrolment codes, and the private files that hold them.
 
-Both are random: 32 bytes and 10 bytes. Only their SHA-256 is stored where they are checked. That suffices, no slow
-password hash is needed: against 256 bits, or 80 that expire within the hour, guessing is hopeless at any speed.
+They are random: 32 bytes and 10 bytes. The side that checks them stores only their SHA-256. A slow password hash is not
+needed: 256 bits, or 80 bits that expire within the hour, cannot be guessed at any speed.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ from fedbpt.machine.folders import config_folder
 TOKEN_BYTES: Final = 32
 CODE_BYTES: Final = 10
 
-_SEPARATOR: Final = "~"  # in a bearer token, between device and secret; no name holds it
+_SEPARATOR: Final = "~"  # between device and secret in a bearer token; not allowed in names
 
 
 def new_token() -> str:
-    """A secret of 32 random bytes, as text."""
+    """Generate a secret of 32 random bytes, as text."""
     return secrets.token_urlsafe(TOKEN_BYTES)
 
 
 def new_code() -> str:
-    """A one-time code for people to type: ``K7QF-2M4P-XW3A-TZ6L``."""
+    """Generate a one-time code that is easy to type: ``K7QF-2M4P-XW3A-TZ6L``."""
     text = base64.b32encode(secrets.token_bytes(CODE_BYTES)).decode()
     return "-".join(text[i : i + 4] for i in range(0, len(text), 4))
 
 
 def watch_token(token: str) -> str:
-    """For those who may look but not steer; made of the operator's ``token``, which does not follow from it."""
-    made = hmac.new(token.encode(), b"fedbpt: watch", hashlib.sha256).digest()
-    return base64.urlsafe_b64encode(made[:16]).decode().rstrip("=")  # short, for a QR code
+    """Derive the read-only token from the operator's ``token``, which cannot be computed from it."""
+    derived = hmac.new(token.encode(), b"fedbpt: watch", hashlib.sha256).digest()
+    return base64.urlsafe_b64encode(derived[:16]).decode().rstrip("=")  # short, for a QR code
 
 
 def plain_code(typed: str) -> str:
-    """The code that was meant: without blanks and dashes, in capitals."""
+    """Normalise a typed code: no white space or dashes, upper case."""
     return re.sub(r"[\s-]", "", typed).upper()
 
 
 def digest(secret: str) -> bytes:
-    """What is stored of ``secret``: its SHA-256, 32 bytes."""
+    """The stored form of ``secret``: its SHA-256, 32 bytes."""
     return hashlib.sha256(secret.encode()).digest()
 
 
@@ -64,22 +64,23 @@ def matches(secret: str, stored: bytes) -> bool:
 
 
 def bearer(headers: Mapping[str, str]) -> str:
-    """The token of an ``Authorization`` header; empty where there is none."""
+    """The token of an ``Authorization: Bearer`` header; empty if there is none."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
     return token.strip() if scheme.lower() == "bearer" else ""
 
 
 def split(token: str) -> tuple[str, str]:
-    """Device and secret of a bearer token (`Credentials.bearer`)."""
+    """Split a bearer token (`Credentials.bearer`) into device and secret."""
     device, _, secret = token.partition(_SEPARATOR)
     return device, secret
 
 
 @dataclass(frozen=True)
 class Credentials:
-    """What an enrolled device keeps: whom it calls, its name there, and its token's secret.
+    """An enrolled device's credentials: the coordinator's URL, the device's name there, and its token's secret.
 
-    ``code_digest``: of the code that it was enrolled by, hex, by which the same command enrols it once.
+    ``code_digest``: of the code that it was enrolled with, hexadecimal, so that repeating the command does not enrol it
+    again.
     """
 
     coordinator: str
@@ -92,28 +93,28 @@ class Credentials:
         return f"{self.device}{_SEPARATOR}{self.secret}"
 
     def save(self, path: Path) -> None:
-        """Write the file, for its owner alone (0600)."""
+        """Write the credentials to ``path`` with mode 0600."""
         write_private(path, msgspec.json.encode(self))
 
     @classmethod
     def load(cls, path: Path) -> Credentials:
-        """Raises `ConfigError` where the file is absent, damaged, or open to others."""
+        """Read credentials. Raises `ConfigError` if the file is missing, damaged, or readable by others."""
         content = read_private(path)
         try:
             return msgspec.json.decode(content, type=cls)
         except DECODE_ERRORS as error:
-            raise ConfigError(f"{path} holds no device's credentials: enrol the device again (--enrol)") from error
+            raise ConfigError(f"invalid credentials in {path}: enrol the device again (--enrol)") from error
 
 
 def default_credentials() -> Path:
-    """``$FEDBPT_CREDENTIALS``, else a file in the user's configuration folder."""
+    """The path ``$FEDBPT_CREDENTIALS``, or a file in the user's configuration folder."""
     if chosen := os.environ.get("FEDBPT_CREDENTIALS"):
         return Path(chosen)
-    return config_folder("say where the token is kept (--credentials FILE)") / "fedbpt" / "credentials.json"
+    return config_folder("give a file for the token (--credentials FILE)") / "fedbpt" / "credentials.json"
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Replace ``path`` by a file that only its owner can read, whole or not at all."""
+    """Write a file that only its owner can read, atomically. Raises `ConfigError`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole({path: content}, private=[path])
@@ -122,7 +123,7 @@ def write_private(path: Path, content: bytes) -> None:
 
 
 def check_private(path: Path) -> None:
-    """Raises `ConfigError` where `write_private` could not write ``path``."""
+    """Raise `ConfigError` if `write_private` could not write ``path``."""
     probe = path.with_name(f".{path.name}.{os.getpid()}")
     write_private(probe, b"")
     probe.unlink()
@@ -131,11 +132,12 @@ def check_private(path: Path) -> None:
 
 
 def read_private(path: Path) -> bytes:
-    """The content of a secret's file. Raises `ConfigError` where it is absent, or others may read it."""
+    """Read a file that holds a secret. Raises `ConfigError` if it is missing, or readable by other users."""
     try:
-        mode, content = path.stat().st_mode, path.read_bytes()
+        mode = path.stat().st_mode
+        content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
     if os.name == "posix" and mode & 0o077:
-        raise ConfigError(f"others may read the secret in {path}: chmod 600 {path}")
+        raise ConfigError(f"the secret in {path} is readable by other users: chmod 600 {path}")
     return content

@@ -1,1 +1,1 @@
-"""CMA-ES over latents, and how a latent becomes a prompt."""
+"""CMA-ES over latents, and the projection of a latent to a prompt."""

@@ -67,15 +67,15 @@ __all__ = [
 
 
 GivenTask: TypeAlias = Task | str | os.PathLike[str]
-"""A task, or what `load` takes."""
+"""A task, the name of a built-in one, or the path of a task file."""
 
 
 @checked
 def load(name_or_path: GivenTask) -> Task:
-    """A built-in task by name (``ag-news``, ``sst-2``, ``bbc-news``), or the task file at a path; a task is itself.
+    """Load a built-in task by name (``ag-news``, ``sst-2``, ``bbc-news``) or a task file; a `Task` is returned as is.
 
     Raises:
-        ConfigError: neither; or a task file that cannot be read.
+        ConfigError: neither a built-in task nor a readable task file.
         TaskError: a task file whose templates cannot work.
     """
     if isinstance(name_or_path, Task):

@@ -1,7 +1,7 @@
 """The built-in tasks: AG News, SST-2 and BBC News, each with candidate templates.
 
-Every label word is one token, distinct within its template, in the vocabularies of SmolLM2 and Gemma 3. Which template
-serves is chosen on training shots, per model (`fedbpt.protocol.rounds.SelectWork`).
+Every label word is a single token, distinct within its template, in the vocabularies of SmolLM2 and Gemma 3. A run
+selects the template on training shots, per model (`fedbpt.protocol.rounds.SelectWork`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A task drafted from a data file: its labels, a word for each, and two templates, ready to edit."""
+"""Drafts of tasks from data files: labels, a word for each, and two templates, ready to edit."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from fedbpt.tasks.words import WordCosts
 
 TEXT_NAMES: Final = ("text", "sentence", "content", "body", "message", "review", "comment", "question", "description")
 LABEL_NAMES: Final = ("label", "class", "category", "topic", "intent", "sentiment", "department", "tag", "target")
-"""Columns that are taken for the text and for the label, in this order."""
+"""Names of the columns that may hold the text and the label, most likely first."""
 
 MAX_LABELS: Final = 100
-"""More different values than that are no labels."""
+"""Maximum number of distinct values in a label column."""
 
-LABEL_CHARACTERS: Final = 60
-"""Longest name of a label."""
+MAX_LABEL_CHARS: Final = 60
+"""Maximum length of a label."""
 
 
 class Draft(NamedTuple):
-    """``counts``: rows of each label, in the task's order."""
+    """A drafted task. ``counts``: number of rows of each label, in the task's order."""
 
     task: Task
     counts: tuple[int, ...]
@@ -40,23 +40,22 @@ class Draft(NamedTuple):
 def draft_task(
     path: str | Path, name: str | None = None, text_column: str | None = None, label_column: str | None = None
 ) -> Draft:
-    """A task for the rows of a file (`fedbpt.tasks.read_rows` says which files).
+    """Draft a task for the rows of a file of a type that `fedbpt.tasks.read_rows` reads.
 
     Args:
-        path: the file.
-        name: the task's; None: the file's.
-        text_column, label_column: None: found by their names, else by what stands in them.
+        path: the data file.
+        name: name of the task; None: the file's name without suffix.
+        text_column, label_column: None: found by name, else by content.
 
     Raises:
-        DataError: what `read_rows` raises; columns that cannot be told apart, a label column with one value or with too
-            many to be labels.
+        DataError: as `read_rows` raises; columns that cannot be told apart; a label column with a single value, or with
+            too many.
     """
     path = Path(path)
-    given = (text_column, label_column)
     try:
-        columns = _named_columns(path, *given)
-    except _UnclearError:
-        columns = _columns_by_content(path, *given)
+        columns = _columns_by_name(path, text_column, label_column)
+    except _UnknownNamesError:
+        columns = _columns_by_content(path, text_column, label_column)
     values = _label_values(path, columns)
     labels = _labels(values, columns, path)
     reader = LabelReader(labels)
@@ -73,19 +72,19 @@ def draft_task(
 
 @checked
 def task_toml(task: Task, costs: Sequence[WordCosts] = (), model: str = "") -> str:
-    """The task as the text of a task file, with what to edit; ``costs``: of its label words with ``model``."""
+    """Write the task as a commented TOML task file. ``costs``: of its label words with the model named ``model``."""
     numbers = all(whole_number(label) is not None for label in task.labels)
     lines = [
         "# Drafted from a data file. All devices of a run need the same labels, in this order, and the same columns.",
-        *(["# These labels are numbers; say what they mean by the label words, not here."] if numbers else []),
+        *(["# These labels are numbers: put their meaning into the label words, not here."] if numbers else []),
         f"name = {_quoted(task.name)}",
         f"labels = {_listed(task.labels)}",
         f"text_columns = {_listed(task.text_columns)}",
         f"label_column = {_quoted(task.label_column)}",
-        f"max_text_tokens = {task.max_text_tokens}  # of a text; what comes after is not read",
+        f"max_text_tokens = {task.max_text_tokens}  # longer texts are cut",
         "",
-        "# A run tries each template on training rows and goes on with the best. There is a word for each label, in",
-        "# the order of the labels, with the space before it; words of one token are the cheapest.",
+        "# A run tries each template on training rows and continues with the best. Give one word per label, in the",
+        "# order of the labels, each with the space before it; words of one token are the cheapest.",
     ]
     for number, template in enumerate(task.templates):
         lines += ["", "[[templates]]", f"pattern = {_quoted(template.pattern)}"]
@@ -95,37 +94,37 @@ def task_toml(task: Task, costs: Sequence[WordCosts] = (), model: str = "") -> s
     return "\n".join(lines) + "\n"
 
 
-class _UnclearError(DataError):
-    """The columns' names do not tell which is which."""
+class _UnknownNamesError(DataError):
+    """No column has a known name."""
 
 
-def _named_columns(path: Path, text: str | None, label: str | None) -> Columns:
+def _columns_by_name(path: Path, text: str | None, label: str | None) -> Columns:
     found: list[Columns] = []
 
     def choose(names: Sequence[str], where: str) -> None:
         texts = [text] if text else [name for name in TEXT_NAMES if _has(names, name)]
         labels = [label] if label else [name for name in LABEL_NAMES if _has(names, name)]
-        if len(names) == 2 and bool(texts) != bool(labels):  # the other one
+        if len(names) == 2 and bool(texts) != bool(labels):  # one is known, so the other is known too
             known = (texts or labels)[0]
             other = next((name for name in names if fold(name) != fold(known)), known)
             texts, labels = texts or [other], labels or [other]
         if not (texts and labels):
-            raise _UnclearError(f"{where}: no column is called text or label")
+            raise _UnknownNamesError(f"{where}: no known column names: give --text-column and --label-column")
         columns = Columns((texts[0],), labels[0])
         fields = columns.bind(names, where)
         found.append(Columns((names[fields.places[0]],), names[fields.label]))
 
     if next(_records(path, choose), None) is None:
-        raise DataError(f"{path} holds no rows")
+        raise DataError(f"{path} has no rows: add at least one for each label")
     return found[-1]
 
 
 def _columns_by_content(path: Path, text: str | None, label: str | None) -> Columns:
-    """The column of the longest texts, and the only other one whose values come again and again."""
+    """Take the column of the longest texts, and the only other column with repeated values."""
 
     def choose(names: Sequence[str], where: str) -> None:
         if len(names) < 2:
-            raise DataError(f"{where}: one column is not enough for texts and labels")
+            raise DataError(f"{where}: expected a text and a label column, found one column")
 
     names: tuple[str, ...] = ()
     values: dict[str, list[str]] = {}
@@ -144,8 +143,10 @@ def _columns_by_content(path: Path, text: str | None, label: str | None) -> Colu
     if looks_like_row(names, (value for column in values.values() for value in column)):
         raise DataError(f"{path}:1: {NO_HEADER}")
     if label is None and len(repeated) != 1:
-        known = f"which column is the label? give --text-column and --label-column, of {listed(names)}"
-        raise DataError(f"{path}: {known}")
+        raise DataError(
+            f"{path}: cannot tell the label column: give --text-column and --label-column, from {listed(names)}",
+            field="label_column",
+        )
     return Columns((chosen,), label or repeated[0])
 
 
@@ -163,23 +164,23 @@ def _label_values(path: Path, columns: Columns) -> list[str]:
 def _name_of(value: Any, where: str) -> str:
     name = str(value) if isinstance(value, bool | int | float) else value
     if not isinstance(name, str) or not name.strip():
-        raise DataError(f"{where}: no label: fill it in or remove the row")
+        raise DataError(f"{where}: no label: fill it in or remove the row", field="label")
     if half := half_character(name):
-        raise DataError(f"{where}: {half} in the label: it was cut within an emoji, mend it")
+        raise DataError(f"{where}: the label holds {half}, cut within an emoji or not UTF-8: fix it", field="label")
     return name.strip()
 
 
 def _labels(values: Sequence[str], columns: Columns, path: Path) -> tuple[str, ...]:
-    """Each label as it is written most often: numbers by value, names by alphabet, so that all devices agree."""
+    """Distinct labels in their most frequent spelling, numbers in order, names alphabetically: the same everywhere."""
     spellings: dict[str, Counter[str]] = {}
     for value in values:
         spellings.setdefault(fold(value), Counter())[value] += 1
     labels = [max(counter, key=lambda name: (counter[name], name)) for counter in spellings.values()]
-    problem = f"{path}: column {columns.label!r} has {len(labels)} different values in {len(values)} rows"
+    problem = f"{path}: column {columns.label!r} has {len(labels)} distinct values in {len(values)} rows"
     if len(labels) < 2:
-        raise DataError(f"{problem}: a task needs two labels or more, give --label-column")
-    if len(labels) > MAX_LABELS or max(map(len, labels)) > LABEL_CHARACTERS:
-        raise DataError(f"{problem}, too many or too long for labels: give --label-column")
+        raise DataError(f"{problem}, a task needs at least two: give --label-column", field="label_column")
+    if len(labels) > MAX_LABELS or max(map(len, labels)) > MAX_LABEL_CHARS:
+        raise DataError(f"{problem}, too many or too long for labels: give --label-column", field="label_column")
     numbers = {label: whole_number(label) for label in labels}
     if all(number is not None for number in numbers.values()):
         return tuple(sorted(labels, key=lambda label: numbers[label] or 0))
@@ -187,14 +188,14 @@ def _labels(values: Sequence[str], columns: Columns, path: Path) -> tuple[str, .
 
 
 def _words(labels: Sequence[str]) -> tuple[str, ...]:
-    """Labels as they would stand in a text: names of programs in words, where these stay distinct."""
+    """Labels as words of a text: without underscores and hyphens, unless two become equal."""
     words = [" ".join(re.sub(r"[_-]+", " ", label).split()) or label for label in labels]
     return tuple(f" {word}" for word in (words if len(set(words)) == len(words) else labels))
 
 
 def _patterns(label_column: str) -> tuple[str, str]:
-    asked = "Category" if fold(label_column) in ("label", "class", "target", "tag") else label_column.strip()
-    return f"{{text}}\n{asked[:1].upper()}{asked[1:]}:", "{text}\nIn one word, this is"
+    cue = "Category" if fold(label_column) in ("label", "class", "target", "tag") else label_column.strip()
+    return f"{{text}}\n{cue[:1].upper()}{cue[1:]}:", "{text}\nIn one word, this is"
 
 
 def _records(path: Path, choose: Any) -> Iterator[Record]:
@@ -210,9 +211,9 @@ def _has(names: Sequence[str], wanted: str) -> bool:
 
 def _cost(costs: WordCosts, model: str) -> str:
     if costs.problem:
-        return f"with {model} it cannot be used: {costs.problem}"
+        return f"cannot be used with {model}: {costs.problem}"
     counts = ", ".join(map(str, costs.tokens))
-    return f"tokens of the words with {model}: {counts}; a candidate costs {1 + costs.extra} tokens a text"
+    return f"tokens of the words with {model}: {counts}; cost {1 + costs.extra} tokens per text and candidate"
 
 
 def _listed(values: Sequence[str]) -> str:
@@ -220,5 +221,5 @@ def _listed(values: Sequence[str]) -> str:
 
 
 def _quoted(text: str) -> str:
-    # JSON's escapes are TOML's, but for the one control character that JSON leaves as it is.
+    # TOML has JSON's escapes, and also requires one for DEL, which JSON leaves as it is.
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

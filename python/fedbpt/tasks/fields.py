@@ -1,6 +1,6 @@
-"""What the fields of a row mean: which of them are its text and its label, and which label a value stands for.
+"""The text and label columns of rows, and the label that a value stands for.
 
-Every reader asks here, so that a row means the same wherever it comes from.
+All readers use this module, so that a row means the same in every format.
 """
 
 from __future__ import annotations
@@ -18,23 +18,25 @@ from fedbpt.errors import DataError
 from fedbpt.tasks.rows import LabelIndex
 
 _NUMBER: Final = re.compile(r"[+-]?[0-9]+([.,][0-9]+)?")
-_WHOLE: Final = re.compile(r"([+-]?[0-9]{1,15})(\.0*)?")  # also as a spreadsheet writes a column with gaps: 1.0
+_WHOLE: Final = re.compile(r"([+-]?[0-9]{1,15})(\.0*)?")  # spreadsheets write an integer column with gaps as 1.0
 
-MOST_NUMBER: Final = 10**15
+MAX_NUMBER: Final = 10**15
+"""Largest label number that an error quotes."""
 
 MAX_LISTED: Final = 20
-"""Names that an error lists at most."""
+"""Maximum number of names in one error."""
 
-NO_HEADER: Final = "this looks like a row, write a header line above it (text,label)"
+NO_HEADER: Final = "this looks like a row: add a header line above it (text,label)"
 
-MAX_HEADING: Final = (40, 4)
-"""Characters and words of a column's name; what is longer is taken for a row where a header should be."""
+MAX_COLUMN_NAME_CHARS: Final = 40
+MAX_COLUMN_NAME_WORDS: Final = 4
+"""A first line with a longer field is taken for a row: the header is missing."""
 
 
 class Columns(NamedTuple):
-    """Where rows have their text and their label: names as in `fedbpt.tasks.Task`.
+    """The names of the text and label columns, as in `fedbpt.tasks.Task`.
 
-    ``labels``: of the task, by which a first row is told from a header that should be there.
+    ``labels``: the task's labels; a first line that holds one is a row, not a header.
     """
 
     text: tuple[str, ...]
@@ -42,9 +44,9 @@ class Columns(NamedTuple):
     labels: tuple[str, ...] = ()
 
     def bind(self, names: Sequence[str], where: str) -> Fields:
-        """Find the columns among ``names``: as they are written, else whatever their case and white space.
+        """Find the columns among ``names``: by exact name, else ignoring case and white space.
 
-        Raises `DataError` where one is missing, or could be either of two.
+        Raises `DataError` if one is missing or ambiguous.
         """
         label = _place(names, self.label, where)
         candidates = [_parts(name) for name in self.text]
@@ -61,16 +63,19 @@ class Columns(NamedTuple):
 
     def _missing(self, names: Sequence[str], wanted: Sequence[str], where: str) -> DataError:
         problem = f"{where}: no column {' or '.join(repr(name) for name in wanted)}"
+        field = wanted[0] if wanted else ""
         if looks_like_row(names, self.labels):
-            return DataError(f"{problem}: {NO_HEADER}")
-        # Where the file has no header, its first row's fields stand for the columns' names.
-        return DataError(f"{problem}: the columns are {listed(names)}", public=problem)
+            return DataError(f"{problem}: {NO_HEADER}", field=field)
+        # public: without a header, the names may be a row's fields
+        message = f"{problem}: name it in the task, or rename one of {listed(names)}"
+        return DataError(message, public=problem, field=field)
 
 
 class Fields(NamedTuple):
-    """The columns of rows that all have columns ``names``: ``places`` are those of the text's parts.
+    """Positions of the text and label in rows with columns ``names``.
 
-    ``words`` stand before, between and after the parts: one more than those.
+    ``places``: positions of the text's parts. ``words``: the fixed words before, between and after them, one more than
+    there are parts. ``label``: position of the label.
     """
 
     names: tuple[str, ...]
@@ -79,7 +84,7 @@ class Fields(NamedTuple):
     label: int
 
     def text(self, values: Sequence[Any], where: str) -> str:
-        """A row's text. Raises `DataError` where it, or a part of it, is empty or no string."""
+        """Build a row's text. Raises `DataError` if it or a part of it is empty or not a string."""
         if self.words == ("", ""):
             return read_text(values[self.places[0]], where)
         parts = [read_text(values[place], f"{where}, column {self.names[place]!r}") for place in self.places]
@@ -88,40 +93,42 @@ class Fields(NamedTuple):
 
 
 PAIR: Final = Fields(("text", "label"), ("", ""), (0,), 1)
-"""Of a pair, which has no columns."""
+"""The fields of a (text, label) pair, which has no columns."""
 
 
 def read_text(value: Any, where: str) -> str:
-    """A text without the white space around it. Raises `DataError`."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):  # as tables write a field that is missing
+    """Check a text and strip white space around it. Raises `DataError`."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # how tables represent a missing field
         value = ""
     if not isinstance(value, str):
-        raise DataError(f"{where}: the text must be a string, got {type(value).__name__}")
+        raise DataError(f"{where}: the text must be a string, got {type(value).__name__}", field="text")
     if not value.strip():
-        raise DataError(f"{where}: empty text: fill it in or remove the row")
+        raise DataError(f"{where}: empty text: fill it in or remove the row", field="text")
     if half := half_character(value):
-        raise DataError(f"{where}: {half}: the text was cut within an emoji, or is no UTF-8; mend it or remove the row")
+        raise DataError(
+            f"{where}: {half}, cut within an emoji or not UTF-8: fix the text or remove the row", field="text"
+        )
     return value.strip()
 
 
 class LabelReader:
-    """Reads the values of a label column for a task with ``labels``; with none, they are target texts.
+    """Reads the values of a label column for a task with ``labels``; without labels, they are target texts.
 
-    A name decides where there is one: as it is written, else whatever its case and white space. A whole number is an
-    index only where it cannot be a name: no label is a number, and this number is in no other label's name. What is
-    neither is refused.
+    A value that names a label is that label: by exact name, else ignoring case and white space. An integer is an index
+    only if it cannot be a name: no label is a number, and the number is in no other label's name. Any other value is an
+    error.
 
     Args:
-        labels: the task's, in order.
-        data_names: what the data itself calls its numbered labels (`datasets.ClassLabel`); None: nothing. These names
-            decide then, and must be the task's, in whatever order and case.
+        labels: the task's labels, in order.
+        data_names: names that the data set gives its numbered labels (`datasets.ClassLabel`), or None. Numbers then
+            stand for these names, each of which must be one of the task's labels, in any order and case.
     """
 
     def __init__(self, labels: Sequence[str], data_names: Sequence[str] | None = None) -> None:
         self._labels = tuple(labels)
         numbered = data_names is not None and list(data_names) == [str(i) for i in range(len(data_names))]
         self._data_names = None if data_names is None or numbered else tuple(data_names)
-        self._indices = [LabelIndex(i, name) for i, name in enumerate(labels)]  # rows of one label share one
+        self._indices = [LabelIndex(i, name) for i, name in enumerate(labels)]  # shared by the rows of a label
         self._exact = {name: i for i, name in enumerate(labels)}
         self._folded = _unique((fold(name), i) for i, name in enumerate(labels))
         self._numbers = any(_NUMBER.fullmatch(name.strip()) for name in labels)
@@ -132,7 +139,7 @@ class LabelReader:
                 self._within.setdefault(int(digits), set()).add(name)
 
     def read(self, value: Any, where: str) -> LabelIndex | str:
-        """The index of the label that ``value`` stands for, or the target text. Raises `DataError`."""
+        """Return the index of the label that ``value`` stands for, or the target text. Raises `DataError`."""
         if not self._labels:
             return read_text(value, f"{where}, target")
         given = value.name if isinstance(value, LabelIndex) else _plain(value)
@@ -143,7 +150,7 @@ class LabelReader:
             return self._by_data_name(value, where)
         if isinstance(value, str | bool) and (found := self._by_name(str(value))) is not None:
             return found
-        if isinstance(value, int) and abs(value) > MOST_NUMBER:  # Python writes none of thousands of digits
+        if isinstance(value, int) and abs(value) > MAX_NUMBER:  # Python does not print integers of thousands of digits
             value = "a number of over 15 digits"
         number = None if self._data_names else whole_number(value)
         if number is None:
@@ -157,7 +164,7 @@ class LabelReader:
             raise self._unknown(value, where)
         if others := self._within.get(number, set()) - {self._labels[number]}:
             either = f"{min(others)!r}, or number {number} of the labels, {self._labels[number]!r}"
-            raise _refusal(f"label {value!r} may mean {either}: give names instead of numbers", where)
+            raise _label_error(f"label {value!r} may mean {either}: use names instead of numbers", where)
         return number
 
     def _by_name(self, name: str) -> int | None:
@@ -170,21 +177,21 @@ class LabelReader:
             raise self._unknown(value, where)
         found = self._by_name(names[value])
         if found is None:
-            known = f"none of the task's, {listed(self._labels)}: call it the same in both"
-            raise _refusal(f"the data calls its label {value} {names[value]!r}, which is {known}", where)
+            problem = f"the data set names its label {value} {names[value]!r}"
+            raise _label_error(f"{problem}: rename it to one of the task's, {listed(self._labels)}", where)
         return found
 
     def _unknown(self, value: Any, where: str) -> DataError:
         indexed = self._labels if self._numbers else [f"{i} {name}" for i, name in enumerate(self._labels)]
-        return _refusal(f"unknown label {value!r}: give one of {listed(indexed)}", where)
+        return _label_error(f"unknown label {value!r}: use one of {listed(indexed)}", where)
 
 
 def looks_like_row(names: Sequence[str], labels: Iterable[str] = ()) -> bool:
-    """Whether what stands for the columns' names may be a row of a file without a header; ``labels``: of its task."""
+    """Whether ``names``, from a file's first line, may be a row: the header is missing. ``labels``: the task's."""
     known = {fold(label) for label in labels}
     return any(
-        len(name) > MAX_HEADING[0]
-        or len(name.split()) > MAX_HEADING[1]
+        len(name) > MAX_COLUMN_NAME_CHARS
+        or len(name.split()) > MAX_COLUMN_NAME_WORDS
         or fold(name) in known
         or whole_number(name) is not None
         for name in names
@@ -192,7 +199,7 @@ def looks_like_row(names: Sequence[str], labels: Iterable[str] = ()) -> bool:
 
 
 def whole_number(value: Any) -> int | None:
-    """The whole number that ``value`` is, or that stands in it; None: it is none."""
+    """Convert an integer, or a string that holds one, to int; None for any other value."""
     if isinstance(value, str):
         found = _WHOLE.fullmatch(value.strip())
         return None if found is None else int(found[1])
@@ -200,12 +207,12 @@ def whole_number(value: Any) -> int | None:
 
 
 def fold(name: str) -> str:
-    """``name`` without what people write now one way, now another: case, white space, Unicode forms."""
+    """Normalise case, white space and Unicode form, for comparison."""
     return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 
 def _plain(value: Any) -> Any:
-    """A label's value as Python's own: numbers of numpy, pandas and PyTorch, and floats that are whole."""
+    """Convert numbers of numpy, pandas and PyTorch to Python's, and integral floats to int."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and value.is_integer():
@@ -216,34 +223,37 @@ def _plain(value: Any) -> Any:
 
 
 def _unique(pairs: Iterable[tuple[Any, int]]) -> dict[Any, int]:
-    """The pairs whose key comes once."""
+    """The pairs whose key occurs once."""
     known = list(pairs)
     counts = Counter(key for key, _ in known)
     return {key: value for key, value in known if counts[key] == 1}
 
 
 def _parts(name: str) -> list[str]:
-    """Words and column names in turn, words first and last: ``{premise} So: {hypothesis}``, or one column."""
+    """Split ``{premise} So: {hypothesis}``, or one column's name, into words and names in turn; words come first."""
     parts = re.split(r"\{([^{}]+)\}", name)
     return parts if len(parts) > 1 else ["", name, ""]
 
 
 def _place(names: Sequence[str], wanted: str, where: str, exact: bool | None = None) -> int | None:
-    """Where ``wanted`` is among ``names``; ``exact``: as it is written, or not; None: the one, else the other."""
+    """Position of ``wanted`` among ``names``. ``exact``: match case and white space; None: prefer an exact match."""
     found = [i for i, name in enumerate(names) if name == wanted]
     if not found and not exact:
         found = [i for i, name in enumerate(names) if fold(name) == fold(wanted)]
     if len(found) > 1:
         which = " and ".join(dict.fromkeys(repr(names[i]) for i in found))
-        raise DataError(f"{where}: column {wanted!r} is there {len(found)} times, as {which}: rename all but one")
+        raise DataError(
+            f"{where}: column {wanted!r} occurs {len(found)} times, as {which}: rename all but one", field=wanted
+        )
     return found[0] if found else None
 
 
-def _refusal(problem: str, where: str) -> DataError:
-    return DataError(f"{where}: {problem}", public=f"{where}: its label is none of the task's, or not clearly one")
+def _label_error(problem: str, where: str) -> DataError:
+    public = f"{where}: its label is unknown or ambiguous"
+    return DataError(f"{where}: {problem}", public=public, field="label")
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names for people, the first `MAX_LISTED` of them."""
+    """Join names with commas, the first `MAX_LISTED` of them."""
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
     return ", ".join(names[:MAX_LISTED]) + more

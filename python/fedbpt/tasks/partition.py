@@ -1,8 +1,8 @@
-"""Who holds which rows: splits for a laboratory federation, and their manifest.
+"""Partitions of rows over the devices of a simulated federation, with a manifest.
 
-Schemes: ``iid`` (equal, shuffled), ``dirichlet`` (each label is dealt out with proportions drawn from Dirichlet(α):
-Hsu, Qi & Brown 2019, arXiv 1909.06335; a small α gives devices almost one label), ``size`` (labels alike everywhere,
-the numbers of rows drawn from Dirichlet(α)).
+Schemes: ``iid`` (shuffled, equal sizes), ``dirichlet`` (each label's rows in proportions drawn from Dirichlet(α):
+Hsu, Qi & Brown 2019, arXiv 1909.06335; with a small α a device has almost a single label), ``size`` (the same label
+distribution everywhere, sizes drawn from Dirichlet(α)).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Scheme: TypeAlias = Literal["iid", "dirichlet", "size"]
 
 
 class DevicePart(msgspec.Struct, frozen=True):
-    """One device's file in a manifest; ``sha256`` hex of the file, ``counts`` rows by label name."""
+    """A device's file in a manifest. ``sha256``: of the file, hexadecimal; ``counts``: rows by label name."""
 
     file: str
     rows: int
@@ -36,7 +36,7 @@ class DevicePart(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``manifest.json``: how rows were dealt out, and what each device's file holds."""
+    """``manifest.json``: the partition's parameters and the devices' files."""
 
     labels: tuple[str, ...]
     scheme: Scheme
@@ -55,23 +55,29 @@ def partition(
     seed: int = 0,
     min_rows: int = 1,
 ) -> list[NDArray[np.int64]]:
-    """Deal out rows: ``n_devices`` arrays of ascending row indices, disjoint, together all rows.
+    """Partition rows by label: ``n_devices`` arrays of ascending row indices, disjoint and together all rows.
 
-    ``labels`` int [n]. A device that the draw leaves with fewer than ``min_rows`` gets random rows of the device that
-    holds most. Same arguments, same result.
+    ``labels``: int [n]. A device drawn with fewer than ``min_rows`` gets random rows from the largest. Deterministic.
 
     Raises:
         InputError: an unknown scheme, α ≤ 0, fewer than one device, fewer rows than n_devices·min_rows.
     """
     given = array_of(labels, np.int64, "labels")
     if given.ndim != 1:
-        raise InputError("labels must be a one-dimensional array of integers")
-    if n_devices < 1 or min_rows < 1:
-        raise InputError("a partition needs at least one device and one row a device")
+        raise InputError(f"labels must be one-dimensional, got shape {list(given.shape)}", field="labels")
+    if n_devices < 1:
+        raise InputError(f"n_devices must be at least 1, got {n_devices}", field="n_devices")
+    if min_rows < 1:
+        raise InputError(f"min_rows must be at least 1, got {min_rows}", field="min_rows")
     if not alpha > 0:
-        raise InputError(f"alpha must be a positive number, got {alpha}")
+        raise InputError(f"alpha must be a positive number, got {alpha}", field="alpha")
     if len(given) < n_devices * min_rows:
-        raise InputError(f"{len(given)} rows are too few for {n_devices} devices with at least {min_rows} each")
+        needed = n_devices * min_rows
+        raise InputError(
+            f"{n_devices} devices with {min_rows} rows each need at least {needed} rows, got {len(given)}",
+            field="n_devices",
+            limit=needed,
+        )
     rng = generator(seed, "partition", scheme)
     if scheme == "dirichlet":
         groups = [np.flatnonzero(given == label) for label in np.unique(given)]
@@ -98,23 +104,23 @@ def _top_up(parts: list[list[int]], min_rows: int, rng: np.random.Generator) -> 
 
 @checked
 def split_rows(rows: Sequence[Row], sizes: Mapping[str, int], seed: int = 0) -> dict[str, list[Row]]:
-    """Disjoint, shuffled splits of ``rows``, each with the labels' proportions (to within a row a label).
+    """Split ``rows`` into disjoint, shuffled, stratified splits (each label's share is exact to within one row).
 
-    ``sizes`` maps a split's name to its number of rows. Rows with equal texts count once, so that no text is in two
-    splits; rows left over are not returned.
+    ``sizes`` maps a split's name to its number of rows. Of rows with equal texts only the first is used, so that no
+    text is in two splits. Rows left over are not returned.
 
     Raises:
-        DataError: fewer distinct rows than asked for.
+        DataError: fewer distinct rows than requested.
         InputError: a negative size.
     """
     if any(size < 0 for size in sizes.values()):
-        raise InputError(f"a split's size cannot be negative: {dict(sizes)}")
+        raise InputError(f"sizes must be 0 or more, got {dict(sizes)}", field="sizes")
     distinct = drop_duplicates(rows)
     total = sum(sizes.values())
     if total > len(distinct):
-        raise DataError(f"{len(distinct)} distinct rows are too few for {total} ({dict(sizes)})")
+        raise DataError(f"{dict(sizes)} needs {total} distinct rows, got {len(distinct)}", limit=len(distinct))
     rng = generator(seed, "split")
-    # Each label's rows are spread evenly over [0, 1) in random order: any stretch then has every label in proportion.
+    # Each label's rows are spread evenly over [0, 1) in random order: any interval then has every label in proportion.
     positions = np.empty(len(distinct))
     given = _strata(distinct)
     for label in np.unique(given):
@@ -145,9 +151,9 @@ def write_partition(
     seed: int = 0,
     min_rows: int = 1,
 ) -> Manifest:
-    """Deal ``rows`` out to ``folder``/``device-0.jsonl`` … and write ``manifest.json``, which is also returned.
+    """Write a partition of ``rows`` to ``folder``/``device-0.jsonl`` … and ``manifest.json``; return the manifest.
 
-    Raises what `partition` does.
+    Raises as `partition` does.
     """
     parts = partition(_strata(rows), n_devices, scheme, alpha, seed, min_rows)
     folder = Path(folder)
@@ -173,10 +179,10 @@ def write_partition(
 
 @checked
 def read_manifest(folder: str | Path) -> Manifest:
-    """The manifest of ``folder``, each file checked against its sha256.
+    """Read the manifest of ``folder`` and check each file against its sha256.
 
     Raises:
-        DataError: no manifest, a damaged one, or a file that is missing or has changed.
+        DataError: no manifest, a damaged one, or a file that is missing or was changed.
     """
     folder = Path(folder)
     path = folder / "manifest.json"
@@ -189,5 +195,5 @@ def read_manifest(folder: str | Path) -> Manifest:
     for part in manifest.devices:
         file = folder / part.file
         if not file.is_file() or sha256_of(file) != part.sha256:
-            raise DataError(f"{file} is missing or not the file that {path} describes: partition again")
+            raise DataError(f"{file} is missing or differs from {path}: partition again")
     return manifest

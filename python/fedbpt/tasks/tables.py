@@ -1,4 +1,4 @@
-"""Rows as people have them, files and objects, as records of named fields."""
+"""Data files and Python objects as records of named fields."""
 
 from __future__ import annotations
 
@@ -22,10 +22,7 @@ _BYTE_ORDER_MARKS: Final = (b"\xff\xfe", b"\xfe\xff")
 
 
 class Record(NamedTuple):
-    """A row: the names of its columns, and a value for each; names None: a (text, label) pair.
-
-    ``where`` begins a complaint about it.
-    """
+    """A row: column names and a value for each. ``names`` None: a (text, label) pair. ``where`` begins its errors."""
 
     where: str
     names: tuple[str, ...] | None
@@ -33,24 +30,25 @@ class Record(NamedTuple):
 
 
 CheckHeader = Callable[[Sequence[str], str], object]
-"""Raises `DataError` unless the columns that are looked for are among these; called for each way to split a header."""
+"""Raises `DataError` unless the expected columns are among the names; called for each candidate delimiter."""
 
 
 def file_records(path: Path, check_header: CheckHeader, names: Sequence[str] | None = None) -> Iterator[Record]:
-    """The rows of a file; empty ones are left out.
+    """Read the records of a file; empty lines are skipped.
 
     Args:
-        path: ``.jsonl`` or ``.ndjson``, ``.json`` (a list of objects), ``.csv`` or ``.tsv``; UTF-8, or UTF-16 with its
-            mark. The delimiter is the first with which the header line passes ``check_header``.
-        names: of the columns of a CSV file without a header line.
+        path: ``.jsonl`` or ``.ndjson``, ``.json`` (a list of objects), ``.csv`` or ``.tsv``; UTF-8, or UTF-16 with a
+            byte order mark. The delimiter is the first with which the header line passes ``check_header``.
+        check_header: see `CheckHeader`.
+        names: column names, for a CSV file without a header line.
 
     Raises:
-        DataError: what cannot be read, with file and line.
+        DataError: the file cannot be read; with file and line.
     """
     kind = path.suffix.lower()
     if kind not in SUFFIXES:
         known = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
-        raise DataError(f"{path}: data files end in {known}: save it as one of these")
+        raise DataError(f"{path} is not a data file: save it as {known}")
     try:
         if kind in (".csv", ".tsv"):
             yield from _delimited_records(path, check_header, names)
@@ -65,15 +63,15 @@ def file_records(path: Path, check_header: CheckHeader, names: Sequence[str] | N
 
 
 def object_records(data: Any) -> Iterator[Record]:
-    """The rows of an object: (text, label) pairs, dicts, a dict of columns, a pandas `DataFrame`, a pyarrow `Table`, a
-    `datasets.Dataset` or `datasets.IterableDataset`, or a dict of these that has one split.
+    """Read the records of (text, label) pairs, dicts, a dict of columns, a pandas `DataFrame`, a pyarrow `Table`, a
+    `datasets.Dataset` or `datasets.IterableDataset`.
 
-    Raises `DataError` for what is none of them.
+    Raises `DataError` for any other object.
     """
     if isinstance(data, Mapping):
         return _column_records(data)
     names = getattr(data, "column_names", None)
-    if hasattr(data, "with_format"):  # whatever its values are shown as
+    if hasattr(data, "with_format"):  # undo an output format such as tensors
         data = data.with_format(None)
     elif hasattr(data, "itertuples"):
         return _table_records(data.columns, data.itertuples(index=False, name=None))
@@ -81,23 +79,23 @@ def object_records(data: Any) -> Iterator[Record]:
         return _table_records(names, zip(*(column.to_pylist() for column in data.columns), strict=True))
     if isinstance(data, str | bytes) or not isinstance(data, Iterable) or getattr(data, "ndim", 1) == 0:
         raise DataError(
-            f"rows cannot be read from {type(data).__name__}: give (text, label) pairs, dicts, a DataFrame, a Dataset "
+            f"cannot read rows from a {type(data).__name__}: give (text, label) pairs, dicts, a DataFrame, a Dataset "
             "or a file"
         )
     return _item_records(data, "row" if names is None else "data set row")
 
 
 def only_split(data: Any) -> Any:
-    """The one split of a `datasets.DatasetDict`; ``data`` where it is none. Raises `DataError` where it has several."""
+    """The split of a `datasets.DatasetDict` with one; any other ``data`` itself. Raises `DataError` for several."""
     if not isinstance(data, Mapping) or any(not hasattr(part, "column_names") for part in data.values()):
         return data
     if len(data) > 1:
-        raise DataError(f"the data set has several splits ({', '.join(map(str, data))}): give one of them, data[...]")
+        raise DataError(f"the data set has several splits ({', '.join(map(str, data))}): give one, as data[...]")
     return next(iter(data.values()), data)
 
 
 def first_fields(path: Path) -> list[str]:
-    """The fields of the first line of a ``.csv`` file; none where there is no such file, or nothing in it."""
+    """The fields of the first line of a ``.csv`` file; empty if there is no such file, or no line."""
     if path.suffix.lower() != ".csv" or not path.is_file():
         return []
     try:
@@ -105,7 +103,7 @@ def first_fields(path: Path) -> list[str]:
             return next(csv.reader(file), [])
     except UnicodeDecodeError as error:
         raise _not_text(path, error) from error
-    except csv.Error:  # told with its line when the rows are read
+    except csv.Error:  # raised with its line when the rows are read
         return []
 
 
@@ -113,7 +111,7 @@ def first_fields(path: Path) -> list[str]:
 
 
 class _Object(list[tuple[str, Any]]):
-    """A JSON object's members, those with equal names too."""
+    """A JSON object's members, including those with equal names."""
 
 
 def _json_lines(path: Path) -> Iterator[Record]:
@@ -145,9 +143,9 @@ def _parsed(content: str, where: str) -> Any:
         return json.loads(content, object_pairs_hook=_Object)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        raise DataError(f"{where}: not JSON ({error.msg}, {place})") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a depth of thousands
-        raise DataError(f"{where}: not JSON that can be read ({type(error).__name__})") from error
+        raise DataError(f"{where}: invalid JSON at {place}: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, nesting thousands deep
+        raise DataError(f"{where}: invalid JSON: {type(error).__name__}") from error
 
 
 # --- CSV and TSV -----------------------------------------------------------------------------------------------------
@@ -163,51 +161,54 @@ def _delimited_records(path: Path, check_header: CheckHeader, names: Sequence[st
             continue
         values = _trimmed(fields, len(header))
         if len(values) != len(header):
-            advice = f"put a text that holds {dialect['delimiter']!r} in quotes"
-            raise DataError(f"{where}: {len(values)} fields for {len(header)} columns: {advice}")
+            advice = f"quote texts that contain {dialect['delimiter']!r}"
+            raise DataError(f"{where}: expected {len(header)} fields, found {len(values)}: {advice}")
         yield Record(where, header, values)
 
 
 def _dialect(path: Path, check_header: CheckHeader) -> dict[str, Any]:
-    """How `csv.reader` is to split the file: the first way with which the header passes.
+    """Detect the arguments of `csv.reader`: the first with which the header passes ``check_header``.
 
-    Raises what is wrong with the header where it is split into most columns.
+    If none does, raises the header's error with the delimiter that gives most columns.
     """
-    tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}  # as GLUE writes them
-    ways: list[dict[str, Any]] = [{"delimiter": delimiter, "strict": True} for delimiter in DELIMITERS]
+    tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}  # GLUE's format
+    dialects: list[dict[str, Any]] = [{"delimiter": delimiter, "strict": True} for delimiter in DELIMITERS]
     if path.suffix.lower() == ".tsv":
-        ways = [tabs, *(way for way in ways if way["delimiter"] != "\t")]
-    widest, problem = 0, DataError(f"{path} holds no rows")
-    for way in ways:
+        dialects = [tabs, *(dialect for dialect in dialects if dialect["delimiter"] != "\t")]
+    most_columns = 0
+    problem = DataError(f"{path} has no rows: add at least one below a header line")
+    for dialect in dialects:
         header: list[str] = []
         try:
-            line, header = next(_delimited_lines(path, way), (1, []))
+            line, header = next(_delimited_lines(path, dialect), (1, []))
             check_header(_trimmed([name.strip() for name in header], 1), f"{path}:{line}")
-            return way
-        except DataError as error:  # also a line that cannot be split so
-            if len(header) > widest:
-                widest, problem = len(header), error
+            return dialect
+        except DataError as error:  # a missing column, or a line that is not valid in this dialect
+            if len(header) > most_columns:
+                most_columns = len(header)
+                problem = error
     raise problem
 
 
 def _delimited_lines(path: Path, dialect: Mapping[str, Any]) -> Iterator[tuple[int, list[str]]]:
-    """Each record that is not empty, with the line it starts on."""
+    """Yield each non-empty record with the line that it starts on."""
     with _opened(path) as file, _long_fields():
         first = file.readline()
-        told = re.fullmatch(r"sep=.[\r\n]*", first)  # as Excel writes it; the delimiter shows in the header, too
-        reader = csv.reader(chain([first] if first and not told else [], file), **dialect)
-        start = before = 2 if told else 1
+        has_sep_line = re.fullmatch(r"sep=.[\r\n]*", first)  # written by Excel; the header is enough to detect it
+        reader = csv.reader(chain([first] if first and not has_sep_line else [], file), **dialect)
+        first_line = 2 if has_sep_line else 1
+        start = first_line
         try:
             for fields in reader:
                 if any(field.strip() for field in fields):
                     yield start, fields
-                start = before + reader.line_num
+                start = first_line + reader.line_num
         except csv.Error as error:
-            raise DataError(f"{path}:{start}: not valid {path.suffix[1:].upper()}: {error}") from error
+            raise DataError(f"{path}:{start}: invalid {path.suffix[1:].upper()}: {error}") from error
 
 
 def _trimmed(fields: list[str], width: int) -> list[str]:
-    """``fields`` without the empty ones at the end that are more than ``width``: spreadsheets write such."""
+    """``fields`` without trailing empty ones beyond ``width``, which spreadsheets write."""
     while len(fields) > width and not fields[-1].strip():
         fields = fields[:-1]
     return fields
@@ -215,7 +216,7 @@ def _trimmed(fields: list[str], width: int) -> list[str]:
 
 @contextmanager
 def _long_fields() -> Iterator[None]:
-    """Texts of any length: `csv` refuses fields of over 131,072 characters, by a limit that all of its users share."""
+    """Lift the limit of `csv` on a field's length, 131,072 characters. It is global, so it is restored."""
     before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
         yield
@@ -263,14 +264,14 @@ def _opened(path: Path, newline: str | None = "") -> TextIO:
 
 
 def _not_text(path: Path, error: UnicodeDecodeError) -> DataError:
-    """The error of a file that is not UTF-8, with the first wrong byte and its line."""
+    """Build the error for a file that is not UTF-8, with the first invalid byte and its line."""
     if error.encoding.startswith("utf-16"):
-        return DataError(f"{path}: not UTF-16, though its first bytes say so: save it as UTF-8")
+        return DataError(f"{path}: invalid UTF-16 after a UTF-16 byte order mark: save it as UTF-8")
     with path.open("rb") as file:
         for number, content in enumerate(file, start=1):
             try:
                 content.decode("utf-8")
             except UnicodeDecodeError as found:
-                place = f"byte 0x{content[found.start]:02x}, the {found.start + 1}. of the line"
+                place = f"byte 0x{content[found.start]:02x} at position {found.start + 1} of the line"
                 return DataError(f"{path}:{number}: not UTF-8 ({place}): save it as UTF-8")
     return DataError(f"{path}: not UTF-8: save it as UTF-8")

@@ -1,9 +1,9 @@
-"""A classification task put to a language model: templates, label words, and the token ids they become.
+"""A task for a language model: templates, label words, and the token ids they become.
 
-A text becomes ``head + text + cue``: the template's own words before the text (with BOS where the model was trained
-with it), the text's first tokens, and the answer cue. Cue and label words are tokenised apart from the text, so that
-the cue has the same ids for every text, and by the side of a neutral character, so that a tokenizer which adds a
-space in front of what it is given (SentencePiece) does not add one in the middle.
+A text is rendered as ``head + text + cue``: the template's words before the text (after BOS, if the model was trained
+with it), the first tokens of the text, and the answer cue. The cue and the label words are tokenised separately from
+the text, so that the cue has the same ids for every text. They are tokenised after a neutral character, so that a
+tokenizer which prepends a space to its input (SentencePiece) does not insert one in the middle.
 """
 
 from __future__ import annotations
@@ -26,30 +26,34 @@ from fedbpt.quantities import PositiveInt
 DEFAULT_MAX_TEXT_TOKENS = 128
 
 MAX_TEXT_BYTES = 2**20
-"""Of a text in UTF-8: scorers tokenise no longer one."""
+"""Longest text that a scorer tokenises, in bytes of UTF-8."""
 
 _SLOT = "{text}"
 SENTINELS = ("1", "x", ")")
-"""Beside at least one of these, a cue's first token does not merge."""
+"""Characters to tokenise a continuation after: with at least one of them, its first token does not merge."""
 
 
 class Tokenizer(Protocol):
-    """What a task asks of a model; a `fedbpt.engine.scorer.Scorer` satisfies it."""
+    """The part of a model that a task needs; a `fedbpt.engine.scorer.Scorer` satisfies it."""
 
     def tokenize(self, text: str, add_bos: bool | None = None) -> NDArray[np.int32]:
-        """Token ids [n]. ``add_bos`` None: as the model was trained."""
+        """Return token ids [n]. ``add_bos`` None: as the model was trained."""
         ...
 
 
 class Task(CheckedMessage, frozen=True):
-    """What to ask of a text.
+    """A classification or text-generation task: its labels, prompt templates and data columns.
 
-    ``templates`` are candidates, each with a word per label; the shots select one. Without ``labels`` a task is to make
-    target texts likely, which stand in ``label_column``. ``max_text_tokens`` bounds a text
-    in the model's tokens, ``max_words`` (None: no bound) cuts it when rows are read. ``text_columns`` and
-    ``label_column`` name the columns of its data files; the first text column that a file has is read. A text column
-    may be made of several, for pairs: ``"{premise} So: {hypothesis}"``.
     Raises `TaskError` for a template that cannot work with any model.
+
+    Attributes:
+        templates: candidates, each with one word per label; a run selects one on training shots.
+        labels: label names; empty if ``label_column`` holds target texts, whose likelihood is then tuned.
+        max_text_tokens: maximum length of a text in the model's tokens.
+        max_words: number of words that a text is cut to when rows are read; None: not cut.
+        text_columns: names of the text column in data files; the first that a file has is read. One may combine
+            several columns: ``"{premise} So: {hypothesis}"``.
+        label_column: name of the column with labels or target texts.
     """
 
     name: str
@@ -63,33 +67,34 @@ class Task(CheckedMessage, frozen=True):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.name.strip():
-            raise TaskError("a task needs a name")
+            raise TaskError("a task needs a name", field="name")
         if len(self.labels) == 1 or len(set(self.labels)) != len(self.labels):
             raise TaskError(
                 f"task {self.name!r} needs two or more distinct labels, or none for target texts, "
-                f"has {list(self.labels)}"
+                f"got {list(self.labels)}",
+                field="labels",
             )
         if not self.templates:
-            raise TaskError(f"task {self.name!r} needs at least one template")
+            raise TaskError(f"task {self.name!r} needs at least one template", field="templates")
         if not self.text_columns:
-            raise TaskError(f"task {self.name!r} needs at least one text column")
+            raise TaskError(f"task {self.name!r} needs at least one text column", field="text_columns")
         for template in self.templates:
             split_pattern(template)
             _check_words(template, self.labels)
 
     @property
     def identity(self) -> TaskIdentity:
-        """What devices of one run must have in common; templates and ``max_text_tokens`` come with the run."""
+        """What all devices of a run must agree on; templates and ``max_text_tokens`` come with the run."""
         return TaskIdentity.of(self.name, self.labels, (self.text_columns, self.label_column, self.max_words))
 
     def clip(self, text: str) -> str:
-        """``text`` with white space made single spaces, cut after ``max_words`` words."""
+        """Cut ``text`` after ``max_words`` words and collapse white space to single spaces."""
         return " ".join(text.split()[: self.max_words])
 
 
 @checked
 def load_task(path: str | Path) -> Task:
-    """Read a task file: TOML, or JSON where the name ends in ``.json``.
+    """Read a task file: TOML, or JSON if its name ends in ``.json``.
 
     ::
 
@@ -112,8 +117,9 @@ def load_task(path: str | Path) -> Task:
         raw = msgspec.json.decode(content) if path.suffix == ".json" else msgspec.toml.decode(content)
         return msgspec.convert(raw, Task)
     except msgspec.ValidationError as error:
-        if isinstance(error.__cause__, TaskError):
-            raise TaskError(f"{path}: {error.__cause__}") from error
+        cause = error.__cause__
+        if isinstance(cause, TaskError):
+            raise TaskError(f"{path}: {cause}", field=cause.field) from error
         raise ConfigError(f"{path}: {error}") from error
     except DECODE_ERRORS as error:
         kind = "JSON" if path.suffix == ".json" else "TOML"
@@ -121,20 +127,26 @@ def load_task(path: str | Path) -> Task:
 
 
 def split_pattern(template: Template) -> tuple[str, str]:
-    """What stands before and after ``{text}``; the latter is the answer cue. Raises `TaskError`."""
+    """Split a template's pattern at ``{text}`` into head and answer cue. Raises `TaskError`."""
     if template.pattern.count(_SLOT) != 1:
-        raise TaskError(f"template {template.pattern!r} must hold {_SLOT} exactly once")
+        raise TaskError(f"template {template.pattern!r} must hold {_SLOT} exactly once", field="pattern")
     head, cue = template.pattern.split(_SLOT)
     if not cue.strip():
-        raise TaskError(f"template {template.pattern!r} needs an answer cue after {_SLOT}, like '\\nTopic:'")
+        raise TaskError(
+            f"template {template.pattern!r} needs an answer cue after {_SLOT}, such as '\\nTopic:'", field="pattern"
+        )
     if cue != cue.rstrip():
-        raise TaskError(f"template {template.pattern!r} ends with white space: put it before each label word instead")
+        raise TaskError(
+            f"template {template.pattern!r} ends with white space: put it before each label word instead",
+            field="pattern",
+        )
     return head, cue
 
 
 def bos_ids(tokenizer: Tokenizer) -> NDArray[np.int32]:
-    """What the model was trained to have before a text: BOS [1], or nothing [0]."""
-    bare, trained = tokenizer.tokenize("x", add_bos=False), tokenizer.tokenize("x")
+    """Token ids that the model was trained to see before a text: BOS [1], or nothing [0]."""
+    bare = tokenizer.tokenize("x", add_bos=False)
+    trained = tokenizer.tokenize("x")
     return np.asarray(trained[: len(trained) - len(bare)], dtype=np.int32)
 
 
@@ -146,10 +158,10 @@ def cue_ids(tokenizer: Tokenizer, template: Template) -> NDArray[np.int32]:
 
 
 def head_ids(tokenizer: Tokenizer, template: Template) -> NDArray[np.int32]:
-    """Token ids [n] of what stands before a text: BOS where the model was trained with it, the template's words."""
-    spoken = split_pattern(template)[0].rstrip()
-    if spoken:
-        return np.asarray(tokenizer.tokenize(spoken), dtype=np.int32)
+    """Token ids [n] before a text: BOS, if the model was trained with it, then the template's head."""
+    head = split_pattern(template)[0].rstrip()
+    if head:
+        return np.asarray(tokenizer.tokenize(head), dtype=np.int32)
     return bos_ids(tokenizer)
 
 
@@ -157,9 +169,9 @@ def head_ids(tokenizer: Tokenizer, template: Template) -> NDArray[np.int32]:
 def render_ids(
     tokenizer: Tokenizer, template: Template, text: str, max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS
 ) -> NDArray[np.int32]:
-    """Token ids [n] of a text put to the model: head with BOS, at most ``max_text_tokens`` of the text, the cue.
+    """Token ids [n] of a text in its template: head with BOS, at most ``max_text_tokens`` of the text, the cue.
 
-    Ends with ``cue_ids(tokenizer, template)``, whatever the text.
+    Always ends with ``cue_ids(tokenizer, template)``.
 
     Raises:
         TaskError: the template cannot work.
@@ -168,39 +180,42 @@ def render_ids(
     head, _ = split_pattern(template)
     text = text.strip()
     if not text:
-        raise InputError("the text is empty: give at least one word")
+        raise InputError("the text is empty: give at least one word", field="text")
     if max_text_tokens < 1:
-        raise InputError(f"max_text_tokens must be at least 1, got {max_text_tokens}")
-    spoken = head.rstrip()
-    read = _readable(text)
-    if spoken:
-        # The head's trailing space belongs to the text's first word, as tokenizers see it.
-        body = _continuation(tokenizer, head[len(spoken) :] + read, "a row's text")
+        raise InputError(f"max_text_tokens must be at least 1, got {max_text_tokens}", field="max_text_tokens")
+    stripped_head = head.rstrip()
+    beginning = _beginning(text)
+    if stripped_head:
+        # Tokenizers attach the head's trailing space to the text's first word.
+        body = _continuation(tokenizer, head[len(stripped_head) :] + beginning, "a row's text")
     else:
-        body = np.asarray(tokenizer.tokenize(head + read, add_bos=False), dtype=np.int32)
-    front = head_ids(tokenizer, template)
-    return np.concatenate([front, _first(body, max_text_tokens, read, text), cue_ids(tokenizer, template)])
+        body = np.asarray(tokenizer.tokenize(head + beginning, add_bos=False), dtype=np.int32)
+    before = head_ids(tokenizer, template)
+    return np.concatenate([before, _first(body, max_text_tokens, beginning, text), cue_ids(tokenizer, template)])
 
 
-def _readable(text: str) -> str:
-    """``text``, or its beginning where it is too long to be tokenised with a template's words beside it."""
-    room = MAX_TEXT_BYTES // 2
-    return text if len(text.encode("utf-8", "surrogatepass")) <= room else text[: room // 4]
+def _beginning(text: str) -> str:
+    """``text``, cut if it is too long to be tokenised along with a template."""
+    max_bytes = MAX_TEXT_BYTES // 2
+    return text if len(text.encode("utf-8", "surrogatepass")) <= max_bytes else text[: max_bytes // 4]
 
 
-def _first(ids: NDArray[np.int32], n: int, read: str, text: str) -> NDArray[np.int32]:
-    """The first ``n`` of ``ids``, those of ``read``. Raises `InputError` where they may not be those of ``text``."""
-    if len(read) < len(text) and len(ids) < 2 * n:  # far from where it was cut, they are
-        raise InputError(f"a text of {len(text)} characters is too long to find its first {n} tokens: cut it")
+def _first(ids: NDArray[np.int32], n: int, beginning: str, text: str) -> NDArray[np.int32]:
+    """The first ``n`` tokens of ``text``, given the ``ids`` of its ``beginning``.
+
+    Raises `InputError` if the cut may have changed them: tokens are safe only far from the cut.
+    """
+    if len(beginning) < len(text) and len(ids) < 2 * n:
+        raise InputError(f"a text of {len(text)} characters is too long to find its first {n} tokens: shorten it")
     return ids[:n]
 
 
 @checked
 def label_word_ids(tokenizer: Tokenizer, template: Template, labels: tuple[str, ...]) -> list[NDArray[np.int32]]:
-    """Token ids of each label word as it continues the cue, one array per label.
+    """Token ids of each label word as a continuation of the cue, one array per label.
 
     Raises:
-        TaskError: not one word per label; a word that changes the cue's own tokens; a word that begins with another.
+        TaskError: not one word per label; a word that changes the cue's own tokens; a word that is a prefix of another.
     """
     _check_words(template, labels)
     words: list[NDArray[np.int32]] = []
@@ -209,12 +224,15 @@ def label_word_ids(tokenizer: Tokenizer, template: Template, labels: tuple[str, 
         for other, ids in zip(template.label_words, words[:-1], strict=False):
             n = min(len(ids), len(words[-1]))
             if np.array_equal(ids[:n], words[-1][:n]):
-                raise TaskError(f"of the label words {other!r} and {word!r} one begins with the other: change one")
+                raise TaskError(
+                    f"of the label words {other!r} and {word!r} one begins with the other: change one",
+                    field="label_words",
+                )
     return words
 
 
 def target_ids(tokenizer: Tokenizer, template: Template, target: str, max_tokens: int) -> NDArray[np.int32]:
-    """The first ``max_tokens`` token ids of a target text as it follows the cue, after a space.
+    """The first ``max_tokens`` token ids of a target text as a continuation of the cue, after a space.
 
     Raises:
         InputError: the target is empty.
@@ -223,40 +241,47 @@ def target_ids(tokenizer: Tokenizer, template: Template, target: str, max_tokens
     if not target.strip():
         raise InputError("a target text is empty: give at least one word")
     target = target.strip()
-    read = _readable(target)
-    ids = _after_cue(tokenizer, template, f" {read}", "a row's target text")
-    return _first(ids, max_tokens, read, target)
+    beginning = _beginning(target)
+    ids = _after_cue(tokenizer, template, f" {beginning}", "a row's target text")
+    return _first(ids, max_tokens, beginning, target)
 
 
 def _after_cue(tokenizer: Tokenizer, template: Template, words: str, what: str) -> NDArray[np.int32]:
-    """``what``: names ``words`` in an error, without what they say where they are of a row."""
+    """Token ids of ``words`` after the cue. ``what`` names them in an error, which must not quote a row."""
     cue = split_pattern(template)[1]
     before = cue_ids(tokenizer, template)
     after = _continuation(tokenizer, cue + words, what)
     if len(after) <= len(before) or not np.array_equal(after[: len(before)], before):
-        raise TaskError(f"{what} merges with the cue {cue!r}: start it with a space, or end the cue otherwise")
+        raise TaskError(f"{what} merges with the cue {cue!r}: start it with a space, or change the end of the cue")
     return after[len(before) :]
 
 
 def _check_words(template: Template, labels: tuple[str, ...]) -> None:
     words = template.label_words
     if len(words) != len(labels):
+        remedy = f"give one each for {', '.join(labels)}" if labels else "leave label_words empty"
         raise TaskError(
-            f"template {template.pattern!r} has {len(words)} label words for {len(labels)} labels: "
-            f"give one each for {', '.join(labels) or 'no label'}"
+            f"template {template.pattern!r} has {len(words)} label words for {len(labels)} labels: {remedy}",
+            field="label_words",
         )
     for i, word in enumerate(words):
         if not word.strip():
-            raise TaskError(f"template {template.pattern!r}: the label word for {labels[i]!r} is empty")
+            raise TaskError(
+                f"template {template.pattern!r} needs a label word for {labels[i]!r}, got an empty one",
+                field="label_words",
+            )
         if word in words[:i]:
-            raise TaskError(f"template {template.pattern!r}: label word {word!r} stands for two labels")
+            raise TaskError(
+                f"template {template.pattern!r} has label word {word!r} for two labels: give each label its own",
+                field="label_words",
+            )
 
 
 def _continuation(tokenizer: Tokenizer, text: str, what: str) -> NDArray[np.int32]:
-    """The ids of ``text`` as it goes on from something before it."""
+    """Token ids of ``text`` when it continues other text. Raises `TaskError` if it merges with every sentinel."""
     for sentinel in SENTINELS:
-        alone = np.asarray(tokenizer.tokenize(sentinel, add_bos=False), dtype=np.int32)
+        before = np.asarray(tokenizer.tokenize(sentinel, add_bos=False), dtype=np.int32)
         joined = np.asarray(tokenizer.tokenize(sentinel + text, add_bos=False), dtype=np.int32)
-        if len(joined) > len(alone) and np.array_equal(joined[: len(alone)], alone):
-            return joined[len(alone) :]
-    raise TaskError(f"this model's tokenizer merges {what} with what stands before it: start it with a new line")
+        if len(joined) > len(before) and np.array_equal(joined[: len(before)], before):
+            return joined[len(before) :]
+    raise TaskError(f"this model's tokenizer merges {what} with the text before it: start it with a new line")

@@ -1,4 +1,4 @@
-"""What label words cost with a model: those of several tokens are computed anew for each text and candidate."""
+"""The cost of label words with a model: words of several tokens are computed again for each text and candidate."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from fedbpt.protocol.specs import Template
 from fedbpt.tasks.task import Task, Tokenizer, label_word_ids
 
 MAX_LISTED = 6
-"""Words that a line names at most."""
+"""Maximum number of label words in one note."""
 
 
 class WordCosts(NamedTuple):
-    """Tokens of a template's label words. ``tokens``: of each, in label order; none where the template cannot serve.
+    """Token counts of a template's label words.
 
-    ``problem``: why it cannot; empty: it can.
+    ``tokens``: one count per label, in order; empty if the model cannot use the template.
+    ``problem``: why it cannot; empty if it can.
     """
 
     template: Template
@@ -27,19 +28,19 @@ class WordCosts(NamedTuple):
 
     @property
     def extra(self) -> int:
-        """Tokens that a candidate costs for each text, beyond those where every word is one token."""
+        """Tokens per text and candidate beyond those of a template whose words are single tokens."""
         return sum(count - 1 for count in self.tokens)
 
 
 @checked
 def word_costs(tokenizer: Tokenizer, task: Task) -> list[WordCosts]:
-    """The costs of each of the task's templates, in order."""
+    """Count the tokens of the label words of each of the task's templates, in order."""
     return [_costs(tokenizer, template, task.labels) for template in task.templates]
 
 
 @checked
 def word_notes(tokenizer: Tokenizer, task: Task) -> list[str]:
-    """A line for each template whose label words cost more than they must, or that cannot serve this model."""
+    """Describe, in a line each, the templates with label words of several tokens and those this model cannot use."""
     notes = []
     for costs in word_costs(tokenizer, task):
         pattern = repr(costs.template.pattern)
@@ -50,7 +51,7 @@ def word_notes(tokenizer: Tokenizer, task: Task) -> list[str]:
             long = [_described(tokenizer, costs.template, word, count) for word, count in words if count > 1]
             more = f" and {len(long) - MAX_LISTED} more" if len(long) > MAX_LISTED else ""
             notes.append(
-                f"template {pattern}: with these label words a candidate costs {1 + costs.extra} tokens a text instead "
+                f"template {pattern}: these label words cost {1 + costs.extra} tokens per text and candidate instead "
                 f"of 1: {', '.join(long[:MAX_LISTED])}{more}"
             )
     return notes
@@ -64,10 +65,12 @@ def _costs(tokenizer: Tokenizer, template: Template, labels: tuple[str, ...]) ->
 
 
 def _described(tokenizer: Tokenizer, template: Template, word: str, count: int) -> str:
-    """A word with its tokens, and how the same word is written with fewer."""
-    best, fewest = word, count
+    """Describe a word by its token count and, if there is one, a spelling with fewer tokens."""
+    best = word
+    fewest = count
     for spelling in (f" {word.strip()}", word.strip()):
-        alone = _costs(tokenizer, msgspec.structs.replace(template, label_words=(spelling,)), ("",))
-        if not alone.problem and alone.tokens[0] < fewest:
-            best, fewest = spelling, alone.tokens[0]
+        costs = _costs(tokenizer, msgspec.structs.replace(template, label_words=(spelling,)), ("",))
+        if not costs.problem and costs.tokens[0] < fewest:
+            best = spelling
+            fewest = costs.tokens[0]
     return f"{word!r} is {count} tokens" + ("" if best == word else f" ({best!r} is {fewest})")

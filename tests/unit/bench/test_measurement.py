@@ -1,4 +1,4 @@
-"""What `fedbpt.bench.measurement.measure` makes of times, tokens and joules; with a toy model, by a made-up clock."""
+"""`fedbpt.bench.measurement.measure` with a toy model and a fake clock: times, tokens and joules."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ TICK_S = 0.5
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half a second passes between any two looks at the clock."""
+    """The clock advances by half a second at each reading."""
     ticks = itertools.count()
     monkeypatch.setattr(measurement.time, "perf_counter", lambda: TICK_S * next(ticks))
 
 
 class PoweredToy(ToyScorer):
-    """Uses 3 joules a call, as a RAPL counter under ``sysfs`` tells."""
+    """Uses 3 joules per call, by a RAPL counter under ``sysfs``."""
 
     def __init__(self, sysfs: Path) -> None:
         super().__init__()
@@ -106,9 +106,12 @@ def test_the_fastest_number_of_threads_and_format_are_named(tmp_path: Path) -> N
     rates = [ThreadRate(n_threads=n, tokens_per_second=speed) for n, speed in ((1, 10.0), (2, 18.0), (4, 17.0))]
     speeds = {"q8_0": 4e9, "f32": 1e9}
     found = measure(
-        ToyScorer(), seconds=0.0, threads=rates, sysfs=tmp_path,
+        ToyScorer(),
+        seconds=0.0,
+        threads=rates,
+        sysfs=tmp_path,
         kernel_flops=lambda types: {type: speeds.get(type, 2e9) for type in types},
-    )  # fmt: skip
+    )
     assert (found.best_threads, found.best_format, found.weights_flops_per_second) == (2, "q8_0", pytest.approx(1e9))
 
 
@@ -138,7 +141,7 @@ def test_the_candidates_differ_and_so_do_the_texts(tmp_path: Path) -> None:
     assert len(np.unique(cue[0, :, 0])) > 1
 
 
-def test_joules_are_told_by_call_and_evaluation(tmp_path: Path) -> None:
+def test_joules_are_given_per_call_and_evaluation(tmp_path: Path) -> None:
     found = measured(PoweredToy(tmp_path), tmp_path)
     assert found.energy_source == "RAPL package-0"
     assert found.energy_note is None
@@ -149,7 +152,7 @@ def test_joules_are_told_by_call_and_evaluation(tmp_path: Path) -> None:
         assert rate.watts > 0
 
 
-def test_without_a_meter_there_are_no_joules_and_a_reason(tmp_path: Path) -> None:
+def test_without_a_meter_there_are_no_joules_but_a_reason(tmp_path: Path) -> None:
     found = measured(ToyScorer(), tmp_path)
     assert (found.energy_source, found.cue.joules_per_call, found.cue.joules_per_evaluation) == (None, None, None)
     assert found.energy_note

@@ -218,7 +218,7 @@ DEVICE = ("device", "--task", "ag-news", "--model")
         (("tune", "run.toml", "--device", "http://127.0.0.1:9", "--monitor-token", "t"), 2, "--monitor HOST:PORT"),
         (("tune", "run.toml", "--device", "http://127.0.0.1:9", "--log", "."), 2, "cannot write the log ."),
         (("tune", "run.toml", "--listen", "127.0.0.1:0"), 2, "fedbpt devices invite NAME"),
-        (("tune", "run.toml", "--listen", "0.0.0.0:0"), 2, "no encryption"),
+        (("tune", "run.toml", "--listen", "0.0.0.0:0"), 2, "encryption"),
         (("tune", "run.toml", "--listen", "127.0.0.1:0", "--expect", "0"), 2, "'--expect'"),
         (("tune", "run.toml", "--device", "http://127.0.0.1:9", "--cert", "run.toml"), 2, "both --cert and --key"),
         (("tune", "run.toml", "--device", "https://127.0.0.1:9", "--ca", "absent.pem"), 2, "no such file: absent.pem"),

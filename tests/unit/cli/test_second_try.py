@@ -95,7 +95,7 @@ BAD_HOSTS = ["ü.lan", "a b", "http://c.lan", "c.lan:8400", "[::1]", "", "-" * 6
 def test_a_bad_host_leaves_no_authority_and_the_corrected_command_works(run: Run, folder: Path, bad: str) -> None:
     code, out, err = run("certs", "init", "--host", "c.lan", f"--host={bad}", "--host", "192.168.1.10")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "is no host's name or address: give it alone" in err
+    assert repr(bad) in err or len(bad) > 60
     assert everything(folder) == []
     assert run("certs", "init", "--host", "c.lan", "--host", "*.example.com", "--quiet").code == 0
     before = everything(folder)
@@ -123,7 +123,7 @@ def test_a_full_disk_leaves_no_certificate(folder: Path, monkeypatch: pytest.Mon
 def test_what_is_there_is_seen_before_anything_is_written(run: Run, folder: Path) -> None:
     (folder / "certs").mkdir()
     (folder / "certs" / "coordinator.key").write_text("somebody's")
-    assert "not replaced" in run("certs", "init").err
+    assert "coordinator.key" in run("certs", "init").err
     assert everything(folder) == ["certs", "certs/coordinator.key"]
     (folder / "certs" / "coordinator.key").unlink()
     assert run("certs", "init").code == 0
@@ -133,7 +133,7 @@ def test_what_is_there_is_seen_before_anything_is_written(run: Run, folder: Path
         (folder / "certs" / damaged).write_bytes(b"-----BEGIN")
         code, _, err = run("certs", "issue", "pi5")
         assert (code, err.count("\n")) == (2, 1)
-        assert "that `fedbpt certs init` made" in err
+        assert "`fedbpt certs init`" in err
         (folder / "certs" / damaged).write_bytes(content)
     assert run("certs", "issue", "pi5").code == 0
 

@@ -138,7 +138,7 @@ def test_a_client_with_the_token_is_served_and_another_is_told_why() -> None:
     with AgentServer(AgentService(FakeDevice("a")), token="right") as server:
         assert asyncio.run(ask("right")) == "a"
         for token in (None, "wrong"):
-            with pytest.raises(DeviceRefusedError, match="asks for its token") as caught:
+            with pytest.raises(DeviceRefusedError, match="its token") as caught:
                 asyncio.run(ask(token))
             assert caught.value.code == "unauthorized"
 
@@ -153,7 +153,7 @@ def test_a_port_in_use_is_one_line_that_says_what_to_do() -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "device.example"])
 def test_an_address_beyond_loopback_must_be_allowed(host: str) -> None:
-    with pytest.raises(ConfigError, match="no encryption"):
+    with pytest.raises(ConfigError, match="encryption"):
         AgentServer(AgentService(FakeDevice("a")), host)
 
 
@@ -163,7 +163,7 @@ def test_an_address_beyond_loopback_works_where_it_is_allowed() -> None:
 
 @pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 70000), ("127.0.0.1", -1), ("192.0.2.1", 0)])
 def test_an_address_that_cannot_be_is_named(host: str, port: int) -> None:
-    with pytest.raises(FedbptError, match=r"is no port|cannot serve on 192\.0\.2\.1"):
+    with pytest.raises(FedbptError, match=r"port 70000|port -1|192\.0\.2\.1"):
         AgentServer(AgentService(FakeDevice("a")), host, port, allow_insecure=True)
 
 

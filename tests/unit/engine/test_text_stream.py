@@ -175,7 +175,7 @@ def test_rows_without_a_target_are_refused(
     [
         ((), ObjectiveSpec(), "zoo", InputError, "nll is for none"),
         (("no", "yes"), NLL, 1, InputError, "does not go with 2 labels"),
-        ((), NLL, 1, DataError, "a target text should be"),
+        ((), NLL, 1, DataError, "row 0 "),
         ((), NLL, " ", InputError, "a target text is empty"),
         (("no", "yes"), ObjectiveSpec(), "yes", DataError, "has label .yes"),
     ],

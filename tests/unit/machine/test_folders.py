@@ -1,4 +1,4 @@
-"""The user's folders: where there is no home, where it cannot be written, and where nobody need ask for it."""
+"""The user's folders: without a home, with one that cannot be written, and where none is needed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from fedbpt import models
 from fedbpt.errors import ConfigError
 from fedbpt.machine import folders
 from fedbpt.net.tokens import default_credentials
+from tests.support.raises import raises
 
 # what a container's user is that has a number and no account
 HOMELESS = "import pwd, os\ndef none(*_): raise KeyError\npwd.getpwuid = pwd.getpwnam = none\n"
@@ -38,11 +39,11 @@ def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("homeless")
-def test_without_a_home_what_is_set_is_taken_and_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="no home folder: set FEDBPT_CACHE to a folder"):
-        folders.cache_folder()
-    with pytest.raises(ConfigError, match=r"no home folder: .*--credentials FILE"):
-        default_credentials()
+def test_without_a_home_only_environment_variables_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    for path, remedy in ((folders.cache_folder, "FEDBPT_CACHE"), (default_credentials, "--credentials FILE")):
+        with raises(ConfigError) as caught:
+            path()
+        assert remedy in str(caught.value)
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
     monkeypatch.setenv("XDG_CONFIG_HOME", "/config")
     assert (folders.cache_folder().parent, default_credentials().parent) == (Path("/cache"), Path("/config/fedbpt"))
@@ -53,20 +54,20 @@ def test_without_a_home_what_is_set_is_taken_and_nothing_is_asked(monkeypatch: p
 
 @pytest.mark.usefixtures("homeless")
 @pytest.mark.parametrize("path", ["~/m.gguf", "~nobody-of-this-name/m.gguf"])
-def test_a_path_in_a_home_that_there_is_not_is_one_line(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"names a home folder that there is not: give the whole path"):
-        folders.expanded(path)
+def test_a_path_in_a_missing_home_is_named(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDBPT_CACHE", "/mine")
-    with pytest.raises(ConfigError, match="give the whole path"):
-        models.locate(path)
+    for use in (folders.expanded, models.locate):
+        with raises(ConfigError) as caught:
+            use(path)
+        assert path in str(caught.value)
 
 
 IN_BASH = 'import shellingham\nshellingham.detect_shell = lambda *_: ("bash", "/bin/bash")\n'
-"""Tests may run without a shell."""
+"""The tests may run without a shell."""
 
 
 def fedbpt(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, whose user has no home."""
+    """Run the command in a new process whose user has no home."""
     kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
     program = f"{HOMELESS}{IN_BASH}from fedbpt.cli import main\nmain({list(arguments)!r})"
     return subprocess.run(
@@ -81,13 +82,11 @@ def test_a_process_without_a_home_lists_models_where_the_cache_is_set(tmp_path: 
         assert "smollm2-135m" in listed.stdout
     refused = fedbpt("models", "list")
     assert refused.returncode == 2
-    assert refused.stderr == (
-        f"fedbpt: this user ({os.getuid()}) has no home folder: set FEDBPT_CACHE to a folder where fedbpt may keep"
-        " models\n"
-    )
+    assert "FEDBPT_CACHE" in refused.stderr
+    assert refused.stderr.count("\n") == 1
 
 
-def test_what_others_ask_a_home_for_is_one_line() -> None:
+def test_a_library_that_needs_a_home_fails_in_one_line() -> None:
     asked = fedbpt("--install-completion")
     assert asked.returncode in (1, 2)
     assert "Traceback" not in asked.stderr
@@ -95,13 +94,13 @@ def test_what_others_ask_a_home_for_is_one_line() -> None:
     assert asked.stderr.count("\n") == 1
 
 
-def test_a_device_that_is_called_asks_for_no_home(tmp_path: Path) -> None:
+def test_a_device_that_is_called_needs_no_home(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": "World"}\n')
     arguments = ("device", "--model", "smollm2-135m", "--data", str(tmp_path / "rows.jsonl"), "--task", "ag-news")
     ended = fedbpt(*arguments, FEDBPT_CACHE=str(tmp_path))
-    assert "model smollm2-135m is not on this machine" in ended.stderr
-    assert "home" not in fedbpt(*arguments, "--coordinator", "http://127.0.0.1:1", FEDBPT_CACHE=str(tmp_path),
-                                FEDBPT_CREDENTIALS=str(tmp_path / "token")).stderr  # fmt: skip
+    assert "fedbpt models pull smollm2-135m" in ended.stderr
+    environment = {"FEDBPT_CACHE": str(tmp_path), "FEDBPT_CREDENTIALS": str(tmp_path / "token")}
+    assert "home" not in fedbpt(*arguments, "--coordinator", "http://127.0.0.1:1", **environment).stderr
 
 
 def test_a_home_that_cannot_be_written_lists_models(tmp_path: Path) -> None:
@@ -111,5 +110,5 @@ def test_a_home_that_cannot_be_written_lists_models(tmp_path: Path) -> None:
     assert (listed.returncode, listed.stderr) == (0, "")
     pulled = fedbpt("models", "pull", "smollm2-135m", "--quiet", HOME=str(tmp_path / "home"))
     assert pulled.returncode == 1
-    assert "FEDBPT_CACHE names another folder" in pulled.stderr
+    assert "FEDBPT_CACHE" in pulled.stderr
     assert pulled.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""What a machine says of itself, from made-up system files."""
+"""Information on the machine, from fake system files."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def zones(*given: tuple[str, int]) -> dict[str, str]:
     return files
 
 
-def test_where_nothing_tells_of_heat_all_is_unknown(tmp_path: Path) -> None:
+def test_without_thermal_files_heat_is_unknown(tmp_path: Path) -> None:
     assert heat(tmp_path) == Heat(None, None, None)
 
 
@@ -146,20 +146,20 @@ def refuse(number: int) -> Callable[..., NoReturn]:
 
 
 def assert_nothing_is_told(root: Path) -> None:
-    """Everything that is asked of the system: none of it may raise."""
+    """Call everything that reads system files: none of it may raise."""
     assert cpu_name(root)
     assert physical_cores(root) >= 1
     assert memory_of_process(root)["rss"] > 0
     assert battery_percent(root) is None
     assert heat(root) == Heat(None, None, None)
-    assert Pauses(TRIGGERS, sysfs=root, ask=lambda _command: None).reason() == ""
+    assert Pauses(TRIGGERS, sysfs=root, run_program=lambda _command: None).reason() == ""
     with EnergyMeter(root) as meter:
         assert meter.joules() is None
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EIO, errno.ENODEV, errno.ENODATA])
 @pytest.mark.parametrize("closed", [("read_bytes",), ("read_bytes", "stat"), ("glob", "read_bytes")])
-def test_system_files_that_cannot_be_read_tell_nothing(
+def test_unreadable_system_files_give_no_information(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, closed: tuple[str, ...]
 ) -> None:
     write(tmp_path, FILES)
@@ -172,7 +172,7 @@ def test_system_files_that_cannot_be_read_tell_nothing(
 @pytest.mark.parametrize(
     "content", [b"", b"\n", b"\xff\xfe\x00", b"none", b"1.25e1", b"1 2 3", b"0x", b"z" * 5000, b"1 -2"]
 )
-def test_system_files_that_hold_something_odd_tell_nothing(tmp_path: Path, content: bytes) -> None:
+def test_malformed_system_files_give_no_information(tmp_path: Path, content: bytes) -> None:
     write(tmp_path, FILES)
     for name in FILES:
         (tmp_path / name).write_bytes(content)

@@ -1,4 +1,4 @@
-"""Ctrl-C in a long call inside a running event loop: real signals to real processes."""
+"""Ctrl-C during a blocking call inside a running event loop, with real signals to real processes."""
 
 from __future__ import annotations
 

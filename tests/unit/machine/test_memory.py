@@ -1,11 +1,10 @@
-"""How a limit on memory is shared out."""
+"""The KV budget within a memory limit."""
 
 from __future__ import annotations
 
-import pytest
-
 from fedbpt.errors import ConfigError
 from fedbpt.machine.memory import INTERPRETER_BYTES, WEIGHTS_ALLOWANCE, kv_budget_within
+from tests.support.raises import raises
 
 MIB = 2**20
 WEIGHTS = 100 * MIB
@@ -19,6 +18,6 @@ def test_the_kv_gets_what_the_model_leaves_and_never_more_than_it_wants() -> Non
 
 
 def test_a_limit_that_the_model_exceeds_names_the_least_that_would_do() -> None:
-    with pytest.raises(ConfigError, match="does not fit in 100 MiB: give --max-memory 179 or more"):
+    with raises(ConfigError, field="--max-memory", limit=179):
         kv_budget_within(100 * MIB, WEIGHTS, 0)
     assert kv_budget_within(179 * MIB, WEIGHTS, 0) == 0

@@ -1,4 +1,4 @@
-"""When a device pauses, by made-up system files and programs."""
+"""Pauses of a device, with fake system files and programs."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from fedbpt.machine.pauses import LOOK_EVERY_S, TRIGGERS, Pauses, Trigger
+from fedbpt.machine.pauses import POLL_INTERVAL_S, TRIGGERS, Pauses, Trigger
 
 
 class Machine:
-    """Files as in /sys, and what programs print."""
+    """Fake files of /sys, and the output of programs."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.programs: dict[str, str] = {}
         self.now = 0.0
-        self.asked: list[list[str]] = []
+        self.commands: list[list[str]] = []
 
     def supply(self, name: str, **files: str) -> None:
         folder = self.root / "class/power_supply" / name
@@ -30,12 +30,12 @@ class Machine:
         (zone / "type").write_text("cpu-thermal\n")
         (zone / "temp").write_text(f"{degrees * 1000:.0f}\n")
 
-    def ask(self, command: list[str]) -> str | None:
-        self.asked.append(command)
+    def run_program(self, command: list[str]) -> str | None:
+        self.commands.append(command)
         return self.programs.get(command[0])
 
     def pauses(self, *on: Trigger) -> Pauses:
-        return Pauses(on or TRIGGERS, sysfs=self.root, ask=self.ask, clock=lambda: self.now)
+        return Pauses(on or TRIGGERS, sysfs=self.root, run_program=self.run_program, clock=lambda: self.now)
 
     def reason(self, *on: Trigger) -> str:
         return self.pauses(*on).reason()
@@ -46,10 +46,10 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
-def test_a_system_that_tells_nothing_is_no_reason_to_pause(machine: Machine) -> None:
+def test_an_unknown_state_is_no_reason_to_pause(machine: Machine) -> None:
     assert machine.reason() == ""
-    assert machine.pauses().untold() == ["battery", "heat", "user"]
-    assert machine.pauses("heat").untold() == ["heat"]
+    assert machine.pauses().unsupported() == ["battery", "heat", "user"]
+    assert machine.pauses("heat").unsupported() == ["heat"]
 
 
 @pytest.mark.parametrize(
@@ -60,27 +60,27 @@ def test_a_battery_that_gives_power_pauses(machine: Machine, status: str, online
     machine.supply("BAT0", type="Battery", status=status)
     machine.supply("AC", type="Mains", online=online)
     assert machine.reason("battery") == reason
-    assert machine.pauses("battery").untold() == []
+    assert machine.pauses("battery").unsupported() == []
     assert machine.reason("heat") == ""
 
 
 def test_the_battery_of_a_mouse_is_not_the_machines(machine: Machine) -> None:
     machine.supply("hid-mouse", type="Battery", status="Discharging", scope="Device")
     assert machine.reason("battery") == ""
-    assert machine.pauses("battery").untold() == ["battery"]
+    assert machine.pauses("battery").unsupported() == ["battery"]
 
 
 @pytest.mark.parametrize(("plugged", "reason"), [("UNPLUGGED", "on battery"), ("PLUGGED_AC", "")])
-def test_termux_tells_of_the_battery_where_the_system_does_not(machine: Machine, plugged: str, reason: str) -> None:
+def test_termux_reports_the_battery_if_the_system_does_not(machine: Machine, plugged: str, reason: str) -> None:
     machine.programs["termux-battery-status"] = f'{{"plugged": "{plugged}", "percentage": 50}}'
     assert machine.reason("battery") == reason
-    assert machine.pauses("battery").untold() == []
+    assert machine.pauses("battery").unsupported() == []
 
 
 @pytest.mark.parametrize("said", ["Termux:API is not installed", "[]"])
-def test_termux_without_its_api_tells_nothing(machine: Machine, said: str) -> None:
+def test_termux_without_its_api_reports_nothing(machine: Machine, said: str) -> None:
     machine.programs["termux-battery-status"] = said
-    assert machine.pauses("battery").untold() == ["battery"]
+    assert machine.pauses("battery").unsupported() == ["battery"]
 
 
 def test_a_hot_machine_pauses_until_it_is_cool(machine: Machine) -> None:
@@ -89,7 +89,7 @@ def test_a_hot_machine_pauses_until_it_is_cool(machine: Machine) -> None:
     for degrees in (75, 80, 75, 70, 69, 75):
         machine.celsius(degrees)
         said.append(pauses.reason())
-        machine.now += LOOK_EVERY_S
+        machine.now += POLL_INTERVAL_S
     assert said == ["", "hot", "hot", "hot", "", ""]
 
 
@@ -97,16 +97,16 @@ def test_a_hot_machine_pauses_until_it_is_cool(machine: Machine) -> None:
 def test_somebody_at_the_machine_pauses(machine: Machine, idle: str, reason: str) -> None:
     machine.programs["loginctl"] = idle
     assert machine.reason("user") == reason
-    assert machine.pauses("user").untold() == []
+    assert machine.pauses("user").unsupported() == []
 
 
-def test_all_reasons_are_named_and_changes_are_told(machine: Machine) -> None:
+def test_all_reasons_are_named_and_changes_are_reported(machine: Machine) -> None:
     told: list[str] = []
-    pauses = Pauses(TRIGGERS, told.append, machine.root, machine.ask, lambda: machine.now)
+    pauses = Pauses(TRIGGERS, told.append, machine.root, machine.run_program, lambda: machine.now)
     for degrees, idle in ((90, "no"), (90, "no"), (60, "no"), (60, "yes")):
         machine.celsius(degrees)
         machine.programs["loginctl"] = idle
-        machine.now += LOOK_EVERY_S
+        machine.now += POLL_INTERVAL_S
         pauses.reason()
     assert told == ["hot, in use", "in use", ""]
 
@@ -115,5 +115,5 @@ def test_it_looks_only_so_often(machine: Machine) -> None:
     pauses = machine.pauses("user")
     for _ in range(10):
         pauses.reason()
-        machine.now += LOOK_EVERY_S / 5
-    assert len(machine.asked) == 2
+        machine.now += POLL_INTERVAL_S / 5
+    assert len(machine.commands) == 2

@@ -1,4 +1,4 @@
-"""Wheels fetched by the real pip from a local folder: pinned, checked, never half there."""
+"""Wheels downloaded by the real pip from a local folder: pinned, verified, atomic."""
 
 import importlib.util
 import subprocess
@@ -9,12 +9,13 @@ import pytest
 from fedbpt.errors import DownloadError
 from fedbpt.machine import wheel_files
 from fedbpt.machine.wheel_files import Package, fetch_wheel
+from tests.support.raises import raises
 from tests.support.toy_wheel import make_wheel
 
 
 @pytest.fixture
 def index(tmp_path, monkeypatch):
-    """A folder that is pip's only source."""
+    """A folder that is pip's only package source."""
     folder = tmp_path / "index"
     folder.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -45,27 +46,32 @@ def test_a_damaged_wheel_is_fetched_again(tmp_path, index):
 def test_another_file_than_the_pinned_one_is_refused_and_leaves_nothing(tmp_path, index):
     make_wheel(index, "toy-data", "toy/data.bin", b"x")
     wrong = Package("toy-data", "1.0", "0" * 64, 10)
-    with pytest.raises(DownloadError, match=r"toy-data==1\.0: the file offered is not the one expected"):
+    with raises(DownloadError) as caught:
         fetch_wheel(wrong, tmp_path / "out")
+    assert "toy-data==1.0" in str(caught.value)
+    assert "sha256" in str(caught.value)
     assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.usefixtures("index")
-def test_a_package_that_cannot_be_had_is_one_line(tmp_path):
-    with pytest.raises(DownloadError, match=r"pip could not fetch toy-data==1\.0: .+") as caught:
+def test_a_package_that_cannot_be_downloaded_is_named(tmp_path):
+    with raises(DownloadError) as caught:
         fetch_wheel(Package("toy-data", "1.0", "0" * 64, 10), tmp_path / "out")
-    assert "\n" not in str(caught.value)
+    assert "toy-data==1.0" in str(caught.value)
 
 
 def test_a_python_without_pip_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # noqa: ARG005
-    with pytest.raises(DownloadError, match="-m ensurepip"):
+    with raises(DownloadError) as caught:
         fetch_wheel(Package("toy-data", "1.0", "0" * 64, 10), tmp_path)
+    assert "-m ensurepip" in str(caught.value)
 
 
-def test_too_little_disk_is_said_before_anything_is_fetched(tmp_path):
-    with pytest.raises(DownloadError, match="big needs 1000000000 MB free"):
+def test_too_little_disk_space_is_an_error_with_the_space_needed(tmp_path):
+    with raises(DownloadError) as caught:
         wheel_files.require_space(tmp_path, 10**15, "big")
+    assert "big needs 1000000000 MB" in str(caught.value)
+    assert 0 < caught.value.limit < 10**15
 
 
 def test_a_lock_ends_with_the_process_that_held_it(tmp_path):

@@ -1,4 +1,4 @@
-"""When a model's format is worth changing on this CPU. The speeds are made up."""
+"""Advice on changing a model's format for this CPU, with fake speeds."""
 
 from __future__ import annotations
 
@@ -22,47 +22,48 @@ def advice(weights: list[WeightFormat], **flops: float) -> str | None:
 
 
 def test_a_slow_format_is_named_with_the_command_that_changes_it() -> None:
-    said = advice(model(q4_1=1060), q4_1=40.0)
-    assert said is not None
-    assert "in q4_0 2.5 times faster than by this model's (100 % q4_1)" in said
-    assert "`fedbpt models requantize 'my model.gguf' q4_0`" in said
-    assert len(said.splitlines()) == 1
+    line = advice(model(q4_1=1060), q4_1=40.0)
+    assert line is not None
+    assert [value for value in ("q4_0", " 2.5 times", "100 % q4_1") if value not in line] == []
+    assert "`fedbpt models requantize 'my model.gguf' q4_0`" in line
+    assert len(line.splitlines()) == 1
 
 
-def test_a_little_faster_is_no_reason() -> None:
+def test_a_small_speedup_is_not_advised() -> None:
     assert advice(model(q4_1=1060), q4_1=70.0) is None
     assert advice(model(q4_1=1060), q4_1=66.0) is not None
 
 
-def test_one_measurement_that_went_wrong_is_not_believed() -> None:
+def test_one_measurement_is_not_enough() -> None:
     measured = iter([{**FLOPS, "q4_1": 20.0}, {**FLOPS, "q4_1": 30.0}, FLOPS])
     assert faster_format("my model.gguf", model(q4_1=106), lambda _types: next(measured)) is None
     measured = iter([{**FLOPS, "q4_1": 20.0}, {**FLOPS, "q4_1": 50.0}, {**FLOPS, "q4_1": 25.0}])
-    said = faster_format("my model.gguf", model(q4_1=106), lambda _types: next(measured))
-    assert said is not None
-    assert "2.0 times faster" in said
+    line = faster_format("my model.gguf", model(q4_1=106), lambda _types: next(measured))
+    assert line is not None
+    assert " 2.0 times" in line
 
 
 def test_each_type_counts_by_its_share_of_the_work() -> None:
     mixed = model(q5_0=60, q4_K=40)  # 60 / 25 + 40 / 100 = 2.8 times the 100 / 100 of q4_0
-    said = advice(mixed, q5_0=25.0)
-    assert said is not None
-    assert "2.8 times faster than by this model's (60 % q5_0)" in said
+    line = advice(mixed, q5_0=25.0)
+    assert line is not None
+    assert " 2.8 times" in line
+    assert "60 % q5_0" in line
     assert advice(model(q4_K=95, q5_0=5), q5_0=25.0) is None
 
 
 def test_the_file_hardly_grows() -> None:
     assert advice(model(q2_K=1000), q2_K=10.0) is None
     assert advice(model(q6_K=1000), q6_K=10.0, q8_0=1000.0, q4_0=10.0) is None
-    assert "in q8_0 " in (advice(model(q5_0=100), q5_0=40.0) or "")  # 38 MB more
+    assert " q8_0`" in (advice(model(q5_0=100), q5_0=40.0) or "")  # 38 MB more
 
 
 def test_the_format_that_loses_less_comes_first() -> None:
-    assert "in q8_0 " in (advice(model(f16=100), f16=40.0, q4_0=200.0) or "")
-    assert "in q4_0 " in (advice(model(f16=100), f16=80.0, q4_0=200.0) or "")
+    assert " q8_0`" in (advice(model(f16=100), f16=40.0, q4_0=200.0) or "")
+    assert " q4_0`" in (advice(model(f16=100), f16=80.0, q4_0=200.0) or "")
 
 
-def test_a_model_in_the_fast_format_already_is_left_alone() -> None:
+def test_a_model_in_a_fast_format_needs_no_advice() -> None:
     assert advice(model(q4_0=100)) is None
     assert advice(model(q8_0=100), q4_0=110.0) is None
 

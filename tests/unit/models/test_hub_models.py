@@ -1,4 +1,4 @@
-"""Models of any Hugging Face repository, by ``hf.co/OWNER/REPO:FILE.gguf``: pulled, located, listed, removed."""
+"""Models of any Hugging Face repository, named ``hf.co/OWNER/REPO:FILE.gguf``: pull, locate, list, remove."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_any_part_names_all_of_a_split_model(part: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "model.gguf", "./hf.co.gguf", "hf/some/model.gguf", ""])
-def test_other_names_are_none_of_a_hub(name: str) -> None:
+def test_other_names_are_not_hub_names(name: str) -> None:
     assert parse_hub_name(name) is None
 
 
@@ -89,7 +89,7 @@ def test_other_names_are_none_of_a_hub(name: str) -> None:
         ),
     ],
 )
-def test_what_names_no_file_is_refused_in_one_line(rest: str) -> None:
+def test_a_hub_name_without_a_file_is_refused(rest: str) -> None:
     for use in (models.pull, models.locate, models.remove):
         with pytest.raises(InputError) as refused:
             use(f"hf.co/{rest}")
@@ -126,7 +126,7 @@ def test_a_pulled_file_that_was_damaged_is_noticed_and_pulled_again(server: Hub)
     assert len(server.ranges) == 2
 
 
-def test_a_file_that_the_repository_lacks_is_one_line(server: Hub) -> None:
+def test_a_file_missing_from_the_repository_is_named(server: Hub) -> None:
     with pytest.raises(DownloadError, match=r"other\.gguf") as failed:
         models.pull(f"hf.co/{REPO}:other.gguf")
     assert len(str(failed.value).splitlines()) == 1
@@ -146,7 +146,7 @@ def test_all_parts_of_a_split_model_are_pulled(server: Hub, cache: Path) -> None
     assert len(server.ranges) == 3
 
 
-def test_a_pull_of_parts_goes_on_where_it_broke(server: Hub) -> None:
+def test_a_pull_of_parts_resumes(server: Hub) -> None:
     server.cut_after = [len(CONTENT), 1000, 0, 0, 0, 0, 0]
     with pytest.raises(DownloadError):
         models.pull(SPLIT)
@@ -158,7 +158,7 @@ def test_a_pull_of_parts_goes_on_where_it_broke(server: Hub) -> None:
     assert server.ranges[before:] == ["bytes=1000-", None]
 
 
-def test_a_part_that_the_repository_lacks_is_told_before_anything_is_fetched(server: Hub) -> None:
+def test_a_missing_part_is_an_error_before_anything_is_downloaded(server: Hub) -> None:
     server.paths = {path for path in server.contents if not path.endswith(PARTS[2])}
     with pytest.raises(DownloadError, match="Model-00003-of-00003"):
         models.pull(SPLIT)
@@ -215,7 +215,7 @@ def test_what_was_never_pulled_cannot_be_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("server")
-def test_a_file_that_cannot_be_removed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_removed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     models.pull(NAME)
 
     def refuse(self: Path, **_: bool) -> None:

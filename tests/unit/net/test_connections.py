@@ -1,4 +1,4 @@
-"""Connections that say nothing, or call a server by a stranger's name. Real sockets on loopback."""
+"""Silent connections, and requests with a foreign host name, with real sockets on loopback."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ GET = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 
 
 def app(release: threading.Event) -> Starlette:
-    """Answers at once, or on ``/held`` when it is released."""
+    """An application that responds at once, or on ``/held`` after a release."""
 
     async def at_once(_request: Request) -> Response:
         return PlainTextResponse("ok")
@@ -69,7 +69,7 @@ def connect(server: HttpServer) -> socket.socket:
 
 
 def ended(connection: socket.socket) -> bool:
-    """Whether the server has closed it."""
+    """Whether the server has closed the connection."""
     connection.settimeout(0.01)
     try:
         return connection.recv(4096) == b""
@@ -83,7 +83,7 @@ def answers(server: HttpServer) -> bool:
     return httpx.get(f"http://127.0.0.1:{server.port}/", timeout=20, trust_env=False).text == "ok"
 
 
-def test_idle_connections_give_way_and_one_line_tells_of_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_idle_connections_are_closed_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     with served() as (server, _), ExitStack() as stack:
         idle = [stack.enter_context(closing(connect(server))) for _ in range(5 * MOST)]
@@ -98,7 +98,7 @@ def test_who_waits_for_an_answer_keeps_its_connection() -> None:
         waiting = [stack.enter_context(closing(connect(server))) for _ in range(3)]
         for each in waiting:
             each.sendall(GET.replace(b"/ ", b"/held "))
-        wait_until(lambda: sum(each.since is None for each in server._socket._open.values()) == 3)
+        wait_until(lambda: sum(each.idle_since is None for each in server._socket._open.values()) == 3)
         for _ in range(3 * MOST):
             stack.enter_context(closing(connect(server)))
         assert answers(server)
@@ -113,7 +113,7 @@ def test_with_all_at_work_new_ones_are_turned_away() -> None:
         waiting = [stack.enter_context(closing(connect(server))) for _ in range(3)]
         for each in waiting:
             each.sendall(GET.replace(b"/ ", b"/held "))
-        wait_until(lambda: sum(each.since is None for each in server._socket._open.values()) == 3)
+        wait_until(lambda: sum(each.idle_since is None for each in server._socket._open.values()) == 3)
         late = stack.enter_context(closing(connect(server)))
         wait_until(lambda: ended(late))
         release.set()
@@ -125,8 +125,8 @@ def test_with_all_at_work_new_ones_are_turned_away() -> None:
 
 @pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\nHost: 127", GET + b"GET /"], ids=["nothing", "half", "next"])
 def test_who_does_not_finish_a_request_is_closed_in_time(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "HEADERS_S", 0.3)
-    monkeypatch.setattr(connections, "KEPT_S", 0.3)
+    monkeypatch.setattr(connections, "REQUEST_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(connections, "KEEP_ALIVE_S", 0.3)
     with served() as (server, _), closing(connect(server)) as slow:
         slow.sendall(said)
         wait_until(lambda: ended(slow))
@@ -134,8 +134,8 @@ def test_who_does_not_finish_a_request_is_closed_in_time(said: bytes, monkeypatc
 
 
 def test_a_long_answer_is_not_idle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "HEADERS_S", 0.2)
-    monkeypatch.setattr(connections, "KEPT_S", 0.2)
+    monkeypatch.setattr(connections, "REQUEST_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(connections, "KEEP_ALIVE_S", 0.2)
     with served() as (server, release), closing(connect(server)) as waiting:
         waiting.sendall(GET.replace(b"/ ", b"/held "))
         with closing(connect(server)) as idle:
@@ -147,7 +147,7 @@ def test_a_long_answer_is_not_idle(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_tls_handshake_that_does_not_come_is_closed_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "HEADERS_S", 0.5)
+    monkeypatch.setattr(connections, "REQUEST_TIMEOUT_S", 0.5)
     init(tmp_path)
     cert, key = issue(tmp_path, "here", ["127.0.0.1"])
     ca = tmp_path / "ca.pem"
@@ -171,7 +171,7 @@ HttpServer(app, "127.0.0.1", 0, most_connections=most, on_ready=lambda url: prin
 
 
 @pytest.mark.parametrize("most", [0, 1000], ids=["by its limit", "believing it had more"])
-def test_a_process_without_file_descriptors_goes_on_and_says_so_once(most: int) -> None:
+def test_a_process_without_file_descriptors_keeps_serving_and_warns_once(most: int) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", STARVED, str(most)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -197,10 +197,8 @@ def test_a_process_without_file_descriptors_goes_on_and_says_so_once(most: int) 
     assert "Traceback" not in said
 
 
-def test_requests_that_are_none_are_told_of_once(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(http_server._SELDOM, "_last", {})
+def test_invalid_requests_are_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server._LIMIT_WARNINGS, "_last", {})
     with served() as (server, _):
         for _ in range(20):
             with closing(connect(server)) as stranger:

@@ -1,4 +1,4 @@
-"""Awaiting for so long at most: a cancellation is never lost."""
+"""Timeouts of coroutines, which never lose a cancellation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prometheus' text format, read by the parser of Prometheus' own client."""
+"""Prometheus' text format, parsed by Prometheus' own client."""
 
 from __future__ import annotations
 

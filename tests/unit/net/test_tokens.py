@@ -1,4 +1,4 @@
-"""Tokens, codes, and the private files that they lie in."""
+"""Tokens, codes, and the private files that hold them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from fedbpt.errors import ConfigError
 from fedbpt.net import tokens
 from fedbpt.net.tokens import Credentials
+from tests.support.raises import raises
 
 
 def test_secrets_are_long_and_never_the_same() -> None:
@@ -20,7 +21,7 @@ def test_secrets_are_long_and_never_the_same() -> None:
     assert re.fullmatch(r"[A-Z2-7]{4}(-[A-Z2-7]{4}){3}", tokens.new_code())
 
 
-def test_a_digest_is_sha256_and_matches_its_secret_alone() -> None:
+def test_a_digest_is_sha256_and_matches_only_its_secret() -> None:
     assert tokens.digest("s") == hashlib.sha256(b"s").digest()
     assert tokens.matches("s", tokens.digest("s"))
     assert not tokens.matches("t", tokens.digest("s"))
@@ -59,26 +60,30 @@ def test_a_secret_that_others_may_read_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "secret"
     tokens.write_private(path, b"s")
     path.chmod(0o640)
-    with pytest.raises(ConfigError, match="chmod 600"):
+    with raises(ConfigError) as caught:
         tokens.read_private(path)
+    assert f"chmod 600 {path}" in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b'{"coordinator": 1, "device": "a", "secret": "s"}', b"\xff"])
 def test_damaged_credentials_are_named(tmp_path: Path, content: bytes) -> None:
     tokens.write_private(tmp_path / "c", content)
-    with pytest.raises(ConfigError, match="enrol the device again"):
+    with raises(ConfigError) as caught:
         Credentials.load(tmp_path / "c")
+    assert "--enrol" in str(caught.value)
 
 
-def test_a_file_that_cannot_be_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot read"):
+def test_a_file_that_cannot_be_read_or_written_is_named(tmp_path: Path) -> None:
+    with raises(ConfigError) as caught:
         Credentials.load(tmp_path / "absent")
+    assert str(tmp_path / "absent") in str(caught.value)
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="cannot write"):
+    with raises(ConfigError) as caught:
         tokens.write_private(tmp_path / "file" / "c", b"")
+    assert str(tmp_path / "file" / "c") in str(caught.value)
 
 
-def test_where_credentials_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_path_of_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("FEDBPT_CREDENTIALS", raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     assert tokens.default_credentials() == tmp_path / "fedbpt" / "credentials.json"

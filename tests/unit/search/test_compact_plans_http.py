@@ -1,4 +1,4 @@
-"""Over HTTP: a device hears ranks instead of states, and where that does not go, the state."""
+"""Compact plans over HTTP: a device gets ranks instead of states, or the state if that fails."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_same_run_sends_a_fraction(tmp_path, chosen, way):
     assert getattr(client, way) < getattr(near, way) / 2
 
 
-def test_a_device_that_forgets_its_search_between_rounds_is_told_all_ranks(tmp_path, monkeypatch):
+def test_a_device_that_forgets_its_search_between_rounds_gets_all_ranks(tmp_path, monkeypatch):
     tell, whole = [], Replayer.whole
 
     def forgetful(self: Replayer, plan: RoundPlan) -> RoundPlan:
@@ -92,7 +92,7 @@ def test_a_device_that_cannot_replay_is_sent_states_from_then_on(tmp_path, monke
     assert len(asked) == 1
 
 
-def test_a_coordinator_that_resumes_goes_on_with_a_device_that_kept_its_search(tmp_path):
+def test_a_resumed_coordinator_uses_a_search_that_its_device_kept(tmp_path):
     closed: list[int] = []
 
     def stop(event: Event) -> None:

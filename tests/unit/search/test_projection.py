@@ -1,4 +1,4 @@
-"""The affine map from latents to soft prompts."""
+"""The projection of latents to soft prompts."""
 
 from __future__ import annotations
 

@@ -366,7 +366,7 @@ def test_with_a_token_only_who_sends_it_is_answered(scorer: ToyScorer) -> None:
             assert client.models.list().data[0].id == "toy"
         with (
             client_of(server, "wrong") as client,
-            pytest.raises(openai.AuthenticationError, match="asks for its token"),
+            pytest.raises(openai.AuthenticationError, match="its token"),
         ):
             client.models.list()
 
@@ -408,9 +408,9 @@ def test_what_is_no_origin_is_refused(scorer: ToyScorer, origin: str) -> None:
 
 def test_beyond_loopback_it_wants_a_token_and_tls(scorer: ToyScorer) -> None:
     models = served_models(scorer, [])
-    with pytest.raises(ConfigError, match="ask for a token"):
+    with pytest.raises(ConfigError, match="a token"):
         ModelServer(models, "0.0.0.0", allow_insecure=True)
-    with pytest.raises(ConfigError, match="there is no encryption"):
+    with pytest.raises(ConfigError, match="encryption"):
         ModelServer(models, "0.0.0.0", token=TOKEN)
 
 

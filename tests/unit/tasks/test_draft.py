@@ -1,8 +1,9 @@
-"""A task file drafted from a data file: read back, it reads the file's rows."""
+"""Task files drafted from data files, which can then read the files' rows."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fedbpt.cli import tasks as tasks_command
 from fedbpt.errors import ConfigError, DataError
 from fedbpt.protocol.specs import Template
 from fedbpt.tasks import Task, draft_task, load_task, read_task_rows, task_toml, word_costs
+from tests.support.raises import raises
 from tests.support.toy_scorer import ToyScorer
 
 SUPPORT = "text,label\nmy invoice,billing\nit is broken,technical\nanother invoice,Billing\n"
@@ -87,27 +89,27 @@ def test_names_of_programs_become_words_where_these_stay_distinct(tmp_path: Path
 
 
 REFUSED = {
-    "one label": ("text,label\na,x\nb,x\n", r"a\.csv: column 'label' has 1 "),
-    "labels as many as rows": ("text,label\n" + "".join(f"t,l{i}\n" for i in range(200)), "200 different values"),
-    "long labels": (f"text,label\na,{'x' * 70}\nb,y\n", "too long"),
-    "a label missing": ("text,label\na,x\nb,\n", r"a\.csv:3: no label"),
-    "a text missing": ("text,label\na,x\n ,y\n", r"a\.csv:3: empty text"),
-    "no header": ("a good one,yes\na bad one,no\nso good,yes\nso bad,no\n", r"a\.csv:1: .*header"),
-    "no header, many rows": ("a good one,yes\n" * 9 + "bad,no\n" * 9, r"a\.csv:1: .*header"),
-    "unclear columns": ("p,q,r\nx y z,a,c\nx z,b,d\ny z,a,c\ny y,b,d\n", "--label-column"),
-    "one column": ("text\na\nb\n", "one column"),
-    "half a character": ('{"text": "a", "label": "x"}\n{"text": "b", "label": "\\ud83d"}\n', r"a\.jsonl:2: half"),
-    "no rows": ("text,label\n", "no rows"),
-    "nothing": ("", "no rows"),
+    "one label": ("text,label\na,x\nb,x\n", "a.csv: ", "label_column"),
+    "as many labels as rows": ("text,label\n" + "".join(f"t,l{i}\n" for i in range(200)), "200 ", "label_column"),
+    "long labels": (f"text,label\na,{'x' * 70}\nb,y\n", "a.csv: ", "label_column"),
+    "a missing label": ("text,label\na,x\nb,\n", "a.csv:3: ", "label"),
+    "a missing text": ("text,label\na,x\n ,y\n", "a.csv:3: ", "text"),
+    "no header": ("a good one,yes\na bad one,no\nso good,yes\nso bad,no\n", "a.csv:1: ", ""),
+    "no header, many rows": ("a good one,yes\n" * 9 + "bad,no\n" * 9, "a.csv:1: ", ""),
+    "unclear columns": ("p,q,r\nx y z,a,c\nx z,b,d\ny z,a,c\ny y,b,d\n", "--label-column", "label_column"),
+    "one column": ("text\na\nb\n", "a.csv:1: ", ""),
+    "half a character": ('{"text": "a", "label": "x"}\n{"text": "b", "label": "\\ud83d"}\n', "a.jsonl:2: ", "label"),
+    "no rows": ("text,label\n", "a.csv ", ""),
+    "an empty file": ("", "a.csv ", ""),
 }
 
 
 @pytest.mark.parametrize("form", REFUSED)
-def test_what_gives_no_task_is_refused_in_one_line(tmp_path: Path, form: str) -> None:
-    content, message = REFUSED[form]
-    with pytest.raises(DataError, match=message) as caught:
+def test_a_file_that_gives_no_task_is_refused(tmp_path: Path, form: str) -> None:
+    content, where, field = REFUSED[form]
+    with raises(DataError, field=field) as caught:
         draft_task(write(tmp_path, "a.jsonl" if content.startswith("{") else "a.csv", content))
-    assert "\n" not in str(caught.value)
+    assert where in str(caught.value)
     assert "good" not in str(caught.value)
 
 
@@ -123,12 +125,13 @@ def test_any_names_survive_the_file(tmp_path_factory: Any, labels: list[str], na
     assert load_task(path) == task
 
 
-def test_the_cost_of_the_words_is_written_beside_them() -> None:
+def test_the_cost_of_the_words_is_a_comment_in_the_file() -> None:
     task = draft_of("cat", "dog")
     text = task_toml(task, word_costs(ToyScorer(), task), "toy")
-    assert text.count("tokens of the words with toy: 4, 4; a candidate costs 7 tokens a text") == 2
+    assert len(re.findall(r"# .* toy: 4, 4; .* 7 tokens", text)) == 2
     merging = draft_of("cat", "cats")
-    assert task_toml(merging, word_costs(ToyScorer(), merging), "toy").count("cannot be used: of the label words") == 2
+    text = task_toml(merging, word_costs(ToyScorer(), merging), "toy")
+    assert len(re.findall("# .* toy: .*' cat' and ' cats'", text)) == 2
     assert "tokens of" not in task_toml(task)
 
 
@@ -164,7 +167,7 @@ def test_the_command_writes_a_file_that_serves_as_task(folder: Path, capsys: pyt
     assert tasks.to_rows("support.csv", tasks.load(folder / "support.toml")) == TWO
 
 
-def test_it_replaces_nothing_unless_it_is_told_to(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_replaces_nothing_unless_forced(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "support.toml").write_text("mine")
     assert run("support.csv") == ConfigError.exit_code
     assert (folder / "support.toml").read_text() == "mine"
@@ -184,4 +187,4 @@ def test_with_a_model_it_counts_the_tokens(
     assert [template["tokens"] for template in found["templates"]] == [[8, 10]] * 2
     assert "tokens of the words with toy: 8, 10" in (folder / "sub" / "t.toml").read_text()
     assert run("support.csv", "--model", "toy", "--force") == 0
-    assert "a candidate costs 17 tokens a text" in capsys.readouterr().out
+    assert "17 tokens" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The same row means the same label, or is refused, by whichever reader it comes."""
+"""A row has the same label, or is refused, in every format."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def task_of(labels: Sequence[str]) -> Task:
 # --- every reader ----------------------------------------------------------------------------------------------------
 
 Reader = Callable[[Path, Any], Any]
-"""Makes something that `to_rows` reads, of one row with the text "awful" and this label."""
+"""Builds an object that `to_rows` reads, with one row of text "awful" and a given label."""
 
 
 def delimited(suffix: str, delimiter: str) -> Reader:
@@ -162,7 +162,7 @@ def test_a_label_means_the_same_by_every_reader(tmp_path: Path, labels: Any, val
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), [1], {"a": 1}, b"positive"])
-def test_what_is_no_label_is_refused(value: Any) -> None:
+def test_an_invalid_label_is_refused(value: Any) -> None:
     for rows in ([("awful", value)], [{"text": "awful", "label": value}]):
         with pytest.raises(DataError, match="row 0"):
             tasks.to_rows(rows, task_of(MOOD))
@@ -179,7 +179,7 @@ def test_rows_that_were_read_once_keep_their_labels_when_they_are_read_again(tmp
     assert tasks.to_rows(tmp_path / "rows.jsonl", task) == once
 
 
-def test_rows_of_another_tasks_order_are_never_scored() -> None:
+def test_rows_read_for_another_label_order_are_never_scored() -> None:
     once = tasks.to_rows([("a", 0), ("b", 1)], task_of(MOOD))
     assert targets_of(once, MOOD).tolist() == [0, 1]
     with pytest.raises(DataError, match="row 0"):

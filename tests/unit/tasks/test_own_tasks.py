@@ -1,4 +1,4 @@
-"""Tasks of one's own from end to end on the toy model: twenty labels, words of several tokens, pairs, long texts."""
+"""Custom tasks end to end on the toy model: twenty labels, words of several tokens, pairs, long texts."""
 
 from __future__ import annotations
 

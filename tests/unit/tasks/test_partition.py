@@ -1,4 +1,4 @@
-"""Dealing rows out to devices, splits, manifests."""
+"""Partitions of rows over devices, splits, manifests."""
 
 import json
 
@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fedbpt import tasks
 from fedbpt.errors import DataError, InputError
+from tests.support.raises import raises
 
 LABELS = ("a", "b", "c")
 
@@ -30,7 +31,7 @@ def test_a_partition_deals_every_row_once_and_leaves_no_device_short(labels, n_d
     assert all(np.array_equal(x, y) for x, y in zip(parts, again, strict=True))
 
 
-def test_iid_parts_are_equal_and_another_seed_deals_otherwise():
+def test_iid_parts_are_equal_and_depend_on_the_seed():
     labels = np.arange(30) % 3
     parts = tasks.partition(labels, 3, "iid", seed=1)
     assert [len(part) for part in parts] == [10, 10, 10]
@@ -57,18 +58,21 @@ def test_by_size_skews_sizes_and_keeps_labels_alike():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    "arguments",
     [
-        ({"n_devices": 0}, "at least one device"),
-        ({"n_devices": 5}, "4 rows are too few for 5 devices"),
-        ({"scheme": "random"}, "scheme must be one of .*, got .random."),
-        ({"alpha": 0.0}, "alpha must be"),
-        ({"alpha": float("nan")}, "alpha must be"),
-        ({"labels": [0.5] * 4}, "whole numbers"),
+        {"n_devices": 0},
+        {"n_devices": 5},
+        {"min_rows": 0},
+        {"scheme": "random"},
+        {"alpha": 0.0},
+        {"alpha": float("nan")},
+        {"labels": [0.5] * 4},
+        {"labels": [[0, 1]]},
     ],
 )
-def test_a_partition_that_cannot_be_is_refused(arguments, message):
-    with pytest.raises(InputError, match=message):
+def test_an_impossible_partition_is_refused(arguments):
+    (field,) = arguments
+    with raises(InputError, field=field):
         tasks.partition(**{"labels": [0, 1, 0, 1], "n_devices": 2, **arguments})
 
 
@@ -86,17 +90,17 @@ def test_splits_are_stratified_disjoint_and_repeatable():
     assert splits != tasks.split_rows(rows, sizes, seed=2)
 
 
-def test_no_text_is_in_two_splits_even_if_it_stands_twice():
+def test_no_text_is_in_two_splits_even_if_it_occurs_twice():
     rows = [(f"text {i // 2}", 0) for i in range(20)]
     splits = tasks.split_rows(rows, {"train": 5, "test": 5})
     assert not {t for t, _ in splits["train"]} & {t for t, _ in splits["test"]}
-    with pytest.raises(DataError, match="10 distinct rows are too few for 11"):
+    with raises(DataError, limit=10):
         tasks.split_rows(rows, {"train": 6, "test": 5})
-    with pytest.raises(InputError, match="negative"):
+    with raises(InputError, field="sizes"):
         tasks.split_rows(rows, {"train": -1})
 
 
-def test_a_manifest_says_who_holds_what_and_notices_a_changed_file(tmp_path):
+def test_a_manifest_describes_the_parts_and_detects_a_changed_file(tmp_path):
     rows = [(f"text {i}", i % 3) for i in range(30)]
     manifest = tasks.write_partition(tmp_path, rows, LABELS, 3, "dirichlet", alpha=0.5, seed=4)
     assert tasks.read_manifest(tmp_path) == manifest
@@ -109,13 +113,14 @@ def test_a_manifest_says_who_holds_what_and_notices_a_changed_file(tmp_path):
         read += own
     assert sorted(read) == sorted(rows)
     (tmp_path / "device-1.jsonl").write_text('{"text": "other", "label": 0}\n')
-    with pytest.raises(DataError, match=r"device-1\.jsonl is missing or not the file"):
+    with raises(DataError) as caught:
         tasks.read_manifest(tmp_path)
+    assert "device-1.jsonl" in str(caught.value)
 
 
-def test_a_missing_or_damaged_manifest_is_one_line(tmp_path):
-    with pytest.raises(DataError, match="cannot read"):
+def test_a_missing_or_damaged_manifest_is_refused(tmp_path):
+    with raises(DataError):
         tasks.read_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(DataError, match="damaged"):
+    with raises(DataError):
         tasks.read_manifest(tmp_path)

@@ -1,4 +1,4 @@
-"""CMakePresets.json: CMake reads it, and what it names is there."""
+"""CMakePresets.json can be read by CMake, and the files that it names exist."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = {"native", "aarch64-manylinux", "x86_64-manylinux", "vulkan", "cuda", "a
 
 
 def listed(**environment: str) -> set[str]:
-    """The names that CMake offers."""
+    """The names of the presets that CMake lists."""
     command = [Path(cmake.CMAKE_BIN_DIR) / "cmake", "--list-presets"]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=True
@@ -25,7 +25,7 @@ def listed(**environment: str) -> set[str]:
     return {line.split('"')[1] for line in done.stdout.splitlines() if '"' in line}
 
 
-def test_android_is_offered_where_there_is_an_ndk() -> None:
+def test_android_is_available_with_an_ndk() -> None:
     assert listed(ANDROID_NDK="") == NAMES - {"android-arm64"}
     assert listed(ANDROID_NDK="/opt/ndk") == NAMES
 
@@ -35,5 +35,5 @@ def test_toolchains_are_there(preset: dict[str, str]) -> None:
     assert Path(preset["toolchainFile"].replace("${sourceDir}", str(ROOT))).is_file()
 
 
-def test_every_preset_says_what_it_is_for() -> None:
+def test_every_preset_has_a_description() -> None:
     assert all(preset.get("displayName") for preset in PRESETS if not preset.get("hidden"))

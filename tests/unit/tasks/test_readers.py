@@ -1,4 +1,4 @@
-"""Rows from files, data sets and pairs; each fault is named with file and line."""
+"""Rows from files, data sets and pairs; errors give file and line."""
 
 import zipfile
 from pathlib import Path
@@ -9,6 +9,7 @@ from fedbpt import tasks
 from fedbpt.errors import DataError
 from fedbpt.machine import wheel_files
 from fedbpt.tasks import sources
+from tests.support.raises import raises
 
 LABELS = ("no", "yes")
 
@@ -38,44 +39,43 @@ def test_tsv_is_read_without_quoting(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content", "field", "values"),
     [
-        ("a.jsonl", '{"text": "a"\n', r"a\.jsonl:1: not JSON"),
-        ("a.jsonl", "[1]\n", r"a\.jsonl:1: expected an object"),
-        ("a.jsonl", '{"text": " ", "label": 0}\n', r"a\.jsonl:1: empty text"),
-        ("a.jsonl", '{"text": 5, "label": 0}\n', r"a\.jsonl:1: the text must be a string"),
-        ("a.jsonl", '{"txt": "a", "label": 0}\n', r"a\.jsonl:1: no column 'text': the columns are txt, label"),
-        ("a.jsonl", '{"text": "a", "label": true}\n', r"a\.jsonl:1: unknown label True"),
-        ("a.jsonl", '{"text": "a", "label": 2}\n', r"a\.jsonl:1: unknown label 2: give one of 0 no, 1 yes"),
-        ("a.jsonl", '{"text": "a", "label": null}\n', r"a\.jsonl:1: unknown label None"),
-        ("a.csv", 'text,label\n"two\nlines",yes\nb,maybe\n', r"a\.csv:4: unknown label 'maybe'"),
-        ("a.csv", "text,label\na,-1\n", r"a\.csv:2: unknown label '-1'"),
-        ("a.csv", "text,label\na,b,no\n", r"a\.csv:2: 3 fields for 2 columns"),
-        ("a.csv", 'text,label\n"a"b,no\n', r"a\.csv:2: not valid CSV"),
-        ("a.csv", "text\na\n", r"a\.csv:\d: no column 'label'"),
-        ("a.csv", "text,label\n", "holds no rows"),
-        ("a.csv", b"text,label\ncaf\xe9,no\n", "not UTF-8"),
-        (
-            "a.jsonl",
-            '{"text": "a", "label": 0}\n{"text": "cut \\ud83d", "label": 1}\n',
-            r"a\.jsonl:2: half a character",
-        ),
-        ("a.jsonl", f'{{"text": "a", "label": {"1" * 5000}}}\n', r"a\.jsonl:1: not JSON"),
-        ("a.jsonl", f'{{"text": {"[" * 100_000}\n', r"a\.jsonl:1: not JSON"),
-        ("a.txt", "hello", r"end in \.jsonl,.*\.csv or \.tsv"),
+        ("a.jsonl", '{"text": "a"\n', "", ["a.jsonl:1: ", "JSON"]),
+        ("a.jsonl", "[1]\n", "", ["a.jsonl:1: "]),
+        ("a.jsonl", '{"text": " ", "label": 0}\n', "text", ["a.jsonl:1: "]),
+        ("a.jsonl", '{"text": 5, "label": 0}\n', "text", ["a.jsonl:1: ", "int"]),
+        ("a.jsonl", '{"txt": "a", "label": 0}\n', "text", ["a.jsonl:1: ", "'text'", "txt, label"]),
+        ("a.jsonl", '{"text": "a", "label": true}\n', "label", ["a.jsonl:1: ", "True"]),
+        ("a.jsonl", '{"text": "a", "label": 2}\n', "label", ["a.jsonl:1: ", " 2", "0 no, 1 yes"]),
+        ("a.jsonl", '{"text": "a", "label": null}\n', "label", ["a.jsonl:1: ", "None"]),
+        ("a.csv", 'text,label\n"two\nlines",yes\nb,maybe\n', "label", ["a.csv:4: ", "'maybe'"]),
+        ("a.csv", "text,label\na,-1\n", "label", ["a.csv:2: ", "'-1'"]),
+        ("a.csv", "text,label\na,b,no\n", "", ["a.csv:2: ", "3", "2"]),
+        ("a.csv", 'text,label\n"a"b,no\n', "", ["a.csv:2: ", "CSV"]),
+        ("a.csv", "text\na\n", "label", ["a.csv:", "'label'"]),
+        ("a.csv", "text,label\n", "", ["a.csv "]),
+        ("a.csv", b"text,label\ncaf\xe9,no\n", "", ["a.csv:2: ", "UTF-8"]),
+        ("a.jsonl", '{"text": "a", "label": 0}\n{"text": "cut \\ud83d", "label": 1}\n', "text", ["a.jsonl:2: "]),
+        ("a.jsonl", f'{{"text": "a", "label": {"1" * 5000}}}\n', "", ["a.jsonl:1: ", "JSON"]),
+        ("a.jsonl", f'{{"text": {"[" * 100_000}\n', "", ["a.jsonl:1: ", "JSON"]),
+        ("a.txt", "hello", "", ["a.txt", ".jsonl, ", ".csv or .tsv"]),
     ],
 )
-def test_a_bad_file_is_refused_with_file_and_line(tmp_path, name, content, message):
-    with pytest.raises(DataError, match=message) as caught:
+def test_a_bad_file_is_refused_with_file_and_line(tmp_path, name, content, field, values):
+    with raises(DataError, field=field) as caught:
         tasks.read_rows(write(tmp_path, name, content), LABELS)
-    assert "\n" not in str(caught.value)
+    assert [value for value in values if value not in str(caught.value)] == []
 
 
-def test_a_missing_file_is_one_line(tmp_path):
-    with pytest.raises(DataError, match="No such file"):
-        tasks.read_rows(tmp_path / "none.csv", LABELS)
-    with pytest.raises(DataError, match="No such file"):
-        tasks.read_task_rows(tasks.load("ag-news"), tmp_path / "none.csv")
+def test_a_missing_file_is_named(tmp_path):
+    for read in (
+        lambda path: tasks.read_rows(path, LABELS),
+        lambda path: tasks.read_task_rows(tasks.load("ag-news"), path),
+    ):
+        with raises(DataError) as caught:
+            read(tmp_path / "none.csv")
+        assert "none.csv: No such file" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,10 @@ def test_ag_news_is_read_in_its_original_form_and_in_plain_ones(tmp_path, conten
 
 def test_ag_news_original_with_a_bad_label_names_the_line(tmp_path):
     path = write(tmp_path, "ag.csv", '"3","a","b"\n"5","a","b"\n')
-    with pytest.raises(DataError, match=r"ag\.csv:2: unknown label '5'"):
+    with raises(DataError, field="label") as caught:
         tasks.read_task_rows(tasks.load("ag-news"), path)
+    assert "ag.csv:2: " in str(caught.value)
+    assert "'5'" in str(caught.value)
 
 
 def test_sst2_is_read_under_any_of_its_column_names(tmp_path):
@@ -114,17 +116,18 @@ def test_a_tasks_word_limit_applies_to_rows_from_anywhere(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("pairs", "message"),
+    ("pairs", "where", "field"),
     [
-        ([("a", 9)], "row 0: unknown label 9"),
-        ([("a", 1), "ab"], "row 1: expected a"),
-        ([("", 1)], "row 0: empty text"),
-        ([], "no rows"),
+        ([("a", 9)], "row 0: ", "label"),
+        ([("a", 1), "ab"], "row 1: ", ""),
+        ([("", 1)], "row 0: ", "text"),
+        ([], "no rows", ""),
     ],
 )
-def test_bad_pairs_are_refused(pairs, message):
-    with pytest.raises(DataError, match=message):
+def test_bad_pairs_are_refused(pairs, where, field):
+    with raises(DataError, field=field) as caught:
         tasks.to_rows(pairs, tasks.load("sst-2"))
+    assert where in str(caught.value)
 
 
 def test_a_text_may_be_made_of_several_columns(tmp_path):
@@ -139,8 +142,9 @@ def test_a_text_may_be_made_of_several_columns(tmp_path):
     plain = write(tmp_path, "plain.jsonl", '{"text": "c", "label": "no"}\n')
     assert tasks.read_task_rows(task, plain) == [("c", 0)]
     short = write(tmp_path, "short.jsonl", '{"premise": "a", "hypothesis": " ", "label": "no"}\n')
-    with pytest.raises(DataError, match=r"short\.jsonl:1.*'hypothesis'.*empty"):
+    with raises(DataError, field="text") as caught:
         tasks.read_task_rows(task, short)
+    assert "short.jsonl:1, column 'hypothesis': " in str(caught.value)
 
 
 def test_written_rows_are_read_back(tmp_path):
@@ -154,7 +158,7 @@ def test_duplicates_are_dropped_and_order_kept():
 
 
 class FakeDataset:
-    """What `datasets.Dataset` shows of itself, as far as it is used."""
+    """The part of `datasets.Dataset` that is used."""
 
     class ClassLabel:
         names = ("yes", "no")
@@ -175,11 +179,13 @@ def test_a_data_sets_own_label_names_decide():
 
 
 def test_unlabelled_data_set_rows_are_refused():
-    with pytest.raises(DataError, match="data set row 0: unknown label -1"):
+    with raises(DataError, field="label") as unknown:
         tasks.rows_from_dataset(FakeDataset([{"sentence": "a", "label": -1}]), LABELS, "sentence")
-    with pytest.raises(DataError, match="data set row 0: no column 'text'"):
+    with raises(DataError, field="text") as missing:
         tasks.rows_from_dataset(FakeDataset([{"sentence": "a", "label": 1}]), LABELS)
-    with pytest.raises(DataError, match="no rows"):
+    for caught in (unknown, missing):
+        assert str(caught.value).startswith("data set row 0: ")
+    with raises(DataError, field=""):
         tasks.rows_from_dataset(FakeDataset([]), LABELS)
 
 
@@ -197,7 +203,7 @@ def bbc_articles() -> dict[str, bytes]:
     return {f"{name}/001": f"Title {name}\n\nThe {name} story {'word ' * 80}".encode() for name in folders}
 
 
-def test_bbc_news_drops_articles_that_stand_twice(tmp_path, monkeypatch):
+def test_bbc_news_drops_articles_that_occur_twice(tmp_path, monkeypatch):
     articles = bbc_articles()
     articles["tech/002"] = articles["tech/001"].replace(b"Title", b"Another headline")
     articles["tech/003"] = articles["tech/001"] + b" and a longer ending"
@@ -214,11 +220,12 @@ def test_bbc_news_drops_articles_that_stand_twice(tmp_path, monkeypatch):
 def test_bbc_news_from_an_unexpected_package_is_refused(tmp_path, monkeypatch):
     articles = bbc_articles()
     del articles["tech/001"]
-    for extra, message in (({}, "five BBC topics"), ({"weather/001": b"a\n\nb"}, "unexpected article")):
+    for extra, value in (({}, "bbc.whl"), ({"weather/001": b"a\n\nb"}, "weather/001")):
         wheel = bbc_wheel(tmp_path, articles | extra)
         monkeypatch.setattr(sources, "fetch_wheel", lambda *_, wheel=wheel: wheel)
-        with pytest.raises(DataError, match=message):
+        with raises(DataError) as caught:
             tasks.bbc_news(tmp_path)
+        assert value in str(caught.value)
 
 
 def test_the_bbc_package_is_pinned_by_hash():

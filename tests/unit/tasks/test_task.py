@@ -1,4 +1,4 @@
-"""Templates and label words as token ids, on tokenizers that behave like the two families in use."""
+"""Templates and label words as token ids, with tokenizers like the two families in use."""
 
 import re
 from pathlib import Path
@@ -20,10 +20,11 @@ from fedbpt.tasks.task import (
     render_ids,
     target_ids,
 )
+from tests.support.raises import raises
 
 
 class WordTokenizer:
-    """Splits like a byte-level BPE: a word takes its leading space. ``spm``: adds a space in front, as Llama 2 does."""
+    """Splits like a byte-level BPE: a word includes its leading space. ``spm``: prepends a space, like Llama 2."""
 
     def __init__(self, bos: bool, spm: bool = False) -> None:
         self.bos, self.spm = bos, spm
@@ -81,7 +82,7 @@ def test_label_words_are_the_tokens_after_the_cue(tokenizer):
 
 
 def test_an_empty_text_is_refused():
-    with pytest.raises(InputError, match="empty"):
+    with raises(InputError, field="text"):
         render_ids(TOKENIZERS[0], TOPIC, " \n")
 
 
@@ -93,39 +94,39 @@ def test_words_may_share_a_first_token():
 @pytest.mark.parametrize("words", [(" sci", " sci tech"), (" sci tech", " sci")])
 def test_a_word_that_begins_with_another_is_named(words):
     template = Template(pattern="{text}\nTopic:", label_words=words)
-    with pytest.raises(TaskError, match=f"{words[0]!r} and {words[1]!r} one begins with the other"):
+    with raises(TaskError, field="label_words") as caught:
         label_word_ids(TOKENIZERS[0], template, ("a", "b"))
+    assert f"{words[0]!r} and {words[1]!r}" in str(caught.value)
 
 
 def test_a_word_that_merges_with_the_cue_is_named():
     template = Template(pattern="{text} It", label_words=("self", " is"))
-    with pytest.raises(TaskError, match="'self' merges with the cue"):
+    with raises(TaskError) as caught:
         label_word_ids(TOKENIZERS[0], template, ("a", "b"))
+    assert "'self'" in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("pattern", "words", "message"),
+    ("pattern", "words", "field"),
     [
-        ("Topic:", (" a", " b"), "exactly once"),
-        ("{text} {text}:", (" a", " b"), "exactly once"),
-        ("Topic: {text}", (" a", " b"), "needs an answer cue"),
-        ("{text}\nTopic: ", ("a", "b"), "ends with white space"),
-        ("{text}\nTopic:", (" a",), "has 1 label words for 2 labels"),
-        ("{text}\nTopic:", (" a", " a"), "stands for two labels"),
-        ("{text}\nTopic:", (" a", " "), "is empty"),
+        ("Topic:", (" a", " b"), "pattern"),
+        ("{text} {text}:", (" a", " b"), "pattern"),
+        ("Topic: {text}", (" a", " b"), "pattern"),
+        ("{text}\nTopic: ", ("a", "b"), "pattern"),
+        ("{text}\nTopic:", (" a",), "label_words"),
+        ("{text}\nTopic:", (" a", " a"), "label_words"),
+        ("{text}\nTopic:", (" a", " "), "label_words"),
     ],
 )
-def test_a_template_that_cannot_work_is_refused_at_once(pattern, words, message):
-    with pytest.raises(TaskError, match=message):
+def test_a_template_that_cannot_work_is_refused_at_once(pattern, words, field):
+    with raises(TaskError, field=field):
         Task(name="t", labels=("x", "y"), templates=(Template(pattern=pattern, label_words=words),))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [({"name": " "}, "name"), ({"labels": ("x", "x")}, "distinct"), ({"templates": ()}, "template")],
-)
-def test_a_task_without_what_it_needs_is_refused(change, message):
-    with pytest.raises(TaskError, match=message):
+@pytest.mark.parametrize("change", [{"name": " "}, {"labels": ("x", "x")}, {"templates": ()}, {"text_columns": ()}])
+def test_an_incomplete_task_is_refused(change):
+    (field,) = change
+    with raises(TaskError, field=field):
         Task(**{"name": "t", "labels": ("World", "Sports"), "templates": (TOPIC,), **change})
 
 
@@ -153,26 +154,28 @@ def test_a_task_file_is_read_from_toml_and_json(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("content", "error", "message"),
+    ("content", "error", "pattern"),
     [
-        (TOML + "= 3", ConfigError, r"t\.toml is not valid TOML"),
-        (TOML.replace("max_text_tokens", "max_tokens"), ConfigError, "unknown field"),
+        (TOML + "= 3", ConfigError, r"t\.toml .*TOML"),
+        (TOML.replace("max_text_tokens", "max_tokens"), ConfigError, "max_tokens"),
         (TOML.replace("64", "0"), ConfigError, ">= 1"),
-        (TOML.replace('name = "tickets"', ""), ConfigError, "missing required field `name`"),
-        (TOML.replace('" technical"]', "]"), TaskError, r"t\.toml: template .* has 1 label words"),
+        (TOML.replace('name = "tickets"', ""), ConfigError, "`name`"),
+        (TOML.replace('" technical"]', "]"), TaskError, r"t\.toml: template .* billing, technical"),
     ],
 )
-def test_a_bad_task_file_says_what_is_wrong(tmp_path: Path, content, error, message):
+def test_a_bad_task_file_says_what_is_wrong(tmp_path: Path, content, error, pattern):
     (tmp_path / "t.toml").write_text(content)
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=pattern):
         load_task(tmp_path / "t.toml")
 
 
-def test_a_missing_task_file_and_an_unknown_task_are_told_apart(tmp_path: Path):
-    with pytest.raises(ConfigError, match="cannot read the task file"):
+def test_a_missing_task_file_and_an_unknown_task_are_different_errors(tmp_path: Path):
+    with raises(ConfigError) as missing:
         tasks.load(tmp_path / "none.toml")
-    with pytest.raises(ConfigError, match="one of ag-news, sst-2, bbc-news"):
+    assert "none.toml: No such file" in str(missing.value)
+    with raises(ConfigError) as unknown:
         tasks.load("agnews")
+    assert "ag-news, sst-2, bbc-news" in str(unknown.value)
 
 
 def test_builtin_tasks_have_three_to_five_candidate_templates():

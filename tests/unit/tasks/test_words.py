@@ -1,4 +1,4 @@
-"""What label words of several tokens cost is said at load, and counted in a run's plan."""
+"""The cost of label words of several tokens is noted at load, and counted in a run's plan."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ LONG = (
     Template(pattern="{text}\nIt was:", label_words=("d", "f")),
 )
 DEAR = msgspec.structs.replace(TASK, templates=LONG)
-"""The first template's words are 3 and 5 tokens to the toy, whose tokens are bytes."""
+"""The first template's words have 3 and 5 tokens in the toy model, whose tokens are bytes."""
 
 KNOWN = (" billing", " technical", "billing", "\nDepartment", ":", " ")
 
 
 class GreedyTokenizer:
-    """The longest known piece each time, else a character."""
+    """Takes the longest known piece each time, else a character."""
 
     def tokenize(self, text: str, add_bos: bool | None = None) -> NDArray[np.int32]:
         ids = [] if add_bos is False else [0]
@@ -59,31 +59,30 @@ def test_the_tokens_of_each_word_are_counted_as_it_follows_the_cue() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "parts"),
     [
-        ((" billing", " technical "), ["2 tokens a text", "' technical ' is 2 tokens", "' technical' is 1"]),
-        ((" billing", " technical  "), ["3 tokens a text", "' technical  ' is 3 tokens", "' technical' is 1"]),
+        ((" billing", " technical "), [" 2 tokens", "' technical ' is 2 tokens", "' technical' is 1"]),
+        ((" billing", " technical  "), [" 3 tokens", "' technical  ' is 3 tokens", "' technical' is 1"]),
         ((" billing ", " technical"), ["' billing ' is 2 tokens", "' billing' is 1"]),
         (("  billing", " technical"), ["'  billing' is 2 tokens", "' billing' is 1"]),
         ((" billing", "technical"), ["'technical' is 9 tokens", "' technical' is 1"]),
         ((" billing", " xyz"), ["' xyz' is 4 tokens"]),
     ],
 )
-def test_a_space_too_many_or_forgotten_is_said_with_what_it_costs(words: Any, said: list[str]) -> None:
+def test_an_extra_or_missing_space_is_noted_with_its_cost(words: Any, parts: list[str]) -> None:
     (note,) = word_notes(GreedyTokenizer(), support(*words))
     assert "\n" not in note
-    assert [part for part in said if part not in note] == []
+    assert [part for part in parts if part not in note] == []
 
 
-def test_words_of_one_token_are_nothing_to_speak_of() -> None:
+def test_words_of_one_token_are_not_noted() -> None:
     assert word_notes(GreedyTokenizer(), support(" billing", " technical")) == []
     assert word_notes(GreedyTokenizer(), support("billing", " technical")) == []
     assert word_notes(ToyScorer(), TASK) == []
 
 
-def test_a_template_that_cannot_serve_the_model_is_said_before_the_run() -> None:
+def test_a_template_that_the_model_cannot_use_is_noted() -> None:
     (note,) = word_notes(GreedyTokenizer(), support(" billing", " billing x"))
-    assert "cannot be used" in note
     assert "' billing x'" in note
 
 
@@ -94,7 +93,7 @@ def test_many_words_are_not_all_listed() -> None:
     assert len(note) < 800
 
 
-def test_tuning_says_what_words_cost_before_it_begins(caplog: pytest.LogCaptureFixture) -> None:
+def test_tuning_notes_the_cost_of_words_before_it_begins(caplog: pytest.LogCaptureFixture) -> None:
     budget, spec = Budget(evaluations=4), PromptSpec(d=4)
     with caplog.at_level(logging.WARNING):
         tune(ToyScorer(), TASK, rows(8), budget=budget, prompt=spec, popsize=4)
@@ -121,9 +120,14 @@ def test_a_command_that_knows_task_and_model_hints_at_it(capsys: pytest.CaptureF
 def settings(method: Any = "pooled", placement: Any = "cue") -> RunSettings:
     objective = ObjectiveSpec(batch_size=4, max_text_tokens=16, readout_words=8)
     return RunSettings(
-        rounds=6, popsize=4, iterations=2, method=method, prompt=PromptSpec(d=8, placement=placement),
-        objective=objective, select_rows=4,
-    )  # fmt: skip
+        rounds=6,
+        popsize=4,
+        iterations=2,
+        method=method,
+        prompt=PromptSpec(d=8, placement=placement),
+        objective=objective,
+        select_rows=4,
+    )
 
 
 def measured(task: Task = DEAR) -> Device:
