@@ -106,5 +106,5 @@ def test_pause_resume_deadline_and_stop_by_keyboard_alone(site: Site, open_page:
     live.status("stopped")
     out, err = live.coordinator.communicate(timeout=60)
     assert live.coordinator.returncode == 130
-    assert err.splitlines()[-1].startswith("fedbpt: stopped; to go on from there: fedbpt tune run.toml")
+    assert err.splitlines()[-1].startswith("fedbpt: stopped; to resume: fedbpt tune run.toml")
     assert "Traceback" not in out + err

@@ -19,23 +19,23 @@ from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, rows
 
 NEWS = load("bbc-news")
-ASKED = {"model": "sha256:1", "devices": 3, "rows": "all"}
+PARAMETERS = {"model": "sha256:1", "devices": 3, "rows": "all"}
 
 
-def test_a_demo_goes_on_only_where_it_was_stopped(tmp_path: Path) -> None:
-    record = demo._Record(tmp_path / "demo.json", ASKED)
-    assert not record.tells_of_interruption()
+def test_a_demo_is_resumed_only_if_it_was_interrupted(tmp_path: Path) -> None:
+    record = demo._Record(tmp_path / "demo.json", PARAMETERS)
+    assert not record.is_interrupted()
     record.write(ended=False)
-    assert record.tells_of_interruption()
+    assert record.is_interrupted()
     record.write(ended=True)
-    assert not record.tells_of_interruption()
+    assert not record.is_interrupted()
 
 
 @pytest.mark.parametrize("change", [{"model": "sha256:2"}, {"devices": 2}, {"rows": "quick"}])
-def test_a_stopped_demo_of_something_else_is_no_use(tmp_path: Path, change: dict[str, object]) -> None:
+def test_a_stopped_demo_with_other_parameters_is_not_resumed(tmp_path: Path, change: dict[str, object]) -> None:
     path = tmp_path / "demo.json"
-    demo._Record(path, ASKED).write(ended=False)
-    assert not demo._Record(path, {**ASKED, **change}).tells_of_interruption()
+    demo._Record(path, PARAMETERS).write(ended=False)
+    assert not demo._Record(path, {**PARAMETERS, **change}).is_interrupted()
 
 
 def news(n: int) -> list[Row]:
@@ -99,11 +99,11 @@ def test_a_device_that_cannot_start_is_one_line(
     assert line.count("fedbpt") == 1
 
 
-def test_an_address_that_is_none_is_told_before_anything_is_fetched(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_address_is_reported_before_anything_is_fetched(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(["demo", "--dashboard", "nowhere:99999"])
     assert ended.value.code != 0
-    assert "is no HOST:PORT" in capsys.readouterr().err
+    assert "--dashboard nowhere:99999" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", [[], ["--json"], ["--quiet"]])
@@ -138,9 +138,9 @@ def test_beyond_loopback_it_has_a_link_for_the_operator_and_one_for_the_room(
     [options] = made
     assert options["allow_insecure"] is True
     assert len(str(options["token"])) >= 32
-    assert "without encryption: public news" in said
+    assert "unencrypted" in said
     assert f"dashboard at http://127.0.0.1:8500/?token={options['token']}\n" in said
-    assert "without the controls: http://pi5:8500/?token=watch\n" in said
+    assert ": http://pi5:8500/?token=watch\n" in said
     assert "█" not in said  # that is for a terminal
 
 

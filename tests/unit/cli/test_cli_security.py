@@ -21,6 +21,7 @@ from fedbpt.coordinator.server import CoordinatorServer
 from fedbpt.errors import ConfigError
 from fedbpt.net.tls import Tls
 from fedbpt.net.tokens import Credentials
+from tests.support.raises import raises
 from tests.support.toy_task import TASK_FILE
 
 Run = Callable[..., tuple[int, str, str]]
@@ -52,7 +53,7 @@ def test_certificates_are_made_for_the_coordinator_and_for_devices(run: Run) -> 
         assert Tls(Path(f"certs/{name}.pem"), Path(f"certs/{name}.key"), Path("certs/ca.pem")).server_options()
     code, _, err = run("certs", "init")
     assert code == 2
-    assert "not replaced" in err
+    assert "certs/ca.pem" in err or "certs/ca.key" in err
     assert "keep it private" in run("certs", "issue", "pixel")[1]
 
 
@@ -85,14 +86,14 @@ def test_without_the_extra_certificates_cannot_be_made_and_nothing_else_misses_i
     assert subprocess.run([sys.executable, "-c", loads], env=environment, check=False).returncode == 0
 
 
-def test_a_devices_token_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:
+def test_a_devices_token_is_made_once_for_its_owner_only(tmp_path: Path) -> None:
     path = tmp_path / "token"
     token = token_in(path)
     assert len(token) >= 43
     assert token_in(path) == token
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     path.write_text("short")
-    with pytest.raises(ConfigError, match="holds no token"):
+    with pytest.raises(ConfigError, match=str(path)):
         token_in(path)
 
 
@@ -102,7 +103,7 @@ def test_a_token_for_another_coordinator_is_not_sent(tmp_path: Path) -> None:
     kept.save(path)
     assert credentials_for("https://one:8400/", None, path, Tls(), False) == kept
     assert credentials_for(None, None, path, Tls(), False) is None
-    with pytest.raises(ConfigError, match="https://one:8400, not https://two:8400") as caught:
+    with raises(ConfigError, field="--credentials") as caught:
         credentials_for("https://two:8400", None, path, Tls(), False)
     assert "secret" not in str(caught.value)
 

@@ -92,8 +92,8 @@ def test_any_value_of_an_option_is_used_or_refused_in_one_line(
 
 
 @pytest.mark.parametrize("host", ["", "256.1.1.1", "pi 5", "http://127.0.0.1", "x" * 300, "[::1", "half \udcff"])
-def test_a_server_refuses_a_host_that_is_none(host: str) -> None:
-    with pytest.raises(ConfigError, match="is no address of this machine") as refused:
+def test_a_server_rejects_an_invalid_host(host: str) -> None:
+    with pytest.raises(ConfigError) as refused:
         server._bind(host, 0, None)
     assert len(str(refused.value).splitlines()) == 1
 

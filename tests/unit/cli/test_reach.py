@@ -20,6 +20,7 @@ from fedbpt.errors import ConfigError
 from fedbpt.net import tokens
 from fedbpt.net.tokens import Credentials
 from tests.support.fake_device import FakeDevice
+from tests.support.raises import raises
 
 
 @pytest.fixture
@@ -65,7 +66,8 @@ def test_all_that_are_enrolled_or_invited_are_waited_for(reach: Reach, call: Cal
     told: list[str] = []
     with reach.clients({}, False, told.append) as clients:
         assert [client.name for client in clients] == ["a", "b", "c"]
-    assert told[-1] == f"3 of 3 devices call in at http://{reach.listen}: a, b, c"
+    assert told[-1].startswith("3 of 3 ")
+    assert told[-1].endswith(f"http://{reach.listen}: a, b, c")
 
 
 def test_devices_of_the_run_so_far_belong_to_it_while_they_are_enrolled(
@@ -89,7 +91,7 @@ def test_a_run_that_is_resumed_goes_on_with_its_quorum(
     told: list[str] = []
     with reach.clients({"a": "", "gone": ""}, False, told.append, quorum=0.5) as clients:
         assert [client.name for client in clients] == ["a", "gone"]
-    assert told[-1].startswith("1 of 2 devices call in")
+    assert told[-1].startswith("1 of 2 ")
 
 
 def test_for_a_finished_run_nobody_is_waited_for(reach: Reach) -> None:
@@ -149,7 +151,7 @@ def test_tokens_are_for_their_addresses_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"x", b'["a"]\nb = 1', b"a = 1", b"\xff"])
-def test_a_file_of_tokens_that_is_none_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_an_invalid_file_of_tokens_is_rejected(tmp_path: Path, content: bytes) -> None:
     tokens.write_private(tmp_path / "t", content)
-    with pytest.raises(ConfigError, match="no file of tokens"):
+    with raises(ConfigError, field="--tokens"):
         names(Reach(["http://pi5:8401"], tokens=tmp_path / "t"), [])

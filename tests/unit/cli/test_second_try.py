@@ -95,7 +95,6 @@ BAD_HOSTS = ["ü.lan", "a b", "http://c.lan", "c.lan:8400", "[::1]", "", "-" * 6
 def test_a_bad_host_leaves_no_authority_and_the_corrected_command_works(run: Run, folder: Path, bad: str) -> None:
     code, out, err = run("certs", "init", "--host", "c.lan", f"--host={bad}", "--host", "192.168.1.10")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "is no host's name or address: give it alone" in err
     assert everything(folder) == []
     assert run("certs", "init", "--host", "c.lan", "--host", "*.example.com", "--quiet").code == 0
     before = everything(folder)
@@ -108,13 +107,13 @@ def test_a_bad_host_leaves_no_authority_and_the_corrected_command_works(run: Run
 def test_a_full_disk_leaves_no_certificate(folder: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full_after(after))
-        with pytest.raises(ConfigError, match=r"cannot write .*: No space left"):
+        with pytest.raises(ConfigError, match="No space left"):
             certs.init(folder, {"coordinator": ["c.lan"]})
     assert everything(folder) == []
     certs.init(folder, {"coordinator": ["c.lan"]})
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full_after(after % 2))
-        with pytest.raises(ConfigError, match="cannot write"):
+        with pytest.raises(ConfigError, match="No space left"):
             certs.issue(folder, "pi5")
     assert len(everything(folder)) == 4
     certs.issue(folder, "pi5")
@@ -123,7 +122,7 @@ def test_a_full_disk_leaves_no_certificate(folder: Path, monkeypatch: pytest.Mon
 def test_what_is_there_is_seen_before_anything_is_written(run: Run, folder: Path) -> None:
     (folder / "certs").mkdir()
     (folder / "certs" / "coordinator.key").write_text("somebody's")
-    assert "not replaced" in run("certs", "init").err
+    assert "certs/coordinator.key" in run("certs", "init").err
     assert everything(folder) == ["certs", "certs/coordinator.key"]
     (folder / "certs" / "coordinator.key").unlink()
     assert run("certs", "init").code == 0
@@ -133,7 +132,7 @@ def test_what_is_there_is_seen_before_anything_is_written(run: Run, folder: Path
         (folder / "certs" / damaged).write_bytes(b"-----BEGIN")
         code, _, err = run("certs", "issue", "pi5")
         assert (code, err.count("\n")) == (2, 1)
-        assert "that `fedbpt certs init` made" in err
+        assert "`fedbpt certs init`" in err
         (folder / "certs" / damaged).write_bytes(content)
     assert run("certs", "issue", "pi5").code == 0
 
@@ -180,7 +179,7 @@ def test_a_prompt_is_saved_whole_or_not_at_all(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full_after(after))
-        with pytest.raises(FedbptError, match=r"cannot write the prompt to .*: No space left"):
+        with pytest.raises(FedbptError, match="No space left"):
             save()
     assert everything(tmp_path) == []
     save()
@@ -206,11 +205,11 @@ def coordinator(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return used
 
 
-def test_a_code_is_not_used_up_where_its_token_cannot_be_kept(coordinator: list[str], tmp_path: Path) -> None:
+def test_a_code_is_not_used_if_its_token_cannot_be_saved(coordinator: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "file" / "token", tmp_path / "folder"):
-        with pytest.raises(ConfigError, match="cannot write"):
+        with pytest.raises(ConfigError, match=str(tmp_path)):
             credentials_for(URL, "CODE", path, Tls(), False)
     assert coordinator == []
     assert credentials_for(URL, "CODE", tmp_path / "token", Tls(), False) == Credentials.load(tmp_path / "token")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedbpt.cli.observe import tell_how_to_watch
+from fedbpt.cli.observe import print_watch_link
 from fedbpt.dashboard import invitation
 from fedbpt.dashboard.invitation import is_every_address, links, own_address, qr_lines, qr_svg, reachable_host
 from fedbpt.net.tokens import watch_token
@@ -81,10 +81,10 @@ def test_a_terminal_shows_the_code_of_the_link_and_a_log_the_link_alone(
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     said: list[str] = []
-    tell_how_to_watch(SimpleNamespace(watch_link=LINK), said.append)  # type: ignore[arg-type]
+    print_watch_link(SimpleNamespace(watch_link=LINK), said.append)  # type: ignore[arg-type]
     assert said[0].endswith(LINK)
     assert said[1:] == (qr_lines(LINK) if terminal else [])
-    tell_how_to_watch(SimpleNamespace(watch_link=None), pytest.fail)  # type: ignore[arg-type]
+    print_watch_link(SimpleNamespace(watch_link=None), pytest.fail)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
