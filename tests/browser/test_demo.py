@@ -26,7 +26,7 @@ def test_the_demo_is_watched_and_both_models_are_asked(tmp_path: Path, fleet: Fl
     row = page.locator(".held-out button").first
     expect(row).to_be_visible()
     row.click()
-    expect(page.get_by_role("status")).to_contain_text("The row says:")
+    expect(page.get_by_role("status")).to_contain_text("Expected:")
     for side in ("Tuned", "Original"):
         expect(page.locator(".side", has_text=side).locator(".state")).to_have_text(re.compile("right|wrong"))
     page.close()

@@ -46,7 +46,7 @@ def test_a_run_is_watched_to_its_end_and_stays_until_the_page_is_closed(site: Si
     live.page.close()
     out, err = live.coordinator.communicate(timeout=60)
     assert (live.coordinator.returncode, "Traceback" in err) == (0, False)
-    assert "held-out rows" in out
+    assert "test rows" in out
 
 
 def test_a_dead_device_is_shown_before_its_round_gives_up_on_it(site: Site, open_page: OpenPage) -> None:
@@ -56,7 +56,7 @@ def test_a_dead_device_is_shown_before_its_round_gives_up_on_it(site: Site, open
     row = live.page.locator("tbody tr", has=live.page.get_by_role("cell", name="b", exact=True))
     expect(row).to_contain_text("live")
     device.kill()
-    expect(row).to_contain_text("no answer")  # by its pulse
+    expect(row).to_contain_text("no response")  # by its heartbeat
     expect(row).to_contain_text("lost")  # by the round
     expect(live.page.locator(".tile").nth(2)).to_contain_text("1 / 2")
     expect(live.page.get_by_role("log")).to_contain_text("is lost")

@@ -42,10 +42,10 @@ def test_a_finished_run_shows_its_result_and_nothing_to_steer(finished: str, ope
     page = open_page(finished)
     expect(page.get_by_role("status")).to_have_text("finished")
     expect(page.get_by_role("heading", name="r", exact=True, level=1)).to_be_visible()
-    hero, steps = page.locator(".tile.hero"), page.locator(".panel", has_text="What each step gives")
+    hero, steps = page.locator(".tile.hero"), page.locator(".panel", has_text="Results by step")
     expect(hero).to_contain_text("development rows")
     expect(hero).to_contain_text("95 % interval")
-    expect(steps).to_contain_text("held-out rows, which chose nothing")
+    expect(steps).to_contain_text("test rows")
     expect(steps.locator("tbody tr")).to_have_count(2)
     shown_figure = hero.locator(".big").inner_text()
     expect(steps.locator("tbody tr").last).to_contain_text(shown_figure)
@@ -54,7 +54,7 @@ def test_a_finished_run_shows_its_result_and_nothing_to_steer(finished: str, ope
     expect(page.locator(".panel", has_text="Communication")).to_contain_text("needs the model's file")
     for name in ("Pause", "Stop", "Deadline"):
         expect(page.get_by_role("button", name=name)).to_have_count(0)
-    for title in ("Accuracy on development rows", "Loss, nats", "Devices", "Communication", "Memory", "What happened"):
+    for title in ("Accuracy on development rows", "Loss, nats", "Devices", "Communication", "Memory", "Messages"):
         expect(page.get_by_role("heading", name=title, exact=True)).to_be_visible()
     assert points(page, 0) > 4
     page.get_by_role("button", name="how?").first.press("Enter")
@@ -173,7 +173,7 @@ def test_before_the_first_figure_there_is_no_empty_chart(tmp_path: Path, fleet: 
         )  # fmt: skip
         page = open_page(shown(fleet, "new", path), drawn=False)
         expect(page.get_by_role("status")).to_have_text("running")
-        expect(page.locator(".sentence")).to_contain_text("One device teaches a frozen toy to sort toy; its texts")
+        expect(page.locator(".sentence")).to_contain_text("One device teaches a frozen toy to classify toy; its data")
         expect(page.locator(".waits")).to_have_count(5)
         expect(page.locator(".chart")).to_have_count(0)
         expect(page.locator("main")).not_to_contain_text("0 B")

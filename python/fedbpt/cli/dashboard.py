@@ -14,7 +14,7 @@ from fedbpt.cli.options import AllowInsecure, AsJson, Cert, Key, Questions, Quie
 from fedbpt.cli.reach import host_and_port
 from fedbpt.cli.runs import DEFAULT_STORE, RunName, Store, TaskFile, open_store, run_task
 from fedbpt.dashboard import DEFAULT_ADDRESS
-from fedbpt.dashboard.comparing import Comparison, comparing, questions_of
+from fedbpt.dashboard.comparison import Comparison, models_of_run, questions_of
 from fedbpt.dashboard.server import DashboardServer
 from fedbpt.engine.native_scorer import load_model
 from fedbpt.net.tls import Tls
@@ -23,6 +23,7 @@ from fedbpt.protocol import codec
 from fedbpt.runs.as_json import task_of_run
 from fedbpt.runs.result import RunResult
 from fedbpt.runs.store import StoredRun
+from fedbpt.side_by_side import SideBySide
 
 
 def dashboard(
@@ -78,4 +79,8 @@ def _comparison(
         return None
     known = run_task(stored, task)
     offered = () if questions is None else questions_of(known, questions)
-    return Comparison(lambda: comparing(load_model(model or result.model_name), known, result), known.labels, offered)
+
+    def make() -> SideBySide:
+        return models_of_run(load_model(model or result.model_name), known, result)
+
+    return Comparison(make, known.labels, offered)

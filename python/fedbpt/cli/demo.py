@@ -26,7 +26,7 @@ from fedbpt.cli.reach import host_and_port
 from fedbpt.cli.report import print_result, result_as_json
 from fedbpt.coordinator.clients.http import HttpClient
 from fedbpt.coordinator.federation import Federation
-from fedbpt.dashboard.comparing import Comparison, comparing, questions_of
+from fedbpt.dashboard.comparison import Comparison, models_of_run, questions_of
 from fedbpt.dashboard.examples import Verdict
 from fedbpt.display.console import RunDisplay
 from fedbpt.display.plain_console import PlainConsole
@@ -131,7 +131,7 @@ def demo(
         make_prompt(scorer, task, result).save(saved)
         record.write(ended=True)
         questions = questions_of(task, files[0]["test"])
-        comparison = Comparison(lambda: comparing(scorer, task, result), task.labels, questions, watch.devices)
+        comparison = Comparison(lambda: models_of_run(scorer, task, result), task.labels, questions, watch.devices)
         watch.compare(comparison)
         examples = islice(comparison.examples.find("gained"), EXAMPLES)
         _report(result, saved, map(Example.of, examples), folder, as_json)

@@ -21,7 +21,7 @@ from fedbpt.runs.event_log import Journal, LogFile, Sink
 from fedbpt.runs.events import Event
 
 if TYPE_CHECKING:
-    from fedbpt.dashboard.comparing import Comparison
+    from fedbpt.dashboard.comparison import Comparison
     from fedbpt.dashboard.server import DashboardServer
 
 FAREWELL_S: Final = 1.5
@@ -57,7 +57,7 @@ class Watch:
         if self._dashboard is not None:
             self._dashboard.comparison = comparison
             if self._dashboard.is_watched():
-                comparison.look_for_examples()
+                comparison.start_examples()
 
     def wait_for_pages(self, tell: Callable[[str], None]) -> None:
         """Keep the dashboard of a finished run running until its last page is closed, or Ctrl-C."""

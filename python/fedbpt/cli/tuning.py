@@ -20,7 +20,7 @@ from fedbpt.coordinator.estimate import RunCost, estimate
 from fedbpt.coordinator.federation import Federation
 from fedbpt.coordinator.gc_policy import collect_between_rounds
 from fedbpt.coordinator.one_machine import NAME, Ended, clients_of, digest_of_rows, run_alone
-from fedbpt.dashboard.comparing import Comparison, comparing, questions_of
+from fedbpt.dashboard.comparison import Comparison, models_of_run, questions_of
 from fedbpt.dashboard.examples import Row
 from fedbpt.device.device import Device
 from fedbpt.display.console import RunDisplay
@@ -186,7 +186,7 @@ class Tuning:
         saved = None
         if scorer is not None:
             watch.compare(
-                Comparison(lambda: comparing(scorer, task, result), task.labels, self._offered, watch.devices)
+                Comparison(lambda: models_of_run(scorer, task, result), task.labels, self._offered, watch.devices)
             )
             if output.prompt is not None:
                 saved = make_prompt(scorer, task, result).save(output.prompt)

@@ -13,7 +13,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from fedbpt.dashboard.guard import COOKIE, Guard, may_steer
+from fedbpt.dashboard.guard import COOKIE, Guard, may_control
 from fedbpt.dashboard.server import DashboardServer
 from fedbpt.dashboard.visits import Visits
 from fedbpt.errors import ConfigError, MissingExtraError
@@ -76,7 +76,7 @@ def test_a_program_may_send_the_token_as_any_other() -> None:
 
 
 async def _steers(request: Request) -> Response:
-    return PlainTextResponse(str(may_steer(request.scope)))
+    return PlainTextResponse(str(may_control(request.scope)))
 
 
 def steering(token: str | None) -> TestClient:
@@ -94,7 +94,7 @@ def test_who_has_the_link_to_watch_does_not_steer_and_the_operator_does() -> Non
     assert watcher.get("/?token=secret-token").text == "True"  # who opens the operator's link later is the operator
     bearer = {"authorization": f"Bearer {watch_token('secret-token')}"}
     assert steering("secret-token").get("/", headers=bearer).text == "False"
-    assert not may_steer({})  # of a request that came by another way
+    assert not may_control({})  # of a request that came by another way
 
 
 def test_the_token_to_watch_differs_from_the_operators_and_belongs_to_it() -> None:
@@ -139,8 +139,8 @@ def test_who_is_let_in_is_a_visit() -> None:
 def test_who_comes_or_leaves_watches_for_some_seconds_more(monkeypatch: pytest.MonkeyPatch) -> None:
     open_pages = iter((0, 1, 0, 0))
     visits = Visits(lambda: next(open_pages))
-    assert not visits.are_on()
-    assert visits.are_on()
-    assert visits.are_on()  # between two pages, perhaps
+    assert not visits.are_recent()
+    assert visits.are_recent()
+    assert visits.are_recent()  # between two pages, perhaps
     monkeypatch.setattr("fedbpt.dashboard.visits.AWAY_S", 0.0)
-    assert not visits.are_on()
+    assert not visits.are_recent()

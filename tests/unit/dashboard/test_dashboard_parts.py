@@ -1,4 +1,4 @@
-"""The dashboard's numbers, words and charts, without a page."""
+"""The dashboard's numbers, texts and charts, without a page."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from fedbpt import models
 from fedbpt.coordinator.clients import HttpClient, MailboxClient, PostOffice
 from fedbpt.coordinator.clients.remote import RETRY_S, RemoteDevice
-from fedbpt.dashboard import charts, costs, pulse, texts
+from fedbpt.dashboard import charts, costs, heartbeat, texts
 from fedbpt.dashboard.state import RunState
 from fedbpt.dashboard.views import DeviceView, Point, RunView
 from fedbpt.errors import ModelNotFoundError
@@ -67,13 +67,13 @@ def test_every_measured_memory_says_on_what_machine_and_has_back_propagation() -
     assert costs.memory_figures("bogus") is None
 
 
-# --- pulse -----------------------------------------------------------------------------------------------------------
+# --- heartbeat -------------------------------------------------------------------------------------------------------
 
 
 def test_a_death_shows_within_two_seconds_and_before_a_round_gives_up() -> None:
-    from fedbpt.dashboard.pages import LOOK_S
+    from fedbpt.dashboard.pages import POLL_S
 
-    assert pulse.PULSE_S + pulse.PATIENCE_S + LOOK_S <= 2.0 < RETRY_S
+    assert heartbeat.INTERVAL_S + heartbeat.TIMEOUT_S + POLL_S <= 2.0 < RETRY_S
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_durations(seconds: float | None, said: str) -> None:
     assert texts.duration(seconds) == said
 
 
-def test_a_device_row_has_a_word_for_what_is_not_known() -> None:
+def test_a_device_row_has_a_dash_for_unknown_values() -> None:
     row = texts.device_row(DEVICE, generates=False)
     assert (row["speed"], row["memory"], row["health"], row["figure"]) == (
         "61 tok/s", "268.4 MB", "–", "80.0 % (72.0 – 86.0 %)",
@@ -122,19 +122,20 @@ def labelled(*labels: str, n: int = 3, **changes: object) -> RunView:
     return view(devices=devices, task="bbc-news", model="m", labels=labels, status="running", **changes)
 
 
-def test_a_sentence_says_what_is_going_on() -> None:
-    assert texts.sentence(EMPTY) == "The run has not begun yet."
-    assert texts.sentence(labelled("sport", "tech")) == (
-        "Three devices teach a frozen m to sort bbc-news into sport or tech; their texts stay with them."
-    )
-    assert texts.sentence(labelled("a", "b", n=1, stage="search")).startswith("One device teaches a frozen m to sort")
+def test_a_sentence_describes_the_run() -> None:
+    assert "devices" not in texts.sentence(EMPTY)
+    said = texts.sentence(labelled("sport", "tech"))
+    assert said.startswith("Three devices teach a frozen m ")
+    assert all(part in said for part in ("bbc-news", "sport or tech"))
+    assert texts.sentence(labelled("a", "b", n=1, stage="search")).startswith("One device teaches a frozen m ")
     many = tuple(f"label {i}" for i in range(30))
-    assert "into 30 labels; their" in texts.sentence(labelled(*many))
+    assert "30 labels" in texts.sentence(labelled(*many))
+    assert "label 1" not in texts.sentence(labelled(*many))
     assert "Twelve devices" in texts.sentence(labelled("a", "b", n=12))
     assert "13 devices" in texts.sentence(labelled("a", "b", n=13))
     assert "One device taught" in texts.sentence(dataclasses.replace(labelled("a", "b", n=1), status="finished"))
-    assert "to write as the examples of bbc-news do" in texts.sentence(labelled(generates=True))
-    assert "to sort bbc-news; " in texts.sentence(labelled())  # of a version before, which kept the task's name alone
+    assert "to write like the examples of bbc-news" in texts.sentence(labelled(generates=True))
+    assert "bbc-news; " in texts.sentence(labelled())  # earlier versions stored only the task's name
 
 
 def test_the_state_says_the_stage() -> None:
@@ -154,17 +155,17 @@ def test_rounds_are_counted_once_the_run_has_begun() -> None:
 
 def test_every_accuracy_has_its_interval() -> None:
     found = view(figure=0.92, zero_shot=0.8, zero_shot_interval=(0.7, 0.87), interval=(0.84, 0.96), n_rows=100)
-    assert texts.trust(found) == "95 % interval 84.0 – 96.0 %"
+    assert texts.confidence(found) == "95 % interval 84.0 – 96.0 %"
     assert texts.basis(found) == "zero-shot 80.0 % (70.0 – 87.0 %) · 100 development rows"
-    assert texts.trust(view(figure=7.3, generates=True)) == ""
+    assert texts.confidence(view(figure=7.3, generates=True)) == ""
 
 
 def test_the_speed_is_of_the_tokens_and_seconds_that_the_terminal_prints() -> None:
-    assert texts.speed(view(tokens=9000, seconds=60.0)) == "150 tokens a second"
+    assert texts.speed(view(tokens=9000, seconds=60.0)) == "150 tokens/s"
     assert texts.speed(view(seconds=3.0)) == ""
 
 
-def test_every_status_has_a_word_and_a_style() -> None:
+def test_every_status_has_a_text_and_a_style() -> None:
     assert set(texts.STATUS) == set(texts.STATUS_STYLE)
     assert set(texts.DEVICE_STATUS) == set(texts.DEVICE_STYLE)
 
@@ -184,7 +185,7 @@ def test_a_curve_has_its_points_and_the_line_to_beat() -> None:
 def test_long_curves_are_thinned_with_their_ends_and_without_marks() -> None:
     points = [Point(i, float(i)) for i in range(1000)]
     thin = charts.thinned(points)
-    assert (len(thin), thin[0], thin[-1]) == (charts.MOST_POINTS, points[0], points[-1])
+    assert (len(thin), thin[0], thin[-1]) == (charts.MAX_POINTS, points[0], points[-1])
     assert [point.round for point in thin] == sorted({point.round for point in thin})
     assert charts.thinned(points[:3]) == points[:3]
     options = charts.curve("loss", "")

@@ -12,8 +12,8 @@ import pytest
 
 from fedbpt import Budget, PromptSpec, TuneResult, tune
 from fedbpt.coordinator.clients import HttpClient
-from fedbpt.dashboard import comparing as comparing_module
-from fedbpt.dashboard.comparing import Comparison, comparing, questions_of
+from fedbpt.dashboard import comparison as comparison_module
+from fedbpt.dashboard.comparison import Comparison, models_of_run, questions_of
 from fedbpt.dashboard.examples import KINDS, Examples, Row, Verdict
 from fedbpt.device.agent import AgentService
 from fedbpt.device.agent.server import AgentServer
@@ -43,7 +43,7 @@ def manner() -> TuneResult:
 
 @pytest.fixture
 def comparison(moods: TuneResult) -> Iterator[Comparison]:
-    made = Comparison(lambda: comparing(ToyScorer(), TASK, moods.run), TASK.labels)
+    made = Comparison(lambda: models_of_run(ToyScorer(), TASK, moods.run), TASK.labels)
     yield made
     asyncio.run(made.aclose())
 
@@ -58,7 +58,7 @@ def test_the_model_is_loaded_once_and_in_another_thread(moods: TuneResult) -> No
 
     def make() -> SideBySide:
         loaded.append(threading.current_thread().name)
-        return comparing(ToyScorer(), TASK, moods.run)
+        return models_of_run(ToyScorer(), TASK, moods.run)
 
     comparison = Comparison(make, TASK.labels)
     assert loaded == []
@@ -72,7 +72,7 @@ def test_the_model_is_loaded_once_and_in_another_thread(moods: TuneResult) -> No
 
 
 def test_texts_come_in_pieces_and_both_sides_are_told(manner: TuneResult) -> None:
-    comparison = Comparison(lambda: comparing(ToyScorer(), MANNER, manner.run), ())
+    comparison = Comparison(lambda: models_of_run(ToyScorer(), MANNER, manner.run), ())
 
     async def said() -> dict[Side, str]:
         texts: dict[Side, str] = {"original": "", "tuned": ""}
@@ -106,10 +106,10 @@ def test_faults_are_told_to_who_asked_and_the_next_is_answered(comparison: Compa
 def test_a_device_answers_as_this_machine_does(moods: TuneResult, manner: TuneResult) -> None:
     async def ask(server: AgentServer, task: Task, run: RunResult, text: str) -> tuple[Answer, list[Answer]]:
         made = Comparison(
-            lambda: comparing(ToyScorer(), task, run), task.labels, devices=[HttpClient(server.url, "pi5")]
+            lambda: models_of_run(ToyScorer(), task, run), task.labels, devices=[HttpClient(server.url, "pi5")]
         )
         heard: list[Answer] = []
-        with pytest.raises(InputError, match="empty text"):
+        with pytest.raises(InputError, match="empty"):
             await made.ask_device("pi5", " ", heard.append)
         answer = await made.ask_device("pi5", text, heard.append)
         await made.aclose()
@@ -126,7 +126,7 @@ def test_a_device_answers_as_this_machine_does(moods: TuneResult, manner: TuneRe
 
 
 def test_a_crowd_is_refused(comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparing_module, "MOST_WAITING", 2)
+    monkeypatch.setattr(comparison_module, "MAX_WAITING", 2)
 
     async def crowd() -> list[object]:
         return await asyncio.gather(*(comparison.classify("aaa") for _ in range(3)), return_exceptions=True)
@@ -162,7 +162,7 @@ def looked_up(*texts: str) -> Examples:
 def test_examples_are_of_every_kind_and_all_rows_are_counted() -> None:
     examples = looked_up(*"abcde")
     assert (examples.counts(), examples.done) == ({}, False)
-    while examples.look():
+    while examples.classify_next():
         pass
     assert examples.done
     assert [verdict.kind for verdict in examples.verdicts] == ["both", "gained", "lost", "neither", "gained"]
@@ -182,9 +182,9 @@ def test_who_wants_examples_of_a_kind_looks_no_further_than_needed() -> None:
 
 def test_examples_are_what_the_page_would_answer_and_questions_come_between(moods: TuneResult) -> None:
     questions = [Row(text, TASK.labels[label]) for text, label in rows(30, first=200)]
-    comparison = Comparison(lambda: comparing(ToyScorer(), TASK, moods.run), TASK.labels, questions)
-    comparison.look_for_examples()
-    comparison.look_for_examples()  # twice is once
+    comparison = Comparison(lambda: models_of_run(ToyScorer(), TASK, moods.run), TASK.labels, questions)
+    comparison.start_examples()
+    comparison.start_examples()  # twice is once
     answer = asyncio.run(comparison.classify("aaa"))
     assert answer == SideBySide(ToyScorer(), moods.prompt, TASK).classify("aaa")
     deadline = time.monotonic() + 60
@@ -204,16 +204,16 @@ def test_a_model_that_is_not_here_ends_the_search_for_examples_in_one_line() -> 
         raise ModelNotFoundError("pull it first")
 
     comparison = Comparison(absent, TASK.labels, [Row("aaa", "positive")])
-    comparison.look_for_examples()
+    comparison.start_examples()
     deadline = time.monotonic() + 60
-    while not comparison.trouble and time.monotonic() < deadline:
+    while not comparison.error and time.monotonic() < deadline:
         time.sleep(0.01)
     asyncio.run(comparison.aclose())
-    assert comparison.trouble == "pull it first"
+    assert comparison.error == "pull it first"
 
 
 def test_nothing_is_looked_for_where_answers_are_texts() -> None:
     comparison = Comparison(lambda: pytest.fail("no model is wanted"), (), [Row("aaa", "a reply")])
-    comparison.look_for_examples()
+    comparison.start_examples()
     asyncio.run(comparison.aclose())
-    assert (comparison.examples.n_rows, comparison.trouble) == (0, "")
+    assert (comparison.examples.n_rows, comparison.error) == (0, "")
