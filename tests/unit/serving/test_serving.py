@@ -28,12 +28,13 @@ from fedbpt.errors import ConfigError
 from fedbpt.net import server as http_server
 from fedbpt.net.server import HttpServer
 from fedbpt.net.tls import Tls
-from fedbpt.serving import ModelServer, desk, served_models
+from fedbpt.serving import ModelServer, scheduler, served_models
 from fedbpt.serving.protocol import CompletionRequest
 from fedbpt.serving.server import SEND_BUFFER_BYTES
 from fedbpt.side_by_side.sides import SideBySide
 from fedbpt.tasks import Task
 from fedbpt.tasks.task import render_ids
+from tests.support.raises import raises
 from tests.support.toy_generator import PLACES
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, rows
@@ -92,7 +93,7 @@ def test_the_plain_model_and_each_prompt_have_a_name(client: openai.OpenAI) -> N
     assert client.models.retrieve("toy+manner").id == "toy+manner"
 
 
-def test_a_model_that_there_is_not_is_404(client: openai.OpenAI) -> None:
+def test_an_unknown_model_is_404(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         client.chat.completions.create(model="gpt", messages=USER)
     assert (caught.value.code, caught.value.param, caught.value.type) == (
@@ -100,7 +101,8 @@ def test_a_model_that_there_is_not_is_404(client: openai.OpenAI) -> None:
         "model",
         "invalid_request_error",
     )
-    assert "there is no model 'gpt' here, there are toy, toy+toy-mood" in str(caught.value)
+    assert "'gpt'" in str(caught.value)
+    assert "toy, toy+toy-mood" in str(caught.value)
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt")
 
@@ -216,7 +218,7 @@ def test_without_a_temperature_the_makers_sampling_is_used(client: openai.OpenAI
         ({"temperature": 1.0, "top_k": 5}, Sampling(1.0, 1.0, 5)),
     ):
         request = msgspec.convert({"model": "toy", "prompt": "x", **given}, CompletionRequest)
-        assert request.how(recommended).sampling == expected
+        assert request.settings(recommended).sampling == expected
 
 
 # --- tuned prompts ---------------------------------------------------------------------------------------------------
@@ -266,50 +268,50 @@ def test_a_prompt_that_classifies_answers_with_the_label(client: openai.OpenAI, 
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("asked", "named"),
     [
-        ({"messages": []}, "messages is empty"),
+        ({"messages": []}, "messages"),
         ({"n": 2}, "n must be 1"),
-        ({"max_tokens": 0}, "max_tokens must be at least 1"),
-        ({"temperature": -1}, "temperature must be a number from 0 on"),
-        ({"top_p": 0}, "top_p must be above 0"),
-        ({"presence_penalty": 1}, "presence_penalty is not served"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools are not served"),
-        ({"response_format": {"type": "json_object"}}, "response_format is not served"),
-        ({"logprobs": True, "top_logprobs": 21}, "at most 20 log-probabilities"),
-        ({"stop": ["x"] * 17}, "17 strings: give 16 at most"),
-        ({"messages": [{"role": "user", "content": "x" * 600}]}, "shorten the text"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "reads text alone"),
-        ({"messages": 5}, r"Expected `array`, got `int` - at `$.messages`"),
-        ({"model": "toy+manner", "messages": [{"role": "system", "content": "x"}]}, "answers a user's message"),
-        ({"model": "toy+manner", "messages": [{"role": "user", "content": " "}]}, "the text is empty"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"presence_penalty": 1}, "presence_penalty"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"logprobs": True, "top_logprobs": 21}, "20"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"messages": [{"role": "user", "content": "x" * 600}]}, "text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "image_url"),
+        ({"messages": 5}, "`$.messages`"),
+        ({"model": "toy+manner", "messages": [{"role": "system", "content": "x"}]}, "toy+manner"),
+        ({"model": "toy+manner", "messages": [{"role": "user", "content": " "}]}, "empty"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_cannot_be_answered_is_said_in_one_line(
-    client: openai.OpenAI, asked: dict[str, Any], said: str, stream: bool
+def test_an_invalid_chat_is_rejected_in_one_line(
+    client: openai.OpenAI, asked: dict[str, Any], named: str, stream: bool
 ) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**{"model": "toy", "messages": USER, "stream": stream, **asked})
-    assert said in caught.value.body["message"]
+    assert named in caught.value.body["message"]
     assert "\n" not in caught.value.body["message"]
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("asked", "named"),
     [
-        ({"prompt": ""}, "prompt is empty"),
-        ({"prompt": ["a", 5]}, "prompt is a text, token ids, or a list of either"),
-        ({"prompt": [300]}, "token ids must be"),
-        ({"prompt": [2**40]}, "token id outside the vocabulary"),
-        ({"prompt": "a", "extra_body": {"top_k": 2**40}}, "top_k must be a number of tokens"),
-        ({"prompt": "a", "echo": True}, "echo is not served"),
-        ({"prompt": "a", "best_of": 2}, "best_of must be 1"),
-        ({"prompt": [5], "model": "toy+manner"}, "send text, not token ids"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": ["a", 5]}, "prompt"),
+        ({"prompt": [300]}, "token id"),
+        ({"prompt": [2**40]}, "token id"),
+        ({"prompt": "a", "extra_body": {"top_k": 2**40}}, "top_k"),
+        ({"prompt": "a", "echo": True}, "echo"),
+        ({"prompt": "a", "best_of": 2}, "best_of"),
+        ({"prompt": [5], "model": "toy+manner"}, "token id"),
     ],
 )
-def test_completions_that_are_not_served_are_refused(client: openai.OpenAI, asked: dict[str, Any], said: str) -> None:
-    with pytest.raises(openai.BadRequestError, match=said):
+def test_unsupported_completions_are_rejected(client: openai.OpenAI, asked: dict[str, Any], named: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=named):
         client.completions.create(**{"model": "toy", **asked})
 
 
@@ -366,7 +368,7 @@ def test_with_a_token_only_who_sends_it_is_answered(scorer: ToyScorer) -> None:
             assert client.models.list().data[0].id == "toy"
         with (
             client_of(server, "wrong") as client,
-            pytest.raises(openai.AuthenticationError, match="asks for its token"),
+            pytest.raises(openai.AuthenticationError),
         ):
             client.models.list()
 
@@ -401,16 +403,16 @@ def test_a_web_page_of_an_origin_that_was_named_may_call(scorer: ToyScorer, toke
 @pytest.mark.parametrize(
     "origin", ["app.example", "https://app.example/", "https://app.example/x", "ftp://x", "null", ""]
 )
-def test_what_is_no_origin_is_refused(scorer: ToyScorer, origin: str) -> None:
-    with pytest.raises(ConfigError, match="origin"):
+def test_an_invalid_origin_is_rejected(scorer: ToyScorer, origin: str) -> None:
+    with raises(ConfigError, field="--cors"):
         ModelServer(served_models(scorer, []), origins=[origin])
 
 
-def test_beyond_loopback_it_wants_a_token_and_tls(scorer: ToyScorer) -> None:
+def test_beyond_loopback_it_requires_a_token_and_tls(scorer: ToyScorer) -> None:
     models = served_models(scorer, [])
-    with pytest.raises(ConfigError, match="ask for a token"):
+    with pytest.raises(ConfigError, match="--token-file"):
         ModelServer(models, "0.0.0.0", allow_insecure=True)
-    with pytest.raises(ConfigError, match="there is no encryption"):
+    with pytest.raises(ConfigError, match="--cert"):
         ModelServer(models, "0.0.0.0", token=TOKEN)
 
 
@@ -521,7 +523,7 @@ def test_a_served_connection_holds_back_little(server: ModelServer) -> None:
 def test_one_more_than_may_wait_is_told_when_to_come_again(
     client: openai.OpenAI, scorer: ToyScorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(desk, "MAX_REQUESTS", 1)
+    monkeypatch.setattr(scheduler, "MAX_REQUESTS", 1)
     asked: dict[str, Any] = {"model": "toy", "prompt": "x", "max_tokens": 3}
     scorer.generator.pace.clear()
     with client.completions.create(**asked, stream=True) as first:
