@@ -15,7 +15,7 @@ from fedbpt.cli.options import AsJson, Quiet, chosen_task, help_without_command,
 from fedbpt.cli.report import print_result, result_as_json
 from fedbpt.coordinator.ledger import RunLedger, is_of
 from fedbpt.coordinator.report_checks import purpose_of
-from fedbpt.display.console import DOING
+from fedbpt.display.console import STAGE_NAMES
 from fedbpt.display.plain_console import PlainConsole
 from fedbpt.engine.native_scorer import load_model
 from fedbpt.errors import ConfigError, StoreError
@@ -242,7 +242,7 @@ def _names_of_rounds(store: RunStore, run: str) -> dict[int, str]:
     for closed in store.rounds(run):
         purpose = purpose_of(closed.reports)
         searched += purpose == "search"
-        names[closed.round] = str(searched) if purpose == "search" else DOING[purpose]
+        names[closed.round] = str(searched) if purpose == "search" else STAGE_NAMES[purpose]
     return names
 
 

@@ -9,7 +9,7 @@ import os
 import sys
 from typing import Final
 
-from fedbpt.display.plain_console import Unheard
+from fedbpt.display.plain_console import BestEffortStream
 
 _NAMES: Final = ("stdin", "stdout", "stderr")
 _JSON_ESCAPE: Final = "fedbpt.escaped"  # name of our handler of encoding errors
@@ -31,9 +31,9 @@ def repair_streams() -> None:
         # Python sets surrogateescape in an unknown locale, where ASCII output would still fail on other characters.
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors=errors)
-    if not isinstance(sys.stderr, Unheard):
+    if not isinstance(sys.stderr, BestEffortStream):
         stream = sys.stderr
-        sys.stderr = Unheard(lambda: stream)
+        sys.stderr = BestEffortStream(lambda: stream)
 
 
 def _escape_as_json(error: UnicodeError) -> tuple[str, int]:

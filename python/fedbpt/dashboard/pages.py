@@ -15,7 +15,7 @@ from fedbpt.dashboard.controls import Controls
 from fedbpt.dashboard.elements import DeferredChart, heading, page_frame
 from fedbpt.dashboard.state import RunState
 from fedbpt.dashboard.views import Point, RunView, Stage
-from fedbpt.display.console import DOING, human_bytes
+from fedbpt.display.console import STAGE_NAMES, human_bytes
 from fedbpt.runs.dev_figures import DevPoint
 from fedbpt.runs.events import RunStage
 
@@ -97,7 +97,7 @@ class Story:
         if tuple(self._stages) != view.path:
             self._path.clear()
             with self._path:
-                self._stages = {stage: ui.label(DOING[stage]).props("role=listitem") for stage in view.path}
+                self._stages = {stage: ui.label(STAGE_NAMES[stage]).props("role=listitem") for stage in view.path}
         now = len(view.path) if view.status == "finished" else -1
         if view.stage in view.path:
             now = view.path.index(view.stage)

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from fedbpt.dashboard.views import DeviceView, Measured, RunView, Stage
 from fedbpt.display import console
-from fedbpt.display.console import DOING, human_bytes
+from fedbpt.display.console import STAGE_NAMES, human_bytes
 from fedbpt.runs.intervals import Interval
 from fedbpt.runs.result import Split
 
@@ -95,7 +95,7 @@ def _aim(view: RunView) -> str:
 def state(view: RunView) -> str:
     """The run's state, with its stage while it runs."""
     status = STATUS[view.status]
-    return status if view.stage is None else f"{status} · {DOING[view.stage]}"
+    return status if view.stage is None else f"{status} · {STAGE_NAMES[view.stage]}"
 
 
 def figure(value: float | None, generates: bool) -> str:

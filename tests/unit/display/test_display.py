@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from fedbpt.display import console as display
-from fedbpt.display.console import DOING, RunDisplay, human_bytes
+from fedbpt.display.console import STAGE_NAMES, RunDisplay, human_bytes
 from fedbpt.display.plain_console import PlainConsole
 from fedbpt.protocol.specs import Array, Template
 from fedbpt.runs.events import (
@@ -115,7 +115,7 @@ def test_a_script_sees_lines_of_progress_and_no_bar(monkeypatch: pytest.MonkeyPa
     rounds = [closed(round, rounds=30) for round in range(1, 31)]
     before = [started(rounds=30), template, StageBegan(stage="search")]
     said = lines(monkeypatch, *before, *rounds, closed(31, purpose="readout", before=1, rounds=30))
-    assert said[:3] == ["choosing a template on toy", r"template '{text}\n[Topic]:' with bad, good", "search"]
+    assert said[:3] == ["selecting a template on toy", r"template '{text}\n[Topic]:' with bad, good", "search"]
     assert (
         len([line for line in said if line.startswith("round ")]) == 11
     )  # the first, and one for each tenth of the budget
@@ -125,7 +125,7 @@ def test_a_script_sees_lines_of_progress_and_no_bar(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_log_of_slow_rounds_has_each_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(display, "QUIET_S", 0.0)
+    monkeypatch.setattr(display, "MAX_SILENCE_S", 0.0)
     said = lines(monkeypatch, started(rounds=100), *(closed(round) for round in range(1, 6)))
     assert len([line for line in said if line.startswith("round ")]) == 5
     assert lines(monkeypatch, started(), closed(1), visible=False) == []
@@ -140,9 +140,9 @@ def test_the_last_evaluation_is_shown_when_no_round_follows(monkeypatch: pytest.
 
 
 def test_the_stage_is_shown_from_its_beginning_on_with_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    for stage, said in DOING.items():
+    for stage, name in STAGE_NAMES.items():
         text = shown(monkeypatch, started(), closed(3), StageBegan(stage=stage))
-        assert (said if stage != "selection" else "round 3") in text.splitlines()[-1]
+        assert (name if stage != "selection" else "round 3") in text.splitlines()[-1]
         assert "eta 1:10" in text.splitlines()[-1]
 
 
