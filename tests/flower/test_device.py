@@ -14,7 +14,7 @@ from fedbpt.device.device import Device
 from fedbpt.device.state import DeviceState
 from fedbpt.errors import DeviceFailedError
 from fedbpt.flower import client_app
-from fedbpt.flower.records import answer_of, packed
+from fedbpt.flower.records import packed, reply_of
 from fedbpt.protocol.rounds import DeviceInfo, RoundReport
 from fedbpt.protocol.specs import Message as OurMessage
 from fedbpt.tasks import read_rows
@@ -44,7 +44,7 @@ class Node:
     def ask(self, message: OurMessage | None, kind: type[Any] = RoundReport, to: str = MessageType.TRAIN) -> Any:
         sent = Message(packed(message), 1, to)
         sent.metadata.__dict__["_message_id"] = "m"
-        return answer_of(self._app(sent, self.context).content, kind, "pi5")
+        return reply_of(self._app(sent, self.context).content, kind, "pi5")
 
     def lose_context(self) -> None:
         self.context.state = RecordDict()

@@ -22,13 +22,14 @@ from tests.flower.toy_app import TASK, make_device, natively, settings, short
 from tests.flower.toy_grid import Node, ToyGrid, node_of
 from tests.support.any_value import VALUES, fault_of
 from tests.support.fake_device import FakeDevice
+from tests.support.raises import raises
 from tests.support.toy_scene import StopRunError, ToyTask, stop
 from tests.support.toy_scene import settings as search_alone
 
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedbpt.flower.nodes.Nodes.__init__.__kwdefaults__", {"poll_s": 0.01, "look_s": 0.05})
+    monkeypatch.setattr("fedbpt.flower.nodes.Nodes.__init__.__kwdefaults__", {"poll_s": 0.01, "discover_s": 0.05})
 
 
 def node(number: int) -> Node:
@@ -82,7 +83,7 @@ def test_too_few_nodes_are_told_with_what_kept_them(store: RunStore) -> None:
         raise ConfigError("no such file: mine.jsonl")
 
     grid = ToyGrid(Node(client_app(broken)), node(0))
-    with pytest.raises(QuorumError, match=r"1 devices said who they are within 5 s, 3 are needed .*mine\.jsonl"):
+    with pytest.raises(QuorumError, match=r"^1 .* 5 s, 3 .*mine\.jsonl"):
         FedBPT(TASK, settings(), store, devices=3, find_s=5.0).start(grid)
 
 
@@ -156,7 +157,7 @@ def test_a_node_that_is_killed_and_started_again_takes_part_under_its_name(store
 def test_a_round_without_its_quorum_ends_the_run_and_says_how_to_go_on(store: RunStore) -> None:
     a, b = devices("a", "b")
     a.fail = b.fail = ValueError("no")
-    with pytest.raises(QuorumError, match="start the same run again to resume it"):
+    with pytest.raises(QuorumError, match="resume"):
         events_of(store, ToyGrid(node_of(a), node_of(b)))
 
 
@@ -239,7 +240,7 @@ def test_flowers_own_loop_asks_for_the_quorum_too(store: RunStore) -> None:
     a, b = devices("a", "b")
     b.fail = ValueError("no")
     strategy = FedBPT(ToyTask(), search_alone(quorum=1.0), store, devices=2)
-    with pytest.raises(QuorumError, match="1 of 2 devices reported, 2 are needed"):
+    with pytest.raises(QuorumError, match="1 of 2 devices"):
         Strategy.start(strategy, ToyGrid(node_of(a), node_of(b)), ArrayRecord())
 
 
@@ -265,10 +266,10 @@ def test_flowers_own_loop_leaves_a_node_with_another_task_out(
     b.task = None
     strategy = FedBPT(ToyTask(), search_alone(quorum=0.5), store, devices=2)
     Strategy.start(strategy, ToyGrid(node_of(a), node_of(b)), ArrayRecord(), num_rounds=2)
-    assert "b is left out" in caplog.text
+    assert any(record.getMessage().startswith("b ") for record in caplog.records)
     assert (len(a.plans), b.plans) == (2, [])
     strict = FedBPT(ToyTask(), search_alone(quorum=1.0), store, "strict", devices=2)
-    with pytest.raises(QuorumError, match=r"1 of 2 devices can take part, 2 are needed \(b: "):
+    with pytest.raises(QuorumError, match=r"1 of 2 devices .*\(b: "):
         Strategy.start(strict, ToyGrid(node_of(a), node_of(b)), ArrayRecord())
 
 
@@ -278,14 +279,14 @@ def test_flowers_own_loop_leaves_a_node_with_another_task_out(
 def test_noise_that_a_wrapper_puts_on_the_mean_is_refused_for_the_search_would_not_see_it(store: RunStore) -> None:
     inner = FedBPT(TASK, short(), store, devices=2)
     strategy = DifferentialPrivacyClientSideFixedClipping(inner, 1.0, 1.0, 2)
-    with pytest.raises(ConfigError, match=r"set settings\.privacy"):
+    with raises(ConfigError, field="arrays"):
         Strategy.start(strategy, ToyGrid(node(0), node(1)), ArrayRecord(), num_rounds=3)
 
 
 @pytest.mark.parametrize("changes", [{"patience": 2}, {"patience": 2, "restarts": 1}])
 def test_flowers_own_loop_refuses_to_end_early(store: RunStore, changes: dict[str, int]) -> None:
     strategy = FedBPT(TASK, settings(evaluate_every=1, **changes), store, devices=2)
-    with pytest.raises(ConfigError, match=r"FedBPT\.start"):
+    with raises(ConfigError, field="patience"):
         Strategy.start(strategy, ToyGrid(node(0), node(1)), ArrayRecord(), num_rounds=3)
 
 
