@@ -1,4 +1,4 @@
-"""The compare page in the browser: a real, tiny model, tuned over real device processes."""
+"""The compare page in the browser: a tiny model, tuned over real device processes."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def workshop(tmp_path: Path, fleet: Fleet) -> Workshop:
 
 
 def shares(side: object) -> list[float]:
-    """The percentages that one side shows."""
+    """The percentages shown on one side."""
     texts = side.locator(".share").all_inner_texts()  # type: ignore[attr-defined]
     return [float(text.removesuffix(" %")) for text in texts]
 
 
-def test_a_run_is_compared_when_it_is_finished(workshop: Workshop, open_page: OpenPage) -> None:
+def test_models_can_be_compared_when_the_run_is_finished(workshop: Workshop, open_page: OpenPage) -> None:
     _, urls = workshop.devices()
     workshop.run_file(urls, "rounds = 12")
     process = workshop.spawn("tune", "run.toml", "--dashboard", "127.0.0.1:0", "--questions", "test.jsonl")
@@ -118,9 +118,7 @@ def test_a_run_is_compared_when_it_is_finished(workshop: Workshop, open_page: Op
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_stored_run_is_compared_accessibly_and_on_a_phone(
-    workshop: Workshop, open_page: OpenPage, scheme: str
-) -> None:
+def test_the_compare_page_is_accessible_and_fits_a_phone(workshop: Workshop, open_page: OpenPage, scheme: str) -> None:
     _, urls = workshop.devices()
     workshop.run_file(urls, "rounds = 2")
     assert workshop.run("tune", "run.toml", "--json")[0] == 0
@@ -143,7 +141,7 @@ def test_a_stored_run_is_compared_accessibly_and_on_a_phone(
         assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
 
 
-def test_a_model_that_is_not_here_is_said_in_one_line(workshop: Workshop, open_page: OpenPage) -> None:
+def test_an_absent_model_is_reported_in_one_line(workshop: Workshop, open_page: OpenPage) -> None:
     _, urls = workshop.devices()
     workshop.run_file(urls, "rounds = 1")
     assert workshop.run("tune", "run.toml", "--json")[0] == 0
@@ -179,7 +177,7 @@ def test_texts_are_generated_side_by_side(tmp_path: Path, fleet: Fleet, open_pag
         expect(shown_side).to_have_text(said.replace("\0", ""), use_inner_text=False)
 
 
-def test_nothing_that_others_wrote_runs_as_a_script(tmp_path: Path, fleet: Fleet, open_page: OpenPage) -> None:
+def test_untrusted_text_never_runs_as_a_script(tmp_path: Path, fleet: Fleet, open_page: OpenPage) -> None:
     script = "window.ran = true"
     labels = (
         f'" :data-x="({script})" y="',

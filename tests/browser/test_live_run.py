@@ -1,4 +1,4 @@
-"""A run under way in the browser: real device processes, a real coordinator, steered by hand."""
+"""A running run in the browser: real device processes, a real coordinator, controlled by hand."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Live:
         expect(self.page.get_by_role("status")).to_have_text(re.compile(rf"^{expected}( · [a-z]+)?$"))
 
 
-def test_a_run_is_watched_to_its_end_and_stays_until_the_page_is_closed(site: Site, open_page: OpenPage) -> None:
+def test_a_run_is_shown_to_its_end_until_the_page_is_closed(site: Site, open_page: OpenPage) -> None:
     live = Live(site, open_page, rounds=8)
     live.status("running")
     expect(live.page.locator(".tile").nth(2)).to_contain_text("2 / 2")
@@ -68,7 +68,7 @@ def test_pause_resume_deadline_and_stop_work_by_keyboard(site: Site, open_page: 
     page = live.page
 
     def reach(name: str) -> None:
-        """Tab until the button ``name`` has the focus, which can be seen."""
+        """Press Tab until the button ``name`` has a visible focus."""
         for _ in range(30):
             page.keyboard.press("Tab")
             focused = page.locator(":focus")

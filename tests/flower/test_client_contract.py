@@ -1,4 +1,4 @@
-"""`FlowerClient` keeps the contract of every `DeviceClient`, but for what Flower has no message for."""
+"""`FlowerClient` keeps the contract of every `DeviceClient`, except for what Flower does not support."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def make_client(grid: ToyGrid) -> Iterator[Callable[[], DeviceClient]]:
     nodes.close()
 
 
-def test_waiting_ends_with_its_time_and_the_work_goes_on(make_client, device):
+def test_a_timeout_ends_the_wait_but_not_the_work(make_client, device):
     device.gate.clear()
 
     async def scene(client):
@@ -67,7 +67,7 @@ def test_waiting_ends_with_its_time_and_the_work_goes_on(make_client, device):
     assert len(device.plans) == 1
 
 
-def test_cancelling_lets_go_of_the_round_and_it_can_begin_again(make_client, device):
+def test_a_cancelled_round_can_be_started_again(make_client, device):
     device.gate.clear()
 
     async def scene(client):
@@ -84,7 +84,7 @@ def test_cancelling_lets_go_of_the_round_and_it_can_begin_again(make_client, dev
     play(make_client, scene)
 
 
-def test_a_node_that_dies_at_work_is_out_of_reach_until_it_is_back_under_another_id(make_client, device, grid):
+def test_a_node_that_dies_is_unreachable_until_it_is_back_under_another_id(make_client, device, grid):
     device.gate.clear()
 
     async def scene(client):
@@ -111,7 +111,7 @@ def test_a_node_that_dies_at_work_is_out_of_reach_until_it_is_back_under_another
     play(make_client, scene)
 
 
-def test_a_node_started_again_before_flower_misses_the_old_one_ends_the_wait(make_client, device, grid):
+def test_a_restarted_node_ends_the_wait_for_the_old_one(make_client, device, grid):
     device.gate.clear()
 
     async def scene(client):
@@ -126,7 +126,7 @@ def test_a_node_started_again_before_flower_misses_the_old_one_ends_the_wait(mak
     play(make_client, scene)
 
 
-def test_an_app_that_cannot_be_loaded_is_told_with_flowers_reason(make_client, grid):
+def test_an_app_that_cannot_be_loaded_is_reported_with_flowers_reason(make_client, grid):
     async def scene(client):
         [node] = grid.nodes.values()
 
@@ -141,7 +141,7 @@ def test_an_app_that_cannot_be_loaded_is_told_with_flowers_reason(make_client, g
     play(make_client, scene)
 
 
-def test_a_superlink_that_is_away_puts_the_device_out_of_reach_for_a_while(make_client, grid):
+def test_an_absent_superlink_makes_the_device_unreachable_for_a_while(make_client, grid):
     async def scene(client):
         grid.failing = httpx.ConnectError("refused")
         await client.start(plan())
@@ -153,7 +153,7 @@ def test_a_superlink_that_is_away_puts_the_device_out_of_reach_for_a_while(make_
     play(make_client, scene)
 
 
-def test_a_fault_of_the_grid_is_raised_where_a_reply_is_awaited(make_client, grid):
+def test_a_bug_in_the_grid_is_raised_where_a_reply_is_awaited(make_client, grid):
     async def scene(client):
         grid.failing = RuntimeError("a bug")
         await client.start(plan())
@@ -163,7 +163,7 @@ def test_a_fault_of_the_grid_is_raised_where_a_reply_is_awaited(make_client, gri
     play(make_client, scene)
 
 
-def test_bodies_are_counted_without_what_flower_adds(make_client):
+def test_traffic_is_counted_without_flowers_overhead(make_client):
     async def scene(client):
         await client.status()
         down, up = client.bytes_down, client.bytes_up

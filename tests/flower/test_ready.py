@@ -1,4 +1,4 @@
-"""The Flower App that comes with the package: its configuration, and how it is read."""
+"""The Flower App of the package and its configuration."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_simulated_nodes_share_the_rows_and_a_real_one_has_its_own(
     assert (alone.name, alone.info().n_train) == ("pi5", 30)
 
 
-def test_a_node_without_data_says_what_to_give(folder: Path) -> None:
+def test_a_node_without_data_names_the_option_to_set(folder: Path) -> None:
     with pytest.raises(ConfigError, match="--node-config"):
         ready.make_device(context(folder, {}, data=""), DeviceState())
 
@@ -86,9 +86,7 @@ def test_a_node_without_data_says_what_to_give(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("first", "enabled", "warned"), [("fedbpt.flower", "0", False), ("flwr.supercore.telemetry", "1", True)]
 )
-def test_telemetry_is_off_unless_flower_was_started_before_us_which_is_told(
-    first: str, enabled: str, warned: bool
-) -> None:
+def test_telemetry_is_off_or_warned_about(first: str, enabled: str, warned: bool) -> None:
     code = f"import {first}, fedbpt.flower, flwr.supercore.telemetry as t, os; print(t.FLWR_TELEMETRY_ENABLED)"
     given = {name: value for name, value in os.environ.items() if name != "FLWR_TELEMETRY_ENABLED"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=given)

@@ -65,7 +65,7 @@ class Example(NamedTuple):
 
     @classmethod
     def of(cls, found: Verdict) -> Example:
-        return cls(found.row.text, found.row.answer, found.original)
+        return cls(found.row.text, found.row.expected, found.original)
 
 
 def demo(

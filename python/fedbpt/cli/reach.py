@@ -98,8 +98,8 @@ class Reach:
         names = {each.url: each.name if each.name in known else before.get(each.url, "") for each in by_address}
         unknown = [url for url, name in names.items() if not name]
         if unknown and not finished:
-            asked = [client(url, retry_s=NAME_S) for url in unknown]
-            names |= dict(zip(unknown, asyncio.run(_own_names(asked)), strict=True))
+            clients = [client(url, retry_s=NAME_S) for url in unknown]
+            names |= dict(zip(unknown, asyncio.run(_own_names(clients)), strict=True))
         uses = Counter([*names.values(), *(name for name, address in known.items() if not address)])
         return [client(each.url, name=names[each.url] if uses[names[each.url]] == 1 else None) for each in by_address]
 

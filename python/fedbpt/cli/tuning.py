@@ -149,11 +149,11 @@ class Tuning:
         run: Callable[[Begin, RunSettings], Ended],
     ) -> Ended:
         display = RunDisplay(self._output.shown)
-        begun = not self._fresh
+        has_stored_rounds = not self._fresh  # of this run, rather than of the one that it replaces
 
         def tell(event: Event) -> None:
-            nonlocal begun
-            begun = begun or isinstance(event, RoundClosed)
+            nonlocal has_stored_rounds
+            has_stored_rounds = has_stored_rounds or isinstance(event, RoundClosed)
             if isinstance(event, RunStarted):
                 store.record_addresses(event.run, self._addresses)
                 if self._scorer is not None:
@@ -163,13 +163,20 @@ class Tuning:
             collect_between_rounds(event)
 
         def begin(settings: RunSettings) -> Federation:
-            steering = self._observers.control
-            control = None if steering.stopped else steering  # stopped once, what is left is done
-            fresh = self._fresh and not begun
+            control = self._observers.control
+            fresh = self._fresh and not has_stored_rounds
             return Federation(
-                clients(), self._task, settings, settings.aggregator(), store, self._config.run, tell, control,
-                fresh, rows,
-            )  # fmt: skip
+                clients(),
+                self._task,
+                settings,
+                settings.aggregator(),
+                store,
+                self._config.run,
+                tell,
+                None if control.stopped else control,  # after a stop, the final evaluation must not be stopped again
+                fresh,
+                rows,
+            )
 
         if self._scorer is not None:
             print_hint(self._scorer, self._output.shown, self._task)
@@ -177,12 +184,17 @@ class Tuning:
             with display:
                 ended = run(begin, self._config.settings)
         except (KeyboardInterrupt, RunStopped) as stop:
-            raise (RunStopped("start it again to resume it") if begun else KeyboardInterrupt) from stop
+            if has_stored_rounds:
+                raise RunStopped("the run was stopped: run the same command to resume it") from stop
+            raise KeyboardInterrupt from stop
         self._report(ended.result, watch)
         return ended
 
     def _report(self, result: RunResult, watch: Watch) -> None:
-        config, task, scorer, output = self._config, self._task, self._scorer, self._output
+        config = self._config
+        task = self._task
+        scorer = self._scorer
+        output = self._output
         saved = None
         if scorer is not None:
             watch.compare(
@@ -195,8 +207,8 @@ class Tuning:
             return
         print_result(result, saved)
         if saved is None and not output.quiet:
-            wanted = f"{config.run} --store {config.store} --model MODEL --out PROMPT.safetensors"
-            echo(f"to write its prompt: fedbpt runs export {wanted}")
+            arguments = f"{config.run} --store {config.store} --model MODEL --out PROMPT.safetensors"
+            echo(f"to write its prompt: fedbpt runs export {arguments}")
 
 
 def _run_to_end(begin: Begin, settings: RunSettings) -> Ended:

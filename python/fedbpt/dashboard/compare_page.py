@@ -88,7 +88,7 @@ class ComparePage:
     def _offer(self, question: Row) -> None:
         async def ask() -> None:
             self._text.value = question.text
-            await self._ask(question.text, question.answer)
+            await self._ask(question.text, question.expected)
 
         shown = question.text if len(question.text) < 90 else f"{question.text[:88]}…"
         button(shown, "", ask, "plain")
@@ -96,7 +96,7 @@ class ComparePage:
     async def _ask_own(self) -> None:
         await self._ask(str(self._text.value or ""), None)
 
-    async def _ask(self, text: str, answer: str | None) -> None:
+    async def _ask(self, text: str, expected: str | None) -> None:
         if self._busy:
             return
         self._busy = self._progress.visible = True
@@ -105,24 +105,24 @@ class ComparePage:
         try:
             if self._where.value != HERE:
                 found = await self._comparison.ask_device(str(self._where.value), text, self._show_texts)
-                self._show(found, answer)
+                self._show(found, expected)
             elif self._comparison.labels:
-                self._show(Answer(probabilities=tuple(await self._comparison.classify(text))), answer)
+                self._show(Answer(probabilities=tuple(await self._comparison.classify(text))), expected)
             else:
                 await self._generate(text)
         except FedbptError as error:
             self._message.text = str(error)
         else:
-            self._message.text = "" if answer is None else f"Expected: {answer}"
+            self._message.text = "" if expected is None else f"Expected: {expected}"
         finally:
             self._busy = self._progress.visible = False
             self._button.enable()
 
-    def _show(self, found: Answer, answer: str | None) -> None:
+    def _show(self, found: Answer, expected: str | None) -> None:
         if not found.probabilities:
             self._show_texts(found)
         for side, probabilities in zip(SIDES, found.probabilities, strict=False):
-            self._sides[side].show(probabilities, answer)
+            self._sides[side].show(probabilities, expected)
 
     def _show_texts(self, found: Answer) -> None:
         for side, text in zip(SIDES, found.texts, strict=True):
@@ -203,15 +203,15 @@ class _Side:
                     describe(bar.props("animation-speed=300"), f"{title}: {label}")
                 self._bars.append((name, share, bar))
 
-    def show(self, probabilities: tuple[float, ...], answer: str | None) -> None:
-        """Show ``probabilities`` of the labels. ``answer``: the correct label; None: unknown."""
+    def show(self, probabilities: tuple[float, ...], expected: str | None) -> None:
+        """Show ``probabilities`` of the labels. ``expected``: the correct label; None: unknown."""
         highest = max(probabilities)
         verdict = self._verdict.text = self._labels[probabilities.index(highest)]
-        right = answer == verdict
+        right = expected == verdict
         self._right.text = "right" if right else "wrong"
         for element in (self._right, self._verdict):
-            element.classes(add="bad") if answer is not None and not right else element.classes(remove="bad")
-        self._right.visible = answer is not None
+            element.classes(add="bad") if expected is not None and not right else element.classes(remove="bad")
+        self._right.visible = expected is not None
         for (name, share, bar), value in zip(self._bars, probabilities, strict=True):
             bar.value = round(value, 4)
             share.text = f"{100 * value:.1f} %"

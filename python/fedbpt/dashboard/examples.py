@@ -20,10 +20,10 @@ KINDS: Final[dict[Kind, str]] = {
 
 
 class Row(NamedTuple):
-    """A held-out row. ``answer``: the name of its correct label, or its target text."""
+    """A held-out row. ``expected``: the name of its correct label, or its target text."""
 
     text: str
-    answer: str
+    expected: str
 
 
 class Verdict(NamedTuple):
@@ -35,9 +35,9 @@ class Verdict(NamedTuple):
 
     @property
     def kind(self) -> Kind:
-        if self.tuned == self.row.answer:
-            return "both" if self.original == self.row.answer else "gained"
-        return "lost" if self.original == self.row.answer else "neither"
+        if self.tuned == self.row.expected:
+            return "both" if self.original == self.row.expected else "gained"
+        return "lost" if self.original == self.row.expected else "neither"
 
 
 class Examples:

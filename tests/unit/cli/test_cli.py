@@ -84,7 +84,7 @@ COMMANDS = dict(commands())
 LEAVES = {name: command for name, command in COMMANDS.items() if not hasattr(command, "commands")}
 
 
-def test_the_promised_commands_are_there() -> None:
+def test_all_commands_exist() -> None:
     words = ["demo", "device", "tune", "evaluate", "chat", "serve", "export", "import", "bench"]
     words += ["models list", "models pull", "models path", "models rm", "models check", "models requantize"]
     words += ["tasks new"]
@@ -256,7 +256,7 @@ def test_a_wrong_command_is_one_line_and_its_exit_code(
 
 
 @pytest.mark.parametrize("arguments", [("--debug", "tune", "absent.toml"), ("tune", "absent.toml", "--debug")])
-def test_debug_lets_the_error_through_with_its_traceback(arguments: tuple[str, ...]) -> None:
+def test_debug_shows_the_traceback(arguments: tuple[str, ...]) -> None:
     with pytest.raises(FedbptError, match=r"absent\.toml"):
         cli.main(arguments)
 
@@ -372,7 +372,7 @@ def test_an_exported_prompt_can_be_evaluated(run: Run, folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("stored", "toy_model")
-def test_a_hint_on_the_model_is_for_people_on_standard_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hints_about_the_model_go_to_standard_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run("runs", "export", "toy", "-m", "toy", "-o", "p")
     evaluated = ("evaluate", "p", "--data", "rows.jsonl", "--model", "toy")
     assert run(*evaluated).err == ""
@@ -400,7 +400,7 @@ def test_a_hint_on_the_model_is_for_people_on_standard_error(run: Run, monkeypat
         (("evaluate", "toy.safetensors", "--data", "mood.toml", "-t", "mood.toml", "-m", "toy"), 2, "mood.toml"),
     ],
 )
-def test_a_wrong_use_of_what_is_stored_is_one_line(arguments: tuple[str, ...], code: int, named: str, run: Run) -> None:
+def test_wrong_use_of_stored_runs_is_one_line(arguments: tuple[str, ...], code: int, named: str, run: Run) -> None:
     run("runs", "export", "toy", "-m", "toy", "-o", "toy.safetensors")
     answer = run(*arguments)
     assert answer.code == code, answer
@@ -409,7 +409,7 @@ def test_a_wrong_use_of_what_is_stored_is_one_line(arguments: tuple[str, ...], c
 
 
 @pytest.mark.usefixtures("stored")
-def test_a_prompt_is_not_made_with_another_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_cannot_be_made_with_another_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs_command, "load_model", lambda _model: ToyScorer(seed=1, name="other"))
     answer = run("runs", "export", "toy", "-m", "x", "-o", "p")
     assert answer.code == 1
@@ -418,7 +418,7 @@ def test_a_prompt_is_not_made_with_another_model(run: Run, monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("stored")
-def test_a_run_can_be_deleted_unless_it_is_under_way(run: Run, folder: Path) -> None:
+def test_a_run_can_be_deleted_unless_it_is_running(run: Run, folder: Path) -> None:
     assert run("runs", "delete", "half").code == 0
     assert run("runs", "list", "--quiet").out == "toy\n"
     with RunStore(folder / "runs" / "runs.db") as store:
@@ -432,7 +432,7 @@ def test_a_run_can_be_deleted_unless_it_is_under_way(run: Run, folder: Path) -> 
 
 
 @pytest.mark.usefixtures("stored", "toy_model")
-def test_a_run_that_an_earlier_version_began_asks_for_its_task(run: Run, folder: Path) -> None:
+def test_a_run_of_an_earlier_version_needs_its_task(run: Run, folder: Path) -> None:
     as_of_version_1(folder / "runs" / "runs.db")
     for command in (("runs", "export", "toy", "-m", "toy", "-o", "p"), ("runs", "replay", "toy")):
         answer = run(*command)

@@ -1,4 +1,4 @@
-"""The parts of ``fedbpt demo`` that need no model; the whole is in `tests.integration`."""
+"""The parts of ``fedbpt demo`` that need no model; `tests.integration` runs it completely."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def news(n: int) -> list[Row]:
 @pytest.mark.parametrize(
     ("sizes", "devices"), [(demo.ROWS, 1), (demo.ROWS, 3), (demo.ROWS, 16), (demo.QUICK_ROWS, 3), (demo.QUICK_ROWS, 15)]
 )
-def test_every_device_gets_rows_of_each_split_and_all_are_dealt(
+def test_every_device_gets_rows_of_each_split_and_all_rows_are_used(
     tmp_path: Path, devices: int, sizes: dict[str, int]
 ) -> None:
     files = demo._write_data(tmp_path, NEWS, split_rows(news(1200), sizes, 0), devices, 0)
@@ -55,7 +55,7 @@ def test_every_device_gets_rows_of_each_split_and_all_are_dealt(
         assert len(dealt) == len(set(dealt)) == wanted
 
 
-def test_the_training_rows_are_skewed_and_the_same_each_time(tmp_path: Path) -> None:
+def test_the_training_rows_are_skewed_and_reproducible(tmp_path: Path) -> None:
     splits = split_rows(news(1200), demo.ROWS, 7)
     first, again, other = (
         [path["train"].read_bytes() for path in demo._write_data(tmp_path / str(i), NEWS, splits, 3, seed)]
@@ -67,9 +67,7 @@ def test_the_training_rows_are_skewed_and_the_same_each_time(tmp_path: Path) -> 
     assert shares.std(axis=0).max() > 0.1
 
 
-def test_the_table_is_printed_before_examples_are_looked_for(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_table_is_printed_before_examples_are_computed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = tune(ToyScorer(), TASK, rows(24), budget=Budget(evaluations=16), prompt=PromptSpec(d=6), show=False)
     printed: list[str] = []
 
@@ -107,13 +105,13 @@ def test_an_invalid_address_is_reported_before_anything_is_fetched(capsys: pytes
 
 
 @pytest.mark.parametrize("more", [[], ["--json"], ["--quiet"]])
-def test_beyond_loopback_it_has_a_link_for_the_operator_and_one_for_the_room(
+def test_beyond_loopback_it_has_an_operators_and_a_read_only_link(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], more: list[str]
 ) -> None:
     made: list[dict[str, object]] = []
 
     class Server:
-        """What `demo` starts; the real one is in `tests.browser`."""
+        """A stand-in for the server; `tests.browser` uses the real one."""
 
         def __init__(self, *_: object, **options: object) -> None:
             made.append(options)

@@ -1,4 +1,4 @@
-"""``fedbpt certs`` and ``fedbpt devices``, and what a device needs of them."""
+"""``fedbpt certs``, ``fedbpt devices``, and a device's tokens."""
 
 from __future__ import annotations
 
@@ -72,9 +72,7 @@ def test_devices_are_invited_listed_and_revoked(run: Run) -> None:
     assert "fedbpt devices invite pixel" in run("devices", "revoke", "pixel")[1]
 
 
-def test_without_the_extra_certificates_cannot_be_made_and_nothing_else_misses_it(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_making_certificates_needs_the_extra(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cryptography", None)
     monkeypatch.delitem(sys.modules, "fedbpt.net.certs", raising=False)
     monkeypatch.delattr(fedbpt.net, "certs", raising=False)
@@ -108,7 +106,7 @@ def test_a_token_for_another_coordinator_is_not_sent(tmp_path: Path) -> None:
     assert "secret" not in str(caught.value)
 
 
-def test_a_device_that_cannot_start_uses_up_no_code(run: Run, tmp_path: Path) -> None:
+def test_a_device_that_cannot_start_does_not_use_its_code(run: Run, tmp_path: Path) -> None:
     (tmp_path / "toy.toml").write_text(TASK_FILE)
     (tmp_path / "mine.jsonl").write_text('{"text": "a", "label": "negative"}\n')
     with DeviceRegistry("devices.db") as registry, CoordinatorServer(registry) as server:

@@ -1,4 +1,4 @@
-"""What failed half way leaves nothing behind, and the corrected command works."""
+"""A command that fails leaves no files behind, and the corrected command works."""
 
 from __future__ import annotations
 
@@ -68,9 +68,7 @@ def test_files_that_belong_together_are_all_written_or_none(
     assert (tmp_path / "a").stat().st_mode & 0o400
 
 
-def test_a_file_that_cannot_get_its_name_takes_back_those_that_had_theirs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_cannot_be_renamed_undoes_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     renamed = Path.replace
 
     def refuse(source: Path, target: Path) -> Path:
@@ -92,7 +90,7 @@ BAD_HOSTS = ["ü.lan", "a b", "http://c.lan", "c.lan:8400", "[::1]", "", "-" * 6
 
 
 @pytest.mark.parametrize("bad", BAD_HOSTS)
-def test_a_bad_host_leaves_no_authority_and_the_corrected_command_works(run: Run, folder: Path, bad: str) -> None:
+def test_an_invalid_host_leaves_no_files_and_the_corrected_command_works(run: Run, folder: Path, bad: str) -> None:
     code, out, err = run("certs", "init", "--host", "c.lan", f"--host={bad}", "--host", "192.168.1.10")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert everything(folder) == []
@@ -119,7 +117,7 @@ def test_a_full_disk_leaves_no_certificate(folder: Path, monkeypatch: pytest.Mon
     certs.issue(folder, "pi5")
 
 
-def test_what_is_there_is_seen_before_anything_is_written(run: Run, folder: Path) -> None:
+def test_existing_files_are_found_before_anything_is_written(run: Run, folder: Path) -> None:
     (folder / "certs").mkdir()
     (folder / "certs" / "coordinator.key").write_text("somebody's")
     assert "certs/coordinator.key" in run("certs", "init").err
@@ -140,7 +138,7 @@ def test_what_is_there_is_seen_before_anything_is_written(run: Run, folder: Path
 # --- other commands --------------------------------------------------------------------------------------------------
 
 
-def test_a_task_file_is_whole_or_not_there(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_file_is_complete_or_absent(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "data.csv").write_text("text,label\nfine,good\nawful,bad\ngreat,good\nsad,bad\n")
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
@@ -150,7 +148,7 @@ def test_a_task_file_is_whole_or_not_there(run: Run, folder: Path, monkeypatch: 
     assert run("tasks", "new", "data.csv", "--out", "mood.toml").code == 0
 
 
-def test_a_bad_device_name_begins_no_registry(run: Run, folder: Path) -> None:
+def test_an_invalid_device_name_creates_no_registry(run: Run, folder: Path) -> None:
     assert run("devices", "invite", "a b").code == 2
     assert everything(folder) == []
     assert run("devices", "invite", "ab").code == 0
@@ -168,7 +166,7 @@ def test_scalars_are_all_written_or_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("after", [0, 1])
 @pytest.mark.parametrize("to", ["prompt", "npy", "gguf"])
-def test_a_prompt_is_saved_whole_or_not_at_all(
+def test_a_prompt_is_saved_completely_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: Any, after: int
 ) -> None:
     def save() -> None:
@@ -193,7 +191,7 @@ URL = "https://c.lan:8400"
 
 @pytest.fixture
 def coordinator(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The codes that were used up, each once."""
+    """The codes that were used, each once."""
     used: list[str] = []
 
     def enrol(url: str, code: str, **_: object) -> Credentials:
@@ -234,6 +232,6 @@ def test_a_damaged_file_is_replaced_by_a_new_enrolment(coordinator: list[str], t
     assert coordinator == ["CODE"]
 
 
-def test_credentials_of_before_are_still_read(tmp_path: Path) -> None:
+def test_credentials_of_earlier_versions_are_read(tmp_path: Path) -> None:
     tokens.write_private(tmp_path / "token", b'{"coordinator":"https://c.lan:8400","device":"pixel","secret":"s"}')
     assert credentials_for(URL, None, tmp_path / "token", Tls(), False) == Credentials(URL, "pixel", "s")

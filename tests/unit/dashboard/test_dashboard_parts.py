@@ -27,7 +27,7 @@ def view(**changes: object) -> RunView:
 # --- costs -----------------------------------------------------------------------------------------------------------
 
 
-def test_others_send_their_parameters_down_and_up_as_float32_for_each_report() -> None:
+def test_other_methods_send_float32_parameters_both_ways_for_each_report() -> None:
     assert costs.bytes_of_others(SHAPE, participations=3) == {
         "Soft-prompt FedAvg": 3 * 2 * 4 * 50 * 100,
         "LoRA, r = 8": 3 * 2 * 4 * 8 * 1200,
@@ -44,7 +44,7 @@ def test_a_shape_counts_all_weights_and_what_lora_adapts(monkeypatch: pytest.Mon
     assert costs.shape_of(Path("model.gguf")) == (400 + 8 + 2 * (128 + 32 + 32 + 256), 8, 2 * (24 + 12))
 
 
-def test_a_model_that_is_not_here_or_is_another_has_no_shape(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_absent_or_different_model_has_no_shape(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def absent(_name: str) -> Path:
         raise ModelNotFoundError("no such model")
 
@@ -57,7 +57,7 @@ def test_a_model_that_is_not_here_or_is_another_has_no_shape(monkeypatch: pytest
     assert costs.shape_of_model("m", "sha256:this") is None
 
 
-def test_every_measured_memory_says_on_what_machine_and_has_back_propagation() -> None:
+def test_measured_memory_names_its_machine_and_includes_back_propagation() -> None:
     found = costs.memory_figures("smollm2-135m")
     assert found is not None
     assert not any(name.startswith("fedbpt") for name in found.of_others())  # the run's own figure is the one
@@ -70,7 +70,7 @@ def test_every_measured_memory_says_on_what_machine_and_has_back_propagation() -
 # --- heartbeat -------------------------------------------------------------------------------------------------------
 
 
-def test_a_death_shows_within_two_seconds_and_before_a_round_gives_up() -> None:
+def test_a_dead_device_shows_within_two_seconds_and_before_a_round_gives_up() -> None:
     from fedbpt.dashboard.pages import POLL_S
 
     assert heartbeat.INTERVAL_S + heartbeat.TIMEOUT_S + POLL_S <= 2.0 < RETRY_S
@@ -79,7 +79,7 @@ def test_a_death_shows_within_two_seconds_and_before_a_round_gives_up() -> None:
 @pytest.mark.parametrize(
     "client", [HttpClient("http://pi5:8401", "pi5", poll_s=3.0), MailboxClient("pi5", PostOffice(), 3.0)]
 )
-def test_a_twin_is_the_same_device_and_counts_apart(client: RemoteDevice) -> None:
+def test_a_twin_reaches_the_same_device_and_counts_separately(client: RemoteDevice) -> None:
     twin = client.twin()
     assert (twin.where, twin.name, twin is client) == (client.where, "pi5", False)
     assert twin._poll_s == client._poll_s == 3.0
@@ -97,7 +97,7 @@ def test_figures_and_gains_are_in_points_or_perplexity() -> None:
     assert texts.gain(view(figure=0.8, zero_shot=0.8)) == ""  # nothing was searched yet
 
 
-def test_the_time_left_is_never_none_at_all() -> None:
+def test_the_time_left_is_never_shown_as_zero() -> None:
     assert texts.progress(view(status="running", eta_s=43.2)) == "about 0:43 left"
     assert texts.progress(view(status="running", eta_s=0.0)) == "nearly done"
     assert texts.progress(view(status="running")) == ""
@@ -138,7 +138,7 @@ def test_a_sentence_describes_the_run() -> None:
     assert "bbc-news; " in texts.sentence(labelled())  # earlier versions stored only the task's name
 
 
-def test_the_state_says_the_stage() -> None:
+def test_the_state_includes_the_stage() -> None:
     assert texts.state(labelled("a", "b", stage="calibration")) == "running · calibration"
     assert texts.state(view(status="finished")) == "finished"
     assert [texts.state(labelled("a", "b", stage=stage)) for stage in ("selection", "search", "readout")] == [
@@ -146,7 +146,7 @@ def test_the_state_says_the_stage() -> None:
     ]  # fmt: skip
 
 
-def test_rounds_are_counted_once_the_run_has_begun() -> None:
+def test_rounds_are_counted_once_the_run_has_started() -> None:
     assert texts.rounds(EMPTY) == "–"
     assert texts.rounds(view(status="running", rounds_limit=100)) == "0 / 100"
     assert texts.rounds(view(status="running", searched=1234)) == "1,234 / 40"
@@ -201,7 +201,7 @@ def test_many_devices_have_no_legend() -> None:
     assert options["legend"]["show"] is True
 
 
-def test_bars_tell_their_bytes_and_nothing_is_no_bar_of_minus_infinity() -> None:
+def test_bars_are_labelled_and_zero_works_on_a_logarithmic_scale() -> None:
     options = charts.bars("bytes", logarithmic=True)
     charts.set_bars(options, {"ours": 0, "others": 1.2e9}, "ours")
     first, second = options["series"][0]["data"]

@@ -1,4 +1,4 @@
-"""What the dashboard knows of a run: from its events and its store, or from the store alone."""
+"""`RunState`: from a run's events and store, or only from its store."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
 
 
 def stored(scene: Scene) -> RunState:
-    """As of now, from the store alone."""
+    """The current view, only from the store."""
     state = RunState("r")
     state.refresh(scene.store)
     return state
@@ -37,12 +37,12 @@ def device(state: RunState, name: str) -> DeviceView:
     return next(found for found in state.view().devices if found.name == name)
 
 
-def test_before_there_is_a_run_nothing_is_shown(scene: Scene) -> None:
+def test_without_a_run_nothing_is_shown(scene: Scene) -> None:
     view = stored(scene).view()
     assert (view.status, view.searched, view.figure, view.devices) == ("waiting", 0, None, ())
 
 
-def test_a_finished_run_shows_its_result_on_the_rows_that_it_was_watched_by(scene: Scene) -> None:
+def test_a_finished_run_shows_its_result_on_development_rows(scene: Scene) -> None:
     result = scene.run(evaluate_every=2)
     state = stored(scene)
     view = state.view()
@@ -98,7 +98,7 @@ def closed_search(number: int) -> Callable[[Event], bool]:
     return lambda event: isinstance(event, RoundClosed) and event.searched == number
 
 
-def test_events_and_store_show_what_the_store_alone_shows(scene: Scene) -> None:
+def test_with_events_the_view_is_the_same_as_from_the_store_only(scene: Scene) -> None:
     state = RunState("r", RunControl())
     journal = Journal(state)
 
@@ -130,7 +130,7 @@ def test_curves_have_a_point_a_round_and_the_zero_shot_line_is_round_0(scene: Sc
     assert both[0] != both[1]
 
 
-def test_only_what_is_new_is_taken_up(scene: Scene) -> None:
+def test_only_new_rounds_are_read(scene: Scene) -> None:
     scene.when(closed(2), stop)
     with pytest.raises(StopRunError):
         scene.run(evaluate_every=2)
@@ -146,7 +146,7 @@ def test_only_what_is_new_is_taken_up(scene: Scene) -> None:
     assert state.view() == stored(scene).view()
 
 
-def test_a_run_begun_anew_under_the_same_name_is_another(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_run_of_the_same_name_replaces_the_old_one(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     scene.run()
     state = stored(scene)
     scene.store.delete_run("r")
@@ -191,7 +191,7 @@ def test_a_device_without_heartbeat_is_silent_at_once(scene: Scene) -> None:
     assert device(state, "a").status == "live"
 
 
-def test_progress_pauses_and_what_devices_say_of_themselves_are_shown() -> None:
+def test_progress_pauses_and_device_status_are_shown() -> None:
     state = RunState("r", RunControl())
     state.set_info("a", msgspec.structs.replace(FakeDevice("a").info(), celsius=61.0, battery=83.0))
     assert (device(state, "a").celsius, device(state, "a").battery) == (61.0, 83.0)
@@ -202,7 +202,7 @@ def test_progress_pauses_and_what_devices_say_of_themselves_are_shown() -> None:
     assert (device(state, "a").status, device(state, "a").detail) == ("paused", "on battery")
 
 
-def test_a_device_lost_in_the_last_round_is_lost_for_who_watches_from_elsewhere(scene: Scene) -> None:
+def test_a_device_lost_in_the_last_round_is_shown_by_other_processes(scene: Scene) -> None:
     scene.devices["b"].fail = DeviceUnreachableError("b went away")
     scene.when(closed(2), stop)
     with pytest.raises(StopRunError):
@@ -218,7 +218,7 @@ def test_a_device_lost_in_the_last_round_is_lost_for_who_watches_from_elsewhere(
     assert said[0].bad
 
 
-def test_the_log_of_a_finished_run_says_who_came_back(scene: Scene) -> None:
+def test_the_messages_of_a_finished_run_include_devices_that_came_back(scene: Scene) -> None:
     def leave() -> None:
         scene.clients["b"].down = True
 
@@ -244,7 +244,7 @@ def test_the_log_of_a_finished_run_says_who_came_back(scene: Scene) -> None:
     assert state.view().notices == notices
 
 
-def test_steering_is_shown_when_it_is_wanted_and_when_it_holds(scene: Scene) -> None:
+def test_a_pause_is_shown_when_requested_and_when_it_takes_effect(scene: Scene) -> None:
     scene.run(rounds=1)
     control = RunControl()
     state = RunState("r", control)
@@ -263,7 +263,7 @@ def test_steering_is_shown_when_it_is_wanted_and_when_it_holds(scene: Scene) -> 
     assert state.view().status == "stopped"
 
 
-def test_warnings_and_late_reports_are_noticed() -> None:
+def test_warnings_and_late_reports_are_messages() -> None:
     state = RunState("r", RunControl())
     journal = Journal(state)
     journal(LateReport(device="a", round=3))

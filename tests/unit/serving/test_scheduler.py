@@ -19,7 +19,7 @@ Scene = Callable[[Scheduler, ToyScorer], Coroutine[None, None, None]]
 
 
 def play(scene: Scene) -> None:
-    """With a generator that waits until ``pace`` is set."""
+    """Run ``scene`` with a generator that waits until ``pace`` is set."""
 
     async def act() -> None:
         scheduler, scorer = Scheduler(), ToyScorer()
@@ -52,7 +52,7 @@ def alone(text: str, n: int) -> str:
 
 
 def order(scorer: ToyScorer) -> str:
-    """The first letters of the texts, as they were opened."""
+    """The first letters of the texts, in the order in which they were opened."""
     return "".join(chr(placed.ids[1]) for placed in scorer.generator.opened)
 
 
@@ -96,7 +96,7 @@ def test_a_single_request_is_not_paused() -> None:
     play(scene)
 
 
-def test_what_nobody_waits_for_is_not_computed() -> None:
+def test_closed_requests_are_not_computed() -> None:
     async def scene(scheduler: Scheduler, scorer: ToyScorer) -> None:
         first, second, third = (
             submit(scheduler, scorer, *"abc", n=400),

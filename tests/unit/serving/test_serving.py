@@ -1,4 +1,4 @@
-"""The OpenAI-compatible server with the toy model, asked by OpenAI's own client over a socket."""
+"""The OpenAI-compatible server with the toy model, called by OpenAI's own client over a socket."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_an_unknown_model_is_404(client: openai.OpenAI) -> None:
 # --- the plain model -------------------------------------------------------------------------------------------------
 
 
-def test_a_completion_goes_on_with_the_text(client: openai.OpenAI) -> None:
+def test_a_completion_continues_the_text(client: openai.OpenAI) -> None:
     found = client.completions.create(model="toy", prompt="once", max_tokens=6, temperature=0)
     assert found.object == "text_completion"
     assert found.choices[0].text == greedy("once", 6)
@@ -131,7 +131,7 @@ def test_several_prompts_have_a_choice_each(client: openai.OpenAI) -> None:
     assert found.usage.completion_tokens == 8
 
 
-def test_token_ids_are_gone_on_with_as_they_are(client: openai.OpenAI) -> None:
+def test_token_ids_are_continued(client: openai.OpenAI) -> None:
     ids = ToyScorer().tokenize("once").tolist()
     found = client.completions.create(model="toy", prompt=ids, max_tokens=4, temperature=0)
     assert found.choices[0].text == greedy("once", 4)
@@ -224,7 +224,7 @@ def test_without_a_temperature_the_makers_sampling_is_used(client: openai.OpenAI
 # --- tuned prompts ---------------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_that_generates_answers_as_it_was_tuned(
+def test_a_generating_prompt_replies_as_it_was_tuned(
     client: openai.OpenAI, scorer: ToyScorer, prompts: list[Prompt]
 ) -> None:
     expected = "".join(p.text for p in SideBySide(ToyScorer(), prompts[1]).generation("question 1", "tuned", None, 5))
@@ -235,7 +235,7 @@ def test_a_prompt_that_generates_answers_as_it_was_tuned(
     assert (scorer.generator.opened[-1].rows == prompts[1].rows).all()
 
 
-def test_the_usage_of_a_classifier_counts_what_it_read(prompts: list[Prompt]) -> None:
+def test_the_usage_of_a_classifier_counts_the_tokens_it_read(prompts: list[Prompt]) -> None:
     short = Task(name=TASK.name, labels=TASK.labels, templates=TASK.templates, max_text_tokens=5)
     with (
         ModelServer(served_models(ToyScorer(), [prompts[0]], {TASK.name: short})) as server,
@@ -249,7 +249,7 @@ def test_the_usage_of_a_classifier_counts_what_it_read(prompts: list[Prompt]) ->
     assert counts == {sum(len(render_ids(ToyScorer(), template, "aaa number", 5)) for template in templates)}
 
 
-def test_a_prompt_that_classifies_answers_with_the_label(client: openai.OpenAI, prompts: list[Prompt]) -> None:
+def test_a_classifying_prompt_replies_with_the_label(client: openai.OpenAI, prompts: list[Prompt]) -> None:
     for text, _ in rows(4, 50):
         probabilities = SideBySide(ToyScorer(), prompts[0], TASK).classify(text).tuned
         messages = [{"role": "user", "content": text}]
@@ -325,7 +325,7 @@ def test_unsupported_completions_are_rejected(client: openai.OpenAI, asked: dict
         (b"{}", {"content-type": "application/json", "host": "evil.example"}, 421),
     ],
 )
-def test_requests_that_are_none_are_refused_in_openais_form(
+def test_invalid_requests_are_rejected_in_openais_form(
     server: ModelServer, content: bytes, headers: dict[str, str], status: int
 ) -> None:
     answer = httpx.post(f"{server.url}/v1/completions", content=content, headers=headers)
@@ -341,7 +341,7 @@ def test_another_path_is_404_in_openais_form(server: ModelServer) -> None:
     assert httpx.get(f"{server.url}/healthz").text == "ok\n"
 
 
-def test_it_says_that_it_is_well_and_how_it_is_used(server: ModelServer) -> None:
+def test_health_and_help(server: ModelServer) -> None:
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
     help = httpx.get(f"{server.url}/")
     assert (help.status_code, help.headers["content-type"].split(";")[0]) == (200, "text/plain")
@@ -350,7 +350,7 @@ def test_it_says_that_it_is_well_and_how_it_is_used(server: ModelServer) -> None
     assert "toy+toy-mood" in help.text
 
 
-def test_options_are_told(server: ModelServer) -> None:
+def test_options_lists_the_allowed_methods(server: ModelServer) -> None:
     for path, methods in (("/v1/completions", {"POST"}), ("/v1/models", {"GET", "HEAD"}), ("/health", {"GET", "HEAD"})):
         answer = httpx.options(f"{server.url}{path}")
         assert answer.status_code == 204
@@ -362,7 +362,7 @@ def test_options_are_told(server: ModelServer) -> None:
 # --- who is answered -------------------------------------------------------------------------------------------------
 
 
-def test_with_a_token_only_who_sends_it_is_answered(scorer: ToyScorer) -> None:
+def test_with_a_token_every_request_must_send_it(scorer: ToyScorer) -> None:
     with ModelServer(served_models(scorer, []), token=TOKEN) as server:
         with client_of(server, TOKEN) as client:
             assert client.models.list().data[0].id == "toy"
@@ -377,7 +377,7 @@ PREFLIGHT = {"access-control-request-method": "POST", "access-control-request-he
 
 
 @pytest.mark.parametrize("token", [None, TOKEN])
-def test_a_web_page_of_an_origin_that_was_named_may_call(scorer: ToyScorer, token: str | None) -> None:
+def test_web_pages_of_an_allowed_origin_may_call(scorer: ToyScorer, token: str | None) -> None:
     page, other = {"origin": "https://app.example"}, {"origin": "https://evil.example"}
     with ModelServer(served_models(scorer, []), token=token, origins=["https://app.example"]) as server:
         asked = httpx.options(f"{server.url}/v1/chat/completions", headers=page | PREFLIGHT)
@@ -430,7 +430,7 @@ def test_tls(scorer: ToyScorer, tmp_path: Path) -> None:
 # --- turns -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_client_that_hangs_up_interrupts_its_generation(server: ModelServer, scorer: ToyScorer) -> None:
+def test_a_disconnect_interrupts_the_generation(server: ModelServer, scorer: ToyScorer) -> None:
     for stream in (True, False):
         scorer.generator.pace.clear()
         scorer.generator.cancelled.clear()
@@ -458,7 +458,7 @@ def test_the_next_request_has_its_turn_after_the_one_before(client: openai.OpenA
     assert found.choices[0].text == greedy("once", 4)
 
 
-def test_many_prompts_are_answered_each_in_its_place(client: openai.OpenAI, scorer: ToyScorer) -> None:
+def test_many_prompts_have_their_choices_in_order(client: openai.OpenAI, scorer: ToyScorer) -> None:
     texts = [f"text {i}" for i in range(4 * PLACES)]
     asked: dict[str, Any] = {"model": "toy", "prompt": texts, "max_tokens": 2, "temperature": 0}
     expected = [greedy(text, 2) for text in texts]
@@ -471,9 +471,7 @@ def test_many_prompts_are_answered_each_in_its_place(client: openai.OpenAI, scor
 
 
 @pytest.mark.parametrize("sent", [["a"] * 257, ["a"] * 250_000, [[1]] * 150_000])
-def test_more_prompts_than_a_request_may_have_are_refused(
-    server: ModelServer, scorer: ToyScorer, sent: list[Any]
-) -> None:
+def test_too_many_prompts_are_rejected(server: ModelServer, scorer: ToyScorer, sent: list[Any]) -> None:
     body = msgspec.json.encode({"model": "toy", "prompt": sent, "max_tokens": 1})
     answer = httpx.post(
         f"{server.url}/v1/completions", content=body, headers={"content-type": "application/json"}, timeout=60
@@ -482,7 +480,7 @@ def test_more_prompts_than_a_request_may_have_are_refused(
     assert scorer.generator.opened == []
 
 
-def test_texts_that_clients_leave_give_their_places_back(client: openai.OpenAI, scorer: ToyScorer) -> None:
+def test_abandoned_requests_free_their_slots(client: openai.OpenAI, scorer: ToyScorer) -> None:
     for _ in range(2 * PLACES):
         with client.chat.completions.create(model="toy", messages=USER, max_tokens=400, stream=True) as stream:
             next(iter(stream))
@@ -494,7 +492,7 @@ def test_texts_that_clients_leave_give_their_places_back(client: openai.OpenAI, 
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="only Linux drops a peer that takes nothing")
-def test_a_client_that_stops_reading_is_dropped_and_its_work_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_stops_reading_is_disconnected_and_its_work_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_server, "STALLED_S", 1.0)
     ended = Event()
 
@@ -515,12 +513,12 @@ def test_a_client_that_stops_reading_is_dropped_and_its_work_ended(monkeypatch: 
         assert ended.wait(60)
 
 
-def test_a_served_connection_holds_back_little(server: ModelServer) -> None:
+def test_a_connection_buffers_little(server: ModelServer) -> None:
     size = server._socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
     assert size <= 2 * SEND_BUFFER_BYTES  # the system counts its own part, too
 
 
-def test_one_more_than_may_wait_is_told_when_to_come_again(
+def test_beyond_the_maximum_requests_are_told_when_to_retry(
     client: openai.OpenAI, scorer: ToyScorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scheduler, "MAX_REQUESTS", 1)
@@ -536,7 +534,7 @@ def test_one_more_than_may_wait_is_told_when_to_come_again(
     assert client.with_options(max_retries=5).completions.create(**asked).choices  # its place is free again
 
 
-def test_a_server_that_stops_ends_the_answers(scorer: ToyScorer) -> None:
+def test_stopping_the_server_ends_the_completions(scorer: ToyScorer) -> None:
     server = ModelServer(served_models(scorer, []))
     server.start()
     with client_of(server) as client:
