@@ -147,7 +147,8 @@ def _figure_name(run: RunResult) -> str:
 
 def _gain(run: RunResult, scores: Mapping[str, Score]) -> str:
     """Zero-shot → tuned, on the same rows."""
-    before, after = scores["zero_shot"], scores["tuned"]
+    before = scores["zero_shot"]
+    after = scores["tuned"]
     if run.generates:
         return f"{before.perplexity:.3f} → {after.perplexity:.3f} on {after.n:,} rows"
     low, high = after.interval

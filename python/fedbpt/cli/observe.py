@@ -35,7 +35,8 @@ class Watch:
     """The active observers of a run: an `fedbpt.runs.events.EventCallback`."""
 
     def __init__(self, journal: Journal, dashboard: DashboardServer | None) -> None:
-        self._journal, self._dashboard = journal, dashboard
+        self._journal = journal
+        self._dashboard = dashboard
         self._clients: Sequence[DeviceClient] = ()
 
     def __call__(self, event: Event) -> None:

@@ -24,7 +24,8 @@ class RemoteSideBySide:
         self.labels = prompt.labels
         self._client = client
         self._task = prompt.task if task is None else task
-        self._fingerprint, self._prompt = prompt.model_fingerprint, prompt.to_bytes()
+        self._fingerprint = prompt.model_fingerprint
+        self._prompt = prompt.to_bytes()
 
     @property
     def classifies(self) -> bool:

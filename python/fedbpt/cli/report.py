@@ -56,7 +56,8 @@ def result_as_json(result: RunResult, prompt_path: Path | None) -> dict[str, Any
 
 
 def _candidate(candidate: TemplateScore) -> dict[str, Any]:
-    score, n_labels = candidate.score, len(candidate.template.label_words)
+    score = candidate.score
+    n_labels = len(candidate.template.label_words)
     return {
         **msgspec.to_builtins(candidate.template),
         "n": score.n,

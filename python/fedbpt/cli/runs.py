@@ -238,7 +238,8 @@ def run_task(run: StoredRun, given: str | None) -> Task:
 
 def _names_of_rounds(store: RunStore, run: str) -> dict[int, str]:
     """The displayed name of each closed round: its number in the search, or its stage."""
-    names, searched = {}, 0
+    names = {}
+    searched = 0
     for closed in store.rounds(run):
         purpose = purpose_of(closed.reports)
         searched += purpose == "search"

@@ -140,7 +140,8 @@ class _Offers:
     """Held-out rows to choose from, grouped by which models are right, with the number of rows of every kind."""
 
     def __init__(self, comparison: Comparison, offer: Callable[[Row], None]) -> None:
-        self._comparison, self._offer = comparison, offer
+        self._comparison = comparison
+        self._offer = offer
         self._shown: dict[Kind, int] = dict.fromkeys(KINDS, 0)
         self._count = ui.label().classes("count")
         self._bar = ui.linear_progress(0.0, show_value=False, size="6px", color=None)

@@ -59,7 +59,9 @@ class RunPage:
         due = state.version != self._version and now - self._updated >= UPDATE_S
         if not (due or state.urgent != self._urgent):
             return
-        self._version, self._urgent, self._updated = state.version, state.urgent, now
+        self._version = state.version
+        self._urgent = state.urgent
+        self._updated = now
         view = state.view()
         self._heading.show(view)
         self._controls.show(view)

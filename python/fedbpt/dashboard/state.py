@@ -114,7 +114,8 @@ class RunState:
     def _handle(self, line: Line) -> None:
         match line.entry.event:
             case RunStarted() as event:
-                self._settings, self._status = event.settings, "running"
+                self._settings = event.settings
+                self._status = "running"
                 for name in event.devices:
                     self._device(name).lost = "" if name in event.live else "no response yet"
                 if event.resumed:
@@ -140,13 +141,15 @@ class RunState:
                 self._note(line, f"{event.device}: a report arrived late and is not used")
             case Steered() as event:
                 before = self._steered or Steered(paused=False, deadline_s=self._settings.deadline_s)
-                self._steered, self._status = event, "paused" if event.paused else "running"
+                self._steered = event
+                self._status = "paused" if event.paused else "running"
                 if event.paused != before.paused:
                     self._note(line, "paused" if event.paused else "resumed", bad=False)
                 if event.deadline_s != before.deadline_s:
                     self._note(line, f"round deadline changed to {event.deadline_s:g} s", bad=False)
             case RunFinished() as event:
-                self._result, self._status = event.result, "finished"
+                self._result = event.result
+                self._status = "finished"
                 self._settings = event.result.settings
             case Logged() as event:
                 self._note(line, event.message)
@@ -395,11 +398,14 @@ class RunState:
         points = self.dev_points()
         result = self._result
         if points:
-            last, split = points[-1], "dev"
+            last = points[-1]
+            split = "dev"
             found = Measured(last.figure, last.n, self._interval(last.figure, last.n))
             zero_shot = last.zero_shot
         elif self._status == "finished" and result is not None and result.tuned.n:
-            found, split, zero_shot = self._measured(result.tuned), "test", self._figure(result.zero_shot)
+            found = self._measured(result.tuned)
+            split = "test"
+            zero_shot = self._figure(result.zero_shot)
         else:
             return {
                 "figure": None,

@@ -54,7 +54,8 @@ def human_bytes(count: float) -> str:
 
 def describe_accuracy(candidate: TemplateScore) -> str:
     """A template's zero-shot accuracy with its 95 % interval, and a note if it is no better than chance."""
-    score, n_labels = candidate.score, len(candidate.template.label_words)
+    score = candidate.score
+    n_labels = len(candidate.template.label_words)
     low, high = score.interval
     chance = "" if beats_chance(score.correct, score.n, n_labels) else f", no better than chance ({1 / n_labels:.3f})"
     return f"{score.accuracy:.3f} [{low:.3f}, {high:.3f}] of {score.n} training rows{chance}"
