@@ -1,7 +1,7 @@
-"""An aggregation of one's own, under a name of its own: the average of the better half of the devices' means.
+"""A custom aggregation: the average of the better half of the devices' means.
 
-The devices do what they do for ``fedavg``: each searches from the shared mean. An aggregator turns their reports into
-the next round's work; `register` gives it a name for ``method``.
+As in ``fedavg``, each device searches from the shared mean. An aggregator turns their reports into the next round's
+work; `register` makes it available as a ``method``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fedbpt.protocol.specs import Array
 
 
 class BetterHalf:
-    """See `fedbpt.aggregation.base.Aggregator`, whose protocol this is."""
+    """Implements the protocol `fedbpt.aggregation.base.Aggregator`."""
 
     min_reports = 1
 
@@ -29,12 +29,12 @@ class BetterHalf:
         self._sigma = settings.sigma0
         self._settings = settings
 
-    def work(self, round: int) -> LocalWork:  # noqa: ARG002 - the state says it all
+    def work(self, round: int) -> LocalWork:  # noqa: ARG002 - the work depends only on the state
         state = SearchState(mean=Array.of(self.mean, "<f4"), sigma=float(np.float32(self._sigma)))
         return LocalWork(state=state, iterations=self._settings.iterations, popsize=self._settings.popsize)
 
     def history(self) -> None:
-        """Devices are sent the mean: they cannot compute it from what they know."""
+        """None: devices cannot recompute the mean from their own history, so each plan contains it."""
 
     def update(self, reports: Sequence[RoundReport]) -> None:
         by_fitness = sorted(accepted(reports, LocalResult, self.min_reports), key=lambda pair: pair[1].fitness)
@@ -46,7 +46,8 @@ class BetterHalf:
         self.evaluations += max(report.evaluations for report, _ in by_fitness)
 
     def restart(self, mean: np.ndarray) -> None:
-        self.mean, self._sigma = np.array(mean), self._settings.sigma0
+        self.mean = np.array(mean)
+        self._sigma = self._settings.sigma0
 
     def digest(self) -> str:
         return hashlib.sha256(self.mean.tobytes() + f"{self._sigma.hex()}|{self.evaluations}".encode()).hexdigest()

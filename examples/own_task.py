@@ -1,4 +1,4 @@
-"""A task of one's own: rows in a CSV file, and a few lines of TOML that say what they mean."""
+"""A custom task: rows in a CSV file, described by a few lines of TOML."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DATA = Path(__file__).parents[1] / "docs" / "tutorials" / "support"
 if __name__ == "__main__":
     fedbpt.models.pull("smollm2-135m")
     scorer = fedbpt.load_model("smollm2-135m")
-    # labels, how the model is asked, which columns hold the text: `fedbpt tasks new train.csv` drafts such a file
+    # Labels, templates and columns. `fedbpt tasks new train.csv` drafts such a file.
     task = fedbpt.tasks.load(DATA / "support.toml")
     result = fedbpt.tune(scorer, task, DATA / "train.csv", budget=fedbpt.Budget(evaluations=200), seed=7)
     for name, options in {"zero-shot": {"template": result.template}, "tuned": {"prompt": result.prompt}}.items():

@@ -1,4 +1,4 @@
-"""A fleet of three on one machine: each device with rows of its own, behind its own HTTP server; one coordinator."""
+"""A federation of three devices on one machine, each with its own rows and HTTP server."""
 
 from __future__ import annotations
 

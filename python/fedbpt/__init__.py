@@ -71,7 +71,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Public names are imported when they are used (PEP 562): a device holds only what its work needs."""
+    """Import public names on first use (PEP 562), so that a device loads only the modules that it needs."""
     if name in _MODULE_OF:
         value = getattr(import_module(f"fedbpt.{_MODULE_OF[name]}"), name)
     elif name in __all__:

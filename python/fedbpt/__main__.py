@@ -1,4 +1,4 @@
-"""``python -m fedbpt``, the same as the ``fedbpt`` command."""
+"""``python -m fedbpt``: the ``fedbpt`` command."""
 
 from fedbpt.cli import main
 

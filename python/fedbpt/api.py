@@ -1,6 +1,6 @@
 """The Python API: `tune` and `evaluate` on one machine. The command line uses the same functions.
 
-A run on one machine is a federation of one device in this process: the same rounds, the same search, the same results.
+A run on one machine is a federation with one device in this process: the same rounds, search and results.
 """
 
 from __future__ import annotations
@@ -40,19 +40,23 @@ from fedbpt.tasks import GivenTask, Row, Task, load, to_rows, word_notes
 log = logging.getLogger(__name__)
 
 POPSIZE: Final = 16
-MOST_BETWEEN, EVALUATIONS = 10, 8
-"""Generations between evaluations on development rows, at most; and how many evaluations there are to be."""
+
+N_EVALUATIONS: Final = 8
+"""Default number of evaluations on development rows during the search."""
+
+MAX_EVALUATE_EVERY: Final = 10
+"""Maximum default number of generations between two evaluations on development rows."""
 
 
 @dataclass(frozen=True)
 class Budget(metaclass=DataclassMeta):
-    """When tuning ends: at the first limit that is reached. None: no such limit; all None: 1,600 evaluations.
+    """Limits of a run, which ends at the first that is reached. None: no limit; all None: 1,600 evaluations.
 
     Args:
-        evaluations: candidates scored, each on one mini-batch per device.
-        tokens: forward tokens, summed over devices.
-        seconds: of calibration, search and readout; choosing the template comes before, evaluating beside and after.
-            A generation that is not done when they are over, less the readout's share, is stopped and left out.
+        evaluations: number of candidates scored, each on one mini-batch per device.
+        tokens: number of forward tokens, summed over devices.
+        seconds: duration of calibration, search and readout, without template selection and evaluation. A generation
+            still running at the end of the search's share is stopped and discarded.
     """
 
     evaluations: PositiveInt | None = None
@@ -63,7 +67,7 @@ class Budget(metaclass=DataclassMeta):
         check_fields(self)
 
     def limits(self) -> dict[str, Any]:
-        """As fields of `RunSettings`."""
+        """The limits as fields of `RunSettings`."""
         given = {name: getattr(self, name) or 0 for name in ("evaluations", "tokens", "seconds")}
         return {"rounds": 0, **(given if any(given.values()) else {**given, "evaluations": 1600})}
 
@@ -94,33 +98,39 @@ def tune(
     on_event: Callable[[Event], None] = lambda _event: None,
     show: bool | None = None,
 ) -> TuneResult:
-    """Tune a soft prompt for ``task`` on this machine. Ctrl-C ends the search: the result is of what there is so far.
+    """Tune a soft prompt for ``task`` on this machine. Ctrl-C ends the search and returns the best result so far.
 
     Args:
-        scorer, task: the model, from `load_model`; the task, or its name or file, as for `fedbpt.tasks.load`.
-        train: rows to tune on, as `fedbpt.tasks.to_rows` takes them: pairs, dicts, a DataFrame, a Dataset, a file.
-        dev: rows to watch the accuracy on; with ``patience`` they choose, too.
-        test: rows that only report: for the result's figures and the model card's.
+        scorer: the model, from `load_model`.
+        task: a task, or its name or file, as for `fedbpt.tasks.load`.
+        train: training rows in any form that `fedbpt.tasks.to_rows` takes: pairs, dicts, a DataFrame, a Dataset, a
+            file.
+        dev: rows for the accuracy during the run; with ``patience``, also to select the best mean.
+        test: rows for the final figures of the result and the model card only.
         budget: when to stop.
-        seed: of everything random; the run's prompt seed unless ``prompt`` sets its own.
-        prompt: place, length and size of the search space; None: the defaults, in the cue.
+        seed: seed of all randomness, and of the prompt unless ``prompt`` sets its own.
+        prompt: placement, length and search-space dimension of the prompt; None: the defaults, in the cue.
         objective: loss and mini-batch size.
-        popsize, evaluate_every: candidates a generation, λ; generations between evaluations on ``dev``, None: at most
-            10, and so few that there are eight evaluations.
-        method, iterations: the aggregation (`fedbpt.aggregation.methods`), and the generations of its local searches.
-        patience: so many of those without a lower loss end the search, and the best mean counts; 0: never.
-        restarts: so often the search begins anew from the best mean when patience runs out, instead of ending.
-        balanced: weigh the rows' losses so that every label counts alike, however many rows it has.
-        ensemble: so many of the task's templates does the readout average over; 1: the selected one alone.
-        store, run: the run database that keeps the run (None: none does), and the run's name there. Called again, it
-            goes on where it was stopped; a finished run's result is returned.
-        on_event, show: called for each `fedbpt.runs.settings` event; whether to show how it goes.
+        popsize: number of candidates per generation, λ.
+        method: the aggregation (`fedbpt.aggregation.methods`).
+        iterations: number of generations of a local search, for methods with local searches.
+        evaluate_every: number of generations between evaluations on ``dev``; None: at most 10, for about eight
+            evaluations.
+        patience: number of evaluations without a lower loss that end the search with the best mean; 0: no limit.
+        restarts: maximum number of restarts, each from the best mean, when ``patience`` runs out.
+        balanced: weight the rows' losses so that all labels count equally.
+        ensemble: number of the task's templates over which the readout averages; 1: only the selected one.
+        store: the run database; None: the run is not stored. The same call resumes a stopped run, and returns the
+            result of a finished one.
+        run: the run's name in ``store``.
+        on_event: called for each event of `fedbpt.runs.events`.
+        show: whether to show progress; None: show it.
 
     Raises:
-        InputError: an argument of another kind; a prompt that does not fit the model. Nothing was scored.
-        DataError, TaskError, ConfigError: rows, templates or a budget that cannot work; a stored run of other rows.
-        StoreError: of ``store``; another process is at this run.
-        KeyboardInterrupt: Ctrl-C before the first round of the search is closed, or for the second time.
+        InputError: an invalid argument, or a prompt that does not fit the model; raised before anything is scored.
+        DataError, TaskError, ConfigError: unusable rows, templates or budget; a stored run with other rows.
+        StoreError: ``store`` is unusable, or another process is working on this run.
+        KeyboardInterrupt: Ctrl-C before the first round of the search is closed, or a second Ctrl-C.
     """
     task = load(task)
     for note in word_notes(scorer, task):
@@ -143,11 +153,13 @@ def tune(
 
 
 def _rows(name: str, given: Any, task: Task) -> list[Row]:
-    """Of the argument ``name``, which an error names."""
+    """The rows of argument ``name``. Adds the name to errors."""
     try:
         return to_rows(given, task)
     except InputError as error:
-        raise type(error)(f"{name}: {error}", public=f"{name}: {error.public}") from error
+        raise type(error)(
+            f"{name}: {error}", public=f"{name}: {error.public}", field=error.field or name, limit=error.limit
+        ) from error
 
 
 def settings_for(
@@ -160,11 +172,11 @@ def settings_for(
     popsize: int = POPSIZE,
     **options: Any,
 ) -> RunSettings:
-    """Of a run on this machine; arguments as for `tune`, ``options`` are other fields of `RunSettings`."""
+    """Settings of a run on this machine. Arguments as for `tune`; ``options`` are other fields of `RunSettings`."""
     limits = (budget or Budget()).limits()
     if evaluate_every is None:
-        generations = limits["evaluations"] // popsize or MOST_BETWEEN * EVALUATIONS
-        evaluate_every = min(max(generations // EVALUATIONS, 1), MOST_BETWEEN)
+        generations = limits["evaluations"] // popsize or MAX_EVALUATE_EVERY * N_EVALUATIONS
+        evaluate_every = min(max(generations // N_EVALUATIONS, 1), MAX_EVALUATE_EVERY)
     found = RunSettings(
         **limits,
         prompt=prompt or PromptSpec(seed=seed),
@@ -190,38 +202,40 @@ def _tune(
     with ExitStack() as stack:
         opened = stack.enter_context(RunStore(None if store is None else Path(store)))
         stack.enter_context(opened.held(run))
-        tell = _told(stack.enter_context(live_display(show)), on_event)
+        callback = _call_all(stack.enter_context(live_display(show)), on_event)
         device = Device(NAME, scorer, *splits, task=task)
         device.check_fit(settings.for_labels(task.labels).objective, settings.prompt)
         client = stack.enter_context(clients_of(device))
 
         def begin(settings: RunSettings) -> Federation:
-            search, rows = settings.aggregator(), digest_of_rows(*splits)
-            return Federation([client()], task, settings, search, opened, run, tell, rows=rows)
+            aggregator = settings.aggregator()
+            rows = digest_of_rows(*splits)
+            return Federation([client()], task, settings, aggregator, opened, run, callback, rows=rows)
 
         ended = run_alone(begin, settings)
         curves = curves_of(opened, run)
     return TuneResult(make_prompt(scorer, task, ended.result), ended.result, *curves, ended.interrupted)
 
 
-def _told(*listeners: Callable[[Event], None]) -> Callable[[Event], None]:
-    def tell(event: Event) -> None:
-        for listener in listeners:
-            listener(event)
+def _call_all(*callbacks: Callable[[Event], None]) -> Callable[[Event], None]:
+    def call(event: Event) -> None:
+        for callback in callbacks:
+            callback(event)
 
-    return tell
+    return call
 
 
 @checked
 def make_prompt(scorer: Scorer, task: Task, result: RunResult) -> Prompt:
-    """The prompt artefact of a run: its latent, as rows of this model's embeddings.
+    """Make the prompt of a run: its latent, projected to rows in the model's embedding space.
 
     Raises:
         PromptError: ``scorer`` is not the model that the run tuned.
     """
     require_model_of_run(scorer, result)
-    spec, objective = result.settings.prompt, result.settings.objective
-    # one row is enough: a prompt depends on the template and the model alone
+    spec = result.settings.prompt
+    objective = result.settings.objective
+    # Any row will do, because the prompt depends only on the template and the model.
     made = Objective(scorer, result.template, task.labels, [("x", 0 if task.labels else "x")], objective, spec)
     made.readout = result.readout
     tuned_on = msgspec.structs.replace(task, max_text_tokens=objective.max_text_tokens)
@@ -229,7 +243,7 @@ def make_prompt(scorer: Scorer, task: Task, result: RunResult) -> Prompt:
 
 
 def _history(result: RunResult) -> dict[str, Any]:
-    """What a prompt remembers of its run, and its model card tells."""
+    """What a prompt and its model card record about the run."""
     settings = result.settings
     privacy = {} if settings.privacy is None else msgspec.to_builtins(settings.privacy)
     return {
@@ -249,24 +263,27 @@ def _history(result: RunResult) -> dict[str, Any]:
 
 
 def require_model_of_run(scorer: Scorer, run: RunResult | RunStarted) -> None:
-    """Raises `PromptError` where ``scorer`` is not the model of the run's devices: its prompt is made with that."""
+    """Raise `PromptError` if ``scorer`` is not the model of the run's devices, which its prompt needs."""
     if scorer.fingerprint != run.model_fingerprint:
         raise PromptError(
             f"run {run.run!r} tunes {run.model_name} ({short_fingerprint(run.model_fingerprint)}), not {scorer.name} "
-            f"({short_fingerprint(scorer.fingerprint)}): give the model that its devices have"
+            f"({short_fingerprint(scorer.fingerprint)}): use the model that its devices have",
+            field="model",
         )
 
 
 def _figures(result: RunResult) -> dict[str, Any]:
-    """Of test rows, or where there were none of development rows (``split``)."""
+    """Figures on test rows or, if there are none, on development rows (``split``)."""
     split: Split = "test" if result.tuned.n else "dev"
-    told: dict[str, Any] = {"split": split} if result.scores(split) else {}
+    figures: dict[str, Any] = {"split": split} if result.scores(split) else {}
     for name, score in result.scores(split).items():
         if result.generates:
-            told |= {f"{name}_perplexity": score.perplexity, f"{name}_n": score.n}
+            figures[f"{name}_perplexity"] = score.perplexity
         else:
-            told |= {f"{name}_accuracy": score.accuracy, f"{name}_interval": list(score.interval), f"{name}_n": score.n}
-    return told
+            figures[f"{name}_accuracy"] = score.accuracy
+            figures[f"{name}_interval"] = list(score.interval)
+        figures[f"{name}_n"] = score.n
+    return figures
 
 
 @checked
@@ -279,17 +296,18 @@ def evaluate(
     *,
     template: Template | None = None,
 ) -> EvaluationResult:
-    """Accuracy and loss (of target texts: perplexity) on ``rows``, of a tuned prompt or of the model as it is.
+    """Measure accuracy and loss (for target texts, perplexity) on ``rows``, with a tuned prompt or without one.
 
     Args:
         scorer: the model.
-        task: the task, or its name or file; its name and labels must be the prompt's.
-        rows: as for `tune`.
-        prompt: None: zero-shot.
-        template: how to put the texts to the model; None: the prompt's own, or the task's first.
+        task: a task, or its name or file; must have the prompt's labels.
+        rows: in any form that `tune` takes.
+        prompt: the tuned prompt; None: zero-shot.
+        template: how to present texts to the model; None: the prompt's own, or the task's first.
 
     Raises:
         PromptError: the prompt was made for another model.
+        ConfigError: the prompt has other labels than the task.
         TaskError, DataError: as in `tune`.
     """
     task = load(task)
@@ -303,7 +321,11 @@ def evaluate(
     else:
         prompt.check(scorer)
         if prompt.labels != task.labels:
-            raise ConfigError(f"the prompt is for labels {list(prompt.labels)}, the task has {list(task.labels)}")
+            raise ConfigError(
+                f"the prompt has labels {list(prompt.labels)}, but the task has {list(task.labels)}: use the task that"
+                " the prompt was tuned for",
+                field="task",
+            )
         used = template or prompt.template
         place = msgspec.structs.replace(prompt.spec, d=1)
         objective = Objective(scorer, used, task.labels, data, spec, place, keep_kv=False, words=prompt.word_ids)
@@ -314,7 +336,9 @@ def evaluate(
             logits = [other.logits(other.zero_shot_embeds(), part) for other in others]
             parts.append(objective.evaluate(prompt.rows[None], part, others=logits))
         return EvaluationResult(
-            len(data), sum(part.correct[0] for part in parts), sum(part.loss_sums[0] for part in parts) / len(data),
-            np.concatenate([part.predictions[0] for part in parts]),
-        )  # fmt: skip
+            n=len(data),
+            correct=sum(part.correct[0] for part in parts),
+            loss=sum(part.loss_sums[0] for part in parts) / len(data),
+            predictions=np.concatenate([part.predictions[0] for part in parts]),
+        )
     return EvaluationResult(found.n, found.correct[0], found.loss_sums[0] / found.n, found.predictions[0])

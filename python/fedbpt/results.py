@@ -1,4 +1,4 @@
-"""What `fedbpt.api.tune` and `evaluate` return."""
+"""Results of `fedbpt.tune` and `fedbpt.evaluate`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """How a prompt, or the model without one, did on n rows.
+    """The result of evaluating a prompt, or the model without one.
 
-    ``loss`` is the mean over rows in nats; ``predictions`` [n] are label indices. For target texts ``loss`` is a mean
-    over a row's tokens, too, and ``perplexity`` is the figure: ``correct`` is 0, ``predictions`` −1.
+    Attributes:
+        n: number of rows.
+        correct: number of correct predictions; 0 for target texts.
+        loss: mean over rows in nats; for target texts, per token.
+        predictions: label indices [n]; −1 for target texts.
     """
 
     n: int
@@ -71,9 +74,14 @@ class EvaluationResult:
 
 @dataclass(frozen=True)
 class TuneResult:
-    """What `tune` found: ``prompt`` to save and use, ``run`` with all figures, ``curve`` of (evaluations, loss).
+    """The result of `fedbpt.tune`.
 
-    ``interrupted``: Ctrl-C ended the search before its budget was spent.
+    Attributes:
+        prompt: the tuned prompt.
+        run: all figures of the run.
+        curve: (evaluations so far, mean mini-batch loss in nats) of each round of the search.
+        dev_curve: (evaluations so far, accuracy or perplexity) of each evaluation on development rows.
+        interrupted: Ctrl-C ended the search before the budget was spent.
     """
 
     prompt: Prompt
@@ -84,7 +92,7 @@ class TuneResult:
 
     @property
     def template(self) -> Template:
-        """The template that the training rows selected."""
+        """The template selected on the training rows."""
         return self.run.template
 
     def __repr__(self) -> str:
@@ -110,7 +118,11 @@ class TuneResult:
         return [("development", self.run.scores("dev")), ("test", self.run.scores("test"))]
 
     def plot(self) -> Figure:
-        """A matplotlib figure of the mini-batch loss, and of the figure on development rows where there were some."""
+        """Plot the mini-batch loss and, if there are development rows, their accuracy or perplexity, by evaluations.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
@@ -134,8 +146,9 @@ def _figure_name(run: RunResult) -> str:
 
 
 def _gain(run: RunResult, scores: Mapping[str, Score]) -> str:
-    """From the model as it is to what is shipped, on the same rows."""
-    before, after = scores["zero_shot"], scores["tuned"]
+    """Zero-shot → tuned, on the same rows."""
+    before = scores["zero_shot"]
+    after = scores["tuned"]
     if run.generates:
         return f"{before.perplexity:.3f} → {after.perplexity:.3f} on {after.n:,} rows"
     low, high = after.interval

@@ -1,4 +1,4 @@
-"""A headless Chromium, pages that must not complain, and dashboards as real processes."""
+"""A headless Chromium, pages without console errors, and dashboards as real processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FLAGS = (
     " --disable-component-update --disable-sync"
 )
 WAIT_MS = 60_000
-"""The longest that anything may take to show: nothing is measured by it."""
+"""Maximum time for anything to show, in milliseconds."""
 
 DESKTOP = {"width": 1280, "height": 800}
 PHONE = {"width": 390, "height": 844}
@@ -32,7 +32,7 @@ OpenPage = Callable[..., Page]
 
 @pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
-    """Closed before other tests begin: Playwright leaves an event loop running in this thread."""
+    """Close before other tests start, because Playwright leaves an event loop running in this thread."""
     expect.set_options(timeout=WAIT_MS)
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     with sync_playwright() as playwright:

@@ -1,4 +1,4 @@
-"""A run under way as on a network, on loopback: ``python -m tests.browser.shared_dashboard STORE RUN TOKEN``."""
+"""A running dashboard as on a network, on loopback: ``python -m tests.browser.shared_dashboard STORE RUN TOKEN``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs to look at, written straight into a store: many rounds and many devices without the work."""
+"""Runs written directly into a store, to show many rounds and devices without computing them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.fake_device import FINGERPRINT, FakeDevice
 
 
 def write_run(path: Path, n_devices: int, n_rounds: int, run: str = "big", limit: int = 0) -> Path:
-    """A run under way, of ``n_rounds`` closed rounds of at most ``limit``."""
+    """A running run with ``n_rounds`` closed rounds of at most ``limit``."""
     names = [f"device-{i:02d}" for i in range(n_devices)]
     settings = codec.encode(RunSettings(rounds=limit or 2 * n_rounds))
     with RunStore(path) as store:

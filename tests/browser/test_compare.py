@@ -1,4 +1,4 @@
-"""The compare page in the browser: a real, tiny model, tuned over real device processes."""
+"""The compare page in the browser: a tiny model, tuned over real device processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from playwright.sync_api import expect
 from fedbpt import PromptSpec, load_model
 from fedbpt.coordinator.clients import InProcessClient
 from fedbpt.coordinator.federation import Federation
-from fedbpt.dashboard.comparing import comparing
+from fedbpt.dashboard.comparison import models_of_run
 from fedbpt.dashboard.examples import KINDS
 from fedbpt.device.device import Device
 from fedbpt.protocol.questions import DEFAULT_TOKENS
@@ -44,12 +44,12 @@ def workshop(tmp_path: Path, fleet: Fleet) -> Workshop:
 
 
 def shares(side: object) -> list[float]:
-    """The percentages that one side shows."""
+    """The percentages shown on one side."""
     texts = side.locator(".share").all_inner_texts()  # type: ignore[attr-defined]
     return [float(text.removesuffix(" %")) for text in texts]
 
 
-def test_a_run_is_compared_when_it_is_finished(workshop: Workshop, open_page: OpenPage) -> None:
+def test_models_can_be_compared_when_the_run_is_finished(workshop: Workshop, open_page: OpenPage) -> None:
     _, urls = workshop.devices()
     workshop.run_file(urls, "rounds = 12")
     process = workshop.spawn("tune", "run.toml", "--dashboard", "127.0.0.1:0", "--questions", "test.jsonl")
@@ -59,9 +59,9 @@ def test_a_run_is_compared_when_it_is_finished(workshop: Workshop, open_page: Op
 
     tuned, original = page.locator(".side", has_text="Tuned"), page.locator(".side", has_text="Original")
     page.get_by_role("button", name="movie").first.click()
-    expect(page.get_by_role("status")).to_contain_text("The row says:")
+    expect(page.get_by_role("status")).to_contain_text("Expected:")
     expect(tuned).to_contain_text("%")
-    row_says = page.get_by_role("status").inner_text().removeprefix("The row says: ")
+    row_says = page.get_by_role("status").inner_text().removeprefix("Expected: ")
     for side in (original, tuned):
         assert sum(shares(side)) == pytest.approx(100, abs=0.2)
         right = side.locator(".most").first.inner_text() == row_says
@@ -69,7 +69,7 @@ def test_a_run_is_compared_when_it_is_finished(workshop: Workshop, open_page: Op
         expect(side.locator(".verdict")).to_have_text(side.locator(".most").first.inner_text())
 
     held_out = page.locator(".held-out")
-    expect(held_out.locator(".count")).to_have_text(re.compile(r"^(\d+) looked at: the two models differ on \d+$"))
+    expect(held_out.locator(".count")).to_have_text(re.compile(r"^(\d+) classified: the two models differ on \d+$"))
     n_rows = int(held_out.locator(".count").inner_text().split()[0])
     kinds = held_out.locator(".kind").all_inner_texts()
     assert [kind.partition(":")[0] for kind in kinds] == list(KINDS.values())
@@ -101,7 +101,7 @@ def test_a_run_is_compared_when_it_is_finished(workshop: Workshop, open_page: Op
 
     here = [shares(side) for side in (original, tuned)]
     page.get_by_role("button", name="movie").first.click()  # something else between
-    expect(page.get_by_role("status")).to_contain_text("The row says:")
+    expect(page.get_by_role("status")).to_contain_text("Expected:")
     page.get_by_label("Your text").fill("good great movie 1")
     page.get_by_label("Answered by").click()
     page.get_by_role("option", name=re.compile(r"^a\b")).first.click()
@@ -118,9 +118,7 @@ def test_a_run_is_compared_when_it_is_finished(workshop: Workshop, open_page: Op
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_stored_run_is_compared_accessibly_and_on_a_phone(
-    workshop: Workshop, open_page: OpenPage, scheme: str
-) -> None:
+def test_the_compare_page_is_accessible_and_fits_a_phone(workshop: Workshop, open_page: OpenPage, scheme: str) -> None:
     _, urls = workshop.devices()
     workshop.run_file(urls, "rounds = 2")
     assert workshop.run("tune", "run.toml", "--json")[0] == 0
@@ -143,7 +141,7 @@ def test_a_stored_run_is_compared_accessibly_and_on_a_phone(
         assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
 
 
-def test_a_model_that_is_not_here_is_said_in_one_line(workshop: Workshop, open_page: OpenPage) -> None:
+def test_an_absent_model_is_reported_in_one_line(workshop: Workshop, open_page: OpenPage) -> None:
     _, urls = workshop.devices()
     workshop.run_file(urls, "rounds = 1")
     assert workshop.run("tune", "run.toml", "--json")[0] == 0
@@ -164,7 +162,7 @@ def test_texts_are_generated_side_by_side(tmp_path: Path, fleet: Fleet, open_pag
     with RunStore(tmp_path / "runs.db") as store:
         result = Federation([client], task, settings, settings.aggregator(), store, "manner").run()
     expected: dict[Side, str] = {"original": "", "tuned": ""}
-    for side, piece in comparing(scorer, task, result).generate("question 3", max_tokens=DEFAULT_TOKENS):
+    for side, piece in models_of_run(scorer, task, result).generate("question 3", max_tokens=DEFAULT_TOKENS):
         expected[side] += piece
 
     url = shown(fleet, "manner", tmp_path / "runs.db", "--model", model, "--task", tmp_path / "manner.toml")
@@ -179,7 +177,7 @@ def test_texts_are_generated_side_by_side(tmp_path: Path, fleet: Fleet, open_pag
         expect(shown_side).to_have_text(said.replace("\0", ""), use_inner_text=False)
 
 
-def test_nothing_that_others_wrote_runs_as_a_script(tmp_path: Path, fleet: Fleet, open_page: OpenPage) -> None:
+def test_untrusted_text_never_runs_as_a_script(tmp_path: Path, fleet: Fleet, open_page: OpenPage) -> None:
     script = "window.ran = true"
     labels = (
         f'" :data-x="({script})" y="',
@@ -208,7 +206,7 @@ def test_nothing_that_others_wrote_runs_as_a_script(tmp_path: Path, fleet: Fleet
     for label in labels:
         expect(page.get_by_label(f"Tuned: {label}", exact=True)).to_be_visible()
     page.get_by_role("button", name=labels[0]).first.click()
-    expect(page.get_by_role("status")).to_contain_text("The row says:")
+    expect(page.get_by_role("status")).to_contain_text("Expected:")
     page.get_by_label("Your text").fill(labels[1])
     page.get_by_role("button", name="Compare", exact=True).click()
     expect(page.get_by_role("status")).to_have_text("")

@@ -1,4 +1,4 @@
-"""The demonstration before an audience: ``fedbpt demo --dashboard``, on the smallest model and real news."""
+"""``fedbpt demo --dashboard`` with the smallest model and real news."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.integration.processes import Fleet
 
 
 @pytest.mark.timeout(600)
-def test_the_demo_is_watched_and_both_models_are_asked(tmp_path: Path, fleet: Fleet, open_page: OpenPage) -> None:
+def test_the_demo_is_shown_and_its_models_can_be_compared(tmp_path: Path, fleet: Fleet, open_page: OpenPage) -> None:
     process = fleet.spawn(
         "fedbpt", "demo", "--quick", "--rounds", "3", "--dashboard", "127.0.0.1:0", "--out", "runs", cwd=tmp_path
     )
@@ -26,7 +26,7 @@ def test_the_demo_is_watched_and_both_models_are_asked(tmp_path: Path, fleet: Fl
     row = page.locator(".held-out button").first
     expect(row).to_be_visible()
     row.click()
-    expect(page.get_by_role("status")).to_contain_text("The row says:")
+    expect(page.get_by_role("status")).to_contain_text("Expected:")
     for side in ("Tuned", "Original"):
         expect(page.locator(".side", has_text=side).locator(".state")).to_have_text(re.compile("right|wrong"))
     page.close()

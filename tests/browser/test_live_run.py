@@ -1,4 +1,4 @@
-"""A run under way in the browser: real device processes, a real coordinator, steered by hand."""
+"""A running run in the browser: real device processes, a real coordinator, controlled by hand."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Live:
         expect(self.page.get_by_role("status")).to_have_text(re.compile(rf"^{expected}( · [a-z]+)?$"))
 
 
-def test_a_run_is_watched_to_its_end_and_stays_until_the_page_is_closed(site: Site, open_page: OpenPage) -> None:
+def test_a_run_is_shown_to_its_end_until_the_page_is_closed(site: Site, open_page: OpenPage) -> None:
     live = Live(site, open_page, rounds=8)
     live.status("running")
     expect(live.page.locator(".tile").nth(2)).to_contain_text("2 / 2")
@@ -46,7 +46,7 @@ def test_a_run_is_watched_to_its_end_and_stays_until_the_page_is_closed(site: Si
     live.page.close()
     out, err = live.coordinator.communicate(timeout=60)
     assert (live.coordinator.returncode, "Traceback" in err) == (0, False)
-    assert "held-out rows" in out
+    assert "test rows" in out
 
 
 def test_a_dead_device_is_shown_before_its_round_gives_up_on_it(site: Site, open_page: OpenPage) -> None:
@@ -56,19 +56,19 @@ def test_a_dead_device_is_shown_before_its_round_gives_up_on_it(site: Site, open
     row = live.page.locator("tbody tr", has=live.page.get_by_role("cell", name="b", exact=True))
     expect(row).to_contain_text("live")
     device.kill()
-    expect(row).to_contain_text("no answer")  # by its pulse
+    expect(row).to_contain_text("no response")  # by its heartbeat
     expect(row).to_contain_text("lost")  # by the round
     expect(live.page.locator(".tile").nth(2)).to_contain_text("1 / 2")
     expect(live.page.get_by_role("log")).to_contain_text("is lost")
 
 
-def test_pause_resume_deadline_and_stop_by_keyboard_alone(site: Site, open_page: OpenPage) -> None:
+def test_pause_resume_deadline_and_stop_work_by_keyboard(site: Site, open_page: OpenPage) -> None:
     live = Live(site, open_page, rounds=2000, size=PHONE)
     live.status("running")
     page = live.page
 
     def reach(name: str) -> None:
-        """Tab until the button ``name`` has the focus, which can be seen."""
+        """Press Tab until the button ``name`` has a visible focus."""
         for _ in range(30):
             page.keyboard.press("Tab")
             focused = page.locator(":focus")
@@ -85,12 +85,12 @@ def test_pause_resume_deadline_and_stop_by_keyboard_alone(site: Site, open_page:
 
     reach("Deadline")
     page.keyboard.press("Enter")
-    expect(page.get_by_label("Deadline")).to_be_focused()
+    expect(page.get_by_label("Deadline, seconds")).to_be_focused()
     page.keyboard.press("ControlOrMeta+a")
     page.keyboard.type("45")
     reach("Change")
     page.keyboard.press("Enter")
-    expect(page.get_by_role("log")).to_contain_text("a round may take 45 s")
+    expect(page.get_by_role("log")).to_contain_text("45 s")
 
     expect(page.get_by_role("dialog")).to_be_hidden()
     reach("Stop")
@@ -106,5 +106,5 @@ def test_pause_resume_deadline_and_stop_by_keyboard_alone(site: Site, open_page:
     live.status("stopped")
     out, err = live.coordinator.communicate(timeout=60)
     assert live.coordinator.returncode == 130
-    assert err.splitlines()[-1].startswith("fedbpt: stopped; to go on from there: fedbpt tune run.toml")
+    assert err.splitlines()[-1].startswith("fedbpt: stopped; to resume: fedbpt tune run.toml")
     assert "Traceback" not in out + err

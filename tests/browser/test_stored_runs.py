@@ -1,4 +1,4 @@
-"""Runs of a store in the browser: finished, large, and under way elsewhere."""
+"""Runs of a store in the browser: finished, large, and running in another process."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def finished(tmp_path: Path, fleet: Fleet) -> str:
 
 
 def points(page: Page, chart: int) -> int:
-    """Marks in the ``chart``th chart's curve: ECharts draws small ones as paths of their own."""
+    """Number of markers in the curve of chart ``chart``, which ECharts draws as separate paths."""
     return page.locator(".chart").nth(chart).locator("svg path").count()
 
 
-def test_a_finished_run_shows_its_result_and_nothing_to_steer(finished: str, open_page: OpenPage) -> None:
+def test_a_finished_run_shows_its_result_and_no_controls(finished: str, open_page: OpenPage) -> None:
     page = open_page(finished)
     expect(page.get_by_role("status")).to_have_text("finished")
     expect(page.get_by_role("heading", name="r", exact=True, level=1)).to_be_visible()
-    hero, steps = page.locator(".tile.hero"), page.locator(".panel", has_text="What each step gives")
+    hero, steps = page.locator(".tile.hero"), page.locator(".panel", has_text="Results by step")
     expect(hero).to_contain_text("development rows")
     expect(hero).to_contain_text("95 % interval")
-    expect(steps).to_contain_text("held-out rows, which chose nothing")
+    expect(steps).to_contain_text("test rows")
     expect(steps.locator("tbody tr")).to_have_count(2)
     shown_figure = hero.locator(".big").inner_text()
     expect(steps.locator("tbody tr").last).to_contain_text(shown_figure)
@@ -54,7 +54,7 @@ def test_a_finished_run_shows_its_result_and_nothing_to_steer(finished: str, ope
     expect(page.locator(".panel", has_text="Communication")).to_contain_text("needs the model's file")
     for name in ("Pause", "Stop", "Deadline"):
         expect(page.get_by_role("button", name=name)).to_have_count(0)
-    for title in ("Accuracy on development rows", "Loss, nats", "Devices", "Communication", "Memory", "What happened"):
+    for title in ("Accuracy on development rows", "Loss, nats", "Devices", "Communication", "Memory", "Messages"):
         expect(page.get_by_role("heading", name=title, exact=True)).to_be_visible()
     assert points(page, 0) > 4
     page.get_by_role("button", name="how?").first.press("Enter")
@@ -78,7 +78,7 @@ def test_it_is_accessible_in_both_colours_and_fits_a_phone(
     assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
 
 
-def test_a_thousand_rounds_are_drawn_and_counted(tmp_path: Path, fleet: Fleet, open_page: OpenPage) -> None:
+def test_a_thousand_rounds_are_shown(tmp_path: Path, fleet: Fleet, open_page: OpenPage) -> None:
     page = open_page(shown(fleet, "big", write_run(tmp_path / "runs.db", 4, 1000)))
     expect(page.locator(".tile").nth(1)).to_contain_text("1,000 / 2,000")
     expect(page.locator(".tile.hero")).to_contain_text("90.0 %")
@@ -116,7 +116,7 @@ def test_with_a_token_only_its_link_opens_the_page(tmp_path: Path, fleet: Fleet,
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
-def test_the_room_watches_by_a_qr_code_and_cannot_steer(
+def test_the_read_only_link_has_a_qr_code_and_no_controls(
     tmp_path: Path, fleet: Fleet, open_page: OpenPage, size: dict[str, int]
 ) -> None:
     path = write_run(tmp_path / "runs.db", 2, 3)
@@ -173,7 +173,7 @@ def test_before_the_first_figure_there_is_no_empty_chart(tmp_path: Path, fleet: 
         )  # fmt: skip
         page = open_page(shown(fleet, "new", path), drawn=False)
         expect(page.get_by_role("status")).to_have_text("running")
-        expect(page.locator(".sentence")).to_contain_text("One device teaches a frozen toy to sort toy; its texts")
+        expect(page.locator(".sentence")).to_contain_text("One device teaches a frozen toy to classify toy; its data")
         expect(page.locator(".waits")).to_have_count(5)
         expect(page.locator(".chart")).to_have_count(0)
         expect(page.locator("main")).not_to_contain_text("0 B")
@@ -189,7 +189,7 @@ def test_before_the_first_figure_there_is_no_empty_chart(tmp_path: Path, fleet: 
         expect(page.locator(".step.now")).to_have_text("search")
 
 
-def test_colours_are_chosen_by_hand(finished: str, open_page: OpenPage) -> None:
+def test_colours_can_be_chosen(finished: str, open_page: OpenPage) -> None:
     page = open_page(finished)
     for expected, name in (("dark", "dark"), ("light", "light"), ("light", "system")):
         page.get_by_role("button", name="Colours").click()

@@ -1,5 +1,5 @@
-"""Flower's tests: `make test-flower` runs them, in an environment that has it."""
+"""Tests of the Flower integration; `make test-flower` runs them in a separate environment."""
 
 import pytest
 
-pytest.importorskip("flwr", reason="Flower has an environment of its own: make test-flower")
+pytest.importorskip("flwr", reason="Flower is in a separate environment: make test-flower")

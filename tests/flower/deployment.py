@@ -28,7 +28,7 @@ def free_port() -> int:
 
 
 class Deployment:
-    """Processes in ``folder``, which holds their logs, certificates and state; all end with the block."""
+    """Processes in ``folder``, with their logs, certificates and state; they end with the block."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -70,25 +70,25 @@ class Deployment:
                 error.add_note(f"--- {log.name}\n{log.read_text()[-2000:]}")
 
     def start_node(self, name: str, **config: Any) -> None:
-        """A SuperNode; again under the same name: anew."""
+        """Start, or restart, the SuperNode ``name``."""
         given = " ".join(f"{key.replace('_', '-')}={json.dumps(value)}" for key, value in config.items())
         to = ["--superlink", f"127.0.0.1:{self._port}", "--root-certificates", self._ca.cert, "--node-config", given]
         self._start(name, "flower-supernode", *to, port=free_port())
 
     def kill_node(self, name: str) -> None:
-        """By SIGKILL, with all that it started."""
+        """Kill a node and all of its processes with SIGKILL."""
         process = self._processes.pop(name)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
     def run(self, app: Path, **config: Any) -> subprocess.CompletedProcess[str]:
-        """``flwr run`` to its end, with the log on its standard output."""
+        """Run ``flwr run`` to its end, with the log on its standard output."""
         given = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
         command = [BIN / "flwr", "run", app, "here", "--stream", "--run-config", given]
         return subprocess.run(command, env=self._environment, capture_output=True, text=True, timeout=600)
 
     def listing(self) -> list[dict[str, Any]]:
-        """What ``flwr list`` says of the runs."""
+        """The runs that ``flwr list`` reports."""
         command = [BIN / "flwr", "list", "here", "--format", "json"]
         done = subprocess.run(command, env=self._environment, capture_output=True, text=True, check=True)
         return list(json.loads(done.stdout)["runs"])
@@ -107,7 +107,7 @@ class Deployment:
 
 @contextlib.contextmanager
 def deployed(folder: Path, nodes: int, **config: Any) -> Iterator[Deployment]:
-    """A SuperLink and ``nodes`` SuperNodes, each with its place as ``partition-id``."""
+    """A SuperLink and ``nodes`` SuperNodes, each with its number as ``partition-id``."""
     with Deployment(folder) as made:
         for number in range(nodes):
             made.start_node(f"node-{number}", partition_id=number, **config)

@@ -1,4 +1,4 @@
-"""What a node remembers: in Flower's context, and in a snapshot where that is lost."""
+"""A node's state in Flower's context, and in a snapshot if that is lost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedbpt.device.device import Device
 from fedbpt.device.state import DeviceState
 from fedbpt.errors import DeviceFailedError
 from fedbpt.flower import client_app
-from fedbpt.flower.records import answer_of, packed
+from fedbpt.flower.records import packed, reply_of
 from fedbpt.protocol.rounds import DeviceInfo, RoundReport
 from fedbpt.protocol.specs import Message as OurMessage
 from fedbpt.tasks import read_rows
@@ -30,7 +30,7 @@ def _task() -> None:
 
 
 class Node:
-    """Serves each message with a new device, as each message has a process of its own."""
+    """Serve each message with a new device, because each message has its own process."""
 
     def __init__(self, **config: Any) -> None:
         self.context = Context(1, 1, config, RecordDict(), {})
@@ -44,7 +44,7 @@ class Node:
     def ask(self, message: OurMessage | None, kind: type[Any] = RoundReport, to: str = MessageType.TRAIN) -> Any:
         sent = Message(packed(message), 1, to)
         sent.metadata.__dict__["_message_id"] = "m"
-        return answer_of(self._app(sent, self.context).content, kind, "pi5")
+        return reply_of(self._app(sent, self.context).content, kind, "pi5")
 
     def lose_context(self) -> None:
         self.context.state = RecordDict()
@@ -57,21 +57,21 @@ def test_the_context_keeps_the_noise_key_from_message_to_message() -> None:
     assert (losses_of(node.ask(plan())) != losses_of(other.ask(plan()))).any()
 
 
-def test_a_fit_is_scored_once_however_many_messages_it_takes() -> None:
+def test_a_fit_is_scored_once_over_several_messages() -> None:
     node = Node()
     for fit in (asked(), asked(n_words=4, readout=None)):
         node.ask(msgspec.structs.replace(fit, task=ToyTask().identity))
     assert [bool(scorer.calls) for scorer in node.scorers] == [True, False]
 
 
-def test_a_plan_that_was_answered_is_answered_again_without_work() -> None:
+def test_a_repeated_plan_gets_the_same_report_without_work() -> None:
     node = Node()
     first = node.ask(plan())
     assert node.ask(plan()) == first
     assert not node.scorers[-1].calls
 
 
-def test_a_snapshot_brings_back_what_a_lost_context_held(tmp_path: Path) -> None:
+def test_a_snapshot_restores_a_lost_context(tmp_path: Path) -> None:
     file = tmp_path / "deep" / "pi5.state"
     node = Node(state=str(file))
     first = node.ask(plan())
@@ -86,7 +86,7 @@ def test_a_snapshot_brings_back_what_a_lost_context_held(tmp_path: Path) -> None
     assert (losses_of(node.ask(plan())) != losses_of(first)).any()
 
 
-def test_a_damaged_snapshot_is_told_and_nothing_is_overwritten(tmp_path: Path) -> None:
+def test_a_damaged_snapshot_is_reported_and_not_overwritten(tmp_path: Path) -> None:
     file = tmp_path / "pi5.state"
     file.write_bytes(b"damaged")
     file.chmod(0o600)
@@ -95,7 +95,7 @@ def test_a_damaged_snapshot_is_told_and_nothing_is_overwritten(tmp_path: Path) -
     assert file.read_bytes() == b"damaged"
 
 
-def test_a_fault_of_the_device_is_a_reply_that_names_it() -> None:
+def test_a_bug_in_the_device_is_a_reply_that_names_it() -> None:
     def broken(_context: Context, _state: DeviceState) -> Any:
         raise KeyError("the cat sat")
 
@@ -106,7 +106,7 @@ def test_a_fault_of_the_device_is_a_reply_that_names_it() -> None:
     assert "cat" not in str(failed.value)
 
 
-def test_a_file_that_cannot_be_read_is_told_without_its_rows(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_reported_without_its_rows(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "fine", "label": "the cat sat"}\n')
 

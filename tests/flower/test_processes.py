@@ -1,4 +1,4 @@
-"""SuperLink and SuperNodes as processes, over TLS: one node is killed, and the run is the native one all the same."""
+"""SuperLink and SuperNodes as processes, over TLS: one node is killed, and the digest is still that of a native run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NODES = 4
 
 
 @pytest.mark.timeout(900)
-def test_four_nodes_over_tls_of_which_one_is_killed_and_started_again_give_the_native_digest(tmp_path: Path) -> None:
+def test_four_nodes_over_tls_with_one_restarted_give_the_native_digest(tmp_path: Path) -> None:
     app = tmp_path / "app"
     app.mkdir()
     (app / "pyproject.toml").write_text(APP)

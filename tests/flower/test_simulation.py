@@ -1,4 +1,4 @@
-"""Flower's simulation engine (Ray), with real ClientApp workers: the native run to the bit."""
+"""Flower's simulation engine (Ray), with real ClientApp workers: bit for bit the native run."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.timeout(900)
-def test_a_simulated_run_is_the_native_run_to_the_bit_also_when_stopped_and_started_again(tmp_path: Path) -> None:
-    """In a process of its own: Ray leaves threads and files in the one that it ran in."""
+def test_a_simulated_run_equals_the_native_run_even_when_resumed(tmp_path: Path) -> None:
+    """Runs in a separate process, because Ray leaves threads and files behind."""
     environment = {**os.environ, "FLWR_TELEMETRY_ENABLED": "0"}
     for last in ("2", "0"):
         command = [sys.executable, "-m", "tests.flower.simulate", str(tmp_path / "flower.db"), "4", last]

@@ -22,13 +22,14 @@ from tests.flower.toy_app import TASK, make_device, natively, settings, short
 from tests.flower.toy_grid import Node, ToyGrid, node_of
 from tests.support.any_value import VALUES, fault_of
 from tests.support.fake_device import FakeDevice
+from tests.support.raises import raises
 from tests.support.toy_scene import StopRunError, ToyTask, stop
 from tests.support.toy_scene import settings as search_alone
 
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedbpt.flower.nodes.Nodes.__init__.__kwdefaults__", {"poll_s": 0.01, "look_s": 0.05})
+    monkeypatch.setattr("fedbpt.flower.nodes.Nodes.__init__.__kwdefaults__", {"poll_s": 0.01, "discover_s": 0.05})
 
 
 def node(number: int) -> Node:
@@ -59,7 +60,7 @@ def test_a_run_on_flower_is_the_native_run_to_the_bit(method: Any, store: RunSto
     assert sorted(found.evaluate_metrics_clientapp) == [0, 2, 3]
 
 
-def test_all_messages_of_a_round_go_out_in_one_call(store: RunStore) -> None:
+def test_all_messages_of_a_round_are_sent_in_one_call(store: RunStore) -> None:
     grid = ToyGrid(*(node(number) for number in range(4)))
     FedBPT(TASK, search_alone(rounds=2), store, devices=4).start(grid)
     assert max(grid.pushed) == 4
@@ -77,12 +78,12 @@ def test_the_server_evaluates_the_mean_of_every_round(store: RunStore) -> None:
     assert found.evaluate_metrics_serverapp[2]["norm"] > 0
 
 
-def test_too_few_nodes_are_told_with_what_kept_them(store: RunStore) -> None:
+def test_too_few_nodes_are_reported_with_their_problems(store: RunStore) -> None:
     def broken(*_: Any) -> Any:
         raise ConfigError("no such file: mine.jsonl")
 
     grid = ToyGrid(Node(client_app(broken)), node(0))
-    with pytest.raises(QuorumError, match=r"1 devices said who they are within 5 s, 3 are needed .*mine\.jsonl"):
+    with pytest.raises(QuorumError, match=r"^1 .* 5 s, 3 .*mine\.jsonl"):
         FedBPT(TASK, settings(), store, devices=3, find_s=5.0).start(grid)
 
 
@@ -153,22 +154,22 @@ def test_a_node_that_is_killed_and_started_again_takes_part_under_its_name(store
     assert [event.device for event in events if isinstance(event, DeviceLost)] == ["b"]
 
 
-def test_a_round_without_its_quorum_ends_the_run_and_says_how_to_go_on(store: RunStore) -> None:
+def test_a_round_without_quorum_ends_the_run(store: RunStore) -> None:
     a, b = devices("a", "b")
     a.fail = b.fail = ValueError("no")
-    with pytest.raises(QuorumError, match="start the same run again to resume it"):
+    with pytest.raises(QuorumError, match="resume"):
         events_of(store, ToyGrid(node_of(a), node_of(b)))
 
 
 @pytest.mark.parametrize("parameter", ["task", "settings", "store", "run", "devices", "find_s", "on_event"])
-def test_any_value_is_taken_or_refused_by_its_name(parameter: str, store: RunStore) -> None:
+def test_any_value_is_accepted_or_rejected_by_name(parameter: str, store: RunStore) -> None:
     right = {"task": TASK, "settings": settings(), "store": store}
     faults = [fault_of(FedBPT, right, parameter, value) for value in VALUES]
     assert [fault for fault in faults if fault is not None] == []
 
 
 @pytest.mark.parametrize("wrong", [{"grid": None}, {"num_rounds": -1}, {"num_rounds": 0.5}, {"timeout": float("nan")}])
-def test_what_a_run_cannot_have_is_refused_by_its_name(wrong: dict[str, Any], store: RunStore) -> None:
+def test_invalid_arguments_of_start_are_rejected_by_name(wrong: dict[str, Any], store: RunStore) -> None:
     given = {"grid": ToyGrid(), **wrong}
     with pytest.raises(FedbptError, match=r"grid|rounds|timeout"):
         FedBPT(TASK, settings(), store).start(**given)
@@ -178,9 +179,7 @@ def test_what_a_run_cannot_have_is_refused_by_its_name(wrong: dict[str, Any], st
 
 
 @pytest.mark.parametrize("last", [0, 2, 9])
-def test_a_run_stopped_after_any_round_and_started_again_ends_as_if_it_had_not_been(
-    last: int, store: RunStore, tmp_path: Path
-) -> None:
+def test_a_run_stopped_after_any_round_resumes_to_the_same_result(last: int, store: RunStore, tmp_path: Path) -> None:
     native = natively(tmp_path / "native.db", 2, settings())
 
     def stop_there(event: Event) -> None:
@@ -195,8 +194,8 @@ def test_a_run_stopped_after_any_round_and_started_again_ends_as_if_it_had_not_b
     assert (again.result.digest, again.result.fits) == (native.digest, native.fits)
 
 
-def test_a_node_that_has_answered_a_plan_answers_it_again_without_working(store: RunStore) -> None:
-    """A server that is killed before it commits a round asks for it again."""
+def test_a_node_repeats_its_report_without_work(store: RunStore) -> None:
+    """A server killed before it commits a round sends its plans again."""
     a, b = devices("a", "b")
     grid = ToyGrid(node_of(a), node_of(b))
 
@@ -235,18 +234,18 @@ def test_flowers_own_loop_resumes_from_the_store(store: RunStore, tmp_path: Path
         assert [stored.state_digest for stored in store.rounds("r")] == [s.state_digest for s in native.rounds("r")][:6]
 
 
-def test_flowers_own_loop_asks_for_the_quorum_too(store: RunStore) -> None:
+def test_flowers_own_loop_requires_the_quorum(store: RunStore) -> None:
     a, b = devices("a", "b")
     b.fail = ValueError("no")
     strategy = FedBPT(ToyTask(), search_alone(quorum=1.0), store, devices=2)
-    with pytest.raises(QuorumError, match="1 of 2 devices reported, 2 are needed"):
+    with pytest.raises(QuorumError, match="1 of 2 devices"):
         Strategy.start(strategy, ToyGrid(node_of(a), node_of(b)), ArrayRecord())
 
 
 # --- a node with another task ----------------------------------------------------------------------------------------
 
 
-def test_a_node_with_another_task_is_named_and_the_others_go_on(store: RunStore) -> None:
+def test_a_node_with_another_task_is_named_and_left_out(store: RunStore) -> None:
     a, b, c = devices("a", "b", "c")
     b.task = TaskIdentity.of("toy", ("y", "x"))
     events: list[Event] = []
@@ -265,37 +264,37 @@ def test_flowers_own_loop_leaves_a_node_with_another_task_out(
     b.task = None
     strategy = FedBPT(ToyTask(), search_alone(quorum=0.5), store, devices=2)
     Strategy.start(strategy, ToyGrid(node_of(a), node_of(b)), ArrayRecord(), num_rounds=2)
-    assert "b is left out" in caplog.text
+    assert any(record.getMessage().startswith("b ") for record in caplog.records)
     assert (len(a.plans), b.plans) == (2, [])
     strict = FedBPT(ToyTask(), search_alone(quorum=1.0), store, "strict", devices=2)
-    with pytest.raises(QuorumError, match=r"1 of 2 devices can take part, 2 are needed \(b: "):
+    with pytest.raises(QuorumError, match=r"1 of 2 devices .*\(b: "):
         Strategy.start(strict, ToyGrid(node_of(a), node_of(b)), ArrayRecord())
 
 
 # --- what of Flower does not go with it ------------------------------------------------------------------------------
 
 
-def test_noise_that_a_wrapper_puts_on_the_mean_is_refused_for_the_search_would_not_see_it(store: RunStore) -> None:
+def test_noise_that_a_wrapper_adds_to_the_mean_is_rejected(store: RunStore) -> None:
     inner = FedBPT(TASK, short(), store, devices=2)
     strategy = DifferentialPrivacyClientSideFixedClipping(inner, 1.0, 1.0, 2)
-    with pytest.raises(ConfigError, match=r"set settings\.privacy"):
+    with raises(ConfigError, field="arrays"):
         Strategy.start(strategy, ToyGrid(node(0), node(1)), ArrayRecord(), num_rounds=3)
 
 
 @pytest.mark.parametrize("changes", [{"patience": 2}, {"patience": 2, "restarts": 1}])
-def test_flowers_own_loop_refuses_to_end_early(store: RunStore, changes: dict[str, int]) -> None:
+def test_flowers_own_loop_rejects_patience(store: RunStore, changes: dict[str, int]) -> None:
     strategy = FedBPT(TASK, settings(evaluate_every=1, **changes), store, devices=2)
-    with pytest.raises(ConfigError, match=r"FedBPT\.start"):
+    with raises(ConfigError, field="patience"):
         Strategy.start(strategy, ToyGrid(node(0), node(1)), ArrayRecord(), num_rounds=3)
 
 
-def test_a_mod_that_would_put_noise_on_arrays_fails_instead_of_doing_nothing(store: RunStore) -> None:
+def test_a_mod_that_adds_noise_to_arrays_fails(store: RunStore) -> None:
     nodes = [Node(client_app(make_device, [LocalDpMod(1.0, 1.0, 1.0, 1e-5)]), **{"partition-id": i}) for i in (0, 1)]
     with pytest.raises(QuorumError, match="LocalDpMod"):
         FedBPT(TASK, short(), store, devices=2, find_s=5.0).start(ToyGrid(*nodes))
 
 
-def test_a_private_run_puts_its_noise_on_the_devices_and_tells_what_it_spends(store: RunStore) -> None:
+def test_a_private_run_adds_noise_on_devices_and_reports_epsilon(store: RunStore) -> None:
     asked = short(privacy=PrivacySpec(clip=0.3, noise_multiplier=2.0, delta=1e-5))
     strategy = FedBPT(TASK, asked, store, devices=2)
     strategy.start(ToyGrid(node(0), node(1)))

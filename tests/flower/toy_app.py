@@ -21,14 +21,14 @@ from tests.support.toy_task import TASK, rows
 
 
 def settings(**changes: Any) -> RunSettings:
-    """Selection, calibration, search and readout: all that a run can have."""
+    """Settings with all stages: selection, calibration, search and readout."""
     objective = ObjectiveSpec(readout_words=4, batch_size=4)
     asked = {"rounds": 3, "objective": objective, "calibrate": True, "quorum": 1.0, "stragglers": 0.0, "iterations": 2}
     return toy_settings(**{**asked, "deadline_s": 300.0, **changes})
 
 
 def short(**changes: Any) -> RunSettings:
-    """Selection and search: few messages, where each takes long."""
+    """Settings with few messages, because each takes long: selection and search."""
     return settings(**{"calibrate": False, "objective": ObjectiveSpec(readout_words=0, batch_size=4), **changes})
 
 
@@ -38,7 +38,7 @@ def device(number: int, state: DeviceState | None = None) -> Device:
 
 
 def make_device(context: Context, state: DeviceState) -> Device:
-    """The device of a node, by its place in Flower's simulation."""
+    """The device of a node, by its number in Flower's simulation."""
     return device(int(str(context.node_config["partition-id"])), state)
 
 

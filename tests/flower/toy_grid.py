@@ -1,6 +1,6 @@
 """A Flower `Grid` of nodes in this process: real messages and ClientApps, no SuperLink.
 
-A node works on one message at a time, as a SuperNode does, and keeps its context until it is stopped.
+As a SuperNode, a node processes one message at a time, and keeps its context until it is stopped.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NUMBERS = itertools.count(1)
 
 
 class Node:
-    """A SuperNode with an app; its id is new each time."""
+    """A SuperNode with an app and a new id."""
 
     def __init__(self, app: ClientApp, **config: Any) -> None:
         self.id = next(_NUMBERS)
@@ -41,7 +41,7 @@ class Node:
         self._inbox.put((message, answered))
 
     def stop(self) -> None:
-        """As by SIGKILL: nothing is answered any more."""
+        """Stop as by SIGKILL, without any further reply."""
         self.online = False
         self._inbox.put(None)
 
@@ -58,7 +58,7 @@ class Node:
 
 
 class ToyGrid(Grid):
-    """``failing``: raised by the next call, as where a SuperLink is away. ``pushed``: messages of each call."""
+    """``failing``: raised by the next call, as if the SuperLink were down. ``pushed``: messages per call."""
 
     def __init__(self, *nodes: Node) -> None:
         TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
@@ -128,7 +128,7 @@ class ToyGrid(Grid):
 
 
 def node_of(device: Any, **config: Any) -> Node:
-    """A node whose device is this one, whatever it remembers."""
+    """A node with this device."""
 
     def make(_context: Context, state: DeviceState) -> Any:
         if not isinstance(device, FakeDevice):

@@ -127,7 +127,7 @@ def test_a_device_that_vanishes_is_in_the_log_and_the_stream_of_a_stopped_run_en
     assert "DeviceLost" in kinds
     lost = [e for e in (codec.decode_json(line, Entry).event for line in site.log()) if isinstance(e, DeviceLost)]
     assert lost[0].device == "b"
-    assert err.splitlines()[-1].startswith("fedbpt: stopped; to go on from there: fedbpt tune run.toml --log log.jsonl")
+    assert err.splitlines()[-1].startswith("fedbpt: stopped; to resume: fedbpt tune run.toml --log log.jsonl")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")

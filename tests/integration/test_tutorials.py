@@ -32,7 +32,7 @@ NOT_RUN: Final = {
     "fedbpt bench": "measures the machine for a minute; tests.native.test_bench tests it",
 }
 
-READY: Final = {"device": r"serves on http", "serve": r"serves .* at http", "dashboard": r"at http"}
+READY: Final = {"device": r"serves on http", "serve": r"at http", "dashboard": r"at http"}
 """Commands that go on until they are stopped, each with what it says when it is ready."""
 
 ENOUGH_S: Final = 600.0

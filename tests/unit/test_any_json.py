@@ -26,7 +26,7 @@ from fedbpt.protocol import codec
 from fedbpt.protocol.questions import Question
 from fedbpt.protocol.rounds import EvaluateRequest, RoundPlan
 from fedbpt.runs.run_file import load_config
-from fedbpt.serving.answers import served_models
+from fedbpt.serving.models import served_models
 from fedbpt.serving.server import ModelServer
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, rows

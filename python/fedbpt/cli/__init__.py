@@ -1,4 +1,4 @@
-"""The command line: ``fedbpt COMMAND``. One command a file; errors are one line and an exit code."""
+"""The command line: ``fedbpt COMMAND``. One file per command; an error is one line and an exit code."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ COMMANDS = (
     *("demo", "device", "tune", "evaluate", "chat", "serve", "export", "import"),
     *("bench", "models", "tasks", "runs", "dashboard", "devices", "certs"),
 )
-"""Each a module of `fedbpt.cli`: with a function of its name, or, for a group, with an ``app``.
+"""Modules of `fedbpt.cli`. Each defines a function of the same name or, for a command group, ``app``.
 
-Names that Python keeps to itself end in ``_`` there.
+Names that are Python keywords end in ``_`` there.
 """
 
 INTERRUPTED = 130
-_COMPLETES = "_FEDBPT_COMPLETE"
-_RESUMED = (["demo"], ["tune"], ["models", "pull"])  # the commands that go on where they were stopped
+_COMPLETION_VARIABLE = "_FEDBPT_COMPLETE"
+_RESUMABLE = (["demo"], ["tune"], ["models", "pull"])
 
-# typer brings its own copy of click in some versions and uses the installed one in others: this is whichever it uses.
+# Some versions of typer vendor click, others use the installed one: take the classes from whichever it uses.
 _UsageError: Any = typer.BadParameter.__mro__[1]
 _ClickException: Any = typer.BadParameter.__mro__[2]
 
@@ -60,17 +60,17 @@ def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Options before the command."""
-    del version, debug  # the one is done by its callback, the other by main, which outlives the command
+    del version, debug  # handled by its callback and by `main`
     help_without_command(context)
 
 
 def make_app(wanted: str | None = None) -> typer.Typer:
-    """The command line with the one command ``wanted``: a device holds no more than it needs. None, or unknown: all."""
+    """Build the command line with only the command ``wanted``, to save memory; with all if it is None or unknown."""
     app = typer.Typer(
         name="fedbpt",
         help="Federated black-box prompt tuning: adapt an LLM across devices that keep their data.\n\n"
         "Example: fedbpt demo",
-        context_settings={"help_option_names": ["-h", "--help"]},  # of the commands, too
+        context_settings={"help_option_names": ["-h", "--help"]},  # inherited by the commands
         pretty_exceptions_enable=False,
     )
     app.callback(invoke_without_command=True)(options)
@@ -85,62 +85,62 @@ def make_app(wanted: str | None = None) -> typer.Typer:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The ``fedbpt`` program. Exit codes: 0 done, 1 it failed, 2 the command was wrong, 130 interrupted."""
+    """Run the ``fedbpt`` program. Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted."""
     repair_streams()
-    if _COMPLETES in os.environ:
+    if _COMPLETION_VARIABLE in os.environ:
         _complete()
     given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given  # wherever it stands
-    given = _with_address([word for word in given if word != "--debug"])
+    debug = "--debug" in given  # accepted in any position
+    given = _with_default_address([word for word in given if word != "--debug"])
     code = 0
-    warnings.filterwarnings("ignore", category=ModelWarning)  # commands print a model's notes
-    if logging.lastResort is not None:  # what writes records to the terminal
+    warnings.filterwarnings("ignore", category=ModelWarning)  # commands print a model's notes themselves
+    if logging.lastResort is not None:  # the handler that writes log records to the terminal
         logging.lastResort.setFormatter(PlainFormatter())
     try:
         with _terminated_as_interrupted():
             _run(given)
-            sys.stdout.flush()  # here a full disk or a broken pipe can still be told
+            sys.stdout.flush()  # so that a full disk or a broken pipe is reported below
     except typer.Exit as done:
         code = done.exit_code
     except (KeyboardInterrupt, typer.Abort, RunStopped) as stop:
-        echo(f"fedbpt: {_stopped(given, begun=isinstance(stop, RunStopped))}", err=True)
+        echo(f"fedbpt: {_stop_message(given, committed=isinstance(stop, RunStopped))}", err=True)
         code = INTERRUPTED
     except _ClickException as error:
-        echo(f"fedbpt: {_usage(error)}", err=True)
+        echo(f"fedbpt: {_usage_message(error)}", err=True)
         code = error.exit_code
-    except BrokenPipeError:  # who reads the output has seen enough: nobody is left to tell
+    except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except Exception as error:
         if debug:
             sys.excepthook = _show_traceback
             raise
-        echo(f"fedbpt: {_one_line(error)}", err=True)
+        echo(f"fedbpt: {_error_message(error)}", err=True)
         code = error.exit_code if isinstance(error, FedbptError) else 1
     sys.exit(code)
 
 
 def _complete() -> None:
-    """Answer the shell that wants the rest of a command, as ``fedbpt --install-completion`` has told it to ask."""
+    """Print shell completions, as the script installed by ``fedbpt --install-completion`` requests, and exit."""
     typed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS", "")
     command = typer.main.get_command(make_app(next(iter(typed.split()[1:]), None)))
     command.main(args=[], prog_name="fedbpt")  # this exits
 
 
 def _run(given: Sequence[str]) -> None:
-    # Not by calling the app: what that makes of Ctrl-C differs between versions of typer.
+    # Do not call the app itself: versions of typer differ in how it handles Ctrl-C.
     wanted = next((word for word in given if not word.startswith("-")), None)
     command = typer.main.get_command(make_app(wanted))
     with command.make_context("fedbpt", list(given)) as context:
         command.invoke(context)
 
 
-def _with_address(given: Sequence[str]) -> list[str]:
-    """``--dashboard`` may stand without its HOST:PORT; typer knows no option whose value may be left out."""
+def _with_default_address(given: Sequence[str]) -> list[str]:
+    """Add the default HOST:PORT to a ``--dashboard`` without one: typer has no options with an optional value."""
     words = []
-    for word, after in pairwise([*given, ""]):
-        alone = word == "--dashboard" and not re.fullmatch(r"\S+:\d+", after)
-        words.append(f"{word}={DEFAULT_ADDRESS}" if alone else word)
+    for word, following in pairwise([*given, ""]):
+        is_bare = word == "--dashboard" and not re.fullmatch(r"\S+:\d+", following)
+        words.append(f"{word}={DEFAULT_ADDRESS}" if is_bare else word)
     return words
 
 
@@ -148,38 +148,42 @@ def _show_traceback(kind: type[BaseException], error: BaseException, trace: Trac
     echo("".join(traceback.format_exception(kind, error, trace)).rstrip(), err=True)
 
 
-def _stopped(given: Sequence[str], begun: bool) -> str:
-    """What to say; ``begun``: a run has taken the place of the one that was to be forgotten."""
-    if not any(list(given[: len(command)]) == command for command in _RESUMED):
+def _stop_message(given: Sequence[str], committed: bool) -> str:
+    """The message after an interruption, with the command that resumes.
+
+    ``committed``: the new run has rounds in the store, so the command must not repeat ``--fresh``.
+    """
+    if not any(list(given[: len(command)]) == command for command in _RESUMABLE):
         return "stopped"
-    again = shlex.join(word for word in given if not (begun and word == "--fresh"))
-    return f"stopped; to go on from there: fedbpt {again}"
+    again = shlex.join(word for word in given if not (committed and word == "--fresh"))
+    return f"stopped; to resume: fedbpt {again}"
 
 
-def _usage(error: Any) -> str:
-    message = " ".join(str(error.format_message()).split()).replace("Value error, ", "")  # as some typers say
+def _usage_message(error: Any) -> str:
+    # Some versions of typer prefix messages with "Value error".
+    message = " ".join(str(error.format_message()).split()).replace("Value error, ", "")
     context = error.ctx if isinstance(error, _UsageError) else None
     return message if context is None else f"{message.rstrip('.')}: see `{context.command_path} --help`"
 
 
-def _one_line(error: Exception) -> str:
+def _error_message(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and not isinstance(error, FedbptError):
-        if error.strerror.startswith("No usable temporary directory"):  # as `tempfile` says
-            return "there is no folder for temporary files: set TMPDIR to one that can be written"
+        if error.strerror.startswith("No usable temporary directory"):  # from `tempfile`
+            return "no writable folder for temporary files: set TMPDIR to one"
         return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     text = " ".join(str(error).split())
-    if isinstance(error, RuntimeError) and "home directory" in text:  # as `pathlib` says, to a library of ours
+    if isinstance(error, RuntimeError) and "home directory" in text:  # from `pathlib`
         return "this user has no home folder: set HOME to one"
     if isinstance(error, FedbptError):
         return text
-    return f"unexpected {type(error).__name__}: {text} (a fault of fedbpt: --debug shows where)"
+    return f"unexpected {type(error).__name__}: {text} (a bug in fedbpt: --debug shows the traceback)"
 
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM ends a command as Ctrl-C does: its devices are told, its child processes ended.
+    """Handle SIGTERM like Ctrl-C, so that devices are notified and child processes ended.
 
-    Also in the background of a shell script, where processes start with SIGINT ignored.
+    Also works in background jobs of a shell script, which start with SIGINT ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""``fedbpt bench``: how fast this machine is with a model."""
+"""``fedbpt bench``: measure this machine with a model."""
 
 from __future__ import annotations
 
@@ -28,10 +28,12 @@ def bench(
     model: Annotated[
         str, typer.Option("--model", "-m", help="A name from `fedbpt models list`, or a .gguf file.")
     ] = "smollm2-135m",
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer calls, and not by threads: some 10 seconds.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer calls, and no comparison of thread counts: about 10 seconds.")
+    ] = False,
     compared: Annotated[
         tuple[Path, Path] | None,
-        typer.Option("--compare", help="Measure nothing: compare two files that --json printed.", metavar="A B"),
+        typer.Option("--compare", help="Compare two outputs of --json instead of measuring.", metavar="A B"),
     ] = None,
     threads: Threads = None,
     gpu_layers: GpuLayers = 0,
@@ -39,9 +41,9 @@ def bench(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure this machine with a model: speed, memory, and energy where the system tells. Some 40 seconds.
+    """Measure this machine with a model: speed, memory, and energy where available. Takes about 40 seconds.
 
-    Without --threads it first finds how many are fastest, and measures with those.
+    Without --threads, it finds the fastest number of threads first.
 
     Example: fedbpt bench --model smollm2-135m --json > here.json
     """
@@ -55,15 +57,15 @@ def bench(
     console = PlainConsole(stderr=True, quiet=not shown)
     with console.status("") as status:
 
-        def say(part: str) -> None:
+        def show(part: str) -> None:
             status.update(Text(f"measuring: {part}"))
 
         by_threads: tuple[ThreadRate, ...] = ()
         if threads is None and not quick and not gpu_layers:
-            by_threads = measure_threads(lambda n_threads: load_model(model, n_threads=n_threads), on_part=say)
+            by_threads = measure_threads(lambda n_threads: load_model(model, n_threads=n_threads), on_part=show)
             threads = best_threads(by_threads)
         scorer = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers, gpu=gpu)
-        found = measure(scorer, quick=quick, threads=by_threads, on_part=say)
+        found = measure(scorer, quick=quick, threads=by_threads, on_part=show)
     found = msgspec.structs.replace(found, projection=project(found, tasks.load("ag-news")))
     if as_json:
         echo(msgspec.json.encode(found).decode())
@@ -93,30 +95,30 @@ def _print(found: Measurement) -> None:
     console.print(table)
     if found.threads:
         rates = ", ".join(f"{rate.n_threads}: {rate.tokens_per_second:,.0f}" for rate in found.threads)
-        _line(console, f"tokens/s by threads: {rates}; most with {found.best_threads}")
+        _line(console, f"tokens/s by threads: {rates}; fastest with {found.best_threads}")
     memory = ", ".join(f"{name.replace('_', ' ')} {human_bytes(size)}" for name, size in found.memory_bytes.items())
     _line(console, f"memory: {memory}")
     _line(console, f"energy: {found.energy_source or found.energy_note}")
     _line(console, f"heat: {_heat(found.heat_before)} before, {_heat(found.heat_after)} after")
     kernels = ", ".join(f"{name} {flops / 1e9:,.0f}" for name, flops in found.kernel_flops_per_second.items())
-    own = (
-        "" if found.weights_flops_per_second is None else f", this model's {found.weights_flops_per_second / 1e9:,.0f}"
-    )
-    _line(console, f"matrix kernels, GFLOP/s a thread: {kernels}; fastest {found.best_format}{own}")
+    own = ""
+    if found.weights_flops_per_second is not None:
+        own = f", this model's {found.weights_flops_per_second / 1e9:,.0f}"
+    _line(console, f"matrix kernels, GFLOP/s per thread: {kernels}; fastest {found.best_format}{own}")
     if found.projection is not None:
         run = found.projection
         _line(
             console,
             f"projected: {run.evaluations} evaluations on {run.rows} rows of {run.task} ({run.tokens:,} tokens), "
-            f"the default run on this machine alone: at most {run.seconds / 60:,.1f} min",
+            f"the default run on this machine: at most {run.seconds / 60:,.1f} min",
         )
 
 
 def _compare(paths: tuple[Path, Path], as_json: bool) -> None:
     found = compare(*map(read_measurement, paths))
     if as_json:
-        answer = {"figures": found.figures, "ratios": found.ratios(), "notes": found.notes}
-        echo(msgspec.json.encode(answer).decode())
+        comparison = {"figures": found.figures, "ratios": found.ratios(), "notes": found.notes}
+        echo(msgspec.json.encode(comparison).decode())
         return
     console = PlainConsole()
     table = Table(box=None)
@@ -144,4 +146,4 @@ def _work(rate: Rate) -> str:
 
 def _heat(heat: Heat) -> str:
     celsius = "temperature unknown" if heat.celsius is None else f"{heat.celsius:.0f} °C"
-    return f"{celsius} (slowed down)" if heat.limited else celsius
+    return f"{celsius} (throttled)" if heat.limited else celsius

@@ -1,4 +1,4 @@
-"""``fedbpt certs``: a certificate authority of one's own."""
+"""``fedbpt certs``: a private certificate authority."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from fedbpt.plain_text import echo
 
 app = typer.Typer(
     name="certs",
-    help="Certificates of one's own, for TLS.\n\nExample: fedbpt certs init --host coordinator.lan",
+    help="Make a private CA and certificates for TLS.\n\nExample: fedbpt certs init --host coordinator.lan",
 )
 app.callback(invoke_without_command=True)(help_without_command)
 
-Folder = Annotated[Path, typer.Option("--dir", help="Where certificates and keys lie.")]
-Hosts = Annotated[list[str] | None, typer.Option("--host", help="A name or address it is reached by; repeatable.")]
+Folder = Annotated[Path, typer.Option("--dir", help="The folder of certificates and keys.")]
+Hosts = Annotated[
+    list[str] | None, typer.Option("--host", help="A host name or IP address of the machine; repeatable.")
+]
 DEFAULT_FOLDER = Path("certs")
 
 
@@ -27,11 +29,11 @@ DEFAULT_FOLDER = Path("certs")
 def init_command(
     folder: Folder = DEFAULT_FOLDER, host: Hosts = None, as_json: AsJson = False, quiet: Quiet = False
 ) -> None:
-    """Make a CA and the coordinator's certificate. Keep ca.key here; ca.pem is for every device, and no secret.
+    """Make a CA and the coordinator's certificate. Keep ca.key on this machine; copy ca.pem to every device.
 
     Example: fedbpt certs init --host coordinator.lan --host 192.168.1.10
     """
-    from fedbpt.net import certs  # it needs an extra
+    from fedbpt.net import certs  # needs an optional dependency
 
     own = [name for name in (socket.gethostname(),) if certs.is_host(name)]
     hosts = dict.fromkeys(["localhost", "127.0.0.1", "::1", *own, *(host or [])])
@@ -47,7 +49,7 @@ def issue_command(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Make a device's certificate: to be called over TLS, or to show when it calls (--client-certs).
+    """Make a device's certificate, for serving over TLS or as client certificate when it calls (--client-certs).
 
     Example: fedbpt certs issue pi5 --host pi5.lan
     """

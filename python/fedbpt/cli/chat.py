@@ -14,11 +14,11 @@ from rich.text import Text
 
 from fedbpt import tasks
 from fedbpt.checking import utf8
-from fedbpt.cli.answers import print_probabilities, print_texts
 from fedbpt.cli.evaluate import model_of
 from fedbpt.cli.hint import print_hint
 from fedbpt.cli.options import AsJson, Ca, GpuLayers, GpuName, Quiet, Threads, chosen_task
-from fedbpt.cli.remote import AskedDevice
+from fedbpt.cli.remote import RemoteSideBySide
+from fedbpt.cli.replies import print_probabilities, print_texts
 from fedbpt.coordinator.clients import HttpClient
 from fedbpt.display.plain_console import PlainConsole
 from fedbpt.engine.native_scorer import load_model
@@ -41,17 +41,21 @@ OwnTask = Annotated[
     str | None, typer.Option("--task", "-t", help="Task name or file. Default: the one in the prompt file.")
 ]
 Data = Annotated[Path | None, typer.Option("--data", "-d", help="Held-out rows to choose questions from.")]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="The longest answer, in tokens.")]
-Temperature = Annotated[float, typer.Option("--temperature", min=0, help="0: always the likeliest token.")]
-TopP = Annotated[float, typer.Option("--top-p", help="Only from the likeliest tokens of so much probability.")]
-Seed = Annotated[int | None, typer.Option("--seed", min=0, help="For the same answers again, with a temperature.")]
-Stop = Annotated[list[str] | None, typer.Option("--stop", help="Ends an answer; as often as needed.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Maximum length of a reply, in tokens.")]
+Temperature = Annotated[
+    float, typer.Option("--temperature", min=0, help="Sampling temperature; 0: always the likeliest token.")
+]
+TopP = Annotated[
+    float, typer.Option("--top-p", help="Sample only from the likeliest tokens up to this total probability.")
+]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of sampling, to get the same replies again.")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="Text that ends a reply; repeatable.")]
 Device = Annotated[
     str | None,
     typer.Option("--device", help="Ask the device at this address (`fedbpt device`) instead of this machine."),
 ]
-TokenFile = Annotated[Path | None, typer.Option("--token-file", help="The token that the device asks for.")]
-Questions = Annotated[int, typer.Option("--questions", min=1, help="How many rows of --data to offer.")]
+TokenFile = Annotated[Path | None, typer.Option("--token-file", help="File with the token that the device requires.")]
+Questions = Annotated[int, typer.Option("--questions", min=1, help="Number of rows of --data to offer.")]
 
 
 def chat(
@@ -74,7 +78,7 @@ def chat(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Ask the tuned and the original model side by side: your own questions, or those of held-out rows.
+    """Ask the tuned and the original model side by side: your own questions, or texts of held-out rows.
 
     Example: fedbpt chat --prompt prompt.safetensors --data test.csv
     """
@@ -86,31 +90,31 @@ def chat(
     pair: Pair
     if device is not None:
         token = None if token_file is None else read_private(token_file).decode(errors="replace").strip()
-        pair = AskedDevice(HttpClient(device, token=token, tls=Tls(ca=ca)), prompt, chosen)
+        pair = RemoteSideBySide(HttpClient(device, token=token, tls=Tls(ca=ca)), prompt, chosen)
     else:
         scorer = load_model(model or model_of(prompt), n_threads=threads, n_gpu_layers=gpu_layers, gpu=gpu)
         pair = SideBySide(scorer, prompt, chosen)
         print_hint(scorer, shown=not (quiet or as_json))
     console = PlainConsole()
-    talks = sys.stdin.isatty() and not as_json
-    if talks and not quiet:
+    interactive = sys.stdin.isatty() and not as_json
+    if interactive and not quiet:
         _introduce(console, pair.name, prompt.task_name, offered)
-    for text, label in _asked(offered, talks):
+    for text, label in _read_questions(offered, interactive):
         try:
             utf8(text, "the question")
-            _answer(console, pair, text, label, how, max_tokens, tuple(stop or ()), as_json)
+            _print_reply(console, pair, text, label, how, max_tokens, tuple(stop or ()), as_json)
         except KeyboardInterrupt:
-            if not talks:
+            if not interactive:
                 raise
-            console.print("stopped; Ctrl-D ends")
+            console.print("stopped; Ctrl-D quits")
         except (InputError, DeviceError, WireError) as error:
-            if not talks:
+            if not interactive:
                 raise
             console.print(f"fedbpt: {error}", highlight=False)
 
 
 class Pair(Protocol):
-    """Both models: of this machine (`SideBySide`), or of a device."""
+    """Both models, on this machine (`SideBySide`) or on a device (`RemoteSideBySide`)."""
 
     name: str
     labels: tuple[str, ...]
@@ -126,32 +130,32 @@ class Pair(Protocol):
 
 
 class Pieces(Iterator[tuple[Side, str]], Protocol):
-    """Of both answers, as they come."""
+    """Pieces of both replies, as they are generated."""
 
     def close(self) -> None: ...
 
 
 def _offered(task: tasks.Task, data: Path, n: int) -> list[Row]:
-    """``n`` rows of the file, at random and always the same."""
+    """``n`` rows of the file, chosen at random with a fixed seed."""
     rows = tasks.read_task_rows(task, data)
     chosen = generator(0, "questions").permutation(len(rows))[:n]
     return [rows[i] for i in sorted(chosen)]
 
 
 def _introduce(console: PlainConsole, model: str, task: str, offered: Sequence[Row]) -> None:
-    console.print(f"{model}, as it is and tuned for {task}")
+    console.print(f"{model}: original, and tuned for {task}")
     for number, (text, _) in enumerate(offered, start=1):
         line = Text.assemble("  ", (f"{number}", "bold"), f"  {one_line(text)}")
         console.print(line, overflow="ellipsis", no_wrap=True)
-    either = "a number or your own text" if offered else "your text"
-    console.print(f"Type {either}; Ctrl-D ends.")
+    what = "a number or your own text" if offered else "your text"
+    console.print(f"Type {what}; Ctrl-D quits.")
 
 
-def _asked(offered: Sequence[Row], talks: bool) -> Iterator[tuple[str, int | str | None]]:
-    """Texts, each with the label or target that its row has; None: not known."""
+def _read_questions(offered: Sequence[Row], interactive: bool) -> Iterator[tuple[str, int | str | None]]:
+    """Yield texts from standard input, each with its row's label or target; None: unknown."""
     while True:
         try:
-            line = input("> ") if talks else input()
+            line = input("> ") if interactive else input()
         except EOFError:
             return
         word = line.strip()
@@ -161,7 +165,7 @@ def _asked(offered: Sequence[Row], talks: bool) -> Iterator[tuple[str, int | str
             yield word, None
 
 
-def _answer(
+def _print_reply(
     console: PlainConsole,
     pair: Pair,
     text: str,
@@ -175,7 +179,8 @@ def _answer(
     if pair.classifies:
         found = pair.classify(text)
         if as_json:
-            original, tuned = (dict(zip(pair.labels, of_side, strict=True)) for of_side in found)
+            original = dict(zip(pair.labels, found.original, strict=True))
+            tuned = dict(zip(pair.labels, found.tuned, strict=True))
             _print_json({"text": text, "label": name, "original": original, "tuned": tuned})
         else:
             print_probabilities(console, pair.labels, found, name)
@@ -184,10 +189,10 @@ def _answer(
         if not as_json:
             print_texts(console, pieces)
             return
-        said = dict.fromkeys(SIDES, "")
+        replies = dict.fromkeys(SIDES, "")
         for side, piece in pieces:
-            said[side] += piece
-    _print_json({"text": text, "target": name, "original": said["original"], "tuned": said["tuned"]})
+            replies[side] += piece
+    _print_json({"text": text, "target": name, "original": replies["original"], "tuned": replies["tuned"]})
 
 
 def _print_json(value: dict[str, object]) -> None:

@@ -1,4 +1,4 @@
-"""What a device proves itself with: the token that it calls in with, and the one that it asks of its callers."""
+"""A device's tokens: the one with which it calls in, and the one that it requires from its callers."""
 
 from __future__ import annotations
 
@@ -29,55 +29,65 @@ def credentials_for(
     allow_insecure: bool,
     tell: Callable[[str], None] = lambda _line: None,
 ) -> Credentials | None:
-    """What to call ``coordinator`` with: kept from before, or got for ``code`` and kept; None: the device is called.
+    """Credentials for calling ``coordinator``, stored or obtained with ``code``; None without a coordinator.
 
-    ``path``: the file that it is kept in; None: the user's own. ``tell``: called with a line where the coordinator is
-    waited for.
+    Args:
+        coordinator: its address; None: the device does not call in.
+        code: an invitation code; None: load stored credentials.
+        path: the file of credentials; None: the user's default.
+        tell: called with a line while waiting for the coordinator.
+
+    Raises:
+        ConfigError: the device is not enrolled, or at another coordinator.
     """
     if coordinator is None:
         if code is not None:
-            raise ConfigError("--enrol needs the coordinator's address: --coordinator https://HOST:PORT")
+            raise ConfigError(
+                "--enrol needs the coordinator's address: --coordinator https://HOST:PORT", field="--enrol"
+            )
         return None
-    from fedbpt.device.agent.calls import (  # with an HTTP client, which a device that is called does without
-        enrol,
-        origin,
-    )
+    # Imported here because it loads an HTTP client, which a device that is called does not need.
+    from fedbpt.device.agent.calls import enrol, origin
 
-    url, path = origin(coordinator, allow_insecure), path or default_credentials()
+    url = origin(coordinator, allow_insecure)
+    path = path or default_credentials()
     if code is not None:
-        used = digest(plain_code(code)).hex()
-        before = _readable(path)
-        if before is not None and (before.coordinator, before.code_digest) == (url, used):
-            return before  # the same command once more: the code is used up, by this device
-        check_private(path)  # before the code is used up
-        made = replace(enrol(url, code, tls=tls, allow_insecure=allow_insecure, tell=tell), code_digest=used)
+        code_digest = digest(plain_code(code)).hex()
+        previous = _load_if_valid(path)
+        if previous is not None and (previous.coordinator, previous.code_digest) == (url, code_digest):
+            return previous  # the command is repeated: this device has used the code already
+        check_private(path)  # fail before the code is used
+        made = replace(enrol(url, code, tls=tls, allow_insecure=allow_insecure, tell=tell), code_digest=code_digest)
         made.save(path)
         return made
     if not path.exists():
         raise ConfigError(
-            f"this device is not enrolled ({path} is absent): get a code there by `fedbpt devices invite NAME`,"
-            " and give it with --enrol CODE"
+            f"this device is not enrolled ({path} does not exist): run `fedbpt devices invite NAME` on the coordinator"
+            " and give its code with --enrol CODE",
+            field="--enrol",
         )
-    kept = Credentials.load(path)
-    if kept.coordinator != url:
+    stored = Credentials.load(path)
+    if stored.coordinator != url:
         raise ConfigError(
-            f"the token in {path} is for {kept.coordinator}, not {url}: enrol there (--enrol CODE, --credentials FILE)"
+            f"the token in {path} is for {stored.coordinator}, not {url}: enrol there (--enrol CODE,"
+            " --credentials FILE)",
+            field="--credentials",
         )
-    return kept
+    return stored
 
 
-def _readable(path: Path) -> Credentials | None:
+def _load_if_valid(path: Path) -> Credentials | None:
     try:
         return Credentials.load(path)
-    except ConfigError:  # absent or damaged: it is about to be replaced
+    except ConfigError:  # absent or damaged: it will be replaced
         return None
 
 
 def token_in(path: Path) -> str:
-    """The token in ``path``, made if absent: the coordinator needs it too (`fedbpt tune --tokens`)."""
+    """Read the token in ``path``, or create it if absent. The coordinator needs it too (`fedbpt tune --tokens`)."""
     if not path.exists():
         write_private(path, f"{new_token()}\n".encode())
     token = read_private(path).decode(errors="replace").strip()
     if not re.fullmatch(r"[\x21-\x7e]{16,}", token):
-        raise ConfigError(f"{path} holds no token (16 or more ASCII characters): remove it, and one is made")
+        raise ConfigError(f"{path} holds no token (16 or more ASCII characters): delete it to have one created")
     return token

@@ -1,4 +1,4 @@
-"""``fedbpt dashboard``: a stored run in a browser."""
+"""``fedbpt dashboard``: show a stored run in a browser."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import msgspec
 import typer
 
 from fedbpt.cli.credentials import token_in
-from fedbpt.cli.observe import tell_how_to_watch
+from fedbpt.cli.observe import print_watch_link
 from fedbpt.cli.options import AllowInsecure, AsJson, Cert, Key, Questions, Quiet
 from fedbpt.cli.reach import host_and_port
 from fedbpt.cli.runs import DEFAULT_STORE, RunName, Store, TaskFile, open_store, run_task
 from fedbpt.dashboard import DEFAULT_ADDRESS
-from fedbpt.dashboard.comparing import Comparison, comparing, questions_of
+from fedbpt.dashboard.comparison import Comparison, models_of_run, questions_of
 from fedbpt.dashboard.server import DashboardServer
 from fedbpt.engine.native_scorer import load_model
 from fedbpt.net.tls import Tls
@@ -23,17 +23,20 @@ from fedbpt.protocol import codec
 from fedbpt.runs.as_json import task_of_run
 from fedbpt.runs.result import RunResult
 from fedbpt.runs.store import StoredRun
+from fedbpt.side_by_side import SideBySide
 
 
 def dashboard(
     run: RunName,
     store: Store = DEFAULT_STORE,
-    at: Annotated[str, typer.Option("--at", help="HOST:PORT to show it at.")] = DEFAULT_ADDRESS,
+    at: Annotated[str, typer.Option("--at", help="HOST:PORT to serve the dashboard at.")] = DEFAULT_ADDRESS,
     token: Annotated[
-        Path | None, typer.Option("--token-file", help="Ask browsers for the token in this file; made if absent.")
+        Path | None,
+        typer.Option("--token-file", help="Require the token in this file from browsers; created if absent."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="The run's model, to compare with. Default: by its name.")
+        str | None,
+        typer.Option("--model", "-m", help="The run's model, for the compare page. Default: its name in the run."),
     ] = None,
     task: TaskFile = None,
     questions: Questions = None,
@@ -43,7 +46,7 @@ def dashboard(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show a run of a store in the browser: finished, or under way elsewhere. Ctrl-C ends it.
+    """Show a run of a store in the browser, finished or running in another process, until Ctrl-C.
 
     Example: fedbpt dashboard demo --store runs/demo-0/runs.db
     """
@@ -61,8 +64,8 @@ def dashboard(
         if as_json:
             echo(msgspec.json.encode({"ready": {"url": server.link}}).decode())
         elif not quiet:
-            echo(f"run {run} at {server.link}; Ctrl-C ends it", err=True)
-            tell_how_to_watch(server, lambda line: echo(line, err=True))
+            echo(f"run {run} at {server.link}; Ctrl-C stops it", err=True)
+            print_watch_link(server, lambda line: echo(line, err=True))
 
     server.on_ready = announce
     server.run()
@@ -71,9 +74,13 @@ def dashboard(
 def _comparison(
     stored: StoredRun, result: RunResult, model: str | None, task: str | None, questions: Path | None
 ) -> Comparison | None:
-    """The run's prompt beside its model, which is loaded for the first question; None: its task is not known here."""
+    """What the compare page needs; the model is loaded at the first question. None if the run's task is unknown."""
     if task is None and questions is None and task_of_run(stored) is None:
         return None
     known = run_task(stored, task)
     offered = () if questions is None else questions_of(known, questions)
-    return Comparison(lambda: comparing(load_model(model or result.model_name), known, result), known.labels, offered)
+
+    def make() -> SideBySide:
+        return models_of_run(load_model(model or result.model_name), known, result)
+
+    return Comparison(make, known.labels, offered)

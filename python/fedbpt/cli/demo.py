@@ -1,4 +1,4 @@
-"""``fedbpt demo``: the whole path on this machine. Three device processes, a coordinator, real HTTP, real news."""
+"""``fedbpt demo``: a complete run on this machine, with three device processes, HTTP and real news."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from fedbpt.api import make_prompt
 from fedbpt.cli.hint import print_hint
 from fedbpt.cli.models import progress_bar
 from fedbpt.cli.observe import Observers
-from fedbpt.cli.options import AsJson, Dashboard, Quiet, print_json, teller
+from fedbpt.cli.options import AsJson, Dashboard, Quiet, print_json, status_printer
 from fedbpt.cli.reach import host_and_port
 from fedbpt.cli.report import print_result, result_as_json
 from fedbpt.coordinator.clients.http import HttpClient
 from fedbpt.coordinator.federation import Federation
-from fedbpt.dashboard.comparing import Comparison, comparing, questions_of
+from fedbpt.dashboard.comparison import Comparison, models_of_run, questions_of
 from fedbpt.dashboard.examples import Verdict
 from fedbpt.display.console import RunDisplay
 from fedbpt.display.plain_console import PlainConsole
@@ -48,14 +48,16 @@ RUN = "demo"
 TASK = "bbc-news"
 ROWS = {"test": 600, "dev": 150, "train": 320}
 QUICK_ROWS = {"test": 60, "dev": 15, "train": 60}
-SKEW = 0.5  # Dirichlet α of the label shares: most devices lack a label or two
+SKEW = 0.5
+"""Dirichlet α of the label shares: most devices lack a label or two."""
 READY_S = 120.0
+"""How long a device process may take to start, in seconds."""
 EXAMPLES = 2
-"""So many are printed."""
+"""Number of examples to print."""
 
 
 class Example(NamedTuple):
-    """A held-out text that the tuned model gets right and the original does not."""
+    """A held-out text that only the tuned model classifies correctly."""
 
     text: str
     label: str
@@ -63,23 +65,25 @@ class Example(NamedTuple):
 
     @classmethod
     def of(cls, found: Verdict) -> Example:
-        return cls(found.row.text, found.row.answer, found.original)
+        return cls(found.row.text, found.row.expected, found.original)
 
 
 def demo(
     model: Annotated[str, typer.Option("--model", "-m", help="A catalogue name, or a .gguf file.")] = "smollm2-135m",
     devices: Annotated[int, typer.Option(min=1, max=16, help="Device processes.")] = 3,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of tuning; one generation each.")] = 100,
-    quick: Annotated[bool, typer.Option("--quick", help="A tenth of the rows: does it work here?")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the split, the search and everything else random.")] = 0,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where the data, the run and the prompt go.")] = Path("runs"),
+    quick: Annotated[bool, typer.Option("--quick", help="Use a tenth of the rows, to check that it works.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the split, the search and all other randomness.")] = 0,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the data, the run and the prompt.")] = Path(
+        "runs"
+    ),
     dashboard: Dashboard = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Tune a real model on real news over three device processes on this machine, and show what it gained.
+    """Tune a model on BBC News over three device processes on this machine, and show the gain in accuracy.
 
-    Stopped by Ctrl-C, the same command goes on where it stood; after that, it runs anew.
+    After Ctrl-C, the same command resumes the run. Once finished, it starts a new one.
 
     Example: fedbpt demo --rounds 50 --json
     """
@@ -93,67 +97,69 @@ def demo(
     splits = tasks.split_rows(rows, QUICK_ROWS if quick else ROWS, seed)
     folder = out / f"demo-{seed}"
     settings = _settings(task, rounds, seed)
-    asked = {"model": models.fingerprint(path), "devices": devices, "rows": "quick" if quick else "all"}
+    parameters = {"model": models.fingerprint(path), "devices": devices, "rows": "quick" if quick else "all"}
 
     with ExitStack() as stack:
         store = stack.enter_context(RunStore(folder / "runs.db"))
         working = stack.enter_context(ExitStack())
         working.enter_context(store.held(RUN))
-        saved, record = folder / "prompt.safetensors", _Record(folder / "demo.json", asked)
-        fresh = not record.tells_of_interruption()
+        saved = folder / "prompt.safetensors"
+        record = _Record(folder / "demo.json", parameters)
+        fresh = not record.is_interrupted()
         files = _write_data(folder / "data", task, splits, devices, seed)
-        # Public news, and nobody who watches can steer: a network that others hear is no risk.
+        # Unencrypted is acceptable here: the news are public, and the shared link gives no control over the run.
         secret = new_token() if shared else None
         observers = Observers(dashboard=dashboard, dashboard_secret=secret, allow_insecure=shared)
-        tell = teller(not (shown or shared))  # a link with a new token is told in any case
+        tell = status_printer(not (shown or shared))  # a link with a new token is printed even with --quiet
         if shared:
-            tell("the dashboard is shown to this network without encryption: public news, by links with new tokens")
+            tell("the dashboard is served unencrypted on this network; its links carry new tokens")
         watch = stack.enter_context(observers.watching(store.path, RUN, tell))
         with RunDisplay(shown) as display:
             urls = stack.enter_context(_device_processes(path, files, task))
             clients = [HttpClient(url, name) for name, url in urls.items()]
             watch.meet(clients)
 
-            def hear(event: Event) -> None:
-                for listen in (record, display, watch):
-                    listen(event)
+            def on_event(event: Event) -> None:
+                for observer in (record, display, watch):
+                    observer(event)
 
             aggregator = settings.aggregator()
-            federation = Federation(clients, task, settings, aggregator, store, RUN, hear, observers.control, fresh)
+            federation = Federation(clients, task, settings, aggregator, store, RUN, on_event, observers.control, fresh)
             result = federation.run()
 
         scorer = load_model(model)
         make_prompt(scorer, task, result).save(saved)
         record.write(ended=True)
         questions = questions_of(task, files[0]["test"])
-        comparison = Comparison(lambda: comparing(scorer, task, result), task.labels, questions, watch.devices)
+        comparison = Comparison(lambda: models_of_run(scorer, task, result), task.labels, questions, watch.devices)
         watch.compare(comparison)
         examples = islice(comparison.examples.find("gained"), EXAMPLES)
         _report(result, saved, map(Example.of, examples), folder, as_json)
         print_hint(scorer, shown)
         working.close()
-        watch.linger(teller(not shown))
+        watch.wait_for_pages(status_printer(not shown))
 
 
 class _Record:
-    """Remembers what the stored demo was asked for, and whether it ended: one that did not goes on, others run anew."""
+    """A file of the stored demo's parameters and whether it ended, to decide between resuming and starting over."""
 
-    def __init__(self, path: Path, asked: dict[str, Any]) -> None:
+    def __init__(self, path: Path, parameters: dict[str, Any]) -> None:
         self._path = path
-        self._asked = asked
+        self._parameters = parameters
 
-    def tells_of_interruption(self) -> bool:
+    def is_interrupted(self) -> bool:
+        """Whether the stored demo has the same parameters and did not end."""
         return self._path.exists() and self._path.read_text() == self._text(ended=False)
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, RoundClosed):  # from now on this demo's run is the stored one
+        if isinstance(event, RoundClosed):  # from now on the stored run is this demo's
             self.write(ended=False)
 
     def write(self, ended: bool) -> None:
         write_whole({self._path: self._text(ended).encode()})
 
     def _text(self, ended: bool) -> str:
-        return json.dumps({**self._asked, "ended": ended})
+        return json.dumps({**self._parameters, "ended": ended})
 
 
 def _settings(task: Task, rounds: int, seed: int) -> RunSettings:
@@ -172,17 +178,17 @@ def _settings(task: Task, rounds: int, seed: int) -> RunSettings:
 def _write_data(
     folder: Path, task: Task, splits: dict[str, list[Row]], devices: int, seed: int
 ) -> list[dict[str, Path]]:
-    """Each device's files: skewed shares of the training rows, even shares of the held-out ones."""
+    """Write each device's files: label-skewed shares of the training rows, iid shares of the held-out rows."""
     for split, part in splits.items():
         scheme: Any = "dirichlet" if split == "train" else "iid"
-        least = max(1, min(8, len(part) // (2 * devices)))  # rows that even the poorest device has
-        tasks.write_partition(folder / split, part, task.labels, devices, scheme, SKEW, seed, min_rows=least)
+        min_rows = max(1, min(8, len(part) // (2 * devices)))
+        tasks.write_partition(folder / split, part, task.labels, devices, scheme, SKEW, seed, min_rows=min_rows)
     return [{split: folder / split / f"device-{i}.jsonl" for split in splits} for i in range(devices)]
 
 
 @contextmanager
 def _device_processes(model: Path, files: Sequence[dict[str, Path]], task: Task) -> Iterator[dict[str, str]]:
-    """Start one ``fedbpt device`` a share; name → address. They end with the block."""
+    """Run a ``fedbpt device`` for each share within the block. Yields addresses by name."""
     threads = max(1, physical_cores() // len(files))
     processes: dict[str, subprocess.Popen[str]] = {}
     try:
@@ -191,8 +197,8 @@ def _device_processes(model: Path, files: Sequence[dict[str, Path]], task: Task)
             command = [sys.executable, "-m", "fedbpt", "device", "--model", str(model), "--task", task.name, "--json"]
             command += ["--data", str(share["train"]), "--dev", str(share["dev"]), "--test", str(share["test"])]
             command += ["--name", name, "--port", "0", "--threads", str(threads), "--until-eof"]
-            # A session of its own: Ctrl-C is for the coordinator, which then ends its devices. Should it be killed,
-            # their standard input ends, and so do they.
+            # In a new session, because Ctrl-C is for the coordinator, which then ends its devices. If it is killed,
+            # their standard input closes, which ends them.
             processes[name] = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
@@ -214,7 +220,7 @@ def _device_processes(model: Path, files: Sequence[dict[str, Path]], task: Task)
 
 
 def _address(name: str, process: subprocess.Popen[str]) -> str:
-    """Wait for the line in which a device says where it serves."""
+    """Wait for the line in which a device prints its address."""
     timer = threading.Timer(READY_S, process.kill)
     timer.start()
     began = time.monotonic()
@@ -222,7 +228,7 @@ def _address(name: str, process: subprocess.Popen[str]) -> str:
     timer.cancel()
     if not line:
         _, error = process.communicate()
-        reason = (error.strip().splitlines() or [f"no answer in {time.monotonic() - began:.0f} s"])[-1]
+        reason = (error.strip().splitlines() or [f"no output within {time.monotonic() - began:.0f} s"])[-1]
         raise FedbptError(f"{name} did not start: {reason.removeprefix('fedbpt: ')}")
     return str(json.loads(line)["ready"]["url"])
 
@@ -232,10 +238,11 @@ def _report(result: RunResult, saved: Path, examples: Iterable[Example], folder:
         found = {**result_as_json(result, saved), "examples": [example._asdict() for example in examples]}
         print_json(found)
         return
-    print_result(result, saved)  # before the examples, which take a while on a busy machine
+    print_result(result, saved)  # before the examples, which are computed lazily and may take a while
     console = PlainConsole()
     for example in examples:
         console.print(f"\n{example.text}", style="dim", highlight=False)
-        said = (plain(example.original), "red"), "   tuned: ", (plain(example.label), "green"), " (right)"
-        console.print(Text.assemble("  original model: ", *said))
+        original = (plain(example.original), "red")
+        tuned = (plain(example.label), "green")
+        console.print(Text.assemble("  original model: ", original, "   tuned: ", tuned, " (correct)"))
     console.print(f"\nrun: fedbpt runs show demo --store {folder / 'runs.db'}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""``fedbpt device``: this machine's model and data for a coordinator, which calls, or is called."""
+"""``fedbpt device``: take part in runs with this machine's model and data, called by the coordinator or calling it."""
 
 from __future__ import annotations
 
@@ -52,43 +52,48 @@ from fedbpt.tasks import Row, Task, load, read_task_rows
 log = logging.getLogger(__name__)
 
 Coordinator = Annotated[
-    str | None, typer.Option("--coordinator", help="Call in at this address instead of serving: through NAT.")
+    str | None, typer.Option("--coordinator", help="Call in at this address instead of serving; works through NAT.")
 ]
-EnrolCode = Annotated[str | None, typer.Option("--enrol", help="The code of `fedbpt devices invite`; needed once.")]
+EnrolCode = Annotated[
+    str | None, typer.Option("--enrol", help="The code printed by `fedbpt devices invite`; needed once.")
+]
 CredentialsFile = Annotated[
-    Path | None, typer.Option("--credentials", help="Where the token for calling in is kept.", show_default=False)
+    Path | None, typer.Option("--credentials", help="File of the token for calling in.", show_default=False)
 ]
 TokenFile = Annotated[
-    Path | None, typer.Option("--token-file", help="Serve only who sends the token in this file; made if absent.")
+    Path | None, typer.Option("--token-file", help="Require callers to send the token in this file; created if absent.")
 ]
 UntilEof = Annotated[
-    bool, typer.Option("--until-eof", help="Stop when standard input ends: for a program that starts devices.")
+    bool, typer.Option("--until-eof", help="Stop when standard input ends; for programs that start devices.")
 ]
 MaxMemory = Annotated[
-    int | None, typer.Option("--max-memory", min=1, help="MiB that the device may take: less KV is kept then.")
+    int | None, typer.Option("--max-memory", min=1, help="Memory limit in MiB; reduces the KV cache to fit.")
 ]
-PauseOn = Annotated[
-    str, typer.Option("--pause-on", help="Pause on battery, heat or user: any of them, with commas between.")
-]
+PauseOn = Annotated[str, typer.Option("--pause-on", help="When to pause: battery, heat, user, separated by commas.")]
 LoadLate = Annotated[
-    bool, typer.Option("--load-late", help="Load the model at the first work: until then the device is small.")
+    bool, typer.Option("--load-late", help="Load the model when the first work arrives, to save memory until then.")
 ]
 InstallService = Annotated[
-    bool, typer.Option("--install-service", help="Do not serve: write what starts this command with the machine.")
+    bool,
+    typer.Option("--install-service", help="Write a service file that starts this command at boot, and exit."),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Let --install-service replace a file that differs.")]
+Force = Annotated[bool, typer.Option("--force", help="Let --install-service overwrite a different file.")]
 
 
 def device(
     context: typer.Context,
     model: Model,
-    data: Annotated[Path, typer.Option("--data", "-d", help="Rows to tune on: JSONL or CSV. They stay here.")],
+    data: Annotated[
+        Path, typer.Option("--data", "-d", help="Training rows: JSONL or CSV. They never leave this machine.")
+    ],
     task: TaskName,
-    test: Annotated[Path | None, typer.Option(help="Rows that only report the final accuracy.")] = None,
-    dev: Annotated[Path | None, typer.Option(help="Rows that show the accuracy during the run.")] = None,
+    test: Annotated[Path | None, typer.Option(help="Rows for the final accuracy only.")] = None,
+    dev: Annotated[Path | None, typer.Option(help="Rows for the accuracy shown during the run.")] = None,
     host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve on; 0: any free one.")] = 8401,
-    name: Annotated[str | None, typer.Option(help="Its name in every run. Default: the host's; as invited.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Its name in every run. Default: the host name, or the name it was invited by.")
+    ] = None,
     coordinator: Coordinator = None,
     enrol_code: EnrolCode = None,
     credentials: CredentialsFile = None,
@@ -111,19 +116,19 @@ def device(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Give this machine's model and data to a coordinator, until Ctrl-C: called by it, or calling in. The data stay.
+    """Take part in runs with this machine's model and data, which stay here, until Ctrl-C.
 
     Example: fedbpt device --model smollm2-135m --data mine.jsonl --task ag-news --port 8401
     """
-    chosen, rows = _rows(task, data, dev, test)  # before the model: a wrong file is told at once
+    chosen, rows = _rows(task, data, dev, test)  # before the model, to report a wrong file early
     pauses = _pauses(pause_on, shown=not (quiet or as_json))
     if name is not None:
         check_names([name], "device")
     tls = Tls(cert, key, ca, client_certs)
     token = token_in(token_file) if token_file else None
-    able = partial(_kv_bytes, model, kv_budget, max_memory)
-    link = _link(coordinator, enrol_code, credentials, tls, allow_insecure, name, able)
-    kv_bytes = able()
+    compute_kv_bytes = partial(_kv_bytes, model, kv_budget, max_memory)
+    link = _link(coordinator, enrol_code, credentials, tls, allow_insecure, name, compute_kv_bytes)
+    kv_bytes = compute_kv_bytes()
     if install_service:
         _install(context, max_memory, force, as_json)
         return
@@ -136,7 +141,8 @@ def device(
         local.measure_speed()  # for `fedbpt tune --plan`
     if until_eof:
         threading.Thread(target=_stop_at_eof, name="fedbpt-until-eof", daemon=True).start()
-    service, ready = AgentService(local, pause=pauses.reason), _teller(local, len(rows[0]), link, as_json, quiet)
+    service = AgentService(local, pause=pauses.reason)
+    ready = _ready_callback(local, len(rows[0]), link, as_json, quiet)
     if link is None:
         AgentServer(service, host, port, tls=tls, token=token, on_ready=ready, allow_insecure=allow_insecure).run()
     else:
@@ -146,34 +152,39 @@ def device(
 def _link(
     coordinator: str | None,
     code: str | None,
-    kept: Path | None,
+    path: Path | None,
     tls: Tls,
     allow_insecure: bool,
     name: str | None,
     check: Callable[[], object],
 ) -> Credentials | None:
-    """What to call in with; None: the device is called. Raises `ConfigError` where it was invited by another name.
+    """Credentials for calling in; None: the device is called. Raises `ConfigError` if it was invited by another name.
 
-    ``check``: called before a code is used up; raises where the device cannot start.
+    ``check``: called before the one-time code is used; raises if the device cannot start.
     """
     if coordinator is not None and code is not None:
         check()
-    link = credentials_for(coordinator, code, kept, tls, allow_insecure, _tell)
+    link = credentials_for(coordinator, code, path, tls, allow_insecure, _print_status)
     if link is not None and name not in (None, link.device):
-        raise ConfigError(f"this device was invited as {link.device}, its name in every run: leave --name out")
+        raise ConfigError(
+            f"this device was invited as {link.device}, which is its name in every run: omit --name", field="--name"
+        )
     return link
 
 
 def _call_in(
     service: AgentService, link: Credentials, tls: Tls, allow_insecure: bool, ready: Callable[[str], None]
 ) -> None:
-    from fedbpt.device.agent.poller import Poller  # with an HTTP client, which a device that is called does without
+    # Imported here because it loads an HTTP client, which a device that is called does not need.
+    from fedbpt.device.agent.poller import Poller
 
-    Poller(service, link, tls=tls, allow_insecure=allow_insecure, on_ready=ready, tell=_tell).run()
+    Poller(service, link, tls=tls, allow_insecure=allow_insecure, on_ready=ready, tell=_print_status).run()
 
 
-def _teller(local: Device, n_rows: int, link: Credentials | None, as_json: bool, quiet: bool) -> Callable[[str], None]:
-    """What says that the device is ready."""
+def _ready_callback(
+    local: Device, n_rows: int, link: Credentials | None, as_json: bool, quiet: bool
+) -> Callable[[str], None]:
+    """A function of the device's address that reports that the device is ready."""
 
     def ready(url: str) -> None:
         try:
@@ -182,13 +193,13 @@ def _teller(local: Device, n_rows: int, link: Credentials | None, as_json: bool,
             elif not quiet:
                 how = "calls in at" if link else "serves on"
                 echo(f"{local.name} {how} {url} with {local.scorer.name} and {n_rows} rows; Ctrl-C stops it")
-        except OSError as error:  # what it prints to is full or gone: nobody reads it, the work goes on all the same
-            log.warning("cannot say that the device is ready at %s: %s", url, error.strerror or error)
+        except OSError as error:  # standard output is closed or its disk is full: keep working
+            log.warning("cannot print that the device is ready at %s: %s", url, error.strerror or error)
 
     return ready
 
 
-def _tell(line: str) -> None:
+def _print_status(line: str) -> None:
     echo(line, err=True)
 
 
@@ -198,31 +209,31 @@ def _rows(task: str, *files: Path | None) -> tuple[Task, list[list[Row]]]:
 
 
 def _kv_bytes(model: str, kv_budget: int, max_memory: int | None) -> int:
-    """Both in MiB. Raises `ConfigError` where the model takes more than ``max_memory``."""
+    """The KV budget in bytes; arguments are in MiB. Raises `ConfigError` if the model exceeds ``max_memory``."""
     weights = model_size(locate(model))
     wanted = kv_budget * 2**20
     return wanted if max_memory is None else kv_budget_within(max_memory * 2**20, weights, wanted)
 
 
 def _pauses(given: str, shown: bool) -> Pauses:
-    """What ``--pause-on`` says. Raises `ConfigError` for a trigger that there is not."""
-    on = [word.strip() for word in given.split(",") if word.strip()]
-    wrong = [word for word in on if word not in TRIGGERS]
-    if wrong:
-        raise ConfigError(f"--pause-on {wrong[0]}: there are {', '.join(TRIGGERS)}")
+    """Parse ``--pause-on``. Raises `ConfigError` for an unknown trigger."""
+    chosen = [word.strip() for word in given.split(",") if word.strip()]
+    unknown = [word for word in chosen if word not in TRIGGERS]
+    if unknown:
+        raise ConfigError(f"--pause-on {unknown[0]}: expected some of {', '.join(TRIGGERS)}", field="--pause-on")
 
-    def say(reason: str) -> None:
+    def report(reason: str) -> None:
         if shown:
-            echo(f"paused: {reason}" if reason else "goes on", err=True)
+            echo(f"paused: {reason}" if reason else "resumed", err=True)
 
-    pauses = Pauses([trigger for trigger in TRIGGERS if trigger in on], say)
+    pauses = Pauses([trigger for trigger in TRIGGERS if trigger in chosen], report)
     for trigger in pauses.unsupported() if shown else []:
-        echo(f"hint: this system does not tell of {trigger}: the device never pauses on it", err=True)
+        echo(f"hint: this system does not report {trigger}: the device never pauses on it", err=True)
     return pauses
 
 
 def _install(context: typer.Context, max_memory: int | None, force: bool, as_json: bool) -> None:
-    """Write what starts the command that was given, less the options of this."""
+    """Write a service file that runs the given command without the options of installing and enrolling."""
     command = [sys.executable, "-m", "fedbpt", "device"]
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")

@@ -1,4 +1,4 @@
-"""``fedbpt devices``: which devices may call in."""
+"""``fedbpt devices``: the devices that may call in."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedbpt.plain_text import echo
 
 app = typer.Typer(
     name="devices",
-    help="The devices that may call in: invite, list, revoke.\n\nExample: fedbpt devices invite pixel",
+    help="Manage the devices that may call in: invite, list, revoke.\n\nExample: fedbpt devices invite pixel",
 )
 app.callback(invoke_without_command=True)(help_without_command)
 
@@ -28,16 +28,18 @@ DEFAULT_REGISTRY = Path("runs/devices.db")
 @app.command("invite")
 def invite_command(
     name: Name,
-    minutes: Annotated[float, typer.Option(min=1, max=60 * 24, help="How long the code is good.")] = INVITATION_S / 60,
+    minutes: Annotated[
+        float, typer.Option(min=1, max=60 * 24, help="How long the code is valid, in minutes.")
+    ] = INVITATION_S / 60,
     registry: Registry = DEFAULT_REGISTRY,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Print a code by which a device can enrol, once: `fedbpt device --coordinator URL --enrol CODE`.
+    """Print a one-time code with which a device enrols: `fedbpt device --coordinator URL --enrol CODE`.
 
     Example: fedbpt devices invite pixel
     """
-    check_device_name(name)  # before a registry is begun
+    check_device_name(name)  # before the registry is created
     with DeviceRegistry(registry) as opened:
         code = opened.invite(name, minutes * 60)
     if as_json:
@@ -45,12 +47,12 @@ def invite_command(
     elif quiet:
         echo(code)
     else:
-        echo(f"{code} enrols {name}, once, within {minutes:g} minutes, while `fedbpt tune --listen` runs")
+        echo(f"{code} enrols {name} once, within {minutes:g} minutes, while `fedbpt tune --listen` runs")
 
 
 @app.command("list")
 def list_command(registry: Registry = DEFAULT_REGISTRY, as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """List the devices that are invited, enrolled or revoked.
+    """List invited, enrolled and revoked devices.
 
     Example: fedbpt devices list
     """
@@ -72,7 +74,7 @@ def list_command(registry: Registry = DEFAULT_REGISTRY, as_json: AsJson = False,
 def revoke_command(
     name: Name, registry: Registry = DEFAULT_REGISTRY, as_json: AsJson = False, quiet: Quiet = False
 ) -> None:
-    """Refuse a device from its next call on, also in a run under way.
+    """Revoke a device's access, from its next call on, even during a run.
 
     Example: fedbpt devices revoke pixel
     """
@@ -81,10 +83,10 @@ def revoke_command(
     if as_json:
         echo(msgspec.json.encode({"device": name, "state": "revoked"}).decode())
     elif not quiet:
-        echo(f"{name} is revoked; `fedbpt devices invite {name}` lets it in again")
+        echo(f"{name} is revoked; `fedbpt devices invite {name}` re-admits it")
 
 
 def _opened(registry: Path) -> DeviceRegistry:
     if not registry.is_file():
-        raise StoreError(f"there is no device registry {registry}: `fedbpt devices invite NAME` begins one")
+        raise StoreError(f"no device registry at {registry}: run `fedbpt devices invite NAME` to create one")
     return DeviceRegistry(registry)

@@ -1,4 +1,4 @@
-"""``fedbpt evaluate``: a prompt against the model as it is."""
+"""``fedbpt evaluate``: a tuned prompt against the model without it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from fedbpt.tasks import read_task_rows
 
 
 def evaluate(
-    prompt_file: Annotated[Path, typer.Argument(help="A prompt file that fedbpt saved.", show_default=False)],
-    data: Annotated[Path, typer.Option("--data", "-d", help="Rows to report on: JSONL or CSV.")],
+    prompt_file: Annotated[Path, typer.Argument(help="A prompt file written by fedbpt.", show_default=False)],
+    data: Annotated[Path, typer.Option("--data", "-d", help="Rows to evaluate on: JSONL or CSV.")],
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Model name or .gguf file. Default: the one in the prompt file.")
     ] = None,
@@ -37,7 +37,7 @@ def evaluate(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Accuracy, or perplexity, of a tuned prompt and of the model without it, on the same rows and template.
+    """Measure accuracy or perplexity with a tuned prompt and without it, on the same rows and template.
 
     Example: fedbpt evaluate prompt.safetensors --data test.csv
     """
@@ -45,7 +45,9 @@ def evaluate(
     chosen = chosen_task(task, prompt.task, prompt.task_name)
     if chosen.labels != prompt.labels:
         raise ConfigError(
-            f"the prompt is for labels {list(prompt.labels)}, task {chosen.name} has {list(chosen.labels)}"
+            f"the prompt has labels {list(prompt.labels)}, but task {chosen.name} has {list(chosen.labels)}: give its"
+            " own task with --task",
+            field="--task",
         )
     rows = read_task_rows(chosen, data)
     scorer = load_model(model or model_of(prompt), n_threads=threads, n_gpu_layers=gpu_layers, gpu=gpu)
@@ -67,15 +69,18 @@ def evaluate(
         )
     else:
         lines = {name.replace("_", "-"): (r.accuracy, r.interval, r.loss) for name, r in found.items()}
-        console, zero = PlainConsole(), found["zero_shot"]
+        console = PlainConsole()
+        zero = found["zero_shot"]
         print_accuracies(console, f"{prompt.task_name} on {scorer.name}, {len(rows)} rows", lines)
         print_chance(console, Score(n=zero.n, correct=zero.correct, loss_sum=zero.n * zero.loss), len(chosen.labels))
 
 
 def model_of(prompt: Prompt) -> str:
-    """The name of the model that the prompt was tuned for. Raises `ConfigError` where that was a file."""
+    """The name of the model that the prompt was tuned for. Raises `ConfigError` if that was a file."""
     if prompt.model_name not in models.CATALOGUE:
-        raise ConfigError(f"the prompt was made with a model file, {prompt.model_name}: say where it is with --model")
+        raise ConfigError(
+            f"the prompt was tuned with a model file, {prompt.model_name}: give its path with --model", field="--model"
+        )
     return prompt.model_name
 
 

@@ -1,4 +1,4 @@
-"""``fedbpt export``: a prompt file for other programs."""
+"""``fedbpt export``: write a prompt in other programs' formats."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fedbpt.prompts.prompt import Prompt, card_path
 
 
 def export(
-    prompt_file: Annotated[Path, typer.Argument(help="A prompt file that fedbpt saved.", show_default=False)],
-    to: Annotated[Target, typer.Option("--to", help="peft: an adapter's folder; gguf, npy: a file.")],
+    prompt_file: Annotated[Path, typer.Argument(help="A prompt file written by fedbpt.", show_default=False)],
+    to: Annotated[Target, typer.Option("--to", help="Format: peft (an adapter folder), gguf or npy (a file).")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder (peft) or file to write.")],
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="peft: model name or .gguf file. Default: the prompt file's.")
@@ -27,12 +27,12 @@ def export(
         str | None, typer.Option("--task", "-t", help="peft: task name or file. Default: the prompt file's.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option("--base", help="peft: Hugging Face name or folder of the model's weights.")
+        str | None, typer.Option("--base", help="peft: the base model's name at Hugging Face, or its folder.")
     ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a prompt for other programs, with a model card beside it: PEFT, GGUF or NumPy.
+    """Write a prompt and its model card for other programs: PEFT, GGUF or NumPy.
 
     Example: fedbpt export prompt.safetensors --to peft --out adapter
     """

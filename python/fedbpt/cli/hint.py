@@ -1,4 +1,4 @@
-"""Advice on a model that was loaded, for people."""
+"""Advice about a loaded model, on standard error."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from fedbpt.tasks import Task, word_notes
 
 
 def print_hint(scorer: NativeScorer, shown: bool, task: Task | None = None) -> None:
-    """Print the scorer's notes and its hint, and what ``task``'s label words cost it, on standard error.
+    """Print the scorer's notes and hint, and notes on the token cost of ``task``'s label words, to standard error.
 
-    Not ``shown``: nothing is measured either.
+    Without ``shown``, nothing is measured or printed.
     """
     if not shown:
         return

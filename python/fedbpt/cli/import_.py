@@ -1,4 +1,4 @@
-"""``fedbpt import``: an adapter of Hugging Face PEFT as a prompt file."""
+"""``fedbpt import``: convert a Hugging Face PEFT adapter to a prompt file."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def import_(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="The prompt file to write.")],
     task: Annotated[
-        str | None, typer.Option("--task", "-t", help="What it is for: a task name or file. Not for fedbpt's own.")
+        str | None, typer.Option("--task", "-t", help="Its task, a name or file; not for adapters exported by fedbpt.")
     ] = None,
     template: Annotated[int, typer.Option("--template", min=0, help="Which of the task's templates, from 0.")] = 0,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a PEFT prompt-tuning adapter as a prompt file, for `fedbpt evaluate` and the like.
+    """Convert a PEFT prompt-tuning adapter to a prompt file for `fedbpt evaluate` and other commands.
 
     Example: fedbpt import adapter --model smollm2-135m --task ag-news --out prompt.safetensors
     """

@@ -1,4 +1,4 @@
-"""``fedbpt models check``: what holds for a model file."""
+"""``fedbpt models check``: test whether a model file works with fedbpt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedbpt.display.plain_console import PlainConsole
 from fedbpt.model_check import CHECKS, ModelCheck, check_model
 from fedbpt.plain_text import echo
 
-_WORDS = {True: "holds", False: "FAILS", None: "-"}
+_VERDICTS = {True: "ok", False: "FAILED", None: "-"}
 _STYLES = {True: "green", False: "bold red", None: "dim"}
 
 
@@ -27,11 +27,11 @@ def check_command(
     threads: Threads = None,
     gpu_layers: GpuLayers = 0,
     gpu: GpuName = None,
-    timeout: Annotated[int, typer.Option("--timeout", min=1, help="Seconds that it may take.")] = 600,
+    timeout: Annotated[int, typer.Option("--timeout", min=1, help="Time limit in seconds.")] = 600,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Load a model in a process of its own and try what it is used for; exit code 1 where something does not hold.
+    """Test a model file in a separate process: load, score, generate. Exit code 1 if a check fails.
 
     Example: fedbpt models check model.gguf
     """
@@ -72,8 +72,8 @@ def _print(found: ModelCheck) -> None:
         table.add_row("size", f"{facts.n_params / 1e6:,.0f} million parameters, {human_bytes(facts.size)}{files}")
         table.add_row("formats", ", ".join(facts.formats))
         table.add_row("context", f"{facts.n_ctx:,} tokens")
-        table.add_row("vocabulary", f"{facts.n_vocab:,} tokens, embedded in {facts.n_embd:,} numbers")
-        table.add_row("chat template", "yes" if facts.chat else "no: it goes on with texts")
+        table.add_row("vocabulary", f"{facts.n_vocab:,} tokens, embedding size {facts.n_embd:,}")
+        table.add_row("chat template", "yes" if facts.chat else "no: it only continues texts")
         table.add_row("fingerprint", facts.fingerprint)
         for note in facts.notes:
             table.add_row("note", note)
@@ -85,7 +85,7 @@ def _print(found: ModelCheck) -> None:
     table.add_column("found")
     table.add_column("s", justify="right", no_wrap=True)
     for finding in found.findings:
-        verdict = Text(_WORDS[finding.holds], style=_STYLES[finding.holds])
+        verdict = Text(_VERDICTS[finding.holds], style=_STYLES[finding.holds])
         seconds = "" if finding.holds is None else f"{finding.seconds:.1f}"
         table.add_row(CHECKS[finding.name], verdict, finding.detail, seconds)
     console.print(table)

@@ -32,7 +32,7 @@ from fedbpt.plain_text import echo
 
 app = typer.Typer(
     name="models",
-    help="The models on this machine: list, pull, path, rm, check, requantize.\n\n"
+    help="Manage the models on this machine: list, pull, path, rm, check, requantize.\n\n"
     "Example: fedbpt models pull smollm2-135m",
 )
 app.callback(invoke_without_command=True)(help_without_command)
@@ -44,7 +44,7 @@ Name = Annotated[
 
 @app.command("list")
 def list_command(as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """List the catalogue, and which of it is on this machine.
+    """List the catalogue, and which models are on this machine.
 
     Example: fedbpt models list --json
     """
@@ -67,9 +67,9 @@ def list_command(as_json: AsJson = False, quiet: Quiet = False) -> None:
 
 @app.command("pull")
 def pull_command(name: Name, as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Fetch a model and verify its sha256; does nothing where it is here already. Interrupted, it goes on next time.
+    """Download a model and verify its SHA-256, unless it is here already. Resumes an interrupted download.
 
-    A file of a Hugging Face repository is named hf.co/OWNER/REPO:FILE.gguf; of a split model any part will do.
+    Name a file of a Hugging Face repository hf.co/OWNER/REPO:FILE.gguf; for a split model, give any of its parts.
 
     Example: fedbpt models pull smollm2-135m
     """
@@ -83,11 +83,11 @@ def pull_command(name: Name, as_json: AsJson = False, quiet: Quiet = False) -> N
 
 @app.command("path")
 def path_command(name: Name, as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Print where a pulled model's file is.
+    """Print the path of a pulled model's file.
 
     Example: fedbpt models path smollm2-135m
     """
-    del quiet  # the path is the result: there is nothing else to leave out
+    del quiet  # only the result is printed anyway
     path = models.locate(name)
     if as_json:
         echo(json.dumps({"name": name, "path": str(path), "fingerprint": models.fingerprint(path)}))
@@ -97,7 +97,7 @@ def path_command(name: Name, as_json: AsJson = False, quiet: Quiet = False) -> N
 
 @app.command("rm")
 def rm_command(name: Name, as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Remove a model that was pulled, and what a broken pull left. Who uses it now stops with an error.
+    """Remove a pulled model, including partial downloads. Processes that use it fail with an error.
 
     Example: fedbpt models rm gemma3-270m
     """
@@ -122,14 +122,14 @@ def requantize_command(
     ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="The file to write. Default: MODEL.FORMAT.gguf beside the model's."),
+        typer.Option("--out", "-o", help="The file to write. Default: MODEL.FORMAT.gguf in the model's folder."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file to write if it exists.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
     threads: Threads = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a model in another format, one that this CPU is fast at; use it by its path, which is printed.
+    """Convert a model to another format, for example one that is faster on this CPU, and print the new file's path.
 
     Example: fedbpt models requantize smollm2-135m q4_0
     """
@@ -150,7 +150,7 @@ def requantize_command(
     echo(str(written.path))
     if not quiet:
         sizes = f"{human_bytes(written.source_size)} before, {human_bytes(written.size)} now"
-        echo(f"{sizes}; requantising loses some accuracy: `fedbpt evaluate` says how much", err=True)
+        echo(f"{sizes}; requantizing may lose accuracy: measure it with `fedbpt evaluate`", err=True)
 
 
 def _as_json(entry: models.ModelEntry) -> dict[str, object]:
@@ -166,9 +166,9 @@ def _as_json(entry: models.ModelEntry) -> dict[str, object]:
 
 @contextmanager
 def progress_bar(name: str, shown: bool, unit: str = "bytes") -> Iterator[OnProgress | None]:
-    """A progress bar with an ETA on standard error, so that standard output holds only the result.
+    """Show a progress bar with an ETA on standard error within the block; yields the function that updates it.
 
-    It appears with the first step that is not the last: what is on this machine already draws nothing.
+    The bar appears at the first update that is not the last, so that finished work shows none.
     """
     if not shown:
         yield None

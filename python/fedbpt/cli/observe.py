@@ -1,4 +1,4 @@
-"""Who watches a run that ``fedbpt tune`` coordinates: a log file, the monitor for tools, the dashboard for people."""
+"""Observers of a run of ``fedbpt tune``: a log file, the monitor for tools, the dashboard for people."""
 
 from __future__ import annotations
 
@@ -21,57 +21,58 @@ from fedbpt.runs.event_log import Journal, LogFile, Sink
 from fedbpt.runs.events import Event
 
 if TYPE_CHECKING:
-    from fedbpt.dashboard.comparing import Comparison
+    from fedbpt.dashboard.comparison import Comparison
     from fedbpt.dashboard.server import DashboardServer
 
 FAREWELL_S: Final = 1.5
-"""How long open pages may take to show that the run was stopped."""
+"""How long open pages have to show that the run was stopped, in seconds."""
 
-LOOK_S: Final = 0.2
-"""Between two looks whether a page is still open."""
+POLL_S: Final = 0.2
+"""Interval between two checks for open pages, in seconds."""
 
 
 class Watch:
-    """A run's observers, while it lasts: an `fedbpt.runs.events.EventCallback`."""
+    """The active observers of a run: an `fedbpt.runs.events.EventCallback`."""
 
     def __init__(self, journal: Journal, dashboard: DashboardServer | None) -> None:
-        self._journal, self._dashboard = journal, dashboard
+        self._journal = journal
+        self._dashboard = dashboard
         self._clients: Sequence[DeviceClient] = ()
 
     def __call__(self, event: Event) -> None:
         self._journal(event)
 
     def meet(self, clients: Sequence[DeviceClient]) -> None:
-        """These are the run's devices: the dashboard asks them for their pulse."""
+        """Set the run's devices, whose liveness the dashboard shows."""
         self._clients = clients
         if self._dashboard is not None:
             self._dashboard.watch(clients)
 
     @property
     def devices(self) -> list[RemoteDevice]:
-        """Other clients of the run's devices, for the dashboard's event loop."""
+        """Separate clients for the run's devices, for the dashboard's event loop."""
         return [client.twin() for client in self._clients if isinstance(client, RemoteDevice)]
 
     def compare(self, comparison: Comparison) -> None:
-        """The run is finished: visitors of the dashboard may compare what it tuned with the original."""
+        """Open the dashboard's compare page, once the run is finished."""
         if self._dashboard is not None:
             self._dashboard.comparison = comparison
             if self._dashboard.is_watched():
-                comparison.look_for_examples()
+                comparison.start_examples()
 
-    def linger(self, tell: Callable[[str], None]) -> None:
-        """Keep a finished run on the screen until its last page is closed, or Ctrl-C."""
+    def wait_for_pages(self, tell: Callable[[str], None]) -> None:
+        """Keep the dashboard of a finished run running until its last page is closed, or Ctrl-C."""
         if self._dashboard is None or not self._dashboard.is_watched():
             return
-        tell("the dashboard stays until its pages are closed; Ctrl-C ends it now")
+        tell("the dashboard runs until its pages are closed; Ctrl-C stops it now")
         try:
             while self._dashboard.is_watched():
-                time.sleep(LOOK_S)
+                time.sleep(POLL_S)
         except KeyboardInterrupt:
-            return  # the run is finished: nothing is interrupted
+            return  # the run is finished, so no work is interrupted
 
     def stopped(self) -> None:
-        """The run ends without a result."""
+        """Show on open pages that the run ends without a result."""
         if self._dashboard is not None:
             self._dashboard.state.stopped()
             if self._dashboard.n_pages:
@@ -80,8 +81,16 @@ class Watch:
 
 @dataclass(frozen=True)
 class Observers:
-    """``log``: a file for lines of JSON. ``monitor``, ``dashboard``: HOST:PORT; their ``token``: a file with what their
-    readers send. ``control``: what the dashboard steers the run by; ``dashboard_secret``: a token that is in no file.
+    """Settings of the observers.
+
+    Args:
+        log: file to append events to, as lines of JSON.
+        monitor: HOST:PORT of the monitor.
+        token: file of the token that the monitor's clients must send.
+        dashboard: HOST:PORT of the dashboard.
+        dashboard_token: file of the token that browsers must send.
+        control: through which the dashboard pauses and stops the run.
+        dashboard_secret: the dashboard's token if there is no file of it.
     """
 
     log: Path | None = None
@@ -96,13 +105,13 @@ class Observers:
 
     def __post_init__(self) -> None:
         if self.token is not None and self.monitor is None:
-            raise ConfigError("--monitor-token is for the readers of --monitor HOST:PORT: give that, too")
+            raise ConfigError("--monitor-token needs --monitor HOST:PORT: give both", field="--monitor-token")
         if self.dashboard_token is not None and self.dashboard is None:
-            raise ConfigError("--dashboard-token is for the readers of --dashboard HOST:PORT: give that, too")
+            raise ConfigError("--dashboard-token needs --dashboard HOST:PORT: give both", field="--dashboard-token")
 
     @contextmanager
     def watching(self, store: Path, run: str, tell: Callable[[str], None]) -> Iterator[Watch]:
-        """What the run's events are to be told, meanwhile. ``tell``: called with the servers' addresses."""
+        """Run the observers within the block, which passes events to the `Watch`. ``tell``: called with addresses."""
         with ExitStack() as stack:
             sinks: list[Sink] = []
             if self.log is not None:
@@ -119,7 +128,7 @@ class Observers:
             if dashboard is not None:
                 sinks.append(stack.enter_context(dashboard))
                 tell(f"dashboard at {dashboard.link}")
-                tell_how_to_watch(dashboard, tell)
+                print_watch_link(dashboard, tell)
             journal = Journal(*sinks)
             stack.enter_context(journal.hearing_warnings())
             watch = Watch(journal, dashboard)
@@ -141,12 +150,12 @@ class Observers:
         )
 
 
-def tell_how_to_watch(dashboard: DashboardServer, tell: Callable[[str], None]) -> None:
-    """The link for people on other machines, who cannot steer; in a terminal with a QR code of it."""
+def print_watch_link(dashboard: DashboardServer, tell: Callable[[str], None]) -> None:
+    """Print the read-only link for people on other machines, in a terminal with its QR code."""
     link = dashboard.watch_link
     if link is None:
         return
-    tell(f"to watch it from elsewhere, without the controls: {link}")
+    tell(f"read-only link for other machines: {link}")
     if sys.stderr.isatty():
         from fedbpt.dashboard.invitation import qr_lines
 

@@ -1,4 +1,4 @@
-"""Options that several commands share, so that they read and mean the same everywhere."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
@@ -24,39 +24,43 @@ TaskName = Annotated[
     str, typer.Option("--task", "-t", help="A built-in task (ag-news, sst-2, bbc-news) or a task file.")
 ]
 Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="Threads that compute. Default: the physical cores.")
+    int | None, typer.Option("--threads", min=1, help="Number of compute threads. Default: the physical cores.")
 ]
-KvBudget = Annotated[int, typer.Option("--kv-budget", min=0, help="MiB of the texts' KV to keep, for speed.")]
-GpuLayers = Annotated[int, typer.Option("--gpu-layers", help="Layers on the GPU; -1: all. Needs a GPU build.")]
-GpuName = Annotated[str | None, typer.Option("--gpu", help="Which GPU, of several; with --gpu-layers.")]
+KvBudget = Annotated[int, typer.Option("--kv-budget", min=0, help="MiB for cached KV of the texts; more is faster.")]
+GpuLayers = Annotated[
+    int, typer.Option("--gpu-layers", help="Number of layers on the GPU; -1: all. Needs a GPU build.")
+]
+GpuName = Annotated[str | None, typer.Option("--gpu", help="Name of the GPU, if there are several; with --gpu-layers.")]
 Registry = Annotated[Path, typer.Option("--registry", help="The database of devices that may call in.")]
-Ca = Annotated[Path | None, typer.Option("--ca", help="Believe certificates of this CA alone (PEM).")]
-Cert = Annotated[Path | None, typer.Option("--cert", help="Our certificate for TLS (PEM); with --key.")]
+Ca = Annotated[Path | None, typer.Option("--ca", help="Trust only certificates signed by this CA (PEM).")]
+Cert = Annotated[Path | None, typer.Option("--cert", help="This side's TLS certificate (PEM); with --key.")]
 Key = Annotated[Path | None, typer.Option("--key", help="The certificate's private key (PEM).")]
 ClientCerts = Annotated[
-    bool, typer.Option("--client-certs", help="Ask who connects for a certificate of --ca, too (mutual TLS).")
+    bool, typer.Option("--client-certs", help="Require clients to show a certificate signed by --ca (mutual TLS).")
 ]
 AllowInsecure = Annotated[
-    bool, typer.Option("--allow-insecure", help="No encryption beyond loopback: on a network you trust.")
+    bool, typer.Option("--allow-insecure", help="Allow unencrypted connections beyond loopback; on trusted networks.")
 ]
 Questions = Annotated[
-    Path | None, typer.Option("--questions", help="Held-out rows that the dashboard's compare page offers.")
+    Path | None, typer.Option("--questions", help="Held-out rows to offer on the dashboard's compare page.")
 ]
 
 
 Dashboard = Annotated[
     str | None,
-    typer.Option("--dashboard", metavar="[HOST:PORT]", help=f"Show and steer the run in a browser; {DEFAULT_ADDRESS}."),
+    typer.Option(
+        "--dashboard", metavar="[HOST:PORT]", help=f"Show and control the run in a browser, at {DEFAULT_ADDRESS}."
+    ),
 ]
 
 
-def teller(silent: bool) -> Callable[[str], None]:
-    """Tells people a line, beside what a command prints."""
+def status_printer(silent: bool) -> Callable[[str], None]:
+    """A function that prints a line to standard error, or nothing if ``silent``."""
     return lambda line: None if silent else echo(line, err=True)
 
 
 def print_json(value: Any) -> None:
-    """One JSON value on standard output; of a path whose bytes are no UTF-8, they are escaped as Python reads them."""
+    """Print one JSON value to standard output. Bytes of a path that are not UTF-8 are escaped as surrogates."""
     try:
         text = msgspec.json.encode(value).decode()
     except UnicodeEncodeError:
@@ -65,20 +69,21 @@ def print_json(value: Any) -> None:
 
 
 def help_without_command(context: typer.Context) -> None:
-    """Callback of a group of commands: alone, it shows its help."""
+    """Print the help of a command group that is called without a command."""
     if context.invoked_subcommand is None:
         echo(context.get_help())
 
 
-def chosen_task(given: str | None, carried: tasks.Task | None, name: str) -> tasks.Task:
-    """The task of ``--task``, else the one that a prompt file or a run carries.
+def chosen_task(given: str | None, stored: tasks.Task | None, name: str) -> tasks.Task:
+    """The task of ``--task`` or, if not given, the one stored in a prompt file or run.
 
-    Raises `ConfigError` where neither is there: ``name`` is all that earlier versions kept.
+    Raises `ConfigError` if there is neither: earlier versions stored only the task's ``name``.
     """
     if given is not None:
         return tasks.load(given)
-    if carried is None:
+    if stored is None:
         raise ConfigError(
-            f"an earlier version of fedbpt kept the name of task {name} alone: say where its task file is with --task"
+            f"an earlier version of fedbpt stored only the name of task {name}: give its task file with --task",
+            field="--task",
         )
-    return carried
+    return stored

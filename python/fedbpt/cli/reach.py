@@ -1,4 +1,4 @@
-"""The devices of a run: those that are called at an address, and those that call in."""
+"""Clients for the devices of a run: those called at an address, and those that call in."""
 
 from __future__ import annotations
 
@@ -25,21 +25,24 @@ from fedbpt.net.tokens import read_private
 from fedbpt.protocol.names import check_names
 
 RETURN_S: Final = 10.0
-"""How long a run that is resumed waits for all of its devices: after a short break they call within seconds."""
+"""How long a resumed run waits for all of its devices, in seconds: after a short break they call within a few."""
 
 NAME_S: Final = 1.0
-"""How long a device is tried to be asked for its name; later it has the one that its address makes."""
+"""How long to retry asking a device for its name, in seconds, before naming it after its address."""
 
-LOOK_S: Final = 0.2
-"""Pause between two looks at who calls in."""
+POLL_S: Final = 0.2
+"""Interval between two checks of which devices call in, in seconds."""
 
 
 @dataclass(frozen=True)
 class Reach:
-    """``addresses`` are called, with the tokens in the file ``tokens`` (TOML: "address" = "token").
+    """How to reach the devices of a run.
 
-    ``listen``: HOST:PORT where devices call in; None: nowhere. ``expect``: so many are waited for; None: all that are
-    enrolled or invited.
+    Args:
+        addresses: devices to call.
+        tokens: a TOML file of their tokens: "address" = "token".
+        listen: HOST:PORT where devices call in; None: they cannot.
+        expect: number of devices to wait for; None: all that are enrolled or invited.
     """
 
     addresses: Sequence[str]
@@ -54,15 +57,17 @@ class Reach:
     def clients(
         self, known: Mapping[str, str], finished: bool, tell: Callable[[str], None], quorum: float = 1.0
     ) -> Iterator[list[DeviceClient]]:
-        """The devices, sorted by name among those that call in, so that who called first makes no difference.
+        """The devices' clients: first those called, in the given order, then those that call in, sorted by name.
 
-        A device that is called has the name that it calls itself, but for names that two have: these are called by
-        their addresses.
-        ``known``: devices of the run so far, with where they were called (empty: they call in): a device that is called
-        there again keeps its name. Those of them that are enrolled belong to the run, present or not.
-        ``finished``: the run is: nobody will be asked, and nobody is waited for. ``tell``: called with who is there,
-        when that changes. ``quorum``: the share of them that a run needs: one that is resumed waits for the others a
-        moment only, and finds them later.
+        A device that is called has the name that it reports; if two report the same, both are named after their
+        addresses.
+
+        Args:
+            known: the run's devices so far, by name, with their address (empty: they call in). A device at a known
+                address keeps its name; enrolled devices among these belong to the run, present or not.
+            finished: the run is finished, so no device is contacted or waited for.
+            tell: called with a line about the devices present, whenever they change.
+            quorum: the share of devices that a run needs: a resumed run waits only `RETURN_S` for the others.
         """
         called: list[DeviceClient] = [*self._called(known, finished)] if self.addresses else []
         if self.listen is None:
@@ -93,10 +98,10 @@ class Reach:
         names = {each.url: each.name if each.name in known else before.get(each.url, "") for each in by_address}
         unknown = [url for url, name in names.items() if not name]
         if unknown and not finished:
-            asked = [client(url, retry_s=NAME_S) for url in unknown]
-            names |= dict(zip(unknown, asyncio.run(_own_names(asked)), strict=True))
-        taken = Counter([*names.values(), *(name for name, address in known.items() if not address)])
-        return [client(each.url, name=names[each.url] if taken[names[each.url]] == 1 else None) for each in by_address]
+            clients = [client(url, retry_s=NAME_S) for url in unknown]
+            names |= dict(zip(unknown, asyncio.run(_own_names(clients)), strict=True))
+        uses = Counter([*names.values(), *(name for name, address in known.items() if not address)])
+        return [client(each.url, name=names[each.url] if uses[names[each.url]] == 1 else None) for each in by_address]
 
     def _await(
         self,
@@ -106,14 +111,18 @@ class Reach:
         mine: set[str],
         needed: int,
     ) -> list[str]:
-        """The devices that call in, once they are enough: all that are expected, or of a run that has ``mine`` already
-        after a moment at least ``needed``.
+        """Wait for all expected devices, or `RETURN_S` for at least ``needed`` of a resumed run's ``mine``.
+
+        Returns the names of the devices present. Raises `ConfigError` if none is expected.
         """
         expected = self.expect
         if expected is None:
             expected = sum(line.state != "revoked" for line in registry.devices())
             if not expected:
-                raise ConfigError(f"no device may call in: `fedbpt devices invite NAME --registry {self.registry}`")
+                raise ConfigError(
+                    f"no device is invited or enrolled: run `fedbpt devices invite NAME --registry {self.registry}`",
+                    field="--listen",
+                )
         before: list[str] | None = None
         began = time.monotonic()
         while True:
@@ -121,21 +130,21 @@ class Reach:
             if present != before:
                 before = present
                 names = ", ".join(present) or "none yet"
-                tell(f"{len(present)} of {expected} devices call in at {server.url}: {names}")
-            goes_on = mine and len(mine.intersection(present)) >= needed and time.monotonic() - began > RETURN_S
-            if len(present) >= expected or goes_on:
+                tell(f"{len(present)} of {expected} devices connected to {server.url}: {names}")
+            can_resume = mine and len(mine.intersection(present)) >= needed and time.monotonic() - began > RETURN_S
+            if len(present) >= expected or can_resume:
                 return present
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)
 
 
 async def _own_names(clients: Sequence[HttpClient]) -> list[str]:
-    """What each device calls itself; empty where it does not answer."""
+    """The name that each device reports; empty if it does not respond."""
 
     async def ask(client: HttpClient) -> str:
         try:
             return (await client.status()).name
         except (DeviceError, WireError):
-            return ""  # the run says what is the matter, and looks for it
+            return ""  # the run will report the error, and retry
         finally:
             await client.aclose()
 
@@ -143,14 +152,14 @@ async def _own_names(clients: Sequence[HttpClient]) -> list[str]:
 
 
 def host_and_port(option: str, given: str) -> tuple[str, int]:
-    """What an ``option`` of the form HOST:PORT says. Raises `ConfigError`."""
+    """Parse the value of an ``option`` of the form HOST:PORT. Raises `ConfigError`."""
     try:
         parts = urlsplit(f"//{given}")
         host, port = parts.hostname, parts.port
     except ValueError:
         host = port = None
     if not host or port is None or parts.path:
-        raise ConfigError(f"{option} {given} is no HOST:PORT: give one like 127.0.0.1:8400")
+        raise ConfigError(f"{option} {given}: expected HOST:PORT, for example 127.0.0.1:8400", field=option)
     return host, port
 
 
@@ -161,5 +170,7 @@ def _secrets(path: Path | None) -> dict[str, str]:
     try:
         found = msgspec.toml.decode(content, type=dict[str, str])
     except DECODE_ERRORS as error:
-        raise ConfigError(f'{path} is no file of tokens: lines like "https://pi5:8401" = "TOKEN"') from error
+        raise ConfigError(
+            f'{path} is not a file of tokens: expected TOML lines like "https://pi5:8401" = "TOKEN"', field="--tokens"
+        ) from error
     return {address.rstrip("/"): token for address, token in found.items()}

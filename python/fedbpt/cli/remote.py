@@ -1,4 +1,4 @@
-"""`AskedDevice`: the original and the tuned model of a connected device, asked as a `SideBySide` is."""
+"""`RemoteSideBySide`: the original and the tuned model of a connected device, with the interface of `SideBySide`."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from fedbpt.side_by_side.sides import SIDES, Probabilities, Side
 from fedbpt.tasks import Task
 
 
-class AskedDevice:
-    """Asks the device that ``client`` reaches. Other arguments as for `SideBySide`; errors as `HttpClient.ask`."""
+class RemoteSideBySide:
+    """Both models, on the device of ``client``. Other arguments as `SideBySide`; errors as `HttpClient.ask`."""
 
     def __init__(self, client: HttpClient, prompt: Prompt, task: Task | None = None) -> None:
         self.name = f"{prompt.model_name} on {client.name}"
         self.labels = prompt.labels
         self._client = client
         self._task = prompt.task if task is None else task
-        self._fingerprint, self._prompt = prompt.model_fingerprint, prompt.to_bytes()
+        self._fingerprint = prompt.model_fingerprint
+        self._prompt = prompt.to_bytes()
 
     @property
     def classifies(self) -> bool:
@@ -37,7 +38,7 @@ class AskedDevice:
     def generate(
         self, text: str, sampling: Sampling | None = None, max_tokens: int | None = None, stop: tuple[str, ...] = ()
     ) -> Generator[tuple[Side, str], None, None]:
-        """A piece of each side's answer for each message of the device that has news of it."""
+        """Yield new text of either side's reply, as messages of the device arrive."""
         known = ("", "")
         with closing(self._answers(text, sampling or Sampling(), max_tokens or DEFAULT_TOKENS, stop)) as answers:
             for answer in answers:
@@ -49,7 +50,7 @@ class AskedDevice:
     def _answers(
         self, text: str, how: Sampling, max_tokens: int, stop: tuple[str, ...]
     ) -> Generator[Answer, None, None]:
-        """What there is so far, then all of it; whoever leaves early has the device stop."""
+        """Yield the replies so far, and last the complete ones. Closing the generator early stops the device."""
         clipped = " ".join(text.split()) if self._task is None else self._task.clip(text)
         question = Question(
             model_fingerprint=self._fingerprint,
@@ -62,14 +63,14 @@ class AskedDevice:
             seed=how.seed,
             stop=stop,
         )
-        came: queue.SimpleQueue[Answer | BaseException] = queue.SimpleQueue()
+        received: queue.SimpleQueue[Answer | BaseException] = queue.SimpleQueue()
         loop = asyncio.new_event_loop()
-        asking = loop.create_task(self._ask(question, came))
-        thread = threading.Thread(target=lambda: loop.run_until_complete(asking), name="fedbpt-ask")
+        request = loop.create_task(self._ask(question, received))
+        thread = threading.Thread(target=lambda: loop.run_until_complete(request), name="fedbpt-ask")
         thread.start()
         try:
             while True:
-                item = came.get()
+                item = received.get()
                 if isinstance(item, BaseException):
                     raise item
                 if item.done:
@@ -78,15 +79,15 @@ class AskedDevice:
                 if item.done:
                     return
         finally:
-            loop.call_soon_threadsafe(asking.cancel)
+            loop.call_soon_threadsafe(request.cancel)
             thread.join()
             loop.close()
 
-    async def _ask(self, question: Question, came: queue.SimpleQueue[Answer | BaseException]) -> None:
+    async def _ask(self, question: Question, received: queue.SimpleQueue[Answer | BaseException]) -> None:
         outcome: Answer | BaseException
         try:
-            outcome = await self._client.ask(question, on_answer=came.put)
-        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - raised where the answer is awaited
+            outcome = await self._client.ask(question, on_answer=received.put)
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - raised in the thread that reads the queue
             outcome = error
         await self._client.aclose()
-        came.put(outcome)
+        received.put(outcome)

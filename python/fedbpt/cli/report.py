@@ -1,4 +1,4 @@
-"""A run's result, as a table for people and as JSON for machines."""
+"""A run's result and cost, as tables for people and JSON for programs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedbpt.runs.result import LINES, RunResult, Score, Split, TemplateScore, pe
 
 
 def result_as_json(result: RunResult, prompt_path: Path | None) -> dict[str, Any]:
-    """The keys that ``--json`` prints. Bytes are totals over devices, ``peak_rss_bytes`` is the largest device's."""
+    """The object that ``--json`` prints. Traffic is the sum over devices, ``peak_rss_bytes`` the maximum."""
     return {
         "run": result.run,
         "task": result.task,
@@ -56,7 +56,8 @@ def result_as_json(result: RunResult, prompt_path: Path | None) -> dict[str, Any
 
 
 def _candidate(candidate: TemplateScore) -> dict[str, Any]:
-    score, n_labels = candidate.score, len(candidate.template.label_words)
+    score = candidate.score
+    n_labels = len(candidate.template.label_words)
     return {
         **msgspec.to_builtins(candidate.template),
         "n": score.n,
@@ -79,10 +80,10 @@ def _score(result: RunResult, score: Score) -> dict[str, Any]:
 
 
 def print_result(result: RunResult, prompt_path: Path | None) -> None:
-    """The table at the end of a run."""
+    """Print the tables at the end of a run."""
     console = PlainConsole()
-    _print_scores(console, result, "test", "held-out rows, which chose nothing")
-    _print_scores(console, result, "dev", "development rows, which showed how it went")
+    _print_scores(console, result, "test", "test rows, unused for tuning and selection")
+    _print_scores(console, result, "dev", "development rows")
     for candidate in result.templates:
         line = f"zero-shot {describe_accuracy(candidate)}: {candidate.template.pattern!r}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -104,13 +105,13 @@ def print_result(result: RunResult, prompt_path: Path | None) -> None:
         f"{result.seconds:.0f} s of tuning"
     )
     if result.epsilon is not None and result.settings.privacy is not None:
-        console.print(f"ε {result.epsilon:.2f} at δ {result.settings.privacy.delta:g}, of one training row of a device")
+        console.print(f"privacy: ε {result.epsilon:.2f} at δ {result.settings.privacy.delta:g} per training row")
     if prompt_path is not None:
         console.print(f"prompt: {prompt_path}", soft_wrap=True)
 
 
 def _print_scores(console: PlainConsole, result: RunResult, split: Split, rows: str) -> None:
-    """The table of a split, where something was measured on it."""
+    """Print the table of a split, if anything was measured on it."""
     scores = {LINES[name]: score for name, score in result.scores(split).items()}
     if not scores:
         return
@@ -125,7 +126,7 @@ def _print_scores(console: PlainConsole, result: RunResult, split: Split, rows: 
 
 
 def print_cost(cost: RunCost, as_json: bool) -> None:
-    """What a run will cost at most: a line per device, or JSON."""
+    """Print the upper bound of a run's cost: a line per device, or JSON."""
     if as_json:
         echo(msgspec.json.encode(cost).decode())
         return
@@ -141,17 +142,17 @@ def print_cost(cost: RunCost, as_json: bool) -> None:
     console.print(table)
     for device in cost.devices:
         if device.words is None:
-            console.print(f"{device.name} does not say how many tokens the label words are: one each was counted")
+            console.print(f"{device.name} does not report the length of the label words: assuming one token each")
         elif device.words:
             console.print(f"{device.name}: label words add up to {device.words} tokens to each candidate and text")
     if cost.epsilon is not None:
-        console.print(f"ε {cost.epsilon:.2f} of one training row of a device")
+        console.print(f"privacy: ε {cost.epsilon:.2f} per training row")
 
 
 def print_accuracies(
     console: PlainConsole, title: str, lines: Mapping[str, tuple[float, tuple[float, float], float]]
 ) -> None:
-    """A line each of (accuracy, its 95 % interval, loss in nats)."""
+    """Print a table of lines (accuracy, its 95 % interval, loss in nats), by name."""
     console.print(title, style="italic", highlight=False)
     table = Table()
     for heading in ("", "accuracy", "95 % interval", "loss"):
@@ -162,7 +163,7 @@ def print_accuracies(
 
 
 def print_perplexities(console: PlainConsole, title: str, losses: Mapping[str, float]) -> None:
-    """A line each of mean losses in nats a token."""
+    """Print a table of mean losses, in nats per token, and their perplexities, by name."""
     console.print(title, style="italic", highlight=False)
     table = Table()
     for heading in ("", "perplexity", "loss"):
@@ -173,7 +174,7 @@ def print_perplexities(console: PlainConsole, title: str, losses: Mapping[str, f
 
 
 def print_chance(console: PlainConsole, zero_shot: Score, n_labels: int) -> None:
-    """Say so where the model without a prompt is no better than guessing."""
+    """Print a note if the model without a prompt is no better than chance."""
     if zero_shot.n and not beats_chance(zero_shot.correct, zero_shot.n, n_labels):
         console.print(
             f"zero-shot is no better than chance ({1 / n_labels:.3f}): try other label words or another template",

@@ -1,4 +1,4 @@
-"""``fedbpt runs``: the history of the runs in a store."""
+"""``fedbpt runs``: the runs in a store."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedbpt.cli.options import AsJson, Quiet, chosen_task, help_without_command,
 from fedbpt.cli.report import print_result, result_as_json
 from fedbpt.coordinator.ledger import RunLedger, is_of
 from fedbpt.coordinator.round_reports import purpose_of
-from fedbpt.display.console import DOING
+from fedbpt.display.console import STAGE_NAMES
 from fedbpt.display.plain_console import PlainConsole
 from fedbpt.engine.native_scorer import load_model
 from fedbpt.errors import ConfigError, StoreError
@@ -30,14 +30,14 @@ from fedbpt.tasks import Task
 
 app = typer.Typer(
     name="runs",
-    help="The runs in a store: list, show, export, replay, scalars, delete.\n\nExample: fedbpt runs list",
+    help="Manage the runs in a store: list, show, export, replay, scalars, delete.\n\nExample: fedbpt runs list",
 )
 app.callback(invoke_without_command=True)(help_without_command)
 
 Store = Annotated[Path, typer.Option("--store", help="The run database.")]
 RunName = Annotated[str, typer.Argument(help="A name from `fedbpt runs list`.", show_default=False)]
 TaskFile = Annotated[
-    str | None, typer.Option("--task", "-t", help="The run's task file, where an earlier version began it.")
+    str | None, typer.Option("--task", "-t", help="The run's task file; for runs of an earlier version of fedbpt.")
 ]
 DEFAULT_STORE = Path("runs/runs.db")
 
@@ -72,7 +72,7 @@ def list_command(store: Store = DEFAULT_STORE, as_json: AsJson = False, quiet: Q
 
 @app.command("show")
 def show_command(run: RunName, store: Store = DEFAULT_STORE, as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Show a run: its result if it is finished, and each round with who reported, who was lost and why.
+    """Show a run: its result if finished, and each round with the devices that reported or were lost.
 
     Example: fedbpt runs show demo --json
     """
@@ -88,7 +88,7 @@ def show_command(run: RunName, store: Store = DEFAULT_STORE, as_json: AsJson = F
         print_result(result, None)
     else:
         n_searched = sum(name.isdecimal() for name in names.values())
-        echo(f"run {run} is {found.status} after {n_searched} rounds: start it again to go on")
+        echo(f"run {run} is {found.status} after {n_searched} rounds: start it again to resume")
     if quiet:
         return
     table = Table(box=None)
@@ -96,7 +96,7 @@ def show_command(run: RunName, store: Store = DEFAULT_STORE, as_json: AsJson = F
         table.add_column(heading, justify="right" if heading == "round" else "left")
     for line in history:
         lost = "; ".join(f"{name}: {reason}" for name, reason in line.lost.items())
-        overall = {name: value for name, value in line.metrics.items() if "/" not in name}  # not of one device
+        overall = {name: value for name, value in line.metrics.items() if "/" not in name}  # omit per-device metrics
         figures = ", ".join(f"{name} {value:.4g}" for name, value in sorted(overall.items()))
         table.add_row(names.get(line.round, "-"), str(len(line.reported)), lost, figures)
     PlainConsole().print(table)
@@ -116,12 +116,15 @@ def export_command(
 
     Example: fedbpt runs export demo --model smollm2-135m --out prompt.safetensors
     """
-    del quiet  # the path is the result: there is nothing else to leave out
+    del quiet  # only the result is printed anyway
     with open_store(store) as opened:
         found = opened.get_run(run)
     result = _result(found)
     if result is None:
-        raise ConfigError(f"run {run} is {found.status}: only a finished run has a prompt, start it again to finish it")
+        raise ConfigError(
+            f"run {run} is {found.status}, and only a finished run has a prompt: start it again to finish it",
+            field="run",
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     path = make_prompt(load_model(model), run_task(found, task), result).save(out)
     if as_json:
@@ -138,7 +141,7 @@ def replay_command(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Rebuild a run from its stored reports, and check that each round gives the digests that it had.
+    """Recompute a run from its stored reports, and check that every round has the stored digests.
 
     Example: fedbpt runs replay demo
     """
@@ -148,11 +151,14 @@ def replay_command(
         ledger = RunLedger(opened, run, run_task(found, task), settings, settings.aggregator())
         n_rounds, digest = ledger.replay(), ledger.state.aggregator.digest()
     if result is not None and found.status == "finished" and digest != result.digest:
-        raise StoreError(f"run {run} replays to {digest}, its result says {result.digest}: it was changed since")
+        raise StoreError(
+            f"run {run} replays to digest {digest}, but its result has {result.digest}: the store was modified,"
+            " restore it from a backup"
+        )
     if as_json:
         print_json({"run": run, "n_rounds": n_rounds, "digest": digest})
     else:
-        echo(digest if quiet else f"{n_rounds} rounds replay to the digests they had; digest {digest}")
+        echo(digest if quiet else f"replayed {n_rounds} rounds to the stored digests; final digest {digest}")
 
 
 @app.command("delete")
@@ -160,12 +166,12 @@ def delete_command(
     run: RunName,
     store: Store = DEFAULT_STORE,
     force: Annotated[
-        bool, typer.Option("--force", help="Also one that is under way, or ended without a word.")
+        bool, typer.Option("--force", help="Delete it even if its status is running, for example after a crash.")
     ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Delete a run from a store, with its rounds, reports and figures. Prompt files stay.
+    """Delete a run from a store, with its rounds, reports and metrics. Prompt files stay.
 
     Example: fedbpt runs delete demo
     """
@@ -173,7 +179,7 @@ def delete_command(
         found = opened.get_run(run)
         if found.status == "running" and not force:
             raise ConfigError(
-                f"run {run} is under way, or its coordinator ended without a word: stop it first, or give --force"
+                f"run {run} is running, or its coordinator crashed: stop it first, or give --force", field="--force"
             )
         with opened.held(run):
             opened.delete_run(run)
@@ -186,16 +192,18 @@ def delete_command(
 @app.command("scalars")
 def scalars_command(
     run: RunName,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder for TensorBoard; the run gets its own in it.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="TensorBoard's log folder; the run gets a folder of its own in it.")
+    ],
     store: Store = DEFAULT_STORE,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a run's figures by round, for TensorBoard.
+    """Write a run's metrics by round for TensorBoard.
 
     Example: fedbpt runs scalars demo --out tensorboard
     """
-    del quiet  # the folder is the result: there is nothing else to leave out
+    del quiet  # only the result is printed anyway
     with open_store(store) as opened:
         folder = write_scalars(opened.history(run), out / run)
     if as_json:
@@ -206,37 +214,41 @@ def scalars_command(
 
 @contextmanager
 def open_store(path: Path) -> Iterator[RunStore]:
-    """The store at ``path``, which must be there."""
+    """Open an existing store. Raises `StoreError` if there is none."""
     if not path.is_file():
-        raise StoreError(f"there is no run database {path}: give it with --store, or start a run")
+        raise StoreError(f"no run database at {path}: give its path with --store, or start a run")
     with RunStore(path) as store:
         yield store
 
 
 def run_task(run: StoredRun, given: str | None) -> Task:
-    """The task of a run: the one of ``--task``, which must be the run's, else the stored one.
+    """The task of a run: ``given`` with ``--task``, or else the stored one.
 
-    Raises `ConfigError` for another task, or where none is known.
+    Raises `ConfigError` if ``given`` is not the run's task, or none is known.
     """
     task = chosen_task(given, task_of_run(run), run.task)
     stored = given is None and run.definition is not None
     if not stored and not is_of(run, codec.decode(run.settings, RunSettings), task):
-        raise ConfigError(f"run {run.run} was not of this task {task.name}: give the task file that it had with --task")
+        raise ConfigError(
+            f"run {run.run} was started with another task than {task.name}: give its task file with --task",
+            field="--task",
+        )
     return task
 
 
 def _names_of_rounds(store: RunStore, run: str) -> dict[int, str]:
-    """What each closed round is called: its number in the search, or its stage."""
-    names, searched = {}, 0
+    """The displayed name of each closed round: its number in the search, or its stage."""
+    names = {}
+    searched = 0
     for closed in store.rounds(run):
         purpose = purpose_of(closed.reports)
         searched += purpose == "search"
-        names[closed.round] = str(searched) if purpose == "search" else DOING[purpose]
+        names[closed.round] = str(searched) if purpose == "search" else STAGE_NAMES[purpose]
     return names
 
 
 def _searched(store: RunStore, run: StoredRun) -> int:
-    """Rounds of the search, which is what everybody calls rounds."""
+    """Number of rounds of the search, which is what users see as rounds."""
     result = _result(run)
     if result is not None and run.status == "finished":
         return result.rounds

@@ -1,4 +1,4 @@
-"""``fedbpt serve``: the model and its tuned prompts behind OpenAI's API."""
+"""``fedbpt serve``: serve a model and its tuned prompts with OpenAI's API."""
 
 from __future__ import annotations
 
@@ -19,19 +19,18 @@ from fedbpt.plain_text import echo
 from fedbpt.prompts.prompt import Prompt
 from fedbpt.serving import ModelServer, served_models
 
-PromptFiles = Annotated[
-    list[Path] | None, typer.Option("--prompt", "-p", help="A tuned prompt's file, as often as needed.")
-]
+PromptFiles = Annotated[list[Path] | None, typer.Option("--prompt", "-p", help="A tuned prompt's file; repeatable.")]
 TaskFiles = Annotated[
-    list[str] | None, typer.Option("--task", "-t", help="A prompt's task file, instead of the one in the prompt file.")
+    list[str] | None,
+    typer.Option("--task", "-t", help="A task file to use instead of the one in the prompt file; repeatable."),
 ]
 TokenFile = Annotated[
-    Path | None, typer.Option("--token-file", help="Answer only who sends the token in this file; made if absent.")
+    Path | None, typer.Option("--token-file", help="Require clients to send the token in this file; created if absent.")
 ]
 
 Origins = Annotated[
     list[str] | None,
-    typer.Option("--cors", metavar="ORIGIN", help="Let web pages of this origin call it, as often as needed; *: all."),
+    typer.Option("--cors", metavar="ORIGIN", help="Allow calls from web pages of this origin; repeatable; *: all."),
 ]
 
 
@@ -52,7 +51,7 @@ def serve(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Serve a model and its tuned prompts as OpenAI does: completions, chat, streaming; each prompt is a model name.
+    """Serve a model and its tuned prompts with OpenAI's API: completions, chat, streaming. Each prompt is a model.
 
     Example: fedbpt serve --model smollm2-135m --prompt prompt.safetensors
     """
@@ -68,12 +67,12 @@ def serve(
         if as_json:
             echo(json.dumps({"ready": {"url": url, "models": list(served)}}))
         elif not quiet:
-            _tell(url, list(served))
+            _print_ready(url, list(served))
 
     ModelServer(
         served, host, port, token=token, origins=cors or (), tls=tls, allow_insecure=allow_insecure, on_ready=ready
     ).run()
 
 
-def _tell(url: str, names: Sequence[str]) -> None:
-    echo(f"serves {', '.join(names)} at {url}/v1; Ctrl-C stops it")
+def _print_ready(url: str, names: Sequence[str]) -> None:
+    echo(f"serving {', '.join(names)} at {url}/v1; Ctrl-C stops it")

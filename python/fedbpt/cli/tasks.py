@@ -1,4 +1,4 @@
-"""``fedbpt tasks``: task files."""
+"""``fedbpt tasks``: create task files."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from fedbpt.machine.files import write_whole
 from fedbpt.plain_text import echo
 from fedbpt.tasks import Draft, WordCosts, draft_task, task_toml, word_costs, word_notes
 
-app = typer.Typer(name="tasks", help="Task files.\n\nExample: fedbpt tasks new data.csv")
+app = typer.Typer(name="tasks", help="Create task files.\n\nExample: fedbpt tasks new data.csv")
 app.callback(invoke_without_command=True)(help_without_command)
 
 Data = Annotated[Path, typer.Argument(help="Labelled rows: CSV, TSV or JSONL.", show_default=False)]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="The task file to write. Default: NAME.toml.")]
 Name = Annotated[str | None, typer.Option("--name", help="The task's name. Default: the data file's.")]
-TextColumn = Annotated[str | None, typer.Option("--text-column", help="The column of the texts. Default: found.")]
-LabelColumn = Annotated[str | None, typer.Option("--label-column", help="The column of the labels. Default: found.")]
+TextColumn = Annotated[str | None, typer.Option("--text-column", help="The column of the texts. Default: detected.")]
+LabelColumn = Annotated[str | None, typer.Option("--label-column", help="The column of the labels. Default: detected.")]
 CountedBy = Annotated[
-    str | None, typer.Option("--model", "-m", help="Whose tokens to count. Default: the first model that was pulled.")
+    str | None, typer.Option("--model", "-m", help="Model that counts tokens. Default: the first that was pulled.")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace a file that is there.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")]
 
 
 @app.command("new")
@@ -42,15 +42,15 @@ def new_command(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a task file for the rows of a data file: labels, words and two templates, ready to edit.
+    """Write a task file for labelled rows: labels, label words and two templates, for you to edit.
 
     Example: fedbpt tasks new support.csv --model smollm2-135m
     """
     draft = draft_task(data, name, text_column, label_column)
     path = out or Path(f"{draft.task.name}.toml")
     if path.exists() and not force:
-        raise ConfigError(f"{path} is there already: give another name with --out, or --force to replace it")
-    scorer = _counting(model)
+        raise ConfigError(f"{path} exists: give another name with --out, or --force to overwrite it", field="--out")
+    scorer = _token_counter(model)
     costs = word_costs(scorer, draft.task) if scorer else []
     text = task_toml(draft.task, costs, scorer.name if scorer else "")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,8 +63,8 @@ def new_command(
         _print(path, draft, scorer)
 
 
-def _counting(model: str | None) -> NativeScorer | None:
-    """Whose tokens to count; None: there is no model on this machine."""
+def _token_counter(model: str | None) -> NativeScorer | None:
+    """The model that counts tokens; None if there is none on this machine."""
     pulled = [entry.name for entry in models.list_models() if entry.downloaded]
     chosen = model or next(iter(pulled), None)
     return load_model(chosen) if chosen else None
@@ -89,10 +89,10 @@ def _as_json(path: Path, draft: Draft, scorer: NativeScorer | None, costs: list[
 def _print(path: Path, draft: Draft, scorer: NativeScorer | None) -> None:
     task = draft.task
     counts = ", ".join(f"{label} {count}" for label, count in zip(task.labels, draft.counts, strict=True))
-    echo(f"wrote {path}: texts in {task.text_columns[0]!r}, labels in {task.label_column!r}")
+    echo(f"wrote {path}: texts in column {task.text_columns[0]!r}, labels in {task.label_column!r}")
     echo(f"{len(task.labels)} labels in {sum(draft.counts)} rows: {counts}")
     for note in word_notes(scorer, task) if scorer else []:
         echo(note)
     if scorer is None:
-        echo("what the label words cost is not known: give --model, or pull one (fedbpt models pull)")
-    echo("edit its words and templates, then give it as --task")
+        echo("no model to count the tokens of label words: give --model, or pull one (fedbpt models pull)")
+    echo("edit its words and templates, then pass it as --task")

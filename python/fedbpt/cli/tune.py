@@ -1,4 +1,4 @@
-"""``fedbpt tune``: coordinate a run over devices, or tune on this machine alone."""
+"""``fedbpt tune``: coordinate a run over devices, or tune on this machine only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fedbpt.cli.devices import DEFAULT_REGISTRY
-from fedbpt.cli.here import Chosen, Files
+from fedbpt.cli.local_run import Files, InlineSettings
 from fedbpt.cli.observe import Observers
 from fedbpt.cli.options import (
     AllowInsecure,
@@ -41,10 +41,10 @@ RunFile = Annotated[
     typer.Argument(help="The run file (TOML): task, devices, settings. Not needed with --data.", show_default=False),
 ]
 Data = Annotated[
-    Path | None, typer.Option("--data", "-d", help="Rows to tune on, on this machine alone: no device, no run file.")
+    Path | None, typer.Option("--data", "-d", help="Training rows, to tune on this machine only, without devices.")
 ]
-Dev = Annotated[Path | None, typer.Option("--dev", help="With --data: rows that show the accuracy during the run.")]
-Test = Annotated[Path | None, typer.Option("--test", help="With --data: rows that only report the final accuracy.")]
+Dev = Annotated[Path | None, typer.Option("--dev", help="With --data: rows for the accuracy shown during the run.")]
+Test = Annotated[Path | None, typer.Option("--test", help="With --data: rows for the final accuracy only.")]
 OwnTask = Annotated[str | None, typer.Option("--task", "-t", help="Without a run file: the task's name or file.")]
 OwnRun = Annotated[
     str | None, typer.Option("--run", help="Without a run file: the run's name in the store. Default: the task's.")
@@ -52,39 +52,45 @@ OwnRun = Annotated[
 OwnStore = Annotated[
     Path | None, typer.Option("--store", help="Without a run file: the run database. Default: runs/runs.db.")
 ]
-Evaluations = Annotated[int | None, typer.Option(min=1, help="Without a run file: candidates to score. Default: 1600.")]
-Seconds = Annotated[float | None, typer.Option(min=0, help="Without a run file: how long to tune.")]
-Seed = Annotated[int | None, typer.Option(min=0, help="Without a run file: of everything random. Default: 0.")]
+Evaluations = Annotated[
+    int | None, typer.Option(min=1, help="Without a run file: number of candidates to score. Default: 1600.")
+]
+Seconds = Annotated[float | None, typer.Option(min=0, help="Without a run file: time limit in seconds.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Without a run file: seed of all randomness. Default: 0.")]
 Addresses = Annotated[
-    list[str] | None, typer.Option("--device", help="A device's address, as often as needed; adds to the file's.")
+    list[str] | None, typer.Option("--device", help="A device's address, in addition to the run file's; repeatable.")
 ]
 PromptFile = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write the tuned prompt.")]
 OwnModel = Annotated[
-    str | None, typer.Option("--model", "-m", help="The model; with devices, theirs: needed to write the prompt.")
+    str | None, typer.Option("--model", "-m", help="The model; with devices, the one they use, to write the prompt.")
 ]
 Listen = Annotated[
     str | None, typer.Option("--listen", help="HOST:PORT where enrolled devices call in; --device adds others.")
 ]
 Expect = Annotated[
-    int | None, typer.Option(min=1, help="Begin when so many devices call in. Default: all enrolled or invited.")
+    int | None,
+    typer.Option(min=1, help="Number of calling devices to wait for. Default: all that are enrolled or invited."),
 ]
-Tokens = Annotated[Path | None, typer.Option("--tokens", help='Devices\' tokens: TOML lines "ADDRESS" = "TOKEN".')]
+Tokens = Annotated[
+    Path | None, typer.Option("--tokens", help='File of devices\' tokens: TOML lines "ADDRESS" = "TOKEN".')
+]
 Fresh = Annotated[
-    bool, typer.Option("--fresh", help="Start over; the stored run is forgotten when the first round closes.")
+    bool, typer.Option("--fresh", help="Start over; the stored run is replaced when the first round closes.")
 ]
-Log = Annotated[Path | None, typer.Option("--log", help="Add what happens to this file, a line of JSON each.")]
+Log = Annotated[Path | None, typer.Option("--log", help="Append events to this file, one JSON object per line.")]
 Monitor = Annotated[
-    str | None, typer.Option("--monitor", help="HOST:PORT to watch the run at: JSON, events, Prometheus metrics.")
+    str | None, typer.Option("--monitor", help="HOST:PORT to serve run state, events and Prometheus metrics at.")
 ]
 MonitorToken = Annotated[
-    Path | None, typer.Option("--monitor-token", help="The monitor asks for the token in this file; made if absent.")
+    Path | None,
+    typer.Option("--monitor-token", help="Token file that the monitor's clients must match; created if absent."),
 ]
 DashboardToken = Annotated[
     Path | None,
-    typer.Option("--dashboard-token", help="The dashboard asks for this file's token; made if absent."),
+    typer.Option("--dashboard-token", help="Require the token in this file from browsers; created if absent."),
 ]
 OnlyPlan = Annotated[
-    bool, typer.Option("--plan", help="Ask the devices, print what the run will cost at most, and do nothing.")
+    bool, typer.Option("--plan", help="Query the devices, print an upper bound of the run's cost, and exit.")
 ]
 
 
@@ -125,14 +131,14 @@ def tune(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Tune over devices, or on this machine alone. Ctrl-C loses at most one round: the same command goes on.
+    """Tune over devices, or on this machine only. Ctrl-C loses at most one round: the same command resumes.
 
     Example: fedbpt tune --model smollm2-135m --task support.toml --data train.csv --test test.csv
     """
-    asked = _Asked(
+    given = _Options(
         run_file,
         model,
-        Chosen(task, run, store, evaluations, seconds, seed),
+        InlineSettings(task, run, store, evaluations, seconds, seed),
         Reach(device or (), tokens, listen, expect, registry, Tls(cert, key, ca, client_certs), allow_insecure),
         Observers(log, monitor, monitor_token, Tls(cert, key), allow_insecure, dashboard, dashboard_token),
         Output(prompt_file, questions, as_json, quiet),
@@ -141,18 +147,21 @@ def tune(
         only_plan,
     )
     if data is not None:
-        _tune_here(asked, Files(data, dev, test))
+        _tune_here(given, Files(data, dev, test))
     elif dev or test:
-        raise ConfigError("--dev and --test go with --data, on this machine: devices have rows of their own")
+        raise ConfigError(
+            "--dev and --test need --data, on this machine: devices have their own rows",
+            field="--dev" if dev else "--test",
+        )
     else:
-        _tune_over_devices(asked)
+        _tune_over_devices(given)
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Options:
     run_file: Path | None
     model: str | None
-    chosen: Chosen
+    inline: InlineSettings
     reach: Reach
     observers: Observers
     output: Output
@@ -161,38 +170,40 @@ class _Asked:
     only_plan: bool
 
 
-def _tune_here(asked: _Asked, files: Files) -> None:
-    if asked.reach.addresses or asked.reach.listen:
-        raise ConfigError("--data is for a run on this machine: leave it out, or --device and --listen")
-    config, task = asked.chosen.config(asked.run_file, asked.model)
-    rows = files.rows(task)  # before the model: a wrong file is told at once
-    out = prompt_path(config, asked.output.prompt, config.model)
-    scorer = load_model(str(config.model), **asked.engine)
-    if asked.only_plan:
-        print_plan_here(config, task, Device(NAME, scorer, *rows, task=task), asked.output.as_json)
+def _tune_here(given: _Options, files: Files) -> None:
+    if given.reach.addresses or given.reach.listen:
+        raise ConfigError("--data runs on this machine: omit it, or --device and --listen", field="--data")
+    config, task = given.inline.config(given.run_file, given.model)
+    rows = files.rows(task)  # before the model, to report a wrong file early
+    out = prompt_path(config, given.output.prompt, config.model)
+    scorer = load_model(str(config.model), **given.engine)
+    if given.only_plan:
+        print_plan_here(config, task, Device(NAME, scorer, *rows, task=task), given.output.as_json)
         return
-    output = replace(asked.output, prompt=out, questions=asked.output.questions or files.test)
-    Tuning(config, task, scorer, asked.observers, output, asked.fresh).here(rows)
+    output = replace(given.output, prompt=out, questions=given.output.questions or files.test)
+    Tuning(config, task, scorer, given.observers, output, given.fresh).run_here(rows)
 
 
-def _tune_over_devices(asked: _Asked) -> None:
-    if asked.run_file is None:
+def _tune_over_devices(given: _Options) -> None:
+    if given.run_file is None:
         raise ConfigError(
-            "give a run file (fedbpt tune run.toml), or tune on this machine alone with --model, --task and --data"
+            "give a run file (fedbpt tune run.toml), or tune on this machine only with --model, --task and --data",
+            field="run_file",
         )
-    asked.chosen.refuse(asked.run_file)
-    config, task = load_config(asked.run_file)
-    reach = replace(asked.reach, addresses=[*config.devices, *asked.reach.addresses])
+    given.inline.reject_with(given.run_file)
+    config, task = load_config(given.run_file)
+    reach = replace(given.reach, addresses=[*config.devices, *given.reach.addresses])
     if not (reach.addresses or reach.listen):
         raise ConfigError(
-            f"no devices: name them in {asked.run_file} (devices = [...]) or with --device http://HOST:PORT, let them"
-            " call in (--listen HOST:PORT), or tune on this machine alone (--data FILE)"
+            f"no devices: name them in {given.run_file} (devices = [...]) or with --device http://HOST:PORT, let them"
+            " call in (--listen HOST:PORT), or tune on this machine only (--data FILE)",
+            field="devices",
         )
-    if asked.only_plan:
-        print_plan(config, task, reach, asked.output)
+    if given.only_plan:
+        print_plan(config, task, reach, given.output)
         return
-    model = asked.model or config.model
-    out = prompt_path(config, asked.output.prompt, model)
-    scorer = load_model(model, **asked.engine) if model else None
-    output = replace(asked.output, prompt=out)
-    Tuning(config, task, scorer, asked.observers, output, asked.fresh).over(reach)
+    model = given.model or config.model
+    out = prompt_path(config, given.output.prompt, model)
+    scorer = load_model(model, **given.engine) if model else None
+    output = replace(given.output, prompt=out)
+    Tuning(config, task, scorer, given.observers, output, given.fresh).run_over(reach)

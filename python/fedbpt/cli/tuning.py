@@ -1,4 +1,4 @@
-"""What ``fedbpt tune`` does: run, watch, report."""
+"""The work of ``fedbpt tune``: run, show progress, report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TypeAlias
 from fedbpt.api import make_prompt, require_model_of_run
 from fedbpt.cli.hint import print_hint
 from fedbpt.cli.observe import Observers, Watch
-from fedbpt.cli.options import print_json, teller
+from fedbpt.cli.options import print_json, status_printer
 from fedbpt.cli.reach import Reach
 from fedbpt.cli.report import print_cost, print_result, result_as_json
 from fedbpt.coordinator.clients import DeviceClient, HttpClient
@@ -20,7 +20,7 @@ from fedbpt.coordinator.estimate import RunCost, estimate
 from fedbpt.coordinator.federation import Federation
 from fedbpt.coordinator.gc_policy import collect_between_rounds
 from fedbpt.coordinator.one_machine import NAME, Ended, clients_of, digest_of_rows, run_alone
-from fedbpt.dashboard.comparing import Comparison, comparing, questions_of
+from fedbpt.dashboard.comparison import Comparison, models_of_run, questions_of
 from fedbpt.dashboard.examples import Row
 from fedbpt.device.device import Device
 from fedbpt.display.console import RunDisplay
@@ -42,7 +42,7 @@ Begin: TypeAlias = Callable[[RunSettings], Federation]
 
 @dataclass(frozen=True)
 class Output:
-    """Where results go, and how. ``prompt``: the prompt file; None: there is none."""
+    """Where and how results are written. ``prompt``: the prompt file; None: write none."""
 
     prompt: Path | None = None
     questions: Path | None = None
@@ -51,19 +51,21 @@ class Output:
 
     @property
     def shown(self) -> bool:
-        """Whether people are told how it goes."""
+        """Whether to print progress for people."""
         return not (self.quiet or self.as_json)
 
 
 def prompt_path(config: RunConfig, given: Path | None, model: str | None) -> Path | None:
-    """Where the prompt goes; None: nowhere, for want of the model that its rows are made with.
+    """Path of the prompt file; None without ``model``, which is needed to compute the prompt's rows.
 
-    Its folder is made before the work: one that cannot be is told at once.
+    Creates its folder, so that an impossible path is reported before the run.
     """
     named = given or (Path(config.prompt_file) if config.prompt_file else None)
     if model is None:
         if named is not None:
-            raise ConfigError("writing the prompt needs the model here too: give --model, as on the devices")
+            raise ConfigError(
+                "writing the prompt needs the devices' model on this machine: give it with --model", field="--model"
+            )
         return None
     found = named or Path(config.store).parent / f"{config.run}.safetensors"
     found.parent.mkdir(parents=True, exist_ok=True)
@@ -71,48 +73,58 @@ def prompt_path(config: RunConfig, given: Path | None, model: str | None) -> Pat
 
 
 class Tuning:
-    """A run, by ``reach`` or, where there are ``rows``, on this machine.
+    """A run over devices, or on this machine only.
 
     Args:
-        scorer: the model, which the prompt is written with; None: there is none here.
-        fresh: forget what is stored of the run.
+        scorer: the model, to write the prompt; None: not available on this machine.
+        fresh: start over instead of resuming the stored run.
     """
 
     def __init__(
-        self, config: RunConfig, task: Task, scorer: NativeScorer | None, observers: Observers, output: Output,
+        self,
+        config: RunConfig,
+        task: Task,
+        scorer: NativeScorer | None,
+        observers: Observers,
+        output: Output,
         fresh: bool = False,
-    ) -> None:  # fmt: skip
-        self._config, self._task, self._scorer, self._fresh = config, task, scorer, fresh
-        self._observers, self._output = observers, output
+    ) -> None:
+        self._config = config
+        self._task = task
+        self._scorer = scorer
+        self._fresh = fresh
+        self._observers = observers
+        self._output = output
         self._offered: Sequence[Row] = () if output.questions is None else questions_of(task, output.questions)
-        self._tell = teller(not output.shown)
-        self._called: Mapping[str, str] = {}  # addresses of devices by name
+        self._tell = status_printer(not output.shown)
+        self._addresses: Mapping[str, str] = {}  # of the devices that are called, by name
 
-    def over(self, reach: Reach) -> None:
-        """Over devices."""
+    def run_over(self, reach: Reach) -> None:
+        """Run over devices."""
         config = self._config
-        with self._opened() as (store, watch, let_go):
+        with self._opened() as (store, watch, release):
             stored = None if self._fresh else store.find_run(config.run)
             finished = stored is not None and stored.status == "finished"
             known = store.addresses(config.run) if stored else {}
             with reach.clients(known, finished, self._tell, config.settings.quorum) as clients:
                 watch.meet(clients)
-                self._called = {client.name: client.url for client in clients if isinstance(client, HttpClient)}
-                self._run(store, watch, lambda: clients, "", _to_the_end)
-                let_go()
-                watch.linger(self._tell)
+                self._addresses = {client.name: client.url for client in clients if isinstance(client, HttpClient)}
+                self._run(store, watch, lambda: clients, "", _run_to_end)
+                release()
+                watch.wait_for_pages(self._tell)
 
-    def here(self, rows: Sequence[list[TaskRow]]) -> None:
-        """On this machine. Ctrl-C keeps what there is, and raises `RunStopped` when that is written."""
-        device, settings = self._device(rows), self._config.settings
+    def run_here(self, rows: Sequence[list[TaskRow]]) -> None:
+        """Run on this machine. After Ctrl-C, writes the best result so far, then raises `RunStopped`."""
+        device = self._device(rows)
+        settings = self._config.settings
         device.check_fit(settings.for_labels(self._task.labels).objective, settings.prompt)
-        with self._opened() as (store, watch, let_go), clients_of(device) as client:
+        with self._opened() as (store, watch, release), clients_of(device) as client:
             ended = self._run(store, watch, lambda: [client()], digest_of_rows(*rows), run_alone)
-            let_go()
+            release()
             if not ended.interrupted:
-                watch.linger(self._tell)
+                watch.wait_for_pages(self._tell)
         if ended.interrupted:
-            raise RunStopped("start it again to resume it")
+            raise RunStopped("the run was stopped: run the same command to resume it")
 
     def _device(self, rows: Sequence[list[TaskRow]]) -> Device:
         assert self._scorer is not None
@@ -120,7 +132,7 @@ class Tuning:
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[RunStore, Watch, Callable[[], None]]]:
-        """What the run is kept in and who watches it. No other process works on it until the third is called."""
+        """The run's store, its observers, and a function that releases the lock on the run."""
         with ExitStack() as stack:
             store = stack.enter_context(RunStore(self._config.store))
             working = stack.enter_context(ExitStack())
@@ -137,27 +149,34 @@ class Tuning:
         run: Callable[[Begin, RunSettings], Ended],
     ) -> Ended:
         display = RunDisplay(self._output.shown)
-        begun = not self._fresh
+        has_stored_rounds = not self._fresh  # of this run, rather than of the one that it replaces
 
         def tell(event: Event) -> None:
-            nonlocal begun
-            begun = begun or isinstance(event, RoundClosed)
+            nonlocal has_stored_rounds
+            has_stored_rounds = has_stored_rounds or isinstance(event, RoundClosed)
             if isinstance(event, RunStarted):
-                store.record_addresses(event.run, self._called)
+                store.record_addresses(event.run, self._addresses)
                 if self._scorer is not None:
-                    require_model_of_run(self._scorer, event)  # before the work, not when its prompt is to be written
+                    require_model_of_run(self._scorer, event)  # now, rather than when the prompt is written
             display(event)
             watch(event)
             collect_between_rounds(event)
 
         def begin(settings: RunSettings) -> Federation:
-            steering = self._observers.control
-            control = None if steering.stopped else steering  # stopped once, what is left is done
-            fresh = self._fresh and not begun
+            control = self._observers.control
+            fresh = self._fresh and not has_stored_rounds
             return Federation(
-                clients(), self._task, settings, settings.aggregator(), store, self._config.run, tell, control,
-                fresh, rows,
-            )  # fmt: skip
+                clients(),
+                self._task,
+                settings,
+                settings.aggregator(),
+                store,
+                self._config.run,
+                tell,
+                None if control.stopped else control,  # after a stop, the final evaluation must not be stopped again
+                fresh,
+                rows,
+            )
 
         if self._scorer is not None:
             print_hint(self._scorer, self._output.shown, self._task)
@@ -165,16 +184,21 @@ class Tuning:
             with display:
                 ended = run(begin, self._config.settings)
         except (KeyboardInterrupt, RunStopped) as stop:
-            raise (RunStopped("start it again to resume it") if begun else KeyboardInterrupt) from stop
+            if has_stored_rounds:
+                raise RunStopped("the run was stopped: run the same command to resume it") from stop
+            raise KeyboardInterrupt from stop
         self._report(ended.result, watch)
         return ended
 
     def _report(self, result: RunResult, watch: Watch) -> None:
-        config, task, scorer, output = self._config, self._task, self._scorer, self._output
+        config = self._config
+        task = self._task
+        scorer = self._scorer
+        output = self._output
         saved = None
         if scorer is not None:
             watch.compare(
-                Comparison(lambda: comparing(scorer, task, result), task.labels, self._offered, watch.devices)
+                Comparison(lambda: models_of_run(scorer, task, result), task.labels, self._offered, watch.devices)
             )
             if output.prompt is not None:
                 saved = make_prompt(scorer, task, result).save(output.prompt)
@@ -183,18 +207,18 @@ class Tuning:
             return
         print_result(result, saved)
         if saved is None and not output.quiet:
-            wanted = f"{config.run} --store {config.store} --model MODEL --out PROMPT.safetensors"
-            echo(f"to write its prompt: fedbpt runs export {wanted}")
+            arguments = f"{config.run} --store {config.store} --model MODEL --out PROMPT.safetensors"
+            echo(f"to write its prompt: fedbpt runs export {arguments}")
 
 
-def _to_the_end(begin: Begin, settings: RunSettings) -> Ended:
+def _run_to_end(begin: Begin, settings: RunSettings) -> Ended:
     return Ended(begin(settings).run(), False)
 
 
 def print_plan(config: RunConfig, task: Task, reach: Reach, output: Output) -> None:
-    """What the run will cost on its devices; one that cannot take part is named and left out.
+    """Print what the run will cost on its devices, leaving out those that cannot take part.
 
-    Raises `DeviceError` where one does not answer.
+    Raises `DeviceError` if a device does not respond.
     """
 
     async def ask(client: DeviceClient) -> DeviceInfo:
@@ -206,24 +230,23 @@ def print_plan(config: RunConfig, task: Task, reach: Reach, output: Output) -> N
     async def ask_all(clients: Sequence[DeviceClient]) -> list[DeviceInfo]:
         return list(await asyncio.gather(*(ask(client) for client in clients)))
 
-    tell = teller(not output.shown)
+    tell = status_printer(not output.shown)
     with reach.clients({}, False, tell) as clients:
-        infos = [_able(info, task, tell) for info in asyncio.run(ask_all(clients))]
-    able = [info for info in infos if info is not None]
-    if not able:
+        infos = [info for info in asyncio.run(ask_all(clients)) if _can_take_part(info, task, tell)]
+    if not infos:
         raise FederationError("no device can take part: start them with the run's task")
-    print_cost(_cost(config, task, able), output.as_json)
+    print_cost(_cost(config, task, infos), output.as_json)
 
 
-def _able(info: DeviceInfo, task: Task, tell: Callable[[str], None]) -> DeviceInfo | None:
+def _can_take_part(info: DeviceInfo, task: Task, tell: Callable[[str], None]) -> bool:
     found = misfit(info, None, task.identity)
     if found is not None:
         tell(f"device {info.name} cannot take part: it {found.reason}")
-    return info if found is None else None
+    return found is None
 
 
 def print_plan_here(config: RunConfig, task: Task, device: Device, as_json: bool) -> None:
-    """What the run will cost on this machine."""
+    """Print what the run will cost on this machine."""
     device.measure_speed()
     print_cost(_cost(config, task, [device.info()]), as_json)
 

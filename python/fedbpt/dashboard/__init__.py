@@ -1,7 +1,7 @@
 """The dashboard: a run in a browser (design: ``docs/dashboard.md``).
 
-`state` knows what a run shows and no page; `pages` puts it on one, with NiceGUI (``fedbpt[dashboard]``), whose assets
-all lie in its package. `server` is the only way in.
+`state` collects what to show, without a user interface; `pages` shows it with NiceGUI (``fedbpt[dashboard]``), which
+bundles all of its assets; `server` is the entry point.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The dashboard as an ASGI application. The only importer of NiceGUI besides `pages`: it is an optional dependency."""
+"""The dashboard as an ASGI application. NiceGUI is an optional dependency: import this module only when needed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from starlette.types import ASGIApp
 
 from fedbpt.coordinator.control import RunControl
 from fedbpt.dashboard.compare_page import ComparePage
-from fedbpt.dashboard.comparing import Comparison
-from fedbpt.dashboard.guard import may_steer
+from fedbpt.dashboard.comparison import Comparison
+from fedbpt.dashboard.guard import may_control
 from fedbpt.dashboard.pages import RunPage
 from fedbpt.dashboard.state import RunState
 from fedbpt.errors import FedbptError
@@ -21,7 +21,7 @@ from fedbpt.errors import FedbptError
 Hook = Callable[[], Awaitable[None]]
 
 RECONNECT_S: Final = 5.0
-"""How long a page that lost its connection is kept for it to come back."""
+"""How long a page is kept after it loses its connection, in seconds."""
 
 _built: list[RunState] = []
 
@@ -34,18 +34,25 @@ def build_app(
     on_startup: Hook,
     on_shutdown: Hook,
 ) -> ASGIApp:
-    """The pages of one run, behind a `fedbpt.dashboard.guard.Guard`, which says who may steer.
+    """Build the pages of one run, for use behind a `fedbpt.dashboard.guard.Guard`, which decides who has controls.
 
-    ``comparison``: what there is to compare by now; ``invitation``: the link for others who want to watch.
-    NiceGUI keeps one application in a process: a second is refused with `FedbptError`.
+    Args:
+        state: what to show.
+        control: through which pages control the run; None: they cannot.
+        comparison: returns what the compare page needs; None: the run is not finished.
+        invitation: returns the read-only link for others; None: there is none.
+        on_startup, on_shutdown: called on the server's event loop.
+
+    Raises:
+        FedbptError: this process has a dashboard already; NiceGUI allows one application per process.
     """
     if _built:
-        raise FedbptError("this process has a dashboard already: start another process for another one")
+        raise FedbptError("this process already has a dashboard: start another process for a second one")
     _built.append(state)
 
     @ui.page("/", title=f"{state.run} · fedbpt")
     def index(request: Request) -> None:
-        RunPage(state, control if may_steer(request.scope) else None, invitation())
+        RunPage(state, control if may_control(request.scope) else None, invitation())
 
     @ui.page("/compare", title=f"Compare · {state.run} · fedbpt")
     def compare() -> None:
@@ -69,5 +76,5 @@ def build_app(
 
 
 def n_pages() -> int:
-    """Pages that are open."""
+    """Number of open pages."""
     return sum(client.has_socket_connection for client in list(Client.instances.values()))

@@ -1,4 +1,4 @@
-"""ECharts options for the dashboard, as plain dictionaries. Colours are variables of ``style.css``, which SVG knows."""
+"""ECharts options for the dashboard, as plain dictionaries. Colours are CSS variables of ``style.css``."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Options: TypeAlias = dict[str, Any]
 Curve: TypeAlias = tuple[Sequence[Point], str, float]
 """Points, colour, width in pixels."""
 
-MOST_POINTS: Final = 200
-"""Of one device's curve; the run's own are thinned by ECharts (``sampling``)."""
+MAX_POINTS: Final = 200
+"""Maximum number of points of a device's curve; ECharts thins the run's own curves (``sampling``)."""
 
-FEW_POINTS: Final = 40
-"""Up to so many, each is marked."""
+MAX_MARKED_POINTS: Final = 40
+"""Maximum number of points of a curve with a marker on each."""
 
-LEGEND_FITS: Final = 8
-"""Devices that a legend can name on a phone."""
+MAX_LEGEND_DEVICES: Final = 8
+"""Maximum number of devices with a legend, so that it fits a phone."""
 
 _DEVICE_COLOURS: Final = tuple(f"var(--device-{i})" for i in range(8))
 _FONT: Final = 'system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif'
@@ -27,7 +27,7 @@ _TEXT: Final = {"color": "var(--muted)", "fontFamily": _FONT, "fontSize": 12}
 
 
 def curve(description: str, unit: str) -> Options:
-    """An empty chart of figures by round; `set_curves` fills it. ``unit``: what follows a value, such as `` %``."""
+    """An empty chart of values by round, to be filled by `set_curves`. ``unit``: follows each value, such as `` %``."""
     return {
         "aria": {"enabled": True, "label": {"description": description}},
         "animationDuration": 300,
@@ -57,7 +57,7 @@ def curve(description: str, unit: str) -> Options:
 
 
 def set_curves(options: Options, curves: Mapping[str, Curve], zero_shot: float | None) -> None:
-    """Fill ``options`` with ``curves``, by name, and with the line that is to be beaten."""
+    """Fill ``options`` with ``curves``, by name, and a horizontal line at ``zero_shot``."""
     options["series"] = [_line(name, points, colour, width) for name, (points, colour, width) in curves.items()]
     if zero_shot is not None and options["series"]:
         options["series"][0]["markLine"] = {
@@ -68,17 +68,18 @@ def set_curves(options: Options, curves: Mapping[str, Curve], zero_shot: float |
             "label": {**_TEXT, "formatter": "zero-shot", "position": "insideEndTop"},
             "data": [{"yAxis": round(zero_shot, 4)}],
         }
-        values = [point.value for points, _, _ in curves.values() for point in points]
-        pad = (max([*values, zero_shot]) - min([*values, zero_shot])) * 0.08 or abs(zero_shot) * 0.05 or 1.0
-        options["yAxis"]["min"] = _nice(min([*values, zero_shot]) - pad)
-        options["yAxis"]["max"] = _nice(max([*values, zero_shot]) + pad)
+        values = [zero_shot, *(point.value for points, _, _ in curves.values() for point in points)]
+        low, high = min(values), max(values)
+        pad = (high - low) * 0.08 or abs(zero_shot) * 0.05 or 1.0
+        options["yAxis"]["min"] = _round_to_3_digits(low - pad)
+        options["yAxis"]["max"] = _round_to_3_digits(high + pad)
 
 
 def set_devices(options: Options, curves: Mapping[str, Sequence[Point]]) -> None:
     """Fill ``options`` with a thin curve for each device."""
-    options["legend"]["show"] = len(curves) <= LEGEND_FITS
+    options["legend"]["show"] = len(curves) <= MAX_LEGEND_DEVICES
     options["legend"]["type"] = "scroll"
-    options["tooltip"]["trigger"] = "axis" if len(curves) <= LEGEND_FITS else "item"
+    options["tooltip"]["trigger"] = "axis" if len(curves) <= MAX_LEGEND_DEVICES else "item"
     options["series"] = [
         _line(name, thinned(points), _DEVICE_COLOURS[i % len(_DEVICE_COLOURS)], 1.5)
         for i, (name, points) in enumerate(curves.items())
@@ -86,7 +87,7 @@ def set_devices(options: Options, curves: Mapping[str, Sequence[Point]]) -> None
 
 
 def bars(description: str, logarithmic: bool) -> Options:
-    """An empty chart of bytes; `set_bars` fills it."""
+    """An empty chart of sizes in bytes, to be filled by `set_bars`."""
     return {
         "aria": {"enabled": True, "label": {"description": description}},
         "animationDuration": 300,
@@ -106,9 +107,9 @@ def bars(description: str, logarithmic: bool) -> Options:
 
 
 def set_bars(options: Options, amounts: Mapping[str, float], ours: str) -> None:
-    """Fill ``options`` with ``amounts``, bytes; the bar named ``ours`` stands out."""
+    """Fill ``options`` with ``amounts`` in bytes, by name; the bar named ``ours`` is highlighted."""
     options["yAxis"]["data"] = list(amounts)
-    if options["xAxis"]["type"] == "log":  # which has no zero: the least bar is as long as a factor of three
+    if options["xAxis"]["type"] == "log":  # has no zero: begin the axis at a third of the smallest value
         options["xAxis"]["min"] = max(min(amounts.values(), default=1.0) / 3, 0.1)
     data = [
         {
@@ -122,11 +123,11 @@ def set_bars(options: Options, amounts: Mapping[str, float], ours: str) -> None:
     options["series"] = [{"type": "bar", "barMaxWidth": 22, "silent": True, "label": label, "data": data}]
 
 
-def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
-    """At most ``most`` of ``points``, evenly, with the first and the last."""
-    if len(points) <= most:
+def thinned(points: Sequence[Point], max_points: int = MAX_POINTS) -> list[Point]:
+    """At most ``max_points`` of ``points``, evenly spaced, including the first and the last."""
+    if len(points) <= max_points:
         return list(points)
-    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
+    return [points[round(i * (len(points) - 1) / (max_points - 1))] for i in range(max_points)]
 
 
 def _line(name: str, points: Sequence[Point], colour: str, width: float) -> Options:
@@ -135,7 +136,7 @@ def _line(name: str, points: Sequence[Point], colour: str, width: float) -> Opti
         "name": name,
         "type": "line",
         "sampling": "lttb",
-        "showSymbol": len(points) <= FEW_POINTS,
+        "showSymbol": len(points) <= MAX_MARKED_POINTS,
         "symbolSize": 5,
         "emphasis": {"disabled": True},
         "lineStyle": {"color": colour, "width": width},
@@ -153,5 +154,5 @@ def _tooltip() -> Options:
     }
 
 
-def _nice(value: float) -> float:
+def _round_to_3_digits(value: float) -> float:
     return float(f"{value:.3g}")

@@ -1,4 +1,4 @@
-"""The page on which the original and the tuned model answer the same question, side by side."""
+"""The compare page: replies of the original and the tuned model to the same question, side by side."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Final
 
 from nicegui import ui
 
-from fedbpt.dashboard.comparing import Comparison
-from fedbpt.dashboard.elements import button, describe, heading, top
+from fedbpt.dashboard.comparison import Comparison
+from fedbpt.dashboard.elements import button, describe, heading, page_frame
 from fedbpt.dashboard.examples import KINDS, Kind, Row
 from fedbpt.errors import FedbptError
 from fedbpt.protocol.questions import Answer
@@ -19,33 +19,39 @@ TITLES: Final[dict[Side, str]] = {"original": "Original", "tuned": "Tuned"}
 
 HERE: Final = "this machine"
 
-LOOK_S: Final = 1.0
-"""How often a page looks whether there is a model, or are more examples, now."""
+POLL_S: Final = 1.0
+"""Interval between two checks for the comparison or more examples, in seconds."""
 
 OFFERED: Final[dict[Kind, int]] = {"gained": 3, "lost": 3, "both": 2, "neither": 1}
-"""Examples of each kind, at most."""
+"""Maximum number of examples of each kind."""
 
 OFFERED_TEXTS: Final = 6
-"""Rows that are offered where answers are texts."""
+"""Number of rows to offer if texts are generated."""
 
 _ENTER: Final = "(e) => { if (!e.shiftKey && !e.isComposing) { e.preventDefault(); emit(); } }"
 
 
 class ComparePage:
-    """``find``: the comparison, once there is one; ``invitation``: the link for others who want to watch."""
+    """The page in one browser.
+
+    Args:
+        run: the run's name.
+        find: returns the comparison; None: the run is not finished.
+        invitation: the read-only link for others; None: there is none.
+    """
 
     def __init__(self, run: str, find: Callable[[], Comparison | None], invitation: str | None) -> None:
         self._find = find
-        with top(invitation):
+        with page_frame(invitation):
             ui.label(run).classes("title").props("role=heading aria-level=1")
             ui.link("Run", "/").classes("tab")
             ui.label("Compare").classes("tab here").props('aria-current="page"')
             ui.element("div").classes("spring")
-        self._waiting = ui.label("There is something to compare when the run is finished.").classes("panel")
-        self._timer = ui.timer(LOOK_S, self._look)
-        self._look()
+        self._waiting = ui.label("Models can be compared once the run is finished.").classes("panel")
+        self._timer = ui.timer(POLL_S, self._update)
+        self._update()
 
-    def _look(self) -> None:
+    def _update(self) -> None:
         comparison = self._find()
         if comparison is not None:
             self._timer.deactivate()
@@ -54,7 +60,7 @@ class ComparePage:
 
     def _build(self, comparison: Comparison) -> None:
         self._comparison = comparison
-        self._asking = False
+        self._busy = False
         with ui.element("div").classes("compare"):
             with ui.element("section").classes("panel own"):
                 heading("Ask both")
@@ -65,13 +71,13 @@ class ComparePage:
                     self._where.props("outlined dense").classes("where").visible = bool(comparison.devices)
                     self._button = button("Compare", "compare_arrows", self._ask_own, "main")
                     self._message = ui.label().classes("what").props('role="status"')
-                self._moving = ui.linear_progress(show_value=False, size="6px", color=None)
-                describe(self._moving.props("indeterminate"), "Asking both").visible = False
+                self._progress = ui.linear_progress(show_value=False, size="6px", color=None)
+                describe(self._progress.props("indeterminate"), "Asking both").visible = False
             with ui.element("div").classes("pair sides"):
                 self._sides = {side: _Side(TITLES[side], comparison.labels) for side in SIDES}
             if comparison.questions:
                 with ui.element("section").classes("panel held-out"):
-                    heading("Or ask about a held-out text, which was never trained on")
+                    heading("Or choose a held-out text, which was not used for training")
                     if comparison.labels:
                         _Offers(comparison, self._offer)
                     else:
@@ -82,7 +88,7 @@ class ComparePage:
     def _offer(self, question: Row) -> None:
         async def ask() -> None:
             self._text.value = question.text
-            await self._ask(question.text, question.answer)
+            await self._ask(question.text, question.expected)
 
         shown = question.text if len(question.text) < 90 else f"{question.text[:88]}…"
         button(shown, "", ask, "plain")
@@ -90,33 +96,33 @@ class ComparePage:
     async def _ask_own(self) -> None:
         await self._ask(str(self._text.value or ""), None)
 
-    async def _ask(self, text: str, answer: str | None) -> None:
-        if self._asking:
+    async def _ask(self, text: str, expected: str | None) -> None:
+        if self._busy:
             return
-        self._asking = self._moving.visible = True
+        self._busy = self._progress.visible = True
         self._message.text = "asking both …"
         self._button.disable()
         try:
             if self._where.value != HERE:
                 found = await self._comparison.ask_device(str(self._where.value), text, self._show_texts)
-                self._show(found, answer)
+                self._show(found, expected)
             elif self._comparison.labels:
-                self._show(Answer(probabilities=tuple(await self._comparison.classify(text))), answer)
+                self._show(Answer(probabilities=tuple(await self._comparison.classify(text))), expected)
             else:
                 await self._generate(text)
         except FedbptError as error:
             self._message.text = str(error)
         else:
-            self._message.text = "" if answer is None else f"The row says: {answer}"
+            self._message.text = "" if expected is None else f"Expected: {expected}"
         finally:
-            self._asking = self._moving.visible = False
+            self._busy = self._progress.visible = False
             self._button.enable()
 
-    def _show(self, found: Answer, answer: str | None) -> None:
+    def _show(self, found: Answer, expected: str | None) -> None:
         if not found.probabilities:
             self._show_texts(found)
         for side, probabilities in zip(SIDES, found.probabilities, strict=False):
-            self._sides[side].show(probabilities, answer)
+            self._sides[side].show(probabilities, expected)
 
     def _show_texts(self, found: Answer) -> None:
         for side, text in zip(SIDES, found.texts, strict=True):
@@ -131,33 +137,36 @@ class ComparePage:
 
 
 class _Offers:
-    """Held-out rows by what both models say to them, with how many there are of each kind: no kind is left out."""
+    """Held-out rows to choose from, grouped by which models are right, with the number of rows of every kind."""
 
     def __init__(self, comparison: Comparison, offer: Callable[[Row], None]) -> None:
-        self._comparison, self._offer = comparison, offer
+        self._comparison = comparison
+        self._offer = offer
         self._shown: dict[Kind, int] = dict.fromkeys(KINDS, 0)
         self._count = ui.label().classes("count")
         self._bar = ui.linear_progress(0.0, show_value=False, size="6px", color=None)
-        describe(self._bar, "Held-out texts looked at")
+        describe(self._bar, "Held-out texts classified")
         self._groups: dict[Kind, tuple[ui.element, ui.label, ui.element]] = {}
         for kind in KINDS:
             with ui.element("div") as group:
                 title = ui.label().classes("kind").props("role=heading aria-level=3")
                 self._groups[kind] = group, title, ui.element("div").classes("offers")
             group.visible = False
-        comparison.look_for_examples()
-        self._timer = ui.timer(LOOK_S, self._look)
-        self._look()
+        comparison.start_examples()
+        self._timer = ui.timer(POLL_S, self._update)
+        self._update()
 
-    def _look(self) -> None:
+    def _update(self) -> None:
         examples = self._comparison.examples
-        verdicts, counts = examples.verdicts, examples.counts()
-        n, done = len(verdicts), examples.done
+        verdicts = examples.verdicts
+        counts = examples.counts()
+        n = len(verdicts)
+        done = examples.done
         self._bar.value = n / examples.n_rows
-        self._bar.visible = not done and not self._comparison.trouble
-        so_far = "" if done else f" so far, of {examples.n_rows}"
+        self._bar.visible = not done and not self._comparison.error
+        so_far = "" if done else f" of {examples.n_rows} so far"
         self._count.text = (
-            self._comparison.trouble or f"{n:,} looked at{so_far}: the two models differ on {examples.n_differ():,}"
+            self._comparison.error or f"{n:,} classified{so_far}: the two models differ on {examples.n_differ():,}"
         )
         for kind, title in KINDS.items():
             group, label, place = self._groups[kind]
@@ -168,12 +177,12 @@ class _Offers:
                 for verdict in found[self._shown[kind] :]:
                     self._offer(verdict.row)
             self._shown[kind] = len(found)
-        if done or self._comparison.trouble:
+        if done or self._comparison.error:
             self._timer.deactivate()
 
 
 class _Side:
-    """One model's answer: a verdict that a room can read and a bar for each label, or a text."""
+    """One model's reply: the predicted label in large type and a bar for each label, or a text."""
 
     def __init__(self, title: str, labels: tuple[str, ...]) -> None:
         self._labels = labels
@@ -195,17 +204,17 @@ class _Side:
                     describe(bar.props("animation-speed=300"), f"{title}: {label}")
                 self._bars.append((name, share, bar))
 
-    def show(self, probabilities: tuple[float, ...], answer: str | None) -> None:
-        """``answer``: the label that the row has, where it is known."""
-        most = max(probabilities)
-        verdict = self._verdict.text = self._labels[probabilities.index(most)]
-        right = answer == verdict
+    def show(self, probabilities: tuple[float, ...], expected: str | None) -> None:
+        """Show ``probabilities`` of the labels. ``expected``: the correct label; None: unknown."""
+        highest = max(probabilities)
+        verdict = self._verdict.text = self._labels[probabilities.index(highest)]
+        right = expected == verdict
         self._right.text = "right" if right else "wrong"
         for element in (self._right, self._verdict):
-            element.classes(add="bad") if answer is not None and not right else element.classes(remove="bad")
-        self._right.visible = answer is not None
+            element.classes(add="bad") if expected is not None and not right else element.classes(remove="bad")
+        self._right.visible = expected is not None
         for (name, share, bar), value in zip(self._bars, probabilities, strict=True):
             bar.value = round(value, 4)
             share.text = f"{100 * value:.1f} %"
             for element in (name, share):
-                element.classes(add="most") if value == most else element.classes(remove="most")
+                element.classes(add="most") if value == highest else element.classes(remove="most")

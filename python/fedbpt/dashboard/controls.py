@@ -1,4 +1,4 @@
-"""Pause, resume, stop, another deadline: for the run that this process coordinates, until it ends."""
+"""Buttons to pause, resume and stop the run that this process coordinates, and to change its deadline."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fedbpt.errors import ConfigError
 
 
 class Controls:
-    """``control`` None: there is nothing to steer, and no button."""
+    """The buttons and their dialogs. ``control`` None: no buttons."""
 
     def __init__(self, control: RunControl | None) -> None:
         self._control = control
         if control is None:
             return
         with ui.element("div").classes("row") as self._row:
-            self._pause = button("Pause", "pause", self._turn, "plain")
+            self._pause = button("Pause", "pause", self._toggle_pause, "plain")
             button("Deadline", "timer", self._open_deadline, "plain")
             button("Stop", "stop", lambda: self._stopping.open(), "stop")
         self._stopping = self._stop_dialog(control)
@@ -33,13 +33,13 @@ class Controls:
         self._pause.text = "Resume" if paused else "Pause"
         self._pause.icon = "play_arrow" if paused else "pause"
 
-    def _turn(self) -> None:
+    def _toggle_pause(self) -> None:
         assert self._control is not None
         if self._control.wish.paused:
             self._control.resume()
         else:
             self._control.pause()
-            ui.notify("The round under way is finished first.")
+            ui.notify("The run pauses after the current round.")
 
     def _stop_dialog(self, control: RunControl) -> ui.dialog:
         def stop() -> None:
@@ -48,7 +48,7 @@ class Controls:
 
         with ui.dialog() as dialog, ui.card():
             heading("Stop this run?")
-            ui.label("Closed rounds are kept. The same command resumes it where it stands.")
+            ui.label("Completed rounds are kept. The same command resumes the run.")
             with ui.row():
                 button("Keep running", "", dialog.close, "plain").props("autofocus")
                 button("Stop the run", "", stop, "stop")
@@ -63,16 +63,16 @@ class Controls:
                 ui.notify(str(error), type="warning")
                 return
             self._changing.close()
-            ui.notify("From the next round on.")
+            ui.notify("The new deadline applies from the next round on.")
 
         with ui.dialog() as self._changing, ui.card():
-            heading("Longest that a round may take")
-            ui.label("Devices that take longer do not count in the round. From the next one on, until the run ends.")
+            heading("Round deadline")
+            ui.label("Reports that arrive later are not used. Applies from the next round until the run ends.")
             self._seconds = ui.number("Deadline, seconds", min=1).props("autofocus outlined")
             with ui.row():
                 button("Cancel", "", self._changing.close, "plain")
                 button("Change", "", change, "main")
-        self._changing.props('aria-label="Longest that a round may take"')
+        self._changing.props('aria-label="Round deadline"')
 
     def _open_deadline(self) -> None:
         self._seconds.value = self._deadline

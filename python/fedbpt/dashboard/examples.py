@@ -1,4 +1,4 @@
-"""`Examples`: held-out rows by what both models say to them, so that people see where these differ, and how often."""
+"""`Examples`: held-out rows grouped by which of the two models classifies them correctly."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ Kind: TypeAlias = Literal["gained", "lost", "both", "neither"]
 
 KINDS: Final[dict[Kind, str]] = {
     "gained": "Only the tuned model is right",
-    "lost": "Only the original is right",
+    "lost": "Only the original model is right",
     "both": "Both are right",
     "neither": "Both are wrong",
 }
 
 
 class Row(NamedTuple):
-    """A held-out row; ``answer``: its label's name, or its target text."""
+    """A held-out row. ``expected``: the name of its correct label, or its target text."""
 
     text: str
-    answer: str
+    expected: str
 
 
 class Verdict(NamedTuple):
-    """The labels that both models give a row."""
+    """A row with the labels that both models predict."""
 
     row: Row
     original: str
@@ -35,16 +35,18 @@ class Verdict(NamedTuple):
 
     @property
     def kind(self) -> Kind:
-        if self.tuned == self.row.answer:
-            return "both" if self.original == self.row.answer else "gained"
-        return "lost" if self.original == self.row.answer else "neither"
+        if self.tuned == self.row.expected:
+            return "both" if self.original == self.row.expected else "gained"
+        return "lost" if self.original == self.row.expected else "neither"
 
 
 class Examples:
-    """``rows`` as they are looked at, each once and all of them, so that no kind is chosen. From any thread.
+    """Classifies ``rows`` one by one, all of them, so that the counts are unbiased. Thread-safe.
 
     Args:
-        classify: both models' probabilities of the ``labels`` for a text.
+        rows: held-out rows.
+        labels: names of the labels.
+        classify: returns both models' probabilities of the ``labels`` for a text.
     """
 
     def __init__(self, rows: Sequence[Row], labels: Sequence[str], classify: Callable[[str], Probabilities]) -> None:
@@ -57,16 +59,16 @@ class Examples:
 
     @property
     def verdicts(self) -> Sequence[Verdict]:
-        """So far, in the order of the rows."""
+        """The verdicts so far, in the order of the rows."""
         return tuple(self._verdicts)
 
     @property
     def done(self) -> bool:
-        """Whether all rows were looked at."""
+        """Whether all rows are classified."""
         return len(self._verdicts) == self.n_rows
 
-    def look(self) -> bool:
-        """Look at one more row; whether there was one. Raises what ``classify`` does."""
+    def classify_next(self) -> bool:
+        """Classify the next row. Returns False if there is none; raises what ``classify`` does."""
         with self._lock:
             row = next(self._left, None)
             if row is None:
@@ -76,19 +78,19 @@ class Examples:
             return True
 
     def find(self, kind: Kind) -> Iterator[Verdict]:
-        """Those of ``kind``, looking for more as long as there are rows."""
+        """Yield verdicts of ``kind``, classifying more rows as needed."""
         seen = 0
         while True:
             known = self.verdicts
             yield from (verdict for verdict in known[seen:] if verdict.kind == kind)
             seen = len(known)
-            if not self.look() and len(self._verdicts) == seen:
+            if not self.classify_next() and len(self._verdicts) == seen:
                 return
 
     def counts(self) -> Counter[Kind]:
-        """How many there are of each kind so far."""
+        """Number of verdicts of each kind so far."""
         return Counter(verdict.kind for verdict in self.verdicts)
 
     def n_differ(self) -> int:
-        """How many rows the two models give different labels."""
+        """Number of rows for which the two models predict different labels."""
         return sum(verdict.original != verdict.tuned for verdict in self.verdicts)

@@ -1,10 +1,10 @@
-"""`Guard`: who may open the dashboard, and who of them may stop the run.
+"""`Guard`: decides who may open the dashboard, and who may control the run.
 
-There are two links: the operator's, and one for those who watch. A page is built with controls for the operator alone,
-and NiceGUI takes events only for elements of a page whose random id the sender knows.
+There are two links: the operator's, and a read-only one. Only the operator's page is built with controls, and NiceGUI
+accepts events only for elements of a page whose random id the sender knows.
 
-A browser sends a token as a cookie, which it gets for the link that the command prints. Whatever another web page makes
-the browser send is refused by its origin: browsers let any page open a WebSocket to any server.
+The link's token is exchanged for a cookie. Requests that another web page makes a browser send are rejected by their
+origin, because browsers let any page open a WebSocket to any server.
 """
 
 from __future__ import annotations
@@ -26,71 +26,77 @@ from fedbpt.net.rate_limit import RateLimit
 
 COOKIE: Final = "fedbpt-dashboard"
 
-_STEERS: Final = "fedbpt.steers"
+_MAY_CONTROL: Final = "fedbpt.may-control"
 
 
-def may_steer(scope: MutableMapping[str, Any]) -> bool:
-    """Whether who sent a request that came through a `Guard` may steer the run."""
-    return scope.get(_STEERS) is True
+def may_control(scope: MutableMapping[str, Any]) -> bool:
+    """Whether the sender of a request that passed a `Guard` may control the run."""
+    return scope.get(_MAY_CONTROL) is True
 
 
 class Guard:
-    """ASGI middleware. ``token`` None: it answers under loopback's names alone, and everybody steers; else who sends it
-    steers, and who sends `fedbpt.net.tokens.watch_token` of it watches. Refuses in plain text.
+    """ASGI middleware that authorizes requests. Responds with plain text to those it rejects.
 
-    ``visited``: called at each request that is let through.
+    Args:
+        app: the application to protect.
+        token: senders of it may control the run, senders of its `fedbpt.net.tokens.watch_token` may only watch. None:
+            only requests to loopback's names are served, and all may control.
+        on_visit: called at each request that passes.
     """
 
-    def __init__(self, app: ASGIApp, token: str | None, visited: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, app: ASGIApp, token: str | None, on_visit: Callable[[], None] = lambda: None) -> None:
         self._app = app
-        self._visited = visited
-        self._steers = None if token is None else tokens.digest(token)
-        self._watches = None if token is None else tokens.digest(tokens.watch_token(token))
+        self._on_visit = on_visit
+        self._control_digest = None if token is None else tokens.digest(token)
+        self._watch_digest = None if token is None else tokens.digest(tokens.watch_token(token))
         self._guesses = RateLimit(*GUESSES)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        answer = self._answer(HTTPConnection(scope))
-        if answer is None:
-            self._visited()
+        response = self._intercept(HTTPConnection(scope))
+        if response is None:
+            self._on_visit()
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
-            await answer(scope, receive, send)
+            await response(scope, receive, send)
         else:
             await send({"type": "websocket.close", "code": 1008, "reason": "refused"})
 
-    def _answer(self, connection: HTTPConnection) -> Response | None:
-        """A refusal, or a redirection; None: let it through."""
-        if self._steers is None and (problem := wrong_name(connection, "127.0.0.1")):
+    def _intercept(self, connection: HTTPConnection) -> Response | None:
+        """A refusal or redirection; None: let the request pass."""
+        if self._control_digest is None and (problem := wrong_name(connection, "127.0.0.1")):
             return _refused("wrong-host", problem)
         origin = connection.headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != connection.headers.get("host"):
-            return _refused("unauthorized", "another web page may not use this dashboard")
+            return _refused("unauthorized", "requests from another web page are rejected: open the dashboard itself")
         given = parse_qs(connection.scope.get("query_string", b"").decode("latin-1")).get("token", [""])[0]
-        if connection.scope["type"] == "http" and self._is_right(given):  # also where a cookie has the other token
-            answer = RedirectResponse(connection.url.path, status_code=303)
+        if connection.scope["type"] == "http" and self._matches(given):  # replaces a cookie of the other token
+            response = RedirectResponse(connection.url.path, status_code=303)
             secure = connection.url.scheme == "https"
-            answer.set_cookie(COOKIE, given, httponly=True, samesite="strict", secure=secure)
-            return answer
-        if self._steers is None or self._is_known(connection):
-            connection.scope[_STEERS] = self._steers is None or self._is_known(connection, self._steers)
+            response.set_cookie(COOKIE, given, httponly=True, samesite="strict", secure=secure)
+            return response
+        if self._control_digest is None:
+            connection.scope[_MAY_CONTROL] = True
+            return None
+        if self._is_authorized(connection):
+            connection.scope[_MAY_CONTROL] = self._is_authorized(connection, self._control_digest)
             return None
         wait_s = self._guesses.take(connection.client.host if connection.client else "")
         if wait_s:
-            return _refused("too-many", "too many requests without the token", wait_s)
+            return _refused("too-many", "too many requests without a valid token: try again later", wait_s)
         return _refused("unauthorized", "open the link that the command printed: it ends in ?token=…")
 
-    def _is_right(self, secret: str, digest: bytes | None = None) -> bool:
-        """Of ``digest``; None: of either token."""
-        digests = (self._steers, self._watches) if digest is None else (digest,)
+    def _matches(self, secret: str, digest: bytes | None = None) -> bool:
+        """Whether ``secret`` is the token of ``digest``; None: either token."""
+        digests = (self._control_digest, self._watch_digest) if digest is None else (digest,)
         return any(tokens.matches(secret, each) for each in digests if each is not None)
 
-    def _is_known(self, connection: HTTPConnection, digest: bytes | None = None) -> bool:
+    def _is_authorized(self, connection: HTTPConnection, digest: bytes | None = None) -> bool:
         cookies = SimpleCookie(connection.headers.get("cookie", ""))
         given = [tokens.bearer(connection.headers), cookies[COOKIE].value if COOKIE in cookies else ""]
-        return any(self._is_right(secret, digest) for secret in given if secret)
+        return any(self._matches(secret, digest) for secret in given if secret)
 
 
 def _refused(code: str, message: str, retry_after_s: float = 0.0) -> Response:

@@ -1,4 +1,4 @@
-"""The run's page: NiceGUI components over a `RunState`. Each part is built once and then changes what has changed."""
+"""The run's page: NiceGUI components that show a `RunState`. Each part is built once, then updated where it changed."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from nicegui import ui
 
 from fedbpt.coordinator.control import RunControl
 from fedbpt.dashboard import charts, texts
-from fedbpt.dashboard.beside import Communication, Memory
+from fedbpt.dashboard.comparison_charts import Communication, Memory
 from fedbpt.dashboard.controls import Controls
-from fedbpt.dashboard.elements import LateChart, heading, top
+from fedbpt.dashboard.elements import DeferredChart, heading, page_frame
 from fedbpt.dashboard.state import RunState
 from fedbpt.dashboard.views import Point, RunView, Stage
-from fedbpt.display.console import DOING, human_bytes
+from fedbpt.display.console import STAGE_NAMES, human_bytes
 from fedbpt.runs.dev_figures import DevPoint
 from fedbpt.runs.events import RunStage
 
-LOOK_S: Final = 0.25
-"""How often a page looks for what is new; a device that died is shown at once."""
+POLL_S: Final = 0.25
+"""Interval at which a page checks for urgent changes, such as a lost device, in seconds."""
 
 UPDATE_S: Final = 1.0
-"""Everything else changes no more often than this."""
+"""Minimum time between two updates without an urgent change, in seconds."""
 
 
 class Part(Protocol):
@@ -33,7 +33,7 @@ class Part(Protocol):
 
 
 class RunPage:
-    """One browser's page. ``invitation``: the link for others who want to watch."""
+    """The run's page in one browser. ``invitation``: the read-only link for others; None: there is none."""
 
     def __init__(self, state: RunState, control: RunControl | None, invitation: str | None) -> None:
         self._state = state
@@ -41,7 +41,7 @@ class RunPage:
         self._urgent: tuple[object, ...] = ()
         self._updated = 0.0
         view = state.view()
-        with top(invitation):
+        with page_frame(invitation):
             self._heading = Heading(view)
             ui.element("div").classes("spring")
             self._controls = Controls(control)
@@ -49,16 +49,19 @@ class RunPage:
         with ui.element("div").classes("pair"):
             self._parts += [Communication(), Memory()]
         self._parts.append(Notices())
-        self.look()
-        ui.timer(LOOK_S, self.look)
+        self.update()
+        ui.timer(POLL_S, self.update)
 
-    def look(self) -> None:
-        """Show what is new, if it is time to."""
-        now, state = time.monotonic(), self._state
+    def update(self) -> None:
+        """Show changes, if they are urgent or an update is due."""
+        now = time.monotonic()
+        state = self._state
         due = state.version != self._version and now - self._updated >= UPDATE_S
         if not (due or state.urgent != self._urgent):
             return
-        self._version, self._urgent, self._updated = state.version, state.urgent, now
+        self._version = state.version
+        self._urgent = state.urgent
+        self._updated = now
         view = state.view()
         self._heading.show(view)
         self._controls.show(view)
@@ -77,13 +80,13 @@ class Heading:
 
     def show(self, view: RunView) -> None:
         known = (view.task, view.model and f"on {view.model}", f"method {view.method}")
-        self._what.text = " · ".join(part for part in known if part) if view.task else "no round yet"
+        self._what.text = " · ".join(part for part in known if part) if view.task else "not started"
         self._status.text = texts.state(view)
         self._status.classes(replace=f"state {texts.STATUS_STYLE[view.status]}")
 
 
 class Story:
-    """What is going on, in a sentence, and how far it has come."""
+    """What the run does, in a sentence, and its progress through the stages."""
 
     def __init__(self) -> None:
         self._stages: dict[RunStage, ui.label] = {}
@@ -96,7 +99,7 @@ class Story:
         if tuple(self._stages) != view.path:
             self._path.clear()
             with self._path:
-                self._stages = {stage: ui.label(DOING[stage]).props("role=listitem") for stage in view.path}
+                self._stages = {stage: ui.label(STAGE_NAMES[stage]).props("role=listitem") for stage in view.path}
         now = len(view.path) if view.status == "finished" else -1
         if view.stage in view.path:
             now = view.path.index(view.stage)
@@ -105,7 +108,7 @@ class Story:
 
 
 class Tile:
-    """A number with what it is and what it means."""
+    """A number with a label above it and explanations below."""
 
     def __init__(self, label: str, style: str = "") -> None:
         with ui.element("section").classes(f"panel tile {style}"):
@@ -116,7 +119,7 @@ class Tile:
 
 
 class Tiles:
-    """What people ask first."""
+    """The main figures."""
 
     def __init__(self) -> None:
         with ui.element("div").classes("tiles"):
@@ -127,12 +130,12 @@ class Tiles:
                     'aria-label="Budget spent"'
                 )
             self._devices = Tile("Devices")
-            self._sent = Tile("Sent in all")
+            self._sent = Tile("Total traffic")
 
     def show(self, view: RunView) -> None:
         self._figure.label.text = "Perplexity" if view.generates else "Accuracy"
         self._figure.big.text = texts.figure(view.figure, view.generates)
-        self._figure.gain.text = " · ".join(filter(None, (texts.gain(view), texts.trust(view))))
+        self._figure.gain.text = " · ".join(filter(None, (texts.gain(view), texts.confidence(view))))
         self._figure.small.text = texts.basis(view)
         self._round.big.text = texts.rounds(view)
         self._bar.value = round(view.share, 3)
@@ -157,19 +160,21 @@ class Curves:
         with ui.element("div").classes("pair"):
             with ui.element("section").classes("panel"):
                 self._title = heading("Accuracy on development rows")
-                self._figure = LateChart(
+                self._figure = DeferredChart(
                     charts.curve("Accuracy by round, against the zero-shot line", " %"),
-                    "The first figure comes when the template is chosen and the devices have development rows.",
+                    "Starts once the template is selected, if devices have development rows.",
                 )
             with ui.element("section").classes("panel"):
                 heading("Loss, nats")
-                self._loss = LateChart(
+                self._loss = DeferredChart(
                     charts.curve("Loss by round, against the zero-shot line", ""),
-                    "The first loss comes with the first evaluation, or the first round of the search.",
+                    "Starts with the first evaluation or the first round of the search.",
                 )
 
     def show(self, view: RunView) -> None:
-        generates, found, losses = view.generates, self._state.dev_points(), self._state.losses()
+        generates = view.generates
+        found = self._state.dev_points()
+        losses = self._state.losses()
         if self._shown == (found, losses):
             return
         self._shown = (found, losses)
@@ -184,7 +189,7 @@ class Curves:
         zero = None if not found or found[-1].zero_shot is None else scale * found[-1].zero_shot
         charts.set_curves(self._figure.options, {"tuned": (figures, "var(--tuned)", 3)}, zero)
         zero = found[-1].zero_shot_loss if found else None
-        # a private loss is noise about 0
+        # With differential privacy, mini-batch losses are noise around 0.
         batches = {"mini-batches": (losses, "var(--other)", 1.2)} if view.epsilon is None else {}
         charts.set_curves(self._loss.options, {"development rows": (dev, "var(--loss)", 3), **batches}, zero)
         self._figure.draw(bool(figures))
@@ -192,17 +197,13 @@ class Curves:
 
 
 class Stages:
-    """What each step of the run gives: the table that the terminal prints at the end."""
+    """The result of each step of the run: the table that the terminal prints at the end."""
 
     def __init__(self) -> None:
         self._rows: list[dict[str, str]] = []
         with ui.element("section").classes("panel") as self._panel:
-            heading("What each step gives")
-            with (
-                ui.element("div")
-                .classes("scroller")
-                .props('tabindex=0 role="region" aria-label="What each step gives"')
-            ):
+            heading("Results by step")
+            with ui.element("div").classes("scroller").props('tabindex=0 role="region" aria-label="Results by step"'):
                 self._table = ui.table(columns=[], rows=[], row_key="title", pagination=0)
             self._table.props('flat hide-bottom wrap-cells :dense="Quasar.Screen.lt.md"')
         self._panel.visible = False
@@ -221,7 +222,7 @@ class Stages:
 
 
 def _splits(stages: Sequence[Stage]) -> list[dict[str, str]]:
-    """A column for each kind of rows that something was measured on, with how many they are."""
+    """A table column for each split that was evaluated, labelled with its number of rows."""
     columns = []
     for split, name in texts.ROWS.items():
         counts = {found.n for stage in stages if (found := getattr(stage, split)) is not None}
@@ -232,9 +233,17 @@ def _splits(stages: Sequence[Stage]) -> list[dict[str, str]]:
 
 
 _COLUMNS: Final = (
-    ("name", "Device"), ("state", "State"), ("figure", "Accuracy"), ("loss", "Loss"), ("speed", "Speed"),
-    ("memory", "Memory"), ("health", "Battery, °C"), ("up", "Sent"), ("down", "Received"), ("reports", "Rounds"),
-)  # fmt: skip
+    ("name", "Device"),
+    ("state", "State"),
+    ("figure", "Accuracy"),
+    ("loss", "Loss"),
+    ("speed", "Speed"),
+    ("memory", "Memory"),
+    ("health", "Battery, °C"),
+    ("up", "Sent"),
+    ("down", "Received"),
+    ("reports", "Rounds"),
+)
 
 _STATE_CELL: Final = """
 <q-td :props="props"><span class="state" :class="props.row.style">{{ props.row.state }}</span>
@@ -253,7 +262,7 @@ _CARD: Final = """
 
 
 def _columns(health: bool) -> list[dict[str, str]]:
-    """Of the table; ``health``: with battery and heat, for some device knows them."""
+    """The table's columns. ``health``: include battery and temperature."""
     return [
         {"name": name, "label": label, "field": name, "align": "left" if name in ("name", "state") else "right"}
         for name, label in _COLUMNS
@@ -262,7 +271,7 @@ def _columns(health: bool) -> list[dict[str, str]]:
 
 
 class Devices:
-    """Each device, and its curve."""
+    """The devices in a table, and their curves in a chart."""
 
     def __init__(self, state: RunState) -> None:
         self._state = state
@@ -281,14 +290,14 @@ class Devices:
                 ui.element("div").classes("spring")
                 self._which = ui.toggle({"figure": "accuracy", "loss": "loss"}, value="loss", on_change=self._draw)
                 self._which.props('no-caps flat toggle-color="" color="" aria-label="Curve"').classes("which")
-            self._which.visible = False  # until there is a choice
-            self._chart = LateChart(
-                charts.curve("A curve for each device, by round", ""), "The first point comes with the first round."
+            self._which.visible = False  # until there are both curves
+            self._chart = DeferredChart(
+                charts.curve("A curve for each device, by round", ""), "Starts with the first round."
             )
 
     def show(self, view: RunView) -> None:
-        trouble_first = sorted(view.devices, key=lambda device: device.status not in ("silent", "lost", "absent"))
-        rows = [texts.device_row(device, view.generates) for device in trouble_first]
+        problems_first = sorted(view.devices, key=lambda device: device.status not in ("silent", "lost", "absent"))
+        rows = [texts.device_row(device, view.generates) for device in problems_first]
         if rows != self._rows:
             self._rows = list(rows)
             self._table.columns = _columns(any(row["health"] != texts.NONE for row in rows))
@@ -318,12 +327,12 @@ class Devices:
 
 
 class Notices:
-    """What happened, the latest first."""
+    """Messages about the run, the latest first."""
 
     def __init__(self) -> None:
         with ui.element("section").classes("panel"):
-            heading("What happened")
-            self._list = ui.element("div").classes("notices").props('tabindex=0 role="log" aria-label="What happened"')
+            heading("Messages")
+            self._list = ui.element("div").classes("notices").props('tabindex=0 role="log" aria-label="Messages"')
         self._shown: tuple[object, ...] | None = None
 
     def show(self, view: RunView) -> None:
@@ -337,4 +346,4 @@ class Notices:
                     ui.label(notice.time[11:19]).classes("time").style("display: inline")
                     ui.label(notice.text).classes("bad" if notice.bad else "").style("display: inline")
             if not view.notices:
-                ui.label("Nothing to report.").classes("what")
+                ui.label("No messages.").classes("what")

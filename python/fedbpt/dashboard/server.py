@@ -1,4 +1,4 @@
-"""`DashboardServer`: a run's pages, served from a thread with an event loop of its own. The run waits for no page."""
+"""`DashboardServer`: serves a run's pages from its own thread and event loop, so that they never delay the run."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, Final
 
 from fedbpt.coordinator.clients import DeviceClient
 from fedbpt.coordinator.control import RunControl
-from fedbpt.dashboard.comparing import Comparison
+from fedbpt.dashboard.comparison import Comparison
 from fedbpt.dashboard.guard import Guard
-from fedbpt.dashboard.pulse import Pulse
+from fedbpt.dashboard.heartbeat import Heartbeat
 from fedbpt.dashboard.state import RunState
 from fedbpt.dashboard.visits import Visits
 from fedbpt.errors import FedbptError, MissingExtraError, StoreError
@@ -24,21 +24,24 @@ from fedbpt.runs.store import RunStore
 
 log = logging.getLogger(__name__)
 
-LOOK_S: Final = 1.0
-"""Between two looks at the store."""
+POLL_S: Final = 1.0
+"""Interval between two reads of the store, in seconds."""
 
 
 class DashboardServer(HttpServer):
-    """Shows ``run`` of ``store``: a `fedbpt.runs.event_log.Sink` for its events. See `HttpServer`. One in a process.
+    """Serves the dashboard of a run, and is a `fedbpt.runs.event_log.Sink` for its events. One per process.
 
     Args:
-        store: the run database, read through a connection of its own.
-        control: steers the run that is coordinated in this process; None: it is not, and can be watched only.
-        token: what browsers must send to steer; those with `watch_link` only watch. None: loopback only.
+        store: the run database, read through a separate connection.
+        run: the run's name in it.
+        host, port: see `HttpServer`.
+        control: controls the run, if it is coordinated in this process; None: pages are read-only.
+        token: what browsers must send to get controls; `watch_link` is read-only. None: loopback only.
+        tls, allow_insecure: see `HttpServer`.
 
     Raises:
-        ConfigError: a host beyond loopback without token, or without TLS or ``allow_insecure``.
-        MissingExtraError: without NiceGUI.
+        ConfigError: a host beyond loopback without a token, or without TLS or ``allow_insecure``.
+        MissingExtraError: NiceGUI is not installed.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class DashboardServer(HttpServer):
         self._n_pages = n_pages
         self._visits = Visits(n_pages)
         self.comparison: Comparison | None = None
-        """What visitors can compare; from any thread."""
+        """What the compare page needs; set it from any thread."""
         self._store = RunStore(store)
         self._tasks: list[asyncio.Task[None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -76,7 +79,7 @@ class DashboardServer(HttpServer):
                 self._on_startup,
                 self._on_shutdown,
             )
-            app = Guard(pages, token, self._visits.came)
+            app = Guard(pages, token, self._visits.record)
             super().__init__(app, host, port, tls=tls, allow_insecure=allow_insecure, websockets=True)
         except BaseException:
             self._store.close()
@@ -85,32 +88,32 @@ class DashboardServer(HttpServer):
 
     @property
     def link(self) -> str:
-        """What the operator opens: the address, with the token."""
+        """The operator's link: the address with the token."""
         return self._links.operators
 
     @property
     def watch_link(self) -> str | None:
-        """For those who may look but not steer, from their own machines; None: only this machine can reach it."""
+        """The read-only link for other machines; None: only this machine can reach the dashboard."""
         return self._links.everybodys
 
     def __call__(self, line: Line) -> str:
         return self.state(line)
 
     def watch(self, clients: Sequence[DeviceClient]) -> None:
-        """Ask ``clients`` for their pulse from now on."""
+        """Start polling ``clients`` for whether they respond. Raises `FedbptError` if the server is not running."""
         if self._loop is None:
-            raise FedbptError("the dashboard does not run: start it first")
-        pulse = Pulse(clients, self.state.heard, self.state.met)
-        self._loop.call_soon_threadsafe(lambda: self._spawn(pulse.run()))
+            raise FedbptError("the dashboard is not running: start it first")
+        heartbeat = Heartbeat(clients, self.state.set_responding, self.state.set_info)
+        self._loop.call_soon_threadsafe(lambda: self._spawn(heartbeat.run()))
 
     @property
     def n_pages(self) -> int:
-        """How many pages are open now."""
+        """Number of open pages."""
         return self._n_pages()
 
     def is_watched(self) -> bool:
-        """Whether a page is open, or was asked for or open within `fedbpt.dashboard.visits.AWAY_S`. From any thread."""
-        return self._visits.are_on()
+        """Whether a page is open, or was requested or open within `fedbpt.dashboard.visits.AWAY_S`. From any thread."""
+        return self._visits.are_recent()
 
     def stop(self) -> None:
         super().stop()
@@ -120,7 +123,7 @@ class DashboardServer(HttpServer):
 
     async def _on_startup(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._spawn(self._keep_looking())
+        self._spawn(self._poll_store())
 
     async def _on_shutdown(self) -> None:
         if self.comparison is not None:
@@ -131,22 +134,22 @@ class DashboardServer(HttpServer):
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
-        task.add_done_callback(_tell_failure)
+        task.add_done_callback(_log_failure)
         self._tasks.append(task)
 
-    async def _keep_looking(self) -> None:
+    async def _poll_store(self) -> None:
         while True:
             self.is_watched()
-            await asyncio.to_thread(self._look)
-            await asyncio.sleep(LOOK_S)
+            await asyncio.to_thread(self._read_store)
+            await asyncio.sleep(POLL_S)
 
-    def _look(self) -> None:
+    def _read_store(self) -> None:
         try:
-            self.state.look(self._store)
-        except StoreError as error:  # the next look may do better; the run has a connection of its own
+            self.state.refresh(self._store)
+        except StoreError as error:  # the next attempt may succeed; the run has its own connection
             log.warning("the dashboard cannot read the run: %s", error)
 
 
-def _tell_failure(task: asyncio.Task[None]) -> None:
+def _log_failure(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
-        log.error("a part of the dashboard failed; the run goes on", exc_info=error)
+        log.error("a part of the dashboard failed; the run continues", exc_info=error)

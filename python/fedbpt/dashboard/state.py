@@ -1,8 +1,8 @@
-"""`RunState`: what a dashboard knows of one run, from its events and its store. Knows no page; safe from any thread.
+"""`RunState`: what the dashboard knows of a run, from its events and its store. No user interface; thread-safe.
 
-Rounds, figures and bytes are read from the run store, so that a run coordinated elsewhere, and one that ended long ago,
-look the same. Who is at work, who was lost just now, and who pauses is told by events, where there are any, and by a
-`fedbpt.dashboard.pulse.Pulse`.
+Rounds, figures and traffic are read from the run store, so that runs of other processes and finished runs look the
+same. The current state of devices comes from events, if the run is in this process, and from a
+`fedbpt.dashboard.heartbeat.Heartbeat`.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RoundHistory, RunStore, StoredRun, Traffic
 from fedbpt.tasks import Task
 
-KEPT_NOTICES: Final = 50
+MAX_NOTICES: Final = 50
 
 
 class _Device:
-    """What is known of one device. ``lost``: why it does not count; empty: it does."""
+    """The state of one device. ``lost``: why it does not take part; empty: it does."""
 
     def __init__(self) -> None:
         self.info: DeviceInfo | None = None
@@ -64,26 +64,28 @@ class _Device:
 
 
 class RunState:
-    """The state of run ``run``. A `fedbpt.runs.event_log.Sink` for its events; `look` reads the store.
+    """The state of a run: a `fedbpt.runs.event_log.Sink` for its events; `refresh` reads the store.
 
-    ``version`` counts changes. ``control``: of the run that this process coordinates, whose events come here; None: it
-    is coordinated elsewhere, or by nobody.
+    Args:
+        run: the run's name in the store.
+        control: the run's control, if this process coordinates it and passes its events on; else None.
     """
 
     def __init__(self, run: str, control: RunControl | None = None) -> None:
         self.run = run
-        self.here = control is not None
+        self.is_local = control is not None
         self.version = 0
+        """Number of changes."""
         self._control = control
         self._alarms = 0
         self._lock = threading.RLock()
-        self._notices: deque[Notice] = deque(maxlen=KEPT_NOTICES)
+        self._notices: deque[Notice] = deque(maxlen=MAX_NOTICES)
         self._status: Status = "waiting"
         self._steered: Steered | None = None
         self._created = ""
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._stored: StoredRun | None = None
         self._settings = RunSettings()
         self._result: RunResult | None = None
@@ -91,12 +93,12 @@ class RunState:
         self._losses: list[Point] = []
         self._metrics: dict[int, Mapping[str, float]] = {}
         self._last = -1
-        self._told: set[tuple[int, str]] = set()  # (round, device) of losses that the store has
+        self._noted_losses: set[tuple[int, str]] = set()  # (round, device) in the store
         self._spending = Spending()
         self._course = Course(self._spending)
         self._participations = 0
         self._counted_at = monotonic()
-        self._reached: dict[int, int] = {}  # rounds of the search, by round
+        self._reached: dict[int, int] = {}  # number of rounds of the search so far, by round
         self._stage: RunStage | None = None
         self._task: Task | None = None
         self._template = ""
@@ -105,16 +107,17 @@ class RunState:
 
     def __call__(self, line: Line) -> str:
         with self._lock:
-            self._hear(line)
+            self._handle(line)
             self.version += 1
         return ""
 
-    def _hear(self, line: Line) -> None:
+    def _handle(self, line: Line) -> None:
         match line.entry.event:
             case RunStarted() as event:
-                self._settings, self._status = event.settings, "running"
+                self._settings = event.settings
+                self._status = "running"
                 for name in event.devices:
-                    self._device(name).lost = "" if name in event.live else "no answer yet"
+                    self._device(name).lost = "" if name in event.live else "no response yet"
                 if event.resumed:
                     self._note(line, f"resumed after {event.searched} rounds")
             case StageBegan() as event:
@@ -123,7 +126,8 @@ class RunState:
                 self._template = event.template.pattern
             case Progressed() as event:
                 device = self._device(event.device)
-                device.progress, device.paused = f"{event.done} of {event.total}" if event.total else "", event.paused
+                device.progress = f"{event.done} of {event.total}" if event.total else ""
+                device.paused = event.paused
             case RoundClosed():
                 for device in self._devices.values():
                     device.progress = ""
@@ -134,27 +138,29 @@ class RunState:
                 self._device(event.device).lost = ""
                 self._alarm(line, f"{event.device} is back", bad=False)
             case LateReport() as event:
-                self._note(line, f"{event.device}: a report came late and is not used")
+                self._note(line, f"{event.device}: a report arrived late and is not used")
             case Steered() as event:
                 before = self._steered or Steered(paused=False, deadline_s=self._settings.deadline_s)
-                self._steered, self._status = event, "paused" if event.paused else "running"
+                self._steered = event
+                self._status = "paused" if event.paused else "running"
                 if event.paused != before.paused:
-                    self._note(line, "paused" if event.paused else "goes on", bad=False)
+                    self._note(line, "paused" if event.paused else "resumed", bad=False)
                 if event.deadline_s != before.deadline_s:
-                    self._note(line, f"a round may take {event.deadline_s:g} s", bad=False)
+                    self._note(line, f"round deadline changed to {event.deadline_s:g} s", bad=False)
             case RunFinished() as event:
-                self._result, self._status = event.result, "finished"
+                self._result = event.result
+                self._status = "finished"
                 self._settings = event.result.settings
             case Logged() as event:
                 self._note(line, event.message)
 
     @property
     def urgent(self) -> tuple[object, ...]:
-        """Changes when people should see at once that something has: a device came or went, somebody steers."""
+        """A value that changes at changes to show at once: a device came or went, or somebody controlled the run."""
         return self._alarms, self._status, self._control and self._control.wish
 
     def stopped(self) -> None:
-        """The run ended before it was finished."""
+        """Set that the run ended without finishing."""
         with self._lock:
             if self._status != "finished":
                 self._status = "stopped"
@@ -170,53 +176,57 @@ class RunState:
         self._note(line, text, bad)
         self._alarms += 1
 
-    # --- from devices themselves ---------------------------------------------------------------------------------
+    # --- from heartbeats -----------------------------------------------------------------------------------------
 
-    def heard(self, name: str, answers: bool) -> None:
-        """Whether ``name`` answers when it is asked for its pulse."""
+    def set_responding(self, name: str, responds: bool) -> None:
+        """Set whether device ``name`` responds."""
         with self._lock:
             device = self._device(name)
-            if device.silent == answers:
-                device.silent = not answers
+            if device.silent == responds:
+                device.silent = not responds
                 self._alarms += 1
                 self.version += 1
 
-    def met(self, name: str, info: DeviceInfo) -> None:
-        """What ``name`` says of itself."""
+    def set_info(self, name: str, info: DeviceInfo) -> None:
+        """Set what device ``name`` reports about itself."""
         with self._lock:
             device = self._device(name)
             if device.info != info:
-                device.info, device.paused = info, info.paused
+                device.info = info
+                device.paused = info.paused
                 self.version += 1
 
     # --- from the store ------------------------------------------------------------------------------------------
 
-    def look(self, store: RunStore) -> None:
-        """Take up what the store has that is new. Raises `StoreError`."""
+    def refresh(self, store: RunStore) -> None:
+        """Read what is new in the store. Raises `StoreError`."""
         stored = store.find_run(self.run)
         if stored is None:
             return
         with self._lock:
-            if stored.created != self._created:  # begun anew under the same name
+            if stored.created != self._created:  # a new run has the same name
                 if self._created:
-                    self._forget()
+                    self._reset()
                 self._created = stored.created
-            known, since = self._stored, max(self._last, 0)
+            known = self._stored
+            since = max(self._last, 0)
         if stored == known and stored.status in ("finished", "stopped"):
             return
-        # Rounds before their figures, which are then there; the last one again: it may have been evaluated since.
+        # Read rounds before their metrics, so that none is missing. Read the last round again: it may have been
+        # evaluated since.
         rounds = [numbers_of(closed) for closed in store.rounds(self.run, since)]
         history = store.history(self.run, since)
-        devices, traffic = store.devices(self.run), store.traffic(self.run)
+        devices = store.devices(self.run)
+        traffic = store.traffic(self.run)
         with self._lock:
-            self._take(stored, history, rounds)
+            self._apply(stored, history, rounds)
             for name, info in devices.items():
                 device = self._device(name)
                 device.traffic = traffic[name]
                 device.info = device.info or info
             self.version += 1
 
-    def _take(self, stored: StoredRun, history: Sequence[RoundHistory], rounds: Iterable[ClosedRound]) -> None:
+    def _apply(self, stored: StoredRun, history: Sequence[RoundHistory], rounds: Iterable[ClosedRound]) -> None:
         if self._stored is None or stored.settings != self._stored.settings:
             self._settings = codec.decode(stored.settings, RunSettings)
         if stored.result is not None and (self._stored is None or self._stored.result != stored.result):
@@ -225,23 +235,24 @@ class RunState:
         if self._stored is None or self._stored.definition != stored.definition:
             self._task = task_of_run(stored)
         self._stored = stored
-        if not self.here:
+        if not self.is_local:
             self._status = stored.status
         for line in history:
-            cut = [metrics.get("cut_seconds", 0.0) for metrics in (line.metrics, self._metrics.get(line.round, {}))]
-            self._spending.add_seconds(cut[0] - cut[1], charged=True)  # of rounds that were left out
+            cut_before = self._metrics.get(line.round, {}).get("cut_seconds", 0.0)
+            cut_now = line.metrics.get("cut_seconds", 0.0)  # time of rounds that were cut off and dropped
+            self._spending.add_seconds(cut_now - cut_before, charged=True)
             self._metrics[line.round] = line.metrics
             for name, value in line.metrics.items():
                 figure, _, device = name.partition("/")
                 if device and figure in ("dev_accuracy", "dev_perplexity"):
                     self._device(device).figures[line.round] = value
-            if not self.here:
-                self._follow(line)
+            if not self.is_local:
+                self._update_losses(line)
         for closed in rounds:
             if closed.round > self._last:
                 self._last = closed.round
                 self._count(closed)
-        if not self.here and stored.status == "finished" and self._result is not None:
+        if not self.is_local and stored.status == "finished" and self._result is not None:
             for summary in self._result.devices:
                 if summary.tuned.n and self._device(summary.name).lost:
                     self._device(summary.name).lost = ""
@@ -250,28 +261,28 @@ class RunState:
             if DEV_SECONDS in line.metrics:
                 self._course.evaluated(self._reached.get(line.round, 0), line.metrics[DEV_SECONDS])
 
-    def _follow(self, line: RoundHistory) -> None:
-        """Who was lost and who came back, of a run that is coordinated elsewhere."""
+    def _update_losses(self, line: RoundHistory) -> None:
+        """Update which devices are lost or back, for a run of another process."""
         for name, reason in line.lost.items():
-            if (line.round, name) not in self._told:
-                self._told.add((line.round, name))
-                said = self._device(name).lost = _without_name(name, reason)
-                self._notices.append(Notice(line.closed, f"{name} is lost: {said}", True))
+            if (line.round, name) not in self._noted_losses:
+                self._noted_losses.add((line.round, name))
+                short_reason = self._device(name).lost = _without_name(name, reason)
+                self._notices.append(Notice(line.closed, f"{name} is lost: {short_reason}", True))
         for name in line.reported:
             if self._device(name).lost:
                 self._notices.append(Notice(line.closed, f"{name} is back", False))
             self._device(name).lost = ""
 
     def _count(self, closed: ClosedRound) -> None:
-        searches, metrics = closed.purpose == "search", self._metrics.get(closed.round, {})
-        seconds = metrics.get("seconds", 0.0)
+        is_search = closed.purpose == "search"
+        seconds = self._metrics.get(closed.round, {}).get("seconds", 0.0)
         tokens = sum(share.tokens for share in closed.shares)
         self._spending.add_seconds(seconds, closed.purpose != "selection")
         self._spending.tokens_for[closed.purpose] += tokens
         self._counted_at = monotonic()
         self._course.closed(closed.purpose, seconds, evaluations_in(closed, self._settings), tokens)
         searched = self._course.searched
-        if searches:
+        if is_search:
             self._participations += len(closed.shares)
             self._losses.append(Point(searched, closed.loss))
         self._reached[closed.round] = searched
@@ -279,41 +290,44 @@ class RunState:
             device = self._device(share.device)
             device.tokens += share.tokens
             device.seconds += share.seconds
-            if searches:
+            if is_search:
                 device.reports += 1
                 device.losses.append(Point(searched, share.loss))
-        if not self.here:
+        if not self.is_local:
             self._stage = closed.purpose
 
     # --- what is shown -------------------------------------------------------------------------------------------
 
     def losses(self, since: int = 0) -> list[Point]:
-        """Mean loss of each round of the search, nats; from the ``since``th on."""
+        """Mean loss of each round of the search, in nats, from index ``since`` on."""
         with self._lock:
             return self._losses[since:]
 
     def dev_points(self) -> list[DevPoint]:
-        """Each evaluation on development rows, all of the same rows; ``round`` counts those of the search."""
+        """The evaluations on development rows; ``round`` counts rounds of the search."""
         with self._lock:
             found = dev_points(self._metrics, self.generates)
             return [point._replace(round=self._reached.get(point.round, 0)) for point in found]
 
     def device_losses(self, name: str) -> list[Point]:
-        """Mean loss of each round of the search that device ``name`` reported in."""
+        """Mean loss of device ``name`` in each round of the search in which it reported, in nats."""
         with self._lock:
             return list(self._device(name).losses)
 
     def device_figures(self, name: str) -> list[Point]:
-        """Accuracy or perplexity of each evaluation on development rows of device ``name``."""
+        """Accuracy or perplexity of each evaluation on the development rows of device ``name``."""
         with self._lock:
             figures = sorted(self._device(name).figures.items())
             return [Point(self._reached.get(round, 0), value) for round, value in figures]
 
     def view(self) -> RunView:
-        """All but the curves."""
+        """The current state, without the curves."""
         with self._lock:
-            stored, result, limits = self._stored, self._result, self._settings
-            finished, status = self._status == "finished", self._status
+            stored = self._stored
+            result = self._result
+            limits = self._settings
+            status = self._status
+            finished = status == "finished"
             if status == "running" and self._control is not None and self._control.wish.paused:
                 status = "pausing"
             headline = self._headline()
@@ -352,8 +366,9 @@ class RunState:
             )
 
     def _path(self) -> tuple[RunStage, ...]:
-        """The stages of the run."""
-        limits, task = self._settings, self._task
+        """The stages of the run, in order."""
+        limits = self._settings
+        task = self._task
         reads_out = limits.objective.readout_words > 0
         stages: dict[RunStage, bool] = {
             "selection": task is None or len(task.templates) > 1 or limits.balanced,
@@ -363,7 +378,7 @@ class RunState:
             "readout": reads_out,
             "evaluation": True,
         }
-        return tuple(stage for stage, is_there in stages.items() if is_there)
+        return tuple(stage for stage, included in stages.items() if included)
 
     def _eta(self) -> float | None:
         infos = [device.info for device in self._devices.values() if device.info is not None and not device.lost]
@@ -373,25 +388,33 @@ class RunState:
 
     @property
     def generates(self) -> bool:
-        """Whether perplexity is the figure, not accuracy."""
+        """Whether the task generates texts, so that the figure is perplexity instead of accuracy."""
         if self._result is not None:
             return self._result.generates
         return self._settings.objective.loss == "nll"
 
     def _headline(self) -> dict[str, Any]:
-        """Of what would be shipped now, on the same rows from start to end."""
-        points, result = self.dev_points(), self._result
+        """The main figure of the current best prompt, on the same rows from start to end."""
+        points = self.dev_points()
+        result = self._result
         if points:
-            last, split = points[-1], "dev"
+            last = points[-1]
+            split = "dev"
             found = Measured(last.figure, last.n, self._interval(last.figure, last.n))
             zero_shot = last.zero_shot
         elif self._status == "finished" and result is not None and result.tuned.n:
-            found, split, zero_shot = self._measured(result.tuned), "test", self._figure(result.zero_shot)
+            found = self._measured(result.tuned)
+            split = "test"
+            zero_shot = self._figure(result.zero_shot)
         else:
             return {
-                "figure": None, "zero_shot": None, "zero_shot_interval": None, "n_rows": 0, "interval": None,
+                "figure": None,
+                "zero_shot": None,
+                "zero_shot_interval": None,
+                "n_rows": 0,
+                "interval": None,
                 "split": "dev",
-            }  # fmt: skip
+            }
         return {
             "figure": found.value,
             "zero_shot": zero_shot,
@@ -402,19 +425,19 @@ class RunState:
         }
 
     def _stages(self) -> tuple[Stage, ...]:
-        """What each step gives, as the terminal says at the end; of a run under way as far as it has come."""
+        """The result of each step, as the terminal prints it at the end; during a run, of the steps so far."""
         result = self._result if self._status == "finished" else None
         if result is not None and result.scores("dev"):
             dev = {name: self._measured(score) for name, score in result.scores("dev").items()}
         else:
-            dev = self._stages_now()
-        test = {} if result is None else {n: self._measured(score) for n, score in result.scores("test").items()}
+            dev = self._stages_so_far()
+        test = {} if result is None else {name: self._measured(score) for name, score in result.scores("test").items()}
         known = [name for name in LINES if name in dev or name in test]
-        if len(known) < 2:  # of a version before: there is nothing to compare
+        if len(known) < 2:  # the run is of an earlier version
             return ()
         return tuple(Stage(LINES[name], dev.get(name), test.get(name)) for name in known)
 
-    def _stages_now(self) -> dict[str, Measured]:
+    def _stages_so_far(self) -> dict[str, Measured]:
         evaluated = [round for round in sorted(self._metrics) if "dev_loss" in self._metrics[round]]
         if not evaluated:
             return {}
@@ -433,9 +456,11 @@ class RunState:
         return perplexity(score.loss) if self.generates else score.accuracy
 
     def _device_view(self, name: str) -> DeviceView:
-        device, info = self._devices[name], self._devices[name].info
+        device = self._devices[name]
+        info = device.info
         status, detail = self._device_status(device)
-        figure, interval = None, None
+        figure = None
+        interval = None
         if device.figures:
             last = max(device.figures)
             figure = device.figures[last]
@@ -466,12 +491,12 @@ class RunState:
         if device.lost:
             return "lost" if device.info else "absent", device.lost
         if device.silent:
-            return "silent", "no answer"
+            return "silent", "no response"
         if device.paused:
             return "paused", device.paused
         return "live", device.progress
 
 
 def _without_name(device: str, reason: str) -> str:
-    """``reason`` without the name and address of ``device``, with which it may begin."""
+    """``reason`` without a leading name and address of ``device``."""
     return re.sub(rf"^{re.escape(device)}(: | (\(\S+\) )?)", "", reason)

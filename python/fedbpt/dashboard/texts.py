@@ -1,4 +1,4 @@
-"""The dashboard's words and numbers."""
+"""Texts of the dashboard: sentences, and formatted numbers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from fedbpt.dashboard.views import DeviceView, Measured, RunView, Stage
 from fedbpt.display import console
-from fedbpt.display.console import DOING, human_bytes
+from fedbpt.display.console import STAGE_NAMES, human_bytes
 from fedbpt.runs.intervals import Interval
 from fedbpt.runs.result import Split
 
@@ -20,47 +20,82 @@ STATUS: Final = {
     "stopped": "stopped",
     "finished": "finished",
 }
-STATUS_STYLE: Final = {"waiting": "quiet", "running": "", "pausing": "warn", "paused": "warn", "stopped": "bad",
-                       "finished": ""}  # fmt: skip
-DEVICE_STATUS: Final = {"absent": "not there", "live": "live", "paused": "paused", "silent": "no answer",
-                        "lost": "lost", "done": "done"}  # fmt: skip
-DEVICE_STYLE: Final = {"absent": "quiet", "live": "", "paused": "warn", "silent": "bad", "lost": "bad",
-                       "done": "quiet"}  # fmt: skip
+STATUS_STYLE: Final = {
+    "waiting": "quiet",
+    "running": "",
+    "pausing": "warn",
+    "paused": "warn",
+    "stopped": "bad",
+    "finished": "",
+}
+DEVICE_STATUS: Final = {
+    "absent": "absent",
+    "live": "live",
+    "paused": "paused",
+    "silent": "no response",
+    "lost": "lost",
+    "done": "done",
+}
+DEVICE_STYLE: Final = {
+    "absent": "quiet",
+    "live": "",
+    "paused": "warn",
+    "silent": "bad",
+    "lost": "bad",
+    "done": "quiet",
+}
 
 
 _NUMBERS: Final = (
-    "No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten", "Eleven", "Twelve",
-)  # fmt: skip
-_MOST_LABELS, _MOST_CHARACTERS = 8, 80  # that a sentence can hold
+    "No",
+    "One",
+    "Two",
+    "Three",
+    "Four",
+    "Five",
+    "Six",
+    "Seven",
+    "Eight",
+    "Nine",
+    "Ten",
+    "Eleven",
+    "Twelve",
+)
+_MAX_LISTED_LABELS = 8
+_MAX_LISTED_CHARACTERS = 80
 
 
 def sentence(view: RunView) -> str:
-    """What is going on, for who sees the page for the first time."""
+    """A sentence about what the run does, for first-time visitors."""
     n = len(view.devices)
     if not (n and view.task):
-        return "The run has not begun yet."
-    who = _NUMBERS[n] if n < len(_NUMBERS) else f"{n:,}"
-    devices, texts = ("device", "its texts stay with it") if n == 1 else ("devices", "their texts stay with them")
-    verb = "taught" if view.status in ("finished", "stopped") else "teaches" if n == 1 else "teach"
-    return f"{who} {devices} {verb} a frozen {view.model or 'model'} {_aim(view)}; {texts}."
+        return "The run has not started yet."
+    number = _NUMBERS[n] if n < len(_NUMBERS) else f"{n:,}"
+    if n == 1:
+        devices, verb, data = "device", "teaches", "its data never leave it"
+    else:
+        devices, verb, data = "devices", "teach", "their data never leave them"
+    if view.status in ("finished", "stopped"):
+        verb = "taught"
+    return f"{number} {devices} {verb} a frozen {view.model or 'model'} {_aim(view)}; {data}."
 
 
 def _aim(view: RunView) -> str:
     if view.generates:
-        return f"to write as the examples of {view.task} do"
+        return f"to write like the examples of {view.task}"
     if not view.labels:
-        return f"to sort {view.task}"
+        return f"to classify {view.task}"
     *names, last = view.labels
     listed = f"{', '.join(names)} or {last}"
-    if len(view.labels) > _MOST_LABELS or len(listed) > _MOST_CHARACTERS:
-        listed = f"{len(view.labels):,} labels"
-    return f"to sort {view.task} into {listed}"
+    if len(view.labels) > _MAX_LISTED_LABELS or len(listed) > _MAX_LISTED_CHARACTERS:
+        listed = f"one of {len(view.labels):,} labels"
+    return f"to classify {view.task} as {listed}"
 
 
 def state(view: RunView) -> str:
-    """The run's state, and while it runs the stage that it is in."""
-    said = STATUS[view.status]
-    return said if view.stage is None else f"{said} · {DOING[view.stage]}"
+    """The run's state, with its stage while it runs."""
+    status = STATUS[view.status]
+    return status if view.stage is None else f"{status} · {STAGE_NAMES[view.stage]}"
 
 
 def figure(value: float | None, generates: bool) -> str:
@@ -71,18 +106,18 @@ def figure(value: float | None, generates: bool) -> str:
 
 
 def gain(view: RunView) -> str:
-    """What was gained over zero-shot, in points or as a change of the perplexity."""
+    """The gain over zero-shot, in percentage points or as a change of perplexity."""
     if view.figure is None or view.zero_shot is None or not view.searched:
         return ""
     change = view.figure - view.zero_shot
     return f"{change:+.2f}" if view.generates else f"{100 * change:+.1f} points"
 
 
-ROWS: Final[dict[Split, str]] = {"dev": "development rows", "test": "held-out rows, which chose nothing"}
+ROWS: Final[dict[Split, str]] = {"dev": "development rows", "test": "test rows"}
 
 
 def basis(view: RunView) -> str:
-    """What the figure is measured on, and how far it can be trusted."""
+    """The zero-shot figure, and the rows on which the main figure is measured."""
     if view.figure is None:
         return "not evaluated yet"
     before = ""
@@ -91,8 +126,8 @@ def basis(view: RunView) -> str:
     return f"{before}{view.n_rows:,} {ROWS[view.split]}"
 
 
-def trust(view: RunView) -> str:
-    """The interval of the figure."""
+def confidence(view: RunView) -> str:
+    """The confidence interval of the main figure."""
     return "" if view.interval is None else f"95 % interval {interval(view.interval)}"
 
 
@@ -123,14 +158,14 @@ def duration(seconds: float | None) -> str:
 
 
 def rounds(view: RunView) -> str:
-    """Rounds of the search so far, and at most."""
+    """Rounds of the search so far, and their limit."""
     if view.status == "waiting":
-        return NONE  # for want of the run's settings
+        return NONE  # the settings are unknown
     return f"{view.searched:,}" + (f" / {view.rounds_limit:,}" if view.rounds_limit else "")
 
 
 def progress(view: RunView) -> str:
-    """How long it took, or will take."""
+    """The time that the run took, or that is left."""
     if view.status == "finished":
         return f"done in {duration(view.seconds)}"
     if view.status == "stopped":
@@ -141,8 +176,8 @@ def progress(view: RunView) -> str:
 
 
 def speed(view: RunView) -> str:
-    """What all devices have done together, over all rounds: the tokens and seconds that the terminal prints."""
-    return f"{view.tokens / view.seconds:,.0f} tokens a second" if view.tokens and view.seconds else ""
+    """Throughput of all devices together over all rounds."""
+    return f"{view.tokens / view.seconds:,.0f} tokens/s" if view.tokens and view.seconds else ""
 
 
 def traffic(view: RunView) -> str:
@@ -150,7 +185,7 @@ def traffic(view: RunView) -> str:
 
 
 def device_row(device: DeviceView, generates: bool) -> dict[str, Any]:
-    """A row of the table of devices: raw values to sort by, and their texts."""
+    """A row of the table of devices."""
     return {
         "name": device.name,
         "state": DEVICE_STATUS[device.status],

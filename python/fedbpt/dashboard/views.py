@@ -1,4 +1,4 @@
-"""What a page shows, as plain values: made by `fedbpt.dashboard.state`."""
+"""What a page shows, as immutable values made by `fedbpt.dashboard.state`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ DeviceStatus: TypeAlias = Literal["absent", "live", "paused", "silent", "lost", 
 
 
 class Point(NamedTuple):
-    """A figure after a round; rounds are those of the search."""
+    """A value after a round of the search."""
 
     round: int
     value: float
 
 
 class Measured(NamedTuple):
-    """A figure of ``n`` rows: accuracy (0 to 1) with its 95 % interval, or perplexity without one."""
+    """Accuracy (0 to 1) with its 95 % interval, or perplexity without one, on ``n`` rows."""
 
     value: float
     n: int
@@ -29,7 +29,7 @@ class Measured(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """What a step of the run gives, on the rows of each split; None: not measured."""
+    """The result of a step of the run on each split; None: not measured."""
 
     title: str
     dev: Measured | None
@@ -37,7 +37,7 @@ class Stage(NamedTuple):
 
 
 class Notice(NamedTuple):
-    """Something that happened. ``time``: UTC, ISO 8601; ``bad``: people should know of it."""
+    """A message. ``time``: UTC, ISO 8601; ``bad``: it is a problem, and highlighted."""
 
     time: str
     text: str
@@ -46,9 +46,14 @@ class Notice(NamedTuple):
 
 @dataclass(frozen=True)
 class DeviceView:
-    """One device. ``detail`` says why or where; None: not known. ``figure``: accuracy (0 to 1) with its 95 %
-    ``interval``, or perplexity. ``tokens_per_second``: over all of its rounds; ``reports``: rounds of the search
-    that it reported in.
+    """One device. None: unknown.
+
+    Attributes:
+        detail: reason or progress, in addition to ``status``.
+        tokens_per_second: over all of its rounds.
+        reports: number of rounds of the search in which it reported.
+        loss: of its last round, in nats.
+        figure: accuracy (0 to 1) with its 95 % ``interval``, or perplexity.
     """
 
     name: str
@@ -68,12 +73,16 @@ class DeviceView:
 
 @dataclass(frozen=True)
 class RunView:
-    """A run as it stands. ``figure`` and ``zero_shot``: accuracy (0 to 1), or perplexity where ``generates``.
+    """The current state of a run.
 
-    They are of the same ``n_rows`` rows of ``split`` from the run's start to its end: development rows, or where there
-    are none, once it is finished, test rows. None: not evaluated. The intervals: of the accuracies, 95 %.
-    ``stage``: where it is now, on its ``path``.
-    ``share``: of the budget that is spent, 0 to 1. ``participations``: reports that made rounds of the search.
+    Attributes:
+        stage: the current one of the stages in ``path``.
+        figure, zero_shot: accuracy (0 to 1) with 95 % intervals, or perplexity if ``generates``; None: not evaluated.
+            Both on the same ``n_rows`` rows of ``split`` from start to end: development rows or, if there are none,
+            test rows once the run is finished.
+        searched: rounds of the search so far, of ``rounds_limit``.
+        share: fraction of the budget spent, 0 to 1.
+        participations: number of reports used in rounds of the search.
     """
 
     run: str
@@ -113,5 +122,5 @@ class RunView:
 
     @property
     def live(self) -> int:
-        """Devices that take part now."""
+        """Number of devices taking part now."""
         return sum(device.status in ("live", "paused") for device in self.devices)

@@ -1,4 +1,4 @@
-"""`Visits`: whether anybody looks at the dashboard."""
+"""`Visits`: tracks whether anybody looks at the dashboard."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from collections.abc import Callable
 from typing import Final
 
 AWAY_S: Final = 5.0
-"""How long nobody may be there without being gone: between two pages, at a reload, on a phone that changes networks."""
+"""How long to tolerate that no page is open, in seconds: at a reload, or when a phone changes networks."""
 
 
 class Visits:
-    """Who opens pages. From any thread.
+    """Open and recently opened pages. Thread-safe.
 
     Args:
-        n_pages: how many pages are open now.
+        n_pages: returns the number of open pages.
     """
 
     def __init__(self, n_pages: Callable[[], int]) -> None:
         self._n_pages = n_pages
         self._seen_at = -math.inf
 
-    def came(self) -> None:
-        """A page was asked for."""
+    def record(self) -> None:
+        """Record that a page was requested."""
         self._seen_at = time.monotonic()
 
-    def are_on(self) -> bool:
-        """Whether a page is open, or was asked for or open within `AWAY_S`."""
+    def are_recent(self) -> bool:
+        """Whether a page is open, or was requested or open within `AWAY_S`."""
         if self._n_pages():
-            self.came()
+            self.record()
         return time.monotonic() - self._seen_at < AWAY_S

@@ -1,1 +1,1 @@
-"""What people see in a terminal or a notebook."""
+"""Progress and results in a terminal or a notebook."""

@@ -1,4 +1,4 @@
-"""How a run looks while it runs: one live line for people, written to standard error."""
+"""Progress of a run on standard error: a live line in a terminal, occasional lines in a log."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from fedbpt.runs.events import (
 from fedbpt.runs.intervals import beats_chance
 from fedbpt.runs.result import Score, TemplateScore
 
-QUIET_S: Final = 30.0
-"""How long a run that is shown in a log says nothing at most, seconds; it speaks when a round closes."""
+MAX_SILENCE_S: Final = 30.0
+"""Time after which the next round is logged in any case, in seconds."""
 
-DOING: Final[dict[RunStage, str]] = {
+STAGE_NAMES: Final[dict[RunStage, str]] = {
     "selection": "template",
     "calibration": "calibration",
     "probe": "baseline",
@@ -40,11 +40,11 @@ DOING: Final[dict[RunStage, str]] = {
     "readout": "readout",
     "evaluation": "evaluation",
 }
-"""The stages of a run, for people."""
+"""Displayed names of the stages of a run."""
 
 
 def human_bytes(count: float) -> str:
-    """``count`` bytes for people: 0.9 KB, 12.3 MB."""
+    """Format a number of bytes: 0.9 KB, 12.3 MB."""
     for unit in ("B", "KB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             break
@@ -53,18 +53,22 @@ def human_bytes(count: float) -> str:
 
 
 def describe_accuracy(candidate: TemplateScore) -> str:
-    """A template's accuracy without a prompt, its 95 % interval, and whether it beats guessing among the labels."""
-    score, n_labels = candidate.score, len(candidate.template.label_words)
+    """A template's zero-shot accuracy with its 95 % interval, and a note if it is no better than chance."""
+    score = candidate.score
+    n_labels = len(candidate.template.label_words)
     low, high = score.interval
     chance = "" if beats_chance(score.correct, score.n, n_labels) else f", no better than chance ({1 / n_labels:.3f})"
     return f"{score.accuracy:.3f} [{low:.3f}, {high:.3f}] of {score.n} training rows{chance}"
 
 
 class RunDisplay:
-    """An `fedbpt.runs.events.EventCallback` that shows how a run goes, on standard error: in a terminal a line that
-    is kept up to date, with what must not be missed above it; elsewhere, such as in a log, a line now and then.
+    """Shows the progress of a run on standard error: an `fedbpt.runs.events.EventCallback`.
 
-    Use as a context manager around the run; ``shown`` False: silent.
+    In a terminal, it updates a live line and prints important messages above it. Elsewhere, such as in a log, it prints
+    a line from time to time. Use it as a context manager around the run.
+
+    Args:
+        shown: False: print nothing.
     """
 
     def __init__(self, shown: bool = True) -> None:
@@ -74,7 +78,7 @@ class RunDisplay:
             TextColumn("{task.description}", markup=False, table_column=Column(min_width=10, no_wrap=True)),
             BarColumn(bar_width=12),
             TextColumn("{task.fields[left]}", markup=False, table_column=Column(no_wrap=True)),
-            # what there is no room for is left out at its end: the least important stands there
+            # Truncated if there is no room, so the least important figures come last.
             TextColumn(
                 "{task.fields[figures]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
             ),
@@ -84,14 +88,15 @@ class RunDisplay:
             expand=True,
         )
         self._line = self._progress.add_task("connecting", total=None, figures="", left="")
-        self._devices = self._live = 0
+        self._n_devices = 0
+        self._n_live = 0
         self._started = False
         self._zero_shot: Score | None = None
         self._score: Score | None = None
         self._closed: RoundClosed | None = None
         self._share: float | None = None
         self._generates = False
-        self._printed = ("", 0, -math.inf)  # stage, tenths of the budget, when
+        self._last_printed = ("", 0, -math.inf)  # stage, tenths of the budget, time
 
     def __enter__(self) -> RunDisplay:
         self._progress.start()
@@ -106,47 +111,50 @@ class RunDisplay:
         match event:
             case RunStarted():
                 self._started = True
-                self._devices, self._live = len(event.devices), len(event.live)
+                self._n_devices = len(event.devices)
+                self._n_live = len(event.live)
                 if event.resumed:
-                    self._say(f"run {event.run}: resumed after {event.searched} rounds")
-                self._update(f"choosing a template on {event.model_name}", None, "")
-            case StageBegan() if event.stage != "selection":  # that is said already
+                    self._print(f"run {event.run}: resumed after {event.searched} rounds")
+                self._update(f"selecting a template on {event.model_name}", None, "")
+            case StageBegan() if event.stage != "selection":  # `RunStarted` has shown that
                 left = None if self._closed is None else self._closed.eta_s
-                self._update(DOING[event.stage], self._share, self._figures(self._closed), _eta(left))
+                self._update(STAGE_NAMES[event.stage], self._share, self._figures(self._closed), _eta(left))
             case TemplateSelected():
                 words = ", ".join(word.strip() for word in event.template.label_words)
                 self._generates = not words
                 for candidate in event.candidates:
-                    self._say(f"zero-shot accuracy {describe_accuracy(candidate)}: {candidate.template.pattern!r}")
-                self._say(f"template {event.template.pattern!r}" + (f" with {words}" if words else ""))
+                    self._print(f"zero-shot accuracy {describe_accuracy(candidate)}: {candidate.template.pattern!r}")
+                self._print(f"template {event.template.pattern!r}" + (f" with {words}" if words else ""))
             case Evaluated():
-                self._score, self._zero_shot = event.score, event.zero_shot
+                self._score = event.score
+                self._zero_shot = event.zero_shot
                 self._update("evaluated", self._share, self._figures(self._closed))
             case RoundClosed() if event.round > 0:
                 self._show_round(event)
             case DeviceLost():
                 reason = event.reason.removeprefix(f"{event.device}: ")
-                self._say(f"device {event.device} is lost: {reason}", "yellow")
+                self._print(f"device {event.device} is lost: {reason}", "yellow")
             case DeviceBack():
-                self._say(f"device {event.device} is back")
+                self._print(f"device {event.device} is back")
             case Steered():
-                self._say(f"{'paused' if event.paused else 'under way'}; a round may take {event.deadline_s:g} s")
+                self._print(f"{'paused' if event.paused else 'running'}; round deadline {event.deadline_s:g} s")
             case LateReport():
-                self._say(f"device {event.device}: a report came late and is not used")
+                self._print(f"device {event.device}: a report arrived late and is not used")
             case RunFinished() if not self._started:
-                self._say(f"run {event.result.run} was finished before: this is its result")
+                self._print(f"run {event.result.run} was finished before: showing its stored result")
 
     def _show_round(self, event: RoundClosed) -> None:
-        self._live, self._closed = len(event.reported), event
+        self._n_live = len(event.reported)
+        self._closed = event
         self._share = event.share
-        doing = f"round {event.searched}" if event.purpose == "search" else DOING[event.purpose]
-        self._update(doing, event.share, self._figures(event), _eta(event.eta_s))
+        name = f"round {event.searched}" if event.purpose == "search" else STAGE_NAMES[event.purpose]
+        self._update(name, event.share, self._figures(event), _eta(event.eta_s))
 
     def _figure(self, score: Score) -> str:
         return f"{score.perplexity:.2f}" if self._generates else f"{score.accuracy:.3f}"
 
     def _figures(self, event: RoundClosed | None) -> str:
-        """The most important first."""
+        """The current figures, the most important first."""
         parts = []
         if self._score is not None and self._score.n:
             low, high = self._score.interval
@@ -155,40 +163,45 @@ class RunDisplay:
         if self._zero_shot is not None and self._zero_shot.n:
             parts.append(f"zero-shot {self._figure(self._zero_shot)}")
         if event is not None:
-            # a private loss is noise about 0
+            # With differential privacy, the loss is noise around 0.
             parts.append(f"loss {event.loss:.3f}" if event.epsilon is None else f"ε {event.epsilon:.2f}")
-            if self._devices > 1:
-                parts.append(f"{self._live}/{self._devices} devices")
+            if self._n_devices > 1:
+                parts.append(f"{self._n_live}/{self._n_devices} devices")
                 parts.append(f"up {human_bytes(event.bytes_up)}  down {human_bytes(event.bytes_down)}")
         return "  ".join(parts)
 
     def _update(self, description: str, share: float | None, figures: str, left: str = "") -> None:
-        """``share`` None: nobody knows how long this takes."""
+        """Update the live line, or log a line. ``share``: of the budget spent; None: unknown."""
         total = None if share is None else 1.0
         self._progress.update(
-            self._line, description=plain(description), total=total, completed=share or 0.0, figures=plain(figures),
+            self._line,
+            description=plain(description),
+            total=total,
+            completed=share or 0.0,
+            figures=plain(figures),
             left=left,
-        )  # fmt: skip
+        )
         if self._shown and self._progress.disable:
-            self._print_now_and_then(description, share, "  ".join(filter(None, (left, figures))))
+            self._print_if_due(description, share, "  ".join(filter(None, (left, figures))))
 
-    def _print_now_and_then(self, description: str, share: float | None, figures: str) -> None:
-        """A line where a stage or another tenth of the budget begins, or nothing was printed for some time."""
-        stage, tenth = description.split()[0], int(10 * (share or 0.0))
-        before, tenth_before, printed = self._printed
+    def _print_if_due(self, description: str, share: float | None, figures: str) -> None:
+        """Print a line at the start of a stage or a tenth of the budget, and after `MAX_SILENCE_S` without one."""
+        stage = description.split()[0]
+        tenth = int(10 * (share or 0.0))
+        last_stage, last_tenth, last_time = self._last_printed
         now = time.monotonic()
-        if (stage, tenth) != (before, tenth_before) or now - printed > QUIET_S:
-            self._printed = (stage, tenth, now)
+        if (stage, tenth) != (last_stage, last_tenth) or now - last_time > MAX_SILENCE_S:
+            self._last_printed = (stage, tenth, now)
             done = "" if share is None else f"  {share:.0%}"
-            self._say(f"{description}{done}  {figures}".rstrip())
+            self._print(f"{description}{done}  {figures}".rstrip())
 
-    def _say(self, text: str, style: str | None = None) -> None:
+    def _print(self, text: str, style: str | None = None) -> None:
         if self._shown:
             self._console.print(text, style=style, highlight=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
-    """As ``0:43``, ``1:02:03``."""
+    """Format a duration: ``0:43``, ``1:02:03``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

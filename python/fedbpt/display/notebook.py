@@ -1,4 +1,4 @@
-"""How a run looks in a notebook while it runs: a bar and its figures, in place, by IPython alone (no widgets)."""
+"""Progress of a run in a notebook: a bar and figures, updated in place. Needs only IPython, no widgets."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from fedbpt.plain_text import plain
 
 
 def in_notebook() -> bool:
-    """Whether a Jupyter kernel runs this process, whose front end shows HTML."""
+    """Whether this process is a Jupyter kernel, whose front end shows HTML."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return shell is not None and "IPKernelApp" in shell.config
 
 
 def live_display(shown: bool | None) -> RunDisplay:
-    """What shows a run, unless ``shown`` is False: in a notebook a panel, else lines on standard error."""
+    """The display for this environment: a panel in a notebook, else lines on standard error. ``shown`` False: none."""
     return NotebookDisplay() if in_notebook() and shown is not False else RunDisplay(shown is not False)
 
 
 def show_figures() -> None:
-    """Have a notebook show matplotlib figures as pictures, as ``%matplotlib inline`` would; elsewhere nothing."""
+    """In a notebook, show matplotlib figures as images, as ``%matplotlib inline`` does."""
     if in_notebook():
         from IPython.core.pylabtools import select_figure_formats
 
@@ -32,11 +32,11 @@ def show_figures() -> None:
 
 
 class NotebookDisplay(RunDisplay):
-    """A panel below the cell, brought up to date in place. What must not be missed stays in it, line by line."""
+    """A panel below the cell, updated in place, with important messages above the bar."""
 
     def __init__(self) -> None:
         super().__init__(shown=False)
-        self._said: list[tuple[str, str | None]] = []
+        self._messages: list[tuple[str, str | None]] = []
         self._now: tuple[str, float | None, str] = ("connecting", None, "")
         self._handle: Any = None
 
@@ -56,8 +56,8 @@ class NotebookDisplay(RunDisplay):
         self._now = (description, share, "  ".join(filter(None, (left, figures))))
         self._show()
 
-    def _say(self, text: str, style: str | None = None) -> None:
-        self._said.append((text, style))
+    def _print(self, text: str, style: str | None = None) -> None:
+        self._messages.append((text, style))
         self._show()
 
     def _show(self) -> None:
@@ -67,12 +67,12 @@ class NotebookDisplay(RunDisplay):
     def __repr__(self) -> str:
         description, share, figures = self._now
         done = "" if share is None else f"  {100 * share:.0f} %"
-        return plain("\n".join([*(text for text, _ in self._said), f"{description}{done}  {figures}"]))
+        return plain("\n".join([*(text for text, _ in self._messages), f"{description}{done}  {figures}"]))
 
     def _repr_html_(self) -> str:
         description, share, figures = self._now
-        # the styles are names of colours, in rich and in CSS
-        lines = [f'<div style="color: {style or "inherit"}">{escape(text)}</div>' for text, style in self._said]
+        # Styles are colour names that rich and CSS share.
+        lines = [f'<div style="color: {style or "inherit"}">{escape(text)}</div>' for text, style in self._messages]
         value = "" if share is None else f' value="{share:.4f}"'
         bar = f'<progress max="1"{value} style="width: 12em" aria-label="{escape(description)}"></progress>'
         lines.append(f"<div>{escape(description)} {bar} <code>{escape(figures)}</code></div>")

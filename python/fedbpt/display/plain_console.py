@@ -1,4 +1,4 @@
-"""`PlainConsole`: rich's console for text that others wrote."""
+"""`PlainConsole`: a rich console for untrusted text."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rich.text import Text
 from fedbpt.plain_text import plain
 
 
-class Unheard:
-    """A stream whose reader may be gone, or its disk full: what is told there goes on unheard, and so does the work.
+class BestEffortStream:
+    """A text stream that ignores write errors, such as a closed pipe or a full disk, so that work continues.
 
-    ``stream``: what is written to; it may return None, for a stream that is closed.
+    ``stream``: returns the stream to write to; None: it is closed.
     """
 
     def __init__(self, stream: Callable[[], TextIO | None]) -> None:
@@ -43,18 +43,18 @@ class Unheard:
 
 
 class PlainConsole(Console):
-    """A console that takes no markup and no emoji codes from strings, and whose text is `fedbpt.plain_text.plain`.
+    """A console that ignores markup and emoji codes in strings and makes all text `fedbpt.plain_text.plain`.
 
-    Styles are given as arguments, or by `rich.text.Text`.
+    Set styles by arguments or with `rich.text.Text`.
     """
 
     def __init__(self, **options: Any) -> None:
         if options.get("stderr"):
-            options["file"] = Unheard(lambda: sys.stderr)
+            options["file"] = BestEffortStream(lambda: sys.stderr)
         super().__init__(**{"markup": False, "emoji": False, **options})
 
     def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(plain(text), **options)  # before it is measured
+        return super().render_str(plain(text), **options)  # before rich measures its width
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):

@@ -1,10 +1,10 @@
-"""Runs on Flower (https://flower.ai): its SuperLink and SuperNodes, or its simulation engine, carry our messages.
+"""Runs over Flower (https://flower.ai): its SuperLink and SuperNodes, or its simulation engine, carry the messages.
 
 `FedBPT` is the strategy of a ServerApp, `client_app` makes the ClientApp; ``app/`` is a Flower App, ready to run.
 Needs ``fedbpt[flower]``. See ``docs/flower.md``.
 """
 
-# ruff: noqa: E402 - telemetry first
+# ruff: noqa: E402 - set the telemetry variable before importing Flower
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from fedbpt.errors import MissingExtraError
 
 _TELEMETRY = "FLWR_TELEMETRY_ENABLED"
 _SENDER = sys.modules.get("flwr.supercore.telemetry")
-if getattr(_SENDER, _TELEMETRY, "0") == "1":  # Flower's own commands come before us
+if getattr(_SENDER, _TELEMETRY, "0") == "1":  # Flower's own commands import it before this module
     logging.getLogger(__name__).warning("Flower's telemetry is on: start Flower with %s=0", _TELEMETRY)
-os.environ.setdefault(_TELEMETRY, "0")  # for flwr, where it is not imported yet, and for what this process starts
+os.environ.setdefault(_TELEMETRY, "0")  # for flwr, if not imported yet, and for child processes
 
 try:
     import flwr as _flwr  # noqa: F401
@@ -28,7 +28,7 @@ except ImportError as error:
     raise MissingExtraError("running on Flower", "flower") from error
 
 APP: Final = Path(__file__).parent / "app"
-"""The Flower App: the folder for ``flwr run``."""
+"""The folder of the Flower App, for ``flwr run``."""
 
 from fedbpt.flower.client import FlowerClient as FlowerClient
 from fedbpt.flower.device import client_app as client_app

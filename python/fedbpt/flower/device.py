@@ -1,8 +1,8 @@
-"""`client_app`: a Flower ClientApp around our device. One message is one piece of work.
+"""`client_app`: a Flower ClientApp around a fedbpt device. Each message is one piece of work.
 
-What the device remembers (`fedbpt.device.state`) and its last report lie in ``context.state``, which never leaves the
-node; a SuperNode keeps that in memory alone, so where the node's configuration names a file (``state``), they are
-written there too, and read where the context has none.
+The device's state (`fedbpt.device.state`) and its last report are kept in ``context.state``, which never leaves the
+node. A SuperNode keeps that only in memory; if the node's configuration names a file (``state``), a snapshot is
+written there, and read if the context has no state.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from fedbpt.protocol.rounds import ErrorReply, EvaluateReport, EvaluateRequest, 
 log = logging.getLogger(__name__)
 
 MakeDevice: TypeAlias = Callable[[Context, DeviceState], LocalDevice]
-"""The device of a node: called for each message, with what it remembers."""
+"""Makes the device of a node; called for each message, with the device's state."""
 
 STATE_FILE: Final = "state"
-"""Key of a node's configuration: the file of its snapshot."""
+"""Key of a node's configuration with the path of its snapshot."""
 
 
 class Kept(specs.Message, frozen=True):
-    """What is in ``context.state``, and in the snapshot."""
+    """The content of ``context.state`` and of the snapshot."""
 
     state: bytes
     report: bytes = b""
@@ -46,9 +46,11 @@ class Kept(specs.Message, frozen=True):
 
 @checked
 def client_app(make_device: MakeDevice, mods: Sequence[Mod] = ()) -> ClientApp:
-    """The ClientApp of a federation's devices. Errors of the work are replies, which name the reason.
+    """Make the ClientApp of a federation's devices. Errors of the work are sent as replies.
 
-    ``mods``: Flower's, around each message. Those that change arrays fail on ours, which hold none.
+    Args:
+        make_device: makes a node's device.
+        mods: Flower's, around each message. Mods that change arrays fail, because fedbpt's messages contain none.
     """
     app = ClientApp(mods=list(mods))
 
@@ -68,72 +70,74 @@ def client_app(make_device: MakeDevice, mods: Sequence[Mod] = ()) -> ClientApp:
 
 
 def _round(message: Message, device: LocalDevice, kept: Kept) -> RoundReport:
-    """The report on a plan. The same plan again, from a server that was killed, is not worked on again."""
+    """The report on a plan. If a restarted server sends the last plan again, the stored report is returned."""
     plan = unpacked(message.content, RoundPlan)
     if kept.report:
         report = codec.decode(kept.report, RoundReport)
         if report.plan_digest == codec.digest(plan):
             return report
-    return device.run(plan, _unheard, _never)
+    return device.run(plan, _ignore_progress, _never_cancelled)
 
 
 def _evaluation(message: Message, device: LocalDevice) -> EvaluateReport:
-    return device.evaluate(unpacked(message.content, EvaluateRequest), _unheard, _never)
+    return device.evaluate(unpacked(message.content, EvaluateRequest), _ignore_progress, _never_cancelled)
 
 
 def _served(
     message: Message, context: Context, make: MakeDevice, work: Callable[[LocalDevice, Kept], specs.Message]
 ) -> Message:
-    answer: specs.Message
+    reply: specs.Message
     try:
-        kept = _kept(context)
+        kept = _load_kept(context)
         state = DeviceState.from_bytes(kept.state) if kept.state else DeviceState()
-        answer = work(make(context, state), kept)
-        report = codec.encode(answer) if isinstance(answer, RoundReport) else kept.report
-        _keep(context, kept, Kept(state=state.to_bytes(), report=report))
+        reply = work(make(context, state), kept)
+        report = codec.encode(reply) if isinstance(reply, RoundReport) else kept.report
+        _save_kept(context, kept, Kept(state=state.to_bytes(), report=report))
     except FedbptError as error:
         log.warning("work of node %d failed: %s", context.node_id, error)
-        answer = ErrorReply(code=WORK_FAILED, message=public_reason(error))
+        reply = ErrorReply(code=WORK_FAILED, message=public_reason(error))
     except Exception as error:
         log.exception("work of node %d failed", context.node_id)
-        answer = ErrorReply(code=WORK_FAULT, message=public_reason(error))
-    return Message(packed(answer), reply_to=message)
+        reply = ErrorReply(code=WORK_FAULT, message=public_reason(error))
+    return Message(packed(reply), reply_to=message)
 
 
-def _kept(context: Context) -> Kept:
+def _load_kept(context: Context) -> Kept:
     record = context.state.config_records.get(RECORD)
     if record is not None and isinstance(body := record["body"], bytes):
-        return codec.decode(body, Kept, _MOST_BYTES)
-    path = _snapshot(context)
+        return codec.decode(body, Kept, _MAX_BYTES)
+    path = _snapshot_path(context)
     if path is None or not path.exists():
         return Kept(state=b"")
     try:
-        return codec.decode(read_private(path), Kept, _MOST_BYTES)
+        return codec.decode(read_private(path), Kept, _MAX_BYTES)
     except WireError as error:
-        raise ConfigError(f"the snapshot {path} is damaged: delete it, and the device begins anew ({error})") from error
+        raise ConfigError(
+            f"the snapshot {path} is damaged ({error}): delete it to start with a new state", field=STATE_FILE
+        ) from error
 
 
-def _keep(context: Context, before: Kept, now: Kept) -> None:
+def _save_kept(context: Context, before: Kept, now: Kept) -> None:
     if now == before:
         return
     body = codec.encode(now)
     context.state[RECORD] = ConfigRecord({"body": body})
-    if (path := _snapshot(context)) is not None:
+    if (path := _snapshot_path(context)) is not None:
         write_private(path, body)
 
 
-_MOST_BYTES: Final = 2 * codec.MAX_BODY_BYTES
+_MAX_BYTES: Final = 2 * codec.MAX_BODY_BYTES
 
 
-def _snapshot(context: Context) -> Path | None:
+def _snapshot_path(context: Context) -> Path | None:
     named = context.node_config.get(STATE_FILE)
     return expanded(str(named)) if named else None
 
 
-def _unheard(_done: int, _total: int) -> None:
-    """A reply is all that a node sends: nobody hears of progress."""
+def _ignore_progress(_done: int, _total: int) -> None:
+    """Do nothing, because a node can only send its reply."""
 
 
-def _never() -> bool:
-    """Flower tells no node to stop."""
+def _never_cancelled() -> bool:
+    """False, because Flower cannot stop a node's work."""
     return False

@@ -1,4 +1,4 @@
-"""`FlowerLoop`: the rounds of a run where Flower's own loop sends the messages and fetches the replies."""
+"""`FlowerLoop`: the rounds of a run whose messages are sent and replies fetched by Flower's own loop."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fedbpt.coordinator.report_checks import check_evaluation, check_report
 from fedbpt.coordinator.run_state import SELECTION
 from fedbpt.coordinator.vetting import vet
 from fedbpt.errors import ConfigError, DeviceError, QuorumError, WireError
-from fedbpt.flower.client import LEAST_TTL_S
-from fedbpt.flower.records import answer_of, packed
+from fedbpt.flower.client import MIN_TTL_S
+from fedbpt.flower.records import packed, reply_of
 from fedbpt.plain_text import MOST_TOLD, one_line
 from fedbpt.protocol import codec, specs
 from fedbpt.protocol.membership import misfit
@@ -38,12 +38,18 @@ M = TypeVar("M", bound=specs.Message)
 
 
 class FlowerLoop:
-    """Selection, calibration and search, by the run's ledger. No readout: Flower does not say which round is the last.
+    """Template selection, calibration and search. No readout, because Flower does not tell which round is the last.
 
-    ``devices``: node id and info by name; those with rows of another task are left out, and named in the log.
+    Args:
+        store: where rounds are committed.
+        run: the run's name in it.
+        task, settings: the run's.
+        devices: node id and status by name. Devices with another task are logged and left out.
 
-    Raises `QuorumError` where too few are left, `ConfigError` for settings that this loop cannot keep, and what
-    `RunLedger.open` raises.
+    Raises:
+        QuorumError: too few devices can take part.
+        ConfigError: settings that this loop does not support.
+        Others as `RunLedger.open`.
     """
 
     def __init__(
@@ -56,7 +62,8 @@ class FlowerLoop:
     ) -> None:
         if settings.patience:
             raise ConfigError(
-                "Flower's own loop cannot end a search early: set patience and restarts to 0, or call FedBPT.start"
+                "Flower's own loop cannot end a search early: set patience and restarts to 0, or call FedBPT.start",
+                field="patience",
             )
         self._ledger = RunLedger(store, run, task, settings, settings.aggregator())
         self._settings = settings
@@ -69,12 +76,13 @@ class FlowerLoop:
         if len(self._nodes) < self._needed:
             reasons = "; ".join(f"{name}: it {found.reason}" for name, found in unfit.items())
             raise QuorumError(
-                f"{len(self._nodes)} of {len(devices)} devices can take part, {self._needed:g} are needed ({reasons})"
+                f"{len(self._nodes)} of {len(devices)} devices can take part, {self._needed:g} are needed ({reasons})",
+                limit=self._needed,
             )
         self._plans: dict[str, RoundPlan] = {}
         self._work_digest = ""
         self._request: EvaluateRequest | None = None
-        self._began = 0.0
+        self._started_at = 0.0
         self._returned: NDArray[np.float64] | None = None
         self._ledger.open(common_model(list(self._infos.values())), sorted(devices))
         if len(task.templates) == 1 and not settings.balanced:
@@ -88,26 +96,29 @@ class FlowerLoop:
         return state.closed + 1, "calibration" if calibrates else "search"
 
     def plans(self, arrays: ArrayRecord) -> list[Message]:
-        """What devices are asked next. Raises `ConfigError` where ``arrays`` are not those of the last `close`."""
+        """The next round's plans as messages. Raises `ConfigError` if ``arrays`` are not those of the last `close`."""
         if self._returned is not None and not (arrays[LATENT].numpy() == self._returned).all():
             raise ConfigError(
-                "a strategy around this one has changed the arrays, which does not reach the search: its state is more "
-                "than a mean; for differential privacy set settings.privacy"
+                "a strategy around this one changed the arrays, which has no effect on the search: remove it; for"
+                " differential privacy set settings.privacy",
+                field="arrays",
             )
         round, purpose = self._next()
         work = self._ledger.planner.work(round, purpose)
-        self._work_digest, self._began = codec.digest(work), time.monotonic()
+        self._work_digest = codec.digest(work)
+        self._started_at = time.monotonic()
         self._plans = {name: self._ledger.planner.plan(round, name, work) for name in self._nodes}
         return [self._message(name, plan, MessageType.TRAIN, str(round)) for name, plan in self._plans.items()]
 
     def close(self, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord]:
-        """Commit the round; returns the mean and the round's figures. Raises `QuorumError`."""
-        ledger, reports = self._ledger, []
-        for name, report in self._answers(replies, RoundReport):
+        """Commit the round. Returns the mean and the round's metrics. Raises `QuorumError`."""
+        ledger = self._ledger
+        reports = []
+        for name, report in self._decoded(replies, RoundReport):
             try:
                 check_report(report, self._plans[name], self._infos[name].n_train)
             except WireError as error:
-                log.warning("%s: its report is refused: %s", name, error)
+                log.warning("%s: its report is rejected: %s", name, error)
             else:
                 reports.append(report)
         self._require_quorum(reports)
@@ -116,7 +127,7 @@ class FlowerLoop:
             log.warning("%s: %s", name, reason)
         self._require_quorum(reports)
         reports.sort(key=lambda report: report.device)
-        committed = ledger.commit(reports[0].round, self._work_digest, reports, time.monotonic() - self._began, {})
+        committed = ledger.commit(reports[0].round, self._work_digest, reports, time.monotonic() - self._started_at, {})
         figures = {"loss": committed.loss, "devices": len(reports), "evaluations": ledger.state.aggregator.evaluations}
         self._returned = ledger.state.mean
         return arrays_of(self._returned), MetricRecord({**figures, "tokens": ledger.spending.tokens})
@@ -125,11 +136,12 @@ class FlowerLoop:
         if len(reports) < self._needed:
             raise QuorumError(
                 f"{len(reports)} of {len(self._nodes)} devices reported, {self._needed:g} are needed; "
-                "start the run again to resume it"
+                "start the run again to resume it",
+                limit=self._needed,
             )
 
     def evaluations(self) -> list[Message]:
-        """Ask for the mean's accuracy on ``dev`` rows."""
+        """Messages that ask devices with development rows to evaluate the mean on them."""
         state = self._ledger.state
         self._request = self._ledger.planner.request(
             state.mean[None],
@@ -142,36 +154,36 @@ class FlowerLoop:
         return [self._message(name, self._request, MessageType.EVALUATE, "") for name in names]
 
     def scored(self, replies: Iterable[Message]) -> MetricRecord | None:
-        """The accuracy that was asked for; None: nobody has such rows."""
+        """The total score of the replies to `evaluations`; None if no device has such rows."""
         total = NO_SCORE
-        for name, report in self._answers(replies, EvaluateReport):
+        for name, report in self._decoded(replies, EvaluateReport):
             try:
                 request = self._request or self._ledger.planner.request(self._ledger.state.mean[None])
                 check_evaluation(report, request, self._infos[name].n_dev)
             except WireError as error:
-                log.warning("%s: its evaluation is refused: %s", name, error)
+                log.warning("%s: its evaluation is rejected: %s", name, error)
             else:
                 total += Score.of(report, 0)
         return score_metrics(total) if total.n else None
 
     def _message(self, name: str, message: RoundPlan | EvaluateRequest, kind: str, group: str) -> Message:
-        return Message(packed(message), self._nodes[name], kind, ttl=LEAST_TTL_S, group_id=group)
+        return Message(packed(message), self._nodes[name], kind, ttl=MIN_TTL_S, group_id=group)
 
-    def _answers(self, replies: Iterable[Message], kind: type[M]) -> Iterator[tuple[str, M]]:
-        """Devices' answers by name; what went wrong is logged."""
+    def _decoded(self, replies: Iterable[Message], kind: type[M]) -> Iterator[tuple[str, M]]:
+        """Yield devices' names and decoded replies. Errors are logged."""
         names = {node: name for name, node in self._nodes.items()}
         for reply in replies:
             name = names.get(reply.metadata.src_node_id)
             if name is None or reply.has_error():
-                reason = one_line(reply.error.reason, MOST_TOLD) if reply.has_error() else "it is no node of this run"
+                reason = one_line(reply.error.reason, MOST_TOLD) if reply.has_error() else "not a node of this run"
                 log.warning("%s: %s", name or f"node {reply.metadata.src_node_id}", reason)
                 continue
             try:
-                answer = answer_of(reply.content, kind, name)
+                decoded = reply_of(reply.content, kind, name)
             except (DeviceError, WireError) as error:
                 log.warning("%s", error)
             else:
-                yield name, answer
+                yield name, decoded
 
 
 def arrays_of(mean: NDArray[np.float64]) -> ArrayRecord:

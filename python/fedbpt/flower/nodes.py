@@ -1,7 +1,7 @@
-"""`Nodes`: the devices behind a Flower `Grid`, by name, and questions to them.
+"""`Nodes`: the devices behind a Flower `Grid`, by name, and requests to them.
 
-A SuperNode has a new id each time it is started, so ids name nobody: each node is asked who it is. Questions of all
-clients go out together, and one call fetches all replies: what a round costs does not grow by a poll per device.
+A SuperNode gets a new id at each start, so every new node is asked for its device's name. Requests of all clients are
+sent together, and one call fetches all replies, so that polling does not grow with the number of devices.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedbpt.errors import DeviceError, DeviceFailedError, DeviceUnreachableError, WireError
-from fedbpt.flower.records import answer_of, packed
+from fedbpt.flower.records import packed, reply_of
 from fedbpt.plain_text import MOST_TOLD, one_line
 from fedbpt.protocol.rounds import DeviceInfo
 
@@ -28,18 +28,18 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 POLL_S: Final = 0.2
-"""Between two looks for replies."""
+"""Interval between two polls for replies, in seconds."""
 
-LOOK_S: Final = 3.0
-"""Between two looks for nodes that are new."""
+DISCOVER_S: Final = 3.0
+"""Interval between two polls for new nodes, in seconds."""
 
-ANSWER_S: Final = 120.0
-"""How long a node may take to say who it is: a SuperNode first starts a process, and that loads the model."""
+REPLY_S: Final = 120.0
+"""Time limit for a node's status, in seconds: a SuperNode first starts a process, which loads the model."""
 
-PUSHED: Final = 256
-"""Most messages of one call: a SuperLink bounds what it reads at once."""
+MAX_PUSHED: Final = 256
+"""Maximum number of messages per call, because a SuperLink limits the size of a call."""
 
-GONE: Final = frozenset(
+TRANSPORT_ERRORS: Final = frozenset(
     {
         ErrorCode.NODE_UNAVAILABLE,
         ErrorCode.MESSAGE_UNAVAILABLE,
@@ -47,12 +47,13 @@ GONE: Final = frozenset(
         ErrorCode.CLIENT_APP_CRASHED,
     }
 )
-"""Errors of the way to a device; any other is of its work."""
+"""Errors on the way to a device; all others are errors of its work."""
 
 
-class _Question:
+class _Request:
     def __init__(self, node: int, message: Message) -> None:
-        self.node, self.message = node, message
+        self.node = node
+        self.message = message
         self.reply: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
 
     def fail(self, error: Exception) -> None:
@@ -61,61 +62,69 @@ class _Question:
 
 
 class Nodes:
-    """Use from one event loop at a time. ``grid`` is called from a thread, one call at a time."""
+    """The nodes of ``grid``, which is called from a thread, one call at a time. Use from one event loop at a time.
 
-    def __init__(self, grid: Grid, *, poll_s: float = POLL_S, look_s: float = LOOK_S) -> None:
+    Args:
+        grid: Flower's.
+        poll_s: interval between two polls for replies, in seconds.
+        discover_s: interval between two polls for new nodes, in seconds.
+    """
+
+    def __init__(self, grid: Grid, *, poll_s: float = POLL_S, discover_s: float = DISCOVER_S) -> None:
         self._grid = grid
-        self._poll_s, self._look_s = poll_s, look_s
+        self._poll_s = poll_s
+        self._discover_s = discover_s
         self._thread = ThreadPoolExecutor(1, "fedbpt-flower")
-        self._outbox: list[_Question] = []
-        self._open: dict[str, _Question] = {}
+        self._outbox: list[_Request] = []
+        self._open: dict[str, _Request] = {}
         self._pump: asyncio.Task[None] | None = None
         self._node_of: dict[str, int] = {}
-        self._fresh: dict[str, DeviceInfo] = {}  # said when the node was found, and not fetched since
-        self._asked: dict[int, asyncio.Task[None]] = {}
-        self.problems: dict[int, str] = {}  # nodes that could not say who they are, and why
+        self._new_infos: dict[str, DeviceInfo] = {}  # received at discovery and not taken yet
+        self._identifications: dict[int, asyncio.Task[None]] = {}
+        self.problems: dict[int, str] = {}
+        """Why nodes could not be identified, by node id."""
 
-    # --- who is there --------------------------------------------------------------------------------------------
+    # --- discovery -----------------------------------------------------------------------------------------------
 
     @property
     def names(self) -> list[str]:
-        """Devices that were found so far, sorted."""
+        """Names of the devices found so far, sorted."""
         return sorted(self._node_of)
 
     async def find(self, wanted: int, within_s: float) -> list[str]:
-        """Names of the devices behind the nodes, once ``wanted`` (0: those that are there now) have said theirs."""
+        """Wait for ``wanted`` devices (0: those connected now) for up to ``within_s`` seconds. Returns their names."""
         loop = asyncio.get_running_loop()
         end = loop.time() + within_s
         while True:
-            await self.look()
-            if asking := [task for task in self._asked.values() if not task.done()]:
-                await asyncio.wait(asking, timeout=max(end - loop.time(), 0.0), return_when=asyncio.FIRST_COMPLETED)
-            for task in [task for task in self._asked.values() if task.done()]:
-                task.result()  # a fault of ours, or of the grid
-            waiting = any(not task.done() for task in self._asked.values())
+            await self.discover()
+            if pending := [task for task in self._identifications.values() if not task.done()]:
+                await asyncio.wait(pending, timeout=max(end - loop.time(), 0.0), return_when=asyncio.FIRST_COMPLETED)
+            for task in [task for task in self._identifications.values() if task.done()]:
+                task.result()  # raises unexpected errors
+            waiting = any(not task.done() for task in self._identifications.values())
             if loop.time() >= end or (len(self._node_of) >= max(wanted, 1) and (wanted or not waiting)):
                 return self.names
             await asyncio.sleep(self._poll_s)
 
-    async def look(self) -> None:
-        """Ask nodes that are new who they are; the answers come later."""
+    async def discover(self) -> None:
+        """Start identifying new nodes."""
         for node in await self._call(self._grid.get_node_ids):
-            if node not in self._asked:
-                self._asked[node] = asyncio.create_task(self._meet(node))
+            if node not in self._identifications:
+                self._identifications[node] = asyncio.create_task(self._identify(node))
 
     def node_of(self, name: str) -> int | None:
         return self._node_of.get(name)
 
-    def news_of(self, name: str) -> DeviceInfo | None:
-        """What the device said when its node was found; once."""
-        return self._fresh.pop(name, None)
+    def take_info(self, name: str) -> DeviceInfo | None:
+        """The status received when the device was discovered; None if it was taken before."""
+        return self._new_infos.pop(name, None)
 
-    async def _meet(self, node: int) -> None:
+    async def _identify(self, node: int) -> None:
         try:
-            reply = await self.ask(node, MessageType.QUERY, None, ANSWER_S)
-            info = answer_of(reply, DeviceInfo, f"node {node}")
+            reply = await self.request(node, MessageType.QUERY, None, REPLY_S)
+            info = reply_of(reply, DeviceInfo, f"node {node}")
         except DeviceUnreachableError as error:
-            del self._asked[node]  # it may be back
+            del self._identifications[node]  # retry, because it may be back
             self.problems[node] = str(error)
             return
         except (DeviceError, WireError) as error:
@@ -123,82 +132,86 @@ class Nodes:
             log.warning("a node cannot take part: %s", error)
             return
         self.problems.pop(node, None)
-        before = self._node_of.get(info.name)
+        previous_node = self._node_of.get(info.name)
         self._node_of[info.name] = node
-        self._fresh[info.name] = info
-        if before is not None:
+        self._new_infos[info.name] = info
+        if previous_node is not None:
             log.info("%s is back as node %d", info.name, node)
-            for question in [*self._open.values(), *self._outbox]:
-                if question.node == before:
-                    question.fail(DeviceUnreachableError(f"{info.name} was started again"))
+            for request in [*self._open.values(), *self._outbox]:
+                if request.node == previous_node:
+                    request.fail(DeviceUnreachableError(f"{info.name} was restarted"))
 
-    # --- questions -----------------------------------------------------------------------------------------------
+    # --- requests ------------------------------------------------------------------------------------------------
 
-    async def ask(self, node: int, kind: str, content: RecordDict | None, ttl_s: float, group: str = "") -> RecordDict:
-        """The content of ``node``'s reply to a message of type ``kind`` (``train``, ``evaluate``, ``query``).
+    async def request(
+        self, node: int, kind: str, content: RecordDict | None, ttl_s: float, group: str = ""
+    ) -> RecordDict:
+        """Send a message of type ``kind`` (``train``, ``evaluate``, ``query``). Returns the content of the reply.
 
         Raises:
-            DeviceUnreachableError: Flower cannot reach the node, or its process died. DeviceFailedError: its app did.
+            DeviceUnreachableError: Flower cannot reach the node, or its process died.
+            DeviceFailedError: the node's app failed.
         """
         message = Message(packed(None) if content is None else content, node, kind, ttl=ttl_s, group_id=group)
-        question = _Question(node, message)
-        self._outbox.append(question)
+        request = _Request(node, message)
+        self._outbox.append(request)
         if self._pump is None or self._pump.done():
-            self._pump = asyncio.create_task(self._carry())
-        reply = await question.reply
+            self._pump = asyncio.create_task(self._exchange())
+        reply = await request.reply
         if not reply.has_error():
             return reply.content
         reason = one_line(reply.error.reason or f"error {reply.error.code}", MOST_TOLD)
-        if reply.error.code in GONE:
-            raise DeviceUnreachableError(f"Flower does not reach node {node}: {reason}")
+        if reply.error.code in TRANSPORT_ERRORS:
+            raise DeviceUnreachableError(f"Flower cannot reach node {node}: {reason}")
         raise DeviceFailedError(f"node {node} failed in Flower: {reason}")
 
     def close(self) -> None:
-        """Let go of the thread."""
+        """Release the thread."""
         self._thread.shutdown(wait=False)
 
-    async def _carry(self) -> None:
-        """Send what is to be sent and fetch replies, until nobody waits for one."""
+    async def _exchange(self) -> None:
+        """Send messages and fetch replies until none is pending."""
         loop = asyncio.get_running_loop()
-        looked = loop.time()
+        discovered_at = loop.time()
         try:
             while self._outbox or self._open:
                 await self._push()
                 await self._pull()
-                if loop.time() - looked >= self._look_s:
-                    looked = loop.time()
-                    await self.look()
+                if loop.time() - discovered_at >= self._discover_s:
+                    discovered_at = loop.time()
+                    await self.discover()
                 await asyncio.sleep(self._poll_s)
         except httpx.HTTPError as error:
-            self._fail(DeviceUnreachableError(f"Flower's SuperLink does not answer: {error}"))
-        except Exception as error:  # noqa: BLE001 - whoever waits for a reply raises it
+            self._fail(DeviceUnreachableError(f"Flower's SuperLink does not respond: {error}"))
+        except Exception as error:  # noqa: BLE001 - raised where a reply is awaited
             self._fail(error)
         finally:
             self._open.clear()
             self._outbox.clear()
 
     async def _push(self) -> None:
-        while batch := self._outbox[:PUSHED]:
-            sent = [question for question in batch if not question.reply.done()]
-            messages = [question.message for question in sent]
-            taken = set(await self._call(partial(self._grid.push_messages, messages)))
+        while batch := self._outbox[:MAX_PUSHED]:
+            sent = [request for request in batch if not request.reply.done()]
+            messages = [request.message for request in sent]
+            accepted = set(await self._call(partial(self._grid.push_messages, messages)))
             del self._outbox[: len(batch)]
-            for question in sent:
-                if (number := question.message.metadata.message_id) in taken:
-                    self._open[number] = question
+            for request in sent:
+                message_id = request.message.metadata.message_id
+                if message_id in accepted:
+                    self._open[message_id] = request
                 else:
-                    question.fail(DeviceUnreachableError(f"Flower has no node {question.node} any more"))
+                    request.fail(DeviceUnreachableError(f"Flower no longer has node {request.node}"))
 
     async def _pull(self) -> None:
-        self._open = {number: question for number, question in self._open.items() if not question.reply.done()}
+        self._open = {message_id: request for message_id, request in self._open.items() if not request.reply.done()}
         for reply in await self._call(partial(self._grid.pull_messages, list(self._open))):
-            question = self._open.pop(reply.metadata.reply_to_message_id, None)
-            if question is not None and not question.reply.done():
-                question.reply.set_result(reply)
+            request = self._open.pop(reply.metadata.reply_to_message_id, None)
+            if request is not None and not request.reply.done():
+                request.reply.set_result(reply)
 
     def _fail(self, error: Exception) -> None:
-        for question in [*self._open.values(), *self._outbox]:
-            question.fail(error)
+        for request in [*self._open.values(), *self._outbox]:
+            request.fail(error)
 
     async def _call(self, do: Callable[[], Iterable[T]]) -> list[T]:
         return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: list(do()))

@@ -1,4 +1,4 @@
-"""The Flower App in ``app/``: what its ``pyproject.toml`` and a node's configuration say becomes a run and devices."""
+"""The Flower App of ``app/``: makes a run and devices from its ``pyproject.toml`` and the nodes' configurations."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from fedbpt.tasks import Row, Task
 from fedbpt.tasks.partition import Scheme
 
 SIMULATED: Final = "partition-id"
-"""Key that Flower gives a simulated node, or a person a real one, that shares its files with others."""
+"""Key of a node's share of files that nodes have in common; set by Flower's simulation, or by hand."""
 
 
 class AppConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, rename="kebab"):
-    """What ``app/pyproject.toml`` explains, and of a node: its name and what is written to ``state``."""
+    """The configuration explained in ``app/pyproject.toml``, and a node's ``name`` and ``state`` file."""
 
     task: str
     run: str = "flower"
@@ -57,7 +57,7 @@ class AppConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 def config_of(*sources: Mapping[str, Any]) -> AppConfig:
-    """Flower's flat configurations (``settings.rounds``) as one, later ones first. Raises `ConfigError`."""
+    """Merge Flower's flat configurations (``settings.rounds``); later sources take precedence. Raises `ConfigError`."""
     nested: dict[str, Any] = {}
     for key, value in (item for source in sources for item in source.items()):
         *path, last = key.split(".")
@@ -72,7 +72,7 @@ def config_of(*sources: Mapping[str, Any]) -> AppConfig:
 
 
 def settings_of(config: AppConfig, task: Task) -> RunSettings:
-    """The run's settings, with what follows from the task. Raises `ConfigError`."""
+    """The run's settings, with defaults that depend on the task. Raises `ConfigError`."""
     try:
         return msgspec.convert(with_defaults(config.settings, task), RunSettings)
     except msgspec.ValidationError as error:
@@ -88,18 +88,19 @@ server_app = ServerApp()
 
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Tune, or go on with a run that was stopped."""
+    """Tune, or resume a stopped run."""
     config = config_of(context.run_config)
     task = tasks.load(config.task)
+    settings = settings_of(config, task)
     with RunStore(expanded(config.store)) as store:
-        FedBPT(
-            task, settings_of(config, task), store, config.run,
-            devices=config.devices, find_s=config.find_s, on_event=_tell,
-        ).start(grid)  # fmt: skip
+        strategy = FedBPT(
+            task, settings, store, config.run, devices=config.devices, find_s=config.find_s, on_event=_print_event
+        )
+        strategy.start(grid)
 
 
-def _tell(event: Event) -> None:
-    """A line for people, which Flower takes into its log."""
+def _print_event(event: Event) -> None:
+    """Print a line, which Flower adds to its log."""
     match event:
         case RoundClosed():
             lost = f", without {', '.join(event.missing)}" if event.missing else ""
@@ -120,14 +121,18 @@ def _tell(event: Event) -> None:
 
 
 def make_device(context: Context, state: DeviceState) -> Device:
-    """The device of a node: its own files, or in a simulation its part of those that all share."""
+    """The device of a node, with its own files or its share of common files."""
     config = config_of(context.run_config, context.node_config)
     if not (config.model and config.data):
-        raise ConfigError("a node needs a model and data: give them in the app's configuration or in --node-config")
+        raise ConfigError(
+            "a node needs a model and data: set them in the app's configuration or with --node-config",
+            field="data" if config.model else "model",
+        )
     rows = [_rows(config, file) if file else [] for file in (config.data, config.dev, config.test)]
-    simulated = f"node-{config.partition_id}" if config.partition_id is not None else as_name(socket.gethostname())
-    task, scorer = tasks.load(config.task), _scorer(config.model, config.threads)
-    return Device(config.name or simulated, scorer, *rows, task=task, state=state)
+    default_name = f"node-{config.partition_id}" if config.partition_id is not None else as_name(socket.gethostname())
+    task = tasks.load(config.task)
+    scorer = _scorer(config.model, config.threads)
+    return Device(config.name or default_name, scorer, *rows, task=task, state=state)
 
 
 def _rows(config: AppConfig, file: str) -> list[Row]:
@@ -147,7 +152,7 @@ def _read(task: str, file: str) -> list[Row]:
 
 @lru_cache(maxsize=1)
 def _scorer(model: str, threads: int) -> Scorer:
-    """One model a process, whichever node it serves."""
+    """The model, loaded once per process for all of its nodes."""
     return load_model(model, n_threads=threads or None, late=True)
 
 

@@ -1,7 +1,7 @@
-"""Our messages inside Flower's: one record, of the message's kind and its wire bytes.
+"""fedbpt's messages inside Flower's: one record with the message's kind and its wire bytes.
 
-The same bytes as over HTTP, so that what is refused there is refused here. ``benchmarks/bench_flower.py`` measures what
-Flower adds to them.
+The bytes are the same as over HTTP, and pass the same checks. ``benchmarks/bench_flower.py`` measures Flower's
+overhead.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ RECORD: Final = "fedbpt"
 
 
 def packed(message: Message | None) -> RecordDict:
-    """``message`` as a Flower message's content; None: a question without arguments."""
+    """``message`` as the content of a Flower message; None: a query without arguments."""
     kind, body = ("", b"") if message is None else (type(message).__name__, codec.encode(message))
     return RecordDict({RECORD: ConfigRecord({"kind": kind, "body": body})})
 
 
 def body_of(content: RecordDict, kind: type[Message]) -> bytes:
-    """The wire bytes of a content of ``kind``. Raises `WireError` where it holds none."""
+    """The wire bytes of a message of ``kind`` in ``content``. Raises `WireError` if it contains none."""
     record = content.config_records.get(RECORD)
-    found, body = (record.get("kind"), record.get("body")) if record is not None else (None, None)
+    found = record.get("kind") if record is not None else None
+    body = record.get("body") if record is not None else None
     if found != kind.__name__ or not isinstance(body, bytes):
-        raise WireError(f"not a {kind.__name__}: the message holds {found or 'nothing of fedbpt'}")
+        raise WireError(f"expected a {kind.__name__}, got {found or 'no message of fedbpt'}")
     return body
 
 
 def unpacked(content: RecordDict, kind: type[M]) -> M:
-    """The message of ``kind``. Raises `WireError`."""
+    """The message of ``kind`` in ``content``. Raises `WireError`."""
     return codec.decode(body_of(content, kind), kind)
 
 
-def answer_of(content: RecordDict, kind: type[M], name: str) -> M:
-    """What device ``name`` answered. Raises `DeviceFailedError` or `DeviceRefusedError` where it says why not."""
+def reply_of(content: RecordDict, kind: type[M], name: str) -> M:
+    """The reply of device ``name``. Raises `DeviceFailedError` or `DeviceRefusedError` if it is an error."""
     record = content.config_records.get(RECORD)
     try:
         if record is not None and record.get("kind") == ErrorReply.__name__:
@@ -53,6 +54,6 @@ def answer_of(content: RecordDict, kind: type[M], name: str) -> M:
 
 
 def size_of(content: RecordDict) -> int:
-    """Bytes of our message in ``content``, without what Flower puts around it."""
+    """Size of fedbpt's message in ``content`` in bytes, without Flower's overhead."""
     body = content[RECORD].get("body") if RECORD in content else b""
     return len(body) if isinstance(body, bytes) else 0

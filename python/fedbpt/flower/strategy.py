@@ -1,14 +1,14 @@
-"""`FedBPT`: our search as a Flower strategy.
+"""`FedBPT`: fedbpt's search as a Flower strategy.
 
-`FedBPT.start` runs a `Federation` over the grid: template selection, calibration, search and readout; quorum and
-deadlines by ``push_messages`` and ``pull_messages``; every closed round committed to a `RunStore`, from which the same
-call resumes. The rounds are those of `fedbpt tune`: the same devices, settings and seed give the same digests.
+`FedBPT.start` runs a `Federation` over the grid: template selection, calibration, search and readout, with quorum and
+deadlines. It commits every closed round to a `RunStore`, from which the same call resumes. With the same devices,
+settings and seed, it gives the same digests as `fedbpt tune`.
 
-The ``configure_`` and ``aggregate_`` methods are one round each, for Flower's own loop (``Strategy.start(strategy,
-...)``) and for strategies that wrap another. That loop waits for every node, and fits no readout.
+The ``configure_`` and ``aggregate_`` methods run single rounds for Flower's own loop (``Strategy.start(strategy,
+...)``) and for strategies that wrap another. That loop waits for every node and fits no readout.
 """
 
-# ruff: noqa: ARG002 - the signatures are Flower's
+# ruff: noqa: ARG002 - Flower defines the signatures
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ from fedbpt.tasks import Task
 log = logging.getLogger(__name__)
 
 FIND_S: Final = 300.0
-"""How long to wait for the devices that a run is to have."""
+"""Time limit to find a run's devices, in seconds."""
 
 
 class FedBPT(Strategy):
-    """Tunes a prompt over the devices behind a grid. A strategy is for one run.
+    """Tunes a prompt over the devices behind a grid. Make a new strategy for each run.
 
     Args:
         task: name, labels, candidate templates.
-        settings: ``method`` chooses FedBPT (``fedbpt``), pooled search (``pooled``) or averaged means (``fedavg``).
+        settings: ``method`` selects FedBPT (``fedbpt``), pooled search (``pooled``) or averaged means (``fedavg``).
         store: where rounds are committed. A run of this name in it is resumed.
         run: the run's name.
-        devices: wait for so many; 0: whichever nodes are there.
-        find_s: how long to wait for them, seconds.
-        on_event: called for each `fedbpt.runs.settings` event.
+        devices: number of devices to wait for; 0: the nodes connected at the start.
+        find_s: time limit to find them, in seconds.
+        on_event: called for each event of `fedbpt.runs.events`.
     """
 
     @checked
@@ -70,8 +70,10 @@ class FedBPT(Strategy):
         self.task = task
         self.settings = settings.for_labels(task.labels)
         self.result: RunResult | None = None
-        self._store, self._run = store, run
-        self._devices, self._find_s = devices, find_s
+        self._store = store
+        self._run = run
+        self._devices = devices
+        self._find_s = find_s
         self._on_event = on_event
         self._loop: FlowerLoop | None = None
 
@@ -92,19 +94,19 @@ class FedBPT(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """Run, or resume, to the end. Our own figures are in `result` after that.
-
-        The search has a start of its own (z = 0), and plans tell devices all: ``initial_arrays`` and the configurations
-        are not used.
+        """Run, or resume, to the end. Afterwards, `result` has fedbpt's own figures.
 
         Args:
-            grid: as Flower gives it.
-            num_rounds: of the search; None: as the settings say.
-            timeout: a round's deadline, seconds; None: as the settings say.
-            evaluate_fn: asked for the mean of every closed round of the search.
+            grid: Flower's.
+            initial_arrays: unused, because the search starts at z = 0.
+            num_rounds: number of rounds of the search; None: as in the settings.
+            timeout: a round's deadline, in seconds; None: as in the settings.
+            train_config, evaluate_config: unused, because plans contain all that devices need.
+            evaluate_fn: called with the mean of every closed round of the search.
 
         Raises:
-            QuorumError: too few devices, at the start or in a round: the same call resumes. Others as `Federation.run`.
+            QuorumError: too few devices, at the start or in a round; the same call resumes the run.
+            Others as `Federation.run`.
         """
         settings = self.settings
         if num_rounds is not None:
@@ -112,7 +114,8 @@ class FedBPT(Strategy):
         if timeout is not None:
             settings = msgspec.structs.replace(settings, deadline_s=timeout)
         self.summary()
-        aggregator, found = settings.aggregator(), Result()
+        aggregator = settings.aggregator()
+        found = Result()
 
         def listen(event: Event) -> None:
             if isinstance(event, RoundClosed) and event.purpose == "search":
@@ -141,13 +144,15 @@ class FedBPT(Strategy):
         return found
 
     async def _find(self, nodes: Nodes, needed: int) -> list[str]:
-        """Names of the devices; `QuorumError` where fewer than ``needed`` say theirs."""
-        names, needed = await nodes.find(self._devices, self._find_s), max(needed, 1)
+        """Names of the devices. Raises `QuorumError` if there are fewer than ``needed``."""
+        names = await nodes.find(self._devices, self._find_s)
+        needed = max(needed, 1)
         if len(names) < needed:
             reasons = f" ({'; '.join(nodes.problems.values())})" if nodes.problems else ""
             raise QuorumError(
-                f"{len(names)} devices said who they are within {self._find_s:g} s, {needed} are needed{reasons}: "
-                "are their SuperNodes connected to this SuperLink?"
+                f"{len(names)} devices were found within {self._find_s:g} s, {needed} are needed{reasons}: "
+                "check that their SuperNodes are connected to this SuperLink",
+                limit=needed,
             )
         return names
 
@@ -156,10 +161,11 @@ class FedBPT(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The round's plans, one a device. The store knows which round it is.
+        """The round's plans, one per device. The store determines the round, not ``server_round``.
 
         Raises:
-            ConfigError: ``arrays`` are not what `aggregate_train` returned. QuorumError: too few devices.
+            ConfigError: ``arrays`` are not what `aggregate_train` returned.
+            QuorumError: too few devices.
         """
         if self._loop is None:
             run_to_end(lambda: self._open(grid))
@@ -168,13 +174,13 @@ class FedBPT(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Commit the round. Raises `QuorumError` where fewer have reported than the settings ask for."""
+        """Commit the round. Raises `QuorumError` if fewer devices reported than the settings require."""
         return self._opened().close(replies)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask for the mean's accuracy on ``dev`` rows, every ``settings.evaluate_every`` rounds."""
+        """Evaluate the mean on ``dev`` rows, every ``settings.evaluate_every`` rounds."""
         every = self.settings.evaluate_every
         return self._opened().evaluations() if every and server_round % every == 0 else []
 
@@ -186,7 +192,7 @@ class FedBPT(Strategy):
         nodes = Nodes(grid)
         try:
             names = await self._find(nodes, self._devices)
-            known = {name: (nodes.node_of(name), nodes.news_of(name)) for name in names}
+            known = {name: (nodes.node_of(name), nodes.take_info(name)) for name in names}
             devices = {name: (node, info) for name, (node, info) in known.items() if node is not None and info}
             self._loop = FlowerLoop(self._store, self._run, self.task, self.settings, devices)
         finally:
@@ -194,7 +200,7 @@ class FedBPT(Strategy):
 
     def _opened(self) -> FlowerLoop:
         if self._loop is None:
-            raise QuorumError("configure_train comes first: it finds the devices")
+            raise QuorumError("the devices are unknown: call configure_train first")
         return self._loop
 
 

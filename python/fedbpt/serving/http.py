@@ -1,6 +1,6 @@
 """The routes of the OpenAI-compatible server: ``/v1/models``, ``/v1/completions``, ``/v1/chat/completions``.
 
-Beside them ``/health`` (as llama-server has it), ``/healthz``, and ``/`` with a line of help.
+Also ``/health`` (as in llama-server), ``/healthz``, and ``/`` with a line of help.
 """
 
 from __future__ import annotations
@@ -27,31 +27,35 @@ from fedbpt.checking import DECODE_ERRORS
 from fedbpt.errors import DeviceRefusedError, FedbptError, InputError, ScoringInterrupted
 from fedbpt.net.auth import LoopbackOnly, RequireToken
 from fedbpt.net.bodies import STATUS_OF_CODE, Handler, body_of, faults_as, refusal_headers
-from fedbpt.serving.answers import Answer, ServedModel
-from fedbpt.serving.desk import Desk, Job, Ticket
+from fedbpt.serving.models import Completion, ServedModel
 from fedbpt.serving.protocol import ApiError, ChatRequest, CompletionRequest
-from fedbpt.serving.replies import ChatReply, Json, Reply, TextReply, usage_of
+from fedbpt.serving.responses import ApiResponse, ChatResponse, CompletionResponse, Json, usage_of
+from fedbpt.serving.scheduler import Job, Scheduler, Ticket
 
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES: Final = 2**20
-"""Largest request."""
+"""Maximum size of a request."""
 
 RETRY_AFTER_S: Final = 5.0
-"""When to come again to a server where too many wait."""
+"""When clients should retry if too many requests are waiting, in seconds."""
 
 R = TypeVar("R", ChatRequest, CompletionRequest)
 T = TypeVar("T")
 
 
 def build_app(
-    models: Mapping[str, ServedModel], desk: Desk, token: str | None = None, origins: Sequence[str] = ()
+    models: Mapping[str, ServedModel], scheduler: Scheduler, token: str | None = None, origins: Sequence[str] = ()
 ) -> Starlette:
-    """The routes, as an ASGI application; without ``token`` it answers under loopback's names only.
+    """Build the ASGI application.
 
-    ``origins``: of web pages that may call it (CORS), ``*`` for all.
+    Args:
+        models: by name.
+        scheduler: computes the completions.
+        token: what requests must send; None: only requests to loopback's names are served.
+        origins: origins of web pages that may call it (CORS), ``*`` for all.
     """
-    routes = _Routes(models, desk)
+    routes = _Routes(models, scheduler)
     guard = (
         Middleware(LoopbackOnly, refuse=refusal)
         if token is None
@@ -68,7 +72,7 @@ def build_app(
             Route("/", routes.help, methods=["GET"]),
         ],
         exception_handlers=_HANDLERS,
-        middleware=[*_cors(origins), guard],  # a browser asks without the token what it may send
+        middleware=[*_cors(origins), guard],  # in this order because CORS preflight requests have no token
         lifespan=routes.lifespan,
     )
 
@@ -85,36 +89,37 @@ def _cors(origins: Sequence[str]) -> list[Middleware]:
 
 
 class _Routes:
-    def __init__(self, models: Mapping[str, ServedModel], desk: Desk) -> None:
-        self._models, self._desk = models, desk
+    def __init__(self, models: Mapping[str, ServedModel], scheduler: Scheduler) -> None:
+        self._models = models
+        self._scheduler = scheduler
 
     @asynccontextmanager
     async def lifespan(self, _app: Starlette) -> AsyncIterator[None]:
         yield
-        if not await asyncio.to_thread(self._desk.close):
-            log.warning("an answer did not stop in time and ends with the process")
+        if not await asyncio.to_thread(self._scheduler.close):
+            log.warning("a completion did not stop in time and ends with the process")
 
     async def list_models(self, _request: Request) -> Response:
         return _json({"object": "list", "data": [_described(model) for model in self._models.values()]})
 
     async def show_model(self, request: Request) -> Response:
-        return _json(_described(self._named(request.path_params["name"])))
+        return _json(_described(self._find_model(request.path_params["name"])))
 
     async def chat(self, request: Request) -> Response:
-        asked = await _read(request, ChatRequest)
-        model = self._named(asked.model)
-        settings = asked.how(model.recommended)
-        messages = [(message.role, message.text) for message in asked.messages]
-        made = ChatReply(model.name, model.token_bytes, asked.wants_logprobs)
-        return await self._answer(request, asked, made, [partial(model.chat, messages, settings)])
+        parsed = await _read(request, ChatRequest)
+        model = self._find_model(parsed.model)
+        settings = parsed.settings(model.recommended)
+        messages = [(message.role, message.text) for message in parsed.messages]
+        form = ChatResponse(model.name, model.token_bytes, parsed.wants_logprobs)
+        return await self._respond(request, parsed, form, [partial(model.chat, messages, settings)])
 
     async def complete(self, request: Request) -> Response:
-        asked = await _read(request, CompletionRequest)
-        model = self._named(asked.model)
-        settings = asked.how(model.recommended)
-        made = TextReply(model.name, model.token_bytes, asked.wants_logprobs)
-        begins = [partial(model.complete, prompt, settings) for prompt in asked.prompts]
-        return await self._answer(request, asked, made, begins)
+        parsed = await _read(request, CompletionRequest)
+        model = self._find_model(parsed.model)
+        settings = parsed.settings(model.recommended)
+        form = CompletionResponse(model.name, model.token_bytes, parsed.wants_logprobs)
+        starts = [partial(model.complete, prompt, settings) for prompt in parsed.prompts]
+        return await self._respond(request, parsed, form, starts)
 
     async def health(self, _request: Request) -> Response:
         return _json({"status": "ok"})
@@ -123,43 +128,42 @@ class _Routes:
         return PlainTextResponse("ok\n")
 
     async def help(self, request: Request) -> Response:
-        url, names = str(request.base_url), ", ".join(self._models)
+        url = str(request.base_url)
+        names = ", ".join(self._models)
         return PlainTextResponse(
-            f"fedbpt serves {names} by OpenAI's API: give a client the base URL {url}v1, or look at {url}v1/models\n"
+            f"fedbpt serves {names} with OpenAI's API: use the base URL {url}v1, or see {url}v1/models\n"
         )
 
-    def _named(self, name: str) -> ServedModel:
+    def _find_model(self, name: str) -> ServedModel:
         if name not in self._models:
             known = ", ".join(self._models)
-            raise ApiError(f"there is no model {name!r} here, there are {known}", "model", "model_not_found", 404)
+            raise ApiError(f"unknown model {name!r}: choose one of {known}", "model", "model_not_found", 404)
         return self._models[name]
 
-    async def _answer(
+    async def _respond(
         self,
         request: Request,
-        asked: ChatRequest | CompletionRequest,
-        made: Reply,
-        begins: Sequence[Callable[[], Answer]],
+        parsed: ChatRequest | CompletionRequest,
+        form: ApiResponse,
+        starts: Sequence[Callable[[], Completion]],
     ) -> Response:
-        if self._desk.is_full:
-            raise ApiError(
-                "too many requests wait for their turn: come again later", None, "too-many", 429, RETRY_AFTER_S
-            )
-        ticket = self._desk.take(begins)
+        if self._scheduler.is_full:
+            raise ApiError("too many requests are waiting: try again later", None, "too-many", 429, RETRY_AFTER_S)
+        ticket = self._scheduler.submit(starts)
         try:
-            if not asked.stream:
-                whole = _json(await _while_there(request, _whole(made, ticket.jobs)))
+            if not parsed.stream:
+                whole = _json(await _while_connected(request, _whole(form, ticket.jobs)))
                 ticket.close()
                 return whole
-            first = await _while_there(request, ticket.jobs[0].begun())
+            first = await _while_connected(request, ticket.jobs[0].started())
         except BaseException:
             ticket.close()
             raise
-        return _Events(_chunks(made, ticket.jobs, first, asked.wants_usage), ticket)
+        return _Events(_chunks(form, ticket.jobs, first, parsed.wants_usage), ticket)
 
 
 class _Events(StreamingResponse):
-    """Server-sent events; whoever does not read them to the end has the answers cancelled."""
+    """Server-sent events. Cancels the completions if the client stops reading."""
 
     def __init__(self, content: AsyncIterator[bytes], ticket: Ticket) -> None:
         super().__init__(content, media_type="text/event-stream", headers={"cache-control": "no-store"})
@@ -172,59 +176,62 @@ class _Events(StreamingResponse):
             self._ticket.close()
 
 
-async def _whole(made: Reply, jobs: list[Job]) -> Json:
-    found, n_prompt, n_tokens = [], 0, 0
+async def _whole(form: ApiResponse, jobs: list[Job]) -> Json:
+    found = []
+    n_prompt = n_tokens = 0
     for job in jobs:
-        answer = await job.begun()
+        completion = await job.started()
         pieces = [piece async for piece in job.pieces()]
-        found.append((pieces, answer.finish_reason))
-        n_prompt, n_tokens = n_prompt + answer.n_prompt, n_tokens + answer.n_tokens
-    return made.whole(found, usage_of(n_prompt, n_tokens))
+        found.append((pieces, completion.finish_reason))
+        n_prompt += completion.n_prompt
+        n_tokens += completion.n_tokens
+    return form.whole(found, usage_of(n_prompt, n_tokens))
 
 
-async def _chunks(made: Reply, jobs: list[Job], first: Answer, wants_usage: bool) -> AsyncIterator[bytes]:
+async def _chunks(form: ApiResponse, jobs: list[Job], first: Completion, wants_usage: bool) -> AsyncIterator[bytes]:
     n_prompt = n_tokens = 0
     try:
         for index, job in enumerate(jobs):
-            answer = first if index == 0 else await job.begun()
-            opening = made.opening(index)
+            completion = first if index == 0 else await job.started()
+            opening = form.opening(index)
             if opening is not None:
-                yield _event(made.chunk(opening))
+                yield _event(form.chunk(opening))
             async for piece in job.pieces():
-                if made.says(piece):
-                    yield _event(made.chunk(made.part(index, [piece])))
-            yield _event(made.chunk(made.part(index, [], answer.finish_reason)))
-            n_prompt, n_tokens = n_prompt + answer.n_prompt, n_tokens + answer.n_tokens
-    except FedbptError as error:  # the reply has begun: it can only be told within
+                if form.has_event(piece):
+                    yield _event(form.chunk(form.part(index, [piece])))
+            yield _event(form.chunk(form.part(index, [], completion.finish_reason)))
+            n_prompt += completion.n_prompt
+            n_tokens += completion.n_tokens
+    except FedbptError as error:  # the status is sent already, so report the error within the stream
         yield _event(_as_error(error)[1])
         return
     if wants_usage:
-        yield _event(made.chunk(usage=usage_of(n_prompt, n_tokens)))
+        yield _event(form.chunk(usage=usage_of(n_prompt, n_tokens)))
     yield b"data: [DONE]\n\n"
 
 
-async def _while_there(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What ``work`` gives; it is dropped where the client hangs up. Raises `ClientDisconnect` then."""
+async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Await ``work``; cancel it and raise `ClientDisconnect` if the client disconnects."""
     working = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(request.receive())  # after the body, only a disconnection comes
+    disconnected = asyncio.ensure_future(request.receive())  # after the body, only a disconnection is received
     try:
-        await asyncio.wait([working, gone], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([working, disconnected], return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
         raise ClientDisconnect
     finally:
-        gone.cancel()
+        disconnected.cancel()
         working.cancel()
 
 
 async def _read(request: Request, kind: type[R]) -> R:
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-        raise ApiError("send application/json", None, "wrong-content-type", 415)
+        raise ApiError("unsupported content type: send application/json", None, "wrong-content-type", 415)
     body = await body_of(request, MAX_BODY_BYTES)
     try:
         return msgspec.json.decode(body, type=kind)
     except DECODE_ERRORS as error:
-        raise ApiError(f"the request is not what it should be: {error}") from error
+        raise ApiError(f"invalid request: {error}") from error
 
 
 def _described(model: ServedModel) -> Json:
@@ -245,7 +252,7 @@ def _event(value: Json) -> bytes:
 def refusal(
     request: Request, code: str, message: str, status: int | None = None, retry_after_s: float = 0.0
 ) -> Response:
-    """An error reply; with ``retry_after_s``, when to come again. As `http_bodies.refusal` otherwise."""
+    """An error response in OpenAI's form, otherwise as `fedbpt.net.bodies.refusal`."""
     del request
     chosen = STATUS_OF_CODE.get(code, 400) if status is None else status
     return _json(_error(message, chosen, None, code), chosen, refusal_headers(chosen, retry_after_s))

@@ -1,7 +1,7 @@
-"""OpenAI's requests, as far as they are served: https://platform.openai.com/docs/api-reference
+"""The supported part of OpenAI's requests: https://platform.openai.com/docs/api-reference
 
-Fields that are not here are ignored, as OpenAI's own server ignores what it does not know; what would change an answer
-and cannot be served is refused.
+Unknown fields are ignored, as OpenAI's server does. Known fields that would change the result but are not supported
+are rejected.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import msgspec
 
 from fedbpt.engine.text_generator import Sampling
 from fedbpt.errors import InputError
-from fedbpt.serving.answers import Settings
+from fedbpt.serving.models import Settings
 
 MAX_LIKELIEST = 20
 MAX_STOPS = 16
@@ -21,9 +21,14 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 
 class ApiError(InputError):
-    """What is refused in OpenAI's own terms: an HTTP status, the field at fault, a code for programs.
+    """A rejected request, as OpenAI's API reports it.
 
-    ``retry_after_s``: when to come again; 0: the same request will be refused again.
+    Args:
+        message: what is wrong, and what to do.
+        param: the wrong field of the request.
+        code: a stable code for programs.
+        status: HTTP status.
+        retry_after_s: when to retry, in seconds; 0: the same request will be rejected again.
     """
 
     def __init__(
@@ -34,8 +39,11 @@ class ApiError(InputError):
         status: int = 400,
         retry_after_s: float = 0.0,
     ) -> None:
-        super().__init__(message)
-        self.param, self.code, self.status, self.retry_after_s = param, code, status, retry_after_s
+        super().__init__(message, field=param or "")
+        self.param = param
+        self.code = code
+        self.status = status
+        self.retry_after_s = retry_after_s
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -47,7 +55,7 @@ class ResponseFormat(msgspec.Struct, frozen=True):
 
 
 class Part(msgspec.Struct, frozen=True):
-    """Of a message's content."""
+    """A part of a message's content."""
 
     type: str
     text: str = ""
@@ -59,17 +67,17 @@ class ChatMessage(msgspec.Struct, frozen=True):
 
     @property
     def text(self) -> str:
-        """Its content. Raises `ApiError` for pictures and the like."""
+        """The content as text. Raises `ApiError` for images and other parts."""
         if self.content is None or isinstance(self.content, str):
             return self.content or ""
         others = [part.type for part in self.content if part.type != "text"]
         if others:
-            raise ApiError(f"a message's content holds {others[0]!r}: this model reads text alone", "messages")
+            raise ApiError(f"content of type {others[0]!r} is not supported: send only text", "messages")
         return "".join(part.text for part in self.content)
 
 
-class Asked(msgspec.Struct, frozen=True, kw_only=True):
-    """What both kinds of request have."""
+class BaseRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Fields that both kinds of request share."""
 
     model: str
     temperature: float | None = None
@@ -87,33 +95,39 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def wants_usage(self) -> bool:
-        """Whether a stream is to end with how many tokens there were."""
+        """Whether a stream should end with the number of tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def settings(self, recommended: Sampling, max_tokens: int | None, n_likeliest: int) -> Settings:
-        """``recommended``: how to sample where no temperature is given. Raises `InputError` for what is not served."""
+    def _settings(self, recommended: Sampling, max_tokens: int | None, n_likeliest: int) -> Settings:
+        """The request's settings. Raises `InputError` for unsupported values.
+
+        Args:
+            recommended: sampling if the request has no temperature.
+            max_tokens: limit of generated tokens; None: the context's.
+            n_likeliest: number of likeliest tokens to report for each.
+        """
         if self.n not in (None, 1):
-            raise ApiError("n must be 1: ask again for another answer", "n")
-        unserved = {
+            raise ApiError("n must be 1: send another request for another completion", "n")
+        unsupported = {
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
             "logit_bias": self.logit_bias,
         }
-        for name, value in unserved.items():
+        for name, value in unsupported.items():
             if value:
-                raise ApiError(f"{name} is not served: leave it out", name)
+                raise ApiError(f"{name} is not supported: omit it", name)
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stop) > MAX_STOPS:
-            raise ApiError(f"stop has {len(stop)} strings: give {MAX_STOPS} at most", "stop")
+            raise ApiError(f"stop has {len(stop)} strings: give at most {MAX_STOPS}", "stop")
         if not 0 <= n_likeliest <= MAX_LIKELIEST:
-            raise ApiError(f"at most {MAX_LIKELIEST} log-probabilities are given for a token, not {n_likeliest}")
+            raise ApiError(f"{n_likeliest} log-probabilities per token requested: expected 0 to {MAX_LIKELIEST}")
         base = recommended if self.temperature is None else Sampling(self.temperature)
         top_p = base.top_p if self.top_p is None else self.top_p
         top_k = base.top_k if self.top_k is None else self.top_k
         return Settings(Sampling(base.temperature, top_p, top_k, self.seed), max_tokens, stop, n_likeliest)
 
 
-class ChatRequest(Asked, frozen=True, kw_only=True):
+class ChatRequest(BaseRequest, frozen=True, kw_only=True):
     """``POST /v1/chat/completions``."""
 
     messages: list[ChatMessage]
@@ -123,23 +137,23 @@ class ChatRequest(Asked, frozen=True, kw_only=True):
     tools: list[Any] | None = None
     response_format: ResponseFormat | None = None
 
-    def how(self, recommended: Sampling) -> Settings:
-        """Raises `InputError` for what is not served."""
+    def settings(self, recommended: Sampling) -> Settings:
+        """The request's settings. Raises `InputError` for unsupported values."""
         if not self.messages:
             raise ApiError("messages is empty: send at least one", "messages")
         if self.tools:
-            raise ApiError("tools are not served: leave them out", "tools")
+            raise ApiError("tools are not supported: omit them", "tools")
         if self.response_format is not None and self.response_format.type != "text":
-            raise ApiError("response_format is not served: leave it out", "response_format")
-        most = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
-        return self.settings(recommended, most, (self.top_logprobs or 0) if self.logprobs else 0)
+            raise ApiError("response_format is not supported: omit it", "response_format")
+        max_tokens = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
+        return self._settings(recommended, max_tokens, (self.top_logprobs or 0) if self.logprobs else 0)
 
     @property
     def wants_logprobs(self) -> bool:
         return bool(self.logprobs)
 
 
-class CompletionRequest(Asked, frozen=True, kw_only=True):
+class CompletionRequest(BaseRequest, frozen=True, kw_only=True):
     """``POST /v1/completions``."""
 
     prompt: str | list[str | int | list[int]]
@@ -148,30 +162,30 @@ class CompletionRequest(Asked, frozen=True, kw_only=True):
     suffix: str | None = None
     best_of: int | None = None
 
-    def how(self, recommended: Sampling) -> Settings:
-        """Raises `InputError` for what is not served."""
+    def settings(self, recommended: Sampling) -> Settings:
+        """The request's settings. Raises `InputError` for unsupported values."""
         for name, value in (("echo", self.echo), ("suffix", self.suffix)):
             if value:
-                raise ApiError(f"{name} is not served: leave it out", name)
+                raise ApiError(f"{name} is not supported: omit it", name)
         if self.best_of not in (None, 1):
             raise ApiError("best_of must be 1", "best_of")
-        most = DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
-        return self.settings(recommended, most, self.logprobs or 0)
+        max_tokens = DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+        return self._settings(recommended, max_tokens, self.logprobs or 0)
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """Each to be completed. Raises `ApiError` where there are none, or too many."""
+        """The prompts to complete. Raises `ApiError` if there are none or too many."""
         if not self.prompt:
-            raise ApiError("prompt is empty: give a text to go on with", "prompt")
+            raise ApiError("prompt is empty: send a text to continue", "prompt")
         if isinstance(self.prompt, str):
             return [self.prompt]
         tokens = [part for part in self.prompt if isinstance(part, int)]
         if not tokens:
             if len(self.prompt) > MAX_PROMPTS:
-                raise ApiError(f"prompt holds {len(self.prompt):,} texts: send {MAX_PROMPTS} at most", "prompt")
+                raise ApiError(f"prompt has {len(self.prompt):,} texts: send at most {MAX_PROMPTS}", "prompt")
             return [part for part in self.prompt if not isinstance(part, int)]
         if len(tokens) < len(self.prompt):
-            raise ApiError("prompt is a text, token ids, or a list of either", "prompt")
+            raise ApiError("prompt mixes texts and token ids: send either of them", "prompt")
         return [tokens]
 
     @property

@@ -11,22 +11,26 @@ from fedbpt.errors import ConfigError
 from fedbpt.net.auth import check_token
 from fedbpt.net.server import HttpServer
 from fedbpt.net.tls import Tls
-from fedbpt.serving.answers import ServedModel
-from fedbpt.serving.desk import Desk
 from fedbpt.serving.http import build_app
+from fedbpt.serving.models import ServedModel
+from fedbpt.serving.scheduler import Scheduler
 
 SEND_BUFFER_BYTES: Final = 2**16
-"""Of a connection, in the system: some hundred pieces. A client that reads no more is noticed when it is full."""
+"""Size of a connection's send buffer. A client that stops reading is noticed once it is full."""
 
 
 class ModelServer(HttpServer):
-    """Serves ``models``, by name; see `HttpServer`.
+    """Serves models over HTTP.
 
     Args:
-        token: what every request must bring, as OpenAI's API key.
-        origins: of web pages that may call it from a browser (CORS), like ``https://app.example``; ``*``: of all.
+        models: by name.
+        host, port: see `HttpServer`.
+        token: the API key that every request must send; None: loopback only.
+        origins: origins of web pages that may call it from a browser (CORS), like ``https://app.example``; ``*``: all.
+        tls, allow_insecure, on_ready: see `HttpServer`.
 
-    Raises also ConfigError: beyond loopback without a token, anyone could use it; what is no origin.
+    Raises:
+        ConfigError: a host beyond loopback without a token, an invalid origin, or as `HttpServer`.
     """
 
     def __init__(
@@ -42,19 +46,21 @@ class ModelServer(HttpServer):
         on_ready: Callable[[str], None] = lambda _url: None,
     ) -> None:
         check_token(token, host, "--token-file")
-        desk = Desk()
-        app = build_app(models, desk, token, [checked_origin(origin) for origin in origins])
-        super().__init__(app, host, port, tls=tls, allow_insecure=allow_insecure, on_ready=on_ready, on_exit=desk.stop)
+        scheduler = Scheduler()
+        app = build_app(models, scheduler, token, [checked_origin(origin) for origin in origins])
+        super().__init__(
+            app, host, port, tls=tls, allow_insecure=allow_insecure, on_ready=on_ready, on_exit=scheduler.stop
+        )
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
 
 
 def checked_origin(origin: str) -> str:
-    """Raises `ConfigError` for what no browser sends as a page's origin."""
+    """Return ``origin`` if it is ``*`` or a web page's origin as browsers send it. Raises `ConfigError`."""
     try:
         parts = urlsplit(origin)
-        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and "@" not in parts.netloc
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and "@" not in parts.netloc
     except ValueError:
-        known = False
-    if origin != "*" and not (known and origin == f"{parts.scheme}://{parts.netloc}".lower()):
-        raise ConfigError(f"{origin!r} is no origin of web pages: give one like https://app.example, or *")
+        valid = False
+    if origin != "*" and not (valid and origin == f"{parts.scheme}://{parts.netloc}".lower()):
+        raise ConfigError(f"invalid origin {origin!r}: give one like https://app.example, or *", field="--cors")
     return origin

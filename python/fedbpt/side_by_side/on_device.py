@@ -1,4 +1,4 @@
-"""A device's answer to a `Question`."""
+"""A device's reply to a `Question`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from fedbpt.side_by_side.sides import SIDES, SideBySide
 
 
 def answer_of(
-    model: Scorer, question: Question, said: Callable[[Answer], None], cancelled: Callable[[], bool]
+    model: Scorer, question: Question, on_piece: Callable[[Answer], None], cancelled: Callable[[], bool]
 ) -> Answer:
-    """Both sides' answers.
+    """Compute the replies of both models.
 
     Args:
-        model: the device's.
-        question: what is asked, and with which prompt.
-        said: called with what there is so far, a piece of text at a time.
-        cancelled: asked before each piece.
+        model: the device's model.
+        question: a text and a tuned prompt.
+        on_piece: called with the replies so far, after each piece of text.
+        cancelled: called before each piece; True stops.
 
     Raises:
-        PromptError: a damaged prompt, or one for another model.
-        InputError: a text that is empty or too long.
-        ScoringInterrupted: ``cancelled`` said yes.
+        PromptError: the prompt is damaged or for another model.
+        InputError: the text is empty or too long.
+        ScoringInterrupted: ``cancelled`` returned True.
     """
     prompt = Prompt.decode(question.prompt, "the question's prompt")
     pair = SideBySide(model, prompt, max_text_tokens=question.max_text_tokens)
@@ -35,11 +35,12 @@ def answer_of(
         return Answer(probabilities=tuple(pair.classify(question.text)), done=True)
     how = Sampling(question.temperature, question.top_p, seed=question.seed)
     answer = Answer()
+    texts = dict.fromkeys(SIDES, "")
     with closing(pair.generate(question.text, how, question.max_tokens, question.stop)) as pieces:
         for side, piece in pieces:
             if cancelled():
-                raise ScoringInterrupted("the answer was cancelled")
-            original, tuned = (text + piece * (side == of) for of, text in zip(SIDES, answer.texts, strict=True))
-            answer = Answer(texts=(original, tuned), n=answer.n + 1)
-            said(answer)
+                raise ScoringInterrupted("the reply was cancelled")
+            texts[side] += piece
+            answer = Answer(texts=(texts["original"], texts["tuned"]), n=answer.n + 1)
+            on_piece(answer)
     return Answer(texts=answer.texts, n=answer.n, done=True)

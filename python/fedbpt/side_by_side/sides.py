@@ -1,4 +1,4 @@
-"""The original and the tuned model side by side: what each says to a text."""
+"""The original and the tuned model side by side: the reply of each to a text."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from fedbpt.tasks.task import DEFAULT_MAX_TEXT_TOKENS, render_ids
 Side: TypeAlias = Literal["original", "tuned"]
 
 SIDES: tuple[Side, Side] = ("original", "tuned")
-"""``original``: the model as it is, with the best template; ``tuned``: with the prompt, its readout and templates."""
+"""``original``: the model with the selected template; ``tuned``: with the prompt, its readout and templates."""
 
 
 class Probabilities(NamedTuple):
-    """Of each label [n_labels], on each side."""
+    """Probabilities of the labels [n_labels] on each side."""
 
     original: tuple[float, ...]
     tuned: tuple[float, ...]
@@ -41,15 +41,15 @@ class SideBySide:
     """A model with and without a tuned prompt.
 
     Args:
-        model: what the prompt was tuned for.
+        model: the model that the prompt was tuned for.
         prompt: the tuned prompt.
-        task: says how texts are cut; None: the prompt's own. Where that is not known, texts are cut at 128 tokens to
-            classify, not at all to generate.
-        max_text_tokens: where they are cut instead; None: as ``task`` says.
+        task: sets how texts are truncated; None: the prompt's own. If that is unknown, texts are truncated to 128
+            tokens to classify, and not truncated to generate.
+        max_text_tokens: overrides the task's maximum length of texts, in tokens.
 
     Raises:
         PromptError: the prompt was made for another model.
-        ConfigError: the prompt is for other labels than the task's.
+        ConfigError: the prompt has other labels than the task.
     """
 
     @checked
@@ -64,29 +64,35 @@ class SideBySide:
         prompt.check(model)
         task = prompt.task if task is None else load(task)
         if task is not None and task.labels != prompt.labels:
-            raise ConfigError(f"the prompt is for labels {list(prompt.labels)}, the task has {list(task.labels)}")
+            raise ConfigError(
+                f"the prompt has labels {list(prompt.labels)}, but the task has {list(task.labels)}: use the task that"
+                " the prompt was tuned for",
+                field="task",
+            )
         self.model = model
         self.name = model.name
         self.prompt = prompt
         self.labels = prompt.labels
-        """Empty where the model generates."""
+        """Empty if the model generates texts."""
         self._task = task
         self.max_text_tokens = task.max_text_tokens if task is not None and max_text_tokens is None else max_text_tokens
 
     @property
     def classifies(self) -> bool:
-        """Whether answers are labels (`classify`); else they are texts (`generate`)."""
+        """Whether replies are labels (`classify`) rather than texts (`generate`)."""
         return bool(self.labels)
 
     @checked
     def classify(self, text: str) -> Probabilities:
-        """Probabilities of the labels, which `fedbpt.evaluate` judges by. Raises `InputError` for an empty text."""
+        """Probabilities of the labels, as `fedbpt.evaluate` computes them. Raises `InputError` for an empty text."""
         return Probabilities(self.probabilities(text, "original"), self.probabilities(text, "tuned"))
 
     @checked
     def probabilities(self, text: str, side: Side) -> tuple[float, ...]:
         """One side of `classify`."""
-        prompt, n_words, n_labels = self.prompt, len(self.prompt.word_ids), len(self.labels)
+        prompt = self.prompt
+        n_words = len(prompt.word_ids)
+        n_labels = len(self.labels)
         if side == "original":
             found = self._logits(text, prompt.template, PromptSpec(d=1), None)[:, :n_labels].astype(np.float64)
         else:
@@ -98,8 +104,9 @@ class SideBySide:
 
     @checked
     def n_read(self, text: str) -> int:
-        """Tokens that the tuned model reads to classify ``text``: cut, in each of the prompt's templates."""
-        limit, clipped = self.max_text_tokens or DEFAULT_MAX_TEXT_TOKENS, self._clip(text)
+        """Number of tokens that the tuned model reads to classify ``text``, over all of the prompt's templates."""
+        limit = self.max_text_tokens or DEFAULT_MAX_TEXT_TOKENS
+        clipped = self._clip(text)
         templates = (self.prompt.template, *self.prompt.others)
         n_front = 0 if self.prompt.spec.placement == "cue" else self.prompt.n_prompt
         return n_front + sum(len(render_ids(self.model, template, clipped, limit)) for template in templates)
@@ -112,12 +119,12 @@ class SideBySide:
         max_tokens: PositiveInt | None = None,
         stop: tuple[str, ...] = (),
     ) -> SidesInTurn:
-        """Both sides' answers, a piece of the one and a piece of the other in turn; see `Generation`.
+        """Generate both replies, yielding a piece of each in turn; see `Generation`.
 
-        Who does not read them to the end closes the iterator (`contextlib.closing`).
+        Close the iterator if you do not read it to the end (`contextlib.closing`).
 
         Raises:
-            InputError: an empty text, or one that is longer than the context.
+            InputError: the text is empty or longer than the context.
         """
         with ExitStack() as opened:
             running = {
@@ -135,20 +142,22 @@ class SideBySide:
         stop: tuple[str, ...] = (),
         n_likeliest: NaturalInt = 0,
     ) -> Generation:
-        """One side of `generate`, to be cancelled, or asked what it took."""
+        """One side of `generate`, as a `Generation` that can be cancelled and counts its tokens."""
         if not generates(self.model):
-            raise ConfigError(f"{self.model.name} cannot generate text")
-        prompt, rows = self.prompt, self.prompt.rows if side == "tuned" else None
+            raise ConfigError(f"{self.model.name} cannot generate text: use a model with a generator", field="model")
+        prompt = self.prompt
+        rows = prompt.rows if side == "tuned" else None
         placed = place(self.model, prompt.template, self._clip(text), self.max_text_tokens, rows, prompt.spec.placement)
         return Generation(self.model.generator, placed, sampling, max_tokens, stop, n_likeliest)
 
     def _logits(
         self, text: str, template: Template, where: PromptSpec, rows: NDArray[np.float32] | None
     ) -> NDArray[np.float32]:
-        """[1, n_labels + n_words]; without ``rows``, of the model as it is."""
+        """Logits [1, n_labels + n_words] with the prompt ``rows``; None: without a prompt."""
         spec = ObjectiveSpec(max_text_tokens=self.max_text_tokens or DEFAULT_MAX_TEXT_TOKENS, readout_words=0)
-        one, words = [(self._clip(text), 0)], self.prompt.word_ids
-        objective = Objective(self.model, template, self.labels, one, spec, where, keep_kv=False, words=words)
+        data = [(self._clip(text), 0)]
+        words = self.prompt.word_ids
+        objective = Objective(self.model, template, self.labels, data, spec, where, keep_kv=False, words=words)
         return objective.logits(objective.zero_shot_embeds() if rows is None else rows[None], [0])
 
     def _clip(self, text: str) -> str:
@@ -159,19 +168,19 @@ class SideBySide:
 
 
 class SidesInTurn(Iterator[tuple[Side, str]]):
-    """Pieces of texts that are ``running``, by turns; ``opened`` ends them."""
+    """Iterates over pieces of ``running`` generations in turn; closing it closes ``resources``."""
 
-    def __init__(self, running: dict[Side, Generation], opened: ExitStack) -> None:
-        self._turns = deque(running.items())
-        self._opened = opened
+    def __init__(self, running: dict[Side, Generation], resources: ExitStack) -> None:
+        self._queue = deque(running.items())
+        self._resources = resources
 
     def __next__(self) -> tuple[Side, str]:
         try:
-            while self._turns:
-                side, generation = self._turns.popleft()
+            while self._queue:
+                side, generation = self._queue.popleft()
                 piece = next(generation, None)
                 if piece is not None:
-                    self._turns.append((side, generation))
+                    self._queue.append((side, generation))
                     if piece.text:
                         return side, piece.text
         except BaseException:
@@ -180,9 +189,9 @@ class SidesInTurn(Iterator[tuple[Side, str]]):
         raise StopIteration
 
     def close(self) -> None:
-        """No more pieces come."""
-        self._turns.clear()
-        self._opened.close()
+        """Stop both generations."""
+        self._queue.clear()
+        self._resources.close()
 
 
 def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -84,7 +84,7 @@ COMMANDS = dict(commands())
 LEAVES = {name: command for name, command in COMMANDS.items() if not hasattr(command, "commands")}
 
 
-def test_the_promised_commands_are_there() -> None:
+def test_all_commands_exist() -> None:
     words = ["demo", "device", "tune", "evaluate", "chat", "serve", "export", "import", "bench"]
     words += ["models list", "models pull", "models path", "models rm", "models check", "models requantize"]
     words += ["tasks new"]
@@ -103,7 +103,7 @@ def test_every_command_and_group_has_help_with_an_example(name: str, run: Run) -
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_short_form_asks_for_help_everywhere(name: str, run: Run) -> None:
+def test_h_is_short_for_help_everywhere(name: str, run: Run) -> None:
     words = name.split()[1:]
     assert run(*words, "-h") == run(*words, "--help")
 
@@ -117,7 +117,7 @@ def test_a_short_form_asks_for_help_everywhere(name: str, run: Run) -> None:
         ("fedbpt serve --mod", {"--model"}),
     ],
 )
-def test_a_shell_may_ask_for_the_rest_of_a_command(
+def test_a_shell_can_complete_commands(
     typed: str, offered: set[str], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("_FEDBPT_COMPLETE", "complete_bash")
@@ -127,7 +127,7 @@ def test_a_shell_may_ask_for_the_rest_of_a_command(
     assert (code, set(out.split()), err) == (0, offered, "")
 
 
-def test_the_shell_is_told_how_to_ask(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_completion_script_can_be_shown(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shellingham.detect_shell", lambda *_: ("bash", "/bin/bash"))  # tests may run without a shell
     code, out, _ = run("--show-completion")
     assert code == 0
@@ -135,7 +135,7 @@ def test_the_shell_is_told_how_to_ask(run: Run, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("name", LEAVES)
-def test_every_command_has_json_quiet_and_a_word_on_each_option(name: str) -> None:
+def test_every_command_has_json_and_quiet_and_help_on_each_option(name: str) -> None:
     parameters = LEAVES[name].params
     options = [option for parameter in parameters for option in parameter.opts]
     assert {"--json", "--quiet", "-q"} <= set(options)
@@ -143,7 +143,7 @@ def test_every_command_has_json_quiet_and_a_word_on_each_option(name: str) -> No
 
 
 @pytest.mark.parametrize("group", [(), ("models",), ("tasks",), ("runs",), ("certs",), ("devices",)])
-def test_a_group_alone_shows_its_help(group: tuple[str, ...], run: Run) -> None:
+def test_a_group_without_a_command_shows_its_help(group: tuple[str, ...], run: Run) -> None:
     assert run(*group) == run(*group, "--help")
 
 
@@ -157,90 +157,90 @@ DEVICE = ("device", "--task", "ag-news", "--model")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "named"),
     [
-        (("bogus",), 2, "No such command 'bogus': see `fedbpt --help`"),
-        (("tune",), 2, "give a run file"),
-        (("tune", "--model", "x", "--data", "rows.jsonl"), 2, "--task is missing"),
-        (("tune", "--task", "sst-2", "--data", "rows.jsonl"), 2, "--model is missing"),
-        (("tune", "--task", "bogus", "--model", "x", "--data", "rows.jsonl"), 2, "unknown task 'bogus'"),
-        (("tune", "--task", "sst-2", "--model", "x", "--data", "absent.csv"), 2, "cannot read absent.csv"),
-        (("tune", "--task", "sst-2", "--model", "x", "--data", "a", "--device", "http://pi5"), 2, "leave it out"),
-        (("tune", "--task", "sst-2", "--model", "x", "--data", "a", "--listen", "0.0.0.0:1"), 2, "leave it out"),
-        (("tune", "run.toml", "--data", "a", "--model", "x", "--seed", "1"), 2, "set seed in run.toml"),
-        (("tune", "run.toml", "--device", "http://pi5", "--task", "sst-2"), 2, "set task in run.toml"),
-        (("tune", "run.toml", "--data", "a"), 2, "--model is missing"),
-        (("tune", "run.toml", "--test", "a"), 2, "go with --data"),
+        (("bogus",), 2, "`fedbpt --help`"),
+        (("tune",), 2, "fedbpt tune run.toml"),
+        (("tune", "--model", "x", "--data", "rows.jsonl"), 2, "--task"),
+        (("tune", "--task", "sst-2", "--data", "rows.jsonl"), 2, "--model"),
+        (("tune", "--task", "bogus", "--model", "x", "--data", "rows.jsonl"), 2, "'bogus'"),
+        (("tune", "--task", "sst-2", "--model", "x", "--data", "absent.csv"), 2, "absent.csv"),
+        (("tune", "--task", "sst-2", "--model", "x", "--data", "a", "--device", "http://pi5"), 2, "--device"),
+        (("tune", "--task", "sst-2", "--model", "x", "--data", "a", "--listen", "0.0.0.0:1"), 2, "--listen"),
+        (("tune", "run.toml", "--data", "a", "--model", "x", "--seed", "1"), 2, "--seed"),
+        (("tune", "run.toml", "--device", "http://pi5", "--task", "sst-2"), 2, "--task"),
+        (("tune", "run.toml", "--data", "a"), 2, "--model"),
+        (("tune", "run.toml", "--test", "a"), 2, "--test"),
         (("demo", "--bogus"), 2, "--bogus"),
         (("demo", "--devices", "0"), 2, "'--devices'"),
         (("demo", "--devices", "many"), 2, "'--devices'"),
-        (("demo", "--model", "bogus"), 2, "unknown model 'bogus'"),
-        (("tune", "absent.toml"), 2, "cannot read the run file absent.toml"),
-        (("tune", "run.toml"), 2, "no devices: name them in run.toml"),
+        (("demo", "--model", "bogus"), 2, "'bogus'"),
+        (("tune", "absent.toml"), 2, "absent.toml"),
+        (("tune", "run.toml"), 2, "--device"),
         (("tune", "run.toml", "--device", "pi5"), 2, "'pi5'"),
-        (("tune", "run.toml", "--device", "http://127.0.0.1:9", "--out", "p"), 2, "give --model"),
-        (("tune", "run.toml", "--device", "http://127.0.0.1:9", "--device", "http://127.0.0.1:9"), 2, "two devices"),
-        (("tune", "run.toml", "--device", "http://127.0.0.1:9", "--model", "smollm2-135m"), 2, "models pull"),
+        (("tune", "run.toml", "--device", "http://127.0.0.1:9", "--out", "p"), 2, "--model"),
+        (("tune", "run.toml", "--device", "http://127.0.0.1:9", "--device", "http://127.0.0.1:9"), 2, "127.0.0.1-9"),
+        (
+            ("tune", "run.toml", "--device", "http://127.0.0.1:9", "--model", "smollm2-135m"),
+            2,
+            "fedbpt models pull smollm2-135m",
+        ),
         (("evaluate", "absent", "--data", "rows.jsonl"), 1, "absent"),
         (("evaluate", "run.toml", "--data", "rows.jsonl"), 1, "run.toml"),
-        ((*DEVICE, "smollm2-135m", "--data", "absent.jsonl"), 2, "cannot read absent.jsonl"),
+        ((*DEVICE, "smollm2-135m", "--data", "absent.jsonl"), 2, "absent.jsonl"),
         ((*DEVICE, "smollm2-135m", "--data", "empty.jsonl"), 2, "empty.jsonl"),
-        ((*DEVICE, "smollm2-135m", "--data", "news.jsonl"), 2, "run `fedbpt models pull smollm2-135m`"),
-        ((*DEVICE, "absent.gguf", "--data", "news.jsonl"), 2, "no such model file: absent.gguf"),
+        ((*DEVICE, "smollm2-135m", "--data", "news.jsonl"), 2, "`fedbpt models pull smollm2-135m`"),
+        ((*DEVICE, "absent.gguf", "--data", "news.jsonl"), 2, "absent.gguf"),
         ((*DEVICE, "news.jsonl", "--data", "news.jsonl"), 1, "news.jsonl"),
-        ((*DEVICE, ".", "--data", "news.jsonl"), 2, "is a folder"),
-        (("device", "--model", "x", "--data", "news.jsonl", "--task", "chess"), 2, "unknown task 'chess'"),
+        ((*DEVICE, ".", "--data", "news.jsonl"), 2, "fedbpt: ."),
+        (("device", "--model", "x", "--data", "news.jsonl", "--task", "chess"), 2, "'chess'"),
         ((*DEVICE, "x", "--data", "news.jsonl", "--port", "99999"), 2, "'--port'"),
-        ((*DEVICE, "x", "--data", "news.jsonl", "--name", "a b"), 2, "'a b' cannot name a device"),
+        ((*DEVICE, "x", "--data", "news.jsonl", "--name", "a b"), 2, "'a b'"),
         (("models", "path", "smollm2-135m"), 2, "fedbpt models pull smollm2-135m"),
-        (("models", "pull", "bogus"), 2, "unknown model 'bogus'"),
+        (("models", "pull", "bogus"), 2, "'bogus'"),
         (("models", "requantize", "smollm2-135m", "q4_0"), 2, "fedbpt models pull smollm2-135m"),
-        (("models", "requantize", "news.jsonl", "q9"), 2, "unknown format 'q9': choose one of q2_k"),
-        (("models", "requantize", "news.jsonl", "q4_0"), 1, "news.jsonl is not a readable GGUF file"),
-        (("models", "requantize", "news.jsonl", "q4_0", "--out", "empty.jsonl"), 2, "empty.jsonl exists"),
-        (("models", "requantize", "news.jsonl", "q4_0", "--out", "news.jsonl", "--force"), 2, "is the model itself"),
-        (("models", "requantize", "news.jsonl", "q4_0", "--out", "absent/x.gguf"), 1, "cannot write absent/x.gguf"),
-        (("bench", "-m", "bogus"), 2, "unknown model 'bogus'"),
-        (("bench", "-m", "absent.gguf"), 2, "no such model file: absent.gguf"),
+        (("models", "requantize", "news.jsonl", "q9"), 2, "q2_k"),
+        (("models", "requantize", "news.jsonl", "q4_0"), 1, "news.jsonl"),
+        (("models", "requantize", "news.jsonl", "q4_0", "--out", "empty.jsonl"), 2, "empty.jsonl"),
+        (("models", "requantize", "news.jsonl", "q4_0", "--out", "news.jsonl", "--force"), 2, "news.jsonl"),
+        (("models", "requantize", "news.jsonl", "q4_0", "--out", "absent/x.gguf"), 1, "absent/x.gguf"),
+        (("bench", "-m", "bogus"), 2, "'bogus'"),
+        (("bench", "-m", "absent.gguf"), 2, "absent.gguf"),
         (("bench", "-m", "news.jsonl"), 1, "news.jsonl"),
         (("bench", "--compare", "absent.json", "news.jsonl"), 2, "absent.json"),
         (("bench", "--compare", "news.jsonl", "news.jsonl"), 2, "news.jsonl"),
         (("bench", "-m", "news.jsonl", "--threads", "0"), 2, "'--threads'"),
-        (("runs", "list"), 1, "no run database runs/runs.db"),
-        (("tune", "run.toml", "--listen", "8400"), 2, "is no HOST:PORT"),
-        (("tune", "run.toml", "--listen", "pi5:http"), 2, "is no HOST:PORT"),
-        (
-            ("tune", "run.toml", "--device", "http://127.0.0.1:9", "--monitor", "8400"),
-            2,
-            "--monitor 8400 is no HOST:PORT",
-        ),
-        (("tune", "run.toml", "--device", "http://127.0.0.1:9", "--monitor", "0.0.0.0:0"), 2, "--monitor-token FILE"),
-        (("tune", "run.toml", "--device", "http://127.0.0.1:9", "--monitor-token", "t"), 2, "--monitor HOST:PORT"),
-        (("tune", "run.toml", "--device", "http://127.0.0.1:9", "--log", "."), 2, "cannot write the log ."),
+        (("runs", "list"), 1, "runs/runs.db"),
+        (("tune", "run.toml", "--listen", "8400"), 2, "--listen 8400"),
+        (("tune", "run.toml", "--listen", "pi5:http"), 2, "--listen pi5:http"),
+        (("tune", "run.toml", "--device", "http://127.0.0.1:9", "--monitor", "8400"), 2, "--monitor 8400"),
+        (("tune", "run.toml", "--device", "http://127.0.0.1:9", "--monitor", "0.0.0.0:0"), 2, "--monitor-token"),
+        (("tune", "run.toml", "--device", "http://127.0.0.1:9", "--monitor-token", "t"), 2, "--monitor-token"),
+        (("tune", "run.toml", "--device", "http://127.0.0.1:9", "--log", "."), 2, "Is a directory"),
         (("tune", "run.toml", "--listen", "127.0.0.1:0"), 2, "fedbpt devices invite NAME"),
-        (("tune", "run.toml", "--listen", "0.0.0.0:0"), 2, "encryption"),
+        (("tune", "run.toml", "--listen", "0.0.0.0:0"), 2, "--cert"),
         (("tune", "run.toml", "--listen", "127.0.0.1:0", "--expect", "0"), 2, "'--expect'"),
-        (("tune", "run.toml", "--device", "http://127.0.0.1:9", "--cert", "run.toml"), 2, "both --cert and --key"),
-        (("tune", "run.toml", "--device", "https://127.0.0.1:9", "--ca", "absent.pem"), 2, "no such file: absent.pem"),
-        (("tune", "run.toml", "--device", "https://127.0.0.1:9", "--ca", "run.toml"), 2, "cannot use run.toml for TLS"),
+        (("tune", "run.toml", "--device", "http://127.0.0.1:9", "--cert", "run.toml"), 2, "--key"),
+        (("tune", "run.toml", "--device", "https://127.0.0.1:9", "--ca", "absent.pem"), 2, "absent.pem"),
+        (("tune", "run.toml", "--device", "https://127.0.0.1:9", "--ca", "run.toml"), 2, "run.toml"),
         (("tune", "run.toml", "--device", "http://127.0.0.1:9", "--tokens", "run.toml"), 2, "chmod 600 run.toml"),
-        (("tune", "run.toml", "--device", "http://127.0.0.1:9", "--tokens", "absent"), 2, "cannot read absent"),
-        ((*DEVICE, "x", "--data", "news.jsonl", "--coordinator", "http://c.example"), 2, "is not encrypted"),
-        ((*DEVICE, "x", "--data", "news.jsonl", "--coordinator", "https://c.example"), 2, "not enrolled"),
+        (("tune", "run.toml", "--device", "http://127.0.0.1:9", "--tokens", "absent"), 2, "absent"),
+        ((*DEVICE, "x", "--data", "news.jsonl", "--coordinator", "http://c.example"), 2, "http://c.example"),
+        ((*DEVICE, "x", "--data", "news.jsonl", "--coordinator", "https://c.example"), 2, "--enrol CODE"),
         ((*DEVICE, "x", "--data", "news.jsonl", "--enrol", "CODE"), 2, "--coordinator https://HOST:PORT"),
         ((*DEVICE, "x", "--data", "news.jsonl", "--token-file", "run.toml"), 2, "chmod 600 run.toml"),
-        (("devices", "list"), 1, "no device registry runs/devices.db"),
+        (("devices", "list"), 1, "runs/devices.db"),
         (("devices", "list", "--registry", "run.toml"), 1, "run.toml"),
         (("devices", "invite", "a b"), 2, "'a b'"),
         (("devices", "invite", "a", "--minutes", "0"), 2, "'--minutes'"),
-        (("devices", "revoke", "a"), 1, "no device registry"),
-        (("certs", "issue", "pi5"), 2, "cannot read certs/ca.key"),
+        (("devices", "revoke", "a"), 1, "runs/devices.db"),
+        (("certs", "issue", "pi5"), 2, "certs/ca.key"),
         (("certs", "init", "--dir", "run.toml"), 2, "run.toml"),
-        (("runs", "list", "--store", "run.toml"), 1, "run.toml is not a run database"),
+        (("runs", "list", "--store", "run.toml"), 1, "run.toml"),
     ],
 )
 def test_a_wrong_command_is_one_line_and_its_exit_code(
-    arguments: tuple[str, ...], code: int, said: str, run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: tuple[str, ...], code: int, named: str, run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FEDBPT_CREDENTIALS", "credentials.json")
     (folder / "run.toml").write_text('task = "ag-news"')
@@ -249,14 +249,14 @@ def test_a_wrong_command_is_one_line_and_its_exit_code(
     answer = run(*arguments)
     assert answer.code == code
     assert answer.out == ""
-    assert said in answer.err
+    assert named in answer.err
     assert answer.err.startswith("fedbpt: ")
     assert len(answer.err.splitlines()) == 1
     assert "Traceback" not in answer.err
 
 
 @pytest.mark.parametrize("arguments", [("--debug", "tune", "absent.toml"), ("tune", "absent.toml", "--debug")])
-def test_debug_lets_the_error_through_with_its_traceback(arguments: tuple[str, ...]) -> None:
+def test_debug_shows_the_traceback(arguments: tuple[str, ...]) -> None:
     with pytest.raises(FedbptError, match=r"absent\.toml"):
         cli.main(arguments)
 
@@ -268,7 +268,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(run: Run, folder: Path) -> Non
     assert (answer.code, answer.err) == (1, "fedbpt: file: File exists\n")
 
 
-def test_a_fault_of_our_own_is_one_line_that_asks_for_debug(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_is_one_line_that_names_debug(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune_command, "load_config", lambda _path: 1 // 0)
     answer = run("tune", "run.toml")
     assert answer.code == 1
@@ -278,15 +278,20 @@ def test_a_fault_of_our_own_is_one_line_that_asks_for_debug(run: Run, monkeypatc
 
 
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_says_how_to_go_on(which: signal.Signals, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_prints_the_command_that_resumes_it(
+    which: signal.Signals, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tune_command, "load_config", lambda _path: signal.raise_signal(which))
     before = signal.getsignal(signal.SIGTERM)
     answer = run("tune", "my run.toml", "--fresh", "--quiet")
-    assert answer == (130, "", "fedbpt: stopped; to go on from there: fedbpt tune 'my run.toml' --fresh --quiet\n")
+    assert (answer.code, answer.out, answer.err.count("\n")) == (130, "", 1)
+    assert answer.err.endswith(": fedbpt tune 'my run.toml' --fresh --quiet\n")
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_what_cannot_be_resumed_just_says_stopped(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_that_cannot_be_resumed_prints_only_that_it_stopped(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(_path: Path) -> Any:
         raise KeyboardInterrupt
 
@@ -340,14 +345,14 @@ def test_runs_show_of_a_finished_run(stored: RunResult, run: Run) -> None:
     assert [line["round"] for line in shown["rounds"]] == [0, 1, 2, 3]
     assert shown["rounds"][1]["reported"] == ["a", "b"]
     text = run("runs", "show", "toy").out
-    assert "11 held-out rows" in text
+    assert ": 11 test rows" in text
     assert "18 evaluations in 3 rounds" in text
     assert text.startswith(run("runs", "show", "toy", "--quiet").out)
 
 
 @pytest.mark.usefixtures("stored")
-def test_runs_show_of_a_stopped_run_says_how_to_go_on(run: Run) -> None:
-    assert "start it again to go on" in run("runs", "show", "half").out
+def test_runs_show_of_a_stopped_run_has_its_status(run: Run) -> None:
+    assert run("runs", "show", "half").out.startswith("run half is stopped after ")
     assert json.loads(run("runs", "show", "half", "--json").out)["result"] is None
 
 
@@ -367,7 +372,7 @@ def test_an_exported_prompt_can_be_evaluated(run: Run, folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("stored", "toy_model")
-def test_a_hint_on_the_model_is_for_people_on_standard_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hints_about_the_model_go_to_standard_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run("runs", "export", "toy", "-m", "toy", "-o", "p")
     evaluated = ("evaluate", "p", "--data", "rows.jsonl", "--model", "toy")
     assert run(*evaluated).err == ""
@@ -379,32 +384,32 @@ def test_a_hint_on_the_model_is_for_people_on_standard_error(run: Run, monkeypat
 
 @pytest.mark.usefixtures("stored", "toy_model")
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "named"),
     [
-        (("runs", "show", "absent"), 1, "no run 'absent' in runs/runs.db"),
-        (("runs", "export", "absent", "-m", "toy", "-o", "p"), 1, "no run 'absent'"),
-        (("runs", "export", "half", "-m", "toy", "-o", "p"), 2, "run half is stopped"),
-        (("runs", "export", "toy", "-m", "toy", "-o", "p", "-t", "sst-2"), 2, "was not of this task sst-2"),
-        (("runs", "replay", "absent"), 1, "no run 'absent'"),
-        (("runs", "replay", "toy", "-t", "ag-news"), 2, "run toy was not of this task ag-news"),
-        (("dashboard", "toy", "-t", "ag-news"), 2, "run toy was not of this task ag-news"),
-        (("runs", "scalars", "absent", "-o", "boards"), 1, "no run 'absent'"),
-        (("runs", "scalars", "toy", "-o", "mood.toml"), 2, "cannot write mood.toml/toy"),
-        (("evaluate", "toy.safetensors", "--data", "rows.jsonl"), 2, "a model file, toy: say where"),
-        (("evaluate", "toy.safetensors", "--data", "rows.jsonl", "-t", "ag-news", "-m", "toy"), 2, "is for labels"),
+        (("runs", "show", "absent"), 1, "'absent'"),
+        (("runs", "export", "absent", "-m", "toy", "-o", "p"), 1, "'absent'"),
+        (("runs", "export", "half", "-m", "toy", "-o", "p"), 2, "half is stopped"),
+        (("runs", "export", "toy", "-m", "toy", "-o", "p", "-t", "sst-2"), 2, "sst-2"),
+        (("runs", "replay", "absent"), 1, "'absent'"),
+        (("runs", "replay", "toy", "-t", "ag-news"), 2, "ag-news"),
+        (("dashboard", "toy", "-t", "ag-news"), 2, "ag-news"),
+        (("runs", "scalars", "absent", "-o", "boards"), 1, "'absent'"),
+        (("runs", "scalars", "toy", "-o", "mood.toml"), 2, "mood.toml/toy"),
+        (("evaluate", "toy.safetensors", "--data", "rows.jsonl"), 2, "--model"),
+        (("evaluate", "toy.safetensors", "--data", "rows.jsonl", "-t", "ag-news", "-m", "toy"), 2, "ag-news"),
         (("evaluate", "toy.safetensors", "--data", "mood.toml", "-t", "mood.toml", "-m", "toy"), 2, "mood.toml"),
     ],
 )
-def test_a_wrong_use_of_what_is_stored_is_one_line(arguments: tuple[str, ...], code: int, said: str, run: Run) -> None:
+def test_wrong_use_of_stored_runs_is_one_line(arguments: tuple[str, ...], code: int, named: str, run: Run) -> None:
     run("runs", "export", "toy", "-m", "toy", "-o", "toy.safetensors")
     answer = run(*arguments)
     assert answer.code == code, answer
-    assert said in answer.err
+    assert named in answer.err
     assert len(answer.err.splitlines()) == 1
 
 
 @pytest.mark.usefixtures("stored")
-def test_a_prompt_is_not_made_with_another_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_cannot_be_made_with_another_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs_command, "load_model", lambda _model: ToyScorer(seed=1, name="other"))
     answer = run("runs", "export", "toy", "-m", "x", "-o", "p")
     assert answer.code == 1
@@ -413,7 +418,7 @@ def test_a_prompt_is_not_made_with_another_model(run: Run, monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("stored")
-def test_a_run_can_be_deleted_unless_it_is_under_way(run: Run, folder: Path) -> None:
+def test_a_run_can_be_deleted_unless_it_is_running(run: Run, folder: Path) -> None:
     assert run("runs", "delete", "half").code == 0
     assert run("runs", "list", "--quiet").out == "toy\n"
     with RunStore(folder / "runs" / "runs.db") as store:
@@ -427,7 +432,7 @@ def test_a_run_can_be_deleted_unless_it_is_under_way(run: Run, folder: Path) -> 
 
 
 @pytest.mark.usefixtures("stored", "toy_model")
-def test_a_run_that_an_earlier_version_began_asks_for_its_task(run: Run, folder: Path) -> None:
+def test_a_run_of_an_earlier_version_needs_its_task(run: Run, folder: Path) -> None:
     as_of_version_1(folder / "runs" / "runs.db")
     for command in (("runs", "export", "toy", "-m", "toy", "-o", "p"), ("runs", "replay", "toy")):
         answer = run(*command)

@@ -1,4 +1,4 @@
-"""The parts of ``fedbpt demo`` that need no model; the whole is in `tests.integration`."""
+"""The parts of ``fedbpt demo`` that need no model; `tests.integration` runs it completely."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, rows
 
 NEWS = load("bbc-news")
-ASKED = {"model": "sha256:1", "devices": 3, "rows": "all"}
+PARAMETERS = {"model": "sha256:1", "devices": 3, "rows": "all"}
 
 
-def test_a_demo_goes_on_only_where_it_was_stopped(tmp_path: Path) -> None:
-    record = demo._Record(tmp_path / "demo.json", ASKED)
-    assert not record.tells_of_interruption()
+def test_a_demo_is_resumed_only_if_it_was_interrupted(tmp_path: Path) -> None:
+    record = demo._Record(tmp_path / "demo.json", PARAMETERS)
+    assert not record.is_interrupted()
     record.write(ended=False)
-    assert record.tells_of_interruption()
+    assert record.is_interrupted()
     record.write(ended=True)
-    assert not record.tells_of_interruption()
+    assert not record.is_interrupted()
 
 
 @pytest.mark.parametrize("change", [{"model": "sha256:2"}, {"devices": 2}, {"rows": "quick"}])
-def test_a_stopped_demo_of_something_else_is_no_use(tmp_path: Path, change: dict[str, object]) -> None:
+def test_a_stopped_demo_with_other_parameters_is_not_resumed(tmp_path: Path, change: dict[str, object]) -> None:
     path = tmp_path / "demo.json"
-    demo._Record(path, ASKED).write(ended=False)
-    assert not demo._Record(path, {**ASKED, **change}).tells_of_interruption()
+    demo._Record(path, PARAMETERS).write(ended=False)
+    assert not demo._Record(path, {**PARAMETERS, **change}).is_interrupted()
 
 
 def news(n: int) -> list[Row]:
@@ -45,7 +45,7 @@ def news(n: int) -> list[Row]:
 @pytest.mark.parametrize(
     ("sizes", "devices"), [(demo.ROWS, 1), (demo.ROWS, 3), (demo.ROWS, 16), (demo.QUICK_ROWS, 3), (demo.QUICK_ROWS, 15)]
 )
-def test_every_device_gets_rows_of_each_split_and_all_are_dealt(
+def test_every_device_gets_rows_of_each_split_and_all_rows_are_used(
     tmp_path: Path, devices: int, sizes: dict[str, int]
 ) -> None:
     files = demo._write_data(tmp_path, NEWS, split_rows(news(1200), sizes, 0), devices, 0)
@@ -55,7 +55,7 @@ def test_every_device_gets_rows_of_each_split_and_all_are_dealt(
         assert len(dealt) == len(set(dealt)) == wanted
 
 
-def test_the_training_rows_are_skewed_and_the_same_each_time(tmp_path: Path) -> None:
+def test_the_training_rows_are_skewed_and_reproducible(tmp_path: Path) -> None:
     splits = split_rows(news(1200), demo.ROWS, 7)
     first, again, other = (
         [path["train"].read_bytes() for path in demo._write_data(tmp_path / str(i), NEWS, splits, 3, seed)]
@@ -67,9 +67,7 @@ def test_the_training_rows_are_skewed_and_the_same_each_time(tmp_path: Path) -> 
     assert shares.std(axis=0).max() > 0.1
 
 
-def test_the_table_is_printed_before_examples_are_looked_for(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_table_is_printed_before_examples_are_computed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = tune(ToyScorer(), TASK, rows(24), budget=Budget(evaluations=16), prompt=PromptSpec(d=6), show=False)
     printed: list[str] = []
 
@@ -99,21 +97,21 @@ def test_a_device_that_cannot_start_is_one_line(
     assert line.count("fedbpt") == 1
 
 
-def test_an_address_that_is_none_is_told_before_anything_is_fetched(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_address_is_reported_before_anything_is_fetched(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(["demo", "--dashboard", "nowhere:99999"])
     assert ended.value.code != 0
-    assert "is no HOST:PORT" in capsys.readouterr().err
+    assert "--dashboard nowhere:99999" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", [[], ["--json"], ["--quiet"]])
-def test_beyond_loopback_it_has_a_link_for_the_operator_and_one_for_the_room(
+def test_beyond_loopback_it_has_an_operators_and_a_read_only_link(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], more: list[str]
 ) -> None:
     made: list[dict[str, object]] = []
 
     class Server:
-        """What `demo` starts; the real one is in `tests.browser`."""
+        """A stand-in for the server; `tests.browser` uses the real one."""
 
         def __init__(self, *_: object, **options: object) -> None:
             made.append(options)
@@ -138,9 +136,9 @@ def test_beyond_loopback_it_has_a_link_for_the_operator_and_one_for_the_room(
     [options] = made
     assert options["allow_insecure"] is True
     assert len(str(options["token"])) >= 32
-    assert "without encryption: public news" in said
+    assert "unencrypted" in said
     assert f"dashboard at http://127.0.0.1:8500/?token={options['token']}\n" in said
-    assert "without the controls: http://pi5:8500/?token=watch\n" in said
+    assert ": http://pi5:8500/?token=watch\n" in said
     assert "█" not in said  # that is for a terminal
 
 

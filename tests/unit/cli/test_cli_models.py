@@ -68,12 +68,12 @@ def test_pull_draws_its_bar_on_standard_error(pulled):
     assert str(pulled) not in result.stderr
 
 
-def test_an_error_reaches_the_caller_as_ours():
+def test_errors_reach_the_caller():
     with pytest.raises(ModelNotFoundError, match="fedbpt models pull smollm2-135m"):
         run("path", "smollm2-135m")
 
 
-def test_rm_says_what_it_freed(monkeypatch):
+def test_rm_prints_the_freed_size(monkeypatch):
     removed = []
     monkeypatch.setattr(models, "remove", lambda name: removed.append(name) or 98_400_000)
     assert "98.4 MB" in run("rm", "smollm2-135m").output
@@ -82,6 +82,6 @@ def test_rm_says_what_it_freed(monkeypatch):
     assert removed == 3 * ["smollm2-135m"]
 
 
-def test_rm_of_what_is_not_here_is_ours():
+def test_rm_of_an_absent_model_is_an_error():
     with pytest.raises(ModelNotFoundError):
         run("rm", "smollm2-135m")

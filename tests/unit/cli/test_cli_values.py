@@ -1,4 +1,4 @@
-"""The command line with any value for any option: it works, or says what is wrong in one line."""
+"""The command line with any value for any option: it works, or reports an error in one line."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def leaves() -> Iterator[tuple[str, Any]]:
 
 
 COMMANDS = dict(leaves())
-FETCHES = {("demo", "model")}  # the news, for a file that might be a model
+FETCHES = {("demo", "model")}  # would download the news
 PARAMETERS = [
     (name, parameter.name)
     for name, command in COMMANDS.items()
@@ -57,7 +57,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def arguments(name: str, changed: str, value: str) -> list[str]:
-    """A command with ``value`` for one parameter; there is no model, so none gets to work."""
+    """A command with ``value`` for one parameter, and without a model, so that it does no work."""
     usual = {"data": "rows.jsonl", "task": "mood.toml", "model": "absent.gguf", "run_file": "run.toml", "to": "npy"}
     words, given = [], []
     for parameter in COMMANDS[name].params:
@@ -75,7 +75,7 @@ def arguments(name: str, changed: str, value: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "parameter"), PARAMETERS)
-def test_any_value_of_an_option_is_used_or_refused_in_one_line(
+def test_any_value_of_an_option_is_used_or_rejected_in_one_line(
     name: str, parameter: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     faults = []
@@ -84,7 +84,7 @@ def test_any_value_of_an_option_is_used_or_refused_in_one_line(
             cli.main(arguments(name, parameter, value))
         said = capfd.readouterr().err
         if name == "models check" and ended.value.code == 1 and not said:
-            continue  # what it finds is its result
+            continue  # a failed check is a result, not an error
         one_line = said.startswith("fedbpt: ") and len(said.splitlines()) == 1 and "unexpected " not in said
         if ended.value.code not in (0, 1, 2) or (ended.value.code and not one_line):
             faults.append(f"{value!r:.40}: {ended.value.code}: {said!r:.300}")
@@ -92,8 +92,8 @@ def test_any_value_of_an_option_is_used_or_refused_in_one_line(
 
 
 @pytest.mark.parametrize("host", ["", "256.1.1.1", "pi 5", "http://127.0.0.1", "x" * 300, "[::1", "half \udcff"])
-def test_a_server_refuses_a_host_that_is_none(host: str) -> None:
-    with pytest.raises(ConfigError, match="address") as refused:
+def test_a_server_rejects_an_invalid_host(host: str) -> None:
+    with pytest.raises(ConfigError) as refused:
         server._bind(host, 0, None)
     assert len(str(refused.value).splitlines()) == 1
 
@@ -107,7 +107,7 @@ def test_a_server_refuses_a_host_that_is_none(host: str) -> None:
         ("evaluate", ".", "--data", "binary"),
     ],
 )
-def test_a_process_says_it_in_one_line_too(given: tuple[str | bytes, ...]) -> None:
+def test_errors_of_a_process_are_one_line(given: tuple[str | bytes, ...]) -> None:
     done = subprocess.run([sys.executable, "-m", "fedbpt", *given], capture_output=True, check=False)
     said = done.stderr.decode()
     assert (done.returncode in (1, 2), said.startswith("fedbpt: "), len(said.splitlines())) == (True, True, 1), said

@@ -1,4 +1,4 @@
-"""``--fresh``: a stored run stays until the run that takes its place has closed a round."""
+"""``--fresh``: the stored run is kept until the new one has closed a round."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def anew(scene: Scene, **changes: Any) -> RunResult:
 
 
 def everything(store: RunStore) -> tuple[Any, ...]:
-    """What a store knows of the run."""
+    """Everything that a store has of the run."""
     reports = [stored.reports for stored in store.rounds("r")]
     return store.get_run("r"), store.history("r"), store.traffic("r"), store.devices("r"), reports
 
@@ -59,7 +59,7 @@ def without_work(scene: Scene) -> None:
     ("trouble", "error"),
     [(out_of_reach, QuorumError), (of_different_models, FederationError), (without_work, QuorumError)],
 )
-def test_a_run_stays_where_its_successor_closes_no_round(
+def test_a_run_is_kept_if_its_successor_closes_no_round(
     scene: Scene, trouble: Callable[[Scene], None], error: type[FedbptError]
 ) -> None:
     scene.run()
@@ -71,7 +71,7 @@ def test_a_run_stays_where_its_successor_closes_no_round(
     assert [run.run for run in scene.store.list_runs()] == ["r"]
 
 
-def test_a_run_stays_where_its_successor_is_killed_before_its_first_round(scene: Scene) -> None:
+def test_a_run_is_kept_if_its_successor_is_killed_before_its_first_round(scene: Scene) -> None:
     result = scene.run()
     before = everything(scene.store)
     scene.store.set_aside("r")  # as a process does that is killed then
@@ -83,7 +83,7 @@ def test_a_run_stays_where_its_successor_is_killed_before_its_first_round(scene:
     assert everything(scene.store) == before
 
 
-def test_a_run_is_forgotten_with_its_successors_first_round(scene: Scene) -> None:
+def test_a_run_is_replaced_with_its_successors_first_round(scene: Scene) -> None:
     old = scene.run()
     scene.when(closed(0), stop)
     with pytest.raises(StopRunError):
@@ -94,7 +94,7 @@ def test_a_run_is_forgotten_with_its_successors_first_round(scene: Scene) -> Non
     assert resumed.digest == scene.run("whole", seed=9).digest != old.digest
 
 
-def test_a_fresh_run_begins_again_though_the_stored_one_is_finished(scene: Scene) -> None:
+def test_a_fresh_run_starts_over_even_if_the_stored_one_is_finished(scene: Scene) -> None:
     result = scene.run()
     n_plans = len(scene.devices["a"].plans)
     again = anew(scene)
@@ -103,7 +103,7 @@ def test_a_fresh_run_begins_again_though_the_stored_one_is_finished(scene: Scene
     assert [run.run for run in scene.store.list_runs()] == ["r"]
 
 
-def test_there_need_be_nothing_to_forget(scene: Scene) -> None:
+def test_a_fresh_run_needs_no_stored_one(scene: Scene) -> None:
     assert anew(scene).rounds == 4
 
 
@@ -112,7 +112,7 @@ def test_there_need_be_nothing_to_forget(scene: Scene) -> None:
 
 @pytest.fixture
 def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """A finished run in the default store of this folder, and the words that made it."""
+    """A finished run in the default store of this folder, and the command that made it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "toy.toml").write_text(TASK_FILE)
     (tmp_path / "run.toml").write_text(
@@ -139,7 +139,7 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[s
     ],
     ids=" ".join,
 )
-def test_a_refused_command_leaves_the_stored_run(finished: list[str], more: tuple[str, ...]) -> None:
+def test_a_rejected_command_keeps_the_stored_run(finished: list[str], more: tuple[str, ...]) -> None:
     with RunStore("runs/runs.db") as store:
         before = everything(store)
     with pytest.raises(SystemExit) as ended:

@@ -1,4 +1,4 @@
-"""A disk that is full: the round that cannot be kept ends the run in one line; what was kept is whole, and goes on."""
+"""A full disk: the run ends with a one-line error, stored rounds are intact, and the run can be resumed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
     scene.store.close()
 
 
-def test_a_run_stops_in_one_line_and_goes_on_when_there_is_room(scene: Scene) -> None:
+def test_a_run_stops_in_one_line_and_resumes_when_there_is_space(scene: Scene) -> None:
     whole = scene.run("whole", rounds=ROUNDS)
 
     def fill_the_disk() -> None:
@@ -46,7 +46,7 @@ def test_a_run_stops_in_one_line_and_goes_on_when_there_is_room(scene: Scene) ->
     assert (result.digest, result.evaluations, result.rounds) == (whole.digest, whole.evaluations, whole.rounds)
 
 
-def test_a_fingerprint_that_cannot_be_kept_is_one_warning(
+def test_a_fingerprint_that_cannot_be_stored_is_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("FEDBPT_CACHE", str(tmp_path / "cache"))

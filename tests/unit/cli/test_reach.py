@@ -1,4 +1,4 @@
-"""Which devices a run has: those that are called, those that call in, and those that it had before."""
+"""The devices of a run: those called, those that call in, and those known from before."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fedbpt.errors import ConfigError
 from fedbpt.net import tokens
 from fedbpt.net.tokens import Credentials
 from tests.support.fake_device import FakeDevice
+from tests.support.raises import raises
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def reach(tmp_path: Path) -> Reach:
 
 @pytest.fixture
 def call(reach: Reach) -> Iterator[Callable[[str], None]]:
-    """Lets a device call in from now on."""
+    """Start a device that calls in."""
     with ExitStack() as stack:
 
         def begin(name: str) -> None:
@@ -59,18 +60,17 @@ def changed(reach: Reach, **changes: object) -> Reach:
     return Reach(**{**vars(reach), **changes})  # type: ignore[arg-type]
 
 
-def test_all_that_are_enrolled_or_invited_are_waited_for(reach: Reach, call: Callable[[str], None]) -> None:
+def test_it_waits_for_all_enrolled_and_invited_devices(reach: Reach, call: Callable[[str], None]) -> None:
     for name in "cab":
         call(name)
     told: list[str] = []
     with reach.clients({}, False, told.append) as clients:
         assert [client.name for client in clients] == ["a", "b", "c"]
-    assert told[-1] == f"3 of 3 devices call in at http://{reach.listen}: a, b, c"
+    assert told[-1].startswith("3 of 3 ")
+    assert told[-1].endswith(f"http://{reach.listen}: a, b, c")
 
 
-def test_devices_of_the_run_so_far_belong_to_it_while_they_are_enrolled(
-    reach: Reach, call: Callable[[str], None]
-) -> None:
+def test_known_devices_belong_to_the_run_while_they_are_enrolled(reach: Reach, call: Callable[[str], None]) -> None:
     call("c")
     enrol(reach, "absent")
     enrol(reach, "revoked")
@@ -80,7 +80,7 @@ def test_devices_of_the_run_so_far_belong_to_it_while_they_are_enrolled(
     assert names(some, ["c", "absent", "revoked", "pi5-8401"]) == ["pi5-8401", "absent", "c"]
 
 
-def test_a_run_that_is_resumed_goes_on_with_its_quorum(
+def test_a_resumed_run_continues_with_its_quorum(
     reach: Reach, call: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reach_module, "RETURN_S", 0.5)
@@ -89,10 +89,10 @@ def test_a_run_that_is_resumed_goes_on_with_its_quorum(
     told: list[str] = []
     with reach.clients({"a": "", "gone": ""}, False, told.append, quorum=0.5) as clients:
         assert [client.name for client in clients] == ["a", "gone"]
-    assert told[-1].startswith("1 of 2 devices call in")
+    assert told[-1].startswith("1 of 2 ")
 
 
-def test_for_a_finished_run_nobody_is_waited_for(reach: Reach) -> None:
+def test_for_a_finished_run_it_does_not_wait(reach: Reach) -> None:
     assert names(changed(reach, addresses=["http://pi5:8401"]), ["b", "a", "pi5-8401"], finished=True) == [
         "pi5-8401",
         "a",
@@ -101,24 +101,24 @@ def test_for_a_finished_run_nobody_is_waited_for(reach: Reach) -> None:
 
 
 def called_by_name(reach: Reach, known: dict[str, str] | None = None) -> dict[str, str]:
-    """Names of the devices that are called, with their addresses."""
+    """Addresses of the called devices, by name."""
     with reach.clients(known or {}, False, lambda _line: None) as clients:
         return {client.name: client.url for client in clients if isinstance(client, HttpClient)}
 
 
 @contextmanager
 def serving(*own: str) -> Iterator[list[str]]:
-    """Addresses of devices that call themselves so."""
+    """Serve devices of these names; yields their addresses."""
     with ExitStack() as stack:
         yield [stack.enter_context(AgentServer(AgentService(FakeDevice(name)))).url for name in own]
 
 
-def test_a_device_that_is_called_has_the_name_that_it_calls_itself() -> None:
+def test_a_called_device_has_the_name_that_it_reports() -> None:
     with serving("pi5", "pixel") as urls:
         assert called_by_name(Reach(urls)) == dict(zip(("pi5", "pixel"), urls, strict=True))
 
 
-def test_names_that_two_have_and_devices_that_do_not_answer_go_by_their_addresses() -> None:
+def test_duplicate_names_and_silent_devices_are_named_after_their_addresses() -> None:
     with serving("board", "board", "pixel") as urls:
         found = called_by_name(Reach([*urls, "http://127.0.0.1:9"]))
     ports = [url.rpartition(":")[2] for url in urls]
@@ -127,7 +127,7 @@ def test_names_that_two_have_and_devices_that_do_not_answer_go_by_their_addresse
         assert list(called_by_name(Reach(urls), {"pixel": ""})) != ["pixel"]  # that is one that calls in
 
 
-def test_a_device_keeps_the_name_that_it_had_in_the_run() -> None:
+def test_a_device_keeps_its_name_in_the_run() -> None:
     with serving("new-name", "moved", "old") as urls:
         by_address = f"127.0.0.1-{urls[2].rpartition(':')[2]}"
         known = {"pi5": urls[0], "moved": "http://10.0.0.9:8401", by_address: "", "away": "http://127.0.0.1:9"}
@@ -135,12 +135,12 @@ def test_a_device_keeps_the_name_that_it_had_in_the_run() -> None:
         assert list(found) == ["pi5", "moved", by_address, "away"]
 
 
-def test_without_a_device_that_may_call_nobody_is_waited_for_in_vain(reach: Reach) -> None:
+def test_without_an_enrolled_device_it_does_not_wait(reach: Reach) -> None:
     with pytest.raises(ConfigError, match="fedbpt devices invite"):
         names(reach, [])
 
 
-def test_tokens_are_for_their_addresses_alone(tmp_path: Path) -> None:
+def test_tokens_are_sent_only_to_their_addresses(tmp_path: Path) -> None:
     file = tmp_path / "tokens.toml"
     tokens.write_private(file, b'"http://127.0.0.1:8401/" = "right"\n')
     two = Reach(["http://127.0.0.1:8401", "http://127.0.0.1:8402/"], tokens=file)
@@ -149,7 +149,7 @@ def test_tokens_are_for_their_addresses_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"x", b'["a"]\nb = 1', b"a = 1", b"\xff"])
-def test_a_file_of_tokens_that_is_none_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_an_invalid_file_of_tokens_is_rejected(tmp_path: Path, content: bytes) -> None:
     tokens.write_private(tmp_path / "t", content)
-    with pytest.raises(ConfigError, match="no file of tokens"):
+    with raises(ConfigError, field="--tokens"):
         names(Reach(["http://pi5:8401"], tokens=tmp_path / "t"), [])

@@ -1,4 +1,4 @@
-"""What failed half way leaves nothing behind, and the corrected command works."""
+"""A command that fails leaves no files behind, and the corrected command works."""
 
 from __future__ import annotations
 
@@ -68,9 +68,7 @@ def test_files_that_belong_together_are_all_written_or_none(
     assert (tmp_path / "a").stat().st_mode & 0o400
 
 
-def test_a_file_that_cannot_get_its_name_takes_back_those_that_had_theirs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_cannot_be_renamed_undoes_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     renamed = Path.replace
 
     def refuse(source: Path, target: Path) -> Path:
@@ -92,10 +90,9 @@ BAD_HOSTS = ["ü.lan", "a b", "http://c.lan", "c.lan:8400", "[::1]", "", "-" * 6
 
 
 @pytest.mark.parametrize("bad", BAD_HOSTS)
-def test_a_bad_host_leaves_no_authority_and_the_corrected_command_works(run: Run, folder: Path, bad: str) -> None:
+def test_an_invalid_host_leaves_no_files_and_the_corrected_command_works(run: Run, folder: Path, bad: str) -> None:
     code, out, err = run("certs", "init", "--host", "c.lan", f"--host={bad}", "--host", "192.168.1.10")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert repr(bad) in err or len(bad) > 60
     assert everything(folder) == []
     assert run("certs", "init", "--host", "c.lan", "--host", "*.example.com", "--quiet").code == 0
     before = everything(folder)
@@ -108,22 +105,22 @@ def test_a_bad_host_leaves_no_authority_and_the_corrected_command_works(run: Run
 def test_a_full_disk_leaves_no_certificate(folder: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full_after(after))
-        with pytest.raises(ConfigError, match=r"cannot write .*: No space left"):
+        with pytest.raises(ConfigError, match="No space left"):
             certs.init(folder, {"coordinator": ["c.lan"]})
     assert everything(folder) == []
     certs.init(folder, {"coordinator": ["c.lan"]})
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full_after(after % 2))
-        with pytest.raises(ConfigError, match="cannot write"):
+        with pytest.raises(ConfigError, match="No space left"):
             certs.issue(folder, "pi5")
     assert len(everything(folder)) == 4
     certs.issue(folder, "pi5")
 
 
-def test_what_is_there_is_seen_before_anything_is_written(run: Run, folder: Path) -> None:
+def test_existing_files_are_found_before_anything_is_written(run: Run, folder: Path) -> None:
     (folder / "certs").mkdir()
     (folder / "certs" / "coordinator.key").write_text("somebody's")
-    assert "coordinator.key" in run("certs", "init").err
+    assert "certs/coordinator.key" in run("certs", "init").err
     assert everything(folder) == ["certs", "certs/coordinator.key"]
     (folder / "certs" / "coordinator.key").unlink()
     assert run("certs", "init").code == 0
@@ -141,7 +138,7 @@ def test_what_is_there_is_seen_before_anything_is_written(run: Run, folder: Path
 # --- other commands --------------------------------------------------------------------------------------------------
 
 
-def test_a_task_file_is_whole_or_not_there(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_file_is_complete_or_absent(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "data.csv").write_text("text,label\nfine,good\nawful,bad\ngreat,good\nsad,bad\n")
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
@@ -151,7 +148,7 @@ def test_a_task_file_is_whole_or_not_there(run: Run, folder: Path, monkeypatch: 
     assert run("tasks", "new", "data.csv", "--out", "mood.toml").code == 0
 
 
-def test_a_bad_device_name_begins_no_registry(run: Run, folder: Path) -> None:
+def test_an_invalid_device_name_creates_no_registry(run: Run, folder: Path) -> None:
     assert run("devices", "invite", "a b").code == 2
     assert everything(folder) == []
     assert run("devices", "invite", "ab").code == 0
@@ -169,7 +166,7 @@ def test_scalars_are_all_written_or_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("after", [0, 1])
 @pytest.mark.parametrize("to", ["prompt", "npy", "gguf"])
-def test_a_prompt_is_saved_whole_or_not_at_all(
+def test_a_prompt_is_saved_completely_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: Any, after: int
 ) -> None:
     def save() -> None:
@@ -180,7 +177,7 @@ def test_a_prompt_is_saved_whole_or_not_at_all(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full_after(after))
-        with pytest.raises(FedbptError, match=r"cannot write the prompt to .*: No space left"):
+        with pytest.raises(FedbptError, match="No space left"):
             save()
     assert everything(tmp_path) == []
     save()
@@ -194,7 +191,7 @@ URL = "https://c.lan:8400"
 
 @pytest.fixture
 def coordinator(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The codes that were used up, each once."""
+    """The codes that were used, each once."""
     used: list[str] = []
 
     def enrol(url: str, code: str, **_: object) -> Credentials:
@@ -206,11 +203,11 @@ def coordinator(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return used
 
 
-def test_a_code_is_not_used_up_where_its_token_cannot_be_kept(coordinator: list[str], tmp_path: Path) -> None:
+def test_a_code_is_not_used_if_its_token_cannot_be_saved(coordinator: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "file" / "token", tmp_path / "folder"):
-        with pytest.raises(ConfigError, match="cannot write"):
+        with pytest.raises(ConfigError, match=str(tmp_path)):
             credentials_for(URL, "CODE", path, Tls(), False)
     assert coordinator == []
     assert credentials_for(URL, "CODE", tmp_path / "token", Tls(), False) == Credentials.load(tmp_path / "token")
@@ -235,6 +232,6 @@ def test_a_damaged_file_is_replaced_by_a_new_enrolment(coordinator: list[str], t
     assert coordinator == ["CODE"]
 
 
-def test_credentials_of_before_are_still_read(tmp_path: Path) -> None:
+def test_credentials_of_earlier_versions_are_read(tmp_path: Path) -> None:
     tokens.write_private(tmp_path / "token", b'{"coordinator":"https://c.lan:8400","device":"pixel","secret":"s"}')
     assert credentials_for(URL, None, tmp_path / "token", Tls(), False) == Credentials(URL, "pixel", "s")

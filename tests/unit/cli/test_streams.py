@@ -1,4 +1,4 @@
-"""What a command prints, to whatever it prints it: real processes with odd standard streams."""
+"""Commands as processes with unusual standard streams: closed, full, or not UTF-8."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ NARROW = {
 
 
 @pytest.mark.parametrize("how", NARROW)
-def test_an_output_that_is_not_utf_8_costs_no_result(folder: Path, how: str) -> None:
+def test_output_that_is_not_utf_8_loses_no_result(folder: Path, how: str) -> None:
     code, out, err = ended(begin(folder, *EVALUATE, env=NARROW[how]))
     assert (code, err) == (0, b"")
     assert b"zero-shot" in out
@@ -114,7 +114,7 @@ has_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="this syste
 
 @has_full
 @pytest.mark.parametrize("how", CLOSED)
-def test_a_stream_that_is_closed_or_full_costs_no_result(folder: Path, how: str) -> None:
+def test_a_closed_or_full_stream_loses_no_result(folder: Path, how: str) -> None:
     with Path("/dev/full").open("wb") as full:
         given = CLOSED[how] or {"stderr": full}
         code, out, err = ended(begin(folder, *EVALUATE, "--json", **given))
@@ -128,7 +128,7 @@ def test_a_stream_that_is_closed_or_full_costs_no_result(folder: Path, how: str)
     assert (code, out.count(b"finished")) == (0, 1)
 
 
-def test_a_reader_that_leaves_is_no_error_to_tell(folder: Path) -> None:
+def test_a_closed_pipe_prints_no_error(folder: Path) -> None:
     process = begin(folder, *EVALUATE)
     assert process.stdout is not None
     process.stdout.close()
@@ -137,7 +137,7 @@ def test_a_reader_that_leaves_is_no_error_to_tell(folder: Path) -> None:
     assert (code, err) == (1, b"")
 
 
-def test_a_run_goes_on_when_nobody_reads_how_it_goes(folder: Path) -> None:
+def test_a_run_continues_when_standard_error_is_closed(folder: Path) -> None:
     process = begin(folder, *TUNE)
     assert process.stderr is not None
     process.stderr.close()
@@ -157,7 +157,7 @@ print(tune(ToyScorer(), TASK, rows(24), budget=Budget(evaluations=64), popsize=8
 
 @has_full
 @pytest.mark.parametrize("how", ["closed", "full", "unread"])
-def test_a_program_that_tunes_goes_on_when_nobody_hears_how(how: str) -> None:
+def test_tune_continues_when_standard_error_is_closed(how: str) -> None:
     def close() -> None:
         if how == "closed":
             os.close(2)
@@ -177,13 +177,13 @@ def test_a_program_that_tunes_goes_on_when_nobody_hears_how(how: str) -> None:
 
 
 @has_full
-def test_a_full_disk_under_the_output_is_one_line(folder: Path) -> None:
+def test_a_full_disk_for_the_output_is_one_line(folder: Path) -> None:
     with Path("/dev/full").open("wb") as full:
         code, _, err = ended(begin(folder, *EVALUATE, stdout=full))
     assert (code, err) == (1, b"fedbpt: No space left on device\n")
 
 
-def test_it_still_hears_of_a_signal_with_its_streams_closed(folder: Path) -> None:
+def test_signals_work_with_closed_streams(folder: Path) -> None:
     endless = (*TUNE[:-1], "1000000000", "--run", "endless", "--quiet", "--log", "log.jsonl")
     process = begin(folder, *endless, closed=(1,), stdout=None)
     log = folder / "log.jsonl"

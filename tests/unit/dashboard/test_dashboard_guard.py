@@ -1,4 +1,4 @@
-"""Who may open the dashboard."""
+"""`Guard`: who may open and control the dashboard."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from fedbpt.dashboard.guard import COOKIE, Guard, may_steer
+from fedbpt.dashboard.guard import COOKIE, Guard, may_control
 from fedbpt.dashboard.server import DashboardServer
 from fedbpt.dashboard.visits import Visits
 from fedbpt.errors import ConfigError, MissingExtraError
@@ -43,7 +43,7 @@ def hears(http: TestClient, **headers: str) -> bool:
         return False
 
 
-def test_on_loopback_without_token_it_answers_under_loopbacks_names_alone() -> None:
+def test_without_a_token_only_requests_to_loopback_names_are_served() -> None:
     http = client()
     assert (http.get("/").text, hears(http)) == ("page", True)
     assert http.get("/", headers={"host": "localhost:8500"}).status_code == 200
@@ -51,7 +51,7 @@ def test_on_loopback_without_token_it_answers_under_loopbacks_names_alone() -> N
     assert not hears(http, host="evil.example")
 
 
-def test_another_web_page_may_not_use_it() -> None:
+def test_requests_of_other_web_pages_are_rejected() -> None:
     http = client()
     assert http.get("/", headers={"origin": "https://evil.example"}).status_code == 401
     for origin in ("https://evil.example", "http://127.0.0.1:9999", "null", "["):
@@ -71,12 +71,12 @@ def test_with_a_token_the_link_gives_a_cookie_that_opens_pages_and_sockets() -> 
     assert (http.get("/").text, hears(http)) == ("page", True)
 
 
-def test_a_program_may_send_the_token_as_any_other() -> None:
+def test_a_program_may_send_the_token_as_a_header() -> None:
     assert client("secret-token").get("/", headers={"authorization": "Bearer secret-token"}).status_code == 200
 
 
 async def _steers(request: Request) -> Response:
-    return PlainTextResponse(str(may_steer(request.scope)))
+    return PlainTextResponse(str(may_control(request.scope)))
 
 
 def steering(token: str | None) -> TestClient:
@@ -84,7 +84,7 @@ def steering(token: str | None) -> TestClient:
     return TestClient(Guard(Starlette(routes=[Route("/", _steers)]), token), base_url=base_url)
 
 
-def test_who_has_the_link_to_watch_does_not_steer_and_the_operator_does() -> None:
+def test_only_the_operators_link_gives_control() -> None:
     assert steering(None).get("/").text == "True"
     watcher = steering("secret-token")
     assert watcher.get(f"/?token={watch_token('secret-token')}").text == "False"
@@ -94,22 +94,22 @@ def test_who_has_the_link_to_watch_does_not_steer_and_the_operator_does() -> Non
     assert watcher.get("/?token=secret-token").text == "True"  # who opens the operator's link later is the operator
     bearer = {"authorization": f"Bearer {watch_token('secret-token')}"}
     assert steering("secret-token").get("/", headers=bearer).text == "False"
-    assert not may_steer({})  # of a request that came by another way
+    assert not may_control({})  # of a request that came by another way
 
 
-def test_the_token_to_watch_differs_from_the_operators_and_belongs_to_it() -> None:
+def test_the_watch_token_is_derived_from_the_operators() -> None:
     first, again, other = watch_token("secret-token"), watch_token("secret-token"), watch_token("another-token")
     assert first == again != other
     assert "secret" not in first
     assert len(first) == 22  # 128 bits
 
 
-def test_without_a_token_a_link_to_watch_is_no_token() -> None:
+def test_without_a_token_there_is_no_watch_token() -> None:
     assert steering(None).get("/?token=").text == "True"
     assert client("secret-token").get("/?token=").status_code == 401
 
 
-def test_who_guesses_tokens_is_slowed_down() -> None:
+def test_guessing_tokens_is_rate_limited() -> None:
     http = client("secret-token")
     codes = [http.get(f"/?token={i}").status_code for i in range(12)]
     assert (codes[0], codes[-1]) == (401, 429)
@@ -123,12 +123,12 @@ def test_without_nicegui_it_says_what_to_install(tmp_path: Path, monkeypatch: py
         DashboardServer(tmp_path / "runs.db", "r")
 
 
-def test_beyond_loopback_it_takes_a_token_and_encryption(tmp_path: Path) -> None:
+def test_beyond_loopback_it_requires_a_token_and_encryption(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--dashboard-token"):
         DashboardServer(tmp_path / "runs.db", "r", "0.0.0.0", allow_insecure=True)
 
 
-def test_who_is_let_in_is_a_visit() -> None:
+def test_a_request_that_passes_is_a_visit() -> None:
     visits: list[None] = []
     app = Starlette(routes=[Route("/", _page), WebSocketRoute("/ws", _socket)])
     http = TestClient(Guard(app, None, lambda: visits.append(None)), base_url="http://elsewhere:8500")
@@ -136,11 +136,11 @@ def test_who_is_let_in_is_a_visit() -> None:
     assert (http.get("/", headers={"host": "localhost:8500"}).status_code, len(visits)) == (200, 1)
 
 
-def test_who_comes_or_leaves_watches_for_some_seconds_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_counts_as_open_for_some_seconds_more(monkeypatch: pytest.MonkeyPatch) -> None:
     open_pages = iter((0, 1, 0, 0))
     visits = Visits(lambda: next(open_pages))
-    assert not visits.are_on()
-    assert visits.are_on()
-    assert visits.are_on()  # between two pages, perhaps
+    assert not visits.are_recent()
+    assert visits.are_recent()
+    assert visits.are_recent()  # between two pages, perhaps
     monkeypatch.setattr("fedbpt.dashboard.visits.AWAY_S", 0.0)
-    assert not visits.are_on()
+    assert not visits.are_recent()

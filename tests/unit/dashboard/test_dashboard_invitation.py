@@ -1,4 +1,4 @@
-"""How others come to watch."""
+"""Links and QR codes of the dashboard."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedbpt.cli.observe import tell_how_to_watch
+from fedbpt.cli.observe import print_watch_link
 from fedbpt.dashboard import invitation
 from fedbpt.dashboard.invitation import is_every_address, links, own_address, qr_lines, qr_svg, reachable_host
 from fedbpt.net.tokens import watch_token
@@ -42,7 +42,7 @@ class Probe:
 
 
 @pytest.mark.parametrize(("address", "own"), [("192.168.1.20", "192.168.1.20"), ("127.0.0.1", ""), ("", "")])
-def test_the_address_is_the_one_towards_the_network(monkeypatch: pytest.MonkeyPatch, address: str, own: str) -> None:
+def test_the_address_is_that_of_the_default_route(monkeypatch: pytest.MonkeyPatch, address: str, own: str) -> None:
     monkeypatch.setattr(invitation.socket, "socket", lambda _family, kind: Probe(kind, address))
     monkeypatch.setattr(invitation.socket, "gethostname", lambda: "pi5")
     assert own_address() == own
@@ -57,7 +57,7 @@ def test_which_hosts_are_all_addresses() -> None:
     ]  # fmt: skip
 
 
-def test_a_qr_code_is_square_quiet_around_and_fits_a_terminal() -> None:
+def test_a_qr_code_is_square_with_a_quiet_zone_and_fits_a_terminal() -> None:
     lines = qr_lines(LINK)
     assert {len(line) for line in lines} == {len(lines[0])}
     assert len(lines[0]) in (2 * len(lines), 2 * len(lines) - 1)
@@ -68,7 +68,7 @@ def test_a_qr_code_is_square_quiet_around_and_fits_a_terminal() -> None:
     assert all(line.startswith("██") and line.endswith("██") for line in lines[:-1])
 
 
-def test_as_svg_it_holds_nothing_of_the_link() -> None:
+def test_the_svg_does_not_contain_the_link() -> None:
     svg = qr_svg(LINK + "<script>")
     assert svg.startswith("<svg")
     assert "script" not in svg
@@ -76,15 +76,13 @@ def test_as_svg_it_holds_nothing_of_the_link() -> None:
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_terminal_shows_the_code_of_the_link_and_a_log_the_link_alone(
-    monkeypatch: pytest.MonkeyPatch, terminal: bool
-) -> None:
+def test_only_a_terminal_shows_the_qr_code(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     said: list[str] = []
-    tell_how_to_watch(SimpleNamespace(watch_link=LINK), said.append)  # type: ignore[arg-type]
+    print_watch_link(SimpleNamespace(watch_link=LINK), said.append)  # type: ignore[arg-type]
     assert said[0].endswith(LINK)
     assert said[1:] == (qr_lines(LINK) if terminal else [])
-    tell_how_to_watch(SimpleNamespace(watch_link=None), pytest.fail)  # type: ignore[arg-type]
+    print_watch_link(SimpleNamespace(watch_link=None), pytest.fail)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +94,7 @@ def test_a_terminal_shows_the_code_of_the_link_and_a_log_the_link_alone(
         ("pi5.lan", False, "http://pi5.lan:8500/?token=secret-token", "http://pi5.lan:8500"),
     ],
 )
-def test_links_can_be_opened_where_they_are_meant_to(
+def test_links_are_reachable_where_needed(
     monkeypatch: pytest.MonkeyPatch, host: str, encrypted: bool, own: str, everybodys: str | None
 ) -> None:
     monkeypatch.setattr(invitation, "own_address", lambda: "192.168.1.20")

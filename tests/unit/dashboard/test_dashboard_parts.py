@@ -1,4 +1,4 @@
-"""The dashboard's numbers, words and charts, without a page."""
+"""The dashboard's numbers, texts and charts, without a page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedbpt import models
 from fedbpt.coordinator.clients import HttpClient, MailboxClient, PostOffice
 from fedbpt.coordinator.clients.remote import RemoteDevice
 from fedbpt.coordinator.clients.requests import RETRY_S
-from fedbpt.dashboard import charts, costs, pulse, texts
+from fedbpt.dashboard import charts, costs, heartbeat, texts
 from fedbpt.dashboard.state import RunState
 from fedbpt.dashboard.views import DeviceView, Point, RunView
 from fedbpt.errors import ModelNotFoundError
@@ -28,7 +28,7 @@ def view(**changes: object) -> RunView:
 # --- costs -----------------------------------------------------------------------------------------------------------
 
 
-def test_others_send_their_parameters_down_and_up_as_float32_for_each_report() -> None:
+def test_other_methods_send_float32_parameters_both_ways_for_each_report() -> None:
     assert costs.bytes_of_others(SHAPE, participations=3) == {
         "Soft-prompt FedAvg": 3 * 2 * 4 * 50 * 100,
         "LoRA, r = 8": 3 * 2 * 4 * 8 * 1200,
@@ -45,7 +45,7 @@ def test_a_shape_counts_all_weights_and_what_lora_adapts(monkeypatch: pytest.Mon
     assert costs.shape_of(Path("model.gguf")) == (400 + 8 + 2 * (128 + 32 + 32 + 256), 8, 2 * (24 + 12))
 
 
-def test_a_model_that_is_not_here_or_is_another_has_no_shape(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_absent_or_different_model_has_no_shape(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def absent(_name: str) -> Path:
         raise ModelNotFoundError("no such model")
 
@@ -58,7 +58,7 @@ def test_a_model_that_is_not_here_or_is_another_has_no_shape(monkeypatch: pytest
     assert costs.shape_of_model("m", "sha256:this") is None
 
 
-def test_every_measured_memory_says_on_what_machine_and_has_back_propagation() -> None:
+def test_measured_memory_names_its_machine_and_includes_back_propagation() -> None:
     found = costs.memory_figures("smollm2-135m")
     assert found is not None
     assert not any(name.startswith("fedbpt") for name in found.of_others())  # the run's own figure is the one
@@ -68,19 +68,19 @@ def test_every_measured_memory_says_on_what_machine_and_has_back_propagation() -
     assert costs.memory_figures("bogus") is None
 
 
-# --- pulse -----------------------------------------------------------------------------------------------------------
+# --- heartbeat -------------------------------------------------------------------------------------------------------
 
 
-def test_a_death_shows_within_two_seconds_and_before_a_round_gives_up() -> None:
-    from fedbpt.dashboard.pages import LOOK_S
+def test_a_dead_device_shows_within_two_seconds_and_before_a_round_gives_up() -> None:
+    from fedbpt.dashboard.pages import POLL_S
 
-    assert pulse.PULSE_S + pulse.PATIENCE_S + LOOK_S <= 2.0 < RETRY_S
+    assert heartbeat.INTERVAL_S + heartbeat.TIMEOUT_S + POLL_S <= 2.0 < RETRY_S
 
 
 @pytest.mark.parametrize(
     "client", [HttpClient("http://pi5:8401", "pi5", poll_s=3.0), MailboxClient("pi5", PostOffice(), 3.0)]
 )
-def test_a_twin_is_the_same_device_and_counts_apart(client: RemoteDevice) -> None:
+def test_a_twin_reaches_the_same_device_and_counts_separately(client: RemoteDevice) -> None:
     twin = client.twin()
     assert (twin.where, twin.name, twin is client) == (client.where, "pi5", False)
     assert twin._poll_s == client._poll_s == 3.0
@@ -98,7 +98,7 @@ def test_figures_and_gains_are_in_points_or_perplexity() -> None:
     assert texts.gain(view(figure=0.8, zero_shot=0.8)) == ""  # nothing was searched yet
 
 
-def test_the_time_left_is_never_none_at_all() -> None:
+def test_the_time_left_is_never_shown_as_zero() -> None:
     assert texts.progress(view(status="running", eta_s=43.2)) == "about 0:43 left"
     assert texts.progress(view(status="running", eta_s=0.0)) == "nearly done"
     assert texts.progress(view(status="running")) == ""
@@ -109,7 +109,7 @@ def test_durations(seconds: float | None, said: str) -> None:
     assert texts.duration(seconds) == said
 
 
-def test_a_device_row_has_a_word_for_what_is_not_known() -> None:
+def test_a_device_row_has_a_dash_for_unknown_values() -> None:
     row = texts.device_row(DEVICE, generates=False)
     assert (row["speed"], row["memory"], row["health"], row["figure"]) == (
         "61 tok/s", "268.4 MB", "–", "80.0 % (72.0 – 86.0 %)",
@@ -123,22 +123,23 @@ def labelled(*labels: str, n: int = 3, **changes: object) -> RunView:
     return view(devices=devices, task="bbc-news", model="m", labels=labels, status="running", **changes)
 
 
-def test_a_sentence_says_what_is_going_on() -> None:
-    assert texts.sentence(EMPTY) == "The run has not begun yet."
-    assert texts.sentence(labelled("sport", "tech")) == (
-        "Three devices teach a frozen m to sort bbc-news into sport or tech; their texts stay with them."
-    )
-    assert texts.sentence(labelled("a", "b", n=1, stage="search")).startswith("One device teaches a frozen m to sort")
+def test_a_sentence_describes_the_run() -> None:
+    assert "devices" not in texts.sentence(EMPTY)
+    said = texts.sentence(labelled("sport", "tech"))
+    assert said.startswith("Three devices teach a frozen m ")
+    assert all(part in said for part in ("bbc-news", "sport or tech"))
+    assert texts.sentence(labelled("a", "b", n=1, stage="search")).startswith("One device teaches a frozen m ")
     many = tuple(f"label {i}" for i in range(30))
-    assert "into 30 labels; their" in texts.sentence(labelled(*many))
+    assert "30 labels" in texts.sentence(labelled(*many))
+    assert "label 1" not in texts.sentence(labelled(*many))
     assert "Twelve devices" in texts.sentence(labelled("a", "b", n=12))
     assert "13 devices" in texts.sentence(labelled("a", "b", n=13))
     assert "One device taught" in texts.sentence(dataclasses.replace(labelled("a", "b", n=1), status="finished"))
-    assert "to write as the examples of bbc-news do" in texts.sentence(labelled(generates=True))
-    assert "to sort bbc-news; " in texts.sentence(labelled())  # of a version before, which kept the task's name alone
+    assert "to write like the examples of bbc-news" in texts.sentence(labelled(generates=True))
+    assert "bbc-news; " in texts.sentence(labelled())  # earlier versions stored only the task's name
 
 
-def test_the_state_says_the_stage() -> None:
+def test_the_state_includes_the_stage() -> None:
     assert texts.state(labelled("a", "b", stage="calibration")) == "running · calibration"
     assert texts.state(view(status="finished")) == "finished"
     assert [texts.state(labelled("a", "b", stage=stage)) for stage in ("selection", "search", "readout")] == [
@@ -146,7 +147,7 @@ def test_the_state_says_the_stage() -> None:
     ]  # fmt: skip
 
 
-def test_rounds_are_counted_once_the_run_has_begun() -> None:
+def test_rounds_are_counted_once_the_run_has_started() -> None:
     assert texts.rounds(EMPTY) == "–"
     assert texts.rounds(view(status="running", rounds_limit=100)) == "0 / 100"
     assert texts.rounds(view(status="running", searched=1234)) == "1,234 / 40"
@@ -155,17 +156,17 @@ def test_rounds_are_counted_once_the_run_has_begun() -> None:
 
 def test_every_accuracy_has_its_interval() -> None:
     found = view(figure=0.92, zero_shot=0.8, zero_shot_interval=(0.7, 0.87), interval=(0.84, 0.96), n_rows=100)
-    assert texts.trust(found) == "95 % interval 84.0 – 96.0 %"
+    assert texts.confidence(found) == "95 % interval 84.0 – 96.0 %"
     assert texts.basis(found) == "zero-shot 80.0 % (70.0 – 87.0 %) · 100 development rows"
-    assert texts.trust(view(figure=7.3, generates=True)) == ""
+    assert texts.confidence(view(figure=7.3, generates=True)) == ""
 
 
 def test_the_speed_is_of_the_tokens_and_seconds_that_the_terminal_prints() -> None:
-    assert texts.speed(view(tokens=9000, seconds=60.0)) == "150 tokens a second"
+    assert texts.speed(view(tokens=9000, seconds=60.0)) == "150 tokens/s"
     assert texts.speed(view(seconds=3.0)) == ""
 
 
-def test_every_status_has_a_word_and_a_style() -> None:
+def test_every_status_has_a_text_and_a_style() -> None:
     assert set(texts.STATUS) == set(texts.STATUS_STYLE)
     assert set(texts.DEVICE_STATUS) == set(texts.DEVICE_STYLE)
 
@@ -185,7 +186,7 @@ def test_a_curve_has_its_points_and_the_line_to_beat() -> None:
 def test_long_curves_are_thinned_with_their_ends_and_without_marks() -> None:
     points = [Point(i, float(i)) for i in range(1000)]
     thin = charts.thinned(points)
-    assert (len(thin), thin[0], thin[-1]) == (charts.MOST_POINTS, points[0], points[-1])
+    assert (len(thin), thin[0], thin[-1]) == (charts.MAX_POINTS, points[0], points[-1])
     assert [point.round for point in thin] == sorted({point.round for point in thin})
     assert charts.thinned(points[:3]) == points[:3]
     options = charts.curve("loss", "")
@@ -201,7 +202,7 @@ def test_many_devices_have_no_legend() -> None:
     assert options["legend"]["show"] is True
 
 
-def test_bars_tell_their_bytes_and_nothing_is_no_bar_of_minus_infinity() -> None:
+def test_bars_are_labelled_and_zero_works_on_a_logarithmic_scale() -> None:
     options = charts.bars("bytes", logarithmic=True)
     charts.set_bars(options, {"ours": 0, "others": 1.2e9}, "ours")
     first, second = options["series"][0]["data"]

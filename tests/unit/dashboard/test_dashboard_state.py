@@ -1,4 +1,4 @@
-"""What the dashboard knows of a run: from its events and its store, or from the store alone."""
+"""`RunState`: from a run's events and store, or only from its store."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
 
 
 def stored(scene: Scene) -> RunState:
-    """As of now, from the store alone."""
+    """The current view, only from the store."""
     state = RunState("r")
-    state.look(scene.store)
+    state.refresh(scene.store)
     return state
 
 
@@ -37,12 +37,12 @@ def device(state: RunState, name: str) -> DeviceView:
     return next(found for found in state.view().devices if found.name == name)
 
 
-def test_before_there_is_a_run_nothing_is_shown(scene: Scene) -> None:
+def test_without_a_run_nothing_is_shown(scene: Scene) -> None:
     view = stored(scene).view()
     assert (view.status, view.searched, view.figure, view.devices) == ("waiting", 0, None, ())
 
 
-def test_a_finished_run_shows_its_result_on_the_rows_that_it_was_watched_by(scene: Scene) -> None:
+def test_a_finished_run_shows_its_result_on_development_rows(scene: Scene) -> None:
     result = scene.run(evaluate_every=2)
     state = stored(scene)
     view = state.view()
@@ -78,7 +78,7 @@ def test_rounds_on_the_page_are_those_of_the_search_and_so_is_the_time_left(tmp_
     with pytest.raises(StopRunError):
         scene.run(rounds=8, evaluate_every=1)
     state = RunState("r")
-    state.look(scene.store)
+    state.refresh(scene.store)
     assert [point.round for point in state.losses()] == [1, 2]
     assert [point.round for point in state.device_losses("a")] == [1, 2]
     assert [point.round for point in state.dev_points()] == [0, 1]
@@ -98,18 +98,18 @@ def closed_search(number: int) -> Callable[[Event], bool]:
     return lambda event: isinstance(event, RoundClosed) and event.searched == number
 
 
-def test_events_and_store_show_what_the_store_alone_shows(scene: Scene) -> None:
+def test_with_events_the_view_is_the_same_as_from_the_store_only(scene: Scene) -> None:
     state = RunState("r", RunControl())
     journal = Journal(state)
 
     def hear(event: object) -> None:
         journal(event)  # type: ignore[arg-type]
         if isinstance(event, RoundClosed):
-            state.look(scene.store)
+            state.refresh(scene.store)
 
     scene.on_event = hear
     scene.run(evaluate_every=2)
-    state.look(scene.store)
+    state.refresh(scene.store)
     assert msgspec.to_builtins(state.view()) == msgspec.to_builtins(stored(scene).view())
     for curve in ("losses", "device_losses", "device_figures"):
         names = () if curve == "losses" else ("b",)
@@ -130,36 +130,36 @@ def test_curves_have_a_point_a_round_and_the_zero_shot_line_is_round_0(scene: Sc
     assert both[0] != both[1]
 
 
-def test_only_what_is_new_is_taken_up(scene: Scene) -> None:
+def test_only_new_rounds_are_read(scene: Scene) -> None:
     scene.when(closed(2), stop)
     with pytest.raises(StopRunError):
         scene.run(evaluate_every=2)
     state = stored(scene)
     assert (state.view().status, len(state.losses()), len(state.dev_points())) == ("stopped", 2, 1)
     version = state.version
-    state.look(scene.store)
+    state.refresh(scene.store)
     assert state.version == version
     scene.run(evaluate_every=2)  # round 2 is evaluated first, round 3 and 4 follow
-    state.look(scene.store)
+    state.refresh(scene.store)
     assert [point.round for point in state.losses()] == [1, 2, 3, 4]
     assert [point.round for point in state.dev_points()] == [0, 2, 4]
     assert state.view() == stored(scene).view()
 
 
-def test_a_run_begun_anew_under_the_same_name_is_another(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_run_of_the_same_name_replaces_the_old_one(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     scene.run()
     state = stored(scene)
     scene.store.delete_run("r")
     monkeypatch.setattr("fedbpt.runs.store._now", lambda: "2030-01-01T00:00:00+00:00")
     scene.run(rounds=1)
-    state.look(scene.store)
+    state.refresh(scene.store)
     assert (state.view().searched, len(state.losses())) == (1, 1)
 
 
 def test_a_lost_device_is_shown_with_its_reason_until_it_is_back(scene: Scene) -> None:
     scene.run(rounds=1)
     state = RunState("r", RunControl())
-    state.look(scene.store)
+    state.refresh(scene.store)
     journal = Journal(state)
     journal(next(event for event in scene.events if hasattr(event, "live")))
     urgent = state.urgent
@@ -177,23 +177,23 @@ def test_a_lost_device_is_shown_with_its_reason_until_it_is_back(scene: Scene) -
     ]
 
 
-def test_a_device_without_pulse_is_silent_at_once(scene: Scene) -> None:
+def test_a_device_without_heartbeat_is_silent_at_once(scene: Scene) -> None:
     scene.run(rounds=1)
     state = RunState("r", RunControl())
-    state.look(scene.store)
+    state.refresh(scene.store)
     Journal(state)(scene.events[0])
     urgent = state.urgent
-    state.heard("a", True)
+    state.set_responding("a", True)
     assert state.urgent == urgent
-    state.heard("a", False)
+    state.set_responding("a", False)
     assert (device(state, "a").status, state.urgent != urgent) == ("silent", True)
-    state.heard("a", True)
+    state.set_responding("a", True)
     assert device(state, "a").status == "live"
 
 
-def test_progress_pauses_and_what_devices_say_of_themselves_are_shown() -> None:
+def test_progress_pauses_and_device_status_are_shown() -> None:
     state = RunState("r", RunControl())
-    state.met("a", msgspec.structs.replace(FakeDevice("a").info(), celsius=61.0, battery=83.0))
+    state.set_info("a", msgspec.structs.replace(FakeDevice("a").info(), celsius=61.0, battery=83.0))
     assert (device(state, "a").celsius, device(state, "a").battery) == (61.0, 83.0)
     journal = Journal(state)
     journal(Progressed(device="a", round=1, done=3, total=8))
@@ -202,7 +202,7 @@ def test_progress_pauses_and_what_devices_say_of_themselves_are_shown() -> None:
     assert (device(state, "a").status, device(state, "a").detail) == ("paused", "on battery")
 
 
-def test_a_device_lost_in_the_last_round_is_lost_for_who_watches_from_elsewhere(scene: Scene) -> None:
+def test_a_device_lost_in_the_last_round_is_shown_by_other_processes(scene: Scene) -> None:
     scene.devices["b"].fail = DeviceUnreachableError("b went away")
     scene.when(closed(2), stop)
     with pytest.raises(StopRunError):
@@ -211,14 +211,14 @@ def test_a_device_lost_in_the_last_round_is_lost_for_who_watches_from_elsewhere(
     state = stored(scene)
     assert device(state, "b").status == "lost"
     assert device(state, "a").status == "live"
-    state.look(scene.store)  # again: it is told once
+    state.refresh(scene.store)  # again: it is told once
     said = [notice for notice in state.view().notices if "b is lost" in notice.text]
     assert len({notice.text for notice in said}) == len(said) > 0
     assert "went away" in said[0].text
     assert said[0].bad
 
 
-def test_the_log_of_a_finished_run_says_who_came_back(scene: Scene) -> None:
+def test_the_messages_of_a_finished_run_include_devices_that_came_back(scene: Scene) -> None:
     def leave() -> None:
         scene.clients["b"].down = True
 
@@ -240,15 +240,15 @@ def test_the_log_of_a_finished_run_says_who_came_back(scene: Scene) -> None:
     assert said[-1].startswith("b is lost: ")
     notices = state.view().notices
     state._stored = None  # as if all were new
-    state.look(scene.store)
+    state.refresh(scene.store)
     assert state.view().notices == notices
 
 
-def test_steering_is_shown_when_it_is_wanted_and_when_it_holds(scene: Scene) -> None:
+def test_a_pause_is_shown_when_requested_and_when_it_takes_effect(scene: Scene) -> None:
     scene.run(rounds=1)
     control = RunControl()
     state = RunState("r", control)
-    state.look(scene.store)
+    state.refresh(scene.store)
     journal = Journal(state)
     journal(scene.events[0])
     control.pause()
@@ -258,19 +258,19 @@ def test_steering_is_shown_when_it_is_wanted_and_when_it_holds(scene: Scene) -> 
     control.resume()
     journal(Steered(paused=False, deadline_s=30.0))
     assert state.view().status == "running"
-    assert [notice.text for notice in state.view().notices] == ["goes on", "a round may take 30 s", "paused"]
+    assert [notice.text for notice in state.view().notices] == ["resumed", "round deadline changed to 30 s", "paused"]
     state.stopped()
     assert state.view().status == "stopped"
 
 
-def test_warnings_and_late_reports_are_noticed() -> None:
+def test_warnings_and_late_reports_are_messages() -> None:
     state = RunState("r", RunControl())
     journal = Journal(state)
     journal(LateReport(device="a", round=3))
     journal(Logged(level="WARNING", logger="fedbpt", message="the disk is full"))
     assert [notice.text for notice in state.view().notices] == [
         "the disk is full",
-        "a: a report came late and is not used",
+        "a: a report arrived late and is not used",
     ]
 
 

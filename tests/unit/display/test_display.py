@@ -1,4 +1,4 @@
-"""The live line of a run."""
+"""`RunDisplay`: the live line in a terminal, and lines in a log."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from fedbpt.display import console as display
-from fedbpt.display.console import DOING, RunDisplay, human_bytes
+from fedbpt.display.console import STAGE_NAMES, RunDisplay, human_bytes
 from fedbpt.display.plain_console import PlainConsole
 from fedbpt.protocol.specs import Array, Template
 from fedbpt.runs.events import (
@@ -35,7 +35,7 @@ TEMPLATE = Template(pattern="{text}\n[Topic]:", label_words=(" bad", " good"))
 def shown(
     monkeypatch: pytest.MonkeyPatch, *events: Event, visible: bool = True, terminal: bool = True, width: int = 200
 ) -> str:
-    """What is on the screen when the events have come, without the codes that move the cursor; or in the log."""
+    """The output after ``events``, without escape codes."""
     stream = io.StringIO()
     console = PlainConsole(file=stream, width=width, force_terminal=terminal, color_system=None, legacy_windows=False)
     monkeypatch.setattr(display, "PlainConsole", lambda **_: console)
@@ -46,7 +46,7 @@ def shown(
 
 
 def lines(*arguments: Any, **options: Any) -> list[str]:
-    """What a log holds."""
+    """The lines of a log."""
     return shown(*arguments, terminal=False, **options).splitlines()
 
 
@@ -60,7 +60,7 @@ def started(resumed: int = 0, rounds: int = 10, searched: int = 0) -> RunStarted
 def closed(
     round: int, seconds: float = 30.0, purpose: RoundPurpose = "search", before: int = 0, rounds: int = 10
 ) -> RoundClosed:
-    """``before``: rounds that were not the search's, of ``rounds``."""
+    """Round ``round``, after ``before`` rounds of other stages; the search has ``rounds``."""
     share = (round - before) / rounds
     return RoundClosed(
         round=round, purpose=purpose, searched=round - before, reported=("a", "b"), missing=("c",), loss=0.51,
@@ -85,7 +85,7 @@ def test_bytes_are_for_people(count: float, text: str) -> None:
     assert human_bytes(count) == text
 
 
-def test_the_line_holds_what_a_person_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_line_has_the_main_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     score, better = Score(n=10, correct=7, loss_sum=1.0), Score(n=10, correct=9, loss_sum=1.0)
     first = Evaluated(round=0, score=score, zero_shot=score, devices=("a",))
     later = Evaluated(round=2, score=better, zero_shot=score, devices=("a",))
@@ -110,12 +110,12 @@ def test_a_terminal_of_80_columns_shows_bar_and_time_left(monkeypatch: pytest.Mo
         assert part in line
 
 
-def test_a_script_sees_lines_of_progress_and_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_terminal_progress_is_printed_as_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     template = TemplateSelected(template=TEMPLATE, index=0, losses=(0.5,))
     rounds = [closed(round, rounds=30) for round in range(1, 31)]
     before = [started(rounds=30), template, StageBegan(stage="search")]
     said = lines(monkeypatch, *before, *rounds, closed(31, purpose="readout", before=1, rounds=30))
-    assert said[:3] == ["choosing a template on toy", r"template '{text}\n[Topic]:' with bad, good", "search"]
+    assert said[:3] == ["selecting a template on toy", r"template '{text}\n[Topic]:' with bad, good", "search"]
     assert (
         len([line for line in said if line.startswith("round ")]) == 11
     )  # the first, and one for each tenth of the budget
@@ -124,8 +124,8 @@ def test_a_script_sees_lines_of_progress_and_no_bar(monkeypatch: pytest.MonkeyPa
     assert "━" not in "".join(said)
 
 
-def test_a_log_of_slow_rounds_has_each_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(display, "QUIET_S", 0.0)
+def test_slow_rounds_are_all_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(display, "MAX_SILENCE_S", 0.0)
     said = lines(monkeypatch, started(rounds=100), *(closed(round) for round in range(1, 6)))
     assert len([line for line in said if line.startswith("round ")]) == 5
     assert lines(monkeypatch, started(), closed(1), visible=False) == []
@@ -139,14 +139,14 @@ def test_the_last_evaluation_is_shown_when_no_round_follows(monkeypatch: pytest.
         assert "zero-shot 0.700" in text.splitlines()[-1]
 
 
-def test_the_stage_is_shown_from_its_beginning_on_with_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    for stage, said in DOING.items():
+def test_a_stage_is_shown_from_its_start_with_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stage, name in STAGE_NAMES.items():
         text = shown(monkeypatch, started(), closed(3), StageBegan(stage=stage))
-        assert (said if stage != "selection" else "round 3") in text.splitlines()[-1]
+        assert (name if stage != "selection" else "round 3") in text.splitlines()[-1]
         assert "eta 1:10" in text.splitlines()[-1]
 
 
-def test_rounds_that_fit_are_named_and_leave_the_searchs_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_of_other_stages_are_named_and_not_numbered(monkeypatch: pytest.MonkeyPatch) -> None:
     for purpose, said in (
         ("calibration", "calibration"),
         ("probe", "baseline"),
@@ -158,7 +158,7 @@ def test_rounds_that_fit_are_named_and_leave_the_searchs_numbers_alone(monkeypat
     assert "round 3" in shown(monkeypatch, started(), closed(7, before=4))
 
 
-def test_what_must_not_be_missed_stays_above_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_important_messages_stay_above_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
     guesses = TemplateScore(template=TEMPLATE, score=Score(n=32, correct=16, loss_sum=9.0))
     text = shown(
         monkeypatch,
@@ -186,7 +186,7 @@ def test_a_hidden_display_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
         assert shown(monkeypatch, started(), lost, closed(1), visible=False, terminal=terminal) == ""
 
 
-def test_of_target_texts_the_line_shows_the_perplexity(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_line_shows_perplexity_for_target_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     template = Template(pattern="{text}\nReply:", label_words=())
     before, after = (Score(n=4, correct=0, loss_sum=4 * math.log(value)) for value in (80.0, 65.6))
     text = shown(
@@ -199,7 +199,7 @@ def test_of_target_texts_the_line_shows_the_perplexity(monkeypatch: pytest.Monke
     assert " with " not in text
 
 
-def test_a_private_run_tells_what_it_has_spent_instead_of_its_noisy_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_private_run_shows_epsilon_instead_of_its_noisy_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     text = shown(monkeypatch, started(), msgspec.structs.replace(closed(2), epsilon=1.234))
     assert "ε 1.23" in text
     assert "loss" not in text

@@ -1,4 +1,4 @@
-"""What a notebook shows: the panel of a run, and tables of results. A real kernel is in `tests.integration`."""
+"""Notebooks: the panel of a run, and tables of results. `tests.integration` uses a real kernel."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.unit.prompts.test_prompt import READOUT, make
 
 @pytest.fixture
 def panels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What a notebook's front end is told to show, in order, as HTML."""
+    """The HTML sent to a notebook's front end, in order."""
     shown: list[str] = []
 
     def show(panel: Any, display_id: bool = False) -> Any:
@@ -37,7 +37,7 @@ def panels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return shown
 
 
-def test_a_script_is_no_notebook_nor_is_a_terminal_with_ipython(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scripts_and_ipython_in_a_terminal_are_not_notebooks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "IPython", raising=False)
     assert not in_notebook()
     for shell, expected in ((None, False), (SimpleNamespace(config={}), False), (kernel(), True)):
@@ -60,7 +60,7 @@ def kernel() -> Any:
         (False, False, False, False),
     ],
 )
-def test_a_panel_is_for_notebooks_and_elsewhere_there_are_lines(
+def test_notebooks_have_a_panel_and_terminals_have_lines(
     monkeypatch: pytest.MonkeyPatch, inside: bool, shown: bool | None, panel: bool, visible: bool
 ) -> None:
     monkeypatch.setattr(notebook, "in_notebook", lambda: inside)
@@ -69,7 +69,7 @@ def test_a_panel_is_for_notebooks_and_elsewhere_there_are_lines(
     assert panel or made._shown == visible
 
 
-def test_the_panel_is_brought_up_to_date_in_place(panels: list[str]) -> None:
+def test_the_panel_is_updated_in_place(panels: list[str]) -> None:
     with NotebookDisplay() as panel:
         panel(started(rounds=10))
         panel(closed(4))
@@ -83,7 +83,7 @@ def test_the_panel_is_brought_up_to_date_in_place(panels: list[str]) -> None:
     assert "done  100 %" in repr(panel)
 
 
-def test_a_run_that_breaks_off_is_not_called_done(panels: list[str]) -> None:
+def test_a_run_that_fails_is_not_shown_as_done(panels: list[str]) -> None:
     def broken() -> None:
         with NotebookDisplay() as panel:
             panel(started())
@@ -104,7 +104,7 @@ def test_tune_shows_itself_in_a_notebook(panels: list[str], monkeypatch: pytest.
     assert len(panels) == n
 
 
-def test_tables_hold_text_and_no_markup_of_it() -> None:
+def test_tables_escape_markup() -> None:
     found = html_table("<b>", [("a & b", "<script>"), ("c", "d", "e")])
     assert "<b>" not in found
     assert "<script>" not in found

@@ -80,7 +80,7 @@ def test_a_run_replays_to_its_digest(run: Run, method: str) -> None:
     answer = run("replay", "toy", "--json")
     assert (answer[0], answer[2]) == (0, "")
     assert json.loads(answer[1]) == {"run": "toy", "n_rounds": n_rounds, "digest": result.digest}
-    assert f"{n_rounds} rounds replay" in run("replay", "toy", "-t", "mood.toml")[1]
+    assert f"{n_rounds} rounds" in run("replay", "toy", "-t", "mood.toml")[1]
     assert run("replay", "toy", "-q")[1] == f"{result.digest}\n"
 
 
@@ -147,7 +147,7 @@ def test_a_result_that_was_changed_is_told(run: Run) -> None:
     change("UPDATE runs SET result = ?", codec.encode(msgspec.structs.replace(result, digest="0" * 64)))
     code, _, err = run("replay", "toy", "-t", "mood.toml")
     assert (code, len(err.splitlines())) == (1, 1)
-    assert f"replays to {result.digest}" in err
+    assert result.digest in err
 
 
 def test_replaying_changes_nothing(run: Run) -> None:

@@ -178,7 +178,7 @@ def test_a_device_that_has_not_counted_them_is_named(capsys: pytest.CaptureFixtu
     other = plan_of(asked, measured(TASK))  # its own task file has other templates
     assert [cost.devices[0].words for cost in (uncounted, other)] == [None, None]
     print_cost(uncounted, as_json=False)
-    assert "d does not say" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines()[-1].startswith("d ")
     print_cost(plan_of(asked, measured()), as_json=False)
     assert "6 tokens" in capsys.readouterr().out
 

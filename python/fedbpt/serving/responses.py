@@ -1,4 +1,4 @@
-"""OpenAI's replies as JSON values: whole, or as the chunks of a stream."""
+"""OpenAI's responses as JSON values: complete, or as the chunks of a stream."""
 
 from __future__ import annotations
 
@@ -14,8 +14,14 @@ from fedbpt.engine.text_stream import FinishReason, Piece
 Json: TypeAlias = dict[str, Any]
 
 
-class Reply(ABC):
-    """Of one request. ``name``: the model's; ``token_bytes``: of its tokens; ``logprobs``: whether they are wanted."""
+class ApiResponse(ABC):
+    """The response to one request.
+
+    Args:
+        name: the model's name.
+        token_bytes: returns the bytes of a token.
+        logprobs: whether to include log-probabilities.
+    """
 
     object: str
     chunk_object: str
@@ -26,9 +32,9 @@ class Reply(ABC):
         self._logprobs = logprobs
         self._head = {"id": self.prefix + secrets.token_hex(12), "created": int(time.time()), "model": name}
 
-    def whole(self, answers: Sequence[tuple[list[Piece], FinishReason | None]], usage: Json) -> Json:
-        """All answers at once."""
-        choices = [self.choice(index, *answer) for index, answer in enumerate(answers)]
+    def whole(self, completions: Sequence[tuple[list[Piece], FinishReason | None]], usage: Json) -> Json:
+        """The complete response, with all completions."""
+        choices = [self.choice(index, *completion) for index, completion in enumerate(completions)]
         return {**self._head, "object": self.object, "choices": choices, "usage": usage}
 
     def chunk(self, *choices: Json, usage: Json | None = None) -> Json:
@@ -38,25 +44,27 @@ class Reply(ABC):
 
     @abstractmethod
     def choice(self, index: int, pieces: list[Piece], reason: FinishReason | None) -> Json:
-        """A whole answer."""
+        """A complete completion."""
 
     @abstractmethod
     def opening(self, index: int) -> Json | None:
-        """What a stream's answer begins with, where that is not a piece."""
+        """The first chunk of a streamed completion, before its pieces; None: there is none."""
 
     @abstractmethod
     def part(self, index: int, pieces: list[Piece], reason: FinishReason | None = None) -> Json:
-        """Some pieces of an answer, or with ``reason`` its end."""
+        """Some pieces of a streamed completion, or with ``reason`` its end."""
 
-    def says(self, piece: Piece) -> bool:
-        """Whether a stream has an event for the piece."""
+    def has_event(self, piece: Piece) -> bool:
+        """Whether a stream has an event for ``piece``."""
         return bool(piece.text) or (self._logprobs and piece.token is not None)
 
     def _text(self, token: int) -> str:
         return self._token_bytes(token).decode("utf-8", "replace")
 
 
-class ChatReply(Reply):
+class ChatResponse(ApiResponse):
+    """The response to `ChatRequest`."""
+
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
     prefix = "chatcmpl-"
@@ -89,14 +97,16 @@ class ChatReply(Reply):
         return {"token": self._text(token), "logprob": log_prob, "bytes": list(self._token_bytes(token))}
 
 
-class TextReply(Reply):
+class CompletionResponse(ApiResponse):
+    """The response to `CompletionRequest`."""
+
     object = "text_completion"
     chunk_object = "text_completion"
     prefix = "cmpl-"
 
     def __init__(self, name: str, token_bytes: Callable[[int], bytes], logprobs: bool) -> None:
         super().__init__(name, token_bytes, logprobs)
-        self._offsets: dict[int, int] = {}  # where in each streamed answer the next token begins
+        self._offsets: dict[int, int] = {}  # character offset of the next token, by completion
 
     def choice(self, index: int, pieces: list[Piece], reason: FinishReason | None) -> Json:
         logprobs = self._logprobs_of(index, pieces)
@@ -127,7 +137,7 @@ class TextReply(Reply):
 
 
 def usage_of(n_prompt: int, n_tokens: int) -> Json:
-    """Counts of tokens."""
+    """OpenAI's ``usage`` object."""
     return {"prompt_tokens": n_prompt, "completion_tokens": n_tokens, "total_tokens": n_prompt + n_tokens}
 
 

@@ -1,4 +1,4 @@
-"""A run of ``fedbpt tune --data``: this machine is its one device, and no run file is needed."""
+"""Options of ``fedbpt tune --data``: a run whose only device is this machine, with or without a run file."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fedbpt.tasks import Row, Task, read_task_rows
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """What options say where there is no run file to say it. None: not given."""
+class InlineSettings:
+    """Options that take the place of a run file. None: not given."""
 
     task: str | None = None
     run: str | None = None
@@ -29,39 +29,49 @@ class Chosen:
     seed: int | None = None
 
     def config(self, run_file: Path | None, model: str | None) -> tuple[RunConfig, Task]:
-        """Of a run on this machine. Raises `ConfigError` where model or task is missing, or given twice."""
+        """The run file and task of a run on this machine.
+
+        Raises `ConfigError` if model or task is missing or given twice, or the run file names devices.
+        """
         if run_file is not None:
-            self.refuse(run_file)
+            self.reject_with(run_file)
             config, task = load_config(run_file)
             if config.devices:
-                raise ConfigError(f"{run_file} names devices, and --data is for a run on this machine: leave one out")
+                raise ConfigError(
+                    f"{run_file} names devices, but --data runs on this machine: remove one of the two", field="--data"
+                )
             if (config.model or model) is None:
-                raise ConfigError(f"--model is missing: name it in {run_file} or with --model")
+                raise ConfigError(f"no model given: set model in {run_file}, or use --model", field="--model")
             settings = settings_alone(config.settings)
             return msgspec.structs.replace(config, model=model or config.model, settings=settings), task
         if self.task is None or model is None:
             missing = "--task" if self.task is None else "--model"
-            raise ConfigError(f"{missing} is missing: a run on this machine takes --model, --task and --data")
+            raise ConfigError(
+                f"{missing} is missing: a run on this machine needs --model, --task and --data", field=missing
+            )
         task = tasks.load(self.task)
         settings = settings_for(task, Budget(self.evaluations, seconds=self.seconds), self.seed or 0)
         found = RunConfig(task=self.task, run=self.run or as_name(task.name), model=model, settings=settings)
         return found if self.store is None else msgspec.structs.replace(found, store=str(self.store)), task
 
-    def refuse(self, run_file: Path) -> None:
-        """Raises `ConfigError` where an option is given that is the run file's to say."""
-        for field in fields(self):
-            if getattr(self, field.name) is not None:
-                raise ConfigError(f"--{field.name} goes without a run file: set {field.name} in {run_file}")
+    def reject_with(self, run_file: Path) -> None:
+        """Raise `ConfigError` if any of these options is given besides ``run_file``."""
+        for option in fields(self):
+            if getattr(self, option.name) is not None:
+                raise ConfigError(
+                    f"--{option.name} cannot be combined with a run file: set {option.name} in {run_file}",
+                    field=f"--{option.name}",
+                )
 
 
 @dataclass(frozen=True)
 class Files:
-    """This machine's rows: to tune on, to watch the run by, to report on."""
+    """Files of this machine's rows: for training, for accuracy during the run, and for the final accuracy."""
 
     data: Path
     dev: Path | None = None
     test: Path | None = None
 
     def rows(self, task: Task) -> Sequence[list[Row]]:
-        """Of each file. Raises `DataError`."""
+        """Read each file; no rows for one that is not given. Raises `DataError`."""
         return [[] if file is None else read_task_rows(task, file) for file in (self.data, self.dev, self.test)]

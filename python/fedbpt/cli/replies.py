@@ -1,4 +1,4 @@
-"""Two answers beside each other in a terminal: bars of the labels' probabilities, or texts as they are generated."""
+"""Both models' replies side by side in a terminal: bars of label probabilities, or texts while they are generated."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from fedbpt.display.plain_console import PlainConsole
 from fedbpt.plain_text import plain
 from fedbpt.side_by_side.sides import SIDES, Probabilities, Side
 
-_BAR = 8, 24  # characters, at least and at most
-_FIGURE = 8
+_MIN_BAR_WIDTH = 8
+_MAX_BAR_WIDTH = 24
+_FIGURE_WIDTH = 8
 
 
 def print_probabilities(console: PlainConsole, labels: Sequence[str], found: Probabilities, label: str | None) -> None:
-    """A line per label. ``label``: the row's own, where it is known."""
+    """Print a line per label. ``label``: the row's correct label; None: unknown."""
     table = Table(box=None, padding=(0, 1))
     table.add_column("", no_wrap=True)
-    room = (console.width - max(cell_len(plain(label)) for label in labels) - 2) // len(SIDES) - _FIGURE - 4
-    bar = min(max(room, _BAR[0]), _BAR[1])
+    room = (console.width - max(cell_len(plain(label)) for label in labels) - 2) // len(SIDES) - _FIGURE_WIDTH - 4
+    bar = min(max(room, _MIN_BAR_WIDTH), _MAX_BAR_WIDTH)
     for side in SIDES:
-        table.add_column(side, justify="right", no_wrap=True, min_width=_FIGURE)
+        table.add_column(side, justify="right", no_wrap=True, min_width=_FIGURE_WIDTH)
         table.add_column("", width=bar)
     for i, name in enumerate(labels):
         cells: list[RenderableType] = [name]
@@ -38,11 +39,11 @@ def print_probabilities(console: PlainConsole, labels: Sequence[str], found: Pro
         table.add_row(*cells)
     console.print(table)
     if label is not None:
-        console.print(f"the row says {label}", style="dim", highlight=False)
+        console.print(f"correct label: {label}", style="dim", highlight=False)
 
 
 def print_texts(console: PlainConsole, pieces: Iterator[tuple[Side, str]]) -> dict[Side, str]:
-    """Both texts as they come; what there was of them at the end."""
+    """Print both texts while they are generated; return them when complete."""
     texts: dict[Side, str] = dict.fromkeys(SIDES, "")
     with Live(_panels(texts), console=console, refresh_per_second=10, vertical_overflow="visible") as live:
         for side, piece in pieces:

@@ -1,4 +1,4 @@
-"""Whose answer is computed when: requests by turns, whatever their lengths, and only one text open at a time."""
+"""The order of computation: requests round-robin, whatever their lengths, and only one text open at a time."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import pytest
 from fedbpt.engine.text_generator import Placed
 from fedbpt.engine.text_stream import SLICE, Generation
 from fedbpt.errors import FedbptError, InputError, ScoringInterrupted
-from fedbpt.serving.desk import MAX_REQUESTS, Desk, Job, Ticket
+from fedbpt.serving.scheduler import MAX_REQUESTS, Job, Scheduler, Ticket
 from tests.support.toy_scorer import ToyScorer
 
-Scene = Callable[[Desk, ToyScorer], Coroutine[None, None, None]]
+Scene = Callable[[Scheduler, ToyScorer], Coroutine[None, None, None]]
 
 
 def play(scene: Scene) -> None:
-    """With a generator that waits until ``pace`` is set."""
+    """Run ``scene`` with a generator that waits until ``pace`` is set."""
 
     async def act() -> None:
-        desk, scorer = Desk(), ToyScorer()
+        scheduler, scorer = Scheduler(), ToyScorer()
         scorer.generator.pace.clear()
         try:
-            await scene(desk, scorer)
+            await scene(scheduler, scorer)
         finally:
             scorer.generator.pace.set()
-            assert await asyncio.to_thread(desk.close)
+            assert await asyncio.to_thread(scheduler.close)
         assert scorer.generator.n_open == 0
 
     asyncio.run(act())
@@ -38,12 +38,12 @@ def begin(scorer: ToyScorer, text: str, n: int) -> Generation:
     return Generation(scorer.generator, Placed(scorer.tokenize(text)), max_tokens=n)
 
 
-def take(desk: Desk, scorer: ToyScorer, *texts: str, n: int = 3) -> Ticket:
-    return desk.take([partial(begin, scorer, text, n) for text in texts])
+def submit(scheduler: Scheduler, scorer: ToyScorer, *texts: str, n: int = 3) -> Ticket:
+    return scheduler.submit([partial(begin, scorer, text, n) for text in texts])
 
 
 async def read(job: Job) -> str:
-    await job.begun()
+    await job.started()
     return "".join([piece.text async for piece in job.pieces()])
 
 
@@ -52,13 +52,17 @@ def alone(text: str, n: int) -> str:
 
 
 def order(scorer: ToyScorer) -> str:
-    """The first letters of the texts, as they were opened."""
+    """The first letters of the texts, in the order in which they were opened."""
     return "".join(chr(placed.ids[1]) for placed in scorer.generator.opened)
 
 
 def test_a_request_with_many_prompts_takes_turns_with_others() -> None:
-    async def scene(desk: Desk, scorer: ToyScorer) -> None:
-        many, one, two = take(desk, scorer, *"abcdef"), take(desk, scorer, "x"), take(desk, scorer, "y", "z")
+    async def scene(scheduler: Scheduler, scorer: ToyScorer) -> None:
+        many, one, two = (
+            submit(scheduler, scorer, *"abcdef"),
+            submit(scheduler, scorer, "x"),
+            submit(scheduler, scorer, "y", "z"),
+        )
         scorer.generator.pace.set()
         assert await read(one.jobs[0]) == alone("x", 3)
         assert [await read(job) for job in two.jobs] == [alone(text, 3) for text in "yz"]
@@ -68,9 +72,12 @@ def test_a_request_with_many_prompts_takes_turns_with_others() -> None:
     play(scene)
 
 
-def test_a_long_answer_takes_turns_with_others_and_is_the_same() -> None:
-    async def scene(desk: Desk, scorer: ToyScorer) -> None:
-        long, others = take(desk, scorer, "a", n=3 * SLICE), [take(desk, scorer, text, n=SLICE + 1) for text in "xy"]
+def test_a_long_completion_takes_turns_with_others_and_is_the_same() -> None:
+    async def scene(scheduler: Scheduler, scorer: ToyScorer) -> None:
+        long, others = (
+            submit(scheduler, scorer, "a", n=3 * SLICE),
+            [submit(scheduler, scorer, text, n=SLICE + 1) for text in "xy"],
+        )
         scorer.generator.pace.set()
         assert [await read(ticket.jobs[0]) for ticket in others] == [alone(text, SLICE + 1) for text in "xy"]
         assert await read(long.jobs[0]) == alone("a", 3 * SLICE)
@@ -79,20 +86,24 @@ def test_a_long_answer_takes_turns_with_others_and_is_the_same() -> None:
     play(scene)
 
 
-def test_one_alone_is_not_paused() -> None:
-    async def scene(desk: Desk, scorer: ToyScorer) -> None:
+def test_a_single_request_is_not_paused() -> None:
+    async def scene(scheduler: Scheduler, scorer: ToyScorer) -> None:
         scorer.generator.pace.set()
-        ticket = take(desk, scorer, "a", n=5 * SLICE)
+        ticket = submit(scheduler, scorer, "a", n=5 * SLICE)
         assert await read(ticket.jobs[0]) == alone("a", 5 * SLICE)
         assert order(scorer) == "a"
 
     play(scene)
 
 
-def test_what_nobody_waits_for_is_not_computed() -> None:
-    async def scene(desk: Desk, scorer: ToyScorer) -> None:
-        first, second, third = take(desk, scorer, *"abc", n=400), take(desk, scorer, "x"), take(desk, scorer, "y")
-        await first.jobs[0].begun()
+def test_closed_requests_are_not_computed() -> None:
+    async def scene(scheduler: Scheduler, scorer: ToyScorer) -> None:
+        first, second, third = (
+            submit(scheduler, scorer, *"abc", n=400),
+            submit(scheduler, scorer, "x"),
+            submit(scheduler, scorer, "y"),
+        )
+        await first.jobs[0].started()
         for ticket in (first, second):
             ticket.close()
             ticket.close()
@@ -102,42 +113,42 @@ def test_what_nobody_waits_for_is_not_computed() -> None:
         with pytest.raises(ScoringInterrupted):
             _ = [piece async for piece in first.jobs[0].pieces()]
         with pytest.raises(FedbptError):
-            await second.jobs[0].begun()
+            await second.jobs[0].started()
 
     play(scene)
 
 
-def test_an_answer_that_fails_leaves_the_others_their_turns() -> None:
-    async def scene(desk: Desk, scorer: ToyScorer) -> None:
+def test_a_completion_that_fails_does_not_affect_others() -> None:
+    async def scene(scheduler: Scheduler, scorer: ToyScorer) -> None:
         scorer.generator.pace.set()
-        ticket = take(desk, scorer, "a", "x" * 600, "b")
+        ticket = submit(scheduler, scorer, "a", "x" * 600, "b")
         assert await read(ticket.jobs[0]) == alone("a", 3)
         with pytest.raises(InputError):
-            await ticket.jobs[1].begun()
+            await ticket.jobs[1].started()
         assert await read(ticket.jobs[2]) == alone("b", 3)
 
     play(scene)
 
 
-def test_a_place_is_held_until_the_ticket_is_closed() -> None:
-    async def scene(desk: Desk, scorer: ToyScorer) -> None:
+def test_a_request_counts_until_its_ticket_is_closed() -> None:
+    async def scene(scheduler: Scheduler, scorer: ToyScorer) -> None:
         scorer.generator.pace.set()
-        tickets = [take(desk, scorer, "a", "b") for _ in range(MAX_REQUESTS)]
+        tickets = [submit(scheduler, scorer, "a", "b") for _ in range(MAX_REQUESTS)]
         for ticket in tickets:
             for job in ticket.jobs:
                 await read(job)
-        assert desk.is_full  # what was computed is not sent yet
+        assert scheduler.is_full  # what was computed is not sent yet
         tickets[0].close()
-        assert not desk.is_full
+        assert not scheduler.is_full
 
     play(scene)
 
 
-def test_work_goes_on_after_a_rest() -> None:
-    async def scene(desk: Desk, scorer: ToyScorer) -> None:
+def test_work_resumes_after_an_idle_time() -> None:
+    async def scene(scheduler: Scheduler, scorer: ToyScorer) -> None:
         scorer.generator.pace.set()
         for _ in range(50):  # each may find the thread just about to stop
-            assert await read(take(desk, scorer, "a", n=1).jobs[0]) == alone("a", 1)
+            assert await read(submit(scheduler, scorer, "a", n=1).jobs[0]) == alone("a", 1)
         assert threading.active_count() < 20
 
     play(scene)

@@ -1,4 +1,4 @@
-"""What visitors of the compare page are answered."""
+"""`Comparison` and `Examples`: the replies on the compare page."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 
 from fedbpt import Budget, PromptSpec, TuneResult, tune
 from fedbpt.coordinator.clients import HttpClient
-from fedbpt.dashboard import comparing as comparing_module
-from fedbpt.dashboard.comparing import Comparison, comparing, questions_of
+from fedbpt.dashboard import comparison as comparison_module
+from fedbpt.dashboard.comparison import Comparison, models_of_run, questions_of
 from fedbpt.dashboard.examples import KINDS, Examples, Row, Verdict
 from fedbpt.device.agent import AgentService
 from fedbpt.device.agent.server import AgentServer
@@ -43,12 +43,12 @@ def manner() -> TuneResult:
 
 @pytest.fixture
 def comparison(moods: TuneResult) -> Iterator[Comparison]:
-    made = Comparison(lambda: comparing(ToyScorer(), TASK, moods.run), TASK.labels)
+    made = Comparison(lambda: models_of_run(ToyScorer(), TASK, moods.run), TASK.labels)
     yield made
     asyncio.run(made.aclose())
 
 
-def test_answers_are_those_of_the_runs_prompt(moods: TuneResult, comparison: Comparison) -> None:
+def test_replies_are_those_of_the_runs_prompt(moods: TuneResult, comparison: Comparison) -> None:
     expected = SideBySide(ToyScorer(), moods.prompt, TASK).classify("aaa")
     assert asyncio.run(comparison.classify("aaa")) == expected
 
@@ -58,7 +58,7 @@ def test_the_model_is_loaded_once_and_in_another_thread(moods: TuneResult) -> No
 
     def make() -> SideBySide:
         loaded.append(threading.current_thread().name)
-        return comparing(ToyScorer(), TASK, moods.run)
+        return models_of_run(ToyScorer(), TASK, moods.run)
 
     comparison = Comparison(make, TASK.labels)
     assert loaded == []
@@ -71,8 +71,8 @@ def test_the_model_is_loaded_once_and_in_another_thread(moods: TuneResult) -> No
     assert [name.startswith("fedbpt-compare") for name in loaded] == [True]
 
 
-def test_texts_come_in_pieces_and_both_sides_are_told(manner: TuneResult) -> None:
-    comparison = Comparison(lambda: comparing(ToyScorer(), MANNER, manner.run), ())
+def test_texts_of_both_sides_come_in_pieces(manner: TuneResult) -> None:
+    comparison = Comparison(lambda: models_of_run(ToyScorer(), MANNER, manner.run), ())
 
     async def said() -> dict[Side, str]:
         texts: dict[Side, str] = {"original": "", "tuned": ""}
@@ -89,7 +89,7 @@ def test_texts_come_in_pieces_and_both_sides_are_told(manner: TuneResult) -> Non
     assert found == expected
 
 
-def test_faults_are_told_to_who_asked_and_the_next_is_answered(comparison: Comparison) -> None:
+def test_an_error_does_not_affect_the_next_question(comparison: Comparison) -> None:
     with pytest.raises(InputError):
         asyncio.run(comparison.classify("  "))
     assert sum(asyncio.run(comparison.classify("aaa")).tuned) == pytest.approx(1)
@@ -103,13 +103,13 @@ def test_faults_are_told_to_who_asked_and_the_next_is_answered(comparison: Compa
     asyncio.run(without.aclose())
 
 
-def test_a_device_answers_as_this_machine_does(moods: TuneResult, manner: TuneResult) -> None:
+def test_a_device_gives_the_same_replies_as_this_machine(moods: TuneResult, manner: TuneResult) -> None:
     async def ask(server: AgentServer, task: Task, run: RunResult, text: str) -> tuple[Answer, list[Answer]]:
         made = Comparison(
-            lambda: comparing(ToyScorer(), task, run), task.labels, devices=[HttpClient(server.url, "pi5")]
+            lambda: models_of_run(ToyScorer(), task, run), task.labels, devices=[HttpClient(server.url, "pi5")]
         )
         heard: list[Answer] = []
-        with pytest.raises(InputError, match="empty text"):
+        with pytest.raises(InputError, match="empty"):
             await made.ask_device("pi5", " ", heard.append)
         answer = await made.ask_device("pi5", text, heard.append)
         await made.aclose()
@@ -125,8 +125,8 @@ def test_a_device_answers_as_this_machine_does(moods: TuneResult, manner: TuneRe
     assert said.texts == (expected["original"], expected["tuned"])
 
 
-def test_a_crowd_is_refused(comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparing_module, "MOST_WAITING", 2)
+def test_too_many_questions_are_rejected(comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison_module, "MAX_WAITING", 2)
 
     async def crowd() -> list[object]:
         return await asyncio.gather(*(comparison.classify("aaa") for _ in range(3)), return_exceptions=True)
@@ -136,7 +136,7 @@ def test_a_crowd_is_refused(comparison: Comparison, monkeypatch: pytest.MonkeyPa
     asyncio.run(comparison.classify("aaa"))  # there is room again
 
 
-def test_questions_are_held_out_rows_always_the_same(tmp_path: Path) -> None:
+def test_questions_are_a_fixed_choice_of_held_out_rows(tmp_path: Path) -> None:
     path = tmp_path / "test.jsonl"
     write_rows(path, rows(30), TASK.labels)
     found = questions_of(TASK, path, 4)
@@ -148,7 +148,7 @@ def test_questions_are_held_out_rows_always_the_same(tmp_path: Path) -> None:
 # --- examples --------------------------------------------------------------------------------------------------------
 
 SAID = {"a": ("x", "x"), "b": ("y", "x"), "c": ("x", "y"), "d": ("y", "y"), "e": ("y", "x")}
-"""What the original and the tuned model say; the rows all say x."""
+"""Predictions of the original and the tuned model; the correct label is always x."""
 
 
 def looked_up(*texts: str) -> Examples:
@@ -162,7 +162,7 @@ def looked_up(*texts: str) -> Examples:
 def test_examples_are_of_every_kind_and_all_rows_are_counted() -> None:
     examples = looked_up(*"abcde")
     assert (examples.counts(), examples.done) == ({}, False)
-    while examples.look():
+    while examples.classify_next():
         pass
     assert examples.done
     assert [verdict.kind for verdict in examples.verdicts] == ["both", "gained", "lost", "neither", "gained"]
@@ -171,7 +171,7 @@ def test_examples_are_of_every_kind_and_all_rows_are_counted() -> None:
     assert examples.n_differ() == 3
 
 
-def test_who_wants_examples_of_a_kind_looks_no_further_than_needed() -> None:
+def test_finding_examples_classifies_no_more_rows_than_needed() -> None:
     examples = looked_up(*"abcde")
     found = examples.find("gained")
     assert next(found) == Verdict(Row("b", "x"), "y", "x")
@@ -180,11 +180,11 @@ def test_who_wants_examples_of_a_kind_looks_no_further_than_needed() -> None:
     assert list(examples.find("lost")) == [Verdict(Row("c", "x"), "x", "y")]
 
 
-def test_examples_are_what_the_page_would_answer_and_questions_come_between(moods: TuneResult) -> None:
+def test_examples_match_replies_and_questions_come_in_between(moods: TuneResult) -> None:
     questions = [Row(text, TASK.labels[label]) for text, label in rows(30, first=200)]
-    comparison = Comparison(lambda: comparing(ToyScorer(), TASK, moods.run), TASK.labels, questions)
-    comparison.look_for_examples()
-    comparison.look_for_examples()  # twice is once
+    comparison = Comparison(lambda: models_of_run(ToyScorer(), TASK, moods.run), TASK.labels, questions)
+    comparison.start_examples()
+    comparison.start_examples()  # twice is once
     answer = asyncio.run(comparison.classify("aaa"))
     assert answer == SideBySide(ToyScorer(), moods.prompt, TASK).classify("aaa")
     deadline = time.monotonic() + 60
@@ -199,21 +199,21 @@ def test_examples_are_what_the_page_would_answer_and_questions_come_between(mood
         assert [verdict.original, verdict.tuned] == labels
 
 
-def test_a_model_that_is_not_here_ends_the_search_for_examples_in_one_line() -> None:
+def test_without_the_model_examples_end_with_one_line() -> None:
     def absent() -> SideBySide:
         raise ModelNotFoundError("pull it first")
 
     comparison = Comparison(absent, TASK.labels, [Row("aaa", "positive")])
-    comparison.look_for_examples()
+    comparison.start_examples()
     deadline = time.monotonic() + 60
-    while not comparison.trouble and time.monotonic() < deadline:
+    while not comparison.error and time.monotonic() < deadline:
         time.sleep(0.01)
     asyncio.run(comparison.aclose())
-    assert comparison.trouble == "pull it first"
+    assert comparison.error == "pull it first"
 
 
-def test_nothing_is_looked_for_where_answers_are_texts() -> None:
+def test_there_are_no_examples_if_texts_are_generated() -> None:
     comparison = Comparison(lambda: pytest.fail("no model is wanted"), (), [Row("aaa", "a reply")])
-    comparison.look_for_examples()
+    comparison.start_examples()
     asyncio.run(comparison.aclose())
-    assert (comparison.examples.n_rows, comparison.trouble) == (0, "")
+    assert (comparison.examples.n_rows, comparison.error) == (0, "")

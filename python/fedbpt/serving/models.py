@@ -1,4 +1,4 @@
-"""What a served model answers: the plain model goes on with texts, a tuned one answers by its prompt."""
+"""Served models: the plain model continues texts, a tuned one replies with its prompt."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fedbpt.side_by_side.sides import SideBySide
 from fedbpt.tasks import Task
 
 
-class Answer(Protocol):
-    """An answer as it comes, in pieces; `fedbpt.engine.text_stream.Generation` is one."""
+class Completion(Protocol):
+    """A text that is being generated, as an iterator of pieces, such as `fedbpt.engine.text_stream.Generation`."""
 
     @property
     def n_prompt(self) -> int: ...
@@ -41,7 +41,7 @@ class Answer(Protocol):
 
 
 class Settings:
-    """How an answer is generated, as `Generation` takes it."""
+    """Settings of a completion, as for `Generation`. Raises `InputError` if ``max_tokens`` is below 1."""
 
     def __init__(
         self,
@@ -51,35 +51,40 @@ class Settings:
         n_likeliest: int = 0,
     ) -> None:
         if max_tokens is not None and max_tokens < 1:
-            raise InputError(f"max_tokens must be at least 1, got {max_tokens}")
-        self.sampling, self.max_tokens, self.stop, self.n_likeliest = sampling, max_tokens, tuple(stop), n_likeliest
+            raise InputError(f"max_tokens must be at least 1, got {max_tokens}", field="max_tokens", limit=1)
+        self.sampling = sampling
+        self.max_tokens = max_tokens
+        self.stop = tuple(stop)
+        self.n_likeliest = n_likeliest
 
 
 class ServedModel(Protocol):
-    """A model name. Both methods compute, and raise `InputError` for what cannot be answered.
+    """A model under one name. `chat` and `complete` compute, and raise `InputError` for unusable input.
 
-    ``recommended``: how its texts are sampled where nobody says.
+    Attributes:
+        created: Unix time in seconds.
+        recommended: sampling of requests that do not set a temperature.
     """
 
     name: str
     created: int
     recommended: Sampling
 
-    def chat(self, messages: Sequence[tuple[str, str]], settings: Settings) -> Answer:
-        """The answer to (role, content) messages."""
+    def chat(self, messages: Sequence[tuple[str, str]], settings: Settings) -> Completion:
+        """Reply to (role, content) messages."""
         ...
 
-    def complete(self, prompt: str | Sequence[int], settings: Settings) -> Answer:
-        """What follows a text, or token ids. In a text for the plain model control tokens count as such."""
+    def complete(self, prompt: str | Sequence[int], settings: Settings) -> Completion:
+        """Continue a text or token ids. The plain model parses control tokens in a text."""
         ...
 
     def token_bytes(self, token: int) -> bytes:
-        """Of the answer's tokens."""
+        """The bytes of a token of a completion."""
         ...
 
 
 class PlainModel:
-    """The model as it is."""
+    """The model without a tuned prompt."""
 
     def __init__(self, name: str, model: TextModel) -> None:
         self.name = name
@@ -87,16 +92,18 @@ class PlainModel:
         self.recommended = model.generator.recommended
         self._model = model
 
-    def chat(self, messages: Sequence[tuple[str, str]], settings: Settings) -> Answer:
+    def chat(self, messages: Sequence[tuple[str, str]], settings: Settings) -> Completion:
         return _generation(self._model.generator, Placed(self._model.generator.chat_ids(messages)), settings)
 
-    def complete(self, prompt: str | Sequence[int], settings: Settings) -> Answer:
+    def complete(self, prompt: str | Sequence[int], settings: Settings) -> Completion:
         if isinstance(prompt, str):
             return _generation(self._model.generator, Placed(self._model.generator.text_ids(prompt)), settings)
         try:
             ids = np.asarray(prompt, dtype=np.int32)
         except OverflowError as error:
-            raise InputError("the prompt holds a token id outside the vocabulary: tokenize with this model") from error
+            raise InputError(
+                "the prompt has a token id outside the vocabulary: tokenize with this model", field="prompt"
+            ) from error
         return _generation(self._model.generator, Placed(ids), settings)
 
     def token_bytes(self, token: int) -> bytes:
@@ -104,7 +111,7 @@ class PlainModel:
 
 
 class TunedModel:
-    """The model with a tuned prompt, which puts a text as tuning did; of a conversation, the last user's message."""
+    """The model with a tuned prompt and its template. Of a conversation, it uses only the last user message."""
 
     def __init__(self, name: str, model: TextModel, pair: SideBySide) -> None:
         self.name = name
@@ -113,17 +120,17 @@ class TunedModel:
         self._model = model
         self._pair = pair
 
-    def chat(self, messages: Sequence[tuple[str, str]], settings: Settings) -> Answer:
-        said = [content for role, content in messages if role == "user"]
-        if not said:
-            raise InputError(f"{self.name} answers a user's message, and there is none")
-        return self.complete(said[-1], settings)
+    def chat(self, messages: Sequence[tuple[str, str]], settings: Settings) -> Completion:
+        texts = [content for role, content in messages if role == "user"]
+        if not texts:
+            raise InputError(f"{self.name} replies to a user message: send one with role 'user'", field="messages")
+        return self.complete(texts[-1], settings)
 
-    def complete(self, prompt: str | Sequence[int], settings: Settings) -> Answer:
+    def complete(self, prompt: str | Sequence[int], settings: Settings) -> Completion:
         if not isinstance(prompt, str):
-            raise InputError(f"{self.name} puts the prompt into its template: send text, not token ids")
+            raise InputError(f"{self.name} puts the prompt into its template: send text, not token ids", field="prompt")
         if self._pair.classifies:
-            return _Label(self._pair, prompt, settings.n_likeliest)
+            return _LabelCompletion(self._pair, prompt, settings.n_likeliest)
         return self._pair.generation(
             prompt, "tuned", settings.sampling, settings.max_tokens, settings.stop, settings.n_likeliest
         )
@@ -134,8 +141,8 @@ class TunedModel:
         return self._model.generator.piece(token)
 
 
-class _Label:
-    """The likeliest label's name, as an answer of one token: the label's number."""
+class _LabelCompletion:
+    """The likeliest label's name, as a completion of one token whose id is the label's index."""
 
     n_tokens = 1
     finish_reason: FinishReason | None = "stop"
@@ -153,7 +160,7 @@ class _Label:
     def __next__(self) -> Piece:
         return next(self._pieces)
 
-    # It is answered already, and holds nothing.
+    # Computed by the constructor: nothing to cancel or free.
 
     def cancel(self) -> None: ...
 
@@ -169,9 +176,12 @@ def _generation(generator: Generator, placed: Placed, settings: Settings) -> Gen
 def served_models(
     model: TextModel, prompts: Sequence[Prompt], tasks: Mapping[str, Task] | None = None
 ) -> dict[str, ServedModel]:
-    """By name: the plain model under its own, then each prompt as ``MODEL+TASK``; a task's second is ``MODEL+TASK-2``.
+    """The plain model and each of ``prompts``, by name: ``MODEL``, ``MODEL+TASK``, and ``MODEL+TASK-2`` for a second.
 
-    ``tasks``: by name, instead of the prompts' own.
+    Args:
+        model: the model of all prompts.
+        prompts: tuned prompts.
+        tasks: by name, to replace the prompts' own.
 
     Raises:
         PromptError, ConfigError: as `SideBySide`.

@@ -1,4 +1,4 @@
-"""Whether devices are there: those that are called, and those that call in."""
+"""Heartbeats of devices that are called and of devices that call in."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from fedbpt.coordinator.clients import DeviceClient, HttpClient, InProcessClient
 from fedbpt.coordinator.enrolment import DeviceRegistry
 from fedbpt.coordinator.server import CoordinatorServer
-from fedbpt.dashboard import pulse as pulse_module
-from fedbpt.dashboard.pulse import Pulse
+from fedbpt.dashboard import heartbeat
+from fedbpt.dashboard.heartbeat import Heartbeat
 from fedbpt.device.agent import AgentService
 from fedbpt.device.agent.calls import enrol
 from fedbpt.device.agent.poller import Poller
@@ -23,11 +23,11 @@ from tests.support.fake_device import FakeDevice
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pulse_module, "PULSE_S", 0.02)
+    monkeypatch.setattr(heartbeat, "INTERVAL_S", 0.02)
 
 
 class Watcher:
-    """What a pulse tells."""
+    """Collects what a heartbeat reports."""
 
     def __init__(self) -> None:
         self.answers: dict[str, bool] = {}
@@ -35,10 +35,10 @@ class Watcher:
 
     def until(self, clients: Sequence[DeviceClient], *steps: tuple[Callable[[], None], dict[str, bool]]) -> None:
         """Watch ``clients``; after each step until what is told is what is expected."""
-        pulse = Pulse(clients, self.answers.__setitem__, self.infos.__setitem__)
+        beats = Heartbeat(clients, self.answers.__setitem__, self.infos.__setitem__)
 
         async def watch() -> None:
-            running = asyncio.ensure_future(pulse.run())
+            running = asyncio.ensure_future(beats.run())
             for do, expected in steps:
                 await asyncio.to_thread(do)
                 while self.answers != expected:
@@ -60,14 +60,14 @@ def nothing() -> None:
     return None
 
 
-def test_a_device_that_ends_has_no_pulse_and_what_it_says_of_itself_is_told(server: AgentServer) -> None:
+def test_a_device_that_ends_stops_responding_and_its_status_is_reported(server: AgentServer) -> None:
     client, watcher = HttpClient(server.url, "pi5"), Watcher()
     watcher.until([client], (nothing, {"pi5": True}), (server.stop, {"pi5": False}))
     assert watcher.infos["pi5"].n_train == 16
     assert (client.bytes_up, client.bytes_down) == (0, 0)
 
 
-def test_a_device_that_calls_in_has_a_pulse_while_it_polls(tmp_path: Path) -> None:
+def test_a_device_that_calls_in_responds_while_it_polls(tmp_path: Path) -> None:
     with DeviceRegistry(tmp_path / "devices.db") as registry, CoordinatorServer(registry) as coordinator:
         credentials = enrol(coordinator.url, registry.invite("pixel"))
         poller = Poller(AgentService(FakeDevice("pixel")), credentials, pauses_s=(0.02, 0.2))
@@ -77,7 +77,7 @@ def test_a_device_that_calls_in_has_a_pulse_while_it_polls(tmp_path: Path) -> No
         )
 
 
-def test_of_devices_in_this_process_nothing_is_asked() -> None:
+def test_devices_in_this_process_are_not_polled() -> None:
     watcher = Watcher()
     client = InProcessClient(FakeDevice("here"))
     watcher.until([client])

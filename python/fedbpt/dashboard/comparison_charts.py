@@ -1,4 +1,4 @@
-"""The page's comparisons: bytes beside other ways of tuning, memory beside back-propagation."""
+"""Charts that compare the run with other tuning methods: its traffic, and its memory with back-propagation's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Final
 from nicegui import run, ui
 
 from fedbpt.dashboard import charts, costs
-from fedbpt.dashboard.elements import LateChart, heading
+from fedbpt.dashboard.elements import DeferredChart, heading
 from fedbpt.dashboard.views import RunView
 from fedbpt.display.console import human_bytes
 
@@ -15,7 +15,7 @@ OURS: Final = "This run"
 
 
 class Communication:
-    """What was sent, and what others would have sent in as many rounds."""
+    """The bytes sent, and what other methods would have sent in as many rounds."""
 
     def __init__(self) -> None:
         self._model = ""
@@ -23,9 +23,9 @@ class Communication:
         self._shown: tuple[object, ...] = ()
         with ui.element("section").classes("panel"):
             _heading("Communication", costs.FORMULA)
-            self._chart = LateChart(
-                charts.bars("Bytes sent, beside other ways of tuning", logarithmic=True),
-                "Shown from the first round of the search on.",
+            self._chart = DeferredChart(
+                charts.bars("Bytes sent, compared with other tuning methods", logarithmic=True),
+                "Starts with the first round of the search.",
                 "low",
             )
             self._note = ui.label().classes("note")
@@ -50,22 +50,22 @@ class Communication:
         others = costs.bytes_of_others(self._shape, view.participations) if self._shape else {}
         charts.set_bars(self._chart.options, {OURS: sent, **others}, OURS)
         self._chart.draw(True)
-        self._note.text = _ratio(sent, others) if others else _unknown(view.model)
+        self._note.text = _ratio_note(sent, others) if others else _missing_model_note(view.model)
 
 
 class Memory:
-    """What devices take, beside what was measured of others."""
+    """The devices' peak memory, and what was measured for other methods."""
 
     def __init__(self) -> None:
         self._shown: tuple[str, int] | None = None
         with ui.element("section").classes("panel"):
             _heading(
                 "Memory",
-                "Peak resident memory of a process: here, the largest device's. Others were measured, never computed.",
+                "Peak resident memory of a process; for this run, of its largest device. All values are measured.",
             )
-            self._chart = LateChart(
-                charts.bars("Peak memory, beside back-propagation", logarithmic=False),
-                "Shown when a device has said how much it takes.",
+            self._chart = DeferredChart(
+                charts.bars("Peak memory, compared with back-propagation", logarithmic=False),
+                "Starts when a device reports its memory.",
                 "low",
             )
             self._note = ui.label().classes("note")
@@ -81,7 +81,7 @@ class Memory:
         charts.set_bars(self._chart.options, {OURS: float(view.peak_rss_bytes), **others}, OURS)
         self._chart.draw(True)
         if found is None:
-            self._note.text = f"Nothing was measured for {view.model or 'this model'}: make bench BENCH=bench_memory"
+            self._note.text = f"No measurements for {view.model or 'this model'}: run make bench BENCH=bench_memory"
         else:
             self._note.text = f"Measured for {found.model} on {found.machine}, {found.date}: {found.how}"
 
@@ -90,15 +90,15 @@ def _heading(title: str, explanation: str) -> None:
     with ui.element("div").classes("row"):
         heading(title)
         with ui.element("button").classes("help").props('type="button"'):
-            ui.label("how?")
+            ui.label("How?")
             with ui.menu():
                 ui.label(explanation).classes("explanation")
 
 
-def _ratio(sent: int, others: dict[str, int]) -> str:
-    name, most = list(others.items())[1]
-    return f"{name} would have sent {most / sent:,.0f} times as much: {human_bytes(most)}. The scale is logarithmic."
+def _ratio_note(sent: int, others: dict[str, int]) -> str:
+    name, amount = list(others.items())[1]
+    return f"{name} would have sent {amount / sent:,.0f} times as much: {human_bytes(amount)}. Logarithmic scale."
 
 
-def _unknown(model: str) -> str:
-    return f"To compare, this machine needs the model's file: fedbpt models pull {model}" if model else ""
+def _missing_model_note(model: str) -> str:
+    return f"The comparison needs the model's file on this machine: fedbpt models pull {model}" if model else ""
