@@ -194,7 +194,7 @@ def federated(
                 "bytes_up": max(device.bytes_up for device in result.devices),
                 "rounds": result.rounds,
                 "template": result.template.pattern,
-                "lines": judge.accuracies(result.template, settings, result.lines(), result.others),
+                "lines": judge.accuracies(result.template, settings, result.variants(), result.others),
             }
 
 

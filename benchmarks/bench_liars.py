@@ -111,7 +111,7 @@ def measure(args: argparse.Namespace, scorer: fedbpt.NativeScorer, say: Any) -> 
                 continue
             for cap in (0.0,) if name == "honest" else (0.0, *args.cap):  # equal shares: no cap changes anything
                 settings, result = tuned(args, task, devices, seed, cap)
-                lines = judge.accuracies(result.template, settings, result.lines(), result.others)
+                lines = judge.accuracies(result.template, settings, result.variants(), result.others)
                 accuracy = {line: figures["accuracy"] for line, figures in lines.items()}
                 shown = "  ".join(f"{line} {value:.3f}" for line, value in accuracy.items())
                 say(f"seed {seed}, {name}, {f'cap {cap:g}' if cap else 'no cap'}: {shown}")

@@ -40,7 +40,7 @@ def calibrated(
         clients = [InProcessClient(Device("d", scorer, train, task=task))]
         result = Federation(clients, task, settings, settings.aggregator(), store, "bench").run()
     objective = Objective(scorer, result.template, task.labels, train, settings.objective, settings.prompt)
-    objective.readout = result.lines()["calibrated"][1]
+    objective.readout = result.variants()["calibrated"][1]
     return objective, objective.readout
 
 

@@ -353,7 +353,7 @@ class Federation:
 
     async def _evaluate_final(self, fleet: Fleet) -> dict[str, EvaluateReport]:
         """Zero-shot, tuned and the baselines, on the same ``test`` rows, of every device that is in reach."""
-        lines = self._ledger.lines().values()
+        lines = self._ledger.variants().values()
         latents, readouts = np.stack([latent for latent, _ in lines]), tuple(readout for _, readout in lines)
         request = self._ledger.request(latents, readouts=readouts, max_rows=self.settings.test_rows)
         limit = EVALUATION_DEADLINES * self.settings.deadline_s

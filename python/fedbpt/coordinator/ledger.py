@@ -40,7 +40,7 @@ from fedbpt.protocol.rounds import (
 from fedbpt.protocol.specs import Array, Readout, Template
 from fedbpt.runs.dev_figures import DEV_SECONDS, judged_loss
 from fedbpt.runs.events import RoundPurpose
-from fedbpt.runs.result import Lines, RunResult, TemplateScore, lines
+from fedbpt.runs.result import RunResult, TemplateScore, Variants, variants
 from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore, StoredRound, StoredRun, Traffic
 from fedbpt.tasks import Task
@@ -383,9 +383,9 @@ class RunLedger:
         for report in reports:
             self.reports[report.device] = self.reports.get(report.device, 0) + 1
 
-    def lines(self) -> Lines:
+    def variants(self) -> Variants:
         """What is evaluated in the end."""
-        return lines(self.mean, {purpose: fit.readout for purpose, fit in self.fits.items()})
+        return variants(self.mean, {purpose: fit.readout for purpose, fit in self.fits.items()})
 
     def _digest(self) -> str:
         """sha256 of everything that decides what comes next."""

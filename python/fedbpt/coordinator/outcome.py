@@ -30,7 +30,7 @@ def make_result(
         reports: of the final evaluation, by device.
         dev: the last scores on ``dev`` rows, by line; empty: there are none.
     """
-    names = list(ledger.lines())
+    names = list(ledger.variants())
     devices = tuple(
         DeviceSummary(
             name=member.name,
