@@ -114,7 +114,7 @@ def test_a_wheel_that_lacks_a_module_is_refused(tmp_path: Path) -> None:
     wheel = tmp_path / "fedbpt.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("fedbpt/__init__.py", "")
-    with pytest.raises(build_wheels.BuildError, match=r"lacks 1 modules, fedbpt/runs/__init__\.py"):
+    with pytest.raises(build_wheels.BuildError, match=r"1 .*fedbpt/runs/__init__\.py"):
         build_wheels.require_whole(wheel, package)
     with zipfile.ZipFile(wheel, "a") as archive:
         archive.writestr("fedbpt/runs/__init__.py", "")
