@@ -42,13 +42,14 @@ def test_one_that_does_not_run_is_another_or_has_no_headers_is_passed_over(
     assert build_wheels.find_python("3.11") == found
 
 
-def test_a_missing_python_is_said_before_anything_is_built() -> None:
+def test_a_missing_python_is_named_before_anything_is_built() -> None:
     command = [sys.executable, build_wheels.__file__, "x86_64", "--pythons", "9.9"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert line.startswith("fedbpt: found no Python 9.9 with C headers: install it, or choose others")
+    assert line.startswith("fedbpt: ")
+    assert "9.9" in line
 
 
 def test_a_python_of_the_default_list_that_is_not_here_is_left_out_in_one_line(
@@ -62,7 +63,7 @@ def test_a_python_of_the_default_list_that_is_not_here_is_left_out_in_one_line(
     assert "3.14" not in line
 
 
-def test_nothing_is_said_where_all_are_here(tmp_path: Path, pyenv: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_printed_if_all_exist(tmp_path: Path, pyenv: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert pyenv.parent == tmp_path
     for version in build_wheels.PYTHONS:
         write_python(tmp_path / "bin" / f"python{version}", f"echo {version}")

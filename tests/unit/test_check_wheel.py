@@ -1,4 +1,4 @@
-"""`tools/check_wheel.py`: what a wheel may break is found, and said in one line."""
+"""`tools/check_wheel.py` finds what does not match a wheel's tag."""
 
 from __future__ import annotations
 
