@@ -25,7 +25,7 @@ SHORTER: Final = {
     "README.md": {"seconds=60": "evaluations=20", '"train": 200, "test": 400': '"train": 8, "test": 8'},
     "docs/bench.md": {'fedbpt.load_model("smollm2-135m")': 'fedbpt.load_model("smollm2-135m"), quick=True'},
 }
-"""What would take a minute or more, and what is run in its place."""
+"""Replacements by page, where the printed code would take a minute or more."""
 
 
 def code_of(page: Path) -> list[str]:
@@ -47,7 +47,7 @@ def scorer() -> fedbpt.NativeScorer:
 
 @pytest.fixture
 def folder(scorer: fedbpt.NativeScorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with the prompt file that pages name."""
+    """The current folder, with the prompt file that the pages use."""
     monkeypatch.chdir(tmp_path)
     task = tasks.load("ag-news")
     spec = ObjectiveSpec(readout_words=0)
@@ -56,19 +56,19 @@ def folder(scorer: fedbpt.NativeScorer, tmp_path: Path, monkeypatch: pytest.Monk
     return tmp_path
 
 
-@pytest.mark.timeout(900)  # on a busy machine; by itself no page takes longer than some seconds
+@pytest.mark.timeout(900)  # on a busy machine; on an idle one a page takes some seconds
 @pytest.mark.parametrize("name", [*PAGES])
 def test_the_python_of_a_page_runs(name: str, folder: Path, scorer: fedbpt.NativeScorer) -> None:
     served = served_models(scorer, [fedbpt.Prompt.load(folder / "prompt.safetensors")])
     with ModelServer(served, port=0) as server:
-        meant = {"http://127.0.0.1:8411": server.url, **SHORTER.get(name, {})}
+        replacements = {"http://127.0.0.1:8411": server.url, **SHORTER.get(name, {})}
         namespace: dict[str, Any] = {}
         for code in PAGES[name]:
-            for printed, ours in meant.items():
-                code = code.replace(printed, ours)
+            for printed, replacement in replacements.items():
+                code = code.replace(printed, replacement)
             exec(compile(code, name, "exec"), namespace)
 
 
-def test_every_replacement_is_of_something_printed() -> None:
-    for name, replaced in SHORTER.items():
-        assert [printed for printed in replaced if printed not in "".join(PAGES[name])] == []
+def test_every_replacement_is_used() -> None:
+    for name, replacements in SHORTER.items():
+        assert [printed for printed in replacements if printed not in "".join(PAGES[name])] == []
