@@ -138,15 +138,15 @@ async def killed(folder: Path, n_devices: int, port: int, times: int) -> tuple[l
     """
     answers: list[float] = []
     resumes: list[float] = []
-    for sitting in range(times + 1):
+    for session in range(times + 1):
         began = time.monotonic()
         process = spawn(folder, n_devices, 1_000_000, port)
         assert process.stdout is not None
         while True:
             said = json.loads(await asyncio.to_thread(process.stdout.readline))
-            if sitting and "answers" in said:
+            if session and "answers" in said:
                 answers.append(said["answers"] - began)
-            if sitting and "at" in said:
+            if session and "at" in said:
                 resumes.append(said["at"] - began)
             if "closed" in said:
                 break
@@ -221,7 +221,7 @@ def main() -> None:
     )
     if restarts := given.restarts:
         print(f"killed {restarts} times")
-        for what, key in (("answers again after", "answers_again"), ("goes on, all devices back", "resumes")):
+        for what, key in (("responds again after", "answers_again"), ("resumed, all devices back", "resumes")):
             print(f"{what:28} {found[f'{key}_p50_s']:.2f} s, longest {found[f'{key}_max_s']:.2f} s")
 
 

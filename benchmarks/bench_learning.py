@@ -198,7 +198,7 @@ def federated(
             }
 
 
-def alone(
+def single_device(
     args: argparse.Namespace, scorer: fedbpt.NativeScorer, task: tasks.Task, train: list[Row], seed: int, judge: Judge
 ) -> Iterator[dict[str, Any]]:
     """SPSA or back-propagation, on one device."""
@@ -324,7 +324,7 @@ def main() -> int:
         if judge is None or args.split == "dev":
             measured = others[: args.rows or 600] if args.split == "dev" else test[: args.rows or None]
             judge = Judge(scorer, task, measured, args.seeds, args.words)
-        run = alone if args.search in ("spsa", "backprop") else federated
+        run = single_device if args.search in ("spsa", "backprop") else federated
         for step, point in enumerate(run(args, scorer, task, train, seed, judge)):
             points.append({"seed": seed, "step": step, **point})
             shown = "  ".join(f"{name} {line['accuracy']:.4f}" for name, line in point["lines"].items())

@@ -106,19 +106,19 @@ def problems_of_set(libraries: list[Library], name: re.Match[str]) -> Iterator[s
                 break
 
 
-def problems_of_library(library: Library, name: re.Match[str], beside: set[str]) -> Iterator[str]:
+def problems_of_library(library: Library, name: re.Match[str], own: set[str]) -> Iterator[str]:
     if library.machine != MACHINES.get(name["machine"]):
         yield f"{library.name} is for {library.machine}"
     newer = [v for v in library.versions if glibc_minor(v) > int(name["glibc"])]
     if newer:
         yield f"{library.name} needs {', '.join(sorted(set(newer)))}, but the tag is for glibc 2.{name['glibc']}"
-    foreign = [needed for needed in library.needed if needed not in beside and not GLIBC.fullmatch(needed)]
+    foreign = [needed for needed in library.needed if needed not in own and not GLIBC.fullmatch(needed)]
     if foreign:
         yield f"{library.name} needs {', '.join(foreign)}, which the wheel lacks"
-    common = [needed for needed in library.needed if needed in beside and not needed.startswith("libfedbpt-")]
+    common = [needed for needed in library.needed if needed in own and not needed.startswith("libfedbpt-")]
     if common:
         yield f"{library.name} needs {', '.join(common)}, a name that a library of another package may have"
-    if beside.intersection(library.needed) and library.runpath != "$ORIGIN":
+    if own.intersection(library.needed) and library.runpath != "$ORIGIN":
         yield f"{library.name} has the run path {library.runpath or '(none)'} instead of $ORIGIN"
 
 

@@ -1,4 +1,4 @@
-"""The Python of ``docs/flower.md``, run as printed with the real model."""
+"""The Python of ``docs/flower.md`` is run as printed, with the real model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The documentation says what the code has: public names, errors, commands, routes. `tests.integration` builds it."""
+"""The documentation covers public names, errors, commands and routes. `tests.integration` builds it."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def page(name: str) -> str:
 
 
 def routes(app: Starlette) -> set[str]:
-    """Each route as ``METHOD /path``, converters left out."""
+    """The routes as ``METHOD /path``, without converters."""
     found = [route for route in app.routes if isinstance(route, Route)]
     assert found
     methods = [(method, route.path) for route in found for method in (route.methods or set()) - {"HEAD"}]
     return {f"{method} {re.sub(r':[a-z]+}', '}', path)}" for method, path in methods}
 
 
-def stated(text: str) -> set[str]:
-    """The routes that a page names, parameters' names left out."""
+def documented_routes(text: str) -> set[str]:
+    """The routes that a page names, without the names of parameters."""
     return {bare(found) for found in re.findall(r"`((?:GET|POST|DELETE) /[^`?]*)", text)}
 
 
@@ -48,10 +48,10 @@ def bare(route: str) -> str:
 
 
 def app(build: Any) -> Starlette:
-    """An application whose parts are never asked for anything."""
-    given = [MagicMock() for name, part in inspect.signature(build).parameters.items() if part.default is part.empty]
-    made: Starlette = build(*given)
-    return made
+    """An application with mocked parts."""
+    parts = [MagicMock() for name, part in inspect.signature(build).parameters.items() if part.default is part.empty]
+    application: Starlette = build(*parts)
+    return application
 
 
 @pytest.mark.parametrize(
@@ -64,16 +64,16 @@ def app(build: Any) -> Starlette:
     ],
 )
 def test_every_route_is_documented(build: Any, where: str) -> None:
-    wanted = {bare(route) for route in routes(app(build))}
-    assert wanted - stated(page(where)) == set()
+    expected = {bare(route) for route in routes(app(build))}
+    assert expected - documented_routes(page(where)) == set()
 
 
-def test_no_route_is_documented_that_is_not_there() -> None:
+def test_every_documented_route_exists() -> None:
     known = {bare(route) for build in (device_app, coordinator_app) for route in routes(app(build))}
-    assert stated(page("http.md")) - known == set()
+    assert documented_routes(page("http.md")) - known == set()
 
 
-def test_every_refusals_code_is_documented_with_its_status() -> None:
+def test_every_code_of_a_refusal_is_documented_with_its_status() -> None:
     lines = [re.match(r"\| (\d+) \| (.*) \|$", line) for line in page("http.md").splitlines()]
     documented = {code: int(line[1]) for line in lines if line for code in re.findall(r"`([a-z-]+)`", line[2])}
     assert documented == {**STATUS_OF_CODE, WORK_FAILED: 500, WORK_FAULT: 500, "internal": 500}
@@ -94,18 +94,18 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert set(fedbpt.__all__) - shown == set()
 
 
-def test_every_command_is_mentioned_somewhere() -> None:
+def test_every_command_is_mentioned() -> None:
     text = "\n".join(path.read_text() for path in DOCS.rglob("*.md"))
     assert [name for name in cli.COMMANDS if f"fedbpt {name}" not in text] == []
 
 
-def test_the_prompt_file_is_described_as_it_is() -> None:
+def test_every_field_of_a_prompt_file_is_documented() -> None:
     text = page("formats.md")
     for name in [*_TENSORS, *_OTHERS_TENSORS, *_Header.__struct_fields__, *PLACES]:
         assert f"`{name}`" in text
 
 
-def test_the_run_store_is_described_table_by_table() -> None:
+def test_every_table_of_the_stores_is_documented() -> None:
     from fedbpt.coordinator import enrolment
     from fedbpt.runs import store
 
@@ -116,7 +116,7 @@ def test_the_run_store_is_described_table_by_table() -> None:
         assert [table for table in tables if f"| `{table}` |" not in text] == []
 
 
-def test_the_places_that_the_developers_page_names_are_there() -> None:
+def test_every_path_in_the_development_page_exists() -> None:
     named = re.findall(r"`([a-z_/.-]+/[a-z_.-]*)`", page("development.md"))
     roots = (DOCS.parent, DOCS.parent / "python" / "fedbpt", DOCS.parent / "tests", DOCS)
     assert len(named) > 25

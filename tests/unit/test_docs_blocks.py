@@ -1,4 +1,4 @@
-"""Every code block of the pages: commands are parsed, data files are read. `tests.integration` runs the Python."""
+"""Code blocks of the pages: commands are parsed, data files are read. `tests.integration` runs the Python."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ NOT_CHECKED: Final = {
 """Programs whose arguments are not checked, by reason."""
 
 
-def test_no_program_is_left_unchecked_without_need() -> None:
+def test_every_unchecked_program_is_used() -> None:
     printed = {words[0] for page in PAGES for words in printed_programs(page)} | {"make -j4", "make install"}
     assert set().union(*NOT_CHECKED.values()) - printed == set()
 
@@ -70,7 +70,7 @@ def blocks_of(*languages: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=by_name)
-def test_every_block_says_its_language(page: Path) -> None:
+def test_every_block_has_a_language(page: Path) -> None:
     found = blocks(page.read_text())
     assert {block.language for block in found} <= LANGUAGES
     assert len(re.findall(r"^ *```", page.read_text(), re.MULTILINE)) == 2 * len(found)
@@ -100,7 +100,7 @@ def parse(words: list[str]) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=by_name)
-def test_every_printed_command_can_be_given(page: Path) -> None:
+def test_every_printed_command_is_valid(page: Path) -> None:
     for words in printed_programs(page):
         name, arguments = words[0].removeprefix(".venv/bin/"), words[1:]
         if name == "fedbpt":
@@ -137,7 +137,7 @@ def check_extras(arguments: list[str]) -> None:
 
 
 def check_script(arguments: list[str]) -> None:
-    """A script of the repository has the options it is called with; modules and code are not looked into."""
+    """A script has the options it is called with. Modules and inline code are not checked."""
     if not arguments[0].endswith(".py"):
         assert arguments[0] in {"-m", "-c"}
         return
@@ -153,7 +153,7 @@ def test_every_toml_block_is_a_run_file_or_a_task_file(block: Block, tmp_path: P
         path.write_text(block.text)
         assert tasks.load(path).name == values["name"]
         return
-    # some pages show a part of a run file, and some name the task file of the tutorials
+    # Some pages show a part of a run file, and some use the task file of the tutorials.
     text = block.text if "task" in values else f'task = "ag-news"\n{block.text}'
     path.write_text(text)
     (tmp_path / "support.toml").write_text((ROOT / "docs/tutorials/support/support.toml").read_text())
@@ -190,8 +190,8 @@ def options_of(words: list[str]) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=by_name)
-def test_every_command_in_a_sentence_has_the_options_that_it_is_named_with(page: Path) -> None:
-    """These may be parts of a command, so they are not parsed."""
+def test_every_command_in_the_text_has_the_options_it_is_named_with(page: Path) -> None:
+    """These may be incomplete, so they are not parsed."""
     for span in re.findall(r"`(fedbpt [a-z][^`]*)`", page.read_text()):
         words = span.split()[1:]
         assert words[0] in cli.COMMANDS, span

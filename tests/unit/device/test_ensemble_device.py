@@ -112,9 +112,9 @@ def test_moments_are_those_of_each_templates_words(prompt: PromptSpec) -> None:
 
 
 def test_rows_of_all_templates_are_scored_once_for_all_exchanges_of_a_fit() -> None:
-    mine, alone = device(), device()
+    mine, single = device(), device()
     first = mine.run(asked(readout=None))
-    assert first.tokens > alone.run(asked(readout=None, others=())).tokens
+    assert first.tokens > single.run(asked(readout=None, others=())).tokens
     calls = len(mine.scorer.calls)
     later = [mine.run(asked(readout=readout(seed=seed))) for seed in range(3)]
     assert [report.tokens for report in later] == [0, 0, 0]
@@ -253,9 +253,9 @@ def test_latents_with_and_without_others_are_evaluated_as_if_separate(prompt: Pr
 
     together = ask([0, 1, 2, 3, 4], others=OTHERS)
     for i, own in enumerate(readouts):
-        alone = ask([i], others=OTHERS if own is not None and own.others else ())
-        assert together.correct[i] == alone.correct[0]
-        assert together.loss_sums[i] == pytest.approx(alone.loss_sums[0], rel=1e-9)
+        separate = ask([i], others=OTHERS if own is not None and own.others else ())
+        assert together.correct[i] == separate.correct[0]
+        assert together.loss_sums[i] == pytest.approx(separate.loss_sums[0], rel=1e-9)
     assert len(set(together.loss_sums)) == 5
 
 

@@ -1,4 +1,4 @@
-"""A device whose rows are of another task is excluded by name, and the run goes on without it."""
+"""A device whose rows are of another task is excluded by name, and the run continues without it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run store keeps closed rounds, whatever happens, and refuses other files."""
+"""The run store keeps closed rounds and refuses other files."""
 
 from __future__ import annotations
 
