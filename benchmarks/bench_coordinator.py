@@ -1,9 +1,9 @@
-"""How much does a report cost the coordinator, how long does a device wait to hear that it came, how soon is it back?
+"""Cost of a report for the coordinator, delay of its acknowledgement, and time to recover from a kill.
 
-A coordinator process, and in this one a swarm of devices without a model that call in over loopback, as `fedbpt
-device --coordinator` does; their reports come over some seconds. Beside it the same run with the devices inside the
-coordinator's process, whose own work then counts as the coordinator's, but no sockets and no HTTP. Then the coordinator
-is killed (SIGKILL) in mid-run again and again, and timed until it has resumed.
+A coordinator process, and in this process many devices without a model that poll it over loopback, like `fedbpt
+device --coordinator`; their reports arrive over some seconds. The peer is the same run with the devices inside the
+coordinator's process, whose work then counts as the coordinator's, but without sockets and HTTP. Then the coordinator
+is repeatedly killed (SIGKILL) during the run, and timed until it has resumed.
 
     python benchmarks/bench_coordinator.py --devices 1000 --rounds 100
 """
@@ -48,7 +48,7 @@ POPSIZE = 16
 
 
 class InstantDevice:
-    """A `fedbpt.device.agent.LocalDevice` whose losses are made up."""
+    """A `fedbpt.device.agent.LocalDevice` with synthetic losses."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -61,7 +61,7 @@ class InstantDevice:
         return report_on(plan, self._losses)
 
     def interrupt(self) -> None:
-        """Its work takes no time."""
+        """Do nothing: work takes no time."""
 
     def evaluate(self, *_: Any) -> EvaluateReport:
         raise NotImplementedError("it has no test rows")
@@ -71,7 +71,7 @@ class InstantDevice:
 
 
 def coordinate(folder: Path, n_devices: int, rounds: int, port: int) -> None:
-    """Run, over devices that call in at ``port`` (0: that are in this process), and print what it took."""
+    """Run with devices that poll at ``port`` (0: devices in this process), and print the costs."""
     settings = RunSettings(
         rounds=rounds, popsize=POPSIZE, prompt=PromptSpec(d=D), objective=ObjectiveSpec(readout_words=0),
         calibrate=False, deadline_s=600.0, quorum=1.0, stragglers=0.0, ensemble=1,
@@ -125,7 +125,7 @@ def spawn(folder: Path, n_devices: int, rounds: int, port: int) -> subprocess.Po
 
 
 async def lines(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
-    """All that the process prints until it ends."""
+    """The lines that the process prints until it ends."""
     out, _ = await asyncio.to_thread(process.communicate)
     if process.returncode:
         raise SystemExit(f"the coordinator ended with {process.returncode}")
@@ -133,20 +133,20 @@ async def lines(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
 
 
 async def killed(folder: Path, n_devices: int, port: int, times: int) -> tuple[list[float], list[float]]:
-    """Seconds from the start of a coordinator, after SIGKILL in mid-run, until it answers its devices, and until the
-    last of them has called again and the run goes on; ``times`` times.
+    """Kill a coordinator ``times`` times during a run. Returns the seconds from each restart until it serves devices,
+    and until the last device has polled again and the run continues.
     """
     answers: list[float] = []
     resumes: list[float] = []
-    for sitting in range(times + 1):
+    for session in range(times + 1):
         began = time.monotonic()
         process = spawn(folder, n_devices, 1_000_000, port)
         assert process.stdout is not None
         while True:
             said = json.loads(await asyncio.to_thread(process.stdout.readline))
-            if sitting and "answers" in said:
+            if session and "answers" in said:
                 answers.append(said["answers"] - began)
-            if sitting and "at" in said:
+            if session and "at" in said:
                 resumes.append(said["at"] - began)
             if "closed" in said:
                 break
@@ -195,16 +195,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--work", type=float, default=5.0, help="seconds over which the devices' reports come")
-    parser.add_argument("--restarts", type=int, default=5, help="how often the coordinator is killed")
-    parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
+    parser.add_argument("--work", type=float, default=5.0, help="seconds over which the devices' reports are spread")
+    parser.add_argument("--restarts", type=int, default=5, help="number of times that the coordinator is killed")
+    parser.add_argument("--json", action="store_true", help="print only the JSON line")
     parser.add_argument("--coordinate", nargs=2, metavar=("FOLDER", "PORT"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.coordinate:
         coordinate(Path(given.coordinate[0]), given.devices, given.rounds, int(given.coordinate[1]))
         return
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # two connections a device
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # two connections per device
     with tempfile.TemporaryDirectory() as folder:
         found = asyncio.run(measure(Path(folder), given.devices, given.rounds, given.restarts, given.work))
     print(json.dumps(found))
@@ -212,7 +212,7 @@ def main() -> None:
         return
     ratio = found["cpu_ms_per_report"] / found["cpu_ms_per_report_in_process"]
     print(f"{found['devices']} devices call in for {found['rounds']} rounds, {found['seconds']:.1f} s")
-    print(f"coordinator's CPU a report   {found['cpu_ms_per_report']:.2f} ms, {ratio:.1f} times that without sockets")
+    print(f"coordinator's CPU per report {found['cpu_ms_per_report']:.2f} ms, {ratio:.1f} times that without sockets")
     print(
         f"report acknowledged          {found['acknowledged_p50_ms']:.0f} ms, p99 {found['acknowledged_p99_ms']:.0f} ms"
     )
@@ -221,7 +221,7 @@ def main() -> None:
     )
     if restarts := given.restarts:
         print(f"killed {restarts} times")
-        for what, key in (("answers again after", "answers_again"), ("goes on, all devices back", "resumes")):
+        for what, key in (("responds again after", "answers_again"), ("resumed, all devices back", "resumes")):
             print(f"{what:28} {found[f'{key}_p50_s']:.2f} s, longest {found[f'{key}_max_s']:.2f} s")
 
 

@@ -1,8 +1,8 @@
-"""What does a round cost on Flower, in seconds and bytes, beside the same round over our own transport?
+"""Cost of a round on Flower, in seconds and bytes, compared with the same round over fedbpt's own transport.
 
-Devices without a model, whose work takes no time, call in over loopback: at our coordinator, and as SuperNodes at a
-SuperLink. A relay between counts all bytes, headers and polls included. Then without sockets: in Flower's simulation
-engine, and beside it in this process. `make test-flower` makes the environment that it runs in.
+Devices without a model, whose work takes no time, poll over loopback: a fedbpt coordinator, and as SuperNodes a
+SuperLink. A relay between them counts all bytes, including headers and polls. Then without sockets: in Flower's
+simulation engine, and in this process. `make test-flower` creates the environment for it.
 
     build/flower/bin/python benchmarks/bench_flower.py
     build/flower/bin/python benchmarks/bench_flower.py --simulate 1000
@@ -95,7 +95,7 @@ if importlib.util.find_spec("flwr"):
 
 
 class Relay:
-    """Passes TCP connections on to ``port``, and counts the bytes; runs on a thread of its own."""
+    """Forwards TCP connections to ``port`` and counts the bytes, on its own thread."""
 
     def __init__(self, port: int) -> None:
         self.up = self.down = 0
@@ -111,7 +111,7 @@ class Relay:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             other_reader, other_writer = await asyncio.open_connection("127.0.0.1", self._to)
-        except OSError:  # not up yet, or not any more: the caller tries again
+        except OSError:  # not up yet, or shut down: the caller retries
             writer.close()
             return
         await asyncio.gather(self._pass(reader, other_writer, True), self._pass(other_reader, writer, False))
@@ -135,13 +135,13 @@ def free_port() -> int:
 
 
 def round_seconds(path: Path) -> list[float]:
-    """Of the search's rounds but the first, which begins with caches that are cold."""
+    """Seconds of the search's rounds, without the first, which starts with cold caches."""
     with RunStore(path) as store:
         return [line.metrics["seconds"] for line in store.history("r") if line.round > 1]
 
 
 def figures(path: Path, n_devices: int, before: tuple[int, int], after: tuple[int, int]) -> dict[str, float]:
-    """Median seconds of a round; bytes of the whole run, over its rounds and devices, connecting and polls included."""
+    """Median seconds of a round; bytes of the run per round and device, including connecting and polls."""
     seconds = round_seconds(path)
     per = n_devices * (len(seconds) + 1)
     return {
@@ -155,7 +155,7 @@ def figures(path: Path, n_devices: int, before: tuple[int, int], after: tuple[in
 
 
 def by_coordinator(folder: Path, n_devices: int, rounds: int) -> dict[str, float]:
-    """Our own transport: the devices poll the coordinator."""
+    """fedbpt's own transport: the devices poll the coordinator."""
     with contextlib.ExitStack() as stack:
         registry = stack.enter_context(DeviceRegistry(folder / "devices.db"))
         server = stack.enter_context(CoordinatorServer(registry))
@@ -172,7 +172,7 @@ def by_coordinator(folder: Path, n_devices: int, rounds: int) -> dict[str, float
 
 
 def by_superlink(folder: Path, n_devices: int, rounds: int) -> dict[str, float]:
-    """Flower's: SuperNode processes poll a SuperLink, and start a process for each message."""
+    """Flower's transport: SuperNode processes poll a SuperLink, and start a process for each message."""
     home, app, port = folder / "home", folder / "app", free_port()
     relay = Relay(port)
     with superlink(home, port, folder / "log") as environment, contextlib.ExitStack() as stack:
@@ -188,7 +188,7 @@ def by_superlink(folder: Path, n_devices: int, rounds: int) -> dict[str, float]:
 
 @contextlib.contextmanager
 def superlink(home: Path, port: int, log: Path, *options: str) -> Iterator[dict[str, str]]:
-    """A SuperLink that ``flwr run APP here`` reaches in the environment that is given."""
+    """Run a SuperLink; gives the environment in which ``flwr run APP here`` reaches it."""
     home.mkdir()
     here = f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     (home / "config.toml").write_text(here)
@@ -226,7 +226,7 @@ def write_app(folder: Path) -> None:
 
 
 def flwr_run(app: Path, environment: dict[str, str], *options: str, **config: Any) -> None:
-    """``flwr run`` to the run's end; raises SystemExit where it failed."""
+    """Run ``flwr run`` to the end. Raises SystemExit if it fails."""
     given = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
     command = [BIN / "flwr", "run", app, "here", "--stream", "--run-config", given, *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -267,7 +267,7 @@ def in_process(folder: Path, n_devices: int, rounds: int) -> dict[str, Any]:
 
 
 def simulated(folder: Path, n_devices: int, rounds: int, workers: int) -> dict[str, Any]:
-    """Flower's engine in a process of its own (this file, with ``--engine``)."""
+    """Run Flower's engine in a separate process (this file, with ``--engine``)."""
     path = folder / "simulated.db"
     command = [sys.executable, __file__, "--engine", str(path), str(n_devices), str(rounds), str(workers)]
     environment = {**os.environ, "FLWR_TELEMETRY_ENABLED": "0"}
@@ -280,7 +280,7 @@ def simulated(folder: Path, n_devices: int, rounds: int, workers: int) -> dict[s
 
 
 def engine(path: str, n_devices: int, rounds: int, workers: int) -> None:
-    """In the process of `simulated`: the server, and Ray's ``workers`` for the nodes."""
+    """The process of `simulated`: the server, and Ray's ``workers`` for the nodes."""
     from flwr.simulation import run_simulation
 
     app = ServerApp()
@@ -314,7 +314,7 @@ objective.batch_size = 8
 
 
 def real(folder: Path, model: str, n_devices: int, rounds: int, workers: int) -> dict[str, Any]:
-    """The Flower App that comes with the package, by ``flwr run`` in Flower's engine, on BBC News; and in process."""
+    """The packaged Flower App on BBC News, with ``flwr run`` in Flower's engine, and natively in this process."""
     app = folder / "ready"
     app.mkdir()
     splits = tasks.split_rows(tasks.bbc_news(), {"train": 50 * n_devices, "test": 10 * n_devices})
@@ -342,7 +342,7 @@ def real(folder: Path, model: str, n_devices: int, rounds: int, workers: int) ->
 
 
 def natively(path: Path, of: RunResult, given: dict[str, Any], n_devices: int) -> RunResult:
-    """The run ``of``, with the same devices in this process."""
+    """The same run as ``of``, with the devices in this process."""
     from flwr.app import RecordDict
 
     from fedbpt.device.state import DeviceState
@@ -359,7 +359,7 @@ def natively(path: Path, of: RunResult, given: dict[str, Any], n_devices: int) -
     return result
 
 
-# --- what it prints --------------------------------------------------------------------------------------------------
+# --- output ----------------------------------------------------------------------------------------------------------
 
 
 def show(title: str, ours: dict[str, Any], flower: dict[str, Any], what: dict[str, str]) -> None:
@@ -371,13 +371,15 @@ def show(title: str, ours: dict[str, Any], flower: dict[str, Any], what: dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--devices", type=int, default=4, help="over sockets; each is several processes of Flower's")
+    parser.add_argument(
+        "--devices", type=int, default=4, help="devices over sockets; each has several of Flower's processes"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--simulate", type=int, default=100, metavar="N", help="devices without sockets; 0: none")
-    parser.add_argument("--workers", type=int, default=1, help="Ray's processes")
-    parser.add_argument("--no-sockets", action="store_true", help="the simulation alone")
-    parser.add_argument("--model", help="simulate 8 devices with this model besides, such as smollm2-135m")
-    parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
+    parser.add_argument("--workers", type=int, default=1, help="number of Ray's processes")
+    parser.add_argument("--no-sockets", action="store_true", help="only simulate")
+    parser.add_argument("--model", help="also simulate 8 devices with this model, such as smollm2-135m")
+    parser.add_argument("--json", action="store_true", help="print only the JSON line")
     parser.add_argument("--engine", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if importlib.util.find_spec("flwr") is None:
@@ -404,7 +406,7 @@ def main() -> None:
     if not given.json and "ours" in found:
         units = {"round_s": "s", "up_bytes": "B", "down_bytes": "B"}
         show(
-            f"{given.devices} devices over loopback, a round (bytes: of a device)",
+            f"{given.devices} devices over loopback, per round (bytes: per device)",
             found["ours"],
             found["flower"],
             units,

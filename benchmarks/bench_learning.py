@@ -1,14 +1,14 @@
-"""How fast does accuracy grow, against forward tokens and seconds, beside baselines and other searches?
+"""Growth of accuracy with forward tokens and seconds, compared with baselines and other searches.
 
-A run tunes on SHOTS rows per class, spread over devices that share one engine, so seconds are of all of them together.
-At each budget the lines of the run are measured on rows that chose nothing: the test file's, or with --split dev other
-rows of the training file, for choosing defaults. Searches:
+A run tunes on SHOTS rows per class, distributed over devices that share one engine, so seconds are of all devices. At
+each budget the variants of the run are measured on held-out rows: the test file's, or with --split dev other rows of
+the training file, to choose defaults. Searches:
 
-pooled     the default; fedavg, fedbpt: as `fedbpt tune` has them, in the cue
+pooled     the default; fedavg, fedbpt: as in `fedbpt tune`, in the cue
 spsa       MeZO's estimate (Malladi et al. 2023, arXiv 2305.17333; Spall 1992) on the same prompt rows: two losses along
-           a random direction a step, on such mini-batches, calibrated alike
-backprop   the gradient itself, which no device can compute: Adam on the same prompt rows in PyTorch, calibrated alike;
-           an evaluation is a step, of three passes
+           a random direction per step, on the same mini-batches, with the same calibration
+backprop   the true gradient, which devices cannot compute: Adam on the same prompt rows in PyTorch, with the same
+           calibration; an evaluation is a step of three passes
 reference  FedBPT's published settings: 50 tokens in front, d 500, λ 5, 8 iterations, 40 texts, perturbed ratio
 
     python benchmarks/bench_learning.py --data DIR --task ag-news --model smollm2-135m --out learning
@@ -40,7 +40,7 @@ from fedbpt.objective.objective import Objective
 from fedbpt.objective.readout import word_ids
 from fedbpt.protocol.seeding import generator
 from fedbpt.protocol.specs import Array, ObjectiveSpec, PromptSpec, Readout
-from fedbpt.runs.result import Lines
+from fedbpt.runs.result import Variants
 from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
 from fedbpt.tasks.task import label_word_ids
@@ -52,7 +52,7 @@ FILES = {
     "sst-2": ("sst2_train_8000.tsv", "sst2_dev_436.tsv"),
 }
 SEARCHES = ("pooled", "fedavg", "fedbpt", "spsa", "backprop", "reference")
-KV_BYTES = 7 * 2**30  # the measured rows' KV is kept from budget to budget
+KV_BYTES = 7 * 2**30  # the KV of the measured rows is kept from budget to budget
 STUDENT_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}
 REFERENCE = PromptSpec(placement="front", n_prompt=50, d=500, alpha=1.0)
 
@@ -67,13 +67,13 @@ def read_rows(path: Path) -> list[Row]:
         for row in csv.reader(lines):
             if len(row) == 2 and row[1].isdigit():
                 found.append((row[0], int(row[1])))
-            elif len(row) == 3 and row[0].isdigit():  # the original form counts from 1
+            elif len(row) == 3 and row[0].isdigit():  # the original format counts from 1
                 found.append((f"{row[1]} {row[2]}", int(row[0]) - 1))
         return found
 
 
 def shots(rows: Sequence[Row], per_class: Sequence[int], seed: int) -> tuple[list[Row], list[Row]]:
-    """So many rows of each label (the last number for those beyond), and the others in random order."""
+    """``shots`` rows of each label (the last number for further labels), and the others in random order."""
     order = generator(seed, "shots").permutation(len(rows))
     taken: dict[int, list[int]] = {}
     others = []
@@ -85,9 +85,9 @@ def shots(rows: Sequence[Row], per_class: Sequence[int], seed: int) -> tuple[lis
 
 
 class Judge:
-    """Accuracy on the measured rows; their KV stays, so that only a text's last tokens are computed again.
+    """Accuracy on the measured rows, whose KV is kept, so that only a text's last tokens are computed again.
 
-    It stays from seed to seed too: the readout words of all of them are read at once.
+    It is also kept from seed to seed, as the readout words of all seeds are scored at once.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Judge:
         self._plain: dict[tuple[fedbpt.Template, bytes], np.ndarray] = {}
 
     def accuracies(
-        self, template: fedbpt.Template, settings: RunSettings, lines: Lines, others: Sequence[fedbpt.Template]
+        self, template: fedbpt.Template, settings: RunSettings, lines: Variants, others: Sequence[fedbpt.Template]
     ) -> dict[str, dict[str, float]]:
         objective = self._objective(template, settings)
         plain = [self._without_prompt(other, objective) for other in others]
@@ -114,14 +114,14 @@ class Judge:
     def accuracy(
         self, template: fedbpt.Template, settings: RunSettings, embeds: np.ndarray, readout: Readout | None
     ) -> dict[str, float]:
-        """Of one prompt's rows [n_prompt, n_embd]; ``readout``: a bias alone."""
+        """Accuracy of one prompt's rows [n_prompt, n_embd]; ``readout``: only a bias."""
         found = self._objective(template, settings).evaluate(embeds[None], readouts=[readout])
         return {"accuracy": found.accuracy[0], "loss": found.loss_sums[0] / found.n}
 
     def _objective(self, template: fedbpt.Template, settings: RunSettings) -> Objective:
         key = (template, settings.prompt.placement)
         if self._made is None or self._made[0] != key:
-            self._made = None  # its KV goes before the other's comes
+            self._made = None  # free its KV before the next is computed
             ids = np.concatenate(label_word_ids(self.scorer, template, self.task.labels))
             words = [word_ids(self.scorer.n_vocab, self.n_words, seed, ids) for seed in self.seeds]
             spec = ObjectiveSpec(max_text_tokens=self.task.max_text_tokens)
@@ -133,7 +133,7 @@ class Judge:
         return self._made[1]
 
     def _without_prompt(self, other: fedbpt.Template, like: Objective) -> np.ndarray:
-        """Logits of the measured rows, of the words of ``like``."""
+        """Logits of the measured rows for the words of ``like``."""
         key = other, like.word_ids.tobytes()
         if key not in self._plain:
             made = Objective(
@@ -144,7 +144,7 @@ class Judge:
         return self._plain[key]
 
     def _widened(self, readout: Readout, settings: RunSettings) -> Readout:
-        """With rows of zeros for other seeds' words."""
+        """The readout with rows of zeros for other seeds' words."""
         first = 1 + self.seeds.index(settings.prompt.seed) * self.n_words
 
         def wide(given: Array) -> Array:
@@ -177,7 +177,7 @@ def settings_of(args: argparse.Namespace, task: tasks.Task, seed: int, budget: i
 def federated(
     args: argparse.Namespace, scorer: fedbpt.NativeScorer, task: tasks.Task, train: list[Row], seed: int, judge: Judge
 ) -> Iterator[dict[str, Any]]:
-    """One figure for each budget; a run goes on from one to the next."""
+    """The results at each budget; a run continues from one to the next."""
     labels = [label for _, label in train]
     parts = tasks.partition(labels, args.devices, "dirichlet" if args.devices > 1 else "iid", args.dirichlet, seed)
     devices = [Device(f"device-{i}", scorer, [train[row] for row in part], task=task) for i, part in enumerate(parts)]
@@ -194,11 +194,11 @@ def federated(
                 "bytes_up": max(device.bytes_up for device in result.devices),
                 "rounds": result.rounds,
                 "template": result.template.pattern,
-                "lines": judge.accuracies(result.template, settings, result.lines(), result.others),
+                "lines": judge.accuracies(result.template, settings, result.variants(), result.others),
             }
 
 
-def alone(
+def single_device(
     args: argparse.Namespace, scorer: fedbpt.NativeScorer, task: tasks.Task, train: list[Row], seed: int, judge: Judge
 ) -> Iterator[dict[str, Any]]:
     """SPSA or back-propagation, on one device."""
@@ -220,7 +220,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def table(points: Sequence[dict[str, Any]], say: Any) -> None:
-    """A line for each budget: means over seeds."""
+    """Print a line for each budget: means over seeds."""
     names = list(points[0]["lines"])
     say(f"{'evaluations':>11} {'tokens':>9} {'seconds':>7}  " + "  ".join(f"{name:>15}" for name in names))
     for number in sorted({point["step"] for point in points}):
@@ -235,7 +235,7 @@ def table(points: Sequence[dict[str, Any]], say: Any) -> None:
 
 
 def plot(points: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Accuracy against forward tokens and against seconds, a curve for each line, a thin one for each seed."""
+    """Plot accuracy against forward tokens and seconds, a curve for each variant, and a thin one for each seed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -266,32 +266,34 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
-        "--shots", type=int, nargs="+", default=[64], help="training rows of each class, or of the first, the second, …"
+        "--shots", type=int, nargs="+", default=[64], help="training rows per class, or of the first, the second, …"
     )
-    parser.add_argument("--balanced", action="store_true", help="weigh losses so that every label counts alike")
+    parser.add_argument("--balanced", action="store_true", help="weight losses so that labels count equally")
     parser.add_argument("--evaluations", type=int, nargs="+", default=[400, 1600, 3200])
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--dirichlet", type=float, default=0.1, help="skew of the devices' labels")
     parser.add_argument("--split", choices=["test", "dev"], default="test")
     parser.add_argument("--rows", type=int, default=0, help="measured rows; 0: all of the test file, 600 of dev")
-    parser.add_argument("--words", type=int, default=ObjectiveSpec().readout_words, help="of the readout; 0: none")
+    parser.add_argument(
+        "--words", type=int, default=ObjectiveSpec().readout_words, help="words of the readout; 0: none"
+    )
     parser.add_argument("--batch", type=int, default=ObjectiveSpec().batch_size)
     parser.add_argument("--popsize", type=int, default=16)
-    parser.add_argument("--iterations", type=int, default=8, help="of local search, in fedavg and fedbpt")
+    parser.add_argument("--iterations", type=int, default=8, help="iterations of local search in fedavg and fedbpt")
     parser.add_argument("--d", type=int, default=PromptSpec().d)
     parser.add_argument("--alpha", type=float, default=PromptSpec().alpha)
     parser.add_argument("--n-prompt", type=int, default=1)
     parser.add_argument(
-        "--baselines", action=argparse.BooleanOptionalAction, default=True, help="fit a linear probe too"
+        "--baselines", action=argparse.BooleanOptionalAction, default=True, help="also fit a linear probe"
     )
     parser.add_argument(
         "--ensemble", type=int, default=RunSettings().ensemble, help="templates whose readouts are averaged"
     )
     parser.add_argument("--loss", default="cross_entropy")
-    parser.add_argument("--rate", type=float, default=0.3, help="step size of spsa; of backprop, in std(E)")
+    parser.add_argument("--rate", type=float, default=0.3, help="step size of spsa, or of backprop in std(E)")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, help="folder for the JSON and the plot")
-    parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
+    parser.add_argument("--json", action="store_true", help="print only the JSON line")
     args = parser.parse_args()
     if args.search in ("fedbpt", "reference") and args.devices < 2:
         parser.error(f"--search {args.search} needs --devices 2 or more")
@@ -322,7 +324,7 @@ def main() -> int:
         if judge is None or args.split == "dev":
             measured = others[: args.rows or 600] if args.split == "dev" else test[: args.rows or None]
             judge = Judge(scorer, task, measured, args.seeds, args.words)
-        run = alone if args.search in ("spsa", "backprop") else federated
+        run = single_device if args.search in ("spsa", "backprop") else federated
         for step, point in enumerate(run(args, scorer, task, train, seed, judge)):
             points.append({"seed": seed, "step": step, **point})
             shown = "  ".join(f"{name} {line['accuracy']:.4f}" for name, line in point["lines"].items())

@@ -1,10 +1,9 @@
-"""What does a device that lies about its number of rows do to a run, and what does the cap on it cost honest fleets?
+"""Effect of a device that lies about its number of rows, and cost of the cap on it for honest fleets.
 
 Devices have equal shares of the training rows. One is a liar: its labels are all shifted by one, so that its losses are
-plausible and against the truth, and it says that it has a million rows. Then honest fleets, whose shares are as unequal
-as Dirichlet(α) makes them. Each fleet runs without the cap and with each ``--cap``; runs share seed, rows and engine.
-Measured are rows that chose nothing: the test file's, or with --split dev other rows of the training file, for choosing
-defaults.
+plausible but wrong, and it claims to have a million rows. Then honest fleets with shares distributed by Dirichlet(α).
+Each fleet runs without the cap and with each ``--cap``; runs share seed, rows and engine. Accuracy is measured on
+held-out rows: the test file's, or with --split dev other rows of the training file, to choose defaults.
 
     python benchmarks/bench_liars.py --data DIR     # AG News; without --data, BBC News from its package
 """
@@ -41,7 +40,7 @@ Row = tuple[str, int]
 
 
 class Boaster(Device):
-    """A device that says it has a million rows, and counts as many of them as a plan allows."""
+    """A device that claims a million rows, and reports as many as a plan allows."""
 
     def info(self) -> DeviceInfo:
         return msgspec.structs.replace(super().info(), n_train=CLAIMED)
@@ -60,7 +59,7 @@ class Boaster(Device):
 def fleets(
     args: argparse.Namespace, scorer: fedbpt.NativeScorer, train: list[Row], task: tasks.Task, seed: int, say: Any
 ) -> Iterator[tuple[str, list[Device]]]:
-    """(name, devices) of each fleet; devices keep their texts' KV from run to run."""
+    """The (name, devices) of each fleet; devices keep their texts' KV from run to run."""
     labels = [label for _, label in train]
     shares = [[train[i] for i in part] for part in tasks.partition(labels, args.devices, seed=seed)]
     wrong = [(text, (label + 1) % len(task.labels)) for text, label in shares[-1]]
@@ -109,9 +108,9 @@ def measure(args: argparse.Namespace, scorer: fedbpt.NativeScorer, say: Any) -> 
         for name, devices in fleets(args, scorer, train, task, seed, say):
             if args.fleet and not any(name.startswith(wanted) for wanted in args.fleet):
                 continue
-            for cap in (0.0,) if name == "honest" else (0.0, *args.cap):  # equal shares: no cap changes anything
+            for cap in (0.0,) if name == "honest" else (0.0, *args.cap):  # with equal shares a cap has no effect
                 settings, result = tuned(args, task, devices, seed, cap)
-                lines = judge.accuracies(result.template, settings, result.lines(), result.others)
+                lines = judge.accuracies(result.template, settings, result.variants(), result.others)
                 accuracy = {line: figures["accuracy"] for line, figures in lines.items()}
                 shown = "  ".join(f"{line} {value:.3f}" for line, value in accuracy.items())
                 say(f"seed {seed}, {name}, {f'cap {cap:g}' if cap else 'no cap'}: {shown}")
@@ -120,19 +119,19 @@ def measure(args: argparse.Namespace, scorer: fedbpt.NativeScorer, say: Any) -> 
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help=f"folder with {' and '.join(FILES['ag-news'])}; without, BBC News")
+    parser.add_argument("--data", type=Path, help=f"folder with {' and '.join(FILES['ag-news'])}; default: BBC News")
     parser.add_argument("--model", default="smollm2-135m", help="name or GGUF file")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--devices", type=int, default=5)
-    parser.add_argument("--shots", type=int, default=64, help="training rows of each class")
+    parser.add_argument("--shots", type=int, default=64, help="training rows per class")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--cap", type=float, nargs="*", default=[RunSettings().row_cap])
     parser.add_argument("--dirichlet", type=float, nargs="*", default=[0.1, 0.5])
-    parser.add_argument("--fleet", nargs="*", default=[], help="only fleets whose names begin so")
+    parser.add_argument("--fleet", nargs="*", default=[], help="only fleets whose names start with one of these")
     parser.add_argument("--split", choices=["test", "dev"], default="test")
     parser.add_argument("--rows", type=int, default=600, help="measured rows")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
+    parser.add_argument("--json", action="store_true", help="print only the JSON line")
     return parser.parse_args()
 
 

@@ -1,6 +1,6 @@
-"""How much memory does a tuning step take, beside PyTorch and back-propagation in PEFT?
+"""Memory of a tuning step, compared with PyTorch and back-propagation in PEFT.
 
-Each variant runs in a process of its own, which reports the peak of its resident memory (getrusage):
+Each variant runs in a separate process, which reports its peak resident memory (getrusage):
 
 fedbpt front   64 texts after 50 prompt tokens: load, compile, ask CMA-ES, project, score, tell
 fedbpt cue     a mini-batch of 8 of them, 1 prompt token in the cue
@@ -8,7 +8,7 @@ PyTorch        one candidate's evaluation of the 64 texts in front placement
 PEFT           a step of prompt tuning by back-propagation on the 64 texts, float32, 50 virtual tokens, gradients
                accumulated over mini-batches of 8
 
-First what a device holds while it waits for work, before its model, beside one that imports everything at its start.
+First the memory of an idle device without its model, compared with one that imports everything at its start.
 
 PyTorch and PEFT load safetensors that are written from the GGUF first. Then Llama-2-7B's shape in Q2_K, on a GGUF with
 random weights (speed and memory do not depend on their values): about 3 GB in --dir, and minutes; --no-llama-7b
@@ -45,9 +45,9 @@ Result = dict[str, Any]
 
 
 def run(function: Callable[..., Result], **arguments: Any) -> Result:
-    """What ``function`` of memory_step measures in a process of its own. Raises `UnavailableError` as it does."""
+    """Run ``function`` of memory_step in a separate process, and return its result. Raises `UnavailableError`."""
     command = [sys.executable, memory_step.__file__, function.__name__, json.dumps(arguments)]
-    quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}  # the peers' libraries about each other's future
+    quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}  # deprecation warnings of the peers' libraries
     child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=quiet)
     if child.returncode == memory_step.UNAVAILABLE:
         raise UnavailableError(child.stdout.strip())
@@ -81,8 +81,8 @@ def show_ours(name: str, result: Result, say: Say) -> None:
 
 
 def bench_idle(name: str, say: Say) -> dict[str, Result]:
-    """What a device holds before its model; its peer imports at the start all that any command may need."""
-    say(f"a device that waits for work, before it loads {name}")
+    """Memory of a device before its model is loaded; the peer imports at the start all that any command may need."""
+    say(f"an idle device before it loads {name}")
     results = {}
     for title, eager in (("fedbpt device", False), ("eager imports", True)):
         results[title] = result = run(memory_step.idle_device, model=name, eager=eager)
@@ -92,7 +92,7 @@ def bench_idle(name: str, say: Say) -> dict[str, Result]:
 
 
 def bench_model(name: str, args: argparse.Namespace, folder: Path, say: Say) -> dict[str, Result]:
-    """Ours and every peer's peak on one model."""
+    """Peak memory of fedbpt and of every peer with one model."""
     ours = {"model": name, "threads": args.threads, "texts": args.texts, "candidates": args.candidates}
     results: dict[str, Result] = {}
     say(name)
@@ -120,14 +120,14 @@ def bench_model(name: str, args: argparse.Namespace, folder: Path, say: Say) -> 
 
 
 def bench_llama_7b(args: argparse.Namespace, folder: Path, say: Say) -> dict[str, Result]:
-    """Ours on the 7B shape; there is no room for peers on the devices that this is about."""
+    """Peak memory of fedbpt with the 7B shape; peers do not fit on such devices."""
     say("Llama-2-7B shape, Q2_K; THE WEIGHTS ARE RANDOM: speed and memory do not depend on their values")
     path = folder / "llama-2-7b-shape-q2_k-random.gguf"
     results: dict[str, Result] = {}
     if not path.is_file():
         free = shutil.disk_usage(folder).free
         if free < 1.1 * random_llama.FILE_BYTES:
-            say(f"  skipped: {folder} has {megabytes(free).strip()} free, the model needs 3 GB; name another by --dir")
+            say(f"  skipped: {folder} has {megabytes(free).strip()} free, the model needs 3 GB; choose another --dir")
             return {"skipped": {"reason": "disk"}}
         say(f"  writing {path}, 3 GB")
         try:
@@ -147,20 +147,20 @@ def bench_llama_7b(args: argparse.Namespace, folder: Path, say: Say) -> dict[str
         if not args.keep:
             path.unlink()
     weights = 2 * random_llama.n_weights()
-    say(f"  {'PyTorch bfloat16':18} {megabytes(weights)}   for the weights alone (computed, not run)")
+    say(f"  {'PyTorch bfloat16':18} {megabytes(weights)}   only for the weights (computed, not run)")
     return {**results, "PyTorch bfloat16": {"weights": weights, "computed": True}}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", help=f"name or GGUF file; again for more (default: {MODELS})")
+    parser.add_argument("--model", action="append", help=f"name or GGUF file, repeatable (default: {MODELS})")
     parser.add_argument("--threads", type=int, help="default: physical cores")
     parser.add_argument("--texts", type=int, default=64)
-    parser.add_argument("--candidates", type=int, default=2, help="of the generation's 16, how many to score")
+    parser.add_argument("--candidates", type=int, default=2, help="number of the generation's 16 candidates to score")
     parser.add_argument("--llama-7b", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--dir", type=Path, help="for what is written (default: a temporary folder)")
-    parser.add_argument("--keep", action="store_true", help="keep the random 7B model in --dir for the next time")
-    parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
+    parser.add_argument("--dir", type=Path, help="folder for files (default: a temporary one)")
+    parser.add_argument("--keep", action="store_true", help="keep the random 7B model in --dir")
+    parser.add_argument("--json", action="store_true", help="print only the JSON line")
     args = parser.parse_args()
     if args.keep and not args.dir:
         parser.error("--keep needs --dir")

@@ -1,9 +1,9 @@
-"""Which part of a coordinator breaks first as the fleet grows to a million devices, and what would carry it?
+"""Limits of a coordinator as the fleet grows to a million devices, and designs that remove them.
 
-Measures on this machine what a poll, a held connection, a report and a member cost the coordinator (real sockets, real
-processes), says by arithmetic at how many devices each fills a core, and checks the arithmetic by a discrete-event
-simulation with a virtual clock: every poll, plan and report of a fleet, in line before one event loop. The peer of each
-design is the one before it. docs/scale.md tells what follows.
+Measures on this machine the cost of a poll, a held connection, a report and a member for the coordinator (real sockets
+and processes), computes the number of devices at which each saturates a core, and checks this with a discrete-event
+simulation with a virtual clock, in which every poll, plan and report of a fleet queues for one event loop. The peer of
+each design is the one before it. docs/scale.md discusses the results.
 
     python benchmarks/bench_scale.py
     python benchmarks/bench_scale.py --costs 0.6,2.5,0.001,40 --devices 1000,1000000    # ms, ms, ms, KB: not measured
@@ -50,23 +50,23 @@ HERE = Path(__file__).parent
 
 
 class Costs(NamedTuple):
-    """What the coordinator spends: CPU milliseconds, and KB of memory."""
+    """Costs for the coordinator: CPU milliseconds, and KB of memory."""
 
     poll_ms: float
-    """A poll that brings nothing."""
+    """An empty poll."""
     report_ms: float
     """A device's part of a round: plan, report, and the polls that carry them."""
     member_ms: float
-    """A device that is in the fleet, in a round that does not ask it."""
+    """A device in a round that does not ask it."""
     connection_kb: float
-    """A poll that is held open."""
+    """A held poll."""
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
 def serve(folder: Path) -> None:
-    """A coordinator's server, in a process of its own; a line in is answered by its CPU seconds and memory."""
+    """A coordinator's server in a separate process, which prints its CPU seconds and memory for each input line."""
     with DeviceRegistry(folder / "devices.db") as registry, CoordinatorServer(registry) as server:
         print(server.url, flush=True)
         for _ in sys.stdin:
@@ -74,7 +74,7 @@ def serve(folder: Path) -> None:
 
 
 async def polls(server: subprocess.Popen[str], folder: Path, url: str, n: int, times: int) -> tuple[float, float]:
-    """CPU ms of an empty poll, and KB of one that is held: ``n`` devices, ``times`` polls each."""
+    """CPU ms of an empty poll, and KB of a held one, with ``n`` devices and ``times`` polls each."""
     clients = []
     for each in enrol(folder, n, url):
         options = client_options(url, Tls())
@@ -89,7 +89,7 @@ async def polls(server: subprocess.Popen[str], folder: Path, url: str, n: int, t
             await asyncio.gather(*(poll(client, 0.0) for client in clients[start : start + 50]))
 
     empty = said(server)
-    await all_poll()  # connections are made
+    await all_poll()  # open the connections
     before = said(server)
     for _ in range(times):
         await all_poll()
@@ -122,7 +122,7 @@ def coordinator(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 def report_ms(devices: int, rounds: int) -> float:
-    """By bench_coordinator.py: a run over devices that call in."""
+    """CPU ms of a report, by bench_coordinator.py: a run with devices that poll."""
     command = [sys.executable, HERE / "bench_coordinator.py", "--json", "--restarts", "0"]
     command += ["--devices", str(devices), "--rounds", str(rounds)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
@@ -130,8 +130,8 @@ def report_ms(devices: int, rounds: int) -> float:
 
 
 def member_ms(few: int, many: int) -> float:
-    """What a round costs for a device that it does not ask: rounds of 20 reports, of fleets of two sizes."""
-    idle_fleet(few, 2)  # what is done once in a process
+    """CPU ms of a round for a device that it does not ask: rounds of 20 reports, in fleets of two sizes."""
+    idle_fleet(few, 2)  # warm up
     a_round = {n: (idle_fleet(n, 12) - idle_fleet(n, 2)) / 10 for n in (few, many)}
     return 1e3 * (a_round[many] - a_round[few]) / (many - few)
 
@@ -158,21 +158,21 @@ def measured(devices: int, rounds: int) -> Costs:
     return Costs(poll, report_ms(devices, rounds), member_ms(500, 2000), connection)
 
 
-# --- the arithmetic --------------------------------------------------------------------------------------------------
+# --- computation -----------------------------------------------------------------------------------------------------
 
 WORK_S = 60.0  # a device's part of a round, median
-SPREAD = 0.5  # σ of its logarithm: devices differ
-OVER = 1.25  # so many are asked for each report that a round waits for
-ROUND_S = WORK_S * math.exp(SPREAD * statistics.NormalDist().inv_cdf(1 / OVER))  # until those have come
-CALLS = 3.0  # where devices are told when to call: so many call for each that a round asks
+SPREAD = 0.5  # σ of its logarithm over devices
+OVER = 1.25  # devices asked per report that a round waits for
+ROUND_S = WORK_S * math.exp(SPREAD * statistics.NormalDist().inv_cdf(1 / OVER))  # time until these reports have arrived
+CALLS = 3.0  # with scheduled polls: devices that poll per device that a round asks
 
 
 @dataclass(frozen=True)
 class Design:
-    """How a fleet is run. ``per_round``: devices that a round asks; 0: all.
+    """A design. ``per_round``: devices that a round asks; 0: all.
 
-    ``held``: polls are held open, and come every `poll_s`; else a device calls when it was told to. ``relays``: so many
-    processes take calls and reports, and send sums.
+    ``held``: polls are held, and repeated every `poll_s`; else devices poll at scheduled times. ``relays``: number of
+    processes that receive polls and reports and send sums; 0: none.
     """
 
     name: str
@@ -188,15 +188,15 @@ class Design:
 
 
 DESIGNS = (
-    Design("as it is, all asked"),
-    Design("as it is, 1,250 asked", per_round=1250),
-    Design("told when, 1,250 asked", per_round=1250, held=False),
-    Design("told, all, 100 relays", held=False, relays=100),
+    Design("current, all asked"),
+    Design("current, 1,250 asked", per_round=1250),
+    Design("scheduled polls, 1,250 asked", per_round=1250, held=False),
+    Design("scheduled polls, all asked, 100 relays", held=False, relays=100),
 )
 
 
 def load(design: Design, costs: Costs, n: int) -> dict[str, float]:
-    """Cores that each part keeps busy, of the coordinator or of one relay; 1 is all that an event loop has."""
+    """Load of each part, of the coordinator or of one relay, in cores; an event loop has one."""
     processes = max(design.relays, 1)
     return {
         "polls": design.calls_per_s(n) * costs.poll_ms / 1e3 / processes,
@@ -206,28 +206,28 @@ def load(design: Design, costs: Costs, n: int) -> dict[str, float]:
 
 
 def limits(costs: Costs, memory_gb: float) -> dict[str, float]:
-    """At how many devices each part alone is at its end."""
+    """Number of devices at which each part alone reaches its limit."""
     return {
-        "reports of all, once a round, fill a core": ROUND_S / (costs.report_ms / 1e3),
-        "polls fill a core": POLL_S[1] / (costs.poll_ms / 1e3),
+        "reports of all devices saturate a core": ROUND_S / (costs.report_ms / 1e3),
+        "polls saturate a core": POLL_S[1] / (costs.poll_ms / 1e3),
         f"held polls fill {memory_gb:g} GB": memory_gb * 1e6 / costs.connection_kb,
-        "members that no round asks fill a core": ROUND_S / max(costs.member_ms / 1e3, 1e-12),
+        "idle members saturate a core": ROUND_S / max(costs.member_ms / 1e3, 1e-12),
     }
 
 
-# --- the virtual clock -----------------------------------------------------------------------------------------------
+# --- simulation ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Loop:
-    """One event loop: work is done in the order in which it came. Times in virtual seconds."""
+    """One event loop, which does work in order of arrival. Times in virtual seconds."""
 
     free_at: float = 0.0
     busy_s: float = 0.0
     waits: list[float] = field(default_factory=list)
 
     def serve(self, now: float, cost_s: float) -> float:
-        """When work that came at ``now`` is done."""
+        """The time at which work that arrives at ``now`` is done."""
         start = max(now, self.free_at)
         self.waits.append(start - now)
         self.free_at = start + cost_s
@@ -239,14 +239,14 @@ POLL, REPORT, SUM = 0, 1, 2
 
 
 class Fleet:
-    """``n`` devices, the coordinator and its relays, from time 0 on."""
+    """Simulates ``n`` devices, the coordinator and its relays, from time 0 on."""
 
     def __init__(self, design: Design, costs: Costs, n: int, seed: int = 0) -> None:
         self._design, self._costs, self._n = design, costs, n
         self._rng = np.random.default_rng(seed)
         self._top = Loop()
         self._relays = [Loop() for _ in range(design.relays)]
-        self._queue: list[tuple[float, int, int, int]] = []  # when, what, device or relay, round
+        self._queue: list[tuple[float, int, int, int]] = []  # time, kind, device or relay, round
         self._asked = design.asked(n)
         self._arrived: list[int] = [0] * max(design.relays, 1)
         self._sums = 0
@@ -291,7 +291,7 @@ class Fleet:
         heapq.heapify(self._queue)
 
     def _begin(self, now: float) -> None:
-        """Devices that are asked report when they have worked; who comes when enough have, comes late."""
+        """Devices that are asked report after their work; those after the round has enough reports are late."""
         self._began, self._sums = now, 0
         self._arrived = [0] * len(self._arrived)
         for device, seconds in enumerate(self._rng.lognormal(math.log(WORK_S), SPREAD, self._asked).tolist()):
@@ -325,11 +325,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--costs", help="poll, report, member in ms and connection in KB, instead of measuring")
     parser.add_argument("--devices", default="1000,10000,100000,1000000")
-    parser.add_argument("--horizon", type=float, default=300.0, help="virtual seconds; of large fleets a third")
-    parser.add_argument("--memory", type=float, default=64.0, help="GB that the coordinator's machine has")
+    parser.add_argument("--horizon", type=float, default=300.0, help="virtual seconds; a third for large fleets")
+    parser.add_argument("--memory", type=float, default=64.0, help="GB of the coordinator's machine")
     parser.add_argument("--measure-devices", type=int, default=100)
     parser.add_argument("--measure-rounds", type=int, default=10)
-    parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
+    parser.add_argument("--json", action="store_true", help="print only the JSON line")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.serve:

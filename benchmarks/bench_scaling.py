@@ -1,8 +1,8 @@
-"""Is the time linear in texts and in candidates, and flat, with the memory, in the number of earlier calls?
+"""Scaling of the time with texts and candidates, and of time and memory with the number of earlier calls.
 
-Slopes of log(time) over log(size) by least squares over three doublings, 1 being linear, beside the naive way: one text
-and one candidate a call. Then many calls on one plan, alternated with calls that lay the text out anew: the last
-tenth's median time over the second tenth's (the first is warm-up), and the slope of the resident memory.
+Slopes of log(time) over log(size) by least squares over three doublings, where 1 is linear, compared with one text and
+one candidate per call. Then many calls on one plan, alternated with calls that compile the text again: the median time
+of the last tenth relative to the second tenth (the first is warm-up), and the slope of the resident memory.
 
     python benchmarks/bench_scaling.py --calls 10000
 """
@@ -39,14 +39,14 @@ def naive(scorer: fedbpt.NativeScorer, placement: Placement, texts: Any, candida
 
 
 def slope(scorer: fedbpt.NativeScorer, placement: Placement, sizes: Sizes, repeats: int) -> dict[str, Any]:
-    """Medians of a generation, and of the naive way, at each size (texts, candidates), and their slopes."""
+    """Medians of a generation, and of single calls, at each size (texts, candidates), and their slopes."""
     labels = label_ids(scorer)
     runs: dict[str, Callable[[], object]] = {}
     for n_texts, n_candidates in sizes:
         texts = texts_like_news(scorer, n_texts)
         candidates = prompts(scorer, n_candidates, N_PROMPT[placement])
         plan = scorer.compile(texts, labels, placement)
-        plan.score(candidates)  # buffers and, in the cue, the texts' KV
+        plan.score(candidates)  # warm up buffers and, in the cue, the texts' KV
 
         runs[f"plan {n_texts * n_candidates}"] = partial(plan.score, candidates)
         runs[f"naive {n_texts * n_candidates}"] = partial(naive, scorer, placement, texts, candidates)
@@ -63,7 +63,7 @@ def slope(scorer: fedbpt.NativeScorer, placement: Placement, sizes: Sizes, repea
 def many_calls(scorer: fedbpt.NativeScorer, n_calls: int) -> dict[str, Any]:
     """``n_calls`` of a plan's `score`, and as many one-shot calls: late over early median, bytes of RSS per call.
 
-    The first tenth is warm-up: where the slopes are measured, every buffer has been made.
+    The first tenth is warm-up, in which all buffers are allocated.
     """
     labels, texts, candidates = label_ids(scorer), texts_like_news(scorer, 8), prompts(scorer, 1, 1)
     plan = scorer.compile(texts, labels, "cue")
@@ -92,7 +92,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--texts", type=int, default=8, help="the smallest number; the largest is eight times that")
     parser.add_argument("--calls", type=int, default=2000)
-    parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
+    parser.add_argument("--json", action="store_true", help="print only the JSON line")
     args = parser.parse_args()
     if args.calls < 20:
         parser.error("--calls must be at least 20")

@@ -1,12 +1,12 @@
-"""How many evaluations a second, beside stock llama-cpp-python, PyTorch and the ceiling of the machine?
+"""Evaluations per second, compared with stock llama-cpp-python, PyTorch and the upper bound of the machine.
 
 One evaluation is one candidate prompt on all texts. Two cases on AG-News-like texts of some 56 tokens:
 
-front  50 prompt tokens before each of 64 texts. Peers answer the same question.
-cue    1 prompt token in place of the answer cue's last, mini-batches of 8, 16 candidates a generation, the texts' KV
-       already kept. Peers evaluate the same mini-batch in front placement with 50 prompt tokens.
+front  50 prompt tokens before each of 64 texts. Peers compute the same.
+cue    1 prompt token in place of the answer cue's last, mini-batches of 8, 16 candidates per generation, with the
+       texts' KV already kept. Peers evaluate the same mini-batch in front placement with 50 prompt tokens.
 
-The ceiling: the tokens that the engine computes over its own prefill rate on one text of 512 tokens. Everything is
+The upper bound: the computed tokens divided by the engine's prefill rate on one text of 512 tokens. All variants are
 alternated within each repeat; medians are printed, and one JSON line last.
 
     python benchmarks/bench_scoring.py --model smollm2-135m
@@ -51,7 +51,7 @@ class Peer(Protocol):
 
 
 class NaiveScorer:
-    """fedbpt's engine used the naive way: one text and one candidate a call, nothing shared."""
+    """fedbpt's engine with one text and one candidate per call, without sharing."""
 
     name = "fedbpt, one text a call"
 
@@ -68,7 +68,7 @@ def cpu_has_amx() -> bool:
 
 
 def available_peers(scorer: fedbpt.NativeScorer, n_ctx: int, say: Say) -> tuple[list[Peer], dict[str, str]]:
-    """The peers that run here, and why the others do not."""
+    """The available peers, and the reasons why others are not."""
     peers: list[Peer] = [NaiveScorer(scorer)]
     skipped: dict[str, str] = {}
     try:
@@ -97,14 +97,14 @@ def compare(
     candidates: NDArray[np.float32],
     repeats: int,
 ) -> dict[str, Any]:
-    """Evaluations per second of ours and of each peer in front placement, and ours as a share of the ceiling."""
+    """Evaluations per second of fedbpt and each peer in front placement, and fedbpt's share of the upper bound."""
     labels = label_ids(scorer)
     peer_prompt = prompts(scorer, 1, PEER_ROWS)[0]
     plan = scorer.compile(texts, labels, placement)
     prefill = scorer.compile(texts_like_news(scorer, 1, 512, spread=0), labels)
     no_rows = np.empty((1, 0, scorer.n_embd), dtype=np.float32)
 
-    # Once each unmeasured: buffers, caches and, in the cue, the texts' KV.
+    # Warm up buffers, caches and, in the cue, the texts' KV.
     plan.score(candidates)
     prefill.score(no_rows)
     answers = scorer.score_with_soft_prompt(texts, peer_prompt, labels)[0].argmax(axis=1)
@@ -159,7 +159,7 @@ def show(case: dict[str, Any], say: Say) -> None:
 
 
 def tuning_run(scorer: fedbpt.NativeScorer, texts: Texts) -> float:
-    """Seconds for the scoring of a whole run in the cue: the texts' KV, then every generation on its mini-batch."""
+    """Seconds of scoring in a whole run in the cue: the texts' KV, then every generation on its mini-batch."""
     plan = scorer.compile(texts, label_ids(scorer), "cue")
     candidates = prompts(scorer, POPSIZE, 1)
 
@@ -172,7 +172,7 @@ def tuning_run(scorer: fedbpt.NativeScorer, texts: Texts) -> float:
 
 
 def bench(name: str, args: argparse.Namespace, say: Say) -> dict[str, Any] | None:
-    """All cases for one model; None where it has not been pulled."""
+    """All cases for one model; None if it has not been downloaded."""
     try:
         scorer = fedbpt.load_model(name, n_threads=args.threads)
     except ModelNotFoundError as error:
@@ -197,17 +197,17 @@ def bench(name: str, args: argparse.Namespace, say: Say) -> dict[str, Any] | Non
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", help=f"name or GGUF file; again for more (default: {MODELS})")
-    parser.add_argument("--threads", type=int, help="for ours and the peers (default: physical cores)")
+    parser.add_argument("--model", action="append", help=f"name or GGUF file, repeatable (default: {MODELS})")
+    parser.add_argument("--threads", type=int, help="for fedbpt and the peers (default: physical cores)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--texts", type=int, default=64, help="in front placement and in a whole run")
     parser.add_argument(
-        "--candidates", type=int, default=2, help="of ours per repeat in front placement; peers take one"
+        "--candidates", type=int, default=2, help="candidates of fedbpt per repeat in front placement; peers score one"
     )
     parser.add_argument(
         "--run", action=argparse.BooleanOptionalAction, help=f"time a whole run in the cue (default: {MODELS[0]} only)"
     )
-    parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
+    parser.add_argument("--json", action="store_true", help="print only the JSON line")
     args = parser.parse_args()
 
     def say(text: str) -> None:

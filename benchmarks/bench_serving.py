@@ -1,10 +1,10 @@
-"""How soon does a text under a soft prompt begin, and how fast does it go on?
+"""Time to the first generated token under a soft prompt, and tokens per second after it.
 
-Requests of AG-News-like texts, one at a time, each another text: 50 soft rows, the text, then greedy tokens. Peers:
+Requests with different AG-News-like texts, one at a time: 50 soft rows, the text, then greedy tokens. Peers:
 
-recomputed         the same engine, the prompt's KV computed anew for each request
-llama-cpp-python   its `create_completion`. Without soft prompts: the rows are 50 tokens of text. It keeps the KV of the
-                   last request and goes on from what is common, as ours does.
+recomputed         the same engine, computing the prompt's KV again for each request
+llama-cpp-python   its `create_completion`, without soft prompts: the rows are 50 tokens of text. It keeps the KV of the
+                   last request and reuses the common prefix, as fedbpt does.
 
 Alternated; medians are printed, and one JSON line last.
 
@@ -40,7 +40,7 @@ Run = Callable[[NDArray[np.int32], int], Iterable[object]]
 
 
 def timed(pieces: Iterable[object]) -> tuple[float, float]:
-    """Seconds to the first token, and tokens a second after it."""
+    """Seconds to the first token, and tokens per second after it."""
     began = time.perf_counter()
     times = [time.perf_counter() for _ in pieces]
     if len(times) < 2:
@@ -55,8 +55,8 @@ def ours(generator: NativeGenerator, rows: NDArray[np.float32], text: NDArray[np
 
 
 def stock(scorer: fedbpt.NativeScorer) -> tuple[Run, str]:
-    """llama-cpp-python's, and its version. Raises `UnavailableError`."""
-    version = StockModel(scorer.path, scorer.n_threads).version  # says why it cannot be had
+    """A measuring function for llama-cpp-python, and its version. Raises `UnavailableError`."""
+    version = StockModel(scorer.path, scorer.n_threads).version  # raises if it is unavailable
     import llama_cpp
 
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
@@ -67,7 +67,7 @@ def stock(scorer: fedbpt.NativeScorer) -> tuple[Run, str]:
 
     def run(text: NDArray[np.int32], n: int) -> Iterable[object]:
         given = [*head, *text.tolist()]
-        # -100 for the tokens that would end the text: ours goes on, too
+        # -100 for tokens that would end the text: fedbpt continues, too
         bias = {model.token_eos(): -100.0}
         return model.create_completion(given, max_tokens=n, temperature=0.0, stream=True, logit_bias=bias)
 
@@ -75,7 +75,7 @@ def stock(scorer: fedbpt.NativeScorer) -> tuple[Run, str]:
 
 
 def bench(name: str, args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """None where the model has not been pulled."""
+    """The results of one model; None if it has not been downloaded."""
     try:
         scorer = fedbpt.load_model(name, n_threads=args.threads)
     except ModelNotFoundError as error:
@@ -85,7 +85,7 @@ def bench(name: str, args: argparse.Namespace, say: Callable[[str], None]) -> di
     noise = np.random.default_rng(2)
 
     def recomputed(text: NDArray[np.int32], n: int) -> Iterable[object]:
-        other = rows * (1 + 1e-6 * noise.standard_normal(rows.shape, dtype=np.float32))  # so that nothing is kept of it
+        other = rows * (1 + 1e-6 * noise.standard_normal(rows.shape, dtype=np.float32))  # so that no KV can be reused
         return ours(fresh, other, text, n)
 
     runs: dict[str, Run] = {"fedbpt": lambda text, n: ours(scorer.generator, rows, text, n), "recomputed": recomputed}
@@ -102,7 +102,7 @@ def bench(name: str, args: argparse.Namespace, say: Callable[[str], None]) -> di
     for i, text in enumerate(texts_like_news(scorer, args.repeats + 1)):
         for peer, run in runs.items():
             measured = timed(run(text, args.tokens))
-            if i:  # the first makes contexts
+            if i:  # the first request creates contexts
                 found[peer].append(measured)
     result: dict[str, Any] = {"model": scorer.name, "threads": scorer.n_threads, "skipped": skipped, "peers": {}}
     first, rate = (statistics.median(own) for own in zip(*found["fedbpt"], strict=True))
@@ -121,11 +121,11 @@ def bench(name: str, args: argparse.Namespace, say: Callable[[str], None]) -> di
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", help="name or GGUF file; again for more (default: smollm2-135m)")
-    parser.add_argument("--threads", type=int, help="for ours and the peer (default: physical cores)")
-    parser.add_argument("--repeats", type=int, default=15, help="requests")
-    parser.add_argument("--tokens", type=int, default=48, help="generated for each")
-    parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
+    parser.add_argument("--model", action="append", help="name or GGUF file, repeatable (default: smollm2-135m)")
+    parser.add_argument("--threads", type=int, help="for fedbpt and the peer (default: physical cores)")
+    parser.add_argument("--repeats", type=int, default=15, help="number of requests")
+    parser.add_argument("--tokens", type=int, default=48, help="generated per request")
+    parser.add_argument("--json", action="store_true", help="print only the JSON line")
     args = parser.parse_args()
 
     def say(text: str) -> None:

@@ -1,8 +1,8 @@
-"""What does scoring texts under several templates cost, beside each template's pass over all of them?
+"""Cost of scoring texts under several templates, compared with a separate pass per template.
 
-The texts are put to the model a few at a time, under all templates before the next ones, as a device does when it
-chooses a template or averages over some: a text under another template costs its end alone. Beside it the same texts
-template by template, a freshly loaded model each, so that nothing is shared. The logits must be the same bits.
+A few texts at a time are scored under all templates before the next ones, as a device does when it selects a template
+or averages over several: a text under another template only costs its tail. The peer scores the same texts template by
+template, with a newly loaded model each, so that nothing is shared. The logits must be the same bits.
 
     python benchmarks/bench_templates.py --model smollm2-135m
 """
@@ -28,14 +28,14 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=64)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
+    parser.add_argument("--json", action="store_true", help="print only the JSON line")
     args = parser.parse_args()
 
     scorer = fedbpt.load_model(args.model, n_threads=args.threads)
     texts, labels = texts_like_news(scorer, args.texts), label_ids(scorer)
     cues = [scorer.tokenize(cue, add_bos=False) for cue in CUES]
     none = np.zeros((1, 0, scorer.n_embd), dtype=np.float32)
-    scorer.score_with_soft_prompt(texts[:1], none, labels, "cue")  # buffers
+    scorer.score_with_soft_prompt(texts[:1], none, labels, "cue")  # warm up
     times: dict[str, list[float]] = {"together": [], "apart": []}
     tokens, logits = {"together": 0, "apart": 0}, {}
 

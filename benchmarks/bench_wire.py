@@ -1,7 +1,7 @@
-"""How many bytes does a round cost, beside shipping the optimiser itself as FedBPT's reference implementation does?
+"""Bytes of a round, compared with sending the optimiser object as FedBPT's reference implementation does.
 
 Encodes one round's plan and report per device for each scheme, and pickles a `cma.CMAEvolutionStrategy` after one
-generation, all at the same d. Needs no model. Run: ``python benchmarks/bench_wire.py``.
+generation, all with the same d. Needs no model. Run: ``python benchmarks/bench_wire.py``.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main() -> None:
     d, popsize = args.d, args.popsize
     losses = PooledResult(losses=Array.of(np.linspace(0.5, 1.5, popsize), "<f4"))
     pooled = Pooled(d, popsize=popsize)
-    pooled.update([report_of(losses, popsize)])  # so that the state carries all that it ever does
+    pooled.update([report_of(losses, popsize)])  # so that the state has all its fields
     plan, answer = plan_of(pooled.work(1), d), report_of(losses, popsize)
     history = pooled.history()
     assert history is not None

@@ -1,6 +1,6 @@
-"""One variant of `bench_memory.py`, in a process of its own: prints what it measured, its peak RSS included, as JSON.
+"""Run one variant of `bench_memory.py` in this process, and print the results with the peak RSS as JSON.
 
-Imports are inside the functions: one variant's packages must not count as another's memory.
+Imports are inside the functions, so that packages of one variant do not count as memory of another.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fedbpt.protocol.specs import Placement
 
 UNAVAILABLE = 3
-"""Exit code where a peer is not installed; the output is the reason."""
+"""Exit code if a peer is not installed; the output is the reason."""
 POPSIZE = 16
 MINI_BATCH = 8
 EAGER = (
@@ -80,10 +80,10 @@ def fedbpt_step(model: str, threads: int | None, texts: int, placement: Placemen
 
 
 def idle_device(model: str, eager: bool) -> dict[str, Any]:
-    """What `fedbpt device --load-late` holds while it waits for work. ``eager``: with all that fedbpt may import."""
+    """Memory of an idle `fedbpt device --load-late`. ``eager``: with all imports of fedbpt."""
     imported = [name for name in EAGER if eager and _can_import(name)]
 
-    from fedbpt.cli import device as _command  # noqa: F401 - what the command line adds
+    from fedbpt.cli import device as _command  # noqa: F401 - imports of the command line
     from fedbpt.device.agent import AgentService
     from fedbpt.device.agent.server import AgentServer
     from fedbpt.device.device import Device
@@ -99,20 +99,20 @@ def idle_device(model: str, eager: bool) -> dict[str, Any]:
 def _can_import(name: str) -> bool:
     try:
         importlib.import_module(name)
-    except ImportError:  # an extra that is not installed
+    except ImportError:  # of an extra that is not installed
         return False
     return True
 
 
 def _resident() -> dict[str, int]:
-    """Bytes of RSS that are the process's own, and those of mapped files, which the system can drop (Linux alone)."""
+    """Bytes of private RSS, and of mapped files, which the system can drop (only on Linux)."""
     status = Path("/proc/self/status")
     lines = dict(line.split(":", 1) for line in status.read_text().splitlines()) if status.is_file() else {}
     return {name: int(lines[key].split()[0]) * 1024 for name, key in RESIDENT.items() if key in lines}
 
 
 def write_checkpoints(model: str, threads: int | None, texts: int, folder: str) -> dict[str, Any]:
-    """The GGUF's weights as safetensors, and the texts: so that the peers' processes hold neither GGUF nor fedbpt."""
+    """Write the GGUF's weights as safetensors, and the texts, so that peers load neither GGUF nor fedbpt."""
     import workload
     from peers.pytorch import converted, load_gguf
 
@@ -135,7 +135,7 @@ def write_checkpoints(model: str, threads: int | None, texts: int, folder: str) 
 
 
 def pytorch_evaluation(folder: str, dtype: Any) -> dict[str, Any]:
-    """One candidate in front placement on all texts."""
+    """Score one candidate in front placement on all texts."""
     from peers.pytorch import PyTorch, load_checkpoint
 
     texts, inputs = _texts(folder)
@@ -147,7 +147,7 @@ def pytorch_evaluation(folder: str, dtype: Any) -> dict[str, Any]:
 
 
 def peft_step(folder: str) -> dict[str, Any]:
-    """One step of prompt tuning by back-propagation on all texts."""
+    """Do one step of prompt tuning by back-propagation on all texts."""
     from peers.peft_tuning import tuning_step
     from peers.pytorch import load_checkpoint
 

@@ -1,6 +1,6 @@
-"""Ways to find a prompt that `bench_learning.py` compares the search with: SPSA, and the gradient itself.
+"""Searches that `bench_learning.py` compares fedbpt with: SPSA, and back-propagation.
 
-Each starts from the template and the bias of a run of ours, and works on the same prompt rows and mini-batches.
+Each starts from the template and the bias of a fedbpt run, and uses the same prompt rows and mini-batches.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ Point = dict[str, Any]
 def calibrated(
     scorer: fedbpt.NativeScorer, task: tasks.Task, train: Rows, settings: RunSettings
 ) -> tuple[Objective, Readout | None]:
-    """The training rows for the template that a run of one generation selects, corrected by its bias."""
+    """The objective on the training rows, with the template and the bias from a run of one generation."""
     with tempfile.TemporaryDirectory() as folder, RunStore(Path(folder) / "runs.db") as store:
         clients = [InProcessClient(Device("d", scorer, train, task=task))]
         result = Federation(clients, task, settings, settings.aggregator(), store, "bench").run()
     objective = Objective(scorer, result.template, task.labels, train, settings.objective, settings.prompt)
-    objective.readout = result.lines()["calibrated"][1]
+    objective.readout = result.variants()["calibrated"][1]
     return objective, objective.readout
 
 
 def spsa(args: argparse.Namespace, objective: Objective, settings: RunSettings) -> Iterator[Point]:
-    """MeZO in the latent space, by plain SGD with steps falling as 1/√t."""
+    """MeZO in the latent space, with plain SGD and step sizes proportional to 1/√t."""
     z, began, rng = np.zeros(settings.prompt.d), time.perf_counter(), generator(settings.seed, "spsa")
     step = 0
     for budget in args.evaluations:
@@ -89,7 +89,7 @@ def backprop(args: argparse.Namespace, objective: Objective, train: Rows, settin
             adam.zero_grad()
             loss.backward()
             adam.step()
-            step, tokens = step + 1, tokens + 3 * int(lengths.sum())  # back costs two passes forward
+            step, tokens = step + 1, tokens + 3 * int(lengths.sum())  # a backward pass costs two forward passes
         yield {
             "evaluations": step,
             "tokens": tokens,

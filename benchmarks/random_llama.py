@@ -1,6 +1,4 @@
-"""Writes a GGUF of Llama-2-7B's shape in llama.cpp's Q2_K mix, with random weights: speed and memory do not depend on
-their values.
-"""
+"""Write a GGUF of Llama-2-7B's shape in llama.cpp's Q2_K mixture with random weights, for speed and memory."""
 
 from __future__ import annotations
 
@@ -21,8 +19,10 @@ WEIGHTS_PER_BLOCK = 256
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """A ggml k-quant block: ``size`` bytes, fp16 factors at byte offsets. ``factors`` times random quants give weights
-    around zero of standard deviation 1."""
+    """A ggml k-quant block of ``size`` bytes, with fp16 factors at byte offsets.
+
+    ``factors`` times random quants give weights with mean 0 and standard deviation 1.
+    """
 
     name: str
     size: int
@@ -64,7 +64,7 @@ def norms() -> Iterator[str]:
 
 
 def random_blocks(rng: np.random.Generator, block: BlockFormat, n_out: int, n_in: int) -> NDArray[np.uint8]:
-    """[n_out, bytes of a row]: random quants and scales, factors such that outputs keep the inputs' size."""
+    """Random quants and scales [n_out, bytes of a row], with factors such that outputs are as large as inputs."""
     blocks = rng.integers(0, 256, (n_out * n_in // WEIGHTS_PER_BLOCK, block.size), dtype=np.uint8)
     for offset, factor in block.factors.items():
         blocks[:, offset : offset + 2] = np.frombuffer(np.float16(factor / math.sqrt(n_in)).tobytes(), dtype=np.uint8)
@@ -109,7 +109,7 @@ def write(path: Path) -> None:
 
 
 def _add_vocabulary(writer: Any) -> None:
-    """Control tokens, the 256 bytes, and words that no text holds: a text becomes its bytes."""
+    """Control tokens, the 256 bytes, and words that occur in no text, so that a text becomes its bytes."""
     from gguf import TokenType
 
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]

@@ -1,7 +1,7 @@
-"""Devices that call in and take no time: many of them in one process, so that what is measured is their coordinator.
+"""Many polling devices in one process, whose work takes no time, to measure their coordinator.
 
-They speak what `fedbpt.device.agent.poller` speaks, over two kept connections each, without its libraries: HTTP by
-hand, the losses made up, the digest of a plan that is to be replayed taken from it.
+They use the protocol of `fedbpt.device.agent.poller` over two persistent connections each, but minimal HTTP code,
+synthetic losses, and the digest that is in a plan to be replayed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def report_on(plan: RoundPlan, losses: np.ndarray[Any, Any]) -> RoundReport:
 
 
 class Connection:
-    """Keeps one connection; a request at a time."""
+    """One persistent connection; one request at a time."""
 
     def __init__(self, credentials: Credentials) -> None:
         address = urlsplit(credentials.coordinator)
@@ -61,7 +61,7 @@ class Connection:
         self._lock = asyncio.Lock()
 
     async def post(self, path: str, body: bytes) -> tuple[int, bytes]:
-        """Status and body. Raises OSError or EOFError."""
+        """Send a request; returns status and body. Raises OSError or EOFError."""
         async with self._lock:
             try:
                 if self._streams is None:
@@ -85,7 +85,7 @@ class Connection:
 
 
 class VirtualDevice:
-    """Its reports come at a random moment of ``work_s`` seconds. ``seconds``: how long its reports took to arrive."""
+    """Reports after a random time up to ``work_s`` seconds. ``seconds``: the time its reports took to arrive."""
 
     def __init__(self, credentials: Credentials, work_s: float, popsize: int, seconds: list[float]) -> None:
         self._rng = random.Random(credentials.device)
@@ -98,7 +98,7 @@ class VirtualDevice:
         self._held: dict[str, asyncio.Task[None]] = {}
 
     async def call_in(self) -> None:
-        """Until cancelled."""
+        """Poll until cancelled."""
         try:
             while True:
                 poll = codec.encode(Poll(holding=tuple(self._held), wait_s=self._poll_s))
@@ -124,14 +124,14 @@ class VirtualDevice:
             del self._held[request.id]
 
     async def _persist(self, connection: Connection, path: str, body: bytes) -> bytes:
-        """What the coordinator answers, however long it takes; to a reply that it does not want, too."""
+        """Send until the coordinator responds, also with a refusal."""
         backoff = Backoff(*PAUSES_S, self._rng)
         while True:
             try:
                 status, content = await connection.post(path, body)
                 if status in (200, 204, 404):
                     return content
-            except (OSError, EOFError):  # it is away
+            except (OSError, EOFError):  # it is unreachable
                 pass
             await asyncio.sleep(backoff.pause())
 
@@ -146,7 +146,7 @@ class VirtualDevice:
 
 
 async def call_in(devices: Iterable[VirtualDevice]) -> None:
-    """All of them, until cancelled; they begin one after the other."""
+    """Run all devices until cancelled; they start one after the other."""
     calling: list[asyncio.Task[None]] = []
     try:
         for device in devices:

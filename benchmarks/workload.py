@@ -1,4 +1,4 @@
-"""What the benchmarks score: AG-News-like texts, label words, prompts; and how they time it."""
+"""The workload of the benchmarks (AG-News-like texts, label words, prompts), and timing."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SENTENCES = (
 def texts_like_news(
     scorer: fedbpt.NativeScorer, n: int, n_tokens: int = 56, spread: float = 1 / 3
 ) -> list[NDArray[np.int32]]:
-    """``n`` token sequences of ``n_tokens``, give or take ``spread`` of it, each ending in the answer cue."""
+    """``n`` token sequences of about ``n_tokens`` tokens, ± ``spread`` of it, each ending in the answer cue."""
     rng = np.random.default_rng(0)
     cue = scorer.tokenize(CUE, add_bos=False)
     texts = []
@@ -65,7 +65,7 @@ def label_ids(scorer: fedbpt.NativeScorer) -> NDArray[np.int32]:
 
 
 def prompts(scorer: fedbpt.NativeScorer, n_candidates: int, n_prompt: int) -> NDArray[np.float32]:
-    """float32 [n_candidates, n_prompt, n_embd]: embeddings of running text, each candidate a little away from it."""
+    """float32 [n_candidates, n_prompt, n_embd]: embeddings of a text, slightly perturbed for each candidate."""
     ids = scorer.tokenize(" ".join(sentence for topic in SENTENCES for sentence in topic))[:n_prompt]
     rows = scorer.token_embeddings(ids)
     noise = np.random.default_rng(1).standard_normal((n_candidates, *rows.shape), dtype=np.float32)
@@ -79,7 +79,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def alternate(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each run: one of each, ``repeats`` times over, so that a noisy minute hits all alike."""
+    """Median seconds of each run over ``repeats``, alternating the runs, so that noise affects all equally."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():

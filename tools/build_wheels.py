@@ -1,7 +1,7 @@
-"""Build the wheels to ship: one a Python, each for every CPU of an architecture (``make wheel``).
+"""Build the wheels to ship, one per Python version, each for every CPU of an architecture (``make wheel``).
 
-llama.cpp is compiled once an architecture: the wheels of all Pythons are built one after another in one build folder,
-where only the module changes. Compiler and C library come with the package ziglang, see cmake/toolchains/.
+llama.cpp is compiled once per architecture: the wheels of all Pythons are built in one build folder, where only the
+module changes. Compiler and C library come from the package ziglang, see cmake/toolchains/.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from check_wheel import WheelError, check
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 GLIBC = "2_27"  # as in cmake/toolchains/
-# In the environment of each Python; cmake and ninja are those on PATH. tomli is for Python 3.10.
+# Installed in the environment of each Python; cmake and ninja are taken from PATH.
 BUILD_PACKAGES = ("pip", "scikit-build-core", "pybind11", "tomli; python_version < '3.11'")
 
 
 class BuildError(Exception):
-    """One line that says what to do."""
+    """A build failure; one line that says what to do."""
 
 
 def candidates(version: str) -> Iterator[Path]:
-    """Where a Python may be: on PATH, or among those of pyenv."""
+    """Possible paths of a Python: on PATH, and in pyenv."""
     for folder in os.get_exec_path():
         yield Path(folder) / f"python{version}"
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
@@ -37,24 +37,27 @@ def candidates(version: str) -> Iterator[Path]:
 
 
 def find_python(version: str) -> Path:
-    """A Python of ``version`` with its C headers."""
-    asks = "import os, sys, sysconfig; print('%d.%d' % sys.version_info[:2]); "
-    asks += "sys.exit(not os.path.isfile(os.path.join(sysconfig.get_path('include'), 'Python.h')))"
+    """Find a Python of ``version`` with its C headers. Raises `BuildError` if there is none."""
+    code = "import os, sys, sysconfig; print('%d.%d' % sys.version_info[:2]); "
+    code += "sys.exit(not os.path.isfile(os.path.join(sysconfig.get_path('include'), 'Python.h')))"
     for path in candidates(version):
         if path.is_file():
-            done = subprocess.run([path, "-c", asks], capture_output=True, text=True, check=False)
+            done = subprocess.run([path, "-c", code], capture_output=True, text=True, check=False)
             if done.returncode == 0 and done.stdout.strip() == version:
                 return path
-    raise BuildError(f"found no Python {version} with C headers: install it, or choose others with PYTHONS='3.11 3.12'")
+    raise BuildError(
+        f"no Python {version} with C headers found: install it, or set PYTHONS, such as PYTHONS='3.11 3.12'"
+    )
 
 
-def chosen(asked: Sequence[str] | None) -> list[str]:
-    """What to build for: what was asked for, all of which must be here, or else those of `PYTHONS` that are."""
-    if asked is not None:
-        for version in asked:
-            find_python(version)  # all of them, before the first one's minutes
-        return list(asked)
-    found, missing = [], []
+def chosen(requested: Sequence[str] | None) -> list[str]:
+    """The Python versions to build for: ``requested``, all of which must exist; None: those of `PYTHONS` that exist."""
+    if requested is not None:
+        for version in requested:
+            find_python(version)  # check all before the first build
+        return list(requested)
+    found = []
+    missing = []
     for version in PYTHONS:
         try:
             find_python(version)
@@ -62,23 +65,23 @@ def chosen(asked: Sequence[str] | None) -> list[str]:
         except BuildError:
             missing.append(version)
     if not found:
-        raise BuildError(f"found no Python of {', '.join(PYTHONS)} with C headers: install one")
+        raise BuildError(f"no Python of {', '.join(PYTHONS)} with C headers found: install one")
     if missing:
-        print(f"fedbpt: left out, not here with C headers: Python {', '.join(missing)}", file=sys.stderr)
+        print(f"fedbpt: skipped, not found with C headers: Python {', '.join(missing)}", file=sys.stderr)
     return found
 
 
 def run(command: list[object], environment: dict[str, str] | None = None) -> None:
     words = [str(word) for word in command]
     if subprocess.run(words, env={**os.environ, **(environment or {})}, check=False).returncode != 0:
-        raise BuildError(f"this failed, see the lines above: {' '.join(words)}")
+        raise BuildError(f"a command failed, see the lines above: {' '.join(words)}")
 
 
 def headers_elsewhere(include: Path, folder: Path) -> Path | None:
-    """A folder in ``folder`` from which the rest of a Python's C headers is found; None: ``include`` has them all.
+    """Link C headers of a Python that are outside ``include`` into ``folder``; None: there are none.
 
-    Debian's ``pyconfig.h`` includes ``<TRIPLET/pythonX.Y/pyconfig.h>`` of ``/usr/include``, which a compiler with a C
-    library of its own must not search.
+    Debian's ``pyconfig.h`` includes ``<TRIPLET/pythonX.Y/pyconfig.h>`` from ``/usr/include``, which a compiler with its
+    own C library must not search.
     """
     found = re.search(r"<([^>]+)/pyconfig\.h>", (include / "pyconfig.h").read_text())
     if found is None:
@@ -91,13 +94,13 @@ def headers_elsewhere(include: Path, folder: Path) -> Path | None:
 
 
 def include_of(python: Path) -> Path:
-    """Where Python.h is."""
-    asks = "import sysconfig; print(sysconfig.get_path('include'))"
-    return Path(subprocess.run([python, "-c", asks], capture_output=True, text=True, check=True).stdout.strip())
+    """The folder of Python.h."""
+    code = "import sysconfig; print(sysconfig.get_path('include'))"
+    return Path(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip())
 
 
 def environment_for(version: str, folder: Path) -> Path:
-    """The Python of an environment with what builds a wheel in it; made once."""
+    """The Python of an environment with the build packages, created if absent."""
     python = folder / "bin" / "python"
     stamp = folder / "ready"
     if not stamp.is_file():
@@ -109,9 +112,9 @@ def environment_for(version: str, folder: Path) -> Path:
 
 
 def build_wheel(machine: str, version: str, out: Path) -> Path:
-    """One wheel, in the build folder that all Pythons share."""
+    """Build one wheel, in the build folder that all Pythons share."""
     build = ROOT / "build" / f"wheel-{machine}"
-    # CMake would keep the last Python's paths; what is compiled stays
+    # it has the paths of the last Python; compiled files are kept
     (build / "CMakeCache.txt").unlink(missing_ok=True)
     python = environment_for(version, ROOT / "build" / "wheel-pythons" / version)
     tag = "cp" + version.replace(".", "")
@@ -126,19 +129,19 @@ def build_wheel(machine: str, version: str, out: Path) -> Path:
 
 
 def require_whole(wheel: Path, package: Path = ROOT / "python" / "fedbpt") -> None:
-    """Raises `BuildError` where ``wheel`` lacks a module of ``package``: what excludes files may match too much."""
+    """Raise `BuildError` if ``wheel`` lacks a module of ``package``, as an exclude pattern may match too much."""
     with zipfile.ZipFile(wheel) as archive:
-        there = set(archive.namelist())
+        present = set(archive.namelist())
     wanted = {path.relative_to(package.parent).as_posix() for path in package.rglob("*.py")}
-    if missing := sorted(wanted - there):
-        raise BuildError(f"{wheel.name} lacks {len(missing)} modules, {missing[0]} for one: see [tool.scikit-build]")
+    if missing := sorted(wanted - present):
+        raise BuildError(f"{wheel.name} lacks {len(missing)} modules, such as {missing[0]}: see [tool.scikit-build]")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("machine", choices=("aarch64", "x86_64"))
     parser.add_argument(
-        "--pythons", nargs="+", metavar="VERSION", help=f"default: those of {' '.join(PYTHONS)} that this machine has"
+        "--pythons", nargs="+", metavar="VERSION", help=f"default: those of {' '.join(PYTHONS)} on this machine"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder for the wheels")
     args = parser.parse_args()

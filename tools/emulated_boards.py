@@ -1,10 +1,11 @@
 """Set up emulated 64-bit ARM boards with a wheel installed: ``python tools/emulated_boards.py [WHEEL]``.
 
 Writes build/boards/CPU/python for every CPU of CPUS: a command that runs a real arm64 Python on an emulator of that CPU
-(QEMU's user mode: system calls go to this machine's kernel). Emulator and Python are Debian packages, fetched through
-this machine's own apt sources into an apt state of their own and unpacked: nothing is installed, root is not needed.
+(QEMU's user mode, in which system calls go to this machine's kernel). Emulator and Python are Debian packages,
+downloaded through this machine's apt sources into a separate apt state and unpacked; nothing is installed, and root is
+not needed.
 
-``--x86 SITE``: instead the same for X86_CPUS, with this Python and the package that is installed in the folder SITE.
+``--x86 SITE``: does the same for X86_CPUS, with this Python and the package installed in the folder SITE.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BOARDS = ROOT / "build" / "boards"
 CPUS = ("cortex-a76", "cortex-a57")  # Raspberry Pi 5 and Pixel 5; Jetson TX2
-X86_CPUS = ("Nehalem", "Haswell")  # x86-64-v2, the oldest that numpy runs on; AVX2
+X86_CPUS = ("Nehalem", "Haswell")  # x86-64-v2, the oldest that numpy supports; AVX2
 EMULATED = ("aarch64", "x86_64")
 # what tests/native imports
 TEST_PACKAGES = ("gguf", "hypothesis", "pytest", "pytest-timeout")
-# the wheels that a system with glibc 2.27 takes
+# platforms of wheels for a system with glibc 2.27
 PLATFORMS = ("manylinux_2_27_aarch64", "manylinux_2_17_aarch64")
 
 COMMAND = """#!/bin/sh
@@ -41,7 +42,7 @@ exec "{emulator}" -cpu {cpu} "{python}" "$@"
 
 
 class BoardError(Exception):
-    """One line that says what to do."""
+    """A failure of the setup; one line that says what to do."""
 
 
 def run(command: list[object], folder: Path | None = None) -> None:
@@ -53,10 +54,10 @@ def run(command: list[object], folder: Path | None = None) -> None:
 
 
 def fetch_system(folder: Path) -> None:
-    """Debian's Python for arm64, and what it depends on, unpacked as the root of a system."""
+    """Download Debian's Python for arm64 with its dependencies, and unpack it as a root file system."""
     for name in ("state/lists/partial", "cache/archives/partial", "system"):
         (folder / name).mkdir(parents=True)
-    status = folder / "status"  # of a system where nothing is installed yet
+    status = folder / "status"  # of a system without any packages
     status.touch()
     apt: list[object] = ["apt-get", "--quiet", "--yes"]
     for setting in (
@@ -66,7 +67,7 @@ def fetch_system(folder: Path) -> None:
     ):
         apt += ["-o", setting]
     run([*apt, "update"])
-    run([*apt, "install", "--download-only", "python3", "libstdc++6"])  # numpy wants that one
+    run([*apt, "install", "--download-only", "python3", "libstdc++6"])  # numpy needs libstdc++
     for package in sorted((folder / "cache" / "archives").glob("*.deb")):
         run(["dpkg-deb", "-x", package, folder / "system"])
     shutil.rmtree(folder / "cache")
@@ -74,7 +75,7 @@ def fetch_system(folder: Path) -> None:
 
 
 def fetch_emulator(folder: Path) -> None:
-    """The emulators of EMULATED alone, of the package for this machine's architecture."""
+    """Download the package of emulators for this machine, and keep those of EMULATED."""
     run(["apt-get", "-o", "APT::Sandbox::User=", "download", "qemu-user-static"], folder)
     (package,) = folder.glob("qemu-user-static_*.deb")
     run(["dpkg-deb", "-x", package, folder / "unpacked"])
@@ -86,13 +87,13 @@ def fetch_emulator(folder: Path) -> None:
 
 
 def prepare(cache: Path) -> Path:
-    """The folder with the system and its emulator, fetched where it is not there yet."""
+    """The folder with the system and its emulators, downloaded if absent."""
     ready = cache / "emulated-boards"
     if ready.is_dir():
         return ready
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
-            raise BoardError(f"found no {tool}: emulated boards need a Debian or Ubuntu machine")
+            raise BoardError(f"{tool} not found: emulated boards need a Debian or Ubuntu machine")
     fetching = cache / f"emulated-boards-{os.getpid()}"
     try:
         fetch_system(fetching)
@@ -104,12 +105,12 @@ def prepare(cache: Path) -> Path:
 
 
 def python_of(system: Path) -> Path:
-    """The system's Python, as .../usr/bin/python3.11."""
+    """The system's Python, such as .../usr/bin/python3.11."""
     return (system / "usr" / "bin" / "python3").resolve()
 
 
 def install(wheel: Path, version: str, site: Path) -> None:
-    """``wheel``, what it depends on and what tests need, as arm64 has it, in the folder ``site``."""
+    """Install ``wheel``, its dependencies and the packages of tests, for arm64, in the folder ``site``."""
     constraints = ROOT / "constraints.txt"
     key = hashlib.sha256(wheel.read_bytes() + constraints.read_bytes() + repr(TEST_PACKAGES).encode()).hexdigest()
     stamp = site / "installed"
@@ -139,7 +140,7 @@ def write_commands(ready: Path, site: Path) -> list[Path]:
 
 def write_x86_commands(ready: Path, site: Path) -> list[Path]:
     parts = {
-        "site": f"{site.resolve()}:{sysconfig.get_path('platlib')}",  # behind it what this environment holds
+        "site": f"{site.resolve()}:{sysconfig.get_path('platlib')}",  # followed by the packages of this environment
         "emulator": ready / "qemu-x86_64-static",
         "python": Path(sys.executable).resolve(),
     }
@@ -153,11 +154,11 @@ def main() -> int:
         type=Path,
         nargs="*",
         metavar="WHEEL",
-        help="without: prints the boards' Python, as 3.11",
+        help="default: print the version of the boards' Python",
     )
-    parser.add_argument("--x86", type=Path, metavar="SITE", help="where the package for x86-64 is installed")
+    parser.add_argument("--x86", type=Path, metavar="SITE", help="folder in which the package for x86-64 is installed")
     default = os.environ.get("FEDBPT_BUILD_CACHE") or Path.home() / ".cache" / "fedbpt" / "build"
-    parser.add_argument("--cache", type=Path, default=Path(default), help="where emulator and system are kept")
+    parser.add_argument("--cache", type=Path, default=Path(default), help="folder for emulator and system")
     args = parser.parse_args()
     try:
         ready = prepare(args.cache.resolve())
@@ -172,7 +173,7 @@ def main() -> int:
         tag = f"-cp{version.replace('.', '')}-"
         fitting = [wheel for wheel in args.wheels if tag in wheel.name]
         if len(fitting) != 1:
-            raise BoardError(f"the boards have Python {version}: name one wheel for it, as {tag.strip('-')}")
+            raise BoardError(f"the boards have Python {version}: give one wheel for it, {tag.strip('-')}")
         install(fitting[0], version, BOARDS / "site")
         for command in write_commands(ready, BOARDS / "site"):
             print(command)

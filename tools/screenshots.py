@@ -1,6 +1,6 @@
-"""The screenshots in docs/img, of a real run: ``make screenshots``.
+"""Take the screenshots in docs/img of a real run: ``make screenshots``.
 
-Runs ``fedbpt demo`` where no store is given, opens its dashboard in Chromium (`playwright`, extra ``dev``), and writes
+Runs ``fedbpt demo`` unless a store is given, opens its dashboard in Chromium (`playwright`, extra ``dev``), and writes
 ``dashboard-light.png``, ``dashboard-dark.png``, ``dashboard-phone.png`` and ``compare.png``.
 """
 
@@ -21,19 +21,19 @@ from playwright.sync_api import Page, sync_playwright
 ROOT = Path(__file__).resolve().parent.parent
 DESKTOP, PHONE = (1280, 800), (390, 844)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-WAIT_MS = 300_000  # a busy machine loads the model for the first question
+WAIT_MS = 300_000  # on a busy machine the first question takes long, as it loads the model
 
 
 def fedbpt(*arguments: object) -> list[str]:
-    """The command line of ``fedbpt``, of this environment."""
+    """A ``fedbpt`` command of this environment."""
     return [sys.executable, "-m", "fedbpt", *map(str, arguments)]
 
 
 @contextmanager
 def dashboard(run: str, store: Path) -> Iterator[str]:
-    """The address of a dashboard of a stored run."""
+    """Serve the dashboard of a stored run within the block; gives its URL."""
     command = fedbpt("dashboard", run, "--store", store, "--at", "127.0.0.1:0", "--json")
-    questions = store.parent / "data" / "test" / "device-0.jsonl"  # as the demo has them
+    questions = store.parent / "data" / "test" / "device-0.jsonl"  # of the demo
     if questions.is_file():
         command += ["--questions", str(questions)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -41,7 +41,9 @@ def dashboard(run: str, store: Path) -> Iterator[str]:
         assert process.stdout is not None
         line = process.stdout.readline()
         if not line:
-            raise SystemExit(f"the dashboard of {run} did not start: fedbpt dashboard {run} --store {store} says why")
+            raise SystemExit(
+                f"the dashboard of {run} did not start: run fedbpt dashboard {run} --store {store} for the reason"
+            )
         yield str(json.loads(line)["ready"]["url"])
     finally:
         process.terminate()
@@ -49,18 +51,18 @@ def dashboard(run: str, store: Path) -> Iterator[str]:
 
 
 def shoot(page: Page, url: str, target: Path) -> None:
-    """One picture of a page whose charts are drawn."""
+    """Take a screenshot of a page when its charts are drawn."""
     page.goto(url)
     page.wait_for_selector(".chart svg")
-    page.wait_for_timeout(1500)  # charts move into place
+    page.wait_for_timeout(1500)  # charts are animated
     page.screenshot(path=str(target), full_page=True)
     print(target)
 
 
 def compare(page: Page, url: str, target: Path) -> None:
-    """The compare page with all held-out rows looked at, and the first of them asked about."""
+    """Take a screenshot of the compare page when all held-out rows are scored, and the first one is asked."""
     page.goto(url.rstrip("/") + "/compare")
-    page.locator(".count", has_text=re.compile(r"^\d+ looked at:")).wait_for(timeout=WAIT_MS)
+    page.locator(".count", has_text=re.compile(r"^\d+ .*:")).wait_for(timeout=WAIT_MS)
     page.locator(".held-out button").first.click()
     page.locator(".side", has_text="Tuned").locator(".share", has_text="%").first.wait_for(timeout=WAIT_MS)
     page.mouse.move(0, 0)
@@ -70,10 +72,10 @@ def compare(page: Page, url: str, target: Path) -> None:
 
 
 def main() -> None:
-    """Take them all."""
+    """Take all screenshots."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", default="demo", help="of the store")
-    parser.add_argument("--store", type=Path, help="a run database; default: of a new demo")
+    parser.add_argument("--run", default="demo", help="name of the run in the store")
+    parser.add_argument("--store", type=Path, help="run database; default: that of a new demo")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "img")
     args = parser.parse_args()
     store = args.store

@@ -1,4 +1,4 @@
-"""What a user would pick instead of fedbpt. Each peer has one method:
+"""Alternatives to fedbpt. Each peer has one method:
 
     score(prompt, texts, label_ids) -> logits float32 [len(texts), len(label_ids)]
 
@@ -8,4 +8,4 @@ each text's last position.
 
 
 class UnavailableError(Exception):
-    """A peer cannot run here; the message says why and what to do."""
+    """A peer cannot run here; the message gives the reason and what to do."""

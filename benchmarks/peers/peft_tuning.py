@@ -14,7 +14,7 @@ from peers import UnavailableError
 def tuning_step(
     model: Any, texts: Sequence[NDArray[np.int32]], targets: Sequence[int], n_prompt: int, batch: int
 ) -> float:
-    """One AdamW step of a ``n_prompt``-token soft prompt on all ``texts``; returns the mean loss.
+    """Do one AdamW step of a ``n_prompt``-token soft prompt on all ``texts``; returns the mean loss.
 
     Args:
         targets: the token id to predict after each text.
@@ -38,7 +38,7 @@ def tuning_step(
         for row, text in enumerate(chosen):
             ids[row, : len(text)] = torch.from_numpy(text)
             mask[row, : len(text)] = 1
-            labels[row, len(text) - 1] = int(text[-1])  # the loss looks at the answer alone
+            labels[row, len(text) - 1] = int(text[-1])  # the loss only counts the answer
         loss = tuned(input_ids=ids, attention_mask=mask, labels=labels).loss * (len(chosen) / len(texts))
         loss.backward()
         total += loss.item()

@@ -1,4 +1,4 @@
-"""Hugging Face transformers on PyTorch: ``inputs_embeds``, batched with padding, as FedBPT's reference does it."""
+"""Hugging Face transformers on PyTorch: ``inputs_embeds``, batched with padding, as in FedBPT's reference."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from peers import UnavailableError
 Dtype = Literal["float32", "bfloat16"]
 
 BATCH = 8
-"""Texts a forward pass, sorted by length so that little is padding; 16 and 32 took 10 to 30 % longer on two cores."""
+"""Texts per forward pass, sorted by length to reduce padding; 16 and 32 took 10 to 30 % longer on two cores."""
 
 
 def load_gguf(path: Path, n_threads: int) -> Any:
-    """The GGUF's weights as a float32 transformers model.
+    """Load the GGUF's weights as a float32 transformers model.
 
     Raises:
         UnavailableError: a package is missing, or transformers cannot read this GGUF.
@@ -30,7 +30,7 @@ def load_gguf(path: Path, n_threads: int) -> Any:
     except ImportError as error:
         raise UnavailableError(f"{error.name} is not installed: pip install '.[bench]'") from error
     model = _load(path.parent, "float32", n_threads, gguf_file=path.name)
-    del model.config.quantization_config  # the weights are plain float32 by now; the model still thinks otherwise
+    del model.config.quantization_config  # the weights are already float32
     return converted(model, "float32")
 
 
@@ -40,7 +40,7 @@ def load_checkpoint(folder: Path, dtype: Dtype, n_threads: int) -> Any:
 
 
 def _load(folder: Path, dtype: Dtype, n_threads: int, **options: str) -> Any:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a file on disk: nothing to look up
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the files are local
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         import torch
@@ -57,7 +57,7 @@ def _load(folder: Path, dtype: Dtype, n_threads: int, **options: str) -> Any:
 
 
 def converted(model: Any, dtype: Dtype) -> Any:
-    """A copy in ``dtype``, made as transformers makes one: the rotary frequencies stay float32."""
+    """A copy in ``dtype``, as transformers makes one: the rotary frequencies stay float32."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -67,15 +67,17 @@ def converted(model: Any, dtype: Dtype) -> Any:
 
 
 class PyTorch:
-    """Texts sorted by length and padded on the right: causal attention never sees the padding, so that the kernel
-    needs no mask. The output layer runs for the last positions and the label words alone."""
+    """Texts sorted by length and padded on the right, where causal attention needs no mask for the padding.
+
+    The output layer is only computed for the last positions and the label words.
+    """
 
     def __init__(self, model: Any, n_threads: int) -> None:
         import torch
 
         self.name = f"PyTorch {str(model.dtype).removeprefix('torch.')}"
         self.model = model
-        # oneDNN releases the AMX tiles of its thread, and ggml counts on them staying as it has configured them.
+        # oneDNN releases the AMX tiles of its thread, but ggml relies on its own configuration of them.
         self._thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(n_threads,))
 
     def score(

@@ -17,9 +17,9 @@ INSTALL = (
     "flags='-march=native -mno-amx-tile -mno-amx-int8 -mno-amx-bf16'; CFLAGS=$flags CXXFLAGS=$flags "
     "CMAKE_ARGS=-DGGML_NATIVE=OFF pip install --no-cache-dir --force-reinstall --no-deps llama-cpp-python"
 )
-"""A shell command that builds it with everything that the CPU has but AMX."""
+"""A shell command that builds it for this CPU without AMX."""
 PACK_TOKENS = 512
-"""Tokens a pack of texts, one ubatch. 256, 1,024 and all texts at once were no faster."""
+"""Tokens per pack of texts, one ubatch. 256, 1,024 and all texts at once were not faster."""
 PACK_TEXTS = 32
 
 Ints = NDArray[np.integer[Any]]
@@ -53,7 +53,7 @@ class StockModel:
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
 
     def context(self, n_ctx: int, n_seq_max: int) -> Any:
-        """A context of ``n_ctx`` tokens that ``n_seq_max`` sequences share."""
+        """Create a context of ``n_ctx`` tokens that ``n_seq_max`` sequences share."""
         params = self.api.llama_context_default_params()
         params.n_ctx = n_ctx
         params.n_batch = params.n_ubatch = min(n_ctx, PACK_TOKENS)
@@ -67,9 +67,9 @@ class StockModel:
         return context
 
     def decode(self, context: Any, content: NDArray[Any], pos: Ints, seq: Ints, outputs: Sequence[int] = ()) -> None:
-        """One llama_decode of tokens int32 [n] or embeddings float32 [n, n_embd] at ``pos`` [n] of ``seq`` [n].
+        """Run llama_decode on tokens int32 [n] or embeddings float32 [n, n_embd] at ``pos`` [n] of ``seq`` [n].
 
-        ``outputs``: indices whose logits are wanted.
+        ``outputs``: indices whose logits to compute.
         """
         content = np.ascontiguousarray(content)
         is_tokens = content.dtype == np.int32
@@ -106,7 +106,7 @@ class StockModel:
 
 
 class OneByOne:
-    """One text at a time: the prompt's rows, then the text, logits at the last position."""
+    """Scores one text at a time: the prompt's rows, then the text, with logits at the last position."""
 
     name = "llama-cpp-python, one text at a time"
 
@@ -129,7 +129,7 @@ class OneByOne:
 
 
 class Packed:
-    """As batched as the API allows: the prompt's KV computed once and shared, texts packed into one llama_decode."""
+    """Scores batches as far as the API allows: the prompt's KV is computed once and shared, texts are packed."""
 
     name = "llama-cpp-python, shared prompt, packed texts"
 

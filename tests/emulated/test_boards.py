@@ -1,4 +1,4 @@
-"""The wheel for 64-bit ARM on emulated boards, beside this machine: ``make test-aarch64`` sets them up first."""
+"""The wheel for 64-bit ARM on emulated boards and this machine; ``make test-aarch64`` sets the boards up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The wheel for x86-64 on emulated processors: ``make test-wheel`` sets them up first."""
+"""The wheel for x86-64 on emulated processors; ``make test-wheel`` sets them up."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ print(np.abs(scored - Reference(path).score(texts, embeds, [3, 4], "cue")).max()
 
 
 @pytest.mark.parametrize(("cpu", "code"), [("Nehalem", "sse42"), ("Haswell", "haswell")])
-def test_one_wheel_computes_on_each_processor_by_its_own_code(tmp_path: Path, cpu: str, code: str) -> None:
+def test_each_processor_uses_its_own_variant(tmp_path: Path, cpu: str, code: str) -> None:
     python = Path(BOARDS).resolve() / cpu / "python"
     script = SCORES.format(tests=str(Path(__file__).parents[1] / "native"), folder=str(tmp_path))
     environment = {**os.environ, "FEDBPT_LLAMA_LOG": "1"}

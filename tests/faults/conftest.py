@@ -1,4 +1,4 @@
-"""Fixtures, and how much of the faults is tried: a short selection, or all of it (``make faults``)."""
+"""Fixtures, and the switch between a short selection of faults and all of them (``make faults``)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A coordinator in a process of its own, which can be told to die by SIGKILL at its n-th SQL statement.
+"""A coordinator in a separate process, which can be killed by SIGKILL at its n-th SQL statement.
 
-SQLite tells of each statement before it runs it: BEGIN, each INSERT and UPDATE, COMMIT. So between them these points
-are before and after every write and every commit that the coordinator makes, without a line of code in it.
+SQLite reports each statement before running it: BEGIN, each INSERT and UPDATE, COMMIT. So these points are before and
+after every write and commit of the coordinator, without a change in its code.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ DIES = -signal.SIGKILL
 
 
 def run(path: Path, urls: Sequence[str], kill_at: int, clock_s: float, count: Any, changes: dict[str, Any]) -> None:
-    """In the process. ``kill_at``: the statement that it does not live to see; 0: none. ``count``: of statements.
+    """Run the coordinator. ``kill_at``: number of the statement at which to die; 0: none. ``count``: of statements.
 
-    ``clock_s``: the wall clock is wrong by this much, forth and back at every look.
+    ``clock_s``: error of the wall clock, whose sign changes at every reading.
     """
     if clock_s:
-        right, signs = time.time, itertools.cycle((1.0, -1.0))
+        right = time.time
+        signs = itertools.cycle((1.0, -1.0))
 
         def wrong() -> float:
             return right() + next(signs) * clock_s
@@ -57,7 +58,7 @@ def run(path: Path, urls: Sequence[str], kill_at: int, clock_s: float, count: An
 
 
 class Coordinator:
-    """One sitting of the run that is kept at ``path``."""
+    """One session of the run stored at ``path``."""
 
     def __init__(self, path: Path, urls: Sequence[str], kill_at: int = 0, clock_s: float = 0.0, **changes: Any) -> None:
         self._count = _CONTEXT.Value("i", 0)
@@ -65,11 +66,11 @@ class Coordinator:
         self.process.start()
 
     def wait(self, timeout_s: float = 120.0) -> int:
-        """The exit code, below 0 where a signal ended it; killed after ``timeout_s``."""
+        """Wait for the exit code, which is below 0 after a signal; kills the process after ``timeout_s``."""
         self.process.join(timeout_s)
         if self.process.is_alive():
             self.kill()
-            raise AssertionError(f"the coordinator still ran after {timeout_s:g} s")
+            raise AssertionError(f"the coordinator did not end within {timeout_s:g} s")
         return int(self.process.exitcode or 0)
 
     def kill(self) -> None:

@@ -1,6 +1,6 @@
-"""``python -m tests.faults.model_trier NATIVE``: tries the model files named on standard input, one after another.
+"""``python -m tests.faults.model_trier NATIVE``: tries the model files listed on standard input, one after another.
 
-What `fedbpt.models.trial` starts a process for each time, but it goes on until it dies. After each file a line "next".
+`fedbpt.models.trial` starts a process per file; this one continues until it dies, and prints "next" after each file.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""``python -m tests.faults.model_user``: uses the model files named on standard input as a long-lived process would.
+"""``python -m tests.faults.model_user``: uses the model files listed on standard input like a long-lived process.
 
-Nothing may end it. A line each: "used", "refused TYPE WHY" (an error of fedbpt's), or "wrong WHAT".
+Nothing may end it. It prints a line per file: "used", "refused TYPE REASON" (a `FedbptError`), or "wrong REASON".
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ N_TEXTS, N_ROWS, N_LONG = 12, 2, 120
 
 
 def use(path: str) -> None:
-    """What `fedbpt` does with a model: texts of many lengths, scores of all kinds, and generation."""
+    """Use a model as `fedbpt` does: texts of many lengths, all kinds of scores, and generation."""
     rng = np.random.default_rng(zlib.crc32(path.encode()))
     engine = _native.Engine(path, 1, 0, "", False)
     _native.weight_formats(path)
@@ -55,7 +55,7 @@ def _score(engine: _native.Engine, rng: np.random.Generator) -> None:
         plan = engine.plan(texts, wanted, cue, prefix, continuations, 1 << 20)
         which = np.arange(n) if wanted is not None else np.arange(2)
         for _ in range(2):
-            assert np.isfinite(engine.score(plan, which, rows)).all(), "scores that are no numbers"
+            assert np.isfinite(engine.score(plan, which, rows)).all(), "scores that are not finite"
 
 
 def _generate(engine: _native.Engine, rng: np.random.Generator) -> None:
@@ -67,8 +67,8 @@ def _generate(engine: _native.Engine, rng: np.random.Generator) -> None:
         for _ in range(3):
             token, log_prob, _ = generator.next(stream, 2)
             generator.piece(token)
-            assert np.isfinite(log_prob), "a probability that is no number"
-    with contextlib.suppress(InputError):  # most have no template
+            assert np.isfinite(log_prob), "a probability that is not finite"
+    with contextlib.suppress(InputError):  # most models have no chat template
         generator.chat_ids([("system", "the answer"), ("user", "of the team")])
 
 
@@ -78,7 +78,7 @@ def _ragged(texts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def outcome(path: str) -> str:
-    """What became of a file, in a line."""
+    """Use a file; returns the outcome as a line."""
     try:
         use(path)
     except FedbptError as error:
@@ -86,7 +86,7 @@ def outcome(path: str) -> str:
         if message.splitlines() != [message] or path.rpartition("/")[2] not in message:
             return f"wrong {type(error).__name__}: {message!r}"
         return f"refused {type(error).__name__} {message}"
-    except BaseException as error:  # noqa: BLE001 - none but fedbpt's may come
+    except BaseException as error:  # noqa: BLE001 - only a FedbptError may be raised
         return "wrong " + traceback.format_exc().replace("\n", " | ") + repr(error)
     return "used"
 

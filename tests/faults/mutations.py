@@ -1,4 +1,4 @@
-"""Model files with something wrong in their headers, by seed."""
+"""Model files with mutated headers, by seed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEXTS = (b"", b"\n", b"\x00", b"\xff\xfe", b"a" * 5000, *b"<0x0A> <0xZZ> </s> <u
 
 
 def _keys() -> Iterator[str]:
-    """All keys that the format's reference knows, ``{arch}`` in place of an architecture."""
+    """All keys of the gguf package, with ``{arch}`` in place of an architecture."""
     for group in (each for each in vars(gguf.Keys).values() if isinstance(each, type)):
         yield from (key for name, key in vars(group).items() if isinstance(key, str) and not name.startswith("_"))
 
@@ -33,7 +33,7 @@ KEYS = tuple(sorted(set(_keys())))
 
 
 def sources(folder: Path) -> dict[str, Gguf]:
-    """Valid tiny models of several architectures, tokenizers and formats of weights."""
+    """Valid tiny models of several architectures, tokenizers and weight formats."""
     tiny = {"llama": tiny_gguf.SMALLEST}
     tiny["llama-bpe"] = replace(tiny_gguf.SMALLEST, tokenizer="bpe", pre="smollm", add_bos=False, tied=True)
     tiny["qwen2"] = replace(tiny["llama-bpe"], architecture="qwen2", pre="qwen2")
@@ -44,19 +44,19 @@ def sources(folder: Path) -> dict[str, Gguf]:
     for model in (b"t5", b"rwkv", b"bert", b"plamo2"):
         other = copy.deepcopy(found["llama"])
         other.find("tokenizer.ggml.model").value = model
-        if model in (b"rwkv", b"bert"):  # which know no byte tokens
+        if model in (b"rwkv", b"bert"):  # they have no byte tokens
             types = other.find("tokenizer.ggml.token_type")
             types.value = [1 if type == gguf.TokenType.BYTE else type for type in types.value]
             texts = other.find("tokenizer.ggml.tokens").value
             texts[3:259] = [f"\\x{byte:02x}".encode() for byte in range(256)]
         found[model.decode()] = other
-    charsmap = struct.pack("<I", 1024) + bytes(1024 + 1)  # of no rules
+    charsmap = struct.pack("<I", 1024) + bytes(1024 + 1)  # without rules
     found["t5"].settings.append(Setting(b"tokenizer.ggml.precompiled_charsmap", ARRAY, list(charsmap), item=0))
     return found
 
 
 def _with_experts(dense: Gguf) -> Gguf:
-    """A mixture of four experts, two of them used."""
+    """``dense`` as a mixture of four experts, two of which are used."""
     model, rng = copy.deepcopy(dense), np.random.default_rng(1)
     model.settings += [Setting(b"llama.expert_count", 4, 4), Setting(b"llama.expert_used_count", 4, 2)]
     width, inner = model.find("llama.embedding_length").value, model.find("llama.feed_forward_length").value
@@ -78,7 +78,7 @@ def _with_experts(dense: Gguf) -> Gguf:
 
 
 def mutated(rng: random.Random, source: Gguf) -> bytes:
-    """A file like ``source``, with one to three things wrong."""
+    """A file like ``source`` with one to three mutations."""
     model = copy.deepcopy(source)
     for _ in range(rng.choice((1, 1, 1, 1, 2, 3))):
         rng.choices(*zip(*_MUTATIONS, strict=True))[0](rng, model)  # type: ignore[arg-type]
@@ -206,7 +206,7 @@ def _change_tensor(rng: random.Random, model: Gguf) -> None:
 
 
 def _swap_types(rng: random.Random, model: Gguf) -> None:
-    """All tensors of a shape in another type of the same size: integers for floats."""
+    """Change types to others of the same size: integers for floats."""
     for tensor in model.tensors:
         tensor.type = {0: 26, 1: 25, 8: 24}.get(tensor.type, tensor.type) if rng.random() < 0.5 else tensor.type
 

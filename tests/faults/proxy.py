@@ -1,4 +1,4 @@
-"""A TCP proxy between a coordinator and a device that breaks what passes it, in one way at a time."""
+"""A TCP proxy between a coordinator and a device that causes one fault at a time."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ THROTTLED_BYTES_PER_S: Final = 4000
 
 
 class FaultProxy:
-    """Listens on loopback for the server at ``url``; runs on a thread of its own until `close`.
+    """Forwards connections on loopback to the server at ``url``, on its own thread, until `close`.
 
-    ``fault``: what is done to connections as long as it is set; it may be changed at any time.
+    ``fault``: the current fault, which may be changed at any time.
 
-    delay           every answer comes late
-    stall           the answer's first half comes, then nothing more
-    reset           the answer's first half comes, then the connection is reset
-    duplicate       each request reaches the device twice
-    unacknowledged  the request reaches the device, its answer never arrives
-    throttle        a few KB a second
+    delay           every response is delayed
+    stall           a response stops after its first half
+    reset           the connection is reset after the first half of a response
+    duplicate       each request reaches the server twice
+    unacknowledged  the request reaches the server, but its response is lost
+    throttle        a few KB per second
     refuse          connections are closed at once
     """
 
@@ -33,7 +33,7 @@ class FaultProxy:
         self._server_address = parts.hostname, parts.port
         self.fault: Fault = fault
         self.broken = 0
-        """Answers, or connections, that were interfered with."""
+        """Number of responses or connections affected by faults."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -64,14 +64,14 @@ class FaultProxy:
                 self._answers(upstream[0][0], writer),
                 *(drain(twin) for twin, _ in upstream[1:]),
             ]
-            # the first that ends ends the connection, but a twin that hears nothing more
+            # the first one to end closes the connection, but a duplicate continues
             tasks = [asyncio.ensure_future(pump) for pump in pumps]
             await asyncio.wait(tasks[:2], return_when=asyncio.FIRST_COMPLETED)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         except OSError:
-            self.broken += 1  # the device is away: so it looks from here, too
+            self.broken += 1  # the device is unreachable from here, too
         finally:
             for end in [writer, *(to for _, to in upstream)]:
                 end.transport.abort()
@@ -106,6 +106,6 @@ class FaultProxy:
 
 
 async def drain(reader: asyncio.StreamReader) -> None:
-    """Read what nobody wants."""
+    """Read and discard everything."""
     while await reader.read(65536):
         pass

@@ -1,4 +1,4 @@
-"""Devices that call in over a network that breaks: the run ends, with the digest of the run without a fault."""
+"""Devices that call in over a faulty network: the run ends with the digest of the run without faults."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tuned(path: Path, clients: list[InProcessClient]) -> RunResult:
 
 
 @pytest.mark.parametrize("fault", FAULTS if ALL else ["duplicate", "unacknowledged", "stall"])
-def test_a_network_that_breaks_and_heals_changes_nothing(
+def test_a_network_that_fails_and_recovers_changes_nothing(
     tmp_path: Path, proxy: Callable[..., FaultProxy], fault: Fault
 ) -> None:
     expected = tuned(tmp_path / "near.db", [InProcessClient(device(name)) for name in "ab"])
@@ -58,7 +58,7 @@ def test_a_network_that_breaks_and_heals_changes_nothing(
         wait_until(lambda: len(server.present()) == 2)
 
         def shake() -> None:
-            """0.6 s broken, then well for a while: longer after a connection went silent, which shows only in time."""
+            """Alternate between 0.6 s of the fault and none; for long after a stall, which only a timeout notices."""
             while not stop.wait(0.4):
                 bad.fault = fault
                 stop.wait(0.6)

@@ -1,4 +1,4 @@
-"""The coordinator is killed at its every write and commit, and at random instants: the digest is as without."""
+"""The coordinator is killed at every write and commit, and at random times: the digest does not change."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.integration.processes import Fleet
 pytestmark = pytest.mark.timeout(3600 if ALL else 300)
 
 RANDOM_KILLS = 50 if ALL else 2
-STEP = 1 if ALL else 17  # of the statements that are points to die at
+STEP = 1 if ALL else 17  # of the statements at which to kill
 
 
 @pytest.fixture
@@ -25,10 +25,10 @@ def urls(fleet: Fleet) -> list[str]:
 
 @pytest.fixture
 def whole(urls: list[str], tmp_path: Path) -> tuple[str, int]:
-    """The digest of a run without a fault, and how many statements it has."""
-    sitting = Coordinator(tmp_path / "whole", urls)
-    assert sitting.wait() == 0
-    return digest(tmp_path / "whole"), sitting.statements
+    """The digest of a run without faults, and its number of statements."""
+    session = Coordinator(tmp_path / "whole", urls)
+    assert session.wait() == 0
+    return digest(tmp_path / "whole"), session.statements
 
 
 def test_killed_at_each_statement_it_resumes_to_the_same_digest(
@@ -43,24 +43,26 @@ def test_killed_at_each_statement_it_resumes_to_the_same_digest(
         assert digest(path) == expected, f"killed at statement {point}"
 
 
-def test_killed_twice_and_more_in_one_run(urls: list[str], tmp_path: Path, whole: tuple[str, int]) -> None:
+def test_killed_several_times_in_one_run_it_ends_with_the_same_digest(
+    urls: list[str], tmp_path: Path, whole: tuple[str, int]
+) -> None:
     path = tmp_path / "often"
-    sittings = 0
-    while Coordinator(path, urls, kill_at=30 + sittings).wait() == DIES:
-        sittings += 1
-        assert sittings < 100
-    assert sittings > 1
+    sessions = 0
+    while Coordinator(path, urls, kill_at=30 + sessions).wait() == DIES:
+        sessions += 1
+        assert sessions < 100
+    assert sessions > 1
     assert digest(path) == whole[0]
 
 
-def test_killed_at_random_instants_it_resumes_to_the_same_digest(
+def test_killed_at_random_times_it_resumes_to_the_same_digest(
     urls: list[str], tmp_path: Path, whole: tuple[str, int]
 ) -> None:
     rng = random.Random(5)
     for number in range(RANDOM_KILLS):
         path = tmp_path / f"random-{number}"
-        sitting = Coordinator(path, urls)
+        session = Coordinator(path, urls)
         time.sleep(rng.uniform(0.0, 0.6))
-        sitting.kill()
+        session.kill()
         assert Coordinator(path, urls).wait() == 0
         assert digest(path) == whole[0]

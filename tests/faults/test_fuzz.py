@@ -1,4 +1,4 @@
-"""Frames that no fedbpt sends: what is a message is taken, the rest refused with a 4xx; nothing breaks."""
+"""Mutated frames: valid messages are accepted, others refused with a 4xx; nothing breaks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TYPES = (*[codec.CONTENT_TYPE] * 8, "application/json", "text/plain", "", f"{cod
 
 
 class Unwilling(FakeDevice):
-    """Takes any plan and does nothing of it."""
+    """Accepts any plan and does no work."""
 
     def run(self, *_: Any) -> Any:
         raise ScoringInterrupted("not here")
@@ -49,7 +49,7 @@ class Unwilling(FakeDevice):
 
 
 def mutated(rng: random.Random, frame: bytes) -> bytes:
-    """``frame`` with some of it changed, cut out, repeated or made up."""
+    """``frame`` with some bytes changed, removed, repeated or inserted."""
     data = bytearray(frame)
     for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
         at = rng.randrange(len(data) + 1)
@@ -62,7 +62,7 @@ def mutated(rng: random.Random, frame: bytes) -> bytes:
                 data[at:at] = data[at : at + rng.randrange(1, 64)]
             case 3:
                 data[at:at] = rng.randbytes(rng.randrange(1, 9))
-            case 4 if data:  # MessagePack's own markers: lengths of up to 2³²
+            case 4 if data:  # MessagePack markers with lengths of up to 2³²
                 data[at % len(data)] = rng.choice((0xC1, 0xC6, 0xC9, 0xCB, 0xD3, 0xDB, 0xDD, 0xDF))
             case _:
                 del data[at:]
@@ -120,7 +120,7 @@ def test_no_frame_breaks_a_coordinator(tmp_path: Path) -> None:
         async with httpx.AsyncClient(transport=transport, base_url="http://coordinator") as http:
             waiting: asyncio.Future[Any] | None = None
             for _ in range(FRAMES):
-                if waiting is None or waiting.done():  # something to fetch, so that no poll is held open
+                if waiting is None or waiting.done():  # a pending request, so that no poll is held
                     request = Request(id=id, method="GET", path="/v1/status")
                     waiting = asyncio.ensure_future(office.box("a").exchange(request, 3600.0))
                     await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""Model files with something wrong in their headers: used, or refused in one line; none ends who loads it."""
+"""Model files with mutated headers are used, or refused in one line; none ends the process that loads it."""
 
 from __future__ import annotations
 
@@ -22,31 +22,36 @@ from tests.faults.mutations import mutated, sources
 
 FILES = 100_000 if ALL else 300
 SEED = 5
-WAIT_S = 240.0  # for a file; a busy machine is slow
+WAIT_S = 240.0  # per file, on a busy machine
 ROOT = Path(__file__).parents[2]
 
 
 class Worker:
-    """A process that takes paths and answers with lines; started again where it died."""
+    """A process that reads paths and prints lines; restarted if it has died."""
 
     def __init__(self, module: str, *arguments: str, until: str | None = None) -> None:
         self._command = [sys.executable, "-m", f"tests.faults.{module}", *arguments]
-        self._until = until  # the last line of an answer; None: it has one
+        self._until = until  # the last line of a reply; None: a reply has one line
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, path: Path) -> tuple[list[str], int | None]:
-        """The lines of the answer, and with what status the process ended over it."""
+        """Send a path; returns the lines of the reply, and the exit status if the process ended."""
         if self._process is None:
             environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
             self._process = subprocess.Popen(
-                self._command, cwd=ROOT, env=environment, bufsize=0,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            )  # fmt: skip
+                self._command,
+                cwd=ROOT,
+                env=environment,
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
         assert self._process.stdin is not None
         self._process.stdin.write(os.fsencode(path) + b"\n")
         lines = list(self._lines(self._process))
-        answered = bool(lines) and self._until in (None, lines[-1])
-        return lines, None if answered else self.end()
+        complete = bool(lines) and self._until in (None, lines[-1])
+        return lines, None if complete else self.end()
 
     def _lines(self, process: subprocess.Popen[bytes]) -> Iterator[str]:
         assert process.stdout is not None
@@ -65,7 +70,7 @@ class Worker:
                 return
 
     def end(self) -> int | None:
-        """End the process, if there is one; its status."""
+        """End the process, if there is one; returns its exit status."""
         if self._process is None:
             return None
         for pipe in (self._process.stdin, self._process.stdout):
@@ -91,16 +96,16 @@ def user() -> Iterator[Worker]:
 
 
 def check_refusal(line: str, path: Path) -> None:
-    kind, why = line.removeprefix("refused ").split(" ", 1)
+    kind, reason = line.removeprefix("refused ").split(" ", 1)
     assert kind in ("ModelFileError", "UnsupportedModelError"), line
-    assert path.name in why, line
+    assert path.name in reason, line
 
 
 @pytest.mark.timeout(24 * 3600 if ALL else 300)
 def test_no_model_file_ends_the_process_that_loads_it(
     tmp_path: Path, trier: Worker, user: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file that ends the process that tries it is refused; what passes there is safe in one that lives on."""
+    """A file that ends the trial's process is refused; one that passes is safe in a long-lived process."""
     monkeypatch.setattr(trial, "_CPU_S", model_trier.CPU_S)
     models = sources(tmp_path)
     seen: Counter[str] = Counter()
@@ -108,18 +113,19 @@ def test_no_model_file_ends_the_process_that_loads_it(
     for i in range(FILES):
         rng = random.Random(f"{SEED} {i}")
         name = rng.choice(list(models))
-        path = tmp_path / f"{i}-{name}.gguf"  # stays where an assertion below fails
+        path = tmp_path / f"{i}-{name}.gguf"  # kept if an assertion below fails
         path.write_bytes(mutated(rng, models[name]))
-        said, status = trier.ask(path)
+        lines, status = trier.ask(path)
         if status is not None:
             seen["ended"] += 1
-            ends[status, said[-1] if said else ""] += 1
-            if ends[status, said[-1] if said else ""] == 1:
+            end = (status, lines[-1] if lines else "")
+            ends[end] += 1
+            if ends[end] == 1:
                 with pytest.raises(ModelFileError) as failed:
                     trial.run(path)
                 check_refusal(f"refused ModelFileError {failed.value}", path)
                 assert len(str(failed.value).splitlines()) == 1
-        elif said[-2] == "passed":
+        elif lines[-2] == "passed":
             used, status = user.ask(path)
             assert status is None, (path, used, status)
             assert len(used) == 1, (path, used)
@@ -127,7 +133,7 @@ def test_no_model_file_ends_the_process_that_loads_it(
                 check_refusal(used[0], path)
             seen["used"] += used == ["used"]
         else:
-            check_refusal(said[-2], path)
+            check_refusal(lines[-2], path)
             seen["refused"] += 1
         path.unlink()
     print(seen, ends)

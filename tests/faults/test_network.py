@@ -1,4 +1,4 @@
-"""What a network does to messages on their way: the run ends, with the digest of the run without a fault."""
+"""Faults of a network: the run ends with the digest of the run without faults."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def expected(urls: list[str], tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("fault", ["delay", "duplicate", "throttle"] if ALL else ["duplicate"])
-def test_a_network_that_is_only_bad_changes_nothing(
+def test_a_permanently_faulty_network_changes_nothing(
     urls: list[str], expected: str, tmp_path: Path, proxy: Proxy, fault: Fault
 ) -> None:
     bad = [proxy(url, fault) for url in urls]
@@ -40,15 +40,15 @@ def test_a_network_that_is_only_bad_changes_nothing(
 
 
 @pytest.mark.parametrize("fault", FAULTS if ALL else ["stall", "unacknowledged"])
-def test_a_network_that_breaks_and_heals_changes_nothing(
+def test_a_network_that_fails_and_recovers_changes_nothing(
     urls: list[str], expected: str, tmp_path: Path, proxy: Proxy, fault: Fault
 ) -> None:
     bad = [proxy(url) for url in urls]
-    sitting = Coordinator(tmp_path / "run", [each.url for each in bad], rounds=4)
+    session = Coordinator(tmp_path / "run", [each.url for each in bad], rounds=4)
     stop = threading.Event()
 
     def shake() -> None:
-        """Each device's network in turn: 0.3 s well, 0.7 s broken."""
+        """Each device's network in turn: 0.7 s of the fault, then none."""
         while not stop.wait(0.3):
             for each in bad:
                 each.fault = fault
@@ -58,7 +58,7 @@ def test_a_network_that_breaks_and_heals_changes_nothing(
     shaking = threading.Thread(target=shake)
     shaking.start()
     try:
-        assert sitting.wait() == 0
+        assert session.wait() == 0
     finally:
         stop.set()
         shaking.join()
@@ -70,5 +70,5 @@ def test_a_device_that_hangs_for_good_costs_one_round_its_deadline(
     urls: list[str], tmp_path: Path, proxy: Proxy
 ) -> None:
     stuck = proxy(urls[1], "stall")
-    sitting = Coordinator(tmp_path / "run", [urls[0], stuck.url], deadline_s=5.0, quorum=0.5)
-    assert sitting.wait() == 0
+    session = Coordinator(tmp_path / "run", [urls[0], stuck.url], deadline_s=5.0, quorum=0.5)
+    assert session.wait() == 0

@@ -1,4 +1,4 @@
-"""Fixtures: processes that end with their test."""
+"""Fixture of processes that end with their test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes of a test, each with a clean end."""
+"""Start the processes of a test and end them with it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Fleet:
-    """The processes of a test; every one is gone and its pipes closed at the end."""
+    """The processes of a test; `end` kills them and closes their pipes."""
 
     def __init__(self) -> None:
         self.started: list[subprocess.Popen[str]] = []
@@ -28,7 +28,7 @@ class Fleet:
         stdout: IO[str] | int = subprocess.PIPE,
         stderr: IO[str] | int = subprocess.PIPE,
     ) -> subprocess.Popen[str]:
-        """``python -m ARGUMENTS``, with this source tree's package; an emulated ``python`` has its own."""
+        """Start ``python -m ARGUMENTS`` with the package of this source tree; an emulated ``python`` has its own."""
         paths = [str(ROOT / "python"), str(ROOT), os.environ.get("PYTHONPATH", "")]
         process = subprocess.Popen(
             [python, "-m", *map(str, arguments)],
@@ -43,22 +43,22 @@ class Fleet:
         return process
 
     def devices(self, *arguments: tuple[str, ...]) -> list[tuple[subprocess.Popen[str], str]]:
-        """Toy devices, started together; each with its address once it answers."""
+        """Start toy devices together; returns each with its URL, when all are ready."""
         processes = [self.spawn("tests.integration.toy_device", *given) for given in arguments]
         return [(process, ready(process)) for process in processes]
 
     def end(self) -> None:
         for process in self.started:
-            lived = process.poll() is None
-            if lived:
+            running = process.poll() is None
+            if running:
                 process.kill()
             _, err = process.communicate(timeout=10)
-            end = "lived to the end" if lived else f"ended by itself ({process.returncode})"
-            print(f"{process.args}: {end}\n{err or ''}")  # shown where the test failed
+            end = "ran to the end" if running else f"ended by itself ({process.returncode})"
+            print(f"{process.args}: {end}\n{err or ''}")  # shown if the test fails
 
 
 def ready(process: subprocess.Popen[str]) -> str:
-    """The address that a device process announces."""
+    """The URL that a device process announces."""
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:

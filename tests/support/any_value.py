@@ -1,4 +1,4 @@
-"""Values of every kind, and what a public function may make of one: a result, or an error of ours in one line."""
+"""Arbitrary values, and a check that a public function returns a result or raises a one-line `FedbptError` for them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedbpt.errors import FedbptError
 
 
 def ignored(*_arguments: object) -> None:
-    """A function that takes anything."""
+    """Accept any arguments."""
 
 
 NUMBERS: tuple[Any, ...] = (
@@ -61,37 +61,37 @@ VALUES = (*NUMBERS, *TEXTS, *OTHERS)
 
 
 def fault_of(call: Callable[..., object], right: dict[str, Any], parameter: str, value: object) -> str | None:
-    """What is wrong with how ``call`` ends with ``value`` for ``parameter``, other arguments right; None: nothing.
+    """Call with ``value`` for ``parameter`` and otherwise valid arguments; returns what is wrong, or None.
 
-    An error names the parameter, or the value, or is the one that there is without it.
+    An error must name the parameter or the value, or also occur with valid arguments.
     """
-    said = message_of(call, {**right, parameter: value})
-    if said is None or (len(said.splitlines()) == 1 and _tells_of(said, parameter, value)):
+    message = message_of(call, {**right, parameter: value})
+    if message is None or (len(message.splitlines()) == 1 and _names(message, parameter, value)):
         return None
-    return None if said == message_of(call, right) else f"{shown(value)}: {said:.300}"
+    return None if message == message_of(call, right) else f"{shown(value)}: {message:.300}"
 
 
 def shown(value: object) -> str:
     try:
         return f"{value!r:.60}"
-    except ValueError:  # Python writes no integer of thousands of digits
+    except ValueError:  # Python does not format integers of thousands of digits
         return f"a {type(value).__name__} with a long integer"
 
 
 def message_of(call: Callable[..., object], arguments: dict[str, Any]) -> str | None:
-    """Of the error that a call raises; of one that is not ours, after its kind, over two lines."""
+    """The message of the `FedbptError` that a call raises; of another exception two lines, type first. Else None."""
     try:
         call(**arguments)
     except FedbptError as error:
         return str(error)
-    except Exception as error:  # noqa: BLE001 - that is what is looked for
+    except Exception as error:  # noqa: BLE001 - such exceptions are what the tests look for
         return f"{type(error).__name__}\n{error}"
     return None
 
 
-def _tells_of(said: str, parameter: str, value: object) -> bool:
+def _names(message: str, parameter: str, value: object) -> bool:
     words = [word.rstrip("s") for word in parameter.split("_") if len(word) > 2] + [f" {parameter} "]
     words += ["text"] if parameter in ("cue", "tokens") else []
     words += ["row"] if parameter in ("data", "dataset", "labels") else []
     quoted = [str(value)[:60], str(Path(value))] if isinstance(value, str | Path) else []
-    return any(word in said for word in words) or any(repr(text)[1:-1].strip() in said for text in quoted)
+    return any(word in message for word in words) or any(repr(text)[1:-1].strip() in message for text in quoted)

@@ -1,4 +1,4 @@
-"""A coordinator's server and devices that call it, in this process."""
+"""A coordinator's server and devices that poll it, in this process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedbpt.device.agent.poller import Poller
 
 @contextmanager
 def called_by(folder: Path, *devices: LocalDevice, **options: Any) -> Iterator[CoordinatorServer]:
-    """A server on loopback that ``devices``, enrolled under their names, call until the end."""
+    """A server on loopback that ``devices``, enrolled under their names, poll within the block."""
     with ExitStack() as stack:
         registry = stack.enter_context(DeviceRegistry(folder / "devices.db"))
         server = stack.enter_context(CoordinatorServer(registry, **options))
@@ -29,7 +29,8 @@ def called_by(folder: Path, *devices: LocalDevice, **options: Any) -> Iterator[C
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Poll ``condition`` until it holds. Fails after ``seconds``."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
+        assert time.monotonic() < end, f"not true within {seconds:g} s"
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""A device without a model, for tests of the federation: its losses are a known function of the candidates."""
+"""A device without a model, whose losses are a known function of the candidates."""
 
 from __future__ import annotations
 
@@ -30,12 +30,15 @@ from fedbpt.search.population import sample_population
 
 FINGERPRINT = "sha256:toy"
 
-TOY = TaskIdentity.of("toy", ("x", "y"), (("text",), "label", None))  # reading as a `Task` does that says nothing else
-"""Of `tests.support.toy_scene.ToyTask`."""
+TOY = TaskIdentity.of("toy", ("x", "y"), (("text",), "label", None))  # a Task's default reading
+"""The identity of `tests.support.toy_scene.ToyTask`."""
 
 
 class FakeDevice:
-    """Losses are squared distances to a target; `slow_s` is how long a round takes, `fail` what it raises."""
+    """Losses are squared distances to ``target``. ``slow_s``: duration of a round; ``fail``: raised by its work.
+
+    ``gate``: cleared to hold a round; ``change``: applied to reports.
+    """
 
     def __init__(
         self,
@@ -106,7 +109,7 @@ class FakeDevice:
         self.interrupts += 1
 
     def answer(self, question: Question, said: Callable[[Answer], None], cancelled: Callable[[], bool]) -> Answer:
-        """Each word of the text is a piece, said by both sides; `slow_s` is how long one takes."""
+        """Both sides repeat the text, one word per piece, each taking ``slow_s``."""
         self.questions.append(question)
         texts = ("", "")
         for n, word in enumerate(question.text.split(), start=1):

@@ -1,6 +1,6 @@
-"""A stand-in for the Hugging Face hub on the loopback: a few files, HEAD and GET of ``resolve``, ranges, faults.
+"""A stand-in for the Hugging Face hub on loopback: a few files, HEAD and GET of ``resolve``, ranges, faults.
 
-Written from the hub's documented headers (``X-Repo-Commit``, ``X-Linked-Etag``, ``X-Linked-Size``).
+Based on the hub's documented headers (``X-Repo-Commit``, ``X-Linked-Etag``, ``X-Linked-Size``).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves ``content`` as ``repo``/``filename``, and more after `add`.
+    """Serves ``content`` as ``repo``/``filename``, and more files after `add`.
 
-    Set the public attributes before a request to cause a fault.
+    Public attributes set before a request cause faults.
     """
 
     daemon_threads = True
@@ -27,19 +27,19 @@ class Hub(ThreadingHTTPServer):
         self.repo = repo
         self.contents: dict[str, bytes] = {}  # by path
         self.add(filename, content)
-        self.paths = set(self.contents)  # those that are there
+        self.paths = set(self.contents)  # those that exist
         self.etag = hashlib.sha256(content).hexdigest()  # of the first file
-        self.cut_after: list[int] = []  # each GET answer breaks off after this many bytes, while there are entries
+        self.cut_after: list[int] = []  # each entry truncates one GET response to this many bytes
         self.ignore_ranges = False
         self.get_status = 200
         self.seconds_per_block = 0.0
         self.ranges: list[str | None] = []  # the Range header of each GET
-        self.redirect_to: str | None = None  # another stand-in: the store that the hub sends GETs to
+        self.redirect_to: str | None = None  # another stand-in, to which GETs are redirected
         self.tokens: set[str | None] = set()  # the Authorization header of each request
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02})
 
     def add(self, filename: str, content: bytes) -> None:
-        """Serve one more file."""
+        """Serve another file."""
         added = {f"/{self.repo}/resolve/{revision}/{filename}": content for revision in ("main", COMMIT)}
         self.contents |= added
         self.paths = set(self.contents)
@@ -113,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
     def handle(self) -> None:
         try:
             super().handle()
-        except ConnectionError:  # the client was killed: that is what the test wants
+        except ConnectionError:  # the test has killed the client
             self.close_connection = True
 
     def _known(self) -> bool:

@@ -1,4 +1,4 @@
-"""A device's messages with one number changed, and the device that sends them."""
+"""Messages of a device with one number changed, and a device that sends them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXTREMES: Final[tuple[int | float, ...]] = (
 
 
 def leaves(value: Any, path: Path = ()) -> Iterator[Path]:
-    """Where the numbers of a message are; an array is one."""
+    """The paths of the numbers in a message; an array counts as one number."""
     if isinstance(value, Array) or (isinstance(value, int | float) and not isinstance(value, bool)):
         if path[-1] != "protocol":
             yield path
@@ -38,7 +38,7 @@ def leaves(value: Any, path: Path = ()) -> Iterator[Path]:
 
 
 def changed(value: Any, path: Path, to: float) -> Any:
-    """``value`` with the number at ``path`` replaced, in an array all of them; an int stays one."""
+    """``value`` with the number at ``path`` replaced; in an array, all its elements. An int remains an int."""
     if not path:
         if isinstance(value, Array):
             with np.errstate(over="ignore"):
@@ -62,7 +62,7 @@ def largest(value: Any, path: Path) -> float:
 
 
 class Liar:
-    """``device``, whose every message goes through ``lie``."""
+    """Wraps ``device`` and applies ``lie`` to each of its messages."""
 
     def __init__(self, device: LocalDevice, lie: Callable[[Any], Any]) -> None:
         self.device = device

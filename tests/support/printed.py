@@ -1,38 +1,63 @@
-"""What a page prints, to be run as it is printed: its code blocks in order, and the commands in them."""
+"""The code blocks of a Markdown page and the commands in them."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple
 
-Language = Literal["console", "python", "toml"]
-
-_BLOCK = re.compile(r"^( *)```(console|python|toml)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(
+    r"^(?P<indent> *)(?:<!-- not run: (?P<reason>.+?) -->\n *)?```(?P<language>.*)\n(?P<text>(?s:.*?))^ *```$",
+    re.MULTILINE,
+)
+_PROMPT = re.compile(r"(?:([\w-]*)\$|#) +(.*)")
+_OPERATORS = frozenset({"&&", ";", "|", "<", ">"})
 
 
 class Block(NamedTuple):
-    """A fenced block; ``text`` without the indentation that it has in a list."""
+    """A fenced block. ``text`` is without the block's own indentation.
 
-    language: Language
+    ``not_run``: the reason that the page gives by ``<!-- not run: REASON -->`` on the line before it; else empty.
+    """
+
+    language: str
     text: str
+    not_run: str = ""
 
 
 def blocks(page: str) -> list[Block]:
-    """The blocks of a page in Markdown."""
+    """The blocks of a page, in order."""
     found = []
-    for indent, language, text in _BLOCK.findall(page):
-        lines = [line.removeprefix(indent) for line in text.splitlines()]
-        found.append(Block(cast(Language, language), "\n".join(lines) + "\n"))
+    for match in _BLOCK.finditer(page):
+        lines = [line.removeprefix(match["indent"]) for line in match["text"].splitlines()]
+        found.append(Block(match["language"], "\n".join(lines) + "\n", match["reason"] or ""))
     return found
 
 
 def commands(block: Block) -> Iterator[tuple[str, str]]:
-    """(host, command) of each prompt in a console block: ``device$ fedbpt …`` is of ``device``, ``$ …`` of ````.
+    """(host, command) for each prompt of a console block: ``device$ fedbpt …`` has host ``device``, ``$ …`` has none.
 
-    A comment after the command is left out, and a line that ends in a backslash goes on.
+    Trailing comments are dropped; a line that ends in a backslash continues on the next. ``# …`` is a root prompt.
     """
     for line in block.text.replace("\\\n", " ").splitlines():
-        prompt = re.match(r"([\w-]*)\$ +(.*)", line)
-        if prompt:
-            yield prompt[1], " ".join(re.sub(r"\s#.*", "", prompt[2]).split())
+        if prompt := _PROMPT.match(line):
+            yield prompt[1] or "", " ".join(re.sub(r"\s#.*", "", prompt[2]).split())
+
+
+def programs(command: str) -> Iterator[list[str]]:
+    """The words of each program in a command line, without ``sudo``, variables set for it, and redirections."""
+    lexer = shlex.shlex(command, posix=True, punctuation_chars=";&|<>")
+    lexer.whitespace_split = True
+    words: list[str] = []
+    redirected = False
+    for word in [*lexer, ";"]:
+        if word in _OPERATORS and not redirected:
+            if words:
+                yield words
+            words = []
+            redirected = word in "<>"
+        elif redirected:
+            redirected = False
+        elif words or not (word == "sudo" or re.match(r"[A-Z_]+=", word)):
+            words.append(word)

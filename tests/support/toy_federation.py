@@ -1,4 +1,4 @@
-"""Rounds of an aggregation algorithm over devices that are plain functions, through the wire's encoding."""
+"""Rounds of an aggregation algorithm over devices that are plain functions; messages are encoded and decoded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Loss = Callable[[np.ndarray], np.ndarray]
 
 
 def report(device: str, round: int, result: Result, n_texts: int = 8, evaluations: int = 1) -> RoundReport:
-    """A report with nothing but what aggregation reads."""
+    """A report with only the fields that aggregation reads."""
     return RoundReport(
         run="toy",
         round=round,
@@ -35,7 +35,7 @@ def report(device: str, round: int, result: Result, n_texts: int = 8, evaluation
 
 
 def answer(work: Work, device: str, round: int, loss: Loss, seed: int, n_texts: int = 8) -> RoundReport:
-    """What the device does with the work it decodes."""
+    """The report of a device with ``loss`` on ``work``."""
     work = msgspec.msgpack.decode(msgspec.msgpack.encode(work), type=PooledWork | LocalWork)
     if isinstance(work, PooledWork):
         losses = loss(sample_population(work.state, work.popsize, seed, work.generation))
@@ -49,7 +49,7 @@ def answer(work: Work, device: str, round: int, loss: Loss, seed: int, n_texts: 
 def run(
     aggregator: Aggregator, devices: Mapping[str, Loss], rounds: int, seed: int = 3, backwards: bool = False
 ) -> list[list[RoundReport]]:
-    """All devices report in every round. Returns the reports."""
+    """Run ``rounds`` in which all devices report; returns the reports. ``backwards``: in reverse order."""
     history = []
     for number in range(rounds):
         work = aggregator.work(number)

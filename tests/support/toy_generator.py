@@ -1,4 +1,4 @@
-"""Generation by the toy model: every token is computed anew from all that stands before it."""
+"""Text generation by the toy model: every token is computed from the whole sequence before it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ if TYPE_CHECKING:
     from tests.support.toy_scorer import ToyScorer
 
 END = 0  # the byte that ends a text
-PLACES = 4  # for texts that are being generated, as the engine has them
+PLACES = 4  # generated at the same time, as in the engine
 
 
 class ToyGenerator:
-    """`fedbpt.engine.text_generator.Generator` by a `ToyScorer`. ``opened``: what was begun; ``pace``: held to make it
-    wait.
+    """`fedbpt.engine.text_generator.Generator` of a `ToyScorer`. ``opened``: texts so far; ``pace``: cleared to block.
 
-    A text holds its place until it is closed: the engine's may be freed earlier, when nothing refers to them any more.
+    A text counts as open until it is closed; the engine also frees texts without references.
     """
 
     def __init__(self, scorer: ToyScorer) -> None:
@@ -43,7 +42,7 @@ class ToyGenerator:
     def open(self, placed: Placed, sampling: Sampling) -> ToyStream:
         check_rows(placed.rows, self._scorer.n_embd)
         if not len(placed.ids):
-            raise InputError("there is nothing to go on from: give at least one token")
+            raise InputError("the text is empty: give at least one token")
         if len(placed.ids) >= self.n_ctx:
             raise InputError(f"the text has {len(placed.ids)} tokens, the context is {self.n_ctx}: shorten the text")
         if self.n_open == PLACES:

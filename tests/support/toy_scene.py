@@ -1,4 +1,4 @@
-"""Runs over devices in this process: a task, clients that can fail, and the events that a run tells."""
+"""Runs over devices in this process: a task, clients that can fail, and the events of the run."""
 
 from __future__ import annotations
 
@@ -86,11 +86,18 @@ class FlakyClient(InProcessClient):
 
 
 def settings(**changes: Any) -> RunSettings:
-    """Of a search alone: no calibration, no readout."""
+    """Settings of a search without calibration and readout."""
     made = RunSettings(
-        rounds=4, popsize=6, prompt=PromptSpec(d=D), objective=ObjectiveSpec(readout_words=0), calibrate=False,
-        deadline_s=5.0, quorum=0.5, seed=3, evaluate_every=0,
-    )  # fmt: skip
+        rounds=4,
+        popsize=6,
+        prompt=PromptSpec(d=D),
+        objective=ObjectiveSpec(readout_words=0),
+        calibrate=False,
+        deadline_s=5.0,
+        quorum=0.5,
+        seed=3,
+        evaluate_every=0,
+    )
     return msgspec.structs.replace(made, **changes)
 
 
@@ -118,14 +125,14 @@ class Scene:
         )
 
     def run(self, run: str = "r", task: Task | None = None, **changes: Any) -> RunResult:
-        """``changes``: of the settings; ``control``."""
+        """Run to the end. ``changes``: of the settings, and ``control``."""
         return self.federation(run, task, **changes).run()
 
     def of(self, kind: type[Any]) -> list[Any]:
         return [event for event in self.events if isinstance(event, kind)]
 
     def when(self, wanted: Callable[[Event], bool], do: Callable[[], None]) -> None:
-        """``do`` once, at the first event that is ``wanted``."""
+        """Call ``do`` once, at the first event that is ``wanted``."""
         pending = [do]
 
         def react(event: Event) -> None:

@@ -1,7 +1,7 @@
 """A tiny deterministic stand-in for a language model, in numpy: bytes in, logits out.
 
-It satisfies the `fedbpt.engine.scorer.Scorer` protocol. Every (candidate, text) pair is computed on its own, so a
-result depends on nothing else in the call. ``calls`` records each call's shapes.
+It satisfies the `fedbpt.engine.scorer.Scorer` protocol. Every (candidate, text) pair is computed separately, so a
+result does not depend on the rest of the call. ``calls`` records the shapes of each call.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ BOS = 256
 
 
 class ToyScorer:
-    """Byte tokens with BOS 256. A text's last embedding and the mean of all of them drive a tanh layer.
+    """Byte tokens with BOS 256. A tanh layer reads a text's last embedding and the mean of all of them.
 
     Args:
-        seed: of the weights; two scorers with equal arguments are the same model.
+        seed: seed of the weights; scorers with equal arguments are the same model.
         n_embd: embedding width.
         n_ctx: longest sequence, prompt included.
-        name: what the model is called.
+        name: the model's name.
     """
 
     n_vocab = 257
@@ -159,14 +159,14 @@ class ToyScorer:
         return ToyGenerator(self)
 
     def logits_after(self, ids: Sequence[int], rows: NDArray[np.float32], rows_at: int) -> NDArray[np.float64]:
-        """Logits [n_vocab] of what follows ``ids``, those from ``rows_at`` on embedded as ``rows`` instead."""
+        """Logits [n_vocab] after ``ids``, with ``rows`` in place of the embeddings from ``rows_at`` on."""
         values = self._table[self._checked(ids)]
         if len(rows):
             values[rows_at : rows_at + len(rows)] = rows
         return self._forward(values)
 
     def interrupt(self) -> None:
-        """Its calls are short."""
+        """Do nothing: calls are short."""
 
     def memory(self) -> Mapping[str, int]:
         size = self._table.nbytes
@@ -202,7 +202,7 @@ class ToyScorer:
 
 
 class ToyPlan:
-    """Counts tokens as a real plan does: in the cue, what precedes the rows is computed once."""
+    """Counts tokens as a real plan does: in the cue, the tokens before the rows are computed once."""
 
     def __init__(
         self,

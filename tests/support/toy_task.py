@@ -1,4 +1,4 @@
-"""A task that the toy model can tune on: two labels whose words are one byte each, and rows to learn from."""
+"""A task that the toy model can be tuned on: two labels whose words are one byte each, and rows."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ _WORDS = ("zzz", "aaa", "iii")
 
 
 def rows(n: int, first: int = 0) -> list[Row]:
-    """``n`` rows, one in four negative: that is there to learn. ``first``: the first one's number."""
+    """``n`` rows, one in four negative, which can be learned. ``first``: number of the first row."""
     return [(f"{_WORDS[i % 3]} number {i}", int(i % 4 > 0)) for i in range(first, first + n)]

@@ -1,4 +1,4 @@
-"""Wheels small enough to make in a test, for the real pip to fetch from a folder."""
+"""Make small wheels, for the real pip to download from a folder."""
 
 import hashlib
 import zipfile
@@ -8,7 +8,7 @@ from fedbpt.machine.wheel_files import Package
 
 
 def make_wheel(folder: Path, name: str, member: str, content: bytes) -> Package:
-    """A minimal wheel ``name`` 1.0 that holds ``content`` at ``member``."""
+    """Write a minimal wheel of ``name`` 1.0 with ``content`` at ``member``."""
     module = name.replace("-", "_")
     path = folder / f"{module}-1.0-py3-none-any.whl"
     info = f"{module}-1.0.dist-info"

@@ -57,35 +57,35 @@ def test_a_sound_wheel_passes(wheel_of) -> None:
 
 
 @pytest.mark.parametrize(
-    ("broken", "said"),
+    ("broken", "value"),
     [
-        (library(MODULE, machine="EM_X86_64"), "is for EM_X86_64"),
-        (library(MODULE, versions=("GLIBC_2.17", "GLIBC_2.34")), "needs GLIBC_2.34, the tag promises glibc 2.27"),
-        (library(MODULE, needed=("libstdc++.so.6", "libc.so.6")), r"needs libstdc\+\+.so.6, which the wheel has not"),
-        (library(MODULE, needed=("libggml.so",)), "needs libggml.so, which the wheel has not"),
-        (library(MODULE, needed=("libggml-cpu-armv8.0_1.so",)), "a name that another package's library may have taken"),
-        (library(MODULE, runpath="/build/bin"), r"looks for its libraries in /build/bin instead of \$ORIGIN"),
-        (library(MODULE, runpath=""), "looks for its libraries in no place"),
+        (library(MODULE, machine="EM_X86_64"), "EM_X86_64"),
+        (library(MODULE, versions=("GLIBC_2.17", "GLIBC_2.34")), "GLIBC_2.34"),
+        (library(MODULE, needed=("libstdc++.so.6", "libc.so.6")), r"libstdc\+\+.so.6"),
+        (library(MODULE, needed=("libggml.so",)), "libggml.so"),
+        (library(MODULE, needed=("libggml-cpu-armv8.0_1.so",)), "libggml-cpu-armv8.0_1.so"),
+        (library(MODULE, runpath="/build/bin"), r"/build/bin.*\$ORIGIN"),
+        (library(MODULE, runpath=""), r"\$ORIGIN"),
     ],
 )
-def test_a_library_that_breaks_the_promise(wheel_of, broken: Library, said: str) -> None:
-    with pytest.raises(WheelError, match=said):
+def test_a_library_that_does_not_match_the_tag(wheel_of, broken: Library, value: str) -> None:
+    with pytest.raises(WheelError, match=value):
         check_wheel.check(wheel_of([broken, *SOUND[1:]]))
 
 
 @pytest.mark.parametrize(
-    ("libraries", "said"),
+    ("libraries", "value"),
     [
-        (SOUND[1:], f"should have the module {MODULE[7:]} and has none"),
-        ([library(MODULE.replace("311", "312")), *SOUND[1:]], "and has _native.cpython-312"),
-        (SOUND[:2], "has no CPU backend"),
-        ([*SOUND, library("fedbpt/libfedbpt-llama.so.0")], "one library twice"),
-        ([*SOUND, library("fedbpt.libs/libfedbpt-llama-0a1b2c3d.so")], "one library twice"),
-        ([*SOUND, library("fedbpt/libcopy.so", digest=SOUND[1].digest)], "one library twice"),
+        (SOUND[1:], MODULE[7:]),
+        ([library(MODULE.replace("311", "312")), *SOUND[1:]], "_native.cpython-312"),
+        (SOUND[:2], "libggml-cpu-"),
+        ([*SOUND, library("fedbpt/libfedbpt-llama.so.0")], "libfedbpt-llama.so.0"),
+        ([*SOUND, library("fedbpt.libs/libfedbpt-llama-0a1b2c3d.so")], "libfedbpt-llama-0a1b2c3d.so"),
+        ([*SOUND, library("fedbpt/libcopy.so", digest=SOUND[1].digest)], "libcopy.so"),
     ],
 )
-def test_a_set_of_libraries_that_breaks_the_promise(wheel_of, libraries: list[Library], said: str) -> None:
-    with pytest.raises(WheelError, match=said):
+def test_a_set_of_libraries_that_does_not_match_the_tag(wheel_of, libraries: list[Library], value: str) -> None:
+    with pytest.raises(WheelError, match=value):
         check_wheel.check(wheel_of(libraries))
 
 
@@ -93,18 +93,18 @@ def test_a_wheel_that_is_too_big(wheel_of) -> None:
     wheel = wheel_of(SOUND)
     size = wheel.stat().st_size
     check_wheel.check(wheel, max_bytes=size)
-    with pytest.raises(WheelError, match=f"has {size} bytes, {size - 1} are allowed"):
+    with pytest.raises(WheelError, match=f"{size}.*{size - 1}"):
         check_wheel.check(wheel, max_bytes=size - 1)
 
 
-def test_a_name_that_is_not_what_the_metadata_say(wheel_of) -> None:
-    with pytest.raises(WheelError, match="its metadata have the tags"):
+def test_a_name_that_contradicts_the_metadata(wheel_of) -> None:
+    with pytest.raises(WheelError, match="linux_aarch64"):
         check_wheel.check(wheel_of(SOUND, tag="cp311-cp311-linux_aarch64"))
 
 
 @pytest.mark.parametrize("name", ["fedbpt-0.1.0-py3-none-any.whl", "fedbpt-0.1.0-cp311-cp311-linux_aarch64.whl"])
-def test_a_name_without_a_promise(wheel_of, name: str) -> None:
-    with pytest.raises(WheelError, match="its name has no tag like"):
+def test_a_name_without_a_manylinux_tag(wheel_of, name: str) -> None:
+    with pytest.raises(WheelError, match="manylinux_2_27"):
         check_wheel.check(wheel_of(SOUND, name=name))
 
 

@@ -64,16 +64,16 @@ def app(build: Any) -> Starlette:
     ],
 )
 def test_every_route_is_documented(build: Any, where: str) -> None:
-    wanted = {bare(route) for route in routes(app(build))}
-    assert wanted - stated(page(where)) == set()
+    expected = {bare(route) for route in routes(app(build))}
+    assert expected - documented_routes(page(where)) == set()
 
 
 def test_every_documented_route_exists() -> None:
     known = {bare(route) for build in (device_app, coordinator_app) for route in routes(app(build))}
-    assert stated(page("http.md")) - known == set()
+    assert documented_routes(page("http.md")) - known == set()
 
 
-def test_every_refusals_code_is_documented_with_its_status() -> None:
+def test_every_code_of_a_refusal_is_documented_with_its_status() -> None:
     lines = [re.match(r"\| (\d+) \| (.*) \|$", line) for line in page("http.md").splitlines()]
     documented = {code: int(line[1]) for line in lines if line for code in re.findall(r"`([a-z-]+)`", line[2])}
     assert documented == {**STATUS_OF_CODE, WORK_FAILED: 500, WORK_FAULT: 500, "internal": 500}
@@ -94,18 +94,18 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert set(fedbpt.__all__) - shown == set()
 
 
-def test_every_command_is_mentioned_somewhere() -> None:
+def test_every_command_is_mentioned() -> None:
     text = "\n".join(path.read_text() for path in DOCS.rglob("*.md"))
     assert [name for name in cli.COMMANDS if f"fedbpt {name}" not in text] == []
 
 
-def test_the_prompt_file_is_described_as_it_is() -> None:
+def test_every_field_of_a_prompt_file_is_documented() -> None:
     text = page("formats.md")
     for name in [*_TENSORS, *_OTHERS_TENSORS, *_Header.__struct_fields__, *PLACES]:
         assert f"`{name}`" in text
 
 
-def test_the_run_store_is_described_table_by_table() -> None:
+def test_every_table_of_the_stores_is_documented() -> None:
     from fedbpt.coordinator import enrolment
     from fedbpt.runs import store
 
@@ -116,7 +116,7 @@ def test_the_run_store_is_described_table_by_table() -> None:
         assert [table for table in tables if f"| `{table}` |" not in text] == []
 
 
-def test_the_places_that_the_developers_page_names_are_there() -> None:
+def test_every_path_in_the_development_page_exists() -> None:
     named = re.findall(r"`([a-z_/.-]+/[a-z_.-]*)`", page("development.md"))
     roots = (DOCS.parent, DOCS.parent / "python" / "fedbpt", DOCS.parent / "tests", DOCS)
     assert len(named) > 25

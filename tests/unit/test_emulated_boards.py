@@ -18,8 +18,9 @@ def run(*arguments: object, path: str | None = None) -> tuple[int, list[str]]:
 
 
 def test_a_machine_without_debians_tools(tmp_path: Path) -> None:
-    said = "fedbpt: found no apt-get: emulated boards need a Debian or Ubuntu machine"
-    assert run("--cache", tmp_path, path=str(tmp_path)) == (1, [said])
+    code, [line] = run("--cache", tmp_path, path=str(tmp_path))
+    assert code == 1
+    assert "apt-get" in line
 
 
 def test_a_step_that_fails_leaves_no_half_made_boards(tmp_path: Path) -> None:
@@ -37,5 +38,6 @@ def test_a_wheel_for_another_python_or_two(tmp_path: Path, wheels: list[str]) ->
     python.parent.mkdir(parents=True)
     python.with_name("python3.11").touch()
     python.symlink_to("python3.11")
-    said = "fedbpt: the boards have Python 3.11: name one wheel for it, as cp311"
-    assert run(*wheels, "--cache", tmp_path) == (1, [said])
+    code, [line] = run(*wheels, "--cache", tmp_path)
+    assert code == 1
+    assert "cp311" in line

@@ -14,7 +14,7 @@ from fedbpt.display.console import describe_accuracy, human_bytes
 from fedbpt.display.plain_console import PlainConsole
 from fedbpt.plain_text import echo
 from fedbpt.runs.intervals import beats_chance
-from fedbpt.runs.result import LINES, RunResult, Score, Split, TemplateScore, perplexity
+from fedbpt.runs.result import VARIANTS, RunResult, Score, Split, TemplateScore, perplexity
 
 
 def result_as_json(result: RunResult, prompt_path: Path | None) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def print_result(result: RunResult, prompt_path: Path | None) -> None:
 
 def _print_scores(console: PlainConsole, result: RunResult, split: Split, rows: str) -> None:
     """Print the table of a split, if anything was measured on it."""
-    scores = {LINES[name]: score for name, score in result.scores(split).items()}
+    scores = {VARIANTS[name]: score for name, score in result.scores(split).items()}
     if not scores:
         return
     title = f"{result.task} on {result.model_name}: {scores['tuned'].n} {rows}"

@@ -377,7 +377,7 @@ class Federation:
 
     async def _evaluate_final(self, fleet: Fleet) -> dict[str, EvaluateReport]:
         """Reports of all variants on the same ``test`` rows, of every device in reach."""
-        lines = self._ledger.state.lines().values()
+        lines = self._ledger.state.variants().values()
         latents = np.stack([latent for latent, _ in lines])
         readouts = tuple(readout for _, readout in lines)
         request = self._ledger.planner.request(latents, readouts, max_rows=self.settings.test_rows)

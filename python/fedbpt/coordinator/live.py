@@ -25,7 +25,7 @@ from fedbpt.protocol.rounds import EvaluateReport, FitPurpose, RoundPlan, Work
 from fedbpt.protocol.specs import Readout
 from fedbpt.runs.dev_figures import DEV_SECONDS, FINAL, metrics_of, scores_of
 from fedbpt.runs.events import Evaluated
-from fedbpt.runs.result import BASELINES, Lines, Score, lines
+from fedbpt.runs.result import BASELINES, Score, Variants, variants
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class LiveEvaluation:
         if not any(member.info and member.info.n_dev for member in self._fleet.live):
             return None
         began = time.monotonic()
-        found = ledger.state.lines() if final else await self._lines_now()
+        found = ledger.state.variants() if final else await self._lines_now()
         reports = {} if found is None else await self._evaluate(found)
         if found is None or not reports:
             return None
@@ -86,7 +86,7 @@ class LiveEvaluation:
             stages={name: score for name, score in scores.items() if name in BASELINES},
         )
 
-    async def _lines_now(self) -> Lines | None:
+    async def _lines_now(self) -> Variants | None:
         """The variants as they would be if the search ended now; None: no readout could be fitted."""
         ledger = self._ledger
         mean = ledger.state.aggregator.mean
@@ -98,7 +98,7 @@ class LiveEvaluation:
             if readout is None:
                 return None
             fits["readout"] = readout
-        return lines(mean, fits)
+        return variants(mean, fits)
 
     async def _readout(self, mean: NDArray[np.float64]) -> Readout | None:
         fit = self._ledger.state.new_fit("readout", mean)
@@ -123,7 +123,7 @@ class LiveEvaluation:
         plan = self._ledger.planner.plan(self._exchanges, device, work)
         return msgspec.structs.replace(plan, run=f"{plan.run[: 128 - len(SUFFIX)]}{SUFFIX}")
 
-    async def _evaluate(self, found: Lines) -> dict[str, EvaluateReport]:
+    async def _evaluate(self, found: Variants) -> dict[str, EvaluateReport]:
         ledger = self._ledger
         latents = np.stack([latent for latent, _ in found.values()])
         request = ledger.planner.request(

@@ -31,7 +31,7 @@ def make_result(
         reports: of the final evaluation, by device.
         dev: the last scores on ``dev`` rows, by variant; empty: there are none.
     """
-    names = list(ledger.state.lines())
+    names = list(ledger.state.variants())
     devices = tuple(
         DeviceSummary(
             name=member.name,

@@ -20,7 +20,7 @@ from fedbpt.coordinator.round_reports import cap_reports, label_weights, purpose
 from fedbpt.protocol.rounds import FitPurpose, RoundReport
 from fedbpt.protocol.specs import Readout, Template
 from fedbpt.runs.events import RoundPurpose
-from fedbpt.runs.result import Lines, TemplateScore, lines
+from fedbpt.runs.result import TemplateScore, Variants, variants
 from fedbpt.runs.settings import RunSettings
 from fedbpt.tasks import Task
 
@@ -189,9 +189,9 @@ class RunState:
         """The result of the fit of ``purpose``; None: there is none."""
         return self.fits[purpose].readout if purpose in self.fits else None
 
-    def lines(self) -> Lines:
+    def variants(self) -> Variants:
         """The variants to evaluate at the end."""
-        return lines(self.mean, {purpose: fit.readout for purpose, fit in self.fits.items()})
+        return variants(self.mean, {purpose: fit.readout for purpose, fit in self.fits.items()})
 
     def digest(self) -> str:
         """sha256 (hex) of everything that decides what comes next."""

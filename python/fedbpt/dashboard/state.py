@@ -38,7 +38,7 @@ from fedbpt.runs.events import (
     TemplateSelected,
 )
 from fedbpt.runs.intervals import Interval, wilson_interval
-from fedbpt.runs.result import LINES, RunResult, Score, perplexity
+from fedbpt.runs.result import VARIANTS, RunResult, Score, perplexity
 from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RoundHistory, RunStore, StoredRun, Traffic
 from fedbpt.tasks import Task
@@ -432,10 +432,10 @@ class RunState:
         else:
             dev = self._stages_so_far()
         test = {} if result is None else {name: self._measured(score) for name, score in result.scores("test").items()}
-        known = [name for name in LINES if name in dev or name in test]
+        known = [name for name in VARIANTS if name in dev or name in test]
         if len(known) < 2:  # the run is of an earlier version
             return ()
-        return tuple(Stage(LINES[name], dev.get(name), test.get(name)) for name in known)
+        return tuple(Stage(VARIANTS[name], dev.get(name), test.get(name)) for name in known)
 
     def _stages_so_far(self) -> dict[str, Measured]:
         evaluated = [round for round in sorted(self._metrics) if "dev_loss" in self._metrics[round]]

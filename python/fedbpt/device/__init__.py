@@ -1,1 +1,1 @@
-"""A device's part: its rows, its model, its work."""
+"""The device's side of a federation: its rows, its model, its work."""

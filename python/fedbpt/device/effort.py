@@ -1,4 +1,4 @@
-"""What a round cost a device."""
+"""Count a round's evaluations and tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from fedbpt.objective.objective import Objective
 
 
 class Effort:
-    """Evaluations and tokens that one round added to objectives that outlive it."""
+    """Evaluations and tokens that one round adds to objectives, whose own counters go on from round to round.
+
+    ``with effort.of(objective):`` adds what the block costs.
+    """
 
     def __init__(self) -> None:
         self.evaluations = 0

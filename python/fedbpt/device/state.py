@@ -1,4 +1,4 @@
-"""`DeviceState`: what a device remembers from round to round beside its rows and its model."""
+"""`DeviceState`: what a device keeps from round to round besides its rows and its model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KEY_BYTES: Final = 32
 
 
 class Snapshot(Message, frozen=True):
-    """A `DeviceState` as bytes. For the device's own disk: who has ``key`` can take the noise off a private report."""
+    """The encoding of a `DeviceState`. Only for the device's own disk: ``key`` can remove a private report's noise."""
 
     key: bytes
     tokens_per_second: float | None = None
@@ -28,10 +28,10 @@ class Snapshot(Message, frozen=True):
 
 @dataclass
 class DeviceState:
-    """Kept by the process, or by `to_bytes` where a process serves one round alone.
+    """Kept in memory, or by `to_bytes` if a process serves only one round.
 
-    ``key`` seeds the device's noise (`fedbpt.objective.privacy.Releases`) and never leaves the device. ``fitted``:
-    logits [n_templates, n, n_labels + n_words] of the question ``fitted_to``, which a readout's fit asks many times.
+    ``key``: seeds the device's noise (`fedbpt.objective.privacy.Releases`); never leaves the device. ``fitted``: cached
+    logits [n_templates, n, n_labels + n_words] for the fit identified by ``fitted_to``, whose exchanges all use them.
     """
 
     key: bytes = field(default_factory=lambda: secrets.token_bytes(KEY_BYTES), repr=False)
@@ -40,7 +40,7 @@ class DeviceState:
     fitted: NDArray[np.float32] | None = None
 
     def to_bytes(self) -> bytes:
-        """A snapshot. Logits that take more than a message may are left out: they are computed again."""
+        """Encode as a `Snapshot`. Logits too large for a message are left out, to be computed again."""
         fitted = self.fitted
         if fitted is not None and fitted.nbytes > codec.MAX_BODY_BYTES // 2:
             fitted = None
@@ -55,9 +55,9 @@ class DeviceState:
 
     @classmethod
     def from_bytes(cls, body: bytes) -> DeviceState:
-        """The state of a snapshot. Raises `WireError` where it is damaged."""
+        """Decode a `Snapshot`. Raises `WireError` if it is damaged."""
         kept = codec.decode(body, Snapshot)
         if len(kept.key) != KEY_BYTES:
-            raise WireError(f"a device's key has {KEY_BYTES} bytes, this one {len(kept.key)}")
+            raise WireError(f"key must have {KEY_BYTES} bytes, got {len(kept.key)}", field="key", limit=KEY_BYTES)
         fitted = None if kept.fitted is None else kept.fitted.numpy().astype(np.float32)
         return cls(kept.key, kept.tokens_per_second, kept.fitted_to, fitted)

@@ -1,1 +1,1 @@
-"""What crosses the wire: messages, their encoding, and what both sides must agree on. Nothing here computes."""
+"""What crosses the wire: messages, their encoding, and conventions shared by both sides. No computation."""

@@ -1,10 +1,9 @@
-"""Messages as bytes: MessagePack between machines, JSON for people; strict limits both ways.
+"""Encode and decode messages: MessagePack between machines, JSON for people.
 
-A body is one message of a type that the route names. What is refused, with `WireError`: a body over
-`MAX_BODY_BYTES`, anything that is not the type (unknown, missing or ill-typed fields, nesting too deep), an array
-whose bytes do not fit its shape, NaN or infinity anywhere, an array whose Euclidean norm exceeds `MAX_NORM`.
-What a machine says to people in free text (`ErrorReply`, ...) is cut, not refused.
-Nothing is ever unpickled.
+The route determines the type of the one message in a body. `decode` raises `WireError` for a body over
+`MAX_BODY_BYTES`, for unknown, missing or ill-typed fields and too deep nesting, for an array whose bytes do not match
+its shape or whose Euclidean norm exceeds `MAX_NORM`, and for NaN or infinity anywhere.
+Free text for people (`ErrorReply`, ...) is truncated, not refused. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -28,23 +27,26 @@ CONTENT_TYPE: Final = "application/vnd.fedbpt.v1+msgpack"
 JSON_TYPE: Final = "application/json"
 
 MAX_BODY_BYTES: Final = 16 * 2**20
-"""Largest body that is read. A plan with a full float64 covariance at d = 1,000 takes 8 MB."""
+"""Largest body accepted, bytes. A plan with a full float64 covariance at d = 1,000 takes 8 MB."""
 
 MAX_NORM: Final = 1e9
-"""Largest Euclidean norm of any array. Losses and latents of a sane run stay many orders below."""
+"""Largest Euclidean norm of any array. Losses and latents of a working run are many orders of magnitude below."""
 
-_TOLD: Final[Mapping[type[Message], tuple[str, ...]]] = {
+_FREE_TEXT: Final[Mapping[type[Message], tuple[str, ...]]] = {
     DeviceInfo: ("version", "model_name", "backend", "paused"),
     ErrorReply: ("code", "message"),
     RoundProgress: ("error", "paused"),
 }
-"""Free text for people. What is received of it becomes one plain line of at most `MOST_TOLD` characters."""
+"""Fields of free text for people; `decode` makes each one plain line of at most `MOST_TOLD` characters."""
 
 M = TypeVar("M", bound=Message)
 
 
 def encode(message: Message) -> bytes:
-    """MessagePack bytes. Deterministic: equal messages give equal bytes. Raises `WireError` for what has none."""
+    """Encode as MessagePack; equal messages give equal bytes.
+
+    Raises `WireError` for text with a lone surrogate and for integers beyond 64 bits.
+    """
     try:
         return msgspec.msgpack.encode(message)
     except (UnicodeEncodeError, OverflowError) as error:
@@ -52,7 +54,7 @@ def encode(message: Message) -> bytes:
 
 
 def encode_json(message: Message) -> bytes:
-    """JSON bytes; arrays' data as base64. Raises as `encode` does."""
+    """Encode as JSON, array data as base64. Raises as `encode` does."""
     try:
         return msgspec.json.encode(message)
     except (UnicodeEncodeError, OverflowError) as error:
@@ -60,7 +62,7 @@ def encode_json(message: Message) -> bytes:
 
 
 def decode(body: bytes, kind: type[M], limit: int = MAX_BODY_BYTES) -> M:
-    """The message of type ``kind`` that MessagePack ``body`` holds; raises `WireError`."""
+    """Decode a MessagePack ``body`` of at most ``limit`` bytes as ``kind``. Raises `WireError`."""
     _check_size(body, limit)
     try:
         message: M = _msgpack_decoder(kind).decode(body)
@@ -70,7 +72,7 @@ def decode(body: bytes, kind: type[M], limit: int = MAX_BODY_BYTES) -> M:
 
 
 def decode_json(body: bytes, kind: type[M], limit: int = MAX_BODY_BYTES) -> M:
-    """The message of type ``kind`` that JSON ``body`` holds; raises `WireError`."""
+    """Decode a JSON ``body`` of at most ``limit`` bytes as ``kind``. Raises `WireError`."""
     _check_size(body, limit)
     try:
         message: M = _json_decoder(kind).decode(body)
@@ -80,27 +82,27 @@ def decode_json(body: bytes, kind: type[M], limit: int = MAX_BODY_BYTES) -> M:
 
 
 def digest(message: Message) -> str:
-    """The first 128 bits (hex) of the message's sha256, as a receiver would encode it again.
+    """The first 128 bits, in hex, of the SHA-256 of the message as its receiver would encode it again.
 
-    The round trip makes it the same on both sides even where the sender wrote an int into a float field.
+    The round trip gives both sides the same digest even if the sender put an int into a float field.
     """
     received = _msgpack_decoder(type(message)).decode(encode(message))
     return hashlib.sha256(encode(received)).hexdigest()[:32]
 
 
 def check(message: Message) -> None:
-    """Raises `WireError` for an array that does not fit its shape, NaN, infinity, or a norm over `MAX_NORM`."""
+    """Raise `WireError` for NaN, infinity, an array that does not match its shape, or a norm over `MAX_NORM`."""
     _check_value(message, type(message).__name__)
 
 
 def _unsendable(error: Exception) -> str:
     if isinstance(error, UnicodeEncodeError):
-        return f"a text in it holds {half_character(error.object)}"
-    return "a number in it is too large"
+        return f"it has a string with {half_character(error.object)}"
+    return "it has an integer beyond 64 bits"
 
 
 def _checked(message: M) -> M:
-    for field in _TOLD.get(type(message), ()):
+    for field in _FREE_TEXT.get(type(message), ()):
         msgspec.structs.force_setattr(message, field, one_line(getattr(message, field), MOST_TOLD))
     check(message)
     return message
@@ -108,7 +110,7 @@ def _checked(message: M) -> M:
 
 def _check_size(body: bytes, limit: int) -> None:
     if len(body) > limit:
-        raise WireError(f"body of {len(body)} bytes is over the limit of {limit}")
+        raise WireError(f"the body has {len(body)} bytes, the limit is {limit}", limit=limit)
 
 
 def _check_value(value: object, where: str) -> None:
@@ -124,21 +126,21 @@ def _check_value(value: object, where: str) -> None:
         for key, item in value.items():
             _check_value(item, f"{where}.{key}")
     elif isinstance(value, float) and not math.isfinite(value):
-        raise WireError(f"{where} is NaN or infinite")
+        raise WireError(f"{where} is NaN or infinite", field=where)
 
 
 def _check_array(array: Array, where: str) -> None:
     try:
         values = array.numpy()
     except WireError as error:
-        raise WireError(f"{where}: {error}") from error
+        raise WireError(f"{where}: {error}", field=where) from error
     except ValueError as error:  # numpy's own limits: more than 64 dimensions
-        raise WireError(f"{where}: impossible shape {list(array.shape)[:8]}") from error
-    # A norm of finite entries can overflow to infinity; that too is over the bound.
+        raise WireError(f"{where}: invalid shape {list(array.shape)[:8]}", field=where) from error
+    # The norm of finite entries can overflow to infinity, which is over the bound too.
     with np.errstate(over="ignore"):
         norm = float(np.linalg.norm(values.ravel()))
     if not norm <= MAX_NORM:
-        raise WireError(f"{where}: norm {norm:.3g} is over the bound {MAX_NORM:.0e}")
+        raise WireError(f"{where}: norm {norm:.3g}, the limit is {MAX_NORM:.0e}", field=where, limit=MAX_NORM)
 
 
 @lru_cache(maxsize=64)

@@ -1,4 +1,4 @@
-"""`check_names`: whether people's names for runs and devices can cross the wire."""
+"""Check the names that people give to runs and devices."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from fedbpt.protocol.specs import Name
 
 
 def check_names(names: Sequence[str], what: str) -> None:
-    """Raises `ConfigError` for a name that messages cannot hold, one that is there twice, or none at all."""
+    """Raise `ConfigError` for an invalid name, a duplicate, or no names at all. ``what``: 'run' or 'device'."""
     counts = Counter(names)
     for name, count in counts.items():
         try:
             msgspec.convert(name, Name)
         except msgspec.ValidationError as error:
             raise ConfigError(
-                f"{name[:60]!r} cannot name a {what}: use letters, digits and ._- (at most 128)"
+                f"{name[:60]!r} cannot name a {what}: use letters, digits and ._-, at most 128 characters", field=what
             ) from error
         if count > 1:
-            raise ConfigError(f"two {what}s are named {name!r}: give each its own name")
+            raise ConfigError(f"two {what}s are named {name!r}: give each its own name", field=what)
     if not names:
-        raise ConfigError(f"a run needs at least one {what}")
+        raise ConfigError(f"there is no {what}: give at least one", field=what)

@@ -1,8 +1,8 @@
-"""What a device that calls in exchanges with its coordinator: HTTP requests and replies, the other way round.
+"""Messages of the mailbox, by which a device behind NAT is served: it polls for HTTP requests and posts the responses.
 
-The device polls for requests, each of which its own routes answer (`fedbpt.device.agent.http`), and posts the replies.
-A poll names the requests that the device has in hand; what it should have and does not name is handed over again. So
-nothing is acknowledged, and a lost answer, or a restart of either side, costs a repetition.
+The device's own routes (`fedbpt.device.agent.http`) handle each request. A poll lists the requests that the device
+holds; any other pending request is delivered again. So there are no acknowledgements, and a lost message or a restart
+of either side only costs a repetition.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ REPLY_PATH: Final = "/v1/mailbox/replies/{id}"
 ENROL_PATH: Final = "/v1/enrol"
 
 MAX_HELD: Final = 64
-"""Most requests that a device has in hand at once."""
+"""Most requests that a device holds at once."""
 
 MAX_ENVELOPE_BYTES: Final = codec.MAX_BODY_BYTES + 2**20
-"""Largest `Reply` or `Delivery`: a body and what is around it."""
+"""Largest `Reply` or `Delivery`, bytes: a body and its envelope."""
 
 POLL_S: Final = (4.0, 25.0)
-"""Shortest and longest that a poll is held open while there is nothing. A connection that went silent is noticed when
-its poll should have ended; the longest is less than the minute after which NATs and proxies forget one.
+"""Shortest and longest time that an idle poll is held open, seconds. A dead connection is noticed when its poll should
+have ended; the longest is below the 60 s after which NATs and proxies drop an idle connection.
 """
 
 POLL_S_PER_DEVICE: Final = 0.004
-"""More devices poll less often: together 250 times a second, a tenth of a coordinator's core."""
+"""Added hold per device, which bounds the fleet to 250 polls a second: a tenth of one coordinator core."""
 
 
 def poll_s(n_devices: int) -> float:
-    """How long the polls of so many devices are held."""
+    """How long to hold an idle poll in a fleet of ``n_devices``, seconds."""
     shortest, longest = POLL_S
     return min(max(n_devices * POLL_S_PER_DEVICE, shortest), longest)
 
@@ -42,15 +42,14 @@ def poll_s(n_devices: int) -> float:
 RequestId: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 Path: TypeAlias = Annotated[str, msgspec.Meta(max_length=1024, pattern=r"^/v1/[A-Za-z0-9._~%/?=&-]*\Z")]
 
-
 Method: TypeAlias = Literal["GET", "POST", "DELETE"]
 
 
 class Poll(Message, frozen=True):
-    """Ask for work. ``holding``: requests that were handed over and are not answered yet."""
+    """Ask for work. ``holding``: requests that were delivered and have no reply yet."""
 
     holding: Annotated[tuple[RequestId, ...], msgspec.Meta(max_length=MAX_HELD)] = ()
-    wait_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 0.0  # how long to hold the poll open while there is nothing
+    wait_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 0.0  # how long to hold the poll while there is no request
     protocol: Literal[1] = 1
 
 
@@ -64,7 +63,7 @@ class Request(Message, frozen=True):
 
 
 class Delivery(Message, frozen=True):
-    """The answer to a `Poll`; empty where nothing came in time. ``wait_s``: of the next poll."""
+    """The response to a `Poll`; empty if no request came in time. ``wait_s``: for the next poll."""
 
     requests: tuple[Request, ...] = ()
     wait_s: Annotated[float, msgspec.Meta(ge=0)] = POLL_S[0]
@@ -72,7 +71,7 @@ class Delivery(Message, frozen=True):
 
 
 class Reply(Message, frozen=True):
-    """What the device's routes answered to one `Request`."""
+    """The device's response to one `Request`."""
 
     status: Annotated[int, msgspec.Meta(ge=200, le=599)]
     content_type: Annotated[str, msgspec.Meta(max_length=128)] = ""
@@ -81,7 +80,7 @@ class Reply(Message, frozen=True):
 
 
 class Enrolment(Message, frozen=True):
-    """A one-time code, and the SHA-256 of the token that the device made: the token itself stays there until used."""
+    """A one-time code and the SHA-256 of the token that the device generated; the token itself is not sent yet."""
 
     code: Annotated[str, msgspec.Meta(max_length=64)]
     token_digest: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
@@ -89,7 +88,7 @@ class Enrolment(Message, frozen=True):
 
 
 class Enrolled(Message, frozen=True):
-    """The name under which the device was invited."""
+    """The name that the device was invited under."""
 
     device: Name
     protocol: Literal[1] = 1

@@ -1,4 +1,4 @@
-"""What a person asks a device's model, with a tuned prompt and without, and what both answer."""
+"""A person's question to a device's model, and its replies with and without the tuned prompt."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ from fedbpt.protocol.specs import Fingerprint, Message
 from fedbpt.quantities import Count, NaturalInt, PositiveInt, Probability
 
 MAX_TOKENS = 4096
-"""Longest answer that may be asked for."""
+"""Upper bound of a reply's length, tokens."""
 
 DEFAULT_TOKENS = 64
-"""Longest answer where nobody asks for another."""
-
+"""Default maximum length of a reply, tokens."""
 
 Said: TypeAlias = Annotated[str, msgspec.Meta(max_length=2**20)]
 
 
 class Question(Message, frozen=True):
-    """Put ``text`` to the model as it is, and with a prompt: ``prompt`` is the content of its file (`Prompt.to_bytes`).
+    """Give ``text`` to the model without and with a prompt. ``prompt``: the bytes of its file (`Prompt.to_bytes`).
 
-    ``max_text_tokens``: how the prompt's task cuts texts; None: as `fedbpt.side_by_side.sides.SideBySide` without a
-    task. The others say how text is generated, where the prompt does not classify.
+    ``max_text_tokens``: where the prompt's task truncates texts; None: as `fedbpt.side_by_side.sides.SideBySide` does
+    without a task. The other fields control text generation and are unused if the prompt classifies.
     """
 
     model_fingerprint: Fingerprint
@@ -41,10 +40,10 @@ class Question(Message, frozen=True):
 
 
 class Answer(Message, frozen=True):
-    """What there is of the answers of the original and of the tuned model; all of them once ``done``.
+    """The replies of the original and the tuned model so far; complete once ``done``.
 
-    ``probabilities``: of the labels [n_labels] on each side, where the prompt classifies; else empty. ``texts``: what
-    each side has said so far. ``n``: how many pieces that is.
+    ``probabilities``: those of the labels [n_labels], one tuple per side, if the prompt classifies; else empty.
+    ``texts``: the text of each side so far. ``n``: number of pieces so far.
     """
 
     probabilities: Annotated[tuple[tuple[Probability, ...], ...], msgspec.Meta(max_length=2)] = ()
@@ -55,6 +54,9 @@ class Answer(Message, frozen=True):
 
 
 def check_answer(answer: Answer, labels: Sequence[str]) -> None:
-    """Raises `WireError` unless a finished answer has a probability of each of ``labels`` on both sides, or texts."""
-    if [len(side) for side in answer.probabilities] != [len(labels)] * (2 if labels else 0):
-        raise WireError(f"the answer is not one for {len(labels)} labels")
+    """Raise `WireError` unless a finished answer has a probability per label on both sides, or none without labels."""
+    found = [len(side) for side in answer.probabilities]
+    if found != [len(labels)] * (2 if labels else 0):
+        raise WireError(
+            f"expected probabilities of {len(labels)} labels on each side, got {found}", field="probabilities"
+        )

@@ -1,6 +1,6 @@
-"""What the coordinator and a device exchange in a round: plans, reports, evaluations (design: ``docs/federation.md``).
+"""Messages between the coordinator and a device: plans, reports, evaluations (design: ``docs/federation.md``).
 
-Plain data only, see `fedbpt.protocol.specs`. Nothing here knows HTTP, the model or the search.
+Plain data, see `fedbpt.protocol.specs`; independent of HTTP, the model and the search.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class SearchState(Message, frozen=True):
     """A Gaussian search distribution N(mean, σ²·C) over latents. Exactly one of ``scales``/``covariance`` may be set.
 
     ``mean`` [d]; ``scales`` [d] = √diag(C) of a separable search; ``covariance`` [d, d]; neither: C = I.
-    ``step`` [d]: where set, a population's first two candidates are mean ± σ·step (two-point step-size adaptation).
+    ``step`` [d]: if set, the first two candidates of a population are mean ± σ·step (two-point step-size adaptation).
     """
 
     mean: Array
@@ -43,7 +43,7 @@ class SearchState(Message, frozen=True):
 class SelectWork(Message, frozen=True, tag="select"):
     """Score the zero-shot model with each template on at most ``max_rows`` random training rows (0: all).
 
-    ``by_label``: sum the losses label by label, and say how many training rows there are of each.
+    ``by_label``: sum the losses per label, and report the number of training rows of each label.
     """
 
     templates: tuple[Template, ...]
@@ -52,7 +52,7 @@ class SelectWork(Message, frozen=True, tag="select"):
 
 
 class PooledWork(Message, frozen=True, tag="pooled"):
-    """Score the population that ``state``, the run's seed and ``generation`` define on one mini-batch."""
+    """Score on one mini-batch the population that follows from ``state``, the run's seed and ``generation``."""
 
     state: SearchState
     generation: NaturalInt
@@ -60,11 +60,10 @@ class PooledWork(Message, frozen=True, tag="pooled"):
 
 
 class SearchHistory(Message, frozen=True):
-    """All that pooled search was told: where it began (`fedbpt.search.cma_es.CmaSearch`) and the candidates' ranks
-    since.
+    """All that determines a pooled search (`fedbpt.search.cma_es.CmaSearch`): its start and its candidates' ranks.
 
-    ``first``: its first generation; ``start`` [d]: its first mean, None for 0; ``ranks``: popsize bytes a generation,
-    a byte for each candidate's rank. CMA-ES depends on nothing else.
+    ``first``: number of its first generation. ``start`` [d]: initial mean; None: 0. ``ranks``: popsize bytes per
+    generation, one byte for each candidate's rank.
     """
 
     sigma0: PositiveFloat
@@ -77,10 +76,10 @@ class SearchHistory(Message, frozen=True):
 
 
 class ReplayWork(Message, frozen=True, tag="replay"):
-    """A `PooledWork` without its state: the device makes that by replaying the search.
+    """A `PooledWork` without its state, which the device recomputes by replaying the search.
 
-    ``history``: without the ranks of generations before ``known``, which the device has been told. ``plan_digest``: of
-    the plan with the `PooledWork`, which is what a report answers.
+    ``history``: without the ranks of generations before ``known``, which the device already has. ``plan_digest``: of
+    the plan with the `PooledWork`, which the report refers to.
     """
 
     history: SearchHistory
@@ -100,12 +99,13 @@ FitPurpose: TypeAlias = Literal["calibration", "probe", "readout"]
 
 
 class FitWork(Message, frozen=True, tag="fit"):
-    """Give the means over at most ``max_rows`` training rows (0: all, always the same) that a readout is fitted by.
+    """Compute the means over at most ``max_rows`` training rows (0: all; the same rows each time) that fit a readout.
 
-    ``latent`` [d]: the prompt. ``n_words``: of the readout, the first of the objective's ``readout_words``.
-    ``readout``: where the loss and its gradient are asked for, with ``centre`` [n_words] taken from the words' logits
-    in the latter; None: the moments of the words' logits, and the loss without a readout. ``others``: other templates,
-    whose readouts are fitted too, without a prompt; n_templates = 1 + their number, ``centre`` [n_templates·n_words].
+    ``latent`` [d]: the prompt. ``n_words``: number of the readout's words, the first of the objective's
+    ``readout_words``. ``readout``: the point at which to compute the loss and its gradient, where ``centre``
+    [n_templates·n_words] is subtracted from the words' logits; None: compute the moments of the words' logits, and the
+    loss without a readout. ``others``: other templates whose readouts are fitted too, without a prompt; n_templates is
+    1 + their number.
     """
 
     purpose: FitPurpose
@@ -121,10 +121,10 @@ Work: TypeAlias = SelectWork | PooledWork | ReplayWork | LocalWork | FitWork
 
 
 class SelectResult(Message, frozen=True, tag="select"):
-    """``loss_sums``: sums over texts of the loss, nats; [n_templates], or [n_templates, n_labels] where asked by label.
+    """``loss_sums``: loss summed over texts, nats, [n_templates]; [n_templates, n_labels] if ``by_label``.
 
-    ``correct``: texts that each template gets right; empty of target texts, and in a private run. ``label_counts``:
-    training rows of each label, scored or not; empty where not asked by label.
+    ``correct``: number of texts classified correctly with each template; empty for target texts and in a private run.
+    ``label_counts``: number of training rows of each label, scored or not; empty unless ``by_label``.
     """
 
     loss_sums: Array
@@ -141,7 +141,7 @@ class PooledResult(Message, frozen=True, tag="pooled"):
 class LocalResult(Message, frozen=True, tag="local"):
     """``mean`` [d], ``fitness`` = F(mean) (lower is better), ``sigma_squares`` = Σ_i σ_i² over the iterations.
 
-    ``ranks`` [iterations, popsize], a byte each: of the candidates by loss. All but the fitness follows from them.
+    ``ranks`` [iterations, popsize], one byte each: the candidates' ranks by loss, which determine all but the fitness.
     """
 
     mean: Array
@@ -151,8 +151,9 @@ class LocalResult(Message, frozen=True, tag="local"):
 
 
 class RanksResult(Message, frozen=True, tag="ranks"):
-    """A `LocalResult` without its mean, which the coordinator makes by replaying; ``check``: see
-    `fedbpt.search.compact_plans`.
+    """A `LocalResult` without its mean, which the coordinator recomputes by replaying the search.
+
+    ``check``: see `fedbpt.search.compact_plans`.
     """
 
     ranks: bytes
@@ -161,10 +162,10 @@ class RanksResult(Message, frozen=True, tag="ranks"):
 
 
 class FitResult(Message, frozen=True, tag="fit"):
-    """Means over the rows. ``loss`` is the cross-entropy, nats, of several templates their mean.
+    """Means over the rows. ``loss``: cross-entropy, nats, averaged over templates.
 
-    ``means``: [n_templates, n_words + 1] of x and ‖x‖² where moments were asked for; else [n_templates, 1 + n_words,
-    n_labels], each template's gradient of its loss by its V, x less its centre.
+    ``means``: the moments x and ‖x‖² [n_templates, n_words + 1] if `FitWork.readout` is None; else each template's
+    gradient of its loss with respect to its V [n_templates, 1 + n_words, n_labels], with x less its centre.
     """
 
     purpose: FitPurpose
@@ -176,11 +177,11 @@ Result: TypeAlias = SelectResult | PooledResult | LocalResult | RanksResult | Fi
 
 
 class RoundPlan(Message, frozen=True):
-    """What the coordinator asks of a device in one round. ``seed`` is the run's; devices derive their own streams."""
+    """A device's work in one round. ``seed``: the run's, from which devices derive their own streams."""
 
     run: Name
     round: NaturalInt
-    device: Name  # the name by which the coordinator knows this device; seeds its mini-batches
+    device: Name  # the coordinator's name for this device; seeds its mini-batches
     seed: NaturalInt
     model_fingerprint: Fingerprint
     task: TaskIdentity
@@ -189,28 +190,28 @@ class RoundPlan(Message, frozen=True):
     prompt: PromptSpec
     objective: ObjectiveSpec
     work: Work
-    label_bias: tuple[float, ...] = ()  # added to the label words' logits, one per label; empty: zeros
-    label_weights: tuple[PositiveFloat, ...] = ()  # of a row's loss, one per label; empty: ones
-    batch_size: NaturalInt | None = None  # of this device's mini-batches; None: the objective's
-    privacy: PrivacySpec | None = None  # None: losses as they are
+    label_bias: tuple[float, ...] = ()  # one per label, added to the label words' logits; empty: zeros
+    label_weights: tuple[PositiveFloat, ...] = ()  # one per label, weights of the rows' losses; empty: ones
+    batch_size: NaturalInt | None = None  # texts in this device's mini-batches; None: the objective's
+    privacy: PrivacySpec | None = None  # None: losses without clipping and noise
     deadline_s: PositiveFloat = 600.0
     protocol: Literal[1] = 1
 
     @property
     def texts(self) -> int:
-        """Texts of a mini-batch; 0: all."""
+        """Number of texts in a mini-batch; 0: all."""
         return self.objective.batch_size if self.batch_size is None else self.batch_size
 
 
 class RoundReport(Message, frozen=True):
-    """A device's answer to one `RoundPlan`. ``tokens`` counts forward tokens asked for; times are monotonic seconds."""
+    """A device's result for one `RoundPlan`. ``tokens``: forward tokens requested; times are monotonic seconds."""
 
     run: Name
     round: quantities.Count
     device: Name
     plan_digest: Digest
     result: Result
-    n_texts: quantities.SomeRows  # rows behind the result: its weight
+    n_texts: quantities.SomeRows  # number of rows behind the result, its weight
     evaluations: quantities.Count  # candidates scored
     tokens: quantities.Tokens
     seconds: quantities.Seconds
@@ -219,9 +220,9 @@ class RoundReport(Message, frozen=True):
 
 
 class RoundProgress(Message, frozen=True):
-    """Where a round stands on a device. ``done`` of ``total`` steps; ``error`` says why where ``state`` is failed.
+    """Progress of a round on a device: ``done`` of ``total`` steps. ``error``: the reason if ``state`` is "failed".
 
-    ``paused``: why running work waits ("on battery"); empty: it does not.
+    ``paused``: why running work is paused ("on battery"); empty: it is not.
     """
 
     run: Name
@@ -234,10 +235,11 @@ class RoundProgress(Message, frozen=True):
 
 
 class EvaluateRequest(Message, frozen=True):
-    """Measure latents [k, d], k > 0, on the device's held-back rows.
+    """Evaluate latents [k, d], k > 0, on the device's held-out rows.
 
-    z = 0 is the model without a prompt, also in front, where P0 are random tokens. ``max_rows`` 0 = all rows; else the
-    first ``max_rows``. ``split``: ``dev`` rows may choose, ``test`` rows report. ``label_weights``: as in `RoundPlan`.
+    z = 0 stands for the model without a prompt, even where P0 are random tokens (``front``). ``max_rows``: number of
+    rows, the first ones; 0: all. ``split``: ``dev`` rows may decide, ``test`` rows only report. ``label_weights``: as
+    in `RoundPlan`.
     """
 
     model_fingerprint: Fingerprint
@@ -256,7 +258,7 @@ class EvaluateRequest(Message, frozen=True):
 
 
 class EvaluateReport(Message, frozen=True):
-    """Counts, so that reports of several devices add up. Index i belongs to latent i."""
+    """Sums over ``n`` rows, so that reports of several devices add up; index i is of latent i."""
 
     n: quantities.SomeRows
     correct: tuple[quantities.Rows, ...]
@@ -266,9 +268,9 @@ class EvaluateReport(Message, frozen=True):
 
 
 class DeviceInfo(Message, frozen=True):
-    """What a device says of itself. Never its data, nor label counts. ``celsius``, ``battery`` (%): None: not known.
+    """A device's description of itself, without its data or label counts. ``celsius``, ``battery`` (%): None: unknown.
 
-    ``word_tokens``: by the digest of a template, tokens of its label words less one each; of its task's, if known.
+    ``word_tokens``: tokens of the label words beyond one each, by digest of the template; of its task's templates.
     """
 
     name: Name
@@ -285,17 +287,17 @@ class DeviceInfo(Message, frozen=True):
     tokens_per_second: quantities.Speed | None = None
     word_tokens: dict[str, quantities.Count] = msgspec.field(default_factory=dict)
     word_tokens_per_second: quantities.Speed | None = None
-    shares_beginnings: bool = False  # under another template a text costs its end alone
+    shares_beginnings: bool = False  # under another template a text costs only its tail
     busy: bool = False
-    paused: str = ""  # why its work waits; empty: it does not
+    paused: str = ""  # why its work is paused; empty: it is not
     celsius: quantities.Celsius | None = None
     battery: quantities.Percent | None = None
-    task: TaskIdentity | None = None  # None: said by a version before there were any
+    task: TaskIdentity | None = None  # None: from a version without task identities
     protocol: Literal[1] = 1
 
 
 class ErrorReply(Message, frozen=True):
-    """The body of every 4xx and 5xx answer: a stable ``code`` and one line that says what to do."""
+    """The body of every 4xx and 5xx response: a stable ``code`` and a one-line message that says what to do."""
 
     code: str
     message: str

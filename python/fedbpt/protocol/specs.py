@@ -1,7 +1,6 @@
-"""What messages are made of, and the specs of a prompt and its objective.
+"""Building blocks of messages, and the specs of a prompt and its objective.
 
-Plain data only: msgspec structs, strict on decode (``forbid_unknown_fields``), arrays as little-endian bytes
-with shape and dtype.
+Plain data: msgspec structs that refuse unknown fields, arrays as little-endian bytes with shape and dtype.
 """
 
 from __future__ import annotations
@@ -30,23 +29,23 @@ Digest: TypeAlias = Annotated[str, msgspec.Meta(max_length=128)]
 
 
 def as_name(text: str) -> str:
-    """``text`` with what a `Name` may not hold replaced: a model's own name, say, is free text."""
+    """``text`` as a valid `Name`, invalid characters replaced by dashes; a model's own name is free text."""
     return re.sub(r"^[^A-Za-z0-9]+|[^A-Za-z0-9._-]+", "-", text).strip("-._")[:128] or "unnamed"
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Base of all wire values: immutable, keyword-only, strict."""
+    """Base of all messages and their parts: immutable, keyword-only, without unknown fields."""
 
 
 class CheckedMessage(Message, frozen=True, metaclass=StructMeta):
-    """Base of what people make, too: a field of the wrong kind or name raises `ConfigError` where it is made."""
+    """Base of structs that users make too: the constructor raises `ConfigError` for a field of wrong name or type."""
 
     def __post_init__(self) -> None:
         check_fields(self)
 
 
 class Array(Message, frozen=True):
-    """A float array: ``data`` holds the little-endian bytes of ``shape`` elements in C order."""
+    """A float array. ``data``: its elements in C order, little-endian."""
 
     dtype: Dtype
     shape: Annotated[tuple[quantities.Count, ...], msgspec.Meta(max_length=8)]
@@ -54,28 +53,28 @@ class Array(Message, frozen=True):
 
     @classmethod
     def of(cls, values: NDArray[np.floating], dtype: Dtype = "<f8") -> Array:
-        """Pack ``values`` (any shape) as ``dtype``."""
+        """Pack ``values``, of any shape, as ``dtype``."""
         packed = np.ascontiguousarray(values, dtype=dtype)
         return cls(dtype=dtype, shape=packed.shape, data=packed.tobytes())
 
     def numpy(self) -> NDArray[np.float64]:
-        """A new float64 array of ``shape``; raises `WireError` on a wrong length, NaN or infinity."""
+        """A new float64 array of ``shape``. Raises `WireError` for a wrong length, NaN or infinity."""
         expected = math.prod(self.shape) * np.dtype(self.dtype).itemsize
         if len(self.data) != expected:
             raise WireError(
-                f"array of shape {list(self.shape)} {self.dtype} needs {expected} bytes, got {len(self.data)}"
+                f"an array {self.dtype} of shape {list(self.shape)} must have {expected} bytes, got {len(self.data)}"
             )
         values = np.frombuffer(self.data, dtype=self.dtype).reshape(self.shape).astype(np.float64)
         if not np.isfinite(values).all():
-            raise WireError("array holds NaN or infinity")
+            raise WireError("the array has NaN or infinity")
         return values
 
 
 class Template(CheckedMessage, frozen=True):
-    """One way to put a text to the model. ``pattern`` holds ``{text}`` once; what follows it is the answer cue.
+    """A pattern that a text is inserted into. ``pattern`` contains ``{text}`` once; what follows it is the answer cue.
 
-    ``label_words`` has one word per label, in label order, each with its leading space where the cue ends
-    without one. None where a text is to follow instead of a label.
+    ``label_words``: one word per label, in label order, with a leading space if the cue does not end in one; empty for
+    a task of target texts.
     """
 
     pattern: str
@@ -85,9 +84,10 @@ class Template(CheckedMessage, frozen=True):
 class PromptSpec(CheckedMessage, frozen=True):
     """How a latent z ∈ R^d becomes a soft prompt: vec(P) = vec(P0) + A z.
 
-    A [n_prompt·n_embd, d] is drawn from ``seed`` with standard deviation α·std(E)/(√d·σ0), E the token
-    embeddings. ``front``: P between BOS and the text, P0 random tokens' embeddings; ``first``: the same before BOS, as
-    Hugging Face PEFT has it; ``cue``: P in place of the cue's last ``n_prompt`` tokens, P0 their own embeddings.
+    A [n_prompt·n_embd, d] is drawn from ``seed`` with standard deviation α·std(E)/(√d·σ0), where E are the token
+    embeddings. ``front``: P goes between BOS and the text, P0 are the embeddings of random tokens. ``first``: the same,
+    but before BOS, as in Hugging Face PEFT. ``cue``: P replaces the cue's last ``n_prompt`` tokens, P0 are their
+    embeddings.
     """
 
     placement: PromptPlace = "cue"
@@ -99,25 +99,25 @@ class PromptSpec(CheckedMessage, frozen=True):
 
 
 class ObjectiveSpec(CheckedMessage, frozen=True):
-    """What a device minimises. ``perturb`` is the token replacement probability r of the perturbed ratio (0: off).
+    """What a device minimises. ``perturb``: token replacement probability r of the perturbed ratio; 0: off.
 
-    ``nll``: the negative log-likelihood of a target text's tokens, for tasks without labels; it goes with them alone.
+    ``nll``: negative log-likelihood of a target text's tokens, the only loss for tasks without labels.
     """
 
     loss: LossName = "cross_entropy"
-    batch_size: NaturalInt = 8  # texts per generation, drawn anew each time; 0 = all
+    batch_size: NaturalInt = 8  # texts per generation, drawn anew each time; 0: all
     max_text_tokens: PositiveInt = 128
-    readout_words: Annotated[int, msgspec.Meta(ge=0, le=2**20)] = (
-        128  # random words whose logits a readout may use; 0: a bias alone
-    )
+    # random words whose logits a readout may use; 0: only a bias
+    readout_words: Annotated[int, msgspec.Meta(ge=0, le=2**20)] = 128
     perturb: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
 
 
 class PrivacySpec(CheckedMessage, frozen=True):
-    """Clip and noise of what a device sends (`fedbpt.objective.privacy`).
+    """Clipping and noise of the losses that a device sends (`fedbpt.objective.privacy`).
 
-    ``clip`` C, nats: of a row's losses, less their mean over the candidates, the Euclidean norm at most.
-    ``noise_multiplier`` z: the noise has standard deviation z·C in the sum over rows. ``delta``: at which ε is told.
+    ``clip`` C: maximum Euclidean norm of a row's losses over the candidates, less their mean, nats.
+    ``noise_multiplier`` z: the noise on the sum over rows has standard deviation z·C. ``delta``: the δ at which ε is
+    reported.
     """
 
     clip: PositiveFloat
@@ -126,11 +126,11 @@ class PrivacySpec(CheckedMessage, frozen=True):
 
 
 class Readout(Message, frozen=True):
-    """Label logits s + (1, x)·V of a text: s [n_labels] the label words' logits, x [n_words] those of random words.
+    """A linear correction of a text's label logits: s + (1, x)·V.
 
-    ``weights`` V [1 + n_words, n_labels], its first row a bias per label; n_words 0: a bias alone. Which words:
-    `fedbpt.objective.readout.word_ids`. ``others``: the V of other templates without a prompt; labels'
-    log-probabilities are then the mean over all templates.
+    s [n_labels] are the label words' logits, x [n_words] those of random words (`fedbpt.objective.readout.word_ids`).
+    ``weights``: V [1 + n_words, n_labels], whose first row is a bias per label. ``others``: V of other templates, which
+    have no prompt; the labels' log-probabilities are then averaged over all templates.
     """
 
     weights: Array

@@ -1,1 +1,1 @@
-"""Settings, events and the record of runs."""
+"""Settings, events and stored runs."""

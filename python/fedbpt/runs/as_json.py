@@ -1,4 +1,4 @@
-"""Stored runs as plain data, for JSON: what ``fedbpt runs --json`` prints and the monitor answers."""
+"""Stored runs as JSON-compatible data, for ``fedbpt runs --json`` and the monitor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedbpt.tasks import BUILTIN, Task
 
 
 def run_as_json(run: StoredRun) -> dict[str, Any]:
-    """One line of ``fedbpt runs list``."""
+    """A run as ``fedbpt runs list`` shows it."""
     return {
         "run": run.run,
         "task": run.task,
@@ -23,15 +23,15 @@ def run_as_json(run: StoredRun) -> dict[str, Any]:
 
 
 def task_of_run(run: StoredRun) -> Task | None:
-    """The task of a stored run; None: an earlier version began it, which kept the name alone, and it is not built in.
+    """The task of a stored run; None if an earlier version stored only its name and it is not a built-in task.
 
-    Raises `WireError` for one that is damaged.
+    Raises `WireError` if the stored task is damaged.
     """
     return BUILTIN.get(run.task) if run.definition is None else codec.decode(run.definition, Task)
 
 
 def round_as_json(line: RoundHistory) -> dict[str, Any]:
-    """Who reported in a round, who was lost and why, and its figures."""
+    """A round: which devices reported, which were lost and why, and its metrics."""
     return {
         "round": line.round,
         "closed": line.closed,
@@ -43,7 +43,7 @@ def round_as_json(line: RoundHistory) -> dict[str, Any]:
 
 
 def run_in_full(store: RunStore, run: StoredRun) -> dict[str, Any]:
-    """The run with its rounds, and its devices as they last said they were."""
+    """A run with its rounds and the latest descriptions of its devices."""
     traffic = store.traffic(run.run)
     devices = [
         {"name": name, "info": info, **traffic[name]._asdict()}

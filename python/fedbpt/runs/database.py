@@ -1,4 +1,4 @@
-"""`Database`: one SQLite file behind a lock, made with its folder if absent; its errors name it and say what it is."""
+"""`Database`: base of an SQLite file that several threads use, whose errors name the file and its kind."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ IN_MEMORY: Final = ":memory:"
 
 
 class Database(ABC):
-    """The file at ``path``; None: one in memory, for this object alone. Safe to use from several threads.
+    """The database at ``path``, created with its folder if absent; None: an in-memory database. Thread-safe.
 
     Raises:
-        StoreError: it cannot be opened, read or written, or is another kind of file.
+        StoreError: the file cannot be opened, read or written, or is not such a database.
     """
 
     WHAT: ClassVar[str]
-    """For people, as in ``run database``."""
+    """The kind of file in errors, such as ``run database``."""
 
     @checked
     def __init__(self, path: str | Path | None) -> None:
@@ -39,9 +39,11 @@ class Database(ABC):
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(
-                IN_MEMORY if self.in_memory else self.path.absolute(), timeout=10.0, isolation_level=None,
+                IN_MEMORY if self.in_memory else self.path.absolute(),
+                timeout=10.0,
+                isolation_level=None,
                 check_same_thread=False,
-            )  # fmt: skip
+            )
             self._db.execute("PRAGMA temp_store = MEMORY")  # there may be no folder for temporary files
         except (OSError, sqlite3.Error) as error:
             raise StoreError(f"cannot open the {self.WHAT} {self.path}: {error}") from error
@@ -53,10 +55,10 @@ class Database(ABC):
 
     @abstractmethod
     def _prepare(self) -> None:
-        """Make the tables of a new file; refuse another kind of file by `StoreError`."""
+        """Create the tables of a new file. Raises `StoreError` for another kind of file."""
 
     def close(self) -> None:
-        """Close the file, which cannot be used afterwards."""
+        """Close the database, which cannot be used afterwards."""
         with self._lock:
             self._db.close()
 
@@ -70,13 +72,15 @@ class Database(ABC):
         return f"{type(self).__name__}({str(self.path)!r})"
 
     def _check_process(self) -> None:
-        """SQLite's locks are a process's own: two that share a connection damage the file."""
+        """Raise `StoreError` after a fork: SQLite locks belong to a process, a shared connection damages the file."""
         if self._process != os.getpid():
-            raise StoreError(f"the {self.WHAT} {self.path} was opened before this process was forked: open it here")
+            raise StoreError(
+                f"the {self.WHAT} {self.path} was opened before this process was forked: open it again here"
+            )
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """All of what is written inside, or nothing."""
+        """A transaction: rolled back if the block raises."""
         self._check_process()
         with self._lock:
             try:

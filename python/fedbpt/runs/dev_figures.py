@@ -1,6 +1,6 @@
-"""Figures on development rows, as a run's store keeps them: of what would be shipped, and of what it is compared with.
+"""Metrics of evaluations on dev rows, as stored with a run, and the curve that they form.
 
-A curve is of the same rows from its first point to its last: of the devices that were in every evaluation.
+All points of a curve are of the same rows: those of the devices that took part in every evaluation.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from fedbpt.runs.result import BASELINES, NO_SCORE, Score, perplexity
 Metrics = Mapping[str, float]
 
 FINAL: Final = "dev_final"
-"""Marks the evaluation of a result: it judged nothing."""
+"""Metric that marks the evaluation of the result, on which no decision was based."""
 
 DEV_SECONDS: Final = "dev_seconds"
-"""How long an evaluation took, with the readout that was fitted for it."""
+"""Metric: duration of an evaluation, with the fit of its readout."""
 
 
 class DevPoint(NamedTuple):
-    """One evaluation. ``figure``: accuracy (0 to 1) or perplexity; losses in nats; zero-shot None: not measured."""
+    """One evaluation. ``figure``: accuracy (0 to 1) or perplexity; losses in nats; ``zero_shot`` None: not measured."""
 
     round: int
     n: int
@@ -32,41 +32,42 @@ class DevPoint(NamedTuple):
 
 
 def scores_of(names: Sequence[str], reports: Mapping[str, EvaluateReport]) -> dict[str, Score]:
-    """Scores over all devices of the lines that were evaluated, by their ``names``."""
+    """Scores summed over devices, by name; ``names``: the evaluated variants, in the order of the reports."""
     return {name: sum((Score.of(report, i) for report in reports.values()), NO_SCORE) for i, name in enumerate(names)}
 
 
 def metrics_of(names: Sequence[str], reports: Mapping[str, EvaluateReport], generates: bool) -> dict[str, float]:
-    """What is kept of an evaluation of lines by ``names``: all of them, and of each device what is shipped and
-    zero-shot.
+    """The metrics to store of an evaluation of the variants ``names``: of all variants, and by device of zero-shot
+    and tuned.
     """
-    figure, scores = "perplexity" if generates else "accuracy", scores_of(names, reports)
+    figure = "perplexity" if generates else "accuracy"
+    scores = scores_of(names, reports)
     found = {"dev_n": float(scores["tuned"].n)}
     for name, score in scores.items():
-        found |= _of_line(score, figure, name)
+        found |= _of_variant(score, figure, name)
     for device, report in reports.items():
         found[f"dev_n/{device}"] = float(report.n)
         for name in ("zero_shot", "tuned"):
-            own = _of_line(Score.of(report, list(names).index(name)), figure, name)
+            own = _of_variant(Score.of(report, list(names).index(name)), figure, name)
             found |= {f"{metric}/{device}": value for metric, value in own.items()}
     return found
 
 
-def _of_line(score: Score, figure: str, name: str) -> dict[str, float]:
+def _of_variant(score: Score, figure: str, name: str) -> dict[str, float]:
     end = "" if name == "tuned" else f"_{name}"
     return {f"dev_{figure}{end}": getattr(score, figure), f"dev_loss{end}": score.loss}
 
 
 def judged_loss(metrics: Metrics) -> float | None:
-    """The loss by which an evaluation judged the search's mean, nats; None: there was none in this round.
+    """The loss with which an evaluation judged the search's mean, nats; None if the round had no evaluation.
 
-    Versions before kept one loss, which was that of the calibrated prompt.
+    Earlier versions stored one loss, that of the calibrated prompt.
     """
     return metrics.get("judged_loss", None if FINAL in metrics else metrics.get("dev_loss"))
 
 
 def dev_points(history: Mapping[int, Metrics], generates: bool) -> list[DevPoint]:
-    """The evaluations of a run, in order. ``history``: metrics of each round, overall and ``metric/device``."""
+    """The evaluations of a run, in order. ``history``: the metrics of each round, ``metric`` and ``metric/device``."""
     figure = "perplexity" if generates else "accuracy"
     rounds = [round for round in sorted(history) if f"dev_{figure}" in history[round]]
     if not rounds:
@@ -83,7 +84,7 @@ def dev_points(history: Mapping[int, Metrics], generates: bool) -> list[DevPoint
             zero_shot = metrics.get(f"dev_{figure}_zero_shot"), metrics.get("dev_loss_zero_shot")
             points.append(DevPoint(round, int(metrics.get("dev_n", 0)), *overall, *zero_shot))
     first = points[0]
-    if first.round == 0 and not any(there):  # of a version before: zero-shot was measured once
+    if first.round == 0 and not any(there):  # by an earlier version, which measured zero-shot once
         points = [point._replace(zero_shot=first.figure, zero_shot_loss=first.loss) for point in points]
     return points
 
@@ -95,14 +96,15 @@ def _over(round: int, metrics: Metrics, devices: Sequence[str], figure: str) -> 
         values = [metrics[f"{metric}/{device}"] for device in devices]
         return sum(count * value for count, value in zip(counts, values, strict=True)) / sum(counts)
 
-    loss, zero_shot_loss = mean("dev_loss"), mean("dev_loss_zero_shot")
+    loss = mean("dev_loss")
+    zero_shot_loss = mean("dev_loss_zero_shot")
     if figure == "perplexity":
         return DevPoint(round, int(sum(counts)), perplexity(loss), loss, perplexity(zero_shot_loss), zero_shot_loss)
     return DevPoint(round, int(sum(counts)), mean("dev_accuracy"), loss, mean("dev_accuracy_zero_shot"), zero_shot_loss)
 
 
 def stages_of(metrics: Metrics, generates: bool) -> dict[str, float]:
-    """The figure of each line of an evaluation that is known, ``zero_shot`` first, ``tuned`` last."""
+    """The figures of an evaluation by variant, as far as known; ``zero_shot`` first, ``tuned`` last."""
     figure = "perplexity" if generates else "accuracy"
     names = {"zero_shot": "_zero_shot", **{name: f"_{name}" for name in BASELINES}, "tuned": ""}
     found = {name: metrics.get(f"dev_{figure}{end}") for name, end in names.items()}

@@ -1,6 +1,6 @@
-"""`Journal`: what happens in one sitting of a run, numbered, as JSON: its events, and the library's warnings.
+"""`Journal`: numbers a run's events and the library's warnings and passes them to sinks as JSON.
 
-Each entry goes to sinks: a file (`LogFile`), a monitor's readers. No sink can stop the run.
+Sinks are a file (`LogFile`) and a monitor's readers. No sink can stop the run.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class Logged(Message, frozen=True, tag=True):
-    """What the library told Python's logging; ``exception``: the traceback, where there was one, without messages that
-    may quote a row."""
+    """A record of Python's logging. ``exception``: the traceback, if any, without messages that may quote a row."""
 
     level: str
     logger: str
@@ -36,7 +35,9 @@ class Logged(Message, frozen=True, tag=True):
 
 
 class Entry(Message, frozen=True):
-    """``seq`` counts from 1 within a ``sitting``, of random name; ``time`` (UTC, ISO 8601) is for people alone."""
+    """An entry of the log. ``sitting``: random id of one start of the run, within which ``seq`` counts from 1;
+    ``time`` (UTC, ISO 8601): only for people.
+    """
 
     seq: PositiveInt
     time: str
@@ -45,18 +46,18 @@ class Entry(Message, frozen=True):
 
 
 class Line(NamedTuple):
-    """An entry, and its JSON without line end."""
+    """An entry and its JSON, without a line break."""
 
     entry: Entry
     json: bytes
 
 
 Sink: TypeAlias = Callable[[Line], str]
-"""Takes a line at once; returns what is to be warned of, mostly nothing."""
+"""Consumes a line without blocking; returns a warning, usually empty."""
 
 
 class Journal:
-    """Numbers events and hands them to ``sinks``, in order. An `EventCallback`, from any thread."""
+    """An `EventCallback` that numbers events and passes them to ``sinks``, in order. Thread-safe."""
 
     def __init__(self, *sinks: Sink) -> None:
         self._sinks = sinks
@@ -70,17 +71,17 @@ class Journal:
             now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
             entry = Entry(seq=self._seq, time=now, sitting=self._sitting, event=event)
             line = Line(entry, plain(codec.encode_json(entry).decode()).encode())
-            troubles = [sink(line) for sink in self._sinks]
-        for trouble in filter(None, troubles):  # without the lock: the warning may come back here as an entry
-            log.warning("%s", trouble)
+            warnings = [sink(line) for sink in self._sinks]
+        for warning in filter(None, warnings):  # without the lock: the warning may come back here as an entry
+            log.warning("%s", warning)
 
     @contextmanager
     def hearing_warnings(self) -> Iterator[None]:
-        """Meanwhile the library's warnings are entries, too; people are told as before."""
+        """Record the library's warnings as entries within the block; they still reach other handlers."""
         logger = logging.getLogger("fedbpt")
         handlers: list[logging.Handler] = [_JournalHandler(self)]
         if logging.lastResort is not None and not logger.hasHandlers():
-            handlers.append(logging.lastResort)  # it would be silent now that there is a handler
+            handlers.append(logging.lastResort)  # a logger with a handler does not use it any more
         for handler in handlers:
             logger.addHandler(handler)
         try:
@@ -96,18 +97,18 @@ class _JournalHandler(logging.Handler):
         self._journal = journal
 
     def emit(self, record: logging.LogRecord) -> None:
-        # A device may work in this process, and the journal's readers be elsewhere.
-        given = record.args if isinstance(record.args, tuple) else ()
-        told = tuple(public_reason(each) if isinstance(each, BaseException) else each for each in given)
-        message = record.msg % told if told else record.getMessage()
+        # Readers may be on other machines, so exceptions of a device in this process must not quote its rows.
+        args = record.args if isinstance(record.args, tuple) else ()
+        public = tuple(public_reason(arg) if isinstance(arg, BaseException) else arg for arg in args)
+        message = record.msg % public if public else record.getMessage()
         trace = public_traceback(record.exc_info[1]) if record.exc_info else ""
         self._journal(Logged(level=record.levelname, logger=record.name, message=message, exception=trace))
 
 
 class LogFile:
-    """A sink that appends lines to ``path``. On a full disk lines are lost, with one warning, until there is room.
+    """A sink that appends lines to ``path``. On a full disk lines are lost, with one warning, until there is space.
 
-    Raises `ConfigError` where the file cannot be opened.
+    Raises `ConfigError` if the file cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -116,23 +117,25 @@ class LogFile:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
         except OSError as error:
-            raise ConfigError(f"cannot write the log {path}: {error.strerror or error}") from error
-        self._cut = self._warned = False
+            raise ConfigError(f"cannot write the log {path}: {error.strerror or error}", field="log") from error
+        self._truncated = False
+        self._warned = False
 
     def __call__(self, line: Line) -> str:
         content = line.json + b"\n"
-        if self._cut:
-            content = b"\n" + content  # the line that was cut ends here
+        if self._truncated:
+            content = b"\n" + content  # end the truncated line
         try:
-            self._cut = self._file.write(content) != len(content)
+            self._truncated = self._file.write(content) != len(content)
             reason = "No space left on device"
         except OSError as error:
-            self._cut, reason = True, error.strerror or str(error)
-        if not self._cut or self._warned:
+            self._truncated = True
+            reason = error.strerror or str(error)
+        if not self._truncated or self._warned:
             return ""
         self._warned = True
         return (
-            f"cannot write the log {self._path}: {reason}; the run goes on, entries from {line.entry.seq} may be lost"
+            f"cannot write the log {self._path}: {reason}; the run continues, entries from {line.entry.seq} may be lost"
         )
 
     def __enter__(self) -> LogFile:

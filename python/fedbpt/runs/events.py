@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: one struct an event."""
+"""Events of a run, one struct each."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from fedbpt.protocol.specs import (
-    Message,
-    Template,
-)
+from fedbpt.protocol.specs import Message, Template
 from fedbpt.quantities import NaturalInt
 from fedbpt.runs.result import NO_SCORE, RunResult, Score, TemplateScore
 from fedbpt.runs.settings import RunSettings
@@ -19,12 +16,9 @@ RoundPurpose: TypeAlias = Literal["selection", "calibration", "probe", "search",
 RunStage: TypeAlias = RoundPurpose | Literal["evaluation"]
 
 
-# --- events ----------------------------------------------------------------------------------------------------------
-
-
 class RunStarted(Message, frozen=True, tag=True):
-    """``resumed``: number of closed rounds taken from the store, ``searched`` of them of the search; ``devices``: all;
-    ``live``: those that answered.
+    """``devices``: all; ``live``: those that responded. ``resumed``: number of closed rounds taken from the store, of
+    which ``searched`` are rounds of the search.
     """
 
     run: str
@@ -38,15 +32,15 @@ class RunStarted(Message, frozen=True, tag=True):
 
 
 class StageBegan(Message, frozen=True, tag=True):
-    """The run is at ``stage`` from now on."""
+    """The run has entered ``stage``."""
 
     stage: RunStage
 
 
 class TemplateSelected(Message, frozen=True, tag=True):
-    """``losses``: mean loss of each candidate on the training rows, nats; empty where there was nothing to select.
+    """``losses``: mean loss of each candidate on the training rows, nats; empty if there was only one.
 
-    ``candidates``: their scores; empty too where nobody counts right answers: of target texts, in a private run.
+    ``candidates``: their scores; empty also for target texts and in a private run, which count no correct answers.
     """
 
     template: Template
@@ -56,7 +50,7 @@ class TemplateSelected(Message, frozen=True, tag=True):
 
 
 class Progressed(Message, frozen=True, tag=True):
-    """A device that is at work said where it stands. ``paused``: why its work waits; empty: it does not."""
+    """Progress of a working device. ``paused``: why its work is paused; empty: it is not."""
 
     device: str
     round: NaturalInt
@@ -66,10 +60,10 @@ class Progressed(Message, frozen=True, tag=True):
 
 
 class RoundClosed(Message, frozen=True, tag=True):
-    """Totals are since the run began; ``loss`` is the round's mean over candidates, weighted by rows, nats.
+    """Totals are since the start of the run. ``loss``: mean over the round's candidates, weighted by rows, nats.
 
     ``searched``: rounds of the search so far. ``epsilon``: spent so far, at the settings' δ; None: not private.
-    ``share``: of the budget that is spent, 0 to 1; ``eta_s``: seconds until the result; None: nobody knows.
+    ``share``: spent share of the budget, 0 to 1. ``eta_s``: seconds until the result; None: unknown.
     """
 
     round: NaturalInt
@@ -89,9 +83,9 @@ class RoundClosed(Message, frozen=True, tag=True):
 
 
 class Evaluated(Message, frozen=True, tag=True):
-    """What would be shipped if the search ended after ``round``, on ``dev`` rows; round 0 is zero-shot.
+    """Score on ``dev`` rows of the result if the search ended after ``round``; round 0 is zero-shot.
 
-    ``zero_shot`` and ``stages``, by their keys in `BASELINES`, are of the same rows.
+    ``zero_shot`` and ``stages`` (keys of `BASELINES`) are of the same rows.
     """
 
     round: NaturalInt
@@ -102,7 +96,7 @@ class Evaluated(Message, frozen=True, tag=True):
 
 
 class DeviceLost(Message, frozen=True, tag=True):
-    """``device`` does not count in ``round`` (any more), and why. It is looked for until it answers."""
+    """``device`` is out of ``round``, for ``reason``. It is called again until it responds."""
 
     device: str
     round: NaturalInt
@@ -110,21 +104,21 @@ class DeviceLost(Message, frozen=True, tag=True):
 
 
 class DeviceBack(Message, frozen=True, tag=True):
-    """``device`` answers again and takes part from ``round`` on."""
+    """``device`` responds again and takes part from ``round`` on."""
 
     device: str
     round: NaturalInt
 
 
 class LateReport(Message, frozen=True, tag=True):
-    """A report came after its round had closed: recorded, not used."""
+    """A report arrived after its round had closed: it is recorded, but not used."""
 
     device: str
     round: NaturalInt
 
 
 class Steered(Message, frozen=True, tag=True):
-    """Somebody paused or resumed the run, or changed its deadline (seconds): so it is from now on."""
+    """The run was paused or resumed, or its deadline (seconds) changed: its new state."""
 
     paused: bool
     deadline_s: float

@@ -1,4 +1,4 @@
-"""`RunResult`: what a run found, its scores, and the variants that they are of."""
+"""`RunResult`: the outcome of a run, and the variants whose scores it holds."""
 
 from __future__ import annotations
 
@@ -11,21 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.protocol.rounds import DeviceInfo, EvaluateReport, FitPurpose
-from fedbpt.protocol.specs import (
-    Array,
-    Message,
-    Readout,
-    Template,
-)
+from fedbpt.protocol.specs import Array, Message, Readout, Template
 from fedbpt.quantities import NaturalInt
 from fedbpt.runs.intervals import wilson_interval
 from fedbpt.runs.settings import RunSettings
 
-_LARGEST_EXPONENT = 700.0  # e^700 is about the largest float
+_MAX_EXPONENT = 700.0  # e^709 is the largest float
 
 
 class Score(Message, frozen=True):
-    """Counts of an evaluation, summed over devices."""
+    """Sums of an evaluation over devices. Means of no rows are NaN."""
 
     n: NaturalInt
     correct: NaturalInt
@@ -42,12 +37,12 @@ class Score(Message, frozen=True):
 
     @property
     def loss(self) -> float:
-        """Mean over texts, nats."""
+        """Mean loss over texts, nats."""
         return self.loss_sum / self.n if self.n else math.nan
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean loss: of target texts' tokens, each text counting alike."""
+        """exp of the mean loss, in which every text has the same weight."""
         return perplexity(self.loss)
 
     def __add__(self, other: Score) -> Score:
@@ -55,39 +50,39 @@ class Score(Message, frozen=True):
 
     @classmethod
     def of(cls, report: EvaluateReport, index: int) -> Score:
-        """The counts of latent ``index`` in ``report``."""
+        """The sums of latent ``index`` in ``report``."""
         return cls(n=report.n, correct=report.correct[index], loss_sum=report.loss_sums[index])
 
 
 def perplexity(loss: float) -> float:
-    """exp of a mean negative log-likelihood in nats a token."""
-    return math.exp(min(loss, _LARGEST_EXPONENT))
+    """exp of ``loss``, a mean negative log-likelihood in nats per token."""
+    return math.exp(min(loss, _MAX_EXPONENT))
 
 
 NO_SCORE = Score(n=0, correct=0, loss_sum=0.0)
-
 
 BASELINES = {
     "calibrated": "calibration only",
     "probe": "linear probe",
     "prompt": "tuned, without readout",
 }
-"""What a result is compared with, besides zero-shot: the model with a bias per label, or with a readout, and no prompt;
-the tuned prompt with a bias per label. By their keys, with their names for people."""
+"""Variants that a result is compared with, besides zero-shot, with their names for people: the model without a prompt
+and with a bias per label, or with a readout; the tuned prompt with a bias per label."""
 
-
-LINES = {"zero_shot": "zero-shot", **BASELINES, "tuned": "tuned"}
-"""All that is compared, by key, with names for people, in the order in which it comes about."""
+VARIANTS = {"zero_shot": "zero-shot", **BASELINES, "tuned": "tuned"}
+"""All variants with their names for people, in the order in which a run produces them."""
 
 Split: TypeAlias = Literal["dev", "test"]
 
-Lines: TypeAlias = dict[str, tuple[NDArray[np.float64], Readout | None]]
+Variants: TypeAlias = dict[str, tuple[NDArray[np.float64], Readout | None]]
 
 
-def lines(mean: NDArray[np.float64], fits: Mapping[FitPurpose, Readout]) -> Lines:
-    """What a run compares, by name, as latent [d] and readout: ``zero_shot``, ``tuned`` and those of `BASELINES`."""
-    zero, bias, readout = np.zeros_like(mean), fits.get("calibration"), fits.get("readout")
-    found: Lines = {"zero_shot": (zero, None), "tuned": (mean, readout or bias)}
+def variants(mean: NDArray[np.float64], fits: Mapping[FitPurpose, Readout]) -> Variants:
+    """The variants that a run compares, by key of `VARIANTS`, each a latent [d] and a readout."""
+    zero = np.zeros_like(mean)
+    bias = fits.get("calibration")
+    readout = fits.get("readout")
+    found: Variants = {"zero_shot": (zero, None), "tuned": (mean, readout or bias)}
     if bias is not None:
         found["calibrated"] = (zero, bias)
     if "probe" in fits:
@@ -98,21 +93,21 @@ def lines(mean: NDArray[np.float64], fits: Mapping[FitPurpose, Readout]) -> Line
 
 
 class TemplateScore(Message, frozen=True):
-    """A template, and how the model does with it and no prompt on the training rows that chose among templates."""
+    """A template and its score without a prompt, on the training rows that selected the template."""
 
     template: Template
     score: Score
 
 
 class DeviceSummary(Message, frozen=True):
-    """One device's share of a run. ``zero_shot`` and ``tuned`` have n = 0 where it missed the final evaluation.
+    """One device's part in a run. ``zero_shot`` and ``tuned`` have n = 0 if it missed the final evaluation.
 
-    Bytes are of message bodies, polls and repetitions included, over all sittings.
+    Bytes are of message bodies, including polls and repetitions, over all sessions of the run.
     """
 
     name: str
     info: DeviceInfo | None
-    reports: NaturalInt  # rounds in which its report was used
+    reports: NaturalInt  # number of rounds in which its report was used
     bytes_up: NaturalInt
     bytes_down: NaturalInt
     peak_rss_bytes: NaturalInt
@@ -121,12 +116,12 @@ class DeviceSummary(Message, frozen=True):
 
 
 class RunResult(Message, frozen=True):
-    """What a run found. ``mean`` [d] is the tuned latent; ``fits`` correct the label logits; ``digest``: the search's.
+    """The outcome of a run. ``mean`` [d]: the tuned latent; ``fits``: corrections of the label logits.
 
-    ``rounds`` are the search's. ``baselines``: other ways, by name (`BASELINES`). They, ``zero_shot``, ``tuned`` were
-    measured on the same held-back ``test`` rows, which chose nothing.
-    ``dev``: the same by name, ``zero_shot`` and ``tuned`` too, on ``dev`` rows; empty: there were none.
-    ``seconds``: of the closed rounds (tuning); ``total_seconds`` with connecting and evaluating, this sitting only.
+    ``digest``: of the search's final state. ``rounds``: those of the search. ``zero_shot``, ``tuned`` and ``baselines``
+    (keys of `BASELINES`) were measured on the same held-out ``test`` rows, on which no decision was based. ``dev``: all
+    of these by key of `VARIANTS`, on ``dev`` rows; empty: there were none. ``seconds``: of the closed rounds (tuning);
+    ``total_seconds``: of this session, including connecting and evaluating.
     """
 
     run: str
@@ -148,13 +143,13 @@ class RunResult(Message, frozen=True):
     fits: dict[FitPurpose, Readout]
     devices: tuple[DeviceSummary, ...]
     others: tuple[Template, ...] = ()  # the templates of the readout's ``others``
-    templates: tuple[TemplateScore, ...] = ()  # as `TemplateSelected.candidates`
-    epsilon: float | None = None  # spent on a training row at most; None: the run was not private
+    templates: tuple[TemplateScore, ...] = ()  # see `TemplateSelected.candidates`
+    epsilon: float | None = None  # most that was spent on a training row; None: the run was not private
     dev: dict[str, Score] = msgspec.field(default_factory=dict)
 
     @property
     def generates(self) -> bool:
-        """Whether target texts were to be made likely: then perplexity is the figure, not accuracy."""
+        """Whether the task has target texts; its figure is then perplexity, not accuracy."""
         return not self.template.label_words
 
     @property
@@ -164,17 +159,17 @@ class RunResult(Message, frozen=True):
 
     @property
     def readout(self) -> Readout | None:
-        """What corrects the tuned prompt's label logits."""
-        return self.lines()["tuned"][1]
+        """The correction of the tuned prompt's label logits."""
+        return self.variants()["tuned"][1]
 
-    def lines(self) -> Lines:
-        """What was evaluated: see `lines`."""
-        return lines(self.latent, self.fits)
+    def variants(self) -> Variants:
+        """The evaluated variants, see the function `variants`."""
+        return variants(self.latent, self.fits)
 
     def scores(self, split: Split) -> dict[str, Score]:
-        """What was measured on ``split`` rows, by the keys of `LINES` and in their order; empty: nothing was."""
+        """The scores on ``split`` rows by key of `VARIANTS`, in that order; empty: nothing was measured."""
         found = {"zero_shot": self.zero_shot, **self.baselines, "tuned": self.tuned} if split == "test" else self.dev
-        return {name: found[name] for name in LINES if name in found and found[name].n}
+        return {name: found[name] for name in VARIANTS if name in found and found[name].n}
 
     @property
     def bytes_up(self) -> int:

@@ -1,4 +1,4 @@
-"""Run files: TOML → `RunConfig`."""
+"""Read run files (TOML)."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     ::
 
-        run = "news"                     # its name in the store; started again, it is resumed
-        task = "ag-news"                 # or the path of a task file, from here or from the run file's folder
+        run = "news"                     # name in the store; a run of this name is resumed
+        task = "ag-news"                 # or a task file's path, relative to the run file or the current folder
         devices = ["http://pi5:8401", "http://pixel:8401"]
-        model = "smollm2-135m"           # on this machine too: to write the prompt file (optional)
+        model = "smollm2-135m"           # on this machine, to write the prompt file (optional)
         store = "runs/runs.db"
-        prompt_file = "runs/news.safetensors"   # where a model is given: default, RUN.safetensors beside the store
+        prompt_file = "runs/news.safetensors"   # default with a model: RUN.safetensors next to the store
 
         [settings]                       # fields of fedbpt.runs.settings.RunSettings
         rounds = 100
@@ -47,33 +47,32 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 def load_config(path: str | Path) -> tuple[RunConfig, Task]:
-    """Read a run file and the task that it names: a built-in one, or a task file, first looked for beside the run file.
+    """Read a run file and its task: a built-in one, or a task file, relative to the run file or the current folder.
 
-    What ``settings`` leaves out follows from the rest: ``prompt.seed`` is the run's, ``objective.max_text_tokens`` the
-    task's.
+    In ``settings``, ``prompt.seed`` defaults to the run's seed and ``objective.max_text_tokens`` to the task's.
 
     Raises:
-        ConfigError: no such file, not TOML, an unknown key, a value that cannot be, no such task.
-        TaskError: a task file whose templates cannot work.
+        ConfigError: the file is missing or not TOML, or has an unknown key, an invalid value or an unknown task.
+        TaskError: the task file has invalid templates.
     """
     path = Path(path)
     try:
         content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
-        raise ConfigError(f"cannot read the run file {path}: {error.strerror or error}") from error
+        raise ConfigError(f"cannot read the run file {path}: {error.strerror or error}", field=str(path)) from error
     try:
         raw = msgspec.toml.decode(content)
     except DECODE_ERRORS as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
-    _decoded(path, raw)  # before the task is read: complain about the file itself first
-    beside = path.parent / raw["task"]
-    task = tasks.load(beside if os.path.isfile(beside) else raw["task"])  # noqa: PTH113 - False for what names no file
+        raise ConfigError(f"{path} is not valid TOML: {error}", field=str(path)) from error
+    _decoded(path, raw)  # report errors of the run file before those of its task
+    relative = path.parent / raw["task"]
+    task = tasks.load(relative if os.path.isfile(relative) else raw["task"])  # noqa: PTH113 - False for invalid paths
     raw["settings"] = with_defaults(raw.get("settings", {}), task)
     return _decoded(path, raw), task
 
 
 def with_defaults(settings: Mapping[str, Any], task: Task) -> dict[str, Any]:
-    """Fields of `RunSettings` with those that follow from others: see `load_config`."""
+    """Fields of `RunSettings`, with the defaults that depend on other fields: see `load_config`."""
     prompt = {"seed": settings.get("seed", 0), **settings.get("prompt", {})}
     objective = {"max_text_tokens": task.max_text_tokens, **settings.get("objective", {})}
     return {**settings, "prompt": prompt, "objective": objective}
@@ -84,4 +83,6 @@ def _decoded(path: Path, raw: Any) -> RunConfig:
         return msgspec.convert(raw, RunConfig)
     except msgspec.ValidationError as error:
         cause = error.__cause__
-        raise ConfigError(f"{path}: {cause if isinstance(cause, FedbptError) else error}") from error
+        if isinstance(cause, FedbptError):
+            raise ConfigError(f"{path}: {cause}", field=cause.field, limit=cause.limit) from error
+        raise ConfigError(f"{path}: {error}", field=str(path)) from error

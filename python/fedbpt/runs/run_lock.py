@@ -1,7 +1,7 @@
-"""One process at a time works on a run: a lock of the operating system's, on a file beside the run's store.
+"""Lock a run for one process, with an operating system lock on a file next to the run's store.
 
-It ends with the process that holds it, however that ends. The file has the holder's number in it, for people, and is
-removed at the end; one that a killed process left behind locks nothing.
+The lock ends with the process that holds it. The file contains the holder's process id, for people, and is removed at
+the end; a file left behind by a killed process locks nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NO_LOCKS: Final = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 
 @contextmanager
 def sole_worker(store: Path, run: str) -> Iterator[None]:
-    """Have ``run`` of the database at ``store`` for oneself. Raises `StoreError` where another has it."""
+    """Lock ``run`` of the database at ``store`` within the block. Raises `StoreError` if it is locked already."""
     name = hashlib.sha256(run.encode()).hexdigest()[:16]
     path = store.resolve()
     path = path.with_name(f"{path.name}-{name}.lock")
@@ -33,13 +33,14 @@ def sole_worker(store: Path, run: str) -> Iterator[None]:
         file = _take(path)
     except BlockingIOError as error:
         raise StoreError(
-            f"run {run!r} in {store} is running in {_holder(path)}: wait until it has ended, or choose another name for"
-            " this run, or another store"
+            f"run {run!r} in {store} is running in {_holder(path)}: wait until it ends, or choose another run name or"
+            " store",
+            field="run",
         ) from error
     except OSError as error:
         if error.errno not in _NO_LOCKS:
-            raise StoreError(f"cannot lock run {run!r} by {path}: {error.strerror or error}") from error
-        log.warning("%s cannot be locked (%s): see to it that one process alone runs %r", path, error.strerror, run)
+            raise StoreError(f"cannot lock run {run!r} with {path}: {error.strerror or error}", field="run") from error
+        log.warning("cannot lock %s (%s): make sure that only one process runs %r", path, error.strerror, run)
         path.unlink(missing_ok=True)
         yield
         return
@@ -47,7 +48,7 @@ def sole_worker(store: Path, run: str) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)  # before the lock ends: nobody else's is removed
+            path.unlink(missing_ok=True)  # before the lock ends, so that no other process's file is removed
 
 
 def _take(path: Path) -> BinaryIO:
@@ -63,7 +64,7 @@ def _take(path: Path) -> BinaryIO:
         except BaseException:
             file.close()
             raise
-        file.close()  # who held it removed it, and the next file of this name may be another's
+        file.close()  # its holder removed it meanwhile: a new file of this name may exist
 
 
 def _is_at(file: BinaryIO, path: Path) -> bool:
@@ -76,8 +77,8 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 def _holder(path: Path) -> str:
     try:
         pid = path.read_bytes()
-    except OSError:  # it has ended meanwhile
+    except OSError:  # removed meanwhile
         pid = b""
     if pid == str(os.getpid()).encode():
-        return "this process already"
+        return "this process"
     return f"another process ({pid.decode()})" if pid.isdigit() else "another process"

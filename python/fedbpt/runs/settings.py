@@ -1,4 +1,4 @@
-"""`RunSettings`: all that decides a run's outcome, and its budget."""
+"""`RunSettings`: everything that determines a run's outcome, and its budget."""
 
 from __future__ import annotations
 
@@ -13,24 +13,22 @@ from fedbpt.aggregation.robust import Robust
 from fedbpt.errors import ConfigError
 from fedbpt.objective.privacy import epsilon, sampling_rate
 from fedbpt.protocol import codec
-from fedbpt.protocol.specs import (
-    CheckedMessage,
-    ObjectiveSpec,
-    PrivacySpec,
-    PromptSpec,
-)
+from fedbpt.protocol.specs import CheckedMessage, ObjectiveSpec, PrivacySpec, PromptSpec
 from fedbpt.quantities import Length, NaturalInt, PositiveFloat, PositiveInt
 
 
 class RunSettings(CheckedMessage, frozen=True):
-    """All that decides a run's outcome, and its budget: tuning ends at the first limit that is reached.
+    """Everything that determines a run's outcome, and its budget: tuning ends at the first limit reached.
 
-    ``rounds``, ``evaluations``, ``tokens`` and ``seconds`` are limits, 0 for none; at least one must be set.
-    Rounds and evaluations are the search's; tokens are summed over devices; seconds are of closed rounds, over all
-    sittings. Round 0, which chooses the template, is not charged. ``objective.readout_words`` > 0: after the search, a
-    readout is fitted.
-    ``quorum`` is the share of the run's devices that must report in a round; ``deadline_s`` the longest
-    that a round may take. ``method`` names the aggregator (`fedbpt.aggregation.methods`).
+    ``rounds``, ``evaluations``, ``tokens`` and ``seconds`` are the limits, 0 for none; at least one must be set.
+    Rounds and evaluations are those of the search; tokens are summed over devices; seconds are those of closed rounds,
+    over all sessions of the run. Round 0, which selects the template, is not charged.
+
+    ``method`` names the aggregator (`fedbpt.aggregation.methods`). ``quorum``: share of the run's devices that must
+    report in a round; ``deadline_s``: longest duration of a round. If ``objective.readout_words`` > 0, a readout is
+    fitted after the search.
+
+    Raises `ConfigError` for settings that are invalid or contradict each other.
     """
 
     rounds: NaturalInt = 40
@@ -40,71 +38,80 @@ class RunSettings(CheckedMessage, frozen=True):
     method: str = "pooled"
     prompt: PromptSpec = PromptSpec()
     objective: ObjectiveSpec = ObjectiveSpec()
-    select_rows: NaturalInt = 32  # most training rows per device that choose the template; 0: all
-    fit_rows: NaturalInt = 512  # most training rows per device that calibrate and fit the readout; 0: all
+    select_rows: NaturalInt = 32  # maximum training rows per device for the template selection; 0: all
+    fit_rows: NaturalInt = 512  # maximum training rows per device for calibration and readout; 0: all
     calibrate: bool = True  # fit a bias per label before the search
-    balanced: bool = False  # weigh losses so that every label counts alike; devices then send their label counts
-    ensemble: PositiveInt = 2  # so many templates, the best by the selection, does the readout average over
-    baselines: bool = False  # fit and evaluate a linear probe on the model without prompt, too
+    balanced: bool = False  # weight losses so that labels count equally; devices then send their label counts
+    ensemble: PositiveInt = 2  # number of templates, the best of the selection, that the readout averages over
+    baselines: bool = False  # also fit and evaluate a linear probe on the model without a prompt
     popsize: Length = 20
     iterations: PositiveInt = 8
     seed: NaturalInt = 0
-    robust: Robust = "none"  # what takes the place of the devices' mean, so that some of them may lie
-    byzantine: PositiveInt = 1  # so many, where it is robust
-    row_cap: Annotated[float, msgspec.Meta(ge=0)] = 2.0  # times the devices' median rows that one counts for; 0: any
-    privacy: PrivacySpec | None = None  # clip and noise on the devices; None: losses as they are
+    robust: Robust = "none"  # Byzantine-robust rule that replaces the mean over devices
+    byzantine: PositiveInt = 1  # number of Byzantine devices tolerated; unused without a robust rule
+    # A device's weight is at most this multiple of the median device's number of rows; 0: no cap.
+    row_cap: Annotated[float, msgspec.Meta(ge=0)] = 2.0
+    privacy: PrivacySpec | None = None  # clipping and noise on the devices; None: off
     quorum: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
     deadline_s: PositiveFloat = 600.0
-    stragglers: Annotated[float, msgspec.Meta(ge=0)] = (
-        4.0  # times its usual time that a device is waited for; 0: always
-    )
-    per_round: NaturalInt = 0  # reports that make a round of the search; 0: of all devices
-    over_selection: Annotated[float, msgspec.Meta(ge=0)] = 0.25  # share of those asked besides, for some are slow
-    even_rounds: bool = False  # slow devices score smaller mini-batches, so that all end a round together
-    evaluate_every: NaturalInt = 20  # rounds between live evaluations, where devices have ``dev`` rows; 0: none
-    patience: NaturalInt = 0  # so many of those without a lower loss end the search, and the best mean counts; 0: never
-    restarts: NaturalInt = 0  # so often the search begins anew from the best mean instead
-    dev_rows: NaturalInt = 100  # most rows per device in those; 0: all
-    test_rows: NaturalInt = 0  # most rows per device in the final evaluation; 0: all
+    # A device is waited for up to this multiple of its usual time; 0: until the deadline.
+    stragglers: Annotated[float, msgspec.Meta(ge=0)] = 4.0
+    per_round: NaturalInt = 0  # number of reports that complete a round of the search; 0: one of every device
+    over_selection: Annotated[float, msgspec.Meta(ge=0)] = 0.25  # share of additional devices in case some are slow
+    even_rounds: bool = False  # slow devices score smaller mini-batches, so that all finish at about the same time
+    evaluate_every: NaturalInt = 20  # rounds between evaluations on dev rows, if devices have any; 0: never
+    patience: NaturalInt = 0  # evaluations without a lower loss that end the search at its best mean; 0: never
+    restarts: NaturalInt = 0  # maximum number of restarts, each from the best mean, when patience runs out
+    dev_rows: NaturalInt = 100  # maximum rows per device in evaluations on dev rows; 0: all
+    test_rows: NaturalInt = 0  # maximum rows per device in the final evaluation; 0: all
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (self.rounds or self.evaluations or self.tokens or self.seconds):
-            raise ConfigError("a run needs a limit: set rounds, evaluations, tokens or seconds")
+            raise ConfigError("a run needs a limit: set rounds, evaluations, tokens or seconds", field="rounds")
         if self.patience and not self.evaluate_every:
-            raise ConfigError("patience needs evaluations on dev rows: give dev rows, and set evaluate_every")
+            raise ConfigError(
+                "patience needs evaluations on dev rows: give dev rows, and set evaluate_every", field="evaluate_every"
+            )
         if self.restarts and not self.patience:
-            raise ConfigError("restarts come when patience runs out: set patience, or restarts = 0")
+            raise ConfigError("restarts need patience: set patience, or restarts = 0", field="patience")
         method_named(self.method).check_robust(self.robust)
         if 0 < self.row_cap < 1:
-            raise ConfigError(f"row_cap = {self.row_cap:g} would cut the median device: give 1 or more, or 0: no cap")
+            raise ConfigError(
+                f"row_cap must be 1 or more, or 0 for no cap, got {self.row_cap:g}", field="row_cap", limit=1
+            )
         if self.robust != "none" and (self.patience or self.balanced):
             raise ConfigError(
-                f"robust = {self.robust!r} cannot go with patience or balanced: devices that lie on dev rows or label "
-                "counts would decide; set patience = 0 and balanced = false"
+                f"robust = {self.robust!r} excludes patience and balanced, which trust every device: set patience = 0 "
+                "and balanced = false",
+                field="robust",
             )
         objective = self.objective
-        told = self.calibrate or self.balanced or objective.readout_words or objective.perturb
-        if self.privacy is not None and (told or not method_named(self.method).private):
+        unprotected = self.calibrate or self.balanced or objective.readout_words or objective.perturb
+        if self.privacy is not None and (unprotected or not method_named(self.method).private):
             raise ConfigError(
-                "privacy is for losses of candidates alone: set method = pooled or fedavg, calibrate = false, "
-                "balanced = false, objective.readout_words = 0 and objective.perturb = 0"
+                "privacy only protects losses of candidates: set method = pooled or fedavg, calibrate = false, "
+                "balanced = false, objective.readout_words = 0 and objective.perturb = 0",
+                field="privacy",
             )
 
     def for_labels(self, labels: Sequence[str]) -> RunSettings:
-        """These settings, for a task with ``labels``: with none, what there is to fit is the prompt alone.
+        """These settings adapted to a task: without ``labels``, only the prompt is tuned, by the loss ``nll``.
 
-        Raises `ConfigError` where the loss does not go with them.
+        Raises `ConfigError` if the loss does not fit a task with labels.
         """
         if labels and self.objective.loss == "nll":
-            raise ConfigError("loss nll is for tasks of target texts, this one has labels: use cross_entropy or hinge")
+            raise ConfigError(
+                "the loss nll is for tasks of target texts, but this task has labels: use cross_entropy or hinge",
+                field="loss",
+            )
         if labels:
             return self
         objective = msgspec.structs.replace(self.objective, loss="nll", readout_words=0)
         return msgspec.structs.replace(self, objective=objective, calibrate=False, baselines=False, balanced=False)
 
     def aggregator(self) -> Aggregator:
-        """The aggregator of ``method``, before its first round."""
+        """A new aggregator of ``method``."""
         return method_named(self.method).make(
             SearchSettings(
                 d=self.prompt.d,
@@ -118,8 +125,9 @@ class RunSettings(CheckedMessage, frozen=True):
         )
 
     def epsilon(self, n_templates: int, n_rows: int, rounds: int) -> float | None:
-        """ε of a selection among ``n_templates`` and ``rounds`` of search, on a row of a device that has ``n_rows``;
-        None: without privacy, or rows.
+        """ε spent on a row of a device with ``n_rows`` by selecting among ``n_templates`` and ``rounds`` of search.
+
+        None without privacy or rows.
         """
         if self.privacy is None or not n_rows:
             return None
@@ -128,11 +136,24 @@ class RunSettings(CheckedMessage, frozen=True):
         return epsilon(self.privacy, [(select, int(n_templates > 1)), (search, searches)])
 
     def identity(self) -> str:
-        """Digest of what a run must have in common to be resumed; the budget may change, and patience without restarts,
-        which it makes a part of the search."""
+        """Digest of the settings that must be equal for a run to be resumed.
+
+        The budget may change. So may ``patience`` without restarts; with restarts, it is part of the search.
+        """
         fixed = msgspec.structs.replace(
-            self, rounds=1, evaluations=0, tokens=0, seconds=0.0, quorum=1.0, deadline_s=1.0, dev_rows=0, test_rows=0,
-            stragglers=0.0, per_round=0, over_selection=0.0,
-            evaluate_every=1 if self.restarts else 0, patience=self.patience if self.restarts else 0,
-        )  # fmt: skip
+            self,
+            rounds=1,
+            evaluations=0,
+            tokens=0,
+            seconds=0.0,
+            quorum=1.0,
+            deadline_s=1.0,
+            dev_rows=0,
+            test_rows=0,
+            stragglers=0.0,
+            per_round=0,
+            over_selection=0.0,
+            evaluate_every=1 if self.restarts else 0,
+            patience=self.patience if self.restarts else 0,
+        )
         return codec.digest(fixed)

@@ -1,8 +1,7 @@
-"""`RunStore`: every run's rounds, reports and metrics in one SQLite file; the log to resume from, and the history.
+"""`RunStore`: rounds, reports and metrics of all runs in one SQLite file, to resume runs and to show their history.
 
-A round is one transaction, written when it closes: after a crash it is there with all its reports, or not at all.
-WAL with ``synchronous=FULL``: what was committed survives a power cut. Reports are kept as their wire bytes, so
-replaying them is decoding them.
+A round is one transaction, written when it closes: after a crash it is complete or absent. WAL with
+``synchronous=FULL``: committed data survives a power cut. Reports are stored as their wire bytes.
 """
 
 from __future__ import annotations
@@ -62,10 +61,10 @@ RunStatus: TypeAlias = Literal["running", "stopped", "finished"]
 
 
 class StoredRun(NamedTuple):
-    """One row of ``fedbpt runs list``. ``settings`` and ``result`` are wire bytes (`fedbpt.runs.settings`), and so is
-    ``definition``, of the task (None: an earlier version began the run, and kept the task's name alone);
-    ``identity`` is a digest of what must be the same to resume it; ``rows`` one of the rows where the run was of one
-    machine, else empty.
+    """A run in the store. ``settings``, ``result`` and ``definition`` (of the task) are wire bytes.
+
+    ``definition`` None: an earlier version stored only the task's name. ``identity``: digest of what must be equal to
+    resume the run. ``rows``: digest of the rows of a run on one machine; else empty.
     """
 
     run: str
@@ -84,7 +83,7 @@ class StoredRun(NamedTuple):
 
 
 class StoredRound(NamedTuple):
-    """What is needed to replay one closed round. ``reports`` are those that were used, by device name."""
+    """A closed round, to replay. ``reports``: those that were used, in order of device names."""
 
     round: int
     work_digest: str
@@ -93,7 +92,7 @@ class StoredRound(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """What one device has cost so far, over all sittings of a run; bytes of message bodies."""
+    """Traffic of one device over all sessions of a run, in bytes of message bodies, and its peak memory."""
 
     bytes_up: int
     bytes_down: int
@@ -101,7 +100,7 @@ class Traffic(NamedTuple):
 
 
 class RoundHistory(NamedTuple):
-    """One line of ``fedbpt runs show``."""
+    """A round as ``fedbpt runs show`` lists it."""
 
     round: int
     closed: str
@@ -112,10 +111,10 @@ class RoundHistory(NamedTuple):
 
 
 class RunStore(Database):
-    """The run database at ``path`` (made with its folder if absent; None: in memory). Safe to use from several threads.
+    """The run database at ``path``, created with its folder if absent; None: in memory. Thread-safe.
 
     Raises:
-        StoreError: the file cannot be opened, is not a run database, is of another version, or a write failed.
+        StoreError: the file cannot be opened, read or written, is not a run database, or is of another version.
     """
 
     WHAT = "run database"
@@ -126,9 +125,9 @@ class RunStore(Database):
 
     @contextmanager
     def held(self, run: str) -> Iterator[None]:
-        """Keep every other process, and every other store object, from working on ``run`` meanwhile; it may be nested.
+        """Lock ``run`` against other processes and other store objects within the block. Reentrant.
 
-        Raises `StoreError` where one works on it already.
+        Raises `StoreError` if it is locked already.
         """
         if self.in_memory or run in self._held:
             yield
@@ -153,11 +152,11 @@ class RunStore(Database):
         settings: bytes,
         devices: Sequence[str],
     ) -> None:
-        """Begin ``run``; raises `StoreError` where there is one of this name."""
+        """Create ``run``. Raises `StoreError` if a run of this name exists."""
         now = _now()
         with self._transaction() as db:
             if db.execute("SELECT 1 FROM runs WHERE run = ?", (run,)).fetchone():
-                raise StoreError(f"run {run!r} already exists in {self.path}: choose another name")
+                raise StoreError(f"run {run!r} already exists in {self.path}: choose another name", field="run")
             db.execute(
                 "INSERT INTO runs VALUES (?, ?, ?, 'running', ?, ?, ?, ?, ?, NULL)",
                 (run, now, now, task, model_fingerprint, model_name, identity, settings),
@@ -175,7 +174,7 @@ class RunStore(Database):
         metrics: Mapping[str, float],
         traffic: Mapping[str, Traffic] | None = None,
     ) -> None:
-        """Close ``round`` with the reports that were used, in one transaction. A round closes once."""
+        """Close ``round`` with the reports that were used, in one transaction. Raises `StoreError` if it is closed."""
         now = _now()
         with self._transaction() as db:
             db.execute("INSERT INTO rounds VALUES (?, ?, ?, ?, ?)", (run, round, now, work_digest, state_digest))
@@ -189,7 +188,7 @@ class RunStore(Database):
             db.execute("DELETE FROM runs WHERE run = ?", (_aside(run),))
 
     def record_late(self, run: str, report: RoundReport) -> None:
-        """Keep a report that came after its round had closed; it is never replayed. Twice is once."""
+        """Store a report that arrived after its round had closed; it is never replayed. A duplicate is ignored."""
         with self._transaction() as db:
             db.execute(
                 "INSERT OR IGNORE INTO reports VALUES (?, ?, ?, 1, ?)",
@@ -197,14 +196,14 @@ class RunStore(Database):
             )
 
     def record_losses(self, run: str, round: int, reasons: Mapping[str, str]) -> None:
-        """Note which devices were lost in ``round``, and why, in one transaction."""
+        """Store which devices were lost in ``round``, and why, in one transaction."""
         now = _now()
         with self._transaction() as db:
             rows = [(run, round, device, reason, now) for device, reason in reasons.items()]
             db.executemany("INSERT INTO losses VALUES (?, ?, ?, ?, ?)", rows)
 
     def record_devices(self, run: str, infos: Mapping[str, DeviceInfo]) -> None:
-        """Keep what devices said of themselves last, in one transaction."""
+        """Store the latest descriptions of devices, in one transaction."""
         with self._transaction() as db:
             db.executemany(
                 "INSERT INTO devices (run, device, info) VALUES (?, ?, ?)"
@@ -213,29 +212,29 @@ class RunStore(Database):
             )
 
     def record_metrics(self, run: str, round: int, metrics: Mapping[str, float]) -> None:
-        """Add figures to a round (an evaluation after it); a figure of the same name is replaced."""
+        """Add metrics to a round (of an evaluation after it); a metric of the same name is replaced."""
         with self._transaction() as db:
             self._write_metrics(db, run, round, metrics)
 
     def record_task(self, run: str, definition: bytes, rows: str = "") -> None:
-        """The task of ``run``, as it is given to its latest sitting. ``rows``: a digest, see `StoredRun`."""
+        """Store the task of ``run``, as of its latest session. ``rows``: a digest, see `StoredRun`."""
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO tasks VALUES (?, ?, ?)", (run, definition, rows))
 
     def add_devices(self, run: str, devices: Sequence[str]) -> None:
-        """Devices that a later sitting of ``run`` brings; known ones stay as they are."""
+        """Add devices of a later session of ``run``; known ones are unchanged."""
         with self._transaction() as db:
             rows = [(run, device) for device in devices]
             db.executemany("INSERT OR IGNORE INTO devices (run, device) VALUES (?, ?)", rows)
 
     def record_addresses(self, run: str, addresses: Mapping[str, str]) -> None:
-        """Where devices of ``run`` are called, by name; in one transaction."""
+        """Store the addresses of devices of ``run``, by name, in one transaction."""
         with self._transaction() as db:
             rows = [(address, run, device) for device, address in addresses.items()]
             db.executemany("UPDATE devices SET address = ? WHERE run = ? AND device = ?", rows)
 
     def record_settings(self, run: str, settings: bytes, identity: str) -> None:
-        """The settings of a later sitting of ``run``: its budget may have changed, and ``identity`` may say more."""
+        """Store the settings of a later session of ``run``, whose budget, or version of ``identity``, may differ."""
         with self._transaction() as db:
             db.execute("UPDATE runs SET settings = ?, identity = ? WHERE run = ?", (settings, identity, run))
 
@@ -246,7 +245,7 @@ class RunStore(Database):
         result: bytes | None = None,
         traffic: Mapping[str, Traffic] | None = None,
     ) -> None:
-        """Mark ``run``; a ``result`` is kept with it."""
+        """Set the status of ``run`` and, unless None, its ``result``."""
         with self._transaction() as db:
             db.execute(
                 "UPDATE runs SET status = ?, updated = ?, result = coalesce(?, result) WHERE run = ?",
@@ -257,20 +256,20 @@ class RunStore(Database):
             self._write_traffic(db, run, traffic or {})
 
     def delete_run(self, run: str) -> None:
-        """Forget ``run`` and everything under it; no such run is no error."""
+        """Delete ``run`` and all its data, if it exists."""
         with self._transaction() as db:
             db.execute("DELETE FROM runs WHERE run = ?", (run,))
 
     def set_aside(self, run: str) -> None:
-        """Make room for another run of the name ``run``, which is forgotten when that one closes its first round.
+        """Rename ``run``, if it exists, to ``run~``, to make its name available to a new run.
 
-        Until then `restore` brings it back, and it is listed as ``run~``. No such run is no error.
+        It is deleted when the new run closes its first round; until then `restore` undoes this.
         """
         with self._transaction() as db:
             self._rename(db, run, _aside(run))
 
     def restore(self, run: str) -> None:
-        """Undo `set_aside` where no round has been closed since, and forget what was begun in its place."""
+        """Undo `set_aside` unless a round has closed since, and delete the run that took the name."""
         with self._transaction() as db:
             if db.execute("SELECT 1 FROM runs WHERE run = ?", (_aside(run),)).fetchone():
                 db.execute("DELETE FROM runs WHERE run = ?", (run,))
@@ -279,7 +278,7 @@ class RunStore(Database):
     # --- reading -------------------------------------------------------------------------------------------------
 
     def list_runs(self) -> list[StoredRun]:
-        """All runs, the latest first."""
+        """All runs, newest first."""
         return [StoredRun(*row) for row in self._query(f"{_SELECT_RUN} ORDER BY created DESC, run")]
 
     def find_run(self, run: str) -> StoredRun | None:
@@ -288,14 +287,14 @@ class RunStore(Database):
         return StoredRun(*rows[0]) if rows else None
 
     def get_run(self, run: str) -> StoredRun:
-        """The run of this name; raises `StoreError` where there is none."""
+        """The run of this name. Raises `StoreError` if there is none."""
         found = self.find_run(run)
         if found is None:
-            raise StoreError(f"no run {run!r} in {self.path}: `fedbpt runs list` shows what there is")
+            raise StoreError(f"there is no run {run!r} in {self.path}: `fedbpt runs list` shows the runs", field="run")
         return found
 
     def rounds(self, run: str, since: int = 0) -> Iterator[StoredRound]:
-        """The closed rounds of ``run`` from ``since`` on, in order, with the reports that were used: to replay."""
+        """The closed rounds of ``run`` from ``since`` on, in order, with the reports that were used."""
         for round, work, state in self._query(
             "SELECT round, work_digest, state_digest FROM rounds WHERE run = ? AND round >= ? ORDER BY round",
             run,
@@ -311,21 +310,21 @@ class RunStore(Database):
             yield StoredRound(round, work, state, reports)
 
     def traffic(self, run: str) -> dict[str, Traffic]:
-        """What each device of ``run`` has cost so far."""
+        """The traffic of each device of ``run``."""
         rows = self._query("SELECT device, bytes_up, bytes_down, peak_rss_bytes FROM devices WHERE run = ?", run)
         return {device: Traffic(up, down, peak) for device, up, down, peak in rows}
 
     def devices(self, run: str) -> dict[str, DeviceInfo | None]:
-        """What each device of ``run`` said of itself last; None for one that never answered."""
+        """The latest description of each device of ``run``; None for one that never responded."""
         rows = self._query("SELECT device, info FROM devices WHERE run = ? ORDER BY device", run)
         return {device: codec.decode(info, DeviceInfo) if info else None for device, info in rows}
 
     def addresses(self, run: str) -> dict[str, str]:
-        """Where each device of ``run`` was called last; empty for one that calls in."""
+        """The last address of each device of ``run``; empty for one that polls."""
         return dict(self._query("SELECT device, address FROM devices WHERE run = ? ORDER BY device", run))
 
     def history(self, run: str, since: int = 0) -> list[RoundHistory]:
-        """One entry a round from ``since`` on, in order; rounds that only have metrics or losses are among them."""
+        """The rounds from ``since`` on, in order, including those with only metrics or lost devices."""
         self.get_run(run)
         where = "WHERE run = ? AND round >= ?"
         closed = dict(self._query(f"SELECT round, closed FROM rounds {where}", run, since))
@@ -352,7 +351,7 @@ class RunStore(Database):
             for round in sorted({*closed, *metrics, *losses})
         ]
 
-    # --- inside --------------------------------------------------------------------------------------------------
+    # --- internal ------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
         try:
@@ -372,7 +371,7 @@ class RunStore(Database):
                 statements = [*_FROM_VERSION_1]
             else:
                 raise StoreError(
-                    f"{self.path} is not a run database of version {SCHEMA_VERSION} or before: choose another file"
+                    f"{self.path} is not a run database of version {SCHEMA_VERSION} or earlier: choose another file"
                 )
             for statement in statements:
                 db.execute(statement)
@@ -410,9 +409,9 @@ _SELECT_RUN: Final = (
 
 
 def _aside(run: str) -> str:
-    return f"{run}~"  # no run can be called so by its user
+    return f"{run}~"  # not a valid name of a run
 
 
 def _now() -> str:
-    # For people only: nothing is decided by the wall clock.
+    # Only for people: no decision depends on the wall clock.
     return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,4 +1,4 @@
-"""A run's figures as TensorBoard's event files, by tensorboardX (``fedbpt[tensorboard]``)."""
+"""Write a run's metrics as TensorBoard event files, with tensorboardX (``fedbpt[tensorboard]``)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fedbpt.runs.store import RoundHistory
 
 
 def write_scalars(history: Sequence[RoundHistory], folder: Path) -> Path:
-    """Every figure of every round as a scalar of its name, the round its step; returns ``folder``.
+    """Write every metric of every round as a scalar whose step is the round; returns ``folder``.
 
     Raises:
         MissingExtraError: tensorboardX is not installed.
-        ConfigError: ``folder`` has scalars already, or cannot be made.
+        ConfigError: ``folder`` already has scalars, or cannot be written.
     """
     try:
         from tensorboardX import SummaryWriter
@@ -24,8 +24,10 @@ def write_scalars(history: Sequence[RoundHistory], folder: Path) -> Path:
         raise MissingExtraError("writing TensorBoard scalars", "tensorboard") from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.glob("events.out.tfevents.*")):  # a second file would show every point twice
-            raise ConfigError(f"{folder} has scalars already: remove it, or choose another folder with --out")
+        if any(folder.glob("events.out.tfevents.*")):  # TensorBoard would show every point twice
+            raise ConfigError(
+                f"{folder} already has scalars: remove it, or choose another folder with --out", field="out"
+            )
         with TemporaryDirectory(prefix=".", dir=folder) as work:
             with SummaryWriter(work) as writer:
                 for line in history:
@@ -35,5 +37,5 @@ def write_scalars(history: Sequence[RoundHistory], folder: Path) -> Path:
             for path in Path(work).iterdir():
                 path.replace(folder / path.name)
     except OSError as error:
-        raise ConfigError(f"cannot write {folder}: {error.strerror or error}") from error
+        raise ConfigError(f"cannot write {folder}: {error.strerror or error}", field="out") from error
     return folder

@@ -114,7 +114,7 @@ def test_the_result_has_every_baseline_on_the_same_rows(whole: tuple[RunResult, 
 def test_the_variants_of_a_result_are_those_it_measured(whole: tuple[RunResult, FitScene], scene: FitScene) -> None:
     result, _ = whole
     same(scene.federation("r", TASK, **SETTINGS).run(), result)
-    lines = result.lines()
+    lines = result.variants()
     assert set(lines) == {"zero_shot", "tuned", *BASELINES}
     for name, (latent, readout) in lines.items():
         assert latent.any() == (name in ("tuned", "prompt"))

@@ -1,3 +1,5 @@
+"""The device's HTTP routes and server: bodies, refusals, tokens, addresses."""
+
 from __future__ import annotations
 
 import asyncio
@@ -19,6 +21,7 @@ from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import DeviceInfo, ErrorReply, RoundProgress, RoundReport
 from tests.contract.test_clients import plan
 from tests.support.fake_device import FakeDevice
+from tests.support.raises import raises
 
 MSGPACK = {"content-type": codec.CONTENT_TYPE}
 
@@ -81,7 +84,7 @@ def test_a_body_over_the_limit_is_refused_with_or_without_its_length(
 
 
 @pytest.mark.parametrize("wait", ["x", "-1", "nan", "inf"])
-def test_a_wait_that_is_no_time_is_refused(http: httpx.Client, wait: str) -> None:
+def test_an_invalid_wait_is_refused(http: httpx.Client, wait: str) -> None:
     assert refusal(http.get(f"/v1/rounds/r/1?wait={wait}")) == (400, "malformed")
 
 
@@ -94,7 +97,7 @@ def test_unknown_addresses_and_methods_have_a_reason(http: httpx.Client) -> None
     assert refusal(http.get("/v1/questions/0123?seen=-1")) == (400, "malformed")
 
 
-def test_every_refusal_is_a_4xx_but_for_a_device_that_stops() -> None:
+def test_every_refusal_but_stopping_is_a_4xx() -> None:
     assert {code for code, status in STATUS_OF_CODE.items() if not 400 <= status < 500} == {"stopping"}
 
 
@@ -113,7 +116,7 @@ def test_health_and_metrics_are_plain_text(http: httpx.Client) -> None:
     assert families["fedbpt_peak_rss_bytes"].samples[0].value > 0
 
 
-def test_with_a_token_only_who_sends_it_is_served() -> None:
+def test_with_a_token_only_clients_that_send_it_are_served() -> None:
     with AgentServer(AgentService(FakeDevice("a")), token="right") as server:
         with httpx.Client(base_url=server.url, trust_env=False) as client:
             for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic right"}):
@@ -127,7 +130,7 @@ def test_with_a_token_only_who_sends_it_is_served() -> None:
             assert client.get("/healthz").status_code == 200
 
 
-def test_a_client_with_the_token_is_served_and_another_is_told_why() -> None:
+def test_a_client_with_the_token_is_served_and_others_are_refused() -> None:
     async def ask(token: str | None) -> str:
         client = HttpClient(server.url, token=token)
         try:
@@ -138,23 +141,23 @@ def test_a_client_with_the_token_is_served_and_another_is_told_why() -> None:
     with AgentServer(AgentService(FakeDevice("a")), token="right") as server:
         assert asyncio.run(ask("right")) == "a"
         for token in (None, "wrong"):
-            with pytest.raises(DeviceRefusedError, match="its token") as caught:
+            with raises(DeviceRefusedError, code="unauthorized"):
                 asyncio.run(ask(token))
-            assert caught.value.code == "unauthorized"
 
 
-def test_a_port_in_use_is_one_line_that_says_what_to_do() -> None:
+def test_a_port_in_use_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(FedbptError, match=f"port {port}: .*choose another port") as caught:
+        with raises(FedbptError) as caught:
             AgentServer(AgentService(FakeDevice("a")), port=port)
-    assert "\n" not in str(caught.value)
+    assert str(port) in str(caught.value)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "device.example"])
 def test_an_address_beyond_loopback_must_be_allowed(host: str) -> None:
-    with pytest.raises(ConfigError, match="encryption"):
+    with raises(ConfigError) as caught:
         AgentServer(AgentService(FakeDevice("a")), host)
+    assert "--allow-insecure" in str(caught.value)
 
 
 def test_an_address_beyond_loopback_works_where_it_is_allowed() -> None:
@@ -162,12 +165,13 @@ def test_an_address_beyond_loopback_works_where_it_is_allowed() -> None:
 
 
 @pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 70000), ("127.0.0.1", -1), ("192.0.2.1", 0)])
-def test_an_address_that_cannot_be_is_named(host: str, port: int) -> None:
-    with pytest.raises(FedbptError, match=r"port 70000|port -1|192\.0\.2\.1"):
+def test_an_impossible_address_is_named(host: str, port: int) -> None:
+    with pytest.raises(FedbptError) as caught:
         AgentServer(AgentService(FakeDevice("a")), host, port, allow_insecure=True)
+    assert (str(port) if port else host) in str(caught.value)
 
 
-def test_a_paused_device_says_why_and_goes_on_and_can_be_cancelled() -> None:
+def test_a_paused_device_reports_the_reason_and_can_resume_or_be_cancelled() -> None:
     reasons = ["on battery"]
     device = FakeDevice("a", slow_s=0.01)
     with AgentServer(AgentService(device, pause=lambda: reasons[-1])) as server:
@@ -198,7 +202,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
         time.sleep(0.01)
 
 
-def test_who_runs_a_device_is_told_of_a_model_file_that_changed(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_changed_model_file_is_named_in_the_devices_log(caplog: pytest.LogCaptureFixture) -> None:
     device = FakeDevice("a")
     device.fail = ModelFileError("model.gguf is no longer the file that was loaded")
     with AgentServer(AgentService(device)) as server:

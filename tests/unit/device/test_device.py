@@ -1,4 +1,4 @@
-"""A device's part of a round."""
+"""A device does a round's work."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from fedbpt.search.local_search import local_search
 from fedbpt.search.population import sample_population
 from fedbpt.tasks import Task
 from fedbpt.tasks.rows import batch_indices
+from tests.support.raises import raises
 from tests.support.toy_scorer import ToyScorer
 
 TEMPLATE = Template(pattern="{text}\nMood: (", label_words=("b", "g"))
@@ -238,7 +239,7 @@ def test_select_scores_at_most_max_rows() -> None:
 
 
 def test_select_without_templates_is_refused() -> None:
-    with pytest.raises(InputError, match="templates"):
+    with raises(InputError, field="templates"):
         device().run(plan(SelectWork(templates=())))
 
 
@@ -259,7 +260,7 @@ def request(**changes: Any) -> EvaluateRequest:
 
 
 @pytest.mark.parametrize(("split", "rows"), [("test", ROWS[3:10]), ("dev", ROWS[:6])])
-def test_evaluation_counts_on_the_asked_for_rows(split: str, rows: list[tuple[str, int]]) -> None:
+def test_evaluation_counts_on_the_requested_rows(split: str, rows: list[tuple[str, int]]) -> None:
     report = device().evaluate(request(split=split))
     objective = Objective(ToyScorer(), TEMPLATE, LABELS, rows, ObjectiveSpec(), PROMPT)
     expected = objective.evaluate(objective.embeds(np.stack([np.zeros(6), np.ones(6)])))
@@ -301,20 +302,20 @@ def test_evaluation_is_not_perturbed() -> None:
         {"labels": ("one", "two", "three")},
     ],
 )
-def test_an_evaluation_that_makes_no_sense_is_refused(changes: dict[str, Any]) -> None:
+def test_an_inconsistent_evaluation_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         device().evaluate(request(**changes))
 
 
-def test_evaluating_rows_that_the_device_has_not_is_refused() -> None:
-    with pytest.raises(DataError, match="test rows"):
+def test_evaluating_a_split_without_rows_is_refused() -> None:
+    with raises(DataError, field="test"):
         Device("pi5", ToyScorer(), ROWS, task=TASK).evaluate(request())
 
 
-# --- what a device says of itself ------------------------------------------------------------------------------------
+# --- the device's description -----------------------------------------------------------------------------------------
 
 
-def test_info_counts_rows_and_tells_no_label() -> None:
+def test_info_counts_rows_and_has_no_labels() -> None:
     mine = device(ToyScorer(name="Smol LM (Q4)"))
     before = mine.info()
     mine.run(plan(pooled()))
@@ -328,7 +329,7 @@ def test_info_counts_rows_and_tells_no_label() -> None:
 
 
 def test_a_device_needs_training_rows() -> None:
-    with pytest.raises(DataError, match="training rows"):
+    with raises(DataError, field="train_rows"):
         Device("pi5", ToyScorer(), [], task=TASK)
 
 
@@ -337,7 +338,7 @@ def test_a_template_that_cannot_work_is_a_task_error() -> None:
         device().run(plan(pooled(), prompt=PromptSpec(n_prompt=100, d=6)))
 
 
-def test_the_time_of_pauses_is_not_in_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_speed_does_not_count_the_time_of_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("fedbpt.device.device.time.monotonic", lambda: now[0])
 

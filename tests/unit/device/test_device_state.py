@@ -1,4 +1,4 @@
-"""What a device remembers survives its process by a snapshot."""
+"""A device's state survives its process in a snapshot."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def restarted(device: Device, rows: list[Any], task: Any) -> Device:
     return Device(device.name, ToyScorer(), rows, task=task, state=DeviceState.from_bytes(device.state.to_bytes()))
 
 
-def test_a_restarted_device_answers_a_private_question_with_the_same_noise() -> None:
+def test_a_restarted_device_repeats_private_losses_with_the_same_noise() -> None:
     first = test_privacy.device()
     answer = test_privacy.losses_of(first.run(test_privacy.plan()))
     assert (
@@ -32,7 +32,7 @@ def test_a_restarted_device_answers_a_private_question_with_the_same_noise() -> 
     assert (test_privacy.losses_of(test_privacy.device().run(test_privacy.plan())) != answer).any()
 
 
-def test_a_restarted_device_goes_on_with_a_fit_without_scoring_again() -> None:
+def test_a_restarted_device_continues_a_fit_without_scoring_again() -> None:
     first = Device("kitchen", ToyScorer(), ROWS, task=TASK)
     result = first.run(test_local_fit.asked()).result
     again = restarted(first, ROWS, TASK)

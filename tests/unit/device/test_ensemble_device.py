@@ -1,4 +1,4 @@
-"""A device's part where several templates are read out together: fitting, evaluating."""
+"""A device fits and evaluates readouts of several templates."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedbpt.errors import InputError, ScoringInterrupted, TaskError
+from fedbpt.errors import InputError, ScoringInterrupted
 from fedbpt.objective.losses import LOSSES
 from fedbpt.objective.objective import Objective
 from fedbpt.objective.readout import loss_and_gradient, moments, word_ids
 from fedbpt.protocol.rounds import FitWork
 from fedbpt.protocol.specs import Array, ObjectiveSpec, PromptSpec, Readout, Template
 from fedbpt.tasks.task import label_word_ids, render_ids
+from tests.support.raises import raises
 from tests.support.toy_scorer import ToyScorer
 from tests.unit.device.test_device import LABELS, PROMPT, ROWS, TEMPLATE, device, plan, request, through_the_wire
 from tests.unit.device.test_local_fit import LATENT, N_WORDS, SPEC, rows_of
@@ -28,7 +29,7 @@ both_places = pytest.mark.parametrize("prompt", [PROMPT, FRONT], ids=["cue", "fr
 
 
 def weights(n_words: int = N_WORDS, seed: int = 0) -> np.ndarray:
-    """V of each template [1 + len(OTHERS), 1 + n_words, 2], as it is on the wire."""
+    """V of each template [1 + len(OTHERS), 1 + n_words, 2], as sent over the wire."""
     made = np.random.default_rng(seed).standard_normal((1 + len(OTHERS), 1 + n_words, 2))
     return made.astype(np.float32).astype(np.float64)
 
@@ -46,12 +47,12 @@ def fit(**changes: Any) -> FitWork:
 
 
 def asked(prompt: PromptSpec = PROMPT, **changes: Any) -> Any:
-    """A plan of a fit; changes are of the work."""
+    """A plan of a fit; ``changes``: of the work."""
     return plan(fit(**changes), objective=SPEC, prompt=prompt)
 
 
 def plain_logits(prompt: PromptSpec, rows: list[tuple[str, int]], latent: np.ndarray = LATENT) -> list[np.ndarray]:
-    """[n, 2 + N_WORDS] of each template, text by text: its label words', then those of the first one's random words."""
+    """Logits [n, 2 + N_WORDS] of each template: its label words, then the random words of the first template."""
     scorer, found = ToyScorer(), []
     words = word_ids(scorer.n_vocab, N_WORDS, prompt.seed, np.concatenate(label_word_ids(scorer, TEMPLATE, LABELS)))
     embeds = Objective(scorer, TEMPLATE, LABELS, ROWS, SPEC, prompt).embeds(latent[None])
@@ -111,9 +112,9 @@ def test_moments_are_those_of_each_templates_words(prompt: PromptSpec) -> None:
 
 
 def test_rows_of_all_templates_are_scored_once_for_all_exchanges_of_a_fit() -> None:
-    mine, alone = device(), device()
+    mine, single = device(), device()
     first = mine.run(asked(readout=None))
-    assert first.tokens > alone.run(asked(readout=None, others=())).tokens
+    assert first.tokens > single.run(asked(readout=None, others=())).tokens
     calls = len(mine.scorer.calls)
     later = [mine.run(asked(readout=readout(seed=seed))) for seed in range(3)]
     assert [report.tokens for report in later] == [0, 0, 0]
@@ -126,7 +127,7 @@ def test_rows_of_all_templates_are_scored_once_for_all_exchanges_of_a_fit() -> N
     [{"others": OTHERS[::-1]}, {"others": OTHERS[:1], "readout": readout(n_others=1)}, {"latent": Array.of(-LATENT)}],
     ids=["another order", "fewer", "another prompt"],
 )
-def test_rows_under_other_templates_are_not_taken_for_these(changes: dict[str, Any]) -> None:
+def test_rows_under_other_templates_are_not_confused(changes: dict[str, Any]) -> None:
     busy = device()
     before = busy.run(asked())
     assert busy.run(asked(**changes)).result == device().run(asked(**changes)).result != before.result
@@ -163,7 +164,7 @@ def test_the_same_plan_gives_the_same_result_whatever_ran_before() -> None:
 
 
 @pytest.mark.parametrize("stops_after", range(3))
-def test_cancelled_between_templates_the_next_try_is_whole(stops_after: int) -> None:
+def test_after_cancelling_between_templates_the_next_try_is_complete(stops_after: int) -> None:
     mine, polls = device(), iter([False] * stops_after + [True])
     with pytest.raises(ScoringInterrupted):
         mine.run(asked(), cancelled=lambda: next(polls))
@@ -179,19 +180,20 @@ def test_progress_never_ends_before_the_last_rows_and_ends_at_its_total() -> Non
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "values"),
     [
-        ({"others": ()}, "a readout of 3 templates, the work names 1"),
-        ({"readout": readout(n_others=1)}, "a readout of 2 templates, the work names 3"),
-        ({"centre": Array.of(np.zeros(N_WORDS))}, r"centre must have shape \[18\]"),
-        ({"others": (OTHERS[0], Template(pattern="{text}:", label_words=("x",)))}, "label words"),
-        ({"others": (OTHERS[0], Template(pattern="text:", label_words=("x", "y")))}, "{text}"),
+        ({"others": ()}, ("3", "1")),
+        ({"readout": readout(n_others=1)}, ("2", "3")),
+        ({"centre": Array.of(np.zeros(N_WORDS))}, ("[18]",)),
+        ({"others": (OTHERS[0], Template(pattern="{text}:", label_words=("x",)))}, ()),
+        ({"others": (OTHERS[0], Template(pattern="text:", label_words=("x", "y")))}, ("{text}",)),
     ],
     ids=["no others", "too few readouts", "one centre", "other labels", "no text"],
 )
-def test_a_fit_that_makes_no_sense_is_refused(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises((InputError, TaskError), match=said):
+def test_an_inconsistent_fit_is_refused(changes: dict[str, Any], values: tuple[str, ...]) -> None:
+    with pytest.raises(InputError) as caught:
         device().run(asked(**changes))
+    assert [value for value in values if value not in str(caught.value)] == []
 
 
 # --- which words ---------------------------------------------------------------------------------------------------
@@ -239,7 +241,7 @@ def test_an_evaluation_averages_the_log_probabilities_of_all_templates(prompt: P
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, FRONT], ids=["cue", "front"])
-def test_latents_with_and_without_others_are_each_read_as_alone(prompt: PromptSpec) -> None:
+def test_latents_with_and_without_others_are_evaluated_as_if_separate(prompt: PromptSpec) -> None:
     latents = np.stack([np.zeros(6), LATENT, LATENT, np.zeros(6), LATENT])
     readouts = (None, readout(), readout(n_others=0), readout(2, seed=4), None)
 
@@ -251,20 +253,20 @@ def test_latents_with_and_without_others_are_each_read_as_alone(prompt: PromptSp
 
     together = ask([0, 1, 2, 3, 4], others=OTHERS)
     for i, own in enumerate(readouts):
-        alone = ask([i], others=OTHERS if own is not None and own.others else ())
-        assert together.correct[i] == alone.correct[0]
-        assert together.loss_sums[i] == pytest.approx(alone.loss_sums[0], rel=1e-9)
+        separate = ask([i], others=OTHERS if own is not None and own.others else ())
+        assert together.correct[i] == separate.correct[0]
+        assert together.loss_sums[i] == pytest.approx(separate.loss_sums[0], rel=1e-9)
     assert len(set(together.loss_sums)) == 5
 
 
-def test_others_that_no_readout_has_change_nothing() -> None:
+def test_other_templates_without_a_readout_change_nothing() -> None:
     plain = request(objective=SPEC, latents=Array.of(LATENT[None]), readouts=(readout(n_others=0),))
     with_others = msgspec.structs.replace(plain, others=OTHERS)
     one, other = (device().evaluate(ask) for ask in (plain, with_others))
     assert (one.n, one.correct, one.loss_sums) == (other.n, other.correct, other.loss_sums)
 
 
-def test_the_first_rows_under_every_template_where_there_is_a_limit() -> None:
+def test_a_limit_takes_the_first_rows_under_every_template() -> None:
     ask = request(
         objective=SPEC, latents=Array.of(LATENT[None]), readouts=(readout(),), others=OTHERS, split="dev", max_rows=2
     )
@@ -277,15 +279,13 @@ def test_the_first_rows_under_every_template_where_there_is_a_limit() -> None:
 
 
 @pytest.mark.parametrize("given", [(), OTHERS[:1], (*OTHERS, OTHERS[0])], ids=["none", "too few", "too many"])
-def test_a_readout_of_templates_that_are_not_given_is_one_clear_error(given: tuple[Template, ...]) -> None:
+def test_a_readout_of_missing_templates_is_refused(given: tuple[Template, ...]) -> None:
     ask = request(
         objective=SPEC, latents=Array.of(np.stack([LATENT, LATENT])), readouts=(None, readout()), others=given
     )
-    with pytest.raises(
-        InputError, match=f"a readout has 2 other templates, given are the logits of {len(given)}"
-    ) as no:
+    with raises(InputError) as caught:
         device().evaluate(ask)
-    assert "\n" not in str(no.value)
+    assert f" {len(given)}" in str(caught.value)
 
 
 def test_an_evaluation_of_many_rows_takes_each_rows_own_logits() -> None:

@@ -1,4 +1,4 @@
-"""A device's part of fitting a readout."""
+"""A device fits a readout."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def fit(**changes: Any) -> FitWork:
 
 
 def asked(**changes: Any) -> Any:
-    """A plan of a fit; changes are of the work."""
+    """A plan of a fit; ``changes``: of the work."""
     return plan(fit(**changes), objective=SPEC)
 
 
@@ -85,7 +85,7 @@ def test_moments_are_the_mean_over_the_same_rows() -> None:
     assert report.result.loss == pytest.approx(loss_and_gradient(logits, targets, np.zeros((1, 2)))[0], rel=1e-9)
 
 
-def test_a_centre_is_taken_from_the_words_in_the_gradient_alone() -> None:
+def test_a_centre_is_subtracted_from_the_words_only_in_the_gradient() -> None:
     plain, centred = (
         device().run(asked(readout=readout(4), n_words=4, centre=c)) for c in (None, Array.of(np.ones(4)))
     )
@@ -99,7 +99,7 @@ def test_a_limit_of_zero_or_above_its_rows_takes_all_of_them() -> None:
     assert [device().run(asked(max_rows=n)).n_texts for n in (0, 12, 500)] == [20, 12, 20]
 
 
-def test_the_bias_of_the_plan_is_not_added_the_readout_holds_it() -> None:
+def test_the_bias_of_the_plan_is_not_added_to_the_readouts_own() -> None:
     biased = msgspec.structs.replace(asked(), label_bias=(5.0, -5.0))
     assert device().run(biased).result == device().run(asked()).result
 
@@ -129,7 +129,7 @@ def test_the_same_plan_gives_the_same_result_whatever_ran_before(work: FitWork) 
 
 
 @pytest.mark.parametrize("changes", [{"seed": 1}, {"device": "garage"}], ids=lambda changes: next(iter(changes)))
-def test_rows_of_another_run_are_not_taken_for_those_of_this_one(changes: dict[str, Any]) -> None:
+def test_rows_of_another_run_are_not_confused(changes: dict[str, Any]) -> None:
     busy = device()
     busy.run(msgspec.structs.replace(asked(), **changes))
     assert busy.run(asked()).result == device().run(asked()).result
@@ -143,7 +143,7 @@ def test_a_report_survives_the_wire(work: FitWork) -> None:
 
 
 @every_fit
-def test_cancelling_interrupts_and_the_next_try_is_whole(work: FitWork) -> None:
+def test_cancelling_interrupts_and_the_next_try_is_complete(work: FitWork) -> None:
     mine, wanted = device(), plan(work, objective=SPEC)
     with pytest.raises(ScoringInterrupted):
         mine.run(wanted, cancelled=lambda: True)
@@ -168,7 +168,7 @@ def test_progress_ends_at_its_total(work: FitWork) -> None:
     ],
     ids=["too many words", "too large a readout", "other labels", "another d"],
 )
-def test_a_fit_that_makes_no_sense_is_refused(changes: dict[str, Any]) -> None:
+def test_an_inconsistent_fit_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         device().run(asked(**changes))
 

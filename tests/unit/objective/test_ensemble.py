@@ -125,7 +125,7 @@ def test_only_the_readout_is_of_several_templates_and_they_share_its_words(scene
     assert zero_shot.others == ()
     assert {request.others for request in (*live, final)} == {result.others}
     with_others = [bool(readout and readout.others) for readout in final.readouts]
-    assert with_others == [name == "tuned" for name in result.lines()]
+    assert with_others == [name == "tuned" for name in result.variants()]
 
 
 def test_the_ensemble_changes_the_tuned_line_alone(

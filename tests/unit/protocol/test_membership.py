@@ -1,4 +1,4 @@
-"""A device whose rows are of another task takes no part: it is named, and the others go on without it."""
+"""A device whose rows are of another task is excluded by name, and the run continues without it."""
 
 from __future__ import annotations
 
@@ -59,19 +59,19 @@ def test_a_device_with_another_task_is_named_and_the_others_go_on(scene: Scene, 
     assert set(scene.store.history("r")[0].lost) == {"b"}
 
 
-def test_its_model_does_not_block_the_start_either(scene: Scene) -> None:
+def test_its_other_model_does_not_block_the_start_either(scene: Scene) -> None:
     scene.devices["b"].task, scene.devices["b"].fingerprint = OTHERS["a label more"], "sha256:other"
     assert scene.run().devices[1].reports == 0
 
 
-def test_where_too_few_have_the_task_the_start_names_the_others(scene: Scene) -> None:
+def test_if_too_few_devices_have_the_task_the_error_names_the_others(scene: Scene) -> None:
     scene.devices["a"].task = scene.devices["b"].task = OTHERS["another name"]
     with pytest.raises(QuorumError, match=r"1 of 3 .*\(a: .*sst-2.*; b: .*sst-2"):
         scene.run()
     assert scene.store.find_run("r") is None
 
 
-def test_test_rows_of_another_task_are_not_missed(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_needs_no_test_rows_of_devices_with_another_task(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     scene.devices["b"].task = OTHERS["another name"]
     for name in "ac":
         info = msgspec.structs.replace(scene.devices[name].info(), n_test=0)
@@ -79,7 +79,7 @@ def test_test_rows_of_another_task_are_not_missed(scene: Scene, monkeypatch: pyt
     assert scene.run().tuned.n == 0
 
 
-def test_a_device_that_is_started_again_with_the_task_takes_part(scene: Scene) -> None:
+def test_a_device_restarted_with_the_task_takes_part(scene: Scene) -> None:
     scene.devices["b"].task = OTHERS["other columns"]
 
     def restart() -> None:
@@ -93,7 +93,7 @@ def test_a_device_that_is_started_again_with_the_task_takes_part(scene: Scene) -
     assert [event.device for event in scene.of(DeviceBack)] == ["b"]
 
 
-def test_a_device_that_is_started_again_with_another_task_is_out_from_then_on(scene: Scene) -> None:
+def test_a_device_restarted_with_another_task_is_excluded_from_then_on(scene: Scene) -> None:
     def restart() -> None:
         scene.devices["b"].task = OTHERS["labels in another order"]
         scene.clients["b"].restart(graceful=False)
@@ -110,8 +110,8 @@ def test_a_device_that_is_started_again_with_another_task_is_out_from_then_on(sc
 COLUMNS: dict[str, Any] = {"text_columns": ("body",)}
 
 
-def sitting(scene: Scene, **changes: Any) -> None:
-    """The run goes on for two rounds with a device and a coordinator that have this task."""
+def session(scene: Scene, **changes: Any) -> None:
+    """Run two more rounds with this task on the device and the coordinator."""
     task = of_task(**changes)
     scene.devices["a"].task = task.identity
     done = scene.store.find_run("r")
@@ -119,8 +119,8 @@ def sitting(scene: Scene, **changes: Any) -> None:
 
 
 @pytest.fixture
-def alone(tmp_path: Path) -> Iterator[Scene]:
-    made = Scene(tmp_path / "alone.db", FakeDevice("a"))
+def one_device(tmp_path: Path) -> Iterator[Scene]:
+    made = Scene(tmp_path / "one.db", FakeDevice("a"))
     with made.store:
         yield made
 
@@ -128,24 +128,22 @@ def alone(tmp_path: Path) -> Iterator[Scene]:
 @pytest.mark.parametrize(
     "changes", [{"label_column": "class"}, {"max_words": 7}, {"labels": LABELS[::-1]}, {"name": "other"}, {}]
 )
-def test_a_run_is_not_resumed_with_another_task_or_rows_that_are_read_otherwise(
-    alone: Scene, changes: dict[str, Any]
-) -> None:
-    sitting(alone, **COLUMNS)
-    sitting(alone, **COLUMNS)
+def test_a_run_is_not_resumed_with_another_task_or_other_columns(one_device: Scene, changes: dict[str, Any]) -> None:
+    session(one_device, **COLUMNS)
+    session(one_device, **COLUMNS)
     with pytest.raises(ConfigError, match="another task"):
-        sitting(alone, **{**COLUMNS, **changes} if changes else {})
+        session(one_device, **{**COLUMNS, **changes} if changes else {})
 
 
-def test_a_run_of_the_version_before_resumes_and_its_columns_are_known_from_then_on(alone: Scene) -> None:
-    sitting(alone, **COLUMNS)
+def test_a_run_of_the_previous_version_resumes_and_records_its_columns(one_device: Scene) -> None:
+    session(one_device, **COLUMNS)
     before = identity_of(settings(rounds=2), of_task(**COLUMNS), reads=False)
-    with alone.store._transaction() as db:
+    with one_device.store._transaction() as db:
         db.execute("UPDATE runs SET identity = ?", (before,))
-    sitting(alone, **COLUMNS)
-    assert alone.store.get_run("r").identity != before
+    session(one_device, **COLUMNS)
+    assert one_device.store.get_run("r").identity != before
     with pytest.raises(ConfigError, match="another task"):
-        sitting(alone)
+        session(one_device)
 
 
 # --- the device's side -----------------------------------------------------------------------------------------------

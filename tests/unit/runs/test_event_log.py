@@ -1,4 +1,4 @@
-"""The journal of a run: every event and warning, numbered, as lines of JSON; a full disk costs lines and no run."""
+"""The journal numbers every event and warning as a line of JSON; a full disk loses lines, not the run."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from fedbpt.protocol import codec
 from fedbpt.runs.event_log import Entry, Journal, Line, LogFile, Logged
 from fedbpt.runs.events import DeviceLost, LateReport
 from tests.support.fake_device import FakeDevice
+from tests.support.raises import raises
 from tests.support.toy_scene import Scene
 
 LATE = LateReport(device="a", round=3)
@@ -39,7 +40,7 @@ def test_every_event_of_a_run_is_a_line_that_can_be_read_again(tmp_path: Path) -
     assert (first["event"]["type"], first["event"]["run"]) == ("RunStarted", "r")
 
 
-def test_a_second_sitting_adds_to_the_file_under_another_name(tmp_path: Path) -> None:
+def test_a_second_session_appends_to_the_file_under_another_id(tmp_path: Path) -> None:
     for _ in range(2):
         with LogFile(tmp_path / "log") as file:
             Journal(file)(LATE)
@@ -68,7 +69,7 @@ def test_warnings_of_the_library_are_entries_and_others_are_not(caplog: pytest.L
     assert [record.getMessage() for record in caplog.records] == ["device a", "no", "it broke", "after"]
 
 
-def test_what_errors_quote_of_rows_is_in_no_entry() -> None:
+def test_no_entry_has_what_errors_quote_of_rows() -> None:
     kept: list[Any] = []
     journal = Journal(lambda line: kept.append(line.entry.event) or "")
     log, row = logging.getLogger("fedbpt.device.agent"), "the cat sat"
@@ -87,7 +88,7 @@ def test_what_errors_quote_of_rows_is_in_no_entry() -> None:
     assert {"DataError: row 3", "TypeError"} <= set(kept[2].exception.splitlines())
 
 
-def test_who_has_no_logging_of_their_own_still_reads_warnings(
+def test_warnings_still_reach_stderr_without_logging_handlers(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
@@ -97,10 +98,11 @@ def test_who_has_no_logging_of_their_own_still_reads_warnings(
 
 
 class FullDisk:
-    """A file that takes ``room`` bytes."""
+    """A file that accepts ``room`` bytes."""
 
     def __init__(self, room: int) -> None:
-        self.room, self.content = room, b""
+        self.room = room
+        self.content = b""
 
     def write(self, content: bytes) -> int:
         taken = content[: self.room]
@@ -114,7 +116,7 @@ class FullDisk:
         pass
 
 
-def test_a_full_disk_is_one_warning_and_lines_come_again_when_there_is_room(
+def test_a_full_disk_is_one_warning_and_lines_continue_when_there_is_space(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     told: list[Line] = []
@@ -130,7 +132,7 @@ def test_a_full_disk_is_one_warning_and_lines_come_again_when_there_is_room(
         disk.room = 10_000
         journal(DeviceLost(device="b", round=4, reason="gone"))
     [record] = caplog.records
-    assert "No space left on device; the run goes on" in record.getMessage()
+    assert "No space left on device" in record.getMessage()
     first, cut, last = disk.content.splitlines()
     assert codec.decode_json(first, Entry).seq == 1
     assert told[1].json.startswith(cut)
@@ -138,7 +140,9 @@ def test_a_full_disk_is_one_warning_and_lines_come_again_when_there_is_room(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
-def test_a_run_whose_log_cannot_be_written_ends_as_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_whose_log_cannot_be_written_ends_as_without_a_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     scene = Scene(tmp_path / "runs.db", FakeDevice("a"))
     digest = scene.run("without").digest
     with LogFile(Path("/dev/full")) as file:
@@ -149,5 +153,5 @@ def test_a_run_whose_log_cannot_be_written_ends_as_without(tmp_path: Path, caplo
 
 
 def test_a_log_that_cannot_be_opened_is_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot write the log"):
+    with raises(ConfigError, field="log"):
         LogFile(tmp_path)

@@ -1,4 +1,4 @@
-"""Run files."""
+"""Run files are read and checked."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 
 from fedbpt.errors import ConfigError, TaskError
 from fedbpt.runs.run_file import RunConfig, load_config
+from tests.support.raises import raises
 from tests.support.toy_task import TASK, TASK_FILE
 
 
@@ -30,18 +31,18 @@ def test_the_documented_run_file_is_read(tmp_path: Path) -> None:
     assert (config.settings.rounds, config.settings.popsize, config.settings.prompt.n_prompt) == (100, 16, 1)
 
 
-def test_a_task_file_is_found_beside_the_run_file(tmp_path: Path) -> None:
+def test_a_task_file_is_found_next_to_the_run_file(tmp_path: Path) -> None:
     (tmp_path / "mood.toml").write_text(TASK_FILE)
     assert load_config(write(tmp_path, 'task = "mood.toml"'))[1] == TASK
 
 
-def test_what_is_left_out_follows_the_run_and_the_task(tmp_path: Path) -> None:
+def test_defaults_follow_the_run_and_the_task(tmp_path: Path) -> None:
     (tmp_path / "mood.toml").write_text("max_text_tokens = 40\n" + TASK_FILE)
     settings = load_config(write(tmp_path, 'task = "mood.toml"\n[settings]\nseed = 9'))[0].settings
     assert (settings.seed, settings.prompt.seed, settings.objective.max_text_tokens) == (9, 9, 40)
 
 
-def test_what_is_given_is_kept(tmp_path: Path) -> None:
+def test_explicit_values_are_kept(tmp_path: Path) -> None:
     (tmp_path / "mood.toml").write_text("max_text_tokens = 40\n" + TASK_FILE)
     text = 'task = "mood.toml"\n[settings]\nseed = 9\nprompt.seed = 0\nobjective.max_text_tokens = 128'
     settings = load_config(write(tmp_path, text))[0].settings
@@ -57,41 +58,37 @@ def test_balance_and_restarts_are_settings_and_off_by_default(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "value"),
     [
-        ("task =", "not valid TOML"),
-        ("", "missing required field `task`"),
-        ('task = "ag-news"\nround = 3', "unknown field `round`"),
-        ('task = "ag-news"\n[settings]\npopulation = 3', "unknown field `population`"),
+        ("task =", "run.toml"),
+        ("", "`task`"),
+        ('task = "ag-news"\nround = 3', "`round`"),
+        ('task = "ag-news"\n[settings]\npopulation = 3', "`population`"),
         ('task = "ag-news"\n[settings]\npopsize = 0', "popsize"),
         ('task = "ag-news"\nsettings = 3', "settings"),
         ('task = "ag-news"\n[settings]\nprompt = 3', "prompt"),
-        ('task = "ag-news"\n[settings]\nrounds = 0', "set rounds, evaluations, tokens or seconds"),
+        ('task = "ag-news"\n[settings]\nrounds = 0', "rounds"),
         ('task = "ag-news"\n[settings]\nmethod = "magic"', "magic"),
         ('task = "ag-news"\n[settings]\nbalanced = "yes"', "balanced"),
-        ('task = "ag-news"\n[settings]\nrestarts = 2', "set patience, or restarts = 0"),
-        ('task = "no-such"', "unknown task 'no-such'"),
+        ('task = "ag-news"\n[settings]\nrestarts = 2', "patience"),
+        ('task = "no-such"', "no-such"),
         ('task = ["ag-news"]', "task"),
     ],
 )
-def test_a_run_file_that_cannot_be_is_refused_in_one_line(tmp_path: Path, text: str, said: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+def test_an_invalid_run_file_is_refused(tmp_path: Path, text: str, value: str) -> None:
+    with raises(ConfigError) as caught:
         load_config(write(tmp_path, text))
-    assert said in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert value in str(caught.value)
 
 
-def test_a_file_that_is_no_text_or_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_binary_or_missing_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match=r"binary\.toml is not valid TOML"):
-        load_config(tmp_path / "binary.toml")
-    with pytest.raises(ConfigError, match="cannot read the run file"):
-        load_config(tmp_path / "absent.toml")
-    with pytest.raises(ConfigError, match="cannot read the run file"):
-        load_config(tmp_path)
+    for path in (tmp_path / "binary.toml", tmp_path / "absent.toml", tmp_path):
+        with raises(ConfigError, field=str(path)):
+            load_config(path)
 
 
-def test_a_task_file_that_cannot_work_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_task_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mood.toml").write_text(TASK_FILE.replace('"g"', '"b"'))
-    with pytest.raises(TaskError, match="b"):
+    with raises(TaskError):
         load_config(write(tmp_path, 'task = "mood.toml"'))

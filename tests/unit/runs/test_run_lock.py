@@ -1,4 +1,4 @@
-"""One process at a time works on a run: real processes, one of which is killed."""
+"""A run is locked for one process: real processes, one of which is killed."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from fedbpt import Budget, PromptSpec, TuneResult, tune
 from fedbpt.errors import StoreError
 from fedbpt.runs.events import Event, RoundClosed
 from fedbpt.runs.store import RunStore
+from tests.support.raises import raises
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, TASK_FILE, rows
 from tests.unit.cli.test_cli import Run, folder, run
@@ -48,7 +49,7 @@ def tuned(store: str | Path, evaluations: int = 32, run: str = "tune", **options
 
 @contextmanager
 def running(store: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process in the middle of a run that does not end by itself."""
+    """A process within a run that does not end by itself."""
     with subprocess.Popen(
         [sys.executable, "-c", ENDLESS, store], cwd=ROOT, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -64,7 +65,7 @@ def locks(folder: Path) -> list[Path]:
     return list(folder.glob("*.lock"))
 
 
-def test_a_run_of_another_process_is_refused_at_the_start_until_that_one_ends(tmp_path: Path) -> None:
+def test_a_run_of_another_process_is_refused_until_that_one_ends(tmp_path: Path) -> None:
     store, events = tmp_path / "runs.db", list[Event]()
     link = tmp_path / "elsewhere" / "link.db"
     link.parent.mkdir()
@@ -73,10 +74,8 @@ def test_a_run_of_another_process_is_refused_at_the_start_until_that_one_ends(tm
         for path in (store, link):
             with pytest.raises(StoreError) as caught:
                 tuned(path, on_event=events.append)
-            assert str(caught.value) == (
-                f"run 'tune' in {path} is running in another process ({process.pid}): wait until it has ended, or"
-                " choose another name for this run, or another store"
-            )
+            assert caught.value.field == "run"
+            assert all(value in str(caught.value) for value in ("'tune'", str(path), str(process.pid)))
         assert events == []
         assert tuned(store, run="other").run.rounds == 4  # of the same store
         process.send_signal(signal.SIGKILL)
@@ -102,7 +101,8 @@ def test_the_command_line_refuses_it_too(folder: Path, run: Run, monkeypatch: py
         refused.append(run("runs", "delete", "tune", "--store", "runs.db", "--force"))
         for code, out, err in refused:
             assert (code, out) == (1, "")
-            assert err.startswith(f"fedbpt: run 'tune' in runs.db is running in another process ({process.pid}): ")
+            assert err.startswith("fedbpt: ")
+            assert all(value in err for value in ("'tune'", "runs.db", str(process.pid)))
             assert err.count("\n") == 1
     assert run("runs", "delete", "tune", "--store", "runs.db", "--force").code == 0
 
@@ -124,12 +124,12 @@ def test_a_second_call_of_the_same_process_is_refused_as_well(tmp_path: Path) ->
     first = tuned(tmp_path / "runs.db", on_event=listen)
     assert first.run.rounds == 4
     assert len(refused) == 1
-    assert "is running in this process already: wait" in refused[0]
+    assert str(os.getpid()) not in refused[0]  # it says "this process"
     assert tuned(tmp_path / "runs.db").run == first.run
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EACCES])
-def test_where_files_cannot_be_locked_a_run_goes_on_with_a_warning(
+def test_without_file_locks_a_run_continues_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
     def refuse(*_: object) -> None:
@@ -137,14 +137,14 @@ def test_where_files_cannot_be_locked_a_run_goes_on_with_a_warning(
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     if number == errno.EACCES:
-        with pytest.raises(StoreError, match="cannot lock run 'tune'"):
+        with raises(StoreError, field="run"):
             tuned(tmp_path / "runs.db")
     else:
         assert tuned(tmp_path / "runs.db").run.rounds == 4
-        assert "one process alone runs 'tune'" in caplog.text
+        assert "'tune'" in caplog.text
 
 
-def test_of_many_that_begin_at_once_one_runs(tmp_path: Path) -> None:
+def test_of_many_that_start_at_once_only_one_runs(tmp_path: Path) -> None:
     outcomes: list[object] = []
     begin = threading.Barrier(6)
 

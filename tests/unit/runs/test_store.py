@@ -1,3 +1,5 @@
+"""The run store keeps closed rounds and refuses other files."""
+
 from __future__ import annotations
 
 import sqlite3
@@ -12,6 +14,7 @@ from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import DeviceInfo, PooledResult, RoundReport
 from fedbpt.protocol.specs import Array
 from fedbpt.runs.store import RunStore, Traffic
+from tests.support.raises import raises
 
 
 def report(device: str, round: int = 1) -> RoundReport:
@@ -53,7 +56,7 @@ def commit(store: RunStore, round: int, *devices: str) -> None:
     )
 
 
-def test_a_closed_round_is_there_after_reopening(store: RunStore) -> None:
+def test_a_closed_round_survives_reopening(store: RunStore) -> None:
     create(store)
     commit(store, 1, "b", "a")
     commit(store, 2, "a")
@@ -65,7 +68,7 @@ def test_a_closed_round_is_there_after_reopening(store: RunStore) -> None:
         assert again.get_run("r").n_rounds == 2
 
 
-def test_it_is_written_ahead_and_synced(store: RunStore) -> None:
+def test_it_uses_a_write_ahead_log_and_syncs(store: RunStore) -> None:
     assert store._query("PRAGMA journal_mode") == [("wal",)]
     assert store._query("PRAGMA synchronous") == [(2,)]
 
@@ -89,7 +92,7 @@ def test_a_round_closes_only_once(store: RunStore) -> None:
 
 def test_a_run_begins_only_once(store: RunStore) -> None:
     create(store)
-    with pytest.raises(StoreError, match="already exists"):
+    with raises(StoreError, field="run"):
         create(store)
 
 
@@ -130,7 +133,7 @@ def test_runs_are_listed_marked_and_deleted(store: RunStore) -> None:
     assert store._query("SELECT count(*) FROM reports") == [(0,)]
 
 
-def test_what_a_device_said_of_itself_is_kept(store: RunStore) -> None:
+def test_descriptions_of_devices_are_kept(store: RunStore) -> None:
     create(store)
     info = DeviceInfo(
         name="a",
@@ -150,8 +153,9 @@ def test_what_a_device_said_of_itself_is_kept(store: RunStore) -> None:
 
 
 def test_an_unknown_run_is_named(store: RunStore) -> None:
-    with pytest.raises(StoreError, match="no run 'x'"):
+    with raises(StoreError, field="run") as caught:
         store.get_run("x")
+    assert "'x'" in str(caught.value)
 
 
 def test_a_damaged_report_is_named(store: RunStore) -> None:
@@ -159,14 +163,15 @@ def test_a_damaged_report_is_named(store: RunStore) -> None:
     commit(store, 1, "a")
     with store._transaction() as db:
         db.execute("UPDATE reports SET body = ?", (codec.encode(report("a"))[:-1],))
-    with pytest.raises(StoreError, match=r"round 1 .*damaged"):
+    with raises(StoreError) as caught:
         list(store.rounds("r"))
+    assert "round 1 " in str(caught.value)
 
 
-def test_a_file_that_is_no_run_database_is_refused(tmp_path: Path) -> None:
+def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("hello " * 1000)
-    with pytest.raises(StoreError, match="not a run database"):
+    with pytest.raises(StoreError, match=str(text)):
         RunStore(text)
     other = tmp_path / "other.sqlite"
     db = sqlite3.connect(other)
@@ -175,13 +180,13 @@ def test_a_file_that_is_no_run_database_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="version 2"):
         RunStore(other)
     with DeviceRegistry(tmp_path / "devices.sqlite"):
-        pass  # its version is 1, as the run database's was once
+        pass  # has version 1, as run databases once had
     with pytest.raises(StoreError, match="version 2"):
         RunStore(tmp_path / "devices.sqlite")
 
 
 def as_of_version_1(path: Path) -> None:
-    """Make a database what the version before wrote."""
+    """Turn a database into one of the previous version."""
     db = sqlite3.connect(path)
     db.execute("DROP TABLE tasks")
     db.execute("ALTER TABLE devices DROP COLUMN address")
@@ -189,7 +194,7 @@ def as_of_version_1(path: Path) -> None:
     db.close()
 
 
-def test_a_database_of_version_1_is_taken_up(store: RunStore) -> None:
+def test_a_database_of_version_1_is_upgraded(store: RunStore) -> None:
     create(store)
     commit(store, 1, "a")
     store.close()
@@ -209,5 +214,6 @@ def test_a_database_of_version_1_is_taken_up(store: RunStore) -> None:
 
 def test_a_folder_that_cannot_be_made_is_a_store_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="cannot open"):
-        RunStore(tmp_path / "file" / "runs.sqlite")
+    path = tmp_path / "file" / "runs.sqlite"
+    with pytest.raises(StoreError, match=str(path)):
+        RunStore(path)

@@ -1,8 +1,8 @@
-"""Stores of runs that the version before the packages began: they are read, and go on to their end.
+"""Stores of an earlier version, from before the package was split: they are read, and their runs continue.
 
-``tests/support/stores``: made by that version with the settings below, stopped after two of four rounds of the search.
-What FedAvg computes is the same to the bit on every processor, so its stored rounds are replayed and gone on from; the
-exponential in CMA-ES need not be.
+``tests/support/stores`` was written by that version with the settings below, stopped after two of four rounds of the
+search. FedAvg computes the same bits on every processor, so its rounds are replayed and its run continued; the
+exponential in CMA-ES may differ.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def asked(method: str) -> RunSettings:
 
 
 @pytest.mark.parametrize("method", ["pooled", "fedavg"])
-def test_its_settings_and_rounds_are_read_as_they_were_written(method: str, tmp_path: Path) -> None:
+def test_settings_and_rounds_are_read_as_written(method: str, tmp_path: Path) -> None:
     with RunStore(stored(method, tmp_path)) as store:
         [found] = store.list_runs()
         assert codec.decode(found.settings, RunSettings) == asked(method)
@@ -48,7 +48,7 @@ def test_its_settings_and_rounds_are_read_as_they_were_written(method: str, tmp_
         assert all({report.device for report in each.reports} == {"a", "b"} for each in rounds)
 
 
-def test_it_goes_on_to_its_end(tmp_path: Path) -> None:
+def test_its_run_continues_to_the_end(tmp_path: Path) -> None:
     shares = {"a": rows(12), "b": rows(14, 50)}
     devices = [Device(name, ToyScorer(), mine, mine[:4], TEST[name], task=TASK) for name, mine in shares.items()]
     with RunStore(stored("fedavg", tmp_path)) as store:

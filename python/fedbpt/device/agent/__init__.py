@@ -1,6 +1,6 @@
-"""The device's side of a federation: `AgentService` takes work; `fedbpt.device.agent.http` serves it over HTTP.
+"""Serve a device: `AgentService` accepts work, `fedbpt.device.agent.http` has its HTTP routes.
 
-A device is called (`fedbpt.device.agent.server`), or calls in itself (`fedbpt.device.agent.poller`).
+The coordinator calls the device (`fedbpt.device.agent.server`), or the device polls it (`fedbpt.device.agent.poller`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a device calls its coordinator: a verified connection, bounded answers, refusals as errors; and enrolment."""
+"""Calls of a device to its coordinator: a verified connection, bounded responses, refusals as errors; enrolment."""
 
 from __future__ import annotations
 
@@ -22,31 +22,39 @@ from fedbpt.protocol.specs import Message
 
 M = TypeVar("M", bound=Message)
 
-ANSWER_S: Final = 20.0
-"""How long the network and the coordinator may take for an answer, beyond a poll's hold."""
+RESPONSE_S: Final = 20.0
+"""Timeout of a response beyond the hold of a poll, seconds."""
 
 ENROL_PAUSES_S: Final = (0.5, 10.0)
-"""Between two attempts to enrol: the first, and the longest."""
+"""First and longest pause between attempts to enrol, seconds."""
 
 
 def origin(url: str, allow_insecure: bool) -> str:
-    """``url`` as a coordinator's address. Raises `ConfigError` where it is none, or a token would go unencrypted."""
+    """Check a coordinator's address and strip trailing slashes.
+
+    Raises `ConfigError` for an invalid address, or one to which the token would be sent unencrypted.
+    """
     try:
         found = httpx.URL(url.rstrip("/"))
     except (httpx.InvalidURL, UnicodeError) as error:
-        raise ConfigError(f"{url!r} is no coordinator's address: give one like https://host:8400") from error
+        raise _invalid(url) from error
     if found.scheme not in ("http", "https") or not found.host or found.userinfo or found.query:
-        raise ConfigError(f"{url!r} is no coordinator's address: give one like https://host:8400")
+        raise _invalid(url)
     if found.scheme == "http" and not (allow_insecure or is_loopback(found.host)):
         raise ConfigError(
-            f"{url} is not encrypted, and this device's token would be seen: give https://, or allow it on a network"
-            " you trust (--allow-insecure)"
+            f"{url} is not encrypted and would expose this device's token: use https://, or --allow-insecure on a"
+            " network you trust",
+            field="coordinator",
         )
     return str(found)
 
 
+def _invalid(url: str) -> ConfigError:
+    return ConfigError(f"invalid coordinator address {url!r}: give one like https://host:8400", field="coordinator")
+
+
 def client_options(url: str, tls: Tls) -> dict[str, Any]:
-    """httpx's options for calls to ``url``: through the machine's proxies, but for loopback."""
+    """Options of an httpx client for ``url``, with the machine's proxies except for loopback."""
     address = httpx.URL(url)
     return {
         "base_url": url,
@@ -54,20 +62,20 @@ def client_options(url: str, tls: Tls) -> dict[str, Any]:
         "proxy": proxy_of(address),
         "verify": tls.client_context() if address.scheme == "https" else False,
         "headers": {"accept": codec.CONTENT_TYPE, "content-type": codec.CONTENT_TYPE, "user-agent": "fedbpt"},
-        "timeout": ANSWER_S,
+        "timeout": RESPONSE_S,
         "limits": httpx.Limits(keepalive_expiry=IDLE_S),
     }
 
 
 def accepted(response: httpx.Response, content: bytes) -> bytes:
-    """The body of a 2xx answer. Raises `CoordinatorRefusedError`; one without ``retry_after_s`` may be final."""
+    """``content`` if the response is 2xx; else raises `CoordinatorRefusedError`."""
     if response.is_success:
         return content
     try:
         refused = codec.decode(content, ErrorReply)
     except WireError as error:
         raise CoordinatorRefusedError(
-            f"answers {response.status_code} and not as a fedbpt coordinator does: is this its address?",
+            f"answered HTTP {response.status_code}, not as a fedbpt coordinator does: check its address",
             "not-a-coordinator",
             retry_after(response.headers),
         ) from error
@@ -75,7 +83,7 @@ def accepted(response: httpx.Response, content: bytes) -> bytes:
 
 
 def decoded(content: bytes, kind: type[M]) -> M:
-    """The coordinator's message. Raises `WireError`."""
+    """Decode a message of the coordinator. Raises `WireError`."""
     return codec.decode(content, kind, MAX_ENVELOPE_BYTES)
 
 
@@ -87,28 +95,34 @@ def enrol(
     allow_insecure: bool = False,
     tell: Callable[[str], None] = lambda _line: None,
 ) -> Credentials:
-    """Exchange a one-time code for credentials. The token is made here; only its SHA-256 is sent.
+    """Exchange a one-time code for credentials. The token is generated here; only its SHA-256 is sent.
 
-    Waits for a coordinator that does not answer, until it does, and ``tell``s so once.
-    Raises `CoordinatorRefusedError` for a code that is unknown, used or expired, `FedbptError` where a certificate is
-    not believed.
+    Retries until the coordinator responds, and calls ``tell`` once with a line that says so.
+
+    Raises:
+        ConfigError: see `origin`.
+        CoordinatorRefusedError: the code is unknown, used or expired.
+        FedbptError: a certificate is not trusted.
     """
     url = origin(url, allow_insecure)
     secret = tokens.new_token()
     body = codec.encode(Enrolment(code=code.strip(), token_digest=tokens.digest(secret)))
-    told, pause_s = False, ENROL_PAUSES_S[0]
+    told = False
+    pause_s = ENROL_PAUSES_S[0]
     with httpx.Client(**client_options(url, tls or Tls())) as http:
         while True:
-            wait_s, pause_s = pause_s, min(2 * pause_s, ENROL_PAUSES_S[1])
+            wait_s = pause_s
+            pause_s = min(2 * pause_s, ENROL_PAUSES_S[1])
             try:
                 response = http.post(ENROL_PATH, content=body)
-                # With the same token a code can be sent again: an answer that was lost costs nothing.
+                # A code can be sent again with the same token, so a lost response does no harm.
                 device = decoded(accepted(response, response.content), Enrolled).device
                 return Credentials(url, device, secret)
             except CoordinatorRefusedError as error:
                 if not error.retry_after_s:
                     raise
-                problem, wait_s = str(error), error.retry_after_s
+                problem = str(error)
+                wait_s = error.retry_after_s
             except httpx.TransportError as error:
                 if refused := certificate_problem(error):
                     raise FedbptError(f"{url} {refused}") from error

@@ -1,4 +1,4 @@
-"""The device's HTTP routes: a Starlette application over an `AgentService`. Bodies: see `fedbpt.net.bodies`."""
+"""The device's HTTP routes, a Starlette application over an `AgentService`. For bodies see `fedbpt.net.bodies`."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from fedbpt.protocol.rounds import EvaluateRequest, RoundPlan, RoundProgress
 from fedbpt.search.compact_plans import Replayer, short_report
 
 MAX_WAIT_S: Final = 60.0
-"""Longest that a long poll is held open."""
+"""Maximum hold of a long poll, seconds."""
 
 
 def build_app(service: AgentService, token: str | None = None) -> Starlette:
-    """The routes of one device, as an ASGI application; with ``token``, all but ``/healthz`` ask for it."""
+    """The routes of one device as an ASGI application; with ``token``, all but ``/healthz`` require it."""
     routes = _Routes(service)
     round_path, evaluation_path = "/v1/rounds/{run}/{round:int}", "/v1/evaluate/{identity}"
     return Starlette(
@@ -67,7 +67,7 @@ class _Routes:
     async def start(self, request: Request) -> Response:
         plan = await read(request, RoundPlan)
         if (plan.run, plan.round) != _round_of(request):
-            raise WireError(f"the plan is for round {plan.round} of run {plan.run!r}, its address is for another")
+            raise WireError(f"the plan is for round {plan.round} of run {plan.run!r}, the path is not", field="round")
         whole = await run_in_threadpool(self._replayer.whole, plan)
         progress = self.service.start(whole)
         return await self.wait(request) if _seconds(request) else reply(request, progress, 202)
@@ -102,7 +102,7 @@ class _Routes:
     async def wait_question(self, request: Request) -> Response:
         seen = request.query_params.get("seen", "0")
         if not (seen.isascii() and seen.isdecimal() and len(seen) < 8):
-            raise WireError(f"seen={seen[:40]!r} is no number of pieces")
+            raise WireError(f"seen must be a number of pieces, got {seen[:40]!r}", field="seen")
         identity = request.path_params["identity"]
         return reply(request, await self.service.wait_question(identity, _seconds(request), int(seen)))
 

@@ -1,7 +1,7 @@
-"""`Poller`: a device that calls in. It needs no open port, and works through NAT and proxies.
+"""`Poller`: serves a device without an open port, also behind NAT and proxies.
 
-It polls the coordinator for requests, lets its own routes (`fedbpt.device.agent.http`) answer them, several at once,
-and posts the replies. What is repeated does no harm on either side, so nothing is remembered over a restart.
+It polls the coordinator for requests, has the device's own routes (`fedbpt.device.agent.http`) handle them, several at
+once, and posts the replies. Repetitions are harmless on both sides, so no state survives a restart.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Final, TypeVar
 
 import httpx
 
-from fedbpt.device.agent.calls import ANSWER_S, accepted, client_options, decoded, origin
+from fedbpt.device.agent.calls import RESPONSE_S, accepted, client_options, decoded, origin
 from fedbpt.device.agent.http import build_app
 from fedbpt.device.agent.service import AgentService
 from fedbpt.errors import CoordinatorRefusedError, WireError
@@ -42,20 +42,20 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 LATE_S: Final = 5.5
-"""How late an answer may come before its connection counts as dead: with a poll's 4 s, it is noticed within 10 s."""
+"""Tolerated delay of a response, seconds; after it the connection counts as dead: with a poll's 4 s, within 10 s."""
 
 SLOW_BYTES_PER_S: Final = 8192.0
-"""How slowly a reply may leave: sent so far as the system says, it may still lie in a buffer of ours or of a modem."""
+"""Slowest tolerated upload: bytes that the system reports as sent may still be in a buffer here or in a modem."""
 
 PAUSES_S: Final = (0.25, 30.0)
-"""Bounds of the first and the longest pause between two calls that fail."""
+"""Upper bounds of the first and of the longest pause between failing calls, seconds."""
 
 DROPPED: Final = frozenset({"unknown-request", "conflict", "malformed", "too-large"})
-"""Refusals of a reply that no repetition will change: nobody waits for it any more, or nobody can read it."""
+"""Codes with which a reply is refused for good: nobody waits for it any more, or it cannot be decoded."""
 
 
 class Backoff:
-    """Exponential pauses with full jitter: uniform in [0, min(longest, first·2ⁿ)]: a fleet does not call in step.
+    """Exponential backoff with full jitter, uniform in [0, min(longest, first·2ⁿ)], which keeps a fleet out of step.
 
     (M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.)
     """
@@ -66,22 +66,23 @@ class Backoff:
         self._failures = 0
 
     def pause(self, at_least_s: float = 0.0) -> float:
-        """Seconds until the next attempt; where the server named a time, that much later."""
+        """Seconds until the next attempt: ``at_least_s``, for which the server asked, and a random time."""
         bound = min(self._longest_s, self._first_s * 2.0 ** min(self._failures, 32))
         self._failures += 1
         return at_least_s + self._chance.uniform(0.0, bound)
 
 
 class Poller:
-    """Serves ``service`` to the coordinator of ``credentials``: `run` blocks, `start` and `stop` use a thread.
+    """Serves ``service`` to the coordinator in ``credentials``: `run` blocks, `start` and `stop` use a thread.
 
     Args:
-        tls: for an https address, whom to believe and what to show.
-        on_ready: called with the coordinator's address when the calling begins.
-        tell: called with a line for people when the coordinator goes out of reach, and when it is back.
+        tls: trusted certificates and the client certificate, for an https address.
+        on_ready: called with the coordinator's address before the first poll.
+        tell: called with a line for people when the coordinator becomes unreachable, and when it is back.
+        pauses_s: see `PAUSES_S`.
 
     Raises:
-        ConfigError: an address that is none, or is not encrypted beyond loopback without ``allow_insecure``.
+        ConfigError: the address is invalid, or is unencrypted and beyond loopback without ``allow_insecure``.
     """
 
     def __init__(
@@ -109,23 +110,23 @@ class Poller:
         self._thread: threading.Thread | None = None
 
     def run(self) -> None:
-        """Call in until Ctrl-C or SIGTERM. Raises `CoordinatorRefusedError` where the coordinator does not know us."""
+        """Poll until Ctrl-C or SIGTERM. Raises `CoordinatorRefusedError` if the device is not enrolled."""
         with quiet_signals():
             try:
                 asyncio.run(self._until_stopped())
             finally:
                 if not self.service.close():
-                    log.warning("the device's work did not stop in time and ends with the process")
+                    log.warning("the device's work did not stop in time and will end with the process")
 
     def start(self) -> None:
-        """Call in from a thread."""
+        """Poll from a background thread."""
         begun = threading.Event()
         self._thread = threading.Thread(target=self._in_thread, args=(begun,), name="fedbpt-poller", daemon=True)
         self._thread.start()
         begun.wait()
 
     def stop(self) -> None:
-        """End the thread, and the service's work."""
+        """Stop polling and the service's work."""
         self._stop()
         if self._thread is not None:
             self._thread.join(10)
@@ -150,7 +151,8 @@ class Poller:
             begun.set()
 
     async def _until_stopped(self, begun: threading.Event | None = None) -> None:
-        loop, stopped = asyncio.get_running_loop(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+        stopped = asyncio.Event()
 
         def stop() -> None:
             if not loop.is_closed():
@@ -163,7 +165,8 @@ class Poller:
         self._on_ready(self.url)
         if begun is not None:
             begun.set()
-        calling, stopping = asyncio.ensure_future(self.call_in()), asyncio.ensure_future(stopped.wait())
+        calling = asyncio.ensure_future(self.call_in())
+        stopping = asyncio.ensure_future(stopped.wait())
         try:
             await asyncio.wait([calling, stopping], return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -173,10 +176,10 @@ class Poller:
                 calling.cancel()
             await asyncio.wait([calling])
         if not calling.cancelled():
-            calling.result()  # it ends by itself only with an error
+            calling.result()  # it only ends by itself with an error
 
     async def call_in(self) -> None:
-        """Until cancelled, for callers with a loop of their own. Raises as `run` does."""
+        """Poll until cancelled, in the caller's event loop. Raises as `run` does."""
         own = httpx.ASGITransport(build_app(self.service), raise_app_exceptions=False)
         async with (
             httpx.AsyncClient(transport=own, base_url="http://device", timeout=None) as device,
@@ -197,68 +200,71 @@ class Poller:
                 await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _poll(self, coordinator: httpx.AsyncClient) -> Delivery:
-        wait_s = 0.0 if self._problem else self._poll_s  # after trouble: is it over?
+        wait_s = 0.0 if self._problem else self._poll_s  # after a failure, ask at once whether it is over
         poll = Poll(holding=tuple(self._held), wait_s=wait_s)
         delivery = decoded(await self._post(coordinator, POLL_PATH, poll, wait_s), Delivery)
         self._poll_s = min(delivery.wait_s, POLL_S[1])
         return delivery
 
     async def _serve(self, request: Request, device: httpx.AsyncClient, coordinator: httpx.AsyncClient) -> None:
-        """Let the device's routes answer, and post what they say until the coordinator has it, or wants it no more."""
+        """Have the device's routes handle ``request``, and post the reply until the coordinator takes or drops it."""
         headers = {"accept": codec.CONTENT_TYPE, "content-type": codec.CONTENT_TYPE}
         try:
-            answer = await device.request(request.method, request.path, content=request.body, headers=headers)
-            kind = answer.headers.get("content-type", "")
-            reply = Reply(status=answer.status_code, content_type=kind, body=answer.content)
+            response = await device.request(request.method, request.path, content=request.body, headers=headers)
+            content_type = response.headers.get("content-type", "")
+            reply = Reply(status=response.status_code, content_type=content_type, body=response.content)
             path = REPLY_PATH.format(id=request.id)
             await self._persist(lambda: self._post(coordinator, path, reply), DROPPED)
         except CoordinatorRefusedError as error:
-            log.info("a reply was not wanted: %s", error)  # the next poll hears the same, and ends the process
+            log.info("a reply was refused: %s", error)  # the next poll is refused too, which ends the process
         finally:
             del self._held[request.id]
 
     async def _post(self, coordinator: httpx.AsyncClient, path: str, message: Message, hold_s: float = 0.0) -> bytes:
         body = codec.encode(message)
-        timeout = httpx.Timeout(ANSWER_S, read=hold_s + LATE_S + len(body) / SLOW_BYTES_PER_S)
+        timeout = httpx.Timeout(RESPONSE_S, read=hold_s + LATE_S + len(body) / SLOW_BYTES_PER_S)
         async with coordinator.stream("POST", path, content=body, timeout=timeout) as response:
             content = bytearray()
             async for chunk in response.aiter_bytes():
                 content += chunk
                 if len(content) > MAX_ENVELOPE_BYTES:
-                    raise WireError(f"an answer is over the limit of {MAX_ENVELOPE_BYTES} bytes")
+                    raise WireError(
+                        f"the response exceeds the limit of {MAX_ENVELOPE_BYTES} bytes", limit=MAX_ENVELOPE_BYTES
+                    )
         return accepted(response, bytes(content))
 
     async def _persist(self, call: Callable[[], Awaitable[T]], dropped: frozenset[str] = frozenset()) -> T | None:
-        """What ``call`` returns, tried again for as long as it takes; None where it is refused as one of ``dropped``.
+        """Call until it succeeds and return its result; None if it is refused with a code in ``dropped``.
 
-        Raises `CoordinatorRefusedError` where the coordinator does not know the device.
+        Raises `CoordinatorRefusedError` if the device is not enrolled.
         """
         backoff = Backoff(*self._pauses_s)
         while True:
             after_s = 0.0
             try:
-                answer = await call()
+                result = await call()
             except CoordinatorRefusedError as error:
                 if error.code == "unauthorized":
                     raise
                 if error.code in dropped:
                     return None
-                problem, after_s = str(error), error.retry_after_s
+                problem = str(error)
+                after_s = error.retry_after_s
             except WireError as error:
-                problem = f"it does not answer as a fedbpt coordinator does ({error})"
+                problem = f"the response is not from a fedbpt coordinator ({error})"
             except httpx.HTTPError as error:
-                refused = certificate_problem(error) or f"cannot be reached ({str(error) or type(error).__name__})"
-                problem = f"it {refused}"
+                reason = certificate_problem(error) or f"cannot be reached ({str(error) or type(error).__name__})"
+                problem = f"it {reason}"
             else:
                 self._notice("")
-                return answer
+                return result
             self._notice(problem)
             await asyncio.sleep(backoff.pause(after_s))
 
     def _notice(self, problem: str) -> None:
-        """Tell of what has changed, and only of that."""
+        """Tell people about a change of the problem; "" means that there is none any more."""
         if problem and problem != self._problem:
             self._tell(f"{self.url}: {problem}; trying again")
         elif self._problem and not problem:
-            self._tell(f"{self.url} answers again")
+            self._tell(f"{self.url} responds again")
         self._problem = problem

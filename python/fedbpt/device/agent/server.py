@@ -1,4 +1,4 @@
-"""`AgentServer`: a device's HTTP server; `serve` is the whole of a device process."""
+"""`AgentServer`: a device's HTTP server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def announce(url: str) -> None:
-    """Print one machine-readable line, so that a parent process learns the port: ``{"ready": {"url": ...}}``."""
+    """Print ``{"ready": {"url": ...}}`` on one line, for a parent process that needs the port."""
     parts = urlsplit(url)
     echo(json.dumps({"ready": {"host": parts.hostname, "port": parts.port, "url": url}}))
 
@@ -39,9 +39,9 @@ def serve(
 
 
 class AgentServer(HttpServer):
-    """A device's server; see `HttpServer`. ``token``: the secret that every request must bring.
+    """Serves ``service``; see `HttpServer`. ``token``: the secret that every request must carry.
 
-    Raises also ConfigError: beyond loopback with TLS, but neither a token nor client certificates: anyone could use it.
+    Also raises `ConfigError` for an address beyond loopback with TLS but neither a token nor client certificates.
     """
 
     def __init__(
@@ -58,12 +58,13 @@ class AgentServer(HttpServer):
         tls = tls or Tls()
         if tls.serves and not (token or tls.client_certs or allow_insecure or is_loopback(host)):
             raise ConfigError(
-                f"anyone who reaches {host} could use this device: give a token (--token-file), ask for client"
-                " certificates (--ca, --client-certs), or allow it on a network you trust (--allow-insecure)"
+                f"anyone who reaches {host} could use this device: set a token (--token-file), require client"
+                " certificates (--ca, --client-certs), or use --allow-insecure on a network you trust",
+                field="token",
             )
         self.service = service
         app: ASGIApp = build_app(service, token)
-        if token is None and not tls.serves:  # with TLS, a stranger's name has no certificate here
+        if token is None and not tls.serves:  # against DNS rebinding; with TLS, a foreign name fails certificate checks
             app = OwnNames(app, host)
         super().__init__(
             app, host, port, tls=tls, allow_insecure=allow_insecure, on_ready=on_ready, on_exit=service.stop
@@ -74,4 +75,4 @@ class AgentServer(HttpServer):
             super().serve()
         finally:
             if not self.service.close():
-                log.warning("the device's work did not stop in time and ends with the process")
+                log.warning("the device's work did not stop in time and will end with the process")

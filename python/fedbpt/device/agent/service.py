@@ -1,14 +1,14 @@
-"""`AgentService`: what a device answers to a coordinator's requests. Knows no HTTP.
+"""`AgentService`: handles a coordinator's requests to a device, independently of HTTP.
 
-Work is accepted at once and polled. It runs on the worker's thread, one job at a time; everything else runs on the
-caller's event loop, so there are no locks. The rules, which make every request safe to repeat:
+Work is accepted at once and polled for. It runs on the worker's thread, one job at a time; everything else runs on the
+caller's event loop, so there are no locks. The rules that make every request idempotent:
 
-- the same plan again is accepted again: running and finished work stays as it is, failed work starts anew;
-- a different plan for the same round is a ``conflict``;
-- a plan of the same run for another round supersedes what came before: the coordinator asks for round r + 1 only
-  when it has committed round r, so this is the acknowledgement, and no request is spent on it;
-- a finished report is otherwise kept until it is cancelled, however often it is fetched;
-- while another run's round is at work, a plan is refused as ``busy``.
+- the same plan is accepted again: running and finished work is kept, failed work is restarted;
+- a different plan for the same round is refused as ``conflict``;
+- a plan for another round of the same run replaces the previous ones: the coordinator only requests round r + 1 after
+  it has committed round r, so this acknowledges the report without a request of its own;
+- otherwise a finished report is kept until it is cancelled, however often it is fetched;
+- while a round of another run is running, a plan is refused as ``busy``.
 """
 
 from __future__ import annotations
@@ -36,23 +36,21 @@ from fedbpt.protocol.task_identity import TaskIdentity
 
 log = logging.getLogger(__name__)
 
-KEPT_JOBS: Final = 16
-"""Finished pieces of work (of other runs, and evaluations) that are kept before the oldest is dropped."""
+MAX_FINISHED_JOBS: Final = 16
+"""Finished jobs (of other runs, and evaluations) that are kept; then the oldest is dropped."""
 
 EVALUATION: Final = "evaluate"
-"""The run that the progress of an evaluation or a question names. A run may have that name, too."""
+"""The run in the progress of an evaluation or a question. A run may have this name too."""
 
 INTERRUPT_S: Final = 0.1
-"""How often work that was cancelled is stopped again, until it has ended."""
+"""Interval at which cancelled work is interrupted again until it has ended, seconds."""
 
 PAUSE_POLL_S: Final = 0.5
-"""How often paused work looks whether it may go on."""
+"""Poll interval of paused work, seconds."""
 
 
 class LocalDevice(Protocol):
-    """The device's own work (`fedbpt.device.device.Device`). Synchronous; but for `interrupt`, one thread calls at a
-    time.
-    """
+    """A device's work, as `fedbpt.device.device.Device`. One thread at a time calls it, except `interrupt`."""
 
     @property
     def name(self) -> str: ...
@@ -70,7 +68,7 @@ class LocalDevice(Protocol):
     def answer(self, question: Question, said: Callable[[Answer], None], cancelled: Callable[[], bool]) -> Answer: ...
 
     def interrupt(self) -> None:
-        """Stop the scoring call that is under way. Called from another thread; there may be none."""
+        """Stop the current scoring call, if any. Called from another thread."""
 
 
 Output: TypeAlias = RoundReport | EvaluateReport | Answer
@@ -78,10 +76,13 @@ State: TypeAlias = Literal["running", "done", "failed", "cancelled"]
 
 
 class _Job:
-    """One accepted piece of work. All fields but ``cancelled``, ``steps`` and ``paused`` belong to the event loop."""
+    """Accepted work. All fields but ``cancelled``, ``steps`` and ``paused`` are only used on the event loop."""
 
     def __init__(self, run: str, round: int, digest: str, is_round: bool = True) -> None:
-        self.run, self.round, self.digest, self.is_round = run, round, digest, is_round
+        self.run = run
+        self.round = round
+        self.digest = digest
+        self.is_round = is_round
         self.state: State = "running"
         self.steps = (0, 0)
         self.cancelled = False
@@ -90,8 +91,8 @@ class _Job:
         self.is_fault = False
         self.output: Output | None = None
         self.ended = asyncio.Event()
-        self.answer = Answer()  # to a question, so far
-        self.news = asyncio.Event()  # of it
+        self.answer = Answer()  # to a question, as far as it has come
+        self.news = asyncio.Event()  # set when the answer has grown
 
     def say(self, answer: Answer) -> None:
         self.answer = answer
@@ -101,27 +102,35 @@ class _Job:
         self.steps = (done, total)
 
     def end(self, state: State, output: Output | None = None, error: str = "") -> None:
-        self.state, self.output, self.error = state, output, error
+        self.state = state
+        self.output = output
+        self.error = error
         self.ended.set()
         self.news.set()
 
     def progress(self) -> RoundProgress:
         done, total = self.steps
         return RoundProgress(
-            run=self.run, round=self.round, state=self.state, done=done, total=total, error=self.error,
+            run=self.run,
+            round=self.round,
+            state=self.state,
+            done=done,
+            total=total,
+            error=self.error,
             paused=self.paused if self.state == "running" else "",
-        )  # fmt: skip
+        )
 
 
 class AgentService:
-    """Serves one `LocalDevice`.
+    """Serves one `LocalDevice`. All methods are to be called on one event loop.
 
     Args:
-        device: whose work it is.
-        worker: where that runs; None: a thread of its own.
-        pause: asked on that thread between scoring calls; work waits while it names a reason. Deadlines go on.
+        device: does the work.
+        worker: runs it; None: a new `Worker`.
+        pause: called on the worker's thread between scoring calls; work is paused while it returns a reason.
+            Deadlines continue.
 
-    All methods are for one event loop. Refusals are `DeviceRefusedError` with a stable ``code``.
+    Raises `DeviceRefusedError` with a stable ``code`` for refused requests.
     """
 
     def __init__(
@@ -133,7 +142,7 @@ class AgentService:
         self._owns_worker = worker is None
         self._pause = pause
         self._jobs: dict[tuple[str, int], _Job] = {}
-        self._working: _Job | None = None  # on the worker's thread
+        self._working: _Job | None = None  # the job on the worker's thread
         self._switching = threading.Lock()
         self._stopping = asyncio.Event()
         self._info = device.info()
@@ -141,8 +150,8 @@ class AgentService:
     # --- requests ------------------------------------------------------------------------------------------------
 
     def status(self) -> DeviceInfo:
-        """What the device said of itself before its current work, or after its last; its heat and battery of now."""
-        # Never asks the device here: while it scores, that could block for as long as a scoring call.
+        """The device's description as of its last completed work, with current temperature and battery."""
+        # Does not call the device, which could block for as long as a scoring call.
         paused = next((job.paused for job in self._jobs.values() if job.state == "running" and job.paused), "")
         celsius, battery = heat().celsius, battery_percent()
         return msgspec.structs.replace(self._info, busy=self.busy, paused=paused, celsius=celsius, battery=battery)
@@ -152,19 +161,19 @@ class AgentService:
         return any(job.state == "running" for job in self._jobs.values())
 
     def start(self, plan: RoundPlan) -> RoundProgress:
-        """Accept ``plan``; refused as ``conflict``, ``busy``, ``wrong-model`` or ``wrong-task``."""
+        """Accept ``plan``. Refused as ``conflict``, ``busy``, ``wrong-model`` or ``wrong-task``."""
         self._check_open()
         self._check_fits(plan.model_fingerprint, plan.task)
         digest = codec.digest(plan)
         known = self._jobs.get((plan.run, plan.round))
         if known and known.digest != digest:
-            raise self._refusal("conflict", f"round {plan.round} of run {plan.run!r} was begun with another plan")
+            raise self._refusal("conflict", f"round {plan.round} of run {plan.run!r} was started with a different plan")
         if known and known.state in ("running", "done"):
             return known.progress()
         rounds = [job for job in self._jobs.values() if job.is_round]
         for job in rounds:
             if job.state == "running" and job.run != plan.run:
-                raise self._refusal("busy", f"device is working on round {job.round} of run {job.run!r}: try later")
+                raise self._refusal("busy", f"the device is working on round {job.round} of run {job.run!r}: try later")
         for job in rounds:
             if job.run == plan.run:
                 self._drop(job)
@@ -174,9 +183,9 @@ class AgentService:
         return job.progress()
 
     async def wait(self, run: str, round: int, seconds: float) -> RoundReport | RoundProgress:
-        """The report, or after ``seconds`` where the round stands; `DeviceFailedError` where the work failed.
+        """The report, or the progress after ``seconds``. Raises `DeviceFailedError` if the work failed.
 
-        Refused as ``unknown-round`` where the device has no such round: it was restarted, or let go of it.
+        Refused as ``unknown-round`` if the device was restarted or has dropped the round.
         """
         job = self._jobs.get((run, round))
         if job is None:
@@ -185,13 +194,13 @@ class AgentService:
         return output if isinstance(output, RoundReport) else job.progress()
 
     def cancel(self, run: str, round: int) -> None:
-        """Stop a round, or let go of its report. One that is not there is cancelled already."""
+        """Stop a round, or drop its report. An unknown round is ignored."""
         job = self._jobs.get((run, round))
         if job is not None:
             self._drop(job)
 
     def start_evaluation(self, request: EvaluateRequest) -> str:
-        """Accept ``request``; returns the id by which to fetch the result. The same request has the same id."""
+        """Accept ``request``; returns the id of the result. Equal requests have the same id."""
         self._check_open()
         self._check_fits(request.model_fingerprint, request.task)
         identity = codec.digest(request)
@@ -202,7 +211,7 @@ class AgentService:
         return identity
 
     async def wait_evaluation(self, identity: str, seconds: float) -> EvaluateReport | RoundProgress:
-        """The result, or after ``seconds`` where it stands; otherwise as `wait`."""
+        """The result, or the progress after ``seconds``; see `wait`. Refused as ``unknown-evaluation``."""
         job = self._evaluation(identity)
         if job is None:
             raise self._refusal("unknown-evaluation", "no such evaluation here: send its request again")
@@ -210,19 +219,20 @@ class AgentService:
         return output if isinstance(output, EvaluateReport) else job.progress()
 
     def cancel_evaluation(self, identity: str) -> None:
-        """Stop an evaluation, or let go of its result."""
+        """Stop an evaluation, or drop its result. An unknown one is ignored."""
         job = self._evaluation(identity)
         if job is not None:
             self._drop(job)
 
     def start_question(self, question: Question) -> str:
-        """Accept ``question``; returns the id by which to fetch the answer. The same question has the same id."""
+        """Accept ``question``; returns the id of its answer. Equal questions have the same id."""
         self._check_open()
         self._check_fits(question.model_fingerprint, None)
         identity = codec.digest(question)
         known = self._evaluation(identity)
         if known is None or known.state not in ("running", "done"):
-            job, loop = _Job(EVALUATION, 0, identity, is_round=False), asyncio.get_running_loop()
+            job = _Job(EVALUATION, 0, identity, is_round=False)
+            loop = asyncio.get_running_loop()
 
             def said(answer: Answer) -> None:
                 loop.call_soon_threadsafe(job.say, answer)
@@ -231,9 +241,9 @@ class AgentService:
         return identity
 
     async def wait_question(self, identity: str, seconds: float, seen: int = 0) -> Answer:
-        """The answer, or what there is of it once it has more than ``seen`` pieces, or after ``seconds``.
+        """The answer so far, as soon as it is complete or has more than ``seen`` pieces, or after ``seconds``.
 
-        Refused as ``unknown-question``; `DeviceFailedError` where there will be no answer.
+        Refused as ``unknown-question``. Raises `DeviceFailedError` if the work failed or was cancelled.
         """
         job = self._evaluation(identity)
         if job is None:
@@ -243,21 +253,21 @@ class AgentService:
             await self._await(job, seconds, job.news)
         output = await self._await(job, 0.0)
         if job.state == "cancelled":
-            raise DeviceFailedError("the question was withdrawn")
+            raise DeviceFailedError("the question was cancelled")
         return output if isinstance(output, Answer) else job.answer
 
     def cancel_question(self, identity: str) -> None:
-        """Stop answering, or let go of the answer."""
+        """Stop answering, or drop the answer."""
         self.cancel_evaluation(identity)
 
     def stop(self) -> None:
-        """Cancel all work and let go of everyone who waits; from now on everything is refused as ``stopping``."""
+        """Cancel all work and end all waits; every later request is refused as ``stopping``."""
         self._stopping.set()
         for job in list(self._jobs.values()):
             self._drop(job)
 
     def close(self, timeout_s: float = 5.0) -> bool:
-        """Stop, and wait for the worker; returns whether it ended in time."""
+        """Stop and wait for the worker; returns whether it ended in time."""
         self.stop()
         return self._worker.close(timeout_s) if self._owns_worker else True
 
@@ -265,7 +275,7 @@ class AgentService:
 
     def _check_open(self) -> None:
         if self._stopping.is_set():
-            raise self._refusal("stopping", "the device is being stopped")
+            raise self._refusal("stopping", "the device is shutting down: try later")
 
     def _check_fits(self, model_fingerprint: str, task: TaskIdentity | None) -> None:
         if (found := misfit(self._info, model_fingerprint, task)) is not None:
@@ -276,7 +286,7 @@ class AgentService:
         return DeviceRefusedError(message, code)
 
     def _evaluation(self, identity: str) -> _Job | None:
-        return self._jobs.get((identity, -1))  # no plan has a negative round: the keys never meet
+        return self._jobs.get((identity, -1))  # no plan has a negative round, so the keys do not collide
 
     async def _await(self, job: _Job, seconds: float, event: asyncio.Event | None = None) -> Output | None:
         waits = [asyncio.ensure_future(until.wait()) for until in (event or job.ended, self._stopping)]
@@ -295,7 +305,7 @@ class AgentService:
         self._jobs[key] = job
         self.counts["accepted"] += 1
         ended = [old for old, kept in self._jobs.items() if kept.state != "running"]
-        for old in ended[: max(len(ended) - KEPT_JOBS, 0)]:
+        for old in ended[: max(len(ended) - MAX_FINISHED_JOBS, 0)]:
             del self._jobs[old]
         loop = asyncio.get_running_loop()
         self._worker.submit(lambda: self._on_worker(loop, job, work))
@@ -309,16 +319,16 @@ class AgentService:
         self._interrupt(job)
 
     def _interrupt(self, job: _Job) -> None:
-        """Stop the scoring call of ``job``, and look again: it may have been about to make one."""
+        """Interrupt the scoring call of ``job``, repeatedly, as it may be about to make the next one."""
         with self._switching:
             if self._working is not job:
                 return
             self.device.interrupt()
-        with suppress(RuntimeError):  # no running loop: the service ends
+        with suppress(RuntimeError):  # there is no loop any more: the service has ended
             asyncio.get_running_loop().call_later(INTERRUPT_S, self._interrupt, job)
 
     def _stops(self, job: _Job) -> Callable[[], bool]:
-        """What the work asks before each scoring call: whether it was cancelled, which a pause does not hold up."""
+        """The callback that tells ``job`` between scoring calls whether it was cancelled; it blocks during a pause."""
 
         def cancelled() -> bool:
             while not job.cancelled and (reason := self._pause()):
@@ -351,12 +361,12 @@ class AgentService:
         try:
             info = self.device.info()
         except Exception:
-            log.exception("the device could not say how it is")
+            log.exception("cannot update the device's description")
             info = self._info
         try:
             loop.call_soon_threadsafe(self._finish, job, output, error, is_fault, info)
         except RuntimeError:
-            log.info("work of round %s of run %r ended after its server", job.round, job.run)
+            log.info("work of round %s of run %r ended after the server had stopped", job.round, job.run)
 
     def _finish(self, job: _Job, output: Output | None, error: str, is_fault: bool, info: DeviceInfo) -> None:
         self._info, job.is_fault = info, is_fault
@@ -371,14 +381,14 @@ class AgentService:
 
 
 def metrics_text(service: AgentService) -> str:
-    """The service's counters and memory in Prometheus' text format."""
+    """The service's counters and memory in Prometheus text format."""
     info = service.status()
     states = [Sample(count, {"state": state}) for state, count in sorted(service.counts.items())]
     return exposition(
         [
-            Family("work_total", "counter", "Pieces of work by what became of them.", states),
-            Family("busy", "gauge", "Whether work is under way.", [Sample(int(info.busy))]),
+            Family("work_total", "counter", "Work items by outcome.", states),
+            Family("busy", "gauge", "Whether work is running.", [Sample(int(info.busy))]),
             Family("rss_bytes", "gauge", "Resident memory.", [Sample(info.rss_bytes)]),
-            Family("peak_rss_bytes", "gauge", "Highest resident memory.", [Sample(info.peak_rss_bytes)]),
+            Family("peak_rss_bytes", "gauge", "Peak resident memory.", [Sample(info.peak_rss_bytes)]),
         ]
     )

@@ -1,4 +1,4 @@
-"""`Worker`: one thread that runs jobs one after the other."""
+"""`Worker`: a thread that runs jobs one at a time."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 
 class Worker:
-    """Runs what is submitted, in order, on one thread that starts with the first job.
+    """Runs jobs in the order of submission on one thread, which starts with the first job.
 
-    Give one worker to several services whose devices share a scorer, so that they take turns. The thread is a
-    daemon: a scoring call that cannot be interrupted must not keep a process alive that was asked to stop.
+    Services whose devices share a scorer must share a worker. The thread is a daemon, so that a scoring call that
+    cannot be interrupted does not keep a stopping process alive.
     """
 
     def __init__(self, name: str = "fedbpt-worker") -> None:
@@ -23,13 +23,13 @@ class Worker:
     def submit(self, job: Callable[[], None]) -> None:
         """Queue ``job``. It must not raise."""
         with self._lock:
-            if self._thread is None or not self._thread.is_alive():  # as after a fork: threads stay behind
+            if self._thread is None or not self._thread.is_alive():  # a fork does not copy threads
                 self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                 self._thread.start()
             self._jobs.put(job)
 
     def close(self, timeout_s: float = 5.0) -> bool:
-        """Let queued jobs end, then stop; returns whether they ended in time. A later submit starts anew."""
+        """Finish the queued jobs, then stop; returns whether they ended in time. `submit` restarts the worker."""
         with self._lock:
             thread, self._thread = self._thread, None
             if thread is None:
