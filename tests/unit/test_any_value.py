@@ -58,6 +58,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         },
     ),
     "evaluate": (fedbpt.evaluate, {"scorer": ToyScorer(), "task": TASK, "rows": ROWS}),
+    "features": (fedbpt.features, {"scorer": ToyScorer(), "texts": ["good", "bad"]}),
     "export_prompt": (fedbpt.export_prompt, {"prompt": MADE, "out": "exported.npy", "to": "npy"}),
     "import_prompt": (fedbpt.import_prompt, {"folder": "adapter", "scorer": ToyScorer()}),
     "load_model": (fedbpt.load_model, {"name_or_path": "absent.gguf"}),

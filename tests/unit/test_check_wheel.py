@@ -1,4 +1,4 @@
-"""`tools/check_wheel.py` finds each kind of broken wheel, and reports it in one line."""
+"""`tools/check_wheel.py` finds what does not match a wheel's tag."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MODULE = "fedbpt/_native.cpython-311-aarch64-linux-gnu.so"
 
 
 def library(path: str, **changes: object) -> Library:
-    """A library that passes every check."""
+    """A library that keeps every promise."""
     sound = Library(
         path=path,
         machine="EM_AARCH64",
@@ -37,7 +37,7 @@ SOUND = [library(MODULE), library("fedbpt/libfedbpt-llama.so"), library("fedbpt/
 
 @pytest.fixture
 def wheel_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """``wheel_of(libraries)``: builds a wheel that holds ``libraries``."""
+    """``wheel_of(libraries)``: a wheel in which reading finds ``libraries``."""
 
     def make(libraries: list[Library], name: str = NAME, tag: str = "cp311-cp311-manylinux_2_27_aarch64") -> Path:
         by_path = {library.path: library for library in libraries}
@@ -118,7 +118,7 @@ def test_a_real_library_is_read() -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>404</html>"])
-def test_a_file_that_is_not_a_wheel_is_reported_in_one_line(tmp_path: Path, content: bytes) -> None:
+def test_what_is_no_wheel_gets_one_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / NAME).write_bytes(content)
     done = subprocess.run([sys.executable, SCRIPT, tmp_path / NAME], capture_output=True, text=True, check=False)
     assert done.returncode == 1

@@ -38,8 +38,8 @@ def routes(app: Starlette) -> set[str]:
     return {f"{method} {re.sub(r':[a-z]+}', '}', path)}" for method, path in methods}
 
 
-def stated(text: str) -> set[str]:
-    """The routes on a page, without parameter names."""
+def documented_routes(text: str) -> set[str]:
+    """The routes that a page names, without the names of parameters."""
     return {bare(found) for found in re.findall(r"`((?:GET|POST|DELETE) /[^`?]*)", text)}
 
 
@@ -48,10 +48,10 @@ def bare(route: str) -> str:
 
 
 def app(build: Any) -> Starlette:
-    """An application with mocks for its parts."""
-    given = [MagicMock() for name, part in inspect.signature(build).parameters.items() if part.default is part.empty]
-    made: Starlette = build(*given)
-    return made
+    """An application with mocked parts."""
+    parts = [MagicMock() for name, part in inspect.signature(build).parameters.items() if part.default is part.empty]
+    application: Starlette = build(*parts)
+    return application
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def parse(words: list[str]) -> str:
 
     for command in leaves(program):
         command.callback = note(command.name)
-    program.main(cli._with_address(words), prog_name="fedbpt", standalone_mode=False)
+    program.main(cli._with_default_address(words), prog_name="fedbpt", standalone_mode=False)
     return called[0]
 
 

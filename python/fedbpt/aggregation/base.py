@@ -95,7 +95,7 @@ def accepted(reports: Sequence[RoundReport], kind: type[R], least: int) -> list[
     pairs: list[tuple[RoundReport, R]] = []
     for before, report in zip([None, *ordered], ordered, strict=False):
         if before is not None and before.device == report.device:
-            raise InputError(f"device {report.device} reported twice in one round", field="device")
+            raise InputError(f"device {report.device} reported twice in one round: expected one report", field="device")
         if not isinstance(report.result, kind):
             raise InputError(
                 f"device {report.device} sent a {type(report.result).__name__}, expected a {kind.__name__}",

@@ -135,7 +135,7 @@ class FedBPT:
         means = latents_of(pairs, [result.mean.numpy() for _, result in pairs], self._d, "mean")
         fitness = np.array([result.fitness for _, result in pairs])
         if not np.isfinite(fitness).all():
-            raise InputError("a report's fitness is NaN or infinite", field="fitness")
+            raise InputError("a report's fitness must be finite", field="fitness")
         squares = np.array([result.sigma_squares for _, result in pairs])
         if self._n_byzantine:
             kept = np.sort(krum(means, self._n_byzantine)[: len(means) - self._n_byzantine])

@@ -22,7 +22,7 @@ def check_report(report: RoundReport, plan: RoundPlan, n_rows: int | None = None
         if got != expected:
             raise WireError(f"the report has {field} {got!r}, expected {expected!r}", field=field)
     if report.plan_digest != codec.digest(plan):
-        raise WireError("plan_digest is not the plan's: the report answers another plan", field="plan_digest")
+        raise WireError("plan_digest must be that of the plan sent", field="plan_digest")
     codec.check(report)
     result = report.result
     work = plan.work
@@ -39,7 +39,7 @@ def _check_counts(report: RoundReport, plan: RoundPlan, n_rows: int | None) -> N
     kind = kind_of(plan.work)
     if n_rows is not None and report.n_texts > n_rows:
         raise WireError(
-            f"n_texts is {report.n_texts}, but the device said it has {n_rows} rows", field="n_texts", limit=n_rows
+            f"n_texts is {report.n_texts}, expected at most the device's {n_rows} rows", field="n_texts", limit=n_rows
         )
     max_rows = kind.max_rows(work) if plan.privacy is None else 0
     for field, most in (

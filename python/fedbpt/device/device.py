@@ -170,7 +170,7 @@ class Device:
         elif isinstance(work, LocalWork):
             result, n_texts = self._local(plan, work, effort, progress, timed_cancelled)
         else:
-            raise InputError("the plan is compact: expand it first (fedbpt.search.compact_plans)", field="work")
+            raise InputError("the plan is compact, expected a whole one (fedbpt.search.compact_plans)", field="work")
         seconds = time.monotonic() - began
         if plan.privacy is not None:
             seconds = 0.0  # would reveal which rows were sampled, as the tokens would
@@ -321,7 +321,7 @@ class Device:
         objective = self._train_objective(plan)
         if work.n_words > len(objective.word_ids):
             raise InputError(
-                f"a readout of {work.n_words} words: the objective has {len(objective.word_ids)}",
+                f"a readout of {work.n_words} words: expected at most {len(objective.word_ids)}",
                 field="n_words",
                 limit=len(objective.word_ids),
             )

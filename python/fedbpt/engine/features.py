@@ -8,23 +8,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedbpt.argument_types import checked
+from fedbpt.engine.layers import check_layers, default_layers, normalized
 from fedbpt.engine.scorer import Scorer
 from fedbpt.errors import InputError
 
 CHUNK = 64
 """Texts scored at a time."""
-
-
-def default_layers(n_layer: int) -> tuple[int, ...]:
-    """The layer at three quarters of the depth, and the last: between them they hold what most tasks need."""
-    return tuple(sorted({3 * n_layer // 4, n_layer - 1}))
-
-
-def normalized(states: NDArray[np.floating]) -> NDArray[np.float64]:
-    """States [..., n_embd] over their root mean square, as the next layer's norm reads them."""
-    values = states.astype(np.float64)
-    rms = np.sqrt((values**2).mean(axis=-1, keepdims=True))
-    return np.asarray(values / np.maximum(rms, 1e-12))
 
 
 @checked
@@ -55,7 +44,7 @@ def features(
     """
     if not texts:
         raise InputError("there are no texts: pass at least one", field="texts")
-    chosen = default_layers(scorer.n_layer) if layers is None else layers
+    chosen = default_layers(scorer.n_layer) if layers is None else check_layers(layers, scorer.n_layer)
     if not chosen:
         raise InputError("there are no layers: name at least one, or pass None", field="layers")
     before = None if prefix is None else scorer.tokenize(prefix)
@@ -65,6 +54,14 @@ def features(
     found = []
     for start in range(0, len(texts), CHUNK):
         part = [scorer.tokenize(text, None if prefix is None else False) for text in texts[start : start + CHUNK]]
+        for i, ids in enumerate(part, start):
+            length = len(ids) + len(after) + (0 if before is None else len(before))
+            if length > scorer.n_ctx_train:
+                raise InputError(
+                    f"text {i} with prefix and cue has {length} tokens: expected at most {scorer.n_ctx_train}",
+                    field="texts",
+                    limit=scorer.n_ctx_train,
+                )
         plan = scorer.compile(part, no_labels, prefix=before, cue=after, layers=chosen, keep_kv=False)
         found.append(normalized(plan.score_states(no_prompt)[1][0]))
     return np.concatenate(found).reshape(len(texts), -1)

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from fedbpt import models
 from fedbpt.argument_types import as_array, checked
 from fedbpt.checking import printable, utf8
+from fedbpt.engine.layers import check_layers
 from fedbpt.engine.native_generator import NativeGenerator
 from fedbpt.engine.token_arrays import flat_continuations, prompt_rows, ragged, token_ids
 from fedbpt.errors import InputError, ModelWarning
@@ -306,6 +307,7 @@ class NativeScorer:
         if label_ids is None and continuations is not None:
             label_ids = []
         labels = None if label_ids is None else token_ids(label_ids, "label_ids")
+        chosen_layers = () if layers is None else check_layers(layers, self.n_layer)
         with self._files.unchanged():
             plan = self._engine.plan(
                 ids,
@@ -313,10 +315,10 @@ class NativeScorer:
                 placement == "cue",
                 before,
                 follow,
-                [] if layers is None else list(layers),
+                list(chosen_layers),
                 self.kv_budget_bytes if keep_kv else 0,
             )
-        return NativePlan(self, plan, [] if layers is None else layers)
+        return NativePlan(self, plan, chosen_layers)
 
     @checked
     @interruptible()

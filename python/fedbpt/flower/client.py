@@ -84,7 +84,9 @@ class FlowerClient(Works):
         digest = codec.digest(plan)
         known = self._rounds.get(key)
         if known is not None and known.digest != digest:
-            raise DeviceRefusedError(f"round {plan.round} was started with another plan", "conflict", device=self.name)
+            raise DeviceRefusedError(
+                f"round {plan.round} was started with another plan: use another run name", "conflict", device=self.name
+            )
         if known is not None and not known.failed:
             return
         for run, round in self._working():
@@ -116,7 +118,8 @@ class FlowerClient(Works):
             )
         await asyncio.wait([work.task], timeout=timeout_s)
         if not work.task.done():
-            raise DeviceTimeoutError(f"did not finish round {round} within {timeout_s:g} s", device=self.name)
+            message = f"did not finish round {round} within {timeout_s:g} s: allow more time"
+            raise DeviceTimeoutError(message, device=self.name)
         if work.task.cancelled():
             raise DeviceFailedError(f"round {round} was cancelled", device=self.name)
         return work.task.result()
@@ -133,7 +136,7 @@ class FlowerClient(Works):
             )
         except asyncio.TimeoutError as error:
             raise DeviceTimeoutError(
-                f"did not finish an evaluation within {timeout_s:g} s", device=self.name
+                f"did not finish an evaluation within {timeout_s:g} s: allow more time", device=self.name
             ) from error
 
     async def ask(
@@ -143,7 +146,7 @@ class FlowerClient(Works):
         on_answer: AnswerCallback | None = None,  # noqa: ARG002
     ) -> Answer:
         """Always refused: over Flower there are only rounds and evaluations."""
-        raise DeviceRefusedError("is reached over Flower, which carries no questions", "not-found", device=self.name)
+        raise DeviceRefusedError("is reached over Flower, which supports no questions", "not-found", device=self.name)
 
     async def aclose(self) -> None:
         for key in list(self._rounds):

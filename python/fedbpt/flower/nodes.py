@@ -139,7 +139,7 @@ class Nodes:
             log.info("%s is back as node %d", info.name, node)
             for request in [*self._open.values(), *self._outbox]:
                 if request.node == previous_node:
-                    request.fail(DeviceUnreachableError(f"{info.name} was restarted"))
+                    request.fail(DeviceUnreachableError(f"{info.name} was restarted: send the request again"))
 
     # --- requests ------------------------------------------------------------------------------------------------
 
@@ -200,7 +200,8 @@ class Nodes:
                 if message_id in accepted:
                     self._open[message_id] = request
                 else:
-                    request.fail(DeviceUnreachableError(f"Flower no longer has node {request.node}"))
+                    gone = f"Flower no longer has node {request.node}: restart its SuperNode"
+                    request.fail(DeviceUnreachableError(gone))
 
     async def _pull(self) -> None:
         self._open = {message_id: request for message_id, request in self._open.items() if not request.reply.done()}

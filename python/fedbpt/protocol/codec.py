@@ -97,8 +97,8 @@ def check(message: Message) -> None:
 
 def _unsendable(error: Exception) -> str:
     if isinstance(error, UnicodeEncodeError):
-        return f"it has a string with {half_character(error.object)}"
-    return "it has an integer beyond 64 bits"
+        return f"a string has {half_character(error.object)}, expected valid Unicode"
+    return "an integer must fit 64 bits"
 
 
 def _checked(message: M) -> M:
@@ -126,7 +126,7 @@ def _check_value(value: object, where: str) -> None:
         for key, item in value.items():
             _check_value(item, f"{where}.{key}")
     elif isinstance(value, float) and not math.isfinite(value):
-        raise WireError(f"{where} is NaN or infinite", field=where)
+        raise WireError(f"{where} must be finite", field=where)
 
 
 def _check_array(array: Array, where: str) -> None:
@@ -135,7 +135,8 @@ def _check_array(array: Array, where: str) -> None:
     except WireError as error:
         raise WireError(f"{where}: {error}", field=where) from error
     except ValueError as error:  # numpy's own limits: more than 64 dimensions
-        raise WireError(f"{where}: invalid shape {list(array.shape)[:8]}", field=where) from error
+        shape = list(array.shape)[:8]
+        raise WireError(f"{where}: invalid shape {shape}, expected at most 64 dimensions", field=where) from error
     # The norm of finite entries can overflow to infinity, which is over the bound too.
     with np.errstate(over="ignore"):
         norm = float(np.linalg.norm(values.ravel()))

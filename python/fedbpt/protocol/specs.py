@@ -66,7 +66,7 @@ class Array(Message, frozen=True):
             )
         values = np.frombuffer(self.data, dtype=self.dtype).reshape(self.shape).astype(np.float64)
         if not np.isfinite(values).all():
-            raise WireError("the array has NaN or infinity")
+            raise WireError("an array must be finite")
         return values
 
 

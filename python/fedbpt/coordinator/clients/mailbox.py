@@ -169,7 +169,7 @@ class Mailbox:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise CoordinatorRefusedError("the coordinator is being stopped", "stopping", STOPPING_S)
+            raise CoordinatorRefusedError("the coordinator is shutting down: try later", "stopping", STOPPING_S)
 
     # --- the coordinator's side ----------------------------------------------------------------------------------
 

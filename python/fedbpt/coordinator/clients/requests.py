@@ -174,7 +174,8 @@ class TransportClient:
                     return answer
                 if on_answer is not None:
                     on_answer(answer)
-            raise DeviceTimeoutError(f"did not finish an answer within {timeout_s:g} s", device=self.name)
+            message = f"did not finish an answer within {timeout_s:g} s: allow more time"
+            raise DeviceTimeoutError(message, device=self.name)
         finally:
             await self._discard(path)
 
@@ -271,7 +272,8 @@ class TransportClient:
                 return self._decode(response, kind)
             self._check_running(self._decode(response, RoundProgress), what, on_progress)
             if _now() >= deadline:
-                raise DeviceTimeoutError(f"did not finish {what} within {timeout_s:g} s", device=self.name)
+                message = f"did not finish {what} within {timeout_s:g} s: allow more time"
+                raise DeviceTimeoutError(message, device=self.name)
             # A device that does not hold polls must not keep the coordinator, and its log, busy.
             await asyncio.sleep(began + min(hold_s, MIN_POLL_S) - _now())
 
@@ -321,7 +323,7 @@ class TransportClient:
                 problem = f"responds {response.status} {HTTPStatus(response.status).phrase}: is it running?"
                 pause = max(pause, response.retry_after_s)
             if _now() + pause >= give_up:
-                raise DeviceUnreachableError(f"{problem} ({self.where})", device=self.name)
+                raise DeviceUnreachableError(f"{problem}; check {self.where}", device=self.name)
             await asyncio.sleep(pause)
             pause = min(pause * 2, 1.0)
 

@@ -33,11 +33,11 @@ class ReadoutFit(WorkKind[FitWork, FitResult]):
         means = result.means.numpy()
         excess = float((np.abs(means) / means_bound(plan, work)).max())
         if excess > 1:
-            raise WireError(f"means are {excess:.3g} times as large as they can be", field="means")
+            raise WireError(f"means are {excess:.3g} times the maximum", field="means")
         if work.readout is None:
             squares = means[:, -1]
             if (squares * (1 + ROUNDING) + 1e-9 < (means[:, :-1] ** 2).sum(axis=1)).any():
-                raise WireError("means holds a mean of squares below the square of the mean", field="means")
+                raise WireError("means: a mean of squares must not be below the square of the mean", field="means")
 
     def max_evaluations(self, plan: RoundPlan, work: FitWork) -> int:  # noqa: ARG002
         return 1 + len(work.others)

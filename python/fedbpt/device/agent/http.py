@@ -67,7 +67,9 @@ class _Routes:
     async def start(self, request: Request) -> Response:
         plan = await read(request, RoundPlan)
         if (plan.run, plan.round) != _round_of(request):
-            raise WireError(f"the plan is for round {plan.round} of run {plan.run!r}, the path is not", field="round")
+            raise WireError(
+                f"the plan is for round {plan.round} of run {plan.run!r}: expected the same in the path", field="round"
+            )
         whole = await run_in_threadpool(self._replayer.whole, plan)
         progress = self.service.start(whole)
         return await self.wait(request) if _seconds(request) else reply(request, progress, 202)

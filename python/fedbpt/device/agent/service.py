@@ -167,7 +167,10 @@ class AgentService:
         digest = codec.digest(plan)
         known = self._jobs.get((plan.run, plan.round))
         if known and known.digest != digest:
-            raise self._refusal("conflict", f"round {plan.round} of run {plan.run!r} was started with a different plan")
+            raise self._refusal(
+                "conflict",
+                f"round {plan.round} of run {plan.run!r} was started with a different plan: use another run name",
+            )
         if known and known.state in ("running", "done"):
             return known.progress()
         rounds = [job for job in self._jobs.values() if job.is_round]

@@ -1,0 +1,33 @@
+"""Which layers of a model are read, and how their states are normalized."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedbpt.errors import InputError
+
+
+def default_layers(n_layer: int) -> tuple[int, ...]:
+    """The layer at three quarters of the depth, and the last: the best layer differs from task to task."""
+    return tuple(sorted({3 * n_layer // 4, n_layer - 1}))
+
+
+def check_layers(layers: Sequence[int], n_layer: int) -> tuple[int, ...]:
+    """``layers`` as plain ints. Raises `InputError` unless they ascend within 0 … ``n_layer`` − 1."""
+    numbers = tuple(int(layer) for layer in layers)
+    for layer in numbers:
+        if not 0 <= layer < n_layer:
+            raise InputError(f"layers must be within 0 and {n_layer - 1}, got {layer}", field="layers")
+    if sorted(set(numbers)) != list(numbers):
+        raise InputError(f"layers must ascend, got {list(numbers)}", field="layers")
+    return numbers
+
+
+def normalized(states: NDArray[np.floating]) -> NDArray[np.float64]:
+    """States [..., n_embd] over their root mean square, as the next layer's norm reads them."""
+    values = states.astype(np.float64)
+    rms = np.sqrt((values**2).mean(axis=-1, keepdims=True))
+    return np.asarray(values / np.maximum(rms, 1e-12))
