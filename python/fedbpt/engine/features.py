@@ -1,4 +1,4 @@
-"""Features of texts: what a model's layers hold after it has read them, for any classifier."""
+"""Features of texts for any classifier: a model's hidden states at the last token."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from fedbpt.engine.scorer import Scorer
 from fedbpt.errors import InputError
 
 CHUNK = 64
-"""Texts scored at a time."""
+"""Texts per scoring call."""
 
 
 def default_layers(n_layer: int) -> tuple[int, ...]:
-    """The layer at three quarters of the depth, and the last: between them they hold what most tasks need."""
+    """The layer at three quarters of the depth, and the last: together they suffice for most tasks."""
     return tuple(sorted({3 * n_layer // 4, n_layer - 1}))
 
 
 def normalized(states: NDArray[np.floating]) -> NDArray[np.float64]:
-    """States [..., n_embd] over their root mean square, as the next layer's norm reads them."""
+    """States [..., n_embd] divided by their root mean square, as the next layer's norm does."""
     values = states.astype(np.float64)
     rms = np.sqrt((values**2).mean(axis=-1, keepdims=True))
     return np.asarray(values / np.maximum(rms, 1e-12))
@@ -35,29 +35,30 @@ def features(
     cue: str = "",
     prefix: str | None = None,
 ) -> NDArray[np.float64]:
-    """Features [len(texts), len(layers) · n_embd] of texts, as scikit-learn takes them.
+    """Compute features [len(texts), len(layers) · n_embd] of texts, ready for scikit-learn.
 
-    Of each layer the state at the last token, over its root mean square: forward passes only, no label needed. ::
+    For each layer: the hidden state at the last token, divided by its root mean square. Needs forward passes only and
+    no labels. ::
 
         x = fedbpt.features(scorer, texts, cue="\\nTopic:")
         LogisticRegression(max_iter=1000).fit(x, labels)
 
     Args:
         scorer: from `load_model`.
-        texts: N texts, none empty.
+        texts: non-empty texts.
         layers: ascending, from 0; None: the one at three quarters of the depth, and the last.
-        cue: follows each text. One that asks for what you want to know ("\\nTopic:") gives better features than none.
-        prefix: before each text, an instruction.
+        cue: appended to each text. One that asks for the property of interest ("\\nTopic:") gives better features.
+        prefix: prepended to each text, for example an instruction.
 
     Raises:
-        InputError: no or an empty text, a text longer than the context, no such layer.
-        UnsupportedModelError: llama.cpp does not say where this architecture's layers end.
+        InputError: no texts, an empty text, a text longer than the context, no such layer.
+        UnsupportedModelError: llama.cpp's graph does not mark the layer outputs of this architecture.
     """
     if not texts:
-        raise InputError("there are no texts: pass at least one", field="texts")
+        raise InputError("texts is empty: pass at least one text", field="texts")
     chosen = default_layers(scorer.n_layer) if layers is None else layers
     if not chosen:
-        raise InputError("there are no layers: name at least one, or pass None", field="layers")
+        raise InputError("layers is empty: name at least one layer, or pass None", field="layers")
     before = None if prefix is None else scorer.tokenize(prefix)
     after = scorer.tokenize(cue, add_bos=False)
     no_prompt = np.zeros((1, 0, scorer.n_embd), np.float32)
