@@ -12,16 +12,16 @@ from fedbpt.engine.scorer import Scorer
 from fedbpt.errors import InputError
 
 CHUNK = 64
-"""Texts per scoring call."""
+"""Texts scored at a time."""
 
 
 def default_layers(n_layer: int) -> tuple[int, ...]:
-    """The layer at three quarters of the depth, and the last: together they suffice for most tasks."""
+    """The layer at three quarters of the depth, and the last: between them they hold what most tasks need."""
     return tuple(sorted({3 * n_layer // 4, n_layer - 1}))
 
 
 def normalized(states: NDArray[np.floating]) -> NDArray[np.float64]:
-    """States [..., n_embd] divided by their root mean square, as the next layer's norm does."""
+    """States [..., n_embd] over their root mean square, as the next layer's norm reads them."""
     values = states.astype(np.float64)
     rms = np.sqrt((values**2).mean(axis=-1, keepdims=True))
     return np.asarray(values / np.maximum(rms, 1e-12))
@@ -55,10 +55,10 @@ def features(
         UnsupportedModelError: llama.cpp's graph does not mark the layer outputs of this architecture.
     """
     if not texts:
-        raise InputError("texts is empty: pass at least one text", field="texts")
+        raise InputError("there are no texts: pass at least one", field="texts")
     chosen = default_layers(scorer.n_layer) if layers is None else layers
     if not chosen:
-        raise InputError("layers is empty: name at least one layer, or pass None", field="layers")
+        raise InputError("there are no layers: name at least one, or pass None", field="layers")
     before = None if prefix is None else scorer.tokenize(prefix)
     after = scorer.tokenize(cue, add_bos=False)
     no_prompt = np.zeros((1, 0, scorer.n_embd), np.float32)
