@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 class Plan:
-    """A data set laid out for scoring; in cue placement it keeps the texts' KV. For the engine that made it."""
+    """A data set prepared for scoring, with the kept KV of its texts. Belongs to the engine that made it."""
 
     @property
     def n_texts(self) -> int: ...
@@ -19,23 +19,23 @@ class Plan:
 
     @property
     def n_kept(self) -> int:
-        """Texts whose KV is kept."""
+        """Number of texts whose KV is kept."""
 
     @property
     def kv_bytes(self) -> int: ...
 
 class Generator:
-    """Texts token by token; made by `Engine.generator`. Thread-safe: calls that compute wait for each other."""
+    """Generates texts token by token; made by `Engine.generator`. Thread-safe: calls that compute are serialised."""
 
     class Stream:
-        """A text that is being generated; when it is gone another may take its place."""
+        """A text being generated; destroying it frees its slot."""
 
         def cancel(self) -> None:
             """Make the call in flight, or the next, raise `ScoringInterrupted`."""
 
         @property
         def n_reused(self) -> int:
-            """Tokens whose KV was there already as it began."""
+            """Input tokens whose KV was reused."""
 
     def open(
         self,
@@ -47,28 +47,31 @@ class Generator:
         top_k: int,
         seed: int,
     ) -> Stream:
-        """Begin a text: ids [n], from ``rows_at`` on embedded as ``rows`` [n_rows, n_embd]. Raises `InputError`."""
+        """Begin a text of ids [n]; from ``rows_at`` on, ``rows`` [n_rows, n_embd] replace their embeddings.
+
+        Raises `InputError`.
+        """
 
     def next(self, stream: Stream, n_likeliest: int) -> tuple[int, float, list[tuple[int, float]]]:
-        """The next token, its log-probability, and ids and log-probabilities of the likeliest.
+        """Choose the next token; return it, its log-probability (nats), and those of the likeliest with their ids.
 
-        Raises `ScoringInterrupted`, `InputError` where the context is full, or what a signal handler raised.
+        Raises `ScoringInterrupted`, `InputError` if the context is full, or what a signal handler raised.
         """
 
     def piece(self, id: int) -> bytes:
-        """What a token adds to a text."""
+        """Bytes that a token adds to a text."""
 
     def is_end(self, id: int) -> bool:
-        """Whether a text ends with this token."""
+        """Whether the model ends its text with this token."""
 
     def text_ids(self, text: bytes) -> NDArray[np.int32]:
-        """Token ids [n] of a text in UTF-8, its special tokens as such, with one BOS where the model wants it."""
+        """Token ids [n] of a UTF-8 text; special tokens are parsed, and BOS is added if the model uses it."""
 
     def chat_ids(self, messages: Sequence[tuple[bytes, bytes]]) -> NDArray[np.int32]:
         """Token ids [n] of (role, content) messages in the model's chat template. Raises `InputError`."""
 
     def has_special(self, text: bytes) -> bool:
-        """Whether a text names special tokens."""
+        """Whether a text contains special tokens."""
 
     @property
     def n_tokens(self) -> int:
@@ -76,19 +79,19 @@ class Generator:
 
     @property
     def n_cells(self) -> int:
-        """Tokens that its KV cache has room for."""
+        """Current capacity of the KV cache, in tokens."""
 
 class Engine:
-    """A loaded model and its scorer. Thread-safe: calls that compute wait for each other."""
+    """A loaded model and its scorer. Thread-safe: calls that compute are serialised."""
 
     def __init__(self, path: bytes, n_threads: int, n_gpu_layers: int, gpu: str, kv_q8_0: bool) -> None:
         """Load a GGUF file. Raises `ModelFileError`, `UnsupportedModelError` or `InputError`."""
 
     def tokenize(self, text: bytes, add_bos: bool | None = None) -> NDArray[np.int32]:
-        """Token ids [n] of a text in UTF-8; ``add_bos`` None: as the model was trained."""
+        """Token ids [n] of a UTF-8 text; ``add_bos`` None: as the model was trained."""
 
     def token_embeddings(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Rows [n, n_embd], in the scale that ``embeds`` has."""
+        """Input embeddings [n, n_embd], in the scale of ``embeds``."""
 
     def plan(
         self,
@@ -100,36 +103,36 @@ class Engine:
         layers: Sequence[int],
         kv_budget_bytes: int,
     ) -> Plan:
-        """Lay out N texts and their N·K continuations, each as ids [total] with offsets [n + 1].
+        """Prepare N texts and their N·K continuations, each as ids [total] with offsets [n + 1].
 
-        ``label_ids`` None: all of the vocabulary. ``layers``: those that `score_states` reads, ascending.
+        ``label_ids`` None: the whole vocabulary. ``layers``: those that `score_states` returns, ascending.
 
-        Arrays are C-contiguous and never converted. Raises `InputError`.
+        Arrays must be C-contiguous and are not converted. Raises `InputError`.
         """
 
     def score(self, plan: Plan, which: NDArray[np.int64], embeds: NDArray[np.float32]) -> NDArray[np.float32]:
-        """[n_candidates, n, K + n_labels] of texts ``which`` [n] under ``embeds`` [n_candidates, n_prompt, n_embd].
+        """Scores [n_candidates, n, K + n_labels] of texts ``which`` [n].
 
-        Log-probabilities of the K continuations, then logits.
-        Raises `InputError`, `ScoringInterrupted` or what a signal handler raised.
+        ``embeds`` are [n_candidates, n_prompt, n_embd]. Scores are the log-probabilities of the K continuations, then
+        logits. Raises `InputError`, `ScoringInterrupted` or what a signal handler raised.
         """
 
     def score_states(
         self, plan: Plan, which: NDArray[np.int64], embeds: NDArray[np.float32]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """What `score` returns, and the states of the plan's layers [n_candidates, n, n_layers, n_embd].
+        """As `score`, with the hidden states of the plan's layers [n_candidates, n, n_layers, n_embd].
 
-        Raises as `score`, and `UnsupportedModelError` where llama.cpp's graph does not say where a layer ends.
+        Raises as `score`, and `UnsupportedModelError` if llama.cpp's graph does not mark the model's layer outputs.
         """
 
     def metadata(self, key: str) -> bytes | None:
-        """What the model file says under ``key``, as text; None: nothing."""
+        """Value of ``key`` in the model file's metadata, as text; None if it is missing."""
 
     def twin(self) -> Engine:
-        """A new one, of the same weights, with threads and buffers of its own."""
+        """A new engine on the same weights, with its own threads and buffers."""
 
     def generator(self) -> Generator:
-        """A new one, with a KV cache of its own."""
+        """A new generator on the same weights, with its own KV cache."""
 
     def interrupt(self) -> None:
         """Make the scoring call in flight raise `ScoringInterrupted`."""
@@ -144,7 +147,7 @@ class Engine:
         """Standard deviation over the whole token embedding table."""
 
     def memory(self) -> dict[str, int]:
-        """Bytes: ``weights``, ``kv``, ``compute``; ``gpu``: what of these lies in a GPU's own memory."""
+        """Bytes: ``weights``, ``kv``, ``compute``; ``gpu``: the part of these in a GPU's own memory."""
 
     @property
     def n_embd(self) -> int: ...
@@ -162,25 +165,28 @@ class Engine:
     def description(self) -> str: ...
 
 def gpus() -> list[tuple[str, str, int, int]]:
-    """(name, description, bytes of memory, bytes of it that are free) of the GPUs that this build can use."""
+    """(name, description, memory in bytes, free memory in bytes) of each GPU that this build can use."""
 
 def requantize_formats() -> list[str]:
-    """The formats that `requantize` knows, smallest first."""
+    """Formats that `requantize` can write, smallest first."""
 
 def requantize(
     source: bytes, target: bytes, format: str, n_threads: int, progress: Callable[[int, int], None] | None = None
 ) -> None:
-    """Write the model ``source`` in ``format`` to ``target``; ``progress`` gets tensors done and in total.
+    """Write the model ``source`` in ``format`` to ``target``; ``progress`` is called with (tensors done, total).
 
-    What is written remains where it fails. Raises `InputError`, `ModelFileError`, or what ``progress`` or a signal
-    handler raised.
+    On failure, a partly written ``target`` remains. Raises `InputError`, `ModelFileError`, or what ``progress`` or a
+    signal handler raised.
     """
 
 def tensor_shapes(path: bytes) -> list[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of every tensor in a model file, the inputs of a matrix first. Raises `ModelFileError`."""
+    """(name, shape) of every tensor of a model, in ggml's order: a matrix is (inputs, outputs).
+
+    Raises `ModelFileError`.
+    """
 
 def model_parts(path: bytes) -> list[bytes]:
-    """The files of a model in order, where one may be split: any part is given. Raises `ModelFileError`."""
+    """Files of a model in order; ``path``: any part of a split model, or the only file. Raises `ModelFileError`."""
 
 def weight_formats(path: bytes) -> list[tuple[str, int, int]]:
     """(ggml type, parameters, bytes) of the matrices in a model's layers, most parameters first.
@@ -189,40 +195,40 @@ def weight_formats(path: bytes) -> list[tuple[str, int, int]]:
     """
 
 def matmul_flops(type: str) -> float:
-    """FLOP/s of one CPU thread multiplying 64 tokens by a matrix of a ggml type, measured. Raises `InputError`."""
+    """Measure the FLOP/s of one CPU thread multiplying 64 tokens by a matrix of a ggml type. Raises `InputError`."""
 
 def try_alone(
     path: bytes, n_threads: int, n_gpu_layers: int, gpu: str, kv_q8_0: bool, memory_bytes: int, cpu_seconds: int
 ) -> None:
-    """Try a model file in this process, which is there for nothing else.
+    """Try a model file in a process that exists only for this.
 
-    What comes of it is written to standard output (``src/fedbpt_native/trial.h``). Beyond the limits, 0 for none, or
-    where llama.cpp asserts, the process ends.
+    Writes the outcome to standard output (``src/fedbpt_native/trial.h``). The process ends beyond the limits (0: no
+    limit), or when llama.cpp asserts.
     """
 
 def use_std_regex(use: bool) -> None:
-    """For the fork's tests: whether this thread splits texts into words as upstream does, by ``std::regex``."""
+    """For tests of the fork: whether this thread's pre-tokenizer uses ``std::regex``, as upstream does."""
 
 class GraphTrace:
-    """For the fork's tests: the nodes of each graph that a small CPU context computes, in the form of trace.h."""
+    """For tests of the fork: records the nodes of each graph that a small CPU context computes (see trace.h)."""
 
     def __init__(self, path: str, flash_attention: bool) -> None:
         """Load the model at ``path``; without flash attention its KV cache is f32. Raises `ModelFileError`."""
 
     def decode(self, tokens: Sequence[int], seq: int = 0, pos0: int = 0) -> list[str]:
-        """The lines of the one graph that computes ``tokens`` of ``seq`` from ``pos0`` on, logits for the last.
+        """Compute ``tokens`` of ``seq`` from ``pos0`` on, with logits for the last; return the graph's lines.
 
         Raises `InputError`.
         """
 
     def set_soft_prompt(self, seq: int, pos0: int, rows: NDArray[np.float32]) -> None:
-        """Embed the tokens of ``seq`` at ``pos0`` and after it as ``rows`` [n_rows, n_embd]. Raises `InputError`."""
+        """Replace the embeddings of ``seq`` from ``pos0`` on by ``rows`` [n_rows, n_embd]. Raises `InputError`."""
 
     def clear_soft_prompt(self) -> None:
-        """Embed all tokens as themselves again."""
+        """Remove all soft prompts."""
 
     @property
     def n_embd(self) -> int: ...
     @property
     def n_reused(self) -> int:
-        """How many graphs were run again rather than built anew."""
+        """Number of graphs that were reused instead of built."""

@@ -44,7 +44,7 @@ void load_libraries() {
     if (cpu_device() == nullptr) {
         throw std::runtime_error(
             "no CPU backend in " + folder +
-            " runs on this CPU: build fedbpt on this machine (pip install --no-binary fedbpt fedbpt)");
+            " supports this CPU: build fedbpt on this machine (pip install --no-binary fedbpt fedbpt)");
     }
 }
 #endif
@@ -91,7 +91,7 @@ std::vector<ggml_backend_dev_t> only_gpu(const std::string & name) {
         others += (others.empty() ? "" : ", ") + std::string(ggml_backend_dev_name(device));
     }
     if (!name.empty()) {
-        throw InputError("there is no GPU '" + name + "' here, choose one of: " + others);
+        throw InputError("unknown gpu '" + name + "': choose one of " + others);
     }
     return { nullptr };
 }

@@ -1,7 +1,7 @@
 #pragma once
 
-// ggml's backends. A wheel for many CPUs has the CPU's code several times, each a library that is loaded at run time
-// (GGML_BACKEND_DL): whatever the CPU backend implements is asked of its registry, and never linked.
+// ggml's backends. A wheel for many CPUs contains the CPU backend in several variants, as libraries that are loaded at
+// run time (GGML_BACKEND_DL): functions of the CPU backend are therefore looked up in its registry, never linked.
 
 #include <cstdint>
 #include <string>
@@ -11,8 +11,8 @@
 
 namespace fedbpt {
 
-// Starts llama.cpp, once a process: its log and its backends. Those that are libraries lie beside this module; of the
-// CPU's, the best that this CPU can run is loaded. Throws std::runtime_error where there is none.
+// Initialises llama.cpp's log and backends, once per process. Backend libraries are loaded from this module's folder;
+// of the CPU variants, the best that this CPU supports. Throws std::runtime_error if there is none.
 void start_backends();
 
 ggml_backend_dev_t cpu_device();
@@ -22,15 +22,15 @@ struct Gpu {
     uint64_t memory_bytes, free_bytes;
 };
 
-// Those that this build and machine have.
+// The GPUs of this machine that this build supports.
 std::vector<Gpu> gpus();
 
 bool is_on_gpu(ggml_backend_buffer_type_t type);
 
-// What llama_model_params.devices takes: the GPU of that name, or no GPU at all where it is empty. Throws InputError.
+// A value for llama_model_params.devices: the GPU of that name, or no GPU if `name` is empty. Throws InputError.
 std::vector<ggml_backend_dev_t> only_gpu(const std::string & name);
 
-// A function of the CPU backend, as in cpu_function<decltype(ggml_threadpool_new)>("ggml_threadpool_new"). After
+// Looks up a function of the CPU backend: cpu_function<decltype(ggml_threadpool_new)>("ggml_threadpool_new"). Requires
 // start_backends.
 template <typename Function>
 Function * cpu_function(const char * name) {

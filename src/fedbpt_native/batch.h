@@ -7,25 +7,25 @@
 
 namespace fedbpt {
 
-// The tokens of one forward pass, growing as they are added; memory is kept between uses.
+// The tokens of one forward pass. clear() keeps the memory for the next use.
 class Batch {
 public:
     void clear();
 
     static constexpr int64_t kNone = -1, kUnread = -2;
 
-    // `output` is where this token's logits go (an index of the caller's), kNone, or kUnread: computed, and left. The
-    // token belongs to each of `seqs[n_seqs]`.
+    // Adds a token to each of the sequences `seqs[n_seqs]`. `output`: index of its logits in the caller's results,
+    // kNone, or kUnread: computed but not read.
     void add(llama_token token, llama_pos pos, const llama_seq_id * seqs, size_t n_seqs, int64_t output);
     void add(llama_token token, llama_pos pos, llama_seq_id seq, int64_t output) { add(token, pos, &seq, 1, output); }
 
     size_t size() const { return token_.size(); }
     size_t n_outputs() const { return n_outputs_; }
 
-    // Where tokens from `begin` on have to end for one llama_decode: at most this many, and outputs among them.
+    // End of the longest range from `begin` on with at most tokens_max tokens and outputs_max outputs.
     size_t end_of(size_t begin, size_t tokens_max, size_t outputs_max) const;
 
-    // Tokens [begin, end) as llama.cpp wants them; valid until the next change.
+    // Tokens [begin, end) as a llama_batch, valid until the next change.
     llama_batch view(size_t begin, size_t end);
 
     int64_t output(size_t i) const { return output_[i]; }
@@ -37,7 +37,7 @@ private:
     std::vector<int32_t> n_seq_;
     std::vector<int8_t> wants_output_;
     std::vector<int64_t> output_;
-    std::vector<llama_seq_id> seq_;        // all tokens' sequences, one after another
+    std::vector<llama_seq_id> seq_;        // sequences of all tokens, concatenated
     std::vector<llama_seq_id *> seq_ptr_;  // into seq_, made by view()
 };
 

@@ -11,7 +11,7 @@ namespace {
 void raise(const char * name, const std::exception & error) {
     const py::object type = py::module_::import("fedbpt.errors").attr(name);
     PyErr_SetString(type.ptr(),
-                    one_line(error.what()).c_str());  // a path, or what a model file holds, need not be UTF-8
+                    one_line(error.what()).c_str());  // paths and text from a model file may be invalid UTF-8
 }
 
 }  // namespace

@@ -31,7 +31,7 @@ void requantize_file(const std::string & source, const std::string & target, con
         done = requantize(source, target, format, n_threads, go_on);
     }
     if (!done) {
-        throw py::error_already_set();  // what progress or a signal handler raised
+        throw py::error_already_set();  // raised by progress or a signal handler
     }
 }
 
@@ -43,7 +43,7 @@ py::list model_parts_of(const std::string & path) {
     }
     py::list parts;
     for (const std::string & part : found) {
-        parts.append(py::bytes(part));  // a file's name need not be UTF-8
+        parts.append(py::bytes(part));  // a path may be invalid UTF-8
     }
     return parts;
 }
@@ -69,7 +69,7 @@ py::list tensor_shapes_of(const std::string & path) {
     }
     py::list shapes;
     for (const TensorShape & tensor : found) {
-        // in a damaged file a name need not be UTF-8
+        // a damaged file may hold invalid UTF-8
         const auto name = py::reinterpret_steal<py::object>(
             PyUnicode_DecodeUTF8(tensor.name.data(), static_cast<py::ssize_t>(tensor.name.size()), "backslashreplace"));
         shapes.append(py::make_tuple(name, py::tuple(py::cast(tensor.shape))));
@@ -80,18 +80,18 @@ py::list tensor_shapes_of(const std::string & path) {
 }  // namespace
 
 void register_formats(py::module_ & module) {
-    module.def("requantize_formats", &requantize_formats, "The formats that requantize knows, smallest first.");
+    module.def("requantize_formats", &requantize_formats, "Formats that requantize can write, smallest first.");
     module.def("requantize", &requantize_file, py::arg("source"), py::arg("target"), py::arg("format"),
                py::arg("n_threads"), py::arg("progress") = py::none(),
-               "Write a model file in another format; progress gets tensors done and in total.");
+               "Write a model file in another format; progress is called with (tensors done, total).");
     module.def("model_parts", &model_parts_of, py::arg("path"),
-               "The files of a model in order, where one may be split: any part is given.");
+               "Files of a model in order, from any part of a split model, or the only file.");
     module.def("weight_formats", &weight_formats_of, py::arg("path"),
                "(ggml type, parameters, bytes) of the matrices in a model's layers, most parameters first.");
     module.def("tensor_shapes", &tensor_shapes_of, py::arg("path"),
-               "(name, shape) of every tensor in a model file, the inputs of a matrix first.");
+               "(name, shape) of every tensor of a model, in ggml's order: a matrix is (inputs, outputs).");
     module.def("matmul_flops", &matmul_flops, py::arg("type"), py::call_guard<py::gil_scoped_release>(),
-               "FLOP/s of one CPU thread multiplying by a matrix of a ggml type, measured.");
+               "Measure the FLOP/s of one CPU thread multiplying by a matrix of a ggml type.");
 }
 
 }  // namespace fedbpt

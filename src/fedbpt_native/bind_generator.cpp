@@ -21,7 +21,7 @@ std::unique_ptr<Generator::Stream> open(Generator & generator, const IntArray & 
 }
 
 py::tuple next(Generator & generator, Generator::Stream & stream, size_t n_likeliest) {
-    const std::function<bool()> stop = [] {  // Python's signal handlers, where this is the main thread
+    const std::function<bool()> stop = [] {  // runs Python's signal handlers if this is the main thread
         py::gil_scoped_acquire acquire;
         return PyErr_CheckSignals() != 0;
     };
@@ -30,7 +30,7 @@ py::tuple next(Generator & generator, Generator::Stream & stream, size_t n_likel
         py::gil_scoped_release release;
         choice = generator.next(stream, n_likeliest, stop);
     } catch (...) {
-        if (PyErr_Occurred()) {  // a signal handler's exception comes before ours
+        if (PyErr_Occurred()) {  // a signal handler's exception takes precedence
             throw py::error_already_set();
         }
         throw;
@@ -54,7 +54,7 @@ IntArray text_ids(const Generator & generator, const std::string & text) {
         py::gil_scoped_release release;
         ids = generator.model().tokenize(text, /*add_bos =*/-1, /*parse_special =*/true);
         const llama_token bos = llama_vocab_bos(llama_model_get_vocab(generator.model().get()));
-        if (ids.size() > 1 && ids[0] == bos && ids[1] == bos) {  // the text named it
+        if (ids.size() > 1 && ids[0] == bos && ids[1] == bos) {  // the text begins with BOS itself
             ids.erase(ids.begin());
         }
     }
@@ -70,7 +70,7 @@ bool has_special(const Generator & generator, const std::string & text) {
 void register_generator(py::module_ & module) {
     py::class_<Generator, py::smart_holder> generator(
         module, "Generator",
-        "Texts token by token; made by Engine.generator. Thread-safe: calls that compute wait for each other.");
+        "Generates texts token by token; made by Engine.generator. Thread-safe: calls that compute are serialised.");
 
     py::class_<Generator::Stream, py::smart_holder>(generator, "Stream")
         .def("cancel", &Generator::Stream::cancel, "Make the call in flight, or the next, raise ScoringInterrupted.")
@@ -89,12 +89,11 @@ void register_generator(py::module_ & module) {
             "is_end", [](const Generator & generator, llama_token id) { return generator.model().is_end(id); },
             py::arg("id"))
         .def("text_ids", &text_ids, py::arg("text"),
-             "int32 [n] of a text; special tokens in it count as such, BOS comes once")
+             "token ids int32 [n] of a text; special tokens are parsed, BOS comes at most once")
         .def("chat_ids", &chat_ids, py::arg("messages"),
-             "int32 [n] of (role, content) messages in the model's chat template; special tokens in a content count as "
-             "such")
+             "token ids int32 [n] of (role, content) messages in the model's chat template; special tokens are parsed")
         .def("has_special", &has_special, py::arg("text"), py::call_guard<py::gil_scoped_release>(),
-             "whether a text names special tokens")
+             "whether a text contains special tokens")
         .def_property_readonly("n_tokens", &Generator::n_tokens)
         .def_property_readonly("n_cells", &Generator::n_cells);
 }

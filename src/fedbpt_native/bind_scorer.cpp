@@ -20,7 +20,7 @@ using IntArray = py::array_t<int32_t, py::array::c_style>;
 using LongArray = py::array_t<int64_t, py::array::c_style>;
 using FloatArray = py::array_t<float, py::array::c_style>;
 
-// Model + scorer, so that Python holds one object.
+// A model and its scorer: one object for Python.
 class Engine {
 public:
     Engine(const std::string & path, int32_t n_threads, int32_t n_gpu_layers, const std::string & gpu, bool kv_q8_0)
@@ -28,7 +28,7 @@ public:
           kv_type(kv_q8_0 ? GGML_TYPE_Q8_0 : GGML_TYPE_F16),
           scorer(model, n_threads, kv_type) {}
 
-    // Of the same weights, with threads and buffers of its own.
+    // Shares the weights; has its own threads and buffers.
     explicit Engine(const Engine & other)
         : model(other.model),
           kv_type(other.kv_type),
@@ -58,7 +58,7 @@ FloatArray token_embeddings(const Engine & engine, const IntArray & ids) {
     return rows;
 }
 
-// Python's signal handlers, on the calling thread; true where one raised (KeyboardInterrupt).
+// Runs Python's signal handlers on the calling thread; true if one raised (KeyboardInterrupt).
 bool python_wants_to_stop() {
     py::gil_scoped_acquire acquire;
     return PyErr_CheckSignals() != 0;
@@ -89,7 +89,7 @@ void score_into(Engine & engine, Plan & plan, const LongArray & which, const Flo
                 FloatArray * states) {
     if (!plan.is_for(*engine.model)) {
         throw InputError(
-            "this plan was compiled by another scorer: compile its texts with the scorer that is to score them");
+            "this plan was compiled by another scorer: compile its texts with the scorer that scores them");
     }
     float * out = logits.mutable_data();
     float * states_out = states != nullptr ? states->mutable_data() : nullptr;
@@ -101,7 +101,7 @@ void score_into(Engine & engine, Plan & plan, const LongArray & which, const Flo
                             static_cast<size_t>(embeds.shape(0)), static_cast<size_t>(embeds.shape(1)), out, states_out,
                             stop);
     } catch (...) {
-        if (PyErr_Occurred()) {  // a signal handler's exception comes before ours
+        if (PyErr_Occurred()) {  // a signal handler's exception takes precedence
             throw py::error_already_set();
         }
         throw;
@@ -173,15 +173,14 @@ void register_scorer(py::module_ & module) {
              "n_continuations + n_labels]")
         .def("score_states", &score_states, py::arg("plan"), py::arg("which").noconvert(),
              py::arg("embeds").noconvert(),
-             "as score, and float32 [n_candidates, n, n_layers, n_embd]: the plan's layers' states at each text's last "
-             "token")
-        .def("metadata", &metadata, py::arg("key"), "what the model file says under a key, as text, or None")
+             "as score, and float32 [n_candidates, n, n_layers, n_embd]: hidden states at each text's last token")
+        .def("metadata", &metadata, py::arg("key"), "value of a key in the model file's metadata, as text, or None")
         .def(
             "twin", [](const Engine & engine) { return std::make_unique<Engine>(engine); },
             py::call_guard<py::gil_scoped_release>(),
-            "A new one, of the same weights, with threads and buffers of its own.")
+            "A new engine on the same weights, with its own threads and buffers.")
         .def("generator", &Engine::generator, py::call_guard<py::gil_scoped_release>(),
-             "A new one, of the same weights, with a KV cache of its own.")
+             "A new generator on the same weights, with its own KV cache.")
         .def(
             "interrupt", [](Engine & engine) { engine.scorer.interrupt(); },
             "Make the scoring call in flight raise ScoringInterrupted.")
@@ -211,7 +210,7 @@ void register_scorer(py::module_ & module) {
             }
             return found;
         },
-        "(name, description, bytes of memory, of which free)");
+        "(name, description, memory in bytes, free memory in bytes) of each GPU");
 }
 
 }  // namespace fedbpt

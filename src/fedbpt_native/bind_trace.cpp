@@ -17,18 +17,18 @@ namespace {
 
 using FloatArray = py::array_t<float, py::array::c_style>;
 
-// A trace and the soft rows set in its context, which llama.cpp does not copy.
+// A trace, and the soft prompt rows set in its context, which the fork does not copy.
 class SoftTrace {
 public:
     SoftTrace(const std::string & path, bool flash_attention) : trace(path, flash_attention) {}
 
     void set(llama_seq_id seq, llama_pos pos0, const FloatArray & rows) {
         if (seq < 0 || seq >= GraphTrace::kSeqs) {
-            throw InputError("a trace has sequences 0 to " + std::to_string(GraphTrace::kSeqs - 1) + ", got " +
+            throw InputError("seq must be from 0 to " + std::to_string(GraphTrace::kSeqs - 1) + ", got " +
                              std::to_string(seq));
         }
         if (rows.ndim() != 2 || rows.shape(1) != trace.n_embd()) {
-            throw InputError("rows must be [n_rows, " + std::to_string(trace.n_embd()) + "]");
+            throw InputError("rows must have shape [n_rows, " + std::to_string(trace.n_embd()) + "]");
         }
         std::vector<float> & kept = rows_[seq];
         kept.assign(rows.data(), rows.data() + rows.size());
@@ -50,11 +50,12 @@ private:
 
 void register_trace(py::module_ & module) {
     module.def("use_std_regex", &llama_pretokenizer_use_std_regex, py::arg("use"),
-               "For the fork's tests: whether this thread splits texts into words as upstream does.");
+               "For tests of the fork: whether this thread's pre-tokenizer uses std::regex, as upstream does.");
 
     py::class_<SoftTrace>(
         module, "GraphTrace",
-        "For the fork's tests: the nodes of each graph that a small context computes, one line a node. See trace.h.")
+        "For tests of the fork: records the nodes of each graph that a small context computes, a line each. See "
+        "trace.h.")
         .def(py::init<const std::string &, bool>(), py::arg("path"), py::arg("flash_attention"))
         .def(
             "decode",
@@ -62,14 +63,14 @@ void register_trace(py::module_ & module) {
                 return self.trace.decode(tokens, seq, pos0);
             },
             py::arg("tokens"), py::arg("seq") = 0, py::arg("pos0") = 0,
-            "The lines of one llama_decode of tokens, logits for the last.")
+            "Run one llama_decode of tokens, with logits for the last; return the graph's lines.")
         .def("set_soft_prompt", &SoftTrace::set, py::arg("seq"), py::arg("pos0"), py::arg("rows"),
              "rows float32 [n_rows, n_embd]")
         .def("clear_soft_prompt", &SoftTrace::clear)
         .def_property_readonly("n_embd", [](const SoftTrace & self) { return self.trace.n_embd(); })
         .def_property_readonly(
             "n_reused", [](const SoftTrace & self) { return self.trace.n_reused(); },
-            "Graphs that were run again rather than built anew.");
+            "Number of graphs that were reused instead of built.");
 }
 
 }  // namespace fedbpt

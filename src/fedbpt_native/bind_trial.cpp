@@ -15,8 +15,7 @@ void register_trial(py::module_ & module) {
         },
         py::arg("path"), py::arg("n_threads"), py::arg("n_gpu_layers"), py::arg("gpu"), py::arg("kv_q8_0"),
         py::arg("memory_bytes"), py::arg("cpu_seconds"), py::call_guard<py::gil_scoped_release>(),
-        "Try a model file in this process, which is there for nothing else. See trial.h for what it writes to standard "
-        "output.");
+        "Try a model file in a process that exists only for this. See trial.h for what it writes to standard output.");
 }
 
 }  // namespace fedbpt

@@ -6,7 +6,7 @@ namespace fedbpt {
 
 namespace {
 
-// Bytes of the character that begins there; 0 where none does.
+// Length in bytes of the UTF-8 character that begins there; 0 if it is invalid.
 size_t character_length(const std::string & text, size_t at) {
     const auto lead = static_cast<unsigned char>(text[at]);
     const size_t length = lead < 0x80                   ? 1
@@ -23,7 +23,7 @@ size_t character_length(const std::string & text, size_t at) {
         }
     }
     const auto second = static_cast<unsigned char>(length > 1 ? text[at + 1] : 0);
-    // encoded longer than need be, a surrogate, or beyond U+10FFFF
+    // an overlong encoding, a surrogate, or beyond U+10FFFF
     const bool wrong = (lead == 0xe0 && second < 0xa0) || (lead == 0xed && second > 0x9f) ||
                        (lead == 0xf0 && second < 0x90) || (lead == 0xf4 && second > 0x8f);
     return wrong ? 0 : length;

@@ -1,14 +1,13 @@
 #pragma once
 
-// What the core throws; the bindings map each to its class in fedbpt.errors. Every message says what to do.
+// Exceptions of the core; the bindings map each to its class in fedbpt.errors. Every message says what to do.
 
 #include <stdexcept>
 #include <string>
 
 namespace fedbpt {
 
-// Text that may come from a file, fit for a message: one line of UTF-8. Control characters become spaces, bytes that
-// are no UTF-8 \xNN.
+// Converts text that may come from a file to one line of UTF-8: control characters become spaces, invalid bytes \xNN.
 std::string one_line(const std::string & text);
 
 struct InputError : std::invalid_argument {

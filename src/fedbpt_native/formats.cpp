@@ -26,16 +26,16 @@ constexpr double kEnoughSeconds = 0.01;
 ggml_type type_named(const std::string & name) {
     for (int i = 0; i < GGML_TYPE_COUNT; ++i) {
         const auto type = static_cast<ggml_type>(i);
-        // integers and what activations are rounded to have names too, but cannot be unpacked
+        // integers, and the types that activations are rounded to, cannot be unpacked
         if (ggml_type_name(type) == name &&
             (type == GGML_TYPE_F32 || ggml_get_type_traits(type)->to_float != nullptr)) {
             return type;
         }
     }
-    throw InputError("'" + name + "' is no weight type of ggml");
+    throw InputError("'" + name + "' is not a weight type of ggml: use one such as q4_0 or f16");
 }
 
-// What this thread has computed: on a busy machine the clock on the wall also counts what others did meanwhile.
+// CPU time of this thread: on a busy machine, wall-clock time would include other threads' work.
 double thread_seconds() {
     timespec now{};
     clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
@@ -47,8 +47,8 @@ ggml_context_ptr new_context() {
         ggml_init({ 8 * ggml_tensor_overhead() + ggml_graph_overhead(), /*mem_buffer =*/nullptr, /*no_alloc =*/true }));
 }
 
-// As llama_model_loader chooses: the first special buffer of the CPU (repacked, AMX) that has a kernel for it, else the
-// plain one.
+// The same choice as llama_model_loader's: the CPU's first special buffer type (repacked, AMX) with a kernel for it,
+// else the plain one.
 ggml_backend_buffer_type_t weight_buffer_type(ggml_backend_dev_t cpu, ggml_tensor * weight,
                                               const ggml_tensor * product) {
     const auto extra = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(
@@ -66,14 +66,14 @@ ggml_backend_buffer_type_t weight_buffer_type(ggml_backend_dev_t cpu, ggml_tenso
     return ggml_backend_dev_buffer_type(cpu);
 }
 
-// The tensors of a model, without their data, in the order of its files.
+// Visits the tensors of a model, without their data, in the order of its files.
 template <typename F>
 void for_each_tensor(const std::string & path, const F & visit) {
     for (const std::string & part : model_parts(path)) {
         ggml_context * tensors = nullptr;
         const GgufPtr gguf(gguf_init_from_file(part.c_str(), { /*no_alloc =*/true, &tensors }));
         if (!gguf) {
-            throw ModelFileError(part + " cannot be read any more: was it moved or cut short?");
+            throw ModelFileError(part + " cannot be read any more: was it moved or truncated?");
         }
         const ggml_context_ptr owner(tensors);
         for (ggml_tensor * tensor = ggml_get_first_tensor(tensors); tensor != nullptr;
@@ -117,7 +117,7 @@ double matmul_flops(const std::string & type) {
     start_backends();
     const ggml_backend_dev_t cpu = cpu_device();
     const ggml_backend_ptr backend(ggml_backend_dev_init(cpu, nullptr));
-    cpu_function<void(ggml_backend_t, int)>("ggml_backend_set_n_threads")(backend.get(), 1);  // this one
+    cpu_function<void(ggml_backend_t, int)>("ggml_backend_set_n_threads")(backend.get(), 1);  // the calling thread
 
     const ggml_context_ptr weights = new_context(), rest = new_context();
     ggml_tensor * weight = ggml_new_tensor_2d(weights.get(), weight_type, kIn, kOut);
@@ -132,7 +132,7 @@ double matmul_flops(const std::string & type) {
     if (!weight_buffer || !rest_buffer) {
         throw std::bad_alloc();
     }
-    // zeros do: no kernel asks what it multiplies
+    // zeros suffice: no kernel's time depends on the values
     const std::vector<char> zeros(std::max(ggml_nbytes(weight), ggml_nbytes(input)));
     ggml_backend_tensor_set(weight, zeros.data(), 0, ggml_nbytes(weight));
     ggml_backend_tensor_set(input, zeros.data(), 0, ggml_nbytes(input));

@@ -15,9 +15,9 @@ namespace fedbpt {
 
 namespace {
 
-constexpr size_t kTexts = 4;   // being generated, or kept to go on from
-constexpr size_t kHeads = 7;   // kept; each sequence takes two buffers of n_vocab numbers
-constexpr size_t kRoom = 256;  // cells to generate into before the context grows
+constexpr size_t kTexts = 4;   // slots for texts being generated, or kept for reuse
+constexpr size_t kHeads = 7;   // slots for heads; each sequence takes two buffers of n_vocab numbers
+constexpr size_t kRoom = 256;  // free cells for generated tokens, and the unit that the context grows by
 
 SamplerPtr make_sampler(const Sampling & sampling) {
     SamplerPtr chain(llama_sampler_chain_init(llama_sampler_chain_default_params()));
@@ -67,25 +67,25 @@ Generator::Generator(std::shared_ptr<const Model> model, int32_t n_threads, ggml
 void Generator::validate(const Input & input, const Sampling & sampling) const {
     const size_t n_rows = input.rows.size() / model_->n_embd();
     if (input.ids.empty()) {
-        throw InputError("there is nothing to go on from: give at least one token");
+        throw InputError("ids is empty: give at least one token");
     }
     for (const llama_token id : input.ids) {
         model_->check_token(id, "token id");
     }
     if (input.rows_at + n_rows > input.ids.size()) {
         throw InputError(std::to_string(n_rows) + " rows from token " + std::to_string(input.rows_at) +
-                         " on do not lie within the text's " + std::to_string(input.ids.size()) + " tokens");
+                         " on must lie within the text's " + std::to_string(input.ids.size()) + " tokens");
     }
     if (!std::all_of(input.rows.begin(), input.rows.end(), [](float x) { return std::isfinite(x); })) {
-        throw InputError("the soft prompt holds NaN or infinity");
+        throw InputError("rows must be finite, got NaN or infinity");
     }
     if (input.ids.size() >= static_cast<size_t>(model_->n_ctx_train())) {
-        throw InputError("the text and its prompt have " + std::to_string(input.ids.size()) +
-                         " tokens, and the model's context is " + std::to_string(model_->n_ctx_train()) +
+        throw InputError("the text with its prompt has " + std::to_string(input.ids.size()) +
+                         " tokens, too many for the model's context of " + std::to_string(model_->n_ctx_train()) +
                          ": shorten the text");
     }
     if (!(sampling.temperature >= 0.0f && std::isfinite(sampling.temperature))) {
-        throw InputError("temperature must be a number from 0 on, got " + std::to_string(sampling.temperature));
+        throw InputError("temperature must be finite and at least 0, got " + std::to_string(sampling.temperature));
     }
     if (!(sampling.top_p > 0.0f && sampling.top_p <= 1.0f)) {
         throw InputError("top_p must be above 0 and at most 1, got " + std::to_string(sampling.top_p));
@@ -101,7 +101,7 @@ const float * Generator::row_of(const Input & input, size_t i) const {
     return inside ? input.rows.data() + (i - input.rows_at) * n_embd : nullptr;
 }
 
-// How many of their first tokens are embedded alike.
+// Length of the common prefix: equal tokens, or equal rows in their place.
 size_t Generator::common(const Input & a, const Input & b) const {
     const size_t n = std::min(a.ids.size(), b.ids.size());
     size_t i = 0;
@@ -119,7 +119,7 @@ size_t Generator::common(const Input & a, const Input & b) const {
     return i;
 }
 
-// The sequence, no live one, that was used longest ago, or null.
+// The least recently used sequence that is not live, or null.
 Generator::Sequence * Generator::oldest(bool is_head) {
     Sequence * found = nullptr;
     for (Sequence & sequence : sequences_) {
@@ -139,14 +139,14 @@ void Generator::drop(Sequence & sequence) {
     sequence.n_computed = 0;
 }
 
-// Has the sequence begin with what is computed of `input` already, in whichever sequence the most is. Returns how much
-// that is.
+// Assigns `input` to the sequence, with the KV of its longest prefix that is computed already, in any sequence. Returns
+// the length of that prefix.
 size_t Generator::adopt(Sequence & sequence, Input input) {
     const Sequence * best = nullptr;
     size_t most = 0;
     for (const Sequence & other : sequences_) {
         const size_t n = std::min(
-            { common(other.input, input), other.n_computed, input.ids.size() - 1 });  // the last token gives the logits
+            { common(other.input, input), other.n_computed, input.ids.size() - 1 });  // the last one yields the logits
         if (n > most && other.is_long == is_long(input)) {
             best = &other;
             most = n;
@@ -166,7 +166,7 @@ size_t Generator::adopt(Sequence & sequence, Input input) {
     return most;
 }
 
-// Keeps all up to the end of the rows apart, where more follows.
+// Stores the KV up to the end of the rows as a head, if tokens follow the rows.
 void Generator::keep_head(const Sequence & sequence) {
     const Input & input = sequence.input;
     const size_t n = input.rows_at + input.rows.size() / static_cast<size_t>(model_->n_embd());
@@ -191,7 +191,7 @@ void Generator::keep_head(const Sequence & sequence) {
     llama_memory_seq_cp(session_.memory(), sequence.id, head.id, 0, static_cast<llama_pos>(n));
 }
 
-// Gives up a text that is no longer being generated; false where there is none.
+// Drops the least recently used text that is not being generated; false if there is none.
 bool Generator::evict() {
     Sequence * found = nullptr;
     for (Sequence & sequence : sequences_) {
@@ -212,7 +212,7 @@ void Generator::ensure_context(size_t n_cells) {
     }
 }
 
-// A new context of at least so many cells, with the KV of the texts that are being generated.
+// Replaces the context by one of at least n_cells cells, keeping the KV of the texts being generated.
 void Generator::grow(size_t n_cells) {
     std::vector<std::pair<Sequence *, std::vector<uint8_t>>> saved;
     for (Sequence & sequence : sequences_) {
@@ -224,7 +224,7 @@ void Generator::grow(size_t n_cells) {
     const auto size = static_cast<uint32_t>((n_cells + kRoom - 1) / kRoom * kRoom);
     const uint32_t n_seqs = 1 + kTexts + kHeads;
     session_.close();
-    session_.open({ size, n_seqs, /*n_outputs =*/n_seqs }, {}, "free memory, or ask for less text");
+    session_.open({ size, n_seqs, /*n_outputs =*/n_seqs }, {}, "free memory, or generate shorter texts");
 
     for (auto & [sequence, state] : saved) {
         session_.restore(state, sequence->id);
@@ -240,8 +240,7 @@ std::unique_ptr<Generator::Stream> Generator::open(Input input, const Sampling &
     std::lock_guard<std::mutex> lock(mutex_);
     Sequence * sequence = oldest(/*is_head =*/false);
     if (sequence == nullptr) {
-        throw InputError(std::to_string(kTexts) +
-                         " texts are being generated, more at a time are not possible: wait for one to end");
+        throw InputError(std::to_string(kTexts) + " texts are being generated, which is the limit: close one first");
     }
     ensure_context(input.ids.size() + kRoom);
     stream->n_reused_ = adopt(*sequence, std::move(input));
@@ -256,7 +255,7 @@ Choice Generator::next(Stream & stream, size_t n_likeliest, const std::function<
     Sequence & sequence = *stream.sequence_;
     if (sequence.input.ids.size() > static_cast<size_t>(model_->n_ctx_train())) {
         throw InputError("the model's context of " + std::to_string(model_->n_ctx_train()) +
-                         " tokens is full: ask for less text");
+                         " tokens is full: generate fewer tokens");
     }
 
     const Session::Watch watch(session_, stream.cancelled_, stop);
@@ -268,7 +267,7 @@ Choice Generator::next(Stream & stream, size_t n_likeliest, const std::function<
     if (!std::isfinite(log_sum)) {
         reset();
         throw InputError(
-            "the model's logits are not finite: the soft prompt's numbers are too large, or the model file is damaged");
+            "the model's logits are not finite: use a soft prompt with smaller numbers, or fetch the model again");
     }
     keep_head(sequence);
 
@@ -283,7 +282,7 @@ Choice Generator::next(Stream & stream, size_t n_likeliest, const std::function<
 // The logits after the sequence's last token.
 const float * Generator::compute(Sequence & sequence) {
     const size_t n = sequence.input.ids.size();
-    if (sequence.is_long != is_long(sequence.input)) {  // the text has grown past what LongRoPE's short factors are for
+    if (sequence.is_long != is_long(sequence.input)) {  // the text outgrew LongRoPE's short factors
         llama_memory_seq_rm(session_.memory(), sequence.id, -1, -1);
         sequence.n_computed = 0;
         sequence.is_long = is_long(sequence.input);
@@ -306,7 +305,7 @@ void Generator::compute_part(Sequence & sequence, size_t end) {
     if (batch_.size() > 1) {
         Session::pad(batch_, /*outputs =*/false);
     }
-    session_.check_stop();  // before anything is computed: what other texts have stays
+    session_.check_stop();  // before the computation, as interrupting that would clear the KV of all texts
     if (any_row) {
         const size_t n_rows = input.rows.size() / static_cast<size_t>(model_->n_embd());
         llama_soft_prompt_set(session_.context(), sequence.id, static_cast<llama_pos>(input.rows_at),

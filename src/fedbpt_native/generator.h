@@ -15,7 +15,7 @@
 
 namespace fedbpt {
 
-// How a token is chosen by llama.cpp's samplers. temperature 0: the most likely one.
+// Settings of llama.cpp's samplers. temperature 0: always the likeliest token.
 struct Sampling {
     float temperature = 0.0f;
     float top_p = 1.0f;
@@ -23,7 +23,7 @@ struct Sampling {
     uint32_t seed = 0;
 };
 
-// Tokens, those from rows_at on embedded as rows[n_rows][n_embd] instead.
+// Tokens; from rows_at on, rows[n_rows][n_embd] replace their embeddings.
 struct Input {
     std::vector<llama_token> ids;
     std::vector<float> rows;
@@ -32,27 +32,25 @@ struct Input {
 
 struct Choice {
     llama_token id;
-    float log_prob;                                        // nats, as the model has it: before any sampler
-    std::vector<std::pair<llama_token, float>> likeliest;  // and their log-probabilities, the most likely first
+    float log_prob;                                        // nats, before sampling
+    std::vector<std::pair<llama_token, float>> likeliest;  // with their log-probabilities, the likeliest first
 };
 
-// Generates texts token by token under soft prompts, several at a time by turns. One call computes at a time: a second
-// thread's waits.
+// Generates texts token by token under soft prompts, several in turn. One call computes at a time; other threads wait.
 //
-// What was computed is kept: a text begins with the KV of the longest beginning that it shares, rows included, with a
-// text before it, or with a head (all up to the end of a prompt's rows), of which the last few used are kept apart.
-// Copies share their cells. So a text depends on its own input alone but for rounding: attention sums over cells in the
-// order in which they lie.
+// KV is reused: a text starts from the KV of its longest common prefix, rows included, with an earlier text or with a
+// head (a text up to the end of a prompt's rows); the most recently used heads are kept separately. Copies share KV
+// cells. Reuse changes results only by rounding: attention sums over cells in the order in which they lie.
 class Generator {
     struct Sequence;
 
 public:
     class Stream {
     public:
-        // From any thread: makes the call in flight, or the next, throw ScoringInterrupted.
+        // Makes the call in flight, or the next, throw ScoringInterrupted; callable from any thread.
         void cancel() { cancelled_ = true; }
 
-        // tokens of the text so far whose KV was there already as it began
+        // input tokens whose KV was reused
         size_t n_reused() const { return n_reused_; }
 
     private:
@@ -68,13 +66,13 @@ public:
     // kv_type: as for a Scorer. Throws InputError.
     Generator(std::shared_ptr<const Model> model, int32_t n_threads, ggml_type kv_type = GGML_TYPE_F16);
 
-    // A text to go on with. Throws InputError: an empty input, an id outside the vocabulary, rows that are not finite
-    // or not within the input, an input that fills the context, sampling that makes no sense, too many texts at once.
+    // Opens a text to continue. Throws InputError: an empty input, an id outside the vocabulary, rows that are not
+    // finite or not within the input, an input that fills the context, invalid sampling, no free slot.
     std::unique_ptr<Stream> open(Input input, const Sampling & sampling);
 
-    // The next token, which is part of the text from then on. `stop` is asked every few milliseconds, on this thread,
-    // whether to give up. n_likeliest: how many to name beside it. Throws ScoringInterrupted; InputError where the
-    // context is full.
+    // Chooses the next token and appends it to the text. `stop` is polled every few milliseconds, on this thread; true
+    // cancels. n_likeliest: number of likeliest tokens to report. Throws ScoringInterrupted; InputError if the context
+    // is full.
     Choice next(Stream & stream, size_t n_likeliest, const std::function<bool()> & stop);
 
     const Model & model() const { return *model_; }
@@ -83,7 +81,7 @@ public:
     uint32_t n_cells() const { return session_.n_cells(); }
 
 private:
-    struct Sequence {  // whose KV is in the context up to n_computed
+    struct Sequence {  // its KV is in the context up to n_computed
         Input input;
         size_t n_computed = 0;
         llama_seq_id id = 0;

@@ -23,7 +23,7 @@ struct ContextDeleter {
 struct SamplerDeleter {
     void operator()(llama_sampler * sampler) const { llama_sampler_free(sampler); }
 };
-// A process that is forked has the pool, but not its threads: to wait for their end would take for ever.
+// A forked process has the pool but not its threads: waiting for them to end would never return.
 struct ThreadpoolDeleter {
     pid_t owner = getpid();
 

@@ -26,7 +26,7 @@ void keep_error(const char * text) {
     }
 }
 
-// "function: " at the beginning
+// Removes "function: " from the beginning.
 void drop_prefix(std::string & line) {
     const size_t colon = line.find(": ");
     if (colon != std::string::npos && line.find(' ') > colon) {
@@ -34,7 +34,7 @@ void drop_prefix(std::string & line) {
     }
 }
 
-// What a terminal would obey is escaped, as fedbpt.plain_text does: llama.cpp quotes the metadata of a model file.
+// Escapes terminal control characters, as fedbpt.plain_text does: llama.cpp's log quotes metadata of model files.
 void print_plain(const char * text) {
     for (const auto * c = reinterpret_cast<const unsigned char *>(text); *c != 0; ++c) {
         const bool is_c1 = c[0] == 0xc2 && c[1] >= 0x80 && c[1] <= 0x9f;

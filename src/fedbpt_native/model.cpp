@@ -25,11 +25,11 @@ namespace fedbpt {
 
 namespace {
 
-constexpr size_t kTextBytesMax = 1 << 20;     // tokenising takes some 200 bytes of memory for each
-constexpr llama_token kRowsResident = 16384;  // of the embedding table, while all of it is read
+constexpr size_t kTextBytesMax = 1 << 20;     // tokenisation takes about 200 bytes of memory per byte of text
+constexpr llama_token kRowsResident = 16384;  // rows of the embedding table read before their pages are released
 
-// Gives back the memory of mapped files' pages; whoever reads them again gets them from the page cache. Weights that
-// were repacked for this CPU would otherwise be resident twice.
+// Releases the memory of mapped files' pages; later reads get them from the page cache. Otherwise weights that were
+// repacked for this CPU would be resident twice.
 void release_pages(const std::vector<std::string> & paths) {
 #ifdef __linux__
     std::unordered_set<std::string> targets;
@@ -37,7 +37,7 @@ void release_pages(const std::vector<std::string> & paths) {
         std::error_code error;
         targets.insert(std::filesystem::canonical(path, error).string());
     }
-    targets.erase("");  // of a file that is gone; memory that maps no file has no name either
+    targets.erase("");  // a deleted file: anonymous memory has an empty name too
 
     std::ifstream maps("/proc/self/maps");
     for (std::string line; !targets.empty() && std::getline(maps, line);) {
@@ -54,7 +54,7 @@ void release_pages(const std::vector<std::string> & paths) {
 #endif
 }
 
-// While a model is loaded: twenty times, what has been read so far.
+// Progress callback: releases the pages read so far, twenty times during a load.
 struct PageRelease {
     const std::vector<std::string> & paths;
     float next = 0.0f;
@@ -69,7 +69,7 @@ struct PageRelease {
     }
 };
 
-// What llama.cpp throws on a vocabulary that contradicts itself.
+// Makes a ModelFileError of what llama.cpp throws on an inconsistent vocabulary.
 template <typename Call>
 auto with_vocabulary(const std::string & path, Call && call) {
     std::string error = "an exception of another C++ library";
@@ -79,10 +79,9 @@ auto with_vocabulary(const std::string & path, Call && call) {
         throw;
     } catch (const std::exception & thrown) {
         error = thrown.what();
-    } catch (...) {  // in a wheel llama.cpp's std::exception is not this module's
+    } catch (...) {  // in a wheel, llama.cpp's std::exception is another type than this module's
     }
-    throw ModelFileError(path + " has a vocabulary that contradicts itself (" + error +
-                         "): take another file of the model");
+    throw ModelFileError(path + " has an inconsistent vocabulary (" + error + "): use another file of the model");
 }
 
 }  // namespace
@@ -102,13 +101,12 @@ std::shared_ptr<const Model> Model::load(const std::string & any_part, int32_t n
     start_backends();
 
     if (n_gpu_layers != 0 && gpus().empty()) {
-        throw InputError("n_gpu_layers = " + std::to_string(n_gpu_layers) +
-                         ", but this build of fedbpt finds no GPU: leave it 0, or build with -C "
+        throw InputError("n_gpu_layers is " + std::to_string(n_gpu_layers) +
+                         ", but this build of fedbpt finds no GPU: set it to 0, or build with -C "
                          "cmake.define.GGML_CUDA=ON or GGML_VULKAN=ON");
     }
     if (n_gpu_layers == 0 && !gpu.empty()) {
-        throw InputError("gpu = '" + gpu +
-                         "' with n_gpu_layers = 0 leaves everything on the CPU: give n_gpu_layers too, -1 for all");
+        throw InputError("gpu is '" + gpu + "', but n_gpu_layers is 0: set n_gpu_layers too (-1: all)");
     }
 
     std::vector<std::string> paths = model_parts(any_part);
@@ -118,7 +116,7 @@ std::shared_ptr<const Model> Model::load(const std::string & any_part, int32_t n
 
     llama_model_params params = llama_model_default_params();
     params.n_gpu_layers = n_gpu_layers;
-    // without layers of its own, too, a GPU would be lent the larger products
+    // even with n_gpu_layers 0, llama.cpp would offload large products to a GPU
     std::vector<ggml_backend_dev_t> devices = only_gpu(gpu);
     params.devices = n_gpu_layers != 0 && gpu.empty() ? nullptr : devices.data();
 
@@ -140,7 +138,7 @@ std::shared_ptr<const Model> Model::load(const std::string & any_part, int32_t n
 
 std::vector<llama_token> Model::tokenize(const std::string & text, int add_bos, bool parse_special) const {
     if (text.size() > kTextBytesMax) {
-        throw InputError("a text of " + std::to_string(text.size()) + " bytes is too long: cut it to " +
+        throw InputError("a text of " + std::to_string(text.size()) + " bytes is too long: shorten it to " +
                          std::to_string(kTextBytesMax));
     }
     std::vector<llama_token> ids(text.size() + 2);
@@ -160,7 +158,7 @@ std::vector<llama_token> Model::tokenize(const std::string & text, int add_bos, 
     if (add_bos == 1 || (add_bos == -1 && llama_vocab_get_add_bos(vocab_))) {
         const llama_token bos = llama_vocab_bos(vocab_);
         if (bos == LLAMA_TOKEN_NULL) {
-            throw InputError("this model has no BOS token: call tokenize with add_bos=False or None");
+            throw InputError("this model has no BOS token: set add_bos to False or None");
         }
         ids.insert(ids.begin(), bos);
     }
@@ -187,8 +185,7 @@ std::string Model::chat_text(const std::vector<std::pair<std::string, std::strin
     const char * chat_template = llama_model_chat_template(model_.get(), /*name =*/nullptr);
     if (chat_template == nullptr) {
         throw InputError(
-            "this model has no chat template: it goes on with a text (completions), it was not trained to answer "
-            "messages");
+            "this model has no chat template, so it was not trained to reply to messages: use completions");
     }
     std::vector<llama_chat_message> chat;
     for (const auto & [role, content] : messages) {
@@ -227,7 +224,7 @@ std::vector<float> Model::output_rows(const std::vector<llama_token> & ids) cons
     if (name == nullptr) {
         return {};
     }
-    // from the file: in memory the matrix may be repacked for this CPU, or on a GPU
+    // Read from the file: in memory the matrix may be repacked for this CPU, or on a GPU.
     GgufPtr gguf;
     int64_t index = -1;
     std::string path;
@@ -252,7 +249,7 @@ std::vector<float> Model::output_rows(const std::vector<llama_token> & ids) cons
         file.seekg(static_cast<std::streamoff>(gguf_get_data_offset(gguf.get()) +
                                                gguf_get_tensor_offset(gguf.get(), index) + ids[i] * row_size));
         if (!file.read(packed.data(), static_cast<std::streamsize>(row_size))) {
-            throw ModelFileError(path + " cannot be read any more: was it moved or cut short since it was loaded?");
+            throw ModelFileError(path + " cannot be read any more: was it moved or truncated since it was loaded?");
         }
         if (type == GGML_TYPE_F32) {
             std::memcpy(rows.data() + i * n_embd_, packed.data(), row_size);

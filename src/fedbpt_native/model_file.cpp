@@ -16,8 +16,8 @@ namespace {
 
 constexpr double kLayersMax = 512;      // LLAMA_MAX_LAYERS
 constexpr double kExpertsMax = 1024;    // LLAMA_MAX_EXPERTS
-constexpr double kWindowMax = 1 << 24;  // tokens: llama.cpp sets aside a number for each, for each sequence
-constexpr double kContextMin = 8;       // tokens: a prompt, a text, and room to go on
+constexpr double kWindowMax = 1 << 24;  // tokens: llama.cpp allocates a number for each, per sequence
+constexpr double kContextMin = 8;       // tokens: a prompt, a text, and some to generate
 constexpr double kIntMax = 2147483647;
 
 bool contains(const std::string & text, std::initializer_list<const char *> parts) {
@@ -25,7 +25,7 @@ bool contains(const std::string & text, std::initializer_list<const char *> part
                        [&](const char * part) { return text.find(part) != std::string::npos; });
 }
 
-// A text of the file in a message.
+// Quotes text from the file, shortened, for a message.
 std::string quoted(const std::string & text) {
     constexpr size_t kMost = 60;
     return "'" + (text.size() > kMost ? text.substr(0, kMost) + "..." : text) + "'";
@@ -46,26 +46,26 @@ std::string load_advice(const std::string & error) {
     const std::string newer = std::string("a newer fedbpt (this one has llama.cpp ") + llama_version() + ")";
 
     if (contains(error, { "unknown pre-tokenizer", "unknown tokenizer", "unknown model architecture" })) {
-        return "this file needs " + newer + ", or take another file of the model";
+        return "use " + newer + " or another file of the model";
     }
     if (contains(error, { "not within the file bounds", "unexpectedly reached end of file", "read error" })) {
-        return "the file is cut short or damaged, fetch it again";
+        return "the file is truncated or damaged, fetch it again";
     }
     if (contains(error, { "failed to allocate", "unable to allocate", "bad_alloc", "mmap failed",
                           "Cannot allocate memory" })) {
-        return "there is not enough memory for it: end other programs, or take a smaller model or format";
+        return "out of memory, end other programs or use a smaller model or format";
     }
     if (contains(error, { "failed to open" })) {
         return "make it readable for this user";
     }
     if (contains(error, { "GGUF split", "split file", "invalid split", "split count" })) {
-        return "all parts must lie beside the first one under their own names: fetch them again";
+        return "all parts must be in one folder under their original names, fetch them again";
     }
     if (contains(error, { "not found", "missing tensor", "wrong shape", "wrong number of tensors", "wrong type",
                           "wrong array length" })) {
-        return "the model needs " + newer + ", or its conversion to GGUF is broken: take another file";
+        return "use " + newer + ", or another file if its conversion to GGUF is broken";
     }
-    return "take another file of the model, or " + newer;
+    return "use another file of the model, or " + newer;
 }
 
 ModelFile::ModelFile(std::string path)
@@ -75,10 +75,11 @@ ModelFile::ModelFile(std::string path)
     if (architecture_.empty()) {
         throw ModelFileError(
             path_ +
-            " names no architecture (general.architecture): it is no language model, or its conversion was cut short");
+            " has no architecture (general.architecture), so it is not a complete language model: convert it again, or "
+            "use another file");
     }
     check_size();
-    // llama.cpp asserts on this one whatever the file is used for
+    // llama.cpp asserts on this setting whatever the file is used for
     check_range("block_count", 1, kLayersMax);
 }
 
@@ -164,15 +165,15 @@ std::optional<size_t> ModelFile::length(const std::string & key) const {
 }
 
 void ModelFile::throw_damaged(const std::string & what) const {
-    throw ModelFileError(path_ + " " + what + ", which cannot be: fetch it again, or take another file of the model");
+    throw ModelFileError(path_ + " is damaged: it " + what + "; fetch it again, or use another file of the model");
 }
 
 void ModelFile::throw_unsupported(const std::string & why) const {
     throw UnsupportedModelError(path_ + " does not work with soft prompts (architecture " + quoted(architecture_) +
-                                "): " + why + "; choose another model");
+                                "): " + why + "; use another model");
 }
 
-// Before weights are mapped: reading past a file's end is a signal.
+// Called before weights are mapped, since reading past a file's end raises a signal.
 void ModelFile::check_size() const {
     uint64_t end = 0;
     for (int64_t i = 0; i < gguf_get_n_tensors(gguf_.get()); ++i) {
@@ -182,7 +183,7 @@ void ModelFile::check_size() const {
     const uint64_t size = std::filesystem::file_size(path_, error);
     const uint64_t need = gguf_get_data_offset(gguf_.get()) + end;
     if (!error && size < need) {
-        throw ModelFileError(path_ + " is cut short, it has " + std::to_string(size) + " of " + std::to_string(need) +
+        throw ModelFileError(path_ + " is truncated, it has " + std::to_string(size) + " of " + std::to_string(need) +
                              " bytes: fetch it again");
     }
 }
@@ -190,31 +191,28 @@ void ModelFile::check_size() const {
 void ModelFile::check_kind() const {
     const std::string type = text("general.type");
     if (!type.empty() && type != "model") {
-        throw UnsupportedModelError(path_ + " is of the type " + quoted(type) +
-                                    " (general.type), no whole model: give the model that it is for");
+        throw UnsupportedModelError(path_ + " has general.type " + quoted(type) +
+                                    ", so it is not a whole model: use the model that it belongs to");
     }
     if (const char * why = llama_soft_prompt_refuses(architecture_.c_str())) {
         throw_unsupported(why);
     }
     if (number(key("attention.causal")).value_or(1) == 0) {
-        throw_unsupported(
-            "each of its tokens sees those after it too (attention.causal is false), and scoring needs a causal model");
+        throw_unsupported("attention.causal is false, but scoring needs a causal model");
     }
     if (number(key("pooling_type")).value_or(0) != 0) {
         throw_unsupported(
-            "it is a model for embeddings or ranking (it has a pooling_type), and scoring needs one that continues "
-            "text");
+            "it has a pooling_type, so it is a model for embeddings or ranking, but scoring needs a generative one");
     }
     if (gguf_get_n_tensors(gguf_.get()) == 0 && number("split.count").value_or(0) < 2) {
-        throw UnsupportedModelError(path_ +
-                                    " holds no weights, only settings and perhaps a vocabulary: give the whole model");
+        throw UnsupportedModelError(path_ + " has no weights, only metadata: use the whole model");
     }
 }
 
 void ModelFile::check_range(const char * name, double least, double most) const {
     for (const double value : numbers(key(name))) {
         if (!(value >= least && value <= most)) {
-            throw_damaged("says " + written(value) + " for " + key(name));
+            throw_damaged("has " + key(name) + " = " + written(value));
         }
     }
 }
@@ -224,7 +222,7 @@ void ModelFile::check_settings() const {
         const std::string name = gguf_get_key(gguf_.get(), i);
         if (name.compare(0, architecture_.size() + 1, architecture_ + ".") == 0 &&
             gguf_get_kv_type(gguf_.get(), i) == GGUF_TYPE_FLOAT32 && std::isnan(gguf_get_val_f32(gguf_.get(), i))) {
-            throw_damaged("says NaN for " + quoted(name));
+            throw_damaged("has " + quoted(name) + " = NaN");
         }
     }
     constexpr double kTiny = 1e-30, kHuge = 1e30;
@@ -242,9 +240,9 @@ void ModelFile::check_settings() const {
 
     const std::string scaling = text(key("rope.scaling.type"));
     if (!scaling.empty() && scaling != "none" && scaling != "linear" && scaling != "yarn" && scaling != "longrope") {
-        throw UnsupportedModelError(path_ + " scales positions by " + quoted(scaling) + " (" +
-                                    key("rope.scaling.type") + "), which this llama.cpp (" + llama_version() +
-                                    ") does not know: take a newer fedbpt, or another model");
+        throw UnsupportedModelError(path_ + " has " + key("rope.scaling.type") + " " + quoted(scaling) +
+                                    ", which this llama.cpp (" + llama_version() +
+                                    ") does not support: use a newer fedbpt or another model");
     }
 }
 
@@ -252,9 +250,9 @@ void ModelFile::check_heads() const {
     const std::vector<double> heads = numbers(key("attention.head_count"));
     std::vector<double> heads_kv = numbers(key("attention.head_count_kv"));
     const bool is_array = length(key("attention.head_count")) || length(key("attention.head_count_kv"));
-    // a layer's may be 0, in models of which some layers have no attention
+    // a layer's may be 0, in models where some layers have no attention
     if (std::none_of(heads.begin(), heads.end(), [](double n) { return n >= 1; })) {
-        throw_damaged("says that it has no attention heads (" + key("attention.head_count") + ")");
+        throw_damaged("has no attention heads (" + key("attention.head_count") + ")");
     }
     for (size_t i = 0; i < std::max(heads.size(), heads_kv.size()) && !heads_kv.empty(); ++i) {
         const double n = heads[std::min(i, heads.size() - 1)];
@@ -263,8 +261,7 @@ void ModelFile::check_heads() const {
             continue;
         }
         if (!(n_kv >= 1) || std::fmod(n, n_kv) != 0) {
-            throw_damaged("says that it has " + written(n) + " attention heads and " + written(n_kv) +
-                          " of keys and values");
+            throw_damaged("has " + written(n) + " attention heads but " + written(n_kv) + " key/value heads");
         }
     }
 
@@ -274,8 +271,8 @@ void ModelFile::check_heads() const {
     check_range("attention.value_length", 1, kIntMax);
     if (size == 0 && !is_array && width > 0) {
         if (std::fmod(width, heads.front()) != 0) {
-            throw_damaged("says that it has " + written(heads.front()) +
-                          " attention heads and an embedding_length of " + written(width));
+            throw_damaged("has " + written(heads.front()) + " attention heads but an embedding_length of " +
+                          written(width));
         }
         size = width / heads.front();
     }
@@ -283,8 +280,8 @@ void ModelFile::check_heads() const {
         const double rotated = number(key(name)).value_or(2);
         if (!(rotated >= 2) || std::fmod(rotated, 2) != 0 ||
             (size > 0 && rotated > std::max(size, number(key("attention.key_length_swa")).value_or(0)))) {
-            throw_damaged("says " + written(rotated) + " for " + key(name) +
-                          (size > 0 ? ", with heads of " + written(size) : ""));
+            throw_damaged("has " + key(name) + " = " + written(rotated) +
+                          (size > 0 ? " but a head size of " + written(size) : ""));
         }
     }
 }
@@ -294,16 +291,15 @@ void ModelFile::check_experts() const {
     const std::vector<double> used = numbers(key("expert_used_count"));
     const double most = used.empty() ? 0 : *std::max_element(used.begin(), used.end());
     if (n <= 1 && architecture_.compare(0, 7, "hunyuan") == 0) {
-        return;  // llama.cpp takes one expert there for none
+        return;  // here llama.cpp treats one expert as none
     }
     if (n > kExpertsMax || most > n || (n > 0 && most < 1)) {
-        throw_damaged("says that it has " + written(n) + " experts and uses " + written(most) + " of them");
+        throw_damaged("has " + written(n) + " experts but uses " + written(most) + " of them");
     }
     const double groups = number(key("expert_group_count")).value_or(0);
     const double chosen = number(key("expert_group_used_count")).value_or(0);
     if (groups > 0 && (groups >= n || (groups > 1 && (std::fmod(n, groups) != 0 || chosen < 1 || chosen >= groups)))) {
-        throw_damaged("says that it uses " + written(chosen) + " of " + written(groups) + " groups of " + written(n) +
-                      " experts");
+        throw_damaged("uses " + written(chosen) + " of " + written(groups) + " groups of " + written(n) + " experts");
     }
     check_range("expert_gating_func", 0, 4);
 }
@@ -312,21 +308,21 @@ void ModelFile::check_vocabulary() const {
     const std::string model = text("tokenizer.ggml.model");
     if (model.empty() || model == "none" || model == "no_vocab") {
         throw UnsupportedModelError(path_ +
-                                    " has no vocabulary (tokenizer.ggml.model), without which no text can be read: "
-                                    "convert the model with its tokenizer, or take another file");
+                                    " has no vocabulary (tokenizer.ggml.model): convert the model with its tokenizer, "
+                                    "or use another file");
     }
     const auto tokens = find("tokenizer.ggml.tokens");
     if (!tokens || gguf_get_kv_type(gguf_.get(), *tokens) != GGUF_TYPE_ARRAY ||
         gguf_get_arr_type(gguf_.get(), *tokens) != GGUF_TYPE_STRING) {
-        throw_damaged("lists no tokens (tokenizer.ggml.tokens)");
+        throw_damaged("has no list of tokens (tokenizer.ggml.tokens)");
     }
     const size_t n = gguf_get_arr_n(gguf_.get(), *tokens);
     if (n == 0) {
-        throw_damaged("has an empty vocabulary");
+        throw_damaged("has an empty vocabulary (tokenizer.ggml.tokens)");
     }
     for (const char * name : { "tokenizer.ggml.scores", "tokenizer.ggml.token_type" }) {
         if (const auto entries = length(name); entries && *entries < n) {
-            throw_damaged("has " + std::to_string(n) + " tokens and " + std::to_string(*entries) + " entries of " +
+            throw_damaged("has " + std::to_string(n) + " tokens but " + std::to_string(*entries) + " entries of " +
                           name);
         }
     }
@@ -343,7 +339,7 @@ void ModelFile::check_vocabulary() const {
     const int64_t table = gguf_find_tensor(gguf_.get(), "token_embd.weight");
     const int64_t n_rows = table < 0 ? static_cast<int64_t>(n) : gguf_get_tensor_ne(gguf_.get(), table)[1];
     if (n_rows != static_cast<int64_t>(n)) {
-        throw_damaged("has " + std::to_string(n) + " tokens and embeddings of " + std::to_string(n_rows));
+        throw_damaged("has " + std::to_string(n) + " tokens but embeddings of " + std::to_string(n_rows));
     }
 }
 
@@ -352,7 +348,7 @@ void ModelFile::check_tensors() const {
         const ggml_type type = gguf_get_tensor_type(gguf_.get(), i);
         if (type != GGML_TYPE_F32 && ggml_get_type_traits(type)->to_float == nullptr) {
             throw_damaged("stores " + quoted(gguf_get_tensor_name(gguf_.get(), i)) + " as " + ggml_type_name(type) +
-                          ", which is no type of weights");
+                          ", which is not a type of weights");
         }
     }
 }

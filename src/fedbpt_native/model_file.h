@@ -9,29 +9,29 @@
 
 namespace fedbpt {
 
-// What a model file says of itself, read without its weights.
+// The header of a model file: its settings, vocabulary and list of tensors, read without its weights.
 class ModelFile {
 public:
-    // path: of a split model the first part. Throws ModelFileError: no GGUF, cut short, or nothing that names an
-    // architecture.
+    // path: the file, or the first part of a split model. Throws ModelFileError: not a GGUF file, truncated, or without
+    // an architecture.
     explicit ModelFile(std::string path);
 
     const std::string & architecture() const { return architecture_; }
 
-    // Whether it can be scored and generated with, as far as its header tells. llama.cpp finds the rest as it loads the
-    // weights; on some of what is looked for here it would end the process instead, or never return. Throws
-    // UnsupportedModelError: no causal decoder, or one that soft prompts do not work with. ModelFileError: settings, a
-    // vocabulary or tensors that cannot be.
+    // Checks the header for everything that scoring and generation need. llama.cpp checks the rest when it loads the
+    // weights; for some of the errors found here it would end the process, or never return. Throws
+    // UnsupportedModelError: no causal decoder, or one that soft prompts do not work with. ModelFileError: impossible
+    // settings, vocabulary or tensors.
     void check() const;
 
 private:
     std::optional<int64_t> find(const std::string & key) const;
     std::string key(const char * name) const { return architecture_ + "." + name; }
     std::string text(const std::string & key) const;
-    // A number, or an array of them; empty where there are none.
+    // The value of a number, or of an array of numbers; empty for other types or a missing key.
     std::vector<double> numbers(const std::string & key) const;
     std::optional<double> number(const std::string & key) const;
-    // Entries of an array; none where there is no array.
+    // Length of an array; nullopt if there is no array.
     std::optional<size_t> length(const std::string & key) const;
 
     void check_size() const;
@@ -51,7 +51,7 @@ private:
     std::string architecture_;
 };
 
-// What to do about a file that llama.cpp did not load, by the first error line that it logged.
+// The remedy for a file that llama.cpp did not load, by the first error line in its log.
 std::string load_advice(const std::string & error);
 
 }  // namespace fedbpt

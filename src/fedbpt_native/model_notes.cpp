@@ -9,7 +9,7 @@ namespace fedbpt {
 
 namespace {
 
-// The value of an unsigned integer key, or 0: an array has one for each layer, of which the largest counts.
+// The value of an integer key; 0 if it is missing or of another type.
 uint64_t largest_of(const gguf_context * gguf, const std::string & name) {
     const int64_t key = gguf_find_key(gguf, name.c_str());
     if (key < 0) {
@@ -44,20 +44,19 @@ std::vector<std::string> notes_on(const std::string & path, const llama_model * 
 
     const uint64_t window = largest_of(gguf.get(), architecture + ".attention.sliding_window");
     if (window > 0 && llama_model_n_swa(model) == 0 && window < static_cast<uint64_t>(llama_model_n_ctx_train(model))) {
-        notes.push_back(
-            "the model was made with a sliding window of " + std::to_string(window) +
-            " tokens, which llama.cpp does not use for " + architecture +
-            ": texts longer than that are read in full, and score otherwise than with the model's own code");
+        notes.push_back("the model has a sliding window of " + std::to_string(window) +
+                        " tokens, which llama.cpp does not implement for " + architecture +
+                        ": scores of longer texts differ from the reference implementation's");
     }
     if (architecture == "minimax-m3") {
         notes.push_back(
-            "the model was made with sparse attention; in a cache that texts share llama.cpp computes it as dense: "
-            "long texts score otherwise than with the model's own code");
+            "the model has sparse attention, which llama.cpp computes as dense attention in a shared KV cache: scores "
+            "of long texts differ from the reference implementation's");
     }
     if (text_of(gguf.get(), "tokenizer.ggml.model") == "gpt2" && text_of(gguf.get(), "tokenizer.ggml.pre").empty()) {
         notes.push_back(
             "the file does not name its pre-tokenizer (tokenizer.ggml.pre): texts may be split into other tokens than "
-            "the model was trained on; a newer conversion names it");
+            "in training; use a newer conversion of the model");
     }
     return notes;
 }

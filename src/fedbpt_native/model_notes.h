@@ -7,8 +7,8 @@
 
 namespace fedbpt {
 
-// What llama.cpp computes otherwise than the model's makers do, a sentence each: it says so in its log alone, or not at
-// all.
+// Differences of llama.cpp's computation from the model's reference implementation, a sentence each; llama.cpp itself
+// mentions them in its log at most.
 std::vector<std::string> notes_on(const std::string & path, const llama_model * model);
 
 }  // namespace fedbpt

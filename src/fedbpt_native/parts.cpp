@@ -29,14 +29,14 @@ std::string name_of(const std::string & path) {
     return std::filesystem::path(path).filename().string();
 }
 
-// llama.cpp aborts on a number of another type
+// The value of a 16-bit key, if any. Throws on another type, on which llama.cpp would abort.
 std::optional<int> read_number(const gguf_context * gguf, const char * key, const std::string & path) {
     const int64_t id = gguf_find_key(gguf, key);
     if (id < 0) {
         return std::nullopt;
     }
     if (gguf_get_kv_type(gguf, id) != GGUF_TYPE_UINT16) {
-        throw ModelFileError(path + " is damaged (" + key + " is no 16-bit number): fetch it again");
+        throw ModelFileError(path + " is damaged (" + key + " is not a 16-bit number): fetch it again");
     }
     return gguf_get_val_u16(gguf, id);
 }
@@ -54,15 +54,14 @@ void check_present(const std::vector<std::string> & parts) {
     }
     const std::string others =
         missing.size() > 1 ? " and " + std::to_string(missing.size() - 1) + " more of its parts" : "";
-    throw ModelFileError(
-        missing.front() + others + " of a model in " + std::to_string(parts.size()) +
-        " files cannot be found: put all parts into one folder, under the names that they were published with");
+    throw ModelFileError(missing.front() + others + " of a model in " + std::to_string(parts.size()) +
+                         " files cannot be found: put all parts into one folder under their original names");
 }
 
 void check_part(const gguf_context * gguf, const std::string & path, int number, int count) {
     if (read_number(gguf, kNumber, path) != number || read_number(gguf, kCount, path) != count) {
         throw ModelFileError(path + " is not part " + std::to_string(number + 1) + " of " + std::to_string(count) +
-                             ", whatever its name says: fetch it again");
+                             " as its name says: fetch it again");
     }
     size_t size = gguf_get_data_offset(gguf);
     for (int64_t i = 0; i < gguf_get_n_tensors(gguf); ++i) {
@@ -72,24 +71,24 @@ void check_part(const gguf_context * gguf, const std::string & path, int number,
     std::error_code error;
     const auto found = std::filesystem::file_size(path, error);
     if (error || found < size) {
-        throw ModelFileError(path + " is cut short: fetch it again");
+        throw ModelFileError(path + " is truncated: fetch it again");
     }
 }
 
-// What to do about a file that gguf did not read, by the first error line that it logged.
+// The remedy for a file that ggml's GGUF reader rejected, by the first error line in its log.
 const char * read_advice(const std::string & error) {
     const auto has = [&](const char * part) { return error.find(part) != std::string::npos; };
     if (has("failed to open")) {
         return "make it readable for this user";
     }
     if (has("endianness")) {
-        return "it was converted for big-endian machines, take the little-endian file";
+        return "use a little-endian file, as this one is for big-endian machines";
     }
     if (has("only supports up to")) {
-        return "take a newer fedbpt, or fetch it again";
+        return "use a newer fedbpt, or fetch it again";
     }
     if (has("GGUFv1")) {
-        return "convert the model anew, or take a newer file";
+        return "convert the model again, or use a newer file";
     }
     return "fetch it again, or convert the model to GGUF";
 }
@@ -116,8 +115,8 @@ std::vector<std::string> model_parts(const std::string & path) {
     }
     if (!ends_with(name_of(path), suffix(number, count))) {
         throw ModelFileError(path + " is part " + std::to_string(number + 1) + " of a model in " +
-                             std::to_string(count) + " files: give it back its name, NAME" + suffix(number, count) +
-                             ", beside the other parts");
+                             std::to_string(count) + " files: rename it to NAME" + suffix(number, count) +
+                             ", in the folder of the other parts");
     }
 
     const std::string prefix = path.substr(0, path.size() - suffix(number, count).size());

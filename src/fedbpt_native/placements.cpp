@@ -22,8 +22,8 @@ void Scorer::decode_prefix(const Request & request) {
     decode(request, nullptr);
 }
 
-// All but the last token of each of text i's continuations, from `pos` on: a continuation of several tokens has one of
-// seqs[n_branches] for itself.
+// Adds all but the last token of each of text i's continuations, from `pos` on: each continuation of several tokens has
+// its own one of seqs[n_branches].
 void Scorer::add_continuations(const Request & request, size_t candidate, size_t i, const llama_seq_id * seqs,
                                llama_pos pos) {
     const Plan & plan = request.plan;
@@ -41,8 +41,8 @@ void Scorer::add_continuations(const Request & request, size_t candidate, size_t
     }
 }
 
-// prefix | rows | text | continuations. The rows go with the first pack's texts, as tokens of all their sequences; the
-// other packs share those cells.
+// prefix | rows | text | continuations. The rows are decoded with the first pack's texts, as tokens of all its
+// sequences; the other packs share their cells.
 void Scorer::score_front(const Request & request, const Pack & pack, const Group & group, bool first_pack,
                          float * out) {
     llama_memory_t memory = session_.memory();
@@ -50,7 +50,7 @@ void Scorer::score_front(const Request & request, const Pack & pack, const Group
     const auto n_prompt = static_cast<llama_pos>(request.n_prompt);
     const size_t n_branches = request.plan.n_branches();
     const auto n_seqs =
-        static_cast<llama_seq_id>(1 + pack.n_texts() * n_branches);  // of a slot: the rows', then the texts'
+        static_cast<llama_seq_id>(1 + pack.n_texts() * n_branches);  // per candidate: the rows', then the texts'
 
     batch_.clear();
     steps_.clear();
@@ -93,8 +93,8 @@ void Scorer::score_front(const Request & request, const Pack & pack, const Group
     }
 }
 
-// The KV of prefix and text i up to where the rows begin: computed alone in an empty cache, so that it is the same
-// whatever texts are scored beside it.
+// Computes the KV of the prefix and text i up to where the rows begin, by itself in an empty cache, so that it does not
+// depend on the other texts of the call.
 TextKvPtr Scorer::compute_kv(const Request & request, size_t i) {
     llama_memory_t memory = session_.memory();
 
@@ -128,8 +128,8 @@ TextKvPtr Scorer::compute_kv(const Request & request, size_t i) {
     return text;
 }
 
-// Each text's KV up to where the rows begin, in `slots` sequences, which share its cells. It is computed once for all
-// candidates, and kept.
+// Restores each text's KV up to where the rows begin into `slots` sequences, which share its cells. Missing KV is
+// computed once for all candidates, and kept.
 void Scorer::restore_texts(const Request & request, const Pack & pack, size_t slots) {
     llama_memory_t memory = session_.memory();
 
@@ -155,7 +155,7 @@ void Scorer::restore_texts(const Request & request, const Pack & pack, size_t sl
     }
 }
 
-// prefix | text, its last n_prompt embeddings replaced | continuations. A text has a sequence for each candidate and
+// prefix | text, with its last n_prompt embeddings replaced | continuations. Each text has a sequence per candidate and
 // branch.
 void Scorer::score_cue(const Request & request, const Pack & pack, size_t together, float * out) {
     llama_memory_t memory = session_.memory();

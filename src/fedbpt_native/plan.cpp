@@ -13,7 +13,7 @@ void check_spans(const Ragged & sequences, const char * what) {
     const std::vector<int64_t> & offsets = sequences.offsets;
     if (offsets.empty() || offsets.front() != 0 || offsets.back() != static_cast<int64_t>(sequences.ids.size()) ||
         !std::is_sorted(offsets.begin(), offsets.end())) {
-        throw InputError(std::string("the ") + what + "' offsets do not span their tokens");
+        throw InputError(std::string("the offsets of ") + what + " must ascend from 0 to the number of their tokens");
     }
 }
 
@@ -38,7 +38,7 @@ Plan::Plan(std::shared_ptr<const Model> model, Ragged texts, Placement placement
     }
     if (continuations_.size() % n_texts() != 0) {
         throw InputError(std::to_string(continuations_.size()) + " continuations for " + std::to_string(n_texts()) +
-                         " texts: give each text equally many");
+                         " texts: give each text the same number");
     }
     if (n_columns() == 0 && layers_.empty()) {
         throw InputError("label_ids is empty: name at least one token, or pass None for all");
@@ -46,7 +46,7 @@ Plan::Plan(std::shared_ptr<const Model> model, Ragged texts, Placement placement
     const int32_t n_layers = llama_model_n_layer(model_->get());
     for (size_t i = 0; i < layers_.size(); ++i) {
         if (layers_[i] < 0 || layers_[i] >= n_layers) {
-            throw InputError("the model has layers 0 to " + std::to_string(n_layers - 1) + ", got " +
+            throw InputError("layers must be from 0 to " + std::to_string(n_layers - 1) + ", got " +
                              std::to_string(layers_[i]));
         }
         if (i > 0 && layers_[i] <= layers_[i - 1]) {
@@ -100,7 +100,8 @@ void Plan::check_rows(size_t i, size_t n_prompt) const {
     const std::string name = "text " + std::to_string(i) + " has " + std::to_string(length(i)) + " tokens";
 
     if (placement_ == Placement::cue && length(i) < n_prompt) {
-        throw InputError(name + ", fewer than the " + std::to_string(n_prompt) + " rows that stand in its cue");
+        throw InputError(name + ", fewer than the " + std::to_string(n_prompt) +
+                         " rows of its cue: use fewer rows or a longer cue");
     }
     const size_t n_before = prefix_.size() + (placement_ == Placement::front ? n_prompt : 0);
     size_t n_after = 0;
@@ -108,9 +109,10 @@ void Plan::check_rows(size_t i, size_t n_prompt) const {
         n_after = std::max(n_after, continuation_length(i, k) - 1);
     }
     if (n_before + length(i) + n_after > static_cast<size_t>(model_->n_ctx_train())) {
-        throw InputError(name + (n_after > 0 ? " before " + std::to_string(n_after) + " of its continuation," : "") +
-                         " after " + std::to_string(n_before) + " of prefix and prompt; the model's context is " +
-                         std::to_string(model_->n_ctx_train()) + ": shorten it");
+        throw InputError(name + ", with " + std::to_string(n_before) + " of prefix and prompt before it" +
+                         (n_after > 0 ? " and " + std::to_string(n_after) + " of a continuation after it" : "") +
+                         ", too many for the model's context of " + std::to_string(model_->n_ctx_train()) +
+                         ": shorten it");
     }
 }
 

@@ -11,7 +11,7 @@ namespace fedbpt {
 
 enum class Placement { front, cue };
 
-// Token sequences, one after another: sequence i is ids[offsets[i] .. offsets[i + 1]).
+// Concatenated token sequences: sequence i is ids[offsets[i] .. offsets[i + 1]).
 struct Ragged {
     std::vector<llama_token> ids;
     std::vector<int64_t> offsets = { 0 };
@@ -21,14 +21,14 @@ struct Ragged {
     const llama_token * operator[](size_t i) const { return ids.data() + offsets[i]; }
 };
 
-// A data set, checked and laid out once: N ragged texts, what comes before them, which logits are wanted, and which
-// continuations of each text to give the log-probability of. In cue placement it also keeps the texts' KV, computed up
-// to where the soft rows begin, within a budget.
+// A validated data set to score repeatedly: N ragged texts, their common prefix, the labels whose logits are returned,
+// and the continuations of each text whose log-probabilities are returned. In cue placement it also keeps the texts' KV
+// up to where the rows begin, within a budget.
 class Plan {
 public:
-    // all_labels: the logits of the whole vocabulary. continuations: equally many of each text, the first text's first.
-    // layers: whose states may be asked for, ascending.
-    // Throws InputError: an empty text or continuation, a token id outside the vocabulary, no texts, a text longer than
+    // all_labels: return the logits of the whole vocabulary. continuations: the same number for each text, in the order
+    // of the texts. layers: those whose states can be read, ascending.
+    // Throws InputError: no texts, an empty text or continuation, a token id outside the vocabulary, a text longer than
     // the context, no such layer.
     Plan(std::shared_ptr<const Model> model, Ragged texts, Placement placement, std::vector<llama_token> prefix,
          bool all_labels, std::vector<llama_token> label_ids, Ragged continuations, std::vector<int32_t> layers,
@@ -43,9 +43,9 @@ public:
 
     bool all_labels() const { return all_labels_; }
     const std::vector<llama_token> & label_ids() const { return label_ids_; }
-    // the tokens whose logits are computed: the labels, or any one where only states are wanted
+    // tokens whose logits are computed: the labels, or an arbitrary one if only states are read
     const std::vector<llama_token> & head_ids() const { return head_ids_; }
-    // their rows of the output layer, or null where the model cannot do with rows alone
+    // their rows of the output layer; null if rows are not sufficient for the model's logits
     const float * label_head() const { return label_head_.empty() ? nullptr : label_head_.data(); }
     size_t n_labels() const { return all_labels_ ? n_vocab() : label_ids_.size(); }
     size_t n_vocab() const { return static_cast<size_t>(model_->n_vocab()); }
@@ -55,27 +55,27 @@ public:
     const llama_token * continuation(size_t i, size_t k) const { return continuations_[i * n_continuations() + k]; }
     // tokens computed for text i's continuations: all but the last of each
     size_t n_steps(size_t i) const;
-    // sequences a text needs: one for each continuation of several tokens, at least one
+    // sequences per text: one for each continuation of several tokens, at least one
     size_t n_branches() const { return n_branches_; }
 
-    // log-probabilities of the continuations, then logits
+    // columns of the result: log-probabilities of the continuations, then logits
     size_t n_columns() const { return n_continuations() + n_labels(); }
-    // whether the model's logits are wanted of the whole vocabulary
+    // whether the model must compute the logits of the whole vocabulary
     bool whole_vocabulary() const { return all_labels_ || n_continuations() > 0; }
 
     const std::vector<int32_t> & layers() const { return layers_; }
     size_t n_state() const { return layers_.size() * static_cast<size_t>(model_->n_embd()); }
 
-    // Throws InputError where n_prompt rows do not fit text i: into its cue, or before it in the context.
+    // Throws InputError if n_prompt rows do not fit text i: into its cue, or before it in the context.
     void check_rows(size_t i, size_t n_prompt) const;
 
     // --- the texts' KV, for the scorer ---
 
-    // Drops what is kept for another number of tokens at the end left out.
+    // Sets the number of last tokens that the kept KV excludes; drops what was kept for another number.
     void keep_for_tail(size_t n_tail);
-    // Null where it is not kept.
+    // null if it is not kept
     const TextKvPtr & kv(size_t i) const { return kv_[i]; }
-    // Keeps it where the budget has room.
+    // Keeps the KV if the budget allows.
     void keep_kv(size_t i, const TextKvPtr & text);
 
     // forward tokens computed for this plan so far

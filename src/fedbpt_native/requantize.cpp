@@ -21,7 +21,7 @@ struct Format {
     llama_ftype ftype;
 };
 
-// without those that need an importance matrix
+// all but those that need an importance matrix
 constexpr std::array kFormats{
     Format{ "q2_k", LLAMA_FTYPE_MOSTLY_Q2_K },     Format{ "q3_k_m", LLAMA_FTYPE_MOSTLY_Q3_K_M },
     Format{ "q4_0", LLAMA_FTYPE_MOSTLY_Q4_0 },     Format{ "iq4_nl", LLAMA_FTYPE_MOSTLY_IQ4_NL },
@@ -48,7 +48,7 @@ bool requantize(const std::string & source, const std::string & target, const st
     const auto chosen =
         std::find_if(kFormats.begin(), kFormats.end(), [&](const Format & known) { return known.name == format; });
     if (chosen == kFormats.end()) {
-        throw InputError("unknown format '" + format + "'");
+        throw InputError("unknown format '" + format + "': choose one of requantize_formats()");
     }
     start_backends();
     const std::string first = model_parts(source).front();
@@ -74,12 +74,11 @@ bool requantize(const std::string & source, const std::string & target, const st
     try {
         failed = llama_model_quantize(first.c_str(), target.c_str(), &params) != 0;
     } catch (const Stopped &) {
-        // llama_model_quantize catches every std::exception of its own C++ library, which in a wheel is not this
-        // module's
+        // llama_model_quantize catches std::exception, but in a wheel its C++ library's type is not this module's
     }
     if (failed && !stopped) {
         throw ModelFileError(source + " cannot be written as " + format + " (" + take_error() +
-                             "): it may be cut short or damaged, or the disk full");
+                             "): fetch it again if it is damaged, or free disk space");
     }
     return !stopped && go_on(total, total);
 }

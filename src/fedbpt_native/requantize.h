@@ -7,11 +7,11 @@
 
 namespace fedbpt {
 
-// The formats that a model file can be written in, smallest first, by llama.cpp's names in lower case.
+// Formats that a model file can be written in, smallest first: llama.cpp's names in lower case.
 std::vector<std::string> requantize_formats();
 
-// Writes the model `source` in `format` to `target`. `go_on` is asked before each tensor and at the end, with how many
-// are done and how many there are; false ends the work. Returns what it said last. Throws InputError, ModelFileError.
+// Writes the model `source` in `format` to `target`. Calls go_on(tensors done, total) before each tensor and at the
+// end; false cancels. Returns go_on's last result. Throws InputError, ModelFileError.
 bool requantize(const std::string & source, const std::string & target, const std::string & format, int32_t n_threads,
                 const std::function<bool(int done, int total)> & go_on);
 

@@ -16,9 +16,9 @@ namespace fedbpt {
 
 namespace {
 
-constexpr size_t kTextsMax = 32;       // texts a pack
-constexpr size_t kWholeMax = 32;       // outputs n_vocab wide a llama_decode
-constexpr size_t kCueCellsMax = 1024;  // KV cells of a cue pack's texts: attention slows down with a longer KV
+constexpr size_t kTextsMax = 32;       // texts per pack
+constexpr size_t kWholeMax = 32;       // outputs per llama_decode if they are n_vocab wide
+constexpr size_t kCueCellsMax = 1024;  // KV cells for a cue pack's texts: attention slows down with a longer KV
 
 constexpr uint32_t kSeqMax = 256;  // LLAMA_MAX_SEQ
 
@@ -26,7 +26,7 @@ size_t padded(size_t n, size_t unit) {
     return (n + unit - 1) / unit * unit;
 }
 
-// Sequences of one candidate's pack.
+// Maximum number of sequences of a pack, per candidate.
 size_t sequences_max(const Plan & plan) {
     return std::max(kTextsMax, plan.n_branches());
 }
@@ -39,28 +39,28 @@ Scorer::Scorer(std::shared_ptr<const Model> model, int32_t n_threads, ggml_type 
 
 void Scorer::validate(const Request & request) const {
     if (request.n_which == 0) {
-        throw InputError("no texts to score: name at least one of the plan's");
+        throw InputError("indices is empty: choose at least one of the plan's texts");
     }
     if (request.n_candidates == 0) {
-        throw InputError("no candidates to score: embeds needs at least one soft prompt");
+        throw InputError("embeds has no candidates: give at least one soft prompt");
     }
     for (size_t i = 0; i < request.n_which; ++i) {
         if (request.which[i] < 0 || static_cast<size_t>(request.which[i]) >= request.plan.n_texts()) {
-            throw InputError("text index " + std::to_string(request.which[i]) + " is outside the plan's " +
-                             std::to_string(request.plan.n_texts()) + " texts");
+            throw InputError("indices must be from 0 to " + std::to_string(request.plan.n_texts() - 1) + ", got " +
+                             std::to_string(request.which[i]));
         }
         request.plan.check_rows(static_cast<size_t>(request.which[i]), request.n_prompt);
     }
     const size_t n_rows = request.n_prompt * model_->n_embd();
     for (size_t i = 0; i < request.n_candidates * n_rows; ++i) {
         if (!std::isfinite(request.embeds[i])) {
-            throw InputError("embeds holds NaN or infinity in candidate " + std::to_string(i / n_rows));
+            throw InputError("embeds must be finite, got NaN or infinity in candidate " + std::to_string(i / n_rows));
         }
     }
 }
 
-// Next fit, in the texts' order: a pack fills one ubatch (front, where the first pack carries the rows too) or the KV
-// cells of a cue pack. A text longer than that is a pack of its own.
+// Packs texts by next fit, in their order: a pack fills one ubatch (front; the first pack contains the rows too) or
+// kCueCellsMax KV cells (cue). A longer text is a pack by itself.
 std::vector<Scorer::Pack> Scorer::pack(const Request & request) const {
     const bool front = request.plan.placement() == Placement::front;
     const size_t tokens_max = front ? Session::kUbatch : kCueCellsMax;
@@ -84,7 +84,7 @@ std::vector<Scorer::Pack> Scorer::pack(const Request & request) const {
     return packs;
 }
 
-// How many candidates share a llama_decode: as many as fill one ubatch, where that moves no bit.
+// Number of candidates per llama_decode: as many as fit one ubatch, if that does not change results; else 1.
 size_t Scorer::candidates_together(const Request & request, const std::vector<Pack> & packs) const {
     // without a label head each output is n_vocab wide
     if (request.plan.label_head() == nullptr || !model_->has_row_attention()) {
@@ -92,7 +92,7 @@ size_t Scorer::candidates_together(const Request & request, const std::vector<Pa
     }
     const bool front = request.plan.placement() == Placement::front;
     if (front && packs.size() > 1) {
-        return 1;  // a pack fills an ubatch alone
+        return 1;  // a pack fills a ubatch by itself
     }
     size_t together = request.n_candidates;
     for (const Pack & pack : packs) {
@@ -109,21 +109,21 @@ void Scorer::ensure_context(const Request & request, const std::vector<Pack> & p
 
     size_t most = 0;
     for (const Pack & pack : packs) {
-        // in the cue each text has the prefix for itself: it is part of its saved KV
+        // in cue placement each text has its own copy of the prefix, in its saved KV
         const size_t shared = front ? 0 : pack.n_tokens + pack.n_texts() * request.plan.prefix().size();
         const size_t own = front ? request.n_prompt + pack.n_tokens : pack.n_texts() * request.n_tail();
         most = std::max(most, shared + together * own + pack.n_steps);
     }
     const auto n_ctx = static_cast<uint32_t>(padded(request.plan.prefix().size() + most + 2 * Session::kPad,
-                                                    256));  // what fills a batch up: first its outputs, then its tokens
+                                                    256));  // 2 kPad: padding of outputs, and of tokens
     const uint32_t n_seq_max =
         request.plan.label_head() != nullptr
             ? kSeqMax
             : static_cast<uint32_t>(padded(kFirstSeq + 1 + sequences_max(request.plan), Session::kPad));
     if (n_seq_max > kSeqMax) {
         throw InputError(std::to_string(request.plan.n_branches()) +
-                         " continuations of several tokens are too many for one text: give " +
-                         std::to_string(kSeqMax - kFirstSeq - Session::kPad) + " at most");
+                         " continuations of several tokens are too many for one text: give at most " +
+                         std::to_string(kSeqMax - kFirstSeq - Session::kPad));
     }
     if (session_.is_open() && n_ctx <= session_.n_cells() && n_seq_max == n_seq_max_) {
         return;
@@ -164,8 +164,8 @@ size_t Scorer::Request::n_read(size_t i) const {
     return plan.prefix().size() + (plan.placement() == Placement::front ? n_prompt : 0) + length(i) + longest - 1;
 }
 
-// LongRoPE's factors are those of a text's own length, and one llama_decode has one choice: short texts first, then
-// long ones.
+// LongRoPE's factors depend on each text's own length, but one llama_decode uses one set: short texts are scored first,
+// then long ones.
 void Scorer::run(const Request & request, float * out) {
     std::vector<int64_t> which[2], places[2];
     for (size_t i = 0; i < request.n_which; ++i) {
@@ -239,7 +239,8 @@ void Scorer::run_alike(const Request & request, float * out) {
     }
 }
 
-// What a continuation's next token adds to its log-probability, and the logits that are wanted beside it.
+// Reads an output of the whole vocabulary: adds the log-probability of a continuation's next token, or writes the first
+// tokens' log-probabilities and the labels' logits.
 void Scorer::read_whole(const Request & request, int64_t output, const float * logits, float * out) const {
     const Plan & plan = request.plan;
     const auto column_of = [&](int64_t text) { return out + static_cast<size_t>(text) * plan.n_columns(); };
@@ -255,7 +256,7 @@ void Scorer::read_whole(const Request & request, int64_t output, const float * l
     float * columns = column_of(output);
     const size_t text = static_cast<size_t>(request.which[static_cast<size_t>(output) % request.n_which]);
     for (size_t k = 0; k < plan.n_continuations(); ++k) {
-        *columns++ = log_p(plan.continuation(text, k)[0]);  // the first: comes before its steps
+        *columns++ = log_p(plan.continuation(text, k)[0]);  // the text's output is read before those of its steps
     }
     if (plan.all_labels()) {
         std::copy(logits, logits + plan.n_vocab(), columns);
@@ -265,7 +266,7 @@ void Scorer::read_whole(const Request & request, int64_t output, const float * l
     }
 }
 
-// Runs batch_ and writes what is wanted of each output token to out[output][n_columns].
+// Runs batch_ and writes the results of each output token to out[output][n_columns].
 void Scorer::decode(const Request & request, float * out) {
     Plan & plan = request.plan;
     const bool whole = plan.whole_vocabulary();
@@ -298,8 +299,8 @@ void Scorer::decode(const Request & request, float * out) {
                 batch_.output(i) < static_cast<int64_t>(request.n_outputs())) {
                 if (states == nullptr) {
                     throw UnsupportedModelError(
-                        "the states of this model's layers cannot be read: llama.cpp's graph of it does not say where "
-                        "a layer ends");
+                        "the hidden states of this model's layers cannot be read, as llama.cpp's graph does not mark "
+                        "its layer outputs: use another model");
                 }
                 std::copy_n(states, plan.n_state(),
                             request.states + static_cast<size_t>(batch_.output(i)) * plan.n_state());

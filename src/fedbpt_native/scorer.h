@@ -17,24 +17,24 @@ namespace fedbpt {
 
 struct MemoryUse {
     uint64_t weights = 0, kv = 0, compute = 0;  // bytes
-    uint64_t gpu = 0;                           // what of these lies in a GPU's own memory
+    uint64_t gpu = 0;                           // the part of these in a GPU's own memory
 };
 
-// Scores texts under soft prompts. One call at a time: a second thread's waits.
+// Scores texts under soft prompts. One call computes at a time; other threads wait.
 //
-// As many candidates go through one llama_decode as fill it. With row attention (llama-soft-prompt.h) a token gets the
-// same bits whatever is beside it; without, candidates go one by one. Each text's own KV is computed alone; with row
-// attention, from where another text's that begins alike ends. So a logit depends on no other candidate, on their
-// number or order, nor on earlier calls, and repeats bit for bit.
+// With row attention (llama-soft-prompt.h) a token's bits do not depend on the rest of its batch, so one llama_decode
+// takes as many candidates as fit; without, it takes one. The KV of each text is computed by itself or, with row
+// attention, continued from that of a text with a common prefix. So a logit does not depend on other candidates, their
+// number or order, or on earlier calls, and is reproducible bit for bit.
 class Scorer {
 public:
-    // kv_type: of the KV cache, GGML_TYPE_F16 or GGML_TYPE_Q8_0; models of f32 have it in f32. Throws InputError.
+    // kv_type: GGML_TYPE_F16 or GGML_TYPE_Q8_0; f32 models always have an f32 KV cache. Throws InputError.
     Scorer(std::shared_ptr<const Model> model, int32_t n_threads, ggml_type kv_type = GGML_TYPE_F16);
 
-    // The plan's texts `which[n_which]` under embeds[n_candidates][n_prompt][n_embd] ->
-    // out[n_candidates][n_which][n_columns], and where `states` is not null, of the plan's layers at each text's last
-    // token, states[n_candidates][n_which][n_layers][n_embd]. `stop` is asked every few milliseconds, on this thread,
-    // whether to give up. Throws InputError, ScoringInterrupted.
+    // Scores the plan's texts `which[n_which]` under embeds[n_candidates][n_prompt][n_embd] into
+    // out[n_candidates][n_which][n_columns]. If `states` is not null, also writes the hidden states of the plan's
+    // layers at each text's last token, states[n_candidates][n_which][n_layers][n_embd]. `stop` is polled every few
+    // milliseconds, on this thread; true cancels. Throws InputError, ScoringInterrupted.
     void score(Plan & plan, const int64_t * which, size_t n_which, const float * embeds, size_t n_candidates,
                size_t n_prompt, float * out, float * states, const std::function<bool()> & stop);
 
@@ -56,31 +56,29 @@ private:
 
         size_t length(size_t i) const { return plan.length(static_cast<size_t>(which[i])); }
         const llama_token * text(size_t i) const { return plan.text(static_cast<size_t>(which[i])); }
-        // without rows in the cue each text's last token is computed anew for each candidate: something must give the
-        // logits
+        // tokens computed per candidate: those replaced by rows; without rows the last token, which yields the logits
         size_t n_tail() const { return n_prompt > 0 ? n_prompt : 1; }
         // tokens before the rows, or before the last token
         size_t head_of(size_t i) const { return plan.prefix().size() + length(i) - n_tail(); }
 
         size_t n_steps(size_t i) const { return plan.n_steps(static_cast<size_t>(which[i])); }
-        // all that is read of text i: prefix, rows, text, its longest continuation but for the last token
+        // tokens read for text i: prefix, rows, text, and all but the last token of its longest continuation
         size_t n_read(size_t i) const;
 
         size_t n_outputs() const { return n_candidates * n_which; }
         int64_t output_of(size_t candidate, size_t i) const { return static_cast<int64_t>(candidate * n_which + i); }
     };
-    struct Pack {  // the request's texts [first, last): scored together
+    struct Pack {  // texts [first, last) of the request, scored together
         size_t first, last, n_tokens, n_steps;
 
         size_t n_texts() const { return last - first; }
     };
-    struct Step {  // a token of a continuation, whose log-probability is wanted: output n_outputs() + its index in
-                   // steps_
-        int64_t output;  // the text's
+    struct Step {        // a token of a continuation; its output is n_outputs() + its index in steps_
+        int64_t output;  // that of the text
         size_t continuation;
         llama_token token;
     };
-    struct Group {  // candidates [first, last): scored together, each in a slot of its own
+    struct Group {  // candidates [first, last), scored together, each in its own slot
         size_t first, last;
 
         size_t size() const { return last - first; }
@@ -109,11 +107,11 @@ private:
     std::shared_ptr<const Model> model_;
     Session session_;
     uint32_t n_seq_max_ = 0;  // of the session's context
-    TextKvIndex texts_[2];    // with LongRoPE's short factors, and its long ones
+    TextKvIndex texts_[2];    // with LongRoPE's short and long factors
     bool is_long_ = false;
     Batch batch_;
     std::vector<llama_seq_id> seqs_;  // scratch
-    std::vector<Step> steps_;         // of the batch
+    std::vector<Step> steps_;         // those in the batch
 
     mutable std::mutex mutex_;
     std::atomic<bool> interrupted_{ false };

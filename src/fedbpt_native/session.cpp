@@ -22,11 +22,12 @@ Session::Session(std::shared_ptr<const Model> model, int32_t n_threads, ggml_typ
       n_threads_(n_threads),
       kv_type_(model_->is_f32() ? GGML_TYPE_F32 : kv_type) {
     if (n_threads < 1 || n_threads > GGML_MAX_N_THREADS) {
-        throw InputError("n_threads must be between 1 and " + std::to_string(GGML_MAX_N_THREADS) + ", got " +
+        throw InputError("n_threads must be from 1 to " + std::to_string(GGML_MAX_N_THREADS) + ", got " +
                          std::to_string(n_threads));
     }
     if (kv_type_ == GGML_TYPE_Q8_0 && !model_->fits_kv(kv_type_)) {
-        throw InputError("kv_type q8_0 packs 32 numbers, which does not divide this model's attention heads: use f16");
+        throw InputError(
+            "kv_type q8_0 has blocks of 32 numbers, which do not divide this model's attention heads: use f16");
     }
     ggml_threadpool_params params = ggml_threadpool_params_default(n_threads);
     threadpool_.reset(cpu_function<decltype(ggml_threadpool_new)>("ggml_threadpool_new")(&params));
@@ -51,12 +52,12 @@ void Session::open(const Size & size, const Labels & labels, const char * advice
     if (kv_type_ == GGML_TYPE_F32) {
         params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;  // it would cast the KV to f16
     } else if (kv_type_ != GGML_TYPE_F16) {
-        params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;  // nothing else reads it
+        params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;  // only flash attention reads quantised KV
     }
     params.abort_callback = on_abort;
     params.abort_callback_data = this;
 
-    ctx_.reset();  // first: two contexts at a time may be too large
+    ctx_.reset();  // before the new one is made: there may be no memory for both
     take_error();
     ctx_.reset(llama_soft_prompt_init_from_model(model_->get(), params, labels.ids, labels.n, labels.head));
     if (!ctx_) {
@@ -90,7 +91,7 @@ void Session::remove_padding() {
 }
 
 void Session::check_stop() {
-    next_stop_check_ = {};  // due: a small model computes many batches in an interval
+    next_stop_check_ = {};  // check now: a small model computes many batches per interval
     if (wants_to_stop()) {
         throw ScoringInterrupted("the computation was interrupted");
     }
@@ -123,7 +124,7 @@ std::vector<uint8_t> Session::save(llama_seq_id seq) const {
 
 void Session::restore(const std::vector<uint8_t> & state, llama_seq_id seq) {
     if (llama_state_seq_set_data(ctx_.get(), state.data(), state.size(), seq) == 0) {
-        throw std::runtime_error("a text's KV could not be restored (" + take_error() + "): please report this");
+        throw std::runtime_error("the KV of a text could not be restored (" + take_error() + "): please report this");
     }
 }
 

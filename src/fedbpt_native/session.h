@@ -12,28 +12,28 @@
 
 namespace fedbpt {
 
-// A llama.cpp context and the threads that compute in it: what the scorer and the generator share.
+// A llama.cpp context and its compute threads: the common part of the scorer and the generator.
 // Not thread-safe: its owner holds a lock.
 class Session {
 public:
-    static constexpr uint32_t kUbatch = 512;  // tokens a graph
-    static constexpr uint32_t kBatch = 2048;  // tokens a llama_decode
-    static constexpr size_t kPad = 4;         // CPU kernels take rows by four, and round the rest differently
+    static constexpr uint32_t kUbatch = 512;  // tokens per graph
+    static constexpr uint32_t kBatch = 2048;  // tokens per llama_decode
+    static constexpr size_t kPad = 4;  // CPU kernels process four rows at a time, and round a remainder differently
 
-    // kv_type: of the KV cache, GGML_TYPE_F16 or GGML_TYPE_Q8_0; models of f32 have it in f32. Throws InputError.
+    // kv_type: GGML_TYPE_F16 or GGML_TYPE_Q8_0; f32 models always have an f32 KV cache. Throws InputError.
     Session(std::shared_ptr<const Model> model, int32_t n_threads, ggml_type kv_type);
 
     struct Size {
         uint32_t n_cells;
         uint32_t n_seqs;
-        uint32_t n_outputs;  // of one llama_decode, n_vocab wide each where there is no label head
+        uint32_t n_outputs;  // per llama_decode; each is n_vocab wide without a label head
     };
     struct Labels {  // see llama_soft_prompt_set_labels
         const llama_token * ids = nullptr;
         int32_t n = 0;
         const float * head = nullptr;
     };
-    // Replaces the context. `advice` ends the message where there is no memory for it. Throws std::runtime_error.
+    // Replaces the context. Throws std::runtime_error if memory is short; `advice` ends its message.
     void open(const Size & size, const Labels & labels, const char * advice);
     void close() { ctx_.reset(); }
 
@@ -44,8 +44,8 @@ public:
     const Model & model() const { return *model_; }
     int32_t n_threads() const { return n_threads_; }
 
-    // While it exists, a pass gives up once `cancelled` is set or `stop` returns true. `stop` is called every few
-    // milliseconds, on the thread that computes.
+    // While it exists, computation is interrupted when `cancelled` is set or `stop` returns true. `stop` is polled
+    // every few milliseconds, on the calling thread.
     class Watch {
     public:
         Watch(Session & session, const std::atomic<bool> & cancelled, const std::function<bool()> & stop);
@@ -57,22 +57,22 @@ public:
         Session & session_;
     };
 
-    // Fills the batch up to a multiple of kPad tokens, and with `outputs` of outputs as well, in kPadSeq.
+    // Pads the batch with tokens of kPadSeq to a multiple of kPad tokens and, if `outputs`, of outputs.
     static void pad(Batch & batch, bool outputs);
     void remove_padding();
 
-    // Throws ScoringInterrupted where the pass is to be given up.
+    // Throws ScoringInterrupted if the computation was interrupted.
     void check_stop();
 
-    // llama_decode of the batch's tokens [begin, end). false: no KV cells are free.
-    // Throws ScoringInterrupted; std::runtime_error where llama.cpp fails.
+    // Runs llama_decode on the batch's tokens [begin, end). False: not enough free KV cells.
+    // Throws ScoringInterrupted; std::runtime_error if llama.cpp fails.
     bool decode(Batch & batch, size_t begin, size_t end);
 
-    // Empties the KV cache, its data too: what an interrupted or overflowing pass left must not reach a later one, not
-    // even multiplied by zero.
+    // Clears the KV cache including its data: NaN or infinity left by an interrupted or overflowing pass must not reach
+    // a later one, not even multiplied by zero.
     void clear();
 
-    // The KV of one sequence, and back.
+    // Copy the KV of one sequence out of the cache, and back.
     std::vector<uint8_t> save(llama_seq_id seq) const;
     void restore(const std::vector<uint8_t> & state, llama_seq_id seq);
 

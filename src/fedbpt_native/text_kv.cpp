@@ -6,8 +6,8 @@ namespace fedbpt {
 
 namespace {
 
-constexpr size_t kBeginning = 8;  // tokens that two texts must share at least
-constexpr size_t kLatest = 4;     // texts
+constexpr size_t kBeginning = 8;  // minimum length of a common prefix, in tokens
+constexpr size_t kLatest = 4;     // maximum number of texts owned
 constexpr size_t kLatestBytes = 256u << 20;
 
 // FNV-1a of the first kBeginning tokens
@@ -26,7 +26,7 @@ void TextKvIndex::add(const TextKvPtr & text) {
         return;
     }
     by_beginning_[beginning_of(text->tokens)].push_back(text);
-    if (++n_entries_ > 2 * n_swept_ + 64) {  // drop what no plan keeps any more
+    if (++n_entries_ > 2 * n_swept_ + 64) {  // drop expired entries
         n_entries_ = 0;
         for (auto entry = by_beginning_.begin(); entry != by_beginning_.end();) {
             auto & texts = entry->second;

@@ -11,20 +11,20 @@
 
 namespace fedbpt {
 
-// The KV of some tokens from position 0 on, as llama_state_seq_get_data gave it.
+// The KV of tokens from position 0 on, as returned by llama_state_seq_get_data.
 struct TextKv {
     std::vector<llama_token> tokens;
     std::vector<uint8_t> state;
 };
 using TextKvPtr = std::shared_ptr<const TextKv>;
 
-// Finds the KV of a text that begins as another one does: the same row of a data set under another template. It knows
-// what plans keep for as long as they do, and holds on to the latest texts itself. Not thread-safe.
+// Finds KV by common prefix, for example that of the same row under another template. It refers weakly to the KV that
+// plans keep, and owns that of the latest texts. Not thread-safe.
 class TextKvIndex {
 public:
     void add(const TextKvPtr & text);
 
-    // What begins with the most of `tokens`, and with how many; null where it is too few to be worth it.
+    // The KV with the longest common prefix with `tokens`, and its length; null if that is too short to be useful.
     std::pair<TextKvPtr, size_t> longest(const std::vector<llama_token> & tokens);
 
 private:

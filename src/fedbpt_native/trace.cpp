@@ -16,11 +16,11 @@ namespace fedbpt {
 
 namespace {
 
-constexpr uint32_t kTokensMax = 64;  // a decode, and so a ubatch
-constexpr uint32_t kCells = 256;     // KV cells: the least that llama.cpp pads to
+constexpr uint32_t kTokensMax = 64;  // per decode, and so per ubatch
+constexpr uint32_t kCells = 256;     // KV cells: llama.cpp's minimum
 
-// The tensor's name, without what ggml calls a nameless one after its place in the graph: node_12, leaf_3, "node_12
-// (view)".
+// The tensor's name, without the name that ggml gives an unnamed tensor by its place in the graph: node_12, leaf_3,
+// "node_12 (view)".
 std::string own_name(const ggml_tensor * tensor) {
     const std::string name = tensor->name;
     if (name.rfind("node_", 0) != 0 && name.rfind("leaf_", 0) != 0) {
@@ -45,7 +45,7 @@ std::string joined(Iterator first, Iterator last, ToText to_text) {
     return text;
 }
 
-// "f32 [64,5]", and strides where they are not those of the shape
+// "f32 [64,5]", with strides if it is not contiguous
 std::string shape(const ggml_tensor * tensor) {
     const auto number = [](auto n) { return std::to_string(n); };
 
@@ -80,10 +80,10 @@ GraphTrace::GraphTrace(const std::string & path, bool flash_attention) {
     model_params.devices = no_devices;
     model_params.n_gpu_layers = 0;
     model_params.use_extra_bufts =
-        false;  // no weights laid out for this CPU: upstream's AMX code dies when GCC 12 built it
+        false;  // no weights repacked for this CPU: upstream's AMX code crashes if built by GCC 12
     model_.reset(llama_model_load_from_file(path.c_str(), model_params));
     if (!model_) {
-        throw ModelFileError(path + " cannot be loaded (" + take_error() + ")");
+        throw ModelFileError(path + " cannot be loaded (" + take_error() + "): use another file");
     }
 
     llama_context_params params = llama_context_default_params();
@@ -104,13 +104,13 @@ GraphTrace::GraphTrace(const std::string & path, bool flash_attention) {
     params.cb_eval_user_data = this;
     ctx_.reset(llama_init_from_model(model_.get(), params));
     if (!ctx_) {
-        throw std::runtime_error("cannot create a context (" + take_error() + ")");
+        throw std::runtime_error("cannot create a context (" + take_error() + "): free memory");
     }
 }
 
 std::vector<std::string> GraphTrace::decode(const std::vector<llama_token> & tokens, llama_seq_id seq, llama_pos pos0) {
     if (tokens.empty() || tokens.size() > kTokensMax) {
-        throw InputError("a trace takes 1 to " + std::to_string(kTokensMax) + " tokens, got " +
+        throw InputError("a trace takes from 1 to " + std::to_string(kTokensMax) + " tokens, got " +
                          std::to_string(tokens.size()));
     }
     Batch batch;
@@ -126,13 +126,13 @@ std::vector<std::string> GraphTrace::decode(const std::vector<llama_token> & tok
     take_error();
     const int32_t status = llama_decode(ctx_.get(), batch.view(0, batch.size()));
     if (status != 0) {
-        throw InputError("llama_decode refused the tokens with status " + std::to_string(status) + " (" + take_error() +
-                         ")");
+        throw InputError("llama_decode failed with status " + std::to_string(status) + " (" + take_error() +
+                         "): use tokens of the vocabulary, at positions that follow the sequence");
     }
     return std::move(lines_);
 }
 
-// The scheduler asks for each node of the graph, those that are only views included, and then computes.
+// The scheduler calls this with `ask` for each node of the graph, views included, before it computes.
 bool GraphTrace::on_node(ggml_tensor * node, bool ask, void * self) {
     if (ask) {
         static_cast<GraphTrace *>(self)->record(node);
@@ -165,7 +165,7 @@ std::string GraphTrace::source(const ggml_tensor * tensor) {
         name = "leaf";
     }
     if (const int count = ++n_named_[name]; count > 1) {
-        name += "#" + std::to_string(count);  // two masks may share a name and be different ones
+        name += "#" + std::to_string(count);  // different masks may have the same name
     }
     lines_.push_back("LEAF " + shape(tensor) + " " + name);
     labels_[tensor] = name;

@@ -24,15 +24,15 @@ namespace fedbpt {
 
 namespace {
 
-constexpr size_t kRun = 4096;     // equal characters in a row
-constexpr size_t kPieces = 1000;  // of the vocabulary, joined to a text
-constexpr uint32_t kStep = 251;   // every so many code points one
+constexpr size_t kRun = 4096;     // length in bytes of a text that repeats a few characters
+constexpr size_t kPieces = 1000;  // tokens of the vocabulary whose pieces are joined to a text
+constexpr uint32_t kStep = 251;   // step between the code points that are tried
 
 bool never() {
     return false;
 }
 
-// n tokens spread over the vocabulary, its last one among them where there are two.
+// n tokens spread evenly over the vocabulary, including the first and, if n > 1, the last.
 std::vector<llama_token> spread(const Model & model, size_t n) {
     std::vector<llama_token> ids;
     for (size_t i = 0; i < n; ++i) {
@@ -78,7 +78,7 @@ void try_texts(const Model & model) {
     for (const std::string & text : texts) {
         const bool pieces = &text == &texts[2];
         for (const llama_token id : model.tokenize(text, /*add_bos =*/0, /*parse_special =*/pieces)) {
-            model.check_token(id, "a token of its own tokenizer,");
+            model.check_token(id, "its tokenizer's token id");
         }
     }
     for (llama_token id = 0; id < model.n_vocab(); ++id) {
@@ -89,7 +89,7 @@ void try_texts(const Model & model) {
 
 void check_finite(const std::vector<float> & numbers) {
     if (!std::all_of(numbers.begin(), numbers.end(), [](float number) { return std::isfinite(number); })) {
-        throw InputError("its logits are no numbers");
+        throw InputError("its logits are not finite");
     }
 }
 
@@ -99,7 +99,8 @@ std::vector<float> embeddings(const Model & model, const std::vector<llama_token
     return rows;
 }
 
-// Two texts under two candidates, or under one with two continuations each and the whole vocabulary's logits.
+// Scores two texts under two candidates or, with continuations, under one, with two continuations per text and the
+// whole vocabulary's logits.
 void try_scores(const std::shared_ptr<const Model> & model, Scorer & scorer, Placement placement, bool continuations) {
     constexpr size_t kRows = 2;
     const std::vector<llama_token> some = spread(*model, 7);
@@ -134,7 +135,7 @@ void try_chat(const Model & model) {
     try {
         text = model.chat_text({ { "system", "s" }, { "user", "u" }, { "assistant", "a" }, { "user", "u" } });
     } catch (const InputError &) {
-        return;  // it has none, or llama.cpp does not know it: that is told where one is asked for
+        return;  // there is none, or llama.cpp does not know it: reported when a chat needs it
     }
     model.tokenize(text, /*add_bos =*/-1, /*parse_special =*/true);
 }
@@ -144,7 +145,7 @@ void say(const std::string & line) {
     for (size_t done = 0; done < whole.size();) {
         const ssize_t n = write(STDOUT_FILENO, whole.data() + done, whole.size() - done);
         if (n <= 0) {
-            _exit(1);  // nobody listens
+            _exit(1);  // nobody reads
         }
         done += static_cast<size_t>(n);
     }
@@ -175,7 +176,7 @@ void enter_limits(const ProcessLimits & limits) {
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     std::ofstream("/proc/self/oom_score_adj") << 1000;
     prctl(PR_SET_DUMPABLE, 0);
-#ifndef __SANITIZE_ADDRESS__  // whose shadow memory has terabytes
+#ifndef __SANITIZE_ADDRESS__  // its shadow memory takes terabytes
     if (limits.memory_bytes > 0) {
         limit(RLIMIT_DATA, limits.memory_bytes);
     }
@@ -211,9 +212,9 @@ void try_model(const std::string & path, const TrialSettings & settings,
 
         on_stage("while text is generated");
         try_generation(model, settings, kv_type);
-    } catch (const InputError & error) {  // not of any caller's input
+    } catch (const InputError & error) {  // the inputs are valid, so the model is at fault
         throw ModelFileError(path + " cannot be used (" + error.what() +
-                             "): fetch it again, or take another file of the model");
+                             "): fetch it again, or use another file of the model");
     }
 }
 
@@ -235,13 +236,13 @@ void try_alone(const std::string & path, const TrialSettings & settings, const P
         refuse("ModelFileError", error.what());
     } catch (const std::bad_alloc &) {
         refuse("ModelFileError", path +
-                                     " takes more memory than its size explains, or than there is: end other programs, "
-                                     "fetch it again, or take a smaller model or format");
+                                     " takes more memory than expected for its size, or than is free: end other "
+                                     "programs, fetch it again, or use a smaller model or format");
     } catch (const std::exception & error) {
         refuse("ModelFileError",
-               path + " cannot be used (" + error.what() + "): take another file of the model, or a newer fedbpt");
+               path + " cannot be used (" + error.what() + "): use another file of the model, or a newer fedbpt");
     } catch (...) {
-        refuse("ModelFileError", path + " cannot be used: take another file of the model, or a newer fedbpt");
+        refuse("ModelFileError", path + " cannot be used: use another file of the model, or a newer fedbpt");
     }
 }
 

@@ -190,5 +190,5 @@ def test_a_byte_of_which_no_rwkv_token_begins_is_unknown(load: Load) -> None:
 
 def test_a_character_that_the_vocabulary_cannot_spell_is_refused(load: Load) -> None:
     assert len(load("spm").tokenize("Q")) > 0
-    with pytest.raises(ModelFileError, match="vocabulary"):
+    with pytest.raises(ModelFileError):
         load("spm", without="Q")

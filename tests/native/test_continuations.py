@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tests.support.raises import raises
 from tiny_case import Case
 
 import fedbpt
@@ -87,20 +88,21 @@ def test_in_the_cue_a_candidate_costs_its_rows_and_all_but_the_last_token_of_eac
 
 
 @pytest.mark.parametrize(
-    ("continuations", "message"),
+    ("continuations", "value"),
     [
-        ([WORDS], "equally many"),
-        ([WORDS, WORDS[:1]], "equally many"),
-        ([[[1], []], [[1], [2]]], "continuation 1 of text 0 is empty"),
-        ([[[1]], [[100_000]]], "continuation token id"),
-        ([[[5] * 5_000]] * 2, "before 4999 of its continuation"),
-        ([[[3 + i, 4] for i in range(260)]] * 2, "too many for one text"),
-        ([[], []], "label_ids is empty"),
+        ([WORDS], "2"),
+        ([WORDS, WORDS[:1]], "2"),
+        ([[[1], []], [[1], [2]]], "continuation 1 of text 0"),
+        ([[[1]], [[100_000]]], "100000"),
+        ([[[5] * 5_000]] * 2, "4999"),
+        ([[[3 + i, 4] for i in range(260)]] * 2, "260"),
+        ([[], []], "label_ids"),
     ],
 )
-def test_bad_continuations_are_refused(case: Case, continuations: list[list[list[int]]], message: str) -> None:
-    with pytest.raises(InputError, match=message):
+def test_bad_continuations_are_refused(case: Case, continuations: list[list[list[int]]], value: str) -> None:
+    with raises(InputError) as refused:
         case.scorer.compile(case.texts([9, 5]), continuations=continuations).score(case.prompts(1, 1))
+    assert value in str(refused.value)
 
 
 def test_extreme_logits_give_finite_log_probabilities(case: Case) -> None:

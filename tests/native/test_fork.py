@@ -153,7 +153,7 @@ def test_a_forked_process(check: str, llama: Case, tmp_path: Path) -> None:
 
 
 def test_a_model_on_a_gpu_is_refused_in_a_forked_process(llama: Case) -> None:
-    with pytest.raises(InputError, match="GPU"):
+    with pytest.raises(InputError):
         _twin(llama.scorer._engine, on_gpu=True)
 
 

@@ -115,18 +115,19 @@ def test_a_gpu_is_chosen_by_name_and_its_memory_told(
 
 @needs_gpu
 def test_a_gpu_that_is_not_there_is_refused_with_those_that_are(llama: Case) -> None:
-    with pytest.raises(InputError, match=f"no GPU 'Abacus7' here, choose one of: .*{GPUS[0].name}"):
+    with pytest.raises(InputError) as refused:
         fedbpt.load_model(llama.path, N_THREADS, -1, gpu="Abacus7")
+    assert [name for name in ("'Abacus7'", GPUS[0].name) if name not in str(refused.value)] == []
 
 
 @needs_gpu
 def test_a_named_gpu_without_layers_is_refused(llama: Case) -> None:
-    with pytest.raises(InputError, match="-1 for all"):
+    with pytest.raises(InputError, match="n_gpu_layers"):
         fedbpt.load_model(llama.path, N_THREADS, gpu=GPUS[0].name)
 
 
 @needs_none
 @pytest.mark.parametrize("n_gpu_layers", [1, -1])
 def test_layers_on_a_gpu_are_refused_where_there_is_none(llama: Case, n_gpu_layers: int) -> None:
-    with pytest.raises(InputError, match="finds no GPU"):
+    with pytest.raises(InputError, match=f"n_gpu_layers.*{n_gpu_layers}"):
         fedbpt.load_model(llama.path, N_THREADS, n_gpu_layers)

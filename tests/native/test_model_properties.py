@@ -70,18 +70,22 @@ def test_models_that_are_computed_as_their_makers_do_need_no_note(case: Case) ->
 
 
 @pytest.mark.parametrize(
-    ("change", "word"),
-    [({"sliding_window": 64}, "64"), ({"tokenizer": "bpe", "pre": ""}, "pre-tokenizer"), ({"sliding_window": 512}, "")],
+    ("change", "value"),
+    [
+        ({"sliding_window": 64}, "64"),
+        ({"tokenizer": "bpe", "pre": ""}, "tokenizer.ggml.pre"),
+        ({"sliding_window": 512}, ""),
+    ],
     ids=["window", "pre-tokenizer", "window-of-the-whole-context"],
 )
-def test_what_llama_cpp_leaves_out_is_said_once(tmp_path: Path, change: dict[str, Any], word: str) -> None:
+def test_a_difference_of_llama_cpp_is_warned_of_once(tmp_path: Path, change: dict[str, Any], value: str) -> None:
     path = tiny_gguf.write(tmp_path / "model.gguf", replace(tiny_gguf.LLAMA, **change))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         scorer = fedbpt.load_model(path, n_threads=1)
-    assert [type(each.message) for each in caught] == [ModelWarning] * bool(word)
-    assert len(scorer.notes) == bool(word)
-    assert all(word in note for note in scorer.notes)
+    assert [type(each.message) for each in caught] == [ModelWarning] * bool(value)
+    assert len(scorer.notes) == bool(value)
+    assert all(value in note for note in scorer.notes)
 
 
 def test_embedding_std_is_that_of_the_table_as_the_graph_sees_it(case: Case) -> None:

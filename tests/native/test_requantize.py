@@ -1,4 +1,4 @@
-"""Writing a model in another format, and what is left where that fails."""
+"""Writing a model in another format, and what is left after a failure."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_gguf
+from tests.support.raises import raises
 from tiny_case import Case
 
 import fedbpt
@@ -21,7 +22,7 @@ from fedbpt.errors import FedbptError, InputError, ModelError, ModelFileError, M
 
 @pytest.fixture
 def model(llama: Case, tmp_path: Path) -> Path:
-    """A float32 model in a folder of its own."""
+    """A float32 model, the only file in its folder."""
     return Path(shutil.copyfile(llama.path, tmp_path / "tiny.gguf"))
 
 
@@ -61,14 +62,14 @@ def test_a_quantised_model_can_be_requantised(case_of: Callable[..., Case], tmp_
     assert [part.type for part in models.weight_formats(written.path)] == ["q4_0"]
 
 
-def test_progress_is_told_by_tensors(model: Path) -> None:
-    told: list[tuple[int, int | None]] = []
-    models.requantize(model, "q4_0", n_threads=1, progress=lambda done, total: told.append((done, total)))
+def test_progress_counts_tensors(model: Path) -> None:
+    reported: list[tuple[int, int | None]] = []
+    models.requantize(model, "q4_0", n_threads=1, progress=lambda done, total: reported.append((done, total)))
     count = len(tiny_gguf.tensors(tiny_gguf.LLAMA))
-    assert told == [(done, count) for done in range(count + 1)]
+    assert reported == [(done, count) for done in range(count + 1)]
 
 
-def test_what_progress_raises_ends_the_work_and_leaves_nothing(model: Path) -> None:
+def test_an_exception_from_progress_ends_the_work_and_leaves_nothing(model: Path) -> None:
     def interrupt(done: int, _total: int | None) -> None:
         if done == 3:
             raise KeyboardInterrupt
@@ -79,40 +80,41 @@ def test_what_progress_raises_ends_the_work_and_leaves_nothing(model: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("spoil", "error", "said"),
+    ("spoil", "error"),
     [
-        (lambda model: tiny_gguf.write_not_gguf(model), ModelFileError, "not a readable GGUF file"),
-        (lambda model: tiny_gguf.write_truncated(model, model, 0.5), ModelFileError, "cut short"),
-        (lambda model: model.unlink(), ModelNotFoundError, "no such model file"),
+        (lambda model: tiny_gguf.write_not_gguf(model), ModelFileError),
+        (lambda model: tiny_gguf.write_truncated(model, model, 0.5), ModelFileError),
+        (lambda model: model.unlink(), ModelNotFoundError),
     ],
 )
 def test_a_damaged_source_is_named_and_leaves_nothing(
-    model: Path, spoil: Callable[[Path], object], error: type[FedbptError], said: str
+    model: Path, spoil: Callable[[Path], object], error: type[FedbptError]
 ) -> None:
     spoil(model)
     before = names(model.parent)
-    with pytest.raises(error, match=said) as failed:
+    with raises(error) as failed:
         models.requantize(model, "q4_0", n_threads=1)
     assert "tiny.gguf" in str(failed.value)
-    assert len(str(failed.value).splitlines()) == 1
     assert names(model.parent) == before
 
 
 def test_an_unknown_format_is_refused_with_the_choices(model: Path) -> None:
-    with pytest.raises(InputError, match=r"unknown format 'q4': choose one of q2_k, .*q4_0, .*f16"):
+    with raises(InputError, field="format") as refused:
         models.requantize(model, "q4")
+    assert all(name in str(refused.value) for name in models.FORMATS)
 
 
-def test_no_threads_cannot_work(model: Path) -> None:
-    with pytest.raises(InputError, match="n_threads must be a whole number from 1 to 512 or None, got 0"):
+def test_zero_threads_are_refused(model: Path) -> None:
+    with raises(InputError, field="n_threads"):
         models.requantize(model, "q4_0", n_threads=0)
 
 
 def test_an_existing_file_is_replaced_only_by_force(model: Path) -> None:
     there = model.with_name("there.gguf")
     there.write_text("precious")
-    with pytest.raises(InputError, match=r"there\.gguf exists"):
+    with raises(InputError, field="out") as refused:
         models.requantize(model, "q4_0", there)
+    assert "there.gguf" in str(refused.value)
     assert there.read_text() == "precious"
     models.requantize(model, "q4_0", there, force=True, n_threads=1)
     assert [part.type for part in models.weight_formats(there)] == ["q4_0"]
@@ -123,28 +125,28 @@ def test_the_source_is_never_replaced(model: Path) -> None:
     link.symlink_to(model)
     before = model.read_bytes()
     for out in (model, link):
-        with pytest.raises(InputError, match="is the model itself"):
+        with raises(InputError, field="out"):
             models.requantize(model, "q4_0", out, force=True)
     assert model.read_bytes() == before
 
 
-def test_a_folder_is_no_file_to_write(model: Path) -> None:
-    with pytest.raises(InputError, match="is a folder"):
+def test_a_folder_as_the_target_is_refused(model: Path) -> None:
+    with raises(InputError, field="out"):
         models.requantize(model, "q4_0", model.parent, force=True)
 
 
 @pytest.mark.parametrize("folder", ["absent", "tiny.gguf"])
-def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(model: Path, folder: str) -> None:
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_work(model: Path, folder: str) -> None:
     def never(_done: int, _total: int | None) -> None:
-        pytest.fail("it was not told before the work")
+        pytest.fail("the work began")
 
-    with pytest.raises(ModelError, match=rf"cannot write .*{folder}/out\.gguf") as failed:
+    with raises(ModelError) as failed:
         models.requantize(model, "q4_0", model.parent / folder / "out.gguf", progress=never)
-    assert len(str(failed.value).splitlines()) == 1
+    assert f"{folder}/out.gguf" in str(failed.value)
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(model: Path) -> None:
-    """In a process of its own, which may write files of 4 KiB only."""
+    """In a child process whose files are limited to 4 KiB."""
     script = f"""
 import resource
 from fedbpt import models
@@ -158,11 +160,11 @@ except ModelFileError as error:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr[-1000:]
     assert done.stdout.startswith("refused:")
-    assert "disk full" in done.stdout
+    assert "tiny.gguf" in done.stdout
     assert names(model.parent) == ["tiny.gguf"]
 
 
-def test_the_command_prints_the_path_and_says_what_to_check(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_path_and_a_command_to_check_it(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def run(*options: str) -> tuple[str, str]:
         with pytest.raises(SystemExit) as ended:
             cli.main(["models", "requantize", str(model), "q4_0", "--threads", "1", *options])
@@ -173,7 +175,6 @@ def test_the_command_prints_the_path_and_says_what_to_check(model: Path, capfd: 
     out, err = run()
     path = model.with_name("tiny.q4_0.gguf")
     assert out == f"{path}\n"
-    assert "before" in err.splitlines()[-1]
     assert "fedbpt evaluate" in err.splitlines()[-1]
     assert run("--force", "--quiet") == (f"{path}\n", "")
     out, err = run("--force", "--json")

@@ -16,7 +16,7 @@ from tiny_case import Case
 
 import fedbpt
 from fedbpt.engine.native_generator import NativeGenerator
-from fedbpt.engine.text_generator import OPENAIS, Placed, Sampling
+from fedbpt.engine.text_generator import OPENAI_SAMPLING, Placed, Sampling
 from fedbpt.engine.text_stream import SLICE, Generation
 from fedbpt.errors import ScoringInterrupted
 
@@ -98,7 +98,7 @@ def test_control_tokens_in_a_text_to_go_on_with_count_as_such(case_of: Any, name
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
-        ({}, OPENAIS),
+        ({}, OPENAI_SAMPLING),
         ({"temp": 0.6, "top_p": 0.95, "top_k": 20}, Sampling(0.6, 0.95, 20)),
         ({"temp": 0.25}, Sampling(0.25)),
         ({"top_k": 64, "min_p": 0.05}, Sampling(1.0, 1.0, 64)),
@@ -126,7 +126,7 @@ def test_the_makers_sampling_is_read_from_the_model_file(
     scorer = fedbpt.load_model(tiny_gguf.write(tmp_path / "m.gguf", tiny_gguf.SMALLEST), n_threads=1)
     with caplog.at_level(logging.WARNING):
         found = scorer.generator.recommended
-    wanted = expected or OPENAIS
+    wanted = expected or OPENAI_SAMPLING
     assert [found.temperature, found.top_p] == pytest.approx([wanted.temperature, wanted.top_p], abs=1e-6)
     assert (found.top_k, found.seed) == (wanted.top_k, None)
     assert bool(caplog.records) == (expected is None)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbpt.engine.text_generator import OPENAIS, SEEDS, Placed, Sampling, Token, check_rows
+from fedbpt.engine.text_generator import OPENAI_SAMPLING, SEEDS, Placed, Sampling, Token, check_rows
 from fedbpt.errors import InputError, ScoringInterrupted
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class ToyGenerator:
         self.n_tokens = 0
         self.opened: list[Placed] = []
         self.n_open = 0
-        self.recommended = OPENAIS
+        self.recommended = OPENAI_SAMPLING
         self.cancelled = threading.Event()
         self.pace = threading.Event()
         self.pace.set()

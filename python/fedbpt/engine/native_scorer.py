@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 KVType = Literal["f16", "q8_0"]
 
 DEFAULT_KV_BUDGET_BYTES = 512 * 2**20
-"""How much KV a plan keeps unless told otherwise: that of some 250 texts of 90 tokens for a model of 135M."""
+"""Default KV budget of a plan: enough for about 250 texts of 90 tokens with a model of 135M parameters."""
 
 
 @checked
@@ -51,35 +51,35 @@ def load_model(
 ) -> NativeScorer:
     """Load a model for scoring.
 
-    The first time a file is loaded it is tried in a process of its own: damaged ones may end a process
+    A file is first loaded in a child process, once, since a damaged file may crash the process that loads it
     (`fedbpt.models.trial`).
 
     Args:
-        name_or_path: a name from the catalogue (``fedbpt models list``) that has been pulled, or a GGUF file;
-            any part of a split one.
-        n_threads: threads that compute; None: the physical cores that this process may use.
-        n_gpu_layers: layers to put on the GPU, for builds with a GPU backend; -1: all.
-        gpu: the name of one of `gpus`; None: all that there are.
-        kv_budget_bytes: how much of its texts' KV a plan (`NativeScorer.compile`) may keep.
-        kv_type: ``q8_0`` keeps twice as many texts in the same memory; logits move by rounding (docs/engine.md).
-        late: load the weights at the first use. A file that cannot be loaded is told then, not here.
+        name_or_path: a pulled model's name in the catalogue (``fedbpt models list``), or a GGUF file; for a split
+            model, any of its parts.
+        n_threads: compute threads; None: the number of physical cores available to this process.
+        n_gpu_layers: layers to offload to the GPU, in builds with a GPU backend; -1: all.
+        gpu: name of one of `gpus`; None: use all.
+        kv_budget_bytes: maximum size of the KV that a plan (`NativeScorer.compile`) keeps, in bytes.
+        kv_type: ``q8_0`` fits twice as many texts into the same memory; it rounds logits (docs/engine.md).
+        late: load the weights at first use; errors about the file are then raised there.
 
     Raises:
         ModelNotFoundError: no such name, not pulled yet, or no such file.
-        ModelFileError: not a GGUF file, cut short, damaged or contradicting itself, or a part of it is missing.
+        ModelFileError: not a GGUF file, truncated, damaged or inconsistent, or a part of it is missing.
         UnsupportedModelError: no causal decoder, or an architecture that soft prompts do not work with.
-        InputError: no or too many threads, GPU layers where there is no (such) GPU, a ``kv_type`` that the
-            model's attention heads do not divide into.
+        InputError: no or too many threads, GPU layers without a GPU (of that name), a ``kv_type`` whose block size
+            does not divide the model's attention heads.
 
     Warns:
-        ModelWarning: llama.cpp computes the model otherwise than its makers do (`NativeScorer.notes`).
+        ModelWarning: llama.cpp's computation differs from the reference implementation (`NativeScorer.notes`).
     """
     path = models.locate(Path(name_or_path) if isinstance(name_or_path, os.PathLike) else name_or_path)
     return NativeScorer(path, str(name_or_path), n_threads, n_gpu_layers, gpu, kv_budget_bytes, kv_type, late)
 
 
 class Gpu(NamedTuple):
-    """One that this build of fedbpt can use."""
+    """A GPU that this build of fedbpt can use."""
 
     name: str
     description: str
@@ -88,15 +88,15 @@ class Gpu(NamedTuple):
 
 
 def gpus() -> tuple[Gpu, ...]:
-    """The GPUs of this machine, where fedbpt is built with a backend for them (docs/backends.md)."""
+    """List the GPUs of this machine that this build has a backend for (docs/backends.md)."""
     from fedbpt import _native
 
     return tuple(Gpu(*found) for found in _native.gpus())
 
 
 def _engine(path: Path, settings: TrialSettings) -> _native.Engine:
-    """Load a model that has passed its trial."""
-    from fedbpt import _native  # late: a device that waits for its first work does without its memory
+    """Load a model after its trial load."""
+    from fedbpt import _native  # imported here to save memory on a device that has no work yet
 
     run_once(path, settings)
     q8_0 = settings.kv_type == "q8_0"
@@ -115,17 +115,17 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def _twin(engine: _native.Engine, on_gpu: bool) -> _native.Engine:
-    """For a process that was forked from the one of ``engine``."""
+    """Make the engine of a forked process from ``engine`` of its parent."""
     if on_gpu:
-        raise InputError("a model on a GPU cannot be used in a process that was forked from it: load it there")
+        raise InputError("a model on a GPU cannot be used after a fork: load it in the child process")
     return engine.twin()
 
 
 class NativeScorer:
     """A frozen GGUF model that scores texts under soft prompts (`fedbpt.engine.scorer.Scorer`).
 
-    Thread-safe. A process that is forked may go on with it: the weights are shared, and threads are started anew. On a
-    GPU it is refused. Pickled, it is loaded again from its file.
+    Thread-safe. Usable after a fork, except on a GPU: the child shares the weights and starts its own threads.
+    Unpickling loads the model again from its file.
     """
 
     @checked
@@ -140,12 +140,14 @@ class NativeScorer:
         kv_type: KVType = "f16",
         late: bool = False,
     ) -> None:
-        self.path, name = path, None if name is None else os.fspath(name)
+        self.path = path
+        name = None if name is None else os.fspath(name)
         self.name = printable(path.stem if name and name.endswith(".gguf") else name or path.stem)
         self.kv_budget_bytes = kv_budget_bytes
         self._given = name or str(path)
         self._settings = (path, name, n_threads, n_gpu_layers, gpu, kv_budget_bytes, kv_type)
-        self._n_gpu_layers, self._gpu = n_gpu_layers, gpu
+        self._n_gpu_layers = n_gpu_layers
+        self._gpu = gpu
         threads = physical_cores() if n_threads is None else n_threads
         self._load: Callable[[], _native.Engine] = partial(
             _engine, path, TrialSettings(threads, n_gpu_layers, gpu, kv_type)
@@ -156,7 +158,7 @@ class NativeScorer:
         self._embedding_std: float | None = None
         self._noted = False
         self._in_flight: list[_native.Plan] = []
-        self._torn: list[_native.Plan] = []  # in flight as this process was forked
+        self._interrupted_by_fork: list[_native.Plan] = []
         _scorers.add(self)
         if not late:
             self._load_once()
@@ -165,12 +167,14 @@ class NativeScorer:
         return NativeScorer, (*self._settings, True)
 
     def _after_fork(self) -> None:
-        """The threads that compute, and whoever holds the lock, are in the process that this one was forked from."""
+        """Reset what depends on the parent's threads: locks, calls in flight, and the engine's thread pool."""
         self._loading = threading.Lock()
-        self._torn, self._in_flight = self._torn + self._in_flight, []
+        self._interrupted_by_fork += self._in_flight
+        self._in_flight = []
         self.__dict__.pop("generator", None)
         if self._loaded is not None:
-            self._load, self._loaded = partial(_twin, self._loaded, bool(self._n_gpu_layers)), None
+            self._load = partial(_twin, self._loaded, bool(self._n_gpu_layers))
+            self._loaded = None
 
     def __repr__(self) -> str:
         return f"<NativeScorer {self.name}: {self._engine.description}, {self.n_threads} threads, {self.backend}>"
@@ -185,8 +189,9 @@ class NativeScorer:
                 with self._files.unchanged():
                     loaded = self._load()
                 self._loaded = loaded
-                for note in () if self._noted else loaded.notes:
-                    warnings.warn(f"{self.name}: {note}", ModelWarning, stacklevel=2)
+                if not self._noted:
+                    for note in loaded.notes:
+                        warnings.warn(f"{self.name}: {note}", ModelWarning, stacklevel=2)
                 self._noted = True
             return self._loaded
 
@@ -217,12 +222,12 @@ class NativeScorer:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What llama.cpp computes otherwise than the model's makers do, a sentence each; of a late model none yet."""
+        """Differences of llama.cpp from the reference implementation, a sentence each; empty before a late load."""
         return tuple(self._loaded.notes) if self._loaded is not None else ()
 
     @property
     def embedding_scale(self) -> float:
-        """What the model multiplies token embeddings by before its first layer; soft prompt rows are given after it."""
+        """Factor applied to token embeddings before the first layer; soft prompt rows are inserted after it."""
         return float(self._engine.embedding_scale)
 
     @property
@@ -234,17 +239,17 @@ class NativeScorer:
 
     @property
     def fingerprint(self) -> str:
-        """``sha256:…`` of the model's files as they were loaded. Raises `ModelFileError` where they have changed."""
+        """``sha256:…`` of the model's files as loaded. Raises `ModelFileError` if they have changed since."""
         return self._files.fingerprint
 
     @property
     def shares_beginnings(self) -> bool:
-        """Before a late model is loaded it says no: that costs no more than a high estimate."""
+        """False before a late model is loaded, which at worst makes an estimate too high."""
         return self._loaded is not None and bool(self._loaded.shares_beginnings)
 
     @property
     def embedding_std(self) -> float:
-        """Standard deviation over all entries of the token embedding table, as the graph sees it."""
+        """Standard deviation over all entries of the token embedding table, after the model's embedding scale."""
         if self._embedding_std is None:
             with self._files.unchanged():
                 self._embedding_std = float(self._engine.embedding_std())
@@ -258,7 +263,7 @@ class NativeScorer:
 
     @checked
     def token_embeddings(self, ids: ArrayLike) -> NDArray[np.float32]:
-        """Input embeddings [len(ids), n_embd] of tokens, in the scale that soft prompt rows have."""
+        """Input embeddings [len(ids), n_embd] of tokens, in the scale of soft prompt rows."""
         with self._files.unchanged():
             rows: NDArray[np.float32] = self._engine.token_embeddings(token_ids(ids, "ids"))
         return rows
@@ -276,27 +281,26 @@ class NativeScorer:
         layers: Sequence[int] | None = None,
         keep_kv: bool = True,
     ) -> NativePlan:
-        """Lay a data set out for scoring many times.
+        """Prepare a data set for repeated scoring.
 
-        In ``cue`` placement the plan keeps the texts' KV as they are first scored, up to the scorer's
-        ``kv_budget_bytes``: from then on a candidate costs n_prompt tokens a text. What does not fit is computed again
-        each time (`NativePlan.n_kept` says how many are kept). Kept KV lies outside the context, and is restored for
-        the texts of a call.
+        In ``cue`` placement the plan keeps each text's KV when it is first scored, up to the scorer's
+        ``kv_budget_bytes`` (`NativePlan.n_kept` texts fit): from then on a candidate costs n_prompt tokens per text.
+        The KV of other texts is computed again in each call.
+
+        Strings are tokenized. BOS, if the model uses it, precedes the prefix, or each text if there is no prefix.
 
         Args:
             texts: N texts, each a string or token ids.
             label_ids, placement, prefix: as for `score_with_soft_prompt`.
-            cue: what follows each text ("\\nTopic:"), a string or token ids.
-            continuations: for each of the N texts the K token-id sequences that may follow it; None: none. Their
+            cue: appended to each text ("\\nTopic:"), a string or token ids.
+            continuations: for each of the N texts, K token-id sequences to score; None: none. Their
                 log-probabilities, in nats, come before the logits; ``label_ids`` None then means no logits.
-            layers: those whose states `NativePlan.states` is to give, ascending from 0; None: none. With them,
+            layers: layers whose hidden states `NativePlan.states` returns, ascending from 0; None: none. With them,
                 ``label_ids`` may be empty: no logits.
-            keep_kv: False for one pass over the texts: nothing is kept.
-
-        A string is tokenised here. BOS, where the model wants it, goes before the prefix, else before each text.
+            keep_kv: False for a single pass over the texts: their KV is not kept.
 
         Raises:
-            InputError: as `score_with_soft_prompt`, for all that does not depend on the prompt.
+            InputError: as `score_with_soft_prompt`, except for ``embeds``.
         """
         after = self._ids([] if cue is None else cue, "cue", add_bos=False)
         before = self._ids([] if prefix is None else prefix, "prefix")
@@ -341,18 +345,19 @@ class NativeScorer:
                 rows in place of the text's last n_prompt tokens.
             prefix: token ids before everything, shared by all texts (BOS, an instruction).
 
-        A candidate's logits depend on no other candidate and on no earlier call, and repeat bit for bit.
+        A candidate's logits do not depend on other candidates or earlier calls, and are reproducible bit for bit.
 
         Raises:
             InputError: wrong n_embd, NaN or infinity, an empty text, a text longer than the context, a token id
                 outside the vocabulary.
-            ScoringInterrupted: `interrupt` was called. Ctrl-C raises KeyboardInterrupt within one graph.
+            ScoringInterrupted: `interrupt` was called.
+            KeyboardInterrupt: Ctrl-C, after at most one graph.
         """
         return self.compile(tokens, label_ids, placement, prefix, keep_kv=False).score(embeds)
 
     @cached_property
     def generator(self) -> NativeGenerator:
-        """Generates text with these weights, by a KV cache of its own."""
+        """Text generator on these weights, with its own KV cache."""
         return NativeGenerator(self._engine, self._files)
 
     def interrupt(self) -> None:
@@ -369,10 +374,11 @@ class NativeScorer:
     def score_plan(
         self, plan: _native.Plan, embeds: ArrayLike, indices: NDArray[np.int64], with_states: bool = False
     ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-        """What `NativePlan.score` and `NativePlan.score_states` do."""
-        if plan in self._torn:
-            raise InputError("these texts were being scored when this process was forked: compile them anew here")
-        rows, engine = prompt_rows(embeds, self.n_embd), self._engine
+        """Implement `NativePlan.score` and `NativePlan.score_states`."""
+        if plan in self._interrupted_by_fork:
+            raise InputError("this plan was being scored when the process was forked: compile it again in the child")
+        rows = prompt_rows(embeds, self.n_embd)
+        engine = self._engine
         self._in_flight.append(plan)
         try:
             with self._files.unchanged():
@@ -388,15 +394,15 @@ class NativeScorer:
 
     @cached_property
     def weight_formats(self) -> tuple[models.WeightFormat, ...]:
-        """What the matrices of the layers are stored as, most parameters first."""
+        """Storage formats of the layers' matrices, most parameters first."""
         with self._files.unchanged():
             return models.weight_formats(self.path)
 
     @cached_property
     def hint(self) -> str | None:
-        """One line of advice where this CPU would be much faster with another format of the weights, else None.
+        """One line of advice if another weight format would be much faster on this CPU, else None.
 
-        The first time it measures the CPU's matrix kernels, for some 30 ms each.
+        The first access measures the CPU's matrix kernels, about 30 ms each.
         """
         if self._n_gpu_layers:
             return None
@@ -410,7 +416,7 @@ class NativeScorer:
 
 
 class NativePlan:
-    """A data set laid out by `NativeScorer.compile` (`fedbpt.engine.scorer.Plan`)."""
+    """A data set prepared by `NativeScorer.compile` (`fedbpt.engine.scorer.Plan`)."""
 
     def __init__(self, scorer: NativeScorer, plan: _native.Plan, layers: Sequence[int] = ()) -> None:
         self._scorer = scorer
@@ -428,21 +434,21 @@ class NativePlan:
 
     @property
     def n_kept(self) -> int:
-        """Texts whose KV is kept."""
+        """Number of texts whose KV is kept."""
         return int(self._plan.n_kept)
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the KV that is kept."""
+        """Size of the kept KV in bytes."""
         return int(self._plan.kv_bytes)
 
     @checked
     def score(self, embeds: ArrayLike, indices: ArrayLike | None = None) -> NDArray[np.float32]:
         """Logits [n_candidates, n, n_labels] of the texts ``indices`` [n] (None: all) under each candidate prompt.
 
-        With continuations, [n_candidates, n, K + n_labels]: their log-probabilities, nats, then the logits.
+        With continuations, [n_candidates, n, K + n_labels]: their log-probabilities in nats, then the logits.
 
-        Raises as `NativeScorer.score_with_soft_prompt`; InputError also for an index outside the plan.
+        Raises as `NativeScorer.score_with_soft_prompt`, and InputError for an index outside the plan.
         """
         return self._scorer.score_plan(self._plan, embeds, self._chosen(indices))[0]
 
@@ -450,26 +456,26 @@ class NativePlan:
     def score_states(
         self, embeds: ArrayLike, indices: ArrayLike | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """What `score` returns, and the states of the plan's layers [n_candidates, n, n_layers, n_embd], in one pass.
+        """As `score`, with the hidden states of the plan's layers [n_candidates, n, n_layers, n_embd], in one pass.
 
-        A state is what a layer adds up to at a text's last token, before the next layer's norm: element l + 1 of
-        ``hidden_states`` in Hugging Face's transformers, but after the last layer also before the final norm.
+        A hidden state is the output of layer l at a text's last token, before the next layer's norm: element l + 1 of
+        ``hidden_states`` in Hugging Face's transformers, except that the last layer's is taken before the final norm.
 
-        Raises as `score`; InputError where the plan was compiled without ``layers``; UnsupportedModelError where
-        llama.cpp does not say where this architecture's layers end.
+        Raises as `score`; InputError if the plan was compiled without ``layers``; UnsupportedModelError if llama.cpp's
+        graph does not mark the layer outputs of this architecture.
         """
         if not self.layers:
-            raise InputError("the plan has no layers: name some when you compile it (layers=(…))", field="layers")
+            raise InputError("the plan has no layers: compile it with layers=(…)", field="layers")
         logits, states = self._scorer.score_plan(self._plan, embeds, self._chosen(indices), with_states=True)
         assert states is not None
         return logits, states
 
     @checked
     def states(self, indices: ArrayLike | None = None, embeds: ArrayLike | None = None) -> NDArray[np.float32]:
-        """States of the plan's layers [n, n_layers, n_embd] at the last token of the texts ``indices`` [n] (None: all).
+        """Hidden states [n, n_layers, n_embd] of the plan's layers at the last token of the texts ``indices`` [n].
 
-        Under candidate prompts ``embeds`` [n_candidates, n_prompt, n_embd]: [n_candidates, n, n_layers, n_embd].
-        Raises as `score_states`.
+        ``indices`` None: all. With candidate prompts ``embeds`` [n_candidates, n_prompt, n_embd], the result is
+        [n_candidates, n, n_layers, n_embd]. Raises as `score_states`.
         """
         if embeds is not None:
             return self.score_states(embeds, indices)[1]
@@ -480,7 +486,7 @@ class NativePlan:
         chosen = np.arange(self.n_texts) if indices is None else as_array(indices, "indices")
         if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
             raise InputError(
-                f"indices must be a flat sequence of text numbers, got {chosen.dtype} {list(chosen.shape)}"
+                f"indices must be a flat sequence of integers, got {chosen.dtype} {list(chosen.shape)}", field="indices"
             )
         return np.ascontiguousarray(chosen, dtype=np.int64)
 

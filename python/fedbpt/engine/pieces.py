@@ -1,4 +1,4 @@
-"""`TextPieces`: a text that comes in bytes, given on in whole characters and without what stops it."""
+"""`TextPieces`: decodes a stream of bytes into whole characters, up to a stop string."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 
 class TextPieces:
-    """``stop``: strings that end the text; neither they nor what follows is given.
+    """Incremental UTF-8 decoder. ``stop``: strings that end the text; they and what follows are dropped.
 
-    Bytes that are no UTF-8 become U+FFFD; a character that the text breaks off in is left out.
+    Invalid UTF-8 becomes U+FFFD; an incomplete character at the end is dropped.
     """
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
@@ -17,10 +17,10 @@ class TextPieces:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""  # may be the beginning of a stop string
         self.stopped = False
-        """Whether a stop string came."""
+        """Whether a stop string was found."""
 
     def add(self, data: bytes) -> str:
-        """What can be given on now that ``data`` has come; empty after a stop string."""
+        """Take in ``data`` and return the text that is complete so far; empty after a stop string."""
         if self.stopped:
             return ""
         text = self._held + self._decoder.decode(data)
@@ -33,12 +33,12 @@ class TextPieces:
         return text[: len(text) - keep]
 
     def end(self) -> str:
-        """What was held back, as nothing follows."""
+        """Return the text that was held back; call it when no more data follows."""
         text, self._held = self._held, ""
         return text
 
 
 def _overlap(text: str, string: str) -> int:
-    """Length of the longest end of ``text`` that ``string`` begins with."""
-    most = min(len(text), len(string) - 1)
-    return next((n for n in range(most, 0, -1) if text.endswith(string[:n])), 0)
+    """Length of the longest suffix of ``text`` that is a proper prefix of ``string``."""
+    longest = min(len(text), len(string) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(string[:n])), 0)

@@ -25,25 +25,25 @@ class Plan(Protocol):
     def score(self, embeds: ArrayLike, indices: ArrayLike | None = None) -> NDArray[np.float32]:
         """Logits [n_candidates, n, n_labels] of the texts ``indices`` [n] (None: all) under each candidate prompt.
 
-        With continuations [n_candidates, n, K + n_labels]: their log-probabilities, then the logits.
-        Args and errors as for `Scorer.score_with_soft_prompt`. A candidate's logits depend on ``indices`` and on no
-        other candidate or call.
+        With continuations, [n_candidates, n, K + n_labels]: their log-probabilities in nats, then the logits.
+        Arguments and errors as for `Scorer.score_with_soft_prompt`. A candidate's logits depend on ``indices``, but
+        not on other candidates or calls.
         """
         ...
 
     def score_states(
         self, embeds: ArrayLike, indices: ArrayLike | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """What `score` returns, and the states of the plan's layers [n_candidates, n, n_layers, n_embd], in one pass.
+        """As `score`, with the hidden states of the plan's layers [n_candidates, n, n_layers, n_embd], in one pass.
 
-        A state is what a layer adds up to at a text's last token, before the next layer's norm.
+        A hidden state is a layer's output at a text's last token, before the next layer's norm.
         """
         ...
 
 
 @runtime_checkable
 class Scorer(Protocol):
-    """What the layers above ask of a model. Implementations are deterministic: same call, same bits."""
+    """A model that scores texts. Implementations are deterministic: same call, same bits."""
 
     @property
     def n_embd(self) -> int: ...
@@ -64,7 +64,7 @@ class Scorer(Protocol):
 
     @property
     def name(self) -> str:
-        """What to call the model in a message to a person."""
+        """Display name of the model."""
         ...
 
     @property
@@ -77,13 +77,15 @@ class Scorer(Protocol):
 
     @property
     def shares_beginnings(self) -> bool:
-        """Whether a text in ``cue`` placement costs no more than its end while the KV of one that begins alike, of the
-        last few or of a plan's, is there. The bits are the same."""
+        """Whether texts in ``cue`` placement reuse the KV of a common prefix with recent texts or those of a plan.
+
+        Only the rest is computed then; results are the same bit for bit.
+        """
         ...
 
     @property
     def embedding_std(self) -> float:
-        """Standard deviation over all entries of the token embedding table, as the graph sees it."""
+        """Standard deviation over all entries of the token embedding table, after the model's embedding scale."""
         ...
 
     def tokenize(self, text: str, add_bos: bool | None = None) -> NDArray[np.int32]:
@@ -91,7 +93,7 @@ class Scorer(Protocol):
         ...
 
     def token_embeddings(self, ids: ArrayLike) -> NDArray[np.float32]:
-        """Input embeddings [len(ids), n_embd] of tokens, in the scale that soft prompt rows have."""
+        """Input embeddings [len(ids), n_embd] of tokens, in the scale of soft prompt rows."""
         ...
 
     def compile(
@@ -106,13 +108,12 @@ class Scorer(Protocol):
         layers: Sequence[int] | None = None,
         keep_kv: bool = True,
     ) -> Plan:
-        """Lay a data set out for scoring many times; arguments as for `score_with_soft_prompt`.
+        """Prepare a data set for repeated scoring; arguments as for `score_with_soft_prompt`.
 
-        ``cue``: token ids that follow each text. ``continuations``: for each text the K token-id sequences that may
-        follow it; their log-probabilities, nats, come before the logits, and no ``label_ids`` means no logits then.
-        ``layers``: those whose states `Plan.score_states` gives, ascending; ``label_ids`` may then be empty.
-        ``keep_kv`` False: for one pass over it; nothing is kept of the
-        texts' KV.
+        ``cue``: token ids appended to each text. ``continuations``: for each text, the K token-id sequences to score;
+        their log-probabilities come before the logits, and ``label_ids`` None then means no logits.
+        ``layers``: those whose states `Plan.score_states` returns, ascending; ``label_ids`` may then be empty.
+        ``keep_kv`` False: for a single pass; the texts' KV is not kept.
         """
         ...
 
@@ -143,7 +144,7 @@ class Scorer(Protocol):
         ...
 
     def interrupt(self) -> None:
-        """Make the scoring call in flight, on whatever thread, raise `ScoringInterrupted`; there may be none."""
+        """Make the scoring call in flight, on whatever thread, raise `ScoringInterrupted`; does nothing without one."""
         ...
 
     def memory(self) -> Mapping[str, int]:

@@ -1,4 +1,4 @@
-"""The `Generator` protocol: a frozen language model that goes on with texts, token by token, under soft prompts."""
+"""The `Generator` protocol: a frozen language model that continues texts, token by token, under soft prompts."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from fedbpt.engine.scorer import Scorer
 from fedbpt.errors import InputError
 
 SEEDS = 2**32 - 1
-"""Seeds are 0 … SEEDS − 1."""
+"""Number of seeds: 0 … SEEDS − 1."""
 
 
 @dataclass(frozen=True)
 class Sampling(metaclass=DataclassMeta):
-    """How the next token is chosen. ``temperature`` 0: the most likely one, whatever the rest says.
+    """How the next token is chosen. ``temperature`` 0: always the likeliest token; the other fields are then unused.
 
-    ``top_p``: only from the likeliest tokens that have so much probability together; ``top_k``: from so many, 0: all.
-    ``seed`` None: another one each time. Raises `InputError` for what makes no sense.
+    ``top_p``: sample from the smallest set of tokens with this total probability (nucleus sampling); ``top_k``: from
+    the k likeliest, 0: all; ``seed`` None: a fresh seed for each text. Raises `InputError` for invalid values.
     """
 
     temperature: float = 0.0
@@ -33,20 +33,20 @@ class Sampling(metaclass=DataclassMeta):
     def __post_init__(self) -> None:
         check_fields(self)
         if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature must be a number from 0 on, got {self.temperature}")
+            raise InputError(f"temperature must be finite and at least 0, got {self.temperature}", field="temperature")
         if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+            raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}", field="top_p")
         if not 0 <= self.top_k < 2**31:
-            raise InputError(f"top_k must be a number of tokens, or 0 for all, got {self.top_k}")
+            raise InputError(f"top_k must be from 0 (all tokens) to 2^31 - 1, got {self.top_k}", field="top_k")
 
 
-OPENAIS = Sampling(temperature=1.0)
-"""How OpenAI's API samples where nothing else is said."""
+OPENAI_SAMPLING = Sampling(temperature=1.0)
+"""Defaults of OpenAI's API."""
 
 
 @dataclass(frozen=True)
 class Placed:
-    """What a model reads: token ids [n], those from ``rows_at`` on embedded as ``rows`` [n_rows, n_embd] instead."""
+    """A model's input: token ids [n]; from ``rows_at`` on, ``rows`` [n_rows, n_embd] replace their embeddings."""
 
     ids: NDArray[np.int32]
     rows: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), dtype=np.float32))
@@ -54,7 +54,7 @@ class Placed:
 
 
 class Token(NamedTuple):
-    """A token that was chosen, its log-probability in nats before any sampling, and those of the likeliest there."""
+    """A chosen token, its log-probability (nats, before sampling), and (id, log-probability) of the likeliest."""
 
     id: int
     log_prob: float
@@ -66,7 +66,7 @@ class TokenStream(Protocol):
 
     @property
     def n_reused(self) -> int:
-        """Tokens of what was given that did not have to be computed again."""
+        """Input tokens whose KV was reused."""
         ...
 
     def next(self, n_likeliest: int = 0) -> Token:
@@ -74,20 +74,20 @@ class TokenStream(Protocol):
         ...
 
     def cancel(self) -> None:
-        """End it, from any thread: `next` raises, within a graph where it is computing."""
+        """Make `next` raise; callable from any thread, and takes effect within a running graph."""
         ...
 
     def close(self) -> None:
-        """Give back its place among the texts that are being generated. Not while `next` computes."""
+        """Free the slot of this text. Not to be called while `next` runs."""
         ...
 
 
 class Generator(Protocol):
-    """What generation asks of a model."""
+    """A model that generates text."""
 
     @property
     def n_ctx(self) -> int:
-        """The longest text, in tokens, with what was given."""
+        """Maximum length of a text in tokens, input included."""
         ...
 
     @property
@@ -96,11 +96,11 @@ class Generator(Protocol):
         ...
 
     def open(self, placed: Placed, sampling: Sampling) -> TokenStream:
-        """Begin a text. Raises `InputError`: no tokens, rows that do not fit, more tokens than the context has."""
+        """Begin a text. Raises `InputError`: no tokens, rows that do not fit, more tokens than the context holds."""
         ...
 
     def piece(self, token: int) -> bytes:
-        """What a token adds to the text, perhaps a part of a character; nothing for special tokens."""
+        """UTF-8 bytes that a token adds to the text, possibly a part of a character; empty for special tokens."""
         ...
 
     def is_end(self, token: int) -> bool:
@@ -109,41 +109,41 @@ class Generator(Protocol):
 
     @property
     def recommended(self) -> Sampling:
-        """How the model's maker recommends to sample, as far as the model file says; else `OPENAIS`."""
+        """Sampling that the model file recommends; `OPENAI_SAMPLING` for what it does not specify."""
         ...
 
     def text_ids(self, text: str) -> NDArray[np.int32]:
-        """Token ids [n] of a text to go on with, BOS first where the model was trained with it.
+        """Token ids [n] of a text to continue, with BOS first if the model was trained with it.
 
-        What names a special token is that token, BOS too: then there is no other one.
+        Special tokens in the text are parsed as such; a text that begins with BOS gets no second one.
         """
         ...
 
     def chat_ids(self, messages: Sequence[tuple[str, str]]) -> NDArray[np.int32]:
-        """Token ids [n] of (role, content) messages, up to where the assistant's answer begins.
+        """Token ids [n] of (role, content) messages, up to the beginning of the assistant's reply.
 
-        Raises `InputError` where the model has no chat template, or a content names one of its special tokens.
+        Raises `InputError` if the model has no chat template, or a message contains one of its special tokens.
         """
         ...
 
 
 class TextModel(Scorer, Protocol):
-    """A `Scorer` that generates, too."""
+    """A `Scorer` that also generates text."""
 
     @property
     def generator(self) -> Generator: ...
 
 
 def generates(model: Scorer) -> TypeGuard[TextModel]:
-    """Whether the scorer is one that generates, too."""
+    """Whether the scorer also generates text."""
     return hasattr(type(model), "generator")
 
 
 def check_rows(rows: ArrayLike, n_embd: int) -> NDArray[np.float32]:
-    """Rows as float32 [n_rows, n_embd]; none at all may have any shape. Raises `InputError`."""
+    """Convert rows to float32 [n_rows, n_embd]; an empty array may have any shape. Raises `InputError`."""
     given = np.ascontiguousarray(array_of(rows, np.float32, "rows"))
     if given.size == 0:
         return np.empty((0, n_embd), dtype=np.float32)
     if given.ndim != 2 or given.shape[1] != n_embd:
-        raise InputError(f"rows must be [n_rows, {n_embd}], got {list(given.shape)}")
+        raise InputError(f"rows must have shape [n_rows, {n_embd}], got {list(given.shape)}", field="rows")
     return given

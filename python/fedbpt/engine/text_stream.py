@@ -1,4 +1,4 @@
-"""A text put to a model, with a tuned prompt where tuning placed it, and what the model says to it piece by piece."""
+"""`Generation`: a text generated piece by piece. `place`: a text, its template and a tuned prompt as model input."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from fedbpt.tasks.task import bos_ids, render_ids
 FinishReason: TypeAlias = Literal["stop", "length"]
 
 SLICE: Final = 32
-"""Tokens after which a text may be paused."""
+"""Interval in tokens at which a text may be paused."""
 
 
 class Piece(NamedTuple):
-    """What one token added to the text, perhaps nothing yet; ``token`` None for what was held back to the end."""
+    """Text that one token completed, possibly empty; ``token`` None: the text held back until the end."""
 
     text: str
     token: Token | None
 
 
 class Generation:
-    """A text as it is generated: iterate over its pieces. `cancel` ends it from any thread.
+    """A text being generated: iterate over its pieces. `cancel` ends it from any thread.
 
-    A generator goes on with few texts at a time. This one's place is given back at the end of the text, where it fails,
-    and by `close`, which a context manager calls; until then it is held, except after `pause`.
+    A generator has a small number of slots. This text holds one until it ends, an error occurs, or `close` is called
+    (by a ``with`` statement, for example); `pause` frees it until the next piece.
 
     Args:
         generator: of the model.
-        placed: what the model reads.
+        placed: the model's input.
         sampling: how tokens are chosen.
-        max_tokens: at most so many; None: as many as the context has room for.
-        stop: strings that end the text, and are left out.
-        n_likeliest: how many of the likeliest tokens to name beside each.
+        max_tokens: maximum number of tokens; None: up to the end of the context.
+        stop: strings that end the text; they are not part of it.
+        n_likeliest: number of likeliest tokens to report with each token.
 
     Raises:
-        InputError: ``max_tokens`` < 1; what `Generator.open` refuses.
+        InputError: ``max_tokens`` < 1; as `Generator.open`.
     """
 
     @checked
@@ -60,20 +60,23 @@ class Generation:
         n_likeliest: NaturalInt = 0,
     ) -> None:
         self.n_prompt = len(placed.ids)
-        """Tokens that the model reads."""
+        """Number of input tokens."""
         self.finish_reason: FinishReason | None = None
-        """``stop``: the model ended its text, or a stop string came; ``length``: there was no room for more."""
+        """``stop``: the model ended its text, or a stop string was found; ``length``: ``max_tokens`` or context end."""
         room = generator.n_ctx - self.n_prompt
-        self._most = room if max_tokens is None else min(max_tokens, room)
-        self._generator, self._placed, self._sampling = generator, placed, sampling or Sampling()
+        self._max_tokens = room if max_tokens is None else min(max_tokens, room)
+        self._generator = generator
+        self._placed = placed
+        self._sampling = sampling or Sampling()
         self._n_likeliest = n_likeliest
         self._text = TextPieces(stop)
         self._ids: list[int] = []
         self._slice = 0
-        self._cancelled = self._closed = False
+        self._cancelled = False
+        self._closed = False
         self._stream: TokenStream | None = self._open()
         self.n_reused = self._stream.n_reused
-        """Tokens of ``n_prompt`` whose KV was there already."""
+        """Input tokens whose KV was reused."""
 
     @property
     def n_tokens(self) -> int:
@@ -81,23 +84,23 @@ class Generation:
         return len(self._ids)
 
     def cancel(self) -> None:
-        """From any thread: the next piece raises `ScoringInterrupted`."""
+        """Make the next piece raise `ScoringInterrupted`; callable from any thread."""
         self._cancelled = True
         stream = self._stream
         if stream is not None:
             stream.cancel()
 
     def pause(self) -> None:
-        """Give the place back until the next piece is asked for. Call it after a multiple of `SLICE` tokens.
+        """Free the slot until the next piece is requested. Call it only after a multiple of `SLICE` tokens.
 
-        In between, sampling with a seed would not give the text again that it gives without a pause.
+        Elsewhere, a pause would change the text that sampling with a seed gives.
         """
         if self._stream is not None:
             self._stream.close()
             self._stream = None
 
     def close(self) -> None:
-        """Give the place back: no more pieces come."""
+        """Free the slot and end the iteration."""
         self._closed = True
         self.pause()
 
@@ -125,8 +128,8 @@ class Generation:
         return piece
 
     def _advance(self) -> Piece | None:
-        """The next piece; the last one may be missing."""
-        if self.n_tokens < self._most:
+        """Generate the next piece; None at the end, if no text was held back."""
+        if self.n_tokens < self._max_tokens:
             token = self._running().next(self._n_likeliest)
             if not self._generator.is_end(token.id):
                 self._ids.append(token.id)
@@ -148,7 +151,7 @@ class Generation:
         if self._stream is None:
             self._stream = self._open()
         if self._cancelled:
-            raise ScoringInterrupted("the text was interrupted")
+            raise ScoringInterrupted("text generation was cancelled")
         return self._stream
 
     @property
@@ -156,8 +159,10 @@ class Generation:
         return self._sampling.temperature > 0 and self._sampling.seed is not None
 
     def _open(self) -> TokenStream:
-        """Go on with what there is so far. Each slice has a seed of its own, so that it may begin anew."""
-        placed, sampling, seed = self._placed, self._sampling, self._sampling.seed
+        """Open a stream that continues the text so far. Each slice has its own seed, so that it can be reopened."""
+        placed = self._placed
+        sampling = self._sampling
+        seed = sampling.seed
         if self._ids:
             placed = replace(placed, ids=np.concatenate([placed.ids, np.array(self._ids, dtype=np.int32)]))
         if self._slice and seed is not None:
@@ -174,9 +179,9 @@ def place(
     rows: NDArray[np.float32] | None = None,
     placement: PromptPlace = "cue",
 ) -> Placed:
-    """A text in its template, with soft prompt ``rows`` [n_prompt, n_embd] where an `Objective` has them; None: none.
+    """Render a text in its template, with soft prompt ``rows`` [n_prompt, n_embd] placed as in an `Objective`.
 
-    ``max_text_tokens``: of the text alone; None: as many as the context has.
+    ``max_text_tokens``: limit for the text without its template; None: the context size. ``rows`` None: no soft prompt.
 
     Raises:
         InputError: an empty text, a cue shorter than the rows.

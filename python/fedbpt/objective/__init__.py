@@ -1,1 +1,1 @@
-"""How good a prompt is on rows: losses, readout, mini-batches, privacy."""
+"""Evaluation of prompts on rows: losses, readout, mini-batches, privacy."""

@@ -1,4 +1,4 @@
-"""`Evaluation`: how prompts did on rows."""
+"""`Evaluation`: results of prompts on rows."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True, eq=False):
-    """How k prompts did on n rows. ``predictions`` int [k, n] are label indices; losses are nats (or hinge units).
+    """Results of k prompts on n rows. ``predictions`` int [k, n] are label indices; losses are nats (or hinge units).
 
-    Without labels ``predictions`` are −1 and ``correct`` 0.
+    Without labels, ``predictions`` are −1 and ``correct`` 0.
     """
 
     n: int

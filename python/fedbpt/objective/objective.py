@@ -1,7 +1,7 @@
-"""How bad a soft prompt is on labelled texts, in mini-batches.
+"""`Objective`: the loss of soft prompts on labelled texts, in mini-batches.
 
 The perturbed ratio is FedBPT's (Sun et al. 2023, arXiv 2310.01467, section 3.3): F(z) = L(z; D) / L(z; D̃), where D̃ is
-D with text tokens replaced at random; a prompt that answers the same whatever the text says gains nothing by it.
+D with text tokens replaced at random. It does not reward prompts whose predictions ignore the text.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fedbpt.tasks.rows import Row, targets_of
 from fedbpt.tasks.task import Task, bos_ids, cue_ids, label_word_ids, render_ids, target_ids
 
 CHUNK = 64
-"""Texts per scoring call. Fixed: how texts share a call may show in the last bits of a quantised model's logits."""
+"""Texts per scoring call. Fixed, as the grouping of texts may change the last bits of a quantised model's logits."""
 
 Progress = Callable[[int, int], None]
 Cancelled = Callable[[], bool]
@@ -37,18 +37,18 @@ class Objective:
 
     Args:
         scorer: the model.
-        template: how a text is put to it.
-        labels: label names, one per label word; empty: rows have target texts, to be made likely.
+        template: how a text is presented to the model.
+        labels: label names, one per label word; empty: rows have target texts whose likelihood is maximised.
         rows: (text, label index) or (text, target text) pairs.
-        objective: which loss; mini-batches are the caller's (`fedbpt.tasks.rows`).
-        prompt: where the prompt goes and how long it is.
-        keep_kv: False where the rows are scored once: their KV is not kept.
-        words: token ids [n_words] that a readout uses; None: the run's random ones, ``objective.readout_words`` many.
+        objective: the loss; the caller chooses mini-batches (`fedbpt.tasks.rows`).
+        prompt: placement and length of the prompt.
+        keep_kv: False for a single pass over the rows: their KV is not kept.
+        words: token ids [n_words] that a readout uses; None: ``objective.readout_words`` random ones of the run.
 
     Raises:
-        TaskError: label words of which one begins with another; a cue shorter than the prompt.
+        TaskError: one label word is a prefix of another; a cue shorter than the prompt.
         DataError: no rows, a label out of range.
-        InputError: an empty text, a loss that does not go with the task.
+        InputError: an empty text, a text longer than the context, a loss that does not fit the task.
     """
 
     def __init__(
@@ -63,26 +63,30 @@ class Objective:
         words: ArrayLike | None = None,
     ) -> None:
         if not rows:
-            raise DataError("there are no rows to score: give at least one")
+            raise DataError("there are no rows to score: give at least one", field="rows")
         self.scorer = scorer
         self.template = template
         self.labels = tuple(labels)
         self.spec = objective
         if (objective.loss == "nll") == bool(self.labels):
-            raise InputError(f"loss {objective.loss!r} does not go with {len(self.labels)} labels: nll is for none")
+            raise InputError(
+                f"loss {objective.loss!r} does not fit a task with {len(self.labels)} labels: use nll without labels, "
+                "cross_entropy or hinge with labels",
+                field="loss",
+            )
         self.label_word_ids = label_word_ids(scorer, template, self.labels)
         if words is None and self.labels:
             known = np.concatenate(self.label_word_ids)
             words = word_ids(scorer.n_vocab, objective.readout_words, prompt.seed, known)
         self.word_ids = np.array([] if words is None else words, dtype=np.int32)
         self.readout: Readout | None = None
-        """Corrects the label words' logits of every candidate; None: they are as the model says. See `read_by`."""
+        """Correction of the label words' logits of every candidate; None: the model's own. Set by `read_by`."""
         self.targets = targets_of(rows, self.labels)
-        """Label indices [n]; zeros where there are no labels."""
+        """Label indices [n]; zeros without labels."""
         self._cue = np.asarray(cue_ids(scorer, template), dtype=np.int32)
         n_bos = len(bos_ids(scorer))
         texts = [render_ids(scorer, template, text, objective.max_text_tokens) for text, _ in rows]
-        # In front, the prompt goes between BOS and the text; in the cue, the text keeps its own BOS.
+        # In front placement the prompt goes between BOS and the text; in cue placement each text has its own BOS.
         self._prefix = texts[0][:n_bos] if prompt.placement == "front" and n_bos else None
         self._tokens = [text[n_bos:] if self._prefix is not None else text for text in texts]
         self._prompt = prompt
@@ -96,21 +100,23 @@ class Objective:
         room = scorer.n_ctx_train - (prompt.n_prompt if prompt.placement != "cue" else 0)
         if longest > room:
             raise InputError(
-                f"a text of {longest} tokens, its template among them, and n_prompt {prompt.n_prompt} do not fit into "
-                f"the model's context of {scorer.n_ctx_train}: use a smaller n_prompt or max_text_tokens"
+                f"a text of {longest} tokens (template included) with n_prompt {prompt.n_prompt} exceeds the model's "
+                f"context of {scorer.n_ctx_train}: use a smaller n_prompt or max_text_tokens",
+                field="max_text_tokens",
+                limit=scorer.n_ctx_train,
             )
         self._plan = self._compile(np.arange(len(rows)), self._tokens, keep_kv)
         self.projection = Projection(prompt, start_rows(scorer, self._cue, prompt), scorer.embedding_std)
         self.evaluations = 0
         """Candidates scored so far."""
         self.tokens = 0
-        """Forward tokens computed so far; a text that the prompt follows counts once, while its plan keeps its KV."""
+        """Forward tokens computed so far; a text whose KV is kept counts once."""
 
     def __len__(self) -> int:
         return len(self._tokens)
 
     def read_by(self, readout: Readout | None) -> Objective:
-        """The same rows, whose KV is shared, with another ``readout``. It counts from here on for itself."""
+        """Copy with another ``readout``, sharing rows and their KV. Its counters continue independently."""
         made = copy.copy(self)
         made.readout = readout
         return made
@@ -120,21 +126,23 @@ class Objective:
         return self._prompt
 
     def embeds(self, latents: ArrayLike) -> NDArray[np.float32]:
-        """Soft prompts [k, n_prompt, n_embd] of latents [k, d]; z = 0 in the cue is exactly the zero-shot model."""
+        """Soft prompts [k, n_prompt, n_embd] of latents [k, d]; in the cue, z = 0 is exactly the zero-shot model."""
         return self.projection.embeds(latents)
 
     def zero_shot_embeds(self) -> NDArray[np.float32]:
-        """The one "candidate" that leaves the model as it is: the cue's own rows, or no row at all in front."""
+        """The candidate [1, n_prompt, n_embd] that leaves the model unchanged: the cue's rows; in front, no rows."""
         rows = self.projection.p0
         return rows[None] if self.prompt.placement == "cue" else rows[None, :0]
 
     def prompts(self, latents: NDArray[np.float64]) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
-        """(which of ``latents`` [k, d], their prompts), with z = 0 as the model without a prompt.
+        """Yield (indices into ``latents`` [k, d], their prompts), with z = 0 as the model without a prompt.
 
-        Prompts with equally many rows come together: in front z = 0 has none. Raises `InputError` for another d.
+        Prompts are grouped by number of rows: in front, z = 0 has none. Raises `InputError` for another d.
         """
         if latents.shape[1:] != (self.prompt.d,):
-            raise InputError(f"latents must have shape [k, {self.prompt.d}], got {list(latents.shape)}")
+            raise InputError(
+                f"latents must have shape [k, {self.prompt.d}], got {list(latents.shape)}", field="latents"
+            )
         bare = ~latents.any(axis=1) if self.prompt.placement != "cue" else np.zeros(len(latents), dtype=bool)
         if bare.any():
             yield np.flatnonzero(bare), np.repeat(self.zero_shot_embeds(), bare.sum(), axis=0)
@@ -150,18 +158,18 @@ class Objective:
         cancelled: Cancelled | None = None,
         row_weights: NDArray[np.float64] | None = None,
     ) -> NDArray[np.float64]:
-        """Mean loss [k] of each candidate over these rows; the perturbed ratio where ``spec.perturb`` > 0.
+        """Mean loss [k] of each candidate over the chosen rows; the perturbed ratio if ``spec.perturb`` > 0.
 
         Args:
             embeds: [k, n_prompt, n_embd].
             indices: rows to use; None: all.
-            rng: replaces the tokens of the perturbed copy; needed where ``spec.perturb`` > 0.
-            progress: called with (rows done, rows in all) after each scoring call.
-            cancelled: asked before each scoring call.
-            row_weights: [n] of all rows' losses; None: 1 each.
+            rng: draws the replacement tokens of the perturbed copy; required if ``spec.perturb`` > 0.
+            progress: called with (rows done, total rows) after each scoring call.
+            cancelled: called before each scoring call.
+            row_weights: weights [n] of all rows' losses; None: 1 each.
 
         Raises:
-            ScoringInterrupted: ``cancelled`` said yes.
+            ScoringInterrupted: ``cancelled`` returned True.
         """
         chosen = self._indices(indices)
         rate = self.spec.perturb
@@ -180,19 +188,20 @@ class Objective:
     def row_losses(
         self, embeds: ArrayLike, indices: ArrayLike, cancelled: Cancelled | None = None
     ) -> NDArray[np.float64]:
-        """Loss [k, n] of each candidate on each row, not perturbed; otherwise as `losses`. No evaluation is counted."""
+        """Unperturbed loss [k, n] of each candidate on each row; otherwise as `losses`. `evaluations` is unchanged."""
         return self.row_results(embeds, indices, cancelled)[0]
 
     def row_results(
         self, embeds: ArrayLike, indices: ArrayLike, cancelled: Cancelled | None = None
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """`row_losses`, and whether each candidate's label is the row's [k, n]; never, of target texts."""
-        losses, right = [], []
+        """`row_losses`, and whether each candidate's prediction is correct [k, n]; False for target texts."""
+        losses = []
+        correct = []
         for part, raw in self._raw(embeds, self._indices(indices), None, None, cancelled):
             read_out = self._read_out_alike(raw)
             losses.append(self._losses(part, read_out))
-            right.append((read_out.argmax(axis=-1) == self.targets[part]) & bool(self.labels))
-        return np.concatenate(losses, axis=1), np.concatenate(right, axis=1)
+            correct.append((read_out.argmax(axis=-1) == self.targets[part]) & bool(self.labels))
+        return np.concatenate(losses, axis=1), np.concatenate(correct, axis=1)
 
     def evaluate(
         self,
@@ -204,23 +213,29 @@ class Objective:
         others: Sequence[NDArray[np.float32]] = (),
         row_weights: NDArray[np.float64] | None = None,
     ) -> Evaluation:
-        """Count what each candidate gets right, by ``readouts`` where they are given, one per candidate.
+        """Evaluate each candidate's predictions and loss, with ``readouts``, one per candidate, if given.
 
-        ``others``: of the other templates that a readout may have, their `logits` of the same rows.
+        ``others``: `logits` of the same rows under each of the readouts' other templates.
         Other arguments and errors as for `losses`; never perturbed.
         """
         chosen = self._indices(indices)
-        k = len(candidates := np.asarray(embeds, dtype=np.float32))
-        # candidates that differ in the readout alone are scored once
+        candidates = np.asarray(embeds, dtype=np.float32)
+        k = len(candidates)
+        # Candidates that differ only in their readout are scored once.
         _, first, which = np.unique(candidates.reshape(k, -1), axis=0, return_index=True, return_inverse=True)
         which = which.ravel()  # numpy 2.0 gives it a second axis
         if readouts and len(readouts) != k:
-            raise InputError(f"{len(readouts)} readouts for {k} candidates: give one each, or none")
+            raise InputError(f"{len(readouts)} readouts for {k} candidates: give one each, or none", field="readouts")
         weights = [self._blocks(readout) for readout in readouts or [self.readout] * k]
         wrong = {len(own) - 1 for own in weights} - {0, len(others)}
         if wrong:
-            raise InputError(f"a readout has {wrong.pop()} other templates, given are the logits of {len(others)}")
-        predictions, loss_sums, done = [], np.zeros(k), 0
+            raise InputError(
+                f"a readout has {wrong.pop()} other templates, got logits of {len(others)}: pass those of each",
+                field="others",
+            )
+        predictions = []
+        loss_sums = np.zeros(k)
+        done = 0
         for part, raw in self._raw(candidates[first], chosen, None, progress, cancelled):
             read_out = self._read_out(raw[which], weights, [own[done : done + len(part)] for own in others])
             loss_sums += self._losses(part, read_out, row_weights).sum(axis=1)
@@ -228,16 +243,16 @@ class Objective:
             done += len(part)
         self.evaluations += len(loss_sums)
         labels = np.concatenate(predictions, axis=1)
-        right = (labels == self.targets[chosen]).sum(axis=1)
+        correct = (labels == self.targets[chosen]).sum(axis=1)
         return Evaluation(
             n=len(chosen),
-            correct=tuple(int(count) for count in right),
+            correct=tuple(int(count) for count in correct),
             loss_sums=tuple(float(total) for total in loss_sums),
             predictions=labels,
         )
 
     def logits(self, embeds: ArrayLike, indices: ArrayLike, cancelled: Cancelled | None = None) -> NDArray[np.float32]:
-        """Logits [n, n_labels + n_words] of one candidate [1, n_prompt, n_embd], for fitting a readout."""
+        """Logits [n, n_labels + n_words] of one candidate [1, n_prompt, n_embd], to fit a readout to."""
         parts = self._raw(embeds, self._indices(indices), None, None, cancelled)
         return np.concatenate([raw[0] for _, raw in parts])
 
@@ -248,9 +263,9 @@ class Objective:
         history: tuple[Mapping[str, Any], ...] = (),
         others: tuple[Template, ...] = (),
     ) -> Prompt:
-        """The artefact of one latent [d], with this objective's ``readout`` and the ``others`` that are in it."""
+        """Make the `Prompt` of one latent [d], with this objective's ``readout``; ``others``: its other templates."""
         n_words = 0 if self.readout is None else self.readout.weights.shape[0] - 1
-        weights = self._blocks(self.readout)[:, : 1 + n_words]  # without words that it does not use
+        weights = self._blocks(self.readout)[:, : 1 + n_words]  # drop words that the readout does not use
         return Prompt(
             rows=self.embeds(np.asarray(latent, dtype=np.float64)[None])[0],
             spec=self.prompt,
@@ -272,21 +287,21 @@ class Objective:
     def _indices(self, indices: ArrayLike | None) -> NDArray[np.intp]:
         chosen = np.arange(len(self)) if indices is None else np.asarray(indices, dtype=np.intp)
         if chosen.ndim != 1 or not len(chosen) or chosen.min() < 0 or chosen.max() >= len(self):
-            raise InputError(f"row indices must be a non-empty list within 0..{len(self) - 1}")
+            raise InputError(f"indices must be a non-empty list from 0 to {len(self) - 1}", field="indices")
         return chosen
 
     def _perturbed(
         self, chosen: NDArray[np.intp], rate: float, rng: np.random.Generator | None
     ) -> list[NDArray[np.int32]]:
         if rng is None:
-            raise InputError("the perturbed objective needs a random generator: pass rng")
+            raise InputError("the perturbed objective needs a random generator: pass rng", field="rng")
         keep = len(self._cue)
         return [perturb(self._tokens[i], keep, rate, self.scorer.n_vocab, rng) for i in chosen]
 
     def _losses(
         self, part: NDArray[np.intp], read_out: NDArray[np.float64], row_weights: NDArray[np.float64] | None = None
     ) -> NDArray[np.float64]:
-        """Losses [k, n] of what `_read_out` gave, times the rows' weights."""
+        """Weighted losses [k, n] of the results of `_read_out`."""
         if self.spec.loss == "nll":
             losses: NDArray[np.float64] = -read_out[..., 0] / [len(self._answers[i][0]) for i in part]
         else:
@@ -294,13 +309,13 @@ class Objective:
         return losses if row_weights is None else losses * row_weights[part]
 
     def _read_out_alike(self, raw: NDArray[np.float32]) -> NDArray[np.float64]:
-        """What `_read_out` makes of all candidates by ``readout``."""
+        """`_read_out` with this objective's ``readout`` for all candidates."""
         return self._read_out(raw, [self._blocks(self.readout)] * len(raw), ())
 
     def _read_out(
         self, raw: NDArray[np.float32], weights: Sequence[NDArray[np.float64]], others: Sequence[NDArray[np.float32]]
     ) -> NDArray[np.float64]:
-        """Label logits [k, n, n_labels] by each candidate's ``weights``; a target's log-probability as it is."""
+        """Label logits [k, n, n_labels] corrected by each candidate's ``weights``; without labels, ``raw``."""
         if not self.labels:
             return raw.astype(np.float64)
         return np.stack([ensemble([own, *others][: len(v)], v) for own, v in zip(raw, weights, strict=True)])
@@ -313,23 +328,27 @@ class Objective:
         progress: Progress | None,
         cancelled: Cancelled | None,
     ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
-        """A chunk of rows, and their numbers [k, n, n_labels + n_words].
+        """Yield chunks of rows with their scores [k, n, n_labels + n_words].
 
-        Label words' logits, or their log-probabilities where one has several tokens, or the target text's; then
-        random words' logits.
+        Scores are the label words' logits (log-probabilities if one has several tokens), or the target text's
+        log-probability; then the random words' logits.
         """
         candidates = np.asarray(embeds, dtype=np.float32)
         if candidates.ndim != 3:
-            raise InputError(f"embeds must have shape [k, n_prompt, n_embd], got {list(candidates.shape)}")
+            raise InputError(
+                f"embeds must have shape [k, n_prompt, n_embd], got {list(candidates.shape)}", field="embeds"
+            )
         for start in range(0, len(chosen), CHUNK):
             if cancelled is not None and cancelled():
                 raise ScoringInterrupted(f"scoring was cancelled after {start} of {len(chosen)} texts")
             part = chosen[start : start + CHUNK]
             if replaced is None:
-                plan, which = self._plan, part
+                plan = self._plan
+                which = part
             else:
                 texts = replaced[start : start + CHUNK]
-                plan, which = self._compile(part, texts, keep_kv=False), np.arange(len(texts))
+                plan = self._compile(part, texts, keep_kv=False)
+                which = np.arange(len(texts))
             before = plan.n_tokens
             raw = plan.score(candidates, which)
             self.tokens += plan.n_tokens - before
@@ -338,11 +357,13 @@ class Objective:
                 progress(start + len(part), len(chosen))
 
     def _compile(self, rows: NDArray[np.intp], texts: list[NDArray[np.int32]], keep_kv: bool) -> Plan:
-        """``texts`` stand for ``rows``: theirs, or perturbed."""
+        """Compile ``texts``, the tokens of ``rows`` as they are or perturbed."""
         answers: list[list[NDArray[np.int32]]] | None = [self._answers[i] for i in rows]
         ids = self.word_ids
-        if self.labels and all(len(word) == 1 for word in self.label_word_ids):  # their logits do
-            answers, ids = None, np.concatenate([*self.label_word_ids, self.word_ids])
+        if self.labels and all(len(word) == 1 for word in self.label_word_ids):
+            # Logits suffice for label words of one token.
+            answers = None
+            ids = np.concatenate([*self.label_word_ids, self.word_ids])
         return self.scorer.compile(
             texts, ids, scored_as(self._prompt), self._prefix, continuations=answers, keep_kv=keep_kv
         )

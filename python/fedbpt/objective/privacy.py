@@ -1,17 +1,17 @@
-"""Differential privacy of what a device sends: clipped losses, Gaussian noise, and what they cost in ε.
+"""Differential privacy of a device's results: clipped losses, Gaussian noise, and the accounting of ε.
 
 A release is the noisy mean of the losses of k candidates over a secret sample S of a device's n training rows. Row i's
-losses ℓ_i ∈ R^k, less their mean, are clipped to Euclidean norm C:
+losses ℓ_i ∈ R^k, minus their mean, are clipped to Euclidean norm C:
 
     r = (Σ_{i∈S} clip_C(ℓ_i − mean ℓ_i) + N(0, (z·C)²·I_k)) / (q·n),    each row in S with probability q
 
-The unit of privacy is a row: neighbours are two sets of n rows of which one has an empty row, that counts nothing, in
-some row's place (zero-out). The sum's Euclidean sensitivity is then C; n, q, z and C are public. This is the subsampled
-Gaussian mechanism of DP-SGD (Abadi et al. 2016, arXiv 1607.00133) with losses in the place of gradients; ε comes from
-the Rényi accountant of ``dp-accounting`` (Mironov et al. 2019, arXiv 1908.10530).
+The unit of privacy is a row: two sets of n rows are neighbours if one has an empty row, which contributes nothing, in
+place of a row of the other (zero-out). The sum's Euclidean sensitivity is then C; n, q, z and C are public. This is the
+subsampled Gaussian mechanism of DP-SGD (Abadi et al. 2016, arXiv 1607.00133) with losses in place of gradients; ε comes
+from the Rényi accountant of ``dp-accounting`` (Mironov et al. 2019, arXiv 1908.10530).
 
-Sample and noise come from a key that the device alone has and from what was asked: neither can be subtracted, and the
-same question, asked again, has the same answer and so costs nothing more.
+Sample and noise are derived from a key that only the device knows and from the query: nobody else can subtract them,
+and a repeated query has the same result, so it costs no further ε.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from fedbpt.protocol.specs import PrivacySpec
 
 Floats: TypeAlias = NDArray[np.float64]
 RowLosses: TypeAlias = Callable[[NDArray[np.intp]], Floats]
-"""Row indices [n] to losses [k, n]."""
+"""Maps row indices [n] to losses [k, n]."""
 
 
 class Releases:
-    """A device's noisy answers to one question.
+    """A device's noisy results of one query.
 
     Args:
         spec: clip and noise.
-        key: the device's own, from the operating system's entropy; it leaves the device never.
-        question: what was asked, all of it.
+        key: the device's secret, from the operating system's entropy; never leaves the device.
+        query: everything that determines the result.
     """
 
-    def __init__(self, spec: PrivacySpec, key: bytes, question: str) -> None:
+    def __init__(self, spec: PrivacySpec, key: bytes, query: str) -> None:
         self._spec = spec
         self._key = key
-        self._question = question
+        self._query = query
 
     def mean(self, part: int, k: int, n_rows: int, size: int, losses: RowLosses) -> Floats:
-        """Release ``part`` of the answer [k], of ``n_rows`` rows, ``size`` of them expected (0: all)."""
+        """Noisy mean losses [k], release ``part`` of the query, on a sample of ``size`` expected rows (0: all)."""
         rng = self._generator(part)
         rate = sampling_rate(n_rows, size)
         sample = np.flatnonzero(rng.random(n_rows) < rate)
@@ -57,46 +57,48 @@ class Releases:
         return np.asarray((total + noise) / (rate * n_rows))
 
     def _generator(self, part: int) -> np.random.Generator:
-        seed = hmac.digest(self._key, f"{part}|{self._question}".encode(), "sha256")
+        seed = hmac.digest(self._key, f"{part}|{self._query}".encode(), "sha256")
         sequence = np.random.SeedSequence(int.from_bytes(seed, "little"), pool_size=8)
         return np.random.Generator(np.random.PCG64(sequence))
 
 
 ORDERS = (*range(2, 65), 96, 128, 256, 512, 1024)
-"""Rényi orders: whole ones, whose sums are finite; between them the accountant's series may fail to converge."""
+"""Rényi orders: integers only, whose sums are finite; for others the accountant's series may fail to converge."""
 
 
 def clipped(losses: Floats, clip: float) -> Floats:
-    """Each row's losses (a column of ``losses`` [k, n]) less their mean, of Euclidean norm ``clip`` at most."""
+    """Centre each row's losses (a column of ``losses`` [k, n]) and clip them to Euclidean norm ``clip``."""
     centred = losses - losses.mean(axis=0)
     norms = np.sqrt((centred**2).sum(axis=0))
     return np.asarray(centred * (clip / np.maximum(norms, clip)))
 
 
 def sampling_rate(n_rows: int, size: int) -> float:
-    """The probability of a row to be in a sample of ``size`` expected rows; 0: all."""
+    """Probability that a row is in a sample of ``size`` expected rows (0: all)."""
     return min(1.0, size / n_rows) if size else 1.0
 
 
 def check_private(plan: RoundPlan) -> None:
-    """Raises `InputError` for a private plan that asks for what gets no noise."""
+    """Raise `InputError` if a private plan requests results that cannot be released with noise."""
     by_label = isinstance(plan.work, SelectWork) and plan.work.by_label
     if plan.privacy is not None and (isinstance(plan.work, FitWork) or by_label or plan.objective.perturb > 0):
         raise InputError(
-            "a private plan may ask for losses of candidates or templates alone: no fit, no labels, no perturbed ratio"
+            "a private plan can request only losses of candidates or templates: no fit, no losses by label, no "
+            "perturbed ratio",
+            field="privacy",
         )
 
 
 def require_accountant() -> None:
-    """Raises `MissingExtraError` where the accountant's library is not installed."""
+    """Raise `MissingExtraError` if the accountant's library is not installed."""
     epsilon(PrivacySpec(clip=1.0, noise_multiplier=1.0), [])
 
 
 def epsilon(spec: PrivacySpec, releases: Iterable[tuple[float, int]]) -> float:
-    """ε at ``spec.delta`` of all ``releases`` together: (sampling rate, how many of it).
+    """Total ε at ``spec.delta`` of ``releases``, pairs (sampling rate, number of releases).
 
     Raises:
-        MissingExtraError: without ``fedbpt[privacy]``.
+        MissingExtraError: ``fedbpt[privacy]`` is not installed.
     """
     try:
         from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent

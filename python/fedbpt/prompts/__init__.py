@@ -1,1 +1,1 @@
-"""The result: a prompt file and its model card."""
+"""The result of tuning: a prompt file and its model card."""

@@ -1,4 +1,4 @@
-"""The model card of a prompt: Markdown with the front matter of the Hugging Face hub. What is not known is left out."""
+"""The model card of a prompt: Markdown with the front matter of the Hugging Face hub. Unknown facts are omitted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PLACES = {
     "front": "before the text, after BOS where the model has one",
     "first": "before everything, BOS included",
 }
-"""Where a prompt stands, by placement."""
+"""Descriptions of where the rows go, by placement."""
 
 _TRAINING = {
     "run": "run",
@@ -31,26 +31,26 @@ _TRAINING = {
     "tokens": "forward tokens",
     "seed": "seed",
     "robust": "robust aggregation",
-    "byzantine": "devices that may lie",
+    "byzantine": "Byzantine devices tolerated",
     "clip": "privacy: clip, nats",
     "noise_multiplier": "privacy: noise multiplier",
     "delta": "privacy: δ",
-    "epsilon": "privacy: ε, of one training row of a device",
+    "epsilon": "privacy: ε per training row of a device",
     "digest": "digest of the search",
     "imported_from": "imported from",
     "peft_version": "PEFT version",
-    "base_model": "base model, as the adapter says",
+    "base_model": "base model, according to the adapter",
 }
 
 
 FACTORS_AFTER_EMBEDDING = {
-    "afmoe": "√n_embd where its configuration says mup_enabled",
+    "afmoe": "√n_embd if its configuration sets mup_enabled",
     "granite": "its embedding_multiplier",
     "granite_swa": "its embedding_multiplier",
     "granitemoe": "its embedding_multiplier",
     "hrm_text": "its embedding_scale",
 }
-"""Architectures whose embeddings transformers (5.x) multiplies after ``inputs_embeds``, not before, and by what."""
+"""Architectures whose ``inputs_embeds`` transformers (5.x) multiplies by a factor, and the factor."""
 
 
 _STAGES = {
@@ -62,13 +62,13 @@ _STAGES = {
 }
 
 _ROWS = {
-    "test": "On held-back rows, which chose nothing.",
-    "dev": "On development rows, which showed how the tuning went. No others were held back.",
+    "test": "On held-out test rows, which were not used in tuning.",
+    "dev": "On development rows, which were used to monitor tuning. No test rows were held out.",
 }
 
 
 class Described(Protocol):
-    """What the card asks of a prompt; a `fedbpt.prompts.prompt.Prompt` satisfies it."""
+    """The attributes of a `fedbpt.prompts.prompt.Prompt` that its card describes."""
 
     spec: PromptSpec
     task_name: str
@@ -92,7 +92,7 @@ class Described(Protocol):
 
 
 def known_model(name: str, fingerprint: str) -> CatalogueEntry | None:
-    """The catalogue's entry of a model file; None where it is another, or nobody can tell."""
+    """The catalogue's entry for a model file; None if there is none or the file differs from it."""
     entry = CATALOGUE.get(name)
     if entry is None or not isinstance(entry.source, PackagedFile):
         return entry
@@ -100,54 +100,55 @@ def known_model(name: str, fingerprint: str) -> CatalogueEntry | None:
 
 
 def scale_notes(architecture: str) -> tuple[str, ...]:
-    """Where rows are not what transformers takes as ``inputs_embeds``: how they differ, one line; else none."""
+    """One line on how rows differ from what transformers takes as ``inputs_embeds``; empty if they do not."""
     factor = FACTORS_AFTER_EMBEDDING.get(architecture)
     if factor is None:
         return ()
     return (
-        "Rows are what the first layer reads. Transformers multiplies the inputs_embeds of "
-        f"{architecture} by {factor}: divide rows by it to pass them there.",
+        "Rows are the first layer's input. Transformers multiplies the inputs_embeds of "
+        f"{architecture} by {factor}: divide the rows by it before passing them as inputs_embeds.",
     )
 
 
 def model_card(prompt: Described, use: str, library: str = "fedbpt") -> str:
-    """The card of a prompt, Markdown.
+    """Write the card of a prompt, as Markdown.
 
     Args:
-        prompt: whose card.
-        use: Markdown on how to load it.
-        library: for the hub, what loads it.
+        prompt: the prompt.
+        use: Markdown that says how to load it.
+        library: the ``library_name`` for the hub.
     """
     known = known_model(prompt.model_name, prompt.model_fingerprint)
     parts = [
         _front_matter(prompt, known, library),
         f"# {as_markdown(prompt.task_name)}: a soft prompt for {as_markdown(prompt.model_name)}\n",
-        f"{prompt.n_prompt} row(s) of {prompt.n_embd} numbers that adapt a frozen language model to a task, "
+        f"{prompt.n_prompt} row(s) of {prompt.n_embd} numbers that adapt a frozen language model to a task, inserted "
         f"{PLACES[prompt.spec.placement].format(n=prompt.n_prompt)}. Made with fedbpt.\n",
         "## Model\n\n" + _model(prompt, known),
         "## Task\n\n" + _task(prompt),
     ]
-    told = prompt.history[-1] if prompt.history else {}
-    training = [(title, _figure(told[key])) for key, title in _TRAINING.items() if told.get(key) is not None]
+    last = prompt.history[-1] if prompt.history else {}
+    training = [(title, _figure(last[key])) for key, title in _TRAINING.items() if last.get(key) is not None]
     if training:
         parts.append("## Training\n\n" + _table(("", ""), training))
-    results = _results(told)
+    results = _results(last)
     if results:
-        parts.append(f"## Results\n\n{_ROWS.get(str(told.get('split')), _ROWS['test'])}\n\n{results}")
+        parts.append(f"## Results\n\n{_ROWS.get(str(last.get('split')), _ROWS['test'])}\n\n{results}")
     parts += ["## Licence\n\n" + _licence(known), "## Use\n\n" + use]
     return "\n".join(parts)
 
 
 def use_in_fedbpt(prompt: Described, file_name: str) -> str:
-    """How a prompt file is loaded, as Markdown. The model goes by name where fedbpt knows it."""
+    """How to load a prompt file, as Markdown. Models of the catalogue are referred to by name, others by file."""
     known = prompt.model_name in CATALOGUE
     model = prompt.model_name if known else f"{prompt.model_name}.gguf"
-    given = "" if known else f" --model {shlex.quote(one_line(model))}"
+    options = "" if known else f" --model {shlex.quote(one_line(model))}"
     task = "prompt.task"
     if prompt.task is None:
-        given, task = f"{given} --task task.toml", 'fedbpt.tasks.load("task.toml")'
+        options = f"{options} --task task.toml"
+        task = 'fedbpt.tasks.load("task.toml")'
     file = shlex.quote(one_line(file_name))
-    command = f"$ fedbpt evaluate {file}{given} --data rows.csv\n$ fedbpt chat --prompt {file}{given}\n"
+    command = f"$ fedbpt evaluate {file}{options} --data rows.csv\n$ fedbpt chat --prompt {file}{options}\n"
     code = (
         "import fedbpt\n\n"
         f"scorer = fedbpt.load_model({json.dumps(model)})\n"
@@ -158,19 +159,19 @@ def use_in_fedbpt(prompt: Described, file_name: str) -> str:
 
 
 def as_markdown(text: str) -> str:
-    """Markdown that shows ``text``, on one line: nothing in it is markup, a link or HTML."""
+    """Escape ``text`` as one line of Markdown that renders literally: no markup, link or HTML."""
     escaped = _MARKUP.sub(r"\\\g<0>", one_line(text))
-    return re.sub(r"^(\d+)([.)])", r"\1\\\2", escaped)  # no item of a list
+    return re.sub(r"^(\d+)([.)])", r"\1\\\2", escaped)  # would begin a list
 
 
 def fenced(code: str, language: str = "") -> str:
-    """A block of code, which ends where its fence does and no sooner. ``code`` ends with a line feed."""
+    """Make a code block whose fence does not occur in ``code``, which must end with a line feed."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
     return f"{fence}{language}\n{plain(code)}{fence}\n"
 
 
 def _front_matter(prompt: Described, known: CatalogueEntry | None, library: str) -> str:
-    """YAML; its strings are JSON's, which are YAML's too."""
+    """YAML front matter; values are written as JSON, a subset of YAML."""
     fields: dict[str, Any] = {
         "library_name": library,
         "pipeline_tag": "text-classification" if prompt.labels else "text-generation",
@@ -187,35 +188,37 @@ def _model(prompt: Described, known: CatalogueEntry | None) -> str:
     if known is not None:
         lines.append(("model", known.description))
     lines += [("architecture", as_markdown(prompt.architecture)), ("file", _span(prompt.model_fingerprint))]
-    told = "".join(f"\n{note}\n" for note in scale_notes(prompt.architecture))
-    fits = "\nThe prompt fits this very file: other weights differ, in another format, too.\n"
-    return _table(("", ""), lines) + fits + told
+    notes = "".join(f"\n{note}\n" for note in scale_notes(prompt.architecture))
+    fits = "\nThe prompt fits only this file, not the same model in another weight format.\n"
+    return _table(("", ""), lines) + fits + notes
 
 
 def _task(prompt: Described) -> str:
-    text = f"{_span(prompt.task_name)}. A text is put to the model as\n\n{_pattern(prompt.template)}\n"
+    text = f"{_span(prompt.task_name)}. A text is presented to the model as\n\n{_pattern(prompt.template)}\n"
     if prompt.labels:
         words = [(as_markdown(label), _span(json.dumps(word, ensure_ascii=False))) for label, word in _words(prompt)]
-        text += "and is given the label whose word the model finds likeliest after it.\n\n"
+        text += "The predicted label is the one whose word is the likeliest continuation.\n\n"
         text += _table(("label", "word"), words)
     else:
-        text += "and the text that follows is the model's.\n"
+        text += "The output is the model's continuation.\n"
     if prompt.task is not None:
-        text += f"\n{_cut(prompt.task)}\n"
+        text += f"\n{_data_format(prompt.task)}\n"
     if prompt.n_words:
-        text += f"\nA readout, fitted to training rows, corrects scores by the logits of {prompt.n_words} words.\n"
+        text += (
+            f"\nA readout, fitted to training rows, corrects label scores by the logits of {prompt.n_words} words.\n"
+        )
     if prompt.others:
-        text += "\nThe labels' log-probabilities are averaged with those of the model without the prompt, asked as\n\n"
+        text += "\nThe labels' log-probabilities are averaged with those of the model without the prompt, for\n\n"
         text += "\n".join(map(_pattern, prompt.others))
     return text
 
 
-def _cut(task: Task) -> str:
-    words = "" if task.max_words is None else f"its first {task.max_words} words, "
+def _data_format(task: Task) -> str:
+    words = "" if task.max_words is None else f"{task.max_words} words and "
     columns = " or ".join(f"`{column}`" for column in task.text_columns)
     return (
-        f"Of a text {words}at most {task.max_text_tokens} tokens are read. "
-        f"Data files have it in column {columns}, and the {'label' if task.labels else 'target text'} in "
+        f"Texts are cut to {words}{task.max_text_tokens} tokens. "
+        f"Data files have the text in column {columns} and the {'label' if task.labels else 'target text'} in "
         f"`{task.label_column}`."
     )
 
@@ -224,22 +227,22 @@ def _words(prompt: Described) -> Iterable[tuple[str, str]]:
     return zip(prompt.labels, prompt.template.label_words, strict=True)
 
 
-def _results(told: Mapping[str, Any]) -> str:
-    """A table of what the last entry of a history says; empty where it says nothing."""
+def _results(entry: Mapping[str, Any]) -> str:
+    """Table of the results in a history entry; empty if it has none."""
     lines = []
-    figure = "accuracy" if "tuned_accuracy" in told else "perplexity"
+    figure = "accuracy" if "tuned_accuracy" in entry else "perplexity"
     for key, title in _STAGES.items():
-        value = told.get(f"{key}_{figure}")
+        value = entry.get(f"{key}_{figure}")
         if _is_number(value):
-            low_high = told.get(f"{key}_interval")
+            low_high = entry.get(f"{key}_interval")
             known = isinstance(low_high, list | tuple) and len(low_high) == 2 and all(map(_is_number, low_high))
             interval = f"{low_high[0]:.3f} – {low_high[1]:.3f}" if known and low_high else ""
-            lines.append((title, f"{value:.3f}", interval, _figure(told.get(f"{key}_n", ""))))
+            lines.append((title, f"{value:.3f}", interval, _figure(entry.get(f"{key}_n", ""))))
     return _table(("", figure, "95 % interval", "rows"), lines) if lines else ""
 
 
 def _licence(known: CatalogueEntry | None) -> str:
-    text = "A prompt is made from training rows and is of use with its model alone: mind the terms of both.\n"
+    text = "A prompt is derived from training rows and works only with its model: the terms of both apply.\n"
     return text if known is None else f"{text}The model's licence: {known.licence}.\n"
 
 
@@ -258,12 +261,12 @@ def _pattern(template: Template) -> str:
 
 
 def _span(text: str) -> str:
-    """``text`` as code, where that needs no escapes: within code there are none."""
+    """Format ``text`` as inline code, or as escaped text if it holds characters that code cannot escape."""
     line = one_line(text)
     return as_markdown(line) if "`" in line or "\\" in line else f"`{line}`"
 
 
 def _table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Of cells in Markdown."""
+    """Make a Markdown table of cells that are Markdown already."""
     rows = [headings, ["---"] * len(headings), *lines]
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)

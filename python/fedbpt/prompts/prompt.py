@@ -1,10 +1,9 @@
-"""The prompt artefact: a tuned soft prompt with all that is needed to use it, as one safetensors file.
+"""The prompt artefact: a tuned soft prompt with everything needed to use it, in one safetensors file.
 
 Tensors: ``rows`` float32 [n_prompt, n_embd], ``label_bias`` float32 [n_labels]; with a readout also ``word_ids`` int32
-[n_words] and ``word_weights`` float32 [n_words, n_labels]; with other templates ``other_weights`` float32 [n_others,
-1 + n_words, n_labels]. The file's metadata has one key, ``fedbpt``: a JSON object
-with a format number, the `PromptSpec`, the task, template, model and history. Files of format 1 have a task's name and
-labels alone.
+[n_words] and ``word_weights`` float32 [n_words, n_labels]; with other templates also ``other_weights`` float32
+[n_others, 1 + n_words, n_labels]. The file's metadata has one key, ``fedbpt``: a JSON object with a format number, the
+`PromptSpec`, the task, template, model and history. Files of format 1 have only the task's name and labels.
 """
 
 from __future__ import annotations
@@ -32,16 +31,16 @@ from fedbpt.protocol.specs import Array, PromptSpec, Readout, Template
 from fedbpt.tasks import BUILTIN, Task
 
 FORMAT = 2
-"""Number of the file format that is written."""
+"""Version of the file format that is written."""
 
-_READ = (1, FORMAT)
+_READABLE_FORMATS = (1, FORMAT)
 
 _KEY = "fedbpt"
 _TENSORS = {"rows", "label_bias"}
 _READOUT_TENSORS = {"word_ids", "word_weights"}
 _OTHERS_TENSORS = {*_READOUT_TENSORS, "other_weights"}
 _TENSOR_SETS = (_TENSORS, _TENSORS | _READOUT_TENSORS, _TENSORS | _OTHERS_TENSORS)
-_PLAIN = (
+_METADATA_FIELDS = (
     "spec",
     "task_name",
     "labels",
@@ -56,7 +55,7 @@ _PLAIN = (
 
 
 class Model(Protocol):
-    """What a prompt asks of a model to know whether it fits; a `fedbpt.engine.scorer.Scorer` satisfies it."""
+    """The attributes of a `fedbpt.engine.scorer.Scorer` that decide whether a prompt fits."""
 
     @property
     def n_embd(self) -> int: ...
@@ -87,25 +86,25 @@ class Prompt:
 
     Args:
         rows: float32 [n_prompt, n_embd].
-        spec: how it was made; ``spec.placement`` says where it goes.
-        task_name: of the task it was tuned for.
-        labels: in the order of the template's label words.
-        template: how a text is put to the model.
-        model_fingerprint: of the model file, ``sha256:…``.
-        model_name: what to call the model in a message to a person.
-        architecture: of the model.
-        history: small JSON objects, one per step worth remembering.
+        spec: how the prompt was made and, in ``spec.placement``, where it goes.
+        task_name: name of the task it was tuned for.
+        labels: label names in the order of the template's label words.
+        template: how a text is presented to the model.
+        model_fingerprint: ``sha256:…`` of the model file.
+        model_name: display name of the model.
+        architecture: the model's architecture.
+        history: small JSON objects, one per step, for example a run or an import.
         label_bias: [n_labels] added to the label words' logits; None: zeros.
         word_ids: token ids [n_words] whose logits a readout uses (`fedbpt.objective.readout`); None: no readout.
-        word_weights: [n_words, n_labels], what each of them adds to each label; with ``word_ids`` alone.
+        word_weights: [n_words, n_labels], weights of these logits for each label; requires ``word_ids``.
         others: templates whose corrected log-probabilities, without a prompt, are averaged with the prompt's.
-        other_weights: [n_others, 1 + n_words, n_labels], their readouts; with ``others`` alone.
-        task: the whole task: its templates, columns, and how it cuts texts; None: the built-in one of that name and
-            those labels, else it is not known.
+        other_weights: [n_others, 1 + n_words, n_labels], the readouts of ``others``; requires ``others``.
+        task: the full task (templates, columns, length limits); None: the built-in one of that name and those labels,
+            or unknown.
 
     Raises:
-        InputError: shapes that disagree, NaN or infinity, a history that JSON cannot hold, a task of another name or
-            other labels.
+        InputError: inconsistent shapes, NaN or infinity, a history that JSON cannot represent, a task with another
+            name or other labels.
     """
 
     @checked
@@ -132,12 +131,13 @@ class Prompt:
         bias = np.zeros(len(labels)) if label_bias is None else label_bias
         self.label_bias = array_of(bias, np.float32, "label_bias")
         self.word_ids = array_of([] if word_ids is None else word_ids, np.int32, "word_ids")
-        none = np.zeros((0, len(labels)))
-        self.word_weights = array_of(none if word_weights is None else word_weights, np.float32, "word_weights")
+        if word_weights is None:
+            word_weights = np.zeros((0, len(labels)))
+        self.word_weights = array_of(word_weights, np.float32, "word_weights")
         self.others = tuple(others)
-        n_words = self.word_ids.size
-        none = np.zeros((0, 1 + n_words, len(labels)))
-        self.other_weights = array_of(none if other_weights is None else other_weights, np.float32, "other_weights")
+        if other_weights is None:
+            other_weights = np.zeros((0, 1 + self.word_ids.size, len(labels)))
+        self.other_weights = array_of(other_weights, np.float32, "other_weights")
         self.spec = spec
         self.task_name = task_name
         self.labels = tuple(labels)
@@ -150,32 +150,46 @@ class Prompt:
         self._check()
 
     def _check(self) -> None:
-        spec, n_words = self.spec, self.n_words
+        n_labels = len(self.labels)
         if self.task is not None and (self.task.name, self.task.labels) != (self.task_name, self.labels):
             raise InputError(
-                f"the prompt is for {self.task_name} with labels {list(self.labels)}, not for {self.task.name} with "
-                f"{list(self.task.labels)}"
+                f"task must be {self.task_name} with labels {list(self.labels)}, got {self.task.name} with "
+                f"{list(self.task.labels)}",
+                field="task",
             )
-        if self.rows.ndim != 2 or self.rows.shape[0] != spec.n_prompt or self.rows.shape[1] == 0:
-            raise InputError(f"prompt rows must have shape [{spec.n_prompt}, n_embd], got {list(self.rows.shape)}")
-        if self.label_bias.shape != (len(self.labels),):
-            raise InputError(f"label_bias must have shape [{len(self.labels)}], got {list(self.label_bias.shape)}")
-        if self.word_ids.ndim != 1 or self.word_weights.shape != (n_words, len(self.labels)):
-            wanted, got = [n_words, len(self.labels)], list(self.word_weights.shape)
-            raise InputError(f"word_weights must have shape {wanted}, one row for each of word_ids, got {got}")
-        if self.other_weights.shape != (len(self.others), 1 + n_words, len(self.labels)):
-            wanted = [len(self.others), 1 + n_words, len(self.labels)]
-            raise InputError(f"other_weights must have shape {wanted}, got {list(self.other_weights.shape)}")
+        if self.rows.ndim != 2 or self.rows.shape[0] != self.spec.n_prompt or self.rows.shape[1] == 0:
+            raise InputError(
+                f"rows must have shape [{self.spec.n_prompt}, n_embd], got {list(self.rows.shape)}", field="rows"
+            )
+        if self.label_bias.shape != (n_labels,):
+            raise InputError(
+                f"label_bias must have shape [{n_labels}], got {list(self.label_bias.shape)}", field="label_bias"
+            )
+        if self.word_ids.ndim != 1 or self.word_weights.shape != (self.n_words, n_labels):
+            raise InputError(
+                f"word_weights must have shape {[self.n_words, n_labels]}, one row for each of word_ids, "
+                f"got {list(self.word_weights.shape)}",
+                field="word_weights",
+            )
+        expected = (len(self.others), 1 + self.n_words, n_labels)
+        if self.other_weights.shape != expected:
+            raise InputError(
+                f"other_weights must have shape {list(expected)}, got {list(self.other_weights.shape)}",
+                field="other_weights",
+            )
         for used in (self.template, *self.others):
-            if len(used.label_words) != len(self.labels):
-                raise InputError(f"{len(used.label_words)} label words for {len(self.labels)} labels")
+            if len(used.label_words) != n_labels:
+                raise InputError(
+                    f"a template must have {n_labels} label words, one for each label, got {len(used.label_words)}",
+                    field="label_words",
+                )
         for name in ("rows", "label_bias", "word_weights", "other_weights"):
             if not np.isfinite(getattr(self, name)).all():
-                raise InputError(f"the prompt holds NaN or infinity, in its {name}")
+                raise InputError(f"{name} must be finite, got NaN or infinity", field=name)
         try:
             json.dumps(self.history, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise InputError(f"a prompt's history must be plain JSON values: {error}") from error
+            raise InputError(f"history must be plain JSON values: {error}", field="history") from error
 
     @property
     def n_prompt(self) -> int:
@@ -187,21 +201,21 @@ class Prompt:
 
     @property
     def n_words(self) -> int:
-        """How many words a readout uses; 0: none."""
+        """Number of words that the readout uses; 0: no readout."""
         return int(self.word_ids.size)
 
     @property
     def readout(self) -> Readout:
-        """Its and its other templates' label bias and word weights, for an `Objective` with its ``word_ids``."""
+        """Label bias and word weights of all templates, for an `Objective` with this prompt's ``word_ids``."""
         own = Array.of(np.concatenate([self.label_bias[None], self.word_weights]), "<f4")
         return Readout(weights=own, others=tuple(Array.of(of_template, "<f4") for of_template in self.other_weights))
 
     @checked
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the file, whole or not at all, and a model card beside it (`card_path`).
+        """Write the file and, next to it, its model card (`card_path`); an existing file is replaced atomically.
 
         Raises:
-            PromptError: that fails.
+            PromptError: a file cannot be written.
         """
         target = Path(path)
         card = model_card(self, use_in_fedbpt(self, target.name))
@@ -209,7 +223,7 @@ class Prompt:
         return target
 
     def to_bytes(self) -> bytes:
-        """The content of a prompt file."""
+        """Encode as the content of a prompt file."""
         header = _Header(
             format=FORMAT,
             spec=self.spec,
@@ -232,57 +246,64 @@ class Prompt:
     @classmethod
     @checked
     def load(cls, path: str | os.PathLike[str]) -> Prompt:
-        """Read a file that `save` wrote. Raises `PromptError`: missing, damaged, not a prompt, a newer format."""
+        """Read a file that `save` wrote. Raises `PromptError` if it is missing, damaged, no prompt, or newer."""
         source = Path(path)
         try:
             content = source.read_bytes()
         except OSError as error:
-            raise PromptError(f"cannot read the prompt {source}: {error.strerror or error}") from error
+            raise PromptError(f"cannot read the prompt {source}: {error.strerror or error}", field="path") from error
         return cls.decode(content, str(source))
 
     @classmethod
     @checked
     def decode(cls, content: bytes, source: str) -> Prompt:
-        """Of a file's content; ``source``: what to call it in a message. Raises `PromptError` as `load` does."""
+        """Decode a prompt file's content; ``source``: its name in error messages. Raises `PromptError` as `load`."""
         try:
             tensors = safetensors.numpy.load(content)
             metadata = _metadata(content)
         except (safetensors.SafetensorError, *DECODE_ERRORS, KeyError) as error:
-            raise PromptError(f"{source} is not a safetensors file, or is cut short") from error
+            raise PromptError(
+                f"{source} is not a complete safetensors file: copy or export the prompt again"
+            ) from error
         if _KEY not in metadata or set(tensors) not in _TENSOR_SETS:
-            raise PromptError(f"{source} is a safetensors file but not a prompt that fedbpt saved")
+            raise PromptError(f"{source} is a safetensors file, but not a prompt: use one that fedbpt saved")
         header = _header(metadata[_KEY], source)
         fields: dict[str, Any] = {name: getattr(header, name) for name in header.__struct_fields__ if name != "format"}
         try:
             return cls(**{**tensors, **fields})
         except InputError as error:
-            raise PromptError(f"{source} is damaged: {error}") from error
+            raise PromptError(f"{source} is damaged: {error}", field=error.field) from error
 
     @checked
     def with_rows(self, rows: NDArray[np.floating[Any]], history: tuple[Mapping[str, Any], ...]) -> Prompt:
-        """The same with other rows [n_prompt, n_embd], and with a history of their own."""
+        """Copy with other rows [n_prompt, n_embd] and another history."""
         tensors = {name: getattr(self, name) for name in (_TENSORS | _OTHERS_TENSORS) - {"rows"}}
-        plain = {name: getattr(self, name) for name in _PLAIN if name != "history"}
-        return Prompt(rows=rows, history=history, **tensors, **plain)
+        fields = {name: getattr(self, name) for name in _METADATA_FIELDS if name != "history"}
+        return Prompt(rows=rows, history=history, **tensors, **fields)
 
     @checked
     def check(self, model: Model) -> None:
-        """Raises `PromptError`, naming both models, where the prompt was made for another one."""
+        """Raise `PromptError`, naming both models, if the prompt was made for another model."""
         if model.fingerprint != self.model_fingerprint:
             raise PromptError(
                 f"this prompt was made for {self.model_name} ({short_fingerprint(self.model_fingerprint)}), "
                 f"not for {model.name} ({short_fingerprint(model.fingerprint)}): "
-                f"load {self.model_name}, or tune a prompt for {model.name}"
+                f"load {self.model_name}, or tune a prompt for {model.name}",
+                field="model_fingerprint",
             )
         if model.n_embd != self.n_embd:
-            raise PromptError(f"this prompt has rows of {self.n_embd} numbers, {model.name} embeds in {model.n_embd}")
+            raise PromptError(
+                f"this prompt's rows must have {model.name}'s n_embd of {model.n_embd} numbers, got {self.n_embd}",
+                field="rows",
+            )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Prompt):
             return NotImplemented
-        return all(
+        tensors_equal = all(
             np.array_equal(getattr(self, name), getattr(other, name)) for name in _TENSORS | _OTHERS_TENSORS
-        ) and all(getattr(self, name) == getattr(other, name) for name in _PLAIN)
+        )
+        return tensors_equal and all(getattr(self, name) == getattr(other, name) for name in _METADATA_FIELDS)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -306,25 +327,26 @@ class Prompt:
 
 
 def card_path(prompt_path: Path) -> Path:
-    """Where the model card of a prompt file is: its name with ``.md``."""
+    """Path of a prompt file's model card: the file name with ``.md`` appended."""
     return prompt_path.parent / f"{prompt_path.name}.md"
 
 
 def encode_card(card: str) -> bytes:
-    """A model card as UTF-8; it names files, whose names may be none."""
+    """Encode a model card as UTF-8, escaping file names that are not valid Unicode."""
     return card.encode(errors="backslashreplace")
 
 
 def write(files: Mapping[Path, bytes]) -> None:
-    """Write files that belong together. Raises `PromptError` where one cannot be written; then none is replaced."""
+    """Write files that belong together. Raises `PromptError` if one cannot be written; then none is replaced."""
     try:
         write_whole(files)
     except OSError as error:
-        raise PromptError(f"cannot write the prompt to {error.filename}: {error.strerror or error}") from error
+        reason = error.strerror or error
+        raise PromptError(f"cannot write the prompt to {error.filename}: {reason}", field="path") from error
 
 
 def _metadata(content: bytes) -> dict[str, str]:
-    """The metadata of safetensors bytes: 8 bytes of length, then JSON with an entry ``__metadata__``."""
+    """Metadata of a safetensors file: 8 bytes of length, then JSON with an entry ``__metadata__``."""
     length = int.from_bytes(content[:8], "little")
     found = json.loads(content[8 : 8 + length]).get("__metadata__", {})
     return dict(found)
@@ -333,8 +355,12 @@ def _metadata(content: bytes) -> dict[str, str]:
 def _header(text: str, source: str) -> _Header:
     try:
         number = json.loads(text)["format"]
-        if number not in _READ:
-            raise PromptError(f"{source} has prompt format {number}, this fedbpt reads up to {FORMAT}: update fedbpt")
+        if number not in _READABLE_FORMATS:
+            raise PromptError(
+                f"{source} has prompt format {number}, but this fedbpt reads formats up to {FORMAT}: update fedbpt",
+                field="format",
+                limit=FORMAT,
+            )
         return msgspec.json.decode(text, type=_Header)
     except (*DECODE_ERRORS, KeyError, TypeError) as error:
         raise PromptError(f"{source} is damaged: {error}") from error
@@ -346,5 +372,5 @@ def _built_in(name: str, labels: tuple[str, ...]) -> Task | None:
 
 
 def short_fingerprint(fingerprint: str) -> str:
-    """As much of a fingerprint as tells two models apart in a message."""
+    """Shorten a fingerprint for messages."""
     return fingerprint[:19] + "…" if len(fingerprint) > 20 else fingerprint

@@ -12,7 +12,7 @@ import pytest
 from fedbpt.aggregation.readout import ReadoutFit
 from fedbpt.coordinator.federation import Federation
 from fedbpt.errors import ConfigError
-from fedbpt.objective.readout import answer, full_weights
+from fedbpt.objective.readout import fit_result, full_weights
 from fedbpt.protocol.rounds import FitResult, PooledResult, RoundReport, SelectResult
 from fedbpt.protocol.specs import Array
 from fedbpt.runs.events import DeviceLost
@@ -115,7 +115,7 @@ def fitted_loss(n_words: int, robust: Any) -> float:
     fit = ReadoutFit("readout", np.zeros(2), n_words, n_labels, robust=robust or "none", byzantine=1)
     while robust and not fit.done:
         work = fit.work()
-        results = [answer(work, logits, targets, None, n_labels) for logits, targets in shards]
+        results = [fit_result(work, logits, targets, None, n_labels) for logits, targets in shards]
         bent = -30 * results[-1].means.numpy()
         bent = bent if work.readout else np.abs(bent)  # squares below 0 would be refused
         results[-1] = FitResult(purpose="readout", loss=-9.0, means=Array.of(bent))

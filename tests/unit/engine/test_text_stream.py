@@ -22,6 +22,7 @@ from fedbpt.runs.events import Evaluated, RunFinished
 from fedbpt.runs.settings import RunSettings
 from fedbpt.tasks import Task, load_task, read_task_rows, to_rows, write_partition, write_rows
 from fedbpt.tasks.task import target_ids
+from tests.support.raises import raises
 from tests.support.toy_scorer import ToyScorer
 
 TASK_FILE = """
@@ -156,45 +157,37 @@ def test_a_long_target_is_cut() -> None:
     assert target_ids(ToyScorer(), TEMPLATE, "abc", 3).tolist() == list(b" ab")
 
 
-@pytest.mark.parametrize(
-    ("given", "error", "said"),
-    [
-        ([("a", 1)], DataError, "the text must be a string"),
-        ([("a", "")], DataError, "empty text"),
-    ],
-)
-def test_rows_without_a_target_are_refused(
-    given: list[tuple[str, object]], error: type[FedbptError], said: str
-) -> None:
-    with pytest.raises(error, match=said):
+@pytest.mark.parametrize("given", [[("a", 1)], [("a", "")]])
+def test_rows_without_a_target_are_refused(given: list[tuple[str, object]]) -> None:
+    with raises(DataError):
         to_rows(given, TASK)
 
 
 @pytest.mark.parametrize(
-    ("labels", "spec", "row", "error", "said"),
+    ("labels", "spec", "row", "error", "field"),
     [
-        ((), ObjectiveSpec(), "zoo", InputError, "nll is for none"),
-        (("no", "yes"), NLL, 1, InputError, "does not go with 2 labels"),
-        ((), NLL, 1, DataError, "row 0 "),
-        ((), NLL, " ", InputError, "a target text is empty"),
-        (("no", "yes"), ObjectiveSpec(), "yes", DataError, "has label .yes"),
+        ((), ObjectiveSpec(), "zoo", InputError, "loss"),
+        (("no", "yes"), NLL, 1, InputError, "loss"),
+        ((), NLL, 1, DataError, "label"),
+        ((), NLL, " ", InputError, ""),
+        (("no", "yes"), ObjectiveSpec(), "yes", DataError, "label"),
     ],
 )
-def test_what_does_not_go_together_is_refused(
-    labels: tuple[str, ...], spec: ObjectiveSpec, row: object, error: type[FedbptError], said: str
+def test_inconsistent_arguments_are_refused(
+    labels: tuple[str, ...], spec: ObjectiveSpec, row: object, error: type[FedbptError], field: str
 ) -> None:
     template = msgspec.structs.replace(TEMPLATE, label_words=("n", "y")[: len(labels)])
-    with pytest.raises(error, match=said):
+    with raises(error, field=field):
         Objective(ToyScorer(), template, labels, [("a", row)], spec, PromptSpec(d=6))
 
 
 def test_a_run_of_a_labelled_task_by_likelihood_is_refused() -> None:
-    with pytest.raises(ConfigError, match="nll is for tasks of target texts"):
+    with pytest.raises(ConfigError):
         RunSettings(objective=NLL).for_labels(("no", "yes"))
 
 
 def test_label_words_without_labels_are_refused() -> None:
-    with pytest.raises(TaskError, match="label words for 0 labels"):
+    with raises(TaskError, field="label_words"):
         Task(name="manner", templates=(Template(pattern="{text}\nAnswer: (", label_words=("a",)),))
 
 

@@ -1,4 +1,4 @@
-"""How bad label logits are."""
+"""Losses of label logits."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fedbpt.errors import InputError
 from fedbpt.objective.losses import balanced_weights, cross_entropy, hinge
+from tests.support.raises import raises
 
 
 def test_cross_entropy_by_hand() -> None:
@@ -43,7 +44,7 @@ def test_losses_ignore_a_common_shift_and_are_never_negative(logits: list[list[f
 @pytest.mark.parametrize(("logits", "targets"), [([[1.0, 2.0]], [2]), ([[1.0, 2.0]], [-1]), ([[1.0, 2.0]], [0, 1])])
 @pytest.mark.parametrize("loss", [cross_entropy, hinge])
 def test_targets_that_do_not_fit_are_refused(loss: object, logits: list, targets: list) -> None:
-    with pytest.raises(InputError):
+    with raises(InputError, field="targets"):
         loss(logits, targets)
 
 
@@ -62,5 +63,5 @@ def test_balanced_weights_make_labels_count_alike_and_rows_one_on_average(counts
 
 @pytest.mark.parametrize("counts", [[], [0, 0], [1, -1], [[1, 2]]])
 def test_counts_of_nothing_have_no_weights(counts: list) -> None:
-    with pytest.raises(InputError, match="label counts"):
+    with raises(InputError, field="counts"):
         balanced_weights(counts)

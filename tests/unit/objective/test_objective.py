@@ -13,6 +13,7 @@ from fedbpt.objective.objective import CHUNK, Objective
 from fedbpt.protocol.specs import Array, LossName, ObjectiveSpec, PromptSpec, Readout, Template
 from fedbpt.tasks.rows import batch_indices
 from fedbpt.tasks.task import Task, cue_ids, label_word_ids, render_ids
+from tests.support.raises import raises
 from tests.support.toy_scorer import BOS, ToyScorer
 
 # The toy tokenizer's words share their first byte, the space: these do not.
@@ -159,7 +160,7 @@ def test_a_prompt_in_front_can_be_perturbed() -> None:
 
 def test_the_perturbed_objective_needs_a_generator() -> None:
     objective = make(spec=ObjectiveSpec(perturb=0.5))
-    with pytest.raises(InputError, match="generator"):
+    with raises(InputError, field="rng"):
         objective.losses(objective.embeds(latents(1)))
 
 
@@ -205,14 +206,14 @@ def test_cancelling_stops_between_chunks() -> None:
 
 def test_a_prompt_longer_than_the_cue_names_the_longest_possible() -> None:
     n = len(cue_ids(ToyScorer(), TEMPLATE))
-    with pytest.raises(TaskError, match=f"use n_prompt {n} at most"):
+    with raises(TaskError, field="n_prompt", limit=n):
         make(PromptSpec(n_prompt=n + 1, d=6))
     make(PromptSpec(n_prompt=n, d=6))
 
 
 @pytest.mark.parametrize("rows", [[("fine", 2)], [("fine", -1)]])
 def test_a_label_out_of_range_is_refused(rows: list[tuple[str, int]]) -> None:
-    with pytest.raises(DataError, match="label"):
+    with raises(DataError, field="label"):
         make(rows=rows)
 
 

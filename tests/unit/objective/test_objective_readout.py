@@ -9,6 +9,7 @@ from fedbpt.errors import InputError
 from fedbpt.objective.losses import cross_entropy
 from fedbpt.objective.readout import read
 from fedbpt.protocol.specs import Array, ObjectiveSpec, PromptSpec, Readout
+from tests.support.raises import raises
 from tests.support.toy_scorer import ToyScorer
 from tests.unit.objective.test_objective import CUE, FRONT, MOOD, latents, make
 
@@ -54,9 +55,9 @@ def test_candidates_that_differ_in_the_readout_alone_are_scored_once(prompt: Pro
 
 def test_one_readout_for_each_candidate_or_none() -> None:
     objective = make(spec=ObjectiveSpec(readout_words=5))
-    with pytest.raises(InputError, match="1 readouts for 2 candidates"):
+    with raises(InputError, field="readouts"):
         objective.evaluate(objective.embeds(latents(2)), readouts=(None,))
-    with pytest.raises(InputError, match="at most 5 words"):
+    with raises(InputError, field="readout", limit=5):
         objective.evaluate(objective.embeds(latents(1)), readouts=(readout(7),))
 
 

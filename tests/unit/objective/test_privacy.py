@@ -25,6 +25,7 @@ from fedbpt.protocol.specs import Array, ObjectiveSpec, PrivacySpec, PromptSpec
 from fedbpt.runs.events import RoundClosed
 from fedbpt.runs.result import RunResult
 from fedbpt.search.population import sample_population
+from tests.support.raises import raises
 from tests.support.toy_scene import D, Scene, StopRunError, ToyTask, closed, settings, stop
 from tests.support.toy_scorer import ToyScorer
 
@@ -156,7 +157,7 @@ def test_a_private_local_search_sends_what_follows_from_noisy_losses_alone() -> 
     ],
 )
 def test_a_device_refuses_a_private_plan_for_what_gets_no_noise(changes: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="losses of candidates or templates alone"):
+    with raises(InputError, field="privacy"):
         device().run(plan(**changes))
 
 
@@ -258,5 +259,5 @@ def test_a_private_run_that_is_stopped_resumes_to_the_same_digest_and_epsilon(tm
     ],
 )
 def test_what_gets_no_noise_is_refused_with_privacy(changes: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"set method = pooled or fedavg, calibrate = false"):
+    with pytest.raises(ConfigError):
         settings(privacy=SPEC, **changes)

@@ -16,7 +16,7 @@ from fedbpt import Budget, ObjectiveSpec, Prompt, PromptSpec, TuneResult, cli, m
 from fedbpt.api import make_prompt
 from fedbpt.cli import chat as chat_command
 from fedbpt.cli import evaluate as evaluate_command
-from fedbpt.prompts.model_card import known_model, model_card
+from fedbpt.prompts.model_card import PLACES, known_model, model_card
 from fedbpt.prompts.prompt import card_path
 from fedbpt.protocol.specs import PrivacySpec, Template
 from fedbpt.runs.intervals import wilson_interval
@@ -70,13 +70,13 @@ def test_what_the_card_prints_can_be_run(known: bool, tmp_path: Path, monkeypatc
     exec(python.text, {})
 
 
-def test_it_says_how_texts_are_cut_and_what_columns_data_have() -> None:
+def test_it_says_how_long_texts_may_be_and_which_columns_data_files_have() -> None:
     task = msgspec.structs.replace(TASK, max_words=7, text_columns=("body", "{a} {b}"), label_column="mood")
     fields: dict[str, Any] = {"task_name": task.name, "labels": task.labels, "template": task.templates[0]}
     text = card(make(**fields, task=task))
-    for said in ("first 7 words", "128 tokens", "`body` or `{a} {b}`", "`mood`"):
-        assert said in text
-    assert "tokens are read" not in card(make(**fields))
+    for value in ("7 words", "128 tokens", "`body` or `{a} {b}`", "`mood`"):
+        assert value in text
+    assert "tokens" not in card(make(**fields)).partition("## Task")[2].partition("## Use")[0]
 
 
 def test_it_says_for_which_model_and_task_the_prompt_is() -> None:
@@ -84,7 +84,7 @@ def test_it_says_for_which_model_and_task_the_prompt_is() -> None:
     text = card(prompt)
     assert f"`{prompt.model_fingerprint}`" in text
     assert "2 row(s) of 8 numbers" in text
-    assert "in place of the answer cue's last 2 token(s)" in text
+    assert PLACES["cue"].format(n=2) in text
     assert "{text}\nMood:" in text
     assert '| good | `" good"` |' in text
     assert "readout" not in text
@@ -120,7 +120,7 @@ def test_figures_are_told_with_their_intervals_where_there_are_some(result: Tune
 @pytest.mark.parametrize(
     ("settings", "told", "untold"),
     [
-        ({"robust": "median", "byzantine": 2}, ["| robust aggregation | median |", "may lie | 2 |"], "privacy"),
+        ({"robust": "median", "byzantine": 2}, ["| robust aggregation | median |", "tolerated | 2 |"], "privacy"),
         (
             {
                 "privacy": PrivacySpec(clip=0.3, noise_multiplier=2.0),

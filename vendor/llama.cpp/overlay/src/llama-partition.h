@@ -1,8 +1,7 @@
 #pragma once
 
-// Where the special tokens stand in a text: upstream's search (llama_vocab::impl::tokenizer_st_partition) with the same result, in time
-// linear in the number of tokens found. Upstream counts its way through the list of fragments for each: 300,000 blank lines took
-// minutes.
+// Finds the special tokens in a text, with the same result as upstream's llama_vocab::impl::tokenizer_st_partition but in time linear in
+// the number of tokens found. Upstream walks the list of fragments for each of them: 300,000 blank lines took minutes.
 
 #include <bitset>
 #include <cctype>
@@ -11,7 +10,7 @@
 #include <string>
 #include <string_view>
 
-// The pairs of neighbouring bytes that a text has: most tokens of a vocabulary hold one that it has not, and need not be looked for.
+// The set of adjacent byte pairs in a text. Most tokens of a vocabulary hold a pair that the text lacks, and need no search.
 class llama_byte_pairs {
 public:
     explicit llama_byte_pairs(std::string_view text) {
@@ -35,7 +34,8 @@ private:
     std::bitset<65536> pairs_;
 };
 
-// `fragments`: a forward list of one fragment, the whole text. `lookup(id)`: a token's text and attributes; `is_skipped(attributes)`.
+// `fragments`: a forward list with one fragment, the whole text. `lookup(id)`: a token's text and attributes; `is_skipped(attributes)`:
+// whether to ignore a token.
 template <typename Fragments, typename Ids, typename Lookup, typename Skipped>
 void llama_partition(Fragments & fragments, const Ids & special, const Lookup & lookup, const Skipped & is_skipped, int lstrip, int rstrip, int raw) {
     if (fragments.empty()) {
@@ -80,7 +80,7 @@ void llama_partition(Fragments & fragments, const Ids & special, const Lookup & 
             if (begin < end) {
                 before = fragments.emplace_after(before, text, static_cast<int64_t>(begin), static_cast<int64_t>(end - begin));
             }
-            fragments.erase_after(before);  // what was split
+            fragments.erase_after(before);  // the fragment that was split
         }
     }
 }

@@ -1,6 +1,6 @@
 #pragma once
 
-// A regular expression as a tree. See llama-regex.h for what is supported.
+// Parses a regular expression to a tree. See llama-regex.h for the supported syntax.
 
 #include <algorithm>
 #include <bitset>
@@ -31,7 +31,7 @@ public:
     void add(const char_class & other) { parts_.push_back(other); }
     void negate() { negated_ = true; }
 
-    // to be called once, before holds()
+    // Call once, before holds().
     void finish() {
         for (unit c = 0; c < table_.size(); ++c) {
             table_[c] = search(c);

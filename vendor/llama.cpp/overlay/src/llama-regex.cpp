@@ -27,17 +27,17 @@ struct state {
 
     kind_t kind;
     int    next;
-    int    other = -1;  // CHOICE: where `next` cannot lead to a match
-    int    index = -1;  // CHAR: of its class; CHOICE: of its bit; CONDITION: of what must hold
+    int    other = -1;  // CHOICE: the state to take if `next` cannot lead to a match
+    int    index = -1;  // CHAR: index of its class; CHOICE: of its bit; CONDITION: of its condition
 };
 
 struct condition {
     node::kind_t kind;
     bool         negated;
-    int          machine;  // LOOKAHEAD: what must match here
+    int          machine;  // LOOKAHEAD: the automaton that must match here
 };
 
-// Its states in an order in which each comes after those that it leads to without reading a character.
+// States are ordered so that each comes after those that it leads to without reading a character.
 struct machine {
     int              start = 0;
     std::vector<int> order;
@@ -49,7 +49,7 @@ public:
         whole_ = add_machine(expression);
     }
 
-    // What is known of a text, for the next one to write over.
+    // Results for a text; the memory is reused for the next one.
     struct notes {
         size_t                         size = 0;  // of the text
         std::vector<char>              can, before;
@@ -62,7 +62,7 @@ public:
     void split(const CharT * text, size_t n, notes & known, std::vector<size_t> & parts) const {
         known.size = n;
         known.holds.resize(conditions_.size());
-        for (size_t i = 0; i < conditions_.size(); ++i) {  // what lies within another comes first
+        for (size_t i = 0; i < conditions_.size(); ++i) {  // nested conditions come first
             hold(text, i, known);
         }
         walk_back(text, machines_[whole_], known, [&](size_t at) { note(at, known); });
@@ -105,7 +105,7 @@ private:
         return static_cast<int>(machines_.size()) - 1;
     }
 
-    // The state where matching `expression` begins that goes on at `next`.
+    // Builds the states of `expression`, followed by state `next`; returns the first one.
     int build(const node & expression, int next) {
         switch (expression.kind) {
             case node::CLASS:
@@ -142,7 +142,7 @@ private:
         int          found = next;
         if (expression.most == kNoLimit) {
             found = choice(-1, -1);
-            const int again = build(body, found);  // which may move states_
+            const int again = build(body, found);  // may reallocate states_
             states_[found].next  = again;
             states_[found].other = next;
         } else {
@@ -156,7 +156,7 @@ private:
         return found;
     }
 
-    // All states that can be reached, by a depth-first search over the steps that read nothing; there are no cycles of those.
+    // Orders all reachable states by depth-first search over the steps that read nothing, which have no cycles.
     void sort(machine & made, int accept) {
         std::vector<char> seen(states_.size(), 0);
         std::vector<int>  roots = { made.start, accept };
@@ -186,7 +186,7 @@ private:
         }
     }
 
-    // From the end of the text on: known.can[state] says whether a match is reached from the state, with the text from `at` on.
+    // Backward pass: known.can[state] says whether the text from `at` on leads from the state to a match.
     template <typename CharT, typename Note>
     void walk_back(const CharT * text, const machine & used, notes & known, const Note & note) const {
         known.can.assign(states_.size(), 0);
@@ -216,7 +216,7 @@ private:
         }
     }
 
-    // Notes where the condition holds.
+    // Records where the condition holds.
     template <typename CharT>
     void hold(const CharT * text, size_t index, notes & known) const {
         std::vector<char> & holds = known.holds[index];
@@ -230,7 +230,7 @@ private:
         holds[known.size] = 1;  // END
     }
 
-    // One bit says whether a match can begin at the character, one for each choice whether its first way can lead to one.
+    // For each character: a bit whether a match can begin there, and a bit per choice whether its first alternative can lead to one.
     void note(size_t at, notes & known) const {
         const size_t n_words = static_cast<size_t>(n_bits_)/64 + 1;
         if (at == known.size) {
@@ -252,7 +252,7 @@ private:
         return (known.bits[at*n_words + static_cast<size_t>(index)/64] >> (index % 64)) & 1;
     }
 
-    // The end of the match that begins at `at`, where one does.
+    // The end of the match that begins at `at`, which must exist.
     size_t match(const notes & known, size_t at) const {
         for (int number = machines_[whole_].start; states_[number].kind != state::ACCEPT;) {
             const state & here = states_[number];
@@ -270,7 +270,7 @@ private:
     int                     n_bits_ = 1;  // bit 0: a match can begin
 };
 
-// Compiled once for each thread: a text that special tokens cut into pieces is split piece by piece.
+// Compiles an expression once per thread: a text with many special tokens is split fragment by fragment.
 template <typename CharT>
 const automaton & compiled(const std::basic_string<CharT> & regex) {
     thread_local std::unordered_map<std::basic_string<CharT>, std::unique_ptr<const automaton>> known;

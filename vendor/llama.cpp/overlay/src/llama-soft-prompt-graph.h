@@ -1,6 +1,6 @@
 #pragma once
 
-// The part of soft prompts that upstream's graph builder sees: see include/llama-soft-prompt.h.
+// The interface of soft prompts to upstream's graph builder. See include/llama-soft-prompt.h.
 
 #include "llama-soft-prompt.h"
 
@@ -21,7 +21,7 @@ class  llm_graph_result;
 class  llm_graph_input_i;
 struct llm_graph_context;
 
-// (sequence, position) -> row. Shared by a context and the graph parameters copied from it.
+// Table (sequence, position) -> row. Shared by a context and the graph parameters copied from it.
 class llama_soft_prompt {
 public:
     void set(llama_seq_id seq_id, llama_pos pos0, int32_t n_rows, const float * rows);
@@ -35,7 +35,7 @@ public:
     bool row_attention = false;
     bool keeps_masked_cells = false;
 
-    // of the longest text of the next llama_decode, in tokens; 0: not said, the context's size counts
+    // length in tokens of the longest text of the next llama_decode; 0: unknown, use the context's size
     uint32_t text_length = 0;
 
     // --- label logits ---
@@ -44,20 +44,20 @@ public:
 
     size_t n_labels() const { return labels.size(); }
 
-    // whether products with this matrix are those of the label head
+    // whether the label head replaces this matrix
     bool is_output(const ggml_tensor * w) const { return head != nullptr && w == output; }
     const float * label_head() const { return head; }
 
-    // Takes the label logits and the states of an ubatch's n outputs out of its graph; false where upstream's own logits are wanted.
+    // Copies the label logits and the states of a ubatch's n outputs from its graph; false if upstream's own logits are requested.
     bool take_outputs(ggml_backend_sched_t sched, const ggml_tensor * logits, int64_t n_before, int64_t n);
     const float * label_logits() const { return taken.data(); }
 
     // --- layers' states ---
 
     std::vector<int32_t> taps; // layers
-    llm_graph_input_i  * building = nullptr; // of the graph that is built now
+    llm_graph_input_i  * building = nullptr; // input of the graph that is being built
 
-    // the graph that runs next has these tensors [n_embd, n_outputs], one a tap, null where there is none
+    // Sets the tensors [n_embd, n_outputs] of the graph that runs next, one per tap, null if missing.
     void run_taps(const std::vector<ggml_tensor *> & tensors) { tapped = &tensors; }
     const float * states() const { return has_states ? states_taken.data() : nullptr; }
 
@@ -84,7 +84,7 @@ private:
     bool                               has_states = false;
 };
 
-// embd*keep + soft where the ubatch has soft rows, embd itself where it has none
+// embd*keep + soft if the ubatch has soft rows, else embd itself
 ggml_tensor * llama_soft_prompt_build(
         ggml_context        * ctx0,
         llm_graph_result    * res,
@@ -94,19 +94,19 @@ ggml_tensor * llama_soft_prompt_build(
         const llama_ubatch  & ubatch,
         ggml_tensor         * embd);
 
-// What layer il adds up to: cur [n_embd, n_tokens, or n_outputs after the last layer]. Where the layer is tapped, the graph also gives
-// its rows of outputs.
+// Called with the output cur [n_embd, n_tokens, or n_outputs after the last layer] of layer il. If the layer is tapped, its rows for the
+// outputs become an output of the graph.
 void llama_soft_prompt_layer(const llm_graph_context & graph, ggml_tensor * cur, int il);
 
-// the label head in place of the output matrix, w itself elsewhere
+// the label head in place of the output matrix; w itself for other matrices
 ggml_tensor * llama_soft_prompt_output(
         ggml_context        * ctx0,
         llm_graph_result    * res,
         const llama_cparams & cparams,
         ggml_tensor         * w);
 
-// Where the context wants it, has the attention node computed row by row.
+// Requests row attention for the node if the context uses it.
 void llama_soft_prompt_attention(ggml_tensor * node, const llama_cparams & cparams);
 
-// Whether a tensor of the model that this thread is loading needs no layout of its own for this CPU.
+// Whether a tensor of the model that this thread is loading stays in the mapped file instead of being repacked for this CPU.
 bool llama_soft_prompt_leaves_in_file(const ggml_tensor * meta);

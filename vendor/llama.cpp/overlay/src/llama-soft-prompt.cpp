@@ -25,10 +25,10 @@
 
 namespace {
 
-// what llama_soft_prompt_init_from_model makes, for the context that it is about to create
+// made by llama_soft_prompt_init_from_model, for the context that it is about to create
 thread_local std::shared_ptr<llama_soft_prompt> prepared;
 
-// this thread is in llama_soft_prompt_load_from_file
+// whether this thread is in llama_soft_prompt_load_from_file
 thread_local bool loading = false;
 
 } // namespace
@@ -155,8 +155,8 @@ bool llama_soft_prompt::take_logits(const ggml_tensor * logits, int64_t n_before
 
 namespace {
 
-// Without soft rows both tensors are null: the input then adds no node, it only forbids the reuse of its graph for an
-// ubatch that has some, or for other taps.
+// Without soft rows both tensors are null: the input then adds no node, and only prevents the reuse of its graph for a
+// ubatch with soft rows, or for other taps.
 class llm_graph_input_soft_prompt : public llm_graph_input_i {
 public:
     llm_graph_input_soft_prompt(std::shared_ptr<llama_soft_prompt> table, float scale)
@@ -204,7 +204,7 @@ public:
         const bool had  = keep != nullptr;
         const bool want = table->touches(params.ubatch);
 
-        // the label head and the text's length too: a graph has no other input to tell
+        // the label head and the text's length are compared here too: no other input of the graph does
         return had == want && (!had || keep->ne[1] == (int64_t) params.ubatch.n_tokens) &&
             n_labels == table->n_labels() && has_head == (table->label_head() != nullptr) && text_length == table->text_length && taps == table->taps;
     }
@@ -214,14 +214,14 @@ public:
         if (tap == taps.end() || graph.n_outputs == 0) {
             return;
         }
-        // the last layer has left out all but the outputs already, in most architectures
+        // in most architectures the last layer has dropped all tokens but the outputs already
         if (cur->ne[1] != graph.n_outputs || graph.n_outputs == graph.n_tokens) {
             if (!out_ids) {
                 out_ids = graph.build_inp_out_ids();
             }
             cur = ggml_get_rows(graph.ctx0, cur, out_ids);
         } else {
-            cur = ggml_cont(graph.ctx0, cur); // a tensor of its own: an output's memory is given to no other
+            cur = ggml_cont(graph.ctx0, cur); // a copy: the memory of an output is not reused by other tensors
         }
         ggml_set_output(cur);
         ggml_format_name(cur, "soft_prompt_tap-%d", il);
@@ -264,7 +264,7 @@ private:
     ggml_tensor * head; // F32 [n_embd, n_labels]
 };
 
-// What the graph multiplies token embeddings by after build_inp_embd's look-up; soft rows are given after it.
+// Factor applied to token embeddings after build_inp_embd's look-up; soft rows are inserted after it.
 float embedding_scale(llm_arch arch, const llama_hparams & hparams) {
     switch (arch) {
         case LLM_ARCH_AFMOE:
@@ -390,7 +390,7 @@ int32_t llama_soft_prompt_head_size(const llama_model * model) {
 }
 
 bool llama_soft_prompt_has_row_attention(const llama_model * model) {
-    return model->arch != LLM_ARCH_GROK; // as llama_init_from_model has it
+    return model->arch != LLM_ARCH_GROK; // as in llama_init_from_model
 }
 
 float llama_soft_prompt_embedding_scale(const llama_model * model) {

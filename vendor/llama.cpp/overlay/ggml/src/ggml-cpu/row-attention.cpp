@@ -15,7 +15,7 @@ namespace {
 
 constexpr int      kLanes    = 16;
 constexpr int      kCells    = 64;          // cells of K or V unpacked at a time
-constexpr int      kStep     = 4;           // rows of the product that a kernel keeps in registers
+constexpr int      kStep     = 4;           // rows of a product that a kernel keeps in registers
 constexpr uint16_t kClosed   = 0xFC00;      // -infinity in f16
 constexpr uint32_t kInfinity = 0x7F800000;  // in f32
 
@@ -24,7 +24,7 @@ constexpr int kVectors = 2;
 #else
 constexpr int kVectors = 1;
 #endif
-constexpr int kRows = kLanes*kVectors;     // query rows of a block, one a lane
+constexpr int kRows = kLanes*kVectors;     // query rows per block, one per lane
 
 typedef float   floats __attribute__((vector_size(kLanes*sizeof(float)), may_alias));
 typedef int32_t ints   __attribute__((vector_size(kLanes*sizeof(int32_t)), may_alias));
@@ -37,7 +37,7 @@ floats splat(float x) {
     return floats{} + x;
 }
 
-// Each lane's e^x for x <= 0; exactly 0 for -infinity. Cephes' polynomial: 2 ulp.
+// e^x of each lane, for x <= 0; exactly 0 for -infinity. Cephes' polynomial, 2 ulp.
 floats exp_of(floats x) {
     const floats magic = splat(12582912.0f);  // 1.5*2^23: adding it rounds to an integer
     const floats low   = splat(-87.0f);
@@ -58,7 +58,7 @@ floats exp_of(floats x) {
     return x > low ? p*power : floats{};
 }
 
-// c[m] += sum over k of a[m*am + k*ak]*b[k], k ascending, for kStep rows m: each lane's sum is its own.
+// c[m] += sum over k of a[m*am + k*ak]*b[k], k ascending, for kStep rows m, separately in each lane.
 void multiply(Block * c, const float * a, int64_t am, int64_t ak, const Block * b, int64_t n) {
     Block sum[kStep];
     for (int m = 0; m < kStep; ++m) {
@@ -80,10 +80,10 @@ void multiply(Block * c, const float * a, int64_t am, int64_t ak, const Block * 
     }
 }
 
-// One thread's memory, kept from call to call.
+// Scratch memory of a thread, reused between calls.
 struct Scratch {
-    std::vector<uint32_t> open;      // [n_kv] which of the block's queries may see a cell, a bit each
-    std::vector<int32_t>  cells;     // those that any may see
+    std::vector<uint32_t> open;      // [n_kv] bit mask of the block's queries that see the cell
+    std::vector<int32_t>  cells;     // cells that any query sees
     std::vector<Block>    query;     // [DK]
     std::vector<Block>    weight;    // [cells] scores, then their exponentials
     std::vector<Block>    out;       // [DV]
@@ -108,7 +108,7 @@ public:
         s.cells.resize(n_kv + kStep);
     }
 
-    // A row is one query under one of the heads that share KV head `head`.
+    // A row is a query of one of the heads that share KV head `head`.
     int64_t n_rows() const { return n_queries*n_group; }
 
     void attend(int64_t head, int64_t first, int64_t last) {
@@ -118,7 +118,7 @@ public:
             store(head, first, last);
             return;
         }
-        // zero times infinity: another row's overflow would spread
+        // otherwise zero times infinity would spread another row's overflow
         for (int64_t row = first; last - first > 1 && row < last; ++row) {
             attend(head, row, row + 1);
         }
@@ -133,7 +133,7 @@ private:
 
     const uint16_t * mask_of(int64_t row) const { return (const uint16_t *) ((const char *) mask->data + query_of(row)*mask->nb[1]); }
 
-    // ALiBi (Press et al. 2022): how much a head's scores fall with each position of distance
+    // ALiBi (Press et al. 2022): the slope by which a head's scores fall per position of distance
     float slope_of(int64_t head) const {
         const uint32_t n_head = (uint32_t) q->ne[2];
         const uint32_t n_low  = 1u << (uint32_t) std::floor(std::log2(n_head));
@@ -168,7 +168,7 @@ private:
         }
     }
 
-    // n cells of K or V from the list, as f32, one after another; the rest of the last kStep as zeros.
+    // Unpacks n listed cells of K or V to consecutive f32 rows, padded with zeros to a multiple of kStep.
     void unpack(const ggml_tensor * t, int64_t head, int64_t begin, int64_t n) {
         const int64_t size = t->ne[0];
         for (int64_t j = 0; j < n; ++j) {
@@ -186,7 +186,7 @@ private:
     }
 
     bool unpacked_is_finite(int64_t n) const {
-        uint32_t largest = 0;  // of the numbers' bits without their signs
+        uint32_t largest = 0;  // largest absolute value, as bits
         for (int64_t i = 0; i < n; ++i) {
             uint32_t bits;
             std::memcpy(&bits, &s.unpacked[i], sizeof(bits));
@@ -195,7 +195,7 @@ private:
         return largest < kInfinity;
     }
 
-    // false where a row must not be computed beside others
+    // False if a row must not be computed together with others.
     bool score(int64_t head, int64_t first, int64_t last) {
         const int64_t dk = q->ne[0];
         const int64_t dv = v->ne[0];
@@ -231,7 +231,7 @@ private:
                         w.v[r/kLanes][r%kLanes] = cap*tanhf(w.v[r/kLanes][r%kLanes]);
                     }
                 }
-                if (max_bias > 0.0f) {  // the mask holds minus the distance
+                if (max_bias > 0.0f) {  // the mask is minus the distance
                     for (int64_t row = first; row < last; ++row) {
                         const int r = (int) (row - first);
                         w.v[r/kLanes][r%kLanes] += slope[r]*ggml_fp16_to_fp32(mask_of(row)[s.cells[begin + j]]);
@@ -247,7 +247,7 @@ private:
 
         std::fill(s.out.begin(), s.out.end(), Block{});
         sum = {};
-        if (sinks != nullptr) {  // a score of each head's own, whose weight goes nowhere
+        if (sinks != nullptr) {  // attention sinks: a score per head whose weight is discarded
             Block sink = top;
             for (int64_t row = first; row < last; ++row) {
                 const int r = (int) (row - first);
