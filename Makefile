@@ -67,11 +67,14 @@ screenshots: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# File by file, in the order in which they are collected: tests/conftest.py puts slow ones first.
+IN_PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: setup
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(TEST_ARGS)
+	$(BIN)/python -m pytest $(IN_PARALLEL) $(TEST_ARGS)
 
 test-fast: setup
-	$(BIN)/python -m pytest tests/unit tests/contract -q -n auto --maxprocesses 4 --dist loadfile $(TEST_ARGS)
+	$(BIN)/python -m pytest tests/unit tests/contract -q -m "not slow" $(IN_PARALLEL) $(TEST_ARGS)
 
 # Flower's dependencies clash with ours in constraints.txt: an environment of its own, which takes the rest from $(VENV).
 FLOWER       := build/flower

@@ -92,7 +92,7 @@ def test_models_can_be_compared_when_the_run_is_finished(workshop: Workshop, ope
     expect(page.get_by_label("Your text")).to_have_value("good great movie 1\nmore")
     code, out, _ = workshop.run(
         "chat", "--prompt", "runs/mood.safetensors", "--model", "tiny.gguf", "--task", "mood.toml", "--json",
-        said="good great movie 1\n",
+        stdin="good great movie 1\n",
     )  # fmt: skip
     assert code == 0
     expected = json.loads(out)

@@ -12,6 +12,8 @@ from playwright.sync_api import expect
 from tests.browser.conftest import OpenPage
 from tests.integration.processes import Fleet
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.timeout(600)
 def test_the_demo_is_shown_and_its_models_can_be_compared(tmp_path: Path, fleet: Fleet, open_page: OpenPage) -> None:

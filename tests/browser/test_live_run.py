@@ -12,6 +12,8 @@ from tests.browser.conftest import PHONE, OpenPage, dashboard_of
 from tests.integration.processes import Fleet
 from tests.integration.test_observability import Site
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def site(tmp_path_factory: pytest.TempPathFactory, fleet: Fleet) -> Site:

@@ -52,10 +52,11 @@ def _score(engine: _native.Engine, rng: np.random.Generator) -> None:
     follow = _ragged([rng.integers(0, engine.n_vocab, length) for _ in range(n) for length in (1, 2)])
     nothing = _ragged([])
     for cue, wanted, continuations in ((False, labels, nothing), (True, labels, nothing), (False, None, follow)):
-        plan = engine.plan(texts, wanted, cue, prefix, continuations, 1 << 20)
+        plan = engine.plan(texts, wanted, cue, prefix, continuations, [0], 1 << 20)
         which = np.arange(n) if wanted is not None else np.arange(2)
         for _ in range(2):
             assert np.isfinite(engine.score(plan, which, rows)).all(), "scores that are not finite"
+        assert np.isfinite(engine.score_states(plan, which, rows)[1]).all(), "states that are not finite"
 
 
 def _generate(engine: _native.Engine, rng: np.random.Generator) -> None:

@@ -26,7 +26,7 @@ from tests.support.toy_scene import settings
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, rows
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SETTINGS = settings(rounds=8, method="pooled", popsize=6, quorum=1.0, stragglers=0.0, deadline_s=900.0)
 

@@ -13,7 +13,7 @@ from tests.faults.coordinator import Coordinator, digest
 from tests.faults.proxy import FAULTS, Fault, FaultProxy
 from tests.integration.processes import Fleet
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 Proxy = Callable[..., FaultProxy]
 

@@ -19,6 +19,8 @@ from tests.integration.processes import Fleet
 from tests.integration.test_cli_processes import Workshop, assert_one_line
 from tests.support.caller import wait_until
 
+pytestmark = pytest.mark.slow
+
 ROUNDS = 60
 SETTINGS = f"rounds = {ROUNDS}\nquorum = 1.0\nstragglers = 0.0\ndeadline_s = 300.0\n"
 

@@ -19,6 +19,8 @@ from fedbpt.tasks import load, write_rows
 from tests.integration.processes import Fleet, ready
 from tests.native import tiny_gguf
 
+pytestmark = pytest.mark.slow
+
 TASK_FILE = """
 name = "film-mood"
 labels = ["negative", "positive"]

@@ -17,6 +17,8 @@ from fedbpt.objective.objective import Objective
 from fedbpt.serving import ModelServer, served_models
 from tests.support.printed import blocks
 
+pytestmark = pytest.mark.slow
+
 ROOT: Final = Path(__file__).parents[2]
 
 ELSEWHERE: Final = {"docs/tutorials/one-machine.md", "docs/flower.md"}

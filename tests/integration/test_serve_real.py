@@ -22,6 +22,8 @@ from fedbpt.side_by_side.sides import SideBySide
 from fedbpt.tasks import Task
 from tests.integration.processes import ROOT, Fleet
 
+pytestmark = pytest.mark.slow
+
 NAME = "smollm2-135m"
 TEXT = "Stocks rose on Wall Street on Tuesday after the central bank cut its rates."
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]

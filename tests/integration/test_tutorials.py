@@ -24,6 +24,8 @@ from fedbpt.runs.store import RunStore
 from tests.integration.processes import Fleet
 from tests.support.printed import Block, blocks, commands
 
+pytestmark = pytest.mark.slow
+
 TUTORIALS: Final = Path(__file__).parents[2] / "docs" / "tutorials"
 SUPPORT: Final = TUTORIALS / "support"
 

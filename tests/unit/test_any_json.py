@@ -31,6 +31,8 @@ from fedbpt.serving.server import ModelServer
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, rows
 
+pytestmark = pytest.mark.slow
+
 VALUES = {
     "many digits": "9" * 5000,
     "many digits after a point": "0." + "9" * 5000,

@@ -16,6 +16,8 @@ import pytest
 from tests.support.toy_task import rows
 from tests.unit.prompts.test_prompt import make
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 NAME = "Stimmung – état 🙂"  # the task's: in none of the narrow encodings
 

@@ -245,7 +245,7 @@ LIES: dict[str, tuple[Callable[[RoundReport], RoundReport], str]] = {
     "device": (swap(device="a"), "device"),
     "shape": (swap(result=PooledResult(losses=Array.of(np.zeros(5)))), "shape"),
     "kind": (swap(result=LocalResult(mean=Array.of(np.zeros(D)), fitness=1.0, sigma_squares=1.0)), "LocalResult"),
-    "nan": (swap(result=PooledResult(losses=Array.of(np.full(6, np.nan)))), "NaN"),
+    "nan": (swap(result=PooledResult(losses=Array.of(np.full(6, np.nan)))), "finite"),
     "norm": (swap(result=PooledResult(losses=Array.of(np.full(6, 1e12)))), "norm"),
 }
 

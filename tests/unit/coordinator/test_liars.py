@@ -55,6 +55,8 @@ from tests.support.toy_scene import settings as toy_settings
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, rows
 
+pytestmark = pytest.mark.slow
+
 HONEST = ("a", "b", "c")
 FITS = {
     "rounds": 2,

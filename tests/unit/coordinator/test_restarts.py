@@ -18,6 +18,8 @@ from tests.support.toy_scene import StopRunError, stop
 from tests.unit.coordinator.test_federation_fit import FitScene, same
 from tests.unit.coordinator.test_patience import SETTINGS, judged
 
+pytestmark = pytest.mark.slow
+
 RESTARTS: dict[str, Any] = {**SETTINGS, "rounds": 40, "restarts": 2}
 
 

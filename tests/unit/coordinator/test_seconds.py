@@ -30,6 +30,8 @@ from tests.support.toy_scene import Scene, closed
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, rows
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 1.5
 
 

@@ -306,6 +306,7 @@ def test_a_message_just_below_the_limit_goes_through(tmp_path: Path) -> None:
     assert 15 * 2**20 < client.bytes_down < codec.MAX_BODY_BYTES
 
 
+@pytest.mark.slow
 def test_a_revoked_device_ends(tmp_path: Path) -> None:
     told: list[str] = []
     with served(tmp_path) as server, DeviceRegistry(tmp_path / "devices.db") as registry:

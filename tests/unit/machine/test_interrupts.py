@@ -18,6 +18,8 @@ import pytest
 from fedbpt.machine.interrupts import interruptible, uninterrupted
 from fedbpt.net.event_loop import run_to_end
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 
 BEGIN = """

@@ -27,6 +27,8 @@ from tests.support.toy_scene import settings
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, rows
 
+pytestmark = pytest.mark.slow
+
 POOLED = settings(rounds=12, method="pooled", popsize=6, prompt=PromptSpec(d=400), quorum=1.0, stragglers=0.0)
 LOCAL = settings(rounds=3, method="fedavg", popsize=6, iterations=4, prompt=PromptSpec(d=400), quorum=1.0)
 

@@ -320,10 +320,10 @@ class TransportClient:
                 self.bytes_up += len(response.content)
                 if response.status not in (429, 502, 503, 504):
                     return self._accepted(response)
-                problem = f"responds {response.status} {HTTPStatus(response.status).phrase}: is it running?"
+                problem = f"responds {response.status} {HTTPStatus(response.status).phrase}: check that it is running"
                 pause = max(pause, response.retry_after_s)
             if _now() + pause >= give_up:
-                raise DeviceUnreachableError(f"{problem}; check {self.where}", device=self.name)
+                raise DeviceUnreachableError(f"{problem} ({self.where})", device=self.name)
             await asyncio.sleep(pause)
             pause = min(pause * 2, 1.0)
 

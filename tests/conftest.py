@@ -1,0 +1,10 @@
+"""The order of the tests: files with slow ones first, so that no process is left with one of them at the end."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
