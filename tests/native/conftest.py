@@ -1,4 +1,4 @@
-"""Fixtures: tiny models, each written and loaded once a session."""
+"""Fixtures: tiny models, each written and loaded once per session."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def case(request: pytest.FixtureRequest, case_of: Callable[..., Case]) -> Case:
 
 @pytest.fixture(scope="session")
 def llama(case_of: Callable[..., Case]) -> Case:
-    """The llama alone, for behaviour that no architecture changes."""
+    """Only the llama, for behaviour that does not depend on the architecture."""
     return case_of("llama")
 
 
 @pytest.fixture(scope="session", params=["llama-f32", "llama-q8_0", "llama-q4_1", "gemma3-f32", "gemma3-q8_0"])
 def repeatable(request: pytest.FixtureRequest, case_of: Callable[..., Case]) -> Case:
-    """Models whose bits must not move: quantised weights round activations, so any change of batch shape shows."""
+    """Models for bit-for-bit tests: quantised weights round activations, so that any change of batch shape shows."""
     name, weights = request.param.split("-")
     return case_of(name, weights)

@@ -1,4 +1,4 @@
-"""GGUF files as their parts, to be written anew with anything in them: no rule of the format is kept."""
+"""Parsing, editing and writing of GGUF files, without any check of the format's rules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 ARRAY, STRING = 9, 8
 CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
-"""`struct` codes of GGUF's types of numbers."""
+"""`struct` codes of GGUF's number types."""
 
 Value: TypeAlias = Any  # a number; bytes for a string; a list of either for an array
 
@@ -26,7 +26,7 @@ class Setting:
 
 @dataclass
 class Tensor:
-    """What the header says of a tensor; ``offset`` in `Gguf.data`."""
+    """The header's entry for a tensor; ``offset`` is into `Gguf.data`."""
 
     name: bytes
     shape: list[int]
@@ -36,20 +36,20 @@ class Tensor:
 
 @dataclass
 class Gguf:
-    """A file. What `read` gives, `Gguf.write` makes the same bytes of."""
+    """A parsed file: `Gguf.write` restores the bytes that `read` parsed."""
 
     version: int
     settings: list[Setting]
     tensors: list[Tensor]
     data: bytes
     alignment: int = 32
-    counts: dict[str, int] = field(default_factory=dict)  # lies about how many there are, by name
+    counts: dict[str, int] = field(default_factory=dict)  # false counts to write, by name
 
     def find(self, key: str) -> Setting:
         return next(setting for setting in self.settings if setting.key == key.encode())
 
     def write(self) -> bytes:
-        """The bytes of the file."""
+        """Encode as the bytes of a file."""
         n_tensors = self.counts.get("tensors", len(self.tensors))
         n_settings = self.counts.get("settings", len(self.settings))
         out = [b"GGUF", struct.pack("<IQQ", self.version, n_tensors, n_settings)]
@@ -69,7 +69,7 @@ class Gguf:
 
 
 def read(data: bytes) -> Gguf:
-    """The parts of a well-formed file."""
+    """Parse a well-formed file."""
     reader = _Reader(data)
     version, n_tensors, n_settings = reader.take("IQQ", skip=4)
     settings = []
@@ -107,7 +107,7 @@ def _string(text: bytes) -> bytes:
 
 
 def _packed(type: int, value: Value) -> bytes:
-    """``value`` in the bytes of a type, whatever it is: numbers wrap around."""
+    """Encode ``value`` in a type; numbers out of range wrap around."""
     if isinstance(value, bytes):
         return _string(value) if type == STRING else value[:8].ljust(8, b"\0")[: struct.calcsize(CODES.get(type, "Q"))]
     if type == STRING:

@@ -1,6 +1,6 @@
-"""Call the scorer of a model in every way, over and over: ``leak_probe.py MODEL N_CALLS``.
+"""Call a model's scorer repeatedly in all ways: ``leak_probe.py MODEL N_CALLS``.
 
-Prints JSON ``{"calls": [...], "rss": [...]}``: resident bytes of this process after so many calls.
+Prints JSON ``{"calls": [...], "rss": [...]}``: resident bytes of this process after each number of calls.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PLACEMENTS: tuple[Placement, ...] = ("front", "cue")
 
 
 def calls(scorer: fedbpt.NativeScorer) -> Iterator[Callable[[], object]]:
-    """One call after another without end: with a kept plan, with a new one, refused ones and interrupted ones."""
+    """Yield calls endlessly: with a kept plan, with a new one, invalid ones and interrupted ones."""
     rng = np.random.default_rng(0)
     texts = [rng.integers(3, scorer.n_vocab, n) for n in (4, 9)]
     few = rng.standard_normal((2, 2, scorer.n_embd), dtype=np.float32)
@@ -52,7 +52,7 @@ def refused(call: Callable[[], object]) -> None:
 
 
 def interrupted(scorer: fedbpt.NativeScorer, call: Callable[[], object]) -> None:
-    """``call``, interrupted from a signal handler, which runs on this thread and so within ``call``.
+    """Interrupt ``call`` from a signal handler, which runs on this thread and so within ``call``.
 
     A signal may still be pending when the timer stops: its handler then runs in a later call, and must do nothing.
     """

@@ -29,7 +29,7 @@ GEMMA_LAYERS_PER_GLOBAL = 6
 
 
 class CausalModel:
-    """A model by its definition: `logits` of one text, and what follows from them."""
+    """A model by its definition: `logits` of one text, and functions of them."""
 
     n_vocab: int
     n_embd: int
@@ -73,7 +73,7 @@ class CausalModel:
 
 
 class Reference(CausalModel):
-    """One model file's weights, dequantised to float64, and its settings."""
+    """The weights of a model file, dequantised to float64, and its settings."""
 
     def __init__(self, path: Path) -> None:
         reader = gguf.GGUFReader(path)
@@ -101,15 +101,15 @@ class Reference(CausalModel):
             raise KeyError(f"{self.architecture}.{key}")
         return value
 
-    # --- what goes in ---
+    # --- input -----------
 
     @property
     def embedding_table(self) -> Rows:
-        """[n_vocab, n_embd], in the scale in which the first layer sees it."""
+        """[n_vocab, n_embd], in the scale of the first layer's input."""
         table = self._weights["token_embd.weight"]
         return table * np.sqrt(self.n_embd) if self.architecture == "gemma3" else table
 
-    # --- what comes out ---
+    # --- output ------------
 
     def logits(self, inputs: ArrayLike) -> Rows:
         """Logits [n, n_vocab] at every position of ``inputs``: token ids [n] or embedding rows [n, n_embd]."""
@@ -158,7 +158,7 @@ class Reference(CausalModel):
         return self._project(layer, "attn_output", out.reshape(n, -1))
 
     def _window(self, layer: int) -> int:
-        """How many positions, its own included, a position of this layer sees; 0: all before it."""
+        """Number of positions, its own included, that a position of this layer sees; 0: all earlier ones."""
         if self.architecture != "gemma3" or (layer + 1) % GEMMA_LAYERS_PER_GLOBAL == 0:
             return 0
         return int(self._setting("attention.sliding_window", 0))
@@ -203,5 +203,5 @@ def _silu(x: Rows) -> Rows:
 
 
 def _gelu(x: Rows) -> Rows:
-    """The tanh form, as Gemma was trained with."""
+    """The tanh approximation, which Gemma was trained with."""
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))

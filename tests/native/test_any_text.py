@@ -1,4 +1,4 @@
-"""No text ends the process or keeps it for ever, whatever the tokenizer; words are split as upstream splits them."""
+"""No text crashes or hangs any tokenizer; words are split as upstream splits them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Load = Callable[..., NativeScorer]
 
 
 def pre_tokenizers() -> list[str]:
-    """The name of one pre-tokenizer for each set of regular expressions that llama.cpp has."""
+    """One pre-tokenizer's name for each of llama.cpp's sets of regular expressions."""
     source = FORK.read_text()
     names: dict[str, str] = {}
     for given, kind in re.findall(r'((?:tokenizer_pre == "[^"]+"[\s|()]*)+)\{[^}]*?PRE_TYPE_(\w+);', source):
@@ -61,7 +61,7 @@ def load(write: Callable[..., Path]) -> Load:
 
 @contextmanager
 def std_regex() -> Iterator[None]:
-    """Meanwhile this thread splits texts as upstream does."""
+    """Split this thread's texts as upstream does."""
     _native.use_std_regex(True)
     try:
         yield
@@ -124,7 +124,7 @@ print("all")
 """
 
 
-def test_a_long_run_of_anything_goes_through_a_thread_with_a_small_stack(write: Callable[..., Path]) -> None:
+def test_long_runs_do_not_overflow_a_small_stack(write: Callable[..., Path]) -> None:
     models = [write("bpe", pre) for pre in pre_tokenizers()] + [write(kind) for kind in KINDS]
     command = [sys.executable, "-c", LONG_RUNS, *map(str, models)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
@@ -132,8 +132,8 @@ def test_a_long_run_of_anything_goes_through_a_thread_with_a_small_stack(write: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_longest_text_takes_time_in_proportion(load: Load, kind: str) -> None:
-    """Where it takes the square of that, this test runs out of time."""
+def test_the_longest_text_takes_linear_time(load: Load, kind: str) -> None:
+    """With quadratic time this test exceeds its timeout."""
     more = dict.fromkeys(("\n\n", "<unused>"), (USER_DEFINED, 0.0))
     scorer = load(kind, "gpt-4o", more=more)
     for unit in ("A", "\n", "\n\na"):
@@ -148,8 +148,8 @@ def test_a_text_over_the_limit_is_refused_by_its_size(load: Load) -> None:
 
 
 @pytest.mark.parametrize("strips", [False, True])
-def test_tokens_that_a_user_defined_are_found_as_upstream_finds_them(load: Load, strips: bool) -> None:
-    """The longest first, each from the beginning; in models of some names, blanks that follow one are left out."""
+def test_user_defined_tokens_are_found_as_upstream_finds_them(load: Load, strips: bool) -> None:
+    """The longest first, each from the beginning; in models of some names, following blanks are stripped."""
     own = ["<x>", "<xy>", "ab", "aba", "==", "="]
     more = dict.fromkeys([*own, "<|endoftext|>"], (USER_DEFINED, 0.0))
     scorer = load("bpe", "gpt-2", more=more, name="phi-3" if strips else "tiny")
@@ -182,7 +182,7 @@ def test_blanks_in_a_vocabulary_without_bytes_are_no_merge(load: Load, pre: str)
     assert len(load("bpe", pre).tokenize("a  b   c\n\n  ")) > 0
 
 
-def test_a_byte_of_which_no_rwkv_token_begins_is_unknown(load: Load) -> None:
+def test_a_byte_that_begins_no_rwkv_token_is_unknown(load: Load) -> None:
     scorer = load("rwkv")
     assert scorer.tokenize("qa").tolist() == [scorer.n_vocab - 1]
     assert scorer.tokenize("qqb").tolist() == [0, 0, *scorer.tokenize("b").tolist()]

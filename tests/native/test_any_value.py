@@ -1,4 +1,4 @@
-"""The scorer's methods with any value for any argument: a result, or an error of ours that names the argument."""
+"""The scorer's methods with any value for any argument give a result, or a fedbpt error that names the argument."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedbpt.engine.native_scorer import NativeScorer
 from fedbpt.engine.text_generator import Placed, Sampling
 
 SLOW = {("load_model", "n_threads"), ("NativeScorer", "n_threads")}
-"""So many threads as a machine may not have."""
+"""Arguments left out: large values start more threads than a machine may have."""
 
 
 def calls(case: Case) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""`fedbpt.bench.measurement.measure` with the real scorer; what it makes of times and joules is tested with a toy."""
+"""`fedbpt.bench.measurement.measure` with the real scorer; its results are tested with the toy scorer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's weights are mapped from its files: whoever writes to them is noticed before a wrong number is given."""
+"""A model's weights are mapped from its files: a change of these is detected before a wrong result is returned."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def path(llama: Case, tmp_path: Path) -> Path:
-    """A model file of this test's own."""
+    """A model file that this test may change."""
     return Path(shutil.copyfile(llama.path, tmp_path / "tiny.gguf"))
 
 
@@ -43,7 +43,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def load(path: Path) -> NativeScorer:
-    """Loaded and known by its fingerprint, as a device has it when it has said what it is."""
+    """Load a model and compute its fingerprint, as a device does to describe itself."""
     scorer = fedbpt.load_model(path, n_threads=N_THREADS)
     assert scorer.fingerprint.startswith("sha256:")
     return scorer
@@ -54,7 +54,7 @@ def score(scorer: NativeScorer) -> np.ndarray:
 
 
 def overwrite(path: Path, content: bytes) -> None:
-    """In place: the same inode, as `cp` and a download to the same name do."""
+    """Overwrite in place, with the same inode, as `cp` and a download to the same name do."""
     with path.open("r+b") as file:
         file.write(content)
         file.truncate()
@@ -67,7 +67,7 @@ def overwrite_keeping_times(path: Path, content: bytes) -> None:
 
 
 def swap(path: Path, content: bytes) -> None:
-    """Under the same name another file, as `mv` does."""
+    """Replace by another file of the same name, as `mv` does."""
     beside = path.with_name("new.gguf")
     beside.write_bytes(content)
     beside.replace(path)
@@ -90,7 +90,7 @@ Change = Callable[[Path, bytes], None]
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_every_piece_of_work_is_refused_by_the_files_name(path: Path, other: bytes, change: Change) -> None:
+def test_every_operation_is_refused_with_the_files_name(path: Path, other: bytes, change: Change) -> None:
     scorer = load(path)
     plan = scorer.compile(TEXTS, LABELS)
     stream = scorer.generator.open(Placed(np.array([5, 6], dtype=np.int32)), Sampling(temperature=0.0))
@@ -114,7 +114,7 @@ def test_every_piece_of_work_is_refused_by_the_files_name(path: Path, other: byt
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_the_scorer_says_it_is_stays_what_was_loaded(path: Path, other: bytes, change: Change) -> None:
+def test_the_fingerprint_stays_that_of_the_loaded_file(path: Path, other: bytes, change: Change) -> None:
     scorer = load(path)
     before = scorer.fingerprint
     change(path, other)
@@ -122,7 +122,7 @@ def test_what_the_scorer_says_it_is_stays_what_was_loaded(path: Path, other: byt
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_fingerprint_is_never_that_of_what_came_after_the_load(path: Path, other: bytes, change: Change) -> None:
+def test_a_fingerprint_is_never_that_of_a_later_file(path: Path, other: bytes, change: Change) -> None:
     scorer = fedbpt.load_model(path, n_threads=N_THREADS)
     change(path, other)
     with pytest.raises(ModelFileError):
@@ -172,14 +172,14 @@ def test_a_change_during_a_call_is_noticed_before_its_result_is_given(
 @pytest.mark.parametrize(
     "touch", [Path.touch, lambda path: path.chmod(0o600), lambda path: swap(path, path.read_bytes())]
 )
-def test_a_file_with_the_same_content_goes_on(path: Path, touch: Callable[[Path], None]) -> None:
+def test_a_file_with_the_same_content_stays_usable(path: Path, touch: Callable[[Path], None]) -> None:
     scorer = load(path)
     before = score(scorer)
     touch(path)
     assert np.array_equal(score(scorer), before)
 
 
-def test_a_file_that_has_its_content_again_goes_on(path: Path, other: bytes) -> None:
+def test_a_file_with_its_content_restored_is_usable_again(path: Path, other: bytes) -> None:
     scorer, content = load(path), path.read_bytes()
     before = score(scorer)
     overwrite(path, other)
@@ -190,7 +190,7 @@ def test_a_file_that_has_its_content_again_goes_on(path: Path, other: bytes) -> 
 
 
 def test_a_cut_file_does_not_end_the_process(path: Path) -> None:
-    """In a process of its own: without the check it ends in SIGBUS."""
+    """In a child process, which without the check ends in SIGBUS."""
     script = f"""
 import fedbpt, numpy, os
 scorer = fedbpt.load_model({str(path)!r}, n_threads=1)

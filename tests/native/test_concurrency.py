@@ -1,4 +1,4 @@
-"""Threads that share a scorer, a plan or a model file get the bits of calls made alone, and may come and go."""
+"""Threads that share a scorer, a plan or a model file get the same bits as single calls, and may start and end."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def compiled(case: Case, scorer: fedbpt.NativeScorer, placement: str, seed: int 
 
 
 def at_once(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
-    """The jobs' results, each job on a thread of its own, started together."""
+    """Run each job on its own thread, started together; return their results."""
     start = threading.Barrier(len(jobs))
 
     def run(job: Callable[[], Any]) -> Any:
@@ -51,18 +51,16 @@ def shared(request: pytest.FixtureRequest, case_of: Callable[..., Case]) -> Case
 
 @pytest.fixture
 def scorer(shared: Case) -> fedbpt.NativeScorer:
-    """A test's own: no other test has used it."""
+    """A scorer that no other test has used."""
     return fedbpt.load_model(shared.path, n_threads=N_THREADS)
 
 
-def test_threads_that_share_a_scorer_get_the_bits_of_calls_made_alone(
-    shared: Case, scorer: fedbpt.NativeScorer
-) -> None:
+def test_threads_that_share_a_scorer_get_the_bits_of_single_calls(shared: Case, scorer: fedbpt.NativeScorer) -> None:
     front, cue, other = (compiled(shared, scorer, *how) for how in (("front",), ("cue",), ("cue", 9)))
     jobs: list[Callable[[], Logits]] = [
         lambda: front.score(shared.prompts(3, 3)),
         lambda: cue.score(shared.prompts(3, 1)),
-        lambda: cue.score(shared.prompts(2, 2), [3, 0]),  # another prompt length: the plan's KV is computed anew
+        lambda: cue.score(shared.prompts(2, 2), [3, 0]),  # another prompt length discards the plan's KV
         lambda: other.score(shared.prompts(2, 1)),
         lambda: compiled(shared, scorer, "front", 5).score(shared.prompts(1, 0)),
         lambda: scorer.score_with_soft_prompt(shared.texts([200]), shared.prompts(1, 3), None),
@@ -111,8 +109,8 @@ def test_plans_may_be_dropped_while_another_thread_scores(shared: Case, scorer: 
         np.testing.assert_array_equal(actual, expected)
 
 
-def test_a_plan_and_its_scorer_may_lose_their_last_name_while_they_score(shared: Case) -> None:
-    """Only the call in flight holds them."""
+def test_a_plan_and_its_scorer_may_lose_their_last_reference_while_scoring(shared: Case) -> None:
+    """Only the call in flight refers to them."""
     held = [compiled(shared, fedbpt.load_model(shared.path, n_threads=N_THREADS), "cue")]
     expected = held[0].score(shared.prompts(30, 2))
     handed_over = threading.Event()
@@ -143,7 +141,7 @@ def test_scorers_may_be_loaded_and_dropped_in_threads(shared: Case) -> None:
             np.testing.assert_array_equal(actual, expected)
 
 
-def test_interrupt_ends_the_call_in_flight_and_none_that_waits(llama: Case) -> None:
+def test_interrupt_ends_the_call_in_flight_but_no_waiting_call(llama: Case) -> None:
     scorer = fedbpt.load_model(llama.path, n_threads=N_THREADS)
     waiting = [compiled(llama, scorer, placement) for placement in ("front", "cue", "front")]
     embeds = llama.prompts(2, 2)
@@ -153,7 +151,7 @@ def test_interrupt_ends_the_call_in_flight_and_none_that_waits(llama: Case) -> N
 
     def long_call() -> str:
         try:
-            in_flight.score(np.zeros((100_000, 1, scorer.n_embd), np.float32))  # minutes, if nothing stops it
+            in_flight.score(np.zeros((100_000, 1, scorer.n_embd), np.float32))  # takes minutes if nothing stops it
         except ScoringInterrupted:
             return "interrupted"
         return "ended"

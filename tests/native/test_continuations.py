@@ -11,13 +11,13 @@ from tiny_case import Case
 import fedbpt
 from fedbpt.errors import InputError
 
-TOLERANCE = 1e-3  # nats a token, on float32 weights
+TOLERANCE = 1e-3  # nats per token, on float32 weights
 WORDS = [[259], [3, 411], [7, 8, 9, 10], [411, 3, 5]]
 LABELS = [5, 17, 200]
 
 
 def log_probabilities(case: Case, inputs: NDArray[np.float64], continuations: list[list[int]]) -> NDArray[np.float64]:
-    """[K] of what may follow the embedding rows ``inputs`` [n, n_embd], one forward pass each."""
+    """Log-probabilities [K] of continuations of the embedding rows ``inputs`` [n, n_embd], one forward pass each."""
     found = []
     for ids in continuations:
         rows = np.concatenate([inputs, case.reference.token_embeddings(ids[:-1]).reshape(-1, inputs.shape[1])])
@@ -70,7 +70,7 @@ def test_more_continuations_than_a_pack_has_sequences_match(case: Case) -> None:
 
 
 @pytest.mark.parametrize("placement", ["front", "cue"])
-def test_a_candidate_scores_the_same_in_company(repeatable: Case, placement: str) -> None:
+def test_a_candidate_scores_the_same_alone_and_with_others(repeatable: Case, placement: str) -> None:
     texts, embeds = repeatable.texts([9, 31, 12]), repeatable.prompts(5, 2)
     plan = repeatable.scorer.compile(texts, LABELS, placement, continuations=[WORDS] * 3)
     together = plan.score(embeds)

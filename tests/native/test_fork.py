@@ -1,4 +1,4 @@
-"""A process that is forked from one with a model: gunicorn's workers, `multiprocessing`, PyTorch's loaders."""
+"""Processes forked from one with a model: gunicorn's workers, `multiprocessing`, PyTorch's data loaders."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fedbpt.errors import InputError, StoreError
 from fedbpt.engine.text_generator import Placed, Sampling
 from fedbpt.runs.store import RunStore
 
-warnings.simplefilter("ignore", DeprecationWarning)  # Python's, on forks of processes with threads
+warnings.simplefilter("ignore", DeprecationWarning)  # Python warns of forks of processes with threads
 scorer = fedbpt.load_model(sys.argv[1], n_threads=2)
 embeds = np.zeros((2, 1, scorer.n_embd), np.float32)
 texts, labels = ["good movie", "bad film"], [5, 6]
@@ -82,7 +82,7 @@ def child():
 assert forked(child)
 assert stream.next() is not None
 """,
-    "tokenises while another thread scores, but for the texts in its hands": """
+    "tokenises while another thread scores, but refuses the texts being scored": """
 started, busy = threading.Event(), scorer.compile(texts, labels)
 def long_call():
     started.set()
@@ -104,7 +104,7 @@ thread.join()
 assert ok
 assert (busy.score(embeds)[:, :, 0].shape) == (2, 2)
 """,
-    "ends as a process ends": """
+    "exits normally": """
 pid = os.fork()
 if pid == 0:
     signal.alarm(60)
@@ -130,12 +130,12 @@ def score(i):
 with get_context("fork").Pool(2) as pool:
     assert all((found == expected).all() for found in pool.map(score, range(4)))
 """,
-    "has a worker's thread": """
+    "runs a job on a worker": """
 assert work()
 assert forked(work)
 assert work()
 """,
-    "refuses a database that is another's": """
+    "refuses its parent's database": """
 store = RunStore(sys.argv[2])
 assert forked(lambda: refused(store.list_runs, StoreError) and refused(lambda: store.delete_run("r"), StoreError))
 assert store.list_runs() == []

@@ -1,4 +1,4 @@
-"""What a model's weights are stored as, and how fast this CPU multiplies by that."""
+"""The storage formats of a model's weights, and this CPU's speed with each."""
 
 from __future__ import annotations
 

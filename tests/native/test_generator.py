@@ -1,4 +1,4 @@
-"""Generated texts against the numpy reference and the scorer, and what is computed once for several of them."""
+"""Generated texts against the numpy reference and the scorer, and the reuse of KV between them."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from fedbpt.engine.native_generator import NativeGenerator, NativeStream
 from fedbpt.engine.text_generator import Placed, Sampling, Token
 from fedbpt.errors import InputError, ModelFileError, ScoringInterrupted
 
-TOLERANCE = 1e-3  # nats a token, on float32 weights
+TOLERANCE = 1e-3  # nats per token, on float32 weights
 GREEDY = Sampling()
 PLACEMENTS = pytest.mark.parametrize("placement", ["front", "cue"])
 
 
 def new(case: Case) -> NativeGenerator:
-    """With nothing computed yet, on the weights that the case has loaded."""
+    """A new generator on the weights that the case has loaded."""
     return NativeGenerator(case.scorer._engine, case.scorer._files)
 
 
 def placed(ids: NDArray[np.int32], rows: NDArray[np.float32], placement: str) -> Placed:
-    """The rows after the first token, or in place of the last ones."""
+    """Place the rows after the first token, or in place of the last ones."""
     if placement == "cue":
         return Placed(ids, rows, len(ids) - len(rows))
     return Placed(np.concatenate([ids[:1], np.zeros(len(rows), dtype=np.int32), ids[1:]]), rows, 1)
@@ -45,9 +45,9 @@ def generated(generator: NativeGenerator, given: Placed, n: int, sampling: Sampl
 
 
 def same(case: Case, found: list[Token], expected: list[Token], exactly: bool = False) -> bool:
-    """But for rounding: attention sums over cells in the order in which they lie, and activations are quantised.
+    """Compare up to rounding: attention sums over cells in the order in which they lie, and activations are quantised.
 
-    ``exactly``: to the last bit, but for float32 weights, whose attention is upstream's and rounds by where cells lie.
+    ``exactly``: bit for bit, except float32 weights: upstream's attention rounds by where cells lie.
     """
     if exactly and case.model.weights != "f32":
         return found == expected
@@ -82,7 +82,7 @@ def test_greedy_text_is_step_by_step_the_argmax_of_the_scorer(case: Case, placem
     text, rows = case.ids(19), case.prompts(1, 3)[0]
     found = generated(new(case), placed(text, rows, placement), 8)
     ids = [token.id for token in found]
-    # the scorer has the text before the rows as a prefix, the rows in front, and what follows as the text
+    # for the scorer, the text before the rows is the prefix, the rows are in front, and the rest is the text
     given = placed(text, rows, placement)
     end = given.rows_at + len(rows)
     for n, token in enumerate(found):
@@ -116,10 +116,10 @@ def test_a_text_that_fills_more_than_a_batch_matches(llama: Case) -> None:
 # --- what is computed once -------------------------------------------------------------------------------------------
 
 
-def test_a_prompts_rows_and_what_stands_before_them_are_computed_once(repeatable: Case) -> None:
+def test_a_prompts_rows_and_the_tokens_before_them_are_computed_once(repeatable: Case) -> None:
     generator, rows = new(repeatable), repeatable.prompts(2, 20)
     texts = repeatable.texts([9, 30, 17])
-    for text in texts:  # after it, another prompt's text, and one without: the prompt's head is kept apart
+    for text in texts:  # followed by texts with another prompt and without one: the prompt's head is kept
         for prompt in (rows[0], rows[1], rows[0][:0]):
             before = generator.n_tokens
             given = Placed(np.concatenate([[1], np.zeros(len(prompt), dtype=np.int32), text]), prompt, 1)
@@ -127,11 +127,11 @@ def test_a_prompts_rows_and_what_stands_before_them_are_computed_once(repeatable
             found = tokens(stream, 5)
             fresh = len(given.ids) - stream.n_reused
             assert stream.n_reused >= (0 if text is texts[0] else 1 + len(prompt))
-            assert generator.n_tokens - before == fresh + 4  # the last token is not read any more
+            assert generator.n_tokens - before == fresh + 4  # the last token is not decoded
             assert same(repeatable, found, generated(new(repeatable), given, 5))
 
 
-def test_a_text_goes_on_from_the_longest_beginning_that_it_shares(repeatable: Case) -> None:
+def test_a_text_continues_from_its_longest_common_prefix(repeatable: Case) -> None:
     generator, rows = new(repeatable), repeatable.prompts(1, 3)[0]
     text = repeatable.ids(40)
     generated(generator, Placed(text), 4)
@@ -140,7 +140,7 @@ def test_a_text_goes_on_from_the_longest_beginning_that_it_shares(repeatable: Ca
         stream = generator.open(Placed(other), GREEDY)
         assert stream.n_reused >= n
         assert same(repeatable, tokens(stream, 4), generated(new(repeatable), Placed(other), 4))
-    stream = generator.open(Placed(text, rows, 37), GREEDY)  # up to the rows, and not beyond
+    stream = generator.open(Placed(text, rows, 37), GREEDY)  # reuses KV up to the rows
     assert stream.n_reused == 37
     assert same(repeatable, tokens(stream, 4), generated(new(repeatable), Placed(text, rows, 37), 4))
     stream = generator.open(Placed(text, rows + 1, 37), GREEDY)
@@ -155,7 +155,7 @@ def test_the_same_text_again_reads_one_token(repeatable: Case) -> None:
     assert same(repeatable, tokens(stream, 6), first, exactly=True)
 
 
-def test_texts_by_turns_are_those_that_are_generated_alone(repeatable: Case) -> None:
+def test_texts_generated_in_turn_are_those_generated_alone(repeatable: Case) -> None:
     generator = new(repeatable)
     given = [placed(repeatable.ids(n), repeatable.prompts(1, 4, seed=n)[0], "cue") for n in (12, 30, 21)]
     streams = [generator.open(each, Sampling(temperature=0.8, seed=5)) for each in given]
@@ -167,7 +167,7 @@ def test_texts_by_turns_are_those_that_are_generated_alone(repeatable: Case) -> 
         assert same(repeatable, of_stream, alone, exactly=True)
 
 
-def test_the_cache_grows_with_the_texts_and_they_stay_as_they_are(repeatable: Case) -> None:
+def test_growth_of_the_cache_does_not_change_texts(repeatable: Case) -> None:
     generator, text = new(repeatable), Placed(repeatable.ids(30), repeatable.prompts(1, 3)[0], 5)
     stream = generator.open(text, GREEDY)
     found = tokens(stream, 3)
@@ -180,7 +180,7 @@ def test_the_cache_grows_with_the_texts_and_they_stay_as_they_are(repeatable: Ca
     assert same(repeatable, found, generated(new(repeatable), text, 8))
 
 
-def test_as_the_cache_grows_a_text_keeps_even_what_its_window_has_passed(repeatable: Case) -> None:
+def test_growth_of_the_cache_keeps_cells_that_a_window_has_passed(repeatable: Case) -> None:
     ids, none = repeatable.ids(60), np.zeros((0, repeatable.model.n_embd), dtype=np.float32)
     generator = new(repeatable)
     growing = generator.open(Placed(ids, none, 0), GREEDY)
@@ -191,13 +191,13 @@ def test_as_the_cache_grows_a_text_keeps_even_what_its_window_has_passed(repeata
         tokens(other, 2)
     assert generator.n_cells > before
     tokens(growing, 4)
-    again = Placed(ids[:40], none, 0)  # the growing text has gone on for more than a window of 24 tokens
+    again = Placed(ids[:40], none, 0)  # the growing text is past its window of 24 tokens
     stream = generator.open(again, GREEDY)
     assert stream.n_reused == 39
     assert same(repeatable, tokens(stream, 6), generated(new(repeatable), again, 6))
 
 
-def test_texts_of_before_make_room_and_the_cache_does_not_grow_with_their_number(llama: Case) -> None:
+def test_earlier_texts_are_evicted_and_the_cache_does_not_grow_with_their_number(llama: Case) -> None:
     generator = new(llama)
     generated(generator, Placed(llama.ids(200)), 2)
     cells = generator.n_cells
@@ -206,7 +206,7 @@ def test_texts_of_before_make_room_and_the_cache_does_not_grow_with_their_number
     assert generator.n_cells == cells
 
 
-def test_more_prompts_than_are_kept_still_match(llama: Case) -> None:
+def test_more_prompts_than_heads_still_match(llama: Case) -> None:
     generator, rows = new(llama), llama.prompts(12, 3)
     for _ in range(2):
         for prompt in rows:
@@ -225,12 +225,12 @@ def test_a_seed_gives_the_same_text_again(llama: Case) -> None:
 
 
 @pytest.mark.parametrize("sampling", [Sampling(2.0, top_k=1, seed=3), Sampling(2.0, top_p=1e-6, seed=3)])
-def test_with_one_token_to_choose_from_it_is_the_likeliest(llama: Case, sampling: Sampling) -> None:
+def test_sampling_from_one_token_gives_the_likeliest(llama: Case, sampling: Sampling) -> None:
     given = Placed(llama.ids(9))
     assert generated(new(llama), given, 8, sampling) == generated(new(llama), given, 8)
 
 
-def test_tokens_come_as_often_as_their_probability_says(llama: Case) -> None:
+def test_token_frequencies_match_their_probabilities(llama: Case) -> None:
     generator, given, n = new(llama), Placed(llama.ids(9)), 3000
     likeliest = generator.open(given, GREEDY).next(5).likeliest
     found = [generator.open(given, Sampling(1.0, seed=seed)).next().id for seed in range(n)]
@@ -290,7 +290,7 @@ def test_more_texts_at_once_than_there_are_slots_are_refused(llama: Case) -> Non
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """A model that reads a text for long enough to be interrupted."""
+    """A model that is slow enough to be interrupted while it reads a text."""
     model = tiny_gguf.TinyModel(
         "llama", "spm", n_layer=12, n_embd=256, n_head=8, n_head_kv=8, head_dim=32, n_ff=1024, n_ctx=4096
     )
@@ -298,7 +298,7 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 @pytest.mark.parametrize("by", ["another thread", "a signal handler"])
-def test_it_can_be_interrupted_as_it_reads_and_spoils_nothing(slow: Case, by: str) -> None:
+def test_it_can_be_interrupted_while_reading_without_effect_on_later_texts(slow: Case, by: str) -> None:
     generator, short = new(slow), placed(slow.ids(9), slow.prompts(1, 2)[0], "front")
     expected = generated(generator, short, 3)
     stream = generator.open(Placed(slow.ids(4000)), GREEDY)
@@ -332,7 +332,7 @@ def test_it_can_be_interrupted_as_it_reads_and_spoils_nothing(slow: Case, by: st
     assert generated(generator, short, 3) == expected
 
 
-def test_cancelled_between_two_tokens_it_loses_nothing_that_is_kept(llama: Case) -> None:
+def test_cancelling_between_two_tokens_keeps_all_kv(llama: Case) -> None:
     generator, given = new(llama), Placed(llama.ids(30))
     stream = generator.open(given, GREEDY)
     stream.next()
@@ -342,7 +342,7 @@ def test_cancelled_between_two_tokens_it_loses_nothing_that_is_kept(llama: Case)
     assert generator.open(given, GREEDY).n_reused == 29
 
 
-def test_two_threads_generate_what_each_would_alone(llama: Case) -> None:
+def test_two_threads_generate_the_same_texts_as_alone(llama: Case) -> None:
     generator = new(llama)
     given = [Placed(llama.ids(20, seed=seed)) for seed in (1, 2)]
     found: dict[int, list[Token]] = {}
@@ -359,7 +359,7 @@ def test_two_threads_generate_what_each_would_alone(llama: Case) -> None:
         assert same(llama, found[i], generated(new(llama), each, 30))
 
 
-def test_scoring_goes_on_beside_it(llama: Case) -> None:
+def test_scoring_runs_concurrently(llama: Case) -> None:
     generator, texts = new(llama), llama.texts([9, 20])
     expected = llama.scorer.score_with_soft_prompt(texts, llama.prompts(1, 2), [5, 6])
     stream = generator.open(Placed(llama.ids(20)), GREEDY)
@@ -377,7 +377,7 @@ def test_pieces_make_the_text_that_was_tokenised(case: Case) -> None:
     assert pieces.decode().strip() == text
 
 
-def test_the_token_that_ends_a_text_is_known_and_says_nothing(case: Case) -> None:
+def test_the_end_of_text_token_is_known_and_has_no_text(case: Case) -> None:
     end = tiny_gguf.vocabulary(case.model).eos
     assert case.scorer.generator.is_end(end)
     assert case.scorer.generator.piece(end) == b""

@@ -1,4 +1,4 @@
-"""Scores on a GPU are the model's: soft prompts, shared prefix, kept KV, label head and continuations."""
+"""Scores on a GPU match numpy: soft prompts, shared prefix, kept KV, label head and continuations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ needs_gpu = pytest.mark.skipif(not GPUS, reason="this build finds no GPU: docs/b
 needs_none = pytest.mark.skipif(bool(GPUS), reason="about machines without a GPU")
 
 TOLERANCE = {"f32": 0.05, "f16": 0.15, "q8_0": 0.15}
-"""max |Δlogit| from numpy, of logits that spread over ten units: GPUs hold f32 products in f16. With q8_0 the CPU
+"""max |Δlogit| from numpy, of logits that spread over ten units: GPUs round f32 products to f16. With q8_0 the CPU
 itself is up to 0.5 off, since it rounds activations to 8 bits."""
 LABELS = [259, 3, 411]
 
@@ -83,7 +83,7 @@ def test_a_plan_keeps_its_texts_and_repeats_its_scores(
 
 
 @needs_gpu
-def test_continuations_are_the_cpus(case_of: Callable[..., Case], on_gpu: Callable[..., NativeScorer]) -> None:
+def test_continuations_match_the_cpus(case_of: Callable[..., Case], on_gpu: Callable[..., NativeScorer]) -> None:
     case = case_of("llama", "f16")
     continuations = [[case.ids(3, seed=text), case.ids(1, seed=text)] for text in range(2)]
     here, there = (
@@ -94,13 +94,15 @@ def test_continuations_are_the_cpus(case_of: Callable[..., Case], on_gpu: Callab
 
 
 @needs_gpu
-def test_some_layers_on_the_gpu_score_alike(case_of: Callable[..., Case], on_gpu: Callable[..., NativeScorer]) -> None:
+def test_some_layers_on_the_gpu_give_the_same_scores(
+    case_of: Callable[..., Case], on_gpu: Callable[..., NativeScorer]
+) -> None:
     case = case_of("llama", "q8_0")
     assert largest_difference(case, on_gpu(case, 1), [9, 14], 2, label_ids=LABELS) <= TOLERANCE["q8_0"]
 
 
 @needs_gpu
-def test_a_gpu_is_chosen_by_name_and_its_memory_told(
+def test_a_gpu_is_chosen_by_name_and_its_memory_reported(
     case_of: Callable[..., Case], on_gpu: Callable[..., NativeScorer]
 ) -> None:
     case = case_of("llama", "q8_0")
@@ -114,7 +116,7 @@ def test_a_gpu_is_chosen_by_name_and_its_memory_told(
 
 
 @needs_gpu
-def test_a_gpu_that_is_not_there_is_refused_with_those_that_are(llama: Case) -> None:
+def test_an_unknown_gpu_is_refused_with_the_known_ones(llama: Case) -> None:
     with pytest.raises(InputError) as refused:
         fedbpt.load_model(llama.path, N_THREADS, -1, gpu="Abacus7")
     assert [name for name in ("'Abacus7'", GPUS[0].name) if name not in str(refused.value)] == []
@@ -128,6 +130,6 @@ def test_a_named_gpu_without_layers_is_refused(llama: Case) -> None:
 
 @needs_none
 @pytest.mark.parametrize("n_gpu_layers", [1, -1])
-def test_layers_on_a_gpu_are_refused_where_there_is_none(llama: Case, n_gpu_layers: int) -> None:
+def test_gpu_layers_are_refused_without_a_gpu(llama: Case, n_gpu_layers: int) -> None:
     with pytest.raises(InputError, match=f"n_gpu_layers.*{n_gpu_layers}"):
         fedbpt.load_model(llama.path, N_THREADS, n_gpu_layers)

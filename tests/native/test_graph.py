@@ -1,6 +1,6 @@
 """The fork against upstream's own graphs, recorded from the unpatched release by vendor/llama.cpp/record_graphs.py.
 
-A graph is a list of lines, one a node and one a leaf (weight, KV cache, input), in the form that trace.h describes.
+A graph is a list of lines, one per node and leaf (weight, KV cache, input), in the form that trace.h describes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Recorded:
         return self.trace.decode(TOKENS, seq=seq, pos0=pos0)
 
     def soften(self, pos0: int, seq: int = 0, n_rows: int = 2) -> None:
-        """Set soft rows at ``pos0`` and after it."""
+        """Set soft rows from ``pos0`` on."""
         self.trace.set_soft_prompt(seq, pos0, np.full((n_rows, self.trace.n_embd), 0.5, np.float32))
 
 
@@ -53,7 +53,7 @@ def recorded(request: pytest.FixtureRequest, case_of: Callable[..., Case]) -> Re
 
 
 def with_soft_rows(nodes: list[str]) -> list[str]:
-    """Upstream's ``nodes`` with one MUL and one ADD after the look-up of token embeddings, read in its stead."""
+    """Insert one MUL and one ADD after the look-up of token embeddings into upstream's ``nodes``."""
     weights, tokens, look_up, *rest = nodes
     match = re.fullmatch(r"%0 GET_ROWS (f32 \[\d+,(\d+)\]) embd <- token_embd\.weight inp_tokens", look_up)
     assert match is not None, look_up
@@ -101,7 +101,7 @@ def test_rows_of_another_sequence_or_of_other_positions_leave_the_graph_upstream
     assert recorded.plain(seq=2) == recorded.nodes
 
 
-def test_a_graph_is_run_again_only_for_tokens_of_its_own_kind(recorded: Recorded) -> None:
+def test_a_graph_is_reused_only_for_tokens_of_its_kind(recorded: Recorded) -> None:
     n = len(TOKENS)
     soft = with_soft_rows(recorded.nodes)
     kinds = [False, False, True, True, False, True]
@@ -116,4 +116,4 @@ def test_a_graph_is_run_again_only_for_tokens_of_its_own_kind(recorded: Recorded
         reused.append(recorded.trace.n_reused)
 
     assert seen == [soft if is_soft else recorded.nodes for is_soft in kinds]
-    assert reused == [0, 1, 1, 2, 2, 2]  # the second of each pair runs its predecessor's graph
+    assert reused == [0, 1, 1, 2, 2, 2]  # the second of each pair reuses its predecessor's graph

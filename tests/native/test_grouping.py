@@ -1,4 +1,4 @@
-"""Candidates that share a decode: none may feel the others, however many there are and wherever their cells lie."""
+"""Candidates that share a decode do not affect each other, whatever their number and wherever their cells lie."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def some_texts(case: Case, n: int) -> list[NDArray[np.int32]]:
 @PLACEMENTS
 @pytest.mark.parametrize("n_prompt", [0, 1, 3])
 @pytest.mark.parametrize("n_texts", [1, 3, 8, 33])
-def test_a_candidate_in_company_gets_the_bits_it_gets_alone(
+def test_a_candidate_gets_the_same_bits_alone_and_with_others(
     repeatable: Case, placement: str, n_texts: int, n_prompt: int
 ) -> None:
     embeds = repeatable.prompts(21, n_prompt)
@@ -32,7 +32,7 @@ def test_a_candidate_in_company_gets_the_bits_it_gets_alone(
 
 
 @PLACEMENTS
-def test_more_candidates_than_sequences_are_scored_in_turns(repeatable: Case, placement: str) -> None:
+def test_more_candidates_than_sequences_are_scored_in_groups(repeatable: Case, placement: str) -> None:
     embeds = repeatable.prompts(300, 1)
     plan = repeatable.scorer.compile(some_texts(repeatable, 2), LABELS, placement)
     together = plan.score(embeds)
@@ -41,7 +41,7 @@ def test_more_candidates_than_sequences_are_scored_in_turns(repeatable: Case, pl
 
 
 @PLACEMENTS
-def test_an_overflowing_candidate_spoils_no_neighbour(repeatable: Case, placement: str) -> None:
+def test_an_overflowing_candidate_does_not_affect_others(repeatable: Case, placement: str) -> None:
     embeds = repeatable.prompts(9, 2)
     plan = repeatable.scorer.compile(some_texts(repeatable, 3), LABELS, placement)
     expected = plan.score(embeds)
@@ -53,7 +53,7 @@ def test_an_overflowing_candidate_spoils_no_neighbour(repeatable: Case, placemen
 
 
 @PLACEMENTS
-def test_threads_that_share_the_rows_move_no_bit(repeatable: Case, placement: str) -> None:
+def test_the_number_of_threads_changes_no_bit(repeatable: Case, placement: str) -> None:
     texts, embeds = some_texts(repeatable, 5), repeatable.prompts(10, 2)
     expected = repeatable.scorer.score_with_soft_prompt(texts, embeds, LABELS, placement)
     threads = fedbpt.load_model(repeatable.path, n_threads=2 * N_THREADS)
@@ -63,7 +63,7 @@ def test_threads_that_share_the_rows_move_no_bit(repeatable: Case, placement: st
 @PLACEMENTS
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])
 def test_grouped_logits_are_the_models(case_of, name: str, placement: str) -> None:  # type: ignore[no-untyped-def]
-    """Against the numpy truth on the same weights, as near as 8-bit activations come."""
+    """Against numpy on the same weights, within the error of 8-bit activations."""
     case: Case = case_of(name, "q8_0")
     texts, embeds = some_texts(case, 6), case.prompts(20, 2)
     grouped = case.scorer.score_with_soft_prompt(texts, embeds, LABELS, placement)

@@ -1,4 +1,4 @@
-"""A stopped call computes at most one more graph (ubatch) and spoils nothing: counted in tokens, not in seconds."""
+"""An interrupted call computes at most one more graph (ubatch), counted in tokens, and does not affect later calls."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from fedbpt.protocol.rounds import PooledWork, RoundPlan, RoundReport, SearchSta
 from fedbpt.protocol.specs import Array, ObjectiveSpec, PromptSpec, Template
 from fedbpt.tasks import Task
 
-UBATCH = 512  # tokens a graph
+UBATCH = 512  # tokens per graph
 N_SIGNALS = 8
 PLACEMENTS = pytest.mark.parametrize("placement", ["front", "cue"])
 
 
 @pytest.fixture(scope="module")
 def fast(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """A model that computes many graphs in the time in which a person sees no delay."""
+    """A model that computes many graphs before a person notices a delay."""
     path = tmp_path_factory.mktemp("fast") / "smallest.gguf"
     return Case(tiny_gguf.SMALLEST, tiny_gguf.write(path, tiny_gguf.SMALLEST))
 
 
 def load(case: Case, placement: str) -> tuple[fedbpt.NativeScorer, NativePlan]:
-    """A plan of which a candidate takes several batches, each one graph: the texts fill them nearly, with 25 rows."""
+    """A plan whose candidates take several batches, each one graph that the texts with 25 rows nearly fill."""
     scorer = fedbpt.load_model(case.path, n_threads=N_THREADS)
     return scorer, scorer.compile(case.texts([60] * 50), [5, 17], placement)
 
@@ -50,7 +50,7 @@ def candidates(case: Case, n: int) -> NDArray[np.float32]:
 
 
 def once_it_computes(plan: NativePlan, act: Callable[[], object]) -> threading.Thread:
-    """A thread that calls ``act`` when the plan has some graphs behind it."""
+    """Start a thread that calls ``act`` after the plan has computed some graphs."""
     before = plan.n_tokens
 
     def wait() -> None:
@@ -81,7 +81,7 @@ def test_interrupt_ends_a_call_within_one_graph(fast: Case, placement: str, by: 
     thread = once_it_computes(plan, send if by == "a signal handler" else interrupt)
     try:
         with pytest.raises(ScoringInterrupted):
-            plan.score(candidates(fast, 20_000))  # minutes, if nothing stops it
+            plan.score(candidates(fast, 20_000))  # takes minutes if nothing stops it
     finally:
         thread.join()
         signal.signal(signal.SIGUSR1, handler)
@@ -104,7 +104,7 @@ def test_interrupt_ends_a_graph_before_its_last_node(llama: Case) -> None:
         try:
             plan.score(llama.prompts(1, 0))
         except ScoringInterrupted:
-            return plan.n_tokens - before == length  # counted as the graph begins
+            return plan.n_tokens - before == length  # counted when the graph begins
         return False
 
     thread = threading.Thread(target=interrupt)
@@ -118,7 +118,7 @@ def test_interrupt_ends_a_graph_before_its_last_node(llama: Case) -> None:
 
 @PLACEMENTS
 def test_cancelling_a_round_ends_its_call_within_one_graph(fast: Case, placement: str) -> None:
-    """A device's round of one call, minutes long, as a coordinator cancels it whose budget is spent."""
+    """A coordinator whose budget is spent cancels a device's round, a single call of several minutes."""
     template = Template(pattern="{text} so", label_words=(" a", " b"))
     task = Task(name="t", labels=("a", "b"), templates=(template,))
     device = Device("a", fedbpt.load_model(fast.path, n_threads=N_THREADS), [("text " * 50, 0)] * 50, task=task)
@@ -146,7 +146,7 @@ def test_cancelling_a_round_ends_its_call_within_one_graph(fast: Case, placement
 
 @PLACEMENTS
 def test_ctrl_c_ends_a_call_within_one_graph(fast: Case, placement: str) -> None:
-    """In a process of its own, whose other thread reads the count as a signal comes. Graphs are small, and so many."""
+    """In a child process, where another thread reads the count when a signal arrives. Graphs are small and many."""
     script = f"""
         import os, signal, sys, threading, time
         import numpy as np
@@ -189,7 +189,7 @@ def test_ctrl_c_ends_a_call_within_one_graph(fast: Case, placement: str) -> None
     )
     assert process.stdout is not None
     try:
-        for _ in process.stdout:  # a line for each call that computes
+        for _ in process.stdout:  # a line per call
             process.send_signal(signal.SIGINT)
         _, said = process.communicate()
     finally:

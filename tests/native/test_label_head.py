@@ -1,4 +1,4 @@
-"""The label words' logits alone are those of the whole output layer."""
+"""Logits of label words equal those of the whole output layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tiny_gguf
 from tiny_case import Case
 
 LABELS = [259, 3, 411]
-PICKED = 1e-6  # the whole layer was computed: the same numbers
+PICKED = 1e-6  # the whole layer is computed, with the same results
 HEAD_F32 = 1e-4  # another order of summation
 HEAD_QUANTISED = 0.15  # the whole layer rounds its input to 8 bits, the head does not
 
@@ -31,7 +31,7 @@ def test_label_logits_are_columns_of_all_logits(case: Case, placement: str) -> N
 
 @pytest.mark.parametrize("name", ["llama", "llama-bpe", "qwen2", "gemma3"])
 @pytest.mark.parametrize("weights", ["f16", "q8_0", "q4_1"])
-def test_quantised_label_logits_differ_by_rounding_alone(case_of: Callable[..., Case], name: str, weights: str) -> None:
+def test_quantised_label_logits_differ_only_by_rounding(case_of: Callable[..., Case], name: str, weights: str) -> None:
     case = case_of(name, weights)
     assert np.abs(logits(case, LABELS) - logits(case, None)[..., LABELS]).max() <= HEAD_QUANTISED
 
@@ -52,6 +52,6 @@ def test_other_labels_from_call_to_call_do_not_mix(llama: Case) -> None:
     assert np.array_equal(logits(llama, LABELS), first)
 
 
-def test_a_label_may_be_asked_for_twice(llama: Case) -> None:
+def test_a_label_may_be_given_twice(llama: Case) -> None:
     twice = logits(llama, [5, 5])
     assert np.array_equal(twice[..., 0], twice[..., 1])

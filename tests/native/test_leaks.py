@@ -1,4 +1,4 @@
-"""Memory is flat in the number of calls, however they end. `leak_probe` is a process of its own: pytest grows, too."""
+"""Memory does not grow with the number of calls, however they end. `leak_probe` is a separate process: pytest grows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import tiny_gguf
 PROBE = Path(__file__).with_name("leak_probe.py")
 N_CALLS = 20_000
 BYTES_PER_CALL = 4.0
-"""A leak of 64 bytes in one kind of call of six shows as more than 10; pages that come and go, as less than 1."""
+"""A leak of 64 bytes in one of the six kinds of calls gives more than 10; fluctuating pages give less than 1."""
 
 
 def test_memory_does_not_grow_with_the_number_of_calls(tmp_path: Path) -> None:

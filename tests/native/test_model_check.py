@@ -1,4 +1,4 @@
-"""`fedbpt.check_model` holds for models that are right, and says which promise a wrong one breaks."""
+"""`fedbpt.check_model` passes correct models, and names the property that a wrong one violates."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def failed(check: ModelCheck) -> list[str]:
 
 @pytest.mark.parametrize("name", list(tiny_gguf.MODELS))
 @pytest.mark.parametrize("weights", ["f32", "f16", "q8_0", "q4_1"])
-def test_everything_holds_for_models_that_are_right(
+def test_all_checks_pass_for_correct_models(
     case_of: Callable[..., Case], name: str, weights: tiny_gguf.Weights
 ) -> None:
     told: list[Any] = []
@@ -39,7 +39,7 @@ def test_everything_holds_for_models_that_are_right(
     assert [(finding.name, finding.holds) for finding in findings] == [(check, True) for check in CHECKS]
 
 
-def test_what_a_model_is_is_told(llama: Case) -> None:
+def test_facts_of_a_model_are_reported(llama: Case) -> None:
     found = fedbpt.check_model(llama.path, n_threads=1)
     assert found.holds
     assert found.facts == ModelFacts(
@@ -58,7 +58,7 @@ def test_what_a_model_is_is_told(llama: Case) -> None:
 
 
 @pytest.mark.parametrize("n_ctx", [8, 12, 40])
-def test_a_short_context_is_no_fault(tmp_path: Path, n_ctx: int) -> None:
+def test_a_short_context_passes(tmp_path: Path, n_ctx: int) -> None:
     path = tiny_gguf.write(tmp_path / "short.gguf", tiny_gguf.TinyModel("llama", "spm", n_ctx=n_ctx))
     told: list[Any] = []
     examine(path, Settings(1, 0, None, "f16", 60), told.append)
@@ -69,7 +69,7 @@ def test_a_short_context_is_no_fault(tmp_path: Path, n_ctx: int) -> None:
 
 
 class Tampered:
-    """A scorer that breaks one promise."""
+    """A scorer that violates one property."""
 
     def __init__(self, case: Case) -> None:
         self._scorer = case.scorer
@@ -161,7 +161,7 @@ BROKEN = [
 
 @pytest.mark.parametrize(("tampered", "check"), BROKEN)
 @pytest.mark.parametrize("weights", ["f32", "q8_0"])
-def test_a_broken_promise_is_found(
+def test_a_violated_property_is_found(
     case_of: Callable[..., Case], tampered: type[Tampered], check: str, weights: tiny_gguf.Weights
 ) -> None:
     probes = Probes(tampered(case_of("llama", weights)))  # type: ignore[arg-type]
@@ -173,7 +173,7 @@ def test_a_broken_promise_is_found(
 # --- files that do not load --------------------------------------------------------------------------------------
 
 
-def test_a_file_that_does_not_load_says_why_and_the_rest_is_not_tried(llama: Case, tmp_path: Path) -> None:
+def test_a_file_that_does_not_load_fails_with_the_reason_and_skips_the_rest(llama: Case, tmp_path: Path) -> None:
     found = fedbpt.check_model(tiny_gguf.write_truncated(tmp_path / "cut.gguf", llama.path, 0.5))
     assert not found.holds
     assert found.facts is None
@@ -190,7 +190,7 @@ def test_a_split_model_with_a_missing_part_does_not_load(tmp_path: Path) -> None
     assert parts[2].name in found.findings[0].detail
 
 
-def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError):
         fedbpt.check_model(tmp_path / "none.gguf")
 
@@ -203,7 +203,7 @@ def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
         *({"gpu": 1}, {"kv_type": "f32"}, {"n_gpu_layers": None}),
     ],
 )
-def test_a_setting_that_makes_no_sense_is_named(llama: Case, setting: dict[str, Any]) -> None:
+def test_an_invalid_setting_is_named(llama: Case, setting: dict[str, Any]) -> None:
     with pytest.raises(InputError) as refused:
         fedbpt.check_model(llama.path, **setting)
     assert next(iter(setting)) in str(refused.value)
@@ -218,7 +218,7 @@ def test_a_path_of_any_bytes_is_checked(llama: Case, tmp_path: Path) -> None:
 
 @pytest.fixture
 def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Replaces the process that tries the model by a shell script."""
+    """Replace the process that tries the model by a shell script."""
 
     def replace(script: str) -> None:
         path = tmp_path / "child"
@@ -230,7 +230,7 @@ def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], No
 
 
 @pytest.mark.parametrize("signal", ["SEGV", "ABRT", "FPE", "KILL"])
-def test_a_file_that_ends_its_process_is_told_by_what_it_did(
+def test_a_file_that_crashes_its_process_is_reported_with_the_check(
     llama: Case, child: Callable[[str], None], signal: str
 ) -> None:
     child(
@@ -250,7 +250,7 @@ def test_a_file_that_ends_its_process_is_told_by_what_it_did(
     assert "\033" not in found.findings[1].detail
 
 
-def test_a_file_that_never_loads_is_given_up(llama: Case, child: Callable[[str], None]) -> None:
+def test_a_file_that_never_loads_times_out(llama: Case, child: Callable[[str], None]) -> None:
     child("""echo '{"type":"Begun","name":"loads"}'; kill -ALRM $$""")
     found = fedbpt.check_model(llama.path, timeout_s=7)
     assert failed(found) == ["loads"]
@@ -273,7 +273,7 @@ def run(*arguments: str) -> int:
     return int(ended.value.code or 0)
 
 
-def test_people_get_a_table(llama: Case, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_default_output_is_a_table(llama: Case, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(str(llama.path), "--threads", "1") == 0
     shown = capsys.readouterr().out
     assert llama.scorer.fingerprint[:19] in shown
@@ -282,7 +282,7 @@ def test_people_get_a_table(llama: Case, capsys: pytest.CaptureFixture[str]) -> 
     assert "FAILED" not in shown
 
 
-def test_machines_get_json_and_an_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_output_has_an_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tiny_gguf.write_not_gguf(tmp_path / "page.gguf")
     assert run(str(path), "--json") == 1
     answer = json.loads(capsys.readouterr().out)
@@ -293,5 +293,5 @@ def test_machines_get_json_and_an_exit_code(tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().out == ""
 
 
-def test_a_missing_file_is_a_mistake_in_the_command(tmp_path: Path) -> None:
+def test_a_missing_file_is_a_usage_error(tmp_path: Path) -> None:
     assert run(str(tmp_path / "none.gguf")) == 2

@@ -1,4 +1,4 @@
-"""What `fedbpt.load_model` says of files that it cannot use."""
+"""Errors of `fedbpt.load_model` for files that it cannot use."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def test_an_unknown_name_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "no-such-name" in one_line(failed.value)
 
 
-def test_a_folder_is_no_model(tmp_path: Path) -> None:
+def test_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as failed:
         fedbpt.load_model(tmp_path)
     one_line(failed.value)
 
 
-def test_a_file_that_is_no_gguf_is_reported_by_its_name(tmp_path: Path) -> None:
+def test_another_kind_of_file_is_reported_by_its_name(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError) as failed:
         fedbpt.load_model(tiny_gguf.write_not_gguf(tmp_path / "page.gguf"))
     assert "page.gguf" in one_line(failed.value)
 
 
-def test_a_path_whose_bytes_are_no_utf8_is_a_path(llama: Case, tmp_path: Path) -> None:
+def test_a_path_that_is_not_utf8_works(llama: Case, tmp_path: Path) -> None:
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/m\xf6del.gguf"))
     path.write_bytes(llama.path.read_bytes())
     scorer = fedbpt.load_model(path, n_threads=1)
@@ -88,8 +88,8 @@ def test_a_file_without_one_of_its_tensors_is_damaged(tmp_path: Path, tensor: st
 @pytest.mark.parametrize(
     "settings", [{"n_layer": 0}, {"n_layer": 100_000}, {"n_head": 0}, {"n_head": 3}, {"n_head_kv": 0}]
 )
-def test_settings_that_make_no_sense_do_not_end_the_process(tmp_path: Path, settings: dict[str, int]) -> None:
-    """In a process of its own: upstream checks some settings with an assertion that aborts."""
+def test_invalid_settings_do_not_end_the_process(tmp_path: Path, settings: dict[str, int]) -> None:
+    """In a child process: upstream checks some settings with an assertion that aborts."""
     path = tmp_path / "senseless.gguf"
     tiny_gguf.write(path, tiny_gguf.LLAMA, claim=replace(tiny_gguf.LLAMA, **settings))
     script = f"""
@@ -114,7 +114,7 @@ def test_an_unsupported_architecture_is_named(tmp_path: Path, architecture: str)
 
 
 @pytest.mark.parametrize("n_threads", [0, -1])
-def test_a_senseless_number_of_threads_is_refused(llama: Case, n_threads: int) -> None:
+def test_an_invalid_number_of_threads_is_refused(llama: Case, n_threads: int) -> None:
     with pytest.raises(InputError) as refused:
         fedbpt.load_model(llama.path, n_threads=n_threads)
     one_line(refused.value)

@@ -1,4 +1,4 @@
-"""What a loaded model says of itself, and its token embeddings."""
+"""Properties of a loaded model, and its token embeddings."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_embedding_scale_is_between_the_table_and_the_first_layer(case: Case
     assert case.scorer.embedding_scale == pytest.approx(expected, rel=1e-6)  # type: ignore[attr-defined]
 
 
-def test_models_that_are_computed_as_their_makers_do_need_no_note(case: Case) -> None:
+def test_models_computed_like_their_reference_have_no_notes(case: Case) -> None:
     assert case.scorer.notes == ()  # type: ignore[attr-defined]
 
 
@@ -88,11 +88,11 @@ def test_a_difference_of_llama_cpp_is_warned_of_once(tmp_path: Path, change: dic
     assert all(value in note for note in scorer.notes)
 
 
-def test_embedding_std_is_that_of_the_table_as_the_graph_sees_it(case: Case) -> None:
+def test_embedding_std_is_that_of_the_scaled_table(case: Case) -> None:
     assert case.scorer.embedding_std == pytest.approx(float(case.reference.embedding_table.std()), rel=1e-4)
 
 
-def test_memory_is_told_by_part(case: Case) -> None:
+def test_memory_is_reported_by_part(case: Case) -> None:
     case.scorer.score_with_soft_prompt(case.texts([20, 30]), case.prompts(2, 3))
     memory = case.scorer.memory()
     assert {"weights", "kv", "compute", "rss", "peak_rss"} <= set(memory)
@@ -106,7 +106,7 @@ def test_memory_is_told_by_part(case: Case) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process its size there")
-def test_rss_is_what_the_system_says(llama: Case) -> None:
+def test_rss_matches_the_system(llama: Case) -> None:
     memory = llama.scorer.memory()
     status = Path("/proc/self/status").read_text()
     for part, line in (("rss", "VmRSS"), ("peak_rss", "VmHWM")):

@@ -1,4 +1,4 @@
-"""A model file is tried in a process of its own before it is loaded: nothing in it ends this one."""
+"""A model file is tried in a child process before it is loaded, so that no file can end this process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fedbpt.models.trial import TrialReport, TrialSettings
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder of the test's own."""
+    """An empty cache folder."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("FEDBPT_CACHE", str(folder))
     return folder
@@ -31,13 +31,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A model that nothing has tried."""
+    """A model that has not been tried."""
     return tiny_gguf.write(tmp_path / "model.gguf", tiny_gguf.SMALLEST)
 
 
 @pytest.fixture
 def trials(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The models that are tried while the test runs, in order."""
+    """The models tried during the test, in order."""
     seen: list[Path] = []
     real = trial.run
 
@@ -50,7 +50,7 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def edited(path: Path, edit: Callable[[Gguf], Any], source: tiny_gguf.TinyModel = tiny_gguf.SMALLEST) -> Path:
-    """``source`` with something else in it, at ``path``."""
+    """Write an edited ``source`` to ``path``."""
     parts = read(tiny_gguf.write(path, source).read_bytes())
     edit(parts)
     path.write_bytes(parts.write())
@@ -58,17 +58,17 @@ def edited(path: Path, edit: Callable[[Gguf], Any], source: tiny_gguf.TinyModel 
 
 
 def half_rotated(model: Gguf) -> None:
-    """llama.cpp asserts that Qwen2 rotates whole heads, as it builds the graph."""
+    """llama.cpp asserts, when it builds the graph, that Qwen2 rotates whole heads."""
     model.find("qwen2.rope.dimension_count").value = 8
 
 
 def bytes_for_bert(model: Gguf) -> None:
-    """llama.cpp aborts on byte tokens in BERT's vocabularies, as it loads them."""
+    """llama.cpp aborts, on loading, on byte tokens in BERT vocabularies."""
     model.find("tokenizer.ggml.model").value = b"bert"
 
 
 def no_bytes(model: Gguf) -> None:
-    """llama.cpp throws where a text holds a byte that no token stands for."""
+    """llama.cpp throws if a text holds a byte without a token."""
     model.find("tokenizer.ggml.tokens").value[258] = b"x" * 30  # of byte 255
 
 
@@ -132,7 +132,7 @@ def test_a_child_that_does_not_end_is_ended(
     assert "while it spins" in str(failed.value)  # the stage that the child reported
 
 
-def test_a_file_is_tried_once_and_anew_when_it_has_changed(model: Path, trials: list[Path]) -> None:
+def test_a_file_is_tried_once_and_again_after_a_change(model: Path, trials: list[Path]) -> None:
     for _ in range(2):
         fedbpt.load_model(model, n_threads=1)
     assert trials == [model]
@@ -144,7 +144,7 @@ def test_a_file_is_tried_once_and_anew_when_it_has_changed(model: Path, trials: 
     assert trials == [model, model]
 
 
-def test_what_passed_is_known_to_the_next_process(
+def test_a_passed_trial_is_remembered_by_later_processes(
     model: Path, trials: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trial.run_once(model, TrialSettings())
@@ -158,7 +158,7 @@ def test_what_passed_is_known_to_the_next_process(
     assert len(list((cache / "trials").iterdir())) == 1
 
 
-def test_what_failed_is_tried_again(tmp_path: Path, trials: list[Path]) -> None:
+def test_a_file_that_failed_is_tried_again(tmp_path: Path, trials: list[Path]) -> None:
     path = edited(tmp_path / "wrong.gguf", bytes_for_bert)
     for _ in range(2):
         with pytest.raises(ModelFileError):
@@ -166,15 +166,17 @@ def test_what_failed_is_tried_again(tmp_path: Path, trials: list[Path]) -> None:
     assert trials == [path, path]
 
 
-def test_the_same_file_for_other_work_is_tried_for_it(tmp_path: Path, trials: list[Path]) -> None:
-    path = tiny_gguf.write(tmp_path / "model.gguf", tiny_gguf.MODELS["gemma3"])  # heads of 32, which q8_0 packs
+def test_the_same_file_is_tried_again_for_other_settings(tmp_path: Path, trials: list[Path]) -> None:
+    path = tiny_gguf.write(
+        tmp_path / "model.gguf", tiny_gguf.MODELS["gemma3"]
+    )  # heads of 32 numbers, the block size of q8_0
     trial.run_once(path, TrialSettings())
     trial.run_once(path, TrialSettings(n_threads=2))
     trial.run_once(path, TrialSettings(kv_type="q8_0"))
     assert trials == [path, path]
 
 
-def test_of_many_that_ask_at_once_one_tries(model: Path, trials: list[Path]) -> None:
+def test_of_many_concurrent_loads_one_runs_the_trial(model: Path, trials: list[Path]) -> None:
     asking = [threading.Thread(target=trial.run_once, args=(model, TrialSettings())) for _ in range(4)]
     for thread in asking:
         thread.start()
@@ -183,7 +185,7 @@ def test_of_many_that_ask_at_once_one_tries(model: Path, trials: list[Path]) -> 
     assert trials == [model]
 
 
-def test_a_model_that_is_gone_is_forgotten(model: Path, tmp_path: Path, cache: Path) -> None:
+def test_records_of_deleted_models_are_removed(model: Path, tmp_path: Path, cache: Path) -> None:
     trial.run_once(model, TrialSettings())
     model.unlink()
     trial.run_once(tiny_gguf.write(tmp_path / "next.gguf", tiny_gguf.SMALLEST), TrialSettings())
@@ -202,7 +204,7 @@ def test_a_cache_that_cannot_be_written_to_costs_a_trial_each_start(
 
 
 @pytest.mark.parametrize("executable", ["", "/no/such/python", "/usr/bin/env", "python-that-ends", "python-that-says"])
-def test_where_no_python_can_be_started_the_header_alone_is_checked(
+def test_if_no_python_can_be_started_only_the_header_is_checked(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, executable: str
 ) -> None:
     if executable.startswith("python-"):
@@ -217,7 +219,7 @@ def test_where_no_python_can_be_started_the_header_alone_is_checked(
         fedbpt.load_model(tiny_gguf.write_other_architecture(tmp_path / "other.gguf", "mamba"))
 
 
-def test_a_process_that_tries_a_model_starts_no_other(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_process_starts_no_trials(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDBPT_IN_TRIAL", "1")
     assert not trial.run(model).tried
 

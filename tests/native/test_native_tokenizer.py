@@ -1,4 +1,4 @@
-"""Tokenising with the model's own vocabulary: nothing lost, BOS where the model wants it."""
+"""Tokenisation with the model's vocabulary: nothing is lost, and BOS is added if the model uses it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_tokens_hold_the_whole_text(case: Case, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["a cut \ud83d", "\udc80", "caf\udce9", b"bytes", 7])
-def test_what_utf8_cannot_write_is_refused_without_the_text(case: Case, text: Any) -> None:
+def test_text_that_utf8_cannot_encode_is_refused_without_quoting_it(case: Case, text: Any) -> None:
     with pytest.raises(InputError) as refused:
         case.scorer.tokenize(text)
     assert isinstance(text, int) or repr(text) not in str(refused.value)

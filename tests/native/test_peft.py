@@ -1,4 +1,4 @@
-"""Adapters in Hugging Face PEFT itself, on tiny models: exported ones give our label logits, imported ones PEFT's."""
+"""Adapters in Hugging Face PEFT, on tiny models: exported ones give fedbpt's label logits, imported ones PEFT's."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if any(find_spec(name) is None for name in ("peft", "torch", "transformers")):
         "comparing with PEFT needs peft, torch and transformers: pip install '.[peft]'", allow_module_level=True
     )
 
-# PEFT calls what transformers is about to drop: theirs to settle.
+# PEFT uses functions that transformers has deprecated.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -52,19 +52,19 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Path]:
-    """The folder of a tiny model as transformers has it, weights and tokenizer."""
+    """Make a transformers folder of a tiny model, with weights and tokenizer."""
     made: dict[Path, Path] = {}
 
     def convert(case: Case) -> Path:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        torch.set_num_threads(1)  # threads that wait for each other on a busy machine cost tiny models a hundredfold
+        torch.set_num_threads(1)  # on a busy machine, synchronising threads slows tiny models down a hundredfold
         if case.path not in made:
             folder = tmp_path_factory.mktemp("hugging-face")
             source = {"pretrained_model_name_or_path": case.path.parent, "gguf_file": case.path.name}
             read = AutoModelForCausalLM.from_pretrained(**source)
-            del read.config.quantization_config  # the weights are plain float32 by now
+            del read.config.quantization_config  # the weights have been dequantised to float32
             # of Gemma 3; GGUF does not hold it, and the larger models' head_dim is taken for it
             read.config.query_pre_attn_scalar = case.model.head_dim
             model = AutoModelForCausalLM.from_config(read.config)
@@ -93,7 +93,7 @@ def prompt_of(case: Case, placement: PromptPlace, n_prompt: int, template: int, 
 
 
 def label_logits(scorer: Scorer, prompt: Prompt, text: str) -> NDArray[np.float64]:
-    """What fedbpt makes of a text [n_labels], readout and other templates included."""
+    """fedbpt's label logits of a text [n_labels], with readout and other templates."""
     spec = ObjectiveSpec(max_text_tokens=TASK.max_text_tokens, readout_words=0)
     found = []
     for i, template in enumerate((prompt.template, *prompt.others)):
@@ -106,7 +106,7 @@ def label_logits(scorer: Scorer, prompt: Prompt, text: str) -> NDArray[np.float6
 
 
 def code_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Run the README's code where it lies, and return what it defines."""
+    """Run the README's code in its folder, and return what it defines."""
     monkeypatch.chdir(folder)
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     names: dict[str, Any] = {}

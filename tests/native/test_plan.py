@@ -27,7 +27,7 @@ def prompts(scorer: fedbpt.NativeScorer, k: int, n_prompt: int = 2) -> np.ndarra
 
 @pytest.mark.parametrize("placement", ["front", "cue"])
 @pytest.mark.parametrize("budget", [0, 6 * KV_OF_ONE_TEXT, 2**30])
-def test_a_plan_gives_the_bits_of_a_call_without_one(repeatable: Case, placement: str, budget: int) -> None:
+def test_a_plan_gives_the_same_bits_as_a_call_without_one(repeatable: Case, placement: str, budget: int) -> None:
     scorer = fedbpt.load_model(repeatable.path, n_threads=1, kv_budget_bytes=budget)
     data, embeds = texts(repeatable), prompts(scorer, 3)
     plan = scorer.compile(data, LABELS, placement, prefix=[3, 4, 5])
@@ -50,7 +50,7 @@ def test_kept_texts_cost_only_the_rows(repeatable: Case) -> None:
     assert plan.n_tokens - before == 3 * 2 * len(data)
 
 
-def test_a_budget_bounds_what_is_kept(repeatable: Case) -> None:
+def test_the_budget_bounds_the_kept_kv(repeatable: Case) -> None:
     scorer = fedbpt.load_model(repeatable.path, n_threads=1, kv_budget_bytes=6 * KV_OF_ONE_TEXT)
     plan = scorer.compile(texts(repeatable), LABELS, "cue")
     plan.score(prompts(scorer, 1))

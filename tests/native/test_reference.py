@@ -1,4 +1,4 @@
-"""The reference itself: properties that every causal language model has, whatever its weights."""
+"""The reference itself: properties of every causal language model, whatever its weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_logits_depend_on_nothing_that_comes_later(case: Case) -> None:
     np.testing.assert_allclose(case.reference.logits(tokens)[:20], case.reference.logits(tokens[:20]), atol=1e-9)
 
 
-def test_rows_and_tokens_are_two_ways_to_say_the_same(case: Case) -> None:
+def test_rows_and_tokens_give_the_same_logits(case: Case) -> None:
     tokens = case.ids(12)
     rows = case.reference.token_embeddings(tokens)
     np.testing.assert_array_equal(case.reference.logits(rows), case.reference.logits(tokens))
@@ -32,7 +32,7 @@ def test_logits_spread_wide_enough_for_errors_to_show(case: Case) -> None:
 
 
 @pytest.mark.parametrize("weights", ["f16", "q8_0", "q4_1"])
-def test_narrow_files_hold_what_they_claim(case_of: Callable[..., Case], weights: str) -> None:
+def test_quantised_files_hold_the_weights_up_to_rounding(case_of: Callable[..., Case], weights: str) -> None:
     case = case_of("llama", weights)
     types = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(case.path).tensors}
     assert types["blk.0.ffn_down.weight"] == gguf.GGMLQuantizationType[weights.upper()]

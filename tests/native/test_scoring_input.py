@@ -1,4 +1,4 @@
-"""What the scorer takes and what it refuses: a bad argument is an `InputError` of one line, never a wrong number."""
+"""Arguments that the scorer accepts and refuses: invalid ones are an `InputError` of one line, never a wrong result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ N_PROMPT = 3
 
 
 def arguments(case: Case) -> dict[str, Any]:
-    """A call that works."""
+    """Arguments of a valid call."""
     return {
         "tokens": case.texts([6, 30, 4]),
         "embeds": case.prompts(2, N_PROMPT),
@@ -134,7 +134,7 @@ def test_the_result_is_the_callers_own(llama: Case) -> None:
     np.testing.assert_array_equal(llama.scorer.score_with_soft_prompt(**arguments(llama)), kept)
 
 
-def test_lists_strides_and_other_number_types_are_taken(llama: Case) -> None:
+def test_lists_strides_and_other_number_types_are_accepted(llama: Case) -> None:
     given = arguments(llama)
     expected = llama.scorer.score_with_soft_prompt(**given)
     strided = np.repeat(given["embeds"].astype(np.float64), 2, axis=2)[:, :, ::2]
@@ -154,8 +154,8 @@ def test_lists_strides_and_other_number_types_are_taken(llama: Case) -> None:
 
 
 @pytest.mark.parametrize("n_text", range(244, 254))
-def test_what_fills_a_batch_up_has_room_too(llama: Case, n_text: int) -> None:
-    """Around 256 tokens, by which the KV cache grows, with a prefix that is no multiple of 4."""
+def test_there_is_room_for_a_batchs_padding(llama: Case, n_text: int) -> None:
+    """Around 256 tokens, the unit that the KV cache grows by, with a prefix that is not a multiple of 4."""
     scorer = fedbpt.load_model(llama.path, n_threads=1)
     text, prefix = llama.texts([n_text]), llama.ids(2)
     logits = scorer.score_with_soft_prompt(text, llama.prompts(1, 2), [5], prefix=prefix)

@@ -100,7 +100,7 @@ def test_texts_that_are_equal_score_equally(llama: Case) -> None:
     assert largest_difference(llama, [text, text, text], llama.prompts(2, 3)) <= TOLERANCE
 
 
-def test_all_logits_come_back_where_no_labels_are_named(case: Case) -> None:
+def test_all_logits_are_returned_without_labels(case: Case) -> None:
     texts = case.texts([4, 9])
     every = case.scorer.score_with_soft_prompt(texts, case.prompts(2, 3))
     some = case.scorer.score_with_soft_prompt(texts, case.prompts(2, 3), label_ids=LABELS)
@@ -108,7 +108,7 @@ def test_all_logits_come_back_where_no_labels_are_named(case: Case) -> None:
     np.testing.assert_allclose(some, every[:, :, LABELS], atol=1e-4, rtol=0)
 
 
-def test_an_empty_prefix_is_no_prefix(llama: Case) -> None:
+def test_an_empty_prefix_equals_no_prefix(llama: Case) -> None:
     texts, embeds = llama.texts([4, 9]), llama.prompts(2, 3)
     empty = llama.scorer.score_with_soft_prompt(texts, embeds, prefix=[])
     np.testing.assert_array_equal(empty, llama.scorer.score_with_soft_prompt(texts, embeds, prefix=None))

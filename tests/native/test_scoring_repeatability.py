@@ -1,4 +1,4 @@
-"""A candidate's logits are a function of the candidate and the data: the same bits whatever is scored beside it."""
+"""A candidate's logits depend only on the candidate and the data: the same bits whatever is scored with it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_two_compute_threads_give_the_same_bits_each_time(repeatable: Case) -> N
 
 
 @PLACEMENTS
-def test_the_order_of_candidates_moves_no_bit(repeatable: Case, placement: str) -> None:
+def test_the_order_of_candidates_changes_no_bit(repeatable: Case, placement: str) -> None:
     embeds = repeatable.prompts(17, 3)
     order = np.random.default_rng(0).permutation(17)
     expected = score(repeatable, embeds, placement=placement)[order]
@@ -51,7 +51,7 @@ def test_the_order_of_candidates_moves_no_bit(repeatable: Case, placement: str) 
 
 @PLACEMENTS
 @pytest.mark.parametrize("n_prompt", [0, 1, 3])
-def test_the_number_of_candidates_moves_no_bit(repeatable: Case, placement: str, n_prompt: int) -> None:
+def test_the_number_of_candidates_changes_no_bit(repeatable: Case, placement: str, n_prompt: int) -> None:
     embeds = repeatable.prompts(40, n_prompt)
     together = score(repeatable, embeds, placement=placement)
     for first, last in [(0, 1), (39, 40), (5, 7), (3, 34)]:
@@ -59,7 +59,7 @@ def test_the_number_of_candidates_moves_no_bit(repeatable: Case, placement: str,
 
 
 @PLACEMENTS
-def test_a_candidate_given_twice_scores_twice_the_same(repeatable: Case, placement: str) -> None:
+def test_a_candidate_given_twice_has_equal_scores(repeatable: Case, placement: str) -> None:
     embeds = repeatable.prompts(2, 3)[[0, 1, 0, 1, 0]]
     scored = score(repeatable, embeds, placement=placement)
     np.testing.assert_array_equal(scored[[2, 4]], scored[[0, 0]])
@@ -67,7 +67,7 @@ def test_a_candidate_given_twice_scores_twice_the_same(repeatable: Case, placeme
 
 
 @PLACEMENTS
-def test_one_candidate_may_come_without_its_leading_axis(repeatable: Case, placement: str) -> None:
+def test_one_candidate_may_lack_the_leading_axis(repeatable: Case, placement: str) -> None:
     embeds = repeatable.prompts(1, 3)
     np.testing.assert_array_equal(
         score(repeatable, embeds[0], placement=placement), score(repeatable, embeds, placement=placement)
@@ -75,7 +75,7 @@ def test_one_candidate_may_come_without_its_leading_axis(repeatable: Case, place
 
 
 @PLACEMENTS
-def test_earlier_calls_move_no_bit(repeatable: Case, placement: str) -> None:
+def test_earlier_calls_change_no_bit(repeatable: Case, placement: str) -> None:
     embeds = repeatable.prompts(4, 3)
     first = score(repeatable, embeds, placement=placement)
     scorer = repeatable.scorer
@@ -90,8 +90,8 @@ def test_earlier_calls_move_no_bit(repeatable: Case, placement: str) -> None:
 
 
 @PLACEMENTS
-def test_texts_that_changed_in_place_are_scored_anew(llama: Case, placement: str) -> None:
-    """A cache keyed by the identity of the caller's arrays would serve the old text."""
+def test_texts_changed_in_place_are_scored_again(llama: Case, placement: str) -> None:
+    """A cache keyed by the identity of the caller's arrays would return the old scores."""
     texts, embeds = llama.texts([9, 30]), llama.prompts(2, 3)
     llama.scorer.score_with_soft_prompt(texts, embeds, placement=placement)
     texts[0][2] = (texts[0][2] + 1 - 3) % (llama.model.n_vocab - 3) + 3
@@ -110,7 +110,7 @@ def test_a_freshly_loaded_model_gives_the_same_bits(repeatable: Case, placement:
 
 @pytest.fixture(scope="module")
 def k_quant(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
-    """A model whose matrices all have a format of blocks of 256, by the name of the format."""
+    """Make a model whose matrices all have the named format, with blocks of 256 weights."""
     folder = tmp_path_factory.mktemp("k-quants")
     model = replace(tiny_gguf.LLAMA, n_embd=256, n_head=8, n_head_kv=8, head_dim=32, n_ff=512, n_layer=2)
     plain = tiny_gguf.write(folder / "plain.gguf", model)
@@ -122,7 +122,7 @@ def k_quant(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
 def test_the_number_of_candidates_moves_no_bit_of_k_quants(
     k_quant: Callable[[str], Case], format: str, placement: str
 ) -> None:
-    """Kernels for many columns that round otherwise than those for few would show."""
+    """Fails if kernels for many columns round differently from those for few."""
     case = k_quant(format)
     texts, embeds = case.texts([30, 9]), case.prompts(24, 4)
     together = case.scorer.score_with_soft_prompt(texts, embeds, [5, 300, 17], placement)

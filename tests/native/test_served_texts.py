@@ -1,4 +1,4 @@
-"""Texts as they are served: paused between slices, left by readers, with control tokens, sampled as recommended."""
+"""Generation as in serving: pauses between slices, abandoned texts, control tokens, recommended sampling."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fedbpt.errors import ScoringInterrupted
 
 @pytest.fixture
 def uncollected() -> Iterator[None]:
-    """Nothing is freed but by reference counts."""
+    """Disable the garbage collector, so that only reference counts free objects."""
     gc.collect()
     gc.disable()
     yield
@@ -36,14 +36,12 @@ def new(case: Case) -> NativeGenerator:
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.5, top_p=0.9, top_k=40, seed=3)])
 @pytest.mark.parametrize("rows", [0, 3])
-def test_texts_that_are_paused_for_each_other_are_those_that_are_generated_alone(
-    repeatable: Case, sampling: Sampling, rows: int
-) -> None:
+def test_texts_paused_for_each_other_are_those_generated_alone(repeatable: Case, sampling: Sampling, rows: int) -> None:
     n, generator = 2 * SLICE + 3, new(repeatable)
     texts = [Placed(repeatable.ids(9 + i, seed=i), repeatable.prompts(1, rows, seed=i)[0], 5) for i in range(6)]
     expected = [list(Generation(new(repeatable), text, sampling, n)) for text in texts]
     running = []
-    for text in texts:  # more than there are places for
+    for text in texts:  # more than there are slots
         running.append(Generation(generator, text, sampling, n))
         running[-1].pause()
     found: list[list[Any]] = [[] for _ in texts]
@@ -58,7 +56,7 @@ def test_texts_that_are_paused_for_each_other_are_those_that_are_generated_alone
 
 
 @pytest.mark.usefixtures("uncollected")
-def test_texts_that_are_left_free_their_places_at_once(llama: Case) -> None:
+def test_abandoned_texts_free_their_slots_at_once(llama: Case) -> None:
     generator, given = new(llama), Placed(llama.ids(9))
     for _ in range(8):
         with Generation(generator, given) as text:
@@ -81,7 +79,7 @@ def test_texts_that_are_left_free_their_places_at_once(llama: Case) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_control_tokens_in_a_text_to_go_on_with_count_as_such(case_of: Any, name: str) -> None:
+def test_control_tokens_in_a_text_to_continue_are_parsed(case_of: Any, name: str) -> None:
     case = case_of(name)
     generator, vocabulary = new(case), tiny_gguf.vocabulary(case.model)
     bos, eos = (vocabulary.pieces[token] for token in (vocabulary.bos, vocabulary.eos))
@@ -109,7 +107,7 @@ def test_control_tokens_in_a_text_to_go_on_with_count_as_such(case_of: Any, name
         ({"temp": "warm"}, None),
     ],
 )
-def test_the_makers_sampling_is_read_from_the_model_file(
+def test_recommended_sampling_is_read_from_the_model_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
     said: dict[str, float | str], expected: Sampling | None,
 ) -> None:  # fmt: skip

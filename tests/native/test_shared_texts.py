@@ -1,4 +1,4 @@
-"""Texts that begin alike are computed from where they part, and get the bits that they get alone."""
+"""Texts with a common prefix are computed from its end on, and get the same bits as alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LABELS = [5, 17, 200]
 
 
 def shares(case: Case) -> bool:
-    """Where a token gets the same bits whatever is beside it; a sliding window does not matter."""
+    """Whether a token's bits do not depend on the rest of its batch; a sliding window does not matter."""
     return case.model.weights != "f32"
 
 
@@ -27,7 +27,7 @@ def with_end(texts: list[NDArray[np.int32]], end: list[int]) -> list[NDArray[np.
 
 @pytest.mark.parametrize("keep_kv", [True, False])
 @pytest.mark.parametrize("n_prompt", [0, 1, 3])
-def test_another_end_gets_the_bits_it_gets_alone_for_a_few_tokens(
+def test_a_text_with_another_end_costs_a_few_tokens_and_gets_the_same_bits(
     repeatable: Case, n_prompt: int, keep_kv: bool
 ) -> None:
     texts, embeds = rows(repeatable), repeatable.prompts(3, n_prompt)
@@ -52,22 +52,22 @@ def test_another_end_gets_the_bits_it_gets_alone_for_a_few_tokens(
             assert plans[-1].n_tokens == anew
 
 
-def test_a_plan_that_keeps_its_texts_lends_them_to_later_ones(repeatable: Case) -> None:
-    texts, embeds = rows(repeatable, 30), repeatable.prompts(1, 1)  # more than a scorer holds on to by itself
+def test_the_kept_kv_of_a_plan_is_reused_by_later_plans(repeatable: Case) -> None:
+    texts, embeds = rows(repeatable, 30), repeatable.prompts(1, 1)  # more than the scorer itself keeps
     scorer = fedbpt.load_model(repeatable.path, n_threads=N_THREADS)
     kept = scorer.compile(with_end(texts, [7, 8]), LABELS, "cue")
     kept.score(embeds)
     other = scorer.compile(with_end(texts, [9, 10]), LABELS, "cue", keep_kv=False)
     expected = other.score(embeds)
     if shares(repeatable):
-        assert other.n_tokens == 2 * len(texts)  # the end alone
+        assert other.n_tokens == 2 * len(texts)  # only the end
     del kept
     again = scorer.compile(with_end(texts, [9, 10]), LABELS, "cue", keep_kv=False)
     np.testing.assert_array_equal(again.score(embeds), expected)
-    assert again.n_tokens > sum(map(len, texts[:20]))  # gone with the plan
+    assert again.n_tokens > sum(map(len, texts[:20]))  # freed with the plan
 
 
-def test_a_longer_text_lends_its_beginning(repeatable: Case) -> None:
+def test_the_beginning_of_a_longer_text_is_reused(repeatable: Case) -> None:
     [text], embeds = repeatable.texts([60]), repeatable.prompts(2, 1)
     fresh = fedbpt.load_model(repeatable.path, n_threads=N_THREADS)
     expected = fresh.compile([text[:25]], LABELS, "cue").score(embeds)

@@ -1,4 +1,4 @@
-"""A model in several files is one model: loaded, fingerprinted, measured and described by all of its parts."""
+"""A model in several files: it is loaded, fingerprinted, measured and described by all of its parts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def parts(tmp_path: Path) -> list[Path]:
-    """The tiny llama in three files; the output matrix lies in the third."""
+    """The tiny llama in three files; the output matrix is in the third."""
     folder = tmp_path / "split"
     folder.mkdir()
     return tiny_gguf.write_split(folder, tiny_gguf.LLAMA)
@@ -52,7 +52,7 @@ def one_line(error: BaseException) -> str:
     return message
 
 
-# --- it works ----------------------------------------------------------------------------------------------------
+# --- loading ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weights", ["f32", "q8_0"])
@@ -70,7 +70,7 @@ def test_it_scores_as_the_model_in_one_file_bit_for_bit(
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_any_part_stands_for_the_model(parts: list[Path], number: int) -> None:
+def test_any_part_loads_the_model(parts: list[Path], number: int) -> None:
     given = parts[number]
     assert models.locate(given) == models.locate(str(given)) == parts[0]
     assert models.model_parts(given) == tuple(parts)
@@ -106,7 +106,7 @@ def test_a_model_in_one_file_may_be_named_like_a_part(llama: Case, tmp_path: Pat
     fedbpt.load_model(path, n_threads=N_THREADS)
 
 
-# --- what is known of it is known of all parts -------------------------------------------------------------------
+# --- properties ------------------------------------------------------------------------------------------------------
 
 
 def test_the_fingerprint_is_that_of_the_joined_files(parts: list[Path]) -> None:
@@ -115,7 +115,7 @@ def test_the_fingerprint_is_that_of_the_joined_files(parts: list[Path]) -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_a_change_in_any_part_is_another_fingerprint(parts: list[Path], number: int) -> None:
+def test_a_change_in_any_part_changes_the_fingerprint(parts: list[Path], number: int) -> None:
     before = models.fingerprint(parts[0])
     alter(parts[number])
     assert models.fingerprint(parts[0]) != before
@@ -179,11 +179,11 @@ def test_requantize_never_replaces_a_part_of_its_source(parts: list[Path], numbe
     assert parts[number].read_bytes() == before
 
 
-# --- what is wrong with it is said by the name of the part -------------------------------------------------------
+# --- errors name the part --------------------------------------------------------------------------------------------
 
 
 def readers() -> Iterator[Callable[[Path], object]]:
-    """Everything that reads a model by its path."""
+    """All functions that read a model by its path."""
     yield fedbpt.load_model
     yield models.locate
     yield models.fingerprint
@@ -212,7 +212,7 @@ def test_a_missing_part_that_is_given_is_named(parts: list[Path]) -> None:
 
 @pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.99])
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_a_part_cut_short_is_named(parts: list[Path], number: int, keep: float) -> None:
+def test_a_truncated_part_is_named(parts: list[Path], number: int, keep: float) -> None:
     whole = parts[number].read_bytes()
     parts[number].write_bytes(whole[: int(len(whole) * keep)])
     with pytest.raises(ModelFileError) as failed:
@@ -220,7 +220,7 @@ def test_a_part_cut_short_is_named(parts: list[Path], number: int, keep: float) 
     assert parts[number].name in one_line(failed.value)
 
 
-def test_parts_in_the_wrong_order_are_told(parts: list[Path], tmp_path: Path) -> None:
+def test_swapped_parts_are_refused(parts: list[Path], tmp_path: Path) -> None:
     parts[1].rename(tmp_path / "second")
     parts[2].rename(parts[1])
     (tmp_path / "second").rename(parts[2])
@@ -229,7 +229,7 @@ def test_parts_in_the_wrong_order_are_told(parts: list[Path], tmp_path: Path) ->
     assert parts[1].name in one_line(failed.value)
 
 
-def test_a_part_of_a_model_in_more_files_is_told(parts: list[Path], tmp_path: Path) -> None:
+def test_a_part_of_a_model_in_more_files_is_refused(parts: list[Path], tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     shutil.copyfile(tiny_gguf.write_split(tmp_path / "other", tiny_gguf.LLAMA, 4)[1], parts[1])
     with pytest.raises(ModelFileError) as failed:
@@ -238,7 +238,7 @@ def test_a_part_of_a_model_in_more_files_is_told(parts: list[Path], tmp_path: Pa
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_renamed_part_says_what_it_should_be_called(parts: list[Path], number: int) -> None:
+def test_a_renamed_part_is_refused_with_its_name(parts: list[Path], number: int) -> None:
     renamed = parts[number].rename(parts[number].with_name("model.gguf"))
     with pytest.raises(ModelFileError) as failed:
         fedbpt.load_model(renamed)
@@ -271,7 +271,7 @@ def test_models_path_takes_any_part(
 
 
 def resident_bytes(path: Path) -> int:
-    """What of a mapped file is in this process's memory."""
+    """Bytes of a mapped file that are resident in this process."""
     total, counts = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
@@ -282,7 +282,7 @@ def resident_bytes(path: Path) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="what is resident is read from Linux's /proc")
-def test_the_pages_of_all_parts_are_given_back(parts: list[Path]) -> None:
+def test_the_pages_of_all_parts_are_released(parts: list[Path]) -> None:
     scorer = fedbpt.load_model(parts[0], n_threads=N_THREADS)
     scorer.score_with_soft_prompt([[5, 6, 7]], np.zeros((1, 1, scorer.n_embd)))
     assert all(resident_bytes(part) > 0 for part in parts)

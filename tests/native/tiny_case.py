@@ -1,4 +1,4 @@
-"""A tiny model in a test: its file, the scorer under test, the numpy truth, and random inputs for both."""
+"""A tiny model in a test: its file, the scorer under test, the numpy reference, and random inputs for both."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from reference import Reference
 import fedbpt
 from fedbpt.engine.scorer import Scorer
 
-N_THREADS = 1  # threads that wait for each other on a busy machine cost tiny models a hundredfold
+N_THREADS = 1  # on a busy machine, synchronising threads slows tiny models down a hundredfold
 
 
 @dataclass(frozen=True)
 class Case:
-    """One tiny model: what was asked for, its file; the scorer under test and the truth where a test wants them."""
+    """A tiny model and its file, with the scorer under test and the reference, both made on first access."""
 
     model: tiny_gguf.TinyModel
     path: Path
 
     @cached_property
     def weights(self) -> tiny_gguf.Weights:
-        """Of which type the file's matrices are."""
+        """Type of the file's matrices."""
         return self.model.weights
 
     @cached_property
@@ -36,11 +36,11 @@ class Case:
 
     @cached_property
     def reference(self) -> Reference:
-        """The same file in numpy."""
+        """The numpy reference of the same file."""
         return Reference(self.path)
 
     def ids(self, n: int, seed: int = 0) -> NDArray[np.int32]:
-        """``n`` random token ids, control tokens left out."""
+        """``n`` random token ids without control tokens."""
         return np.random.default_rng([seed, n]).integers(3, self.model.n_vocab, n, dtype=np.int32)
 
     def texts(self, lengths: list[int], seed: int = 0) -> list[NDArray[np.int32]]:

@@ -1,7 +1,7 @@
 """Tiny GGUF model files with seeded random weights: real architectures, a few hundred tokens, a fraction of a megabyte.
 
 Weights are drawn so that logits spread over several units and every part (attention, feed-forward, norms,
-position encoding, window) moves them: a mistake in any of them shows far above rounding.
+position encoding, window) affects them: an error in any of these is far larger than rounding.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _WORDS = (
 
 @dataclass(frozen=True)
 class TinyModel:
-    """What to write. Widths are multiples of 32, so that every weight variant is possible."""
+    """Settings of a model. Widths are multiples of 32, so that all weight formats are possible."""
 
     architecture: Literal["llama", "qwen2", "gemma3"]
     tokenizer: Literal["spm", "bpe"]
@@ -58,8 +58,8 @@ class TinyModel:
 LLAMA = TinyModel("llama", "spm")
 LLAMA_BPE = TinyModel("llama", "bpe", pre="smollm", add_bos=False, rope_base=100_000.0, tied=True, seed=2)
 QWEN2 = TinyModel("qwen2", "bpe", pre="qwen2", add_bos=False, rms_eps=1e-6, rope_base=1_000_000.0, seed=3)
-# n_embd is no square, so that a forgotten or doubled embedding scale is no power of two; heads are wider than
-# n_embd / n_head, as in the real models; seven layers hold one with global attention (the sixth).
+# n_embd is not a square, so that a missing or doubled embedding scale is not a power of two; heads are wider than
+# n_embd / n_head, as in the real models; one of the seven layers (the sixth) has global attention.
 GEMMA3 = TinyModel(
     "gemma3",
     "spm",
@@ -73,7 +73,7 @@ GEMMA3 = TinyModel(
     tied=True,
     seed=4,
 )
-# for what takes thousands of calls; not in MODELS: its numbers show little
+# for tests with thousands of calls; not in MODELS, as it is too small for meaningful logits
 SMALLEST = replace(LLAMA, n_layer=1, n_embd=32, n_head=2, n_head_kv=1, n_ff=32)
 MODELS = {"llama": LLAMA, "llama-bpe": LLAMA_BPE, "qwen2": QWEN2, "gemma3": GEMMA3}
 
@@ -91,7 +91,7 @@ class Vocabulary:
     eos: int
 
     def text(self, ids: NDArray[np.int32]) -> str:
-        """The text of ``ids``, control tokens left out; an SPM text keeps the blank that its tokenizer put first."""
+        """The text of ``ids`` without control tokens; an SPM text keeps the blank that its tokenizer adds in front."""
         data = b"".join(self._bytes(int(token)) for token in ids)
         return data.decode("utf-8")
 
@@ -160,7 +160,7 @@ def _padded(
 
 
 def _byte_characters() -> dict[int, str]:
-    """GPT-2's printable stand-in for each byte: printable Latin-1 stands for itself, the rest moves to 256 and up."""
+    """GPT-2's printable character for each byte: printable Latin-1 maps to itself, other bytes to 256 and up."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     table = {byte: chr(byte) for byte in printable}
     for shift, byte in enumerate(byte for byte in range(256) if byte not in table):
@@ -201,7 +201,7 @@ def tensors(model: TinyModel) -> dict[str, NDArray[np.float32]]:
             block["attn_q_norm.weight"] = norm(model.head_dim, 1.2)
             block["attn_k_norm.weight"] = norm(model.head_dim, 1.2)
             block["post_attention_norm.weight"] = norm(model.n_embd)
-            # Small: ggml's CPU backend looks GELU up in a table of half-precision values, and what that rounds off
+            # Small, since ggml's CPU backend looks GELU up in a table of half-precision values, whose rounding error
             # must stay well under the tests' tolerance.
             block["post_ffw_norm.weight"] = norm(model.n_embd, 0.1)
         result |= {f"blk.{layer}.{name}": values for name, values in block.items()}
@@ -222,7 +222,7 @@ def write(
 ) -> Path:
     """Write ``model`` to ``path`` and return it.
 
-    For damaged files: ``omit`` names a tensor to leave out, ``claim`` is whose settings to write over the tensors.
+    For damaged files: ``omit`` names a tensor to leave out; ``claim`` is a model whose settings to write instead.
     ``tensors_per_file``: see `write_split`.
     """
     writer = gguf.GGUFWriter(path, model.architecture, split_max_tensors=tensors_per_file)
@@ -232,7 +232,7 @@ def write(
     for name, values in tensors(model).items():
         if name == omit:
             continue
-        # llama.cpp keeps norms and biases in float32 whatever the type of the matrices is.
+        # llama.cpp keeps norms and biases in float32 whatever the type of the matrices.
         kind = TYPES[model.weights] if values.ndim == 2 else gguf.GGMLQuantizationType.F32
         writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
     close(writer)
@@ -246,7 +246,7 @@ def write_split(folder: Path, model: TinyModel, n_parts: int = 3, name: str = "t
 
 
 def close(writer: gguf.GGUFWriter) -> None:
-    """Write what was added."""
+    """Write the file."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -289,24 +289,24 @@ def add_tokenizer(writer: gguf.GGUFWriter, model: TinyModel) -> None:
     writer.add_add_bos_token(model.add_bos)
 
 
-# --- files that no scorer can use ---------------------------------------------------------------------------------
+# --- invalid files ------------------------------------------------------------------------------------------------
 
 
 def write_truncated(path: Path, source: Path, keep: float) -> Path:
-    """The first ``keep`` (a fraction) of ``source``'s bytes."""
+    """Write the first ``keep`` (a fraction) of ``source``'s bytes."""
     data = source.read_bytes()
     path.write_bytes(data[: int(len(data) * keep)])
     return path
 
 
 def write_not_gguf(path: Path) -> Path:
-    """A text file under a model's name."""
+    """Write a text file under a model's name."""
     path.write_text("This is a web page that says 404.\n" * 100)
     return path
 
 
 def write_wrong_version(path: Path, source: Path) -> Path:
-    """``source`` with a format version that does not exist."""
+    """Write ``source`` with a format version that does not exist."""
     shutil.copyfile(source, path)
     with path.open("r+b") as file:
         file.seek(4)
@@ -315,7 +315,7 @@ def write_wrong_version(path: Path, source: Path) -> Path:
 
 
 def write_lying_header(path: Path, source: Path) -> Path:
-    """``source`` with a header that claims 2^60 key-value pairs."""
+    """Write ``source`` with a header that claims 2^60 key-value pairs."""
     shutil.copyfile(source, path)
     with path.open("r+b") as file:
         file.seek(16)
@@ -324,6 +324,6 @@ def write_lying_header(path: Path, source: Path) -> Path:
 
 
 def write_other_architecture(path: Path, architecture: str) -> Path:
-    """A well-formed GGUF that calls itself ``architecture`` and holds a llama's tensors and generic settings."""
+    """Write a well-formed GGUF file of ``architecture`` with a llama's tensors and generic settings."""
     model = replace(LLAMA, architecture=architecture)  # type: ignore[arg-type]
     return write(path, model)

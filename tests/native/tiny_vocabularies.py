@@ -1,4 +1,4 @@
-"""Tiny llamas with tokenizers of every kind; vocabularies of byte pairs that show where words were split."""
+"""Tiny llamas with all kinds of tokenizers; vocabularies of byte pairs that show where words were split."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHARACTERS = (
     "aAbzZ \t\n\r0123456789'sStTlLdDveVE.,!?-()[]{}|~`^$+=<>@#%&*_/\\\""
     "\u00e9\u00c9\u4e2d\uac00\u3042\u0301\u0661\u00bd\u2028\u00a0\u3000\uff01\u2018\u0645\U0001f600\x7f\x85"
 )
-"""Of all categories that pre-tokenizers tell apart."""
+"""Characters of all categories that pre-tokenizers distinguish."""
 
 _NAMES = {"spm": "llama", "bpe": "gpt2", "wpm": "bert", "ugm": "t5", "rwkv": "rwkv", "plamo2": "plamo2"}
 _RAW = ("gemma4", "sarvam-moe", "whitespace")  # pre-tokenizers of vocabularies that are not encoded by bytes
@@ -27,8 +27,8 @@ def write(
 ) -> Path:
     """A model whose tokenizer is of ``kind``, a BPE one with the pre-tokenizer ``pre``.
 
-    ``more``: further tokens, with type and score; ``without``: characters whose bytes are no tokens; ``name``: the
-    model's own.
+    ``more``: further tokens, with type and score; ``without``: characters without byte tokens; ``name``: the
+    model's name.
     """
     merges: tuple[str, ...] = ()
     if kind == "bpe":
@@ -66,7 +66,7 @@ def _special() -> Entries:
 
 
 def _pairs(raw: bool) -> tuple[Entries, tuple[str, ...]]:
-    """Any two neighbours within a word merge, the first ones first: where a word begins shows in all of its tokens."""
+    """Any two neighbours in a word merge, the first ones first: so all tokens of a word depend on where it begins."""
     normal = (gguf.TokenType.NORMAL, 0.0)
     byte_characters = tiny_gguf._byte_characters()
     entries = _special() | dict.fromkeys(byte_characters.values(), normal)

@@ -1,4 +1,4 @@
-"""What makes a tiny model of one architecture: a configuration of transformers', and how a GGUF file holds it."""
+"""A tiny model of one architecture: its configuration in transformers, and its conversion to GGUF."""
 
 from __future__ import annotations
 
@@ -39,28 +39,28 @@ def as_they_are(name: str, tensor: Tensor, _config: Any) -> Parts:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One row of the table: an architecture that llama.cpp and transformers both have."""
+    """A row of the table: an architecture that both llama.cpp and transformers implement."""
 
     name: str
-    """What tests and docs/models.md call it: GGUF's name of the architecture, and a variant of it in brackets."""
+    """Name in tests and docs/models.md: GGUF's name of the architecture, with a variant in brackets."""
     model_type: str
-    """transformers' name of the configuration; with a colon, of the class too, where it is not the usual one."""
+    """transformers' name of the configuration; followed by a colon and the class if it is not the usual one."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """What differs from `SIZES`; None leaves an entry out."""
+    """Differences from `SIZES`; None removes an entry."""
     settings: Callable[[Any], dict[str, Any]] = nothing
-    """From the model, GGUF settings by their names without the architecture; `common_settings` are there already."""
+    """Makes GGUF settings of the model, named without the architecture, in addition to `common_settings`."""
     tensors: Callable[[str, Tensor, Any], Parts] = as_they_are
-    """What a parameter becomes: named as in transformers, where `gguf` knows the name, or as in the file."""
+    """Converts a parameter; results are named as in transformers if `gguf` knows the name, else as in the file."""
     named_as: str = ""
-    """The architecture whose tensor names are used, where `gguf` does not have this one's."""
+    """Architecture whose tensor names are used if `gguf` lacks this one's."""
     extra: Callable[[Any], dict[str, Tensor]] = nothing
-    """Tensors of the file that are no parameters of the model."""
+    """Tensors of the file that are not parameters of the model."""
     gains: Mapping[str, float] = field(default_factory=dict)
-    """Spread of a matrix's products or a vector's values, by the end of its name; beside `hugging_face.GAINS`."""
+    """Spread of a matrix's products or a vector's values, by the end of its name; extends `hugging_face.GAINS`."""
     means: Mapping[str, float] = field(default_factory=dict)
-    """What is added to a vector's values, by the end of its name."""
+    """Offsets of vectors' values, by the end of their names."""
     n_window: int = 0
-    """Positions that a token sees in layers with sliding windows; 0: there are none."""
+    """Size of the sliding windows in positions; 0: no windows."""
     tolerance: float = 1e-4
     """Largest error of a logit of a float32 file, relative to the standard deviation of the logits."""
     row_scale: float = 1.0
@@ -81,18 +81,18 @@ class Architecture:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Of the configuration."""
+        """Name of the configuration class."""
         return {name: value for name, value in {**SIZES, **self.config}.items() if value is not None}
 
     @property
     def tensor_names(self) -> gguf.TensorNameMap:
-        """From transformers' names to those of the file."""
+        """Map from transformers' names to those of the file."""
         kind = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}[self.named_as or self.gguf]
         return gguf.get_tensor_name_map(kind, 99)
 
 
 def find(config: Any, *names: str) -> Any:
-    """The first of a configuration's fields that is set, or None."""
+    """The first of a configuration's fields that is set; None if none is."""
     values = (getattr(config, name, None) for name in names)
     return next((value for value in values if value is not None), None)
 
@@ -102,7 +102,7 @@ def head_size(config: Any) -> int:
 
 
 def common_settings(config: Any) -> dict[str, Any]:
-    """What every architecture has, or what many have under the same name."""
+    """Settings that all architectures have, or many under the same name."""
     rope = find(config, "rope_parameters") or {}
     whole = rope.get("full_attention", rope)
     head = head_size(config)

@@ -1,4 +1,4 @@
-"""Fixtures: one tiny model per architecture, built in transformers, written and loaded once a session."""
+"""Fixtures: one tiny model per architecture, built in transformers, written and loaded once per session."""
 
 from __future__ import annotations
 

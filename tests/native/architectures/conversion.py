@@ -1,4 +1,4 @@
-"""From a transformers model to a GGUF file: what each parameter becomes in it."""
+"""Conversion of a transformers model to a GGUF file."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Weights = Literal["f32", "f16", "q8_0"]
 
 
 def write(path: Path, architecture: Architecture, model: Any, weights: Weights = "f32") -> Path:
-    """Write ``model`` to ``path`` and return it. The file does not say of which type its matrices are."""
+    """Write ``model`` to ``path`` and return it. The file does not declare the type of its matrices."""
     writer = gguf.GGUFWriter(path, architecture.gguf)
-    writer.add_name("tiny")  # no architecture: llama.cpp takes Phi-3's special tokens to be there by the model's name
+    writer.add_name("tiny")  # not the architecture: by the model's name, llama.cpp assumes Phi-3's special tokens
     settings = {**common_settings(model.config), **architecture.settings(model)}
     for name, value in settings.items():
         if value is not None:
@@ -43,7 +43,7 @@ def add_setting(writer: gguf.GGUFWriter, name: str, value: Any) -> None:
 
 
 def is_tied(model: Any) -> bool:
-    """Whether the output layer is the embedding table; so, too, where the model has none."""
+    """Whether the output layer is the embedding table, also if the model has no output layer."""
     head = model.get_output_embeddings()
     return head is None or head.weight is model.get_input_embeddings().weight
 
@@ -64,11 +64,11 @@ def tensors(architecture: Architecture, model: Any) -> dict[str, Tensor]:
     return found
 
 
-# --- steps that several architectures need --------------------------------------------------------------------------
+# --- steps of several architectures ---------------------------------------------------------------------------------
 
 
 def chain(*steps: Step) -> Step:
-    """One step after another."""
+    """Compose steps."""
 
     def run(name: str, tensor: Tensor, config: Any) -> Parts:
         parts = [(name, tensor)]
@@ -80,14 +80,14 @@ def chain(*steps: Step) -> Step:
 
 
 def layer(name: str) -> int:
-    """The number of the layer that a parameter belongs to."""
+    """Number of the layer that a parameter belongs to."""
     found = re.search(r"\.(\d+)\.", name)
     assert found is not None, name
     return int(found[1])
 
 
 def renamed(*pairs: tuple[str, str]) -> Step:
-    """Parameters whose names `gguf` does not know: regular expressions, and what stands in place of what they match."""
+    """Rename parameters whose names `gguf` does not know: pairs of a regular expression and a replacement."""
 
     def rename(name: str, tensor: Tensor, _config: Any) -> Parts:
         for pattern, other in pairs:
@@ -98,7 +98,7 @@ def renamed(*pairs: tuple[str, str]) -> Step:
 
 
 def left_out(*ends: str) -> Step:
-    """Parameters that the file does not hold."""
+    """Drop parameters that the file does not have."""
 
     def leave(name: str, tensor: Tensor, _config: Any) -> Parts:
         if not name.endswith(ends):
@@ -108,7 +108,7 @@ def left_out(*ends: str) -> Step:
 
 
 def rotary_neighbours(name: str, tensor: Tensor, config: Any) -> Parts:
-    """Q and K of llama files: the entries (2i, 2i + 1) turn together, where transformers turns (i, i + d/2)."""
+    """Permute Q and K for llama files: entries (2i, 2i + 1) rotate together; in transformers (i, i + d/2) do."""
     projected = re.search(r"([qk])_proj\.(weight|bias)$", name)
     if projected:
         heads = config.num_attention_heads if projected[1] == "q" else config.num_key_value_heads
@@ -117,12 +117,12 @@ def rotary_neighbours(name: str, tensor: Tensor, config: Any) -> Parts:
 
 
 def one_added_to_norms(name: str, tensor: Tensor, _config: Any) -> Parts:
-    """Norms whose weights are deviations from 1."""
+    """Add 1 to norms whose weights are deviations from 1."""
     yield name, tensor + 1 if name.endswith("norm.weight") else tensor
 
 
 def split_experts(name: str, tensor: Tensor, _config: Any) -> Parts:
-    """Experts that transformers holds in two tensors [n_experts, n_out, n_in], gate and up projections joined."""
+    """Split experts that transformers stores in two tensors [n_experts, n_out, n_in], gate and up projection joined."""
     if name.endswith("experts.gate_up_proj"):
         gate, up = tensor.chunk(2, dim=1)
         yield f"blk.{layer(name)}.ffn_gate_exps.weight", gate
@@ -134,7 +134,7 @@ def split_experts(name: str, tensor: Tensor, _config: Any) -> Parts:
 
 
 def transposed(*ends: str) -> Step:
-    """Matrices that transformers holds as [n_in, n_out]."""
+    """Transpose matrices that transformers stores as [n_in, n_out]."""
 
     def turn(name: str, tensor: Tensor, _config: Any) -> Parts:
         yield name, tensor.transpose(-1, -2) if name.endswith(ends) else tensor
@@ -143,7 +143,7 @@ def transposed(*ends: str) -> Step:
 
 
 def joined_by_head(name: str, tensor: Tensor, config: Any) -> Parts:
-    """Q, K and V joined head by head in transformers, one after another in the file."""
+    """Reorder Q, K and V: joined head by head in transformers, concatenated in the file."""
     import torch
 
     if "query_key_value." in name:
@@ -153,7 +153,7 @@ def joined_by_head(name: str, tensor: Tensor, config: Any) -> Parts:
 
 
 def window_settings(model: Any) -> dict[str, Any]:
-    """The window and which layers have one."""
+    """Size of the window, and which layers have one."""
     return {
         "attention.sliding_window": model.config.sliding_window,
         "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in model.config.layer_types],
@@ -161,7 +161,7 @@ def window_settings(model: Any) -> dict[str, Any]:
 
 
 def expert_settings(model: Any) -> dict[str, Any]:
-    """Experts' widths and how they are chosen, as most mixtures have it."""
+    """Widths and selection of experts, as in most mixtures."""
     config = model.config
     width = find(config, "moe_intermediate_size", "intermediate_size")
     n_shared = find(config, "n_shared_experts", "num_shared_experts")
@@ -179,7 +179,7 @@ def expert_settings(model: Any) -> dict[str, Any]:
 
 
 def together(*settings: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
-    """All of several settings."""
+    """Combine settings."""
     return lambda model: {name: value for part in settings for name, value in part(model).items()}
 
 

@@ -1,4 +1,4 @@
-"""Dense models with RMSNorm, gated feed-forward layers and attention over all that stands before."""
+"""Dense models with RMSNorm, gated feed-forward layers and full causal attention."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def llama3_frequencies(model: Any) -> dict[str, Tensor]:
-    """What divides each rotary frequency, as transformers computes it for Llama 3.1 (arXiv:2407.21783)."""
+    """Divisors of the rotary frequencies, as transformers computes them for Llama 3.1 (arXiv:2407.21783)."""
     import torch
 
     config, rope = model.config, model.config.rope_parameters
@@ -48,7 +48,7 @@ GRANITE = {
 
 
 def xielu_settings(model: Any) -> dict[str, Any]:
-    """The activation's parameters, a number a layer (Huang and Schlag 2024, arXiv:2411.13010)."""
+    """The activation's parameters, a number per layer (Huang and Schlag 2024, arXiv:2411.13010)."""
     layers = [block.mlp.act_fn for block in model.model.layers]
     names = ("alpha_p", "alpha_n", "beta", "eps")
     return {f"xielu.{name}": [getattr(layer, name).item() for layer in layers] for name in names}
@@ -77,7 +77,7 @@ MISTRAL3_ROPE = {
 
 
 def sections(model: Any) -> dict[str, Any]:
-    """Which rotary frequencies turn by time, height and width, the same for text."""
+    """Numbers of rotary frequencies for time, height and width; for text these positions are equal."""
     return {"rope.dimension_sections": [*model.config.rope_parameters["mrope_section"], 0]}
 
 

@@ -1,6 +1,6 @@
-"""Tiny random models in transformers: the independent truth, and the weights that the GGUF files hold.
+"""Tiny random models in transformers: the independent reference, and the source of the GGUF files' weights.
 
-Importing this module imports no PyTorch; without it, `require` skips the test that asks.
+Importing this module does not import PyTorch; if it is missing, `require` skips the test.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from reference import CausalModel, Rows
 from tiny_case import Case
 
 SELECTION_BIASES = ("correction_bias", "expert_bias")
-# Spread of a matrix's products with rows of spread 1, by the end of its name. Attention is sharp enough to matter and
-# experts are far enough apart that rounding does not choose another one.
+# Spread of a matrix's products with rows of spread 1, by the end of its name. Attention is sharp enough to matter, and
+# experts' scores are far enough apart that rounding does not change the selection.
 GAINS = {
     "q_proj.weight": 1.3,
     "k_proj.weight": 1.3,
@@ -36,8 +36,8 @@ GAINS = {
     "lm_head.weight": 3.0,
     "embed_out.weight": 3.0,
 }
-GAIN = 1.5  # of all other matrices
-MEANS = {"sinks": 2.0}  # what is added to a vector's values
+GAIN = 1.5  # spread for all other matrices
+MEANS = {"sinks": 2.0}  # offsets of vectors' values
 
 
 def require() -> None:
@@ -47,11 +47,11 @@ def require() -> None:
 
 
 def build(architecture: Architecture) -> Any:
-    """The model, with seeded weights that float16 holds exactly, so that files of both types are the same model."""
+    """Build the model, with seeded weights that float16 represents exactly, so that f16 and f32 files are equal."""
     import torch
     import transformers
 
-    torch.set_num_threads(1)  # threads that wait for each other on a busy machine cost tiny models a hundredfold
+    torch.set_num_threads(1)  # on a busy machine, synchronising threads slows tiny models down a hundredfold
     transformers.logging.set_verbosity_error()
     kind, _, name = architecture.model_type.partition(":")
     config = transformers.AutoConfig.for_model(kind, **architecture.fields)
@@ -62,7 +62,7 @@ def build(architecture: Architecture) -> Any:
 
 
 def draw_weights(model: Any, architecture: Architecture) -> None:
-    """Give each parameter random values in whose spread a mistake shows far above rounding."""
+    """Draw each parameter with a spread at which errors are far larger than rounding."""
     import torch
 
     random = torch.Generator().manual_seed(sum(map(ord, architecture.name)))
@@ -74,7 +74,7 @@ def draw_weights(model: Any, architecture: Architecture) -> None:
             if values is table:
                 drawn *= gains.get("table", 3.0 / values.shape[1] ** 0.5 if is_tied(model) else 1.0)
             elif values.ndim == 1:
-                # norms' weights are ones by now, or zeros where one is added to them; biases are zeros
+                # norms' weights are still ones, or zeros if one is added to them; biases are zeros
                 constant = values[0] if (values == values[0]).all() else 0.0
                 mean = constant + by_end({**MEANS, **architecture.means}, name, 0.0)
                 drawn = mean + by_end(gains, name, 0.25) * drawn
@@ -84,7 +84,7 @@ def draw_weights(model: Any, architecture: Architecture) -> None:
 
 
 def selection_biases(model: Any) -> list[tuple[str, Any]]:
-    """What mixtures add to experts' scores as they choose: no parameters, since they are not trained by gradients."""
+    """Biases of experts' scores in the selection: buffers, not parameters, since they are not trained by gradients."""
     return [(name, values) for name, values in model.named_buffers() if name.endswith(SELECTION_BIASES)]
 
 
@@ -94,7 +94,7 @@ def by_end(values: Mapping[str, float], name: str, default: float) -> float:
 
 
 def n_inputs(name: str, values: Any, model: Any) -> int:
-    """How many numbers a row of a matrix's product is summed from."""
+    """Number of terms that an entry of a matrix's product sums."""
     import transformers
 
     owner = model.get_submodule(name.rpartition(".")[0])
@@ -104,7 +104,7 @@ def n_inputs(name: str, values: Any, model: Any) -> int:
 
 
 class HuggingFace(CausalModel):
-    """A transformers model as tests ask for it: rows in fedbpt's scale, one text at a time, no cache."""
+    """A transformers model with rows in fedbpt's scale, one text at a time, no cache."""
 
     def __init__(self, architecture: Architecture) -> None:
         require()
@@ -137,7 +137,7 @@ class HuggingFace(CausalModel):
         return self._known[key]
 
     def forward(self, rows: Rows) -> Any:
-        """Logits [n, n_vocab] of embedding rows [n, n_embd], as PyTorch has them."""
+        """Logits [n, n_vocab] of embedding rows [n, n_embd] in PyTorch."""
         import torch
 
         given = torch.from_numpy((rows / self._row_scale).astype(np.float32))[None]
@@ -148,7 +148,7 @@ class HuggingFace(CausalModel):
 
 
 class ArchitectureCase(Case):
-    """A model that transformers has too: `reference` is that."""
+    """A model whose `reference` is transformers'."""
 
     model: Architecture
 

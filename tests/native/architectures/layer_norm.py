@@ -1,4 +1,4 @@
-"""Models with LayerNorm: learned, rotary or ALiBi positions, biases, attention and feed-forward side by side."""
+"""Models with LayerNorm: learned, rotary or ALiBi positions, biases, parallel attention and feed-forward."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from conversion import joined_by_head, one_added_to_norms, transposed
 if TYPE_CHECKING:
     from torch import Tensor
 
-# llama.cpp looks GELU up in a table of half-precision values: what that rounds off is kept small.
+# llama.cpp looks GELU up in a table of half-precision values; this keeps its rounding error small.
 SMALL_MLP = {"mlp.c_proj.weight": 0.1, "dense_4h_to_h.weight": 0.1, "down_proj.weight": 0.1, "fc2.weight": 0.1}
 GPT2: dict[str, Any] = {
     "hidden_size": None,
@@ -57,7 +57,7 @@ FALCON: dict[str, Any] = {
 
 
 def bloom_settings(_model: Any) -> dict[str, Any]:
-    """Its positions (ALiBi) know no end."""
+    """ALiBi positions have no limit."""
     return {"context_length": 512}
 
 
@@ -75,7 +75,7 @@ def falcon_settings(model: Any) -> dict[str, Any]:
 
 
 def falcon_tensors(name: str, tensor: Tensor, config: Any) -> Parts:
-    """Q, K and V joined group by group: the queries of a group, then its key and its value."""
+    """Split Q, K and V joined group by group: the queries of a group, then its key and its value."""
     import torch
 
     if "query_key_value" in name:

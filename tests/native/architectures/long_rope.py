@@ -11,7 +11,7 @@ from conversion import rotary_neighbours
 if TYPE_CHECKING:
     from torch import Tensor
 
-N_ORIGINAL = 640  # tokens of the first training, up to which a text has the short set
+N_ORIGINAL = 640  # context in tokens of the original training, up to which a text uses the short set
 ROPE = {
     "rope_type": "longrope",
     "rope_theta": 10_000.0,

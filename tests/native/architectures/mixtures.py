@@ -1,4 +1,4 @@
-"""Mixtures of experts, with attention over all that stands before."""
+"""Mixtures of experts with full causal attention."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dense import GRANITE, MISTRAL3_ROPE, granite_settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-SOFTMAX, SIGMOID = 1, 2  # what makes scores of the router's logits, as a file has it
+SOFTMAX, SIGMOID = 1, 2  # codes of the router's activation in a file
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 DEEPSEEK: dict[str, Any] = {
     **EXPERTS,
@@ -33,7 +33,7 @@ DEEPSEEK_YARN = {**MISTRAL3_ROPE, "mscale": 0.7, "mscale_all_dim": 0.7}
 
 
 def correction_bias(name: str, tensor: Tensor, _config: Any) -> Parts:
-    """What is added to the experts' scores as they are chosen, and not as they are weighed."""
+    """Rename the bias that is added to experts' scores in the selection, but not in the weighting."""
     if name.endswith(("correction_bias", "expert_bias")):
         yield f"blk.{layer(name)}.exp_probs_b.bias", tensor.flatten()
     else:
@@ -41,7 +41,7 @@ def correction_bias(name: str, tensor: Tensor, _config: Any) -> Parts:
 
 
 def latent_attention(name: str, tensor: Tensor, config: Any) -> Parts:
-    """Multi-head latent attention (arXiv:2405.04434): the matrix that expands keys and values, in its two parts."""
+    """Split the matrix that expands keys and values in multi-head latent attention (arXiv:2405.04434)."""
     if name.endswith("kv_b_proj.weight"):
         heads = tensor.reshape(config.num_attention_heads, -1, config.kv_lora_rank)
         keys, values = heads.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)

@@ -1,7 +1,7 @@
 """Llama 4's attention within chunks of 8,192 positions, in a model whose one layer without them has no effect.
 
-A token sees its own chunk alone, and rotary positions count by their differences: the end of a long text from its last
-chunk's start on scores as a text of its own.
+A token sees only its own chunk, and only differences of rotary positions matter: so the end of a long text, from its
+last chunk's start on, scores like a separate text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fedbpt.engine.native_generator import NativeGenerator
 from fedbpt.engine.text_generator import Placed, Sampling
 
 TOLERANCE = 0.05
-N_CHUNK = 8192  # llama.cpp's, whatever a file says
+N_CHUNK = 8192  # constant in llama.cpp, whatever a file says
 SMALL = {
     "hidden_size": 32,
     "num_attention_heads": 2,
@@ -36,7 +36,7 @@ def chunked(tmp_path_factory: pytest.TempPathFactory) -> Case:
     reference = HuggingFace(architecture)
     reference.model.model.layers[3].self_attn.o_proj.weight.detach().zero_()
     path = tmp_path_factory.mktemp("chunks") / "llama4.gguf"
-    conversion.write(path, architecture, reference.model, "f16")  # whose attention computes open cells alone
+    conversion.write(path, architecture, reference.model, "f16")  # its attention computes only open cells
     return ArchitectureCase(architecture, path, reference, "f16")
 
 
@@ -54,13 +54,13 @@ def test_a_text_that_ends_in_its_second_chunk_scores_as_that_chunk(chunked: Case
     np.testing.assert_allclose(scored[2:], expected, atol=TOLERANCE)
 
 
-def test_a_beginning_that_lies_in_the_first_chunk_is_whole_after_a_text_that_left_it(chunked: Case) -> None:
-    """A text whose cells come right after free ones lends its beginning, of which no later token sees anything."""
+def test_a_prefix_in_the_first_chunk_is_intact_after_a_text_that_left_the_chunk(chunked: Case) -> None:
+    """A text whose cells follow free ones shares its prefix, which none of its later tokens sees."""
     generator = NativeGenerator(chunked.scorer._engine, chunked.scorer._files)
     long = chunked.ids(N_CHUNK + 50)
     again = np.concatenate([long[:300], chunked.ids(5, seed=2)])
     small = [chunked.ids(9, seed=seed) for seed in range(5)]
-    first = chunked.ids(N_CHUNK + 50, seed=1)  # the cache grows to its size, and it goes again
+    first = chunked.ids(N_CHUNK + 50, seed=1)  # the cache grows to its size, then it is dropped
     for ids in (first, *small[:3], chunked.ids(200), long, *small[3:], chunked.ids(500), again):
         stream = generator.open(Placed(ids), Sampling())
         found = stream.next(20).likeliest

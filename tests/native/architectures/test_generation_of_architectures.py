@@ -1,4 +1,4 @@
-"""Generated texts of every architecture against transformers, from a generator that has computed nothing yet."""
+"""Generated texts of every architecture against transformers, from a new generator."""
 
 from __future__ import annotations
 

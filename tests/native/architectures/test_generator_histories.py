@@ -1,6 +1,6 @@
-"""A text's log-probabilities do not depend on what the generator did before: random histories, every kind of window.
+"""A text's log-probabilities do not depend on earlier texts: random histories, all kinds of windows.
 
-A history opens texts of many lengths that share beginnings, several at a time, and goes on with each as it likes.
+A history opens texts of many lengths with common prefixes, several at a time, and continues them in random order.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from fedbpt.engine.text_generator import Placed, Sampling, Token
 
 N_TEXTS = 24
 N_STREAMS = 3
-N_LIKELIEST = 20  # a text that repeats itself is sure of the first
-# nats: float32 models differ by rounding alone, the others by the rounding of activations in batches of other shapes
+N_LIKELIEST = 20  # in a repetitive text, the first is almost certain
+# nats: float32 models differ only by rounding, the others by rounding of activations in batches of other shapes
 TOLERANCE = {"f32": 1e-3, "f16": 0.05, "q8_0": 0.15}
-# float32 for mixtures, in which rounding may choose another expert, and for attention with ALiBi or sinks, which rounds
+# float32 for mixtures, where rounding may select another expert, and for attention with ALiBi or sinks, which rounds
 # by where its cells lie.
 NO_WINDOW = [("llama (Llama 3)", "q8_0"), ("gpt2", "q8_0"), ("deepseek2 (V3)", "f32"), ("bloom", "f32")]
 WINDOWS = [
@@ -39,7 +39,7 @@ def new(case: Case) -> NativeGenerator:
 
 
 class History:
-    """Texts of a seed: some new, some that begin as an earlier one does and then part from it."""
+    """Random texts of a seed: some new, some with a prefix of an earlier one."""
 
     def __init__(self, case: Case, seed: int) -> None:
         self.case = case
@@ -61,7 +61,7 @@ class History:
 
 
 def wrong(case: Case, seed: int) -> list[str]:
-    """Texts of a history to which the generator gives other numbers than one that has computed nothing yet."""
+    """Texts of a history for which the generator's results differ from a new generator's."""
     history, generator, found = History(case, seed), new(case), []
     streams: list[tuple[Placed, NativeStream, list[Token]]] = []
 
@@ -74,7 +74,7 @@ def wrong(case: Case, seed: int) -> list[str]:
             off = max((abs(p - expected[id_]) for id_, p in token.likeliest if id_ in expected), default=np.inf)
             if off > TOLERANCE[case.weights]:
                 found.append(f"token {i} after {len(given.ids)}: {off:.4f} nats off")
-            if token.id != alone.id:  # two as likely but for rounding: from here on the texts differ
+            if token.id != alone.id:  # two tokens equally likely up to rounding: the texts differ from here on
                 break
 
     for _ in range(N_TEXTS):

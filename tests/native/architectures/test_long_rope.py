@@ -1,4 +1,4 @@
-"""LongRoPE: which set of frequencies a text gets depends on the model or on the text, never on what is beside it."""
+"""LongRoPE: the set of frequencies depends on the model or the text, never on other texts in the batch."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ LENGTHS = [1, 20, 300, N - 1, N, N + 1, 800]
 
 @dataclass(frozen=True)
 class Choices:
-    """A model, and what transformers computes under each rule that may choose the frequencies."""
+    """A model, and transformers' results under each rule for choosing the frequencies."""
 
     case: Case
     by_length: HuggingFace
-    """The short set for texts of up to N tokens, the long one for others: transformers' own rule."""
+    """Transformers' own rule: the short set for texts of up to N tokens, the long set for others."""
     always_long: HuggingFace
-    """The long set for every text, as the model has one."""
+    """The long set for every text."""
 
     def assert_one_rule(self, scored: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        """``scored``: texts, and the logits after each, up to a constant; all of them must follow one of the rules."""
+        """Assert that all ``scored`` texts, with logits up to a constant, follow the same rule."""
         spread = self.by_length.logits(self.case.ids(64)).std()
         errors = [
             max(np.abs(normalized(logits) - normalized(rule.logits(ids)[-1])).max() for ids, logits in scored)
@@ -65,7 +65,7 @@ def test_the_two_sets_are_far_apart(choices: Choices) -> None:
     np.testing.assert_allclose(choices.by_length.logits(long), choices.always_long.logits(long), atol=1e-3)
 
 
-def test_texts_alone_beside_others_and_after_long_ones_follow_one_rule(choices: Choices) -> None:
+def test_texts_alone_with_others_and_after_long_ones_follow_one_rule(choices: Choices) -> None:
     case, texts = choices.case, choices.case.texts(LENGTHS)
     scorer = fedbpt.load_model(case.path, n_threads=N_THREADS)
     scored = []

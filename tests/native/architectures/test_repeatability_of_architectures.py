@@ -1,4 +1,4 @@
-"""What docs/engine.md promises of bits, for every architecture, with weights whose rounding shows any change."""
+"""Reproducibility as stated in docs/engine.md, for every architecture, with weights whose rounding shows any change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def quantized(request: pytest.FixtureRequest, architecture_case: Callable[..., C
     return architecture_case(request.param, "q8_0")
 
 
-def test_the_order_and_the_number_of_candidates_and_earlier_calls_move_no_bit(quantized: Case) -> None:
+def test_the_order_and_number_of_candidates_and_earlier_calls_change_no_bit(quantized: Case) -> None:
     texts, embeds = quantized.texts([9, 31, 50]), quantized.prompts(9, 3)
     order = np.random.default_rng(0).permutation(9)
     for placement in PLACEMENTS:
@@ -38,7 +38,7 @@ def test_the_order_and_the_number_of_candidates_and_earlier_calls_move_no_bit(qu
         np.testing.assert_array_equal(quantized.scorer.score_with_soft_prompt(texts, embeds, **how), together)
 
 
-def test_texts_beside_it_move_no_bit_of_a_text_in_the_cue_and_little_in_front(quantized: Case) -> None:
+def test_other_texts_change_no_bit_of_a_text_in_the_cue_and_little_in_front(quantized: Case) -> None:
     texts, embeds = quantized.texts([9, 31, 50, 200]), quantized.prompts(2, 3)
     spread = quantized.reference.logits(quantized.ids(64)).std()
     for placement, most in (("front", 0.05 * spread), ("cue", 0.0)):
@@ -50,7 +50,7 @@ def test_texts_beside_it_move_no_bit_of_a_text_in_the_cue_and_little_in_front(qu
 
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
 def test_half_precision_scores_as_the_model_up_to_rounding(architecture_case: Callable[..., Case], name: str) -> None:
-    """The weights are the same, but attention is the fork's own. In a mixture rounding may choose another expert."""
+    """The weights are equal, but attention is the fork's own. In a mixture, rounding may select another expert."""
     case = architecture_case(name, "f16")
     texts, no_prompt = case.texts([5, 20, 25, 40, 60]), np.zeros((1, 0, case.model.n_embd), np.float32)
     scored = case.scorer.score_with_soft_prompt(texts, no_prompt)
@@ -61,10 +61,10 @@ def test_half_precision_scores_as_the_model_up_to_rounding(architecture_case: Ca
 
 @pytest.mark.parametrize("weights", ["f16", "q8_0"])
 @pytest.mark.parametrize("name", ["gptneox", "gpt2", "bloom", "phi2", "starcoder2", "gpt-oss", "llama"])
-def test_a_file_that_does_not_say_so_is_no_float32_model_for_its_biases(
+def test_float32_biases_do_not_make_a_float32_model(
     architecture_case: Callable[..., Case], name: str, weights: str
 ) -> None:
-    """Most tensors of some architectures are vectors, which are float32 in every file."""
+    """In some architectures most tensors are vectors, which are float32 in every file."""
     memory = {}
     for kind in ("f32", weights):
         scorer = fedbpt.load_model(architecture_case(name, kind).path, n_threads=N_THREADS)

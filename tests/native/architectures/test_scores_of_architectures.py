@@ -22,7 +22,7 @@ def spread(case: Case) -> float:
 
 
 def assert_close(case: Case, actual: NDArray[np.float32], expected: NDArray[np.float64], n: int = 1) -> None:
-    """Within the tolerance of ``n`` logits, relative to the spread of the model's logits."""
+    """Assert equality within the tolerance of ``n`` logits, relative to the spread of the model's logits."""
     assert actual.shape == expected.shape
     assert np.abs(actual - expected).max() <= n * case.model.tolerance * spread(case)
 
@@ -32,7 +32,7 @@ def no_prompt(case: Case) -> NDArray[np.float32]:
 
 
 def log_probabilities(case: Case, inputs: NDArray[np.float64], ids: list[int]) -> float:
-    """Of ``ids`` after the embedding rows ``inputs`` [n, n_embd], in nats."""
+    """Log-probability of ``ids`` after the embedding rows ``inputs`` [n, n_embd], in nats."""
     rows = np.concatenate([inputs, case.reference.token_embeddings(ids[:-1])])
     logits = case.reference.logits(rows)[len(inputs) - 1 :]
     top = logits.max(axis=1, keepdims=True)
@@ -40,8 +40,8 @@ def log_probabilities(case: Case, inputs: NDArray[np.float64], ids: list[int]) -
     return float(log_p[np.arange(len(ids)), ids].sum())
 
 
-def test_every_weight_moves_the_logits_far_beyond_the_tolerance(case: Case) -> None:
-    """Else a part that the file lacks, or that llama.cpp leaves out, would not show in the other tests."""
+def test_every_weight_changes_the_logits_by_far_more_than_the_tolerance(case: Case) -> None:
+    """Otherwise the other tests would not notice a part that the file or llama.cpp lacks."""
     import torch
 
     assert 1.5 < spread(case) < 8
@@ -90,7 +90,7 @@ def test_rows_in_front_match(case: Case) -> None:
     )
 
 
-def test_rows_in_the_cue_match_with_kv_that_is_kept(case: Case) -> None:
+def test_rows_in_the_cue_match_with_kept_kv(case: Case) -> None:
     texts, prefix = case.texts([5, 90]), case.ids(7, seed=99)
     plan = case.scorer.compile(texts, None, "cue", prefix)
     plan.score(case.prompts(1, 5, seed=1))
@@ -128,7 +128,7 @@ def test_rows_that_are_token_embeddings_score_as_the_tokens(case: Case) -> None:
     assert_close(case, by_rows, case.reference.logits(joined)[None, None, -1])
 
 
-def test_a_short_text_scores_the_same_before_beside_and_after_long_ones(case: Case) -> None:
+def test_a_short_text_scores_the_same_before_with_and_after_long_ones(case: Case) -> None:
     short, long = case.ids(20), case.ids(450)
     expected = case.reference.logits(short)[-1]
     for texts in ([short], [long, short], [short, *case.texts([30] * 31)], [short]):

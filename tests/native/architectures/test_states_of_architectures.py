@@ -1,4 +1,4 @@
-"""States of layers against transformers, for every architecture: in both placements, with and without logits."""
+"""Hidden states against transformers, for every architecture: in both placements, with and without logits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LABELS = [259, 3, 411]
 
 
 def layers_of(model: Any) -> list[Any]:
-    """The decoder's layers, in any order: hooks run in the order in which they compute, as often as they do."""
+    """The decoder's layers, in any order: hooks run in the order of computation."""
     return [
         layer
         for name, layers in model.named_modules()
@@ -23,7 +23,7 @@ def layers_of(model: Any) -> list[Any]:
 
 
 def expected_states(case: Case, rows: NDArray[np.floating]) -> NDArray[np.float64]:
-    """[n_layer, n_embd]: what each layer gives at the last of the embedding ``rows`` [n, n_embd]."""
+    """Outputs [n_layer, n_embd] of each layer at the last of the embedding ``rows`` [n, n_embd]."""
     found: list[NDArray[np.float64]] = []
 
     def keep(_module: Any, _given: Any, output: Any) -> None:
@@ -45,7 +45,7 @@ def placement(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def test_states_are_what_each_layer_adds_up_to(case: Case, placement: str) -> None:
+def test_states_are_each_layers_output(case: Case, placement: str) -> None:
     texts, embeds = case.texts([5, 20, 31]), case.prompts(2, 3)
     layers = range(case.scorer.n_layer)
     plan = case.scorer.compile(texts, LABELS, placement, layers=layers)

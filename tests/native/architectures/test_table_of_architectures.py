@@ -1,4 +1,4 @@
-"""docs/models.md against the tests and the engine: what is compared, how closely, and what is refused."""
+"""docs/models.md against the tests and the engine: architectures compared, tolerances, and architectures refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COMPARED, REFUSED = SECTION.split("These are refused")
 
 
 def rows(text: str) -> list[list[str]]:
-    """The cells of a table's rows that name an architecture in the first."""
+    """Cells of the table rows that name an architecture in the first cell."""
     return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
 
 
@@ -37,7 +37,7 @@ def test_every_architecture_with_a_test_is_in_the_table_and_no_other() -> None:
     assert len(documented) >= 25
 
 
-def test_the_table_says_how_close_the_tests_demand_and_where_rows_are_scaled() -> None:
+def test_the_table_has_the_tests_tolerances_and_the_scale_of_rows() -> None:
     for row in rows(COMPARED):
         tested = [architecture for architecture in ARCHITECTURES.values() if [architecture.gguf] == names(row[0])]
         assert float(row[2]) == max(architecture.tolerance for architecture in tested)
@@ -59,7 +59,7 @@ def test_every_architecture_that_the_engine_refuses_by_name_is_in_the_table() ->
 
 
 def load(folder: Path, architecture: str) -> ModelError:
-    """The error that a file which says nothing but its architecture is refused with."""
+    """The error for a file that contains only its architecture."""
     tiny_gguf.close(gguf.GGUFWriter(folder / "header.gguf", architecture))
     with pytest.raises(ModelError) as failed:
         fedbpt.load_model(folder / "header.gguf")
@@ -67,14 +67,14 @@ def load(folder: Path, architecture: str) -> ModelError:
 
 
 @pytest.mark.parametrize("name", REFUSED_NAMES)
-def test_what_the_table_says_is_refused_is_refused_by_the_files_header(tmp_path: Path, name: str) -> None:
+def test_architectures_that_the_table_lists_as_refused_are_refused_by_the_header(tmp_path: Path, name: str) -> None:
     refused = load(tmp_path, name)
     assert isinstance(refused, UnsupportedModelError)
     assert name in str(refused)
 
 
 def test_no_other_architecture_is_refused(tmp_path: Path) -> None:
-    """Of those that `gguf` knows."""
+    """Of the architectures that `gguf` knows."""
     known = list(gguf.MODEL_ARCH_NAMES.values())
     errors = {name: load(tmp_path, name) for name in known}
     refused = {

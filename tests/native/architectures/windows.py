@@ -1,4 +1,4 @@
-"""Models in which some layers see a window of positions, or a chunk of them."""
+"""Models in which some layers see only a window or a chunk of positions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 WINDOW = 24
 GEMMA: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 128, "head_dim": 32, "rms_norm_eps": 1e-6}
-# llama.cpp looks GELU up in a table of half-precision values: what that rounds off is kept small.
+# llama.cpp looks GELU up in a table of half-precision values; this keeps its rounding error small.
 SOFT_GELU: dict[str, Any] = {
     "gains": {"post_feedforward_layernorm.weight": 0.025},
     "means": {"post_feedforward_layernorm.weight": -0.9},
@@ -69,7 +69,7 @@ def llama4_settings(model: Any) -> dict[str, Any]:
 
 
 def llama4_tensors(name: str, tensor: Tensor, _config: Any) -> Parts:
-    """Experts' matrices as [n_in, n_out]."""
+    """Convert experts' matrices, stored as [n_in, n_out]."""
     if name.endswith("experts.gate_up_proj"):
         gate, up = tensor.transpose(1, 2).chunk(2, dim=1)
         yield f"blk.{layer(name)}.ffn_gate_exps.weight", gate
@@ -90,7 +90,7 @@ def gemma2_settings(model: Any) -> dict[str, Any]:
 
 
 def window_alone(model: Any) -> dict[str, Any]:
-    """Where llama.cpp knows which layers have it."""
+    """For architectures whose windowed layers are known to llama.cpp."""
     return {"attention.sliding_window": model.config.sliding_window}
 
 
@@ -99,7 +99,7 @@ def cohere2_settings(model: Any) -> dict[str, Any]:
 
 
 def gpt_oss_tensors(name: str, tensor: Tensor, _config: Any) -> Parts:
-    """Experts' gates and projections up interleaved, matrices as [n_in, n_out]."""
+    """Convert experts with interleaved gate and up projections, and matrices stored as [n_in, n_out]."""
     if "experts.gate_up_proj" in name:
         kind = "bias" if name.endswith("_bias") else "weight"
         turned = tensor if kind == "bias" else tensor.transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Generation with the toy model: what is read, what comes, when it ends."""
+"""Text generation with the toy model: its input, its pieces and its end."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def bytes_of(text: str) -> list[int]:
     return list(text.encode())
 
 
-def test_in_the_cue_the_rows_stand_in_place_of_its_last_tokens() -> None:
+def test_in_the_cue_rows_replace_its_last_tokens() -> None:
     placed = place(ToyScorer(), TEMPLATE, "why", None, ROWS, "cue")
     assert placed.ids.tolist() == [BOS, *bytes_of("Q: why\nAnswer: (")]
     assert placed.rows_at == len(placed.ids) - 2
 
 
-def test_in_front_the_rows_stand_between_bos_and_the_template() -> None:
+def test_in_front_rows_go_between_bos_and_the_template() -> None:
     placed = place(ToyScorer(), TEMPLATE, "why", None, ROWS, "front")
     assert placed.ids.tolist() == [BOS, 0, 0, *bytes_of("Q: why\nAnswer: (")]
     assert placed.rows_at == 1
 
 
-def test_without_rows_the_text_stands_in_its_template_alone() -> None:
-    placed = place(ToyScorer(), TEMPLATE, "why not", 4)  # the blank before it counts
+def test_without_rows_the_input_is_the_text_in_its_template() -> None:
+    placed = place(ToyScorer(), TEMPLATE, "why not", 4)  # its leading space counts
     assert placed.ids.tolist() == [BOS, *bytes_of("Q: why\nAnswer: (")]
     assert placed.rows.size == 0
 
@@ -64,14 +64,14 @@ def test_it_ends_at_max_tokens() -> None:
     assert (generation.n_tokens, generation.finish_reason, generation.n_prompt) == (3, "length", 2)
 
 
-def test_it_ends_where_the_context_does() -> None:
+def test_it_ends_at_the_end_of_the_context() -> None:
     scorer = ToyScorer(n_ctx=10)
     generation = Generation(scorer.generator, Placed(scorer.tokenize("abc")), max_tokens=50)
     text_of(generation)
     assert (generation.n_tokens, generation.finish_reason) == (6, "length")
 
 
-def test_it_ends_where_the_model_ends_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_ends_at_the_models_end_of_text_token(monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = ToyScorer()
     chosen = iter([*b"hi", END])
     monkeypatch.setattr(scorer, "logits_after", lambda *_: 9.0 * (np.arange(257) == next(chosen)))
@@ -80,7 +80,7 @@ def test_it_ends_where_the_model_ends_its_text(monkeypatch: pytest.MonkeyPatch) 
     assert (generation.n_tokens, generation.finish_reason) == (2, "stop")
 
 
-def test_it_ends_at_a_stop_string_that_comes_in_two_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_ends_at_a_stop_string_of_two_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = ToyScorer()
     chosen = iter(b"one##two")
     monkeypatch.setattr(scorer, "logits_after", lambda *_: 9.0 * (np.arange(257) == next(chosen)))
@@ -89,7 +89,7 @@ def test_it_ends_at_a_stop_string_that_comes_in_two_tokens(monkeypatch: pytest.M
     assert (generation.n_tokens, generation.finish_reason) == (5, "stop")
 
 
-def test_what_was_held_back_comes_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_held_back_text_comes_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = ToyScorer()
     chosen = iter(b"one#")
     monkeypatch.setattr(scorer, "logits_after", lambda *_: 9.0 * (np.arange(257) == next(chosen)))
@@ -108,7 +108,7 @@ def test_a_seed_gives_the_same_text_again() -> None:
     assert text(1) == text(1) != text(2)
 
 
-def test_cancelled_it_raises() -> None:
+def test_a_cancelled_text_raises() -> None:
     scorer = ToyScorer()
     generation = Generation(scorer.generator, Placed(scorer.tokenize("a")))
     next(generation)
@@ -134,7 +134,7 @@ def test_invalid_sampling_is_refused(field: str, value: float) -> None:
     assert refused.value.field == field
 
 
-def test_a_text_of_no_tokens_is_refused() -> None:
+def test_max_tokens_of_zero_is_refused() -> None:
     scorer = ToyScorer()
     with raises(InputError, field="max_tokens"):
         Generation(scorer.generator, Placed(scorer.tokenize("a")), max_tokens=0)
@@ -143,7 +143,7 @@ def test_a_text_of_no_tokens_is_refused() -> None:
 # --- places ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_text_gives_its_place_back_at_its_end_when_it_fails_and_when_it_is_closed() -> None:
+def test_a_text_frees_its_slot_at_its_end_on_an_error_and_when_closed() -> None:
     scorer = ToyScorer()
     generator, placed = scorer.generator, Placed(scorer.tokenize("a"))
     text_of(Generation(generator, placed, max_tokens=3))
@@ -164,7 +164,7 @@ def test_a_text_gives_its_place_back_at_its_end_when_it_fails_and_when_it_is_clo
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.5, seed=7), Sampling(1.5, seed=-7)])
-def test_a_text_that_is_paused_between_slices_goes_on_as_it_would_have(sampling: Sampling) -> None:
+def test_a_pause_between_slices_does_not_change_the_text(sampling: Sampling) -> None:
     scorer = ToyScorer()
     whole = Generation(scorer.generator, Placed(scorer.tokenize("a")), sampling, 3 * SLICE + 5)
     expected = [piece.token.id for piece in whole]
@@ -187,7 +187,7 @@ def test_the_slices_of_a_sample_differ() -> None:
     assert ids[:SLICE] != ids[SLICE:]
 
 
-def test_one_that_was_cancelled_while_it_was_paused_does_not_go_on() -> None:
+def test_a_text_cancelled_while_paused_does_not_continue() -> None:
     scorer = ToyScorer()
     generation = Generation(scorer.generator, Placed(scorer.tokenize("a")))
     next(generation)

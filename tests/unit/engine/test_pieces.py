@@ -1,4 +1,4 @@
-"""Texts in pieces: whole characters, nothing of what stops them, and nothing lost."""
+"""Text pieces: whole characters, nothing of a stop string, and nothing lost."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def test_a_character_comes_when_its_last_byte_does() -> None:
     assert said([b"a" + euro[:1], euro[1:2], euro[2:] + b"b"]) == ["a", "", "€b", ""]
 
 
-def test_a_character_that_the_text_breaks_off_in_is_left_out() -> None:
+def test_an_incomplete_character_at_the_end_is_dropped() -> None:
     assert said([b"a", "€".encode()[:2]]) == ["a", "", ""]
 
 
-def test_bytes_that_are_no_utf_8_become_replacement_characters() -> None:
+def test_invalid_utf_8_becomes_replacement_characters() -> None:
     assert "".join(said([b"a\xffb"])) == "a\ufffdb"
 
 
@@ -51,7 +51,7 @@ def test_bytes_that_are_no_utf_8_become_replacement_characters() -> None:
         (["€", "€uro"], ["€u"], "€"),
     ],
 )
-def test_neither_the_stop_string_nor_what_follows_is_given(parts: list[str], stop: list[str], expected: str) -> None:
+def test_the_stop_string_and_what_follows_are_dropped(parts: list[str], stop: list[str], expected: str) -> None:
     assert "".join(said([part.encode() for part in parts], *stop)) == expected
 
 
@@ -66,7 +66,7 @@ def test_however_a_text_is_cut_it_ends_before_a_stop_string(text: str, stop: lis
     assert not rest or [string for string in stop if rest.startswith(string)]
 
 
-def test_it_says_that_it_was_stopped() -> None:
+def test_stopped_is_set_after_a_stop_string() -> None:
     pieces = TextPieces(["."])
     pieces.add(b"a")
     assert not pieces.stopped

@@ -81,7 +81,7 @@ def test_a_perturbed_objective_keeps_the_targets() -> None:
     assert 0.5 < ratio[0] < 2
 
 
-def test_tuning_makes_targets_likelier_that_it_never_saw(tuned: TuneResult) -> None:
+def test_tuning_makes_unseen_targets_likelier(tuned: TuneResult) -> None:
     held_out = rows(20, 100)
     before, after = evaluate(ToyScorer(), TASK, held_out), evaluate(ToyScorer(), TASK, held_out, tuned.prompt)
     assert after.perplexity < 0.9 * before.perplexity
@@ -101,7 +101,7 @@ def test_its_prompt_is_saved_without_labels(tuned: TuneResult, tmp_path: Path) -
     assert evaluate(ToyScorer(), TASK, held_out, again).loss == evaluate(ToyScorer(), TASK, held_out, tuned.prompt).loss
 
 
-def test_the_result_speaks_of_perplexity(tuned: TuneResult, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_result_reports_perplexity(tuned: TuneResult, monkeypatch: pytest.MonkeyPatch) -> None:
     score = msgspec.structs.replace(tuned.run.tuned, n=4, loss_sum=4 * math.log(12.5))
     result = msgspec.structs.replace(tuned.run, zero_shot=score, tuned=score)
     found = report.result_as_json(result, None)
@@ -115,7 +115,7 @@ def test_the_result_speaks_of_perplexity(tuned: TuneResult, monkeypatch: pytest.
     assert "accuracy" not in stream.getvalue()
 
 
-def test_the_command_speaks_of_perplexity(
+def test_the_command_reports_perplexity(
     tuned: TuneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "manner.toml").write_text(TASK_FILE)
@@ -143,7 +143,7 @@ def test_a_task_file_may_have_no_labels_and_names_its_target_column(tmp_path: Pa
     assert read_task_rows(task, tmp_path / "rows.csv") == [("what is it", "a zoo")]
 
 
-def test_rows_are_dealt_out_and_read_again(tmp_path: Path) -> None:
+def test_partitioned_rows_are_read_back(tmp_path: Path) -> None:
     manifest = write_partition(tmp_path, rows(10), (), 3)
     assert sum(part.rows for part in manifest.devices) == 10
     task = msgspec.structs.replace(TASK, label_column="label")

@@ -1,4 +1,4 @@
-"""Losses by which every label counts alike: on a device, and in runs over several."""
+"""Losses in which every label has the same weight: on a device, and in runs over several."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SKEWED = [(f"text {i} {'ugly' * (i % 3)}", int(i % 8 > 0)) for i in range(24)]  
 
 
 def mixed(n: int, n_negative: int, first: int = 0) -> list[Row]:
-    """Rows of both labels, whose texts say which in two cases of three."""
+    """Rows of both labels; two of three texts reveal the label."""
     words = (("zzz", "zzz", "iii"), ("aaa", "aaa", "iii"))
     labels = [0] * n_negative + [1] * (n - n_negative)
     return [(f"{words[label][i % 3]} number {first + i}", label) for i, label in enumerate(labels)]
@@ -69,7 +69,7 @@ def test_a_mini_batch_stands_for_the_weighted_mean_of_all_rows() -> None:
     weights = tuple(balanced_weights([3, 21]).tolist())
     mine, spec = device(), ObjectiveSpec(batch_size=4)
     state = pooled().state
-    still = msgspec.structs.replace(state, sigma=1e-9)  # every candidate is the mean: draws alone differ
+    still = msgspec.structs.replace(state, sigma=1e-9)  # every candidate is the mean, so only draws differ
     means = []
     for generation in range(200):
         work = msgspec.structs.replace(pooled(generation, 3), state=still)
@@ -96,7 +96,7 @@ def test_a_local_search_weighs_its_rows_one_on_average() -> None:
 
 
 def test_a_fits_gradient_is_of_the_weighted_loss() -> None:
-    """Label 0 twice as heavy: as if its rows were there twice."""
+    """Doubling label 0's weight equals doubling its rows."""
     twice = [row for row in SKEWED for _ in range(2 - row[1])]
     spec = ObjectiveSpec(readout_words=6)
     heavy = device().run(plan(fit(max_rows=0), objective=spec, label_weights=(2.0, 1.0))).result
@@ -113,15 +113,15 @@ def test_dev_losses_are_weighted_and_accuracy_is_not() -> None:
     rows = Objective(ToyScorer(), TEMPLATE, LABELS, SKEWED[:6], ObjectiveSpec(), PROMPT)
     expected = rows.evaluate(rows.embeds(request().latents.numpy()), row_weights=np.array(WEIGHTS)[rows.targets])
     assert weighted.loss_sums == expected.loss_sums
-    assert mine.evaluate(request(split="dev")).loss_sums == plain.loss_sums  # nothing of it stays
+    assert mine.evaluate(request(split="dev")).loss_sums == plain.loss_sums  # no state remains
 
 
 @pytest.mark.parametrize("privacy", [None, PrivacySpec(clip=1.0, noise_multiplier=0.5)])
 @pytest.mark.parametrize("work", [pooled(), local()])
-def test_what_a_device_was_asked_before_changes_no_result(work: Work, privacy: PrivacySpec | None) -> None:
+def test_earlier_requests_to_a_device_change_no_result(work: Work, privacy: PrivacySpec | None) -> None:
     asked = plan(work, privacy=privacy, objective=ObjectiveSpec(batch_size=4))
     fresh, used = device(), device()
-    used.state.key = fresh.state.key  # of the noise
+    used.state.key = fresh.state.key  # seeds the noise
     used.run(plan(pooled(), label_weights=WEIGHTS, objective=ObjectiveSpec(batch_size=4)))
     used.run(plan(pooled(), label_bias=(1.0, -1.0), objective=ObjectiveSpec(batch_size=4)))
     assert used.run(asked).result == fresh.run(asked).result
@@ -144,7 +144,7 @@ def test_label_weights_of_other_labels_are_refused(work: Any) -> None:
         device().run(plan(work, label_weights=(1.0, 2.0, 3.0)))
 
 
-def test_weights_and_counts_survive_the_wire_and_weights_that_cannot_be_do_not() -> None:
+def test_weights_and_counts_survive_the_wire_and_invalid_weights_do_not() -> None:
     asked = plan(SelectWork(templates=(TEMPLATE,), by_label=True))
     weighted = plan(pooled(), label_weights=WEIGHTS)
     for message in (asked, weighted, request(label_weights=WEIGHTS), device().run(asked)):
@@ -169,7 +169,7 @@ def scene(tmp_path: Path) -> Iterator[FitScene]:
 
 
 def plans_of(scene: FitScene) -> list[Any]:
-    """Every plan that device a gets from now on."""
+    """Record every plan that device a receives from now on."""
     seen: list[Any] = []
     device, run = scene.devices["a"], scene.devices["a"].run
 
@@ -233,7 +233,7 @@ def test_a_balanced_run_that_was_stopped_resumes_to_the_same_result(scene: FitSc
 
 
 def test_how_labels_are_spread_over_devices_does_not_matter(tmp_path: Path) -> None:
-    """On all rows: the same balanced loss, so the same search."""
+    """On all rows the balanced loss is the same, and so is the search."""
     everything = [row for share in SHARES.values() for row in share]
     found = []
     for number, shares in enumerate((SHARES, {"a": everything[::2], "b": everything[1::2]})):
@@ -252,8 +252,8 @@ def test_every_method_runs_balanced(scene: FitScene, method: Any) -> None:
     assert federation.run().rounds == SETTINGS["rounds"]
 
 
-def test_a_rare_label_is_found_where_labels_count_alike() -> None:
-    """6 of 48 training rows are negative, half of the others: by plain losses most of those are taken for positive."""
+def test_a_rare_label_is_found_in_a_balanced_run() -> None:
+    """6 of 48 training rows are negative, and half of the test rows, most of which plain losses call positive."""
     train, held_out = mixed(48, 6), mixed(60, 30, 200)
     negative = np.array([label == 0 for _, label in held_out])
     found, right = {}, {}

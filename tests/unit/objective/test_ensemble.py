@@ -38,7 +38,7 @@ SPEC = ObjectiveSpec(batch_size=4, readout_words=N_WORDS)
 
 
 class EnsembleScene(FitScene):
-    """Two devices, and runs of a task of three templates."""
+    """Two devices, and runs of a task with three templates."""
 
     def run(self, run: str = "r", task: Task = THREE, **changes: Any) -> RunResult:  # type: ignore[override]
         return Scene.run(self, run, task, **{**SETTINGS, "ensemble": 9, "objective": SPEC, **changes})
@@ -53,7 +53,7 @@ def scene(tmp_path: Path) -> Iterator[EnsembleScene]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunResult, EnsembleScene]]:
-    """An undisturbed run."""
+    """An uninterrupted run."""
     scene = EnsembleScene(tmp_path_factory.mktemp("whole") / "runs.sqlite")
     result = scene.run()
     yield result, scene
@@ -61,7 +61,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunResult,
 
 
 def same(one: RunResult, other: RunResult, *but: str) -> None:
-    """But for names, times and ``but``; sums of losses up to the order in which rows were summed."""
+    """Compare except names, times and ``but``; sums of losses up to the order of summation."""
     names = {"mean", "digest", "rounds", "evaluations", "zero_shot", "tuned", "baselines", "fits", "template", "others"}
     for name in names - set(but):
         assert summed(getattr(one, name)) == summed(getattr(other, name)), name
@@ -74,7 +74,7 @@ def summed(value: Any) -> Any:
 
 
 def spied(device: Any) -> tuple[list[FitWork], list[Any]]:
-    """The fits and the evaluations that ``device`` is asked for."""
+    """Record the fits and evaluations that ``device`` is requested to do."""
     works, requests, run, measure = [], [], device.run, device.evaluate
 
     def on_run(plan: Any, *rest: Any) -> Any:
@@ -107,7 +107,7 @@ def test_a_result_names_the_unselected_templates_with_a_readout_for_each(
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 9])
-def test_so_many_templates_as_are_asked_for_the_best_by_the_selection(scene: EnsembleScene, n: int) -> None:
+def test_the_requested_number_of_templates_is_used_the_best_by_the_selection(scene: EnsembleScene, n: int) -> None:
     result = scene.run(ensemble=n)
     [selected] = scene.of(TemplateSelected)
     best = [THREE.templates[i] for i in np.argsort(selected.losses)]
@@ -128,7 +128,7 @@ def test_only_the_readout_is_of_several_templates_and_they_share_its_words(scene
     assert with_others == [name == "tuned" for name in result.variants()]
 
 
-def test_the_ensemble_changes_the_tuned_line_alone(
+def test_the_ensemble_changes_only_the_tuned_variant(
     whole: tuple[RunResult, EnsembleScene], scene: EnsembleScene
 ) -> None:
     single = scene.run(ensemble=1)
@@ -163,9 +163,7 @@ def each_and_average(prompt: Prompt, held_out: list[Row]) -> tuple[list[float], 
 
 
 @pytest.mark.parametrize("seed", [3, 4])
-def test_on_rows_that_nobody_saw_the_average_beats_zero_shot_and_its_templates_mean(
-    scene: EnsembleScene, seed: int
-) -> None:
+def test_on_unseen_rows_the_average_beats_zero_shot_and_its_templates_mean(scene: EnsembleScene, seed: int) -> None:
     result = scene.run(seed=seed, baselines=False)
     held_out = rows(60, 1000)
     each, average = each_and_average(make_prompt(ToyScorer(), THREE, result), held_out)
@@ -174,7 +172,7 @@ def test_on_rows_that_nobody_saw_the_average_beats_zero_shot_and_its_templates_m
     assert average < evaluate(ToyScorer(), THREE, held_out, template=result.template).loss - 0.02
 
 
-def test_it_costs_little_at_worst_where_other_templates_add_nothing(
+def test_it_costs_little_if_other_templates_add_nothing(
     whole: tuple[RunResult, EnsembleScene], scene: EnsembleScene
 ) -> None:
     single = scene.run(ensemble=1)
@@ -245,7 +243,7 @@ def test_a_run_stopped_in_the_middle_of_its_readout_resumes_to_the_same_result(
     assert digests[0] == digests[1]
 
 
-def test_a_larger_budget_goes_on_and_fits_all_templates_anew(scene: EnsembleScene) -> None:
+def test_a_larger_budget_continues_and_fits_all_templates_again(scene: EnsembleScene) -> None:
     live = {"evaluate_every": 2, "baselines": False}
     first = scene.run(rounds=2, **live)
     longer, at_once = scene.run(rounds=4, **live), scene.run("other", rounds=4, **live)
@@ -266,7 +264,7 @@ def test_a_run_is_not_resumed_with_the_other_ensemble_setting(scene: EnsembleSce
         scene.run(ensemble=1)
 
 
-def test_a_device_that_answers_for_one_template_is_left_out_of_the_readout(scene: EnsembleScene) -> None:
+def test_a_device_with_a_result_for_one_template_is_left_out_of_the_readout(scene: EnsembleScene) -> None:
     device, run = scene.devices["b"], scene.devices["b"].run
 
     def lazy(plan: Any, *rest: Any) -> RoundReport:
@@ -287,16 +285,14 @@ def test_a_device_that_answers_for_one_template_is_left_out_of_the_readout(scene
 
 
 def assert_scores_as_the_run(prompt: Prompt, result: RunResult, task: Task = THREE) -> None:
-    """On each device's rows, to the bit."""
+    """On each device's rows, bit for bit."""
     for device in result.devices:
         found = evaluate(ToyScorer(), task, TEST[device.name], prompt)
         assert (found.n, found.correct, found.loss) == (device.tuned.n, device.tuned.correct, device.tuned.loss)
 
 
 @pytest.mark.parametrize("placement", ["cue", "front"])
-def test_the_prompt_of_a_run_scores_exactly_as_the_run_says(
-    scene: EnsembleScene, tmp_path: Path, placement: Any
-) -> None:
+def test_the_prompt_of_a_run_scores_exactly_as_reported(scene: EnsembleScene, tmp_path: Path, placement: Any) -> None:
     result = scene.run(prompt=PromptSpec(d=D, alpha=2.0, seed=3, placement=placement))
     prompt = make_prompt(ToyScorer(), THREE, result)
     assert prompt.others == result.others
@@ -310,7 +306,7 @@ def test_the_prompt_of_a_run_scores_exactly_as_the_run_says(
     assert_scores_as_the_run(loaded, result)
 
 
-def test_a_balanced_run_s_prompt_scores_as_the_run_says(scene: EnsembleScene) -> None:
+def test_the_prompt_of_a_balanced_run_scores_as_reported(scene: EnsembleScene) -> None:
     result = scene.run(balanced=True, baselines=False)
     assert len(result.others) == 2
     assert_scores_as_the_run(make_prompt(ToyScorer(), THREE, result), result)

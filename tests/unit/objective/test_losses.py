@@ -54,7 +54,7 @@ def test_balanced_weights_by_hand() -> None:
 
 
 @given(counts=st.lists(st.integers(0, 500), min_size=1, max_size=20).filter(any))
-def test_balanced_weights_make_labels_count_alike_and_rows_one_on_average(counts: list[int]) -> None:
+def test_balanced_weights_give_labels_equal_totals_and_rows_a_mean_of_one(counts: list[int]) -> None:
     shares = balanced_weights(counts) * counts
     there = np.array(counts) > 0
     np.testing.assert_allclose(shares[there], sum(counts) / there.sum())
@@ -62,6 +62,6 @@ def test_balanced_weights_make_labels_count_alike_and_rows_one_on_average(counts
 
 
 @pytest.mark.parametrize("counts", [[], [0, 0], [1, -1], [[1, 2]]])
-def test_counts_of_nothing_have_no_weights(counts: list) -> None:
+def test_invalid_label_counts_are_refused(counts: list) -> None:
     with raises(InputError, field="counts"):
         balanced_weights(counts)

@@ -16,7 +16,7 @@ from fedbpt.tasks.task import Task, cue_ids, label_word_ids, render_ids
 from tests.support.raises import raises
 from tests.support.toy_scorer import BOS, ToyScorer
 
-# The toy tokenizer's words share their first byte, the space: these do not.
+# The toy tokenizer's words share their first byte, the space; these do not.
 TEMPLATE = Template(pattern="{text}\nMood: (", label_words=("b", "g"))
 LABELS = ("bad", "good")
 MOOD = Task(name="mood", labels=LABELS, templates=(TEMPLATE,))
@@ -39,7 +39,7 @@ def latents(k: int, d: int = 6) -> np.ndarray:
     return np.random.default_rng(5).standard_normal((k, d))
 
 
-# --- measuring -----------------------------------------------------------------------------------------------------
+# --- losses --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prompt", [CUE, FRONT])
@@ -106,7 +106,7 @@ def test_the_cue_starts_from_the_cues_own_last_rows() -> None:
     assert np.array_equal(make().embeds(np.zeros((1, 6)))[0], own)
 
 
-def test_evaluation_counts_what_is_right() -> None:
+def test_evaluation_counts_correct_predictions() -> None:
     objective = make()
     found = objective.evaluate(objective.embeds(latents(4)), [0, 1, 2, 3, 9])
     assert found.n == 5
@@ -130,7 +130,7 @@ def test_a_label_bias_moves_predictions() -> None:
     assert (objective.evaluate(objective.zero_shot_embeds()).predictions == 0).all()
 
 
-def test_the_hinge_loss_is_used_where_asked_for() -> None:
+def test_the_hinge_loss_is_used_if_requested() -> None:
     embeds = make().embeds(latents(2))
     assert not np.allclose(make().losses(embeds), make(spec=ObjectiveSpec(loss="hinge")).losses(embeds))
 
@@ -148,7 +148,7 @@ def test_the_perturbed_objective_is_a_ratio() -> None:
     assert np.array_equal(ratio, objective.losses(embeds, rng=np.random.default_rng(3)))
 
 
-def test_a_perturbation_rate_of_almost_nothing_gives_one() -> None:
+def test_a_tiny_perturbation_rate_gives_a_ratio_of_one() -> None:
     objective = make(spec=ObjectiveSpec(perturb=1e-9))
     np.testing.assert_allclose(objective.losses(objective.embeds(latents(2)), rng=np.random.default_rng(0)), 1.0)
 
@@ -204,7 +204,7 @@ def test_cancelling_stops_between_chunks() -> None:
 # --- refusals ------------------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_longer_than_the_cue_names_the_longest_possible() -> None:
+def test_a_prompt_longer_than_the_cue_is_refused_with_the_limit() -> None:
     n = len(cue_ids(ToyScorer(), TEMPLATE))
     with raises(TaskError, field="n_prompt", limit=n):
         make(PromptSpec(n_prompt=n + 1, d=6))
@@ -272,7 +272,7 @@ def test_every_row_is_in_a_mini_batch_equally_often() -> None:
     assert np.abs(times - draws * 4 / 11).max() < 4 * spread
 
 
-def test_labels_in_proportion_take_noise_out_of_a_mean() -> None:
+def test_stratification_reduces_the_noise_of_a_mean() -> None:
     rng = np.random.default_rng(0)
     targets = np.arange(40) % 2
     values = 5.0 * targets + rng.standard_normal(40)
@@ -293,7 +293,7 @@ def test_a_latent_becomes_a_prompt() -> None:
     prompt.check(ToyScorer())
 
 
-def test_rows_have_a_chance_in_proportion_to_their_weight() -> None:
+def test_rows_are_drawn_in_proportion_to_their_weight() -> None:
     rng, draws = np.random.default_rng(0), 6000
     targets = np.array([0] * 7 + [1] * 3 + [2])
     weights = np.array([1.0] * 7 + [2.0] * 3 + [11.0])  # the last: 11 of 24, in 4 places at least once
@@ -308,7 +308,7 @@ def test_rows_have_a_chance_in_proportion_to_their_weight() -> None:
     assert np.max(labels, axis=0).tolist() == [2, 1, 2]
 
 
-def test_equal_weights_choose_as_none_do() -> None:
+def test_equal_weights_draw_the_same_rows_as_none() -> None:
     targets = np.arange(30) % 4
     for seed in range(20):
         plain = batch_indices(30, 7, np.random.default_rng(seed), targets)
@@ -317,7 +317,7 @@ def test_equal_weights_choose_as_none_do() -> None:
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "hinge"])
-def test_row_weights_scale_each_rows_loss_but_not_what_is_right(loss: LossName) -> None:
+def test_row_weights_scale_losses_but_not_correct_predictions(loss: LossName) -> None:
     objective = make(spec=ObjectiveSpec(loss=loss))
     embeds = objective.embeds(latents(3))
     rows = np.array([objective.losses(embeds, [i]) for i in range(len(objective))])

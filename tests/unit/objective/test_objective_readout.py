@@ -18,7 +18,7 @@ def readout(rows: int, seed: int = 0) -> Readout:
     return Readout(weights=Array.of(np.random.default_rng(seed).standard_normal((rows, 2))))
 
 
-def test_losses_and_predictions_are_of_what_the_readout_reads() -> None:
+def test_losses_and_predictions_use_the_readout() -> None:
     objective = make(spec=ObjectiveSpec(readout_words=5))
     embeds = objective.embeds(latents(2))
     objective.readout = readout(6)
@@ -38,7 +38,7 @@ def test_the_words_of_an_objective_change_nothing_until_a_readout_uses_them() ->
 
 
 @pytest.mark.parametrize("prompt", [CUE, FRONT])
-def test_candidates_that_differ_in_the_readout_alone_are_scored_once(prompt: PromptSpec) -> None:
+def test_candidates_that_differ_only_in_the_readout_are_scored_once(prompt: PromptSpec) -> None:
     scorer = ToyScorer()
     objective = make(prompt, ObjectiveSpec(readout_words=5), scorer=scorer)
     one, other = objective.embeds(latents(2))

@@ -1,4 +1,4 @@
-"""Clipped and noisy losses: calibrated, not to be subtracted, and accounted for."""
+"""Clipped and noisy losses: calibrated noise that nobody can subtract, and its accounting."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def losses_of(report: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [0, 10])
-def test_the_noise_has_the_standard_deviation_that_it_should(size: int) -> None:
-    """Of rows without losses a release is noise alone: z·C over the expected rows."""
+def test_the_noise_has_the_specified_standard_deviation(size: int) -> None:
+    """Without losses a release is only noise, with standard deviation z·C over the expected rows."""
     empty = lambda sample: np.zeros((K, len(sample)))  # noqa: E731
     draws = np.array([Releases(SPEC, b"key", str(i)).mean(0, K, 40, size, empty) for i in range(2000)])
     wanted = 1.5 * 0.2 / (size or 40)
@@ -68,7 +68,7 @@ def test_the_noise_has_the_standard_deviation_that_it_should(size: int) -> None:
     assert np.abs(between).max() < 5 / math.sqrt(len(draws))
 
 
-def test_a_row_is_in_the_sample_with_the_rate_that_is_accounted() -> None:
+def test_rows_are_sampled_at_the_accounted_rate() -> None:
     seen: list[int] = []
     look = lambda sample: seen.extend(sample) or np.zeros((K, len(sample)))  # noqa: E731
     for i in range(1000):
@@ -79,7 +79,7 @@ def test_a_row_is_in_the_sample_with_the_rate_that_is_accounted() -> None:
     assert np.abs(counts - 1000 * rate).max() < 5 * math.sqrt(1000 * rate * (1 - rate))
 
 
-def test_a_row_moves_the_sum_by_the_clip_at_most() -> None:
+def test_a_row_changes_the_sum_by_at_most_the_clip() -> None:
     rng = np.random.default_rng(0)
     losses = rng.exponential(5.0, (K, 300)) * rng.uniform(1e-3, 1, 300) + 100
     found = clipped(losses, 0.2)
@@ -91,8 +91,8 @@ def test_a_row_moves_the_sum_by_the_clip_at_most() -> None:
 
 
 @pytest.mark.parametrize("size", [0, 8])
-def test_leaving_a_row_empty_moves_a_release_by_the_sensitivity_at_most(size: int) -> None:
-    """The same sample and noise on neighbouring data: what is left is that row, C/(q·n) at most."""
+def test_emptying_a_row_changes_a_release_by_at_most_the_sensitivity(size: int) -> None:
+    """With the same sample and noise, releases of neighbouring data differ by that row: at most C/(q·n)."""
     losses = np.random.default_rng(1).exponential(3.0, (K, 40))
     without = losses.copy()
     without[:, 5] = 0
@@ -109,7 +109,7 @@ def test_leaving_a_row_empty_moves_a_release_by_the_sensitivity_at_most(size: in
 # --- a device ----------------------------------------------------------------------------------------------------
 
 
-def test_the_same_question_has_the_same_answer_and_another_has_other_noise() -> None:
+def test_a_repeated_query_has_the_same_result_and_another_has_other_noise() -> None:
     asked = device()
     first = asked.run(plan())
     again = asked.run(plan(deadline_s=5.0))  # a run that is resumed with another deadline
@@ -119,7 +119,7 @@ def test_the_same_question_has_the_same_answer_and_another_has_other_noise() -> 
 
 
 def test_nobody_who_knows_the_plan_can_subtract_the_noise() -> None:
-    """Two devices with the same rows and the same plan, seeds included, differ by their keys alone."""
+    """Two devices with the same rows and the same plan, seeds included, differ only by their keys."""
     assert (losses_of(device().run(plan())) != losses_of(device().run(plan()))).all()
 
 
@@ -137,13 +137,13 @@ def test_a_release_is_of_the_devices_own_clipped_losses() -> None:
 @pytest.mark.parametrize(
     "work", [POOLED, SelectWork(templates=ToyTask().templates), LocalWork(state=STATE, iterations=2, popsize=K)]
 )
-def test_what_goes_with_a_release_does_not_depend_on_the_sample(work: Work) -> None:
+def test_the_counters_of_a_release_do_not_depend_on_the_sample(work: Work) -> None:
     reports = [device().run(plan(work)) for _ in range(6)]
     assert len({(r.tokens, r.evaluations, r.seconds, r.n_texts) for r in reports}) == 1
     assert reports[0].n_texts == 40
 
 
-def test_a_private_local_search_sends_what_follows_from_noisy_losses_alone() -> None:
+def test_a_private_local_search_sends_only_results_of_noisy_losses() -> None:
     result = device().run(plan(LocalWork(state=STATE, iterations=2, popsize=K))).result
     assert result.fitness == 0  # on all rows, it would need noise of its own
 
@@ -156,7 +156,7 @@ def test_a_private_local_search_sends_what_follows_from_noisy_losses_alone() -> 
         {"objective": ObjectiveSpec(perturb=0.5, readout_words=0)},
     ],
 )
-def test_a_device_refuses_a_private_plan_for_what_gets_no_noise(changes: dict[str, Any]) -> None:
+def test_a_device_refuses_a_private_plan_for_results_without_noise(changes: dict[str, Any]) -> None:
     with raises(InputError, field="privacy"):
         device().run(plan(**changes))
 
@@ -183,7 +183,7 @@ def test_epsilon_of_one_release_bounds_the_closed_form_tightly(z: float) -> None
     assert renyi * (1 - 1e-6) <= found <= renyi * 1.03
 
 
-def test_epsilon_is_the_librarys() -> None:
+def test_epsilon_equals_the_librarys() -> None:
     account = RdpAccountant(ORDERS, NeighboringRelation.REPLACE_SPECIAL)
     noise = GaussianDpEvent(1.5)
     account.compose(PoissonSampledDpEvent(0.2, noise), 30).compose(noise, 1)
@@ -194,9 +194,7 @@ def test_epsilon_is_the_librarys() -> None:
     assert epsilon(SPEC, [(0.2, 31), (1.0, 1)]) > epsilon(SPEC, [(0.2, 30), (1.0, 1)]) > epsilon(SPEC, [(0.2, 30)])
 
 
-def test_without_the_library_a_private_run_is_refused_by_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_library_a_private_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
     with pytest.raises(MissingExtraError, match=r"fedbpt\[privacy\]"):
         scene(tmp_path).federation(privacy=SPEC)
@@ -217,13 +215,13 @@ def tune(scene: Scene, **changes: Any) -> RunResult:
 
 
 @pytest.mark.parametrize(("method", "releases"), [("pooled", 1), ("fedavg", 2)])
-def test_epsilon_is_told_per_round_for_the_device_with_the_fewest_rows(
+def test_epsilon_is_reported_per_round_for_the_device_with_the_fewest_rows(
     tmp_path: Path, method: str, releases: int
 ) -> None:
     made = scene(tmp_path)
     result = tune(made, method=method, rounds=3, iterations=2)
     told = [event.epsilon for event in made.of(RoundClosed)]
-    # 32 rows choose the template: all of the smaller device's 20; then 5 of 20 a release
+    # 32 rows select the template: all 20 of the smaller device; then 5 of 20 per release
     assert told == [epsilon(SPEC, [(1.0, 1), (0.25, releases * number)]) for number in range(4)]
     assert result.epsilon == told[-1]
     assert result_as_json(result, None)["epsilon"] == told[-1]
@@ -258,6 +256,6 @@ def test_a_private_run_that_is_stopped_resumes_to_the_same_digest_and_epsilon(tm
         {"objective": ObjectiveSpec(readout_words=0, perturb=0.5)},
     ],
 )
-def test_what_gets_no_noise_is_refused_with_privacy(changes: dict[str, Any]) -> None:
+def test_settings_without_noise_are_refused_with_privacy(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         settings(privacy=SPEC, **changes)

@@ -1,4 +1,4 @@
-"""The readout: which words, what they give, and the sums that a device sends to fit it."""
+"""The readout: its words, their weights, and the results that a device sends to fit it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_fewer_words_are_the_first_of_more() -> None:
 
 
 @given(n_vocab=st.integers(11, 60), n_words=st.integers(0, 40), seed=st.integers(0, 20))
-def test_words_are_no_label_words_and_differ_while_the_vocabulary_lasts(n_vocab: int, n_words: int, seed: int) -> None:
+def test_words_exclude_label_words_and_differ_if_the_vocabulary_suffices(n_vocab: int, n_words: int, seed: int) -> None:
     words = word_ids(n_vocab, n_words, seed, LABEL_IDS)
     assert words.shape == (n_words,)
     assert not set(words.tolist()) & set(LABEL_IDS.tolist())
@@ -91,7 +91,7 @@ def test_weights_of_a_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
-def test_zero_weights_leave_the_label_words_logits_to_the_bit() -> None:
+def test_zero_weights_leave_the_label_words_logits_unchanged() -> None:
     logits, _, weights = made_up()
     found = read(logits, 0 * weights)
     assert found.dtype == np.float64
@@ -112,7 +112,7 @@ def test_words_add_to_labels_as_their_weights_say() -> None:
     np.testing.assert_allclose(read(logits, weights), [[1 + 0.5 + 10, 2 - 100]])
 
 
-def test_many_candidates_are_read_as_each_of_them() -> None:
+def test_many_candidates_are_read_like_each_one() -> None:
     logits, _, weights = made_up(12)
     together = read(logits.reshape(3, 4, -1), weights)
     np.testing.assert_allclose(together.reshape(12, -1), read(logits, weights), rtol=1e-12)
@@ -127,7 +127,7 @@ def several(n_templates: int, n: int = 12) -> tuple[list[np.ndarray], np.ndarray
     return [logits for logits, _, _ in made], made[0][1], np.stack([weights for _, _, weights in made])
 
 
-def test_the_ensemble_of_one_template_is_what_it_reads_to_the_bit() -> None:
+def test_the_ensemble_of_one_template_is_its_own_logits() -> None:
     logits, _, weights = made_up()
     assert ensemble([logits], weights[None]).tobytes() == read(logits, weights).tobytes()
 
@@ -145,7 +145,7 @@ def test_the_ensemble_of_several_is_the_mean_of_their_log_probabilities(n_templa
         np.testing.assert_allclose(found[row], logs, rtol=1e-9)
 
 
-def test_a_template_counts_alike_however_its_logits_are_shifted_and_in_whatever_order() -> None:
+def test_the_ensemble_ignores_shifts_of_logits_and_the_order_of_templates() -> None:
     logits, _, weights = several(3)
     shifted = [own + np.float32(shift) for own, shift in zip(logits, (0, 256, -512), strict=True)]
     plain = np.zeros_like(weights)
@@ -160,7 +160,7 @@ def test_equal_templates_average_to_the_log_probabilities_of_one() -> None:
     np.testing.assert_allclose(cross_entropy(found, targets), cross_entropy(read(logits, weights), targets), rtol=1e-9)
 
 
-def test_many_candidates_are_averaged_as_each_of_them() -> None:
+def test_many_candidates_are_averaged_like_each_one() -> None:
     logits, _, weights = several(2)
     together = ensemble([own.reshape(3, 4, -1) for own in logits], weights)
     np.testing.assert_allclose(together.reshape(12, -1), ensemble(logits, weights), rtol=1e-12)
@@ -177,7 +177,7 @@ def test_the_logits_of_a_template_without_weights_are_refused() -> None:
         ensemble(logits, weights[:1])
 
 
-def test_blocks_are_the_weights_of_the_prompts_own_template_and_then_of_the_others() -> None:
+def test_blocks_are_the_weights_of_the_prompts_template_then_of_the_others() -> None:
     assert blocks(None, 2, 3).tolist() == np.zeros((1, 3, 3)).tolist()
     own, few, bias = (np.full((n_rows, N_LABELS), float(n_rows)) for n_rows in (1 + N_WORDS, 3, 1))
     found = blocks(Readout(weights=Array.of(own), others=(Array.of(few), Array.of(bias))), N_WORDS, N_LABELS)
@@ -201,7 +201,7 @@ def work(n_templates: int, n_words: int = N_WORDS, **fields: object) -> FitWork:
 
 
 @pytest.mark.parametrize("n_words", [0, 2, N_WORDS])
-def test_an_answer_has_each_templates_gradient_and_their_mean_loss(n_words: int) -> None:
+def test_a_result_has_each_templates_gradient_and_their_mean_loss(n_words: int) -> None:
     logits, targets, weights = several(3)
     weights, centres = weights[:, : 1 + n_words], np.random.default_rng(9).standard_normal((3, n_words))
     own, *others = (Array.of(v) for v in weights)
@@ -213,7 +213,7 @@ def test_an_answer_has_each_templates_gradient_and_their_mean_loss(n_words: int)
     np.testing.assert_allclose(found.means.numpy(), [g for _, g in expected], rtol=1e-3, atol=1e-6)
 
 
-def test_an_answer_of_moments_has_those_of_each_template_and_the_loss_of_the_first() -> None:
+def test_a_result_of_moments_has_those_of_each_template_and_the_loss_of_the_first() -> None:
     logits, targets, _ = several(3)
     bias = np.array([[1.0, 0.0, -1.0]])
     found = fit_result(work(3), np.stack(logits), targets, readout(bias), N_LABELS)
@@ -224,7 +224,7 @@ def test_an_answer_of_moments_has_those_of_each_template_and_the_loss_of_the_fir
 
 
 @pytest.mark.parametrize("n_others", [0, 1, 3])
-def test_a_readout_of_another_number_of_templates_is_not_answered(n_others: int) -> None:
+def test_a_readout_of_another_number_of_templates_is_refused(n_others: int) -> None:
     logits, targets, weights = several(3)
     v = Array.of(weights[0])
     asked = work(3, readout=Readout(weights=v, others=(v,) * n_others))
@@ -233,7 +233,7 @@ def test_a_readout_of_another_number_of_templates_is_not_answered(n_others: int)
 
 
 @pytest.mark.parametrize("n", [1, N_WORDS, 2 * N_WORDS + 1])
-def test_a_centre_of_another_size_is_not_answered(n: int) -> None:
+def test_a_centre_of_another_size_is_refused(n: int) -> None:
     logits, targets, weights = several(2)
     v = Array.of(weights[0])
     asked = work(2, readout=Readout(weights=v, others=(v,)), centre=Array.of(np.zeros(n)))
@@ -250,7 +250,7 @@ def test_moments_are_the_means_of_the_words_and_of_their_squared_norms() -> None
 
 
 @pytest.mark.parametrize("n_words", [0, 2, N_WORDS])
-def test_the_loss_is_the_mean_cross_entropy_of_what_is_read(n_words: int) -> None:
+def test_the_loss_is_the_mean_cross_entropy_of_corrected_logits(n_words: int) -> None:
     logits, targets, weights = made_up()
     weights = weights[: 1 + n_words]
     loss, gradient = loss_and_gradient(logits, targets, weights)

@@ -1,4 +1,4 @@
-"""How each template does without a prompt is said, and where that is no better than chance."""
+"""Zero-shot accuracy of each template is reported, and whether it is better than chance."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def device(data: list[Any] = ROWS) -> Device:
 
 
 @pytest.mark.parametrize("by_label", [False, True])
-def test_a_device_counts_what_each_template_gets_right(by_label: bool) -> None:
+def test_a_device_counts_each_templates_correct_predictions(by_label: bool) -> None:
     work = msgspec.structs.replace(WORK, by_label=by_label)
     result = device().run(plan(work)).result
     expected = [evaluate(ToyScorer(), MOOD, ROWS, template=template).correct for template in WORK.templates]
@@ -54,7 +54,7 @@ def test_a_device_counts_what_each_template_gets_right(by_label: bool) -> None:
     assert list(result.correct) == expected
 
 
-def test_only_counts_of_all_templates_and_texts_are_believed() -> None:
+def test_only_counts_of_all_templates_and_texts_are_accepted() -> None:
     asked = plan(WORK)
     honest = device().run(asked)
     check_report(honest, asked)
@@ -66,7 +66,7 @@ def test_only_counts_of_all_templates_and_texts_are_believed() -> None:
             check_report(msgspec.structs.replace(honest, result=result), asked)
 
 
-def test_a_private_device_counts_none_and_none_are_taken_from_it() -> None:
+def test_a_private_device_sends_no_counts_and_none_are_accepted_from_it() -> None:
     spec = msgspec.structs.replace(plan(WORK).objective, readout_words=0)
     asked = plan(WORK, privacy=PrivacySpec(clip=1.0, noise_multiplier=1.0), objective=spec)
     report = device().run(asked)
@@ -78,7 +78,7 @@ def test_a_private_device_counts_none_and_none_are_taken_from_it() -> None:
     assert digest(asked) == report.plan_digest
 
 
-def test_a_run_tells_and_keeps_every_templates_accuracy_over_all_devices(scene: FitScene) -> None:
+def test_a_run_reports_and_stores_every_templates_accuracy_over_all_devices(scene: FitScene) -> None:
     result = scene.run(select_rows=0)
     (event,) = scene.of(TemplateSelected)
     assert event.candidates == result.templates
@@ -90,7 +90,7 @@ def test_a_run_tells_and_keeps_every_templates_accuracy_over_all_devices(scene: 
         assert each.score.loss == pytest.approx(loss)
 
 
-def test_a_resumed_run_tells_them_again_and_one_of_the_version_before_none(scene: FitScene) -> None:
+def test_a_resumed_run_reports_them_again_except_one_of_an_earlier_version(scene: FitScene) -> None:
     scene.when(closed(1), stop)
     with pytest.raises(StopRunError):
         scene.run()
@@ -141,7 +141,7 @@ def scored(correct: int) -> TemplateScore:
     return TemplateScore(template=template, score=Score(n=100, correct=correct, loss_sum=1.0))
 
 
-def test_a_template_that_guesses_is_called_so() -> None:
+def test_a_template_at_chance_level_is_marked() -> None:
     assert "no better than chance (0.250)" in describe_accuracy(scored(30))
     assert "chance" not in describe_accuracy(scored(60))
     assert "0.600 [0.502, 0.691] of 100" in describe_accuracy(scored(60))

@@ -1,4 +1,4 @@
-"""Model cards: what is known is told, what is not is left out."""
+"""Model cards: known facts are stated, unknown ones are omitted."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def front_matter(text: str) -> dict[str, Any]:
     return found
 
 
-def test_saving_writes_the_card_beside_the_prompt(tmp_path: Path) -> None:
+def test_saving_writes_the_card_next_to_the_prompt(tmp_path: Path) -> None:
     saved = make().save(tmp_path / "p.safetensors")
     text = card_path(saved).read_text()
     assert "# mood: a soft prompt for toy" in text
@@ -51,7 +51,7 @@ def test_saving_writes_the_card_beside_the_prompt(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_what_the_card_prints_can_be_run(known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_and_code_of_the_card_run(known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for module in (fedbpt, evaluate_command, chat_command):
         monkeypatch.setattr(module, "load_model", lambda *_args, **_options: ToyScorer())
@@ -91,7 +91,7 @@ def test_it_says_for_which_model_and_task_the_prompt_is() -> None:
     assert front_matter(text)["pipeline_tag"] == "text-classification"
 
 
-def test_it_tells_of_readout_and_other_templates() -> None:
+def test_it_describes_readout_and_other_templates() -> None:
     text = card(make(**READOUT))
     assert "by the logits of 3 words" in text
     assert "averaged" not in text
@@ -99,7 +99,7 @@ def test_it_tells_of_readout_and_other_templates() -> None:
     assert other in card(make(**OTHERS))
 
 
-def test_it_tells_how_the_prompt_was_trained(result: TuneResult) -> None:
+def test_it_states_how_the_prompt_was_trained(result: TuneResult) -> None:
     text = card(result.prompt)
     for title, value in (("method", "pooled"), ("evaluations", "32"), ("devices", "1"), ("seed", "0")):
         assert f"| {title} | {value} |" in text
@@ -107,7 +107,7 @@ def test_it_tells_how_the_prompt_was_trained(result: TuneResult) -> None:
     assert f"| digest of the search | {result.run.digest} |" in text
 
 
-def test_figures_are_told_with_their_intervals_where_there_are_some(result: TuneResult) -> None:
+def test_results_are_stated_with_their_intervals(result: TuneResult) -> None:
     assert "Results" not in card(result.prompt)  # nothing was held back
     zero_shot, tuned = Score(n=40, correct=20, loss_sum=30.0), Score(n=40, correct=31, loss_sum=20.0)
     measured = msgspec.structs.replace(result.run, zero_shot=zero_shot, tuned=tuned)
@@ -132,7 +132,7 @@ def test_figures_are_told_with_their_intervals_where_there_are_some(result: Tune
         ),
     ],
 )
-def test_privacy_and_robust_settings_are_told(
+def test_privacy_and_robust_settings_are_stated(
     result: TuneResult, settings: dict[str, Any], told: list[str], untold: str
 ) -> None:
     run = msgspec.structs.replace(
@@ -147,7 +147,7 @@ def test_privacy_and_robust_settings_are_told(
     assert untold not in text
 
 
-def test_nothing_is_said_of_what_is_not_known() -> None:
+def test_unknown_facts_are_omitted() -> None:
     text = card(make(history=()))
     assert "Training" not in text
     assert "Results" not in text
@@ -167,7 +167,7 @@ def test_a_model_of_the_catalogue_has_its_licence_and_origin_but_not_a_file_that
     assert "base_model" not in front_matter(card(renamed))
 
 
-def test_a_prompt_of_target_texts_tells_perplexities() -> None:
+def test_a_prompt_of_target_texts_has_perplexities() -> None:
     prompt = make(
         labels=(), label_bias=None, template=Template(pattern="{text}\nAnswer:", label_words=()),
         history=({"zero_shot_perplexity": 30.0, "zero_shot_n": 5, "tuned_perplexity": 12.5, "tuned_n": 5},),

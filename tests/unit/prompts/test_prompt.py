@@ -1,4 +1,4 @@
-"""The prompt artefact: what is saved is what is loaded, and the wrong file or model is refused in one line."""
+"""The prompt artefact: saving and loading are inverse, and a wrong file or model is refused in one line."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_prompt_with_a_readout_survives_the_disk(tmp_path: Path) -> None:
     assert loaded.readout.weights.numpy().tolist() == [[0.25, -0.25], [0.5, -0.5], [1.0, 0.25], [0.0, 2.0]]
 
 
-def test_a_prompt_without_a_readout_has_its_bias_alone_and_the_file_holds_no_words(tmp_path: Path) -> None:
+def test_a_prompt_without_a_readout_has_only_a_bias_and_no_words_in_its_file(tmp_path: Path) -> None:
     prompt = make()
     assert prompt.readout.weights.numpy().tolist() == [[0.25, -0.25]]
     saved = prompt.save(tmp_path / "p.safetensors")
@@ -87,7 +87,7 @@ def test_a_file_with_half_a_readout_is_refused(tmp_path: Path) -> None:
 
 
 def altered(path: Path, header: dict[str, object] | None = None, **tensors: np.ndarray | None) -> Path:
-    """The file with other tensors (None: without) and other fields in its header."""
+    """Replace tensors (None: remove) and header fields of the file."""
     content = path.read_bytes()
     found = {**safetensors.numpy.load(content), **tensors}
     text = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["fedbpt"]
@@ -117,7 +117,7 @@ def test_a_prompt_with_other_templates_survives_the_disk(tmp_path: Path) -> None
     assert [array.numpy().tolist() for array in loaded.readout.others] == OTHERS["other_weights"].tolist()
 
 
-def test_a_prompt_whose_other_templates_have_a_bias_alone_survives_the_disk(tmp_path: Path) -> None:
+def test_a_prompt_whose_other_templates_have_only_a_bias_survives_the_disk(tmp_path: Path) -> None:
     prompt = make(others=OTHERS["others"], other_weights=OTHERS["other_weights"][:, :1])
     loaded = Prompt.load(prompt.save(tmp_path / "p.safetensors"))
     assert loaded == prompt
@@ -135,7 +135,7 @@ def test_a_prompt_without_other_templates_has_none_in_its_file(tmp_path: Path, g
         assert loaded == make(**given)
 
 
-def test_a_file_from_before_there_were_other_templates_still_loads(tmp_path: Path) -> None:
+def test_a_file_of_a_version_without_other_templates_still_loads(tmp_path: Path) -> None:
     path = make(**READOUT).save(tmp_path / "p.safetensors")
     content = path.read_bytes()
     text = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["fedbpt"]
@@ -158,7 +158,7 @@ MOOD = Task(
 
 
 def as_of_format_1(path: Path) -> Path:
-    """The file as the version before wrote it: with the task's name and labels alone."""
+    """Rewrite the file as the previous version did, with only the task's name and labels."""
     content = path.read_bytes()
     text = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["fedbpt"]
     header = {name: value for name, value in json.loads(text).items() if name != "task"}
@@ -174,7 +174,7 @@ def test_a_prompt_carries_its_whole_task(tmp_path: Path) -> None:
     assert prompt.with_rows(prompt.rows + 1, ()).task == MOOD
 
 
-def test_a_file_of_format_1_knows_a_task_that_is_built_in_and_no_other(tmp_path: Path) -> None:
+def test_a_file_of_format_1_gets_its_task_only_if_it_is_built_in(tmp_path: Path) -> None:
     own = Prompt.load(as_of_format_1(make(task=MOOD, **OTHERS).save(tmp_path / "own.safetensors")))
     assert own == make(**OTHERS)
     assert own.task is None
@@ -185,7 +185,7 @@ def test_a_file_of_format_1_knows_a_task_that_is_built_in_and_no_other(tmp_path:
     assert Prompt.load(as_of_format_1(namesake.save(tmp_path / "namesake.safetensors"))).task is None
 
 
-def test_a_format_to_come_is_refused_with_its_number(tmp_path: Path) -> None:
+def test_a_newer_format_is_refused_with_its_number(tmp_path: Path) -> None:
     path = altered(make().save(tmp_path / "p.safetensors"), {"format": 3, "what_there_will_be": 1})
     with raises(PromptError, field="format", limit=FORMAT) as refused:
         Prompt.load(path)
@@ -334,7 +334,7 @@ def test_the_callers_rows_are_copied() -> None:
     assert (prompt.rows == 1).all()
 
 
-def test_its_repr_says_what_it_is() -> None:
+def test_its_repr_names_task_and_shape() -> None:
     assert "mood" in repr(make())
     assert "2 x 8 cue" in repr(make())
 
