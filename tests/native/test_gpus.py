@@ -50,9 +50,13 @@ def largest_difference(case: Case, scorer: NativeScorer, lengths: list[int], n_p
 @pytest.mark.parametrize("weights", list(TOLERANCE))
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_logits_are_those_of_numpy(
-    case_of: Callable[..., Case], on_gpu: Callable[..., NativeScorer], name: str, weights: str, placement: str,
+    case_of: Callable[..., Case],
+    on_gpu: Callable[..., NativeScorer],
+    name: str,
+    weights: str,
+    placement: str,
     label_ids: list[int] | None,
-) -> None:  # fmt: skip
+) -> None:
     case = case_of(name, weights)
     how = {"label_ids": label_ids, "placement": placement, "prefix": case.ids(7, seed=9)}
     for n_prompt in (3, 0):

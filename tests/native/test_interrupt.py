@@ -124,11 +124,18 @@ def test_cancelling_a_round_ends_its_call_within_one_graph(fast: Case, placement
     device = Device("a", fedbpt.load_model(fast.path, n_threads=N_THREADS), [("text " * 50, 0)] * 50, task=task)
     state = SearchState(mean=Array.of(np.zeros(2)), sigma=1.0)
     asked = RoundPlan(
-        run="r", round=1, device="a", seed=0, model_fingerprint=device.scorer.fingerprint, task=task.identity,
-        labels=task.labels, template=template, prompt=PromptSpec(placement=placement, n_prompt=2, d=2),
+        run="r",
+        round=1,
+        device="a",
+        seed=0,
+        model_fingerprint=device.scorer.fingerprint,
+        task=task.identity,
+        labels=task.labels,
+        template=template,
+        prompt=PromptSpec(placement=placement, n_prompt=2, d=2),
         objective=ObjectiveSpec(batch_size=0, readout_words=0),
         work=PooledWork(state=state, generation=0, popsize=20_000),
-    )  # fmt: skip
+    )
 
     async def play() -> None:
         service = AgentService(device)

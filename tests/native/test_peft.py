@@ -83,13 +83,20 @@ def prompt_of(case: Case, placement: PromptPlace, n_prompt: int, template: int, 
     others = tuple(t for i, t in enumerate(TASK.templates) if i != template) if whole else ()
     words = rng.integers(3, case.model.n_vocab, 5) if whole else None
     return Prompt(
-        rows=case.prompts(1, n_prompt)[0], spec=PromptSpec(placement=placement, n_prompt=n_prompt, d=1),
-        task_name=TASK.name, labels=TASK.labels, template=TASK.templates[template],
-        model_fingerprint=case.scorer.fingerprint, model_name=case.scorer.name, architecture=case.scorer.architecture,
-        label_bias=np.array([0.5, -0.5]), word_ids=words,
+        rows=case.prompts(1, n_prompt)[0],
+        spec=PromptSpec(placement=placement, n_prompt=n_prompt, d=1),
+        task_name=TASK.name,
+        labels=TASK.labels,
+        template=TASK.templates[template],
+        model_fingerprint=case.scorer.fingerprint,
+        model_name=case.scorer.name,
+        architecture=case.scorer.architecture,
+        label_bias=np.array([0.5, -0.5]),
+        word_ids=words,
         word_weights=rng.normal(0, 0.3, (5, 2)) if whole else None,
-        others=others, other_weights=rng.normal(0, 0.3, (len(others), 6, 2)) if whole else None,
-    )  # fmt: skip
+        others=others,
+        other_weights=rng.normal(0, 0.3, (len(others), 6, 2)) if whole else None,
+    )
 
 
 def label_logits(scorer: Scorer, prompt: Prompt, text: str) -> NDArray[np.float64]:
@@ -145,9 +152,15 @@ def test_the_code_beside_an_adapter_for_target_texts_gives_the_same_next_logits(
     template = Template(pattern="Question: {text}\nAnswer:", label_words=())
     task = Task(name="chat", templates=(template,))
     prompt = Prompt(
-        rows=llama.prompts(1, 2)[0], spec=PromptSpec(n_prompt=2, d=1), task_name="chat", labels=(), template=template,
-        model_fingerprint=llama.scorer.fingerprint, model_name="tiny", architecture="llama",
-    )  # fmt: skip
+        rows=llama.prompts(1, 2)[0],
+        spec=PromptSpec(n_prompt=2, d=1),
+        task_name="chat",
+        labels=(),
+        template=template,
+        model_fingerprint=llama.scorer.fingerprint,
+        model_name="tiny",
+        architecture="llama",
+    )
     base = str(hugging_face(llama))
     export_prompt(prompt, tmp_path / "a", "peft", scorer=llama.scorer, task=task, base_model=base)
     found = code_of(tmp_path / "a", monkeypatch)["next_logits"](TEXTS[0]).numpy()

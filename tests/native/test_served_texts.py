@@ -108,9 +108,12 @@ def test_control_tokens_in_a_text_to_continue_are_parsed(case_of: Any, name: str
     ],
 )
 def test_recommended_sampling_is_read_from_the_model_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
-    said: dict[str, float | str], expected: Sampling | None,
-) -> None:  # fmt: skip
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    said: dict[str, float | str],
+    expected: Sampling | None,
+) -> None:
     add = tiny_gguf._add_hyperparameters
 
     def add_more(writer: gguf.GGUFWriter, model: tiny_gguf.TinyModel) -> None:

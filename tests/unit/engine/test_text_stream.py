@@ -194,9 +194,16 @@ def test_label_words_without_labels_are_refused() -> None:
 def test_events_carry_losses_of_development_rows() -> None:
     events: list[object] = []
     tune(
-        ToyScorer(), TASK, rows(6), rows(3, 50), budget=Budget(evaluations=8), prompt=PromptSpec(d=4), popsize=8,
-        evaluate_every=1, on_event=events.append,
-    )  # fmt: skip
+        ToyScorer(),
+        TASK,
+        rows(6),
+        rows(3, 50),
+        budget=Budget(evaluations=8),
+        prompt=PromptSpec(d=4),
+        popsize=8,
+        evaluate_every=1,
+        on_event=events.append,
+    )
     scores = [event.score for event in events if isinstance(event, Evaluated)]
     assert scores
     assert all(score.perplexity > 1 for score in scores)

@@ -260,9 +260,14 @@ def test_a_rare_label_is_found_in_a_balanced_run() -> None:
     for balanced in (False, True):
         spec = ObjectiveSpec(batch_size=8, readout_words=6)
         result = tune(
-            ToyScorer(), TASK, train, budget=Budget(evaluations=200), objective=spec,
-            prompt=PromptSpec(d=8, alpha=2.0), balanced=balanced,
-        )  # fmt: skip
+            ToyScorer(),
+            TASK,
+            train,
+            budget=Budget(evaluations=200),
+            objective=spec,
+            prompt=PromptSpec(d=8, alpha=2.0),
+            balanced=balanced,
+        )
         predictions = evaluate(ToyScorer(), TASK, held_out, result.prompt).predictions
         found[balanced] = float((predictions[negative] == 0).mean())
         right[balanced] = (found[balanced] + float((predictions[~negative] == 1).mean())) / 2

@@ -42,10 +42,19 @@ def device(rows: list[Any] = ROWS, name: str = "pi5") -> Device:
 
 def plan(work: Work = POOLED, **changes: Any) -> RoundPlan:
     fields: dict[str, Any] = {
-        "run": "r", "round": 1, "device": "pi5", "seed": 7, "model_fingerprint": ToyScorer().fingerprint,
-        "task": ToyTask().identity, "labels": ("x", "y"), "template": ToyTask().templates[0], "prompt": PromptSpec(d=D),
-        "objective": ObjectiveSpec(batch_size=8, readout_words=0), "work": work, "privacy": SPEC,
-    }  # fmt: skip
+        "run": "r",
+        "round": 1,
+        "device": "pi5",
+        "seed": 7,
+        "model_fingerprint": ToyScorer().fingerprint,
+        "task": ToyTask().identity,
+        "labels": ("x", "y"),
+        "template": ToyTask().templates[0],
+        "prompt": PromptSpec(d=D),
+        "objective": ObjectiveSpec(batch_size=8, readout_words=0),
+        "work": work,
+        "privacy": SPEC,
+    }
     return RoundPlan(**{**fields, **changes})
 
 

@@ -169,9 +169,11 @@ def test_a_model_of_the_catalogue_has_its_licence_and_origin_but_not_a_file_that
 
 def test_a_prompt_of_target_texts_has_perplexities() -> None:
     prompt = make(
-        labels=(), label_bias=None, template=Template(pattern="{text}\nAnswer:", label_words=()),
+        labels=(),
+        label_bias=None,
+        template=Template(pattern="{text}\nAnswer:", label_words=()),
         history=({"zero_shot_perplexity": 30.0, "zero_shot_n": 5, "tuned_perplexity": 12.5, "tuned_n": 5},),
-    )  # fmt: skip
+    )
     text = card(prompt)
     assert "| tuned | 12.500 |  | 5 |" in text
     assert front_matter(text)["pipeline_tag"] == "text-generation"

@@ -226,9 +226,20 @@ def test_prompts_that_differ_in_their_other_templates_are_not_equal() -> None:
         ({"others": [{"pattern": "{text}", "label_words": [" a"]}] * 2}, {}),
         ({"others": "none"}, {}),
     ],
-    ids=["no templates", "no weights", "too few", "other words", "other labels", "flat", "a number", "infinity",
-         "word ids that are a number", "a label word too few", "not a list"],
-)  # fmt: skip
+    ids=[
+        "no templates",
+        "no weights",
+        "too few",
+        "other words",
+        "other labels",
+        "flat",
+        "a number",
+        "infinity",
+        "word ids that are a number",
+        "a label word too few",
+        "not a list",
+    ],
+)
 def test_a_file_with_damaged_other_templates_is_one_line(tmp_path: Path, header: dict, tensors: dict) -> None:
     path = altered(make(**OTHERS).save(tmp_path / "p.safetensors"), header, **tensors)
     with raises(PromptError) as refused:
