@@ -67,14 +67,16 @@ screenshots: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# File by file, in the order in which they are collected: tests/conftest.py puts slow ones first.
-IN_PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# File by file, in the order in which they are collected: tests/conftest.py puts slow ones first. A process more than there are
+# cores, since many tests wait; at most four, since each may take 2 GB.
+PROCESSES   := $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 4 ? cores + 1 : 4)))
+IN_PARALLEL := -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(BIN)/python -m pytest $(IN_PARALLEL) $(TEST_ARGS)
 
 test-fast: setup
-	$(BIN)/python -m pytest tests/unit tests/contract -q -m "not slow" $(IN_PARALLEL) $(TEST_ARGS)
+	$(BIN)/python -m pytest tests/contract tests/unit -q -m "not slow" $(IN_PARALLEL) $(TEST_ARGS)
 
 # Flower's dependencies clash with ours in constraints.txt: an environment of its own, which takes the rest from $(VENV).
 FLOWER       := build/flower

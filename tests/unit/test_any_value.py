@@ -30,6 +30,8 @@ from tests.support.raises import raises
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, rows
 
+pytestmark = pytest.mark.slow
+
 ROWS = rows(8)
 TEMPLATE = TASK.templates[0]
 SPEC = PromptSpec(d=4)

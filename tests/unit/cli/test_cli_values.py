@@ -17,6 +17,8 @@ from fedbpt.net import server
 from fedbpt.tasks import write_rows
 from tests.support.toy_task import TASK, TASK_FILE, rows
 
+pytestmark = pytest.mark.slow
+
 NUMBERS = ("-1", "0.5", "1e999", "nan", "9" * 30, "9" * 5000)
 TEXTS = ("", "--", ".", "/", "absent/file", "binary", "x" * 300, "half \udcff", "é\n", "~nobody/x")
 ADDRESSES = ("pi5", ":8400", "127.0.0.1:99999", "[::1", "http://", "http://pi5:99999", "ftp://pi5:1")

@@ -20,6 +20,8 @@ from tests.support.fake_device import FakeDevice
 from tests.support.toy_scene import D, Scene, StopRunError, ToyTask, closed, settings, stop
 from tests.support.toy_task import TASK, TASK_FILE
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def scene(tmp_path: Path) -> Iterator[Scene]:

@@ -22,6 +22,8 @@ from fedbpt.net.tokens import Credentials
 from tests.support.fake_device import FakeDevice
 from tests.support.raises import raises
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def reach(tmp_path: Path) -> Reach:

@@ -27,6 +27,8 @@ from tests.support.toy_scene import D, Scene, StopRunError, closed, stop
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, rows
 
+pytestmark = pytest.mark.slow
+
 N_WORDS = 6
 SETTINGS: dict[str, Any] = {
     "rounds": 3,

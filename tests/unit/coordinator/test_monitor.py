@@ -166,6 +166,7 @@ def test_a_stalled_reader_blocks_nobody_and_is_told_how_many_it_missed(tmp_path:
         assert missed > 0
 
 
+@pytest.mark.slow
 def test_a_stopping_server_does_not_wait_for_stalled_readers(tmp_path: Path) -> None:
     with watched(tmp_path) as live, stream(live.http) as events:
         for _ in range(100):

@@ -24,6 +24,8 @@ from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, TASK_FILE, rows
 from tests.unit.cli.test_cli import Answer, Run, folder, run
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["folder", "run"]
 
 TRAIN, DEV, TEST = rows(24), rows(8, first=100), rows(40, first=200)

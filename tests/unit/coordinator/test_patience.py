@@ -15,6 +15,8 @@ from tests.support.raises import raises
 from tests.support.toy_scene import StopRunError, stop
 from tests.unit.coordinator.test_federation_fit import FitScene
 
+pytestmark = pytest.mark.slow
+
 SETTINGS: dict[str, Any] = {"rounds": 60, "evaluate_every": 2, "patience": 3, "baselines": False}
 
 

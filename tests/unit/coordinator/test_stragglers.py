@@ -20,6 +20,8 @@ from tests.support.fake_device import FakeDevice
 from tests.support.raises import raises
 from tests.support.toy_scene import FlakyClient, Scene, StopRunError, ToyTask, closed
 
+pytestmark = pytest.mark.slow
+
 HOUR = 3600.0  # a deadline that no test waits for
 
 

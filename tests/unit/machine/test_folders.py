@@ -15,6 +15,8 @@ from fedbpt.machine import folders
 from fedbpt.net.tokens import default_credentials
 from tests.support.raises import raises
 
+pytestmark = pytest.mark.slow
+
 # what a container's user is that has a number and no account
 HOMELESS = "import pwd, os\ndef none(*_): raise KeyError\npwd.getpwuid = pwd.getpwnam = none\n"
 

@@ -37,6 +37,8 @@ from fedbpt.serving.server import ModelServer
 from tests.support.caller import wait_until
 from tests.support.fake_device import FakeDevice
 
+pytestmark = pytest.mark.slow
+
 MOST = 12
 GET = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 

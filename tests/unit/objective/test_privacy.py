@@ -132,6 +132,7 @@ def test_nobody_who_knows_the_plan_can_subtract_the_noise() -> None:
     assert (losses_of(device().run(plan())) != losses_of(device().run(plan()))).all()
 
 
+@pytest.mark.slow
 def test_a_release_is_of_the_devices_own_clipped_losses() -> None:
     whole = plan(objective=ObjectiveSpec(batch_size=0, readout_words=0))
     objective = Objective(ToyScorer(), whole.template, whole.labels, ROWS, whole.objective, whole.prompt)

@@ -31,6 +31,8 @@ from tests.support.toy_scene import StopRunError, stop
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, TASK_FILE, rows
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = RunSettings(
     rounds=3, popsize=6, prompt=PromptSpec(d=4), evaluate_every=1, fit_rows=8,
     objective=ObjectiveSpec(readout_words=4), ensemble=1,
