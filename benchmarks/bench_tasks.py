@@ -3,8 +3,7 @@
 For each task, number of rows a class and seed, every method learns from the same training rows and labels the same test
 rows, which chose nothing. Each runs in a process of its own, so that its peak memory is its own:
 
-fedbpt    `fedbpt.tune` with its defaults, on a task drafted from the file (`fedbpt task draft`)
-readout   the linear probe in that run: no prompt
+fedbpt    `fedbpt.tune` with its defaults, on a task drafted from the file (`fedbpt tasks new`); its variants too
 tfidf     TF-IDF and logistic regression
 minilm    sentence embeddings (all-MiniLM-L6-v2) and logistic regression
 examples  as many training examples of each label as fit into the context of the same model
@@ -127,7 +126,7 @@ def probe(
     mean, spread = known.mean(axis=0), known.std(axis=0) + 1e-6
     unknown = fedbpt.features(scorer, texts, layers, cue)
     scaled = [(states - mean) / (spread * math.sqrt(known.shape[1])) for states in (known, unknown)]
-    return text_classifiers._logistic_regression(scaled[0], [label for _, label in train], scaled[1])
+    return text_classifiers.logistic_regression(scaled[0], [label for _, label in train], scaled[1])
 
 
 def with_examples(
@@ -164,12 +163,10 @@ def with_examples(
 def run_method(method: str, folder: Path, model: str) -> dict[str, Any]:
     """`measure` in a child process, and its peak memory; ``{"skipped": why}`` where it cannot run here."""
     command = [sys.executable, __file__, "--measure", method, str(folder), model]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "TQDM_DISABLE": "1"})
     if done.returncode:
         return {"skipped": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    found["grew_children_rss"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss > before
     return found
 
 

@@ -31,7 +31,7 @@ def _needs(name: str) -> Any:
         raise UnavailableError(f"{error.name} is not installed: pip install '.[bench]'") from error
 
 
-def _logistic_regression(train: Any, labels: Sequence[int], test: Any) -> Labels:
+def logistic_regression(train: Any, labels: Sequence[int], test: Any) -> Labels:
     linear = _needs("sklearn.linear_model")
     return np.asarray(linear.LogisticRegression(max_iter=1000, C=10.0).fit(train, labels).predict(test))
 
@@ -41,7 +41,7 @@ def tfidf(train: Sequence[Row], texts: Sequence[str]) -> Labels:
     text = _needs("sklearn.feature_extraction.text")
     features = text.TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
     known = features.fit_transform([each for each, _ in train])
-    return _logistic_regression(known, [label for _, label in train], features.transform(texts))
+    return logistic_regression(known, [label for _, label in train], features.transform(texts))
 
 
 def sentence_embeddings(train: Sequence[Row], texts: Sequence[str]) -> Labels:
@@ -68,7 +68,7 @@ def sentence_embeddings(train: Sequence[Row], texts: Sequence[str]) -> Labels:
             parts.append(torch.nn.functional.normalize(mean, dim=1).numpy())
         return np.concatenate(parts)
 
-    return _logistic_regression(embed([text for text, _ in train]), [label for _, label in train], embed(texts))
+    return logistic_regression(embed([text for text, _ in train]), [label for _, label in train], embed(texts))
 
 
 def lora(model_file: Path, n_threads: int, cue: str, words: Sequence[str]) -> FitAndLabel:

@@ -56,6 +56,8 @@ def features(
     for start in range(0, len(texts), CHUNK):
         part = [scorer.tokenize(text, None if prefix is None else False) for text in texts[start : start + CHUNK]]
         for i, ids in enumerate(part, start):
+            if not texts[i]:
+                raise InputError(f"text {i} is empty: it needs at least one token", field="texts")
             length = len(ids) + len(after) + (0 if before is None else len(before))
             if length > scorer.n_ctx_train:
                 raise InputError(

@@ -6,7 +6,8 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -371,26 +372,37 @@ class NativeScorer:
         return {**buffers, **memory_of_process()}
 
     @interruptible()
-    def score_plan(
-        self, plan: _native.Plan, embeds: ArrayLike, indices: NDArray[np.int64], with_states: bool = False
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-        """Implement `NativePlan.score` and `NativePlan.score_states`."""
+    def score_plan(self, plan: _native.Plan, embeds: ArrayLike, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Implement `NativePlan.score`."""
+        rows = prompt_rows(embeds, self.n_embd)
+        with self._scoring(plan) as engine:
+            logits: NDArray[np.float32] = engine.score(plan, indices, rows)
+        return logits
+
+    @interruptible()
+    def score_plan_states(
+        self, plan: _native.Plan, embeds: ArrayLike, indices: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Implement `NativePlan.score_states`."""
+        rows = prompt_rows(embeds, self.n_embd)
+        with self._scoring(plan) as engine:
+            logits: NDArray[np.float32]
+            states: NDArray[np.float32]
+            logits, states = engine.score_states(plan, indices, rows)
+        return logits, states
+
+    @contextmanager
+    def _scoring(self, plan: _native.Plan) -> Iterator[_native.Engine]:
+        """The engine, while ``plan`` is scored: a fork in between, or a changed file, is noticed."""
         if plan in self._interrupted_by_fork:
             raise InputError("this plan was being scored when the process was forked: compile it again in the child")
-        rows = prompt_rows(embeds, self.n_embd)
         engine = self._engine
         self._in_flight.append(plan)
         try:
             with self._files.unchanged():
-                logits: NDArray[np.float32]
-                states: NDArray[np.float32] | None = None
-                if with_states:
-                    logits, states = engine.score_states(plan, indices, rows)
-                else:
-                    logits = engine.score(plan, indices, rows)
+                yield engine
         finally:
             self._in_flight.remove(plan)
-        return logits, states
 
     @cached_property
     def weight_formats(self) -> tuple[models.WeightFormat, ...]:
@@ -450,7 +462,7 @@ class NativePlan:
 
         Raises as `NativeScorer.score_with_soft_prompt`, and InputError for an index outside the plan.
         """
-        return self._scorer.score_plan(self._plan, embeds, self._chosen(indices))[0]
+        return self._scorer.score_plan(self._plan, embeds, self._chosen(indices))
 
     @checked
     def score_states(
@@ -466,9 +478,7 @@ class NativePlan:
         """
         if not self.layers:
             raise InputError("the plan has no layers: compile it with layers=(…)", field="layers")
-        logits, states = self._scorer.score_plan(self._plan, embeds, self._chosen(indices), with_states=True)
-        assert states is not None
-        return logits, states
+        return self._scorer.score_plan_states(self._plan, embeds, self._chosen(indices))
 
     @checked
     def states(self, indices: ArrayLike | None = None, embeds: ArrayLike | None = None) -> NDArray[np.float32]:

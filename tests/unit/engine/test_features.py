@@ -41,6 +41,12 @@ def test_invalid_layers_are_rejected(layers: tuple[int, ...]) -> None:
         fedbpt.features(ToyScorer(), ["a"], layers=layers)
 
 
+def test_an_empty_text_is_named_by_its_place_among_all() -> None:
+    with raises(InputError, field="texts") as caught:
+        fedbpt.features(ToyScorer(), [*TEXTS, ""])
+    assert "text 70 " in str(caught.value)
+
+
 def test_no_text_is_rejected() -> None:
     with raises(InputError, field="texts"):
         fedbpt.features(ToyScorer(), [])
