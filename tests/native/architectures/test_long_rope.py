@@ -112,3 +112,11 @@ def test_generated_texts_follow_one_rule_whatever_came_before(choices: Choices) 
                 log_p[token] = value
             scored.append((ids, log_p))
     choices.assert_one_rule(scored)
+
+
+def test_states_of_short_and_long_texts_scored_together_are_those_of_each_alone(choices: Choices) -> None:
+    texts = choices.case.texts([800, 20, N + 1, 300])
+    together = choices.case.scorer.compile(texts, [], layers=(0, 1)).states()
+    for text, states in zip(texts, together, strict=True):
+        alone = choices.case.scorer.compile([text], [], layers=(0, 1)).states()
+        np.testing.assert_allclose(states, alone[0], atol=1e-3 * float(alone.std()))
