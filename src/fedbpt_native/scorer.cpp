@@ -233,8 +233,10 @@ void Scorer::run_alike(const Request & request, float * out) {
     }
     llama_soft_prompt_clear(session_.context());
 
-    if (!std::all_of(out, out + request.n_outputs() * request.plan.n_columns(),
-                     [](float logit) { return std::isfinite(logit); })) {
+    const auto is_finite = [](float x) { return std::isfinite(x); };
+    const size_t n_states = request.states != nullptr ? request.n_outputs() * request.plan.n_state() : 0;
+    if (!std::all_of(out, out + request.n_outputs() * request.plan.n_columns(), is_finite) ||
+        !std::all_of(request.states, request.states + n_states, is_finite)) {
         session_.clear();
     }
 }

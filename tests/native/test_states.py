@@ -47,3 +47,12 @@ def test_a_plan_without_layers_gives_no_states(case_of: Callable[..., Case]) -> 
     with pytest.raises(InputError) as caught:
         case.scorer.compile(case.texts([5]), LABELS).states()
     assert caught.value.field == "layers"
+
+
+def test_a_huge_prompt_does_not_affect_later_states(case_of: Callable[..., Case]) -> None:
+    case = case_of("llama", "f16")
+    plan = case.scorer.compile(case.texts([5, 40]), [], "cue", layers=LAYERS)
+    embeds = case.prompts(1, 2)
+    expected = plan.states(embeds=embeds)
+    assert np.abs(plan.states(embeds=np.full_like(embeds, 3e38)) - expected).max() > 1e30
+    np.testing.assert_array_equal(plan.states(embeds=embeds), expected)
