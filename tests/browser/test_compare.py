@@ -83,6 +83,20 @@ def test_models_can_be_compared_when_the_run_is_finished(workshop: Workshop, ope
             for side, said in zip((original, tuned), verdicts, strict=True):
                 expect(side.locator(".state")).to_have_text(said)
 
+    first, last = held_out.get_by_role("button").first, held_out.get_by_role("button").last
+    found = []
+    for offered in (first, last):
+        offered.click()
+        expect(page.get_by_label("Your text")).to_have_value(offered.inner_text())
+        expect(page.get_by_role("status")).to_contain_text("Expected:")
+        found.append(shares(tuned))
+    assert found[0] != found[1]
+    first.click()
+    expect(tuned.locator(".share").first).to_have_text(f"{found[0][0]:.1f} %")
+    page.evaluate("buttons => buttons.forEach(each => each.click())", [first.element_handle(), last.element_handle()])
+    expect(tuned.locator(".share").first).to_have_text(f"{found[1][0]:.1f} %")  # the last one, not the first
+    expect(page.get_by_label("Your text")).to_have_value(last.inner_text())
+
     page.get_by_label("Your text").fill("good great movie 1")
     page.get_by_label("Your text").press("Enter")
     expect(page.get_by_role("status")).to_have_text("")

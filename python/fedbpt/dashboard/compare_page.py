@@ -61,6 +61,7 @@ class ComparePage:
     def _build(self, comparison: Comparison) -> None:
         self._comparison = comparison
         self._busy = False
+        self._wanted: tuple[str, str | None] = ("", None)
         with ui.element("div").classes("compare"):
             with ui.element("section").classes("panel own"):
                 heading("Ask both")
@@ -97,11 +98,23 @@ class ComparePage:
         await self._ask(str(self._text.value or ""), None)
 
     async def _ask(self, text: str, expected: str | None) -> None:
+        """Ask both models; while they compute, the latest text that is chosen meanwhile comes next."""
+        self._wanted = (text, expected)
         if self._busy:
             return
         self._busy = self._progress.visible = True
-        self._message.text = "asking both …"
         self._button.disable()
+        answered: tuple[str, str | None] | None = None
+        try:
+            while answered != self._wanted:
+                answered = self._wanted
+                await self._answer(*answered)
+        finally:
+            self._busy = self._progress.visible = False
+            self._button.enable()
+
+    async def _answer(self, text: str, expected: str | None) -> None:
+        self._message.text = "asking both …"
         try:
             if self._where.value != HERE:
                 found = await self._comparison.ask_device(str(self._where.value), text, self._show_texts)
@@ -114,9 +127,6 @@ class ComparePage:
             self._message.text = str(error)
         else:
             self._message.text = "" if expected is None else f"Expected: {expected}"
-        finally:
-            self._busy = self._progress.visible = False
-            self._button.enable()
 
     def _show(self, found: Answer, expected: str | None) -> None:
         if not found.probabilities:
