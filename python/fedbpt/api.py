@@ -25,10 +25,12 @@ from fedbpt.display.notebook import live_display
 from fedbpt.engine.scorer import Scorer
 from fedbpt.errors import ConfigError, InputError, PromptError
 from fedbpt.machine.interrupts import interruptible
+from fedbpt.objective.layer_view import LayerReader
+from fedbpt.objective.losses import cross_entropy
 from fedbpt.objective.mini_batches import parts_of, under
 from fedbpt.objective.objective import Objective
 from fedbpt.prompts.prompt import Prompt, short_fingerprint
-from fedbpt.protocol.specs import LossName, ObjectiveSpec, PromptSpec, Template
+from fedbpt.protocol.specs import LayerReadout, LossName, ObjectiveSpec, PromptSpec, Template
 from fedbpt.quantities import PositiveFloat, PositiveInt
 from fedbpt.results import EvaluationResult, TuneResult
 from fedbpt.runs.events import Event, RunStarted
@@ -36,6 +38,7 @@ from fedbpt.runs.result import RunResult, Split
 from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
 from fedbpt.tasks import GivenTask, Row, Task, load, to_rows, word_notes
+from fedbpt.tasks.rows import targets_of
 
 log = logging.getLogger(__name__)
 
@@ -234,12 +237,18 @@ def make_prompt(scorer: Scorer, task: Task, result: RunResult) -> Prompt:
     """
     require_model_of_run(scorer, result)
     spec = result.settings.prompt
+    if result.shipped and not result.latent.any():
+        spec = msgspec.structs.replace(spec, placement="cue", n_prompt=1)  # where z = 0 is exactly no prompt
     objective = result.settings.objective
     # Any row will do, because the prompt depends only on the template and the model.
     made = Objective(scorer, result.template, task.labels, [("x", 0 if task.labels else "x")], objective, spec)
-    made.readout = result.readout
+    readout = result.readout
     tuned_on = msgspec.structs.replace(task, max_text_tokens=objective.max_text_tokens)
-    return made.as_prompt(result.latent, tuned_on, (_history(result),), result.others)
+    if isinstance(readout, LayerReadout):
+        return made.as_prompt(result.latent, tuned_on, (_history(result),), layer_readout=readout)
+    made.readout = readout
+    others = result.others if readout is not None and readout.others else ()
+    return made.as_prompt(result.latent, tuned_on, (_history(result),), others)
 
 
 def _history(result: RunResult) -> dict[str, Any]:
@@ -327,6 +336,8 @@ def evaluate(
                 field="task",
             )
         used = template or prompt.template
+        if prompt.layer_readout is not None:
+            return _evaluate_layers(scorer, prompt, prompt.layer_readout, used, data, task.max_text_tokens)
         place = msgspec.structs.replace(prompt.spec, d=1)
         objective = Objective(scorer, used, task.labels, data, spec, place, keep_kv=False, words=prompt.word_ids)
         objective.readout = prompt.readout
@@ -342,3 +353,15 @@ def evaluate(
             predictions=np.concatenate([part.predictions[0] for part in parts]),
         )
     return EvaluationResult(found.n, found.correct[0], found.loss_sums[0] / found.n, found.predictions[0])
+
+
+def _evaluate_layers(
+    scorer: Scorer, prompt: Prompt, readout: LayerReadout, template: Template, data: list[Row], max_text_tokens: int
+) -> EvaluationResult:
+    reader = LayerReader(readout, scorer, template, prompt.labels, max_text_tokens, prompt.rows, prompt.spec)
+    targets = targets_of(data, prompt.labels)
+    texts = [text for text, _ in data]
+    logits = np.concatenate([reader.logits([texts[row] for row in part]) for part in parts_of(np.arange(len(data)), 2)])
+    found = logits.argmax(axis=1)
+    loss = float(cross_entropy(logits, targets).mean())
+    return EvaluationResult(n=len(data), correct=int((found == targets).sum()), loss=loss, predictions=found)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fedbpt.errors import InputError
 from fedbpt.protocol.rounds import FitPurpose, Result, RoundReport, SearchHistory, Work
-from fedbpt.protocol.specs import Readout
+from fedbpt.protocol.specs import LayerReadout, Readout
 
 R = TypeVar("R", bound=Result)
 
@@ -66,7 +66,7 @@ class Fit(Protocol):
     done: bool
 
     @property
-    def readout(self) -> Readout:
+    def readout(self) -> Readout | LayerReadout:
         """The best readout so far."""
         ...
 

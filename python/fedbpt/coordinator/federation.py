@@ -14,8 +14,6 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-import numpy as np
-
 from fedbpt.aggregation.base import Aggregator
 from fedbpt.coordinator.clients.base import DeviceClient
 from fedbpt.coordinator.control import RunControl, Wish
@@ -29,6 +27,7 @@ from fedbpt.coordinator.run_listener import listener_for
 from fedbpt.coordinator.run_state import SELECTION
 from fedbpt.coordinator.stragglers import Pace
 from fedbpt.coordinator.vetting import vet
+from fedbpt.coordinator.work_kinds import kind_of
 from fedbpt.errors import ConfigError, FederationError, QuorumError, StoreError
 from fedbpt.net.event_loop import run_to_end
 from fedbpt.objective.privacy import require_accountant
@@ -178,9 +177,13 @@ class Federation:
         await self._connect(fleet)
         self._live = LiveEvaluation(self._ledger, fleet, self._deadline_s)
         await self._select(fleet)
-        await self._tune(fleet)
-        if self.settings.objective.readout_words and self._ledger.spending.seconds_left(self.settings.seconds) > 0:
-            await self._fit(fleet, "readout")
+        if self._ledger.state.states_alone:
+            await self._fit(fleet, "probe")
+        else:
+            await self._tune(fleet)
+            if self.settings.objective.readout_words and self._ledger.spending.seconds_left(self.settings.seconds) > 0:
+                await self._fit(fleet, "readout")
+        await self._choose(fleet)
         self._emit(StageBegan(stage="evaluation"))
         await self._evaluate_live(self._ledger.state.closed, final=True)
         return await self._finish(fleet, began)
@@ -226,7 +229,7 @@ class Federation:
     async def _select(self, fleet: Fleet) -> None:
         ledger = self._ledger
         state = self._ledger.state
-        if len(self.task.templates) == 1 and not self.settings.balanced:
+        if state.states_alone or (len(self.task.templates) == 1 and not self.settings.balanced):
             state.skip_selection()
         elif state.closed < SELECTION:
             self._emit(StageBegan(stage="selection"))
@@ -248,7 +251,7 @@ class Federation:
         every = self.settings.evaluate_every
         if self.settings.calibrate:
             await self._fit(fleet, "calibration")
-        if self.settings.baselines and self.settings.objective.readout_words:
+        if state.reads_layers or (self.settings.baselines and self.settings.objective.readout_words):
             await self._fit(fleet, "probe")
         self._emit(StageBegan(stage="search"))
         while True:
@@ -270,6 +273,16 @@ class Federation:
             if not await self._round(fleet, state.closed + 1, purpose):
                 state.abandon_fits()
                 return
+
+    async def _choose(self, fleet: Fleet) -> None:
+        """Choose what is shipped by training rows that neither the search nor any readout has seen."""
+        state = self._ledger.state
+        lines = state.held_lines()
+        if len(lines) < 2:
+            return
+        request = self._ledger.planner.request(lines, label_weights=state.label_weights, split="held")
+        state.choose(list(lines), list((await fleet.evaluate(request, self._deadline_s())).values()))
+        log.info("run %s: held-out training rows chose %r", self.run_name, state.shipped)
 
     def _quorum_of(self, n_devices: int) -> int:
         return max(math.ceil(self.settings.quorum * n_devices), self._min_reports)
@@ -322,7 +335,7 @@ class Federation:
         state = self._ledger.state
         planner = self._ledger.planner
         work = planner.work(round, purpose)
-        work_digest = codec.digest(work)  # now: a commit changes the state that the work refers to
+        work_digest = kind_of(work).digest(work)  # now: a commit changes the state that the work refers to
         cohort = self._cohort(round, purpose)
         needed = self._needed if cohort is None else self._quorum_of(cohort.wanted)
         deadline_s = self._deadline_s()
@@ -377,10 +390,7 @@ class Federation:
 
     async def _evaluate_final(self, fleet: Fleet) -> dict[str, EvaluateReport]:
         """Reports of all variants on the same ``test`` rows, of every device in reach."""
-        lines = self._ledger.state.variants().values()
-        latents = np.stack([latent for latent, _ in lines])
-        readouts = tuple(readout for _, readout in lines)
-        request = self._ledger.planner.request(latents, readouts, max_rows=self.settings.test_rows)
+        request = self._ledger.planner.request(self._ledger.state.variants(), max_rows=self.settings.test_rows)
         limit = EVALUATION_DEADLINES * self.settings.deadline_s
         await fleet.settle(min(SETTLE_S, self.settings.deadline_s))
         reports = await fleet.evaluate(request, limit)
@@ -414,10 +424,9 @@ class Federation:
         )
         if result.tuned.n:
             figure = "perplexity" if result.generates else "accuracy"
-            figures = {
-                f"test_{figure}_zero_shot": getattr(result.zero_shot, figure),
-                f"test_{figure}": getattr(result.tuned, figure),
-            }
+            figures = {f"test_{figure}": getattr(result.tuned, figure)}
+            if result.zero_shot.n:
+                figures[f"test_{figure}_zero_shot"] = getattr(result.zero_shot, figure)
             self._store.record_metrics(self.run_name, self._ledger.state.closed, figures)
         self._store.set_status(self.run_name, "finished", codec.encode(result), costs)
         return result

@@ -11,6 +11,7 @@ from fedbpt.coordinator.planner import Planner
 from fedbpt.coordinator.round_reports import cap_reports, mean_loss, purpose_of
 from fedbpt.coordinator.run_state import SELECTION, RunState
 from fedbpt.coordinator.spending import Spending
+from fedbpt.coordinator.work_kinds import kind_of
 from fedbpt.errors import ConfigError, FederationError, StoreError
 from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import DeviceInfo, RoundReport
@@ -91,6 +92,7 @@ class RunLedger:
             FederationError: it has another model.
         """
         self.planner.model_fingerprint = model.model_fingerprint
+        self.state.n_layer = model.n_layer
         identity = identity_of(self.settings, self.task)
         stored = self.store.find_run(self.run)
         if stored is None:
@@ -156,7 +158,8 @@ class RunLedger:
         try:
             purpose = purpose_of(stored.reports)
             state.abandon_fits(keep=purpose)
-            work_digest = codec.digest(self.planner.work(stored.round, purpose))
+            work = self.planner.work(stored.round, purpose)
+            work_digest = kind_of(work).digest(work)
             if purpose == "readout" and work_digest != stored.work_digest:
                 # It was fitted to the mean that another ``patience`` chose: only its cost counts.
                 state.discard_readout(stored.round, stored.reports)

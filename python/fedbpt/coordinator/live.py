@@ -22,10 +22,9 @@ from fedbpt.coordinator.ledger import RunLedger
 from fedbpt.coordinator.round_reports import cap_reports, evaluation_loss
 from fedbpt.errors import InputError, QuorumError
 from fedbpt.protocol.rounds import EvaluateReport, FitPurpose, RoundPlan, Work
-from fedbpt.protocol.specs import Readout
 from fedbpt.runs.dev_figures import DEV_SECONDS, FINAL, metrics_of, scores_of
 from fedbpt.runs.events import Evaluated
-from fedbpt.runs.result import BASELINES, Score, Variants, variants
+from fedbpt.runs.result import BASELINES, NO_SCORE, AnyReadout, Score, Variants, variants
 
 log = logging.getLogger(__name__)
 
@@ -82,17 +81,20 @@ class LiveEvaluation:
             round=round,
             score=scores["tuned"],
             devices=tuple(reports),
-            zero_shot=scores["zero_shot"],
+            zero_shot=scores.get("zero_shot", NO_SCORE),
             stages={name: score for name, score in scores.items() if name in BASELINES},
         )
 
     async def _lines_now(self) -> Variants | None:
         """The variants as they would be if the search ended now; None: no readout could be fitted."""
         ledger = self._ledger
-        mean = ledger.state.aggregator.mean
-        fits: dict[FitPurpose, Readout] = {
+        state = ledger.state
+        mean = state.aggregator.mean
+        fits: dict[FitPurpose, AnyReadout] = {
             purpose: fit.readout for purpose, fit in ledger.state.fits.items() if purpose != "readout"
         }
+        if "probe" in fits and state.reads_layers:  # what is shipped is at least as good, and a fit takes minutes
+            return variants(mean, fits, shipped="probe")
         if ledger.state.searched and ledger.settings.objective.readout_words:
             readout = await self._readout(mean)
             if readout is None:
@@ -100,7 +102,7 @@ class LiveEvaluation:
             fits["readout"] = readout
         return variants(mean, fits)
 
-    async def _readout(self, mean: NDArray[np.float64]) -> Readout | None:
+    async def _readout(self, mean: NDArray[np.float64]) -> AnyReadout | None:
         fit = self._ledger.state.new_fit("readout", mean)
         try:
             while not fit.done:
@@ -125,13 +127,8 @@ class LiveEvaluation:
 
     async def _evaluate(self, found: Variants) -> dict[str, EvaluateReport]:
         ledger = self._ledger
-        latents = np.stack([latent for latent, _ in found.values()])
         request = ledger.planner.request(
-            latents,
-            readouts=tuple(readout for _, readout in found.values()),
-            label_weights=ledger.state.label_weights,
-            split="dev",
-            max_rows=ledger.settings.dev_rows,
+            found, label_weights=ledger.state.label_weights, split="dev", max_rows=ledger.settings.dev_rows
         )
         return await self._fleet.evaluate(request, self._deadline_s())
 

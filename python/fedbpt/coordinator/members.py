@@ -32,6 +32,9 @@ class Member:
         """Rows of the request's split that the device said it has."""
         if self.info is None:
             return 0
+        if request.split == "held":
+            held = request.held
+            return 0 if held is None else min(self.info.n_train, held.max_rows or self.info.n_train) // held.n_folds
         return self.info.n_dev if request.split == "dev" else self.info.n_test
 
     def update_info(self, info: DeviceInfo) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from fedbpt.coordinator.ledger import RunLedger
 from fedbpt.coordinator.members import Member
 from fedbpt.protocol.rounds import DeviceInfo, EvaluateReport
-from fedbpt.protocol.specs import Array
+from fedbpt.protocol.specs import Array, LayerReadout, Readout
 from fedbpt.runs.result import BASELINES, NO_SCORE, DeviceSummary, RunResult, Score
 from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import Traffic
@@ -32,6 +32,12 @@ def make_result(
         dev: the last scores on ``dev`` rows, by variant; empty: there are none.
     """
     names = list(ledger.state.variants())
+
+    def score(device: str, name: str) -> Score:
+        measured = device in reports and name in names
+        return Score.of(reports[device], names.index(name)) if measured else NO_SCORE
+
+    readouts = {purpose: fit.readout for purpose, fit in ledger.state.fits.items()}
     devices = tuple(
         DeviceSummary(
             name=member.name,
@@ -40,8 +46,8 @@ def make_result(
             bytes_up=costs[member.name].bytes_up,
             bytes_down=costs[member.name].bytes_down,
             peak_rss_bytes=costs[member.name].peak_rss_bytes,
-            zero_shot=Score.of(reports[member.name], 0) if member.name in reports else NO_SCORE,
-            tuned=Score.of(reports[member.name], 1) if member.name in reports else NO_SCORE,
+            zero_shot=score(member.name, "zero_shot"),
+            tuned=score(member.name, "tuned"),
         )
         for member in members
     )
@@ -66,8 +72,10 @@ def make_result(
             for i, name in enumerate(names)
             if name in BASELINES
         },
-        fits={purpose: fit.readout for purpose, fit in ledger.state.fits.items()},
-        others=ledger.state.others if "readout" in ledger.state.fits else (),
+        fits={purpose: found for purpose, found in readouts.items() if isinstance(found, Readout)},
+        layer_fits={purpose: found for purpose, found in readouts.items() if isinstance(found, LayerReadout)},
+        shipped=ledger.state.shipped,
+        others=ledger.state.others if isinstance(readouts.get("readout"), Readout) else (),
         templates=ledger.state.candidates,
         epsilon=ledger.epsilon(),
         devices=devices,

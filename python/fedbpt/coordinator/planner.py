@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedbpt.coordinator.run_state import RunState
 from fedbpt.coordinator.stragglers import TextPace
 from fedbpt.coordinator.work_kinds import kind_of
 from fedbpt.protocol.rounds import EvaluateRequest, RoundPlan, RoundReport, SelectWork, Work
-from fedbpt.protocol.specs import Array, Readout
+from fedbpt.protocol.specs import Array, LayerReadout, Readout
 from fedbpt.runs.events import RoundPurpose
+from fedbpt.runs.result import Variants
 
 
 class Planner:
@@ -75,6 +75,7 @@ class Planner:
             label_bias=() if bias is None else tuple(bias.tolist()),
             label_weights=state.label_weights,
             privacy=settings.privacy,
+            held=state.held if kind_of(work).searches and "probe" in state.fits else None,
         )
 
     def _batch_size(self, device: str, work: Work) -> int | None:
@@ -86,15 +87,16 @@ class Planner:
 
     def request(
         self,
-        latents: NDArray[np.float64],
-        readouts: Sequence[Readout | None] = (),
+        lines: Variants,
         label_weights: tuple[float, ...] = (),
-        split: Literal["dev", "test"] = "test",
+        split: Literal["dev", "test", "held"] = "test",
         max_rows: int = 0,
     ) -> EvaluateRequest:
-        """A request to evaluate ``latents`` [k, d]; for the arguments see `EvaluateRequest`."""
+        """A request to evaluate ``lines``, in their order; for the other arguments see `EvaluateRequest`."""
         state = self._state
         settings = self._state.settings
+        readouts = [readout if isinstance(readout, Readout) else None for _, readout in lines.values()]
+        layered = [readout if isinstance(readout, LayerReadout) else None for _, readout in lines.values()]
         return EvaluateRequest(
             model_fingerprint=self.model_fingerprint,
             task=state.task.identity,
@@ -102,10 +104,12 @@ class Planner:
             template=state.template,
             prompt=settings.prompt,
             objective=settings.objective,
-            latents=Array.of(latents),
+            latents=Array.of(np.stack([latent for latent, _ in lines.values()])),
             readouts=tuple(readouts),
             others=state.others if any(readout and readout.others for readout in readouts) else (),
+            layer_readouts=tuple(layered) if any(layered) else (),
             label_weights=label_weights,
             split=split,
+            held=state.held if split == "held" else None,
             max_rows=max_rows,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from fedbpt.objective.losses import MAX_RATIO
 from fedbpt.protocol.rounds import EvaluateRequest, RoundPlan
-from fedbpt.protocol.specs import Array, Readout, Template
+from fedbpt.protocol.specs import Array, LayerReadout, Readout, Template
 
 MAX_LOSS: Final = 1e4
 """Largest loss of a row before its weight, nats or hinge units: no model has logits that give more."""
@@ -46,7 +47,10 @@ def plan_loss_range(plan: RoundPlan, readout: Readout | None) -> tuple[float, fl
 
 def evaluation_loss_range(request: EvaluateRequest) -> tuple[float, float]:
     """`plan_loss_range` of held-back rows."""
-    return -ROUNDING, _largest_loss(len(request.labels), request.label_weights, request.readouts)
+    n_labels, weights = len(request.labels), request.label_weights
+    by_layers = [_largest_logit(readout) for readout in request.layer_readouts if readout is not None]
+    of_layers = max(weights, default=1.0) * (2 * max(by_layers, default=0.0) + math.log(max(n_labels, 1)) + ROUNDING)
+    return -ROUNDING, max(_largest_loss(n_labels, weights, request.readouts), of_layers)
 
 
 def _largest_loss(n_labels: int, label_weights: tuple[float, ...], readouts: Iterable[Readout | None]) -> float:
@@ -59,3 +63,11 @@ def _added(readout: Readout) -> float:
     """The most that ``readout`` adds to a label's logit."""
     columns = [np.abs(weights.numpy()) for weights in (readout.weights, *readout.others)]
     return max(float((column[0] + MAX_LOGIT * column[1:].sum(axis=0)).max()) for column in columns)
+
+
+def _largest_logit(readout: LayerReadout) -> float:
+    """The largest logit that ``readout`` gives: a state has norm √n_embd, a label word's log-probability a bound."""
+    weights = readout.weights.numpy()
+    of_states = math.sqrt(weights.shape[2]) * np.sqrt((weights**2).sum(axis=2)).sum(axis=(0, 1)).max(initial=0.0)
+    of_words = MAX_LOSS * float(np.abs(readout.word_scales.numpy()).sum())
+    return float(of_states + of_words + np.abs(readout.bias.numpy()).max(initial=0.0))

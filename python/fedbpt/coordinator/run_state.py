@@ -7,25 +7,33 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.aggregation.base import Aggregator, Fit
+from fedbpt.aggregation.layer_fit import LayerFit
 from fedbpt.aggregation.readout import ReadoutFit
 from fedbpt.coordinator.round_reports import cap_reports, label_weights, purpose_of, template_losses, template_scores
-from fedbpt.protocol.rounds import FitPurpose, RoundReport
-from fedbpt.protocol.specs import Readout, Template
+from fedbpt.engine.layers import reading_layers
+from fedbpt.protocol.rounds import EvaluateReport, FitPurpose, HeldRows, Reading, RoundReport
+from fedbpt.protocol.specs import Array, Readout, Template
 from fedbpt.runs.events import RoundPurpose
-from fedbpt.runs.result import TemplateScore, Variants, variants
+from fedbpt.runs.result import AnyReadout, Shipped, TemplateScore, Variants, variants
 from fedbpt.runs.settings import RunSettings
 from fedbpt.tasks import Task
+from fedbpt.tasks.reading import reading_templates
 
 SELECTION: Final = 0
 """Number of the round that selects the template; calibration and search begin with round 1."""
+
+
+MAX_WORD_BYTES: Final = 120
+"""Label words of more bytes together, in UTF-8, are not scored: each text would cost dozens of tokens more."""
 
 
 class RunState:
@@ -54,6 +62,10 @@ class RunState:
         self.candidates: tuple[TemplateScore, ...] = ()
         self.label_weights: tuple[float, ...] = ()
         """Weight of a row's loss by its label; empty: ones."""
+        self.n_layer = 0
+        """Layers of the model whose states can be read; set when the run is opened."""
+        self.shipped: Shipped = ""
+        """The variant that `choose` chose."""
         self._selected = 0
         self._best: tuple[float, NDArray[np.float64]] | None = None  # lowest judged loss, and its mean
         self._n_worse = 0  # judgements since the best one, or since the last restart
@@ -128,6 +140,21 @@ class RunState:
             self.aggregator.restart(self.mean)
         return better
 
+    def choose(self, names: Sequence[str], reports: Sequence[EvaluateReport]) -> None:
+        """Choose what is shipped, by losses of `held_lines` ``names`` on held-out rows; without any, the first line.
+
+        Another line is chosen if its loss is lower by more than the standard error of the difference.
+        """
+        best, lowest = 0, 0.0
+        n_rows = sum(report.n for report in reports)
+        for i in range(1, len(names)) if n_rows > 1 else ():
+            mean = sum(report.loss_sums[i] - report.loss_sums[0] for report in reports) / n_rows
+            square = sum(report.difference_squares[i] for report in reports) / n_rows
+            error = math.sqrt(max(square - mean**2, 0.0) / (n_rows - 1))
+            if mean + error < lowest:
+                best, lowest = i, mean + error
+        self.shipped = cast(Shipped, names[best])
+
     # --- readings ------------------------------------------------------------------------------------------------
 
     @property
@@ -138,6 +165,32 @@ class RunState:
     @property
     def template_index(self) -> int:
         return self._selected
+
+    @property
+    def reads_layers(self) -> bool:
+        """Whether readouts are fitted to hidden states; else to the logits of random words."""
+        return bool(self.task.labels) and self.settings.may_read_layers and self.n_layer > 0
+
+    @property
+    def states_alone(self) -> bool:
+        """Whether the label words are too long to be scored: only hidden states are read, and no prompt is tuned."""
+        return self.reads_layers and all(
+            sum(len(word.encode()) for word in template.label_words) > MAX_WORD_BYTES
+            for template in self.task.templates
+        )
+
+    @property
+    def held(self) -> HeldRows:
+        """The training rows that judge what is shipped."""
+        return HeldRows(max_rows=self.settings.fit_rows, seed=self.settings.seed)
+
+    def held_lines(self) -> Variants:
+        """What may be shipped, as far as it can be judged on held-out rows: readouts are fitted without them."""
+        fits = {purpose: fit for purpose, fit in self.fits.items() if isinstance(fit, LayerFit) and fit.done}
+        if "probe" not in fits:
+            return {}
+        found = variants(self.mean, {**self._readouts(), **{p: fit.held_readout for p, fit in fits.items()}})
+        return {name: found[name] for name in ("probe", "calibrated", "prompt", "read") if name in found}
 
     @property
     def others(self) -> tuple[Template, ...]:
@@ -160,8 +213,8 @@ class RunState:
     @property
     def label_bias(self) -> NDArray[np.float64] | None:
         """The calibrated bias [n_labels]; None: not calibrated."""
-        fit = self.fits.get("calibration")
-        return None if fit is None else fit.readout.weights.numpy()[0]
+        readout = self.readout("calibration")
+        return readout.weights.numpy()[0] if isinstance(readout, Readout) else None
 
     def fit(self, purpose: FitPurpose) -> Fit:
         """The fit of ``purpose`` as far as it has come; a new one before its first exchange, or after more search."""
@@ -171,6 +224,8 @@ class RunState:
 
     def new_fit(self, purpose: FitPurpose, latent: NDArray[np.float64]) -> Fit:
         """A fit of ``purpose`` to the prompt of ``latent`` [d]; not part of the state."""
+        if purpose != "calibration" and self.reads_layers:
+            return self._new_layer_fit(purpose, latent)
         others = self.others if purpose == "readout" else ()
         n_words = 0 if purpose == "calibration" else self.settings.objective.readout_words // (1 + len(others))
         return ReadoutFit(
@@ -185,13 +240,36 @@ class RunState:
             self.settings.byzantine,
         )
 
-    def readout(self, purpose: FitPurpose) -> Readout | None:
+    def _new_layer_fit(self, purpose: FitPurpose, latent: NDArray[np.float64]) -> LayerFit:
+        base = self.fits.get("probe") if purpose == "readout" else None
+        templates = () if purpose == "readout" else reading_templates(self.task, self.template)
+        n_task_templates = 1 if purpose == "readout" else len(self.task.templates)
+        reading = Reading(
+            latent=Array.of(latent),
+            templates=templates,
+            layers=reading_layers(self.n_layer),
+            n_word_views=0 if self.states_alone else n_task_templates,
+            max_rows=self.settings.fit_rows,
+        )
+        return LayerFit(
+            purpose,
+            reading,
+            len(self.task.labels),
+            self.settings.balanced,
+            base if isinstance(base, LayerFit) and base.done else None,
+            self.template,
+        )
+
+    def readout(self, purpose: FitPurpose) -> AnyReadout | None:
         """The result of the fit of ``purpose``; None: there is none."""
         return self.fits[purpose].readout if purpose in self.fits else None
 
     def variants(self) -> Variants:
         """The variants to evaluate at the end."""
-        return variants(self.mean, {purpose: fit.readout for purpose, fit in self.fits.items()})
+        return variants(self.mean, self._readouts(), self.shipped)
+
+    def _readouts(self) -> dict[FitPurpose, AnyReadout]:
+        return {purpose: fit.readout for purpose, fit in self.fits.items()}
 
     def digest(self) -> str:
         """sha256 (hex) of everything that decides what comes next."""

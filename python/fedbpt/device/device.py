@@ -13,12 +13,24 @@ from numpy.typing import NDArray
 
 from fedbpt.argument_types import checked
 from fedbpt.device.effort import Effort
+from fedbpt.device.layer_work import LayerRows, fitted_rows, held_rows
 from fedbpt.device.speed import Speed, measure_speed
 from fedbpt.device.state import DeviceState
 from fedbpt.engine.scorer import Scorer
-from fedbpt.errors import DataError, InputError
+from fedbpt.errors import DataError, InputError, ScoringInterrupted
 from fedbpt.machine.memory import physical_memory
-from fedbpt.objective.mini_batches import PlainLogits, mini_batch, parts_of, row_weights, under
+from fedbpt.objective.layer_sums import cross_result, sums_result
+from fedbpt.objective.layer_view import LayerReader, ViewKey
+from fedbpt.objective.losses import cross_entropy
+from fedbpt.objective.mini_batches import (
+    TEMPLATES_SHARE,
+    PlainLogits,
+    mini_batch,
+    parts_of,
+    row_weights,
+    under,
+    weights_by_label,
+)
 from fedbpt.objective.objective import Cancelled, Objective, Progress
 from fedbpt.objective.privacy import Releases, RowLosses, check_private
 from fedbpt.objective.readout import fit_result
@@ -26,6 +38,8 @@ from fedbpt.protocol.codec import digest
 from fedbpt.protocol.membership import misfit
 from fedbpt.protocol.questions import Answer, Question
 from fedbpt.protocol.rounds import (
+    CrossResult,
+    CrossWork,
     DeviceInfo,
     EvaluateReport,
     EvaluateRequest,
@@ -40,14 +54,16 @@ from fedbpt.protocol.rounds import (
     RoundReport,
     SelectResult,
     SelectWork,
+    SumsResult,
+    SumsWork,
 )
 from fedbpt.protocol.seeding import generator
-from fedbpt.protocol.specs import Array, ObjectiveSpec, PromptSpec, Readout, Template, as_name
+from fedbpt.protocol.specs import Array, LayerReadout, ObjectiveSpec, PromptSpec, Readout, Template, as_name
 from fedbpt.search.local_search import local_search, local_seed
 from fedbpt.search.population import sample_population
 from fedbpt.side_by_side.on_device import answer_of
 from fedbpt.tasks import Task
-from fedbpt.tasks.rows import Row, batch_indices
+from fedbpt.tasks.rows import Row, batch_indices, targets_of
 from fedbpt.version import VERSION
 
 _MAX_OBJECTIVES = 4  # cached; train, dev and test rows under one template, and one to spare
@@ -91,6 +107,8 @@ class Device:
         self._speed = Speed(0.0, {}, None)
         self._objectives: OrderedDict[bytes, Objective] = OrderedDict()
         self._plain_logits: OrderedDict[bytes, PlainLogits] = OrderedDict()
+        texts = [text for text, _ in train_rows]
+        self._layer_rows = LayerRows(scorer, texts, targets_of(train_rows, task.labels))
         self.state = state or DeviceState()
 
     def check_fit(self, objective: ObjectiveSpec, prompt: PromptSpec) -> None:
@@ -123,6 +141,8 @@ class Device:
             peak_rss_bytes=int(memory.get("peak_rss", 0)),
             tokens_per_second=self.state.tokens_per_second,
             shares_beginnings=self.scorer.shares_beginnings,
+            n_layer=self.scorer.n_layer,
+            n_embd=self.scorer.n_embd,
             task=self._task.identity,
             word_tokens=self._speed.word_tokens,
             word_tokens_per_second=self._speed.word_tokens_per_second,
@@ -167,6 +187,8 @@ class Device:
             result, n_texts = self._pooled(plan, work, effort, progress, timed_cancelled)
         elif isinstance(work, FitWork):
             result, n_texts = self._fit(plan, work, effort, progress, timed_cancelled)
+        elif isinstance(work, SumsWork | CrossWork):
+            result, n_texts = self._fit_layers(plan, work, effort, progress, timed_cancelled)
         elif isinstance(work, LocalWork):
             result, n_texts = self._local(plan, work, effort, progress, timed_cancelled)
         else:
@@ -211,39 +233,120 @@ class Device:
                 f"latents must have shape [k, {request.prompt.d}] with k of 1 or more, got {list(latents.shape)}",
                 field="latents",
             )
-        if not self._rows[request.split]:
-            raise DataError(f"device {self.name} has no {request.split} rows: start it with some", field=request.split)
         began = time.monotonic()
+        k = len(latents)
+        for field in ("readouts", "layer_readouts"):
+            given = len(getattr(request, field))
+            if given not in (0, k):
+                raise InputError(f"{given} {field} for {k} latents: give one per latent, or none", field=field)
+        layered = {i: each for i, each in enumerate(request.layer_readouts) if each is not None}
+        plain = np.array([i for i in range(k) if i not in layered], dtype=np.intp)
+        rows = self._asked_rows(request)
+        correct = np.zeros(k, dtype=int)
+        losses = np.zeros((k, len(rows)))
+        if len(plain):
+            readouts = [request.readouts[i] for i in plain] if request.readouts else []
+            correct[plain], losses[plain] = self._evaluate_plain(
+                request, latents[plain], readouts, rows, progress, cancelled
+            )
+        if layered:
+            which = np.array(list(layered), dtype=np.intp)
+            correct[which], losses[which] = self._evaluate_layers(
+                request, latents[which], list(layered.values()), rows, progress, cancelled
+            )
+        squares = ((losses - losses[0]) ** 2).sum(axis=1).tolist() if request.split == "held" else ()
+        return EvaluateReport(
+            n=len(rows),
+            correct=tuple(correct.tolist()),
+            loss_sums=tuple(losses.sum(axis=1).tolist()),
+            seconds=time.monotonic() - began,
+            difference_squares=tuple(squares),
+        )
+
+    def _asked_rows(self, request: EvaluateRequest) -> NDArray[np.intp]:
+        """The rows of the split that ``request`` asks for, ascending."""
+        if request.split == "held":
+            rows = held_rows(self._layer_rows.targets, request.held)
+        else:
+            n_rows = len(self._rows[request.split])
+            rows = np.arange(min(request.max_rows or n_rows, n_rows))
+        if not len(rows):
+            raise DataError(f"device {self.name} has no {request.split} rows: start it with some", field=request.split)
+        return rows
+
+    def _evaluate_plain(
+        self,
+        request: EvaluateRequest,
+        latents: NDArray[np.float64],
+        readouts: Sequence[Readout | None],
+        rows: NDArray[np.intp],
+        progress: Progress,
+        cancelled: Cancelled,
+    ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+        """Correct predictions [k], and losses [k, n], by the label words' scores."""
+        split = "train" if request.split == "held" else request.split
         objective = self._objective(
-            request.split,
+            split,
             request.template,
             request.labels,
             request.objective,
             request.prompt,
-            keep_kv=request.split == "dev",  # dev rows are evaluated many times, test rows once
+            keep_kv=request.split != "test",  # dev rows are evaluated many times, test rows once
         )
-        n = min(request.max_rows or len(objective), len(objective))
         weights = row_weights(objective, request)
-        if request.readouts and len(request.readouts) != len(latents):
-            raise InputError(
-                f"{len(request.readouts)} readouts for {len(latents)} latents: give one per latent, or none",
-                field="readouts",
-            )
-        others = [self._plain(objective, request, template, np.arange(n)) for template in request.others]
-        correct = [0] * len(latents)
-        loss_sums = [0.0] * len(latents)
-        for part in parts_of(np.arange(n), 1 + len(others)):
+        others = [self._plain(objective, request, template, rows) for template in request.others]
+        correct = np.zeros(len(latents), dtype=np.intp)
+        losses = np.zeros((len(latents), len(rows)))
+        done = 0
+        for part in parts_of(rows, 1 + len(others)):
             logits = [other.of(part, cancelled) for other in others]
             for which, embeds in objective.prompts(latents):
-                readouts = [request.readouts[i] for i in which] if request.readouts else ()
+                own = [readouts[i] for i in which] if len(readouts) else ()
                 report = None if others else progress
-                found = objective.evaluate(embeds, part, report, cancelled, readouts, logits, weights)
-                for i, right, loss in zip(which, found.correct, found.loss_sums, strict=True):
-                    correct[i] += right
-                    loss_sums[i] += loss
+                found = objective.evaluate(embeds, part, report, cancelled, own, logits, weights)
+                correct[which] += found.correct
+                losses[which, done : done + len(part)] = found.losses
+            done += len(part)
             if others:
-                progress(int(part[-1]) + 1, n)
-        return EvaluateReport(n=n, correct=tuple(correct), loss_sums=tuple(loss_sums), seconds=time.monotonic() - began)
+                progress(done, len(rows))
+        return correct, losses
+
+    def _evaluate_layers(
+        self,
+        request: EvaluateRequest,
+        latents: NDArray[np.float64],
+        readouts: Sequence[LayerReadout],
+        rows: NDArray[np.intp],
+        progress: Progress,
+        cancelled: Cancelled,
+    ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+        """Correct predictions [k], and losses [k, n], by hidden states."""
+        data = self._rows["train" if request.split == "held" else request.split]
+        targets = targets_of([data[row] for row in rows], request.labels)
+        weights = weights_by_label(request)[targets]
+        readers = [self._reader(request, *pair) for pair in zip(latents, readouts, strict=True)]
+        correct = np.zeros(len(readers), dtype=np.intp)
+        losses = np.zeros((len(readers), len(rows)))
+        for start in range(0, len(rows), TEMPLATES_SHARE):
+            if cancelled():
+                raise ScoringInterrupted(f"the evaluation was cancelled after {start} of {len(rows)} texts")
+            part = slice(start, start + TEMPLATES_SHARE)
+            texts = [data[row][0] for row in rows[part]]
+            known: dict[ViewKey, tuple[NDArray[np.float32], NDArray[np.float64]]] = {}
+            for i, reader in enumerate(readers):
+                logits = reader.logits(texts, known)
+                correct[i] += (logits.argmax(axis=1) == targets[part]).sum()
+                losses[i, part] = cross_entropy(logits, targets[part]) * weights[part]
+            progress(min(start + TEMPLATES_SHARE, len(rows)), len(rows))
+        return correct, losses
+
+    def _reader(self, request: EvaluateRequest, latent: NDArray[np.float64], readout: LayerReadout) -> LayerReader:
+        embeds = None
+        if latent.any():
+            made = self._objective("train", request.template, request.labels, request.objective, request.prompt)
+            embeds = made.embeds(latent[None])[0]
+        limit = request.objective.max_text_tokens
+        return LayerReader(readout, self.scorer, request.template, request.labels, limit, embeds, request.prompt)
 
     def _select(
         self, plan: RoundPlan, work: SelectWork, effort: Effort, progress: Progress, cancelled: Cancelled
@@ -308,7 +411,8 @@ class Device:
             noisy = self._private_losses(plan, 0, objective, latents, effort, cancelled)
             return PooledResult(losses=Array.of(noisy, "<f4")), len(objective)
         path = (plan.device, work.generation)
-        chosen, weights = mini_batch(objective, row_weights(objective, plan), plan.texts, plan, path)
+        held = held_rows(objective.targets, plan.held)
+        chosen, weights = mini_batch(objective, row_weights(objective, plan), plan.texts, plan, path, held)
         noise = generator(plan.seed, "perturb", *path)
         with effort.of(objective):
             losses = objective.losses(objective.embeds(latents), chosen, noise, progress, cancelled, weights)
@@ -349,12 +453,27 @@ class Device:
         progress(1, 1)
         return result, len(chosen)
 
+    def _fit_layers(
+        self, plan: RoundPlan, work: SumsWork | CrossWork, effort: Effort, progress: Progress, cancelled: Cancelled
+    ) -> tuple[SumsResult | CrossResult, int]:
+        reading = work.reading
+        targets = self._layer_rows.targets
+        chosen, folds = fitted_rows(targets, reading.max_rows, reading.n_folds, plan.seed)
+        views = self._layer_rows.read(
+            plan, reading, chosen, lambda: self._train_objective(plan), effort, progress, cancelled
+        )
+        if isinstance(work, SumsWork):
+            return sums_result(work, views, targets[chosen], folds, len(plan.labels)), len(chosen)
+        weights = weights_by_label(plan)[targets[chosen]]
+        return cross_result(work, views, targets[chosen], folds, weights), len(chosen)
+
     def _local(
         self, plan: RoundPlan, work: LocalWork, effort: Effort, progress: Progress, cancelled: Cancelled
     ) -> tuple[LocalResult, int]:
         objective = self._train_objective(plan)
         n_rows = len(objective)
         steps = work.iterations + 1
+        held = held_rows(objective.targets, plan.held)
         weights = row_weights(objective, plan)
         weights = weights / weights.mean()  # else a device that only has frequent labels would look fittest
 
@@ -364,7 +483,7 @@ class Device:
             last = iteration == work.iterations
             path = (plan.device, plan.round, iteration)
             size = 0 if last else plan.texts
-            chosen, of_rows = mini_batch(objective, weights, size, plan, path)
+            chosen, of_rows = mini_batch(objective, weights, size, plan, path, held)
             noise = generator(plan.seed, "perturb", *path)
             values = objective.losses(objective.embeds(latents), chosen, noise, None, cancelled, of_rows)
             progress(iteration + 1, steps)

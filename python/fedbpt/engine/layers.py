@@ -15,6 +15,11 @@ def default_layers(n_layer: int) -> tuple[int, ...]:
     return tuple(sorted({3 * n_layer // 4, n_layer - 1}))
 
 
+def reading_layers(n_layer: int) -> tuple[int, ...]:
+    """The layers that a readout chooses from: at 0.6 and 0.75 of the depth, and the last."""
+    return tuple(sorted({3 * n_layer // 5, 3 * n_layer // 4, n_layer - 1}))
+
+
 def check_layers(layers: Sequence[int], n_layer: int) -> tuple[int, ...]:
     """``layers`` as plain ints. Raises `InputError` unless they ascend within 0 … ``n_layer`` − 1."""
     numbers = tuple(int(layer) for layer in layers)

@@ -198,11 +198,19 @@ class NativeScorer:
 
     @property
     def n_embd(self) -> int:
-        return int(self._engine.n_embd)
+        return int(self._engine.n_embd) if self._loaded is not None else self._sizes[1]
 
     @property
     def n_layer(self) -> int:
-        return int(self._engine.n_layer)
+        return int(self._engine.n_layer) if self._loaded is not None else self._sizes[0]
+
+    @cached_property
+    def _sizes(self) -> tuple[int, int]:
+        """Layers and n_embd by the file's tensors: a late model is not loaded to describe it."""
+        with self._files.unchanged():
+            shapes = models.tensor_shapes(self.path)
+        layers = {int(name.split(".")[1]) for name in shapes if name.startswith("blk.")}
+        return len(layers), shapes["token_embd.weight"][0]
 
     @property
     def n_vocab(self) -> int:

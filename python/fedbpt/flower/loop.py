@@ -16,11 +16,12 @@ from fedbpt.coordinator.members import common_model
 from fedbpt.coordinator.report_checks import check_evaluation, check_report
 from fedbpt.coordinator.run_state import SELECTION
 from fedbpt.coordinator.vetting import vet
+from fedbpt.coordinator.work_kinds import kind_of
 from fedbpt.errors import ConfigError, DeviceError, QuorumError, WireError
 from fedbpt.flower.client import MIN_TTL_S
 from fedbpt.flower.records import packed, reply_of
 from fedbpt.plain_text import MOST_TOLD, one_line
-from fedbpt.protocol import codec, specs
+from fedbpt.protocol import specs
 from fedbpt.protocol.membership import misfit
 from fedbpt.protocol.rounds import DeviceInfo, EvaluateReport, EvaluateRequest, RoundPlan, RoundReport
 from fedbpt.runs.events import RoundPurpose
@@ -105,7 +106,7 @@ class FlowerLoop:
             )
         round, purpose = self._next()
         work = self._ledger.planner.work(round, purpose)
-        self._work_digest = codec.digest(work)
+        self._work_digest = kind_of(work).digest(work)
         self._started_at = time.monotonic()
         self._plans = {name: self._ledger.planner.plan(round, name, work) for name in self._nodes}
         return [self._message(name, plan, MessageType.TRAIN, str(round)) for name, plan in self._plans.items()]
@@ -144,8 +145,7 @@ class FlowerLoop:
         """Messages that ask devices with development rows to evaluate the mean on them."""
         state = self._ledger.state
         self._request = self._ledger.planner.request(
-            state.mean[None],
-            readouts=(state.readout("calibration"),),
+            {"tuned": (state.mean, state.readout("calibration"))},
             label_weights=state.label_weights,
             split="dev",
             max_rows=self._settings.dev_rows,
@@ -158,7 +158,7 @@ class FlowerLoop:
         total = NO_SCORE
         for name, report in self._decoded(replies, EvaluateReport):
             try:
-                request = self._request or self._ledger.planner.request(self._ledger.state.mean[None])
+                request = self._request or self._ledger.planner.request({"tuned": (self._ledger.state.mean, None)})
                 check_evaluation(report, request, self._infos[name].n_dev)
             except WireError as error:
                 log.warning("%s: its evaluation is rejected: %s", name, error)

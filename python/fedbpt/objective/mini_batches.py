@@ -14,6 +14,8 @@ from fedbpt.protocol.seeding import generator
 from fedbpt.protocol.specs import Template
 from fedbpt.tasks.rows import Row, batch_indices
 
+_NO_ROWS = np.zeros(0, dtype=np.intp)
+
 TEMPLATES_SHARE = 4
 """Rows scored under all templates before the next rows: the scorer then reuses the KV of their common prefixes.
 
@@ -54,25 +56,37 @@ class PlainLogits:
 
 def row_weights(objective: Objective, request: RoundPlan | EvaluateRequest) -> NDArray[np.float64]:
     """Weight [n] of each row's loss, by its label."""
+    return weights_by_label(request)[objective.targets] if request.label_weights else np.ones(len(objective))
+
+
+def weights_by_label(request: RoundPlan | EvaluateRequest) -> NDArray[np.float64]:
+    """Weight [n_labels] of the loss of a row with each label."""
     if not request.label_weights:
-        return np.ones(len(objective))
+        return np.ones(len(request.labels))
     if len(request.label_weights) != len(request.labels):
         raise InputError(
             f"label_weights must have one weight for each of the {len(request.labels)} labels, "
             f"got {len(request.label_weights)}",
             field="label_weights",
         )
-    return np.array(request.label_weights)[objective.targets]
+    return np.array(request.label_weights)
 
 
 def mini_batch(
-    objective: Objective, weights: NDArray[np.float64], size: int, plan: RoundPlan, path: tuple[str | int, ...]
+    objective: Objective,
+    weights: NDArray[np.float64],
+    size: int,
+    plan: RoundPlan,
+    path: tuple[str | int, ...],
+    held: NDArray[np.intp] = _NO_ROWS,
 ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
     """Draw a mini-batch by ``weights`` [n] of all rows; return it and the weights [n] for an unbiased mean loss.
 
     Rows drawn in proportion to their weight then count equally. So rare labels appear in most mini-batches, instead of
-    weighing heavily in a few.
+    weighing heavily in a few. The rows ``held``, ascending, are never drawn.
     """
-    chosen = batch_indices(len(objective), size, generator(plan.seed, "batch", *path), objective.targets, weights)
-    is_all_rows = len(chosen) == len(objective)
-    return chosen, weights if is_all_rows else np.full(len(weights), weights.mean())
+    rows = np.setdiff1d(np.arange(len(objective)), held)
+    rng = generator(plan.seed, "batch", *path)
+    chosen = rows[batch_indices(len(rows), size, rng, objective.targets[rows], weights[rows])]
+    is_all_rows = len(chosen) == len(rows)
+    return chosen, weights if is_all_rows else np.full(len(weights), weights[rows].mean())

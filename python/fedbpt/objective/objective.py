@@ -19,7 +19,7 @@ from fedbpt.objective.evaluation import Evaluation
 from fedbpt.objective.losses import LOSSES, perturbed_ratio
 from fedbpt.objective.readout import blocks, ensemble, word_ids
 from fedbpt.prompts.prompt import Prompt
-from fedbpt.protocol.specs import ObjectiveSpec, PromptSpec, Readout, Template
+from fedbpt.protocol.specs import LayerReadout, ObjectiveSpec, PromptSpec, Readout, Template
 from fedbpt.search.projection import Projection, scored_as, start_rows
 from fedbpt.tasks.perturb import perturb
 from fedbpt.tasks.rows import Row, targets_of
@@ -234,20 +234,22 @@ class Objective:
                 field="others",
             )
         predictions = []
-        loss_sums = np.zeros(k)
+        losses = []
         done = 0
         for part, raw in self._raw(candidates[first], chosen, None, progress, cancelled):
             read_out = self._read_out(raw[which], weights, [own[done : done + len(part)] for own in others])
-            loss_sums += self._losses(part, read_out, row_weights).sum(axis=1)
+            losses.append(self._losses(part, read_out, row_weights))
             predictions.append(read_out.argmax(axis=-1) if self.labels else np.full(read_out.shape[:2], -1))
             done += len(part)
-        self.evaluations += len(loss_sums)
+        self.evaluations += k
+        of_rows = np.concatenate(losses, axis=1)
         labels = np.concatenate(predictions, axis=1)
         correct = (labels == self.targets[chosen]).sum(axis=1)
         return Evaluation(
             n=len(chosen),
             correct=tuple(int(count) for count in correct),
-            loss_sums=tuple(float(total) for total in loss_sums),
+            loss_sums=tuple(float(total) for total in sum(each.sum(axis=1) for each in losses)),
+            losses=of_rows,
             predictions=labels,
         )
 
@@ -262,8 +264,12 @@ class Objective:
         task: Task,
         history: tuple[Mapping[str, Any], ...] = (),
         others: tuple[Template, ...] = (),
+        layer_readout: LayerReadout | None = None,
     ) -> Prompt:
-        """Make the `Prompt` of one latent [d], with this objective's ``readout``; ``others``: its other templates."""
+        """Make the `Prompt` of one latent [d], with this objective's ``readout``; ``others``: its other templates.
+
+        z = 0 gives the rows of no prompt, in front too: P0. ``layer_readout``: used instead of ``readout``.
+        """
         n_words = 0 if self.readout is None else self.readout.weights.shape[0] - 1
         weights = self._blocks(self.readout)[:, : 1 + n_words]  # drop words that the readout does not use
         return Prompt(
@@ -281,6 +287,7 @@ class Objective:
             word_weights=weights[0, 1:],
             others=others,
             other_weights=weights[1:],
+            layer_readout=layer_readout,
             task=task,
         )
 

@@ -2,8 +2,11 @@
 
 Tensors: ``rows`` float32 [n_prompt, n_embd], ``label_bias`` float32 [n_labels]; with a readout also ``word_ids`` int32
 [n_words] and ``word_weights`` float32 [n_words, n_labels]; with other templates also ``other_weights`` float32
-[n_others, 1 + n_words, n_labels]. The file's metadata has one key, ``fedbpt``: a JSON object with a format number, the
-`PromptSpec`, the task, template, model and history. Files of format 1 have only the task's name and labels.
+[n_others, 1 + n_words, n_labels]. In format 3, instead of these, ``layer_weights`` float16 [n_templates, n_layers,
+n_embd, n_labels] and ``word_scales`` float32 [n_templates] (`fedbpt.protocol.specs.LayerReadout`).
+
+The file's metadata has one key, ``fedbpt``: a JSON object with a format number, the `PromptSpec`, the task, template,
+model and history. Files of format 1 have only the task's name and labels.
 """
 
 from __future__ import annotations
@@ -23,23 +26,28 @@ from numpy.typing import NDArray
 
 from fedbpt.argument_types import array_of, checked
 from fedbpt.checking import DECODE_ERRORS
-from fedbpt.errors import InputError, PromptError
+from fedbpt.errors import InputError, PromptError, WireError
 from fedbpt.html_tables import html_table
 from fedbpt.machine.files import write_whole
 from fedbpt.prompts.model_card import model_card, use_in_fedbpt
-from fedbpt.protocol.specs import Array, PromptSpec, Readout, Template
+from fedbpt.protocol.specs import Array, LayerReadout, PromptSpec, Readout, Template
+from fedbpt.quantities import NaturalInt
 from fedbpt.tasks import BUILTIN, Task
 
 FORMAT = 2
-"""Version of the file format that is written."""
+"""Version of the file format that is written, unless the prompt has a layer readout."""
 
-_READABLE_FORMATS = (1, FORMAT)
+LAYERS_FORMAT = 3
+"""Version of the file format of prompts with a layer readout, which older versions refuse."""
+
+_READABLE_FORMATS = (1, FORMAT, LAYERS_FORMAT)
 
 _KEY = "fedbpt"
 _TENSORS = {"rows", "label_bias"}
 _READOUT_TENSORS = {"word_ids", "word_weights"}
 _OTHERS_TENSORS = {*_READOUT_TENSORS, "other_weights"}
-_TENSOR_SETS = (_TENSORS, _TENSORS | _READOUT_TENSORS, _TENSORS | _OTHERS_TENSORS)
+_LAYERS_TENSORS = {"layer_weights", "word_scales"}
+_TENSOR_SETS = (_TENSORS, _TENSORS | _READOUT_TENSORS, _TENSORS | _OTHERS_TENSORS, _TENSORS | _LAYERS_TENSORS)
 _METADATA_FIELDS = (
     "spec",
     "task_name",
@@ -79,6 +87,8 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     history: tuple[dict[str, Any], ...]
     others: tuple[Template, ...] = ()
     task: Task | None = None
+    layers: tuple[NaturalInt, ...] = ()
+    layer_templates: tuple[Template, ...] = ()
 
 
 class Prompt:
@@ -99,6 +109,8 @@ class Prompt:
         word_weights: [n_words, n_labels], weights of these logits for each label; requires ``word_ids``.
         others: templates whose corrected log-probabilities, without a prompt, are averaged with the prompt's.
         other_weights: [n_others, 1 + n_words, n_labels], the readouts of ``others``; requires ``others``.
+        layer_readout: how label logits are read from hidden states, instead of from words; ``label_bias``,
+            ``word_ids`` and ``others`` are then unused. None: they are not.
         task: the full task (templates, columns, length limits); None: the built-in one of that name and those labels,
             or unknown.
 
@@ -125,6 +137,7 @@ class Prompt:
         word_weights: NDArray[np.floating[Any]] | None = None,
         others: tuple[Template, ...] = (),
         other_weights: NDArray[np.floating[Any]] | None = None,
+        layer_readout: LayerReadout | None = None,
         task: Task | None = None,
     ) -> None:
         self.rows = array_of(rows, np.float32, "rows")
@@ -138,6 +151,7 @@ class Prompt:
         if other_weights is None:
             other_weights = np.zeros((0, 1 + self.word_ids.size, len(labels)))
         self.other_weights = array_of(other_weights, np.float32, "other_weights")
+        self.layer_readout = layer_readout
         self.spec = spec
         self.task_name = task_name
         self.labels = tuple(labels)
@@ -177,6 +191,8 @@ class Prompt:
                 f"other_weights must have shape {list(expected)}, got {list(self.other_weights.shape)}",
                 field="other_weights",
             )
+        if self.layer_readout is not None:
+            _check_layer_readout(self.layer_readout, self.n_embd, n_labels)
         for used in (self.template, *self.others):
             if len(used.label_words) != n_labels:
                 raise InputError(
@@ -224,8 +240,9 @@ class Prompt:
 
     def to_bytes(self) -> bytes:
         """Encode as the content of a prompt file."""
+        layered = self.layer_readout
         header = _Header(
-            format=FORMAT,
+            format=FORMAT if layered is None else LAYERS_FORMAT,
             spec=self.spec,
             task_name=self.task_name,
             labels=self.labels,
@@ -236,9 +253,15 @@ class Prompt:
             history=self.history,
             others=self.others,
             task=self.task,
+            layers=() if layered is None else layered.layers,
+            layer_templates=() if layered is None else layered.others,
         )
         tensors: dict[str, NDArray[Any]] = {name: getattr(self, name) for name in _TENSORS}
-        if len(self.word_ids) or self.others:
+        if layered is not None:
+            tensors["label_bias"] = layered.bias.numpy().astype(np.float32)
+            tensors["layer_weights"] = layered.weights.numpy().astype(np.float16)
+            tensors["word_scales"] = layered.word_scales.numpy().astype(np.float32)
+        elif len(self.word_ids) or self.others:
             names = _OTHERS_TENSORS if self.others else _READOUT_TENSORS
             tensors |= {name: getattr(self, name) for name in names}
         return safetensors.numpy.save(tensors, metadata={_KEY: msgspec.json.encode(header).decode()})
@@ -268,8 +291,18 @@ class Prompt:
         if _KEY not in metadata or set(tensors) not in _TENSOR_SETS:
             raise PromptError(f"{source} is a safetensors file, but not a prompt: use one that fedbpt saved")
         header = _header(metadata[_KEY], source)
-        fields: dict[str, Any] = {name: getattr(header, name) for name in header.__struct_fields__ if name != "format"}
+        not_fields = {"format", "layers", "layer_templates"}
+        names = [name for name in header.__struct_fields__ if name not in not_fields]
+        fields: dict[str, Any] = {name: getattr(header, name) for name in names}
         try:
+            if "layer_weights" in tensors:
+                fields["layer_readout"] = LayerReadout(
+                    layers=header.layers,
+                    weights=Array.of(tensors.pop("layer_weights"), "<f2"),
+                    word_scales=Array.of(tensors.pop("word_scales"), "<f4"),
+                    bias=Array.of(tensors.pop("label_bias"), "<f4"),
+                    others=header.layer_templates,
+                )
             return cls(**{**tensors, **fields})
         except InputError as error:
             raise PromptError(f"{source} is damaged: {error}", field=error.field) from error
@@ -279,7 +312,7 @@ class Prompt:
         """Copy with other rows [n_prompt, n_embd] and another history."""
         tensors = {name: getattr(self, name) for name in (_TENSORS | _OTHERS_TENSORS) - {"rows"}}
         fields = {name: getattr(self, name) for name in _METADATA_FIELDS if name != "history"}
-        return Prompt(rows=rows, history=history, **tensors, **fields)
+        return Prompt(rows=rows, history=history, layer_readout=self.layer_readout, **tensors, **fields)
 
     @checked
     def check(self, model: Model) -> None:
@@ -303,9 +336,17 @@ class Prompt:
         tensors_equal = all(
             np.array_equal(getattr(self, name), getattr(other, name)) for name in _TENSORS | _OTHERS_TENSORS
         )
-        return tensors_equal and all(getattr(self, name) == getattr(other, name) for name in _METADATA_FIELDS)
+        if not tensors_equal or self.layer_readout != other.layer_readout:
+            return False
+        return all(getattr(self, name) == getattr(other, name) for name in _METADATA_FIELDS)
 
     __hash__ = None  # type: ignore[assignment]
+
+    def _readout_line(self) -> str:
+        if self.layer_readout is None:
+            return f"{self.n_words} words, {1 + len(self.others)} template(s)"
+        layers = ", ".join(map(str, self.layer_readout.layers))
+        return f"layers {layers}, {1 + len(self.layer_readout.others)} template(s)"
 
     def _repr_html_(self) -> str:
         words = zip(self.labels, self.template.label_words, strict=True)
@@ -314,7 +355,7 @@ class Prompt:
             ("prompt", f"{self.n_prompt} x {self.n_embd}, {self.spec.placement}"),
             ("template", repr(self.template.pattern)),
             ("labels", ", ".join(f"{label} →{word}" for label, word in words)),
-            ("readout", f"{self.n_words} words, {1 + len(self.others)} template(s)"),
+            ("readout", self._readout_line()),
         ]
         return html_table(f"Prompt for {self.task_name}", [line for line in lines if line[1]])
 
@@ -324,6 +365,24 @@ class Prompt:
             f"Prompt({self.task_name!r} for {self.model_name!r}, {self.n_prompt} x {self.n_embd} {self.spec.placement},"
             f" labels={list(self.labels)}, row norm {norm:.3g}, {len(self.history)} history entries)"
         )
+
+
+def _check_layer_readout(readout: LayerReadout, n_embd: int, n_labels: int) -> None:
+    n_templates = 1 + len(readout.others)
+    expected = (n_templates, len(readout.layers), n_embd, n_labels)
+    shapes = {
+        "layer_weights": (readout.weights.shape, expected),
+        "word_scales": (readout.word_scales.shape, (n_templates,)),
+        "label_bias": (readout.bias.shape, (n_labels,)),
+    }
+    for name, (got, wanted) in shapes.items():
+        if got != wanted:
+            raise InputError(f"{name} must have shape {list(wanted)}, got {list(got)}", field=name)
+    for name, array in (("layer_weights", readout.weights), ("word_scales", readout.word_scales)):
+        try:
+            array.numpy()
+        except WireError as error:
+            raise InputError(f"{name} must be finite, got NaN or infinity", field=name) from error
 
 
 def card_path(prompt_path: Path) -> Path:

@@ -14,11 +14,13 @@ from fedbpt.protocol.specs import (
     Array,
     Digest,
     Fingerprint,
+    LayerReadout,
     Message,
     Name,
     ObjectiveSpec,
     PrivacySpec,
     PromptSpec,
+    Quantized,
     Readout,
     Template,
 )
@@ -117,7 +119,64 @@ class FitWork(Message, frozen=True, tag="fit"):
     max_rows: NaturalInt = 512
 
 
-Work: TypeAlias = SelectWork | PooledWork | ReplayWork | LocalWork | FitWork
+class Reading(Message, frozen=True):
+    """What the fit of a `LayerReadout` reads: rows, templates and layers.
+
+    ``latent`` [d]: the prompt with which the plan's template is read first; 0: none. ``templates`` are then read
+    without a prompt. A view is one of these readings of a row. ``n_word_views``: first views in which the label words
+    are scored too. At most ``max_rows`` training rows (0: all) in ``n_folds`` folds.
+    """
+
+    latent: Array
+    templates: tuple[Template, ...]
+    layers: tuple[NaturalInt, ...]
+    n_word_views: NaturalInt
+    max_rows: NaturalInt = 512
+    n_folds: Annotated[int, msgspec.Meta(ge=2, le=16)] = 4
+
+    @property
+    def n_views(self) -> int:
+        return 1 + len(self.templates)
+
+    @property
+    def n_readers(self) -> int:
+        """Pairs of a view and a layer, views first."""
+        return self.n_views * len(self.layers)
+
+
+class SumsWork(Message, frozen=True, tag="sums"):
+    """Sum up the states of each reader, fold by fold (`fedbpt.aggregation.discriminant.FoldSums`).
+
+    ``max_rank``: most rows of a fold's factor.
+    """
+
+    purpose: FitPurpose
+    reading: Reading
+    max_rank: PositiveInt
+
+
+class CrossWork(Message, frozen=True, tag="cross"):
+    """Compute the losses of mixtures of classifiers, each row with those that were fitted without its fold.
+
+    Logits of mixture m: Σ_j coefficients[m, j]·(x_r(j)·W[f, j] + biases[f, j]) + Σ_v word_scales[m, v]·(s_v −
+    centres_v), for a row of fold f with the states x of reader r(j) = ``readers[j]`` and the log-probabilities s_v of
+    the label words in view v.
+
+    ``weights``: W [n_folds, n_columns, n_embd, n_labels]; ``biases`` [n_folds, n_columns, n_labels]; ``coefficients``
+    [n_mixtures, n_columns]; ``word_scales`` [n_mixtures, n_views]; ``centres`` [n_views, n_labels].
+    """
+
+    purpose: FitPurpose
+    reading: Reading
+    readers: tuple[NaturalInt, ...]
+    weights: Array
+    biases: Array
+    coefficients: Array
+    word_scales: Array
+    centres: Array
+
+
+Work: TypeAlias = SelectWork | PooledWork | ReplayWork | LocalWork | FitWork | SumsWork | CrossWork
 
 
 class SelectResult(Message, frozen=True, tag="select"):
@@ -173,7 +232,42 @@ class FitResult(Message, frozen=True, tag="fit"):
     means: Array
 
 
-Result: TypeAlias = SelectResult | PooledResult | LocalResult | RanksResult | FitResult
+class SumsResult(Message, frozen=True, tag="sums"):
+    """Sums of a device's rows.
+
+    ``counts`` [n_folds, n_labels]: rows. ``ranks`` [n_folds]: rows of each fold's factor. ``centres`` [n_readers,
+    n_embd]: mean states. ``rows`` [n_readers, n_cells + Σ ranks, n_embd]: for each fold, the mean states of the labels
+    that it has, less the centre; then each fold's factor. ``rests`` [n_readers, n_folds, n_embd]: what factors leave
+    out of the scatter; empty if nothing. ``word_means`` [n_word_views, n_labels]: mean log-probabilities of the label
+    words. ``loss``: of the label words in the first view, or else of the labels' shares, nats.
+    """
+
+    purpose: FitPurpose
+    loss: quantities.LossSum
+    counts: tuple[tuple[quantities.Count, ...], ...]
+    ranks: tuple[quantities.Count, ...]
+    centres: Array
+    rows: Quantized
+    rests: Array
+    word_means: Array
+
+
+class CrossResult(Message, frozen=True, tag="cross"):
+    """``loss_sums`` [n_mixtures, n_folds]: weighted losses summed over a fold's rows, nats."""
+
+    purpose: FitPurpose
+    loss_sums: Array
+
+
+Result: TypeAlias = SelectResult | PooledResult | LocalResult | RanksResult | FitResult | SumsResult | CrossResult
+
+
+class HeldRows(Message, frozen=True):
+    """Training rows that judge what is shipped: the first of ``n_folds`` folds of at most ``max_rows`` (0: all)."""
+
+    seed: NaturalInt
+    max_rows: NaturalInt = 512
+    n_folds: Annotated[int, msgspec.Meta(ge=2, le=16)] = 4
 
 
 class RoundPlan(Message, frozen=True):
@@ -194,6 +288,7 @@ class RoundPlan(Message, frozen=True):
     label_weights: tuple[PositiveFloat, ...] = ()  # one per label, weights of the rows' losses; empty: ones
     batch_size: NaturalInt | None = None  # texts in this device's mini-batches; None: the objective's
     privacy: PrivacySpec | None = None  # None: losses without clipping and noise
+    held: HeldRows | None = None  # training rows that the search does not see; None: it sees all
     deadline_s: PositiveFloat = 600.0
     protocol: Literal[1] = 1
 
@@ -238,8 +333,8 @@ class EvaluateRequest(Message, frozen=True):
     """Evaluate latents [k, d], k > 0, on the device's held-out rows.
 
     z = 0 stands for the model without a prompt, even where P0 are random tokens (``front``). ``max_rows``: number of
-    rows, the first ones; 0: all. ``split``: ``dev`` rows may decide, ``test`` rows only report. ``label_weights``: as
-    in `RoundPlan`.
+    rows, the first ones; 0: all. ``split``: ``dev`` rows may decide, ``test`` rows only report, ``held`` rows are
+    training rows that the search has not seen (`RoundPlan.held`). ``label_weights``: as in `RoundPlan`.
     """
 
     model_fingerprint: Fingerprint
@@ -251,19 +346,25 @@ class EvaluateRequest(Message, frozen=True):
     latents: Array
     readouts: tuple[Readout | None, ...] = ()  # one per latent; empty: none
     others: tuple[Template, ...] = ()  # the templates of the readouts' ``others``
+    layer_readouts: tuple[LayerReadout | None, ...] = ()  # one per latent, in the place of its readout; empty: none
     label_weights: tuple[PositiveFloat, ...] = ()
-    split: Literal["dev", "test"] = "test"
+    split: Literal["dev", "test", "held"] = "test"
+    held: HeldRows | None = None  # which rows are held; required for their split
     max_rows: NaturalInt = 0
     protocol: Literal[1] = 1
 
 
 class EvaluateReport(Message, frozen=True):
-    """Sums over ``n`` rows, so that reports of several devices add up; index i is of latent i."""
+    """Sums over ``n`` rows, so that reports of several devices add up; index i is of latent i.
+
+    ``difference_squares``: of held rows, Σ (loss of latent i − loss of latent 0)²; else empty.
+    """
 
     n: quantities.SomeRows
     correct: tuple[quantities.Rows, ...]
     loss_sums: tuple[quantities.LossSum, ...]
     seconds: quantities.Seconds
+    difference_squares: tuple[quantities.LossSum, ...] = ()
     protocol: Literal[1] = 1
 
 
@@ -288,6 +389,8 @@ class DeviceInfo(Message, frozen=True):
     word_tokens: dict[str, quantities.Count] = msgspec.field(default_factory=dict)
     word_tokens_per_second: quantities.Speed | None = None
     shares_beginnings: bool = False  # under another template a text costs only its tail
+    n_layer: quantities.Count = 0  # layers whose states can be read; 0: none, or a version that reads none
+    n_embd: quantities.Count = 0
     busy: bool = False
     paused: str = ""  # why its work is paused; empty: it is not
     celsius: quantities.Celsius | None = None

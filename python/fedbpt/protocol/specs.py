@@ -44,6 +44,9 @@ class CheckedMessage(Message, frozen=True, metaclass=StructMeta):
         check_fields(self)
 
 
+_SMALLEST_STEP = 1e-7  # about the smallest float16
+
+
 class Array(Message, frozen=True):
     """A float array. ``data``: its elements in C order, little-endian."""
 
@@ -135,3 +138,56 @@ class Readout(Message, frozen=True):
 
     weights: Array
     others: tuple[Array, ...] = ()
+
+
+class Quantized(Message, frozen=True):
+    """Numbers of 4 bits each. ``shape`` [r, n, m]; ``scales`` [r, m]; ``data``: two codes 1 … 15 a byte, the first low.
+
+    A number is (code − 8)·scale.
+    """
+
+    shape: Annotated[tuple[quantities.Count, ...], msgspec.Meta(min_length=3, max_length=3)]
+    scales: Array
+    data: bytes
+
+    @classmethod
+    def of(cls, values: NDArray[np.floating]) -> Quantized:
+        """Round ``values`` [r, n, m] to 15 levels for each [r, m], by its largest value."""
+        scales = Array.of(np.maximum(np.abs(values).max(axis=1, initial=0.0) / 7, _SMALLEST_STEP), "<f2")
+        steps = np.maximum(scales.numpy(), _SMALLEST_STEP)[:, None]
+        codes = (np.clip(np.rint(values / steps), -7, 7).ravel() + 8).astype(np.uint8)
+        codes = np.append(codes, np.zeros(codes.size % 2, np.uint8))
+        return cls(shape=values.shape, scales=scales, data=(codes[::2] | codes[1::2] << 4).tobytes())
+
+    @property
+    def n_bytes(self) -> int:
+        """Length that ``data`` must have."""
+        return (math.prod(self.shape) + 1) // 2
+
+    def numpy(self) -> NDArray[np.float64]:
+        """A new float64 array of ``shape``. Raises `WireError` for wrong lengths, NaN or infinity."""
+        if len(self.data) != self.n_bytes or self.scales.shape != self.shape[::2]:
+            raise WireError(
+                f"numbers of shape {list(self.shape)} must have {self.n_bytes} bytes and scales "
+                f"{list(self.shape[::2])}, got {len(self.data)} and {list(self.scales.shape)}"
+            )
+        pairs = np.frombuffer(self.data, np.uint8)
+        codes = np.stack([pairs & 15, pairs >> 4], axis=1).ravel()[: math.prod(self.shape)].astype(np.float64) - 8
+        found: NDArray[np.float64] = codes.reshape(self.shape) * self.scales.numpy()[:, None]
+        return found
+
+
+class LayerReadout(Message, frozen=True):
+    """Label logits from the hidden states of some layers: bias + Σ_t (word_scales_t·s_t + Σ_l x_tl·W_tl).
+
+    Under template t, x_tl [n_embd] is the state of layer l at the last token over its root mean square, and s_t
+    [n_labels] the log-probabilities of the label words, over the labels. The first template is the prompt's own, with
+    the prompt; ``others`` have none. ``weights``: W [n_templates, n_layers, n_embd, n_labels]; ``word_scales``
+    [n_templates], 0: the label words are not scored; ``bias`` [n_labels].
+    """
+
+    layers: tuple[NaturalInt, ...]
+    weights: Array
+    word_scales: Array
+    bias: Array
+    others: tuple[Template, ...] = ()

@@ -47,7 +47,7 @@ def metrics_of(names: Sequence[str], reports: Mapping[str, EvaluateReport], gene
         found |= _of_variant(score, figure, name)
     for device, report in reports.items():
         found[f"dev_n/{device}"] = float(report.n)
-        for name in ("zero_shot", "tuned"):
+        for name in set(scores) & {"zero_shot", "tuned"}:
             own = _of_variant(Score.of(report, list(names).index(name)), figure, name)
             found |= {f"{metric}/{device}": value for metric, value in own.items()}
     return found
@@ -97,6 +97,9 @@ def _over(round: int, metrics: Metrics, devices: Sequence[str], figure: str) -> 
         return sum(count * value for count, value in zip(counts, values, strict=True)) / sum(counts)
 
     loss = mean("dev_loss")
+    if f"dev_loss_zero_shot/{devices[0]}" not in metrics:
+        figure_of_all = perplexity(loss) if figure == "perplexity" else mean("dev_accuracy")
+        return DevPoint(round, int(sum(counts)), figure_of_all, loss, None, None)
     zero_shot_loss = mean("dev_loss_zero_shot")
     if figure == "perplexity":
         return DevPoint(round, int(sum(counts)), perplexity(loss), loss, perplexity(zero_shot_loss), zero_shot_loss)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.protocol.rounds import DeviceInfo, EvaluateReport, FitPurpose
-from fedbpt.protocol.specs import Array, Message, Readout, Template
+from fedbpt.protocol.specs import Array, LayerReadout, Message, Readout, Template
 from fedbpt.quantities import NaturalInt
 from fedbpt.runs.intervals import wilson_interval
 from fedbpt.runs.settings import RunSettings
@@ -63,32 +63,48 @@ NO_SCORE = Score(n=0, correct=0, loss_sum=0.0)
 
 BASELINES = {
     "calibrated": "calibration only",
-    "probe": "linear probe",
+    "probe": "readout without prompt",
     "prompt": "tuned, without readout",
+    "read": "tuned, with readout",
 }
 """Variants that a result is compared with, besides zero-shot, with their names for people: the model without a prompt
-and with a bias per label, or with a readout; the tuned prompt with a bias per label."""
+and with a bias per label, or with a readout; the tuned prompt with a bias per label, or with a readout."""
 
 VARIANTS = {"zero_shot": "zero-shot", **BASELINES, "tuned": "tuned"}
 """All variants with their names for people, in the order in which a run produces them."""
 
 Split: TypeAlias = Literal["dev", "test"]
 
-Variants: TypeAlias = dict[str, tuple[NDArray[np.float64], Readout | None]]
+AnyReadout: TypeAlias = Readout | LayerReadout
+
+Variants: TypeAlias = dict[str, tuple[NDArray[np.float64], AnyReadout | None]]
+
+Shipped: TypeAlias = Literal["", "calibrated", "probe", "prompt", "read"]
+"""The variant that held-out training rows chose to ship; empty: not asked, and it is the prompt with its readout."""
 
 
-def variants(mean: NDArray[np.float64], fits: Mapping[FitPurpose, Readout]) -> Variants:
-    """The variants that a run compares, by key of `VARIANTS`, each a latent [d] and a readout."""
+def variants(mean: NDArray[np.float64], fits: Mapping[FitPurpose, AnyReadout], shipped: Shipped = "") -> Variants:
+    """The variants that a run compares, by key of `VARIANTS`, each a latent [d] and a readout.
+
+    Without a fitted bias and with a probe from layers, the label words were never scored: there is no zero-shot.
+    """
     zero = np.zeros_like(mean)
     bias = fits.get("calibration")
+    probe = fits.get("probe")
     readout = fits.get("readout")
-    found: Variants = {"zero_shot": (zero, None), "tuned": (mean, readout or bias)}
+    of_layers = isinstance(probe, LayerReadout)
+    found: Variants = {"zero_shot": (zero, None)} if bias is not None or not of_layers else {}
+    found["tuned"] = (mean, readout or bias)
     if bias is not None:
         found["calibrated"] = (zero, bias)
-    if "probe" in fits:
-        found["probe"] = (zero, fits["probe"])
-    if readout is not None:
+    if probe is not None:
+        found["probe"] = (zero, probe)
+    if readout is not None or (of_layers and mean.any()):
         found["prompt"] = (mean, bias)
+    if isinstance(readout, LayerReadout):
+        found["read"] = (mean, readout)
+    if shipped:
+        found["tuned"] = found[shipped]
     return found
 
 
@@ -116,7 +132,8 @@ class DeviceSummary(Message, frozen=True):
 
 
 class RunResult(Message, frozen=True):
-    """The outcome of a run. ``mean`` [d]: the tuned latent; ``fits``: corrections of the label logits.
+    """The outcome of a run. ``mean`` [d]: the tuned latent; ``fits``: corrections of the label logits, ``layer_fits``:
+    readouts of the label logits from hidden states; ``shipped``: which of the variants ``tuned`` is.
 
     ``digest``: of the search's final state. ``rounds``: those of the search. ``zero_shot``, ``tuned`` and ``baselines``
     (keys of `BASELINES`) were measured on the same held-out ``test`` rows, on which no decision was based. ``dev``: all
@@ -146,6 +163,8 @@ class RunResult(Message, frozen=True):
     templates: tuple[TemplateScore, ...] = ()  # see `TemplateSelected.candidates`
     epsilon: float | None = None  # most that was spent on a training row; None: the run was not private
     dev: dict[str, Score] = msgspec.field(default_factory=dict)
+    layer_fits: dict[FitPurpose, LayerReadout] = msgspec.field(default_factory=dict)
+    shipped: Shipped = ""
 
     @property
     def generates(self) -> bool:
@@ -154,17 +173,17 @@ class RunResult(Message, frozen=True):
 
     @property
     def latent(self) -> NDArray[np.float64]:
-        """The tuned latent [d]."""
-        return self.mean.numpy()
+        """The latent [d] that is shipped; 0: no prompt."""
+        return self.variants()["tuned"][0]
 
     @property
-    def readout(self) -> Readout | None:
-        """The correction of the tuned prompt's label logits."""
+    def readout(self) -> AnyReadout | None:
+        """How the label logits of what is shipped are read."""
         return self.variants()["tuned"][1]
 
     def variants(self) -> Variants:
         """The evaluated variants, see the function `variants`."""
-        return variants(self.latent, self.fits)
+        return variants(self.mean.numpy(), {**self.fits, **self.layer_fits}, self.shipped)
 
     def scores(self, split: Split) -> dict[str, Score]:
         """The scores on ``split`` rows by key of `VARIANTS`, in that order; empty: nothing was measured."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -43,6 +44,7 @@ class RunSettings(CheckedMessage, frozen=True):
     calibrate: bool = True  # fit a bias per label before the search
     balanced: bool = False  # weight losses so that labels count equally; devices then send their label counts
     ensemble: PositiveInt = 2  # number of templates, the best of the selection, that the readout averages over
+    readout: Literal["auto", "layers", "words"] = "auto"  # what it reads: hidden states (auto: where it can), or words
     baselines: bool = False  # also fit and evaluate a linear probe on the model without a prompt
     popsize: Length = 20
     iterations: PositiveInt = 8
@@ -87,6 +89,12 @@ class RunSettings(CheckedMessage, frozen=True):
                 field="robust",
             )
         objective = self.objective
+        if self.readout == "layers" and not self.may_read_layers:
+            raise ConfigError(
+                "readout = 'layers' pools sums, which trusts every device and reveals its rows' states: set robust = "
+                "'none' and no privacy, and keep calibrate and objective.readout_words; or set readout = 'words'",
+                field="readout",
+            )
         unprotected = self.calibrate or self.balanced or objective.readout_words or objective.perturb
         if self.privacy is not None and (unprotected or not method_named(self.method).private):
             raise ConfigError(
@@ -109,6 +117,12 @@ class RunSettings(CheckedMessage, frozen=True):
             return self
         objective = msgspec.structs.replace(self.objective, loss="nll", readout_words=0)
         return msgspec.structs.replace(self, objective=objective, calibrate=False, baselines=False, balanced=False)
+
+    @property
+    def may_read_layers(self) -> bool:
+        """Whether readouts may be fitted to hidden states."""
+        trusted = self.robust == "none" and self.privacy is None
+        return self.readout != "words" and trusted and self.calibrate and self.objective.readout_words > 0
 
     def aggregator(self) -> Aggregator:
         """A new aggregator of ``method``."""
@@ -156,4 +170,9 @@ class RunSettings(CheckedMessage, frozen=True):
             evaluate_every=1 if self.restarts else 0,
             patience=self.patience if self.restarts else 0,
         )
-        return codec.digest(fixed)
+        if self.readout != "words":
+            return codec.digest(fixed)
+        # As by versions that had no other readout, so that their runs can be resumed.
+        received = codec.decode(codec.encode(fixed), RunSettings)
+        plain = {name: getattr(received, name) for name in received.__struct_fields__ if name != "readout"}
+        return hashlib.sha256(msgspec.msgpack.encode(plain)).hexdigest()[:32]

@@ -16,10 +16,11 @@ from fedbpt.engine.scorer import Scorer
 from fedbpt.engine.text_generator import Sampling, generates
 from fedbpt.engine.text_stream import Generation, place
 from fedbpt.errors import ConfigError
+from fedbpt.objective.layer_view import LayerReader
 from fedbpt.objective.objective import Objective
 from fedbpt.objective.readout import blocks, ensemble
 from fedbpt.prompts.prompt import Prompt
-from fedbpt.protocol.specs import ObjectiveSpec, PromptSpec, Template
+from fedbpt.protocol.specs import LayerReadout, ObjectiveSpec, PromptSpec, Template
 from fedbpt.quantities import NaturalInt, PositiveInt
 from fedbpt.tasks import GivenTask, load
 from fedbpt.tasks.task import DEFAULT_MAX_TEXT_TOKENS, render_ids
@@ -95,6 +96,8 @@ class SideBySide:
         n_labels = len(self.labels)
         if side == "original":
             found = self._logits(text, prompt.template, PromptSpec(d=1), None)[:, :n_labels].astype(np.float64)
+        elif prompt.layer_readout is not None:
+            found = self._reader(prompt.layer_readout).logits([self._clip(text)])
         else:
             spec = msgspec.structs.replace(prompt.spec, d=1)
             raw = [self._logits(text, prompt.template, spec, prompt.rows)]
@@ -107,7 +110,8 @@ class SideBySide:
         """Number of tokens that the tuned model reads to classify ``text``, over all of the prompt's templates."""
         limit = self.max_text_tokens or DEFAULT_MAX_TEXT_TOKENS
         clipped = self._clip(text)
-        templates = (self.prompt.template, *self.prompt.others)
+        readout = self.prompt.layer_readout
+        templates = (self.prompt.template, *(self.prompt.others if readout is None else readout.others))
         n_front = 0 if self.prompt.spec.placement == "cue" else self.prompt.n_prompt
         return n_front + sum(len(render_ids(self.model, template, clipped, limit)) for template in templates)
 
@@ -149,6 +153,11 @@ class SideBySide:
         rows = prompt.rows if side == "tuned" else None
         placed = place(self.model, prompt.template, self._clip(text), self.max_text_tokens, rows, prompt.spec.placement)
         return Generation(self.model.generator, placed, sampling, max_tokens, stop, n_likeliest)
+
+    def _reader(self, readout: LayerReadout) -> LayerReader:
+        prompt = self.prompt
+        limit = self.max_text_tokens or DEFAULT_MAX_TEXT_TOKENS
+        return LayerReader(readout, self.model, prompt.template, self.labels, limit, prompt.rows, prompt.spec)
 
     def _logits(
         self, text: str, template: Template, where: PromptSpec, rows: NDArray[np.float32] | None

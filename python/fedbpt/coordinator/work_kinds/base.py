@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from fedbpt.coordinator import report_bounds
 from fedbpt.errors import WireError
+from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import Result, RoundPlan, RoundReport, Work
 from fedbpt.protocol.specs import Array, Readout, Template
 from fedbpt.runs.events import RoundPurpose
@@ -86,6 +87,10 @@ class WorkKind(ABC, Generic[W, R]):
         return result
 
     # --- the next plan -------------------------------------------------------------------------------------------
+
+    def digest(self, work: W) -> str:
+        """sha256 (hex) by which a stored round knows ``work`` again."""
+        return codec.digest(work)
 
     def check_work(self, plan: RoundPlan, work: W) -> None:
         """Raise `FedbptError`, `ValueError` or `ArithmeticError` for work that no device could begin."""

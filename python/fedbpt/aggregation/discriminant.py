@@ -1,0 +1,143 @@
+"""Regularised linear discriminant analysis (LDA) of hidden states, from sums that add up over devices.
+
+With x a row's state over its root mean square, standardised per dimension by the pooled moments, μ_k the mean of label
+k, and S the pooled within-label covariance [E, E] (Friedman 1989, JASA 84; Hastie, Tibshirani & Friedman 2009, 4.3):
+
+    S_λ = (1−λ)·S + λ·(tr S / E)·I,    logit_k = μ_kᵀ S_λ⁻¹ x − ½ μ_kᵀ S_λ⁻¹ μ_k + log prior_k
+
+It needs no gradient and no exchange beyond one: a device's sums, pooled, give the same logits as all rows in one place.
+A device sums up each fold of its rows apart, so that a classifier without a fold can be judged on it: cross-validation
+over all devices, however skewed their labels.
+
+A device's sums of squares are a matrix of at most n rows of length E (a factor R with RᵀR = Σ (x−μ)(x−μ)ᵀ), from
+the singular value decomposition of its rows: fewer numbers than Σxxᵀ where a device has fewer rows than dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+_SMALLEST_VARIANCE = 1e-4  # of a dimension, as a share of their mean: constant ones are not blown up
+
+
+class FoldSums(NamedTuple):
+    """Sums over the rows of one fold on one device; of a single layer under a single template.
+
+    Attributes:
+        counts: rows of each label [K].
+        means: mean state of each label that has rows [n_present, E], in label order.
+        factor: [rank, E], whose Gram matrix over rows is the scatter within labels, up to ``rest``.
+        rest: diagonal [E] of the scatter that ``factor`` leaves out.
+    """
+
+    counts: NDArray[np.int64]
+    means: Floats
+    factor: Floats
+    rest: Floats
+
+
+class Discriminant(NamedTuple):
+    """Logits x·weights + bias: weights [E, K], bias [K]."""
+
+    weights: Floats
+    bias: Floats
+
+
+def assign_folds(targets: NDArray[np.intp], n_folds: int, rng: np.random.Generator) -> NDArray[np.intp]:
+    """A fold [n] for each row, at random, so that each fold has as many rows of a label as the others, ±1."""
+    folds = np.zeros(len(targets), dtype=np.intp)
+    first = 1  # a device with a few rows has none in fold 0
+    for label in np.unique(targets):
+        rows = rng.permutation(np.flatnonzero(targets == label))
+        folds[rows] = (first + np.arange(len(rows))) % n_folds
+        first += len(rows)  # else devices with a few rows a label would have them all in the first folds
+    return folds
+
+
+def fold_sums(states: Floats, targets: NDArray[np.intp], n_labels: int, max_rank: int) -> FoldSums:
+    """Sum up the rows of a fold: states [n, E], label indices [n]. The factor has at most ``max_rank`` rows."""
+    counts = np.bincount(targets, minlength=n_labels).astype(np.int64)
+    present = np.flatnonzero(counts)
+    means = np.stack([states[targets == label].mean(axis=0) for label in present]) if len(present) else states[:0]
+    place = np.cumsum(counts > 0) - 1
+    centred = states - means[place[targets]]
+    rank = len(states) - len(present)
+    _, values, vectors = np.linalg.svd(centred, full_matrices=False) if rank else (None, np.zeros(0), states[:0])
+    factor = values[:rank, None] * vectors[:rank]
+    return FoldSums(counts, means, factor[:max_rank], (factor[max_rank:] ** 2).sum(axis=0))
+
+
+class Pooled(NamedTuple):
+    """Sums over folds and devices: weight of the rows of each label [K], their means [K, E], `FoldSums` of all."""
+
+    counts: Floats
+    means: Floats
+    factor: Floats
+    rest: Floats
+
+
+def pool(parts: Sequence[tuple[FoldSums, float]]) -> Pooled:
+    """Pool the sums of folds and devices, each with the weight of one of its rows."""
+    n_labels = len(parts[0][0].counts)
+    size = len(parts[0][0].rest)
+    counts = np.zeros(n_labels)
+    totals = np.zeros((n_labels, size))
+    for sums, weight in parts:
+        counts += weight * sums.counts
+        totals[sums.counts > 0] += weight * sums.counts[sums.counts > 0, None] * sums.means
+    means = totals / np.where(counts > 0, counts, 1.0)[:, None]
+    factors = []
+    rest = np.zeros(size)
+    for sums, weight in parts:
+        present = sums.counts > 0
+        # Within the pool, a part's rows also vary by the distance of its means from the pooled ones.
+        apart = np.sqrt(sums.counts[present])[:, None] * (sums.means - means[present])
+        factors += [np.sqrt(weight) * sums.factor, np.sqrt(weight) * apart]
+        rest += weight * sums.rest
+    return Pooled(counts, means, np.concatenate(factors), rest)
+
+
+def discriminants(pooled: Pooled, shrinkages: Sequence[float], uniform: bool = False) -> list[Discriminant]:
+    """The classifier of each λ in ``shrinkages``, for states that are not standardised.
+
+    ``uniform``: all labels have the same prior; else their share of the rows, and a label without rows half a row. Such
+    a label has the mean of all rows.
+    """
+    counts, factor = pooled.counts, pooled.factor
+    size = pooled.means.shape[1]
+    total = counts.sum()
+    seen = counts > 0
+    centre = counts @ pooled.means / total
+    within = (factor**2).sum(axis=0) + pooled.rest
+    variance = (within + counts @ (pooled.means - centre) ** 2) / total
+    scale = 1.0 / np.sqrt(variance + _SMALLEST_VARIANCE * variance.mean() + 1e-30)
+    freedom = max(total - seen.sum(), 1.0)
+    rows = factor * (scale / np.sqrt(freedom))
+    diagonal = pooled.rest * scale**2 / freedom
+    means = np.where(seen[:, None], (pooled.means - centre) * scale, 0.0)
+    mean_variance = ((rows**2).sum() + diagonal.sum()) / size
+    prior = np.zeros(len(counts)) if uniform else np.log(counts + 0.5)
+    found = []
+    for shrinkage in shrinkages:
+        solved = _solve(np.sqrt(1 - shrinkage) * rows, (1 - shrinkage) * diagonal + shrinkage * mean_variance, means.T)
+        bias = prior - prior.max() - 0.5 * (means.T * solved).sum(axis=0)
+        weights = scale[:, None] * solved
+        found.append(Discriminant(weights, bias - centre @ weights))
+    return found
+
+
+def _solve(rows: Floats, diagonal: Floats, right: Floats) -> Floats:
+    """(rowsᵀ·rows + diag(diagonal))⁻¹·right, by Woodbury's identity where there are fewer rows than columns."""
+    positive = np.maximum(diagonal, 1e-12)
+    if len(rows) >= rows.shape[1]:
+        return np.linalg.solve(rows.T @ rows + np.diag(positive), right)
+    scaled = rows / positive
+    inner = np.eye(len(rows)) + scaled @ rows.T
+    found: Floats = right / positive[:, None] - scaled.T @ np.linalg.solve(inner, scaled @ right)
+    return found

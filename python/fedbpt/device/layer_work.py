@@ -1,0 +1,108 @@
+"""`LayerRows`: a device's training rows as the fit of a `LayerReadout` reads them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from fedbpt.aggregation.discriminant import assign_folds
+from fedbpt.device.effort import Effort
+from fedbpt.engine.scorer import Scorer
+from fedbpt.errors import InputError
+from fedbpt.objective.layer_view import LayerView, Views, read_views
+from fedbpt.objective.objective import Cancelled, Objective, Progress
+from fedbpt.protocol.rounds import HeldRows, Reading, RoundPlan
+from fedbpt.protocol.seeding import generator
+from fedbpt.tasks.rows import batch_indices
+
+_MAX_VIEWS = 12  # cached: states of all rows under one template, float16
+_NO_ROWS = np.zeros(0, dtype=np.intp)
+
+
+def fitted_rows(
+    targets: NDArray[np.intp], max_rows: int, n_folds: int, seed: int
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """The rows of a fit, ascending, and their folds; the same in all exchanges. ``targets``: label indices [n]."""
+    rows = batch_indices(len(targets), max_rows, generator(seed, "layers"), targets)
+    return rows, assign_folds(targets[rows], n_folds, generator(seed, "folds"))
+
+
+def held_rows(targets: NDArray[np.intp], held: HeldRows | None) -> NDArray[np.intp]:
+    """The rows that the search does not see, ascending; empty where it would see none."""
+    if held is None:
+        return _NO_ROWS
+    rows, folds = fitted_rows(targets, held.max_rows, held.n_folds, held.seed)
+    found: NDArray[np.intp] = rows[folds == 0]
+    return found if len(found) < len(targets) else _NO_ROWS
+
+
+class LayerRows:
+    """Reads rows, and keeps their states: the exchanges of a fit use the same ones.
+
+    Args:
+        scorer: the model.
+        texts: of all training rows.
+        targets: their label indices [n].
+    """
+
+    def __init__(self, scorer: Scorer, texts: Sequence[str], targets: NDArray[np.intp]) -> None:
+        self._scorer = scorer
+        self._texts = texts
+        self.targets = targets
+        self._kept: OrderedDict[bytes, Views] = OrderedDict()
+
+    def read(
+        self,
+        plan: RoundPlan,
+        reading: Reading,
+        rows: NDArray[np.intp],
+        objective: Callable[[], Objective],
+        effort: Effort,
+        progress: Progress,
+        cancelled: Cancelled,
+    ) -> Views:
+        """The views of ``rows`` that ``reading`` asks for.
+
+        ``objective``: makes the one of the plan's template, for its prompt; called where the reading has one.
+        """
+        if not all(0 <= layer < self._scorer.n_layer for layer in reading.layers) or not reading.layers:
+            raise InputError(
+                f"layers must be within 0 and {self._scorer.n_layer - 1}, got {list(reading.layers)}", field="layers"
+            )
+        latent = reading.latent.numpy()
+        prompt = msgspec.msgpack.encode((latent.tolist(), plan.prompt)) if latent.any() else b""
+        asked = [(plan.template, prompt), *((template, b"") for template in reading.templates)]
+        keys = []
+        missing: dict[bytes, LayerView] = {}
+        for place, (template, of_prompt) in enumerate(asked):
+            labels = plan.labels if place < reading.n_word_views else ()
+            limit = plan.objective.max_text_tokens
+            what = (template, of_prompt, labels, limit, reading.layers, rows.tobytes())
+            key = msgspec.msgpack.encode(what)
+            keys.append(key)
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                continue
+            embeds = objective().embeds(latent[None])[0] if of_prompt else None
+            missing[key] = LayerView(self._scorer, template, labels, limit, reading.layers, embeds, plan.prompt)
+        if missing:
+            views = list(missing.values())
+            found = read_views(views, [self._texts[row] for row in rows], progress, cancelled)
+            effort.evaluations += len(views)
+            effort.tokens += sum(view.tokens for view in views)
+            words = iter(np.moveaxis(found.words, 1, 0))
+            for place, (key, view) in enumerate(missing.items()):
+                scored = next(words)[:, None] if view.scores_words else np.zeros((len(rows), 0, 0))
+                self._kept[key] = Views(found.states[:, place : place + 1], scored)
+        views_found = [self._kept[key] for key in keys]
+        while len(self._kept) > _MAX_VIEWS:
+            self._kept.popitem(last=False)
+        of_words = [each.words for each in views_found if each.words.size]
+        return Views(
+            np.concatenate([each.states for each in views_found], axis=1),
+            np.concatenate(of_words, axis=1) if of_words else np.zeros((len(rows), 0, 0)),
+        )

@@ -1,0 +1,88 @@
+"""What a device computes for the fit of a `LayerReadout`: sums of its rows' states, and their losses."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedbpt.aggregation.discriminant import FoldSums, fold_sums
+from fedbpt.errors import InputError
+from fedbpt.objective.layer_view import Views, log_probabilities
+from fedbpt.protocol.rounds import CrossResult, CrossWork, SumsResult, SumsWork
+from fedbpt.protocol.specs import Array, Quantized
+
+Floats = NDArray[np.float64]
+
+
+def sums_result(
+    work: SumsWork, views: Views, targets: NDArray[np.intp], folds: NDArray[np.intp], n_labels: int
+) -> SumsResult:
+    """Sum up the rows of a device: label indices [n] and folds [n] of the rows of ``views``."""
+    reading = work.reading
+    centres = []
+    rows = []
+    rests = []
+    by_fold: list[FoldSums] = []
+    for place in range(reading.n_readers):
+        states = views.reader(place)
+        centre = states.mean(axis=0).astype(np.float32).astype(np.float64)
+        by_fold = [
+            fold_sums(states[folds == fold] - centre, targets[folds == fold], n_labels, work.max_rank)
+            for fold in range(reading.n_folds)
+        ]
+        centres.append(centre)
+        rows.append(np.concatenate([*(each.means for each in by_fold), *(each.factor for each in by_fold)]))
+        rests.append(np.stack([each.rest for each in by_fold]))
+    loss = float(np.log(n_labels))
+    if views.words.size:
+        loss = float(-views.words[np.arange(len(targets)), 0, targets].mean())
+    left_out = np.stack(rests)
+    return SumsResult(
+        purpose=work.purpose,
+        loss=loss,
+        counts=tuple(tuple(each.counts.tolist()) for each in by_fold),
+        ranks=tuple(len(each.factor) for each in by_fold),
+        centres=Array.of(np.stack(centres), "<f4"),
+        rows=Quantized.of(np.stack(rows)),
+        rests=Array.of(left_out if left_out.any() else left_out[:, :0], "<f2"),
+        word_means=Array.of(views.words.mean(axis=0), "<f4"),
+    )
+
+
+def cross_result(
+    work: CrossWork,
+    views: Views,
+    targets: NDArray[np.intp],
+    folds: NDArray[np.intp],
+    row_weights: Floats,
+) -> CrossResult:
+    """The losses of a device's rows under the mixtures of ``work``. Raises `InputError` if its shapes disagree."""
+    reading = work.reading
+    coefficients = work.coefficients.numpy()
+    word_scales = work.word_scales.numpy()
+    weights = work.weights.numpy()
+    biases = work.biases.numpy()
+    n_columns = len(work.readers)
+    expected = (reading.n_folds, n_columns)
+    if weights.shape[:2] != expected or biases.shape != (*expected, weights.shape[-1]):
+        raise InputError(
+            f"weights and biases must begin with shape {list(expected)}, got {list(weights.shape)} and "
+            f"{list(biases.shape)}",
+            field="weights",
+        )
+    logits = np.zeros((n_columns, len(targets), weights.shape[-1]))
+    for column, reader in enumerate(work.readers):
+        states = views.reader(reader)
+        for fold in range(reading.n_folds):
+            own = folds == fold
+            logits[column, own] = states[own] @ weights[fold, column] + biases[fold, column]
+    words = np.moveaxis(views.words, 1, 0) - work.centres.numpy()[:, None] if views.words.size else None
+    rows = np.arange(len(targets))
+    sums = np.zeros((len(coefficients), reading.n_folds))
+    for mixture, (factors, scales) in enumerate(zip(coefficients, word_scales, strict=True)):
+        mixed = np.tensordot(factors[factors != 0], logits[factors != 0], axes=1)
+        if words is not None and scales.any():
+            mixed = mixed + np.tensordot(scales, words, axes=1)
+        losses = -row_weights * log_probabilities(np.broadcast_to(mixed, logits.shape[1:]))[rows, targets]
+        sums[mixture] = np.bincount(folds, losses, minlength=reading.n_folds)
+    return CrossResult(purpose=work.purpose, loss_sums=Array.of(sums, "<f4"))
