@@ -19,7 +19,7 @@ from fedbpt.coordinator.monitor import build_app as monitor_app
 from fedbpt.device.agent.http import build_app as device_app
 from fedbpt.net.bodies import STATUS_OF_CODE
 from fedbpt.prompts.model_card import PLACES
-from fedbpt.prompts.prompt import _OTHERS_TENSORS, _TENSORS, _Header
+from fedbpt.prompts.prompt import _LAYERS_TENSORS, _OTHERS_TENSORS, _TENSORS, _Header
 from fedbpt.protocol.refusals import WORK_FAILED, WORK_FAULT
 from fedbpt.serving.http import build_app as serving_app
 
@@ -101,7 +101,7 @@ def test_every_command_is_mentioned() -> None:
 
 def test_every_field_of_a_prompt_file_is_documented() -> None:
     text = page("formats.md")
-    for name in [*_TENSORS, *_OTHERS_TENSORS, *_Header.__struct_fields__, *PLACES]:
+    for name in [*_TENSORS, *_OTHERS_TENSORS, *_LAYERS_TENSORS, *_Header.__struct_fields__, *PLACES]:
         assert f"`{name}`" in text
 
 

@@ -128,6 +128,12 @@ def log_probabilities(logits: Floats) -> Floats:
     return found
 
 
+def places_read(readout: LayerReadout) -> list[int]:
+    """Which templates ``readout`` reads, by their place: 0 is its first one. Others have no weight."""
+    weights, scales = readout.weights.numpy(), readout.word_scales.numpy()
+    return [place for place in range(len(scales)) if scales[place] or weights[place].any()]
+
+
 class LayerReader:
     """Reads label logits by a `LayerReadout`.
 
@@ -154,13 +160,13 @@ class LayerReader:
         self._scales = readout.word_scales.numpy()
         self._bias = readout.bias.numpy()
         self._views: dict[int, tuple[ViewKey, LayerView]] = {}
-        for place, each in enumerate((template, *readout.others)):
-            if self._weights[place].any() or self._scales[place]:
-                scored = labels if self._scales[place] else ()
-                own = rows if place == 0 else None
-                view = LayerView(scorer, each, scored, max_text_tokens, readout.layers, own, placement)
-                key = (each, bool(scored), readout.layers, b"" if own is None else own.tobytes())
-                self._views[place] = key, view
+        templates = (template, *readout.others)
+        for place in places_read(readout):
+            scored = labels if self._scales[place] else ()
+            own = rows if place == 0 else None
+            view = LayerView(scorer, templates[place], scored, max_text_tokens, readout.layers, own, placement)
+            key = (templates[place], bool(scored), readout.layers, b"" if own is None else own.tobytes())
+            self._views[place] = key, view
 
     def logits(self, texts: Sequence[str], known: dict[ViewKey, tuple[States, Floats]] | None = None) -> Floats:
         """Label logits [n, n_labels] of a few ``texts``: more than `TEMPLATES_SHARE` share less.

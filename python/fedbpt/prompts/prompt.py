@@ -16,12 +16,13 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import msgspec
 import numpy as np
 import safetensors
 import safetensors.numpy
+from msgspec import UNSET, UnsetType
 from numpy.typing import NDArray
 
 from fedbpt.argument_types import array_of, checked
@@ -30,7 +31,7 @@ from fedbpt.errors import InputError, PromptError, WireError
 from fedbpt.html_tables import html_table
 from fedbpt.machine.files import write_whole
 from fedbpt.prompts.model_card import model_card, use_in_fedbpt
-from fedbpt.protocol.specs import Array, LayerReadout, PromptSpec, Readout, Template
+from fedbpt.protocol.specs import Array, Dtype, LayerReadout, PromptSpec, Readout, Template
 from fedbpt.quantities import NaturalInt
 from fedbpt.tasks import BUILTIN, Task
 
@@ -47,6 +48,7 @@ _TENSORS = {"rows", "label_bias"}
 _READOUT_TENSORS = {"word_ids", "word_weights"}
 _OTHERS_TENSORS = {*_READOUT_TENSORS, "other_weights"}
 _LAYERS_TENSORS = {"layer_weights", "word_scales"}
+_LAYERS_FIELDS = ("layers", "layer_templates")
 _TENSOR_SETS = (_TENSORS, _TENSORS | _READOUT_TENSORS, _TENSORS | _OTHERS_TENSORS, _TENSORS | _LAYERS_TENSORS)
 _METADATA_FIELDS = (
     "spec",
@@ -87,8 +89,8 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     history: tuple[dict[str, Any], ...]
     others: tuple[Template, ...] = ()
     task: Task | None = None
-    layers: tuple[NaturalInt, ...] = ()
-    layer_templates: tuple[Template, ...] = ()
+    layers: tuple[NaturalInt, ...] | UnsetType = UNSET  # left out of format 2, whose readers refuse unknown fields
+    layer_templates: tuple[Template, ...] | UnsetType = UNSET
 
 
 class Prompt:
@@ -109,8 +111,8 @@ class Prompt:
         word_weights: [n_words, n_labels], weights of these logits for each label; requires ``word_ids``.
         others: templates whose corrected log-probabilities, without a prompt, are averaged with the prompt's.
         other_weights: [n_others, 1 + n_words, n_labels], the readouts of ``others``; requires ``others``.
-        layer_readout: how label logits are read from hidden states, instead of from words; ``label_bias``,
-            ``word_ids`` and ``others`` are then unused. None: they are not.
+        layer_readout: how label logits are read from hidden states, instead of from words; requires that
+            ``label_bias``, ``word_ids`` and ``others`` are left out. None: they are not.
         task: the full task (templates, columns, length limits); None: the built-in one of that name and those labels,
             or unknown.
 
@@ -151,7 +153,7 @@ class Prompt:
         if other_weights is None:
             other_weights = np.zeros((0, 1 + self.word_ids.size, len(labels)))
         self.other_weights = array_of(other_weights, np.float32, "other_weights")
-        self.layer_readout = layer_readout
+        self.layer_readout = None if layer_readout is None else _as_stored(layer_readout)
         self.spec = spec
         self.task_name = task_name
         self.labels = tuple(labels)
@@ -193,7 +195,13 @@ class Prompt:
             )
         if self.layer_readout is not None:
             _check_layer_readout(self.layer_readout, self.n_embd, n_labels)
-        for used in (self.template, *self.others):
+            if self.label_bias.any() or self.n_words or self.others:
+                raise InputError(
+                    "a layer readout has its own bias and templates: leave out label_bias, word_ids and others",
+                    field="layer_readout",
+                )
+        layer_templates = () if self.layer_readout is None else self.layer_readout.others
+        for used in (self.template, *self.others, *layer_templates):
             if len(used.label_words) != n_labels:
                 raise InputError(
                     f"a template must have {n_labels} label words, one for each label, got {len(used.label_words)}",
@@ -253,14 +261,12 @@ class Prompt:
             history=self.history,
             others=self.others,
             task=self.task,
-            layers=() if layered is None else layered.layers,
-            layer_templates=() if layered is None else layered.others,
+            layers=UNSET if layered is None else layered.layers,
+            layer_templates=UNSET if layered is None else layered.others,
         )
         tensors: dict[str, NDArray[Any]] = {name: getattr(self, name) for name in _TENSORS}
         if layered is not None:
-            tensors["label_bias"] = layered.bias.numpy().astype(np.float32)
-            tensors["layer_weights"] = layered.weights.numpy().astype(np.float16)
-            tensors["word_scales"] = layered.word_scales.numpy().astype(np.float32)
+            tensors |= layer_tensors(layered)
         elif len(self.word_ids) or self.others:
             names = _OTHERS_TENSORS if self.others else _READOUT_TENSORS
             tensors |= {name: getattr(self, name) for name in names}
@@ -291,17 +297,19 @@ class Prompt:
         if _KEY not in metadata or set(tensors) not in _TENSOR_SETS:
             raise PromptError(f"{source} is a safetensors file, but not a prompt: use one that fedbpt saved")
         header = _header(metadata[_KEY], source)
-        not_fields = {"format", "layers", "layer_templates"}
-        names = [name for name in header.__struct_fields__ if name not in not_fields]
+        layers, templates = header.layers, header.layer_templates
+        names = [name for name in header.__struct_fields__ if name not in ("format", *_LAYERS_FIELDS)]
         fields: dict[str, Any] = {name: getattr(header, name) for name in names}
+        if ("layer_weights" in tensors) != (layers is not UNSET and templates is not UNSET):
+            raise PromptError(f"{source} is damaged: layer_weights, layers and layer_templates belong together")
         try:
-            if "layer_weights" in tensors:
+            if layers is not UNSET and templates is not UNSET:
                 fields["layer_readout"] = LayerReadout(
-                    layers=header.layers,
-                    weights=Array.of(tensors.pop("layer_weights"), "<f2"),
+                    layers=layers,
+                    weights=Array.of(tensors.pop("layer_weights"), "<f4"),
                     word_scales=Array.of(tensors.pop("word_scales"), "<f4"),
                     bias=Array.of(tensors.pop("label_bias"), "<f4"),
-                    others=header.layer_templates,
+                    others=templates,
                 )
             return cls(**{**tensors, **fields})
         except InputError as error:
@@ -367,8 +375,39 @@ class Prompt:
         )
 
 
+def layer_tensors(readout: LayerReadout) -> dict[str, NDArray[Any]]:
+    """The tensors of a layer readout as a prompt file has them, by name."""
+    return {
+        "layer_weights": readout.weights.numpy().astype(np.float16),
+        "word_scales": readout.word_scales.numpy().astype(np.float32),
+        "label_bias": readout.bias.numpy().astype(np.float32),
+    }
+
+
+def _as_stored(readout: LayerReadout) -> LayerReadout:
+    """``readout`` in the number formats of a prompt file. Raises `InputError` for NaN or infinity."""
+    found = {}
+    for name, array, dtype in (
+        ("layer_weights", readout.weights, "<f2"),
+        ("word_scales", readout.word_scales, "<f4"),
+        ("label_bias", readout.bias, "<f4"),
+    ):
+        try:
+            with np.errstate(over="ignore"):
+                stored = Array.of(array.numpy(), cast(Dtype, dtype))
+            stored.numpy()
+        except WireError as error:
+            raise InputError(f"{name} must be finite in {dtype}: {error}", field=name) from error
+        found[name] = stored
+    return msgspec.structs.replace(
+        readout, weights=found["layer_weights"], word_scales=found["word_scales"], bias=found["label_bias"]
+    )
+
+
 def _check_layer_readout(readout: LayerReadout, n_embd: int, n_labels: int) -> None:
     n_templates = 1 + len(readout.others)
+    if not readout.layers or list(readout.layers) != sorted({*readout.layers}) or readout.layers[0] < 0:
+        raise InputError(f"layers must ascend from 0 or more, got {list(readout.layers)}", field="layers")
     expected = (n_templates, len(readout.layers), n_embd, n_labels)
     shapes = {
         "layer_weights": (readout.weights.shape, expected),
@@ -378,11 +417,6 @@ def _check_layer_readout(readout: LayerReadout, n_embd: int, n_labels: int) -> N
     for name, (got, wanted) in shapes.items():
         if got != wanted:
             raise InputError(f"{name} must have shape {list(wanted)}, got {list(got)}", field=name)
-    for name, array in (("layer_weights", readout.weights), ("word_scales", readout.word_scales)):
-        try:
-            array.numpy()
-        except WireError as error:
-            raise InputError(f"{name} must be finite, got NaN or infinity", field=name) from error
 
 
 def card_path(prompt_path: Path) -> Path:
@@ -416,9 +450,10 @@ def _header(text: str, source: str) -> _Header:
         number = json.loads(text)["format"]
         if number not in _READABLE_FORMATS:
             raise PromptError(
-                f"{source} has prompt format {number}, but this fedbpt reads formats up to {FORMAT}: update fedbpt",
+                f"{source} has prompt format {number}, but this fedbpt reads formats up to {LAYERS_FORMAT}: "
+                "update fedbpt",
                 field="format",
-                limit=FORMAT,
+                limit=LAYERS_FORMAT,
             )
         return msgspec.json.decode(text, type=_Header)
     except (*DECODE_ERRORS, KeyError, TypeError) as error:

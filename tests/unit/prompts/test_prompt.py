@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -13,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedbpt.errors import InputError, PromptError
-from fedbpt.prompts.prompt import FORMAT, Prompt
-from fedbpt.protocol.specs import PromptSpec, Template
+from fedbpt.prompts.prompt import FORMAT, LAYERS_FORMAT, Prompt
+from fedbpt.protocol.specs import Array, Dtype, LayerReadout, PromptSpec, Template
 from fedbpt.tasks import BUILTIN, Task
 from tests.support.raises import raises
 from tests.support.toy_scorer import ToyScorer
@@ -186,10 +187,148 @@ def test_a_file_of_format_1_gets_its_task_only_if_it_is_built_in(tmp_path: Path)
 
 
 def test_a_newer_format_is_refused_with_its_number(tmp_path: Path) -> None:
-    path = altered(make().save(tmp_path / "p.safetensors"), {"format": 3, "what_there_will_be": 1})
-    with raises(PromptError, field="format", limit=FORMAT) as refused:
+    path = altered(make().save(tmp_path / "p.safetensors"), {"format": 4, "what_there_will_be": 1})
+    with raises(PromptError, field="format", limit=LAYERS_FORMAT) as refused:
         Prompt.load(path)
-    assert "format 3" in str(refused.value)
+    assert "format 4" in str(refused.value)
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    """The JSON object in the file's metadata."""
+    content = path.read_bytes()
+    text = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["fedbpt"]
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def of_layers(dtype: Dtype = "<f2", **changes: Any) -> dict[str, Any]:
+    """Arguments of `make` for a prompt that reads two layers under two templates."""
+    weights = np.random.default_rng(1).standard_normal((2, 2, 8, 2))
+    fields: dict[str, Any] = {
+        "layers": (3, 5),
+        "weights": Array.of(weights, dtype),
+        "word_scales": Array.of(np.array([0.5, 0.0]), "<f4"),
+        "bias": Array.of(np.array([0.125, -0.25]), "<f4"),
+        "others": OTHERS["others"][:1],
+    }
+    return {"label_bias": None, "layer_readout": LayerReadout(**{**fields, **changes})}
+
+
+def test_a_prompt_that_reads_layers_survives_the_disk(tmp_path: Path) -> None:
+    prompt = make(**of_layers())
+    path = prompt.save(tmp_path / "p.safetensors")
+    loaded = Prompt.load(path)
+    assert loaded == prompt
+    assert loaded.layer_readout == of_layers()["layer_readout"]
+    assert loaded.to_bytes() == path.read_bytes()
+    tensors = safetensors.numpy.load(path.read_bytes())
+    assert {name: (str(array.dtype), array.shape) for name, array in tensors.items()} == {
+        "rows": ("float32", (2, 8)),
+        "label_bias": ("float32", (2,)),
+        "layer_weights": ("float16", (2, 2, 8, 2)),
+        "word_scales": ("float32", (2,)),
+    }
+    assert tensors["label_bias"].tolist() == [0.125, -0.25]
+
+
+def test_weights_of_layers_are_rounded_as_in_the_file(tmp_path: Path) -> None:
+    prompt = make(**of_layers("<f8"))
+    assert Prompt.load(prompt.save(tmp_path / "p.safetensors")) == prompt == make(**of_layers("<f2"))
+
+
+def test_only_a_prompt_that_reads_layers_needs_a_reader_of_format_3(tmp_path: Path) -> None:
+    words = header_of(make(**OTHERS).save(tmp_path / "words.safetensors"))
+    layers = header_of(make(**of_layers()).save(tmp_path / "layers.safetensors"))
+    assert (words["format"], layers["format"]) == (FORMAT, LAYERS_FORMAT) == (2, 3)
+    new = {"layers", "layer_templates"}  # readers of format 2 refuse fields that they do not know
+    assert set(layers) - set(words) == new
+    assert not new & set(words)
+    assert layers["layers"] == [3, 5]
+    assert [template["pattern"] for template in layers["layer_templates"]] == [OTHERS["others"][0].pattern]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layers": (3, 6)},
+        {"weights": Array.of(np.zeros((2, 2, 8, 2)), "<f2")},
+        {"word_scales": Array.of(np.array([0.5, 1.0]), "<f4")},
+        {"bias": Array.of(np.zeros(2), "<f4")},
+        {"others": OTHERS["others"][1:]},
+    ],
+)
+def test_prompts_that_read_layers_otherwise_are_not_equal(changes: dict) -> None:
+    assert make(**of_layers()) == make(**of_layers())
+    assert make(**of_layers()) != make(**of_layers(**changes))
+    assert make(**of_layers()) != make(label_bias=None)
+
+
+def test_other_rows_keep_the_readout_of_layers() -> None:
+    prompt = make(**of_layers())
+    changed = prompt.with_rows(prompt.rows + 1, ({"imported_from": "elsewhere"},))
+    assert changed.layer_readout == prompt.layer_readout
+    assert changed.history == ({"imported_from": "elsewhere"},)
+    assert changed.with_rows(prompt.rows, prompt.history) == prompt
+
+
+def test_a_notebook_shows_which_layers_are_read() -> None:
+    assert "layers 3, 5, 2 template(s)" in make(**of_layers())._repr_html_()
+    assert "layers" not in make(**OTHERS)._repr_html_()
+    assert "3 words, 3 template(s)" in make(**OTHERS)._repr_html_()
+    assert "2 x 8 cue" in repr(make(**of_layers()))
+
+
+@pytest.mark.parametrize(
+    ("header", "tensors"),
+    [
+        ({"layers": []}, {}),
+        ({"layers": [3]}, {}),
+        ({"layers": [5, 3]}, {}),
+        ({"layers": [3, 3]}, {}),
+        ({"layers": [-1, 3]}, {}),
+        ({"layers": "all"}, {}),
+        ({"layer_templates": []}, {}),
+        ({"layer_templates": [{"pattern": "{text} (", "label_words": ["n"]}]}, {}),
+        ({}, {"layer_weights": None}),
+        ({}, {"layer_weights": None, "word_scales": None}),
+        ({}, {"word_scales": None}),
+        ({}, {"layer_weights": np.zeros((2, 2, 7, 2), np.float16)}),
+        ({}, {"layer_weights": np.zeros((2, 32), np.float16)}),
+        ({}, {"layer_weights": np.array(1, np.float16)}),
+        ({}, {"layer_weights": np.full((2, 2, 8, 2), np.nan, np.float16)}),
+        ({}, {"layer_weights": np.full((2, 2, 8, 2), 1e6, np.float32)}),
+        ({}, {"word_scales": np.zeros(3, np.float32)}),
+        ({}, {"word_scales": np.array([np.inf, 0], np.float32)}),
+        ({}, {"label_bias": np.zeros(3, np.float32)}),
+        ({}, {"label_bias": np.full(2, np.nan, np.float32)}),
+        ({"others": [{"pattern": "{text} (", "label_words": ["n", "y"]}]}, {}),
+    ],
+    ids=lambda value: ",".join(value) or "-",
+)
+def test_a_file_with_a_damaged_readout_of_layers_is_one_line(tmp_path: Path, header: dict, tensors: dict) -> None:
+    path = altered(make(**of_layers()).save(tmp_path / "p.safetensors"), header, **tensors)
+    with raises(PromptError) as refused:
+        Prompt.load(path)
+    assert "p.safetensors" in str(refused.value)
+
+
+def test_a_file_whose_layers_are_not_named_is_refused(tmp_path: Path) -> None:
+    whole = make(**of_layers()).save(tmp_path / "p.safetensors")
+    header = {name: value for name, value in header_of(whole).items() if name != "layers"}
+    tensors = safetensors.numpy.load(whole.read_bytes())
+    whole.write_bytes(safetensors.numpy.save(tensors, metadata={"fedbpt": json.dumps(header)}))
+    with raises(PromptError):
+        Prompt.load(whole)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"label_bias": np.array([0.25, -0.25])}, READOUT, {k: OTHERS[k] for k in ("others", "other_weights")}]
+)
+def test_a_prompt_reads_either_layers_or_words(changes: dict) -> None:
+    if "other_weights" in changes:
+        changes = {**changes, "other_weights": changes["other_weights"][:, :1]}
+    with raises(InputError, field="layer_readout"):
+        make(**{**of_layers(), **changes})
 
 
 @pytest.mark.parametrize("changes", [{"name": "other"}, {"labels": ("good", "bad")}])

@@ -245,7 +245,8 @@ def test_the_usage_of_a_classifier_counts_the_tokens_it_read(prompts: list[Promp
             client.completions.create(model="toy+toy-mood", prompt=text).usage.prompt_tokens
             for text in ("aaa number 1", "aaa number 1" * 40)
         }
-    templates = (prompts[0].template, *prompts[0].others)
+    assert prompts[0].layer_readout is not None
+    templates = (prompts[0].template, *prompts[0].layer_readout.others)
     assert counts == {sum(len(render_ids(ToyScorer(), template, "aaa number", 5)) for template in templates)}
 
 

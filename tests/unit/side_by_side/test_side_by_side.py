@@ -4,31 +4,47 @@ from __future__ import annotations
 
 from contextlib import closing
 
+import msgspec
 import numpy as np
 import pytest
 
 from fedbpt import Budget, Prompt, PromptSpec, TuneResult, evaluate, tune
+from fedbpt.api import make_prompt
 from fedbpt.engine.text_generator import Sampling
 from fedbpt.engine.text_stream import Generation, place
 from fedbpt.errors import ConfigError, InputError, PromptError
+from fedbpt.objective.layer_view import LayerReader
+from fedbpt.protocol.specs import Array, LayerReadout
+from fedbpt.runs.result import RunResult, Shipped
 from fedbpt.side_by_side.sides import SideBySide
 from fedbpt.tasks import Task
-from fedbpt.tasks.task import render_ids
+from fedbpt.tasks.task import cue_ids, render_ids
 from tests.support.raises import raises
 from tests.support.toy_generator import PLACES
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, rows
+from tests.support.word_prompt import tune_words
 from tests.unit.engine.test_text_stream import TASK as MANNER
 from tests.unit.engine.test_text_stream import rows as manner_rows
+from tests.unit.prompts.test_prompt import make
 
 BUDGET = Budget(evaluations=8 * 6)
 
 
-@pytest.fixture(scope="module", params=["front", "cue"])
+@pytest.fixture(scope="module", params=["words-front", "words-cue", "layers-front", "layers-cue", "no-prompt"])
 def moods(request: pytest.FixtureRequest) -> Prompt:
-    """A prompt with a readout over two templates."""
-    spec = PromptSpec(d=6, alpha=2.0, placement=request.param)
-    return tune(ToyScorer(), TASK, rows(40), budget=BUDGET, prompt=spec, popsize=8).prompt
+    """A prompt with a readout of words or of layers, over two templates; or a readout of layers alone."""
+    kind, _, placement = request.param.partition("-")
+    spec = PromptSpec(d=6, alpha=2.0, placement="front" if placement == "prompt" else placement)
+    if kind == "words":
+        return tune_words(ToyScorer(), TASK, rows(40), budget=BUDGET, prompt=spec, popsize=8)
+    found = tune(ToyScorer(), TASK, rows(40), budget=BUDGET, prompt=spec, popsize=8, show=False).run
+    return make_prompt(ToyScorer(), TASK, shipping(found, "read" if kind == "layers" else "probe"))
+
+
+def shipping(run: RunResult, name: Shipped) -> RunResult:
+    """``run`` as if held-out rows had chosen another of its lines."""
+    return msgspec.structs.replace(run, shipped=name)
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +54,11 @@ def manner() -> TuneResult:
 
 
 def test_the_probabilities_are_those_of_evaluate(moods: Prompt) -> None:
-    assert len(moods.word_ids)
-    assert moods.others
+    if moods.layer_readout is None:
+        assert len(moods.word_ids)
+        assert moods.others
+    else:
+        assert moods.layer_readout.others
     pair = SideBySide(ToyScorer(), moods, TASK)
     for text, label in rows(6, 100):
         found = pair.classify(text)
@@ -48,6 +67,55 @@ def test_the_probabilities_are_those_of_evaluate(moods: Prompt) -> None:
             assert sum(values) == pytest.approx(1)
             assert int(np.argmax(values)) == judged.predictions[0]
             assert -np.log(values[label]) == pytest.approx(judged.loss, rel=1e-6)
+
+
+def test_a_result_without_a_prompt_leaves_the_model_as_it_is() -> None:
+    spec = PromptSpec(d=6, alpha=2.0, placement="front", n_prompt=2)
+    run = tune(ToyScorer(), TASK, rows(40), budget=BUDGET, prompt=spec, popsize=8, show=False).run
+    assert not shipping(run, "probe").latent.any()
+    for name in ("probe", "calibrated"):
+        bare = make_prompt(ToyScorer(), TASK, shipping(run, name))
+        cue = cue_ids(ToyScorer(), run.template)
+        assert bare.rows.tobytes() == ToyScorer().token_embeddings(cue[-1:]).tobytes()
+        assert (bare.spec.placement, bare.n_prompt) == ("cue", 1)
+    readout = run.layer_fits["probe"]
+    bare = make_prompt(ToyScorer(), TASK, shipping(run, "probe"))
+    without = LayerReader(readout, ToyScorer(), run.template, TASK.labels, TASK.max_text_tokens)
+    for text, _ in rows(4, 100):
+        logits = without.logits([text])[0]
+        expected = np.exp(logits) / np.exp(logits).sum()
+        assert SideBySide(ToyScorer(), bare).probabilities(text, "tuned") == pytest.approx(tuple(expected), abs=1e-6)
+    tuned = make_prompt(ToyScorer(), TASK, shipping(run, "read"))
+    assert (tuned.spec.placement, tuned.n_prompt) == ("front", 2)
+
+
+def test_a_template_that_is_not_read_counts_no_tokens() -> None:
+    pair = SideBySide(ToyScorer(), make_layered([1.0, 0.0]))
+    own, other = (len(render_ids(ToyScorer(), each, "aaa", 128)) for each in TASK.templates)
+    assert pair.n_read("aaa") == 2 + own
+    assert SideBySide(ToyScorer(), make_layered([0.0, 1.0])).n_read("aaa") == other
+    assert SideBySide(ToyScorer(), make_layered([1.0, 1.0])).n_read("aaa") == 2 + own + other
+
+
+def make_layered(shares: list[float]) -> Prompt:
+    """A prompt of two rows in front that reads the templates of `TASK` with weights times ``shares``."""
+    weights = np.ones((2, 1, 8, 2)) * np.array(shares)[:, None, None, None]
+    readout = LayerReadout(
+        layers=(1,),
+        weights=Array.of(weights, "<f2"),
+        word_scales=Array.of(np.zeros(2), "<f4"),
+        bias=Array.of(np.zeros(2), "<f4"),
+        others=TASK.templates[1:],
+    )
+    return make(
+        spec=PromptSpec(placement="front", n_prompt=2, d=1),
+        task_name=TASK.name,
+        labels=TASK.labels,
+        template=TASK.templates[0],
+        task=TASK,
+        label_bias=None,
+        layer_readout=readout,
+    )
 
 
 def test_texts_are_truncated_as_in_the_task(moods: Prompt) -> None:
@@ -105,7 +173,8 @@ def test_closing_early_frees_both_generators(manner: TuneResult) -> None:
 
 
 def test_the_tokens_a_classifier_reads_are_counted_after_truncation(moods: Prompt) -> None:
-    templates = (moods.template, *moods.others)
+    readout = moods.layer_readout
+    templates = (moods.template, *(moods.others if readout is None else readout.others))
     for limit, text in ((None, "aaa number 1"), (4, "aaa number 1"), (4, "aaa number 1" * 50)):
         pair = SideBySide(ToyScorer(), moods, TASK, max_text_tokens=limit)
         texts = [render_ids(ToyScorer(), template, text, limit or TASK.max_text_tokens) for template in templates]
