@@ -264,6 +264,7 @@ def _history(result: RunResult) -> dict[str, Any]:
         "tokens": result.tokens,
         "devices": len(result.devices),
         "digest": result.digest,
+        **({"shipped": result.shipped} if result.shipped else {}),
         **({} if settings.robust == "none" else {"robust": settings.robust, "byzantine": settings.byzantine}),
         **privacy,
         **({} if result.epsilon is None else {"epsilon": result.epsilon}),

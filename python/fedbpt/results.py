@@ -16,7 +16,7 @@ from fedbpt.html_tables import html_table
 from fedbpt.prompts.prompt import Prompt
 from fedbpt.protocol.specs import Template
 from fedbpt.runs.intervals import wilson_interval
-from fedbpt.runs.result import RunResult, Score, perplexity
+from fedbpt.runs.result import UNSCORED, RunResult, Score, perplexity
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -112,6 +112,8 @@ class TuneResult:
             *((f"zero-shot, {each.template.pattern!r}", describe_accuracy(each)) for each in run.templates),
         ]
         lines += [(f"{name} {_figure_name(run)}", _gain(run, scores)) for name, scores in self._splits() if scores]
+        if run.is_unscored:
+            lines.append(("zero-shot", UNSCORED))
         return html_table(f"Tuned for {run.task}", lines) + self.prompt._repr_html_()
 
     def _splits(self) -> list[tuple[str, dict[str, Score]]]:
@@ -146,13 +148,13 @@ def _figure_name(run: RunResult) -> str:
 
 
 def _gain(run: RunResult, scores: Mapping[str, Score]) -> str:
-    """Zero-shot → tuned, on the same rows."""
-    before = scores["zero_shot"]
+    """Zero-shot → tuned, on the same rows; tuned alone where there is no zero-shot figure."""
     after = scores["tuned"]
-    if run.generates:
-        return f"{before.perplexity:.3f} → {after.perplexity:.3f} on {after.n:,} rows"
     low, high = after.interval
-    return f"{before.accuracy:.3f} → {after.accuracy:.3f} [{low:.3f}, {high:.3f}] on {after.n:,} rows"
+    interval = "" if run.generates else f" [{low:.3f}, {high:.3f}]"
+    shown = [scores["zero_shot"], after] if "zero_shot" in scores else [after]
+    figures = (f"{score.perplexity if run.generates else score.accuracy:.3f}" for score in shown)
+    return f"{' → '.join(figures)}{interval} on {after.n:,} rows"
 
 
 def _columns(points: tuple[tuple[int, float], ...]) -> tuple[list[int], list[float]]:

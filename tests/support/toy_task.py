@@ -31,3 +31,13 @@ _WORDS = ("zzz", "aaa", "iii")
 def rows(n: int, first: int = 0) -> list[Row]:
     """``n`` rows, one in four negative, which can be learned. ``first``: number of the first row."""
     return [(f"{_WORDS[i % 3]} number {i}", int(i % 4 > 0)) for i in range(first, first + n)]
+
+
+LONG_WORDS = Task(
+    name="toy-long",
+    labels=TASK.labels,
+    templates=tuple(
+        Template(pattern=template.pattern, label_words=("b" * 70, "g" * 70)) for template in TASK.templates
+    ),
+)
+"""A task whose label words are too long to be scored where hidden states can be read instead."""

@@ -14,7 +14,7 @@ from fedbpt.display.console import describe_accuracy, human_bytes
 from fedbpt.display.plain_console import PlainConsole
 from fedbpt.plain_text import echo
 from fedbpt.runs.intervals import beats_chance
-from fedbpt.runs.result import VARIANTS, RunResult, Score, Split, TemplateScore, perplexity
+from fedbpt.runs.result import UNSCORED, VARIANTS, RunResult, Score, Split, TemplateScore, perplexity
 
 
 def result_as_json(result: RunResult, prompt_path: Path | None) -> dict[str, Any]:
@@ -28,6 +28,7 @@ def result_as_json(result: RunResult, prompt_path: Path | None) -> dict[str, Any
         **_figures(result, "zero_shot", result.zero_shot),
         **_figures(result, "tuned", result.tuned),
         "baselines": {name: score.accuracy for name, score in result.baselines.items()},
+        "shipped": result.shipped,
         "n": result.tuned.n,
         "dev": {name: _score(result, score) for name, score in result.scores("dev").items()},
         "evaluations": result.evaluations,
@@ -122,7 +123,11 @@ def _print_scores(console: PlainConsole, result: RunResult, split: Split, rows: 
     print_accuracies(
         console, title, {name: (score.accuracy, score.interval, score.loss) for name, score in scores.items()}
     )
-    print_chance(console, scores["zero-shot"], len(result.template.label_words))
+    zero_shot = result.scores(split).get("zero_shot")
+    if zero_shot is not None:
+        print_chance(console, zero_shot, len(result.template.label_words))
+    elif result.is_unscored:
+        console.print(UNSCORED, highlight=False, soft_wrap=True)
 
 
 def print_cost(cost: RunCost, as_json: bool) -> None:

@@ -279,6 +279,8 @@ class Federation:
         state = self._ledger.state
         lines = state.held_lines()
         if len(lines) < 2:
+            if lines:
+                state.choose(list(lines), ())
             return
         request = self._ledger.planner.request(lines, label_weights=state.label_weights, split="held")
         state.choose(list(lines), list((await fleet.evaluate(request, self._deadline_s())).values()))

@@ -36,6 +36,11 @@ MAX_WORD_BYTES: Final = 120
 """Label words of more bytes together, in UTF-8, are not scored: each text would cost dozens of tokens more."""
 
 
+def words_too_long(task: Task) -> bool:
+    """Whether no template's label words are short enough to be scored where hidden states can be read instead."""
+    return all(sum(len(word.encode()) for word in template.label_words) > MAX_WORD_BYTES for template in task.templates)
+
+
 class RunState:
     """Changes by `apply`, for each closed round in order, and by `judge`; nothing else decides what comes next.
 
@@ -174,10 +179,7 @@ class RunState:
     @property
     def states_alone(self) -> bool:
         """Whether the label words are too long to be scored: only hidden states are read, and no prompt is tuned."""
-        return self.reads_layers and all(
-            sum(len(word.encode()) for word in template.label_words) > MAX_WORD_BYTES
-            for template in self.task.templates
-        )
+        return self.reads_layers and words_too_long(self.task)
 
     @property
     def held(self) -> HeldRows:

@@ -17,6 +17,7 @@ from typing import Any, Final
 from fedbpt.coordinator.control import RunControl
 from fedbpt.coordinator.course import Course
 from fedbpt.coordinator.round_figures import ClosedRound, evaluations_in, numbers_of
+from fedbpt.coordinator.run_state import words_too_long
 from fedbpt.coordinator.spending import Spending
 from fedbpt.dashboard.views import DeviceStatus, DeviceView, Measured, Notice, Point, RunView, Stage, Status
 from fedbpt.protocol import codec
@@ -345,6 +346,7 @@ class RunState:
                 labels=self._task.labels if self._task else (),
                 generates=self.generates,
                 **headline,
+                unscored=self._states_alone(),
                 stages=self._stages(),
                 loss=self._losses[-1].value if self._losses else None,
                 searched=self._course.searched,
@@ -370,15 +372,27 @@ class RunState:
         limits = self._settings
         task = self._task
         reads_out = limits.objective.readout_words > 0
+        if self._states_alone():
+            return ("probe", "evaluation")
         stages: dict[RunStage, bool] = {
             "selection": task is None or len(task.templates) > 1 or limits.balanced,
             "calibration": limits.calibrate,
-            "probe": limits.baselines and reads_out,
+            "probe": reads_out and (limits.baselines or self._reads_layers()),
             "search": True,
             "readout": reads_out,
             "evaluation": True,
         }
         return tuple(stage for stage, included in stages.items() if included)
+
+    def _reads_layers(self) -> bool:
+        has_layers = any(device.info is not None and device.info.n_layer for device in self._devices.values())
+        return bool(self._task and self._task.labels) and self._settings.may_read_layers and has_layers
+
+    def _states_alone(self) -> bool:
+        """Whether the label words are too long to be scored, so that only a readout is fitted."""
+        if self._result is not None:
+            return self._result.is_unscored
+        return self._task is not None and self._reads_layers() and words_too_long(self._task)
 
     def _eta(self) -> float | None:
         infos = [device.info for device in self._devices.values() if device.info is not None and not device.lost]
@@ -405,7 +419,7 @@ class RunState:
         elif self._status == "finished" and result is not None and result.tuned.n:
             found = self._measured(result.tuned)
             split = "test"
-            zero_shot = self._figure(result.zero_shot)
+            zero_shot = self._figure(result.zero_shot) if result.zero_shot.n else None
         else:
             return {
                 "figure": None,

@@ -80,6 +80,7 @@ class RunView:
         figure, zero_shot: accuracy (0 to 1) with 95 % intervals, or perplexity if ``generates``; None: not evaluated.
             Both on the same ``n_rows`` rows of ``split`` from start to end: development rows or, if there are none,
             test rows once the run is finished.
+        unscored: whether the label words are too long to be scored, so that there is no zero-shot figure.
         searched: rounds of the search so far, of ``rounds_limit``.
         share: fraction of the budget spent, 0 to 1.
         participations: number of reports used in rounds of the search.
@@ -98,6 +99,7 @@ class RunView:
     figure: float | None
     zero_shot: float | None
     zero_shot_interval: Interval | None
+    unscored: bool
     n_rows: int
     interval: Interval | None
     split: Split

@@ -27,10 +27,12 @@ from fedbpt.runs.events import (
     TemplateSelected,
 )
 from fedbpt.runs.intervals import beats_chance
-from fedbpt.runs.result import Score, TemplateScore
+from fedbpt.runs.result import UNSCORED, Score, TemplateScore
 
 MAX_SILENCE_S: Final = 30.0
 """Time after which the next round is logged in any case, in seconds."""
+
+_MAX_WORDS_LENGTH: Final = 200  # characters of the label words that a line lists
 
 STAGE_NAMES: Final[dict[RunStage, str]] = {
     "selection": "template",
@@ -92,6 +94,7 @@ class RunDisplay:
         self._n_live = 0
         self._started = False
         self._zero_shot: Score | None = None
+        self._said_unscored = False
         self._score: Score | None = None
         self._closed: RoundClosed | None = None
         self._share: float | None = None
@@ -121,11 +124,16 @@ class RunDisplay:
                 self._update(STAGE_NAMES[event.stage], self._share, self._figures(self._closed), _eta(left))
             case TemplateSelected():
                 words = ", ".join(word.strip() for word in event.template.label_words)
-                self._generates = not words
+                self._generates = not event.template.label_words
+                if len(words) > _MAX_WORDS_LENGTH:
+                    words = f"{words[:_MAX_WORDS_LENGTH]}… ({len(event.template.label_words)} label words)"
                 for candidate in event.candidates:
                     self._print(f"zero-shot accuracy {describe_accuracy(candidate)}: {candidate.template.pattern!r}")
                 self._print(f"template {event.template.pattern!r}" + (f" with {words}" if words else ""))
             case Evaluated():
+                if event.is_unscored and not self._said_unscored:
+                    self._print(UNSCORED)
+                    self._said_unscored = True
                 self._score = event.score
                 self._zero_shot = event.zero_shot
                 self._update("evaluated", self._share, self._figures(self._closed))

@@ -23,6 +23,7 @@ from fedbpt.machine.folders import expanded
 from fedbpt.plain_text import echo
 from fedbpt.protocol.specs import as_name
 from fedbpt.runs.events import DeviceBack, DeviceLost, Evaluated, Event, RoundClosed, RunFinished
+from fedbpt.runs.result import UNSCORED
 from fedbpt.runs.run_file import with_defaults
 from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
@@ -114,7 +115,8 @@ def _print_event(event: Event) -> None:
         case RunFinished(result=result):
             echo(f"run {result.run}: digest {result.digest} after {result.rounds} rounds")
             if result.tuned.n:
-                echo(f"accuracy {result.tuned.accuracy:.3f}, zero-shot {result.zero_shot.accuracy:.3f}")
+                before = f"zero-shot {result.zero_shot.accuracy:.3f}" if result.zero_shot.n else UNSCORED
+                echo(f"accuracy {result.tuned.accuracy:.3f}, {before}")
 
 
 # --- a node ----------------------------------------------------------------------------------------------------------

@@ -128,12 +128,6 @@ def log_probabilities(logits: Floats) -> Floats:
     return found
 
 
-def places_read(readout: LayerReadout) -> list[int]:
-    """Which templates ``readout`` reads, by their place: 0 is its first one. Others have no weight."""
-    weights, scales = readout.weights.numpy(), readout.word_scales.numpy()
-    return [place for place in range(len(scales)) if scales[place] or weights[place].any()]
-
-
 class LayerReader:
     """Reads label logits by a `LayerReadout`.
 
@@ -161,7 +155,7 @@ class LayerReader:
         self._bias = readout.bias.numpy()
         self._views: dict[int, tuple[ViewKey, LayerView]] = {}
         templates = (template, *readout.others)
-        for place in places_read(readout):
+        for place in readout.places_read:
             scored = labels if self._scales[place] else ()
             own = rows if place == 0 else None
             view = LayerView(scorer, templates[place], scored, max_text_tokens, readout.layers, own, placement)

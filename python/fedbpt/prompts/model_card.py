@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from fedbpt.models import CATALOGUE, CatalogueEntry, PackagedFile
 from fedbpt.plain_text import one_line, plain
-from fedbpt.protocol.specs import PromptSpec, Template
+from fedbpt.prompts.variants import UNSCORED, VARIANTS
+from fedbpt.protocol.specs import LayerReadout, PromptSpec, Template
 from fedbpt.tasks import Task
 
 _MARKUP = re.compile(r"[\\`*_{}\[\]<>&~$@#]|:(?=//)|(?<=\bwww)\.|^[-+=]", re.IGNORECASE)
@@ -53,18 +54,19 @@ FACTORS_AFTER_EMBEDDING = {
 """Architectures whose ``inputs_embeds`` transformers (5.x) multiplies by a factor, and the factor."""
 
 
-_STAGES = {
-    "zero_shot": "zero-shot",
-    "calibrated": "calibration only",
-    "probe": "linear probe",
-    "prompt": "tuned, without readout",
-    "tuned": "tuned",
-}
-
 _ROWS = {
     "test": "On held-out test rows, which were not used in tuning.",
     "dev": "On development rows, which were used to monitor tuning. No test rows were held out.",
 }
+
+
+_WITHOUT_PROMPT = ("calibrated", "probe")
+"""Variants without a prompt (`fedbpt.prompts.variants.BASELINES`)."""
+
+_NO_PROMPT = (
+    "The latent is z = 0: the rows are those of the cue's own tokens, so the model is used without a prompt. What was "
+    "tuned is how labels are read from it.\n"
+)
 
 
 class Described(Protocol):
@@ -80,6 +82,7 @@ class Described(Protocol):
     architecture: str
     history: tuple[dict[str, Any], ...]
     task: Task | None
+    layer_readout: LayerReadout | None
 
     @property
     def n_prompt(self) -> int: ...
@@ -119,21 +122,23 @@ def model_card(prompt: Described, use: str, library: str = "fedbpt") -> str:
         library: the ``library_name`` for the hub.
     """
     known = known_model(prompt.model_name, prompt.model_fingerprint)
+    last = prompt.history[-1] if prompt.history else {}
+    kind = "a readout" if _is_without_prompt(prompt) else "a soft prompt"
     parts = [
         _front_matter(prompt, known, library),
-        f"# {as_markdown(prompt.task_name)}: a soft prompt for {as_markdown(prompt.model_name)}\n",
+        f"# {as_markdown(prompt.task_name)}: {kind} for {as_markdown(prompt.model_name)}\n",
         f"{prompt.n_prompt} row(s) of {prompt.n_embd} numbers that adapt a frozen language model to a task, inserted "
         f"{PLACES[prompt.spec.placement].format(n=prompt.n_prompt)}. Made with fedbpt.\n",
+        *([_NO_PROMPT] if _is_without_prompt(prompt) else []),
         "## Model\n\n" + _model(prompt, known),
         "## Task\n\n" + _task(prompt),
     ]
-    last = prompt.history[-1] if prompt.history else {}
     training = [(title, _figure(last[key])) for key, title in _TRAINING.items() if last.get(key) is not None]
     if training:
         parts.append("## Training\n\n" + _table(("", ""), training))
     results = _results(last)
     if results:
-        parts.append(f"## Results\n\n{_ROWS.get(str(last.get('split')), _ROWS['test'])}\n\n{results}")
+        parts.append(f"## Results\n\n{_ROWS.get(str(last.get('split')), _ROWS['test'])}\n\n{results}{_lines(last)}")
     parts += ["## Licence\n\n" + _licence(known), "## Use\n\n" + use]
     return "\n".join(parts)
 
@@ -194,13 +199,11 @@ def _model(prompt: Described, known: CatalogueEntry | None) -> str:
 
 
 def _task(prompt: Described) -> str:
-    text = f"{_span(prompt.task_name)}. A text is presented to the model as\n\n{_pattern(prompt.template)}\n"
-    if prompt.labels:
-        words = [(as_markdown(label), _span(json.dumps(word, ensure_ascii=False))) for label, word in _words(prompt)]
-        text += "The predicted label is the one whose word is the likeliest continuation.\n\n"
-        text += _table(("label", "word"), words)
+    text = f"{_span(prompt.task_name)}. "
+    if prompt.layer_readout is not None:
+        text += _layers(prompt, prompt.layer_readout)
     else:
-        text += "The output is the model's continuation.\n"
+        text += _word_by_word(prompt)
     if prompt.task is not None:
         text += f"\n{_data_format(prompt.task)}\n"
     if prompt.n_words:
@@ -211,6 +214,51 @@ def _task(prompt: Described) -> str:
         text += "\nThe labels' log-probabilities are averaged with those of the model without the prompt, for\n\n"
         text += "\n".join(map(_pattern, prompt.others))
     return text
+
+
+def _word_by_word(prompt: Described) -> str:
+    """How labels are read from the next word, or a text is continued, as Markdown."""
+    text = f"A text is presented to the model as\n\n{_pattern(prompt.template)}\n"
+    if not prompt.labels:
+        return f"{text}The output is the model's continuation.\n"
+    words = [(as_markdown(label), _span(json.dumps(word, ensure_ascii=False))) for label, word in _words(prompt)]
+    text += "The predicted label is the one whose word is the likeliest continuation.\n\n"
+    return text + _table(("label", "word"), words)
+
+
+def _layers(prompt: Described, readout: LayerReadout) -> str:
+    """How labels are read from hidden states, as Markdown."""
+    layers = ", ".join(map(str, readout.layers))
+    parts = [
+        f"Labels are read, by weights fitted to training rows, from the model's hidden states after layers {layers} "
+        "(counted from 0) at the last token of the texts below.\n"
+    ]
+    for place in readout.places_read:
+        with_prompt = place == 0 and not _is_without_prompt(prompt)
+        template = prompt.template if place == 0 else readout.others[place - 1]
+        parts.append(f"{'With' if with_prompt else 'Without'} the prompt:\n\n{_pattern(template)}")
+    n_scored = sum(bool(scale) for scale in readout.word_scales.numpy())
+    if not n_scored:
+        labels = ", ".join(map(as_markdown, prompt.labels))
+        return "\n".join([*parts, f"Label words do not count. The labels: {labels}.\n"])
+    words = [(as_markdown(label), _span(json.dumps(word, ensure_ascii=False))) for label, word in _words(prompt)]
+    parts.append(f"The log-probabilities of the label words count too, in {n_scored} of these texts.\n")
+    return "\n".join([*parts, _table(("label", "word"), words)])
+
+
+def _is_without_prompt(prompt: Described) -> bool:
+    """Whether the run shipped z = 0."""
+    return bool(prompt.history) and prompt.history[-1].get("shipped") in _WITHOUT_PROMPT
+
+
+def _lines(entry: Mapping[str, Any]) -> str:
+    """Which of the lines of the results the file holds, and why zero-shot may be missing; empty if unknown."""
+    held = VARIANTS.get(str(entry.get("shipped")))
+    if held is None:
+        return ""
+    if _is_number(entry.get("probe_accuracy")) and "zero_shot_accuracy" not in entry:
+        return f'\nThis file holds the line "{held}". {UNSCORED[0].upper()}{UNSCORED[1:]}.\n'
+    return f'\nThis file holds the line "{held}", which held-out training rows chose.\n'
 
 
 def _data_format(task: Task) -> str:
@@ -231,7 +279,7 @@ def _results(entry: Mapping[str, Any]) -> str:
     """Table of the results in a history entry; empty if it has none."""
     lines = []
     figure = "accuracy" if "tuned_accuracy" in entry else "perplexity"
-    for key, title in _STAGES.items():
+    for key, title in VARIANTS.items():
         value = entry.get(f"{key}_{figure}")
         if _is_number(value):
             low_high = entry.get(f"{key}_interval")

@@ -301,7 +301,9 @@ class Prompt:
         names = [name for name in header.__struct_fields__ if name not in ("format", *_LAYERS_FIELDS)]
         fields: dict[str, Any] = {name: getattr(header, name) for name in names}
         if ("layer_weights" in tensors) != (layers is not UNSET and templates is not UNSET):
-            raise PromptError(f"{source} is damaged: layer_weights, layers and layer_templates belong together")
+            raise PromptError(
+                f"{source} is damaged: it must have layer_weights with layers and layer_templates, or none of them"
+            )
         try:
             if layers is not UNSET and templates is not UNSET:
                 fields["layer_readout"] = LayerReadout(

@@ -191,3 +191,9 @@ class LayerReadout(Message, frozen=True):
     word_scales: Array
     bias: Array
     others: tuple[Template, ...] = ()
+
+    @property
+    def places_read(self) -> tuple[int, ...]:
+        """The places of the templates that are read, 0 for the first: others have no weight."""
+        weights, scales = self.weights.numpy(), self.word_scales.numpy()
+        return tuple(place for place in range(len(scales)) if scales[place] or weights[place].any())

@@ -94,6 +94,11 @@ class Evaluated(Message, frozen=True, tag=True):
     zero_shot: Score = NO_SCORE
     stages: dict[str, Score] = msgspec.field(default_factory=dict)
 
+    @property
+    def is_unscored(self) -> bool:
+        """Whether the label words are too long to be scored, so that there is no zero-shot figure."""
+        return bool(self.score.n) and not self.zero_shot.n and "probe" in self.stages
+
 
 class DeviceLost(Message, frozen=True, tag=True):
     """``device`` is out of ``round``, for ``reason``. It is called again until it responds."""

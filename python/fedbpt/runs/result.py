@@ -10,6 +10,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from fedbpt.prompts.variants import BASELINES as BASELINES
+from fedbpt.prompts.variants import UNSCORED as UNSCORED
+from fedbpt.prompts.variants import VARIANTS as VARIANTS
 from fedbpt.protocol.rounds import DeviceInfo, EvaluateReport, FitPurpose
 from fedbpt.protocol.specs import Array, LayerReadout, Message, Readout, Template
 from fedbpt.quantities import NaturalInt
@@ -60,18 +63,6 @@ def perplexity(loss: float) -> float:
 
 
 NO_SCORE = Score(n=0, correct=0, loss_sum=0.0)
-
-BASELINES = {
-    "calibrated": "calibration only",
-    "probe": "readout without prompt",
-    "prompt": "tuned, without readout",
-    "read": "tuned, with readout",
-}
-"""Variants that a result is compared with, besides zero-shot, with their names for people: the model without a prompt
-and with a bias per label, or with a readout; the tuned prompt with a bias per label, or with a readout."""
-
-VARIANTS = {"zero_shot": "zero-shot", **BASELINES, "tuned": "tuned"}
-"""All variants with their names for people, in the order in which a run produces them."""
 
 Split: TypeAlias = Literal["dev", "test"]
 
@@ -170,6 +161,11 @@ class RunResult(Message, frozen=True):
     def generates(self) -> bool:
         """Whether the task has target texts; its figure is then perplexity, not accuracy."""
         return not self.template.label_words
+
+    @property
+    def is_unscored(self) -> bool:
+        """Whether the label words were too long to be scored, so that there is no zero-shot figure."""
+        return "zero_shot" not in self.variants()
 
     @property
     def latent(self) -> NDArray[np.float64]:

@@ -16,7 +16,7 @@ from fedbpt.engine.scorer import Scorer
 from fedbpt.engine.text_generator import Sampling, generates
 from fedbpt.engine.text_stream import Generation, place
 from fedbpt.errors import ConfigError
-from fedbpt.objective.layer_view import LayerReader, places_read
+from fedbpt.objective.layer_view import LayerReader
 from fedbpt.objective.objective import Objective
 from fedbpt.objective.readout import blocks, ensemble
 from fedbpt.prompts.prompt import Prompt
@@ -112,7 +112,7 @@ class SideBySide:
         clipped = self._clip(text)
         readout = self.prompt.layer_readout
         templates = (self.prompt.template, *(self.prompt.others if readout is None else readout.others))
-        places = range(len(templates)) if readout is None else places_read(readout)
+        places = range(len(templates)) if readout is None else readout.places_read
         n_front = 0 if self.prompt.spec.placement == "cue" or 0 not in places else self.prompt.n_prompt
         return n_front + sum(len(render_ids(self.model, templates[place], clipped, limit)) for place in places)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import yaml
 
@@ -18,13 +19,13 @@ from fedbpt.cli import chat as chat_command
 from fedbpt.cli import evaluate as evaluate_command
 from fedbpt.prompts.model_card import PLACES, known_model, model_card
 from fedbpt.prompts.prompt import card_path
-from fedbpt.protocol.specs import PrivacySpec, Template
+from fedbpt.protocol.specs import Array, PrivacySpec, Template
 from fedbpt.runs.intervals import wilson_interval
-from fedbpt.runs.result import Score
+from fedbpt.runs.result import VARIANTS, Score, Shipped
 from tests.support.printed import blocks, commands
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, TASK_FILE, rows
-from tests.unit.prompts.test_prompt import OTHERS, READOUT, make
+from tests.unit.prompts.test_prompt import OTHERS, READOUT, make, of_layers
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,53 @@ def test_it_describes_readout_and_other_templates() -> None:
     assert "averaged" not in text
     other = OTHERS["others"][0].pattern
     assert other in card(make(**OTHERS))
+
+
+def test_it_names_the_layers_and_templates_that_labels_are_read_from() -> None:
+    text = card(make(**of_layers()))
+    assert "after layers 3, 5 (counted from 0)" in text
+    own, other = make().template.pattern, OTHERS["others"][0].pattern
+    assert f"With the prompt:\n\n```\n{own}\n```" in text
+    assert f"Without the prompt:\n\n```\n{other}\n```" in text
+    assert "label words count too, in 1 of these texts" in text
+    assert "likeliest continuation" not in text
+    assert '| good | `" good"` |' in text
+
+
+def test_it_says_that_label_words_do_not_count() -> None:
+    text = card(make(**of_layers(word_scales=Array.of(np.zeros(2), "<f4"))))
+    assert "Label words do not count. The labels: bad, good." in text
+    assert '`" good"`' not in text
+
+
+def test_a_template_that_is_not_read_is_not_named() -> None:
+    weights = np.ones((2, 2, 8, 2))
+    weights[1] = 0
+    text = card(make(**of_layers(weights=Array.of(weights, "<f2"))))
+    assert OTHERS["others"][0].pattern not in text
+    assert "Without the prompt" not in text
+
+
+@pytest.mark.parametrize(
+    ("shipped", "without"), [("calibrated", True), ("probe", True), ("prompt", False), ("read", False)]
+)
+def test_it_says_which_line_the_file_holds_and_whether_it_has_a_prompt(shipped: Shipped, without: bool) -> None:
+    data = (rows(40), rows(20, 200), rows(20, 400))
+    spec = PromptSpec(d=6, placement="front")
+    run = tune(ToyScorer(), TASK, *data, budget=Budget(evaluations=16), prompt=spec, popsize=8, show=False).run
+    names = {"zero_shot", "calibrated", "probe", "prompt", "read", "tuned"}
+    assert set(run.scores("test")) == names == set(VARIANTS)
+    prompt = make_prompt(ToyScorer(), TASK, msgspec.structs.replace(run, shipped=shipped))
+    text = card(prompt)
+    assert prompt.history[-1]["shipped"] == shipped
+    for name, score in run.scores("test").items():
+        assert f"| {VARIANTS[name]} | {score.accuracy:.3f} |" in text
+    assert f'This file holds the line "{VARIANTS[shipped]}", which held-out training rows chose.' in text
+    assert ("without a prompt" in text) is without
+    assert ("a soft prompt for toy" in text) is not without
+    assert ("With the prompt:" in text) is (shipped == "read")
+    changed = prompt.with_rows(prompt.rows + 1, ())  # trained further: what the run chose says nothing about it
+    assert "a soft prompt for toy" in card(changed)
 
 
 def test_it_states_how_the_prompt_was_trained(result: TuneResult) -> None:
