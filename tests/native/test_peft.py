@@ -16,9 +16,10 @@ from tiny_case import Case
 
 from fedbpt import Prompt, PromptSpec, export_prompt, import_prompt
 from fedbpt.engine.scorer import Scorer
+from fedbpt.objective.layer_view import LayerReader
 from fedbpt.objective.objective import Objective
 from fedbpt.objective.readout import blocks, ensemble
-from fedbpt.protocol.specs import ObjectiveSpec, PromptPlace, Template
+from fedbpt.protocol.specs import Array, LayerReadout, ObjectiveSpec, PromptPlace, Template
 from fedbpt.tasks import Task, label_word_ids, render_ids
 
 if any(find_spec(name) is None for name in ("peft", "torch", "transformers")):
@@ -144,6 +145,61 @@ def test_the_code_beside_an_adapter_gives_the_same_label_logits(
         expected = label_logits(case.scorer, prompt, text)
         assert np.abs(names["label_logits"](text).numpy() - expected).max() <= TOLERANCE
         assert np.abs(label_logits(case.scorer, without, text) - expected).max() > 5 * TOLERANCE
+
+
+def layered(case: Case, placement: PromptPlace, n_prompt: int, template: int, scales: tuple[float, ...]) -> Prompt:
+    """A random prompt that reads three layers, the last one too, under all templates, its own first."""
+    rng = np.random.default_rng(11)
+    plain = prompt_of(case, placement, n_prompt, template, whole=False)
+    layers = tuple(sorted({0, case.scorer.n_layer // 2, case.scorer.n_layer - 1}))
+    weights = rng.normal(0, 0.3, (len(TASK.templates), len(layers), case.model.n_embd, len(TASK.labels)))
+    readout = LayerReadout(
+        layers=layers,
+        weights=Array.of(weights, "<f2"),
+        word_scales=Array.of(np.array(scales), "<f4"),
+        bias=Array.of(np.array([0.25, -0.5]), "<f4"),
+        others=tuple(each for i, each in enumerate(TASK.templates) if i != template),
+    )
+    fields = ("spec", "task_name", "labels", "template", "model_fingerprint", "model_name", "architecture")
+    return Prompt(rows=plain.rows, layer_readout=readout, **{name: getattr(plain, name) for name in fields})
+
+
+@pytest.mark.parametrize(
+    ("placement", "n_prompt", "template", "scales"),
+    [
+        ("cue", 2, 0, (0.5, 0.0, 0.25)),
+        ("cue", 1, 2, (0.0, 0.0, 0.0)),
+        ("front", 3, 1, (0.0, 0.5, 0.0)),
+        ("first", 2, 0, (1.0, 0.0, 0.0)),
+    ],
+)
+def test_the_code_beside_an_adapter_reads_the_same_label_logits_from_layers(
+    case: Case,
+    hugging_face: Callable[[Case], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    placement: PromptPlace,
+    n_prompt: int,
+    template: int,
+    scales: tuple[float, ...],
+) -> None:
+    prompt = layered(case, placement, n_prompt, template, scales)
+    base = str(hugging_face(case))
+    export_prompt(prompt, tmp_path / "a", "peft", scorer=case.scorer, task=TASK, base_model=base)
+    assert import_prompt(tmp_path / "a", case.scorer) == prompt
+    names = code_of(tmp_path / "a", monkeypatch)
+
+    def read(of: Prompt, text: str) -> NDArray[np.float64]:
+        assert of.layer_readout is not None
+        rows = (of.rows, of.spec)
+        limit = TASK.max_text_tokens
+        return LayerReader(of.layer_readout, case.scorer, of.template, of.labels, limit, *rows).logits([text])[0]
+
+    without = prompt.with_rows(prompt.rows * 0, ())
+    for text in TEXTS:
+        expected = read(prompt, text)
+        assert np.abs(names["label_logits"](text).numpy() - expected).max() <= TOLERANCE
+        assert np.abs(read(without, text) - expected).max() > 5 * TOLERANCE
 
 
 def test_the_code_beside_an_adapter_for_target_texts_gives_the_same_next_logits(

@@ -13,10 +13,11 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from fedbpt.errors import MissingExtraError, PromptError
 from fedbpt.prompts.model_card import model_card
-from fedbpt.prompts.prompt import Prompt, card_path, encode_card, write
+from fedbpt.prompts.prompt import Prompt, card_path, encode_card, layer_tensors, write
 
 ROWS = "soft_prompt.weight"
 _TENSORS = ("label_bias", "word_ids", "word_weights", "other_weights")
@@ -52,9 +53,8 @@ def write_gguf(prompt: Prompt, target: Path) -> Path:
     try:
         _add_metadata(writer, prompt)
         writer.add_tensor(ROWS, prompt.rows)
-        for name in _TENSORS:
-            if getattr(prompt, name).size:
-                writer.add_tensor(name, np.ascontiguousarray(getattr(prompt, name)))
+        for name, values in _tensors(prompt).items():
+            writer.add_tensor(name, np.ascontiguousarray(values))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -69,6 +69,14 @@ def write_gguf(prompt: Prompt, target: Path) -> Path:
     return target
 
 
+def _tensors(prompt: Prompt) -> dict[str, NDArray[Any]]:
+    """The tensors besides the rows, by name."""
+    if prompt.layer_readout is not None:
+        return layer_tensors(prompt.layer_readout)
+    found = {name: getattr(prompt, name) for name in _TENSORS}
+    return {name: values for name, values in found.items() if values.size}
+
+
 def _add_metadata(writer: Any, prompt: Prompt) -> None:
     writer.add_type("adapter")
     writer.add_name(f"{prompt.task_name} for {prompt.model_name}")
@@ -80,6 +88,9 @@ def _add_metadata(writer: Any, prompt: Prompt) -> None:
     if prompt.task is not None:
         writer.add_string("fedbpt.task.definition", msgspec.json.encode(prompt.task).decode())
     templates = (prompt.template, *prompt.others)
+    if prompt.layer_readout is not None:
+        templates = (prompt.template, *prompt.layer_readout.others)
+        writer.add_array("fedbpt.layers", list(prompt.layer_readout.layers))
     writer.add_array("fedbpt.templates", [template.pattern for template in templates])
     if prompt.labels:
         writer.add_array("fedbpt.labels", list(prompt.labels))

@@ -23,6 +23,6 @@ def write_npy(prompt: Prompt, target: Path) -> Path:
 
 def notes(prompt: Prompt) -> tuple[str, ...]:
     """The parts of the prompt that the file lacks, one line each."""
-    if prompt.label_bias.any() or prompt.n_words or prompt.others:
+    if prompt.label_bias.any() or prompt.n_words or prompt.others or prompt.layer_readout is not None:
         return ("The file only holds the rows: for label bias and readout, use the prompt file or --to gguf.",)
     return ()

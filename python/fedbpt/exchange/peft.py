@@ -81,7 +81,7 @@ def notes(prompt: Prompt, scorer: Scorer) -> tuple[str, ...]:
         )
     elif n_bos:
         found.append("The first virtual token is BOS: use token ids without it (add_special_tokens=False).")
-    if prompt.label_bias.any() or prompt.n_words or prompt.others:
+    if prompt.label_bias.any() or prompt.n_words or prompt.others or prompt.layer_readout is not None:
         found.append(
             "An adapter has no label bias and no readout: README.md's code reads them from prompt.safetensors."
         )

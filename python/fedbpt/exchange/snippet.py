@@ -6,6 +6,7 @@ For the same weights, its float32 logits equal those of fedbpt's engine up to ro
 from __future__ import annotations
 
 import json
+import textwrap
 
 from fedbpt.engine.scorer import Scorer
 from fedbpt.plain_text import one_line
@@ -63,13 +64,15 @@ def logits(ids, more, tuned):
     return (model if tuned else plain)(input_ids=torch.tensor([ids + more])).logits[0, -1 - len(more) :]
 """
 
-_OF_TOKENS = """\
+_AFTER = """\
         after = logits(ids, [], tuned=i == 0)[0]
+"""
+
+_OF_TOKENS = """\
         scores = after[[word[0] for word in words]]
 """
 
 _OF_WORDS = """\
-        after = logits(ids, [], tuned=i == 0)[0]
         scores = []
         for word in words:  # the log-probability of all its tokens
             log_probs = logits(ids, word[:-1], tuned=i == 0).log_softmax(-1)
@@ -93,6 +96,48 @@ def label_logits(text):
 
 
 print(LABELS[label_logits({example}).argmax()])
+"""
+
+_STATES = """\
+
+LAYERS = {layers}
+states = {{}}  # after each layer, of the last forward pass [1, n_tokens, n_embd]
+
+
+def keep(layer):
+    \"\"\"Keep the layer's output: of the last layer, before the model's final norm.\"\"\"
+
+    def hook(_module, _inputs, output):
+        states[layer] = output[0] if isinstance(output, tuple) else output
+
+    plain.model.layers[layer].register_forward_hook(hook)
+
+
+for layer in LAYERS:
+    keep(layer)
+"""
+
+_LAYERS = """\
+
+@torch.no_grad()
+def label_logits(text):
+    \"\"\"Logits [n_labels], the largest for the most likely label.\"\"\"
+    found = parts["label_bias"].clone()
+    for i, (before, sentinels, gap, cue, words) in enumerate(TEMPLATES):
+        ids = [*before, *tokens(text, sentinels, gap), *cue]
+        after = logits(ids, [], tuned=i == 0)[0]
+        read = torch.stack([states[layer][0, -1] for layer in LAYERS])
+        read = read / read.square().mean(-1, keepdim=True).sqrt()
+        found += torch.einsum("le,lek->k", read, parts["layer_weights"][i].float())
+{scores}    return found
+
+
+print(LABELS[label_logits({example}).argmax()])
+"""
+
+_SCALED = """\
+        if words:  # the log-probabilities of the label words count too
+{scores}            found += parts["word_scales"][i] * scores.log_softmax(-1)
 """
 
 _TEXT = """\
@@ -120,8 +165,9 @@ def snippet(prompt: Prompt, scorer: Scorer, task: Task, model: str, n_bos: int) 
     """
     known = known_model(prompt.model_name, prompt.model_fingerprint)
     quantised = known is not None and known.original == model
-    templates = (prompt.template, *prompt.others)
-    lines = [_line(prompt, scorer, template, n_bos if i == 0 else 0) for i, template in enumerate(templates)]
+    words = _words(prompt, scorer)
+    templates = _templates(prompt)
+    lines = [_line(scorer, template, words[i], n_bos if i == 0 else 0) for i, template in enumerate(templates)]
     name = one_line(prompt.model_name)  # goes into a comment
     setup = _SETUP.format(
         model=json.dumps(model),
@@ -131,25 +177,44 @@ def snippet(prompt: Prompt, scorer: Scorer, task: Task, model: str, n_bos: int) 
     )
     logits = _IN_CUE if prompt.spec.placement == "cue" else _IN_FRONT
     tokens = _TOKENS.format(max_words=task.max_words or "", max_tokens=task.max_text_tokens)
-    return "\n".join([setup, tokens, logits, _result(prompt, scorer)])
+    readout = prompt.layer_readout
+    states = [] if readout is None else [_STATES.format(layers=list(readout.layers))]
+    return "\n".join([setup, tokens, *states, logits, _result(prompt, words)])
 
 
-def _line(prompt: Prompt, scorer: Scorer, template: Template, n_skipped: int) -> str:
+def _templates(prompt: Prompt) -> tuple[Template, ...]:
+    """All templates that are read, the prompt's own first."""
+    return (prompt.template, *(prompt.others if prompt.layer_readout is None else prompt.layer_readout.others))
+
+
+def _words(prompt: Prompt, scorer: Scorer) -> list[list[list[int]]]:
+    """Token ids of the label words of each template; none where they do not count."""
+    readout = prompt.layer_readout
+    counts = [True] * len(_templates(prompt)) if readout is None else readout.word_scales.numpy().astype(bool).tolist()
+    return [
+        [word.tolist() for word in label_word_ids(scorer, template, prompt.labels)] if counted else []
+        for template, counted in zip(_templates(prompt), counts, strict=True)
+    ]
+
+
+def _line(scorer: Scorer, template: Template, words: list[list[int]], n_skipped: int) -> str:
     """An entry of TEMPLATES, without the first ``n_skipped`` token ids."""
     head = split_pattern(template)[0]
     stripped_head = head.rstrip()
     before = head_ids(scorer, template).tolist()[n_skipped:]
-    words = [word.tolist() for word in label_word_ids(scorer, template, prompt.labels)]
     sentinels = "".join(SENTINELS) if stripped_head else ""
     gap = head[len(stripped_head) :] if stripped_head else head
     cue = cue_ids(scorer, template).tolist()
     return f"    ({before}, {json.dumps(sentinels)}, {json.dumps(gap)}, {cue}, {words}),\n"
 
 
-def _result(prompt: Prompt, scorer: Scorer) -> str:
+def _result(prompt: Prompt, words: list[list[list[int]]]) -> str:
+    example = json.dumps("A text")
     if not prompt.labels:
-        return _TEXT.format(example=json.dumps("A text"))
-    templates = (prompt.template, *prompt.others)
-    words = [word for template in templates for word in label_word_ids(scorer, template, prompt.labels)]
-    scores = _OF_TOKENS if all(len(word) == 1 for word in words) else _OF_WORDS
-    return _LABELS.format(scores=scores, example=json.dumps("A text"))
+        return _TEXT.format(example=example)
+    scored = [word for of_template in words for word in of_template]
+    scores = _OF_TOKENS if all(len(word) == 1 for word in scored) else _OF_WORDS
+    if prompt.layer_readout is None:
+        return _LABELS.format(scores=_AFTER + scores, example=example)
+    counted = _SCALED.format(scores=textwrap.indent(scores, "    ")) if scored else ""
+    return _LAYERS.format(scores=counted, example=example)

@@ -72,7 +72,9 @@ class LayerView:
         self._limit = max_text_tokens
         self._layers = layers
         self._embeds = (np.zeros((0, scorer.n_embd), np.float32) if rows is None else rows)[None]
-        self._place = scored_as(IN_CUE if rows is None else placement)
+        where = IN_CUE if rows is None else placement
+        self._place = scored_as(where)
+        self._follows_bos = where.placement == "front"
         self._words = label_word_ids(scorer, template, labels) if labels else []
 
     @property
@@ -83,7 +85,7 @@ class LayerView:
         """States [n, n_layers, n_embd] of ``texts`` as the model has them, and the label words' log-probabilities."""
         ids = [render_ids(self._scorer, self._template, text, self._limit) for text in texts]
         prefix = None
-        if self._place == "front" and (n_bos := len(bos_ids(self._scorer))):
+        if self._follows_bos and (n_bos := len(bos_ids(self._scorer))):
             prefix = ids[0][:n_bos]
             ids = [each[n_bos:] for each in ids]
         follow = [self._words] * len(ids) if any(len(word) > 1 for word in self._words) else None

@@ -5,6 +5,7 @@ That PEFT itself gives the same logits is tested in `tests.native.test_peft`.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -18,13 +19,13 @@ import safetensors.numpy
 
 from fedbpt import Prompt, PromptSpec, evaluate, export_prompt, import_prompt
 from fedbpt.errors import ConfigError, FedbptError, InputError, MissingExtraError, PromptError
-from fedbpt.prompts.prompt import card_path
+from fedbpt.prompts.prompt import card_path, layer_tensors
 from fedbpt.protocol.specs import Placement
 from fedbpt.tasks import Task
 from tests.support.raises import raises
 from tests.support.toy_scorer import BOS, ToyScorer
 from tests.support.toy_task import TASK, rows
-from tests.unit.prompts.test_prompt import OTHERS, READOUT, make
+from tests.unit.prompts.test_prompt import OTHERS, READOUT, make, of_layers
 
 
 class Llama(ToyScorer):
@@ -34,7 +35,7 @@ class Llama(ToyScorer):
 
 
 MOOD = Task(name="mood", labels=make().labels, templates=(make().template,))
-WHOLE = {"plain": {}, "readout": READOUT, "others": OTHERS}
+WHOLE = {"plain": {}, "readout": READOUT, "others": OTHERS, "layers": of_layers()}
 
 
 def exported(folder: Path, prompt: Prompt) -> Path:
@@ -66,7 +67,9 @@ def test_rows_in_another_scale_than_transformers_say_so(tmp_path: Path, to: Any,
 
 
 @pytest.mark.parametrize(
-    ("prompt", "n"), [(make(), 1), (make(**READOUT), 1), (make(label_bias=None), 0)], ids=["bias", "readout", "rows"]
+    ("prompt", "n"),
+    [(make(), 1), (make(**READOUT), 1), (make(**of_layers()), 1), (make(label_bias=None), 0)],
+    ids=["bias", "readout", "layers", "rows"],
 )
 def test_npy_notes_what_it_omits(tmp_path: Path, prompt: Prompt, n: int) -> None:
     done = export_prompt(prompt, tmp_path / "rows.npy", "npy")
@@ -82,6 +85,7 @@ def test_gguf_has_all_of_the_prompt(tmp_path: Path, kind: str) -> None:
     tensors = {tensor.name: tensor.data for tensor in reader.tensors}
     wanted = {"soft_prompt.weight": prompt.rows}
     wanted |= {name: getattr(prompt, name) for name in ("label_bias", "word_ids", "word_weights", "other_weights")}
+    wanted |= {} if prompt.layer_readout is None else layer_tensors(prompt.layer_readout)
     assert set(tensors) == {name for name, values in wanted.items() if values.size}
     assert all(values.tobytes() == wanted[name].tobytes() for name, values in tensors.items())
     assert all(values.shape == wanted[name].shape for name, values in tensors.items())
@@ -91,7 +95,10 @@ def test_gguf_has_all_of_the_prompt(tmp_path: Path, kind: str) -> None:
     assert fields["adapter.type"] == "soft_prompt"
     assert fields["fedbpt.placement"] == "cue"
     assert fields["fedbpt.model.fingerprint"] == prompt.model_fingerprint
-    assert fields["fedbpt.templates"] == [template.pattern for template in (prompt.template, *prompt.others)]
+    others = prompt.others if prompt.layer_readout is None else prompt.layer_readout.others
+    assert fields["fedbpt.templates"] == [template.pattern for template in (prompt.template, *others)]
+    assert fields.get("fedbpt.layers") == (None if prompt.layer_readout is None else [3, 5])
+    assert len(fields["fedbpt.label_words"]) == 2 * (1 + len(others))
     assert fields["fedbpt.labels"] == list(prompt.labels)
     assert fields["fedbpt.label_words"][:2] == list(prompt.template.label_words)
     assert "fedbpt.task.definition" not in fields
@@ -131,6 +138,7 @@ def test_in_front_of_a_model_with_bos_the_first_virtual_token_is_bos(tmp_path: P
         ("cue", "plain", ["README.md's code, not PEFT's generate()", "no label bias"]),
         ("front", "readout", ["The first virtual token is BOS", "no readout"]),
         ("first", "others", ["no readout"]),
+        ("first", "layers", ["no readout"]),
     ],
 )
 def test_an_export_notes_the_limits_of_peft(tmp_path: Path, placement: Placement, kind: str, said: list[str]) -> None:
@@ -142,8 +150,8 @@ def test_an_export_notes_the_limits_of_peft(tmp_path: Path, placement: Placement
 
 
 def test_the_code_in_an_adapters_readme_is_python(tmp_path: Path) -> None:
-    for placement in ("cue", "front", "first"):
-        prompt = make(spec=PromptSpec(placement=placement, n_prompt=2, d=1), **OTHERS)
+    for placement, kind in itertools.product(("cue", "front", "first"), WHOLE.values()):
+        prompt = make(spec=PromptSpec(placement=placement, n_prompt=2, d=1), **kind)
         text = (exported(tmp_path, prompt) / "README.md").read_text()
         compile(text.split("```python\n")[1].split("```")[0], "README.md", "exec")
 
