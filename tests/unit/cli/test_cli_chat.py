@@ -17,6 +17,7 @@ from fedbpt.device.device import Device
 from fedbpt.net.tokens import write_private
 from fedbpt.side_by_side.sides import SideBySide
 from fedbpt.tasks import write_rows
+from tests.support.prompt_kinds import KINDS, Kind, prompt_of_kind
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, TASK_FILE, rows
 from tests.unit.cli.test_cli import Run, folder, run
@@ -73,6 +74,18 @@ def test_piped_questions_get_a_line_of_json_each(say, folder: Path) -> None:
         "original": dict(zip(TASK.labels, found.original, strict=True)),
         "tuned": dict(zip(TASK.labels, found.tuned, strict=True)),
     }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_of_all_kinds_reply_here_and_on_a_device(say, folder: Path, kind: Kind) -> None:
+    prompt = prompt_of_kind(kind, "front")
+    prompt.save(folder / "kind.safetensors")
+    asked = ("--prompt", "kind.safetensors", "--json")
+    found = SideBySide(ToyScorer(), prompt, TASK).classify("zzz")
+    (here,) = say("zzz\n", *asked).out.splitlines()
+    assert json.loads(here)["tuned"] == pytest.approx(dict(zip(TASK.labels, found.tuned, strict=True)), abs=1e-6)
+    with AgentServer(AgentService(Device("a", ToyScorer(), rows(4), task=TASK))) as server:
+        assert say("zzz\n", *asked, "--device", server.url).out.splitlines() == [here]
 
 
 def test_a_number_chooses_a_held_out_row_and_shows_its_label(say) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fedbpt import Budget, PromptSpec, TuneResult, tune
+from fedbpt import Budget, PromptSpec, TuneResult, evaluate, tune
+from fedbpt.api import make_prompt
 from fedbpt.coordinator.clients import HttpClient
 from fedbpt.dashboard import comparison as comparison_module
 from fedbpt.dashboard.comparison import Comparison, models_of_run, questions_of
@@ -20,9 +22,10 @@ from fedbpt.device.agent.server import AgentServer
 from fedbpt.device.device import Device
 from fedbpt.errors import FedbptError, InputError, ModelNotFoundError
 from fedbpt.protocol.questions import DEFAULT_TOKENS, Answer
-from fedbpt.runs.result import RunResult
+from fedbpt.runs.result import RunResult, Shipped
 from fedbpt.side_by_side.sides import Probabilities, Side, SideBySide
 from fedbpt.tasks import Task, write_rows
+from tests.support.prompt_kinds import shipping
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, rows
 from tests.unit.engine.test_text_stream import TASK as MANNER
@@ -51,6 +54,16 @@ def comparison(moods: TuneResult) -> Iterator[Comparison]:
 def test_replies_are_those_of_the_runs_prompt(moods: TuneResult, comparison: Comparison) -> None:
     expected = SideBySide(ToyScorer(), moods.prompt, TASK).classify("aaa")
     assert asyncio.run(comparison.classify("aaa")) == expected
+
+
+@pytest.mark.parametrize("shipped", ["calibrated", "probe", "prompt", "read"])
+def test_the_page_answers_with_whatever_line_the_run_ships(moods: TuneResult, shipped: Shipped) -> None:
+    run = shipping(moods.run, shipped)
+    made = Comparison(lambda: models_of_run(ToyScorer(), TASK, run), TASK.labels)
+    found = asyncio.run(made.classify("aaa"))
+    asyncio.run(made.aclose())
+    judged = evaluate(ToyScorer(), TASK, [("aaa", 0)], make_prompt(ToyScorer(), TASK, run))
+    assert -math.log(found.tuned[0]) == pytest.approx(judged.loss, rel=1e-6)
 
 
 def test_the_model_is_loaded_once_and_in_another_thread(moods: TuneResult) -> None:

@@ -34,6 +34,7 @@ from fedbpt.serving.server import SEND_BUFFER_BYTES
 from fedbpt.side_by_side.sides import SideBySide
 from fedbpt.tasks import Task
 from fedbpt.tasks.task import render_ids
+from tests.support.prompt_kinds import Kind, prompt_of_kind
 from tests.support.raises import raises
 from tests.support.toy_generator import PLACES
 from tests.support.toy_scorer import ToyScorer
@@ -235,19 +236,23 @@ def test_a_generating_prompt_replies_as_it_was_tuned(
     assert (scorer.generator.opened[-1].rows == prompts[1].rows).all()
 
 
-def test_the_usage_of_a_classifier_counts_the_tokens_it_read(prompts: list[Prompt]) -> None:
+@pytest.mark.parametrize("kind", ["words", "probe", "prompt", "read"])
+def test_the_usage_of_a_classifier_counts_the_tokens_it_read(kind: Kind) -> None:
+    prompt = prompt_of_kind(kind, "front")
     short = Task(name=TASK.name, labels=TASK.labels, templates=TASK.templates, max_text_tokens=5)
     with (
-        ModelServer(served_models(ToyScorer(), [prompts[0]], {TASK.name: short})) as server,
+        ModelServer(served_models(ToyScorer(), [prompt], {TASK.name: short})) as server,
         client_of(server) as client,
     ):
         counts = {
             client.completions.create(model="toy+toy-mood", prompt=text).usage.prompt_tokens
             for text in ("aaa number 1", "aaa number 1" * 40)
         }
-    assert prompts[0].layer_readout is not None
-    templates = (prompts[0].template, *prompts[0].layer_readout.others)
-    assert counts == {sum(len(render_ids(ToyScorer(), template, "aaa number", 5)) for template in templates)}
+    readout = prompt.layer_readout
+    templates = (prompt.template, *(prompt.others if readout is None else readout.others))
+    assert len(templates) > 1 or kind == "prompt"
+    in_front = prompt.n_prompt if prompt.spec.placement == "front" else 0
+    assert counts == {in_front + sum(len(render_ids(ToyScorer(), each, "aaa number", 5)) for each in templates)}
 
 
 def test_a_classifying_prompt_replies_with_the_label(client: openai.OpenAI, prompts: list[Prompt]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import closing
 
-import msgspec
 import numpy as np
 import pytest
 
@@ -14,37 +13,27 @@ from fedbpt.engine.text_generator import Sampling
 from fedbpt.engine.text_stream import Generation, place
 from fedbpt.errors import ConfigError, InputError, PromptError
 from fedbpt.objective.layer_view import LayerReader
-from fedbpt.protocol.specs import Array, LayerReadout
-from fedbpt.runs.result import RunResult, Shipped
+from fedbpt.protocol.specs import Array, LayerReadout, PromptPlace
+from fedbpt.runs.result import Shipped
 from fedbpt.side_by_side.sides import SideBySide
 from fedbpt.tasks import Task
 from fedbpt.tasks.task import cue_ids, render_ids
+from tests.support.prompt_kinds import KINDS, prompt_of_kind, shipping
 from tests.support.raises import raises
 from tests.support.toy_generator import PLACES
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, rows
-from tests.support.word_prompt import tune_words
 from tests.unit.engine.test_text_stream import TASK as MANNER
 from tests.unit.engine.test_text_stream import rows as manner_rows
 from tests.unit.prompts.test_prompt import make
 
 BUDGET = Budget(evaluations=8 * 6)
+PLACEMENTS: tuple[PromptPlace, ...] = ("front", "cue")
 
 
-@pytest.fixture(scope="module", params=["words-front", "words-cue", "layers-front", "layers-cue", "no-prompt"])
+@pytest.fixture(scope="module", params=[(kind, place) for kind in KINDS for place in PLACEMENTS], ids="-".join)
 def moods(request: pytest.FixtureRequest) -> Prompt:
-    """A prompt with a readout of words or of layers, over two templates; or a readout of layers alone."""
-    kind, _, placement = request.param.partition("-")
-    spec = PromptSpec(d=6, alpha=2.0, placement="front" if placement == "prompt" else placement)
-    if kind == "words":
-        return tune_words(ToyScorer(), TASK, rows(40), budget=BUDGET, prompt=spec, popsize=8)
-    found = tune(ToyScorer(), TASK, rows(40), budget=BUDGET, prompt=spec, popsize=8, show=False).run
-    return make_prompt(ToyScorer(), TASK, shipping(found, "read" if kind == "layers" else "probe"))
-
-
-def shipping(run: RunResult, name: Shipped) -> RunResult:
-    """``run`` as if held-out rows had chosen another of its lines."""
-    return msgspec.structs.replace(run, shipped=name)
+    return prompt_of_kind(*request.param)
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +42,19 @@ def manner() -> TuneResult:
     return tune(ToyScorer(), MANNER, manner_rows(12), budget=BUDGET, prompt=spec, popsize=8)
 
 
+def test_prompts_of_all_kinds_are_compared() -> None:
+    words, calibrated, probe, prompt, read = (prompt_of_kind(kind, "front") for kind in KINDS)
+    assert len(words.word_ids)
+    assert words.others
+    assert calibrated.layer_readout is prompt.layer_readout is None
+    assert probe.layer_readout is not None
+    assert probe.layer_readout.others
+    assert read.layer_readout is not None
+    assert read.layer_readout.others
+    assert [each.spec.placement for each in (calibrated, probe, prompt, read)] == ["cue", "cue", "front", "front"]
+
+
 def test_the_probabilities_are_those_of_evaluate(moods: Prompt) -> None:
-    if moods.layer_readout is None:
-        assert len(moods.word_ids)
-        assert moods.others
-    else:
-        assert moods.layer_readout.others
     pair = SideBySide(ToyScorer(), moods, TASK)
     for text, label in rows(6, 100):
         found = pair.classify(text)
@@ -73,7 +69,8 @@ def test_a_result_without_a_prompt_leaves_the_model_as_it_is() -> None:
     spec = PromptSpec(d=6, alpha=2.0, placement="front", n_prompt=2)
     run = tune(ToyScorer(), TASK, rows(40), budget=BUDGET, prompt=spec, popsize=8, show=False).run
     assert not shipping(run, "probe").latent.any()
-    for name in ("probe", "calibrated"):
+    names: tuple[Shipped, ...] = ("probe", "calibrated")
+    for name in names:
         bare = make_prompt(ToyScorer(), TASK, shipping(run, name))
         cue = cue_ids(ToyScorer(), run.template)
         assert bare.rows.tobytes() == ToyScorer().token_embeddings(cue[-1:]).tobytes()
