@@ -28,7 +28,7 @@ class Question(Message, frozen=True):
     """
 
     model_fingerprint: Fingerprint
-    prompt: Annotated[bytes, msgspec.Meta(max_length=8 * 2**20)]
+    prompt: Annotated[bytes, msgspec.Meta(max_length=15 * 2**20)]
     text: Annotated[str, msgspec.Meta(min_length=1, max_length=100_000)]
     max_text_tokens: PositiveInt | None = None
     max_tokens: Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)] = DEFAULT_TOKENS
