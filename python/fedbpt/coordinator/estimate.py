@@ -14,15 +14,19 @@ import msgspec
 import numpy as np
 
 from fedbpt.aggregation.base import Aggregator
+from fedbpt.aggregation.layer_fit import MANY_LABELS, MAX_RANK, SHRINKAGES, TEMPERATURES
 from fedbpt.aggregation.methods import method_named
 from fedbpt.aggregation.readout import EXCHANGES, ReadoutFit
 from fedbpt.bench.measurement import Measurement, Projection
+from fedbpt.coordinator.layer_reading import reads_layers, states_alone
+from fedbpt.engine.layers import reading_layers
 from fedbpt.errors import ConfigError
 from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import (
     DeviceInfo,
     FitResult,
     FitWork,
+    HeldRows,
     LocalResult,
     PooledResult,
     PooledWork,
@@ -34,6 +38,7 @@ from fedbpt.protocol.rounds import (
 from fedbpt.protocol.specs import Array, Template
 from fedbpt.runs.settings import RunSettings
 from fedbpt.tasks import Task
+from fedbpt.tasks.reading import reading_templates
 
 TEMPLATE_TOKENS = 12
 """Tokens that a template adds to a text, before and after it; those of the shipped tasks add 2 to 6."""
@@ -70,15 +75,16 @@ class Tokens:
 class Parts(NamedTuple):
     """What a run costs one device.
 
-    ``select``: selecting the template; ``texts``: the texts once, and two fits; ``round``: one round of the search;
-    ``others``: the texts under the readout's other templates; ``fit``: one of the fits in ``texts``.
+    ``select``: selecting the template; ``texts``: the texts once, and the fits of calibration and readout; ``round``:
+    one round of the search; ``others``: the texts under the readout's other templates; ``last``: the readout's fit
+    after the search, a part of ``texts`` and ``others``.
     """
 
     select: Tokens
     texts: Tokens
     round: Tokens
     others: Tokens
-    fit: Tokens
+    last: Tokens
 
     def whole(self, rounds: int) -> Tokens:
         return self.select + self.texts + self.round * rounds + self.others
@@ -128,19 +134,21 @@ def estimate(settings: RunSettings, task: Task, infos: Sequence[DeviceInfo], agg
     local = method_named(settings.method).local
     parts = [tokens_of(settings, task.templates, info) for info in infos]
     per_round = settings.popsize * settings.iterations + 1 if local else settings.popsize
-    rounds = _rounds(settings, infos, parts, per_round)
+    alone = any(states_alone(task.templates, settings, info.n_layer) for info in infos)
+    rounds = 0 if alone else _rounds(settings, infos, parts, per_round)
     _check_deadline(settings, infos, parts)
-    up, down = _bytes(settings, task, rounds, aggregator)
+    up, down = (0, 0) if alone else _bytes(settings, task, rounds, aggregator, infos[0].n_layer)
     devices = []
     for info, part in zip(infos, parts, strict=True):
         whole = part.whole(rounds)
+        layers_up, layers_down = layer_bytes(settings, task.templates, info)
         devices.append(
             DeviceCost(
                 name=info.name,
                 tokens=whole.total,
                 seconds=whole.seconds(info),
-                bytes_up=up,
-                bytes_down=down,
+                bytes_up=up + layers_up,
+                bytes_down=down + layers_down,
                 rss_bytes=info.rss_bytes,
                 select=part.select.total,
                 texts=part.texts.total,
@@ -223,9 +231,46 @@ def tokens_of(settings: RunSettings, templates: Sequence[Template], info: Device
     fits = settings.calibrate or objective.readout_words > 0
     fitted = min(settings.fit_rows or n_rows, n_rows) if fits else 0
     a_fit = Tokens(prompt.n_prompt if cue else prompt.n_prompt + text, words) * fitted
+    if reads_layers(templates, settings, info.n_layer):
+        alone = states_alone(templates, settings, info.n_layer)
+        probe = Tokens(_reading_tokens(templates, text, again), 0 if alone else words * n_templates) * fitted
+        if alone:
+            return Parts(Tokens(0), Tokens(0), Tokens(0), probe, Tokens(0))
+        last = Tokens(text + prompt.n_prompt, words) * fitted
+        return Parts(select, Tokens(n_rows * text if cue else 0) + a_fit + last, each, probe, last)
     texts = Tokens(n_rows * text if cue else 0) + a_fit * 2
     n_others = min(settings.ensemble, n_templates) - 1 if objective.readout_words else 0
-    return Parts(select, texts, each, Tokens(again, words) * (n_others * fitted), a_fit)
+    others = Tokens(again, words) * (n_others * fitted)
+    return Parts(select, texts, each, others, a_fit + others)
+
+
+def _reading_tokens(templates: Sequence[Template], text: int, again: int) -> int:
+    """Tokens of a text under all templates that are read: those with the same beginning share it."""
+    read = (templates[0], *reading_templates(templates, templates[0]))
+    beginnings = {template.pattern.partition("{text}")[0] for template in read}
+    shared = again if again < text else text
+    return len(beginnings) * text + (len(read) - len(beginnings)) * shared
+
+
+def layer_bytes(settings: RunSettings, templates: Sequence[Template], info: DeviceInfo) -> tuple[int, int]:
+    """Most bytes (up, down) of the fits of readouts from hidden states on a device; 0 where there are none."""
+    if not reads_layers(templates, settings, info.n_layer):
+        return 0, 0
+    n_labels = len(templates[0].label_words)
+    n_views = 1 + len(reading_templates(templates, templates[0]))
+    alone = states_alone(templates, settings, info.n_layer)
+    n_layers = len(reading_layers(info.n_layer))
+    n_folds = HeldRows(seed=0).n_folds
+    n_rows = min(settings.fit_rows or info.n_train, info.n_train)
+    rows = min(n_rows, n_folds * (n_labels + MAX_RANK))
+    n_shrinkages = len(SHRINKAGES) if n_labels <= MANY_LABELS else 1
+    up = down = 0
+    for n_readers in [n_views * n_layers] + [n_layers] * (not alone):
+        up += n_readers * info.n_embd * (rows // 2 + 4 + 2 + (2 * n_folds if rows < n_rows else 0))
+        up += 4 * n_folds * n_readers * n_shrinkages * len(TEMPERATURES)
+        down += (n_shrinkages + 1) * n_readers * n_folds * n_labels * (2 * info.n_embd + 4)
+        down += 4 * (n_readers * n_shrinkages) ** 2 * len(TEMPERATURES)
+    return up, down
 
 
 def readout_tokens(
@@ -235,12 +280,12 @@ def readout_tokens(
 
     ``calibrated``: tokens of the calibration on all devices, which show how long texts are; 0: take the upper bound.
     """
-    if not settings.objective.readout_words:
+    if not settings.objective.readout_words or not templates:
         return 0.0
     parts = [tokens_of(settings, templates, info) for info in infos]
-    at_most = sum(part.texts.total - part.fit.total for part in parts)
+    at_most = sum(part.texts.total - part.last.total for part in parts)
     share = min(1.0, calibrated / at_most) if calibrated and at_most else 1.0
-    return share * max((part.fit.total + part.others.total for part in parts), default=0)
+    return share * max((part.last.total for part in parts), default=0)
 
 
 def _dearest_words(templates: Sequence[Template], info: DeviceInfo) -> int | None:
@@ -302,7 +347,7 @@ def _check_deadline(settings: RunSettings, infos: Sequence[DeviceInfo], parts: S
             )
 
 
-def _bytes(settings: RunSettings, task: Task, rounds: int, aggregator: Aggregator) -> tuple[int, int]:
+def _bytes(settings: RunSettings, task: Task, rounds: int, aggregator: Aggregator, n_layer: int) -> tuple[int, int]:
     """Bytes (up, down) of the bodies of a device's rounds, from messages of the same sizes."""
     n_labels, zero = len(task.labels), np.zeros(settings.prompt.d)
     work = aggregator.work(1)
@@ -316,7 +361,7 @@ def _bytes(settings: RunSettings, task: Task, rounds: int, aggregator: Aggregato
     n_words = settings.objective.readout_words
     others = task.templates[1 : settings.ensemble]
     fits: list[tuple[int, tuple[Template, ...]]] = [(0, ())] if settings.calibrate else []
-    if n_words:
+    if n_words and not reads_layers(task.templates, settings, n_layer):
         fits += [(n_words, ())] if settings.baselines else []
         fits.append((n_words // (1 + len(others)), others))
     for width, with_others in fits:
