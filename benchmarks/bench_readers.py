@@ -189,9 +189,7 @@ def measure(folder: Path, model: str, shots: Sequence[int], seeds: int, test_row
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data", type=Path, help="folder of the tasks' folders; without it nothing is measured"
-    )
+    parser.add_argument("--data", type=Path, help="folder of the tasks' folders; without it nothing is measured")
     parser.add_argument("--tasks", nargs="*", help="names of folders; all by default")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--shots", nargs="+", type=int, default=[16])
