@@ -20,7 +20,8 @@ def sums_result(
     """Sum up the rows of a device: label indices [n] and folds [n] of the rows of ``views``."""
     reading = work.reading
     centres = []
-    rows = []
+    means = []
+    factors = []
     rests = []
     by_fold: list[FoldSums] = []
     for place in range(reading.n_readers):
@@ -31,7 +32,8 @@ def sums_result(
             for fold in range(reading.n_folds)
         ]
         centres.append(centre)
-        rows.append(np.concatenate([*(each.means for each in by_fold), *(each.factor for each in by_fold)]))
+        means.append(np.concatenate([each.means for each in by_fold]))
+        factors.append(np.concatenate([each.factor for each in by_fold]))
         rests.append(np.stack([each.rest for each in by_fold]))
     loss = float(np.log(n_labels))
     if views.words.size:
@@ -43,8 +45,9 @@ def sums_result(
         counts=tuple(tuple(each.counts.tolist()) for each in by_fold),
         ranks=tuple(len(each.factor) for each in by_fold),
         centres=Array.of(np.stack(centres), "<f4"),
-        rows=Quantized.of(np.stack(rows)),
-        rests=Array.of(left_out if left_out.any() else left_out[:, :0], "<f2"),
+        means=Quantized.of(np.stack(means)),
+        factors=Quantized.of(np.stack(factors)),
+        rests=Array.of(left_out if left_out.any() else left_out[:, :0], "<f4"),  # sums of squares overflow <f2
         word_means=Array.of(views.words.mean(axis=0), "<f4"),
     )
 
