@@ -92,7 +92,7 @@ def _check_shapes(work: CrossWork, views: Views, last_label: int) -> None:
         raise InputError(
             f"readers must be below {n_readers}, got {max(work.readers)}", field="readers", limit=n_readers
         )
-    n_labels = views.words.shape[2] or max(work.weights.shape[-1:], default=0)
+    n_labels = views.words.shape[2] if views.words.size else max(work.weights.shape[-1:], default=0)
     n_mixtures = max(work.coefficients.shape[:1], default=0)
     n_columns, n_views = len(work.readers), views.words.shape[1]
     for field, expected in (
