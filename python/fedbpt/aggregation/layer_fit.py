@@ -325,8 +325,7 @@ def sums_shapes(
         yield field, (len(got.data),), (got.n_bytes,)
     if math.prod(result.rests.shape):
         yield "rests", result.rests.shape, (n_readers, n_folds, *size)
-    if reading.n_word_views:
-        yield "word_means", result.word_means.shape, (reading.n_word_views, n_labels)
+    yield "word_means", result.word_means.shape, (reading.n_word_views, n_labels if reading.n_word_views else 0)
 
 
 def _sums_of(result: SumsResult) -> list[list[FoldSums]]:

@@ -112,11 +112,6 @@ class LayerCross(_Reads):
     def scaled(self, result: CrossResult, share: float) -> CrossResult:
         return msgspec.structs.replace(result, loss_sums=Array.of(result.loss_sums.numpy() * share, "<f4"))
 
-    def check_work(self, plan: RoundPlan, work: CrossWork) -> None:  # noqa: ARG002
-        """Raise `WireError` for classifiers that are not finite."""
-        for array in (work.weights, work.biases, work.coefficients, work.word_scales, work.centres):
-            array.numpy()
-
     def digest(self, work: CrossWork) -> str:
         """Without the classifiers: another BLAS may compute them with other last bits."""
         none = Array.of(np.zeros(0))
