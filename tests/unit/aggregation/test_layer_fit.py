@@ -67,7 +67,8 @@ def rows(
     scores[np.arange(n), :, targets] += np.array(words)
     scores += np.linspace(0, 2, n_labels)  # words are not calibrated
     folds = assign_folds(targets, FOLDS, np.random.default_rng(seed + 1))
-    return Rows(normalized(states).astype(np.float16), log_probabilities(scores), targets, folds)
+    found = log_probabilities(scores) if words else np.zeros((n, 0, 0))
+    return Rows(normalized(states).astype(np.float16), found, targets, folds)
 
 
 def reading_of(whole: Rows, templates: tuple[Template, ...] | None = None) -> Reading:
