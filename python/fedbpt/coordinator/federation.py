@@ -278,10 +278,13 @@ class Federation:
         """Choose what is shipped by training rows that neither the search nor any readout has seen."""
         state = self._ledger.state
         lines = state.held_lines()
-        if len(lines) < 2:
+        if not lines:
             return
-        request = self._ledger.planner.request(lines, label_weights=state.label_weights, split="held")
-        state.choose(list(lines), list((await fleet.evaluate(request, self._deadline_s())).values()))
+        reports: dict[str, EvaluateReport] = {}
+        if len(lines) > 1:
+            request = self._ledger.planner.request(lines, label_weights=state.label_weights, split="held")
+            reports = await fleet.evaluate(request, self._deadline_s())
+        state.choose(list(lines), list(reports.values()))
         log.info("run %s: held-out training rows chose %r", self.run_name, state.shipped)
 
     def _quorum_of(self, n_devices: int) -> int:

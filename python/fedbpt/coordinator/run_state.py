@@ -237,7 +237,7 @@ class RunState:
     def _new_layer_fit(self, purpose: FitPurpose, latent: NDArray[np.float64]) -> LayerFit:
         base = self.fits.get("probe") if purpose == "readout" else None
         templates = () if purpose == "readout" else reading_templates(self.task.templates, self.template)
-        n_task_templates = 1 if purpose == "readout" else len(self.task.templates)
+        n_task_templates = 1 if purpose == "readout" else min(len(self.task.templates), 1 + len(templates))
         reading = Reading(
             latent=Array.of(latent),
             templates=templates,
