@@ -107,8 +107,7 @@ class Device:
         self._speed = Speed(0.0, {}, None)
         self._objectives: OrderedDict[bytes, Objective] = OrderedDict()
         self._plain_logits: OrderedDict[bytes, PlainLogits] = OrderedDict()
-        texts = [text for text, _ in train_rows]
-        self._layer_rows = LayerRows(scorer, texts, targets_of(train_rows, task.labels))
+        self._layer_rows = LayerRows(scorer, self._rows["train"], task.labels)
         self.state = state or DeviceState()
 
     def check_fit(self, objective: ObjectiveSpec, prompt: PromptSpec) -> None:
