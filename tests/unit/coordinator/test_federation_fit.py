@@ -1,4 +1,4 @@
-"""Runs that calibrate, fit a baseline and fit a readout, over devices with the toy model."""
+"""Runs that calibrate, fit a baseline and fit a readout of words, over devices with the toy model."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ SETTINGS: dict[str, Any] = {
     "calibrate": True,
     "baselines": True,
     "ensemble": 1,
+    "readout": "words",
 }
 TEST = {"a": rows(10, 200), "b": rows(12, 300)}
 
