@@ -75,5 +75,5 @@ def test_its_run_continues_to_the_end_and_reads_words(readout: str, tmp_path: Pa
 
 
 def test_it_is_not_continued_with_hidden_states(tmp_path: Path) -> None:
-    with RunStore(stored("fedavg", tmp_path)) as store, raises(ConfigError, "run"):
+    with RunStore(stored("fedavg", tmp_path)) as store, raises(ConfigError, field="run"):
         resumed(store, asked("fedavg", readout="layers"))
