@@ -6,6 +6,7 @@ import math
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from fedbpt.coordinator.report_bounds import MAX_LOSS, ROUNDING
 from fedbpt.coordinator.work_kinds.base import WorkKind, check_losses, check_shape
@@ -83,16 +84,18 @@ class LayerSums(_Reads):
         check_shape(result.word_means, words, "word_means")
         # Over its root mean square, no element of a state is larger than √n_embd.
         largest = math.sqrt(n_embd) * (1 + ROUNDING)
-        for field, array, bound in (
-            ("centres", result.centres, largest),
-            ("scales", result.rows.scales, largest * math.sqrt(max(report.n_texts, 1))),
-            ("rests", result.rests, largest**2 * report.n_texts),
-            ("word_means", result.word_means, MAX_LOSS),
+        for field, array, low, high in (
+            ("centres", result.centres, -largest, largest),
+            ("scales", result.rows.scales, 0.0, largest * math.sqrt(max(report.n_texts, 1))),
+            ("rests", result.rests, -ROUNDING, largest**2 * report.n_texts),
+            ("word_means", result.word_means, -MAX_LOSS, ROUNDING),
         ):
-            values = np.abs(array.numpy())
-            if values.max(initial=0.0) > bound:
+            values = array.numpy()
+            if values.size and not low <= values.min() <= values.max() <= high:
                 raise WireError(
-                    f"{field} has an element of {values.max():.3g}, expected at most {bound:.3g}", field=field
+                    f"{field} has elements from {values.min():.3g} to {values.max():.3g}, expected {low:.3g} to "
+                    f"{high:.3g}",
+                    field=field,
                 )
         check_losses(np.array([result.loss]), self.loss_range(plan, work), "loss")
 
@@ -108,13 +111,16 @@ class LayerCross(_Reads):
         self,
         report: RoundReport,
         result: CrossResult,
-        plan: RoundPlan,  # noqa: ARG002
+        plan: RoundPlan,
         work: CrossWork,
         n_rows: int | None,  # noqa: ARG002
     ) -> None:
         _check_purpose(result.purpose, work.purpose)
         check_shape(result.loss_sums, (work.coefficients.shape[0], work.reading.n_folds), "loss_sums")
         sums = result.loss_sums.numpy()
+        highest = _largest_losses(plan, work) * report.n_texts
+        if (sums.max(axis=1) > highest).any():
+            raise WireError(f"loss_sums holds {sums.max():.3g}, more than its rows can have", field="loss_sums")
         if sums.min() < -ROUNDING * report.n_texts:
             raise WireError(f"loss_sums holds {sums.min():.3g}, expected 0 or more", field="loss_sums")
 
@@ -129,6 +135,18 @@ class LayerCross(_Reads):
         """Without the classifiers: another BLAS may compute them with other last bits."""
         none = Array.of(np.zeros(0))
         return codec.digest(msgspec.structs.replace(work, weights=none, biases=none))
+
+
+def _largest_losses(plan: RoundPlan, work: CrossWork) -> NDArray[np.float64]:
+    """The largest loss [n_mixtures] of a row: a state over its root mean square has norm √n_embd."""
+    weights = work.weights.numpy()
+    of_states = math.sqrt(weights.shape[2]) * np.sqrt((weights**2).sum(axis=2)).max(axis=(0, 2), initial=0.0)
+    columns = of_states + np.abs(work.biases.numpy()).max(axis=(0, 2), initial=0.0)
+    of_words = MAX_LOSS + np.abs(work.centres.numpy()).max(initial=0.0)
+    scales = np.abs(work.word_scales.numpy()).sum(axis=1)
+    logits = np.abs(work.coefficients.numpy()) @ columns + scales * of_words
+    found: NDArray[np.float64] = 2 * logits + math.log(max(len(plan.labels), 1))
+    return max(plan.label_weights, default=1.0) * (found * (1 + ROUNDING) + ROUNDING)
 
 
 def _check_purpose(got: FitPurpose, expected: FitPurpose) -> None:
