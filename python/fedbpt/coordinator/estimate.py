@@ -14,19 +14,18 @@ import msgspec
 import numpy as np
 
 from fedbpt.aggregation.base import Aggregator
-from fedbpt.aggregation.layer_fit import MANY_LABELS, MAX_RANK, SHRINKAGES, TEMPERATURES
 from fedbpt.aggregation.methods import method_named
 from fedbpt.aggregation.readout import EXCHANGES, ReadoutFit
 from fedbpt.bench.measurement import Measurement, Projection
+from fedbpt.coordinator.layer_cost import EXCHANGES as EXCHANGES_OF_LAYERS
+from fedbpt.coordinator.layer_cost import layer_bytes
 from fedbpt.coordinator.layer_reading import reads_layers, states_alone
-from fedbpt.engine.layers import reading_layers
 from fedbpt.errors import ConfigError
 from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import (
     DeviceInfo,
     FitResult,
     FitWork,
-    HeldRows,
     LocalResult,
     PooledResult,
     PooledWork,
@@ -38,7 +37,7 @@ from fedbpt.protocol.rounds import (
 from fedbpt.protocol.specs import Array, Template
 from fedbpt.runs.settings import RunSettings
 from fedbpt.tasks import Task
-from fedbpt.tasks.reading import reading_templates
+from fedbpt.tasks.reading import MAX_TEMPLATES, PATTERNS, reading_templates
 
 TEMPLATE_TOKENS = 12
 """Tokens that a template adds to a text, before and after it; those of the shipped tasks add 2 to 6."""
@@ -75,27 +74,29 @@ class Tokens:
 class Parts(NamedTuple):
     """What a run costs one device.
 
-    ``select``: selecting the template; ``texts``: the texts once, and the fits of calibration and readout; ``round``:
-    one round of the search; ``others``: the texts under the readout's other templates; ``last``: the readout's fit
-    after the search, a part of ``texts`` and ``others``.
+    ``select``: selecting the template; ``texts``: the texts once, and fits of words; ``round``: one round of the
+    search; ``others``: the readout's fit as far as it is not in ``texts``; ``fit``: the part that is; ``probe``:
+    reading the texts' hidden states without a prompt.
     """
 
     select: Tokens
     texts: Tokens
     round: Tokens
     others: Tokens
-    last: Tokens
+    fit: Tokens
+    probe: Tokens
 
     def whole(self, rounds: int) -> Tokens:
-        return self.select + self.texts + self.round * rounds + self.others
+        return self.select + self.texts + self.round * rounds + self.others + self.probe
 
 
 class DeviceCost(msgspec.Struct, frozen=True, kw_only=True):
     """Upper bounds for one device, without evaluations. ``seconds`` None: its speed is unknown.
 
-    ``select``, ``texts``, ``round`` and ``others`` are forward tokens: selecting the template, the texts once (if their
-    KV is kept), one round of the search, and the texts under the readout's other templates. ``words``: tokens that the
-    label words of the most expensive template add to a candidate's cost of a text; None: unknown, taken as 0.
+    ``select``, ``texts``, ``probe``, ``round`` and ``others`` are forward tokens: selecting the template, the texts
+    once (if their KV is kept), reading their hidden states without a prompt, one round of the search, and the
+    readout's other templates or hidden states. ``words``: tokens that the label words of the most expensive template
+    add to a candidate's cost of a text; None: unknown, taken as 0.
     """
 
     name: str
@@ -109,6 +110,7 @@ class DeviceCost(msgspec.Struct, frozen=True, kw_only=True):
     round: int
     others: int
     words: int | None
+    probe: int = 0
 
 
 class RunCost(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,27 +136,27 @@ def estimate(settings: RunSettings, task: Task, infos: Sequence[DeviceInfo], agg
     local = method_named(settings.method).local
     parts = [tokens_of(settings, task.templates, info) for info in infos]
     per_round = settings.popsize * settings.iterations + 1 if local else settings.popsize
-    alone = any(states_alone(task.templates, settings, info.n_layer) for info in infos)
+    alone = states_alone(task.templates, settings, infos[0].n_layer)
     rounds = 0 if alone else _rounds(settings, infos, parts, per_round)
     _check_deadline(settings, infos, parts)
-    up, down = (0, 0) if alone else _bytes(settings, task, rounds, aggregator, infos[0].n_layer)
     devices = []
     for info, part in zip(infos, parts, strict=True):
         whole = part.whole(rounds)
-        layers_up, layers_down = layer_bytes(settings, task.templates, info)
+        up, down = _bytes(settings, task, rounds, aggregator, info)
         devices.append(
             DeviceCost(
                 name=info.name,
                 tokens=whole.total,
                 seconds=whole.seconds(info),
-                bytes_up=up + layers_up,
-                bytes_down=down + layers_down,
+                bytes_up=up,
+                bytes_down=down,
                 rss_bytes=info.rss_bytes,
                 select=part.select.total,
                 texts=part.texts.total,
                 round=part.round.total,
                 others=part.others.total,
                 words=_dearest_words(task.templates, info),
+                probe=part.probe.total,
             ),
         )
     spent = settings.epsilon(len(task.templates), min(info.n_train for info in infos), rounds)
@@ -188,6 +190,7 @@ def project(found: Measurement, task: Task, rows: int = 128) -> Projection:
         rss_bytes=0,
         peak_rss_bytes=0,
         shares_beginnings=True,
+        n_layer=1,
     )
     cost = estimate(settings, task, [info], settings.aggregator())
     [device] = cost.devices
@@ -231,46 +234,26 @@ def tokens_of(settings: RunSettings, templates: Sequence[Template], info: Device
     fits = settings.calibrate or objective.readout_words > 0
     fitted = min(settings.fit_rows or n_rows, n_rows) if fits else 0
     a_fit = Tokens(prompt.n_prompt if cue else prompt.n_prompt + text, words) * fitted
+    once = Tokens(n_rows * text if cue else 0)
     if reads_layers(templates, settings, info.n_layer):
-        alone = states_alone(templates, settings, info.n_layer)
-        probe = Tokens(_reading_tokens(templates, text, again), 0 if alone else words * n_templates) * fitted
-        if alone:
-            return Parts(Tokens(0), Tokens(0), Tokens(0), probe, Tokens(0))
-        last = Tokens(text + prompt.n_prompt, words) * fitted
-        return Parts(select, Tokens(n_rows * text if cue else 0) + a_fit + last, each, probe, last)
-    texts = Tokens(n_rows * text if cue else 0) + a_fit * 2
+        own = Tokens(text + again * (n_templates - 1))  # under the task's own templates
+        view = Tokens(text)
+        probe = own + view * (_n_views(templates) - n_templates) + Tokens(0, words) * n_templates
+        if states_alone(templates, settings, info.n_layer):
+            none = Tokens(0)
+            return Parts(none, none, none, none, none, Tokens(probe.texts) * fitted)
+        # Without the label words, states of the task's own templates are read anew.
+        readout = view + Tokens(prompt.n_prompt, words) + own
+        return Parts(select, once + a_fit, each, readout * fitted, Tokens(0), probe * fitted)
+    texts = once + a_fit * 2
     n_others = min(settings.ensemble, n_templates) - 1 if objective.readout_words else 0
-    others = Tokens(again, words) * (n_others * fitted)
-    return Parts(select, texts, each, others, a_fit + others)
+    return Parts(select, texts, each, Tokens(again, words) * (n_others * fitted), a_fit, Tokens(0))
 
 
-def _reading_tokens(templates: Sequence[Template], text: int, again: int) -> int:
-    """Tokens of a text under all templates that are read: those with the same beginning share it."""
-    read = (templates[0], *reading_templates(templates, templates[0]))
-    beginnings = {template.pattern.partition("{text}")[0] for template in read}
-    shared = again if again < text else text
-    return len(beginnings) * text + (len(read) - len(beginnings)) * shared
-
-
-def layer_bytes(settings: RunSettings, templates: Sequence[Template], info: DeviceInfo) -> tuple[int, int]:
-    """Most bytes (up, down) of the fits of readouts from hidden states on a device; 0 where there are none."""
-    if not reads_layers(templates, settings, info.n_layer):
-        return 0, 0
-    n_labels = len(templates[0].label_words)
-    n_views = 1 + len(reading_templates(templates, templates[0]))
-    alone = states_alone(templates, settings, info.n_layer)
-    n_layers = len(reading_layers(info.n_layer))
-    n_folds = HeldRows(seed=0).n_folds
-    n_rows = min(settings.fit_rows or info.n_train, info.n_train)
-    rows = min(n_rows, n_folds * (n_labels + MAX_RANK))
-    n_shrinkages = len(SHRINKAGES) if n_labels <= MANY_LABELS else 1
-    up = down = 0
-    for n_readers in [n_views * n_layers] + [n_layers] * (not alone):
-        up += n_readers * info.n_embd * (rows // 2 + 4 + 2 + (2 * n_folds if rows < n_rows else 0))
-        up += 4 * n_folds * n_readers * n_shrinkages * len(TEMPERATURES)
-        down += (n_shrinkages + 1) * n_readers * n_folds * n_labels * (2 * info.n_embd + 4)
-        down += 4 * (n_readers * n_shrinkages) ** 2 * len(TEMPERATURES)
-    return up, down
+def _n_views(templates: Sequence[Template]) -> int:
+    """Templates under which hidden states are read; see `fedbpt.tasks.reading.reading_templates`."""
+    known = {template.pattern for template in templates}
+    return min(len(templates) + sum(pattern not in known for pattern in PATTERNS), MAX_TEMPLATES)
 
 
 def readout_tokens(
@@ -280,12 +263,12 @@ def readout_tokens(
 
     ``calibrated``: tokens of the calibration on all devices, which show how long texts are; 0: take the upper bound.
     """
-    if not settings.objective.readout_words or not templates:
+    if not settings.objective.readout_words:
         return 0.0
     parts = [tokens_of(settings, templates, info) for info in infos]
-    at_most = sum(part.texts.total - part.last.total for part in parts)
+    at_most = sum(part.texts.total - part.fit.total for part in parts)
     share = min(1.0, calibrated / at_most) if calibrated and at_most else 1.0
-    return share * max((part.last.total for part in parts), default=0)
+    return share * max((part.fit.total + part.others.total for part in parts), default=0)
 
 
 def _dearest_words(templates: Sequence[Template], info: DeviceInfo) -> int | None:
@@ -305,7 +288,8 @@ def _rounds(settings: RunSettings, infos: Sequence[DeviceInfo], parts: Sequence[
     if settings.evaluations:
         limits.append(math.ceil(settings.evaluations / evaluations))
     if settings.tokens:
-        before, each = sum(part.texts.total for part in parts), sum(part.round.total for part in parts)
+        before = sum((part.texts + part.probe).total for part in parts)
+        each = sum(part.round.total for part in parts)
         if settings.tokens < before + each:
             raise ConfigError(
                 f"tokens = {settings.tokens} may be spent before the first round of the search: "
@@ -318,7 +302,7 @@ def _rounds(settings: RunSettings, infos: Sequence[DeviceInfo], parts: Sequence[
         # Every round waits for the slowest device.
         first, then = (
             max(tokens.seconds(info) or 0.0 for tokens, info in zip(which, infos, strict=True))
-            for which in ([part.texts for part in parts], [part.round for part in parts])
+            for which in ([part.texts + part.probe for part in parts], [part.round for part in parts])
         )
         if settings.seconds < first + then:
             least = math.ceil(first + then)
@@ -347,7 +331,7 @@ def _check_deadline(settings: RunSettings, infos: Sequence[DeviceInfo], parts: S
             )
 
 
-def _bytes(settings: RunSettings, task: Task, rounds: int, aggregator: Aggregator, n_layer: int) -> tuple[int, int]:
+def _bytes(settings: RunSettings, task: Task, rounds: int, aggregator: Aggregator, info: DeviceInfo) -> tuple[int, int]:
     """Bytes (up, down) of the bodies of a device's rounds, from messages of the same sizes."""
     n_labels, zero = len(task.labels), np.zeros(settings.prompt.d)
     work = aggregator.work(1)
@@ -361,7 +345,8 @@ def _bytes(settings: RunSettings, task: Task, rounds: int, aggregator: Aggregato
     n_words = settings.objective.readout_words
     others = task.templates[1 : settings.ensemble]
     fits: list[tuple[int, tuple[Template, ...]]] = [(0, ())] if settings.calibrate else []
-    if n_words and not reads_layers(task.templates, settings, n_layer):
+    of_layers = reads_layers(task.templates, settings, info.n_layer)
+    if n_words and not of_layers:
         fits += [(n_words, ())] if settings.baselines else []
         fits.append((n_words // (1 + len(others)), others))
     for width, with_others in fits:
@@ -372,6 +357,19 @@ def _bytes(settings: RunSettings, task: Task, rounds: int, aggregator: Aggregato
     for times, each, answer in sent:
         up += times * len(codec.encode(_report(answer)))
         down += times * len(codec.encode(_plan(settings, task, each)))
+    if of_layers:
+        n_fitted = min(settings.fit_rows or info.n_train, info.n_train)
+        alone = states_alone(task.templates, settings, info.n_layer)
+        if alone:
+            up = down = 0
+        n_templates = 0 if alone else min(len(task.templates), MAX_TEMPLATES)
+        arrays = layer_bytes(len(task.labels), n_templates, _n_views(task.templates), n_fitted, info)
+        empty = FitResult(purpose="readout", loss=0.0, means=Array.of(np.zeros(0)))
+        reading = FitWork(
+            purpose="readout", latent=Array.of(zero), n_words=0, others=reading_templates(task.templates, template)
+        )
+        up += arrays[0] + 2 * EXCHANGES_OF_LAYERS * len(codec.encode(_report(empty)))
+        down += arrays[1] + 2 * EXCHANGES_OF_LAYERS * len(codec.encode(_plan(settings, task, reading)))
     return up, down
 
 

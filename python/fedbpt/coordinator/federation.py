@@ -105,7 +105,7 @@ class Federation:
         check_names([client.name for client in clients], "device")
         self.run_name = run
         self.task = task
-        self.settings = settings = settings.for_labels(task.labels)
+        settings = settings.for_labels(task.labels)
         self._clients = {client.name: client for client in clients}
         self._min_reports = max(aggregator.min_reports, 1)
         devices_per_round = min(len(clients), settings.per_round or len(clients))
@@ -116,13 +116,13 @@ class Federation:
                 field="per_round",
                 limit=self._min_reports,
             )
-        self._needed = self._quorum_of(len(clients))
         self._store = store
         self._emit = on_event
         self._control = control or RunControl()
         self._fresh = fresh
         self._wish = Wish()
         self._ledger = RunLedger(store, run, task, settings, aggregator, rows)
+        self._needed = self._quorum_of(len(clients))
         self._fleet: Fleet | None = None
         self._live: LiveEvaluation | None = None
 
@@ -139,6 +139,11 @@ class Federation:
             RunStopped: by ``control``.
         """
         return run_to_end(self.run_async)
+
+    @property
+    def settings(self) -> RunSettings:
+        """The run's settings; those given, until a stored run is resumed (`RunSettings.continuing`)."""
+        return self._ledger.settings
 
     @property
     def searched(self) -> int:

@@ -39,7 +39,7 @@ from fedbpt.runs.events import (
 )
 from fedbpt.runs.intervals import Interval, wilson_interval
 from fedbpt.runs.result import VARIANTS, RunResult, Score, perplexity
-from fedbpt.runs.settings import RunSettings
+from fedbpt.runs.settings import RunSettings, stored_settings
 from fedbpt.runs.store import RoundHistory, RunStore, StoredRun, Traffic
 from fedbpt.tasks import Task
 
@@ -228,7 +228,7 @@ class RunState:
 
     def _apply(self, stored: StoredRun, history: Sequence[RoundHistory], rounds: Iterable[ClosedRound]) -> None:
         if self._stored is None or stored.settings != self._stored.settings:
-            self._settings = codec.decode(stored.settings, RunSettings)
+            self._settings = stored_settings(stored.settings)
         if stored.result is not None and (self._stored is None or self._stored.result != stored.result):
             self._result = codec.decode(stored.result, RunResult)
             self._template = self._result.template.pattern
