@@ -366,7 +366,10 @@ def _bytes(settings: RunSettings, task: Task, rounds: int, aggregator: Aggregato
         arrays = layer_bytes(len(task.labels), n_templates, _n_views(task.templates), n_fitted, info)
         empty = FitResult(purpose="readout", loss=0.0, means=Array.of(np.zeros(0)))
         reading = FitWork(
-            purpose="readout", latent=Array.of(zero), n_words=0, others=reading_templates(task.templates, template)
+            purpose="readout",
+            latent=Array.of(zero),
+            n_words=0,
+            others=reading_templates(task.templates, task.templates[0]),
         )
         up += arrays[0] + 2 * EXCHANGES_OF_LAYERS * len(codec.encode(_report(empty)))
         down += arrays[1] + 2 * EXCHANGES_OF_LAYERS * len(codec.encode(_plan(settings, task, reading)))
