@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 import numpy as np
@@ -96,6 +96,7 @@ def tune(
     restarts: int = 0,
     balanced: bool = False,
     ensemble: int = 2,
+    readout: Literal["auto", "layers", "words"] = "auto",
     store: str | os.PathLike[str] | None = None,
     run: str = "tune",
     on_event: Callable[[Event], None] = lambda _event: None,
@@ -122,7 +123,10 @@ def tune(
         patience: number of evaluations without a lower loss that end the search with the best mean; 0: no limit.
         restarts: maximum number of restarts, each from the best mean, when ``patience`` runs out.
         balanced: weight the rows' losses so that all labels count equally.
-        ensemble: number of the task's templates over which the readout averages; 1: only the selected one.
+        readout: what the labels are read from: ``words``, the logits of random words; ``layers``, hidden states,
+            where training rows held back from the search choose what the prompt ships; ``auto``: layers, unless the
+            settings or a resumed run exclude them.
+        ensemble: number of the task's templates over which the readout of words averages; 1: only the selected one.
         store: the run database; None: the run is not stored. The same call resumes a stopped run, and returns the
             result of a finished one.
         run: the run's name in ``store``.
@@ -149,6 +153,7 @@ def tune(
         "restarts": restarts,
         "balanced": balanced,
         "ensemble": ensemble,
+        "readout": readout,
     }
     every = evaluate_every if splits[1] else 0
     settings = settings_for(task, budget, seed, prompt, objective, every, **options)

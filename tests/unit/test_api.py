@@ -71,7 +71,7 @@ def test_events_are_passed_on_in_order() -> None:
     rounds = [event for event in events if isinstance(event, RoundClosed)]
     assert [event.round for event in rounds] == list(range(len(rounds)))
     assert [purpose for purpose, _ in groupby(event.purpose for event in rounds)] == [
-        "selection", "calibration", "search", "readout",
+        "selection", "calibration", "probe", "search", "readout",
     ]  # fmt: skip
     assert rounds[-1].searched == 2
     assert isinstance(events[-1], RunFinished)
@@ -85,23 +85,23 @@ def rounds_within(budget: Budget) -> list[RoundClosed]:
 
 
 @pytest.fixture(scope="module")
-def calibrating() -> int:
+def beforehand() -> int:
     """The tokens counted before the search begins."""
     tokens = {event.purpose: event.tokens for event in rounds_within(Budget(evaluations=1))}
-    return tokens["calibration"] - tokens["selection"]
+    return tokens["probe"] - tokens["selection"]
 
 
 @pytest.mark.parametrize(
     ("budget", "rounds"), [({"evaluations": 9}, 2), ({"tokens": 1}, 1), ({"evaluations": 800, "tokens": 1}, 1)]
 )
-def test_a_budget_ends_the_search_at_its_first_limit(budget: dict[str, int], rounds: int, calibrating: int) -> None:
+def test_a_budget_ends_the_search_at_its_first_limit(budget: dict[str, int], rounds: int, beforehand: int) -> None:
     if "tokens" in budget:
-        budget = {**budget, "tokens": calibrating + budget["tokens"]}
+        budget = {**budget, "tokens": beforehand + budget["tokens"]}
     assert rounds_within(Budget(**budget))[-1].searched == rounds
 
 
-def test_tokens_that_the_calibration_took_are_charged(calibrating: int) -> None:
-    assert rounds_within(Budget(tokens=calibrating))[-1].searched == 0
+def test_tokens_that_the_fits_before_the_search_took_are_charged(beforehand: int) -> None:
+    assert rounds_within(Budget(tokens=beforehand))[-1].searched == 0
 
 
 def test_a_budget_of_seconds_ends_the_run() -> None:

@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 _SMALLEST_VARIANCE = 1e-4  # of a dimension, as a share of their mean: constant ones are not blown up
+_SMALLEST_WITHIN = 1e-3  # mean variance within labels, as a share of all: with a row a label there is none
+_LARGEST_WEIGHT = 1e4  # of a classifier, which is sent in half precision; it is too sure there anyway
 
 
 class FoldSums(NamedTuple):
@@ -107,11 +109,14 @@ def discriminants(pooled: Pooled, shrinkages: Sequence[float], uniform: bool = F
     """The classifier of each λ in ``shrinkages``, for states that are not standardised.
 
     ``uniform``: all labels have the same prior; else their share of the rows, and a label without rows half a row. Such
-    a label has the mean of all rows.
+    a label has the mean of all rows. Without any row, all labels are equally likely. Weights beyond `_LARGEST_WEIGHT`
+    shrink, with the bias: only the temperature changes, which is fitted afterwards.
     """
     counts, factor = pooled.counts, pooled.factor
     size = pooled.means.shape[1]
     total = counts.sum()
+    if not total:
+        return [Discriminant(np.zeros((size, len(counts))), np.zeros(len(counts)))] * len(shrinkages)
     seen = counts > 0
     centre = counts @ pooled.means / total
     within = (factor**2).sum(axis=0) + pooled.rest
@@ -121,14 +126,16 @@ def discriminants(pooled: Pooled, shrinkages: Sequence[float], uniform: bool = F
     rows = factor * (scale / np.sqrt(freedom))
     diagonal = pooled.rest * scale**2 / freedom
     means = np.where(seen[:, None], (pooled.means - centre) * scale, 0.0)
-    mean_variance = ((rows**2).sum() + diagonal.sum()) / size
+    mean_variance = max(((rows**2).sum() + diagonal.sum()) / size, _SMALLEST_WITHIN)
     prior = np.zeros(len(counts)) if uniform else np.log(counts + 0.5)
     found = []
     for shrinkage in shrinkages:
         solved = _solve(np.sqrt(1 - shrinkage) * rows, (1 - shrinkage) * diagonal + shrinkage * mean_variance, means.T)
         bias = prior - prior.max() - 0.5 * (means.T * solved).sum(axis=0)
         weights = scale[:, None] * solved
-        found.append(Discriminant(weights, bias - centre @ weights))
+        bias -= centre @ weights
+        softer = min(1.0, _LARGEST_WEIGHT / max(np.abs(weights).max(), 1e-30))
+        found.append(Discriminant(softer * weights, softer * bias))
     return found
 
 

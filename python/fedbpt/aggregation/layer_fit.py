@@ -15,14 +15,15 @@ without it, so that a run can compare what it might ship on rows that nothing ha
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbpt.aggregation.base import accepted, weights_of
+from fedbpt.aggregation.base import accepted, weighted_sum, weights_of
 from fedbpt.aggregation.discriminant import Discriminant, FoldSums, discriminants, pool
 from fedbpt.errors import InputError
 from fedbpt.protocol import codec
@@ -172,6 +173,7 @@ class LayerFit:
 
     def _take_sums(self, pairs: Sequence[tuple[RoundReport, SumsResult]]) -> None:
         reading = self._reading
+        self._check_shapes(pairs)
         found = [(report.n_texts / max(sum(map(sum, result.counts)), 1), _sums_of(result)) for report, result in pairs]
         shares = weights_of(pairs)
         shrinkages = SHRINKAGES if self._n_labels <= MANY_LABELS else SHRINKAGES[1:2]
@@ -191,13 +193,23 @@ class LayerFit:
                 )
             )
         if reading.n_word_views:
-            means = np.stack([result.word_means.numpy() for _, result in pairs])
-            self._centres = np.tensordot(shares, means, axes=1)
+            means = np.stack([result.word_means.numpy().ravel() for _, result in pairs])
+            self._centres = weighted_sum(shares, means).reshape(self._centres.shape)
         self._tried = tuple(tried)
         columns = [reader for readers in tried for reader in readers]
         coefficients = np.kron(np.eye(len(columns)), np.array(TEMPERATURES)[:, None])
         mixtures = [_Mixture(tuple(row), (0.0,) * reading.n_word_views) for row in coefficients.tolist()]
         self._work = self._cross_work(reading, columns, mixtures)
+
+    def _check_shapes(self, pairs: Sequence[tuple[RoundReport, SumsResult]]) -> None:
+        size = pairs[0][1].centres.shape[-1:]
+        for report, result in pairs:
+            for field, got, expected in sums_shapes(result, self._reading, self._n_labels, size):
+                if got != expected:
+                    raise InputError(
+                        f"device {report.device} sent {field} of shape {list(got)}, expected {list(expected)}",
+                        field=field,
+                    )
 
     def _choose_readers(self, losses: Floats) -> None:
         """``losses`` [n_mixtures] of each reader by λ and temperature."""
@@ -296,20 +308,44 @@ class LayerFit:
         return f"LayerFit({self.purpose}, {self._reading.n_readers} readers, {stage}, {self.loss:.4f} nats)"
 
 
+def sums_shapes(
+    result: SumsResult, reading: Reading, n_labels: int, size: tuple[int, ...]
+) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Names, shapes and right shapes of the fields of ``result``, to be compared in order. ``size``: (n_embd,)."""
+    n_folds, n_readers = reading.n_folds, reading.n_readers
+    yield "counts", (len(result.counts),), (n_folds,)
+    for fold in result.counts:
+        yield "counts", (len(fold),), (n_labels,)
+    yield "ranks", (len(result.ranks),), (n_folds,)
+    n_cells = sum(count > 0 for fold in result.counts for count in fold)
+    yield "centres", result.centres.shape, (n_readers, *size)
+    for field, n, got in (("means", n_cells, result.means), ("factors", sum(result.ranks), result.factors)):
+        yield field, got.shape, (n_readers, n, *size)
+        yield field, got.scales.shape, (n_readers, *size)
+        yield field, (len(got.data),), (got.n_bytes,)
+    if math.prod(result.rests.shape):
+        yield "rests", result.rests.shape, (n_readers, n_folds, *size)
+    yield "word_means", result.word_means.shape, (reading.n_word_views, n_labels if reading.n_word_views else 0)
+
+
 def _sums_of(result: SumsResult) -> list[list[FoldSums]]:
     """The sums of each reader and fold."""
     counts = np.array(result.counts, dtype=np.int64)
     n_folds = len(counts)
-    ends = np.cumsum([*(counts > 0).sum(axis=1), *result.ranks])
-    values = result.rows.numpy()
+    means = np.split(result.means.numpy() + result.centres.numpy()[:, None], _ends((counts > 0).sum(axis=1)), axis=1)
+    factors = np.split(result.factors.numpy(), _ends(result.ranks), axis=1)
     rests = result.rests.numpy()
     if not rests.size:
-        rests = np.zeros((len(values), n_folds, values.shape[2]))
-    found = []
-    for rows, centre, rest in zip(values, result.centres.numpy(), rests, strict=True):
-        parts = np.split(rows, ends[:-1])
-        found.append([FoldSums(counts[f], parts[f] + centre, parts[n_folds + f], rest[f]) for f in range(n_folds)])
-    return found
+        rests = np.zeros((result.centres.shape[0], n_folds, result.centres.shape[1]))
+    return [
+        [FoldSums(counts[f], means[f][place], factors[f][place], rests[place, f]) for f in range(n_folds)]
+        for place in range(result.centres.shape[0])
+    ]
+
+
+def _ends(sizes: Sequence[int] | NDArray[np.intp]) -> NDArray[np.intp]:
+    """Where each part ends, but the last."""
+    return np.cumsum(sizes)[:-1]
 
 
 def _word_scales(n_word_views: int) -> list[tuple[float, ...]]:

@@ -23,7 +23,7 @@ from fedbpt.plain_text import echo
 from fedbpt.protocol import codec
 from fedbpt.runs.as_json import round_as_json, run_as_json, task_of_run
 from fedbpt.runs.result import RunResult
-from fedbpt.runs.settings import RunSettings
+from fedbpt.runs.settings import stored_settings
 from fedbpt.runs.store import RunStore, StoredRun
 from fedbpt.runs.tensorboard import write_scalars
 from fedbpt.tasks import Task
@@ -147,9 +147,9 @@ def replay_command(
     """
     with open_store(store) as opened:
         found = opened.get_run(run)
-        settings, result = codec.decode(found.settings, RunSettings), _result(found)
+        settings, result = stored_settings(found.settings), _result(found)
         ledger = RunLedger(opened, run, run_task(found, task), settings, settings.aggregator())
-        n_rounds, digest = ledger.replay(), ledger.state.aggregator.digest()
+        n_rounds, digest = ledger.replay_stored(), ledger.state.aggregator.digest()
     if result is not None and found.status == "finished" and digest != result.digest:
         raise StoreError(
             f"run {run} replays to digest {digest}, but its result has {result.digest}: the store was modified,"
@@ -228,7 +228,7 @@ def run_task(run: StoredRun, given: str | None) -> Task:
     """
     task = chosen_task(given, task_of_run(run), run.task)
     stored = given is None and run.definition is not None
-    if not stored and not is_of(run, codec.decode(run.settings, RunSettings), task):
+    if not stored and not is_of(run, stored_settings(run.settings), task):
         raise ConfigError(
             f"run {run.run} was started with another task than {task.name}: give its task file with --task",
             field="--task",

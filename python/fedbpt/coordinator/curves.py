@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple, TypeAlias
 
 from fedbpt.coordinator.round_figures import evaluations_in, numbers_of
-from fedbpt.protocol import codec
 from fedbpt.runs.dev_figures import dev_points
-from fedbpt.runs.settings import RunSettings
+from fedbpt.runs.settings import stored_settings
 from fedbpt.runs.store import RunStore
 
 Curve: TypeAlias = tuple[tuple[int, float], ...]
@@ -23,7 +22,7 @@ class Curves(NamedTuple):
 
 def curves_of(store: RunStore, run: str) -> Curves:
     """The curves of ``run``, over all its sessions. Raises `StoreError` for an unknown run."""
-    settings = codec.decode(store.get_run(run).settings, RunSettings)
+    settings = stored_settings(store.get_run(run).settings)
     reached: dict[int, int] = {}
     losses = []
     evaluations = 0

@@ -17,6 +17,9 @@ from fedbpt.aggregation.base import Aggregator
 from fedbpt.aggregation.methods import method_named
 from fedbpt.aggregation.readout import EXCHANGES, ReadoutFit
 from fedbpt.bench.measurement import Measurement, Projection
+from fedbpt.coordinator.layer_cost import EXCHANGES as EXCHANGES_OF_LAYERS
+from fedbpt.coordinator.layer_cost import layer_bytes
+from fedbpt.coordinator.layer_reading import reads_layers, states_alone
 from fedbpt.errors import ConfigError
 from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import (
@@ -34,6 +37,7 @@ from fedbpt.protocol.rounds import (
 from fedbpt.protocol.specs import Array, Template
 from fedbpt.runs.settings import RunSettings
 from fedbpt.tasks import Task
+from fedbpt.tasks.reading import MAX_TEMPLATES, PATTERNS, reading_templates
 
 TEMPLATE_TOKENS = 12
 """Tokens that a template adds to a text, before and after it; those of the shipped tasks add 2 to 6."""
@@ -70,8 +74,9 @@ class Tokens:
 class Parts(NamedTuple):
     """What a run costs one device.
 
-    ``select``: selecting the template; ``texts``: the texts once, and two fits; ``round``: one round of the search;
-    ``others``: the texts under the readout's other templates; ``fit``: one of the fits in ``texts``.
+    ``select``: selecting the template; ``texts``: the texts once, and fits of words; ``round``: one round of the
+    search; ``others``: the readout's fit as far as it is not in ``texts``; ``fit``: the part that is; ``probe``:
+    reading the texts' hidden states without a prompt.
     """
 
     select: Tokens
@@ -79,17 +84,19 @@ class Parts(NamedTuple):
     round: Tokens
     others: Tokens
     fit: Tokens
+    probe: Tokens
 
     def whole(self, rounds: int) -> Tokens:
-        return self.select + self.texts + self.round * rounds + self.others
+        return self.select + self.texts + self.round * rounds + self.others + self.probe
 
 
 class DeviceCost(msgspec.Struct, frozen=True, kw_only=True):
     """Upper bounds for one device, without evaluations. ``seconds`` None: its speed is unknown.
 
-    ``select``, ``texts``, ``round`` and ``others`` are forward tokens: selecting the template, the texts once (if their
-    KV is kept), one round of the search, and the texts under the readout's other templates. ``words``: tokens that the
-    label words of the most expensive template add to a candidate's cost of a text; None: unknown, taken as 0.
+    ``select``, ``texts``, ``probe``, ``round`` and ``others`` are forward tokens: selecting the template, the texts
+    once (if their KV is kept), reading their hidden states without a prompt, one round of the search, and the
+    readout's other templates or hidden states. ``words``: tokens that the label words of the most expensive template
+    add to a candidate's cost of a text; None: unknown, taken as 0.
     """
 
     name: str
@@ -103,6 +110,7 @@ class DeviceCost(msgspec.Struct, frozen=True, kw_only=True):
     round: int
     others: int
     words: int | None
+    probe: int = 0
 
 
 class RunCost(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,12 +136,13 @@ def estimate(settings: RunSettings, task: Task, infos: Sequence[DeviceInfo], agg
     local = method_named(settings.method).local
     parts = [tokens_of(settings, task.templates, info) for info in infos]
     per_round = settings.popsize * settings.iterations + 1 if local else settings.popsize
-    rounds = _rounds(settings, infos, parts, per_round)
+    alone = states_alone(task.templates, settings, infos[0].n_layer)
+    rounds = 0 if alone else _rounds(settings, infos, parts, per_round)
     _check_deadline(settings, infos, parts)
-    up, down = _bytes(settings, task, rounds, aggregator)
     devices = []
     for info, part in zip(infos, parts, strict=True):
         whole = part.whole(rounds)
+        up, down = _bytes(settings, task, rounds, aggregator, info)
         devices.append(
             DeviceCost(
                 name=info.name,
@@ -147,6 +156,7 @@ def estimate(settings: RunSettings, task: Task, infos: Sequence[DeviceInfo], agg
                 round=part.round.total,
                 others=part.others.total,
                 words=_dearest_words(task.templates, info),
+                probe=part.probe.total,
             ),
         )
     spent = settings.epsilon(len(task.templates), min(info.n_train for info in infos), rounds)
@@ -180,6 +190,7 @@ def project(found: Measurement, task: Task, rows: int = 128) -> Projection:
         rss_bytes=0,
         peak_rss_bytes=0,
         shares_beginnings=True,
+        n_layer=1,
     )
     cost = estimate(settings, task, [info], settings.aggregator())
     [device] = cost.devices
@@ -223,9 +234,26 @@ def tokens_of(settings: RunSettings, templates: Sequence[Template], info: Device
     fits = settings.calibrate or objective.readout_words > 0
     fitted = min(settings.fit_rows or n_rows, n_rows) if fits else 0
     a_fit = Tokens(prompt.n_prompt if cue else prompt.n_prompt + text, words) * fitted
-    texts = Tokens(n_rows * text if cue else 0) + a_fit * 2
+    once = Tokens(n_rows * text if cue else 0)
+    if reads_layers(templates, settings, info.n_layer):
+        own = Tokens(text + again * (n_templates - 1))  # under the task's own templates
+        view = Tokens(text)
+        probe = own + view * (_n_views(templates) - n_templates) + Tokens(0, words) * n_templates
+        if states_alone(templates, settings, info.n_layer):
+            none = Tokens(0)
+            return Parts(none, none, none, none, none, Tokens(probe.texts) * fitted)
+        # Without the label words, states of the task's own templates are read anew.
+        readout = view + Tokens(prompt.n_prompt, words) + own
+        return Parts(select, once + a_fit, each, readout * fitted, Tokens(0), probe * fitted)
+    texts = once + a_fit * 2
     n_others = min(settings.ensemble, n_templates) - 1 if objective.readout_words else 0
-    return Parts(select, texts, each, Tokens(again, words) * (n_others * fitted), a_fit)
+    return Parts(select, texts, each, Tokens(again, words) * (n_others * fitted), a_fit, Tokens(0))
+
+
+def _n_views(templates: Sequence[Template]) -> int:
+    """Templates under which hidden states are read; see `fedbpt.tasks.reading.reading_templates`."""
+    known = {template.pattern for template in templates}
+    return min(len(templates) + sum(pattern not in known for pattern in PATTERNS), MAX_TEMPLATES)
 
 
 def readout_tokens(
@@ -260,7 +288,8 @@ def _rounds(settings: RunSettings, infos: Sequence[DeviceInfo], parts: Sequence[
     if settings.evaluations:
         limits.append(math.ceil(settings.evaluations / evaluations))
     if settings.tokens:
-        before, each = sum(part.texts.total for part in parts), sum(part.round.total for part in parts)
+        before = sum((part.texts + part.probe).total for part in parts)
+        each = sum(part.round.total for part in parts)
         if settings.tokens < before + each:
             raise ConfigError(
                 f"tokens = {settings.tokens} may be spent before the first round of the search: "
@@ -273,7 +302,7 @@ def _rounds(settings: RunSettings, infos: Sequence[DeviceInfo], parts: Sequence[
         # Every round waits for the slowest device.
         first, then = (
             max(tokens.seconds(info) or 0.0 for tokens, info in zip(which, infos, strict=True))
-            for which in ([part.texts for part in parts], [part.round for part in parts])
+            for which in ([part.texts + part.probe for part in parts], [part.round for part in parts])
         )
         if settings.seconds < first + then:
             least = math.ceil(first + then)
@@ -302,7 +331,7 @@ def _check_deadline(settings: RunSettings, infos: Sequence[DeviceInfo], parts: S
             )
 
 
-def _bytes(settings: RunSettings, task: Task, rounds: int, aggregator: Aggregator) -> tuple[int, int]:
+def _bytes(settings: RunSettings, task: Task, rounds: int, aggregator: Aggregator, info: DeviceInfo) -> tuple[int, int]:
     """Bytes (up, down) of the bodies of a device's rounds, from messages of the same sizes."""
     n_labels, zero = len(task.labels), np.zeros(settings.prompt.d)
     work = aggregator.work(1)
@@ -316,7 +345,8 @@ def _bytes(settings: RunSettings, task: Task, rounds: int, aggregator: Aggregato
     n_words = settings.objective.readout_words
     others = task.templates[1 : settings.ensemble]
     fits: list[tuple[int, tuple[Template, ...]]] = [(0, ())] if settings.calibrate else []
-    if n_words:
+    of_layers = reads_layers(task.templates, settings, info.n_layer)
+    if n_words and not of_layers:
         fits += [(n_words, ())] if settings.baselines else []
         fits.append((n_words // (1 + len(others)), others))
     for width, with_others in fits:
@@ -327,6 +357,22 @@ def _bytes(settings: RunSettings, task: Task, rounds: int, aggregator: Aggregato
     for times, each, answer in sent:
         up += times * len(codec.encode(_report(answer)))
         down += times * len(codec.encode(_plan(settings, task, each)))
+    if of_layers:
+        n_fitted = min(settings.fit_rows or info.n_train, info.n_train)
+        alone = states_alone(task.templates, settings, info.n_layer)
+        if alone:
+            up = down = 0
+        n_templates = 0 if alone else min(len(task.templates), MAX_TEMPLATES)
+        arrays = layer_bytes(len(task.labels), n_templates, _n_views(task.templates), n_fitted, info)
+        empty = FitResult(purpose="readout", loss=0.0, means=Array.of(np.zeros(0)))
+        reading = FitWork(
+            purpose="readout",
+            latent=Array.of(zero),
+            n_words=0,
+            others=reading_templates(task.templates, task.templates[0]),
+        )
+        up += arrays[0] + 2 * EXCHANGES_OF_LAYERS * len(codec.encode(_report(empty)))
+        down += arrays[1] + 2 * EXCHANGES_OF_LAYERS * len(codec.encode(_plan(settings, task, reading)))
     return up, down
 
 

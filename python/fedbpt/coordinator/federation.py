@@ -105,7 +105,7 @@ class Federation:
         check_names([client.name for client in clients], "device")
         self.run_name = run
         self.task = task
-        self.settings = settings = settings.for_labels(task.labels)
+        settings = settings.for_labels(task.labels)
         self._clients = {client.name: client for client in clients}
         self._min_reports = max(aggregator.min_reports, 1)
         devices_per_round = min(len(clients), settings.per_round or len(clients))
@@ -116,13 +116,13 @@ class Federation:
                 field="per_round",
                 limit=self._min_reports,
             )
-        self._needed = self._quorum_of(len(clients))
         self._store = store
         self._emit = on_event
         self._control = control or RunControl()
         self._fresh = fresh
         self._wish = Wish()
         self._ledger = RunLedger(store, run, task, settings, aggregator, rows)
+        self._needed = self._quorum_of(len(clients))
         self._fleet: Fleet | None = None
         self._live: LiveEvaluation | None = None
 
@@ -139,6 +139,11 @@ class Federation:
             RunStopped: by ``control``.
         """
         return run_to_end(self.run_async)
+
+    @property
+    def settings(self) -> RunSettings:
+        """The run's settings; those given, until a stored run is resumed (`RunSettings.continuing`)."""
+        return self._ledger.settings
 
     @property
     def searched(self) -> int:
@@ -278,12 +283,13 @@ class Federation:
         """Choose what is shipped by training rows that neither the search nor any readout has seen."""
         state = self._ledger.state
         lines = state.held_lines()
-        if len(lines) < 2:
-            if lines:
-                state.choose(list(lines), ())
+        if not lines:
             return
-        request = self._ledger.planner.request(lines, label_weights=state.label_weights, split="held")
-        state.choose(list(lines), list((await fleet.evaluate(request, self._deadline_s())).values()))
+        reports: dict[str, EvaluateReport] = {}
+        if len(lines) > 1:
+            request = self._ledger.planner.request(lines, label_weights=state.label_weights, split="held")
+            reports = await fleet.evaluate(request, self._deadline_s())
+        state.choose(list(lines), list(reports.values()))
         log.info("run %s: held-out training rows chose %r", self.run_name, state.shipped)
 
     def _quorum_of(self, n_devices: int) -> int:

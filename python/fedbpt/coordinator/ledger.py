@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import msgspec
+
 from fedbpt.aggregation.base import Aggregator
 from fedbpt.coordinator.course import Course
 from fedbpt.coordinator.planner import Planner
@@ -18,7 +20,7 @@ from fedbpt.protocol.rounds import DeviceInfo, RoundReport
 from fedbpt.protocol.specs import Template
 from fedbpt.runs.dev_figures import DEV_SECONDS, judged_loss
 from fedbpt.runs.result import RunResult
-from fedbpt.runs.settings import RunSettings
+from fedbpt.runs.settings import RunSettings, stored_settings
 from fedbpt.runs.store import RunStore, StoredRound, StoredRun, Traffic
 from fedbpt.tasks import Task
 
@@ -62,7 +64,9 @@ class RunLedger:
 
     # --- opening -------------------------------------------------------------------------------------------------
 
-    def _require_same_run(self, stored: StoredRun) -> None:
+    def _continue(self, stored: StoredRun) -> None:
+        """Take ``stored`` for the run to go on with. Raises `ConfigError` if it is another one."""
+        self.settings = self.state.settings = self.settings.continuing(stored_settings(stored.settings))
         if not is_of(stored, self.settings, self.task):
             raise ConfigError(
                 f"run {self.run!r} was begun with another task or other settings: give this run another name",
@@ -78,11 +82,13 @@ class RunLedger:
         stored = self.store.find_run(self.run)
         if stored is None:
             return None
-        self._require_same_run(stored)
+        self._continue(stored)
         if stored.result is None or stored.status != "finished":
             return None
         result = codec.decode(stored.result, RunResult)
-        return result if result.settings == self.settings else None
+        # What it reads is the same, as `_continue` made sure; earlier versions did not store it.
+        settings = msgspec.structs.replace(result.settings, readout=self.settings.readout)
+        return result if settings == self.settings else None
 
     def open(self, model: DeviceInfo, devices: Sequence[str]) -> None:
         """Begin the run in the store, or resume it. ``model``: the info of a device with the run's model.
@@ -93,7 +99,6 @@ class RunLedger:
         """
         self.planner.model_fingerprint = model.model_fingerprint
         self.state.n_layer = model.n_layer
-        identity = identity_of(self.settings, self.task)
         stored = self.store.find_run(self.run)
         if stored is None:
             self.store.create_run(
@@ -101,18 +106,19 @@ class RunLedger:
                 task=self.task.name,
                 model_fingerprint=model.model_fingerprint,
                 model_name=model.model_name,
-                identity=identity,
+                identity=identity_of(self.settings, self.task),
                 settings=codec.encode(self.settings),
                 devices=devices,
             )
         else:
-            self._require_same_run(stored)
+            self._continue(stored)
             if stored.model_fingerprint != model.model_fingerprint:
                 raise FederationError(
                     f"run {self.run!r} was begun with {stored.model_name} ({stored.model_fingerprint}), but the devices"
                     f" have {model.model_name} ({model.model_fingerprint}): give this run another name",
                     field="model_fingerprint",
                 )
+            identity = identity_of(self.settings, self.task)
             self.store.record_settings(self.run, codec.encode(self.settings), identity)
         self.store.record_task(self.run, codec.encode(self.task), self._rows)
         self.store.add_devices(self.run, devices)
@@ -122,6 +128,12 @@ class RunLedger:
         self.replay()
 
     # --- replaying -----------------------------------------------------------------------------------------------
+
+    def replay_stored(self) -> int:
+        """`replay` without `open`, of a run of the model that the store knows."""
+        infos = self.store.devices(self.run).values()
+        self.state.n_layer = max((info.n_layer for info in infos if info is not None), default=0)
+        return self.replay()
 
     def replay(self) -> int:
         """Apply the stored rounds; returns how many. Raises `StoreError` at the first whose digests differ."""

@@ -86,7 +86,7 @@ class LiveEvaluation:
         )
 
     async def _lines_now(self) -> Variants | None:
-        """The variants as they would be if the search ended now; None: no readout could be fitted."""
+        """The variants as they would be if the search ended now; None: no readout is, or could be, fitted."""
         ledger = self._ledger
         state = ledger.state
         mean = state.aggregator.mean
@@ -97,6 +97,8 @@ class LiveEvaluation:
             return None
         if "probe" in fits and state.reads_layers:  # what is shipped is at least as good, and a fit takes minutes
             return variants(mean, fits, shipped="probe")
+        if state.states_alone:
+            return None
         if ledger.state.searched and ledger.settings.objective.readout_words:
             readout = await self._readout(mean)
             if readout is None:

@@ -59,10 +59,10 @@ def check_evaluation(report: EvaluateReport, request: EvaluateRequest, n_rows: i
     """
     codec.check(report)
     k = request.latents.shape[0]
-    for field in ("correct", "loss_sums"):
+    for field, n_expected in (("correct", k), ("loss_sums", k), ("difference_squares", k * (request.split == "held"))):
         n_entries = len(getattr(report, field))
-        if n_entries != k:
-            raise WireError(f"{field} has {n_entries} entries, expected {k}", field=field)
+        if n_entries != n_expected:
+            raise WireError(f"{field} has {n_entries} entries, expected {n_expected}", field=field)
     most = min(n for n in (n_rows, request.max_rows or None, report.n) if n is not None)
     if report.n > most:
         raise WireError(f"n is {report.n}, expected at most {most}", field="n", limit=most)
@@ -70,7 +70,11 @@ def check_evaluation(report: EvaluateReport, request: EvaluateRequest, n_rows: i
         raise WireError(
             f"correct has {max(report.correct)} of {report.n} rows, expected at most {report.n}", field="correct"
         )
-    check_losses(np.array(report.loss_sums) / report.n, evaluation_loss_range(request), "loss_sums")
+    low, high = evaluation_loss_range(request)
+    check_losses(np.array(report.loss_sums) / report.n, (low, high), "loss_sums")
+    if report.difference_squares:
+        squares = np.array(report.difference_squares) / report.n
+        check_losses(squares, (0.0, (high - low) ** 2), "difference_squares")
 
 
 def check_progress(progress: RoundProgress) -> None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from fedbpt.aggregation.base import Aggregator, Fit
 from fedbpt.aggregation.layer_fit import LayerFit
 from fedbpt.aggregation.readout import ReadoutFit
+from fedbpt.coordinator.layer_reading import reads_layers, states_alone
 from fedbpt.coordinator.round_reports import cap_reports, label_weights, purpose_of, template_losses, template_scores
 from fedbpt.engine.layers import reading_layers
 from fedbpt.protocol.rounds import EvaluateReport, FitPurpose, HeldRows, Reading, RoundReport
@@ -30,15 +31,6 @@ from fedbpt.tasks.reading import reading_templates
 
 SELECTION: Final = 0
 """Number of the round that selects the template; calibration and search begin with round 1."""
-
-
-MAX_WORD_BYTES: Final = 120
-"""Label words of more bytes together, in UTF-8, are not scored: each text would cost dozens of tokens more."""
-
-
-def words_too_long(task: Task) -> bool:
-    """Whether no template's label words are short enough to be scored where hidden states can be read instead."""
-    return all(sum(len(word.encode()) for word in template.label_words) > MAX_WORD_BYTES for template in task.templates)
 
 
 class RunState:
@@ -174,12 +166,12 @@ class RunState:
     @property
     def reads_layers(self) -> bool:
         """Whether readouts are fitted to hidden states; else to the logits of random words."""
-        return bool(self.task.labels) and self.settings.may_read_layers and self.n_layer > 0
+        return reads_layers(self.task.templates, self.settings, self.n_layer)
 
     @property
     def states_alone(self) -> bool:
         """Whether the label words are too long to be scored: only hidden states are read, and no prompt is tuned."""
-        return self.reads_layers and words_too_long(self.task)
+        return states_alone(self.task.templates, self.settings, self.n_layer)
 
     @property
     def held(self) -> HeldRows:
@@ -244,8 +236,8 @@ class RunState:
 
     def _new_layer_fit(self, purpose: FitPurpose, latent: NDArray[np.float64]) -> LayerFit:
         base = self.fits.get("probe") if purpose == "readout" else None
-        templates = () if purpose == "readout" else reading_templates(self.task, self.template)
-        n_task_templates = 1 if purpose == "readout" else len(self.task.templates)
+        templates = () if purpose == "readout" else reading_templates(self.task.templates, self.template)
+        n_task_templates = 1 if purpose == "readout" else min(len(self.task.templates), 1 + len(templates))
         reading = Reading(
             latent=Array.of(latent),
             templates=templates,

@@ -16,8 +16,8 @@ from typing import Any, Final
 
 from fedbpt.coordinator.control import RunControl
 from fedbpt.coordinator.course import Course
+from fedbpt.coordinator.layer_reading import reads_layers, states_alone
 from fedbpt.coordinator.round_figures import ClosedRound, evaluations_in, numbers_of
-from fedbpt.coordinator.run_state import words_too_long
 from fedbpt.coordinator.spending import Spending
 from fedbpt.dashboard.views import DeviceStatus, DeviceView, Measured, Notice, Point, RunView, Stage, Status
 from fedbpt.protocol import codec
@@ -40,7 +40,7 @@ from fedbpt.runs.events import (
 )
 from fedbpt.runs.intervals import Interval, wilson_interval
 from fedbpt.runs.result import VARIANTS, RunResult, Score, perplexity
-from fedbpt.runs.settings import RunSettings
+from fedbpt.runs.settings import RunSettings, stored_settings
 from fedbpt.runs.store import RoundHistory, RunStore, StoredRun, Traffic
 from fedbpt.tasks import Task
 
@@ -229,7 +229,7 @@ class RunState:
 
     def _apply(self, stored: StoredRun, history: Sequence[RoundHistory], rounds: Iterable[ClosedRound]) -> None:
         if self._stored is None or stored.settings != self._stored.settings:
-            self._settings = codec.decode(stored.settings, RunSettings)
+            self._settings = stored_settings(stored.settings)
         if stored.result is not None and (self._stored is None or self._stored.result != stored.result):
             self._result = codec.decode(stored.result, RunResult)
             self._template = self._result.template.pattern
@@ -384,15 +384,17 @@ class RunState:
         }
         return tuple(stage for stage, included in stages.items() if included)
 
+    def _n_layer(self) -> int:
+        return max((device.info.n_layer for device in self._devices.values() if device.info is not None), default=0)
+
     def _reads_layers(self) -> bool:
-        has_layers = any(device.info is not None and device.info.n_layer for device in self._devices.values())
-        return bool(self._task and self._task.labels) and self._settings.may_read_layers and has_layers
+        return self._task is not None and reads_layers(self._task.templates, self._settings, self._n_layer())
 
     def _states_alone(self) -> bool:
         """Whether the label words are too long to be scored, so that only a readout is fitted."""
         if self._result is not None:
             return self._result.is_unscored
-        return self._task is not None and self._reads_layers() and words_too_long(self._task)
+        return self._task is not None and states_alone(self._task.templates, self._settings, self._n_layer())
 
     def _eta(self) -> float | None:
         infos = [device.info for device in self._devices.values() if device.info is not None and not device.lost]

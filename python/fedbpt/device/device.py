@@ -107,8 +107,7 @@ class Device:
         self._speed = Speed(0.0, {}, None)
         self._objectives: OrderedDict[bytes, Objective] = OrderedDict()
         self._plain_logits: OrderedDict[bytes, PlainLogits] = OrderedDict()
-        texts = [text for text, _ in train_rows]
-        self._layer_rows = LayerRows(scorer, texts, targets_of(train_rows, task.labels))
+        self._layer_rows = LayerRows(scorer, self._rows["train"], task.labels)
         self.state = state or DeviceState()
 
     def check_fit(self, objective: ObjectiveSpec, prompt: PromptSpec) -> None:
@@ -244,9 +243,10 @@ class Device:
         rows = self._asked_rows(request)
         correct = np.zeros(k, dtype=int)
         losses = np.zeros((k, len(rows)))
+        sums = np.zeros(k)
         if len(plain):
             readouts = [request.readouts[i] for i in plain] if request.readouts else []
-            correct[plain], losses[plain] = self._evaluate_plain(
+            correct[plain], losses[plain], sums[plain] = self._evaluate_plain(
                 request, latents[plain], readouts, rows, progress, cancelled
             )
         if layered:
@@ -254,11 +254,12 @@ class Device:
             correct[which], losses[which] = self._evaluate_layers(
                 request, latents[which], list(layered.values()), rows, progress, cancelled
             )
+            sums[which] = losses[which].sum(axis=1)
         squares = ((losses - losses[0]) ** 2).sum(axis=1).tolist() if request.split == "held" else ()
         return EvaluateReport(
             n=len(rows),
             correct=tuple(correct.tolist()),
-            loss_sums=tuple(losses.sum(axis=1).tolist()),
+            loss_sums=tuple(sums.tolist()),
             seconds=time.monotonic() - began,
             difference_squares=tuple(squares),
         )
@@ -282,8 +283,8 @@ class Device:
         rows: NDArray[np.intp],
         progress: Progress,
         cancelled: Cancelled,
-    ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-        """Correct predictions [k], and losses [k, n], by the label words' scores."""
+    ) -> tuple[NDArray[np.intp], NDArray[np.float64], NDArray[np.float64]]:
+        """Correct predictions [k], losses [k, n] and their sums [k], by the label words' scores."""
         split = "train" if request.split == "held" else request.split
         objective = self._objective(
             split,
@@ -297,6 +298,7 @@ class Device:
         others = [self._plain(objective, request, template, rows) for template in request.others]
         correct = np.zeros(len(latents), dtype=np.intp)
         losses = np.zeros((len(latents), len(rows)))
+        sums = np.zeros(len(latents))  # part by part, as `fedbpt.evaluate` has them, to the last bit
         done = 0
         for part in parts_of(rows, 1 + len(others)):
             logits = [other.of(part, cancelled) for other in others]
@@ -306,10 +308,11 @@ class Device:
                 found = objective.evaluate(embeds, part, report, cancelled, own, logits, weights)
                 correct[which] += found.correct
                 losses[which, done : done + len(part)] = found.losses
+                sums[which] += found.loss_sums
             done += len(part)
             if others:
                 progress(done, len(rows))
-        return correct, losses
+        return correct, losses, sums
 
     def _evaluate_layers(
         self,

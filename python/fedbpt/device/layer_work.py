@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import msgspec
 import numpy as np
@@ -17,7 +18,7 @@ from fedbpt.objective.layer_view import LayerView, Views, read_views
 from fedbpt.objective.objective import Cancelled, Objective, Progress
 from fedbpt.protocol.rounds import HeldRows, Reading, RoundPlan
 from fedbpt.protocol.seeding import generator
-from fedbpt.tasks.rows import batch_indices
+from fedbpt.tasks.rows import Row, batch_indices, targets_of
 
 _MAX_VIEWS = 12  # cached: states of all rows under one template, float16
 _NO_ROWS = np.zeros(0, dtype=np.intp)
@@ -45,15 +46,20 @@ class LayerRows:
 
     Args:
         scorer: the model.
-        texts: of all training rows.
-        targets: their label indices [n].
+        rows: all training rows.
+        labels: of the task.
     """
 
-    def __init__(self, scorer: Scorer, texts: Sequence[str], targets: NDArray[np.intp]) -> None:
+    def __init__(self, scorer: Scorer, rows: Sequence[Row], labels: tuple[str, ...]) -> None:
         self._scorer = scorer
-        self._texts = texts
-        self.targets = targets
+        self._rows = rows
+        self._labels = labels
         self._kept: OrderedDict[bytes, Views] = OrderedDict()
+
+    @cached_property
+    def targets(self) -> NDArray[np.intp]:
+        """Label indices [n] of all training rows. Raises `DataError` for a row that does not fit the task."""
+        return targets_of(self._rows, self._labels)
 
     def read(
         self,
@@ -91,7 +97,7 @@ class LayerRows:
             missing[key] = LayerView(self._scorer, template, labels, limit, reading.layers, embeds, plan.prompt)
         if missing:
             views = list(missing.values())
-            found = read_views(views, [self._texts[row] for row in rows], progress, cancelled)
+            found = read_views(views, [self._rows[row][0] for row in rows], progress, cancelled)
             effort.evaluations += len(views)
             effort.tokens += sum(view.tokens for view in views)
             words = iter(np.moveaxis(found.words, 1, 0))

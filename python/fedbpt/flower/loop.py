@@ -67,7 +67,6 @@ class FlowerLoop:
                 field="patience",
             )
         self._ledger = RunLedger(store, run, task, settings, settings.aggregator())
-        self._settings = settings
         unfit = {name: found for name, (_, info) in devices.items() if (found := misfit(info, None, task.identity))}
         for name, found in unfit.items():
             log.warning("%s is left out: it %s", name, found.reason)
@@ -93,7 +92,7 @@ class FlowerLoop:
         state = self._ledger.state
         if state.closed < SELECTION:
             return SELECTION, "selection"
-        calibrates = self._settings.calibrate and not state.fit("calibration").done
+        calibrates = self._ledger.settings.calibrate and not state.fit("calibration").done
         return state.closed + 1, "calibration" if calibrates else "search"
 
     def plans(self, arrays: ArrayRecord) -> list[Message]:
@@ -148,7 +147,7 @@ class FlowerLoop:
             {"tuned": (state.mean, state.readout("calibration"))},
             label_weights=state.label_weights,
             split="dev",
-            max_rows=self._settings.dev_rows,
+            max_rows=self._ledger.settings.dev_rows,
         )
         names = [name for name, info in self._infos.items() if info.n_dev]
         return [self._message(name, self._request, MessageType.EVALUATE, "") for name in names]

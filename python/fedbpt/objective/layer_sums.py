@@ -20,7 +20,8 @@ def sums_result(
     """Sum up the rows of a device: label indices [n] and folds [n] of the rows of ``views``."""
     reading = work.reading
     centres = []
-    rows = []
+    means = []
+    factors = []
     rests = []
     by_fold: list[FoldSums] = []
     for place in range(reading.n_readers):
@@ -31,7 +32,8 @@ def sums_result(
             for fold in range(reading.n_folds)
         ]
         centres.append(centre)
-        rows.append(np.concatenate([*(each.means for each in by_fold), *(each.factor for each in by_fold)]))
+        means.append(np.concatenate([each.means for each in by_fold]))
+        factors.append(np.concatenate([each.factor for each in by_fold]))
         rests.append(np.stack([each.rest for each in by_fold]))
     loss = float(np.log(n_labels))
     if views.words.size:
@@ -43,8 +45,9 @@ def sums_result(
         counts=tuple(tuple(each.counts.tolist()) for each in by_fold),
         ranks=tuple(len(each.factor) for each in by_fold),
         centres=Array.of(np.stack(centres), "<f4"),
-        rows=Quantized.of(np.stack(rows)),
-        rests=Array.of(left_out if left_out.any() else left_out[:, :0], "<f2"),
+        means=Quantized.of(np.stack(means)),
+        factors=Quantized.of(np.stack(factors)),
+        rests=Array.of(left_out if left_out.any() else left_out[:, :0], "<f4"),  # sums of squares overflow <f2
         word_means=Array.of(views.words.mean(axis=0), "<f4"),
     )
 
@@ -63,13 +66,7 @@ def cross_result(
     weights = work.weights.numpy()
     biases = work.biases.numpy()
     n_columns = len(work.readers)
-    expected = (reading.n_folds, n_columns)
-    if weights.shape[:2] != expected or biases.shape != (*expected, weights.shape[-1]):
-        raise InputError(
-            f"weights and biases must begin with shape {list(expected)}, got {list(weights.shape)} and "
-            f"{list(biases.shape)}",
-            field="weights",
-        )
+    _check_shapes(work, views, int(targets.max(initial=0)))
     logits = np.zeros((n_columns, len(targets), weights.shape[-1]))
     for column, reader in enumerate(work.readers):
         states = views.reader(reader)
@@ -86,3 +83,25 @@ def cross_result(
         losses = -row_weights * log_probabilities(np.broadcast_to(mixed, logits.shape[1:]))[rows, targets]
         sums[mixture] = np.bincount(folds, losses, minlength=reading.n_folds)
     return CrossResult(purpose=work.purpose, loss_sums=Array.of(sums, "<f4"))
+
+
+def _check_shapes(work: CrossWork, views: Views, last_label: int) -> None:
+    """Raise `InputError` unless the arrays of ``work`` fit each other and ``views``."""
+    n_readers = views.states.shape[1] * views.states.shape[2]
+    if max(work.readers, default=0) >= n_readers:
+        raise InputError(
+            f"readers must be below {n_readers}, got {max(work.readers)}", field="readers", limit=n_readers
+        )
+    n_labels = views.words.shape[2] if views.words.size else max(work.weights.shape[-1:], default=0)
+    n_mixtures = max(work.coefficients.shape[:1], default=0)
+    n_columns, n_views = len(work.readers), views.words.shape[1]
+    for field, expected in (
+        ("weights", (work.reading.n_folds, n_columns, views.states.shape[3], max(n_labels, last_label + 1))),
+        ("biases", (work.reading.n_folds, n_columns, n_labels)),
+        ("coefficients", (n_mixtures, n_columns)),
+        ("word_scales", (n_mixtures, n_views)),
+        ("centres", (n_views, n_labels)),
+    ):
+        found = getattr(work, field).shape
+        if found != expected:
+            raise InputError(f"{field} must have shape {list(expected)}, got {list(found)}", field=field)

@@ -14,7 +14,7 @@ from fedbpt.errors import ScoringInterrupted
 from fedbpt.objective.mini_batches import TEMPLATES_SHARE
 from fedbpt.protocol.specs import LayerReadout, PromptSpec, Template
 from fedbpt.search.projection import scored_as
-from fedbpt.tasks.task import bos_ids, label_word_ids, render_ids
+from fedbpt.tasks.task import bos_ids, cue_ids, head_ids, label_word_ids, render_ids
 
 Floats = NDArray[np.float64]
 States = NDArray[np.float32]
@@ -50,7 +50,7 @@ class LayerView:
 
     Args:
         labels: label names, one per label word; empty: the label words are not scored.
-        max_text_tokens: longer texts are cut.
+        max_text_tokens: longer texts are cut; so are those too long for the model's context under this template.
         layers: ascending.
         rows, placement of the prompt [n_prompt, n_embd]: float32; None: no prompt.
     """
@@ -69,13 +69,16 @@ class LayerView:
         """Forward tokens computed so far."""
         self._scorer = scorer
         self._template = template
-        self._limit = max_text_tokens
         self._layers = layers
         self._embeds = (np.zeros((0, scorer.n_embd), np.float32) if rows is None else rows)[None]
         where = IN_CUE if rows is None else placement
         self._place = scored_as(where)
         self._follows_bos = where.placement == "front"
         self._words = label_word_ids(scorer, template, labels) if labels else []
+        around = len(head_ids(scorer, template)) + len(cue_ids(scorer, template))
+        around += max((len(word) - 1 for word in self._words), default=0)
+        around += 0 if self._place == "cue" else self._embeds.shape[1]
+        self._limit = min(max_text_tokens, max(scorer.n_ctx_train - around, 1))
 
     @property
     def scores_words(self) -> bool:

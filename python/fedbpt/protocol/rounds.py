@@ -236,10 +236,11 @@ class SumsResult(Message, frozen=True, tag="sums"):
     """Sums of a device's rows.
 
     ``counts`` [n_folds, n_labels]: rows. ``ranks`` [n_folds]: rows of each fold's factor. ``centres`` [n_readers,
-    n_embd]: mean states. ``rows`` [n_readers, n_cells + Σ ranks, n_embd]: for each fold, the mean states of the labels
-    that it has, less the centre; then each fold's factor. ``rests`` [n_readers, n_folds, n_embd]: what factors leave
-    out of the scatter; empty if nothing. ``word_means`` [n_word_views, n_labels]: mean log-probabilities of the label
-    words. ``loss``: of the label words in the first view, or else of the labels' shares, nats.
+    n_embd]: mean states. ``means`` [n_readers, n_cells, n_embd]: for each fold, the mean states of the labels that it
+    has, less the centre. ``factors`` [n_readers, Σ ranks, n_embd]: each fold's factor; quantised apart from the means,
+    which are far smaller. ``rests`` [n_readers, n_folds, n_embd]: what factors leave out of the scatter; empty if
+    nothing. ``word_means`` [n_word_views, n_labels]: mean log-probabilities of the label words. ``loss``: of the label
+    words in the first view, or else of the labels' shares, nats.
     """
 
     purpose: FitPurpose
@@ -247,7 +248,8 @@ class SumsResult(Message, frozen=True, tag="sums"):
     counts: tuple[tuple[quantities.Count, ...], ...]
     ranks: tuple[quantities.Count, ...]
     centres: Array
-    rows: Quantized
+    means: Quantized
+    factors: Quantized
     rests: Array
     word_means: Array
 

@@ -124,6 +124,11 @@ class RunSettings(CheckedMessage, frozen=True):
         trusted = self.robust == "none" and self.privacy is None
         return self.readout != "words" and trusted and self.calibrate and self.objective.readout_words > 0
 
+    def continuing(self, begun: RunSettings) -> RunSettings:
+        """These settings for a run that was begun with ``begun``: ``auto`` reads words where that run did."""
+        began_with_words = self.readout == "auto" and begun.readout == "words"
+        return msgspec.structs.replace(self, readout="words") if began_with_words else self
+
     def aggregator(self) -> Aggregator:
         """A new aggregator of ``method``."""
         return method_named(self.method).make(
@@ -169,10 +174,22 @@ class RunSettings(CheckedMessage, frozen=True):
             over_selection=0.0,
             evaluate_every=1 if self.restarts else 0,
             patience=self.patience if self.restarts else 0,
+            readout="auto" if self.may_read_layers else "words",
         )
-        if self.readout != "words":
+        if self.may_read_layers:
             return codec.digest(fixed)
-        # As by versions that had no other readout, so that their runs can be resumed.
+        # As by versions that had no readouts of hidden states, so that their runs can be resumed.
         received = codec.decode(codec.encode(fixed), RunSettings)
         plain = {name: getattr(received, name) for name in received.__struct_fields__ if name != "readout"}
         return hashlib.sha256(msgspec.msgpack.encode(plain)).hexdigest()[:32]
+
+
+def stored_settings(body: bytes) -> RunSettings:
+    """The settings of a stored run, from its wire bytes. Raises `WireError`.
+
+    Versions that stored no ``readout`` had that of words only.
+    """
+    settings = codec.decode(body, RunSettings)
+    if "readout" in msgspec.msgpack.decode(body):
+        return settings
+    return msgspec.structs.replace(settings, readout="words")

@@ -52,6 +52,7 @@ def test_the_readouts_other_templates_count_towards_tokens_and_deadline(placemen
         objective=objective,
         select_rows=1,
         ensemble=4,
+        readout="words",
     )
     spent, bound = [], []
     for changed in (settings, msgspec.structs.replace(settings, ensemble=1)):

@@ -56,7 +56,7 @@ def test_the_last_figure_is_that_of_the_prompt_that_is_shipped() -> None:
     assert result.dev_curve[-1] == (48, shipped.accuracy)
     assert result.dev_curve[0] == (0, zero_shot.accuracy)
     assert result.run.scores("dev")["tuned"] == last.score
-    assert set(result.run.scores("dev")) == {"zero_shot", "calibrated", "prompt", "tuned"}
+    assert set(result.run.scores("dev")) == {"zero_shot", "calibrated", "probe", "prompt", "read", "tuned"}
     assert f"{zero_shot.accuracy:.3f} → {shipped.accuracy:.3f}" in result._repr_html_()
 
 
@@ -75,7 +75,7 @@ def test_the_stages_are_measured_on_the_same_rows(scene: FitScene) -> None:
     result = scene.run(**{**EVERY_2, "baselines": True})
     first, *later, last = shown(scene)
     assert (first.round, first.score, first.stages) == (0, first.zero_shot, {})
-    assert [set(event.stages) for event in (*later, last)] == [set(BASELINES)] * (len(later) + 1)
+    assert [set(event.stages) for event in (*later, last)] == [set(BASELINES) - {"read"}] * (len(later) + 1)
     assert {score.n for event in shown(scene) for score in (event.score, *event.stages.values())} == {first.score.n}
     assert {event.zero_shot for event in shown(scene)} == {first.zero_shot}
     assert result.scores("dev") == {"zero_shot": last.zero_shot, **last.stages, "tuned": last.score}

@@ -163,7 +163,8 @@ def test_a_run_whose_calibration_was_cut_short_is_resumed(tmp_path: Path, n_exch
         for changes in ({"seconds": 0.5}, {"rounds": 1}):
             asked = settings(baselines=True, **changes)
             federation = Federation(list(scene.clients.values()), TASK, asked, asked.aggregator(), scene.store, "r")
-            fits.append(set(federation.run().fits))
+            result = federation.run()
+            fits.append({*result.fits, *result.layer_fits})
     assert fits == [{"probe"}, {"calibration", "probe", "readout"}]
 
 

@@ -267,6 +267,7 @@ def test_a_rare_label_is_found_in_a_balanced_run() -> None:
             objective=spec,
             prompt=PromptSpec(d=8, alpha=2.0),
             balanced=balanced,
+            readout="words",
         )
         predictions = evaluate(ToyScorer(), TASK, held_out, result.prompt).predictions
         found[balanced] = float((predictions[negative] == 0).mean())

@@ -329,7 +329,7 @@ def test_leaving_out_a_template_or_its_readout_changes_what_a_prompt_predicts(
 
 def test_tune_on_one_machine_averages_the_tasks_templates_too() -> None:
     spec = PromptSpec(d=D, alpha=2.0)
-    tuned = tune(ToyScorer(), TWO, rows(24), budget=Budget(evaluations=16), prompt=spec, popsize=8)
+    tuned = tune(ToyScorer(), TWO, rows(24), budget=Budget(evaluations=16), prompt=spec, popsize=8, readout="words")
     assert tuned.prompt.others == tuple(template for template in TWO.templates if template != tuned.template)
     assert tuned.prompt.readout.others
     held_out = rows(30, 500)

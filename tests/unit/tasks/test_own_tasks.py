@@ -26,7 +26,8 @@ def test_twenty_labels_of_which_some_have_words_of_several_tokens(tmp_path: Path
     scorer = ToyScorer()
     budget = Budget(evaluations=8 * 10)
     result = tune(scorer, task, rows(120), budget=budget, prompt=PromptSpec(d=6, alpha=2.0), popsize=8)
-    assert result.prompt.word_weights.shape == (128, 20)
+    assert result.prompt.layer_readout is not None
+    assert result.prompt.layer_readout.weights.shape[2:] == (scorer.n_embd, 20)
     held_out = [(text + "!", label) for text, label in rows(60)]
     before, after = evaluate(scorer, task, held_out), evaluate(scorer, task, held_out, result.prompt)
     assert before.accuracy < 0.2

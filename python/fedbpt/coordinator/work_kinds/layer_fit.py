@@ -7,6 +7,7 @@ import math
 import msgspec
 import numpy as np
 
+from fedbpt.aggregation.layer_fit import sums_shapes
 from fedbpt.coordinator.report_bounds import MAX_LOSS, ROUNDING
 from fedbpt.coordinator.work_kinds.base import WorkKind, check_losses, check_shape
 from fedbpt.errors import WireError
@@ -56,44 +57,31 @@ class LayerSums(_Reads):
         n_rows: int | None,  # noqa: ARG002
     ) -> None:
         _check_purpose(result.purpose, work.purpose)
-        reading = work.reading
-        n_labels, n_folds = len(plan.labels), reading.n_folds
-        counts = result.counts
-        if len(counts) != n_folds or any(len(fold) != n_labels for fold in counts):
-            raise WireError(f"counts must have shape [{n_folds}, {n_labels}]", field="counts", limit=n_folds)
-        if sum(map(sum, counts)) != report.n_texts:
+        n_embd = math.prod(result.centres.shape[1:])
+        if not n_embd:
+            raise WireError(f"centres has shape {list(result.centres.shape)}, expected a state's size", field="centres")
+        for field, got, expected in sums_shapes(result, work.reading, len(plan.labels), (n_embd,)):
+            if got != expected:
+                raise WireError(f"{field} has shape {list(got)}, expected {list(expected)}", field=field)
+        if sum(map(sum, result.counts)) != report.n_texts:
             raise WireError(
-                f"counts are of {sum(map(sum, counts))} rows, expected the report's {report.n_texts}", field="counts"
+                f"counts are of {sum(map(sum, result.counts))} rows, expected the report's {report.n_texts}",
+                field="counts",
             )
-        _check_ranks(result, work)
-        n_cells = sum(count > 0 for fold in counts for count in fold)
-        n_embd = result.centres.shape[-1]
-        sizes = (reading.n_readers, n_cells + sum(result.ranks), n_embd)
-        check_shape(result.centres, (reading.n_readers, n_embd), "centres")
-        if result.rows.shape != sizes or len(result.rows.data) != result.rows.n_bytes:
-            raise WireError(
-                f"rows has shape {list(result.rows.shape)} in {len(result.rows.data)} bytes, expected {list(sizes)} at "
-                "half a byte a number",
-                field="rows",
-            )
-        check_shape(result.rows.scales, (reading.n_readers, n_embd), "scales")
-        if math.prod(result.rests.shape):
-            check_shape(result.rests, (reading.n_readers, n_folds, n_embd), "rests")
-        words = (reading.n_word_views, n_labels) if reading.n_word_views else result.word_means.shape
-        check_shape(result.word_means, words, "word_means")
+        _check_ranks(result, work, n_embd)
         # Over its root mean square, no element of a state is larger than √n_embd.
         largest = math.sqrt(n_embd) * (1 + ROUNDING)
-        for field, array, bound in (
-            ("centres", result.centres, largest),
-            ("scales", result.rows.scales, largest * math.sqrt(max(report.n_texts, 1))),
-            ("rests", result.rests, largest**2 * report.n_texts),
-            ("word_means", result.word_means, MAX_LOSS),
+        for field, array, low, high in (
+            ("centres", result.centres, -largest, largest),
+            ("means", result.means.scales, 0.0, largest),
+            ("factors", result.factors.scales, 0.0, largest * math.sqrt(report.n_texts)),
+            ("rests", result.rests, 0.0, largest**2 * report.n_texts),
+            ("word_means", result.word_means, -MAX_LOSS, ROUNDING),
         ):
-            values = np.abs(array.numpy())
-            if values.max(initial=0.0) > bound:
-                raise WireError(
-                    f"{field} has an element of {values.max():.3g}, expected at most {bound:.3g}", field=field
-                )
+            values = array.numpy()
+            if values.min(initial=low) < low or values.max(initial=low) > high:
+                worst = values.min() if values.min() < low else values.max()
+                raise WireError(f"{field} has an element of {worst:.3g}, expected {low:.3g} to {high:.3g}", field=field)
         check_losses(np.array([result.loss]), self.loss_range(plan, work), "loss")
 
     def mean_loss(self, result: SumsResult, n_texts: int) -> float:  # noqa: ARG002
@@ -108,15 +96,14 @@ class LayerCross(_Reads):
         self,
         report: RoundReport,
         result: CrossResult,
-        plan: RoundPlan,  # noqa: ARG002
+        plan: RoundPlan,
         work: CrossWork,
         n_rows: int | None,  # noqa: ARG002
     ) -> None:
         _check_purpose(result.purpose, work.purpose)
         check_shape(result.loss_sums, (work.coefficients.shape[0], work.reading.n_folds), "loss_sums")
-        sums = result.loss_sums.numpy()
-        if sums.min() < -ROUNDING * report.n_texts:
-            raise WireError(f"loss_sums holds {sums.min():.3g}, expected 0 or more", field="loss_sums")
+        most = _most_loss(plan, work) * (1 + ROUNDING)
+        check_losses(result.loss_sums.numpy() / report.n_texts, (-ROUNDING, most), "loss_sums")
 
     def mean_loss(self, result: CrossResult, n_texts: int) -> float:
         """Of the best mixture."""
@@ -136,11 +123,20 @@ def _check_purpose(got: FitPurpose, expected: FitPurpose) -> None:
         raise WireError(f"purpose is {got!r}, expected {expected!r}", field="purpose")
 
 
-def _check_ranks(result: SumsResult, work: SumsWork) -> None:
-    """A fold's factor has a row for each row of the fold less its labels, up to the most."""
+def _check_ranks(result: SumsResult, work: SumsWork, n_embd: int) -> None:
+    """A fold's factor has a row for each row of the fold less its labels; at most `SumsWork.max_rank`, or n_embd."""
     free = [sum(fold) - sum(count > 0 for count in fold) for fold in result.counts]
-    expected = [min(each, work.max_rank) for each in free]
-    # At most as many as there are dimensions.
-    n_embd = result.centres.shape[-1]
-    if list(result.ranks) != [min(each, n_embd) for each in expected]:
+    expected = [min(each, work.max_rank, n_embd) for each in free]
+    if list(result.ranks) != expected:
         raise WireError(f"ranks is {list(result.ranks)}, expected {expected}", field="ranks")
+
+
+def _most_loss(plan: RoundPlan, work: CrossWork) -> float:
+    """The largest weighted loss of a row: a state has norm √n_embd, a label word's log-probability a bound."""
+    weights = work.weights.numpy()
+    norms = math.sqrt(weights.shape[2]) * (1 + ROUNDING) * np.sqrt((weights**2).sum(axis=2))
+    columns = (norms + np.abs(work.biases.numpy())).max(axis=(0, 2), initial=0.0)
+    of_states = (np.abs(work.coefficients.numpy()) @ columns).max(initial=0.0)
+    scales = np.abs(work.word_scales.numpy()).sum(axis=1).max(initial=0.0)
+    logit = of_states + scales * (MAX_LOSS + np.abs(work.centres.numpy()).max(initial=0.0))
+    return float(max(plan.label_weights, default=1.0) * (2 * logit + math.log(max(len(plan.labels), 2)) + ROUNDING))

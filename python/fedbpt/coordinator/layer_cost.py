@@ -1,0 +1,67 @@
+"""Bytes that the fits of layer readouts cost a device, as `fedbpt.coordinator.estimate` counts them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from fedbpt.aggregation.layer_fit import (
+    MANY_LABELS,
+    MAX_RANK,
+    MIXTURE_TEMPERATURES,
+    SHRINKAGES,
+    SMALLEST_WEIGHT,
+    TEMPERATURES,
+    WORD_SCALES,
+)
+from fedbpt.engine.layers import reading_layers
+from fedbpt.protocol.rounds import DeviceInfo, Reading
+
+EXCHANGES: Final = 3
+"""Exchanges of a fit: sums, each reader's losses, losses of mixtures."""
+
+_N_FOLDS: Final[int] = next(f.default for f in msgspec.structs.fields(Reading) if f.name == "n_folds")
+
+
+def layer_bytes(n_labels: int, n_word_views: int, n_views: int, n_rows: int, info: DeviceInfo) -> tuple[int, int]:
+    """Bytes (up, down) of the arrays in the exchanges of both fits.
+
+    Args:
+        n_labels: of the task.
+        n_word_views: views of the probe in which the label words are scored; 0: states alone are read, without a
+            prompt, and there is one fit.
+        n_views: views of the probe.
+        n_rows: rows of the device that are fitted.
+        info: the device's.
+    """
+    n_layers = len(reading_layers(info.n_layer))
+    most_kept = int(1 / SMALLEST_WEIGHT)
+    probe = n_views * n_layers
+    up = down = 0
+    fits = [(probe, probe, n_word_views), (n_layers, n_layers + probe, 1)]
+    for n_readers, n_mixed, n_words in fits if n_word_views else fits[:1]:
+        up += n_readers * _sums(n_labels, n_rows, info.n_embd) + 4 * n_words * n_labels
+        n_columns = n_readers * (len(SHRINKAGES) if n_labels <= MANY_LABELS else 1)
+        n_scales = 1 + len(WORD_SCALES) * (n_words + (n_words > 1))
+        tables = (
+            (n_columns, n_columns * len(TEMPERATURES)),
+            (
+                min(n_mixed, most_kept),
+                len(MIXTURE_TEMPERATURES) * n_scales,
+            ),
+        )
+        for columns, n_mixtures in tables:
+            up += 4 * n_mixtures * _N_FOLDS
+            down += _N_FOLDS * columns * n_labels * (2 * info.n_embd + 4) + 4 * n_mixtures * (columns + n_words)
+    return up, down
+
+
+def _sums(n_labels: int, n_rows: int, n_embd: int) -> int:
+    """Bytes of a reader's sums."""
+    fold = -(-n_rows // _N_FOLDS)
+    labels = min(n_labels, fold)
+    rank = fold - labels
+    n_sent = labels + min(rank, MAX_RANK, n_embd)
+    rests = 2 * _N_FOLDS if rank > MAX_RANK else 0
+    return n_embd * (_N_FOLDS * n_sent // 2 + 6 + rests)
