@@ -93,8 +93,6 @@ class LiveEvaluation:
         fits: dict[FitPurpose, AnyReadout] = {
             purpose: fit.readout for purpose, fit in ledger.state.fits.items() if purpose != "readout"
         }
-        if state.states_alone and "probe" not in fits:
-            return None
         if "probe" in fits and state.reads_layers:  # what is shipped is at least as good, and a fit takes minutes
             return variants(mean, fits, shipped="probe")
         if state.states_alone:

@@ -294,9 +294,9 @@ class Prompt:
             raise PromptError(
                 f"{source} is not a complete safetensors file: copy or export the prompt again"
             ) from error
-        if _KEY not in metadata or set(tensors) not in _TENSOR_SETS:
+        header = _header(metadata[_KEY], source) if _KEY in metadata else None  # names a format that it cannot read
+        if header is None or set(tensors) not in _TENSOR_SETS:
             raise PromptError(f"{source} is a safetensors file, but not a prompt: use one that fedbpt saved")
-        header = _header(metadata[_KEY], source)
         layers, templates = header.layers, header.layer_templates
         names = [name for name in header.__struct_fields__ if name not in ("format", *_LAYERS_FIELDS)]
         fields: dict[str, Any] = {name: getattr(header, name) for name in names}

@@ -187,7 +187,8 @@ def test_a_file_of_format_1_gets_its_task_only_if_it_is_built_in(tmp_path: Path)
 
 
 def test_a_newer_format_is_refused_with_its_number(tmp_path: Path) -> None:
-    path = altered(make().save(tmp_path / "p.safetensors"), {"format": 4, "what_there_will_be": 1})
+    new = {"new_tensor": np.zeros(1, np.float32)}
+    path = altered(make().save(tmp_path / "p.safetensors"), {"format": 4, "what_there_will_be": 1}, **new)
     with raises(PromptError, field="format", limit=LAYERS_FORMAT) as refused:
         Prompt.load(path)
     assert "format 4" in str(refused.value)
