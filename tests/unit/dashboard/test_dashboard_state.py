@@ -84,7 +84,7 @@ def test_rounds_on_the_page_are_those_of_the_search_and_so_is_the_time_left(tmp_
     assert [point.round for point in state.dev_points()] == [0, 1]
     stages = state.view().stages
     assert [stage.title for stage in stages] == [
-        "zero-shot", "calibration only", "linear probe", "tuned, without readout", "tuned",
+        "zero-shot", "calibration only", "readout without prompt", "tuned, without readout", "tuned",
     ]  # fmt: skip
     assert {stage.dev.n for stage in stages if stage.dev} == {8}
     assert (state.view().stage, state.view().path) == (

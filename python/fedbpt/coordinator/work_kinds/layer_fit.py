@@ -120,7 +120,9 @@ class LayerCross(_Reads):
         sums = result.loss_sums.numpy()
         highest = _largest_losses(plan, work) * report.n_texts
         if (sums.max(axis=1) > highest).any():
-            raise WireError(f"loss_sums holds {sums.max():.3g}, more than its rows can have", field="loss_sums")
+            raise WireError(
+                f"loss_sums holds {sums.max():.3g}, expected at most {highest.max():.3g}", field="loss_sums"
+            )
         if sums.min() < -ROUNDING * report.n_texts:
             raise WireError(f"loss_sums holds {sums.min():.3g}, expected 0 or more", field="loss_sums")
 
