@@ -16,14 +16,14 @@ from fedbpt.coordinator.ledger import RunLedger
 from fedbpt.errors import ConfigError
 from fedbpt.protocol import codec
 from fedbpt.protocol.specs import LayerReadout
-from fedbpt.runs.events import RoundClosed, RunStarted
+from fedbpt.runs.events import Evaluated, RoundClosed, RunStarted
 from fedbpt.runs.result import RunResult
 from fedbpt.runs.settings import RunSettings, stored_settings
 from tests.support.raises import raises
 from tests.support.toy_scene import StopRunError, stop
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK
-from tests.unit.coordinator.test_federation_fit import TEST, FitScene, nth, same
+from tests.unit.coordinator.test_federation_fit import SETTINGS, TEST, FitScene, nth, same
 
 DEFAULT: dict[str, Any] = {"readout": "auto", "baselines": False}
 
@@ -129,3 +129,30 @@ def test_settings_that_exclude_hidden_states_have_the_identity_of_earlier_versio
         assert settings[0] == settings[1]
     assert RunSettings().identity() == RunSettings(readout="layers").identity()
     assert RunSettings().identity() != RunSettings(readout="words").identity()
+
+
+def test_on_the_way_the_readout_without_prompt_is_shown_and_the_prompt_is_judged(scene: LayerScene) -> None:
+    result = scene.run(rounds=6, evaluate_every=2)
+    first, *later, last = scene.of(Evaluated)
+    assert (first.round, first.score) == (0, first.zero_shot)
+    assert len(later) == 2
+    for event in later:
+        assert event.score == event.stages["probe"]
+        figures = {line.round: line.metrics for line in scene.store.history("r")}[event.round]
+        assert figures["judged_loss"] == pytest.approx(event.stages["prompt"].loss)
+    assert last.score == last.stages[result.shipped]
+
+
+def test_label_words_too_long_to_be_scored_leave_hidden_states_alone(scene: LayerScene) -> None:
+    long = tuple(msgspec.structs.replace(each, label_words=("b" * 61, "g" * 61)) for each in TASK.templates)
+    task = msgspec.structs.replace(TASK, templates=long)
+    for device in scene.devices.values():
+        device._task = task
+    result = scene.federation("r", task, **{**SETTINGS, **DEFAULT}).run()
+    assert scene.purposes() == ["probe"]
+    assert (result.rounds, set(result.layer_fits), result.fits) == (0, {"probe"}, {})
+    assert (result.zero_shot.n, result.tuned.n) == (0, 22)
+    assert not result.latent.any()
+    prompt = make_prompt(ToyScorer(), task, result)
+    found = evaluate(ToyScorer(), task, [*TEST["a"], *TEST["b"]], prompt)
+    assert (found.correct, found.n) == (result.tuned.correct, 22)
