@@ -76,12 +76,20 @@ def test_the_readouts_other_templates_count_towards_tokens_and_deadline(placemen
     assert estimate(single, task, [speed], single.aggregator()).rounds == 1
 
 
+@pytest.mark.parametrize("readout", ["layers", "words"])
 @pytest.mark.parametrize("method", ["pooled", "fedavg", "fedbpt"])
-def test_a_run_costs_no_more_than_estimated_and_not_much_less(method: Any) -> None:
+def test_a_run_costs_no_more_than_estimated_and_not_much_less(method: Any, readout: Any) -> None:
     devices = 2 if method == "fedbpt" else 1
     objective = ObjectiveSpec(max_text_tokens=16, readout_words=16)
     settings = RunSettings(
-        rounds=12, popsize=6, iterations=3, method=method, prompt=PromptSpec(d=20), objective=objective, baselines=True
+        rounds=12,
+        popsize=6,
+        iterations=3,
+        method=method,
+        prompt=PromptSpec(d=20),
+        objective=objective,
+        baselines=True,
+        readout=readout,
     )
     made = [Device(f"d{i}", ToyScorer(), rows(24), task=TASK) for i in range(devices)]
     expected = estimate(settings, TASK, [device.info() for device in made], settings.aggregator())

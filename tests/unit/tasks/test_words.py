@@ -163,9 +163,8 @@ def test_a_plan_counts_the_time_of_the_label_words() -> None:
     assert slow.tokens == usual.tokens
     assert 0 < words < slow.tokens
     assert usual.seconds == pytest.approx(usual.tokens / 100)
-    short = msgspec.structs.replace(
-        asked, deadline_s=max(slow.texts, slow.probe, slow.others) / 90
-    )  # the longest round by tokens
+    longest = max(slow.texts, slow.probe, slow.others)  # round by tokens
+    short = msgspec.structs.replace(asked, deadline_s=longest / 90)
     assert estimate(short, DEAR, [same], short.aggregator()).rounds == 6
     with pytest.raises(ConfigError, match="deadline_s"):
         estimate(short, DEAR, [info], short.aggregator())
