@@ -15,7 +15,7 @@ the singular value decomposition of its rows: fewer numbers than Σxxᵀ where a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -129,8 +129,9 @@ def discriminants(pooled: Pooled, shrinkages: Sequence[float], uniform: bool = F
     mean_variance = max(((rows**2).sum() + diagonal.sum()) / size, _SMALLEST_WITHIN)
     prior = np.zeros(len(counts)) if uniform else np.log(counts + 0.5)
     found = []
+    solve = _solver(rows, diagonal, means.T)
     for shrinkage in shrinkages:
-        solved = _solve(np.sqrt(1 - shrinkage) * rows, (1 - shrinkage) * diagonal + shrinkage * mean_variance, means.T)
+        solved = solve(1 - shrinkage, shrinkage * mean_variance)
         bias = prior - prior.max() - 0.5 * (means.T * solved).sum(axis=0)
         weights = scale[:, None] * solved
         bias -= centre @ weights
@@ -139,12 +140,21 @@ def discriminants(pooled: Pooled, shrinkages: Sequence[float], uniform: bool = F
     return found
 
 
-def _solve(rows: Floats, diagonal: Floats, right: Floats) -> Floats:
-    """(rowsᵀ·rows + diag(diagonal))⁻¹·right, by Woodbury's identity where there are fewer rows than columns."""
-    positive = np.maximum(diagonal, 1e-12)
+def _solver(rows: Floats, diagonal: Floats, right: Floats) -> Callable[[float, float], Floats]:
+    """(a, b) to (a·(rowsᵀ·rows + diag(diagonal)) + b·1)⁻¹·right, for several a and b > 0.
+
+    By Woodbury's identity where there are fewer rows than columns.
+    """
     if len(rows) >= rows.shape[1]:
-        return np.linalg.solve(rows.T @ rows + np.diag(positive), right)
-    scaled = rows / positive
-    inner = np.eye(len(rows)) + scaled @ rows.T
-    found: Floats = right / positive[:, None] - scaled.T @ np.linalg.solve(inner, scaled @ right)
-    return found
+        full = rows.T @ rows + np.diag(diagonal)
+        one = np.eye(len(full))
+        return lambda a, b: np.linalg.solve(a * full + b * one, right)
+
+    def few(a: float, b: float) -> Floats:
+        positive = a * diagonal + b
+        scaled = rows / positive
+        inner = np.eye(len(rows)) + a * (scaled @ rows.T)
+        found: Floats = right / positive[:, None] - a * (scaled.T @ np.linalg.solve(inner, scaled @ right))
+        return found
+
+    return few

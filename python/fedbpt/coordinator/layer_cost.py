@@ -63,5 +63,5 @@ def _sums(n_labels: int, n_rows: int, n_embd: int) -> int:
     labels = min(n_labels, fold)
     rank = fold - labels
     n_sent = labels + min(rank, MAX_RANK, n_embd)
-    rests = 2 * _N_FOLDS if rank > MAX_RANK else 0
-    return n_embd * (_N_FOLDS * n_sent // 2 + 6 + rests)
+    rests = 4 * _N_FOLDS if rank > MAX_RANK else 0
+    return n_embd * (_N_FOLDS * n_sent // 2 + 8 + rests)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fedbpt.argument_types import checked
 from fedbpt.device.effort import Effort
-from fedbpt.device.layer_work import LayerRows, fitted_rows, held_rows
+from fedbpt.device.layer_work import LayerRows, fitted_rows, held_rows, spread_folds
 from fedbpt.device.speed import Speed, measure_speed
 from fedbpt.device.state import DeviceState
 from fedbpt.engine.scorer import Scorer
@@ -462,6 +462,7 @@ class Device:
         reading = work.reading
         targets = self._layer_rows.targets
         chosen, folds = fitted_rows(targets, reading.max_rows, reading.n_folds, plan.seed)
+        folds = spread_folds(folds, reading.n_folds, plan.seed, plan.device)
         views = self._layer_rows.read(
             plan, reading, chosen, lambda: self._train_objective(plan), effort, progress, cancelled
         )

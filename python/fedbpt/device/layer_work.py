@@ -32,6 +32,13 @@ def fitted_rows(
     return rows, assign_folds(targets[rows], n_folds, generator(seed, "folds"))
 
 
+def spread_folds(folds: NDArray[np.intp], n_folds: int, seed: int, device: str) -> NDArray[np.intp]:
+    """``folds`` with all but fold 0 renumbered at random: else devices of a row or two would fill the same folds."""
+    numbers = np.append(0, 1 + generator(seed, "folds", device).permutation(n_folds - 1))
+    found: NDArray[np.intp] = numbers[folds]
+    return found
+
+
 def held_rows(targets: NDArray[np.intp], held: HeldRows | None) -> NDArray[np.intp]:
     """The rows that the search does not see, ascending; empty where it would see none."""
     if held is None:

@@ -13,7 +13,7 @@ from fedbpt.aggregation.discriminant import (
     Discriminant,
     FoldSums,
     Pooled,
-    _solve,
+    _solver,
     assign_folds,
     discriminants,
     fold_sums,
@@ -148,11 +148,13 @@ def test_the_classifier_tells_labels_of_new_rows() -> None:
 def test_both_branches_of_the_solver_solve_the_same_equations(n: int) -> None:
     rng = np.random.default_rng(n)
     matrix, diagonal, right = rng.standard_normal((n, 8)), rng.uniform(0.1, 2, 8), rng.standard_normal((8, 3))
-    full = matrix.T @ matrix + np.diag(diagonal)
-    np.testing.assert_allclose(full @ _solve(matrix, diagonal, right), right, atol=1e-9)
     # Rows of zeros change nothing, but choose the other branch.
     more = np.concatenate([matrix, np.zeros((20, 8))])
-    np.testing.assert_allclose(_solve(more, diagonal, right), _solve(matrix, diagonal, right), atol=1e-9)
+    solvers = [_solver(each, diagonal, right) for each in (matrix, more)]
+    for a, b in ((1.0, 0.1), (0.4, 0.6), (0.05, 2.0)):
+        full = a * (matrix.T @ matrix + np.diag(diagonal)) + b * np.eye(8)
+        for solve in solvers:
+            np.testing.assert_allclose(full @ solve(a, b), right, atol=1e-9)
 
 
 # --- few dimensions of a factor --------------------------------------------------------------------------------------

@@ -17,12 +17,14 @@ from fedbpt.api import make_prompt
 from fedbpt.coordinator.federation import Federation
 from fedbpt.coordinator.run_state import RunState
 from fedbpt.device.device import Device
+from fedbpt.device.layer_work import fitted_rows, held_rows, spread_folds
 from fedbpt.errors import ConfigError
 from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import (
     CrossResult,
     EvaluateReport,
     EvaluateRequest,
+    HeldRows,
     LocalWork,
     PooledWork,
     RoundPlan,
@@ -107,7 +109,9 @@ class LayerScene(Scene):
     ) -> None:
         self.task = task
         shares = train or {"a": rows(24), "b": rows(26, 50)}
-        devices = [SpyDevice(name, share, share[:n_dev], TEST[name], task) for name, share in shares.items()]
+        devices = [
+            SpyDevice(name, share, share[:n_dev], TEST.get(name, TEST["c"]), task) for name, share in shares.items()
+        ]
         super().__init__(path, *devices)
 
     def federation(self, run: str = "r", task: Task | None = None, control: Any = None, **changes: Any) -> Federation:
@@ -278,6 +282,19 @@ def test_the_search_never_scores_the_rows_that_choose(
         assert held <= device.scored["SumsWork"]
 
 
+@pytest.mark.parametrize("max_rows", [0, 10, 40])
+@pytest.mark.parametrize("n", [1, 3, 4, 5, 31])
+def test_the_rows_that_choose_are_the_first_fold_of_a_devices_fit(n: int, max_rows: int) -> None:
+    targets = np.array([label for _, label in rows(n)])
+    held = held_rows(targets, HeldRows(seed=7, max_rows=max_rows))
+    chosen, folds = fitted_rows(targets, max_rows, 4, 7)
+    for device in "abcdef":
+        spread = spread_folds(folds, 4, 7, device)
+        assert chosen[spread == 0].tolist() == held.tolist()
+        assert sorted(np.bincount(spread, minlength=4)[1:]) == sorted(np.bincount(folds, minlength=4)[1:])
+    assert len({tuple(spread_folds(folds, 4, 7, device).tolist()) for device in "abcdef"}) > 1
+
+
 def test_a_run_of_words_searches_with_all_rows(scene: LayerScene) -> None:
     scene.run(rounds=2, objective=ObjectiveSpec(batch_size=0), readout="words")
     for device in scene.devices.values():
@@ -303,6 +320,17 @@ def test_devices_of_a_few_rows_each_run_to_the_end(make: Callable[..., LayerScen
     assert scene.of(DeviceLost) == []
     assert result.shipped == "probe"  # nothing is held that could choose another
     assert math.isfinite(result.tuned.loss)
+
+
+def test_many_devices_of_one_row_each_learn_a_readout_together(make: Callable[..., LayerScene]) -> None:
+    scene = make({f"d{i}": moods(1, i) for i in range(16)}, n_dev=0)
+    for device in scene.devices.values():
+        device._rows["test"] = tuple(moods(6, 300))
+    result = scene.run(rounds=1)
+    assert scene.of(DeviceLost) == []
+    assert result.shipped == "probe"
+    assert result.tuned.accuracy > 0.9
+    assert result.tuned.loss < 0.1
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
