@@ -19,6 +19,7 @@ import numpy as np
 from fedbpt.argument_types import DataclassMeta, check_fields, checked
 from fedbpt.coordinator.curves import curves_of
 from fedbpt.coordinator.federation import Federation
+from fedbpt.coordinator.layer_reading import states_alone
 from fedbpt.coordinator.one_machine import NAME, clients_of, digest_of_rows, run_alone, settings_alone
 from fedbpt.device.device import Device
 from fedbpt.display.notebook import live_display
@@ -34,7 +35,7 @@ from fedbpt.protocol.specs import LayerReadout, LossName, ObjectiveSpec, PromptS
 from fedbpt.quantities import PositiveFloat, PositiveInt
 from fedbpt.results import EvaluationResult, TuneResult
 from fedbpt.runs.events import Event, RunStarted
-from fedbpt.runs.result import RunResult, Split
+from fedbpt.runs.result import UNSCORED, RunResult, Split
 from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
 from fedbpt.tasks import GivenTask, Row, Task, load, to_rows, word_notes
@@ -140,8 +141,6 @@ def tune(
         KeyboardInterrupt: Ctrl-C before the first round of the search is closed, or a second Ctrl-C.
     """
     task = load(task)
-    for note in word_notes(scorer, task):
-        log.warning("%s", note)
     given = {"train": train, **{name: rows for name, rows in (("dev", dev), ("test", test)) if rows is not None}}
     found = {name: _rows(name, rows, task) for name, rows in given.items()}
     splits = [found.get(name, []) for name in ("train", "dev", "test")]
@@ -157,6 +156,9 @@ def tune(
     }
     every = evaluate_every if splits[1] else 0
     settings = settings_for(task, budget, seed, prompt, objective, every, **options)
+    unscored = states_alone(task.templates, settings.for_labels(task.labels), scorer.n_layer)
+    for note in [UNSCORED] if unscored else word_notes(scorer, task):
+        log.warning("%s", note)
     return _tune(scorer, task, splits, settings, store, run, on_event, show)
 
 

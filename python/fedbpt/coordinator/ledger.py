@@ -99,6 +99,7 @@ class RunLedger:
         """
         self.planner.model_fingerprint = model.model_fingerprint
         self.state.n_layer = model.n_layer
+        self.state.n_embd = model.n_embd
         stored = self.store.find_run(self.run)
         if stored is None:
             self.store.create_run(
@@ -132,7 +133,8 @@ class RunLedger:
     def replay_stored(self) -> int:
         """`replay` without `open`, of a run of the model that the store knows."""
         infos = self.store.devices(self.run).values()
-        self.state.n_layer = max((info.n_layer for info in infos if info is not None), default=0)
+        self.state.n_layer = min((info.n_layer for info in infos if info is not None), default=0)
+        self.state.n_embd = max((info.n_embd for info in infos if info is not None), default=0)
         return self.replay()
 
     def replay(self) -> int:

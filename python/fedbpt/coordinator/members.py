@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
+import msgspec
+
 from fedbpt.coordinator.clients.base import DeviceClient
 from fedbpt.errors import DeviceFailedError, FederationError
 from fedbpt.protocol.rounds import DeviceInfo, EvaluateRequest, RoundProgress, RoundReport, SearchHistory
@@ -109,7 +111,7 @@ def describe_absent(members: Iterable[Member]) -> str:
 
 
 def common_model(infos: Sequence[DeviceInfo]) -> DeviceInfo:
-    """The info of any device, if all have the same model; otherwise raises `FederationError`."""
+    """The info of any device, with the layers that all can read; `FederationError` if their models differ."""
     by_model: dict[str, list[DeviceInfo]] = {}
     for info in infos:
         by_model.setdefault(info.model_fingerprint, []).append(info)
@@ -121,4 +123,5 @@ def common_model(infos: Sequence[DeviceInfo]) -> DeviceInfo:
         raise FederationError(
             f"the devices have different models, give all the same file: {held}", field="model_fingerprint"
         )
-    return infos[0]
+    # A device of an earlier version reads no layers, and then no device of the run does.
+    return msgspec.structs.replace(infos[0], n_layer=min(info.n_layer for info in infos))

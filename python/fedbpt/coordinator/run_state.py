@@ -61,6 +61,8 @@ class RunState:
         """Weight of a row's loss by its label; empty: ones."""
         self.n_layer = 0
         """Layers of the model whose states can be read; set when the run is opened."""
+        self.n_embd = 0
+        """Size of these states; 0: unknown."""
         self.shipped: Shipped = ""
         """The variant that `choose` chose."""
         self._selected = 0
@@ -242,6 +244,7 @@ class RunState:
             latent=Array.of(latent),
             templates=templates,
             layers=reading_layers(self.n_layer),
+            n_embd=self.n_embd,
             n_word_views=0 if self.states_alone else n_task_templates,
             max_rows=self.settings.fit_rows,
         )

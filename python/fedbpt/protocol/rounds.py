@@ -124,7 +124,8 @@ class Reading(Message, frozen=True):
 
     ``latent`` [d]: the prompt with which the plan's template is read first; 0: none. ``templates`` are then read
     without a prompt. A view is one of these readings of a row. ``n_word_views``: first views in which the label words
-    are scored too. At most ``max_rows`` training rows (0: all) in ``n_folds`` folds.
+    are scored too. At most ``max_rows`` training rows (0: all) in ``n_folds`` folds. ``n_embd``: size of the states; 0:
+    unknown.
     """
 
     latent: Array
@@ -133,6 +134,7 @@ class Reading(Message, frozen=True):
     n_word_views: NaturalInt
     max_rows: NaturalInt = 512
     n_folds: Annotated[int, msgspec.Meta(ge=2, le=16)] = 4
+    n_embd: NaturalInt = 0
 
     @property
     def n_views(self) -> int:

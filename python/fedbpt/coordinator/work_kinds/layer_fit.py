@@ -58,7 +58,7 @@ class LayerSums(_Reads):
     ) -> None:
         _check_purpose(result.purpose, work.purpose)
         n_embd = math.prod(result.centres.shape[1:])
-        if not n_embd:
+        if not n_embd or work.reading.n_embd not in (0, n_embd):
             raise WireError(f"centres has shape {list(result.centres.shape)}, expected a state's size", field="centres")
         for field, got, expected in sums_shapes(result, work.reading, len(plan.labels), (n_embd,)):
             if got != expected:
