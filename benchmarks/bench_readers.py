@@ -26,8 +26,8 @@ from peers import text_classifiers
 import fedbpt
 from fedbpt import tasks
 from fedbpt.aggregation import layer_fit
-from fedbpt.aggregation.discriminant import assign_folds
 from fedbpt.coordinator.layer_reading import MAX_WORD_BYTES
+from fedbpt.engine.discriminant import assign_folds
 from fedbpt.engine.layers import reading_layers
 from fedbpt.objective.layer_sums import cross_result, sums_result
 from fedbpt.objective.layer_view import LayerView, Views, read_views

@@ -1,7 +1,7 @@
 """`LayerFit`: fits a `LayerReadout` over devices in three exchanges, by sums only.
 
 1. Devices sum up the states of each reader, a template and a layer, for each fold of their rows
-   (`fedbpt.aggregation.discriminant`). The pooled sums give each reader's classifier, and one without each fold.
+   (`fedbpt.engine.discriminant`). The pooled sums give each reader's classifier, and one without each fold.
 2. Each device returns the losses of its rows under the classifiers that were fitted without their folds, for several
    λ and temperatures. A reader's weight follows from the best of its losses: exp(−(loss − lowest loss) / 0.1 nats), so
    that a reader that knows the task counts, whatever template and layer that is, and the others hardly.
@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.aggregation.base import accepted, weighted_sum, weights_of
-from fedbpt.aggregation.discriminant import Discriminant, FoldSums, discriminants, pool
+from fedbpt.engine.discriminant import Discriminant, FoldSums, discriminants, pool
 from fedbpt.errors import InputError
 from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import (

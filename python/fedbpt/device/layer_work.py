@@ -10,8 +10,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbpt.aggregation.discriminant import assign_folds
 from fedbpt.device.effort import Effort
+from fedbpt.engine.discriminant import assign_folds
 from fedbpt.engine.scorer import Scorer
 from fedbpt.errors import InputError
 from fedbpt.objective.layer_view import LayerView, Views, read_views

@@ -25,6 +25,7 @@ from fedbpt.errors import InputError, ModelWarning
 from fedbpt.machine.info import physical_cores
 from fedbpt.machine.interrupts import interruptible
 from fedbpt.machine.memory import memory_of_process
+from fedbpt.models.headers import Sizes, sizes_of
 from fedbpt.models.trial import TrialSettings, run_once
 from fedbpt.protocol.specs import Placement
 from fedbpt.quantities import GpuLayers, NaturalInt, Threads
@@ -198,19 +199,16 @@ class NativeScorer:
 
     @property
     def n_embd(self) -> int:
-        return int(self._engine.n_embd) if self._loaded is not None else self._sizes[1]
+        return self._sizes.n_embd or int(self._engine.n_embd) if self._loaded is None else int(self._loaded.n_embd)
 
     @property
     def n_layer(self) -> int:
-        return int(self._engine.n_layer) if self._loaded is not None else self._sizes[0]
+        return self._sizes.n_layer or int(self._engine.n_layer) if self._loaded is None else int(self._loaded.n_layer)
 
     @cached_property
-    def _sizes(self) -> tuple[int, int]:
-        """Layers and n_embd by the file's tensors: a late model is not loaded to describe it."""
-        with self._files.unchanged():
-            shapes = models.tensor_shapes(self.path)
-        layers = {int(name.split(".")[1]) for name in shapes if name.startswith("blk.")}
-        return len(layers), shapes["token_embd.weight"][0]
+    def _sizes(self) -> Sizes:
+        """By the file's header: a late model is not loaded to describe it."""
+        return sizes_of(models.model_parts(self.path)[0] if "-of-" in self.path.name else self.path)
 
     @property
     def n_vocab(self) -> int:

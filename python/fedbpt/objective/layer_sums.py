@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbpt.aggregation.discriminant import FoldSums, fold_sums
+from fedbpt.engine.discriminant import FoldSums, fold_sums
 from fedbpt.errors import InputError
 from fedbpt.objective.layer_view import Views, log_probabilities
 from fedbpt.protocol.rounds import CrossResult, CrossWork, SumsResult, SumsWork

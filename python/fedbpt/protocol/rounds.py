@@ -147,7 +147,7 @@ class Reading(Message, frozen=True):
 
 
 class SumsWork(Message, frozen=True, tag="sums"):
-    """Sum up the states of each reader, fold by fold (`fedbpt.aggregation.discriminant.FoldSums`).
+    """Sum up the states of each reader, fold by fold (`fedbpt.engine.discriminant.FoldSums`).
 
     ``max_rank``: most rows of a fold's factor.
     """

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedbpt.aggregation.discriminant import assign_folds
 from fedbpt.aggregation.layer_fit import JUDGES, MANY_LABELS, SHRINKAGES, TEMPERATURES, LayerFit
+from fedbpt.engine.discriminant import assign_folds
 from fedbpt.engine.layers import normalized
 from fedbpt.errors import InputError
 from fedbpt.objective.layer_sums import cross_result, sums_result

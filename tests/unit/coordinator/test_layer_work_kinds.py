@@ -9,9 +9,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedbpt.aggregation.discriminant import assign_folds
 from fedbpt.coordinator.report_checks import check_evaluation, check_report
 from fedbpt.coordinator.work_kinds import kind_of
+from fedbpt.engine.discriminant import assign_folds
 from fedbpt.engine.layers import normalized
 from fedbpt.errors import WireError
 from fedbpt.objective.layer_sums import cross_result, sums_result

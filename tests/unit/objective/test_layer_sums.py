@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedbpt.aggregation.discriminant import assign_folds, discriminants, fold_sums, pool
 from fedbpt.aggregation.layer_fit import _sums_of
+from fedbpt.engine.discriminant import assign_folds, discriminants, fold_sums, pool
 from fedbpt.engine.layers import normalized
 from fedbpt.errors import InputError, WireError
 from fedbpt.objective.layer_sums import cross_result, sums_result

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedbpt.aggregation.discriminant import (
+from fedbpt.engine.discriminant import (
     Discriminant,
     FoldSums,
     Pooled,
