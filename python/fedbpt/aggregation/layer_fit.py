@@ -59,11 +59,28 @@ SMALLEST_WEIGHT: Final = 0.03
 MIXTURE_TEMPERATURES: Final = (0.5, 0.7, 1.0, 1.4, 2.0)
 WORD_SCALES: Final = (0.1, 0.2, 0.4, 0.7, 1.0)
 
+N_FOLDS: Final = 4
+
 JUDGES: Final = 0
 """The fold that chooses nothing."""
 
 MAX_RANK: Final = 64
 """Most rows of a fold's factor that a device sends for a reader."""
+
+
+MOST_COLUMNS_BYTES: Final = 11 * 2**20
+"""Most bytes of the classifiers in one message, whose body has at most 16 MiB."""
+
+
+def max_readers(n_labels: int, n_embd: int) -> int:
+    """Readers whose classifiers, of one λ, fit into a message; at least 1."""
+    return max(MOST_COLUMNS_BYTES // max(2 * N_FOLDS * n_embd * n_labels, 1), 1)
+
+
+def shrinkages_for(n_labels: int, n_readers: int, n_embd: int) -> tuple[float, ...]:
+    """The values of λ that are tried: one where there are many labels, or where more would not fit into a message."""
+    fit = n_readers * len(SHRINKAGES) <= max_readers(n_labels, n_embd)
+    return SHRINKAGES if n_labels <= MANY_LABELS and fit else SHRINKAGES[1:2]
 
 
 class _Reader(NamedTuple):
@@ -140,6 +157,11 @@ class LayerFit:
         made._digest = self._digest.copy()
         return made
 
+    @property
+    def reading(self) -> Reading:
+        """What this fit reads."""
+        return self._reading
+
     def work(self) -> Work:
         """What every device does in the next exchange."""
         return self._work
@@ -176,7 +198,7 @@ class LayerFit:
         self._check_shapes(pairs)
         found = [(report.n_texts / max(sum(map(sum, result.counts)), 1), _sums_of(result)) for report, result in pairs]
         shares = weights_of(pairs)
-        shrinkages = SHRINKAGES if self._n_labels <= MANY_LABELS else SHRINKAGES[1:2]
+        shrinkages = shrinkages_for(self._n_labels, reading.n_readers, reading.n_embd)
         tried = []
         for place in range(reading.n_readers):
             parts = [(fold, own, weight) for weight, sums in found for fold, own in enumerate(sums[place])]

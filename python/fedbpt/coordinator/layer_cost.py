@@ -7,14 +7,14 @@ from typing import Final
 import msgspec
 
 from fedbpt.aggregation.layer_fit import (
-    MANY_LABELS,
     MAX_RANK,
     MIXTURE_TEMPERATURES,
-    SHRINKAGES,
     SMALLEST_WEIGHT,
     TEMPERATURES,
     WORD_SCALES,
+    shrinkages_for,
 )
+from fedbpt.coordinator.layer_reading import within_message
 from fedbpt.engine.layers import reading_layers
 from fedbpt.protocol.rounds import DeviceInfo, Reading
 
@@ -35,14 +35,15 @@ def layer_bytes(n_labels: int, n_word_views: int, n_views: int, n_rows: int, inf
         n_rows: rows of the device that are fitted.
         info: the device's.
     """
-    n_layers = len(reading_layers(info.n_layer))
+    layers, n_views = within_message(reading_layers(info.n_layer), n_views, n_labels, info.n_embd)
+    n_layers, n_word_views = len(layers), min(n_word_views, n_views)
     most_kept = int(1 / SMALLEST_WEIGHT)
     probe = n_views * n_layers
     up = down = 0
     fits = [(probe, probe, n_word_views), (n_layers, n_layers + probe, 1)]
     for n_readers, n_mixed, n_words in fits if n_word_views else fits[:1]:
         up += n_readers * _sums(n_labels, n_rows, info.n_embd) + 4 * n_words * n_labels
-        n_columns = n_readers * (len(SHRINKAGES) if n_labels <= MANY_LABELS else 1)
+        n_columns = n_readers * len(shrinkages_for(n_labels, n_readers, info.n_embd))
         n_scales = 1 + len(WORD_SCALES) * (n_words + (n_words > 1))
         tables = (
             (n_columns, n_columns * len(TEMPERATURES)),

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fedbpt.aggregation.base import Aggregator, Fit
 from fedbpt.aggregation.layer_fit import LayerFit
 from fedbpt.aggregation.readout import ReadoutFit
-from fedbpt.coordinator.layer_reading import reads_layers, states_alone
+from fedbpt.coordinator.layer_reading import reads_layers, states_alone, within_message
 from fedbpt.coordinator.round_reports import cap_reports, label_weights, purpose_of, template_losses, template_scores
 from fedbpt.engine.layers import reading_layers
 from fedbpt.protocol.rounds import EvaluateReport, FitPurpose, HeldRows, Reading, RoundReport
@@ -239,11 +239,14 @@ class RunState:
     def _new_layer_fit(self, purpose: FitPurpose, latent: NDArray[np.float64]) -> LayerFit:
         base = self.fits.get("probe") if purpose == "readout" else None
         templates = () if purpose == "readout" else reading_templates(self.task.templates, self.template)
-        n_task_templates = 1 if purpose == "readout" else min(len(self.task.templates), 1 + len(templates))
+        n_labels = len(self.task.labels)
+        layers, n_views = within_message(reading_layers(self.n_layer), 1 + len(templates), n_labels, self.n_embd)
+        templates = templates[: n_views - 1]
+        n_task_templates = 1 if purpose == "readout" else min(len(self.task.templates), n_views)
         reading = Reading(
             latent=Array.of(latent),
             templates=templates,
-            layers=reading_layers(self.n_layer),
+            layers=base.reading.layers if isinstance(base, LayerFit) else layers,
             n_embd=self.n_embd,
             n_word_views=0 if self.states_alone else n_task_templates,
             max_rows=self.settings.fit_rows,
@@ -251,7 +254,7 @@ class RunState:
         return LayerFit(
             purpose,
             reading,
-            len(self.task.labels),
+            n_labels,
             self.settings.balanced,
             base if isinstance(base, LayerFit) and base.done else None,
             self.template,
