@@ -8,8 +8,9 @@
 3. Losses of mixtures: the weighted readers at several temperatures, plus the label words' log-probabilities at several
    scales. The best one is the readout.
 
-The first fold only judges: no λ, temperature, weight or scale is chosen by it, and `LayerFit.held_readout` is fitted
-without it, so that a run can compare what it might ship on rows that nothing has seen.
+The first fold only judges: no loss of its rows chooses a λ, temperature, weight or scale, and
+`LayerFit.held_readout` is fitted without them, so that a run can compare on them what it might ship. (They still train
+the classifiers that the other folds' losses are of, and count in the means of the label words' log-probabilities.)
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from fedbpt.engine.discriminant import Discriminant, FoldSums, discriminants, po
 from fedbpt.errors import InputError
 from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import (
+    N_FOLDS,
     CrossResult,
     CrossWork,
     FitPurpose,
@@ -59,14 +61,11 @@ SMALLEST_WEIGHT: Final = 0.03
 MIXTURE_TEMPERATURES: Final = (0.5, 0.7, 1.0, 1.4, 2.0)
 WORD_SCALES: Final = (0.1, 0.2, 0.4, 0.7, 1.0)
 
-N_FOLDS: Final = 4
-
 JUDGES: Final = 0
 """The fold that chooses nothing."""
 
 MAX_RANK: Final = 64
 """Most rows of a fold's factor that a device sends for a reader."""
-
 
 MOST_COLUMNS_BYTES: Final = 11 * 2**20
 """Most bytes of the classifiers in one message, whose body has at most 16 MiB."""
@@ -300,7 +299,7 @@ class LayerFit:
                 )
         sums = np.stack([result.loss_sums.numpy() for _, result in pairs])
         choosing = np.delete(sums, JUDGES, axis=2).sum(axis=2)
-        n_rows = sum(report.n_texts for report, _ in pairs) * (1 - 1 / self._reading.n_folds)
+        n_rows = sum(report.n_texts - report.n_texts // self._reading.n_folds for report, _ in pairs)
         mean: Floats = choosing.sum(axis=0) / n_rows
         return mean
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Final
 
-import msgspec
-
 from fedbpt.aggregation.layer_fit import (
     MAX_RANK,
     MIXTURE_TEMPERATURES,
@@ -16,12 +14,10 @@ from fedbpt.aggregation.layer_fit import (
 )
 from fedbpt.coordinator.layer_reading import within_message
 from fedbpt.engine.layers import reading_layers
-from fedbpt.protocol.rounds import DeviceInfo, Reading
+from fedbpt.protocol.rounds import N_FOLDS, DeviceInfo
 
 EXCHANGES: Final = 3
 """Exchanges of a fit: sums, each reader's losses, losses of mixtures."""
-
-_N_FOLDS: Final[int] = next(f.default for f in msgspec.structs.fields(Reading) if f.name == "n_folds")
 
 
 def layer_bytes(n_labels: int, n_word_views: int, n_views: int, n_rows: int, info: DeviceInfo) -> tuple[int, int]:
@@ -53,16 +49,16 @@ def layer_bytes(n_labels: int, n_word_views: int, n_views: int, n_rows: int, inf
             ),
         )
         for columns, n_mixtures in tables:
-            up += 4 * n_mixtures * _N_FOLDS
-            down += _N_FOLDS * columns * n_labels * (2 * info.n_embd + 4) + 4 * n_mixtures * (columns + n_words)
+            up += 4 * n_mixtures * N_FOLDS
+            down += N_FOLDS * columns * n_labels * (2 * info.n_embd + 4) + 4 * n_mixtures * (columns + n_words)
     return up, down
 
 
 def _sums(n_labels: int, n_rows: int, n_embd: int) -> int:
     """Bytes of a reader's sums."""
-    fold = -(-n_rows // _N_FOLDS)
+    fold = -(-n_rows // N_FOLDS)
     labels = min(n_labels, fold)
     rank = fold - labels
     n_sent = labels + min(rank, MAX_RANK, n_embd)
-    rests = 4 * _N_FOLDS if rank > MAX_RANK else 0
-    return n_embd * (_N_FOLDS * n_sent // 2 + 8 + rests)
+    rests = 4 * N_FOLDS if rank > MAX_RANK else 0
+    return n_embd * (N_FOLDS * n_sent // 2 + 8 + rests)

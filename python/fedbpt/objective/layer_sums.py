@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 
 from fedbpt.engine.discriminant import FoldSums, fold_sums
 from fedbpt.errors import InputError
-from fedbpt.objective.layer_view import Views, log_probabilities
+from fedbpt.objective.layer_view import Views
+from fedbpt.objective.losses import log_probabilities
 from fedbpt.protocol.rounds import CrossResult, CrossWork, SumsResult, SumsWork
 from fedbpt.protocol.specs import Array, Quantized
 

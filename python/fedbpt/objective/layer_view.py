@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from fedbpt.engine.layers import normalized
 from fedbpt.engine.scorer import Scorer
 from fedbpt.errors import ScoringInterrupted
+from fedbpt.objective.losses import log_probabilities
 from fedbpt.objective.mini_batches import TEMPLATES_SHARE
 from fedbpt.protocol.specs import LayerReadout, PromptSpec, Template
 from fedbpt.search.projection import scored_as
@@ -122,15 +123,6 @@ def read_views(
         words.append(np.stack(scored, axis=1) if scored else np.zeros((len(found[0][1]), 0, 0)))
         progress(min(start + TEMPLATES_SHARE, len(texts)), len(texts))
     return Views(np.concatenate(states), np.concatenate(words))
-
-
-def log_probabilities(logits: Floats) -> Floats:
-    """Log-softmax over the last axis; [..., 0] stays empty."""
-    if not logits.shape[-1]:
-        return logits
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    found: Floats = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return found
 
 
 class LayerReader:

@@ -19,6 +19,15 @@ HINGE_MARGIN = 2.0
 """Margin of the hinge loss, as in Black-Box Tuning (arXiv 2201.03514)."""
 
 
+def log_probabilities(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Log-softmax of logits [..., n_labels] over the last axis; [..., 0] stays empty."""
+    if not logits.shape[-1]:
+        return logits
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    found: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return found
+
+
 def cross_entropy(logits: ArrayLike, targets: ArrayLike) -> NDArray[np.float64]:
     """−log p(target) in nats, p over the label words only: logits [..., n, n_labels], targets [n] → [..., n]."""
     values, index = _checked(logits, targets)

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.errors import InputError
+from fedbpt.objective.losses import log_probabilities
 from fedbpt.protocol.rounds import FitResult, FitWork
 from fedbpt.protocol.seeding import generator
 from fedbpt.protocol.specs import Array, Readout
@@ -84,8 +85,7 @@ def ensemble(logits: Sequence[NDArray[np.floating]], weights: Floats) -> Floats:
     found = [read(own, v) for own, v in zip(logits, weights, strict=True)]
     if len(found) == 1:
         return found[0]
-    shifted = [one - one.max(axis=-1, keepdims=True) for one in found]
-    mean: Floats = np.mean([one - np.log(np.exp(one).sum(axis=-1, keepdims=True)) for one in shifted], axis=0)
+    mean: Floats = np.mean([log_probabilities(one) for one in found], axis=0)
     return mean
 
 

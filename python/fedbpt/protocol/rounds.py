@@ -5,7 +5,7 @@ Plain data, see `fedbpt.protocol.specs`; independent of HTTP, the model and the 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Final, Literal, TypeAlias
 
 import msgspec
 
@@ -119,6 +119,10 @@ class FitWork(Message, frozen=True, tag="fit"):
     max_rows: NaturalInt = 512
 
 
+N_FOLDS: Final = 4
+"""Folds of a device's training rows. The first judges what is shipped: `Reading` and `HeldRows` divide rows alike."""
+
+
 class Reading(Message, frozen=True):
     """What the fit of a `LayerReadout` reads: rows, templates and layers.
 
@@ -133,7 +137,7 @@ class Reading(Message, frozen=True):
     layers: tuple[NaturalInt, ...]
     n_word_views: NaturalInt
     max_rows: NaturalInt = 512
-    n_folds: Annotated[int, msgspec.Meta(ge=2, le=16)] = 4
+    n_folds: Annotated[int, msgspec.Meta(ge=2, le=16)] = N_FOLDS
     n_embd: NaturalInt = 0
 
     @property
@@ -271,7 +275,7 @@ class HeldRows(Message, frozen=True):
 
     seed: NaturalInt
     max_rows: NaturalInt = 512
-    n_folds: Annotated[int, msgspec.Meta(ge=2, le=16)] = 4
+    n_folds: Annotated[int, msgspec.Meta(ge=2, le=16)] = N_FOLDS
 
 
 class RoundPlan(Message, frozen=True):

@@ -16,7 +16,8 @@ from fedbpt.engine.discriminant import assign_folds
 from fedbpt.engine.layers import normalized
 from fedbpt.errors import InputError
 from fedbpt.objective.layer_sums import cross_result, sums_result
-from fedbpt.objective.layer_view import Views, log_probabilities
+from fedbpt.objective.layer_view import Views
+from fedbpt.objective.losses import log_probabilities
 from fedbpt.protocol.rounds import CrossResult, CrossWork, FitPurpose, Reading, RoundReport, SumsResult, SumsWork, Work
 from fedbpt.protocol.specs import Array, LayerReadout, Quantized, Template
 from tests.support.raises import raises

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedbpt.aggregation.layer_fit import N_FOLDS, SHRINKAGES, shrinkages_for
+from fedbpt.aggregation.layer_fit import SHRINKAGES, shrinkages_for
 from fedbpt.coordinator.layer_reading import within_message
 from fedbpt.protocol.codec import MAX_BODY_BYTES
-from fedbpt.protocol.rounds import Reading
+from fedbpt.protocol.rounds import N_FOLDS, HeldRows, Reading
 from fedbpt.protocol.specs import Array
 
 LAYERS = (19, 24, 31)
@@ -39,6 +39,7 @@ def test_an_unknown_size_limits_nothing() -> None:
     assert within_message(LAYERS, 6, 77, 0) == (LAYERS, 6)
 
 
-def test_the_folds_are_those_of_a_reading() -> None:
+def test_what_judges_is_a_fold_of_what_is_read() -> None:
     reading = Reading(latent=Array.of(np.zeros(1)), templates=(), layers=(0,), n_word_views=0)
-    assert reading.n_folds == N_FOLDS
+    held = HeldRows(seed=0)
+    assert (reading.n_folds, reading.max_rows) == (held.n_folds, held.max_rows)

@@ -15,7 +15,8 @@ from fedbpt.engine.discriminant import assign_folds
 from fedbpt.engine.layers import normalized
 from fedbpt.errors import WireError
 from fedbpt.objective.layer_sums import cross_result, sums_result
-from fedbpt.objective.layer_view import Views, log_probabilities
+from fedbpt.objective.layer_view import Views
+from fedbpt.objective.losses import log_probabilities
 from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import (
     CrossResult,

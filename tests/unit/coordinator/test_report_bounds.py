@@ -16,7 +16,8 @@ from fedbpt.coordinator.report_checks import check_evaluation, check_progress, c
 from fedbpt.engine.layers import normalized
 from fedbpt.errors import WireError
 from fedbpt.objective.layer_sums import cross_result, sums_result
-from fedbpt.objective.layer_view import Views, log_probabilities
+from fedbpt.objective.layer_view import Views
+from fedbpt.objective.losses import log_probabilities
 from fedbpt.protocol import codec, polling, questions, rounds, specs
 from fedbpt.protocol.rounds import (
     CrossWork,

@@ -14,7 +14,8 @@ from fedbpt.engine.discriminant import assign_folds, discriminants, fold_sums, p
 from fedbpt.engine.layers import normalized
 from fedbpt.errors import InputError, WireError
 from fedbpt.objective.layer_sums import cross_result, sums_result
-from fedbpt.objective.layer_view import Views, log_probabilities
+from fedbpt.objective.layer_view import Views
+from fedbpt.objective.losses import log_probabilities
 from fedbpt.protocol.rounds import CrossResult, CrossWork, Reading, SumsResult, SumsWork
 from fedbpt.protocol.specs import Array, Quantized, Template
 from tests.support.raises import raises
