@@ -37,7 +37,7 @@ _MAX_WORDS_LENGTH: Final = 200  # characters of the label words that a line list
 STAGE_NAMES: Final[dict[RunStage, str]] = {
     "selection": "template",
     "calibration": "calibration",
-    "probe": "baseline",
+    "probe": "first readout",
     "search": "search",
     "readout": "readout",
     "evaluation": "evaluation",

@@ -149,7 +149,7 @@ def test_a_stage_is_shown_from_its_start_with_the_time_left(monkeypatch: pytest.
 def test_rounds_of_other_stages_are_named_and_not_numbered(monkeypatch: pytest.MonkeyPatch) -> None:
     for purpose, said in (
         ("calibration", "calibration"),
-        ("probe", "baseline"),
+        ("probe", "first readout"),
         ("readout", "readout"),
     ):
         text = shown(monkeypatch, started(), closed(7, purpose=purpose, before=4))
