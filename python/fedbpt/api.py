@@ -351,7 +351,7 @@ def evaluate(
         objective.readout = prompt.readout
         others = [under(each, objective, data) for each in prompt.others]
         parts = []
-        for part in parts_of(np.arange(len(data)), 1 + len(others)):
+        for part in parts_of(np.arange(len(data)), 1 + len(others), scorer):
             logits = [other.logits(other.zero_shot_embeds(), part) for other in others]
             parts.append(objective.evaluate(prompt.rows[None], part, others=logits))
         return EvaluationResult(
@@ -369,7 +369,8 @@ def _evaluate_layers(
     reader = LayerReader(readout, scorer, template, prompt.labels, max_text_tokens, prompt.rows, prompt.spec)
     targets = targets_of(data, prompt.labels)
     texts = [text for text, _ in data]
-    logits = np.concatenate([reader.logits([texts[row] for row in part]) for part in parts_of(np.arange(len(data)), 2)])
+    parts = parts_of(np.arange(len(data)), 2, scorer)
+    logits = np.concatenate([reader.logits([texts[row] for row in part]) for part in parts])
     found = logits.argmax(axis=1)
     loss = float(cross_entropy(logits, targets).mean())
     return EvaluationResult(n=len(data), correct=int((found == targets).sum()), loss=loss, predictions=found)

@@ -3,12 +3,20 @@
 #include <algorithm>
 #include <numeric>
 #include <string>
+#include <tuple>
 
 #include "llama-soft-prompt.h"
 #include "scorer.h"
 #include "sequences.h"
 
 namespace fedbpt {
+
+namespace {
+
+// Tokens that a text saves by waiting for the KV of another one of its batch, from which a pass more is worth its time.
+constexpr size_t kWorthWaiting = 32;
+
+}  // namespace
 
 void Scorer::decode_prefix(const Request & request) {
     const Plan & plan = request.plan;
@@ -93,39 +101,88 @@ void Scorer::score_front(const Request & request, const Pack & pack, const Group
     }
 }
 
-// Computes the KV of the prefix and text i up to where the rows begin, by itself in an empty cache, so that it does not
-// depend on the other texts of the call.
-TextKvPtr Scorer::compute_kv(const Request & request, size_t i) {
-    llama_memory_t memory = session_.memory();
+// Tokens of the prefix and text i up to where the rows begin.
+std::vector<llama_token> Scorer::head_tokens(const Request & request, size_t i) const {
+    std::vector<llama_token> tokens = request.plan.prefix();
+    tokens.insert(tokens.end(), request.text(i), request.text(i) + request.length(i) - request.n_tail());
+    return tokens;
+}
 
+// Computes the KV of one text's head by itself in an empty cache, so that it does not depend on the other texts of the
+// call.
+TextKvPtr Scorer::compute_alone(const Request & request, size_t i) {
     auto text = std::make_shared<TextKv>();
-    text->tokens = request.plan.prefix();
-    text->tokens.insert(text->tokens.end(), request.text(i), request.text(i) + request.length(i) - request.n_tail());
-
-    size_t done = 0;
-    if (model_->has_row_attention()) {
-        const auto [like, n_same] = texts_[is_long_].longest(text->tokens);
-        if (like && n_same == text->tokens.size() && n_same == like->tokens.size()) {
-            return like;
-        }
-        if (like && like->tokens.size() <= session_.n_cells()) {
-            session_.restore(like->state, kFirstSeq);
-            llama_memory_seq_rm(memory, kFirstSeq, static_cast<llama_pos>(n_same), -1);
-            done = n_same;
-        }
-    }
+    text->tokens = head_tokens(request, i);
     batch_.clear();
-    for (size_t pos = done; pos < text->tokens.size(); ++pos) {
+    for (size_t pos = 0; pos < text->tokens.size(); ++pos) {
         batch_.add(text->tokens[pos], static_cast<llama_pos>(pos), kFirstSeq, Batch::kNone);
     }
     decode(request, nullptr);
-
     text->state = session_.save(kFirstSeq);
-    llama_memory_seq_rm(memory, kFirstSeq, -1, -1);
-    if (model_->has_row_attention()) {
-        texts_[is_long_].add(text);
-    }
+    llama_memory_seq_rm(session_.memory(), kFirstSeq, -1, -1);
     return text;
+}
+
+// Computes the KV of several texts' heads, together: with row attention a token's bits do not depend on its batch. Each
+// continues from the KV of a text with a common prefix, if there is one. texts[n]: the results, null where missing.
+void Scorer::compute_together(const Request & request, const std::vector<size_t> & missing,
+                              std::vector<TextKvPtr> & texts) {
+    llama_memory_t memory = session_.memory();
+    std::vector<std::pair<size_t, std::shared_ptr<TextKv>>> open;  // texts whose tokens are in the batch
+    size_t n_cells = 0;                                            // that they have in the cache
+
+    const auto flush = [&] {
+        decode(request, nullptr);
+        for (size_t j = 0; j < open.size(); ++j) {
+            const auto & [at, text] = open[j];
+            const llama_seq_id seq = kFirstSeq + static_cast<llama_seq_id>(j);
+            text->state = session_.save(seq);
+            llama_memory_seq_rm(memory, seq, -1, -1);
+            texts_[is_long_].add(text);
+            texts[at] = text;
+        }
+        open.clear();
+        batch_.clear();
+        n_cells = 0;
+    };
+    const auto saved_by_waiting = [&](const std::vector<llama_token> & tokens, size_t n_same) {
+        size_t most = 0;
+        for (const auto & [at, text] : open) {
+            most = std::max(most, common_prefix(tokens, text->tokens));
+        }
+        return most > n_same ? most - n_same : 0;
+    };
+
+    batch_.clear();
+    for (const size_t at : missing) {
+        auto text = std::make_shared<TextKv>();
+        text->tokens = head_tokens(request, at);
+        auto [like, n_same] = texts_[is_long_].longest(text->tokens);
+        if (!open.empty() && (batch_.size() + text->tokens.size() - (like ? n_same : 0) > Session::kUbatch ||
+                              saved_by_waiting(text->tokens, like ? n_same : 0) >= kWorthWaiting)) {
+            flush();
+            std::tie(like, n_same) = texts_[is_long_].longest(text->tokens);
+        }
+        if (like && n_same == text->tokens.size() && n_same == like->tokens.size()) {
+            texts[at] = like;
+            continue;
+        }
+        size_t done = 0;
+        const llama_seq_id seq = kFirstSeq + static_cast<llama_seq_id>(open.size());
+        if (like && n_cells + std::max(like->tokens.size(), text->tokens.size()) <= session_.n_cells()) {
+            session_.restore(like->state, seq);
+            llama_memory_seq_rm(memory, seq, static_cast<llama_pos>(n_same), -1);
+            done = n_same;
+        }
+        for (size_t pos = done; pos < text->tokens.size(); ++pos) {
+            batch_.add(text->tokens[pos], static_cast<llama_pos>(pos), seq, Batch::kNone);
+        }
+        n_cells += text->tokens.size();
+        open.emplace_back(at, text);
+    }
+    if (!open.empty()) {
+        flush();
+    }
 }
 
 // Restores each text's KV up to where the rows begin into `slots` sequences, which share its cells. Missing KV is
@@ -133,22 +190,29 @@ TextKvPtr Scorer::compute_kv(const Request & request, size_t i) {
 void Scorer::restore_texts(const Request & request, const Pack & pack, size_t slots) {
     llama_memory_t memory = session_.memory();
 
-    std::vector<TextKvPtr> texts(pack.n_texts());
+    std::vector<TextKvPtr> texts(request.n_which);
+    std::vector<size_t> missing;
     for (size_t i = pack.first; i < pack.last; ++i) {
-        const auto row = static_cast<size_t>(request.which[i]);
-        TextKvPtr & text = texts[i - pack.first];
-        text = request.plan.kv(row);
-        if (request.head_of(i) > 0 && !text) {
-            text = compute_kv(request, i);
-            request.plan.keep_kv(row, text);
+        texts[i] = request.plan.kv(static_cast<size_t>(request.which[i]));
+        if (request.head_of(i) > 0 && !texts[i]) {
+            missing.push_back(i);
         }
+    }
+    if (model_->has_row_attention()) {
+        compute_together(request, missing, texts);
+    }
+    for (const size_t i : missing) {
+        if (!texts[i]) {
+            texts[i] = compute_alone(request, i);
+        }
+        request.plan.keep_kv(static_cast<size_t>(request.which[i]), texts[i]);
     }
     for (size_t i = pack.first; i < pack.last; ++i) {
         if (request.head_of(i) == 0) {
             continue;
         }
         const llama_seq_id seq = kFirstSeq + static_cast<llama_seq_id>((i - pack.first) * slots);
-        session_.restore(texts[i - pack.first]->state, seq);
+        session_.restore(texts[i]->state, seq);
         for (llama_seq_id slot = 1; slot < static_cast<llama_seq_id>(slots); ++slot) {
             llama_memory_seq_cp(memory, seq, seq + slot, -1, -1);
         }

@@ -23,9 +23,9 @@ struct MemoryUse {
 // Scores texts under soft prompts. One call computes at a time; other threads wait.
 //
 // With row attention (llama-soft-prompt.h) a token's bits do not depend on the rest of its batch, so one llama_decode
-// takes as many candidates as fit; without, it takes one. The KV of each text is computed by itself or, with row
-// attention, continued from that of a text with a common prefix. So a logit does not depend on other candidates, their
-// number or order, or on earlier calls, and is reproducible bit for bit.
+// takes as many candidates as fit; without, it takes one. The KV of a text is computed by itself or, with row
+// attention, with that of others, and continued from that of a text with a common prefix. So a logit does not depend on
+// other candidates, their number or order, or on earlier calls, and is reproducible bit for bit.
 class Scorer {
 public:
     // kv_type: GGML_TYPE_F16 or GGML_TYPE_Q8_0; f32 models always have an f32 KV cache. Throws InputError.
@@ -100,7 +100,9 @@ private:
         return request.embeds + candidate * request.n_prompt * static_cast<size_t>(model_->n_embd());
     }
     void restore_texts(const Request & request, const Pack & pack, size_t slots);
-    TextKvPtr compute_kv(const Request & request, size_t i);
+    std::vector<llama_token> head_tokens(const Request & request, size_t i) const;
+    TextKvPtr compute_alone(const Request & request, size_t i);
+    void compute_together(const Request & request, const std::vector<size_t> & missing, std::vector<TextKvPtr> & texts);
     void decode_prefix(const Request & request);
     void decode(const Request & request, float * out);
     void read_whole(const Request & request, int64_t output, const float * logits, float * out) const;

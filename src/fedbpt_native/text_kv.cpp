@@ -7,7 +7,7 @@ namespace fedbpt {
 namespace {
 
 constexpr size_t kBeginning = 8;  // minimum length of a common prefix, in tokens
-constexpr size_t kLatest = 4;     // maximum number of texts owned
+constexpr size_t kLatest = 32;    // maximum number of texts owned
 constexpr size_t kLatestBytes = 256u << 20;
 
 // FNV-1a of the first kBeginning tokens
@@ -20,6 +20,11 @@ uint64_t beginning_of(const std::vector<llama_token> & tokens) {
 }
 
 }  // namespace
+
+size_t common_prefix(const std::vector<llama_token> & a, const std::vector<llama_token> & b) {
+    const auto most = static_cast<std::ptrdiff_t>(std::min(a.size(), b.size()));
+    return static_cast<size_t>(std::mismatch(a.begin(), a.begin() + most, b.begin()).first - a.begin());
+}
 
 void TextKvIndex::add(const TextKvPtr & text) {
     if (text->tokens.size() < kBeginning) {
@@ -60,11 +65,7 @@ std::pair<TextKvPtr, size_t> TextKvIndex::longest(const std::vector<llama_token>
         if (!text) {
             continue;
         }
-        const size_t most = std::min(tokens.size(), text->tokens.size());
-        const auto end =
-            std::mismatch(tokens.begin(), tokens.begin() + static_cast<std::ptrdiff_t>(most), text->tokens.begin())
-                .first;
-        const auto same = static_cast<size_t>(end - tokens.begin());
+        const size_t same = common_prefix(tokens, text->tokens);
         if (same > best.second) {
             best = { text, same };
         }

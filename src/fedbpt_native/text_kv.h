@@ -18,6 +18,9 @@ struct TextKv {
 };
 using TextKvPtr = std::shared_ptr<const TextKv>;
 
+// Number of tokens with which both begin.
+size_t common_prefix(const std::vector<llama_token> & a, const std::vector<llama_token> & b);
+
 // Finds KV by common prefix, for example that of the same row under another template. It refers weakly to the KV that
 // plans keep, and owns that of the latest texts. Not thread-safe.
 class TextKvIndex {

@@ -53,7 +53,7 @@ def test_a_text_with_another_end_costs_a_few_tokens_and_gets_the_same_bits(
 
 
 def test_the_kept_kv_of_a_plan_is_reused_by_later_plans(repeatable: Case) -> None:
-    texts, embeds = rows(repeatable, 30), repeatable.prompts(1, 1)  # more than the scorer itself keeps
+    texts, embeds = rows(repeatable, 60), repeatable.prompts(1, 1)  # more than the scorer itself keeps
     scorer = fedbpt.load_model(repeatable.path, n_threads=N_THREADS)
     kept = scorer.compile(with_end(texts, [7, 8]), LABELS, "cue")
     kept.score(embeds)
@@ -88,3 +88,18 @@ def test_a_prefix_is_a_part_of_the_beginning(repeatable: Case) -> None:
     plan = scorer.compile(texts, LABELS, "cue", prefix)
     np.testing.assert_array_equal(plan.score(embeds), expected)
     assert plan.n_tokens >= sum(map(len, texts))
+
+
+def test_texts_of_one_plan_that_begin_alike_share_their_beginning(repeatable: Case) -> None:
+    [start], ends, embeds = repeatable.texts([60]), rows(repeatable, 20), repeatable.prompts(2, 1)
+    texts = [np.concatenate([start, end]) for end in ends]
+    scorer = fedbpt.load_model(repeatable.path, n_threads=N_THREADS)
+    plan = scorer.compile(texts, LABELS, "cue", keep_kv=False)
+    together = plan.score(embeds)
+    for i in (0, 1, 19):
+        fresh = fedbpt.load_model(repeatable.path, n_threads=N_THREADS)
+        np.testing.assert_array_equal(
+            fresh.compile(texts[i : i + 1], LABELS, "cue").score(embeds)[:, 0], together[:, i]
+        )
+    if shares(repeatable):
+        assert plan.n_tokens < 2 * len(start) + sum(map(len, ends)) + 2 * len(texts)

@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import msgspec
 import numpy as np
@@ -23,7 +24,6 @@ from fedbpt.objective.layer_sums import cross_result, sums_result
 from fedbpt.objective.layer_view import LayerReader, ViewKey
 from fedbpt.objective.losses import cross_entropy
 from fedbpt.objective.mini_batches import (
-    TEMPLATES_SHARE,
     PlainLogits,
     mini_batch,
     parts_of,
@@ -68,6 +68,16 @@ from fedbpt.version import VERSION
 
 _MAX_OBJECTIVES = 4  # cached; train, dev and test rows under one template, and one to spare
 _MAX_PLAIN_LOGITS = 16  # cached; a few hundred numbers a row, for each other template of train and dev rows
+
+
+_Judged: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.intp]]
+"""Losses [k, n] of k latents on n rows, their sums [k], and the number of correct predictions [k]."""
+
+_Judge: TypeAlias = Callable[[NDArray[np.intp], Progress, Cancelled], _Judged]
+
+
+def _ignore(_done: int, _total: int) -> None:
+    pass
 
 
 class Device:
@@ -241,20 +251,26 @@ class Device:
         layered = {i: each for i, each in enumerate(request.layer_readouts) if each is not None}
         plain = np.array([i for i in range(k) if i not in layered], dtype=np.intp)
         rows = self._asked_rows(request)
-        correct = np.zeros(k, dtype=int)
+        correct = np.zeros(k, dtype=np.intp)
         losses = np.zeros((k, len(rows)))
-        sums = np.zeros(k)
+        sums = np.zeros(k)  # part by part, as `fedbpt.evaluate` has them, to the last bit
+        judges: list[tuple[NDArray[np.intp], _Judge]] = []
         if len(plain):
             readouts = [request.readouts[i] for i in plain] if request.readouts else []
-            correct[plain], losses[plain], sums[plain] = self._evaluate_plain(
-                request, latents[plain], readouts, rows, progress, cancelled
-            )
+            judges.append((plain, self._by_words(request, latents[plain], readouts)))
         if layered:
             which = np.array(list(layered), dtype=np.intp)
-            correct[which], losses[which] = self._evaluate_layers(
-                request, latents[which], list(layered.values()), rows, progress, cancelled
-            )
-            sums[which] = losses[which].sum(axis=1)
+            judges.append((which, self._by_layers(request, latents[which], list(layered.values()))))
+        # One after the other on the same few rows, so that their texts are computed once.
+        parts = parts_of(rows, 1 + len(request.others) + len(layered), self.scorer)
+        for number, part in enumerate(parts):
+            done = number * len(parts[0])
+            for which, judge in judges:
+                found, total, right = judge(part, progress if len(parts) == 1 else _ignore, cancelled)
+                losses[which, done : done + len(part)] = found
+                sums[which] += total
+                correct[which] += right
+            progress(done + len(part), len(rows))
         squares = ((losses - losses[0]) ** 2).sum(axis=1).tolist() if request.split == "held" else ()
         return EvaluateReport(
             n=len(rows),
@@ -275,16 +291,10 @@ class Device:
             raise DataError(f"device {self.name} has no {request.split} rows: start it with some", field=request.split)
         return rows
 
-    def _evaluate_plain(
-        self,
-        request: EvaluateRequest,
-        latents: NDArray[np.float64],
-        readouts: Sequence[Readout | None],
-        rows: NDArray[np.intp],
-        progress: Progress,
-        cancelled: Cancelled,
-    ) -> tuple[NDArray[np.intp], NDArray[np.float64], NDArray[np.float64]]:
-        """Correct predictions [k], losses [k, n] and their sums [k], by the label words' scores."""
+    def _by_words(
+        self, request: EvaluateRequest, latents: NDArray[np.float64], readouts: Sequence[Readout | None]
+    ) -> _Judge:
+        """Judges ``latents`` by the label words' scores."""
         split = "train" if request.split == "held" else request.split
         objective = self._objective(
             split,
@@ -295,53 +305,42 @@ class Device:
             keep_kv=request.split != "test",  # dev rows are evaluated many times, test rows once
         )
         weights = row_weights(objective, request)
+        rows = self._asked_rows(request)
         others = [self._plain(objective, request, template, rows) for template in request.others]
-        correct = np.zeros(len(latents), dtype=np.intp)
-        losses = np.zeros((len(latents), len(rows)))
-        sums = np.zeros(len(latents))  # part by part, as `fedbpt.evaluate` has them, to the last bit
-        done = 0
-        for part in parts_of(rows, 1 + len(others)):
+
+        def judge(part: NDArray[np.intp], progress: Progress, cancelled: Cancelled) -> _Judged:
             logits = [other.of(part, cancelled) for other in others]
+            losses = np.zeros((len(latents), len(part)))
+            sums = np.zeros(len(latents))
+            correct = np.zeros(len(latents), dtype=np.intp)
             for which, embeds in objective.prompts(latents):
                 own = [readouts[i] for i in which] if len(readouts) else ()
-                report = None if others else progress
-                found = objective.evaluate(embeds, part, report, cancelled, own, logits, weights)
-                correct[which] += found.correct
-                losses[which, done : done + len(part)] = found.losses
-                sums[which] += found.loss_sums
-            done += len(part)
-            if others:
-                progress(done, len(rows))
-        return correct, losses, sums
+                found = objective.evaluate(embeds, part, progress, cancelled, own, logits, weights)
+                losses[which], sums[which], correct[which] = found.losses, found.loss_sums, found.correct
+            return losses, sums, correct
 
-    def _evaluate_layers(
-        self,
-        request: EvaluateRequest,
-        latents: NDArray[np.float64],
-        readouts: Sequence[LayerReadout],
-        rows: NDArray[np.intp],
-        progress: Progress,
-        cancelled: Cancelled,
-    ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-        """Correct predictions [k], and losses [k, n], by hidden states."""
+        return judge
+
+    def _by_layers(
+        self, request: EvaluateRequest, latents: NDArray[np.float64], readouts: Sequence[LayerReadout]
+    ) -> _Judge:
+        """Judges ``latents`` by hidden states."""
         data = self._rows["train" if request.split == "held" else request.split]
-        targets = targets_of([data[row] for row in rows], request.labels)
-        weights = weights_by_label(request)[targets]
         readers = [self._reader(request, *pair) for pair in zip(latents, readouts, strict=True)]
-        correct = np.zeros(len(readers), dtype=np.intp)
-        losses = np.zeros((len(readers), len(rows)))
-        for start in range(0, len(rows), TEMPLATES_SHARE):
+        of_labels = weights_by_label(request)
+
+        def judge(part: NDArray[np.intp], _progress: Progress, cancelled: Cancelled) -> _Judged:
             if cancelled():
-                raise ScoringInterrupted(f"the evaluation was cancelled after {start} of {len(rows)} texts")
-            part = slice(start, start + TEMPLATES_SHARE)
-            texts = [data[row][0] for row in rows[part]]
+                raise ScoringInterrupted("the evaluation was cancelled")
+            targets = targets_of([data[row] for row in part], request.labels)
+            texts = [data[row][0] for row in part]
             known: dict[ViewKey, tuple[NDArray[np.float32], NDArray[np.float64]]] = {}
-            for i, reader in enumerate(readers):
-                logits = reader.logits(texts, known)
-                correct[i] += (logits.argmax(axis=1) == targets[part]).sum()
-                losses[i, part] = cross_entropy(logits, targets[part]) * weights[part]
-            progress(min(start + TEMPLATES_SHARE, len(rows)), len(rows))
-        return correct, losses
+            logits = [reader.logits(texts, known) for reader in readers]
+            losses = np.stack([cross_entropy(each, targets) for each in logits]) * of_labels[targets]
+            correct = np.array([(each.argmax(axis=1) == targets).sum() for each in logits])
+            return losses, losses.sum(axis=1), correct
+
+        return judge
 
     def _reader(self, request: EvaluateRequest, latent: NDArray[np.float64], readout: LayerReadout) -> LayerReader:
         embeds = None
@@ -368,7 +367,7 @@ class Device:
         done = 0
         objectives = self._zero_shot_objectives(plan, work)
         for place, part in enumerate(parts):
-            for rows in parts_of(part, len(objectives)):
+            for rows in parts_of(part, len(objectives), self.scorer):
                 for number, objective in enumerate(objectives):
                     with effort.of(objective):
                         losses, right = objective.row_results(objective.zero_shot_embeds(), rows, cancelled)
@@ -391,7 +390,7 @@ class Device:
         def losses(sample: NDArray[np.intp]) -> NDArray[np.float64]:
             found = [
                 [objective.row_losses(objective.zero_shot_embeds(), rows, cancelled)[0] for objective in objectives]
-                for rows in parts_of(sample, len(objectives))
+                for rows in parts_of(sample, len(objectives), self.scorer)
             ]
             return np.concatenate(found, axis=1)
 
@@ -439,7 +438,7 @@ class Device:
             [(_, embeds)] = objective.prompts(work.latent.numpy()[None])
             others = [self._plain(objective, plan, template, chosen) for template in work.others]
             logits: list[list[NDArray[np.float32]]] = [[] for _ in range(1 + len(others))]
-            parts = parts_of(chosen, len(logits))
+            parts = parts_of(chosen, len(logits), self.scorer)
             for number, part in enumerate(parts):
                 with effort.of(objective):
                     logits[0].append(objective.logits(embeds, part, cancelled))

@@ -12,7 +12,7 @@ from fedbpt.engine.layers import normalized
 from fedbpt.engine.scorer import Scorer
 from fedbpt.errors import ScoringInterrupted
 from fedbpt.objective.losses import log_probabilities
-from fedbpt.objective.mini_batches import TEMPLATES_SHARE
+from fedbpt.objective.mini_batches import rows_together
 from fedbpt.protocol.specs import LayerReadout, PromptSpec, Template
 from fedbpt.search.projection import scored_as
 from fedbpt.tasks.task import bos_ids, cue_ids, head_ids, label_word_ids, render_ids
@@ -46,6 +46,11 @@ class Views:
         return self.states[:, place // n_layers, place % n_layers].astype(np.float64)
 
 
+def in_reading_order(templates: Sequence[Template]) -> list[int]:
+    """Indices of ``templates`` such that those with the same head follow each other: texts' KV is then reused."""
+    return sorted(range(len(templates)), key=lambda i: templates[i].pattern.partition("{text}")[0])
+
+
 class LayerView:
     """Reads texts under ``template``.
 
@@ -68,8 +73,8 @@ class LayerView:
     ) -> None:
         self.tokens = 0
         """Forward tokens computed so far."""
-        self._scorer = scorer
-        self._template = template
+        self.scorer = scorer
+        self.template = template
         self._layers = layers
         self._embeds = (np.zeros((0, scorer.n_embd), np.float32) if rows is None else rows)[None]
         where = IN_CUE if rows is None else placement
@@ -87,14 +92,14 @@ class LayerView:
 
     def read(self, texts: Sequence[str]) -> tuple[States, Floats]:
         """States [n, n_layers, n_embd] of ``texts`` as the model has them, and the label words' log-probabilities."""
-        ids = [render_ids(self._scorer, self._template, text, self._limit) for text in texts]
+        ids = [render_ids(self.scorer, self.template, text, self._limit) for text in texts]
         prefix = None
-        if self._follows_bos and (n_bos := len(bos_ids(self._scorer))):
+        if self._follows_bos and (n_bos := len(bos_ids(self.scorer))):
             prefix = ids[0][:n_bos]
             ids = [each[n_bos:] for each in ids]
         follow = [self._words] * len(ids) if any(len(word) > 1 for word in self._words) else None
         first: ArrayLike = [] if follow or not self._words else np.concatenate(self._words)
-        plan = self._scorer.compile(
+        plan = self.scorer.compile(
             ids, first, self._place, prefix, continuations=follow, layers=self._layers, keep_kv=False
         )
         logits, states = plan.score_states(self._embeds)
@@ -114,14 +119,17 @@ def read_views(
     """
     states = []
     words = []
-    for start in range(0, len(texts), TEMPLATES_SHARE):
+    together = rows_together(views[0].scorer)
+    order = in_reading_order([view.template for view in views])
+    for start in range(0, len(texts), together):
         if cancelled():
             raise ScoringInterrupted(f"reading was cancelled after {start} of {len(texts)} texts")
-        found = [view.read(texts[start : start + TEMPLATES_SHARE]) for view in views]
+        read = {place: views[place].read(texts[start : start + together]) for place in order}
+        found = [read[place] for place in range(len(views))]
         states.append(np.stack([normalized(each) for each, _ in found], axis=1).astype(np.float16))
         scored = [each for _, each in found if each.shape[1]]
         words.append(np.stack(scored, axis=1) if scored else np.zeros((len(found[0][1]), 0, 0)))
-        progress(min(start + TEMPLATES_SHARE, len(texts)), len(texts))
+        progress(min(start + together, len(texts)), len(texts))
     return Views(np.concatenate(states), np.concatenate(words))
 
 
@@ -152,7 +160,9 @@ class LayerReader:
         self._bias = readout.bias.numpy()
         self._views: dict[int, tuple[ViewKey, LayerView]] = {}
         templates = (template, *readout.others)
-        for place in readout.places_read:
+        for place in in_reading_order(templates):
+            if place not in readout.places_read:
+                continue
             scored = labels if self._scales[place] else ()
             own = rows if place == 0 else None
             view = LayerView(scorer, templates[place], scored, max_text_tokens, readout.layers, own, placement)
@@ -160,7 +170,7 @@ class LayerReader:
             self._views[place] = key, view
 
     def logits(self, texts: Sequence[str], known: dict[ViewKey, tuple[States, Floats]] | None = None) -> Floats:
-        """Label logits [n, n_labels] of a few ``texts``: more than `TEMPLATES_SHARE` share less.
+        """Label logits [n, n_labels] of a few ``texts``: more than `rows_together` share less.
 
         ``known``: what other readers have read of the same texts; this reader's views are added.
         """

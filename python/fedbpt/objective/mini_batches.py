@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from fedbpt.engine.scorer import Scorer
 from fedbpt.errors import InputError
 from fedbpt.objective.objective import Objective
 from fedbpt.protocol.rounds import EvaluateRequest, RoundPlan
@@ -16,16 +17,20 @@ from fedbpt.tasks.rows import Row, batch_indices
 
 _NO_ROWS = np.zeros(0, dtype=np.intp)
 
-TEMPLATES_SHARE = 4
-"""Rows scored under all templates before the next rows: the scorer then reuses the KV of their common prefixes.
-
-At most the number of texts whose KV the native scorer caches (``kLatest`` in ``text_kv.cpp``).
-"""
+_MOST_TOGETHER = 32  # texts whose KV the native scorer caches (``kLatest`` in ``text_kv.cpp``)
+_BYTES_TOGETHER = 256 << 20  # of their KV (``kLatestBytes``)
+_LONG = 128  # tokens of a long text
 
 
-def parts_of(rows: NDArray[np.intp], n_templates: int) -> list[NDArray[np.intp]]:
-    """Split ``rows`` into parts so small that a scorer still holds their KV for the next template."""
-    size = TEMPLATES_SHARE if n_templates > 1 else max(len(rows), 1)
+def rows_together(scorer: Scorer) -> int:
+    """Number of rows to score under all templates before the next rows: as many as the scorer caches the KV of."""
+    bytes_per_token = 4 * scorer.n_layer * scorer.n_embd  # K and V in float16; less where heads share them
+    return min(max(_BYTES_TOGETHER // (_LONG * bytes_per_token), 4), _MOST_TOGETHER)
+
+
+def parts_of(rows: NDArray[np.intp], n_templates: int, scorer: Scorer) -> list[NDArray[np.intp]]:
+    """Split ``rows`` into parts so small that ``scorer`` still holds their KV for the next template."""
+    size = rows_together(scorer) if n_templates > 1 else max(len(rows), 1)
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 

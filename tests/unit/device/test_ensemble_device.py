@@ -8,8 +8,10 @@ import msgspec
 import numpy as np
 import pytest
 
+from fedbpt.device.device import Device
 from fedbpt.errors import InputError, ScoringInterrupted
 from fedbpt.objective.losses import LOSSES
+from fedbpt.objective.mini_batches import rows_together
 from fedbpt.objective.objective import Objective
 from fedbpt.objective.readout import loss_and_gradient, moments, word_ids
 from fedbpt.protocol.rounds import FitWork
@@ -17,7 +19,7 @@ from fedbpt.protocol.specs import Array, ObjectiveSpec, PromptSpec, Readout, Tem
 from fedbpt.tasks.task import label_word_ids, render_ids
 from tests.support.raises import raises
 from tests.support.toy_scorer import ToyScorer
-from tests.unit.device.test_device import LABELS, PROMPT, ROWS, TEMPLATE, device, plan, request, through_the_wire
+from tests.unit.device.test_device import LABELS, PROMPT, ROWS, TASK, TEMPLATE, device, plan, request, through_the_wire
 from tests.unit.device.test_local_fit import LATENT, N_WORDS, SPEC, rows_of
 
 OTHERS = (
@@ -173,7 +175,10 @@ def test_after_cancelling_between_templates_the_next_try_is_complete(stops_after
 
 def test_progress_never_ends_before_the_last_rows_and_ends_at_its_total() -> None:
     seen: list[tuple[int, int]] = []
-    device().run(asked(), lambda done, total: seen.append((done, total)))
+    scorer = ToyScorer()
+    many = 2 * rows_together(scorer)
+    busy = Device("pi5", scorer, [ROWS[i % len(ROWS)] for i in range(many)], ROWS, ROWS, task=TASK)
+    busy.run(asked(max_rows=many), lambda done, total: seen.append((done, total)))
     assert len(seen) > 2
     assert all(done < total for done, total in seen[:-1])
     assert seen[-1][0] == seen[-1][1]
