@@ -46,7 +46,6 @@ Row = tuple[str, str]
 
 METHODS = ("fedbpt", "tfidf", "minilm", "examples", "probe", "layers", "lora")
 STUDENT_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}
-TEST_ROWS = 500
 CONTEXT = 1024  # tokens of examples at most: more cost time, and a model of 135M gains nothing by them
 
 
@@ -204,6 +203,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--shots", type=int, nargs="+", default=[16, 64], help="training rows a class")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--test-rows", type=int, default=500)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--out", type=Path, help="a file for all figures, a JSON line each")
     parser.add_argument("--json", action="store_true", help="the closing JSON line alone")
@@ -225,7 +225,7 @@ def main() -> None:
     summary: dict[str, dict[str, float]] = {}
     for name in chosen:
         train, test = (read_rows(given.data / name / f"{part}.csv") for part in ("train", "test"))
-        test = [test[i] for i in generator(0, "test").permutation(len(test))[:TEST_ROWS]]
+        test = [test[i] for i in generator(0, "test").permutation(len(test))[: given.test_rows]]
         for shots in given.shots:
             found: dict[str, list[dict[str, Any]]] = {method: [] for method in given.methods}
             for seed in range(given.seeds):
