@@ -258,6 +258,8 @@ class Federation:
             await self._fit(fleet, "calibration")
         if state.reads_layers or (self.settings.baselines and self.settings.objective.readout_words):
             await self._fit(fleet, "probe")
+        if state.reads_layers and not state.searched and "dev_loss" not in ledger.metrics(state.closed):
+            await self._evaluate_live(state.closed, judges=False)
         self._emit(StageBegan(stage="search"))
         while True:
             # The last mean is evaluated with its final readout; before that only if it has to be judged.
@@ -389,10 +391,10 @@ class Federation:
 
     # --- evaluation ----------------------------------------------------------------------------------------------
 
-    async def _evaluate_live(self, round: int, final: bool = False) -> None:
+    async def _evaluate_live(self, round: int, final: bool = False, judges: bool = True) -> None:
         """Measure on ``dev`` rows what would be shipped now; devices that do not answer are left out."""
         if self._live is not None and self.settings.evaluate_every:
-            event = await self._live.measure(round, final)
+            event = await self._live.measure(round, final, judges)
             if event is not None:
                 self._emit(event)
 

@@ -22,7 +22,7 @@ from fedbpt.coordinator.ledger import RunLedger
 from fedbpt.coordinator.round_reports import cap_reports, evaluation_loss
 from fedbpt.errors import InputError, QuorumError
 from fedbpt.protocol.rounds import EvaluateReport, FitPurpose, RoundPlan, Work
-from fedbpt.runs.dev_figures import DEV_SECONDS, FINAL, metrics_of, scores_of
+from fedbpt.runs.dev_figures import DEV_SECONDS, FINAL, UNJUDGED, metrics_of, scores_of
 from fedbpt.runs.events import Evaluated
 from fedbpt.runs.result import BASELINES, NO_SCORE, AnyReadout, Score, Variants, variants
 
@@ -53,10 +53,11 @@ class LiveEvaluation:
         """The latest scores by variant; with ``patience``, those of the best mean so far."""
         return scores_of(*self._shown)
 
-    async def measure(self, round: int, final: bool = False) -> Evaluated | None:
+    async def measure(self, round: int, final: bool = False, judges: bool = True) -> Evaluated | None:
         """Evaluate, store the figures with ``round``, and judge the mean; None: no device has rows, or reported.
 
-        ``final``: the search is over, its readout fitted, and its mean judged.
+        ``final``: the search is over, its readout fitted, and its mean judged. ``judges``: False where the mean is
+        that of the last evaluation, and only the readout is new.
         """
         ledger = self._ledger
         if not any(member.info and member.info.n_dev for member in self._fleet.live):
@@ -68,11 +69,13 @@ class LiveEvaluation:
             return None
         names = list(found)
         judged = evaluation_loss(list(reports.values()), ledger.settings.row_cap, names.index(_judged(names)))
-        improved = final or ledger.state.judge(judged)
+        improved = final or not judges or ledger.state.judge(judged)
         if improved or not ledger.settings.patience or not self._shown[1]:
             self._shown = names, reports
         figures = metrics_of(*self._shown, generates=not ledger.task.labels)
-        figures |= {FINAL: 1.0} if final else {"judged_loss": judged, DEV_SECONDS: time.monotonic() - began}
+        figures |= {FINAL: 1.0} if final else {DEV_SECONDS: time.monotonic() - began}
+        if not final:
+            figures |= {"judged_loss": judged} if judges else {UNJUDGED: 1.0}
         ledger.store.record_metrics(ledger.run, round, figures)
         if not final:
             ledger.course.evaluated(ledger.state.searched, figures[DEV_SECONDS])

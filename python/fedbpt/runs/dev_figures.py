@@ -16,6 +16,9 @@ Metrics = Mapping[str, float]
 FINAL: Final = "dev_final"
 """Metric that marks the evaluation of the result, on which no decision was based."""
 
+UNJUDGED: Final = "dev_unjudged"
+"""Metric that marks an evaluation of a mean that was judged before: only its readout is new."""
+
 DEV_SECONDS: Final = "dev_seconds"
 """Metric: duration of an evaluation, with the fit of its readout."""
 
@@ -63,7 +66,8 @@ def judged_loss(metrics: Metrics) -> float | None:
 
     Earlier versions stored one loss, that of the calibrated prompt.
     """
-    return metrics.get("judged_loss", None if FINAL in metrics else metrics.get("dev_loss"))
+    decided = FINAL not in metrics and UNJUDGED not in metrics
+    return metrics.get("judged_loss", metrics.get("dev_loss") if decided else None)
 
 
 def dev_points(history: Mapping[int, Metrics], generates: bool) -> list[DevPoint]:

@@ -16,6 +16,7 @@ from fedbpt.coordinator.ledger import RunLedger
 from fedbpt.errors import ConfigError
 from fedbpt.protocol import codec
 from fedbpt.protocol.specs import LayerReadout
+from fedbpt.runs.dev_figures import judged_loss
 from fedbpt.runs.events import Evaluated, RoundClosed, RunStarted
 from fedbpt.runs.result import RunResult
 from fedbpt.runs.settings import RunSettings, stored_settings
@@ -133,8 +134,10 @@ def test_settings_that_exclude_hidden_states_have_the_identity_of_earlier_versio
 
 def test_on_the_way_the_readout_without_prompt_is_shown_and_the_prompt_is_judged(scene: LayerScene) -> None:
     result = scene.run(rounds=6, evaluate_every=2)
-    first, *later, last = scene.of(Evaluated)
+    first, fitted, *later, last = scene.of(Evaluated)
     assert (first.round, first.score) == (0, first.zero_shot)
+    assert fitted.score == fitted.stages["probe"]  # before the search, as the curve shows it
+    assert judged_loss({line.round: line.metrics for line in scene.store.history("r")}[fitted.round]) is None
     assert len(later) == 2
     for event in later:
         assert event.score == event.stages["probe"]
