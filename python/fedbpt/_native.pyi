@@ -102,10 +102,12 @@ class Engine:
         continuations: tuple[NDArray[np.int32], NDArray[np.int64]],
         layers: Sequence[int],
         kv_budget_bytes: int,
+        shifted: tuple[int, int, bool] | None = None,
     ) -> Plan:
         """Prepare N texts and their N·K continuations, each as ids [total] with offsets [n + 1].
 
-        ``label_ids`` None: the whole vocabulary. ``layers``: those that `score_states` returns, ascending.
+        ``label_ids`` None: the whole vocabulary. ``layers``: those that `score_states` returns, ascending. ``shifted``:
+        rows are added after these layers (first, number) at each text's last token, and if True at continuations.
 
         Arrays must be C-contiguous and are not converted. Raises `InputError`.
         """

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <optional>
+#include <tuple>
 
 #include "backends.h"
 #include "errors.h"
@@ -75,14 +76,21 @@ Ragged to_ragged(const RaggedArrays & sequences) {
     return { to_vector(sequences.first), to_vector(sequences.second) };
 }
 
+// First layer, number of layers, and whether the continuations' tokens are shifted too.
+using Shifted = std::tuple<int32_t, int32_t, bool>;
+
 std::unique_ptr<Plan> make_plan(const Engine & engine, const RaggedArrays & texts,
                                 const std::optional<IntArray> & label_ids, bool cue, const IntArray & prefix,
                                 const RaggedArrays & continuations, std::vector<int32_t> layers,
-                                uint64_t kv_budget_bytes) {
-    return std::make_unique<Plan>(engine.model, to_ragged(texts), cue ? Placement::cue : Placement::front,
-                                  to_vector(prefix), !label_ids,
-                                  label_ids ? to_vector(*label_ids) : std::vector<llama_token>(),
-                                  to_ragged(continuations), std::move(layers), kv_budget_bytes);
+                                uint64_t kv_budget_bytes, const std::optional<Shifted> & shifted) {
+    const auto [first, n, continued] = shifted.value_or(Shifted{});
+    return std::make_unique<Plan>(
+        engine.model, to_ragged(texts),
+        shifted ? Placement::shift
+        : cue   ? Placement::cue
+                : Placement::front,
+        to_vector(prefix), !label_ids, label_ids ? to_vector(*label_ids) : std::vector<llama_token>(),
+        to_ragged(continuations), std::move(layers), kv_budget_bytes, ShiftedLayers{ first, n, continued });
 }
 
 void score_into(Engine & engine, Plan & plan, const LongArray & which, const FloatArray & embeds, FloatArray & logits,
@@ -167,7 +175,8 @@ void register_scorer(py::module_ & module) {
         .def("token_embeddings", &token_embeddings, py::arg("ids").noconvert(), "float32 [n, n_embd]")
         .def("plan", &make_plan, py::arg("texts").noconvert(), py::arg("label_ids").noconvert(), py::arg("cue"),
              py::arg("prefix").noconvert(), py::arg("continuations").noconvert(), py::arg("layers"),
-             py::arg("kv_budget_bytes"), "texts and continuations: (int32 [total], int64 offsets [n + 1])")
+             py::arg("kv_budget_bytes"), py::arg("shifted") = py::none(),
+             "texts and continuations: (int32 [total], int64 offsets [n + 1])")
         .def("score", &score, py::arg("plan"), py::arg("which").noconvert(), py::arg("embeds").noconvert(),
              "which int64 [n], embeds float32 [n_candidates, n_prompt, n_embd] -> float32 [n_candidates, n, "
              "n_continuations + n_labels]")

@@ -1,6 +1,7 @@
 // The two placements of the scorer: which tokens of which sequences go through llama_decode.
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 #include <string>
 #include <tuple>
@@ -219,8 +220,23 @@ void Scorer::restore_texts(const Request & request, const Pack & pack, size_t sl
     }
 }
 
-// prefix | text, with its last n_prompt embeddings replaced | continuations. Each text has a sequence per candidate and
-// branch.
+// Places the candidate's rows from `pos` on in the sequences seqs_.
+void Scorer::set_prompt(const Request & request, size_t candidate, llama_pos pos) {
+    const float * rows = rows_of(request, candidate);
+    if (request.plan.placement() == Placement::cue) {
+        llama_soft_prompt_set(session_.context(), seqs_.front(), pos, static_cast<int32_t>(request.n_prompt), rows);
+        return;
+    }
+    const ShiftedLayers & shifted = request.plan.shifted();
+    const llama_pos end = shifted.continued ? std::numeric_limits<llama_pos>::max() : pos + 1;
+    for (const llama_seq_id seq : seqs_) {
+        llama_soft_prompt_set_shift(session_.context(), seq, pos, end, shifted.first,
+                                    request.n_prompt > 0 ? shifted.n : 0, rows);
+    }
+}
+
+// prefix | text, with its last n_prompt embeddings replaced or its last token shifted | continuations. Each text has a
+// sequence per candidate and branch.
 void Scorer::score_cue(const Request & request, const Pack & pack, size_t together, float * out) {
     llama_memory_t memory = session_.memory();
     const size_t n_tail = request.n_tail();
@@ -244,8 +260,7 @@ void Scorer::score_cue(const Request & request, const Pack & pack, size_t togeth
             for (size_t c = group.first; c < group.last; ++c) {
                 seqs_.resize(n_branches);
                 std::iota(seqs_.begin(), seqs_.end(), seq_of(i, (c - group.first) * n_branches));
-                llama_soft_prompt_set(session_.context(), seqs_.front(), pos0, static_cast<int32_t>(request.n_prompt),
-                                      rows_of(request, c));
+                set_prompt(request, c, pos0);
                 for (size_t j = 0; j < n_tail; ++j) {
                     batch_.add(ids[j], pos0 + static_cast<llama_pos>(j), seqs_.data(), n_branches,
                                j + 1 == n_tail ? request.output_of(c, i) : Batch::kNone);

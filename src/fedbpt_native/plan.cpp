@@ -21,10 +21,11 @@ void check_spans(const Ragged & sequences, const char * what) {
 
 Plan::Plan(std::shared_ptr<const Model> model, Ragged texts, Placement placement, std::vector<llama_token> prefix,
            bool all_labels, std::vector<llama_token> label_ids, Ragged continuations, std::vector<int32_t> layers,
-           uint64_t kv_budget_bytes)
+           uint64_t kv_budget_bytes, ShiftedLayers shifted)
     : model_(std::move(model)),
       texts_(std::move(texts)),
       placement_(placement),
+      shifted_(shifted),
       prefix_(std::move(prefix)),
       all_labels_(all_labels),
       label_ids_(std::move(label_ids)),
@@ -53,6 +54,11 @@ Plan::Plan(std::shared_ptr<const Model> model, Ragged texts, Placement placement
             throw InputError("layers must ascend, got " + std::to_string(layers_[i]) + " after " +
                              std::to_string(layers_[i - 1]));
         }
+    }
+    if (placement_ == Placement::shift &&
+        (shifted_.first < 0 || shifted_.n < 1 || shifted_.first + shifted_.n > n_layers)) {
+        throw InputError("layer must be from 0 to " + std::to_string(n_layers - 1) + ", got " +
+                         std::to_string(shifted_.first));
     }
     for (const llama_token id : prefix_) {
         model_->check_token(id, "prefix token id");
@@ -99,6 +105,10 @@ size_t Plan::n_steps(size_t i) const {
 void Plan::check_rows(size_t i, size_t n_prompt) const {
     const std::string name = "text " + std::to_string(i) + " has " + std::to_string(length(i)) + " tokens";
 
+    if (placement_ == Placement::shift && n_prompt != 0 && n_prompt != static_cast<size_t>(shifted_.n)) {
+        throw InputError("embeds must have one row for each of " + std::to_string(shifted_.n) + " layers, got " +
+                         std::to_string(n_prompt));
+    }
     if (placement_ == Placement::cue && length(i) < n_prompt) {
         throw InputError(name + ", fewer than the " + std::to_string(n_prompt) +
                          " rows of its cue: use fewer rows or a longer cue");

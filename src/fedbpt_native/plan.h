@@ -9,7 +9,14 @@
 
 namespace fedbpt {
 
-enum class Placement { front, cue };
+// front, cue: rows replace embeddings. shift: they are added to the states after layers, from the text's last token on.
+enum class Placement { front, cue, shift };
+
+// For Placement::shift: the layers whose output the rows are added to, and whether at the continuations' tokens too.
+struct ShiftedLayers {
+    int32_t first = 0, n = 0;
+    bool continued = false;
+};
 
 // Concatenated token sequences: sequence i is ids[offsets[i] .. offsets[i + 1]).
 struct Ragged {
@@ -32,13 +39,16 @@ public:
     // the context, no such layer.
     Plan(std::shared_ptr<const Model> model, Ragged texts, Placement placement, std::vector<llama_token> prefix,
          bool all_labels, std::vector<llama_token> label_ids, Ragged continuations, std::vector<int32_t> layers,
-         uint64_t kv_budget_bytes);
+         uint64_t kv_budget_bytes, ShiftedLayers shifted = {});
 
     bool is_for(const Model & model) const { return model_.get() == &model; }
     size_t n_texts() const { return texts_.size(); }
     size_t length(size_t i) const { return texts_.length(i); }
     const llama_token * text(size_t i) const { return texts_[i]; }
     Placement placement() const { return placement_; }
+    const ShiftedLayers & shifted() const { return shifted_; }
+    // tokens computed per candidate: those replaced by rows; else the last one, which yields the logits
+    size_t n_tail(size_t n_prompt) const { return placement_ == Placement::shift || n_prompt == 0 ? 1 : n_prompt; }
     const std::vector<llama_token> & prefix() const { return prefix_; }
 
     bool all_labels() const { return all_labels_; }
@@ -89,6 +99,7 @@ private:
     std::shared_ptr<const Model> model_;
     Ragged texts_;
     Placement placement_;
+    ShiftedLayers shifted_;
     std::vector<llama_token> prefix_;
     bool all_labels_;
     std::vector<llama_token> label_ids_;

@@ -217,7 +217,7 @@ void Scorer::run_alike(const Request & request, float * out) {
     llama_soft_prompt_set_taps(session_.context(), layers.data(),
                                request.states != nullptr ? static_cast<int32_t>(layers.size()) : 0);
 
-    if (request.plan.placement() == Placement::cue) {
+    if (request.plan.placement() != Placement::front) {
         request.plan.keep_for_tail(request.n_tail());
         for (const Pack & pack : packs) {
             score_cue(request, pack, together, out);
@@ -281,6 +281,11 @@ void Scorer::decode(const Request & request, float * out) {
             throw std::runtime_error("the context has too few KV cells: please report this");
         }
 
+        if (!llama_soft_prompt_shifted(session_.context())) {
+            throw UnsupportedModelError(
+                "the hidden states of this model's layers cannot be shifted, as llama.cpp's graph does not mark its "
+                "layer outputs: use placement \"cue\"");
+        }
         if (!whole) {
             llama_synchronize(session_.context());
         }

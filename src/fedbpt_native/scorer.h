@@ -56,8 +56,7 @@ private:
 
         size_t length(size_t i) const { return plan.length(static_cast<size_t>(which[i])); }
         const llama_token * text(size_t i) const { return plan.text(static_cast<size_t>(which[i])); }
-        // tokens computed per candidate: those replaced by rows; without rows the last token, which yields the logits
-        size_t n_tail() const { return n_prompt > 0 ? n_prompt : 1; }
+        size_t n_tail() const { return plan.n_tail(n_prompt); }
         // tokens before the rows, or before the last token
         size_t head_of(size_t i) const { return plan.prefix().size() + length(i) - n_tail(); }
 
@@ -94,6 +93,7 @@ private:
     void score_front(const Request & request, const Pack & pack, const Group & group, bool first_pack, float * out);
     void add_continuations(const Request & request, size_t candidate, size_t i, const llama_seq_id * seqs,
                            llama_pos pos);
+    void set_prompt(const Request & request, size_t candidate, llama_pos pos);
     void score_cue(const Request & request, const Pack & pack, size_t together, float * out);
 
     const float * rows_of(const Request & request, size_t candidate) const {

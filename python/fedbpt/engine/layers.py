@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.errors import InputError
+from fedbpt.protocol.specs import Placement
 
 
 def default_layers(n_layer: int) -> tuple[int, ...]:
@@ -29,6 +30,25 @@ def check_layers(layers: Sequence[int], n_layer: int) -> tuple[int, ...]:
     if sorted(set(numbers)) != list(numbers):
         raise InputError(f"layers must ascend, got {list(numbers)}", field="layers")
     return numbers
+
+
+def shifted_layers(placement: Placement, layer: int | None, n_layer: int) -> tuple[int, int, bool] | None:
+    """First layer, number of layers, and whether later tokens are shifted too; None: rows replace embeddings.
+
+    Raises `InputError` for ``layer`` without placement ``layer`` or the reverse, or no such layer.
+    """
+    if (placement == "layer") != (layer is not None):
+        raise InputError(
+            f"placement {placement!r} does not fit layer {layer}: give a layer for placement 'layer' and no other",
+            field="layer",
+        )
+    if placement == "layers":
+        return 0, n_layer, True
+    if layer is None:
+        return None
+    if not 0 <= layer < n_layer:
+        raise InputError(f"layer must be within 0 and {n_layer - 1}, got {layer}", field="layer", limit=n_layer - 1)
+    return layer, 1, False
 
 
 def normalized(states: NDArray[np.floating]) -> NDArray[np.float64]:

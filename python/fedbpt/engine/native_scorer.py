@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from fedbpt import models
 from fedbpt.argument_types import as_array, checked
 from fedbpt.checking import printable, utf8
-from fedbpt.engine.layers import check_layers
+from fedbpt.engine.layers import check_layers, shifted_layers
 from fedbpt.engine.native_generator import NativeGenerator
 from fedbpt.engine.token_arrays import flat_continuations, prompt_rows, ragged, token_ids
 from fedbpt.errors import InputError, ModelWarning
@@ -286,6 +286,7 @@ class NativeScorer:
         *,
         continuations: Sequence[Sequence[ArrayLike]] | None = None,
         layers: Sequence[int] | None = None,
+        layer: int | None = None,
         keep_kv: bool = True,
     ) -> NativePlan:
         """Prepare a data set for repeated scoring.
@@ -304,6 +305,7 @@ class NativeScorer:
                 log-probabilities, in nats, come before the logits; ``label_ids`` None then means no logits.
             layers: layers whose hidden states `NativePlan.states` returns, ascending from 0; None: none. With them,
                 ``label_ids`` may be empty: no logits.
+            layer: for placement ``layer``: the one to whose output the row is added, from 0.
             keep_kv: False for a single pass over the texts: their KV is not kept.
 
         Raises:
@@ -319,6 +321,7 @@ class NativeScorer:
             label_ids = []
         labels = None if label_ids is None else token_ids(label_ids, "label_ids")
         chosen_layers = () if layers is None else check_layers(layers, self.n_layer)
+        shifted = shifted_layers(placement, layer, self.n_layer)
         with self._files.unchanged():
             plan = self._engine.plan(
                 ids,
@@ -328,6 +331,7 @@ class NativeScorer:
                 follow,
                 list(chosen_layers),
                 self.kv_budget_bytes if keep_kv else 0,
+                shifted,
             )
         return NativePlan(self, plan, chosen_layers)
 
@@ -340,6 +344,7 @@ class NativeScorer:
         label_ids: ArrayLike | None = None,
         placement: Placement = "front",
         prefix: ArrayLike | None = None,
+        layer: int | None = None,
     ) -> NDArray[np.float32]:
         """Logits [n_candidates, len(tokens), n_labels] at each text's last position under each candidate prompt.
 
@@ -349,8 +354,11 @@ class NativeScorer:
                 may be 0: no soft prompt.
             label_ids: token ids whose logits to return; None: all n_vocab.
             placement: ``front``: prefix, then the rows, then the text. ``cue``: prefix, then the text, with the
-                rows in place of the text's last n_prompt tokens.
+                rows in place of the text's last n_prompt tokens. ``layer``: the one row is added to the output of
+                ``layer`` at the text's last token. ``layers``: n_layer rows, each added to the output of its layer, at
+                the text's last token and those of continuations. Zeros are no prompt, bit for bit.
             prefix: token ids before everything, shared by all texts (BOS, an instruction).
+            layer: for placement ``layer``, from 0.
 
         A candidate's logits do not depend on other candidates or earlier calls, and are reproducible bit for bit.
 
@@ -360,7 +368,7 @@ class NativeScorer:
             ScoringInterrupted: `interrupt` was called.
             KeyboardInterrupt: Ctrl-C, after at most one graph.
         """
-        return self.compile(tokens, label_ids, placement, prefix, keep_kv=False).score(embeds)
+        return self.compile(tokens, label_ids, placement, prefix, layer=layer, keep_kv=False).score(embeds)
 
     @cached_property
     def generator(self) -> NativeGenerator:

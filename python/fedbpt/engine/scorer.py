@@ -106,6 +106,7 @@ class Scorer(Protocol):
         *,
         continuations: Sequence[Sequence[ArrayLike]] | None = None,
         layers: Sequence[int] | None = None,
+        layer: int | None = None,
         keep_kv: bool = True,
     ) -> Plan:
         """Prepare a data set for repeated scoring; arguments as for `score_with_soft_prompt`.
@@ -124,6 +125,7 @@ class Scorer(Protocol):
         label_ids: ArrayLike | None = None,
         placement: Placement = "front",
         prefix: ArrayLike | None = None,
+        layer: int | None = None,
     ) -> NDArray[np.float32]:
         """Logits [n_candidates, len(tokens), n_labels] at each text's last position under each candidate prompt.
 
@@ -133,7 +135,9 @@ class Scorer(Protocol):
                 may be 0: no soft prompt.
             label_ids: token ids whose logits to return; None: all n_vocab.
             placement: ``front``: prefix, then the rows, then the text. ``cue``: prefix, then the text, with the
-                rows in place of the text's last n_prompt tokens.
+                rows in place of the text's last n_prompt tokens. ``layer``: the one row is added to the output of
+                ``layer`` at the text's last token. ``layers``: n_layer rows, each added to the output of its layer, at
+                the text's last token and those of continuations.
             prefix: token ids before everything, shared by all texts (BOS, an instruction).
 
         Raises:

@@ -18,7 +18,7 @@ from fedbpt.argument_types import StructMeta, check_fields
 from fedbpt.errors import WireError
 from fedbpt.quantities import Length, NaturalInt, PositiveFloat, PositiveInt, Scale
 
-Placement: TypeAlias = Literal["front", "cue"]
+Placement: TypeAlias = Literal["front", "cue", "layer", "layers"]
 PromptPlace: TypeAlias = Literal["front", "first", "cue"]
 Dtype: TypeAlias = Literal["<f2", "<f4", "<f8"]
 LossName: TypeAlias = Literal["cross_entropy", "hinge", "nll"]

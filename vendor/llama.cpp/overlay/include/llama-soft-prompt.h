@@ -22,6 +22,23 @@ LLAMA_API void llama_soft_prompt_set(
                      int32_t   n_rows,
                  const float * rows);
 
+// From the next llama_decode on, rows[n_layers][n_embd] are added to the hidden states of sequence `seq_id` at positions pos0 .. pos1 - 1:
+// row i to the output of layer `layer` + i (from 0), before the next layer reads it. A token in several sequences gets the shift of the
+// first of them that has one. Each sequence has one shift; n_layers = 0 removes it. Otherwise as llama_soft_prompt_set. Rows of zeros
+// change no bit.
+LLAMA_API void llama_soft_prompt_set_shift(
+        struct llama_context * ctx,
+                llama_seq_id   seq_id,
+                   llama_pos   pos0,
+                   llama_pos   pos1,
+                     int32_t   layer,
+                     int32_t   n_layers,
+                 const float * rows);
+
+// False if the last llama_decode has left out shifts, since this architecture's graph does not mark its layer outputs.
+LLAMA_API bool llama_soft_prompt_shifted(const struct llama_context * ctx);
+
+// Removes all rows and shifts.
 LLAMA_API void llama_soft_prompt_clear(struct llama_context * ctx);
 
 // llama_model_load_from_file for scoring with label heads: the output matrix stays in the mapped file, from which the rows of label

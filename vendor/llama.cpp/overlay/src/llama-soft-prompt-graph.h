@@ -21,7 +21,7 @@ class  llm_graph_result;
 class  llm_graph_input_i;
 struct llm_graph_context;
 
-// Table (sequence, position) -> row. Shared by a context and the graph parameters copied from it.
+// Tables (sequence, position) -> row and (sequence, positions, layers) -> rows to add. Shared by a context and the graph parameters copied from it.
 class llama_soft_prompt {
 public:
     void set(llama_seq_id seq_id, llama_pos pos0, int32_t n_rows, const float * rows);
@@ -31,6 +31,27 @@ public:
     const float * find(const llama_ubatch & ubatch, uint32_t i, int64_t n_embd) const;
 
     bool touches(const llama_ubatch & ubatch) const;
+
+    // --- shifts ---
+
+    struct shift {
+        llama_pos     pos0     = 0;
+        llama_pos     pos1     = 0;  // exclusive
+        int32_t       layer    = 0;  // the first one
+        int32_t       n_layers = 0;  // 0: no shift
+        const float * rows     = nullptr;
+    };
+
+    void set_shift(llama_seq_id seq_id, const shift & shift);
+
+    // The shift of token i of the ubatch, or nullptr.
+    const shift * find_shift(const llama_ubatch & ubatch, uint32_t i) const;
+
+    // The shifts in the ubatch, each once, in their tokens' order.
+    std::vector<const shift *> shifts_of(const llama_ubatch & ubatch) const;
+
+    // whether the last graph has added all shifts of its ubatch
+    bool shifted = true;
 
     bool row_attention = false;
     bool keeps_masked_cells = false;
@@ -68,8 +89,10 @@ private:
         const float * rows   = nullptr;
     };
 
-    std::array<run, LLAMA_MAX_SEQ> runs {};
-    bool any = false;
+    std::array<run,   LLAMA_MAX_SEQ> runs {};
+    std::array<shift, LLAMA_MAX_SEQ> shifts {};
+    bool any       = false;
+    bool any_shift = false;
 
     const ggml_tensor      * output = nullptr;
     std::vector<llama_token> labels;
@@ -94,9 +117,9 @@ ggml_tensor * llama_soft_prompt_build(
         const llama_ubatch  & ubatch,
         ggml_tensor         * embd);
 
-// Called with the output cur [n_embd, n_tokens, or n_outputs after the last layer] of layer il. If the layer is tapped, its rows for the
-// outputs become an output of the graph.
-void llama_soft_prompt_layer(const llm_graph_context & graph, ggml_tensor * cur, int il);
+// Called with the output cur [n_embd, n_tokens, or n_outputs after the last layer] of layer il. Returns it with the ubatch's shifts of this
+// layer added. If the layer is tapped, its rows for the outputs become an output of the graph.
+ggml_tensor * llama_soft_prompt_layer(const llm_graph_context & graph, ggml_tensor * cur, int il);
 
 // the label head in place of the output matrix; w itself for other matrices
 ggml_tensor * llama_soft_prompt_output(

@@ -17,6 +17,7 @@
 #include <cstring>
 #include <memory>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 //
@@ -54,8 +55,46 @@ void llama_soft_prompt::set(llama_seq_id seq_id, llama_pos pos0, int32_t n_rows,
 }
 
 void llama_soft_prompt::clear() {
-    runs = {};
-    any  = false;
+    runs      = {};
+    shifts    = {};
+    any       = false;
+    any_shift = false;
+}
+
+void llama_soft_prompt::set_shift(llama_seq_id seq_id, const shift & given) {
+    GGML_ASSERT(seq_id >= 0 && seq_id < LLAMA_MAX_SEQ);
+    GGML_ASSERT(given.n_layers == 0 || given.rows != nullptr);
+
+    shifts[seq_id] = given;
+    any_shift = std::any_of(shifts.begin(), shifts.end(), [](const shift & s) { return s.n_layers > 0; });
+}
+
+const llama_soft_prompt::shift * llama_soft_prompt::find_shift(const llama_ubatch & ubatch, uint32_t i) const {
+    const llama_pos pos = ubatch.pos[i];
+
+    for (int32_t s = 0; s < ubatch.n_seq_id[i]; ++s) {
+        const shift & found = shifts[ubatch.seq_id[i][s]];
+        if (found.n_layers > 0 && pos >= found.pos0 && pos < found.pos1) {
+            return &found;
+        }
+    }
+
+    return nullptr;
+}
+
+std::vector<const llama_soft_prompt::shift *> llama_soft_prompt::shifts_of(const llama_ubatch & ubatch) const {
+    std::vector<const shift *> found;
+    if (!any_shift || !ubatch.token || !ubatch.seq_id) {
+        return found;
+    }
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        const shift * own = find_shift(ubatch, i);
+        const auto same = [&](const shift * other) { return other->rows == own->rows; };
+        if (own && std::none_of(found.begin(), found.end(), same)) {
+            found.push_back(own);
+        }
+    }
+    return found;
 }
 
 const float * llama_soft_prompt::find(const llama_ubatch & ubatch, uint32_t i, int64_t n_embd) const {
@@ -155,12 +194,38 @@ bool llama_soft_prompt::take_logits(const ggml_tensor * logits, int64_t n_before
 
 namespace {
 
+// Shifts of a ubatch are rows of one table per layer: row 0 is zero, for the other tokens. The table has room for a power of two of
+// rows, so that a graph is reused for another number of candidates.
+struct shift_shape {
+    int32_t  first  = 0; // layers
+    int32_t  last   = 0; // exclusive; none: equal to first
+    uint32_t n_rows = 0;
+
+    explicit shift_shape(const std::vector<const llama_soft_prompt::shift *> & shifts) {
+        if (shifts.empty()) {
+            return;
+        }
+        first = shifts.front()->layer;
+        for (const auto * shift : shifts) {
+            first = std::min(first, shift->layer);
+            last  = std::max(last, shift->layer + shift->n_layers);
+        }
+        for (n_rows = 2; n_rows < shifts.size() + 1;) {
+            n_rows *= 2;
+        }
+    }
+
+    bool operator==(const shift_shape & other) const {
+        return first == other.first && last == other.last && n_rows == other.n_rows;
+    }
+};
+
 // Without soft rows both tensors are null: the input then adds no node, and only prevents the reuse of its graph for a
-// ubatch with soft rows, or for other taps.
+// ubatch with soft rows or shifts, or for other taps.
 class llm_graph_input_soft_prompt : public llm_graph_input_i {
 public:
-    llm_graph_input_soft_prompt(std::shared_ptr<llama_soft_prompt> table, float scale)
-        : table(std::move(table)), inv_scale(1.0f/scale), n_labels(this->table->n_labels()), has_head(this->table->label_head() != nullptr),
+    llm_graph_input_soft_prompt(std::shared_ptr<llama_soft_prompt> table, float scale, const llama_ubatch & ubatch)
+        : shape(table->shifts_of(ubatch)), table(std::move(table)), inv_scale(1.0f/scale), n_labels(this->table->n_labels()), has_head(this->table->label_head() != nullptr),
           text_length(this->table->text_length), taps(this->table->taps), tapped(taps.size()) {
         this->table->building = this;
     }
@@ -173,6 +238,7 @@ public:
 
     void set_input(const llama_ubatch * ubatch) override {
         table->run_taps(tapped);
+        set_shifts(*ubatch);
         if (!keep) {
             return;
         }
@@ -206,10 +272,77 @@ public:
 
         // the label head and the text's length are compared here too: no other input of the graph does
         return had == want && (!had || keep->ne[1] == (int64_t) params.ubatch.n_tokens) &&
+            shape == shift_shape(table->shifts_of(params.ubatch)) && (!shift_ids || shift_ids->ne[0] == (int64_t) params.ubatch.n_tokens) &&
             n_labels == table->n_labels() && has_head == (table->label_head() != nullptr) && text_length == table->text_length && taps == table->taps;
     }
 
-    void layer(const llm_graph_context & graph, ggml_tensor * cur, int il) {
+    ggml_tensor * layer(const llm_graph_context & graph, ggml_tensor * cur, int il) {
+        cur = shifted(graph, cur, il);
+        tap(graph, cur, il);
+        return cur;
+    }
+
+    ggml_tensor * keep = nullptr; // F32 [1,      n_tokens]
+    ggml_tensor * soft = nullptr; // F32 [n_embd, n_tokens]
+
+private:
+    ggml_tensor * shifted(const llm_graph_context & graph, ggml_tensor * cur, int il) {
+        if (il < shape.first || il >= shape.last) {
+            return cur;
+        }
+        if (!shift_ids) {
+            shift_ids = ggml_new_tensor_1d(graph.ctx0, GGML_TYPE_I32, graph.n_tokens);
+            ggml_set_name(shift_ids, "soft_prompt_shift_ids");
+            ggml_set_input(shift_ids);
+        }
+        ggml_tensor * rows = ggml_new_tensor_2d(graph.ctx0, GGML_TYPE_F32, cur->ne[0], shape.n_rows);
+        ggml_format_name(rows, "soft_prompt_shift-%d", il);
+        ggml_set_input(rows);
+        shift_rows.emplace_back(il, rows);
+
+        ggml_tensor * of_tokens = ggml_get_rows(graph.ctx0, rows, shift_ids);
+        if (cur->ne[1] != graph.n_tokens) { // in most architectures the last layer has dropped all tokens but the outputs
+            if (!out_ids) {
+                out_ids = graph.build_inp_out_ids();
+            }
+            of_tokens = ggml_get_rows(graph.ctx0, of_tokens, out_ids);
+        }
+        return ggml_add(graph.ctx0, cur, of_tokens);
+    }
+
+    void set_shifts(const llama_ubatch & ubatch) {
+        table->shifted = (int64_t) shift_rows.size() == shape.last - shape.first;
+        if (!shift_ids) {
+            return;
+        }
+        const auto shifts = table->shifts_of(ubatch);
+
+        buf_ids.assign(ubatch.n_tokens, 0);
+        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+            const auto * own = table->find_shift(ubatch, i);
+            for (size_t row = 0; own && row < shifts.size(); ++row) {
+                if (shifts[row]->rows == own->rows) {
+                    buf_ids[i] = (int32_t) row + 1;
+                    break;
+                }
+            }
+        }
+        ggml_backend_tensor_set(shift_ids, buf_ids.data(), 0, ggml_nbytes(shift_ids));
+
+        for (const auto & [il, rows] : shift_rows) {
+            const int64_t n_embd = rows->ne[0];
+            buf_soft.assign(n_embd*rows->ne[1], 0.0f);
+            for (size_t row = 0; row < shifts.size(); ++row) {
+                const int32_t at = il - shifts[row]->layer;
+                if (at >= 0 && at < shifts[row]->n_layers) {
+                    std::copy_n(shifts[row]->rows + at*n_embd, n_embd, buf_soft.data() + (row + 1)*n_embd);
+                }
+            }
+            ggml_backend_tensor_set(rows, buf_soft.data(), 0, ggml_nbytes(rows));
+        }
+    }
+
+    void tap(const llm_graph_context & graph, ggml_tensor * cur, int il) {
         const auto tap = std::find(taps.begin(), taps.end(), il);
         if (tap == taps.end() || graph.n_outputs == 0) {
             return;
@@ -229,10 +362,7 @@ public:
         tapped[tap - taps.begin()] = cur;
     }
 
-    ggml_tensor * keep = nullptr; // F32 [1,      n_tokens]
-    ggml_tensor * soft = nullptr; // F32 [n_embd, n_tokens]
-
-private:
+    const shift_shape shape;
     const std::shared_ptr<llama_soft_prompt> table;
     const float  inv_scale;
     const size_t n_labels;
@@ -243,6 +373,10 @@ private:
     std::vector<ggml_tensor *> tapped;            // F32 [n_embd, n_outputs] each
     ggml_tensor              * out_ids = nullptr; // I32 [n_outputs]
 
+    ggml_tensor * shift_ids = nullptr;                      // I32 [n_tokens]
+    std::vector<std::pair<int, ggml_tensor *>> shift_rows;  // layer, F32 [n_embd, n_rows]
+
+    std::vector<int32_t> buf_ids;
     std::vector<float> buf_keep;
     std::vector<float> buf_soft;
 };
@@ -287,7 +421,7 @@ ggml_tensor * llama_soft_prompt_build(
         const llama_cparams & cparams,
         const llama_ubatch  & ubatch,
         ggml_tensor         * embd) {
-    auto inp = std::make_unique<llm_graph_input_soft_prompt>(cparams.soft_prompt, embedding_scale(arch, hparams));
+    auto inp = std::make_unique<llm_graph_input_soft_prompt>(cparams.soft_prompt, embedding_scale(arch, hparams), ubatch);
 
     ggml_tensor * cur = embd;
 
@@ -308,11 +442,9 @@ ggml_tensor * llama_soft_prompt_build(
     return cur;
 }
 
-void llama_soft_prompt_layer(const llm_graph_context & graph, ggml_tensor * cur, int il) {
-    const auto & table = graph.cparams.soft_prompt;
-    if (!table->taps.empty() && table->building) {
-        static_cast<llm_graph_input_soft_prompt *>(table->building)->layer(graph, cur, il);
-    }
+ggml_tensor * llama_soft_prompt_layer(const llm_graph_context & graph, ggml_tensor * cur, int il) {
+    llm_graph_input_i * building = graph.cparams.soft_prompt->building;
+    return building ? static_cast<llm_graph_input_soft_prompt *>(building)->layer(graph, cur, il) : cur;
 }
 
 ggml_tensor * llama_soft_prompt_output(ggml_context * ctx0, llm_graph_result * res, const llama_cparams & cparams, ggml_tensor * w) {
@@ -341,6 +473,15 @@ void llama_soft_prompt_attention(ggml_tensor * node, const llama_cparams & cpara
 
 void llama_soft_prompt_set(llama_context * ctx, llama_seq_id seq_id, llama_pos pos0, int32_t n_rows, const float * rows) {
     ctx->get_cparams().soft_prompt->set(seq_id, pos0, n_rows, rows);
+}
+
+void llama_soft_prompt_set_shift(
+        llama_context * ctx, llama_seq_id seq_id, llama_pos pos0, llama_pos pos1, int32_t layer, int32_t n_layers, const float * rows) {
+    ctx->get_cparams().soft_prompt->set_shift(seq_id, { pos0, pos1, layer, n_layers, rows });
+}
+
+bool llama_soft_prompt_shifted(const llama_context * ctx) {
+    return ctx->get_cparams().soft_prompt->shifted;
 }
 
 void llama_soft_prompt_clear(llama_context * ctx) {
