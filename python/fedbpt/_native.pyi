@@ -46,8 +46,12 @@ class Generator:
         top_p: float,
         top_k: int,
         seed: int,
+        shifted: tuple[int, int, bool] | None,
     ) -> Stream:
         """Begin a text of ids [n]; from ``rows_at`` on, ``rows`` [n_rows, n_embd] replace their embeddings.
+
+        ``shifted``: instead, they are added to the outputs of these layers (first, number) at token ``rows_at`` and, if
+        True, at all later ones.
 
         Raises `InputError`.
         """

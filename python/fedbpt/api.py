@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 import numpy as np
+from msgspec import UNSET
 
 from fedbpt.argument_types import DataclassMeta, check_fields, checked
 from fedbpt.coordinator.curves import curves_of
@@ -243,9 +244,9 @@ def make_prompt(scorer: Scorer, task: Task, result: RunResult) -> Prompt:
         PromptError: ``scorer`` is not the model that the run tuned.
     """
     require_model_of_run(scorer, result)
-    spec = result.settings.prompt
+    spec = result.prompt
     if result.shipped and not result.latent.any():
-        spec = msgspec.structs.replace(spec, placement="cue", n_prompt=1)  # where z = 0 is exactly no prompt
+        spec = msgspec.structs.replace(spec, placement="cue", n_prompt=1, shift=UNSET)  # z = 0 is exactly no prompt
     objective = result.settings.objective
     # Any row will do, because the prompt depends only on the template and the model.
     made = Objective(scorer, result.template, task.labels, [("x", 0 if task.labels else "x")], objective, spec)

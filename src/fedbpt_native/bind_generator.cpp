@@ -2,6 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+#include <tuple>
+
 #include "generator.h"
 
 namespace py = pybind11;
@@ -14,8 +17,13 @@ using IntArray = py::array_t<int32_t, py::array::c_style>;
 using FloatArray = py::array_t<float, py::array::c_style>;
 
 std::unique_ptr<Generator::Stream> open(Generator & generator, const IntArray & ids, const FloatArray & rows,
-                                        size_t rows_at, float temperature, float top_p, int32_t top_k, uint32_t seed) {
-    Input input{ { ids.data(), ids.data() + ids.size() }, { rows.data(), rows.data() + rows.size() }, rows_at };
+                                        size_t rows_at, float temperature, float top_p, int32_t top_k, uint32_t seed,
+                                        const std::optional<std::tuple<int32_t, int32_t, bool>> & shifted) {
+    const auto [first, n, continued] = shifted.value_or(std::tuple<int32_t, int32_t, bool>{});
+    Input input{ { ids.data(), ids.data() + ids.size() },
+                 { rows.data(), rows.data() + rows.size() },
+                 rows_at,
+                 { first, n, continued } };
     py::gil_scoped_release release;
     return generator.open(std::move(input), { temperature, top_p, top_k, seed });
 }
@@ -78,8 +86,8 @@ void register_generator(py::module_ & module) {
 
     generator
         .def("open", &open, py::arg("ids").noconvert(), py::arg("rows").noconvert(), py::arg("rows_at"),
-             py::arg("temperature"), py::arg("top_p"), py::arg("top_k"), py::arg("seed"), py::keep_alive<0, 1>(),
-             "ids int32 [n], rows float32 [n_rows, n_embd]")
+             py::arg("temperature"), py::arg("top_p"), py::arg("top_k"), py::arg("seed"), py::arg("shifted"),
+             py::keep_alive<0, 1>(), "ids int32 [n], rows float32 [n_rows, n_embd]")
         .def("next", &next, py::arg("stream"), py::arg("n_likeliest"),
              "(id, log-probability, [(id, log-probability) of the likeliest])")
         .def(

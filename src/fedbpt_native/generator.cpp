@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <string>
 
@@ -65,7 +66,15 @@ Generator::Generator(std::shared_ptr<const Model> model, int32_t n_threads, ggml
 }
 
 void Generator::validate(const Input & input, const Sampling & sampling) const {
-    const size_t n_rows = input.rows.size() / model_->n_embd();
+    const size_t n_embd = static_cast<size_t>(model_->n_embd());
+    const size_t n_rows = input.n_places(n_embd);
+    const int32_t n_layer = llama_model_n_layer(model_->get());
+    const ShiftedLayers & shifted = input.shifted;
+    if (shifted.n > 0 && (shifted.first < 0 || shifted.first + shifted.n > n_layer ||
+                          input.rows.size() != static_cast<size_t>(shifted.n) * n_embd)) {
+        throw InputError("rows must have one row for each of " + std::to_string(shifted.n) + " layers of " +
+                         std::to_string(n_layer) + ", got " + std::to_string(input.rows.size() / n_embd));
+    }
     if (input.ids.empty()) {
         throw InputError("ids is empty: give at least one token");
     }
@@ -97,11 +106,15 @@ void Generator::validate(const Input & input, const Sampling & sampling) const {
 
 const float * Generator::row_of(const Input & input, size_t i) const {
     const size_t n_embd = static_cast<size_t>(model_->n_embd());
-    const bool inside = i >= input.rows_at && i < input.rows_at + input.rows.size() / n_embd;
-    return inside ? input.rows.data() + (i - input.rows_at) * n_embd : nullptr;
+    const bool later = input.shifted.continued && !input.rows.empty();
+    const bool inside = i >= input.rows_at && (later || i < input.rows_at + input.n_places(n_embd));
+    if (!inside) {
+        return nullptr;
+    }
+    return input.rows.data() + (input.shifted.n > 0 ? 0 : (i - input.rows_at) * n_embd);
 }
 
-// Length of the common prefix: equal tokens, or equal rows in their place.
+// Length of the common prefix: equal tokens with equal shifts, or equal rows in their place.
 size_t Generator::common(const Input & a, const Input & b) const {
     const size_t n = std::min(a.ids.size(), b.ids.size());
     size_t i = 0;
@@ -111,8 +124,11 @@ size_t Generator::common(const Input & a, const Input & b) const {
         if ((row_a == nullptr) != (row_b == nullptr)) {
             break;
         }
-        if (row_a == nullptr ? a.ids[i] != b.ids[i]
-                             : std::memcmp(row_a, row_b, static_cast<size_t>(model_->n_embd()) * sizeof(float)) != 0) {
+        const size_t n_same = a.shifted.n > 0 ? a.rows.size() : static_cast<size_t>(model_->n_embd());
+        const bool replaced = row_a != nullptr && a.shifted.n == 0;  // the token id does not matter
+        if ((!replaced && a.ids[i] != b.ids[i]) ||
+            (row_a != nullptr &&
+             (!(a.shifted == b.shifted) || std::memcmp(row_a, row_b, n_same * sizeof(float)) != 0))) {
             break;
         }
     }
@@ -169,7 +185,7 @@ size_t Generator::adopt(Sequence & sequence, Input input) {
 // Stores the KV up to the end of the rows as a head, if tokens follow the rows.
 void Generator::keep_head(const Sequence & sequence) {
     const Input & input = sequence.input;
-    const size_t n = input.rows_at + input.rows.size() / static_cast<size_t>(model_->n_embd());
+    const size_t n = input.rows_at + input.n_places(static_cast<size_t>(model_->n_embd()));
     if (input.rows.empty() || n >= sequence.n_computed) {
         return;
     }
@@ -184,7 +200,8 @@ void Generator::keep_head(const Sequence & sequence) {
     drop(head);
     head.input = { { input.ids.begin(), input.ids.begin() + static_cast<std::ptrdiff_t>(n) },
                    input.rows,
-                   input.rows_at };
+                   input.rows_at,
+                   input.shifted };
     head.n_computed = n;
     head.is_long = sequence.is_long;
     head.last_used = ++clock_;
@@ -306,7 +323,12 @@ void Generator::compute_part(Sequence & sequence, size_t end) {
         Session::pad(batch_, /*outputs =*/false);
     }
     session_.check_stop();  // before the computation, as interrupting that would clear the KV of all texts
-    if (any_row) {
+    if (any_row && input.shifted.n > 0) {
+        const auto at = static_cast<llama_pos>(input.rows_at);
+        llama_soft_prompt_set_shift(session_.context(), sequence.id, at,
+                                    input.shifted.continued ? std::numeric_limits<llama_pos>::max() : at + 1,
+                                    input.shifted.first, input.shifted.n, input.rows.data());
+    } else if (any_row) {
         const size_t n_rows = input.rows.size() / static_cast<size_t>(model_->n_embd());
         llama_soft_prompt_set(session_.context(), sequence.id, static_cast<llama_pos>(input.rows_at),
                               static_cast<int32_t>(n_rows), input.rows.data());
@@ -321,6 +343,10 @@ void Generator::compute_part(Sequence & sequence, size_t end) {
         throw;
     }
     llama_soft_prompt_clear(session_.context());
+    if (fits && !llama_soft_prompt_shifted(session_.context())) {
+        reset();
+        throw UnsupportedModelError(kNoShifts);
+    }
     if (!fits) {
         if (!evict()) {
             grow(2 * session_.n_cells());

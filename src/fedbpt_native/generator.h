@@ -11,6 +11,7 @@
 #include "batch.h"
 #include "handles.h"
 #include "model.h"
+#include "plan.h"
 #include "session.h"
 
 namespace fedbpt {
@@ -23,11 +24,16 @@ struct Sampling {
     uint32_t seed = 0;
 };
 
-// Tokens; from rows_at on, rows[n_rows][n_embd] replace their embeddings.
+// Tokens; from rows_at on, rows[n_rows][n_embd] replace their embeddings or, with shifted.n > 0 layers, rows[n][n_embd]
+// are added to these layers' outputs at token rows_at and, if shifted.continued, at all later ones.
 struct Input {
     std::vector<llama_token> ids;
     std::vector<float> rows;
     size_t rows_at = 0;
+    ShiftedLayers shifted;
+
+    // number of tokens whose embeddings are replaced, or of the first that is shifted; n_embd: numbers in a row
+    size_t n_places(size_t n_embd) const { return rows.empty() ? 0 : shifted.n > 0 ? 1 : rows.size() / n_embd; }
 };
 
 struct Choice {

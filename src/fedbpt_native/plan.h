@@ -12,10 +12,18 @@ namespace fedbpt {
 // front, cue: rows replace embeddings. shift: they are added to the states after layers, from the text's last token on.
 enum class Placement { front, cue, shift };
 
+constexpr const char * kNoShifts =
+    "the hidden states of this model's layers cannot be shifted, as llama.cpp's graph does not mark its layer outputs: "
+    "use placement 'cue'";
+
 // For Placement::shift: the layers whose output the rows are added to, and whether at the continuations' tokens too.
 struct ShiftedLayers {
     int32_t first = 0, n = 0;
     bool continued = false;
+
+    bool operator==(const ShiftedLayers & other) const {
+        return first == other.first && n == other.n && continued == other.continued;
+    }
 };
 
 // Concatenated token sequences: sequence i is ids[offsets[i] .. offsets[i + 1]).

@@ -282,9 +282,7 @@ void Scorer::decode(const Request & request, float * out) {
         }
 
         if (!llama_soft_prompt_shifted(session_.context())) {
-            throw UnsupportedModelError(
-                "the hidden states of this model's layers cannot be shifted, as llama.cpp's graph does not mark its "
-                "layer outputs: use placement \"cue\"");
+            throw UnsupportedModelError(kNoShifts);
         }
         if (!whole) {
             llama_synchronize(session_.context());

@@ -195,7 +195,7 @@ def project(found: Measurement, task: Task, rows: int = 128) -> Projection:
     cost = estimate(settings, task, [info], settings.aggregator())
     [device] = cost.devices
     search = cost.rounds * device.round
-    candidates = found.cue if settings.prompt.placement == "cue" else found.front
+    candidates = found.front if settings.prompt.in_front else found.cue
     seconds = (device.tokens - search) / found.prefill.tokens_per_second + search / candidates.tokens_per_second
     return Projection(
         task=task.name,
@@ -218,11 +218,11 @@ def tokens_of(settings: RunSettings, templates: Sequence[Template], info: Device
     words = _dearest_words(templates, info) or 0
     alike = len({template.pattern.partition("{text}")[0] for template in templates}) == 1
     # Under another template with the same beginning, a text costs only its end.
-    again = TEMPLATE_TOKENS if info.shares_beginnings and prompt.placement == "cue" and alike else text
+    again = TEMPLATE_TOKENS if info.shares_beginnings and not prompt.in_front and alike else text
     selected = min(settings.select_rows or n_rows, n_rows) if n_templates > 1 else int(settings.balanced)
     select = Tokens(text + again * (n_templates - 1) + target * n_templates, words * n_templates) * selected
     batch = min(objective.batch_size or n_rows, n_rows)
-    cue = prompt.placement == "cue"
+    cue = not prompt.in_front
     # For one candidate; a prompt in front is computed once for all texts.
     a_text = Tokens(target + (prompt.n_prompt if cue else text), words)
     a_candidate = a_text * batch + Tokens(0 if cue else prompt.n_prompt)

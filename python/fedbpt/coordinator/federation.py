@@ -234,7 +234,8 @@ class Federation:
     async def _select(self, fleet: Fleet) -> None:
         ledger = self._ledger
         state = self._ledger.state
-        if state.states_alone or (len(self.task.templates) == 1 and not self.settings.balanced):
+        one = len(self.task.templates) == 1
+        if state.states_alone or (one and not self.settings.balanced and not self.settings.prompt.shifts):
             state.skip_selection()
         elif state.closed < SELECTION:
             self._emit(StageBegan(stage="selection"))

@@ -58,6 +58,7 @@ def make_result(
         model_fingerprint=model.model_fingerprint,
         model_name=model.model_name,
         template=ledger.state.template,
+        shift=ledger.state.prompt.shift or None,
         mean=Array.of(ledger.state.mean),
         digest=ledger.state.aggregator.digest(),
         rounds=ledger.state.searched,

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Final, cast
 
 import numpy as np
+from msgspec import UNSET
 from numpy.typing import NDArray
 
 from fedbpt.aggregation.base import Aggregator, Fit
@@ -20,9 +21,10 @@ from fedbpt.aggregation.layer_fit import LayerFit
 from fedbpt.aggregation.readout import ReadoutFit
 from fedbpt.coordinator.layer_reading import reads_layers, states_alone, within_message
 from fedbpt.coordinator.round_reports import cap_reports, label_weights, purpose_of, template_losses, template_scores
-from fedbpt.engine.layers import reading_layers
+from fedbpt.engine.layers import middle_layer, reading_layers
+from fedbpt.errors import InputError
 from fedbpt.protocol.rounds import EvaluateReport, FitPurpose, HeldRows, Reading, RoundReport
-from fedbpt.protocol.specs import Array, Readout, Template
+from fedbpt.protocol.specs import Array, Readout, Shift, Template
 from fedbpt.runs.events import RoundPurpose
 from fedbpt.runs.result import AnyReadout, Shipped, TemplateScore, Variants, variants
 from fedbpt.runs.settings import RunSettings
@@ -31,6 +33,9 @@ from fedbpt.tasks.reading import reading_templates
 
 SELECTION: Final = 0
 """Number of the round that selects the template; calibration and search begin with round 1."""
+
+
+_Z: Final = 2.326  # the normal distribution's quantile of 99 %
 
 
 class RunState:
@@ -65,6 +70,8 @@ class RunState:
         """Size of these states; 0: unknown."""
         self.shipped: Shipped = ""
         """The variant that `choose` chose."""
+        self.prompt = settings.prompt
+        """With its ``shift``, if it has one, once the selection is closed."""
         self._selected = 0
         self._best: tuple[float, NDArray[np.float64]] | None = None  # lowest judged loss, and its mean
         self._n_worse = 0  # judgements since the best one, or since the last restart
@@ -98,11 +105,28 @@ class RunState:
         losses = template_losses(counted, self.label_weights, self.settings.robust != "none")
         self._selected = int(np.argmin(losses))
         self.template_losses = tuple(losses.tolist())
+        if self.settings.prompt.shifts:
+            self.prompt = self.settings.prompt.shifting(self._shift(reports))
         scores = template_scores(reports, self.template_losses) if len(self.task.templates) > 1 else ()
         self.candidates = tuple(
             TemplateScore(template=template, score=score)
             for template, score in zip(self.task.templates, scores, strict=False)
         )
+
+    def _shift(self, reports: Sequence[RoundReport]) -> Shift:
+        """The layers to shift, and their sizes under the selected template: the median of the devices'."""
+        found = []
+        for report in reports:
+            sizes = getattr(report.result, "sizes", UNSET)
+            if sizes is UNSET or sizes.shape != (len(self.task.templates), self.n_layer):
+                raise InputError(
+                    f"device {report.device} gives no sizes of {self.n_layer} layers: update it", field="sizes"
+                )
+            found.append(sizes.numpy()[self._selected])
+        median = np.median(found, axis=0)
+        one = self.settings.prompt.placement == "layer"
+        layers = (middle_layer(self.n_layer),) if one else tuple(range(self.n_layer))
+        return Shift(layers=layers, sizes=tuple(float(median[layer]) for layer in layers))
 
     def _close(self, round: int, reports: Sequence[RoundReport]) -> None:
         self.closed = round
@@ -142,7 +166,8 @@ class RunState:
     def choose(self, names: Sequence[str], reports: Sequence[EvaluateReport]) -> None:
         """Choose what is shipped, by losses of `held_lines` ``names`` on held-out rows; without any, the first line.
 
-        Another line is chosen if its loss is lower by more than the standard error of the difference.
+        Another line is chosen if its loss is lower with 99 % confidence (Student's t, one-sided): few rows judge, and
+        a line that fits them by chance can be far worse than the readout without prompt.
         """
         best, lowest = 0, 0.0
         n_rows = sum(report.n for report in reports)
@@ -150,8 +175,9 @@ class RunState:
             mean = sum(report.loss_sums[i] - report.loss_sums[0] for report in reports) / n_rows
             square = sum(report.difference_squares[i] for report in reports) / n_rows
             error = math.sqrt(max(square - mean**2, 0.0) / (n_rows - 1))
-            if mean + error < lowest:
-                best, lowest = i, mean + error
+            margin = (_Z + (_Z**3 + _Z) / (4 * (n_rows - 1))) * error  # the quantile to first order in 1/n
+            if mean + margin < lowest:
+                best, lowest = i, mean + margin
         self.shipped = cast(Shipped, names[best])
 
     # --- readings ------------------------------------------------------------------------------------------------
@@ -275,4 +301,5 @@ class RunState:
         """sha256 (hex) of everything that decides what comes next."""
         fits = [f"|{purpose}|{fit.digest()}" for purpose, fit in self.fits.items()]
         weights = [f"|{weight.hex()}" for weight in self.label_weights]
-        return hashlib.sha256("".join([self.aggregator.digest(), *fits, *weights]).encode()).hexdigest()
+        shift = [] if self.prompt.shift is UNSET else [f"|{size.hex()}" for size in self.prompt.shift.sizes]
+        return hashlib.sha256("".join([self.aggregator.digest(), *fits, *weights, *shift]).encode()).hexdigest()

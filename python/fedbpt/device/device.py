@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 import msgspec
 import numpy as np
+from msgspec import UNSET
 from numpy.typing import NDArray
 
 from fedbpt.argument_types import checked
@@ -17,11 +18,12 @@ from fedbpt.device.effort import Effort
 from fedbpt.device.layer_work import LayerRows, fitted_rows, held_rows, spread_folds
 from fedbpt.device.speed import Speed, measure_speed
 from fedbpt.device.state import DeviceState
+from fedbpt.engine.layers import shift_sizes
 from fedbpt.engine.scorer import Scorer
 from fedbpt.errors import DataError, InputError, ScoringInterrupted
 from fedbpt.machine.memory import physical_memory
 from fedbpt.objective.layer_sums import cross_result, sums_result
-from fedbpt.objective.layer_view import LayerReader, ViewKey
+from fedbpt.objective.layer_view import LayerReader, LayerView, ViewKey
 from fedbpt.objective.losses import cross_entropy
 from fedbpt.objective.mini_batches import (
     PlainLogits,
@@ -67,6 +69,7 @@ from fedbpt.tasks.rows import Row, batch_indices, targets_of
 from fedbpt.version import VERSION
 
 _MAX_OBJECTIVES = 4  # cached; train, dev and test rows under one template, and one to spare
+_SHIFT_ROWS = 16  # rows whose states give the size of shifts
 _MAX_PLAIN_LOGITS = 16  # cached; a few hundred numbers a row, for each other template of train and dev rows
 
 
@@ -377,10 +380,23 @@ class Device:
                 progress(done, len(chosen))
         effort.evaluations += len(objectives) * sum(len(part) > 0 for part in parts)
         n_correct = tuple(correct.tolist()) if plan.labels else ()
+        sizes = self._shift_sizes(plan, work, chosen, effort) if plan.prompt.shifts else UNSET
         if not work.by_label:
-            return SelectResult(loss_sums=Array.of(sums[:, 0]), correct=n_correct), len(chosen)
-        counts = np.bincount(labels, minlength=len(plan.labels)).tolist()
-        return SelectResult(loss_sums=Array.of(sums), correct=n_correct, label_counts=tuple(counts)), len(chosen)
+            return SelectResult(loss_sums=Array.of(sums[:, 0]), correct=n_correct, sizes=sizes), len(chosen)
+        counts = tuple(np.bincount(labels, minlength=len(plan.labels)).tolist())
+        return SelectResult(loss_sums=Array.of(sums), correct=n_correct, label_counts=counts, sizes=sizes), len(chosen)
+
+    def _shift_sizes(self, plan: RoundPlan, work: SelectWork, chosen: NDArray[np.intp], effort: Effort) -> Array:
+        """Sizes [n_templates, n_layer] of shifts under each template, from a few rows."""
+        texts = [self._rows["train"][row][0] for row in chosen[:_SHIFT_ROWS]]
+        limit = plan.objective.max_text_tokens
+        layers = tuple(range(self.scorer.n_layer))
+        sizes = []
+        for template in work.templates:
+            view = LayerView(self.scorer, template, (), limit, layers)
+            sizes.append(shift_sizes(view.read(texts)[0], plan.prompt.placement))
+            effort.tokens += view.tokens
+        return Array.of(np.stack(sizes), "<f4")
 
     def _select_privately(
         self, plan: RoundPlan, work: SelectWork, effort: Effort, cancelled: Cancelled

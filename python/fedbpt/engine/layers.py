@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.errors import InputError
-from fedbpt.protocol.specs import Placement
+from fedbpt.protocol.specs import Placement, PromptPlace
 
 
 def default_layers(n_layer: int) -> tuple[int, ...]:
@@ -19,6 +19,24 @@ def default_layers(n_layer: int) -> tuple[int, ...]:
 def reading_layers(n_layer: int) -> tuple[int, ...]:
     """The layers that a readout chooses from: at 0.6 and 0.75 of the depth, and the last."""
     return tuple(sorted({3 * n_layer // 5, 3 * n_layer // 4, n_layer - 1}))
+
+
+def middle_layer(n_layer: int) -> int:
+    """The layer that placement ``layer`` shifts: a shift before the middle reaches the most of a model's knowledge."""
+    return max(n_layer // 2 - 1, 0)
+
+
+def shift_sizes(states: NDArray[np.floating], placement: PromptPlace) -> NDArray[np.float64]:
+    """Sizes [n_layer] of shifts at α = 1, from ``states`` [n, n_layer, n_embd] at the cue's last token.
+
+    ``layer``: 1.6 of the states' spread, estimated by their median, as a few numbers are far larger than the rest.
+    ``layers``: 0.2 of their root mean square, as every layer is shifted. With the default α of 0.5 these are the sizes
+    that were tuned for.
+    """
+    values = states.astype(np.float64)
+    if placement == "layer":
+        return np.asarray(1.6 * 1.4826 * np.median(np.abs(values), axis=(0, 2)))
+    return np.asarray(0.2 * np.median(np.sqrt((values**2).mean(axis=2)), axis=0))
 
 
 def check_layers(layers: Sequence[int], n_layer: int) -> tuple[int, ...]:

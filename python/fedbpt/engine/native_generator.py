@@ -62,7 +62,7 @@ class NativeGenerator:
         rows = check_rows(placed.rows, self._engine.n_embd)
         seed = secrets.randbelow(SEEDS) if sampling.seed is None else sampling.seed % SEEDS
         stream = self._generator.open(
-            ids, rows, placed.rows_at, sampling.temperature, sampling.top_p, sampling.top_k, seed
+            ids, rows, placed.rows_at, sampling.temperature, sampling.top_p, sampling.top_k, seed, placed.shifted
         )
         return NativeStream(self._generator, stream, self._files)
 

@@ -46,11 +46,16 @@ OPENAI_SAMPLING = Sampling(temperature=1.0)
 
 @dataclass(frozen=True)
 class Placed:
-    """A model's input: token ids [n]; from ``rows_at`` on, ``rows`` [n_rows, n_embd] replace their embeddings."""
+    """A model's input: token ids [n]; from ``rows_at`` on, ``rows`` [n_rows, n_embd] replace their embeddings.
+
+    ``shifted``: first layer, number of layers, and whether later tokens count too; ``rows`` are then added to these
+    layers' outputs at token ``rows_at``.
+    """
 
     ids: NDArray[np.int32]
     rows: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), dtype=np.float32))
     rows_at: int = 0
+    shifted: tuple[int, int, bool] | None = None
 
 
 class Token(NamedTuple):

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
+from msgspec import UNSET
 from numpy.typing import NDArray
 
 from fedbpt.argument_types import checked
@@ -14,7 +15,7 @@ from fedbpt.engine.pieces import TextPieces
 from fedbpt.engine.text_generator import SEEDS, Generator, Placed, Sampling, TextModel, Token, TokenStream, check_rows
 from fedbpt.errors import ScoringInterrupted
 from fedbpt.protocol.seeding import derive_seed
-from fedbpt.protocol.specs import PromptPlace, Template
+from fedbpt.protocol.specs import PromptSpec, Template
 from fedbpt.quantities import NaturalInt, PositiveInt
 from fedbpt.tasks.task import bos_ids, render_ids
 
@@ -177,9 +178,9 @@ def place(
     text: str,
     max_text_tokens: PositiveInt | None = None,
     rows: NDArray[np.float32] | None = None,
-    placement: PromptPlace = "cue",
+    prompt: PromptSpec | None = None,
 ) -> Placed:
-    """Render a text in its template, with soft prompt ``rows`` [n_prompt, n_embd] placed as in an `Objective`.
+    """Render a text in its template, with soft prompt ``rows`` [n_prompt, n_embd] where ``prompt`` has them.
 
     ``max_text_tokens``: limit for the text without its template; None: the context size. ``rows`` None: no soft prompt.
 
@@ -189,10 +190,13 @@ def place(
     """
     ids = render_ids(model, template, text, max_text_tokens or model.generator.n_ctx)
     rows = check_rows([] if rows is None else rows, model.n_embd)
-    if not len(rows):
+    if prompt is None or not len(rows):
         return Placed(ids)
     n_rows = len(rows)
-    if placement == "cue":
+    if prompt.shift is not UNSET:
+        layers = prompt.shift.layers
+        return Placed(ids, rows, len(ids) - 1, (layers[0], len(layers), prompt.placement == "layers"))
+    if prompt.placement == "cue":
         return Placed(ids, rows, len(ids) - n_rows)
-    n_bos = 0 if placement == "first" else len(bos_ids(model))
+    n_bos = 0 if prompt.placement == "first" else len(bos_ids(model))
     return Placed(np.concatenate([ids[:n_bos], np.zeros(n_rows, dtype=np.int32), ids[n_bos:]]), rows, n_bos)

@@ -42,6 +42,12 @@ def write_adapter(prompt: Prompt, folder: Path, scorer: Scorer, task: Task, base
     """Write an adapter. Arguments and errors as for `fedbpt.exchange.export_prompt`."""
     prompt.check(scorer)
     _check_architecture(scorer)
+    if prompt.spec.shifts:
+        raise PromptError(
+            "this prompt is added to layers' outputs, and PEFT's prompt tuning has virtual tokens only: export it as "
+            "gguf or npy, or tune with placement = 'cue'",
+            field="placement",
+        )
     if task.labels != prompt.labels:
         problem = f"the task has labels {list(task.labels)}, the prompt {list(prompt.labels)}"
         raise ConfigError(f"{problem}: give the prompt's task", field="task")

@@ -14,7 +14,7 @@ from fedbpt.errors import ScoringInterrupted
 from fedbpt.objective.losses import log_probabilities
 from fedbpt.objective.mini_batches import rows_together
 from fedbpt.protocol.specs import LayerReadout, PromptSpec, Template
-from fedbpt.search.projection import scored_as
+from fedbpt.search.projection import placing
 from fedbpt.tasks.task import bos_ids, cue_ids, head_ids, label_word_ids, render_ids
 
 Floats = NDArray[np.float64]
@@ -78,12 +78,12 @@ class LayerView:
         self._layers = layers
         self._embeds = (np.zeros((0, scorer.n_embd), np.float32) if rows is None else rows)[None]
         where = IN_CUE if rows is None else placement
-        self._place = scored_as(where)
+        self._placing = placing(where)
         self._follows_bos = where.placement == "front"
         self._words = label_word_ids(scorer, template, labels) if labels else []
         around = len(head_ids(scorer, template)) + len(cue_ids(scorer, template))
         around += max((len(word) - 1 for word in self._words), default=0)
-        around += 0 if self._place == "cue" else self._embeds.shape[1]
+        around += self._embeds.shape[1] if where.in_front else 0
         self._limit = min(max_text_tokens, max(scorer.n_ctx_train - around, 1))
 
     @property
@@ -100,7 +100,13 @@ class LayerView:
         follow = [self._words] * len(ids) if any(len(word) > 1 for word in self._words) else None
         first: ArrayLike = [] if follow or not self._words else np.concatenate(self._words)
         plan = self.scorer.compile(
-            ids, first, self._place, prefix, continuations=follow, layers=self._layers, keep_kv=False
+            ids,
+            first,
+            prefix=prefix,
+            continuations=follow,
+            layers=self._layers,
+            keep_kv=False,
+            **self._placing,
         )
         logits, states = plan.score_states(self._embeds)
         self.tokens += plan.n_tokens

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+from msgspec import UNSET
 from numpy.typing import ArrayLike, NDArray
 
 from fedbpt.engine.scorer import Plan, Scorer
@@ -20,7 +22,7 @@ from fedbpt.objective.losses import LOSSES, perturbed_ratio
 from fedbpt.objective.readout import blocks, ensemble, word_ids
 from fedbpt.prompts.prompt import Prompt
 from fedbpt.protocol.specs import LayerReadout, ObjectiveSpec, PromptSpec, Readout, Template
-from fedbpt.search.projection import Projection, scored_as, start_rows
+from fedbpt.search.projection import Projection, placing, start_rows
 from fedbpt.tasks.perturb import perturb
 from fedbpt.tasks.rows import Row, targets_of
 from fedbpt.tasks.task import Task, bos_ids, cue_ids, label_word_ids, render_ids, target_ids
@@ -97,7 +99,7 @@ class Objective:
             else [[target_ids(scorer, template, str(target), limit)] for _, target in rows]
         )
         longest = max(map(len, texts))
-        room = scorer.n_ctx_train - (prompt.n_prompt if prompt.placement != "cue" else 0)
+        room = scorer.n_ctx_train - (prompt.n_prompt if prompt.in_front else 0)
         if longest > room:
             raise InputError(
                 f"a text of {longest} tokens (template included) with n_prompt {prompt.n_prompt} exceeds the model's "
@@ -106,7 +108,7 @@ class Objective:
                 limit=scorer.n_ctx_train,
             )
         self._plan = self._compile(np.arange(len(rows)), self._tokens, keep_kv)
-        self.projection = Projection(prompt, start_rows(scorer, self._cue, prompt), scorer.embedding_std)
+        self._start = start_rows(scorer, self._cue, prompt)
         self.evaluations = 0
         """Candidates scored so far."""
         self.tokens = 0
@@ -125,13 +127,20 @@ class Objective:
     def prompt(self) -> PromptSpec:
         return self._prompt
 
+    @cached_property
+    def projection(self) -> Projection:
+        """Raises `InputError` for shifts whose size is unknown."""
+        if self._prompt.shifts and self._prompt.shift is UNSET:
+            raise InputError("the prompt's shift is missing: a run measures it with its selection", field="shift")
+        return Projection(self._prompt, self._start, self.scorer.embedding_std)
+
     def embeds(self, latents: ArrayLike) -> NDArray[np.float32]:
-        """Soft prompts [k, n_prompt, n_embd] of latents [k, d]; in the cue, z = 0 is exactly the zero-shot model."""
+        """Soft prompts [k, n_prompt, n_embd] of latents [k, d]; but in front, z = 0 is exactly the zero-shot model."""
         return self.projection.embeds(latents)
 
     def zero_shot_embeds(self) -> NDArray[np.float32]:
-        """The candidate [1, n_prompt, n_embd] that leaves the model unchanged: the cue's rows; in front, no rows."""
-        rows = self.projection.p0
+        """The candidate [1, n_prompt, n_embd] that leaves the model unchanged: the cue's rows; elsewhere no rows."""
+        rows = self._start
         return rows[None] if self.prompt.placement == "cue" else rows[None, :0]
 
     def prompts(self, latents: NDArray[np.float64]) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
@@ -372,7 +381,7 @@ class Objective:
             answers = None
             ids = np.concatenate([*self.label_word_ids, self.word_ids])
         return self.scorer.compile(
-            texts, ids, scored_as(self._prompt), self._prefix, continuations=answers, keep_kv=keep_kv
+            texts, ids, continuations=answers, keep_kv=keep_kv, prefix=self._prefix, **placing(self._prompt)
         )
 
     def _blocks(self, readout: Readout | None) -> NDArray[np.float64]:

@@ -20,6 +20,8 @@ PLACES = {
     "cue": "in place of the answer cue's last {n} token(s)",
     "front": "before the text, after BOS where the model has one",
     "first": "before everything, BOS included",
+    "layer": "by addition to the output of one layer at the answer cue's last token",
+    "layers": "by addition to each layer's output at the answer cue's last token and every later one",
 }
 """Descriptions of where the rows go, by placement."""
 

@@ -41,7 +41,10 @@ FORMAT = 2
 LAYERS_FORMAT = 3
 """Version of the file format of prompts with a layer readout, which older versions refuse."""
 
-_READABLE_FORMATS = (1, FORMAT, LAYERS_FORMAT)
+SHIFTS_FORMAT = 4
+"""Version of the file format of prompts that shift layers, with a layer readout or without."""
+
+_READABLE_FORMATS = (1, FORMAT, LAYERS_FORMAT, SHIFTS_FORMAT)
 
 _KEY = "fedbpt"
 _TENSORS = {"rows", "label_bias"}
@@ -250,7 +253,7 @@ class Prompt:
         """Encode as the content of a prompt file."""
         layered = self.layer_readout
         header = _Header(
-            format=FORMAT if layered is None else LAYERS_FORMAT,
+            format=SHIFTS_FORMAT if self.spec.shifts else FORMAT if layered is None else LAYERS_FORMAT,
             spec=self.spec,
             task_name=self.task_name,
             labels=self.labels,
@@ -452,10 +455,10 @@ def _header(text: str, source: str) -> _Header:
         number = json.loads(text)["format"]
         if number not in _READABLE_FORMATS:
             raise PromptError(
-                f"{source} has prompt format {number}, but this fedbpt reads formats up to {LAYERS_FORMAT}: "
+                f"{source} has prompt format {number}, but this fedbpt reads formats up to {SHIFTS_FORMAT}: "
                 "update fedbpt",
                 field="format",
-                limit=LAYERS_FORMAT,
+                limit=SHIFTS_FORMAT,
             )
         return msgspec.json.decode(text, type=_Header)
     except (*DECODE_ERRORS, KeyError, TypeError) as error:

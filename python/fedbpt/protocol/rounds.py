@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Annotated, Final, Literal, TypeAlias
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from fedbpt import quantities
 from fedbpt.protocol.specs import (
@@ -189,12 +190,14 @@ class SelectResult(Message, frozen=True, tag="select"):
     """``loss_sums``: loss summed over texts, nats, [n_templates]; [n_templates, n_labels] if ``by_label``.
 
     ``correct``: number of texts classified correctly with each template; empty for target texts and in a private run.
-    ``label_counts``: number of training rows of each label, scored or not; empty unless ``by_label``.
+    ``label_counts``: number of training rows of each label, scored or not; empty unless ``by_label``. ``sizes``
+    [n_templates, n_layer]: sizes of shifts, if the plan's prompt shifts (`fedbpt.engine.layers.shift_sizes`).
     """
 
     loss_sums: Array
     correct: tuple[quantities.Rows, ...] = ()
     label_counts: tuple[quantities.Rows, ...] = ()
+    sizes: Array | UnsetType = UNSET
 
 
 class PooledResult(Message, frozen=True, tag="pooled"):

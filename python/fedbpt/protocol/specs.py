@@ -11,15 +11,16 @@ from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 import numpy as np
+from msgspec import UNSET, UnsetType
 from numpy.typing import NDArray
 
 from fedbpt import quantities
 from fedbpt.argument_types import StructMeta, check_fields
-from fedbpt.errors import WireError
+from fedbpt.errors import ConfigError, WireError
 from fedbpt.quantities import Length, NaturalInt, PositiveFloat, PositiveInt, Scale
 
 Placement: TypeAlias = Literal["front", "cue", "layer", "layers"]
-PromptPlace: TypeAlias = Literal["front", "first", "cue"]
+PromptPlace: TypeAlias = Literal["front", "first", "cue", "layer", "layers"]
 Dtype: TypeAlias = Literal["<f2", "<f4", "<f8"]
 LossName: TypeAlias = Literal["cross_entropy", "hinge", "nll"]
 
@@ -84,6 +85,13 @@ class Template(CheckedMessage, frozen=True):
     label_words: tuple[str, ...]
 
 
+class Shift(CheckedMessage, frozen=True):
+    """The layers whose outputs are shifted, from 0, and the size of a shift of each at α = 1, per number."""
+
+    layers: tuple[NaturalInt, ...]
+    sizes: tuple[PositiveFloat, ...]
+
+
 class PromptSpec(CheckedMessage, frozen=True):
     """How a latent z ∈ R^d becomes a soft prompt: vec(P) = vec(P0) + A z.
 
@@ -91,6 +99,10 @@ class PromptSpec(CheckedMessage, frozen=True):
     embeddings. ``front``: P goes between BOS and the text, P0 are the embeddings of random tokens. ``first``: the same,
     but before BOS, as in Hugging Face PEFT. ``cue``: P replaces the cue's last ``n_prompt`` tokens, P0 are their
     embeddings.
+
+    ``layer``: P is one row that is added to the output of a middle layer at the cue's last token. ``layers``: P has a
+    row for each layer, added to its output at the cue's last token and at each later one. P0 is 0, and row i of A has
+    standard deviation α·sizes[i]/(√d·σ0), with the sizes of ``shift``, which a run measures; n_prompt follows from it.
     """
 
     placement: PromptPlace = "cue"
@@ -99,6 +111,36 @@ class PromptSpec(CheckedMessage, frozen=True):
     alpha: Scale = 0.5
     sigma0: Scale = 1.0
     seed: NaturalInt = 0
+    shift: Shift | UnsetType = UNSET  # left out of messages: earlier versions refuse unknown fields
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        n_rows = 1 if self.shift is UNSET else len(self.shift.layers)
+        if self.shifts and self.n_prompt != n_rows:
+            raise ConfigError(
+                f"placement {self.placement!r} has a row per layer, so n_prompt must be {n_rows}, got {self.n_prompt}: "
+                "leave it out",
+                field="n_prompt",
+            )
+
+    @property
+    def shifts(self) -> bool:
+        """Whether rows are added to layers' outputs."""
+        return self.placement in ("layer", "layers")
+
+    @property
+    def in_front(self) -> bool:
+        """Whether rows are tokens of their own, before the text."""
+        return self.placement in ("front", "first")
+
+    @property
+    def shifted_layer(self) -> int | None:
+        """The one shifted layer of placement ``layer``; None for other placements."""
+        return self.shift.layers[0] if self.placement == "layer" and self.shift is not UNSET else None
+
+    def shifting(self, shift: Shift) -> PromptSpec:
+        """This spec with its ``shift``."""
+        return msgspec.structs.replace(self, shift=shift, n_prompt=len(shift.layers))
 
 
 class ObjectiveSpec(CheckedMessage, frozen=True):

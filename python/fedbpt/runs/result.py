@@ -14,7 +14,7 @@ from fedbpt.prompts.variants import BASELINES as BASELINES
 from fedbpt.prompts.variants import UNSCORED as UNSCORED
 from fedbpt.prompts.variants import VARIANTS as VARIANTS
 from fedbpt.protocol.rounds import DeviceInfo, EvaluateReport, FitPurpose
-from fedbpt.protocol.specs import Array, LayerReadout, Message, Readout, Template
+from fedbpt.protocol.specs import Array, LayerReadout, Message, PromptSpec, Readout, Shift, Template
 from fedbpt.quantities import NaturalInt
 from fedbpt.runs.intervals import wilson_interval
 from fedbpt.runs.settings import RunSettings
@@ -156,6 +156,12 @@ class RunResult(Message, frozen=True):
     dev: dict[str, Score] = msgspec.field(default_factory=dict)
     layer_fits: dict[FitPurpose, LayerReadout] = msgspec.field(default_factory=dict)
     shipped: Shipped = ""
+    shift: Shift | None = None  # of the prompt, if it shifts layers
+
+    @property
+    def prompt(self) -> PromptSpec:
+        """How ``mean`` becomes a prompt."""
+        return self.settings.prompt if self.shift is None else self.settings.prompt.shifting(self.shift)
 
     @property
     def generates(self) -> bool:

@@ -89,6 +89,12 @@ class RunSettings(CheckedMessage, frozen=True):
                 field="robust",
             )
         objective = self.objective
+        if self.prompt.shifts and self.privacy is not None:
+            raise ConfigError(
+                f"placement {self.prompt.placement!r} needs the size of rows' hidden states, which privacy does not "
+                "protect: use placement = 'cue'",
+                field="placement",
+            )
         if self.readout == "layers" and not self.may_read_layers:
             raise ConfigError(
                 "readout = 'layers' pools sums, which trusts every device and reveals its rows' states: set robust = "

@@ -2,16 +2,18 @@
 section 3.2).
 
 A [n_prompt·n_embd, d] is random and fixed, N(0, (α·std(E)/(√d·σ0))²), with E the token embeddings: with z ~ N(0, σ0²·I)
-the prompt then moves by α·std(E) per entry, for any d. A and P are never sent: a seed and z are enough.
+the prompt then moves by α·std(E) per entry, for any d. For shifts, the size of each layer's states replaces std(E).
+A and P are never sent: a seed and z are enough.
 """
 
 from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import numpy as np
+from msgspec import UNSET
 from numpy.typing import ArrayLike, NDArray
 
 from fedbpt.errors import InputError, TaskError
@@ -25,6 +27,9 @@ class Embedder(Protocol):
 
     @property
     def n_vocab(self) -> int: ...
+
+    @property
+    def n_embd(self) -> int: ...
 
     def token_embeddings(self, ids: ArrayLike) -> NDArray[np.float32]: ...
 
@@ -51,8 +56,11 @@ class Projection:
             raise InputError(f"embedding_std must be positive and finite, got {embedding_std}", field="embedding_std")
         self.spec = spec
         self.p0 = p0
-        self.entry_std = spec.alpha * embedding_std / (math.sqrt(spec.d) * spec.sigma0)
-        """Standard deviation of A's entries."""
+        sizes = np.full(len(p0), embedding_std) if spec.shift is UNSET else np.array(spec.shift.sizes)
+        if len(sizes) != len(p0):
+            raise InputError(f"{len(sizes)} sizes for {len(p0)} rows: give one each", field="shift")
+        self.entry_stds = spec.alpha * sizes / (math.sqrt(spec.d) * spec.sigma0)
+        """Standard deviations [n_prompt] of A's entries, by row of the prompt."""
         needed = 4 * p0.size * spec.d
         memory = physical_memory()
         if needed > memory:
@@ -68,7 +76,7 @@ class Projection:
         """A, drawn at first use: selecting a template does not need it."""
         rng = generator(self.spec.seed, "projection")
         matrix = rng.standard_normal((self.p0.size, self.spec.d), dtype=np.float32)
-        matrix *= np.float32(self.entry_std)
+        matrix *= np.repeat(self.entry_stds, self.p0.shape[1]).astype(np.float32)[:, None]
         return matrix
 
     def embeds(self, z: ArrayLike) -> NDArray[np.float32]:
@@ -93,19 +101,36 @@ class Projection:
 
     def __repr__(self) -> str:
         n_prompt, n_embd = self.p0.shape
-        return f"Projection(d={self.spec.d} -> [{n_prompt}, {n_embd}], entry_std={self.entry_std:.3g})"
+        return f"Projection(d={self.spec.d} -> [{n_prompt}, {n_embd}], entry_std={self.entry_stds.mean():.3g})"
 
 
 def scored_as(prompt: PromptSpec) -> Placement:
     """The `Scorer`'s placement for a prompt: for it, BOS is part of the prefix or of the text."""
-    return "cue" if prompt.placement == "cue" else "front"
+    return "front" if prompt.placement == "first" else prompt.placement
+
+
+class Placing(TypedDict, total=False):
+    """How `Scorer.compile` is told where a prompt's rows go."""
+
+    placement: Placement
+    layer: int
+
+
+def placing(prompt: PromptSpec) -> Placing:
+    """For `Scorer.compile`. Without a shift, as before the run's selection, a prompt that shifts has no rows."""
+    layer = prompt.shifted_layer
+    if prompt.shifts and prompt.shift is UNSET:
+        return {"placement": "cue"}
+    return {"placement": scored_as(prompt)} if layer is None else {"placement": "layer", "layer": layer}
 
 
 def start_rows(model: Embedder, cue: NDArray[np.int32], prompt: PromptSpec) -> NDArray[np.float32]:
-    """P0 [n_prompt, n_embd]: the embeddings of the cue's last tokens, or of random tokens in front of the text.
+    """P0 [n_prompt, n_embd]: the embeddings of the cue's last tokens, or of random tokens in front; for shifts 0.
 
     Raises `TaskError` if the cue [n] is shorter than the prompt.
     """
+    if prompt.shifts:
+        return np.zeros((prompt.n_prompt, model.n_embd), dtype=np.float32)
     if prompt.placement != "cue":
         ids = generator(prompt.seed, "p0").integers(0, model.n_vocab, prompt.n_prompt).astype(np.int32)
         return model.token_embeddings(ids)

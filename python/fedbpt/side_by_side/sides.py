@@ -113,7 +113,7 @@ class SideBySide:
         readout = self.prompt.layer_readout
         templates = (self.prompt.template, *(self.prompt.others if readout is None else readout.others))
         places = range(len(templates)) if readout is None else readout.places_read
-        n_front = 0 if self.prompt.spec.placement == "cue" or 0 not in places else self.prompt.n_prompt
+        n_front = self.prompt.n_prompt if self.prompt.spec.in_front and 0 in places else 0
         return n_front + sum(len(render_ids(self.model, templates[place], clipped, limit)) for place in places)
 
     @checked
@@ -152,7 +152,7 @@ class SideBySide:
             raise ConfigError(f"{self.model.name} cannot generate text: use a model with a generator", field="model")
         prompt = self.prompt
         rows = prompt.rows if side == "tuned" else None
-        placed = place(self.model, prompt.template, self._clip(text), self.max_text_tokens, rows, prompt.spec.placement)
+        placed = place(self.model, prompt.template, self._clip(text), self.max_text_tokens, rows, prompt.spec)
         return Generation(self.model.generator, placed, sampling, max_tokens, stop, n_likeliest)
 
     def _reader(self, readout: LayerReadout) -> LayerReader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+from msgspec import UNSET
 
 from fedbpt.coordinator.work_kinds.base import WorkKind, check_losses, check_shape
 from fedbpt.errors import WireError
@@ -22,6 +23,7 @@ class Selection(WorkKind[SelectWork, SelectResult]):
         n_labels = len(plan.labels) if work.by_label else 0
         check_shape(result.loss_sums, (n_templates, n_labels) if n_labels else (n_templates,), "loss_sums")
         _check_correct(result, plan, report.n_texts)
+        _check_sizes(result, plan, n_templates)
         counts = result.label_counts
         fewest, most = (report.n_texts, n_rows or sum(counts)) if n_labels else (0, 0)
         if len(counts) != n_labels or not fewest <= sum(counts) <= most:
@@ -54,6 +56,18 @@ class Selection(WorkKind[SelectWork, SelectResult]):
 
     def scaled(self, result: SelectResult, share: float) -> SelectResult:
         return msgspec.structs.replace(result, loss_sums=Array.of(result.loss_sums.numpy() * share))
+
+
+def _check_sizes(result: SelectResult, plan: RoundPlan, n_templates: int) -> None:
+    if (result.sizes is not UNSET) != plan.prompt.shifts:
+        raise WireError("sizes must be given where the prompt shifts, and only there", field="sizes")
+    if result.sizes is not UNSET:
+        sizes = result.sizes.numpy()
+        if sizes.ndim != 2 or len(sizes) != n_templates or not (sizes > 0).all():
+            raise WireError(
+                f"sizes must be positive, of shape [{n_templates}, n_layer], got shape {list(sizes.shape)}",
+                field="sizes",
+            )
 
 
 def _check_correct(result: SelectResult, plan: RoundPlan, n_texts: int) -> None:
