@@ -35,7 +35,7 @@ SELECTION: Final = 0
 """Number of the round that selects the template; calibration and search begin with round 1."""
 
 
-_Z: Final = 2.326  # the normal distribution's quantile of 99 %
+_Z: Final = 1.645  # the normal distribution's quantile of 95 %
 
 
 class RunState:
@@ -166,7 +166,7 @@ class RunState:
     def choose(self, names: Sequence[str], reports: Sequence[EvaluateReport]) -> None:
         """Choose what is shipped, by losses of `held_lines` ``names`` on held-out rows; without any, the first line.
 
-        Another line is chosen if its loss is lower with 99 % confidence (Student's t, one-sided): few rows judge, and
+        Another line is chosen if its loss is lower with 95 % confidence (Student's t, one-sided): few rows judge, and
         a line that fits them by chance can be far worse than the readout without prompt.
         """
         best, lowest = 0, 0.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -53,6 +55,13 @@ def sums_result(
     )
 
 
+SMOOTHING: Final = 0.02
+"""Weight of the uniform distribution in the targets of a fit's losses.
+
+Where few rows are read without an error, the largest scale of the logits would win, and be wrong by many nats later.
+"""
+
+
 def cross_result(
     work: CrossWork,
     views: Views,
@@ -81,7 +90,9 @@ def cross_result(
         mixed = np.tensordot(factors[factors != 0], logits[factors != 0], axes=1)
         if words is not None and scales.any():
             mixed = mixed + np.tensordot(scales, words, axes=1)
-        losses = -row_weights * log_probabilities(np.broadcast_to(mixed, logits.shape[1:]))[rows, targets]
+        log_p = log_probabilities(np.broadcast_to(mixed, logits.shape[1:]))
+        smoothed = (1 - SMOOTHING) * log_p[rows, targets] + SMOOTHING * log_p.mean(axis=1)
+        losses = -row_weights * smoothed
         sums[mixture] = np.bincount(folds, losses, minlength=reading.n_folds)
     return CrossResult(purpose=work.purpose, loss_sums=Array.of(sums, "<f4"))
 

@@ -131,7 +131,7 @@ class Objective:
     def projection(self) -> Projection:
         """Raises `InputError` for shifts whose size is unknown."""
         if self._prompt.shifts and self._prompt.shift is UNSET:
-            raise InputError("the prompt's shift is missing: a run measures it with its selection", field="shift")
+            raise InputError("the prompt has no shift: use the spec of a run that has measured it", field="shift")
         return Projection(self._prompt, self._start, self.scorer.embedding_std)
 
     def embeds(self, latents: ArrayLike) -> NDArray[np.float32]:

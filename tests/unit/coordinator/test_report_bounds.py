@@ -114,6 +114,7 @@ def test_every_number_of_a_device_is_bounded_on_both_sides() -> None:
 
 SELECT = plan(work=SelectWork(templates=(FITS["bias"].template,) * 2, max_rows=9))
 BY_LABEL = plan(work=SelectWork(templates=(FITS["bias"].template,) * 2, max_rows=9, by_label=True))
+SHIFTS = msgspec.structs.replace(SELECT, prompt=PromptSpec(d=2, placement="layers"))
 POOLED = plan(work=PooledWork(state=STATE, generation=0, popsize=4))
 LOCAL = plan(work=LocalWork(state=STATE, iterations=2, popsize=4))
 LOCALLY = LocalResult(mean=Array.of(np.ones(2)), fitness=0.5, sigma_squares=2.1)
@@ -123,6 +124,10 @@ REPORTS: dict[str, tuple[RoundPlan, RoundReport]] = {
     "by label": (
         BY_LABEL,
         report(BY_LABEL, SelectResult(loss_sums=Array.of(np.ones((2, 3))), label_counts=(5, 0, 11))),
+    ),
+    "shifts": (
+        SHIFTS,
+        report(SHIFTS, SelectResult(loss_sums=Array.of(np.ones(2)), sizes=Array.of(np.ones((2, 3)), "<f4"))),
     ),
     "pooled": (POOLED, report(POOLED, PooledResult(losses=Array.of(np.ones(4))))),
     "local": (LOCAL, report(LOCAL, LOCALLY)),
@@ -163,6 +168,7 @@ REPORTS |= layer_reports()
 
 ARRAYS: dict[str, dict[str, tuple[float, ...]]] = {
     "SelectResult.loss_sums": {"selection": (-1.0, 8.1e4), "by label": (-1.0, 8.1e4)},
+    "SelectResult.sizes": {"shifts": (-1.0, 0.0, 1e6)},
     "PooledResult.losses": {"pooled": (-1.0, 1.1e4)},
     "LocalResult.mean": {"local": (-200.0, 200.0, 9.9e8)},
     "FitResult.means": {"gradient": (-2e4, 2e4), "moments": (-1e5, 1e5), "bias": (-1.1, 1.1)},
@@ -213,6 +219,7 @@ LARGEST: dict[str, float] = {
     "word_means": 1e4,
     "loss_sums": 8e4,
     "losses": 1e4,
+    "sizes": 1e6,
     "mean": 100,
     "fitness": 1e4,
     "sigma_squares": 40,

@@ -28,13 +28,13 @@ def bytes_of(text: str) -> list[int]:
 
 
 def test_in_the_cue_rows_replace_its_last_tokens() -> None:
-    placed = place(ToyScorer(), TEMPLATE, "why", None, ROWS, "cue")
+    placed = place(ToyScorer(), TEMPLATE, "why", None, ROWS, PromptSpec(n_prompt=2))
     assert placed.ids.tolist() == [BOS, *bytes_of("Q: why\nAnswer: (")]
     assert placed.rows_at == len(placed.ids) - 2
 
 
 def test_in_front_rows_go_between_bos_and_the_template() -> None:
-    placed = place(ToyScorer(), TEMPLATE, "why", None, ROWS, "front")
+    placed = place(ToyScorer(), TEMPLATE, "why", None, ROWS, PromptSpec(placement="front", n_prompt=2))
     assert placed.ids.tolist() == [BOS, 0, 0, *bytes_of("Q: why\nAnswer: (")]
     assert placed.rows_at == 1
 
@@ -48,7 +48,7 @@ def test_without_rows_the_input_is_the_text_in_its_template() -> None:
 @pytest.mark.parametrize("placement", ["front", "cue"])
 def test_what_is_generated_has_the_likelihood_that_tuning_scores(placement: str) -> None:
     scorer, spec = ToyScorer(), PromptSpec(placement=placement, n_prompt=2, d=6)
-    generation = Generation(scorer.generator, place(scorer, TEMPLATE, "why", None, ROWS, placement), max_tokens=5)
+    generation = Generation(scorer.generator, place(scorer, TEMPLATE, "why", None, ROWS, spec), max_tokens=5)
     tokens = [piece.token for piece in generation]
     assert len(tokens) == 5
     made = Objective(scorer, TEMPLATE, (), [("why", "x")], ObjectiveSpec(loss="nll"), spec)

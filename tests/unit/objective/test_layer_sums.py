@@ -13,7 +13,7 @@ from fedbpt.aggregation.layer_fit import _sums_of
 from fedbpt.engine.discriminant import assign_folds, discriminants, fold_sums, pool
 from fedbpt.engine.layers import normalized
 from fedbpt.errors import InputError, WireError
-from fedbpt.objective.layer_sums import cross_result, sums_result
+from fedbpt.objective.layer_sums import SMOOTHING, cross_result, sums_result
 from fedbpt.objective.layer_view import Views
 from fedbpt.objective.losses import log_probabilities
 from fedbpt.protocol.rounds import CrossResult, CrossWork, Reading, SumsResult, SumsWork
@@ -208,7 +208,9 @@ def naive(work: CrossWork, views: Views, targets: Any, folds: Any, row_weights: 
             for view, scale in enumerate(work.word_scales.numpy()[mixture]):
                 logits += scale * (views.words[row, view] - work.centres.numpy()[view])
             odds = np.exp(logits)
-            sums[mixture, fold] -= row_weights[row] * np.log(odds[target] / odds.sum())
+            smoothed = np.full(LABELS, SMOOTHING / LABELS)
+            smoothed[target] += 1 - SMOOTHING
+            sums[mixture, fold] -= row_weights[row] * smoothed @ np.log(odds / odds.sum())
     return sums
 
 

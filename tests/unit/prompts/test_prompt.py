@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedbpt.errors import InputError, PromptError
-from fedbpt.prompts.prompt import FORMAT, LAYERS_FORMAT, Prompt
+from fedbpt.prompts.prompt import FORMAT, LAYERS_FORMAT, SHIFTS_FORMAT, Prompt
 from fedbpt.protocol.specs import Array, Dtype, LayerReadout, PromptSpec, Template
 from fedbpt.tasks import BUILTIN, Task
 from tests.support.raises import raises
@@ -188,10 +188,10 @@ def test_a_file_of_format_1_gets_its_task_only_if_it_is_built_in(tmp_path: Path)
 
 def test_a_newer_format_is_refused_with_its_number(tmp_path: Path) -> None:
     new = {"new_tensor": np.zeros(1, np.float32)}
-    path = altered(make().save(tmp_path / "p.safetensors"), {"format": 4, "what_there_will_be": 1}, **new)
-    with raises(PromptError, field="format", limit=LAYERS_FORMAT) as refused:
+    path = altered(make().save(tmp_path / "p.safetensors"), {"format": 5, "what_there_will_be": 1}, **new)
+    with raises(PromptError, field="format", limit=SHIFTS_FORMAT) as refused:
         Prompt.load(path)
-    assert "format 4" in str(refused.value)
+    assert "format 5" in str(refused.value)
 
 
 def header_of(path: Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def test_the_entries_of_a_have_the_documented_spread() -> None:
     expected = 0.3 * 0.13 / (np.sqrt(100) * 0.5)
     assert columns.std() == pytest.approx(expected, rel=0.01)
     assert abs(columns.mean()) < 5 * expected / np.sqrt(columns.size)
-    assert projection.entry_std == pytest.approx(expected)
+    assert projection.entry_stds == pytest.approx(expected)
 
 
 def test_a_typical_latent_moves_the_prompt_by_alpha_embedding_stds() -> None:

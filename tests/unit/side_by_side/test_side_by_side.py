@@ -129,7 +129,7 @@ def test_both_sides_are_generated_in_turn(manner: TuneResult) -> None:
     found = list(pair.generate("question 3", max_tokens=4))
     assert {side for side, _ in found[:3]} == {"original", "tuned"}  # neither waits for the other
     for side, rows_of in (("original", None), ("tuned", prompt.rows)):
-        placed = place(scorer, prompt.template, "question 3", None, rows_of, prompt.spec.placement)
+        placed = place(scorer, prompt.template, "question 3", None, rows_of, prompt.spec)
         expected = "".join(piece.text for piece in Generation(scorer.generator, placed, max_tokens=4))
         assert "".join(piece for of, piece in found if of == side) == expected
 

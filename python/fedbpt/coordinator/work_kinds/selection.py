@@ -11,6 +11,8 @@ from fedbpt.protocol.rounds import RoundPlan, RoundReport, SelectResult, SelectW
 from fedbpt.protocol.specs import Array, Template
 from fedbpt.runs.events import RoundPurpose
 
+_MAX_SIZE = 1e6  # of a shift; hidden states of real models reach some thousands
+
 
 class Selection(WorkKind[SelectWork, SelectResult]):
     work = SelectWork
@@ -63,9 +65,10 @@ def _check_sizes(result: SelectResult, plan: RoundPlan, n_templates: int) -> Non
         raise WireError("sizes must be given where the prompt shifts, and only there", field="sizes")
     if result.sizes is not UNSET:
         sizes = result.sizes.numpy()
-        if sizes.ndim != 2 or len(sizes) != n_templates or not (sizes > 0).all():
+        if sizes.ndim != 2 or len(sizes) != n_templates or not ((sizes > 0) & (sizes < _MAX_SIZE)).all():
             raise WireError(
-                f"sizes must be positive, of shape [{n_templates}, n_layer], got shape {list(sizes.shape)}",
+                f"sizes must be of shape [{n_templates}, n_layer], positive and below {_MAX_SIZE:.0e}, got shape"
+                f" {list(sizes.shape)}",
                 field="sizes",
             )
 

@@ -1,0 +1,110 @@
+"""Target texts: shifts at all layers against a row in the cue, and the model as it is, at equal evaluations.
+
+The task: the model's own next word after "{text}\\nThis article is about" shall be the label of a news text. Tuned by
+the likelihood of the target alone; measured on other rows by perplexity, and by exact match of the greedy answer.
+
+Data: a folder with agnews/train.csv and agnews/test.csv (columns text and label).
+
+    python benchmarks/bench_shifts.py --data DIR --seeds 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench_tasks import Row, read_rows
+
+import fedbpt
+from fedbpt.engine.text_generator import Sampling
+from fedbpt.protocol.seeding import generator
+from fedbpt.protocol.specs import Template
+from fedbpt.side_by_side.sides import Side, SideBySide
+
+PATTERN = "{text}\nThis article is about"
+METHODS = {"row in the cue": fedbpt.PromptSpec(), "shifts at all layers": None}  # None: the default for target texts
+
+
+def answers(pair: SideBySide, rows: Sequence[Row], side: Side) -> list[str]:
+    """The greedy next token after each text."""
+    found = []
+    for text, _ in rows:
+        pieces = pair.generation(text, side, Sampling(), max_tokens=1)
+        found.append("".join(piece.text for piece in pieces))
+    return found
+
+
+def figures(said: Sequence[str], rows: Sequence[Row]) -> dict[str, float]:
+    """Exact match, and the share of the commonest answer: 1 for a prompt that says the same to every text."""
+    right = sum(answer == target for answer, (_, target) in zip(said, rows, strict=True))
+    return {"exact_match": right / len(rows), "commonest": Counter(said).most_common(1)[0][1] / len(rows)}
+
+
+def measure(
+    scorer: fedbpt.NativeScorer, train: Sequence[Row], test: Sequence[Row], given: argparse.Namespace, seed: int
+) -> dict[str, dict[str, Any]]:
+    task = fedbpt.Task(name="words", templates=(Template(pattern=PATTERN, label_words=()),))
+    found: dict[str, dict[str, Any]] = {}
+    for name, prompt in METHODS.items():
+        budget = fedbpt.Budget(evaluations=given.evaluations)
+        result = fedbpt.tune(scorer, task, train, test=test, budget=budget, prompt=prompt, seed=seed, show=False)
+        pair = SideBySide(scorer, result.prompt, task)
+        scores = result.run.scores("test")
+        if not found:
+            zero = scores["zero_shot"].perplexity
+            found["no prompt"] = {**figures(answers(pair, test, "original"), test), "perplexity": zero}
+        found[name] = {
+            **figures(answers(pair, test, "tuned"), test),
+            "perplexity": scores["tuned"].perplexity,
+            "tokens": result.run.tokens,
+            "seconds": result.run.seconds,
+        }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with agnews/train.csv and agnews/test.csv")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--evaluations", type=int, default=800)
+    parser.add_argument("--rows", type=int, default=64, help="training rows")
+    parser.add_argument("--test-rows", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--json", action="store_true", help="the closing JSON line alone")
+    given = parser.parse_args()
+    if given.data is None or not (given.data / "agnews" / "train.csv").is_file():
+        print("skipped: --data DIR names no folder with agnews/train.csv and agnews/test.csv")
+        return
+    train, test = (
+        [(text, f" {label}") for text, label in read_rows(given.data / "agnews" / f"{part}.csv")]
+        for part in ("train", "test")
+    )
+    test = test[: given.test_rows]
+    scorer = fedbpt.load_model(given.model)
+    runs = []
+    for seed in range(given.seeds):
+        chosen = generator(seed, "shifts").permutation(len(train))[: given.rows]
+        runs.append(measure(scorer, [train[i] for i in chosen], test, given, seed))
+    means = {
+        name: {figure: statistics.fmean(run[name][figure] for run in runs) for figure in values}
+        for name, values in runs[0].items()
+    }
+    if not given.json:
+        print(f"{given.rows} rows, {given.evaluations} evaluations, {given.seeds} seeds, {len(test)} test rows")
+        print(f"{'':22} {'exact match':>12} {'commonest':>10} {'perplexity':>11} {'tokens':>8} {'seconds':>8}")
+        for name, values in means.items():
+            costs = f"{values['tokens']:8,.0f} {values['seconds']:8.1f}" if "tokens" in values else ""
+            match, commonest, perplexity = (values[each] for each in ("exact_match", "commonest", "perplexity"))
+            print(f"{name:22} {match:12.3f} {commonest:10.2f} {perplexity:11.1f} {costs}")
+        row, shifts = (means[name]["exact_match"] for name in METHODS)
+        print(f"exact match of shifts over the row: {shifts / row if row else float('inf'):.1f} times")
+    print(json.dumps({"benchmark": "shifts", "model": given.model, "means": means, "runs": runs}))
+
+
+if __name__ == "__main__":
+    main()
