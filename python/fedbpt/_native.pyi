@@ -46,7 +46,7 @@ class Generator:
         top_p: float,
         top_k: int,
         seed: int,
-        shifted: tuple[int, int, bool] | None,
+        shifted: tuple[int, int, bool] | None = None,
     ) -> Stream:
         """Begin a text of ids [n]; from ``rows_at`` on, ``rows`` [n_rows, n_embd] replace their embeddings.
 

@@ -86,8 +86,8 @@ void register_generator(py::module_ & module) {
 
     generator
         .def("open", &open, py::arg("ids").noconvert(), py::arg("rows").noconvert(), py::arg("rows_at"),
-             py::arg("temperature"), py::arg("top_p"), py::arg("top_k"), py::arg("seed"), py::arg("shifted"),
-             py::keep_alive<0, 1>(), "ids int32 [n], rows float32 [n_rows, n_embd]")
+             py::arg("temperature"), py::arg("top_p"), py::arg("top_k"), py::arg("seed"),
+             py::arg("shifted") = py::none(), py::keep_alive<0, 1>(), "ids int32 [n], rows float32 [n_rows, n_embd]")
         .def("next", &next, py::arg("stream"), py::arg("n_likeliest"),
              "(id, log-probability, [(id, log-probability) of the likeliest])")
         .def(

@@ -57,6 +57,10 @@ def _score(engine: _native.Engine, rng: np.random.Generator) -> None:
         for _ in range(2):
             assert np.isfinite(engine.score(plan, which, rows)).all(), "scores that are not finite"
         assert np.isfinite(engine.score_states(plan, which, rows)[1]).all(), "states that are not finite"
+    for shifted in ((0, 1, False), (0, engine.n_layer, True)):
+        plan = engine.plan(texts, labels, False, prefix, nothing, [], 1 << 20, shifted)
+        shifts = np.repeat(rows[:, :1], shifted[1], axis=1)
+        assert np.isfinite(engine.score(plan, np.arange(n), shifts)).all(), "shifted scores that are not finite"
 
 
 def _generate(engine: _native.Engine, rng: np.random.Generator) -> None:
@@ -64,7 +68,8 @@ def _generate(engine: _native.Engine, rng: np.random.Generator) -> None:
     for length in (1, min(engine.n_ctx_train, N_LONG) - 4, 4):
         ids = rng.integers(0, engine.n_vocab, max(1, length)).astype(np.int32)
         rows = engine.token_embeddings(ids[: length // 2])
-        stream = generator.open(ids, rows, 0, 0.7, 0.9, 0, 1)
+        shifted = (0, len(rows), True) if 0 < len(rows) <= engine.n_layer else None
+        stream = generator.open(ids, rows, 0, 0.7, 0.9, 0, 1, shifted)
         for _ in range(3):
             token, log_prob, _ = generator.next(stream, 2)
             generator.piece(token)

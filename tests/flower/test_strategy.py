@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping, 
 from fedbpt.errors import ConfigError, FedbptError, QuorumError
 from fedbpt.flower import FedBPT, client_app
 from fedbpt.flower.loop import LATENT
-from fedbpt.protocol.specs import PrivacySpec
+from fedbpt.protocol.specs import PrivacySpec, PromptSpec
 from fedbpt.protocol.task_identity import TaskIdentity
 from fedbpt.runs.events import DeviceBack, DeviceLost, Event, LateReport, RoundClosed
 from fedbpt.runs.store import RunStore
@@ -286,6 +286,13 @@ def test_noise_that_a_wrapper_adds_to_the_mean_is_rejected(store: RunStore) -> N
 def test_flowers_own_loop_rejects_patience(store: RunStore, changes: dict[str, int]) -> None:
     strategy = FedBPT(TASK, settings(evaluate_every=1, **changes), store, devices=2)
     with raises(ConfigError, field="patience"):
+        Strategy.start(strategy, ToyGrid(node(0), node(1)), ArrayRecord(), num_rounds=3)
+
+
+@pytest.mark.parametrize("placement", ["layer", "layers"])
+def test_flowers_own_loop_rejects_shifts(store: RunStore, placement: Any) -> None:
+    strategy = FedBPT(TASK, settings(prompt=PromptSpec(placement=placement)), store, devices=2)
+    with raises(ConfigError, field="placement"):
         Strategy.start(strategy, ToyGrid(node(0), node(1)), ArrayRecord(), num_rounds=3)
 
 

@@ -66,6 +66,12 @@ class FlowerLoop:
                 "Flower's own loop cannot end a search early: set patience and restarts to 0, or call FedBPT.start",
                 field="patience",
             )
+        if settings.prompt.shifts:
+            raise ConfigError(
+                "Flower's own loop has no exchange that measures shifts of layers: call FedBPT.start, or set placement "
+                f"to 'cue' instead of {settings.prompt.placement!r}",
+                field="placement",
+            )
         self._ledger = RunLedger(store, run, task, settings, settings.aggregator())
         unfit = {name: found for name, (_, info) in devices.items() if (found := misfit(info, None, task.identity))}
         for name, found in unfit.items():

@@ -287,7 +287,7 @@ public:
 
 private:
     ggml_tensor * shifted(const llm_graph_context & graph, ggml_tensor * cur, int il) {
-        if (il < shape.first || il >= shape.last) {
+        if (il < shape.first || il >= shape.last || cur->ne[0] != graph.n_embd) {
             return cur;
         }
         if (!shift_ids) {
