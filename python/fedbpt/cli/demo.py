@@ -71,7 +71,7 @@ class Example(NamedTuple):
 def demo(
     model: Annotated[str, typer.Option("--model", "-m", help="A catalogue name, or a .gguf file.")] = "smollm2-135m",
     devices: Annotated[int, typer.Option(min=1, max=16, help="Device processes.")] = 3,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of tuning; one generation each.")] = 100,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of tuning; one generation each.")] = 25,
     quick: Annotated[bool, typer.Option("--quick", help="Use a tenth of the rows, to check that it works.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the split, the search and all other randomness.")] = 0,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the data, the run and the prompt.")] = Path(
@@ -85,7 +85,7 @@ def demo(
 
     After Ctrl-C, the same command resumes the run. Once finished, it starts a new one.
 
-    Example: fedbpt demo --rounds 50 --json
+    Example: fedbpt demo --rounds 100 --json
     """
     shown = not (quiet or as_json)
     shared = dashboard is not None and not is_loopback(host_and_port("--dashboard", dashboard)[0])

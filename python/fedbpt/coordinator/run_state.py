@@ -29,7 +29,7 @@ from fedbpt.runs.events import RoundPurpose
 from fedbpt.runs.result import AnyReadout, Shipped, TemplateScore, Variants, variants
 from fedbpt.runs.settings import RunSettings
 from fedbpt.tasks import Task
-from fedbpt.tasks.reading import reading_templates
+from fedbpt.tasks.reading import LONG_TEXT, reading_templates
 
 SELECTION: Final = 0
 """Number of the round that selects the template; calibration and search begin with round 1."""
@@ -73,6 +73,7 @@ class RunState:
         self.prompt = settings.prompt
         """With its ``shift``, if it has one, once the selection is closed."""
         self._selected = 0
+        self._long_texts = False  # unknown without a selection
         self._best: tuple[float, NDArray[np.float64]] | None = None  # lowest judged loss, and its mean
         self._n_worse = 0  # judgements since the best one, or since the last restart
         self._restarts = 0
@@ -104,6 +105,8 @@ class RunState:
         self.label_weights = label_weights(reports, self.settings.row_cap)
         losses = template_losses(counted, self.label_weights, self.settings.robust != "none")
         self._selected = int(np.argmin(losses))
+        n_texts = sum(report.n_texts for report in reports)
+        self._long_texts = sum(report.tokens for report in reports) > LONG_TEXT * n_texts
         self.template_losses = tuple(losses.tolist())
         if self.settings.prompt.shifts:
             self.prompt = self.settings.prompt.shifting(self._shift(reports))
@@ -264,7 +267,9 @@ class RunState:
 
     def _new_layer_fit(self, purpose: FitPurpose, latent: NDArray[np.float64]) -> LayerFit:
         base = self.fits.get("probe") if purpose == "readout" else None
-        templates = () if purpose == "readout" else reading_templates(self.task.templates, self.template)
+        templates = (
+            () if purpose == "readout" else reading_templates(self.task.templates, self.template, self._long_texts)
+        )
         n_labels = len(self.task.labels)
         layers, n_views = within_message(reading_layers(self.n_layer), 1 + len(templates), n_labels, self.n_embd)
         templates = templates[: n_views - 1]

@@ -21,9 +21,20 @@ MAX_TEMPLATES: Final = 6
 """Templates that are read: each costs a device the tokens of its cue, and memory for its rows' states."""
 
 
-def reading_templates(templates: Sequence[Template], selected: Template) -> tuple[Template, ...]:
-    """Templates to read besides ``selected``: the others of a task's ``templates``, then `PATTERNS` with its words."""
+LONG_TEXT: Final = 48
+"""Mean tokens of a row's selection from which texts are long."""
+
+
+def reading_templates(
+    templates: Sequence[Template], selected: Template, long_texts: bool = False
+) -> tuple[Template, ...]:
+    """Templates to read besides ``selected``: the others of a task's ``templates``, then `PATTERNS` with its words.
+
+    ``long_texts``: without a pattern that begins otherwise, under which each text is read a second time. It helps with
+    questions, which are short.
+    """
     found = [template for template in templates if template != selected]
     known = {template.pattern for template in templates}
-    found += [msgspec.structs.replace(selected, pattern=pattern) for pattern in PATTERNS if pattern not in known]
+    patterns = [each for each in PATTERNS if each.startswith("{text}") or not long_texts]
+    found += [msgspec.structs.replace(selected, pattern=pattern) for pattern in patterns if pattern not in known]
     return tuple(found[: MAX_TEMPLATES - 1])
