@@ -27,7 +27,10 @@ from fedbpt.protocol.specs import Template
 from fedbpt.side_by_side.sides import Side, SideBySide
 
 PATTERN = "{text}\nThis article is about"
-METHODS = {"row in the cue": fedbpt.PromptSpec(), "shifts at all layers": None}  # None: the default for target texts
+METHODS = {
+    "row in the cue": fedbpt.PromptSpec(),
+    "shifts at all layers": fedbpt.PromptSpec(placement="layers", d=100),
+}
 
 
 def answers(pair: SideBySide, rows: Sequence[Row], side: Side) -> list[str]:
@@ -46,11 +49,12 @@ def figures(said: Sequence[str], rows: Sequence[Row]) -> dict[str, float]:
 
 
 def measure(
-    scorer: fedbpt.NativeScorer, train: Sequence[Row], test: Sequence[Row], given: argparse.Namespace, seed: int
+    model: str, train: Sequence[Row], test: Sequence[Row], given: argparse.Namespace, seed: int
 ) -> dict[str, dict[str, Any]]:
     task = fedbpt.Task(name="words", templates=(Template(pattern=PATTERN, label_words=()),))
     found: dict[str, dict[str, Any]] = {}
     for name, prompt in METHODS.items():
+        scorer = fedbpt.load_model(model)  # anew: its KV of texts would save the next method tokens
         budget = fedbpt.Budget(evaluations=given.evaluations)
         result = fedbpt.tune(scorer, task, train, test=test, budget=budget, prompt=prompt, seed=seed, show=False)
         pair = SideBySide(scorer, result.prompt, task)
@@ -85,11 +89,10 @@ def main() -> None:
         for part in ("train", "test")
     )
     test = test[: given.test_rows]
-    scorer = fedbpt.load_model(given.model)
     runs = []
     for seed in range(given.seeds):
         chosen = generator(seed, "shifts").permutation(len(train))[: given.rows]
-        runs.append(measure(scorer, [train[i] for i in chosen], test, given, seed))
+        runs.append(measure(given.model, [train[i] for i in chosen], test, given, seed))
     means = {
         name: {figure: statistics.fmean(run[name][figure] for run in runs) for figure in values}
         for name, values in runs[0].items()

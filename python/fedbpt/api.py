@@ -52,9 +52,6 @@ N_EVALUATIONS: Final = 8
 MAX_EVALUATE_EVERY: Final = 10
 """Maximum default number of generations between two evaluations on development rows."""
 
-SHIFTS_D: Final = 100
-"""Default dimension of the search where all layers are shifted."""
-
 
 @dataclass(frozen=True)
 class Budget(metaclass=DataclassMeta):
@@ -118,8 +115,7 @@ def tune(
         test: rows for the final figures of the result and the model card only.
         budget: when to stop.
         seed: seed of all randomness, and of the prompt unless ``prompt`` sets its own.
-        prompt: placement, length and search-space dimension of the prompt; None: a row in the cue, or for target texts
-            shifts of all layers.
+        prompt: placement, length and search-space dimension of the prompt; None: the defaults, in the cue.
         objective: loss and mini-batch size.
         popsize: number of candidates per generation, λ.
         method: the aggregation (`fedbpt.aggregation.methods`).
@@ -194,7 +190,7 @@ def settings_for(
         evaluate_every = min(max(generations // N_EVALUATIONS, 1), MAX_EVALUATE_EVERY)
     found = RunSettings(
         **limits,
-        prompt=prompt or _default_prompt(task, seed, options.get("privacy") is not None),
+        prompt=prompt or PromptSpec(seed=seed),
         objective=objective or ObjectiveSpec(max_text_tokens=task.max_text_tokens),
         seed=seed,
         popsize=popsize,
@@ -202,13 +198,6 @@ def settings_for(
         **options,
     )
     return settings_alone(found)
-
-
-def _default_prompt(task: Task, seed: int, private: bool) -> PromptSpec:
-    """A row in the cue; for target texts shifts of all layers, which tune what a model says many times further."""
-    if task.labels or private:
-        return PromptSpec(seed=seed)
-    return PromptSpec(placement="layers", d=SHIFTS_D, seed=seed)
 
 
 def _tune(

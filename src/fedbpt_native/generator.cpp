@@ -342,8 +342,9 @@ void Generator::compute_part(Sequence & sequence, size_t end) {
         reset();
         throw;
     }
+    const bool shifted = llama_soft_prompt_shifted(session_.context());
     llama_soft_prompt_clear(session_.context());
-    if (fits && !llama_soft_prompt_shifted(session_.context())) {
+    if (!shifted) {
         reset();
         throw UnsupportedModelError(kNoShifts);
     }

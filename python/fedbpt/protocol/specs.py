@@ -86,10 +86,20 @@ class Template(CheckedMessage, frozen=True):
 
 
 class Shift(CheckedMessage, frozen=True):
-    """The layers whose outputs are shifted, from 0, and the size of a shift of each at α = 1, per number."""
+    """Consecutive layers whose outputs are shifted, from 0, and the size of a shift of each at α = 1, per number."""
 
     layers: tuple[NaturalInt, ...]
     sizes: tuple[PositiveFloat, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        consecutive = tuple(range(self.layers[0], self.layers[0] + len(self.layers))) if self.layers else ()
+        if not self.layers or self.layers != consecutive or len(self.sizes) != len(self.layers):
+            raise ConfigError(
+                f"a shift must have consecutive layers and one size for each, got layers {list(self.layers)} and "
+                f"{len(self.sizes)} sizes",
+                field="shift",
+            )
 
 
 class PromptSpec(CheckedMessage, frozen=True):
@@ -115,12 +125,23 @@ class PromptSpec(CheckedMessage, frozen=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.shift is not UNSET:
+            self._check_shift(self.shift)
         n_rows = 1 if self.shift is UNSET else len(self.shift.layers)
         if self.shifts and self.n_prompt != n_rows:
             raise ConfigError(
                 f"placement {self.placement!r} has a row per layer, so n_prompt must be {n_rows}, got {self.n_prompt}: "
                 "leave it out",
                 field="n_prompt",
+            )
+
+    def _check_shift(self, shift: Shift) -> None:
+        fits = {"layer": len(shift.layers) == 1, "layers": shift.layers[0] == 0}.get(self.placement, False)
+        if not fits:
+            raise ConfigError(
+                f"placement {self.placement!r} does not fit a shift of layers {list(shift.layers)}: 'layer' has one, "
+                "'layers' all from 0, the others none",
+                field="shift",
             )
 
     @property

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from fedbpt.errors import InputError
-from fedbpt.protocol.specs import PromptSpec
+from fedbpt.errors import ConfigError, InputError
+from fedbpt.protocol.specs import PromptSpec, Shift
 from fedbpt.search.projection import Projection
 
 SPEC = PromptSpec(n_prompt=3, d=20, alpha=0.4, sigma0=0.5, seed=11)
@@ -84,3 +86,21 @@ def test_bad_latents_are_refused(z: np.ndarray) -> None:
 def test_a_bad_start_is_refused(p0: np.ndarray, std: float) -> None:
     with pytest.raises(InputError):
         Projection(SPEC, p0, std)
+
+
+@pytest.mark.parametrize(
+    ("placement", "layers", "sizes"),
+    [
+        ("layer", (), ()),
+        ("layers", (0, 2), (1.0, 1.0)),
+        ("layers", (0, 1), (1.0,)),
+        ("layers", (1, 2), (1.0, 1.0)),
+        ("layer", (0, 1), (1.0, 1.0)),
+        ("cue", (1,), (1.0,)),
+    ],
+)
+def test_a_shift_that_does_not_fit_its_placement_is_refused(
+    placement: Any, layers: tuple[int, ...], sizes: tuple[float, ...]
+) -> None:
+    with pytest.raises(ConfigError, match="shift"):
+        PromptSpec(placement=placement).shifting(Shift(layers=layers, sizes=sizes))

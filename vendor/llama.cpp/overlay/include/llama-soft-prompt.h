@@ -35,7 +35,7 @@ LLAMA_API void llama_soft_prompt_set_shift(
                      int32_t   n_layers,
                  const float * rows);
 
-// False if the last llama_decode has left out shifts, since this architecture's graph does not mark its layer outputs.
+// False if shifts were left out since llama_soft_prompt_clear, as this architecture's graph does not mark its layer outputs.
 LLAMA_API bool llama_soft_prompt_shifted(const struct llama_context * ctx);
 
 // Removes all rows and shifts.

@@ -21,7 +21,8 @@ class  llm_graph_result;
 class  llm_graph_input_i;
 struct llm_graph_context;
 
-// Tables (sequence, position) -> row and (sequence, positions, layers) -> rows to add. Shared by a context and the graph parameters copied from it.
+// Tables (sequence, position) -> row and (sequence, positions, layers) -> rows to add. Shared by a context and the graph parameters
+// copied from it.
 class llama_soft_prompt {
 public:
     void set(llama_seq_id seq_id, llama_pos pos0, int32_t n_rows, const float * rows);
@@ -50,7 +51,7 @@ public:
     // The shifts in the ubatch, each once, in their tokens' order.
     std::vector<const shift *> shifts_of(const llama_ubatch & ubatch) const;
 
-    // whether the last graph has added all shifts of its ubatch
+    // whether all graphs since clear() have added all shifts of their ubatches
     bool shifted = true;
 
     bool row_attention = false;

@@ -59,6 +59,7 @@ void llama_soft_prompt::clear() {
     shifts    = {};
     any       = false;
     any_shift = false;
+    shifted   = true;
 }
 
 void llama_soft_prompt::set_shift(llama_seq_id seq_id, const shift & given) {
@@ -311,7 +312,7 @@ private:
     }
 
     void set_shifts(const llama_ubatch & ubatch) {
-        table->shifted = (int64_t) shift_rows.size() == shape.last - shape.first;
+        table->shifted = table->shifted && (int64_t) shift_rows.size() == shape.last - shape.first;
         if (!shift_ids) {
             return;
         }
