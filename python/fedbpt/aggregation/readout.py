@@ -1,7 +1,6 @@
 """`ReadoutFit`: multinomial logistic regression over devices by exact pooled gradients (`fedbpt.objective.readout`).
 
-The words' logits x are centred by μ and scaled by r, pooled moments (one exchange); then L-BFGS (Nocedal & Wright 2006,
-alg. 7.4, with Armijo's rule) minimises
+The words' logits x are centred by μ and scaled by r, pooled moments (one exchange); then `Lbfgs` minimises
 
     mean cross-entropy + ρ/(2n)·‖W‖²,    W the weights on (1, 3·(x − μ)/r),    n rows on all devices
 
@@ -13,13 +12,13 @@ objectives is minimised.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.aggregation.base import accepted, weights_of
+from fedbpt.aggregation.lbfgs import Lbfgs
 from fedbpt.aggregation.robust import Robust, centre, reports_needed
 from fedbpt.errors import InputError
 from fedbpt.protocol.rounds import FitPurpose, FitResult, FitWork, RoundReport
@@ -34,13 +33,8 @@ EXCHANGES = 14
 """Most evaluations of the gradient."""
 
 _SPREAD = 3.0  # root mean square norm of the scaled logits
-_MEMORY = 10  # pairs kept by L-BFGS
-_ARMIJO = 1e-4  # least decrease, as a share of the linear prediction
-_SHORTEN = 0.3  # factor of a step that decreases less
 _ROUNDING = 1e-5  # relative, of the moments, which are sent as float32
-_MIN_GAIN = 3e-4  # nats: the fit ends with an exchange that gains less
 _MIN_SCALE = 1e-3  # logits that vary less carry no information
-_MAX_STEP = 1e4  # norm of a step in W: devices can still compute with the result
 
 
 class ReadoutFit:
@@ -85,12 +79,7 @@ class ReadoutFit:
         self._centre = np.zeros((*self._shape[:1], n_words))
         self._scale = np.ones(self._shape[0])
         self._centred = n_words == 0
-        self._best: Floats = np.zeros(self._shape)  # W, as every point below
-        self._value = math.inf
-        self._gradient: Floats = np.zeros(self._shape)
-        self._move: Floats = np.zeros(self._shape)
-        self._length = 0.0  # of the step that is tried; 0: the first point
-        self._pairs: list[tuple[Floats, Floats]] = []
+        self._search = Lbfgs(self._shape)  # for W
         self._devices: tuple[str, ...] = ()
         self._exchanges = 0
         self.done = False
@@ -98,21 +87,20 @@ class ReadoutFit:
     @property
     def readout(self) -> Readout:
         """The best readout so far."""
-        return self._readout(self._best)
+        return self._readout(self._search.best)
 
     @property
     def loss(self) -> float:
         """Objective of `readout`, nats."""
-        return self._value
+        return self._search.value
 
     def work(self) -> FitWork:
         """What every device does next."""
-        point = self._best + self._length * self._move
         return FitWork(
             purpose=self.purpose,
             latent=Array.of(self._latent),
             n_words=self._shape[1] - 1,
-            readout=self._readout(point) if self._centred else None,
+            readout=self._readout(self._search.point) if self._centred else None,
             centre=Array.of(self._centre.ravel(), "<f4") if self._centre.size and self._centred else None,
             others=self._others,
             max_rows=self._max_rows,
@@ -147,10 +135,9 @@ class ReadoutFit:
         if devices != self._devices:
             # A loss on other rows: earlier ones cannot be compared with it.
             self._devices = devices
-            self._pairs = []
-            self._value = math.inf
-        self._learn(*self._objective(loss, means.reshape(self._shape), RIDGE / n_rows))
-        self.done = self.done or self._exchanges >= EXCHANGES
+            self._search.forget()
+        self._search.learn(*self._objective(loss, means.reshape(self._shape), RIDGE / n_rows))
+        self.done = self._search.done or self._exchanges >= EXCHANGES
 
     def _middle(self, weights: Floats, rows: Floats) -> Floats:
         return centre(rows, weights, self._robust, self._byzantine)
@@ -158,54 +145,20 @@ class ReadoutFit:
     def digest(self) -> str:
         """sha256 (hex) of everything that decides what comes next."""
         digest = hashlib.sha256(
-            f"{self.purpose}|{self._shape}|{self._length.hex()}|{self._exchanges}|{self._devices}".encode()
+            f"{self.purpose}|{self._shape}|{self._search.length.hex()}|{self._exchanges}|{self._devices}".encode()
         )
-        steps = [array for pair in self._pairs for array in pair]
-        points = (self._latent, self._bias, self._centre, self._best, self._gradient, self._move, *steps)
-        for array in (*points, self._scale, np.array([self._value])):
+        points = (self._latent, self._bias, self._centre, *self._search.state())
+        for array in (*points, self._scale, np.array([self._search.value])):
             digest.update(np.ascontiguousarray(array, dtype="<f8").tobytes())
         return digest.hexdigest()
 
     def _objective(self, loss: float, by_v: Floats, ridge: float) -> tuple[float, Floats]:
         """The objective, and its gradient by W, at the point of the last `work`."""
-        point = self._best + self._length * self._move
+        point = self._search.point
         gradient: Floats = by_v.copy()
         gradient[:, 1:] *= (_SPREAD / self._scale)[:, None, None]  # centred on the devices
         n_templates = len(gradient)
         return loss + ridge / 2 * float((point**2).sum()) / n_templates, (gradient + ridge * point) / n_templates
-
-    def _learn(self, value: float, gradient: Floats) -> None:
-        slope = float((self._gradient * self._move).sum())
-        if math.isfinite(self._value) and value > self._value + _ARMIJO * self._length * slope:
-            self._length *= _SHORTEN
-            return
-        step = self._length * self._move
-        difference = gradient - self._gradient
-        if math.isfinite(self._value) and float((step * difference).sum()) > 0:
-            self._pairs = [*self._pairs, (step, difference)][-_MEMORY:]
-        self.done = self._value - value < _MIN_GAIN
-        self._best = self._best + step
-        self._value = value
-        self._gradient = gradient
-        self._move = self._direction()
-        self._length = min(1.0, _MAX_STEP / max(float(np.sqrt((self._move**2).sum())), 1.0))
-
-    def _direction(self) -> Floats:
-        """−H·gradient by the two loops of L-BFGS."""
-        move: Floats = self._gradient.copy()
-        taken = []
-        for step, difference in reversed(self._pairs):
-            share = float((step * move).sum() / (step * difference).sum())
-            move -= share * difference
-            taken.append(share)
-        if self._pairs:
-            step, difference = self._pairs[-1]
-            move *= float((step * difference).sum() / (difference**2).sum())
-        else:
-            move /= max(1.0, float(np.sqrt((move**2).sum())))
-        for (step, difference), share in zip(self._pairs, reversed(taken), strict=True):
-            move += step * (share - float((difference * move).sum() / (step * difference).sum()))
-        return np.negative(move)
 
     def _readout(self, point: Floats) -> Readout:
         """V of W: the bias, μ and r folded in."""
@@ -217,4 +170,4 @@ class ReadoutFit:
 
     def __repr__(self) -> str:
         n_words = self._shape[1] - 1
-        return f"ReadoutFit({self.purpose}, {n_words} words, exchange {self._exchanges}, {self._value:.4f} nats)"
+        return f"ReadoutFit({self.purpose}, {n_words} words, exchange {self._exchanges}, {self._search.value:.4f} nats)"

@@ -139,8 +139,8 @@ class PromptSpec(CheckedMessage, frozen=True):
         fits = {"layer": len(shift.layers) == 1, "layers": shift.layers[0] == 0}.get(self.placement, False)
         if not fits:
             raise ConfigError(
-                f"placement {self.placement!r} must not have a shift of layers {list(shift.layers)}: 'layer' expects one "
-                "layer, 'layers' all from 0, the others none",
+                f"placement {self.placement!r} must not have a shift of layers {list(shift.layers)}: 'layer' expects "
+                "one layer, 'layers' all from 0, the others none",
                 field="shift",
             )
 
