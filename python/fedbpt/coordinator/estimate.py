@@ -18,7 +18,7 @@ from fedbpt.aggregation.methods import method_named
 from fedbpt.aggregation.readout import EXCHANGES, ReadoutFit
 from fedbpt.bench.measurement import Measurement, Projection
 from fedbpt.coordinator.layer_cost import EXCHANGES as EXCHANGES_OF_LAYERS
-from fedbpt.coordinator.layer_cost import layer_bytes
+from fedbpt.coordinator.layer_cost import LOGISTIC_EXCHANGES, layer_bytes, logistic_bytes
 from fedbpt.coordinator.layer_reading import reads_layers, states_alone
 from fedbpt.errors import ConfigError
 from fedbpt.protocol import codec
@@ -363,7 +363,14 @@ def _bytes(settings: RunSettings, task: Task, rounds: int, aggregator: Aggregato
         if alone:
             up = down = 0
         n_templates = 0 if alone else min(len(task.templates), MAX_TEMPLATES)
-        arrays = layer_bytes(len(task.labels), n_templates, _n_views(task.templates), n_fitted, info)
+        n_views = _n_views(task.templates)
+        n_exchanges = EXCHANGES_OF_LAYERS
+        if settings.readout == "logistic":
+            n_exchanges = 1 + LOGISTIC_EXCHANGES
+            judged = settings.robust == "none"
+            arrays = logistic_bytes(len(task.labels), n_templates, n_views, info.n_embd, judged, alone)
+        else:
+            arrays = layer_bytes(len(task.labels), n_templates, n_views, n_fitted, info)
         empty = FitResult(purpose="readout", loss=0.0, means=Array.of(np.zeros(0)))
         reading = FitWork(
             purpose="readout",
@@ -371,8 +378,8 @@ def _bytes(settings: RunSettings, task: Task, rounds: int, aggregator: Aggregato
             n_words=0,
             others=reading_templates(task.templates, task.templates[0]),
         )
-        up += arrays[0] + 2 * EXCHANGES_OF_LAYERS * len(codec.encode(_report(empty)))
-        down += arrays[1] + 2 * EXCHANGES_OF_LAYERS * len(codec.encode(_plan(settings, task, reading)))
+        up += arrays[0] + 2 * n_exchanges * len(codec.encode(_report(empty)))
+        down += arrays[1] + 2 * n_exchanges * len(codec.encode(_plan(settings, task, reading)))
     return up, down
 
 

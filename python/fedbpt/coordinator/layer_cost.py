@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from fedbpt.aggregation import logistic_fit
 from fedbpt.aggregation.layer_fit import (
     MAX_RANK,
     MIXTURE_TEMPERATURES,
@@ -17,7 +18,10 @@ from fedbpt.engine.layers import reading_layers
 from fedbpt.protocol.rounds import N_FOLDS, DeviceInfo
 
 EXCHANGES: Final = 3
-"""Exchanges of a fit: sums, each reader's losses, losses of mixtures."""
+"""Exchanges of a fit by sums: sums, each reader's losses, losses of mixtures."""
+
+LOGISTIC_EXCHANGES: Final = logistic_fit.EXCHANGES
+"""Most exchanges of a fit by gradients, after that of moments."""
 
 
 def layer_bytes(n_labels: int, n_word_views: int, n_views: int, n_rows: int, info: DeviceInfo) -> tuple[int, int]:
@@ -52,6 +56,20 @@ def layer_bytes(n_labels: int, n_word_views: int, n_views: int, n_rows: int, inf
             up += 4 * n_mixtures * N_FOLDS
             down += N_FOLDS * columns * n_labels * (2 * info.n_embd + 4) + 4 * n_mixtures * (columns + n_words)
     return up, down
+
+
+def logistic_bytes(
+    n_labels: int, n_word_views: int, n_views: int, n_embd: int, judged: bool, alone: bool
+) -> tuple[int, int]:
+    """Bytes (up, down) of the arrays in the exchanges of both fits, or with ``alone`` of one, if all are needed."""
+    n_points = 1 + judged
+    scalars = 4 * (n_word_views + n_labels)
+    moments = 8 * n_views * n_embd + 4 * n_word_views * (n_labels + 1)
+    point = 2 * n_views * n_embd * n_labels + scalars
+    up = moments + LOGISTIC_EXCHANGES * n_points * (point + 4)
+    down = LOGISTIC_EXCHANGES * (n_points * point + 4 * n_views * n_embd + 4 * n_word_views * n_labels)
+    n_fits = 1 if alone else 2
+    return n_fits * up, n_fits * down
 
 
 def _sums(n_labels: int, n_rows: int, n_embd: int) -> int:

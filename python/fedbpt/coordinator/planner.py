@@ -75,7 +75,7 @@ class Planner:
             label_bias=() if bias is None else tuple(bias.tolist()),
             label_weights=state.label_weights,
             privacy=settings.privacy,
-            held=state.held if kind_of(work).searches and "probe" in state.fits else None,
+            held=state.held if kind_of(work).searches and state.holds_rows else None,
         )
 
     def _batch_size(self, device: str, work: Work) -> int | None:

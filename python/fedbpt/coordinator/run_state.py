@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 
 from fedbpt.aggregation.base import Aggregator, Fit
 from fedbpt.aggregation.layer_fit import LayerFit
+from fedbpt.aggregation.logistic_fit import LogisticFit
 from fedbpt.aggregation.readout import ReadoutFit
 from fedbpt.coordinator.layer_reading import reads_layers, states_alone, within_message
 from fedbpt.coordinator.round_reports import cap_reports, label_weights, purpose_of, template_losses, template_scores
-from fedbpt.engine.layers import middle_layer, reading_layers
+from fedbpt.engine.layers import logistic_layer, middle_layer, reading_layers
 from fedbpt.errors import InputError
 from fedbpt.protocol.rounds import EvaluateReport, FitPurpose, HeldRows, Reading, RoundReport
-from fedbpt.protocol.specs import Array, Readout, Shift, Template
+from fedbpt.protocol.specs import Array, LayerReadout, Readout, Shift, Template
 from fedbpt.runs.events import RoundPurpose
 from fedbpt.runs.result import AnyReadout, Shipped, TemplateScore, Variants, variants
 from fedbpt.runs.settings import RunSettings
@@ -205,16 +206,24 @@ class RunState:
         return states_alone(self.task.templates, self.settings, self.n_layer)
 
     @property
+    def holds_rows(self) -> bool:
+        """Whether the search leaves out the rows of `held`, as they judge what is shipped."""
+        return isinstance(self.fits.get("probe"), LayerFit | LogisticFit) and self.settings.robust == "none"
+
+    @property
     def held(self) -> HeldRows:
         """The training rows that judge what is shipped."""
         return HeldRows(max_rows=self.settings.fit_rows, seed=self.settings.seed)
 
     def held_lines(self) -> Variants:
         """What may be shipped, as far as it can be judged on held-out rows: readouts are fitted without them."""
-        fits = {purpose: fit for purpose, fit in self.fits.items() if isinstance(fit, LayerFit) and fit.done}
-        if "probe" not in fits:
+        held: dict[FitPurpose, LayerReadout] = {}
+        for purpose, fit in self.fits.items():
+            if isinstance(fit, LayerFit | LogisticFit) and fit.done and (readout := fit.held_readout) is not None:
+                held[purpose] = readout
+        if "probe" not in held:
             return {}
-        found = variants(self.mean, {**self._readouts(), **{p: fit.held_readout for p, fit in fits.items()}})
+        found = variants(self.mean, {**self._readouts(), **held})
         return {name: found[name] for name in ("probe", "calibrated", "prompt", "read") if name in found}
 
     @property
@@ -250,7 +259,8 @@ class RunState:
     def new_fit(self, purpose: FitPurpose, latent: NDArray[np.float64]) -> Fit:
         """A fit of ``purpose`` to the prompt of ``latent`` [d]; not part of the state."""
         if purpose != "calibration" and self.reads_layers:
-            return self._new_layer_fit(purpose, latent)
+            by_gradients = self.settings.readout == "logistic"
+            return self._new_logistic_fit(purpose, latent) if by_gradients else self._new_layer_fit(purpose, latent)
         others = self.others if purpose == "readout" else ()
         n_words = 0 if purpose == "calibration" else self.settings.objective.readout_words // (1 + len(others))
         return ReadoutFit(
@@ -290,6 +300,20 @@ class RunState:
             base if isinstance(base, LayerFit) and base.done else None,
             self.template,
         )
+
+    def _new_logistic_fit(self, purpose: FitPurpose, latent: NDArray[np.float64]) -> LogisticFit:
+        templates = reading_templates(self.task.templates, self.template, self._long_texts)
+        reading = Reading(
+            latent=Array.of(latent),
+            templates=templates,
+            layers=(logistic_layer(self.n_layer),),
+            n_embd=self.n_embd,
+            n_word_views=0 if self.states_alone else min(len(self.task.templates), 1 + len(templates)),
+            max_rows=self.settings.fit_rows,
+        )
+        robust = self.settings.robust
+        judged = robust == "none"  # which is shipped is chosen by sums of the devices' losses, which trusts them
+        return LogisticFit(purpose, reading, len(self.task.labels), judged, robust, self.settings.byzantine)
 
     def readout(self, purpose: FitPurpose) -> AnyReadout | None:
         """The result of the fit of ``purpose``; None: there is none."""

@@ -24,6 +24,7 @@ from fedbpt.errors import DataError, InputError, ScoringInterrupted
 from fedbpt.machine.memory import physical_memory
 from fedbpt.objective.layer_sums import cross_result, sums_result
 from fedbpt.objective.layer_view import LayerReader, LayerView, ViewKey
+from fedbpt.objective.logistic import logistic_result, moments_result
 from fedbpt.objective.losses import cross_entropy
 from fedbpt.objective.mini_batches import (
     PlainLogits,
@@ -40,15 +41,16 @@ from fedbpt.protocol.codec import digest
 from fedbpt.protocol.membership import misfit
 from fedbpt.protocol.questions import Answer, Question
 from fedbpt.protocol.rounds import (
-    CrossResult,
     CrossWork,
     DeviceInfo,
     EvaluateReport,
     EvaluateRequest,
     FitResult,
     FitWork,
+    LayersWork,
     LocalResult,
     LocalWork,
+    MomentsWork,
     PooledResult,
     PooledWork,
     Result,
@@ -56,7 +58,6 @@ from fedbpt.protocol.rounds import (
     RoundReport,
     SelectResult,
     SelectWork,
-    SumsResult,
     SumsWork,
 )
 from fedbpt.protocol.seeding import generator
@@ -199,7 +200,7 @@ class Device:
             result, n_texts = self._pooled(plan, work, effort, progress, timed_cancelled)
         elif isinstance(work, FitWork):
             result, n_texts = self._fit(plan, work, effort, progress, timed_cancelled)
-        elif isinstance(work, SumsWork | CrossWork):
+        elif isinstance(work, LayersWork):
             result, n_texts = self._fit_layers(plan, work, effort, progress, timed_cancelled)
         elif isinstance(work, LocalWork):
             result, n_texts = self._local(plan, work, effort, progress, timed_cancelled)
@@ -472,8 +473,8 @@ class Device:
         return result, len(chosen)
 
     def _fit_layers(
-        self, plan: RoundPlan, work: SumsWork | CrossWork, effort: Effort, progress: Progress, cancelled: Cancelled
-    ) -> tuple[SumsResult | CrossResult, int]:
+        self, plan: RoundPlan, work: LayersWork, effort: Effort, progress: Progress, cancelled: Cancelled
+    ) -> tuple[Result, int]:
         reading = work.reading
         targets = self._layer_rows.targets
         chosen, folds = fitted_rows(targets, reading.max_rows, reading.n_folds, plan.seed)
@@ -481,10 +482,17 @@ class Device:
         views = self._layer_rows.read(
             plan, reading, chosen, lambda: self._train_objective(plan), effort, progress, cancelled
         )
-        if isinstance(work, SumsWork):
-            return sums_result(work, views, targets[chosen], folds, len(plan.labels)), len(chosen)
+        found: Result
         weights = weights_by_label(plan)[targets[chosen]]
-        return cross_result(work, views, targets[chosen], folds, weights), len(chosen)
+        if isinstance(work, SumsWork):
+            found = sums_result(work, views, targets[chosen], folds, len(plan.labels))
+        elif isinstance(work, CrossWork):
+            found = cross_result(work, views, targets[chosen], folds, weights)
+        elif isinstance(work, MomentsWork):
+            found = moments_result(work, views, targets[chosen], len(plan.labels))
+        else:
+            found = logistic_result(work, views, targets[chosen], folds, weights)
+        return found, len(chosen)
 
     def _local(
         self, plan: RoundPlan, work: LocalWork, effort: Effort, progress: Progress, cancelled: Cancelled

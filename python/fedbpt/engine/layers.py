@@ -21,6 +21,11 @@ def reading_layers(n_layer: int) -> tuple[int, ...]:
     return tuple(sorted({3 * n_layer // 5, 3 * n_layer // 4, n_layer - 1}))
 
 
+def logistic_layer(n_layer: int) -> int:
+    """The layer that a logistic regression reads, at 0.75 of the depth: others beside it gained nothing."""
+    return min(3 * n_layer // 4, n_layer - 1)
+
+
 def middle_layer(n_layer: int) -> int:
     """The layer that placement ``layer`` shifts: a shift before the middle reaches the most of a model's knowledge."""
     return max(n_layer // 2 - 1, 0)

@@ -38,13 +38,10 @@ def sums_result(
         means.append(np.concatenate([each.means for each in by_fold]))
         factors.append(np.concatenate([each.factor for each in by_fold]))
         rests.append(np.stack([each.rest for each in by_fold]))
-    loss = float(np.log(n_labels))
-    if views.words.size:
-        loss = float(-views.words[np.arange(len(targets)), 0, targets].mean())
     left_out = np.stack(rests)
     return SumsResult(
         purpose=work.purpose,
-        loss=loss,
+        loss=word_loss(views, targets, n_labels),
         counts=tuple(tuple(each.counts.tolist()) for each in by_fold),
         ranks=tuple(len(each.factor) for each in by_fold),
         centres=Array.of(np.stack(centres), "<f4"),
@@ -53,6 +50,13 @@ def sums_result(
         rests=Array.of(left_out if left_out.any() else left_out[:, :0], "<f4"),  # sums of squares overflow <f2
         word_means=Array.of(views.words.mean(axis=0), "<f4"),
     )
+
+
+def word_loss(views: Views, targets: NDArray[np.intp], n_labels: int) -> float:
+    """Mean loss of the label words in the first view; without them, of all labels alike, nats."""
+    if not views.words.size:
+        return float(np.log(n_labels))
+    return float(-views.words[np.arange(len(targets)), 0, targets].mean())
 
 
 SMOOTHING: Final = 0.02

@@ -183,7 +183,36 @@ class CrossWork(Message, frozen=True, tag="cross"):
     centres: Array
 
 
-Work: TypeAlias = SelectWork | PooledWork | ReplayWork | LocalWork | FitWork | SumsWork | CrossWork
+class MomentsWork(Message, frozen=True, tag="moments"):
+    """Compute the moments of the states of ``reading``, by which logistic regression standardises them."""
+
+    purpose: FitPurpose
+    reading: Reading
+
+
+class LogisticWork(Message, frozen=True, tag="logistic"):
+    """Compute the loss of label logits, and its gradient, at some points; the second is without the rows of fold 0.
+
+    Logits at point p: bias[p] + Σ_vl (x_vl − centre_vl)·weights[p, v, l] + Σ_v word_scales[p, v]·(s_v − word_centre_v),
+    for a row with the states x_vl of view v and layer l, and the log-probabilities s_v of the label words in view v.
+
+    ``centre`` [n_views, n_layers, n_embd]; ``word_centre`` [n_word_views, n_labels]; ``weights`` [n_points, n_views,
+    n_layers, n_embd, n_labels]; ``word_scales`` [n_points, n_word_views]; ``bias`` [n_points, n_labels].
+    """
+
+    purpose: FitPurpose
+    reading: Reading
+    centre: Array
+    word_centre: Array
+    weights: Array
+    word_scales: Array
+    bias: Array
+
+
+LayersWork: TypeAlias = SumsWork | CrossWork | MomentsWork | LogisticWork
+"""An exchange of a fit that reads hidden states."""
+
+Work: TypeAlias = SelectWork | PooledWork | ReplayWork | LocalWork | FitWork | LayersWork
 
 
 class SelectResult(Message, frozen=True, tag="select"):
@@ -270,7 +299,45 @@ class CrossResult(Message, frozen=True, tag="cross"):
     loss_sums: Array
 
 
-Result: TypeAlias = SelectResult | PooledResult | LocalResult | RanksResult | FitResult | SumsResult | CrossResult
+class MomentsResult(Message, frozen=True, tag="moments"):
+    """Means over rows. ``means`` and ``squares`` [n_views, n_layers, n_embd]: of states and of their squares.
+
+    ``word_means`` [n_word_views, n_labels]: of the label words' log-probabilities. ``word_squares`` [n_word_views]: of
+    the squares of these less their means. ``loss``: of the label words in the first view; without them, of all
+    labels alike; nats.
+    """
+
+    purpose: FitPurpose
+    loss: quantities.LossSum
+    means: Array
+    squares: Array
+    word_means: Array
+    word_squares: Array
+
+
+class LogisticResult(Message, frozen=True, tag="logistic"):
+    """``losses`` [n_points]: mean cross-entropy, nats. Gradients by `LogisticWork`'s ``weights``, ``word_scales`` and
+    ``bias``, of their shapes.
+    """
+
+    purpose: FitPurpose
+    losses: Array
+    by_weights: Array
+    by_word_scales: Array
+    by_bias: Array
+
+
+Result: TypeAlias = (
+    SelectResult
+    | PooledResult
+    | LocalResult
+    | RanksResult
+    | FitResult
+    | SumsResult
+    | CrossResult
+    | MomentsResult
+    | LogisticResult
+)
 
 
 class HeldRows(Message, frozen=True):

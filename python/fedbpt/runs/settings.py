@@ -44,7 +44,8 @@ class RunSettings(CheckedMessage, frozen=True):
     calibrate: bool = True  # fit a bias per label before the search
     balanced: bool = False  # weight losses so that labels count equally; devices then send their label counts
     ensemble: PositiveInt = 2  # number of templates, the best of the selection, that the readout averages over
-    readout: Literal["auto", "layers", "words"] = "auto"  # what it reads: hidden states (auto: where it can), or words
+    # What it reads: hidden states, by sums ("layers"; "auto": where it can) or by gradients; or words.
+    readout: Literal["auto", "layers", "logistic", "words"] = "auto"
     baselines: bool = False  # also evaluate a readout without prompt; always, where it reads hidden states
     popsize: Length = 20
     iterations: PositiveInt = 8
@@ -98,7 +99,14 @@ class RunSettings(CheckedMessage, frozen=True):
         if self.readout == "layers" and not self.may_read_layers:
             raise ConfigError(
                 "readout = 'layers' pools sums, which trusts every device and reveals its rows' states: set robust = "
-                "'none' and no privacy, and keep calibrate and objective.readout_words; or set readout = 'words'",
+                "'none' and no privacy, and keep calibrate and objective.readout_words; or set readout = 'logistic' or "
+                "'words'",
+                field="readout",
+            )
+        if self.readout == "logistic" and not self.may_read_layers:
+            raise ConfigError(
+                "readout = 'logistic' sends gradients, which privacy does not protect: set no privacy, and keep "
+                "calibrate and objective.readout_words; or set readout = 'words'",
                 field="readout",
             )
         unprotected = self.calibrate or self.balanced or objective.readout_words or objective.perturb
@@ -127,8 +135,15 @@ class RunSettings(CheckedMessage, frozen=True):
     @property
     def may_read_layers(self) -> bool:
         """Whether readouts may be fitted to hidden states."""
-        trusted = self.robust == "none" and self.privacy is None
-        return self.readout != "words" and trusted and self.calibrate and self.objective.readout_words > 0
+        trusted = self.robust == "none" or self.readout == "logistic"
+        fits = self.calibrate and self.objective.readout_words > 0
+        return self.readout != "words" and trusted and self.privacy is None and fits
+
+    @property
+    def _readout_read(self) -> str:
+        if not self.may_read_layers:
+            return "words"
+        return "logistic" if self.readout == "logistic" else "auto"
 
     def continuing(self, begun: RunSettings) -> RunSettings:
         """These settings for a run that was begun with ``begun``: ``auto`` reads words where that run did."""
@@ -180,7 +195,7 @@ class RunSettings(CheckedMessage, frozen=True):
             over_selection=0.0,
             evaluate_every=1 if self.restarts else 0,
             patience=self.patience if self.restarts else 0,
-            readout="auto" if self.may_read_layers else "words",
+            readout=self._readout_read,
         )
         if self.may_read_layers:
             return codec.digest(fixed)

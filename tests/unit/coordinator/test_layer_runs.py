@@ -22,14 +22,19 @@ from fedbpt.errors import ConfigError
 from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import (
     CrossResult,
+    CrossWork,
     EvaluateReport,
     EvaluateRequest,
     HeldRows,
     LocalWork,
+    LogisticResult,
+    LogisticWork,
+    MomentsWork,
     PooledWork,
     RoundPlan,
     RoundReport,
     SumsResult,
+    SumsWork,
 )
 from fedbpt.protocol.specs import Array, LayerReadout, ObjectiveSpec, PrivacySpec, PromptSpec, Readout, Template
 from fedbpt.runs.events import DeviceLost, Event, RoundClosed, RunStarted
@@ -512,6 +517,72 @@ def test_layers_cannot_be_demanded_where_they_are_not_read(changes: dict[str, An
     RunSettings(rounds=1, **changes)
     with raises(ConfigError, field="readout"):
         RunSettings(rounds=1, readout="layers", **changes)
+
+
+# --- logistic regression on states -----------------------------------------------------------------------------------
+
+FIVE = {name: moods(24, 50 * number) for number, name in enumerate("abcde")}
+
+
+def test_a_logistic_readout_reads_layers_by_gradients(make: Callable[..., LayerScene]) -> None:
+    scene = make({"a": moods(24, 0), "b": moods(24, 50)})
+    for device, first in zip(scene.devices.values(), (200, 300), strict=True):
+        device._rows["test"] = tuple(moods(30, first))
+    result = scene.run(readout="logistic")
+    works = {type(plan.work) for device in scene.devices.values() for plan in device.plans}
+    assert {MomentsWork, LogisticWork} <= works
+    assert not {SumsWork, CrossWork} & works
+    assert set(result.layer_fits) == {"probe", "readout"}
+    assert result.baselines["probe"].accuracy > 0.9
+    assert result.tuned == result.baselines[result.shipped]
+
+
+def test_a_logistic_readout_resumes_at_every_round(make: Callable[..., LayerScene], tmp_path: Path) -> None:
+    whole = make()
+    expected = whole.run("whole", readout="logistic")
+    scores_as_reported(expected, TASK, whole.test_rows(), tmp_path)
+    n_rounds = len(whole.of(RoundClosed))
+    assert n_rounds > 6
+    scene = make()
+    for round in range(n_rounds):
+        scene.when(closed(round), stop)
+        with pytest.raises(StopRunError):
+            scene.run("stopped", readout="logistic")
+    same(scene.run("stopped", readout="logistic"), expected)
+
+
+def test_a_robust_run_can_read_layers_by_gradients_though_a_device_lies(make: Callable[..., LayerScene]) -> None:
+    scene = make(dict(FIVE))
+
+    def change(report: RoundReport) -> RoundReport:
+        if isinstance(report.result, LogisticResult):
+            turned = {
+                field: Array.of(-getattr(report.result, field).numpy(), getattr(report.result, field).dtype)
+                for field in ("by_weights", "by_word_scales", "by_bias")
+            }
+            return msgspec.structs.replace(report, result=msgspec.structs.replace(report.result, **turned))
+        return report
+
+    scene.devices["e"].change = change
+    for number, device in enumerate(scene.devices.values()):
+        device._rows["test"] = tuple(moods(20, 600 + 40 * number))
+    result = scene.run(readout="logistic", robust="median")
+    assert set(result.layer_fits) == {"probe", "readout"}
+    assert result.baselines["probe"].accuracy > 0.9
+    assert result.shipped == ""  # the choice would trust sums of losses
+    assert {plan.held for device in scene.devices.values() for plan in device.plans} == {None}
+
+
+@pytest.mark.parametrize("changes", [PRIVATE, {"calibrate": False}, {"objective": ObjectiveSpec(readout_words=0)}])
+def test_a_logistic_readout_cannot_be_demanded_where_it_is_not_fitted(changes: dict[str, Any]) -> None:
+    with raises(ConfigError, field="readout"):
+        RunSettings(rounds=1, readout="logistic", **changes)
+
+
+def test_a_run_of_another_readout_is_another_run() -> None:
+    digests = {RunSettings(rounds=1, readout=readout).identity() for readout in ("auto", "logistic", "words")}
+    assert len(digests) == 3
+    assert RunSettings(rounds=1, readout="layers").identity() == RunSettings(rounds=1).identity()
 
 
 # --- reports that lie ------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from fedbpt.engine.layers import normalized
 from fedbpt.errors import WireError
 from fedbpt.objective.layer_sums import cross_result, sums_result
 from fedbpt.objective.layer_view import Views
+from fedbpt.objective.logistic import logistic_result, moments_result
 from fedbpt.objective.losses import log_probabilities
 from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import (
@@ -25,6 +26,9 @@ from fedbpt.protocol.rounds import (
     EvaluateRequest,
     FitResult,
     HeldRows,
+    LogisticWork,
+    MomentsResult,
+    MomentsWork,
     Reading,
     RoundPlan,
     RoundReport,
@@ -118,6 +122,32 @@ def cross(
     return plan(work, weights), cross_result(work, views, targets, folds, row_weights)
 
 
+def moments(n: int = ROWS, n_word_views: int = 1, extreme: bool = False) -> Any:
+    """A plan, and an honest device's result."""
+    work = MomentsWork(purpose="probe", reading=reading(n_word_views))
+    views, targets, _ = rows(n, n_word_views, extreme)
+    return plan(work), moments_result(work, views, targets, LABELS)
+
+
+def logistic(
+    n: int = ROWS, n_word_views: int = 1, extreme: bool = False, weights: tuple[float, ...] = (), factor: float = 1.0
+) -> Any:
+    """A plan, and an honest device's result. ``factor``: of the weights."""
+    rng = np.random.default_rng(1)
+    views, targets, folds = rows(n, n_word_views, extreme)
+    work = LogisticWork(
+        purpose="probe",
+        reading=reading(n_word_views),
+        centre=Array.of(views.states.mean(axis=0, dtype=float), "<f4"),
+        word_centre=Array.of(views.words.mean(axis=0), "<f4"),
+        weights=Array.of(factor * rng.standard_normal((2, 2, LAYERS, SIZE, LABELS)), "<f2"),
+        word_scales=Array.of(factor * rng.standard_normal((2, n_word_views)), "<f4"),
+        bias=Array.of(rng.standard_normal((2, LABELS)), "<f4"),
+    )
+    row_weights = np.array(weights or (1.0,) * LABELS)[targets]
+    return plan(work, weights), logistic_result(work, views, targets, folds, row_weights)
+
+
 # --- honest reports --------------------------------------------------------------------------------------------------
 
 
@@ -140,6 +170,24 @@ def test_honest_losses_pass(n: int, n_word_views: int, weights: tuple[float, ...
         check_report(report(asked, result, n), asked, n)
 
 
+@pytest.mark.parametrize("extreme", [False, True])
+@pytest.mark.parametrize("n_word_views", [0, 1, 2])
+@pytest.mark.parametrize("n", [1, 2, ROWS])
+def test_honest_moments_pass(n: int, n_word_views: int, extreme: bool) -> None:
+    asked, result = moments(n, n_word_views, extreme)
+    check_report(report(asked, result, n), asked, n)
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.0, 1e3])
+@pytest.mark.parametrize("weights", [(), (0.5, 3.0, 1.0)], ids=["plain", "weighted"])
+@pytest.mark.parametrize("n_word_views", [0, 1, 2])
+@pytest.mark.parametrize("n", [1, ROWS])
+def test_honest_gradients_pass(n: int, n_word_views: int, weights: tuple[float, ...], factor: float) -> None:
+    for extreme in (False, True):
+        asked, result = logistic(n, n_word_views, extreme, weights, factor)
+        check_report(report(asked, result, n), asked, n)
+
+
 def test_reports_tell_their_purpose_and_mean_loss() -> None:
     asked, result = sums()
     kind = kind_of(asked.work)
@@ -149,6 +197,12 @@ def test_reports_tell_their_purpose_and_mean_loss() -> None:
     kind = kind_of(asked.work)
     assert kind.purpose(result) == "probe"
     assert kind.mean_loss(result, ROWS) == pytest.approx(result.loss_sums.numpy().sum(axis=1).min() / ROWS)
+    for asked, result in (moments(), logistic()):
+        other = kind_of(asked.work)
+        assert other.purpose(result) == "probe"
+        expected = result.loss if isinstance(result, MomentsResult) else result.losses.numpy()[0]
+        assert other.mean_loss(result, ROWS) == expected
+    asked, result = cross()
     half = kind.scaled(result, 0.5)
     np.testing.assert_allclose(half.loss_sums.numpy(), result.loss_sums.numpy() / 2)
 
@@ -255,6 +309,54 @@ def test_words_that_were_not_asked_for_are_refused() -> None:
     with raises(WireError, field="word_means"):
         lie = msgspec.structs.replace(result, word_means=filled((1, LABELS), -1.0))
         check_report(report(asked, lie), asked, ROWS)
+
+
+# --- lies about moments and gradients --------------------------------------------------------------------------------
+
+SHAPE = (2, LAYERS, SIZE)
+
+MOMENTS_LIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "another purpose": ("purpose", {"purpose": "readout"}),
+    "no shape of means": ("means", {"means": filled((), 0.0)}),
+    "means of no size": ("means", {"means": filled((2, LAYERS, 0), 0.0)}),
+    "means of another size": ("squares", {"means": filled((2, LAYERS, SIZE + 1), 0.0)}),
+    "squares of fewer views": ("squares", {"squares": filled((1, LAYERS, SIZE), 1.0)}),
+    "huge means": ("means", {"means": filled(SHAPE, 1e3)}),
+    "huge squares": ("squares", {"squares": filled(SHAPE, 1e3)}),
+    "squares below those of the means": ("squares", {"means": filled(SHAPE, 1.0), "squares": filled(SHAPE, 0.5)}),
+    "words of more views": ("word_means", {"word_means": filled((2, LABELS), -1.0)}),
+    "words more than likely": ("word_means", {"word_means": filled((1, LABELS), 0.1)}),
+    "negative squares of words": ("word_squares", {"word_squares": filled((1,), -1.0)}),
+    "a negative loss": ("loss", {"loss": -1.0}),
+}
+
+GRADIENT_LIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "another purpose": ("purpose", {"purpose": "readout"}),
+    "losses of one point": ("losses", {"losses": filled((1,), 1.0)}),
+    "a negative loss": ("losses", {"losses": filled((2,), -1.0)}),
+    "a huge loss": ("losses", {"losses": filled((2,), 1e6)}),
+    "gradients of one point": ("by_weights", {"by_weights": filled((1, *SHAPE, LABELS), 0.0)}),
+    "a huge gradient": ("by_weights", {"by_weights": filled((2, *SHAPE, LABELS), 1e2)}),
+    "a huge gradient by scales": ("by_word_scales", {"by_word_scales": filled((2, 1), 1e6)}),
+    "a huge gradient by the bias": ("by_bias", {"by_bias": filled((2, LABELS), 1.1)}),
+    "a bias of more labels": ("by_bias", {"by_bias": filled((2, LABELS + 1), 0.1)}),
+}
+
+
+@pytest.mark.parametrize("lie", MOMENTS_LIES)
+def test_each_lie_about_moments_is_refused_by_its_field(lie: str) -> None:
+    field, change = MOMENTS_LIES[lie]
+    asked, result = moments()
+    with raises(WireError, field=field):
+        check_report(report(asked, msgspec.structs.replace(result, **change)), asked, ROWS)
+
+
+@pytest.mark.parametrize("lie", GRADIENT_LIES)
+def test_each_lie_about_gradients_is_refused_by_its_field(lie: str) -> None:
+    field, change = GRADIENT_LIES[lie]
+    asked, result = logistic()
+    with raises(WireError, field=field):
+        check_report(report(asked, msgspec.structs.replace(result, **change)), asked, ROWS)
 
 
 # --- lies about losses -----------------------------------------------------------------------------------------------

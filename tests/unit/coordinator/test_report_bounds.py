@@ -17,6 +17,7 @@ from fedbpt.engine.layers import normalized
 from fedbpt.errors import WireError
 from fedbpt.objective.layer_sums import cross_result, sums_result
 from fedbpt.objective.layer_view import Views
+from fedbpt.objective.logistic import logistic_result, moments_result
 from fedbpt.objective.losses import log_probabilities
 from fedbpt.protocol import codec, polling, questions, rounds, specs
 from fedbpt.protocol.rounds import (
@@ -27,6 +28,8 @@ from fedbpt.protocol.rounds import (
     FitResult,
     LocalResult,
     LocalWork,
+    LogisticWork,
+    MomentsWork,
     PooledResult,
     PooledWork,
     Reading,
@@ -95,7 +98,8 @@ def test_every_message_is_known_to_come_from_devices_or_to_go_to_them() -> None:
     for module in (rounds, specs, questions, polling):
         for name, kind in inspect.getmembers(module, inspect.isclass):
             if issubclass(kind, Message) and kind not in (Message, Array):
-                assert name in known or not list(numbers_of((kind,))), f"say in FROM_DEVICES or TO_DEVICES: {name}"
+                own = [where for where, _ in numbers_of((kind,)) if where.startswith(f"{name}.")]
+                assert name in known or not own, f"say in FROM_DEVICES or TO_DEVICES: {name}"
 
 
 def test_every_number_of_a_device_is_bounded_on_both_sides() -> None:
@@ -137,7 +141,10 @@ N_ROWS = 16
 
 
 def layer_reports() -> dict[str, tuple[RoundPlan, RoundReport]]:
-    """Both exchanges of a layer readout's fit: 8 rows of three labels in two folds, two dimensions."""
+    """The exchanges of a layer readout's fits, by sums and by gradients.
+
+    Of 8 rows of three labels in two folds, in two dimensions.
+    """
     rng = np.random.default_rng(0)
     states = normalized(rng.standard_normal((8, 1, 1, 2)).astype(np.float32)).astype(np.float16)
     views = Views(states, log_probabilities(rng.standard_normal((8, 1, 3))))
@@ -156,9 +163,25 @@ def layer_reports() -> dict[str, tuple[RoundPlan, RoundReport]]:
             centres=Array.of(np.zeros((1, 3)), "<f4"),
         )
     )
+    moments = plan(work=MomentsWork(purpose="probe", reading=reading))
+    logistic = plan(
+        work=LogisticWork(
+            purpose="probe",
+            reading=reading,
+            centre=Array.of(np.zeros((1, 1, 2)), "<f4"),
+            word_centre=Array.of(np.zeros((1, 3)), "<f4"),
+            weights=Array.of(rng.standard_normal((2, 1, 1, 2, 3)), "<f2"),
+            word_scales=Array.of(np.ones((2, 1)), "<f4"),
+            bias=Array.of(np.zeros((2, 3)), "<f4"),
+        )
+    )
     assert isinstance(sums.work, SumsWork)
     assert isinstance(cross.work, CrossWork)
+    assert isinstance(moments.work, MomentsWork)
+    assert isinstance(logistic.work, LogisticWork)
     return {
+        "state moments": (moments, report(moments, moments_result(moments.work, views, targets, N_LABELS))),
+        "logistic": (logistic, report(logistic, logistic_result(logistic.work, views, targets, folds, np.ones(8)))),
         "sums": (sums, report(sums, sums_result(sums.work, views, targets, folds, N_LABELS))),
         "cross": (cross, report(cross, cross_result(cross.work, views, targets, folds, np.ones(8)))),
     }
@@ -177,6 +200,14 @@ ARRAYS: dict[str, dict[str, tuple[float, ...]]] = {
     "SumsResult.rests": {"sums": (-1.0, 16.1)},
     "SumsResult.word_means": {"sums": (-1.1e4, 1.0)},
     "CrossResult.loss_sums": {"cross": (-1.0, 300.0)},
+    "MomentsResult.means": {"state moments": (-1.5, 1.5)},
+    "MomentsResult.squares": {"state moments": (-0.1, 2.1)},
+    "MomentsResult.word_means": {"state moments": (-1.1e4, 1.0)},
+    "MomentsResult.word_squares": {"state moments": (-0.1, 1.1e8)},
+    "LogisticResult.losses": {"logistic": (-1.0, 3e4)},
+    "LogisticResult.by_weights": {"logistic": (-1.5, 1.5)},
+    "LogisticResult.by_word_scales": {"logistic": (-2.1e4, 2.1e4)},
+    "LogisticResult.by_bias": {"logistic": (-1.1, 1.1)},
 }
 """By array: the reports that have it, and values out of bounds for all its entries."""
 
@@ -218,7 +249,12 @@ LARGEST: dict[str, float] = {
     "rests": 16.1,
     "word_means": 1e4,
     "loss_sums": 8e4,
-    "losses": 1e4,
+    "losses": 1e5,
+    "by_weights": 1.5,
+    "by_word_scales": 2.1e4,
+    "by_bias": 1.1,
+    "squares": 2.1,
+    "word_squares": 1.1e8,
     "sizes": 1e6,
     "mean": 100,
     "fitness": 1e4,

@@ -7,12 +7,22 @@ from typing import Any, Final
 from fedbpt.coordinator.work_kinds.base import WorkKind
 from fedbpt.coordinator.work_kinds.layer_fit import LayerCross, LayerSums
 from fedbpt.coordinator.work_kinds.local import Local
+from fedbpt.coordinator.work_kinds.logistic_fit import StateLogistic, StateMoments
 from fedbpt.coordinator.work_kinds.pooled import Pooled
 from fedbpt.coordinator.work_kinds.readout_fit import ReadoutFit
 from fedbpt.coordinator.work_kinds.selection import Selection
 from fedbpt.protocol.rounds import Result, Work
 
-KINDS: Final[tuple[WorkKind[Any, Any], ...]] = (Selection(), Pooled(), Local(), ReadoutFit(), LayerSums(), LayerCross())
+KINDS: Final[tuple[WorkKind[Any, Any], ...]] = (
+    Selection(),
+    Pooled(),
+    Local(),
+    ReadoutFit(),
+    LayerSums(),
+    LayerCross(),
+    StateMoments(),
+    StateLogistic(),
+)
 """All but `ReplayWork` and `RanksResult`: short forms, which transports expand."""
 
 _BY_WORK: Final = {kind.work: kind for kind in KINDS}

@@ -9,42 +9,22 @@ import numpy as np
 
 from fedbpt.aggregation.layer_fit import sums_shapes
 from fedbpt.coordinator.report_bounds import MAX_LOSS, ROUNDING
-from fedbpt.coordinator.work_kinds.base import WorkKind, check_losses, check_shape
+from fedbpt.coordinator.work_kinds.base import check_losses, check_shape
+from fedbpt.coordinator.work_kinds.reads_layers import ReadsLayers, check_purpose, check_range, largest_state
 from fedbpt.errors import WireError
 from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import (
     CrossResult,
     CrossWork,
-    FitPurpose,
     RoundPlan,
     RoundReport,
     SumsResult,
     SumsWork,
 )
-from fedbpt.protocol.specs import Array, Template
-from fedbpt.runs.events import RoundPurpose
+from fedbpt.protocol.specs import Array
 
 
-class _Reads(WorkKind):  # type: ignore[type-arg]  # of one of the two works
-    """What both works have in common: they read rows, or have them already."""
-
-    def max_evaluations(self, plan: RoundPlan, work: SumsWork | CrossWork) -> int:  # noqa: ARG002
-        return work.reading.n_views
-
-    def max_texts(self, plan: RoundPlan, work: SumsWork | CrossWork, n_texts: int) -> int:  # noqa: ARG002
-        return work.reading.n_views * n_texts
-
-    def max_rows(self, work: SumsWork | CrossWork) -> int:
-        return work.reading.max_rows
-
-    def templates(self, plan: RoundPlan, work: SumsWork | CrossWork) -> tuple[Template, ...]:
-        return (plan.template, *work.reading.templates)
-
-    def purpose(self, result: SumsResult | CrossResult) -> RoundPurpose:
-        return result.purpose
-
-
-class LayerSums(_Reads):
+class LayerSums(ReadsLayers):
     work = SumsWork
     result = SumsResult
 
@@ -56,7 +36,7 @@ class LayerSums(_Reads):
         work: SumsWork,
         n_rows: int | None,  # noqa: ARG002
     ) -> None:
-        _check_purpose(result.purpose, work.purpose)
+        check_purpose(result.purpose, work.purpose)
         n_embd = math.prod(result.centres.shape[1:])
         if not n_embd or work.reading.n_embd not in (0, n_embd):
             raise WireError(f"centres has shape {list(result.centres.shape)}, expected a state's size", field="centres")
@@ -69,8 +49,7 @@ class LayerSums(_Reads):
                 field="counts",
             )
         _check_ranks(result, work, n_embd)
-        # Over its root mean square, no element of a state is larger than √n_embd.
-        largest = math.sqrt(n_embd) * (1 + ROUNDING)
+        largest = largest_state(n_embd)
         for field, array, low, high in (
             ("centres", result.centres, -largest, largest),
             ("means", result.means.scales, 0.0, largest),
@@ -78,17 +57,14 @@ class LayerSums(_Reads):
             ("rests", result.rests, 0.0, largest**2 * report.n_texts),
             ("word_means", result.word_means, -MAX_LOSS, ROUNDING),
         ):
-            values = array.numpy()
-            if values.min(initial=low) < low or values.max(initial=low) > high:
-                worst = values.min() if values.min() < low else values.max()
-                raise WireError(f"{field} has an element of {worst:.3g}, expected {low:.3g} to {high:.3g}", field=field)
+            check_range(array, low, high, field)
         check_losses(np.array([result.loss]), self.loss_range(plan, work), "loss")
 
     def mean_loss(self, result: SumsResult, n_texts: int) -> float:  # noqa: ARG002
         return result.loss
 
 
-class LayerCross(_Reads):
+class LayerCross(ReadsLayers):
     work = CrossWork
     result = CrossResult
 
@@ -100,7 +76,7 @@ class LayerCross(_Reads):
         work: CrossWork,
         n_rows: int | None,  # noqa: ARG002
     ) -> None:
-        _check_purpose(result.purpose, work.purpose)
+        check_purpose(result.purpose, work.purpose)
         check_shape(result.loss_sums, (work.coefficients.shape[0], work.reading.n_folds), "loss_sums")
         most = _most_loss(plan, work) * (1 + ROUNDING)
         check_losses(result.loss_sums.numpy() / report.n_texts, (-ROUNDING, most), "loss_sums")
@@ -116,11 +92,6 @@ class LayerCross(_Reads):
         """Without the classifiers: another BLAS may compute them with other last bits."""
         none = Array.of(np.zeros(0))
         return codec.digest(msgspec.structs.replace(work, weights=none, biases=none))
-
-
-def _check_purpose(got: FitPurpose, expected: FitPurpose) -> None:
-    if got != expected:
-        raise WireError(f"purpose is {got!r}, expected {expected!r}", field="purpose")
 
 
 def _check_ranks(result: SumsResult, work: SumsWork, n_embd: int) -> None:
