@@ -49,6 +49,9 @@ SHRINKAGES: Final = (0.6, 0.85, 0.95)
 MANY_LABELS: Final = 20
 """From here on one λ is tried: the classifiers that devices are sent grow with the labels."""
 
+MANY_LABELS_SHRINKAGE: Final = 0.2
+"""λ with so many labels: they have many rows together, from which the scatter within labels is well known."""
+
 TEMPERATURES: Final = (0.03, 0.06, 0.1, 0.2, 0.35, 0.6, 1.0)
 """Factors of a classifier's logits that are tried: with few rows, LDA is far too sure."""
 
@@ -78,8 +81,9 @@ def max_readers(n_labels: int, n_embd: int) -> int:
 
 def shrinkages_for(n_labels: int, n_readers: int, n_embd: int) -> tuple[float, ...]:
     """The values of λ that are tried: one where there are many labels, or where more would not fit into a message."""
-    fit = n_readers * len(SHRINKAGES) <= max_readers(n_labels, n_embd)
-    return SHRINKAGES if n_labels <= MANY_LABELS and fit else SHRINKAGES[1:2]
+    if n_labels > MANY_LABELS:
+        return (MANY_LABELS_SHRINKAGE,)
+    return SHRINKAGES if n_readers * len(SHRINKAGES) <= max_readers(n_labels, n_embd) else SHRINKAGES[1:2]
 
 
 class _Reader(NamedTuple):

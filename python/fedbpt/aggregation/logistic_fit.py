@@ -47,6 +47,9 @@ RIDGE: Final = 1.0
 EXCHANGES: Final = 14
 """Most evaluations of the gradient."""
 
+MOST_WEIGHTS_BYTES: Final = 11 * 2**20
+"""Most bytes of the weights in one message, whose body has at most 16 MiB."""
+
 _SPREAD: Final = 3.0  # root mean square norm of the scaled states
 _WORD_SPREAD: Final = 0.3  # root mean square of a label word's scaled log-probability
 _SMALLEST_VARIANCE: Final = 1e-3  # of a dimension, as a share of the mean of its reader's
@@ -221,6 +224,11 @@ class LogisticFit:
     def __repr__(self) -> str:
         stage = "done" if self.done else f"exchange {self._exchanges}"
         return f"LogisticFit({self.purpose}, {self.reading.n_readers} readers, {stage})"
+
+
+def max_views(n_labels: int, n_embd: int) -> int:
+    """Templates of one layer whose weights at two points fit into a message; at least 1. ``n_embd`` 0: unknown."""
+    return max(MOST_WEIGHTS_BYTES // max(2 * 2 * n_embd * n_labels, 1), 1)
 
 
 def moments_shapes(reading: Reading, n_labels: int, n_embd: int) -> dict[str, tuple[int, ...]]:

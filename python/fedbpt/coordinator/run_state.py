@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fedbpt.aggregation.base import Aggregator, Fit
 from fedbpt.aggregation.layer_fit import LayerFit
-from fedbpt.aggregation.logistic_fit import LogisticFit
+from fedbpt.aggregation.logistic_fit import LogisticFit, max_views
 from fedbpt.aggregation.readout import ReadoutFit
 from fedbpt.coordinator.layer_reading import reads_layers, states_alone, within_message
 from fedbpt.coordinator.round_reports import cap_reports, label_weights, purpose_of, template_losses, template_scores
@@ -302,7 +302,9 @@ class RunState:
         )
 
     def _new_logistic_fit(self, purpose: FitPurpose, latent: NDArray[np.float64]) -> LogisticFit:
+        n_labels = len(self.task.labels)
         templates = reading_templates(self.task.templates, self.template, self._long_texts)
+        templates = templates[: max_views(n_labels, self.n_embd) - 1]
         reading = Reading(
             latent=Array.of(latent),
             templates=templates,
@@ -313,7 +315,7 @@ class RunState:
         )
         robust = self.settings.robust
         judged = robust == "none"  # which is shipped is chosen by sums of the devices' losses, which trusts them
-        return LogisticFit(purpose, reading, len(self.task.labels), judged, robust, self.settings.byzantine)
+        return LogisticFit(purpose, reading, n_labels, judged, robust, self.settings.byzantine)
 
     def readout(self, purpose: FitPurpose) -> AnyReadout | None:
         """The result of the fit of ``purpose``; None: there is none."""

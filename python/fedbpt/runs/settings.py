@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 
@@ -16,6 +16,12 @@ from fedbpt.objective.privacy import epsilon, sampling_rate
 from fedbpt.protocol import codec
 from fedbpt.protocol.specs import CheckedMessage, ObjectiveSpec, PrivacySpec, PromptSpec
 from fedbpt.quantities import Length, NaturalInt, PositiveFloat, PositiveInt
+
+FIT_ROWS: Final = 512
+"""Default of `RunSettings.fit_rows`."""
+
+FIT_ROWS_A_LABEL: Final = 32
+"""Rows of each label that the default of `RunSettings.fit_rows` is raised to, where labels are many."""
 
 
 class RunSettings(CheckedMessage, frozen=True):
@@ -40,7 +46,8 @@ class RunSettings(CheckedMessage, frozen=True):
     prompt: PromptSpec = PromptSpec()
     objective: ObjectiveSpec = ObjectiveSpec()
     select_rows: NaturalInt = 32  # maximum training rows per device for the template selection; 0: all
-    fit_rows: NaturalInt = 512  # maximum training rows per device for calibration and readout; 0: all
+    # Maximum training rows per device for calibration and readout; 0: all. FIT_ROWS: also FIT_ROWS_A_LABEL for each.
+    fit_rows: NaturalInt = FIT_ROWS
     calibrate: bool = True  # fit a bias per label before the search
     balanced: bool = False  # weight losses so that labels count equally; devices then send their label counts
     ensemble: PositiveInt = 2  # number of templates, the best of the selection, that the readout averages over
@@ -120,6 +127,8 @@ class RunSettings(CheckedMessage, frozen=True):
     def for_labels(self, labels: Sequence[str]) -> RunSettings:
         """These settings adapted to a task: without ``labels``, only the prompt is tuned, by the loss ``nll``.
 
+        With many labels, the default ``fit_rows`` is raised to `FIT_ROWS_A_LABEL` for each.
+
         Raises `ConfigError` if the loss does not fit a task with labels.
         """
         if labels and self.objective.loss == "nll":
@@ -128,7 +137,8 @@ class RunSettings(CheckedMessage, frozen=True):
                 field="loss",
             )
         if labels:
-            return self
+            many = self.fit_rows == FIT_ROWS and FIT_ROWS_A_LABEL * len(labels) > FIT_ROWS
+            return msgspec.structs.replace(self, fit_rows=FIT_ROWS_A_LABEL * len(labels)) if many else self
         objective = msgspec.structs.replace(self.objective, loss="nll", readout_words=0)
         return msgspec.structs.replace(self, objective=objective, calibrate=False, baselines=False, balanced=False)
 

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from fedbpt.aggregation.layer_fit import SHRINKAGES, shrinkages_for
+from fedbpt.aggregation.logistic_fit import max_views
 from fedbpt.coordinator.layer_reading import within_message
 from fedbpt.protocol.codec import MAX_BODY_BYTES
 from fedbpt.protocol.rounds import N_FOLDS, HeldRows, Reading
 from fedbpt.protocol.specs import Array
+from fedbpt.runs.settings import RunSettings
 
 LAYERS = (19, 24, 31)
 
@@ -21,6 +23,23 @@ def test_classifiers_of_any_model_and_task_fit_into_a_message(n_embd: int, n_lab
     n_readers = len(layers) * n_views
     n_columns = n_readers * len(shrinkages_for(n_labels, n_readers, n_embd))
     assert N_FOLDS * n_columns * n_embd * n_labels * 2 <= 0.75 * MAX_BODY_BYTES
+
+
+@pytest.mark.parametrize("n_embd", [576, 2048, 4096, 8192])
+@pytest.mark.parametrize("n_labels", [2, 20, 77])
+def test_weights_of_a_logistic_regression_fit_into_a_message(n_embd: int, n_labels: int) -> None:
+    n_views = min(max_views(n_labels, n_embd), 6)
+    assert n_views >= 1
+    assert 2 * n_views * n_embd * n_labels * 2 <= 0.75 * MAX_BODY_BYTES
+    assert max_views(77, 576) >= 6
+
+
+def test_many_labels_raise_the_default_number_of_fitted_rows_alone() -> None:
+    many, few = tuple(map(str, range(77))), tuple(map(str, range(16)))
+    assert RunSettings().for_labels(many).fit_rows == 32 * 77
+    assert RunSettings().for_labels(few).fit_rows == RunSettings().fit_rows
+    assert RunSettings(fit_rows=100).for_labels(many).fit_rows == 100
+    assert RunSettings(fit_rows=0).for_labels(many).fit_rows == 0
 
 
 def test_a_small_model_is_read_whole() -> None:
