@@ -14,7 +14,7 @@ from fedbpt.display.console import describe_accuracy, human_bytes
 from fedbpt.display.plain_console import PlainConsole
 from fedbpt.plain_text import echo
 from fedbpt.runs.intervals import beats_chance
-from fedbpt.runs.result import UNSCORED, VARIANTS, RunResult, Score, Split, TemplateScore, perplexity
+from fedbpt.runs.result import NOT_BETTER, UNSCORED, VARIANTS, RunResult, Score, Split, TemplateScore, perplexity
 
 
 def result_as_json(result: RunResult, prompt_path: Path | None) -> dict[str, Any]:
@@ -119,6 +119,8 @@ def _print_scores(console: PlainConsole, result: RunResult, split: Split, rows: 
     title = f"{result.task} on {result.model_name}: {scores['tuned'].n} {rows}"
     if result.generates:
         print_perplexities(console, title, {name: score.loss for name, score in scores.items()})
+        if result.is_not_better:
+            console.print(NOT_BETTER, highlight=False, soft_wrap=True)
         return
     print_accuracies(
         console, title, {name: (score.accuracy, score.interval, score.loss) for name, score in scores.items()}

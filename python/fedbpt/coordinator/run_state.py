@@ -36,6 +36,8 @@ SELECTION: Final = 0
 """Number of the round that selects the template; calibration and search begin with round 1."""
 
 
+_FEWEST_JUDGES: Final = 5  # rows
+
 _Z: Final = 1.645  # the normal distribution's quantile of 95 %
 
 
@@ -170,6 +172,8 @@ class RunState:
     def choose(self, names: Sequence[str], reports: Sequence[EvaluateReport]) -> None:
         """Choose what is shipped, by losses of `held_lines` ``names`` on held-out rows; without any, the first line.
 
+        For target texts, less than `_FEWEST_JUDGES` rows do not judge: the prompt is shipped.
+
         Another line is chosen if its loss is lower with 95 % confidence (Student's t, one-sided): few rows judge, and
         a line that fits them by chance can be far worse than the readout without prompt.
         """
@@ -182,7 +186,10 @@ class RunState:
             margin = (_Z + (_Z**3 + _Z) / (4 * (n_rows - 1))) * error  # the quantile to first order in 1/n
             if mean + margin < lowest:
                 best, lowest = i, mean + margin
-        self.shipped = cast(Shipped, names[best])
+        if self.task.labels:
+            self.shipped = cast(Shipped, names[best])
+        else:
+            self.shipped = "zero_shot" if best == 0 and n_rows >= _FEWEST_JUDGES else ""
 
     # --- readings ------------------------------------------------------------------------------------------------
 
@@ -208,7 +215,11 @@ class RunState:
     @property
     def holds_rows(self) -> bool:
         """Whether the search leaves out the rows of `held`, as they judge what is shipped."""
-        return isinstance(self.fits.get("probe"), LayerFit | LogisticFit) and self.settings.robust == "none"
+        if self.settings.robust != "none" or self.settings.privacy is not None:
+            return False  # the choice trusts the devices' sums, and reveals them
+        if not self.task.labels:
+            return self.settings.readout != "words"  # else begun by a version that did not judge
+        return isinstance(self.fits.get("probe"), LayerFit | LogisticFit)
 
     @property
     def held(self) -> HeldRows:
@@ -217,6 +228,9 @@ class RunState:
 
     def held_lines(self) -> Variants:
         """What may be shipped, as far as it can be judged on held-out rows: readouts are fitted without them."""
+        if not self.task.labels and self.holds_rows and self.mean.any():
+            found = variants(self.mean, {})
+            return {"zero_shot": found["zero_shot"], "prompt": found["tuned"]}
         held: dict[FitPurpose, LayerReadout] = {}
         for purpose, fit in self.fits.items():
             if isinstance(fit, LayerFit | LogisticFit) and fit.done and (readout := fit.held_readout) is not None:

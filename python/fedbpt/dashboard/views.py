@@ -81,6 +81,7 @@ class RunView:
             Both on the same ``n_rows`` rows of ``split`` from start to end: development rows or, if there are none,
             test rows once the run is finished.
         unscored: whether the label words are too long to be scored, so that there is no zero-shot figure.
+        not_better: whether the run ships the model without a prompt, as the tuned one was not better.
         searched: rounds of the search so far, of ``rounds_limit``.
         share: fraction of the budget spent, 0 to 1.
         participations: number of reports used in rounds of the search.
@@ -100,6 +101,7 @@ class RunView:
     zero_shot: float | None
     zero_shot_interval: Interval | None
     unscored: bool
+    not_better: bool
     n_rows: int
     interval: Interval | None
     split: Split

@@ -62,12 +62,17 @@ _ROWS = {
 }
 
 
-_WITHOUT_PROMPT = ("calibrated", "probe")
-"""Variants without a prompt (`fedbpt.prompts.variants.BASELINES`)."""
+_WITHOUT_PROMPT = ("zero_shot", "calibrated", "probe")
+"""Variants without a prompt (`fedbpt.prompts.variants.VARIANTS`)."""
 
 _NO_PROMPT = (
     "The latent is z = 0: the rows are those of the cue's own tokens, so the model is used without a prompt. What was "
     "tuned is how labels are read from it.\n"
+)
+
+_NOT_BETTER = (
+    "The latent is z = 0: the rows are those of the cue's own tokens, so the model is used without a prompt. What was "
+    "tuned was not better on held-out training rows.\n"
 )
 
 
@@ -125,13 +130,13 @@ def model_card(prompt: Described, use: str, library: str = "fedbpt") -> str:
     """
     known = known_model(prompt.model_name, prompt.model_fingerprint)
     last = prompt.history[-1] if prompt.history else {}
-    kind = "a readout" if _is_without_prompt(prompt) else "a soft prompt"
+    kind = "a readout" if _is_without_prompt(prompt) and prompt.labels else "a soft prompt"
     parts = [
         _front_matter(prompt, known, library),
         f"# {as_markdown(prompt.task_name)}: {kind} for {as_markdown(prompt.model_name)}\n",
         f"{prompt.n_prompt} row(s) of {prompt.n_embd} numbers that adapt a frozen language model to a task, inserted "
         f"{PLACES[prompt.spec.placement].format(n=prompt.n_prompt)}. Made with fedbpt.\n",
-        *([_NO_PROMPT] if _is_without_prompt(prompt) else []),
+        *([_NO_PROMPT if prompt.labels else _NOT_BETTER] if _is_without_prompt(prompt) else []),
         "## Model\n\n" + _model(prompt, known),
         "## Task\n\n" + _task(prompt),
     ]

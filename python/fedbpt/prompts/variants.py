@@ -14,5 +14,8 @@ and with a bias per label, or with a readout; the tuned prompt with a bias per l
 UNSCORED = "the label words are too long to be scored: there is no zero-shot figure"
 """Said where a result has no zero-shot figure (`RunResult.is_unscored`)."""
 
+NOT_BETTER = "held-out training rows do not show that the tuned prompt is better than none: the result has none"
+"""Said where a run of target texts ships the model without a prompt (`RunResult.is_not_better`)."""
+
 VARIANTS = {"zero_shot": "zero-shot", **BASELINES, "tuned": "tuned"}
 """All variants with their names for people, in the order in which a run produces them."""

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.prompts.variants import BASELINES as BASELINES
+from fedbpt.prompts.variants import NOT_BETTER as NOT_BETTER
 from fedbpt.prompts.variants import UNSCORED as UNSCORED
 from fedbpt.prompts.variants import VARIANTS as VARIANTS
 from fedbpt.protocol.rounds import DeviceInfo, EvaluateReport, FitPurpose
@@ -70,8 +71,11 @@ AnyReadout: TypeAlias = Readout | LayerReadout
 
 Variants: TypeAlias = dict[str, tuple[NDArray[np.float64], AnyReadout | None]]
 
-Shipped: TypeAlias = Literal["", "calibrated", "probe", "prompt", "read"]
-"""The variant that held-out training rows chose to ship; empty: not asked, and it is the prompt with its readout."""
+Shipped: TypeAlias = Literal["", "zero_shot", "calibrated", "probe", "prompt", "read"]
+"""The variant that held-out training rows chose to ship; empty: it is the prompt, with its readout if it has one.
+
+For target texts ``zero_shot``, if these rows do not show that the prompt is better.
+"""
 
 
 def variants(mean: NDArray[np.float64], fits: Mapping[FitPurpose, AnyReadout], shipped: Shipped = "") -> Variants:
@@ -90,7 +94,7 @@ def variants(mean: NDArray[np.float64], fits: Mapping[FitPurpose, AnyReadout], s
         found["calibrated"] = (zero, bias)
     if probe is not None:
         found["probe"] = (zero, probe)
-    if readout is not None or (of_layers and mean.any()):
+    if readout is not None or (of_layers and mean.any()) or shipped == "zero_shot":
         found["prompt"] = (mean, bias)
     if isinstance(readout, LayerReadout):
         found["read"] = (mean, readout)
@@ -167,6 +171,11 @@ class RunResult(Message, frozen=True):
     def generates(self) -> bool:
         """Whether the task has target texts; its figure is then perplexity, not accuracy."""
         return not self.template.label_words
+
+    @property
+    def is_not_better(self) -> bool:
+        """Whether the tuned prompt was not better than none, so that the model is shipped without one."""
+        return self.shipped == "zero_shot"
 
     @property
     def is_unscored(self) -> bool:

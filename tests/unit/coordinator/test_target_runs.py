@@ -1,0 +1,140 @@
+"""Runs of target texts: held-out training rows judge whether the tuned prompt is better than none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from fedbpt.api import make_prompt
+from fedbpt.coordinator.run_state import RunState
+from fedbpt.prompts.model_card import model_card
+from fedbpt.protocol.rounds import EvaluateReport, EvaluateRequest, PooledWork
+from fedbpt.protocol.specs import PrivacySpec, PromptSpec, Template
+from fedbpt.runs.events import RoundClosed
+from fedbpt.runs.settings import RunSettings
+from fedbpt.tasks import Row, Task
+from tests.support.toy_scene import D, StopRunError, closed, stop
+from tests.support.toy_scorer import ToyScorer
+from tests.unit.coordinator.test_layer_runs import LayerScene, SpyDevice, held_reports, same
+
+TARGETS = Task(name="toy-echo", labels=(), templates=(Template(pattern="{text}\nSay:", label_words=()),))
+
+
+def texts(n: int, first: int = 0) -> list[Row]:
+    return [(f"number {i}", "go on") for i in range(first, first + n)]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Callable[..., LayerScene]]:
+    scenes: list[LayerScene] = []
+
+    def made(*train: list[Row]) -> LayerScene:
+        shares = train or (texts(24), texts(26, 50))
+        scene = LayerScene(tmp_path / f"{len(scenes)}.sqlite", dict(zip("abc", shares, strict=False)), TARGETS)
+        for number, device in enumerate(scene.devices.values()):
+            device._rows["test"] = tuple(texts(8, 300 + 50 * number))
+        scenes.append(scene)
+        return scene
+
+    yield made
+    for scene in scenes:
+        scene.store.close()
+
+
+def lying(device: SpyDevice, gain: float) -> None:
+    """The device says that on held rows the prompt's loss is lower by ``gain`` nats, row by row alike."""
+    honest = device.evaluate
+
+    def evaluate(request: EvaluateRequest, *rest: Any) -> EvaluateReport:
+        report = honest(request, *rest)
+        if request.split != "held":
+            return report
+        before = report.loss_sums[0]
+        return msgspec.structs.replace(
+            report,
+            loss_sums=(before, before - gain * report.n),
+            difference_squares=(0.0, gain**2 * report.n),
+        )
+
+    device.evaluate = evaluate  # type: ignore[method-assign]
+
+
+def test_the_search_never_scores_the_rows_that_judge(make: Callable[..., LayerScene]) -> None:
+    scene = make()
+    scene.run(rounds=6)
+    for device in scene.devices.values():
+        train = {text for text, _ in device._rows["train"]}
+        held = device.scored["held"]
+        assert held <= train
+        assert len(held) == len(train) // 4
+        assert not held & device.scored[PooledWork.__name__]
+
+
+@pytest.mark.parametrize(("gain", "shipped"), [(0.5, ""), (-0.5, "zero_shot"), (0.0, "zero_shot")])
+def test_a_prompt_that_is_not_better_on_these_rows_is_not_shipped(
+    make: Callable[..., LayerScene], gain: float, shipped: str
+) -> None:
+    scene = make()
+    for device in scene.devices.values():
+        lying(device, gain)
+    result = scene.run()
+    assert result.shipped == shipped
+    assert result.is_not_better == bool(shipped)
+    assert bool(result.latent.any()) != bool(shipped)
+    prompt = make_prompt(ToyScorer(), TARGETS, result)
+    if shipped:
+        assert result.tuned == result.zero_shot
+        assert result.baselines["prompt"].loss != result.zero_shot.loss
+        assert "was not better" in model_card(prompt, "")
+    else:
+        assert result.tuned.loss != result.zero_shot.loss
+        assert result.baselines == {}
+
+
+def state(**changes: Any) -> RunState:
+    chosen = RunSettings(rounds=1, prompt=PromptSpec(d=D), **changes).for_labels(())
+    return RunState(TARGETS, chosen, chosen.aggregator())
+
+
+def test_few_rows_do_not_judge() -> None:
+    for reports in ([], held_reports(np.full(4, 0.3))):
+        made = state()
+        made.choose(["zero_shot", "prompt"], reports)
+        assert made.shipped == ""
+
+
+@pytest.mark.parametrize("changes", [{"readout": "words"}, {"robust": "median"}, {"privacy": True}], ids=str)
+def test_runs_that_do_not_judge_search_with_all_rows(changes: dict[str, Any]) -> None:
+    if "privacy" in changes:
+        changes = {
+            "privacy": PrivacySpec(clip=0.5, noise_multiplier=1.0),
+            "calibrate": False,
+            "objective": msgspec.structs.replace(RunSettings().objective, readout_words=0),
+        }
+    made = state(**changes)
+    assert not made.holds_rows
+    assert made.held_lines() == {}
+    assert state().holds_rows
+
+
+def test_devices_with_too_few_rows_to_hold_any_run_to_the_end(make: Callable[..., LayerScene]) -> None:
+    scene = make(texts(2), texts(1, 9))
+    result = scene.run()
+    assert result.shipped == ""
+    assert result.latent.any()
+
+
+@pytest.mark.slow
+def test_a_run_stopped_at_every_round_resumes_to_the_same_result(make: Callable[..., LayerScene]) -> None:
+    whole, scene = make(), make()
+    expected = whole.run()
+    for round in range(1, len(whole.of(RoundClosed)) + 1):  # one template: there is no round 0
+        scene.when(closed(round), stop)
+        with pytest.raises(StopRunError):
+            scene.run()
+    same(scene.run(), expected)
