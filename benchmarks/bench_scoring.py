@@ -1,10 +1,13 @@
 """Evaluations per second, compared with stock llama-cpp-python, PyTorch and the upper bound of the machine.
 
-One evaluation is one candidate prompt on all texts. Two cases on AG-News-like texts of some 56 tokens:
+One evaluation is one candidate prompt on all texts. Three cases on AG-News-like texts of some 56 tokens:
 
 front  50 prompt tokens before each of 64 texts. Peers compute the same.
 cue    1 prompt token in place of the answer cue's last, mini-batches of 8, 16 candidates per generation, with the
        texts' KV already kept. Peers evaluate the same mini-batch in front placement with 50 prompt tokens.
+
+layer  1 row added to the output of the middle layer at the cue's last token, on the same mini-batches; the peer is
+       fedbpt in the cue.
 
 The upper bound: the computed tokens divided by the engine's prefill rate on one text of 512 tokens. All variants are
 alternated within each repeat; medians are printed, and one JSON line last.
@@ -31,6 +34,7 @@ from peers.stock_llama import INSTALL, OneByOne, Packed, StockModel
 from workload import alternate, label_ids, prompts, seconds, texts_like_news
 
 import fedbpt
+from fedbpt.engine.layers import middle_layer
 from fedbpt.errors import ModelNotFoundError
 from fedbpt.protocol.specs import Placement
 
@@ -142,6 +146,40 @@ def compare(
     }
 
 
+def compare_layer(scorer: fedbpt.NativeScorer, texts: Texts, repeats: int) -> dict[str, Any]:
+    """Evaluations per second in placement layer, against those in the cue; both with kept texts."""
+    labels = label_ids(scorer)
+    candidates = prompts(scorer, POPSIZE, 1)
+    plans = {
+        "layer": scorer.compile(texts, labels, "layer", layer=middle_layer(scorer.n_layer)),
+        "cue": scorer.compile(texts, labels, "cue"),
+    }
+    tokens = {}
+    for name, plan in plans.items():
+        plan.score(candidates)
+        before = plan.n_tokens
+        plan.score(candidates)
+        tokens[name] = (plan.n_tokens - before) / len(candidates)
+    taken = alternate({name: partial(plan.score, candidates) for name, plan in plans.items()}, 4 * repeats)
+    rates = {name: len(candidates) / taken[name] for name in plans}
+    return {
+        "placement": "layer",
+        "texts": len(texts),
+        "candidates": len(candidates),
+        "tokens_per_evaluation": tokens,
+        "evaluations_per_second": rates,
+        "ratio": {"cue": rates["layer"] / rates["cue"]},
+    }
+
+
+def show_layer(case: dict[str, Any], say: Say) -> None:
+    rates, tokens = case["evaluations_per_second"], case["tokens_per_evaluation"]
+    say(f"layer: {case['texts']} texts, {case['candidates']} candidates; evaluations per second")
+    for name in rates:
+        say(f"  {'fedbpt, ' + name:46} {rates[name]:9.3f}   {tokens[name]:.1f} tokens")
+    say(f"  layer is {case['ratio']['cue']:.2f} times as fast as the cue")
+
+
 def show(case: dict[str, Any], say: Say) -> None:
     say(
         f"{case['placement']}: {case['texts']} texts, {case['candidates']} candidates, {case['prompt_tokens']} prompt "
@@ -188,6 +226,8 @@ def bench(name: str, args: argparse.Namespace, say: Say) -> dict[str, Any] | Non
     show(cases[-1], say)
     cases.append(compare(scorer, peers, "cue", texts[:MINI_BATCH], cue, args.repeats))
     show(cases[-1], say)
+    cases.append(compare_layer(scorer, texts[:MINI_BATCH], args.repeats))
+    show_layer(cases[-1], say)
     result: dict[str, Any] = {"model": scorer.name, "threads": scorer.n_threads, "cases": cases, "skipped": skipped}
     if args.run if args.run is not None else scorer.name == MODELS[0]:
         result["run_seconds"] = tuning_run(scorer, texts)

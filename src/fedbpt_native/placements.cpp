@@ -1,11 +1,14 @@
 // The two placements of the scorer: which tokens of which sequences go through llama_decode.
 
 #include <algorithm>
+#include <cmath>
+#include <functional>
 #include <limits>
 #include <numeric>
 #include <string>
 #include <tuple>
 
+#include "errors.h"
 #include "llama-soft-prompt.h"
 #include "scorer.h"
 #include "sequences.h"
@@ -16,6 +19,9 @@ namespace {
 
 // Tokens that a text saves by waiting for the KV of another one of its batch, from which a pass more is worth its time.
 constexpr size_t kWorthWaiting = 32;
+
+// Relative difference of logits that is rounding.
+constexpr float kSame = 0.01f;
 
 }  // namespace
 
@@ -235,45 +241,146 @@ void Scorer::set_prompt(const Request & request, size_t candidate, llama_pos pos
     }
 }
 
+// Scores a group of candidates on the pack's restored texts. `resumes`: from the texts' states on.
+void Scorer::score_group(const Request & request, const Pack & pack, const Group & group, size_t slots, bool resumes,
+                         float * out) {
+    llama_memory_t memory = session_.memory();
+    const size_t n_tail = request.n_tail();
+    const size_t n_branches = request.plan.n_branches();
+    const auto n_embd = static_cast<size_t>(model_->n_embd());
+    const auto seq_of = [&](size_t i, size_t slot) {
+        return kFirstSeq + static_cast<llama_seq_id>((i - pack.first) * slots + slot);
+    };
+
+    batch_.clear();
+    steps_.clear();
+    states_.resize(resumes ? pack.n_texts() * group.size() * n_embd : 0);
+    float * state = states_.data();
+    for (size_t i = pack.first; i < pack.last; ++i) {
+        const auto pos0 = static_cast<llama_pos>(request.head_of(i));
+        const llama_token * ids = request.text(i) + request.length(i) - n_tail;
+
+        for (size_t c = group.first; c < group.last; ++c) {
+            seqs_.resize(n_branches);
+            std::iota(seqs_.begin(), seqs_.end(), seq_of(i, (c - group.first) * n_branches));
+            if (resumes) {
+                const std::vector<float> & own = request.plan.state(static_cast<size_t>(request.which[i]));
+                std::transform(own.begin(), own.end(), rows_of(request, c), state, std::plus<float>());
+                llama_soft_prompt_set_state(session_.context(), seqs_.front(), pos0, request.plan.resumes_after(),
+                                            state);
+                state += n_embd;
+            } else {
+                set_prompt(request, c, pos0);
+            }
+            for (size_t j = 0; j < n_tail; ++j) {
+                batch_.add(ids[j], pos0 + static_cast<llama_pos>(j), seqs_.data(), n_branches,
+                           j + 1 == n_tail ? request.output_of(c, i) : Batch::kNone);
+            }
+            add_continuations(request, c, i, seqs_.data(), pos0 + static_cast<llama_pos>(n_tail));
+        }
+    }
+    decode(request, out, resumes);
+
+    for (size_t i = pack.first; i < pack.last; ++i) {
+        for (size_t slot = 0; slot < group.size() * n_branches; ++slot) {
+            llama_memory_seq_rm(memory, seq_of(i, slot), static_cast<llama_pos>(request.head_of(i)), -1);
+        }
+    }
+}
+
+// Computes the missing states of the pack's restored texts at their last tokens, after the layer that is shifted.
+void Scorer::compute_states(const Request & request, const Pack & pack, size_t slots) {
+    std::vector<size_t> missing;
+    batch_.clear();
+    steps_.clear();
+    for (size_t i = pack.first; i < pack.last; ++i) {
+        if (request.plan.state(static_cast<size_t>(request.which[i])).empty()) {
+            const llama_seq_id seq = kFirstSeq + static_cast<llama_seq_id>((i - pack.first) * slots);
+            batch_.add(request.text(i)[request.length(i) - 1], static_cast<llama_pos>(request.head_of(i)), seq,
+                       Batch::kUnread);
+            missing.push_back(i);
+        }
+    }
+    if (missing.empty()) {
+        return;
+    }
+    const int32_t layer = request.plan.resumes_after();
+    llama_soft_prompt_set_taps(session_.context(), &layer, 1);
+    const auto n_embd = static_cast<size_t>(model_->n_embd());
+    size_t n_read = 0;
+    decode(request, nullptr, false, [&](const float * states, size_t n) {
+        if (states == nullptr) {
+            throw UnsupportedModelError(kNoShifts);
+        }
+        for (size_t j = 0; j < n && n_read < missing.size(); ++j, ++n_read) {
+            request.plan.keep_state(static_cast<size_t>(request.which[missing[n_read]]), states + j * n_embd);
+        }
+    });
+    llama_soft_prompt_set_taps(session_.context(), nullptr, 0);
+    for (const size_t i : missing) {
+        const llama_seq_id seq = kFirstSeq + static_cast<llama_seq_id>((i - pack.first) * slots);
+        llama_memory_seq_rm(session_.memory(), seq, static_cast<llama_pos>(request.head_of(i)), -1);
+    }
+}
+
+// Scores a group both from the first layer on and from the states on, and notes whether both are the same up to
+// rounding: an architecture whose later layers read what earlier ones wrote at this token cannot resume.
+bool Scorer::resumes_alike(const Request & request, const Pack & pack, const Group & group, size_t slots, float * out) {
+    score_group(request, pack, group, slots, /*resumes =*/false, out);
+    llama_soft_prompt_clear(session_.context());
+    std::vector<float> resumed(request.n_outputs() * request.plan.n_columns());
+    score_group(request, pack, group, slots, /*resumes =*/true, resumed.data());
+
+    bool alike = true;
+    for (size_t c = group.first; c < group.last; ++c) {
+        for (size_t i = pack.first; i < pack.last; ++i) {
+            const size_t at = static_cast<size_t>(request.output_of(c, i)) * request.plan.n_columns();
+            for (size_t k = at; k < at + request.plan.n_columns(); ++k) {
+                const bool finite = std::isfinite(out[k]) && std::isfinite(resumed[k]);
+                alike = alike && (!finite || std::abs(out[k] - resumed[k]) <= kSame * (1 + std::abs(out[k])));
+            }
+        }
+    }
+    if (alike) {
+        for (size_t c = group.first; c < group.last; ++c) {
+            const size_t at = static_cast<size_t>(request.output_of(c, pack.first)) * request.plan.n_columns();
+            std::copy_n(resumed.data() + at, pack.n_texts() * request.plan.n_columns(), out + at);
+        }
+    }
+    can_resume_[static_cast<size_t>(request.plan.resumes_after())] = alike;
+    llama_soft_prompt_clear(session_.context());
+    return alike;
+}
+
 // prefix | text, with its last n_prompt embeddings replaced or its last token shifted | continuations. Each text has a
 // sequence per candidate and branch.
 void Scorer::score_cue(const Request & request, const Pack & pack, size_t together, float * out) {
     llama_memory_t memory = session_.memory();
-    const size_t n_tail = request.n_tail();
-    const size_t n_branches = request.plan.n_branches();
-    const size_t slots = together * n_branches;
+    const size_t slots = together * request.plan.n_branches();
     const auto seq_of = [&](size_t i, size_t slot) {
         return kFirstSeq + static_cast<llama_seq_id>((i - pack.first) * slots + slot);
     };
 
     restore_texts(request, pack, slots);
+    // without row attention, a state's bits would depend on the texts beside it
+    bool resumes =
+        model_->has_row_attention() && request.states == nullptr && request.plan.can_resume(request.n_prompt);
+    int8_t tried = 1;
+    if (resumes) {
+        tried = can_resume_[static_cast<size_t>(request.plan.resumes_after())];
+        resumes = tried != 0;
+    }
+    if (resumes) {
+        compute_states(request, pack, slots);
+    }
 
     for (size_t first = 0; first < request.n_candidates; first += together) {
         const Group group{ first, std::min(first + together, request.n_candidates) };
-
-        batch_.clear();
-        steps_.clear();
-        for (size_t i = pack.first; i < pack.last; ++i) {
-            const auto pos0 = static_cast<llama_pos>(request.head_of(i));
-            const llama_token * ids = request.text(i) + request.length(i) - n_tail;
-
-            for (size_t c = group.first; c < group.last; ++c) {
-                seqs_.resize(n_branches);
-                std::iota(seqs_.begin(), seqs_.end(), seq_of(i, (c - group.first) * n_branches));
-                set_prompt(request, c, pos0);
-                for (size_t j = 0; j < n_tail; ++j) {
-                    batch_.add(ids[j], pos0 + static_cast<llama_pos>(j), seqs_.data(), n_branches,
-                               j + 1 == n_tail ? request.output_of(c, i) : Batch::kNone);
-                }
-                add_continuations(request, c, i, seqs_.data(), pos0 + static_cast<llama_pos>(n_tail));
-            }
-        }
-        decode(request, out);
-
-        for (size_t i = pack.first; i < pack.last; ++i) {
-            for (size_t slot = 0; slot < group.size() * n_branches; ++slot) {
-                llama_memory_seq_rm(memory, seq_of(i, slot), static_cast<llama_pos>(request.head_of(i)), -1);
-            }
+        if (resumes && tried < 0) {
+            resumes = resumes_alike(request, pack, group, slots, out);
+            tried = resumes;
+        } else {
+            score_group(request, pack, group, slots, resumes, out);
         }
     }
 

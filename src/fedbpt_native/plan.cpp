@@ -92,6 +92,18 @@ Plan::Plan(std::shared_ptr<const Model> model, Ragged texts, Placement placement
         label_head_ = model_->output_rows(head_ids_);
     }
     kv_.resize(n_texts());
+    states_.resize(n_texts());
+}
+
+bool Plan::can_resume(size_t n_prompt) const {
+    const bool one_layer = placement_ == Placement::shift && shifted_.n == 1 && !shifted_.continued;
+    const bool one_token = n_branches_ == 1 && continuations_.ids.size() == continuations_.size();
+    return one_layer && one_token && n_prompt > 0 && shifted_.first + 1 < llama_model_n_layer(model_->get());
+}
+
+uint64_t Plan::n_tokens() const {
+    const auto n_layers = static_cast<uint64_t>(llama_model_n_layer(model_->get()));
+    return (n_layer_tokens_ + n_layers - 1) / n_layers;
 }
 
 size_t Plan::n_steps(size_t i) const {

@@ -96,9 +96,19 @@ public:
     // Keeps the KV if the budget allows.
     void keep_kv(size_t i, const TextKvPtr & text);
 
-    // forward tokens computed for this plan so far
-    uint64_t n_tokens() const { return n_tokens_; }
-    void count_tokens(size_t n) { n_tokens_ += n; }
+    // --- the texts' states, from which candidates that shift one layer resume ---
+
+    // Whether candidates of n_prompt rows can begin after the shifted layer: they are of one token each.
+    bool can_resume(size_t n_prompt) const;
+    int32_t resumes_after() const { return shifted_.first; }
+    // [n_embd], without a shift; empty if it is not known
+    const std::vector<float> & state(size_t i) const { return states_[i]; }
+    void keep_state(size_t i, const float * state) { states_[i].assign(state, state + model_->n_embd()); }
+
+    // Forward tokens computed for this plan so far, rounded up; a token that ran some layers only counts as their
+    // share.
+    uint64_t n_tokens() const;
+    void count_tokens(size_t n, int32_t n_layers) { n_layer_tokens_ += n * static_cast<uint64_t>(n_layers); }
 
     uint64_t kv_bytes() const { return kv_bytes_; }
     size_t n_kept() const { return n_kept_; }
@@ -121,8 +131,9 @@ private:
     uint64_t kv_bytes_ = 0;
     size_t n_kept_ = 0;
     size_t n_tail_ = 0;
-    uint64_t n_tokens_ = 0;
+    uint64_t n_layer_tokens_ = 0;
     std::vector<TextKvPtr> kv_;
+    std::vector<std::vector<float>> states_;
 };
 
 }  // namespace fedbpt

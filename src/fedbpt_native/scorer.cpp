@@ -35,7 +35,8 @@ size_t sequences_max(const Plan & plan) {
 
 Scorer::Scorer(std::shared_ptr<const Model> model, int32_t n_threads, ggml_type kv_type)
     : model_(model),
-      session_(std::move(model), n_threads, kv_type) {}
+      session_(std::move(model), n_threads, kv_type),
+      can_resume_(static_cast<size_t>(llama_model_n_layer(model_->get())), -1) {}
 
 void Scorer::validate(const Request & request) const {
     if (request.n_which == 0) {
@@ -268,15 +269,17 @@ void Scorer::read_whole(const Request & request, int64_t output, const float * l
     }
 }
 
-// Runs batch_ and writes the results of each output token to out[output][n_columns].
-void Scorer::decode(const Request & request, float * out) {
+// Runs batch_ and writes the results of each output token to out[output][n_columns]. `resumes`: only the layers after
+// the plan's shifted one are computed.
+void Scorer::decode(const Request & request, float * out, bool resumes, const StatesOf & take) {
     Plan & plan = request.plan;
+    const int32_t n_layers = llama_model_n_layer(model_->get()) - (resumes ? plan.resumes_after() + 1 : 0);
     const bool whole = plan.whole_vocabulary();
     const size_t n_tokens = batch_.size();  // without padding
     Session::pad(batch_, /*outputs =*/true);
     for (size_t begin = 0, end = 0; begin < batch_.size(); begin = end) {
         end = batch_.end_of(begin, Session::kBatch, whole ? kWholeMax : Session::kBatch);
-        plan.count_tokens(std::min(end, n_tokens) - std::min(begin, n_tokens));
+        plan.count_tokens(std::min(end, n_tokens) - std::min(begin, n_tokens), n_layers);
         if (!session_.decode(batch_, begin, end)) {
             throw std::runtime_error("the context has too few KV cells: please report this");
         }
@@ -286,6 +289,14 @@ void Scorer::decode(const Request & request, float * out) {
         }
         if (!whole) {
             llama_synchronize(session_.context());
+        }
+        if (take) {
+            size_t n_outputs = 0;
+            for (size_t i = begin; i < end; ++i) {
+                n_outputs += batch_.output(i) != Batch::kNone;
+            }
+            take(llama_soft_prompt_states(session_.context()), n_outputs);
+            continue;
         }
         const size_t n_head = plan.head_ids().size();
         const float * labels = llama_soft_prompt_label_logits(session_.context());

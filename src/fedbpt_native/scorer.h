@@ -95,6 +95,10 @@ private:
                            llama_pos pos);
     void set_prompt(const Request & request, size_t candidate, llama_pos pos);
     void score_cue(const Request & request, const Pack & pack, size_t together, float * out);
+    void score_group(const Request & request, const Pack & pack, const Group & group, size_t slots, bool resumes,
+                     float * out);
+    void compute_states(const Request & request, const Pack & pack, size_t slots);
+    bool resumes_alike(const Request & request, const Pack & pack, const Group & group, size_t slots, float * out);
 
     const float * rows_of(const Request & request, size_t candidate) const {
         return request.embeds + candidate * request.n_prompt * static_cast<size_t>(model_->n_embd());
@@ -104,7 +108,9 @@ private:
     TextKvPtr compute_alone(const Request & request, size_t i);
     void compute_together(const Request & request, const std::vector<size_t> & missing, std::vector<TextKvPtr> & texts);
     void decode_prefix(const Request & request);
-    void decode(const Request & request, float * out);
+    // Called after each pass with the states of all its outputs, padding too: [n][n_layers][n_embd], or null.
+    using StatesOf = std::function<void(const float * states, size_t n)>;
+    void decode(const Request & request, float * out, bool resumes = false, const StatesOf & take = {});
     void read_whole(const Request & request, int64_t output, const float * logits, float * out) const;
     std::shared_ptr<const Model> model_;
     Session session_;
@@ -114,6 +120,8 @@ private:
     Batch batch_;
     std::vector<llama_seq_id> seqs_;  // scratch
     std::vector<Step> steps_;         // those in the batch
+    std::vector<float> states_;       // of the batch's tokens, where candidates resume from a layer
+    std::vector<int8_t> can_resume_;  // by layer; -1: not tried
 
     mutable std::mutex mutex_;
     std::atomic<bool> interrupted_{ false };

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from tests.support.raises import raises
@@ -50,6 +52,91 @@ def test_a_kept_text_costs_one_token_a_candidate(llama: Case) -> None:
     before = plan.n_tokens
     plan.score(rows)
     assert plan.n_tokens - before == 3 * len(texts)
+
+
+# --- candidates that resume from a layer -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_candidate_that_resumes_has_the_bits_of_one_that_runs_every_layer(repeatable: Case, layer: int) -> None:
+    """States are asked for to run every layer."""
+    scorer, texts, rows = repeatable.scorer, repeatable.texts(LENGTHS), repeatable.prompts(5, 1)
+    whole, _ = scorer.compile(texts, LABELS, "layer", layer=layer, layers=[layer]).score_states(rows)
+    plan = scorer.compile(texts, LABELS, "layer", layer=layer)
+    np.testing.assert_array_equal(plan.score(rows), whole)
+    some, _ = scorer.compile(texts, LABELS, "layer", layer=layer, layers=[layer]).score_states(rows[2:3], [3, 1])
+    np.testing.assert_array_equal(plan.score(rows[2:3], [3, 1]), some)
+    again = scorer.compile(texts, LABELS, "layer", layer=layer).score(rows)
+    np.testing.assert_array_equal(again, whole)
+
+
+@pytest.fixture
+def quantised(case_of: Callable[..., Case]) -> Case:
+    """A model that can resume: of float32 weights, all layers run."""
+    return case_of("llama", "q8_0")
+
+
+def test_a_candidate_that_resumes_costs_the_layers_that_it_runs(quantised: Case) -> None:
+    scorer, texts = fedbpt.load_model(quantised.path, n_threads=N_THREADS), quantised.texts(LENGTHS)
+    plan = scorer.compile(texts, LABELS, "layer", layer=1)
+    rows = np.ones((30, 1, scorer.n_embd), np.float32)
+    plan.score(rows)
+    before = plan.n_tokens
+    plan.score(rows)
+    assert scorer.n_layer == 3
+    assert plan.n_tokens - before == 30 * len(texts) / 3
+
+
+def test_a_model_of_float32_weights_runs_every_layer(llama: Case) -> None:
+    scorer, texts = fedbpt.load_model(llama.path, n_threads=N_THREADS), llama.texts(LENGTHS)
+    plan = scorer.compile(texts, LABELS, "layer", layer=1)
+    plan.score(np.ones((3, 1, scorer.n_embd), np.float32))
+    before = plan.n_tokens
+    plan.score(np.ones((3, 1, scorer.n_embd), np.float32))
+    assert plan.n_tokens - before == 3 * len(texts)
+
+
+def test_the_first_candidates_of_a_scorer_run_both_ways_to_compare(quantised: Case) -> None:
+    scorer, texts = fedbpt.load_model(quantised.path, n_threads=N_THREADS), quantised.texts(LENGTHS)
+    rows = np.ones((30, 1, scorer.n_embd), np.float32)
+    plans = [scorer.compile(texts, LABELS, "layer", layer=1, keep_kv=False) for _ in range(2)]
+    for plan in plans:
+        plan.score(rows)
+    assert plans[0].n_tokens - plans[1].n_tokens >= 30 * len(texts)
+
+
+@pytest.mark.parametrize("continuations", [[[5], [300]], [[5, 6], [300]]], ids=["one token", "several"])
+def test_continuations_are_the_same_from_a_layer_on(repeatable: Case, continuations: list[list[int]]) -> None:
+    scorer, texts, rows = repeatable.scorer, repeatable.texts(LENGTHS), repeatable.prompts(3, 1)
+    follow = [continuations] * len(texts)
+    whole, _ = scorer.compile(texts, [], "layer", layer=1, layers=[1], continuations=follow).score_states(rows)
+    plan = scorer.compile(texts, [], "layer", layer=1, continuations=follow)
+    np.testing.assert_array_equal(plan.score(rows), whole)
+    before = plan.n_tokens
+    plan.score(rows)
+    n_steps = sum(len(each) - 1 for each in continuations)
+    whole_tokens = 3 * len(texts) * (1 + n_steps)
+    resumes = not n_steps and repeatable.model.weights != "f32"
+    expected = whole_tokens * (scorer.n_layer - 2) / scorer.n_layer if resumes else whole_tokens
+    assert plan.n_tokens - before == pytest.approx(expected, abs=1)  # whole tokens are reported
+
+
+def test_a_shift_of_the_last_layer_runs_every_layer(repeatable: Case) -> None:
+    scorer, texts, rows = repeatable.scorer, repeatable.texts(LENGTHS), repeatable.prompts(3, 1)
+    last = scorer.n_layer - 1
+    plan = scorer.compile(texts, LABELS, "layer", layer=last)
+    whole, _ = scorer.compile(texts, LABELS, "layer", layer=last, layers=[0]).score_states(rows)
+    np.testing.assert_array_equal(plan.score(rows), whole)
+
+
+def test_other_placements_between_do_not_meet_the_states(repeatable: Case) -> None:
+    scorer, texts, rows = repeatable.scorer, repeatable.texts(LENGTHS), repeatable.prompts(3, 1)
+    shifted = scorer.compile(texts, LABELS, "layer", layer=1)
+    plain = scorer.compile(texts, LABELS, "cue")
+    first, first_plain = shifted.score(rows), plain.score(rows)
+    for _ in range(2):
+        np.testing.assert_array_equal(plain.score(rows), first_plain)
+        np.testing.assert_array_equal(shifted.score(rows), first)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from fedbpt.bench.measurement import Measurement, Projection
 from fedbpt.coordinator.layer_cost import EXCHANGES as EXCHANGES_OF_LAYERS
 from fedbpt.coordinator.layer_cost import LOGISTIC_EXCHANGES, layer_bytes, logistic_bytes
 from fedbpt.coordinator.layer_reading import reads_layers, states_alone
+from fedbpt.engine.layers import middle_layer
 from fedbpt.errors import ConfigError
 from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import (
@@ -229,12 +230,19 @@ def tokens_of(settings: RunSettings, templates: Sequence[Template], info: Device
     if objective.perturb > 0:
         a_candidate += Tokens(text + prompt.n_prompt, words) * batch
     each = a_candidate * settings.popsize
+    first = Tokens(0)
+    if prompt.placement == "layer" and not words and not target and info.n_layer > 0:
+        first = each + Tokens(
+            n_rows
+        )  # once by all layers, to compare; and each text's state, from which candidates resume
+        n_run = info.n_layer - 1 - middle_layer(info.n_layer)
+        each = Tokens(-(-each.texts * n_run // info.n_layer))
     if method_named(settings.method).local:  # and the mean on all rows
         each = each * settings.iterations + a_text * n_rows
     fits = settings.calibrate or objective.readout_words > 0
     fitted = min(settings.fit_rows or n_rows, n_rows) if fits else 0
     a_fit = Tokens(prompt.n_prompt if cue else prompt.n_prompt + text, words) * fitted
-    once = Tokens(n_rows * text if cue else 0)
+    once = Tokens(n_rows * text if cue else 0) + first
     if reads_layers(templates, settings, info.n_layer):
         own = Tokens(text + again * (n_templates - 1))  # under the task's own templates
         view = Tokens(text)

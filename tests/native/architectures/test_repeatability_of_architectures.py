@@ -48,6 +48,19 @@ def test_other_texts_change_no_bit_of_a_text_in_the_cue_and_little_in_front(quan
             assert np.abs(alone[:, 0] - together[:, i]).max() <= most
 
 
+def test_a_candidate_that_resumes_from_a_layer_has_the_bits_of_one_that_runs_all(quantized: Case) -> None:
+    """Where states are asked for too, all layers run."""
+    scorer, texts, rows = quantized.scorer, quantized.texts([9, 31, 50]), quantized.prompts(9, 1)
+    for layer in range(scorer.n_layer - 1):
+        whole, _ = scorer.compile(texts, LABELS, "layer", layer=layer, layers=[layer]).score_states(rows)
+        plan = scorer.compile(texts, LABELS, "layer", layer=layer)
+        np.testing.assert_array_equal(plan.score(rows), whole)
+        before = plan.n_tokens
+        np.testing.assert_array_equal(plan.score(rows), whole)
+        expected = 9 * len(texts) * (scorer.n_layer - 1 - layer) / scorer.n_layer
+        assert plan.n_tokens - before == pytest.approx(expected, abs=1)
+
+
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
 def test_half_precision_scores_as_the_model_up_to_rounding(architecture_case: Callable[..., Case], name: str) -> None:
     """The weights are equal, but attention is the fork's own. In a mixture, rounding may select another expert."""

@@ -12,6 +12,7 @@ from fedbpt.coordinator.estimate import RunCost, estimate
 from fedbpt.coordinator.federation import Federation
 from fedbpt.device.device import Device
 from fedbpt.errors import ConfigError
+from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import DeviceInfo
 from fedbpt.protocol.specs import ObjectiveSpec, PrivacySpec, PromptSpec, Template
 from fedbpt.runs.settings import RunSettings
@@ -117,6 +118,20 @@ def test_a_text_under_another_template_costs_only_its_end_if_beginnings_are_shar
     unlike = Task(name="toy", labels=TASK.labels, templates=(*TASK.templates, framed))
     one, other = estimate(settings, unlike, [info(), sharing], settings.aggregator()).devices
     assert one == other
+
+
+def test_a_candidate_that_shifts_a_layer_costs_the_later_layers_only() -> None:
+    """Of 30 layers the one with number 14 is shifted, so that 15 run; texts and label words of a token each."""
+    deep = msgspec.structs.replace(info(speed=5000.0), n_layer=30)
+    placed = {place: PromptSpec(d=20, placement=place) for place in ("cue", "layer")}
+    cue, layer = (cost(deep, prompt=placed[place]).devices[0] for place in ("cue", "layer"))
+    assert layer.round == cue.round / 2
+    assert layer.texts - cue.texts == cue.round + 100  # once by all layers, and each text's state
+    worded = msgspec.structs.replace(
+        deep, word_tokens={codec.digest(template): 3 for template in TASK.templates}, word_tokens_per_second=5000.0
+    )
+    cue, layer = (cost(worded, prompt=placed[place]).devices[0] for place in ("cue", "layer"))
+    assert layer.round == cue.round
 
 
 def test_seconds_follow_from_each_devices_speed() -> None:

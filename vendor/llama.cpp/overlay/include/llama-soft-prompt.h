@@ -35,10 +35,21 @@ LLAMA_API void llama_soft_prompt_set_shift(
                      int32_t   n_layers,
                  const float * rows);
 
-// False if shifts were left out since llama_soft_prompt_clear, as this architecture's graph does not mark its layer outputs.
+// From the next llama_decode on, row[n_embd] is the output of layer `layer` (from 0, not the last) for sequence `seq_id` at position `pos`.
+// The layers up to it are not computed in that ubatch, and write nothing to the KV cache; a batch still needs a valid token id. In an
+// ubatch with such states, all of them must be of the same layer; tokens without one get zeros, and have no meaningful output. Each
+// sequence has one state; row = NULL removes it. Otherwise as llama_soft_prompt_set.
+LLAMA_API void llama_soft_prompt_set_state(
+        struct llama_context * ctx,
+                llama_seq_id   seq_id,
+                   llama_pos   pos,
+                     int32_t   layer,
+                 const float * row);
+
+// False if shifts or states were left out since llama_soft_prompt_clear, as this architecture's graph does not mark its layer outputs.
 LLAMA_API bool llama_soft_prompt_shifted(const struct llama_context * ctx);
 
-// Removes all rows and shifts.
+// Removes all rows, shifts and states.
 LLAMA_API void llama_soft_prompt_clear(struct llama_context * ctx);
 
 // llama_model_load_from_file for scoring with label heads: the output matrix stays in the mapped file, from which the rows of label

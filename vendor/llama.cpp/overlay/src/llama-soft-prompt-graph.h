@@ -21,7 +21,7 @@ class  llm_graph_result;
 class  llm_graph_input_i;
 struct llm_graph_context;
 
-// Tables (sequence, position) -> row and (sequence, positions, layers) -> rows to add. Shared by a context and the graph parameters
+// Tables (sequence, position) -> row, (sequence, positions, layers) -> rows to add, and (sequence, position, layer) -> state. Shared by a context and the graph parameters
 // copied from it.
 class llama_soft_prompt {
 public:
@@ -51,7 +51,23 @@ public:
     // The shifts in the ubatch, each once, in their tokens' order.
     std::vector<const shift *> shifts_of(const llama_ubatch & ubatch) const;
 
-    // whether all graphs since clear() have added all shifts of their ubatches
+    // --- states ---
+
+    struct state {
+        llama_pos     pos   = 0;
+        int32_t       layer = 0;
+        const float * row   = nullptr;  // null: no state
+    };
+
+    void set_state(llama_seq_id seq_id, const state & state);
+
+    // The state of token i of the ubatch, or nullptr.
+    const state * find_state(const llama_ubatch & ubatch, uint32_t i) const;
+
+    // The layer after which the ubatch's computation resumes; -1: it has no states.
+    int32_t resumes_after(const llama_ubatch & ubatch) const;
+
+    // whether all graphs since clear() have added all shifts of their ubatches, and begun with their states
     bool shifted = true;
 
     bool row_attention = false;
@@ -92,8 +108,10 @@ private:
 
     std::array<run,   LLAMA_MAX_SEQ> runs {};
     std::array<shift, LLAMA_MAX_SEQ> shifts {};
+    std::array<state, LLAMA_MAX_SEQ> states_set {};
     bool any       = false;
     bool any_shift = false;
+    bool any_state = false;
 
     const ggml_tensor      * output = nullptr;
     std::vector<llama_token> labels;
@@ -119,7 +137,7 @@ ggml_tensor * llama_soft_prompt_build(
         ggml_tensor         * embd);
 
 // Called with the output cur [n_embd, n_tokens, or n_outputs after the last layer] of layer il. Returns it with the ubatch's shifts of this
-// layer added. If the layer is tapped, its rows for the outputs become an output of the graph.
+// layer added; or the ubatch's states of this layer in its place, and the graph then computes nothing that was built before. If the layer is tapped, its rows for the outputs become an output of the graph.
 ggml_tensor * llama_soft_prompt_layer(const llm_graph_context & graph, ggml_tensor * cur, int il);
 
 // the label head in place of the output matrix; w itself for other matrices

@@ -57,9 +57,40 @@ void llama_soft_prompt::set(llama_seq_id seq_id, llama_pos pos0, int32_t n_rows,
 void llama_soft_prompt::clear() {
     runs      = {};
     shifts    = {};
+    states_set = {};
     any       = false;
     any_shift = false;
+    any_state = false;
     shifted   = true;
+}
+
+void llama_soft_prompt::set_state(llama_seq_id seq_id, const state & given) {
+    GGML_ASSERT(seq_id >= 0 && seq_id < LLAMA_MAX_SEQ);
+
+    states_set[seq_id] = given;
+    any_state = std::any_of(states_set.begin(), states_set.end(), [](const state & s) { return s.row != nullptr; });
+}
+
+const llama_soft_prompt::state * llama_soft_prompt::find_state(const llama_ubatch & ubatch, uint32_t i) const {
+    for (int32_t s = 0; s < ubatch.n_seq_id[i]; ++s) {
+        const state & found = states_set[ubatch.seq_id[i][s]];
+        if (found.row && found.pos == ubatch.pos[i]) {
+            return &found;
+        }
+    }
+    return nullptr;
+}
+
+int32_t llama_soft_prompt::resumes_after(const llama_ubatch & ubatch) const {
+    if (!any_state || !ubatch.token || !ubatch.seq_id) {
+        return -1;
+    }
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        if (const state * own = find_state(ubatch, i)) {
+            return own->layer;
+        }
+    }
+    return -1;
 }
 
 void llama_soft_prompt::set_shift(llama_seq_id seq_id, const shift & given) {
@@ -226,7 +257,7 @@ struct shift_shape {
 class llm_graph_input_soft_prompt : public llm_graph_input_i {
 public:
     llm_graph_input_soft_prompt(std::shared_ptr<llama_soft_prompt> table, float scale, const llama_ubatch & ubatch)
-        : shape(table->shifts_of(ubatch)), table(std::move(table)), inv_scale(1.0f/scale), n_labels(this->table->n_labels()), has_head(this->table->label_head() != nullptr),
+        : shape(table->shifts_of(ubatch)), resumes_after(table->resumes_after(ubatch)), table(std::move(table)), inv_scale(1.0f/scale), n_labels(this->table->n_labels()), has_head(this->table->label_head() != nullptr),
           text_length(this->table->text_length), taps(this->table->taps), tapped(taps.size()) {
         this->table->building = this;
     }
@@ -240,6 +271,7 @@ public:
     void set_input(const llama_ubatch * ubatch) override {
         table->run_taps(tapped);
         set_shifts(*ubatch);
+        set_states(*ubatch);
         if (!keep) {
             return;
         }
@@ -274,10 +306,12 @@ public:
         // the label head and the text's length are compared here too: no other input of the graph does
         return had == want && (!had || keep->ne[1] == (int64_t) params.ubatch.n_tokens) &&
             shape == shift_shape(table->shifts_of(params.ubatch)) && (!shift_ids || shift_ids->ne[0] == (int64_t) params.ubatch.n_tokens) &&
+            resumes_after == table->resumes_after(params.ubatch) && (!states || states->ne[1] == (int64_t) params.ubatch.n_tokens) &&
             n_labels == table->n_labels() && has_head == (table->label_head() != nullptr) && text_length == table->text_length && taps == table->taps;
     }
 
     ggml_tensor * layer(const llm_graph_context & graph, ggml_tensor * cur, int il) {
+        cur = resumed(graph, cur, il);
         cur = shifted(graph, cur, il);
         tap(graph, cur, il);
         return cur;
@@ -309,6 +343,40 @@ private:
             of_tokens = ggml_get_rows(graph.ctx0, of_tokens, out_ids);
         }
         return ggml_add(graph.ctx0, cur, of_tokens);
+    }
+
+    // Begins the graph anew with the states: what was built so far is computed only where a later layer needs it.
+    ggml_tensor * resumed(const llm_graph_context & graph, ggml_tensor * cur, int il) {
+        if (il != resumes_after || cur->ne[0] != graph.n_embd || cur->ne[1] != graph.n_tokens) {
+            return cur;
+        }
+        states = ggml_new_tensor_2d(graph.ctx0, GGML_TYPE_F32, cur->ne[0], cur->ne[1]);
+        ggml_set_name(states, "soft_prompt_states");
+        ggml_set_input(states);
+
+        ggml_graph_clear(graph.gf);
+        // llama.cpp writes all inputs, and so all need memory
+        for (ggml_tensor * tensor = ggml_get_first_tensor(graph.ctx0); tensor; tensor = ggml_get_next_tensor(graph.ctx0, tensor)) {
+            if (tensor->flags & GGML_TENSOR_FLAG_INPUT) {
+                ggml_build_forward_expand(graph.gf, tensor);
+            }
+        }
+        return states;
+    }
+
+    void set_states(const llama_ubatch & ubatch) {
+        table->shifted = table->shifted && (resumes_after >= 0) == (states != nullptr);
+        if (!states) {
+            return;
+        }
+        const int64_t n_embd = states->ne[0];
+        buf_soft.assign(n_embd*ubatch.n_tokens, 0.0f);
+        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+            if (const auto * own = table->find_state(ubatch, i)) {
+                std::copy_n(own->row, n_embd, buf_soft.data() + i*n_embd);
+            }
+        }
+        ggml_backend_tensor_set(states, buf_soft.data(), 0, ggml_nbytes(states));
     }
 
     void set_shifts(const llama_ubatch & ubatch) {
@@ -364,6 +432,7 @@ private:
     }
 
     const shift_shape shape;
+    const int32_t     resumes_after; // -1: with the first layer
     const std::shared_ptr<llama_soft_prompt> table;
     const float  inv_scale;
     const size_t n_labels;
@@ -373,6 +442,8 @@ private:
     const std::vector<int32_t> taps;
     std::vector<ggml_tensor *> tapped;            // F32 [n_embd, n_outputs] each
     ggml_tensor              * out_ids = nullptr; // I32 [n_outputs]
+
+    ggml_tensor * states = nullptr; // F32 [n_embd, n_tokens]
 
     ggml_tensor * shift_ids = nullptr;                      // I32 [n_tokens]
     std::vector<std::pair<int, ggml_tensor *>> shift_rows;  // layer, F32 [n_embd, n_rows]
@@ -479,6 +550,10 @@ void llama_soft_prompt_set(llama_context * ctx, llama_seq_id seq_id, llama_pos p
 void llama_soft_prompt_set_shift(
         llama_context * ctx, llama_seq_id seq_id, llama_pos pos0, llama_pos pos1, int32_t layer, int32_t n_layers, const float * rows) {
     ctx->get_cparams().soft_prompt->set_shift(seq_id, { pos0, pos1, layer, n_layers, rows });
+}
+
+void llama_soft_prompt_set_state(llama_context * ctx, llama_seq_id seq_id, llama_pos pos, int32_t layer, const float * row) {
+    ctx->get_cparams().soft_prompt->set_state(seq_id, { pos, layer, row });
 }
 
 bool llama_soft_prompt_shifted(const llama_context * ctx) {
