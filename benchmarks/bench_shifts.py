@@ -1,7 +1,9 @@
 """Target texts: shifts at all layers against a row in the cue, and the model as it is, at equal evaluations.
 
 The task: the model's own next word after "{text}\\nThis article is about" shall be the label of a news text. Tuned by
-the likelihood of the target alone; measured on other rows by perplexity, and by exact match of the greedy answer.
+the likelihood of the target alone; measured on other rows by perplexity, and by exact match of the greedy answer. The
+shifts are then added at every token, as llama.cpp adds them if they are exported as a control vector: perplexity of the
+target, and of the texts themselves, against the model as it is.
 
 Data: a folder with agnews/train.csv and agnews/test.csv (columns text and label).
 
@@ -12,12 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from bench_tasks import Row, read_rows
 
 import fedbpt
@@ -48,6 +52,24 @@ def figures(said: Sequence[str], rows: Sequence[Row]) -> dict[str, float]:
     return {"exact_match": right / len(rows), "commonest": Counter(said).most_common(1)[0][1] / len(rows)}
 
 
+def at_every_token(scorer: fedbpt.NativeScorer, rows: np.ndarray, data: Sequence[Row]) -> dict[str, float]:
+    """Perplexity of targets and texts, with shifts ``rows`` [n_layer, n_embd] at all tokens but the first."""
+    vector = rows.copy()
+    vector[0] = 0.0  # llama.cpp has no vector for the output of layer 0
+    sums = {"target": 0.0, "text": 0.0}
+    lengths = dict.fromkeys(sums, 0)
+    for text, target in data:
+        first, *ids = scorer.tokenize(text)[:128].tolist()
+        cue = scorer.tokenize(PATTERN.removeprefix("{text}"), add_bos=False).tolist()
+        end = scorer.tokenize(target, add_bos=False).tolist()
+        follow = [[ids, ids + cue, ids + cue + end]]
+        found = scorer.compile([[first]], [], "layers", continuations=follow, keep_kv=False).score(vector[None])[0, 0]
+        for name, value, length in (("text", found[0], len(ids)), ("target", found[2] - found[1], len(end))):
+            sums[name] -= float(value)
+            lengths[name] += length
+    return {name: math.exp(sums[name] / lengths[name]) for name in sums}
+
+
 def measure(
     model: str, train: Sequence[Row], test: Sequence[Row], given: argparse.Namespace, seed: int
 ) -> dict[str, dict[str, Any]]:
@@ -68,7 +90,17 @@ def measure(
             "tokens": result.run.tokens,
             "seconds": result.run.seconds,
         }
+        if prompt.placement == "layers":
+            found[name]["every_token"] = at_every_token(scorer, result.prompt.rows, test[:50])
+            found["no prompt"]["every_token"] = at_every_token(scorer, 0 * result.prompt.rows, test[:50])
     return found
+
+
+def mean_of(values: Sequence[Any]) -> Any:
+    """Of numbers, or of dicts of numbers by key."""
+    if isinstance(values[0], dict):
+        return {key: mean_of([each[key] for each in values]) for key in values[0]}
+    return statistics.fmean(values)
 
 
 def main() -> None:
@@ -94,7 +126,7 @@ def main() -> None:
         chosen = generator(seed, "shifts").permutation(len(train))[: given.rows]
         runs.append(measure(given.model, [train[i] for i in chosen], test, given, seed))
     means = {
-        name: {figure: statistics.fmean(run[name][figure] for run in runs) for figure in values}
+        name: {figure: mean_of([run[name][figure] for run in runs]) for figure in values}
         for name, values in runs[0].items()
     }
     if not given.json:
@@ -104,6 +136,9 @@ def main() -> None:
             costs = f"{values['tokens']:8,.0f} {values['seconds']:8.1f}" if "tokens" in values else ""
             match, commonest, perplexity = (values[each] for each in ("exact_match", "commonest", "perplexity"))
             print(f"{name:22} {match:12.3f} {commonest:10.2f} {perplexity:11.1f} {costs}")
+        before, after = (means[name]["every_token"] for name in ("no prompt", "shifts at all layers"))
+        for what in before:
+            print(f"shifts at every token, perplexity of the {what}: {after[what]:.1f}, without {before[what]:.1f}")
         row, shifts = (means[name]["exact_match"] for name in METHODS)
         print(f"exact match of shifts over the row: {shifts / row if row else float('inf'):.1f} times")
     print(json.dumps({"benchmark": "shifts", "model": given.model, "means": means, "runs": runs}))

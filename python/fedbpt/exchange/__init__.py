@@ -49,7 +49,8 @@ def export_prompt(
         out: for ``peft``, the adapter's folder, which must be new, empty or hold an adapter; for ``gguf`` and ``npy``,
             the file.
         to: ``peft``: a prompt-tuning adapter with the prompt's rows as virtual tokens, and a README.md with code that
-            computes the same label logits; ``gguf``: the whole prompt, as tensors and metadata; ``npy``: the rows,
+            computes the same label logits; ``gguf``: the whole prompt, as tensors and metadata, or if it
+            shifts layers, its rows as a control vector of llama.cpp; ``npy``: the rows,
             float32 [n_prompt, n_embd].
         scorer: the prompt's model; required for ``peft``, whose code contains token ids.
         task: for ``peft``, the task by which texts are cut; None: the prompt's own.
@@ -63,7 +64,9 @@ def export_prompt(
     """
     target = Path(out)
     if to == "gguf":
-        return Exported(gguf_file.write_gguf(prompt, target), scale_notes(prompt.architecture))
+        written = gguf_file.write_gguf(prompt, target)
+        lost = gguf_file.notes(prompt) or scale_notes(prompt.architecture)  # states have no scale of embeddings
+        return Exported(written, lost)
     if to == "npy":
         return Exported(npy.write_npy(prompt, target), (*npy.notes(prompt), *scale_notes(prompt.architecture)))
     chosen = prompt.task if task is None else load(task)

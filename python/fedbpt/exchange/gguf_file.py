@@ -3,6 +3,9 @@
 The metadata follow those of LoRA adapters: ``general.type`` adapter, ``general.architecture`` the model's,
 ``adapter.type`` soft_prompt. ``soft_prompt.weight`` holds the rows in order, float32, as ``llama_batch.embd`` expects
 them. The other tensors are those of a prompt file (`fedbpt.prompts.prompt`), without empty ones.
+
+A prompt that shifts layers becomes a control vector of llama.cpp (``llama-cli --control-vector FILE``): its rows
+alone, as ``direction.N`` for the output of layer N, from 1. llama.cpp adds it at every token, not from the cue on.
 """
 
 from __future__ import annotations
@@ -36,23 +39,67 @@ rows = tensors["soft_prompt.weight"]  # float32 [{n_prompt}, {n_embd}]
 """
 
 
+_USE_CONTROL_VECTOR = """\
+`{name}` is a control vector of llama.cpp: `llama-cli --control-vector {name}` adds `direction.N` to the output of layer
+N at **every** token. The prompt was tuned to be added from the cue's last token on, so answers differ from those in
+fedbpt. What the file lacks: {lacks}. The prompt file has it all.
+"""
+
+_FIRST_DIRECTION = 1  # llama.cpp has none for the output of layer 0
+
+
+def notes(prompt: Prompt) -> tuple[str, ...]:
+    """What an export to GGUF loses, one line each."""
+    if not prompt.spec.shifts:
+        return ()
+    return (
+        "a control vector acts at every token, the prompt from the cue's last one on: answers differ",
+        f"the control vector lacks {_lacks(prompt)}: fedbpt needs the prompt file",
+    )
+
+
+def _lacks(prompt: Prompt) -> str:
+    lost = ["the template"]
+    if prompt.labels:
+        lost.append("how labels are read")
+    if directions(prompt).keys() != {f"direction.{layer}" for layer in layers_shifted(prompt)}:
+        lost.append("the shift of layer 0, which llama.cpp does not have")
+    return ", ".join(lost)
+
+
+def layers_shifted(prompt: Prompt) -> tuple[int, ...]:
+    """The layers to whose output rows are added, in the order of rows."""
+    shift = prompt.spec.shift
+    return () if isinstance(shift, msgspec.UnsetType) else shift.layers
+
+
+def directions(prompt: Prompt) -> dict[str, NDArray[np.float32]]:
+    """Tensors [n_embd] of the control vector, by name."""
+    rows = zip(layers_shifted(prompt), prompt.rows, strict=True)
+    return {f"direction.{layer}": row for layer, row in rows if layer >= _FIRST_DIRECTION}
+
+
 def write_gguf(prompt: Prompt, target: Path) -> Path:
     """Write a prompt as one GGUF file, with a model card.
 
     Raises:
         MissingExtraError: the package gguf is not installed.
-        PromptError: the file cannot be written.
+        PromptError: the file cannot be written; the prompt shifts layer 0 alone, which a control vector cannot.
     """
+    if prompt.spec.shifts and not directions(prompt):
+        raise PromptError("a control vector cannot shift layer 0, the only one of this prompt: export it to npy")
     try:
         import gguf
     except ImportError as error:
         raise MissingExtraError("an export to GGUF", "gguf") from error
     partial = target.parent / f".{target.name}.part"
-    use = _USE.format(name=target.name, n_prompt=prompt.n_prompt, n_embd=prompt.n_embd)
-    writer = gguf.GGUFWriter(partial, prompt.architecture)
+    if prompt.spec.shifts:
+        use = _USE_CONTROL_VECTOR.format(name=target.name, lacks=_lacks(prompt))
+    else:
+        use = _USE.format(name=target.name, n_prompt=prompt.n_prompt, n_embd=prompt.n_embd)
+    writer = gguf.GGUFWriter(partial, "controlvector" if prompt.spec.shifts else prompt.architecture)
     try:
         _add_metadata(writer, prompt)
-        writer.add_tensor(ROWS, prompt.rows)
         for name, values in _tensors(prompt).items():
             writer.add_tensor(name, np.ascontiguousarray(values))
         writer.write_header_to_file()
@@ -70,17 +117,23 @@ def write_gguf(prompt: Prompt, target: Path) -> Path:
 
 
 def _tensors(prompt: Prompt) -> dict[str, NDArray[Any]]:
-    """The tensors besides the rows, by name."""
+    """The tensors by name: the rows and those of the readout, or a control vector's."""
+    if prompt.spec.shifts:
+        return dict(directions(prompt))
     if prompt.layer_readout is not None:
-        return layer_tensors(prompt.layer_readout)
+        return {ROWS: prompt.rows, **layer_tensors(prompt.layer_readout)}
     found = {name: getattr(prompt, name) for name in _TENSORS}
-    return {name: values for name, values in found.items() if values.size}
+    return {ROWS: prompt.rows, **{name: values for name, values in found.items() if values.size}}
 
 
 def _add_metadata(writer: Any, prompt: Prompt) -> None:
     writer.add_type("adapter")
     writer.add_name(f"{prompt.task_name} for {prompt.model_name}")
-    writer.add_string("adapter.type", "soft_prompt")
+    if prompt.spec.shifts:
+        writer.add_string("controlvector.model_hint", prompt.architecture)
+        writer.add_uint32("controlvector.layer_count", len(directions(prompt)))
+    else:
+        writer.add_string("adapter.type", "soft_prompt")
     writer.add_string("fedbpt.placement", prompt.spec.placement)
     writer.add_string("fedbpt.task", prompt.task_name)
     writer.add_string("fedbpt.model.name", prompt.model_name)
@@ -88,7 +141,7 @@ def _add_metadata(writer: Any, prompt: Prompt) -> None:
     if prompt.task is not None:
         writer.add_string("fedbpt.task.definition", msgspec.json.encode(prompt.task).decode())
     templates = (prompt.template, *prompt.others)
-    if prompt.layer_readout is not None:
+    if prompt.layer_readout is not None and not prompt.spec.shifts:
         templates = (prompt.template, *prompt.layer_readout.others)
         writer.add_array("fedbpt.layers", list(prompt.layer_readout.layers))
     writer.add_array("fedbpt.templates", [template.pattern for template in templates])

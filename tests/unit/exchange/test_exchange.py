@@ -20,7 +20,7 @@ import safetensors.numpy
 from fedbpt import Prompt, PromptSpec, evaluate, export_prompt, import_prompt
 from fedbpt.errors import ConfigError, FedbptError, InputError, MissingExtraError, PromptError
 from fedbpt.prompts.prompt import card_path, layer_tensors
-from fedbpt.protocol.specs import Placement
+from fedbpt.protocol.specs import Placement, Shift
 from fedbpt.tasks import Task
 from tests.support.raises import raises
 from tests.support.toy_scorer import BOS, ToyScorer
@@ -105,6 +105,45 @@ def test_gguf_has_all_of_the_prompt(tmp_path: Path, kind: str) -> None:
     done = export_prompt(make(task=MOOD, task_name=MOOD.name), tmp_path / "with-task.gguf", "gguf")
     definition = gguf.GGUFReader(done.path).fields["fedbpt.task.definition"].contents()
     assert msgspec.json.decode(definition, type=Task) == MOOD
+
+
+def shifting(*layers: int) -> Prompt:
+    """A prompt that adds a row to the output of each of ``layers``."""
+    placement: Any = "layers" if len(layers) > 1 else "layer"
+    spec = PromptSpec(placement=placement).shifting(Shift(layers=layers, sizes=(1.0,) * len(layers)))
+    drawn = np.random.default_rng(0).standard_normal((len(layers), make().n_embd)).astype(np.float32)
+    return make(spec=spec, rows=drawn)
+
+
+@pytest.mark.parametrize(("layers", "written"), [((2,), (2,)), ((0, 1, 2), (1, 2))])
+def test_a_prompt_that_shifts_layers_becomes_a_control_vector(
+    tmp_path: Path, layers: tuple[int, ...], written: tuple[int, ...]
+) -> None:
+    """llama.cpp reads a vector of float32 for each direction.N, from layer 1 on, and refuses any other tensor."""
+    prompt = shifting(*layers)
+    done = export_prompt(prompt, tmp_path / "prompt.gguf", "gguf")
+    reader = gguf.GGUFReader(done.path)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    assert set(tensors) == {f"direction.{layer}" for layer in written}
+    for layer in written:
+        tensor = tensors[f"direction.{layer}"]
+        assert tensor.tensor_type == gguf.GGMLQuantizationType.F32
+        assert tensor.shape.tolist() == [prompt.n_embd]
+        assert tensor.data.tobytes() == prompt.rows[layers.index(layer)].tobytes()
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["general.architecture"] == "controlvector"
+    assert fields["controlvector.model_hint"] == prompt.architecture
+    assert fields["controlvector.layer_count"] == len(written)
+    card = card_path(done.path).read_text()
+    assert ("layer 0" in " ".join(done.notes)) == ("layer 0" in card) == (0 in layers)
+    assert "every token" in done.notes[0]
+    assert "every" in card
+
+
+def test_a_shift_of_layer_0_alone_cannot_be_a_control_vector(tmp_path: Path) -> None:
+    with raises(PromptError):
+        export_prompt(shifting(0), tmp_path / "prompt.gguf", "gguf")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("to", ["npy", "gguf"])
