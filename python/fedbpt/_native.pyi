@@ -131,6 +131,23 @@ class Engine:
         Raises as `score`, and `UnsupportedModelError` if llama.cpp's graph does not mark the model's layer outputs.
         """
 
+    def generate(
+        self,
+        plan: Plan,
+        which: NDArray[np.int64],
+        embeds: NDArray[np.float32],
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        seed: int,
+        max_tokens: int,
+        stops: list[bytes],
+    ) -> list[list[tuple[NDArray[np.int32], bytes]]]:
+        """Continue texts: for each candidate, each text's answer, its token ids and bytes.
+
+        Raises as `score`, and `InputError` for a plan of placement front or without all logits, or invalid settings.
+        """
+
     def metadata(self, key: str) -> bytes | None:
         """Value of ``key`` in the model file's metadata, as text; None if it is missing."""
 

@@ -135,6 +135,39 @@ std::pair<FloatArray, FloatArray> score_states(Engine & engine, Plan & plan, con
     return { logits, states };
 }
 
+// For each candidate, each text's answer: its tokens and bytes.
+std::vector<std::vector<std::pair<IntArray, py::bytes>>> generate(Engine & engine, Plan & plan, const LongArray & which,
+                                                                  const FloatArray & embeds, float temperature,
+                                                                  float top_p, int32_t top_k, uint32_t seed,
+                                                                  size_t max_tokens, std::vector<std::string> stops) {
+    if (!plan.is_for(*engine.model)) {
+        throw InputError(
+            "this plan was compiled by another scorer: compile its texts with the scorer that scores them");
+    }
+    const auto n_candidates = static_cast<size_t>(embeds.shape(0));
+    const auto n_which = static_cast<size_t>(which.size());
+    const Continuing how{ { temperature, top_p, top_k, seed }, max_tokens, std::move(stops) };
+    const std::function<bool()> stop = python_wants_to_stop;
+    std::vector<Answer> answers;
+    try {
+        py::gil_scoped_release release;
+        answers = engine.scorer.generate(plan, which.data(), n_which, embeds.data(), n_candidates,
+                                         static_cast<size_t>(embeds.shape(1)), how, stop);
+    } catch (...) {
+        if (PyErr_Occurred()) {  // a signal handler's exception takes precedence
+            throw py::error_already_set();
+        }
+        throw;
+    }
+    std::vector<std::vector<std::pair<IntArray, py::bytes>>> found(n_candidates);
+    for (size_t i = 0; i < answers.size(); ++i) {
+        const Answer & answer = answers[i];
+        found[i / n_which].emplace_back(IntArray(static_cast<py::ssize_t>(answer.ids.size()), answer.ids.data()),
+                                        py::bytes(answer.text));
+    }
+    return found;
+}
+
 std::optional<py::bytes> metadata(const Engine & engine, const std::string & key) {
     char value[256];
     const int32_t n = llama_model_meta_val_str(engine.model->get(), key.c_str(), value, sizeof(value));
@@ -183,6 +216,9 @@ void register_scorer(py::module_ & module) {
         .def("score_states", &score_states, py::arg("plan"), py::arg("which").noconvert(),
              py::arg("embeds").noconvert(),
              "as score, and float32 [n_candidates, n, n_layers, n_embd]: hidden states at each text's last token")
+        .def("generate", &generate, py::arg("plan"), py::arg("which").noconvert(), py::arg("embeds").noconvert(),
+             py::arg("temperature"), py::arg("top_p"), py::arg("top_k"), py::arg("seed"), py::arg("max_tokens"),
+             py::arg("stops"), "as score -> [n_candidates][n] answers: (int32 ids, bytes)")
         .def("metadata", &metadata, py::arg("key"), "value of a key in the model file's metadata, as text, or None")
         .def(
             "twin", [](const Engine & engine) { return std::make_unique<Engine>(engine); },

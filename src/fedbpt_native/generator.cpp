@@ -20,25 +20,6 @@ constexpr size_t kTexts = 4;   // slots for texts being generated, or kept for r
 constexpr size_t kHeads = 7;   // slots for heads; each sequence takes two buffers of n_vocab numbers
 constexpr size_t kRoom = 256;  // free cells for generated tokens, and the unit that the context grows by
 
-SamplerPtr make_sampler(const Sampling & sampling) {
-    SamplerPtr chain(llama_sampler_chain_init(llama_sampler_chain_default_params()));
-    const auto add = [&](llama_sampler * sampler) { llama_sampler_chain_add(chain.get(), sampler); };
-
-    if (sampling.temperature == 0.0f) {
-        add(llama_sampler_init_greedy());
-        return chain;
-    }
-    if (sampling.top_k > 0) {
-        add(llama_sampler_init_top_k(sampling.top_k));
-    }
-    if (sampling.top_p < 1.0f) {
-        add(llama_sampler_init_top_p(sampling.top_p, /*min_keep =*/1));
-    }
-    add(llama_sampler_init_temp(sampling.temperature));
-    add(llama_sampler_init_dist(sampling.seed));
-    return chain;
-}
-
 std::vector<std::pair<llama_token, float>> likeliest(const float * logits, size_t n_vocab, double log_sum, size_t n) {
     std::vector<llama_token> order(n_vocab);
     std::iota(order.begin(), order.end(), 0);
@@ -93,15 +74,7 @@ void Generator::validate(const Input & input, const Sampling & sampling) const {
                          " tokens, too many for the model's context of " + std::to_string(model_->n_ctx_train()) +
                          ": shorten the text");
     }
-    if (!(sampling.temperature >= 0.0f && std::isfinite(sampling.temperature))) {
-        throw InputError("temperature must be finite and at least 0, got " + std::to_string(sampling.temperature));
-    }
-    if (!(sampling.top_p > 0.0f && sampling.top_p <= 1.0f)) {
-        throw InputError("top_p must be above 0 and at most 1, got " + std::to_string(sampling.top_p));
-    }
-    if (sampling.top_k < 0) {
-        throw InputError("top_k must be 0 (all) or more, got " + std::to_string(sampling.top_k));
-    }
+    check_sampling(sampling);
 }
 
 const float * Generator::row_of(const Input & input, size_t i) const {

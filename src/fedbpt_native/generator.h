@@ -12,17 +12,10 @@
 #include "handles.h"
 #include "model.h"
 #include "plan.h"
+#include "sampling.h"
 #include "session.h"
 
 namespace fedbpt {
-
-// Settings of llama.cpp's samplers. temperature 0: always the likeliest token.
-struct Sampling {
-    float temperature = 0.0f;
-    float top_p = 1.0f;
-    int32_t top_k = 0;  // 0: all
-    uint32_t seed = 0;
-};
 
 // Tokens; from rows_at on, rows[n_rows][n_embd] replace their embeddings or, with shifted.n > 0 layers, rows[n][n_embd]
 // are added to these layers' outputs at token rows_at and, if shifted.continued, at all later ones.

@@ -5,11 +5,13 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <vector>
 
 #include "batch.h"
 #include "model.h"
 #include "plan.h"
+#include "sampling.h"
 #include "session.h"
 #include "text_kv.h"
 
@@ -20,7 +22,20 @@ struct MemoryUse {
     uint64_t gpu = 0;                           // the part of these in a GPU's own memory
 };
 
-// Scores texts under soft prompts. One call computes at a time; other threads wait.
+// How texts are continued: until max_tokens, the model's end of text, or one of `stops` in the answer.
+struct Continuing {
+    Sampling sampling;  // the seed is that of text 0 of the plan; each text has its own, the same for all candidates
+    size_t max_tokens = 0;
+    std::vector<std::string> stops;
+};
+
+// An answer: its tokens without the end of text, and their bytes up to a stop string.
+struct Answer {
+    std::vector<llama_token> ids;
+    std::string text;
+};
+
+// Scores texts under soft prompts, and continues them. One call computes at a time; other threads wait.
 //
 // With row attention (llama-soft-prompt.h) a token's bits do not depend on the rest of its batch, so one llama_decode
 // takes as many candidates as fit; without, it takes one. The KV of a text is computed by itself or, with row
@@ -37,6 +52,15 @@ public:
     // milliseconds, on this thread; true cancels. Throws InputError, ScoringInterrupted.
     void score(Plan & plan, const int64_t * which, size_t n_which, const float * embeds, size_t n_candidates,
                size_t n_prompt, float * out, float * states, const std::function<bool()> & stop);
+
+    // Continues the plan's texts `which[n_which]` under embeds[n_candidates][n_prompt][n_embd]: answers[n_candidates ·
+    // n_which]. Up to kGenerated texts at a time, on shared KV of the texts; one that is done leaves. The plan has the
+    // logits of the whole vocabulary, and rows in the cue or shifts. Throws as score does.
+    std::vector<Answer> generate(Plan & plan, const int64_t * which, size_t n_which, const float * embeds,
+                                 size_t n_candidates, size_t n_prompt, const Continuing & how,
+                                 const std::function<bool()> & stop);
+
+    static constexpr size_t kGenerated = 128;  // texts continued at a time
 
     // Makes the call in flight, if any, throw ScoringInterrupted.
     void interrupt() { interrupted_ = true; }
@@ -83,7 +107,18 @@ private:
         size_t size() const { return last - first; }
     };
 
+    struct Live {  // a text that is being continued
+        size_t output;
+        llama_seq_id seq;
+        llama_pos pos;  // of the next token
+        SamplerPtr sampler;
+        int32_t at;  // of its output in the batch
+    };
+
     void validate(const Request & request) const;
+    void generate_group(const Request & request, const Pack & pack, const Group & group, const Continuing & how,
+                        std::vector<Answer> & answers);
+    llama_token choose(Live & live);
     std::vector<Pack> pack(const Request & request) const;
     size_t candidates_together(const Request & request, const std::vector<Pack> & packs) const;
     void ensure_context(const Request & request, const std::vector<Pack> & packs, size_t together);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 import warnings
 import weakref
@@ -20,6 +21,7 @@ from fedbpt.argument_types import as_array, checked
 from fedbpt.checking import printable, utf8
 from fedbpt.engine.layers import check_layers, shifted_layers
 from fedbpt.engine.native_generator import NativeGenerator
+from fedbpt.engine.text_generator import GREEDY, SEEDS, Answer, Sampling
 from fedbpt.engine.token_arrays import flat_continuations, prompt_rows, ragged, token_ids
 from fedbpt.errors import InputError, ModelWarning
 from fedbpt.machine.info import physical_cores
@@ -28,7 +30,7 @@ from fedbpt.machine.memory import memory_of_process
 from fedbpt.models.headers import Sizes, sizes_of
 from fedbpt.models.trial import TrialSettings, run_once
 from fedbpt.protocol.specs import Placement
-from fedbpt.quantities import GpuLayers, NaturalInt, Threads
+from fedbpt.quantities import GpuLayers, NaturalInt, PositiveInt, Threads
 
 if TYPE_CHECKING:
     from fedbpt import _native
@@ -405,6 +407,33 @@ class NativeScorer:
             logits, states = engine.score_states(plan, indices, rows)
         return logits, states
 
+    @interruptible()
+    def continue_plan(
+        self,
+        plan: _native.Plan,
+        embeds: ArrayLike,
+        indices: NDArray[np.int64],
+        sampling: Sampling,
+        max_tokens: int,
+        stop: Sequence[str],
+    ) -> list[list[Answer]]:
+        """Implement `NativePlan.generate`."""
+        rows = prompt_rows(embeds, self.n_embd)
+        seed = secrets.randbelow(SEEDS) if sampling.seed is None else sampling.seed % SEEDS
+        with self._scoring(plan) as engine:
+            found = engine.generate(
+                plan,
+                indices,
+                rows,
+                sampling.temperature,
+                sampling.top_p,
+                sampling.top_k,
+                seed,
+                max_tokens,
+                [utf8(each, "stop") for each in stop],
+            )
+        return [[Answer(text.decode(errors="replace"), ids) for ids, text in of_candidate] for of_candidate in found]
+
     @contextmanager
     def _scoring(self, plan: _native.Plan) -> Iterator[_native.Engine]:
         """The engine, while ``plan`` is scored: a fork in between, or a changed file, is noticed."""
@@ -505,6 +534,30 @@ class NativePlan:
             return self.score_states(embeds, indices)[1]
         found: NDArray[np.float32] = self.score_states(np.zeros((1, 0, self._scorer.n_embd), np.float32), indices)[1][0]
         return found
+
+    @checked
+    def generate(
+        self,
+        embeds: ArrayLike,
+        indices: ArrayLike | None = None,
+        sampling: Sampling = GREEDY,
+        *,
+        max_tokens: PositiveInt = 64,
+        stop: Sequence[str] = (),
+    ) -> list[list[Answer]]:
+        """Continue the texts ``indices`` [n] (None: all) under each candidate prompt: answers [n_candidates][n].
+
+        Up to 128 continue at a time, on shared KV of the texts. An answer ends at ``max_tokens``, at the model's end of
+        text or before one of the strings ``stop``, and leaves. With ``sampling`` of temperature 0, an answer does not
+        depend on others or on earlier calls. Else each text has random numbers of its own, the same under all
+        candidates and, with a seed, in all calls.
+
+        Args:
+            embeds: as for `score`; n_prompt may be 0: the model as it is.
+
+        Raises as `score`, and InputError for a plan of placement ``front``, or not compiled with ``label_ids`` None.
+        """
+        return self._scorer.continue_plan(self._plan, embeds, self._chosen(indices), sampling, max_tokens, stop)
 
     def _chosen(self, indices: ArrayLike | None) -> NDArray[np.int64]:
         chosen = np.arange(self.n_texts) if indices is None else as_array(indices, "indices")

@@ -40,6 +40,9 @@ class Sampling(metaclass=DataclassMeta):
             raise InputError(f"top_k must be from 0 (all tokens) to 2^31 - 1, got {self.top_k}", field="top_k")
 
 
+GREEDY = Sampling()
+"""Always the likeliest token."""
+
 OPENAI_SAMPLING = Sampling(temperature=1.0)
 """Defaults of OpenAI's API."""
 
@@ -56,6 +59,13 @@ class Placed:
     rows: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), dtype=np.float32))
     rows_at: int = 0
     shifted: tuple[int, int, bool] | None = None
+
+
+class Answer(NamedTuple):
+    """A generated text, and its tokens [n]; what follows a stop string is only in the tokens."""
+
+    text: str
+    ids: NDArray[np.int32]
 
 
 class Token(NamedTuple):
