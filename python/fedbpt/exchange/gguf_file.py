@@ -53,7 +53,7 @@ def notes(prompt: Prompt) -> tuple[str, ...]:
     if not prompt.spec.shifts:
         return ()
     return (
-        "a control vector acts at every token, the prompt from the cue's last one on: answers differ, other text suffers",
+        "a control vector acts at every token, a prompt from the cue's last one on: other text suffers",
         f"the control vector lacks {_lacks(prompt)}: fedbpt needs the prompt file",
     )
 
