@@ -13,6 +13,16 @@ namespace fedbpt {
 
 namespace {
 
+constexpr size_t kCells = 16384;  // KV cells for a group, if it is of more than one text and candidate
+
+// Seed of a text: mixed, so that seeds that follow each other share no text's; never llama.cpp's for a random one.
+uint32_t seed_of(uint32_t seed, int64_t text) {
+    uint64_t mixed = (uint64_t(seed) << 32 | static_cast<uint32_t>(text)) + 0x9E3779B97F4A7C15ULL;  // splitmix64
+    mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9ULL;
+    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EBULL;
+    return static_cast<uint32_t>((mixed ^ (mixed >> 31)) % LLAMA_DEFAULT_SEED);
+}
+
 size_t padded(size_t n, size_t unit) {
     return (n + unit - 1) / unit * unit;
 }
@@ -39,6 +49,10 @@ std::vector<Answer> Scorer::generate(Plan & plan, const int64_t * which, size_t 
         throw InputError(
             "this plan cannot be continued: compile it with label_ids=None and placement 'cue', 'layer' or 'layers'");
     }
+    if (request.n_tail() + Session::kPad > Session::kBatch) {
+        throw InputError(std::to_string(n_prompt) + " rows are too many to continue texts: use at most " +
+                         std::to_string(Session::kBatch - Session::kPad));
+    }
     if (how.max_tokens == 0) {
         throw InputError("max_tokens must be at least 1, got 0");
     }
@@ -60,15 +74,23 @@ std::vector<Answer> Scorer::generate(Plan & plan, const int64_t * which, size_t 
 
     std::vector<Answer> answers(request.n_outputs());
     try {
-        const size_t together = std::min(n_candidates, kGenerated);
-        const size_t texts_max = kGenerated / together;
+        const size_t n_tail = request.n_tail();
+        const size_t live_max = std::clamp<size_t>((Session::kBatch - Session::kPad) / n_tail, 1, kGenerated);
+        const size_t a_candidate = n_tail + how.max_tokens;
         const auto is_long = [&](size_t i) {  // LongRoPE's factors are those of the longest answer
             return model_->is_long(plan.prefix().size() + request.length(i) + how.max_tokens - 1);
         };
         for (size_t first = 0, last = 0; first < n_which; first = last) {
-            Pack pack{ first, first, 0, 0 };
-            for (; pack.last < n_which && pack.n_texts() < texts_max && is_long(pack.last) == is_long(first);
-                 ++pack.last) {
+            const size_t head = request.head_of(first);
+            const size_t fit = kCells > head + a_candidate ? (kCells - head) / a_candidate : 1;
+            const size_t together = std::min({ n_candidates, live_max, fit });
+            Pack pack{ first, first + 1, request.length(first), 0 };
+            size_t n_cells = head + together * a_candidate;
+            for (; pack.last < n_which && (pack.n_texts() + 1) * together <= live_max; ++pack.last) {
+                n_cells += request.head_of(pack.last) + together * a_candidate;
+                if (n_cells > kCells || is_long(pack.last) != is_long(first)) {
+                    break;
+                }
                 pack.n_tokens += request.length(pack.last);
             }
             last = pack.last;
@@ -96,7 +118,7 @@ void Scorer::generate_group(const Request & request, const Pack & pack, const Gr
     const auto n_ctx = static_cast<uint32_t>(padded(shared + own + 2 * Session::kPad, 256));
     const auto n_seq_max = static_cast<uint32_t>(padded(kFirstSeq + 1 + kGenerated, Session::kPad));
     if (!session_.is_open() || n_ctx > session_.n_cells() || n_seq_max != n_seq_max_) {
-        session_.open({ std::max(n_ctx, session_.n_cells()), n_seq_max, n_seq_max }, {},
+        session_.open({ n_ctx, n_seq_max, n_seq_max }, {},
                       "free memory, generate fewer tokens, or continue shorter texts");
         n_seq_max_ = n_seq_max;
     }
@@ -115,7 +137,7 @@ void Scorer::generate_group(const Request & request, const Pack & pack, const Gr
         const auto pos0 = static_cast<llama_pos>(request.head_of(i));
         const llama_token * ids = request.text(i) + request.length(i) - n_tail;
         Sampling sampling = how.sampling;
-        sampling.seed += static_cast<uint32_t>(request.which[i]);
+        sampling.seed = seed_of(sampling.seed, request.which[i]);
         for (size_t c = group.first; c < group.last; ++c) {
             const llama_seq_id seq =
                 kFirstSeq + static_cast<llama_seq_id>((i - pack.first) * slots + (c - group.first));
@@ -173,7 +195,7 @@ llama_token Scorer::choose(Live & live) {
     const float * logits = llama_get_logits_ith(session_.context(), live.at);
     const float * likeliest = std::max_element(logits, logits + model_->n_vocab());
     if (!std::isfinite(*likeliest)) {
-        throw InputError("the model's logits are not finite: use a soft prompt with smaller numbers");
+        throw InputError("the model's logits are not finite under one of the candidates: use smaller numbers");
     }
     if (live.sampler == nullptr) {
         return static_cast<llama_token>(likeliest - logits);

@@ -21,7 +21,7 @@ namespace {
 constexpr size_t kWorthWaiting = 32;
 
 // Relative difference of logits that is rounding.
-constexpr float kSame = 0.01f;
+constexpr float kSame = 0.002f;
 
 }  // namespace
 
@@ -119,6 +119,7 @@ std::vector<llama_token> Scorer::head_tokens(const Request & request, size_t i) 
 // call.
 TextKvPtr Scorer::compute_alone(const Request & request, size_t i) {
     auto text = std::make_shared<TextKv>();
+    text->is_long = is_long_;
     text->tokens = head_tokens(request, i);
     batch_.clear();
     for (size_t pos = 0; pos < text->tokens.size(); ++pos) {
@@ -163,6 +164,7 @@ void Scorer::compute_together(const Request & request, const std::vector<size_t>
     batch_.clear();
     for (const size_t at : missing) {
         auto text = std::make_shared<TextKv>();
+        text->is_long = is_long_;
         text->tokens = head_tokens(request, at);
         auto [like, n_same] = texts_[is_long_].longest(text->tokens);
         if (!open.empty() && (batch_.size() + text->tokens.size() - (like ? n_same : 0) > Session::kUbatch ||
@@ -201,6 +203,9 @@ void Scorer::restore_texts(const Request & request, const Pack & pack, size_t sl
     std::vector<size_t> missing;
     for (size_t i = pack.first; i < pack.last; ++i) {
         texts[i] = request.plan.kv(static_cast<size_t>(request.which[i]));
+        if (texts[i] && texts[i]->is_long != is_long_) {
+            texts[i] = nullptr;
+        }
         if (request.head_of(i) > 0 && !texts[i]) {
             missing.push_back(i);
         }
@@ -327,17 +332,21 @@ void Scorer::compute_states(const Request & request, const Pack & pack, size_t s
 // rounding: an architecture whose later layers read what earlier ones wrote at this token cannot resume.
 bool Scorer::resumes_alike(const Request & request, const Pack & pack, const Group & group, size_t slots, float * out) {
     score_group(request, pack, group, slots, /*resumes =*/false, out);
-    llama_soft_prompt_clear(session_.context());
+    session_.clear();  // what the first pass wrote must not help the second
+    restore_texts(request, pack, slots);
     std::vector<float> resumed(request.n_outputs() * request.plan.n_columns());
     score_group(request, pack, group, slots, /*resumes =*/true, resumed.data());
 
-    bool alike = true;
+    bool alike = llama_soft_prompt_resumed(session_.context());
+    bool any_finite = false;
     for (size_t c = group.first; c < group.last; ++c) {
         for (size_t i = pack.first; i < pack.last; ++i) {
             const size_t at = static_cast<size_t>(request.output_of(c, i)) * request.plan.n_columns();
             for (size_t k = at; k < at + request.plan.n_columns(); ++k) {
-                const bool finite = std::isfinite(out[k]) && std::isfinite(resumed[k]);
-                alike = alike && (!finite || std::abs(out[k] - resumed[k]) <= kSame * (1 + std::abs(out[k])));
+                const bool finite = std::isfinite(out[k]);
+                any_finite = any_finite || finite;
+                alike = alike && finite == std::isfinite(resumed[k]) &&
+                        (!finite || std::abs(out[k] - resumed[k]) <= kSame * (1 + std::abs(out[k])));
             }
         }
     }
@@ -347,7 +356,9 @@ bool Scorer::resumes_alike(const Request & request, const Pack & pack, const Gro
             std::copy_n(resumed.data() + at, pack.n_texts() * request.plan.n_columns(), out + at);
         }
     }
-    can_resume_[static_cast<size_t>(request.plan.resumes_after())] = alike;
+    if (any_finite) {  // else this says nothing
+        can_resume_[static_cast<size_t>(request.plan.resumes_after())] = alike;
+    }
     llama_soft_prompt_clear(session_.context());
     return alike;
 }
@@ -384,6 +395,11 @@ void Scorer::score_cue(const Request & request, const Pack & pack, size_t togeth
         }
     }
 
+    if (!request.plan.keeps_kv()) {
+        for (size_t i = pack.first; i < pack.last; ++i) {
+            request.plan.drop_state(static_cast<size_t>(request.which[i]));
+        }
+    }
     llama_soft_prompt_clear(session_.context());
     for (llama_seq_id seq = kFirstSeq; seq < seq_of(pack.last, 0); ++seq) {
         llama_memory_seq_rm(memory, seq, -1, -1);

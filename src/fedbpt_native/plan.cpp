@@ -149,6 +149,11 @@ void Plan::keep_for_tail(size_t n_tail) {
 }
 
 void Plan::keep_kv(size_t i, const TextKvPtr & text) {
+    if (kv_[i]) {  // with LongRoPE's other factors
+        kv_bytes_ -= kv_[i]->state.size();
+        --n_kept_;
+        kv_[i] = nullptr;
+    }
     if (kv_bytes_ + text->state.size() > kv_budget_bytes_) {
         return;
     }

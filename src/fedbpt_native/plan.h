@@ -103,6 +103,8 @@ public:
     int32_t resumes_after() const { return shifted_.first; }
     // [n_embd], without a shift; empty if it is not known
     const std::vector<float> & state(size_t i) const { return states_[i]; }
+    void drop_state(size_t i) { states_[i] = {}; }
+    bool keeps_kv() const { return kv_budget_bytes_ > 0; }
     void keep_state(size_t i, const float * state) { states_[i].assign(state, state + model_->n_embd()); }
 
     // Forward tokens computed for this plan so far, rounded up; a token that ran some layers only counts as their

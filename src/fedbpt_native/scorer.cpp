@@ -130,7 +130,9 @@ void Scorer::ensure_context(const Request & request, const std::vector<Pack> & p
         return;
     }
     const std::vector<llama_token> & labels = request.plan.head_ids();
-    session_.open({ std::max(n_ctx, session_.n_cells()), n_seq_max, std::max<uint32_t>(n_seq_max, kWholeMax) },
+    // one of another number of sequences, as for generation, may be far larger than scoring needs
+    const uint32_t n_before = n_seq_max == n_seq_max_ ? session_.n_cells() : 0;
+    session_.open({ std::max(n_ctx, n_before), n_seq_max, std::max<uint32_t>(n_seq_max, kWholeMax) },
                   { labels.data(), static_cast<int32_t>(labels.size()), request.plan.label_head() },
                   "free memory, or score shorter texts");
     n_seq_max_ = n_seq_max;

@@ -15,6 +15,7 @@ namespace fedbpt {
 struct TextKv {
     std::vector<llama_token> tokens;
     std::vector<uint8_t> state;
+    bool is_long = false;  // computed with LongRoPE's long factors
 };
 using TextKvPtr = std::shared_ptr<const TextKv>;
 

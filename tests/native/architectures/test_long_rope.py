@@ -120,3 +120,15 @@ def test_states_of_short_and_long_texts_scored_together_are_those_of_each_alone(
     for text, states in zip(texts, together, strict=True):
         alone = choices.case.scorer.compile([text], [], layers=(0, 1)).states()
         np.testing.assert_allclose(states, alone[0], atol=1e-3 * float(alone.std()))
+
+
+def test_answers_that_cross_the_length_leave_scores_as_they_were(choices: Choices) -> None:
+    """A plan keeps the KV of its texts; an answer may need it with the other set of frequencies."""
+    case = choices.case
+    texts = [case.ids(N - 4), case.ids(20)]
+    plan = case.scorer.compile(texts, None, "cue")
+    answers = {n: plan.generate(no_prompt(case), max_tokens=n) for n in (2, 12, 3)}
+    fresh = case.scorer.compile(texts, None, "cue")
+    np.testing.assert_array_equal(plan.score(no_prompt(case)), fresh.score(no_prompt(case)))
+    short = case.scorer.compile(texts, None, "cue").generate(no_prompt(case), max_tokens=3)
+    assert [a.ids.tolist() for a in answers[3][0]] == [a.ids.tolist() for a in short[0]]

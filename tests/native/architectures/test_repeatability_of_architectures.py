@@ -57,8 +57,13 @@ def test_a_candidate_that_resumes_from_a_layer_has_the_bits_of_one_that_runs_all
         np.testing.assert_array_equal(plan.score(rows), whole)
         before = plan.n_tokens
         np.testing.assert_array_equal(plan.score(rows), whole)
-        expected = 9 * len(texts) * (scorer.n_layer - 1 - layer) / scorer.n_layer
-        assert plan.n_tokens - before == pytest.approx(expected, abs=1)
+        ran = (plan.n_tokens - before) * scorer.n_layer
+        resumed = 9 * len(texts) * (scorer.n_layer - 1 - layer)
+        # Some later layers of HRM read what earlier ones wrote at the same token: then all run.
+        possible = (resumed, 9 * len(texts) * scorer.n_layer) if scorer.architecture == "hrm_text" else (resumed,)
+        assert any(abs(ran - expected) <= scorer.n_layer for expected in possible)
+        some, _ = scorer.compile(texts, LABELS, "layer", layer=layer, layers=[layer]).score_states(rows[2:3], [2, 0])
+        np.testing.assert_array_equal(plan.score(rows[2:3], [2, 0]), some)  # in other cells of the cache
 
 
 @pytest.mark.parametrize("name", list(ARCHITECTURES))

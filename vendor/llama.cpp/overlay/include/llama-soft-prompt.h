@@ -49,6 +49,10 @@ LLAMA_API void llama_soft_prompt_set_state(
 // False if shifts or states were left out since llama_soft_prompt_clear, as this architecture's graph does not mark its layer outputs.
 LLAMA_API bool llama_soft_prompt_shifted(const struct llama_context * ctx);
 
+// False if since llama_soft_prompt_clear a graph that began with states has read from the KV cache for layers that it did not compute, as
+// some architectures' later layers do: its results are wrong.
+LLAMA_API bool llama_soft_prompt_resumed(const struct llama_context * ctx);
+
 // Removes all rows, shifts and states.
 LLAMA_API void llama_soft_prompt_clear(struct llama_context * ctx);
 

@@ -70,6 +70,9 @@ public:
     // whether all graphs since clear() have added all shifts of their ubatches, and begun with their states
     bool shifted = true;
 
+    // whether no graph since clear() that began with states has read what layers that it left out should have written
+    bool resumed = true;
+
     bool row_attention = false;
     bool keeps_masked_cells = false;
 

@@ -17,6 +17,7 @@
 #include <cstring>
 #include <memory>
 #include <numeric>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -62,6 +63,7 @@ void llama_soft_prompt::clear() {
     any_shift = false;
     any_state = false;
     shifted   = true;
+    resumed   = true;
 }
 
 void llama_soft_prompt::set_state(llama_seq_id seq_id, const state & given) {
@@ -354,6 +356,12 @@ private:
         ggml_set_name(states, "soft_prompt_states");
         ggml_set_input(states);
 
+        for (int i = 0; i < ggml_graph_n_nodes(graph.gf); ++i) {
+            if (uses_cache(ggml_graph_node(graph.gf, i))) {
+                left_out.insert(ggml_graph_node(graph.gf, i));
+            }
+        }
+        resumed_graph = graph.gf;
         ggml_graph_clear(graph.gf);
         // llama.cpp writes all inputs, and so all need memory
         for (ggml_tensor * tensor = ggml_get_first_tensor(graph.ctx0); tensor; tensor = ggml_get_next_tensor(graph.ctx0, tensor)) {
@@ -364,11 +372,33 @@ private:
         return states;
     }
 
+    // Whether a node reads or writes the KV cache: when a graph is built, only the cache and the weights have memory.
+    static bool uses_cache(const ggml_tensor * node) {
+        for (const ggml_tensor * src : node->src) {
+            const ggml_tensor * base = src && src->view_src ? src->view_src : src;
+            if (base && base->buffer && ggml_backend_buffer_get_usage(base->buffer) != GGML_BACKEND_BUFFER_USAGE_WEIGHTS) {
+                return true;
+            }
+        }
+        return false;
+    }
+
+    // A later layer that needs a node which was left out has brought it back, but not what writes to the cache beside it.
+    void check_left_out() {
+        for (int i = 0; resumed_graph && i < ggml_graph_n_nodes(resumed_graph); ++i) {
+            reads_left_out = reads_left_out || left_out.count(ggml_graph_node(resumed_graph, i)) > 0;
+        }
+        resumed_graph = nullptr; // it is checked once
+        left_out.clear();
+    }
+
     void set_states(const llama_ubatch & ubatch) {
         table->shifted = table->shifted && (resumes_after >= 0) == (states != nullptr);
         if (!states) {
             return;
         }
+        check_left_out();
+        table->resumed = table->resumed && !reads_left_out;
         const int64_t n_embd = states->ne[0];
         buf_soft.assign(n_embd*ubatch.n_tokens, 0.0f);
         for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
@@ -444,6 +474,10 @@ private:
     ggml_tensor              * out_ids = nullptr; // I32 [n_outputs]
 
     ggml_tensor * states = nullptr; // F32 [n_embd, n_tokens]
+
+    std::unordered_set<const ggml_tensor *> left_out; // nodes that use the KV cache
+    ggml_cgraph * resumed_graph  = nullptr;           // until it is checked
+    bool          reads_left_out = false;
 
     ggml_tensor * shift_ids = nullptr;                      // I32 [n_tokens]
     std::vector<std::pair<int, ggml_tensor *>> shift_rows;  // layer, F32 [n_embd, n_rows]
@@ -558,6 +592,10 @@ void llama_soft_prompt_set_state(llama_context * ctx, llama_seq_id seq_id, llama
 
 bool llama_soft_prompt_shifted(const llama_context * ctx) {
     return ctx->get_cparams().soft_prompt->shifted;
+}
+
+bool llama_soft_prompt_resumed(const llama_context * ctx) {
+    return ctx->get_cparams().soft_prompt->resumed;
 }
 
 void llama_soft_prompt_clear(llama_context * ctx) {
