@@ -53,7 +53,7 @@ def figures(said: Sequence[str], rows: Sequence[Row]) -> dict[str, float]:
 
 
 def at_every_token(scorer: fedbpt.NativeScorer, rows: np.ndarray, data: Sequence[Row]) -> dict[str, float]:
-    """Perplexity of targets and texts, with shifts ``rows`` [n_layer, n_embd] at all tokens but the first."""
+    """Perplexity of targets and texts, with shifts ``rows`` [n_layer, n_embd] at all tokens."""
     vector = rows.copy()
     vector[0] = 0.0  # llama.cpp has no vector for the output of layer 0
     sums = {"target": 0.0, "text": 0.0}
@@ -90,7 +90,7 @@ def measure(
             "tokens": result.run.tokens,
             "seconds": result.run.seconds,
         }
-        if prompt.placement == "layers":
+        if prompt.placement == "layers" and not result.run.is_not_better:
             found[name]["every_token"] = at_every_token(scorer, result.prompt.rows, test[:50])
             found["no prompt"]["every_token"] = at_every_token(scorer, 0 * result.prompt.rows, test[:50])
     return found
@@ -136,8 +136,8 @@ def main() -> None:
             costs = f"{values['tokens']:8,.0f} {values['seconds']:8.1f}" if "tokens" in values else ""
             match, commonest, perplexity = (values[each] for each in ("exact_match", "commonest", "perplexity"))
             print(f"{name:22} {match:12.3f} {commonest:10.2f} {perplexity:11.1f} {costs}")
-        before, after = (means[name]["every_token"] for name in ("no prompt", "shifts at all layers"))
-        for what in before:
+        before, after = (means[name].get("every_token", {}) for name in ("no prompt", "shifts at all layers"))
+        for what in after:
             print(f"shifts at every token, perplexity of the {what}: {after[what]:.1f}, without {before[what]:.1f}")
         row, shifts = (means[name]["exact_match"] for name in METHODS)
         print(f"exact match of shifts over the row: {shifts / row if row else float('inf'):.1f} times")

@@ -98,7 +98,7 @@ def tune(
     restarts: int = 0,
     balanced: bool = False,
     ensemble: int = 2,
-    readout: Literal["auto", "layers", "words"] = "auto",
+    readout: Literal["auto", "layers", "logistic", "words"] = "auto",
     store: str | os.PathLike[str] | None = None,
     run: str = "tune",
     on_event: Callable[[Event], None] = lambda _event: None,

@@ -47,7 +47,7 @@ SHRINKAGES: Final = (0.6, 0.85, 0.95)
 """Values of λ that are tried."""
 
 MANY_LABELS: Final = 20
-"""From here on one λ is tried: the classifiers that devices are sent grow with the labels."""
+"""With more labels one λ is tried: the classifiers that devices are sent grow with the labels."""
 
 MANY_LABELS_SHRINKAGE: Final = 0.2
 """λ with so many labels: they have many rows together, from which the scatter within labels is well known."""

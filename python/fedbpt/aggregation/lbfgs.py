@@ -6,6 +6,7 @@ exchange too.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 
@@ -50,6 +51,16 @@ class Lbfgs:
         """The function has changed: earlier values cannot be compared with the next one."""
         self._pairs = []
         self.value = math.inf
+
+    def end(self) -> None:
+        """Keep `best` and `value` alone: nothing more is learnt."""
+        self._pairs = []
+        self._gradient = self._move = np.zeros(1)
+        self.length = 0.0
+        self.done = True
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Lbfgs:
+        return copy.copy(self)  # arrays and lists are replaced, never changed
 
     def learn(self, value: float, gradient: Floats) -> None:
         """Take the value and the gradient at `point`."""

@@ -92,6 +92,7 @@ class LogisticFit:
         self._word_centre: Floats = np.zeros(0)
         self._word_scale: Floats = np.zeros(0)  # [n_word_views]
         self._exchanges = 0
+        self._devices: tuple[str, ...] = ()
         self._digest = repr((purpose, reading, n_labels, judged, robust, byzantine))
 
     @property
@@ -178,6 +179,11 @@ class LogisticFit:
         losses, by_weights, by_scales, by_bias = middle
         n_rows = sum(report.n_texts for report, _ in pairs)
         self._exchanges += 1
+        devices = tuple(report.device for report, _ in pairs)
+        if self._devices and devices != self._devices:
+            for search in self._searches:
+                search.forget()  # a loss on other rows: earlier ones cannot be compared with it
+        self._devices = devices
         for point, search in enumerate(self._searches):
             if search.done:
                 continue
@@ -191,8 +197,11 @@ class LogisticFit:
             ridge = RIDGE / max(n_rows * (1.0 if point == 0 else 1 - 1 / N_FOLDS), 1.0)
             at = search.point.copy()
             at[-self._n_labels :] = 0.0  # the bias has no penalty
-            search.learn(float(losses[point]) + ridge / 2 * float(at @ at), gradient + ridge * at)
+            search.learn(float(losses[point]) + ridge / 2 * float((at**2).sum()), gradient + ridge * at)
         self.done = all(search.done for search in self._searches) or self._exchanges >= EXCHANGES
+        if self.done:
+            for search in self._searches:
+                search.end()
 
     def _middle(self, weights: Floats, rows: Floats) -> Floats:
         return centre(rows, weights, self._robust, self._byzantine)

@@ -27,7 +27,9 @@ def result_as_json(result: RunResult, prompt_path: Path | None) -> dict[str, Any
         "templates": [_candidate(each) for each in result.templates],
         **_figures(result, "zero_shot", result.zero_shot),
         **_figures(result, "tuned", result.tuned),
-        "baselines": {name: score.accuracy for name, score in result.baselines.items()},
+        "baselines": {
+            name: score.perplexity if result.generates else score.accuracy for name, score in result.baselines.items()
+        },
         "shipped": result.shipped,
         "n": result.tuned.n,
         "dev": {name: _score(result, score) for name, score in result.scores("dev").items()},
@@ -107,6 +109,8 @@ def print_result(result: RunResult, prompt_path: Path | None) -> None:
     )
     if result.epsilon is not None and result.settings.privacy is not None:
         console.print(f"privacy: ε {result.epsilon:.2f} at δ {result.settings.privacy.delta:g} per training row")
+    if result.is_not_better:
+        console.print(NOT_BETTER, highlight=False, soft_wrap=True)
     if prompt_path is not None:
         console.print(f"prompt: {prompt_path}", soft_wrap=True)
 
@@ -119,8 +123,6 @@ def _print_scores(console: PlainConsole, result: RunResult, split: Split, rows: 
     title = f"{result.task} on {result.model_name}: {scores['tuned'].n} {rows}"
     if result.generates:
         print_perplexities(console, title, {name: score.loss for name, score in scores.items()})
-        if result.is_not_better:
-            console.print(NOT_BETTER, highlight=False, soft_wrap=True)
         return
     print_accuracies(
         console, title, {name: (score.accuracy, score.interval, score.loss) for name, score in scores.items()}

@@ -231,11 +231,11 @@ def tokens_of(settings: RunSettings, templates: Sequence[Template], info: Device
         a_candidate += Tokens(text + prompt.n_prompt, words) * batch
     each = a_candidate * settings.popsize
     first = Tokens(0)
-    if prompt.placement == "layer" and not words and not target and info.n_layer > 0:
+    n_run = info.n_layer - 1 - middle_layer(info.n_layer)  # layers after the shifted one
+    if prompt.placement == "layer" and not words and not target and n_run > 0:
         first = each + Tokens(
             n_rows
         )  # once by all layers, to compare; and each text's state, from which candidates resume
-        n_run = info.n_layer - 1 - middle_layer(info.n_layer)
         each = Tokens(-(-each.texts * n_run // info.n_layer))
     if method_named(settings.method).local:  # and the mean on all rows
         each = each * settings.iterations + a_text * n_rows

@@ -287,6 +287,7 @@ class Federation:
         state = self._ledger.state
         lines = state.held_lines()
         if not lines:
+            state.choose_unjudged()
             return
         reports: dict[str, EvaluateReport] = {}
         if len(lines) > 1:

@@ -191,6 +191,11 @@ class RunState:
         else:
             self.shipped = "zero_shot" if best == 0 and n_rows >= _FEWEST_JUDGES else ""
 
+    def choose_unjudged(self) -> None:
+        """Choose where nothing can judge: the readout without prompt if none was fitted with it, else the usual."""
+        done = {purpose for purpose, fit in self.fits.items() if isinstance(fit, LayerFit | LogisticFit) and fit.done}
+        self.shipped = "probe" if "probe" in done and "readout" not in done else ""
+
     # --- readings ------------------------------------------------------------------------------------------------
 
     @property
@@ -215,11 +220,9 @@ class RunState:
     @property
     def holds_rows(self) -> bool:
         """Whether the search leaves out the rows of `held`, as they judge what is shipped."""
-        if self.settings.robust != "none" or self.settings.privacy is not None:
-            return False  # the choice trusts the devices' sums, and reveals them
         if not self.task.labels:
-            return self.settings.readout != "words"  # else begun by a version that did not judge
-        return isinstance(self.fits.get("probe"), LayerFit | LogisticFit)
+            return self.settings.judges_targets
+        return self.settings.robust == "none" and isinstance(self.fits.get("probe"), LayerFit | LogisticFit)
 
     @property
     def held(self) -> HeldRows:

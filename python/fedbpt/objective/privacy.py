@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.errors import InputError, MissingExtraError
-from fedbpt.protocol.rounds import FitWork, RoundPlan, SelectWork
+from fedbpt.protocol.rounds import FitWork, LayersWork, RoundPlan, SelectWork
 from fedbpt.protocol.specs import PrivacySpec
 
 Floats: TypeAlias = NDArray[np.float64]
@@ -81,7 +81,9 @@ def sampling_rate(n_rows: int, size: int) -> float:
 def check_private(plan: RoundPlan) -> None:
     """Raise `InputError` if a private plan requests results that cannot be released with noise."""
     by_label = isinstance(plan.work, SelectWork) and plan.work.by_label
-    if plan.privacy is not None and (isinstance(plan.work, FitWork) or by_label or plan.objective.perturb > 0):
+    if plan.privacy is not None and (
+        isinstance(plan.work, FitWork | LayersWork) or by_label or plan.objective.perturb > 0
+    ):
         raise InputError(
             "a private plan can request only losses of candidates or templates: no fit, no losses by label, no "
             "perturbed ratio",

@@ -72,7 +72,7 @@ _NO_PROMPT = (
 
 _NOT_BETTER = (
     "The latent is z = 0: the rows are those of the cue's own tokens, so the model is used without a prompt. What was "
-    "tuned was not better on held-out training rows.\n"
+    "tuned was not shown to be better on held-out training rows.\n"
 )
 
 

@@ -140,7 +140,10 @@ class RunSettings(CheckedMessage, frozen=True):
             many = self.fit_rows == FIT_ROWS and FIT_ROWS_A_LABEL * len(labels) > FIT_ROWS
             return msgspec.structs.replace(self, fit_rows=FIT_ROWS_A_LABEL * len(labels)) if many else self
         objective = msgspec.structs.replace(self.objective, loss="nll", readout_words=0)
-        return msgspec.structs.replace(self, objective=objective, calibrate=False, baselines=False, balanced=False)
+        readout: Literal["auto", "words"] = "words" if self.readout == "words" else "auto"
+        return msgspec.structs.replace(
+            self, objective=objective, calibrate=False, baselines=False, balanced=False, readout=readout
+        )
 
     @property
     def may_read_layers(self) -> bool:
@@ -151,14 +154,33 @@ class RunSettings(CheckedMessage, frozen=True):
 
     @property
     def _readout_read(self) -> str:
+        if self.judges_targets:
+            return "auto"
         if not self.may_read_layers:
             return "words"
         return "logistic" if self.readout == "logistic" else "auto"
 
+    @property
+    def judges_targets(self) -> bool:
+        """For target texts: whether training rows are held out to judge the prompt.
+
+        Not if devices may lie or losses are private, and not with ``readout`` words, as in runs of before.
+        """
+        is_open = self.robust == "none" and self.privacy is None
+        return self.objective.loss == "nll" and self.readout != "words" and is_open
+
     def continuing(self, begun: RunSettings) -> RunSettings:
-        """These settings for a run that was begun with ``begun``: ``auto`` reads words where that run did."""
+        """These settings for a run that was begun with ``begun``, maybe by a version with other defaults.
+
+        ``auto`` reads words, and the default ``fit_rows`` is that of few labels, where that run did and had it.
+        """
         began_with_words = self.readout == "auto" and begun.readout == "words"
-        return msgspec.structs.replace(self, readout="words") if began_with_words else self
+        raised = self.fit_rows > FIT_ROWS == begun.fit_rows and self.fit_rows % FIT_ROWS_A_LABEL == 0
+        return msgspec.structs.replace(
+            self,
+            readout="words" if began_with_words else self.readout,
+            fit_rows=FIT_ROWS if raised else self.fit_rows,
+        )
 
     def aggregator(self) -> Aggregator:
         """A new aggregator of ``method``."""
@@ -207,7 +229,7 @@ class RunSettings(CheckedMessage, frozen=True):
             patience=self.patience if self.restarts else 0,
             readout=self._readout_read,
         )
-        if self.may_read_layers:
+        if self.may_read_layers or self.judges_targets:
             return codec.digest(fixed)
         # As by versions that had no readouts of hidden states, so that their runs can be resumed.
         received = codec.decode(codec.encode(fixed), RunSettings)

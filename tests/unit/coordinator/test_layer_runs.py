@@ -573,6 +573,42 @@ def test_a_robust_run_can_read_layers_by_gradients_though_a_device_lies(make: Ca
     assert {plan.held for device in scene.devices.values() for plan in device.plans} == {None}
 
 
+def test_long_label_words_of_a_robust_run_are_read_by_gradients(make: Callable[..., LayerScene]) -> None:
+    scene = make(dict(FIVE), task=LONG)
+    for number, device in enumerate(scene.devices.values()):
+        device._rows["test"] = tuple(moods(20, 600 + 40 * number))
+    result = scene.run(readout="logistic", robust="median")
+    assert result.shipped == "probe"
+    assert result.readout == result.layer_fits["probe"]
+    assert result.tuned.accuracy > 0.9
+
+
+def test_a_device_that_leaves_a_logistic_fit_does_not_stall_it(make: Callable[..., LayerScene]) -> None:
+    scene = make({"a": moods(24, 0), "b": moods(24, 50), "c": rows(20, 90)})
+    for device in scene.devices.values():
+        device._rows["test"] = tuple(moods(30, 400))
+    seen = 0
+
+    def change(report: RoundReport) -> RoundReport:
+        nonlocal seen
+        seen += isinstance(report.result, LogisticResult)
+        return msgspec.structs.replace(report, n_texts=10**6) if seen > 3 else report  # refused: it is left out
+
+    scene.devices["c"].change = change
+    result = scene.run(readout="logistic")
+    assert result.baselines["probe"].accuracy > 0.9
+
+
+def test_runs_begun_with_other_defaults_are_continued_with_them() -> None:
+    labels = tuple(map(str, range(30)))
+    now = RunSettings(rounds=1).for_labels(labels)
+    before = RunSettings(rounds=1)
+    assert now.continuing(before).fit_rows == before.fit_rows
+    assert now.continuing(now).fit_rows == now.fit_rows
+    chosen = RunSettings(rounds=1, fit_rows=100).for_labels(labels)
+    assert chosen.continuing(before).fit_rows == 100
+
+
 @pytest.mark.parametrize("changes", [PRIVATE, {"calibrate": False}, {"objective": ObjectiveSpec(readout_words=0)}])
 def test_a_logistic_readout_cannot_be_demanded_where_it_is_not_fitted(changes: dict[str, Any]) -> None:
     with raises(ConfigError, field="readout"):

@@ -90,7 +90,7 @@ def test_a_prompt_that_is_not_better_on_these_rows_is_not_shipped(
     if shipped:
         assert result.tuned == result.zero_shot
         assert result.baselines["prompt"].loss != result.zero_shot.loss
-        assert "was not better" in model_card(prompt, "")
+        assert "was not shown to be better" in model_card(prompt, "")
     else:
         assert result.tuned.loss != result.zero_shot.loss
         assert result.baselines == {}
@@ -120,6 +120,13 @@ def test_runs_that_do_not_judge_search_with_all_rows(changes: dict[str, Any]) ->
     assert not made.holds_rows
     assert made.held_lines() == {}
     assert state().holds_rows
+
+
+def test_settings_of_target_texts_tell_whether_rows_are_held_out() -> None:
+    judged, words = (RunSettings(rounds=1, readout=each).for_labels(()) for each in ("logistic", "words"))
+    assert judged.readout == "auto"
+    assert judged.identity() != words.identity()
+    assert judged.continuing(words).identity() == words.identity()
 
 
 def test_devices_with_too_few_rows_to_hold_any_run_to_the_end(make: Callable[..., LayerScene]) -> None:
