@@ -20,7 +20,18 @@ from fedbpt.device.device import Device
 from fedbpt.errors import ConfigError, InputError, MissingExtraError
 from fedbpt.objective.objective import Objective
 from fedbpt.objective.privacy import ORDERS, Releases, clipped, epsilon, sampling_rate
-from fedbpt.protocol.rounds import FitWork, LocalWork, PooledWork, RoundPlan, SearchState, SelectWork, Work
+from fedbpt.protocol.rounds import (
+    FitWork,
+    LocalWork,
+    MomentsWork,
+    PooledWork,
+    Reading,
+    RoundPlan,
+    SearchState,
+    SelectWork,
+    SumsWork,
+    Work,
+)
 from fedbpt.protocol.specs import Array, ObjectiveSpec, PrivacySpec, PromptSpec
 from fedbpt.runs.events import RoundClosed
 from fedbpt.runs.result import RunResult
@@ -158,10 +169,15 @@ def test_a_private_local_search_sends_only_results_of_noisy_losses() -> None:
     assert result.fitness == 0  # on all rows, it would need noise of its own
 
 
+READING = Reading(latent=Array.of(np.zeros(D)), templates=(), layers=(1,), n_word_views=0)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"work": FitWork(purpose="readout", latent=Array.of(np.zeros(D)), n_words=0)},
+        {"work": SumsWork(purpose="probe", reading=READING, max_rank=4)},
+        {"work": MomentsWork(purpose="probe", reading=READING)},
         {"work": SelectWork(templates=ToyTask().templates, by_label=True)},
         {"objective": ObjectiveSpec(perturb=0.5, readout_words=0)},
     ],
