@@ -23,10 +23,6 @@ uint32_t seed_of(uint32_t seed, int64_t text) {
     return static_cast<uint32_t>((mixed ^ (mixed >> 31)) % LLAMA_DEFAULT_SEED);
 }
 
-size_t padded(size_t n, size_t unit) {
-    return (n + unit - 1) / unit * unit;
-}
-
 // Where the first of `stops` begins in `text`; npos: none is in it. Only its last `n_new` bytes are new.
 size_t find_stop(const std::string & text, size_t n_new, const std::vector<std::string> & stops) {
     size_t found = std::string::npos;

@@ -22,10 +22,6 @@ constexpr size_t kCueCellsMax = 1024;  // KV cells for a cue pack's texts: atten
 
 constexpr uint32_t kSeqMax = 256;  // LLAMA_MAX_SEQ
 
-size_t padded(size_t n, size_t unit) {
-    return (n + unit - 1) / unit * unit;
-}
-
 // Maximum number of sequences of a pack, per candidate.
 size_t sequences_max(const Plan & plan) {
     return std::max(kTextsMax, plan.n_branches());

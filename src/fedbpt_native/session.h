@@ -12,6 +12,11 @@
 
 namespace fedbpt {
 
+// The next multiple of `unit`.
+inline size_t padded(size_t n, size_t unit) {
+    return (n + unit - 1) / unit * unit;
+}
+
 // A llama.cpp context and its compute threads: the common part of the scorer and the generator.
 // Not thread-safe: its owner holds a lock.
 class Session {

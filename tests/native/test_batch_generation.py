@@ -75,12 +75,14 @@ def test_an_answer_does_not_depend_on_others_or_on_earlier_calls(repeatable: Cas
     texts, rows = repeatable.texts(LENGTHS * 3), rows_of(repeatable, 30, "layers")  # several passes of 128
     plan = plan_of(repeatable, texts, "layers")
     whole = plan.generate(rows, max_tokens=MAX_TOKENS)
-    if repeatable.weights == "f32":
-        pytest.skip("attention of float32 models sums over cells in the order in which they lie")
     some = plan.generate(rows[7:9], [4, 0], max_tokens=MAX_TOKENS)
-    for c, answers in enumerate(some):
-        for answer, text in zip(answers, (4, 0), strict=True):
-            assert answer.ids.tolist() == whole[7 + c][text].ids.tolist()
+    same = [
+        answer.ids.tolist() == whole[7 + c][text].ids.tolist()
+        for c, answers in enumerate(some)
+        for answer, text in zip(answers, (4, 0), strict=True)
+    ]
+    # Attention of float32 models sums over cells in the order in which they lie: a near tie may fall otherwise.
+    assert sum(same) >= (3 if repeatable.weights == "f32" else 4)
     again = plan_of(repeatable, texts, "layers").generate(rows, max_tokens=MAX_TOKENS)
     assert [[a.ids.tolist() for a in own] for own in again] == [[a.ids.tolist() for a in own] for own in whole]
 
@@ -155,13 +157,12 @@ def test_a_plan_that_cannot_be_continued_is_refused(llama: Case, labels: Any, pl
 
 
 def test_more_rows_than_fit_into_a_pass_with_128_texts(repeatable: Case) -> None:
-    if repeatable.weights == "f32":
-        pytest.skip("attention of float32 models sums over cells in the order in which they lie")
     texts = repeatable.texts([60] * 8)
     rows = np.random.default_rng(1).standard_normal((16, 30, repeatable.scorer.n_embd)).astype(np.float32)
     found = plan_of(repeatable, texts).generate(rows, max_tokens=3)
-    few = plan_of(repeatable, texts).generate(rows[5:6], [7], max_tokens=3)
-    assert found[5][7].ids.tolist() == few[0][0].ids.tolist()
+    few = plan_of(repeatable, texts).generate(rows[5:6], max_tokens=3)[0]
+    same = [one.ids.tolist() == other.ids.tolist() for one, other in zip(found[5], few, strict=True)]
+    assert sum(same) >= (7 if repeatable.weights == "f32" else 8)
 
 
 def test_a_call_can_be_interrupted(llama: Case) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from fedbpt.aggregation.base import accepted, weights_of
 from fedbpt.aggregation.lbfgs import Lbfgs
-from fedbpt.aggregation.robust import Robust, centre, reports_needed
+from fedbpt.aggregation.robust import Robust, centre, reports_needed, rule_of_fits
 from fedbpt.errors import InputError
 from fedbpt.protocol.rounds import FitPurpose, FitResult, FitWork, RoundReport
 from fedbpt.protocol.specs import Array, Readout, Template
@@ -65,7 +65,7 @@ class ReadoutFit:
         robust: Robust = "none",
         byzantine: int = 1,
     ) -> None:
-        self._robust: Robust = robust if robust in ("none", "trimmed-mean") else "median"
+        self._robust = rule_of_fits(robust)
         self._byzantine = byzantine
         self.min_reports = reports_needed(self._robust, byzantine)
         self.purpose: FitPurpose = purpose

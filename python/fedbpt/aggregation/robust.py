@@ -33,6 +33,11 @@ def reports_needed(robust: Robust, byzantine: int) -> int:
     return 2 * byzantine + (3 if robust == "krum" else 1)
 
 
+def rule_of_fits(robust: Robust) -> Robust:
+    """The rule for gradients and moments of fits: rules that choose or rank whole reports become the median."""
+    return robust if robust in ("none", "trimmed-mean") else "median"
+
+
 def centre(rows: Floats, weights: Floats, robust: Robust, byzantine: int) -> Floats:
     """The centre [n] of the ``rows`` [K, n] of K devices; ``weights`` [K], which sum to 1, serve the plain mean only.
 

@@ -548,9 +548,11 @@ class NativePlan:
         """Continue the texts ``indices`` [n] (None: all) under each candidate prompt: answers [n_candidates][n].
 
         Up to 128 continue at a time, on shared KV of the texts. An answer ends at ``max_tokens``, at the model's end of
-        text or before one of the strings ``stop``, and leaves. With ``sampling`` of temperature 0, an answer does not
-        depend on others or on earlier calls. Else each text has random numbers of its own, the same under all
-        candidates and, with a seed, in all calls.
+        text or before one of the strings ``stop``, and leaves.
+
+        With ``sampling`` of temperature 0, an answer does not depend on others or on earlier calls (with weights of
+        float32, up to rounding). Else each text has random numbers of its own, the same under all candidates and, with
+        a seed, in all calls.
 
         Args:
             embeds: as for `score`; n_prompt may be 0: the model as it is.

@@ -21,8 +21,8 @@ class  llm_graph_result;
 class  llm_graph_input_i;
 struct llm_graph_context;
 
-// Tables (sequence, position) -> row, (sequence, positions, layers) -> rows to add, and (sequence, position, layer) -> state. Shared by a context and the graph parameters
-// copied from it.
+// Tables (sequence, position) -> row, (sequence, positions, layers) -> rows to add, and (sequence, position, layer) -> state. Shared by
+// a context and the graph parameters copied from it.
 class llama_soft_prompt {
 public:
     void set(llama_seq_id seq_id, llama_pos pos0, int32_t n_rows, const float * rows);
@@ -140,7 +140,8 @@ ggml_tensor * llama_soft_prompt_build(
         ggml_tensor         * embd);
 
 // Called with the output cur [n_embd, n_tokens, or n_outputs after the last layer] of layer il. Returns it with the ubatch's shifts of this
-// layer added; or the ubatch's states of this layer in its place, and the graph then computes nothing that was built before. If the layer is tapped, its rows for the outputs become an output of the graph.
+// layer added; or the ubatch's states of this layer in its place, and the graph then computes nothing that was built before. If the layer
+// is tapped, its rows for the outputs become an output of the graph.
 ggml_tensor * llama_soft_prompt_layer(const llm_graph_context & graph, ggml_tensor * cur, int il);
 
 // the label head in place of the output matrix; w itself for other matrices
