@@ -233,9 +233,8 @@ def tokens_of(settings: RunSettings, templates: Sequence[Template], info: Device
     first = Tokens(0)
     n_run = info.n_layer - 1 - middle_layer(info.n_layer)  # layers after the shifted one
     if prompt.placement == "layer" and not words and not target and n_run > 0:
-        first = each + Tokens(
-            n_rows
-        )  # once by all layers, to compare; and each text's state, from which candidates resume
+        # The first candidates run all layers too, to compare; each text's state, to resume from, costs a token.
+        first = each + Tokens(n_rows)
         each = Tokens(-(-each.texts * n_run // info.n_layer))
     if method_named(settings.method).local:  # and the mean on all rows
         each = each * settings.iterations + a_text * n_rows
