@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # a process of a test that crashes says where
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -96,6 +96,7 @@ def tune(
     evaluate_every: int | None = None,
     patience: int = 0,
     restarts: int = 0,
+    stop_if_futile: bool = True,
     balanced: bool = False,
     ensemble: int = 2,
     readout: Literal["auto", "layers", "logistic", "words"] = "auto",
@@ -124,6 +125,8 @@ def tune(
             evaluations.
         patience: number of evaluations without a lower loss that end the search with the best mean; 0: no limit.
         restarts: maximum number of restarts, each from the best mean, when ``patience`` runs out.
+        stop_if_futile: end the search after a quarter or half of its budget if held-back training rows show no gain
+            over the readout without prompt.
         balanced: weight the rows' losses so that all labels count equally.
         readout: what the labels are read from: ``words``, the logits of random words; ``layers``, hidden states,
             where training rows held back from the search choose what the prompt ships; ``auto``: layers, unless the
@@ -151,6 +154,7 @@ def tune(
         "iterations": iterations,
         "patience": patience,
         "restarts": restarts,
+        "stop_if_futile": stop_if_futile,
         "balanced": balanced,
         "ensemble": ensemble,
         "readout": readout,

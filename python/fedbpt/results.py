@@ -16,7 +16,7 @@ from fedbpt.html_tables import html_table
 from fedbpt.prompts.prompt import Prompt
 from fedbpt.protocol.specs import Template
 from fedbpt.runs.intervals import wilson_interval
-from fedbpt.runs.result import NOT_BETTER, UNSCORED, RunResult, Score, perplexity
+from fedbpt.runs.result import FUTILE, NOT_BETTER, UNSCORED, RunResult, Score, perplexity
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -114,6 +114,8 @@ class TuneResult:
         lines += [(f"{name} {_figure_name(run)}", _gain(run, scores)) for name, scores in self._splits() if scores]
         if run.is_unscored:
             lines.append(("zero-shot", UNSCORED))
+        if run.futile:
+            lines.append(("search", FUTILE))
         if run.is_not_better:
             lines.append(("tuned", NOT_BETTER))
         return html_table(f"Tuned for {run.task}", lines) + self.prompt._repr_html_()

@@ -14,7 +14,7 @@ from fedbpt.display.console import describe_accuracy, human_bytes
 from fedbpt.display.plain_console import PlainConsole
 from fedbpt.plain_text import echo
 from fedbpt.runs.intervals import beats_chance
-from fedbpt.runs.result import NOT_BETTER, UNSCORED, VARIANTS, RunResult, Score, Split, TemplateScore, perplexity
+from fedbpt.runs.result import FUTILE, NOT_BETTER, UNSCORED, VARIANTS, RunResult, Score, Split, TemplateScore, perplexity
 
 
 def result_as_json(result: RunResult, prompt_path: Path | None) -> dict[str, Any]:
@@ -109,6 +109,8 @@ def print_result(result: RunResult, prompt_path: Path | None) -> None:
     )
     if result.epsilon is not None and result.settings.privacy is not None:
         console.print(f"privacy: ε {result.epsilon:.2f} at δ {result.settings.privacy.delta:g} per training row")
+    if result.futile:
+        console.print(f"{FUTILE} (stop_if_futile)", highlight=False, soft_wrap=True)
     if result.is_not_better:
         console.print(NOT_BETTER, highlight=False, soft_wrap=True)
     if prompt_path is not None:

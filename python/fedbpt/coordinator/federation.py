@@ -35,6 +35,7 @@ from fedbpt.protocol import codec
 from fedbpt.protocol.names import check_names
 from fedbpt.protocol.rounds import EvaluateReport, FitPurpose
 from fedbpt.protocol.seeding import generator
+from fedbpt.runs.dev_figures import LOOK_GAIN
 from fedbpt.runs.events import (
     EventCallback,
     RoundClosed,
@@ -57,6 +58,12 @@ EVALUATION_DEADLINES: Final = 10
 
 SETTLE_S: Final = 5.0
 """How long the final evaluation waits for late and lost devices."""
+
+LOOKS: Final = (0.25, 0.5)
+"""Shares of the budget after which interim looks may end a search that gains nothing (`RunSettings.stop_if_futile`)."""
+
+LOOK_ROUNDS: Final = 10
+"""Rounds of the search before the first of them."""
 
 FIRST_ROUNDS_S: Final = 1.0
 """Shortest time limit of a round before the first generation is done, however small the budget in seconds is."""
@@ -268,10 +275,33 @@ class Federation:
             is_due = every and state.searched % every == 0 and (self.settings.patience or not is_spent)
             if is_due and state.searched > state.judged:
                 await self._evaluate_live(state.closed)
+            if self._look_is_due():
+                await self._look(fleet)
             if ledger.is_spent(self._readout_s(fleet)) or not await self._round(fleet, state.closed + 1, "search"):
                 break
         if not state.searched:
             log.warning("run %s: the budget was spent before the first generation was done", self.run_name)
+
+    def _look_is_due(self) -> bool:
+        state = self._ledger.state
+        can = self.settings.stop_if_futile and state.holds_rows and state.reads_layers
+        if not can or state.searched < LOOK_ROUNDS or state.looks >= len(LOOKS):
+            return False
+        return self._ledger.course.share(self.settings) >= LOOKS[state.looks]
+
+    async def _look(self, fleet: Fleet) -> None:
+        """End the search if it gains nothing: most of its budget is then saved."""
+        state = self._ledger.state
+        if self._live is None or self._ledger.is_spent(self._readout_s(fleet)):
+            return
+        gain = await self._live.look()
+        if gain is None:  # another try would be no better
+            state.looks += 1
+            return
+        self._store.record_metrics(self.run_name, state.closed, {LOOK_GAIN: gain})
+        state.look(gain)
+        if state.futile:
+            log.info("run %s: held-out rows show no gain from the prompt: the search ends", self.run_name)
 
     async def _fit(self, fleet: Fleet, purpose: FitPurpose) -> None:
         state = self._ledger.state

@@ -18,7 +18,7 @@ from fedbpt.errors import ConfigError, FederationError, StoreError
 from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import DeviceInfo, RoundReport
 from fedbpt.protocol.specs import Template
-from fedbpt.runs.dev_figures import DEV_SECONDS, judged_loss
+from fedbpt.runs.dev_figures import DEV_SECONDS, LOOK_GAIN, judged_loss
 from fedbpt.runs.result import RunResult
 from fedbpt.runs.settings import RunSettings, stored_settings
 from fedbpt.runs.store import RunStore, StoredRound, StoredRun, Traffic
@@ -161,6 +161,8 @@ class RunLedger:
         loss = judged_loss(metrics)
         if loss is not None:
             self.state.judge(loss)
+        if LOOK_GAIN in metrics:
+            self.state.look(metrics[LOOK_GAIN])
 
     def _replay_round(self, stored: StoredRound) -> None:
         failure = StoreError(
@@ -236,15 +238,20 @@ class RunLedger:
     # --- readings ------------------------------------------------------------------------------------------------
 
     def is_spent(self, reserve_s: float = 0.0) -> bool:
-        """Whether the search ends: a limit of the budget is reached, or its patience ran out.
+        """Whether the search ends: a limit of the budget is reached, its patience ran out, or it is futile.
 
         ``reserve_s``: part of the budget in seconds that is kept for the readout.
         """
         state = self.state
         evaluations = state.aggregator.evaluations
-        return state.out_of_patience or self.spending.reaches_limit(
+        return self.is_futile or state.out_of_patience or self.spending.reaches_limit(
             self.settings, state.searched, evaluations, reserve_s
         )
+
+    @property
+    def is_futile(self) -> bool:
+        """Whether an interim look has ended the search."""
+        return self.state.futile and self.settings.stop_if_futile
 
     def epsilon(self) -> float | None:
         """ε spent by the closed rounds, see `Spending.epsilon`."""

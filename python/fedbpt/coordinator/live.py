@@ -88,6 +88,24 @@ class LiveEvaluation:
             stages={name: score for name, score in scores.items() if name in BASELINES},
         )
 
+    async def look(self) -> float | None:
+        """What the search has gained over the readout without prompt, nats a held-out training row.
+
+        None: the readout could not be fitted, or no device reported.
+        """
+        ledger = self._ledger
+        state = ledger.state
+        fit = await self._readout_fit(state.mean)
+        lines = {} if fit is None else state.held_lines(fit)
+        if len(lines) < 2:
+            return None
+        request = ledger.planner.request(lines, label_weights=state.label_weights, split="held")
+        reports = list((await self._fleet.evaluate(request, self._deadline_s())).values())
+        if not reports:
+            return None
+        losses = [evaluation_loss(reports, 0.0, i) for i in range(len(lines))]
+        return losses[0] - min(losses[1:])
+
     async def _lines_now(self) -> Variants | None:
         """The variants as they would be if the search ended now; None: no readout is, or could be, fitted."""
         ledger = self._ledger
@@ -108,6 +126,10 @@ class LiveEvaluation:
         return variants(mean, fits)
 
     async def _readout(self, mean: NDArray[np.float64]) -> AnyReadout | None:
+        fit = await self._readout_fit(mean)
+        return None if fit is None else fit.readout
+
+    async def _readout_fit(self, mean: NDArray[np.float64]) -> Fit | None:
         fit = self._ledger.state.new_fit("readout", mean)
         try:
             while not fit.done:
@@ -115,7 +137,7 @@ class LiveEvaluation:
         except (QuorumError, InputError) as error:  # the run goes on without the figure
             log.info("live evaluation left out: %s", error)
             return None
-        return fit.readout
+        return fit
 
     async def _exchange(self, fit: Fit) -> None:
         self._exchanges += 1

@@ -76,6 +76,7 @@ def make_result(
         fits={purpose: found for purpose, found in readouts.items() if isinstance(found, Readout)},
         layer_fits={purpose: found for purpose, found in readouts.items() if isinstance(found, LayerReadout)},
         shipped=ledger.state.shipped,
+        futile=ledger.is_futile,
         others=ledger.state.others if isinstance(readouts.get("readout"), Readout) else (),
         templates=ledger.state.candidates,
         epsilon=ledger.epsilon(),

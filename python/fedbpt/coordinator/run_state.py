@@ -80,6 +80,10 @@ class RunState:
         self._best: tuple[float, NDArray[np.float64]] | None = None  # lowest judged loss, and its mean
         self._n_worse = 0  # judgements since the best one, or since the last restart
         self._restarts = 0
+        self.looks = 0
+        """Interim looks at what the search gains, see `look`."""
+        self.futile = False
+        """Whether one of them has shown no gain, so that the search ends."""
 
     def copy(self) -> RunState:
         """An independent state, to try out what `apply` leads to."""
@@ -169,6 +173,14 @@ class RunState:
             self.aggregator.restart(self.mean)
         return better
 
+    def look(self, gain: float) -> None:
+        """Record an interim look: the loss that the search gains on held-out rows, in nats a row; ends it for none.
+
+        A look never chooses what is shipped, it only ends the search: `choose` judges the mean as it is then.
+        """
+        self.looks += 1
+        self.futile = self.futile or gain <= 0.0
+
     def choose(self, names: Sequence[str], reports: Sequence[EvaluateReport]) -> None:
         """Choose what is shipped, by losses of `held_lines` ``names`` on held-out rows; without any, the first line.
 
@@ -229,15 +241,19 @@ class RunState:
         """The training rows that judge what is shipped."""
         return HeldRows(max_rows=self.settings.fit_rows, seed=self.settings.seed)
 
-    def held_lines(self) -> Variants:
-        """What may be shipped, as far as it can be judged on held-out rows: readouts are fitted without them."""
+    def held_lines(self, readout: Fit | None = None) -> Variants:
+        """What may be shipped, as far as it can be judged on held-out rows: readouts are fitted without them.
+
+        ``readout``: in the place of the one in `fits`.
+        """
         if not self.task.labels and self.holds_rows and self.mean.any():
             found = variants(self.mean, {})
             return {"zero_shot": found["zero_shot"], "prompt": found["tuned"]}
         held: dict[FitPurpose, LayerReadout] = {}
-        for purpose, fit in self.fits.items():
-            if isinstance(fit, LayerFit | LogisticFit) and fit.done and (readout := fit.held_readout) is not None:
-                held[purpose] = readout
+        fits = self.fits if readout is None else {**self.fits, "readout": readout}
+        for purpose, fit in fits.items():
+            if isinstance(fit, LayerFit | LogisticFit) and fit.done and (own := fit.held_readout) is not None:
+                held[purpose] = own
         if "probe" not in held:
             return {}
         found = variants(self.mean, {**self._readouts(), **held})

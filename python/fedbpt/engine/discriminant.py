@@ -21,6 +21,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fedbpt.machine.linear_algebra import one_blas_thread
+
 Floats = NDArray[np.float64]
 
 _SMALLEST_VARIANCE = 1e-4  # of a dimension, as a share of their mean: constant ones are not blown up
@@ -62,6 +64,7 @@ def assign_folds(targets: NDArray[np.intp], n_folds: int, rng: np.random.Generat
     return folds
 
 
+@one_blas_thread
 def fold_sums(states: Floats, targets: NDArray[np.intp], n_labels: int, max_rank: int) -> FoldSums:
     """Sum up the rows of a fold: states [n, E], label indices [n]. The factor has at most ``max_rank`` rows."""
     counts = np.bincount(targets, minlength=n_labels).astype(np.int64)
@@ -105,6 +108,7 @@ def pool(parts: Sequence[tuple[FoldSums, float]]) -> Pooled:
     return Pooled(counts, means, np.concatenate(factors), rest)
 
 
+@one_blas_thread
 def discriminants(pooled: Pooled, shrinkages: Sequence[float], uniform: bool = False) -> list[Discriminant]:
     """The classifier of each λ in ``shrinkages``, for states that are not standardised.
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from fedbpt.engine.discriminant import FoldSums, fold_sums
 from fedbpt.errors import InputError
+from fedbpt.machine.linear_algebra import one_blas_thread
 from fedbpt.objective.layer_view import Views
 from fedbpt.objective.losses import log_probabilities
 from fedbpt.protocol.rounds import CrossResult, CrossWork, SumsResult, SumsWork
@@ -66,6 +67,7 @@ Where few rows are read without an error, the largest scale of the logits would 
 """
 
 
+@one_blas_thread
 def cross_result(
     work: CrossWork,
     views: Views,

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.errors import InputError
+from fedbpt.machine.linear_algebra import one_blas_thread
 from fedbpt.objective.layer_sums import word_loss
 from fedbpt.objective.layer_view import Views
 from fedbpt.objective.losses import log_probabilities
@@ -33,6 +34,7 @@ def moments_result(work: MomentsWork, views: Views, targets: NDArray[np.intp], n
     )
 
 
+@one_blas_thread
 def logistic_result(
     work: LogisticWork, views: Views, targets: NDArray[np.intp], folds: NDArray[np.intp], row_weights: Floats
 ) -> LogisticResult:

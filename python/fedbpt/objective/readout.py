@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.errors import InputError
+from fedbpt.machine.linear_algebra import one_blas_thread
 from fedbpt.objective.losses import log_probabilities
 from fedbpt.protocol.rounds import FitResult, FitWork
 from fedbpt.protocol.seeding import generator
@@ -52,6 +53,7 @@ def full_weights(readout: Readout | None, n_words: int, n_labels: int) -> Floats
     return full
 
 
+@one_blas_thread
 def read(logits: NDArray[np.floating], weights: Floats) -> Floats:
     """Label logits [..., n_labels] from logits [..., n_labels + n_words], the label words' first."""
     n_labels = weights.shape[1]
@@ -94,6 +96,7 @@ def moments(words: Floats) -> Floats:
     return np.append(words.mean(axis=0), (words**2).sum() / len(words))
 
 
+@one_blas_thread
 def loss_and_gradient(
     logits: NDArray[np.floating],
     targets: NDArray[np.intp],

@@ -23,6 +23,10 @@ DEV_SECONDS: Final = "dev_seconds"
 """Metric: duration of an evaluation, with the fit of its readout."""
 
 
+LOOK_GAIN: Final = "look_gain"
+"""Metric of an interim look: nats a held-out row by which the search is ahead of the readout without prompt."""
+
+
 class DevPoint(NamedTuple):
     """One evaluation. ``figure``: accuracy (0 to 1) or perplexity; losses in nats; ``zero_shot`` None: not measured."""
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.prompts.variants import BASELINES as BASELINES
+from fedbpt.prompts.variants import FUTILE as FUTILE
 from fedbpt.prompts.variants import NOT_BETTER as NOT_BETTER
 from fedbpt.prompts.variants import UNSCORED as UNSCORED
 from fedbpt.prompts.variants import VARIANTS as VARIANTS
@@ -161,6 +162,7 @@ class RunResult(Message, frozen=True):
     layer_fits: dict[FitPurpose, LayerReadout] = msgspec.field(default_factory=dict)
     shipped: Shipped = ""
     shift: Shift | None = None  # of the prompt, if it shifts layers
+    futile: bool = False  # the search ended before its budget, as held-out rows showed no gain over the probe
 
     @property
     def prompt(self) -> PromptSpec:

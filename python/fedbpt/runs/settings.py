@@ -72,6 +72,8 @@ class RunSettings(CheckedMessage, frozen=True):
     evaluate_every: NaturalInt = 20  # rounds between evaluations on dev rows, if devices have any; 0: never
     patience: NaturalInt = 0  # evaluations without a lower loss that end the search at its best mean; 0: never
     restarts: NaturalInt = 0  # maximum number of restarts, each from the best mean, when patience runs out
+    # End the search after a quarter or half of its budget where held-out rows show no gain over the probe.
+    stop_if_futile: bool = True
     dev_rows: NaturalInt = 100  # maximum rows per device in evaluations on dev rows; 0: all
     test_rows: NaturalInt = 0  # maximum rows per device in the final evaluation; 0: all
 
@@ -210,7 +212,8 @@ class RunSettings(CheckedMessage, frozen=True):
     def identity(self) -> str:
         """Digest of the settings that must be equal for a run to be resumed.
 
-        The budget may change. So may ``patience`` without restarts; with restarts, it is part of the search.
+        The budget may change, and ``stop_if_futile``. So may ``patience`` without restarts; with restarts, it is part
+        of the search.
         """
         fixed = msgspec.structs.replace(
             self,
@@ -229,11 +232,10 @@ class RunSettings(CheckedMessage, frozen=True):
             patience=self.patience if self.restarts else 0,
             readout=self._readout_read,
         )
-        if self.may_read_layers or self.judges_targets:
-            return codec.digest(fixed)
-        # As by versions that had no readouts of hidden states, so that their runs can be resumed.
+        # The fields of versions that had no readouts of hidden states or no looks, so that their runs can be resumed.
+        left_out = {"stop_if_futile"} | (set() if self.may_read_layers or self.judges_targets else {"readout"})
         received = codec.decode(codec.encode(fixed), RunSettings)
-        plain = {name: getattr(received, name) for name in received.__struct_fields__ if name != "readout"}
+        plain = {name: getattr(received, name) for name in received.__struct_fields__ if name not in left_out}
         return hashlib.sha256(msgspec.msgpack.encode(plain)).hexdigest()[:32]
 
 
