@@ -16,7 +16,19 @@ else:
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-RUNTIME = {"cma", "httpx", "msgspec", "numpy", "rich", "safetensors", "starlette", "threadpoolctl", "tomli", "typer", "uvicorn"}
+RUNTIME = {
+    "cma",
+    "httpx",
+    "msgspec",
+    "numpy",
+    "rich",
+    "safetensors",
+    "starlette",
+    "threadpoolctl",
+    "tomli",
+    "typer",
+    "uvicorn",
+}
 HEAVY = {
     "datasets",
     "huggingface-hub",

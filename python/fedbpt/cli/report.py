@@ -14,7 +14,17 @@ from fedbpt.display.console import describe_accuracy, human_bytes
 from fedbpt.display.plain_console import PlainConsole
 from fedbpt.plain_text import echo
 from fedbpt.runs.intervals import beats_chance
-from fedbpt.runs.result import FUTILE, NOT_BETTER, UNSCORED, VARIANTS, RunResult, Score, Split, TemplateScore, perplexity
+from fedbpt.runs.result import (
+    FUTILE,
+    NOT_BETTER,
+    UNSCORED,
+    VARIANTS,
+    RunResult,
+    Score,
+    Split,
+    TemplateScore,
+    perplexity,
+)
 
 
 def result_as_json(result: RunResult, prompt_path: Path | None) -> dict[str, Any]:

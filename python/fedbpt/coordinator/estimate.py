@@ -19,7 +19,7 @@ from fedbpt.aggregation.readout import EXCHANGES, ReadoutFit
 from fedbpt.bench.measurement import Measurement, Projection
 from fedbpt.coordinator.layer_cost import EXCHANGES as EXCHANGES_OF_LAYERS
 from fedbpt.coordinator.layer_cost import LOGISTIC_EXCHANGES, layer_bytes, logistic_bytes
-from fedbpt.coordinator.layer_reading import reads_layers, states_alone
+from fedbpt.coordinator.layer_reading import most_looks, reads_layers, states_alone
 from fedbpt.engine.layers import middle_layer
 from fedbpt.errors import ConfigError
 from fedbpt.protocol import codec
@@ -92,7 +92,7 @@ class Parts(NamedTuple):
 
 
 class DeviceCost(msgspec.Struct, frozen=True, kw_only=True):
-    """Upper bounds for one device, without evaluations. ``seconds`` None: its speed is unknown.
+    """Upper bounds for one device, with interim looks but no other evaluations. ``seconds`` None: speed unknown.
 
     ``select``, ``texts``, ``probe``, ``round`` and ``others`` are forward tokens: selecting the template, the texts
     once (if their KV is kept), reading their hidden states without a prompt, one round of the search, and the
@@ -142,7 +142,7 @@ def estimate(settings: RunSettings, task: Task, infos: Sequence[DeviceInfo], agg
     _check_deadline(settings, infos, parts)
     devices = []
     for info, part in zip(infos, parts, strict=True):
-        whole = part.whole(rounds)
+        whole = part.whole(rounds) + part.others * most_looks(task.templates, settings, info.n_layer, rounds)
         up, down = _bytes(settings, task, rounds, aggregator, info)
         devices.append(
             DeviceCost(
@@ -372,12 +372,13 @@ def _bytes(settings: RunSettings, task: Task, rounds: int, aggregator: Aggregato
         n_templates = 0 if alone else min(len(task.templates), MAX_TEMPLATES)
         n_views = _n_views(task.templates)
         n_exchanges = EXCHANGES_OF_LAYERS
+        n_readouts = 0 if alone else 1 + most_looks(task.templates, settings, info.n_layer, rounds)
         if settings.readout == "logistic":
             n_exchanges = 1 + LOGISTIC_EXCHANGES
             judged = settings.robust == "none"
-            arrays = logistic_bytes(len(task.labels), n_templates, n_views, info.n_embd, judged, alone)
+            arrays = logistic_bytes(len(task.labels), n_templates, n_views, info.n_embd, judged, n_readouts)
         else:
-            arrays = layer_bytes(len(task.labels), n_templates, n_views, n_fitted, info)
+            arrays = layer_bytes(len(task.labels), n_templates, n_views, n_fitted, info, n_readouts)
         empty = FitResult(purpose="readout", loss=0.0, means=Array.of(np.zeros(0)))
         reading = FitWork(
             purpose="readout",
@@ -385,8 +386,9 @@ def _bytes(settings: RunSettings, task: Task, rounds: int, aggregator: Aggregato
             n_words=0,
             others=reading_templates(task.templates, task.templates[0]),
         )
-        up += arrays[0] + 2 * n_exchanges * len(codec.encode(_report(empty)))
-        down += arrays[1] + 2 * n_exchanges * len(codec.encode(_plan(settings, task, reading)))
+        n_exchanges *= 1 + n_readouts
+        up += arrays[0] + n_exchanges * len(codec.encode(_report(empty)))
+        down += arrays[1] + n_exchanges * len(codec.encode(_plan(settings, task, reading)))
     return up, down
 
 

@@ -19,6 +19,7 @@ from fedbpt.coordinator.clients.base import DeviceClient
 from fedbpt.coordinator.control import RunControl, Wish
 from fedbpt.coordinator.estimate import readout_tokens
 from fedbpt.coordinator.fleet import Fleet
+from fedbpt.coordinator.layer_reading import LOOK_ROUNDS, LOOKS, looks
 from fedbpt.coordinator.ledger import RunLedger
 from fedbpt.coordinator.live import LiveEvaluation
 from fedbpt.coordinator.members import Cohort, common_model, describe_absent
@@ -58,12 +59,6 @@ EVALUATION_DEADLINES: Final = 10
 
 SETTLE_S: Final = 5.0
 """How long the final evaluation waits for late and lost devices."""
-
-LOOKS: Final = (0.25, 0.5)
-"""Shares of the budget after which interim looks may end a search that gains nothing (`RunSettings.stop_if_futile`)."""
-
-LOOK_ROUNDS: Final = 10
-"""Rounds of the search before the first of them."""
 
 FIRST_ROUNDS_S: Final = 1.0
 """Shortest time limit of a round before the first generation is done, however small the budget in seconds is."""
@@ -284,7 +279,7 @@ class Federation:
 
     def _look_is_due(self) -> bool:
         state = self._ledger.state
-        can = self.settings.stop_if_futile and state.holds_rows and state.reads_layers
+        can = looks(self.task.templates, self.settings, state.n_layer)
         if not can or state.searched < LOOK_ROUNDS or state.looks >= len(LOOKS):
             return False
         return self._ledger.course.share(self.settings) >= LOOKS[state.looks]

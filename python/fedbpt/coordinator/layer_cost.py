@@ -24,24 +24,26 @@ LOGISTIC_EXCHANGES: Final = logistic_fit.EXCHANGES
 """Most exchanges of a fit by gradients, after that of moments."""
 
 
-def layer_bytes(n_labels: int, n_word_views: int, n_views: int, n_rows: int, info: DeviceInfo) -> tuple[int, int]:
-    """Bytes (up, down) of the arrays in the exchanges of both fits.
+def layer_bytes(
+    n_labels: int, n_word_views: int, n_views: int, n_rows: int, info: DeviceInfo, n_readouts: int
+) -> tuple[int, int]:
+    """Bytes (up, down) of the arrays in the exchanges of all fits.
 
     Args:
         n_labels: of the task.
-        n_word_views: views of the probe in which the label words are scored; 0: states alone are read, without a
-            prompt, and there is one fit.
+        n_word_views: views of the probe in which the label words are scored; 0: states alone are read.
         n_views: views of the probe.
         n_rows: rows of the device that are fitted.
         info: the device's.
+        n_readouts: fits with a prompt, beside that of the probe.
     """
     layers, n_views = within_message(reading_layers(info.n_layer), n_views, n_labels, info.n_embd)
     n_layers, n_word_views = len(layers), min(n_word_views, n_views)
     most_kept = int(1 / SMALLEST_WEIGHT)
     probe = n_views * n_layers
     up = down = 0
-    fits = [(probe, probe, n_word_views), (n_layers, n_layers + probe, 1)]
-    for n_readers, n_mixed, n_words in fits if n_word_views else fits[:1]:
+    fits = [(probe, probe, n_word_views)] + n_readouts * [(n_layers, n_layers + probe, 1)]
+    for n_readers, n_mixed, n_words in fits:
         up += n_readers * _sums(n_labels, n_rows, info.n_embd) + 4 * n_words * n_labels
         n_columns = n_readers * len(shrinkages_for(n_labels, n_readers, info.n_embd))
         n_scales = 1 + len(WORD_SCALES) * (n_words + (n_words > 1))
@@ -59,17 +61,16 @@ def layer_bytes(n_labels: int, n_word_views: int, n_views: int, n_rows: int, inf
 
 
 def logistic_bytes(
-    n_labels: int, n_word_views: int, n_views: int, n_embd: int, judged: bool, alone: bool
+    n_labels: int, n_word_views: int, n_views: int, n_embd: int, judged: bool, n_readouts: int
 ) -> tuple[int, int]:
-    """Bytes (up, down) of the arrays in the exchanges of both fits, or with ``alone`` of one, if all are needed."""
+    """Bytes (up, down) of the arrays in the exchanges of the probe and ``n_readouts``, if all are needed."""
     n_points = 1 + judged
     scalars = 4 * (n_word_views + n_labels)
     moments = 8 * n_views * n_embd + 4 * n_word_views * (n_labels + 1)
     point = 2 * n_views * n_embd * n_labels + scalars
     up = moments + LOGISTIC_EXCHANGES * n_points * (point + 4)
     down = LOGISTIC_EXCHANGES * (n_points * point + 4 * n_views * n_embd + 4 * n_word_views * n_labels)
-    n_fits = 1 if alone else 2
-    return n_fits * up, n_fits * down
+    return (1 + n_readouts) * up, (1 + n_readouts) * down
 
 
 def _sums(n_labels: int, n_rows: int, n_embd: int) -> int:

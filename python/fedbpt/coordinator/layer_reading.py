@@ -12,6 +12,12 @@ from fedbpt.runs.settings import RunSettings
 MAX_WORD_BYTES: Final = 120
 """Label words of more bytes together, in UTF-8, are not scored: each text would cost dozens of tokens more."""
 
+LOOKS: Final = (0.25, 0.5)
+"""Shares of the budget after which interim looks may end a search that gains nothing (`RunSettings.stop_if_futile`)."""
+
+LOOK_ROUNDS: Final = 10
+"""Rounds of the search before the first of them."""
+
 
 def within_message(layers: tuple[int, ...], n_views: int, n_labels: int, n_embd: int) -> tuple[tuple[int, ...], int]:
     """The last of ``layers``, and the number of the first views, whose classifiers fit into a message.
@@ -35,3 +41,14 @@ def states_alone(templates: Sequence[Template], settings: RunSettings, n_layer: 
     """Whether the label words are too long to be scored: only hidden states are read, and no prompt is tuned."""
     lengths = [sum(len(word.encode()) for word in template.label_words) for template in templates]
     return reads_layers(templates, settings, n_layer) and min(lengths) > MAX_WORD_BYTES
+
+
+def looks(templates: Sequence[Template], settings: RunSettings, n_layer: int) -> bool:
+    """Whether a run has interim looks: held-out rows judge it, and there is a probe to compare with."""
+    trusted = settings.stop_if_futile and settings.robust == "none"
+    return trusted and reads_layers(templates, settings, n_layer) and not states_alone(templates, settings, n_layer)
+
+
+def most_looks(templates: Sequence[Template], settings: RunSettings, n_layer: int, rounds: int) -> int:
+    """Most interim looks in ``rounds`` of the search."""
+    return len(LOOKS) if rounds > LOOK_ROUNDS and looks(templates, settings, n_layer) else 0

@@ -244,8 +244,10 @@ class RunLedger:
         """
         state = self.state
         evaluations = state.aggregator.evaluations
-        return self.is_futile or state.out_of_patience or self.spending.reaches_limit(
-            self.settings, state.searched, evaluations, reserve_s
+        return (
+            self.is_futile
+            or state.out_of_patience
+            or self.spending.reaches_limit(self.settings, state.searched, evaluations, reserve_s)
         )
 
     @property

@@ -37,7 +37,7 @@ def looks(scene: LayerScene, run: str = "r") -> dict[int, float]:
 def gaining(monkeypatch: pytest.MonkeyPatch, *gains: float | None) -> None:
     left = list(gains)
 
-    async def look(self: LiveEvaluation) -> float | None:
+    async def look(_self: LiveEvaluation) -> float | None:
         return left.pop(0)
 
     monkeypatch.setattr(LiveEvaluation, "look", look)
@@ -76,9 +76,7 @@ def test_a_look_that_cannot_measure_decides_nothing(scene: LayerScene, monkeypat
 
 
 @pytest.mark.parametrize("at", [10, 11, 12])
-def test_a_resumed_run_has_the_same_looks(
-    scene: LayerScene, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, at: int
-) -> None:
+def test_a_resumed_run_has_the_same_looks(scene: LayerScene, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     gaining(monkeypatch, 0.1, -0.2)
     whole = scene.run("whole", rounds=ROUNDS)
     gaining(monkeypatch, 0.1, -0.2)
