@@ -15,7 +15,7 @@ NATIVE = ROOT / "src" / "fedbpt_native"
 
 # From the ground up: a part (a package, or a module beside the packages) imports only parts before it.
 ORDER: tuple[str, ...] = (
-    *("plain_text", "html_tables", "errors", "version", "checking", "quantities", "argument_types"),
+    *("plain_text", "html_tables", "errors", "version", "checking", "decoders", "quantities", "argument_types"),
     *("protocol", "faults", "machine", "net"),
     *("models", "tasks", "search", "engine", "aggregation", "model_check", "bench"),
     *("prompts", "objective", "exchange", "runs", "side_by_side"),
@@ -112,3 +112,9 @@ def test_only_the_bindings_include_pybind11() -> None:
 def test_no_file_has_a_name_that_says_nothing(folder: str) -> None:
     named = [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cpp", ".h")]
     assert not [str(path.relative_to(ROOT)) for path in named if path.stem in NONDESCRIPT]
+
+
+def test_only_the_decoders_make_msgspec_collect_what_it_knows_of_a_type() -> None:
+    others = [path for path in MODULES if path != PACKAGE / "decoders.py"]
+    collects = re.compile(r"msgspec\.convert\(|Decoder\(|msgspec\.\w+\.decode\([^\n]*type=(?!dict\[str, str\])")
+    assert not [str(path.relative_to(PACKAGE)) for path in others if collects.search(path.read_text())]

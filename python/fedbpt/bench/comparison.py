@@ -9,6 +9,7 @@ import msgspec
 
 from fedbpt.bench.measurement import Measurement
 from fedbpt.checking import DECODE_ERRORS
+from fedbpt.decoders import from_json
 from fedbpt.errors import DataError
 
 
@@ -26,7 +27,7 @@ class Comparison(msgspec.Struct, frozen=True):
 def read_measurement(path: Path) -> Measurement:
     """Read a measurement. Raises `DataError` if the file is missing, not JSON, or not a measurement."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Measurement)
+        return from_json(path.read_bytes(), Measurement)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     except msgspec.ValidationError as error:

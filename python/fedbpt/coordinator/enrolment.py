@@ -15,6 +15,7 @@ from typing import Final, Literal, NamedTuple
 
 import msgspec
 
+from fedbpt.decoders import from_builtins
 from fedbpt.errors import ConfigError, CoordinatorRefusedError, StoreError
 from fedbpt.net import tokens
 from fedbpt.protocol.specs import Name
@@ -47,7 +48,7 @@ class Enrolment(NamedTuple):
 def check_device_name(text: str) -> None:
     """Raise `ConfigError` unless ``text`` is a valid device name."""
     try:
-        msgspec.convert(text, Name)
+        from_builtins(text, Name)
     except msgspec.ValidationError as error:
         raise ConfigError(
             f"invalid device name {text!r}: use letters, digits and ._- (at most 128)", field="device"

@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from fedbpt import models
+from fedbpt.decoders import from_json
 from fedbpt.errors import ModelError
 
 FLOAT_BYTES: Final = 4
@@ -78,7 +79,5 @@ class MemoryFigures(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def memory_figures(model: str) -> MemoryFigures | None:
     """The measurements for ``model``; None if there are none."""
     content = Path(__file__).with_name("memory.json").read_bytes()
-    measured: Mapping[str, MemoryFigures] = {
-        found.model: found for found in msgspec.json.decode(content, type=list[MemoryFigures])
-    }
+    measured: Mapping[str, MemoryFigures] = {found.model: found for found in from_json(content, list[MemoryFigures])}
     return measured.get(model)

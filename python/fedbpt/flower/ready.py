@@ -12,6 +12,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedbpt import tasks
+from fedbpt.decoders import from_builtins
 from fedbpt.device.device import Device
 from fedbpt.device.state import DeviceState
 from fedbpt.engine.native_scorer import load_model
@@ -67,7 +68,7 @@ def config_of(*sources: Mapping[str, Any]) -> AppConfig:
             place = place.setdefault(part, {})
         place[last] = value
     try:
-        return msgspec.convert(nested, AppConfig)
+        return from_builtins(nested, AppConfig)
     except msgspec.ValidationError as error:
         raise ConfigError(f"the Flower App's configuration: {error}") from error
 
@@ -75,7 +76,7 @@ def config_of(*sources: Mapping[str, Any]) -> AppConfig:
 def settings_of(config: AppConfig, task: Task) -> RunSettings:
     """The run's settings, with defaults that depend on the task. Raises `ConfigError`."""
     try:
-        return msgspec.convert(with_defaults(config.settings, task), RunSettings)
+        return from_builtins(with_defaults(config.settings, task), RunSettings)
     except msgspec.ValidationError as error:
         cause = error.__cause__
         reason = cause if isinstance(cause, FedbptError) else error

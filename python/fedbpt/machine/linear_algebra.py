@@ -1,8 +1,8 @@
 """`one_blas_thread`: linear algebra of small matrices on the calling thread alone.
 
 Where several threads multiply matrices at the same time, as devices that share a process do, OpenBLAS up to 0.3.31
-mixes up their blocks (https://github.com/OpenMathLib/OpenBLAS/issues/5836). And on cores that score texts meanwhile, its
-own threads wait for each other many times longer than the product of small matrices takes.
+mixes up their blocks (https://github.com/OpenMathLib/OpenBLAS/issues/5836). And on cores that score texts meanwhile,
+its own threads wait for each other many times longer than the product of small matrices takes.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from fedbpt.decoders import from_json
 from fedbpt.engine.native_scorer import KVType, load_model
 from fedbpt.errors import FedbptError, ModelWarning
 from fedbpt.model_check.findings import CHECKS, Finding, ModelFacts
@@ -78,7 +79,7 @@ def _run_check(name: str, check: Callable[[], Outcome], send: Send) -> None:
 
 
 def main() -> None:
-    settings = msgspec.json.decode(sys.argv[2], type=Settings)
+    settings = from_json(sys.argv[2], Settings)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.alarm(settings.timeout_s)  # works even if the parent has died
     warnings.simplefilter("ignore", ModelWarning)  # the warnings are in the facts

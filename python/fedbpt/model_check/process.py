@@ -9,13 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import msgspec
 
 from fedbpt import models
 from fedbpt.argument_types import checked
 from fedbpt.checking import printable
+from fedbpt.decoders import from_json
 from fedbpt.engine.native_scorer import KVType
 from fedbpt.errors import ModelFileError
 from fedbpt.machine.interrupts import interruptible
@@ -99,7 +100,7 @@ def _started(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
 
 def _decoded(line: bytes) -> Message | None:
     try:
-        message: Message = msgspec.json.decode(line, type=Message)
+        message: Message = from_json(line, cast(Any, Message))
         return message
     except msgspec.DecodeError:  # output of llama.cpp before it crashes
         return None

@@ -10,6 +10,7 @@ from typing import TypeVar
 import msgspec
 
 from fedbpt.checking import DECODE_ERRORS
+from fedbpt.decoders import from_json
 from fedbpt.machine.wheel_files import publish
 
 _T = TypeVar("_T", bound=msgspec.Struct)
@@ -29,6 +30,6 @@ def write_record(path: Path, value: msgspec.Struct) -> None:
 def read_record(path: Path, kind: type[_T]) -> _T | None:
     """Read the record at ``path``; None if it is missing, unreadable, damaged or of another version."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
+        return from_json(path.read_bytes(), kind)
     except (OSError, *DECODE_ERRORS):
         return None

@@ -21,6 +21,7 @@ from typing import Final
 import msgspec
 
 from fedbpt.checking import DECODE_ERRORS
+from fedbpt.decoders import from_json
 from fedbpt.errors import ConfigError
 from fedbpt.machine.files import write_whole
 from fedbpt.machine.folders import config_folder
@@ -101,7 +102,7 @@ class Credentials:
         """Read credentials. Raises `ConfigError` if the file is missing, damaged, or readable by others."""
         content = read_private(path)
         try:
-            return msgspec.json.decode(content, type=cls)
+            return from_json(content, cls)
         except DECODE_ERRORS as error:
             raise ConfigError(f"invalid credentials in {path}: enrol the device again (--enrol)") from error
 

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from fedbpt.argument_types import array_of, checked
 from fedbpt.checking import DECODE_ERRORS
+from fedbpt.decoders import from_json
 from fedbpt.errors import InputError, PromptError, WireError
 from fedbpt.html_tables import html_table
 from fedbpt.machine.files import write_whole
@@ -460,7 +461,7 @@ def _header(text: str, source: str) -> _Header:
                 field="format",
                 limit=SHIFTS_FORMAT,
             )
-        return msgspec.json.decode(text, type=_Header)
+        return from_json(text, _Header)
     except (*DECODE_ERRORS, KeyError, TypeError) as error:
         raise PromptError(f"{source} is damaged: {error}") from error
 

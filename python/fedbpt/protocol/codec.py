@@ -11,13 +11,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from functools import lru_cache
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import msgspec
 import numpy as np
 
 from fedbpt.checking import DECODE_ERRORS, half_character
+from fedbpt.decoders import from_json, from_msgpack
 from fedbpt.errors import WireError
 from fedbpt.plain_text import MOST_TOLD, one_line
 from fedbpt.protocol.rounds import DeviceInfo, ErrorReply, RoundProgress
@@ -65,7 +65,7 @@ def decode(body: bytes, kind: type[M], limit: int = MAX_BODY_BYTES) -> M:
     """Decode a MessagePack ``body`` of at most ``limit`` bytes as ``kind``. Raises `WireError`."""
     _check_size(body, limit)
     try:
-        message: M = _msgpack_decoder(kind).decode(body)
+        message: M = from_msgpack(body, kind)
     except DECODE_ERRORS as error:
         raise WireError(f"not a valid {kind.__name__}: {one_line(str(error), MOST_TOLD)}") from error
     return _checked(message)
@@ -75,7 +75,7 @@ def decode_json(body: bytes, kind: type[M], limit: int = MAX_BODY_BYTES) -> M:
     """Decode a JSON ``body`` of at most ``limit`` bytes as ``kind``. Raises `WireError`."""
     _check_size(body, limit)
     try:
-        message: M = _json_decoder(kind).decode(body)
+        message: M = from_json(body, kind)
     except DECODE_ERRORS as error:
         raise WireError(f"not a valid {kind.__name__}: {one_line(str(error), MOST_TOLD)}") from error
     return _checked(message)
@@ -86,7 +86,7 @@ def digest(message: Message) -> str:
 
     The round trip gives both sides the same digest even if the sender put an int into a float field.
     """
-    received = _msgpack_decoder(type(message)).decode(encode(message))
+    received = from_msgpack(encode(message), type(message))
     return hashlib.sha256(encode(received)).hexdigest()[:32]
 
 
@@ -142,13 +142,3 @@ def _check_array(array: Array, where: str) -> None:
         norm = float(np.linalg.norm(values.ravel()))
     if not norm <= MAX_NORM:
         raise WireError(f"{where}: norm {norm:.3g}, the limit is {MAX_NORM:.0e}", field=where, limit=MAX_NORM)
-
-
-@lru_cache(maxsize=64)
-def _msgpack_decoder(kind: type[Any]) -> msgspec.msgpack.Decoder[Any]:
-    return msgspec.msgpack.Decoder(kind)
-
-
-@lru_cache(maxsize=64)
-def _json_decoder(kind: type[Any]) -> msgspec.json.Decoder[Any]:
-    return msgspec.json.Decoder(kind)

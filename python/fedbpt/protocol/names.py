@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from fedbpt.decoders import from_builtins
 from fedbpt.errors import ConfigError
 from fedbpt.protocol.specs import Name
 
@@ -16,7 +17,7 @@ def check_names(names: Sequence[str], what: str) -> None:
     counts = Counter(names)
     for name, count in counts.items():
         try:
-            msgspec.convert(name, Name)
+            from_builtins(name, Name)
         except msgspec.ValidationError as error:
             raise ConfigError(
                 f"{name[:60]!r} cannot name a {what}: use letters, digits and ._-, at most 128 characters", field=what

@@ -12,6 +12,7 @@ import msgspec
 
 from fedbpt import tasks
 from fedbpt.checking import DECODE_ERRORS
+from fedbpt.decoders import from_builtins
 from fedbpt.errors import ConfigError, FedbptError
 from fedbpt.runs.settings import RunSettings
 from fedbpt.tasks import Task
@@ -80,7 +81,7 @@ def with_defaults(settings: Mapping[str, Any], task: Task) -> dict[str, Any]:
 
 def _decoded(path: Path, raw: Any) -> RunConfig:
     try:
-        return msgspec.convert(raw, RunConfig)
+        return from_builtins(raw, RunConfig)
     except msgspec.ValidationError as error:
         cause = error.__cause__
         if isinstance(cause, FedbptError):

@@ -24,6 +24,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from fedbpt.checking import DECODE_ERRORS
+from fedbpt.decoders import from_json
 from fedbpt.errors import DeviceRefusedError, FedbptError, InputError, ScoringInterrupted
 from fedbpt.net.auth import LoopbackOnly, RequireToken
 from fedbpt.net.bodies import STATUS_OF_CODE, Handler, body_of, faults_as, refusal_headers
@@ -229,7 +230,7 @@ async def _read(request: Request, kind: type[R]) -> R:
         raise ApiError("unsupported content type: send application/json", None, "wrong-content-type", 415)
     body = await body_of(request, MAX_BODY_BYTES)
     try:
-        return msgspec.json.decode(body, type=kind)
+        return from_json(body, kind)
     except DECODE_ERRORS as error:
         raise ApiError(f"invalid request: {error}") from error
 

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fedbpt.argument_types import array_of, checked
 from fedbpt.checking import DECODE_ERRORS
+from fedbpt.decoders import from_json
 from fedbpt.errors import DataError, InputError
 from fedbpt.machine.wheel_files import sha256_of
 from fedbpt.protocol.seeding import generator
@@ -187,7 +188,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     folder = Path(folder)
     path = folder / "manifest.json"
     try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        manifest = from_json(path.read_bytes(), Manifest)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     except DECODE_ERRORS as error:

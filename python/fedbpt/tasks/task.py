@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from fedbpt.argument_types import checked
 from fedbpt.checking import DECODE_ERRORS
+from fedbpt.decoders import from_builtins
 from fedbpt.errors import ConfigError, InputError, TaskError
 from fedbpt.protocol.specs import CheckedMessage, Template
 from fedbpt.protocol.task_identity import TaskIdentity
@@ -115,7 +116,7 @@ def load_task(path: str | Path) -> Task:
         raise ConfigError(f"cannot read the task file {path}: {error.strerror or error}") from error
     try:
         raw = msgspec.json.decode(content) if path.suffix == ".json" else msgspec.toml.decode(content)
-        return msgspec.convert(raw, Task)
+        return from_builtins(raw, Task)
     except msgspec.ValidationError as error:
         cause = error.__cause__
         if isinstance(cause, TaskError):
