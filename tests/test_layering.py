@@ -17,10 +17,10 @@ NATIVE = ROOT / "src" / "fedbpt_native"
 ORDER: tuple[str, ...] = (
     *("plain_text", "html_tables", "errors", "version", "checking", "decoders", "quantities", "argument_types"),
     *("protocol", "faults", "machine", "net"),
-    *("models", "tasks", "search", "engine", "aggregation", "model_check", "bench"),
+    *("metrics", "models", "tasks", "search", "engine", "aggregation", "model_check", "bench"),
     *("prompts", "objective", "exchange", "runs", "side_by_side"),
     *("device", "coordinator"),
-    *("display", "results", "api"),
+    *("display", "results", "api", "answering", "refining"),
     *("serving", "dashboard", "flower", "__init__", "cli", "__main__"),
 )
 RANK = {part: rank for rank, part in enumerate(ORDER)}

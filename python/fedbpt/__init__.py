@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from fedbpt.version import VERSION
 
 if TYPE_CHECKING:
-    from fedbpt import errors, models, tasks
+    from fedbpt import errors, metrics, models, tasks
+    from fedbpt.answering import AnswerComparison, answers, compare_answers
     from fedbpt.api import Budget, evaluate, tune
     from fedbpt.engine.features import features
     from fedbpt.engine.native_scorer import Gpu, NativeScorer, gpus, load_model
@@ -24,12 +25,14 @@ if TYPE_CHECKING:
     from fedbpt.model_check import ModelCheck, check_model
     from fedbpt.prompts.prompt import Prompt
     from fedbpt.protocol.specs import ObjectiveSpec, PromptSpec, Template
+    from fedbpt.refining import RefineResult, refine
     from fedbpt.results import EvaluationResult, TuneResult
     from fedbpt.tasks import Task
 
 __version__ = VERSION
 
 _MODULES = {
+    "answering": ("AnswerComparison", "answers", "compare_answers"),
     "api": ("Budget", "evaluate", "tune"),
     "errors": ("FedbptError",),
     "exchange": ("export_prompt", "import_prompt"),
@@ -38,12 +41,14 @@ _MODULES = {
     "engine.features": ("features",),
     "engine.native_scorer": ("Gpu", "NativeScorer", "gpus", "load_model"),
     "prompts.prompt": ("Prompt",),
+    "refining": ("RefineResult", "refine"),
     "results": ("EvaluationResult", "TuneResult"),
     "tasks": ("Task",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "AnswerComparison",
     "Budget",
     "EvaluationResult",
     "FedbptError",
@@ -53,10 +58,13 @@ __all__ = [
     "ObjectiveSpec",
     "Prompt",
     "PromptSpec",
+    "RefineResult",
     "Task",
     "Template",
     "TuneResult",
+    "answers",
     "check_model",
+    "compare_answers",
     "errors",
     "evaluate",
     "export_prompt",
@@ -64,7 +72,9 @@ __all__ = [
     "gpus",
     "import_prompt",
     "load_model",
+    "metrics",
     "models",
+    "refine",
     "tasks",
     "tune",
 ]

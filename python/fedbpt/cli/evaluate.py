@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from msgspec import UNSET
+from rich.table import Table
 
 from fedbpt import api, models
+from fedbpt.answering import LINES, AnswerComparison, compare_answers
 from fedbpt.cli.hint import print_hint
 from fedbpt.cli.options import AsJson, GpuLayers, GpuName, Quiet, Threads, chosen_task
 from fedbpt.cli.report import print_accuracies, print_chance, print_perplexities
@@ -31,6 +34,13 @@ def evaluate(
     task: Annotated[
         str | None, typer.Option("--task", "-t", help="Task name or file. Default: the one in the prompt file.")
     ] = None,
+    train: Annotated[
+        Path | None,
+        typer.Option(
+            "--train",
+            help="For a task with a metric of generated answers: training rows, for examples and the constant answer.",
+        ),
+    ] = None,
     threads: Threads = None,
     gpu_layers: GpuLayers = 0,
     gpu: GpuName = None,
@@ -38,6 +48,9 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Measure accuracy or perplexity with a tuned prompt and without it, on the same rows and template.
+
+    A task with a metric of generated answers is measured by it, also with examples in the context and for the best
+    constant answer.
 
     Example: fedbpt evaluate prompt.safetensors --data test.csv
     """
@@ -53,6 +66,16 @@ def evaluate(
     scorer = load_model(model or model_of(prompt), n_threads=threads, n_gpu_layers=gpu_layers, gpu=gpu)
     prompt.check(scorer)
     print_hint(scorer, shown=not (quiet or as_json))
+    if chosen.generation is not UNSET:
+        known = None if train is None else read_task_rows(chosen, train)
+        _print_answers(compare_answers(scorer, chosen, rows, prompt, known), as_json, quiet)
+        return
+    if train is not None:
+        raise ConfigError(
+            f"task {chosen.name} has no metric of generated answers, so --train is not used: leave it out, or give the"
+            " task a [generation] (docs/tasks.md)",
+            field="--train",
+        )
     found = {
         "zero_shot": api.evaluate(scorer, chosen, rows, template=prompt.template),
         "tuned": api.evaluate(scorer, chosen, rows, prompt),
@@ -73,6 +96,41 @@ def evaluate(
         zero = found["zero_shot"]
         print_accuracies(console, f"{prompt.task_name} on {scorer.name}, {len(rows)} rows", lines)
         print_chance(console, Score(n=zero.n, correct=zero.correct, loss_sum=zero.n * zero.loss), len(chosen.labels))
+
+
+def _print_answers(found: AnswerComparison, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        lines = {
+            name: {
+                "mean": line.mean,
+                "interval": line.interval,
+                "distinct": line.distinct,
+                "failed": line.n_failed,
+                "answers": list(line.answers),
+            }
+            for name, line in found.lines.items()
+        }
+        echo(json.dumps({"metric": found.metric, "n": len(found.rows), "improved": found.improved, "lines": lines}))
+        return
+    if quiet:
+        echo(f"{found.lines['tuned'].mean:.4f}")
+        return
+    console = PlainConsole()
+    table = Table(title=f"{found.metric}, {len(found.rows)} rows", box=None)
+    for heading in ("", "mean", "95 % interval", "distinct", "failed"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, line in found.lines.items():
+        low, high = line.interval
+        table.add_row(
+            LINES[name], f"{line.mean:.3f}", f"{low:.3f} – {high:.3f}", f"{line.distinct:.0%}", str(line.n_failed)
+        )
+    console.print(table)
+    console.print(found.verdict(), markup=False, highlight=False)
+    for each in found.side_by_side():
+        console.print(f"\n{each.pop('text')} → {each.pop('target')}", markup=False, highlight=False)
+        for name, answer in each.items():
+            if name != "constant":
+                console.print(f"  {LINES[name]}: {answer}", markup=False, highlight=False)
 
 
 def model_of(prompt: Prompt) -> str:

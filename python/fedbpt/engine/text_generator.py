@@ -97,6 +97,20 @@ class TokenStream(Protocol):
         ...
 
 
+class GeneratingPlan(Protocol):
+    """A data set whose texts are continued many at a time; see `fedbpt.engine.native_scorer.NativePlan.generate`."""
+
+    def generate(
+        self,
+        embeds: ArrayLike,
+        indices: ArrayLike | None = None,
+        sampling: Sampling = GREEDY,
+        *,
+        max_tokens: int = 64,
+        stop: Sequence[str] = (),
+    ) -> list[list[Answer]]: ...
+
+
 class Generator(Protocol):
     """A model that generates text."""
 

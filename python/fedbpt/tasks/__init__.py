@@ -28,12 +28,13 @@ from fedbpt.tasks.readers import (
 )
 from fedbpt.tasks.rows import Row
 from fedbpt.tasks.sources import bbc_news, load_hub
-from fedbpt.tasks.task import Task, Tokenizer, cue_ids, label_word_ids, load_task, render_ids
+from fedbpt.tasks.task import Generation, Task, Tokenizer, cue_ids, label_word_ids, load_task, render_ids
 from fedbpt.tasks.words import WordCosts, word_costs, word_notes
 
 __all__ = [
     "BUILTIN",
     "Draft",
+    "Generation",
     "GivenTask",
     "Manifest",
     "Row",

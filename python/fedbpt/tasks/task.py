@@ -14,6 +14,7 @@ from typing import Protocol
 
 import msgspec
 import numpy as np
+from msgspec import UNSET, UnsetType
 from numpy.typing import NDArray
 
 from fedbpt.argument_types import checked
@@ -22,7 +23,7 @@ from fedbpt.decoders import from_builtins
 from fedbpt.errors import ConfigError, InputError, TaskError
 from fedbpt.protocol.specs import CheckedMessage, Template
 from fedbpt.protocol.task_identity import TaskIdentity
-from fedbpt.quantities import PositiveInt
+from fedbpt.quantities import Length, PositiveInt
 
 DEFAULT_MAX_TEXT_TOKENS = 128
 
@@ -42,6 +43,25 @@ class Tokenizer(Protocol):
         ...
 
 
+class Generation(CheckedMessage, frozen=True):
+    """How a model's answers to a task's texts are generated and measured.
+
+    Attributes:
+        metric: name of a metric, see `fedbpt.metrics.NAMED`.
+        max_tokens: maximum length of an answer.
+        stop: strings that end an answer, and are not part of it.
+    """
+
+    metric: str = "exact-match"
+    max_tokens: Length = 48
+    stop: tuple[str, ...] = ("\n",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(self.stop):
+            raise TaskError("a stop string is empty: leave it out", field="stop")
+
+
 class Task(CheckedMessage, frozen=True):
     """A classification or text-generation task: its labels, prompt templates and data columns.
 
@@ -55,6 +75,7 @@ class Task(CheckedMessage, frozen=True):
         text_columns: names of the text column in data files; the first that a file has is read. One may combine
             several columns: ``"{premise} So: {hypothesis}"``.
         label_column: name of the column with labels or target texts.
+        generation: for a task of target texts, how answers are generated and measured.
     """
 
     name: str
@@ -64,6 +85,7 @@ class Task(CheckedMessage, frozen=True):
     max_words: PositiveInt | None = None
     text_columns: tuple[str, ...] = ("text",)
     label_column: str = "label"
+    generation: Generation | UnsetType = UNSET  # left out of files that earlier versions read
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,6 +101,11 @@ class Task(CheckedMessage, frozen=True):
             raise TaskError(f"task {self.name!r} needs at least one template", field="templates")
         if not self.text_columns:
             raise TaskError(f"task {self.name!r} needs at least one text column", field="text_columns")
+        if self.generation is not UNSET and self.labels:
+            raise TaskError(
+                f"task {self.name!r} has labels, which are scored, not generated: leave out generation, or the labels",
+                field="generation",
+            )
         for template in self.templates:
             split_pattern(template)
             _check_words(template, self.labels)

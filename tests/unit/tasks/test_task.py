@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from fedbpt.errors import ConfigError, InputError, TaskError
 from fedbpt.protocol.specs import Template
 from fedbpt.tasks.task import (
     MAX_TEXT_BYTES,
+    Generation,
     Task,
     cue_ids,
     label_word_ids,
@@ -202,3 +204,25 @@ def test_a_text_of_one_endless_word_is_refused_by_its_length():
         render_ids(tokenizer, template, text)
     with pytest.raises(InputError, match=str(len(text))):
         target_ids(tokenizer, template, text, 9)
+
+
+def test_a_task_of_target_texts_says_how_answers_are_generated(tmp_path):
+    path = tmp_path / "t.toml"
+    text = 'name = "t"\n[[templates]]\npattern = "{text}\\nA:"\nlabel_words = []\n'
+    path.write_text(text + '[generation]\nmetric = "rouge-l"\nmax_tokens = 9\nstop = ["\\n", "###"]\n')
+    assert tasks.load(path).generation == Generation(metric="rouge-l", max_tokens=9, stop=("\n", "###"))
+    path.write_text(text + "[generation]\nmax_tokens = 0\n")
+    with raises(ConfigError):
+        tasks.load(path)
+    path.write_text(text + '[generation]\nstop = [""]\n')
+    with raises(TaskError, field="stop"):
+        tasks.load(path)
+
+
+def test_a_task_with_labels_generates_nothing():
+    with raises(TaskError, field="generation"):
+        msgspec.structs.replace(tasks.BUILTIN["ag-news"], generation=Generation())
+
+
+def test_a_task_without_generation_is_written_as_earlier_versions_read_it():
+    assert "generation" not in msgspec.to_builtins(tasks.BUILTIN["ag-news"])

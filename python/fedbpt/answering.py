@@ -1,0 +1,302 @@
+"""`answers` and `compare_answers`: what a model replies to a task's texts, beside what a person would try first.
+
+A tuned prompt is compared with the model as it is, with a few examples in the model's context, and with the best
+constant answer, which a metric may rate highly though it ignores the text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, cast
+
+import numpy as np
+from msgspec import UNSET
+from numpy.typing import NDArray
+
+from fedbpt.argument_types import checked
+from fedbpt.engine.text_generator import GREEDY, GeneratingPlan, Sampling, TextModel
+from fedbpt.errors import ConfigError, DataError, InputError
+from fedbpt.html_tables import html_table
+from fedbpt.machine.interrupts import interruptible
+from fedbpt.metrics import Metric, metric_named, rewards_of
+from fedbpt.prompts.prompt import Prompt
+from fedbpt.protocol.seeding import generator
+from fedbpt.protocol.specs import PromptSpec, Template
+from fedbpt.runs.intervals import Z_95
+from fedbpt.search.projection import placing, start_rows
+from fedbpt.tasks import Generation, GivenTask, Row, Task, load, to_rows
+from fedbpt.tasks.task import bos_ids, cue_ids, render_ids, target_ids
+
+N_EXAMPLES: Final = 3
+"""Rows in the model's context, of the line `examples`."""
+
+CONSTANTS: Final = 64
+"""Maximum number of answers that are tried as the best constant one."""
+
+CONSTANT_ROWS: Final = 256
+"""Maximum number of training rows on which they are tried."""
+
+LINES: Final[Mapping[str, str]] = {
+    "zero_shot": "untuned",
+    "examples": "examples in context",
+    "constant": "best constant answer",
+    "tuned": "tuned",
+}
+"""The lines of a comparison and how they are called."""
+
+
+@checked
+@interruptible()
+def answers(
+    scorer: TextModel,
+    task: GivenTask,
+    rows: Any,
+    prompt: Prompt | None = None,
+    *,
+    template: Template | None = None,
+    examples: Sequence[Row] = (),
+    sampling: Sampling = GREEDY,
+) -> list[str]:
+    """The model's answers to the texts of ``rows``, many at a time, cut at the task's stop strings.
+
+    Args:
+        scorer: the model.
+        task: a task of target texts, or its name or file.
+        rows: in any form that `fedbpt.tune` takes.
+        prompt: the tuned prompt, in the cue or in layers; None: the model as it is.
+        template: how texts are presented; None: the prompt's own, or the task's first.
+        examples: rows that are shown with their target texts before each text.
+        sampling: how tokens are chosen.
+
+    Raises:
+        InputError: a prompt in front, or a text too long for the context.
+        ConfigError: the task has labels.
+        PromptError: the prompt was made for another model.
+    """
+    task = load(task)
+    chosen = template or (task.templates[0] if prompt is None else prompt.template)
+    return _answers(scorer, task, to_rows(rows, task), prompt, chosen, examples, sampling)
+
+
+def _answers(
+    scorer: TextModel,
+    task: Task,
+    rows: Sequence[Row],
+    prompt: Prompt | None,
+    template: Template,
+    examples: Sequence[Row] = (),
+    sampling: Sampling = GREEDY,
+) -> list[str]:
+    settings = generation_of(task)
+    plan = compile_answers(scorer, task, rows, prompt, template, examples)
+    start = start_rows(scorer, cue_ids(scorer, template), PromptSpec(d=1)) if prompt is None else prompt.rows
+    found = plan.generate(np.asarray(start)[None], None, sampling, max_tokens=settings.max_tokens, stop=settings.stop)
+    return [answer.text.strip() for answer in found[0]]
+
+
+def compile_answers(
+    scorer: TextModel,
+    task: Task,
+    rows: Sequence[Row],
+    prompt: Prompt | None,
+    template: Template,
+    examples: Sequence[Row] = (),
+) -> GeneratingPlan:
+    """The texts of ``rows``, laid out to be continued under prompts like ``prompt``. Raises as `answers`."""
+    spec = PromptSpec(d=1)
+    if prompt is not None:
+        prompt.check(scorer)
+        spec = prompt.spec
+        if spec.in_front:
+            raise InputError(
+                f"a prompt of placement {spec.placement!r} cannot generate many answers at a time: tune one with "
+                "placement 'layers' or 'cue'",
+                field="prompt",
+            )
+    limit = task.max_text_tokens
+    bos = bos_ids(scorer)
+    texts = [render_ids(scorer, template, str(text), limit)[len(bos) :] for text, _ in rows]
+    shown = [_example(scorer, template, row, limit, len(bos)) for row in examples]
+    prefix = np.concatenate([bos, *shown]) if len(bos) or shown else None
+    return cast(GeneratingPlan, scorer.compile(texts, None, prefix=prefix, **placing(spec)))
+
+
+def _example(scorer: TextModel, template: Template, row: Row, limit: int, n_bos: int) -> NDArray[np.int32]:
+    """Token ids of a text with its target, and an empty line."""
+    text = render_ids(scorer, template, row[0], limit)[n_bos:]
+    target = target_ids(scorer, template, str(row[1]), limit)
+    return np.concatenate([text, target, np.asarray(scorer.tokenize("\n\n", add_bos=False), dtype=np.int32)])
+
+
+def generation_of(task: Task) -> Generation:
+    """How the task's answers are generated. Raises `ConfigError` for a task with labels."""
+    if task.labels:
+        raise ConfigError(f"task {task.name!r} has labels, which are scored: give a task of target texts", field="task")
+    return Generation() if task.generation is UNSET else task.generation
+
+
+def _interval(values: NDArray[np.float64]) -> tuple[float, float]:
+    """95 % interval of a mean (normal approximation); infinite for a single value."""
+    mean = float(values.mean())
+    half = Z_95 * float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return mean - half, mean + half
+
+
+@dataclass(frozen=True)
+class AnswerLine:
+    """The answers of one way to reply, and what the metric says of them.
+
+    Attributes:
+        answers: one for each row.
+        rewards: the metric's values [n].
+        n_failed: answers that the metric failed on; they count 0.
+    """
+
+    answers: tuple[str, ...] = field(repr=False)
+    rewards: NDArray[np.float64] = field(repr=False)
+    n_failed: int
+
+    @property
+    def mean(self) -> float:
+        return float(self.rewards.mean())
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the mean (normal approximation)."""
+        half = (
+            Z_95 * float(self.rewards.std(ddof=1)) / math.sqrt(len(self.rewards)) if len(self.rewards) > 1 else math.inf
+        )
+        return self.mean - half, self.mean + half
+
+    @property
+    def distinct(self) -> float:
+        """Share of distinct answers, 0 to 1: near 0 where the model ignores the text."""
+        return len(set(self.answers)) / len(self.answers)
+
+
+@dataclass(frozen=True)
+class AnswerComparison:
+    """Ways to reply, measured on the same rows.
+
+    Attributes:
+        metric: its name.
+        rows: the rows.
+        lines: by key of `LINES`.
+    """
+
+    metric: str
+    rows: tuple[Row, ...] = field(repr=False)
+    lines: Mapping[str, AnswerLine]
+
+    def gain(self, over: str) -> tuple[float, float]:
+        """95 % interval of the mean gain of the tuned prompt over line ``over``, from the rows' differences."""
+        return _interval(self.lines["tuned"].rewards - self.lines[over].rewards)
+
+    @property
+    def improved(self) -> bool:
+        """Whether the tuned prompt beats every other line beyond the 95 % interval."""
+        others = [name for name in self.lines if name != "tuned"]
+        return "tuned" in self.lines and all(self.gain(name)[0] > 0 for name in others)
+
+    def table(self) -> list[tuple[str, str]]:
+        """The lines as (name, figures)."""
+        found = []
+        for name, title in LINES.items():
+            if name in self.lines:
+                line = self.lines[name]
+                low, high = line.interval
+                failed = f", {line.n_failed} failed" if line.n_failed else ""
+                found.append((title, f"{line.mean:.3f} [{low:.3f}, {high:.3f}], {line.distinct:.0%} distinct{failed}"))
+        return found
+
+    def verdict(self) -> str:
+        """Whether the tuned prompt improved, in one sentence."""
+        if "tuned" not in self.lines:
+            return "no prompt was measured"
+        better = [LINES[name] for name in self.lines if name != "tuned" and self.gain(name)[0] <= 0]
+        if not better:
+            return "improved: better than every other line beyond the 95 % interval"
+        return f"not improved: not shown to be better than {', '.join(better)}"
+
+    def side_by_side(self, n: int = 10) -> list[dict[str, str]]:
+        """The first ``n`` texts with their target and each line's answer."""
+        return [
+            {"text": str(text), "target": str(target), **{name: line.answers[i] for name, line in self.lines.items()}}
+            for i, (text, target) in enumerate(self.rows[:n])
+        ]
+
+    def _repr_html_(self) -> str:
+        title = f"{self.metric} on {len(self.rows):,} rows: {self.verdict()}"
+        shown = []
+        for each in self.side_by_side():
+            found = " · ".join(f"{title}: {each[name]}" for name, title in LINES.items() if name in each)
+            shown.append((f"{each['text'][:60]} → {each['target']}", found))
+        return html_table(title, self.table()) + html_table("Answers", shown)
+
+    def __repr__(self) -> str:
+        lines = "; ".join(f"{name} {figures}" for name, figures in self.table())
+        return f"AnswerComparison({self.metric}, n={len(self.rows)}: {lines}; {self.verdict()})"
+
+
+@checked
+@interruptible()
+def compare_answers(
+    scorer: TextModel,
+    task: GivenTask,
+    rows: Any,
+    prompt: Prompt | None = None,
+    train: Any = None,
+    *,
+    template: Template | None = None,
+    metric: str | Metric | None = None,
+    n_examples: int = N_EXAMPLES,
+    seed: int = 0,
+) -> AnswerComparison:
+    """Measure the answers of a tuned prompt, the bare model, the model with examples, and the best constant answer.
+
+    Args:
+        scorer, task, rows, prompt, template: as for `answers`.
+        train: rows for the examples and the constant answer; none of ``rows``. None: these lines are left out.
+        metric: name of a metric (`fedbpt.metrics.NAMED`), or a function of (text, answer, row) that returns a number,
+            higher for a better answer; row is (text, target text). None: the task's.
+        n_examples: number of examples in the model's context.
+        seed: draws the examples from ``train``.
+
+    Raises:
+        ConfigError, MissingExtraError: no such metric, or its library is missing.
+        InputError, PromptError: as `answers`.
+        DataError: no rows.
+    """
+    task = load(task)
+    data = to_rows(rows, task)
+    settings = generation_of(task)
+    measure = metric if callable(metric) else metric_named(metric or settings.metric)
+    name = metric or settings.metric if not callable(metric) else getattr(metric, "__name__", "reward")
+    if not data:
+        raise DataError("there are no rows to compare answers on: give at least one", field="rows")
+    chosen = template or (task.templates[0] if prompt is None else prompt.template)
+
+    def line(found: Sequence[str]) -> AnswerLine:
+        rewards = rewards_of(measure, data, found)
+        return AnswerLine(tuple(found), rewards.values, rewards.n_failed)
+
+    lines = {"zero_shot": line(_answers(scorer, task, data, None, chosen))}
+    if train is not None:
+        known = to_rows(train, task)
+        order = generator(seed, "examples").permutation(len(known))
+        shown = [known[i] for i in order[:n_examples]]
+        lines["examples"] = line(_answers(scorer, task, data, None, chosen, shown))
+        own = [known[i] for i in order[:CONSTANT_ROWS]]
+        lines["constant"] = line([best_constant(measure, own)] * len(data))
+    if prompt is not None:
+        lines["tuned"] = line(_answers(scorer, task, data, prompt, chosen))
+    return AnswerComparison(str(name), tuple(data), lines)
+
+
+def best_constant(metric: Metric, rows: Sequence[Row]) -> str:
+    """The one of the rows' target texts that, as the answer to every text, has the highest mean reward."""
+    candidates = list(dict.fromkeys(str(target).strip() for _, target in rows))[:CONSTANTS]
+    means = [float(rewards_of(metric, rows, [candidate] * len(rows)).values.mean()) for candidate in candidates]
+    return candidates[int(np.argmax(means))]

@@ -1,0 +1,154 @@
+"""Answers of a real model, measured beside what a person would try first, and tuned on a metric."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fedbpt
+from fedbpt.answering import best_constant
+from fedbpt.errors import ConfigError, DataError, InputError, PromptError
+from fedbpt.metrics import metric_named
+from fedbpt.tasks import Generation, Task, Template
+from tests.support.raises import raises
+
+pytestmark = pytest.mark.slow
+
+CAPITALS = [
+    *[("France", "Paris"), ("Italy", "Rome"), ("Spain", "Madrid"), ("Japan", "Tokyo"), ("Egypt", "Cairo")],
+    *[("Greece", "Athens"), ("Cuba", "Havana"), ("Peru", "Lima"), ("Kenya", "Nairobi"), ("Norway", "Oslo")],
+    *[("Austria", "Vienna"), ("Portugal", "Lisbon"), ("Poland", "Warsaw"), ("Russia", "Moscow"), ("China", "Beijing")],
+    *[
+        ("Hungary", "Budapest"),
+        ("Ireland", "Dublin"),
+        ("Germany", "Berlin"),
+        ("Sweden", "Stockholm"),
+        ("Chile", "Santiago"),
+    ],
+]
+TASK = Task(
+    name="capitals",
+    templates=(Template(pattern="The capital of {text}?\nA:", label_words=()),),
+    generation=Generation(metric="exact-match", max_tokens=8),
+)
+
+
+@pytest.fixture(scope="module")
+def scorer() -> fedbpt.NativeScorer:
+    fedbpt.models.pull("smollm2-135m")
+    return fedbpt.load_model("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def tuned(scorer: fedbpt.NativeScorer) -> fedbpt.Prompt:
+    """A prompt that moves answers, whatever it is worth."""
+    place = fedbpt.PromptSpec(placement="layers", d=20, alpha=0.05)
+    result = fedbpt.tune(scorer, TASK, CAPITALS[:12], budget=fedbpt.Budget(evaluations=40), prompt=place, show=False)
+    prompt = fedbpt.api.make_prompt(scorer, TASK, result.run)
+    if prompt.rows.any():
+        return prompt
+    drawn = np.random.default_rng(0).standard_normal(prompt.rows.shape) * 0.02
+    fields = ("spec", "task_name", "labels", "template", "model_fingerprint", "model_name", "architecture", "task")
+    return fedbpt.Prompt(rows=drawn.astype(np.float32), **{name: getattr(prompt, name) for name in fields})
+
+
+def test_answers_end_at_the_stop_string_and_follow_examples(scorer: fedbpt.NativeScorer) -> None:
+    plain = fedbpt.answers(scorer, TASK, CAPITALS[3:6])
+    shown = fedbpt.answers(scorer, TASK, CAPITALS[3:6], examples=CAPITALS[:3])
+    assert len(plain) == 3
+    assert not any("\n" in answer for answer in plain + shown)
+    assert shown == ["Tokyo", "Cairo", "Athens"]
+    assert plain != shown
+    assert fedbpt.answers(scorer, TASK, CAPITALS[4:5]) == plain[1:2]
+
+
+def test_a_comparison_has_the_lines_that_a_person_would_try(scorer: fedbpt.NativeScorer, tuned: fedbpt.Prompt) -> None:
+    found = fedbpt.compare_answers(scorer, TASK, CAPITALS[12:], tuned, CAPITALS[:12])
+    assert list(found.lines) == ["zero_shot", "examples", "constant", "tuned"]
+    assert found.lines["examples"].mean > 0.8
+    assert found.lines["constant"].distinct == 1 / len(CAPITALS[12:])
+    assert found.lines["examples"].distinct == 1
+    assert not found.improved
+    assert found.verdict().startswith("not improved")
+    low, high = found.gain("examples")
+    assert low <= found.lines["tuned"].mean - found.lines["examples"].mean <= high
+    assert {"text", "target", *found.lines} == set(found.side_by_side(2)[0])
+    assert "exact-match" in found._repr_html_()
+
+
+def test_a_function_measures_too_and_its_errors_are_counted(scorer: fedbpt.NativeScorer) -> None:
+    def short(text: str, answer: str, row: tuple[str, str]) -> float:
+        if row[0] == "Peru":
+            raise ValueError("no")
+        return float(len(answer) < 10 and text == row[0])
+
+    found = fedbpt.compare_answers(scorer, TASK, CAPITALS[6:9], metric=short)
+    assert list(found.lines) == ["zero_shot"]
+    assert (found.metric, found.lines["zero_shot"].n_failed) == ("short", 1)
+    assert found.verdict() == "no prompt was measured"
+
+
+def test_the_best_constant_answer_is_the_targets_own() -> None:
+    rows = [("a", "yes"), ("b", "no"), ("c", "no"), ("d", "it is not so")]
+    assert best_constant(metric_named("exact-match"), rows) == "no"
+    assert best_constant(metric_named("contains"), rows) == "it is not so"  # holds " not", and "no" with it
+
+
+def test_refining_keeps_a_prompt_only_if_held_back_rows_prefer_it(
+    scorer: fedbpt.NativeScorer, tuned: fedbpt.Prompt
+) -> None:
+    measured: list[tuple[int, float]] = []
+    budget = fedbpt.Budget(evaluations=24)
+    found = fedbpt.refine(
+        scorer, TASK, CAPITALS, tuned, metric="max-words:2", budget=budget, popsize=6, batch_size=4,
+        on_measured=lambda evaluations, mean: measured.append((evaluations, mean)),
+    )  # fmt: skip
+    assert found.evaluations == 24
+    assert list(found.curve[1:]) == measured
+    assert found.after >= found.before == found.curve[0][1]
+    assert (found.prompt == tuned) == (found.after == found.before)
+    again = fedbpt.refine(scorer, TASK, CAPITALS, tuned, metric="max-words:2", budget=budget, popsize=6, batch_size=4)
+    assert (again.prompt, again.curve) == (found.prompt, found.curve)
+
+
+def test_wrong_arguments_are_refused(scorer: fedbpt.NativeScorer, tuned: fedbpt.Prompt) -> None:
+    labelled = Task(name="x", labels=("a", "b"), templates=(Template(pattern="{text}\nA:", label_words=(" a", " b")),))
+    with raises(ConfigError, field="task"):
+        fedbpt.answers(scorer, labelled, [("t", 0)])
+    with raises(ConfigError, field="metric"):
+        fedbpt.compare_answers(scorer, TASK, CAPITALS[:2], metric="best")
+    with raises(DataError, field="train"):
+        fedbpt.refine(scorer, TASK, CAPITALS[:4], tuned)
+    with raises(ConfigError, field="budget"):
+        fedbpt.refine(scorer, TASK, CAPITALS, tuned, budget=fedbpt.Budget(tokens=100))
+    fields = ("task_name", "labels", "template", "model_fingerprint", "model_name", "architecture", "task")
+    same = {name: getattr(tuned, name) for name in fields}
+    front = fedbpt.Prompt(
+        rows=np.ones((2, scorer.n_embd)), spec=fedbpt.PromptSpec(placement="front", n_prompt=2), **same
+    )
+    with raises(InputError, field="prompt"):
+        fedbpt.answers(scorer, TASK, CAPITALS[:1], front)
+    nothing = fedbpt.Prompt(rows=np.zeros_like(tuned.rows), spec=tuned.spec, **same)
+    with raises(PromptError, field="prompt"):
+        fedbpt.refine(scorer, TASK, CAPITALS, nothing)
+
+
+def test_the_command_line_shows_the_comparison(tmp_path: Path, tuned: fedbpt.Prompt) -> None:
+    prompt = tuned.save(tmp_path / "p.safetensors")
+    for name, rows in (("train", CAPITALS[:12]), ("test", CAPITALS[12:])):
+        lines = [json.dumps({"text": text, "label": target}) for text, target in rows]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    data = ["--data", str(tmp_path / "test.jsonl"), "--train", str(tmp_path / "train.jsonl")]
+    command = [sys.executable, "-m", "fedbpt", "evaluate", str(prompt), *data]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "best constant answer" in shown
+    assert "not improved" in shown
+    found = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
+    assert found["metric"] == "exact-match"
+    assert found["improved"] is False
+    assert len(found["lines"]["examples"]["answers"]) == 8

@@ -1,0 +1,113 @@
+"""Metrics of generated text."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedbpt.errors import ConfigError, MissingExtraError
+from fedbpt.metrics import NAMED, metric_named, rewards_of
+from tests.support.raises import raises
+
+SCHEMA = '{"type": "object", "required": ["n"], "properties": {"n": {"type": "integer"}}}'
+EXAMPLES = {"regex": "regex:^a", "json-schema": f"json-schema:{SCHEMA}", "max-words": "max-words:3"}
+
+
+def value(name: str, answer: str, target: str = "") -> float:
+    rewards = rewards_of(metric_named(name), [("a text", target)], [answer])
+    assert rewards.n_failed == 0
+    return float(rewards.values[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "target", "expected"),
+    [
+        ("exact-match", " Paris\n", "Paris", 1),
+        ("exact-match", "paris", "Paris", 0),
+        ("contains", "It is in PARIS.", "Paris", 1),
+        ("contains", "It is in Rome.", "Paris", 0),
+        ("token-f1", "the city of Paris", "Paris, the city!", 2 * 2 / (3 + 2)),
+        ("token-f1", "Rome", "Paris", 0),
+        ("token-f1", "", "Paris", 0),
+        ("rouge-l", "a b c d", "a c d e", 0.75),
+        ("rouge-l", "новости дня", "новости дня", 1),
+        ("rouge-l", "", "x", 0),
+        ("bleu", "the cat sat on the mat", "the cat sat on the mat", 1),
+        ("bleu", "", "x", 0),
+        ("regex:^[A-Z].*\\.$", "Yes, it is.", "", 1),
+        ("regex:^[A-Z].*\\.$", "yes", "", 0),
+        (f"json-schema:{SCHEMA}", '{"n": 3}', "", 1),
+        (f"json-schema:{SCHEMA}", '{"n": "3"}', "", 0),
+        (f"json-schema:{SCHEMA}", "n = 3", "", 0),
+        (f"json-schema:{SCHEMA}", "[" * 100_000, "", 0),
+        ("json-fields", '{"a": 1, "b": "x"}', '{"a": 1, "b": "x"}', 1),
+        ("json-fields", '{"a": 1}', '{"a": 1, "b": "x"}', 0.5),
+        ("json-fields", '{"a": 1, "b": 2, "c": 3}', '{"a": 1}', 1 / 3),
+        ("json-fields", '{"a": 1', '{"a": 1}', 0),
+        ("json-fields", "[1]", '{"a": 1}', 0),
+        ("max-words:3", "one two three", "", 1),
+        ("max-words:4", "one two three four five", "", 0.75),
+        ("max-words:2", "one two three four five", "", 0),
+        ("max-words:2", "", "", 0),
+    ],
+)
+def test_a_named_metric_measures(name: str, answer: str, target: str, expected: float) -> None:
+    assert value(name, answer, target) == pytest.approx(expected)
+
+
+@given(st.text(max_size=40), st.text(min_size=1, max_size=40))
+def test_named_metrics_are_between_0_and_1(answer: str, target: str) -> None:
+    for kind in NAMED:
+        wanted = json.dumps({"a": target}) if kind == "json-fields" else target
+        assert 0 <= value(EXAMPLES.get(kind, kind), answer, wanted) <= 1
+
+
+@given(st.text(alphabet=st.characters(categories=["L", "N"]), min_size=1, max_size=40))
+def test_the_target_itself_is_the_best_answer(target: str) -> None:
+    for kind in ("exact-match", "contains", "rouge-l"):
+        assert value(kind, target, target) == pytest.approx(1)
+
+
+def test_what_a_function_raises_or_returns_wrongly_counts_as_0_and_is_counted() -> None:
+    def strange(_text: str, answer: str, _row: object) -> float:
+        if answer == "raise":
+            raise RuntimeError("secret")
+        return {"nan": float("nan"), "none": None, "inf": float("inf")}.get(answer, 0.25)  # type: ignore[return-value]
+
+    answers = ["raise", "nan", "none", "inf", "fine"]
+    rewards = rewards_of(strange, [("t", "x")] * 5, answers)
+    np.testing.assert_array_equal(rewards.values, [0, 0, 0, 0, 0.25])
+    assert rewards.n_failed == 4
+
+
+def test_a_target_that_is_no_json_is_counted() -> None:
+    assert rewards_of(metric_named("json-fields"), [("t", "x"), ("t", "[1]")], ["{}", "{}"]).n_failed == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["exact", "regex", "regex:(", "max-words:0", "max-words:many", "json-schema:{", "exact-match:3", ""]
+)
+def test_a_wrong_name_or_argument_is_refused_in_one_line(name: str) -> None:
+    with raises(ConfigError, field="metric") as caught:
+        metric_named(name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("rouge-l", "rouge_score.rouge_scorer"),
+        ("bleu", "sacrebleu"),
+        (f"json-schema:{SCHEMA}", "jsonschema.exceptions"),
+    ],
+)
+def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch, name: str, module: str) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    metric_named.cache_clear()
+    with pytest.raises(MissingExtraError, match=r"fedbpt\[metrics\]"):
+        metric_named(name)
