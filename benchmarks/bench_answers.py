@@ -18,6 +18,7 @@ from typing import Any
 
 import fedbpt
 from fedbpt.protocol.seeding import generator
+from fedbpt.refining import moves
 from fedbpt.tasks import Row, Task, read_task_rows
 
 
@@ -39,7 +40,7 @@ def measure(model: str, task: Task, folder: Path, given: argparse.Namespace, see
     found: dict[str, Any] = {"seed": seed, "tuned_s": tuned_s, "refined_s": 0.0}
     lines = fedbpt.compare_answers(scorer, task, test, prompt, train, seed=seed)
     found["tuned"] = report(lines)
-    if prompt.rows.any() and given.refine_s:
+    if moves(scorer, prompt) and given.refine_s:
         began = time.monotonic()
         refined = fedbpt.refine(scorer, task, train, prompt, budget=fedbpt.Budget(seconds=given.refine_s), seed=seed)
         found |= {"refined_s": time.monotonic() - began, "held": [refined.before, refined.after]}

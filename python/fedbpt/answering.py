@@ -6,6 +6,7 @@ constant answer, which a metric may rate highly though it ignores the text.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,10 +25,13 @@ from fedbpt.metrics import Metric, metric_named, rewards_of
 from fedbpt.prompts.prompt import Prompt
 from fedbpt.protocol.seeding import generator
 from fedbpt.protocol.specs import PromptSpec, Template
+from fedbpt.quantities import PositiveInt
 from fedbpt.runs.intervals import Z_95
 from fedbpt.search.projection import placing, start_rows
 from fedbpt.tasks import Generation, GivenTask, Row, Task, load, to_rows
-from fedbpt.tasks.task import bos_ids, cue_ids, render_ids, target_ids
+from fedbpt.tasks.task import bos_ids, continuation_ids, cue_ids, render_ids, target_ids
+
+log = logging.getLogger(__name__)
 
 N_EXAMPLES: Final = 3
 """Rows in the model's context, of the line `examples`."""
@@ -37,6 +41,8 @@ CONSTANTS: Final = 64
 
 CONSTANT_ROWS: Final = 256
 """Maximum number of training rows on which they are tried."""
+
+_BETWEEN: Final = "\n\n"  # examples
 
 LINES: Final[Mapping[str, str]] = {
     "zero_shot": "untuned",
@@ -92,7 +98,8 @@ def _answers(
     settings = generation_of(task)
     plan = compile_answers(scorer, task, rows, prompt, template, examples)
     start = start_rows(scorer, cue_ids(scorer, template), PromptSpec(d=1)) if prompt is None else prompt.rows
-    found = plan.generate(np.asarray(start)[None], None, sampling, max_tokens=settings.max_tokens, stop=settings.stop)
+    stop = (*settings.stop, _BETWEEN) if examples else settings.stop  # else it would go on with examples of its own
+    found = plan.generate(np.asarray(start)[None], None, sampling, max_tokens=settings.max_tokens, stop=stop)
     return [answer.text.strip() for answer in found[0]]
 
 
@@ -127,7 +134,7 @@ def _example(scorer: TextModel, template: Template, row: Row, limit: int, n_bos:
     """Token ids of a text with its target, and an empty line."""
     text = render_ids(scorer, template, row[0], limit)[n_bos:]
     target = target_ids(scorer, template, str(row[1]), limit)
-    return np.concatenate([text, target, np.asarray(scorer.tokenize("\n\n", add_bos=False), dtype=np.int32)])
+    return np.concatenate([text, target, continuation_ids(scorer, _BETWEEN, "an empty line")])
 
 
 def generation_of(task: Task) -> Generation:
@@ -137,14 +144,22 @@ def generation_of(task: Task) -> Generation:
     return Generation() if task.generation is UNSET else task.generation
 
 
+FEWEST_ROWS: Final = 6
+"""Rows of which a mean has an interval: of fewer, even equal signs of all differences are no evidence at 95 %."""
+
+
 def _interval(values: NDArray[np.float64]) -> tuple[float, float]:
-    """95 % interval of a mean (normal approximation); infinite for a single value."""
+    """95 % interval of a mean, by Student's t (its quantile to first order in 1/n); infinite for few rows."""
     mean = float(values.mean())
-    half = Z_95 * float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    freedom = len(values) - 1
+    if len(values) < FEWEST_ROWS:
+        return -math.inf, math.inf
+    quantile = Z_95 + (Z_95**3 + Z_95) / (4 * freedom)
+    half = quantile * float(values.std(ddof=1)) / math.sqrt(len(values))
     return mean - half, mean + half
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AnswerLine:
     """The answers of one way to reply, and what the metric says of them.
 
@@ -164,7 +179,7 @@ class AnswerLine:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of the mean (normal approximation)."""
+        """95 % interval of the mean; infinite for fewer rows than `FEWEST_ROWS`."""
         half = (
             Z_95 * float(self.rewards.std(ddof=1)) / math.sqrt(len(self.rewards)) if len(self.rewards) > 1 else math.inf
         )
@@ -176,7 +191,7 @@ class AnswerLine:
         return len(set(self.answers)) / len(self.answers)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AnswerComparison:
     """Ways to reply, measured on the same rows.
 
@@ -184,11 +199,13 @@ class AnswerComparison:
         metric: its name.
         rows: the rows.
         lines: by key of `LINES`.
+        n_examples: number of examples that were in the model's context.
     """
 
     metric: str
     rows: tuple[Row, ...] = field(repr=False)
     lines: Mapping[str, AnswerLine]
+    n_examples: int = 0
 
     def gain(self, over: str) -> tuple[float, float]:
         """95 % interval of the mean gain of the tuned prompt over line ``over``, from the rows' differences."""
@@ -196,9 +213,8 @@ class AnswerComparison:
 
     @property
     def improved(self) -> bool:
-        """Whether the tuned prompt beats every other line beyond the 95 % interval."""
-        others = [name for name in self.lines if name != "tuned"]
-        return "tuned" in self.lines and all(self.gain(name)[0] > 0 for name in others)
+        """Whether the tuned prompt beats all of the other lines beyond the 95 % interval; False if one is missing."""
+        return not (set(LINES) - set(self.lines)) and not self._not_beaten
 
     def table(self) -> list[tuple[str, str]]:
         """The lines as (name, figures)."""
@@ -215,10 +231,17 @@ class AnswerComparison:
         """Whether the tuned prompt improved, in one sentence."""
         if "tuned" not in self.lines:
             return "no prompt was measured"
-        better = [LINES[name] for name in self.lines if name != "tuned" and self.gain(name)[0] <= 0]
-        if not better:
-            return "improved: better than every other line beyond the 95 % interval"
-        return f"not improved: not shown to be better than {', '.join(better)}"
+        if self._not_beaten:
+            return f"not improved: not shown to be better than {', '.join(LINES[name] for name in self._not_beaten)}"
+        missing = [LINES[name] for name in LINES if name not in self.lines]
+        if missing:
+            beaten = ", ".join(LINES[name] for name in self.lines if name != "tuned")
+            return f"better than {beaten}; give training rows to compare it with {' and '.join(missing)}"
+        return "improved: better than all others beyond the 95 % interval"
+
+    @property
+    def _not_beaten(self) -> list[str]:
+        return [name for name in self.lines if name != "tuned" and self.gain(name)[0] <= 0]
 
     def side_by_side(self, n: int = 10) -> list[dict[str, str]]:
         """The first ``n`` texts with their target and each line's answer."""
@@ -251,7 +274,7 @@ def compare_answers(
     *,
     template: Template | None = None,
     metric: str | Metric | None = None,
-    n_examples: int = N_EXAMPLES,
+    n_examples: PositiveInt = N_EXAMPLES,
     seed: int = 0,
 ) -> AnswerComparison:
     """Measure the answers of a tuned prompt, the bare model, the model with examples, and the best constant answer.
@@ -282,17 +305,32 @@ def compare_answers(
         rewards = rewards_of(measure, data, found)
         return AnswerLine(tuple(found), rewards.values, rewards.n_failed)
 
-    lines = {"zero_shot": line(_answers(scorer, task, data, None, chosen))}
+    lines = {}
+    if prompt is not None:  # first: it may not fit
+        lines["tuned"] = line(_answers(scorer, task, data, prompt, chosen))
+    lines["zero_shot"] = line(_answers(scorer, task, data, None, chosen))
+    shown: list[Row] = []
     if train is not None:
         known = to_rows(train, task)
         order = generator(seed, "examples").permutation(len(known))
-        shown = [known[i] for i in order[:n_examples]]
-        lines["examples"] = line(_answers(scorer, task, data, None, chosen, shown))
+        shown = _fitting(scorer, task, chosen, [known[i] for i in order[:n_examples]])
+        if shown:
+            lines["examples"] = line(_answers(scorer, task, data, None, chosen, shown))
         own = [known[i] for i in order[:CONSTANT_ROWS]]
         lines["constant"] = line([best_constant(measure, own)] * len(data))
-    if prompt is not None:
-        lines["tuned"] = line(_answers(scorer, task, data, prompt, chosen))
-    return AnswerComparison(str(name), tuple(data), lines)
+    ordered = {each: lines[each] for each in LINES if each in lines}
+    return AnswerComparison(str(name), tuple(data), ordered, len(shown))
+
+
+def _fitting(scorer: TextModel, task: Task, template: Template, examples: list[Row]) -> list[Row]:
+    """As many of the examples, the first ones, as leave room for any text of the task and its answer."""
+    limit = task.max_text_tokens
+    room = scorer.n_ctx_train - len(render_ids(scorer, template, "x")) - limit - generation_of(task).max_tokens
+    lengths = [len(_example(scorer, template, row, limit, 0)) for row in examples]
+    fitting = [row for row, end in zip(examples, np.cumsum(lengths).tolist(), strict=True) if end <= room]
+    if len(fitting) < len(examples):
+        log.warning("%d of %d examples fit into the model's context", len(fitting), len(examples))
+    return fitting
 
 
 def best_constant(metric: Metric, rows: Sequence[Row]) -> str:

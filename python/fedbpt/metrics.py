@@ -1,7 +1,8 @@
 """Metrics of a generated text: how good an answer is, as a number that is higher for a better one.
 
 A metric is any function of (text, answer, row) that returns a finite number; `row` is (text, target text). Those with a
-name return 0 to 1, and are given as ``name`` or ``name:argument``, see `NAMED`.
+name return 0 to 1, and are given as ``name`` or ``name:argument``, see `NAMED`. They compare text in Unicode's composed
+form (NFC).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import logging
 import math
 import re
-import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -30,8 +31,8 @@ Metric: TypeAlias = Callable[[str, str, TargetRow], float]
 
 
 class Rewards(NamedTuple):
-    """The metric's value [n] of each answer. ``n_failed``: answers whose value is 0 because the metric raised an error
-    or returned no finite number.
+    """The metric's value [n] of each answer. ``n_failed``: answers for which it raised an error or returned no finite
+    number; they count 0, or as the worst of the others if that is negative.
     """
 
     values: NDArray[np.float64]
@@ -40,19 +41,17 @@ class Rewards(NamedTuple):
 
 def rewards_of(metric: Metric, rows: Sequence[TargetRow], answers: Sequence[str]) -> Rewards:
     """Measure an answer to each row's text."""
-    values = np.zeros(len(answers))
-    n_failed = 0
+    values = np.full(len(answers), math.nan)
     for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
         try:
             value = float(metric(row[0], answer, row))
         except Exception as error:  # noqa: BLE001 - of a person's own function; it is counted and shown
             log.debug("the metric raised %s on row %d", type(error).__name__, i)
             value = math.nan
-        if math.isfinite(value):
-            values[i] = value
-        else:
-            n_failed += 1
-    return Rewards(values, n_failed)
+        values[i] = value if math.isfinite(value) else math.nan
+    failed = np.isnan(values)
+    values[failed] = min(0.0, values[~failed].min(initial=0.0))
+    return Rewards(values, int(failed.sum()))
 
 
 @lru_cache(maxsize=64)
@@ -63,28 +62,29 @@ def metric_named(name: str) -> Metric:
         ConfigError: there is none of this name, or its argument is missing or invalid.
         MissingExtraError: its library is not installed.
     """
-    kind, colon, argument = name.partition(":")
-    make = NAMED.get(kind)
-    if make is None:
+    check_metric(name)
+    kind, _, argument = name.partition(":")
+    return NAMED[kind](argument)
+
+
+def check_metric(name: str) -> None:
+    """Raise `ConfigError` unless there is a metric of this name, with an argument if it needs one."""
+    kind, colon, _ = name.partition(":")
+    if kind not in NAMED:
         raise ConfigError(f"there is no metric {kind!r}: give one of {', '.join(sorted(NAMED))}", field="metric")
     if bool(colon) != (kind in _WITH_ARGUMENT):
         example = _WITH_ARGUMENT.get(kind)
-        problem = (
-            f"metric {kind!r} takes no argument: leave it out"
-            if example is None
-            else (f"metric {kind!r} needs an argument: for example {example!r}")
-        )
-        raise ConfigError(problem, field="metric")
-    return make(argument)
+        remedy = "takes no argument: leave it out" if example is None else f"needs an argument: for example {example!r}"
+        raise ConfigError(f"metric {kind!r} {remedy}", field="metric")
 
 
 def _exact_match(_argument: str) -> Metric:
-    return lambda _text, answer, row: float(answer.strip() == _target(row).strip())
+    return lambda _text, answer, row: float(_composed(answer).strip() == _target(row).strip())
 
 
 def _contains(_argument: str) -> Metric:
     def contains(_text: str, answer: str, row: TargetRow) -> float:
-        return float(_target(row).strip().casefold() in answer.casefold())
+        return float(_target(row).strip().casefold() in _composed(answer).casefold())
 
     return contains
 
@@ -92,6 +92,8 @@ def _contains(_argument: str) -> Metric:
 def _token_f1(_argument: str) -> Metric:
     def token_f1(_text: str, answer: str, row: TargetRow) -> float:
         given, wanted = _words(answer), _words(_target(row))
+        if not given or not wanted:  # a target like "A"
+            given, wanted = _words(answer, articles=True), _words(_target(row), articles=True)
         same = sum((Counter(given) & Counter(wanted)).values())
         return 2 * same / (len(given) + len(wanted)) if same else 0.0
 
@@ -99,19 +101,25 @@ def _token_f1(_argument: str) -> Metric:
 
 
 _ARTICLES: Final = re.compile(r"\b(a|an|the)\b")
-_WITHOUT_PUNCTUATION: Final = str.maketrans("", "", string.punctuation)
 
 
-def _words(text: str) -> list[str]:
+def _words(text: str, articles: bool = False) -> list[str]:
     """As SQuAD's evaluation (Rajpurkar et al. 2016) normalises answers: no case, punctuation or English articles."""
-    return _ARTICLES.sub(" ", text.casefold().translate(_WITHOUT_PUNCTUATION)).split()
+    plain = "".join(" " if unicodedata.category(c).startswith("P") else c for c in _composed(text).casefold())
+    kept = plain if articles else _ARTICLES.sub(" ", plain)
+    return _SCRIPTIO_CONTINUA.sub(r" \1 ", kept).split()
+
+
+_SCRIPTIO_CONTINUA: Final = re.compile("([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])")
+"""A character of Chinese or Japanese, which are written without spaces: each counts as a word."""
 
 
 class _UnicodeWords:
     """A tokenizer for ``rouge-score``, whose own drops all letters but English ones."""
 
     def tokenize(self, text: str) -> list[str]:
-        return re.findall(r"\w+", text.casefold())
+        kept = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in _composed(text).casefold())
+        return _SCRIPTIO_CONTINUA.sub(r" \1 ", kept).split()
 
 
 def _rouge_l(_argument: str) -> Metric:
@@ -147,20 +155,25 @@ def _json_schema(schema: str) -> Metric:
     try:
         from jsonschema.exceptions import SchemaError, ValidationError
         from jsonschema.validators import validator_for
+        from referencing import Registry
+        from referencing.exceptions import Unresolvable
     except ImportError as error:
         raise MissingExtraError("the metric 'json-schema'", "metrics") from error
     try:
         parsed = json.loads(schema)
+        if not isinstance(parsed, dict) or not isinstance(parsed.get("$schema", ""), str):
+            raise ValueError("it must be an object, its $schema a string")
         kind = validator_for(parsed)
         kind.check_schema(parsed)
-    except (ValueError, SchemaError, RecursionError) as error:
+        validator = kind(parsed, registry=Registry())  # of nothing: a schema must not make this machine read files
+        validator.is_valid({})
+    except (ValueError, SchemaError, Unresolvable, RecursionError) as error:
         first = str(error).split("\n")[0]
         raise ConfigError(f"the schema of 'json-schema' is invalid ({first}): correct it", field="metric") from error
-    validator = kind(parsed)
 
     def json_schema(_text: str, answer: str, _row: TargetRow) -> float:
         try:
-            validator.validate(json.loads(answer))
+            validator.validate(_parsed(answer))
         except (ValueError, ValidationError, RecursionError):
             return 0.0
         return 1.0
@@ -170,23 +183,23 @@ def _json_schema(schema: str) -> Metric:
 
 def _json_fields(_argument: str) -> Metric:
     def json_fields(_text: str, answer: str, row: TargetRow) -> float:
-        wanted = json.loads(_target(row))  # a target that is no JSON object fails, and is counted
+        wanted = _parsed(_target(row))  # a target that is no JSON object fails, and is counted
         if not isinstance(wanted, dict):
             raise TypeError("the target is not a JSON object")
         try:
-            given = json.loads(answer)
+            given = _parsed(answer)
         except (ValueError, RecursionError):
             return 0.0
         if not isinstance(given, dict):
             return 0.0
-        right = sum(1 for key, value in wanted.items() if key in given and given[key] == value)
-        return right / max(len(wanted), len(given), 1)
+        right = sum(key in given and _canonical(given[key]) == _canonical(value) for key, value in wanted.items())
+        return right / max(len(wanted), len(given)) if wanted or given else 1.0
 
     return json_fields
 
 
 def _max_words(limit: str) -> Metric:
-    if not (limit.isascii() and limit.isdigit() and int(limit) > 0):
+    if not re.fullmatch("[1-9][0-9]{0,5}", limit):
         raise ConfigError(f"metric 'max-words' needs a number of words, got {limit!r}: give 1 or more", field="metric")
     most = int(limit)
 
@@ -225,4 +238,22 @@ _WITH_ARGUMENT: Final = {
 
 
 def _target(row: TargetRow) -> str:
-    return str(row[1])
+    return _composed(str(row[1]))
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _parsed(text: str) -> Any:
+    """The value of JSON. Raises `ValueError`."""
+    return json.loads(_composed(text), parse_constant=_no_number)
+
+
+def _canonical(value: Any) -> str:
+    """Equal for equal JSON values: true is not 1."""
+    return json.dumps(value, sort_keys=True)

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Annotated, Any, Final, cast
 
 import msgspec
 import numpy as np
@@ -22,17 +22,18 @@ from fedbpt.answering import compile_answers, generation_of
 from fedbpt.api import Budget
 from fedbpt.argument_types import checked
 from fedbpt.engine.text_generator import GREEDY, TextModel
-from fedbpt.errors import ConfigError, DataError, PromptError
+from fedbpt.errors import ConfigError, DataError, PromptError, ScoringInterrupted
 from fedbpt.machine.interrupts import interruptible
 from fedbpt.metrics import Metric, metric_named, rewards_of
 from fedbpt.objective.objective import Objective
 from fedbpt.prompts.prompt import Prompt
 from fedbpt.protocol.seeding import generator
 from fedbpt.protocol.specs import ObjectiveSpec
+from fedbpt.quantities import PositiveInt
 from fedbpt.search.cma_es import CmaUpdate
 from fedbpt.search.population import sample_population
-from fedbpt.search.projection import Projection
-from fedbpt.tasks import GivenTask, Row, load, to_rows
+from fedbpt.search.projection import Projection, start_rows
+from fedbpt.tasks import GivenTask, Row, cue_ids, load, to_rows
 
 log = logging.getLogger(__name__)
 
@@ -83,12 +84,12 @@ def refine(
     *,
     metric: str | Metric | None = None,
     budget: Budget | None = None,
-    popsize: int = 12,
-    batch_size: int = 16,
+    popsize: Annotated[int, msgspec.Meta(ge=4)] = 12,
+    batch_size: PositiveInt = 16,
     seed: int = 0,
     on_measured: Callable[[int, float], None] = lambda _evaluations, _mean: None,
 ) -> RefineResult:
-    """Move ``prompt`` to where the model's answers are worth more by a metric.
+    """Move ``prompt`` to where the model's answers are worth more by a metric. Ctrl-C ends it with the best so far.
 
     Args:
         scorer: the model.
@@ -114,11 +115,17 @@ def refine(
     limits = (budget or Budget(evaluations=600)).limits()
     if limits["tokens"]:
         raise ConfigError("refining has no budget in tokens: give evaluations or seconds", field="budget")
-    if not prompt.rows.any():
+    if not moves(scorer, prompt):
         raise PromptError("this prompt does nothing: tune one on target texts first", field="prompt")
     measure = metric if callable(metric) else metric_named(metric or generation_of(task).metric)
     search = _Search(scorer, task, rows, prompt, measure, popsize, batch_size, seed)
     return search.run(limits["evaluations"], limits["seconds"], on_measured)
+
+
+def moves(scorer: TextModel, prompt: Prompt) -> bool:
+    """Whether a prompt differs from none: `fedbpt.tune` ships one that does not where held-out rows saw no gain."""
+    start = start_rows(scorer, cue_ids(scorer, prompt.template), prompt.spec)
+    return prompt.rows.shape != start.shape or bool((prompt.rows != start).any())
 
 
 class _Search:
@@ -154,29 +161,34 @@ class _Search:
 
     def run(self, evaluations: int, seconds: float, on_measured: Callable[[int, float], None]) -> RefineResult:
         began = time.monotonic()
-        update = CmaUpdate(DIRECTIONS, 1.0, self.popsize, step_size="path")
+        update = CmaUpdate(DIRECTIONS, self.prompt.spec.sigma0, self.popsize, step_size="path")
         mean = update.mean
         before, distinct = self._measure_held(mean)
         best = (before, mean)
         curve = [(0, before)]
         number = 0
-        while True:
-            number += 1
-            chosen = np.sort(generator(self.seed, "refine", number).choice(self.free, self.batch_size, replace=False))
-            latents = sample_population(update.state(), self.popsize, self.seed, number)
-            losses = self._losses(latents, chosen)
-            if losses is not None:
-                update.update(latents, losses)
-            spent = evaluations and self.evaluations + self.popsize > evaluations
-            spent = spent or bool(seconds and time.monotonic() - began >= seconds)
-            if number % CHECK_EVERY == 0 or spent:
-                value, own = self._measure_held(update.mean)
-                curve.append((self.evaluations, value))
-                on_measured(self.evaluations, value)
-                if value > best[0] and own >= LEAST_DISTINCT * distinct:
-                    best = (value, update.mean)
-            if spent:
-                break
+        try:
+            while True:
+                number += 1
+                chosen = np.sort(
+                    generator(self.seed, "refine", number).choice(self.free, self.batch_size, replace=False)
+                )
+                latents = sample_population(update.state(), self.popsize, self.seed, number)
+                losses = self._losses(latents, chosen)
+                if losses is not None:
+                    update.update(latents, losses)
+                spent = evaluations and self.evaluations + self.popsize > evaluations
+                spent = spent or bool(seconds and time.monotonic() - began >= seconds)
+                if number % CHECK_EVERY == 0 or spent:
+                    value, own = self._measure_held(update.mean)
+                    curve.append((self.evaluations, value))
+                    on_measured(self.evaluations, value)
+                    if value > best[0] and own >= LEAST_DISTINCT * distinct:
+                        best = (value, update.mean)
+                if spent:
+                    break
+        except (KeyboardInterrupt, ScoringInterrupted):
+            log.info("refining was interrupted after %d evaluations", self.evaluations)
         after, latent = best
         found = self.prompt if after <= before else self._as_prompt(latent, before, after)
         return RefineResult(found, before, after, tuple(curve), self.evaluations, self.n_failed)
@@ -210,6 +222,7 @@ class _Search:
         embeds = self.projection.embeds(latent[None])
         (own,) = self._answers(embeds, self.held)
         rewards = rewards_of(self.metric, [self.rows[i] for i in self.held], own)
+        self.n_failed += rewards.n_failed
         return float(rewards.values.mean()), len(set(own)) / len(own)
 
     def _as_prompt(self, latent: NDArray[np.float64], before: float, after: float) -> Prompt:

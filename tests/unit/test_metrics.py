@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedbpt.errors import ConfigError, MissingExtraError
@@ -37,6 +38,11 @@ def value(name: str, answer: str, target: str = "") -> float:
         ("rouge-l", "a b c d", "a c d e", 0.75),
         ("rouge-l", "новости дня", "новости дня", 1),
         ("rouge-l", "", "x", 0),
+        ("rouge-l", "\u0915\u0940", "\u0915\u093e", 0),  # Hindi words that differ in a vowel sign
+        ("rouge-l", "\u6211\u559c\u6b22\u82f9\u679c", "\u6211\u559c\u6b22\u9999\u8549", 0.6),  # Chinese
+        ("token-f1", "\u5df4\u9ece\u3002", "\u5df4\u9ece", 1),
+        ("token-f1", "A.", "A", 1),
+        ("exact-match", "Cafe\u0301", "Caf\u00e9", 1),
         ("bleu", "the cat sat on the mat", "the cat sat on the mat", 1),
         ("bleu", "", "x", 0),
         ("regex:^[A-Z].*\\.$", "Yes, it is.", "", 1),
@@ -50,6 +56,9 @@ def value(name: str, answer: str, target: str = "") -> float:
         ("json-fields", '{"a": 1, "b": 2, "c": 3}', '{"a": 1}', 1 / 3),
         ("json-fields", '{"a": 1', '{"a": 1}', 0),
         ("json-fields", "[1]", '{"a": 1}', 0),
+        ("json-fields", '{"a": true}', '{"a": 1}', 0),
+        ("json-fields", "{}", "{}", 1),
+        ("json-schema:{}", "NaN", "", 0),
         ("max-words:3", "one two three", "", 1),
         ("max-words:4", "one two three four five", "", 0.75),
         ("max-words:2", "one two three four five", "", 0),
@@ -60,6 +69,7 @@ def test_a_named_metric_measures(name: str, answer: str, target: str, expected: 
     assert value(name, answer, target) == pytest.approx(expected)
 
 
+@settings(deadline=None)  # the first use of a metric imports its library
 @given(st.text(max_size=40), st.text(min_size=1, max_size=40))
 def test_named_metrics_are_between_0_and_1(answer: str, target: str) -> None:
     for kind in NAMED:
@@ -67,6 +77,7 @@ def test_named_metrics_are_between_0_and_1(answer: str, target: str) -> None:
         assert 0 <= value(EXAMPLES.get(kind, kind), answer, wanted) <= 1
 
 
+@settings(deadline=None)
 @given(st.text(alphabet=st.characters(categories=["L", "N"]), min_size=1, max_size=40))
 def test_the_target_itself_is_the_best_answer(target: str) -> None:
     for kind in ("exact-match", "contains", "rouge-l"):
@@ -85,12 +96,39 @@ def test_what_a_function_raises_or_returns_wrongly_counts_as_0_and_is_counted() 
     assert rewards.n_failed == 4
 
 
+def test_where_a_function_has_negative_values_a_failure_is_not_the_best() -> None:
+    def minus_length(_text: str, answer: str, _row: object) -> float:
+        return 1 / 0 if answer == "fail" else -float(len(answer))
+
+    rewards = rewards_of(minus_length, [("t", "x")] * 3, ["a", "fail", "abc"])
+    np.testing.assert_array_equal(rewards.values, [-1, -3, -3])
+
+
+def test_a_schema_makes_this_machine_read_nothing(tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_text("{}")
+    with raises(ConfigError, field="metric"):
+        metric_named(f'json-schema:{{"$ref": "file://{tmp_path}/s.json"}}')
+
+
 def test_a_target_that_is_no_json_is_counted() -> None:
     assert rewards_of(metric_named("json-fields"), [("t", "x"), ("t", "[1]")], ["{}", "{}"]).n_failed == 2
 
 
 @pytest.mark.parametrize(
-    "name", ["exact", "regex", "regex:(", "max-words:0", "max-words:many", "json-schema:{", "exact-match:3", ""]
+    "name",
+    [
+        "exact",
+        "regex",
+        "regex:(",
+        "json-schema:3",
+        'json-schema:{"$schema": 3}',
+        f"max-words:{10**9}",
+        "max-words:0",
+        "max-words:many",
+        "json-schema:{",
+        "exact-match:3",
+        "",
+    ],
 )
 def test_a_wrong_name_or_argument_is_refused_in_one_line(name: str) -> None:
     with raises(ConfigError, field="metric") as caught:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -103,7 +104,7 @@ def _print_answers(found: AnswerComparison, as_json: bool, quiet: bool) -> None:
         lines = {
             name: {
                 "mean": line.mean,
-                "interval": line.interval,
+                "interval": line.interval if math.isfinite(line.interval[0]) else None,
                 "distinct": line.distinct,
                 "failed": line.n_failed,
                 "answers": list(line.answers),
@@ -122,7 +123,11 @@ def _print_answers(found: AnswerComparison, as_json: bool, quiet: bool) -> None:
     for name, line in found.lines.items():
         low, high = line.interval
         table.add_row(
-            LINES[name], f"{line.mean:.3f}", f"{low:.3f} – {high:.3f}", f"{line.distinct:.0%}", str(line.n_failed)
+            LINES[name],
+            f"{line.mean:.3f}",
+            f"{low:.3f} – {high:.3f}" if math.isfinite(low) else "",
+            f"{line.distinct:.0%}",
+            str(line.n_failed),
         )
     console.print(table)
     console.print(found.verdict(), markup=False, highlight=False)

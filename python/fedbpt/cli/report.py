@@ -41,6 +41,7 @@ def result_as_json(result: RunResult, prompt_path: Path | None) -> dict[str, Any
             name: score.perplexity if result.generates else score.accuracy for name, score in result.baselines.items()
         },
         "shipped": result.shipped,
+        "futile": result.futile,
         "n": result.tuned.n,
         "dev": {name: _score(result, score) for name, score in result.scores("dev").items()},
         "evaluations": result.evaluations,
@@ -120,7 +121,7 @@ def print_result(result: RunResult, prompt_path: Path | None) -> None:
     if result.epsilon is not None and result.settings.privacy is not None:
         console.print(f"privacy: ε {result.epsilon:.2f} at δ {result.settings.privacy.delta:g} per training row")
     if result.futile:
-        console.print(f"{FUTILE} (stop_if_futile)", highlight=False, soft_wrap=True)
+        console.print(FUTILE, highlight=False, soft_wrap=True)
     if result.is_not_better:
         console.print(NOT_BETTER, highlight=False, soft_wrap=True)
     if prompt_path is not None:

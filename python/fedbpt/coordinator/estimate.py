@@ -92,7 +92,7 @@ class Parts(NamedTuple):
 
 
 class DeviceCost(msgspec.Struct, frozen=True, kw_only=True):
-    """Upper bounds for one device, with interim looks but no other evaluations. ``seconds`` None: speed unknown.
+    """Upper bounds for one device, with the fits of interim looks, without evaluations. ``seconds`` None: no speed.
 
     ``select``, ``texts``, ``probe``, ``round`` and ``others`` are forward tokens: selecting the template, the texts
     once (if their KV is kept), reading their hidden states without a prompt, one round of the search, and the

@@ -19,7 +19,7 @@ from fedbpt.coordinator.clients.base import DeviceClient
 from fedbpt.coordinator.control import RunControl, Wish
 from fedbpt.coordinator.estimate import readout_tokens
 from fedbpt.coordinator.fleet import Fleet
-from fedbpt.coordinator.layer_reading import LOOK_ROUNDS, LOOKS, looks
+from fedbpt.coordinator.layer_reading import LAST_LOOK, LOOK_ROUNDS, LOOKS, has_looks
 from fedbpt.coordinator.ledger import RunLedger
 from fedbpt.coordinator.live import LiveEvaluation
 from fedbpt.coordinator.members import Cohort, common_model, describe_absent
@@ -36,7 +36,7 @@ from fedbpt.protocol import codec
 from fedbpt.protocol.names import check_names
 from fedbpt.protocol.rounds import EvaluateReport, FitPurpose
 from fedbpt.protocol.seeding import generator
-from fedbpt.runs.dev_figures import LOOK_GAIN
+from fedbpt.runs.dev_figures import LOOK_GAIN, LOOKS_DONE
 from fedbpt.runs.events import (
     EventCallback,
     RoundClosed,
@@ -279,23 +279,30 @@ class Federation:
 
     def _look_is_due(self) -> bool:
         state = self._ledger.state
-        can = looks(self.task.templates, self.settings, state.n_layer)
-        if not can or state.searched < LOOK_ROUNDS or state.looks >= len(LOOKS):
-            return False
-        return self._ledger.course.share(self.settings) >= LOOKS[state.looks]
+        can = has_looks(self.task.templates, self.settings, state.n_layer)
+        share = self._ledger.course.share(self.settings)
+        return can and state.searched >= LOOK_ROUNDS and share <= LAST_LOOK and self._looks_at(share) > state.looks
+
+    @staticmethod
+    def _looks_at(share: float) -> int:
+        """Number of interim looks that are due when this share of the budget is spent."""
+        return sum(share >= due for due in LOOKS)
 
     async def _look(self, fleet: Fleet) -> None:
         """End the search if it gains nothing: most of its budget is then saved."""
         state = self._ledger.state
         if self._live is None or self._ledger.is_spent(self._readout_s(fleet)):
             return
+        looks = self._looks_at(self._ledger.course.share(self.settings))
+        began = time.monotonic()
         gain = await self._live.look()
+        self._ledger.leave_out(state.closed, time.monotonic() - began)
         if gain is None:  # another try would be no better
-            state.looks += 1
+            state.looks = looks
             return
-        self._store.record_metrics(self.run_name, state.closed, {LOOK_GAIN: gain})
-        state.look(gain)
-        if state.futile:
+        self._store.record_metrics(self.run_name, state.closed, {LOOK_GAIN: gain, LOOKS_DONE: looks})
+        state.look(gain, looks)
+        if state.futile_at is not None:
             log.info("run %s: held-out rows show no gain from the prompt: the search ends", self.run_name)
 
     async def _fit(self, fleet: Fleet, purpose: FitPurpose) -> None:

@@ -15,6 +15,9 @@ MAX_WORD_BYTES: Final = 120
 LOOKS: Final = (0.25, 0.5)
 """Shares of the budget after which interim looks may end a search that gains nothing (`RunSettings.stop_if_futile`)."""
 
+LAST_LOOK: Final = 0.75
+"""Share of the budget after which a look would save too little."""
+
 LOOK_ROUNDS: Final = 10
 """Rounds of the search before the first of them."""
 
@@ -43,7 +46,7 @@ def states_alone(templates: Sequence[Template], settings: RunSettings, n_layer: 
     return reads_layers(templates, settings, n_layer) and min(lengths) > MAX_WORD_BYTES
 
 
-def looks(templates: Sequence[Template], settings: RunSettings, n_layer: int) -> bool:
+def has_looks(templates: Sequence[Template], settings: RunSettings, n_layer: int) -> bool:
     """Whether a run has interim looks: held-out rows judge it, and there is a probe to compare with."""
     trusted = settings.stop_if_futile and settings.robust == "none"
     return trusted and reads_layers(templates, settings, n_layer) and not states_alone(templates, settings, n_layer)
@@ -51,4 +54,4 @@ def looks(templates: Sequence[Template], settings: RunSettings, n_layer: int) ->
 
 def most_looks(templates: Sequence[Template], settings: RunSettings, n_layer: int, rounds: int) -> int:
     """Most interim looks in ``rounds`` of the search."""
-    return len(LOOKS) if rounds > LOOK_ROUNDS and looks(templates, settings, n_layer) else 0
+    return len(LOOKS) if rounds > LOOK_ROUNDS and has_looks(templates, settings, n_layer) else 0

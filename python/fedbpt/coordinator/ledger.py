@@ -18,7 +18,7 @@ from fedbpt.errors import ConfigError, FederationError, StoreError
 from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import DeviceInfo, RoundReport
 from fedbpt.protocol.specs import Template
-from fedbpt.runs.dev_figures import DEV_SECONDS, LOOK_GAIN, judged_loss
+from fedbpt.runs.dev_figures import DEV_SECONDS, LOOK_GAIN, LOOKS_DONE, judged_loss
 from fedbpt.runs.result import RunResult
 from fedbpt.runs.settings import RunSettings, stored_settings
 from fedbpt.runs.store import RunStore, StoredRound, StoredRun, Traffic
@@ -162,7 +162,7 @@ class RunLedger:
         if loss is not None:
             self.state.judge(loss)
         if LOOK_GAIN in metrics:
-            self.state.look(metrics[LOOK_GAIN])
+            self.state.look(metrics[LOOK_GAIN], int(metrics[LOOKS_DONE]))
 
     def _replay_round(self, stored: StoredRound) -> None:
         failure = StoreError(
@@ -218,7 +218,7 @@ class RunLedger:
         return Committed(loss, epsilon)
 
     def leave_out(self, round: int, seconds: float) -> None:
-        """Record the time of a round that the budget ended before enough devices had reported."""
+        """Record the time of a round that the budget ended before enough devices had reported, or of a look."""
         before = self.metrics(round).get("cut_seconds", 0.0)
         self.store.record_metrics(self.run, round, {"cut_seconds": before + seconds})
         self._add_seconds(round, seconds)
@@ -244,8 +244,9 @@ class RunLedger:
         """
         state = self.state
         evaluations = state.aggregator.evaluations
+        futile = state.futile_at is not None and self.settings.stop_if_futile
         return (
-            self.is_futile
+            futile
             or state.out_of_patience
             or self.spending.reaches_limit(self.settings, state.searched, evaluations, reserve_s)
         )
@@ -253,7 +254,7 @@ class RunLedger:
     @property
     def is_futile(self) -> bool:
         """Whether an interim look has ended the search."""
-        return self.state.futile and self.settings.stop_if_futile
+        return self.settings.stop_if_futile and self.state.futile_at == self.state.searched
 
     def epsilon(self) -> float | None:
         """ε spent by the closed rounds, see `Spending.epsilon`."""

@@ -2,7 +2,8 @@
 
 A result is a prompt with its readout, and the readout may account for most of the gain. So a readout is fitted to the
 current mean, in the same way as at the end. These exchanges are not part of the run: they close no round, and decide
-nothing, except that ``patience`` judges by the loss of the calibrated prompt without a readout.
+nothing, except that ``patience`` judges by the loss of the calibrated prompt without a readout, and that an interim
+look may end the search.
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ class LiveEvaluation:
         state = ledger.state
         fit = await self._readout_fit(state.mean)
         lines = {} if fit is None else state.held_lines(fit)
+        lines = {name: line for name, line in lines.items() if name != "calibrated"}  # it has no prompt either
         if len(lines) < 2:
             return None
         request = ledger.planner.request(lines, label_weights=state.label_weights, split="held")

@@ -42,7 +42,7 @@ _Z: Final = 1.645  # the normal distribution's quantile of 95 %
 
 
 class RunState:
-    """Changes by `apply`, for each closed round in order, and by `judge`; nothing else decides what comes next.
+    """Changes by `apply`, for each closed round in order, and by `judge` and `look`; nothing else decides what follows.
 
     Args:
         task, settings: of the run; constant.
@@ -81,9 +81,9 @@ class RunState:
         self._n_worse = 0  # judgements since the best one, or since the last restart
         self._restarts = 0
         self.looks = 0
-        """Interim looks at what the search gains, see `look`."""
-        self.futile = False
-        """Whether one of them has shown no gain, so that the search ends."""
+        """How many of the interim looks are done or missed, see `look`."""
+        self.futile_at: int | None = None
+        """`searched` when one of them showed no gain; None: none did."""
 
     def copy(self) -> RunState:
         """An independent state, to try out what `apply` leads to."""
@@ -173,13 +173,14 @@ class RunState:
             self.aggregator.restart(self.mean)
         return better
 
-    def look(self, gain: float) -> None:
-        """Record an interim look: the loss that the search gains on held-out rows, in nats a row; ends it for none.
+    def look(self, gain: float, looks: int) -> None:
+        """Record an interim look, after which `looks` are done: what the search gains on held-out rows, nats a row.
 
         A look never chooses what is shipped, it only ends the search: `choose` judges the mean as it is then.
         """
-        self.looks += 1
-        self.futile = self.futile or gain <= 0.0
+        self.looks = looks
+        if gain <= 0.0 and self.futile_at is None:
+            self.futile_at = self.searched
 
     def choose(self, names: Sequence[str], reports: Sequence[EvaluateReport]) -> None:
         """Choose what is shipped, by losses of `held_lines` ``names`` on held-out rows; without any, the first line.

@@ -347,6 +347,7 @@ class RunState:
                 generates=self.generates,
                 **headline,
                 unscored=self._states_alone(),
+                futile=self._status == "finished" and self._result is not None and self._result.futile,
                 not_better=self._status == "finished" and self._result is not None and self._result.is_not_better,
                 stages=self._stages(),
                 loss=self._losses[-1].value if self._losses else None,

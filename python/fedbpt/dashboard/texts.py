@@ -8,7 +8,7 @@ from fedbpt.dashboard.views import DeviceView, Measured, RunView, Stage
 from fedbpt.display import console
 from fedbpt.display.console import STAGE_NAMES, human_bytes
 from fedbpt.runs.intervals import Interval
-from fedbpt.runs.result import NOT_BETTER, UNSCORED, Split
+from fedbpt.runs.result import FUTILE, NOT_BETTER, UNSCORED, Split
 
 NONE: Final = "–"
 
@@ -120,7 +120,8 @@ def basis(view: RunView) -> str:
     """The zero-shot figure, and the rows on which the main figure is measured."""
     if view.figure is None:
         return "not evaluated yet"
-    before = f"{UNSCORED} · " if view.unscored else f"{NOT_BETTER} · " if view.not_better else ""
+    notes = {UNSCORED: view.unscored, NOT_BETTER: view.not_better, FUTILE: view.futile}
+    before = "".join(f"{note} · " for note, is_so in notes.items() if is_so)
     if view.zero_shot is not None:
         before += f"zero-shot {_with_interval(view.zero_shot, view.zero_shot_interval, view.generates)} · "
     return f"{before}{view.n_rows:,} {ROWS[view.split]}"

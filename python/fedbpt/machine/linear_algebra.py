@@ -11,8 +11,9 @@ import os
 import threading
 from collections.abc import Callable
 from functools import cache, wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
+from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
 P = ParamSpec("P")
@@ -31,8 +32,6 @@ os.register_at_fork(after_in_child=_after_fork)
 
 @cache
 def _blas() -> ThreadpoolController:
-    import numpy  # noqa: F401  # a library that is not loaded yet would not be found
-
     return ThreadpoolController().select(user_api="blas")
 
 
@@ -45,3 +44,10 @@ def one_blas_thread(function: Callable[P, T]) -> Callable[P, T]:
             return function(*args, **kwargs)
 
     return alone
+
+
+@one_blas_thread
+def product(left: NDArray[Any], right: NDArray[Any]) -> NDArray[Any]:
+    """``left @ right``."""
+    found: NDArray[Any] = left @ right
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 
 from fedbpt.engine.discriminant import FoldSums, fold_sums
 from fedbpt.errors import InputError
-from fedbpt.machine.linear_algebra import one_blas_thread
+from fedbpt.machine.linear_algebra import one_blas_thread, product
 from fedbpt.objective.layer_view import Views
 from fedbpt.objective.losses import log_probabilities
 from fedbpt.protocol.rounds import CrossResult, CrossWork, SumsResult, SumsWork
@@ -67,7 +68,6 @@ Where few rows are read without an error, the largest scale of the logits would 
 """
 
 
-@one_blas_thread
 def cross_result(
     work: CrossWork,
     views: Views,
@@ -88,19 +88,23 @@ def cross_result(
         states = views.reader(reader)
         for fold in range(reading.n_folds):
             own = folds == fold
-            logits[column, own] = states[own] @ weights[fold, column] + biases[fold, column]
+            logits[column, own] = product(states[own], weights[fold, column]) + biases[fold, column]
     words = np.moveaxis(views.words, 1, 0) - work.centres.numpy()[:, None] if views.words.size else None
     rows = np.arange(len(targets))
     sums = np.zeros((len(coefficients), reading.n_folds))
     for mixture, (factors, scales) in enumerate(zip(coefficients, word_scales, strict=True)):
-        mixed = np.tensordot(factors[factors != 0], logits[factors != 0], axes=1)
+        mixed = _mixed(factors[factors != 0], logits[factors != 0])
         if words is not None and scales.any():
-            mixed = mixed + np.tensordot(scales, words, axes=1)
+            mixed = mixed + _mixed(scales, words)
         log_p = log_probabilities(np.broadcast_to(mixed, logits.shape[1:]))
         smoothed = (1 - SMOOTHING) * log_p[rows, targets] + SMOOTHING * log_p.mean(axis=1)
         losses = -row_weights * smoothed
         sums[mixture] = np.bincount(folds, losses, minlength=reading.n_folds)
     return CrossResult(purpose=work.purpose, loss_sums=Array.of(sums, "<f4"))
+
+
+_mixed = one_blas_thread(partial(np.tensordot, axes=1))
+"""The sum of arrays [k, …] by their factors [k]."""
 
 
 def _check_shapes(work: CrossWork, views: Views, last_label: int) -> None:

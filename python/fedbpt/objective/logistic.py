@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.errors import InputError
-from fedbpt.machine.linear_algebra import one_blas_thread
+from fedbpt.machine.linear_algebra import product
 from fedbpt.objective.layer_sums import word_loss
 from fedbpt.objective.layer_view import Views
 from fedbpt.objective.losses import log_probabilities
@@ -34,7 +34,6 @@ def moments_result(work: MomentsWork, views: Views, targets: NDArray[np.intp], n
     )
 
 
-@one_blas_thread
 def logistic_result(
     work: LogisticWork, views: Views, targets: NDArray[np.intp], folds: NDArray[np.intp], row_weights: Floats
 ) -> LogisticResult:
@@ -57,13 +56,15 @@ def logistic_result(
         if not own.any():  # a device with few rows may have them all in one fold
             own[:] = True
         x, s, target, row_weight = states[own], words[own], targets[own], row_weights[own]
-        logits = bias[point] + x @ weights[point].reshape(-1, n_labels) + np.einsum("v,nvk->nk", scales[point], s)
+        logits = (
+            bias[point] + product(x, weights[point].reshape(-1, n_labels)) + np.einsum("v,nvk->nk", scales[point], s)
+        )
         log_p = log_probabilities(logits)
         losses.append(float(-(row_weight * log_p[np.arange(len(target)), target]).mean()))
         by_logits = np.exp(log_p)
         by_logits[np.arange(len(target)), target] -= 1.0
         by_logits *= row_weight[:, None] / len(target)
-        by_weights = (x.T @ by_logits).reshape(weights.shape[1:])
+        by_weights = product(x.T, by_logits).reshape(weights.shape[1:])
         gradients.append((by_weights, np.einsum("nk,nvk->v", by_logits, s), by_logits.sum(axis=0)))
     by_weights, by_scales, by_bias = (np.stack(each) for each in zip(*gradients, strict=True))
     return LogisticResult(

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.errors import InputError
-from fedbpt.machine.linear_algebra import one_blas_thread
+from fedbpt.machine.linear_algebra import product
 from fedbpt.objective.losses import log_probabilities
 from fedbpt.protocol.rounds import FitResult, FitWork
 from fedbpt.protocol.seeding import generator
@@ -53,14 +53,13 @@ def full_weights(readout: Readout | None, n_words: int, n_labels: int) -> Floats
     return full
 
 
-@one_blas_thread
 def read(logits: NDArray[np.floating], weights: Floats) -> Floats:
     """Label logits [..., n_labels] from logits [..., n_labels + n_words], the label words' first."""
     n_labels = weights.shape[1]
     values = np.asarray(logits, dtype=np.float64)
     label_logits: Floats = values[..., :n_labels] + weights[0]
     if weights[1:].any():
-        label_logits = label_logits + values[..., n_labels:] @ weights[1:]
+        label_logits = label_logits + product(values[..., n_labels:], weights[1:])
     return label_logits
 
 
@@ -96,7 +95,6 @@ def moments(words: Floats) -> Floats:
     return np.append(words.mean(axis=0), (words**2).sum() / len(words))
 
 
-@one_blas_thread
 def loss_and_gradient(
     logits: NDArray[np.floating],
     targets: NDArray[np.intp],
@@ -125,7 +123,7 @@ def loss_and_gradient(
     residual *= scale[:, None]
     words = logits[:, n_labels : n_labels + len(weights) - 1] - (0.0 if centre is None else centre)
     features = np.concatenate([np.ones((len(rows), 1)), words], axis=1)
-    return loss, features.T @ residual / len(rows)
+    return loss, product(features.T, residual) / len(rows)
 
 
 def fit_result(

@@ -17,7 +17,10 @@ UNSCORED = "the label words are too long to be scored: there is no zero-shot fig
 NOT_BETTER = "held-out training rows do not show that the tuned prompt is better than none: the result has none"
 """Said where a run of target texts ships the model without a prompt (`RunResult.is_not_better`)."""
 
-FUTILE = "the search ended early: held-out training rows showed no gain over the readout without prompt"
+FUTILE = (
+    "the search ended early: held-out training rows showed no gain over the readout without prompt; "
+    "to search on, set stop_if_futile = false"
+)
 """Said where an interim look ended the search (`RunResult.futile`)."""
 
 VARIANTS = {"zero_shot": "zero-shot", **BASELINES, "tuned": "tuned"}

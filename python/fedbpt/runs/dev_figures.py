@@ -26,6 +26,9 @@ DEV_SECONDS: Final = "dev_seconds"
 LOOK_GAIN: Final = "look_gain"
 """Metric of an interim look: nats a held-out row by which the search is ahead of the readout without prompt."""
 
+LOOKS_DONE: Final = "looks_done"
+"""Metric: number of interim looks that are done or missed after this one."""
+
 
 class DevPoint(NamedTuple):
     """One evaluation. ``figure``: accuracy (0 to 1) or perplexity; losses in nats; ``zero_shot`` None: not measured."""

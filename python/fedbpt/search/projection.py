@@ -17,6 +17,7 @@ from msgspec import UNSET
 from numpy.typing import ArrayLike, NDArray
 
 from fedbpt.errors import InputError, TaskError
+from fedbpt.machine.linear_algebra import product
 from fedbpt.machine.memory import physical_memory
 from fedbpt.protocol.seeding import generator
 from fedbpt.protocol.specs import Placement, PromptSpec
@@ -95,7 +96,7 @@ class Projection:
         prompts = np.empty((len(latents), *self.p0.shape), dtype=np.float32)
         for prompt, latent in zip(prompts, latents, strict=True):
             # Adding zero would turn -0.0 into 0.0, but the zero latent must give p0 to the bit.
-            moved = self._matrix @ latent.astype(np.float32) if latent.any() else None
+            moved = product(self._matrix, latent.astype(np.float32)) if latent.any() else None
             prompt[:] = self.p0 if moved is None else self.p0 + moved.reshape(self.p0.shape)
         return prompts
 

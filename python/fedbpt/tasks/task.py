@@ -21,6 +21,7 @@ from fedbpt.argument_types import checked
 from fedbpt.checking import DECODE_ERRORS
 from fedbpt.decoders import from_builtins
 from fedbpt.errors import ConfigError, InputError, TaskError
+from fedbpt.metrics import check_metric
 from fedbpt.protocol.specs import CheckedMessage, Template
 from fedbpt.protocol.task_identity import TaskIdentity
 from fedbpt.quantities import Length, PositiveInt
@@ -60,6 +61,7 @@ class Generation(CheckedMessage, frozen=True):
         super().__post_init__()
         if not all(self.stop):
             raise TaskError("a stop string is empty: leave it out", field="stop")
+        check_metric(self.metric)
 
 
 class Task(CheckedMessage, frozen=True):
@@ -182,7 +184,7 @@ def bos_ids(tokenizer: Tokenizer) -> NDArray[np.int32]:
 def cue_ids(tokenizer: Tokenizer, template: Template) -> NDArray[np.int32]:
     """Token ids [n] of the answer cue, the same for every text. Raises `TaskError`."""
     cue = split_pattern(template)[1]
-    return _continuation(tokenizer, cue, f"the cue {cue!r}")
+    return continuation_ids(tokenizer, cue, f"the cue {cue!r}")
 
 
 def head_ids(tokenizer: Tokenizer, template: Template) -> NDArray[np.int32]:
@@ -215,7 +217,7 @@ def render_ids(
     beginning = _beginning(text)
     if stripped_head:
         # Tokenizers attach the head's trailing space to the text's first word.
-        body = _continuation(tokenizer, head[len(stripped_head) :] + beginning, "a row's text")
+        body = continuation_ids(tokenizer, head[len(stripped_head) :] + beginning, "a row's text")
     else:
         body = np.asarray(tokenizer.tokenize(head + beginning, add_bos=False), dtype=np.int32)
     before = head_ids(tokenizer, template)
@@ -278,7 +280,7 @@ def _after_cue(tokenizer: Tokenizer, template: Template, words: str, what: str) 
     """Token ids of ``words`` after the cue. ``what`` names them in an error, which must not quote a row."""
     cue = split_pattern(template)[1]
     before = cue_ids(tokenizer, template)
-    after = _continuation(tokenizer, cue + words, what)
+    after = continuation_ids(tokenizer, cue + words, what)
     if len(after) <= len(before) or not np.array_equal(after[: len(before)], before):
         raise TaskError(f"{what} merges with the cue {cue!r}: start it with a space, or change the end of the cue")
     return after[len(before) :]
@@ -305,7 +307,7 @@ def _check_words(template: Template, labels: tuple[str, ...]) -> None:
             )
 
 
-def _continuation(tokenizer: Tokenizer, text: str, what: str) -> NDArray[np.int32]:
+def continuation_ids(tokenizer: Tokenizer, text: str, what: str) -> NDArray[np.int32]:
     """Token ids of ``text`` when it continues other text. Raises `TaskError` if it merges with every sentinel."""
     for sentinel in SENTINELS:
         before = np.asarray(tokenizer.tokenize(sentinel, add_bos=False), dtype=np.int32)

@@ -8,10 +8,17 @@ from typing import Any
 
 import pytest
 
+from fedbpt.aggregation.base import Fit
+from fedbpt.coordinator.layer_reading import most_looks
 from fedbpt.coordinator.live import LiveEvaluation
+from fedbpt.coordinator.planner import Planner
+from fedbpt.errors import QuorumError
+from fedbpt.protocol.rounds import EvaluateRequest
 from fedbpt.runs.events import RoundClosed
+from fedbpt.runs.result import Variants
 from fedbpt.runs.settings import RunSettings
 from tests.support.toy_scene import StopRunError, stop
+from tests.support.toy_task import TASK
 from tests.unit.coordinator.test_layer_runs import LayerScene, moods, same
 
 pytestmark = pytest.mark.slow
@@ -55,6 +62,31 @@ def test_a_search_that_gains_nothing_ends_after_a_look(scene: LayerScene) -> Non
     assert short.futile is False
 
 
+def test_a_bias_alone_is_no_gain_of_the_search(scene: LayerScene, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[bool]] = []
+    planned = Planner.request
+
+    def request(self: Planner, lines: Variants, **options: Any) -> EvaluateRequest:
+        if options.get("split") == "held":
+            asked.append([bool(latent.any()) for latent, _ in lines.values()])
+        return planned(self, lines, **options)
+
+    monkeypatch.setattr(Planner, "request", request)
+    scene.run(rounds=20)
+    look, choice = asked
+    assert look == [False, True, True]  # the probe, and what has a prompt
+    assert choice == [False, False, True, True]
+
+
+@pytest.mark.parametrize(("rounds", "due"), [(12, []), (15, [10]), (20, [10]), (24, [10, 12]), (100, [25, 50])])
+def test_a_look_is_done_where_it_can_save_something(
+    scene: LayerScene, monkeypatch: pytest.MonkeyPatch, rounds: int, due: list[int]
+) -> None:
+    gaining(monkeypatch, 0.1, 0.2)
+    scene.run(rounds=rounds)
+    assert list(looks(scene)) == due
+
+
 def test_a_search_that_gains_goes_on(scene: LayerScene, monkeypatch: pytest.MonkeyPatch) -> None:
     gaining(monkeypatch, 0.1, 0.2)
     result = scene.run(rounds=ROUNDS)
@@ -92,8 +124,19 @@ def test_an_ended_run_goes_on_without_looks(scene: LayerScene, monkeypatch: pyte
     gaining(monkeypatch, -0.1)
     assert scene.run(rounds=ROUNDS).rounds == 11
     assert scene.run(rounds=ROUNDS).rounds == 11
+    assert scene.run(rounds=2 * ROUNDS).futile  # and is told how to go on
     longer = scene.run(rounds=ROUNDS, stop_if_futile=False)
     assert (longer.rounds, longer.futile) == (ROUNDS, False)
+    assert not scene.run(rounds=ROUNDS).futile  # it did not end early
+
+
+def test_a_look_whose_devices_are_lost_ends_nothing(scene: LayerScene, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fails(_self: LiveEvaluation, _fit: Fit) -> None:
+        raise QuorumError("1 of 2 devices report, 2 are needed: start them")
+
+    monkeypatch.setattr(LiveEvaluation, "_exchange", fails)
+    assert scene.run(rounds=20).rounds == 20
+    assert looks(scene) == {}
 
 
 @pytest.mark.parametrize("changes", [{"rounds": 8}, {"readout": "words"}, {"stop_if_futile": False}])
@@ -101,6 +144,12 @@ def test_nothing_looks(scene: LayerScene, monkeypatch: pytest.MonkeyPatch, chang
     gaining(monkeypatch)
     result = scene.run(**{"rounds": 20, **changes})
     assert (result.rounds, result.futile) == (changes.get("rounds", 20), False)
+
+
+def test_an_estimate_counts_looks_where_there_can_be_some() -> None:
+    changes: list[dict[str, Any]] = [{}, {"readout": "words"}, {"robust": "median"}, {"stop_if_futile": False}]
+    found = [most_looks(TASK.templates, RunSettings(**change), 4, rounds) for change in changes for rounds in (10, 11)]
+    assert found == [0, 2, 0, 0, 0, 0, 0, 0]
 
 
 def test_looks_are_no_part_of_what_a_run_is() -> None:
