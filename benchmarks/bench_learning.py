@@ -4,7 +4,7 @@ A run tunes on SHOTS rows per class, distributed over devices that share one eng
 each budget the variants of the run are measured on held-out rows: the test file's, or with --split dev other rows of
 the training file, to choose defaults. Searches:
 
-pooled     the default; fedavg, fedbpt: as in `fedbpt tune`, in the cue
+pooled     the default; fedavg, fedbpt: as in `fedbpt tune`, in the cue, or with --placement in a middle layer
 spsa       MeZO's estimate (Malladi et al. 2023, arXiv 2305.17333; Spall 1992) on the same prompt rows: two losses along
            a random direction per step, on the same mini-batches, with the same calibration
 backprop   the true gradient, which devices cannot compute: Adam on the same prompt rows in PyTorch, with the same
@@ -168,7 +168,8 @@ def settings_of(args: argparse.Namespace, task: tasks.Task, seed: int, budget: i
     )
     return RunSettings(
         rounds=0, evaluations=budget, method=args.search, seed=seed, popsize=args.popsize, objective=objective,
-        prompt=PromptSpec(seed=seed, d=args.d, alpha=args.alpha, n_prompt=args.n_prompt), iterations=args.iterations,
+        prompt=PromptSpec(seed=seed, d=args.d, alpha=args.alpha, n_prompt=args.n_prompt, placement=args.placement),
+        iterations=args.iterations, readout="words",
         ensemble=args.ensemble, baselines=args.baselines and args.words > 0, balanced=args.balanced,
         select_rows=max(8, 64 // args.devices), deadline_s=86400.0, quorum=1.0,
     )  # fmt: skip
@@ -194,7 +195,12 @@ def federated(
                 "bytes_up": max(device.bytes_up for device in result.devices),
                 "rounds": result.rounds,
                 "template": result.template.pattern,
-                "lines": judge.accuracies(result.template, settings, result.variants(), result.others),
+                "lines": judge.accuracies(
+                    result.template,
+                    msgspec.structs.replace(settings, prompt=result.prompt),
+                    result.variants(),
+                    result.others,
+                ),
             }
 
 
@@ -283,6 +289,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--d", type=int, default=PromptSpec().d)
     parser.add_argument("--alpha", type=float, default=PromptSpec().alpha)
     parser.add_argument("--n-prompt", type=int, default=1)
+    parser.add_argument("--placement", choices=["cue", "front", "first", "layer"], default="cue")
     parser.add_argument(
         "--baselines", action=argparse.BooleanOptionalAction, default=True, help="also fit a linear probe"
     )
@@ -295,6 +302,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for the JSON and the plot")
     parser.add_argument("--json", action="store_true", help="print only the JSON line")
     args = parser.parse_args()
+    if args.placement != "cue" and args.search in ("spsa", "backprop"):
+        parser.error(f"--search {args.search} only searches in the cue: leave out --placement")
     if args.search in ("fedbpt", "reference") and args.devices < 2:
         parser.error(f"--search {args.search} needs --devices 2 or more")
     return args
