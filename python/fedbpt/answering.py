@@ -16,6 +16,7 @@ import numpy as np
 from msgspec import UNSET
 from numpy.typing import NDArray
 
+from fedbpt.api import named_rows
 from fedbpt.argument_types import checked
 from fedbpt.engine.text_generator import GREEDY, GeneratingPlan, Sampling, TextModel
 from fedbpt.errors import ConfigError, DataError, InputError
@@ -28,7 +29,7 @@ from fedbpt.protocol.specs import PromptSpec, Template
 from fedbpt.quantities import PositiveInt
 from fedbpt.runs.intervals import Z_95
 from fedbpt.search.projection import placing, start_rows
-from fedbpt.tasks import Generation, GivenTask, Row, Task, load, to_rows
+from fedbpt.tasks import Generation, GivenTask, Row, Task, load
 from fedbpt.tasks.task import bos_ids, continuation_ids, cue_ids, render_ids, target_ids
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def answers(
     """
     task = load(task)
     chosen = template or (task.templates[0] if prompt is None else prompt.template)
-    return _answers(scorer, task, to_rows(rows, task), prompt, chosen, examples, sampling)
+    return _answers(scorer, task, named_rows("rows", rows, task), prompt, chosen, examples, sampling)
 
 
 def _answers(
@@ -293,7 +294,7 @@ def compare_answers(
         DataError: no rows.
     """
     task = load(task)
-    data = to_rows(rows, task)
+    data = named_rows("rows", rows, task)
     settings = generation_of(task)
     measure = metric if callable(metric) else metric_named(metric or settings.metric)
     name = metric or settings.metric if not callable(metric) else getattr(metric, "__name__", "reward")
@@ -311,7 +312,7 @@ def compare_answers(
     lines["zero_shot"] = line(_answers(scorer, task, data, None, chosen))
     shown: list[Row] = []
     if train is not None:
-        known = to_rows(train, task)
+        known = named_rows("train", train, task)
         order = generator(seed, "examples").permutation(len(known))
         shown = _fitting(scorer, task, chosen, [known[i] for i in order[:n_examples]])
         if shown:

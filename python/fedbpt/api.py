@@ -146,7 +146,7 @@ def tune(
     """
     task = load(task)
     given = {"train": train, **{name: rows for name, rows in (("dev", dev), ("test", test)) if rows is not None}}
-    found = {name: _rows(name, rows, task) for name, rows in given.items()}
+    found = {name: named_rows(name, rows, task) for name, rows in given.items()}
     splits = [found.get(name, []) for name in ("train", "dev", "test")]
     options: dict[str, Any] = {
         "popsize": popsize,
@@ -167,7 +167,7 @@ def tune(
     return _tune(scorer, task, splits, settings, store, run, on_event, show)
 
 
-def _rows(name: str, given: Any, task: Task) -> list[Row]:
+def named_rows(name: str, given: Any, task: Task) -> list[Row]:
     """The rows of argument ``name``. Adds the name to errors."""
     try:
         return to_rows(given, task)
@@ -333,7 +333,7 @@ def evaluate(
         TaskError, DataError: as in `tune`.
     """
     task = load(task)
-    data = _rows("rows", rows, task)
+    data = named_rows("rows", rows, task)
     loss: LossName = "cross_entropy" if task.labels else "nll"
     spec = ObjectiveSpec(loss=loss, max_text_tokens=task.max_text_tokens, readout_words=0)
     if prompt is None:

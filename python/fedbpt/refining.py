@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.answering import compile_answers, generation_of
-from fedbpt.api import Budget
+from fedbpt.api import Budget, named_rows
 from fedbpt.argument_types import checked
 from fedbpt.engine.text_generator import GREEDY, TextModel
 from fedbpt.errors import ConfigError, DataError, PromptError, ScoringInterrupted
@@ -33,7 +33,7 @@ from fedbpt.quantities import PositiveInt
 from fedbpt.search.cma_es import CmaUpdate
 from fedbpt.search.population import sample_population
 from fedbpt.search.projection import Projection, start_rows
-from fedbpt.tasks import GivenTask, Row, cue_ids, load, to_rows
+from fedbpt.tasks import GivenTask, Row, cue_ids, load
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def refine(
     *,
     metric: str | Metric | None = None,
     budget: Budget | None = None,
-    popsize: Annotated[int, msgspec.Meta(ge=4)] = 12,
+    popsize: Annotated[int, msgspec.Meta(ge=4, le=1000)] = 12,
     batch_size: PositiveInt = 16,
     seed: int = 0,
     on_measured: Callable[[int, float], None] = lambda _evaluations, _mean: None,
@@ -98,7 +98,7 @@ def refine(
         prompt: tuned on target texts (`fedbpt.tune`), in the cue or in layers.
         metric: as for `fedbpt.compare_answers`.
         budget: when to stop: evaluations or seconds; None: 600 evaluations.
-        popsize: candidates per generation.
+        popsize: candidates per generation, 4 to 1,000.
         batch_size: texts per generation.
         seed: of all randomness.
         on_measured: called with (evaluations so far, mean value) after each measurement on held-back rows.
@@ -109,7 +109,7 @@ def refine(
         InputError, PromptError: a prompt in front, or of another model.
     """
     task = load(task)
-    rows = to_rows(train, task)
+    rows = named_rows("train", train, task)
     if len(rows) < 16:
         raise DataError(f"refining needs 16 training rows or more, got {len(rows)}: give more", field="train")
     limits = (budget or Budget(evaluations=600)).limits()

@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fedbpt.engine.text_generator import Answer
 from fedbpt.errors import InputError
 from fedbpt.models import WeightFormat
 from fedbpt.protocol.specs import Placement
@@ -227,6 +228,22 @@ class ToyPlan:
     @property
     def n_texts(self) -> int:
         return len(self._texts)
+
+    def generate(
+        self,
+        embeds: ArrayLike,
+        indices: ArrayLike | None = None,
+        _sampling: object = None,
+        *,
+        max_tokens: int = 64,  # noqa: ARG002 - as the protocol names them
+        stop: Sequence[str] = (),  # noqa: ARG002
+    ) -> list[list[Answer]]:
+        """The same word for every text, unless a candidate's rows are large."""
+        n = self.n_texts if indices is None else len(np.asarray(indices))
+        none = np.zeros(0, dtype=np.int32)
+        return [
+            [Answer("large" if np.abs(rows).max(initial=0.0) > 1 else "small", none)] * n for rows in np.asarray(embeds)
+        ]
 
     def score_states(
         self, embeds: ArrayLike, indices: ArrayLike | None = None

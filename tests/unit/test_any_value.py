@@ -46,6 +46,8 @@ PROMPT = {
     "architecture": "toy",
 }
 MADE = Prompt(**PROMPT)
+ANSWERED = Task(name="replies", templates=(Template(pattern="{text}\nMood:", label_words=()),))
+TARGETS = [(f"text {i}", "small" if i % 2 else "large") for i in range(8)]
 HERE = {"path": "rows.jsonl"}
 CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "tune": (
@@ -60,6 +62,22 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         },
     ),
     "evaluate": (fedbpt.evaluate, {"scorer": ToyScorer(), "task": TASK, "rows": ROWS}),
+    "answers": (fedbpt.answers, {"scorer": ToyScorer(), "task": ANSWERED, "rows": TARGETS}),
+    "compare_answers": (
+        fedbpt.compare_answers,
+        {"scorer": ToyScorer(), "task": ANSWERED, "rows": TARGETS, "train": TARGETS},
+    ),
+    "refine": (
+        fedbpt.refine,
+        {
+            "scorer": ToyScorer(),
+            "task": ANSWERED,
+            "train": TARGETS * 4,
+            "prompt": Prompt(**{**PROMPT, "labels": (), "task_name": "replies", "template": ANSWERED.templates[0]}),
+            "popsize": 4,
+            "budget": Budget(evaluations=4),
+        },
+    ),
     "features": (fedbpt.features, {"scorer": ToyScorer(), "texts": ["good", "bad"]}),
     "export_prompt": (fedbpt.export_prompt, {"prompt": MADE, "out": "exported.npy", "to": "npy"}),
     "import_prompt": (fedbpt.import_prompt, {"folder": "adapter", "scorer": ToyScorer()}),
@@ -69,6 +87,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "ObjectiveSpec": (ObjectiveSpec, {}),
     "PromptSpec": (PromptSpec, {}),
     "Template": (Template, {"pattern": "{text}\nMood:", "label_words": (" b", " g")}),
+    "tasks.Generation": (tasks.Generation, {}),
     "Task": (Task, {"name": "mood", "templates": TASK.templates, "labels": TASK.labels}),
     "PrivacySpec": (PrivacySpec, {"clip": 1.0, "noise_multiplier": 1.0}),
     "RunSettings": (RunSettings, {}),
@@ -150,6 +169,7 @@ SLOW = {
     ("bench.measure", "quick"),
     ("bench.measure", "sysfs"),
     ("tune", "budget"),
+    ("refine", "budget"),
 }
 """Arguments whose valid values make the call slow."""
 
@@ -209,7 +229,15 @@ def test_every_public_function_and_class_is_among_them() -> None:
         public |= {
             f"{module.__name__.removeprefix('fedbpt.')}.{name}": getattr(module, name) for name in module.__all__
         }
-    results = {"EvaluationResult", "TuneResult", "ModelCheck", "Gpu", "FedbptError"}  # nobody makes them but fedbpt
+    results = {
+        "EvaluationResult",
+        "TuneResult",
+        "AnswerComparison",
+        "RefineResult",
+        "ModelCheck",
+        "Gpu",
+        "FedbptError",
+    }  # nobody makes them but fedbpt
     results |= {"tasks.Draft", "tasks.Manifest", "tasks.WordCosts", "tasks.Tokenizer"}
     results |= {f"models.{name}" for name in ("CatalogueEntry", "HubFile", "ModelEntry", "PackagedFile", "Requantized")}
     results |= {"models.WeightFormat"}
