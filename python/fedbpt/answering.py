@@ -167,7 +167,7 @@ class AnswerLine:
     Attributes:
         answers: one for each row.
         rewards: the metric's values [n].
-        n_failed: answers that the metric failed on; they count 0.
+        n_failed: answers that the metric failed on; see `fedbpt.metrics.Rewards`.
     """
 
     answers: tuple[str, ...] = field(repr=False)
@@ -181,10 +181,7 @@ class AnswerLine:
     @property
     def interval(self) -> tuple[float, float]:
         """95 % interval of the mean; infinite for fewer rows than `FEWEST_ROWS`."""
-        half = (
-            Z_95 * float(self.rewards.std(ddof=1)) / math.sqrt(len(self.rewards)) if len(self.rewards) > 1 else math.inf
-        )
-        return self.mean - half, self.mean + half
+        return _interval(self.rewards)
 
     @property
     def distinct(self) -> float:
@@ -224,8 +221,9 @@ class AnswerComparison:
             if name in self.lines:
                 line = self.lines[name]
                 low, high = line.interval
+                interval = f" [{low:.3f}, {high:.3f}]" if math.isfinite(low) else ""
                 failed = f", {line.n_failed} failed" if line.n_failed else ""
-                found.append((title, f"{line.mean:.3f} [{low:.3f}, {high:.3f}], {line.distinct:.0%} distinct{failed}"))
+                found.append((title, f"{line.mean:.3f}{interval}, {line.distinct:.0%} distinct{failed}"))
         return found
 
     def verdict(self) -> str:
@@ -296,8 +294,11 @@ def compare_answers(
     task = load(task)
     data = named_rows("rows", rows, task)
     settings = generation_of(task)
-    measure = metric if callable(metric) else metric_named(metric or settings.metric)
-    name = metric or settings.metric if not callable(metric) else getattr(metric, "__name__", "reward")
+    if callable(metric):
+        measure, name = metric, getattr(metric, "__name__", "reward")
+    else:
+        name = metric or settings.metric
+        measure = metric_named(name)
     if not data:
         raise DataError("there are no rows to compare answers on: give at least one", field="rows")
     chosen = template or (task.templates[0] if prompt is None else prompt.template)
@@ -320,7 +321,7 @@ def compare_answers(
         own = [known[i] for i in order[:CONSTANT_ROWS]]
         lines["constant"] = line([best_constant(measure, own)] * len(data))
     ordered = {each: lines[each] for each in LINES if each in lines}
-    return AnswerComparison(str(name), tuple(data), ordered, len(shown))
+    return AnswerComparison(name, tuple(data), ordered, len(shown))
 
 
 def _fitting(scorer: TextModel, task: Task, template: Template, examples: list[Row]) -> list[Row]:

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, cast
+from typing import Annotated, Any, Final
 
 import msgspec
 import numpy as np
@@ -227,16 +227,11 @@ class _Search:
 
     def _as_prompt(self, latent: NDArray[np.float64], before: float, after: float) -> Prompt:
         given = self.prompt
-        step = {"refined": True, "evaluations": self.evaluations, "before": before, "after": after, "seed": self.seed}
-        return Prompt(
-            rows=self.projection.embeds(latent[None])[0],
-            spec=given.spec,
-            task_name=given.task_name,
-            labels=given.labels,
-            template=given.template,
-            model_fingerprint=given.model_fingerprint,
-            model_name=given.model_name,
-            architecture=given.architecture,
-            history=(*given.history, cast(dict[str, Any], step)),
-            task=given.task,
-        )
+        step: dict[str, Any] = {
+            "refined": True,
+            "evaluations": self.evaluations,
+            "before": before,
+            "after": after,
+            "seed": self.seed,
+        }
+        return given.with_rows(self.projection.embeds(latent[None])[0], (*given.history, step))

@@ -114,6 +114,12 @@ def test_improved_is_said_only_where_all_others_are_beaten_beyond_the_interval()
     assert not noisy.improved
     few = comparison(zero_shot=[0, 0, 0], examples=[0, 0, 0], constant=[0, 0, 0], tuned=[1, 1, 1])
     assert not few.improved
+    assert few.lines["tuned"].interval == (-np.inf, np.inf)
+    assert few.table()[-1] == ("tuned", "1.000, 100% distinct")
+    ten = comparison(tuned=[0.0, 1.0] * 5).lines["tuned"]  # by Student's t of 9 degrees of freedom
+    np.testing.assert_allclose(
+        ten.interval, (0.5 - 2.262 * 0.5270 / 10**0.5, 0.5 + 2.262 * 0.5270 / 10**0.5), atol=0.01
+    )
     half = comparison(zero_shot=low, tuned=high)
     assert not half.improved
     assert half.verdict().startswith("better than untuned; give training rows")
