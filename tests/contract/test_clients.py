@@ -263,7 +263,8 @@ def test_work_that_is_cancelled_or_fails_raises(make_client, device):
 
     async def scene(client):
         working = asyncio.ensure_future(client.work(plan()))
-        await asyncio.sleep(0.3)
+        while not device.plans:  # work that the device has not begun is not there to be cancelled
+            await asyncio.sleep(0.01)
         await client.cancel("r", 1)
         with raises(DeviceFailedError, device="a", is_fault=False):
             await working
