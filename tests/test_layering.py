@@ -16,8 +16,8 @@ NATIVE = ROOT / "src" / "fedbpt_native"
 # From the ground up: a part (a package, or a module beside the packages) imports only parts before it.
 ORDER: tuple[str, ...] = (
     *("plain_text", "html_tables", "errors", "version", "checking", "decoders", "quantities", "argument_types"),
-    *("protocol", "faults", "machine", "net"),
-    *("metrics", "models", "tasks", "search", "engine", "aggregation", "model_check", "bench"),
+    *("metrics", "protocol", "faults", "machine", "net"),
+    *("models", "tasks", "search", "engine", "aggregation", "model_check", "bench"),
     *("prompts", "objective", "exchange", "runs", "side_by_side"),
     *("device", "coordinator"),
     *("display", "results", "api", "answering", "refining"),

@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import numpy as np
 from msgspec import UNSET
@@ -19,17 +19,18 @@ from numpy.typing import NDArray
 from fedbpt.api import named_rows
 from fedbpt.argument_types import checked
 from fedbpt.engine.text_generator import GREEDY, GeneratingPlan, Sampling, TextModel
-from fedbpt.errors import ConfigError, DataError, InputError
+from fedbpt.errors import ConfigError, DataError
 from fedbpt.html_tables import html_table
 from fedbpt.machine.interrupts import interruptible
 from fedbpt.metrics import Metric, metric_named, rewards_of
+from fedbpt.objective.answers import answering_plan
 from fedbpt.prompts.prompt import Prompt
 from fedbpt.protocol.seeding import generator
-from fedbpt.protocol.specs import PromptSpec, Template
+from fedbpt.protocol.specs import Generation, PromptSpec, Template
 from fedbpt.quantities import PositiveInt
 from fedbpt.runs.intervals import Z_95
-from fedbpt.search.projection import placing, start_rows
-from fedbpt.tasks import Generation, GivenTask, Row, Task, load
+from fedbpt.search.projection import start_rows
+from fedbpt.tasks import GivenTask, Row, Task, load
 from fedbpt.tasks.task import bos_ids, continuation_ids, cue_ids, render_ids, target_ids
 
 log = logging.getLogger(__name__)
@@ -113,22 +114,12 @@ def compile_answers(
     examples: Sequence[Row] = (),
 ) -> GeneratingPlan:
     """The texts of ``rows``, laid out to be continued under prompts like ``prompt``. Raises as `answers`."""
-    spec = PromptSpec(d=1)
     if prompt is not None:
         prompt.check(scorer)
-        spec = prompt.spec
-        if spec.in_front:
-            raise InputError(
-                f"a prompt of placement {spec.placement!r} cannot generate many answers at a time: tune one with "
-                "placement 'layers' or 'cue'",
-                field="prompt",
-            )
+    spec = PromptSpec(d=1) if prompt is None else prompt.spec
     limit = task.max_text_tokens
-    bos = bos_ids(scorer)
-    texts = [render_ids(scorer, template, str(text), limit)[len(bos) :] for text, _ in rows]
-    shown = [_example(scorer, template, row, limit, len(bos)) for row in examples]
-    prefix = np.concatenate([bos, *shown]) if len(bos) or shown else None
-    return cast(GeneratingPlan, scorer.compile(texts, None, prefix=prefix, **placing(spec)))
+    shown = [_example(scorer, template, row, limit, len(bos_ids(scorer))) for row in examples]
+    return answering_plan(scorer, template, [str(text) for text, _ in rows], limit, spec, shown)
 
 
 def _example(scorer: TextModel, template: Template, row: Row, limit: int, n_bos: int) -> NDArray[np.int32]:

@@ -305,6 +305,10 @@ def _figures(result: RunResult) -> dict[str, Any]:
             figures[f"{name}_accuracy"] = score.accuracy
             figures[f"{name}_interval"] = list(score.interval)
         figures[f"{name}_n"] = score.n
+    for name, answered in result.answer_scores().items():
+        figures["metric"] = result.metric
+        figures[f"{name}_reward"] = answered.mean
+        figures[f"{name}_answers"] = answered.n
     return figures
 
 

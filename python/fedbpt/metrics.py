@@ -7,6 +7,7 @@ form (NFC).
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import math
@@ -20,6 +21,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from fedbpt.argument_types import checked
 from fedbpt.errors import ConfigError, MissingExtraError
 
 log = logging.getLogger(__name__)
@@ -56,22 +58,66 @@ def rewards_of(metric: Metric, rows: Sequence[TargetRow], answers: Sequence[str]
 
 @lru_cache(maxsize=64)
 def metric_named(name: str) -> Metric:
-    """The metric of `NAMED` that ``name`` or ``name:argument`` gives.
+    """The metric of `NAMED` that ``name`` or ``name:argument`` gives, or the allowed function ``module:function``.
 
     Raises:
-        ConfigError: there is none of this name, or its argument is missing or invalid.
+        ConfigError: there is none of this name, `allow_metric` has not allowed it, or its argument is missing or
+            invalid.
         MissingExtraError: its library is not installed.
     """
     check_metric(name)
     kind, _, argument = name.partition(":")
-    return NAMED[kind](argument)
+    if kind in NAMED:
+        return NAMED[kind](argument)
+    if name not in _allowed:
+        raise ConfigError(
+            f"the metric {name} is a function that is not allowed here: check what it does, then give --allow-metric "
+            f"{name} (in Python: fedbpt.metrics.allow_metric({name!r}))",
+            field="metric",
+        )
+    return _allowed[name]
+
+
+@checked
+def allow_metric(name: str) -> None:
+    """Let tasks name a function as their metric, in this process.
+
+    A task may come from another machine, so what it names is run only if the owner of this one has allowed it. A
+    function takes (text, answer, row) and returns 0 (worst) to 1; see `fedbpt.compare_answers`.
+
+    Args:
+        name: ``package.module:function``, which is imported now.
+
+    Raises:
+        ConfigError: it is not a name of this form, or cannot be imported.
+    """
+    module, _, function = name.partition(":")
+    if not _FUNCTION.fullmatch(name) or module in NAMED:
+        raise ConfigError(f"{name!r} does not name a function: give package.module:function", field="name")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"the metric {name} cannot be imported ({error}): install its package, or set PYTHONPATH to its folder",
+            field="name",
+        ) from error
+    if not callable(found):
+        raise ConfigError(f"the metric {name} is no function: name one", field="name")
+    _allowed[name] = found
 
 
 def check_metric(name: str) -> None:
-    """Raise `ConfigError` unless there is a metric of this name, with an argument if it needs one."""
+    """Raise `ConfigError` unless this may name a metric: one of `NAMED`, with an argument if it needs one, or
+    ``module:function``.
+    """
     kind, colon, _ = name.partition(":")
+    if kind not in NAMED and _FUNCTION.fullmatch(name):
+        return
     if kind not in NAMED:
-        raise ConfigError(f"there is no metric {kind!r}: give one of {', '.join(sorted(NAMED))}", field="metric")
+        raise ConfigError(
+            f"there is no metric {kind!r}: give one of {', '.join(sorted(NAMED))}, or package.module:function",
+            field="metric",
+        )
     if bool(colon) != (kind in _WITH_ARGUMENT):
         example = _WITH_ARGUMENT.get(kind)
         remedy = "takes no argument: leave it out" if example is None else f"needs an argument: for example {example!r}"
@@ -229,6 +275,11 @@ words. ``bleu``: sentence BLEU of ``sacrebleu``. ``regex:PATTERN``: it is found 
 the answer is JSON that the schema allows. ``json-fields``: number of the target's JSON fields that the answer has, over
 the fields of the one with more. ``max-words:N``: 1 for 1 to N words, falling to 0 at 2 N.
 """
+
+_allowed: Final[dict[str, Metric]] = {}
+"""Functions of one's own, by ``module:function``."""
+
+_FUNCTION: Final = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 _WITH_ARGUMENT: Final = {
     "regex": r"regex:^[A-Z].*\.$",

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbpt.display.console import describe_accuracy
+from fedbpt.display.console import describe_accuracy, describe_answers
 from fedbpt.display.notebook import show_figures
 from fedbpt.errors import MissingExtraError
 from fedbpt.html_tables import html_table
 from fedbpt.prompts.prompt import Prompt
 from fedbpt.protocol.specs import Template
 from fedbpt.runs.intervals import wilson_interval
-from fedbpt.runs.result import FUTILE, NOT_BETTER, UNSCORED, RunResult, Score, perplexity
+from fedbpt.runs.result import FUTILE, NOT_BETTER, UNSCORED, VARIANTS, RunResult, Score, perplexity
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -112,6 +112,8 @@ class TuneResult:
             *((f"zero-shot, {each.template.pattern!r}", describe_accuracy(each)) for each in run.templates),
         ]
         lines += [(f"{name} {_figure_name(run)}", _gain(run, scores)) for name, scores in self._splits() if scores]
+        for name, answered in run.answer_scores().items():
+            lines.append((f"{VARIANTS[name]}, {run.metric} of answers", describe_answers(answered)))
         if run.is_unscored:
             lines.append(("zero-shot", UNSCORED))
         if run.futile:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedbpt.errors import ConfigError, MissingExtraError
-from fedbpt.metrics import NAMED, metric_named, rewards_of
+from fedbpt.metrics import NAMED, allow_metric, metric_named, rewards_of
 from tests.support.raises import raises
 
 SCHEMA = '{"type": "object", "required": ["n"], "properties": {"n": {"type": "integer"}}}'
@@ -149,3 +149,27 @@ def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
     metric_named.cache_clear()
     with pytest.raises(MissingExtraError, match=r"fedbpt\[metrics\]"):
         metric_named(name)
+
+
+def shortest(_text: str, answer: str, _row: object) -> float:
+    """1 for one character, less for more."""
+    return 1 / len(answer)
+
+
+def test_a_function_is_used_only_where_it_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedbpt.metrics._allowed", {})
+    name = f"{__name__}:shortest"
+    with raises(ConfigError, field="metric") as caught:
+        metric_named(name)
+    assert f"--allow-metric {name}" in str(caught.value)
+    allow_metric(name)
+    assert value(name, "abcd") == 0.25
+
+
+@pytest.mark.parametrize(
+    "name", ["shortest", "exact-match", "regex:a", "no_such_module:f", "math:no_such", "math:pi", "a b:c", ":f", "m:"]
+)
+def test_what_is_no_function_cannot_be_allowed(name: str) -> None:
+    with raises(ConfigError, field="name") as caught:
+        allow_metric(name)
+    assert "\n" not in str(caught.value)

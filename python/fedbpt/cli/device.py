@@ -20,6 +20,7 @@ from fedbpt.cli.credentials import credentials_for, token_in
 from fedbpt.cli.hint import print_hint
 from fedbpt.cli.options import (
     AllowInsecure,
+    AllowMetrics,
     AsJson,
     Ca,
     Cert,
@@ -32,6 +33,7 @@ from fedbpt.cli.options import (
     Quiet,
     TaskName,
     Threads,
+    allow_metrics,
 )
 from fedbpt.device.agent.server import AgentServer, announce
 from fedbpt.device.agent.service import AgentService
@@ -110,6 +112,7 @@ def device(
     max_memory: MaxMemory = None,
     pause_on: PauseOn = "",
     load_late: LoadLate = False,
+    allow_metric: AllowMetrics = None,
     install_service: InstallService = False,
     force: Force = False,
     until_eof: UntilEof = False,
@@ -121,6 +124,7 @@ def device(
     Example: fedbpt device --model smollm2-135m --data mine.jsonl --task ag-news --port 8401
     """
     chosen, rows = _rows(task, data, dev, test)  # before the model, to report a wrong file early
+    allow_metrics(allow_metric, chosen)
     pauses = _pauses(pause_on, shown=not (quiet or as_json))
     if name is not None:
         check_names([name], "device")
@@ -239,7 +243,8 @@ def _install(context: typer.Context, max_memory: int | None, force: bool, as_jso
         value = context.params.get(parameter.name or "")
         if parameter.name in ("install_service", "force", "enrol_code") or value in (None, parameter.default):
             continue
-        command += [parameter.opts[0]] if value is True else [parameter.opts[0], str(value)]
+        for each in value if isinstance(value, list | tuple) else [value]:
+            command += [parameter.opts[0]] if each is True else [parameter.opts[0], str(each)]
     found = install(command, device=context.params.get("name"), max_memory=max_memory, force=force)
     if as_json:
         echo(json.dumps({"path": str(found.path), "enable": found.enable, "remove": found.remove}))

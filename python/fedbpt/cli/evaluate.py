@@ -14,7 +14,7 @@ from rich.table import Table
 from fedbpt import api, models
 from fedbpt.answering import LINES, AnswerComparison, compare_answers
 from fedbpt.cli.hint import print_hint
-from fedbpt.cli.options import AsJson, GpuLayers, GpuName, Quiet, Threads, chosen_task
+from fedbpt.cli.options import AllowMetrics, AsJson, GpuLayers, GpuName, Quiet, Threads, allow_metrics, chosen_task
 from fedbpt.cli.report import print_accuracies, print_chance, print_perplexities
 from fedbpt.display.plain_console import PlainConsole
 from fedbpt.engine.native_scorer import load_model
@@ -42,6 +42,7 @@ def evaluate(
             help="For a task with a metric of generated answers: training rows, for examples and the constant answer.",
         ),
     ] = None,
+    allow_metric: AllowMetrics = None,
     threads: Threads = None,
     gpu_layers: GpuLayers = 0,
     gpu: GpuName = None,
@@ -63,6 +64,7 @@ def evaluate(
             " own task with --task",
             field="--task",
         )
+    allow_metrics(allow_metric, chosen)
     rows = read_task_rows(chosen, data)
     scorer = load_model(model or model_of(prompt), n_threads=threads, n_gpu_layers=gpu_layers, gpu=gpu)
     prompt.check(scorer)

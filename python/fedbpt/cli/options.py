@@ -9,10 +9,12 @@ from typing import Annotated, Any
 
 import msgspec
 import typer
+from msgspec import UNSET
 
 from fedbpt import tasks
 from fedbpt.dashboard import DEFAULT_ADDRESS
 from fedbpt.errors import ConfigError
+from fedbpt.metrics import allow_metric, metric_named
 from fedbpt.plain_text import echo
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value on standard output.")]
@@ -87,3 +89,20 @@ def chosen_task(given: str | None, stored: tasks.Task | None, name: str) -> task
             field="--task",
         )
     return stored
+
+
+AllowMetrics = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-metric",
+        help="A function, package.module:function, that the task may name as its metric of answers; repeatable.",
+    ),
+]
+
+
+def allow_metrics(names: list[str] | None, task: tasks.Task) -> None:
+    """Let the task name these functions. Raises `ConfigError` or `MissingExtraError` if its metric cannot be used."""
+    for name in names or ():
+        allow_metric(name)
+    if task.generation is not UNSET:
+        metric_named(task.generation.metric)

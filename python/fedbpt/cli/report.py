@@ -40,6 +40,11 @@ def result_as_json(result: RunResult, prompt_path: Path | None) -> dict[str, Any
         "baselines": {
             name: score.perplexity if result.generates else score.accuracy for name, score in result.baselines.items()
         },
+        "metric": result.metric,
+        "answers": {
+            name: {"n": found.n, "mean": found.mean, "distinct": found.distinct, "failed": found.n_failed}
+            for name, found in result.answer_scores().items()
+        },
         "shipped": result.shipped,
         "futile": result.futile,
         "n": result.tuned.n,
@@ -98,6 +103,7 @@ def print_result(result: RunResult, prompt_path: Path | None) -> None:
     console = PlainConsole()
     _print_scores(console, result, "test", "test rows, unused for tuning and selection")
     _print_scores(console, result, "dev", "development rows")
+    _print_answers(console, result)
     for candidate in result.templates:
         line = f"zero-shot {describe_accuracy(candidate)}: {candidate.template.pattern!r}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -145,6 +151,20 @@ def _print_scores(console: PlainConsole, result: RunResult, split: Split, rows: 
         print_chance(console, zero_shot, len(result.template.label_words))
     elif result.is_unscored:
         console.print(UNSCORED, highlight=False, soft_wrap=True)
+
+
+def _print_answers(console: PlainConsole, result: RunResult) -> None:
+    """Print what the model's own answers are worth, if that was measured."""
+    scores = result.answer_scores()
+    if not scores:
+        return
+    console.print(f"answers to {scores['tuned'].n} test rows, by {result.metric}", style="italic", highlight=False)
+    table = Table()
+    for heading in ("", "mean", "distinct", "failed"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, found in scores.items():
+        table.add_row(VARIANTS[name], f"{found.mean:.3f}", f"{found.distinct:.0%}", str(found.n_failed))
+    console.print(table)
 
 
 def print_cost(cost: RunCost, as_json: bool) -> None:

@@ -14,6 +14,7 @@ from fedbpt.cli.local_run import Files, InlineSettings
 from fedbpt.cli.observe import Observers
 from fedbpt.cli.options import (
     AllowInsecure,
+    AllowMetrics,
     AsJson,
     Ca,
     Cert,
@@ -26,6 +27,7 @@ from fedbpt.cli.options import (
     Quiet,
     Registry,
     Threads,
+    allow_metrics,
 )
 from fedbpt.cli.reach import Reach
 from fedbpt.cli.tuning import Output, Tuning, print_plan, print_plan_here, prompt_path
@@ -106,6 +108,7 @@ def tune(
     evaluations: Evaluations = None,
     seconds: Seconds = None,
     seed: Seed = None,
+    allow_metric: AllowMetrics = None,
     threads: Threads = None,
     gpu_layers: GpuLayers = 0,
     gpu: GpuName = None,
@@ -145,6 +148,7 @@ def tune(
         {"n_threads": threads, "n_gpu_layers": gpu_layers, "gpu": gpu},
         fresh,
         only_plan,
+        allow_metric,
     )
     if data is not None:
         _tune_here(given, Files(data, dev, test))
@@ -152,6 +156,11 @@ def tune(
         raise ConfigError(
             "--dev and --test need --data, on this machine: devices have their own rows",
             field="--dev" if dev else "--test",
+        )
+    elif allow_metric:
+        raise ConfigError(
+            "--allow-metric needs --data, on this machine: give it to the devices, which measure answers",
+            field="--allow-metric",
         )
     else:
         _tune_over_devices(given)
@@ -168,12 +177,14 @@ class _Options:
     engine: Mapping[str, Any]  # arguments of `load_model`
     fresh: bool
     only_plan: bool
+    allow_metric: list[str] | None
 
 
 def _tune_here(given: _Options, files: Files) -> None:
     if given.reach.addresses or given.reach.listen:
         raise ConfigError("--data runs on this machine: omit it, or --device and --listen", field="--data")
     config, task = given.inline.config(given.run_file, given.model)
+    allow_metrics(given.allow_metric, task)
     rows = files.rows(task)  # before the model, to report a wrong file early
     out = prompt_path(config, given.output.prompt, config.model)
     scorer = load_model(str(config.model), **given.engine)

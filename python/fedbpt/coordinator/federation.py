@@ -57,6 +57,9 @@ log = logging.getLogger(__name__)
 EVALUATION_DEADLINES: Final = 10
 """Time limit of the final evaluation, in deadlines of a round; a live evaluation has one."""
 
+ANSWER_ROWS: Final = 100
+"""Maximum number of test rows of a device that the result's answers are measured on: an answer takes a second or so."""
+
 SETTLE_S: Final = 5.0
 """How long the final evaluation waits for late and lost devices."""
 
@@ -323,8 +326,15 @@ class Federation:
             return
         reports: dict[str, EvaluateReport] = {}
         if len(lines) > 1:
-            request = self._ledger.planner.request(lines, label_weights=state.label_weights, split="held")
-            reports = await fleet.evaluate(request, self._deadline_s())
+            planner = self._ledger.planner
+            if state.judges_answers:
+                request = planner.request(lines, split="held", answers=True)
+                reports = await fleet.evaluate(request, EVALUATION_DEADLINES * self._deadline_s())
+                if not reports:
+                    log.warning("run %s: no device measured answers: likelihood decides", self.run_name)
+            if not reports:
+                request = planner.request(lines, label_weights=state.label_weights, split="held")
+                reports = await fleet.evaluate(request, self._deadline_s())
         state.choose(list(lines), list(reports.values()))
         log.info("run %s: held-out training rows chose %r", self.run_name, state.shipped)
 
@@ -450,10 +460,17 @@ class Federation:
             )
         return reports
 
+    async def _evaluate_answers(self, fleet: Fleet) -> dict[str, EvaluateReport]:
+        """Reports of the metric of the variants' own answers, on the first ``test`` rows of every device in reach."""
+        most = min(self.settings.test_rows or ANSWER_ROWS, ANSWER_ROWS)
+        request = self._ledger.planner.request(self._ledger.state.variants(), max_rows=most, answers=True)
+        return await fleet.evaluate(request, EVALUATION_DEADLINES * self.settings.deadline_s)
+
     # --- the end -------------------------------------------------------------------------------------------------
 
     async def _finish(self, fleet: Fleet, began: float) -> RunResult:
         reports = await self._evaluate_final(fleet)
+        answers = await self._evaluate_answers(fleet) if self._ledger.state.judges_answers else {}
         await fleet.cancel_rounds()
         costs = self._costs(fleet)
         result = make_result(
@@ -463,6 +480,7 @@ class Federation:
             fleet.members.values(),
             costs,
             reports,
+            answers,
             self._live.scores if self._live else {},
             time.monotonic() - began,
         )

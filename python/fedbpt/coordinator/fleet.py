@@ -14,6 +14,8 @@ from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from typing import Any, Final
 
+from msgspec import UNSET
+
 from fedbpt.coordinator.clients.base import DeviceClient
 from fedbpt.coordinator.members import MAX_ATTEMPTS, Cohort, Listener, Member, OpenRound, describe_absent
 from fedbpt.coordinator.report_checks import check_evaluation, check_report
@@ -392,7 +394,11 @@ class Fleet:
             report = await member.client.evaluate(request, timeout_s)
             check_evaluation(report, request, member.n_rows(request))
         except (DeviceError, WireError) as error:
-            self._lose(member, f"evaluation: {error}")
+            asked_answers = request.generation is not UNSET
+            if asked_answers and isinstance(error, DeviceRefusedError | DeviceFailedError):  # it scores as before
+                log.warning("device %s measured no answers: %s", member.name, error)
+            else:
+                self._lose(member, f"evaluation: {error}")
             return None
         return report
 

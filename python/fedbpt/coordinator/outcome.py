@@ -8,7 +8,7 @@ from fedbpt.coordinator.ledger import RunLedger
 from fedbpt.coordinator.members import Member
 from fedbpt.protocol.rounds import DeviceInfo, EvaluateReport
 from fedbpt.protocol.specs import Array, LayerReadout, Readout
-from fedbpt.runs.result import BASELINES, NO_SCORE, DeviceSummary, RunResult, Score
+from fedbpt.runs.result import BASELINES, NO_ANSWERS, NO_SCORE, AnswerScore, DeviceSummary, RunResult, Score
 from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import Traffic
 
@@ -20,6 +20,7 @@ def make_result(
     members: Iterable[Member],
     costs: Mapping[str, Traffic],
     reports: Mapping[str, EvaluateReport],
+    answers: Mapping[str, EvaluateReport],
     dev: Mapping[str, Score],
     total_seconds: float,
 ) -> RunResult:
@@ -29,6 +30,7 @@ def make_result(
         model: the info of any device with its model.
         costs: by device.
         reports: of the final evaluation, by device.
+        answers: of the evaluation by the task's metric, by device.
         dev: the last scores on ``dev`` rows, by variant; empty: there are none.
     """
     names = list(ledger.state.variants())
@@ -82,4 +84,9 @@ def make_result(
         epsilon=ledger.epsilon(),
         devices=devices,
         dev=dict(dev),
+        metric=ledger.task.generation.metric if answers and ledger.task.generation else "",
+        answers={
+            name: sum((AnswerScore.of(report, i) for report in answers.values()), NO_ANSWERS)
+            for i, name in enumerate(names if answers else ())
+        },
     )

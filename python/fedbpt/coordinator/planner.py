@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from msgspec import UNSET
 
 from fedbpt.coordinator.run_state import RunState
 from fedbpt.coordinator.stragglers import TextPace
@@ -91,8 +92,12 @@ class Planner:
         label_weights: tuple[float, ...] = (),
         split: Literal["dev", "test", "held"] = "test",
         max_rows: int = 0,
+        answers: bool = False,
     ) -> EvaluateRequest:
-        """A request to evaluate ``lines``, in their order; for the other arguments see `EvaluateRequest`."""
+        """A request to evaluate ``lines``, in their order; for the other arguments see `EvaluateRequest`.
+
+        ``answers``: by the metric of the task.
+        """
         state = self._state
         settings = self._state.settings
         readouts = [readout if isinstance(readout, Readout) else None for _, readout in lines.values()]
@@ -112,4 +117,5 @@ class Planner:
             split=split,
             held=state.held if split == "held" else None,
             max_rows=max_rows,
+            generation=state.task.generation if answers else UNSET,
         )

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 import numpy as np
+from msgspec import UNSET
 
 from fedbpt.objective.losses import MAX_RATIO
 from fedbpt.protocol.rounds import EvaluateRequest, RoundPlan
@@ -47,6 +48,8 @@ def plan_loss_range(plan: RoundPlan, readout: Readout | None) -> tuple[float, fl
 
 def evaluation_loss_range(request: EvaluateRequest) -> tuple[float, float]:
     """`plan_loss_range` of held-back rows."""
+    if request.generation is not UNSET:
+        return 0.0, 1.0
     n_labels, weights = len(request.labels), request.label_weights
     by_layers = [_largest_logit(readout) for readout in request.layer_readouts if readout is not None]
     of_layers = max(weights, default=1.0) * (2 * max(by_layers, default=0.0) + math.log(max(n_labels, 1)) + ROUNDING)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from msgspec import UNSET
 
 from fedbpt.coordinator.report_bounds import evaluation_loss_range
 from fedbpt.coordinator.work_kinds import kind_of
@@ -63,6 +64,12 @@ def check_evaluation(report: EvaluateReport, request: EvaluateRequest, n_rows: i
         n_entries = len(getattr(report, field))
         if n_entries != n_expected:
             raise WireError(f"{field} has {n_entries} entries, expected {n_expected}", field=field)
+    for field in ("n_failed", "n_distinct"):
+        counts = getattr(report, field)
+        if (counts is UNSET) != (request.generation is UNSET) or (counts is not UNSET and len(counts) != k):
+            raise WireError(f"{field} has no entry for each latent that answers", field=field)
+        if counts is not UNSET and max(counts) > report.n:
+            raise WireError(f"{field} is {max(counts)}, expected at most {report.n}", field=field, limit=report.n)
     most = min(n for n in (n_rows, request.max_rows or None, report.n) if n is not None)
     if report.n > most:
         raise WireError(f"n is {report.n}, expected at most {most}", field="n", limit=most)

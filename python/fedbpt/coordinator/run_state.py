@@ -238,6 +238,11 @@ class RunState:
         return self.settings.robust == "none" and isinstance(self.fits.get("probe"), LayerFit | LogisticFit)
 
     @property
+    def judges_answers(self) -> bool:
+        """Whether what is shipped is judged by the task's metric of the model's own answers, not by likelihood."""
+        return self.task.generation is not UNSET and not self.prompt.in_front
+
+    @property
     def held(self) -> HeldRows:
         """The training rows that judge what is shipped."""
         return HeldRows(max_rows=self.settings.fit_rows, seed=self.settings.seed)

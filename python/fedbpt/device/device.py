@@ -22,6 +22,8 @@ from fedbpt.engine.layers import shift_sizes
 from fedbpt.engine.scorer import Scorer
 from fedbpt.errors import DataError, InputError, ScoringInterrupted
 from fedbpt.machine.memory import physical_memory
+from fedbpt.metrics import metric_named
+from fedbpt.objective.answers import AnswerObjective
 from fedbpt.objective.layer_sums import cross_result, sums_result
 from fedbpt.objective.layer_view import LayerReader, LayerView, ViewKey
 from fedbpt.objective.logistic import logistic_result, moments_result
@@ -61,7 +63,16 @@ from fedbpt.protocol.rounds import (
     SumsWork,
 )
 from fedbpt.protocol.seeding import generator
-from fedbpt.protocol.specs import Array, LayerReadout, ObjectiveSpec, PromptSpec, Readout, Template, as_name
+from fedbpt.protocol.specs import (
+    Array,
+    Generation,
+    LayerReadout,
+    ObjectiveSpec,
+    PromptSpec,
+    Readout,
+    Template,
+    as_name,
+)
 from fedbpt.search.local_search import local_search, local_seed
 from fedbpt.search.population import sample_population
 from fedbpt.side_by_side.on_device import answer_of
@@ -98,6 +109,7 @@ class Device:
 
     Raises:
         DataError: there are no training rows.
+        ConfigError, MissingExtraError: the task's metric is not allowed, or its library is missing.
     """
 
     @checked
@@ -123,6 +135,8 @@ class Device:
         self._plain_logits: OrderedDict[bytes, PlainLogits] = OrderedDict()
         self._layer_rows = LayerRows(scorer, self._rows["train"], task.labels)
         self.state = state or DeviceState()
+        generation = task.generation
+        self._metric = None if generation is UNSET else metric_named(generation.metric)
 
     def check_fit(self, objective: ObjectiveSpec, prompt: PromptSpec) -> None:
         """Raise `InputError` if the prompt, the templates or the longest rows do not fit the model. Scores nothing."""
@@ -252,6 +266,8 @@ class Device:
             given = len(getattr(request, field))
             if given not in (0, k):
                 raise InputError(f"{given} {field} for {k} latents: give one per latent, or none", field=field)
+        if request.generation is not UNSET:
+            return self._evaluate_answers(request, request.generation, latents, progress, cancelled)
         layered = {i: each for i, each in enumerate(request.layer_readouts) if each is not None}
         plain = np.array([i for i in range(k) if i not in layered], dtype=np.intp)
         rows = self._asked_rows(request)
@@ -282,6 +298,44 @@ class Device:
             loss_sums=tuple(sums.tolist()),
             seconds=time.monotonic() - began,
             difference_squares=tuple(squares),
+        )
+
+    def _evaluate_answers(
+        self,
+        request: EvaluateRequest,
+        generation: Generation,
+        latents: NDArray[np.float64],
+        progress: Progress,
+        cancelled: Cancelled,
+    ) -> EvaluateReport:
+        """The metric's values of the model's own answers, as losses."""
+        metric = self._metric
+        if metric is None or generation != self._task.generation:  # only what the owner's own task names is run
+            raise InputError(
+                f"device {self.name} measures answers otherwise than the run (generation of task "
+                f"{self._task.name!r}): start it with the run's task file",
+                field="generation",
+            )
+        began = time.monotonic()
+        rows = self._asked_rows(request)
+        data = self._rows["train" if request.split == "held" else request.split]
+        limit = request.objective.max_text_tokens
+        chosen = [data[i] for i in rows]
+        answering = AnswerObjective(self.scorer, request.template, chosen, limit, request.prompt, generation, metric)
+        likelihood = self._objective("train", request.template, (), request.objective, request.prompt)
+        once, which = np.unique(latents, axis=0, return_inverse=True)
+        found = answering.measure(likelihood.embeds(once), None, progress, cancelled)
+        which = which.ravel()  # numpy 2.0 gives it a second axis
+        losses = 1.0 - found.rewards[which]
+        squares = ((losses - losses[0]) ** 2).sum(axis=1).tolist() if request.split == "held" else ()
+        return EvaluateReport(
+            n=len(rows),
+            correct=tuple((losses == 0.0).sum(axis=1).tolist()),
+            loss_sums=tuple(losses.sum(axis=1).tolist()),
+            seconds=time.monotonic() - began,
+            difference_squares=tuple(squares),
+            n_failed=tuple(found.n_failed[which].tolist()),
+            n_distinct=tuple(found.n_distinct[which].tolist()),
         )
 
     def _asked_rows(self, request: EvaluateRequest) -> NDArray[np.intp]:

@@ -27,7 +27,7 @@ from fedbpt.runs.events import (
     TemplateSelected,
 )
 from fedbpt.runs.intervals import beats_chance
-from fedbpt.runs.result import UNSCORED, Score, TemplateScore
+from fedbpt.runs.result import UNSCORED, AnswerScore, Score, TemplateScore
 
 MAX_SILENCE_S: Final = 30.0
 """Time after which the next round is logged in any case, in seconds."""
@@ -61,6 +61,12 @@ def describe_accuracy(candidate: TemplateScore) -> str:
     low, high = score.interval
     chance = "" if beats_chance(score.correct, score.n, n_labels) else f", no better than chance ({1 / n_labels:.3f})"
     return f"{score.accuracy:.3f} [{low:.3f}, {high:.3f}] of {score.n} training rows{chance}"
+
+
+def describe_answers(score: AnswerScore) -> str:
+    """What answers are worth, and how different they are."""
+    failed = f", {score.n_failed:,} failed" if score.n_failed else ""
+    return f"{score.mean:.3f} of {score.n:,} rows, {score.distinct:.0%} distinct{failed}"
 
 
 class RunDisplay:

@@ -21,6 +21,7 @@ from fedbpt.errors import ConfigError, FedbptError
 from fedbpt.flower.device import client_app
 from fedbpt.flower.strategy import FIND_S, FedBPT
 from fedbpt.machine.folders import expanded
+from fedbpt.metrics import allow_metric
 from fedbpt.plain_text import echo
 from fedbpt.protocol.specs import as_name
 from fedbpt.runs.events import DeviceBack, DeviceLost, Evaluated, Event, RoundClosed, RunFinished
@@ -50,6 +51,7 @@ class AppConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     test: str = ""
     dev: str = ""
     threads: int = 0
+    allow_metric: str = ""
     partition: Scheme = "iid"
     alpha: float = 1.0
     partition_id: int | None = None
@@ -134,6 +136,8 @@ def make_device(context: Context, state: DeviceState) -> Device:
     rows = [_rows(config, file) if file else [] for file in (config.data, config.dev, config.test)]
     default_name = f"node-{config.partition_id}" if config.partition_id is not None else as_name(socket.gethostname())
     task = tasks.load(config.task)
+    if config.allow_metric:
+        allow_metric(config.allow_metric)
     scorer = _scorer(config.model, config.threads)
     return Device(config.name or default_name, scorer, *rows, task=task, state=state)
 

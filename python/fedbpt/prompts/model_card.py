@@ -283,17 +283,25 @@ def _words(prompt: Described) -> Iterable[tuple[str, str]]:
 
 
 def _results(entry: Mapping[str, Any]) -> str:
-    """Table of the results in a history entry; empty if it has none."""
-    lines = []
+    """Tables of the results in a history entry; empty if it has none."""
     figure = "accuracy" if "tuned_accuracy" in entry else "perplexity"
+    tables = [_results_table(entry, figure, figure, "n")]
+    if isinstance(entry.get("metric"), str):
+        tables.append(_results_table(entry, "reward", f"{as_markdown(entry['metric'])} of its answers", "answers"))
+    return "\n".join(filter(None, tables))
+
+
+def _results_table(entry: Mapping[str, Any], figure: str, heading: str, n: str) -> str:
+    """``n``: key of the number of rows."""
+    lines = []
     for key, title in VARIANTS.items():
         value = entry.get(f"{key}_{figure}")
         if _is_number(value):
             low_high = entry.get(f"{key}_interval")
             known = isinstance(low_high, list | tuple) and len(low_high) == 2 and all(map(_is_number, low_high))
-            interval = f"{low_high[0]:.3f} – {low_high[1]:.3f}" if known and low_high else ""
-            lines.append((title, f"{value:.3f}", interval, _figure(entry.get(f"{key}_n", ""))))
-    return _table(("", figure, "95 % interval", "rows"), lines) if lines else ""
+            interval = f"{low_high[0]:.3f} – {low_high[1]:.3f}" if known and low_high and figure == "accuracy" else ""
+            lines.append((title, f"{value:.3f}", interval, _figure(entry.get(f"{key}_{n}", ""))))
+    return _table(("", heading, "95 % interval", "rows"), lines) if lines else ""
 
 
 def _licence(known: CatalogueEntry | None) -> str:

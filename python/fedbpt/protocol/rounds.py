@@ -15,6 +15,7 @@ from fedbpt.protocol.specs import (
     Array,
     Digest,
     Fingerprint,
+    Generation,
     LayerReadout,
     Message,
     Name,
@@ -413,6 +414,8 @@ class EvaluateRequest(Message, frozen=True):
     z = 0 stands for the model without a prompt, even where P0 are random tokens (``front``). ``max_rows``: number of
     rows, the first ones; 0: all. ``split``: ``dev`` rows may decide, ``test`` rows only report, ``held`` rows are
     training rows that the search has not seen (`RoundPlan.held`). ``label_weights``: as in `RoundPlan`.
+    ``generation``: let the model answer the texts; the loss of a text is then 1 − the metric's value, 0 to 1, and an
+    answer of value 1 is correct.
     """
 
     model_fingerprint: Fingerprint
@@ -429,13 +432,15 @@ class EvaluateRequest(Message, frozen=True):
     split: Literal["dev", "test", "held"] = "test"
     held: HeldRows | None = None  # which rows are held; required for their split
     max_rows: NaturalInt = 0
+    generation: Generation | UnsetType = UNSET
     protocol: Literal[1] = 1
 
 
 class EvaluateReport(Message, frozen=True):
     """Sums over ``n`` rows, so that reports of several devices add up; index i is of latent i.
 
-    ``difference_squares``: of held rows, Σ (loss of latent i − loss of latent 0)²; else empty.
+    ``difference_squares``: of held rows, Σ (loss of latent i − loss of latent 0)²; else empty. Of answers:
+    ``n_failed`` that the metric failed on, and ``n_distinct`` different ones.
     """
 
     n: quantities.SomeRows
@@ -443,6 +448,8 @@ class EvaluateReport(Message, frozen=True):
     loss_sums: tuple[quantities.LossSum, ...]
     seconds: quantities.Seconds
     difference_squares: tuple[quantities.LossSum, ...] = ()
+    n_failed: tuple[quantities.Rows, ...] | UnsetType = UNSET
+    n_distinct: tuple[quantities.Rows, ...] | UnsetType = UNSET
     protocol: Literal[1] = 1
 
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from fedbpt import quantities
 from fedbpt.argument_types import StructMeta, check_fields
-from fedbpt.errors import ConfigError, WireError
+from fedbpt.errors import ConfigError, TaskError, WireError
+from fedbpt.metrics import check_metric
 from fedbpt.quantities import Length, NaturalInt, PositiveFloat, PositiveInt, Scale
 
 Placement: TypeAlias = Literal["front", "cue", "layer", "layers"]
@@ -176,6 +177,26 @@ class ObjectiveSpec(CheckedMessage, frozen=True):
     # random words whose logits a readout may use; 0: only a bias
     readout_words: Annotated[int, msgspec.Meta(ge=0, le=2**20)] = 128
     perturb: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+
+
+class Generation(CheckedMessage, frozen=True):
+    """How a model's answers to a task's texts are generated and measured.
+
+    Attributes:
+        metric: name of a metric, see `fedbpt.metrics.NAMED`.
+        max_tokens: maximum length of an answer.
+        stop: strings that end an answer, and are not part of it.
+    """
+
+    metric: str = "exact-match"
+    max_tokens: Length = 48
+    stop: tuple[str, ...] = ("\n",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(self.stop):
+            raise TaskError("a stop string is empty: leave it out", field="stop")
+        check_metric(self.metric)
 
 
 class PrivacySpec(CheckedMessage, frozen=True):

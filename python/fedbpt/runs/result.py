@@ -66,6 +66,50 @@ def perplexity(loss: float) -> float:
 
 NO_SCORE = Score(n=0, correct=0, loss_sum=0.0)
 
+
+class AnswerScore(Message, frozen=True):
+    """Sums over devices of what the model's own answers are worth by the task's metric. Means of no rows are NaN.
+
+    ``n``: answers; ``reward_sum``: of the metric's values, 0 to 1; ``n_failed``: answers that the metric failed on;
+    ``n_distinct``: different answers, counted on each device.
+    """
+
+    n: NaturalInt
+    reward_sum: float
+    n_failed: NaturalInt
+    n_distinct: NaturalInt
+
+    @property
+    def mean(self) -> float:
+        """Mean value of the metric."""
+        return self.reward_sum / self.n if self.n else math.nan
+
+    @property
+    def distinct(self) -> float:
+        """Share of different answers: near 0 where the model ignores the text."""
+        return self.n_distinct / self.n if self.n else math.nan
+
+    def __add__(self, other: AnswerScore) -> AnswerScore:
+        return AnswerScore(
+            n=self.n + other.n,
+            reward_sum=self.reward_sum + other.reward_sum,
+            n_failed=self.n_failed + other.n_failed,
+            n_distinct=self.n_distinct + other.n_distinct,
+        )
+
+    @classmethod
+    def of(cls, report: EvaluateReport, index: int) -> AnswerScore:
+        """The sums of latent ``index`` in ``report``, of answers."""
+        return cls(
+            n=report.n,
+            reward_sum=report.n - report.loss_sums[index],
+            n_failed=report.n_failed[index] if report.n_failed else 0,
+            n_distinct=report.n_distinct[index] if report.n_distinct else 0,
+        )
+
+
+NO_ANSWERS = AnswerScore(n=0, reward_sum=0.0, n_failed=0, n_distinct=0)
+
 Split: TypeAlias = Literal["dev", "test"]
 
 AnyReadout: TypeAlias = Readout | LayerReadout
@@ -162,6 +206,9 @@ class RunResult(Message, frozen=True):
     layer_fits: dict[FitPurpose, LayerReadout] = msgspec.field(default_factory=dict)
     shipped: Shipped = ""
     shift: Shift | None = None  # of the prompt, if it shifts layers
+    # By ``metric`` of the task and key of `VARIANTS`, on the first ``test`` rows of each device; empty: not measured.
+    answers: dict[str, AnswerScore] = msgspec.field(default_factory=dict)
+    metric: str = ""
     futile: bool = False  # the search ended before its budget, as held-out rows showed no gain over the probe
 
     @property
@@ -202,6 +249,10 @@ class RunResult(Message, frozen=True):
         """The scores on ``split`` rows by key of `VARIANTS`, in that order; empty: nothing was measured."""
         found = {"zero_shot": self.zero_shot, **self.baselines, "tuned": self.tuned} if split == "test" else self.dev
         return {name: found[name] for name in VARIANTS if name in found and found[name].n}
+
+    def answer_scores(self) -> dict[str, AnswerScore]:
+        """What the model's own answers are worth, by key of `VARIANTS`, in that order; empty: not measured."""
+        return {name: self.answers[name] for name in VARIANTS if name in self.answers and self.answers[name].n}
 
     @property
     def bytes_up(self) -> int:

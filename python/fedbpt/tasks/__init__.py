@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from fedbpt.argument_types import checked
 from fedbpt.errors import ConfigError
-from fedbpt.protocol.specs import Template
+from fedbpt.protocol.specs import Generation, Template
 from fedbpt.tasks.builtin import BUILTIN
 from fedbpt.tasks.draft import Draft, draft_task, task_toml
 from fedbpt.tasks.partition import Manifest, partition, read_manifest, split_rows, write_partition
@@ -28,7 +28,7 @@ from fedbpt.tasks.readers import (
 )
 from fedbpt.tasks.rows import Row
 from fedbpt.tasks.sources import bbc_news, load_hub
-from fedbpt.tasks.task import Generation, Task, Tokenizer, cue_ids, label_word_ids, load_task, render_ids
+from fedbpt.tasks.task import Task, Tokenizer, cue_ids, label_word_ids, load_task, render_ids
 from fedbpt.tasks.words import WordCosts, word_costs, word_notes
 
 __all__ = [

@@ -21,10 +21,9 @@ from fedbpt.argument_types import checked
 from fedbpt.checking import DECODE_ERRORS
 from fedbpt.decoders import from_builtins
 from fedbpt.errors import ConfigError, InputError, TaskError
-from fedbpt.metrics import check_metric
-from fedbpt.protocol.specs import CheckedMessage, Template
+from fedbpt.protocol.specs import CheckedMessage, Generation, Template
 from fedbpt.protocol.task_identity import TaskIdentity
-from fedbpt.quantities import Length, PositiveInt
+from fedbpt.quantities import PositiveInt
 
 DEFAULT_MAX_TEXT_TOKENS = 128
 
@@ -42,26 +41,6 @@ class Tokenizer(Protocol):
     def tokenize(self, text: str, add_bos: bool | None = None) -> NDArray[np.int32]:
         """Return token ids [n]. ``add_bos`` None: as the model was trained."""
         ...
-
-
-class Generation(CheckedMessage, frozen=True):
-    """How a model's answers to a task's texts are generated and measured.
-
-    Attributes:
-        metric: name of a metric, see `fedbpt.metrics.NAMED`.
-        max_tokens: maximum length of an answer.
-        stop: strings that end an answer, and are not part of it.
-    """
-
-    metric: str = "exact-match"
-    max_tokens: Length = 48
-    stop: tuple[str, ...] = ("\n",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not all(self.stop):
-            raise TaskError("a stop string is empty: leave it out", field="stop")
-        check_metric(self.metric)
 
 
 class Task(CheckedMessage, frozen=True):

@@ -303,6 +303,28 @@ def test_an_impossible_evaluation_is_refused(lie: dict[str, Any]) -> None:
         check_evaluation(*evaluation(**lie), n_rows=20)
 
 
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"n_failed": (21, 0)},
+        {"n_distinct": (1,)},
+        {"n_failed": msgspec.UNSET},
+        {"loss_sums": (20.1, 0.0)},
+        {"loss_sums": (-0.1, 0.0)},
+    ],
+    ids=str,
+)
+def test_an_impossible_evaluation_of_answers_is_refused(lie: dict[str, Any]) -> None:
+    right = {"loss_sums": (20.0, 0.0), "correct": (0, 20), "n_failed": (1, 0), "n_distinct": (3, 20)}
+    report, request = evaluation(**right)
+    asked = msgspec.structs.replace(request, generation=specs.Generation())
+    check_evaluation(report, asked, n_rows=20)
+    with pytest.raises(WireError):
+        check_evaluation(evaluation(**{**right, **lie})[0], asked, n_rows=20)
+    with pytest.raises(WireError):
+        check_evaluation(report, request, n_rows=20)  # scores were asked for
+
+
 @pytest.mark.parametrize("kind", [DeviceInfo, EvaluateReport, RoundProgress])
 def test_an_extreme_number_is_refused_or_small_enough_to_be_stored(kind: type[Message]) -> None:
     honest: dict[type[Message], Message] = {

@@ -12,14 +12,16 @@ import pytest
 
 from fedbpt.api import make_prompt
 from fedbpt.coordinator.run_state import RunState
+from fedbpt.engine.text_generator import Answer
+from fedbpt.metrics import metric_named
 from fedbpt.prompts.model_card import model_card
 from fedbpt.protocol.rounds import EvaluateReport, EvaluateRequest, PooledWork
 from fedbpt.protocol.specs import PrivacySpec, PromptSpec, Template
 from fedbpt.runs.events import RoundClosed
 from fedbpt.runs.settings import RunSettings
-from fedbpt.tasks import Row, Task
+from fedbpt.tasks import Generation, Row, Task
 from tests.support.toy_scene import D, StopRunError, closed, stop
-from tests.support.toy_scorer import ToyScorer
+from tests.support.toy_scorer import ToyPlan, ToyScorer
 from tests.unit.coordinator.test_layer_runs import LayerScene, SpyDevice, held_reports, same
 
 TARGETS = Task(name="toy-echo", labels=(), templates=(Template(pattern="{text}\nSay:", label_words=()),))
@@ -52,7 +54,7 @@ def lying(device: SpyDevice, gain: float) -> None:
 
     def evaluate(request: EvaluateRequest, *rest: Any) -> EvaluateReport:
         report = honest(request, *rest)
-        if request.split != "held":
+        if request.split != "held" or request.generation is not msgspec.UNSET:
             return report
         before = report.loss_sums[0]
         return msgspec.structs.replace(
@@ -145,3 +147,76 @@ def test_a_run_stopped_at_every_round_resumes_to_the_same_result(make: Callable[
         with pytest.raises(StopRunError):
             scene.run()
     same(scene.run(), expected)
+
+
+MEASURED = msgspec.structs.replace(TARGETS, generation=Generation(metric="contains", max_tokens=3))
+
+
+class Answering:
+    """A plan's `generate`: the target text under a prompt that moves anything, in a share of the texts."""
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+        self.bare: Any = 0.0  # the rows of no prompt
+
+    def __call__(self, embeds: Any, indices: Any, *_: Any, **_options: Any) -> list[list[Answer]]:
+        said = []
+        for rows in np.asarray(embeds):
+            moved = bool(np.abs(rows - self.bare).max(initial=0.0) > 1e-6)
+            right = self.share if moved else 0.5
+            texts = ["go on" if number < right * len(indices) else f"no {number}" for number in range(len(indices))]
+            said.append([Answer(text, np.zeros(0, dtype=np.int32)) for text in texts])
+        return said
+
+
+@pytest.fixture
+def measured(make: Callable[..., LayerScene], monkeypatch: pytest.MonkeyPatch) -> Callable[[float], LayerScene]:
+    """A run whose prompt is likelier by far than none, and whose answers are right in a share of the texts."""
+
+    def made(share: float) -> LayerScene:
+        scene = make()
+        answering = Answering(share)
+
+        def generate(plan: ToyPlan, *args: Any, **options: Any) -> list[list[Answer]]:
+            cue = MEASURED.templates[0].pattern.removeprefix("{text}")
+            answering.bare = plan._scorer.token_embeddings(plan._scorer.tokenize(cue, add_bos=False)[-1:])
+            return answering(*args, **options)
+
+        monkeypatch.setattr(ToyPlan, "generate", generate)
+        scene.task = MEASURED
+        for device in scene.devices.values():
+            device._task = MEASURED
+            device._metric = metric_named("contains")
+            lying(device, 0.5)
+        return scene
+
+    return made
+
+
+@pytest.mark.parametrize(("share", "shipped"), [(1.0, ""), (0.5, "zero_shot"), (0.0, "zero_shot")])
+def test_a_task_with_a_metric_is_judged_by_the_models_own_answers(
+    measured: Callable[[float], LayerScene], share: float, shipped: str
+) -> None:
+    result = measured(share).run()
+    assert result.shipped == shipped
+    assert result.metric == "contains"
+    assert result.answers["zero_shot"].mean == 0.5
+    assert result.answers["tuned"].mean == (share if share > 0.5 else 0.5)
+    assert result.answers["tuned"].n == result.zero_shot.n
+    card = model_card(make_prompt(ToyScorer(), MEASURED, result), "")
+    assert "contains of its answers" in card
+
+
+def test_a_device_that_measures_otherwise_scores_as_before(
+    measured: Callable[[float], LayerScene], caplog: pytest.LogCaptureFixture
+) -> None:
+    scene = measured(1.0)
+    other = Generation(metric="exact-match")
+    for device in scene.devices.values():
+        device._task = msgspec.structs.replace(TARGETS, generation=other)
+    result = scene.run()
+    assert "start it with the run's task file" in caplog.text
+    assert "likelihood decides" in caplog.text
+    assert result.shipped == ""
+    assert result.answers == {}
+    assert result.tuned.n == 16
