@@ -47,14 +47,21 @@ class Generator:
         top_k: int,
         seed: int,
         shifted: tuple[int, int, bool] | None = None,
+        grammar: bytes = b"",
+        n_said: int = 0,
     ) -> Stream:
         """Begin a text of ids [n]; from ``rows_at`` on, ``rows`` [n_rows, n_embd] replace their embeddings.
 
         ``shifted``: instead, they are added to the outputs of these layers (first, number) at token ``rows_at`` and, if
-        True, at all later ones.
+        True, at all later ones. ``grammar``: GBNF of the new text, of which
+        the last ``n_said`` ids are the beginning; empty: none.
 
         Raises `InputError`.
         """
+
+    @staticmethod
+    def json_grammar(schema: bytes) -> str:
+        """GBNF of the JSON that a JSON schema, given as JSON, allows. Raises `InputError`."""
 
     def next(self, stream: Stream, n_likeliest: int) -> tuple[int, float, list[tuple[int, float]]]:
         """Choose the next token; return it, its log-probability (nats), and those of the likeliest with their ids.

@@ -222,10 +222,16 @@ void Generator::grow(size_t n_cells) {
     }
 }
 
-std::unique_ptr<Generator::Stream> Generator::open(Input input, const Sampling & sampling) {
+std::unique_ptr<Generator::Stream> Generator::open(Input input, const Sampling & sampling, const std::string & grammar,
+                                                   size_t n_said) {
     validate(input, sampling);
     auto stream = std::make_unique<Stream>();
     stream->sampler_ = make_sampler(sampling);
+    if (!grammar.empty()) {
+        stream->grammar_.emplace(llama_model_get_vocab(model_->get()), grammar);
+        stream->grammar_->follow(input.ids.data() + input.ids.size() - std::min(n_said, input.ids.size()),
+                                 std::min(n_said, input.ids.size()));
+    }
 
     std::lock_guard<std::mutex> lock(mutex_);
     Sequence * sequence = oldest(/*is_head =*/false);
@@ -261,7 +267,8 @@ Choice Generator::next(Stream & stream, size_t n_likeliest, const std::function<
     }
     keep_head(sequence);
 
-    const llama_token id = llama_sampler_sample(stream.sampler_.get(), session_.context(), -1);
+    const llama_token id = stream.grammar_ ? stream.grammar_->sample(stream.sampler_.get(), logits, n_vocab)
+                                           : llama_sampler_sample(stream.sampler_.get(), session_.context(), -1);
     sequence.input.ids.push_back(id);
     sequence.last_used = ++clock_;
     return { id, static_cast<float>(logits[id] - log_sum),

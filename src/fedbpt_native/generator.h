@@ -5,10 +5,13 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "batch.h"
+#include "grammar.h"
 #include "handles.h"
 #include "model.h"
 #include "plan.h"
@@ -56,6 +59,7 @@ public:
         friend class Generator;
 
         SamplerPtr sampler_;
+        std::optional<GrammarSampler> grammar_;
         Sequence * sequence_ = nullptr;
         size_t n_reused_ = 0;
         std::shared_ptr<char> alive_ = std::make_shared<char>();
@@ -65,9 +69,12 @@ public:
     // kv_type: as for a Scorer. Throws InputError.
     Generator(std::shared_ptr<const Model> model, int32_t n_threads, ggml_type kv_type = GGML_TYPE_F16);
 
-    // Opens a text to continue. Throws InputError: an empty input, an id outside the vocabulary, rows that are not
-    // finite or not within the input, an input that fills the context, invalid sampling, no free slot.
-    std::unique_ptr<Stream> open(Input input, const Sampling & sampling);
+    // Opens a text to continue. grammar: GBNF that the new text follows, of which the last n_said tokens of the input
+    // are the beginning; empty: none. Throws InputError: an empty
+    // input, an id outside the vocabulary, rows that are not finite or not within the input, an input that fills the
+    // context, invalid sampling or grammar, no free slot.
+    std::unique_ptr<Stream> open(Input input, const Sampling & sampling, const std::string & grammar = "",
+                                 size_t n_said = 0);
 
     // Chooses the next token and appends it to the text. `stop` is polled every few milliseconds, on this thread; true
     // cancels. n_likeliest: number of likeliest tokens to report. Throws ScoringInterrupted; InputError if the context

@@ -56,6 +56,11 @@ class ToyGenerator:
     def is_end(self, token: int) -> bool:
         return token == END
 
+    def json_grammar(self, schema: str) -> str:
+        if "impossible" in schema:
+            raise InputError("the JSON schema has no grammar: use simpler keywords")
+        return 'root ::= "{}"'
+
     def text_ids(self, text: str) -> NDArray[np.int32]:
         return self._scorer.tokenize(text)
 
@@ -73,6 +78,7 @@ class ToyStream:
         self._random = np.random.default_rng(None if sampling.seed is None else sampling.seed % SEEDS)
         self._cancelled = self._closed = False
         generator.n_open += 1
+        self._said = [*b"{}", END] if sampling.grammar else []  # of any grammar
 
     def next(self, n_likeliest: int = 0) -> Token:
         assert not self._closed
@@ -85,7 +91,9 @@ class ToyStream:
         log_p -= np.log(np.exp(log_p).sum())
         order = np.argsort(-log_p, kind="stable")
         token = int(order[0])
-        if self._sampling.temperature > 0:
+        if self._said:
+            token = self._said.pop(0)
+        elif self._sampling.temperature > 0:
             p = np.exp(log_p / self._sampling.temperature)
             token = int(self._random.choice(len(p), p=p / p.sum()))
         self._ids.append(token)

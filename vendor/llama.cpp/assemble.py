@@ -29,7 +29,10 @@ else:
 HERE = Path(__file__).resolve().parent
 HUNK = re.compile(r"@@ -(\d+),0 \+(\d+)(?:,(\d+))? @@")
 # The parts of upstream that libllama and ggml are built from.
-BUILT = ("CMakeLists.txt", "LICENSE", "cmake", "ggml", "include", "src", "vendor")
+BUILT = ("CMakeLists.txt", "LICENSE", "cmake", "ggml", "include", "licenses", "src", "vendor")
+# ... and grammars of JSON schemas.
+GRAMMAR = ("json", "json-schema", "json-schema-to-grammar", "trie", "unicode")
+FILES = (*(f"common/{name}.{kind}" for name in GRAMMAR for kind in ("cpp", "h")), "common/common.h")
 HOW_TO_MOVE = "vendor/llama.cpp/README.md says how to move the fork"
 
 
@@ -122,11 +125,12 @@ def fetch_sdist(pin: dict[str, str], cache: Path) -> Path:
 
 
 def unpack(sdist: Path, tree: Path) -> None:
-    """Extract the `BUILT` parts of the sdist's ``*/vendor/llama.cpp`` into ``tree``."""
+    """Extract the `BUILT` parts and `FILES` of the sdist's ``*/vendor/llama.cpp`` into ``tree``."""
     with tarfile.open(sdist) as archive:
         for member in archive:
             _, _, inside = member.name.partition("/vendor/llama.cpp/")
-            if not member.isfile() or inside.split("/")[0] not in BUILT or ".." in Path(inside).parts:
+            wanted = inside.split("/")[0] in BUILT or inside in FILES
+            if not (member.isfile() and wanted) or ".." in Path(inside).parts:
                 continue
             path = tree / inside
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,11 +144,12 @@ def unpack(sdist: Path, tree: Path) -> None:
 def copy_upstream(upstream: Path, tree: Path) -> None:
     if not (upstream / "src" / "llama.cpp").is_file():
         raise AssemblyError(f"{upstream} is not a llama.cpp source tree: it has no src/llama.cpp")
-    for name in BUILT:
+    for name in (*BUILT, *FILES):
         source = upstream / name
         if source.is_dir():
             shutil.copytree(source, tree / name)
         else:
+            (tree / name).parent.mkdir(exist_ok=True)
             shutil.copy2(source, tree / name)
 
 

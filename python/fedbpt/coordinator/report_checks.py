@@ -67,7 +67,10 @@ def check_evaluation(report: EvaluateReport, request: EvaluateRequest, n_rows: i
     for field in ("n_failed", "n_distinct"):
         counts = getattr(report, field)
         if (counts is UNSET) != (request.generation is UNSET) or (counts is not UNSET and len(counts) != k):
-            raise WireError(f"{field} has no entry for each latent that answers", field=field)
+            raise WireError(
+                f"{field} was {counts!r:.40}, expected {'nothing' if request.generation is UNSET else f'{k} entries'}",
+                field=field,
+            )
         if counts is not UNSET and max(counts) > report.n:
             raise WireError(f"{field} is {max(counts)}, expected at most {report.n}", field=field, limit=report.n)
     most = min(n for n in (n_rows, request.max_rows or None, report.n) if n is not None)

@@ -61,9 +61,9 @@ class NativeGenerator:
         ids = token_ids(placed.ids, "ids")
         rows = check_rows(placed.rows, self._engine.n_embd)
         seed = secrets.randbelow(SEEDS) if sampling.seed is None else sampling.seed % SEEDS
-        stream = self._generator.open(
-            ids, rows, placed.rows_at, sampling.temperature, sampling.top_p, sampling.top_k, seed, placed.shifted
-        )
+        how = (sampling.temperature, sampling.top_p, sampling.top_k, seed)
+        grammar = utf8(sampling.grammar, "grammar")
+        stream = self._generator.open(ids, rows, placed.rows_at, *how, placed.shifted, grammar, placed.n_said)
         return NativeStream(self._generator, stream, self._files)
 
     @checked
@@ -88,6 +88,10 @@ class NativeGenerator:
         except (ValueError, OverflowError) as error:
             log.warning("ignoring the model file's recommended sampling, which is invalid: %s", error)
             return OPENAI_SAMPLING
+
+    @checked
+    def json_grammar(self, schema: str) -> str:
+        return self._generator.json_grammar(utf8(schema, "schema"))
 
     def text_ids(self, text: str) -> NDArray[np.int32]:
         return self._generator.text_ids(utf8(text, "text"))

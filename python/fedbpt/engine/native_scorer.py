@@ -418,6 +418,8 @@ class NativeScorer:
         stop: Sequence[str],
     ) -> list[list[Answer]]:
         """Implement `NativePlan.generate`."""
+        if sampling.grammar:
+            raise InputError("a grammar holds for one text at a time: generate with scorer.generator", field="grammar")
         rows = prompt_rows(embeds, self.n_embd)
         seed = secrets.randbelow(SEEDS) if sampling.seed is None else sampling.seed % SEEDS
         with self._scoring(plan) as engine:

@@ -22,13 +22,15 @@ class Sampling(metaclass=DataclassMeta):
     """How the next token is chosen. ``temperature`` 0: always the likeliest token; the other fields are then unused.
 
     ``top_p``: sample from the smallest set of tokens with this total probability (nucleus sampling); ``top_k``: from
-    the k likeliest, 0: all; ``seed`` None: a fresh seed for each text. Raises `InputError` for invalid values.
+    the k likeliest, 0: all; ``seed`` None: a fresh seed for each text. ``grammar``: of the whole text, in llama.cpp's
+    GBNF with rule ``root`` (`Generator.json_grammar`); empty: any text. Raises `InputError` for invalid values.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int | None = None
+    grammar: str = ""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -52,13 +54,14 @@ class Placed:
     """A model's input: token ids [n]; from ``rows_at`` on, ``rows`` [n_rows, n_embd] replace their embeddings.
 
     ``shifted``: first layer, number of layers, and whether later tokens count too; ``rows`` are then added to these
-    layers' outputs at token ``rows_at``.
+    layers' outputs at token ``rows_at``. ``n_said``: the last ids that were generated, which a grammar has behind it.
     """
 
     ids: NDArray[np.int32]
     rows: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), dtype=np.float32))
     rows_at: int = 0
     shifted: tuple[int, int, bool] | None = None
+    n_said: int = 0
 
 
 class Answer(NamedTuple):
@@ -139,6 +142,10 @@ class Generator(Protocol):
     @property
     def recommended(self) -> Sampling:
         """Sampling that the model file recommends; `OPENAI_SAMPLING` for what it does not specify."""
+        ...
+
+    def json_grammar(self, schema: str) -> str:
+        """The grammar (`Sampling`) of the JSON that a JSON schema, given as JSON, allows. Raises `InputError`."""
         ...
 
     def text_ids(self, text: str) -> NDArray[np.int32]:

@@ -165,7 +165,8 @@ class Generation:
         sampling = self._sampling
         seed = sampling.seed
         if self._ids:
-            placed = replace(placed, ids=np.concatenate([placed.ids, np.array(self._ids, dtype=np.int32)]))
+            ids = np.concatenate([placed.ids, np.array(self._ids, dtype=np.int32)])
+            placed = replace(placed, ids=ids, n_said=len(self._ids))
         if self._slice and seed is not None:
             sampling = replace(sampling, seed=derive_seed(seed % SEEDS, "text", self._slice))
         return self._generator.open(placed, sampling)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -41,7 +42,10 @@ class Completion(Protocol):
 
 
 class Settings:
-    """Settings of a completion, as for `Generation`. Raises `InputError` if ``max_tokens`` is below 1."""
+    """Settings of a completion, as for `Generation`. Raises `InputError` if ``max_tokens`` is below 1.
+
+    ``schema``: JSON schema that the text follows, as JSON; empty: any text.
+    """
 
     def __init__(
         self,
@@ -49,13 +53,24 @@ class Settings:
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
         n_likeliest: int = 0,
+        schema: str = "",
     ) -> None:
         if max_tokens is not None and max_tokens < 1:
             raise InputError(f"max_tokens must be at least 1, got {max_tokens}", field="max_tokens", limit=1)
         self.sampling = sampling
+        self.schema = schema
         self.max_tokens = max_tokens
         self.stop = tuple(stop)
         self.n_likeliest = n_likeliest
+
+    def sampling_with(self, generator: Generator) -> Sampling:
+        """How tokens are chosen. Raises `InputError` for a schema that has no grammar."""
+        if not self.schema:
+            return self.sampling
+        try:
+            return replace(self.sampling, grammar=generator.json_grammar(self.schema))
+        except InputError as error:
+            raise InputError(str(error), field="response_format") from error
 
 
 class ServedModel(Protocol):
@@ -129,10 +144,13 @@ class TunedModel:
     def complete(self, prompt: str | Sequence[int], settings: Settings) -> Completion:
         if not isinstance(prompt, str):
             raise InputError(f"{self.name} puts the prompt into its template: send text, not token ids", field="prompt")
+        if self._pair.classifies and settings.schema:
+            raise InputError(f"{self.name} replies with a label: omit response_format", field="response_format")
         if self._pair.classifies:
             return _LabelCompletion(self._pair, prompt, settings.n_likeliest)
+        sampling = settings.sampling_with(self._model.generator)
         return self._pair.generation(
-            prompt, "tuned", settings.sampling, settings.max_tokens, settings.stop, settings.n_likeliest
+            prompt, "tuned", sampling, settings.max_tokens, settings.stop, settings.n_likeliest
         )
 
     def token_bytes(self, token: int) -> bytes:
@@ -170,7 +188,9 @@ class _LabelCompletion:
 
 
 def _generation(generator: Generator, placed: Placed, settings: Settings) -> Generation:
-    return Generation(generator, placed, settings.sampling, settings.max_tokens, settings.stop, settings.n_likeliest)
+    return Generation(
+        generator, placed, settings.sampling_with(generator), settings.max_tokens, settings.stop, settings.n_likeliest
+    )
 
 
 def served_models(

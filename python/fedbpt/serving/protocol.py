@@ -17,6 +17,7 @@ from fedbpt.serving.models import Settings
 MAX_LIKELIEST = 20
 MAX_STOPS = 16
 MAX_PROMPTS = 256
+MAX_SCHEMA_DEPTH = 64
 DEFAULT_COMPLETION_TOKENS = 16
 
 
@@ -50,8 +51,39 @@ class StreamOptions(msgspec.Struct, frozen=True):
     include_usage: bool = False
 
 
+class JsonSchema(msgspec.Struct, frozen=True):
+    schema: dict[str, Any] = {}
+
+
 class ResponseFormat(msgspec.Struct, frozen=True):
+    """``json_object`` allows any JSON object, ``json_schema`` what its schema allows."""
+
     type: str = "text"
+    json_schema: JsonSchema | None = None
+
+    @property
+    def schema(self) -> str:
+        """The JSON schema of the reply, as JSON; empty: it is text. Raises `ApiError`."""
+        if self.type == "text":
+            return ""
+        if self.type == "json_object":
+            return '{"type": "object"}'
+        if self.type != "json_schema" or self.json_schema is None:
+            raise ApiError(
+                "response_format must be of type text, json_object, or json_schema with a json_schema",
+                "response_format",
+            )
+        schema = self.json_schema.schema
+        if _is_deeper(schema, MAX_SCHEMA_DEPTH):
+            raise ApiError(
+                f"the schema is nested more than {MAX_SCHEMA_DEPTH} levels: use a flatter one", "response_format"
+            )
+        return msgspec.json.encode(schema).decode()
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth < 0 or any(_is_deeper(each, depth - 1) for each in inner)
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -92,6 +124,7 @@ class BaseRequest(msgspec.Struct, frozen=True, kw_only=True):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
+    response_format: ResponseFormat | None = None
 
     @property
     def wants_usage(self) -> bool:
@@ -124,7 +157,9 @@ class BaseRequest(msgspec.Struct, frozen=True, kw_only=True):
         base = recommended if self.temperature is None else Sampling(self.temperature)
         top_p = base.top_p if self.top_p is None else self.top_p
         top_k = base.top_k if self.top_k is None else self.top_k
-        return Settings(Sampling(base.temperature, top_p, top_k, self.seed), max_tokens, stop, n_likeliest)
+        schema = "" if self.response_format is None else self.response_format.schema
+        sampling = Sampling(base.temperature, top_p, top_k, self.seed)
+        return Settings(sampling, max_tokens, stop, n_likeliest, schema)
 
 
 class ChatRequest(BaseRequest, frozen=True, kw_only=True):
@@ -135,7 +170,6 @@ class ChatRequest(BaseRequest, frozen=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[Any] | None = None
-    response_format: ResponseFormat | None = None
 
     def settings(self, recommended: Sampling) -> Settings:
         """The request's settings. Raises `InputError` for unsupported values."""
@@ -143,8 +177,6 @@ class ChatRequest(BaseRequest, frozen=True, kw_only=True):
             raise ApiError("messages is empty: send at least one", "messages")
         if self.tools:
             raise ApiError("tools are not supported: omit them", "tools")
-        if self.response_format is not None and self.response_format.type != "text":
-            raise ApiError("response_format is not supported: omit it", "response_format")
         max_tokens = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
         return self._settings(recommended, max_tokens, (self.top_logprobs or 0) if self.logprobs else 0)
 

@@ -8,6 +8,7 @@ import math
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
+from functools import reduce
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -45,6 +46,7 @@ from tests.unit.engine.test_text_stream import rows as manner_rows
 TOKEN = "a-token-of-some-length"
 BUDGET = Budget(evaluations=24)
 USER = [{"role": "user", "content": "question 1"}]
+NESTED = reduce(lambda inner, _: {"items": inner}, range(65), {"type": "null"})
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +276,20 @@ def test_a_classifying_prompt_replies_with_the_label(client: openai.OpenAI, prom
 
 
 @pytest.mark.parametrize(
+    "wanted", [{"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}], ids=str
+)
+@pytest.mark.parametrize("model", ["toy", "toy+manner"])
+def test_a_reply_follows_the_response_format(client: openai.OpenAI, wanted: Any, model: str) -> None:
+    asked: dict[str, Any] = {"model": model, "max_tokens": 8}
+    said = client.chat.completions.create(**asked, messages=USER, response_format=wanted).choices[0]
+    assert (said.message.content, said.finish_reason) == ("{}", "stop")
+    continued = client.completions.create(**asked, prompt="x", extra_body={"response_format": wanted}).choices[0]
+    assert continued.text == "{}"
+    plain = client.chat.completions.create(**asked, messages=USER, response_format={"type": "text"}).choices[0]
+    assert plain.message.content != "{}"
+
+
+@pytest.mark.parametrize(
     ("asked", "named"),
     [
         ({"messages": []}, "messages"),
@@ -283,7 +299,11 @@ def test_a_classifying_prompt_replies_with_the_label(client: openai.OpenAI, prom
         ({"top_p": 0}, "top_p"),
         ({"presence_penalty": 1}, "presence_penalty"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": NESTED}}}, "64 levels"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"impossible": 1}}}}, "no grammar"),
+        ({"response_format": {"type": "json_object"}, "model": "toy+toy-mood"}, "label"),
         ({"logprobs": True, "top_logprobs": 21}, "20"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"messages": [{"role": "user", "content": "x" * 600}]}, "text"),
