@@ -69,6 +69,16 @@ class Generator:
         Raises `ScoringInterrupted`, `InputError` if the context is full, or what a signal handler raised.
         """
 
+    n_places: int
+    """Number of texts that can be open at a time."""
+
+    def next_all(
+        self, streams: Sequence[Stream], n_likeliest: Sequence[int]
+    ) -> list[tuple[int, float, list[tuple[int, float]]] | int]:
+        """`next` of several streams in one pass; in the place of a token −1: it was cancelled, −2: its logits are not
+        finite, −3: no token fits its grammar.
+        """
+
     def piece(self, id: int) -> bytes:
         """Bytes that a token adds to a text."""
 

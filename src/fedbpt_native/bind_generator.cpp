@@ -6,6 +6,7 @@
 #include <string>
 #include <tuple>
 
+#include "errors.h"
 #include "generator.h"
 
 namespace py = pybind11;
@@ -46,6 +47,37 @@ py::tuple next(Generator & generator, Generator::Stream & stream, size_t n_likel
         throw;
     }
     return py::make_tuple(choice.id, choice.log_prob, choice.likeliest);
+}
+
+// For each stream (id, log-probability, likeliest), or a Choice's number in the place of a token.
+py::list next_all(Generator & generator, const std::vector<Generator::Stream *> & streams,
+                  const std::vector<size_t> & n_likeliest) {
+    if (streams.size() != n_likeliest.size()) {
+        throw InputError("n_likeliest must have a number for each stream");
+    }
+    const std::function<bool()> stop = [] {
+        py::gil_scoped_acquire acquire;
+        return PyErr_CheckSignals() != 0;
+    };
+    std::vector<Choice> choices;
+    try {
+        py::gil_scoped_release release;
+        choices = generator.next_all(streams, n_likeliest, stop);
+    } catch (...) {
+        if (PyErr_Occurred()) {
+            throw py::error_already_set();
+        }
+        throw;
+    }
+    py::list found;
+    for (const Choice & choice : choices) {
+        if (choice.id < 0) {
+            found.append(choice.id);
+        } else {
+            found.append(py::make_tuple(choice.id, choice.log_prob, choice.likeliest));
+        }
+    }
+    return found;
 }
 
 IntArray chat_ids(const Generator & generator, const std::vector<std::pair<std::string, std::string>> & messages) {
@@ -95,6 +127,10 @@ void register_generator(py::module_ & module) {
                     "GBNF of the JSON that a JSON schema, given as JSON, allows")
         .def("next", &next, py::arg("stream"), py::arg("n_likeliest"),
              "(id, log-probability, [(id, log-probability) of the likeliest])")
+        .def("next_all", &next_all, py::arg("streams"), py::arg("n_likeliest"),
+             "`next` of several streams in one pass; −1: it was cancelled, −2: its logits are not finite, −3: no token "
+             "fits its grammar")
+        .def_property_readonly_static("n_places", [](const py::object &) { return Generator::kTexts; })
         .def(
             "piece", [](const Generator & generator, llama_token id) { return py::bytes(generator.model().piece(id)); },
             py::arg("id"))

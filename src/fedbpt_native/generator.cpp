@@ -16,7 +16,6 @@ namespace fedbpt {
 
 namespace {
 
-constexpr size_t kTexts = 4;   // slots for texts being generated, or kept for reuse
 constexpr size_t kHeads = 7;   // slots for heads; each sequence takes two buffers of n_vocab numbers
 constexpr size_t kRoom = 256;  // free cells for generated tokens, and the unit that the context grows by
 
@@ -257,18 +256,89 @@ Choice Generator::next(Stream & stream, size_t n_likeliest, const std::function<
     const Session::Watch watch(session_, stream.cancelled_, stop);
 
     ensure_context(sequence.input.ids.size());
-    const float * logits = compute(sequence);
-    const auto n_vocab = static_cast<size_t>(model_->n_vocab());
-    const double log_sum = log_sum_exp(logits, n_vocab);
-    if (!std::isfinite(log_sum)) {
+    read_up_to(sequence, sequence.input.ids.size());
+    const Choice found = choose(stream, -1, n_likeliest);
+    if (found.id == Choice::kNotFinite) {
         reset();
         throw InputError(
             "the model's logits are not finite: use a soft prompt with smaller numbers, or fetch the model again");
     }
+    if (found.id == Choice::kNoToken) {
+        throw InputError("no token of this model continues the text as its grammar demands: use another grammar");
+    }
+    return found;
+}
+
+std::vector<Choice> Generator::next_all(const std::vector<Stream *> & streams, const std::vector<size_t> & n_likeliest,
+                                        const std::function<bool()> & stop) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    std::vector<Choice> found(streams.size(), Choice{ Choice::kCancelled, 0.0f, {} });
+    std::vector<bool> long_ones;
+    for (const Stream * stream : streams) {
+        long_ones.push_back(is_long(stream->sequence_->input));
+    }
+    for (const bool is_long : { false, true }) {  // LongRoPE's factors are those of the whole pass
+        std::vector<Stream *> together;
+        std::vector<size_t> of;
+        // Reading one text may drop the KV of another: where memory is short, or where the reading is interrupted.
+        do {
+            together.clear();
+            of.clear();
+            for (size_t i = 0; i < streams.size(); ++i) {
+                if (long_ones[i] == is_long && read(*streams[i], stop)) {
+                    together.push_back(streams[i]);
+                    of.push_back(i);
+                }
+            }
+        } while (!std::all_of(together.begin(), together.end(), [](const Stream * each) {
+            return each->sequence_->n_computed + 1 == each->sequence_->input.ids.size();
+        }));
+        if (together.empty()) {
+            continue;
+        }
+        const std::atomic<bool> never{ false };
+        const Session::Watch watch(session_, never, stop);
+        while (!compute_last(together)) {}
+        bool all_finite = true;
+        for (size_t i = 0; i < together.size(); ++i) {
+            all_finite = all_finite && is_finite(static_cast<int32_t>(i));
+        }
+        if (!all_finite) {  // what is infinite in one text's KV makes the others' attention NaN: each by itself
+            reset();
+        }
+        for (size_t i = 0; i < together.size(); ++i) {
+            Sequence & sequence = *together[i]->sequence_;
+            if (!all_finite) {
+                read_up_to(sequence, sequence.input.ids.size());
+            }
+            found[of[i]] = choose(*together[i], all_finite ? static_cast<int32_t>(i) : -1, n_likeliest[of[i]]);
+            if (found[of[i]].id == Choice::kNotFinite) {
+                reset();
+            }
+        }
+        if (all_finite) {
+            session_.remove_padding();
+        }
+    }
+    return found;
+}
+
+// Chooses the token after `stream`'s text by the logits of output `output`, and appends it.
+Choice Generator::choose(Stream & stream, int32_t output, size_t n_likeliest) {
+    Sequence & sequence = *stream.sequence_;
+    const float * logits = llama_get_logits_ith(session_.context(), output);
+    const auto n_vocab = static_cast<size_t>(model_->n_vocab());
+    const double log_sum = log_sum_exp(logits, n_vocab);
+    if (!std::isfinite(log_sum)) {
+        return { Choice::kNotFinite, 0.0f, {} };
+    }
     keep_head(sequence);
 
     const llama_token id = stream.grammar_ ? stream.grammar_->sample(stream.sampler_.get(), logits, n_vocab)
-                                           : llama_sampler_sample(stream.sampler_.get(), session_.context(), -1);
+                                           : llama_sampler_sample(stream.sampler_.get(), session_.context(), output);
+    if (id < 0) {
+        return { id, 0.0f, {} };
+    }
     sequence.input.ids.push_back(id);
     sequence.last_used = ++clock_;
     return { id, static_cast<float>(logits[id] - log_sum),
@@ -276,18 +346,74 @@ Choice Generator::next(Stream & stream, size_t n_likeliest, const std::function<
                              : std::vector<std::pair<llama_token, float>>() };
 }
 
-// The logits after the sequence's last token.
-const float * Generator::compute(Sequence & sequence) {
-    const size_t n = sequence.input.ids.size();
+bool Generator::is_finite(int32_t output) const {
+    const float * logits = llama_get_logits_ith(session_.context(), output);
+    return std::isfinite(log_sum_exp(logits, static_cast<size_t>(model_->n_vocab())));
+}
+
+// Computes the text but for its last token. False if its stream was cancelled.
+bool Generator::read(Stream & stream, const std::function<bool()> & stop) {
+    Sequence & sequence = *stream.sequence_;
+    const Session::Watch watch(session_, stream.cancelled_, stop);
+    try {
+        session_.check_stop();
+        ensure_context(sequence.input.ids.size());
+        read_up_to(sequence, sequence.input.ids.size() - 1);
+    } catch (const ScoringInterrupted &) {
+        if (stream.cancelled_) {
+            return false;
+        }
+        throw;
+    }
+    return true;
+}
+
+// Computes the last tokens of texts in one pass; their logits are the outputs, in order. False: again, as the cache was
+// full and has room now.
+bool Generator::compute_last(const std::vector<Stream *> & streams) {
+    batch_.clear();
+    for (const Stream * stream : streams) {
+        const Sequence & sequence = *stream->sequence_;
+        const size_t i = sequence.input.ids.size() - 1;
+        batch_.add(sequence.input.ids[i], static_cast<llama_pos>(i), sequence.id, 0);
+        if (row_of(sequence.input, i) != nullptr) {
+            set_rows(sequence);
+        }
+    }
+    Session::pad(batch_, /*outputs =*/true);
+    if (!decode(streams.front()->sequence_->is_long)) {
+        return false;
+    }
+    n_tokens_ += streams.size();
+    for (const Stream * stream : streams) {
+        stream->sequence_->n_computed = stream->sequence_->input.ids.size();
+    }
+    return true;
+}
+
+// Lets the next pass replace embeddings by the sequence's rows, or add them to layers' outputs.
+void Generator::set_rows(const Sequence & sequence) {
+    const Input & input = sequence.input;
+    const auto at = static_cast<llama_pos>(input.rows_at);
+    if (input.shifted.n > 0) {
+        llama_soft_prompt_set_shift(session_.context(), sequence.id, at,
+                                    input.shifted.continued ? std::numeric_limits<llama_pos>::max() : at + 1,
+                                    input.shifted.first, input.shifted.n, input.rows.data());
+    } else {
+        const size_t n_rows = input.rows.size() / static_cast<size_t>(model_->n_embd());
+        llama_soft_prompt_set(session_.context(), sequence.id, at, static_cast<int32_t>(n_rows), input.rows.data());
+    }
+}
+
+void Generator::read_up_to(Sequence & sequence, size_t end) {
     if (sequence.is_long != is_long(sequence.input)) {  // the text outgrew LongRoPE's short factors
         llama_memory_seq_rm(session_.memory(), sequence.id, -1, -1);
         sequence.n_computed = 0;
         sequence.is_long = is_long(sequence.input);
     }
-    while (sequence.n_computed < n) {
-        compute_part(sequence, std::min(n, sequence.n_computed + Session::kBatch));
+    while (sequence.n_computed < end) {
+        compute_part(sequence, std::min(end, sequence.n_computed + Session::kBatch));
     }
-    return llama_get_logits_ith(session_.context(), -1);
 }
 
 void Generator::compute_part(Sequence & sequence, size_t end) {
@@ -303,18 +429,20 @@ void Generator::compute_part(Sequence & sequence, size_t end) {
         Session::pad(batch_, /*outputs =*/false);
     }
     session_.check_stop();  // before the computation, as interrupting that would clear the KV of all texts
-    if (any_row && input.shifted.n > 0) {
-        const auto at = static_cast<llama_pos>(input.rows_at);
-        llama_soft_prompt_set_shift(session_.context(), sequence.id, at,
-                                    input.shifted.continued ? std::numeric_limits<llama_pos>::max() : at + 1,
-                                    input.shifted.first, input.shifted.n, input.rows.data());
-    } else if (any_row) {
-        const size_t n_rows = input.rows.size() / static_cast<size_t>(model_->n_embd());
-        llama_soft_prompt_set(session_.context(), sequence.id, static_cast<llama_pos>(input.rows_at),
-                              static_cast<int32_t>(n_rows), input.rows.data());
+    if (any_row) {
+        set_rows(sequence);
     }
+    if (!decode(sequence.is_long)) {
+        return;
+    }
+    session_.remove_padding();
+    n_tokens_ += end - sequence.n_computed;
+    sequence.n_computed = end;
+}
 
-    llama_soft_prompt_set_text_length(session_.context(), model_->rope_length(sequence.is_long));
+// Computes the batch. False: again, as the cache was full and has room now.
+bool Generator::decode(bool is_long) {
+    llama_soft_prompt_set_text_length(session_.context(), model_->rope_length(is_long));
     bool fits = false;
     try {
         fits = session_.decode(batch_, 0, batch_.size());
@@ -332,11 +460,9 @@ void Generator::compute_part(Sequence & sequence, size_t end) {
         if (!evict()) {
             grow(2 * session_.n_cells());
         }
-        return;
+        return false;
     }
-    session_.remove_padding();
-    n_tokens_ += end - sequence.n_computed;
-    sequence.n_computed = end;
+    return true;
 }
 
 void Generator::reset() {

@@ -33,6 +33,11 @@ struct Input {
 };
 
 struct Choice {
+    // in the place of a token: the stream was cancelled; the logits are not finite; no token fits the grammar
+    static constexpr llama_token kCancelled = -1;
+    static constexpr llama_token kNotFinite = -2;
+    static constexpr llama_token kNoToken = GrammarSampler::kNoToken;
+
     llama_token id;
     float log_prob;                                        // nats, before sampling
     std::vector<std::pair<llama_token, float>> likeliest;  // with their log-probabilities, the likeliest first
@@ -81,6 +86,13 @@ public:
     // is full.
     Choice next(Stream & stream, size_t n_likeliest, const std::function<bool()> & stop);
 
+    // The same for several texts, whose tokens are computed in one pass. What is wrong with one of them is in its
+    // Choice, and the others go on. Throws ScoringInterrupted if `stop` returned true.
+    std::vector<Choice> next_all(const std::vector<Stream *> & streams, const std::vector<size_t> & n_likeliest,
+                                 const std::function<bool()> & stop);
+
+    static constexpr size_t kTexts = 8;  // slots for texts being generated, or kept for reuse
+
     const Model & model() const { return *model_; }
     // forward tokens computed so far
     uint64_t n_tokens() const { return n_tokens_; }
@@ -112,8 +124,14 @@ private:
 
     void ensure_context(size_t n_cells);
     void grow(size_t n_cells);
-    const float * compute(Sequence & sequence);
+    bool read(Stream & stream, const std::function<bool()> & stop);
+    bool compute_last(const std::vector<Stream *> & streams);
+    void set_rows(const Sequence & sequence);
+    void read_up_to(Sequence & sequence, size_t end);
+    bool is_finite(int32_t output) const;
+    Choice choose(Stream & stream, int32_t output, size_t n_likeliest);
     void compute_part(Sequence & sequence, size_t end);
+    bool decode(bool is_long);
     void reset();
 
     std::shared_ptr<const Model> model_;

@@ -49,7 +49,7 @@ llama_token GrammarSampler::sample(llama_sampler * chain, const float * logits, 
                                         [](const llama_token_data & each) { return std::isinf(each.logit); });
         candidates_.erase(end, candidates_.end());
         if (candidates_.empty()) {
-            throw InputError("no token of this model continues the text as its grammar demands: use another grammar");
+            return kNoToken;
         }
         id = choose(chain);
     }

@@ -13,6 +13,8 @@ std::string json_grammar(const std::string & schema);
 // Chooses tokens that a grammar allows.
 class GrammarSampler {
 public:
+    static constexpr llama_token kNoToken = -3;
+
     // grammar: GBNF whose rule "root" is the whole text. Throws InputError.
     GrammarSampler(const llama_vocab * vocab, const std::string & grammar);
 
@@ -20,7 +22,7 @@ public:
     void follow(const llama_token * ids, size_t n);
 
     // Chooses a token by `chain` from those that continue the text; `chain` and the grammar are then behind it. If the
-    // first choice fits, the other tokens are not looked at. Throws InputError if no token fits.
+    // first choice fits, the other tokens are not looked at. kNoToken: no token fits.
     llama_token sample(llama_sampler * chain, const float * logits, size_t n_vocab);
 
 private:

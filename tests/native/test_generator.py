@@ -281,8 +281,8 @@ def test_a_model_with_damaged_weights_is_refused(tmp_path: Path, monkeypatch: py
 
 def test_more_texts_at_once_than_there_are_slots_are_refused(llama: Case) -> None:
     generator = new(llama)
-    streams = [generator.open(Placed(llama.ids(5, seed=i)), GREEDY) for i in range(4)]
-    with pytest.raises(InputError, match="4"):
+    streams = [generator.open(Placed(llama.ids(5, seed=i)), GREEDY) for i in range(generator.n_places)]
+    with pytest.raises(InputError, match=str(generator.n_places)):
         generator.open(Placed(llama.ids(5)), GREEDY)
     del streams[3]
     generator.open(Placed(llama.ids(5)), GREEDY)
@@ -393,3 +393,84 @@ def test_a_scorer_has_one_generator(llama: Case) -> None:
     scorer = fedbpt.load_model(llama.path, n_threads=N_THREADS)
     assert scorer.generator is scorer.generator
     assert generated(scorer.generator, Placed(llama.ids(5)), 3) == generated(new(llama), Placed(llama.ids(5)), 3)
+
+
+# --- several texts in one pass ---------------------------------------------------------------------------------------
+
+
+def all_of(generator: NativeGenerator, streams: list[NativeStream], n: int) -> list[list[Token]]:
+    """The next ``n`` tokens of each stream, generated together."""
+    steps = [generator.next_all(streams, [0] * len(streams)) for _ in range(n)]
+    return [[token for token in own if isinstance(token, Token)] for own in zip(*steps, strict=True)]
+
+
+def shifted(case: Case, ids: NDArray[np.int32], seed: int) -> Placed:
+    rows = case.prompts(seed + 1, case.model.n_layer)[seed] * 0.1
+    return Placed(ids, rows, len(ids) - 1, (0, case.model.n_layer, True))
+
+
+@pytest.mark.parametrize("placement", ["front", "cue", "layers"])
+def test_texts_generated_together_are_as_alone(repeatable: Case, placement: str) -> None:
+    texts = repeatable.texts([19, 5, 33])
+    if placement == "layers":
+        given = [shifted(repeatable, text, i) for i, text in enumerate(texts)]
+    else:
+        given = [placed(text, rows, placement) for text, rows in zip(texts, repeatable.prompts(3, 3), strict=True)]
+    generator = new(repeatable)
+    streams = [generator.open(each, GREEDY) for each in given]
+    found = all_of(generator, streams, 6)
+    alone = [generator.next_all([stream], [2])[0] for stream in streams]  # and each by itself again
+    for each, own, last in zip(given, found, alone, strict=True):
+        assert isinstance(last, Token)
+        assert same(repeatable, [*own, last._replace(likeliest=())], generated(new(repeatable), each, 7))
+        assert len(last.likeliest) == 2
+
+
+def test_a_text_joins_others_and_the_context_grows(llama: Case) -> None:
+    generator = new(llama)
+    given = [Placed(llama.ids(length, seed=length)) for length in (20, 200, 350)]
+    streams = [generator.open(given[0], GREEDY)]
+    found = [generator.next_all(streams, [0])]
+    streams += [generator.open(each, GREEDY) for each in given[1:]]
+    first = all_of(generator, streams, 5)
+    assert generator.n_cells >= 570
+    expected = [generated(new(llama), each, 6) for each in given]
+    assert isinstance(found[0][0], Token)
+    assert same(llama, [found[0][0], *first[0]], expected[0])
+    assert same(llama, first[1], expected[1][:5])
+    assert same(llama, first[2], expected[2][:5])
+
+
+def test_one_of_several_texts_is_cancelled_or_not_finite(llama: Case) -> None:
+    generator = new(llama)
+    given = [Placed(llama.ids(20, seed=i)) for i in range(3)]
+    much = np.full((llama.model.n_layer, llama.model.n_embd), 3e38, dtype=np.float32)  # twice that is infinite
+    wrong = Placed(llama.ids(20, seed=9), much, 19, (0, llama.model.n_layer, True))
+    streams = [generator.open(each, GREEDY) for each in (*given, wrong)]
+    streams[1].cancel()
+    steps = [generator.next_all(streams, [0] * 4) for _ in range(3)]
+    for step in steps:
+        assert isinstance(step[1], ScoringInterrupted)
+        assert isinstance(step[3], InputError)
+    for i in (0, 2):
+        found = [token for step in steps if isinstance(token := step[i], Token)]
+        assert same(llama, found, generated(new(llama), given[i], 3))
+
+
+def test_reading_a_text_among_others_can_be_cancelled(slow: Case) -> None:
+    generator, short = new(slow), placed(slow.ids(9), slow.prompts(1, 2)[0], "front")
+    expected = generated(new(slow), short, 3)
+    streams = [generator.open(short, GREEDY), generator.open(Placed(slow.ids(4000)), GREEDY)]
+    threading.Timer(0.2, streams[1].cancel).start()
+    token, interrupted = generator.next_all(streams, [0, 0])
+    assert isinstance(token, Token)
+    assert isinstance(interrupted, ScoringInterrupted)
+    assert same(slow, [token, *all_of(generator, streams[:1], 2)[0]], expected)
+
+
+def test_a_closed_text_cannot_be_continued(llama: Case) -> None:
+    generator = new(llama)
+    stream = generator.open(Placed(llama.ids(5)), GREEDY)
+    stream.close()
+    with pytest.raises(InputError, match="closed"):
+        generator.next_all([stream], [0])

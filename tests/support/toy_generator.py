@@ -39,6 +39,21 @@ class ToyGenerator:
     def n_ctx(self) -> int:
         return self._scorer.n_ctx
 
+    @property
+    def n_places(self) -> int:
+        return PLACES
+
+    def next_all(
+        self, streams: Sequence[ToyStream], n_likeliest: Sequence[int]
+    ) -> list[Token | InputError | ScoringInterrupted]:
+        found: list[Token | InputError | ScoringInterrupted] = []
+        for stream, n in zip(streams, n_likeliest, strict=True):
+            try:
+                found.append(stream.next(n))
+            except ScoringInterrupted as error:
+                found.append(error)
+        return found
+
     def open(self, placed: Placed, sampling: Sampling) -> ToyStream:
         check_rows(placed.rows, self._scorer.n_embd)
         if not len(placed.ids):

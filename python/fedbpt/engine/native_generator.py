@@ -16,7 +16,7 @@ from fedbpt.argument_types import checked
 from fedbpt.checking import utf8
 from fedbpt.engine.text_generator import OPENAI_SAMPLING, SEEDS, Placed, Sampling, Token, check_rows
 from fedbpt.engine.token_arrays import token_ids
-from fedbpt.errors import InputError
+from fedbpt.errors import InputError, ScoringInterrupted
 from fedbpt.models import WatchedFiles
 from fedbpt.quantities import TokenId
 
@@ -56,7 +56,7 @@ class NativeGenerator:
 
     @checked
     def open(self, placed: Placed, sampling: Sampling) -> NativeStream:
-        """See `fedbpt.engine.text_generator.Generator.open`. At most four texts can be open at a time."""
+        """See `fedbpt.engine.text_generator.Generator.open`. At most `n_places` texts can be open at a time."""
         _check_process(self._process)
         ids = token_ids(placed.ids, "ids")
         rows = check_rows(placed.rows, self._engine.n_embd)
@@ -65,6 +65,18 @@ class NativeGenerator:
         grammar = utf8(sampling.grammar, "grammar")
         stream = self._generator.open(ids, rows, placed.rows_at, *how, placed.shifted, grammar, placed.n_said)
         return NativeStream(self._generator, stream, self._files)
+
+    @property
+    def n_places(self) -> int:
+        return int(self._generator.n_places)
+
+    def next_all(
+        self, streams: Sequence[NativeStream], n_likeliest: Sequence[int]
+    ) -> list[Token | InputError | ScoringInterrupted]:
+        _check_process(self._process)
+        with self._files.unchanged():
+            found = self._generator.next_all([each.opened for each in streams], list(n_likeliest))
+        return [_token(each) for each in found]
 
     @checked
     def piece(self, token: TokenId) -> bytes:
@@ -115,13 +127,17 @@ class NativeStream:
         self._files = files
         self.n_reused = int(stream.n_reused)
 
-    def next(self, n_likeliest: int = 0) -> Token:
-        _check_process(self._process)
+    @property
+    def opened(self) -> _native.Generator.Stream:
+        """Raises `InputError` if it is closed. Do not bind it: an error's traceback would keep its slot taken."""
         if self._stream is None:
             raise InputError("this text was closed: open another one")
-        # Do not bind the stream to a local variable: an error's traceback would keep it alive, and so its slot taken.
+        return self._stream
+
+    def next(self, n_likeliest: int = 0) -> Token:
+        _check_process(self._process)
         with self._files.unchanged():
-            token, log_prob, likeliest = self._generator.next(self._stream, n_likeliest)
+            token, log_prob, likeliest = self._generator.next(self.opened, n_likeliest)
         return Token(token, log_prob, tuple(likeliest))
 
     def cancel(self) -> None:
@@ -131,6 +147,19 @@ class NativeStream:
 
     def close(self) -> None:
         self._stream = None  # dropping the last reference frees the engine's slot
+
+
+def _token(
+    found: tuple[int, float, list[tuple[int, float]]] | int,
+) -> Token | InputError | ScoringInterrupted:
+    """What `_native.Generator.next_all` found for one text."""
+    if isinstance(found, tuple):
+        return Token(found[0], found[1], tuple(found[2]))
+    if found == -1:
+        return ScoringInterrupted("the text was interrupted")
+    if found == -2:
+        return InputError("the model's logits are not finite: use a soft prompt with smaller numbers")
+    return InputError("no token of this model continues the text as its grammar demands: use another grammar")
 
 
 def _check_process(created_in: int) -> None:

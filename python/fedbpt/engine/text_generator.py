@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, TypeGuard
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedbpt.argument_types import DataclassMeta, array_of, check_fields
 from fedbpt.engine.scorer import Scorer
-from fedbpt.errors import InputError
+from fedbpt.errors import InputError, ScoringInterrupted
 
 SEEDS = 2**32 - 1
 """Number of seeds: 0 … SEEDS − 1."""
@@ -125,6 +125,17 @@ class Generator(Protocol):
     @property
     def n_tokens(self) -> int:
         """Forward tokens computed so far."""
+        ...
+
+    @property
+    def n_places(self) -> int:
+        """Number of texts that can be open at a time."""
+        ...
+
+    def next_all(
+        self, streams: Sequence[Any], n_likeliest: Sequence[int]
+    ) -> list[Token | InputError | ScoringInterrupted]:
+        """`TokenStream.next` of several streams of this generator, in one pass. An error of one is in its place."""
         ...
 
     def open(self, placed: Placed, sampling: Sampling) -> TokenStream:

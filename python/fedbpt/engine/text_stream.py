@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final, Literal, NamedTuple, TypeAlias
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fedbpt.argument_types import checked
 from fedbpt.engine.pieces import TextPieces
 from fedbpt.engine.text_generator import SEEDS, Generator, Placed, Sampling, TextModel, Token, TokenStream, check_rows
-from fedbpt.errors import ScoringInterrupted
+from fedbpt.errors import FedbptError, ScoringInterrupted
 from fedbpt.protocol.seeding import derive_seed
 from fedbpt.protocol.specs import PromptSpec, Template
 from fedbpt.quantities import NaturalInt, PositiveInt
@@ -84,6 +84,16 @@ class Generation:
         """Tokens generated so far, without the one that ends the text."""
         return len(self._ids)
 
+    @property
+    def n_places(self) -> int:
+        """Number of texts that its generator holds at a time."""
+        return self._generator.n_places
+
+    @property
+    def n_ctx(self) -> int:
+        """Length of its generator's context in tokens."""
+        return self._generator.n_ctx
+
     def cancel(self) -> None:
         """Make the next piece raise `ScoringInterrupted`; callable from any thread."""
         self._cancelled = True
@@ -115,32 +125,30 @@ class Generation:
         return self
 
     def __next__(self) -> Piece:
-        piece = None
-        if not self._closed:
-            try:
-                piece = self._advance()
-            except BaseException:
-                self.close()
-                raise
-            if self.finish_reason is not None:
-                self.close()
-        if piece is None:
+        (found,) = next_of_all([self])
+        if isinstance(found, Exception):
+            raise found
+        if found is None:
             raise StopIteration
-        return piece
+        return found
 
-    def _advance(self) -> Piece | None:
-        """Generate the next piece; None at the end, if no text was held back."""
-        if self.n_tokens < self._max_tokens:
-            token = self._running().next(self._n_likeliest)
-            if not self._generator.is_end(token.id):
-                self._ids.append(token.id)
-                piece = Piece(self._text.add(self._generator.piece(token.id)), token)
-                if self._text.stopped:
-                    self.finish_reason = "stop"
-                return piece
-            self.finish_reason = "stop"
-        else:
-            self.finish_reason = "length"
+    def _waits(self) -> bool:
+        """Whether the next piece needs a token."""
+        return not self._closed and self.n_tokens < self._max_tokens
+
+    def _take(self, token: Token | None) -> Piece | None:
+        """The piece of the next token, None: there is none; returns None at the end, if no text was held back."""
+        if self._closed:
+            return None
+        if token is not None and not self._generator.is_end(token.id):
+            self._ids.append(token.id)
+            piece = Piece(self._text.add(self._generator.piece(token.id)), token)
+            if self._text.stopped:
+                self.finish_reason = "stop"
+                self.close()
+            return piece
+        self.finish_reason = "length" if token is None else "stop"
+        self.close()
         rest = self._text.end()
         return Piece(rest, None) if rest else None
 
@@ -170,6 +178,44 @@ class Generation:
         if self._slice and seed is not None:
             sampling = replace(sampling, seed=derive_seed(seed % SEEDS, "text", self._slice))
         return self._generator.open(placed, sampling)
+
+
+def next_of_all(generations: Sequence[Generation]) -> list[Piece | Exception | None]:
+    """The next piece of each text of one generator, computed in one pass. None: it has ended.
+
+    An exception is what iterating over this text alone would raise.
+    """
+    found: dict[int, Piece | Exception | None] = {}
+    running: dict[int, TokenStream] = {}
+    for i, generation in enumerate(generations):
+        try:
+            if generation._waits():
+                running[i] = generation._running()
+            else:
+                found[i] = generation._take(None)
+        except FedbptError as error:
+            found[i] = error
+    for i, token in zip(running, _tokens(generations, running), strict=True):
+        found[i] = token if isinstance(token, Exception) else generations[i]._take(token)
+    for i, result in found.items():
+        if isinstance(result, Exception):
+            generations[i].close()
+    return [found[i] for i in range(len(generations))]
+
+
+def _tokens(generations: Sequence[Generation], running: Mapping[int, TokenStream]) -> Sequence[Token | Exception]:
+    """The next token of each of ``running``, or what it raised."""
+    try:
+        if len(running) > 1:
+            counts = [generations[i]._n_likeliest for i in running]
+            return generations[next(iter(running))]._generator.next_all(list(running.values()), counts)
+        return [stream.next(generations[i]._n_likeliest) for i, stream in running.items()]
+    except FedbptError as error:
+        return [error] * len(running)
+    except BaseException:
+        for i in running:
+            generations[i].close()
+        raise
 
 
 @checked

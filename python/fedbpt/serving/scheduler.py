@@ -1,7 +1,8 @@
-"""`Scheduler`: computes completions round-robin on one thread, and delivers their pieces on the event loop.
+"""`Scheduler`: computes completions on one thread, several in one pass, and delivers their pieces on the event loop.
 
-Each time slice generates `SLICE` tokens of one request. So neither a long completion nor a request with many prompts
-delays the others, and the KV of only one text is in use at a time.
+As many texts are generated at a time as the generator has places for, and as together fit into its context, so that
+their KV takes no more memory than that of one long text. Where more wait, they take turns, `SLICE` tokens each, request
+by request: neither a long completion nor a request with many prompts delays the others.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Final
 
 from fedbpt.device.agent.worker import Worker
-from fedbpt.engine.text_stream import SLICE, Piece
-from fedbpt.errors import FedbptError, ScoringInterrupted
+from fedbpt.engine.text_stream import SLICE, Generation, Piece, next_of_all
+from fedbpt.errors import FedbptError
 from fedbpt.serving.models import Completion
 
-MAX_REQUESTS: Final = 64
-"""Maximum number of requests that are processed or waiting; more are rejected."""
+MAX_REQUESTS: Final = 1024
+"""Maximum number of requests that are processed or waiting, each with a connection; more are rejected."""
 
 
 class Scheduler:
@@ -28,8 +29,9 @@ class Scheduler:
         self._worker = Worker("fedbpt-serve")
         self._tickets: set[Ticket] = set()
         self._lock = threading.Lock()
-        self._queue: deque[Ticket] = deque()
+        self._queue: deque[Ticket] = deque()  # each has waiting jobs
         self._is_running = False
+        self._active: list[tuple[Ticket, Job]] = []
 
     @property
     def is_full(self) -> bool:
@@ -56,46 +58,79 @@ class Scheduler:
         self.stop()
         return self._worker.close()
 
+    # --- on the worker's thread ----------------------------------------------------------------------------------
+
     def _run(self) -> None:
-        """Process the queue until it is empty, on the worker's thread."""
+        """Process the queue until it is empty."""
+        while self._admit():
+            self._step()
+
+    def _admit(self) -> bool:
+        """Begin completions while there is room. Returns whether any is being computed."""
         while True:
             with self._lock:
                 if not self._queue:
-                    self._is_running = False
-                    return
+                    self._is_running = bool(self._active)
+                    return self._is_running
+                if self._active and len(self._active) >= self._active[0][1].generation.n_places:
+                    return True
                 ticket = self._queue.popleft()
-            has_more = ticket.run_slice()
-            with self._lock:
-                is_alone = not self._queue
-                if has_more:
+                job = ticket.waiting.popleft()
+                if ticket.waiting:
                     self._queue.append(ticket)
-            if has_more and not is_alone:
-                ticket.pause()
+            if not job.begin():
+                continue
+            self._active.append((ticket, job))
+            if not self._fits():
+                self._send_back(len(self._active) - 1, first=True)
+                return True
+
+    def _step(self) -> None:
+        """Compute a token of each active completion."""
+        found = next_of_all([job.generation for _, job in self._active])
+        going = [job.take(piece) for (_, job), piece in zip(self._active, found, strict=True)]
+        self._active = [pair for pair, goes in zip(self._active, going, strict=True) if goes]
+        for i in reversed(range(len(self._active))):
+            if self._active[i][1].may_pause and (not self._fits() or self._n_waiting >= len(self._active) - i):
+                self._send_back(i)
+
+    def _fits(self) -> bool:
+        """Whether the active texts fit into the context together, with their next slices; one always does."""
+        texts = [job.generation for _, job in self._active]
+        return len(texts) < 2 or sum(text.n_prompt + text.n_tokens + SLICE for text in texts) <= texts[0].n_ctx
+
+    @property
+    def _n_waiting(self) -> int:
+        with self._lock:
+            return sum(len(ticket.waiting) for ticket in self._queue)
+
+    def _send_back(self, i: int, first: bool = False) -> None:
+        """Let an active completion wait for its next turn; ``first``: the next one."""
+        ticket, job = self._active.pop(i)
+        job.generation.pause()
+        with self._lock:
+            ticket.waiting.appendleft(job)
+            if ticket in self._queue:
+                self._queue.remove(ticket)
+            if first:
+                self._queue.appendleft(ticket)
+            else:
+                self._queue.append(ticket)
 
 
 class Ticket:
-    """The completions of one request, as ``jobs`` that are computed one after another."""
+    """The completions of one request, as ``jobs``, of which those in ``waiting`` are not being computed."""
 
     def __init__(self, starts: Sequence[Callable[[], Completion]], on_close: Callable[[Ticket], None]) -> None:
         self.jobs = [Job(start) for start in starts]
+        self.waiting = deque(self.jobs)
         self._on_close = on_close
-        self._current = 0
 
     def close(self) -> None:
         """Cancel unfinished completions and free the slot. Idempotent."""
         for job in self.jobs:
             job.cancel()
         self._on_close(self)
-
-    def run_slice(self) -> bool:
-        """Compute a slice, on the worker's thread. Returns whether there is more to compute."""
-        if self.jobs[self._current].run_slice():
-            self._current += 1
-        return self._current < len(self.jobs)
-
-    def pause(self) -> None:
-        """Release the generator between two slices, on the worker's thread."""
-        self.jobs[self._current].pause()
 
 
 class Job:
@@ -133,41 +168,50 @@ class Job:
 
     # --- on the worker's thread ----------------------------------------------------------------------------------
 
-    def run_slice(self) -> bool:
-        """Compute a slice. Returns whether the completion is finished."""
-        try:
-            finished = self._compute()
-        except Exception as error:  # noqa: BLE001 - raised where the completion is awaited
-            self._end(error)
-            return True
-        if finished:
-            self._end(None)
-        return finished
+    @property
+    def generation(self) -> Generation:
+        """The text that is being generated; only of a job that `begin` left unfinished."""
+        if not isinstance(self._completion, Generation):
+            raise FedbptError("this completion is not being generated: please report this")
+        return self._completion
 
-    def pause(self) -> None:
-        """Release the generator for another text."""
+    def begin(self) -> bool:
+        """Start or continue. Returns whether there are tokens to generate; a label is computed here."""
         if self._completion is not None:
-            self._completion.pause()
-
-    def _compute(self) -> bool:
-        if self._completion is None:
-            if self._cancelled:
-                return True
+            return True
+        if self._cancelled:
+            return self._end(None)
+        try:
             self._completion = self._start()
             self._put(self._completion)
-        for _ in range(SLICE):
-            if self._cancelled:  # `cancel` may have been called before `_completion` was set
-                raise ScoringInterrupted("the text was interrupted")
-            piece = next(self._completion, None)
-            if piece is None:
+            if isinstance(self._completion, Generation):
                 return True
-            self._put(piece)
-        return False
+            for piece in self._completion:
+                self._put(piece)
+        except Exception as error:  # noqa: BLE001 - raised where the completion is awaited
+            return self._end(error)
+        return self._end(None)
 
-    def _end(self, last: Exception | None) -> None:
+    def take(self, piece: Piece | Exception | None) -> bool:
+        """Deliver a piece, or the end. Returns whether more follows."""
+        if not isinstance(piece, Piece):
+            return self._end(piece)
+        self._put(piece)
+        if self._cancelled:  # `cancel` may have been called before `_completion` was set
+            self.generation.cancel()
+        return True
+
+    @property
+    def may_pause(self) -> bool:
+        """Whether it is at the end of a slice."""
+        n_tokens = self.generation.n_tokens
+        return n_tokens > 0 and n_tokens % SLICE == 0
+
+    def _end(self, last: Exception | None) -> bool:
         if self._completion is not None:
             self._completion.close()
         self._put(last)
+        return False
 
     def _put(self, item: Completion | Piece | Exception | None) -> None:
         if not self._loop.is_closed():  # closed: the server has stopped, and nobody waits

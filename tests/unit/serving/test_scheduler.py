@@ -1,4 +1,4 @@
-"""The order of computation: requests round-robin, whatever their lengths, and only one text open at a time."""
+"""The order of computation: several texts at a time, requests round-robin where more wait."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from fedbpt.engine.text_generator import Placed
 from fedbpt.engine.text_stream import SLICE, Generation
 from fedbpt.errors import FedbptError, InputError, ScoringInterrupted
 from fedbpt.serving.scheduler import MAX_REQUESTS, Job, Scheduler, Ticket
+from tests.support.toy_generator import PLACES
 from tests.support.toy_scorer import ToyScorer
 
 Scene = Callable[[Scheduler, ToyScorer], Coroutine[None, None, None]]
@@ -81,7 +82,42 @@ def test_a_long_completion_takes_turns_with_others_and_is_the_same() -> None:
         scorer.generator.pace.set()
         assert [await read(ticket.jobs[0]) for ticket in others] == [alone(text, SLICE + 1) for text in "xy"]
         assert await read(long.jobs[0]) == alone("a", 3 * SLICE)
-        assert order(scorer) == "axyaxya"
+        assert order(scorer) == "axy"
+
+    play(scene)
+
+
+def test_more_long_completions_than_places_take_turns_and_are_the_same() -> None:
+    async def scene(scheduler: Scheduler, scorer: ToyScorer) -> None:
+        texts = "abcdef"
+        assert len(texts) > PLACES
+        tickets = [submit(scheduler, scorer, text, n=2 * SLICE + 1) for text in texts]
+        scorer.generator.pace.set()
+        found = await asyncio.gather(*(read(ticket.jobs[0]) for ticket in tickets))
+        assert list(found) == [alone(text, 2 * SLICE + 1) for text in texts]
+        assert order(scorer)[: len(texts)] == texts  # the last ones do not wait for the end of the first
+
+    play(scene)
+
+
+def test_texts_that_do_not_fit_into_the_context_together_take_turns() -> None:
+    async def scene(scheduler: Scheduler, scorer: ToyScorer) -> None:
+        texts = [letter * (scorer.n_ctx // 2) for letter in "abc"]
+        tickets = [submit(scheduler, scorer, text, n=SLICE + 5) for text in texts]
+        scorer.generator.pace.set()
+        open_at_once = []
+
+        async def watch(job: Job) -> str:
+            await job.started()
+            pieces = []
+            async for piece in job.pieces():
+                open_at_once.append(scorer.generator.n_open)
+                pieces.append(piece.text)
+            return "".join(pieces)
+
+        found = await asyncio.gather(*(watch(ticket.jobs[0]) for ticket in tickets))
+        assert list(found) == [alone(text, SLICE + 5) for text in texts]
+        assert max(open_at_once) <= 2  # one, and one that is found not to fit
 
     play(scene)
 
@@ -109,11 +145,12 @@ def test_closed_requests_are_not_computed() -> None:
             ticket.close()
         scorer.generator.pace.set()
         assert await read(third.jobs[0]) == alone("y", 3)
-        assert order(scorer) == "ay"
+        assert "c" not in order(scorer)
         with pytest.raises(ScoringInterrupted):
-            _ = [piece async for piece in first.jobs[0].pieces()]
-        with pytest.raises(FedbptError):
-            await second.jobs[0].started()
+            await read(first.jobs[0])
+        for job in (*first.jobs[1:], second.jobs[0]):  # were they begun before they were closed?
+            with pytest.raises(FedbptError):
+                await read(job)
 
     play(scene)
 
