@@ -6,6 +6,9 @@ recomputed         the same engine, computing the prompt's KV again for each req
 llama-cpp-python   its `create_completion`, without soft prompts: the rows are 50 tokens of text. It keeps the KV of the
                    last request and reuses the common prefix, as fedbpt does.
 
+Then as many requests as there are places, each with its own text: their tokens in one pass, against one text after the
+other.
+
 Alternated; medians are printed, and one JSON line last.
 
     python benchmarks/bench_serving.py --model smollm2-135m
@@ -52,6 +55,26 @@ def ours(generator: NativeGenerator, rows: NDArray[np.float32], text: NDArray[np
     ids = np.concatenate([np.zeros(len(rows), dtype=np.int32), text])
     stream = generator.open(Placed(ids, rows), Sampling())
     return (stream.next() for _ in range(n))
+
+
+def at_once(generator: NativeGenerator, texts: list[Placed], n: int) -> float:
+    """Tokens per second of all texts, a token of each in one pass, after their first tokens."""
+    streams = [generator.open(text, Sampling()) for text in texts]
+    counts = [0] * len(streams)
+    generator.next_all(streams, counts)
+    began = time.perf_counter()
+    for _ in range(n):
+        generator.next_all(streams, counts)
+    return n * len(texts) / (time.perf_counter() - began)
+
+
+def together(
+    generator: NativeGenerator, rows: NDArray[np.float32], texts: list[NDArray[np.int32]], n: int
+) -> list[float]:
+    """Tokens per second of all texts at once, and of one after the other."""
+    given = [Placed(np.concatenate([np.zeros(len(rows), dtype=np.int32), text]), rows) for text in texts]
+    alone = [n / at_once(generator, [each], n) for each in given]
+    return [at_once(generator, given, n), len(given) * n / sum(alone)]
 
 
 def stock(scorer: fedbpt.NativeScorer) -> tuple[Run, str]:
@@ -116,6 +139,13 @@ def bench(name: str, args: argparse.Namespace, say: Callable[[str], None]) -> di
             "first_token_ratio": its_first / first,
             "rate_ratio": rate / its_rate,
         }
+    texts = texts_like_news(scorer, scorer.generator.n_places)
+    rates = [together(scorer.generator, rows, texts, args.tokens) for _ in range(3)]
+    many, one = (statistics.median(own) for own in zip(*rates, strict=True))
+    say(
+        f"  {len(texts)} texts at once {many:.1f} tokens/s, one after the other {one:.1f}   fedbpt: {many / one:.2f} times as fast"
+    )
+    result["together"] = {"texts": len(texts), "tokens_per_second": many, "one_by_one": one, "ratio": many / one}
     return result
 
 

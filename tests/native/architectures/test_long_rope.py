@@ -13,7 +13,7 @@ from tiny_case import N_THREADS, Case
 
 import fedbpt
 from fedbpt.engine.native_generator import NativeGenerator
-from fedbpt.engine.text_generator import Placed, Sampling
+from fedbpt.engine.text_generator import Placed, Sampling, Token
 
 N = long_rope.N_ORIGINAL
 LENGTHS = [1, 20, 300, N - 1, N, N + 1, 800]
@@ -98,6 +98,25 @@ def test_a_plan_gives_the_same_before_and_after_another_plan_with_longer_texts(c
     scorer.compile([choices.case.ids(800)], None, "cue").score(embeds)
     scorer.compile(choices.case.texts([30] * 32), None, "cue").score(embeds)
     np.testing.assert_allclose(plan.score(embeds), before, atol=1e-3)
+
+
+def test_texts_of_both_sets_are_generated_together_as_alone(choices: Choices) -> None:
+    case = choices.case
+    given = [Placed(case.ids(n, seed=n)) for n in (20, N - 2, N + 5)]
+
+    def new() -> NativeGenerator:
+        return NativeGenerator(case.scorer._engine, case.scorer._files)
+
+    generator = new()
+    streams = [generator.open(each, Sampling()) for each in given]
+    steps = [generator.next_all(streams, [0] * 3) for _ in range(6)]  # the second text outgrows the short set
+    for i, each in enumerate(given):
+        stream = new().open(each, Sampling())
+        alone = [stream.next() for _ in range(6)]
+        for found, expected in zip((step[i] for step in steps), alone, strict=True):
+            assert isinstance(found, Token)
+            assert found.id == expected.id
+            assert abs(found.log_prob - expected.log_prob) < 1e-3
 
 
 def test_generated_texts_follow_one_rule_whatever_came_before(choices: Choices) -> None:
