@@ -142,9 +142,7 @@ def bench(name: str, args: argparse.Namespace, say: Callable[[str], None]) -> di
     texts = texts_like_news(scorer, scorer.generator.n_places)
     rates = [together(scorer.generator, rows, texts, args.tokens) for _ in range(3)]
     many, one = (statistics.median(own) for own in zip(*rates, strict=True))
-    say(
-        f"  {len(texts)} texts at once {many:.1f} tokens/s, one after the other {one:.1f}   fedbpt: {many / one:.2f} times as fast"
-    )
+    say(f"  {len(texts)} texts at once {many:.1f} tokens/s, one by one {one:.1f}   fedbpt: {many / one:.2f} times")
     result["together"] = {"texts": len(texts), "tokens_per_second": many, "one_by_one": one, "ratio": many / one}
     return result
 

@@ -97,6 +97,7 @@ def tune(
     patience: int = 0,
     restarts: int = 0,
     stop_if_futile: bool = True,
+    metric_share: float = 0.0,
     balanced: bool = False,
     ensemble: int = 2,
     readout: Literal["auto", "layers", "logistic", "words"] = "auto",
@@ -127,6 +128,8 @@ def tune(
         restarts: maximum number of restarts, each from the best mean, when ``patience`` runs out.
         stop_if_futile: end the search after a quarter or half of its budget if held-back training rows show no gain
             over the readout without prompt.
+        metric_share: for a task of target texts with a metric, share of the budget, its last part, that searches on the
+            metric of the model's own answers, 0 to 1; the rest searches on the likelihood of the target texts.
         balanced: weight the rows' losses so that all labels count equally.
         readout: what the labels are read from: ``words``, the logits of random words; ``layers``, hidden states,
             where training rows held back from the search choose what the prompt ships; ``auto``: layers, unless the
@@ -155,13 +158,14 @@ def tune(
         "patience": patience,
         "restarts": restarts,
         "stop_if_futile": stop_if_futile,
+        "metric_share": metric_share,
         "balanced": balanced,
         "ensemble": ensemble,
         "readout": readout,
     }
     every = evaluate_every if splits[1] else 0
     settings = settings_for(task, budget, seed, prompt, objective, every, **options)
-    unscored = states_alone(task.templates, settings.for_labels(task.labels), scorer.n_layer)
+    unscored = states_alone(task.templates, settings.for_labels(task.labels, task.generation), scorer.n_layer)
     for note in [UNSCORED] if unscored else word_notes(scorer, task):
         log.warning("%s", note)
     return _tune(scorer, task, splits, settings, store, run, on_event, show)
@@ -219,7 +223,7 @@ def _tune(
         stack.enter_context(opened.held(run))
         callback = _call_all(stack.enter_context(live_display(show)), on_event)
         device = Device(NAME, scorer, *splits, task=task)
-        device.check_fit(settings.for_labels(task.labels).objective, settings.prompt)
+        device.check_fit(settings.for_labels(task.labels, task.generation).objective, settings.prompt)
         client = stack.enter_context(clients_of(device))
 
         def begin(settings: RunSettings) -> Federation:

@@ -117,7 +117,7 @@ class Tuning:
         """Run on this machine. After Ctrl-C, writes the best result so far, then raises `RunStopped`."""
         device = self._device(rows)
         settings = self._config.settings
-        device.check_fit(settings.for_labels(self._task.labels).objective, settings.prompt)
+        device.check_fit(settings.for_labels(self._task.labels, self._task.generation).objective, settings.prompt)
         with self._opened() as (store, watch, release), clients_of(device) as client:
             ended = self._run(store, watch, lambda: [client()], digest_of_rows(*rows), run_alone)
             release()

@@ -133,7 +133,7 @@ def estimate(settings: RunSettings, task: Task, infos: Sequence[DeviceInfo], agg
         ConfigError: a budget that is spent before the search begins, or a deadline that the slowest device cannot
             keep; ``limit`` is the nearest possible value.
     """
-    settings = settings.for_labels(task.labels)
+    settings = settings.for_labels(task.labels, task.generation)
     local = method_named(settings.method).local
     parts = [tokens_of(settings, task.templates, info) for info in infos]
     per_round = settings.popsize * settings.iterations + 1 if local else settings.popsize
@@ -216,6 +216,7 @@ def tokens_of(settings: RunSettings, templates: Sequence[Template], info: Device
     n_templates = len(templates)
     text = objective.max_text_tokens + TEMPLATE_TOKENS
     target = objective.max_text_tokens if objective.loss == "nll" else 0
+    answer = objective.generation.max_tokens if objective.generation else 0  # counted in all rounds: a bound
     words = _dearest_words(templates, info) or 0
     alike = len({template.pattern.partition("{text}")[0] for template in templates}) == 1
     # Under another template with the same beginning, a text costs only its end.
@@ -225,7 +226,7 @@ def tokens_of(settings: RunSettings, templates: Sequence[Template], info: Device
     batch = min(objective.batch_size or n_rows, n_rows)
     cue = not prompt.in_front
     # For one candidate; a prompt in front is computed once for all texts.
-    a_text = Tokens(target + (prompt.n_prompt if cue else text), words)
+    a_text = Tokens(target + answer + (prompt.n_prompt if cue else text), words)
     a_candidate = a_text * batch + Tokens(0 if cue else prompt.n_prompt)
     if objective.perturb > 0:
         a_candidate += Tokens(text + prompt.n_prompt, words) * batch

@@ -110,7 +110,7 @@ class Federation:
         check_names([client.name for client in clients], "device")
         self.run_name = run
         self.task = task
-        settings = settings.for_labels(task.labels)
+        settings = settings.for_labels(task.labels, task.generation)
         self._clients = {client.name: client for client in clients}
         self._min_reports = max(aggregator.min_reports, 1)
         devices_per_round = min(len(clients), settings.per_round or len(clients))
@@ -388,6 +388,8 @@ class Federation:
         ledger = self._ledger
         state = self._ledger.state
         planner = self._ledger.planner
+        share = self.settings.metric_share
+        planner.by_metric = share > 0 and ledger.course.share(self.settings) >= 1 - share
         work = planner.work(round, purpose)
         work_digest = kind_of(work).digest(work)  # now: a commit changes the state that the work refers to
         cohort = self._cohort(round, purpose)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Literal
 
+import msgspec
 import numpy as np
 from msgspec import UNSET
 
@@ -13,7 +14,7 @@ from fedbpt.coordinator.run_state import RunState
 from fedbpt.coordinator.stragglers import TextPace
 from fedbpt.coordinator.work_kinds import kind_of
 from fedbpt.protocol.rounds import EvaluateRequest, RoundPlan, RoundReport, SelectWork, Work
-from fedbpt.protocol.specs import Array, LayerReadout, Readout
+from fedbpt.protocol.specs import Array, LayerReadout, ObjectiveSpec, Readout
 from fedbpt.runs.events import RoundPurpose
 from fedbpt.runs.result import Variants
 
@@ -30,6 +31,8 @@ class Planner:
         self._run = run
         self._state = state
         self._pace = TextPace()
+        self.by_metric = False
+        """Whether the search is in the part of its budget that rates candidates by the metric of their answers."""
 
     def for_state(self, state: RunState) -> Planner:
         """The same planner on another state."""
@@ -69,7 +72,7 @@ class Planner:
             labels=state.task.labels,
             template=state.template,
             prompt=state.prompt,
-            objective=settings.objective,
+            objective=self._objective(work),
             work=work,
             batch_size=self._batch_size(device, work),
             deadline_s=settings.deadline_s,
@@ -78,6 +81,12 @@ class Planner:
             privacy=settings.privacy,
             held=state.held if kind_of(work).searches and state.holds_rows else None,
         )
+
+    def _objective(self, work: Work) -> ObjectiveSpec:
+        objective = self._state.settings.objective
+        if self.by_metric and kind_of(work).searches:
+            return objective
+        return msgspec.structs.replace(objective, generation=UNSET)
 
     def _batch_size(self, device: str, work: Work) -> int | None:
         settings = self._state.settings
@@ -108,7 +117,7 @@ class Planner:
             labels=state.task.labels,
             template=state.template,
             prompt=state.prompt,
-            objective=settings.objective,
+            objective=msgspec.structs.replace(settings.objective, generation=UNSET),
             latents=Array.of(np.stack([latent for latent, _ in lines.values()])),
             readouts=tuple(readouts),
             others=state.others if any(readout and readout.others for readout in readouts) else (),

@@ -36,7 +36,9 @@ def max_tokens_of_a_text(plan: RoundPlan, templates: Sequence[Template]) -> int:
     text = plan.objective.max_text_tokens
     target = word if plan.labels else text  # a target text is cut to the same length
     special = 16  # tokens that a tokenizer adds before and after
-    return max(len(plan.labels), 1) * (text + around + plan.prompt.n_prompt + target + special)
+    generation = plan.objective.generation
+    answer = text + around + special + plan.prompt.n_prompt + generation.max_tokens if generation else 0
+    return max(len(plan.labels), 1) * (text + around + plan.prompt.n_prompt + target + special) + answer
 
 
 def plan_loss_range(plan: RoundPlan, readout: Readout | None) -> tuple[float, float]:

@@ -132,6 +132,7 @@ class Device:
         self._task = task
         self._speed = Speed(0.0, {}, None)
         self._objectives: OrderedDict[bytes, Objective] = OrderedDict()
+        self._answerer: tuple[bytes, AnswerObjective] | None = None
         self._plain_logits: OrderedDict[bytes, PlainLogits] = OrderedDict()
         self._layer_rows = LayerRows(scorer, self._rows["train"], task.labels)
         self.state = state or DeviceState()
@@ -309,19 +310,10 @@ class Device:
         cancelled: Cancelled,
     ) -> EvaluateReport:
         """The metric's values of the model's own answers, as losses."""
-        metric = self._metric
-        if metric is None or generation != self._task.generation:  # only what the owner's own task names is run
-            raise InputError(
-                f"device {self.name} measures answers otherwise than the run (generation of task "
-                f"{self._task.name!r}): start it with the run's task file",
-                field="generation",
-            )
         began = time.monotonic()
         rows = self._asked_rows(request)
         data = self._rows["train" if request.split == "held" else request.split]
-        limit = request.objective.max_text_tokens
-        chosen = [data[i] for i in rows]
-        answering = AnswerObjective(self.scorer, request.template, chosen, limit, request.prompt, generation, metric)
+        answering = self._answering(request, generation, [data[i] for i in rows])
         likelihood = self._objective("train", request.template, (), request.objective, request.prompt)
         once, which = np.unique(latents, axis=0, return_inverse=True)
         found = answering.measure(likelihood.embeds(once), None, progress, cancelled)
@@ -337,6 +329,19 @@ class Device:
             n_failed=tuple(found.n_failed[which].tolist()),
             n_distinct=tuple(found.n_distinct[which].tolist()),
         )
+
+    def _answering(
+        self, asked: RoundPlan | EvaluateRequest, generation: Generation, rows: Sequence[Row]
+    ) -> AnswerObjective:
+        metric = self._metric
+        if metric is None or generation != self._task.generation:  # only what the owner's own task names is run
+            raise InputError(
+                f"device {self.name} measures answers otherwise than the run (generation of task "
+                f"{self._task.name!r}): start it with the run's task file",
+                field="generation",
+            )
+        limit = asked.objective.max_text_tokens
+        return AnswerObjective(self.scorer, asked.template, rows, limit, asked.prompt, generation, metric)
 
     def _asked_rows(self, request: EvaluateRequest) -> NDArray[np.intp]:
         """The rows of the split that ``request`` asks for, ascending."""
@@ -606,7 +611,14 @@ class Device:
         return Releases(plan.privacy, self.state.key, question).mean(part, k, n_rows, size, losses)
 
     def _train_objective(self, plan: RoundPlan) -> Objective:
-        objective = self._objective("train", plan.template, plan.labels, plan.objective, plan.prompt)
+        generation = plan.objective.generation
+        likelihood = msgspec.structs.replace(plan.objective, generation=UNSET)
+        objective = self._objective("train", plan.template, plan.labels, likelihood, plan.prompt)
+        if generation is not UNSET:
+            key = msgspec.msgpack.encode((plan.template, plan.objective, plan.prompt))
+            if self._answerer is None or self._answerer[0] != key:
+                self._answerer = key, self._answering(plan, generation, self._rows["train"])
+            objective = objective.answered_by(self._answerer[1])
         bias = np.array(plan.label_bias)
         return objective.read_by(Readout(weights=Array.of(bias[None])) if len(bias) else None)
 

@@ -103,6 +103,11 @@ class TokenStream(Protocol):
 class GeneratingPlan(Protocol):
     """A data set whose texts are continued many at a time; see `fedbpt.engine.native_scorer.NativePlan.generate`."""
 
+    @property
+    def n_tokens(self) -> int:
+        """Forward tokens computed so far."""
+        ...
+
     def generate(
         self,
         embeds: ArrayLike,

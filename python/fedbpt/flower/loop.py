@@ -66,6 +66,12 @@ class FlowerLoop:
                 "Flower's own loop cannot end a search early: set patience and restarts to 0, or call FedBPT.start",
                 field="patience",
             )
+        if settings.metric_share:
+            raise ConfigError(
+                "Flower's own loop searches on the likelihood of target texts alone: set metric_share to 0, or call "
+                "FedBPT.start",
+                field="metric_share",
+            )
         if settings.prompt.shifts:
             raise ConfigError(
                 "Flower's own loop has no exchange that measures shifts of layers: call FedBPT.start, or set placement "

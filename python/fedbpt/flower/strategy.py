@@ -68,7 +68,7 @@ class FedBPT(Strategy):
         on_event: EventCallback = lambda _event: None,
     ) -> None:
         self.task = task
-        self.settings = settings.for_labels(task.labels)
+        self.settings = settings.for_labels(task.labels, task.generation)
         self.result: RunResult | None = None
         self._store = store
         self._run = run

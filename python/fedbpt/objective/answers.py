@@ -64,6 +64,11 @@ class AnswerObjective:
         self._metric = metric
         self._plan = answering_plan(scorer, template, [text for text, _ in rows], max_text_tokens, prompt)
 
+    @property
+    def n_tokens(self) -> int:
+        """Forward tokens computed so far."""
+        return self._plan.n_tokens
+
     def measure(
         self,
         embeds: ArrayLike,

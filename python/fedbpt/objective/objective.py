@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fedbpt.engine.scorer import Plan, Scorer
 from fedbpt.errors import DataError, InputError, ScoringInterrupted
+from fedbpt.objective.answers import AnswerObjective
 from fedbpt.objective.evaluation import Evaluation
 from fedbpt.objective.losses import LOSSES, perturbed_ratio
 from fedbpt.objective.readout import blocks, ensemble, word_ids
@@ -29,6 +30,9 @@ from fedbpt.tasks.task import Task, bos_ids, cue_ids, label_word_ids, render_ids
 
 CHUNK = 64
 """Texts per scoring call. Fixed, as the grouping of texts may change the last bits of a quantised model's logits."""
+
+TIE = 0.01
+"""Most that a target text's likelihood adds to the loss of an answer: it decides where the metric does not."""
 
 Progress = Callable[[int, int], None]
 Cancelled = Callable[[], bool]
@@ -81,6 +85,8 @@ class Objective:
             known = np.concatenate(self.label_word_ids)
             words = word_ids(scorer.n_vocab, objective.readout_words, prompt.seed, known)
         self.word_ids = np.array([] if words is None else words, dtype=np.int32)
+        self.answering: AnswerObjective | None = None
+        """Measures the model's own answers, by which `losses` then rates candidates; set by `answered_by`."""
         self.readout: Readout | None = None
         """Correction of the label words' logits of every candidate; None: the model's own. Set by `read_by`."""
         self.targets = targets_of(rows, self.labels)
@@ -121,6 +127,12 @@ class Objective:
         """Copy with another ``readout``, sharing rows and their KV. Its counters continue independently."""
         made = copy.copy(self)
         made.readout = readout
+        return made
+
+    def answered_by(self, answering: AnswerObjective) -> Objective:
+        """Copy that rates candidates by the model's own answers, sharing rows and KV. Its counters are its own."""
+        made = copy.copy(self)
+        made.answering = answering
         return made
 
     @property
@@ -169,6 +181,9 @@ class Objective:
     ) -> NDArray[np.float64]:
         """Mean loss [k] of each candidate over the chosen rows; the perturbed ratio if ``spec.perturb`` > 0.
 
+        With `answering`, a row's loss is 1 − the metric of the model's own answer, plus at most `TIE` by the likelihood
+        of its target text: most candidates' answers are worth the same.
+
         Args:
             embeds: [k, n_prompt, n_embd].
             indices: rows to use; None: all.
@@ -181,6 +196,8 @@ class Objective:
             ScoringInterrupted: ``cancelled`` returned True.
         """
         chosen = self._indices(indices)
+        if self.answering is not None:
+            return self._answer_losses(self.answering, embeds, chosen, progress, cancelled, row_weights)
         rate = self.spec.perturb
         passes = 2 if rate > 0 else 1
         sums = []
@@ -193,6 +210,24 @@ class Objective:
             sums.append(total)
         self.evaluations += len(total)
         return sums[0] / len(chosen) if passes == 1 else perturbed_ratio(*sums)
+
+    def _answer_losses(
+        self,
+        answering: AnswerObjective,
+        embeds: ArrayLike,
+        chosen: NDArray[np.intp],
+        progress: Progress | None,
+        cancelled: Cancelled | None,
+        row_weights: NDArray[np.float64] | None,
+    ) -> NDArray[np.float64]:
+        nll = np.maximum(self.row_losses(embeds, chosen, cancelled), 0.0)
+        before = answering.n_tokens
+        found = answering.measure(embeds, chosen, progress or _silent, cancelled or _never)
+        self.tokens += answering.n_tokens - before
+        self.evaluations += len(nll)
+        losses = 1.0 - found.rewards + TIE * nll / (1.0 + nll)
+        weighted = losses if row_weights is None else losses * row_weights[chosen]
+        return np.asarray(weighted.mean(axis=1))
 
     def row_losses(
         self, embeds: ArrayLike, indices: ArrayLike, cancelled: Cancelled | None = None
@@ -390,6 +425,14 @@ class Objective:
     def __repr__(self) -> str:
         place = f"{self.prompt.n_prompt} x {self.prompt.placement}"
         return f"Objective({len(self)} rows, {len(self.labels)} labels, {self.spec.loss}, {place})"
+
+
+def _silent(_done: int, _total: int) -> None:
+    pass
+
+
+def _never() -> bool:
+    return False
 
 
 def _shifted(progress: Progress | None, before: int, total: int) -> Progress | None:

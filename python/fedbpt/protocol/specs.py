@@ -165,20 +165,6 @@ class PromptSpec(CheckedMessage, frozen=True):
         return msgspec.structs.replace(self, shift=shift, n_prompt=len(shift.layers))
 
 
-class ObjectiveSpec(CheckedMessage, frozen=True):
-    """What a device minimises. ``perturb``: token replacement probability r of the perturbed ratio; 0: off.
-
-    ``nll``: negative log-likelihood of a target text's tokens, the only loss for tasks without labels.
-    """
-
-    loss: LossName = "cross_entropy"
-    batch_size: NaturalInt = 8  # texts per generation, drawn anew each time; 0: all
-    max_text_tokens: PositiveInt = 128
-    # random words whose logits a readout may use; 0: only a bias
-    readout_words: Annotated[int, msgspec.Meta(ge=0, le=2**20)] = 128
-    perturb: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
-
-
 class Generation(CheckedMessage, frozen=True):
     """How a model's answers to a task's texts are generated and measured.
 
@@ -197,6 +183,23 @@ class Generation(CheckedMessage, frozen=True):
         if not all(self.stop):
             raise TaskError("a stop string is empty: leave it out", field="stop")
         check_metric(self.metric)
+
+
+class ObjectiveSpec(CheckedMessage, frozen=True):
+    """What a device minimises. ``perturb``: token replacement probability r of the perturbed ratio; 0: off.
+
+    ``nll``: negative log-likelihood of a target text's tokens, the only loss for tasks without labels.
+    ``generation``: a search minimises 1 − the metric of the model's own answers instead; set by a run
+    (`RunSettings.metric_share`).
+    """
+
+    loss: LossName = "cross_entropy"
+    batch_size: NaturalInt = 8  # texts per generation, drawn anew each time; 0: all
+    max_text_tokens: PositiveInt = 128
+    # random words whose logits a readout may use; 0: only a bias
+    readout_words: Annotated[int, msgspec.Meta(ge=0, le=2**20)] = 128
+    perturb: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    generation: Generation | UnsetType = UNSET
 
 
 class PrivacySpec(CheckedMessage, frozen=True):

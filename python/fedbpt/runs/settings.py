@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated, Final, Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from fedbpt.aggregation.base import Aggregator
 from fedbpt.aggregation.methods import SearchSettings, method_named
@@ -14,7 +15,7 @@ from fedbpt.aggregation.robust import Robust
 from fedbpt.errors import ConfigError
 from fedbpt.objective.privacy import epsilon, sampling_rate
 from fedbpt.protocol import codec
-from fedbpt.protocol.specs import CheckedMessage, ObjectiveSpec, PrivacySpec, PromptSpec
+from fedbpt.protocol.specs import CheckedMessage, Generation, ObjectiveSpec, PrivacySpec, PromptSpec
 from fedbpt.quantities import Length, NaturalInt, PositiveFloat, PositiveInt
 
 FIT_ROWS: Final = 512
@@ -74,6 +75,8 @@ class RunSettings(CheckedMessage, frozen=True):
     restarts: NaturalInt = 0  # maximum number of restarts, each from the best mean, when patience runs out
     # End the search after a quarter or half of its budget where held-out rows show no gain over the probe.
     stop_if_futile: bool = True
+    # For target texts: share of the budget, its last part, that searches on the metric of the model's own answers.
+    metric_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     dev_rows: NaturalInt = 100  # maximum rows per device in evaluations on dev rows; 0: all
     test_rows: NaturalInt = 0  # maximum rows per device in the final evaluation; 0: all
 
@@ -99,6 +102,14 @@ class RunSettings(CheckedMessage, frozen=True):
                 field="robust",
             )
         objective = self.objective
+        if self.metric_share and (self.prompt.in_front or self.privacy is not None or objective.perturb):
+            raise ConfigError(
+                "metric_share needs many answers at a time, and their metric: set placement 'layers' or 'cue', no "
+                "privacy and objective.perturb = 0",
+                field="metric_share",
+            )
+        if (objective.generation is not UNSET) > (self.metric_share > 0):
+            raise ConfigError("objective.generation is set by a run with a metric_share: set that", field="generation")
         if self.prompt.shifts and self.privacy is not None:
             raise ConfigError(
                 f"placement {self.prompt.placement!r} needs the size of rows' hidden states, which privacy does not "
@@ -126,13 +137,19 @@ class RunSettings(CheckedMessage, frozen=True):
                 field="privacy",
             )
 
-    def for_labels(self, labels: Sequence[str]) -> RunSettings:
+    def for_labels(self, labels: Sequence[str], generation: Generation | UnsetType = UNSET) -> RunSettings:
         """These settings adapted to a task: without ``labels``, only the prompt is tuned, by the loss ``nll``.
 
         With many labels, the default ``fit_rows`` is raised to `FIT_ROWS_A_LABEL` for each.
+        ``generation``: of the task.
 
-        Raises `ConfigError` if the loss does not fit a task with labels.
+        Raises `ConfigError` if the loss does not fit a task with labels, or ``metric_share`` one without a metric.
         """
+        if self.metric_share and generation is UNSET:
+            raise ConfigError(
+                "metric_share is for tasks with a metric of answers: give the task a [generation], or set 0",
+                field="metric_share",
+            )
         if labels and self.objective.loss == "nll":
             raise ConfigError(
                 "the loss nll is for tasks of target texts, but this task has labels: use cross_entropy or hinge",
@@ -141,7 +158,8 @@ class RunSettings(CheckedMessage, frozen=True):
         if labels:
             many = self.fit_rows == FIT_ROWS and FIT_ROWS_A_LABEL * len(labels) > FIT_ROWS
             return msgspec.structs.replace(self, fit_rows=FIT_ROWS_A_LABEL * len(labels)) if many else self
-        objective = msgspec.structs.replace(self.objective, loss="nll", readout_words=0)
+        measured = generation if self.metric_share else UNSET
+        objective = msgspec.structs.replace(self.objective, loss="nll", readout_words=0, generation=measured)
         readout: Literal["auto", "words"] = "words" if self.readout == "words" else "auto"
         return msgspec.structs.replace(
             self, objective=objective, calibrate=False, baselines=False, balanced=False, readout=readout
@@ -233,7 +251,8 @@ class RunSettings(CheckedMessage, frozen=True):
             readout=self._readout_read,
         )
         # The fields of versions that had no readouts of hidden states or no looks, so that their runs can be resumed.
-        left_out = {"stop_if_futile"} | (set() if self.may_read_layers or self.judges_targets else {"readout"})
+        left_out = {"stop_if_futile"} | (set() if self.metric_share else {"metric_share"})
+        left_out |= set() if self.may_read_layers or self.judges_targets else {"readout"}
         received = codec.decode(codec.encode(fixed), RunSettings)
         plain = {name: getattr(received, name) for name in received.__struct_fields__ if name not in left_out}
         return hashlib.sha256(msgspec.msgpack.encode(plain)).hexdigest()[:32]

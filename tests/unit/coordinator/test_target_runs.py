@@ -13,13 +13,15 @@ import pytest
 from fedbpt.api import make_prompt
 from fedbpt.coordinator.run_state import RunState
 from fedbpt.engine.text_generator import Answer
+from fedbpt.errors import ConfigError, QuorumError
 from fedbpt.metrics import metric_named
 from fedbpt.prompts.model_card import model_card
 from fedbpt.protocol.rounds import EvaluateReport, EvaluateRequest, PooledWork
-from fedbpt.protocol.specs import PrivacySpec, PromptSpec, Template
+from fedbpt.protocol.specs import ObjectiveSpec, PrivacySpec, PromptSpec, Template
 from fedbpt.runs.events import RoundClosed
 from fedbpt.runs.settings import RunSettings
 from fedbpt.tasks import Generation, Row, Task
+from tests.support.raises import raises
 from tests.support.toy_scene import D, StopRunError, closed, stop
 from tests.support.toy_scorer import ToyPlan, ToyScorer
 from tests.unit.coordinator.test_layer_runs import LayerScene, SpyDevice, held_reports, same
@@ -220,3 +222,50 @@ def test_a_device_that_measures_otherwise_scores_as_before(
     assert result.shipped == ""
     assert result.answers == {}
     assert result.tuned.n == 16
+
+
+def test_the_last_part_of_a_search_rates_candidates_by_their_answers(
+    measured: Callable[[float], LayerScene],
+) -> None:
+    scene = measured(1.0)
+    scene.run(rounds=8, metric_share=0.5)
+    for device in scene.devices.values():
+        searches = [plan for plan in device.plans if isinstance(plan.work, PooledWork)]
+        by_metric = [plan.objective.generation is not msgspec.UNSET for plan in searches]
+        assert by_metric == [False] * 4 + [True] * 4
+    losses = [event.loss for event in scene.of(RoundClosed) if event.purpose == "search"]
+    assert all(loss <= 1.01 for loss in losses[4:])  # 1 − the metric, and the tie-breaker
+    assert min(losses[:4]) > 1.01
+
+
+def test_a_device_refuses_to_search_by_a_metric_that_its_own_task_does_not_name(
+    measured: Callable[[float], LayerScene],
+) -> None:
+    scene = measured(1.0)
+    for device in scene.devices.values():
+        device._task = TARGETS
+    with pytest.raises(QuorumError, match="start it with the run's task file"):
+        scene.run(rounds=2, metric_share=1.0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompt": PromptSpec(d=D, placement="front")},
+        {"objective": ObjectiveSpec(perturb=0.5, readout_words=0)},
+        {"metric_share": 0.0, "objective": ObjectiveSpec(generation=Generation())},
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_search_by_a_metric_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="set"):
+        RunSettings(**{"rounds": 1, "metric_share": 0.5, **changes})
+
+
+def test_a_task_without_a_metric_is_not_searched_by_one() -> None:
+    with raises(ConfigError, field="metric_share"):
+        RunSettings(rounds=1, metric_share=0.5).for_labels(())
+    plain = RunSettings(rounds=1).for_labels((), Generation())
+    assert plain.objective.generation is msgspec.UNSET
+    assert plain.identity() == RunSettings(rounds=1).for_labels(()).identity()
+    assert plain.identity() != RunSettings(rounds=1, metric_share=0.5).for_labels((), Generation()).identity()
