@@ -11,7 +11,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Final
+from typing import Final, cast
 
 from fedbpt.device.agent.worker import Worker
 from fedbpt.engine.text_stream import SLICE, Generation, Piece, next_of_all
@@ -171,9 +171,7 @@ class Job:
     @property
     def generation(self) -> Generation:
         """The text that is being generated; only of a job that `begin` left unfinished."""
-        if not isinstance(self._completion, Generation):
-            raise FedbptError("this completion is not being generated: please report this")
-        return self._completion
+        return cast(Generation, self._completion)
 
     def begin(self) -> bool:
         """Start or continue. Returns whether there are tokens to generate; a label is computed here."""
