@@ -20,6 +20,7 @@ from fedbpt.coordinator.layer_reading import reads_layers, states_alone
 from fedbpt.coordinator.round_figures import ClosedRound, evaluations_in, numbers_of
 from fedbpt.coordinator.spending import Spending
 from fedbpt.dashboard.views import DeviceStatus, DeviceView, Measured, Notice, Point, RunView, Stage, Status
+from fedbpt.plain_text import one_line
 from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import DeviceInfo
 from fedbpt.runs.as_json import task_of_run
@@ -348,6 +349,7 @@ class RunState:
                 **headline,
                 unscored=self._states_alone(),
                 futile=self._status == "finished" and self._result is not None and self._result.futile,
+                answers=self._answers(),
                 not_better=self._status == "finished" and self._result is not None and self._result.is_not_better,
                 stages=self._stages(),
                 loss=self._losses[-1].value if self._losses else None,
@@ -397,6 +399,15 @@ class RunState:
         if self._result is not None:
             return self._result.is_unscored
         return self._task is not None and states_alone(self._task.templates, self._settings, self._n_layer())
+
+    def _answers(self) -> str:
+        """What the model's own answers are worth without and with the prompt; empty: not measured."""
+        scores = self._result.answer_scores() if self._result is not None and self._status == "finished" else {}
+        if self._result is None or not {"zero_shot", "tuned"} <= set(scores):
+            return ""
+        before, after = scores["zero_shot"], scores["tuned"]
+        metric = one_line(self._result.metric, 60)
+        return f"{metric} of answers {before.mean:.2f} → {after.mean:.2f} on {after.n:,} test rows"
 
     def _eta(self) -> float | None:
         infos = [device.info for device in self._devices.values() if device.info is not None and not device.lost]

@@ -124,7 +124,8 @@ def basis(view: RunView) -> str:
     before = "".join(f"{note} · " for note, is_so in notes.items() if is_so)
     if view.zero_shot is not None:
         before += f"zero-shot {_with_interval(view.zero_shot, view.zero_shot_interval, view.generates)} · "
-    return f"{before}{view.n_rows:,} {ROWS[view.split]}"
+    after = f" · {view.answers}" if view.answers else ""
+    return f"{before}{view.n_rows:,} {ROWS[view.split]}{after}"
 
 
 def confidence(view: RunView) -> str:

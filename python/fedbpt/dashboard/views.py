@@ -83,6 +83,7 @@ class RunView:
         unscored: whether the label words are too long to be scored, so that there is no zero-shot figure.
         not_better: whether the run ships the model without a prompt, as the tuned one was not better.
         futile: whether the search ended before its budget, as the prompt gained nothing over the readout without it.
+        answers: mean metric of the model's own answers without and with the prompt; empty: not measured.
         searched: rounds of the search so far, of ``rounds_limit``.
         share: fraction of the budget spent, 0 to 1.
         participations: number of reports used in rounds of the search.
@@ -104,6 +105,7 @@ class RunView:
     unscored: bool
     not_better: bool
     futile: bool
+    answers: str
     n_rows: int
     interval: Interval | None
     split: Split

@@ -12,6 +12,8 @@ import pytest
 
 from fedbpt.api import make_prompt
 from fedbpt.coordinator.run_state import RunState
+from fedbpt.dashboard.state import RunState as Page
+from fedbpt.dashboard.texts import basis
 from fedbpt.engine.text_generator import Answer
 from fedbpt.errors import ConfigError, QuorumError
 from fedbpt.metrics import metric_named
@@ -199,9 +201,13 @@ def measured(make: Callable[..., LayerScene], monkeypatch: pytest.MonkeyPatch) -
 def test_a_task_with_a_metric_is_judged_by_the_models_own_answers(
     measured: Callable[[float], LayerScene], share: float, shipped: str
 ) -> None:
-    result = measured(share).run()
+    scene = measured(share)
+    result = scene.run()
     assert result.shipped == shipped
     assert result.metric == "contains"
+    page = Page("r")
+    page.refresh(scene.store)
+    assert f"contains of answers 0.50 → {max(share, 0.5):.2f} on 16 test rows" in basis(page.view())
     assert result.answers["zero_shot"].mean == 0.5
     assert result.answers["tuned"].mean == (share if share > 0.5 else 0.5)
     assert result.answers["tuned"].n == result.zero_shot.n
