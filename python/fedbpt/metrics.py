@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from fedbpt.argument_types import checked
 from fedbpt.errors import ConfigError, MissingExtraError
+from fedbpt.plain_text import one_line
 
 log = logging.getLogger(__name__)
 
@@ -96,9 +97,10 @@ def allow_metric(name: str) -> None:
         raise ConfigError(f"{name!r} does not name a function: give package.module:function", field="name")
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever a person's own module raises
         raise ConfigError(
-            f"the metric {name} cannot be imported ({error}): install its package, or set PYTHONPATH to its folder",
+            f"the metric {name} cannot be imported ({one_line(f'{type(error).__name__}: {error}', 200)}): install its "
+            "package, or set PYTHONPATH to its folder",
             field="name",
         ) from error
     if not callable(found):

@@ -173,3 +173,14 @@ def test_what_is_no_function_cannot_be_allowed(name: str) -> None:
     with raises(ConfigError, field="name") as caught:
         allow_metric(name)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("code", ["def f(:", "raise SystemError('no\\nway')", "1 / 0"])
+def test_a_module_that_cannot_be_imported_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_metric_module.py").write_text(code)
+    with raises(ConfigError, field="name") as caught:
+        allow_metric("own_metric_module:f")
+    assert "\n" not in str(caught.value)

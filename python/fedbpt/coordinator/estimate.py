@@ -216,7 +216,8 @@ def tokens_of(settings: RunSettings, templates: Sequence[Template], info: Device
     n_templates = len(templates)
     text = objective.max_text_tokens + TEMPLATE_TOKENS
     target = objective.max_text_tokens if objective.loss == "nll" else 0
-    answer = objective.generation.max_tokens if objective.generation else 0  # counted in all rounds: a bound
+    # An answer's tokens, spread over all rounds of the search.
+    answer = math.ceil(settings.metric_share * objective.generation.max_tokens) if objective.generation else 0
     words = _dearest_words(templates, info) or 0
     alike = len({template.pattern.partition("{text}")[0] for template in templates}) == 1
     # Under another template with the same beginning, a text costs only its end.
@@ -242,7 +243,8 @@ def tokens_of(settings: RunSettings, templates: Sequence[Template], info: Device
     fits = settings.calibrate or objective.readout_words > 0
     fitted = min(settings.fit_rows or n_rows, n_rows) if fits else 0
     a_fit = Tokens(prompt.n_prompt if cue else prompt.n_prompt + text, words) * fitted
-    once = Tokens(n_rows * text if cue else 0) + first
+    plans = 2 if objective.generation else 1  # texts are read to be scored, and to be answered
+    once = Tokens(plans * n_rows * text if cue else 0) + first
     if reads_layers(templates, settings, info.n_layer):
         own = Tokens(text + again * (n_templates - 1))  # under the task's own templates
         view = Tokens(text)

@@ -14,6 +14,8 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
+
 from fedbpt.aggregation.base import Aggregator
 from fedbpt.coordinator.clients.base import DeviceClient
 from fedbpt.coordinator.control import RunControl, Wish
@@ -25,7 +27,7 @@ from fedbpt.coordinator.live import LiveEvaluation
 from fedbpt.coordinator.members import Cohort, common_model, describe_absent
 from fedbpt.coordinator.outcome import make_result
 from fedbpt.coordinator.run_listener import listener_for
-from fedbpt.coordinator.run_state import SELECTION
+from fedbpt.coordinator.run_state import FEWEST_JUDGES, SELECTION
 from fedbpt.coordinator.stragglers import Pace
 from fedbpt.coordinator.vetting import vet
 from fedbpt.coordinator.work_kinds import kind_of
@@ -47,7 +49,7 @@ from fedbpt.runs.events import (
     Steered,
     TemplateSelected,
 )
-from fedbpt.runs.result import RunResult
+from fedbpt.runs.result import RunResult, Variants
 from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore, Traffic
 from fedbpt.tasks import Task
@@ -266,6 +268,8 @@ class Federation:
             await self._fit(fleet, "probe")
         if state.reads_layers and not state.searched and "dev_loss" not in ledger.metrics(state.closed):
             await self._evaluate_live(state.closed, judges=False)
+        if self.settings.metric_share:
+            await self._check_answers(fleet)
         self._emit(StageBegan(stage="search"))
         while True:
             # The last mean is evaluated with its final readout; before that only if it has to be judged.
@@ -326,17 +330,38 @@ class Federation:
             return
         reports: dict[str, EvaluateReport] = {}
         if len(lines) > 1:
-            planner = self._ledger.planner
-            if state.judges_answers:
-                request = planner.request(lines, split="held", answers=True)
-                reports = await fleet.evaluate(request, EVALUATION_DEADLINES * self._deadline_s())
-                if not reports:
-                    log.warning("run %s: no device measured answers: likelihood decides", self.run_name)
+            reports = await self._judge_answers(fleet, lines) if state.judges_answers else {}
             if not reports:
-                request = planner.request(lines, label_weights=state.label_weights, split="held")
+                request = self._ledger.planner.request(lines, label_weights=state.label_weights, split="held")
                 reports = await fleet.evaluate(request, self._deadline_s())
         state.choose(list(lines), list(reports.values()))
         log.info("run %s: held-out training rows chose %r", self.run_name, state.shipped)
+
+    async def _judge_answers(self, fleet: Fleet, lines: Variants) -> dict[str, EvaluateReport]:
+        """Reports of the metric of answers to held rows; empty: likelihood is to judge, as too few were measured."""
+        request = self._ledger.planner.request(lines, split="held", max_rows=ANSWER_ROWS, answers=True)
+        found = await fleet.evaluate(request, EVALUATION_DEADLINES * self._deadline_s())
+        reports = {name: report for name, report in found.items() if min(report.n_failed or (0,)) < report.n}
+        if sum(report.n for report in reports.values()) >= FEWEST_JUDGES:
+            return reports
+        why = "the metric failed on all answers" if found and not reports else "too few answers were measured"
+        log.warning("run %s: %s: likelihood judges the prompt", self.run_name, why)
+        await fleet.settle(min(SETTLE_S, self.settings.deadline_s))  # some may have been too late
+        return {}
+
+    async def _check_answers(self, fleet: Fleet) -> None:
+        """Raise `FederationError` if too few devices can measure answers, before the search is half done."""
+        nothing = np.zeros(self.settings.prompt.d)
+        planner = self._ledger.planner
+        request = planner.request({"zero_shot": (nothing, None)}, split="held", max_rows=1, answers=True)
+        asked = [member for member in fleet.live if member.n_rows(request)]
+        reports = await fleet.evaluate(request, self._deadline_s())
+        if asked and len(reports) < min(self._needed, len(asked)):
+            raise FederationError(
+                f"{len(asked) - len(reports)} of {len(asked)} devices cannot measure answers, which metric_share needs "
+                "(the log says why): start them with the run's task file, or set metric_share = 0",
+                field="metric_share",
+            )
 
     def _quorum_of(self, n_devices: int) -> int:
         return max(math.ceil(self.settings.quorum * n_devices), self._min_reports)
@@ -400,7 +425,7 @@ class Federation:
             lambda device: planner.plan(round, device, work),
             needed,
             deadline_s,
-            purpose,
+            "answers" if planner.by_metric and purpose == "search" else purpose,
             cohort,
             state.aggregator.history() if purpose == "search" else None,
             self._seconds_left(fleet, purpose),

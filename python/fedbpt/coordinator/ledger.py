@@ -18,6 +18,7 @@ from fedbpt.errors import ConfigError, FederationError, StoreError
 from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import DeviceInfo, RoundReport
 from fedbpt.protocol.specs import Template
+from fedbpt.runs.as_json import task_of_run
 from fedbpt.runs.dev_figures import DEV_SECONDS, LOOK_GAIN, LOOKS_DONE, judged_loss
 from fedbpt.runs.result import RunResult
 from fedbpt.runs.settings import RunSettings, stored_settings
@@ -88,7 +89,9 @@ class RunLedger:
         result = codec.decode(stored.result, RunResult)
         # What it reads is the same, as `_continue` made sure; earlier versions did not store it.
         settings = msgspec.structs.replace(result.settings, readout=self.settings.readout)
-        return result if settings == self.settings else None
+        known = task_of_run(stored)
+        same = known is None or known.generation == self.task.generation  # it may have judged the prompt
+        return result if settings == self.settings and same else None
 
     def open(self, model: DeviceInfo, devices: Sequence[str]) -> None:
         """Begin the run in the store, or resume it. ``model``: the info of a device with the run's model.

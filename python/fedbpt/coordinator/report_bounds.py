@@ -10,6 +10,7 @@ import numpy as np
 from msgspec import UNSET
 
 from fedbpt.objective.losses import MAX_RATIO
+from fedbpt.objective.objective import TIE
 from fedbpt.protocol.rounds import EvaluateRequest, RoundPlan
 from fedbpt.protocol.specs import Array, LayerReadout, Readout, Template
 
@@ -43,6 +44,8 @@ def max_tokens_of_a_text(plan: RoundPlan, templates: Sequence[Template]) -> int:
 
 def plan_loss_range(plan: RoundPlan, readout: Readout | None) -> tuple[float, float]:
     """Smallest and largest mean loss of a row, nats or hinge units, with ``readout`` or the plan's bias."""
+    if plan.objective.generation is not UNSET:
+        return 0.0, 1.0 + TIE
     bias = Readout(weights=Array.of(np.array([plan.label_bias]))) if plan.label_bias else None
     most = _largest_loss(len(plan.labels), plan.label_weights, [readout, bias])
     return -ROUNDING if plan.privacy is None else -most, most

@@ -36,7 +36,7 @@ SELECTION: Final = 0
 """Number of the round that selects the template; calibration and search begin with round 1."""
 
 
-_FEWEST_JUDGES: Final = 5  # rows
+FEWEST_JUDGES: Final = 5  # rows
 
 _Z: Final = 1.645  # the normal distribution's quantile of 95 %
 
@@ -185,7 +185,7 @@ class RunState:
     def choose(self, names: Sequence[str], reports: Sequence[EvaluateReport]) -> None:
         """Choose what is shipped, by losses of `held_lines` ``names`` on held-out rows; without any, the first line.
 
-        For target texts, less than `_FEWEST_JUDGES` rows do not judge: the prompt is shipped.
+        For target texts, less than `FEWEST_JUDGES` rows do not judge: the prompt is shipped.
 
         Another line is chosen if its loss is lower with 95 % confidence (Student's t, one-sided): few rows judge, and
         a line that fits them by chance can be far worse than the readout without prompt.
@@ -202,7 +202,7 @@ class RunState:
         if self.task.labels:
             self.shipped = cast(Shipped, names[best])
         else:
-            self.shipped = "zero_shot" if best == 0 and n_rows >= _FEWEST_JUDGES else ""
+            self.shipped = "zero_shot" if best == 0 and n_rows >= FEWEST_JUDGES else ""
 
     def choose_unjudged(self) -> None:
         """Choose where nothing can judge: the readout without prompt if none was fitted with it, else the usual."""

@@ -313,7 +313,7 @@ class Device:
         began = time.monotonic()
         rows = self._asked_rows(request)
         data = self._rows["train" if request.split == "held" else request.split]
-        answering = self._answering(request, generation, [data[i] for i in rows])
+        answering = self._answering(request, generation, [data[i] for i in rows], keep_kv=False)
         likelihood = self._objective("train", request.template, (), request.objective, request.prompt)
         once, which = np.unique(latents, axis=0, return_inverse=True)
         found = answering.measure(likelihood.embeds(once), None, progress, cancelled)
@@ -331,7 +331,7 @@ class Device:
         )
 
     def _answering(
-        self, asked: RoundPlan | EvaluateRequest, generation: Generation, rows: Sequence[Row]
+        self, asked: RoundPlan | EvaluateRequest, generation: Generation, rows: Sequence[Row], keep_kv: bool = True
     ) -> AnswerObjective:
         metric = self._metric
         if metric is None or generation != self._task.generation:  # only what the owner's own task names is run
@@ -341,12 +341,13 @@ class Device:
                 field="generation",
             )
         limit = asked.objective.max_text_tokens
-        return AnswerObjective(self.scorer, asked.template, rows, limit, asked.prompt, generation, metric)
+        return AnswerObjective(self.scorer, asked.template, rows, limit, asked.prompt, generation, metric, keep_kv)
 
     def _asked_rows(self, request: EvaluateRequest) -> NDArray[np.intp]:
         """The rows of the split that ``request`` asks for, ascending."""
         if request.split == "held":
             rows = held_rows(self._layer_rows.targets, request.held)
+            rows = rows[: request.max_rows or len(rows)]
         else:
             n_rows = len(self._rows[request.split])
             rows = np.arange(min(request.max_rows or n_rows, n_rows))
@@ -614,7 +615,9 @@ class Device:
         generation = plan.objective.generation
         likelihood = msgspec.structs.replace(plan.objective, generation=UNSET)
         objective = self._objective("train", plan.template, plan.labels, likelihood, plan.prompt)
-        if generation is not UNSET:
+        if generation is UNSET:
+            self._answerer = None
+        else:
             key = msgspec.msgpack.encode((plan.template, plan.objective, plan.prompt))
             if self._answerer is None or self._answerer[0] != key:
                 self._answerer = key, self._answering(plan, generation, self._rows["train"])

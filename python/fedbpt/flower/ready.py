@@ -51,7 +51,6 @@ class AppConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     test: str = ""
     dev: str = ""
     threads: int = 0
-    allow_metric: str = ""
     partition: Scheme = "iid"
     alpha: float = 1.0
     partition_id: int | None = None
@@ -127,7 +126,9 @@ def _print_event(event: Event) -> None:
 
 def make_device(context: Context, state: DeviceState) -> Device:
     """The device of a node, with its own files or its share of common files."""
-    config = config_of(context.run_config, context.node_config)
+    own = dict(context.node_config)
+    allowed = own.pop("allow-metric", "")  # of the node alone: the run's configuration may be somebody else's
+    config = config_of(context.run_config, own)
     if not (config.model and config.data):
         raise ConfigError(
             "a node needs a model and data: set them in the app's configuration or with --node-config",
@@ -136,8 +137,8 @@ def make_device(context: Context, state: DeviceState) -> Device:
     rows = [_rows(config, file) if file else [] for file in (config.data, config.dev, config.test)]
     default_name = f"node-{config.partition_id}" if config.partition_id is not None else as_name(socket.gethostname())
     task = tasks.load(config.task)
-    if config.allow_metric:
-        allow_metric(config.allow_metric)
+    if allowed:
+        allow_metric(str(allowed))
     scorer = _scorer(config.model, config.threads)
     return Device(config.name or default_name, scorer, *rows, task=task, state=state)
 

@@ -14,7 +14,12 @@ from fedbpt.machine.files import write_whole
 from fedbpt.protocol.specs import as_name
 
 SERVICE = "fedbpt-device"
-_ENVIRONMENT = ("FEDBPT_CACHE", "FEDBPT_CREDENTIALS", "FEDBPT_LLAMA_LOG")  # variables that a command depends on
+_ENVIRONMENT = (
+    "FEDBPT_CACHE",
+    "FEDBPT_CREDENTIALS",
+    "FEDBPT_LLAMA_LOG",
+    "PYTHONPATH",
+)  # variables that a command depends on
 
 
 @dataclass(frozen=True)

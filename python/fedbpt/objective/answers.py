@@ -44,6 +44,7 @@ class AnswerObjective:
         prompt: placement of the prompt: ``cue``, ``layer`` or ``layers``.
         generation: how an answer ends.
         metric: measures an answer; what it returns outside 0 to 1 counts as the nearer of both.
+        keep_kv: False for a single pass over the rows: their KV is not kept.
 
     Raises:
         InputError: a prompt in front, a text too long for the context, or a model that only scores.
@@ -58,11 +59,12 @@ class AnswerObjective:
         prompt: PromptSpec,
         generation: Generation,
         metric: Metric,
+        keep_kv: bool = True,
     ) -> None:
         self._rows = [(text, str(target)) for text, target in rows]
         self._generation = generation
         self._metric = metric
-        self._plan = answering_plan(scorer, template, [text for text, _ in rows], max_text_tokens, prompt)
+        self._plan = answering_plan(scorer, template, [text for text, _ in rows], max_text_tokens, prompt, (), keep_kv)
 
     @property
     def n_tokens(self) -> int:
@@ -110,6 +112,7 @@ def answering_plan(
     max_text_tokens: int,
     prompt: PromptSpec,
     before: Sequence[NDArray[np.int32]] = (),
+    keep_kv: bool = True,
 ) -> GeneratingPlan:
     """The texts, laid out to be continued under prompts; ``before``: token ids after BOS and before each text.
 
@@ -126,4 +129,4 @@ def answering_plan(
     bos = bos_ids(scorer)
     ids = [render_ids(scorer, template, text, max_text_tokens)[len(bos) :] for text in texts]
     prefix = np.concatenate([bos, *before]) if len(bos) or before else None
-    return cast(GeneratingPlan, scorer.compile(ids, None, prefix=prefix, **placing(prompt)))
+    return cast(GeneratingPlan, scorer.compile(ids, None, keep_kv=keep_kv, prefix=prefix, **placing(prompt)))

@@ -102,6 +102,11 @@ class RunSettings(CheckedMessage, frozen=True):
                 field="robust",
             )
         objective = self.objective
+        if self.metric_share and self.patience:
+            raise ConfigError(
+                "patience judges by likelihood, which the search on a metric leaves: set patience or metric_share to 0",
+                field="metric_share",
+            )
         if self.metric_share and (self.prompt.in_front or self.privacy is not None or objective.perturb):
             raise ConfigError(
                 "metric_share needs many answers at a time, and their metric: set placement 'layers' or 'cue', no "

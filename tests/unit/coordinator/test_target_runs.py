@@ -15,7 +15,7 @@ from fedbpt.coordinator.run_state import RunState
 from fedbpt.dashboard.state import RunState as Page
 from fedbpt.dashboard.texts import basis
 from fedbpt.engine.text_generator import Answer
-from fedbpt.errors import ConfigError, QuorumError
+from fedbpt.errors import ConfigError, FederationError
 from fedbpt.metrics import metric_named
 from fedbpt.prompts.model_card import model_card
 from fedbpt.protocol.rounds import EvaluateReport, EvaluateRequest, PooledWork
@@ -224,7 +224,7 @@ def test_a_device_that_measures_otherwise_scores_as_before(
         device._task = msgspec.structs.replace(TARGETS, generation=other)
     result = scene.run()
     assert "start it with the run's task file" in caplog.text
-    assert "likelihood decides" in caplog.text
+    assert "too few answers were measured: likelihood judges the prompt" in caplog.text
     assert result.shipped == ""
     assert result.answers == {}
     assert result.tuned.n == 16
@@ -250,8 +250,38 @@ def test_a_device_refuses_to_search_by_a_metric_that_its_own_task_does_not_name(
     scene = measured(1.0)
     for device in scene.devices.values():
         device._task = TARGETS
-    with pytest.raises(QuorumError, match="start it with the run's task file"):
-        scene.run(rounds=2, metric_share=1.0)
+    with raises(FederationError, field="metric_share"):
+        scene.run(rounds=2, metric_share=0.1)
+    assert not [plan for device in scene.devices.values() for plan in device.plans if plan.round > 0]
+
+
+def test_a_metric_that_fails_on_all_answers_judges_nothing(
+    measured: Callable[[float], LayerScene], caplog: pytest.LogCaptureFixture
+) -> None:
+    scene = measured(0.0)
+
+    def broken(_text: str, _answer: str, _row: object) -> float:
+        raise ValueError("no number")
+
+    for device in scene.devices.values():
+        device._metric = broken
+    result = scene.run()
+    assert result.shipped == ""
+    assert "the metric failed on all answers" in caplog.text
+    assert "no number" not in caplog.text
+    assert result.answers["tuned"].n_failed == 16
+
+
+def test_a_finished_run_is_judged_again_by_another_metric(measured: Callable[[float], LayerScene]) -> None:
+    scene = measured(0.0)
+    assert scene.run().metric == "contains"
+    scene.task = msgspec.structs.replace(MEASURED, generation=Generation(metric="max-words:5"))
+    for device in scene.devices.values():
+        device._task = scene.task
+        device._metric = metric_named("max-words:5")
+    searched = len(scene.of(RoundClosed))
+    assert scene.run().metric == "max-words:5"
+    assert len(scene.of(RoundClosed)) == searched
 
 
 @pytest.mark.parametrize(
@@ -259,6 +289,7 @@ def test_a_device_refuses_to_search_by_a_metric_that_its_own_task_does_not_name(
     [
         {"prompt": PromptSpec(d=D, placement="front")},
         {"objective": ObjectiveSpec(perturb=0.5, readout_words=0)},
+        {"patience": 2},
         {"metric_share": 0.0, "objective": ObjectiveSpec(generation=Generation())},
     ],
     ids=str,
