@@ -119,6 +119,27 @@ Generator::Sequence * Generator::oldest(bool is_head) {
     return found;
 }
 
+// A sequence for a new text: the one whose KV is the beginning of it, as of a text that goes on, or the oldest.
+Generator::Sequence * Generator::place_for(const Input & input) {
+    Sequence * found = nullptr;
+    for (Sequence & sequence : sequences_) {
+        if (!sequence.is_head && !sequence.is_live() && sequence.n_computed > 0 &&
+            (found == nullptr || sequence.n_computed > found->n_computed) &&
+            common(sequence.input, input) >= sequence.n_computed) {
+            found = &sequence;
+        }
+    }
+    return found != nullptr ? found : oldest(/*is_head =*/false);
+}
+
+size_t Generator::live_cells() const {
+    size_t n = 0;
+    for (const Sequence & sequence : sequences_) {
+        n += sequence.is_live() ? sequence.n_computed : 0;
+    }
+    return n;
+}
+
 void Generator::drop(Sequence & sequence) {
     if (session_.is_open()) {
         llama_memory_seq_rm(session_.memory(), sequence.id, -1, -1);
@@ -210,6 +231,7 @@ void Generator::grow(size_t n_cells) {
         }
         sequence.n_computed = 0;
     }
+    n_cells = std::max(n_cells, live_cells() + kRoom);  // restored, texts share no cells
     const auto size = static_cast<uint32_t>((n_cells + kRoom - 1) / kRoom * kRoom);
     const uint32_t n_seqs = 1 + kTexts + kHeads;
     session_.close();
@@ -233,7 +255,7 @@ std::unique_ptr<Generator::Stream> Generator::open(Input input, const Sampling &
     }
 
     std::lock_guard<std::mutex> lock(mutex_);
-    Sequence * sequence = oldest(/*is_head =*/false);
+    Sequence * sequence = place_for(input);
     if (sequence == nullptr) {
         throw InputError(std::to_string(kTexts) + " texts are being generated, which is the limit: close one first");
     }
@@ -274,8 +296,16 @@ std::vector<Choice> Generator::next_all(const std::vector<Stream *> & streams, c
     std::lock_guard<std::mutex> lock(mutex_);
     std::vector<Choice> found(streams.size(), Choice{ Choice::kCancelled, 0.0f, {} });
     std::vector<bool> long_ones;
-    for (const Stream * stream : streams) {
-        long_ones.push_back(is_long(stream->sequence_->input));
+    for (size_t i = 0; i < streams.size(); ++i) {
+        if (std::find(streams.begin(), streams.begin() + static_cast<std::ptrdiff_t>(i), streams[i]) !=
+            streams.begin() + static_cast<std::ptrdiff_t>(i)) {
+            throw InputError("a stream is given twice: give each once");
+        }
+        const Input & input = streams[i]->sequence_->input;
+        long_ones.push_back(is_long(input));
+        if (input.ids.size() > static_cast<size_t>(model_->n_ctx_train())) {
+            found[i].id = Choice::kFull;
+        }
     }
     for (const bool is_long : { false, true }) {  // LongRoPE's factors are those of the whole pass
         std::vector<Stream *> together;
@@ -285,7 +315,7 @@ std::vector<Choice> Generator::next_all(const std::vector<Stream *> & streams, c
             together.clear();
             of.clear();
             for (size_t i = 0; i < streams.size(); ++i) {
-                if (long_ones[i] == is_long && read(*streams[i], stop)) {
+                if (long_ones[i] == is_long && found[i].id != Choice::kFull && read(*streams[i], stop)) {
                     together.push_back(streams[i]);
                     of.push_back(i);
                 }
@@ -299,6 +329,7 @@ std::vector<Choice> Generator::next_all(const std::vector<Stream *> & streams, c
         const std::atomic<bool> never{ false };
         const Session::Watch watch(session_, never, stop);
         while (!compute_last(together)) {}
+        session_.remove_padding();
         bool all_finite = true;
         for (size_t i = 0; i < together.size(); ++i) {
             all_finite = all_finite && is_finite(static_cast<int32_t>(i));
@@ -315,9 +346,6 @@ std::vector<Choice> Generator::next_all(const std::vector<Stream *> & streams, c
             if (found[of[i]].id == Choice::kNotFinite) {
                 reset();
             }
-        }
-        if (all_finite) {
-            session_.remove_padding();
         }
     }
     return found;
@@ -336,7 +364,9 @@ Choice Generator::choose(Stream & stream, int32_t output, size_t n_likeliest) {
 
     const llama_token id = stream.grammar_ ? stream.grammar_->sample(stream.sampler_.get(), logits, n_vocab)
                                            : llama_sampler_sample(stream.sampler_.get(), session_.context(), output);
-    if (id < 0) {
+    if (id < 0) {  // the last token is to be computed anew: its logits will be those of another pass
+        sequence.n_computed = sequence.input.ids.size() - 1;
+        llama_memory_seq_rm(session_.memory(), sequence.id, static_cast<llama_pos>(sequence.n_computed), -1);
         return { id, 0.0f, {} };
     }
     sequence.input.ids.push_back(id);
@@ -353,19 +383,20 @@ bool Generator::is_finite(int32_t output) const {
 
 // Computes the text but for its last token. False if its stream was cancelled.
 bool Generator::read(Stream & stream, const std::function<bool()> & stop) {
+    constexpr size_t kPart = Session::kUbatch;
     Sequence & sequence = *stream.sequence_;
-    const Session::Watch watch(session_, stream.cancelled_, stop);
-    try {
-        session_.check_stop();
-        ensure_context(sequence.input.ids.size());
-        read_up_to(sequence, sequence.input.ids.size() - 1);
-    } catch (const ScoringInterrupted &) {
-        if (stream.cancelled_) {
-            return false;
-        }
-        throw;
+    if (stream.cancelled_) {
+        return false;
     }
-    return true;
+    // Not interrupted by its own cancelling, which would clear the KV of all texts, but ended between two parts.
+    const std::atomic<bool> never{ false };
+    const Session::Watch watch(session_, never, stop);
+    const size_t end = sequence.input.ids.size() - 1;
+    ensure_context(end + 1);
+    do {  // once at least: the text may have outgrown LongRoPE's short factors
+        read_up_to(sequence, std::min(end, sequence.n_computed + kPart));
+    } while (sequence.n_computed < end && !stream.cancelled_);
+    return !stream.cancelled_;
 }
 
 // Computes the last tokens of texts in one pass; their logits are the outputs, in order. False: again, as the cache was
@@ -458,7 +489,7 @@ bool Generator::decode(bool is_long) {
     }
     if (!fits) {
         if (!evict()) {
-            grow(2 * session_.n_cells());
+            grow(session_.n_cells() + std::max<size_t>(kRoom, batch_.size()));
         }
         return false;
     }

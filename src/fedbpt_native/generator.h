@@ -37,6 +37,7 @@ struct Choice {
     static constexpr llama_token kCancelled = -1;
     static constexpr llama_token kNotFinite = -2;
     static constexpr llama_token kNoToken = GrammarSampler::kNoToken;
+    static constexpr llama_token kFull = -4;  // the context is full
 
     llama_token id;
     float log_prob;                                        // nats, before sampling
@@ -117,6 +118,8 @@ private:
     bool is_long(const Input & input) const { return model_->is_long(input.ids.size()); }
 
     Sequence * oldest(bool is_head);
+    Sequence * place_for(const Input & input);
+    size_t live_cells() const;
     size_t adopt(Sequence & sequence, Input input);
     void keep_head(const Sequence & sequence);
     bool evict();

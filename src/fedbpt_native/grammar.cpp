@@ -17,7 +17,7 @@ std::string json_grammar(const std::string & schema) {
     }
 }
 
-GrammarSampler::GrammarSampler(const llama_vocab * vocab, const std::string & grammar) {
+GrammarSampler::GrammarSampler(const llama_vocab * vocab, const std::string & grammar) : vocab_(vocab) {
     if (grammar.find('\0') == std::string::npos) {
         try {
             grammar_.reset(llama_sampler_init_grammar(vocab, grammar.c_str(), "root"));
@@ -61,8 +61,14 @@ llama_token GrammarSampler::sample(llama_sampler * chain, const float * logits, 
 void GrammarSampler::load(const float * logits, size_t n_vocab) {
     candidates_.resize(n_vocab);
     for (size_t i = 0; i < n_vocab; ++i) {
-        candidates_[i] = { static_cast<llama_token>(i), logits[i], 0.0f };
+        const auto id = static_cast<llama_token>(i);
+        candidates_[i] = { id, is_control(id) ? -INFINITY : logits[i], 0.0f };
     }
+}
+
+// Control tokens add nothing to a text, but llama.cpp's grammars take them for their names' characters.
+bool GrammarSampler::is_control(llama_token id) const {
+    return llama_vocab_is_control(vocab_, id) && !llama_vocab_is_eog(vocab_, id);
 }
 
 llama_token GrammarSampler::choose(llama_sampler * chain) {
@@ -72,6 +78,9 @@ llama_token GrammarSampler::choose(llama_sampler * chain) {
 }
 
 bool GrammarSampler::fits(llama_token id) {
+    if (is_control(id)) {
+        return false;
+    }
     llama_token_data one = { id, 1.0f, 0.0f };
     llama_token_data_array alone = { &one, 1, -1, false };
     llama_sampler_apply(grammar_.get(), &alone);

@@ -27,9 +27,11 @@ public:
 
 private:
     void load(const float * logits, size_t n_vocab);
+    bool is_control(llama_token id) const;
     llama_token choose(llama_sampler * chain);
     bool fits(llama_token id);
 
+    const llama_vocab * vocab_;
     SamplerPtr grammar_;
     std::vector<llama_token_data> candidates_;
 };

@@ -474,3 +474,44 @@ def test_a_closed_text_cannot_be_continued(llama: Case) -> None:
     stream.close()
     with pytest.raises(InputError, match="closed"):
         generator.next_all([stream], [0])
+
+
+def test_texts_that_share_their_beginning_outgrow_the_context(llama: Case) -> None:
+    generator, head = new(llama), llama.ids(230, seed=1)
+    given = [Placed(np.concatenate([head, llama.ids(3, seed=i)])) for i in range(generator.n_places)]
+    streams = [generator.open(each, GREEDY) for each in given]
+    found = all_of(generator, streams, 40)
+    streams.pop()
+    joining = Placed(llama.ids(460, seed=99))
+    streams.append(generator.open(joining, GREEDY))
+    last = [own[0] for own in all_of(generator, streams, 1)]
+    for each, own, token in zip(given[:-1], found, last, strict=False):
+        assert same(llama, [*own, token], generated(new(llama), each, 41))
+    assert same(llama, last[-1:], generated(new(llama), joining, 1))
+
+
+def test_a_text_that_goes_on_takes_the_place_of_its_own_kv(llama: Case) -> None:
+    generator = new(llama)
+    given = [Placed(llama.ids(40, seed=i)) for i in range(generator.n_places)]
+    streams = [generator.open(each, GREEDY) for each in given]
+    said = [[token.id for token in own] for own in all_of(generator, streams, 3)]
+    del streams
+    for each, ids in zip(reversed(given), reversed(said), strict=True):
+        stream = generator.open(Placed(np.concatenate([each.ids, np.array(ids, dtype=np.int32)])), GREEDY)
+        assert stream.n_reused == 42
+        del stream
+
+
+def test_a_stream_is_given_once(llama: Case) -> None:
+    generator = new(llama)
+    stream = generator.open(Placed(llama.ids(5)), GREEDY)
+    with pytest.raises(InputError, match="twice"):
+        generator.next_all([stream, stream], [0, 0])
+
+
+def test_a_full_context_is_one_texts_own_error(llama: Case) -> None:
+    generator = new(llama)
+    streams = [generator.open(Placed(llama.ids(n, seed=n)), GREEDY) for n in (generator.n_ctx - 1, 10)]
+    steps = [generator.next_all(streams, [0, 0]) for _ in range(4)]
+    assert isinstance(steps[-1][0], InputError)
+    assert all(isinstance(step[1], Token) for step in steps)

@@ -32,6 +32,7 @@ LIST = {
     "maxItems": 2,
     "$defs": {"n": {"type": "boolean"}},
 }
+NOTHING = Sampling(grammar="root ::= [5-1]")
 TEXTS = ["The Mill is a pub with five stars.\nJSON:", "{", "", "日本 🎉"]
 
 
@@ -77,26 +78,37 @@ def test_log_probabilities_are_the_models_own(generator: Generator) -> None:
     assert abs(dict(free.likeliest)[bound.id] - bound.log_prob) < 0.05
 
 
-@pytest.mark.parametrize(
-    "schema",
-    [
-        {"type": "no-such-type"},
-        {"$ref": "http://example.invalid/schema"},
-        {"$ref": "#/$defs/missing"},
-        {"type": "string", "pattern": "(?=a)b"},
-    ],
-    ids=str,
-)
-def test_a_schema_without_a_grammar_is_refused_in_one_line(
-    generator: Generator, schema: dict[str, Any], capfd: pytest.CaptureFixture[str]
+def test_a_schema_without_a_grammar_is_refused(generator: Generator) -> None:
+    with raises(InputError, field="schema"):
+        generator.json_grammar('{"type": "string", "pattern": "(?=a)b"}')
+
+
+def test_a_text_that_no_token_continues_can_be_asked_again(generator: Generator) -> None:
+    streams = [generator.open(Placed(generator.text_ids(TEXTS[0])), how) for how in (Sampling(), NOTHING)]
+    for _ in range(3):
+        token, error = generator.next_all(streams, [0, 0])
+        assert not isinstance(token, Exception)
+        assert isinstance(error, InputError)
+        with pytest.raises(InputError, match="no token"):
+            streams[1].next()
+    for stream in streams:
+        stream.close()
+
+
+def test_control_tokens_are_no_characters_of_a_string(generator: Generator) -> None:
+    control = 1  # <|im_start|>
+    assert generator.piece(control) == b""
+    ids = generator.text_ids(TEXTS[0])
+    grammar = 'root ::= "<|im_start|>"'
+    found, _ = said(generator, TEXTS[0], Sampling(grammar=grammar), 20)
+    assert found == "<|im_start|>"
+    with pytest.raises(InputError, match="does not follow"):
+        generator.open(Placed(np.append(ids, np.int32(control)), n_said=1), Sampling(grammar=grammar))
+
+
+def test_what_is_no_grammar_is_refused_and_the_generator_goes_on(
+    generator: Generator, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(InputError, match="use simpler keywords") as caught:
-        generator.json_grammar(json.dumps(schema))
-    assert "\n" not in str(caught.value)
-    assert capfd.readouterr() == ("", "")
-
-
-def test_what_is_no_grammar_is_refused_and_the_generator_goes_on(generator: Generator) -> None:
     before = said(generator, TEXTS[0], Sampling(), 5)
     for grammar in ("root ::= missing", "other ::= 'a'", "\0", "root ::= " + "(" * 50):
         with pytest.raises(InputError) as caught:
@@ -105,6 +117,7 @@ def test_what_is_no_grammar_is_refused_and_the_generator_goes_on(generator: Gene
     for schema in ("", "{", "[1]", "3", '{"type": ' * 30):
         with pytest.raises(InputError):
             generator.json_grammar(schema)
+    assert capfd.readouterr() == ("", "")
     assert said(generator, TEXTS[0], Sampling(), 5) == before
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tests.support.toy_scorer import ToyScorer
 
 END = 0  # the byte that ends a text
-PLACES = 4  # generated at the same time, as in the engine
+PLACES = 4  # generated at the same time
 
 
 class ToyGenerator:

@@ -160,7 +160,7 @@ def key_of(upstream: Path | None) -> str:
     for path in sorted(path for path in ours if path.is_file()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     if upstream:
-        for path in sorted(path for name in ("src", "include", "ggml") for path in (upstream / name).rglob("*")):
+        for path in sorted(path for name in (*BUILT, "common") for path in (upstream / name).rglob("*")):
             stat = path.stat()
             digest.update(f"{path}:{stat.st_size}:{stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()

@@ -7,13 +7,14 @@ import os
 import secrets
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.argument_types import checked
 from fedbpt.checking import utf8
+from fedbpt.engine.json_schema import check_schema
 from fedbpt.engine.text_generator import OPENAI_SAMPLING, SEEDS, Placed, Sampling, Token, check_rows
 from fedbpt.engine.token_arrays import token_ids
 from fedbpt.errors import InputError, ScoringInterrupted
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from fedbpt import _native
 
 log = logging.getLogger(__name__)
+
+MAX_GRAMMAR: Final = 2**18
+"""Maximum length of a JSON schema's grammar in characters."""
 
 
 class NativeGenerator:
@@ -103,7 +107,11 @@ class NativeGenerator:
 
     @checked
     def json_grammar(self, schema: str) -> str:
-        return self._generator.json_grammar(utf8(schema, "schema"))
+        check_schema(schema)
+        grammar = self._generator.json_grammar(utf8(schema, "schema"))
+        if len(grammar) > MAX_GRAMMAR:
+            raise InputError(f"the schema's grammar has {len(grammar):,} characters: use a simpler one", field="schema")
+        return grammar
 
     def text_ids(self, text: str) -> NDArray[np.int32]:
         return self._generator.text_ids(utf8(text, "text"))
@@ -159,6 +167,8 @@ def _token(
         return ScoringInterrupted("the text was interrupted")
     if found == -2:
         return InputError("the model's logits are not finite: use a soft prompt with smaller numbers")
+    if found == -4:
+        return InputError("the model's context is full: generate fewer tokens")
     return InputError("no token of this model continues the text as its grammar demands: use another grammar")
 
 

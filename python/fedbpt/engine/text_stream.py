@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fedbpt.argument_types import checked
 from fedbpt.engine.pieces import TextPieces
 from fedbpt.engine.text_generator import SEEDS, Generator, Placed, Sampling, TextModel, Token, TokenStream, check_rows
-from fedbpt.errors import FedbptError, ScoringInterrupted
+from fedbpt.errors import ScoringInterrupted
 from fedbpt.protocol.seeding import derive_seed
 from fedbpt.protocol.specs import PromptSpec, Template
 from fedbpt.quantities import NaturalInt, PositiveInt
@@ -132,7 +132,8 @@ class Generation:
             raise StopIteration
         return found
 
-    def _waits(self) -> bool:
+    @property
+    def waits(self) -> bool:
         """Whether the next piece needs a token."""
         return not self._closed and self.n_tokens < self._max_tokens
 
@@ -157,10 +158,10 @@ class Generation:
         if due != self._slice:
             self.pause()
             self._slice = due
-        if self._stream is None:
-            self._stream = self._open()
         if self._cancelled:
             raise ScoringInterrupted("text generation was cancelled")
+        if self._stream is None:
+            self._stream = self._open()
         return self._stream
 
     @property
@@ -189,11 +190,11 @@ def next_of_all(generations: Sequence[Generation]) -> list[Piece | Exception | N
     running: dict[int, TokenStream] = {}
     for i, generation in enumerate(generations):
         try:
-            if generation._waits():
+            if generation.waits:
                 running[i] = generation._running()
             else:
                 found[i] = generation._take(None)
-        except FedbptError as error:
+        except Exception as error:  # noqa: BLE001 - it is this text's alone
             found[i] = error
     for i, token in zip(running, _tokens(generations, running), strict=True):
         found[i] = token if isinstance(token, Exception) else generations[i]._take(token)
@@ -210,7 +211,7 @@ def _tokens(generations: Sequence[Generation], running: Mapping[int, TokenStream
             counts = [generations[i]._n_likeliest for i in running]
             return generations[next(iter(running))]._generator.next_all(list(running.values()), counts)
         return [stream.next(generations[i]._n_likeliest) for i, stream in running.items()]
-    except FedbptError as error:
+    except Exception as error:  # noqa: BLE001 - each text would raise it
         return [error] * len(running)
     except BaseException:
         for i in running:

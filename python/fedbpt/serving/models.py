@@ -65,12 +65,12 @@ class Settings:
 
     def sampling_with(self, generator: Generator) -> Sampling:
         """How tokens are chosen. Raises `InputError` for a schema that has no grammar."""
-        if not self.schema:
-            return self.sampling
-        try:
-            return replace(self.sampling, grammar=generator.json_grammar(self.schema))
-        except InputError as error:
-            raise InputError(str(error), field="response_format") from error
+        if self.schema and not self.sampling.grammar:  # once for all prompts of the request
+            try:
+                self.sampling = replace(self.sampling, grammar=generator.json_grammar(self.schema))
+            except InputError as error:
+                raise InputError(str(error), field="response_format") from error
+        return self.sampling
 
 
 class ServedModel(Protocol):

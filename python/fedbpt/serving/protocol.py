@@ -17,7 +17,6 @@ from fedbpt.serving.models import Settings
 MAX_LIKELIEST = 20
 MAX_STOPS = 16
 MAX_PROMPTS = 256
-MAX_SCHEMA_DEPTH = 64
 DEFAULT_COMPLETION_TOKENS = 16
 
 
@@ -73,17 +72,7 @@ class ResponseFormat(msgspec.Struct, frozen=True):
                 "response_format must be of type text, json_object, or json_schema with a json_schema",
                 "response_format",
             )
-        schema = self.json_schema.schema
-        if _is_deeper(schema, MAX_SCHEMA_DEPTH):
-            raise ApiError(
-                f"the schema is nested more than {MAX_SCHEMA_DEPTH} levels: use a flatter one", "response_format"
-            )
-        return msgspec.json.encode(schema).decode()
-
-
-def _is_deeper(value: Any, depth: int) -> bool:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return depth < 0 or any(_is_deeper(each, depth - 1) for each in inner)
+        return msgspec.json.encode(self.json_schema.schema).decode()
 
 
 class Part(msgspec.Struct, frozen=True):

@@ -79,6 +79,8 @@ class Scheduler:
                 if ticket.waiting:
                     self._queue.append(ticket)
             if not job.begin():
+                if self._active:  # a label took its turn
+                    return True
                 continue
             self._active.append((ticket, job))
             if not self._fits():
@@ -87,12 +89,17 @@ class Scheduler:
 
     def _step(self) -> None:
         """Compute a token of each active completion."""
-        found = next_of_all([job.generation for _, job in self._active])
+        try:
+            found = next_of_all([job.generation for _, job in self._active])
+        except Exception as error:  # noqa: BLE001 - raised where the completions are awaited
+            found = [error] * len(self._active)
         going = [job.take(piece) for (_, job), piece in zip(self._active, found, strict=True)]
         self._active = [pair for pair, goes in zip(self._active, going, strict=True) if goes]
-        for i in reversed(range(len(self._active))):
-            if self._active[i][1].may_pause and (not self._fits() or self._n_waiting >= len(self._active) - i):
-                self._send_back(i)
+        n_waiting = self._n_waiting
+        for pair in [pair for pair in self._active if pair[1].may_pause]:  # the longest under way first
+            if n_waiting > 0 or not self._fits():
+                self._send_back(self._active.index(pair))
+                n_waiting -= 1
 
     def _fits(self) -> bool:
         """Whether the active texts fit into the context together, with their next slices; one always does."""
@@ -181,6 +188,8 @@ class Job:
             return self._end(None)
         try:
             self._completion = self._start()
+            if self._cancelled:  # meanwhile
+                self._completion.cancel()
             self._put(self._completion)
             if isinstance(self._completion, Generation):
                 return True
@@ -195,15 +204,13 @@ class Job:
         if not isinstance(piece, Piece):
             return self._end(piece)
         self._put(piece)
-        if self._cancelled:  # `cancel` may have been called before `_completion` was set
-            self.generation.cancel()
         return True
 
     @property
     def may_pause(self) -> bool:
         """Whether it is at the end of a slice."""
-        n_tokens = self.generation.n_tokens
-        return n_tokens > 0 and n_tokens % SLICE == 0
+        text = self.generation
+        return text.n_tokens > 0 and text.n_tokens % SLICE == 0 and text.waits
 
     def _end(self, last: Exception | None) -> bool:
         if self._completion is not None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
 
 import pytest
 
 from fedbpt.engine.text_generator import Placed
-from fedbpt.engine.text_stream import SLICE, Generation
+from fedbpt.engine.text_stream import SLICE, FinishReason, Generation, Piece
 from fedbpt.errors import FedbptError, InputError, ScoringInterrupted
 from fedbpt.serving.scheduler import MAX_REQUESTS, Job, Scheduler, Ticket
-from tests.support.toy_generator import PLACES
+from tests.support.toy_generator import PLACES, ToyGenerator, ToyStream
 from tests.support.toy_scorer import ToyScorer
 
 Scene = Callable[[Scheduler, ToyScorer], Coroutine[None, None, None]]
@@ -187,5 +187,65 @@ def test_work_resumes_after_an_idle_time() -> None:
         for _ in range(50):  # each may find the thread just about to stop
             assert await read(submit(scheduler, scorer, "a", n=1).jobs[0]) == alone("a", 1)
         assert threading.active_count() < 20
+
+    play(scene)
+
+
+def test_an_unexpected_error_ends_the_texts_but_not_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(scheduler: Scheduler, scorer: ToyScorer) -> None:
+        def fail(*_: object) -> None:
+            raise RuntimeError("the memory is full")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(ToyGenerator, "next_all", fail)
+            patched.setattr(ToyStream, "next", fail)
+            tickets = [submit(scheduler, scorer, text) for text in "ab"]
+            scorer.generator.pace.set()
+            for ticket in tickets:
+                with pytest.raises(RuntimeError, match="memory"):
+                    await asyncio.wait_for(read(ticket.jobs[0]), 10)
+        assert scorer.generator.n_open == 0
+        assert await read(submit(scheduler, scorer, "c").jobs[0]) == alone("c", 3)
+
+    play(scene)
+
+
+class Label:
+    """A completion that is computed when it is begun, as a label is."""
+
+    n_prompt, n_tokens = 1, 1
+    finish_reason: FinishReason | None = "stop"
+
+    def __init__(self) -> None:
+        self._pieces = iter([Piece("label", None)])
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self._pieces
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+    def cancel(self) -> None: ...
+
+    def pause(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_labels_and_texts_take_turns() -> None:
+    async def scene(scheduler: Scheduler, scorer: ToyScorer) -> None:
+        text = submit(scheduler, scorer, "a", n=20)
+        await text.jobs[0].started()
+        begun_at = []
+
+        def label() -> Label:
+            begun_at.append(scorer.generator.n_tokens)
+            return Label()
+
+        labels = scheduler.submit([label] * 10)
+        scorer.generator.pace.set()
+        assert [await read(job) for job in labels.jobs] == ["label"] * 10
+        assert "".join([piece.text async for piece in text.jobs[0].pieces()]) == alone("a", 20)
+        assert len(set(begun_at)) == 10  # a token of the text between two labels
 
     play(scene)
