@@ -6,6 +6,9 @@ import os
 
 import pytest
 
+from tests.support.sockets import watch_sockets
+
+watch_sockets()
 os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # a process of a test that crashes says where
 
 
