@@ -41,13 +41,15 @@ def hook(line: int, before: str) -> str:
 def upstream(tmp_path: Path) -> Path:
     """A tree with the files that an upstream must have."""
     tree = tmp_path / "upstream"
-    for folder in ("cmake", "ggml", "include", "src", "vendor"):
+    for folder in ("cmake", "common", "ggml", "include", "licenses", "src", "vendor"):
         (tree / folder).mkdir(parents=True)
         (tree / folder / "CMakeLists.txt").write_text(f"# {folder}\n")
     (tree / "CMakeLists.txt").write_text("# upstream\n")
     (tree / "LICENSE").write_text("MIT\n")
     (tree / "src" / "llama.cpp").write_text("int llama;\n")
     (tree / "src" / "graph.cpp").write_text(GRAPH)
+    for name in load_assemble().FILES:
+        (tree / name).write_text(f"// {name}\n")
     (tree / "tests").mkdir()
     (tree / "tests" / "big.cpp").write_text("never built\n")
     return tree
@@ -206,3 +208,12 @@ def test_our_own_patches_are_insert_only_and_every_hunk_is_explained() -> None:
     assert hunks == set(assemble.anchors_of(pin))
     assert all(hook["does"] for hook in pin["hook"])
     assert all(added for _, _, _, added in assemble.all_hunks())
+
+
+def test_an_incomplete_upstream_stops_the_build_in_one_line(
+    assemble: ModuleType, upstream: Path, tmp_path: Path
+) -> None:
+    (upstream / "common" / "json.h").unlink()
+    with pytest.raises(assemble.AssemblyError, match=r"has no common/json\.h") as caught:
+        assemble.assemble(tmp_path / "build" / "tree", tmp_path / "cache", upstream)
+    assert "\n" not in str(caught.value)

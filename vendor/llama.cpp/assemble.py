@@ -146,6 +146,8 @@ def copy_upstream(upstream: Path, tree: Path) -> None:
         raise AssemblyError(f"{upstream} is not a llama.cpp source tree: it has no src/llama.cpp")
     for name in (*BUILT, *FILES):
         source = upstream / name
+        if not source.exists():
+            raise AssemblyError(f"{upstream} has no {name}: give a tree of the pinned release")
         if source.is_dir():
             shutil.copytree(source, tree / name)
         else:
