@@ -21,7 +21,7 @@ from elftools.elf.dynamic import DynamicSection
 from elftools.elf.elffile import ELFFile
 from elftools.elf.gnuversions import GNUVerNeedSection
 
-MAX_BYTES = 4_500_000
+MAX_BYTES = 4_800_000
 MACHINES = {"aarch64": "EM_AARCH64", "x86_64": "EM_X86_64"}
 # the libraries of glibc; not libstdc++ and libgcc_s, which may be too old on an old system
 GLIBC = re.compile(r"(ld-linux.*|lib(c|m|dl|rt|pthread))\.so\.\d+")
