@@ -224,6 +224,7 @@ void Generator::ensure_context(size_t n_cells) {
 
 // Replaces the context by one of at least n_cells cells, keeping the KV of the texts being generated.
 void Generator::grow(size_t n_cells) {
+    n_cells = std::max(n_cells, live_cells() + kRoom);  // restored, texts share no cells
     std::vector<std::pair<Sequence *, std::vector<uint8_t>>> saved;
     for (Sequence & sequence : sequences_) {
         if (sequence.is_live() && sequence.n_computed > 0) {
@@ -231,7 +232,6 @@ void Generator::grow(size_t n_cells) {
         }
         sequence.n_computed = 0;
     }
-    n_cells = std::max(n_cells, live_cells() + kRoom);  // restored, texts share no cells
     const auto size = static_cast<uint32_t>((n_cells + kRoom - 1) / kRoom * kRoom);
     const uint32_t n_seqs = 1 + kTexts + kHeads;
     session_.close();

@@ -479,14 +479,19 @@ def test_a_closed_text_cannot_be_continued(llama: Case) -> None:
 def test_texts_that_share_their_beginning_outgrow_the_context(llama: Case) -> None:
     generator, head = new(llama), llama.ids(230, seed=1)
     given = [Placed(np.concatenate([head, llama.ids(3, seed=i)])) for i in range(generator.n_places)]
-    streams = [generator.open(each, GREEDY) for each in given]
+    streams, first = [], []
+    for each in given:
+        streams.append(generator.open(each, GREEDY))
+        first += generator.next_all(streams[-1:], [0])  # computed, so that the next one shares its KV
+    assert all(stream.n_reused >= 230 for stream in streams[1:])
     found = all_of(generator, streams, 40)
     streams.pop()
     joining = Placed(llama.ids(460, seed=99))
     streams.append(generator.open(joining, GREEDY))
     last = [own[0] for own in all_of(generator, streams, 1)]
-    for each, own, token in zip(given[:-1], found, last, strict=False):
-        assert same(llama, [*own, token], generated(new(llama), each, 41))
+    for each, begun, own, token in zip(given[:-1], first, found, last, strict=False):
+        assert isinstance(begun, Token)
+        assert same(llama, [begun, *own, token], generated(new(llama), each, 42))
     assert same(llama, last[-1:], generated(new(llama), joining, 1))
 
 
