@@ -53,8 +53,8 @@ class Generator:
         """Begin a text of ids [n]; from ``rows_at`` on, ``rows`` [n_rows, n_embd] replace their embeddings.
 
         ``shifted``: instead, they are added to the outputs of these layers (first, number) at token ``rows_at`` and, if
-        True, at all later ones. ``grammar``: GBNF of the new text, of which
-        the last ``n_said`` ids are the beginning; empty: none.
+        True, at all later ones. ``grammar``: GBNF of the new text, of which the last ``n_said`` ids are the beginning;
+        empty: none.
 
         Raises `InputError`.
         """
@@ -76,7 +76,7 @@ class Generator:
         self, streams: Sequence[Stream], n_likeliest: Sequence[int]
     ) -> list[tuple[int, float, list[tuple[int, float]]] | int]:
         """`next` of several streams in one pass; in the place of a token −1: it was cancelled, −2: its logits are not
-        finite, −3: no token fits its grammar.
+        finite, −3: no token fits its grammar, −4: the context is full.
         """
 
     def piece(self, id: int) -> bytes:

@@ -129,7 +129,7 @@ void register_generator(py::module_ & module) {
              "(id, log-probability, [(id, log-probability) of the likeliest])")
         .def("next_all", &next_all, py::arg("streams"), py::arg("n_likeliest"),
              "`next` of several streams in one pass; −1: it was cancelled, −2: its logits are not finite, −3: no token "
-             "fits its grammar")
+             "fits its grammar, −4: the context is full")
         .def_property_readonly_static("n_places", [](const py::object &) { return Generator::kTexts; })
         .def(
             "piece", [](const Generator & generator, llama_token id) { return py::bytes(generator.model().piece(id)); },

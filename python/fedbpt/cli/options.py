@@ -54,6 +54,13 @@ Dashboard = Annotated[
         "--dashboard", metavar="[HOST:PORT]", help=f"Show and control the run in a browser, at {DEFAULT_ADDRESS}."
     ),
 ]
+AllowMetrics = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-metric",
+        help="A function, package.module:function, that the task may name as its metric of answers; repeatable.",
+    ),
+]
 
 
 def status_printer(silent: bool) -> Callable[[str], None]:
@@ -89,15 +96,6 @@ def chosen_task(given: str | None, stored: tasks.Task | None, name: str) -> task
             field="--task",
         )
     return stored
-
-
-AllowMetrics = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--allow-metric",
-        help="A function, package.module:function, that the task may name as its metric of answers; repeatable.",
-    ),
-]
 
 
 def allow_metrics(names: list[str] | None, task: tasks.Task) -> None:

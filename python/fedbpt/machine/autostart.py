@@ -14,12 +14,8 @@ from fedbpt.machine.files import write_whole
 from fedbpt.protocol.specs import as_name
 
 SERVICE = "fedbpt-device"
-_ENVIRONMENT = (
-    "FEDBPT_CACHE",
-    "FEDBPT_CREDENTIALS",
-    "FEDBPT_LLAMA_LOG",
-    "PYTHONPATH",
-)  # variables that a command depends on
+# Variables that a command depends on.
+_ENVIRONMENT = ("FEDBPT_CACHE", "FEDBPT_CREDENTIALS", "FEDBPT_LLAMA_LOG", "PYTHONPATH")
 
 
 @dataclass(frozen=True)
