@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -96,6 +98,41 @@ def test_a_stream_has_the_text_of_the_complete_response(client: openai.OpenAI) -
     assert "".join(chunks) == whole
     assert len([text for text in chunks if text]) > 1
     assert client.completions.create(**asked, stop=whole[3:6]).choices[0].text == whole[: whole.index(whole[3:6])]
+
+
+@pytest.mark.timeout(600)
+def test_a_reply_is_json_of_the_schema(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}, "sure": {"type": "boolean"}},
+        "required": ["city", "sure"],
+    }
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "capital", "schema": schema}}
+    for model in (NAME, f"{NAME}+answers"):
+        asked = {"model": model, "messages": QUESTION, "temperature": 0, "max_tokens": 80}
+        found = client.chat.completions.create(**asked, response_format=wanted).choices[0]
+        assert found.finish_reason == "stop"
+        assert set(json.loads(found.message.content)) == {"city", "sure"}
+    wanted["json_schema"]["schema"] = {"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"$ref": "#/$defs/a"}}}
+    with pytest.raises(openai.BadRequestError, match="no grammar"):
+        client.chat.completions.create(model=NAME, messages=QUESTION, response_format=wanted)
+
+
+@pytest.mark.timeout(600)
+def test_more_requests_at_a_time_than_places_all_reply(client: openai.OpenAI) -> None:
+    system = {"role": "system", "content": "You know all capitals. " * 40}  # whose KV they share
+
+    def ask(country: str) -> str:
+        messages = [system, {"role": "user", "content": f"What is the capital of {country}?"}]
+        asked = {"model": NAME, "messages": messages, "temperature": 0, "max_tokens": 40}
+        return str(client.chat.completions.create(**asked).choices[0].message.content)
+
+    capitals = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo"}
+    countries = [*capitals] * 4
+    with ThreadPoolExecutor(len(countries)) as pool:
+        replies = list(pool.map(ask, countries))
+    right = [capitals[country] in reply for country, reply in zip(countries, replies, strict=True)]
+    assert sum(right) >= 0.8 * len(right)
 
 
 @pytest.mark.timeout(600)
