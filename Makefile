@@ -15,8 +15,9 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt \
            $(shell find src vendor -type f ! -path '*/__pycache__/*')
 
 # The build's own tools, in the environment rather than in pip's throw-away one: their paths stay the same, so that a
-# second build compiles only what changed. Their versions are in constraints.txt.
-BUILD_TOOLS := pip scikit-build-core pybind11 cmake ninja
+# second build compiles only what changed. setuptools builds rouge-score, which is published without a wheel. Their
+# versions are in constraints.txt.
+BUILD_TOOLS := pip scikit-build-core pybind11 cmake ninja setuptools
 
 .PHONY: help setup demo docs screenshots test test-fast test-flower faults sanitize wheel wheel-aarch64 test-wheel test-aarch64 lint bench clean
 
