@@ -3,6 +3,7 @@
 For each task, number of rows a class and seed, every method learns from the same training rows and labels the same test
 rows, which chose nothing. Each runs in a process of its own, so that its peak memory is its own:
 
+texts     `fedbpt.calibrate` on the training texts without their labels
 fedbpt    `fedbpt.tune` with its defaults, on a task drafted from the file (`fedbpt tasks new`); its variants too
 tfidf     TF-IDF and logistic regression
 minilm    sentence embeddings (all-MiniLM-L6-v2) and logistic regression
@@ -44,7 +45,7 @@ from fedbpt.protocol.seeding import generator
 
 Row = tuple[str, str]
 
-METHODS = ("fedbpt", "tfidf", "minilm", "examples", "probe", "layers", "lora")
+METHODS = ("texts", "fedbpt", "tfidf", "minilm", "examples", "probe", "layers", "lora")
 STUDENT_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}
 CONTEXT = 1024  # tokens of examples at most: more cost time, and a model of 135M gains nothing by them
 
@@ -80,6 +81,8 @@ def measure(method: str, folder: Path, model: str) -> dict[str, Any]:
     if method == "fedbpt":
         return {**tuned(folder, model), "seconds": time.monotonic() - began}
     task = tasks.draft_task(folder / "train.csv").task
+    if method == "texts":
+        return {**calibrated(task, folder, model), "seconds": time.monotonic() - began}
     label_of = {label: i for i, label in enumerate(task.labels)}
     train = [(text, label_of[label]) for text, label in read_rows(folder / "train.csv")]
     test = [(text, label_of[label]) for text, label in read_rows(folder / "test.csv")]
@@ -114,6 +117,15 @@ def tuned(folder: Path, model: str) -> dict[str, Any]:
         "bytes_up": sum(device.bytes_up for device in result.run.devices),
         "bytes_down": sum(device.bytes_down for device in result.run.devices),
     }
+
+
+def calibrated(task: tasks.Task, folder: Path, model: str) -> dict[str, Any]:
+    """Accuracy without a label: the model as it is, and calibrated on texts."""
+    scorer = fedbpt.load_model(model)
+    prompt = fedbpt.calibrate(scorer, task, [text for text, _ in read_rows(folder / "train.csv")])
+    test = folder / "test.csv"
+    plain, found = (fedbpt.evaluate(scorer, task, test, which) for which in (None, prompt))
+    return {"accuracy": {"texts: zero_shot": plain.accuracy, "texts": found.accuracy}, "n": found.n}
 
 
 def probe(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fedbpt import errors, metrics, models, tasks
     from fedbpt.answering import AnswerComparison, answers, compare_answers
     from fedbpt.api import Budget, evaluate, tune
+    from fedbpt.calibrating import calibrate
     from fedbpt.engine.features import features
     from fedbpt.engine.native_scorer import Gpu, NativeScorer, gpus, load_model
     from fedbpt.errors import FedbptError
@@ -34,6 +35,7 @@ __version__ = VERSION
 _MODULES = {
     "answering": ("AnswerComparison", "answers", "compare_answers"),
     "api": ("Budget", "evaluate", "tune"),
+    "calibrating": ("calibrate",),
     "errors": ("FedbptError",),
     "exchange": ("export_prompt", "import_prompt"),
     "protocol.specs": ("ObjectiveSpec", "PromptSpec", "Template"),
@@ -63,6 +65,7 @@ __all__ = [
     "Template",
     "TuneResult",
     "answers",
+    "calibrate",
     "check_model",
     "compare_answers",
     "errors",

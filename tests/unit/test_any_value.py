@@ -62,6 +62,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         },
     ),
     "evaluate": (fedbpt.evaluate, {"scorer": ToyScorer(), "task": TASK, "rows": ROWS}),
+    "calibrate": (fedbpt.calibrate, {"scorer": ToyScorer(), "task": TASK, "texts": ["good", "bad"]}),
     "answers": (fedbpt.answers, {"scorer": ToyScorer(), "task": ANSWERED, "rows": TARGETS}),
     "compare_answers": (
         fedbpt.compare_answers,
