@@ -105,6 +105,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "tasks.read_task_rows": (tasks.read_task_rows, {**HERE, "task": TASK}),
     "tasks.rows_from_dataset": (tasks.rows_from_dataset, {"dataset": ROWS, "labels": TASK.labels}),
     "tasks.to_rows": (tasks.to_rows, {"data": ROWS, "task": TASK}),
+    "tasks.with_examples": (tasks.with_examples, {"task": TASK, "rows": ROWS}),
     "tasks.write_rows": (tasks.write_rows, {"path": "written.jsonl", "rows": ROWS, "labels": TASK.labels}),
     "tasks.drop_duplicates": (tasks.drop_duplicates, {"rows": ROWS}),
     "tasks.draft_task": (tasks.draft_task, HERE),

@@ -75,6 +75,9 @@ def result_as_json(result: RunResult, prompt_path: Path | None) -> dict[str, Any
 
 
 def _candidate(candidate: TemplateScore) -> dict[str, Any]:
+    if candidate.reward is not None:
+        figures = {"n": candidate.n_answered, "reward": candidate.reward}
+        return {**msgspec.to_builtins(candidate.template), **figures}
     score = candidate.score
     n_labels = len(candidate.template.label_words)
     return {

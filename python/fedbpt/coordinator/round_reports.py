@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import msgspec
 import numpy as np
+from msgspec import UNSET
 from numpy.typing import NDArray
 
 from fedbpt.coordinator.work_kinds import kind_of_result
@@ -94,6 +95,16 @@ def template_losses(
         return medians
     means: NDArray[np.float64] = sums.sum(axis=0) / counts.sum()
     return means
+
+
+def template_rewards(reports: Sequence[RoundReport]) -> tuple[int, NDArray[np.float64]]:
+    """Answers that the devices measured, and the sums [n_templates] of their values by the task's metric."""
+    found = [(r.result.n_answered, r.result.reward_sums) for r in reports if isinstance(r.result, SelectResult)]
+    measured = [(n, sums.numpy()) for n, sums in found if n is not UNSET and sums is not UNSET]
+    if not measured:
+        return 0, np.zeros(0)
+    total: NDArray[np.float64] = np.sum([sums for _, sums in measured], axis=0)
+    return sum(n for n, _ in measured), total
 
 
 def template_scores(reports: Sequence[RoundReport], losses: Sequence[float]) -> tuple[Score, ...]:

@@ -21,13 +21,21 @@ from fedbpt.aggregation.layer_fit import LayerFit
 from fedbpt.aggregation.logistic_fit import LogisticFit, max_views
 from fedbpt.aggregation.readout import ReadoutFit
 from fedbpt.coordinator.layer_reading import reads_layers, states_alone, within_message
-from fedbpt.coordinator.round_reports import cap_reports, label_weights, purpose_of, template_losses, template_scores
+from fedbpt.coordinator.round_reports import (
+    cap_reports,
+    label_weights,
+    purpose_of,
+    template_losses,
+    template_rewards,
+    template_scores,
+)
 from fedbpt.engine.layers import logistic_layer, middle_layer, reading_layers
 from fedbpt.errors import InputError
+from fedbpt.objective.objective import answer_loss
 from fedbpt.protocol.rounds import EvaluateReport, FitPurpose, HeldRows, Reading, RoundReport
 from fedbpt.protocol.specs import Array, LayerReadout, Readout, Shift, Template
 from fedbpt.runs.events import RoundPurpose
-from fedbpt.runs.result import AnyReadout, Shipped, TemplateScore, Variants, variants
+from fedbpt.runs.result import NO_SCORE, AnyReadout, Shipped, TemplateScore, Variants, variants
 from fedbpt.runs.settings import RunSettings
 from fedbpt.tasks import Task
 from fedbpt.tasks.reading import LONG_TEXT, reading_templates
@@ -111,7 +119,9 @@ class RunState:
     def _select(self, reports: Sequence[RoundReport], counted: Sequence[RoundReport]) -> None:
         self.label_weights = label_weights(reports, self.settings.row_cap)
         losses = template_losses(counted, self.label_weights, self.settings.robust != "none")
-        self._selected = int(np.argmin(losses))
+        n_answered, rewards = template_rewards(reports)
+        by_metric = n_answered >= FEWEST_JUDGES
+        self._selected = int(np.argmin(answer_loss(rewards / n_answered, losses) if by_metric else losses))
         n_texts = sum(report.n_texts for report in reports)
         self._long_texts = sum(report.tokens for report in reports) > LONG_TEXT * n_texts
         self.template_losses = tuple(losses.tolist())
@@ -122,6 +132,13 @@ class RunState:
             TemplateScore(template=template, score=score)
             for template, score in zip(self.task.templates, scores, strict=False)
         )
+        if by_metric:
+            self.candidates = tuple(
+                TemplateScore(
+                    template=template, score=NO_SCORE, reward=float(total / n_answered), n_answered=n_answered
+                )
+                for template, total in zip(self.task.templates, rewards, strict=True)
+            )
 
     def _shift(self, reports: Sequence[RoundReport]) -> Shift:
         """The layers to shift, and their sizes under the selected template: the median of the devices'."""

@@ -20,6 +20,7 @@ from fedbpt.device.speed import Speed, measure_speed
 from fedbpt.device.state import DeviceState
 from fedbpt.engine.layers import shift_sizes
 from fedbpt.engine.scorer import Scorer
+from fedbpt.engine.text_generator import generates
 from fedbpt.errors import DataError, InputError, ScoringInterrupted
 from fedbpt.machine.memory import physical_memory
 from fedbpt.metrics import metric_named
@@ -80,6 +81,7 @@ from fedbpt.tasks import Task
 from fedbpt.tasks.rows import Row, batch_indices, targets_of
 from fedbpt.version import VERSION
 
+_ANSWERED_ROWS = 32  # rows whose answers select the template
 _MAX_OBJECTIVES = 4  # cached; train, dev and test rows under one template, and one to spare
 _SHIFT_ROWS = 16  # rows whose states give the size of shifts
 _MAX_PLAIN_LOGITS = 16  # cached; a few hundred numbers a row, for each other template of train and dev rows
@@ -442,10 +444,38 @@ class Device:
         effort.evaluations += len(objectives) * sum(len(part) > 0 for part in parts)
         n_correct = tuple(correct.tolist()) if plan.labels else ()
         sizes = self._shift_sizes(plan, work, chosen, effort) if plan.prompt.shifts else UNSET
-        if not work.by_label:
-            return SelectResult(loss_sums=Array.of(sums[:, 0]), correct=n_correct, sizes=sizes), len(chosen)
-        counts = tuple(np.bincount(labels, minlength=len(plan.labels)).tolist())
-        return SelectResult(loss_sums=Array.of(sums), correct=n_correct, label_counts=counts, sizes=sizes), len(chosen)
+        if work.by_label:
+            counts = tuple(np.bincount(labels, minlength=len(plan.labels)).tolist())
+            found = SelectResult(loss_sums=Array.of(sums), correct=n_correct, label_counts=counts, sizes=sizes)
+            return found, len(chosen)
+        found = SelectResult(loss_sums=Array.of(sums[:, 0]), correct=n_correct, sizes=sizes)
+        return self._with_rewards(found, plan, work, chosen[:_ANSWERED_ROWS], effort, cancelled), len(chosen)
+
+    def _with_rewards(
+        self,
+        found: SelectResult,
+        plan: RoundPlan,
+        work: SelectWork,
+        chosen: NDArray[np.intp],
+        effort: Effort,
+        cancelled: Cancelled,
+    ) -> SelectResult:
+        """``found`` with what the model's own answers are worth, where the plan asks and this device can tell."""
+        how = plan.objective.generation
+        if how is UNSET or not self._measures(how):
+            return found
+        nothing = np.zeros((1, 0, self.scorer.n_embd), np.float32)
+        sums = []
+        for template in work.templates:
+            asked = msgspec.structs.replace(plan, template=template, prompt=PromptSpec())
+            answering = self._answering(asked, how, [self._rows["train"][i] for i in chosen], keep_kv=False)
+            sums.append(answering.measure(nothing, None, _ignore, cancelled).rewards.sum())
+            effort.tokens += answering.n_tokens
+        return msgspec.structs.replace(found, reward_sums=Array.of(np.array(sums)), n_answered=len(chosen))
+
+    def _measures(self, generation: Generation) -> bool:
+        """Whether this device can measure answers as ``generation`` says."""
+        return self._metric is not None and generation == self._task.generation and generates(self.scorer)
 
     def _shift_sizes(self, plan: RoundPlan, work: SelectWork, chosen: NDArray[np.intp], effort: Effort) -> Array:
         """Sizes [n_templates, n_layer] of shifts under each template, from a few rows."""
@@ -476,8 +506,9 @@ class Device:
         return SelectResult(loss_sums=Array.of(n_rows * mean)), n_rows
 
     def _zero_shot_objectives(self, plan: RoundPlan, work: SelectWork) -> list[Objective]:
+        likelihood = msgspec.structs.replace(plan.objective, generation=UNSET)
         return [
-            self._objective("train", template, plan.labels, plan.objective, plan.prompt, keep_kv=False)
+            self._objective("train", template, plan.labels, likelihood, plan.prompt, keep_kv=False)
             for template in work.templates
         ]
 

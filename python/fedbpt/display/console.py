@@ -55,7 +55,12 @@ def human_bytes(count: float) -> str:
 
 
 def describe_accuracy(candidate: TemplateScore) -> str:
-    """A template's zero-shot accuracy with its 95 % interval, and a note if it is no better than chance."""
+    """A template's zero-shot accuracy with its 95 % interval, and a note if it is no better than chance.
+
+    Of a task with a metric of generated answers, the metric's mean value.
+    """
+    if candidate.reward is not None:
+        return f"answers are worth {candidate.reward:.3f}, of {candidate.n_answered} training rows"
     score = candidate.score
     n_labels = len(candidate.template.label_words)
     low, high = score.interval
@@ -134,7 +139,8 @@ class RunDisplay:
                 if len(words) > _MAX_WORDS_LENGTH:
                     words = f"{words[:_MAX_WORDS_LENGTH]}… ({len(event.template.label_words)} label words)"
                 for candidate in event.candidates:
-                    self._print(f"zero-shot accuracy {describe_accuracy(candidate)}: {candidate.template.pattern!r}")
+                    figure = "" if candidate.reward is not None else "accuracy "
+                    self._print(f"zero-shot {figure}{describe_accuracy(candidate)}: {candidate.template.pattern!r}")
                 self._print(f"template {event.template.pattern!r}" + (f" with {words}" if words else ""))
             case Evaluated():
                 if event.is_unscored and not self._said_unscored:

@@ -38,6 +38,12 @@ Progress = Callable[[int, int], None]
 Cancelled = Callable[[], bool]
 
 
+def answer_loss(rewards: NDArray[np.float64], nll: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What answers of value ``rewards`` cost. ``nll``, of the target texts in nats, decides where they are equal."""
+    likelihood = np.maximum(nll, 0.0)
+    return 1.0 - rewards + TIE * likelihood / (1.0 + likelihood)
+
+
 class Objective:
     """Labelled rows, encoded once for one model, template and prompt place.
 
@@ -220,12 +226,12 @@ class Objective:
         cancelled: Cancelled | None,
         row_weights: NDArray[np.float64] | None,
     ) -> NDArray[np.float64]:
-        nll = np.maximum(self.row_losses(embeds, chosen, cancelled), 0.0)
+        nll = self.row_losses(embeds, chosen, cancelled)
         before = answering.n_tokens
         found = answering.measure(embeds, chosen, progress or _silent, cancelled or _never)
         self.tokens += answering.n_tokens - before
         self.evaluations += len(nll)
-        losses = 1.0 - found.rewards + TIE * nll / (1.0 + nll)
+        losses = answer_loss(found.rewards, nll)
         weighted = losses if row_weights is None else losses * row_weights[chosen]
         return np.asarray(weighted.mean(axis=1))
 

@@ -222,12 +222,16 @@ class SelectResult(Message, frozen=True, tag="select"):
     ``correct``: number of texts classified correctly with each template; empty for target texts and in a private run.
     ``label_counts``: number of training rows of each label, scored or not; empty unless ``by_label``. ``sizes``
     [n_templates, n_layer]: sizes of shifts, if the plan's prompt shifts (`fedbpt.engine.layers.shift_sizes`).
+    ``reward_sums`` [n_templates]: the metric's values of the model's own answers under each template, summed over
+    ``n_answered`` texts, if the plan's objective has a ``generation`` and the device measures answers so.
     """
 
     loss_sums: Array
     correct: tuple[quantities.Rows, ...] = ()
     label_counts: tuple[quantities.Rows, ...] = ()
     sizes: Array | UnsetType = UNSET
+    reward_sums: Array | UnsetType = UNSET
+    n_answered: quantities.SomeRows | UnsetType = UNSET
 
 
 class PooledResult(Message, frozen=True, tag="pooled"):

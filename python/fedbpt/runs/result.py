@@ -149,10 +149,16 @@ def variants(mean: NDArray[np.float64], fits: Mapping[FitPurpose, AnyReadout], s
 
 
 class TemplateScore(Message, frozen=True):
-    """A template and its score without a prompt, on the training rows that selected the template."""
+    """A template and its score without a prompt, on the training rows that selected the template.
+
+    ``reward``: of a task with a metric of generated answers, its mean value over ``n_answered`` rows, in the place of
+    ``score``.
+    """
 
     template: Template
     score: Score
+    reward: float | None = None
+    n_answered: NaturalInt = 0
 
 
 class DeviceSummary(Message, frozen=True):

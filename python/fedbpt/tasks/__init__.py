@@ -16,6 +16,7 @@ from fedbpt.errors import ConfigError
 from fedbpt.protocol.specs import Generation, Template
 from fedbpt.tasks.builtin import BUILTIN
 from fedbpt.tasks.draft import Draft, draft_task, task_toml
+from fedbpt.tasks.examples import with_examples
 from fedbpt.tasks.partition import Manifest, partition, read_manifest, split_rows, write_partition
 from fedbpt.tasks.perturb import perturb
 from fedbpt.tasks.readers import (
@@ -60,6 +61,7 @@ __all__ = [
     "split_rows",
     "task_toml",
     "to_rows",
+    "with_examples",
     "word_costs",
     "word_notes",
     "write_partition",

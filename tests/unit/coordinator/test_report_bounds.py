@@ -41,7 +41,7 @@ from fedbpt.protocol.rounds import (
     SelectWork,
     SumsWork,
 )
-from fedbpt.protocol.specs import Array, Message, ObjectiveSpec, PromptSpec, Readout
+from fedbpt.protocol.specs import Array, Generation, Message, ObjectiveSpec, PromptSpec, Readout
 from fedbpt.search.local_search import farthest_move, local_search, sigma_squares_bounds
 from tests.support.fake_device import FakeDevice
 from tests.support.lies import EXTREMES, changed, largest, leaves
@@ -119,6 +119,7 @@ def test_every_number_of_a_device_is_bounded_on_both_sides() -> None:
 SELECT = plan(work=SelectWork(templates=(FITS["bias"].template,) * 2, max_rows=9))
 BY_LABEL = plan(work=SelectWork(templates=(FITS["bias"].template,) * 2, max_rows=9, by_label=True))
 SHIFTS = msgspec.structs.replace(SELECT, prompt=PromptSpec(d=2, placement="layers"))
+ANSWERS = msgspec.structs.replace(SELECT, objective=ObjectiveSpec(generation=Generation()))
 POOLED = plan(work=PooledWork(state=STATE, generation=0, popsize=4))
 LOCAL = plan(work=LocalWork(state=STATE, iterations=2, popsize=4))
 LOCALLY = LocalResult(mean=Array.of(np.ones(2)), fitness=0.5, sigma_squares=2.1)
@@ -132,6 +133,10 @@ REPORTS: dict[str, tuple[RoundPlan, RoundReport]] = {
     "shifts": (
         SHIFTS,
         report(SHIFTS, SelectResult(loss_sums=Array.of(np.ones(2)), sizes=Array.of(np.ones((2, 3)), "<f4"))),
+    ),
+    "answers": (
+        ANSWERS,
+        report(ANSWERS, SelectResult(loss_sums=Array.of(np.ones(2)), reward_sums=Array.of(np.ones(2)), n_answered=4)),
     ),
     "pooled": (POOLED, report(POOLED, PooledResult(losses=Array.of(np.ones(4))))),
     "local": (LOCAL, report(LOCAL, LOCALLY)),
@@ -191,6 +196,7 @@ REPORTS |= layer_reports()
 
 ARRAYS: dict[str, dict[str, tuple[float, ...]]] = {
     "SelectResult.loss_sums": {"selection": (-1.0, 8.1e4), "by label": (-1.0, 8.1e4)},
+    "SelectResult.reward_sums": {"answers": (-0.1, 4.1)},
     "SelectResult.sizes": {"shifts": (-1.0, 0.0, 1e6)},
     "PooledResult.losses": {"pooled": (-1.0, 1.1e4)},
     "LocalResult.mean": {"local": (-200.0, 200.0, 9.9e8)},
@@ -238,6 +244,8 @@ def test_entries_beyond_the_plans_bound_are_refused(where: str, name: str) -> No
 
 LARGEST: dict[str, float] = {
     "n_texts": N_ROWS,
+    "n_answered": N_ROWS,
+    "reward_sums": N_ROWS + 1e-9,
     "evaluations": 9,
     "tokens": 10**6,
     "label_counts": N_ROWS,
@@ -379,3 +387,26 @@ def test_a_local_search_stays_within_its_bounds_whatever_the_losses(d: int, scal
             assert np.linalg.norm(found.mean - state.mean.numpy()) < 0.7 * farthest_move(work)
             low, high = sigma_squares_bounds(work)
             assert low <= found.sigma_squares <= high
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n_answered": msgspec.UNSET},
+        {"reward_sums": msgspec.UNSET},
+        {"n_answered": N_ROWS + 1},
+        {"reward_sums": Array.of(np.ones(3))},
+    ],
+)
+def test_rewards_come_with_the_number_of_answers(changes: dict[str, Any]) -> None:
+    asked, right = REPORTS["answers"]
+    wrong = msgspec.structs.replace(right, result=msgspec.structs.replace(right.result, **changes))
+    with pytest.raises(WireError):
+        check_report(wrong, asked, N_ROWS)
+
+
+def test_rewards_are_refused_where_no_answers_were_asked_for() -> None:
+    asked, _ = REPORTS["selection"]
+    _, answered = REPORTS["answers"]
+    with pytest.raises(WireError, match="reward_sums"):
+        check_report(report(asked, answered.result), asked, N_ROWS)

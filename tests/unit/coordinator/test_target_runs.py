@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from fedbpt.metrics import metric_named
 from fedbpt.prompts.model_card import model_card
 from fedbpt.protocol.rounds import EvaluateReport, EvaluateRequest, PooledWork
 from fedbpt.protocol.specs import ObjectiveSpec, PrivacySpec, PromptSpec, Template
-from fedbpt.runs.events import RoundClosed
+from fedbpt.runs.events import RoundClosed, TemplateSelected
 from fedbpt.runs.settings import RunSettings
 from fedbpt.tasks import Generation, Row, Task
 from tests.support.raises import raises
@@ -228,6 +228,70 @@ def test_a_device_that_measures_otherwise_scores_as_before(
     assert result.shipped == ""
     assert result.answers == {}
     assert result.tuned.n == 16
+
+
+TWO = msgspec.structs.replace(
+    TARGETS,
+    templates=(*TARGETS.templates, Template(pattern="{text}\nAnd now, please say it:", label_words=())),
+    generation=Generation(metric="contains"),
+)
+
+
+@pytest.fixture
+def choosing(make: Callable[..., LayerScene], monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[float]], Any]:
+    """A run of `TWO` whose answers under each template are right in a share of the texts."""
+
+    def made(shares: Sequence[float]) -> LayerScene:
+        scene = make()
+        cues = [len(template.pattern.removeprefix("{text}")) for template in TWO.templates]
+
+        def generate(plan: ToyPlan, embeds: Any, indices: Any = None, *_: Any, **_options: Any) -> list[list[Answer]]:
+            n = plan.n_texts if indices is None else len(indices)
+            share = shares[bytes(int(t) for t in plan._texts[0][-cues[1] :]).decode() == TWO.templates[1].pattern[6:]]
+            said = ["go on" if number < share * n else "no" for number in range(n)]
+            return [[Answer(text, np.zeros(0, dtype=np.int32)) for text in said] for _ in np.asarray(embeds)]
+
+        monkeypatch.setattr(ToyPlan, "generate", generate)
+        scene.task = TWO
+        for device in scene.devices.values():
+            device._task = TWO
+            device._metric = metric_named("contains")
+        return scene
+
+    return made
+
+
+@pytest.mark.parametrize("best", [0, 1])
+def test_the_template_whose_answers_are_worth_more_is_selected(
+    choosing: Callable[[Sequence[float]], LayerScene], best: int
+) -> None:
+    scene = choosing([0.75, 0.25] if best == 0 else [0.25, 0.75])
+    result = scene.run(rounds=2)
+    assert result.template == TWO.templates[best]
+    rewards = [each.reward for each in result.templates]
+    assert rewards == pytest.approx([0.75, 0.25] if best == 0 else [0.25, 0.75], abs=0.02)
+    assert {each.n_answered for each in result.templates} == {24 + 26}
+
+
+def test_templates_whose_answers_are_worth_the_same_are_selected_by_likelihood(
+    choosing: Callable[[Sequence[float]], LayerScene],
+) -> None:
+    scene = choosing([0.5, 0.5])
+    result = scene.run(rounds=1)
+    [selected] = scene.of(TemplateSelected)
+    assert result.template == TWO.templates[int(np.argmin(selected.losses))]
+
+
+def test_devices_that_cannot_measure_answers_select_by_likelihood(
+    choosing: Callable[[Sequence[float]], LayerScene],
+) -> None:
+    scene = choosing([0.0, 1.0])
+    for device in scene.devices.values():
+        device._metric = None
+    result = scene.run(rounds=1)
+    [selected] = scene.of(TemplateSelected)
+    assert result.template == TWO.templates[int(np.argmin(selected.losses))]
+    assert result.templates == ()
 
 
 def test_the_last_part_of_a_search_rates_candidates_by_their_answers(

@@ -26,6 +26,7 @@ class Selection(WorkKind[SelectWork, SelectResult]):
         check_shape(result.loss_sums, (n_templates, n_labels) if n_labels else (n_templates,), "loss_sums")
         _check_correct(result, plan, report.n_texts)
         _check_sizes(result, plan, n_templates)
+        _check_rewards(result, plan, n_templates, report.n_texts)
         counts = result.label_counts
         fewest, most = (report.n_texts, n_rows or sum(counts)) if n_labels else (0, 0)
         if len(counts) != n_labels or not fewest <= sum(counts) <= most:
@@ -34,7 +35,9 @@ class Selection(WorkKind[SelectWork, SelectResult]):
                 f" {fewest} to {most} rows",
                 field="label_counts",
             )
-        check_losses(result.loss_sums.numpy() / report.n_texts, self.loss_range(plan, work), "loss_sums")
+        likelihood = msgspec.structs.replace(plan.objective, generation=UNSET)
+        allowed = self.loss_range(msgspec.structs.replace(plan, objective=likelihood), work)
+        check_losses(result.loss_sums.numpy() / report.n_texts, allowed, "loss_sums")
 
     def max_evaluations(self, plan: RoundPlan, work: SelectWork) -> int:
         return len(work.templates) * max(1, len(plan.labels))
@@ -71,6 +74,20 @@ def _check_sizes(result: SelectResult, plan: RoundPlan, n_templates: int) -> Non
                 f" {list(sizes.shape)}",
                 field="sizes",
             )
+
+
+def _check_rewards(result: SelectResult, plan: RoundPlan, n_templates: int, n_texts: int) -> None:
+    """A device that cannot measure answers gives no rewards."""
+    rewards, n_answered = result.reward_sums, result.n_answered
+    if rewards is UNSET and n_answered is UNSET:
+        return
+    if rewards is UNSET or n_answered is UNSET or plan.objective.generation is UNSET or n_answered > n_texts:
+        raise WireError(
+            "reward_sums and n_answered, at most n_texts, must be given together, where the plan asks for answers",
+            field="reward_sums",
+        )
+    check_shape(rewards, (n_templates,), "reward_sums")
+    check_losses(rewards.numpy() / n_answered, (0.0, 1.0), "reward_sums")
 
 
 def _check_correct(result: SelectResult, plan: RoundPlan, n_texts: int) -> None:

@@ -1,0 +1,47 @@
+"""`with_examples`: a task with templates that show some rows with their answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from fedbpt.argument_types import checked
+from fedbpt.errors import DataError
+from fedbpt.protocol.specs import Template
+from fedbpt.tasks.readers import to_rows
+from fedbpt.tasks.rows import Row
+from fedbpt.tasks.task import Task
+
+_SLOT = "{text}"
+
+
+@checked
+def with_examples(task: Task, rows: Any) -> Task:
+    """``task`` with another template for each of its own, after them: the same, preceded by ``rows`` and their answers.
+
+    A run then selects the best of all: of target texts with a metric of generated answers by the metric, else by the
+    loss. The rows become part of the task, which travels with the run and the prompt: choose rows that everybody may
+    see.
+
+    Args:
+        task: of labels or of target texts.
+        rows: three or four rows in any form that `fedbpt.tasks.to_rows` takes.
+
+    Raises:
+        DataError: as `to_rows`; a row that contains ``{text}``.
+    """
+    found = to_rows(rows, task)
+    if any(_SLOT in text or _SLOT in str(answer) for text, answer in found):
+        raise DataError(f"a row contains {_SLOT}: leave it out", field="rows")
+    shown = [_showing(template, found) for template in task.templates]
+    return msgspec.structs.replace(task, templates=(*task.templates, *shown))
+
+
+def _showing(template: Template, rows: list[Row]) -> Template:
+    examples = [
+        template.pattern.replace(_SLOT, text)
+        + (f" {answer.strip()}" if isinstance(answer, str) else template.label_words[answer])
+        for text, answer in rows
+    ]
+    return msgspec.structs.replace(template, pattern="\n\n".join([*examples, template.pattern]))
