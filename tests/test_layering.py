@@ -17,7 +17,7 @@ NATIVE = ROOT / "src" / "fedbpt_native"
 ORDER: tuple[str, ...] = (
     *("plain_text", "html_tables", "errors", "version", "checking", "decoders", "quantities", "argument_types"),
     *("metrics", "protocol", "faults", "machine", "net"),
-    *("models", "tasks", "search", "engine", "aggregation", "model_check", "bench"),
+    *("models", "tasks", "search", "engine", "secure", "aggregation", "model_check", "bench"),
     *("prompts", "objective", "exchange", "runs", "side_by_side"),
     *("device", "coordinator"),
     *("display", "results", "api", "answering", "calibrating", "refining"),

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.aggregation.base import accepted, weighted_sum, weights_of
-from fedbpt.engine.discriminant import Discriminant, FoldSums, discriminants, pool
+from fedbpt.engine.discriminant import Discriminant, FoldSums, discriminants, fold_sums_of, of_states, pool, projection
 from fedbpt.errors import InputError
 from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import (
@@ -33,6 +33,8 @@ from fedbpt.protocol.rounds import (
     CrossResult,
     CrossWork,
     FitPurpose,
+    ProjectedResult,
+    ProjectedWork,
     Reading,
     RoundReport,
     SumsResult,
@@ -123,6 +125,9 @@ class LayerFit:
         base: a finished fit, which read the same layers without a prompt; its readers are mixed with those of
             ``reading``. None: there is none.
         template: of the plan; required with ``base``.
+        projected: dimensions to which devices project states, so that their sums can be added up before they are seen;
+            0: they are not.
+        seed: of the run, which the projection is drawn from.
     """
 
     min_reports = 1
@@ -135,6 +140,8 @@ class LayerFit:
         uniform: bool = False,
         base: LayerFit | None = None,
         template: Template | None = None,
+        projected: int = 0,
+        seed: int = 0,
     ) -> None:
         self.purpose: FitPurpose = purpose
         self.done = False
@@ -150,7 +157,10 @@ class LayerFit:
         self._best = 0
         self.loss = float("inf")
         """Cross-validated loss of `readout` on the folds that chose it, nats."""
+        self._seed = seed
         self._work: Work = SumsWork(purpose=purpose, reading=reading, max_rank=MAX_RANK)
+        if projected:
+            self._work = ProjectedWork(purpose=purpose, reading=reading, n_dims=projected)
         self._digest = hashlib.sha256(repr((purpose, reading, n_labels, uniform)).encode())
 
     def __deepcopy__(self, memo: dict[int, object]) -> LayerFit:
@@ -173,6 +183,8 @@ class LayerFit:
         """Close an exchange. Raises `InputError`, and changes nothing, for reports that do not fit."""
         if isinstance(self._work, SumsWork):
             self._take_sums(accepted(reports, SumsResult, self.min_reports))
+        elif isinstance(self._work, ProjectedWork):
+            self._take_projected(accepted(reports, ProjectedResult, self.min_reports), self._work.n_dims)
         elif not self._readers:
             self._choose_readers(self._mean_losses(reports))
         else:
@@ -197,19 +209,46 @@ class LayerFit:
     # --- the exchanges -------------------------------------------------------------------------------------------
 
     def _take_sums(self, pairs: Sequence[tuple[RoundReport, SumsResult]]) -> None:
-        reading = self._reading
         self._check_shapes(pairs)
         found = [(report.n_texts / max(sum(map(sum, result.counts)), 1), _sums_of(result)) for report, result in pairs]
-        shares = weights_of(pairs)
+        means = [result.word_means.numpy().ravel() for _, result in pairs]
+        self._classify(found, weights_of(pairs), means)
+
+    def _take_projected(self, pairs: Sequence[tuple[RoundReport, ProjectedResult]], n_dims: int) -> None:
+        """The classifiers of projected states, turned into classifiers of states."""
+        if not self._reading.n_embd:
+            raise InputError("the size of states is unknown: update the devices", field="n_embd")
+        found = [(1.0, _projected_sums_of(result)) for _, result in pairs]
+        means = [result.word_means.numpy().ravel() for _, result in pairs]
+        self._classify(found, weights_of(pairs), means, projection(self._reading.n_embd, n_dims, self._seed))
+
+    def _classify(
+        self,
+        found: Sequence[tuple[float, list[list[FoldSums]]]],
+        shares: Floats,
+        word_means: Sequence[Floats],
+        matrix: Floats | None = None,
+    ) -> None:
+        """The classifiers of each reader, and their losses as the next work.
+
+        ``found``: the sums of each device, and the weight of one of its rows; ``matrix``: by which states are
+        projected.
+        """
+        reading = self._reading
         shrinkages = shrinkages_for(self._n_labels, reading.n_readers, reading.n_embd)
         tried = []
         for place in range(reading.n_readers):
             parts = [(fold, own, weight) for weight, sums in found for fold, own in enumerate(sums[place])]
-            whole = discriminants(pool([(own, weight) for _, own, weight in parts]), shrinkages, self._uniform)
-            without = [
-                discriminants(pool([(own, weight) for f, own, weight in parts if f != fold]), shrinkages, self._uniform)
-                for fold in range(reading.n_folds)
-            ]
+            chosen = [None, *range(reading.n_folds)]  # without no fold, and without each
+            whole, *without = (
+                [
+                    of_states(each, matrix)
+                    for each in discriminants(
+                        pool([(own, weight) for f, own, weight in parts if f != fold]), shrinkages, self._uniform
+                    )
+                ]
+                for fold in chosen
+            )
             view, layer = divmod(place, len(reading.layers))
             tried.append(
                 tuple(
@@ -218,8 +257,7 @@ class LayerFit:
                 )
             )
         if reading.n_word_views:
-            means = np.stack([result.word_means.numpy().ravel() for _, result in pairs])
-            self._centres = weighted_sum(shares, means).reshape(self._centres.shape)
+            self._centres = weighted_sum(shares, np.stack(word_means)).reshape(self._centres.shape)
         self._tried = tuple(tried)
         columns = [reader for readers in tried for reader in readers]
         coefficients = np.kron(np.eye(len(columns)), np.array(TEMPERATURES)[:, None])
@@ -366,6 +404,30 @@ def _sums_of(result: SumsResult) -> list[list[FoldSums]]:
         [FoldSums(counts[f], means[f][place], factors[f][place], rests[place, f]) for f in range(n_folds)]
         for place in range(result.centres.shape[0])
     ]
+
+
+def _projected_sums_of(result: ProjectedResult) -> list[list[FoldSums]]:
+    """The sums of each reader and fold."""
+    counts = result.counts.numpy()
+    sums = result.sums.numpy()
+    squares = result.squares.numpy()
+    size = sums.shape[3]
+    upper = np.triu_indices(size)
+    return [
+        [
+            fold_sums_of(counts[f], sums[place, f], _symmetric(squares[place, f], upper, size))
+            for f in range(len(counts))
+        ]
+        for place in range(len(sums))
+    ]
+
+
+def _symmetric(values: Floats, upper: tuple[NDArray[np.intp], NDArray[np.intp]], size: int) -> Floats:
+    """The symmetric matrix whose upper triangle ``values`` are."""
+    matrix = np.zeros((size, size))
+    matrix[upper] = values
+    matrix.T[upper] = values
+    return matrix
 
 
 def _ends(sizes: Sequence[int] | NDArray[np.intp]) -> NDArray[np.intp]:

@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from fedbpt.coordinator.ledger import RunLedger
 from fedbpt.coordinator.live import LiveEvaluation
 from fedbpt.coordinator.members import Cohort, common_model, describe_absent
 from fedbpt.coordinator.outcome import make_result
+from fedbpt.coordinator.round_reports import devices_of
 from fedbpt.coordinator.run_listener import listener_for
 from fedbpt.coordinator.run_state import FEWEST_JUDGES, SELECTION
 from fedbpt.coordinator.stragglers import Pace
@@ -53,6 +54,9 @@ from fedbpt.runs.result import RunResult, Variants
 from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore, Traffic
 from fedbpt.tasks import Task
+
+if TYPE_CHECKING:
+    from fedbpt.coordinator.secure_sums import SecureSums
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +135,7 @@ class Federation:
         self._ledger = RunLedger(store, run, task, settings, aggregator, rows)
         self._needed = self._quorum_of(len(clients))
         self._fleet: Fleet | None = None
+        self._sums: Fleet | SecureSums
         self._live: LiveEvaluation | None = None
 
     def run(self) -> RunResult:
@@ -175,6 +180,7 @@ class Federation:
         self._fleet = fleet = Fleet(
             self._clients, self.task.identity, listener_for(self._ledger, self._emit), Pace(self.settings.stragglers)
         )
+        self._sums = self._secured(fleet) if self.settings.secure else fleet
         try:
             result = await self._control.unless_stopped(self._session(fleet, began))
         except BaseException:
@@ -187,7 +193,7 @@ class Federation:
 
     async def _session(self, fleet: Fleet, began: float) -> RunResult:
         await self._connect(fleet)
-        self._live = LiveEvaluation(self._ledger, fleet, self._deadline_s)
+        self._live = LiveEvaluation(self._ledger, fleet, self._sums, self._deadline_s)
         await self._select(fleet)
         if self._ledger.state.states_alone:
             await self._fit(fleet, "probe")
@@ -235,6 +241,11 @@ class Federation:
         )
         fleet.require_model(model.model_fingerprint)
         self._model = model
+
+    def _secured(self, fleet: Fleet) -> SecureSums:
+        from fedbpt.coordinator.secure_sums import SecureSums  # here: it needs the extra
+
+        return SecureSums(fleet, lambda device, work: self._ledger.planner.plan(0, device, work), self.settings.row_cap)
 
     # --- rounds --------------------------------------------------------------------------------------------------
 
@@ -333,14 +344,14 @@ class Federation:
             reports = await self._judge_answers(fleet, lines) if state.judges_answers else {}
             if not reports:
                 request = self._ledger.planner.request(lines, label_weights=state.label_weights, split="held")
-                reports = await fleet.evaluate(request, self._deadline_s())
+                reports = await self._sums.evaluate(request, self._deadline_s())
         state.choose(list(lines), list(reports.values()))
         log.info("run %s: held-out training rows chose %r", self.run_name, state.shipped)
 
     async def _judge_answers(self, fleet: Fleet, lines: Variants) -> dict[str, EvaluateReport]:
         """Reports of the metric of answers to held rows; empty: likelihood is to judge, as too few were measured."""
         request = self._ledger.planner.request(lines, split="held", max_rows=ANSWER_ROWS, answers=True)
-        found = await fleet.evaluate(request, EVALUATION_DEADLINES * self._deadline_s())
+        found = await self._sums.evaluate(request, EVALUATION_DEADLINES * self._deadline_s())
         reports = {name: report for name, report in found.items() if min(report.n_failed or (0,)) < report.n}
         if sum(report.n for report in reports.values()) >= FEWEST_JUDGES:
             return reports
@@ -355,7 +366,7 @@ class Federation:
         planner = self._ledger.planner
         request = planner.request({"zero_shot": (nothing, None)}, split="held", max_rows=1, answers=True)
         asked = [member for member in fleet.live if member.n_rows(request)]
-        reports = await fleet.evaluate(request, self._deadline_s())
+        reports = await self._sums.evaluate(request, self._deadline_s())
         if asked and len(reports) < min(self._needed, len(asked)):
             raise FederationError(
                 f"{len(asked) - len(reports)} of {len(asked)} devices cannot measure answers, which metric_share needs "
@@ -420,7 +431,7 @@ class Federation:
         cohort = self._cohort(round, purpose)
         needed = self._needed if cohort is None else self._quorum_of(cohort.wanted)
         deadline_s = self._deadline_s()
-        reports = await fleet.run_round(
+        reports = await self._sums.run_round(
             round,
             lambda device: planner.plan(round, device, work),
             needed,
@@ -436,10 +447,10 @@ class Federation:
             return False
         reports, refused = vet(ledger, round, reports)
         fleet.refuse(refused)
-        fleet.require_quorum(len(reports), needed, deadline_s)
+        reported = tuple(name for report in reports for name in devices_of(report))
+        fleet.require_quorum(len(reported), needed, deadline_s)
         costs = self._costs(fleet)
         committed = ledger.commit(round, work_digest, reports, time.monotonic() - began, costs)
-        reported = tuple(report.device for report in reports)
         self._emit(
             RoundClosed(
                 round=round,
@@ -474,10 +485,10 @@ class Federation:
         request = self._ledger.planner.request(self._ledger.state.variants(), max_rows=self.settings.test_rows)
         limit = EVALUATION_DEADLINES * self.settings.deadline_s
         await fleet.settle(min(SETTLE_S, self.settings.deadline_s))
-        reports = await fleet.evaluate(request, limit)
+        reports = await self._sums.evaluate(request, limit)
         if not reports and not fleet.live:
             await fleet.settle(self.settings.deadline_s)
-            reports = await fleet.evaluate(request, limit)
+            reports = await self._sums.evaluate(request, limit)
         able = [member for member in fleet.members.values() if not fleet.unfit(member)]
         has_rows = any(member.info and member.info.n_test for member in able)
         if not reports and has_rows:
@@ -487,17 +498,17 @@ class Federation:
             )
         return reports
 
-    async def _evaluate_answers(self, fleet: Fleet) -> dict[str, EvaluateReport]:
+    async def _evaluate_answers(self) -> dict[str, EvaluateReport]:
         """Reports of the metric of the variants' own answers, on the first ``test`` rows of every device in reach."""
         most = min(self.settings.test_rows or ANSWER_ROWS, ANSWER_ROWS)
         request = self._ledger.planner.request(self._ledger.state.variants(), max_rows=most, answers=True)
-        return await fleet.evaluate(request, EVALUATION_DEADLINES * self.settings.deadline_s)
+        return await self._sums.evaluate(request, EVALUATION_DEADLINES * self.settings.deadline_s)
 
     # --- the end -------------------------------------------------------------------------------------------------
 
     async def _finish(self, fleet: Fleet, began: float) -> RunResult:
         reports = await self._evaluate_final(fleet)
-        answers = await self._evaluate_answers(fleet) if self._ledger.state.judges_answers else {}
+        answers = await self._evaluate_answers() if self._ledger.state.judges_answers else {}
         await fleet.cancel_rounds()
         costs = self._costs(fleet)
         result = make_result(

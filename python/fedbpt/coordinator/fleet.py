@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Container, Coroutine, Mapping
 from contextlib import suppress
 from typing import Any, Final
 
@@ -310,6 +310,12 @@ class Fleet:
         for member in invited:
             member.sent = set()
 
+    async def withdraw(self, run: str, round: int) -> None:
+        """Have the live devices forget a round that is to be done again."""
+        await self._cancel([(member, (run, round)) for member in self.live])
+        for member in self.live:
+            member.sent = set()
+
     def _require_no_common_failure(self, current: OpenRound) -> None:
         """Raise `QuorumError` if the work failed on all devices for the same reason: it would fail again."""
         reasons = {error.reason for error in current.failures.values()}
@@ -382,10 +388,15 @@ class Fleet:
 
     # --- an evaluation -------------------------------------------------------------------------------------------
 
-    async def evaluate(self, request: EvaluateRequest, timeout_s: float) -> dict[str, EvaluateReport]:
-        """By name, the reports of the live devices that have such rows; devices that do not report in time are lost."""
+    async def evaluate(
+        self, request: EvaluateRequest, timeout_s: float, names: Container[str] | None = None
+    ) -> dict[str, EvaluateReport]:
+        """By name, the reports of the live devices that have such rows; devices that do not report in time are lost.
+
+        ``names``: of the devices that are asked; None: all.
+        """
         self._check_background()
-        members = [member for member in self.live if member.n_rows(request)]
+        members = [m for m in self.live if m.n_rows(request) and (names is None or m.name in names)]
         reports = await asyncio.gather(*(self._evaluate(member, request, timeout_s) for member in members))
         return {m.name: report for m, report in zip(members, reports, strict=True) if report is not None}
 

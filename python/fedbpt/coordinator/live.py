@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 import numpy as np
@@ -27,6 +27,9 @@ from fedbpt.runs.dev_figures import DEV_SECONDS, FINAL, UNJUDGED, metrics_of, sc
 from fedbpt.runs.events import Evaluated
 from fedbpt.runs.result import BASELINES, NO_SCORE, AnyReadout, Score, Variants, variants
 
+if TYPE_CHECKING:
+    from fedbpt.coordinator.secure_sums import SecureSums
+
 log = logging.getLogger(__name__)
 
 SUFFIX: Final = ".live"
@@ -39,12 +42,16 @@ class LiveEvaluation:
     Args:
         ledger: the run's state and store.
         fleet: its devices.
+        sums: runs exchanges and evaluations over them.
         deadline_s: returns the time limit of an exchange, and of an evaluation, seconds.
     """
 
-    def __init__(self, ledger: RunLedger, fleet: Fleet, deadline_s: Callable[[], float]) -> None:
+    def __init__(
+        self, ledger: RunLedger, fleet: Fleet, sums: Fleet | SecureSums, deadline_s: Callable[[], float]
+    ) -> None:
         self._ledger = ledger
         self._fleet = fleet
+        self._sums = sums
         self._deadline_s = deadline_s
         self._exchanges = 0
         self._shown: tuple[list[str], dict[str, EvaluateReport]] = ([], {})
@@ -102,7 +109,7 @@ class LiveEvaluation:
         if len(lines) < 2:
             return None
         request = ledger.planner.request(lines, label_weights=state.label_weights, split="held")
-        reports = list((await self._fleet.evaluate(request, self._deadline_s())).values())
+        reports = list((await self._sums.evaluate(request, self._deadline_s())).values())
         if not reports:
             return None
         losses = [evaluation_loss(reports, 0.0, i) for i in range(len(lines))]
@@ -145,7 +152,7 @@ class LiveEvaluation:
         self._exchanges += 1
         ledger = self._ledger
         work = fit.work()
-        reports = await self._fleet.run_round(
+        reports = await self._sums.run_round(
             ledger.state.closed, lambda device: self._plan(device, work), fit.min_reports, self._deadline_s(), "readout"
         )
         fit.update(cap_reports(reports, ledger.settings.row_cap))
@@ -159,7 +166,7 @@ class LiveEvaluation:
         request = ledger.planner.request(
             found, label_weights=ledger.state.label_weights, split="dev", max_rows=ledger.settings.dev_rows
         )
-        return await self._fleet.evaluate(request, self._deadline_s())
+        return await self._sums.evaluate(request, self._deadline_s())
 
 
 def _judged(names: list[str]) -> str:

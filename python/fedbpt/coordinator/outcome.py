@@ -39,6 +39,10 @@ def make_result(
         measured = device in reports and name in names
         return Score.of(reports[device], names.index(name)) if measured else NO_SCORE
 
+    def total(name: str) -> Score:
+        scores = (Score.of(report, names.index(name)) for report in reports.values() if name in names)
+        return sum(scores, NO_SCORE)
+
     readouts = {purpose: fit.readout for purpose, fit in ledger.state.fits.items()}
     devices = tuple(
         DeviceSummary(
@@ -68,8 +72,8 @@ def make_result(
         tokens=ledger.spending.tokens,
         seconds=ledger.spending.seconds,
         total_seconds=total_seconds,
-        zero_shot=sum((device.zero_shot for device in devices), NO_SCORE),
-        tuned=sum((device.tuned for device in devices), NO_SCORE),
+        zero_shot=total("zero_shot"),
+        tuned=total("tuned"),
         baselines={
             name: sum((Score.of(report, i) for report in reports.values()), NO_SCORE)
             for i, name in enumerate(names)

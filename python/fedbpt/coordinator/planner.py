@@ -86,7 +86,7 @@ class Planner:
         objective = self._state.settings.objective
         if self.by_metric and kind_of(work).searches:
             return objective
-        if isinstance(work, SelectWork) and len(work.templates) > 1 and self._state.judges_answers:
+        if isinstance(work, SelectWork) and len(work.templates) > 1 and self._state.selects_by_answers:
             return msgspec.structs.replace(objective, generation=self._state.task.generation)
         return msgspec.structs.replace(objective, generation=UNSET)
 

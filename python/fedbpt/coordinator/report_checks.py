@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from msgspec import UNSET
 
@@ -10,7 +12,14 @@ from fedbpt.coordinator.work_kinds import kind_of
 from fedbpt.coordinator.work_kinds.base import check_losses
 from fedbpt.errors import WireError
 from fedbpt.protocol import codec
-from fedbpt.protocol.rounds import EvaluateReport, EvaluateRequest, RoundPlan, RoundProgress, RoundReport
+from fedbpt.protocol.rounds import (
+    EvaluateReport,
+    EvaluateRequest,
+    MaskedResult,
+    RoundPlan,
+    RoundProgress,
+    RoundReport,
+)
 
 
 def check_report(report: RoundReport, plan: RoundPlan, n_rows: int | None = None) -> None:
@@ -25,13 +34,32 @@ def check_report(report: RoundReport, plan: RoundPlan, n_rows: int | None = None
     if report.plan_digest != codec.digest(plan):
         raise WireError("plan_digest must be that of the plan sent", field="plan_digest")
     codec.check(report)
+    if report.devices is not UNSET:
+        raise WireError("devices must be left out: only a sum has them", field="devices")
+    if plan.secure is not UNSET:
+        _check_masked(report.result)
+        _check_counts(report, plan, n_rows)
+        return
+    _check_counts(report, plan, n_rows)
+    check_result(report, plan, n_rows)
+
+
+def check_result(report: RoundReport, plan: RoundPlan, n_rows: int | None = None) -> None:
+    """Raise `WireError` unless the report's result is a possible one of the plan's work."""
     result = report.result
-    work = plan.work
-    kind = kind_of(work)
+    kind = kind_of(plan.work)
     if not isinstance(result, kind.result):
         raise WireError(f"result is a {type(result).__name__}, expected a {kind.result.__name__}", field="result")
-    _check_counts(report, plan, n_rows)
-    kind.check_result(report, result, plan, work, n_rows)
+    kind.check_result(report, result, plan, plan.work, n_rows)
+
+
+def _check_masked(result: object) -> None:
+    """Of a masked result only its shape can be checked."""
+    if not isinstance(result, MaskedResult):
+        raise WireError(f"result is a {type(result).__name__}, expected a masked one", field="result")
+    numbers = sum(math.prod(field.shape) * field.bits // 8 for field in result.fields)
+    if numbers != len(result.data):
+        raise WireError(f"data has {len(result.data)} bytes, expected {numbers}", field="data")
 
 
 def _check_counts(report: RoundReport, plan: RoundPlan, n_rows: int | None) -> None:
@@ -59,6 +87,11 @@ def check_evaluation(report: EvaluateReport, request: EvaluateRequest, n_rows: i
     ``n_rows``: rows of the split that the device said it has; None: unknown.
     """
     codec.check(report)
+    if (report.masked is not UNSET) != (request.secure is not UNSET):
+        raise WireError("masked must be given where the request is secure, and only there", field="masked")
+    if report.masked is not UNSET:
+        _check_masked(report.masked)
+        return
     k = request.latents.shape[0]
     lengths = {"correct": k, "loss_sums": k, "difference_squares": k * (request.split == "held")}
     answered = k * (request.generation is not UNSET)

@@ -23,6 +23,7 @@ from fedbpt.aggregation.readout import ReadoutFit
 from fedbpt.coordinator.layer_reading import reads_layers, states_alone, within_message
 from fedbpt.coordinator.round_reports import (
     cap_reports,
+    devices_of,
     label_weights,
     purpose_of,
     template_losses,
@@ -45,6 +46,9 @@ SELECTION: Final = 0
 
 
 FEWEST_JUDGES: Final = 5  # rows
+
+PROJECTED: Final = 128
+"""Dimensions of the states that are summed up in a secure run, where each device sends all products of two of them."""
 
 _Z: Final = 1.645  # the normal distribution's quantile of 95 %
 
@@ -157,7 +161,8 @@ class RunState:
 
     def _close(self, round: int, reports: Sequence[RoundReport]) -> None:
         self.closed = round
-        self.n_reports.update(report.device for report in reports)
+        for report in reports:
+            self.n_reports.update(devices_of(report))
 
     def skip_selection(self) -> None:
         """Close the selection without a round: there is one template."""
@@ -260,6 +265,11 @@ class RunState:
         return self.task.generation is not UNSET and not self.prompt.in_front
 
     @property
+    def selects_by_answers(self) -> bool:
+        """Whether devices that can are to measure answers to select the template: in a sum, all would have to."""
+        return self.judges_answers and not self.settings.secure and self.settings.privacy is None
+
+    @property
     def held(self) -> HeldRows:
         """The training rows that judge what is shipped."""
         return HeldRows(max_rows=self.settings.fit_rows, seed=self.settings.seed)
@@ -355,6 +365,8 @@ class RunState:
             self.settings.balanced,
             base if isinstance(base, LayerFit) and base.done else None,
             self.template,
+            PROJECTED if self.settings.secure else 0,
+            self.settings.seed,
         )
 
     def _new_logistic_fit(self, purpose: FitPurpose, latent: NDArray[np.float64]) -> LogisticFit:

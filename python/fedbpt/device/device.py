@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
 import numpy as np
@@ -25,7 +26,7 @@ from fedbpt.errors import DataError, InputError, ScoringInterrupted
 from fedbpt.machine.memory import physical_memory
 from fedbpt.metrics import metric_named
 from fedbpt.objective.answers import AnswerObjective
-from fedbpt.objective.layer_sums import cross_result, sums_result
+from fedbpt.objective.layer_sums import cross_result, projected_result, sums_result
 from fedbpt.objective.layer_view import LayerReader, LayerView, ViewKey
 from fedbpt.objective.logistic import logistic_result, moments_result
 from fedbpt.objective.losses import cross_entropy
@@ -50,17 +51,21 @@ from fedbpt.protocol.rounds import (
     EvaluateRequest,
     FitResult,
     FitWork,
+    KeysWork,
     LayersWork,
     LocalResult,
     LocalWork,
     MomentsWork,
     PooledResult,
     PooledWork,
+    ProjectedWork,
     Result,
     RoundPlan,
     RoundReport,
+    SecureWork,
     SelectResult,
     SelectWork,
+    SharesWork,
     SumsWork,
 )
 from fedbpt.protocol.seeding import generator
@@ -76,10 +81,14 @@ from fedbpt.protocol.specs import (
 )
 from fedbpt.search.local_search import local_search, local_seed
 from fedbpt.search.population import sample_population
+from fedbpt.secure import layout
 from fedbpt.side_by_side.on_device import answer_of
 from fedbpt.tasks import Task
 from fedbpt.tasks.rows import Row, batch_indices, targets_of
 from fedbpt.version import VERSION
+
+if TYPE_CHECKING:
+    from fedbpt.secure.party import Party
 
 _ANSWERED_ROWS = 32  # rows whose answers select the template
 _MAX_OBJECTIVES = 4  # cached; train, dev and test rows under one template, and one to spare
@@ -108,6 +117,7 @@ class Device:
         test_rows: held-out rows that are only reported on; may be empty.
         task: the task that the rows were read for; plans for another task are refused.
         state: the state kept from earlier rounds; None: a new one.
+        identity, trusted: of secure aggregation, see `fedbpt.secure.party.Party`.
 
     Raises:
         DataError: there are no training rows.
@@ -125,6 +135,8 @@ class Device:
         *,
         task: Task,
         state: DeviceState | None = None,
+        identity: bytes | None = None,
+        trusted: Mapping[str, bytes] | None = None,
     ) -> None:
         if not train_rows:
             raise DataError(f"device {name} has no training rows: give it at least one", field="train_rows")
@@ -138,6 +150,8 @@ class Device:
         self._plain_logits: OrderedDict[bytes, PlainLogits] = OrderedDict()
         self._layer_rows = LayerRows(scorer, self._rows["train"], task.labels)
         self.state = state or DeviceState()
+        self._identity = identity
+        self._trusted = trusted
         generation = task.generation
         self._metric = None if generation is UNSET else metric_named(generation.metric)
 
@@ -219,10 +233,15 @@ class Device:
             result, n_texts = self._fit(plan, work, effort, progress, timed_cancelled)
         elif isinstance(work, LayersWork):
             result, n_texts = self._fit_layers(plan, work, effort, progress, timed_cancelled)
+        elif isinstance(work, SecureWork):
+            result, n_texts = self._keep_secret(plan, work), 1
         elif isinstance(work, LocalWork):
             result, n_texts = self._local(plan, work, effort, progress, timed_cancelled)
         else:
             raise InputError("the plan is compact, expected a whole one (fedbpt.search.compact_plans)", field="work")
+        if plan.secure is not UNSET:
+            vector = layout.of_result(result, n_texts, plan.secure)
+            result = layout.as_masked(self._party.mask(plan.secure, digest(plan), vector))
         seconds = time.monotonic() - began
         if plan.privacy is not None:
             seconds = 0.0  # would reveal which rows were sampled, as the tokens would
@@ -249,6 +268,19 @@ class Device:
         """Reply to a person's question; see `answer_of`."""
         return answer_of(self.scorer, question, said, cancelled)
 
+    @cached_property
+    def _party(self) -> Party:
+        from fedbpt.secure.party import Party  # here: it needs the extra
+
+        return Party(self._identity, self._trusted)
+
+    def _keep_secret(self, plan: RoundPlan, work: SecureWork) -> Result:
+        if isinstance(work, KeysWork):
+            return self._party.keys(plan.device, work)
+        if isinstance(work, SharesWork):
+            return self._party.shares(work)
+        return self._party.unmask(work)
+
     def evaluate(
         self,
         request: EvaluateRequest,
@@ -256,6 +288,19 @@ class Device:
         cancelled: Cancelled = lambda: False,
     ) -> EvaluateReport:
         """Evaluate latents on held-out rows. Raises as `run` does."""
+        report = self._evaluate(request, progress, cancelled)
+        if request.secure is UNSET:
+            return report
+        vector = layout.of_evaluation(report, request.secure)
+        masked = layout.as_masked(self._party.mask(request.secure, digest(request), vector))
+        return EvaluateReport(n=1, correct=(), loss_sums=(), seconds=report.seconds, masked=masked)
+
+    def _evaluate(
+        self,
+        request: EvaluateRequest,
+        progress: Progress = lambda _done, _total: None,
+        cancelled: Cancelled = lambda: False,
+    ) -> EvaluateReport:
         self._check_fits(request)
         latents = request.latents.numpy()
         if latents.ndim != 2 or len(latents) == 0:
@@ -579,6 +624,8 @@ class Device:
             found = sums_result(work, views, targets[chosen], folds, len(plan.labels))
         elif isinstance(work, CrossWork):
             found = cross_result(work, views, targets[chosen], folds, weights)
+        elif isinstance(work, ProjectedWork):
+            found = projected_result(work, views, targets[chosen], folds, len(plan.labels), plan.seed)
         elif isinstance(work, MomentsWork):
             found = moments_result(work, views, targets[chosen], len(plan.labels))
         else:

@@ -21,7 +21,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbpt.machine.linear_algebra import one_blas_thread
+from fedbpt.machine.linear_algebra import one_blas_thread, product
+from fedbpt.protocol.seeding import generator
 
 Floats = NDArray[np.float64]
 
@@ -40,7 +41,7 @@ class FoldSums(NamedTuple):
         rest: diagonal [E] of the scatter that ``factor`` leaves out.
     """
 
-    counts: NDArray[np.int64]
+    counts: NDArray[np.int64] | Floats
     means: Floats
     factor: Floats
     rest: Floats
@@ -51,6 +52,17 @@ class Discriminant(NamedTuple):
 
     weights: Floats
     bias: Floats
+
+
+def projection(n_embd: int, n_dims: int, seed: int) -> Floats:
+    """A random matrix [n_embd, n_dims] that keeps the size of a state's numbers."""
+    found: Floats = generator(seed, "states").standard_normal((n_embd, n_dims)) / np.sqrt(n_embd)
+    return found
+
+
+def of_states(found: Discriminant, matrix: Floats | None) -> Discriminant:
+    """The classifier of states x whose projections x·matrix ``found`` reads; None: it reads states."""
+    return found if matrix is None else Discriminant(product(matrix, found.weights), found.bias)
 
 
 def assign_folds(targets: NDArray[np.intp], n_folds: int, rng: np.random.Generator) -> NDArray[np.intp]:
@@ -76,6 +88,21 @@ def fold_sums(states: Floats, targets: NDArray[np.intp], n_labels: int, max_rank
     _, values, vectors = np.linalg.svd(centred, full_matrices=False) if rank else (None, np.zeros(0), states[:0])
     factor = values[:rank, None] * vectors[:rank]
     return FoldSums(counts, means, factor[:max_rank], (factor[max_rank:] ** 2).sum(axis=0))
+
+
+@one_blas_thread
+def fold_sums_of(counts: Floats, sums: Floats, squares: Floats) -> FoldSums:
+    """The same from sums over rows: their number by label [K], states by label [K, E], and products of states [E, E].
+
+    Rounding may leave a little less scatter than none, which counts as none.
+    """
+    present = counts > 1e-3
+    means = sums[present] / counts[present, None]
+    within = squares - (counts[present, None] * means).T @ means
+    values, vectors = np.linalg.eigh((within + within.T) / 2)
+    kept = values > 1e-9 * max(values[-1], 1e-9)
+    factor = np.sqrt(values[kept])[:, None] * vectors[:, kept].T
+    return FoldSums(np.where(present, counts, 0.0), means, factor, np.zeros(len(squares)))
 
 
 class Pooled(NamedTuple):

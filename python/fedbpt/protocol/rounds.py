@@ -210,10 +210,81 @@ class LogisticWork(Message, frozen=True, tag="logistic"):
     bias: Array
 
 
-LayersWork: TypeAlias = SumsWork | CrossWork | MomentsWork | LogisticWork
+class ProjectedWork(Message, frozen=True, tag="projected"):
+    """Sum up each reader's states, projected to ``n_dims`` dimensions, so that the sums of devices can be added up.
+
+    A state x [n_embd] becomes xP, with P [n_embd, n_dims] of standard normal numbers over √n_embd, drawn from the run's
+    seed; its numbers are cut to ±`fedbpt.secure.fixed_point.STATE_BOUND`.
+    """
+
+    purpose: FitPurpose
+    reading: Reading
+    n_dims: PositiveInt
+
+
+LayersWork: TypeAlias = SumsWork | CrossWork | MomentsWork | LogisticWork | ProjectedWork
 """An exchange of a fit that reads hidden states."""
 
-Work: TypeAlias = SelectWork | PooledWork | ReplayWork | LocalWork | FitWork | LayersWork
+
+class KeysWork(Message, frozen=True, tag="keys"):
+    """Make the keys of an epoch of secure aggregation, for ``n_uses`` sums (``docs/secure.md``)."""
+
+    epoch: Name
+    n_uses: Annotated[int, msgspec.Meta(ge=1, le=4096)]
+
+
+class KeysResult(Message, frozen=True, tag="keys"):
+    """A device's public keys. ``identity``: Ed25519, made by the device and kept; ``signature``: by it, of the others.
+
+    ``cipher_key``: X25519, for shares. For each use, 32 bytes of ``mask_keys``, an X25519 key, and of ``seed_digests``,
+    the SHA-256 of its own mask's seed.
+    """
+
+    identity: bytes
+    cipher_key: bytes
+    mask_keys: bytes
+    seed_digests: bytes
+    signature: bytes
+
+
+class SharesWork(Message, frozen=True, tag="shares"):
+    """Share this device's secrets with ``names``, itself among them, whose ``keys`` these are."""
+
+    epoch: Name
+    threshold: PositiveInt
+    names: tuple[Name, ...]
+    keys: tuple[KeysResult, ...]
+
+
+class SharesResult(Message, frozen=True, tag="shares"):
+    """``sealed``: for each of the names, its shares of both secrets of each use, which it alone can read."""
+
+    sealed: tuple[bytes, ...]
+
+
+class UnmaskWork(Message, frozen=True, tag="unmask"):
+    """Reveal this device's shares for one sum: of the seeds of ``survivors``, of the mask keys of ``dropped``.
+
+    ``sealed``: the shares of this use that each of them, survivors first, has sealed for this device.
+    """
+
+    epoch: Name
+    index: NaturalInt
+    survivors: tuple[Name, ...]
+    dropped: tuple[Name, ...]
+    sealed: tuple[bytes, ...]
+
+
+class UnmaskResult(Message, frozen=True, tag="unmask"):
+    """``shares``: one for each of the survivors and then of the dropped devices."""
+
+    shares: tuple[bytes, ...]
+
+
+SecureWork: TypeAlias = KeysWork | SharesWork | UnmaskWork
+"""An exchange of secure aggregation, besides the masked results themselves."""
+
+Work: TypeAlias = SelectWork | PooledWork | ReplayWork | LocalWork | FitWork | LayersWork | SecureWork
 
 
 class SelectResult(Message, frozen=True, tag="select"):
@@ -332,6 +403,40 @@ class LogisticResult(Message, frozen=True, tag="logistic"):
     by_bias: Array
 
 
+class ProjectedResult(Message, frozen=True, tag="projected"):
+    """Sums over rows, of states as `ProjectedWork` projects them.
+
+    ``counts`` [n_folds, n_labels]: rows. ``sums`` [n_readers, n_folds, n_labels, n_dims] of states; ``squares``
+    [n_readers, n_folds, n_dims·(n_dims + 1)/2] of the products of two of their numbers, the upper triangle row by row.
+    ``word_means`` [n_word_views, n_labels] and ``loss`` as in `SumsResult`.
+    """
+
+    purpose: FitPurpose
+    loss: quantities.LossSum
+    counts: Array
+    sums: Array
+    squares: Array
+    word_means: Array
+
+
+class MaskedField(Message, frozen=True):
+    """A field of a masked result: its name, shape, and the bits of a number."""
+
+    name: str
+    shape: Annotated[tuple[quantities.Count, ...], msgspec.Meta(max_length=8)]
+    bits: Literal[32, 64]
+
+
+class MaskedResult(Message, frozen=True, tag="masked"):
+    """A result that only tells something in the sum over all devices of `SecureUse`.
+
+    ``fields``: what ``data`` holds, little-endian integers, those of 64 bits first.
+    """
+
+    fields: tuple[MaskedField, ...]
+    data: bytes
+
+
 Result: TypeAlias = (
     SelectResult
     | PooledResult
@@ -342,7 +447,25 @@ Result: TypeAlias = (
     | CrossResult
     | MomentsResult
     | LogisticResult
+    | ProjectedResult
+    | KeysResult
+    | SharesResult
+    | UnmaskResult
+    | MaskedResult
 )
+
+
+class SecureUse(Message, frozen=True):
+    """That a result is to be masked, as sum number ``index`` of ``epoch`` over the devices ``peers``, in order of name.
+
+    ``share``: weight of a row of this device. ``n_rows``: rows of all peers, which bound the sums of states.
+    """
+
+    epoch: Name
+    index: NaturalInt
+    peers: tuple[Name, ...]
+    share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    n_rows: PositiveInt = 1
 
 
 class HeldRows(Message, frozen=True):
@@ -373,6 +496,7 @@ class RoundPlan(Message, frozen=True):
     privacy: PrivacySpec | None = None  # None: losses without clipping and noise
     held: HeldRows | None = None  # training rows that the search does not see; None: it sees all
     deadline_s: PositiveFloat = 600.0
+    secure: SecureUse | UnsetType = UNSET
     protocol: Literal[1] = 1
 
     @property
@@ -382,7 +506,10 @@ class RoundPlan(Message, frozen=True):
 
 
 class RoundReport(Message, frozen=True):
-    """A device's result for one `RoundPlan`. ``tokens``: forward tokens requested; times are monotonic seconds."""
+    """A device's result for one `RoundPlan`. ``tokens``: forward tokens requested; times are monotonic seconds.
+
+    ``devices``: of a sum that the coordinator has unmasked, those in it.
+    """
 
     run: Name
     round: quantities.Count
@@ -394,6 +521,7 @@ class RoundReport(Message, frozen=True):
     tokens: quantities.Tokens
     seconds: quantities.Seconds
     peak_rss_bytes: quantities.Bytes
+    devices: tuple[Name, ...] | UnsetType = UNSET
     protocol: Literal[1] = 1
 
 
@@ -437,6 +565,7 @@ class EvaluateRequest(Message, frozen=True):
     held: HeldRows | None = None  # which rows are held; required for their split
     max_rows: NaturalInt = 0
     generation: Generation | UnsetType = UNSET
+    secure: SecureUse | UnsetType = UNSET
     protocol: Literal[1] = 1
 
 
@@ -444,7 +573,8 @@ class EvaluateReport(Message, frozen=True):
     """Sums over ``n`` rows, so that reports of several devices add up; index i is of latent i.
 
     ``difference_squares``: of held rows, Σ (loss of latent i − loss of latent 0)²; else empty. Of answers:
-    ``n_failed`` that the metric failed on, and ``n_distinct`` different ones.
+    ``n_failed`` that the metric failed on, and ``n_distinct`` different ones. ``masked``: all of these, where the
+    request is ``secure``; they are then empty, and ``n`` is 1.
     """
 
     n: quantities.SomeRows
@@ -454,6 +584,7 @@ class EvaluateReport(Message, frozen=True):
     difference_squares: tuple[quantities.LossSum, ...] = ()
     n_failed: tuple[quantities.Rows, ...] | UnsetType = UNSET
     n_distinct: tuple[quantities.Rows, ...] | UnsetType = UNSET
+    masked: MaskedResult | UnsetType = UNSET
     protocol: Literal[1] = 1
 
 

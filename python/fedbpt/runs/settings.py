@@ -63,6 +63,7 @@ class RunSettings(CheckedMessage, frozen=True):
     # A device's weight is at most this multiple of the median device's number of rows; 0: no cap.
     row_cap: Annotated[float, msgspec.Meta(ge=0)] = 2.0
     privacy: PrivacySpec | None = None  # clipping and noise on the devices; None: off
+    secure: bool = False  # the coordinator learns sums over devices only (docs/secure.md)
     quorum: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
     deadline_s: PositiveFloat = 600.0
     # A device is waited for up to this multiple of its usual time; 0: until the deadline.
@@ -101,6 +102,7 @@ class RunSettings(CheckedMessage, frozen=True):
                 "and balanced = false",
                 field="robust",
             )
+        self._check_secure()
         objective = self.objective
         if self.metric_share and self.patience:
             raise ConfigError(
@@ -141,6 +143,25 @@ class RunSettings(CheckedMessage, frozen=True):
                 "balanced = false, objective.readout_words = 0 and objective.perturb = 0",
                 field="privacy",
             )
+
+    def _check_secure(self) -> None:
+        """A secure run sees sums over all devices, no single report."""
+        if not self.secure:
+            return
+        excluded = {
+            "method": self.method != "pooled",
+            "robust": self.robust != "none",
+            "privacy": self.privacy is not None,
+            "per_round": self.per_round > 0,
+            "even_rounds": self.even_rounds,
+        }
+        for field, chosen in excluded.items():
+            if chosen:
+                raise ConfigError(
+                    f"secure = true excludes {field}, which needs each device's report: leave it out, with method = "
+                    "'pooled'",
+                    field=field,
+                )
 
     def for_labels(self, labels: Sequence[str], generation: Generation | UnsetType = UNSET) -> RunSettings:
         """These settings adapted to a task: without ``labels``, only the prompt is tuned, by the loss ``nll``.
@@ -257,6 +278,7 @@ class RunSettings(CheckedMessage, frozen=True):
         )
         # The fields of versions that had no readouts of hidden states or no looks, so that their runs can be resumed.
         left_out = {"stop_if_futile"} | (set() if self.metric_share else {"metric_share"})
+        left_out |= set() if self.secure else {"secure"}
         left_out |= set() if self.may_read_layers or self.judges_targets else {"readout"}
         received = codec.decode(codec.encode(fixed), RunSettings)
         plain = {name: getattr(received, name) for name in received.__struct_fields__ if name not in left_out}

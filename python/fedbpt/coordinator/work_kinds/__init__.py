@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any, Final
 
 from fedbpt.coordinator.work_kinds.base import WorkKind
-from fedbpt.coordinator.work_kinds.layer_fit import LayerCross, LayerSums
+from fedbpt.coordinator.work_kinds.layer_fit import LayerCross, LayerSums, Projected
 from fedbpt.coordinator.work_kinds.local import Local
 from fedbpt.coordinator.work_kinds.logistic_fit import StateLogistic, StateMoments
 from fedbpt.coordinator.work_kinds.pooled import Pooled
 from fedbpt.coordinator.work_kinds.readout_fit import ReadoutFit
+from fedbpt.coordinator.work_kinds.secure import Keys, Shares, Unmask
 from fedbpt.coordinator.work_kinds.selection import Selection
 from fedbpt.protocol.rounds import Result, Work
 
@@ -22,6 +23,10 @@ KINDS: Final[tuple[WorkKind[Any, Any], ...]] = (
     LayerCross(),
     StateMoments(),
     StateLogistic(),
+    Projected(),
+    Keys(),
+    Shares(),
+    Unmask(),
 )
 """All but `ReplayWork` and `RanksResult`: short forms, which transports expand."""
 

@@ -16,12 +16,15 @@ from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import (
     CrossResult,
     CrossWork,
+    ProjectedResult,
+    ProjectedWork,
     RoundPlan,
     RoundReport,
     SumsResult,
     SumsWork,
 )
 from fedbpt.protocol.specs import Array
+from fedbpt.secure.fixed_point import STATE_BOUND
 
 
 class LayerSums(ReadsLayers):
@@ -92,6 +95,43 @@ class LayerCross(ReadsLayers):
         """Without the classifiers: another BLAS may compute them with other last bits."""
         none = Array.of(np.zeros(0))
         return codec.digest(msgspec.structs.replace(work, weights=none, biases=none))
+
+
+class Projected(ReadsLayers):
+    work = ProjectedWork
+    result = ProjectedResult
+
+    def check_result(
+        self,
+        report: RoundReport,
+        result: ProjectedResult,
+        plan: RoundPlan,
+        work: ProjectedWork,
+        n_rows: int | None,  # noqa: ARG002
+    ) -> None:
+        check_purpose(result.purpose, work.purpose)
+        reading, size, n_labels = work.reading, work.n_dims, len(plan.labels)
+        n_words = n_labels if reading.n_word_views else 0
+        check_shape(result.counts, (reading.n_folds, n_labels), "counts")
+        check_shape(result.sums, (reading.n_readers, reading.n_folds, n_labels, size), "sums")
+        check_shape(result.squares, (reading.n_readers, reading.n_folds, size * (size + 1) // 2), "squares")
+        check_shape(result.word_means, (reading.n_word_views, n_words), "word_means")
+        most = report.n_texts * (1 + ROUNDING)
+        if not math.isclose(result.counts.numpy().sum(), report.n_texts, rel_tol=ROUNDING):
+            raise WireError(
+                f"counts are of {result.counts.numpy().sum():g} rows, expected {report.n_texts}", field="counts"
+            )
+        for field, array, low, high in (
+            ("counts", result.counts, -ROUNDING, most),
+            ("sums", result.sums, -most * STATE_BOUND, most * STATE_BOUND),
+            ("squares", result.squares, -most * STATE_BOUND**2, most * STATE_BOUND**2),
+            ("word_means", result.word_means, -MAX_LOSS, ROUNDING),
+        ):
+            check_range(array, low, high, field)
+        check_losses(np.array([result.loss]), self.loss_range(plan, work), "loss")
+
+    def mean_loss(self, result: ProjectedResult, n_texts: int) -> float:  # noqa: ARG002
+        return result.loss
 
 
 def _check_ranks(result: SumsResult, work: SumsWork, n_embd: int) -> None:

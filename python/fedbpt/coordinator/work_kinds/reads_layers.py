@@ -13,6 +13,7 @@ from fedbpt.protocol.rounds import (
     LayersWork,
     LogisticResult,
     MomentsResult,
+    ProjectedResult,
     RoundPlan,
     SumsResult,
 )
@@ -35,7 +36,9 @@ class ReadsLayers(WorkKind):  # type: ignore[type-arg]  # of one of these works
     def templates(self, plan: RoundPlan, work: LayersWork) -> tuple[Template, ...]:
         return (plan.template, *work.reading.templates)
 
-    def purpose(self, result: SumsResult | CrossResult | MomentsResult | LogisticResult) -> RoundPurpose:
+    def purpose(
+        self, result: SumsResult | CrossResult | MomentsResult | LogisticResult | ProjectedResult
+    ) -> RoundPurpose:
         return result.purpose
 
 

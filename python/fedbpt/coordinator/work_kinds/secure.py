@@ -1,0 +1,84 @@
+"""The exchanges of secure aggregation, which score nothing: keys, shares of secrets, and shares that are revealed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedbpt.coordinator.work_kinds.base import WorkKind
+from fedbpt.errors import WireError
+from fedbpt.protocol.rounds import (
+    KeysResult,
+    KeysWork,
+    RoundPlan,
+    RoundReport,
+    SharesResult,
+    SharesWork,
+    UnmaskResult,
+    UnmaskWork,
+)
+
+
+class ScoresNothing(WorkKind):  # type: ignore[type-arg]  # of one of these works
+    def max_evaluations(self, plan: RoundPlan, work: Any) -> int:  # noqa: ARG002
+        return 0
+
+    def max_texts(self, plan: RoundPlan, work: Any, n_texts: int) -> int:  # noqa: ARG002
+        return 0
+
+    def mean_loss(self, result: Any, n_texts: int) -> float:  # noqa: ARG002
+        return 0.0
+
+
+class Keys(ScoresNothing):
+    work = KeysWork
+    result = KeysResult
+
+    def check_result(
+        self,
+        report: RoundReport,  # noqa: ARG002
+        result: KeysResult,
+        plan: RoundPlan,
+        work: KeysWork,
+        n_rows: int | None,  # noqa: ARG002
+    ) -> None:
+        from fedbpt.secure.party import check_keys  # here: it needs the extra
+
+        check_keys(work.epoch, plan.device, result, work.n_uses)
+
+
+class Shares(ScoresNothing):
+    work = SharesWork
+    result = SharesResult
+
+    def check_result(
+        self,
+        report: RoundReport,  # noqa: ARG002
+        result: SharesResult,
+        plan: RoundPlan,  # noqa: ARG002
+        work: SharesWork,
+        n_rows: int | None,  # noqa: ARG002
+    ) -> None:
+        from fedbpt.secure.party import SEALED_BYTES
+
+        n_uses = len(work.keys[0].mask_keys) // 32
+        expected = [SEALED_BYTES * n_uses] * len(work.names)
+        if [len(each) for each in result.sealed] != expected:
+            raise WireError(f"sealed must have {len(work.names)} entries of {expected[0]} bytes", field="sealed")
+
+
+class Unmask(ScoresNothing):
+    work = UnmaskWork
+    result = UnmaskResult
+
+    def check_result(
+        self,
+        report: RoundReport,  # noqa: ARG002
+        result: UnmaskResult,
+        plan: RoundPlan,  # noqa: ARG002
+        work: UnmaskWork,
+        n_rows: int | None,  # noqa: ARG002
+    ) -> None:
+        from fedbpt.secure.shamir import SHARE_BYTES
+
+        if [len(share) for share in result.shares] != [SHARE_BYTES] * len(work.sealed):
+            raise WireError(f"shares must be {len(work.sealed)} of {SHARE_BYTES} bytes", field="shares")

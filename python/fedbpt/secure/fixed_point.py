@@ -1,0 +1,48 @@
+"""Numbers as integers modulo 2**64 or 2**32: their sums are exact, in any order, and can be masked."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedbpt.errors import InputError
+
+FRACTION: Final = 24
+"""Binary digits after the point of a 64-bit number: steps of 6e-8."""
+
+STATE_BOUND: Final = 4.0
+"""Bound of a projected state's numbers, whose products are added up in 32 bits."""
+
+
+def pack(values: NDArray[np.float64], n_devices: int) -> NDArray[np.uint64]:
+    """``values`` as 64-bit integers. Raises `InputError` if a sum over ``n_devices`` might overflow."""
+    most = 2.0 ** (62 - FRACTION) / n_devices
+    if not np.isfinite(values).all() or np.abs(values).max(initial=0.0) > most:
+        raise InputError(f"a result has a number beyond {most:.3g}, which cannot be added up securely", field="result")
+    return np.rint(values * 2.0**FRACTION).astype(np.int64).view(np.uint64)
+
+
+def unpack(total: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """The numbers that a sum of `pack` stands for."""
+    return total.view(np.int64).astype(np.float64) / 2.0**FRACTION
+
+
+def state_fraction(n_rows: int) -> int:
+    """Binary digits after the point of 32-bit sums of products of two bounded states over ``n_rows`` rows."""
+    return 31 - math.ceil(math.log2(STATE_BOUND**2 * n_rows + 1))
+
+
+def pack_states(values: NDArray[np.float64], n_rows: int) -> NDArray[np.uint32]:
+    """``values``, sums over some of ``n_rows`` rows, as 32-bit integers."""
+    scaled = np.rint(values * 2.0 ** state_fraction(n_rows))
+    if np.abs(scaled).max(initial=0.0) >= 2**31:
+        raise InputError("sums of states are beyond those of the run's rows", field="result")
+    return scaled.astype(np.int32).view(np.uint32)
+
+
+def unpack_states(total: NDArray[np.uint32], n_rows: int) -> NDArray[np.float64]:
+    """The numbers that a sum of `pack_states` stands for."""
+    return total.view(np.int32).astype(np.float64) / 2.0 ** state_fraction(n_rows)

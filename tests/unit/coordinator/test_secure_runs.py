@@ -1,0 +1,195 @@
+"""Secure runs: the coordinator sees sums over its devices, and finds what it finds from single reports."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from fedbpt.coordinator.secure_sums import SUM
+from fedbpt.errors import ConfigError, QuorumError
+from fedbpt.protocol.rounds import (
+    KeysWork,
+    MaskedResult,
+    PooledWork,
+    RoundPlan,
+    RoundReport,
+    UnmaskWork,
+)
+from fedbpt.protocol.specs import PrivacySpec
+from fedbpt.runs.events import RoundClosed
+from fedbpt.runs.settings import RunSettings
+from tests.support.raises import raises
+from tests.support.toy_scene import StopRunError, closed, stop
+from tests.support.toy_task import rows
+from tests.unit.coordinator.test_layer_runs import LayerScene
+
+NAMES = ("a", "b", "c", "d", "e")
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Callable[..., LayerScene]]:
+    scenes: list[LayerScene] = []
+
+    def made(names: tuple[str, ...] = NAMES[:4]) -> LayerScene:
+        shares = {name: rows(22 + 2 * i, 60 * i) for i, name in enumerate(names)}
+        scenes.append(LayerScene(tmp_path / f"{len(scenes)}.sqlite", shares))
+        return scenes[-1]
+
+    yield made
+    for scene in scenes:
+        scene.store.close()
+
+
+def plans(scene: LayerScene, kind: type) -> list[tuple[str, RoundPlan]]:
+    """Plans of this kind of work, with the device that got them."""
+    return [(name, plan) for name, each in scene.devices.items() for plan in each.plans if isinstance(plan.work, kind)]
+
+
+def words(**changes: Any) -> dict[str, Any]:
+    """A run that reads no hidden states, whose sums are the same numbers, masked or not."""
+    return {"readout": "words", "baselines": True, "evaluate_every": 2, **changes}
+
+
+def test_a_secure_run_finds_what_a_run_that_sees_every_report_finds(make: Callable[..., LayerScene]) -> None:
+    seen, hidden = (make().run(**words(secure=secure)) for secure in (False, True))
+    np.testing.assert_allclose(hidden.mean.numpy(), seen.mean.numpy(), atol=1e-6)  # losses only rank candidates
+    for name in ("tuned", "zero_shot"):
+        one, other = getattr(hidden, name), getattr(seen, name)
+        assert (one.n, one.correct) == (other.n, other.correct)
+        assert one.loss_sum == pytest.approx(other.loss_sum, rel=1e-3)
+    assert hidden.rounds == seen.rounds
+    assert hidden.tokens == seen.tokens
+
+
+def test_the_coordinator_gets_masked_results_only(make: Callable[..., LayerScene]) -> None:
+    scene = make()
+    told: list[RoundReport] = []
+    for device in scene.devices.values():
+        device.change = lambda report: told.append(report) or report  # type: ignore[func-returns-value]
+    scene.run(rounds=3, secure=True, evaluate_every=2)
+    of_rows = [report for report in told if not report.run.endswith(".secure")]
+    assert of_rows
+    assert all(isinstance(report.result, MaskedResult) for report in of_rows)
+    requests = [request for device in scene.devices.values() for request in device.requests]
+    assert {request.split for request in requests} >= {"dev", "test", "held"}
+    assert all(request.secure is not msgspec.UNSET for request in requests)
+    for stored in scene.store.rounds("r"):
+        assert [report.device for report in stored.reports] == [SUM]
+        assert stored.reports[0].devices == NAMES[:4]
+
+
+def test_readouts_of_hidden_states_are_fitted_to_sums(make: Callable[..., LayerScene]) -> None:
+    seen, hidden = (make().run(rounds=3, secure=secure) for secure in (False, True))
+    assert "probe" in hidden.layer_fits
+    assert hidden.baselines["probe"].accuracy >= seen.baselines["probe"].accuracy - 0.15
+    assert hidden.shipped == "probe" or hidden.tuned.accuracy >= 0.5
+    assert [device.reports for device in hidden.devices] == [device.reports for device in seen.devices]
+
+
+def test_every_sum_has_masks_of_its_own(make: Callable[..., LayerScene]) -> None:
+    scene = make()
+    scene.run(rounds=4, secure=True, evaluate_every=1)
+    used = [plan.secure for _, plan in plans(scene, PooledWork) if plan.secure is not msgspec.UNSET]
+    used += [request.secure for device in scene.devices.values() for request in device.requests if request.secure]
+    per_device = [(use.epoch, use.index) for use in used]
+    counts = {each: per_device.count(each) for each in per_device}
+    assert max(counts.values()) <= len(scene.devices)
+    assert len({plan.work.epoch for _, plan in plans(scene, KeysWork)}) == 1  # one epoch was enough
+
+
+def test_a_device_that_drops_out_is_left_out_of_the_sum(make: Callable[..., LayerScene]) -> None:
+    scene = make(NAMES)
+    scene.run(rounds=1, secure=True)
+
+    def drop(report: RoundReport) -> RoundReport:
+        if report.round == 3 and isinstance(report.result, MaskedResult):
+            scene.clients["c"].down = True
+            raise RuntimeError("dropped out")
+        return report
+
+    scene.devices["c"].change = drop
+    result = scene.run("dropping", rounds=4, secure=True, stragglers=1.0)
+    assert result.rounds == 4
+    rounds = [event for event in scene.of(RoundClosed) if event.purpose == "search"]
+    assert any("c" in event.missing for event in rounds)
+    assert result.tuned.n > 0
+
+
+def test_a_device_that_comes_back_without_secrets_takes_part_again(make: Callable[..., LayerScene]) -> None:
+    scene = make()
+    begun: list[int] = []
+
+    def forget(event: object) -> None:
+        if isinstance(event, RoundClosed) and event.purpose == "search":
+            time.sleep(0.1)  # else the search is over before the device has been probed
+            begun.append(event.round)
+            if len(begun) == 2:
+                device = scene.devices["b"]
+                device.__dict__.pop("_party", None)  # as after a restart
+                scene.clients["b"].restart(graceful=True)
+
+    scene.on_event = forget
+    result = scene.run(rounds=8, secure=True, stop_if_futile=False)
+    assert result.rounds == 8
+    epochs = [plan.work.epoch for name, plan in plans(scene, KeysWork) if name == "b"]
+    assert len(set(epochs)) >= 2
+    last = [event for event in scene.of(RoundClosed) if event.purpose == "search"][-1]
+    assert last.reported == NAMES[:4]
+
+
+def test_a_run_that_was_stopped_resumes_from_its_sums(make: Callable[..., LayerScene]) -> None:
+    whole = make().run(**words(rounds=4, secure=True))
+    scene = make()
+    for when in (1, 4, 6):
+        scene.when(closed(when), stop)
+        with pytest.raises(StopRunError):
+            scene.run(**words(rounds=4, secure=True))
+    scene.on_event = lambda _event: None
+    resumed = scene.run(**words(rounds=4, secure=True))
+    np.testing.assert_allclose(resumed.mean.numpy(), whole.mean.numpy(), atol=1e-6)
+
+
+def test_two_devices_are_too_few(make: Callable[..., LayerScene]) -> None:
+    scene = make(NAMES[:2])
+    with pytest.raises(QuorumError):
+        scene.run(rounds=1, secure=True)
+
+
+def test_shares_that_too_few_devices_reveal_end_the_run_after_some_tries(
+    make: Callable[..., LayerScene], caplog: pytest.LogCaptureFixture
+) -> None:
+    scene = make(NAMES[:3])
+
+    def refuse(report: RoundReport) -> RoundReport:
+        device = scene.devices[report.device]
+        if isinstance(device.plans[-1].work, UnmaskWork):
+            raise RuntimeError("no shares from me")
+        return report
+
+    for name in ("a", "b"):
+        scene.devices[name].change = refuse
+    with pytest.raises(QuorumError):
+        scene.run(rounds=2, secure=True, deadline_s=2.0)
+    assert "no shares from me" in caplog.text or scene.events
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"robust": "median"},
+        {"method": "fedavg"},
+        {"per_round": 3},
+        {"even_rounds": True},
+        {"privacy": PrivacySpec(clip=1.0, noise_multiplier=1.0)},
+    ],
+)
+def test_what_needs_single_reports_is_refused(changes: dict[str, Any]) -> None:
+    plain = {"calibrate": False, "objective": msgspec.structs.replace(RunSettings().objective, readout_words=0)}
+    with raises(ConfigError, field=next(iter(changes))):
+        RunSettings(**{**plain, **changes, "secure": True})
