@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.aggregation.base import accepted, weighted_sum, weights_of
-from fedbpt.engine.discriminant import Discriminant, FoldSums, discriminants, fold_sums_of, of_states, pool, projection
+from fedbpt.engine.discriminant import Discriminant, FoldSums, discriminants, pool, sketched_sums, sketching
 from fedbpt.errors import InputError
 from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import (
@@ -33,10 +33,10 @@ from fedbpt.protocol.rounds import (
     CrossResult,
     CrossWork,
     FitPurpose,
-    ProjectedResult,
-    ProjectedWork,
     Reading,
     RoundReport,
+    SketchResult,
+    SketchWork,
     SumsResult,
     SumsWork,
     Work,
@@ -125,9 +125,9 @@ class LayerFit:
         base: a finished fit, which read the same layers without a prompt; its readers are mixed with those of
             ``reading``. None: there is none.
         template: of the plan; required with ``base``.
-        projected: dimensions to which devices project states, so that their sums can be added up before they are seen;
-            0: they are not.
-        seed: of the run, which the projection is drawn from.
+        sketched: rank of the sketches that devices send of their states' products, so that these can be added up before
+            they are seen; 0: they send factors.
+        seed: of the run, which the sketches' matrix is drawn from.
     """
 
     min_reports = 1
@@ -140,7 +140,7 @@ class LayerFit:
         uniform: bool = False,
         base: LayerFit | None = None,
         template: Template | None = None,
-        projected: int = 0,
+        sketched: int = 0,
         seed: int = 0,
     ) -> None:
         self.purpose: FitPurpose = purpose
@@ -159,8 +159,8 @@ class LayerFit:
         """Cross-validated loss of `readout` on the folds that chose it, nats."""
         self._seed = seed
         self._work: Work = SumsWork(purpose=purpose, reading=reading, max_rank=MAX_RANK)
-        if projected:
-            self._work = ProjectedWork(purpose=purpose, reading=reading, n_dims=projected)
+        if sketched:
+            self._work = SketchWork(purpose=purpose, reading=reading, rank=sketched)
         self._digest = hashlib.sha256(repr((purpose, reading, n_labels, uniform)).encode())
 
     def __deepcopy__(self, memo: dict[int, object]) -> LayerFit:
@@ -183,8 +183,8 @@ class LayerFit:
         """Close an exchange. Raises `InputError`, and changes nothing, for reports that do not fit."""
         if isinstance(self._work, SumsWork):
             self._take_sums(accepted(reports, SumsResult, self.min_reports))
-        elif isinstance(self._work, ProjectedWork):
-            self._take_projected(accepted(reports, ProjectedResult, self.min_reports), self._work.n_dims)
+        elif isinstance(self._work, SketchWork):
+            self._take_sketches(accepted(reports, SketchResult, self.min_reports))
         elif not self._readers:
             self._choose_readers(self._mean_losses(reports))
         else:
@@ -214,41 +214,31 @@ class LayerFit:
         means = [result.word_means.numpy().ravel() for _, result in pairs]
         self._classify(found, weights_of(pairs), means)
 
-    def _take_projected(self, pairs: Sequence[tuple[RoundReport, ProjectedResult]], n_dims: int) -> None:
-        """The classifiers of projected states, turned into classifiers of states."""
-        if not self._reading.n_embd:
-            raise InputError("the size of states is unknown: update the devices", field="n_embd")
-        found = [(1.0, _projected_sums_of(result)) for _, result in pairs]
+    def _take_sketches(self, pairs: Sequence[tuple[RoundReport, SketchResult]]) -> None:
+        found = [(1.0, _sketched_sums_of(result, self._seed)) for _, result in pairs]
         means = [result.word_means.numpy().ravel() for _, result in pairs]
-        self._classify(found, weights_of(pairs), means, projection(self._reading.n_embd, n_dims, self._seed))
+        self._classify(found, weights_of(pairs), means)
 
     def _classify(
         self,
         found: Sequence[tuple[float, list[list[FoldSums]]]],
         shares: Floats,
         word_means: Sequence[Floats],
-        matrix: Floats | None = None,
     ) -> None:
         """The classifiers of each reader, and their losses as the next work.
 
-        ``found``: the sums of each device, and the weight of one of its rows; ``matrix``: by which states are
-        projected.
+        ``found``: the sums of each device, and the weight of one of its rows.
         """
         reading = self._reading
         shrinkages = shrinkages_for(self._n_labels, reading.n_readers, reading.n_embd)
         tried = []
         for place in range(reading.n_readers):
             parts = [(fold, own, weight) for weight, sums in found for fold, own in enumerate(sums[place])]
-            chosen = [None, *range(reading.n_folds)]  # without no fold, and without each
-            whole, *without = (
-                [
-                    of_states(each, matrix)
-                    for each in discriminants(
-                        pool([(own, weight) for f, own, weight in parts if f != fold]), shrinkages, self._uniform
-                    )
-                ]
-                for fold in chosen
-            )
+            whole = discriminants(pool([(own, weight) for _, own, weight in parts]), shrinkages, self._uniform)
+            without = [
+                discriminants(pool([(own, weight) for f, own, weight in parts if f != fold]), shrinkages, self._uniform)
+                for fold in range(reading.n_folds)
+            ]
             view, layer = divmod(place, len(reading.layers))
             tried.append(
                 tuple(
@@ -406,28 +396,17 @@ def _sums_of(result: SumsResult) -> list[list[FoldSums]]:
     ]
 
 
-def _projected_sums_of(result: ProjectedResult) -> list[list[FoldSums]]:
+def _sketched_sums_of(result: SketchResult, seed: int) -> list[list[FoldSums]]:
     """The sums of each reader and fold."""
-    counts = result.counts.numpy()
-    sums = result.sums.numpy()
-    squares = result.squares.numpy()
-    size = sums.shape[3]
-    upper = np.triu_indices(size)
+    counts, sums, squares, sketches = (
+        each.numpy() for each in (result.counts, result.sums, result.squares, result.sketches)
+    )
+    matrix = sketching(sketches.shape[2], sketches.shape[3], seed)
+    folds = range(len(counts))
     return [
-        [
-            fold_sums_of(counts[f], sums[place, f], _symmetric(squares[place, f], upper, size))
-            for f in range(len(counts))
-        ]
+        [sketched_sums(counts[f], sums[place, f], squares[place, f], sketches[place, f], matrix) for f in folds]
         for place in range(len(sums))
     ]
-
-
-def _symmetric(values: Floats, upper: tuple[NDArray[np.intp], NDArray[np.intp]], size: int) -> Floats:
-    """The symmetric matrix whose upper triangle ``values`` are."""
-    matrix = np.zeros((size, size))
-    matrix[upper] = values
-    matrix.T[upper] = values
-    return matrix
 
 
 def _ends(sizes: Sequence[int] | NDArray[np.intp]) -> NDArray[np.intp]:

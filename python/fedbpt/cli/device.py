@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -49,6 +50,7 @@ from fedbpt.net.tokens import Credentials
 from fedbpt.plain_text import echo
 from fedbpt.protocol.names import check_names
 from fedbpt.protocol.specs import as_name
+from fedbpt.secure.membership import Membership, identity_line, read_trusted
 from fedbpt.tasks import Row, Task, load, read_task_rows
 
 log = logging.getLogger(__name__)
@@ -64,6 +66,17 @@ CredentialsFile = Annotated[
 ]
 TokenFile = Annotated[
     Path | None, typer.Option("--token-file", help="Require callers to send the token in this file; created if absent.")
+]
+Secure = Annotated[
+    bool, typer.Option("--secure", help="Refuse runs in which the coordinator sees this device's own results.")
+]
+IdentityFile = Annotated[
+    Path | None,
+    typer.Option("--identity", help="File of the key by which devices of secure runs know it; created if absent."),
+]
+TrustFile = Annotated[
+    Path | None,
+    typer.Option("--trust", help="File of the identities of a secure run's devices: no others' keys are accepted."),
 ]
 UntilEof = Annotated[
     bool, typer.Option("--until-eof", help="Stop when standard input ends; for programs that start devices.")
@@ -113,6 +126,9 @@ def device(
     pause_on: PauseOn = "",
     load_late: LoadLate = False,
     allow_metric: AllowMetrics = None,
+    secure: Secure = False,
+    identity: IdentityFile = None,
+    trust: TrustFile = None,
     install_service: InstallService = False,
     force: Force = False,
     until_eof: UntilEof = False,
@@ -128,6 +144,7 @@ def device(
     pauses = _pauses(pause_on, shown=not (quiet or as_json))
     if name is not None:
         check_names([name], "device")
+    membership = _membership(secure, identity, trust)
     tls = Tls(cert, key, ca, client_certs)
     token = token_in(token_file) if token_file else None
     compute_kv_bytes = partial(_kv_bytes, model, kv_budget, max_memory)
@@ -139,7 +156,10 @@ def device(
     scorer = load_model(
         model, n_threads=threads, n_gpu_layers=gpu_layers, gpu=gpu, kv_budget_bytes=kv_bytes, late=load_late
     )
-    local = Device(link.device if link else name or as_name(socket.gethostname()), scorer, *rows, task=chosen)
+    own_name = link.device if link else name or as_name(socket.gethostname())
+    local = Device(own_name, scorer, *rows, task=chosen, membership=membership)
+    if identity is not None and not quiet:
+        echo(identity_line(own_name, local.identity), err=True)
     if not load_late:
         print_hint(scorer, shown=not (quiet or as_json), task=chosen)
         local.measure_speed()  # for `fedbpt tune --plan`
@@ -151,6 +171,16 @@ def device(
         AgentServer(service, host, port, tls=tls, token=token, on_ready=ready, allow_insecure=allow_insecure).run()
     else:
         _call_in(service, link, tls, allow_insecure, ready)
+
+
+def _membership(only: bool, identity: Path | None, trust: Path | None) -> Membership:
+    trusted = None if trust is None else read_trusted(trust)
+    if trusted is not None and identity is None:
+        raise ConfigError(
+            "--trust needs --identity, by which the others know this device: give both", field="--identity"
+        )
+    private = None if identity is None else hashlib.sha256(token_in(identity).encode()).digest()
+    return Membership(private, trusted, only or trusted is not None)
 
 
 def _link(

@@ -20,6 +20,7 @@ from fedbpt.bench.measurement import Measurement, Projection
 from fedbpt.coordinator.layer_cost import EXCHANGES as EXCHANGES_OF_LAYERS
 from fedbpt.coordinator.layer_cost import LOGISTIC_EXCHANGES, layer_bytes, logistic_bytes
 from fedbpt.coordinator.layer_reading import most_looks, reads_layers, states_alone
+from fedbpt.coordinator.secure_cost import secure_bytes
 from fedbpt.engine.layers import middle_layer
 from fedbpt.errors import ConfigError
 from fedbpt.protocol import codec
@@ -27,6 +28,7 @@ from fedbpt.protocol.rounds import (
     DeviceInfo,
     FitResult,
     FitWork,
+    KeysWork,
     LocalResult,
     PooledResult,
     PooledWork,
@@ -143,7 +145,7 @@ def estimate(settings: RunSettings, task: Task, infos: Sequence[DeviceInfo], agg
     devices = []
     for info, part in zip(infos, parts, strict=True):
         whole = part.whole(rounds) + part.others * most_looks(task.templates, settings, info.n_layer, rounds)
-        up, down = _bytes(settings, task, rounds, aggregator, info)
+        up, down = _bytes(settings, task, rounds, aggregator, info, len(infos))
         devices.append(
             DeviceCost(
                 name=info.name,
@@ -341,7 +343,9 @@ def _check_deadline(settings: RunSettings, infos: Sequence[DeviceInfo], parts: S
             )
 
 
-def _bytes(settings: RunSettings, task: Task, rounds: int, aggregator: Aggregator, info: DeviceInfo) -> tuple[int, int]:
+def _bytes(
+    settings: RunSettings, task: Task, rounds: int, aggregator: Aggregator, info: DeviceInfo, n_devices: int
+) -> tuple[int, int]:
     """Bytes (up, down) of the bodies of a device's rounds, from messages of the same sizes."""
     n_labels, zero = len(task.labels), np.zeros(settings.prompt.d)
     work = aggregator.work(1)
@@ -364,6 +368,7 @@ def _bytes(settings: RunSettings, task: Task, rounds: int, aggregator: Aggregato
         fitted = FitResult(purpose="readout", loss=0.0, means=means)
         sent.append((EXCHANGES + 1, _fit_work(zero, width, n_labels, with_others), fitted))
     up = down = 0
+    n_sums = sum(times for times, _, _ in sent)
     for times, each, answer in sent:
         up += times * len(codec.encode(_report(answer)))
         down += times * len(codec.encode(_plan(settings, task, each)))
@@ -381,7 +386,8 @@ def _bytes(settings: RunSettings, task: Task, rounds: int, aggregator: Aggregato
             judged = settings.robust == "none"
             arrays = logistic_bytes(len(task.labels), n_templates, n_views, info.n_embd, judged, n_readouts)
         else:
-            arrays = layer_bytes(len(task.labels), n_templates, n_views, n_fitted, info, n_readouts)
+            secure = settings.secure
+            arrays = layer_bytes(len(task.labels), n_templates, n_views, n_fitted, info, n_readouts, secure)
         empty = FitResult(purpose="readout", loss=0.0, means=Array.of(np.zeros(0)))
         reading = FitWork(
             purpose="readout",
@@ -392,6 +398,11 @@ def _bytes(settings: RunSettings, task: Task, rounds: int, aggregator: Aggregato
         n_exchanges *= 1 + n_readouts
         up += arrays[0] + n_exchanges * len(codec.encode(_report(empty)))
         down += arrays[1] + n_exchanges * len(codec.encode(_plan(settings, task, reading)))
+        n_sums += n_exchanges
+    if settings.secure:
+        a_plan = len(codec.encode(_plan(settings, task, KeysWork(epoch="0" * 32, n_uses=1))))
+        more = secure_bytes(n_devices, n_sums, a_plan, len(codec.encode(_report(result))))
+        up, down = up + more[0], down + more[1]
     return up, down
 
 

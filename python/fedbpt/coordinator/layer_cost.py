@@ -16,6 +16,7 @@ from fedbpt.aggregation.layer_fit import (
 from fedbpt.coordinator.layer_reading import within_message
 from fedbpt.engine.layers import reading_layers
 from fedbpt.protocol.rounds import N_FOLDS, DeviceInfo
+from fedbpt.secure.sizes import sketch_rank
 
 EXCHANGES: Final = 3
 """Exchanges of a fit by sums: sums, each reader's losses, losses of mixtures."""
@@ -25,7 +26,13 @@ LOGISTIC_EXCHANGES: Final = logistic_fit.EXCHANGES
 
 
 def layer_bytes(
-    n_labels: int, n_word_views: int, n_views: int, n_rows: int, info: DeviceInfo, n_readouts: int
+    n_labels: int,
+    n_word_views: int,
+    n_views: int,
+    n_rows: int,
+    info: DeviceInfo,
+    n_readouts: int,
+    secure: bool = False,
 ) -> tuple[int, int]:
     """Bytes (up, down) of the arrays in the exchanges of all fits.
 
@@ -36,6 +43,7 @@ def layer_bytes(
         n_rows: rows of the device that are fitted.
         info: the device's.
         n_readouts: fits with a prompt, beside that of the probe.
+        secure: states are summed up in sketches.
     """
     layers, n_views = within_message(reading_layers(info.n_layer), n_views, n_labels, info.n_embd)
     n_layers, n_word_views = len(layers), min(n_word_views, n_views)
@@ -44,7 +52,8 @@ def layer_bytes(
     up = down = 0
     fits = [(probe, probe, n_word_views)] + n_readouts * [(n_layers, n_layers + probe, 1)]
     for n_readers, n_mixed, n_words in fits:
-        up += n_readers * _sums(n_labels, n_rows, info.n_embd) + 4 * n_words * n_labels
+        sums = _sketches(n_labels, n_readers, info.n_embd) if secure else _sums(n_labels, n_rows, info.n_embd)
+        up += n_readers * sums + 4 * n_words * n_labels
         n_columns = n_readers * len(shrinkages_for(n_labels, n_readers, info.n_embd))
         n_scales = 1 + len(WORD_SCALES) * (n_words + (n_words > 1))
         tables = (
@@ -71,6 +80,11 @@ def logistic_bytes(
     up = moments + LOGISTIC_EXCHANGES * n_points * (point + 4)
     down = LOGISTIC_EXCHANGES * (n_points * point + 4 * n_views * n_embd + 4 * n_word_views * n_labels)
     return (1 + n_readouts) * up, (1 + n_readouts) * down
+
+
+def _sketches(n_labels: int, n_readers: int, n_embd: int) -> int:
+    """Bytes of a reader's sums in a secure run, 4 a number."""
+    return 4 * N_FOLDS * n_embd * (n_labels + 1 + sketch_rank(n_readers, N_FOLDS, n_labels, n_embd))
 
 
 def _sums(n_labels: int, n_rows: int, n_embd: int) -> int:

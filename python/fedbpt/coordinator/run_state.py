@@ -38,6 +38,7 @@ from fedbpt.protocol.specs import Array, LayerReadout, Readout, Shift, Template
 from fedbpt.runs.events import RoundPurpose
 from fedbpt.runs.result import NO_SCORE, AnyReadout, Shipped, TemplateScore, Variants, variants
 from fedbpt.runs.settings import RunSettings
+from fedbpt.secure.sizes import sketch_rank
 from fedbpt.tasks import Task
 from fedbpt.tasks.reading import LONG_TEXT, reading_templates
 
@@ -46,9 +47,6 @@ SELECTION: Final = 0
 
 
 FEWEST_JUDGES: Final = 5  # rows
-
-PROJECTED: Final = 128
-"""Dimensions of the states that are summed up in a secure run, where each device sends all products of two of them."""
 
 _Z: Final = 1.645  # the normal distribution's quantile of 95 %
 
@@ -365,7 +363,7 @@ class RunState:
             self.settings.balanced,
             base if isinstance(base, LayerFit) and base.done else None,
             self.template,
-            PROJECTED if self.settings.secure else 0,
+            sketch_rank(reading.n_readers, reading.n_folds, n_labels, self.n_embd) if self.settings.secure else 0,
             self.settings.seed,
         )
 

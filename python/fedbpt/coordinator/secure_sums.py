@@ -7,6 +7,7 @@ secrets with each other. A sum then takes two exchanges: masked results, and the
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import secrets
@@ -20,6 +21,7 @@ from fedbpt.coordinator.fleet import Fleet
 from fedbpt.coordinator.members import Cohort
 from fedbpt.coordinator.report_checks import check_evaluation, check_result
 from fedbpt.coordinator.work_kinds import kind_of
+from fedbpt.engine.discriminant import LARGEST_SKETCH
 from fedbpt.errors import FedbptError, QuorumError, WireError
 from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import (
@@ -39,7 +41,8 @@ from fedbpt.protocol.rounds import (
     UnmaskWork,
 )
 from fedbpt.secure.layout import Vector, evaluation_of, from_bytes, result_of
-from fedbpt.secure.party import FEWEST, SEALED_BYTES, secret_of, unmasked
+from fedbpt.secure.party import secret_of, unmasked
+from fedbpt.secure.sizes import FEWEST, SEALED_BYTES, USES
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +51,6 @@ SUM: Final = "sum"
 
 SUFFIX: Final = ".secure"
 """Appended to the run's name in exchanges of keys and shares, so that devices distinguish them from its rounds."""
-
-USES: Final = 64
-"""Sums of an epoch."""
 
 ATTEMPTS: Final = 3
 """How often a sum is tried: devices may drop out before enough of them have revealed their shares."""
@@ -196,7 +196,7 @@ class SecureSums:
             epoch=epoch.id,
             index=epoch.used - 1,
             peers=tuple(sorted(member.name for member in members)),
-            n_rows=max(sum(rows(member) for member in members), 1),
+            largest=LARGEST_SKETCH * 1.01 * max(sum(rows(m) * (m.info.n_embd if m.info else 1) for m in members), 1),
         )
 
     def _shares(self, names: tuple[str, ...]) -> dict[str, float]:
@@ -224,12 +224,16 @@ class SecureSums:
             log.warning("a secure sum is tried again: %s", error)
             return None
         revealed = {name: result.shares for name, result in told.items() if isinstance(result, UnmaskResult)}
-        found = {
-            name: secret_of(epoch.names, {to: shares[place] for to, shares in revealed.items()}, epoch.threshold)
-            for place, name in enumerate(named)
-        }
-        seeds = {name: found[name] for name in survivors}
-        return unmasked(use, epoch.keys, masked, seeds, {name: found[name] for name in dropped})
+
+        def add_up() -> Vector:
+            found = {
+                name: secret_of(epoch.names, {to: shares[place] for to, shares in revealed.items()}, epoch.threshold)
+                for place, name in enumerate(named)
+            }
+            seeds = {name: found[name] for name in survivors}
+            return unmasked(use, epoch.keys, masked, seeds, {name: found[name] for name in dropped})
+
+        return await asyncio.to_thread(add_up)  # with many devices it takes a second or more
 
     async def _exchange(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -26,7 +26,7 @@ from fedbpt.errors import DataError, InputError, ScoringInterrupted
 from fedbpt.machine.memory import physical_memory
 from fedbpt.metrics import metric_named
 from fedbpt.objective.answers import AnswerObjective
-from fedbpt.objective.layer_sums import cross_result, projected_result, sums_result
+from fedbpt.objective.layer_sums import cross_result, sketch_result, sums_result
 from fedbpt.objective.layer_view import LayerReader, LayerView, ViewKey
 from fedbpt.objective.logistic import logistic_result, moments_result
 from fedbpt.objective.losses import cross_entropy
@@ -58,7 +58,6 @@ from fedbpt.protocol.rounds import (
     MomentsWork,
     PooledResult,
     PooledWork,
-    ProjectedWork,
     Result,
     RoundPlan,
     RoundReport,
@@ -66,6 +65,7 @@ from fedbpt.protocol.rounds import (
     SelectResult,
     SelectWork,
     SharesWork,
+    SketchWork,
     SumsWork,
 )
 from fedbpt.protocol.seeding import generator
@@ -82,6 +82,7 @@ from fedbpt.protocol.specs import (
 from fedbpt.search.local_search import local_search, local_seed
 from fedbpt.search.population import sample_population
 from fedbpt.secure import layout
+from fedbpt.secure.membership import Membership
 from fedbpt.side_by_side.on_device import answer_of
 from fedbpt.tasks import Task
 from fedbpt.tasks.rows import Row, batch_indices, targets_of
@@ -117,7 +118,7 @@ class Device:
         test_rows: held-out rows that are only reported on; may be empty.
         task: the task that the rows were read for; plans for another task are refused.
         state: the state kept from earlier rounds; None: a new one.
-        identity, trusted: of secure aggregation, see `fedbpt.secure.party.Party`.
+        membership: how it takes part in secure aggregation; None: when a run asks for it.
 
     Raises:
         DataError: there are no training rows.
@@ -135,8 +136,7 @@ class Device:
         *,
         task: Task,
         state: DeviceState | None = None,
-        identity: bytes | None = None,
-        trusted: Mapping[str, bytes] | None = None,
+        membership: Membership | None = None,
     ) -> None:
         if not train_rows:
             raise DataError(f"device {name} has no training rows: give it at least one", field="train_rows")
@@ -150,8 +150,7 @@ class Device:
         self._plain_logits: OrderedDict[bytes, PlainLogits] = OrderedDict()
         self._layer_rows = LayerRows(scorer, self._rows["train"], task.labels)
         self.state = state or DeviceState()
-        self._identity = identity
-        self._trusted = trusted
+        self._membership = membership or Membership()
         generation = task.generation
         self._metric = None if generation is UNSET else metric_named(generation.metric)
 
@@ -272,7 +271,7 @@ class Device:
     def _party(self) -> Party:
         from fedbpt.secure.party import Party  # here: it needs the extra
 
-        return Party(self._identity, self._trusted)
+        return Party(self._membership.identity, self._membership.trusted)
 
     def _keep_secret(self, plan: RoundPlan, work: SecureWork) -> Result:
         if isinstance(work, KeysWork):
@@ -624,8 +623,8 @@ class Device:
             found = sums_result(work, views, targets[chosen], folds, len(plan.labels))
         elif isinstance(work, CrossWork):
             found = cross_result(work, views, targets[chosen], folds, weights)
-        elif isinstance(work, ProjectedWork):
-            found = projected_result(work, views, targets[chosen], folds, len(plan.labels), plan.seed)
+        elif isinstance(work, SketchWork):
+            found = sketch_result(work, views, targets[chosen], folds, len(plan.labels), plan.seed)
         elif isinstance(work, MomentsWork):
             found = moments_result(work, views, targets[chosen], len(plan.labels))
         else:
@@ -740,6 +739,18 @@ class Device:
             self._objectives.popitem(last=False)
         return created
 
+    @property
+    def identity(self) -> bytes:
+        """The public key by which other devices know this one in secure runs."""
+        return self._party.identity
+
     def _check_fits(self, asked: RoundPlan | EvaluateRequest) -> None:
+        keeps_keys = isinstance(asked, RoundPlan) and isinstance(asked.work, SecureWork)
+        if self._membership.only and asked.secure is UNSET and not keeps_keys:
+            raise InputError(
+                f"device {self.name} only adds to sums: set secure = true in the run's settings, or start the device "
+                "without --secure",
+                field="secure",
+            )
         if found := misfit(self.info(), asked.model_fingerprint, asked.task):
             raise InputError(f"device {self.name} {found.reason}")

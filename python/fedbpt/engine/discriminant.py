@@ -16,18 +16,19 @@ the singular value decomposition of its rows: fewer numbers than Σxxᵀ where a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbpt.machine.linear_algebra import one_blas_thread, product
+from fedbpt.machine.linear_algebra import one_blas_thread
 from fedbpt.protocol.seeding import generator
 
 Floats = NDArray[np.float64]
 
 _SMALLEST_VARIANCE = 1e-4  # of a dimension, as a share of their mean: constant ones are not blown up
 _SMALLEST_WITHIN = 1e-3  # mean variance within labels, as a share of all: with a row a label there is none
+_SMALLEST_SKETCHED = 1e-6  # eigenvalue, as a share of the largest: below it there is only rounding
 _LARGEST_WEIGHT = 1e4  # of a classifier, which is sent in half precision; it is too sure there anyway
 
 
@@ -54,15 +55,15 @@ class Discriminant(NamedTuple):
     bias: Floats
 
 
-def projection(n_embd: int, n_dims: int, seed: int) -> Floats:
-    """A random matrix [n_embd, n_dims] that keeps the size of a state's numbers."""
-    found: Floats = generator(seed, "states").standard_normal((n_embd, n_dims)) / np.sqrt(n_embd)
+LARGEST_SKETCH: Final = 1.5
+"""Bound of the norm of a column of `sketching`."""
+
+
+def sketching(n_embd: int, rank: int, seed: int) -> Floats:
+    """A random matrix [n_embd, rank] whose columns have norms of about 1."""
+    found: Floats = generator(seed, "sketch").standard_normal((n_embd, rank)) / np.sqrt(n_embd)
+    found *= np.minimum(1.0, LARGEST_SKETCH / np.linalg.norm(found, axis=0))
     return found
-
-
-def of_states(found: Discriminant, matrix: Floats | None) -> Discriminant:
-    """The classifier of states x whose projections x·matrix ``found`` reads; None: it reads states."""
-    return found if matrix is None else Discriminant(product(matrix, found.weights), found.bias)
 
 
 def assign_folds(targets: NDArray[np.intp], n_folds: int, rng: np.random.Generator) -> NDArray[np.intp]:
@@ -91,18 +92,34 @@ def fold_sums(states: Floats, targets: NDArray[np.intp], n_labels: int, max_rank
 
 
 @one_blas_thread
-def fold_sums_of(counts: Floats, sums: Floats, squares: Floats) -> FoldSums:
-    """The same from sums over rows: their number by label [K], states by label [K, E], and products of states [E, E].
+def sketched_sums(counts: Floats, sums: Floats, squares: Floats, sketch: Floats, matrix: Floats) -> FoldSums:
+    """The same from numbers that add up over devices, where G = Σxxᵀ is known by a sketch.
 
-    Rounding may leave a little less scatter than none, which counts as none.
+    G = C·(ΨᵀC)⁺·Cᵀ with C = GΨ (Nyström; Tropp et al. 2017, arXiv 1706.05736), exactly if Ψ has a column for each row.
+    The part of the variances that is lost otherwise becomes ``rest``.
+
+    Args:
+        counts: rows of each label [K].
+        sums: of their states [K, E].
+        squares: of all states, the diagonal of G [E].
+        sketch: C [E, rank].
+        matrix: Ψ [E, rank], see `sketching`.
     """
     present = counts > 1e-3
     means = sums[present] / counts[present, None]
-    within = squares - (counts[present, None] * means).T @ means
+    core = matrix.T @ sketch
+    values, vectors = np.linalg.eigh((core + core.T) / 2)
+    kept = values > _SMALLEST_SKETCHED * values.max(initial=1e-30)
+    total = sketch @ (vectors[:, kept] / np.sqrt(values[kept]))  # [E, rank], whose Gram matrix over columns is G
+    between = (np.sqrt(counts[present])[:, None] * means).T
+    basis, _ = np.linalg.qr(np.concatenate([total, between], axis=1))
+    of_total, of_between = basis.T @ total, basis.T @ between
+    within = of_total @ of_total.T - of_between @ of_between.T
     values, vectors = np.linalg.eigh((within + within.T) / 2)
-    kept = values > 1e-9 * max(values[-1], 1e-9)
-    factor = np.sqrt(values[kept])[:, None] * vectors[:, kept].T
-    return FoldSums(np.where(present, counts, 0.0), means, factor, np.zeros(len(squares)))
+    positive = values > _SMALLEST_SKETCHED * values.max(initial=1e-30)
+    factor = (np.sqrt(values[positive])[:, None] * vectors[:, positive].T) @ basis.T
+    rest = np.maximum(squares - (between**2).sum(axis=1) - (factor**2).sum(axis=0), 0.0)
+    return FoldSums(np.where(present, counts, 0.0), means, factor, rest)
 
 
 class Pooled(NamedTuple):

@@ -24,7 +24,7 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fedbpt.argument_types import checked
 from fedbpt.coordinator.federation import Federation
-from fedbpt.errors import QuorumError
+from fedbpt.errors import ConfigError, QuorumError
 from fedbpt.flower.client import FlowerClient
 from fedbpt.flower.loop import FlowerLoop, arrays_of, score_metrics
 from fedbpt.flower.nodes import Nodes
@@ -68,6 +68,11 @@ class FedBPT(Strategy):
         on_event: EventCallback = lambda _event: None,
     ) -> None:
         self.task = task
+        if settings.secure:
+            raise ConfigError(
+                "secure = true does not work on Flower, whose nodes keep no keys between messages: set secure = false",
+                field="secure",
+            )
         self.settings = settings.for_labels(task.labels, task.generation)
         self.result: RunResult | None = None
         self._store = store

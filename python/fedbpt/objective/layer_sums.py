@@ -8,14 +8,13 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbpt.engine.discriminant import FoldSums, fold_sums, projection
+from fedbpt.engine.discriminant import FoldSums, fold_sums, sketching
 from fedbpt.errors import InputError
 from fedbpt.machine.linear_algebra import one_blas_thread, product
 from fedbpt.objective.layer_view import Views
 from fedbpt.objective.losses import log_probabilities
-from fedbpt.protocol.rounds import CrossResult, CrossWork, ProjectedResult, ProjectedWork, SumsResult, SumsWork
+from fedbpt.protocol.rounds import CrossResult, CrossWork, SketchResult, SketchWork, SumsResult, SumsWork
 from fedbpt.protocol.specs import Array, Quantized
-from fedbpt.secure.fixed_point import STATE_BOUND
 
 Floats = NDArray[np.float64]
 
@@ -55,28 +54,30 @@ def sums_result(
     )
 
 
-def projected_result(
-    work: ProjectedWork, views: Views, targets: NDArray[np.intp], folds: NDArray[np.intp], n_labels: int, seed: int
-) -> ProjectedResult:
-    """Sum up the rows of a device, projected: label indices [n] and folds [n] of the rows of ``views``."""
+def sketch_result(
+    work: SketchWork, views: Views, targets: NDArray[np.intp], folds: NDArray[np.intp], n_labels: int, seed: int
+) -> SketchResult:
+    """Sum up the rows of a device: label indices [n] and folds [n] of the rows of ``views``."""
     reading = work.reading
-    matrix = projection(views.states.shape[3], work.n_dims, seed)
-    upper = np.triu_indices(work.n_dims)
+    matrix = sketching(views.states.shape[3], work.rank, seed)
     places = folds * n_labels + targets  # of a fold's label
     one_hot = (places == np.arange(reading.n_folds * n_labels)[:, None]).astype(np.float64)
     sums = []
     squares = []
+    sketches = []
     for place in range(reading.n_readers):
-        states = np.clip(product(views.reader(place), matrix), -STATE_BOUND, STATE_BOUND)
-        sums.append(product(one_hot, states).reshape(reading.n_folds, n_labels, work.n_dims))
+        states = views.reader(place)
+        sums.append(product(one_hot, states).reshape(reading.n_folds, n_labels, -1))
         of_folds = [states[folds == fold] for fold in range(reading.n_folds)]
-        squares.append(np.stack([product(own.T, own)[upper] for own in of_folds]))
-    return ProjectedResult(
+        squares.append(np.stack([(own**2).sum(axis=0) for own in of_folds]))
+        sketches.append(np.stack([product(own.T, product(own, matrix)) for own in of_folds]))
+    return SketchResult(
         purpose=work.purpose,
         loss=word_loss(views, targets, n_labels),
         counts=Array.of(one_hot.sum(axis=1).reshape(reading.n_folds, n_labels)),
         sums=Array.of(np.stack(sums)),
         squares=Array.of(np.stack(squares)),
+        sketches=Array.of(np.stack(sketches)),
         word_means=Array.of(views.words.mean(axis=0)),
     )
 

@@ -210,19 +210,19 @@ class LogisticWork(Message, frozen=True, tag="logistic"):
     bias: Array
 
 
-class ProjectedWork(Message, frozen=True, tag="projected"):
-    """Sum up each reader's states, projected to ``n_dims`` dimensions, so that the sums of devices can be added up.
+class SketchWork(Message, frozen=True, tag="sketch"):
+    """Sum up each reader's states, in numbers that can be added up over devices before they are seen.
 
-    A state x [n_embd] becomes xP, with P [n_embd, n_dims] of standard normal numbers over √n_embd, drawn from the run's
-    seed; its numbers are cut to ±`fedbpt.secure.fixed_point.STATE_BOUND`.
+    Of Σxxᵀ [n_embd, n_embd] a device sends its product with a random matrix of ``rank`` columns
+    (`fedbpt.engine.discriminant.sketching`), from which it follows where no more than ``rank`` rows are in the sum.
     """
 
     purpose: FitPurpose
     reading: Reading
-    n_dims: PositiveInt
+    rank: PositiveInt
 
 
-LayersWork: TypeAlias = SumsWork | CrossWork | MomentsWork | LogisticWork | ProjectedWork
+LayersWork: TypeAlias = SumsWork | CrossWork | MomentsWork | LogisticWork | SketchWork
 """An exchange of a fit that reads hidden states."""
 
 
@@ -403,11 +403,11 @@ class LogisticResult(Message, frozen=True, tag="logistic"):
     by_bias: Array
 
 
-class ProjectedResult(Message, frozen=True, tag="projected"):
-    """Sums over rows, of states as `ProjectedWork` projects them.
+class SketchResult(Message, frozen=True, tag="sketch"):
+    """Sums over rows.
 
-    ``counts`` [n_folds, n_labels]: rows. ``sums`` [n_readers, n_folds, n_labels, n_dims] of states; ``squares``
-    [n_readers, n_folds, n_dims·(n_dims + 1)/2] of the products of two of their numbers, the upper triangle row by row.
+    ``counts`` [n_folds, n_labels]: rows. ``sums`` [n_readers, n_folds, n_labels, n_embd] of states, ``squares``
+    [n_readers, n_folds, n_embd] of their squares. ``sketches`` [n_readers, n_folds, n_embd, rank]: of Σxxᵀ.
     ``word_means`` [n_word_views, n_labels] and ``loss`` as in `SumsResult`.
     """
 
@@ -416,6 +416,7 @@ class ProjectedResult(Message, frozen=True, tag="projected"):
     counts: Array
     sums: Array
     squares: Array
+    sketches: Array
     word_means: Array
 
 
@@ -447,7 +448,7 @@ Result: TypeAlias = (
     | CrossResult
     | MomentsResult
     | LogisticResult
-    | ProjectedResult
+    | SketchResult
     | KeysResult
     | SharesResult
     | UnmaskResult
@@ -458,14 +459,14 @@ Result: TypeAlias = (
 class SecureUse(Message, frozen=True):
     """That a result is to be masked, as sum number ``index`` of ``epoch`` over the devices ``peers``, in order of name.
 
-    ``share``: weight of a row of this device. ``n_rows``: rows of all peers, which bound the sums of states.
+    ``share``: weight of a row of this device. ``largest``: bound of the sums of states over all peers.
     """
 
     epoch: Name
     index: NaturalInt
     peers: tuple[Name, ...]
     share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
-    n_rows: PositiveInt = 1
+    largest: PositiveFloat = 1.0
 
 
 class HeldRows(Message, frozen=True):

@@ -13,9 +13,6 @@ from fedbpt.errors import InputError
 FRACTION: Final = 24
 """Binary digits after the point of a 64-bit number: steps of 6e-8."""
 
-STATE_BOUND: Final = 4.0
-"""Bound of a projected state's numbers, whose products are added up in 32 bits."""
-
 
 def pack(values: NDArray[np.float64], n_devices: int) -> NDArray[np.uint64]:
     """``values`` as 64-bit integers. Raises `InputError` if a sum over ``n_devices`` might overflow."""
@@ -30,19 +27,18 @@ def unpack(total: NDArray[np.uint64]) -> NDArray[np.float64]:
     return total.view(np.int64).astype(np.float64) / 2.0**FRACTION
 
 
-def state_fraction(n_rows: int) -> int:
-    """Binary digits after the point of 32-bit sums of products of two bounded states over ``n_rows`` rows."""
-    return 31 - math.ceil(math.log2(STATE_BOUND**2 * n_rows + 1))
-
-
-def pack_states(values: NDArray[np.float64], n_rows: int) -> NDArray[np.uint32]:
-    """``values``, sums over some of ``n_rows`` rows, as 32-bit integers."""
-    scaled = np.rint(values * 2.0 ** state_fraction(n_rows))
-    if np.abs(scaled).max(initial=0.0) >= 2**31:
+def pack_states(values: NDArray[np.float64], largest: float) -> NDArray[np.uint32]:
+    """``values``, of which no sum over devices is beyond ``largest``, as 32-bit integers."""
+    scaled = np.rint(values * _state_scale(largest))
+    if not np.isfinite(scaled).all() or np.abs(scaled).max(initial=0.0) >= 2**31:
         raise InputError("sums of states are beyond those of the run's rows", field="result")
     return scaled.astype(np.int32).view(np.uint32)
 
 
-def unpack_states(total: NDArray[np.uint32], n_rows: int) -> NDArray[np.float64]:
+def unpack_states(total: NDArray[np.uint32], largest: float) -> NDArray[np.float64]:
     """The numbers that a sum of `pack_states` stands for."""
-    return total.view(np.int32).astype(np.float64) / 2.0 ** state_fraction(n_rows)
+    return total.view(np.int32).astype(np.float64) / _state_scale(largest)
+
+
+def _state_scale(largest: float) -> float:
+    return 2.0 ** (30 - math.ceil(math.log2(largest)))

@@ -20,10 +20,10 @@ from fedbpt.protocol.rounds import (
     MaskedResult,
     MomentsResult,
     PooledResult,
-    ProjectedResult,
     Result,
     SecureUse,
     SelectResult,
+    SketchResult,
 )
 from fedbpt.protocol.specs import Array
 from fedbpt.secure.fixed_point import pack, pack_states, unpack, unpack_states
@@ -33,7 +33,7 @@ Floats = NDArray[np.float64]
 _SUMS: Final[Mapping[type, tuple[str, ...]]] = {
     SelectResult: ("loss_sums", "correct", "label_counts"),
     CrossResult: ("loss_sums",),
-    ProjectedResult: ("counts",),
+    SketchResult: ("counts",),
 }
 """Fields that are sums over rows."""
 
@@ -41,14 +41,14 @@ _MEANS: Final[Mapping[type, tuple[str, ...]]] = {
     PooledResult: ("losses",),
     SelectResult: ("sizes",),
     FitResult: ("loss", "means"),
-    ProjectedResult: ("loss", "word_means"),
+    SketchResult: ("loss", "word_means"),
     MomentsResult: ("loss", "means", "squares", "word_means", "word_squares"),
     LogisticResult: ("losses", "by_weights", "by_word_scales", "by_bias"),
 }
 """Fields that are means over rows."""
 
-_STATES: Final[Mapping[type, tuple[str, ...]]] = {ProjectedResult: ("sums", "squares")}
-"""Sums over rows of bounded states, in 32 bits."""
+_STATES: Final[Mapping[type, tuple[str, ...]]] = {SketchResult: ("sums", "squares", "sketches")}
+"""Sums over rows of states and of their products, in 32 bits."""
 
 _INTEGERS: Final = frozenset({"correct", "label_counts", "n_failed", "n_distinct"})
 
@@ -159,12 +159,12 @@ def _vector(wide: Mapping[str, Floats], narrow: Mapping[str, Floats], use: Secur
     fields += [MaskedField(name=name, shape=values.shape, bits=32) for name, values in narrow.items()]
     many = np.concatenate([values.ravel() for values in wide.values()])
     states = np.concatenate([values.ravel() for values in narrow.values()] or [np.zeros(0)])
-    return Vector(tuple(fields), pack(many, len(use.peers)), pack_states(states, use.n_rows))
+    return Vector(tuple(fields), pack(many, len(use.peers)), pack_states(states, use.largest))
 
 
 def _arrays(total: Vector, use: SecureUse) -> dict[str, Floats]:
     """The numbers of each field of a sum."""
-    flat = {64: unpack(total.wide), 32: unpack_states(total.narrow, use.n_rows)}
+    flat = {64: unpack(total.wide), 32: unpack_states(total.narrow, use.largest)}
     found = {}
     for field in total.fields:
         n = int(np.prod(field.shape, dtype=np.int64))

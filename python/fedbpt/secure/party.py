@@ -27,14 +27,10 @@ from fedbpt.protocol.rounds import (
 )
 from fedbpt.secure import keys, shamir
 from fedbpt.secure.layout import Vector
-
-FEWEST: Final = 3
-"""Devices of a sum: of two, each would know the other's result."""
+from fedbpt.secure.sizes import FEWEST
 
 _KEPT_EPOCHS: Final = 2
 _SECRET: Final = keys.KEY_BYTES
-SEALED_BYTES: Final = 2 * shamir.SHARE_BYTES + 16
-"""Length of the shares of both secrets of a use, sealed: with a tag of 16 bytes."""
 
 
 class _Epoch:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fedbpt.coordinator.report_checks import check_evaluation, check_progress, check_report
 from fedbpt.engine.layers import normalized
 from fedbpt.errors import WireError
-from fedbpt.objective.layer_sums import cross_result, sums_result
+from fedbpt.objective.layer_sums import cross_result, sketch_result, sums_result
 from fedbpt.objective.layer_view import Views
 from fedbpt.objective.logistic import logistic_result, moments_result
 from fedbpt.objective.losses import log_probabilities
@@ -39,6 +39,7 @@ from fedbpt.protocol.rounds import (
     SearchState,
     SelectResult,
     SelectWork,
+    SketchWork,
     SumsWork,
 )
 from fedbpt.protocol.specs import Array, Generation, Message, ObjectiveSpec, PromptSpec, Readout
@@ -180,6 +181,8 @@ def layer_reports() -> dict[str, tuple[RoundPlan, RoundReport]]:
             bias=Array.of(np.zeros((2, 3)), "<f4"),
         )
     )
+    sketched = plan(work=SketchWork(purpose="probe", reading=reading, rank=2))
+    assert isinstance(sketched.work, SketchWork)
     assert isinstance(sums.work, SumsWork)
     assert isinstance(cross.work, CrossWork)
     assert isinstance(moments.work, MomentsWork)
@@ -187,6 +190,10 @@ def layer_reports() -> dict[str, tuple[RoundPlan, RoundReport]]:
     return {
         "state moments": (moments, report(moments, moments_result(moments.work, views, targets, N_LABELS))),
         "logistic": (logistic, report(logistic, logistic_result(logistic.work, views, targets, folds, np.ones(8)))),
+        "sketched": (
+            sketched,
+            report(sketched, sketch_result(sketched.work, views, targets, folds, N_LABELS, seed=0)),
+        ),
         "sums": (sums, report(sums, sums_result(sums.work, views, targets, folds, N_LABELS))),
         "cross": (cross, report(cross, cross_result(cross.work, views, targets, folds, np.ones(8)))),
     }
@@ -205,6 +212,11 @@ ARRAYS: dict[str, dict[str, tuple[float, ...]]] = {
     "Quantized.scales": {"sums": (-4.1, 4.1)},
     "SumsResult.rests": {"sums": (-1.0, 16.1)},
     "SumsResult.word_means": {"sums": (-1.1e4, 1.0)},
+    "SketchResult.counts": {"sketched": (-1.0, 8.1)},
+    "SketchResult.sums": {"sketched": (-12.0, 12.0)},
+    "SketchResult.squares": {"sketched": (-0.1, 16.1)},
+    "SketchResult.sketches": {"sketched": (-25.0, 25.0)},
+    "SketchResult.word_means": {"sketched": (-1.1e4, 1.0)},
     "CrossResult.loss_sums": {"cross": (-1.0, 300.0)},
     "MomentsResult.means": {"state moments": (-1.5, 1.5)},
     "MomentsResult.squares": {"state moments": (-0.1, 2.1)},
@@ -261,8 +273,10 @@ LARGEST: dict[str, float] = {
     "by_weights": 1.5,
     "by_word_scales": 2.1e4,
     "by_bias": 1.1,
-    "squares": 2.1,
+    "squares": 16.1,
     "word_squares": 1.1e8,
+    "sums": 12.0,
+    "sketches": 25.0,
     "sizes": 1e6,
     "mean": 100,
     "fitness": 1e4,

@@ -18,6 +18,8 @@ from fedbpt.engine.discriminant import (
     discriminants,
     fold_sums,
     pool,
+    sketched_sums,
+    sketching,
 )
 
 Floats = NDArray[np.float64]
@@ -261,3 +263,47 @@ def test_folds_follow_from_the_seed_and_are_random() -> None:
     targets = np.arange(40) % LABELS
     found = [assign_folds(targets, FOLDS, np.random.default_rng(seed)).tolist() for seed in (0, 0, 1)]
     assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 0.5)])
+def test_sketches_that_are_added_up_give_the_sums_of_all_rows(weights: tuple[float, float]) -> None:
+    rng = np.random.default_rng(3)
+    matrix = sketching(40, 16, seed=5)
+    parts = []
+    total = []
+    for weight in weights:
+        states = rng.standard_normal((7, 40)) + 3 * rng.standard_normal(40)
+        targets = rng.integers(0, 3, 7)
+        parts.append((fold_sums(states, targets, 4, 64), weight))
+        one_hot = (targets == np.arange(4)[:, None]).astype(float)
+        numbers = (one_hot.sum(axis=1), one_hot @ states, (states**2).sum(axis=0), states.T @ (states @ matrix))
+        total.append([weight * each for each in numbers])
+    found = sketched_sums(*(np.sum(each, axis=0) for each in zip(*total, strict=True)), matrix)
+    expected = pool(parts)
+    np.testing.assert_allclose(found.counts, expected.counts)
+    np.testing.assert_allclose(found.means, expected.means[expected.counts > 0], atol=1e-9)
+    np.testing.assert_allclose(found.factor.T @ found.factor, expected.factor.T @ expected.factor, atol=1e-6)
+    np.testing.assert_allclose(found.rest, 0.0, atol=1e-6)
+
+
+def test_a_sketch_of_more_rows_than_columns_keeps_the_variances() -> None:
+    rng = np.random.default_rng(4)
+    states = rng.standard_normal((60, 30)) * np.linspace(3, 0.1, 30)
+    targets = np.arange(60) % 2
+    one_hot = (targets == np.arange(2)[:, None]).astype(float)
+    matrix = sketching(30, 8, seed=1)
+    found = sketched_sums(
+        one_hot.sum(axis=1), one_hot @ states, (states**2).sum(axis=0), states.T @ (states @ matrix), matrix
+    )
+    exact = fold_sums(states, targets, 2, 64)
+    variances = (found.factor**2).sum(axis=0) + found.rest
+    np.testing.assert_allclose(variances, (exact.factor**2).sum(axis=0), rtol=0.02)
+
+
+def test_a_fold_without_rows_has_empty_sums() -> None:
+    matrix = sketching(5, 3, seed=1)
+    found = sketched_sums(np.zeros(2), np.zeros((2, 5)), np.zeros(5), np.zeros((5, 3)), matrix)
+    assert found.counts.tolist() == [0.0, 0.0]
+    assert found.means.shape == (0, 5)
+    assert found.factor.shape[1] == 5
+    assert not found.factor.any()

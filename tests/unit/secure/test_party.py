@@ -24,7 +24,8 @@ from fedbpt.protocol.rounds import (
 from fedbpt.secure import keys, shamir
 from fedbpt.secure.fixed_point import pack, pack_states, unpack, unpack_states
 from fedbpt.secure.layout import Vector
-from fedbpt.secure.party import SEALED_BYTES, Party, secret_of, unmasked
+from fedbpt.secure.party import Party, secret_of, unmasked
+from fedbpt.secure.sizes import SEALED_BYTES
 from tests.support.raises import raises
 
 N_USES = 3
@@ -49,7 +50,7 @@ class Group:
         return self
 
     def use(self, index: int = 0, peers: Iterable[str] | None = None) -> SecureUse:
-        return SecureUse(epoch="e", index=index, peers=tuple(peers or self.names), n_rows=100)
+        return SecureUse(epoch="e", index=index, peers=tuple(peers or self.names), largest=1000.0)
 
     def sealed(self, of: str, to: str, index: int) -> bytes:
         return self.told[of].sealed[self.names.index(to)][SEALED_BYTES * index : SEALED_BYTES * (index + 1)]
@@ -81,7 +82,7 @@ def vector(numbers: Sequence[float], states: Sequence[float] = (0.5,)) -> Vector
         MaskedField(name="x", shape=(len(numbers),), bits=64),
         MaskedField(name="y", shape=(len(states),), bits=32),
     )
-    return Vector(fields, pack(np.array(numbers), 5), pack_states(np.array(states), 100))
+    return Vector(fields, pack(np.array(numbers), 5), pack_states(np.array(states), 1000.0))
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,7 @@ def test_the_sum_is_right_for_every_set_of_survivors_that_is_large_enough() -> N
                 expected = np.sum([numbers[name] for name in survivors], axis=0)
                 np.testing.assert_allclose(unpack(total.wide), expected, atol=1e-6)
                 expected = np.sum([states[name] for name in survivors], axis=0)
-                np.testing.assert_allclose(unpack_states(total.narrow, 100), expected, atol=1e-4)
+                np.testing.assert_allclose(unpack_states(total.narrow, 1000.0), expected, atol=1e-4)
 
 
 def test_too_few_shares_give_nothing(group: Group) -> None:
@@ -242,7 +243,7 @@ def test_numbers_that_might_overflow_are_refused() -> None:
     with raises(InputError, field="result"):
         pack(np.array([np.nan]), 5)
     with raises(InputError, field="result"):
-        pack_states(np.array([1e5]), 100)
+        pack_states(np.array([1e5]), 1000.0)
 
 
 @pytest.mark.parametrize("values", [[0.0, -1e9, 1e9, 2.5e-7], [0.1] * 50])

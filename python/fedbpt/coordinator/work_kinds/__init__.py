@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from fedbpt.coordinator.work_kinds.base import WorkKind
-from fedbpt.coordinator.work_kinds.layer_fit import LayerCross, LayerSums, Projected
+from fedbpt.coordinator.work_kinds.layer_fit import LayerCross, LayerSketches, LayerSums
 from fedbpt.coordinator.work_kinds.local import Local
 from fedbpt.coordinator.work_kinds.logistic_fit import StateLogistic, StateMoments
 from fedbpt.coordinator.work_kinds.pooled import Pooled
@@ -23,7 +23,7 @@ KINDS: Final[tuple[WorkKind[Any, Any], ...]] = (
     LayerCross(),
     StateMoments(),
     StateLogistic(),
-    Projected(),
+    LayerSketches(),
     Keys(),
     Shares(),
     Unmask(),

@@ -11,20 +11,20 @@ from fedbpt.aggregation.layer_fit import sums_shapes
 from fedbpt.coordinator.report_bounds import MAX_LOSS, ROUNDING
 from fedbpt.coordinator.work_kinds.base import check_losses, check_shape
 from fedbpt.coordinator.work_kinds.reads_layers import ReadsLayers, check_purpose, check_range, largest_state
+from fedbpt.engine.discriminant import LARGEST_SKETCH
 from fedbpt.errors import WireError
 from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import (
     CrossResult,
     CrossWork,
-    ProjectedResult,
-    ProjectedWork,
     RoundPlan,
     RoundReport,
+    SketchResult,
+    SketchWork,
     SumsResult,
     SumsWork,
 )
 from fedbpt.protocol.specs import Array
-from fedbpt.secure.fixed_point import STATE_BOUND
 
 
 class LayerSums(ReadsLayers):
@@ -97,40 +97,46 @@ class LayerCross(ReadsLayers):
         return codec.digest(msgspec.structs.replace(work, weights=none, biases=none))
 
 
-class Projected(ReadsLayers):
-    work = ProjectedWork
-    result = ProjectedResult
+class LayerSketches(ReadsLayers):
+    work = SketchWork
+    result = SketchResult
 
     def check_result(
         self,
         report: RoundReport,
-        result: ProjectedResult,
+        result: SketchResult,
         plan: RoundPlan,
-        work: ProjectedWork,
+        work: SketchWork,
         n_rows: int | None,  # noqa: ARG002
     ) -> None:
         check_purpose(result.purpose, work.purpose)
-        reading, size, n_labels = work.reading, work.n_dims, len(plan.labels)
-        n_words = n_labels if reading.n_word_views else 0
+        reading, n_labels = work.reading, len(plan.labels)
+        size = math.prod(result.squares.shape[2:])
+        if not size or reading.n_embd not in (0, size):
+            raise WireError(f"squares has shape {list(result.squares.shape)}, expected a state's size", field="squares")
+        folds = reading.n_readers, reading.n_folds
         check_shape(result.counts, (reading.n_folds, n_labels), "counts")
-        check_shape(result.sums, (reading.n_readers, reading.n_folds, n_labels, size), "sums")
-        check_shape(result.squares, (reading.n_readers, reading.n_folds, size * (size + 1) // 2), "squares")
-        check_shape(result.word_means, (reading.n_word_views, n_words), "word_means")
-        most = report.n_texts * (1 + ROUNDING)
+        check_shape(result.sums, (*folds, n_labels, size), "sums")
+        check_shape(result.squares, (*folds, size), "squares")
+        check_shape(result.sketches, (*folds, size, work.rank), "sketches")
+        check_shape(result.word_means, (reading.n_word_views, n_labels if reading.n_word_views else 0), "word_means")
+        most = report.n_texts * (1 + ROUNDING) + ROUNDING
         if not math.isclose(result.counts.numpy().sum(), report.n_texts, rel_tol=ROUNDING):
             raise WireError(
                 f"counts are of {result.counts.numpy().sum():g} rows, expected {report.n_texts}", field="counts"
             )
+        largest = largest_state(size)
         for field, array, low, high in (
             ("counts", result.counts, -ROUNDING, most),
-            ("sums", result.sums, -most * STATE_BOUND, most * STATE_BOUND),
-            ("squares", result.squares, -most * STATE_BOUND**2, most * STATE_BOUND**2),
+            ("sums", result.sums, -most * largest, most * largest),
+            ("squares", result.squares, -ROUNDING, most * largest**2),
+            ("sketches", result.sketches, -most * LARGEST_SKETCH * largest**2, most * LARGEST_SKETCH * largest**2),
             ("word_means", result.word_means, -MAX_LOSS, ROUNDING),
         ):
             check_range(array, low, high, field)
         check_losses(np.array([result.loss]), self.loss_range(plan, work), "loss")
 
-    def mean_loss(self, result: ProjectedResult, n_texts: int) -> float:  # noqa: ARG002
+    def mean_loss(self, result: SketchResult, n_texts: int) -> float:  # noqa: ARG002
         return result.loss
 
 

@@ -13,8 +13,8 @@ from fedbpt.protocol.rounds import (
     LayersWork,
     LogisticResult,
     MomentsResult,
-    ProjectedResult,
     RoundPlan,
+    SketchResult,
     SumsResult,
 )
 from fedbpt.protocol.specs import Array, Quantized, Template
@@ -36,9 +36,7 @@ class ReadsLayers(WorkKind):  # type: ignore[type-arg]  # of one of these works
     def templates(self, plan: RoundPlan, work: LayersWork) -> tuple[Template, ...]:
         return (plan.template, *work.reading.templates)
 
-    def purpose(
-        self, result: SumsResult | CrossResult | MomentsResult | LogisticResult | ProjectedResult
-    ) -> RoundPurpose:
+    def purpose(self, result: SumsResult | CrossResult | MomentsResult | LogisticResult | SketchResult) -> RoundPurpose:
         return result.purpose
 
 

@@ -16,6 +16,8 @@ from fedbpt.protocol.rounds import (
     UnmaskResult,
     UnmaskWork,
 )
+from fedbpt.secure.shamir import SHARE_BYTES
+from fedbpt.secure.sizes import SEALED_BYTES
 
 
 class ScoresNothing(WorkKind):  # type: ignore[type-arg]  # of one of these works
@@ -58,8 +60,6 @@ class Shares(ScoresNothing):
         work: SharesWork,
         n_rows: int | None,  # noqa: ARG002
     ) -> None:
-        from fedbpt.secure.party import SEALED_BYTES
-
         n_uses = len(work.keys[0].mask_keys) // 32
         expected = [SEALED_BYTES * n_uses] * len(work.names)
         if [len(each) for each in result.sealed] != expected:
@@ -78,7 +78,5 @@ class Unmask(ScoresNothing):
         work: UnmaskWork,
         n_rows: int | None,  # noqa: ARG002
     ) -> None:
-        from fedbpt.secure.shamir import SHARE_BYTES
-
         if [len(share) for share in result.shares] != [SHARE_BYTES] * len(work.sealed):
             raise WireError(f"shares must be {len(work.sealed)} of {SHARE_BYTES} bytes", field="shares")
