@@ -181,3 +181,39 @@ def test_a_device_that_is_not_enrolled_gets_a_one_line_error(site: Site) -> None
     _, err = coordinator.communicate(timeout=60)
     assert coordinator.returncode == 130
     assert site.url in err
+
+
+@pytest.mark.timeout(600)
+def test_devices_that_know_each_other_add_up_securely_and_one_is_killed(site: Site) -> None:
+    names = "abcd"
+    codes = {name: site.invite(name) for name in names}
+    for name in "cd":
+        (site.folder / f"{name}.jsonl").write_text((site.folder / "a.jsonl").read_text())
+    site.write_run("secure/runs.db")
+    run = (site.folder / "run.toml").read_text().replace("quorum = 1.0", "quorum = 0.7").replace("60", "30")
+    (site.folder / "run.toml").write_text(run.replace("[settings]\n", "[settings]\nsecure = true\n"))
+    coordinator = site.tune("--quiet")
+    lines = []
+    for name in names:
+        first = site.call(name, "--enrol", codes[name], "--identity", f"{name}.key")
+        lines.append(next(line for line in iter(first.stderr.readline, "") if line.startswith('"')))
+        first.send_signal(signal.SIGINT)
+        site.finish(first)
+    (site.folder / "peers.toml").write_text("".join(lines))
+    trusting = ("--trust", "peers.toml")
+    devices = {name: site.call(name, "--identity", f"{name}.key", *trusting) for name in names}
+    wait_until(lambda: site.rounds("secure/runs.db") > 5)
+    site.kill(devices.pop("d"))
+    assert site.finish(coordinator) == 0
+    found = site.result("secure/runs.db")
+    assert found.rounds == 30
+    assert found.tuned.n > 0
+    with RunStore(site.folder / "secure/runs.db") as opened:
+        stored = list(opened.rounds("mood"))
+    assert {report.device for round in stored for report in round.reports} == {"sum"}
+    assert set(stored[3].reports[0].devices) >= {"a", "b", "c"}
+    for process in devices.values():
+        process.send_signal(signal.SIGINT)
+        assert site.finish(process) == 0
+    for name in names:
+        assert stat.S_IMODE((site.folder / f"{name}.key").stat().st_mode) == 0o600

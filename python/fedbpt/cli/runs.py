@@ -13,12 +13,15 @@ from rich.table import Table
 from fedbpt.api import make_prompt
 from fedbpt.cli.options import AsJson, Quiet, chosen_task, help_without_command, print_json
 from fedbpt.cli.report import print_result, result_as_json
+from fedbpt.cli.run_report import print_report, report_json, report_page
 from fedbpt.coordinator.ledger import RunLedger, is_of
 from fedbpt.coordinator.round_reports import purpose_of
+from fedbpt.coordinator.run_report import report_of
 from fedbpt.display.console import STAGE_NAMES
 from fedbpt.display.plain_console import PlainConsole
 from fedbpt.engine.native_scorer import load_model
 from fedbpt.errors import ConfigError, StoreError
+from fedbpt.machine.files import write_whole
 from fedbpt.plain_text import echo
 from fedbpt.protocol import codec
 from fedbpt.runs.as_json import round_as_json, run_as_json, task_of_run
@@ -30,7 +33,7 @@ from fedbpt.tasks import Task
 
 app = typer.Typer(
     name="runs",
-    help="Manage the runs in a store: list, show, export, replay, scalars, delete.\n\nExample: fedbpt runs list",
+    help="Manage the runs in a store: list, show, report, export, scalars, delete.\n\nExample: fedbpt runs list",
 )
 app.callback(invoke_without_command=True)(help_without_command)
 
@@ -100,6 +103,35 @@ def show_command(run: RunName, store: Store = DEFAULT_STORE, as_json: AsJson = F
         figures = ", ".join(f"{name} {value:.4g}" for name, value in sorted(overall.items()))
         table.add_row(names.get(line.round, "-"), str(len(line.reported)), lost, figures)
     PlainConsole().print(table)
+
+
+@app.command("report")
+def report_command(
+    run: RunName,
+    target: Annotated[
+        float | None, typer.Option("--target", min=0, help="Accuracy (0 to 1) or perplexity whose cost is wanted.")
+    ] = None,
+    watts: Annotated[
+        float | None, typer.Option("--watts", min=0, help="Power of a device at work, to compute joules.")
+    ] = None,
+    page: Annotated[Path | None, typer.Option("--page", help="Also write the report as an HTML file.")] = None,
+    store: Store = DEFAULT_STORE,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show what a run reached within budgets, what it cost to reach a target, and what faults cost.
+
+    Example: fedbpt runs report demo --target 0.9 --watts 6 --page report.html
+    """
+    with open_store(store) as opened:
+        found = report_of(opened, run, target, watts)
+    if page is not None:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_whole({page: report_page(found).encode()})
+    if as_json:
+        print_json(report_json(found))
+    elif not quiet:
+        print_report(found)
 
 
 @app.command("export")

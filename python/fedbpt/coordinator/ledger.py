@@ -11,6 +11,7 @@ from fedbpt.aggregation.base import Aggregator
 from fedbpt.coordinator.course import Course
 from fedbpt.coordinator.planner import Planner
 from fedbpt.coordinator.round_reports import cap_reports, mean_loss, purpose_of
+from fedbpt.coordinator.run_report import BYTES_DOWN, BYTES_UP
 from fedbpt.coordinator.run_state import SELECTION, RunState
 from fedbpt.coordinator.spending import Spending
 from fedbpt.coordinator.work_kinds import kind_of
@@ -206,6 +207,8 @@ class RunLedger:
         loss = mean_loss(cap_reports(reports, self.settings.row_cap))
         epsilon = self.epsilon()
         metrics = {"loss": loss, "seconds": seconds, "tokens": float(sum(report.tokens for report in reports))}
+        metrics[BYTES_UP] = float(sum(each.bytes_up for each in traffic.values()))
+        metrics[BYTES_DOWN] = float(sum(each.bytes_down for each in traffic.values()))
         if epsilon is not None:
             metrics["epsilon"] = epsilon
         self.store.commit_round(
