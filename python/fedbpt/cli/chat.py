@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Protocol
@@ -23,7 +23,7 @@ from fedbpt.coordinator.clients import HttpClient
 from fedbpt.display.plain_console import PlainConsole
 from fedbpt.engine.native_scorer import load_model
 from fedbpt.engine.text_generator import Sampling
-from fedbpt.errors import DeviceError, InputError, WireError
+from fedbpt.errors import ConfigError, DeviceError, InputError, WireError
 from fedbpt.net.tls import Tls
 from fedbpt.net.tokens import read_private
 from fedbpt.plain_text import echo, one_line
@@ -55,6 +55,13 @@ Device = Annotated[
     typer.Option("--device", help="Ask the device at this address (`fedbpt device`) instead of this machine."),
 ]
 TokenFile = Annotated[Path | None, typer.Option("--token-file", help="File with the token that the device requires.")]
+VotesFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--votes",
+        help="After each question, ask which reply is better, or which label is right; add it to this file as a row.",
+    ),
+]
 Questions = Annotated[int, typer.Option("--questions", min=1, help="Number of rows of --data to offer.")]
 
 
@@ -72,6 +79,7 @@ def chat(
     top_p: TopP = 1.0,
     seed: Seed = None,
     stop: Stop = None,
+    votes: VotesFile = None,
     threads: Threads = None,
     gpu_layers: GpuLayers = 0,
     gpu: GpuName = None,
@@ -83,6 +91,8 @@ def chat(
     Example: fedbpt chat --prompt prompt.safetensors --data test.csv
     """
     prompt = Prompt.load(prompt_file)
+    if votes is not None:
+        _check_votes(votes, device)
     needs_task = task is not None or data is not None
     chosen = chosen_task(task, prompt.task, prompt.task_name) if needs_task else prompt.task
     offered = [] if chosen is None or data is None else _offered(chosen, data, questions)
@@ -102,7 +112,9 @@ def chat(
     for text, label in _read_questions(offered, interactive):
         try:
             utf8(text, "the question")
-            _print_reply(console, pair, text, label, how, max_tokens, tuple(stop or ()), as_json)
+            choices = _print_reply(console, pair, text, label, how, max_tokens, tuple(stop or ()), as_json)
+            if votes is not None:
+                _vote(votes, chosen, text, choices, interactive)
         except KeyboardInterrupt:
             if not interactive:
                 raise
@@ -174,7 +186,8 @@ def _print_reply(
     max_tokens: int,
     stop: tuple[str, ...],
     as_json: bool,
-) -> None:
+) -> dict[str, str]:
+    """Print the replies to ``text``. Returns what a vote may name: a label, or a side, and the answer that it means."""
     name = pair.labels[label] if isinstance(label, int) else label
     if pair.classifies:
         found = pair.classify(text)
@@ -184,15 +197,51 @@ def _print_reply(
             _print_json({"text": text, "label": name, "original": original, "tuned": tuned})
         else:
             print_probabilities(console, pair.labels, found, name)
-        return
+        return {label: label for label in pair.labels}
     with closing(pair.generate(text, how, max_tokens, stop)) as pieces:
         if not as_json:
-            print_texts(console, pieces)
-            return
-        replies = dict.fromkeys(SIDES, "")
+            return {str(side): reply for side, reply in print_texts(console, pieces).items()}
+        replies: dict[str, str] = dict.fromkeys(SIDES, "")
         for side, piece in pieces:
             replies[side] += piece
     _print_json({"text": text, "target": name, "original": replies["original"], "tuned": replies["tuned"]})
+    return replies
+
+
+def _check_votes(path: Path, device: str | None) -> None:
+    if device is not None:
+        raise ConfigError("--votes keeps rows on this machine: ask its own model, without --device", field="--votes")
+    if path.suffix not in (".jsonl", ".ndjson"):
+        raise ConfigError(f"--votes {path}: name a .jsonl file, which `fedbpt device --data` reads", field="--votes")
+
+
+def _vote(path: Path, task: tasks.Task | None, text: str, choices: Mapping[str, str], interactive: bool) -> None:
+    """Ask for the better reply or the right label, and add it to ``path`` as a row; an empty line adds none."""
+    question = f"{' or '.join(choices)}, or = and your own answer; Enter: none> "
+    known = {name.casefold(): answer for name, answer in choices.items()}
+    while True:
+        try:
+            said = (input(question) if interactive else input()).strip()
+        except EOFError:
+            return
+        own = said.startswith("=") and not _are_labels(choices)
+        answer = said[1:].strip() if own else known.get(said.casefold(), "").strip()
+        if not said:
+            return
+        if answer:
+            break
+        if not interactive:
+            raise InputError(f"a vote must be {' or '.join(choices)}, or an empty line", field="--votes")
+    columns = ("text", "label") if task is None else (task.text_columns[0], task.label_column)
+    if "{" in columns[0]:
+        raise ConfigError("--votes needs a task whose texts are one column", field="--votes")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(dict(zip(columns, (text, answer), strict=True)), ensure_ascii=False) + "\n")
+
+
+def _are_labels(choices: Mapping[str, str]) -> bool:
+    return all(name == answer for name, answer in choices.items())
 
 
 def _print_json(value: dict[str, object]) -> None:

@@ -16,7 +16,7 @@ from fedbpt.device.agent.server import AgentServer
 from fedbpt.device.device import Device
 from fedbpt.net.tokens import write_private
 from fedbpt.side_by_side.sides import SideBySide
-from fedbpt.tasks import write_rows
+from fedbpt.tasks import read_task_rows, write_rows
 from tests.support.prompt_kinds import KINDS, Kind, prompt_of_kind
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, TASK_FILE, rows
@@ -183,3 +183,53 @@ def test_wrong_options_are_one_line(say, arguments: tuple[str, ...], code: int, 
     assert answer.code == code
     assert named in answer.err
     assert len(answer.err.splitlines()) == 1
+
+
+# --- votes -----------------------------------------------------------------------------------------------------------
+
+MANNERS = ("--prompt", "manner.safetensors", "--max-tokens", "4")
+
+
+def voted(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_better_reply_becomes_a_row_that_a_device_reads(say, folder: Path) -> None:
+    answer = say("aaa\ntuned\nzzz\n\nbbb\nOriginal\nccc\n= my own é\n", *MANNERS, "--json", "--votes", "v/votes.jsonl")
+    assert (answer.code, answer.err) == (0, "")
+    replies = [json.loads(line) for line in answer.out.splitlines()]
+    assert [reply["text"] for reply in replies] == ["aaa", "zzz", "bbb", "ccc"]
+    assert voted(folder / "v" / "votes.jsonl") == [
+        {"text": "aaa", MANNER.label_column: replies[0]["tuned"].strip()},
+        {"text": "bbb", MANNER.label_column: replies[2]["original"].strip()},
+        {"text": "ccc", MANNER.label_column: "my own é"},
+    ]
+    assert len(read_task_rows(MANNER, folder / "v" / "votes.jsonl")) == 3
+
+
+def test_the_right_label_becomes_a_row(say, folder: Path) -> None:
+    assert say(f"aaa\n{TASK.labels[1].upper()}\nzzz\n\n", *MOOD, "--votes", "votes.jsonl", "--json").code == 0
+    assert voted(folder / "votes.jsonl") == [{"text": "aaa", "label": TASK.labels[1]}]
+    assert read_task_rows(TASK, folder / "votes.jsonl") == [("aaa", 1)]
+
+
+def test_a_person_is_asked_again_until_the_vote_is_clear(say, folder: Path) -> None:
+    answer = say("aaa\nboth\n= no label\n" + TASK.labels[0] + "\n", *MOOD, "--votes", "votes.jsonl", person=True)
+    assert answer.code == 0
+    assert voted(folder / "votes.jsonl") == [{"text": "aaa", "label": TASK.labels[0]}]
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--votes", "votes.csv"), ("--votes", "votes.jsonl", "--device", "http://127.0.0.1:1")]
+)
+def test_votes_that_cannot_be_kept_here_are_refused(say, folder: Path, arguments: tuple[str, ...]) -> None:
+    answer = say("aaa\ntuned\n", *MOOD, *arguments)
+    assert answer.code != 0
+    assert "--votes" in answer.err
+    assert not (folder / "votes.jsonl").exists()
+
+
+def test_an_unclear_vote_from_a_program_is_an_error(say, folder: Path) -> None:
+    answer = say("aaa\nboth\n", *MOOD, "--votes", "votes.jsonl", "--json")
+    assert answer.code != 0
+    assert not (folder / "votes.jsonl").exists()
