@@ -23,6 +23,7 @@ from fedbpt.coordinator.layer_reading import most_looks, reads_layers, states_al
 from fedbpt.coordinator.secure_cost import secure_bytes
 from fedbpt.engine.layers import middle_layer
 from fedbpt.errors import ConfigError
+from fedbpt.objective.answers import ANSWERED_ROWS
 from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import (
     DeviceInfo,
@@ -137,7 +138,9 @@ def estimate(settings: RunSettings, task: Task, infos: Sequence[DeviceInfo], agg
     """
     settings = settings.for_labels(task.labels, task.generation)
     local = method_named(settings.method).local
-    parts = [tokens_of(settings, task.templates, info) for info in infos]
+    answers = task.generation and not (settings.secure or settings.privacy or settings.prompt.in_front)
+    answer = task.generation.max_tokens if task.generation and answers else 0
+    parts = [tokens_of(settings, task.templates, info, answer) for info in infos]
     per_round = settings.popsize * settings.iterations + 1 if local else settings.popsize
     alone = states_alone(task.templates, settings, infos[0].n_layer)
     rounds = 0 if alone else _rounds(settings, infos, parts, per_round)
@@ -210,8 +213,11 @@ def project(found: Measurement, task: Task, rows: int = 128) -> Projection:
     )
 
 
-def tokens_of(settings: RunSettings, templates: Sequence[Template], info: DeviceInfo) -> Parts:
-    """Most forward tokens on a device; ``settings`` are those of `RunSettings.for_labels`."""
+def tokens_of(settings: RunSettings, templates: Sequence[Template], info: DeviceInfo, answer_tokens: int = 0) -> Parts:
+    """Most forward tokens on a device; ``settings`` are those of `RunSettings.for_labels`.
+
+    ``answer_tokens``: most of an answer that selects the template; 0: none does.
+    """
     objective = settings.objective
     prompt = settings.prompt
     n_rows = info.n_train
@@ -226,6 +232,8 @@ def tokens_of(settings: RunSettings, templates: Sequence[Template], info: Device
     again = TEMPLATE_TOKENS if info.shares_beginnings and not prompt.in_front and alike else text
     selected = min(settings.select_rows or n_rows, n_rows) if n_templates > 1 else int(settings.balanced)
     select = Tokens(text + again * (n_templates - 1) + target * n_templates, words * n_templates) * selected
+    if answer_tokens and n_templates > 1:
+        select += Tokens((text + answer_tokens) * n_templates) * min(selected, ANSWERED_ROWS)
     batch = min(objective.batch_size or n_rows, n_rows)
     cue = not prompt.in_front
     # For one candidate; a prompt in front is computed once for all texts.

@@ -25,7 +25,7 @@ from fedbpt.engine.text_generator import generates
 from fedbpt.errors import DataError, InputError, ScoringInterrupted
 from fedbpt.machine.memory import physical_memory
 from fedbpt.metrics import metric_named
-from fedbpt.objective.answers import AnswerObjective
+from fedbpt.objective.answers import ANSWERED_ROWS, AnswerObjective
 from fedbpt.objective.layer_sums import cross_result, sketch_result, sums_result
 from fedbpt.objective.layer_view import LayerReader, LayerView, ViewKey
 from fedbpt.objective.logistic import logistic_result, moments_result
@@ -91,7 +91,7 @@ from fedbpt.version import VERSION
 if TYPE_CHECKING:
     from fedbpt.secure.party import Party
 
-_ANSWERED_ROWS = 32  # rows whose answers select the template
+
 _MAX_OBJECTIVES = 4  # cached; train, dev and test rows under one template, and one to spare
 _SHIFT_ROWS = 16  # rows whose states give the size of shifts
 _MAX_PLAIN_LOGITS = 16  # cached; a few hundred numbers a row, for each other template of train and dev rows
@@ -493,7 +493,7 @@ class Device:
             found = SelectResult(loss_sums=Array.of(sums), correct=n_correct, label_counts=counts, sizes=sizes)
             return found, len(chosen)
         found = SelectResult(loss_sums=Array.of(sums[:, 0]), correct=n_correct, sizes=sizes)
-        return self._with_rewards(found, plan, work, chosen[:_ANSWERED_ROWS], effort, cancelled), len(chosen)
+        return self._with_rewards(found, plan, work, chosen[:ANSWERED_ROWS], effort, cancelled), len(chosen)
 
     def _with_rewards(
         self,

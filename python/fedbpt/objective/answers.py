@@ -17,6 +17,9 @@ from fedbpt.search.projection import placing
 from fedbpt.tasks.rows import Row
 from fedbpt.tasks.task import bos_ids, render_ids
 
+ANSWERED_ROWS: Final = 32
+"""Most training rows of a device whose answers select the template."""
+
 CHUNK: Final = 32
 """Texts that are answered between two questions whether the work was cancelled."""
 
