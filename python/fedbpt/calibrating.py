@@ -41,7 +41,7 @@ def calibrate(scorer: Scorer, task: GivenTask, texts: Sequence[str]) -> Prompt:
     task = load(task)
     if not task.labels:
         raise TaskError(f"task {task.name} has no labels to calibrate: use fedbpt.tune", field="task")
-    if not texts:
+    if not len(texts):
         raise DataError("there are no texts: give at least one", field="texts")
     for place, text in enumerate(texts):
         if not text.strip():

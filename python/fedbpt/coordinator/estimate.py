@@ -138,7 +138,8 @@ def estimate(settings: RunSettings, task: Task, infos: Sequence[DeviceInfo], agg
     """
     settings = settings.for_labels(task.labels, task.generation)
     local = method_named(settings.method).local
-    answers = task.generation and not (settings.secure or settings.privacy or settings.prompt.in_front)
+    open_run = not settings.secure and settings.privacy is None and settings.robust == "none"
+    answers = task.generation and open_run and not settings.prompt.in_front
     answer = task.generation.max_tokens if task.generation and answers else 0
     parts = [tokens_of(settings, task.templates, info, answer) for info in infos]
     per_round = settings.popsize * settings.iterations + 1 if local else settings.popsize
@@ -213,6 +214,11 @@ def project(found: Measurement, task: Task, rows: int = 128) -> Projection:
     )
 
 
+def _pattern_tokens(template: Template) -> int:
+    """Most tokens of a pattern: a few, or those of the examples in it, of three bytes or more each."""
+    return TEMPLATE_TOKENS + max(len(template.pattern.encode()) - 5 * TEMPLATE_TOKENS, 0) // 3
+
+
 def tokens_of(settings: RunSettings, templates: Sequence[Template], info: DeviceInfo, answer_tokens: int = 0) -> Parts:
     """Most forward tokens on a device; ``settings`` are those of `RunSettings.for_labels`.
 
@@ -222,14 +228,15 @@ def tokens_of(settings: RunSettings, templates: Sequence[Template], info: Device
     prompt = settings.prompt
     n_rows = info.n_train
     n_templates = len(templates)
-    text = objective.max_text_tokens + TEMPLATE_TOKENS
+    around = max(map(_pattern_tokens, templates))
+    text = objective.max_text_tokens + around
     target = objective.max_text_tokens if objective.loss == "nll" else 0
     # An answer's tokens, spread over all rounds of the search.
     answer = math.ceil(settings.metric_share * objective.generation.max_tokens) if objective.generation else 0
     words = _dearest_words(templates, info) or 0
     alike = len({template.pattern.partition("{text}")[0] for template in templates}) == 1
     # Under another template with the same beginning, a text costs only its end.
-    again = TEMPLATE_TOKENS if info.shares_beginnings and not prompt.in_front and alike else text
+    again = around if info.shares_beginnings and not prompt.in_front and alike else text
     selected = min(settings.select_rows or n_rows, n_rows) if n_templates > 1 else int(settings.balanced)
     select = Tokens(text + again * (n_templates - 1) + target * n_templates, words * n_templates) * selected
     if answer_tokens and n_templates > 1:

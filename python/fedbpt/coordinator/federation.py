@@ -314,7 +314,7 @@ class Federation:
         looks = self._looks_at(self._ledger.course.share(self.settings))
         began = time.monotonic()
         gain = await self._live.look()
-        self._ledger.leave_out(state.closed, time.monotonic() - began)
+        self._ledger.leave_out(state.closed, time.monotonic() - began, "look_seconds")
         if gain is None:  # another try would be no better
             state.looks = looks
             return

@@ -207,8 +207,10 @@ class RunLedger:
         loss = mean_loss(cap_reports(reports, self.settings.row_cap))
         epsilon = self.epsilon()
         metrics = {"loss": loss, "seconds": seconds, "tokens": float(sum(report.tokens for report in reports))}
-        metrics[BYTES_UP] = float(sum(each.bytes_up for each in traffic.values()))
-        metrics[BYTES_DOWN] = float(sum(each.bytes_down for each in traffic.values()))
+        if traffic:
+            everybody = {**self.traffic_before, **traffic}.values()
+            metrics[BYTES_UP] = float(sum(each.bytes_up for each in everybody))
+            metrics[BYTES_DOWN] = float(sum(each.bytes_down for each in everybody))
         if epsilon is not None:
             metrics["epsilon"] = epsilon
         self.store.commit_round(
@@ -223,10 +225,14 @@ class RunLedger:
         self._add_seconds(round, seconds)
         return Committed(loss, epsilon)
 
-    def leave_out(self, round: int, seconds: float) -> None:
-        """Record the time of a round that the budget ended before enough devices had reported, or of a look."""
-        before = self.metrics(round).get("cut_seconds", 0.0)
-        self.store.record_metrics(self.run, round, {"cut_seconds": before + seconds})
+    def leave_out(self, round: int, seconds: float, of: str = "") -> None:
+        """Record the time of a round that the budget ended before enough devices had reported, or of a look.
+
+        ``of``: another metric to which the time is added, too.
+        """
+        before = self.metrics(round)
+        names = ["cut_seconds", *([of] if of else [])]
+        self.store.record_metrics(self.run, round, {name: before.get(name, 0.0) + seconds for name in names})
         self._add_seconds(round, seconds)
 
     def _count(self, reports: Sequence[RoundReport], seconds: float, scored: int) -> None:

@@ -60,7 +60,7 @@ class Faults(NamedTuple):
 
     Attributes:
         rounds: closed ones.
-        expected: reports that all devices would have made.
+        expected: reports that all devices that were asked would have made.
         counted: reports that were used.
         late: reports that came after their round was closed.
         left_out_seconds: of rounds that were given up.
@@ -113,30 +113,38 @@ def report_of(store: RunStore, run: str, target: float | None = None, watts: flo
     """
     found = store.get_run(run)
     settings = stored_settings(found.settings)
+    rounds = list(store.rounds(run))  # first: a round that is closed meanwhile has no figures below
     history = store.history(run)
     by_round = {line.round: line.metrics for line in history}
     spent: dict[int, Spent] = {}
+    power = None if settings.privacy is not None else watts  # private reports have no seconds
     evaluations, tokens, seconds, working = 0, 0, 0.0, 0.0
     counted = 0
-    for stored in store.rounds(run):
+    expected = 0
+    n_all = len(store.devices(run))
+    peak = max((each.peak_rss_bytes for each in store.traffic(run).values()), default=0)
+    for stored in rounds:
         closed = numbers_of(stored)
         n_devices = [len(devices_of(report)) for report in stored.reports]
         counted += sum(n_devices)
         evaluations += evaluations_in(closed, settings) if closed.purpose == "search" else 0
         tokens += sum(share.tokens for share in closed.shares)
-        seconds += by_round.get(stored.round, {}).get("seconds", 0.0)
+        figures = by_round.get(stored.round, {})
+        seconds += figures.get("seconds", 0.0) + figures.get("cut_seconds", 0.0)
+        drafted = settings.per_round if closed.purpose == "search" else 0
+        expected += min(drafted or n_all, n_all)
+        peak = max(peak, *(report.peak_rss_bytes for report in stored.reports))
         working += sum(share.seconds * n for share, n in zip(closed.shares, n_devices, strict=True))
-        metrics = by_round.get(stored.round, {})
         spent[stored.round] = Spent(
             evaluations,
             tokens,
             seconds,
             working,
-            metrics.get(BYTES_UP),
-            metrics.get(BYTES_DOWN),
-            None if watts is None else watts * working,
+            figures.get(BYTES_UP),
+            figures.get(BYTES_DOWN),
+            None if power is None else power * working,
         )
-    nothing = Spent(0, 0, 0.0, 0.0, 0.0, 0.0, None if watts is None else 0.0)
+    nothing = Spent(0, 0, 0.0, 0.0, 0.0, 0.0, None if power is None else 0.0)
     generates = settings.objective.loss == "nll"
     points = tuple(
         Measured(point.round, point.figure, point.n, _spent_by(spent, point.round, nothing))
@@ -151,10 +159,10 @@ def report_of(store: RunStore, run: str, target: float | None = None, watts: flo
         points=points,
         budgets=tuple(_budgets(points, total, generates)),
         total=total,
-        peak_rss_bytes=max((each.peak_rss_bytes for each in store.traffic(run).values()), default=0),
+        peak_rss_bytes=peak,
         target=target,
         reached=None if target is None else next((p for p in points if _reaches(p, target, generates)), None),
-        faults=_faults(history, len(spent), len(store.devices(run)), counted),
+        faults=_faults(history, len(spent), expected, counted),
     )
 
 
@@ -179,11 +187,15 @@ def _budgets(points: Sequence[Measured], total: Spent, generates: bool) -> list[
     return found
 
 
+def _given_up(metrics: Mapping[str, float]) -> float:
+    return max(metrics.get("cut_seconds", 0.0) - metrics.get("look_seconds", 0.0), 0.0)
+
+
 def _within(cost: float | None, budget: float) -> bool:
     return cost is not None and cost <= budget
 
 
-def _faults(history: Sequence[RoundHistory], n_rounds: int, n_devices: int, counted: int) -> Faults:
+def _faults(history: Sequence[RoundHistory], n_rounds: int, expected: int, counted: int) -> Faults:
     times: Counter[str] = Counter()
     reasons: dict[str, str] = {}
     for line in history:
@@ -191,9 +203,9 @@ def _faults(history: Sequence[RoundHistory], n_rounds: int, n_devices: int, coun
         reasons.update(line.lost)
     return Faults(
         rounds=n_rounds,
-        expected=n_rounds * n_devices,
+        expected=expected,
         counted=counted,
         late=sum(len(line.late) for line in history),
-        left_out_seconds=sum(line.metrics.get("cut_seconds", 0.0) for line in history),
+        left_out_seconds=sum(_given_up(line.metrics) for line in history),
         lost={name: (n, reasons[name]) for name, n in sorted(times.items())},
     )

@@ -48,6 +48,9 @@ SELECTION: Final = 0
 
 FEWEST_JUDGES: Final = 5  # rows
 
+LONG_PATTERN: Final = 200
+"""Bytes of a pattern over which it holds examples, whose tokens are not those of a text."""
+
 _Z: Final = 1.645  # the normal distribution's quantile of 95 %
 
 
@@ -125,7 +128,8 @@ class RunState:
         by_metric = n_answered >= FEWEST_JUDGES
         self._selected = int(np.argmin(answer_loss(rewards / n_answered, losses) if by_metric else losses))
         n_texts = sum(report.n_texts for report in reports)
-        self._long_texts = sum(report.tokens for report in reports) > LONG_TEXT * n_texts
+        examples = sum(max(len(each.pattern.encode()) - LONG_PATTERN, 0) // 4 for each in self.task.templates)
+        self._long_texts = sum(report.tokens for report in reports) > (LONG_TEXT + examples) * n_texts
         self.template_losses = tuple(losses.tolist())
         if self.settings.prompt.shifts:
             self.prompt = self.settings.prompt.shifting(self._shift(reports))
@@ -134,7 +138,7 @@ class RunState:
             TemplateScore(template=template, score=score)
             for template, score in zip(self.task.templates, scores, strict=False)
         )
-        if by_metric:
+        if by_metric and rewards.any():
             self.candidates = tuple(
                 TemplateScore(
                     template=template, score=NO_SCORE, reward=float(total / n_answered), n_answered=n_answered
@@ -265,7 +269,8 @@ class RunState:
     @property
     def selects_by_answers(self) -> bool:
         """Whether devices that can are to measure answers to select the template: in a sum, all would have to."""
-        return self.judges_answers and not self.settings.secure and self.settings.privacy is None
+        settings = self.settings
+        return self.judges_answers and not settings.secure and settings.privacy is None and settings.robust == "none"
 
     @property
     def held(self) -> HeldRows:

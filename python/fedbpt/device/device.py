@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -87,6 +88,8 @@ from fedbpt.side_by_side.on_device import answer_of
 from fedbpt.tasks import Task
 from fedbpt.tasks.rows import Row, batch_indices, targets_of
 from fedbpt.version import VERSION
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from fedbpt.secure.party import Party
@@ -510,11 +513,15 @@ class Device:
             return found
         nothing = np.zeros((1, 0, self.scorer.n_embd), np.float32)
         sums = []
-        for template in work.templates:
-            asked = msgspec.structs.replace(plan, template=template, prompt=PromptSpec())
-            answering = self._answering(asked, how, [self._rows["train"][i] for i in chosen], keep_kv=False)
-            sums.append(answering.measure(nothing, None, _ignore, cancelled).rewards.sum())
-            effort.tokens += answering.n_tokens
+        try:
+            for template in work.templates:
+                asked = msgspec.structs.replace(plan, template=template, prompt=PromptSpec())
+                answering = self._answering(asked, how, [self._rows["train"][i] for i in chosen], keep_kv=False)
+                sums.append(answering.measure(nothing, None, _ignore, cancelled).rewards.sum())
+                effort.tokens += answering.n_tokens
+        except InputError as error:  # a text and its answer are too long for the context, for example
+            log.warning("no answers select the template here: %s", error)
+            return found
         return msgspec.structs.replace(found, reward_sums=Array.of(np.array(sums)), n_answered=len(chosen))
 
     def _measures(self, generation: Generation) -> bool:

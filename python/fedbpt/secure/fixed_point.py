@@ -18,7 +18,10 @@ def pack(values: NDArray[np.float64], n_devices: int) -> NDArray[np.uint64]:
     """``values`` as 64-bit integers. Raises `InputError` if a sum over ``n_devices`` might overflow."""
     most = 2.0 ** (62 - FRACTION) / n_devices
     if not np.isfinite(values).all() or np.abs(values).max(initial=0.0) > most:
-        raise InputError(f"a result has a number beyond {most:.3g}, which cannot be added up securely", field="result")
+        raise InputError(
+            f"a result has a number beyond {most:.3g}, which cannot be added up securely: set secure = false",
+            field="result",
+        )
     return np.rint(values * 2.0**FRACTION).astype(np.int64).view(np.uint64)
 
 
@@ -31,7 +34,9 @@ def pack_states(values: NDArray[np.float64], largest: float) -> NDArray[np.uint3
     """``values``, of which no sum over devices is beyond ``largest``, as 32-bit integers."""
     scaled = np.rint(values * _state_scale(largest))
     if not np.isfinite(scaled).all() or np.abs(scaled).max(initial=0.0) >= 2**31:
-        raise InputError("sums of states are beyond those of the run's rows", field="result")
+        raise InputError(
+            "sums of states are beyond those of the run's rows: give all devices one version", field="result"
+        )
     return scaled.astype(np.int32).view(np.uint32)
 
 

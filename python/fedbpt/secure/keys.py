@@ -39,7 +39,7 @@ def agree(private: bytes, public: bytes, purpose: bytes) -> bytes:
     try:
         shared = X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError as error:
-        raise WireError("a public key is no X25519 key", field="keys") from error
+        raise WireError("a public key is no X25519 key: begin another epoch", field="keys") from error
     return HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=purpose).derive(shared)
 
 
@@ -59,7 +59,9 @@ def unseal(key: bytes, number: int, sealed: bytes, where: bytes) -> bytes:
     try:
         return ChaCha20Poly1305(key).decrypt(number.to_bytes(12, "little"), sealed, where)
     except InvalidTag as error:
-        raise WireError("a share is not from its sender, or not for this use", field="shares") from error
+        raise WireError(
+            "a share is not from its sender, or not for this use: expected that of this sum", field="shares"
+        ) from error
 
 
 def identity_of(private: bytes) -> bytes:
@@ -77,4 +79,4 @@ def check_signature(identity: bytes, signature: bytes, message: bytes) -> None:
     try:
         Ed25519PublicKey.from_public_bytes(identity).verify(signature, message)
     except (InvalidSignature, ValueError) as error:
-        raise WireError("its keys are not signed by it", field="signature") from error
+        raise WireError("its keys are not signed by it: expected its own signature", field="signature") from error

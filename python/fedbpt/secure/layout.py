@@ -123,7 +123,7 @@ def result_of(total: Vector, kind: type[Result], purpose: FitPurpose | None, use
     try:
         return kind(**fields), n_texts
     except TypeError as error:
-        raise WireError(f"a masked result lacks fields of a {kind.__name__}", field="fields") from error
+        raise WireError(f"a masked result lacks fields: expected those of a {kind.__name__}", field="fields") from error
 
 
 def evaluation_of(total: Vector, use: SecureUse, seconds: float) -> EvaluateReport:

@@ -144,8 +144,7 @@ class Party:
         enough = len(work.survivors) >= max(epoch.threshold, 2)
         if not fits or not enough or epoch.name not in work.survivors:
             raise InputError(
-                f"shares are revealed for {max(epoch.threshold, 2)} or more survivors, this device among them, and "
-                "each device once",
+                f"expected {max(epoch.threshold, 2)} or more survivors, this device among them, and each device once",
                 field="survivors",
             )
         lists = hashlib.sha256(repr((sorted(work.survivors), sorted(work.dropped))).encode()).digest()
@@ -165,7 +164,7 @@ class Party:
     def _epoch(self, epoch: str) -> _Epoch:
         if epoch not in self._epochs:
             raise InputError(
-                f"this device has no keys of epoch {epoch}: it was restarted, and takes part again from the next one",
+                f"this device has no keys of epoch {epoch}: it was restarted; begin another epoch, which includes it",
                 field="epoch",
             )
         return self._epochs[epoch]
@@ -190,14 +189,19 @@ class Party:
             self._check_keys(work.epoch, name, found, len(epoch.seeds))
         own = work.keys[work.names.index(epoch.name)]
         if own.cipher_key != keys.public_key(epoch.cipher_key) or own.identity != self.identity:
-            raise InputError("this device's own keys were changed on the way", field="keys")
+            raise InputError(
+                "this device's own keys were changed on the way: do not trust this coordinator", field="keys"
+            )
 
     def _check_keys(self, epoch: str, name: str, found: KeysResult, n_uses: int) -> None:
         known = found.identity if self._trusted is None else self._trusted.get(name)
         if known is None:
             raise InputError(f"device {name} is not among the trusted identities: add it to them", field="identity")
         if known != found.identity:
-            raise InputError(f"device {name} has another identity than the trusted one", field="identity")
+            raise InputError(
+                f"device {name} has another identity than the trusted one: check its key, or the line in the file",
+                field="identity",
+            )
         try:
             check_keys(epoch, name, found, n_uses)
         except WireError as error:
@@ -208,7 +212,7 @@ def check_keys(epoch: str, name: str, found: KeysResult, n_uses: int) -> None:
     """Raise `WireError` unless the keys have the right sizes, and their signature."""
     fits = len(found.identity) == len(found.cipher_key) == _SECRET
     if not fits or not len(found.mask_keys) == len(found.seed_digests) == _SECRET * n_uses:
-        raise WireError(f"keys are not those of {n_uses} uses", field="keys")
+        raise WireError(f"keys have wrong sizes: expected those of {n_uses} sums", field="keys")
     keys.check_signature(found.identity, found.signature, signed(epoch, name, found))
 
 
@@ -269,11 +273,11 @@ def unmasked(
     total = Vector(first.fields, wide, narrow)
     for name in masked:
         if hashlib.sha256(seeds[name]).digest() != nth(n_uses_keys[name].seed_digests, use.index):
-            raise WireError(f"the shares of device {name}'s seed are wrong", field="shares")
+            raise WireError(f"the shares of device {name}'s seed are wrong: use another sum", field="shares")
         total = _added(total, keys.stream(seeds[name], total.n_bytes), -1)
     for name, private in mask_keys.items():
         if keys.public_key(private) != nth(n_uses_keys[name].mask_keys, use.index):
-            raise WireError(f"the shares of device {name}'s key are wrong", field="shares")
+            raise WireError(f"the shares of device {name}'s key are wrong: use another sum", field="shares")
         for survivor in masked:
             public = nth(n_uses_keys[survivor].mask_keys, use.index)
             seed = keys.agree(private, public, pair_purpose(use, name, survivor))

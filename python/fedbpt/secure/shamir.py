@@ -43,5 +43,5 @@ def combine(places: Sequence[int], shares: Sequence[bytes]) -> bytes:
                 below = below * (other - point) % PRIME
         secret = (secret + value * above * pow(below, -1, PRIME)) % PRIME
     if secret >= 2 ** (8 * SECRET_BYTES):
-        raise WireError("shares do not belong together", field="shares")
+        raise WireError("shares do not belong together: expected those of one secret", field="shares")
     return secret.to_bytes(SECRET_BYTES, "little")

@@ -22,7 +22,7 @@ def with_examples(task: Task, rows: Any) -> Task:
 
     A run then selects the best of all: of target texts with a metric of generated answers by the metric, else by the
     loss. The rows become part of the task, which travels with the run and the prompt: choose rows that everybody may
-    see.
+    see, and leave them out of the training rows, which would else be scored with their own answers before them.
 
     Args:
         task: of labels or of target texts.

@@ -5,8 +5,10 @@ from __future__ import annotations
 import msgspec
 from msgspec import UNSET
 
+from fedbpt.coordinator.report_bounds import max_tokens_of_a_text
 from fedbpt.coordinator.work_kinds.base import WorkKind, check_losses, check_shape
 from fedbpt.errors import WireError
+from fedbpt.objective.answers import ANSWERED_ROWS
 from fedbpt.protocol.rounds import RoundPlan, RoundReport, SelectResult, SelectWork
 from fedbpt.protocol.specs import Array, Template
 from fedbpt.runs.events import RoundPurpose
@@ -45,6 +47,11 @@ class Selection(WorkKind[SelectWork, SelectResult]):
     def max_texts(self, plan: RoundPlan, work: SelectWork, n_texts: int) -> int:  # noqa: ARG002
         return len(work.templates) * n_texts
 
+    def max_tokens(self, plan: RoundPlan, work: SelectWork, n_texts: int) -> int:
+        a_text = max_tokens_of_a_text(plan, work.templates)
+        sized = len(work.templates) * n_texts if plan.prompt.shifts else 0  # texts whose states give the shifts' size
+        return super().max_tokens(plan, work, n_texts) + sized * a_text
+
     def max_rows(self, work: SelectWork) -> int:
         return work.max_rows
 
@@ -81,9 +88,10 @@ def _check_rewards(result: SelectResult, plan: RoundPlan, n_templates: int, n_te
     rewards, n_answered = result.reward_sums, result.n_answered
     if rewards is UNSET and n_answered is UNSET:
         return
-    if rewards is UNSET or n_answered is UNSET or plan.objective.generation is UNSET or n_answered > n_texts:
+    most = min(n_texts, ANSWERED_ROWS)
+    if rewards is UNSET or n_answered is UNSET or plan.objective.generation is UNSET or n_answered > most:
         raise WireError(
-            "reward_sums and n_answered, at most n_texts, must be given together, where the plan asks for answers",
+            f"reward_sums and n_answered, at most {most}, must be given together, where the plan asks for answers",
             field="reward_sums",
         )
     check_shape(rewards, (n_templates,), "reward_sums")
