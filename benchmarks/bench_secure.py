@@ -36,6 +36,7 @@ from fedbpt.protocol.seeding import generator
 from fedbpt.protocol.specs import Array, ObjectiveSpec
 from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
+from fedbpt.secure.sizes import SEALED_BYTES, threshold_of
 
 N_USES = 64
 VECTORS = {
@@ -63,7 +64,7 @@ def group(n: int) -> tuple[list[str], list[Any], dict[str, KeysResult], list[Any
         for p, name in zip(parties, names, strict=True)
     ]
     keys = {name: found for name, (found, _) in zip(names, made, strict=True)}
-    asked = SharesWork(epoch="e", threshold=n // 2 + 1, names=tuple(names), keys=tuple(keys.values()))
+    asked = SharesWork(epoch="e", threshold=threshold_of(n), names=tuple(names), keys=tuple(keys.values()))
     few = min(n, 8)  # the others cost as much
     told = [timed(lambda p=p: p.shares(asked)) for p in parties[:few]]
     shared = [found for found, _ in told] + [p.shares(asked) for p in parties[few:]]
@@ -80,7 +81,6 @@ def sums(n: int, dropping: float, vector: tuple[int, int], made: Any, index: int
     from fedbpt.secure.fixed_point import pack, pack_states, unpack
     from fedbpt.secure.layout import Vector, as_masked
     from fedbpt.secure.party import secret_of, unmasked
-    from fedbpt.secure.sizes import SEALED_BYTES
 
     names, parties, keys, shared, _ = made
     rng = np.random.default_rng(index)
@@ -98,7 +98,7 @@ def sums(n: int, dropping: float, vector: tuple[int, int], made: Any, index: int
         mask_ms.append(ms)
     named = [*survivors, *dropped]
     told, unmask_ms, down = {}, [], 0
-    for place, name in enumerate(survivors[: n // 2 + 1]):
+    for place, name in enumerate(survivors[: threshold_of(n)]):
         sealed = tuple(
             shared[names.index(of)].sealed[place][SEALED_BYTES * index : SEALED_BYTES * (index + 1)] for of in named
         )
@@ -109,7 +109,7 @@ def sums(n: int, dropping: float, vector: tuple[int, int], made: Any, index: int
 
     def add_up() -> Vector:
         found = {
-            name: secret_of(names, {to: said.shares[place] for to, said in told.items()}, n // 2 + 1)
+            name: secret_of(names, {to: said.shares[place] for to, said in told.items()}, threshold_of(n))
             for place, name in enumerate(named)
         }
         return unmasked(

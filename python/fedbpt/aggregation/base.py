@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
+from msgspec import UNSET
 from numpy.typing import NDArray
 
 from fedbpt.errors import InputError
@@ -115,6 +116,11 @@ def latents_of(
                 f"device {report.device} sent {field} of shape {list(values.shape)}, expected [{size}]", field=field
             )
     return np.stack(arrays)
+
+
+def devices_of(report: RoundReport) -> tuple[str, ...]:
+    """The device that reported, or of a sum all devices in it."""
+    return (report.device,) if report.devices is UNSET else report.devices
 
 
 def weights_of(pairs: Sequence[tuple[RoundReport, R]]) -> NDArray[np.float64]:

@@ -158,6 +158,7 @@ class LayerFit:
         self.loss = float("inf")
         """Cross-validated loss of `readout` on the folds that chose it, nats."""
         self._seed = seed
+        self._choosing_share: float | None = None  # of the rows that may choose; None: follows from their number
         self._work: Work = SumsWork(purpose=purpose, reading=reading, max_rank=MAX_RANK)
         if sketched:
             self._work = SketchWork(purpose=purpose, reading=reading, rank=sketched)
@@ -215,6 +216,8 @@ class LayerFit:
         self._classify(found, weights_of(pairs), means)
 
     def _take_sketches(self, pairs: Sequence[tuple[RoundReport, SketchResult]]) -> None:
+        counts = np.sum([result.counts.numpy().sum(axis=1) for _, result in pairs], axis=0)
+        self._choosing_share = float(1 - counts[JUDGES] / max(counts.sum(), 1e-9))
         found = [(1.0, _sketched_sums_of(result, self._seed)) for _, result in pairs]
         means = [result.word_means.numpy().ravel() for _, result in pairs]
         self._classify(found, weights_of(pairs), means)
@@ -331,7 +334,9 @@ class LayerFit:
                 )
         sums = np.stack([result.loss_sums.numpy() for _, result in pairs])
         choosing = np.delete(sums, JUDGES, axis=2).sum(axis=2)
-        n_rows = sum(report.n_texts - report.n_texts // self._reading.n_folds for report, _ in pairs)
+        n_rows: float = sum(report.n_texts - report.n_texts // self._reading.n_folds for report, _ in pairs)
+        if self._choosing_share is not None:
+            n_rows = self._choosing_share * sum(report.n_texts for report, _ in pairs)
         mean: Floats = choosing.sum(axis=0) / n_rows
         return mean
 

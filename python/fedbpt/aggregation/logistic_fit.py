@@ -22,7 +22,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbpt.aggregation.base import accepted, weights_of
+from fedbpt.aggregation.base import accepted, devices_of, weights_of
 from fedbpt.aggregation.lbfgs import Lbfgs
 from fedbpt.aggregation.robust import Robust, centre, reports_needed, rule_of_fits
 from fedbpt.errors import InputError
@@ -179,7 +179,7 @@ class LogisticFit:
         losses, by_weights, by_scales, by_bias = middle
         n_rows = sum(report.n_texts for report, _ in pairs)
         self._exchanges += 1
-        devices = tuple(report.device for report, _ in pairs)
+        devices = tuple(name for report, _ in pairs for name in devices_of(report))
         if self._devices and devices != self._devices:
             for search in self._searches:
                 search.forget()  # a loss on other rows: earlier ones cannot be compared with it

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbpt.aggregation.base import accepted, weights_of
+from fedbpt.aggregation.base import accepted, devices_of, weights_of
 from fedbpt.aggregation.lbfgs import Lbfgs
 from fedbpt.aggregation.robust import Robust, centre, reports_needed, rule_of_fits
 from fedbpt.errors import InputError
@@ -131,7 +131,7 @@ class ReadoutFit:
         loss = float(self._middle(weights, np.array([[result.loss] for _, result in pairs]))[0])
         n_rows = sum(report.n_texts for report, _ in pairs)
         self._exchanges += 1
-        devices = tuple(report.device for report, _ in pairs)
+        devices = tuple(name for report, _ in pairs for name in devices_of(report))
         if devices != self._devices:
             # A loss on other rows: earlier ones cannot be compared with it.
             self._devices = devices

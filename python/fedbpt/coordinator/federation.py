@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from fedbpt.aggregation.base import Aggregator
+from fedbpt.aggregation.base import Aggregator, devices_of
 from fedbpt.coordinator.clients.base import DeviceClient
 from fedbpt.coordinator.control import RunControl, Wish
 from fedbpt.coordinator.estimate import readout_tokens
@@ -26,7 +26,6 @@ from fedbpt.coordinator.ledger import RunLedger
 from fedbpt.coordinator.live import LiveEvaluation
 from fedbpt.coordinator.members import Cohort, common_model, describe_absent
 from fedbpt.coordinator.outcome import make_result
-from fedbpt.coordinator.round_reports import devices_of
 from fedbpt.coordinator.run_listener import listener_for
 from fedbpt.coordinator.run_state import FEWEST_JUDGES, SELECTION
 from fedbpt.coordinator.stragglers import Pace
@@ -491,7 +490,7 @@ class Federation:
             reports = await self._sums.evaluate(request, limit)
         able = [member for member in fleet.members.values() if not fleet.unfit(member)]
         has_rows = any(member.info and member.info.n_test for member in able)
-        if not reports and has_rows:
+        if not reports and has_rows and not self.settings.secure:  # whose sums need more devices than have rows
             raise FederationError(
                 f"tuned, but no device could evaluate the result{describe_absent(fleet.members.values())};"
                 " start the same run again to resume it"

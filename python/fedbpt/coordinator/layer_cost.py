@@ -45,7 +45,7 @@ def layer_bytes(
         n_readouts: fits with a prompt, beside that of the probe.
         secure: states are summed up in sketches.
     """
-    layers, n_views = within_message(reading_layers(info.n_layer), n_views, n_labels, info.n_embd)
+    layers, n_views = within_message(reading_layers(info.n_layer), n_views, n_labels, info.n_embd, secure)
     n_layers, n_word_views = len(layers), min(n_word_views, n_views)
     most_kept = int(1 / SMALLEST_WEIGHT)
     probe = n_views * n_layers

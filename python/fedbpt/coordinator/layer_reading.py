@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Final
 
 from fedbpt.aggregation.layer_fit import max_readers
+from fedbpt.protocol.rounds import N_FOLDS
 from fedbpt.protocol.specs import Template
 from fedbpt.runs.settings import RunSettings
+from fedbpt.secure.sizes import most_readers
 
 MAX_WORD_BYTES: Final = 120
 """Label words of more bytes together, in UTF-8, are not scored: each text would cost dozens of tokens more."""
@@ -22,12 +24,16 @@ LOOK_ROUNDS: Final = 10
 """Rounds of the search before the first of them."""
 
 
-def within_message(layers: tuple[int, ...], n_views: int, n_labels: int, n_embd: int) -> tuple[tuple[int, ...], int]:
+def within_message(
+    layers: tuple[int, ...], n_views: int, n_labels: int, n_embd: int, secure: bool = False
+) -> tuple[tuple[int, ...], int]:
     """The last of ``layers``, and the number of the first views, whose classifiers fit into a message.
 
-    All of them, but for large models with many labels. ``n_embd`` 0: unknown.
+    All of them, but for large models with many labels. ``n_embd`` 0: unknown. ``secure``: sketches must fit, too.
     """
     most = max_readers(n_labels, n_embd)
+    if secure:
+        most = min(most, most_readers(N_FOLDS, n_labels, n_embd))
     kept = layers[-max(min(len(layers), most // min(n_views, 2)), 1) :]
     return kept, max(min(n_views, most // len(kept)), 1)
 

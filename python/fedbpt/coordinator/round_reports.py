@@ -24,11 +24,6 @@ def purpose_of(reports: Sequence[RoundReport]) -> RoundPurpose:
     return kind_of_result(result).purpose(result)
 
 
-def devices_of(report: RoundReport) -> tuple[str, ...]:
-    """The device that reported, or of a sum all devices in it."""
-    return (report.device,) if report.devices is UNSET else report.devices
-
-
 def mean_loss(reports: Sequence[RoundReport]) -> float:
     """Mean loss of the devices, weighted by rows, nats."""
     total = 0.0

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
 from fedbpt.coordinator.round_figures import evaluations_in, numbers_of
-from fedbpt.coordinator.round_reports import devices_of
 from fedbpt.runs.dev_figures import dev_points
 from fedbpt.runs.settings import stored_settings
 from fedbpt.runs.store import RoundHistory, RunStore
@@ -125,8 +124,7 @@ def report_of(store: RunStore, run: str, target: float | None = None, watts: flo
     peak = max((each.peak_rss_bytes for each in store.traffic(run).values()), default=0)
     for stored in rounds:
         closed = numbers_of(stored)
-        n_devices = [len(devices_of(report)) for report in stored.reports]
-        counted += sum(n_devices)
+        counted += len(closed.shares)
         evaluations += evaluations_in(closed, settings) if closed.purpose == "search" else 0
         tokens += sum(share.tokens for share in closed.shares)
         figures = by_round.get(stored.round, {})
@@ -134,7 +132,7 @@ def report_of(store: RunStore, run: str, target: float | None = None, watts: flo
         drafted = settings.per_round if closed.purpose == "search" else 0
         expected += min(drafted or n_all, n_all)
         peak = max(peak, *(report.peak_rss_bytes for report in stored.reports))
-        working += sum(share.seconds * n for share, n in zip(closed.shares, n_devices, strict=True))
+        working += sum(share.seconds for share in closed.shares)
         spent[stored.round] = Spent(
             evaluations,
             tokens,

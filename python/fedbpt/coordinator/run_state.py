@@ -16,14 +16,13 @@ import numpy as np
 from msgspec import UNSET
 from numpy.typing import NDArray
 
-from fedbpt.aggregation.base import Aggregator, Fit
+from fedbpt.aggregation.base import Aggregator, Fit, devices_of
 from fedbpt.aggregation.layer_fit import LayerFit
 from fedbpt.aggregation.logistic_fit import LogisticFit, max_views
 from fedbpt.aggregation.readout import ReadoutFit
 from fedbpt.coordinator.layer_reading import reads_layers, states_alone, within_message
 from fedbpt.coordinator.round_reports import (
     cap_reports,
-    devices_of,
     label_weights,
     purpose_of,
     template_losses,
@@ -350,7 +349,9 @@ class RunState:
             () if purpose == "readout" else reading_templates(self.task.templates, self.template, self._long_texts)
         )
         n_labels = len(self.task.labels)
-        layers, n_views = within_message(reading_layers(self.n_layer), 1 + len(templates), n_labels, self.n_embd)
+        layers, n_views = within_message(
+            reading_layers(self.n_layer), 1 + len(templates), n_labels, self.n_embd, self.settings.secure
+        )
         templates = templates[: n_views - 1]
         n_task_templates = 1 if purpose == "readout" else min(len(self.task.templates), n_views)
         reading = Reading(

@@ -12,18 +12,20 @@ import logging
 import math
 import secrets
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Final
 
 import msgspec
 
 from fedbpt.coordinator.fleet import Fleet
-from fedbpt.coordinator.members import Cohort
+from fedbpt.coordinator.members import Cohort, Member
 from fedbpt.coordinator.report_checks import check_evaluation, check_result
 from fedbpt.coordinator.work_kinds import kind_of
 from fedbpt.engine.discriminant import LARGEST_SKETCH
 from fedbpt.errors import FedbptError, QuorumError, WireError
 from fedbpt.protocol import codec
+from fedbpt.protocol.names import SUM
 from fedbpt.protocol.rounds import (
     EvaluateReport,
     EvaluateRequest,
@@ -41,19 +43,20 @@ from fedbpt.protocol.rounds import (
     UnmaskWork,
 )
 from fedbpt.secure.layout import Vector, evaluation_of, from_bytes, result_of
+from fedbpt.secure.membership import asked_of_all
 from fedbpt.secure.party import secret_of, unmasked
-from fedbpt.secure.sizes import FEWEST, SEALED_BYTES, USES
+from fedbpt.secure.sizes import FEWEST, SEALED_BYTES, USES, threshold_of
 
 log = logging.getLogger(__name__)
-
-SUM: Final = "sum"
-"""Name of the device that a sum stands for."""
 
 SUFFIX: Final = ".secure"
 """Appended to the run's name in exchanges of keys and shares, so that devices distinguish them from its rounds."""
 
 ATTEMPTS: Final = 3
 """How often a sum is tried: devices may drop out before enough of them have revealed their shares."""
+
+BACK_S: Final = 5.0
+"""How long a sum that failed waits for enough devices to be back."""
 
 
 class _Epoch:
@@ -63,17 +66,24 @@ class _Epoch:
         names: devices that have shares, in the order of their places.
         keys: of these devices.
         sealed: of those that have shared their secrets, the message for each of ``names``.
-        gone: devices that were lost since, and may have been restarted.
+        gone: devices that did not answer since, and may have been restarted.
+        unable: live devices that made no keys or shares.
     """
 
-    def __init__(self, id: str, threshold: int, found: Mapping[str, KeysResult]) -> None:
+    def __init__(self, id: str, found: Mapping[str, KeysResult], live: set[str]) -> None:
         self.id = id
-        self.threshold = threshold
+        self.threshold = threshold_of(len(found))
         self.names = tuple(found)
         self.keys = dict(found)
         self.sealed: dict[str, SharesResult] = {}
         self.gone: set[str] = set()
+        self.unable = live
         self.used = 0
+
+    @property
+    def able(self) -> set[str]:
+        """The devices that can take part in a sum."""
+        return set(self.sealed) - self.gone
 
     def share(self, of: str, to: str, index: int) -> bytes:
         """What ``of`` has sealed for ``to`` of sum ``index``."""
@@ -111,32 +121,54 @@ class SecureSums:
         budget_s: float = math.inf,
     ) -> list[RoundReport]:
         """One report, that of all devices' rows; none if the budget ended the round. Raises as `Fleet.run_round`."""
-        for _ in range(ATTEMPTS):
-            epoch = await self._ready(round, needed, deadline_s)
-            use = self._next_use(epoch, lambda member: member.info.n_train if member.info else 0)
-            weights = self._shares(use.peers)
+        for attempt in range(ATTEMPTS):
+            try:
+                return await self._sum(round, plan_for, needed, deadline_s, kind, history, budget_s)
+            except (QuorumError, WireError) as error:
+                self._epoch = None  # devices may have been restarted
+                if attempt == ATTEMPTS - 1 or not await self._are_back(max(needed, FEWEST)):
+                    raise
+                log.warning("round %d: a secure sum is tried again: %s", round, error)
+                await self._fleet.withdraw(plan_for(next(iter(self._fleet.members))).run, round)
+        raise AssertionError("unreachable")
 
-            def masked_plan(device: str, use: SecureUse = use, shares: Mapping[str, float] = weights) -> RoundPlan:
-                own = msgspec.structs.replace(use, share=shares[device])
-                return msgspec.structs.replace(plan_for(device), secure=own)
+    async def _sum(
+        self,
+        round: int,
+        plan_for: Callable[[str], RoundPlan],
+        needed: int,
+        deadline_s: float,
+        kind: str,
+        history: SearchHistory | None,
+        budget_s: float,
+    ) -> list[RoundReport]:
+        epoch = await self._ready(round, needed, deadline_s)
+        any_plan = plan_for(next(iter(self._fleet.members)))
+        most_read = kind_of(any_plan.work).max_rows(any_plan.work)
 
-            everybody = Cohort(use.peers, len(use.peers), len(use.peers))
-            most = max(needed, epoch.threshold)
-            reports = await self._fleet.run_round(
-                round, masked_plan, most, deadline_s, kind, everybody, history, budget_s
+        def rows(member: Member) -> int:
+            n_train = member.info.n_train if member.info else 0
+            return min(n_train, most_read or n_train)
+
+        use = self._next_use(epoch, rows, self._row_cap)
+        if len(use.peers) < max(epoch.threshold, FEWEST):
+            raise QuorumError(
+                f"round {round}: {len(use.peers)} devices can take part in a secure sum, expected "
+                f"{max(epoch.threshold, FEWEST)}{self._fleet.missing()}; start the same run again to resume it",
+                limit=FEWEST,
             )
-            if not reports:
-                return []
-            vectors = _vectors({report.device: report.result for report in reports})
-            total = await self._unmask(epoch, use, vectors, round, deadline_s)
-            if total is not None:
-                return [_as_report(reports, plan_for(reports[0].device), total, use)]
-            await self._fleet.withdraw(plan_for(reports[0].device).run, round)
-        raise QuorumError(
-            f"round {round}: devices dropped out before their masks could be removed, {ATTEMPTS} times"
-            f"{self._fleet.missing()}; start the same run again to resume it",
-            limit=needed,
-        )
+
+        def plan(device: str) -> RoundPlan:
+            return msgspec.structs.replace(plan_for(device), secure=use)
+
+        everybody = Cohort(use.peers, len(use.peers), len(use.peers))
+        most = max(needed, epoch.threshold)
+        reports = await self._fleet.run_round(round, plan, most, deadline_s, kind, everybody, history, budget_s)
+        if not reports:
+            return []
+        vectors = self._vectors({report.device: report.result for report in reports})
+        total = await self._unmask(epoch, use, asked_of_all(plan(use.peers[0])), vectors, round, deadline_s)
+        return [_as_report([r for r in reports if r.device in vectors], any_plan, total, use)]
 
     # --- an evaluation -------------------------------------------------------------------------------------------
 
@@ -148,32 +180,50 @@ class SecureSums:
                 log.warning("%d devices have %s rows, a secure sum needs %d", len(able), request.split, FEWEST)
                 return {}
             try:
-                epoch = await self._ready(self._fleet.round, FEWEST, timeout_s)
-            except QuorumError as error:
-                log.warning("secure evaluation left out: %s", error)
-                return {}
-            use = self._next_use(epoch, lambda member: member.n_rows(request))
-            asked = msgspec.structs.replace(request, secure=use)
-            found = await self._fleet.evaluate(asked, timeout_s, use.peers)
-            masked = {name: report.masked for name, report in found.items() if report.masked is not msgspec.UNSET}
-            if len(masked) < max(epoch.threshold, FEWEST - 1):
-                return {}
-            total = await self._unmask(epoch, use, _vectors(masked), self._fleet.round, timeout_s)
-            if total is not None:
-                report = evaluation_of(total, use, max(report.seconds for report in found.values()))
-                check_evaluation(report, request)
-                return {SUM: report}
+                return await self._evaluate(request, timeout_s)
+            except (QuorumError, WireError) as error:
+                log.warning("a secure evaluation failed: %s", error)
+                self._epoch = None
+                await self._are_back(FEWEST)
         return {}
+
+    async def _evaluate(self, request: EvaluateRequest, timeout_s: float) -> dict[str, EvaluateReport]:
+        round = self._fleet.round
+        epoch = await self._ready(round, FEWEST, timeout_s)
+        use = self._next_use(epoch, lambda member: member.n_rows(request), 0.0)
+        if len(use.peers) < max(epoch.threshold, FEWEST):
+            log.warning("%d devices have %s rows, too few for a secure sum", len(use.peers), request.split)
+            return {}
+        asked = msgspec.structs.replace(request, secure=use)
+        found = await self._fleet.evaluate(asked, timeout_s, use.peers)
+        epoch.gone |= set(use.peers) - set(found)
+        if len(found) < epoch.threshold:
+            raise QuorumError(f"{len(found)} devices reported, expected {epoch.threshold}", limit=epoch.threshold)
+        vectors = self._vectors({name: report.masked for name, report in found.items()})
+        total = await self._unmask(epoch, use, asked_of_all(asked), vectors, round, timeout_s)
+        report = evaluation_of(total, use, max(report.seconds for report in found.values()))
+        check_evaluation(report, msgspec.structs.replace(request, max_rows=request.max_rows * len(vectors)))
+        return {SUM: report}
 
     # --- an epoch ------------------------------------------------------------------------------------------------
 
+    async def _are_back(self, n: int) -> bool:
+        """Whether ``n`` devices are live, or come back soon."""
+        if len(self._fleet.live) < n:
+            await self._fleet.settle(BACK_S)
+            end = asyncio.get_running_loop().time() + BACK_S
+            while len(self._fleet.live) < n and asyncio.get_running_loop().time() < end:
+                await asyncio.sleep(0.1)
+        return len(self._fleet.live) >= n
+
     async def _ready(self, round: int, needed: int, deadline_s: float) -> _Epoch:
-        """An epoch with a sum left that all live devices are in."""
+        """An epoch with a sum left that all live devices are in that can be."""
         epoch = self._epoch
         live = {member.name for member in self._fleet.live}
         if epoch is not None:
             epoch.gone |= set(epoch.sealed) - live
-            if epoch.used < USES and live <= set(epoch.sealed) - epoch.gone and len(live) >= epoch.threshold:
+            is_enough = len(live & epoch.able) >= max(needed, epoch.threshold, FEWEST)
+            if epoch.used < USES and live - epoch.unable <= epoch.able and is_enough:
                 return epoch
         self._epoch = await self._begin(round, needed, deadline_s)
         return self._epoch
@@ -183,46 +233,60 @@ class SecureSums:
         n = max(needed, FEWEST)
         made = await self._exchange(round, lambda _: KeysWork(epoch=id, n_uses=USES), n, deadline_s)
         found = {name: result for name, result in made.items() if isinstance(result, KeysResult)}
-        epoch = _Epoch(id, len(found) // 2 + 1, found)
+        epoch = _Epoch(id, found, set(self._fleet.members))
         asked = SharesWork(epoch=id, threshold=epoch.threshold, names=epoch.names, keys=tuple(found.values()))
         told = await self._exchange(round, lambda _: asked, max(n, epoch.threshold), deadline_s, epoch.names)
         epoch.sealed = {name: result for name, result in told.items() if isinstance(result, SharesResult)}
+        epoch.unable &= {member.name for member in self._fleet.members.values() if member.state != "late"}
+        epoch.unable -= set(epoch.sealed)
         return epoch
 
-    def _next_use(self, epoch: _Epoch, rows: Callable[..., int]) -> SecureUse:
-        members = [member for member in self._fleet.live if member.name in epoch.sealed and rows(member)]
+    def _next_use(self, epoch: _Epoch, rows: Callable[[Member], int], row_cap: float) -> SecureUse:
+        """The next sum: over all live devices of the epoch that have rows."""
+        members = [member for member in self._fleet.live if member.name in epoch.able and rows(member)]
+        counts = [rows(member) for member in members]
+        size = max((member.info.n_embd for member in members if member.info), default=1)
         epoch.used += 1
         return SecureUse(
             epoch=epoch.id,
             index=epoch.used - 1,
             peers=tuple(sorted(member.name for member in members)),
-            largest=LARGEST_SKETCH * 1.01 * max(sum(rows(m) * (m.info.n_embd if m.info else 1) for m in members), 1),
+            most_rows=max(math.floor(row_cap * statistics.median(counts)), 1) if row_cap and counts else 0,
+            largest=LARGEST_SKETCH * 1.01 * max(sum(counts) * size, 1),
         )
 
-    def _shares(self, names: tuple[str, ...]) -> dict[str, float]:
-        """Weight of a row of each device, so that none counts for more than `row_cap` times the median's rows."""
-        infos = {name: self._fleet.members[name].info for name in names}
-        rows = {name: max(info.n_train if info else 1, 1) for name, info in infos.items()}
-        most = self._row_cap * statistics.median(rows.values()) if self._row_cap else math.inf
-        return {name: min(1.0, most / n) for name, n in rows.items()}
+    def _vectors(self, results: Mapping[str, object]) -> dict[str, Vector]:
+        """The masked vectors with the same fields; devices with others, of another version, are lost."""
+        found = {
+            name: from_bytes(result.fields, result.data)
+            for name, result in sorted(results.items())
+            if isinstance(result, MaskedResult)
+        }
+        usual, _ = Counter(vector.fields for vector in found.values()).most_common(1)[0]
+        odd = {name for name, vector in found.items() if vector.fields != usual}
+        self._fleet.refuse(dict.fromkeys(odd, "its masked result has other fields than the others': update it"))
+        return {name: vector for name, vector in found.items() if name not in odd}
 
     async def _unmask(
-        self, epoch: _Epoch, use: SecureUse, masked: Mapping[str, Vector], round: int, deadline_s: float
-    ) -> Vector | None:
-        """The sum of the results ``masked``; None: too few devices revealed their shares."""
+        self, epoch: _Epoch, use: SecureUse, asked: str, masked: Mapping[str, Vector], round: int, deadline_s: float
+    ) -> Vector:
+        """The sum of the results ``masked``; ``asked``: what they answer, see `fedbpt.secure.party.Party.mask`.
+
+        Raises:
+            QuorumError: too few devices revealed their shares.
+            WireError: shares that are wrong.
+        """
         survivors = tuple(masked)
         dropped = tuple(name for name in use.peers if name not in masked)
+        epoch.gone |= set(dropped)
         named = (*survivors, *dropped)
 
         def work(device: str) -> UnmaskWork:
             sealed = tuple(epoch.share(name, device, use.index) for name in named)
             return UnmaskWork(epoch=epoch.id, index=use.index, survivors=survivors, dropped=dropped, sealed=sealed)
 
-        try:
-            told = await self._exchange(round, work, epoch.threshold, deadline_s, survivors)
-        except QuorumError as error:
-            log.warning("a secure sum is tried again: %s", error)
-            return None
+        told = await self._exchange(round, work, epoch.threshold, deadline_s, survivors)
+        epoch.gone |= set(survivors) - set(told)
         revealed = {name: result.shares for name, result in told.items() if isinstance(result, UnmaskResult)}
 
         def add_up() -> Vector:
@@ -231,7 +295,7 @@ class SecureSums:
                 for place, name in enumerate(named)
             }
             seeds = {name: found[name] for name in survivors}
-            return unmasked(use, epoch.keys, masked, seeds, {name: found[name] for name in dropped})
+            return unmasked(use, asked, epoch.keys, masked, seeds, {name: found[name] for name in dropped})
 
         return await asyncio.to_thread(add_up)  # with many devices it takes a second or more
 
@@ -253,21 +317,8 @@ class SecureSums:
 
         chosen = tuple(self._fleet.members) if names is None else names
         cohort = Cohort(chosen, len(chosen), len(chosen))
-        reports = await self._fleet.run_round(round, plan, min(needed, len(chosen)), deadline_s, "keys", cohort)
+        reports = await self._fleet.run_round(round, plan, needed, deadline_s, "keys", cohort)
         return {report.device: report.result for report in reports}
-
-
-def _vectors(results: Mapping[str, object]) -> dict[str, Vector]:
-    """The masked vectors, which must have the same fields."""
-    found = {
-        name: from_bytes(result.fields, result.data)
-        for name, result in sorted(results.items())
-        if isinstance(result, MaskedResult)
-    }
-    layouts = {vector.fields for vector in found.values()}
-    if len(layouts) != 1:
-        raise WireError("devices sent masked results of different shapes: are all of one version?", field="fields")
-    return found
 
 
 def _as_report(reports: list[RoundReport], plan: RoundPlan, total: Vector, use: SecureUse) -> RoundReport:

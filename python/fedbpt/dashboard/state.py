@@ -294,7 +294,8 @@ class RunState:
             device.seconds += share.seconds
             if is_search:
                 device.reports += 1
-                device.losses.append(Point(searched, share.loss))
+                if share.loss is not None:
+                    device.losses.append(Point(searched, share.loss))
         if not self.is_local:
             self._stage = closed.purpose
 

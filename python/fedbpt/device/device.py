@@ -83,7 +83,7 @@ from fedbpt.protocol.specs import (
 from fedbpt.search.local_search import local_search, local_seed
 from fedbpt.search.population import sample_population
 from fedbpt.secure import layout
-from fedbpt.secure.membership import Membership
+from fedbpt.secure.membership import Membership, asked_of_all
 from fedbpt.side_by_side.on_device import answer_of
 from fedbpt.tasks import Task
 from fedbpt.tasks.rows import Row, batch_indices, targets_of
@@ -243,7 +243,7 @@ class Device:
             raise InputError("the plan is compact, expected a whole one (fedbpt.search.compact_plans)", field="work")
         if plan.secure is not UNSET:
             vector = layout.of_result(result, n_texts, plan.secure)
-            result = layout.as_masked(self._party.mask(plan.secure, digest(plan), vector))
+            result = layout.as_masked(self._party.mask(plan.secure, asked_of_all(plan), vector))
         seconds = time.monotonic() - began
         if plan.privacy is not None:
             seconds = 0.0  # would reveal which rows were sampled, as the tokens would
@@ -294,7 +294,7 @@ class Device:
         if request.secure is UNSET:
             return report
         vector = layout.of_evaluation(report, request.secure)
-        masked = layout.as_masked(self._party.mask(request.secure, digest(request), vector))
+        masked = layout.as_masked(self._party.mask(request.secure, asked_of_all(request), vector))
         return EvaluateReport(n=1, correct=(), loss_sums=(), seconds=report.seconds, masked=masked)
 
     def _evaluate(
@@ -487,8 +487,11 @@ class Device:
                     sums[number, place] += losses.sum()
                     correct[number] += right.sum()
                 done += len(rows)
-                progress(done, len(chosen))
-        effort.evaluations += len(objectives) * sum(len(part) > 0 for part in parts)
+                if not work.by_label:
+                    progress(done, len(chosen))
+            if work.by_label:  # else the progress would tell how many rows each label has
+                progress(place + 1, len(parts))
+        effort.evaluations += len(objectives) * len(parts)
         n_correct = tuple(correct.tolist()) if plan.labels else ()
         sizes = self._shift_sizes(plan, work, chosen, effort) if plan.prompt.shifts else UNSET
         if work.by_label:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Final
 
 import msgspec
 
 from fedbpt.decoders import from_builtins
 from fedbpt.errors import ConfigError
 from fedbpt.protocol.specs import Name
+
+SUM: Final = "sum-of-devices"
+"""Name of the device that a secure sum stands for."""
 
 
 def check_names(names: Sequence[str], what: str) -> None:

@@ -459,13 +459,15 @@ Result: TypeAlias = (
 class SecureUse(Message, frozen=True):
     """That a result is to be masked, as sum number ``index`` of ``epoch`` over the devices ``peers``, in order of name.
 
-    ``share``: weight of a row of this device. ``largest``: bound of the sums of states over all peers.
+    Masks are bound to this and to all that the peers' plans have in common: they only cancel out among devices that
+    were asked the same. ``most_rows``: a device counts for at most as many rows; 0: for all. ``largest``: bound of the
+    sums of states over all peers.
     """
 
     epoch: Name
     index: NaturalInt
     peers: tuple[Name, ...]
-    share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    most_rows: NaturalInt = 0
     largest: PositiveFloat = 1.0
 
 

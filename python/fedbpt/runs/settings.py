@@ -154,6 +154,7 @@ class RunSettings(CheckedMessage, frozen=True):
             "privacy": self.privacy is not None,
             "per_round": self.per_round > 0,
             "even_rounds": self.even_rounds,
+            "metric_share": self.metric_share > 0,
         }
         for field, chosen in excluded.items():
             if chosen:

@@ -15,6 +15,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from fedbpt.errors import StoreError, WireError
 from fedbpt.protocol import codec
+from fedbpt.protocol.names import SUM
 from fedbpt.protocol.rounds import DeviceInfo, RoundReport
 from fedbpt.runs.database import Database
 from fedbpt.runs.run_lock import sole_worker
@@ -332,7 +333,8 @@ class RunStore(Database):
         for round, device, late in self._query(
             f"SELECT round, device, late FROM reports {where} ORDER BY device", run, since
         ):
-            reported.setdefault(round, {}).setdefault(bool(late), []).append(device)
+            names = self._devices_of_sum(run, round) if device == SUM else [device]
+            reported.setdefault(round, {}).setdefault(bool(late), []).extend(names)
         metrics: dict[int, dict[str, float]] = {}
         for round, name, value in self._query(f"SELECT round, name, value FROM metrics {where}", run, since):
             metrics.setdefault(round, {})[name] = value
@@ -350,6 +352,11 @@ class RunStore(Database):
             )
             for round in sorted({*closed, *metrics, *losses})
         ]
+
+    def _devices_of_sum(self, run: str, round: int) -> list[str]:
+        bodies = self._query("SELECT body FROM reports WHERE run = ? AND round = ? AND device = ?", run, round, SUM)
+        found = codec.decode(bodies[0][0], RoundReport).devices
+        return list(found) if found else [SUM]
 
     # --- internal ------------------------------------------------------------------------------------------------
 

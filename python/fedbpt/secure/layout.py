@@ -95,11 +95,12 @@ def of_result(result: Result, n_texts: int, use: SecureUse) -> Vector:
     kind = type(result)
     if kind not in _SUMS and kind not in _MEANS:
         raise InputError(f"a {kind.__name__} cannot be added up securely: set secure = false", field="secure")
-    weight = use.share * n_texts
+    share = min(1.0, use.most_rows / n_texts) if use.most_rows else 1.0
+    weight = share * n_texts
     wide = {_WEIGHT: np.array(weight)}
-    wide |= {name: use.share * _values(result, name) for name in _SUMS.get(kind, ())}
+    wide |= {name: share * _values(result, name) for name in _SUMS.get(kind, ())}
     wide |= {name: weight * _values(result, name) for name in _MEANS.get(kind, ()) if _given(result, name)}
-    narrow = {name: use.share * _values(result, name) for name in _STATES.get(kind, ())}
+    narrow = {name: share * _values(result, name) for name in _STATES.get(kind, ())}
     return _vector(wide, narrow, use)
 
 

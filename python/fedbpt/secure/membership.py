@@ -12,6 +12,8 @@ import msgspec
 
 from fedbpt.checking import DECODE_ERRORS
 from fedbpt.errors import ConfigError
+from fedbpt.protocol.codec import digest
+from fedbpt.protocol.rounds import EvaluateRequest, RoundPlan
 
 IDENTITY_BYTES = 32
 
@@ -28,6 +30,12 @@ class Membership:
     identity: bytes | None = field(default=None, repr=False)
     trusted: Mapping[str, bytes] | None = None
     only: bool = False
+
+
+def asked_of_all(asked: RoundPlan | EvaluateRequest) -> str:
+    """Digest of all that the devices of a sum are asked alike; only names and deadlines differ."""
+    common = msgspec.structs.replace(asked, device="all", deadline_s=1.0) if isinstance(asked, RoundPlan) else asked
+    return digest(common)
 
 
 def read_trusted(path: Path) -> dict[str, bytes]:

@@ -27,7 +27,7 @@ from fedbpt.protocol.rounds import (
 )
 from fedbpt.secure import keys, shamir
 from fedbpt.secure.layout import Vector
-from fedbpt.secure.sizes import FEWEST
+from fedbpt.secure.sizes import FEWEST, threshold_of
 
 _KEPT_EPOCHS: Final = 2
 _SECRET: Final = keys.KEY_BYTES
@@ -45,7 +45,7 @@ class _Epoch:
         self.others: dict[str, KeysResult] = {}
         self.told: SharesResult | None = None
         self.asked: bytes = b""
-        self.masked: dict[int, str] = {}  # digest of what each use masked
+        self.masked: dict[int, tuple[str, tuple[str, ...]]] = {}  # what each use masked, and its peers
         self.revealed: dict[int, bytes] = {}  # digest of the lists for which each use's shares were revealed
 
 
@@ -114,8 +114,12 @@ class Party:
         epoch.told, epoch.asked = SharesResult(sealed=tuple(sealed)), asked
         return epoch.told
 
-    def mask(self, use: SecureUse, digest: str, vector: Vector) -> Vector:
-        """``vector`` plus this device's masks. ``digest``: of what was asked for; a use masks one answer only."""
+    def mask(self, use: SecureUse, asked: str, vector: Vector) -> Vector:
+        """``vector`` plus this device's masks.
+
+        ``asked``: digest of what all peers were asked for, with ``use``. It goes into the masks: where devices were
+        asked for different things, these do not cancel out. A use masks one answer only.
+        """
         epoch = self._epoch(use.epoch)
         own = epoch.name
         self._check_use(epoch, use.index)
@@ -125,13 +129,13 @@ class Party:
                 f"a sum is over at least {max(epoch.threshold, FEWEST)} devices of its epoch, this one among them",
                 field="peers",
             )
-        if epoch.masked.setdefault(use.index, digest) != digest or use.index in epoch.revealed:
+        if epoch.masked.setdefault(use.index, (asked, use.peers)) != (asked, use.peers) or use.index in epoch.revealed:
             raise InputError(f"sum {use.index} of epoch {use.epoch} was asked for before: use another", field="index")
         masked = _added(vector, keys.stream(epoch.seeds[use.index], vector.n_bytes), 1)
         for peer in use.peers:
             if peer != own:
                 public = nth(epoch.others[peer].mask_keys, use.index)
-                seed = keys.agree(epoch.mask_keys[use.index], public, pair_purpose(use, own, peer))
+                seed = keys.agree(epoch.mask_keys[use.index], public, pair_purpose(use, asked, own, peer))
                 masked = _added(masked, keys.stream(seed, vector.n_bytes), 1 if own < peer else -1)
         return masked
 
@@ -140,11 +144,13 @@ class Party:
         epoch = self._epoch(work.epoch)
         self._check_use(epoch, work.index)
         named = [*work.survivors, *work.dropped]
-        fits = set(named) <= set(epoch.others) and len(set(named)) == len(named) == len(work.sealed)
+        _, peers = epoch.masked.get(work.index, ("", ()))
+        fits = sorted(named) == sorted(peers) and len(named) == len(work.sealed)
         enough = len(work.survivors) >= max(epoch.threshold, 2)
         if not fits or not enough or epoch.name not in work.survivors:
             raise InputError(
-                f"expected {max(epoch.threshold, 2)} or more survivors, this device among them, and each device once",
+                f"expected the devices of a sum that this device masked, {max(epoch.threshold, 2)} or more of them "
+                "survivors, this one among them",
                 field="survivors",
             )
         lists = hashlib.sha256(repr((sorted(work.survivors), sorted(work.dropped))).encode()).digest()
@@ -180,9 +186,10 @@ class Party:
                 f"secure aggregation needs {FEWEST} or more devices, each with its keys, this one among them",
                 field="names",
             )
-        if not n // 2 < work.threshold <= n:
+        if not threshold_of(n) <= work.threshold <= n:
             raise InputError(
-                f"threshold must be more than half of {n} devices: else they could be told different survivors",
+                f"threshold must be at least {threshold_of(n)} of {n} devices: else few could be told apart from the "
+                "others",
                 field="threshold",
             )
         for name, found in zip(work.names, work.keys, strict=True):
@@ -190,7 +197,7 @@ class Party:
         own = work.keys[work.names.index(epoch.name)]
         if own.cipher_key != keys.public_key(epoch.cipher_key) or own.identity != self.identity:
             raise InputError(
-                "this device's own keys were changed on the way: do not trust this coordinator", field="keys"
+                "this device's own keys were changed on the way: expected those that it sent", field="keys"
             )
 
     def _check_keys(self, epoch: str, name: str, found: KeysResult, n_uses: int) -> None:
@@ -227,9 +234,9 @@ def purpose(epoch: str, *what: str) -> bytes:
     return "|".join(("fedbpt secure aggregation 1", epoch, *what)).encode()
 
 
-def pair_purpose(use: SecureUse, one: str, other: str) -> bytes:
-    """What the key of two devices' mask is for."""
-    return purpose(use.epoch, "mask", str(use.index), *sorted((one, other)))
+def pair_purpose(use: SecureUse, asked: str, one: str, other: str) -> bytes:
+    """What the key of two devices' mask is for; ``asked``: see `Party.mask`."""
+    return purpose(use.epoch, "mask", str(use.index), *sorted((one, other)), asked)
 
 
 def nth(joined: bytes, index: int) -> bytes:
@@ -252,7 +259,8 @@ def _added(vector: Vector, mask: NDArray[np.uint8], sign: int) -> Vector:
 
 def unmasked(
     use: SecureUse,
-    n_uses_keys: Mapping[str, KeysResult],
+    asked: str,
+    keys_of: Mapping[str, KeysResult],
     masked: Mapping[str, Vector],
     seeds: Mapping[str, bytes],
     mask_keys: Mapping[str, bytes],
@@ -260,7 +268,8 @@ def unmasked(
     """The sum of the survivors' vectors ``masked``.
 
     Args:
-        n_uses_keys: of all peers.
+        asked: see `Party.mask`.
+        keys_of: all peers.
         seeds: of the survivors' own masks.
         mask_keys: private ones of the peers that dropped out.
 
@@ -272,15 +281,15 @@ def unmasked(
         wide, narrow = wide + vector.wide, narrow + vector.narrow
     total = Vector(first.fields, wide, narrow)
     for name in masked:
-        if hashlib.sha256(seeds[name]).digest() != nth(n_uses_keys[name].seed_digests, use.index):
+        if hashlib.sha256(seeds[name]).digest() != nth(keys_of[name].seed_digests, use.index):
             raise WireError(f"the shares of device {name}'s seed are wrong: use another sum", field="shares")
         total = _added(total, keys.stream(seeds[name], total.n_bytes), -1)
     for name, private in mask_keys.items():
-        if keys.public_key(private) != nth(n_uses_keys[name].mask_keys, use.index):
+        if keys.public_key(private) != nth(keys_of[name].mask_keys, use.index):
             raise WireError(f"the shares of device {name}'s key are wrong: use another sum", field="shares")
         for survivor in masked:
-            public = nth(n_uses_keys[survivor].mask_keys, use.index)
-            seed = keys.agree(private, public, pair_purpose(use, name, survivor))
+            public = nth(keys_of[survivor].mask_keys, use.index)
+            seed = keys.agree(private, public, pair_purpose(use, asked, name, survivor))
             total = _added(total, keys.stream(seed, total.n_bytes), -1 if survivor < name else 1)
     return total
 

@@ -9,6 +9,16 @@ from fedbpt.secure.shamir import SHARE_BYTES
 FEWEST: Final = 3
 """Devices of a sum: of two, each would know the other's result."""
 
+
+def threshold_of(n_devices: int) -> int:
+    """Devices that remove the masks of a sum over ``n_devices`` together: more than two thirds, of three two.
+
+    Then a coordinator that tells devices different survivors can learn no sum over less than half of them
+    (n·(2t − n)/t), and cannot have one device's mask removed while the others take it for dropped.
+    """
+    return 2 if n_devices == FEWEST else 2 * n_devices // 3 + 1
+
+
 USES: Final = 64
 """Sums of an epoch."""
 
@@ -22,7 +32,12 @@ MOST_SKETCH_BYTES: Final = 12 * 2**20
 """Most bytes of the sums of states in one message, whose body has at most 16 MiB."""
 
 
+def most_readers(n_folds: int, n_labels: int, n_embd: int) -> int:
+    """Readers whose sums, with sketches of 8 columns, fit into a message."""
+    return max(MOST_SKETCH_BYTES // max(4 * n_folds * n_embd * (n_labels + 9), 1), 1)
+
+
 def sketch_rank(n_readers: int, n_folds: int, n_labels: int, n_embd: int) -> int:
-    """Columns of the sketches that fit into a message, with 4 bytes a number; at least 4."""
+    """Columns of the sketches that fit into a message, with 4 bytes a number; at least 1."""
     a_column = max(4 * n_readers * n_folds * n_embd, 1)
-    return max(min(MOST_SKETCH_BYTES // a_column - n_labels - 1, SKETCH_RANK), 4)
+    return max(min(MOST_SKETCH_BYTES // a_column - n_labels - 1, SKETCH_RANK), 1)

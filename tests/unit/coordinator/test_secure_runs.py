@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,18 +12,20 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedbpt.coordinator.secure_sums import SUM
+from fedbpt.coordinator.round_figures import numbers_of
 from fedbpt.errors import ConfigError, QuorumError
+from fedbpt.protocol.names import SUM
 from fedbpt.protocol.rounds import (
     KeysWork,
     MaskedResult,
     PooledWork,
     RoundPlan,
     RoundReport,
+    UnmaskResult,
     UnmaskWork,
 )
 from fedbpt.protocol.specs import PrivacySpec
-from fedbpt.runs.events import RoundClosed
+from fedbpt.runs.events import DeviceLost, RoundClosed
 from fedbpt.runs.settings import RunSettings
 from tests.support.raises import raises
 from tests.support.toy_scene import StopRunError, closed, stop
@@ -153,6 +156,101 @@ def test_a_run_that_was_stopped_resumes_from_its_sums(make: Callable[..., LayerS
     scene.on_event = lambda _event: None
     resumed = scene.run(**words(rounds=4, secure=True))
     np.testing.assert_allclose(resumed.mean.numpy(), whole.mean.numpy(), atol=1e-6)
+
+
+def test_devices_that_are_restarted_together_delay_a_run_and_do_not_end_it(make: Callable[..., LayerScene]) -> None:
+    scene = make()
+
+    def restart(event: object) -> None:
+        if isinstance(event, RoundClosed) and event.round == 3:
+            for name in ("b", "c"):
+                scene.devices[name].__dict__.pop("_party", None)
+                scene.clients[name].restart(graceful=True)
+
+    scene.on_event = restart
+    result = scene.run(rounds=5, secure=True)
+    assert result.rounds == 5
+    assert scene.of(RoundClosed)[-1].reported == NAMES[:4]
+
+
+def test_one_of_three_devices_that_is_lost_for_a_while_delays_a_run(make: Callable[..., LayerScene]) -> None:
+    scene = make(NAMES[:3])
+
+    def lose(event: object) -> None:
+        if isinstance(event, RoundClosed) and event.round == 3:
+            scene.clients["b"].down = True
+            threading.Timer(1.0, lambda: setattr(scene.clients["b"], "down", False)).start()
+
+    scene.on_event = lose
+    assert scene.run(rounds=5, secure=True, deadline_s=20.0).rounds == 5
+
+
+def test_a_limit_of_rows_is_each_devices_own(make: Callable[..., LayerScene]) -> None:
+    scene = make()
+    result = scene.run(rounds=4, secure=True, evaluate_every=2, dev_rows=3, test_rows=2)
+    assert result.dev["tuned"].n == 4 * 3
+    assert result.tuned.n == 4 * 2
+
+
+def test_a_run_ends_without_figures_where_too_few_devices_have_test_rows(make: Callable[..., LayerScene]) -> None:
+    scene = make(NAMES)
+    for name in ("c", "d", "e"):
+        scene.devices[name]._rows["test"] = ()
+    result = scene.run(rounds=2, secure=True)
+    assert result.tuned.n == 0
+    assert result.rounds == 2
+    assert not scene.of(DeviceLost)
+
+
+def test_a_large_device_counts_as_in_an_open_run(make: Callable[..., LayerScene]) -> None:
+    found = []
+    for secure in (False, True):
+        scene = make()
+        scene.devices["a"]._rows["train"] = tuple(rows(90))
+        found.append(scene.run(**words(secure=secure, rounds=3)))
+    np.testing.assert_allclose(found[1].mean.numpy(), found[0].mean.numpy(), atol=1e-6)
+    losses = [each.templates[0].score.loss for each in found]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_a_result_with_other_fields_loses_only_its_device(make: Callable[..., LayerScene]) -> None:
+    scene = make(NAMES)
+
+    def odd(report: RoundReport) -> RoundReport:
+        if not isinstance(report.result, MaskedResult) or report.round != 2:
+            return report
+        field = report.result.fields[0]
+        fields = (msgspec.structs.replace(field, name="other"), *report.result.fields[1:])
+        return msgspec.structs.replace(report, result=msgspec.structs.replace(report.result, fields=fields))
+
+    scene.devices["d"].change = odd
+    result = scene.run(rounds=3, secure=True)
+    assert result.rounds == 3
+    assert [event.device for event in scene.of(DeviceLost)][:1] == ["d"]
+
+
+def test_a_wrong_share_costs_another_try(make: Callable[..., LayerScene]) -> None:
+    scene = make()
+    lies: list[str] = []
+
+    def lie(report: RoundReport) -> RoundReport:
+        if isinstance(report.result, UnmaskResult) and not lies:
+            lies.append(report.device)
+            return msgspec.structs.replace(report, result=UnmaskResult(shares=(bytes(33),) * len(report.result.shares)))
+        return report
+
+    scene.devices["a"].change = lie
+    result = scene.run(rounds=2, secure=True)
+    assert (result.rounds, lies) == (2, ["a"])
+
+
+def test_the_store_and_the_page_name_the_devices_of_a_sum(make: Callable[..., LayerScene]) -> None:
+    scene = make()
+    scene.run(rounds=2, secure=True)
+    assert {line.reported for line in scene.store.history("r") if line.closed} == {NAMES[:4]}
+    shares = [share for closed in map(numbers_of, scene.store.rounds("r")) for share in closed.shares]
+    assert {share.device for share in shares} == set(NAMES[:4])
+    assert {share.loss for share in shares} == {None}
 
 
 def test_two_devices_are_too_few(make: Callable[..., LayerScene]) -> None:

@@ -31,6 +31,7 @@ class Selection(WorkKind[SelectWork, SelectResult]):
         _check_rewards(result, plan, n_templates, report.n_texts)
         counts = result.label_counts
         fewest, most = (report.n_texts, n_rows or sum(counts)) if n_labels else (0, 0)
+        fewest -= 0 if report.devices is UNSET else n_labels  # counts of a sum are rounded
         if len(counts) != n_labels or not fewest <= sum(counts) <= most:
             raise WireError(
                 f"label_counts has {len(counts)} labels and {sum(counts)} rows, expected {n_labels} labels and"
