@@ -113,7 +113,12 @@ def sums(n: int, dropping: float, vector: tuple[int, int], made: Any, index: int
             for place, name in enumerate(named)
         }
         return unmasked(
-            use, keys, masked, {name: found[name] for name in survivors}, {name: found[name] for name in dropped}
+            use,
+            "asked",
+            keys,
+            masked,
+            {name: found[name] for name in survivors},
+            {name: found[name] for name in dropped},
         )
 
     total, coordinator_ms = timed(add_up)
