@@ -52,6 +52,7 @@ from fedbpt.runs.events import (
 from fedbpt.runs.result import RunResult, Variants
 from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore, Traffic
+from fedbpt.secure.sizes import FEWEST, threshold_of
 from fedbpt.tasks import Task
 
 if TYPE_CHECKING:
@@ -490,7 +491,10 @@ class Federation:
             reports = await self._sums.evaluate(request, limit)
         able = [member for member in fleet.members.values() if not fleet.unfit(member)]
         has_rows = any(member.info and member.info.n_test for member in able)
-        if not reports and has_rows and not self.settings.secure:  # whose sums need more devices than have rows
+        if self.settings.secure:  # a sum needs more devices than may have rows
+            n_able = sum(bool(member.info and member.info.n_test) for member in able)
+            has_rows = n_able >= max(threshold_of(len(self._clients)), FEWEST)
+        if not reports and has_rows:
             raise FederationError(
                 f"tuned, but no device could evaluate the result{describe_absent(fleet.members.values())};"
                 " start the same run again to resume it"

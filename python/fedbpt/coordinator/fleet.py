@@ -383,6 +383,7 @@ class Fleet:
             return
         finally:
             task.cancel()
+            self._called_off.discard(member.name)
         self._listener.late(report)
         self._return(member)
 

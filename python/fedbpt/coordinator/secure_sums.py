@@ -14,6 +14,7 @@ import secrets
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -44,7 +45,7 @@ from fedbpt.protocol.rounds import (
 )
 from fedbpt.secure.layout import Vector, evaluation_of, from_bytes, result_of
 from fedbpt.secure.membership import asked_of_all
-from fedbpt.secure.party import secret_of, unmasked
+from fedbpt.secure.party import is_mask_key, is_seed, secret_of, unmasked
 from fedbpt.secure.sizes import FEWEST, SEALED_BYTES, USES, threshold_of
 
 log = logging.getLogger(__name__)
@@ -121,13 +122,17 @@ class SecureSums:
         budget_s: float = math.inf,
     ) -> list[RoundReport]:
         """One report, that of all devices' rows; none if the budget ended the round. Raises as `Fleet.run_round`."""
+        clock = asyncio.get_running_loop().time
+        end = clock() + budget_s
         for attempt in range(ATTEMPTS):
+            if clock() >= end:
+                return []
             try:
-                return await self._sum(round, plan_for, needed, deadline_s, kind, history, budget_s)
+                return await self._sum(round, plan_for, needed, deadline_s, kind, history, end - clock())
             except (QuorumError, WireError) as error:
                 self._epoch = None  # devices may have been restarted
                 if attempt == ATTEMPTS - 1 or not await self._are_back(max(needed, FEWEST)):
-                    raise
+                    raise error if isinstance(error, QuorumError) else QuorumError(str(error)) from error
                 log.warning("round %d: a secure sum is tried again: %s", round, error)
                 await self._fleet.withdraw(plan_for(next(iter(self._fleet.members))).run, round)
         raise AssertionError("unreachable")
@@ -175,7 +180,10 @@ class SecureSums:
     async def evaluate(self, request: EvaluateRequest, timeout_s: float) -> dict[str, EvaluateReport]:
         """The evaluation over all devices' rows, as of the device `SUM`; empty: too few have such rows, or report."""
         for _ in range(ATTEMPTS):
-            able = [member for member in self._fleet.live if member.n_rows(request)]
+            have = [member for member in self._fleet.members.values() if member.n_rows(request)]
+            if len(have) >= FEWEST:
+                await self._are_back(min(len(have), threshold_of(len(self._fleet.members))))
+            able = [member for member in have if member.state == "live"]
             if len(able) < FEWEST:
                 log.warning("%d devices have %s rows, a secure sum needs %d", len(able), request.split, FEWEST)
                 return {}
@@ -196,7 +204,7 @@ class SecureSums:
             return {}
         asked = msgspec.structs.replace(request, secure=use)
         found = await self._fleet.evaluate(asked, timeout_s, use.peers)
-        epoch.gone |= set(use.peers) - set(found)
+        epoch.gone |= self._lost()
         if len(found) < epoch.threshold:
             raise QuorumError(f"{len(found)} devices reported, expected {epoch.threshold}", limit=epoch.threshold)
         vectors = self._vectors({name: report.masked for name, report in found.items()})
@@ -221,7 +229,7 @@ class SecureSums:
         epoch = self._epoch
         live = {member.name for member in self._fleet.live}
         if epoch is not None:
-            epoch.gone |= set(epoch.sealed) - live
+            epoch.gone |= self._lost()
             is_enough = len(live & epoch.able) >= max(needed, epoch.threshold, FEWEST)
             if epoch.used < USES and live - epoch.unable <= epoch.able and is_enough:
                 return epoch
@@ -230,21 +238,27 @@ class SecureSums:
 
     async def _begin(self, round: int, needed: int, deadline_s: float) -> _Epoch:
         id = secrets.token_hex(16)
+        live = {member.name for member in self._fleet.live}
         n = max(needed, FEWEST)
         made = await self._exchange(round, lambda _: KeysWork(epoch=id, n_uses=USES), n, deadline_s)
         found = {name: result for name, result in made.items() if isinstance(result, KeysResult)}
-        epoch = _Epoch(id, found, set(self._fleet.members))
+        epoch = _Epoch(id, found, live)
         asked = SharesWork(epoch=id, threshold=epoch.threshold, names=epoch.names, keys=tuple(found.values()))
         told = await self._exchange(round, lambda _: asked, max(n, epoch.threshold), deadline_s, epoch.names)
         epoch.sealed = {name: result for name, result in told.items() if isinstance(result, SharesResult)}
-        epoch.unable &= {member.name for member in self._fleet.members.values() if member.state != "late"}
-        epoch.unable -= set(epoch.sealed)
+        late = {member.name for member in self._fleet.members.values() if member.state == "late"}
+        epoch.unable -= late | set(epoch.sealed)
         return epoch
+
+    def _lost(self) -> set[str]:
+        """The devices that are lost now: they may be restarted when they are back, without their secrets."""
+        return {member.name for member in self._fleet.members.values() if member.state == "lost"}
 
     def _next_use(self, epoch: _Epoch, rows: Callable[[Member], int], row_cap: float) -> SecureUse:
         """The next sum: over all live devices of the epoch that have rows."""
         members = [member for member in self._fleet.live if member.name in epoch.able and rows(member)]
         counts = [rows(member) for member in members]
+        trained = [member.info.n_train for member in members if member.info]
         size = max((member.info.n_embd for member in members if member.info), default=1)
         epoch.used += 1
         return SecureUse(
@@ -252,6 +266,7 @@ class SecureSums:
             index=epoch.used - 1,
             peers=tuple(sorted(member.name for member in members)),
             most_rows=max(math.floor(row_cap * statistics.median(counts)), 1) if row_cap and counts else 0,
+            most_counted=max(math.floor(row_cap * statistics.median(trained)), 1) if row_cap and trained else 0,
             largest=LARGEST_SKETCH * 1.01 * max(sum(counts) * size, 1),
         )
 
@@ -278,7 +293,6 @@ class SecureSums:
         """
         survivors = tuple(masked)
         dropped = tuple(name for name in use.peers if name not in masked)
-        epoch.gone |= set(dropped)
         named = (*survivors, *dropped)
 
         def work(device: str) -> UnmaskWork:
@@ -286,12 +300,17 @@ class SecureSums:
             return UnmaskWork(epoch=epoch.id, index=use.index, survivors=survivors, dropped=dropped, sealed=sealed)
 
         told = await self._exchange(round, work, epoch.threshold, deadline_s, survivors)
-        epoch.gone |= set(survivors) - set(told)
+        epoch.gone |= self._lost()
         revealed = {name: result.shares for name, result in told.items() if isinstance(result, UnmaskResult)}
 
         def add_up() -> Vector:
             found = {
-                name: secret_of(epoch.names, {to: shares[place] for to, shares in revealed.items()}, epoch.threshold)
+                name: secret_of(
+                    epoch.names,
+                    {to: shares[place] for to, shares in revealed.items()},
+                    epoch.threshold,
+                    partial(is_seed if name in masked else is_mask_key, found=epoch.keys[name], index=use.index),
+                )
                 for place, name in enumerate(named)
             }
             seeds = {name: found[name] for name in survivors}

@@ -243,7 +243,7 @@ class Device:
             raise InputError("the plan is compact, expected a whole one (fedbpt.search.compact_plans)", field="work")
         if plan.secure is not UNSET:
             vector = layout.of_result(result, n_texts, plan.secure)
-            result = layout.as_masked(self._party.mask(plan.secure, asked_of_all(plan), vector))
+            result = layout.as_masked(self._party.mask(plan.secure, asked_of_all(plan), vector, plan.device))
         seconds = time.monotonic() - began
         if plan.privacy is not None:
             seconds = 0.0  # would reveal which rows were sampled, as the tokens would
@@ -487,10 +487,8 @@ class Device:
                     sums[number, place] += losses.sum()
                     correct[number] += right.sum()
                 done += len(rows)
-                if not work.by_label:
+                if not work.by_label:  # the time between steps would tell how many rows each label has
                     progress(done, len(chosen))
-            if work.by_label:  # else the progress would tell how many rows each label has
-                progress(place + 1, len(parts))
         effort.evaluations += len(objectives) * len(parts)
         n_correct = tuple(correct.tolist()) if plan.labels else ()
         sizes = self._shift_sizes(plan, work, chosen, effort) if plan.prompt.shifts else UNSET

@@ -99,6 +99,9 @@ def of_result(result: Result, n_texts: int, use: SecureUse) -> Vector:
     weight = share * n_texts
     wide = {_WEIGHT: np.array(weight)}
     wide |= {name: share * _values(result, name) for name in _SUMS.get(kind, ())}
+    if isinstance(result, SelectResult) and result.label_counts:  # of all rows, scored or not
+        n_all = sum(result.label_counts)
+        wide["label_counts"] = min(1.0, (use.most_counted or n_all) / max(n_all, 1)) * _values(result, "label_counts")
     wide |= {name: weight * _values(result, name) for name in _MEANS.get(kind, ()) if _given(result, name)}
     narrow = {name: share * _values(result, name) for name in _STATES.get(kind, ())}
     return _vector(wide, narrow, use)

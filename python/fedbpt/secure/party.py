@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -114,14 +114,18 @@ class Party:
         epoch.told, epoch.asked = SharesResult(sealed=tuple(sealed)), asked
         return epoch.told
 
-    def mask(self, use: SecureUse, asked: str, vector: Vector) -> Vector:
+    def mask(self, use: SecureUse, asked: str, vector: Vector, name: str | None = None) -> Vector:
         """``vector`` plus this device's masks.
+
+        ``name``: by which this device was asked; its rows and mini-batches follow from it. None: it was by none.
 
         ``asked``: digest of what all peers were asked for, with ``use``. It goes into the masks: where devices were
         asked for different things, these do not cancel out. A use masks one answer only.
         """
         epoch = self._epoch(use.epoch)
         own = epoch.name
+        if name not in (None, own):
+            raise InputError(f"this device has keys as {own}: ask it by that name", field="device")
         self._check_use(epoch, use.index)
         known = set(use.peers) <= set(epoch.others) and own in use.peers
         if not known or len(set(use.peers)) != len(use.peers) or len(use.peers) < max(epoch.threshold, FEWEST):
@@ -281,11 +285,11 @@ def unmasked(
         wide, narrow = wide + vector.wide, narrow + vector.narrow
     total = Vector(first.fields, wide, narrow)
     for name in masked:
-        if hashlib.sha256(seeds[name]).digest() != nth(keys_of[name].seed_digests, use.index):
+        if not is_seed(seeds[name], keys_of[name], use.index):
             raise WireError(f"the shares of device {name}'s seed are wrong: use another sum", field="shares")
         total = _added(total, keys.stream(seeds[name], total.n_bytes), -1)
     for name, private in mask_keys.items():
-        if keys.public_key(private) != nth(keys_of[name].mask_keys, use.index):
+        if not is_mask_key(private, keys_of[name], use.index):
             raise WireError(f"the shares of device {name}'s key are wrong: use another sum", field="shares")
         for survivor in masked:
             public = nth(keys_of[survivor].mask_keys, use.index)
@@ -294,7 +298,35 @@ def unmasked(
     return total
 
 
-def secret_of(names: Sequence[str], shares: Mapping[str, bytes], threshold: int) -> bytes:
-    """The secret that ``threshold`` of the ``shares`` give; ``names``: all devices that were given one, in order."""
-    chosen = [(place, shares[name]) for place, name in enumerate(names) if name in shares][:threshold]
-    return shamir.combine([place for place, _ in chosen], [share for _, share in chosen])
+def secret_of(
+    names: Sequence[str],
+    shares: Mapping[str, bytes],
+    threshold: int,
+    is_right: Callable[[bytes], bool] = lambda _: True,
+) -> bytes:
+    """The secret that ``threshold`` of the ``shares`` give; ``names``: all devices that were given one, in order.
+
+    One wrong share does no harm where there is one more than needed. Raises `WireError` if no secret ``is_right``.
+    """
+    given = [(place, shares[name]) for place, name in enumerate(names) if name in shares]
+    for left_out in range(-1, len(given)):
+        chosen = [each for number, each in enumerate(given) if number != left_out][:threshold]
+        if len(chosen) < threshold:
+            break
+        try:
+            secret = shamir.combine([place for place, _ in chosen], [share for _, share in chosen])
+        except WireError:
+            continue
+        if is_right(secret):
+            return secret
+    raise WireError("the shares of a secret are wrong: use another sum", field="shares")
+
+
+def is_seed(seed: bytes, found: KeysResult, index: int) -> bool:
+    """Whether ``seed`` is that of the device's own mask of sum ``index``."""
+    return hashlib.sha256(seed).digest() == nth(found.seed_digests, index)
+
+
+def is_mask_key(private: bytes, found: KeysResult, index: int) -> bool:
+    """Whether ``private`` is the device's key of sum ``index``."""
+    return keys.public_key(private) == nth(found.mask_keys, index)

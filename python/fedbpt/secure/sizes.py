@@ -13,8 +13,8 @@ FEWEST: Final = 3
 def threshold_of(n_devices: int) -> int:
     """Devices that remove the masks of a sum over ``n_devices`` together: more than two thirds, of three two.
 
-    Then a coordinator that tells devices different survivors can learn no sum over less than half of them
-    (n·(2t − n)/t), and cannot have one device's mask removed while the others take it for dropped.
+    Then a coordinator that tells devices different survivors, or different peers, can learn no sum over less than a
+    third of them (2t − n), and cannot have one device's mask removed while the others take it for dropped.
     """
     return 2 if n_devices == FEWEST else 2 * n_devices // 3 + 1
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fedbpt.coordinator.round_figures import numbers_of
-from fedbpt.errors import ConfigError, QuorumError
+from fedbpt.errors import ConfigError, InputError, QuorumError
 from fedbpt.protocol.names import SUM
 from fedbpt.protocol.rounds import (
     KeysWork,
@@ -25,7 +25,7 @@ from fedbpt.protocol.rounds import (
     UnmaskWork,
 )
 from fedbpt.protocol.specs import PrivacySpec
-from fedbpt.runs.events import DeviceLost, RoundClosed
+from fedbpt.runs.events import DeviceLost, RoundClosed, StageBegan
 from fedbpt.runs.settings import RunSettings
 from tests.support.raises import raises
 from tests.support.toy_scene import StopRunError, closed, stop
@@ -229,8 +229,47 @@ def test_a_result_with_other_fields_loses_only_its_device(make: Callable[..., La
     assert [event.device for event in scene.of(DeviceLost)][:1] == ["d"]
 
 
-def test_a_wrong_share_costs_another_try(make: Callable[..., LayerScene]) -> None:
+def test_a_device_that_always_reveals_wrong_shares_does_no_harm_where_there_are_enough(
+    make: Callable[..., LayerScene],
+) -> None:
     scene = make()
+
+    def lie(report: RoundReport) -> RoundReport:
+        if not isinstance(report.result, UnmaskResult):
+            return report
+        return msgspec.structs.replace(report, result=UnmaskResult(shares=(bytes(33),) * len(report.result.shares)))
+
+    scene.devices["a"].change = lie
+    result = scene.run(rounds=3, secure=True)
+    assert result.rounds == 3
+    assert result.tuned.n > 0
+    assert len({plan.work.epoch for _, plan in plans(scene, KeysWork)}) == 1
+
+
+def test_a_device_answers_under_the_name_of_its_keys_only(make: Callable[..., LayerScene]) -> None:
+    scene = make()
+    scene.run(rounds=1, secure=True)
+    device = scene.devices["a"]
+    plan = next(plan for plan in device.plans if isinstance(plan.work, PooledWork))
+    use = msgspec.structs.replace(plan.secure, index=60)
+    with raises(InputError, field="device"):
+        device.run(msgspec.structs.replace(plan, device="b", secure=use))
+
+
+def test_one_device_that_is_lost_before_the_end_does_not_cost_the_figures(make: Callable[..., LayerScene]) -> None:
+    scene = make(NAMES[:3])
+
+    def lose(event: object) -> None:
+        if isinstance(event, StageBegan) and event.stage == "evaluation":
+            scene.clients["b"].down = True
+            threading.Timer(1.0, lambda: setattr(scene.clients["b"], "down", False)).start()
+
+    scene.on_event = lose
+    assert scene.run(rounds=2, secure=True, deadline_s=20.0).tuned.n > 0
+
+
+def test_a_wrong_share_costs_another_try(make: Callable[..., LayerScene]) -> None:
+    scene = make(NAMES[:3])  # of which one may drop out: the first two shares are taken
     lies: list[str] = []
 
     def lie(report: RoundReport) -> RoundReport:

@@ -206,6 +206,15 @@ def test_a_replayed_or_foreign_share_is_refused() -> None:
             group.parties["a"].unmask(msgspec.structs.replace(work, sealed=sealed))
 
 
+def test_one_wrong_share_is_left_out_where_there_are_enough() -> None:
+    shares = dict(zip(NAMES, shamir.split(bytes(31) + b"x", 5, 3), strict=True))
+    shares["b"] = bytes(33)
+    assert secret_of(NAMES, shares, 3, lambda secret: secret == bytes(31) + b"x") == bytes(31) + b"x"
+    few = {name: shares[name] for name in "abc"}
+    with raises(WireError, field="shares"):
+        secret_of(NAMES, few, 3, lambda secret: secret == bytes(31) + b"x")
+
+
 def test_a_wrong_share_does_not_give_a_wrong_sum() -> None:
     group = Group().share()
     vectors = {name: vector([1.0]) for name in NAMES}
