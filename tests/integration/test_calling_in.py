@@ -13,6 +13,7 @@ import pytest
 
 from fedbpt.net import tokens
 from fedbpt.protocol import codec
+from fedbpt.protocol.names import SUM
 from fedbpt.runs.result import RunResult
 from fedbpt.runs.store import RunStore
 from tests.integration.processes import Fleet
@@ -210,7 +211,7 @@ def test_devices_that_know_each_other_add_up_securely_and_one_is_killed(site: Si
     assert found.tuned.n > 0
     with RunStore(site.folder / "secure/runs.db") as opened:
         stored = list(opened.rounds("mood"))
-    assert {report.device for round in stored for report in round.reports} == {"sum"}
+    assert {report.device for round in stored for report in round.reports} == {SUM}
     assert set(stored[3].reports[0].devices) >= {"a", "b", "c"}
     for process in devices.values():
         process.send_signal(signal.SIGINT)

@@ -89,7 +89,16 @@ def test_all_commands_exist() -> None:
     words += ["models list", "models pull", "models path", "models rm", "models check", "models requantize"]
     words += ["tasks new"]
     words += ["certs init", "certs issue", "devices invite", "devices list", "devices revoke"]
-    words += ["runs list", "runs show", "runs export", "runs replay", "runs scalars", "runs delete", "dashboard"]
+    words += [
+        "runs list",
+        "runs show",
+        "runs report",
+        "runs export",
+        "runs replay",
+        "runs scalars",
+        "runs delete",
+        "dashboard",
+    ]
     assert set(LEAVES) == {f"fedbpt {word}" for word in words}
 
 
