@@ -94,7 +94,7 @@ class Federation:
 
     Raises:
         ConfigError: duplicate or invalid names, too few devices for the method.
-        MissingExtraError: a private run without the accountant's library.
+        MissingExtraError: a private run without the accountant's library, or a secure one without that of keys.
     """
 
     def __init__(
@@ -113,6 +113,8 @@ class Federation:
         check_names([run], "run")
         if settings.privacy is not None:
             require_accountant()
+        if settings.secure:
+            from fedbpt.coordinator import secure_sums  # noqa: F401 - to miss its extra before the run begins
         check_names([client.name for client in clients], "device")
         self.run_name = run
         self.task = task

@@ -75,16 +75,18 @@ class Faults(NamedTuple):
 
 
 class RunReport(NamedTuple):
-    """Attributes:
-    run, task, model: names.
-    generates: the figure is perplexity, lower is better.
-    points: the evaluations on development rows.
-    budgets: the best figure within shares of what the run spent of each resource.
-    total: what the run spent.
-    peak_rss_bytes: of the device that used most memory.
-    target: the figure that was asked for; None: none was.
-    reached: the first evaluation that reached it; None: none did.
-    faults: what they cost.
+    """What a run reached, what it cost, and what faults cost.
+
+    Attributes:
+        run, task, model: names.
+        generates: the figure is perplexity, lower is better.
+        points: the evaluations on development rows.
+        budgets: the best figure within shares of what the run spent of each resource.
+        total: what the run spent.
+        peak_rss_bytes: of the device that used most memory.
+        target: the figure that was asked for; None: none was.
+        reached: the first evaluation that reached it; None: none did.
+        faults: what they cost.
     """
 
     run: str

@@ -48,7 +48,7 @@ SELECTION: Final = 0
 FEWEST_JUDGES: Final = 5  # rows
 
 LONG_PATTERN: Final = 200
-"""Bytes of a pattern over which it holds examples, whose tokens are not those of a text."""
+"""Length in bytes from which a pattern is taken to hold examples, whose tokens are not those of a text."""
 
 _Z: Final = 1.645  # the normal distribution's quantile of 95 %
 

@@ -124,18 +124,18 @@ class SecureSums:
         """One report, that of all devices' rows; none if the budget ended the round. Raises as `Fleet.run_round`."""
         clock = asyncio.get_running_loop().time
         end = clock() + budget_s
-        for attempt in range(ATTEMPTS):
-            if clock() >= end:
-                return []
+        attempts = 0
+        while clock() < end:
+            attempts += 1
             try:
                 return await self._sum(round, plan_for, needed, deadline_s, kind, history, end - clock())
             except (QuorumError, WireError) as error:
                 self._epoch = None  # devices may have been restarted
-                if attempt == ATTEMPTS - 1 or not await self._are_back(max(needed, FEWEST)):
+                if attempts == ATTEMPTS or not await self._are_back(max(needed, FEWEST)):
                     raise error if isinstance(error, QuorumError) else QuorumError(str(error)) from error
                 log.warning("round %d: a secure sum is tried again: %s", round, error)
                 await self._fleet.withdraw(plan_for(next(iter(self._fleet.members))).run, round)
-        raise AssertionError("unreachable")
+        return []
 
     async def _sum(
         self,

@@ -460,9 +460,8 @@ class SecureUse(Message, frozen=True):
     """That a result is to be masked, as sum number ``index`` of ``epoch`` over the devices ``peers``, in order of name.
 
     Masks are bound to this and to all that the peers' plans have in common: they only cancel out among devices that
-    were asked the same. ``most_rows``: a device counts for at most as many rows, and its labels for at
-    most ``most_counted``; 0: for all. ``largest``: bound of the
-    sums of states over all peers.
+    were asked the same. ``most_rows``: a device counts for at most as many rows, and its labels for at most
+    ``most_counted``; 0: for all. ``largest``: bound of the sums of states over all peers.
     """
 
     epoch: Name

@@ -148,19 +148,18 @@ class RunSettings(CheckedMessage, frozen=True):
         """A secure run sees sums over all devices, no single report."""
         if not self.secure:
             return
-        excluded = {
-            "method": self.method != "pooled",
-            "robust": self.robust != "none",
-            "privacy": self.privacy is not None,
-            "per_round": self.per_round > 0,
-            "even_rounds": self.even_rounds,
-            "metric_share": self.metric_share > 0,
+        needed = {
+            "method": "pooled",
+            "robust": "none",
+            "privacy": None,
+            "per_round": 0,
+            "even_rounds": False,
+            "metric_share": 0.0,
         }
-        for field, chosen in excluded.items():
-            if chosen:
+        for field, value in needed.items():
+            if getattr(self, field) != value:
                 raise ConfigError(
-                    f"secure = true excludes {field}, which needs each device's report: leave it out, with method = "
-                    "'pooled'",
+                    f"secure = true sees no single report, which another {field} than {value!r} needs: leave it out",
                     field=field,
                 )
 

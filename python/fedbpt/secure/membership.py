@@ -7,6 +7,7 @@ import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -15,16 +16,19 @@ from fedbpt.errors import ConfigError
 from fedbpt.protocol.codec import digest
 from fedbpt.protocol.rounds import EvaluateRequest, RoundPlan
 
-IDENTITY_BYTES = 32
+IDENTITY_BYTES: Final = 32
+"""Length of an Ed25519 public key."""
 
 
 @dataclass(frozen=True)
 class Membership:
-    """Attributes:
-    identity: the Ed25519 private key by which other devices know this one; None: a new one at each start.
-    trusted: public identities of the devices whose keys are accepted, by name; None: the coordinator is trusted to
-        pass on the devices' own keys.
-    only: results leave this device masked only; a run that is not secure is refused.
+    """What a device's owner decides.
+
+    Attributes:
+        identity: the Ed25519 private key by which other devices know this one; None: a new one at each start.
+        trusted: public identities of the devices whose keys are accepted, by name; None: the coordinator is trusted to
+            pass on the devices' own keys.
+        only: results leave this device masked only; a run that is not secure is refused.
     """
 
     identity: bytes | None = field(default=None, repr=False)

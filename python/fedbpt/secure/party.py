@@ -117,10 +117,15 @@ class Party:
     def mask(self, use: SecureUse, asked: str, vector: Vector, name: str | None = None) -> Vector:
         """``vector`` plus this device's masks.
 
-        ``name``: by which this device was asked; its rows and mini-batches follow from it. None: it was by none.
+        Args:
+            use: the sum. It masks one answer only.
+            asked: digest of what all peers were asked for, with ``use``. It goes into the masks: where devices were
+                asked for different things, these do not cancel out.
+            vector: the numbers to add.
+            name: the device's name in a plan, from which its rows and mini-batches are drawn; None: an evaluation.
 
-        ``asked``: digest of what all peers were asked for, with ``use``. It goes into the masks: where devices were
-        asked for different things, these do not cancel out. A use masks one answer only.
+        Raises `InputError` for another name than that of its keys, other peers than known ones, too few of them, or a
+        use that has masked something else.
         """
         epoch = self._epoch(use.epoch)
         own = epoch.name
