@@ -208,7 +208,7 @@ class RunState:
     def choose(self, names: Sequence[str], reports: Sequence[EvaluateReport]) -> None:
         """Choose what is shipped, by losses of `held_lines` ``names`` on held-out rows; without any, the first line.
 
-        For target texts, less than `FEWEST_JUDGES` rows do not judge: the prompt is shipped.
+        For target texts, less than `FEWEST_JUDGES` rows only veto: the prompt is shipped unless it is worse on them.
 
         Another line is chosen if its loss is lower with 95 % confidence (Student's t, one-sided): few rows judge, and
         a line that fits them by chance can be far worse than the readout without prompt.
@@ -224,8 +224,11 @@ class RunState:
                 best, lowest = i, mean + margin
         if self.task.labels:
             self.shipped = cast(Shipped, names[best])
+        elif n_rows >= FEWEST_JUDGES:
+            self.shipped = "zero_shot" if best == 0 else ""
         else:
-            self.shipped = "zero_shot" if best == 0 and n_rows >= FEWEST_JUDGES else ""
+            gained = sum(report.loss_sums[0] - report.loss_sums[-1] for report in reports)
+            self.shipped = "zero_shot" if gained < 0 else ""
 
     def choose_unjudged(self) -> None:
         """Choose where nothing can judge: the readout without prompt if none was fitted with it, else the usual."""

@@ -107,11 +107,13 @@ def state(**changes: Any) -> RunState:
     return RunState(TARGETS, chosen, chosen.aggregator())
 
 
-def test_few_rows_do_not_judge() -> None:
-    for reports in ([], held_reports(np.full(4, 0.3))):
-        made = state()
-        made.choose(["zero_shot", "prompt"], reports)
-        assert made.shipped == ""
+@pytest.mark.parametrize(
+    ("differences", "shipped"), [([], ""), ([-0.1, 0.05, 0.0], ""), ([0.3] * 4, "zero_shot"), ([30.0], "zero_shot")]
+)
+def test_few_rows_only_keep_back_a_prompt_that_is_worse_on_them(differences: list[float], shipped: str) -> None:
+    made = state()
+    made.choose(["zero_shot", "prompt"], held_reports(np.array(differences)) if differences else [])
+    assert made.shipped == shipped
 
 
 @pytest.mark.parametrize("changes", [{"readout": "words"}, {"robust": "median"}, {"privacy": True}], ids=str)
