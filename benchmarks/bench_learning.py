@@ -11,6 +11,9 @@ backprop   the true gradient, which devices cannot compute: Adam on the same pro
            calibration; an evaluation is a step of three passes
 reference  FedBPT's published settings: 50 tokens in front, d 500, λ 5, 8 iterations, 40 texts, perturbed ratio
 
+Tasks are ag-news and sst-2, or a folder in --data with train.csv and test.csv (columns text and label), whose task is
+drafted from train.csv as by `fedbpt tasks new`.
+
     python benchmarks/bench_learning.py --data DIR --task ag-news --model smollm2-135m --out learning
 """
 
@@ -70,6 +73,19 @@ def read_rows(path: Path) -> list[Row]:
             elif len(row) == 3 and row[0].isdigit():  # the original format counts from 1
                 found.append((f"{row[1]} {row[2]}", int(row[0]) - 1))
         return found
+
+
+def task_and_rows(folder: Path, name: str) -> tuple[tasks.Task, list[Row], list[Row]] | None:
+    """Task, training rows and test rows; None where ``folder`` has no such files."""
+    files = [folder / file for file in FILES[name]] if name in FILES else []
+    files = files or [folder / name / file for file in ("train.csv", "test.csv")]
+    if not all(file.is_file() for file in files):
+        return None
+    if name in FILES:
+        return tasks.load(name), read_rows(files[0]), read_rows(files[1])
+    task = tasks.draft_task(files[0]).task
+    train, test = ([(text, int(label)) for text, label in tasks.read_task_rows(task, file)] for file in files)
+    return task, train, test
 
 
 def shots(rows: Sequence[Row], per_class: Sequence[int], seed: int) -> tuple[list[Row], list[Row]]:
@@ -265,7 +281,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--data", type=Path, help="folder with " + ", ".join(name for pair in FILES.values() for name in pair)
     )
-    parser.add_argument("--task", choices=list(FILES), default="ag-news")
+    parser.add_argument("--task", default="ag-news", help=f"{', '.join(FILES)}, or a folder in --data")
     parser.add_argument("--model", default="smollm2-135m", help="name or GGUF file")
     parser.add_argument(
         "--search", choices=["pooled", "fedavg", "fedbpt", "spsa", "backprop", "reference"], default="pooled"
@@ -316,16 +332,17 @@ def main() -> int:
         if not args.json:
             print(text, flush=True)
 
-    if args.data is None or not all((args.data / name).is_file() for name in FILES[args.task]):
-        say(f"skipped: give --data, a folder with {' and '.join(FILES[args.task])}")
+    found_task = None if args.data is None else task_and_rows(args.data, args.task)
+    if found_task is None:
+        files = FILES.get(args.task, (f"{args.task}/train.csv", f"{args.task}/test.csv"))
+        say(f"skipped: give --data, a folder with {' and '.join(files)}")
         return 0
+    task, everything, test = found_task
     try:
         scorer = fedbpt.load_model(args.model, n_threads=args.threads, kv_budget_bytes=KV_BYTES)
     except ModelNotFoundError as error:
         say(f"skipped {args.model}: {error}")
         return 0
-    task = tasks.load(args.task)
-    everything, test = (read_rows(args.data / name) for name in FILES[args.task])
     points: list[dict[str, Any]] = []
     judge: Judge | None = None
     for seed in args.seeds:

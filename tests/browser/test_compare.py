@@ -17,6 +17,7 @@ from fedbpt.coordinator.federation import Federation
 from fedbpt.dashboard.comparison import models_of_run
 from fedbpt.dashboard.examples import KINDS
 from fedbpt.device.device import Device
+from fedbpt.net.tokens import watch_token
 from fedbpt.protocol.questions import DEFAULT_TOKENS
 from fedbpt.protocol.specs import Template
 from fedbpt.runs.settings import RunSettings
@@ -137,7 +138,8 @@ def test_the_compare_page_is_accessible_and_fits_a_phone(workshop: Workshop, ope
     workshop.run_file(urls, "rounds = 2")
     assert workshop.run("tune", "run.toml", "--json")[0] == 0
     more = ("--model", workshop.folder / "tiny.gguf", "--task", workshop.folder / "mood.toml")
-    url = shown(workshop.fleet, "mood", workshop.folder / "runs" / "runs.db", *more)
+    votes = workshop.folder / "votes.jsonl"
+    url = shown(workshop.fleet, "mood", workshop.folder / "runs" / "runs.db", *more, "--votes", votes)
     for size in (DESKTOP, PHONE):
         page = open_page(url, size, scheme)
         page.goto(f"{url}/compare")
@@ -150,9 +152,15 @@ def test_the_compare_page_is_accessible_and_fits_a_phone(workshop: Workshop, ope
             assert page.evaluate("window.moved")
         expect(page.locator(".side .state").first).to_be_hidden()  # nobody knows the answer
         expect(page.get_by_role("button", name="Compare", exact=True)).to_have_css("opacity", "1")
+        page.locator(".vote").get_by_role("button").first.click()
+        expect(page.locator(".vote .what")).to_contain_text("kept in")
         found = Axe().run(page, options=WCAG_AA)
         assert found.violations_count == 0, found.generate_report()
         assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+    first_label = load_task(workshop.folder / "mood.toml").labels[0]
+    assert [json.loads(line) for line in votes.read_text().splitlines()] == [
+        {"text": "bad movie", "label": first_label}
+    ] * 2
 
 
 def test_an_absent_model_is_reported_in_one_line(workshop: Workshop, open_page: OpenPage) -> None:
@@ -179,13 +187,35 @@ def test_texts_are_generated_side_by_side(tmp_path: Path, fleet: Fleet, open_pag
     for side, piece in models_of_run(scorer, task, result).generate("question 3", max_tokens=DEFAULT_TOKENS):
         expected[side] += piece
 
-    url = shown(fleet, "manner", tmp_path / "runs.db", "--model", model, "--task", tmp_path / "manner.toml")
-    page = open_page(url)
+    given = ("--model", model, "--task", tmp_path / "manner.toml", "--votes", tmp_path / "votes.jsonl")
+    link = shown(fleet, "manner", tmp_path / "runs.db", *given, "--token-file", tmp_path / "token")
+    url, _, token = link.partition("/?token=")
+    page = open_page(link)
     expect(page.locator(".tile.hero")).to_contain_text("Perplexity")
     page.goto(f"{url}/compare")
+    expect(page.locator(".vote")).to_be_hidden()
     page.get_by_label("Your text").fill("question 3")
     page.get_by_role("button", name="Compare", exact=True).click()
-    expect(page.get_by_role("status")).to_have_text("")
+    expect(page.get_by_role("status").first).to_have_text("")
+    ballot = page.locator(".vote")
+    expect(ballot).to_contain_text("Which reply is better?")
+    ballot.get_by_role("button", name="Tuned").click()
+    expect(ballot.get_by_role("status")).to_contain_text("kept in")
+    ballot.get_by_role("button", name="Keep it").click()
+    expect(ballot.get_by_role("status")).to_contain_text("empty")
+    ballot.get_by_label("A better one").fill(" my own é ")
+    ballot.get_by_role("button", name="Keep it").click()
+    expect(ballot.get_by_role("status")).to_contain_text("kept in")
+    column = task.label_column
+    assert [json.loads(line) for line in (tmp_path / "votes.jsonl").read_text(encoding="utf-8").splitlines()] == [
+        {"text": "question 3", column: expected["tuned"].strip()},
+        {"text": "question 3", column: "my own é"},
+    ]
+    page.goto(f"{url}/compare?token={watch_token(token)}")  # who only watches may ask, but not vote
+    page.get_by_label("Your text").fill("question 3")
+    page.get_by_role("button", name="Compare", exact=True).click()
+    expect(page.get_by_role("status").first).to_have_text("")
+    expect(page.locator(".vote")).to_have_count(0)
     assert all(expected.values())
     for shown_side, said in zip(page.locator(".said").all(), expected.values(), strict=True):
         expect(shown_side).to_have_text(said.replace("\0", ""), use_inner_text=False)

@@ -23,7 +23,7 @@ from fedbpt.coordinator.clients import HttpClient
 from fedbpt.display.plain_console import PlainConsole
 from fedbpt.engine.native_scorer import load_model
 from fedbpt.engine.text_generator import Sampling
-from fedbpt.errors import ConfigError, DataError, DeviceError, InputError, WireError
+from fedbpt.errors import ConfigError, DeviceError, InputError, WireError
 from fedbpt.net.tls import Tls
 from fedbpt.net.tokens import read_private
 from fedbpt.plain_text import echo, one_line
@@ -31,6 +31,7 @@ from fedbpt.prompts.prompt import Prompt
 from fedbpt.protocol.questions import DEFAULT_TOKENS
 from fedbpt.protocol.seeding import generator
 from fedbpt.side_by_side.sides import SIDES, Probabilities, Side, SideBySide
+from fedbpt.side_by_side.votes import Votes
 from fedbpt.tasks import Row
 
 PromptFile = Annotated[Path, typer.Option("--prompt", "-p", help="The tuned prompt's file.", show_default=False)]
@@ -93,7 +94,9 @@ def chat(
     prompt = Prompt.load(prompt_file)
     needs_task = task is not None or data is not None
     chosen = chosen_task(task, prompt.task, prompt.task_name) if needs_task else prompt.task
-    columns = None if votes is None else _vote_columns(votes, chosen, device)
+    if votes is not None and device is not None:
+        raise ConfigError("--votes keeps rows on this machine: ask its own model, without --device", field="--votes")
+    kept = None if votes is None else Votes(votes, chosen)
     offered = [] if chosen is None or data is None else _offered(chosen, data, questions)
     how = Sampling(temperature, top_p, seed=seed)
     pair: Pair
@@ -112,8 +115,8 @@ def chat(
         try:
             utf8(text, "the question")
             choices = _print_reply(console, pair, text, label, how, max_tokens, tuple(stop or ()), as_json)
-            if votes is not None and columns is not None:
-                _vote(votes, columns, text, choices, interactive)
+            if kept is not None:
+                _vote(kept, text, choices, interactive)
         except KeyboardInterrupt:
             if not interactive:
                 raise
@@ -207,20 +210,8 @@ def _print_reply(
     return replies
 
 
-def _vote_columns(path: Path, task: tasks.Task | None, device: str | None) -> tuple[str, str]:
-    """The columns of a row of votes. Raises `ConfigError` where none can be kept."""
-    if device is not None:
-        raise ConfigError("--votes keeps rows on this machine: ask its own model, without --device", field="--votes")
-    if path.suffix not in (".jsonl", ".ndjson"):
-        raise ConfigError(f"--votes {path}: name a .jsonl file, which `fedbpt device --data` reads", field="--votes")
-    columns = ("text", "label") if task is None else (task.text_columns[0], task.label_column)
-    if "{" in columns[0]:
-        raise ConfigError("--votes keeps texts of one column: use a task that reads one", field="--votes")
-    return columns
-
-
-def _vote(path: Path, columns: tuple[str, str], text: str, choices: Mapping[str, str], interactive: bool) -> None:
-    """Ask for the better reply or the right label, and add it to ``path`` as a row; an empty line adds none."""
+def _vote(votes: Votes, text: str, choices: Mapping[str, str], interactive: bool) -> None:
+    """Ask for the better reply or the right label, and add it as a row; an empty line adds none."""
     may_write = any(name != answer for name, answer in choices.items())  # labels are given
     own_words = ", or = and a better one" if may_write else ""
     question = f"{' or '.join(choices)}{own_words}; Enter: none> "
@@ -238,12 +229,7 @@ def _vote(path: Path, columns: tuple[str, str], text: str, choices: Mapping[str,
             break
         if not interactive:
             raise InputError(f"a vote must be {' or '.join(choices)}, or an empty line", field="--votes")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(zip(columns, (text, answer), strict=True)), ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}", field="--votes") from error
+    votes.add(text, answer)
 
 
 def _print_json(value: dict[str, object]) -> None:

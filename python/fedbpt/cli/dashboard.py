@@ -17,6 +17,7 @@ from fedbpt.dashboard import DEFAULT_ADDRESS
 from fedbpt.dashboard.comparison import Comparison, models_of_run, questions_of
 from fedbpt.dashboard.server import DashboardServer
 from fedbpt.engine.native_scorer import load_model
+from fedbpt.errors import ConfigError
 from fedbpt.net.tls import Tls
 from fedbpt.plain_text import echo
 from fedbpt.protocol import codec
@@ -24,6 +25,7 @@ from fedbpt.runs.as_json import task_of_run
 from fedbpt.runs.result import RunResult
 from fedbpt.runs.store import StoredRun
 from fedbpt.side_by_side import SideBySide
+from fedbpt.side_by_side.votes import Votes
 
 
 def dashboard(
@@ -40,6 +42,10 @@ def dashboard(
     ] = None,
     task: TaskFile = None,
     questions: Questions = None,
+    votes: Annotated[
+        Path | None,
+        typer.Option("--votes", help="Let the compare page ask which reply is better; add it to this file as a row."),
+    ] = None,
     cert: Cert = None,
     key: Key = None,
     allow_insecure: AllowInsecure = False,
@@ -53,7 +59,12 @@ def dashboard(
     with open_store(store) as found:
         stored = found.get_run(run)
     result = None if stored.result is None or stored.status != "finished" else codec.decode(stored.result, RunResult)
-    comparison = None if result is None else _comparison(stored, result, model, task, questions)
+    comparison = None if result is None else _comparison(stored, result, model, task, questions, votes)
+    if votes is not None and comparison is None:
+        raise ConfigError(
+            f"--votes: run {run!r} cannot be compared: it must be finished, and its task known (--task)",
+            field="--votes",
+        )
     host, port = host_and_port("--at", at)
     secret = None if token is None else token_in(token)
     server = DashboardServer(store, run, host, port, token=secret, tls=Tls(cert, key), allow_insecure=allow_insecure)
@@ -72,7 +83,12 @@ def dashboard(
 
 
 def _comparison(
-    stored: StoredRun, result: RunResult, model: str | None, task: str | None, questions: Path | None
+    stored: StoredRun,
+    result: RunResult,
+    model: str | None,
+    task: str | None,
+    questions: Path | None,
+    votes: Path | None,
 ) -> Comparison | None:
     """What the compare page needs; the model is loaded at the first question. None if the run's task is unknown."""
     if task is None and questions is None and task_of_run(stored) is None:
@@ -83,4 +99,4 @@ def _comparison(
     def make() -> SideBySide:
         return models_of_run(load_model(model or result.model_name), known, result)
 
-    return Comparison(make, known.labels, offered)
+    return Comparison(make, known.labels, offered, votes=None if votes is None else Votes(votes, known))

@@ -55,8 +55,8 @@ def build_app(
         RunPage(state, control if may_control(request.scope) else None, invitation())
 
     @ui.page("/compare", title=f"Compare · {state.run} · fedbpt")
-    def compare() -> None:
-        ComparePage(state.run, comparison, invitation())
+    def compare(request: Request) -> None:
+        ComparePage(state.run, comparison, invitation(), may_vote=may_control(request.scope))
 
     app.on_startup(on_startup)
     app.on_shutdown(on_shutdown)

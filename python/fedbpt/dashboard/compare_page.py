@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Final
 
 from nicegui import ui
@@ -14,6 +15,7 @@ from fedbpt.dashboard.examples import KINDS, Kind, Row
 from fedbpt.errors import FedbptError
 from fedbpt.protocol.questions import Answer
 from fedbpt.side_by_side.sides import SIDES, Side
+from fedbpt.side_by_side.votes import Votes
 
 TITLES: Final[dict[Side, str]] = {"original": "Original", "tuned": "Tuned"}
 
@@ -38,10 +40,12 @@ class ComparePage:
         run: the run's name.
         find: returns the comparison; None: the run is not finished.
         invitation: the read-only link for others; None: there is none.
+        may_vote: whether this browser is the operator's, who may add rows to the comparison's votes.
     """
 
-    def __init__(self, run: str, find: Callable[[], Comparison | None], invitation: str | None) -> None:
+    def __init__(self, run: str, find: Callable[[], Comparison | None], invitation: str | None, may_vote: bool) -> None:
         self._find = find
+        self._may_vote = may_vote
         with page_frame(invitation):
             ui.label(run).classes("title").props("role=heading aria-level=1")
             ui.link("Run", "/").classes("tab")
@@ -76,6 +80,8 @@ class ComparePage:
                 describe(self._progress.props("indeterminate"), "Asking both").visible = False
             with ui.element("div").classes("pair sides"):
                 self._sides = {side: _Side(TITLES[side], comparison.labels) for side in SIDES}
+            votes = comparison.votes if self._may_vote else None
+            self._ballot = None if votes is None else _Ballot(votes, comparison.labels)
             if comparison.questions:
                 with ui.element("section").classes("panel held-out"):
                     heading("Or choose a held-out text, which was not used for training")
@@ -115,6 +121,8 @@ class ComparePage:
 
     async def _answer(self, text: str, expected: str | None) -> None:
         self._message.text = "asking both …"
+        if self._ballot is not None:
+            self._ballot.close()
         try:
             if self._where.value != HERE:
                 found = await self._comparison.ask_device(str(self._where.value), text, self._show_texts)
@@ -127,6 +135,8 @@ class ComparePage:
             self._message.text = str(error)
         else:
             self._message.text = "" if expected is None else f"Expected: {expected}"
+            if self._ballot is not None:
+                self._ballot.open(text, {side: shown.text.text for side, shown in self._sides.items()})
 
     def _show(self, found: Answer, expected: str | None) -> None:
         if not found.probabilities:
@@ -144,6 +154,54 @@ class ComparePage:
         async with aclosing(self._comparison.generate(text)) as pieces:
             async for side, piece in pieces:
                 self._sides[side].text.text += piece
+
+
+class _Ballot:
+    """Asks which reply is better, or which label is right, once both models have replied; keeps the choice as a row."""
+
+    def __init__(self, votes: Votes, labels: tuple[str, ...]) -> None:
+        self._votes = votes
+        self._question = ""
+        self._replies: dict[Side, str] = {}
+        with ui.element("section").classes("panel vote") as self._panel:
+            heading("Which label is right?" if labels else "Which reply is better?")
+            with ui.element("div").classes("row"):
+                if labels:
+                    for label in labels:
+                        button(label, "", partial(self._keep, label), "plain")
+                else:
+                    for side in SIDES:
+                        button(TITLES[side], "", partial(self._keep_reply, side), "plain")
+                    self._own = ui.input("A better one").props("outlined dense maxlength=4000")
+                    button("Keep it", "", self._keep_own, "plain")
+            self._said = ui.label().classes("what").props('role="status"')
+        self._panel.visible = False
+
+    def close(self) -> None:
+        self._panel.visible = False
+
+    def open(self, question: str, replies: dict[Side, str]) -> None:
+        self._question, self._replies = question, replies
+        self._said.text = f"Your choice becomes a row of {self._votes.path}, on this machine."
+        self._panel.visible = True
+
+    def _keep_reply(self, side: Side) -> None:
+        self._keep(self._replies[side])
+
+    def _keep_own(self) -> None:
+        self._keep(str(self._own.value or ""))
+        self._own.value = ""
+
+    def _keep(self, answer: str) -> None:
+        if not answer.strip():
+            self._said.text = "that reply is empty: choose another, or write a better one"
+            return
+        try:
+            self._votes.add(self._question, answer.strip())
+        except FedbptError as error:
+            self._said.text = str(error)
+        else:
+            self._said.text = f"kept in {self._votes.path}"
 
 
 class _Offers:

@@ -20,6 +20,7 @@ from fedbpt.protocol.questions import DEFAULT_TOKENS, Answer, Question, check_an
 from fedbpt.protocol.seeding import generator
 from fedbpt.runs.result import RunResult
 from fedbpt.side_by_side.sides import Probabilities, Side, SideBySide
+from fedbpt.side_by_side.votes import Votes
 from fedbpt.tasks import Task, read_task_rows
 
 MAX_WAITING: Final = 16
@@ -55,6 +56,7 @@ class Comparison:
         labels: the task's labels; empty if texts are generated.
         questions: held-out rows to choose from.
         devices: devices that can be asked instead of this machine; used on one event loop.
+        votes: where the operator's votes are kept; None: the page asks for none.
     """
 
     def __init__(
@@ -63,7 +65,9 @@ class Comparison:
         labels: Sequence[str],
         questions: Sequence[Row] = (),
         devices: Sequence[RemoteDevice] = (),
+        votes: Votes | None = None,
     ) -> None:
+        self.votes = votes
         self.labels = tuple(labels)
         self.questions = tuple(questions)
         self.devices = {device.name: device for device in devices}
