@@ -20,7 +20,7 @@ ORDER: tuple[str, ...] = (
     *("models", "tasks", "search", "engine", "secure", "aggregation", "model_check", "bench"),
     *("prompts", "objective", "exchange", "runs", "side_by_side"),
     *("device", "coordinator"),
-    *("display", "results", "api", "answering", "calibrating", "refining"),
+    *("display", "results", "api", "answering", "calibrating", "refining", "target_sampling"),
     *("serving", "dashboard", "flower", "__init__", "cli", "__main__"),
 )
 RANK = {part: rank for rank, part in enumerate(ORDER)}

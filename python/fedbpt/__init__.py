@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fedbpt.protocol.specs import ObjectiveSpec, PromptSpec, Template
     from fedbpt.refining import RefineResult, refine
     from fedbpt.results import EvaluationResult, TuneResult
+    from fedbpt.target_sampling import SampledTargets, sample_targets
     from fedbpt.tasks import Task
 
 __version__ = VERSION
@@ -45,6 +46,7 @@ _MODULES = {
     "prompts.prompt": ("Prompt",),
     "refining": ("RefineResult", "refine"),
     "results": ("EvaluationResult", "TuneResult"),
+    "target_sampling": ("SampledTargets", "sample_targets"),
     "tasks": ("Task",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
@@ -61,6 +63,7 @@ __all__ = [
     "Prompt",
     "PromptSpec",
     "RefineResult",
+    "SampledTargets",
     "Task",
     "Template",
     "TuneResult",
@@ -78,6 +81,7 @@ __all__ = [
     "metrics",
     "models",
     "refine",
+    "sample_targets",
     "tasks",
     "tune",
 ]

@@ -85,10 +85,10 @@ def answers(
     """
     task = load(task)
     chosen = template or (task.templates[0] if prompt is None else prompt.template)
-    return _answers(scorer, task, named_rows("rows", rows, task), prompt, chosen, examples, sampling)
+    return answer_texts(scorer, task, named_rows("rows", rows, task), prompt, chosen, examples, sampling)
 
 
-def _answers(
+def answer_texts(
     scorer: TextModel,
     task: Task,
     rows: Sequence[Row],
@@ -300,22 +300,22 @@ def compare_answers(
 
     lines = {}
     if prompt is not None:  # first: it may not fit
-        lines["tuned"] = line(_answers(scorer, task, data, prompt, chosen))
-    lines["zero_shot"] = line(_answers(scorer, task, data, None, chosen))
+        lines["tuned"] = line(answer_texts(scorer, task, data, prompt, chosen))
+    lines["zero_shot"] = line(answer_texts(scorer, task, data, None, chosen))
     shown: list[Row] = []
     if train is not None:
         known = named_rows("train", train, task)
         order = generator(seed, "examples").permutation(len(known))
-        shown = _fitting(scorer, task, chosen, [known[i] for i in order[:n_examples]])
+        shown = fitting_examples(scorer, task, chosen, [known[i] for i in order[:n_examples]])
         if shown:
-            lines["examples"] = line(_answers(scorer, task, data, None, chosen, shown))
+            lines["examples"] = line(answer_texts(scorer, task, data, None, chosen, shown))
         own = [known[i] for i in order[:CONSTANT_ROWS]]
         lines["constant"] = line([best_constant(measure, own)] * len(data))
     ordered = {each: lines[each] for each in LINES if each in lines}
     return AnswerComparison(name, tuple(data), ordered, len(shown))
 
 
-def _fitting(scorer: TextModel, task: Task, template: Template, examples: list[Row]) -> list[Row]:
+def fitting_examples(scorer: TextModel, task: Task, template: Template, examples: list[Row]) -> list[Row]:
     """As many of the examples, the first ones, as leave room for any text of the task and its answer."""
     limit = task.max_text_tokens
     room = scorer.n_ctx_train - len(render_ids(scorer, template, "x")) - limit - generation_of(task).max_tokens

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -89,6 +90,47 @@ def test_a_function_measures_too_and_its_errors_are_counted(scorer: fedbpt.Nativ
     assert list(found.lines) == ["zero_shot"]
     assert (found.metric, found.lines["zero_shot"].n_failed) == ("short", 1)
     assert found.verdict() == "no prompt was measured"
+
+
+def test_texts_without_answers_get_the_best_of_several(scorer: fedbpt.NativeScorer) -> None:
+    texts = [text for text, _ in CAPITALS[3:]]
+    seen: set[tuple[str, str]] = set()
+
+    def one_word(text: str, answer: str, row: tuple[str, str]) -> float:
+        seen.add((text, answer))
+        assert row == (text, "")
+        return 1.0 / len(answer.split()) if answer else 0.0
+
+    found = fedbpt.sample_targets(scorer, TASK, texts, CAPITALS[:3], metric=one_word, n_samples=4, least=0.9)
+    assert found.n_texts == len(texts)
+    assert len(seen) > len(texts)  # samples differ
+    assert set(found.rows) <= seen
+    assert all(len(answer.split()) == 1 for _, answer in found.rows)
+    assert found.first <= found.best
+    assert len(found.rows) == sum(any(t == text and len(a.split()) == 1 for t, a in seen) for text in texts)
+    again = fedbpt.sample_targets(scorer, TASK, texts, CAPITALS[:3], metric=one_word, n_samples=4, least=0.9)
+    assert again == found
+    likeliest = fedbpt.sample_targets(scorer, TASK, texts, CAPITALS[:3], metric=one_word, n_samples=1, least=0.0)
+    assert likeliest.first == likeliest.best == found.first
+
+
+@pytest.mark.parametrize(
+    ("changed", "field"),
+    [
+        ({"texts": []}, "texts"),
+        ({"texts": ["Peru", " "]}, "texts"),
+        ({"examples": []}, "examples"),
+        ({"least": 1.5}, "least"),
+        ({"examples": [("word " * 9000, "x")]}, "examples"),
+    ],
+)
+def test_targets_that_cannot_be_sampled_are_refused(
+    scorer: fedbpt.NativeScorer, changed: dict[str, object], field: str
+) -> None:
+    long = msgspec.structs.replace(TASK, max_text_tokens=9000)
+    given = {"texts": ["Peru"], "examples": CAPITALS[:2], "metric": "max-words:9", "n_samples": 1, **changed}
+    with raises(DataError, field=field):
+        fedbpt.sample_targets(scorer, long if field == "examples" else TASK, **given)  # type: ignore[arg-type]
 
 
 def comparison(**rewards: list[float]) -> AnswerComparison:

@@ -68,6 +68,17 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         fedbpt.compare_answers,
         {"scorer": ToyScorer(), "task": ANSWERED, "rows": TARGETS, "train": TARGETS},
     ),
+    "sample_targets": (
+        fedbpt.sample_targets,
+        {
+            "scorer": ToyScorer(),
+            "task": ANSWERED,
+            "texts": ["good"],
+            "examples": TARGETS,
+            "metric": "max-words:40",
+            "n_samples": 2,
+        },
+    ),
     "refine": (
         fedbpt.refine,
         {

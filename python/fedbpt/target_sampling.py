@@ -1,0 +1,114 @@
+"""`sample_targets`: target texts for texts that have none, sampled from the model and chosen by a metric."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import msgspec
+
+from fedbpt.answering import N_EXAMPLES, answer_texts, fitting_examples, generation_of
+from fedbpt.api import named_rows
+from fedbpt.argument_types import checked
+from fedbpt.engine.text_generator import GREEDY, Sampling, TextModel
+from fedbpt.errors import DataError
+from fedbpt.machine.interrupts import interruptible
+from fedbpt.metrics import Metric, metric_named, rewards_of
+from fedbpt.protocol.seeding import derive_seed, generator
+from fedbpt.quantities import PositiveInt
+from fedbpt.tasks import GivenTask, Row, load
+
+
+@dataclass(frozen=True)
+class SampledTargets:
+    """What `sample_targets` found.
+
+    Attributes:
+        rows: (text, answer) of each text that has an answer that is good enough.
+        first: mean value of the metric of the likeliest answers (greedy) to all texts.
+        best: mean value of the best sampled answers to all texts.
+        n_texts: number of texts.
+    """
+
+    rows: tuple[Row, ...] = field(repr=False)
+    first: float
+    best: float
+    n_texts: int
+
+
+@checked
+@interruptible()
+def sample_targets(
+    scorer: TextModel,
+    task: GivenTask,
+    texts: Sequence[str],
+    examples: Any,
+    *,
+    metric: str | Metric | None = None,
+    n_samples: Annotated[int, msgspec.Meta(ge=1, le=256)] = 8,
+    n_examples: PositiveInt = N_EXAMPLES,
+    temperature: Annotated[float, msgspec.Meta(gt=0, le=10)] = 0.7,
+    least: float = 0.5,
+    seed: int = 0,
+) -> SampledTargets:
+    """Let the model answer ``texts`` several times, after examples, and keep each text's best answer by a metric.
+
+    The rows can be tuned on like any rows of target texts, so a metric that needs no target text tunes a model with a
+    handful of written answers. The prompt then needs no examples in the model's context. ::
+
+        found = fedbpt.sample_targets(scorer, "replies.toml", texts, examples, metric="max-words:12")
+        fedbpt.tune(scorer, "replies.toml", list(found.rows))
+
+    Args:
+        scorer: the model.
+        task: a task of target texts, or its name or file; texts are presented by its first template.
+        texts: texts without answers.
+        examples: rows with answers, in any form that `fedbpt.tune` takes.
+        metric: as for `fedbpt.compare_answers`. A text's row is (text, ""): the metric must judge the answer alone.
+        n_samples: answers to each text: the likeliest, and samples.
+        n_examples: examples before a text; each pass over the texts draws them, and their order, anew.
+        temperature: of the samples.
+        least: value that an answer must reach to be kept.
+        seed: draws examples and samples.
+
+    Raises:
+        DataError: no texts or examples, an empty text, no example that fits into the context, or no answer that is good
+            enough.
+        ConfigError, MissingExtraError: as `fedbpt.compare_answers`.
+    """
+    task = load(task)
+    settings = generation_of(task)
+    measure = metric if callable(metric) else metric_named(metric or settings.metric)
+    shown = named_rows("examples", examples, task)
+    for name, given in (("texts", texts), ("examples", shown)):
+        if not len(given):
+            raise DataError(f"there are no {name}: give at least one", field=name)
+    for place, text in enumerate(texts):
+        if not text.strip():
+            raise DataError(f"text {place} is empty: leave it out", field="texts")
+    rows: list[Row] = [(task.clip(text), "") for text in texts]
+    best: list[tuple[float, str]] = [(float("-inf"), "")] * len(rows)
+    first = 0.0
+    template = task.templates[0]
+    for number in range(n_samples):
+        order = generator(seed, "sample-examples", number).permutation(len(shown))[:n_examples]
+        context = fitting_examples(scorer, task, template, [shown[i] for i in order])
+        if not context:
+            raise DataError("no example fits into the model's context: give shorter ones", field="examples")
+        how = GREEDY if number == 0 else Sampling(temperature, seed=derive_seed(seed, "sample", number))
+        found = answer_texts(scorer, task, rows, None, template, context, how)
+        values = rewards_of(measure, rows, found).values
+        first = float(values.mean()) if number == 0 else first
+        pairs = [(float(value), answer) for value, answer in zip(values, found, strict=True)]
+        best = [max(known, new, key=lambda pair: pair[0]) for known, new in zip(best, pairs, strict=True)]
+    kept = tuple(
+        (text, answer) for (text, _), (value, answer) in zip(rows, best, strict=True) if answer and value >= least
+    )
+    if not kept:
+        raise DataError(
+            f"no answer is worth {least:g} or more by the metric: give better examples or more samples, or lower least",
+            field="least",
+        )
+    mean = sum(value for value, _ in best) / len(best)
+    return SampledTargets(kept, first, mean, len(rows))
