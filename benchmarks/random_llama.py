@@ -1,8 +1,12 @@
-"""Write a GGUF of Llama-2-7B's shape in llama.cpp's Q2_K mixture with random weights, for speed and memory."""
+"""Write a GGUF of a Llama's shape in llama.cpp's Q2_K mixture with random weights, for speed and memory.
+
+python benchmarks/random_llama.py 1b FILE.gguf
+"""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +16,26 @@ import numpy as np
 from numpy.typing import NDArray
 from peers import UnavailableError
 
-N_LAYER, N_EMBD, N_FF, N_HEAD, N_VOCAB, N_CTX = 32, 4096, 11008, 32, 32000, 4096
+N_VOCAB, N_CTX = 32000, 4096
 FILE_BYTES = 2_540_000_000
+"""Of the 7B shape."""
 WEIGHTS_PER_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Llama without grouped-query attention."""
+
+    name: str
+    n_layer: int
+    n_embd: int
+    n_ff: int
+    n_head: int
+
+
+LLAMA2_7B = Shape("llama-2-7b", 32, 4096, 11008, 32)
+LLAMA_1B = Shape("llama-1b", 16, 2048, 8192, 32)
+SHAPES = {"7b": LLAMA2_7B, "1b": LLAMA_1B}
 
 
 @dataclass(frozen=True)
@@ -35,29 +56,29 @@ Q3_K = BlockFormat("Q3_K", 110, {108: 1 / 43})
 Q6_K = BlockFormat("Q6_K", 210, {208: 1 / 1370})
 
 
-def matrices() -> Iterator[tuple[str, BlockFormat, int, int]]:
+def matrices(of: Shape = LLAMA2_7B) -> Iterator[tuple[str, BlockFormat, int, int]]:
     """(name, format, n_out, n_in) of every matrix, as llama_model_quantize chooses formats for Q2_K."""
-    yield "token_embd.weight", Q2_K, N_VOCAB, N_EMBD
-    for layer in range(N_LAYER):
+    yield "token_embd.weight", Q2_K, N_VOCAB, of.n_embd
+    for layer in range(of.n_layer):
         for name, block, n_out, n_in in (
-            ("attn_q", Q2_K, N_EMBD, N_EMBD),
-            ("attn_k", Q2_K, N_EMBD, N_EMBD),
-            ("attn_v", Q3_K, N_EMBD, N_EMBD),
-            ("attn_output", Q3_K, N_EMBD, N_EMBD),
-            ("ffn_gate", Q2_K, N_FF, N_EMBD),
-            ("ffn_up", Q2_K, N_FF, N_EMBD),
-            ("ffn_down", Q3_K, N_EMBD, N_FF),
+            ("attn_q", Q2_K, of.n_embd, of.n_embd),
+            ("attn_k", Q2_K, of.n_embd, of.n_embd),
+            ("attn_v", Q3_K, of.n_embd, of.n_embd),
+            ("attn_output", Q3_K, of.n_embd, of.n_embd),
+            ("ffn_gate", Q2_K, of.n_ff, of.n_embd),
+            ("ffn_up", Q2_K, of.n_ff, of.n_embd),
+            ("ffn_down", Q3_K, of.n_embd, of.n_ff),
         ):
             yield f"blk.{layer}.{name}.weight", block, n_out, n_in
-    yield "output.weight", Q6_K, N_VOCAB, N_EMBD
+    yield "output.weight", Q6_K, N_VOCAB, of.n_embd
 
 
-def n_weights() -> int:
-    return sum(n_out * n_in for _, _, n_out, n_in in matrices())
+def n_weights(of: Shape = LLAMA2_7B) -> int:
+    return sum(n_out * n_in for _, _, n_out, n_in in matrices(of))
 
 
-def norms() -> Iterator[str]:
-    for layer in range(N_LAYER):
+def norms(of: Shape = LLAMA2_7B) -> Iterator[str]:
+    for layer in range(of.n_layer):
         yield f"blk.{layer}.attn_norm.weight"
         yield f"blk.{layer}.ffn_norm.weight"
     yield "output_norm.weight"
@@ -71,7 +92,7 @@ def random_blocks(rng: np.random.Generator, block: BlockFormat, n_out: int, n_in
     return blocks.reshape(n_out, -1)
 
 
-def write(path: Path) -> None:
+def write(path: Path, of: Shape = LLAMA2_7B) -> None:
     """Write the model to ``path``, one tensor at a time. Raises `UnavailableError` without the package gguf."""
     try:
         import gguf
@@ -79,32 +100,32 @@ def write(path: Path) -> None:
         raise UnavailableError("gguf is not installed: pip install '.[bench]'") from error
 
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name("llama-2-7b shape, random weights")
+    writer.add_name(f"{of.name} shape, random weights")
     writer.add_vocab_size(N_VOCAB)
     writer.add_context_length(N_CTX)
-    writer.add_embedding_length(N_EMBD)
-    writer.add_block_count(N_LAYER)
-    writer.add_feed_forward_length(N_FF)
-    writer.add_head_count(N_HEAD)
-    writer.add_head_count_kv(N_HEAD)
+    writer.add_embedding_length(of.n_embd)
+    writer.add_block_count(of.n_layer)
+    writer.add_feed_forward_length(of.n_ff)
+    writer.add_head_count(of.n_head)
+    writer.add_head_count_kv(of.n_head)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(N_EMBD // N_HEAD)
+    writer.add_rope_dimension_count(of.n_embd // of.n_head)
     _add_vocabulary(writer)
 
-    for name, block, n_out, n_in in matrices():
+    for name, block, n_out, n_in in matrices(of):
         shape = (n_out, n_in // WEIGHTS_PER_BLOCK * block.size)
         kind = gguf.GGMLQuantizationType[block.name]
         writer.add_tensor_info(name, shape, np.dtype(np.uint8), math.prod(shape), raw_dtype=kind)
-    for name in norms():
-        writer.add_tensor_info(name, (N_EMBD,), np.dtype(np.float32), 4 * N_EMBD)
+    for name in norms(of):
+        writer.add_tensor_info(name, (of.n_embd,), np.dtype(np.float32), 4 * of.n_embd)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     rng = np.random.default_rng(0)
-    for _, block, n_out, n_in in matrices():
+    for _, block, n_out, n_in in matrices(of):
         writer.write_tensor_data(random_blocks(rng, block, n_out, n_in))
-    for _ in norms():
-        writer.write_tensor_data(np.ones(N_EMBD, dtype=np.float32))
+    for _ in norms(of):
+        writer.write_tensor_data(np.ones(of.n_embd, dtype=np.float32))
     writer.close()
 
 
@@ -122,3 +143,9 @@ def _add_vocabulary(writer: Any) -> None:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] not in SHAPES:
+        sys.exit(f"usage: random_llama.py {'|'.join(SHAPES)} FILE.gguf")
+    write(Path(sys.argv[2]), SHAPES[sys.argv[1]])
