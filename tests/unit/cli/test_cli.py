@@ -402,6 +402,8 @@ def test_hints_about_the_model_go_to_standard_error(run: Run, monkeypatch: pytes
         (("runs", "replay", "absent"), 1, "'absent'"),
         (("runs", "replay", "toy", "-t", "ag-news"), 2, "ag-news"),
         (("dashboard", "toy", "-t", "ag-news"), 2, "ag-news"),
+        (("dashboard", "half", "--votes", "v.jsonl"), 2, "half"),
+        (("dashboard", "toy", "-t", "mood.toml", "--votes", "v.csv"), 2, "v.csv"),
         (("runs", "scalars", "absent", "-o", "boards"), 1, "'absent'"),
         (("runs", "scalars", "toy", "-o", "mood.toml"), 2, "mood.toml/toy"),
         (("evaluate", "toy.safetensors", "--data", "rows.jsonl"), 2, "--model"),
