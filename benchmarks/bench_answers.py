@@ -1,11 +1,10 @@
 """Generated answers by a metric: a tuned prompt and a refined one, against what a person would try first.
 
 Each task is a folder with task.toml (a task of target texts with a [generation]), train.jsonl and test.jsonl (text and
-label). The run may use the task's own template, or the same after SHOWN training rows, whichever is better by the
-metric, and tunes a prompt on the target texts of the other training rows; with --refine-s, the prompt is then refined
-on the metric of the model's own answers (`fedbpt.refine`). On other rows, its answers are measured beside those of the
-bare model, of the model with the same SHOWN rows in its context, and the best constant answer: the peers, in the same
-run.
+label). Prompts are tuned on the target texts of some training rows: one for the task's own template, and one for the
+same after SHOWN other training rows; with --refine-s, they are then refined on the metric of the model's own answers
+(`fedbpt.refine`). On other rows, their answers are measured beside those of the bare model, of the model with the same
+SHOWN rows in its context, and the best constant answer: the peers, in the same run.
 
     python benchmarks/bench_answers.py --data DIR --seeds 3
 """
@@ -18,9 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 import fedbpt
-from fedbpt.answering import AnswerLine, best_constant, generation_of
-from fedbpt.metrics import metric_named, rewards_of
 from fedbpt.protocol.seeding import generator
 from fedbpt.refining import moves
 from fedbpt.tasks import Row, Task, read_task_rows, with_examples
@@ -33,38 +32,30 @@ def some(rows: list[Row], n: int, *path: str | int) -> list[Row]:
 
 
 def measure(model: str, task: Task, folder: Path, given: argparse.Namespace, seed: int) -> dict[str, Any]:
-    scorer = fedbpt.load_model(model)  # anew: its KV of texts would save the next seed tokens
+    """The peers' lines, and what was tuned for each pattern."""
     drawn = some(read_task_rows(task, folder / "train.jsonl"), given.rows + given.shown, "train", seed)
     shown, train = drawn[: given.shown], drawn[given.shown :]
     test = some(read_task_rows(task, folder / "test.jsonl"), given.test_rows, "test")
-    both = with_examples(task, shown)
-    bare, after_rows = both.templates[0], both.templates[len(task.templates)]
-    plain = fedbpt.compare_answers(scorer, task, test, template=bare)
-    examples = fedbpt.compare_answers(scorer, task, test, template=after_rows)
-    measured = metric_named(generation_of(task).metric)
-    constant = best_constant(measured, train)
-    same = AnswerLine((constant,) * len(test), rewards_of(measured, test, [constant] * len(test)).values, 0)
-    peers = {"zero_shot": plain.lines["zero_shot"], "examples": examples.lines["zero_shot"], "constant": same}
-
-    def beside_peers(prompt: fedbpt.Prompt) -> fedbpt.AnswerComparison:
-        tuned = fedbpt.compare_answers(scorer, both, test, prompt).lines["tuned"]
-        return fedbpt.AnswerComparison(plain.metric, tuple(test), {**peers, "tuned": tuned}, len(shown))
-
-    place = fedbpt.PromptSpec(placement="layers", d=given.d, alpha=given.alpha, seed=seed)
-    began = time.monotonic()
-    budget = fedbpt.Budget(evaluations=given.evaluations)
-    result = fedbpt.tune(scorer, both, train, budget=budget, prompt=place, seed=seed, show=False)
-    prompt = result.prompt
-    found: dict[str, Any] = {"seed": seed, "tuned_s": time.monotonic() - began, "refined_s": 0.0}
-    found["template"] = "bare" if prompt.template == bare else f"{given.shown} rows shown"
-    lines = beside_peers(prompt)
-    found["tuned"] = report(lines)
-    if moves(scorer, prompt) and given.refine_s:
+    bare, after_rows = with_examples(msgspec.structs.replace(task, templates=task.templates[:1]), shown).templates
+    scorer = fedbpt.load_model(model)
+    plain = fedbpt.compare_answers(scorer, task, test, train=train, template=bare, n_examples=1)
+    examples = fedbpt.compare_answers(scorer, task, test, template=after_rows).lines["zero_shot"]
+    peers = {"zero_shot": plain.lines["zero_shot"], "examples": examples, "constant": plain.lines["constant"]}
+    found: dict[str, Any] = {"seed": seed}
+    for name, template in (("bare", bare), (f"{given.shown} rows shown", after_rows)):
+        scorer = fedbpt.load_model(model)  # anew: its KV of texts would save the next pattern tokens
+        chosen = msgspec.structs.replace(task, templates=(template,))
+        place = fedbpt.PromptSpec(placement="layers", d=given.d, alpha=given.alpha, seed=seed)
         began = time.monotonic()
-        refined = fedbpt.refine(scorer, both, train, prompt, budget=fedbpt.Budget(seconds=given.refine_s), seed=seed)
-        found |= {"refined_s": time.monotonic() - began, "held": [refined.before, refined.after]}
-        found["refined"] = report(beside_peers(refined.prompt))
-    found["answers"] = lines.side_by_side()
+        budget = fedbpt.Budget(evaluations=given.evaluations)
+        prompt = fedbpt.tune(scorer, chosen, train, budget=budget, prompt=place, seed=seed, show=False).prompt
+        if moves(scorer, prompt) and given.refine_s:
+            more = fedbpt.Budget(seconds=given.refine_s)
+            prompt = fedbpt.refine(scorer, chosen, train, prompt, budget=more, seed=seed).prompt
+        seconds = time.monotonic() - began
+        tuned = fedbpt.compare_answers(scorer, chosen, test, prompt).lines["tuned"]
+        lines = fedbpt.AnswerComparison(plain.metric, tuple(test), {**peers, "tuned": tuned}, len(shown))
+        found[name] = {"seconds": seconds, **report(lines), "answers": lines.side_by_side()}
     return found
 
 
@@ -81,12 +72,12 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=64, help="training rows")
-    parser.add_argument("--shown", type=int, default=3, help="training rows that the other template shows")
+    parser.add_argument("--shown", type=int, default=3, help="training rows that the other pattern shows")
     parser.add_argument("--test-rows", type=int, default=200)
     parser.add_argument("--evaluations", type=int, default=400, help="of the search on target texts")
     parser.add_argument("--refine-s", type=float, default=0.0, help="seconds of the search on the metric")
     parser.add_argument("--d", type=int, default=100)
-    parser.add_argument("--alpha", type=float, default=0.5)
+    parser.add_argument("--alpha", type=float, default=0.2)
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     given = parser.parse_args()
     results: dict[str, list[dict[str, Any]]] = {}
@@ -95,13 +86,11 @@ def main() -> None:
         for seed in range(given.seeds):
             found = measure(given.model, task, given.data / name, given, seed)
             results.setdefault(name, []).append(found)
-            for step in ("tuned", "refined"):
-                if step in found:
-                    lines = found[step]["lines"]
-                    figures = ", ".join(f"{key} {line['mean']:.3f}" for key, line in lines.items())
-                    seconds = found[f"{step}_s"]
-                    how = f"{step} in {seconds:.0f} s, {found['template']}"
-                    print(f"{name}, seed {seed}, {how}: {figures}; {found[step]['verdict']}", flush=True)
+            for pattern, each in found.items():
+                if pattern != "seed":
+                    figures = ", ".join(f"{key} {line['mean']:.3f}" for key, line in each["lines"].items())
+                    how = f"pattern {pattern}, {each['seconds']:.0f} s"
+                    print(f"{name}, seed {seed}, {how}: {figures}; {each['verdict']}", flush=True)
             if given.out:
                 given.out.write_text(json.dumps(results, indent=1, ensure_ascii=False))
 
