@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=400, help="of the search on target texts")
     parser.add_argument("--refine-s", type=float, default=0.0, help="seconds of the search on the metric")
     parser.add_argument("--d", type=int, default=100)
-    parser.add_argument("--alpha", type=float, default=0.2)
+    parser.add_argument("--alpha", type=float, default=0.5)
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     given = parser.parse_args()
     results: dict[str, list[dict[str, Any]]] = {}
