@@ -5,6 +5,7 @@ A run on one machine is a federation with one device in this process: the same r
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -168,7 +169,10 @@ def tune(
     unscored = states_alone(task.templates, settings.for_labels(task.labels, task.generation), scorer.n_layer)
     for note in [UNSCORED] if unscored else word_notes(scorer, task):
         log.warning("%s", note)
-    return _tune(scorer, task, splits, settings, store, run, on_event, show)
+    try:
+        return _tune(scorer, task, splits, settings, store, run, on_event, show)
+    finally:
+        gc.collect()  # the run's device, in cycles with its routes, holds the model: the caller's name alone shall
 
 
 def named_rows(name: str, given: Any, task: Task) -> list[Row]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+import gc
 import json
+import weakref
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,18 @@ def test_curves_and_history_tell_of_the_run(result: TuneResult) -> None:
     assert history["digest"] == result.run.digest
     assert "96 evaluations" in repr(result)
     assert "toy-mood" in repr(result)
+
+
+def test_after_a_run_only_the_callers_name_holds_the_model() -> None:
+    scorer = ToyScorer()
+    freed = weakref.ref(scorer)
+    gc.disable()
+    try:
+        tune(scorer, TASK, TRAIN, budget=Budget(evaluations=16), prompt=SPEC, show=False)
+        del scorer
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 def test_events_are_passed_on_in_order() -> None:
