@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from fedbpt.aggregation.base import Aggregator, devices_of
+from fedbpt.coordinator.call_times import MAX_AHEAD, CallTimes
 from fedbpt.coordinator.clients.base import DeviceClient
+from fedbpt.coordinator.clients.mailbox import MailboxClient
 from fedbpt.coordinator.control import RunControl, Wish
+from fedbpt.coordinator.drafts import Draft, draft_size, permuted
 from fedbpt.coordinator.estimate import readout_tokens
 from fedbpt.coordinator.fleet import Fleet
 from fedbpt.coordinator.layer_reading import LAST_LOOK, LOOK_ROUNDS, LOOKS, has_looks
@@ -37,7 +40,6 @@ from fedbpt.objective.privacy import require_accountant
 from fedbpt.protocol import codec
 from fedbpt.protocol.names import check_names
 from fedbpt.protocol.rounds import EvaluateReport, FitPurpose
-from fedbpt.protocol.seeding import generator
 from fedbpt.runs.dev_figures import LOOK_GAIN, LOOKS_DONE
 from fedbpt.runs.events import (
     EventCallback,
@@ -139,6 +141,7 @@ class Federation:
         self._fleet: Fleet | None = None
         self._sums: Fleet | SecureSums
         self._live: LiveEvaluation | None = None
+        self._call_times = CallTimes(frozenset(), 0.0)
 
     def run(self) -> RunResult:
         """Run to the end. Inside a running event loop (a notebook) too, in a thread of its own.
@@ -183,12 +186,19 @@ class Federation:
             self._clients, self.task.identity, listener_for(self._ledger, self._emit), Pace(self.settings.stragglers)
         )
         self._sums = self._secured(fleet) if self.settings.secure else fleet
+        calling = [client for client in self._clients.values() if isinstance(client, MailboxClient)]
+        self._call_times = CallTimes(frozenset(client.name for client in calling), self.settings.deadline_s / 2)
+        offices = {client.office for client in calling}
+        for office in offices:
+            office.pace(self.run_name, self._call_times)
         try:
             result = await self._control.unless_stopped(self._session(fleet, began))
         except BaseException:
             await self._stop(fleet)
             raise
         finally:
+            for office in offices:
+                office.pace(self.run_name, None)
             await fleet.aclose()
         self._emit(RunFinished(result=result))
         return result
@@ -201,6 +211,7 @@ class Federation:
             await self._fit(fleet, "probe")
         else:
             await self._tune(fleet)
+            self._call_times.held()
             if self.settings.objective.readout_words and self._ledger.spending.seconds_left(self.settings.seconds) > 0:
                 await self._fit(fleet, "readout")
         await self._choose(fleet)
@@ -383,10 +394,17 @@ class Federation:
         """The devices of a round of the search, drawn anew for each round; None: all devices."""
         wanted = self.settings.per_round
         if purpose != "search" or not 0 < wanted < len(self._clients):
+            self._call_times.held()
             return None
-        order = generator(self.settings.seed, "draft", round).permutation(sorted(self._clients))
-        size = math.ceil(wanted * (1 + self.settings.over_selection))
-        return Cohort(tuple(order.tolist()), size, wanted)
+        if self.settings.draft == "permutation":
+            return permuted(self.settings, round, self._clients)
+        later = [self._draft(round + ahead) for ahead in range(1, MAX_AHEAD + 1)]
+        self._call_times.opened(lambda ahead, device: later[ahead - 1].draws(device))
+        return self._draft(round).cohort(self._clients, wanted)
+
+    def _draft(self, round: int) -> Draft:
+        size = draft_size(self.settings)
+        return Draft(self.run_name, self.settings.seed, round, size, len(self._clients))
 
     def _deadline_s(self) -> float:
         return self._wish.deadline_s or self.settings.deadline_s
@@ -451,6 +469,8 @@ class Federation:
         fleet.refuse(refused)
         reported = tuple(name for report in reports for name in devices_of(report))
         fleet.require_quorum(len(reported), needed, deadline_s)
+        asked = self._clients if cohort is None else sorted(fleet.asked)
+        counted = set(reported)
         costs = self._costs(fleet)
         committed = ledger.commit(round, work_digest, reports, time.monotonic() - began, costs)
         self._emit(
@@ -459,7 +479,7 @@ class Federation:
                 purpose=purpose,
                 searched=state.searched,
                 reported=reported,
-                missing=tuple(name for name in self._clients if name not in reported),
+                missing=tuple(name for name in asked if name not in counted),
                 loss=committed.loss,
                 evaluations=state.aggregator.evaluations,
                 tokens=ledger.spending.tokens,

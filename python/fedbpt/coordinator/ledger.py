@@ -88,8 +88,8 @@ class RunLedger:
         if stored.result is None or stored.status != "finished":
             return None
         result = codec.decode(stored.result, RunResult)
-        # What it reads is the same, as `_continue` made sure; earlier versions did not store it.
-        settings = msgspec.structs.replace(result.settings, readout=self.settings.readout)
+        # What it reads and draws is the same, as `_continue` made sure; earlier versions did not store it.
+        settings = msgspec.structs.replace(result.settings, readout=self.settings.readout, draft=self.settings.draft)
         known = task_of_run(stored)
         same = known is None or known.generation == self.task.generation  # it may have judged the prompt
         return result if settings == self.settings and same else None

@@ -55,11 +55,17 @@ class Listener(NamedTuple):
 
 
 class Cohort(NamedTuple):
-    """The devices of a round: the first ``size`` live ones of ``order``; ``wanted`` reports end the round."""
+    """The devices of a round: the first ``size`` live ones of ``order``; ``wanted`` reports end the round.
+
+    Of the first ``n_drawn``, and of the others after them, those come first that wait for work.
+    ``share``: of all devices, the part that a device is drawn from (`fedbpt.protocol.draws`); None: not drawn so.
+    """
 
     order: tuple[str, ...]
     size: int
     wanted: int
+    n_drawn: int = 0
+    share: Callable[[str], float | None] = lambda _name: None
 
 
 MAX_NAMED_DEVICES: Final = 5

@@ -45,6 +45,14 @@ Path: TypeAlias = Annotated[str, msgspec.Meta(max_length=1024, pattern=r"^/v1/[A
 Method: TypeAlias = Literal["GET", "POST", "DELETE"]
 
 
+PACED_HEADER: Final = "fedbpt-paced"
+"""Header of a poll by a device that obeys ``Retry-After`` in the response to it. Devices of before do not send it, and
+are never told when to call: their polls are held."""
+
+MAX_PAUSE_S: Final = 600.0
+"""Longest time after which a device calls again, whatever it was told."""
+
+
 class Poll(Message, frozen=True):
     """Ask for work. ``holding``: requests that were delivered and have no reply yet."""
 
@@ -63,7 +71,10 @@ class Request(Message, frozen=True):
 
 
 class Delivery(Message, frozen=True):
-    """The response to a `Poll`; empty if no request came in time. ``wait_s``: for the next poll."""
+    """The response to a `Poll`; empty if no request came in time. ``wait_s``: for the next poll.
+
+    With ``Retry-After``, which only an empty one has, the next poll is not due before (pace steering).
+    """
 
     requests: tuple[Request, ...] = ()
     wait_s: Annotated[float, msgspec.Meta(ge=0)] = POLL_S[0]
