@@ -22,7 +22,7 @@ DRAWN: Final = 3
 """Devices that are drawn, and wait, for each one that a round asks."""
 
 HELD_POLLS: Final = 100
-"""Fleets of up to this many devices all wait: their polls are held."""
+"""Runs of up to this many devices are not paced: they all wait."""
 
 MIN_PAUSE_S: Final = 5.0
 """A device that would be told to call sooner has its poll held: that costs no more."""
@@ -53,6 +53,7 @@ class CallTimes:
     Args:
         devices: names of the run's devices that call in.
         bound_s: longest pause, seconds.
+        is_short: whether the open round has asked fewer devices than it is to.
         chance, clock: replaced in tests.
     """
 
@@ -60,33 +61,35 @@ class CallTimes:
         self,
         devices: frozenset[str],
         bound_s: float,
+        is_short: Callable[[], bool] = lambda: False,
         chance: random.Random | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._devices = devices
         self._bound_s = min(bound_s, MAX_PAUSE_S)
+        self._is_short = is_short
         self._chance = chance or random.Random()
         self._clock = clock
         self._took: deque[float] = deque(maxlen=MEMORY)
         self._open: _Open | None = None
 
     def opened(self, draws: Callable[[int, str], bool]) -> None:
-        """A round has opened. ``draws(k, device)``: whether the k-th round after it draws ``device``."""
+        """A round has opened. ``draws(k, device)``: whether the k-th round after it draws ``device``; 0: itself."""
         now = self._clock()
         if self._open is not None:
             self._took.append(now - self._open.at)
         self._open = _Open(now, draws)
 
-    def held(self) -> None:
-        """From now on all devices may be asked: polls are held, and the next round that opens begins a new stage."""
+    def ask_all(self) -> None:
+        """From now on all devices may be asked. The next round that opens begins a new stage."""
         self._open = None
 
     def __call__(self, device: str) -> float:
-        """Seconds after which ``device`` is to call again; 0: its poll is held; infinite: it is not of this run."""
-        if device not in self._devices:
-            return math.inf
+        """Seconds after which ``device`` is to call again; 0: its poll is held; infinite: the run does not mind."""
         current = self._open
-        if current is None or len(self._devices) <= HELD_POLLS:
+        if current is None or len(self._devices) <= HELD_POLLS or device not in self._devices:
+            return math.inf
+        if self._is_short() and current.draws(0, device):
             return 0.0
         round_s = statistics.median(self._took) if self._took else FIRST_ROUND_S
         looked = min(math.ceil(self._bound_s / max(round_s, 1e-3)) + 1, MAX_AHEAD)
@@ -96,5 +99,5 @@ class CallTimes:
         begun_s = min(self._clock() - current.at, round_s)
         pause_s = EARLY * ((ahead - 1 + self._chance.uniform(0.0, 0.5)) * round_s - begun_s)
         if pause_s > self._bound_s:
-            pause_s = self._chance.uniform(0.75, 1.0) * self._bound_s
+            pause_s = self._chance.uniform(0.5, 1.0) * self._bound_s
         return pause_s if pause_s >= MIN_PAUSE_S else 0.0

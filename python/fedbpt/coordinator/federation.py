@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -187,7 +187,8 @@ class Federation:
         )
         self._sums = self._secured(fleet) if self.settings.secure else fleet
         calling = [client for client in self._clients.values() if isinstance(client, MailboxClient)]
-        self._call_times = CallTimes(frozenset(client.name for client in calling), self.settings.deadline_s / 2)
+        names = frozenset(client.name for client in calling)
+        self._call_times = CallTimes(names, self.settings.deadline_s / 2, lambda: fleet.is_short)
         offices = {client.office for client in calling}
         for office in offices:
             office.pace(self.run_name, self._call_times)
@@ -211,7 +212,7 @@ class Federation:
             await self._fit(fleet, "probe")
         else:
             await self._tune(fleet)
-            self._call_times.held()
+            self._call_times.ask_all()
             if self.settings.objective.readout_words and self._ledger.spending.seconds_left(self.settings.seconds) > 0:
                 await self._fit(fleet, "readout")
         await self._choose(fleet)
@@ -394,13 +395,13 @@ class Federation:
         """The devices of a round of the search, drawn anew for each round; None: all devices."""
         wanted = self.settings.per_round
         if purpose != "search" or not 0 < wanted < len(self._clients):
-            self._call_times.held()
+            self._call_times.ask_all()
             return None
         if self.settings.draft == "permutation":
             return permuted(self.settings, round, self._clients)
-        later = [self._draft(round + ahead) for ahead in range(1, MAX_AHEAD + 1)]
-        self._call_times.opened(lambda ahead, device: later[ahead - 1].draws(device))
-        return self._draft(round).cohort(self._clients, wanted)
+        drafts = [self._draft(round + ahead) for ahead in range(MAX_AHEAD + 1)]
+        self._call_times.opened(lambda ahead, device: drafts[ahead].draws(device))
+        return drafts[0].cohort(self._clients, wanted)
 
     def _draft(self, round: int) -> Draft:
         size = draft_size(self.settings)
@@ -422,6 +423,8 @@ class Federation:
 
     def _readout_s(self, fleet: Fleet) -> float:
         """Expected seconds of the readout's fit at the pace so far, which a budget in seconds includes."""
+        if not self.settings.seconds:
+            return 0.0
         spending = self._ledger.spending
         rate = spending.tokens_per_second(max(len(self._ledger.state.n_reports), 1))
         if not rate:
@@ -471,7 +474,7 @@ class Federation:
         fleet.require_quorum(len(reported), needed, deadline_s)
         asked = self._clients if cohort is None else sorted(fleet.asked)
         counted = set(reported)
-        costs = self._costs(fleet)
+        costs = self._costs(fleet, self._clients if cohort is None else fleet.asked)
         committed = ledger.commit(round, work_digest, reports, time.monotonic() - began, costs)
         self._emit(
             RoundClosed(
@@ -484,8 +487,8 @@ class Federation:
                 evaluations=state.aggregator.evaluations,
                 tokens=ledger.spending.tokens,
                 seconds=ledger.spending.seconds,
-                bytes_up=sum(cost.bytes_up for cost in costs.values()),
-                bytes_down=sum(cost.bytes_down for cost in costs.values()),
+                bytes_up=ledger.bytes_up,
+                bytes_down=ledger.bytes_down,
                 epsilon=committed.epsilon,
                 share=ledger.course.share(self.settings),
                 eta_s=ledger.course.seconds_left(self.settings, self.task.templates, fleet.infos),
@@ -535,7 +538,7 @@ class Federation:
         reports = await self._evaluate_final(fleet)
         answers = await self._evaluate_answers() if self._ledger.state.judges_answers else {}
         await fleet.cancel_rounds()
-        costs = self._costs(fleet)
+        costs = self._costs(fleet, self._clients)
         result = make_result(
             self._ledger,
             self.settings,
@@ -561,16 +564,16 @@ class Federation:
         await fleet.cancel_rounds()
         try:
             if self._ledger.is_open:
-                self._store.set_status(self.run_name, "stopped", traffic=self._costs(fleet))
+                self._store.set_status(self.run_name, "stopped", traffic=self._costs(fleet, self._clients))
             self._store.restore(self.run_name)
         except StoreError as error:
             log.warning("%s", error)  # the error that ended the run is the one to raise
 
-    def _costs(self, fleet: Fleet) -> dict[str, Traffic]:
+    def _costs(self, fleet: Fleet, names: Iterable[str]) -> dict[str, Traffic]:
         costs = {}
-        for name, member in fleet.members.items():
-            before = self._ledger.traffic_before.get(name, Traffic(0, 0, 0))
-            costs[name] = Traffic(
+        for member in map(fleet.members.__getitem__, names):
+            before = self._ledger.traffic_before.get(member.name, Traffic(0, 0, 0))
+            costs[member.name] = Traffic(
                 before.bytes_up + member.client.bytes_up - member.bytes_up_before,
                 before.bytes_down + member.client.bytes_down - member.bytes_down_before,
                 max(before.peak_rss_bytes, member.peak_rss_bytes),

@@ -51,6 +51,9 @@ PROBE_S: Final = (0.25, 5.0)
 
 CONNECTED_AT_ONCE: Final = 32
 
+RECHECK_S: Final = 1.0
+"""Interval at which a round that is short of devices looks for those that have called."""
+
 CANCEL_S: Final = 3.0
 """Time limit of telling a device to stop."""
 
@@ -63,6 +66,8 @@ class Fleet:
         self.round = 0
         self.asked: frozenset[str] = frozenset()
         """The devices that the last round asked."""
+        self.is_short = False
+        """Whether the open round has asked fewer devices than it is to."""
         self._listener = listener
         self._pace = pace
         self._task = task
@@ -211,10 +216,11 @@ class Fleet:
                 left = self._time_left(current)
                 if left <= 0:
                     break
-                await self._wait_changed(left)
+                await self._wait_changed(min(left, RECHECK_S) if self.is_short else left)
                 while current.ended:
                     self._take(current.ended.pop(), current)
             self.asked = frozenset(current.invited)
+            self.is_short = False
             await self._close_round(current)
         except BaseException:
             for task in current.working:
@@ -224,20 +230,23 @@ class Fleet:
         return [current.reports[name] for name in sorted(current.reports)]
 
     def _invite(self, current: OpenRound, plan_for: Callable[[str], RoundPlan]) -> None:
-        order, n_drawn = current.cohort.order, current.cohort.n_drawn
+        order, n_drawn, size = current.cohort.order, current.cohort.n_drawn, current.cohort.size
         invited = {*current.reports, *(member.name for member in current.working.values())}
         for names in (order[:n_drawn], order[n_drawn:]):
-            if len(invited) >= current.cohort.size:
-                return
+            if len(invited) >= size:
+                break
             free = [self.members[name] for name in names if name not in invited and self._may_work(name, current)]
-            waiting = sorted(free, key=lambda member: member.client.due_s > 0)  # stable: otherwise in order
-            for member in waiting[: current.cohort.size - len(invited)]:
+            waiting = [member for member in free if not (n_drawn and member.client.due_s)]
+            for member in waiting[: size - len(invited)]:
                 invited.add(member.name)
                 current.invited[member.name] += 1
                 current.since[member.name] = asyncio.get_running_loop().time()
                 task = asyncio.create_task(self._work(member, plan_for(member.name), current))
                 current.working[task] = member
                 task.add_done_callback(lambda task: self._on_work_end(task, current))
+            if len(invited) + len(free) - len(waiting) >= size:
+                break  # the others are to call
+        self.is_short = len(invited) < size
 
     def _may_work(self, name: str, current: OpenRound) -> bool:
         return self.members[name].state == "live" and current.may_invite(name)

@@ -57,7 +57,8 @@ class Listener(NamedTuple):
 class Cohort(NamedTuple):
     """The devices of a round: the first ``size`` live ones of ``order``; ``wanted`` reports end the round.
 
-    Of the first ``n_drawn``, and of the others after them, those come first that wait for work.
+    Of a draft (``n_drawn`` > 0), only devices that wait for work are asked: of the first ``n_drawn`` as soon as they
+    have called; of the others, if so many are not in reach.
     ``share``: of all devices, the part that a device is drawn from (`fedbpt.protocol.draws`); None: not drawn so.
     """
 

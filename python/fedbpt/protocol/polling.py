@@ -30,13 +30,24 @@ have ended; the longest is below the 60 s after which NATs and proxies drop an i
 """
 
 POLL_S_PER_DEVICE: Final = 0.004
-"""Added hold per device, which bounds the fleet to 250 polls a second: a tenth of one coordinator core."""
+"""Added hold per device, which bounds the fleet to 250 polls a second: a tenth of one coordinator core. Beyond the
+longest hold, devices are told to call after as long (`call_s`).
+"""
+
+MAX_PAUSE_S: Final = 600.0
+"""Longest time after which a device calls again, whatever it was told."""
 
 
 def poll_s(n_devices: int) -> float:
     """How long to hold an idle poll in a fleet of ``n_devices``, seconds."""
     shortest, longest = POLL_S
     return min(max(n_devices * POLL_S_PER_DEVICE, shortest), longest)
+
+
+def call_s(n_devices: int) -> float:
+    """After how many seconds an idle device is to call again; 0: so few ``n_devices`` are held (`poll_s`)."""
+    interval = n_devices * POLL_S_PER_DEVICE
+    return min(interval, MAX_PAUSE_S) if interval > POLL_S[1] else 0.0
 
 
 RequestId: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
@@ -48,9 +59,6 @@ Method: TypeAlias = Literal["GET", "POST", "DELETE"]
 PACED_HEADER: Final = "fedbpt-paced"
 """Header of a poll by a device that obeys ``Retry-After`` in the response to it. Devices of before do not send it, and
 are never told when to call: their polls are held."""
-
-MAX_PAUSE_S: Final = 600.0
-"""Longest time after which a device calls again, whatever it was told."""
 
 
 class Poll(Message, frozen=True):

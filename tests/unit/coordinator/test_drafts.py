@@ -58,10 +58,28 @@ def test_drawn_devices_that_wait_are_asked_before_those_that_call_later(
     assert {event.reported for event in searched(scene)} == {("b", "c", "e")}
 
 
-def test_where_too_few_wait_the_others_are_asked_too(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(scene.clients["a"]), "due_s", property(lambda client: 9.0 * (client.name != "a")))
-    scene.run(rounds=8, per_round=3, over_selection=0.0, stragglers=0.0)
-    assert all("a" in event.reported and len(event.reported) == 3 for event in searched(scene))
+def test_where_too_few_wait_the_others_are_asked_as_soon_as_they_call(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedbpt.coordinator.fleet.RECHECK_S", 0.01)
+    away: set[str] = set()
+    monkeypatch.setattr(type(scene.clients["a"]), "due_s", property(lambda client: 9.0 * (client.name in away)))
+    scene.devices["a"].change = lambda report: away.clear() or report
+    scene.when(closed(0), lambda: away.update("bcde"))
+    scene.run(rounds=4, per_round=3, over_selection=0.0, stragglers=0.0)
+    assert all(len(event.reported) == 3 for event in searched(scene))
+    assert "a" in searched(scene)[0].reported
+
+
+def test_beyond_the_draw_are_asked_only_as_many_as_it_lacks(scene: Scene) -> None:
+    def drawn(round: int) -> set[str]:
+        return {name for name in "abcde" if Draw("r", 3, round).value(name) < 0.6}
+
+    last = next(round for round in range(2, 20) if 0 < len(drawn(round)) < 4)
+    scene.when(closed(last - 1), lambda: [setattr(scene.clients[name], "down", True) for name in drawn(last)])
+    scene.run(rounds=last, per_round=1, over_selection=0.0, quorum=0.2)
+    others = set("abcde") - drawn(last)
+    assert searched(scene)[-1].reported == (min(others, key=Draw("r", 3, last).value),)
 
 
 @pytest.fixture

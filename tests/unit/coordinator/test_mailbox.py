@@ -239,3 +239,17 @@ def test_of_several_runs_the_one_that_needs_a_device_first_paces_it() -> None:
     assert [office.pause_s(device) for device in "abc"] == [20.0, 30.0, 0.0]
     office.pace("one", None)
     assert [office.pause_s(device) for device in "abc"] == [20.0, 0.0, 0.0]
+
+
+def test_the_devices_of_a_large_fleet_are_told_to_call_later_even_without_a_run() -> None:
+    office = PostOffice()
+    for i in range(6250):
+        office.box(f"d{i}")
+    assert office.pause_s("d1") == 0.0
+    for i in range(6250, 12500):
+        office.box(f"d{i}")
+    pauses = [office.pause_s("d1") for _ in range(200)]
+    assert 37.5 <= min(pauses) < 45.0 < 55.0 < max(pauses) <= 62.5
+    office.pace("r", lambda device: 0.0 if device == "d1" else float("inf"))
+    assert office.pause_s("d1") == 0.0
+    assert office.pause_s("d2") > 0.0

@@ -12,6 +12,7 @@ import asyncio
 import hashlib
 import itertools
 import math
+import random
 import secrets
 import time
 from collections import OrderedDict
@@ -23,7 +24,7 @@ from fedbpt.coordinator.clients.requests import POLL_S
 from fedbpt.coordinator.clients.transport import IN_REACH, NoResponseError, Response
 from fedbpt.errors import CoordinatorRefusedError
 from fedbpt.protocol import codec
-from fedbpt.protocol.polling import Delivery, Method, Reply, Request, poll_s
+from fedbpt.protocol.polling import Delivery, Method, Reply, Request, call_s, poll_s
 
 REPLY_S: Final = 20.0
 """How long a device that calls in may take for a reply: twice the time in which a dead connection is noticed."""
@@ -43,8 +44,8 @@ STOPPING_S: Final = 2.0
 
 
 Pacer: TypeAlias = Callable[[str], float]
-"""After how many seconds a device without work is to call again; 0: its poll is held; infinite: it is of no run here.
-Called on the office's loop."""
+"""After how many seconds a device without work is to call again; 0: its poll is held; infinite: the run has no need of
+one time more than of another (`fedbpt.protocol.polling.call_s`). Called on the office's loop."""
 
 
 # Together they make the id of a request unique. The device's token proves who replies.
@@ -235,6 +236,7 @@ class PostOffice:
     def __init__(self) -> None:
         self._boxes: dict[str, Mailbox] = {}
         self._pacers: dict[str, Pacer] = {}
+        self._chance = random.Random()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
 
@@ -257,14 +259,16 @@ class PostOffice:
         return poll_s(len(self._boxes))
 
     def pace(self, run: str, pacer: Pacer | None) -> None:
-        """Have ``pacer`` say when the devices of ``run`` are to call again; None: hold their polls. From any thread."""
+        """Have ``pacer`` say when the devices of ``run`` are to call again; None: nothing does. From any thread."""
         pacers = {name: each for name, each in self._pacers.items() if name != run}
         self._pacers = pacers if pacer is None else {**pacers, run: pacer}
 
     def pause_s(self, device: str) -> float:
         """After how many seconds ``device``, which has no work, is to call again; 0: its poll is to be held."""
-        pause_s = min((pacer(device) for pacer in self._pacers.values()), default=0.0)
-        return 0.0 if math.isinf(pause_s) else pause_s
+        pause_s = min((pacer(device) for pacer in self._pacers.values()), default=math.inf)
+        if math.isinf(pause_s):
+            return call_s(len(self._boxes)) * self._chance.uniform(0.75, 1.25)
+        return pause_s
 
     def present(self) -> list[str]:
         """Names of the devices that call in now, sorted. From any thread."""
