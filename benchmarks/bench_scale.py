@@ -7,7 +7,7 @@ loop. With call times, the simulated devices are drawn and called by the coordin
 design is the one before it. docs/scale.md discusses the results.
 
     python benchmarks/bench_scale.py
-    python benchmarks/bench_scale.py --costs 0.6,0.9,2.5,0.001,40 --devices 1000,1000000    # ms, KB: not measured
+    python benchmarks/bench_scale.py --costs 0.6,0.9,1.9,2.5,0.001,40 --devices 1000,1000000    # ms, KB: not measured
     python benchmarks/bench_scale.py --sockets 10000    # a real coordinator and real connections, see socket_fleet.py
 """
 
@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import contextlib
 import heapq
+import itertools
 import json
 import math
 import os
@@ -27,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,9 +47,10 @@ from fedbpt.coordinator.server import CoordinatorServer
 from fedbpt.device.agent.calls import client_options
 from fedbpt.device.agent.worker import Worker
 from fedbpt.machine.memory import memory_of_process
+from fedbpt.net import certs
 from fedbpt.net.tls import Tls
 from fedbpt.protocol import codec
-from fedbpt.protocol.polling import POLL_PATH, POLL_S, Poll, call_s, poll_s
+from fedbpt.protocol.polling import MAX_PAUSE_S, POLL_PATH, POLL_S, Poll, call_s, poll_s
 from fedbpt.protocol.specs import ObjectiveSpec, PromptSpec
 from fedbpt.runs.events import Event, RoundClosed
 from fedbpt.runs.settings import RunSettings
@@ -64,6 +66,8 @@ class Costs(NamedTuple):
     """An empty poll, over an open connection."""
     call_ms: float
     """A poll of a device that is told when to call again, with its connection."""
+    tls_call_ms: float
+    """The same over TLS, with the handshake."""
     report_ms: float
     """A device's part of a round: plan, report, and the polls that carry them."""
     member_ms: float
@@ -78,22 +82,31 @@ class Costs(NamedTuple):
 def serve(folder: Path) -> None:
     """A coordinator's server in a separate process, which prints its CPU seconds and memory for each input line."""
     fleet = [f"d{i}" for i in range(100_000)]
-    pacer = CallTimes(frozenset(fleet), BOUND_S)
+    pacer = CallTimes(frozenset(fleet), MAX_PAUSE_S)
     drafts = [Draft("r", 0, round, ASKED, len(fleet)) for round in range(MAX_AHEAD + 1)]
-    with DeviceRegistry(folder / "devices.db") as registry, CoordinatorServer(registry) as server:
-        pacer.opened(lambda ahead, device: drafts[ahead].draws(device))
-        server.office.pace("r", pacer)
-        print(server.url, flush=True)
+    pacer.opened(lambda ahead, device: drafts[ahead].draws(device))
+    certs.init(folder / "certs", {"coordinator": ["127.0.0.1"]})
+    tls = Tls(*certs.pair(folder / "certs", "coordinator"))
+    with contextlib.ExitStack() as stack:
+        registry = stack.enter_context(DeviceRegistry(folder / "devices.db"))
+        for server in (CoordinatorServer(registry), CoordinatorServer(registry, tls=tls)):
+            stack.enter_context(server).office.pace("r", pacer)
+            print(server.url, flush=True)
         for _ in sys.stdin:
             print(json.dumps({"cpu_s": time.process_time(), "rss": memory_of_process()["rss"]}), flush=True)
 
 
 async def polls(
-    server: subprocess.Popen[str], folder: Path, url: str, n: int, times: int
-) -> tuple[float, float, float]:
-    """CPU ms of an empty poll and of a call, and KB of a held poll, with ``n`` devices and ``times`` polls each."""
+    server: subprocess.Popen[str], folder: Path, urls: tuple[str, str], n: int, times: int
+) -> tuple[list[float], float]:
+    """CPU ms of an empty poll, of a call, and of one over TLS, and KB of a held poll.
+
+    ``n``: devices; ``times``: polls and calls of each.
+    """
     clients = []
+    url, encrypted = urls
     credentials = enrol(folder, n, url)
+    trusted = Tls(ca=folder / "certs" / "ca.pem").client_context()
     for each in credentials:
         options = client_options(url, Tls())
         options["headers"]["authorization"] = f"Bearer {each.bearer}"
@@ -101,6 +114,10 @@ async def polls(
 
     async def poll(client: httpx.AsyncClient, wait_s: float) -> None:
         (await client.post(POLL_PATH, content=codec.encode(Poll(wait_s=wait_s)))).raise_for_status()
+
+    async def call(connection: Connection) -> None:
+        await connection.post(POLL_PATH, codec.encode(Poll()))
+        connection.close()
 
     async def all_poll() -> None:
         for start in range(0, n, 50):
@@ -114,21 +131,22 @@ async def polls(
     after = said(server)
     for _ in range(times):
         for each in credentials:
-            connection = Connection(each)
-            await connection.post(POLL_PATH, codec.encode(Poll()))
-            connection.close()
+            await call(Connection(each))
     called = said(server)
+    for _ in range(times):
+        for each in credentials:
+            await call(Connection(replace(each, coordinator=encrypted), tls=trusted))
+    called_tls = said(server)
     held = [asyncio.ensure_future(poll(client, 60.0)) for client in clients]
     await asyncio.sleep(3.0)
     held_rss = said(server)["rss"]
-    a_poll, a_call = (
-        (last["cpu_s"] - first["cpu_s"]) / (n * times) for first, last in ((before, after), (after, called))
-    )
+    read = [before, after, called, called_tls]
+    costs = [1e3 * (last["cpu_s"] - first["cpu_s"]) / (n * times) for first, last in itertools.pairwise(read)]
     for task in held:
         task.cancel()
     await asyncio.gather(*held, return_exceptions=True)
     await asyncio.gather(*(client.aclose() for client in clients))
-    return 1e3 * a_poll, 1e3 * a_call, (held_rss - empty["rss"]) / 1024 / n
+    return costs, (held_rss - empty["rss"]) / 1024 / n
 
 
 def said(server: subprocess.Popen[str]) -> dict[str, float]:
@@ -141,11 +159,12 @@ def said(server: subprocess.Popen[str]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def coordinator(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def coordinator(folder: Path) -> Iterator[tuple[subprocess.Popen[str], tuple[str, str]]]:
+    """The process, and its addresses: without TLS, and with it."""
     command = [sys.executable, __file__, "--serve", str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        yield process, process.stdout.readline().strip()
+        yield process, (process.stdout.readline().strip(), process.stdout.readline().strip())
 
 
 def report_ms(devices: int, rounds: int) -> float:
@@ -183,9 +202,9 @@ def idle_round(n: int, rounds: int) -> float:
 
 
 def measured(devices: int, rounds: int) -> Costs:
-    with tempfile.TemporaryDirectory() as name, coordinator(Path(name)) as (server, url):
-        poll, call, connection = asyncio.run(polls(server, Path(name), url, devices, 20))
-    return Costs(poll, call, report_ms(devices, rounds), member_ms(500, 8000), connection)
+    with tempfile.TemporaryDirectory() as name, coordinator(Path(name)) as (server, urls):
+        calls, connection = asyncio.run(polls(server, Path(name), urls, devices, 20))
+    return Costs(*calls, report_ms(devices, rounds), member_ms(500, 8000), connection)
 
 
 # --- computation -----------------------------------------------------------------------------------------------------
@@ -195,21 +214,22 @@ SPREAD = 0.5  # σ of its logarithm over devices
 OVER = 1.25  # devices asked per report that a round waits for
 ROUND_S = WORK_S * math.exp(SPREAD * statistics.NormalDist().inv_cdf(1 / OVER))  # time until these reports have arrived
 ASKED = 1250  # devices that a round asks
-BOUND_S = 300.0  # longest time after which a device calls: half of the run's deadline of 600 s
+DEADLINE_S = 600.0  # of the run's rounds
 
 
 @dataclass(frozen=True)
 class Design:
     """A design. ``per_round``: devices that a round asks; 0: all.
 
-    ``held``: polls are held, and repeated every `poll_s`; else devices call when they are told. ``relays``: number of
-    processes that receive polls and reports and send sums; 0: none.
+    ``held``: polls are held, and repeated every `poll_s`; else devices call when they are told, over ``tls`` or
+    without. ``relays``: number of processes that receive polls and reports and send sums; 0: none.
     """
 
     name: str
     per_round: int = 0
     held: bool = True
     relays: int = 0
+    tls: bool = False
 
     def asked(self, n: int) -> int:
         return min(n, self.per_round or n)
@@ -220,13 +240,22 @@ class Design:
             return n / poll_s(n), 0.0
         drawn = min(DRAWN * self.asked(n), n)
         # A device that is drawn calls once, and then waits for three quarters of a round.
-        return drawn * 0.75 / poll_s(n), drawn / ROUND_S + (n - drawn) / max(0.75 * BOUND_S, ROUND_S)
+        return drawn * 0.75 / poll_s(n), drawn / ROUND_S + (n - drawn) / max(0.875 * bound_s(n), ROUND_S)
+
+    def call_ms(self, costs: Costs) -> float:
+        return costs.tls_call_ms if self.tls else costs.call_ms
+
+
+def bound_s(n: int) -> float:
+    """Longest time after which a device calls, as `fedbpt.coordinator.federation.Federation` sets it."""
+    return min(max(DEADLINE_S / 2, call_s(n)), MAX_PAUSE_S)
 
 
 DESIGNS = (
     Design("held polls, all asked"),
     Design("held polls, 1,250 asked", per_round=ASKED),
     Design("call times, 1,250 asked", per_round=ASKED, held=False),
+    Design("call times over TLS, 1,250 asked", per_round=ASKED, held=False, tls=True),
     Design("held polls, all asked, 100 relays", relays=100),
 )
 
@@ -236,7 +265,7 @@ def load(design: Design, costs: Costs, n: int) -> dict[str, float]:
     processes = max(design.relays, 1)
     waiting, calling = design.polls_per_s(n // processes)
     return {
-        "polls": (waiting * costs.poll_ms + calling * costs.call_ms) / 1e3,
+        "polls": (waiting * costs.poll_ms + calling * design.call_ms(costs)) / 1e3,
         "reports": design.asked(n) / ROUND_S * costs.report_ms / 1e3 / processes,
         "members": 0.0 if design.relays else n / ROUND_S * costs.member_ms / 1e3,
     }
@@ -247,7 +276,8 @@ def limits(costs: Costs, memory_gb: float) -> dict[str, float]:
     return {
         "reports of all devices saturate a core": ROUND_S / (costs.report_ms / 1e3),
         "held polls saturate a core": POLL_S[1] / (costs.poll_ms / 1e3),
-        "calls saturate a core": 0.75 * BOUND_S / (costs.call_ms / 1e3),
+        "calls saturate a core": 0.875 * MAX_PAUSE_S / (costs.call_ms / 1e3),
+        "calls over TLS saturate a core": 0.875 * MAX_PAUSE_S / (costs.tls_call_ms / 1e3),
         f"held polls fill {memory_gb:g} GB": memory_gb * 1e6 / costs.connection_kb,
         "idle members saturate a core": ROUND_S / max(costs.member_ms / 1e3, 1e-12),
     }
@@ -360,11 +390,12 @@ class PacedFleet:
 
     def __init__(self, design: Design, costs: Costs, n: int, seed: int = 0) -> None:
         self._costs, self._n, self._size = costs, n, design.asked(n)
+        self._call_ms = design.call_ms(costs)
         self._names = [f"d{i}" for i in range(n)]
         self._rng = np.random.default_rng(seed)
         self._now = 0.0
         self._pacer = CallTimes(
-            frozenset(self._names), BOUND_S, lambda: self._short, random.Random(seed), lambda: self._now
+            frozenset(self._names), bound_s(n), lambda: self._short, random.Random(seed), lambda: self._now
         )
         self._draws = Draft("r", 0, 0, self._size, n)
         self._short = True
@@ -418,7 +449,7 @@ class PacedFleet:
             return
         pause_s = math.ceil(self._pacer(self._names[device]))
         is_open = self._waits[device]
-        done = self._loop.serve(self._now, (self._costs.poll_ms if is_open else self._costs.call_ms) / 1e3)
+        done = self._loop.serve(self._now, (self._costs.poll_ms if is_open else self._call_ms) / 1e3)
         self._calls += 1
         self._waits[device] = not pause_s
         self._push(done + (pause_s or poll_s(self._n)), POLL, device)
@@ -462,7 +493,9 @@ class PacedFleet:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--costs", help="poll, call, report, member in ms, connection in KB, instead of measuring")
+    parser.add_argument(
+        "--costs", help="poll, call, call over TLS, report, member in ms, connection in KB, instead of measuring"
+    )
     parser.add_argument("--devices", default="1000,10000,100000,1000000")
     parser.add_argument("--horizon", type=float, default=300.0, help="virtual seconds; a third for large fleets")
     parser.add_argument("--memory", type=float, default=64.0, help="GB of the coordinator's machine")
@@ -516,8 +549,9 @@ def over_sockets(given: argparse.Namespace) -> None:
 
 def show(costs: Costs, memory_gb: float, lines: list[dict[str, Any]]) -> None:
     print(
-        f"a poll {costs.poll_ms:.2f} ms, a call {costs.call_ms:.2f} ms, a report {costs.report_ms:.2f} ms, a member "
-        f"{1e3 * costs.member_ms:.2f} µs a round, a held poll {costs.connection_kb:.0f} KB"
+        f"a poll {costs.poll_ms:.2f} ms, a call {costs.call_ms:.2f} ms, over TLS {costs.tls_call_ms:.2f} ms, "
+        f"a report {costs.report_ms:.2f} ms, a member {1e3 * costs.member_ms:.2f} µs a round, "
+        f"a held poll {costs.connection_kb:.0f} KB"
     )
     for what, n in limits(costs, memory_gb).items():
         print(f"  {n:14,.0f} devices: {what}")

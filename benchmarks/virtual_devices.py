@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import ssl
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -48,11 +49,11 @@ def report_on(plan: RoundPlan, losses: np.ndarray[Any, Any]) -> RoundReport:
 
 
 class Connection:
-    """One persistent connection; one request at a time. ``paced``: obey ``Retry-After``."""
+    """One persistent connection; one request at a time. ``paced``: the coordinator may say when to call again."""
 
-    def __init__(self, credentials: Credentials, paced: bool = True) -> None:
+    def __init__(self, credentials: Credentials, paced: bool = True, tls: ssl.SSLContext | None = None) -> None:
         address = urlsplit(credentials.coordinator)
-        self._host, self._port = address.hostname, address.port
+        self._host, self._port, self._tls = address.hostname, address.port, tls
         heads = {
             "host": address.netloc,
             "authorization": f"Bearer {credentials.bearer}",
@@ -71,7 +72,7 @@ class Connection:
         async with self._lock:
             try:
                 if self._streams is None:
-                    self._streams = await asyncio.open_connection(self._host, self._port)
+                    self._streams = await asyncio.open_connection(self._host, self._port, ssl=self._tls)
                 reader, writer = self._streams
                 writer.write(f"POST {path} HTTP/1.1\r\n{self._head}{len(body)}\r\n\r\n".encode() + body)
                 head = (await reader.readuntil(b"\r\n\r\n")).lower()

@@ -99,5 +99,5 @@ class CallTimes:
         begun_s = min(self._clock() - current.at, round_s)
         pause_s = EARLY * ((ahead - 1 + self._chance.uniform(0.0, 0.5)) * round_s - begun_s)
         if pause_s > self._bound_s:
-            pause_s = self._chance.uniform(0.5, 1.0) * self._bound_s
+            pause_s = self._chance.uniform(0.75, 1.0) * self._bound_s
         return pause_s if pause_s >= MIN_PAUSE_S else 0.0

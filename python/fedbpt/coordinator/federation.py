@@ -39,6 +39,7 @@ from fedbpt.net.event_loop import run_to_end
 from fedbpt.objective.privacy import require_accountant
 from fedbpt.protocol import codec
 from fedbpt.protocol.names import check_names
+from fedbpt.protocol.polling import call_s
 from fedbpt.protocol.rounds import EvaluateReport, FitPurpose
 from fedbpt.runs.dev_figures import LOOK_GAIN, LOOKS_DONE
 from fedbpt.runs.events import (
@@ -188,7 +189,8 @@ class Federation:
         self._sums = self._secured(fleet) if self.settings.secure else fleet
         calling = [client for client in self._clients.values() if isinstance(client, MailboxClient)]
         names = frozenset(client.name for client in calling)
-        self._call_times = CallTimes(names, self.settings.deadline_s / 2, lambda: fleet.is_short)
+        bound_s = max(self.settings.deadline_s / 2, call_s(len(names)))  # a round of all has to reach them in time
+        self._call_times = CallTimes(names, bound_s, lambda: fleet.is_short)
         offices = {client.office for client in calling}
         for office in offices:
             office.pace(self.run_name, self._call_times)

@@ -30,8 +30,11 @@ have ended; the longest is below the 60 s after which NATs and proxies drop an i
 """
 
 POLL_S_PER_DEVICE: Final = 0.004
-"""Added hold per device, which bounds the fleet to 250 polls a second: a tenth of one coordinator core. Beyond the
-longest hold, devices are told to call after as long (`call_s`).
+"""Added hold per device, which bounds the fleet to 250 polls a second: a tenth of one coordinator core."""
+
+CALL_S_PER_DEVICE: Final = 0.006
+"""Where that would exceed the longest hold, devices are told when to call: after so long per device. A call opens a
+connection, and costs more than a poll.
 """
 
 MAX_PAUSE_S: Final = 600.0
@@ -46,15 +49,15 @@ def poll_s(n_devices: int) -> float:
 
 def call_s(n_devices: int) -> float:
     """After how many seconds an idle device is to call again; 0: so few ``n_devices`` are held (`poll_s`)."""
-    interval = n_devices * POLL_S_PER_DEVICE
-    return min(interval, MAX_PAUSE_S) if interval > POLL_S[1] else 0.0
+    if n_devices * POLL_S_PER_DEVICE <= POLL_S[1]:
+        return 0.0
+    return min(n_devices * CALL_S_PER_DEVICE, MAX_PAUSE_S)
 
 
 RequestId: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 Path: TypeAlias = Annotated[str, msgspec.Meta(max_length=1024, pattern=r"^/v1/[A-Za-z0-9._~%/?=&-]*\Z")]
 
 Method: TypeAlias = Literal["GET", "POST", "DELETE"]
-
 
 PACED_HEADER: Final = "fedbpt-paced"
 """Header of a poll by a device that obeys ``Retry-After`` in the response to it. Devices of before do not send it, and
