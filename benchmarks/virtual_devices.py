@@ -1,13 +1,14 @@
 """Many polling devices in one process, whose work takes no time, to measure their coordinator.
 
-They use the protocol of `fedbpt.device.agent.poller` over two persistent connections each, but minimal HTTP code,
-synthetic losses, and the digest that is in a plan to be replayed.
+They use the protocol of `fedbpt.device.agent.poller` over two persistent connections each, which they close where they
+are told to call later, but minimal HTTP code, synthetic losses, and the digest that is in a plan to be replayed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
+import ssl
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 from fedbpt.device.agent.poller import PAUSES_S, Backoff
 from fedbpt.net.tokens import Credentials
 from fedbpt.protocol import codec
-from fedbpt.protocol.polling import POLL_PATH, REPLY_PATH, Delivery, Poll, Reply, Request
+from fedbpt.protocol.polling import MAX_PAUSE_S, PACED_HEADER, POLL_PATH, REPLY_PATH, Delivery, Poll, Reply, Request
 from fedbpt.protocol.rounds import DeviceInfo, PooledResult, ReplayWork, RoundPlan, RoundReport
 from fedbpt.protocol.specs import Array
 from fedbpt.tasks import Task, Template
@@ -48,15 +49,21 @@ def report_on(plan: RoundPlan, losses: np.ndarray[Any, Any]) -> RoundReport:
 
 
 class Connection:
-    """One persistent connection; one request at a time."""
+    """One persistent connection; one request at a time. ``paced``: the coordinator may say when to call again."""
 
-    def __init__(self, credentials: Credentials) -> None:
+    def __init__(self, credentials: Credentials, paced: bool = True, tls: ssl.SSLContext | None = None) -> None:
         address = urlsplit(credentials.coordinator)
-        self._host, self._port = address.hostname, address.port
-        self._head = (
-            f"host: {address.netloc}\r\nauthorization: Bearer {credentials.bearer}\r\naccept: {codec.CONTENT_TYPE}\r\n"
-            f"content-type: {codec.CONTENT_TYPE}\r\ncontent-length: "
-        )
+        self._host, self._port, self._tls = address.hostname, address.port, tls
+        heads = {
+            "host": address.netloc,
+            "authorization": f"Bearer {credentials.bearer}",
+            "accept": codec.CONTENT_TYPE,
+            "content-type": codec.CONTENT_TYPE,
+            **({PACED_HEADER: "1"} if paced else {}),
+        }
+        self._head = "".join(f"{name}: {value}\r\n" for name, value in heads.items()) + "content-length: "
+        self.retry_after_s = 0.0
+        """Of the last response."""
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._lock = asyncio.Lock()
 
@@ -65,12 +72,14 @@ class Connection:
         async with self._lock:
             try:
                 if self._streams is None:
-                    self._streams = await asyncio.open_connection(self._host, self._port)
+                    self._streams = await asyncio.open_connection(self._host, self._port, ssl=self._tls)
                 reader, writer = self._streams
                 writer.write(f"POST {path} HTTP/1.1\r\n{self._head}{len(body)}\r\n\r\n".encode() + body)
                 head = (await reader.readuntil(b"\r\n\r\n")).lower()
                 _, _, length = head.partition(b"content-length: ")
                 content = await reader.readexactly(int(length.partition(b"\r\n")[0])) if length else b""
+                _, _, seconds = head.partition(b"retry-after: ")
+                self.retry_after_s = float(seconds.partition(b"\r\n")[0] or 0)
                 if b"connection: close" in head:
                     self.close()
                 return int(head[9:12]), content
@@ -85,11 +94,16 @@ class Connection:
 
 
 class VirtualDevice:
-    """Reports after a random time up to ``work_s`` seconds. ``seconds``: the time its reports took to arrive."""
+    """Reports after a random time up to ``work_s`` seconds. ``seconds``: the time its reports took to arrive.
 
-    def __init__(self, credentials: Credentials, work_s: float, popsize: int, seconds: list[float]) -> None:
+    ``paced``: it calls when it is told.
+    """
+
+    def __init__(
+        self, credentials: Credentials, work_s: float, popsize: int, seconds: list[float], paced: bool = True
+    ) -> None:
         self._rng = random.Random(credentials.device)
-        self._polls, self._replies = Connection(credentials), Connection(credentials)
+        self._polls, self._replies = Connection(credentials, paced), Connection(credentials)
         self._info = codec.encode(info_of(credentials.device))
         self._losses = np.random.default_rng(self._rng.getrandbits(32)).random(popsize)
         self._work_s = work_s
@@ -107,6 +121,10 @@ class VirtualDevice:
                 self._poll_s = delivery.wait_s
                 for request in delivery.requests:
                     self._held[request.id] = asyncio.ensure_future(self._serve(request))
+                if self._polls.retry_after_s and not self._held:
+                    self._polls.close()
+                    self._replies.close()
+                    await asyncio.sleep(min(self._polls.retry_after_s, MAX_PAUSE_S))
         finally:
             for task in self._held.values():
                 task.cancel()
@@ -120,6 +138,8 @@ class VirtualDevice:
             await self._persist(self._replies, REPLY_PATH.format(id=request.id), reply)
             if request.method == "POST":  # a report
                 self._seconds.append(time.monotonic() - began)
+            else:
+                self._replies.close()  # a report is far
         finally:
             del self._held[request.id]
 

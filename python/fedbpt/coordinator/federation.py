@@ -11,14 +11,17 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from fedbpt.aggregation.base import Aggregator, devices_of
+from fedbpt.coordinator.call_times import MAX_AHEAD, CallTimes
 from fedbpt.coordinator.clients.base import DeviceClient
+from fedbpt.coordinator.clients.mailbox import MailboxClient
 from fedbpt.coordinator.control import RunControl, Wish
+from fedbpt.coordinator.drafts import Draft, draft_size, permuted
 from fedbpt.coordinator.estimate import readout_tokens
 from fedbpt.coordinator.fleet import Fleet
 from fedbpt.coordinator.layer_reading import LAST_LOOK, LOOK_ROUNDS, LOOKS, has_looks
@@ -36,8 +39,8 @@ from fedbpt.net.event_loop import run_to_end
 from fedbpt.objective.privacy import require_accountant
 from fedbpt.protocol import codec
 from fedbpt.protocol.names import check_names
+from fedbpt.protocol.polling import call_s
 from fedbpt.protocol.rounds import EvaluateReport, FitPurpose
-from fedbpt.protocol.seeding import generator
 from fedbpt.runs.dev_figures import LOOK_GAIN, LOOKS_DONE
 from fedbpt.runs.events import (
     EventCallback,
@@ -139,6 +142,7 @@ class Federation:
         self._fleet: Fleet | None = None
         self._sums: Fleet | SecureSums
         self._live: LiveEvaluation | None = None
+        self._call_times = CallTimes(frozenset(), 0.0)
 
     def run(self) -> RunResult:
         """Run to the end. Inside a running event loop (a notebook) too, in a thread of its own.
@@ -183,12 +187,21 @@ class Federation:
             self._clients, self.task.identity, listener_for(self._ledger, self._emit), Pace(self.settings.stragglers)
         )
         self._sums = self._secured(fleet) if self.settings.secure else fleet
+        calling = [client for client in self._clients.values() if isinstance(client, MailboxClient)]
+        names = frozenset(client.name for client in calling)
+        bound_s = max(self.settings.deadline_s / 2, call_s(len(names)))  # a round of all has to reach them in time
+        self._call_times = CallTimes(names, bound_s, lambda: fleet.is_short)
+        offices = {client.office for client in calling}
+        for office in offices:
+            office.pace(self.run_name, self._call_times)
         try:
             result = await self._control.unless_stopped(self._session(fleet, began))
         except BaseException:
             await self._stop(fleet)
             raise
         finally:
+            for office in offices:
+                office.pace(self.run_name, None)
             await fleet.aclose()
         self._emit(RunFinished(result=result))
         return result
@@ -201,6 +214,7 @@ class Federation:
             await self._fit(fleet, "probe")
         else:
             await self._tune(fleet)
+            self._call_times.ask_all()
             if self.settings.objective.readout_words and self._ledger.spending.seconds_left(self.settings.seconds) > 0:
                 await self._fit(fleet, "readout")
         await self._choose(fleet)
@@ -383,10 +397,17 @@ class Federation:
         """The devices of a round of the search, drawn anew for each round; None: all devices."""
         wanted = self.settings.per_round
         if purpose != "search" or not 0 < wanted < len(self._clients):
+            self._call_times.ask_all()
             return None
-        order = generator(self.settings.seed, "draft", round).permutation(sorted(self._clients))
-        size = math.ceil(wanted * (1 + self.settings.over_selection))
-        return Cohort(tuple(order.tolist()), size, wanted)
+        if self.settings.draft == "permutation":
+            return permuted(self.settings, round, self._clients)
+        drafts = [self._draft(round + ahead) for ahead in range(MAX_AHEAD + 1)]
+        self._call_times.opened(lambda ahead, device: drafts[ahead].draws(device))
+        return drafts[0].cohort(self._clients, wanted)
+
+    def _draft(self, round: int) -> Draft:
+        size = draft_size(self.settings)
+        return Draft(self.run_name, self.settings.seed, round, size, len(self._clients))
 
     def _deadline_s(self) -> float:
         return self._wish.deadline_s or self.settings.deadline_s
@@ -404,6 +425,8 @@ class Federation:
 
     def _readout_s(self, fleet: Fleet) -> float:
         """Expected seconds of the readout's fit at the pace so far, which a budget in seconds includes."""
+        if not self.settings.seconds:
+            return 0.0
         spending = self._ledger.spending
         rate = spending.tokens_per_second(max(len(self._ledger.state.n_reports), 1))
         if not rate:
@@ -451,7 +474,9 @@ class Federation:
         fleet.refuse(refused)
         reported = tuple(name for report in reports for name in devices_of(report))
         fleet.require_quorum(len(reported), needed, deadline_s)
-        costs = self._costs(fleet)
+        asked = self._clients if cohort is None else sorted(fleet.asked)
+        counted = set(reported)
+        costs = self._costs(fleet, self._clients if cohort is None else fleet.asked)
         committed = ledger.commit(round, work_digest, reports, time.monotonic() - began, costs)
         self._emit(
             RoundClosed(
@@ -459,13 +484,13 @@ class Federation:
                 purpose=purpose,
                 searched=state.searched,
                 reported=reported,
-                missing=tuple(name for name in self._clients if name not in reported),
+                missing=tuple(name for name in asked if name not in counted),
                 loss=committed.loss,
                 evaluations=state.aggregator.evaluations,
                 tokens=ledger.spending.tokens,
                 seconds=ledger.spending.seconds,
-                bytes_up=sum(cost.bytes_up for cost in costs.values()),
-                bytes_down=sum(cost.bytes_down for cost in costs.values()),
+                bytes_up=ledger.bytes_up,
+                bytes_down=ledger.bytes_down,
                 epsilon=committed.epsilon,
                 share=ledger.course.share(self.settings),
                 eta_s=ledger.course.seconds_left(self.settings, self.task.templates, fleet.infos),
@@ -515,7 +540,7 @@ class Federation:
         reports = await self._evaluate_final(fleet)
         answers = await self._evaluate_answers() if self._ledger.state.judges_answers else {}
         await fleet.cancel_rounds()
-        costs = self._costs(fleet)
+        costs = self._costs(fleet, self._clients)
         result = make_result(
             self._ledger,
             self.settings,
@@ -541,16 +566,16 @@ class Federation:
         await fleet.cancel_rounds()
         try:
             if self._ledger.is_open:
-                self._store.set_status(self.run_name, "stopped", traffic=self._costs(fleet))
+                self._store.set_status(self.run_name, "stopped", traffic=self._costs(fleet, self._clients))
             self._store.restore(self.run_name)
         except StoreError as error:
             log.warning("%s", error)  # the error that ended the run is the one to raise
 
-    def _costs(self, fleet: Fleet) -> dict[str, Traffic]:
+    def _costs(self, fleet: Fleet, names: Iterable[str]) -> dict[str, Traffic]:
         costs = {}
-        for name, member in fleet.members.items():
-            before = self._ledger.traffic_before.get(name, Traffic(0, 0, 0))
-            costs[name] = Traffic(
+        for member in map(fleet.members.__getitem__, names):
+            before = self._ledger.traffic_before.get(member.name, Traffic(0, 0, 0))
+            costs[member.name] = Traffic(
                 before.bytes_up + member.client.bytes_up - member.bytes_up_before,
                 before.bytes_down + member.client.bytes_down - member.bytes_down_before,
                 max(before.peak_rss_bytes, member.peak_rss_bytes),

@@ -51,6 +51,9 @@ PROBE_S: Final = (0.25, 5.0)
 
 CONNECTED_AT_ONCE: Final = 32
 
+RECHECK_S: Final = 1.0
+"""Interval at which a round that is short of devices looks for those that have called."""
+
 CANCEL_S: Final = 3.0
 """Time limit of telling a device to stop."""
 
@@ -61,6 +64,10 @@ class Fleet:
     def __init__(self, clients: Mapping[str, DeviceClient], task: TaskIdentity, listener: Listener, pace: Pace) -> None:
         self.members = {name: Member(client) for name, client in clients.items()}
         self.round = 0
+        self.asked: frozenset[str] = frozenset()
+        """The devices that the last round asked."""
+        self.is_short = False
+        """Whether the open round has asked fewer devices than it is to."""
         self._listener = listener
         self._pace = pace
         self._task = task
@@ -200,6 +207,7 @@ class Fleet:
         now = asyncio.get_running_loop().time()
         current = OpenRound(round, kind, cohort or everybody, needed, deadline_s, now, budget_s, history)
         self.round = round
+        self.asked = frozenset()
         try:
             while True:
                 self._changed.clear()
@@ -208,9 +216,11 @@ class Fleet:
                 left = self._time_left(current)
                 if left <= 0:
                     break
-                await self._wait_changed(left)
+                await self._wait_changed(min(left, RECHECK_S) if self.is_short else left)
                 while current.ended:
                     self._take(current.ended.pop(), current)
+            self.asked = frozenset(current.invited)
+            self.is_short = False
             await self._close_round(current)
         except BaseException:
             for task in current.working:
@@ -220,18 +230,26 @@ class Fleet:
         return [current.reports[name] for name in sorted(current.reports)]
 
     def _invite(self, current: OpenRound, plan_for: Callable[[str], RoundPlan]) -> None:
+        order, n_drawn, size = current.cohort.order, current.cohort.n_drawn, current.cohort.size
         invited = {*current.reports, *(member.name for member in current.working.values())}
-        for name in current.cohort.order:
-            if len(invited) >= current.cohort.size:
-                return
-            member = self.members[name]
-            if member.state == "live" and name not in invited and current.may_invite(name):
-                invited.add(name)
-                current.invited[name] += 1
-                current.since[name] = asyncio.get_running_loop().time()
-                task = asyncio.create_task(self._work(member, plan_for(name), current.history))
+        for names in (order[:n_drawn], order[n_drawn:]):
+            if len(invited) >= size:
+                break
+            free = [self.members[name] for name in names if name not in invited and self._may_work(name, current)]
+            waiting = [member for member in free if not (n_drawn and member.client.due_s)]
+            for member in waiting[: size - len(invited)]:
+                invited.add(member.name)
+                current.invited[member.name] += 1
+                current.since[member.name] = asyncio.get_running_loop().time()
+                task = asyncio.create_task(self._work(member, plan_for(member.name), current))
                 current.working[task] = member
                 task.add_done_callback(lambda task: self._on_work_end(task, current))
+            if len(invited) + len(free) - len(waiting) >= size:
+                break  # the others are to call
+        self.is_short = len(invited) < size
+
+    def _may_work(self, name: str, current: OpenRound) -> bool:
+        return self.members[name].state == "live" and current.may_invite(name)
 
     def _time_left(self, current: OpenRound) -> float:
         """Seconds that the round may still wait for a report; 0: it is over."""
@@ -341,8 +359,9 @@ class Fleet:
         """`` (a: why; b: why)`` of the devices that are not live; empty: all are."""
         return describe_absent(self.members.values())
 
-    async def _work(self, member: Member, plan: RoundPlan, history: SearchHistory | None) -> RoundReport:
+    async def _work(self, member: Member, plan: RoundPlan, current: OpenRound) -> RoundReport:
         """One device's report on ``plan``, which is sent again if the device was restarted."""
+        share = current.cohort.share(member.name)
 
         def progress(where: RoundProgress) -> None:
             self._listener.progress(member.name, where)
@@ -352,7 +371,7 @@ class Fleet:
         member.sent = {key}
         for _ in range(MAX_ATTEMPTS):
             try:
-                report = await member.client.work(plan, history, progress, self._slots)
+                report = await member.client.work(plan, current.history, progress, self._slots, share)
             except DeviceRefusedError as error:
                 if error.code == "conflict" and replaces:
                     # Left by a coordinator with other settings, under this run's name: replace it, once.
@@ -435,6 +454,8 @@ class Fleet:
 
     async def _cancel(self, work: list[tuple[Member, tuple[str, int]]]) -> None:
         async def tell(member: Member, key: tuple[str, int]) -> None:
+            if member.client.due_s:
+                return  # only a device without work was told to call later
             async with self._slots.acquire():
                 try:
                     await within(CANCEL_S, member.client.cancel(*key))

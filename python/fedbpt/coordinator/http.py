@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from fedbpt.coordinator.clients.mailbox import PostOffice
+from fedbpt.coordinator.clients.mailbox import Mailbox, PostOffice
 from fedbpt.coordinator.enrolment import DeviceRegistry
 from fedbpt.errors import CoordinatorRefusedError
 from fedbpt.net import tokens
@@ -24,6 +24,7 @@ from fedbpt.net.rate_limit import RateLimit
 from fedbpt.protocol.polling import (
     ENROL_PATH,
     MAX_ENVELOPE_BYTES,
+    PACED_HEADER,
     POLL_PATH,
     REPLY_PATH,
     Enrolled,
@@ -94,7 +95,12 @@ class _Routes:
     async def poll(self, request: Request) -> Response:
         device = self._authenticate(request)
         poll = await read(request, Poll, SMALL_BODY_BYTES)
-        delivery = asyncio.ensure_future(self._office.box(device).poll(poll.holding, min(poll.wait_s, MAX_WAIT_S)))
+        box = self._office.box(device)
+        if PACED_HEADER in request.headers and box.is_idle and not poll.holding:
+            pause_s = math.ceil(self._office.pause_s(device))
+            if pause_s:
+                return await self._send_away(request, box, pause_s)
+        delivery = asyncio.ensure_future(box.poll(poll.holding, min(poll.wait_s, MAX_WAIT_S)))
         gone = asyncio.ensure_future(request.receive())  # after the body, the only message is a disconnection
         try:
             await asyncio.wait([delivery, gone], return_when=asyncio.FIRST_COMPLETED)
@@ -104,6 +110,12 @@ class _Routes:
         finally:
             gone.cancel()
             delivery.cancel()
+
+    async def _send_away(self, request: Request, box: Mailbox, pause_s: int) -> Response:
+        """Respond that there is no work, and when to call again."""
+        nothing = msgspec.structs.replace(await box.poll((), 0.0), wait_s=self._office.poll_s)
+        box.pause(pause_s)
+        return reply(request, nothing, headers={"retry-after": str(pause_s)})
 
     async def take_reply(self, request: Request) -> Response:
         device = self._authenticate(request)

@@ -47,6 +47,7 @@ class RunLedger:
         spending, course: cost and progress.
         is_open: `open` was called.
         traffic_before: bytes of earlier sessions, by device.
+        bytes_up, bytes_down: of all devices and sessions, up to the last closed round.
     """
 
     def __init__(
@@ -62,6 +63,9 @@ class RunLedger:
         self.course = Course(self.spending)
         self.is_open = False
         self.traffic_before: dict[str, Traffic] = {}
+        self.bytes_up = 0
+        self.bytes_down = 0
+        self._traffic: dict[str, Traffic] = {}
         self._rows = rows
 
     # --- opening -------------------------------------------------------------------------------------------------
@@ -88,8 +92,8 @@ class RunLedger:
         if stored.result is None or stored.status != "finished":
             return None
         result = codec.decode(stored.result, RunResult)
-        # What it reads is the same, as `_continue` made sure; earlier versions did not store it.
-        settings = msgspec.structs.replace(result.settings, readout=self.settings.readout)
+        # What it reads and draws is the same, as `_continue` made sure; earlier versions did not store it.
+        settings = msgspec.structs.replace(result.settings, readout=self.settings.readout, draft=self.settings.draft)
         known = task_of_run(stored)
         same = known is None or known.generation == self.task.generation  # it may have judged the prompt
         return result if settings == self.settings and same else None
@@ -130,6 +134,7 @@ class RunLedger:
         self.store.set_status(self.run, "running")
         self.is_open = True
         self.traffic_before = self.store.traffic(self.run)
+        self._add_traffic(self.traffic_before)
         self.replay()
 
     # --- replaying -----------------------------------------------------------------------------------------------
@@ -200,7 +205,7 @@ class RunLedger:
         seconds: float,
         traffic: Mapping[str, Traffic],
     ) -> Committed:
-        """Apply a round and write it, in one transaction."""
+        """Apply a round and write it, in one transaction. ``traffic``: of the devices for which it may have changed."""
         scored = self.state.aggregator.evaluations
         self.state.apply(round, reports)
         self._count(reports, seconds, scored)
@@ -208,9 +213,9 @@ class RunLedger:
         epsilon = self.epsilon()
         metrics = {"loss": loss, "seconds": seconds, "tokens": float(sum(report.tokens for report in reports))}
         if traffic:
-            everybody = {**self.traffic_before, **traffic}.values()
-            metrics[BYTES_UP] = float(sum(each.bytes_up for each in everybody))
-            metrics[BYTES_DOWN] = float(sum(each.bytes_down for each in everybody))
+            self._add_traffic(traffic)
+            metrics[BYTES_UP] = float(self.bytes_up)
+            metrics[BYTES_DOWN] = float(self.bytes_down)
         if epsilon is not None:
             metrics["epsilon"] = epsilon
         self.store.commit_round(
@@ -243,6 +248,13 @@ class RunLedger:
         self.spending.add_reports(purpose, reports)
         tokens = sum(report.tokens for report in reports)
         self.course.closed(purpose, seconds, self.state.aggregator.evaluations - scored, tokens)
+
+    def _add_traffic(self, traffic: Mapping[str, Traffic]) -> None:
+        for device, each in traffic.items():
+            before = self._traffic.get(device, Traffic(0, 0, 0))
+            self.bytes_up += each.bytes_up - before.bytes_up
+            self.bytes_down += each.bytes_down - before.bytes_down
+            self._traffic[device] = each
 
     def _add_seconds(self, round: int, seconds: float) -> None:
         self.spending.add_seconds(seconds, charged=round != SELECTION)

@@ -55,11 +55,18 @@ class Listener(NamedTuple):
 
 
 class Cohort(NamedTuple):
-    """The devices of a round: the first ``size`` live ones of ``order``; ``wanted`` reports end the round."""
+    """The devices of a round: the first ``size`` live ones of ``order``; ``wanted`` reports end the round.
+
+    Of a draft (``n_drawn`` > 0), only devices that wait for work are asked: of the first ``n_drawn`` as soon as they
+    have called; of the others, if so many are not in reach.
+    ``share``: of all devices, the part that a device is drawn from (`fedbpt.protocol.draws`); None: not drawn so.
+    """
 
     order: tuple[str, ...]
     size: int
     wanted: int
+    n_drawn: int = 0
+    share: Callable[[str], float | None] = lambda _name: None
 
 
 MAX_NAMED_DEVICES: Final = 5

@@ -52,6 +52,7 @@ class FlowerClient(Works):
         self.name = name
         self.bytes_up = 0
         self.bytes_down = 0
+        self.due_s = 0.0
         self._nodes = nodes
         self._reply_s = reply_s
         self._info: DeviceInfo | None = None
@@ -78,7 +79,12 @@ class FlowerClient(Works):
                 raise
         return self._info
 
-    async def start(self, plan: RoundPlan, history: SearchHistory | None = None) -> None:  # noqa: ARG002 - sent whole
+    async def start(
+        self,
+        plan: RoundPlan,
+        history: SearchHistory | None = None,  # noqa: ARG002 - sent whole
+        share: float | None = None,  # noqa: ARG002 - not sent
+    ) -> None:
         await self._check_fits(plan)
         key = (plan.run, plan.round)
         digest = codec.digest(plan)

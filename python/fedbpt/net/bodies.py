@@ -38,6 +38,7 @@ STATUS_OF_CODE: Final = {
     "replay-differs": 409,
     "wrong-model": 422,
     "wrong-task": 422,
+    "not-drawn": 422,
     "unknown-round": 404,
     "unknown-evaluation": 404,
     "unknown-question": 404,

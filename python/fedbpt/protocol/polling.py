@@ -32,6 +32,14 @@ have ended; the longest is below the 60 s after which NATs and proxies drop an i
 POLL_S_PER_DEVICE: Final = 0.004
 """Added hold per device, which bounds the fleet to 250 polls a second: a tenth of one coordinator core."""
 
+CALL_S_PER_DEVICE: Final = 0.006
+"""Where that would exceed the longest hold, devices are told when to call: after so long per device. A call opens a
+connection, and costs more than a poll.
+"""
+
+MAX_PAUSE_S: Final = 600.0
+"""Longest time after which a device calls again, whatever it was told."""
+
 
 def poll_s(n_devices: int) -> float:
     """How long to hold an idle poll in a fleet of ``n_devices``, seconds."""
@@ -39,10 +47,21 @@ def poll_s(n_devices: int) -> float:
     return min(max(n_devices * POLL_S_PER_DEVICE, shortest), longest)
 
 
+def call_s(n_devices: int) -> float:
+    """After how many seconds an idle device is to call again; 0: so few ``n_devices`` are held (`poll_s`)."""
+    if n_devices * POLL_S_PER_DEVICE <= POLL_S[1]:
+        return 0.0
+    return min(n_devices * CALL_S_PER_DEVICE, MAX_PAUSE_S)
+
+
 RequestId: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 Path: TypeAlias = Annotated[str, msgspec.Meta(max_length=1024, pattern=r"^/v1/[A-Za-z0-9._~%/?=&-]*\Z")]
 
 Method: TypeAlias = Literal["GET", "POST", "DELETE"]
+
+PACED_HEADER: Final = "fedbpt-paced"
+"""Header of a poll by a device that obeys ``Retry-After`` in the response to it. Devices of before do not send it, and
+are never told when to call: their polls are held."""
 
 
 class Poll(Message, frozen=True):
@@ -63,7 +82,10 @@ class Request(Message, frozen=True):
 
 
 class Delivery(Message, frozen=True):
-    """The response to a `Poll`; empty if no request came in time. ``wait_s``: for the next poll."""
+    """The response to a `Poll`; empty if no request came in time. ``wait_s``: for the next poll.
+
+    With ``Retry-After``, which only an empty one has, the next poll is not due before (pace steering).
+    """
 
     requests: tuple[Request, ...] = ()
     wait_s: Annotated[float, msgspec.Meta(ge=0)] = POLL_S[0]

@@ -69,6 +69,8 @@ class RunSettings(CheckedMessage, frozen=True):
     # A device is waited for up to this multiple of its usual time; 0: until the deadline.
     stragglers: Annotated[float, msgspec.Meta(ge=0)] = 4.0
     per_round: NaturalInt = 0  # number of reports that complete a round of the search; 0: one of every device
+    # How these are drawn: by a hash that devices check; or in a random order, as by versions before.
+    draft: Literal["hash", "permutation"] = "hash"
     over_selection: Annotated[float, msgspec.Meta(ge=0)] = 0.25  # share of additional devices in case some are slow
     even_rounds: bool = False  # slow devices score smaller mini-batches, so that all finish at about the same time
     evaluate_every: NaturalInt = 20  # rounds between evaluations on dev rows, if devices have any; 0: never
@@ -218,7 +220,8 @@ class RunSettings(CheckedMessage, frozen=True):
     def continuing(self, begun: RunSettings) -> RunSettings:
         """These settings for a run that was begun with ``begun``, maybe by a version with other defaults.
 
-        ``auto`` reads words, and the default ``fit_rows`` is that of few labels, where that run did and had it.
+        It draws devices as that run did. ``auto`` reads words, and the default ``fit_rows`` is that of few labels,
+        where that run did and had it.
         """
         began_with_words = self.readout == "auto" and begun.readout == "words"
         raised = self.fit_rows > FIT_ROWS == begun.fit_rows and self.fit_rows % FIT_ROWS_A_LABEL == 0
@@ -226,6 +229,7 @@ class RunSettings(CheckedMessage, frozen=True):
             self,
             readout="words" if began_with_words else self.readout,
             fit_rows=FIT_ROWS if raised else self.fit_rows,
+            draft=begun.draft,
         )
 
     def aggregator(self) -> Aggregator:
@@ -277,7 +281,7 @@ class RunSettings(CheckedMessage, frozen=True):
             readout=self._readout_read,
         )
         # The fields of versions that had no readouts of hidden states or no looks, so that their runs can be resumed.
-        left_out = {"stop_if_futile"} | (set() if self.metric_share else {"metric_share"})
+        left_out = {"stop_if_futile", "draft"} | (set() if self.metric_share else {"metric_share"})
         left_out |= set() if self.secure else {"secure"}
         left_out |= set() if self.may_read_layers or self.judges_targets else {"readout"}
         received = codec.decode(codec.encode(fixed), RunSettings)
@@ -288,9 +292,12 @@ class RunSettings(CheckedMessage, frozen=True):
 def stored_settings(body: bytes) -> RunSettings:
     """The settings of a stored run, from its wire bytes. Raises `WireError`.
 
-    Versions that stored no ``readout`` had that of words only.
+    Versions that stored no ``readout`` had that of words only; those that stored no ``draft`` drew a random order.
     """
     settings = codec.decode(body, RunSettings)
-    if "readout" in msgspec.msgpack.decode(body):
-        return settings
-    return msgspec.structs.replace(settings, readout="words")
+    stored = msgspec.msgpack.decode(body)
+    return msgspec.structs.replace(
+        settings,
+        readout=settings.readout if "readout" in stored else "words",
+        draft=settings.draft if "draft" in stored else "permutation",
+    )

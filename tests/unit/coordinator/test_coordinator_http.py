@@ -16,7 +16,16 @@ from fedbpt.coordinator.server import CoordinatorServer
 from fedbpt.errors import ConfigError
 from fedbpt.net import tokens
 from fedbpt.protocol import codec
-from fedbpt.protocol.polling import MAX_ENVELOPE_BYTES, Delivery, Enrolled, Enrolment, Poll, Reply, Request
+from fedbpt.protocol.polling import (
+    MAX_ENVELOPE_BYTES,
+    PACED_HEADER,
+    Delivery,
+    Enrolled,
+    Enrolment,
+    Poll,
+    Reply,
+    Request,
+)
 from fedbpt.protocol.rounds import ErrorReply
 from fedbpt.protocol.specs import Message
 from tests.support.raises import raises
@@ -71,6 +80,32 @@ def test_an_enrolled_device_polls(caller: Caller) -> None:
     answer = caller.poll(caller.enrol("a"))
     assert (answer.status_code, codec.decode(answer.content, Delivery).requests) == (200, ())
     assert caller.server.present() == ["a"]
+
+
+def test_a_device_that_obeys_is_told_when_to_call_and_an_older_one_is_held(caller: Caller) -> None:
+    bearer = caller.enrol("a")
+    caller.server.office.pace("r", lambda _device: 41.2)
+    waits = Poll(wait_s=30.0)
+    told = caller.post("/v1/mailbox/poll", waits, bearer, **{PACED_HEADER: "1"})
+    assert (told.status_code, told.headers["retry-after"]) == (200, "42")
+    assert codec.decode(told.content, Delivery).requests == ()
+    assert 40.0 < caller.server.office.due_s("a") <= 42.0
+    assert caller.server.present() == ["a"]
+    older = caller.post("/v1/mailbox/poll", Poll(), bearer)
+    assert "retry-after" not in older.headers
+    assert caller.server.office.due_s("a") == 0.0
+
+
+def test_a_device_with_work_is_never_told_to_call_later(caller: Caller) -> None:
+    bearer = caller.enrol("a")
+    caller.poll(bearer)
+    caller.server.office.pace("r", lambda _device: 41.2)
+    waiting = _lay(caller, Request(id=ID, method="GET", path="/v1/status"))
+    for holding in ((), (ID,)):
+        answer = caller.post("/v1/mailbox/poll", Poll(holding=holding), bearer, **{PACED_HEADER: "1"})
+        assert "retry-after" not in answer.headers
+    caller.post(f"/v1/mailbox/replies/{ID}", REPLY, bearer)
+    assert waiting.result(10) == REPLY
 
 
 @pytest.mark.parametrize("path", ["/v1/mailbox/poll", f"/v1/mailbox/replies/{ID}"])

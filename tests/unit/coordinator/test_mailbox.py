@@ -186,3 +186,70 @@ def test_a_post_office_that_does_not_run_reaches_no_device() -> None:
         assert not office.box("a").present
 
     asyncio.run(main())
+
+
+def test_a_device_that_was_told_to_call_later_is_present_until_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(mailbox, "_now", lambda: now)
+
+    async def scene(box: Mailbox) -> None:
+        nonlocal now
+        await box.poll((), 0.0)
+        box.pause(300.0)
+        now += 299.0
+        assert (box.present, box.silent_s, box.due_s) == (True, 0.0, 1.0)
+        now += 1.0 + mailbox.ABSENT_S
+        assert (box.present, box.silent_s, box.due_s) == (False, mailbox.ABSENT_S, 0.0)
+
+    play(scene)
+
+
+def test_a_request_waits_until_a_paced_device_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(box: Mailbox) -> None:
+        monkeypatch.setattr(mailbox, "ABSENT_S", 0.2)
+        await box.poll((), 0.0)
+        box.pause(0.5)
+        waiting = asyncio.ensure_future(box.exchange(request(1), 0.1))
+        await asyncio.sleep(0.3)  # beyond its time limit, which only begins when the device is due
+        assert not box.is_idle
+        assert (await box.poll((), 0.0)).requests == (request(1),)
+        box.take_reply(request(1).id, REPLY)
+        assert await waiting == REPLY
+        assert box.is_idle
+
+    play(scene)
+
+
+def test_a_paced_device_that_does_not_call_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(box: Mailbox) -> None:
+        monkeypatch.setattr(mailbox, "ABSENT_S", 0.1)
+        await box.poll((), 0.0)
+        box.pause(0.2)
+        with pytest.raises(NoResponseError, match="does not call in"):
+            await box.exchange(request(1), 10.0)
+
+    play(scene)
+
+
+def test_of_several_runs_the_one_that_needs_a_device_first_paces_it() -> None:
+    office = PostOffice()
+    assert office.pause_s("a") == 0.0
+    office.pace("one", lambda device: 30.0 if device in "ab" else float("inf"))
+    office.pace("other", lambda device: 20.0 if device == "a" else float("inf"))
+    assert [office.pause_s(device) for device in "abc"] == [20.0, 30.0, 0.0]
+    office.pace("one", None)
+    assert [office.pause_s(device) for device in "abc"] == [20.0, 0.0, 0.0]
+
+
+def test_the_devices_of_a_large_fleet_are_told_to_call_later_even_without_a_run() -> None:
+    office = PostOffice()
+    for i in range(6250):
+        office.box(f"d{i}")
+    assert office.pause_s("d1") == 0.0
+    for i in range(6250, 12500):
+        office.box(f"d{i}")
+    pauses = [office.pause_s("d1") for _ in range(200)]
+    assert 56.25 <= min(pauses) < 65.0 < 85.0 < max(pauses) <= 93.75
+    office.pace("r", lambda device: 0.0 if device == "d1" else float("inf"))
+    assert office.pause_s("d1") == 0.0
+    assert office.pause_s("d2") > 0.0

@@ -120,15 +120,17 @@ def test_a_sleeping_device_in_an_over_selected_round_delays_nothing(scene: Scene
     assert any(plan.round > 0 for plan in scene.devices["b"].plans)
 
 
-def test_each_round_draws_other_devices_and_the_same_seed_the_same_ones(scene: Scene) -> None:
+def test_each_round_draws_other_devices_and_the_same_run_the_same_ones(scene: Scene, tmp_path: Path) -> None:
     scene.run(rounds=12, per_round=2, over_selection=0.0)
     first = [event.reported for event in searched(scene)]
-    scene.events.clear()
-    again = scene.run("again", rounds=12, per_round=2, over_selection=0.0)
-    assert [event.reported for event in searched(scene)] == first
+    again = Scene(tmp_path / "again.sqlite", *(FakeDevice(name) for name in "edcba"))
+    assert again.run(rounds=12, per_round=2, over_selection=0.0).rounds == 12
+    assert [event.reported for event in searched(again)] == first
     assert {name for names in first for name in names} == set("abcde")
     assert len(set(first)) > 3
-    assert again.rounds == 12
+    other = Scene(tmp_path / "other.sqlite", *(FakeDevice(name) for name in "abcde"))
+    other.run(run="other", rounds=12, per_round=2, over_selection=0.0)
+    assert [event.reported for event in searched(other)] != first
 
 
 def test_a_lost_device_is_replaced_by_the_next(scene: Scene) -> None:

@@ -212,3 +212,16 @@ def test_a_changed_model_file_is_named_in_the_devices_log(caplog: pytest.LogCapt
     assert "model.gguf" in codec.decode(failed.content, ErrorReply).message
     [record] = [record for record in caplog.records if record.name == "fedbpt.device.agent.service"]
     assert "model.gguf" in record.getMessage()
+
+
+def test_a_plan_for_other_devices_is_refused(http: httpx.Client) -> None:
+    body = codec.encode(plan(round=7))
+    assert refusal(http.post("/v1/rounds/r/7?share=1e-9", content=body, headers=MSGPACK)) == (422, "not-drawn")
+    assert http.post("/v1/rounds/r/7?share=1.0", content=body, headers=MSGPACK).status_code == 202
+
+
+@pytest.mark.parametrize("share", ["", "0", "-1", "1.1", "nan", "inf", "much"])
+def test_a_malformed_share_is_refused(http: httpx.Client, share: str) -> None:
+    body = codec.encode(plan(round=8))
+    response = http.post(f"/v1/rounds/r/8?share={share}", content=body, headers=MSGPACK)
+    assert refusal(response) == (400, "malformed")

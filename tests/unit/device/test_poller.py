@@ -23,7 +23,7 @@ from fedbpt.errors import ConfigError, CoordinatorRefusedError
 from fedbpt.net import tokens
 from fedbpt.net.tokens import Credentials
 from fedbpt.protocol import codec
-from fedbpt.protocol.polling import Delivery, Poll, Reply, Request
+from fedbpt.protocol.polling import PACED_HEADER, Delivery, Poll, Reply, Request
 from fedbpt.protocol.rounds import DeviceInfo, ErrorReply
 from fedbpt.protocol.specs import Array, Message
 from tests.contract.test_clients import request
@@ -53,10 +53,12 @@ class Coordinator:
         self.replies: dict[str, Reply] = {}
         self.reply_answers: list[httpx.Response] = []
         self.bearers: set[str] = set()
+        self.headers: set[str] = set()
         self.n_replies = 0
 
     async def __call__(self, request: httpx.Request) -> httpx.Response:
         self.bearers.add(request.headers["authorization"])
+        self.headers.add(request.headers[PACED_HEADER])
         if request.url.path == "/v1/mailbox/poll":
             self.asked.append(codec.decode(request.content, Poll))
             if not self.polls and self.asked[-1].holding:
@@ -156,6 +158,29 @@ def test_a_coordinator_with_an_unusable_response_is_called_again_at_the_time_it_
     assert value in told[0]
     assert "secret" not in " ".join(told)
     assert waits == [wait_s]
+
+
+@pytest.mark.parametrize(("told_s", "waited_s"), [("7", [7.0]), ("86400", [600.0]), ("0", []), ("soon", [])])
+def test_a_device_without_work_calls_when_it_is_told_within_bounds(
+    told_s: str, waited_s: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr("fedbpt.device.agent.poller.asyncio.sleep", sleep)
+    coordinator = Coordinator(answer(Delivery(), **{"retry-after": told_s}), answer(Delivery()))
+    assert run(coordinator, monkeypatch)[0] == []
+    assert waits == waited_s
+    assert coordinator.headers == {"1"}
+
+
+def test_work_is_never_put_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = Request(id=ID, method="GET", path="/v1/status")
+    coordinator = Coordinator(answer(Delivery(requests=(wanted,)), **{"retry-after": "3600"}))
+    assert run(coordinator, monkeypatch) == ([], [])
+    assert coordinator.replies[ID].status == 200
 
 
 @pytest.mark.parametrize(("code", "status"), [("unknown-request", 404), ("conflict", 409), ("too-large", 413)])

@@ -38,6 +38,7 @@ def stored(method: str, folder: Path) -> Path:
 
 def asked(method: str, **more: Any) -> RunSettings:
     changes: dict[str, Any] = {"method": method, "iterations": 2, "evaluate_every": 2, "rounds": 4}
+    changes["draft"] = "permutation"  # as it was
     return settings(**{**SETTINGS, **changes, **more})
 
 

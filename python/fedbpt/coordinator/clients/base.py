@@ -28,8 +28,8 @@ class DeviceClient(Protocol):
 
         DeviceUnreachableError: no response, after retries.
         DeviceRefusedError: the device refused the request; ``code`` is one of ``conflict`` (another plan for this
-            round), ``busy``, ``wrong-model``, ``wrong-task``, ``unknown-round`` (the device was restarted),
-            ``malformed``, ...
+            round), ``not-drawn``, ``busy``, ``wrong-model``, ``wrong-task``, ``unknown-round`` (the device was
+            restarted), ``malformed``, ...
         WireError: the response is not what the protocol allows.
 
     ``bytes_down`` and ``bytes_up`` count the bodies of messages to and from the device, including retries and polls;
@@ -47,13 +47,20 @@ class DeviceClient(Protocol):
     @property
     def bytes_down(self) -> int: ...
 
+    @property
+    def due_s(self) -> float:
+        """Seconds until the device is to call in; 0: it can be reached now, as far as is known."""
+        ...
+
     async def status(self) -> DeviceInfo: ...
 
-    async def start(self, plan: RoundPlan, history: SearchHistory | None = None) -> None:
+    async def start(self, plan: RoundPlan, history: SearchHistory | None = None, share: float | None = None) -> None:
         """Send ``plan``; returns when the device has accepted it.
 
         ``history``: of the search, up to the generation that ``plan`` asks for; the part that the device lacks may be
         sent instead of the state.
+        ``share``: of all devices, the part that this one is drawn from (`fedbpt.protocol.draws`), which it checks;
+        None: the round is not drawn so.
         """
         ...
 
@@ -74,10 +81,11 @@ class DeviceClient(Protocol):
         history: SearchHistory | None = None,
         on_progress: ProgressCallback | None = None,
         slots: Slots | None = None,
+        share: float | None = None,
     ) -> RoundReport:
         """The report on ``plan``: `start` and `wait`, in as few exchanges as possible.
 
-        ``slots``: one is held while the plan is sent.
+        ``slots``: one is held while the plan is sent. ``share``: see `start`.
         """
         ...
 
@@ -109,8 +117,9 @@ class Works:
         history: SearchHistory | None = None,
         on_progress: ProgressCallback | None = None,
         slots: Slots | None = None,
+        share: float | None = None,
     ) -> RoundReport:
         """See `DeviceClient.work`."""
         async with (slots or Slots()).acquire():
-            await self.start(plan, history)
+            await self.start(plan, history, share)
         return await self.wait(plan.run, plan.round, None, on_progress)

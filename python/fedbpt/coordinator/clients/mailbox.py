@@ -11,18 +11,20 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
+import math
+import random
 import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeAlias
 
 from fedbpt.coordinator.clients.remote import RemoteDevice
 from fedbpt.coordinator.clients.requests import POLL_S
 from fedbpt.coordinator.clients.transport import IN_REACH, NoResponseError, Response
 from fedbpt.errors import CoordinatorRefusedError
 from fedbpt.protocol import codec
-from fedbpt.protocol.polling import Delivery, Method, Reply, Request, poll_s
+from fedbpt.protocol.polling import Delivery, Method, Reply, Request, call_s, poll_s
 
 REPLY_S: Final = 20.0
 """How long a device that calls in may take for a reply: twice the time in which a dead connection is noticed."""
@@ -41,6 +43,11 @@ STOPPING_S: Final = 2.0
 """When a device may call again while the coordinator is being stopped."""
 
 
+Pacer: TypeAlias = Callable[[str], float]
+"""After how many seconds a device without work is to call again; 0: its poll is held; infinite: the run has no need of
+one time more than of another (`fedbpt.protocol.polling.call_s`). Called on the office's loop."""
+
+
 # Together they make the id of a request unique. The device's token proves who replies.
 _PROCESS: Final = secrets.token_hex(8)
 _COUNTER: Final = itertools.count()
@@ -49,10 +56,10 @@ _COUNTER: Final = itertools.count()
 class _Exchange:
     """An open request. Belongs to the post office's loop."""
 
-    def __init__(self, request: Request, timeout_s: float, delivered: Callable[[], None]) -> None:
+    def __init__(self, request: Request, timeout_s: float, delivered: Callable[[], None], due_s: float) -> None:
         self.request = request
         self.is_delivered = False
-        self.deadline = _now() + timeout_s
+        self.deadline = _now() + due_s + timeout_s
         self.reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._timeout_s = timeout_s
         self._delivered = delivered
@@ -80,18 +87,28 @@ class Mailbox:
         self._replied: OrderedDict[str, bytes] = OrderedDict()  # digest of the reply, by request
         self._news = asyncio.Event()
         self._poll: asyncio.Future[None] | None = None
-        self._seen = float("-inf")
+        self._due = float("-inf")  # when the next poll is due
         self._closed = False
 
     @property
     def present(self) -> bool:
-        """Whether the device polls, or did so within `ABSENT_S`."""
-        return not self._closed and (self._poll is not None or _now() - self._seen < ABSENT_S)
+        """Whether the device polls, or has not been silent for `ABSENT_S`."""
+        return not self._closed and self.silent_s < ABSENT_S
 
     @property
     def silent_s(self) -> float:
-        """Seconds since the device's last poll ended; 0: one is open."""
-        return 0.0 if self._poll is not None else _now() - self._seen
+        """Seconds since the device's next poll is due: at the end of the last one, or when it was told to call."""
+        return 0.0 if self._poll is not None else max(_now() - self._due, 0.0)
+
+    @property
+    def due_s(self) -> float:
+        """Seconds until the device is to call again; 0: it polls now, or is to."""
+        return 0.0 if self._poll is not None else max(self._due - _now(), 0.0)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is open."""
+        return not self._open
 
     # --- the device's side ---------------------------------------------------------------------------------------
 
@@ -125,7 +142,11 @@ class Mailbox:
         finally:
             if self._poll is mine:
                 self._poll = None
-            self._seen = _now()
+            self._due = _now()
+
+    def pause(self, seconds: float) -> None:
+        """Record that the device, whose poll has just ended, was told to call again after ``seconds``."""
+        self._due = _now() + seconds
 
     def take_reply(self, id: str, reply: Reply) -> None:
         """Take the reply to a request. The same reply may be posted again.
@@ -178,9 +199,10 @@ class Mailbox:
 
         Raises:
             NoResponseError: the device does not call in, or stopped calling with the request in hand; it did not fetch
-                the request within ``timeout_s`` seconds, or did not reply within ``timeout_s`` seconds after that.
+                the request within ``timeout_s`` seconds of when it is to call, or did not reply within ``timeout_s``
+                seconds after that.
         """
-        exchange = self._open[request.id] = _Exchange(request, timeout_s, delivered)
+        exchange = self._open[request.id] = _Exchange(request, timeout_s, delivered, self.due_s)
         self._news.set()
         try:
             while not exchange.reply.done():
@@ -190,7 +212,7 @@ class Mailbox:
                 if left <= 0:
                     raise NoResponseError(f"does not respond: {IN_REACH}")
                 # The device is present for at least this long: most exchanges wake up once.
-                await asyncio.wait([exchange.reply], timeout=min(left, ABSENT_S - self.silent_s))
+                await asyncio.wait([exchange.reply], timeout=min(left, self.due_s + ABSENT_S - self.silent_s))
             return exchange.reply.result()
         finally:
             del self._open[request.id]
@@ -213,6 +235,8 @@ class PostOffice:
 
     def __init__(self) -> None:
         self._boxes: dict[str, Mailbox] = {}
+        self._pacers: dict[str, Pacer] = {}
+        self._chance = random.Random()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
 
@@ -234,6 +258,18 @@ class PostOffice:
         """How long a device's next poll is held, seconds."""
         return poll_s(len(self._boxes))
 
+    def pace(self, run: str, pacer: Pacer | None) -> None:
+        """Have ``pacer`` say when the devices of ``run`` are to call again; None: nothing does. From any thread."""
+        pacers = {name: each for name, each in self._pacers.items() if name != run}
+        self._pacers = pacers if pacer is None else {**pacers, run: pacer}
+
+    def pause_s(self, device: str) -> float:
+        """After how many seconds ``device``, which has no work, is to call again; 0: its poll is to be held."""
+        pause_s = min((pacer(device) for pacer in self._pacers.values()), default=math.inf)
+        if math.isinf(pause_s):
+            return call_s(len(self._boxes)) * self._chance.uniform(0.75, 1.25)
+        return pause_s
+
     def present(self) -> list[str]:
         """Names of the devices that call in now, sorted. From any thread."""
         return sorted(name for name, box in self._boxes.copy().items() if box.present)
@@ -242,6 +278,11 @@ class PostOffice:
         """`Mailbox.silent_s` of ``device``; infinite if it never called. From any thread."""
         box = self._boxes.get(device)
         return float("inf") if box is None else box.silent_s
+
+    def due_s(self, device: str) -> float:
+        """`Mailbox.due_s` of ``device``; 0 if it never called. From any thread."""
+        box = self._boxes.get(device)
+        return 0.0 if box is None else box.due_s
 
     def close(self) -> None:
         """End all polls. Call on the office's loop."""
@@ -272,6 +313,12 @@ class MailboxClient(RemoteDevice):
 
     def __init__(self, device: str, office: PostOffice, poll_s: float = POLL_S) -> None:
         super().__init__(MailboxTransport(device, office), device, response_s=REPLY_S, poll_s=poll_s)
+        self.office = office
+
+    @property
+    def due_s(self) -> float:
+        """See `DeviceClient.due_s`."""
+        return self.office.due_s(self.name)
 
 
 class MailboxTransport:

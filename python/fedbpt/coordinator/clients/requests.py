@@ -88,6 +88,7 @@ class TransportClient:
         self._response_s = response_s
         self._poll_s = poll_s
         self._plan: RoundPlan | None = None  # the latest
+        self._share: float | None = None  # that it is drawn from
         self._replays = transport.sends_short  # the device can replay a search
         self._known: dict[tuple[str, int], int] = {}  # by run and first generation: generations that the device knows
 
@@ -97,8 +98,13 @@ class TransportClient:
     async def status(self) -> DeviceInfo:
         return self._decode(await self._request("GET", "/v1/status"), DeviceInfo)
 
-    async def start(self, plan: RoundPlan, history: SearchHistory | None = None) -> None:
-        self._plan = plan
+    @property
+    def due_s(self) -> float:
+        """See `DeviceClient.due_s`."""
+        return 0.0
+
+    async def start(self, plan: RoundPlan, history: SearchHistory | None = None, share: float | None = None) -> None:
+        self._plan, self._share = plan, share
         await self._send_plan(plan, history)
 
     async def wait(
@@ -121,9 +127,10 @@ class TransportClient:
         history: SearchHistory | None = None,
         on_progress: ProgressCallback | None = None,
         slots: Slots | None = None,
+        share: float | None = None,
     ) -> RoundReport:
         """See `DeviceClient.work`. One exchange, if the transport holds plans and the device is done in time."""
-        self._plan = plan
+        self._plan, self._share = plan, share
         hold_s = self._poll_s if self._transport.holds_plans else 0.0
         async with (slots or Slots()).acquire() as release:
             delivered = partial(_call_in, asyncio.get_running_loop(), release) if hold_s else _nothing
@@ -222,9 +229,10 @@ class TransportClient:
     async def _post_plan(
         self, plan: RoundPlan, hold_s: float, delivered: Callable[[], None]
     ) -> RoundProgress | RoundReport:
-        path = _round_path(plan.run, plan.round)
+        query = [] if self._share is None else [f"share={self._share!r}"]
         if hold_s:
-            path += f"?wait={hold_s:.3f}{'&short=1' if self._may_shorten(plan.work) else ''}"
+            query += [f"wait={hold_s:.3f}", *(["short=1"] if self._may_shorten(plan.work) else [])]
+        path = f"{_round_path(plan.run, plan.round)}{'?' if query else ''}{'&'.join(query)}"
         response = await self._request("POST", path, codec.encode(plan), hold_s, delivered)
         if response.status == HTTPStatus.OK:
             return self._decode(response, RoundReport)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
@@ -71,7 +72,7 @@ class _Routes:
                 f"the plan is for round {plan.round} of run {plan.run!r}: expected the same in the path", field="round"
             )
         whole = await run_in_threadpool(self._replayer.whole, plan)
-        progress = self.service.start(whole)
+        progress = self.service.start(whole, _share(request))
         return await self.wait(request) if _seconds(request) else reply(request, progress, 202)
 
     async def wait(self, request: Request) -> Response:
@@ -121,6 +122,20 @@ class _Routes:
 
 def _round_of(request: Request) -> tuple[str, int]:
     return request.path_params["run"], request.path_params["round"]
+
+
+def _share(request: Request) -> float | None:
+    """The share of all devices that the plan says its device is drawn from; None: it says none."""
+    text = request.query_params.get("share")
+    if text is None:
+        return None
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0.0 < share <= 1.0:
+        raise WireError(f"share must be above 0 and at most 1, got {text[:40]!r}", field="share")
+    return share
 
 
 def _seconds(request: Request) -> float:

@@ -2,6 +2,7 @@
 
 It polls the coordinator for requests, has the device's own routes (`fedbpt.device.agent.http`) handle them, several at
 once, and posts the replies. Repetitions are harmless on both sides, so no state survives a restart.
+While it has no work, it calls when the coordinator says (`PACED_HEADER`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fedbpt.device.agent.calls import RESPONSE_S, accepted, client_options, deco
 from fedbpt.device.agent.http import build_app
 from fedbpt.device.agent.service import AgentService
 from fedbpt.errors import CoordinatorRefusedError, WireError
+from fedbpt.net.bodies import retry_after
 from fedbpt.net.server import quiet_signals
 from fedbpt.net.tls import Tls, certificate_problem
 from fedbpt.net.tokens import Credentials
@@ -27,6 +29,8 @@ from fedbpt.protocol import codec
 from fedbpt.protocol.polling import (
     MAX_ENVELOPE_BYTES,
     MAX_HELD,
+    MAX_PAUSE_S,
+    PACED_HEADER,
     POLL_PATH,
     POLL_S,
     REPLY_PATH,
@@ -99,7 +103,7 @@ class Poller:
         self.service = service
         self.url = origin(credentials.coordinator, allow_insecure)
         self._options = client_options(self.url, tls or Tls())
-        self._options["headers"]["authorization"] = f"Bearer {credentials.bearer}"
+        self._options["headers"] |= {"authorization": f"Bearer {credentials.bearer}", PACED_HEADER: "1"}
         self._on_ready = on_ready
         self._tell = tell
         self._pauses_s = pauses_s
@@ -187,24 +191,28 @@ class Poller:
         ):
             try:
                 while True:
-                    delivery = await self._persist(lambda: self._poll(coordinator))
-                    for request in delivery.requests if delivery else ():
+                    delivery, pause_s = await self._persist(lambda: self._poll(coordinator)) or (Delivery(), 0.0)
+                    for request in delivery.requests:
                         if request.id not in self._held and len(self._held) < MAX_HELD:
                             self._held[request.id] = asyncio.create_task(self._serve(request, device, coordinator))
                     if len(self._held) >= MAX_HELD:
                         await asyncio.wait(self._held.values(), return_when=asyncio.FIRST_COMPLETED)
+                    if pause_s:
+                        await asyncio.sleep(min(pause_s, MAX_PAUSE_S))
             finally:
                 tasks = list(self._held.values())
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _poll(self, coordinator: httpx.AsyncClient) -> Delivery:
+    async def _poll(self, coordinator: httpx.AsyncClient) -> tuple[Delivery, float]:
+        """What the device is to do, and after how many seconds it is to call again."""
         wait_s = 0.0 if self._problem else self._poll_s  # after a failure, ask at once whether it is over
         poll = Poll(holding=tuple(self._held), wait_s=wait_s)
-        delivery = decoded(await self._post(coordinator, POLL_PATH, poll, wait_s), Delivery)
+        content, pause_s = await self._post(coordinator, POLL_PATH, poll, wait_s)
+        delivery = decoded(content, Delivery)
         self._poll_s = min(delivery.wait_s, POLL_S[1])
-        return delivery
+        return delivery, 0.0 if delivery.requests else pause_s
 
     async def _serve(self, request: Request, device: httpx.AsyncClient, coordinator: httpx.AsyncClient) -> None:
         """Have the device's routes handle ``request``, and post the reply until the coordinator takes or drops it."""
@@ -220,7 +228,10 @@ class Poller:
         finally:
             del self._held[request.id]
 
-    async def _post(self, coordinator: httpx.AsyncClient, path: str, message: Message, hold_s: float = 0.0) -> bytes:
+    async def _post(
+        self, coordinator: httpx.AsyncClient, path: str, message: Message, hold_s: float = 0.0
+    ) -> tuple[bytes, float]:
+        """The content of the response, and its ``Retry-After`` in seconds."""
         body = codec.encode(message)
         timeout = httpx.Timeout(RESPONSE_S, read=hold_s + LATE_S + len(body) / SLOW_BYTES_PER_S)
         async with coordinator.stream("POST", path, content=body, timeout=timeout) as response:
@@ -231,7 +242,7 @@ class Poller:
                     raise WireError(
                         f"the response exceeds the limit of {MAX_ENVELOPE_BYTES} bytes", limit=MAX_ENVELOPE_BYTES
                     )
-        return accepted(response, bytes(content))
+        return accepted(response, bytes(content)), retry_after(response.headers)
 
     async def _persist(self, call: Callable[[], Awaitable[T]], dropped: frozenset[str] = frozenset()) -> T | None:
         """Call until it succeeds and return its result; None if it is refused with a code in ``dropped``.

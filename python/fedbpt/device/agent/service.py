@@ -23,6 +23,7 @@ from typing import Final, Literal, Protocol, TypeAlias
 
 import msgspec
 
+from fedbpt.device.agent.drawn import DrawCheck
 from fedbpt.device.agent.worker import Worker
 from fedbpt.errors import DeviceFailedError, DeviceRefusedError, FedbptError, ScoringInterrupted
 from fedbpt.faults import public_reason
@@ -142,6 +143,7 @@ class AgentService:
         self._owns_worker = worker is None
         self._pause = pause
         self._jobs: dict[tuple[str, int], _Job] = {}
+        self._draws = DrawCheck()
         self._working: _Job | None = None  # the job on the worker's thread
         self._switching = threading.Lock()
         self._stopping = asyncio.Event()
@@ -160,10 +162,15 @@ class AgentService:
     def busy(self) -> bool:
         return any(job.state == "running" for job in self._jobs.values())
 
-    def start(self, plan: RoundPlan) -> RoundProgress:
-        """Accept ``plan``. Refused as ``conflict``, ``busy``, ``wrong-model`` or ``wrong-task``."""
+    def start(self, plan: RoundPlan, share: float | None = None) -> RoundProgress:
+        """Accept ``plan``. Refused as ``conflict``, ``busy``, ``wrong-model``, ``wrong-task`` or ``not-drawn``.
+
+        ``share``: of all devices, the part that the plan's round says it draws, this device among them; None: all.
+        """
         self._check_open()
         self._check_fits(plan.model_fingerprint, plan.task)
+        if share is not None and (problem := self._draws.problem(plan, share)):
+            raise self._refusal("not-drawn", problem)
         digest = codec.digest(plan)
         known = self._jobs.get((plan.run, plan.round))
         if known and known.digest != digest:
