@@ -29,7 +29,7 @@ from fedbpt.coordinator.outcome import make_result
 from fedbpt.coordinator.run_listener import listener_for
 from fedbpt.coordinator.run_state import FEWEST_JUDGES, SELECTION
 from fedbpt.coordinator.stragglers import Pace
-from fedbpt.coordinator.vetting import vet
+from fedbpt.coordinator.vetting import leave_out, vet
 from fedbpt.coordinator.work_kinds import kind_of
 from fedbpt.errors import ConfigError, FederationError, QuorumError, StoreError
 from fedbpt.net.event_loop import run_to_end
@@ -40,6 +40,7 @@ from fedbpt.protocol.rounds import EvaluateReport, FitPurpose
 from fedbpt.protocol.seeding import generator
 from fedbpt.runs.dev_figures import LOOK_GAIN, LOOKS_DONE
 from fedbpt.runs.events import (
+    DeviceLeftOut,
     EventCallback,
     RoundClosed,
     RoundPurpose,
@@ -447,10 +448,15 @@ class Federation:
             log.info("run %s: the budget ended within round %d (%s): it is left out", self.run_name, round, purpose)
             ledger.leave_out(round, time.monotonic() - began)
             return False
+        reports, misled = leave_out(self.settings, reports)
+        if misled:
+            self._store.record_losses(self.run_name, round, misled)
+        for name, reason in misled.items():
+            self._emit(DeviceLeftOut(device=name, round=round, reason=reason))
         reports, refused = vet(ledger, round, reports)
         fleet.refuse(refused)
         reported = tuple(name for report in reports for name in devices_of(report))
-        fleet.require_quorum(len(reported), needed, deadline_s)
+        fleet.require_quorum(len(reported) + len(misled), needed, deadline_s)
         costs = self._costs(fleet)
         committed = ledger.commit(round, work_digest, reports, time.monotonic() - began, costs)
         self._emit(

@@ -89,7 +89,9 @@ class RunLedger:
             return None
         result = codec.decode(stored.result, RunResult)
         # What it reads is the same, as `_continue` made sure; earlier versions did not store it.
-        settings = msgspec.structs.replace(result.settings, readout=self.settings.readout)
+        settings = msgspec.structs.replace(
+            result.settings, readout=self.settings.readout, check_devices=self.settings.check_devices
+        )
         known = task_of_run(stored)
         same = known is None or known.generation == self.task.generation  # it may have judged the prompt
         return result if settings == self.settings and same else None

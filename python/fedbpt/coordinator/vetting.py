@@ -1,4 +1,7 @@
-"""Whether a round's reports may be committed: the plan that follows must be one that devices accept.
+"""Which of a round's reports may be committed.
+
+Sums of hidden states that mislead are left out (`fedbpt.aggregation.cross_check`). The plan that follows must be one
+that devices accept.
 
 `fedbpt.coordinator.report_checks` bounds each report, and aggregation bounds its state. If reports within these bounds
 still lead to an impossible plan, the report that causes it is left out: a committed round cannot be undone.
@@ -7,15 +10,35 @@ still lead to an impossible plan, the report that causes it is left out: a commi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 
+from fedbpt.aggregation.cross_check import DeviceSums, misleading
+from fedbpt.aggregation.layer_fit import sums_of
 from fedbpt.coordinator.ledger import RunLedger
-from fedbpt.coordinator.round_reports import purpose_of
+from fedbpt.coordinator.round_reports import cap_reports, purpose_of
 from fedbpt.coordinator.work_kinds import kind_of
 from fedbpt.errors import FedbptError, FederationError
 from fedbpt.protocol import codec
-from fedbpt.protocol.rounds import RoundPlan, RoundReport
+from fedbpt.protocol.rounds import RoundPlan, RoundReport, SumsResult
+from fedbpt.runs.settings import RunSettings
+
+MISLEADS: Final = "left out of the readout: others' rows are predicted worse with its sums"
+
+
+def leave_out(settings: RunSettings, reports: Sequence[RoundReport]) -> tuple[list[RoundReport], dict[str, str]]:
+    """The ``reports`` whose sums of hidden states do not mislead, and by device why the others are left out."""
+    results = [report.result for report in reports if isinstance(report.result, SumsResult)]
+    if not settings.check_devices or len(results) < len(reports):
+        return list(reports), {}
+    capped = cap_reports(reports, settings.row_cap)
+    devices = [
+        DeviceSums(sums_of(result), report.n_texts / max(sum(map(sum, result.counts)), 1))
+        for report, result in zip(capped, results, strict=True)
+    ]
+    found = {reports[place].device: MISLEADS for place in misleading(devices)}
+    return [report for report in reports if report.device not in found], found
 
 
 def vet(ledger: RunLedger, round: int, reports: Sequence[RoundReport]) -> tuple[list[RoundReport], dict[str, str]]:
