@@ -348,7 +348,7 @@ class Federation:
             if not reports:
                 request = self._ledger.planner.request(lines, label_weights=state.label_weights, split="held")
                 reports = await self._sums.evaluate(request, self._deadline_s())
-        state.choose(list(lines), list(reports.values()))
+        state.choose(list(lines), [report for name, report in reports.items() if name not in state.left_out])
         log.info("run %s: held-out training rows chose %r", self.run_name, state.shipped)
 
     async def _judge_answers(self, fleet: Fleet, lines: Variants) -> dict[str, EvaluateReport]:
@@ -381,11 +381,13 @@ class Federation:
         return max(math.ceil(self.settings.quorum * n_devices), self._min_reports)
 
     def _cohort(self, round: int, purpose: RoundPurpose) -> Cohort | None:
-        """The devices of a round of the search, drawn anew for each round; None: all devices."""
+        """The devices of a round, of the search drawn anew for each round; None: all devices."""
         wanted = self.settings.per_round
-        if purpose != "search" or not 0 < wanted < len(self._clients):
-            return None
-        order = generator(self.settings.seed, "draft", round).permutation(sorted(self._clients))
+        trusted = sorted(self._clients.keys() - self._ledger.state.left_out)
+        if purpose != "search" or not 0 < wanted < len(trusted):
+            n = len(trusted)
+            return None if n == len(self._clients) else Cohort(tuple(trusted), n, n)
+        order = generator(self.settings.seed, "draft", round).permutation(trusted)
         size = math.ceil(wanted * (1 + self.settings.over_selection))
         return Cohort(tuple(order.tolist()), size, wanted)
 
@@ -451,6 +453,7 @@ class Federation:
         reports, misled = leave_out(self.settings, reports)
         if misled:
             self._store.record_losses(self.run_name, round, misled)
+        state.left_out.update(misled)
         for name, reason in misled.items():
             self._emit(DeviceLeftOut(device=name, round=round, reason=reason))
         reports, refused = vet(ledger, round, reports)

@@ -110,7 +110,8 @@ class LiveEvaluation:
         if len(lines) < 2:
             return None
         request = ledger.planner.request(lines, label_weights=state.label_weights, split="held")
-        reports = list((await self._sums.evaluate(request, self._deadline_s())).values())
+        found = await self._sums.evaluate(request, self._deadline_s())
+        reports = [report for name, report in found.items() if name not in state.left_out]
         if not reports:
             return None
         cap = ledger.settings.row_cap if ledger.settings.check_devices else None
@@ -157,7 +158,8 @@ class LiveEvaluation:
         reports = await self._sums.run_round(
             ledger.state.closed, lambda device: self._plan(device, work), fit.min_reports, self._deadline_s(), "readout"
         )
-        reports, _ = leave_out(ledger.settings, reports)
+        trusted = [report for report in reports if report.device not in ledger.state.left_out]
+        reports, _ = leave_out(ledger.settings, trusted)
         fit.update(cap_reports(reports, ledger.settings.row_cap))
 
     def _plan(self, device: str, work: Work) -> RoundPlan:

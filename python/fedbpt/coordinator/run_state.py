@@ -49,6 +49,9 @@ SELECTION: Final = 0
 
 FEWEST_JUDGES: Final = 5  # rows
 
+MISLEADS: Final = "left out of the readout and of what follows: others' rows are predicted worse with its sums"
+"""Why a device is in `RunState.left_out`; stored with the round."""
+
 LONG_PATTERN: Final = 200
 """Length in bytes from which a pattern is taken to hold examples, whose tokens are not those of a text."""
 
@@ -79,6 +82,8 @@ class RunState:
         """Reports that counted, by device."""
         self.template_losses: tuple[float, ...] = ()
         self.candidates: tuple[TemplateScore, ...] = ()
+        self.left_out: set[str] = set()
+        """Devices that are not asked any more, as their sums mislead; closed rounds have no reports of them."""
         self.label_weights: tuple[float, ...] = ()
         """Weight of a row's loss by its label; empty: ones."""
         self.n_layer = 0

@@ -10,7 +10,6 @@ still lead to an impossible plan, the report that causes it is left out: a commi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
 import numpy as np
 
@@ -18,13 +17,12 @@ from fedbpt.aggregation.cross_check import DeviceSums, misleading
 from fedbpt.aggregation.layer_fit import sums_of
 from fedbpt.coordinator.ledger import RunLedger
 from fedbpt.coordinator.round_reports import cap_reports, purpose_of
+from fedbpt.coordinator.run_state import MISLEADS
 from fedbpt.coordinator.work_kinds import kind_of
 from fedbpt.errors import FedbptError, FederationError
 from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import RoundPlan, RoundReport, SumsResult
 from fedbpt.runs.settings import RunSettings
-
-MISLEADS: Final = "left out of the readout: others' rows are predicted worse with its sums"
 
 
 def leave_out(settings: RunSettings, reports: Sequence[RoundReport]) -> tuple[list[RoundReport], dict[str, str]]:

@@ -141,7 +141,8 @@ class RunState:
                 self._device(event.device).lost = ""
                 self._alarm(line, f"{event.device} is back", bad=False)
             case DeviceLeftOut() as event:
-                self._note(line, f"{event.device}: {event.reason}")
+                self._device(event.device).lost = event.reason
+                self._alarm(line, f"{event.device}: {event.reason}")
             case LateReport() as event:
                 self._note(line, f"{event.device}: a report arrived late and is not used")
             case Steered() as event:

@@ -116,7 +116,7 @@ class DeviceBack(Message, frozen=True, tag=True):
 
 
 class DeviceLeftOut(Message, frozen=True, tag=True):
-    """The report of ``device`` is left out of ``round``, for ``reason``. It takes part in the rounds that follow."""
+    """The report of ``device`` is left out of ``round``, for ``reason``, and it is not asked in later rounds."""
 
     device: str
     round: NaturalInt

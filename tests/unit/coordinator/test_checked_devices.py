@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from fedbpt.coordinator.round_reports import held_differences, level_reports, template_losses
-from fedbpt.coordinator.run_state import RunState
-from fedbpt.coordinator.vetting import MISLEADS, leave_out
+from fedbpt.coordinator.run_state import MISLEADS, RunState
+from fedbpt.coordinator.vetting import leave_out
 from fedbpt.errors import ConfigError
 from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import (
@@ -101,11 +101,14 @@ def left_out(scene: LayerScene) -> list[tuple[str, str]]:
 def test_a_liar_is_left_out_of_the_readout_and_named(make: Make, lies: str) -> None:
     scene = make(wrong_labels(moods(24, 400))) if lies == "labels" else make(None, inverting)
     result = scene.run(quorum=1.0)
-    assert ("liar", "probe") in left_out(scene)
-    assert {device for device, _ in left_out(scene)} == {"liar"}
+    assert left_out(scene) == [("liar", "probe")]
+    (event,) = scene.of(DeviceLeftOut)
+    later = {closed.reported for closed in scene.of(RoundClosed) if closed.round >= event.round}
+    assert later == {("a", "b", "c", "d")}
+    assert scene.devices["liar"].plans[-1].round == event.round
     assert scene.of(DeviceLost) == []
     for event in scene.of(DeviceLeftOut):
-        assert event.reason == "left out of the readout: others' rows are predicted worse with its sums"
+        assert event.reason == MISLEADS
         line = next(line for line in scene.store.history("r") if line.round == event.round)
         assert line.lost == {"liar": MISLEADS}
         assert line.reported == ("a", "b", "c", "d")
