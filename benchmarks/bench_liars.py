@@ -300,7 +300,7 @@ def fitted(fit: LayerFit, devices: Sequence[StatesDevice], n_labels: int, protec
     out: set[str] = set()
     while not fit.done:
         reports = [device.report(fit.work(), n_labels) for device in devices if device.name not in out]
-        reports, misled = leave_out(settings, reports)
+        reports, misled = leave_out(settings, fit, reports)
         out.update(misled)
         fit.update(cap_reports(reports, settings.row_cap))
     return fit.readout, len(out)

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.engine.discriminant import Discriminant, FoldSums, discriminants, pool
+from fedbpt.protocol.seeding import generator
 
 Floats = NDArray[np.float64]
 
@@ -50,6 +51,8 @@ KNOWN: Final = 4
 
 SHRINKAGE: Final = 0.85
 """λ of the classifiers."""
+
+_DRAWS: Final = 16  # of a normal distribution, for the expected losses
 
 _LOGISTIC: Final = 1.702  # x·this is the logit of the normal distribution at x, up to 0.01
 
@@ -196,3 +199,45 @@ def _errors(sums: FoldSums, fitted: Discriminant, known: NDArray[np.bool_]) -> t
         rows[label] = sums.counts[label]
         wrong[label] = rows[label] * np.mean(1 / (1 + np.exp(np.clip(_LOGISTIC * margins, -50, 50))))
     return wrong, rows
+
+
+# --- losses against sums ---------------------------------------------------------------------------------------------
+
+
+def agreement(
+    sums: Sequence[Sequence[FoldSums]],
+    classifiers: Sequence[tuple[int, Sequence[Discriminant]]],
+    temperatures: Sequence[float],
+    losses: Floats,
+) -> float:
+    """Rank correlation of a device's ``losses`` with those that its own ``sums`` let expect, −1 to 1.
+
+    Losses are expected as if its rows were normal with the sums' means and scatter. That is crude, but what a
+    classifier does on rows and on their like differs far less than what good and bad classifiers do: honest devices had
+    0.8 or more, whatever their rows and labels, and one with inverted losses −0.9 or less.
+
+    Args:
+        sums: of each reader and fold.
+        classifiers: the reader of each, and those that were fitted without each fold.
+        temperatures: factors of their logits.
+        losses: summed over rows, of each classifier at each temperature, flat.
+    """
+    expected = np.zeros((len(classifiers), len(temperatures)))
+    draws = generator(0, "expected").standard_normal((_DRAWS, max(len(own.factor) for own in sums[0])))
+    factors = np.array(temperatures)[:, None, None]
+    for place, (reader, fitted) in enumerate(classifiers):
+        for own, found in zip(sums[reader], fitted, strict=True):
+            present = np.flatnonzero(own.counts)
+            freedom = max(float(own.counts.sum()) - len(present), 1.0)
+            means = own.means @ found.weights + found.bias
+            noise = draws[:, : len(own.factor)] @ (own.factor @ found.weights) / np.sqrt(freedom)
+            for mean, label in zip(means, present, strict=True):
+                logits = (mean + noise) * factors
+                logits -= logits.max(axis=2, keepdims=True)
+                rows = np.log(np.exp(logits).sum(axis=2)) - logits[..., label]
+                expected[place] += own.counts[label] * rows.mean(axis=1)
+    return float(np.corrcoef(_ranks(expected.ravel()), _ranks(losses))[0, 1])
+
+
+def _ranks(values: Floats) -> NDArray[np.intp]:
+    return np.argsort(np.argsort(values, kind="stable"), kind="stable")

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from fedbpt.aggregation.base import accepted, weighted_sum, weights_of
 from fedbpt.aggregation.bounded import bounded, bounded_losses
+from fedbpt.aggregation.cross_check import agreement
 from fedbpt.engine.discriminant import Discriminant, FoldSums, discriminants, pool, sketched_sums, sketching
 from fedbpt.errors import InputError
 from fedbpt.protocol import codec
@@ -157,6 +158,7 @@ class LayerFit:
         self._tried: tuple[tuple[_Reader, ...], ...] = ()  # for each reader, its classifiers of each λ
         self._readers: tuple[_Reader, ...] = ()
         self._mixtures: tuple[_Mixture, ...] = ()
+        self._checked: dict[str, SumsResult] = {}  # by device, until its losses have been compared with them
         self._centres: Floats = np.zeros((reading.n_word_views, n_labels))
         self._best = 0
         self.loss = float("inf")
@@ -211,10 +213,24 @@ class LayerFit:
         """The same mixture, fitted without the fold that only judges."""
         return self._readout([reader.folds[JUDGES] for reader in self._readers])
 
+    def contradicting(self, reports: Sequence[RoundReport]) -> list[str]:
+        """The devices whose losses contradict their own sums, in the exchange that chooses the readers."""
+        n_layers = len(self._reading.layers)
+        columns = [(each.view * n_layers + each.layer, each.folds) for readers in self._tried for each in readers]
+        found = []
+        for report in reports:
+            result = report.result
+            if report.device in self._checked and isinstance(result, CrossResult):
+                losses = result.loss_sums.numpy().sum(axis=1)
+                if agreement(sums_of(self._checked[report.device]), columns, TEMPERATURES, losses) < 0:
+                    found.append(report.device)
+        return found
+
     # --- the exchanges -------------------------------------------------------------------------------------------
 
     def _take_sums(self, pairs: Sequence[tuple[RoundReport, SumsResult]]) -> None:
         self._check_shapes(pairs)
+        self._checked = {report.device: result for report, result in pairs} if self._bound else {}
         found = [(report.n_texts / max(sum(map(sum, result.counts)), 1), sums_of(result)) for report, result in pairs]
         means = [result.word_means.numpy().ravel() for _, result in pairs]
         self._classify(found, weights_of(pairs), means)
@@ -290,6 +306,7 @@ class LayerFit:
         self._readers = tuple(reader for reader, keep in zip(chosen, kept, strict=True) if keep)
         self._reading = reading
         self._tried = ()
+        self._checked = {}
         factors = [weight * reader.factor for weight, reader in zip(weights, self._readers, strict=True)]
         self._mixtures = tuple(
             _Mixture(tuple(temperature * factor for factor in factors), scales)

@@ -12,7 +12,7 @@ from fedbpt.coordinator.course import Course
 from fedbpt.coordinator.planner import Planner
 from fedbpt.coordinator.round_reports import cap_reports, mean_loss, purpose_of
 from fedbpt.coordinator.run_report import BYTES_DOWN, BYTES_UP
-from fedbpt.coordinator.run_state import MISLEADS, SELECTION, RunState
+from fedbpt.coordinator.run_state import LEFT_OUT, SELECTION, RunState
 from fedbpt.coordinator.spending import Spending
 from fedbpt.coordinator.work_kinds import kind_of
 from fedbpt.errors import ConfigError, FederationError, StoreError
@@ -148,7 +148,7 @@ class RunLedger:
         n_rounds = 0
         lines = self.store.history(self.run)
         history = {line.round: line.metrics for line in lines}
-        left_out = {line.round: [name for name, why in line.lost.items() if why == MISLEADS] for line in lines}
+        left_out = {line.round: [name for name, why in line.lost.items() if why in LEFT_OUT] for line in lines}
         if DEV_SECONDS in history.get(SELECTION, {}):  # also where there was nothing to select
             self.course.evaluated(0, history[SELECTION][DEV_SECONDS])
         for stored in self.store.rounds(self.run):

@@ -159,7 +159,7 @@ class LiveEvaluation:
             ledger.state.closed, lambda device: self._plan(device, work), fit.min_reports, self._deadline_s(), "readout"
         )
         trusted = [report for report in reports if report.device not in ledger.state.left_out]
-        reports, _ = leave_out(ledger.settings, trusted)
+        reports, _ = leave_out(ledger.settings, fit, trusted)
         fit.update(cap_reports(reports, ledger.settings.row_cap))
 
     def _plan(self, device: str, work: Work) -> RoundPlan:

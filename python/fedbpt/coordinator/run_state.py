@@ -50,6 +50,8 @@ SELECTION: Final = 0
 FEWEST_JUDGES: Final = 5  # rows
 
 MISLEADS: Final = "left out of the readout and of what follows: others' rows are predicted worse with its sums"
+CONTRADICTS: Final = "left out of the readout and of what follows: its losses contradict its sums"
+LEFT_OUT: Final = (MISLEADS, CONTRADICTS)
 """Why a device is in `RunState.left_out`; stored with the round."""
 
 LONG_PATTERN: Final = 200
@@ -83,7 +85,7 @@ class RunState:
         self.template_losses: tuple[float, ...] = ()
         self.candidates: tuple[TemplateScore, ...] = ()
         self.left_out: set[str] = set()
-        """Devices that are not asked any more, as their sums mislead; closed rounds have no reports of them."""
+        """Devices that are not asked any more (`fedbpt.coordinator.vetting.leave_out`)."""
         self.label_weights: tuple[float, ...] = ()
         """Weight of a row's loss by its label; empty: ones."""
         self.n_layer = 0

@@ -1,7 +1,7 @@
 """Which of a round's reports may be committed.
 
-Sums of hidden states that mislead are left out (`fedbpt.aggregation.cross_check`). The plan that follows must be one
-that devices accept.
+Sums of hidden states that mislead, and losses that contradict them, are left out (`leave_out`). The plan that follows
+must be one that devices accept.
 
 `fedbpt.coordinator.report_checks` bounds each report, and aggregation bounds its state. If reports within these bounds
 still lead to an impossible plan, the report that causes it is left out: a committed round cannot be undone.
@@ -13,11 +13,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fedbpt.aggregation.base import Fit
 from fedbpt.aggregation.cross_check import DeviceSums, misleading
-from fedbpt.aggregation.layer_fit import sums_of
+from fedbpt.aggregation.layer_fit import LayerFit, sums_of
 from fedbpt.coordinator.ledger import RunLedger
 from fedbpt.coordinator.round_reports import cap_reports, purpose_of
-from fedbpt.coordinator.run_state import MISLEADS
+from fedbpt.coordinator.run_state import CONTRADICTS, MISLEADS
 from fedbpt.coordinator.work_kinds import kind_of
 from fedbpt.errors import FedbptError, FederationError
 from fedbpt.protocol import codec
@@ -25,17 +26,29 @@ from fedbpt.protocol.rounds import RoundPlan, RoundReport, SumsResult
 from fedbpt.runs.settings import RunSettings
 
 
-def leave_out(settings: RunSettings, reports: Sequence[RoundReport]) -> tuple[list[RoundReport], dict[str, str]]:
-    """The ``reports`` whose sums of hidden states do not mislead, and by device why the others are left out."""
+def leave_out(
+    settings: RunSettings, fit: Fit | None, reports: Sequence[RoundReport]
+) -> tuple[list[RoundReport], dict[str, str]]:
+    """The ``reports`` that may be used, and by device why the others are left out, at most a third of them.
+
+    Sums of hidden states that mislead, and losses that contradict them, see `fedbpt.aggregation.cross_check`.
+    ``fit``: the begun fit of the round; None: another round.
+    """
+    found: dict[str, str] = {}
+    if not settings.check_devices:
+        return list(reports), found
     results = [report.result for report in reports if isinstance(report.result, SumsResult)]
-    if not settings.check_devices or len(results) < len(reports):
+    if len(results) == len(reports):
+        capped = cap_reports(reports, settings.row_cap)
+        devices = [
+            DeviceSums(sums_of(result), report.n_texts / max(sum(map(sum, result.counts)), 1))
+            for report, result in zip(capped, results, strict=True)
+        ]
+        found = {reports[place].device: MISLEADS for place in misleading(devices)}
+    elif isinstance(fit, LayerFit):
+        found = dict.fromkeys(fit.contradicting(reports), CONTRADICTS)
+    if len(found) > len(reports) // 3:
         return list(reports), {}
-    capped = cap_reports(reports, settings.row_cap)
-    devices = [
-        DeviceSums(sums_of(result), report.n_texts / max(sum(map(sum, result.counts)), 1))
-        for report, result in zip(capped, results, strict=True)
-    ]
-    found = {reports[place].device: MISLEADS for place in misleading(devices)}
     return [report for report in reports if report.device not in found], found
 
 

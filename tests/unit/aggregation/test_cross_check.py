@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from fedbpt.aggregation.cross_check import DeviceSums, misleading
-from fedbpt.aggregation.layer_fit import sums_of
+from fedbpt.aggregation.layer_fit import LayerFit, sums_of
 from fedbpt.engine.discriminant import assign_folds
 from fedbpt.objective.layer_sums import sums_result
-from fedbpt.protocol.rounds import SumsResult, SumsWork
-from fedbpt.protocol.specs import Quantized
-from tests.unit.aggregation.test_layer_fit import FOLDS, Rows, reading_of, rows
+from fedbpt.protocol.rounds import CrossResult, RoundReport, SumsResult, SumsWork
+from fedbpt.protocol.specs import Array, Quantized
+from tests.unit.aggregation.test_layer_fit import FOLDS, Rows, answer, reading_of, rows
 
 LABELS = 4
 READERS = ((0.9, 0.2), (0.7, 0.0))
@@ -155,3 +155,54 @@ def test_where_states_tell_nothing_nobody_is_found() -> None:
 def test_of_two_that_disagree_neither_is_left_out() -> None:
     first, second = evenly(everything(), 2)
     assert check([first, wrong(second)]) == []
+
+
+# --- losses against sums ---------------------------------------------------------------------------------------------
+
+
+def exchanged(devices: Sequence[Rows]) -> tuple[LayerFit, list[RoundReport]]:
+    """A fit that waits for the losses of readers, and these losses."""
+    fit = LayerFit("probe", reading_of(devices[0]), LABELS, bound=True)
+    fit.update([answer(fit.work(), device, f"d{i}", LABELS) for i, device in enumerate(devices)])
+    return fit, [answer(fit.work(), device, f"d{i}", LABELS) for i, device in enumerate(devices)]
+
+
+def losses_of(given: RoundReport, change: Callable[[np.ndarray], np.ndarray]) -> RoundReport:
+    assert isinstance(given.result, CrossResult)
+    losses = change(given.result.loss_sums.numpy())
+    return msgspec.structs.replace(
+        given, result=msgspec.structs.replace(given.result, loss_sums=Array.of(losses, "<f4"))
+    )
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("fleet", ["even", "single", "wrong", "tiny"])
+def test_losses_of_a_devices_own_rows_do_not_contradict_its_sums(fleet: str, seed: int) -> None:
+    whole = everything(seed=seed)
+    devices = {
+        "even": lambda: evenly(whole, 5),
+        "single": lambda: shared(whole, [np.flatnonzero(whole.targets == label) for label in range(LABELS)]),
+        "wrong": lambda: [*evenly(whole, 5)[:4], wrong(evenly(whole, 5)[4])],
+        "tiny": lambda: shared(whole, [np.arange(100 * i, 100 * i + 1 + i) for i in range(4)]),
+    }[fleet]()
+    fit, reports = exchanged(devices)
+    assert fit.contradicting(reports) == []
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_inverted_losses_contradict_sums(scale: float) -> None:
+    fit, reports = exchanged(evenly(everything(), 5))
+    reports[3] = losses_of(reports[3], lambda losses: scale * (losses.max(axis=0) - losses))
+    assert fit.contradicting(reports) == ["d3"]
+
+
+def test_only_the_losses_of_readers_are_compared_and_only_where_sums_are_known() -> None:
+    fit, reports = exchanged(evenly(everything(), 5))
+    inverted = [losses_of(each, lambda losses: losses.max(axis=0) - losses) for each in reports]
+    stranger = msgspec.structs.replace(inverted[0], device="came later")
+    assert fit.contradicting([stranger]) == []
+    fit.update(reports)
+    assert fit.contradicting(inverted) == []  # of mixtures, which label words may be part of
+    trusting = LayerFit("probe", fit.reading, LABELS)
+    trusting.update([answer(trusting.work(), each, f"d{i}", LABELS) for i, each in enumerate(evenly(everything(), 5))])
+    assert trusting.contradicting(inverted) == []

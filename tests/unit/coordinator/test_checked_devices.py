@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fedbpt.coordinator.round_reports import held_differences, level_reports, template_losses
-from fedbpt.coordinator.run_state import MISLEADS, RunState
+from fedbpt.coordinator.run_state import CONTRADICTS, MISLEADS, RunState
 from fedbpt.coordinator.vetting import leave_out
 from fedbpt.errors import ConfigError
 from fedbpt.protocol import codec
@@ -116,6 +116,18 @@ def test_a_liar_is_left_out_of_the_readout_and_named(make: Make, lies: str) -> N
     assert result.shipped in ("probe", "read")
 
 
+def test_a_liar_with_honest_sums_is_left_out_once_its_losses_contradict_them(make: Make) -> None:
+    def inverting_losses(given: RoundReport) -> RoundReport:
+        return given if isinstance(given.result, SumsResult) else inverting(given)
+
+    scene = make(None, inverting_losses)
+    result = scene.run()
+    assert left_out(scene) == [("liar", "probe")]
+    (event,) = scene.of(DeviceLeftOut)
+    assert event.reason == CONTRADICTS
+    assert result.baselines["probe"].accuracy > 0.9
+
+
 def test_honest_devices_are_not_left_out(make: Make) -> None:
     scene = make()
     scene.run()
@@ -139,8 +151,10 @@ def test_without_the_check_nobody_is_left_out(make: Make) -> None:
     assert scene.of(DeviceLeftOut) == []
 
 
-def test_a_run_with_a_liar_stopped_at_every_round_resumes_to_the_same_result(make: Make) -> None:
-    whole, pieces = (make(wrong_labels(moods(24, 400))) for _ in range(2))
+@pytest.mark.parametrize("lies", ["labels", "inverted"])
+def test_a_run_with_a_liar_stopped_at_every_round_resumes_to_the_same_result(make: Make, lies: str) -> None:
+    what = (wrong_labels(moods(24, 400)), None) if lies == "labels" else (None, inverting)
+    whole, pieces = (make(*what) for _ in range(2))
     expected = whole.run()
     n_rounds = len(whole.of(RoundClosed))
     for number in range(n_rounds):
@@ -250,4 +264,4 @@ def test_losses_of_candidates_are_levelled_and_other_reports_left_as_they_are() 
 
 def test_reports_that_are_no_sums_are_never_left_out() -> None:
     reports = [report(name, 1, PooledResult(losses=Array.of(np.zeros(4)))) for name in "abc"]
-    assert leave_out(settings(), reports) == (reports, {})
+    assert leave_out(settings(), None, reports) == (reports, {})
