@@ -26,7 +26,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbpt.engine.discriminant import Discriminant, FoldSums, discriminants, pool
+from fedbpt.engine.discriminant import SMOOTHING, Discriminant, FoldSums, discriminants, pool
 from fedbpt.protocol.seeding import generator
 
 Floats = NDArray[np.float64]
@@ -51,6 +51,9 @@ KNOWN: Final = 4
 
 SHRINKAGE: Final = 0.85
 """λ of the classifiers."""
+
+AGREES: Final = 0.5
+"""`agreement` below which losses contradict sums."""
 
 _DRAWS: Final = 16  # of a normal distribution, for the expected losses
 
@@ -214,7 +217,7 @@ def agreement(
 
     Losses are expected as if its rows were normal with the sums' means and scatter. That is crude, but what a
     classifier does on rows and on their like differs far less than what good and bad classifiers do: honest devices had
-    0.8 or more, whatever their rows and labels, and one with inverted losses −0.9 or less.
+    0.92 or more, whatever their rows and labels, and ones with inverted losses −0.95 or less.
 
     Args:
         sums: of each reader and fold.
@@ -234,7 +237,8 @@ def agreement(
             for mean, label in zip(means, present, strict=True):
                 logits = (mean + noise) * factors
                 logits -= logits.max(axis=2, keepdims=True)
-                rows = np.log(np.exp(logits).sum(axis=2)) - logits[..., label]
+                targets = (1 - SMOOTHING) * logits[..., label] + SMOOTHING * logits.mean(axis=2)
+                rows = np.log(np.exp(logits).sum(axis=2)) - targets
                 expected[place] += own.counts[label] * rows.mean(axis=1)
     return float(np.corrcoef(_ranks(expected.ravel()), _ranks(losses))[0, 1])
 

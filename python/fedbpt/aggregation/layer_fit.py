@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from fedbpt.aggregation.base import accepted, weighted_sum, weights_of
 from fedbpt.aggregation.bounded import bounded, bounded_losses
-from fedbpt.aggregation.cross_check import agreement
+from fedbpt.aggregation.cross_check import AGREES, agreement
 from fedbpt.engine.discriminant import Discriminant, FoldSums, discriminants, pool, sketched_sums, sketching
 from fedbpt.errors import InputError
 from fedbpt.protocol import codec
@@ -214,7 +214,10 @@ class LayerFit:
         return self._readout([reader.folds[JUDGES] for reader in self._readers])
 
     def contradicting(self, reports: Sequence[RoundReport]) -> list[str]:
-        """The devices whose losses contradict their own sums, in the exchange that chooses the readers."""
+        """The devices whose losses contradict their own sums, in the exchange that chooses the readers.
+
+        None with ``uniform``, as losses are then weighted by label.
+        """
         n_layers = len(self._reading.layers)
         columns = [(each.view * n_layers + each.layer, each.folds) for readers in self._tried for each in readers]
         found = []
@@ -222,7 +225,7 @@ class LayerFit:
             result = report.result
             if report.device in self._checked and isinstance(result, CrossResult):
                 losses = result.loss_sums.numpy().sum(axis=1)
-                if agreement(sums_of(self._checked[report.device]), columns, TEMPERATURES, losses) < 0:
+                if agreement(sums_of(self._checked[report.device]), columns, TEMPERATURES, losses) < AGREES:
                     found.append(report.device)
         return found
 
@@ -230,7 +233,7 @@ class LayerFit:
 
     def _take_sums(self, pairs: Sequence[tuple[RoundReport, SumsResult]]) -> None:
         self._check_shapes(pairs)
-        self._checked = {report.device: result for report, result in pairs} if self._bound else {}
+        self._checked = {report.device: result for report, result in pairs} if self._bound and not self._uniform else {}
         found = [(report.n_texts / max(sum(map(sum, result.counts)), 1), sums_of(result)) for report, result in pairs]
         means = [result.word_means.numpy().ravel() for _, result in pairs]
         self._classify(found, weights_of(pairs), means)
