@@ -21,6 +21,7 @@ the second. Where others hardly have its labels, nobody can tell, and it stays. 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -68,32 +69,35 @@ class DeviceSums(NamedTuple):
 
 
 def misleading(devices: Sequence[DeviceSums]) -> list[int]:
-    """Places in ``devices`` of those that mislead; one by one, the worst first, as one can hide another.
+    """Places in ``devices`` of those that mislead; again without these, as one can hide another.
 
-    At most a third of them is found: where more disagree with the rest, it is not known who is right.
+    At most a third of them is found, the worst first: where more disagree with the rest, it is not known who is right.
     """
+    most = len(devices) // 3
     found: list[int] = []
     left = list(range(len(devices)))
-    while len(left) >= FEWEST_DEVICES and len(found) < len(devices) // 3:
-        worst = _worst([devices[i] for i in left])
-        if worst is None:
+    while len(left) >= FEWEST_DEVICES and len(found) < most:
+        worst = [left[place] for place in _worst([devices[i] for i in left])]
+        if not worst:
             break
-        found.append(left.pop(worst))
+        found += worst[: most - len(found)]
+        left = [i for i in left if i not in found]
     return sorted(found)
 
 
-def _worst(devices: Sequence[DeviceSums]) -> int | None:
-    """The place of the device that misleads most; None: none does."""
+def _worst(devices: Sequence[DeviceSums]) -> list[int]:
+    """The places of the devices that mislead, the worst first."""
     readers = [_Reader([(each.sums[place], each.weight) for each in devices]) for place in range(len(devices[0].sums))]
     errors = np.stack([reader.errors() for reader in readers])  # [n_readers, n_devices]
     # A reader that cannot tell the median device's labels apart tells nothing of the others.
     knows = np.maximum(0.5 - np.median(errors, axis=1), 0.0)
     if not knows.any():
-        return None
+        return []
     own = knows @ errors / knows.sum()
     apart = own - np.median(own)
     counts = np.stack([np.sum([sums.counts for sums in each.sums[0]], axis=0) for each in devices])
     suspects = np.flatnonzero((own >= SUSPICIOUS) & (apart >= APART) & (apart * np.sqrt(counts.sum(axis=1)) >= 1))
+    found = []
     jury = np.delete(np.arange(len(devices)), suspects)  # those that lie alike would praise each other
     for suspect in sorted(suspects, key=lambda place: -own[place]):
         claimed = counts[suspect]
@@ -102,8 +106,8 @@ def _worst(devices: Sequence[DeviceSums]) -> int | None:
         asked = [reader.made_worse_by(int(suspect), jury) for reader in np.array(readers)[knows > 0]]
         worse = np.tensordot(knows[knows > 0], np.stack([each for each, _ in asked]), 1)
         if _is_worse(worse, asked[0][1], claimed):
-            return int(suspect)
-    return None
+            found.append(int(suspect))
+    return found
 
 
 def _can_tell(rows: Floats | NDArray[np.int64], claimed: Floats | NDArray[np.int64]) -> bool:
@@ -142,6 +146,11 @@ class _Reader:
         self._devices = devices
         self._folds = range(len(devices[0][0]))
 
+    @cached_property
+    def _fitted(self) -> list[Discriminant]:
+        """The classifiers of all devices without each fold."""
+        return [self._fit(fold, ())[0] for fold in self._folds]
+
     def errors(self) -> Floats:
         """Error on each device's own rows of classifiers without them [n_devices]; 0: these know none of its labels."""
         n = len(self._devices)
@@ -160,13 +169,12 @@ class _Reader:
 
         Both [n_jury, n_labels], of the labels that the others know, and weighted.
         """
-        fitted = [self._fit(fold, ())[0] for fold in self._folds]
         without = [self._fit(fold, (suspect,)) for fold in self._folds]
         shape = len(jury), len(self._devices[0][0][0].counts)
         worse, rows = np.zeros(shape), np.zeros(shape)
         for i, place in enumerate(jury):
             folds, weight = self._devices[place]
-            for sums, with_it, (without_it, known) in zip(folds, fitted, without, strict=True):
+            for sums, with_it, (without_it, known) in zip(folds, self._fitted, without, strict=True):
                 wrong, n = _errors(sums, with_it, known)
                 worse[i] += weight * (wrong - _errors(sums, without_it, known)[0])
                 rows[i] += weight * n
