@@ -450,9 +450,8 @@ class Federation:
             log.info("run %s: the budget ended within round %d (%s): it is left out", self.run_name, round, purpose)
             ledger.leave_out(round, time.monotonic() - began)
             return False
-        reports, misled = leave_out(
-            self.settings, None if purpose in ("selection", "search") else state.fits.get(purpose), reports
-        )
+        fit = None if purpose == "selection" or purpose == "search" else state.fits.get(purpose)
+        reports, misled = leave_out(self.settings, fit, reports)
         if misled:
             self._store.record_losses(self.run_name, round, misled)
         state.left_out.update(misled)
