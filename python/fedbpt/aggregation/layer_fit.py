@@ -25,6 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.aggregation.base import accepted, weighted_sum, weights_of
+from fedbpt.aggregation.bounded import bounded, bounded_losses
+from fedbpt.aggregation.cross_check import AGREES, agreement
 from fedbpt.engine.discriminant import Discriminant, FoldSums, discriminants, pool, sketched_sums, sketching
 from fedbpt.errors import InputError
 from fedbpt.protocol import codec
@@ -128,6 +130,7 @@ class LayerFit:
         sketched: rank of the sketches that devices send of their states' products, so that these can be added up before
             they are seen; 0: they send factors.
         seed: of the run, which the sketches' matrix is drawn from.
+        bound: bound what one device decides, see `fedbpt.aggregation.bounded`; not of sketches, which are of all.
     """
 
     min_reports = 1
@@ -142,6 +145,7 @@ class LayerFit:
         template: Template | None = None,
         sketched: int = 0,
         seed: int = 0,
+        bound: bool = False,
     ) -> None:
         self.purpose: FitPurpose = purpose
         self.done = False
@@ -149,10 +153,12 @@ class LayerFit:
         self._n_labels = n_labels
         self._uniform = uniform
         self._base = base
+        self._bound = bound
         self._template = template
         self._tried: tuple[tuple[_Reader, ...], ...] = ()  # for each reader, its classifiers of each λ
         self._readers: tuple[_Reader, ...] = ()
         self._mixtures: tuple[_Mixture, ...] = ()
+        self._checked: dict[str, SumsResult] = {}  # by device, until its losses have been compared with them
         self._centres: Floats = np.zeros((reading.n_word_views, n_labels))
         self._best = 0
         self.loss = float("inf")
@@ -207,11 +213,28 @@ class LayerFit:
         """The same mixture, fitted without the fold that only judges."""
         return self._readout([reader.folds[JUDGES] for reader in self._readers])
 
+    def contradicting(self, reports: Sequence[RoundReport]) -> list[str]:
+        """The devices whose losses contradict their own sums, in the exchange that chooses the readers.
+
+        None with ``uniform``, as losses are then weighted by label.
+        """
+        n_layers = len(self._reading.layers)
+        columns = [(each.view * n_layers + each.layer, each.folds) for readers in self._tried for each in readers]
+        found = []
+        for report in reports:
+            result = report.result
+            if report.device in self._checked and isinstance(result, CrossResult):
+                losses = result.loss_sums.numpy().sum(axis=1)
+                if agreement(sums_of(self._checked[report.device]), columns, TEMPERATURES, losses) < AGREES:
+                    found.append(report.device)
+        return found
+
     # --- the exchanges -------------------------------------------------------------------------------------------
 
     def _take_sums(self, pairs: Sequence[tuple[RoundReport, SumsResult]]) -> None:
         self._check_shapes(pairs)
-        found = [(report.n_texts / max(sum(map(sum, result.counts)), 1), _sums_of(result)) for report, result in pairs]
+        self._checked = {report.device: result for report, result in pairs} if self._bound and not self._uniform else {}
+        found = [(report.n_texts / max(sum(map(sum, result.counts)), 1), sums_of(result)) for report, result in pairs]
         means = [result.word_means.numpy().ravel() for _, result in pairs]
         self._classify(found, weights_of(pairs), means)
 
@@ -250,7 +273,9 @@ class LayerFit:
                 )
             )
         if reading.n_word_views:
-            self._centres = weighted_sum(shares, np.stack(word_means)).reshape(self._centres.shape)
+            centres = np.stack(word_means)
+            centres = weighted_sum(shares, bounded(centres) if self._bound else centres)
+            self._centres = centres.reshape(self._centres.shape)
         self._tried = tuple(tried)
         columns = [reader for readers in tried for reader in readers]
         coefficients = np.kron(np.eye(len(columns)), np.array(TEMPERATURES)[:, None])
@@ -284,6 +309,7 @@ class LayerFit:
         self._readers = tuple(reader for reader, keep in zip(chosen, kept, strict=True) if keep)
         self._reading = reading
         self._tried = ()
+        self._checked = {}
         factors = [weight * reader.factor for weight, reader in zip(weights, self._readers, strict=True)]
         self._mixtures = tuple(
             _Mixture(tuple(temperature * factor for factor in factors), scales)
@@ -334,6 +360,9 @@ class LayerFit:
                 )
         sums = np.stack([result.loss_sums.numpy() for _, result in pairs])
         choosing = np.delete(sums, JUDGES, axis=2).sum(axis=2)
+        if self._bound and self._choosing_share is None:
+            rows = np.array([report.n_texts - report.n_texts // self._reading.n_folds for report, _ in pairs])
+            return bounded_losses(choosing / rows[:, None], rows / rows.sum())
         n_rows: float = sum(report.n_texts - report.n_texts // self._reading.n_folds for report, _ in pairs)
         if self._choosing_share is not None:
             n_rows = self._choosing_share * sum(report.n_texts for report, _ in pairs)
@@ -386,7 +415,7 @@ def sums_shapes(
     yield "word_means", result.word_means.shape, (reading.n_word_views, n_labels if reading.n_word_views else 0)
 
 
-def _sums_of(result: SumsResult) -> list[list[FoldSums]]:
+def sums_of(result: SumsResult) -> list[list[FoldSums]]:
     """The sums of each reader and fold."""
     counts = np.array(result.counts, dtype=np.int64)
     n_folds = len(counts)

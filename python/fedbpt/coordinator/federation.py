@@ -32,7 +32,7 @@ from fedbpt.coordinator.outcome import make_result
 from fedbpt.coordinator.run_listener import listener_for
 from fedbpt.coordinator.run_state import FEWEST_JUDGES, SELECTION
 from fedbpt.coordinator.stragglers import Pace
-from fedbpt.coordinator.vetting import vet
+from fedbpt.coordinator.vetting import leave_out, vet
 from fedbpt.coordinator.work_kinds import kind_of
 from fedbpt.errors import ConfigError, FederationError, QuorumError, StoreError
 from fedbpt.net.event_loop import run_to_end
@@ -43,6 +43,7 @@ from fedbpt.protocol.polling import call_s
 from fedbpt.protocol.rounds import EvaluateReport, FitPurpose
 from fedbpt.runs.dev_figures import LOOK_GAIN, LOOKS_DONE
 from fedbpt.runs.events import (
+    DeviceLeftOut,
     EventCallback,
     RoundClosed,
     RoundPurpose,
@@ -361,7 +362,7 @@ class Federation:
             if not reports:
                 request = self._ledger.planner.request(lines, label_weights=state.label_weights, split="held")
                 reports = await self._sums.evaluate(request, self._deadline_s())
-        state.choose(list(lines), list(reports.values()))
+        state.choose(list(lines), [report for name, report in reports.items() if name not in state.left_out])
         log.info("run %s: held-out training rows chose %r", self.run_name, state.shipped)
 
     async def _judge_answers(self, fleet: Fleet, lines: Variants) -> dict[str, EvaluateReport]:
@@ -394,16 +395,18 @@ class Federation:
         return max(math.ceil(self.settings.quorum * n_devices), self._min_reports)
 
     def _cohort(self, round: int, purpose: RoundPurpose) -> Cohort | None:
-        """The devices of a round of the search, drawn anew for each round; None: all devices."""
+        """The devices of a round, of the search drawn anew for each round; None: all devices."""
         wanted = self.settings.per_round
-        if purpose != "search" or not 0 < wanted < len(self._clients):
+        trusted = sorted(self._clients.keys() - self._ledger.state.left_out)
+        if purpose != "search" or not 0 < wanted < len(trusted):
             self._call_times.ask_all()
-            return None
+            n = len(trusted)
+            return None if n == len(self._clients) else Cohort(tuple(trusted), n, n)
         if self.settings.draft == "permutation":
-            return permuted(self.settings, round, self._clients)
+            return permuted(self.settings, round, trusted)
         drafts = [self._draft(round + ahead) for ahead in range(MAX_AHEAD + 1)]
         self._call_times.opened(lambda ahead, device: drafts[ahead].draws(device))
-        return drafts[0].cohort(self._clients, wanted)
+        return drafts[0].cohort(trusted, wanted)
 
     def _draft(self, round: int) -> Draft:
         size = draft_size(self.settings)
@@ -470,10 +473,17 @@ class Federation:
             log.info("run %s: the budget ended within round %d (%s): it is left out", self.run_name, round, purpose)
             ledger.leave_out(round, time.monotonic() - began)
             return False
+        fit = None if purpose == "selection" or purpose == "search" else state.fits.get(purpose)
+        reports, misled = leave_out(self.settings, fit, reports)
+        if misled:
+            self._store.record_losses(self.run_name, round, misled)
+        state.left_out.update(misled)
+        for name, reason in misled.items():
+            self._emit(DeviceLeftOut(device=name, round=round, reason=reason))
         reports, refused = vet(ledger, round, reports)
         fleet.refuse(refused)
         reported = tuple(name for report in reports for name in devices_of(report))
-        fleet.require_quorum(len(reported), needed, deadline_s)
+        fleet.require_quorum(len(reported) + len(misled), needed, deadline_s)
         asked = self._clients if cohort is None else sorted(fleet.asked)
         counted = set(reported)
         costs = self._costs(fleet, self._clients if cohort is None else fleet.asked)

@@ -12,7 +12,7 @@ from fedbpt.coordinator.course import Course
 from fedbpt.coordinator.planner import Planner
 from fedbpt.coordinator.round_reports import cap_reports, mean_loss, purpose_of
 from fedbpt.coordinator.run_report import BYTES_DOWN, BYTES_UP
-from fedbpt.coordinator.run_state import SELECTION, RunState
+from fedbpt.coordinator.run_state import LEFT_OUT, SELECTION, RunState
 from fedbpt.coordinator.spending import Spending
 from fedbpt.coordinator.work_kinds import kind_of
 from fedbpt.errors import ConfigError, FederationError, StoreError
@@ -93,7 +93,10 @@ class RunLedger:
             return None
         result = codec.decode(stored.result, RunResult)
         # What it reads and draws is the same, as `_continue` made sure; earlier versions did not store it.
-        settings = msgspec.structs.replace(result.settings, readout=self.settings.readout, draft=self.settings.draft)
+        mine = self.settings
+        settings = msgspec.structs.replace(
+            result.settings, readout=mine.readout, draft=mine.draft, check_devices=mine.check_devices
+        )
         known = task_of_run(stored)
         same = known is None or known.generation == self.task.generation  # it may have judged the prompt
         return result if settings == self.settings and same else None
@@ -149,12 +152,15 @@ class RunLedger:
     def replay(self) -> int:
         """Apply the stored rounds; returns how many. Raises `StoreError` at the first whose digests differ."""
         n_rounds = 0
-        history = {line.round: line.metrics for line in self.store.history(self.run)}
+        lines = self.store.history(self.run)
+        history = {line.round: line.metrics for line in lines}
+        left_out = {line.round: [name for name, why in line.lost.items() if why in LEFT_OUT] for line in lines}
         if DEV_SECONDS in history.get(SELECTION, {}):  # also where there was nothing to select
             self.course.evaluated(0, history[SELECTION][DEV_SECONDS])
         for stored in self.store.rounds(self.run):
             metrics = history.get(stored.round, {})
             scored = self.state.aggregator.evaluations
+            self.state.left_out.update(left_out.get(stored.round, ()))
             self._replay_round(stored)
             self._count(stored.reports, metrics.get("seconds", 0.0), scored)
             n_rounds += 1

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from fedbpt.aggregation.base import Fit
 from fedbpt.coordinator.fleet import Fleet
 from fedbpt.coordinator.ledger import RunLedger
-from fedbpt.coordinator.round_reports import cap_reports, evaluation_loss
+from fedbpt.coordinator.round_reports import cap_reports, evaluation_loss, held_differences
+from fedbpt.coordinator.vetting import leave_out
 from fedbpt.errors import InputError, QuorumError
 from fedbpt.protocol.rounds import EvaluateReport, FitPurpose, RoundPlan, Work
 from fedbpt.runs.dev_figures import DEV_SECONDS, FINAL, UNJUDGED, metrics_of, scores_of
@@ -109,11 +110,13 @@ class LiveEvaluation:
         if len(lines) < 2:
             return None
         request = ledger.planner.request(lines, label_weights=state.label_weights, split="held")
-        reports = list((await self._sums.evaluate(request, self._deadline_s())).values())
+        found = await self._sums.evaluate(request, self._deadline_s())
+        reports = [report for name, report in found.items() if name not in state.left_out]
         if not reports:
             return None
-        losses = [evaluation_loss(reports, 0.0, i) for i in range(len(lines))]
-        return losses[0] - min(losses[1:])
+        cap = ledger.settings.row_cap if ledger.settings.check_devices else None
+        _, means, _ = held_differences(reports, cap)
+        return -min(means[1:])
 
     async def _lines_now(self) -> Variants | None:
         """The variants as they would be if the search ended now; None: no readout is, or could be, fitted."""
@@ -155,6 +158,8 @@ class LiveEvaluation:
         reports = await self._sums.run_round(
             ledger.state.closed, lambda device: self._plan(device, work), fit.min_reports, self._deadline_s(), "readout"
         )
+        trusted = [report for report in reports if report.device not in ledger.state.left_out]
+        reports, _ = leave_out(ledger.settings, fit, trusted)
         fit.update(cap_reports(reports, ledger.settings.row_cap))
 
     def _plan(self, device: str, work: Work) -> RoundPlan:

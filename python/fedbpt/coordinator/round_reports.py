@@ -11,9 +11,11 @@ import numpy as np
 from msgspec import UNSET
 from numpy.typing import NDArray
 
+from fedbpt.aggregation.bounded import bounded, bounded_losses, levelled
 from fedbpt.coordinator.work_kinds import kind_of_result
 from fedbpt.objective.losses import balanced_weights
-from fedbpt.protocol.rounds import EvaluateReport, RoundReport, SelectResult
+from fedbpt.protocol.rounds import EvaluateReport, PooledResult, RoundReport, SelectResult
+from fedbpt.protocol.specs import Array
 from fedbpt.runs.events import RoundPurpose
 from fedbpt.runs.result import Score
 
@@ -52,12 +54,52 @@ def cap_reports(reports: Sequence[RoundReport], cap: float) -> list[RoundReport]
     return capped
 
 
+def level_reports(reports: Sequence[RoundReport]) -> list[RoundReport]:
+    """``reports`` of a generation that all devices scored, their losses `levelled`; others as they are."""
+    results = [report.result for report in reports if isinstance(report.result, PooledResult)]
+    sizes = {result.losses.shape for result in results}
+    if len(results) < len(reports) or len(sizes) != 1:  # of another method, or refused by the aggregator
+        return list(reports)
+    level = levelled(np.stack([result.losses.numpy() for result in results]))
+    return [
+        msgspec.structs.replace(report, result=PooledResult(losses=Array.of(losses)))
+        for report, losses in zip(reports, level, strict=True)
+    ]
+
+
 def evaluation_loss(reports: Sequence[EvaluateReport], cap: float, which: int = 0) -> float:
     """Mean loss of latent ``which`` over all devices' rows, nats; rows count as far as `cap_rows` lets them."""
     counts = np.array([report.n for report in reports])
     shares = cap_rows(counts.tolist(), cap) / counts
     total = sum(share * report.loss_sums[which] for share, report in zip(shares, reports, strict=True))
     return float(total / (shares * counts).sum())
+
+
+def held_differences(
+    reports: Sequence[EvaluateReport], cap: float | None = None
+) -> tuple[int, list[float], list[float]]:
+    """Held rows: their number, and of each latent's loss less that of latent 0 the mean and the variance, nats a row.
+
+    ``cap``: rows count as far as `cap_rows` lets them, and what one device decides is bounded; None: neither.
+    """
+    if not reports:
+        return 0, [], []
+    losses = np.array([report.loss_sums for report in reports], dtype=np.float64)
+    sums = losses - losses[:, :1]
+    squares = np.array([report.difference_squares for report in reports], dtype=np.float64)
+    counts = np.array([report.n for report in reports], dtype=np.float64)
+    if cap is None:
+        means = sums.sum(axis=0) / counts.sum()
+        variances = np.maximum(squares.sum(axis=0) / counts.sum() - means**2, 0.0)
+        return int(counts.sum()), means.tolist(), variances.tolist()
+    capped = cap_rows([report.n for report in reports], cap)
+    shares = (capped / capped.sum())[:, None]
+    of_devices = sums / counts[:, None]
+    within = bounded(np.maximum(squares / counts[:, None] - of_devices**2, 0.0))
+    of_devices = bounded(of_devices)
+    means = (shares * of_devices).sum(axis=0)
+    variances = (shares * (within + (of_devices - means) ** 2)).sum(axis=0)
+    return int(capped.sum()), means.tolist(), variances.tolist()
 
 
 # --- the selection ---------------------------------------------------------------------------------------------------
@@ -80,11 +122,12 @@ def label_weights(reports: Sequence[RoundReport], cap: float = 0.0) -> tuple[flo
 
 
 def template_losses(
-    reports: Sequence[RoundReport], weights: Sequence[float], robust: bool = False
+    reports: Sequence[RoundReport], weights: Sequence[float], robust: bool = False, checked: bool = False
 ) -> NDArray[np.float64]:
     """Mean loss of each template over all devices' rows, nats [n_templates].
 
     ``weights``: of the losses by label, see `label_weights`. ``robust``: the median of the devices' means instead.
+    ``checked``: what one device decides is bounded.
     """
     sums = np.stack([r.result.loss_sums.numpy() for r in reports if isinstance(r.result, SelectResult)])
     if weights:
@@ -93,6 +136,8 @@ def template_losses(
     if robust:
         medians: NDArray[np.float64] = np.median(sums / counts[:, None], axis=0)
         return medians
+    if checked:
+        return bounded_losses(sums / counts[:, None], counts / counts.sum())
     means: NDArray[np.float64] = sums.sum(axis=0) / counts.sum()
     return means
 

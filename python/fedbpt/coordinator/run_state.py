@@ -23,7 +23,9 @@ from fedbpt.aggregation.readout import ReadoutFit
 from fedbpt.coordinator.layer_reading import reads_layers, states_alone, within_message
 from fedbpt.coordinator.round_reports import (
     cap_reports,
+    held_differences,
     label_weights,
+    level_reports,
     purpose_of,
     template_losses,
     template_rewards,
@@ -46,6 +48,11 @@ SELECTION: Final = 0
 
 
 FEWEST_JUDGES: Final = 5  # rows
+
+MISLEADS: Final = "left out of the readout and of what follows: others' rows are predicted worse with its sums"
+CONTRADICTS: Final = "left out of the readout and of what follows: its losses contradict its sums"
+LEFT_OUT: Final = (MISLEADS, CONTRADICTS)
+"""Why a device is in `RunState.left_out`; stored with the round."""
 
 LONG_PATTERN: Final = 200
 """Length in bytes from which a pattern is taken to hold examples, whose tokens are not those of a text."""
@@ -77,6 +84,8 @@ class RunState:
         """Reports that counted, by device."""
         self.template_losses: tuple[float, ...] = ()
         self.candidates: tuple[TemplateScore, ...] = ()
+        self.left_out: set[str] = set()
+        """Devices that are not asked any more (`fedbpt.coordinator.vetting.leave_out`)."""
         self.label_weights: tuple[float, ...] = ()
         """Weight of a row's loss by its label; empty: ones."""
         self.n_layer = 0
@@ -111,7 +120,8 @@ class RunState:
         if purpose == "selection":
             self._select(reports, counted)
         elif purpose == "search":
-            self.aggregator.update(counted)
+            bound = self.settings.check_devices and self.settings.robust == "none"
+            self.aggregator.update(level_reports(counted) if bound else counted)
             self.searched += 1
             self.fits.pop("readout", None)
         else:
@@ -122,7 +132,9 @@ class RunState:
 
     def _select(self, reports: Sequence[RoundReport], counted: Sequence[RoundReport]) -> None:
         self.label_weights = label_weights(reports, self.settings.row_cap)
-        losses = template_losses(counted, self.label_weights, self.settings.robust != "none")
+        losses = template_losses(
+            counted, self.label_weights, self.settings.robust != "none", self.settings.check_devices
+        )
         n_answered, rewards = template_rewards(reports)
         by_metric = n_answered >= FEWEST_JUDGES
         self._selected = int(np.argmin(answer_loss(rewards / n_answered, losses) if by_metric else losses))
@@ -214,11 +226,11 @@ class RunState:
         a line that fits them by chance can be far worse than the readout without prompt.
         """
         best, lowest = 0, 0.0
-        n_rows = sum(report.n for report in reports)
+        settings = self.settings
+        n_rows, means, variances = held_differences(reports, settings.row_cap if settings.check_devices else None)
         for i in range(1, len(names)) if n_rows > 1 else ():
-            mean = sum(report.loss_sums[i] - report.loss_sums[0] for report in reports) / n_rows
-            square = sum(report.difference_squares[i] for report in reports) / n_rows
-            error = math.sqrt(max(square - mean**2, 0.0) / (n_rows - 1))
+            mean = means[i]
+            error = math.sqrt(variances[i] / (n_rows - 1))
             margin = (_Z + (_Z**3 + _Z) / (4 * (n_rows - 1))) * error  # the quantile to first order in 1/n
             if mean + margin < lowest:
                 best, lowest = i, mean + margin
@@ -374,6 +386,7 @@ class RunState:
             self.template,
             sketch_rank(reading.n_readers, reading.n_folds, n_labels, self.n_embd) if self.settings.secure else 0,
             self.settings.seed,
+            bound=self.settings.check_devices,
         )
 
     def _new_logistic_fit(self, purpose: FitPurpose, latent: NDArray[np.float64]) -> LogisticFit:

@@ -1,4 +1,7 @@
-"""Whether a round's reports may be committed: the plan that follows must be one that devices accept.
+"""Which of a round's reports may be committed.
+
+Sums of hidden states that mislead, and losses that contradict them, are left out (`leave_out`). The plan that follows
+must be one that devices accept.
 
 `fedbpt.coordinator.report_checks` bounds each report, and aggregation bounds its state. If reports within these bounds
 still lead to an impossible plan, the report that causes it is left out: a committed round cannot be undone.
@@ -10,12 +13,43 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fedbpt.aggregation.base import Fit
+from fedbpt.aggregation.cross_check import DeviceSums, misleading
+from fedbpt.aggregation.layer_fit import LayerFit, sums_of
 from fedbpt.coordinator.ledger import RunLedger
-from fedbpt.coordinator.round_reports import purpose_of
+from fedbpt.coordinator.round_reports import cap_reports, purpose_of
+from fedbpt.coordinator.run_state import CONTRADICTS, MISLEADS
 from fedbpt.coordinator.work_kinds import kind_of
 from fedbpt.errors import FedbptError, FederationError
 from fedbpt.protocol import codec
-from fedbpt.protocol.rounds import RoundPlan, RoundReport
+from fedbpt.protocol.rounds import RoundPlan, RoundReport, SumsResult
+from fedbpt.runs.settings import RunSettings
+
+
+def leave_out(
+    settings: RunSettings, fit: Fit | None, reports: Sequence[RoundReport]
+) -> tuple[list[RoundReport], dict[str, str]]:
+    """The ``reports`` that may be used, and by device why the others are left out, at most a third of them.
+
+    Sums of hidden states that mislead, and losses that contradict them, see `fedbpt.aggregation.cross_check`.
+    ``fit``: the begun fit of the round; None: another round.
+    """
+    found: dict[str, str] = {}
+    if not settings.check_devices:
+        return list(reports), found
+    results = [report.result for report in reports if isinstance(report.result, SumsResult)]
+    if len(results) == len(reports):
+        capped = cap_reports(reports, settings.row_cap)
+        devices = [
+            DeviceSums(sums_of(result), report.n_texts / max(sum(map(sum, result.counts)), 1))
+            for report, result in zip(capped, results, strict=True)
+        ]
+        found = {reports[place].device: MISLEADS for place in misleading(devices)}
+    elif isinstance(fit, LayerFit):
+        found = dict.fromkeys(fit.contradicting(reports), CONTRADICTS)
+    if len(found) > len(reports) // 3:
+        return list(reports), {}
+    return [report for report in reports if report.device not in found], found
 
 
 def vet(ledger: RunLedger, round: int, reports: Sequence[RoundReport]) -> tuple[list[RoundReport], dict[str, str]]:

@@ -28,6 +28,7 @@ from fedbpt.runs.dev_figures import DEV_SECONDS, DevPoint, dev_points, stages_of
 from fedbpt.runs.event_log import Line, Logged
 from fedbpt.runs.events import (
     DeviceBack,
+    DeviceLeftOut,
     DeviceLost,
     LateReport,
     Progressed,
@@ -139,6 +140,9 @@ class RunState:
             case DeviceBack() as event:
                 self._device(event.device).lost = ""
                 self._alarm(line, f"{event.device} is back", bad=False)
+            case DeviceLeftOut() as event:
+                self._device(event.device).lost = event.reason
+                self._alarm(line, f"{event.device}: {event.reason}")
             case LateReport() as event:
                 self._note(line, f"{event.device}: a report arrived late and is not used")
             case Steered() as event:

@@ -14,6 +14,7 @@ from fedbpt.display.plain_console import PlainConsole
 from fedbpt.plain_text import plain
 from fedbpt.runs.events import (
     DeviceBack,
+    DeviceLeftOut,
     DeviceLost,
     Evaluated,
     Event,
@@ -154,6 +155,8 @@ class RunDisplay:
             case DeviceLost():
                 reason = event.reason.removeprefix(f"{event.device}: ")
                 self._print(f"device {event.device} is lost: {reason}", "yellow")
+            case DeviceLeftOut():
+                self._print(f"device {event.device}: {event.reason}", "yellow")
             case DeviceBack():
                 self._print(f"device {event.device} is back")
             case Steered():

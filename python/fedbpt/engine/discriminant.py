@@ -32,6 +32,13 @@ _SMALLEST_SKETCHED = 1e-6  # eigenvalue, as a share of the largest: below it the
 _LARGEST_WEIGHT = 1e4  # of a classifier, which is sent in half precision; it is too sure there anyway
 
 
+SMOOTHING: Final = 0.02
+"""Weight of the uniform distribution in the targets of a fit's losses.
+
+Where few rows are read without an error, the largest scale of the logits would win, and be wrong by many nats later.
+"""
+
+
 class FoldSums(NamedTuple):
     """Sums over the rows of one fold on one device; of a single layer under a single template.
 

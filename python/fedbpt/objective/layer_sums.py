@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbpt.engine.discriminant import FoldSums, fold_sums, sketching
+from fedbpt.engine.discriminant import SMOOTHING, FoldSums, fold_sums, sketching
 from fedbpt.errors import InputError
 from fedbpt.machine.linear_algebra import one_blas_thread, product
 from fedbpt.objective.layer_view import Views
@@ -87,13 +86,6 @@ def word_loss(views: Views, targets: NDArray[np.intp], n_labels: int) -> float:
     if not views.words.size:
         return float(np.log(n_labels))
     return float(-views.words[np.arange(len(targets)), 0, targets].mean())
-
-
-SMOOTHING: Final = 0.02
-"""Weight of the uniform distribution in the targets of a fit's losses.
-
-Where few rows are read without an error, the largest scale of the logits would win, and be wrong by many nats later.
-"""
 
 
 def cross_result(

@@ -115,6 +115,14 @@ class DeviceBack(Message, frozen=True, tag=True):
     round: NaturalInt
 
 
+class DeviceLeftOut(Message, frozen=True, tag=True):
+    """The report of ``device`` is left out of ``round``, for ``reason``, and it is not asked in later rounds."""
+
+    device: str
+    round: NaturalInt
+    reason: str
+
+
 class LateReport(Message, frozen=True, tag=True):
     """A report arrived after its round had closed: it is recorded, but not used."""
 
@@ -142,6 +150,7 @@ Event: TypeAlias = (
     | Evaluated
     | DeviceLost
     | DeviceBack
+    | DeviceLeftOut
     | LateReport
     | Steered
     | RunFinished

@@ -62,6 +62,8 @@ class RunSettings(CheckedMessage, frozen=True):
     byzantine: PositiveInt = 1  # number of Byzantine devices tolerated; unused without a robust rule
     # A device's weight is at most this multiple of the median device's number of rows; 0: no cap.
     row_cap: Annotated[float, msgspec.Meta(ge=0)] = 2.0
+    # Bound what one device decides, and leave out one whose sums make others' rows worse; not in secure runs.
+    check_devices: bool = True
     privacy: PrivacySpec | None = None  # clipping and noise on the devices; None: off
     secure: bool = False  # the coordinator learns sums over devices only (docs/secure.md)
     quorum: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
@@ -220,14 +222,15 @@ class RunSettings(CheckedMessage, frozen=True):
     def continuing(self, begun: RunSettings) -> RunSettings:
         """These settings for a run that was begun with ``begun``, maybe by a version with other defaults.
 
-        It draws devices as that run did. ``auto`` reads words, and the default ``fit_rows`` is that of few labels,
-        where that run did and had it.
+        It draws devices as that run did. ``auto`` reads words, the default ``fit_rows`` is that of few labels, and
+        devices are not checked, where that run did, had it and did not.
         """
         began_with_words = self.readout == "auto" and begun.readout == "words"
         raised = self.fit_rows > FIT_ROWS == begun.fit_rows and self.fit_rows % FIT_ROWS_A_LABEL == 0
         return msgspec.structs.replace(
             self,
             readout="words" if began_with_words else self.readout,
+            check_devices=self.check_devices and begun.check_devices,
             fit_rows=FIT_ROWS if raised else self.fit_rows,
             draft=begun.draft,
         )
@@ -283,6 +286,7 @@ class RunSettings(CheckedMessage, frozen=True):
         # The fields of versions that had no readouts of hidden states or no looks, so that their runs can be resumed.
         left_out = {"stop_if_futile", "draft"} | (set() if self.metric_share else {"metric_share"})
         left_out |= set() if self.secure else {"secure"}
+        left_out |= set() if self.check_devices else {"check_devices"}
         left_out |= set() if self.may_read_layers or self.judges_targets else {"readout"}
         received = codec.decode(codec.encode(fixed), RunSettings)
         plain = {name: getattr(received, name) for name in received.__struct_fields__ if name not in left_out}
@@ -292,7 +296,8 @@ class RunSettings(CheckedMessage, frozen=True):
 def stored_settings(body: bytes) -> RunSettings:
     """The settings of a stored run, from its wire bytes. Raises `WireError`.
 
-    Versions that stored no ``readout`` had that of words only; those that stored no ``draft`` drew a random order.
+    Versions that stored no ``readout`` had that of words only; those that stored no ``draft`` drew a random order, and
+    those without ``check_devices`` checked none.
     """
     settings = codec.decode(body, RunSettings)
     stored = msgspec.msgpack.decode(body)
@@ -300,4 +305,5 @@ def stored_settings(body: bytes) -> RunSettings:
         settings,
         readout=settings.readout if "readout" in stored else "words",
         draft=settings.draft if "draft" in stored else "permutation",
+        check_devices=settings.check_devices and "check_devices" in stored,
     )

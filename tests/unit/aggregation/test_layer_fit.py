@@ -40,7 +40,7 @@ class Rows(NamedTuple):
     targets: NDArray[np.intp]
     folds: NDArray[np.intp]
 
-    def of(self, which: NDArray[np.bool_]) -> Rows:
+    def of(self, which: NDArray[np.bool_] | NDArray[np.intp]) -> Rows:
         return Rows(self.states[which], self.words[which], self.targets[which], self.folds[which])
 
     def read_by(self, work: SumsWork | CrossWork) -> Views:

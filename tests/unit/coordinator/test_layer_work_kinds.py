@@ -276,6 +276,15 @@ SUMS_LIES: dict[str, tuple[str, Callable[[SumsResult], dict[str, Any]]]] = {
         "factors",
         lambda r: {"factors": msgspec.structs.replace(r.factors, data=r.factors.data[1:])},
     ),
+    "factors larger than states": ("factors", lambda r: {"factors": Quantized.of(2 * r.factors.numpy())}),
+    "states of no size": (
+        "factors",
+        lambda r: {
+            "centres": filled(r.centres.shape, 0.0),
+            "means": Quantized.of(0 * r.means.numpy()),
+            "factors": Quantized.of(0 * r.factors.numpy()),
+        },
+    ),
     "rests of another size": ("rests", lambda _: {"rests": filled((R, FOLDS, SIZE + 1), 0.1)}),
     "rests of fewer folds": ("rests", lambda _: {"rests": filled((R, FOLDS - 1, SIZE), 0.1)}),
     "huge rests": ("rests", lambda _: {"rests": filled((R, FOLDS, SIZE), 1e6)}),

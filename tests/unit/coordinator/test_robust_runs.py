@@ -54,10 +54,13 @@ def distance(result: RunResult) -> float:
     return float(((result.latent - 1.0) ** 2).sum())
 
 
-def test_one_byzantine_device_of_five_decides_a_plain_run_but_no_robust_one(tmp_path: Path) -> None:
+def test_one_byzantine_device_of_five_decides_a_trusting_run_but_no_checked_or_robust_one(tmp_path: Path) -> None:
     attacked = scene(tmp_path / "plain.db")
-    plain = tune(attacked, rounds=8)
+    plain = tune(attacked, rounds=8, check_devices=False)
     assert not attacked.of(DeviceLost)
+    checked = tune(scene(tmp_path / "checked.db"))
+    assert checked.template == ToyTask().templates[1]
+    assert distance(checked) < 0.2 * D
     robust = tune(scene(tmp_path / "robust.db"), robust="rank")
     assert plain.template != robust.template == ToyTask().templates[1]
     assert distance(plain) > D

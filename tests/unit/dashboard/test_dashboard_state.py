@@ -13,7 +13,16 @@ from fedbpt.dashboard.state import RunState
 from fedbpt.dashboard.views import DeviceView
 from fedbpt.errors import DeviceUnreachableError
 from fedbpt.runs.event_log import Journal, Logged
-from fedbpt.runs.events import DeviceBack, DeviceLost, Event, LateReport, Progressed, RoundClosed, Steered
+from fedbpt.runs.events import (
+    DeviceBack,
+    DeviceLeftOut,
+    DeviceLost,
+    Event,
+    LateReport,
+    Progressed,
+    RoundClosed,
+    Steered,
+)
 from tests.support.fake_device import FakeDevice
 from tests.support.toy_scene import Scene, StopRunError, closed, stop
 from tests.unit.coordinator.test_federation_fit import FitScene
@@ -261,6 +270,16 @@ def test_a_pause_is_shown_when_requested_and_when_it_takes_effect(scene: Scene) 
     assert [notice.text for notice in state.view().notices] == ["resumed", "round deadline changed to 30 s", "paused"]
     state.stopped()
     assert state.view().status == "stopped"
+
+
+def test_a_device_that_is_left_out_is_absent_and_named_once() -> None:
+    state = RunState("r", RunControl())
+    Journal(state)(DeviceLeftOut(device="a", round=3, reason="left out of the readout"))
+    view = state.view()
+    assert [notice.text for notice in view.notices] == ["a: left out of the readout"]
+    assert [(device.name, device.status, device.detail) for device in view.devices] == [
+        ("a", "absent", "left out of the readout")
+    ]
 
 
 def test_warnings_and_late_reports_are_messages() -> None:

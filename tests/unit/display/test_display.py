@@ -16,6 +16,7 @@ from fedbpt.display.plain_console import PlainConsole
 from fedbpt.protocol.specs import Array, Template
 from fedbpt.runs.events import (
     DeviceBack,
+    DeviceLeftOut,
     DeviceLost,
     Evaluated,
     Event,
@@ -165,12 +166,14 @@ def test_important_messages_stay_above_the_line(monkeypatch: pytest.MonkeyPatch)
         started(resumed=6, searched=4),
         TemplateSelected(template=TEMPLATE, index=0, losses=(0.5,), candidates=(guesses,)),
         DeviceLost(device="c", round=5, reason="c: [Errno 111] refused"),
+        DeviceLeftOut(device="d", round=6, reason="left out of the readout"),
         DeviceBack(device="c", round=7),
     )
     assert "run r: resumed after 4 rounds" in text
     assert r"template '{text}\n[Topic]:' with bad, good" in text
     assert r"0.500 [0.336, 0.664] of 32 training rows, no better than chance (0.500): '{text}\n[Topic]:'" in text
     assert "device c is lost: [Errno 111] refused" in text
+    assert "device d: left out of the readout" in text
     assert "device c is back" in text
 
 

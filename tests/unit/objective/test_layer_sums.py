@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedbpt.aggregation.layer_fit import _sums_of
+from fedbpt.aggregation.layer_fit import sums_of as received
 from fedbpt.engine.discriminant import assign_folds, discriminants, fold_sums, pool
 from fedbpt.engine.layers import normalized
 from fedbpt.errors import InputError, WireError
@@ -107,7 +107,7 @@ def sums_of(n: int = ROWS, max_rank: int = 64, **options: Any) -> tuple[SumsResu
 @pytest.mark.parametrize("n", [1, 3, 20, ROWS])
 def test_the_coordinator_reads_the_sums_of_each_reader_and_fold(n: int, max_rank: int) -> None:
     result, (views, targets, folds) = sums_of(n, max_rank)
-    found = _sums_of(result)
+    found = received(result)
     assert len(found) == VIEWS * LAYERS
     for place, by_fold in enumerate(found):
         assert len(by_fold) == FOLDS
@@ -135,7 +135,7 @@ def test_quantised_sums_of_many_rows_give_nearly_the_exact_classifier(n: int) ->
     states = views.states[:, 0, 0].astype(np.float64)
     exact = [fold_sums(states[folds == f], targets[folds == f], LABELS, 10**6) for f in range(FOLDS)]
     logits = []
-    for parts in (_sums_of(result)[0], exact):
+    for parts in (received(result)[0], exact):
         [found] = discriminants(pool([(part, 1.0) for part in parts]), (0.6,))
         logits.append(states @ found.weights + found.bias)
     spread = logits[1].std()

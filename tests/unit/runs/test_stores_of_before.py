@@ -46,7 +46,7 @@ def asked(method: str, **more: Any) -> RunSettings:
 def test_settings_and_rounds_are_read_as_written(method: str, tmp_path: Path) -> None:
     with RunStore(stored(method, tmp_path)) as store:
         [found] = store.list_runs()
-        assert stored_settings(found.settings) == asked(method)
+        assert stored_settings(found.settings) == asked(method, check_devices=False)
         rounds = list(store.rounds(found.run))
         assert [each.round for each in rounds] == list(range(len(rounds)))
         assert all({report.device for report in each.reports} == {"a", "b"} for each in rounds)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Final
 
 import msgspec
 import numpy as np
 
-from fedbpt.aggregation.layer_fit import sums_shapes
+from fedbpt.aggregation.layer_fit import sums_of, sums_shapes
 from fedbpt.coordinator.report_bounds import MAX_LOSS, ROUNDING
 from fedbpt.coordinator.work_kinds.base import check_losses, check_shape
 from fedbpt.coordinator.work_kinds.reads_layers import ReadsLayers, check_purpose, check_range, largest_state
@@ -25,6 +26,9 @@ from fedbpt.protocol.rounds import (
     SumsWork,
 )
 from fedbpt.protocol.specs import Array
+
+MOST_ROUNDED: Final = 1.2
+"""Factor by which the squares of all rows may differ from those of states; rounding to 4 bits changes them by 0.4 %."""
 
 
 class LayerSums(ReadsLayers):
@@ -61,6 +65,7 @@ class LayerSums(ReadsLayers):
             ("word_means", result.word_means, -MAX_LOSS, ROUNDING),
         ):
             check_range(array, low, high, field)
+        _check_squares(result, n_embd)
         check_losses(np.array([result.loss]), self.loss_range(plan, work), "loss")
 
     def mean_loss(self, result: SumsResult, n_texts: int) -> float:  # noqa: ARG002
@@ -146,6 +151,22 @@ def _check_ranks(result: SumsResult, work: SumsWork, n_embd: int) -> None:
     expected = [min(each, work.max_rank, n_embd) for each in free]
     if list(result.ranks) != expected:
         raise WireError(f"ranks is {list(result.ranks)}, expected {expected}", field="ranks")
+
+
+def _check_squares(result: SumsResult, n_embd: int) -> None:
+    """A state has the norm √n_embd, so the squares of all rows add up to n_embd for each, but for the rounding."""
+    n_rows = sum(map(sum, result.counts))
+    for place, folds in enumerate(sums_of(result)):
+        squares = sum(
+            float(sums.counts[sums.counts > 0] @ (sums.means**2).sum(axis=1) + (sums.factor**2).sum() + sums.rest.sum())
+            for sums in folds
+        )
+        share = squares / (n_rows * n_embd)
+        if not 1 / MOST_ROUNDED <= share <= MOST_ROUNDED:
+            raise WireError(
+                f"the squares of reader {place}'s states are {share:.3g} times what states have, expected about 1",
+                field="factors",
+            )
 
 
 def _most_loss(plan: RoundPlan, work: CrossWork) -> float:
