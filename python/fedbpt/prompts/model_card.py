@@ -37,6 +37,7 @@ _TRAINING = {
     "byzantine": "Byzantine devices tolerated",
     "clip": "privacy: clip, nats",
     "noise_multiplier": "privacy: noise multiplier",
+    "readout_noise": "privacy: noise multiplier of the readout",
     "delta": "privacy: δ",
     "epsilon": "privacy: ε per training row of a device",
     "digest": "digest of the search",
