@@ -8,13 +8,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbpt.aggregation.base import accepted
+from fedbpt.aggregation.base import accepted, devices_of
 from fedbpt.engine.noisy_means import Frame, NoisySums, classifier, n_components, public_frame
 from fedbpt.errors import InputError
 from fedbpt.protocol import codec
@@ -28,6 +29,7 @@ from fedbpt.protocol.rounds import (
     RoundReport,
 )
 from fedbpt.protocol.specs import Array, LayerReadout
+from fedbpt.secure.sizes import threshold_of
 
 Floats = NDArray[np.float64]
 
@@ -49,21 +51,25 @@ class MeansFit:
         reading: rows, templates and layers, without a prompt.
         n_labels: of the task.
         noise: standard deviation of the noise of each device's sums.
+        secure: of their sum, to which each device adds a part.
     """
 
     min_reports = 1
 
-    def __init__(self, purpose: FitPurpose, reading: Reading, n_labels: int, noise: float) -> None:
+    def __init__(
+        self, purpose: FitPurpose, reading: Reading, n_labels: int, noise: float, secure: bool = False
+    ) -> None:
         self.purpose: FitPurpose = purpose
         self.reading = reading
         """What this fit reads."""
         self.done = False
         self._n_labels = n_labels
         self._noise = noise
+        self._secure = secure
         self._work: PublicWork | MeansWork = PublicWork(purpose=purpose, reading=reading, n_texts=n_public(reading))
         self._frame: Frame | None = None
         self._readout: LayerReadout | None = None
-        self._digest = hashlib.sha256(repr((purpose, reading, n_labels, noise)).encode()).hexdigest()
+        self._digest = hashlib.sha256(repr((purpose, reading, n_labels, noise, secure)).encode()).hexdigest()
 
     @property
     def readout(self) -> LayerReadout:
@@ -110,7 +116,7 @@ class MeansFit:
                 f"device {pairs[0][0].device} sent public texts of other shapes: update it", field="states"
             )
         n_rows = sum(report.n_texts for report, _ in pairs)
-        p = n_components(self._noise, len(pairs), n_rows, self._n_labels)
+        p = n_components(self._noise, 1 if self._secure else len(pairs), n_rows, self._n_labels)
         n_dims = reading.n_readers * centres.shape[1]
         p = min(p, n_texts // 4, max(MOST_BYTES // (2 * n_dims), 1))
         found = public_frame(np.moveaxis(states, 0, 1).reshape(n_texts, -1), result.words.numpy(), p)
@@ -145,7 +151,7 @@ class MeansFit:
             np.sum([result.word_sums.numpy() for _, result in pairs], axis=0),
         )
         n_rows = sum(report.n_texts for report, _ in pairs)
-        found = classifier(total, frame, self._noise * np.sqrt(len(pairs)), n_rows)
+        found = classifier(total, frame, self._noise * math.sqrt(self._n_parts(pairs)), n_rows)
         reading = self.reading
         scales = np.zeros(reading.n_views)
         scales[: reading.n_word_views] = found.word_scale
@@ -160,6 +166,13 @@ class MeansFit:
             others=reading.templates,
         )
         self.done = True
+
+    def _n_parts(self, pairs: Sequence[tuple[RoundReport, MeansResult]]) -> float:
+        """Variance of the noise in the sum of all reports, as a multiple of one device's."""
+        if not self._secure:
+            return len(pairs)
+        n_devices = sum(len(devices_of(report)) for report, _ in pairs)
+        return n_devices / threshold_of(n_devices)  # or a little less, where some dropped out
 
     def __repr__(self) -> str:
         stage = "done" if self.done else type(self._work).__name__

@@ -400,7 +400,7 @@ class RunState:
             n_word_views=0 if self.states_alone else min(len(self.task.templates), n_views),
             max_rows=self.settings.fit_rows,
         )
-        return MeansFit(purpose, reading, n_labels, privacy.noise_of_readout)
+        return MeansFit(purpose, reading, n_labels, privacy.noise_of_readout, self.settings.secure)
 
     def _new_logistic_fit(self, purpose: FitPurpose, latent: NDArray[np.float64]) -> LogisticFit:
         n_labels = len(self.task.labels)

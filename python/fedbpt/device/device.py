@@ -90,6 +90,7 @@ from fedbpt.search.local_search import local_search, local_seed
 from fedbpt.search.population import sample_population
 from fedbpt.secure import layout
 from fedbpt.secure.membership import Membership, asked_of_all
+from fedbpt.secure.sizes import ATTEMPTS, threshold_of
 from fedbpt.side_by_side.on_device import answer_of
 from fedbpt.tasks import Task
 from fedbpt.tasks.rows import Row, batch_indices, targets_of
@@ -728,9 +729,13 @@ class Device:
     def _release_means(
         self, plan: RoundPlan, work: MeansWork, effort: Effort, progress: Progress, cancelled: Cancelled
     ) -> tuple[MeansResult, int]:
-        """Noisy sums of the rows' states, once a run. Raises `InputError` for other ones in the same run."""
+        """Noisy sums of the rows' states, once a run. Raises `InputError` for other ones in the same run.
+
+        Masked, each device adds a part of the noise, anew each time that a sum is tried.
+        """
         releases, question = self._releases(plan)
-        if self.state.released.get(plan.run, question) != question:
+        sent = self.state.released.get(plan.run, ())
+        if question not in sent and len(sent) >= (ATTEMPTS if plan.secure else 1):
             raise InputError(
                 f"device {self.name} has sent noisy sums of its rows for run {plan.run!r} already, and others would "
                 "spend ε a second time: give the run another name if that is meant",
@@ -747,8 +752,9 @@ class Device:
         )
         effort.evaluations += reading.n_views
         effort.tokens += reading.n_views * len(chosen)
-        result = means_result(work, views, self._layer_rows.targets[chosen], len(plan.labels), releases)
-        self.state.released[plan.run] = question
+        devices = threshold_of(len(plan.secure.peers)) if plan.secure else 1
+        result = means_result(work, views, self._layer_rows.targets[chosen], len(plan.labels), releases, devices)
+        self.state.released[plan.run] = tuple(dict.fromkeys((*sent, question)))
         return result, len(chosen)
 
     def _train_objective(self, plan: RoundPlan) -> Objective:
@@ -808,8 +814,8 @@ class Device:
         return self._party.identity
 
     def _check_fits(self, asked: RoundPlan | EvaluateRequest) -> None:
-        keeps_keys = isinstance(asked, RoundPlan) and isinstance(asked.work, SecureWork)
-        if self._membership.only and asked.secure is UNSET and not keeps_keys:
+        tells_nothing = isinstance(asked, RoundPlan) and isinstance(asked.work, SecureWork | PublicWork)
+        if self._membership.only and asked.secure is UNSET and not tells_nothing:
             raise InputError(
                 f"device {self.name} only adds to sums: set secure = true in the run's settings, or start the device "
                 "without --secure",

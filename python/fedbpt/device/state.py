@@ -24,7 +24,7 @@ class Snapshot(Message, frozen=True):
     tokens_per_second: float | None = None
     fitted_to: bytes = b""
     fitted: Array | None = None
-    released: dict[str, str] = msgspec.field(default_factory=dict)
+    released: dict[str, tuple[str, ...]] = msgspec.field(default_factory=dict)
     protocol: Literal[1] = 1
 
 
@@ -34,14 +34,14 @@ class DeviceState:
 
     ``key``: seeds the device's noise (`fedbpt.objective.privacy.Releases`); never leaves the device. ``fitted``: cached
     logits [n_templates, n, n_labels + n_words] for the fit identified by ``fitted_to``, whose exchanges all use them.
-    ``released``: by run, the question that noisy sums of rows were sent for, which are sent once.
+    ``released``: by run, the questions that noisy sums of rows were sent for: one, or the tries of a secure sum.
     """
 
     key: bytes = field(default_factory=lambda: secrets.token_bytes(KEY_BYTES), repr=False)
     tokens_per_second: float | None = None
     fitted_to: bytes = b""
     fitted: NDArray[np.float32] | None = None
-    released: dict[str, str] = field(default_factory=dict)
+    released: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """Encode as a `Snapshot`. Logits too large for a message are left out, to be computed again."""

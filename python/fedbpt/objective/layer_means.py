@@ -30,9 +30,12 @@ def public_result(work: PublicWork, views: Views) -> PublicResult:
 
 @one_blas_thread
 def means_result(
-    work: MeansWork, views: Views, targets: NDArray[np.intp], n_labels: int, releases: Releases
+    work: MeansWork, views: Views, targets: NDArray[np.intp], n_labels: int, releases: Releases, devices: int = 1
 ) -> MeansResult:
-    """The noisy sums of ``work``: label indices [n] of the rows of ``views``. Raises `InputError` for other shapes."""
+    """The noisy sums of ``work``: label indices [n] of the rows of ``views``. Raises `InputError` for other shapes.
+
+    ``devices``: see `Releases.noisy`.
+    """
     n_readers, n_embd = work.reading.n_readers, views.states.shape[3]
     word_shape = (views.words.shape[1], n_labels if views.words.shape[1] else 0)
     projection = work.projection.numpy()
@@ -51,7 +54,7 @@ def means_result(
         word_clip=work.word_clip,
     )
     exact = clipped_sums(_side_by_side(views), views.words, targets, frame, n_labels)
-    noisy = NoisySums(*releases.noisy(*exact))
+    noisy = NoisySums(*releases.noisy(*exact, devices=devices))
     return MeansResult(
         purpose=work.purpose,
         label_sums=Array.of(noisy.counts),

@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
-from msgspec import UNSET
 from numpy.typing import NDArray
 
 from fedbpt.errors import InputError, MissingExtraError
@@ -57,10 +56,13 @@ class Releases:
         noise = rng.normal(0.0, self._spec.noise_multiplier * self._spec.clip, k)
         return np.asarray((total + noise) / (rate * n_rows))
 
-    def noisy(self, *sums: Floats) -> tuple[Floats, ...]:
-        """``sums`` over rows, to which a row adds at most 1 in Euclidean norm, with the noise of a readout."""
+    def noisy(self, *sums: Floats, devices: int = 1) -> tuple[Floats, ...]:
+        """``sums`` over rows, to which a row adds at most 1 in Euclidean norm, with the noise of a readout.
+
+        ``devices``: how many devices' noise is enough together, where nobody sees their sums apart.
+        """
         rng = self._generator(0)
-        scale = self._spec.noise_of_readout
+        scale = self._spec.noise_of_readout / math.sqrt(devices)
         return tuple(np.asarray(each + rng.normal(0.0, scale, each.shape)) for each in sums)
 
     def _generator(self, part: int) -> np.random.Generator:
@@ -91,9 +93,9 @@ def check_private(plan: RoundPlan) -> None:
     Or if a plan requests noisy sums without saying how noisy.
     """
     work = plan.work
-    if isinstance(work, MeansWork) and (plan.privacy is None or plan.secure is not UNSET):
+    if isinstance(work, MeansWork) and (plan.privacy is None or (plan.secure and plan.secure.most_rows)):
         raise InputError(
-            "noisy sums of states need their noise, and are not masked: set [settings.privacy], and secure = false",
+            "noisy sums of states need their noise, of all rows alike: set [settings.privacy], expected most_rows 0",
             field="privacy",
         )
     by_label = isinstance(work, SelectWork) and work.by_label

@@ -171,6 +171,8 @@ class RunSettings(CheckedMessage, frozen=True):
             "even_rounds": False,
             "metric_share": 0.0,
         }
+        if self.reads_privately:  # whose ε does not depend on a device's rows
+            needed.pop("privacy")
         for field, value in needed.items():
             if getattr(self, field) != value:
                 raise ConfigError(

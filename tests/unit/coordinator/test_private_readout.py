@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,19 @@ from fedbpt.api import make_prompt
 from fedbpt.coordinator.estimate import estimate
 from fedbpt.device.device import Device
 from fedbpt.errors import ConfigError, FederationError, InputError
-from fedbpt.objective.privacy import epsilon
+from fedbpt.objective.privacy import Releases, epsilon
 from fedbpt.protocol import codec
+from fedbpt.protocol.names import SUM
 from fedbpt.protocol.rounds import (
     HeldRows,
     LocalWork,
     MeansResult,
     MeansWork,
     PooledWork,
+    PublicResult,
     PublicWork,
     RoundPlan,
+    RoundReport,
     SearchState,
     SelectWork,
     Work,
@@ -33,6 +37,7 @@ from fedbpt.protocol.specs import Array, LayerReadout, ObjectiveSpec, PrivacySpe
 from fedbpt.runs.events import RoundClosed
 from fedbpt.runs.result import RunResult
 from fedbpt.runs.settings import RunSettings
+from fedbpt.secure.sizes import ATTEMPTS
 from tests.support.raises import raises
 from tests.support.toy_scene import D, Scene, StopRunError, closed, settings, stop
 from tests.support.toy_scorer import ToyScorer
@@ -250,7 +255,6 @@ def test_settings_name_what_excludes_a_private_readout() -> None:
     for field, changes in {
         "readout": {"readout": "words"},
         "robust": {"robust": "median"},
-        "secure": {"secure": True},
         "privacy": {"balanced": True},
     }.items():
         with pytest.raises(ConfigError) as caught:
@@ -270,6 +274,64 @@ def test_a_search_with_privacy_keeps_the_identity_that_it_had() -> None:
     assert b"readout_noise" not in codec.encode(before)
     assert not before.reads_privately
     assert before.epsilon(4, 256, 100) == pytest.approx(epsilon(PrivacySpec(), [(0.125, 1), (1 / 32, 100)]))
+
+
+# --- sums over devices only --------------------------------------------------------------------------------------
+
+FOUR = {name: rows(20, 60 * i) for i, name in enumerate("abcd")}
+
+
+def test_a_secure_run_sees_one_noisy_sum_and_reads_as_an_open_one(make: Callable[..., LayerScene]) -> None:
+    secure, openly = make(FOUR), make(FOUR)
+    seen = run(secure, privacy=LITTLE, secure=True, test_rows=3)
+    assert secure.purposes() == ["probe"]
+    first, last = secure.store.rounds("r")
+    assert {type(report.result) for report in first.reports} == {PublicResult}
+    assert [(report.device, type(report.result)) for report in last.reports] == [(SUM, MeansResult)]
+    assert {plan.secure.most_rows for plan in plans(secure, MeansWork) if plan.secure} == {0}
+    assert all(plan.secure for plan in plans(secure, MeansWork))
+    one, other = (found.layer_fits["probe"].weights.numpy().ravel() for found in (seen, run(openly, privacy=LITTLE)))
+    assert one @ other / np.linalg.norm(one) / np.linalg.norm(other) > 0.99
+    assert seen.epsilon == epsilon(LITTLE, [], 1)
+
+
+def test_devices_share_the_noise_of_a_masked_sum() -> None:
+    """Each of n devices adds 1/√t of it, where t are enough for a sum: if all others drop out, it is whole."""
+    draws = [Releases(SPEC, b"key", str(i)).noisy(np.zeros(40), devices=3)[0] for i in range(500)]
+    assert np.std(draws) == pytest.approx(0.7 / math.sqrt(3), rel=0.02)
+
+
+def test_a_device_that_drops_out_of_a_secure_sum_ends_no_private_run(make: Callable[..., LayerScene]) -> None:
+    scene = make({name: rows(20, 60 * i) for i, name in enumerate("abcde")})
+
+    def drop(report: RoundReport) -> RoundReport:
+        if isinstance(scene.devices["b"].plans[-1].work, MeansWork):
+            raise RuntimeError("no sums from me")
+        return report
+
+    scene.devices["b"].change = drop
+    result = run(scene, privacy=LITTLE, secure=True, deadline_s=3.0, test_rows=2)
+    assert result.shipped == "probe"
+    [*_, last] = scene.store.rounds("r")
+    [summed] = last.reports
+    assert summed.devices == ("a", "c", "d", "e")
+    assert summed.n_texts == 80
+
+
+def test_a_masked_sum_is_tried_a_few_times_and_never_of_capped_rows(make: Callable[..., LayerScene]) -> None:
+    scene = make(FOUR)
+    run(scene, secure=True, test_rows=2)
+    asked = next(plan for plan in plans(scene, MeansWork) if plan.device == "a")
+    device = scene.devices["a"]
+    assert asked.secure
+    capped = msgspec.structs.replace(asked.secure, most_rows=3)
+    with raises(InputError, field="privacy"):
+        device.run(msgspec.structs.replace(asked, secure=capped))
+    assert len(device.state.released["r"]) == 1
+    for tried in range(1, ATTEMPTS):
+        device.state.released["r"] = (*device.state.released["r"], f"try {tried}")
+    with raises(InputError, field="privacy"):
+        device.run(msgspec.structs.replace(asked, secure=msgspec.structs.replace(asked.secure, index=9)))
 
 
 # --- a device's own limit ----------------------------------------------------------------------------------------
