@@ -266,6 +266,8 @@ def _lines(entry: Mapping[str, Any]) -> str:
         return ""
     if _is_number(entry.get("probe_accuracy")) and "zero_shot_accuracy" not in entry:
         return f'\nThis file holds the line "{held}". {UNSCORED[0].upper()}{UNSCORED[1:]}.\n'
+    if "readout_noise" in entry:
+        return f'\nThis file holds the line "{held}", which is made from noisy sums of training rows.\n'
     return f'\nThis file holds the line "{held}", which held-out training rows chose.\n'
 
 

@@ -17,6 +17,7 @@ from fedbpt.coordinator.estimate import estimate
 from fedbpt.device.device import Device
 from fedbpt.errors import ConfigError, FederationError, InputError
 from fedbpt.objective.privacy import Releases, epsilon
+from fedbpt.prompts.model_card import model_card
 from fedbpt.protocol import codec
 from fedbpt.protocol.names import SUM
 from fedbpt.protocol.rounds import (
@@ -127,6 +128,10 @@ def test_the_prompt_says_what_was_spent_and_evaluates_alike(scene: LayerScene) -
     told = prompt.history[-1]
     assert (told["readout_noise"], told["epsilon"]) == (0.7, result.epsilon)
     assert "clip" not in told
+    text = model_card(prompt, "")
+    assert "made from noisy sums" in text
+    assert "held-out training rows chose" not in text
+    assert f"per training row of a device | {result.epsilon:.4g}" in text
     found = evaluate(ToyScorer(), TASK, scene.test_rows(), prompt=prompt)
     assert found.accuracy == pytest.approx(result.tuned.accuracy)
 
