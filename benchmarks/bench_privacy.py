@@ -35,9 +35,9 @@ from fedbpt.coordinator.clients.in_process import InProcessClient
 from fedbpt.coordinator.federation import Federation
 from fedbpt.device.device import Device
 from fedbpt.errors import DownloadError, MissingExtraError, ModelNotFoundError
-from fedbpt.objective.layer_view import LayerView
+from fedbpt.objective.layer_view import LayerReader, LayerView
 from fedbpt.protocol.seeding import generator
-from fedbpt.protocol.specs import ObjectiveSpec, PrivacySpec
+from fedbpt.protocol.specs import LayerReadout, ObjectiveSpec, PrivacySpec
 from fedbpt.runs.result import RunResult
 from fedbpt.runs.settings import RunSettings
 from fedbpt.runs.store import RunStore
@@ -96,50 +96,62 @@ def run(devices: Sequence[Device], task: fedbpt.Task, settings: RunSettings, nam
         return Federation(clients, task, settings, settings.aggregator(), store, name).run()
 
 
+def score(readout: LayerReadout, result: RunResult, scorer: fedbpt.Scorer, task: fedbpt.Task, rows: Any) -> Any:
+    """Right answers [n] of a readout, and of the label words alone under the run's template."""
+    texts, targets = [text for text, _ in rows], np.array([label for _, label in rows])
+    limit = task.max_text_tokens
+    logits = LayerReader(readout, scorer, result.template, task.labels, limit).logits(texts)
+    _, words = LayerView(scorer, result.template, task.labels, limit, readout.layers).read(texts)
+    return logits.argmax(axis=1) == targets, words.argmax(axis=1) == targets
+
+
 def measure(folder: Path, args: argparse.Namespace, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     scorer = fedbpt.load_model(args.model)
     train, test = read_rows(folder / "train.csv"), read_rows(folder / "test.csv")
     task = tasks.draft_task(folder / "train.csv").task
     test = [test[i] for i in generator(0, "test").permutation(len(test))[: args.test_rows]]
-    n_devices = args.devices
     figures: dict[str, list[float]] = defaultdict(list)
     for seed in range(args.seeds):
         rows, measured = (tasks.to_rows(part, task) for part in (draw(train, args.shots, seed), test))
-        parts = [list(range(i, len(rows), n_devices)) for i in range(n_devices)]
+        parts = [list(range(i, len(rows), args.devices)) for i in range(args.devices)]
         common: dict[str, Any] = {"seed": seed, "popsize": 16, "evaluate_every": 0, "deadline_s": 86400.0}
         objective = {"objective": ObjectiveSpec(max_text_tokens=task.max_text_tokens)}
-        settings = {"readout": RunSettings(rounds=1, **common, **objective)}
+        settings = {"readout": RunSettings(rounds=0, tokens=1, **common, **objective)}  # spent before the search
         for epsilon in args.epsilons:
             privacy = PrivacySpec(readout_noise=readout_noise(epsilon), delta=DELTA)
             for secure in (False, True):
                 name = f"ε {epsilon:g}{', summed' * secure}"
                 settings[name] = RunSettings(rounds=1, **common, **objective, privacy=privacy, secure=secure)
-        if seed < args.searches:
-            fewest = min(map(len, parts))
-            settings[f"search ε {NAIVE_EPSILON:g}"] = search_settings(
-                NAIVE_EPSILON, len(task.templates), fewest,
-                rounds=args.rounds, max_text_tokens=task.max_text_tokens, **common,
-            )  # fmt: skip
         devices = [  # of all runs, so that rows are read once
-            Device(f"device-{i}", scorer, [rows[j] for j in part], test_rows=measured[i::n_devices], task=task)
-            for i, part in enumerate(parts)
+            Device(f"device-{i}", scorer, [rows[j] for j in part], task=task) for i, part in enumerate(parts)
         ]
         for number, (name, chosen) in enumerate(settings.items()):
             result = run(devices, task, chosen, f"bench-{number}")
-            lines = result.scores("test")
-            found = lines["probe" if name == "readout" else "tuned"]
-            figures[name].append(found.accuracy)
+            right, plain = score(result.layer_fits["probe"], result, scorer, task, measured)
+            figures[name].append(float(right.mean()))
             if name == "readout":
-                figures["zero-shot"].append(lines["zero_shot"].accuracy)
-            up = max(device.bytes_up for device in result.devices) / 1e6
+                figures["zero-shot"].append(float(plain.mean()))
             spent = "" if result.epsilon is None else f", ε {result.epsilon:.2f}"
-            say(f"  seed {seed} {name}: {found.accuracy:.3f}, {found.loss:.3f} nats{spent}, {up:.2f} MB up")
+            up = max(device.bytes_up for device in result.devices) / 1e6
+            say(f"  seed {seed} {name}: {right.mean():.3f}{spent}, {up:.2f} MB up")
+        if seed < args.searches:
+            chosen = search_settings(
+                NAIVE_EPSILON, len(task.templates), min(map(len, parts)),
+                rounds=args.rounds, max_text_tokens=task.max_text_tokens, **common,
+            )  # fmt: skip
+            devices = [
+                Device(f"device-{i}", scorer, [rows[j] for j in part], test_rows=measured[i :: args.devices], task=task)
+                for i, part in enumerate(parts)
+            ]
+            result = run(devices, task, chosen, "search")
+            figures[f"search ε {NAIVE_EPSILON:g}"].append(result.tuned.accuracy)
+            say(f"  seed {seed} search: {result.tuned.accuracy:.3f}, ε {result.epsilon:.2f}")
     means = {name: statistics.fmean(each) for name, each in figures.items()}
     say(
-        f"{folder.name}, {args.shots} rows a label, {n_devices} devices: "
+        f"{folder.name}, {args.shots} rows a label, {args.devices} devices: "
         + ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
     )
-    yield {"task": folder.name, "shots": args.shots, "devices": n_devices, **figures}
+    yield {"task": folder.name, "shots": args.shots, "devices": args.devices, **figures}
 
 
 def main() -> int:
