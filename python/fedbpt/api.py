@@ -274,7 +274,10 @@ def make_prompt(scorer: Scorer, task: Task, result: RunResult) -> Prompt:
 def _history(result: RunResult) -> dict[str, Any]:
     """What a prompt and its model card record about the run."""
     settings = result.settings
-    privacy = {} if settings.privacy is None else msgspec.to_builtins(settings.privacy)
+    spec = settings.privacy
+    privacy = {} if spec is None else msgspec.to_builtins(spec)
+    if spec is not None and settings.reads_privately:  # nothing else was sent
+        privacy = {"readout_noise": spec.noise_of_readout, "delta": spec.delta}
     return {
         "run": result.run,
         "method": settings.method,

@@ -78,6 +78,10 @@ TrustFile = Annotated[
     Path | None,
     typer.Option("--trust", help="File of the identities of a secure run's devices: no others' keys are accepted."),
 ]
+MaxEpsilon = Annotated[
+    float | None,
+    typer.Option("--max-epsilon", min=0, help="Most ε (δ 1e-5) for the rows, in all runs; needs fedbpt[privacy]."),
+]
 UntilEof = Annotated[
     bool, typer.Option("--until-eof", help="Stop when standard input ends; for programs that start devices.")
 ]
@@ -129,6 +133,7 @@ def device(
     secure: Secure = False,
     identity: IdentityFile = None,
     trust: TrustFile = None,
+    max_epsilon: MaxEpsilon = None,
     install_service: InstallService = False,
     force: Force = False,
     until_eof: UntilEof = False,
@@ -157,7 +162,7 @@ def device(
         model, n_threads=threads, n_gpu_layers=gpu_layers, gpu=gpu, kv_budget_bytes=kv_bytes, late=load_late
     )
     own_name = link.device if link else name or as_name(socket.gethostname())
-    local = Device(own_name, scorer, *rows, task=chosen, membership=membership)
+    local = Device(own_name, scorer, *rows, task=chosen, membership=membership, max_epsilon=max_epsilon)
     if identity is not None and not quiet:
         echo(identity_line(own_name, local.identity), err=True)
     if not load_late:

@@ -14,12 +14,13 @@ import msgspec
 import numpy as np
 
 from fedbpt.aggregation.base import Aggregator
+from fedbpt.aggregation.means_fit import N_PUBLIC
 from fedbpt.aggregation.methods import method_named
 from fedbpt.aggregation.readout import EXCHANGES, ReadoutFit
 from fedbpt.bench.measurement import Measurement, Projection
 from fedbpt.coordinator.layer_cost import EXCHANGES as EXCHANGES_OF_LAYERS
-from fedbpt.coordinator.layer_cost import LOGISTIC_EXCHANGES, layer_bytes, logistic_bytes
-from fedbpt.coordinator.layer_reading import most_looks, reads_layers, states_alone
+from fedbpt.coordinator.layer_cost import LOGISTIC_EXCHANGES, MEANS_EXCHANGES, layer_bytes, logistic_bytes, means_bytes
+from fedbpt.coordinator.layer_reading import most_looks, only_reads, reads_layers, states_alone
 from fedbpt.coordinator.secure_cost import secure_bytes
 from fedbpt.engine.layers import middle_layer
 from fedbpt.errors import ConfigError
@@ -143,8 +144,8 @@ def estimate(settings: RunSettings, task: Task, infos: Sequence[DeviceInfo], agg
     answer = task.generation.max_tokens if task.generation and answers else 0
     parts = [tokens_of(settings, task.templates, info, answer) for info in infos]
     per_round = settings.popsize * settings.iterations + 1 if local else settings.popsize
-    alone = states_alone(task.templates, settings, infos[0].n_layer)
-    rounds = 0 if alone else _rounds(settings, infos, parts, per_round)
+    only = only_reads(task.templates, settings, infos[0].n_layer)
+    rounds = 0 if only else _rounds(settings, infos, parts, per_round)
     _check_deadline(settings, infos, parts)
     devices = []
     for info, part in zip(infos, parts, strict=True):
@@ -166,7 +167,7 @@ def estimate(settings: RunSettings, task: Task, infos: Sequence[DeviceInfo], agg
                 probe=part.probe.total,
             ),
         )
-    spent = settings.epsilon(len(task.templates), min(info.n_train for info in infos), rounds)
+    spent = settings.epsilon(len(task.templates), min(info.n_train for info in infos), rounds, readouts=1)
     return RunCost(rounds=rounds, evaluations=rounds * per_round, devices=tuple(devices), epsilon=spent)
 
 
@@ -266,8 +267,11 @@ def tokens_of(settings: RunSettings, templates: Sequence[Template], info: Device
         own = Tokens(text + again * (n_templates - 1))  # under the task's own templates
         view = Tokens(text)
         probe = own + view * (_n_views(templates) - n_templates) + Tokens(0, words) * n_templates
+        none = Tokens(0)
+        if settings.reads_privately:  # reports count a token a row and view, and those of public texts
+            words_once = probe if not states_alone(templates, settings, info.n_layer) else Tokens(probe.texts)
+            return Parts(none, none, none, none, none, words_once * (fitted + N_PUBLIC))
         if states_alone(templates, settings, info.n_layer):
-            none = Tokens(0)
             return Parts(none, none, none, none, none, Tokens(probe.texts) * fitted)
         # Without the label words, states of the task's own templates are read anew.
         readout = view + Tokens(prompt.n_prompt, words) + own
@@ -390,13 +394,17 @@ def _bytes(
     if of_layers:
         n_fitted = min(settings.fit_rows or info.n_train, info.n_train)
         alone = states_alone(task.templates, settings, info.n_layer)
-        if alone:
+        only = only_reads(task.templates, settings, info.n_layer)
+        if only:
             up = down = 0
         n_templates = 0 if alone else min(len(task.templates), MAX_TEMPLATES)
         n_views = _n_views(task.templates)
         n_exchanges = EXCHANGES_OF_LAYERS
-        n_readouts = 0 if alone else 1 + most_looks(task.templates, settings, info.n_layer, rounds)
-        if settings.readout == "logistic":
+        n_readouts = 0 if only else 1 + most_looks(task.templates, settings, info.n_layer, rounds)
+        if settings.reads_privately:
+            n_exchanges = MEANS_EXCHANGES
+            arrays = means_bytes(len(task.labels), n_templates, n_views, info)
+        elif settings.readout == "logistic":
             n_exchanges = 1 + LOGISTIC_EXCHANGES
             judged = settings.robust == "none"
             arrays = logistic_bytes(len(task.labels), n_templates, n_views, info.n_embd, judged, n_readouts)

@@ -211,7 +211,7 @@ class Federation:
         await self._connect(fleet)
         self._live = LiveEvaluation(self._ledger, fleet, self._sums, self._deadline_s)
         await self._select(fleet)
-        if self._ledger.state.states_alone:
+        if self._ledger.state.only_reads:
             await self._fit(fleet, "probe")
         else:
             await self._tune(fleet)
@@ -257,6 +257,12 @@ class Federation:
             )
         )
         fleet.require_model(model.model_fingerprint)
+        if self.settings.reads_privately and not ledger.state.reads_layers:
+            raise FederationError(
+                f"a private readout reads layers, which {model.model_name} does not show, or a device of an older "
+                "version: use another model, or set calibrate = false and objective.readout_words = 0",
+                field="readout_words",
+            )
         self._model = model
 
     def _secured(self, fleet: Fleet) -> SecureSums:
@@ -270,7 +276,7 @@ class Federation:
         ledger = self._ledger
         state = self._ledger.state
         one = len(self.task.templates) == 1
-        if state.states_alone or (one and not self.settings.balanced and not self.settings.prompt.shifts):
+        if state.only_reads or (one and not self.settings.balanced and not self.settings.prompt.shifts):
             state.skip_selection()
         elif state.closed < SELECTION:
             self._emit(StageBegan(stage="selection"))

@@ -13,13 +13,18 @@ from fedbpt.aggregation.layer_fit import (
     WORD_SCALES,
     shrinkages_for,
 )
+from fedbpt.aggregation.means_fit import N_PUBLIC
 from fedbpt.coordinator.layer_reading import within_message
 from fedbpt.engine.layers import reading_layers
+from fedbpt.engine.noisy_means import COMPONENTS
 from fedbpt.protocol.rounds import N_FOLDS, DeviceInfo
 from fedbpt.secure.sizes import sketch_rank
 
 EXCHANGES: Final = 3
 """Exchanges of a fit by sums: sums, each reader's losses, losses of mixtures."""
+
+MEANS_EXCHANGES: Final = 2
+"""Exchanges of a private readout: public texts, noisy sums."""
 
 LOGISTIC_EXCHANGES: Final = logistic_fit.EXCHANGES
 """Most exchanges of a fit by gradients, after that of moments."""
@@ -67,6 +72,14 @@ def layer_bytes(
             up += 4 * n_mixtures * N_FOLDS
             down += N_FOLDS * columns * n_labels * (2 * info.n_embd + 4) + 4 * n_mixtures * (columns + n_words)
     return up, down
+
+
+def means_bytes(n_labels: int, n_word_views: int, n_views: int, info: DeviceInfo) -> tuple[int, int]:
+    """Bytes (up, down) of the arrays in both exchanges of a private readout."""
+    layers, n_views = within_message(reading_layers(info.n_layer), n_views, n_labels, info.n_embd)
+    n_dims = n_views * len(layers) * info.n_embd
+    up = n_dims * (N_PUBLIC // 2 + 6) + 4 * n_word_views * n_labels * N_PUBLIC + 4 * n_labels * (COMPONENTS + 4)
+    return up, n_dims * (4 + 2 * COMPONENTS) + 4 * n_word_views * n_labels
 
 
 def logistic_bytes(

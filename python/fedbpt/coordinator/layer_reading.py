@@ -52,10 +52,16 @@ def states_alone(templates: Sequence[Template], settings: RunSettings, n_layer: 
     return reads_layers(templates, settings, n_layer) and min(lengths) > MAX_WORD_BYTES
 
 
+def only_reads(templates: Sequence[Template], settings: RunSettings, n_layer: int) -> bool:
+    """Whether a run only makes a readout: no template is selected, no prompt tuned."""
+    alone = states_alone(templates, settings, n_layer)
+    return alone or (settings.reads_privately and reads_layers(templates, settings, n_layer))
+
+
 def has_looks(templates: Sequence[Template], settings: RunSettings, n_layer: int) -> bool:
     """Whether a run has interim looks: held-out rows judge it, and there is a probe to compare with."""
     trusted = settings.stop_if_futile and settings.robust == "none"
-    return trusted and reads_layers(templates, settings, n_layer) and not states_alone(templates, settings, n_layer)
+    return trusted and reads_layers(templates, settings, n_layer) and not only_reads(templates, settings, n_layer)
 
 
 def most_looks(templates: Sequence[Template], settings: RunSettings, n_layer: int, rounds: int) -> int:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import msgspec
 
 from fedbpt.aggregation.base import Aggregator
+from fedbpt.aggregation.means_fit import MeansFit
 from fedbpt.coordinator.course import Course
 from fedbpt.coordinator.planner import Planner
 from fedbpt.coordinator.round_reports import cap_reports, mean_loss, purpose_of
@@ -289,7 +290,8 @@ class RunLedger:
     def epsilon(self) -> float | None:
         """ε spent by the closed rounds, see `Spending.epsilon`."""
         n_selected = len(self.task.templates) if self.state.closed >= SELECTION else 1
-        return self.spending.epsilon(self.settings, n_selected, self.state.searched)
+        readouts = sum(isinstance(fit, MeansFit) and fit.done for fit in self.state.fits.values())
+        return self.spending.epsilon(self.settings, n_selected, self.state.searched, readouts)
 
     def metrics(self, round: int) -> dict[str, float]:
         """The stored figures of ``round``."""

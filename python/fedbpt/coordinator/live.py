@@ -128,7 +128,7 @@ class LiveEvaluation:
         }
         if "probe" in fits and state.reads_layers:  # what is shipped is at least as good, and a fit takes minutes
             return variants(mean, fits, shipped="probe")
-        if state.states_alone:
+        if state.only_reads:
             return None
         if ledger.state.searched and ledger.settings.objective.readout_words:
             readout = await self._readout(mean)

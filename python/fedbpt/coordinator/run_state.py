@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Final, cast
+from typing import Final, TypeAlias, cast
 
 import numpy as np
 from msgspec import UNSET
@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from fedbpt.aggregation.base import Aggregator, Fit, devices_of
 from fedbpt.aggregation.layer_fit import LayerFit
 from fedbpt.aggregation.logistic_fit import LogisticFit, max_views
+from fedbpt.aggregation.means_fit import MeansFit
 from fedbpt.aggregation.readout import ReadoutFit
-from fedbpt.coordinator.layer_reading import reads_layers, states_alone, within_message
+from fedbpt.coordinator.layer_reading import only_reads, reads_layers, states_alone, within_message
 from fedbpt.coordinator.round_reports import (
     cap_reports,
     held_differences,
@@ -35,7 +36,7 @@ from fedbpt.engine.layers import logistic_layer, middle_layer, reading_layers
 from fedbpt.errors import InputError
 from fedbpt.objective.objective import answer_loss
 from fedbpt.protocol.rounds import EvaluateReport, FitPurpose, HeldRows, Reading, RoundReport
-from fedbpt.protocol.specs import Array, LayerReadout, Readout, Shift, Template
+from fedbpt.protocol.specs import Array, LayerReadout, PrivacySpec, Readout, Shift, Template
 from fedbpt.runs.events import RoundPurpose
 from fedbpt.runs.result import NO_SCORE, AnyReadout, Shipped, TemplateScore, Variants, variants
 from fedbpt.runs.settings import RunSettings
@@ -46,6 +47,8 @@ from fedbpt.tasks.reading import LONG_TEXT, reading_templates
 SELECTION: Final = 0
 """Number of the round that selects the template; calibration and search begin with round 1."""
 
+
+AnyLayerFit: TypeAlias = LayerFit | LogisticFit | MeansFit
 
 FEWEST_JUDGES: Final = 5  # rows
 
@@ -126,7 +129,7 @@ class RunState:
             self.fits.pop("readout", None)
         else:
             fit = self.fit(purpose)
-            fit.update(counted)
+            fit.update(reports if isinstance(fit, MeansFit) else counted)  # a cap would scale the noise too
             self.fits[purpose] = fit
         self._close(round, reports)
 
@@ -244,7 +247,7 @@ class RunState:
 
     def choose_unjudged(self) -> None:
         """Choose where nothing can judge: the readout without prompt if none was fitted with it, else the usual."""
-        done = {purpose for purpose, fit in self.fits.items() if isinstance(fit, LayerFit | LogisticFit) and fit.done}
+        done = {purpose for purpose, fit in self.fits.items() if isinstance(fit, AnyLayerFit) and fit.done}
         self.shipped = "probe" if "probe" in done and "readout" not in done else ""
 
     # --- readings ------------------------------------------------------------------------------------------------
@@ -267,6 +270,11 @@ class RunState:
     def states_alone(self) -> bool:
         """Whether the label words are too long to be scored: only hidden states are read, and no prompt is tuned."""
         return states_alone(self.task.templates, self.settings, self.n_layer)
+
+    @property
+    def only_reads(self) -> bool:
+        """Whether the run only makes a readout: no template is selected, no prompt tuned."""
+        return only_reads(self.task.templates, self.settings, self.n_layer)
 
     @property
     def holds_rows(self) -> bool:
@@ -342,6 +350,8 @@ class RunState:
     def new_fit(self, purpose: FitPurpose, latent: NDArray[np.float64]) -> Fit:
         """A fit of ``purpose`` to the prompt of ``latent`` [d]; not part of the state."""
         if purpose != "calibration" and self.reads_layers:
+            if self.settings.reads_privately:
+                return self._new_means_fit(purpose, self.settings.privacy)
             by_gradients = self.settings.readout == "logistic"
             return self._new_logistic_fit(purpose, latent) if by_gradients else self._new_layer_fit(purpose, latent)
         others = self.others if purpose == "readout" else ()
@@ -388,6 +398,22 @@ class RunState:
             self.settings.seed,
             bound=self.settings.check_devices,
         )
+
+    def _new_means_fit(self, purpose: FitPurpose, privacy: PrivacySpec | None) -> MeansFit:
+        if privacy is None:
+            raise InputError("noisy sums need the size of their noise: set [settings.privacy]", field="privacy")
+        n_labels = len(self.task.labels)
+        templates = reading_templates(self.task.templates, self.template, self._long_texts)
+        layers, n_views = within_message(reading_layers(self.n_layer), 1 + len(templates), n_labels, self.n_embd)
+        reading = Reading(
+            latent=Array.of(np.zeros_like(self.mean)),
+            templates=templates[: n_views - 1],
+            layers=layers,
+            n_embd=self.n_embd,
+            n_word_views=0 if self.states_alone else min(len(self.task.templates), n_views),
+            max_rows=self.settings.fit_rows,
+        )
+        return MeansFit(purpose, reading, n_labels, privacy.noise_of_readout, self.settings.secure)
 
     def _new_logistic_fit(self, purpose: FitPurpose, latent: NDArray[np.float64]) -> LogisticFit:
         n_labels = len(self.task.labels)

@@ -33,6 +33,8 @@ from fedbpt.protocol.rounds import (
     KeysResult,
     KeysWork,
     MaskedResult,
+    MeansWork,
+    PublicWork,
     RoundPlan,
     RoundReport,
     SearchHistory,
@@ -46,15 +48,12 @@ from fedbpt.protocol.rounds import (
 from fedbpt.secure.layout import Vector, evaluation_of, from_bytes, result_of
 from fedbpt.secure.membership import asked_of_all
 from fedbpt.secure.party import is_mask_key, is_seed, secret_of, unmasked
-from fedbpt.secure.sizes import FEWEST, SEALED_BYTES, USES, threshold_of
+from fedbpt.secure.sizes import ATTEMPTS, FEWEST, SEALED_BYTES, USES, threshold_of
 
 log = logging.getLogger(__name__)
 
 SUFFIX: Final = ".secure"
 """Appended to the run's name in exchanges of keys and shares, so that devices distinguish them from its rounds."""
-
-ATTEMPTS: Final = 3
-"""How often a sum is tried: devices may drop out before enough of them have revealed their shares."""
 
 BACK_S: Final = 5.0
 """How long a sum that failed waits for enough devices to be back."""
@@ -122,6 +121,8 @@ class SecureSums:
         budget_s: float = math.inf,
     ) -> list[RoundReport]:
         """One report, that of all devices' rows; none if the budget ended the round. Raises as `Fleet.run_round`."""
+        if isinstance(plan_for(next(iter(self._fleet.members))).work, PublicWork):  # nothing to hide
+            return await self._fleet.run_round(round, plan_for, needed, deadline_s, kind, None, history, budget_s)
         clock = asyncio.get_running_loop().time
         end = clock() + budget_s
         attempts = 0
@@ -155,7 +156,8 @@ class SecureSums:
             n_train = member.info.n_train if member.info else 0
             return min(n_train, most_read or n_train)
 
-        use = self._next_use(epoch, rows, self._row_cap)
+        # Rows of a private readout all count alike, and so does the noise.
+        use = self._next_use(epoch, rows, 0.0 if isinstance(any_plan.work, MeansWork) else self._row_cap)
         if len(use.peers) < max(epoch.threshold, FEWEST):
             raise QuorumError(
                 f"round {round}: {len(use.peers)} devices can take part in a secure sum, expected "

@@ -58,10 +58,10 @@ class Spending:
             or (settings.seconds and self.seconds_left(settings.seconds) <= reserve_s)
         )
 
-    def epsilon(self, settings: RunSettings, n_selected: int, searched: int) -> float | None:
+    def epsilon(self, settings: RunSettings, n_selected: int, searched: int, readouts: int) -> float | None:
         """ε spent on a row of the device with the fewest rows, which is taken to have reported in every round.
 
         None: the run is not private. ``n_selected``: templates scored by the selection (1 without one); ``searched``:
-        closed rounds of the search.
+        closed rounds of the search; ``readouts``: noisy sums that were sent.
         """
-        return settings.epsilon(n_selected, self._fewest_rows, searched)
+        return settings.epsilon(n_selected, self._fewest_rows, searched, readouts)

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from fedbpt.coordinator.control import RunControl
 from fedbpt.coordinator.course import Course
-from fedbpt.coordinator.layer_reading import reads_layers, states_alone
+from fedbpt.coordinator.layer_reading import only_reads, reads_layers, states_alone
 from fedbpt.coordinator.round_figures import ClosedRound, evaluations_in, numbers_of
 from fedbpt.coordinator.spending import Spending
 from fedbpt.dashboard.views import DeviceStatus, DeviceView, Measured, Notice, Point, RunView, Stage, Status
@@ -381,7 +381,7 @@ class RunState:
         limits = self._settings
         task = self._task
         reads_out = limits.objective.readout_words > 0
-        if self._states_alone():
+        if task is not None and only_reads(task.templates, limits, self._n_layer()):
             return ("probe", "evaluation")
         stages: dict[RunStage, bool] = {
             "selection": task is None or len(task.templates) > 1 or limits.balanced,

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from fedbpt.argument_types import checked
 from fedbpt.device.effort import Effort
-from fedbpt.device.layer_work import LayerRows, fitted_rows, held_rows, spread_folds
+from fedbpt.device.layer_work import LayerRows, any_rows, fitted_rows, held_rows, spread_folds
+from fedbpt.device.privacy_limit import PrivacyLimit
 from fedbpt.device.speed import Speed, measure_speed
 from fedbpt.device.state import DeviceState
 from fedbpt.engine.layers import shift_sizes
@@ -27,6 +28,7 @@ from fedbpt.errors import DataError, InputError, ScoringInterrupted
 from fedbpt.machine.memory import physical_memory
 from fedbpt.metrics import metric_named
 from fedbpt.objective.answers import ANSWERED_ROWS, AnswerObjective
+from fedbpt.objective.layer_means import means_result, public_result
 from fedbpt.objective.layer_sums import cross_result, sketch_result, sums_result
 from fedbpt.objective.layer_view import LayerReader, LayerView, ViewKey
 from fedbpt.objective.logistic import logistic_result, moments_result
@@ -56,9 +58,12 @@ from fedbpt.protocol.rounds import (
     LayersWork,
     LocalResult,
     LocalWork,
+    MeansResult,
+    MeansWork,
     MomentsWork,
     PooledResult,
     PooledWork,
+    PublicWork,
     Result,
     RoundPlan,
     RoundReport,
@@ -80,10 +85,12 @@ from fedbpt.protocol.specs import (
     Template,
     as_name,
 )
+from fedbpt.quantities import PositiveFloat
 from fedbpt.search.local_search import local_search, local_seed
 from fedbpt.search.population import sample_population
 from fedbpt.secure import layout
 from fedbpt.secure.membership import Membership, asked_of_all
+from fedbpt.secure.sizes import ATTEMPTS, threshold_of
 from fedbpt.side_by_side.on_device import answer_of
 from fedbpt.tasks import Task
 from fedbpt.tasks.rows import Row, batch_indices, targets_of
@@ -106,6 +113,11 @@ _Judged: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.
 _Judge: TypeAlias = Callable[[NDArray[np.intp], Progress, Cancelled], _Judged]
 
 
+def _question(plan: RoundPlan) -> str:
+    """Everything that determines the result of ``plan``: a resumed run may have another deadline."""
+    return digest(msgspec.structs.replace(plan, deadline_s=1.0))
+
+
 def _ignore(_done: int, _total: int) -> None:
     pass
 
@@ -122,10 +134,12 @@ class Device:
         task: the task that the rows were read for; plans for another task are refused.
         state: the state kept from earlier rounds; None: a new one.
         membership: how it takes part in secure aggregation; None: when a run asks for it.
+        max_epsilon: most ε, at δ 1e-5, that its training rows are spent on while it lives, in all runs together; work
+            beyond it, and work without noise, is refused. None: no limit.
 
     Raises:
         DataError: there are no training rows.
-        ConfigError, MissingExtraError: the task's metric is not allowed, or its library is missing.
+        ConfigError, MissingExtraError: the task's metric is not allowed, or a library is missing.
     """
 
     @checked
@@ -140,6 +154,7 @@ class Device:
         task: Task,
         state: DeviceState | None = None,
         membership: Membership | None = None,
+        max_epsilon: PositiveFloat | None = None,
     ) -> None:
         if not train_rows:
             raise DataError(f"device {name} has no training rows: give it at least one", field="train_rows")
@@ -154,6 +169,7 @@ class Device:
         self._layer_rows = LayerRows(scorer, self._rows["train"], task.labels)
         self.state = state or DeviceState()
         self._membership = membership or Membership()
+        self._limit = None if max_epsilon is None else PrivacyLimit(max_epsilon, len(train_rows))
         generation = task.generation
         self._metric = None if generation is UNSET else metric_named(generation.metric)
 
@@ -227,12 +243,19 @@ class Device:
         work = plan.work
         result: Result
         check_private(plan)
+        if self._limit is not None:
+            self._limit.take(plan, _question(plan))
         if isinstance(work, SelectWork):
             result, n_texts = self._select(plan, work, effort, progress, timed_cancelled)
         elif isinstance(work, PooledWork):
             result, n_texts = self._pooled(plan, work, effort, progress, timed_cancelled)
         elif isinstance(work, FitWork):
             result, n_texts = self._fit(plan, work, effort, progress, timed_cancelled)
+        elif isinstance(work, PublicWork):
+            views = self._layer_rows.read_public(plan, work, effort, progress, timed_cancelled)
+            result, n_texts = public_result(work, views), len(self._rows["train"])
+        elif isinstance(work, MeansWork):
+            result, n_texts = self._release_means(plan, work, effort, progress, timed_cancelled)
         elif isinstance(work, LayersWork):
             result, n_texts = self._fit_layers(plan, work, effort, progress, timed_cancelled)
         elif isinstance(work, SecureWork):
@@ -304,6 +327,8 @@ class Device:
         cancelled: Cancelled = lambda: False,
     ) -> EvaluateReport:
         self._check_fits(request)
+        if self._limit is not None:
+            self._limit.check_evaluation(request)
         latents = request.latents.numpy()
         if latents.ndim != 2 or len(latents) == 0:
             raise InputError(
@@ -688,13 +713,49 @@ class Device:
     def _release(
         self, plan: RoundPlan, part: int, k: int, size: int, losses: RowLosses, effort: Effort
     ) -> NDArray[np.float64]:
-        if plan.privacy is None:
-            raise InputError("the plan has no privacy: set clip and noise_multiplier", field="privacy")
-        question = digest(msgspec.structs.replace(plan, deadline_s=1.0))  # a resumed run may have another deadline
+        releases, _ = self._releases(plan)
         n_rows = len(self._rows["train"])
         effort.evaluations += k
         effort.tokens += k * min(size or n_rows, n_rows)  # of the expected sample size, not the actual one
-        return Releases(plan.privacy, self.state.key, question).mean(part, k, n_rows, size, losses)
+        return releases.mean(part, k, n_rows, size, losses)
+
+    def _releases(self, plan: RoundPlan) -> tuple[Releases, str]:
+        """What makes the noise of the plan's result, and the question that it depends on."""
+        if plan.privacy is None:
+            raise InputError("the plan has no privacy: set clip and noise_multiplier", field="privacy")
+        question = _question(plan)
+        return Releases(plan.privacy, self.state.key, question), question
+
+    def _release_means(
+        self, plan: RoundPlan, work: MeansWork, effort: Effort, progress: Progress, cancelled: Cancelled
+    ) -> tuple[MeansResult, int]:
+        """Noisy sums of the rows' states, once a run. Raises `InputError` for other ones in the same run.
+
+        Masked, each device adds a part of the noise, anew each time that a sum is tried.
+        """
+        releases, question = self._releases(plan)
+        sent = self.state.released.get(plan.run, ())
+        if question not in sent and len(sent) >= (ATTEMPTS if plan.secure else 1):
+            raise InputError(
+                f"device {self.name} has sent noisy sums of its rows for run {plan.run!r} already, and others would "
+                "spend ε a second time: give the run another name if that is meant",
+                field="privacy",
+            )
+        reading = work.reading
+        if reading.latent.numpy().any():
+            raise InputError("noisy sums are of states without a prompt: expected a latent of zeros", field="latent")
+        n_rows = len(self._rows["train"])
+        chosen = any_rows(n_rows, reading.max_rows, plan.seed)
+        spent = Effort()  # the actual tokens would reveal how long the rows are
+        views = self._layer_rows.read(
+            plan, reading, chosen, lambda: self._train_objective(plan), spent, progress, cancelled
+        )
+        effort.evaluations += reading.n_views
+        effort.tokens += reading.n_views * len(chosen)
+        devices = threshold_of(len(plan.secure.peers)) if plan.secure else 1
+        result = means_result(work, views, self._layer_rows.targets[chosen], len(plan.labels), releases, devices)
+        self.state.released[plan.run] = tuple(dict.fromkeys((*sent, question)))
+        return result, len(chosen)
 
     def _train_objective(self, plan: RoundPlan) -> Objective:
         generation = plan.objective.generation
@@ -753,8 +814,8 @@ class Device:
         return self._party.identity
 
     def _check_fits(self, asked: RoundPlan | EvaluateRequest) -> None:
-        keeps_keys = isinstance(asked, RoundPlan) and isinstance(asked.work, SecureWork)
-        if self._membership.only and asked.secure is UNSET and not keeps_keys:
+        tells_nothing = isinstance(asked, RoundPlan) and isinstance(asked.work, SecureWork | PublicWork)
+        if self._membership.only and asked.secure is UNSET and not tells_nothing:
             raise InputError(
                 f"device {self.name} only adds to sums: set secure = true in the run's settings, or start the device "
                 "without --secure",

@@ -16,8 +16,9 @@ from fedbpt.engine.scorer import Scorer
 from fedbpt.errors import InputError
 from fedbpt.objective.layer_view import LayerView, Views, read_views
 from fedbpt.objective.objective import Cancelled, Objective, Progress
-from fedbpt.protocol.rounds import HeldRows, Reading, RoundPlan
+from fedbpt.protocol.rounds import HeldRows, PublicWork, Reading, RoundPlan
 from fedbpt.protocol.seeding import generator
+from fedbpt.tasks.public_texts import public_texts
 from fedbpt.tasks.rows import Row, batch_indices, targets_of
 
 _MAX_VIEWS = 12  # cached: states of all rows under one template, float16
@@ -48,6 +49,11 @@ def held_rows(targets: NDArray[np.intp], held: HeldRows | None) -> NDArray[np.in
     return found if len(found) < len(targets) else _NO_ROWS
 
 
+def any_rows(n_rows: int, max_rows: int, seed: int) -> NDArray[np.intp]:
+    """At most ``max_rows`` of the rows (0: all), ascending, whatever their labels are."""
+    return batch_indices(n_rows, max_rows, generator(seed, "layers"))
+
+
 class LayerRows:
     """Reads rows, and keeps their states: the exchanges of a fit use the same ones.
 
@@ -62,11 +68,38 @@ class LayerRows:
         self._rows = rows
         self._labels = labels
         self._kept: OrderedDict[bytes, Views] = OrderedDict()
+        self._public: tuple[bytes, Views] | None = None
 
     @cached_property
     def targets(self) -> NDArray[np.intp]:
         """Label indices [n] of all training rows. Raises `DataError` for a row that does not fit the task."""
         return targets_of(self._rows, self._labels)
+
+    def read_public(
+        self, plan: RoundPlan, work: PublicWork, effort: Effort, progress: Progress, cancelled: Cancelled
+    ) -> Views:
+        """The views of the public texts of ``work``."""
+        reading = work.reading
+        self._check_layers(reading)
+        key = msgspec.msgpack.encode((work, plan.template, plan.labels, plan.objective.max_text_tokens, plan.seed))
+        if self._public is not None and self._public[0] == key:
+            return self._public[1]
+        limit = plan.objective.max_text_tokens
+        views = [
+            LayerView(self._scorer, template, plan.labels if i < reading.n_word_views else (), limit, reading.layers)
+            for i, template in enumerate((plan.template, *reading.templates))
+        ]
+        found = read_views(views, public_texts(work.n_texts, plan.seed), progress, cancelled)
+        effort.evaluations += len(views)
+        effort.tokens += sum(view.tokens for view in views)
+        self._public = key, found
+        return found
+
+    def _check_layers(self, reading: Reading) -> None:
+        if not all(0 <= layer < self._scorer.n_layer for layer in reading.layers) or not reading.layers:
+            raise InputError(
+                f"layers must be within 0 and {self._scorer.n_layer - 1}, got {list(reading.layers)}", field="layers"
+            )
 
     def read(
         self,
@@ -82,10 +115,7 @@ class LayerRows:
 
         ``objective``: makes the one of the plan's template, for its prompt; called where the reading has one.
         """
-        if not all(0 <= layer < self._scorer.n_layer for layer in reading.layers) or not reading.layers:
-            raise InputError(
-                f"layers must be within 0 and {self._scorer.n_layer - 1}, got {list(reading.layers)}", field="layers"
-            )
+        self._check_layers(reading)
         latent = reading.latent.numpy()
         prompt = msgspec.msgpack.encode((latent.tolist(), plan.prompt)) if latent.any() else b""
         asked = [(plan.template, prompt), *((template, b"") for template in reading.templates)]

@@ -6,6 +6,7 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,6 +24,7 @@ class Snapshot(Message, frozen=True):
     tokens_per_second: float | None = None
     fitted_to: bytes = b""
     fitted: Array | None = None
+    released: dict[str, tuple[str, ...]] = msgspec.field(default_factory=dict)
     protocol: Literal[1] = 1
 
 
@@ -32,12 +34,14 @@ class DeviceState:
 
     ``key``: seeds the device's noise (`fedbpt.objective.privacy.Releases`); never leaves the device. ``fitted``: cached
     logits [n_templates, n, n_labels + n_words] for the fit identified by ``fitted_to``, whose exchanges all use them.
+    ``released``: by run, the questions that noisy sums of rows were sent for: one, or the tries of a secure sum.
     """
 
     key: bytes = field(default_factory=lambda: secrets.token_bytes(KEY_BYTES), repr=False)
     tokens_per_second: float | None = None
     fitted_to: bytes = b""
     fitted: NDArray[np.float32] | None = None
+    released: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """Encode as a `Snapshot`. Logits too large for a message are left out, to be computed again."""
@@ -50,6 +54,7 @@ class DeviceState:
                 tokens_per_second=self.tokens_per_second,
                 fitted_to=b"" if fitted is None else self.fitted_to,
                 fitted=None if fitted is None else Array.of(fitted, "<f4"),
+                released=self.released,
             )
         )
 
@@ -60,4 +65,4 @@ class DeviceState:
         if len(kept.key) != KEY_BYTES:
             raise WireError(f"key must have {KEY_BYTES} bytes, got {len(kept.key)}", field="key", limit=KEY_BYTES)
         fitted = None if kept.fitted is None else kept.fitted.numpy().astype(np.float32)
-        return cls(kept.key, kept.tokens_per_second, kept.fitted_to, fitted)
+        return cls(kept.key, kept.tokens_per_second, kept.fitted_to, fitted, dict(kept.released))

@@ -72,6 +72,12 @@ class FlowerLoop:
                 "FedBPT.start",
                 field="metric_share",
             )
+        if settings.reads_privately:
+            raise ConfigError(
+                "Flower's own loop fits no readout: for a private search set calibrate = false and "
+                "objective.readout_words = 0, or call FedBPT.start",
+                field="privacy",
+            )
         if settings.prompt.shifts:
             raise ConfigError(
                 "Flower's own loop has no exchange that measures shifts of layers: call FedBPT.start, or set placement "

@@ -19,13 +19,13 @@ from __future__ import annotations
 import hmac
 import math
 from collections.abc import Callable, Iterable
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.errors import InputError, MissingExtraError
-from fedbpt.protocol.rounds import FitWork, LayersWork, RoundPlan, SelectWork
+from fedbpt.protocol.rounds import FitWork, LayersWork, MeansWork, RoundPlan, SelectWork
 from fedbpt.protocol.specs import PrivacySpec
 
 Floats: TypeAlias = NDArray[np.float64]
@@ -56,6 +56,15 @@ class Releases:
         noise = rng.normal(0.0, self._spec.noise_multiplier * self._spec.clip, k)
         return np.asarray((total + noise) / (rate * n_rows))
 
+    def noisy(self, *sums: Floats, devices: int = 1) -> tuple[Floats, ...]:
+        """``sums`` over rows, to which a row adds at most 1 in Euclidean norm, with the noise of a readout.
+
+        ``devices``: how many devices' noise is enough together, where nobody sees their sums apart.
+        """
+        rng = self._generator(0)
+        scale = self._spec.noise_of_readout / math.sqrt(devices)
+        return tuple(np.asarray(each + rng.normal(0.0, scale, each.shape)) for each in sums)
+
     def _generator(self, part: int) -> np.random.Generator:
         seed = hmac.digest(self._key, f"{part}|{self._query}".encode(), "sha256")
         sequence = np.random.SeedSequence(int.from_bytes(seed, "little"), pool_size=8)
@@ -79,14 +88,22 @@ def sampling_rate(n_rows: int, size: int) -> float:
 
 
 def check_private(plan: RoundPlan) -> None:
-    """Raise `InputError` if a private plan requests results that cannot be released with noise."""
-    by_label = isinstance(plan.work, SelectWork) and plan.work.by_label
-    if plan.privacy is not None and (
-        isinstance(plan.work, FitWork | LayersWork) or by_label or plan.objective.perturb > 0
-    ):
+    """Raise `InputError` if a private plan requests results that cannot be released with noise.
+
+    Or if a plan requests noisy sums without saying how noisy.
+    """
+    work = plan.work
+    if isinstance(work, MeansWork) and (plan.privacy is None or (plan.secure and plan.secure.most_rows)):
         raise InputError(
-            "a private plan can request only losses of candidates or templates: no fit, no losses by label, no "
-            "perturbed ratio",
+            "noisy sums of states need their noise, of all rows alike: set [settings.privacy], expected most_rows 0",
+            field="privacy",
+        )
+    by_label = isinstance(work, SelectWork) and work.by_label
+    fits = isinstance(work, FitWork | LayersWork)
+    if plan.privacy is not None and (fits or by_label or plan.objective.perturb > 0):
+        raise InputError(
+            "a private plan can request only losses of candidates or templates, and noisy sums of states: no other "
+            "fit, no losses by label, no perturbed ratio",
             field="privacy",
         )
 
@@ -96,21 +113,40 @@ def require_accountant() -> None:
     epsilon(PrivacySpec(clip=1.0, noise_multiplier=1.0), [])
 
 
-def epsilon(spec: PrivacySpec, releases: Iterable[tuple[float, int]]) -> float:
-    """Total ε at ``spec.delta`` of ``releases``, pairs (sampling rate, number of releases).
+class Released(NamedTuple):
+    """``times`` Gaussian releases, each of a sample of the rows with probability ``rate``.
+
+    ``noise``: standard deviation over sensitivity.
+    """
+
+    noise: float
+    rate: float
+    times: int
+
+
+def epsilon(spec: PrivacySpec, releases: Iterable[tuple[float, int]], readouts: int = 0) -> float:
+    """Total ε at ``spec.delta`` of ``releases`` of losses, pairs (sampling rate, number), and of ``readouts``' sums.
 
     Raises:
         MissingExtraError: ``fedbpt[privacy]`` is not installed.
     """
+    losses = [Released(spec.noise_multiplier, rate, count) for rate, count in releases]
+    return total_epsilon([*losses, Released(spec.noise_of_readout, 1.0, readouts)], spec.delta)
+
+
+def total_epsilon(releases: Iterable[Released], delta: float) -> float:
+    """Total ε at ``delta`` of ``releases``. Raises as `epsilon`."""
     try:
         from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
         from dp_accounting.rdp import RdpAccountant
     except ImportError as error:
         raise MissingExtraError("accounting for privacy", "privacy") from error
     accountant = RdpAccountant(ORDERS, NeighboringRelation.REPLACE_SPECIAL)
-    noise = GaussianDpEvent(spec.noise_multiplier)
-    for rate, count in releases:
-        if count:
-            accountant.compose(noise if rate == 1 else PoissonSampledDpEvent(rate, noise), count)
-    found = float(accountant.get_epsilon(spec.delta))
+    for release in releases:
+        noise = GaussianDpEvent(release.noise)
+        if release.times:
+            accountant.compose(
+                noise if release.rate == 1 else PoissonSampledDpEvent(release.rate, noise), release.times
+            )
+    found = float(accountant.get_epsilon(delta))
     return found if math.isfinite(found) else math.inf

@@ -37,6 +37,7 @@ _TRAINING = {
     "byzantine": "Byzantine devices tolerated",
     "clip": "privacy: clip, nats",
     "noise_multiplier": "privacy: noise multiplier",
+    "readout_noise": "privacy: noise multiplier of the readout",
     "delta": "privacy: δ",
     "epsilon": "privacy: ε per training row of a device",
     "digest": "digest of the search",
@@ -265,6 +266,8 @@ def _lines(entry: Mapping[str, Any]) -> str:
         return ""
     if _is_number(entry.get("probe_accuracy")) and "zero_shot_accuracy" not in entry:
         return f'\nThis file holds the line "{held}". {UNSCORED[0].upper()}{UNSCORED[1:]}.\n'
+    if "readout_noise" in entry:
+        return f'\nThis file holds the line "{held}", which is made from noisy sums of training rows.\n'
     return f'\nThis file holds the line "{held}", which held-out training rows chose.\n'
 
 

@@ -222,8 +222,34 @@ class SketchWork(Message, frozen=True, tag="sketch"):
     rank: PositiveInt
 
 
+class PublicWork(Message, frozen=True, tag="public"):
+    """Read ``n_texts`` made-up texts (`fedbpt.tasks.public_texts`), which say nothing about rows."""
+
+    purpose: FitPurpose
+    reading: Reading
+    n_texts: Annotated[int, msgspec.Meta(ge=4, le=4096)]
+
+
+class MeansWork(Message, frozen=True, tag="means"):
+    """Sum up the training rows once, clipped and with noise (`fedbpt.engine.noisy_means`); for private runs only.
+
+    The frame of public texts: ``centre`` [n_readers, n_embd], ``projection`` [n_readers, n_embd, p], ``word_centres``
+    [n_word_views, n_labels], and ``word_clip``, nats.
+    """
+
+    purpose: FitPurpose
+    reading: Reading
+    centre: Array
+    projection: Array
+    word_centres: Array
+    word_clip: PositiveFloat
+
+
+PrivateFitWork: TypeAlias = PublicWork | MeansWork
+"""An exchange of a fit with differential privacy."""
+
 LayersWork: TypeAlias = SumsWork | CrossWork | MomentsWork | LogisticWork | SketchWork
-"""An exchange of a fit that reads hidden states."""
+"""An exchange of any other fit that reads hidden states."""
 
 
 class KeysWork(Message, frozen=True, tag="keys"):
@@ -284,7 +310,7 @@ class UnmaskResult(Message, frozen=True, tag="unmask"):
 SecureWork: TypeAlias = KeysWork | SharesWork | UnmaskWork
 """An exchange of secure aggregation, besides the masked results themselves."""
 
-Work: TypeAlias = SelectWork | PooledWork | ReplayWork | LocalWork | FitWork | LayersWork | SecureWork
+Work: TypeAlias = SelectWork | PooledWork | ReplayWork | LocalWork | FitWork | LayersWork | PrivateFitWork | SecureWork
 
 
 class SelectResult(Message, frozen=True, tag="select"):
@@ -420,6 +446,31 @@ class SketchResult(Message, frozen=True, tag="sketch"):
     word_means: Array
 
 
+class PublicResult(Message, frozen=True, tag="public"):
+    """What a model makes of the public texts.
+
+    ``centres`` [n_readers, n_embd]: mean states. ``states`` [n_readers, n_texts, n_embd]: the others', less these.
+    ``words`` [n_texts, n_word_views, n_labels]: the label words' log-probabilities.
+    """
+
+    purpose: FitPurpose
+    centres: Array
+    states: Quantized
+    words: Array
+
+
+class MeansResult(Message, frozen=True, tag="means"):
+    """Noisy sums over rows: ``label_sums`` [n_labels], ``state_sums`` [n_labels, p] and ``word_sums`` [n_labels].
+
+    Those of `fedbpt.engine.noisy_means.NoisySums`, in its order.
+    """
+
+    purpose: FitPurpose
+    label_sums: Array
+    state_sums: Array
+    word_sums: Array
+
+
 class MaskedField(Message, frozen=True):
     """A field of a masked result: its name, shape, and the bits of a number."""
 
@@ -449,6 +500,8 @@ Result: TypeAlias = (
     | MomentsResult
     | LogisticResult
     | SketchResult
+    | PublicResult
+    | MeansResult
     | KeysResult
     | SharesResult
     | UnmaskResult

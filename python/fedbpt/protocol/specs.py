@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Final, Literal, TypeAlias
 
 import msgspec
 import numpy as np
@@ -202,17 +202,27 @@ class ObjectiveSpec(CheckedMessage, frozen=True):
     generation: Generation | UnsetType = UNSET
 
 
+READOUT_NOISE: Final = 1.16
+"""Default of `PrivacySpec.readout_noise`: ε 3.99 at δ 1e-5."""
+
+
 class PrivacySpec(CheckedMessage, frozen=True):
-    """Clipping and noise of the losses that a device sends (`fedbpt.objective.privacy`).
+    """Clipping and noise of what a device sends (`fedbpt.objective.privacy`).
 
     ``clip`` C: maximum Euclidean norm of a row's losses over the candidates, less their mean, nats.
-    ``noise_multiplier`` z: the noise on the sum over rows has standard deviation z·C. ``delta``: the δ at which ε is
-    reported.
+    ``noise_multiplier`` z: the noise on the sum of losses over rows has standard deviation z·C. ``delta``: the δ at
+    which ε is reported. ``readout_noise``: the noise multiplier of the sum that a readout is made from, once a run, to
+    which a row adds at most 1 in norm; left out: `READOUT_NOISE`.
     """
 
-    clip: PositiveFloat
-    noise_multiplier: PositiveFloat
+    clip: PositiveFloat = 0.3
+    noise_multiplier: PositiveFloat = 2.0
     delta: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 1e-5
+    readout_noise: PositiveFloat | UnsetType = UNSET
+
+    @property
+    def noise_of_readout(self) -> float:
+        return READOUT_NOISE if self.readout_noise is UNSET else self.readout_noise
 
 
 class Readout(Message, frozen=True):

@@ -126,14 +126,15 @@ For target texts ``zero_shot``, if these rows do not show that the prompt is bet
 def variants(mean: NDArray[np.float64], fits: Mapping[FitPurpose, AnyReadout], shipped: Shipped = "") -> Variants:
     """The variants that a run compares, by key of `VARIANTS`, each a latent [d] and a readout.
 
-    Without a fitted bias and with a probe from layers, the label words were never scored: there is no zero-shot.
+    With a probe from states alone and no fitted bias, the label words were never scored: there is no zero-shot.
     """
     zero = np.zeros_like(mean)
     bias = fits.get("calibration")
     probe = fits.get("probe")
     readout = fits.get("readout")
     of_layers = isinstance(probe, LayerReadout)
-    found: Variants = {"zero_shot": (zero, None)} if bias is not None or not of_layers else {}
+    scored = not isinstance(probe, LayerReadout) or probe.word_scales.numpy().any()
+    found: Variants = {"zero_shot": (zero, None)} if bias is not None or scored else {}
     found["tuned"] = (mean, readout or bias)
     if bias is not None:
         found["calibrated"] = (zero, bias)

@@ -53,7 +53,8 @@ class RunSettings(CheckedMessage, frozen=True):
     balanced: bool = False  # weight losses so that labels count equally; devices then send their label counts
     ensemble: PositiveInt = 2  # number of templates, the best of the selection, that the readout averages over
     # What it reads: hidden states, by sums ("layers"; "auto": where it can) or by gradients; or words.
-    readout: Literal["auto", "layers", "logistic", "words"] = "auto"
+    # "means": by noisy sums, as "auto" in private runs.
+    readout: Literal["auto", "layers", "logistic", "words", "means"] = "auto"
     baselines: bool = False  # also evaluate a readout without prompt; always, where it reads hidden states
     popsize: Length = 20
     iterations: PositiveInt = 8
@@ -127,6 +128,18 @@ class RunSettings(CheckedMessage, frozen=True):
                 "protect: use placement = 'cue'",
                 field="placement",
             )
+        if self.reads_privately and (self.readout not in ("auto", "means") or self.robust != "none"):
+            field = "robust" if self.robust != "none" else "readout"
+            raise ConfigError(
+                "privacy protects a readout only by noisy sums: set readout = 'means' and robust = 'none'; or "
+                "objective.readout_words = 0 and calibrate = false for a private search without a readout",
+                field=field,
+            )
+        if self.readout == "means" and not self.reads_privately:
+            raise ConfigError(
+                "readout = 'means' is for private runs: set [settings.privacy], and objective.readout_words above 0",
+                field="readout",
+            )
         if self.readout == "layers" and not self.may_read_layers:
             raise ConfigError(
                 "readout = 'layers' pools sums, which trusts every device and reveals its rows' states: set robust = "
@@ -140,11 +153,13 @@ class RunSettings(CheckedMessage, frozen=True):
                 "calibrate and objective.readout_words; or set readout = 'words'",
                 field="readout",
             )
-        unprotected = self.calibrate or self.balanced or objective.readout_words or objective.perturb
+        fits = self.calibrate and not self.reads_privately
+        unprotected = fits or self.balanced or objective.perturb
         if self.privacy is not None and (unprotected or not method_named(self.method).private):
             raise ConfigError(
-                "privacy only protects losses of candidates: set method = pooled or fedavg, calibrate = false, "
-                "balanced = false, objective.readout_words = 0 and objective.perturb = 0",
+                "privacy protects noisy sums for a readout, or losses of candidates: set method = pooled or fedavg, "
+                "balanced = false and objective.perturb = 0, and without a readout (objective.readout_words = 0) "
+                "calibrate = false",
                 field="privacy",
             )
 
@@ -160,6 +175,8 @@ class RunSettings(CheckedMessage, frozen=True):
             "even_rounds": False,
             "metric_share": 0.0,
         }
+        if self.reads_privately:  # whose ε does not depend on a device's rows
+            needed.pop("privacy")
         for field, value in needed.items():
             if getattr(self, field) != value:
                 raise ConfigError(
@@ -200,7 +217,12 @@ class RunSettings(CheckedMessage, frozen=True):
         """Whether readouts may be fitted to hidden states."""
         trusted = self.robust == "none" or self.readout == "logistic"
         fits = self.calibrate and self.objective.readout_words > 0
-        return self.readout != "words" and trusted and self.privacy is None and fits
+        return self.reads_privately or (self.readout != "words" and trusted and self.privacy is None and fits)
+
+    @property
+    def reads_privately(self) -> bool:
+        """Whether a readout is made from noisy sums, and nothing else: no template is selected, no prompt tuned."""
+        return self.privacy is not None and self.objective.readout_words > 0 and self.objective.loss != "nll"
 
     @property
     def _readout_read(self) -> str:
@@ -208,6 +230,8 @@ class RunSettings(CheckedMessage, frozen=True):
             return "auto"
         if not self.may_read_layers:
             return "words"
+        if self.reads_privately:
+            return "means"
         return "logistic" if self.readout == "logistic" else "auto"
 
     @property
@@ -249,13 +273,15 @@ class RunSettings(CheckedMessage, frozen=True):
             )
         )
 
-    def epsilon(self, n_templates: int, n_rows: int, rounds: int) -> float | None:
+    def epsilon(self, n_templates: int, n_rows: int, rounds: int, readouts: int = 0) -> float | None:
         """ε spent on a row of a device with ``n_rows`` by selecting among ``n_templates`` and ``rounds`` of search.
 
-        None without privacy or rows.
+        ``readouts``: noisy sums for a readout, in a run that makes one. None without privacy or rows.
         """
         if self.privacy is None or not n_rows:
             return None
+        if self.reads_privately:
+            return epsilon(self.privacy, [], readouts)
         searches = rounds * (self.iterations if method_named(self.method).local else 1)
         select, search = (sampling_rate(n_rows, size) for size in (self.select_rows, self.objective.batch_size))
         return epsilon(self.privacy, [(select, int(n_templates > 1)), (search, searches)])

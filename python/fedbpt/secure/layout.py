@@ -18,6 +18,7 @@ from fedbpt.protocol.rounds import (
     LogisticResult,
     MaskedField,
     MaskedResult,
+    MeansResult,
     MomentsResult,
     PooledResult,
     Result,
@@ -34,6 +35,7 @@ _SUMS: Final[Mapping[type, tuple[str, ...]]] = {
     SelectResult: ("loss_sums", "correct", "label_counts"),
     CrossResult: ("loss_sums",),
     SketchResult: ("counts",),
+    MeansResult: ("label_sums", "state_sums", "word_sums"),
 }
 """Fields that are sums over rows."""
 

@@ -19,6 +19,9 @@ def threshold_of(n_devices: int) -> int:
     return 2 if n_devices == FEWEST else 2 * n_devices // 3 + 1
 
 
+ATTEMPTS: Final = 3
+"""How often a sum is tried: devices may drop out before enough of them have revealed their shares."""
+
 USES: Final = 64
 """Sums of an epoch."""
 

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from fedbpt.coordinator.report_checks import check_evaluation, check_progress, check_report
 from fedbpt.engine.layers import normalized
 from fedbpt.errors import WireError
+from fedbpt.objective.layer_means import means_result, public_result
 from fedbpt.objective.layer_sums import cross_result, sketch_result, sums_result
 from fedbpt.objective.layer_view import Views
 from fedbpt.objective.logistic import logistic_result, moments_result
 from fedbpt.objective.losses import log_probabilities
+from fedbpt.objective.privacy import Releases
 from fedbpt.protocol import codec, polling, questions, rounds, specs
 from fedbpt.protocol.rounds import (
     CrossWork,
@@ -29,9 +31,11 @@ from fedbpt.protocol.rounds import (
     LocalResult,
     LocalWork,
     LogisticWork,
+    MeansWork,
     MomentsWork,
     PooledResult,
     PooledWork,
+    PublicWork,
     Reading,
     RoundPlan,
     RoundProgress,
@@ -42,7 +46,7 @@ from fedbpt.protocol.rounds import (
     SketchWork,
     SumsWork,
 )
-from fedbpt.protocol.specs import Array, Generation, Message, ObjectiveSpec, PromptSpec, Readout
+from fedbpt.protocol.specs import Array, Generation, Message, ObjectiveSpec, PrivacySpec, PromptSpec, Readout
 from fedbpt.search.local_search import farthest_move, local_search, sigma_squares_bounds
 from tests.support.fake_device import FakeDevice
 from tests.support.lies import EXTREMES, changed, largest, leaves
@@ -181,6 +185,24 @@ def layer_reports() -> dict[str, tuple[RoundPlan, RoundReport]]:
             bias=Array.of(np.zeros((2, 3)), "<f4"),
         )
     )
+    public = plan(work=PublicWork(purpose="probe", reading=reading, n_texts=8))
+    noisy = msgspec.structs.replace(
+        plan(
+            work=MeansWork(
+                purpose="probe",
+                reading=reading,
+                centre=Array.of(np.zeros((1, 2)), "<f4"),
+                projection=Array.of(np.ones((1, 2, 1)), "<f2"),
+                word_centres=Array.of(np.zeros((1, 3)), "<f4"),
+                word_clip=1.0,
+            )
+        ),
+        privacy=PrivacySpec(readout_noise=0.5),
+    )
+    assert isinstance(public.work, PublicWork)
+    assert isinstance(noisy.work, MeansWork)
+    assert noisy.privacy is not None
+    releases = Releases(noisy.privacy, b"key", "question")
     sketched = plan(work=SketchWork(purpose="probe", reading=reading, rank=2))
     assert isinstance(sketched.work, SketchWork)
     assert isinstance(sums.work, SumsWork)
@@ -195,6 +217,8 @@ def layer_reports() -> dict[str, tuple[RoundPlan, RoundReport]]:
             report(sketched, sketch_result(sketched.work, views, targets, folds, N_LABELS, seed=0)),
         ),
         "sums": (sums, report(sums, sums_result(sums.work, views, targets, folds, N_LABELS))),
+        "public": (public, report(public, public_result(public.work, views))),
+        "noisy": (noisy, report(noisy, means_result(noisy.work, views, targets, N_LABELS, releases))),
         "cross": (cross, report(cross, cross_result(cross.work, views, targets, folds, np.ones(8)))),
     }
 
@@ -209,7 +233,12 @@ ARRAYS: dict[str, dict[str, tuple[float, ...]]] = {
     "LocalResult.mean": {"local": (-200.0, 200.0, 9.9e8)},
     "FitResult.means": {"gradient": (-2e4, 2e4), "moments": (-1e5, 1e5), "bias": (-1.1, 1.1)},
     "SumsResult.centres": {"sums": (-1.5, 1.5)},
-    "Quantized.scales": {"sums": (-4.1, 4.1)},
+    "Quantized.scales": {"sums": (-4.1, 4.1), "public": (-1.5, 1.5)},
+    "PublicResult.centres": {"public": (-1.5, 1.5)},
+    "PublicResult.words": {"public": (-1.1e4, 1.0)},
+    "MeansResult.label_sums": {"noisy": (-36.1, 36.1)},
+    "MeansResult.state_sums": {"noisy": (-36.1, 36.1)},
+    "MeansResult.word_sums": {"noisy": (-36.1, 36.1)},
     "SumsResult.rests": {"sums": (-1.0, 16.1)},
     "SumsResult.word_means": {"sums": (-1.1e4, 1.0)},
     "SketchResult.counts": {"sketched": (-1.0, 8.1)},
@@ -278,6 +307,10 @@ LARGEST: dict[str, float] = {
     "sums": 12.0,
     "sketches": 25.0,
     "sizes": 1e6,
+    "words": 1e4,
+    "label_sums": 36.1,
+    "state_sums": 36.1,
+    "word_sums": 36.1,
     "mean": 100,
     "fitness": 1e4,
     "sigma_squares": 40,

@@ -278,9 +278,16 @@ def test_a_private_run_that_is_stopped_resumes_to_the_same_digest_and_epsilon(tm
         {"calibrate": True},
         {"balanced": True},
         {"method": "fedbpt"},
-        {"objective": ObjectiveSpec(readout_words=4)},
         {"objective": ObjectiveSpec(readout_words=0, perturb=0.5)},
+        {"objective": ObjectiveSpec(readout_words=4, perturb=0.5)},
+        {"objective": ObjectiveSpec(readout_words=4), "balanced": True},
+        {"objective": ObjectiveSpec(readout_words=4), "readout": "words"},
+        {"objective": ObjectiveSpec(readout_words=4), "readout": "layers"},
+        {"objective": ObjectiveSpec(readout_words=4), "readout": "logistic"},
+        {"objective": ObjectiveSpec(readout_words=4), "robust": "median"},
+        {"readout": "means"},
     ],
+    ids=str,
 )
 def test_settings_without_noise_are_refused_with_privacy(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):

@@ -8,6 +8,7 @@ from fedbpt.coordinator.work_kinds.base import WorkKind
 from fedbpt.coordinator.work_kinds.layer_fit import LayerCross, LayerSketches, LayerSums
 from fedbpt.coordinator.work_kinds.local import Local
 from fedbpt.coordinator.work_kinds.logistic_fit import StateLogistic, StateMoments
+from fedbpt.coordinator.work_kinds.means_fit import PrivateMeans, PublicTexts
 from fedbpt.coordinator.work_kinds.pooled import Pooled
 from fedbpt.coordinator.work_kinds.readout_fit import ReadoutFit
 from fedbpt.coordinator.work_kinds.secure import Keys, Shares, Unmask
@@ -24,6 +25,8 @@ KINDS: Final[tuple[WorkKind[Any, Any], ...]] = (
     StateMoments(),
     StateLogistic(),
     LayerSketches(),
+    PublicTexts(),
+    PrivateMeans(),
     Keys(),
     Shares(),
     Unmask(),

@@ -1,0 +1,97 @@
+"""`PrivacyLimit`: a device's own limit of the ε that its training rows are spent on, whatever coordinators ask."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Final
+
+from fedbpt.errors import InputError
+from fedbpt.objective.privacy import Released, require_accountant, sampling_rate, total_epsilon
+from fedbpt.protocol.rounds import (
+    EvaluateRequest,
+    LocalWork,
+    MeansWork,
+    PooledWork,
+    PublicWork,
+    RoundPlan,
+    SecureWork,
+    SelectWork,
+)
+
+DELTA: Final = 1e-5
+"""The δ at which the limit holds."""
+
+
+class PrivacyLimit:
+    """Counts what a device has sent in all runs since it was started. A repeated plan, with the same result, is free.
+
+    Args:
+        epsilon: most ε at `DELTA`; a plan beyond it is refused, and so is every plan without noise.
+        n_rows: the device's training rows.
+
+    Raises `MissingExtraError` without the accountant's library.
+    """
+
+    def __init__(self, epsilon: float, n_rows: int) -> None:
+        require_accountant()
+        self._most = epsilon
+        self._n_rows = n_rows
+        self._sent: dict[str, Released] = {}
+
+    @property
+    def spent(self) -> float:
+        """ε so far."""
+        return self._with(None)
+
+    def take(self, plan: RoundPlan, question: str) -> None:
+        """Count what ``plan`` asks for; ``question`` knows it again. Raises `InputError` beyond the limit.
+
+        It stays counted if the work is cancelled.
+        """
+        asked = self._released(plan)
+        if asked is None or question in self._sent:
+            return
+        found = self._with(asked)
+        if found > self._most:
+            raise InputError(
+                f"this work would bring the ε of this device's rows to {found:.2f}, beyond its --max-epsilon "
+                f"{self._most:g} (now {self.spent:.2f}): use more noise or fewer rounds, or start the device with more",
+                field="privacy",
+                limit=self._most,
+            )
+        self._sent[question] = asked
+
+    def check_evaluation(self, request: EvaluateRequest) -> None:
+        """Raise `InputError` for an exact evaluation of training rows."""
+        if request.split == "held":
+            raise InputError(
+                "this device's training rows are only used with noise (--max-epsilon), expected the dev or test split",
+                field="split",
+            )
+
+    def _released(self, plan: RoundPlan) -> Released | None:
+        """What a plan makes the device send; None: nothing of its rows."""
+        work, spec = plan.work, plan.privacy
+        if isinstance(work, PublicWork | SecureWork):
+            return None
+        if spec is None:
+            raise InputError(
+                "this device's rows are only used with noise (--max-epsilon): set [settings.privacy] in the run",
+                field="privacy",
+            )
+        if isinstance(work, MeansWork):
+            return Released(spec.noise_of_readout, 1.0, 1)
+        if isinstance(work, SelectWork):
+            return Released(spec.noise_multiplier, sampling_rate(self._n_rows, work.max_rows), 1)
+        rate = sampling_rate(self._n_rows, plan.objective.batch_size)
+        if isinstance(work, LocalWork):
+            return Released(spec.noise_multiplier, rate, work.iterations)
+        if isinstance(work, PooledWork):
+            return Released(spec.noise_multiplier, rate, 1)
+        raise InputError("expected work that has its noise, or a whole plan", field="privacy")
+
+    def _with(self, more: Released | None) -> float:
+        totals: Counter[tuple[float, float]] = Counter()
+        for sent in [*self._sent.values(), *([] if more is None else [more])]:
+            totals[sent.noise, sent.rate] += sent.times
+        return total_epsilon([Released(*key, times) for key, times in totals.items()], DELTA)

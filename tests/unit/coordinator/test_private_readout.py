@@ -1,0 +1,394 @@
+"""Private runs with a readout: noisy sums once a run, by devices that refuse a second one; ε, results, resuming."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from fedbpt import evaluate
+from fedbpt.api import make_prompt
+from fedbpt.coordinator.estimate import estimate
+from fedbpt.device.device import Device
+from fedbpt.errors import ConfigError, FederationError, InputError
+from fedbpt.objective.privacy import Releases, epsilon
+from fedbpt.prompts.model_card import model_card
+from fedbpt.protocol import codec
+from fedbpt.protocol.names import SUM
+from fedbpt.protocol.rounds import (
+    HeldRows,
+    LocalWork,
+    MeansResult,
+    MeansWork,
+    PooledWork,
+    PublicResult,
+    PublicWork,
+    RoundPlan,
+    RoundReport,
+    SearchState,
+    SelectWork,
+    Work,
+)
+from fedbpt.protocol.specs import Array, LayerReadout, ObjectiveSpec, PrivacySpec, PromptSpec
+from fedbpt.runs.events import RoundClosed
+from fedbpt.runs.result import RunResult
+from fedbpt.runs.settings import RunSettings
+from fedbpt.secure.sizes import ATTEMPTS
+from tests.support.raises import raises
+from tests.support.toy_scene import D, Scene, StopRunError, closed, settings, stop
+from tests.support.toy_scorer import ToyScorer
+from tests.support.toy_task import TASK, rows
+from tests.unit.coordinator.test_layer_runs import LONG, LayerScene, SpyDevice
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("dp_accounting")
+
+SPEC = PrivacySpec(readout_noise=0.7)
+STATE = SearchState(mean=Array.of(np.zeros(D), "<f4"), sigma=1.0)
+LITTLE = PrivacySpec(readout_noise=1e-3)  # to see what a run makes of almost exact sums
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Callable[..., LayerScene]]:
+    scenes: list[LayerScene] = []
+
+    def made(*args: Any, **options: Any) -> LayerScene:
+        scenes.append(LayerScene(tmp_path / f"{len(scenes)}.sqlite", *args, **options))
+        return scenes[-1]
+
+    yield made
+    for scene in scenes:
+        scene.store.close()
+
+
+@pytest.fixture
+def scene(make: Callable[..., LayerScene]) -> LayerScene:
+    return make()
+
+
+def run(scene: LayerScene, name: str = "r", **changes: Any) -> RunResult:
+    return scene.run(name, **{"privacy": SPEC, **changes})
+
+
+def plans(scene: LayerScene, kind: type[Any]) -> list[RoundPlan]:
+    return [plan for device in scene.devices.values() for plan in device.plans if isinstance(plan.work, kind)]
+
+
+# --- the whole run -----------------------------------------------------------------------------------------------
+
+
+def test_a_private_run_sends_noisy_sums_once_and_nothing_else_of_rows(scene: LayerScene) -> None:
+    result = run(scene)
+    assert scene.purposes() == ["probe"]
+    assert {type(plan.work) for device in scene.devices.values() for plan in device.plans} == {PublicWork, MeansWork}
+    assert len(plans(scene, MeansWork)) == 2
+    train = {text for device in scene.devices.values() for text, _ in device._rows["train"]}
+    for device in scene.devices.values():
+        assert not device.scored["PublicWork"] & train
+        assert {request.split for request in device.requests} <= {"dev", "test"}
+    assert (result.shipped, result.rounds, result.evaluations) == ("probe", 0, 0)
+    assert isinstance(result.readout, LayerReadout)
+    assert not result.latent.any()
+    assert set(result.scores("test")) == {"zero_shot", "probe", "tuned"}
+    assert result.tuned == result.baselines["probe"]
+
+
+def test_almost_exact_sums_give_the_classifier_of_all_rows_in_one_place(make: Callable[..., LayerScene]) -> None:
+    apart, together = make({"a": rows(24), "b": rows(24, 50)}), make({"a": rows(24) + rows(24, 50)})
+    found = [run(scene, privacy=LITTLE, test_rows=3).layer_fits["probe"] for scene in (apart, together)]
+    one, other = (each.weights.numpy().ravel() for each in found)
+    assert one @ other / np.linalg.norm(one) / np.linalg.norm(other) > 0.99
+
+
+def test_epsilon_is_that_of_one_release_however_many_devices_and_rows(scene: LayerScene) -> None:
+    result = run(scene)
+    told = [event.epsilon for event in scene.of(RoundClosed)]
+    assert told == [0.0, epsilon(SPEC, [], 1)]
+    assert result.epsilon == told[-1]
+    assert told[-1] == pytest.approx(epsilon(PrivacySpec(noise_multiplier=0.7), [(1.0, 1)]))
+    infos = [device.info() for device in scene.devices.values()]
+    chosen = settings(privacy=SPEC, calibrate=True, objective=ObjectiveSpec(batch_size=4), quorum=1.0)
+    cost = estimate(chosen, TASK, infos, chosen.aggregator())
+    assert (cost.epsilon, cost.rounds) == (result.epsilon, 0)
+
+
+def test_the_default_noise_spends_less_than_4() -> None:
+    assert 3.9 < epsilon(PrivacySpec(), [], 1) < 4.0
+    assert epsilon(PrivacySpec(), [(1.0, 1)], 1) > epsilon(PrivacySpec(), [], 1)
+
+
+def test_the_prompt_says_what_was_spent_and_evaluates_alike(scene: LayerScene) -> None:
+    result = run(scene)
+    prompt = make_prompt(ToyScorer(), TASK, result)
+    told = prompt.history[-1]
+    assert (told["readout_noise"], told["epsilon"]) == (0.7, result.epsilon)
+    assert "clip" not in told
+    text = model_card(prompt, "")
+    assert "made from noisy sums" in text
+    assert "held-out training rows chose" not in text
+    assert f"per training row of a device | {result.epsilon:.4g}" in text
+    found = evaluate(ToyScorer(), TASK, scene.test_rows(), prompt=prompt)
+    assert found.accuracy == pytest.approx(result.tuned.accuracy)
+
+
+def test_label_words_that_are_too_long_are_not_scored(make: Callable[..., LayerScene]) -> None:
+    scene = make(task=LONG)
+    result = run(scene)
+    assert result.is_unscored
+    assert {plan.work.reading.n_word_views for plan in plans(scene, MeansWork)} == {0}
+
+
+# --- repeating and resuming --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("round", [1, 2])
+def test_a_run_that_is_stopped_resumes_to_the_same_result(make: Callable[..., LayerScene], round: int) -> None:
+    scene, whole = make(), make()
+    whole.devices, whole.clients = scene.devices, scene.clients  # the devices keep their keys
+    scene.when(closed(round), stop)
+    with pytest.raises(StopRunError):
+        run(scene)
+    for client in scene.clients.values():
+        client.restart(graceful=True)
+    resumed = run(scene, deadline_s=4.0)
+    for client in scene.clients.values():
+        client.restart(graceful=True)
+    uninterrupted = run(whole)
+    for name in ("digest", "layer_fits", "tuned", "zero_shot", "epsilon", "shipped"):
+        assert getattr(resumed, name) == getattr(uninterrupted, name), name
+
+
+def test_a_device_sends_noisy_sums_once_a_run_and_the_same_ones_again(scene: LayerScene) -> None:
+    run(scene)
+    [asked, *_] = plans(scene, MeansWork)
+    device = scene.devices[asked.device]
+    first = device.run(asked)
+    assert device.run(msgspec.structs.replace(asked, deadline_s=9.0)).result == first.result
+    work = asked.work
+    assert isinstance(work, MeansWork)
+    other = msgspec.structs.replace(work, word_clip=2 * work.word_clip)
+    for changes in ({"work": other}, {"round": 9}, {"privacy": PrivacySpec(readout_noise=5.0)}, {"seed": 8}):
+        with raises(InputError, field="privacy"):
+            device.run(msgspec.structs.replace(asked, **changes))
+    again = device.run(msgspec.structs.replace(asked, run="another"))
+    assert isinstance(first.result, MeansResult)
+    noise = again.result.state_sums.numpy() - first.result.state_sums.numpy()
+    assert 0.5 * 0.7 * 2**0.5 < noise.std() < 2 * 0.7 * 2**0.5
+
+
+def test_the_noise_is_the_devices_own_and_the_counters_tell_nothing(make: Callable[..., LayerScene]) -> None:
+    scene = make({"a": rows(24), "b": rows(24)})
+    run(scene)
+    [one, other] = [scene.devices[plan.device].run(plan) for plan in plans(scene, MeansWork)]
+    assert (one.result.label_sums.numpy() != other.result.label_sums.numpy()).all()
+    assert one.tokens == other.tokens == 24 * plans(scene, MeansWork)[0].work.reading.n_views
+    assert one.seconds == 0
+
+
+def test_what_was_sent_survives_in_a_devices_state(scene: LayerScene) -> None:
+    run(scene)
+    [asked, *_] = plans(scene, MeansWork)
+    device = scene.devices[asked.device]
+    kept = type(device.state).from_bytes(device.state.to_bytes())
+    assert kept.released == device.state.released != {}
+
+
+def test_which_rows_are_summed_does_not_depend_on_their_labels(make: Callable[..., LayerScene]) -> None:
+    """Else emptying a row would change which others are in the sum."""
+    chosen = []
+    for targets in (0, 1):
+        relabelled = [(text, targets) for text, _ in rows(24)]
+        scene = make({"a": relabelled, "b": rows(12, 50)})
+        run(scene, fit_rows=6)
+        chosen.append(scene.devices["a"].scored["MeansWork"])
+    assert chosen[0] == chosen[1]
+    assert len(chosen[0]) == 6
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------
+
+
+def test_noisy_sums_without_their_noise_are_refused(scene: LayerScene) -> None:
+    run(scene)
+    [asked, *_] = plans(scene, MeansWork)
+    device = scene.devices[asked.device]
+    for changes in ({"privacy": None}, {"prompt": PromptSpec(d=2), "privacy": None}):
+        with raises(InputError, field="privacy"):
+            device.run(msgspec.structs.replace(asked, run="other", **changes))
+
+
+@pytest.mark.parametrize("field", ["centre", "projection", "word_centres"])
+def test_a_frame_of_another_shape_is_refused(scene: LayerScene, field: str) -> None:
+    run(scene)
+    [asked, *_] = plans(scene, MeansWork)
+    wrong = msgspec.structs.replace(asked.work, **{field: Array.of(np.ones((1, 1, 1)), "<f4")})
+    with raises(InputError, field=field):
+        scene.devices[asked.device].run(msgspec.structs.replace(asked, run="other", work=wrong))
+
+
+def test_a_prompt_is_not_summed_with(scene: LayerScene) -> None:
+    run(scene)
+    [asked, *_] = plans(scene, MeansWork)
+    latent = Array.of(np.ones_like(asked.work.reading.latent.numpy()))  # type: ignore[union-attr]
+    reading = msgspec.structs.replace(asked.work.reading, latent=latent)  # type: ignore[union-attr]
+    work = msgspec.structs.replace(asked.work, reading=reading)
+    with raises(InputError, field="latent"):
+        scene.devices[asked.device].run(msgspec.structs.replace(asked, run="other", work=work))
+
+
+class Unreadable(SpyDevice):
+    def info(self) -> Any:
+        return msgspec.structs.replace(super().info(), n_layer=0, n_embd=0)
+
+
+def test_a_model_whose_layers_cannot_be_read_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    scene = Scene(tmp_path / "runs.sqlite", *(Unreadable(name, rows(12), [], rows(4)) for name in "ab"))
+    with raises(FederationError, field="readout_words"):
+        scene.run(
+            task=TASK, privacy=SPEC, calibrate=True, objective=ObjectiveSpec(batch_size=4), prompt=PromptSpec(d=4)
+        )
+    scene.store.close()
+
+
+def test_settings_name_what_excludes_a_private_readout() -> None:
+    RunSettings(rounds=1, privacy=SPEC, readout="means")
+    for field, changes in {
+        "readout": {"readout": "words"},
+        "robust": {"robust": "median"},
+        "privacy": {"balanced": True},
+    }.items():
+        with pytest.raises(ConfigError) as caught:
+            RunSettings(rounds=1, privacy=SPEC, **changes)
+        assert caught.value.field in (field, "privacy")
+        assert field in str(caught.value)
+
+
+def test_a_search_with_privacy_keeps_the_identity_that_it_had() -> None:
+    """Runs of versions without private readouts can be resumed: their settings are told apart by the same fields."""
+    before = RunSettings(
+        rounds=1,
+        privacy=PrivacySpec(clip=0.3, noise_multiplier=2.0),
+        calibrate=False,
+        objective=ObjectiveSpec(readout_words=0),
+    )
+    assert b"readout_noise" not in codec.encode(before)
+    assert not before.reads_privately
+    assert before.epsilon(4, 256, 100) == pytest.approx(epsilon(PrivacySpec(), [(0.125, 1), (1 / 32, 100)]))
+
+
+# --- sums over devices only --------------------------------------------------------------------------------------
+
+FOUR = {name: rows(20, 60 * i) for i, name in enumerate("abcd")}
+
+
+def test_a_secure_run_sees_one_noisy_sum_and_reads_as_an_open_one(make: Callable[..., LayerScene]) -> None:
+    secure, openly = make(FOUR), make(FOUR)
+    seen = run(secure, privacy=LITTLE, secure=True, test_rows=3)
+    assert secure.purposes() == ["probe"]
+    first, last = secure.store.rounds("r")
+    assert {type(report.result) for report in first.reports} == {PublicResult}
+    assert [(report.device, type(report.result)) for report in last.reports] == [(SUM, MeansResult)]
+    assert {plan.secure.most_rows for plan in plans(secure, MeansWork) if plan.secure} == {0}
+    assert all(plan.secure for plan in plans(secure, MeansWork))
+    one, other = (found.layer_fits["probe"].weights.numpy().ravel() for found in (seen, run(openly, privacy=LITTLE)))
+    assert one @ other / np.linalg.norm(one) / np.linalg.norm(other) > 0.99
+    assert seen.epsilon == epsilon(LITTLE, [], 1)
+
+
+def test_devices_share_the_noise_of_a_masked_sum() -> None:
+    """Each of n devices adds 1/√t of it, where t are enough for a sum: if all others drop out, it is whole."""
+    draws = [Releases(SPEC, b"key", str(i)).noisy(np.zeros(40), devices=3)[0] for i in range(500)]
+    assert np.std(draws) == pytest.approx(0.7 / math.sqrt(3), rel=0.02)
+
+
+def test_a_device_that_drops_out_of_a_secure_sum_ends_no_private_run(make: Callable[..., LayerScene]) -> None:
+    scene = make({name: rows(20, 60 * i) for i, name in enumerate("abcde")})
+
+    def drop(report: RoundReport) -> RoundReport:
+        if isinstance(scene.devices["b"].plans[-1].work, MeansWork):
+            raise RuntimeError("no sums from me")
+        return report
+
+    scene.devices["b"].change = drop
+    result = run(scene, privacy=LITTLE, secure=True, deadline_s=3.0, test_rows=2)
+    assert result.shipped == "probe"
+    [*_, last] = scene.store.rounds("r")
+    [summed] = last.reports
+    assert summed.devices == ("a", "c", "d", "e")
+    assert summed.n_texts == 80
+
+
+def test_a_masked_sum_is_tried_a_few_times_and_never_of_capped_rows(make: Callable[..., LayerScene]) -> None:
+    scene = make(FOUR)
+    run(scene, secure=True, test_rows=2)
+    asked = next(plan for plan in plans(scene, MeansWork) if plan.device == "a")
+    device = scene.devices["a"]
+    assert asked.secure
+    capped = msgspec.structs.replace(asked.secure, most_rows=3)
+    with raises(InputError, field="privacy"):
+        device.run(msgspec.structs.replace(asked, secure=capped))
+    assert len(device.state.released["r"]) == 1
+    for tried in range(1, ATTEMPTS):
+        device.state.released["r"] = (*device.state.released["r"], f"try {tried}")
+    with raises(InputError, field="privacy"):
+        device.run(msgspec.structs.replace(asked, secure=msgspec.structs.replace(asked.secure, index=9)))
+
+
+# --- a device's own limit ----------------------------------------------------------------------------------------
+
+
+def limited(most: float) -> Device:
+    return Device("a", ToyScorer(), rows(24), rows(4), rows(4), task=TASK, max_epsilon=most)
+
+
+def asked_of(scene: LayerScene) -> RoundPlan:
+    run(scene)
+    return next(plan for plan in plans(scene, MeansWork) if plan.device == "a")
+
+
+def test_a_device_refuses_what_would_exceed_its_own_epsilon(scene: LayerScene) -> None:
+    asked = asked_of(scene)
+    one = epsilon(SPEC, [], 1)
+    device = limited(1.2 * one)
+    first = device.run(asked)
+    assert device.run(asked).result == first.result  # costs nothing
+    with raises(InputError, field="privacy", limit=1.2 * one):
+        device.run(msgspec.structs.replace(asked, run="another"))
+    weak = PrivacySpec(readout_noise=50.0)
+    device.run(msgspec.structs.replace(asked, run="a-third", privacy=weak))
+    with raises(InputError, field="privacy"):
+        limited(0.9 * one).run(asked)
+
+
+@pytest.mark.parametrize(
+    ("work", "releases"),
+    [
+        (PooledWork(state=STATE, generation=0, popsize=4), [(1 / 6, 1)]),
+        (LocalWork(state=STATE, iterations=3, popsize=4), [(1 / 6, 3)]),
+        (SelectWork(templates=TASK.templates, max_rows=12), [(0.5, 1)]),
+    ],
+)
+def test_losses_count_as_in_a_runs_own_figure(scene: LayerScene, work: Work, releases: list[tuple[float, int]]) -> None:
+    asked = msgspec.structs.replace(asked_of(scene), work=work)
+    spent = epsilon(SPEC, releases)
+    limited(spent * 1.001).run(asked)
+    with raises(InputError, field="privacy"):
+        limited(spent * 0.999).run(asked)
+
+
+def test_a_device_with_a_limit_uses_training_rows_with_noise_only(scene: LayerScene) -> None:
+    asked = asked_of(scene)
+    device = limited(100.0)
+    public = next(plan for plan in plans(scene, PublicWork) if plan.device == "a")
+    device.run(msgspec.structs.replace(public, privacy=None))
+    with raises(InputError, field="privacy"):
+        device.run(msgspec.structs.replace(asked, privacy=None, work=PooledWork(state=STATE, generation=0, popsize=4)))
+    request = scene.devices["a"].requests[-1]
+    device.evaluate(request)
+    with raises(InputError, field="split"):
+        device.evaluate(msgspec.structs.replace(request, split="held", held=HeldRows(seed=0)))
