@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -34,6 +34,7 @@ from fedbpt.net.tls import Tls
 from fedbpt.plain_text import echo
 from fedbpt.runs.run_lock import sole_worker
 from fedbpt.runs.store import RunStore
+from fedbpt.runs.submission import Job
 
 if TYPE_CHECKING:
     from fedbpt.dashboard.runs_server import RunsDashboardServer
@@ -100,7 +101,7 @@ def coordinator(
         store = stack.enter_context(RunStore(folder / "runs.db"))
         registry = stack.enter_context(DeviceRegistry(folder / "devices.db"))
         queue = stack.enter_context(RunQueue(folder / "queue.db", quota))
-        pages = _pages(store.path, queue, dashboard, dashboard_token, Tls(cert, key), allow_insecure)
+        pages = _pages(store.path, lambda: worker.jobs(), dashboard, dashboard_token, Tls(cert, key), allow_insecure)
         if pages is not None:
             stack.enter_context(pages)
         watch = unwatched if pages is None else pages.watch
@@ -123,7 +124,7 @@ def coordinator(
 
 
 def _pages(
-    store: Path, queue: RunQueue, at: str | None, token: Path | None, tls: Tls, allow_insecure: bool
+    store: Path, jobs: Callable[[], Sequence[Job]], at: str | None, token: Path | None, tls: Tls, allow_insecure: bool
 ) -> RunsDashboardServer | None:
     """The dashboard; None: there is to be none."""
     if at is None:
@@ -134,7 +135,7 @@ def _pages(
 
     host, port = host_and_port("--dashboard", at)
     secret = None if token is None else token_in(token)
-    return RunsDashboardServer(store, queue.jobs, host, port, token=secret, tls=tls, allow_insecure=allow_insecure)
+    return RunsDashboardServer(store, jobs, host, port, token=secret, tls=tls, allow_insecure=allow_insecure)
 
 
 @contextmanager

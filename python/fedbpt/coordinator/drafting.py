@@ -22,6 +22,9 @@ from fedbpt.protocol.membership import misfit
 from fedbpt.protocol.rounds import DeviceInfo
 from fedbpt.runs.submission import Submission
 
+RETURN_S: Final = 10.0
+"""How long a resumed run waits for all of its devices, in seconds: after a short break they call within a few."""
+
 POLL_S: Final = 0.5
 """Interval between two checks of which devices call in, in seconds."""
 
@@ -39,10 +42,11 @@ def draft(
     """Names of the devices that are to take part, sorted, as soon as all expected ones call in.
 
     Those are ``submission.expect`` or, if it is None, all that are enrolled or invited and do not have another task.
-    After ``wait_s`` seconds, fewer are enough: any number for a new run, its quorum for a resumed one.
+    A new run without ``expect`` begins with fewer after ``wait_s`` seconds, a resumed one with its quorum after
+    `RETURN_S`.
 
     Args:
-        known: enrolled devices that took part already; they belong to the run, present or not.
+        known: enrolled devices that took part already; they belong to a resumed run, present or not.
         model_fingerprint: the model that they must have; empty: any.
         control: ends the wait when it is stopped.
         tell: called with a line about what is missing, whenever it changes.
@@ -59,15 +63,15 @@ def draft(
         reasons = _ask(server, submission, model_fingerprint)
         fit = [name for name, reason in reasons.items() if not reason]
         wanted = submission.expect or max(expected - (len(reasons) - len(fit)), 1)
-        chosen = sorted({*fit, *known})
-        if len(fit) >= wanted:
-            return chosen
+        needed = math.ceil(submission.settings.quorum * len(known))
+        waited_s = time.monotonic() - began
+        can_resume = known and len({*fit}.intersection(known)) >= needed and waited_s > min(RETURN_S, wait_s)
+        can_begin = fit and not known and submission.expect is None and waited_s > wait_s
+        if len(fit) >= wanted or can_resume or can_begin:
+            return sorted({*fit, *known})
         what = f"{len(fit)} of {wanted} devices with task {submission.task.name!r} call in{_why(reasons)}"
-        if time.monotonic() - began > wait_s:
-            needed = submission.expect or max(math.ceil(submission.settings.quorum * len(known)), 1)
-            if len(fit) >= needed:
-                return chosen
-            raise QuorumError(f"{what} after {wait_s:g} s: {_advice(expected)}", limit=needed)
+        if waited_s > wait_s:
+            raise QuorumError(f"{what} after {wait_s:g} s: {_advice(expected)}", limit=needed or wanted)
         tell(f"waiting: {what}")
         time.sleep(POLL_S)
 

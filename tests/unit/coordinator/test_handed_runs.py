@@ -12,6 +12,7 @@ import httpx
 import msgspec
 import pytest
 
+from fedbpt.coordinator import drafting
 from fedbpt.coordinator.enrolment import DeviceRegistry
 from fedbpt.coordinator.federation import Federation
 from fedbpt.coordinator.remote_runs import RemoteRuns
@@ -173,6 +174,17 @@ def test_a_restarted_coordinator_goes_on_where_it_was(tmp_path: Path) -> None:
         whole.runs.hand_in(submission(rounds=40))
         whole.follow()
     assert (resumed.rounds, resumed.digest) == (40, whole.result.digest)
+
+
+def test_a_resumed_run_goes_on_with_its_quorum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with desk(tmp_path, FakeDevice("a", slow_s=0.05), FakeDevice("b")) as found:
+        found.runs.hand_in(submission(rounds=40))
+        wait_until(lambda: (run := found.store.find_run("r")) is not None and run.n_rounds > 2)
+    monkeypatch.setattr(drafting, "RETURN_S", 0.2)
+    with desk(tmp_path, FakeDevice("a")) as found:  # b is absent, but belongs to the run
+        found.follow()
+    assert [device.name for device in found.result.devices] == ["a", "b"]
+    assert found.result.rounds == 40
 
 
 def test_a_run_that_starts_over_does_so_once(tmp_path: Path) -> None:
