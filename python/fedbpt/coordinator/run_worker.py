@@ -24,8 +24,9 @@ from fedbpt.coordinator.gc_policy import collect_between_rounds, collect_normall
 from fedbpt.coordinator.ledger import RunLedger
 from fedbpt.coordinator.run_queue import RunQueue
 from fedbpt.coordinator.server import CoordinatorServer
-from fedbpt.errors import CoordinatorRefusedError, FedbptError, RunStopped
+from fedbpt.errors import MAX_MESSAGE_CHARS, CoordinatorRefusedError, FedbptError, RunStopped
 from fedbpt.faults import public_reason
+from fedbpt.plain_text import one_line
 from fedbpt.runs.event_log import Journal, LogFile, Sink
 from fedbpt.runs.events import Event, RoundClosed
 from fedbpt.runs.result import RunResult
@@ -287,7 +288,8 @@ class RunWorker:
         known = [] if stored is None else sorted(enrolled & {*self.store.devices(submission.run)})
         model = submission.model_fingerprint or ("" if stored is None else stored.model_fingerprint)
 
-        def tell(line: str) -> None:
+        def tell(what: str) -> None:
+            line = one_line(what, MAX_MESSAGE_CHARS)
             if line != self._waits_for:
                 self._tell(f"run {submission.run}: {line}")
             self._waits_for = line
