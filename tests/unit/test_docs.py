@@ -16,6 +16,7 @@ import fedbpt
 from fedbpt import cli, errors
 from fedbpt.coordinator.http import build_app as coordinator_app
 from fedbpt.coordinator.monitor import build_app as monitor_app
+from fedbpt.coordinator.run_routes import run_routes
 from fedbpt.device.agent.http import build_app as device_app
 from fedbpt.net.bodies import STATUS_OF_CODE
 from fedbpt.prompts.model_card import PLACES
@@ -54,11 +55,16 @@ def app(build: Any) -> Starlette:
     return application
 
 
+def operators_app(worker: Any) -> Starlette:
+    return Starlette(routes=run_routes(worker, "t" * 43))
+
+
 @pytest.mark.parametrize(
     ("build", "where"),
     [
         (device_app, "http.md"),
         (coordinator_app, "http.md"),
+        (operators_app, "http.md"),
         (monitor_app, "observability.md"),
         (serving_app, "serve.md"),
     ],
@@ -69,7 +75,7 @@ def test_every_route_is_documented(build: Any, where: str) -> None:
 
 
 def test_every_documented_route_exists() -> None:
-    known = {bare(route) for build in (device_app, coordinator_app) for route in routes(app(build))}
+    known = {bare(route) for build in (device_app, coordinator_app, operators_app) for route in routes(app(build))}
     assert documented_routes(page("http.md")) - known == set()
 
 

@@ -29,7 +29,7 @@ from fedbpt.plain_text import PlainFormatter, echo
 from fedbpt.version import VERSION
 
 COMMANDS = (
-    *("demo", "device", "tune", "evaluate", "chat", "serve", "export", "import"),
+    *("demo", "device", "tune", "coordinator", "evaluate", "chat", "serve", "export", "import"),
     *("bench", "models", "tasks", "runs", "dashboard", "devices", "certs"),
 )
 """Modules of `fedbpt.cli`. Each defines a function of the same name or, for a command group, ``app``.

@@ -47,7 +47,10 @@ def invite_command(
     elif quiet:
         echo(code)
     else:
-        echo(f"{code} enrols {name} once, within {minutes:g} minutes, while `fedbpt tune --listen` runs")
+        echo(
+            f"{code} enrols {name} once, within {minutes:g} minutes, while `fedbpt coordinator` or"
+            " `fedbpt tune --listen` runs"
+        )
 
 
 @app.command("list")

@@ -14,6 +14,7 @@ from fedbpt.coordinator.one_machine import settings_alone
 from fedbpt.errors import ConfigError
 from fedbpt.protocol.specs import as_name
 from fedbpt.runs.run_file import RunConfig, load_config
+from fedbpt.runs.settings import RunSettings
 from fedbpt.tasks import Row, Task, read_task_rows
 
 
@@ -53,6 +54,30 @@ class InlineSettings:
         settings = settings_for(task, Budget(self.evaluations, seconds=self.seconds), self.seed or 0)
         found = RunConfig(task=self.task, run=self.run or as_name(task.name), model=model, settings=settings)
         return found if self.store is None else msgspec.structs.replace(found, store=str(self.store)), task
+
+    def config_to_hand_in(self, run_file: Path | None, model: str | None) -> tuple[RunConfig, Task]:
+        """The run file and task of a run over the devices of a coordinator; ``model`` takes the run file's place.
+
+        Raises `ConfigError` if the task is missing or given twice, or the run file names devices.
+        """
+        if run_file is not None:
+            self.reject_with(run_file)
+            config, task = load_config(run_file)
+            if config.devices:
+                raise ConfigError(
+                    f"{run_file} names devices, but those of a coordinator call in: remove devices, or --coordinator",
+                    field="devices",
+                )
+            return msgspec.structs.replace(config, model=model or config.model), task
+        if self.task is None:
+            raise ConfigError("--task is missing: a run needs a run file, or --task", field="--task")
+        task = tasks.load(self.task)
+        alone = settings_for(task, Budget(self.evaluations, seconds=self.seconds), self.seed or 0)
+        many = RunSettings()
+        settings = msgspec.structs.replace(
+            alone, quorum=many.quorum, deadline_s=many.deadline_s, stragglers=many.stragglers
+        )
+        return RunConfig(task=self.task, run=self.run or as_name(task.name), model=model, settings=settings), task
 
     def reject_with(self, run_file: Path) -> None:
         """Raise `ConfigError` if any of these options is given besides ``run_file``."""

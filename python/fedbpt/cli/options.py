@@ -48,11 +48,22 @@ Questions = Annotated[
 ]
 
 
+CoordinatorUrl = Annotated[
+    str | None, typer.Option("--coordinator", help="Address of a `fedbpt coordinator`, which runs the runs.")
+]
+AdminToken = Annotated[
+    Path | None,
+    typer.Option("--admin-token", help="File of the coordinator's admin token. Default: runs/admin.token."),
+]
 Dashboard = Annotated[
     str | None,
     typer.Option(
         "--dashboard", metavar="[HOST:PORT]", help=f"Show and control the run in a browser, at {DEFAULT_ADDRESS}."
     ),
+]
+DashboardToken = Annotated[
+    Path | None,
+    typer.Option("--dashboard-token", help="Require the token in this file from browsers; created if absent."),
 ]
 AllowMetrics = Annotated[
     list[str] | None,

@@ -17,15 +17,13 @@ import msgspec
 
 from fedbpt.checking import DECODE_ERRORS
 from fedbpt.coordinator.clients import DeviceClient, HttpClient, PostOffice
+from fedbpt.coordinator.drafting import RETURN_S
 from fedbpt.coordinator.enrolment import DeviceRegistry
 from fedbpt.coordinator.server import CoordinatorServer
 from fedbpt.errors import ConfigError, DeviceError, WireError
 from fedbpt.net.tls import Tls
 from fedbpt.net.tokens import read_private
 from fedbpt.protocol.names import check_names
-
-RETURN_S: Final = 10.0
-"""How long a resumed run waits for all of its devices, in seconds: after a short break they call within a few."""
 
 NAME_S: Final = 1.0
 """How long to retry asking a device for its name, in seconds, before naming it after its address."""

@@ -7,11 +7,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 from rich.table import Table
 
 from fedbpt.api import make_prompt
-from fedbpt.cli.options import AsJson, Quiet, chosen_task, help_without_command, print_json
+from fedbpt.cli.hand_over import Coordinator, print_job
+from fedbpt.cli.options import (
+    AdminToken,
+    AllowInsecure,
+    AsJson,
+    Ca,
+    Cert,
+    CoordinatorUrl,
+    Key,
+    Quiet,
+    chosen_task,
+    help_without_command,
+    print_json,
+)
 from fedbpt.cli.report import print_result, result_as_json
 from fedbpt.cli.run_report import print_report, report_json, report_page
 from fedbpt.coordinator.ledger import RunLedger, is_of
@@ -22,6 +36,7 @@ from fedbpt.display.plain_console import PlainConsole
 from fedbpt.engine.native_scorer import load_model
 from fedbpt.errors import ConfigError, StoreError
 from fedbpt.machine.files import write_whole
+from fedbpt.net.tls import Tls
 from fedbpt.plain_text import echo
 from fedbpt.protocol import codec
 from fedbpt.runs.as_json import round_as_json, run_as_json, task_of_run
@@ -33,7 +48,8 @@ from fedbpt.tasks import Task
 
 app = typer.Typer(
     name="runs",
-    help="Manage the runs in a store: list, show, report, export, scalars, delete.\n\nExample: fedbpt runs list",
+    help="Manage the runs in a store, or of a coordinator:"
+    " list, show, report, export, scalars, cancel, delete.\n\nExample: fedbpt runs list",
 )
 app.callback(invoke_without_command=True)(help_without_command)
 
@@ -46,11 +62,24 @@ DEFAULT_STORE = Path("runs/runs.db")
 
 
 @app.command("list")
-def list_command(store: Store = DEFAULT_STORE, as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """List the runs of a store.
+def list_command(
+    store: Store = DEFAULT_STORE,
+    coordinator: CoordinatorUrl = None,
+    admin_token: AdminToken = None,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
+    allow_insecure: AllowInsecure = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """List the runs of a store or, with --coordinator, those that were handed to a coordinator.
 
     Example: fedbpt runs list --store runs/runs.db
     """
+    if coordinator is not None:
+        _list_jobs(Coordinator(coordinator, admin_token, Tls(cert, key, ca), allow_insecure), as_json, quiet)
+        return
     with open_store(store) as opened:
         runs = opened.list_runs()
         searched = {} if as_json or quiet else {run.run: _searched(opened, run) for run in runs}
@@ -71,6 +100,46 @@ def list_command(store: Store = DEFAULT_STORE, as_json: AsJson = False, quiet: Q
                 figure = f"ppl {tuned.perplexity:.2f}" if result.generates else f"{tuned.accuracy:.3f}"
             table.add_row(run.run, run.task, run.model_name, run.status, str(searched[run.run]), figure, run.updated)
         PlainConsole().print(table)
+
+
+def _list_jobs(coordinator: Coordinator, as_json: bool, quiet: bool) -> None:
+    with coordinator.connected() as runs:
+        jobs = runs.jobs()
+    if as_json:
+        print_json(msgspec.to_builtins(jobs))
+    elif quiet:
+        for job in jobs:
+            echo(job.run)
+    else:
+        table = Table(box=None)
+        for heading in ("run", "task", "method", "state", "handed in", "ended", ""):
+            table.add_column(heading)
+        for job in jobs:
+            state = f"{job.state} ({job.ahead} before it)" if job.ahead else job.state
+            table.add_row(job.run, job.task, job.method, state, job.handed_in[:19], job.ended[:19], job.detail)
+        PlainConsole().print(table)
+
+
+@app.command("cancel")
+def cancel_command(
+    run: RunName,
+    coordinator: Annotated[str, typer.Option("--coordinator", help="Address of the `fedbpt coordinator`.")],
+    admin_token: AdminToken = None,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
+    allow_insecure: AllowInsecure = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Stop a run of a coordinator, or take it out of its queue. Closed rounds are kept; handed in again, it resumes.
+
+    Example: fedbpt runs cancel news --coordinator http://127.0.0.1:8400
+    """
+    with Coordinator(coordinator, admin_token, Tls(cert, key, ca), allow_insecure).connected() as runs:
+        job = runs.cancel(run)
+    if as_json or not quiet:
+        print_job(job, as_json)
 
 
 @app.command("show")

@@ -10,16 +10,20 @@ from typing import Annotated, Any
 import typer
 
 from fedbpt.cli.devices import DEFAULT_REGISTRY
+from fedbpt.cli.hand_over import Coordinator, HandOver
 from fedbpt.cli.local_run import Files, InlineSettings
 from fedbpt.cli.observe import Observers
 from fedbpt.cli.options import (
+    AdminToken,
     AllowInsecure,
     AllowMetrics,
     AsJson,
     Ca,
     Cert,
     ClientCerts,
+    CoordinatorUrl,
     Dashboard,
+    DashboardToken,
     GpuLayers,
     GpuName,
     Key,
@@ -87,12 +91,11 @@ MonitorToken = Annotated[
     Path | None,
     typer.Option("--monitor-token", help="Token file that the monitor's clients must match; created if absent."),
 ]
-DashboardToken = Annotated[
-    Path | None,
-    typer.Option("--dashboard-token", help="Require the token in this file from browsers; created if absent."),
-]
 OnlyPlan = Annotated[
     bool, typer.Option("--plan", help="Query the devices, print an upper bound of the run's cost, and exit.")
+]
+Detach = Annotated[
+    bool, typer.Option("--detach", help="With --coordinator: hand the run in, print its state, and exit.")
 ]
 
 
@@ -118,6 +121,9 @@ def tune(
     expect: Expect = None,
     registry: Registry = DEFAULT_REGISTRY,
     tokens: Tokens = None,
+    coordinator: CoordinatorUrl = None,
+    admin_token: AdminToken = None,
+    detach: Detach = False,
     ca: Ca = None,
     cert: Cert = None,
     key: Key = None,
@@ -136,6 +142,8 @@ def tune(
 ) -> None:
     """Tune over devices, or on this machine only. Ctrl-C loses at most one round: the same command resumes.
 
+    With --coordinator, a `fedbpt coordinator` runs it over its devices; Ctrl-C only stops following it.
+
     Example: fedbpt tune --model smollm2-135m --task support.toml --data train.csv --test test.csv
     """
     given = _Options(
@@ -150,7 +158,32 @@ def tune(
         only_plan,
         allow_metric,
     )
-    if data is not None:
+    if coordinator is not None:
+        _reject_with_coordinator(
+            {
+                "--data": data,
+                "--dev": dev,
+                "--test": test,
+                "--allow-metric": allow_metric,
+                "--device": device,
+                "--listen": listen,
+                "--tokens": tokens,
+                "--client-certs": client_certs,
+                "--store": store,
+                "--plan": only_plan,
+                "--log": log,
+                "--monitor": monitor,
+                "--dashboard": dashboard,
+                "--questions": questions,
+            }
+        )
+        _hand_over(given, Coordinator(coordinator, admin_token, Tls(cert, key, ca), allow_insecure), detach)
+    elif admin_token or detach:
+        raise ConfigError(
+            "--admin-token and --detach need --coordinator, which runs the run: give its address, or omit them",
+            field="--admin-token" if admin_token else "--detach",
+        )
+    elif data is not None:
         _tune_here(given, Files(data, dev, test))
     elif dev or test:
         raise ConfigError(
@@ -164,6 +197,16 @@ def tune(
         )
     else:
         _tune_over_devices(given)
+
+
+def _reject_with_coordinator(values: Mapping[str, object]) -> None:
+    for option, value in values.items():
+        if value:
+            raise ConfigError(
+                f"{option} cannot be combined with --coordinator, whose machine has the run's devices, store and log:"
+                f" omit {option}",
+                field=option,
+            )
 
 
 @dataclass(frozen=True)
@@ -218,3 +261,11 @@ def _tune_over_devices(given: _Options) -> None:
     scorer = load_model(model, **given.engine) if model else None
     output = replace(given.output, prompt=out)
     Tuning(config, task, scorer, given.observers, output, given.fresh).run_over(reach)
+
+
+def _hand_over(given: _Options, coordinator: Coordinator, detach: bool) -> None:
+    config, task = given.inline.config_to_hand_in(given.run_file, given.model)
+    output = replace(given.output, prompt=prompt_path(config, given.output.prompt, config.model))
+    coordinator.connected().close()  # before the model, to report a wrong address or token file early
+    scorer = load_model(config.model, **given.engine) if config.model else None
+    HandOver(config, task, scorer, output, given.reach.expect, given.fresh, detach).to(coordinator)

@@ -194,21 +194,25 @@ class Tuning:
         config = self._config
         task = self._task
         scorer = self._scorer
-        output = self._output
-        saved = None
         if scorer is not None:
             watch.compare(
                 Comparison(lambda: models_of_run(scorer, task, result), task.labels, self._offered, watch.devices)
             )
-            if output.prompt is not None:
-                saved = make_prompt(scorer, task, result).save(output.prompt)
-        if output.as_json:
-            print_json(result_as_json(result, saved))
-            return
-        print_result(result, saved)
-        if saved is None and not output.quiet:
-            arguments = f"{config.run} --store {config.store} --model MODEL --out PROMPT.safetensors"
-            echo(f"to write its prompt: fedbpt runs export {arguments}")
+        export = f"fedbpt runs export {config.run} --store {config.store} --model MODEL --out PROMPT.safetensors"
+        print_outcome(task, scorer, self._output, result, export)
+
+
+def print_outcome(task: Task, scorer: NativeScorer | None, output: Output, result: RunResult, export: str) -> None:
+    """Write the prompt file, if there is the model, and print the result. ``export``: the command that writes it."""
+    saved = None
+    if scorer is not None and output.prompt is not None:
+        saved = make_prompt(scorer, task, result).save(output.prompt)
+    if output.as_json:
+        print_json(result_as_json(result, saved))
+        return
+    print_result(result, saved)
+    if saved is None and not output.quiet:
+        echo(f"to write its prompt: {export}")
 
 
 def _run_to_end(begin: Begin, settings: RunSettings) -> Ended:

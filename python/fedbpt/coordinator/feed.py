@@ -50,8 +50,9 @@ class EventFeed:
         return ""
 
     def open(self) -> None:
-        """Take readers from the running event loop."""
-        self._loop = asyncio.get_running_loop()
+        """Take readers from the running event loop. May be repeated there."""
+        with self._lock:
+            self._loop = None if self._closed else asyncio.get_running_loop()
 
     def close(self) -> None:
         """End: readers stop after the lines that are left. Call on the loop."""
@@ -59,6 +60,14 @@ class EventFeed:
             self._closed = True
             self._loop = None
         self._wake()
+
+    def end(self) -> None:
+        """`close`, from any thread."""
+        with self._lock:
+            loop = self._loop
+            self._closed = True
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(self.close)
 
     @property
     def n_readers(self) -> int:

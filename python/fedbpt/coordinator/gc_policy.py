@@ -23,3 +23,9 @@ def collect_between_rounds(event: Event) -> None:
             gc.collect()
         case RunFinished():
             gc.set_threshold(*NORMAL)  # the process may serve its dashboard for days
+
+
+def collect_normally() -> None:
+    """End what `collect_between_rounds` began, in a process that coordinates other runs later."""
+    gc.set_threshold(*NORMAL)
+    gc.unfreeze()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -52,10 +52,12 @@ def build_app(
     device_limit: tuple[float, int] = DEVICE_LIMIT,
     guess_limit: tuple[float, int] = GUESS_LIMIT,
     host: str | None = None,
+    more: Sequence[Route] = (),
 ) -> Starlette:
     """The routes, as an ASGI application. ``office`` belongs to the event loop that runs it.
 
-    ``host``: requests without a token must name this host; None: any host.
+    ``host``: requests without a token must name this host; None: any host. ``more``: other routes, such as those of
+    `fedbpt.coordinator.run_routes`.
     """
     routes = _Routes(registry, office, RateLimit(*device_limit), RateLimit(*guess_limit), host)
     return Starlette(
@@ -64,6 +66,7 @@ def build_app(
             Route(POLL_PATH, routes.poll, methods=["POST"]),
             Route(REPLY_PATH, routes.take_reply, methods=["POST"]),
             Route("/healthz", routes.healthz, methods=["GET"]),
+            *more,
         ],
         exception_handlers=EXCEPTION_HANDLERS,
         lifespan=routes.lifespan,

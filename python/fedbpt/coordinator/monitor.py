@@ -152,7 +152,7 @@ class _Routes:
     async def _stream(self, after: str) -> AsyncIterator[bytes]:
         yield f"retry: {RETRY_MS}\n\n".encode()
         async for item in self._feed.read(after, self._heartbeat_s):
-            yield _as_event(item)
+            yield as_server_sent(item)
 
     def show_metrics(self, _request: Request) -> Response:
         return PlainTextResponse(
@@ -182,7 +182,7 @@ class _JsonOnly:
         await self._app(scope, receive, send)
 
 
-def _as_event(item: Line | Missed | None) -> bytes:
+def as_server_sent(item: Line | Missed | None) -> bytes:
     """``item`` as a server-sent event: https://html.spec.whatwg.org/multipage/server-sent-events.html"""
     if item is None:
         return b": nothing new\n\n"

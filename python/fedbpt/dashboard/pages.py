@@ -33,16 +33,27 @@ class Part(Protocol):
 
 
 class RunPage:
-    """The run's page in one browser. ``invitation``: the read-only link for others; None: there is none."""
+    """The run's page in one browser.
 
-    def __init__(self, state: RunState, control: RunControl | None, invitation: str | None) -> None:
+    Args:
+        invitation: the read-only link for others; None: there is none.
+        other: title and path of the page that its bar links to.
+    """
+
+    def __init__(
+        self,
+        state: RunState,
+        control: RunControl | None,
+        invitation: str | None,
+        other: tuple[str, str] = ("Compare", "/compare"),
+    ) -> None:
         self._state = state
         self._version = -1
         self._urgent: tuple[object, ...] = ()
         self._updated = 0.0
         view = state.view()
         with page_frame(invitation):
-            self._heading = Heading(view)
+            self._heading = Heading(view, other)
             ui.element("div").classes("spring")
             self._controls = Controls(control)
         self._parts: list[Part] = [Story(), Tiles(), Curves(state), Stages(), Devices(state)]
@@ -70,13 +81,13 @@ class RunPage:
 
 
 class Heading:
-    def __init__(self, view: RunView) -> None:
+    def __init__(self, view: RunView, other: tuple[str, str]) -> None:
         with ui.element("div"):
             ui.label(view.run).classes("title").props("role=heading aria-level=1")
             self._what = ui.label().classes("what")
         self._status = ui.label().classes("state").props('role="status"')
         ui.label("Run").classes("tab here").props('aria-current="page"')
-        ui.link("Compare", "/compare").classes("tab")
+        ui.link(*other).classes("tab")
 
     def show(self, view: RunView) -> None:
         known = (view.task, view.model and f"on {view.model}", f"method {view.method}")

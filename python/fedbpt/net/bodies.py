@@ -48,6 +48,7 @@ STATUS_OF_CODE: Final = {
     "malformed": 400,
     "unauthorized": 401,
     "bad-code": 403,
+    "over-quota": 403,
     "wrong-content-type": 415,
     "too-large": 413,
     "too-slow": 408,

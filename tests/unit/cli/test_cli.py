@@ -85,7 +85,8 @@ LEAVES = {name: command for name, command in COMMANDS.items() if not hasattr(com
 
 
 def test_all_commands_exist() -> None:
-    words = ["demo", "device", "tune", "evaluate", "chat", "serve", "export", "import", "bench"]
+    words = ["demo", "device", "tune", "coordinator", "evaluate", "chat", "serve", "export", "import"]
+    words += ["bench"]
     words += ["models list", "models pull", "models path", "models rm", "models check", "models requantize"]
     words += ["tasks new"]
     words += ["certs init", "certs issue", "devices invite", "devices list", "devices revoke"]
@@ -96,6 +97,7 @@ def test_all_commands_exist() -> None:
         "runs export",
         "runs replay",
         "runs scalars",
+        "runs cancel",
         "runs delete",
         "dashboard",
     ]

@@ -55,6 +55,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "mood.toml").write_text(TASK_FILE)
     (tmp_path / "run.toml").write_text('task = "mood.toml"')
     (tmp_path / "binary").write_bytes(bytes(range(256)))
+    monkeypatch.setattr("fedbpt.cli.coordinator._work", lambda *_: None)  # it would serve until Ctrl-C
+    monkeypatch.setattr("fedbpt.coordinator.server.CoordinatorServer.start", lambda _: None)
     return tmp_path
 
 

@@ -42,8 +42,8 @@ def origin(url: str, allow_insecure: bool) -> str:
         raise _invalid(url)
     if found.scheme == "http" and not (allow_insecure or is_loopback(found.host)):
         raise ConfigError(
-            f"{url} is not encrypted and would expose this device's token: use https://, or --allow-insecure on a"
-            " network you trust",
+            f"{url} is not encrypted and would expose the token: use https://, or --allow-insecure on a network"
+            " you trust",
             field="coordinator",
         )
     return str(found)
