@@ -247,6 +247,7 @@ def test_every_public_function_and_class_is_among_them() -> None:
         "TuneResult",
         "AnswerComparison",
         "RefineResult",
+        "SampledTargets",
         "ModelCheck",
         "Gpu",
         "FedbptError",
