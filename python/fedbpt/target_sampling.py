@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -88,7 +89,7 @@ def sample_targets(
         if not text.strip():
             raise DataError(f"text {place} is empty: leave it out", field="texts")
     rows: list[Row] = [(task.clip(text), "") for text in texts]
-    best: list[tuple[float, str]] = [(float("-inf"), "")] * len(rows)
+    best: list[tuple[bool, float, str]] = [(False, -math.inf, "")] * len(rows)
     first = 0.0
     template = task.templates[0]
     for number in range(n_samples):
@@ -100,15 +101,15 @@ def sample_targets(
         found = answer_texts(scorer, task, rows, None, template, context, how)
         values = rewards_of(measure, rows, found).values
         first = float(values.mean()) if number == 0 else first
-        pairs = [(float(value), answer) for value, answer in zip(values, found, strict=True)]
-        best = [max(known, new, key=lambda pair: pair[0]) for known, new in zip(best, pairs, strict=True)]
+        new = [(bool(answer), float(value), answer) for value, answer in zip(values, found, strict=True)]
+        best = [max(pair, key=lambda each: each[:2]) for pair in zip(best, new, strict=True)]  # an empty one is none
     kept = tuple(
-        (text, answer) for (text, _), (value, answer) in zip(rows, best, strict=True) if answer and value >= least
+        (text, answer) for (text, _), (_, value, answer) in zip(rows, best, strict=True) if answer and value >= least
     )
     if not kept:
         raise DataError(
             f"no answer is worth {least:g} or more by the metric: give better examples or more samples, or lower least",
             field="least",
         )
-    mean = sum(value for value, _ in best) / len(best)
+    mean = sum(value for _, value, _ in best) / len(best)
     return SampledTargets(kept, first, mean, len(rows))

@@ -201,6 +201,8 @@ def test_texts_are_generated_side_by_side(tmp_path: Path, fleet: Fleet, open_pag
     expect(ballot).to_contain_text("Which reply is better?")
     ballot.get_by_role("button", name="Tuned").click()
     expect(ballot.get_by_role("status")).to_contain_text("kept in")
+    expect(ballot.get_by_role("button", name="Original")).to_be_hidden()  # one row for each question
+    page.get_by_role("button", name="Compare", exact=True).click()
     ballot.get_by_role("button", name="Keep it").click()
     expect(ballot.get_by_role("status")).to_contain_text("empty")
     ballot.get_by_label("A better one").fill(" my own é ")

@@ -165,7 +165,7 @@ class _Ballot:
         self._replies: dict[Side, str] = {}
         with ui.element("section").classes("panel vote") as self._panel:
             heading("Which label is right?" if labels else "Which reply is better?")
-            with ui.element("div").classes("row"):
+            with ui.element("div").classes("row") as self._choices:
                 if labels:
                     for label in labels:
                         button(label, "", partial(self._keep, label), "plain")
@@ -183,7 +183,7 @@ class _Ballot:
     def open(self, question: str, replies: dict[Side, str]) -> None:
         self._question, self._replies = question, replies
         self._said.text = f"Your choice becomes a row of {self._votes.path}, on this machine."
-        self._panel.visible = True
+        self._choices.visible = self._panel.visible = True
 
     def _keep_reply(self, side: Side) -> None:
         self._keep(self._replies[side])
@@ -202,6 +202,7 @@ class _Ballot:
             self._said.text = str(error)
         else:
             self._said.text = f"kept in {self._votes.path}"
+            self._choices.visible = False  # one row for each question
 
 
 class _Offers:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
+from fedbpt.checking import utf8
 from fedbpt.errors import ConfigError, DataError
 from fedbpt.tasks import Task
 
@@ -33,11 +35,17 @@ class Votes:
         self.path = path
 
     def add(self, text: str, answer: str) -> None:
-        """Add a row. Raises `DataError` if the file cannot be written."""
+        """Add a row. Raises `DataError` if the file cannot be written, `InputError` for a lone surrogate."""
+        for name, given in (("the text", text), ("the answer", answer)):
+            utf8(given, name)
         row = dict(zip(self.columns, (text, answer), strict=True))
+        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            with self.path.open("a+b") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(size - 1, 0))
+                is_whole = file.read(1) in (b"", b"\n")  # a row that was cut off keeps its line
+                file.write(line if is_whole else b"\n" + line)
         except OSError as error:
             raise DataError(f"cannot write {self.path}: {error.strerror or error}", field="--votes") from error
