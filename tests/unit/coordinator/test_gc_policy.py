@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from fedbpt.coordinator.gc_policy import NEVER, NORMAL, collect_between_rounds
+from fedbpt.coordinator import gc_policy
+from fedbpt.coordinator.gc_policy import MAX_SHARE, NEVER, NORMAL, collect_between_rounds
 from fedbpt.runs.events import RunFinished
 from tests.unit.display.test_display import closed, result, started
 
@@ -38,6 +39,27 @@ def test_old_objects_are_collected_only_when_a_round_has_closed() -> None:
     assert gone() is not None
     collect_between_rounds(closed(1))
     assert gone() is None
+
+
+def test_collections_take_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, collected = 1000.0, []
+
+    def collect() -> None:
+        nonlocal now
+        collected.append(now)
+        now += 1.0
+
+    monkeypatch.setattr(gc_policy.time, "monotonic", lambda: now)
+    monkeypatch.setattr(gc_policy.gc, "collect", collect)
+    collect_between_rounds(started())
+    for round in range(1, 101):
+        collect_between_rounds(closed(round))
+        now += 9.0
+    assert collected[0] == 1000.0
+    assert len(collected) == 1 + int((now - 1000.0) * MAX_SHARE)
+    collect_between_rounds(started())  # another run: its first round collects
+    collect_between_rounds(closed(1))
+    assert collected[-1] == now - 1.0
 
 
 def test_thresholds_are_restored_after_the_run() -> None:
