@@ -162,6 +162,8 @@ async def measure(n: int, per_round: int, rounds: int, idle_s: float, work_s: fl
             calling.cancel()
             await asyncio.gather(calling, return_exceptions=True)
             process.wait()
+    if process.returncode:
+        raise SystemExit(f"the coordinator ended with {process.returncode}")
     return figures(n, per_round, paced, said, waits)
 
 
