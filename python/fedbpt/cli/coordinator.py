@@ -140,7 +140,14 @@ def _pages(
 
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
-    """Lock ``folder`` against other coordinators. Raises `ConfigError` if there is one."""
+    """Make ``folder`` and lock it against other coordinators. Raises `ConfigError` if there is one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make the folder {folder}: {error.strerror or error}: choose another one (--folder)",
+            field="--folder",
+        ) from error
     with ExitStack() as stack:
         try:
             stack.enter_context(sole_worker(folder / "queue.db", ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -51,10 +52,17 @@ class Coordinator:
         return RemoteRuns(self.url, token_in(token), self.tls, self.allow_insecure)
 
     @property
-    def options(self) -> str:
+    def options(self) -> list[str]:
         """The options that reach it, for commands that are printed."""
-        token = "" if self.token is None else f" --admin-token {self.token}"
-        return f"--coordinator {self.url}{token}"
+        files = {
+            "--admin-token": self.token,
+            "--ca": self.tls.ca,
+            "--cert": self.tls.cert,
+            "--key": self.tls.key,
+        }
+        given = [word for option, file in files.items() if file is not None for word in (option, str(file))]
+        insecure = ["--allow-insecure"] if self.allow_insecure else []
+        return ["--coordinator", self.url, *given, *insecure]
 
 
 @dataclass(frozen=True)
@@ -96,9 +104,11 @@ class HandOver:
                 with display:
                     result = runs.follow(self.config.run, hear, lambda job: tell(describe(job)), tell)
             except KeyboardInterrupt:
+                same = "the same command without --fresh" if self.fresh else "the same command"
+                cancel = shlex.join(["fedbpt", "runs", "cancel", self.config.run, *coordinator.options])
                 echo(
-                    f"fedbpt: run {self.config.run} goes on at {coordinator.url}; the same command follows it again,"
-                    f" and this stops it: fedbpt runs cancel {self.config.run} {coordinator.options}",
+                    f"fedbpt: run {self.config.run} goes on at {coordinator.url}; {same} follows it again,"
+                    f" and this stops it: {cancel}",
                     err=True,
                 )
                 raise typer.Exit(INTERRUPTED) from None

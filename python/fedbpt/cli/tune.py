@@ -146,18 +146,6 @@ def tune(
 
     Example: fedbpt tune --model smollm2-135m --task support.toml --data train.csv --test test.csv
     """
-    given = _Options(
-        run_file,
-        model,
-        InlineSettings(task, run, store, evaluations, seconds, seed),
-        Reach(device or (), tokens, listen, expect, registry, Tls(cert, key, ca, client_certs), allow_insecure),
-        Observers(log, monitor, monitor_token, Tls(cert, key), allow_insecure, dashboard, dashboard_token),
-        Output(prompt_file, questions, as_json, quiet),
-        {"n_threads": threads, "n_gpu_layers": gpu_layers, "gpu": gpu},
-        fresh,
-        only_plan,
-        allow_metric,
-    )
     if coordinator is not None:
         _reject_with_coordinator(
             {
@@ -173,10 +161,26 @@ def tune(
                 "--plan": only_plan,
                 "--log": log,
                 "--monitor": monitor,
+                "--monitor-token": monitor_token,
                 "--dashboard": dashboard,
+                "--dashboard-token": dashboard_token,
+                "--registry": registry != DEFAULT_REGISTRY,
                 "--questions": questions,
             }
         )
+    given = _Options(
+        run_file,
+        model,
+        InlineSettings(task, run, store, evaluations, seconds, seed),
+        Reach(device or (), tokens, listen, expect, registry, Tls(cert, key, ca, client_certs), allow_insecure),
+        Observers(log, monitor, monitor_token, Tls(cert, key), allow_insecure, dashboard, dashboard_token),
+        Output(prompt_file, questions, as_json, quiet),
+        {"n_threads": threads, "n_gpu_layers": gpu_layers, "gpu": gpu},
+        fresh,
+        only_plan,
+        allow_metric,
+    )
+    if coordinator is not None:
         _hand_over(given, Coordinator(coordinator, admin_token, Tls(cert, key, ca), allow_insecure), detach)
     elif admin_token or detach:
         raise ConfigError(

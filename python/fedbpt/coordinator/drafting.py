@@ -13,14 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from fedbpt.coordinator.clients import DeviceClient
+from fedbpt.coordinator.clients.mailbox import REPLY_S
 from fedbpt.coordinator.control import RunControl
 from fedbpt.coordinator.enrolment import DeviceRegistry
 from fedbpt.coordinator.members import MAX_NAMED_DEVICES
 from fedbpt.coordinator.server import CoordinatorServer
-from fedbpt.errors import DeviceError, QuorumError, RunStopped, WireError
+from fedbpt.errors import DeviceError, QuorumError, WireError
 from fedbpt.protocol.membership import misfit
-from fedbpt.protocol.rounds import DeviceInfo
 from fedbpt.runs.submission import Submission
+from fedbpt.tasks import Task
 
 RETURN_S: Final = 10.0
 """How long a resumed run waits for all of its devices, in seconds: after a short break they call within a few."""
@@ -43,7 +44,7 @@ def draft(
 
     Those are ``submission.expect`` or, if it is None, all that are enrolled or invited and do not have another task.
     A new run without ``expect`` begins with fewer after ``wait_s`` seconds, a resumed one with its quorum after
-    `RETURN_S`.
+    `RETURN_S`. A device that was told to call later counts as soon as it has called.
 
     Args:
         known: enrolled devices that took part already; they belong to a resumed run, present or not.
@@ -55,58 +56,100 @@ def draft(
         QuorumError: too few devices after ``wait_s`` seconds.
         RunStopped: by ``control``.
     """
+    return asyncio.run(
+        control.unless_stopped(_draft(submission, server, registry, known, model_fingerprint, wait_s, tell))
+    )
+
+
+async def _draft(
+    submission: Submission,
+    server: CoordinatorServer,
+    registry: DeviceRegistry,
+    known: Sequence[str],
+    model_fingerprint: str,
+    wait_s: float,
+    tell: Callable[[str], None],
+) -> list[str]:
     began = time.monotonic()
+    inquiry = _Inquiry(server, submission.task, model_fingerprint)
     while True:
-        if control.stopped:
-            raise RunStopped("the run was stopped: start it again to resume it")
+        await inquiry.go_on(POLL_S)
         expected = sum(line.state != "revoked" for line in registry.devices())
-        reasons = _ask(server, submission, model_fingerprint)
+        reasons = inquiry.reasons
         fit = [name for name, reason in reasons.items() if not reason]
         wanted = submission.expect or max(expected - (len(reasons) - len(fit)), 1)
         needed = math.ceil(submission.settings.quorum * len(known))
         waited_s = time.monotonic() - began
         can_resume = known and len({*fit}.intersection(known)) >= needed and waited_s > min(RETURN_S, wait_s)
-        can_begin = fit and not known and submission.expect is None and waited_s > wait_s
+        is_late = waited_s > wait_s + (REPLY_S if inquiry.n_open else 0.0)
+        can_begin = fit and not known and submission.expect is None and is_late
         if len(fit) >= wanted or can_resume or can_begin:
             return sorted({*fit, *known})
-        what = f"{len(fit)} of {wanted} devices with task {submission.task.name!r} call in{_why(reasons)}"
-        if waited_s > wait_s:
-            raise QuorumError(f"{what} after {wait_s:g} s: {_advice(expected)}", limit=needed or wanted)
+        why = _why(reasons, inquiry.n_later)
+        what = f"{len(fit)} of {wanted} devices with task {submission.task.name!r} call in{why}"
+        if is_late:
+            raise QuorumError(
+                f"{what} after {wait_s:g} s: {_advice(expected, inquiry.n_later)}", limit=needed or wanted
+            )
         tell(f"waiting: {what}")
-        time.sleep(POLL_S)
+        await asyncio.sleep(POLL_S)
 
 
-def _ask(server: CoordinatorServer, submission: Submission, model_fingerprint: str) -> dict[str, str]:
-    """Why each device that calls in cannot take part; empty: it can."""
-    clients = [server.client(name) for name in server.present()]
-    task = submission.task.identity
+class _Inquiry:
+    """Asks all devices that call in what they have, again and again: tasks of the running event loop.
 
-    async def reason(client: DeviceClient) -> str:
+    Attributes:
+        reasons: why each device that has replied cannot take part; empty: it can.
+        n_later: number of devices that have not replied, since they were told to call later.
+        n_open: number of devices that have not replied, but are to.
+    """
+
+    def __init__(self, server: CoordinatorServer, task: Task, model_fingerprint: str) -> None:
+        self.reasons: dict[str, str] = {}
+        self.n_later = 0
+        self.n_open = 0
+        self._server = server
+        self._task = task.identity
+        self._model_fingerprint = model_fingerprint or None
+        self._asked: dict[str, asyncio.Task[str]] = {}
+
+    async def go_on(self, wait_s: float) -> None:
+        """Ask those that are not asked already, and take the replies of the next ``wait_s`` seconds."""
+        present = self._server.present()
+        for name in present:
+            if name not in self._asked:
+                self._asked[name] = asyncio.ensure_future(self._reason(self._server.client(name)))
+        if self._asked:
+            await asyncio.wait(self._asked.values(), timeout=wait_s)
+        for name in [name for name, task in self._asked.items() if task.done()]:
+            self.reasons[name] = self._asked.pop(name).result()
+        self.reasons = {name: self.reasons[name] for name in present if name in self.reasons}
+        waits = [name for name in present if name not in self.reasons]
+        self.n_later = sum(self._server.office.due_s(name) > 0 for name in waits)
+        self.n_open = len(waits) - self.n_later
+
+    async def _reason(self, client: DeviceClient) -> str:
         try:
             info = await client.status()
         except (DeviceError, WireError) as error:
             return str(error)
         finally:
             await client.aclose()
-        return _misfit(info)
-
-    def _misfit(info: DeviceInfo) -> str:
-        found = misfit(info, model_fingerprint or None, task)
+        found = misfit(info, self._model_fingerprint, self._task)
         return "" if found is None else f"it {found.reason}"
 
-    async def reasons() -> list[str]:
-        return list(await asyncio.gather(*map(reason, clients)))
 
-    return dict(zip([client.name for client in clients], asyncio.run(reasons()), strict=True))
-
-
-def _why(reasons: Mapping[str, str]) -> str:
+def _why(reasons: Mapping[str, str], n_later: int) -> str:
     unfit = [f"{name}: {reason.removeprefix(f'{name}: ')}" for name, reason in reasons.items() if reason]
     more = [f"and {len(unfit) - MAX_NAMED_DEVICES} more"] if len(unfit) > MAX_NAMED_DEVICES else []
-    return f" ({'; '.join(unfit[:MAX_NAMED_DEVICES] + more)})" if unfit else ""
+    later = [f"{n_later} told to call later"] if n_later else []
+    found = unfit[:MAX_NAMED_DEVICES] + more + later
+    return f" ({'; '.join(found)})" if found else ""
 
 
-def _advice(expected: int) -> str:
+def _advice(expected: int, n_later: int) -> str:
     if not expected:
         return "no device is invited or enrolled, run `fedbpt devices invite NAME` on the coordinator"
+    if n_later:
+        return "start the coordinator with a longer --wait, and hand the run in again"
     return "start devices with this task, and hand the run in again"

@@ -1,7 +1,8 @@
 """`EventFeed`: the latest lines of a run's event log, for any number of readers. The run never waits for a reader.
 
 A limited number of lines is kept for all readers, each of which has a position in them. A reader that is too slow, or
-comes late, is told how many lines it missed.
+comes late, is told how many lines it missed, and gets the latest line of each kind in `KEEP_LATEST` all the same:
+without them, the lines that follow cannot be read.
 """
 
 from __future__ import annotations
@@ -14,9 +15,13 @@ from typing import Final, NamedTuple
 
 from fedbpt.net.deadlines import within
 from fedbpt.runs.event_log import Line
+from fedbpt.runs.events import RunStarted, StageBegan, TemplateSelected
 
 KEEP_LINES: Final = 2000
 KEEP_BYTES: Final = 8 * 2**20
+
+KEEP_LATEST: Final = (RunStarted, TemplateSelected, StageBegan)
+"""Events of which the latest line is kept beyond these limits."""
 
 
 class Missed(NamedTuple):
@@ -33,6 +38,7 @@ class EventFeed:
         self._keep_bytes = keep_bytes
         self._lock = threading.Lock()
         self._lines: deque[Line] = deque()
+        self._latest: dict[type, Line] = {}
         self._bytes = 0
         self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -41,6 +47,8 @@ class EventFeed:
     def __call__(self, line: Line) -> str:
         with self._lock:
             self._lines.append(line)
+            if isinstance(line.entry.event, KEEP_LATEST):
+                self._latest[type(line.entry.event)] = line
             self._bytes += len(line.json)
             while len(self._lines) > self._keep_lines or (self._bytes > self._keep_bytes and len(self._lines) > 1):
                 self._bytes -= len(self._lines.popleft().json)
@@ -74,7 +82,7 @@ class EventFeed:
         return len(self._woken)
 
     async def read(self, after: str, heartbeat_s: float) -> AsyncIterator[Line | Missed | None]:
-        """Yield the lines after the id ``after`` (``SITTING-SEQ``); an unknown id: from the first line that is kept.
+        """Yield the lines after the id ``after`` (``SITTING-SEQ``) that are kept; an unknown id: all.
 
         Yields None after ``heartbeat_s`` seconds without a line.
         """
@@ -107,7 +115,11 @@ class EventFeed:
             if not self._lines:
                 return None, self._closed
             first = self._lines[0].entry  # line numbers have no gaps
-            place = max(read + 1 - first.seq, 0) if sitting == first.sitting else 0
+            read = read if sitting == first.sitting else 0
+            dropped = [line for line in self._latest.values() if read < line.entry.seq < first.seq]
+            if dropped:
+                return min(dropped, key=lambda line: line.entry.seq), self._closed
+            place = max(read + 1 - first.seq, 0) if read else 0
             return (self._lines[place] if place < len(self._lines) else None), self._closed
 
     def _wake(self) -> None:

@@ -43,6 +43,10 @@ def collect_between_rounds(event: Event) -> None:
 
 
 def collect_normally() -> None:
-    """End what `collect_between_rounds` began, in a process that coordinates other runs later."""
+    """End what `collect_between_rounds` began, in a process that coordinates other runs later.
+
+    Call when nothing holds the run any more: it has reference cycles, and the next run would freeze them.
+    """
     gc.set_threshold(*NORMAL)
     gc.unfreeze()
+    gc.collect()

@@ -28,7 +28,7 @@ from fedbpt.errors import MAX_MESSAGE_CHARS, CoordinatorRefusedError, FedbptErro
 from fedbpt.faults import public_reason
 from fedbpt.plain_text import one_line
 from fedbpt.runs.event_log import Journal, LogFile, Sink
-from fedbpt.runs.events import Event, RoundClosed
+from fedbpt.runs.events import Evaluated, Event, RoundClosed, RunStarted
 from fedbpt.runs.result import RunResult
 from fedbpt.runs.store import RunStore
 from fedbpt.runs.submission import Job, Submission
@@ -119,10 +119,11 @@ class RunWorker:
         """Queue a run, or resume one that was cancelled or failed; a finished one with the same budget stays.
 
         Raises:
-            CoordinatorRefusedError: see `RunQueue.add`; ``conflict``: also a stored run of another task or settings.
+            CoordinatorRefusedError: see `RunQueue.add`; ``conflict``: also a stored run of another task or settings, or
+                settings that do not fit the task.
         """
         run = submission.run
-        has_result = not submission.fresh and self._is_finished(submission)
+        has_result = self._is_finished(submission)
         if not (has_result and any(job.run == run and job.state == "finished" for job in self.queue.jobs())):
             self.queue.add(submission)
             self._woken.set()
@@ -168,10 +169,16 @@ class RunWorker:
         return job
 
     def _is_finished(self, submission: Submission) -> bool:
-        """Whether the store has the result. Raises `CoordinatorRefusedError` if it has another run of this name."""
-        settings = submission.settings.for_labels(submission.task.labels, submission.task.generation)
+        """Whether the store has the result of a run that is not to start over.
+
+        Raises:
+            CoordinatorRefusedError: its settings do not fit its task, or the store has another run of this name.
+        """
         try:
+            settings = submission.settings.for_labels(submission.task.labels, submission.task.generation)
             aggregator = settings.aggregator()
+            if submission.fresh:
+                return False
             return RunLedger(self.store, submission.run, submission.task, settings, aggregator).finished() is not None
         except FedbptError as error:
             raise CoordinatorRefusedError(str(error), "conflict") from error
@@ -185,6 +192,7 @@ class RunWorker:
                 current = self._take()
                 if current is not None:
                     self._finish(server, *current)
+                    collect_normally()
                 elif self._stopping:
                     return
                 else:
@@ -232,7 +240,6 @@ class RunWorker:
                 self._current = None
                 self._waits_for = self._cancelled = self._over_quota = ""
             current.feed.end()
-            collect_normally()
         self._tell(f"run {run}: {ended}")
 
     def _run(self, server: CoordinatorServer, submission: Submission, current: Current) -> RunResult:
@@ -244,21 +251,28 @@ class RunWorker:
             stack.enter_context(journal.hearing_warnings())
             stack.enter_context(self.store.held(run))
             is_fresh = submission.fresh
+            stored_bytes = 0  # of earlier sessions
 
             def hear(event: Event) -> None:
-                nonlocal is_fresh
+                nonlocal is_fresh, stored_bytes
                 journal(event)
-                if isinstance(event, RoundClosed):
-                    if is_fresh:
-                        is_fresh = False
-                        self.queue.begun(run)
-                    self._check_bytes(event, current.control)
+                match event:
+                    case RunStarted():
+                        stored_bytes = sum(each.bytes_up + each.bytes_down for each in self.store.traffic(run).values())
+                        self._check_bytes(stored_bytes, current.control)
+                    case RoundClosed() | Evaluated():
+                        used = sum(client.bytes_up + client.bytes_down for client in clients)
+                        self._check_bytes(stored_bytes + used, current.control)
+                if is_fresh and isinstance(event, RoundClosed):
+                    is_fresh = False
+                    self.queue.begun(run)
                 collect_between_rounds(event)
 
             names = self._draft(server, submission, current.control)
+            clients = [server.client(name) for name in names]
             settings = submission.settings
             federation = Federation(
-                [server.client(name) for name in names],
+                clients,
                 submission.task,
                 settings,
                 settings.aggregator(),
@@ -270,9 +284,9 @@ class RunWorker:
             )
             return federation.run()
 
-    def _check_bytes(self, event: RoundClosed, control: RunControl) -> None:
-        """Stop the run if its devices have sent and received more than its quota."""
-        most, used = self.queue.quota.bytes, event.bytes_up + event.bytes_down
+    def _check_bytes(self, used: int, control: RunControl) -> None:
+        """Stop the run if its devices have sent and received more bytes than its quota."""
+        most = self.queue.quota.bytes
         if most is not None and used > most:
             self._over_quota = (
                 f"its devices sent and received {used:,} bytes, and this coordinator allows a run {most:,}: its rounds"

@@ -89,7 +89,7 @@ class RunsDashboardServer(HttpServer):
         if self._store.find_run(run) is None and run not in {job.run for job in self._jobs()}:
             return None
         state = RunState(run)
-        self._refresh(state)
+        refresh(state, self._store)
         with self._lock:
             self._shown.add(state)
         return state, None
@@ -114,12 +114,16 @@ class RunsDashboardServer(HttpServer):
             with self._lock:
                 shown = list(self._shown)
             for state in shown:
-                await asyncio.to_thread(self._refresh, state)
+                await asyncio.to_thread(refresh, state, self._store)
             del shown
             await asyncio.sleep(POLL_S)
 
-    def _refresh(self, state: RunState) -> None:
-        try:
-            state.refresh(self._store)
-        except StoreError as error:  # the next attempt may succeed; the run has its own connection
-            log.warning("the dashboard cannot read run %s: %s", state.run, error)
+
+def refresh(state: RunState, store: RunStore) -> None:
+    """Read what is new of a run. What prevents it is logged: the next attempt may succeed, and other pages go on."""
+    try:
+        state.refresh(store)
+    except StoreError as error:
+        log.warning("the dashboard cannot read run %s: %s", state.run, error)
+    except Exception:
+        log.exception("the dashboard cannot show run %s", state.run)

@@ -228,7 +228,7 @@ class RunState:
             self._apply(stored, history, rounds)
             for name, info in devices.items():
                 device = self._device(name)
-                device.traffic = traffic[name]
+                device.traffic = traffic.get(name, Traffic(0, 0, 0))  # absent: the run was replaced between the reads
                 device.info = device.info or info
             self.version += 1
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 import stat
 from pathlib import Path
 
@@ -11,12 +13,14 @@ import pytest
 from fedbpt import cli
 from fedbpt.cli import coordinator as command
 from fedbpt.cli.hand_over import describe
+from fedbpt.coordinator.remote_runs import RemoteRuns
 from fedbpt.coordinator.run_queue import RunQueue
 from fedbpt.coordinator.run_worker import RunWorker
 from fedbpt.coordinator.server import CoordinatorServer
 from fedbpt.runs.run_lock import sole_worker
 from fedbpt.runs.submission import Job, Submission
 from tests.support.toy_scene import ToyTask, settings
+from tests.support.toy_task import TASK_FILE
 
 pytestmark = pytest.mark.slow
 
@@ -33,6 +37,63 @@ def test_a_second_coordinator_in_the_same_folder_is_refused(tmp_path: Path, capf
     err = capfd.readouterr().err
     assert len(err.splitlines()) == 1
     assert "--folder" in err
+
+
+def test_a_new_folder_is_made_wherever_the_token_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "new" / "runs"
+    monkeypatch.setattr(command, "_work", lambda *_: None)
+    start = ("coordinator", "--folder", str(folder), "--listen", "127.0.0.1:0")
+    assert run(*start, "--admin-token", str(tmp_path / "admin.token")) == 0
+    assert (folder / "queue.db").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    start = ("coordinator", "--folder", str(tmp_path / "file"), "--listen", "127.0.0.1:0")
+    assert run(*start, "--admin-token", str(tmp_path / "admin.token")) == 2
+    err = capfd.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert "--folder" in err
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_who_stops_following_is_told_how_to_go_on_and_how_to_cancel(
+    fresh: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("certs", "init") == 0
+    shutil.copytree("certs", "my certs")
+    (tmp_path / "task.toml").write_text(TASK_FILE)
+    said: list[str] = []
+
+    def leave(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def ask(_worker: RunWorker, server: CoordinatorServer) -> None:
+        to = ("--coordinator", server.url, "--admin-token", "runs/admin.token", "--ca", "my certs/ca.pem")
+        words = ("tune", "--task", "task.toml", "--run", "r", *to, *(["--fresh"] if fresh else []))
+        assert run(*words) == 130
+        said.append(capfd.readouterr().err.splitlines()[-1])
+        cancel = shlex.split(said[0].partition("fedbpt runs cancel")[2])
+        assert cancel == ["r", *to]
+        assert run("runs", "cancel", *cancel) == 0
+
+    monkeypatch.setattr(RemoteRuns, "follow", leave)
+    monkeypatch.setattr(command, "_work", ask)
+    files = ("--cert", "certs/coordinator.pem", "--key", "certs/coordinator.key")
+    assert run("coordinator", "--listen", "127.0.0.1:0", *files) == 0
+    assert ("the same command without --fresh" in said[0]) == fresh
+
+
+@pytest.mark.parametrize("option", ["--monitor-token", "--dashboard-token", "--registry"])
+def test_options_of_the_runs_own_machine_are_refused(
+    option: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = ("--task", "ag-news", "--coordinator", "http://127.0.0.1:1", option, str(tmp_path / "file"))
+    assert run("tune", *given) == 2
+    err = capfd.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert f"{option} cannot be combined with --coordinator" in err
 
 
 def test_runs_are_listed_and_cancelled_over_tls(

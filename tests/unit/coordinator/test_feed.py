@@ -9,7 +9,8 @@ from typing import Any
 
 from fedbpt.coordinator.feed import EventFeed, Missed
 from fedbpt.runs.event_log import Journal, Line
-from fedbpt.runs.events import LateReport
+from fedbpt.runs.events import LateReport, StageBegan, TemplateSelected
+from tests.unit.display.test_display import TEMPLATE, started
 
 
 def event(round: int) -> LateReport:
@@ -106,6 +107,25 @@ def test_long_lines_are_bounded_by_their_bytes() -> None:
             return await to_end(feed)
 
     assert in_loop(main) == [9]
+
+
+def test_a_late_reader_gets_what_the_lines_that_are_left_need() -> None:
+    async def main() -> list[list[Any]]:
+        lines: list[Line] = []
+        async with open_feed(keep_lines=2) as (feed, _):
+            journal = Journal(feed, lambda line: lines.append(line) or "")
+            journal(started())
+            journal(TemplateSelected(template=TEMPLATE, index=0, losses=()))
+            journal(StageBegan(stage="calibration"))
+            journal(StageBegan(stage="search"))
+            for round in range(6):
+                journal(event(round))
+            sitting = lines[0].entry.sitting
+            return [await to_end(feed, f"{sitting}-{seq}") for seq in (0, 2, 4, 9)]
+
+    left = [Missed(4), 9, 10]
+    new, known = [1, 2, Missed(1), 4, *left], [Missed(1), 4, *left]
+    assert in_loop(main) == [new, known, left, [10]]
 
 
 def test_a_reader_gets_a_heartbeat_while_nothing_happens() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from fedbpt.coordinator import gc_policy
-from fedbpt.coordinator.gc_policy import MAX_SHARE, NEVER, NORMAL, collect_between_rounds
+from fedbpt.coordinator.gc_policy import MAX_SHARE, NEVER, NORMAL, collect_between_rounds, collect_normally
 from fedbpt.runs.events import RunFinished
 from tests.unit.display.test_display import closed, result, started
 
@@ -66,3 +66,13 @@ def test_thresholds_are_restored_after_the_run() -> None:
     collect_between_rounds(started())
     collect_between_rounds(RunFinished(result=result()))
     assert gc.get_threshold() == NORMAL
+
+
+def test_what_a_run_leaves_is_collected_before_the_next_one_freezes_it() -> None:
+    run = Cycle()
+    gone = weakref.ref(run)
+    collect_between_rounds(started())
+    del run
+    collect_normally()
+    assert gone() is None
+    assert (gc.get_threshold(), gc.get_freeze_count()) == (NORMAL, 0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,6 +23,7 @@ from fedbpt.coordinator.run_routes import run_routes
 from fedbpt.coordinator.run_worker import RunWorker
 from fedbpt.coordinator.server import CoordinatorServer
 from fedbpt.errors import ConfigError, CoordinatorRefusedError, FedbptError, FederationError, StoreError
+from fedbpt.protocol.specs import ObjectiveSpec
 from fedbpt.protocol.task_identity import TaskIdentity
 from fedbpt.runs.events import Event, RoundClosed, RunFinished, RunStarted
 from fedbpt.runs.store import RunStore
@@ -36,8 +39,9 @@ TOKEN = "t" * 43
 OTHER = TaskIdentity.of("other", ("x", "y"), (("text",), "label", None))
 
 
-def submission(run: str = "r", rounds: int = 3, **changes: Any) -> Submission:
-    return Submission(run=run, task=ToyTask(), settings=settings(rounds=rounds), **changes)
+def submission(run: str = "r", rounds: int = 3, evaluate_every: int = 0, **changes: Any) -> Submission:
+    chosen = settings(rounds=rounds, evaluate_every=evaluate_every)
+    return Submission(run=run, task=ToyTask(), settings=chosen, **changes)
 
 
 class Desk:
@@ -48,8 +52,8 @@ class Desk:
         self.told: list[str] = []
         self.store = stack.enter_context(RunStore(folder / "runs.db"))
         self.queue = stack.enter_context(RunQueue(folder / "queue.db", quota))
-        registry = stack.enter_context(DeviceRegistry(folder / "devices.db"))
-        self.worker = RunWorker(self.queue, self.store, registry, folder / "logs", wait_s, self.told.append)
+        self.registry = stack.enter_context(DeviceRegistry(folder / "devices.db"))
+        self.worker = RunWorker(self.queue, self.store, self.registry, folder / "logs", wait_s, self.told.append)
         self.server: CoordinatorServer
         self.runs: RemoteRuns
 
@@ -58,6 +62,17 @@ class Desk:
         seen: list[Event | Job] = []
         self.result = self.runs.follow(run, seen.append, seen.append, self.told.append)
         return seen
+
+    def send_away(self, device: str, seconds: float) -> None:
+        """Have a new ``device`` that was told to call after ``seconds``, and does not call before."""
+        self.registry.invite(device)
+        office = self.server.office
+
+        async def pause() -> None:
+            office.box(device).pause(seconds)
+
+        assert office._loop is not None
+        asyncio.run_coroutine_threadsafe(pause(), office._loop).result(60)
 
     def states(self) -> dict[str, str]:
         return {job.run: job.state for job in self.runs.jobs()}
@@ -135,6 +150,56 @@ def test_a_run_waits_for_the_devices_it_expects(tmp_path: Path) -> None:
             found.follow()
         assert "1 of 2 devices with task 'toy'" in str(failed.value)
         assert "waiting: 1 of 2" in "".join(found.told)
+
+
+def test_a_run_that_waits_for_a_device_told_to_call_later_is_cancelled_and_stopped(tmp_path: Path) -> None:
+    with desk(tmp_path, FakeDevice("a")) as found:
+        found.send_away("b", 90.0)
+        found.runs.hand_in(submission())
+        found.runs.hand_in(submission("next"))
+        wait_until(lambda: "1 told to call later" in found.runs.jobs()[0].detail)
+        found.runs.cancel("r")
+        wait_until(lambda: found.states()["r"] == "cancelled")
+        wait_until(lambda: "1 of 2 devices" in found.runs.jobs()[-1].detail)
+        stopping = threading.Thread(target=found.worker.stop, daemon=True)
+        stopping.start()
+        wait_until(lambda: not stopping.is_alive())
+        assert found.states() == {"r": "cancelled", "next": "running"}  # to be resumed
+
+
+def test_a_run_begins_without_the_devices_that_were_told_to_call_later(tmp_path: Path) -> None:
+    with desk(tmp_path, FakeDevice("a"), wait_s=0.2) as found:
+        found.send_away("b", 90.0)
+        found.runs.hand_in(submission())
+        wait_until(lambda: found.states()["r"] == "finished")
+        found.follow()
+        assert [device.name for device in found.result.devices] == ["a"]
+        found.runs.hand_in(submission("both", expect=2))
+        wait_until(lambda: found.states()["both"] == "failed")
+        with raises(FederationError) as failed:
+            found.follow("both")
+        assert "--wait" in str(failed.value)
+
+
+def test_a_run_is_forgotten_before_the_next_one_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[weakref.ref[Federation]] = []
+    held: list[int] = []
+    run = Federation.run
+
+    def watched(federation: Federation) -> Any:
+        held.append(sum(ref() is not None for ref in begun))
+        begun.append(weakref.ref(federation))
+        return run(federation)
+
+    monkeypatch.setattr(Federation, "run", watched)
+    a = FakeDevice("a")
+    a.gate.clear()  # holds the first run, so that the others follow it at once
+    with desk(tmp_path, a) as found:
+        for name in ("one", "two", "three"):
+            found.runs.hand_in(submission(name))
+        a.gate.set()
+        found.follow("three")
+    assert held == [0, 0, 0]
 
 
 def test_a_cancelled_run_keeps_its_rounds_and_is_resumed_when_handed_in_again(tmp_path: Path) -> None:
@@ -243,6 +308,42 @@ def test_a_run_over_its_quota_of_bytes_stops_and_keeps_its_rounds(tmp_path: Path
         found.runs.hand_in(submission())
         found.follow()
         assert found.result.rounds == 3
+
+
+def test_a_run_that_is_over_its_quota_of_bytes_does_not_go_on(tmp_path: Path) -> None:
+    a = FakeDevice("a")
+    with desk(tmp_path, a, quota=Quota(bytes=1)) as found:
+        for _ in range(2):
+            found.runs.hand_in(submission())
+            with raises(FederationError) as failed:
+                found.follow()
+            assert "--max-bytes" in str(failed.value)
+        assert found.store.get_run("r").n_rounds == 1
+    assert len(a.plans) == 1
+
+
+def test_evaluations_count_for_the_quota_of_bytes(tmp_path: Path) -> None:
+    with desk(tmp_path, FakeDevice("a")) as found:
+        found.runs.hand_in(submission(rounds=1, evaluate_every=1))
+        seen = found.follow()
+        used = [event.bytes_up + event.bytes_down for event in seen if isinstance(event, RoundClosed)]
+    (tmp_path / "other").mkdir()
+    with desk(tmp_path / "other", FakeDevice("a"), quota=Quota(bytes=used[-1])) as found:
+        found.runs.hand_in(submission(rounds=1, evaluate_every=1))
+        with raises(FederationError) as failed:
+            found.follow()
+        assert "--max-bytes" in str(failed.value)
+        assert found.store.get_run("r").n_rounds == len(used)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_settings_that_do_not_fit_the_task_are_refused(tmp_path: Path, fresh: bool) -> None:
+    with desk(tmp_path, starts=False) as found:
+        wrong = settings(objective=ObjectiveSpec(loss="nll", readout_words=0))
+        with raises(CoordinatorRefusedError, code="conflict") as refused:
+            found.runs.hand_in(Submission(run="r", task=ToyTask(), settings=wrong, fresh=fresh))
+        assert "nll" in str(refused.value)
+        assert found.states() == {}
 
 
 def test_a_fault_fails_its_run_only_and_says_nothing_of_its_cause(

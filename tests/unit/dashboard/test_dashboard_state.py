@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from fedbpt.coordinator.control import RunControl
+from fedbpt.dashboard.runs_server import refresh
 from fedbpt.dashboard.state import RunState
 from fedbpt.dashboard.views import DeviceView
 from fedbpt.errors import DeviceUnreachableError
@@ -23,6 +24,7 @@ from fedbpt.runs.events import (
     RoundClosed,
     Steered,
 )
+from fedbpt.runs.store import RunStore, StoredRun, Traffic
 from tests.support.fake_device import FakeDevice
 from tests.support.toy_scene import Scene, StopRunError, closed, stop
 from tests.unit.coordinator.test_federation_fit import FitScene
@@ -163,6 +165,35 @@ def test_a_new_run_of_the_same_name_replaces_the_old_one(scene: Scene, monkeypat
     scene.run(rounds=1)
     state.refresh(scene.store)
     assert (state.view().searched, len(state.losses())) == (1, 1)
+
+
+def test_a_run_that_is_replaced_while_it_is_read_is_shown(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene.run()
+    traffic = type(scene.store).traffic
+
+    def replaced(store: RunStore, run: str) -> dict[str, Traffic]:
+        return {name: found for name, found in traffic(store, run).items() if name != "a"}
+
+    monkeypatch.setattr(type(scene.store), "traffic", replaced)
+    state = stored(scene)
+    assert [device(state, name).bytes_up > 0 for name in "ab"] == [False, True]
+
+
+def test_a_page_that_cannot_be_read_does_not_stop_the_others(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    scene.run()
+    states = [RunState("broken"), RunState("r")]
+    find = type(scene.store).find_run
+
+    def found(store: RunStore, run: str) -> StoredRun | None:
+        return find(store, {"r": "r"}[run])
+
+    monkeypatch.setattr(type(scene.store), "find_run", found)
+    for state in states:
+        refresh(state, scene.store)
+    assert [state.view().status for state in states] == ["waiting", "finished"]
+    assert [record.exc_info is not None for record in caplog.records if "broken" in record.getMessage()] == [True]
 
 
 def test_a_lost_device_is_shown_with_its_reason_until_it_is_back(scene: Scene) -> None:
