@@ -140,9 +140,9 @@ class Mailbox:
                 finally:
                     news.cancel()
         finally:
-            if self._poll is mine:
+            if self._poll is mine:  # else a newer poll, which may have ended already, says when the next one is due
                 self._poll = None
-            self._due = _now()
+                self._due = _now()
 
     def pause(self, seconds: float) -> None:
         """Record that the device, whose poll has just ended, was told to call again after ``seconds``."""
