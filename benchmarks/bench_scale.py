@@ -82,7 +82,7 @@ class Costs(NamedTuple):
 def serve(folder: Path) -> None:
     """A coordinator's server in a separate process, which prints its CPU seconds and memory for each input line."""
     fleet = [f"d{i}" for i in range(100_000)]
-    pacer = CallTimes(frozenset(fleet), MAX_PAUSE_S)
+    pacer = CallTimes(frozenset(fleet), lambda: MAX_PAUSE_S)
     drafts = [Draft("r", 0, round, ASKED, len(fleet)) for round in range(MAX_AHEAD + 1)]
     pacer.opened(lambda ahead, device: drafts[ahead].draws(device))
     certs.init(folder / "certs", {"coordinator": ["127.0.0.1"]})
@@ -247,7 +247,7 @@ class Design:
 
 
 def bound_s(n: int) -> float:
-    """Longest time after which a device calls, as `fedbpt.coordinator.federation.Federation` sets it."""
+    """Longest time after which a device calls: half of ``deadline_s``, which is to be long enough for `call_s`."""
     return min(max(DEADLINE_S / 2, call_s(n)), MAX_PAUSE_S)
 
 
@@ -395,7 +395,7 @@ class PacedFleet:
         self._rng = np.random.default_rng(seed)
         self._now = 0.0
         self._pacer = CallTimes(
-            frozenset(self._names), bound_s(n), lambda: self._short, random.Random(seed), lambda: self._now
+            frozenset(self._names), lambda: bound_s(n), lambda: self._short, random.Random(seed), lambda: self._now
         )
         self._draws = Draft("r", 0, 0, self._size, n)
         self._short = True

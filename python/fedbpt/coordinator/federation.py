@@ -39,7 +39,6 @@ from fedbpt.net.event_loop import run_to_end
 from fedbpt.objective.privacy import require_accountant
 from fedbpt.protocol import codec
 from fedbpt.protocol.names import check_names
-from fedbpt.protocol.polling import call_s
 from fedbpt.protocol.rounds import EvaluateReport, FitPurpose
 from fedbpt.runs.dev_figures import LOOK_GAIN, LOOKS_DONE
 from fedbpt.runs.events import (
@@ -143,7 +142,7 @@ class Federation:
         self._fleet: Fleet | None = None
         self._sums: Fleet | SecureSums
         self._live: LiveEvaluation | None = None
-        self._call_times = CallTimes(frozenset(), 0.0)
+        self._call_times = CallTimes(frozenset(), lambda: 0.0)
 
     def run(self) -> RunResult:
         """Run to the end. Inside a running event loop (a notebook) too, in a thread of its own.
@@ -190,9 +189,13 @@ class Federation:
         self._sums = self._secured(fleet) if self.settings.secure else fleet
         calling = [client for client in self._clients.values() if isinstance(client, MailboxClient)]
         names = frozenset(client.name for client in calling)
-        bound_s = max(self.settings.deadline_s / 2, call_s(len(names)))  # a round of all has to reach them in time
-        self._call_times = CallTimes(names, bound_s, lambda: fleet.is_short)
         offices = {client.office for client in calling}
+        self._call_times = CallTimes(
+            names,
+            lambda: self._deadline_s() / 2,  # which the operator may change
+            lambda: fleet.is_short,
+            n_calling=lambda: sum(office.n_devices for office in offices),
+        )
         for office in offices:
             office.pace(self.run_name, self._call_times)
         try:
@@ -336,6 +339,7 @@ class Federation:
             return
         looks = self._looks_at(self._ledger.course.share(self.settings))
         began = time.monotonic()
+        self._call_times.ask_all()
         gain = await self._live.look()
         self._ledger.leave_out(state.closed, time.monotonic() - began, "look_seconds")
         if gain is None:  # another try would be no better
@@ -519,6 +523,7 @@ class Federation:
     async def _evaluate_live(self, round: int, final: bool = False, judges: bool = True) -> None:
         """Measure on ``dev`` rows what would be shipped now; devices that do not answer are left out."""
         if self._live is not None and self.settings.evaluate_every:
+            self._call_times.ask_all()
             event = await self._live.measure(round, final, judges)
             if event is not None:
                 self._emit(event)

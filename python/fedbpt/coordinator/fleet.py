@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Container, Coroutine, Mapping
+from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
@@ -230,23 +230,40 @@ class Fleet:
         return [current.reports[name] for name in sorted(current.reports)]
 
     def _invite(self, current: OpenRound, plan_for: Callable[[str], RoundPlan]) -> None:
-        order, n_drawn, size = current.cohort.order, current.cohort.n_drawn, current.cohort.size
-        invited = {*current.reports, *(member.name for member in current.working.values())}
-        for names in (order[:n_drawn], order[n_drawn:]):
-            if len(invited) >= size:
+        order, n_drawn = current.cohort.order, current.cohort.n_drawn
+        due = sorted(self._ask(order[:n_drawn], current, plan_for))
+        n_missing = current.n_missing
+        current.may_fill = 0 < n_missing <= len(due)
+        if current.may_fill:
+            filled_at = asyncio.get_running_loop().time() + due[n_missing - 1] + RECHECK_S
+            current.filled_at = min(current.filled_at, filled_at)
+        elif n_missing and n_drawn is not None:
+            self._ask(order[n_drawn:], current, plan_for)
+        self.is_short = current.n_missing > 0
+
+    def _ask(self, names: Sequence[str], current: OpenRound, plan_for: Callable[[str], RoundPlan]) -> list[float]:
+        """Give the round to as many of ``names`` as it is short of; of a draft, to those that wait for work.
+
+        Returns the seconds until each other one of a draft that may work is to call.
+        """
+        is_draft = current.cohort.n_drawn is not None
+        asked = {*current.reports, *(member.name for member in current.working.values())}
+        due: list[float] = []
+        for name in names:
+            if not current.n_missing:
                 break
-            free = [self.members[name] for name in names if name not in invited and self._may_work(name, current)]
-            waiting = [member for member in free if not (n_drawn and member.client.due_s)]
-            for member in waiting[: size - len(invited)]:
-                invited.add(member.name)
-                current.invited[member.name] += 1
-                current.since[member.name] = asyncio.get_running_loop().time()
-                task = asyncio.create_task(self._work(member, plan_for(member.name), current))
-                current.working[task] = member
-                task.add_done_callback(lambda task: self._on_work_end(task, current))
-            if len(invited) + len(free) - len(waiting) >= size:
-                break  # the others are to call
-        self.is_short = len(invited) < size
+            if name in asked or not self._may_work(name, current):
+                continue
+            member = self.members[name]
+            if is_draft and (due_s := member.client.due_s):
+                due.append(due_s)
+                continue
+            current.invited[name] += 1
+            current.since[name] = asyncio.get_running_loop().time()
+            task = asyncio.create_task(self._work(member, plan_for(name), current))
+            current.working[task] = member
+            task.add_done_callback(lambda task: self._on_work_end(task, current))
+        return due
 
     def _may_work(self, name: str, current: OpenRound) -> bool:
         return self.members[name].state == "live" and current.may_invite(name)
@@ -257,17 +274,18 @@ class Fleet:
         is_enough = len(current.reports) >= current.needed
         if len(current.reports) >= current.cohort.wanted:
             return 0.0
-        if not working and (is_enough or not self._may_reach_quorum(current)):
+        if not working and not (current.may_fill if is_enough else self._may_reach_quorum(current)):
             return 0.0
         now = asyncio.get_running_loop().time()
         end = current.began + current.limit_s
         if is_enough:  # do not wait for stragglers
-            end = min(end, max(current.since[m.name] + self._pace.limit(m.name, current.kind) for m in working))
+            ends = [current.since[m.name] + self._pace.limit(m.name, current.kind) for m in working]
+            end = min(end, max([*ends, current.filled_at] if current.may_fill else ends))
         return end - now
 
     def _may_reach_quorum(self, current: OpenRound) -> bool:
         """Whether enough devices have reported or may still be invited."""
-        candidates = [name for name in self.members if name in current.reports or current.may_invite(name)]
+        candidates = [name for name in current.cohort.order if name in current.reports or current.may_invite(name)]
         return len(candidates) >= current.needed
 
     def _on_work_end(self, task: asyncio.Task[RoundReport], current: OpenRound) -> None:

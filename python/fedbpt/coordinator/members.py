@@ -57,15 +57,15 @@ class Listener(NamedTuple):
 class Cohort(NamedTuple):
     """The devices of a round: the first ``size`` live ones of ``order``; ``wanted`` reports end the round.
 
-    Of a draft (``n_drawn`` > 0), only devices that wait for work are asked: of the first ``n_drawn`` as soon as they
-    have called; of the others, if so many are not in reach.
+    Of a draft (``n_drawn`` is a number, also 0), only devices that wait for work are asked: of the first ``n_drawn`` as
+    soon as they have called; of the others, if so many are not in reach.
     ``share``: of all devices, the part that a device is drawn from (`fedbpt.protocol.draws`); None: not drawn so.
     """
 
     order: tuple[str, ...]
     size: int
     wanted: int
-    n_drawn: int = 0
+    n_drawn: int | None = None
     share: Callable[[str], float | None] = lambda _name: None
 
 
@@ -81,6 +81,8 @@ class OpenRound:
     """A round that the fleet runs. ``budget_s``: when it ends even without reports, and without an error.
 
     ``barred``: devices that may not try again; ``since``: when each device was invited last, loop time.
+    ``may_fill``: whether drawn devices that are to call would fill the cohort; ``filled_at``: when, loop time. It never
+    becomes later, so a round with a quorum stays open for at most the first of these times.
     """
 
     number: int
@@ -98,6 +100,13 @@ class OpenRound:
     working: dict[asyncio.Task[RoundReport], Member] = field(default_factory=dict)
     ended: list[asyncio.Task[RoundReport]] = field(default_factory=list)
     since: dict[str, float] = field(default_factory=dict)
+    may_fill: bool = False
+    filled_at: float = math.inf
+
+    @property
+    def n_missing(self) -> int:
+        """Number of devices that are yet to be asked."""
+        return max(self.cohort.size - len(self.reports) - len(self.working), 0)
 
     @property
     def limit_s(self) -> float:

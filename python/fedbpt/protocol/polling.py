@@ -60,8 +60,8 @@ Path: TypeAlias = Annotated[str, msgspec.Meta(max_length=1024, pattern=r"^/v1/[A
 Method: TypeAlias = Literal["GET", "POST", "DELETE"]
 
 PACED_HEADER: Final = "fedbpt-paced"
-"""Header of a poll by a device that obeys ``Retry-After`` in the response to it. Devices of before do not send it, and
-are never told when to call: their polls are held."""
+"""Header of a poll by a device that obeys ``Retry-After`` in the response to it. Devices of earlier
+versions, and devices while they work, do not send it, and are never told when to call: their polls are held."""
 
 
 class Poll(Message, frozen=True):

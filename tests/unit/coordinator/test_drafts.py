@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from fedbpt.coordinator import fleet
 from fedbpt.coordinator.drafts import Draft
 from fedbpt.device.agent.drawn import DrawCheck
 from fedbpt.protocol.draws import Draw
-from fedbpt.protocol.rounds import RoundPlan
+from fedbpt.protocol.rounds import RoundPlan, RoundReport
 from fedbpt.runs.events import DeviceLost
-from tests.support.toy_scene import Scene, closed
-from tests.unit.coordinator.test_stragglers import scene, searched
+from tests.support.toy_scene import FlakyClient, Scene, closed
+from tests.unit.coordinator.test_stragglers import HOUR, scene, searched
 
 __all__ = ["scene"]
 
@@ -69,6 +70,53 @@ def test_where_too_few_wait_the_others_are_asked_as_soon_as_they_call(
     scene.run(rounds=4, per_round=3, over_selection=0.0, stragglers=0.0)
     assert all(len(event.reported) == 3 for event in searched(scene))
     assert "a" in searched(scene)[0].reported
+
+
+def test_a_round_with_a_quorum_waits_for_drawn_devices_that_are_about_to_call(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "RECHECK_S", 0.01)
+    looks_left = 20
+    reported = False
+
+    def due_s(client: FlakyClient) -> float:
+        nonlocal looks_left
+        looks_left -= reported
+        return 0.0 if client.name == "a" or looks_left < 0 else 9.0
+
+    def report(made: RoundReport) -> RoundReport:
+        nonlocal reported
+        reported = True
+        return made
+
+    monkeypatch.setattr(FlakyClient, "due_s", property(due_s))
+    scene.when(closed(0), lambda: setattr(scene.devices["a"], "change", report))
+    scene.run(rounds=1, per_round=3, over_selection=0.0, stragglers=0.0, quorum=0.3)
+    (found,) = searched(scene)
+    assert len(found.reported) == 3
+    assert "a" in found.reported
+
+
+@pytest.mark.timeout(60)
+def test_a_round_with_a_quorum_does_not_wait_for_devices_that_call_and_are_told_another_time(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "RECHECK_S", 0.01)
+    monkeypatch.setattr(FlakyClient, "due_s", property(lambda client: 0.1 * (client.name != "a")))
+    scene.run(rounds=2, per_round=3, over_selection=0.0, stragglers=0.0, quorum=0.3, deadline_s=HOUR)
+    assert [event.reported for event in searched(scene)] == [("a",)] * 2
+
+
+def test_a_draw_of_nobody_is_a_draw(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ordered(run: str) -> list[str]:
+        return sorted("abcde", key=Draw(run, 3, 1).value)
+
+    run = next(run for run in map(str, range(9999)) if Draw(run, 3, 1).value(ordered(run)[0]) >= 0.6)
+    first, second, *_ = ordered(run)
+    assert Draft(run, 3, 1, size=1, n_devices=5).cohort("abcde", wanted=1).n_drawn == 0
+    monkeypatch.setattr(FlakyClient, "due_s", property(lambda client: 9.0 * (client.name == first)))
+    scene.run(run, rounds=1, per_round=1, over_selection=0.0)
+    assert [event.reported for event in searched(scene)] == [(second,)]
 
 
 def test_beyond_the_draw_are_asked_only_as_many_as_it_lacks(scene: Scene) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fedbpt.aggregation.base import Fit
+from fedbpt.coordinator.call_times import CallTimes
 from fedbpt.coordinator.layer_reading import most_looks
 from fedbpt.coordinator.live import LiveEvaluation
 from fedbpt.coordinator.planner import Planner
@@ -60,6 +61,25 @@ def test_a_search_that_gains_nothing_ends_after_a_look(scene: LayerScene) -> Non
     short = scene.run("short", rounds=result.rounds, stop_if_futile=False)
     assert (short.mean, short.digest, short.layer_fits) == (result.mean, result.digest, result.layer_fits)
     assert short.futile is False
+
+
+def test_devices_that_were_told_when_to_call_are_all_called_for_a_look(
+    scene: LayerScene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+    gaining(monkeypatch, None, None)
+    for kind, name in ((CallTimes, "opened"), (CallTimes, "ask_all"), (LiveEvaluation, "look")):
+        method = getattr(kind, name)
+
+        def noted(*given: Any, name: str = name, method: Any = method) -> Any:
+            called.append(name)
+            return method(*given)
+
+        monkeypatch.setattr(kind, name, noted)
+    scene.run(rounds=ROUNDS, per_round=1, over_selection=0.0)
+    looked = [i for i, name in enumerate(called) if name == "look"]
+    assert len(looked) == 2
+    assert all(called[i - 2 : i + 2] == ["opened", "ask_all", "look", "opened"] for i in looked)
 
 
 def test_a_bias_alone_is_no_gain_of_the_search(scene: LayerScene, monkeypatch: pytest.MonkeyPatch) -> None:

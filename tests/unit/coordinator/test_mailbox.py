@@ -124,6 +124,19 @@ def test_a_newer_poll_supersedes_an_older_one() -> None:
     play(scene)
 
 
+def test_the_end_of_a_superseded_poll_does_not_forget_when_the_device_is_to_call() -> None:
+    async def scene(box: Mailbox) -> None:
+        older = asyncio.ensure_future(box.poll((), 10.0))
+        await asyncio.sleep(0)
+        await box.poll((), 0.0)
+        box.pause(300.0)
+        with raises(CoordinatorRefusedError, code="superseded"):
+            await older
+        assert box.due_s > 200.0
+
+    play(scene)
+
+
 def test_a_device_that_never_called_is_out_of_reach_at_once() -> None:
     async def scene(box: Mailbox) -> None:
         assert not box.present

@@ -13,7 +13,7 @@ import pytest
 from fedbpt.coordinator.fleet import Fleet
 from fedbpt.coordinator.members import Listener
 from fedbpt.coordinator.stragglers import ENOUGH, SLACK_S, Pace, TextPace
-from fedbpt.errors import ConfigError
+from fedbpt.errors import ConfigError, QuorumError
 from fedbpt.protocol.rounds import RoundPlan, RoundReport
 from fedbpt.runs.events import DeviceLost, LateReport, RoundClosed
 from tests.support.fake_device import FakeDevice
@@ -143,6 +143,19 @@ def test_rounds_smaller_than_the_method_needs_are_refused(scene: Scene, monkeypa
     monkeypatch.setattr("fedbpt.aggregation.pooled.reports_needed", lambda *_: 3)
     with raises(ConfigError, field="per_round", limit=3):
         scene.federation(per_round=2)
+
+
+@pytest.mark.timeout(60)
+def test_a_round_that_cannot_reach_its_quorum_with_its_own_devices_ends(scene: Scene) -> None:
+    federation = scene.federation(rounds=2, quorum=1.0, deadline_s=HOUR)
+
+    def leave_out() -> None:
+        federation._ledger.state.left_out.update("de")
+        scene.devices["a"].fail = ValueError("broken")
+
+    scene.when(closed(0), leave_out)
+    with raises(QuorumError, limit=3):
+        federation.run()
 
 
 # --- mini-batches by speed -----------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from fedbpt.protocol import codec
 from fedbpt.protocol.polling import PACED_HEADER, Delivery, Poll, Reply, Request
 from fedbpt.protocol.rounds import DeviceInfo, ErrorReply
 from fedbpt.protocol.specs import Array, Message
-from tests.contract.test_clients import request
+from tests.contract.test_clients import plan, request
 from tests.support.caller import called_by, wait_until
 from tests.support.fake_device import FakeDevice
 from tests.support.raises import raises
@@ -53,13 +53,13 @@ class Coordinator:
         self.replies: dict[str, Reply] = {}
         self.reply_answers: list[httpx.Response] = []
         self.bearers: set[str] = set()
-        self.headers: set[str] = set()
+        self.paced: list[str] = []
         self.n_replies = 0
 
     async def __call__(self, request: httpx.Request) -> httpx.Response:
         self.bearers.add(request.headers["authorization"])
-        self.headers.add(request.headers[PACED_HEADER])
         if request.url.path == "/v1/mailbox/poll":
+            self.paced.append(request.headers.get(PACED_HEADER, ""))
             self.asked.append(codec.decode(request.content, Poll))
             if not self.polls and self.asked[-1].holding:
                 await asyncio.sleep(0.001)
@@ -173,7 +173,28 @@ def test_a_device_without_work_calls_when_it_is_told_within_bounds(
     coordinator = Coordinator(answer(Delivery(), **{"retry-after": told_s}), answer(Delivery()))
     assert run(coordinator, monkeypatch)[0] == []
     assert waits == waited_s
-    assert coordinator.headers == {"1"}
+    assert set(coordinator.paced) == {"1"}
+
+
+def test_a_device_that_works_does_not_offer_to_call_later() -> None:
+    device = FakeDevice("a")
+    device.gate.clear()
+    coordinator = Coordinator(*(answer(Delivery()) for _ in range(3)))
+
+    async def scene() -> None:
+        service = AgentService(device)
+        poller = Poller(service, Credentials("http://127.0.0.1:9", "a", "secret"))
+        async with httpx.AsyncClient(**poller._options, transport=httpx.MockTransport(coordinator)) as http:
+            await poller._poll(http)
+            service.start(plan())
+            await poller._poll(http)
+            device.gate.set()
+            await service.wait("r", 1, 60.0)
+            await poller._poll(http)
+        service.close()
+
+    asyncio.run(scene())
+    assert coordinator.paced == ["1", "", "1"]
 
 
 def test_work_is_never_put_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,9 +140,9 @@ class Mailbox:
                 finally:
                     news.cancel()
         finally:
-            if self._poll is mine:
+            if self._poll is mine:  # else a newer poll, which may have ended already, says when the next one is due
                 self._poll = None
-            self._due = _now()
+                self._due = _now()
 
     def pause(self, seconds: float) -> None:
         """Record that the device, whose poll has just ended, was told to call again after ``seconds``."""
@@ -254,9 +254,14 @@ class PostOffice:
         return found
 
     @property
+    def n_devices(self) -> int:
+        """Number of devices that have a mailbox. From any thread."""
+        return len(self._boxes)
+
+    @property
     def poll_s(self) -> float:
         """How long a device's next poll is held, seconds."""
-        return poll_s(len(self._boxes))
+        return poll_s(self.n_devices)
 
     def pace(self, run: str, pacer: Pacer | None) -> None:
         """Have ``pacer`` say when the devices of ``run`` are to call again; None: nothing does. From any thread."""
@@ -267,7 +272,7 @@ class PostOffice:
         """After how many seconds ``device``, which has no work, is to call again; 0: its poll is to be held."""
         pause_s = min((pacer(device) for pacer in self._pacers.values()), default=math.inf)
         if math.isinf(pause_s):
-            return call_s(len(self._boxes)) * self._chance.uniform(0.75, 1.25)
+            return call_s(self.n_devices) * self._chance.uniform(0.75, 1.25)
         return pause_s
 
     def present(self) -> list[str]:

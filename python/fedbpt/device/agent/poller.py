@@ -2,7 +2,7 @@
 
 It polls the coordinator for requests, has the device's own routes (`fedbpt.device.agent.http`) handle them, several at
 once, and posts the replies. Repetitions are harmless on both sides, so no state survives a restart.
-While it has no work, it calls when the coordinator says (`PACED_HEADER`).
+While it has no work, it calls when the coordinator says (`PACED_HEADER`); while it works, its polls are held.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Poller:
         self.service = service
         self.url = origin(credentials.coordinator, allow_insecure)
         self._options = client_options(self.url, tls or Tls())
-        self._options["headers"] |= {"authorization": f"Bearer {credentials.bearer}", PACED_HEADER: "1"}
+        self._options["headers"] |= {"authorization": f"Bearer {credentials.bearer}"}
         self._on_ready = on_ready
         self._tell = tell
         self._pauses_s = pauses_s
@@ -209,10 +209,14 @@ class Poller:
         """What the device is to do, and after how many seconds it is to call again."""
         wait_s = 0.0 if self._problem else self._poll_s  # after a failure, ask at once whether it is over
         poll = Poll(holding=tuple(self._held), wait_s=wait_s)
-        content, pause_s = await self._post(coordinator, POLL_PATH, poll, wait_s)
+        content, pause_s = await self._post(coordinator, POLL_PATH, poll, wait_s, self._pace_headers())
         delivery = decoded(content, Delivery)
         self._poll_s = min(delivery.wait_s, POLL_S[1])
         return delivery, 0.0 if delivery.requests else pause_s
+
+    def _pace_headers(self) -> dict[str, str]:
+        """Say that the device may be told when to call: not while it works, as its report is about to be fetched."""
+        return {} if self.service.busy else {PACED_HEADER: "1"}
 
     async def _serve(self, request: Request, device: httpx.AsyncClient, coordinator: httpx.AsyncClient) -> None:
         """Have the device's routes handle ``request``, and post the reply until the coordinator takes or drops it."""
@@ -229,12 +233,17 @@ class Poller:
             del self._held[request.id]
 
     async def _post(
-        self, coordinator: httpx.AsyncClient, path: str, message: Message, hold_s: float = 0.0
+        self,
+        coordinator: httpx.AsyncClient,
+        path: str,
+        message: Message,
+        hold_s: float = 0.0,
+        headers: dict[str, str] | None = None,
     ) -> tuple[bytes, float]:
         """The content of the response, and its ``Retry-After`` in seconds."""
         body = codec.encode(message)
         timeout = httpx.Timeout(RESPONSE_S, read=hold_s + LATE_S + len(body) / SLOW_BYTES_PER_S)
-        async with coordinator.stream("POST", path, content=body, timeout=timeout) as response:
+        async with coordinator.stream("POST", path, content=body, headers=headers, timeout=timeout) as response:
             content = bytearray()
             async for chunk in response.aiter_bytes():
                 content += chunk
