@@ -80,7 +80,7 @@ TrustFile = Annotated[
 ]
 MaxEpsilon = Annotated[
     float | None,
-    typer.Option("--max-epsilon", min=0, help="Most ε (δ 1e-5) for the rows, in all runs; needs fedbpt[privacy]."),
+    typer.Option("--max-epsilon", min=0.01, help="Most ε (δ 1e-5) for the rows, in all runs; needs fedbpt[privacy]."),
 ]
 UntilEof = Annotated[
     bool, typer.Option("--until-eof", help="Stop when standard input ends; for programs that start devices.")
