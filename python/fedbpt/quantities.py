@@ -18,6 +18,12 @@ NaturalInt: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=LARGEST)]
 PositiveFloat: TypeAlias = Annotated[float, msgspec.Meta(gt=0)]
 Scale: TypeAlias = Annotated[float, msgspec.Meta(ge=1e-4, le=1e4)]
 """Scale of a search or prompt: keeps latents within `fedbpt.protocol.codec.MAX_NORM`, embeddings within float32."""
+Clip: TypeAlias = Annotated[float, msgspec.Meta(ge=1e-3, le=1e4)]
+"""Norm at which a row's numbers are clipped: no division by it overflows."""
+LossClip: TypeAlias = Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)]
+"""Norm at which a row's losses are clipped, nats."""
+NoiseMultiplier: TypeAlias = Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)]
+"""Standard deviation of noise over the sensitivity of what it is added to."""
 Length: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=10**6)]
 """Length of a latent vector, a prompt or a population."""
 Threads: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=512)]

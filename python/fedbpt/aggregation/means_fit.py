@@ -115,7 +115,7 @@ class MeansFit:
             raise InputError(
                 f"device {pairs[0][0].device} sent public texts of other shapes: update it", field="states"
             )
-        n_rows = sum(report.n_texts for report, _ in pairs)
+        n_rows = sum(min(report.n_texts, reading.max_rows or report.n_texts) for report, _ in pairs)
         p = n_components(self._noise, 1 if self._secure else len(pairs), n_rows, self._n_labels)
         n_dims = reading.n_readers * centres.shape[1]
         p = min(p, n_texts // 4, max(MOST_BYTES // (2 * n_dims), 1))

@@ -39,7 +39,7 @@ from fedbpt.net.event_loop import run_to_end
 from fedbpt.objective.privacy import require_accountant
 from fedbpt.protocol import codec
 from fedbpt.protocol.names import check_names
-from fedbpt.protocol.rounds import EvaluateReport, FitPurpose
+from fedbpt.protocol.rounds import EvaluateReport, FitPurpose, RoundPlan, SecureWork
 from fedbpt.runs.dev_figures import LOOK_GAIN, LOOKS_DONE
 from fedbpt.runs.events import (
     DeviceLeftOut,
@@ -247,6 +247,7 @@ class Federation:
         members = fleet.members.values()
         self._store.record_devices(self.run_name, {m.name: m.info for m in members if m.info is not None})
         self._store.record_losses(self.run_name, next_round, {m.name: m.reason for m in members if m.state == "lost"})
+        ledger.require_no_lost_sum()
         self._emit(
             RunStarted(
                 run=self.run_name,
@@ -271,7 +272,12 @@ class Federation:
     def _secured(self, fleet: Fleet) -> SecureSums:
         from fedbpt.coordinator.secure_sums import SecureSums  # here: it needs the extra
 
-        return SecureSums(fleet, lambda device, work: self._ledger.planner.plan(0, device, work), self.settings.row_cap)
+        ledger = self._ledger
+
+        def control_plan(device: str, work: SecureWork) -> RoundPlan:
+            return ledger.planner.plan(0, device, work)
+
+        return SecureSums(fleet, control_plan, self.settings.row_cap, ledger.record_release)
 
     # --- rounds --------------------------------------------------------------------------------------------------
 
@@ -449,8 +455,11 @@ class Federation:
         return readout_tokens(self.settings, self.task.templates, infos, calibrated) / rate
 
     def _seconds_left(self, fleet: Fleet, purpose: RoundPurpose) -> float:
-        """Time after which the budget ends a round, which is then left out; infinite for selection and readout."""
-        if purpose in ("selection", "readout"):
+        """Time after which the budget ends a round, which is then left out; infinite for selection and readout.
+
+        And where nothing but a readout is made.
+        """
+        if purpose in ("selection", "readout") or self._ledger.state.only_reads:
             return math.inf
         left = self._ledger.spending.seconds_left(self.settings.seconds) - self._readout_s(fleet)
         return left if self._ledger.state.searched else max(left, FIRST_ROUNDS_S)
@@ -490,10 +499,15 @@ class Federation:
         state.left_out.update(misled)
         for name, reason in misled.items():
             self._emit(DeviceLeftOut(device=name, round=round, reason=reason))
-        reports, refused = vet(ledger, round, reports)
-        fleet.refuse(refused)
-        reported = tuple(name for report in reports for name in devices_of(report))
-        fleet.require_quorum(len(reported) + len(misled), needed, deadline_s)
+        try:
+            reports, refused = vet(ledger, round, reports)
+            fleet.refuse(refused)
+            reported = tuple(name for report in reports for name in devices_of(report))
+            fleet.require_quorum(len(reported) + len(misled), needed, deadline_s)
+        except FederationError as error:
+            log.warning("%s", error)
+            ledger.require_no_lost_sum()
+            raise
         asked = self._clients if cohort is None else sorted(fleet.asked)
         counted = set(reported)
         costs = self._costs(fleet, self._clients if cohort is None else fleet.asked)

@@ -312,6 +312,7 @@ class Fleet:
                 current.failures[member.name] = error
             self._lose(member, str(error), until_idle=busy)
         else:
+            self._listener.reported(report)
             member.peak_rss_bytes = max(member.peak_rss_bytes, report.peak_rss_bytes)
             seconds = asyncio.get_running_loop().time() - current.since[member.name]
             self._pace.took(member.name, current.kind, seconds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -26,6 +26,9 @@ from fedbpt.runs.result import RunResult
 from fedbpt.runs.settings import RunSettings, stored_settings
 from fedbpt.runs.store import RunStore, StoredRound, StoredRun, Traffic
 from fedbpt.tasks import Task
+
+NOISY_SUMS: Final = "noisy_sums"
+"""Metric of a round of which noisy sums of rows have come, closed or not: 1."""
 
 
 class Committed(NamedTuple):
@@ -68,6 +71,7 @@ class RunLedger:
         self.bytes_down = 0
         self._traffic: dict[str, Traffic] = {}
         self._rows = rows
+        self._released: set[int] = set()  # rounds of which noisy sums have come
 
     # --- opening -------------------------------------------------------------------------------------------------
 
@@ -168,6 +172,8 @@ class RunLedger:
             if stored.round > SELECTION:
                 self._replay_evaluation(metrics)
         for round, metrics in history.items():
+            if NOISY_SUMS in metrics:
+                self._released.add(round)
             self._add_seconds(round, metrics.get("seconds", 0.0) + metrics.get("cut_seconds", 0.0))
         return n_rounds
 
@@ -247,6 +253,28 @@ class RunLedger:
         self.store.record_metrics(self.run, round, {name: before.get(name, 0.0) + seconds for name in names})
         self._add_seconds(round, seconds)
 
+    def record_release(self, round: int) -> None:
+        """Count the noisy sums of ``round``, which have come, before they are checked: ε is spent whether they fit."""
+        if round in self._released:
+            return
+        self._released.add(round)
+        epsilon = self.epsilon()
+        spent = {} if epsilon is None else {"epsilon": epsilon}
+        self.store.record_metrics(self.run, round, {NOISY_SUMS: 1.0, **spent})
+
+    def require_no_lost_sum(self) -> None:
+        """Raise `FederationError` if the sum of a secure private run was seen, but its round is not closed.
+
+        Devices would add other noise to another one, and ε would be spent again.
+        """
+        lost = [round for round in self._released if round > self.state.closed]
+        if self.settings.secure and lost:
+            raise FederationError(
+                f"the noisy sum of round {lost[0]} of run {self.run!r} was seen, and the round failed or was stopped; "
+                "its ε is spent: give the run another name, which asks for another sum and spends as much again",
+                field="run",
+            )
+
     def _count(self, reports: Sequence[RoundReport], seconds: float, scored: int) -> None:
         """Count a round that was applied. ``scored``: candidates before it."""
         purpose = purpose_of(reports)
@@ -288,9 +316,10 @@ class RunLedger:
         return self.settings.stop_if_futile and self.state.futile_at == self.state.searched
 
     def epsilon(self) -> float | None:
-        """ε spent by the closed rounds, see `Spending.epsilon`."""
+        """ε spent by the closed rounds and by noisy sums that have come, see `Spending.epsilon`."""
         n_selected = len(self.task.templates) if self.state.closed >= SELECTION else 1
         readouts = sum(isinstance(fit, MeansFit) and fit.done for fit in self.state.fits.values())
+        readouts = max(readouts, len(self._released))
         return self.spending.epsilon(self.settings, n_selected, self.state.searched, readouts)
 
     def metrics(self, round: int) -> dict[str, float]:

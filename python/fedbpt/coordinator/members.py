@@ -49,6 +49,7 @@ class Listener(NamedTuple):
 
     lost: Callable[[str, int, str], None]
     back: Callable[[str, int], None]
+    reported: Callable[[RoundReport], None]
     late: Callable[[RoundReport], None]
     progress: Callable[[str, RoundProgress], None]
     connected: Callable[[str, DeviceInfo], None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedbpt.coordinator.ledger import RunLedger
 from fedbpt.coordinator.members import Listener
-from fedbpt.protocol.rounds import DeviceInfo, RoundProgress, RoundReport
+from fedbpt.protocol.rounds import DeviceInfo, MeansResult, RoundProgress, RoundReport
 from fedbpt.runs.events import DeviceBack, DeviceLost, EventCallback, LateReport, Progressed
 
 
@@ -21,9 +21,14 @@ def listener_for(ledger: RunLedger, emit: EventCallback) -> Listener:
     def back(device: str, round: int) -> None:
         emit(DeviceBack(device=device, round=round))
 
+    def reported(report: RoundReport) -> None:
+        if report.run == run and isinstance(report.result, MeansResult):
+            ledger.record_release(report.round)
+
     def late(report: RoundReport) -> None:
         if report.run != run:
             return  # of a live evaluation, which is not stored
+        reported(report)
         store.record_late(run, report)
         emit(LateReport(device=report.device, round=report.round))
 
@@ -34,4 +39,4 @@ def listener_for(ledger: RunLedger, emit: EventCallback) -> Listener:
         if ledger.is_open:
             store.record_devices(run, {device: info})
 
-    return Listener(lost=lost, back=back, late=late, progress=progress, connected=connected)
+    return Listener(lost=lost, back=back, reported=reported, late=late, progress=progress, connected=connected)

@@ -24,7 +24,7 @@ from fedbpt.coordinator.members import Cohort, Member
 from fedbpt.coordinator.report_checks import check_evaluation, check_result
 from fedbpt.coordinator.work_kinds import kind_of
 from fedbpt.engine.discriminant import LARGEST_SKETCH
-from fedbpt.errors import FedbptError, QuorumError, WireError
+from fedbpt.errors import FedbptError, FederationError, QuorumError, WireError
 from fedbpt.protocol import codec
 from fedbpt.protocol.names import SUM
 from fedbpt.protocol.rounds import (
@@ -98,12 +98,20 @@ class SecureSums:
         fleet: its devices.
         control_plan: the plan of a device in an exchange of keys or shares; its run and round are replaced.
         row_cap: see `fedbpt.runs.settings.RunSettings`.
+        released: called with the round whose noisy sums of rows were unmasked, before they are checked.
     """
 
-    def __init__(self, fleet: Fleet, control_plan: Callable[[str, SecureWork], RoundPlan], row_cap: float) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        control_plan: Callable[[str, SecureWork], RoundPlan],
+        row_cap: float,
+        released: Callable[[int], None],
+    ) -> None:
         self._fleet = fleet
         self._control_plan = control_plan
         self._row_cap = row_cap
+        self._released = released
         self._epoch: _Epoch | None = None
         self._exchanges = 0
 
@@ -120,7 +128,11 @@ class SecureSums:
         history: SearchHistory | None = None,
         budget_s: float = math.inf,
     ) -> list[RoundReport]:
-        """One report, that of all devices' rows; none if the budget ended the round. Raises as `Fleet.run_round`."""
+        """One report, that of all devices' rows; none if the budget ended the round.
+
+        Raises as `Fleet.run_round`, and `FederationError` for noisy sums of rows that were seen and cannot be used:
+        others would spend ε again.
+        """
         if isinstance(plan_for(next(iter(self._fleet.members))).work, PublicWork):  # nothing to hide
             return await self._fleet.run_round(round, plan_for, needed, deadline_s, kind, None, history, budget_s)
         clock = asyncio.get_running_loop().time
@@ -175,7 +187,18 @@ class SecureSums:
             return []
         vectors = self._vectors({report.device: report.result for report in reports})
         total = await self._unmask(epoch, use, asked_of_all(plan(use.peers[0])), vectors, round, deadline_s)
-        return [_as_report([r for r in reports if r.device in vectors], any_plan, total, use)]
+        reports = [report for report in reports if report.device in vectors]
+        if not isinstance(any_plan.work, MeansWork):
+            return [_as_report(reports, any_plan, total, use)]
+        self._released(round)
+        try:
+            return [_as_report(reports, any_plan, total, use)]
+        except WireError as error:  # not to be tried again
+            raise FederationError(
+                f"round {round}: {error}; the ε of these noisy sums is spent: give the run another name to ask for "
+                "others, which spend as much again",
+                field="run",
+            ) from error
 
     # --- an evaluation -------------------------------------------------------------------------------------------
 

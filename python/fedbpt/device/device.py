@@ -169,7 +169,8 @@ class Device:
         self._layer_rows = LayerRows(scorer, self._rows["train"], task.labels)
         self.state = state or DeviceState()
         self._membership = membership or Membership()
-        self._limit = None if max_epsilon is None else PrivacyLimit(max_epsilon, len(train_rows))
+        knows_peers = self._membership.trusted is not None
+        self._limit = None if max_epsilon is None else PrivacyLimit(max_epsilon, len(train_rows), knows_peers)
         generation = task.generation
         self._metric = None if generation is UNSET else metric_named(generation.metric)
 
@@ -244,7 +245,7 @@ class Device:
         result: Result
         check_private(plan)
         if self._limit is not None:
-            self._limit.take(plan, _question(plan))
+            self._limit.check(plan, _question(plan))
         if isinstance(work, SelectWork):
             result, n_texts = self._select(plan, work, effort, progress, timed_cancelled)
         elif isinstance(work, PooledWork):
@@ -272,7 +273,7 @@ class Device:
             seconds = 0.0  # would reveal which rows were sampled, as the tokens would
         elif seconds > paused_s and effort.tokens:
             self.state.tokens_per_second = effort.tokens / (seconds - paused_s)
-        return RoundReport(
+        report = RoundReport(
             run=plan.run,
             round=plan.round,
             device=plan.device,
@@ -284,6 +285,16 @@ class Device:
             seconds=seconds,
             peak_rss_bytes=int(self.scorer.memory().get("peak_rss", 0)),
         )
+        self._count_release(plan)  # last: what was refused or cancelled has sent nothing
+        return report
+
+    def _count_release(self, plan: RoundPlan) -> None:
+        """Count what the report on ``plan`` tells of rows."""
+        if isinstance(plan.work, MeansWork):
+            sent = self.state.released.get(plan.run, ())
+            self.state.released[plan.run] = tuple(dict.fromkeys((*sent, _question(plan))))
+        if self._limit is not None:
+            self._limit.record(plan, _question(plan))
 
     def interrupt(self) -> None:
         """Stop the current scoring call from another thread; its work raises `ScoringInterrupted`."""
@@ -736,9 +747,10 @@ class Device:
         releases, question = self._releases(plan)
         sent = self.state.released.get(plan.run, ())
         if question not in sent and len(sent) >= (ATTEMPTS if plan.secure else 1):
+            tries = f"; a secure sum is tried again at most {ATTEMPTS} times in all" if plan.secure else ""
             raise InputError(
                 f"device {self.name} has sent noisy sums of its rows for run {plan.run!r} already, and others would "
-                "spend ε a second time: give the run another name if that is meant",
+                f"spend ε once more{tries}: give the run another name if that is meant",
                 field="privacy",
             )
         reading = work.reading
@@ -754,7 +766,6 @@ class Device:
         effort.tokens += reading.n_views * len(chosen)
         devices = threshold_of(len(plan.secure.peers)) if plan.secure else 1
         result = means_result(work, views, self._layer_rows.targets[chosen], len(plan.labels), releases, devices)
-        self.state.released[plan.run] = tuple(dict.fromkeys((*sent, question)))
         return result, len(chosen)
 
     def _train_objective(self, plan: RoundPlan) -> Objective:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Final
 
@@ -17,6 +18,7 @@ from fedbpt.protocol.rounds import (
     SecureWork,
     SelectWork,
 )
+from fedbpt.secure.sizes import threshold_of
 
 DELTA: Final = 1e-5
 """The δ at which the limit holds."""
@@ -25,41 +27,56 @@ DELTA: Final = 1e-5
 class PrivacyLimit:
     """Counts what a device has sent in all runs since it was started. A repeated plan, with the same result, is free.
 
+    A secure sum that is tried again is another plan, with other noise, and counts again.
+
     Args:
         epsilon: most ε at `DELTA`; a plan beyond it is refused, and so is every plan without noise.
         n_rows: the device's training rows.
+        knows_peers: the device accepts only peers of secure aggregation whose identities its owner has pinned. A masked
+            sum then counts with the noise of all of them; else with this device's part, as the others may be invented.
 
     Raises `MissingExtraError` without the accountant's library.
     """
 
-    def __init__(self, epsilon: float, n_rows: int) -> None:
+    def __init__(self, epsilon: float, n_rows: int, knows_peers: bool = False) -> None:
         require_accountant()
         self._most = epsilon
         self._n_rows = n_rows
+        self._knows_peers = knows_peers
         self._sent: dict[str, Released] = {}
+        self._summed: set[str] = set()  # runs with a masked sum
 
     @property
     def spent(self) -> float:
         """ε so far."""
         return self._with(None)
 
-    def take(self, plan: RoundPlan, question: str) -> None:
-        """Count what ``plan`` asks for; ``question`` knows it again. Raises `InputError` beyond the limit.
-
-        It stays counted if the work is cancelled.
-        """
+    def check(self, plan: RoundPlan, question: str) -> None:
+        """Raise `InputError` if ``plan`` would exceed the limit; ``question`` knows it again. Counts nothing."""
         asked = self._released(plan)
         if asked is None or question in self._sent:
             return
         found = self._with(asked)
         if found > self._most:
+            again = ""
+            if plan.secure and plan.run in self._summed:
+                again = "; a secure sum is tried again, with other noise, which costs as much as the first try"
             raise InputError(
                 f"this work would bring the ε of this device's rows to {found:.2f}, beyond its --max-epsilon "
-                f"{self._most:g} (now {self.spent:.2f}): use more noise or fewer rounds, or start the device with more",
+                f"{self._most:g} (now {self.spent:.2f}{again}): use more noise or fewer rounds, or start the device "
+                "with more",
                 field="privacy",
                 limit=self._most,
             )
-        self._sent[question] = asked
+
+    def record(self, plan: RoundPlan, question: str) -> None:
+        """Count the result of ``plan``, which is about to be sent."""
+        sent = self._released(plan)
+        if sent is None:
+            return
+        self._sent.setdefault(question, sent)
+        if plan.secure:
+            self._summed.add(plan.run)
 
     def check_evaluation(self, request: EvaluateRequest) -> None:
         """Raise `InputError` for an exact evaluation of training rows."""
@@ -80,7 +97,8 @@ class PrivacyLimit:
                 field="privacy",
             )
         if isinstance(work, MeansWork):
-            return Released(spec.noise_of_readout, 1.0, 1)
+            parts = threshold_of(len(plan.secure.peers)) if plan.secure and not self._knows_peers else 1
+            return Released(spec.noise_of_readout / math.sqrt(parts), 1.0, 1)
         if isinstance(work, SelectWork):
             return Released(spec.noise_multiplier, sampling_rate(self._n_rows, work.max_rows), 1)
         rate = sampling_rate(self._n_rows, plan.objective.batch_size)

@@ -54,6 +54,9 @@ FEWEST_COMPONENTS: Final = 32
 
 MOST_VARIANCE: Final = 0.1
 
+WORD_CLIPS: Final = 1e-3, 1e4
+"""Smallest and largest norm at which label words' scores are clipped, nats."""
+
 _SMALLEST_VARIANCE = 1e-3  # of a dimension, as a share of their mean
 _FEWEST_SHARE = 0.25  # of a label, as a share of the mean share
 
@@ -112,7 +115,7 @@ def public_frame(states: Floats, words: Floats, p: int) -> Frame:
         projection / largest,
         max(norm / largest, 1e-9),
         word_centres,
-        max(float(np.median(scores)), 1e-3) if len(word_centres) else 1.0,
+        float(np.clip(np.median(scores), *WORD_CLIPS)) if len(word_centres) else 1.0,
     )
 
 
@@ -135,14 +138,24 @@ def word_scores(words: Floats, centres: Floats) -> Floats:
 
 
 def clipped_sums(states: Floats, words: Floats, targets: NDArray[np.intp], frame: Frame, n_labels: int) -> NoisySums:
-    """Sum of what each row contributes, without noise yet: arguments as for `public_frame`, and labels [n]."""
-    u = (states - frame.centre) @ frame.projection
-    u /= np.maximum(np.linalg.norm(u, axis=1, keepdims=True), 1e-12)
-    scores = word_scores(words, frame.word_centres) / frame.word_clip
-    scores /= np.maximum(np.linalg.norm(scores, axis=1, keepdims=True), 1.0)
+    """Sum of what each row contributes, without noise yet: arguments as for `public_frame`, and labels [n].
+
+    What is not finite of a row contributes 0: it would show in the sum through any noise.
+    """
+    with np.errstate(all="ignore"):  # a warning, too, would tell of a row
+        u = (states - frame.centre) @ frame.projection
+        u /= np.maximum(np.linalg.norm(u, axis=1, keepdims=True), 1e-12)
+        scores = word_scores(words, frame.word_centres) / frame.word_clip
+        scores /= np.maximum(np.linalg.norm(scores, axis=1, keepdims=True), 1.0)
+    u, scores = _finite_rows(u), _finite_rows(scores)
     one_hot = (targets == np.arange(n_labels)[:, None]).astype(np.float64)
     of_words = WORDS * scores.sum(axis=0) if words.shape[1] else np.zeros(n_labels)
     return NoisySums(COUNT * one_hot.sum(axis=1), STATE * (one_hot @ u), of_words)
+
+
+def _finite_rows(values: Floats) -> Floats:
+    """``values`` [n, m] with zeros in each row that is not finite."""
+    return np.where(np.isfinite(values).all(axis=1, keepdims=True), values, 0.0)
 
 
 class MeansClassifier(NamedTuple):

@@ -76,10 +76,15 @@ ORDERS = (*range(2, 65), 96, 128, 256, 512, 1024)
 
 
 def clipped(losses: Floats, clip: float) -> Floats:
-    """Centre each row's losses (a column of ``losses`` [k, n]) and clip them to Euclidean norm ``clip``."""
-    centred = losses - losses.mean(axis=0)
-    norms = np.sqrt((centred**2).sum(axis=0))
-    return np.asarray(centred * (clip / np.maximum(norms, clip)))
+    """Centre each row's losses (a column of ``losses`` [k, n]) and clip them to Euclidean norm ``clip``.
+
+    A row whose losses are not finite becomes zeros: it would show through any noise.
+    """
+    with np.errstate(all="ignore"):  # a warning, too, would tell of a row
+        centred = losses - losses.mean(axis=0)
+        norms = np.sqrt((centred**2).sum(axis=0))
+        found = centred * (clip / np.maximum(norms, clip))
+    return np.where(np.isfinite(found).all(axis=0), found, 0.0)
 
 
 def sampling_rate(n_rows: int, size: int) -> float:

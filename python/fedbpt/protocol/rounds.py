@@ -27,7 +27,7 @@ from fedbpt.protocol.specs import (
     Template,
 )
 from fedbpt.protocol.task_identity import TaskIdentity
-from fedbpt.quantities import NaturalInt, PositiveFloat, PositiveInt
+from fedbpt.quantities import Clip, NaturalInt, PositiveFloat, PositiveInt
 
 
 class SearchState(Message, frozen=True):
@@ -234,7 +234,7 @@ class MeansWork(Message, frozen=True, tag="means"):
     """Sum up the training rows once, clipped and with noise (`fedbpt.engine.noisy_means`); for private runs only.
 
     The frame of public texts: ``centre`` [n_readers, n_embd], ``projection`` [n_readers, n_embd, p], ``word_centres``
-    [n_word_views, n_labels], and ``word_clip``, nats.
+    [n_word_views, n_labels], and ``word_clip``, nats. `fedbpt.protocol.codec` bounds the arrays, as all others.
     """
 
     purpose: FitPurpose
@@ -242,7 +242,7 @@ class MeansWork(Message, frozen=True, tag="means"):
     centre: Array
     projection: Array
     word_centres: Array
-    word_clip: PositiveFloat
+    word_clip: Clip
 
 
 PrivateFitWork: TypeAlias = PublicWork | MeansWork

@@ -18,7 +18,7 @@ from fedbpt import quantities
 from fedbpt.argument_types import StructMeta, check_fields
 from fedbpt.errors import ConfigError, TaskError, WireError
 from fedbpt.metrics import check_metric
-from fedbpt.quantities import Length, NaturalInt, PositiveFloat, PositiveInt, Scale
+from fedbpt.quantities import Length, LossClip, NaturalInt, NoiseMultiplier, PositiveFloat, PositiveInt, Scale
 
 Placement: TypeAlias = Literal["front", "cue", "layer", "layers"]
 PromptPlace: TypeAlias = Literal["front", "first", "cue", "layer", "layers"]
@@ -215,10 +215,10 @@ class PrivacySpec(CheckedMessage, frozen=True):
     which a row adds at most 1 in norm; left out: `READOUT_NOISE`.
     """
 
-    clip: PositiveFloat = 0.3
-    noise_multiplier: PositiveFloat = 2.0
+    clip: LossClip = 0.3
+    noise_multiplier: NoiseMultiplier = 2.0
     delta: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 1e-5
-    readout_noise: PositiveFloat | UnsetType = UNSET
+    readout_noise: NoiseMultiplier | UnsetType = UNSET
 
     @property
     def noise_of_readout(self) -> float:

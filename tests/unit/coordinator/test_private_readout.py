@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,19 @@ import pytest
 
 from fedbpt import evaluate
 from fedbpt.api import make_prompt
+from fedbpt.coordinator import federation
 from fedbpt.coordinator.estimate import estimate
 from fedbpt.device.device import Device
-from fedbpt.errors import ConfigError, FederationError, InputError
+from fedbpt.device.privacy_limit import PrivacyLimit
+from fedbpt.engine.noisy_means import FEWEST_COMPONENTS
+from fedbpt.errors import (
+    ConfigError,
+    FederationError,
+    InputError,
+    QuorumError,
+    ScoringInterrupted,
+    WireError,
+)
 from fedbpt.objective.privacy import Releases, epsilon
 from fedbpt.prompts.model_card import model_card
 from fedbpt.protocol import codec
@@ -31,6 +42,7 @@ from fedbpt.protocol.rounds import (
     RoundPlan,
     RoundReport,
     SearchState,
+    SecureUse,
     SelectWork,
     Work,
 )
@@ -38,6 +50,7 @@ from fedbpt.protocol.specs import Array, LayerReadout, ObjectiveSpec, PrivacySpe
 from fedbpt.runs.events import RoundClosed
 from fedbpt.runs.result import RunResult
 from fedbpt.runs.settings import RunSettings
+from fedbpt.secure.membership import Membership
 from fedbpt.secure.sizes import ATTEMPTS
 from tests.support.raises import raises
 from tests.support.toy_scene import D, Scene, StopRunError, closed, settings, stop
@@ -241,6 +254,65 @@ def test_a_prompt_is_not_summed_with(scene: LayerScene) -> None:
         scene.devices[asked.device].run(msgspec.structs.replace(asked, run="other", work=work))
 
 
+@pytest.mark.parametrize("clip", [5e-308, 1e-4, 1e5])
+def test_a_clip_that_overflows_is_refused(scene: LayerScene, clip: float) -> None:
+    run(scene)
+    [asked, *_] = plans(scene, MeansWork)
+    wrong = msgspec.structs.replace(asked, work=msgspec.structs.replace(asked.work, word_clip=clip))
+    codec.decode(codec.encode(asked), RoundPlan)
+    with raises(WireError):
+        codec.decode(codec.encode(wrong), RoundPlan)
+
+
+@pytest.mark.parametrize("field", ["clip", "noise_multiplier", "readout_noise"])
+@pytest.mark.parametrize("value", [5e-308, 1e300, math.inf, math.nan])
+def test_a_clip_or_noise_of_no_use_is_refused(field: str, value: float) -> None:
+    with raises(ConfigError, field=field):
+        PrivacySpec(**{field: value})
+
+
+def test_components_are_those_that_the_rows_in_the_sums_can_bear(make: Callable[..., LayerScene]) -> None:
+    """Not all rows that devices have, where ``fit_rows`` is less."""
+    found = []
+    for fit_rows in (0, 6):
+        scene = make()
+        run(scene, fit_rows=fit_rows, test_rows=2)
+        found.append(plans(scene, MeansWork)[0].work.projection.shape[2])  # type: ignore[union-attr]
+    assert found[0] > found[1] == FEWEST_COMPONENTS
+
+
+# --- rounds that fail --------------------------------------------------------------------------------------------
+
+
+def test_a_budget_in_seconds_does_not_cut_a_private_readout(make: Callable[..., LayerScene]) -> None:
+    scene = make()
+
+    def slow(report: RoundReport) -> RoundReport:
+        if isinstance(scene.devices["b"].plans[-1].work, MeansWork):
+            time.sleep(1.5)
+        return report
+
+    scene.devices["b"].change = slow
+    result = run(scene, seconds=0.1, quorum=1.0, test_rows=2)
+    assert (result.shipped, result.epsilon) == ("probe", epsilon(SPEC, [], 1))
+
+
+def test_noisy_sums_of_a_round_that_failed_are_counted_once(make: Callable[..., LayerScene]) -> None:
+    scene = make()
+
+    def fail(report: RoundReport) -> RoundReport:
+        if isinstance(scene.devices["b"].plans[-1].work, MeansWork):
+            raise RuntimeError("no sums from me")
+        return report
+
+    scene.devices["b"].change = fail
+    with raises(QuorumError):
+        run(scene, quorum=1.0, test_rows=2)
+    assert scene.store.history("r")[-1].metrics["epsilon"] == epsilon(SPEC, [], 1)
+    scene.devices["b"].change = lambda report: report
+    assert run(scene, quorum=1.0, test_rows=2).epsilon == epsilon(SPEC, [], 1)
+
+
 class Unreadable(SpyDevice):
     def info(self) -> Any:
         return msgspec.structs.replace(super().info(), n_layer=0, n_embd=0)
@@ -339,11 +411,50 @@ def test_a_masked_sum_is_tried_a_few_times_and_never_of_capped_rows(make: Callab
         device.run(msgspec.structs.replace(asked, secure=msgspec.structs.replace(asked.secure, index=9)))
 
 
+def test_a_masked_sum_that_was_seen_and_refused_is_not_asked_for_again(make: Callable[..., LayerScene]) -> None:
+    scene = make(FOUR)
+    liar = scene.devices["b"]
+    honest = liar._release_means
+
+    def lie(*args: Any) -> tuple[MeansResult, int]:
+        result, n_texts = honest(*args)
+        return msgspec.structs.replace(result, label_sums=Array.of(result.label_sums.numpy() + 1e4)), n_texts
+
+    liar._release_means = lie
+    for _ in range(2):  # and then from the store
+        with raises(FederationError, field="run"):
+            run(scene, secure=True, test_rows=2)
+        assert len(plans(scene, MeansWork)) == len(FOUR)
+        assert scene.store.history("r")[-1].metrics["epsilon"] == epsilon(SPEC, [], 1)
+    liar._release_means = honest
+    assert run(scene, "another", secure=True, test_rows=2).shipped == "probe"
+
+
+def test_a_masked_sum_whose_round_is_not_committed_is_not_asked_for_again(
+    make: Callable[..., LayerScene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = make(FOUR)
+
+    def refuse(_ledger: Any, round: int, reports: Any) -> tuple[list[RoundReport], dict[str, str]]:
+        if isinstance(reports[0].result, MeansResult):
+            raise FederationError(f"the reports of round {round} make a plan that no device accepts")
+        return list(reports), {}
+
+    monkeypatch.setattr(federation, "vet", refuse)
+    with raises(FederationError, field="run"):
+        run(scene, secure=True, test_rows=2)
+    monkeypatch.undo()
+    with raises(FederationError, field="run"):
+        run(scene, secure=True, test_rows=2)
+    assert len(plans(scene, MeansWork)) == len(FOUR)
+
+
 # --- a device's own limit ----------------------------------------------------------------------------------------
 
 
-def limited(most: float) -> Device:
-    return Device("a", ToyScorer(), rows(24), rows(4), rows(4), task=TASK, max_epsilon=most)
+def limited(most: float, trusted: dict[str, bytes] | None = None) -> Device:
+    membership = Membership(trusted=trusted)
+    return Device("a", ToyScorer(), rows(24), rows(4), rows(4), task=TASK, max_epsilon=most, membership=membership)
 
 
 def asked_of(scene: LayerScene) -> RoundPlan:
@@ -379,6 +490,51 @@ def test_losses_count_as_in_a_runs_own_figure(scene: LayerScene, work: Work, rel
     limited(spent * 1.001).run(asked)
     with raises(InputError, field="privacy"):
         limited(spent * 0.999).run(asked)
+
+
+def test_peers_that_may_be_invented_bear_no_part_of_the_noise(scene: LayerScene) -> None:
+    """A coordinator that makes up the other devices of a sum sees this one's, with its part of the noise."""
+    use = SecureUse(epoch="e", index=0, peers=("a", "b", "c", "d"))
+    asked = msgspec.structs.replace(asked_of(scene), secure=use)
+    one, part = epsilon(SPEC, [], 1), epsilon(PrivacySpec(readout_noise=0.7 / math.sqrt(3)), [], 1)
+    for device, field in (
+        (limited(1.01 * one), "privacy"),
+        (limited(0.99 * part), "privacy"),
+        (limited(1.01 * part), "epoch"),  # it has no keys
+        (limited(1.01 * one, trusted={"b": bytes(32)}), "epoch"),
+        (limited(0.99 * one, trusted={"b": bytes(32)}), "privacy"),
+    ):
+        with raises(InputError, field=field):
+            device.run(asked)
+
+
+def test_what_is_refused_or_cancelled_costs_nothing(scene: LayerScene) -> None:
+    asked = asked_of(scene)
+    device = limited(1.01 * epsilon(SPEC, [], 1), trusted={})
+    with raises(ScoringInterrupted):
+        device.run(msgspec.structs.replace(asked, run="cancelled"), cancelled=lambda: True)
+    work = msgspec.structs.replace(asked.work, centre=Array.of(np.ones((1, 1)), "<f4"))
+    with raises(InputError, field="centre"):
+        device.run(msgspec.structs.replace(asked, work=work))
+    use = SecureUse(epoch="e", index=0, peers=("a", "b", "c"))
+    with raises(InputError, field="epoch"):  # it has no keys, after its sums were made
+        device.run(msgspec.structs.replace(asked, secure=use))
+    assert device.state.released == {}
+    device.run(asked)
+
+
+def test_another_try_of_a_masked_sum_costs_as_much_again_and_the_refusal_says_so(scene: LayerScene) -> None:
+    use = SecureUse(epoch="e", index=0, peers=("a", "b", "c"))
+    asked = msgspec.structs.replace(asked_of(scene), secure=use)
+    again = msgspec.structs.replace(asked, secure=msgspec.structs.replace(use, index=1))
+    limit = PrivacyLimit(1.1 * epsilon(SPEC, [], 1), 24, knows_peers=True)
+    limit.check(asked, "first")
+    assert limit.spent == 0
+    limit.record(asked, "first")
+    limit.check(asked, "first")
+    with raises(InputError, field="privacy") as caught:
+        limit.check(again, "again")
+    assert "a secure sum is tried again" in str(caught.value)
 
 
 def test_a_device_with_a_limit_uses_training_rows_with_noise_only(scene: LayerScene) -> None:

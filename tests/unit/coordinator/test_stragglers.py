@@ -211,7 +211,12 @@ def test_a_device_that_leaves_after_the_run_is_not_lost() -> None:
         pass
 
     listener = Listener(
-        lost=lambda name, *_: told.append(name), back=nothing, late=nothing, progress=nothing, connected=nothing
+        lost=lambda name, *_: told.append(name),
+        back=nothing,
+        reported=nothing,
+        late=nothing,
+        progress=nothing,
+        connected=nothing,
     )
 
     async def run() -> None:

@@ -8,6 +8,7 @@ import pytest
 from fedbpt.engine.noisy_means import (
     COMPONENTS,
     FEWEST_COMPONENTS,
+    WORD_CLIPS,
     Frame,
     NoisySums,
     classifier,
@@ -58,6 +59,28 @@ def test_removing_a_row_changes_the_sums_by_what_it_adds(frame: Frame) -> None:
         kept = np.delete(np.arange(40), row)
         without = clipped_sums(x[kept], s[kept], targets[kept], frame, N_LABELS)
         assert 0.9 < np.linalg.norm(stacked(whole) - stacked(without)) <= 1 + 1e-9
+
+
+def test_what_is_not_finite_of_a_row_is_left_out(frame: Frame) -> None:
+    """It would show in the sum through any noise: one bit of the row, exactly."""
+    rng = np.random.default_rng(8)
+    targets = rng.integers(0, N_LABELS, 6)
+    x, s = states(targets, rng), words(6, rng)
+    found = clipped_sums(x, s, targets, frame._replace(word_clip=5e-308), N_LABELS)
+    assert np.isfinite(stacked(found)).all()
+    assert (found.words == 0).all()
+    x[0, 0], s[1, 0, 0] = np.inf, -np.inf
+    found = clipped_sums(x, s, targets, frame, N_LABELS)
+    without = clipped_sums(x[2:], s[2:], targets[2:], frame, N_LABELS)
+    assert np.isfinite(stacked(found)).all()
+    assert np.linalg.norm(stacked(found) - stacked(without)) <= 2 + 1e-9
+
+
+def test_a_frame_clips_where_devices_allow_it() -> None:
+    x, s = states(np.zeros(40, dtype=np.intp), RNG, 0.0), words(40, RNG)
+    clips = [public_frame(x, scale * s, 8).word_clip for scale in (1e-9, 1.0, 1e9)]
+    assert (clips[0], clips[2]) == WORD_CLIPS
+    assert clips[0] < clips[1] < clips[2]
 
 
 def accuracy(noise: float, n: int, frame: Frame, seed: int = 4) -> float:

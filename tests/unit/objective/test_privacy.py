@@ -110,6 +110,12 @@ def test_a_row_changes_the_sum_by_at_most_the_clip() -> None:
     np.testing.assert_allclose(small, 0.01 * (losses - losses.mean(axis=0)) / np.linalg.norm(losses, axis=0))
 
 
+def test_a_row_whose_losses_are_not_finite_adds_nothing() -> None:
+    """It would show in the sum through any noise."""
+    losses = np.array([[0.1, np.inf, np.nan], [0.3, 0.1, 0.2]])
+    assert clipped(losses, 5.0) == pytest.approx(np.array([[-0.1, 0, 0], [0.1, 0, 0]]))
+
+
 @pytest.mark.parametrize("size", [0, 8])
 def test_emptying_a_row_changes_a_release_by_at_most_the_sensitivity(size: int) -> None:
     """With the same sample and noise, releases of neighbouring data differ by that row: at most C/(q·n)."""
