@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from fedbpt.device.agent import AgentService, LocalDevice, poller
 from fedbpt.device.agent.calls import enrol
 from fedbpt.device.agent.poller import Poller
 from fedbpt.device.device import Device
+from fedbpt.protocol.rounds import RoundReport
 from fedbpt.protocol.specs import ObjectiveSpec, PromptSpec
 from fedbpt.runs.events import DeviceLost, Evaluated, Event, RoundClosed
 from fedbpt.runs.result import RunResult
@@ -141,6 +143,14 @@ def test_older_devices_are_held_and_take_part(tmp_path: Path, paused: set[str]) 
     assert [event for event in events if isinstance(event, DeviceLost)] == []
 
 
+class SlowDevice(Device):
+    """Its rounds last for some polls of the other devices."""
+
+    def run(self, *work: Any) -> RoundReport:
+        time.sleep(0.25)
+        return super().run(*work)
+
+
 def test_an_evaluation_within_a_paced_search_is_not_put_off(
     tmp_path: Path, paused: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,7 +180,7 @@ def test_an_evaluation_within_a_paced_search_is_not_put_off(
         readout="words",
     )  # fmt: skip
     shares = {name: rows(8, 50 * i) for i, name in enumerate(NAMES[:8])}
-    devices = [Device(name, ToyScorer(), share, share[:4], share[4:], task=TASK) for name, share in shares.items()]
+    devices = [SlowDevice(name, ToyScorer(), share, share[:4], share[4:], task=TASK) for name, share in shares.items()]
     events: list[Any] = []
     with called_by(tmp_path, devices=devices) as server:
         result = tuned(server, tmp_path / "runs.db", events, task=TASK, settings=reads)
