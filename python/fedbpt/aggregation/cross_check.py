@@ -10,12 +10,15 @@ which needs no temperature. Labels that the classifier has not seen are left out
 
 A device misleads where both hold:
 
-1. classifiers fitted to the other devices are wrong on its rows far more often than on those of the median device;
+1. its labels contradict the others': classifiers fitted to the other devices put a row of one of its labels before a
+   row of another the wrong way round clearly more often than a guess. What all its rows have in common, such as a
+   language or a register, cancels in such pairs (the error is one less the area under the ROC curve);
 2. on other devices' rows of the labels that it has, classifiers fitted with its sums, each without one fold, are wrong
-   more often than those fitted without them.
+   more often than those fitted without them, so much that it matters.
 
 More honest rows of a label make others' rows of it be read better, however the device's labels are skewed, so it fails
-the second. Where others hardly have its labels, nobody can tell, and it stays. ``docs/robustness.md`` has figures.
+the second. Rows of another domain may make others' be read worse, but their labels do not contradict: they fail the
+first. Where fewer than two others have its labels, nobody can tell, and it stays. ``docs/robustness.md`` has figures.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbpt.engine.discriminant import SMOOTHING, Discriminant, FoldSums, discriminants, pool
+from fedbpt.engine.discriminant import SMOOTHING, Discriminant, FoldSums, Pooled, discriminants, pool
 from fedbpt.protocol.seeding import generator
 
 Floats = NDArray[np.float64]
@@ -35,17 +38,21 @@ Floats = NDArray[np.float64]
 FEWEST_DEVICES: Final = 3
 """With fewer there is no majority."""
 
-SUSPICIOUS: Final = 0.3
-"""Error on its own rows from which a device is suspected; that of a guess is 0.5."""
-
-APART: Final = 0.15
-"""By how much that error must exceed the median device's: where nothing can be read, all guess."""
+CONTRADICTED: Final = 0.18
+"""How far the error on pairs of a device's rows must exceed that of a guess, 0.5, times √(K − 1) where it has K labels:
+the more labels, the less their differences in another domain lie along the others' by chance."""
 
 MOST_GROUPS: Final = 10
 """Most classifiers of a reader that judge devices by their own rows: more devices are left out together."""
 
 SURE: Final = 1.0
 """Standard errors by which others' rows must be predicted worse."""
+
+LEAST: Final = 0.003
+"""Accuracy that others lose at least: devices that together cost them less stay."""
+
+FEWEST_JUDGES: Final = 2
+"""Devices with `KNOWN` rows of a label that judge it at least: one may have made them up."""
 
 KNOWN: Final = 4
 """Rows of a label from which a classifier is taken to know it."""
@@ -88,45 +95,51 @@ def misleading(devices: Sequence[DeviceSums]) -> list[int]:
 def _worst(devices: Sequence[DeviceSums]) -> list[int]:
     """The places of the devices that mislead, the worst first."""
     readers = [_Reader([(each.sums[place], each.weight) for each in devices]) for place in range(len(devices[0].sums))]
-    errors = np.stack([reader.errors() for reader in readers])  # [n_readers, n_devices]
+    errors, pairs = (
+        np.stack(each) for each in zip(*(reader.errors() for reader in readers), strict=True)
+    )  # [n_readers, n_devices]
     # A reader that cannot tell the median device's labels apart tells nothing of the others.
     knows = np.maximum(0.5 - np.median(errors, axis=1), 0.0)
     if not knows.any():
         return []
-    own = knows @ errors / knows.sum()
-    apart = own - np.median(own)
+    excess = knows @ pairs / knows.sum() - 0.5
     counts = np.stack([np.sum([sums.counts for sums in each.sums[0]], axis=0) for each in devices])
-    suspects = np.flatnonzero((own >= SUSPICIOUS) & (apart >= APART) & (apart * np.sqrt(counts.sum(axis=1)) >= 1))
-    found = []
-    jury = np.delete(np.arange(len(devices)), suspects)  # those that lie alike would praise each other
-    for suspect in sorted(suspects, key=lambda place: -own[place]):
-        claimed = counts[suspect]
-        if len(jury) < FEWEST_DEVICES - 1 or not _can_tell(counts[jury].sum(axis=0), claimed):
+    least = CONTRADICTED / np.sqrt(np.maximum((counts > 0).sum(axis=1) - 1, 1))
+    suspects = np.flatnonzero((excess >= least) & (2 * excess * np.sqrt(counts.sum(axis=1)) >= 1))
+    costs = {}
+    jury = np.flatnonzero(excess < least / 2)  # those that lie alike would praise each other
+    if len(jury) < FEWEST_JUDGES:
+        return []
+    for suspect in suspects:
+        shares = _judged(counts[jury], counts[suspect])
+        if not shares.any():
             continue
         asked = [reader.made_worse_by(int(suspect), jury) for reader in np.array(readers)[knows > 0]]
-        worse = np.tensordot(knows[knows > 0], np.stack([each for each, _ in asked]), 1)
-        if _is_worse(worse, asked[0][1], claimed):
-            found.append(int(suspect))
-    return found
+        worse = np.tensordot(knows[knows > 0] / knows.sum(), np.stack([each for each, _ in asked]), 1)
+        costs[int(suspect)] = _cost(worse, asked[0][1], shares)
+    ranked = sorted((place for place in costs if costs[place] > 0), key=costs.__getitem__)
+    n_stay = np.count_nonzero(np.cumsum([costs[place] for place in ranked]) < LEAST)
+    return ranked[n_stay:][::-1]
 
 
-def _can_tell(rows: Floats | NDArray[np.int64], claimed: Floats | NDArray[np.int64]) -> bool:
-    """Whether there are ``rows`` [n_labels] enough of the labels of half of the ``claimed`` rows [n_labels]."""
-    return bool(2 * claimed[rows >= KNOWN].sum() >= claimed.sum())
+def _judged(jury: Floats | NDArray[np.int64], claimed: Floats | NDArray[np.int64]) -> Floats:
+    """The ``claimed`` rows [n_labels] of the labels that enough of the ``jury`` [n_jury, n_labels] have rows of.
+
+    All 0 where these are less than half of those claimed: then nobody can tell.
+    """
+    judged = np.where((jury >= KNOWN).sum(axis=0) >= FEWEST_JUDGES, claimed, 0).astype(np.float64)
+    return judged if 2 * judged.sum() >= claimed.sum() else np.zeros_like(judged)
 
 
-def _is_worse(worse: Floats, rows: Floats, claimed: Floats) -> bool:
-    """Whether rows of the labels that a suspect has are predicted worse, by `SURE` standard errors over devices.
+def _cost(worse: Floats, rows: Floats, shares: Floats) -> float:
+    """Accuracy that others lose, if rows are predicted worse by more than `SURE` standard errors over devices; else 0.
 
     Args:
         worse: rows more that are predicted wrong [n_devices, n_labels].
         rows: of which these are.
-        claimed: rows of the suspect [n_labels]. Labels weigh by them.
+        shares: weights of the labels [n_labels], those that a suspect has and the others can judge.
     """
     n = len(worse)
-    if not _can_tell(rows.sum(axis=0), claimed):
-        return False
-    shares = np.where(rows.sum(axis=0) >= KNOWN, claimed, 0)
 
     def change(kept: NDArray[np.intp]) -> float:
         totals = rows[kept].sum(axis=0)
@@ -135,8 +148,11 @@ def _is_worse(worse: Floats, rows: Floats, claimed: Floats) -> bool:
         return float(judged @ rates / max(judged.sum(), 1e-9))
 
     everybody = np.arange(n)
+    found = change(everybody)
     error = np.sqrt((n - 1) * np.var([change(np.delete(everybody, i)) for i in everybody]))  # jackknife
-    return bool(change(everybody) > SURE * error)
+    # Of K labels, the share of wrong predictions is up to K − 1 times the mean over the other labels.
+    n_others = max(np.count_nonzero(rows.sum(axis=0)) - 1, 1)
+    return n_others * found if found > SURE * error else 0.0
 
 
 class _Reader:
@@ -151,18 +167,23 @@ class _Reader:
         """The classifiers of all devices without each fold."""
         return [self._fit(fold, ())[0] for fold in self._folds]
 
-    def errors(self) -> Floats:
-        """Error on each device's own rows of classifiers without them [n_devices]; 0: these know none of its labels."""
+    def errors(self) -> tuple[Floats, Floats]:
+        """Errors on each device's own rows, and on pairs of them, of classifiers without them; both [n_devices].
+
+        0 and 0.5: these know none of its labels.
+        """
         n = len(self._devices)
-        found = np.zeros(n)
+        found, pairs = np.zeros(n), np.full(n, 0.5)
         for group in range(min(n, MOST_GROUPS)):
             places = range(group, n, MOST_GROUPS)
             fitted, known = self._fit(None, places)
             for place in places:
-                judged = [_errors(sums, fitted, known) for sums in self._devices[place][0]]
+                folds = self._devices[place][0]
+                judged = [_errors(sums, fitted, known) for sums in folds]
                 rows = sum(float(n.sum()) for _, n in judged)
                 found[place] = sum(float(wrong.sum()) for wrong, _ in judged) / rows if rows else 0.0
-        return found
+                pairs[place] = _error_of_pairs(pool([(sums, 1.0) for sums in folds]), fitted, known)
+        return found, pairs
 
     def made_worse_by(self, suspect: int, jury: Sequence[int] | NDArray[np.intp]) -> tuple[Floats, Floats]:
         """How many rows more of each device of ``jury`` are predicted wrong with those of ``suspect``, and its rows.
@@ -210,6 +231,28 @@ def _errors(sums: FoldSums, fitted: Discriminant, known: NDArray[np.bool_]) -> t
         rows[label] = sums.counts[label]
         wrong[label] = rows[label] * np.mean(1 / (1 + np.exp(np.clip(_LOGISTIC * margins, -50, 50))))
     return wrong, rows
+
+
+def _error_of_pairs(own: Pooled, fitted: Discriminant, known: NDArray[np.bool_]) -> float:
+    """Share of pairs of rows of two ``known`` labels that ``fitted`` puts the wrong way round; 0.5: there are none.
+
+    Pairs of labels weigh by the rows of the rarer one.
+    """
+    present = own.counts > 0
+    freedom = max(float(own.counts.sum()) - np.count_nonzero(present), 1.0)
+    first, second = np.triu_indices(len(known), 1)
+    there = (present & known)[first] & (present & known)[second]
+    first, second = first[there], second[there]
+    if not len(first):
+        return 0.5
+    logits = own.means @ fitted.weights
+    scatter = own.factor @ fitted.weights
+    apart = logits[first, first] - logits[first, second] - logits[second, first] + logits[second, second]
+    weights = fitted.weights[:, first] - fitted.weights[:, second]
+    variance = ((scatter[:, first] - scatter[:, second]) ** 2).sum(axis=0) + own.rest @ weights**2
+    margins = apart / np.sqrt(2 * variance / freedom + 1e-12)
+    shares = np.minimum(own.counts[first], own.counts[second])
+    return float(shares @ (1 / (1 + np.exp(np.clip(_LOGISTIC * margins, -50, 50)))) / shares.sum())
 
 
 # --- losses against sums ---------------------------------------------------------------------------------------------
