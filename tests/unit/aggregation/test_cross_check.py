@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from fedbpt.aggregation import cross_check
 from fedbpt.aggregation.cross_check import DeviceSums, misleading
 from fedbpt.aggregation.layer_fit import LayerFit, sums_of
 from fedbpt.engine.discriminant import assign_folds
@@ -222,9 +223,12 @@ def test_a_device_whose_domain_has_nothing_in_common_mostly_stays(n: int) -> Non
     assert found.count([]) >= 8
 
 
-def test_a_device_that_costs_others_hardly_anything_stays() -> None:
-    *honest, last = evenly(everything(1600), 40)
+def test_a_device_that_costs_others_hardly_anything_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    *honest, last = evenly(everything(seed=1), 16)
     assert check([*honest, wrong(last)]) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(cross_check, "LEAST", 0.0)
+        assert check([*honest, wrong(last)]) == [15]
 
 
 # --- losses against sums ---------------------------------------------------------------------------------------------
