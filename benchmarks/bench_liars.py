@@ -228,20 +228,20 @@ def tuned(
         return Federation(clients, task, settings, settings.aggregator(), store, "bench").run()
 
 
-def data(args: argparse.Namespace, seed: int) -> tuple[list[Row], list[Row], list[Row]]:
-    """Training rows, other rows of the training file, test rows."""
+def data(args: argparse.Namespace, seed: int, n_shots: int) -> tuple[list[Row], list[Row], list[Row]]:
+    """Training rows, ``n_shots`` of each label; other rows of the training file; test rows."""
     if args.data is None:
-        split = tasks.split_rows(tasks.bbc_news(), {"train": args.shots * 5, "dev": 600, "test": 900}, seed=0)
+        split = tasks.split_rows(tasks.bbc_news(), {"train": n_shots * 5, "dev": 300, "test": 600}, seed=0)
         return split["train"], split["dev"], split["test"]
     everything, test = (read_rows(args.data / name) for name in FILES[args.task])
-    train, others = shots(everything, [args.shots], seed)
+    train, others = shots(everything, [n_shots], seed)
     return train, others, test
 
 
 def measure(args: argparse.Namespace, scorer: fedbpt.NativeScorer, say: Any) -> Iterator[dict[str, Any]]:
     task = tasks.load("bbc-news" if args.data is None else args.task)
     for seed in args.seeds:
-        train, others, test = data(args, seed)
+        train, others, test = data(args, seed, args.shots)
         measured = (others if args.split == "dev" else test)[: args.rows]
         found = ((n, *each) for n in args.devices for each in fleets(args, scorer, train, measured, task, seed, n, say))
         for n_devices, name, devices in found:
@@ -330,12 +330,17 @@ def measure_readouts(args: argparse.Namespace, scorer: fedbpt.NativeScorer, say:
         LayerView(scorer, template, task.labels if i < reading.n_word_views else (), task.max_text_tokens, layers)
         for i, template in enumerate((selected, *reading.templates))
     ]
+    pool, others, test = data(args, 0, args.pool)
+    measured = (others if args.split == "dev" else test)[: args.rows]
+    whole = read(args.states, views_of, [text for text, _ in [*pool, *measured]])
+    judged = Views(whole.states[len(pool) :], whole.words[len(pool) :])
+    right = np.array([label for _, label in measured])
+    of_pool = np.array([label for _, label in pool])
     for seed in args.seeds:
-        train, others, test = data(args, seed)
-        measured = (others if args.split == "dev" else test)[: args.rows]
-        labels = [label for _, label in train]
-        targets = np.array(labels)
-        whole, judged = (read_views(views_of, [text for text, _ in rows]) for rows in (train, measured))
+        order = generator(seed, "shots").permutation(len(pool))
+        train = np.concatenate([order[of_pool[order] == label][: args.shots] for label in range(n_labels)])
+        targets = of_pool[train]
+        labels = targets.tolist()
         for n_devices in args.devices:
             fleets_of: dict[str, list[StatesDevice]] = {}
             parts = tasks.partition(labels, n_devices, seed=seed)
@@ -344,15 +349,15 @@ def measure_readouts(args: argparse.Namespace, scorer: fedbpt.NativeScorer, say:
                 for i, part in enumerate(map(np.array, parts)):
                     lies = lie if i >= n_devices - args.liars else ""
                     own = (targets[part] + (lies in ("wrong", "million"))) % n_labels
-                    made.append(states_device(f"{i:02}", whole, part, own, lies))
+                    made.append(states_device(f"{i:02}", whole, train[part], own, lies))
             for alpha in args.dirichlet:
                 skewed = tasks.partition(labels, n_devices, "dirichlet", alpha, seed)
                 fleets_of[f"Dirichlet({alpha:g})"] = [
-                    states_device(f"{i:02}", whole, np.array(part), targets[part], "") for i, part in enumerate(skewed)
+                    states_device(f"{i:02}", whole, train[part], targets[part], "") for i, part in enumerate(skewed)
                 ]
             if args.single:
                 fleets_of["single"] = [
-                    states_device(f"{i:02}", whole, part, targets[part], "")
+                    states_device(f"{i:02}", whole, train[part], targets[part], "")
                     for i, part in enumerate(of_one_label(targets, n_devices, n_labels))
                 ]
             for name, devices in fleets_of.items():
@@ -361,13 +366,27 @@ def measure_readouts(args: argparse.Namespace, scorer: fedbpt.NativeScorer, say:
                 for protected in (True, False) if args.both else (True,):
                     fit = LayerFit("probe", reading, n_labels, bound=protected)
                     readout, n_out = fitted(fit, devices, n_labels, protected)
-                    accuracy = accuracy_of(readout, reading, judged, np.array([label for _, label in measured]))
+                    accuracy = accuracy_of(readout, reading, judged, right)
                     how = "protected" if protected else "trusting"
                     say(f"seed {seed}, {n_devices} devices, {name}, {how}: {accuracy:.3f}, {n_out} left out")
                     yield {
                         "seed": seed, "devices": n_devices, "fleet": name, "protected": protected, "tuned": accuracy,
                         "left_out": n_out,
                     }  # fmt: skip
+
+
+def read(path: Path | None, views: Sequence[LayerView], texts: Sequence[str]) -> Views:
+    """What ``views`` read of ``texts``; kept in ``path``, and taken from it if it is there."""
+    if path is not None and path.is_file():
+        kept = np.load(path)
+        found = Views(kept["states"], kept["words"])
+        if found.states.shape[:2] != (len(texts), len(views)):
+            raise SystemExit(f"{path} holds other rows or templates: remove it, or give another --states")
+        return found
+    found = read_views(views, texts)
+    if path is not None:
+        np.savez(path, states=found.states, words=found.words)
+    return found
 
 
 def of_one_label(targets: np.ndarray, n_devices: int, n_labels: int) -> list[np.ndarray]:
@@ -386,6 +405,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--readouts", action="store_true", help="only readouts without a prompt; rows are read once")
     parser.add_argument("--liars", type=int, default=1)
     parser.add_argument("--shots", type=int, default=64, help="training rows per class")
+    parser.add_argument("--pool", type=int, default=150, help="with --readouts: rows per class that seeds draw from")
+    parser.add_argument(
+        "--states", type=Path, help="with --readouts: .npz file that keeps what was read, for more runs"
+    )
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--both", action="store_true", help="also without the protection")
     parser.add_argument("--dirichlet", type=float, nargs="*", default=[0.1, 0.5])
