@@ -378,13 +378,15 @@ class Federation:
             if not reports:
                 request = self._ledger.planner.request(lines, label_weights=state.label_weights, split="held")
                 reports = await self._sums.evaluate(request, self._deadline_s())
-        state.choose(list(lines), [report for name, report in reports.items() if name not in state.left_out])
+        state.choose(list(lines), list(state.trusted(reports).values()))
         log.info("run %s: held-out training rows chose %r", self.run_name, state.shipped)
 
     async def _judge_answers(self, fleet: Fleet, lines: Variants) -> dict[str, EvaluateReport]:
         """Reports of the metric of answers to held rows; empty: likelihood is to judge, as too few were measured."""
         request = self._ledger.planner.request(lines, split="held", max_rows=ANSWER_ROWS, answers=True)
-        found = await self._sums.evaluate(request, EVALUATION_DEADLINES * self._deadline_s())
+        found = self._ledger.state.trusted(
+            await self._sums.evaluate(request, EVALUATION_DEADLINES * self._deadline_s())
+        )
         reports = {name: report for name, report in found.items() if min(report.n_failed or (0,)) < report.n}
         if sum(report.n for report in reports.values()) >= FEWEST_JUDGES:
             return reports
@@ -493,14 +495,10 @@ class Federation:
             ledger.leave_out(round, time.monotonic() - began)
             return False
         fit = None if purpose == "selection" or purpose == "search" else state.fits.get(purpose)
-        reports, misled = leave_out(self.settings, fit, reports)
-        if misled:
-            self._store.record_losses(self.run_name, round, misled)
-        state.left_out.update(misled)
-        for name, reason in misled.items():
-            self._emit(DeviceLeftOut(device=name, round=round, reason=reason))
+        # Both take a fraction of a second a device, in which other devices are to be answered.
+        reports, misled = await asyncio.to_thread(leave_out, self.settings, fit, reports)
         try:
-            reports, refused = vet(ledger, round, reports)
+            reports, refused = await asyncio.to_thread(vet, ledger, round, reports)
             fleet.refuse(refused)
             reported = tuple(name for report in reports for name in devices_of(report))
             fleet.require_quorum(len(reported) + len(misled), needed, deadline_s)
@@ -511,7 +509,9 @@ class Federation:
         asked = self._clients if cohort is None else sorted(fleet.asked)
         counted = set(reported)
         costs = self._costs(fleet, self._clients if cohort is None else fleet.asked)
-        committed = ledger.commit(round, work_digest, reports, time.monotonic() - began, costs)
+        committed = ledger.commit(round, work_digest, reports, time.monotonic() - began, costs, misled)
+        for name, reason in misled.items():
+            self._emit(DeviceLeftOut(device=name, round=round, reason=reason))
         self._emit(
             RoundClosed(
                 round=round,
@@ -543,15 +543,18 @@ class Federation:
                 self._emit(event)
 
     async def _evaluate_final(self, fleet: Fleet) -> dict[str, EvaluateReport]:
-        """Reports of all variants on the same ``test`` rows, of every device in reach."""
-        request = self._ledger.planner.request(self._ledger.state.variants(), max_rows=self.settings.test_rows)
+        """Reports of all variants on the same ``test`` rows, of every device in reach that is not left out."""
+        state = self._ledger.state
+        request = self._ledger.planner.request(state.variants(), max_rows=self.settings.test_rows)
         limit = EVALUATION_DEADLINES * self.settings.deadline_s
         await fleet.settle(min(SETTLE_S, self.settings.deadline_s))
-        reports = await self._sums.evaluate(request, limit)
-        if not reports and not fleet.live:
+        reports = state.trusted(await self._sums.evaluate(request, limit))
+        if not reports and all(member.name in state.left_out for member in fleet.live):
             await fleet.settle(self.settings.deadline_s)
-            reports = await self._sums.evaluate(request, limit)
-        able = [member for member in fleet.members.values() if not fleet.unfit(member)]
+            reports = state.trusted(await self._sums.evaluate(request, limit))
+        able = [
+            member for member in fleet.members.values() if not fleet.unfit(member) and member.name not in state.left_out
+        ]
         has_rows = any(member.info and member.info.n_test for member in able)
         if self.settings.secure:  # a sum needs more devices than may have rows
             n_able = sum(bool(member.info and member.info.n_test) for member in able)
@@ -564,10 +567,12 @@ class Federation:
         return reports
 
     async def _evaluate_answers(self) -> dict[str, EvaluateReport]:
-        """Reports of the metric of the variants' own answers, on the first ``test`` rows of every device in reach."""
+        """Reports of the metric of the variants' own answers, on the first ``test`` rows of the same devices."""
         most = min(self.settings.test_rows or ANSWER_ROWS, ANSWER_ROWS)
         request = self._ledger.planner.request(self._ledger.state.variants(), max_rows=most, answers=True)
-        return await self._sums.evaluate(request, EVALUATION_DEADLINES * self.settings.deadline_s)
+        return self._ledger.state.trusted(
+            await self._sums.evaluate(request, EVALUATION_DEADLINES * self.settings.deadline_s)
+        )
 
     # --- the end -------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from fedbpt.coordinator.course import Course
 from fedbpt.coordinator.planner import Planner
 from fedbpt.coordinator.round_reports import cap_reports, mean_loss, purpose_of
 from fedbpt.coordinator.run_report import BYTES_DOWN, BYTES_UP
-from fedbpt.coordinator.run_state import LEFT_OUT, SELECTION, RunState
+from fedbpt.coordinator.run_state import SELECTION, RunState
 from fedbpt.coordinator.spending import Spending
 from fedbpt.coordinator.work_kinds import kind_of
 from fedbpt.errors import ConfigError, FederationError, StoreError
@@ -24,7 +24,7 @@ from fedbpt.runs.as_json import task_of_run
 from fedbpt.runs.dev_figures import DEV_SECONDS, LOOK_GAIN, LOOKS_DONE, judged_loss
 from fedbpt.runs.result import RunResult
 from fedbpt.runs.settings import RunSettings, stored_settings
-from fedbpt.runs.store import RunStore, StoredRound, StoredRun, Traffic
+from fedbpt.runs.store import RunStore, StoredRound, StoredRun, Traffic, left_out_in
 from fedbpt.tasks import Task
 
 NOISY_SUMS: Final = "noisy_sums"
@@ -157,15 +157,13 @@ class RunLedger:
     def replay(self) -> int:
         """Apply the stored rounds; returns how many. Raises `StoreError` at the first whose digests differ."""
         n_rounds = 0
-        lines = self.store.history(self.run)
-        history = {line.round: line.metrics for line in lines}
-        left_out = {line.round: [name for name, why in line.lost.items() if why in LEFT_OUT] for line in lines}
+        history = {line.round: line.metrics for line in self.store.history(self.run)}
         if DEV_SECONDS in history.get(SELECTION, {}):  # also where there was nothing to select
             self.course.evaluated(0, history[SELECTION][DEV_SECONDS])
         for stored in self.store.rounds(self.run):
             metrics = history.get(stored.round, {})
             scored = self.state.aggregator.evaluations
-            self.state.left_out.update(left_out.get(stored.round, ()))
+            self.state.left_out.update(left_out_in(metrics))
             self._replay_round(stored)
             self._count(stored.reports, metrics.get("seconds", 0.0), scored)
             n_rounds += 1
@@ -217,9 +215,17 @@ class RunLedger:
         reports: Sequence[RoundReport],
         seconds: float,
         traffic: Mapping[str, Traffic],
+        left_out: Mapping[str, str] | None = None,
     ) -> Committed:
-        """Apply a round and write it, in one transaction. ``traffic``: of the devices for which it may have changed."""
+        """Apply a round and write it, in one transaction.
+
+        Args:
+            round, work_digest, reports, seconds: see `fedbpt.runs.store.RunStore.commit_round`.
+            traffic: of the devices for which it may have changed.
+            left_out: devices that are not asked any more, and why.
+        """
         scored = self.state.aggregator.evaluations
+        self.state.left_out.update(left_out or ())
         self.state.apply(round, reports)
         self._count(reports, seconds, scored)
         loss = mean_loss(cap_reports(reports, self.settings.row_cap))
@@ -239,6 +245,7 @@ class RunLedger:
             reports=reports,
             metrics=metrics,
             traffic=traffic,
+            left_out=left_out,
         )
         self._add_seconds(round, seconds)
         return Committed(loss, epsilon)

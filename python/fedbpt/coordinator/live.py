@@ -8,6 +8,7 @@ look may end the search.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from fedbpt.aggregation.base import Fit
 from fedbpt.coordinator.fleet import Fleet
 from fedbpt.coordinator.ledger import RunLedger
+from fedbpt.coordinator.members import Cohort
 from fedbpt.coordinator.round_reports import cap_reports, evaluation_loss, held_differences
 from fedbpt.coordinator.vetting import leave_out
 from fedbpt.errors import InputError, QuorumError
@@ -73,11 +75,16 @@ class LiveEvaluation:
             return None
         began = time.monotonic()
         found = ledger.state.variants() if final else await self._lines_now()
-        reports = {} if found is None else await self._evaluate(found)
+        reports = {} if found is None else ledger.state.trusted(await self._evaluate(found))
         if found is None or not reports:
             return None
         names = list(found)
-        judged = evaluation_loss(list(reports.values()), ledger.settings.row_cap, names.index(_judged(names)))
+        judged = evaluation_loss(
+            list(reports.values()),
+            ledger.settings.row_cap,
+            names.index(_judged(names)),
+            ledger.settings.check_devices,
+        )
         improved = final or not judges or ledger.state.judge(judged)
         if improved or not ledger.settings.patience or not self._shown[1]:
             self._shown = names, reports
@@ -110,8 +117,7 @@ class LiveEvaluation:
         if len(lines) < 2:
             return None
         request = ledger.planner.request(lines, label_weights=state.label_weights, split="held")
-        found = await self._sums.evaluate(request, self._deadline_s())
-        reports = [report for name, report in found.items() if name not in state.left_out]
+        reports = list(state.trusted(await self._sums.evaluate(request, self._deadline_s())).values())
         if not reports:
             return None
         cap = ledger.settings.row_cap if ledger.settings.check_devices else None
@@ -155,11 +161,17 @@ class LiveEvaluation:
         self._exchanges += 1
         ledger = self._ledger
         work = fit.work()
+        left_out = ledger.state.left_out
+        trusted = tuple(name for name in self._fleet.members if name not in left_out)
         reports = await self._sums.run_round(
-            ledger.state.closed, lambda device: self._plan(device, work), fit.min_reports, self._deadline_s(), "readout"
+            ledger.state.closed,
+            lambda device: self._plan(device, work),
+            fit.min_reports,
+            self._deadline_s(),
+            "readout",
+            Cohort(trusted, len(trusted), len(trusted)) if left_out else None,
         )
-        trusted = [report for report in reports if report.device not in ledger.state.left_out]
-        reports, _ = leave_out(ledger.settings, fit, trusted)
+        reports, _ = await asyncio.to_thread(leave_out, ledger.settings, fit, reports)
         fit.update(cap_reports(reports, ledger.settings.row_cap))
 
     def _plan(self, device: str, work: Work) -> RoundPlan:

@@ -11,6 +11,7 @@ import numpy as np
 from msgspec import UNSET
 from numpy.typing import NDArray
 
+from fedbpt.aggregation.base import weighted_sum
 from fedbpt.aggregation.bounded import bounded, bounded_losses, levelled
 from fedbpt.coordinator.work_kinds import kind_of_result
 from fedbpt.objective.losses import balanced_weights
@@ -67,12 +68,14 @@ def level_reports(reports: Sequence[RoundReport]) -> list[RoundReport]:
     ]
 
 
-def evaluation_loss(reports: Sequence[EvaluateReport], cap: float, which: int = 0) -> float:
-    """Mean loss of latent ``which`` over all devices' rows, nats; rows count as far as `cap_rows` lets them."""
-    counts = np.array([report.n for report in reports])
-    shares = cap_rows(counts.tolist(), cap) / counts
-    total = sum(share * report.loss_sums[which] for share, report in zip(shares, reports, strict=True))
-    return float(total / (shares * counts).sum())
+def evaluation_loss(reports: Sequence[EvaluateReport], cap: float, which: int = 0, checked: bool = False) -> float:
+    """Mean loss of latent ``which`` over all devices' rows, nats; rows count as far as `cap_rows` lets them.
+
+    ``checked``: what one device decides is bounded.
+    """
+    capped = cap_rows([report.n for report in reports], cap)
+    means = np.array([[report.loss_sums[which] / report.n] for report in reports])
+    return float(weighted_sum(capped / capped.sum(), bounded(means) if checked else means)[0])
 
 
 def held_differences(

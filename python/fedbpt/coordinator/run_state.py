@@ -9,7 +9,7 @@ import copy
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, TypeAlias, cast
 
 import numpy as np
@@ -54,8 +54,6 @@ FEWEST_JUDGES: Final = 5  # rows
 
 MISLEADS: Final = "left out of the readout and of what follows: others' rows are predicted worse with its sums"
 CONTRADICTS: Final = "left out of the readout and of what follows: its losses contradict its sums"
-LEFT_OUT: Final = (MISLEADS, CONTRADICTS)
-"""Why a device is in `RunState.left_out`; stored with the round."""
 
 LONG_PATTERN: Final = 200
 """Length in bytes from which a pattern is taken to hold examples, whose tokens are not those of a text."""
@@ -441,6 +439,10 @@ class RunState:
 
     def _readouts(self) -> dict[FitPurpose, AnyReadout]:
         return {purpose: fit.readout for purpose, fit in self.fits.items()}
+
+    def trusted(self, reports: Mapping[str, EvaluateReport]) -> dict[str, EvaluateReport]:
+        """``reports`` by device, without those of devices that are left out."""
+        return {device: report for device, report in reports.items() if device not in self.left_out}
 
     def digest(self) -> str:
         """sha256 (hex) of everything that decides what comes next."""

@@ -35,7 +35,7 @@ def leave_out(
     ``fit``: the begun fit of the round; None: another round.
     """
     found: dict[str, str] = {}
-    if not settings.check_devices:
+    if not settings.check_devices or not reports:
         return list(reports), found
     results = [report.result for report in reports if isinstance(report.result, SumsResult)]
     if len(results) == len(reports):

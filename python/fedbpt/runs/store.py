@@ -174,8 +174,13 @@ class RunStore(Database):
         reports: Sequence[RoundReport],
         metrics: Mapping[str, float],
         traffic: Mapping[str, Traffic] | None = None,
+        left_out: Mapping[str, str] | None = None,
     ) -> None:
-        """Close ``round`` with the reports that were used, in one transaction. Raises `StoreError` if it is closed."""
+        """Close ``round`` with the reports that were used, in one transaction. Raises `StoreError` if it is closed.
+
+        ``left_out``: devices that are not asked any more from this round on, and why. The reasons are for people; who
+        is left out is a metric of the round (`left_out_in`), which no later loss can hide.
+        """
         now = _now()
         with self._transaction() as db:
             db.execute("INSERT INTO rounds VALUES (?, ?, ?, ?, ?)", (run, round, now, work_digest, state_digest))
@@ -183,7 +188,9 @@ class RunStore(Database):
                 "INSERT INTO reports VALUES (?, ?, ?, 0, ?)",
                 [(run, round, report.device, codec.encode(report)) for report in reports],
             )
-            self._write_metrics(db, run, round, metrics)
+            reasons = left_out or {}
+            self._write_metrics(db, run, round, {**metrics, **{f"{_LEFT_OUT}{device}": 1.0 for device in reasons}})
+            self._write_losses(db, run, round, reasons, now)
             self._write_traffic(db, run, traffic or {})
             db.execute("UPDATE runs SET updated = ? WHERE run = ?", (now, run))
             db.execute("DELETE FROM runs WHERE run = ?", (_aside(run),))
@@ -198,10 +205,8 @@ class RunStore(Database):
 
     def record_losses(self, run: str, round: int, reasons: Mapping[str, str]) -> None:
         """Store which devices were lost in ``round``, and why, in one transaction."""
-        now = _now()
         with self._transaction() as db:
-            rows = [(run, round, device, reason, now) for device, reason in reasons.items()]
-            db.executemany("INSERT INTO losses VALUES (?, ?, ?, ?, ?)", rows)
+            self._write_losses(db, run, round, reasons, _now())
 
     def record_devices(self, run: str, infos: Mapping[str, DeviceInfo]) -> None:
         """Store the latest descriptions of devices, in one transaction."""
@@ -400,6 +405,11 @@ class RunStore(Database):
         db.executemany("INSERT OR REPLACE INTO metrics VALUES (?, ?, ?, ?)", rows)
 
     @staticmethod
+    def _write_losses(db: sqlite3.Connection, run: str, round: int, reasons: Mapping[str, str], now: str) -> None:
+        rows = [(run, round, device, reason, now) for device, reason in reasons.items()]
+        db.executemany("INSERT INTO losses VALUES (?, ?, ?, ?, ?)", rows)
+
+    @staticmethod
     def _write_traffic(db: sqlite3.Connection, run: str, traffic: Mapping[str, Traffic]) -> None:
         rows = [(*cost, run, device) for device, cost in traffic.items()]
         db.executemany(
@@ -413,6 +423,15 @@ _SELECT_RUN: Final = (
     " (SELECT body FROM tasks WHERE tasks.run = runs.run),"
     " coalesce((SELECT rows_digest FROM tasks WHERE tasks.run = runs.run), '') FROM runs"
 )
+
+
+_LEFT_OUT: Final = "left_out/"
+"""Before a device's name: metric of a closed round, from which on the device is left out."""
+
+
+def left_out_in(metrics: Mapping[str, float]) -> list[str]:
+    """The devices that the round with these ``metrics`` left out, and that are not asked any more."""
+    return [name.removeprefix(_LEFT_OUT) for name in metrics if name.startswith(_LEFT_OUT)]
 
 
 def _aside(run: str) -> str:

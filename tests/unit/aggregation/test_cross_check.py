@@ -8,13 +8,15 @@ import msgspec
 import numpy as np
 import pytest
 
+from fedbpt.aggregation import cross_check
 from fedbpt.aggregation.cross_check import DeviceSums, misleading
 from fedbpt.aggregation.layer_fit import LayerFit, sums_of
 from fedbpt.engine.discriminant import assign_folds
+from fedbpt.engine.layers import normalized
 from fedbpt.objective.layer_sums import sums_result
 from fedbpt.protocol.rounds import CrossResult, RoundReport, SumsResult, SumsWork
 from fedbpt.protocol.specs import Array, Quantized
-from tests.unit.aggregation.test_layer_fit import FOLDS, Rows, answer, reading_of, rows
+from tests.unit.aggregation.test_layer_fit import FOLDS, SIZE, Rows, answer, reading_of, rows
 
 LABELS = 4
 READERS = ((0.9, 0.2), (0.7, 0.0))
@@ -155,6 +157,78 @@ def test_where_states_tell_nothing_nobody_is_found() -> None:
 def test_of_two_that_disagree_neither_is_left_out() -> None:
     first, second = evenly(everything(), 2)
     assert check([first, wrong(second)]) == []
+
+
+# --- one device must not get another thrown out ----------------------------------------------------------------------
+
+
+def relabelled(device: Rows, targets: np.ndarray) -> Rows:
+    return device._replace(targets=targets, folds=assign_folds(targets, FOLDS, np.random.default_rng(9)))
+
+
+@pytest.mark.parametrize("n", [4, 6, 10])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_few_made_up_rows_of_a_label_do_not_throw_out_its_only_honest_device(n: int, seed: int) -> None:
+    whole = everything(600, seed)
+    rare, others = np.flatnonzero(whole.targets == 3), np.flatnonzero(whole.targets != 3)
+    only, *honest, last = shared(whole, [rare[:20], *(others[i :: n - 1] for i in range(n - 1))])
+    made_up = last.targets.copy()
+    made_up[:6] = 3
+    assert check([only, *honest, relabelled(last, made_up)]) == []
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_of_two_devices_with_the_same_labels_neither_is_believed(seed: int) -> None:
+    """The second shares labels with the liar only, which swaps them."""
+    whole = everything(300, seed)
+    low, high = np.flatnonzero(whole.targets < 2), np.flatnonzero(whole.targets >= 2)
+    first, second, liar = shared(whole, [low[::2], high[::2], np.concatenate([low[1::2], high[1::2]])])
+    swapped = np.where(liar.targets >= 2, 5 - liar.targets, liar.targets)
+    assert check([first, second, relabelled(liar, swapped)]) == []
+
+
+# --- domains ---------------------------------------------------------------------------------------------------------
+
+
+def with_another_domain(n: int, cosine: float, seed: int) -> list[Rows]:
+    """``n`` devices, the last with another mean of all rows, and label means at ``cosine`` to those of the others."""
+    rng = np.random.default_rng(seed)
+    apart = np.array(READERS)
+    usual, other = rng.standard_normal((2, *apart.shape, LABELS, SIZE))
+    common = 2 * rng.standard_normal((*apart.shape, SIZE))
+    shift = rng.standard_normal(common.shape)
+    n_rows = 400 // n // LABELS * LABELS
+    devices = []
+    for place in range(n):
+        odd = place == n - 1
+        targets = rng.permutation(np.arange(n_rows) % LABELS)
+        means = (cosine * usual + np.sqrt(1 - cosine**2) * other if odd else usual) * apart[..., None, None]
+        states = common + odd * shift + np.moveaxis(means[:, :, targets], 2, 0)
+        states = states + rng.standard_normal((n_rows, *apart.shape, SIZE))
+        folds = assign_folds(targets, FOLDS, np.random.default_rng(place))
+        devices.append(Rows(normalized(states).astype(np.float16), np.zeros((n_rows, 0, 0)), targets, folds))
+    return devices
+
+
+@pytest.mark.parametrize("n", [3, 5, 10])
+@pytest.mark.parametrize("cosine", [0.3, 0.5])
+def test_a_device_of_another_domain_stays(cosine: float, n: int) -> None:
+    assert [check(with_another_domain(n, cosine, seed)) for seed in range(5)] == [[]] * 5
+
+
+@pytest.mark.parametrize("n", [3, 5, 10])
+def test_a_device_whose_domain_has_nothing_in_common_mostly_stays(n: int) -> None:
+    """Its labels may contradict those of the others by chance."""
+    found = [check(with_another_domain(n, 0.0, seed)) for seed in range(10)]
+    assert found.count([]) >= 8
+
+
+def test_a_device_that_costs_others_hardly_anything_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    *honest, last = evenly(everything(seed=1), 16)
+    assert check([*honest, wrong(last)]) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(cross_check, "LEAST", 0.0)
+        assert check([*honest, wrong(last)]) == [15]
 
 
 # --- losses against sums ---------------------------------------------------------------------------------------------

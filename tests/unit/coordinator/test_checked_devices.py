@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedbpt.coordinator.round_reports import held_differences, level_reports, template_losses
+from fedbpt.coordinator.live import LiveEvaluation
+from fedbpt.coordinator.members import Cohort
+from fedbpt.coordinator.round_reports import evaluation_loss, held_differences, level_reports, template_losses
 from fedbpt.coordinator.run_state import CONTRADICTS, MISLEADS, RunState
-from fedbpt.coordinator.vetting import leave_out
-from fedbpt.errors import ConfigError
+from fedbpt.coordinator.vetting import leave_out, vet
+from fedbpt.errors import ConfigError, QuorumError
 from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import (
     CrossResult,
@@ -25,7 +28,7 @@ from fedbpt.protocol.rounds import (
     SumsResult,
 )
 from fedbpt.protocol.specs import Array, Quantized
-from fedbpt.runs.events import DeviceLeftOut, DeviceLost, RoundClosed
+from fedbpt.runs.events import DeviceLeftOut, DeviceLost, Evaluated, RoundClosed
 from fedbpt.runs.settings import RunSettings, stored_settings
 from fedbpt.tasks import Row
 from tests.support.toy_federation import report
@@ -163,6 +166,117 @@ def test_a_run_with_a_liar_stopped_at_every_round_resumes_to_the_same_result(mak
             pieces.run()
     same(pieces.run(), expected)
     assert left_out(pieces) == left_out(whole)
+
+
+def test_a_device_that_is_left_out_tells_no_figure(make: Make) -> None:
+    scene = make(wrong_labels(moods(24, 400)))
+    result = scene.run(evaluate_every=1)
+    (event,) = scene.of(DeviceLeftOut)
+    later = [each for each in scene.of(Evaluated) if each.round >= event.round]
+    assert later
+    assert {each.devices for each in later} == {("a", "b", "c", "d")}
+    assert result.tuned.n == 4 * 20
+
+
+def test_who_is_left_out_of_a_round_that_is_not_closed_may_come_back(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_ledger: Any, number: int, reports: list[RoundReport]) -> Any:
+        if {each.device for each in reports} == {"a", "b", "c", "d"}:
+            raise QuorumError(f"round {number}: too few", limit=5)
+        return list(reports), {}
+
+    scene = make(None, inverting)
+    with monkeypatch.context() as patch:
+        patch.setattr("fedbpt.coordinator.federation.vet", refuse)
+        with pytest.raises(QuorumError):
+            scene.run()
+    assert scene.of(DeviceLeftOut) == []
+    begun = len(list(scene.store.rounds("r")))
+    scene.devices["liar"].change = lambda given: given
+    scene.when(closed(begun), stop)
+    with pytest.raises(StopRunError):
+        scene.run()
+    scene.run()
+    assert {event.reported for event in scene.of(RoundClosed)} == {("a", "b", "c", "d", "liar")}
+
+
+def test_a_later_loss_does_not_hide_that_a_device_is_left_out(make: Make) -> None:
+    scene = make(wrong_labels(moods(24, 400)))
+    scene.run()
+    (found,) = scene.of(DeviceLeftOut)
+    pieces = make(wrong_labels(moods(24, 400)))
+    pieces.when(closed(found.round), stop)
+    with pytest.raises(StopRunError):
+        pieces.run()
+    pieces.store.record_losses("r", found.round, {"liar": "it does not answer"})
+    asked = len(pieces.devices["liar"].plans)
+    pieces.run()
+    assert len(pieces.devices["liar"].plans) == asked
+
+
+def test_reports_are_checked_off_the_event_loop(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    loops: list[bool] = []
+
+    def noted(check: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any) -> Any:
+            try:
+                asyncio.get_running_loop()
+            except RuntimeError:
+                loops.append(False)
+            else:
+                loops.append(True)
+            return check(*given)
+
+        return run
+
+    monkeypatch.setattr("fedbpt.coordinator.federation.leave_out", noted(leave_out))
+    monkeypatch.setattr("fedbpt.coordinator.federation.vet", noted(vet))
+    scene = make()
+    scene.run(rounds=1)
+    assert loops == [False, False] * len(scene.of(RoundClosed))
+
+
+# --- live evaluations ------------------------------------------------------------------------------------------------
+
+
+class NoDevices:
+    """In the place of a fleet: notes who is asked, and gets no report."""
+
+    def __init__(self, names: str) -> None:
+        self.members = dict.fromkeys(names)
+        self.cohorts: list[Cohort | None] = []
+
+    async def run_round(self, *given: Any) -> list[RoundReport]:
+        self.cohorts.append(given[5])
+        raise QuorumError("round 1: nobody reported: start more devices", limit=1)
+
+
+@pytest.mark.parametrize(("left_out", "expected"), [((), None), (("b",), ("a", "c")), (("a", "b"), ("c",))])
+def test_a_live_readout_asks_no_device_that_is_left_out(
+    make: Make, left_out: tuple[str, ...], expected: tuple[str, ...] | None
+) -> None:
+    ledger = make().federation()._ledger
+    ledger.state.left_out.update(left_out)
+    ledger.state.n_layer, ledger.state.n_embd = 4, 8
+    devices: Any = NoDevices("abc")
+    live = LiveEvaluation(ledger, devices, devices, lambda: 1.0)
+    assert asyncio.run(live._readout_fit(ledger.state.mean)) is None
+    (cohort,) = devices.cohorts
+    assert (cohort and cohort.order) == expected
+
+
+def test_without_reports_nobody_is_left_out() -> None:
+    assert leave_out(settings(), None, []) == ([], {})
+
+
+def test_one_device_does_not_decide_when_patience_runs_out() -> None:
+    honest = [held(12, loss) for loss in (0.5, 0.6, 0.55, 0.52)]
+    for lie in (0.0, 1e6):
+        found = evaluation_loss([*honest, held(12, lie)], 2.0, 0, checked=True)
+        assert 0.45 < found < 0.65
+    assert evaluation_loss([*honest, held(12, 1e6)], 2.0) > 1e5
+    assert evaluation_loss(honest[:2], 2.0, 0, checked=True) == pytest.approx(0.55)
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
