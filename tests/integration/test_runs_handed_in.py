@@ -192,10 +192,12 @@ def test_runs_are_cancelled_left_and_refused(site: Site) -> None:
     for given, code, value in (
         (("--admin-token", "absent"), 2, "no admin token at absent"),
         (("--admin-token", "wrong"), 1, "--admin-token FILE"),
+        (("--admin-token", "other.toml"), 2, "copy the file that `fedbpt coordinator` names"),
         (("--data", "a.jsonl"), 2, "--data cannot be combined with --coordinator"),
     ):
         (site.folder / "wrong").write_text("w" * 43)
         (site.folder / "wrong").chmod(0o600)
+        (site.folder / "other.toml").chmod(0o600)
         found = site.run("tune", "running.toml", "--coordinator", site.url, *given)
         assert found[:2] == (code, "")
         assert_one_line(found[2], value)

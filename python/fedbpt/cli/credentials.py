@@ -87,7 +87,12 @@ def token_in(path: Path) -> str:
     """Read the token in ``path``, or create it if absent. The coordinator needs it too (`fedbpt tune --tokens`)."""
     if not path.exists():
         write_private(path, f"{new_token()}\n".encode())
+    return known_token(path, "delete it to have one created")
+
+
+def known_token(path: Path, advice: str) -> str:
+    """Read the token in ``path``. ``advice``: what to do if there is none in it."""
     token = read_private(path).decode(errors="replace").strip()
     if not re.fullmatch(r"[\x21-\x7e]{16,}", token):
-        raise ConfigError(f"{path} holds no token (16 or more ASCII characters): delete it to have one created")
+        raise ConfigError(f"{path} holds no token (16 or more ASCII characters): {advice}")
     return token

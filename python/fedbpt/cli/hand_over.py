@@ -11,7 +11,7 @@ import msgspec
 import typer
 
 from fedbpt.api import require_model_of_run
-from fedbpt.cli.credentials import token_in
+from fedbpt.cli.credentials import known_token
 from fedbpt.cli.options import print_json, status_printer
 from fedbpt.cli.tuning import Output, print_outcome
 from fedbpt.coordinator.remote_runs import RemoteRuns
@@ -43,13 +43,10 @@ class Coordinator:
     def connected(self) -> RemoteRuns:
         """Its runs. Raises `ConfigError` if there is no token."""
         token = self.token or ADMIN_TOKEN
+        advice = "copy the file that `fedbpt coordinator` names when it starts, and give it with --admin-token FILE"
         if not token.exists():
-            raise ConfigError(
-                f"no admin token at {token}: copy the file that `fedbpt coordinator` names when it starts, and give it"
-                " with --admin-token FILE",
-                field="--admin-token",
-            )
-        return RemoteRuns(self.url, token_in(token), self.tls, self.allow_insecure)
+            raise ConfigError(f"no admin token at {token}: {advice}", field="--admin-token")
+        return RemoteRuns(self.url, known_token(token, advice), self.tls, self.allow_insecure)
 
     @property
     def options(self) -> list[str]:

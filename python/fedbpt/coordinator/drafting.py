@@ -89,7 +89,7 @@ async def _draft(
         what = f"{len(fit)} of {wanted} devices with task {submission.task.name!r} call in{why}"
         if is_late:
             raise QuorumError(
-                f"{what} after {wait_s:g} s: {_advice(expected, inquiry.n_later)}", limit=needed or wanted
+                f"{what} after {wait_s:g} s: {_advice(expected, inquiry.n_later, registry)}", limit=needed or wanted
             )
         tell(f"waiting: {what}")
         await asyncio.sleep(POLL_S)
@@ -147,9 +147,10 @@ def _why(reasons: Mapping[str, str], n_later: int) -> str:
     return f" ({'; '.join(found)})" if found else ""
 
 
-def _advice(expected: int, n_later: int) -> str:
+def _advice(expected: int, n_later: int, registry: DeviceRegistry) -> str:
     if not expected:
-        return "no device is invited or enrolled, run `fedbpt devices invite NAME` on the coordinator"
+        invite = f"fedbpt devices invite NAME --registry {registry.path}"
+        return f"no device is invited or enrolled, run `{invite}` where the coordinator runs"
     if n_later:
         return "start the coordinator with a longer --wait, and hand the run in again"
     return "start devices with this task, and hand the run in again"

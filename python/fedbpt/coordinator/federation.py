@@ -434,13 +434,13 @@ class Federation:
         return self._wish.deadline_s or self.settings.deadline_s
 
     async def _apply_control(self) -> None:
-        """Apply what `RunControl` was told since the last round; wait while the run is paused."""
+        """Apply what `RunControl` was told since the last round; wait while it is paused or about to be stopped."""
         while True:
             wish = self._control.wish
             if wish != self._wish:
                 self._wish = wish
                 self._emit(Steered(paused=wish.paused, deadline_s=wish.deadline_s or self.settings.deadline_s))
-            if not wish.paused:
+            if not wish.paused and not self._control.stopped:
                 return
             await asyncio.sleep(PAUSE_POLL_S)
 

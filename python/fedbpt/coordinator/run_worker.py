@@ -85,14 +85,16 @@ class RunWorker:
         self._over_quota = ""
         self._woken = threading.Event()
         self._stopping = False
-        self._thread: threading.Thread | None = None
+        # Not `Thread.join`: Ctrl-C within it makes Python up to 3.12 take the thread for ended.
+        self._ended = threading.Event()
+        self._ended.set()
         self.failure: BaseException | None = None
         """What ended the thread, other than `stop`."""
 
     def start(self, server: CoordinatorServer) -> None:
         """Begin, with the run that was running when the coordinator was stopped, if any."""
-        self._thread = threading.Thread(target=self._work, args=(server,), name="fedbpt-runs", daemon=True)
-        self._thread.start()
+        self._ended.clear()
+        threading.Thread(target=self._work, args=(server,), name="fedbpt-runs", daemon=True).start()
 
     def stop(self) -> None:
         """Stop the running run so that it can be resumed, and the thread."""
@@ -101,17 +103,15 @@ class RunWorker:
             if self._current is not None:
                 self._current.control.stop()
         self._woken.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._ended.wait()
 
     def is_alive(self) -> bool:
-        """Whether the thread runs; if not, see `failure`."""
-        return self._thread is not None and self._thread.is_alive()
+        """Whether the thread works; if not, see `failure`."""
+        return not self._ended.is_set()
 
     def join(self, timeout_s: float) -> None:
-        """Wait for the end of the thread, for at most ``timeout_s`` seconds."""
-        if self._thread is not None:
-            self._thread.join(timeout_s)
+        """Wait until the thread's work has ended, for at most ``timeout_s`` seconds."""
+        self._ended.wait(timeout_s)
 
     # --- for the operator ----------------------------------------------------------------------------------------
 
@@ -199,6 +199,8 @@ class RunWorker:
                     self._woken.wait()
         except BaseException as error:  # noqa: BLE001 - raised by the thread that waits for this one
             self.failure = error
+        finally:
+            self._ended.set()
 
     def _take(self) -> tuple[Submission, Current] | None:
         with self._lock:

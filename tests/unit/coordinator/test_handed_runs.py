@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 import weakref
 from collections.abc import Iterator
@@ -92,6 +93,22 @@ def desk(
             made.worker.start(made.server)
         yield made
         assert made.worker.failure is None
+
+
+def test_ctrl_c_while_it_is_waited_for_does_not_end_the_worker(tmp_path: Path) -> None:
+    a = FakeDevice("a")
+    a.gate.clear()
+    with desk(tmp_path, a) as found:
+        found.runs.hand_in(submission())
+        wait_until(lambda: found.states()["r"] == "running")
+        main = threading.get_ident()
+        threading.Timer(0.3, signal.pthread_kill, [main, signal.SIGINT]).start()
+        with pytest.raises(KeyboardInterrupt):
+            found.worker.join(30)
+        assert found.worker.is_alive()
+        found.worker.stop()
+        assert not found.worker.is_alive()
+        assert found.told[-1].startswith("run r: stopped with the coordinator")
 
 
 def test_runs_go_one_after_the_other_over_the_same_devices(tmp_path: Path) -> None:
