@@ -94,18 +94,18 @@ def coordinator(
     host, port = host_and_port("--listen", listen)
     tell = status_printer(quiet or as_json)
     secret_file = admin_token or folder / ADMIN_TOKEN
-    secret = token_in(secret_file)
     quota = Quota(max_queued, max_evaluations, max_tokens, max_seconds, max_bytes)
     with ExitStack() as stack:
         stack.enter_context(_only_one(folder))
+        secret = token_in(secret_file)
         store = stack.enter_context(RunStore(folder / "runs.db"))
         registry = stack.enter_context(DeviceRegistry(folder / "devices.db"))
         queue = stack.enter_context(RunQueue(folder / "queue.db", quota))
         pages = _pages(store.path, lambda: worker.jobs(), dashboard, dashboard_token, Tls(cert, key), allow_insecure)
-        if pages is not None:
-            stack.enter_context(pages)
         watch = unwatched if pages is None else pages.watch
         worker = RunWorker(queue, store, registry, folder / "logs", wait, tell, watch)
+        if pages is not None:
+            stack.enter_context(pages)
         tls = Tls(cert, key, ca, client_certs)
         routes = run_routes(worker, secret)
         server = CoordinatorServer(registry, host, port, tls=tls, allow_insecure=allow_insecure, more=routes)

@@ -19,6 +19,7 @@ from fedbpt.coordinator.clients import DeviceClient, HttpClient
 from fedbpt.coordinator.estimate import RunCost, estimate
 from fedbpt.coordinator.federation import Federation
 from fedbpt.coordinator.gc_policy import collect_between_rounds
+from fedbpt.coordinator.ledger import has_result
 from fedbpt.coordinator.one_machine import NAME, Ended, clients_of, digest_of_rows, run_alone
 from fedbpt.dashboard.comparison import Comparison, models_of_run, questions_of
 from fedbpt.dashboard.examples import Row
@@ -104,7 +105,7 @@ class Tuning:
         config = self._config
         with self._opened() as (store, watch, release):
             stored = None if self._fresh else store.find_run(config.run)
-            finished = stored is not None and stored.status == "finished"
+            finished = stored is not None and has_result(store, config.run, self._task, config.settings)
             known = store.addresses(config.run) if stored else {}
             with reach.clients(known, finished, self._tell, config.settings.quorum) as clients:
                 watch.meet(clients)

@@ -11,8 +11,8 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -60,6 +60,9 @@ from fedbpt.tasks import Task
 
 if TYPE_CHECKING:
     from fedbpt.coordinator.secure_sums import SecureSums
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 log = logging.getLogger(__name__)
 
@@ -495,10 +498,12 @@ class Federation:
             ledger.leave_out(round, time.monotonic() - began)
             return False
         fit = None if purpose == "selection" or purpose == "search" else state.fits.get(purpose)
-        # Both take a fraction of a second a device, in which other devices are to be answered.
-        reports, misled = await asyncio.to_thread(leave_out, self.settings, fit, reports)
+        # Both take a fraction of a second a device, in which other devices are to be answered. A secure round has one
+        # report, of which nothing may keep the ε from being counted with it.
+        in_thread = _at_once if self.settings.secure else asyncio.to_thread
+        reports, misled = await in_thread(leave_out, self.settings, fit, reports)
         try:
-            reports, refused = await asyncio.to_thread(vet, ledger, round, reports)
+            reports, refused = await in_thread(vet, ledger, round, reports)
             fleet.refuse(refused)
             reported = tuple(name for report in reports for name in devices_of(report))
             fleet.require_quorum(len(reported) + len(misled), needed, deadline_s)
@@ -550,7 +555,7 @@ class Federation:
         await fleet.settle(min(SETTLE_S, self.settings.deadline_s))
         reports = state.trusted(await self._sums.evaluate(request, limit))
         if not reports and all(member.name in state.left_out for member in fleet.live):
-            await fleet.settle(self.settings.deadline_s)
+            await fleet.settle(self.settings.deadline_s, state.left_out)
             reports = state.trusted(await self._sums.evaluate(request, limit))
         able = [
             member for member in fleet.members.values() if not fleet.unfit(member) and member.name not in state.left_out
@@ -621,3 +626,8 @@ class Federation:
                 max(before.peak_rss_bytes, member.peak_rss_bytes),
             )
         return costs
+
+
+async def _at_once(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+    """As `asyncio.to_thread`, but without a moment in which the run could be stopped."""
+    return function(*args, **kwargs)

@@ -231,7 +231,8 @@ class Fleet:
 
     def _invite(self, current: OpenRound, plan_for: Callable[[str], RoundPlan]) -> None:
         order, n_drawn = current.cohort.order, current.cohort.n_drawn
-        due = sorted(self._ask(order[:n_drawn], current, plan_for))
+        left = current.began + current.limit_s - asyncio.get_running_loop().time()
+        due = sorted(due_s for due_s in self._ask(order[:n_drawn], current, plan_for) if due_s + RECHECK_S < left)
         n_missing = current.n_missing
         current.may_fill = 0 < n_missing <= len(due)
         if current.may_fill:
@@ -452,14 +453,22 @@ class Fleet:
             return None
         return report
 
-    async def settle(self, timeout_s: float) -> None:
-        """Stop late devices, and wait up to ``timeout_s`` seconds for them, and for any device, to be live again."""
+    async def settle(self, timeout_s: float, without: Container[str] = ()) -> None:
+        """Stop late devices, and wait up to ``timeout_s`` seconds for them, and for any device, to be live again.
+
+        ``without``: devices that do not count as any.
+        """
         late = [member for member in self.members.values() if member.state == "late"]
         self._called_off |= {member.name for member in late}
         await self._cancel([(member, key) for member in late for key in member.sent])
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
-        while loop.time() < deadline and (not self.live or any(member.state != "live" for member in late)):
+
+        def is_settled() -> bool:
+            counts = any(member.name not in without for member in self.live)
+            return counts and all(member.state == "live" for member in late)
+
+        while loop.time() < deadline and not is_settled():
             self._check_background()
             self._changed.clear()
             await self._wait_changed(min(deadline - loop.time(), 0.5))

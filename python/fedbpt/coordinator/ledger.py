@@ -334,6 +334,16 @@ class RunLedger:
         return next((dict(line.metrics) for line in self.store.history(self.run) if line.round == round), {})
 
 
+def has_result(store: RunStore, run: str, task: Task, settings: RunSettings) -> bool:
+    """Whether ``store`` has the result of ``run`` with ``settings``, which is not so with a larger budget.
+
+    Raises:
+        ConfigError: the stored run has another task or other settings, or these do not fit the task.
+    """
+    fitting = settings.for_labels(task.labels, task.generation)
+    return RunLedger(store, run, task, fitting, fitting.aggregator()).finished() is not None
+
+
 def identity_of(settings: RunSettings, task: Task, reads: bool = True) -> str:
     """Digest of what a run must have in common with a stored one to resume it.
 

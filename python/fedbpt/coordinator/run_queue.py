@@ -78,14 +78,23 @@ class RunQueue(Database):
         """Put a run at the end. The same task and settings again change nothing while the run is queued or runs.
 
         Raises:
-            CoordinatorRefusedError: ``conflict``: a run of this name waits or runs, with another task or settings;
+            CoordinatorRefusedError: ``conflict``: a run of this name waits or runs, with another task or settings, or
+                is to start over, which the one that waits or runs is not;
                 ``too-many``: the queue is full; ``over-quota``.
         """
         self.quota.check(submission.settings)
         with self._transaction() as db:
-            found = db.execute("SELECT state, submission FROM jobs WHERE run = ?", (submission.run,)).fetchone()
+            row = "SELECT state, submission, fresh FROM jobs WHERE run = ?"
+            found = db.execute(row, (submission.run,)).fetchone()
             if found is not None and found[0] in ("queued", "running"):
-                if _plain(codec.decode(found[1], Submission)) == _plain(submission):
+                is_same = _plain(codec.decode(found[1], Submission)) == _plain(submission)
+                if is_same and submission.fresh and not found[2]:
+                    raise CoordinatorRefusedError(
+                        f"run {submission.run!r} is {found[0]} already: follow it without --fresh, or cancel it first"
+                        f" (fedbpt runs cancel {submission.run})",
+                        "conflict",
+                    )
+                if is_same:
                     return
                 raise CoordinatorRefusedError(
                     f"run {submission.run!r} is {found[0]} with another task or other settings: choose another"

@@ -21,7 +21,7 @@ from fedbpt.coordinator.enrolment import DeviceRegistry
 from fedbpt.coordinator.federation import Federation
 from fedbpt.coordinator.feed import EventFeed
 from fedbpt.coordinator.gc_policy import collect_between_rounds, collect_normally
-from fedbpt.coordinator.ledger import RunLedger
+from fedbpt.coordinator.ledger import has_result
 from fedbpt.coordinator.run_queue import RunQueue
 from fedbpt.coordinator.server import CoordinatorServer
 from fedbpt.errors import MAX_MESSAGE_CHARS, CoordinatorRefusedError, FedbptError, RunStopped
@@ -175,11 +175,10 @@ class RunWorker:
             CoordinatorRefusedError: its settings do not fit its task, or the store has another run of this name.
         """
         try:
-            settings = submission.settings.for_labels(submission.task.labels, submission.task.generation)
-            aggregator = settings.aggregator()
             if submission.fresh:
+                submission.settings.for_labels(submission.task.labels, submission.task.generation).aggregator()
                 return False
-            return RunLedger(self.store, submission.run, submission.task, settings, aggregator).finished() is not None
+            return has_result(self.store, submission.run, submission.task, submission.settings)
         except FedbptError as error:
             raise CoordinatorRefusedError(str(error), "conflict") from error
 

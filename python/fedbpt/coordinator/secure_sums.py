@@ -186,6 +186,12 @@ class SecureSums:
         if not reports:
             return []
         vectors = self._vectors({report.device: report.result for report in reports})
+        if len(vectors) < most:  # before anything of the others is seen
+            raise QuorumError(
+                f"round {round}: {len(vectors)} devices sent sums that fit, expected {most}{self._fleet.missing()}; "
+                "start the same run again to resume it",
+                limit=most,
+            )
         total = await self._unmask(epoch, use, asked_of_all(plan(use.peers[0])), vectors, round, deadline_s)
         reports = [report for report in reports if report.device in vectors]
         if not isinstance(any_plan.work, MeansWork):

@@ -189,20 +189,23 @@ class _Ballot:
         self._keep(self._replies[side])
 
     def _keep_own(self) -> None:
-        self._keep(str(self._own.value or ""))
-        self._own.value = ""
+        if self._keep(str(self._own.value or "")):
+            self._own.value = ""
 
-    def _keep(self, answer: str) -> None:
+    def _keep(self, answer: str) -> bool:
+        """Whether the answer was kept."""
         if not answer.strip():
             self._said.text = "that reply is empty: choose another, or write a better one"
-            return
+            return False
         try:
             self._votes.add(self._question, answer.strip())
         except FedbptError as error:
             self._said.text = str(error)
+            return False
         else:
             self._said.text = f"kept in {self._votes.path}"
             self._choices.visible = False  # one row for each question
+            return True
 
 
 class _Offers:

@@ -13,8 +13,8 @@ from weakref import WeakSet
 from fedbpt.coordinator.control import RunControl
 from fedbpt.dashboard.guard import Guard
 from fedbpt.dashboard.server import POLL_S
-from fedbpt.dashboard.state import RunState
-from fedbpt.errors import MissingExtraError, StoreError
+from fedbpt.dashboard.state import RunState, try_to_refresh
+from fedbpt.errors import MissingExtraError
 from fedbpt.net.auth import check_token
 from fedbpt.net.server import HttpServer
 from fedbpt.net.tls import Tls
@@ -89,7 +89,7 @@ class RunsDashboardServer(HttpServer):
         if self._store.find_run(run) is None and run not in {job.run for job in self._jobs()}:
             return None
         state = RunState(run)
-        refresh(state, self._store)
+        try_to_refresh(state, self._store)
         with self._lock:
             self._shown.add(state)
         return state, None
@@ -114,16 +114,6 @@ class RunsDashboardServer(HttpServer):
             with self._lock:
                 shown = list(self._shown)
             for state in shown:
-                await asyncio.to_thread(refresh, state, self._store)
+                await asyncio.to_thread(try_to_refresh, state, self._store)
             del shown
             await asyncio.sleep(POLL_S)
-
-
-def refresh(state: RunState, store: RunStore) -> None:
-    """Read what is new of a run. What prevents it is logged: the next attempt may succeed, and other pages go on."""
-    try:
-        state.refresh(store)
-    except StoreError as error:
-        log.warning("the dashboard cannot read run %s: %s", state.run, error)
-    except Exception:
-        log.exception("the dashboard cannot show run %s", state.run)

@@ -13,9 +13,9 @@ from fedbpt.coordinator.control import RunControl
 from fedbpt.dashboard.comparison import Comparison
 from fedbpt.dashboard.guard import Guard
 from fedbpt.dashboard.heartbeat import Heartbeat
-from fedbpt.dashboard.state import RunState
+from fedbpt.dashboard.state import RunState, try_to_refresh
 from fedbpt.dashboard.visits import Visits
-from fedbpt.errors import FedbptError, MissingExtraError, StoreError
+from fedbpt.errors import FedbptError, MissingExtraError
 from fedbpt.net.auth import check_token
 from fedbpt.net.server import HttpServer
 from fedbpt.net.tls import Tls
@@ -140,14 +140,8 @@ class DashboardServer(HttpServer):
     async def _poll_store(self) -> None:
         while True:
             self.is_watched()
-            await asyncio.to_thread(self._read_store)
+            await asyncio.to_thread(try_to_refresh, self.state, self._store)
             await asyncio.sleep(POLL_S)
-
-    def _read_store(self) -> None:
-        try:
-            self.state.refresh(self._store)
-        except StoreError as error:  # the next attempt may succeed; the run has its own connection
-            log.warning("the dashboard cannot read the run: %s", error)
 
 
 def _log_failure(task: asyncio.Task[None]) -> None:

@@ -7,6 +7,7 @@ same. The current state of devices comes from events, if the run is in this proc
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 from collections import deque
@@ -20,6 +21,7 @@ from fedbpt.coordinator.layer_reading import only_reads, reads_layers, states_al
 from fedbpt.coordinator.round_figures import ClosedRound, evaluations_in, numbers_of
 from fedbpt.coordinator.spending import Spending
 from fedbpt.dashboard.views import DeviceStatus, DeviceView, Measured, Notice, Point, RunView, Stage, Status
+from fedbpt.errors import StoreError
 from fedbpt.plain_text import one_line
 from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import DeviceInfo
@@ -45,6 +47,8 @@ from fedbpt.runs.result import VARIANTS, RunResult, Score, perplexity
 from fedbpt.runs.settings import RunSettings, stored_settings
 from fedbpt.runs.store import RoundHistory, RunStore, StoredRun, Traffic
 from fedbpt.tasks import Task
+
+log = logging.getLogger(__name__)
 
 MAX_NOTICES: Final = 50
 
@@ -79,6 +83,8 @@ class RunState:
         self.is_local = control is not None
         self.version = 0
         """Number of changes."""
+        self.problem = ""
+        """The last error of `try_to_refresh` that is a bug."""
         self._control = control
         self._alarms = 0
         self._lock = threading.RLock()
@@ -534,3 +540,15 @@ class RunState:
 def _without_name(device: str, reason: str) -> str:
     """``reason`` without a leading name and address of ``device``."""
     return re.sub(rf"^{re.escape(device)}(: | (\(\S+\) )?)", "", reason)
+
+
+def try_to_refresh(state: RunState, store: RunStore) -> None:
+    """`RunState.refresh`. What prevents it is logged, and the page stays as it is: the next attempt may succeed."""
+    try:
+        state.refresh(store)
+    except StoreError as error:
+        log.warning("the dashboard cannot read run %s: %s", state.run, error)
+    except Exception as error:
+        if repr(error) != state.problem:  # once, not at every attempt
+            state.problem = repr(error)
+            log.exception("the dashboard cannot show run %s", state.run)

@@ -24,6 +24,7 @@ from fedbpt.coordinator.run_routes import run_routes
 from fedbpt.coordinator.run_worker import RunWorker
 from fedbpt.coordinator.server import CoordinatorServer
 from fedbpt.errors import ConfigError, CoordinatorRefusedError, FedbptError, FederationError, StoreError
+from fedbpt.protocol import codec
 from fedbpt.protocol.specs import ObjectiveSpec
 from fedbpt.protocol.task_identity import TaskIdentity
 from fedbpt.runs.events import Event, RoundClosed, RunFinished, RunStarted
@@ -294,6 +295,21 @@ def test_what_is_stopped_before_its_first_round_starts_over_again(tmp_path: Path
         assert queue.take() == taken  # the coordinator was killed
         queue.begun("r")
         assert queue.take() == msgspec.structs.replace(taken, fresh=False)
+
+
+def test_starting_over_does_not_silently_become_going_on(tmp_path: Path) -> None:
+    plain, fresh = (codec.decode(codec.encode(submission(fresh=each)), Submission) for each in (False, True))
+    with RunQueue(tmp_path / "queue.db") as queue:
+        queue.add(plain)
+        with raises(CoordinatorRefusedError, code="conflict") as refused:
+            queue.add(fresh)
+        assert "without --fresh" in str(refused.value)
+        queue.end("r", "cancelled")
+        for again in (fresh, fresh, plain):  # the last one follows
+            queue.add(again)
+        taken = queue.take()
+        assert taken is not None
+        assert taken.fresh
 
 
 def test_the_queue_has_a_limit_and_a_quota(tmp_path: Path) -> None:

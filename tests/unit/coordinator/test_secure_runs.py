@@ -229,6 +229,24 @@ def test_a_result_with_other_fields_loses_only_its_device(make: Callable[..., La
     assert [event.device for event in scene.of(DeviceLost)][:1] == ["d"]
 
 
+def test_a_sum_below_the_quorum_is_not_unmasked_but_tried_again(make: Callable[..., LayerScene]) -> None:
+    scene = make(NAMES)
+    n_odd = []
+
+    def odd_once(report: RoundReport) -> RoundReport:
+        if not isinstance(report.result, MaskedResult) or report.round != 2 or n_odd:
+            return report
+        n_odd.append(report.round)
+        field = report.result.fields[0]
+        fields = (msgspec.structs.replace(field, name="other"), *report.result.fields[1:])
+        return msgspec.structs.replace(report, result=msgspec.structs.replace(report.result, fields=fields))
+
+    scene.devices["d"].change = odd_once
+    result = scene.run(rounds=3, secure=True, quorum=1.0)
+    assert n_odd == [2]
+    assert result.rounds == 3
+
+
 def test_a_device_that_always_reveals_wrong_shares_does_no_harm_where_there_are_enough(
     make: Callable[..., LayerScene],
 ) -> None:
