@@ -91,10 +91,18 @@ def test_a_round_with_a_quorum_waits_for_drawn_devices_that_are_about_to_call(
 
     monkeypatch.setattr(FlakyClient, "due_s", property(due_s))
     scene.when(closed(0), lambda: setattr(scene.devices["a"], "change", report))
-    scene.run(rounds=1, per_round=3, over_selection=0.0, stragglers=0.0, quorum=0.3)
+    scene.run(rounds=1, per_round=3, over_selection=0.0, stragglers=0.0, quorum=0.3, deadline_s=HOUR)
     (found,) = searched(scene)
     assert len(found.reported) == 3
     assert "a" in found.reported
+
+
+def test_a_round_with_a_quorum_does_not_wait_for_devices_that_call_after_its_end(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FlakyClient, "due_s", property(lambda client: HOUR * (client.name != "a")))
+    scene.run(rounds=2, per_round=3, over_selection=0.0, stragglers=0.0, quorum=0.3, deadline_s=HOUR / 2)
+    assert [event.reported for event in searched(scene)] == [("a",)] * 2
 
 
 @pytest.mark.timeout(60)

@@ -16,6 +16,7 @@ import pytest
 from fedbpt.aggregation.pooled import Pooled
 from fedbpt.coordinator.clients import InProcessClient
 from fedbpt.coordinator.federation import Federation
+from fedbpt.coordinator.ledger import has_result
 from fedbpt.errors import ConfigError, FedbptError, FederationError, QuorumError, StoreError
 from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import LocalResult, PooledResult, RoundReport
@@ -129,6 +130,10 @@ def test_a_finished_run_is_returned_and_a_larger_budget_resumes_it(scene: Scene)
     n_plans = len(scene.devices["a"].plans)
     assert scene.run() == result
     assert len(scene.devices["a"].plans) == n_plans
+    more = msgspec.structs.replace(result.settings, rounds=6)
+    for wanted, has in ((result.settings, True), (more, False)):  # a command that asks this waits for devices
+        assert has_result(scene.store, "r", ToyTask(), wanted) is has
+    assert not has_result(scene.store, "absent", ToyTask(), result.settings)
     longer = scene.run(rounds=6)
     assert longer.rounds == 6
     assert longer.digest == scene.run("other", rounds=6).digest
