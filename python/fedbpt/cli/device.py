@@ -39,6 +39,7 @@ from fedbpt.cli.options import (
 from fedbpt.device.agent.server import AgentServer, announce
 from fedbpt.device.agent.service import AgentService
 from fedbpt.device.device import Device
+from fedbpt.device.state_file import kept_state
 from fedbpt.engine.native_scorer import DEFAULT_KV_BUDGET_BYTES, load_model
 from fedbpt.errors import ConfigError
 from fedbpt.machine.autostart import install
@@ -80,7 +81,11 @@ TrustFile = Annotated[
 ]
 MaxEpsilon = Annotated[
     float | None,
-    typer.Option("--max-epsilon", min=0.01, help="Most ε (δ 1e-5) for the rows, in all runs; needs fedbpt[privacy]."),
+    typer.Option("--max-epsilon", min=0.01, help="Most ε (δ 1e-5) for the rows, in all runs; needs --state."),
+]
+StateFile = Annotated[
+    Path | None,
+    typer.Option("--state", help="File that remembers what private runs were sent; created if absent."),
 ]
 UntilEof = Annotated[
     bool, typer.Option("--until-eof", help="Stop when standard input ends; for programs that start devices.")
@@ -134,6 +139,7 @@ def device(
     identity: IdentityFile = None,
     trust: TrustFile = None,
     max_epsilon: MaxEpsilon = None,
+    state: StateFile = None,
     install_service: InstallService = False,
     force: Force = False,
     until_eof: UntilEof = False,
@@ -150,6 +156,11 @@ def device(
     if name is not None:
         check_names([name], "device")
     membership = _membership(secure, identity, trust)
+    if max_epsilon is not None and state is None:
+        raise ConfigError(
+            "--max-epsilon needs --state FILE, which remembers what was spent when the device starts again",
+            field="--state",
+        )
     tls = Tls(cert, key, ca, client_certs)
     token = token_in(token_file) if token_file else None
     compute_kv_bytes = partial(_kv_bytes, model, kv_budget, max_memory)
@@ -162,7 +173,19 @@ def device(
         model, n_threads=threads, n_gpu_layers=gpu_layers, gpu=gpu, kv_budget_bytes=kv_bytes, late=load_late
     )
     own_name = link.device if link else name or as_name(socket.gethostname())
-    local = Device(own_name, scorer, *rows, task=chosen, membership=membership, max_epsilon=max_epsilon)
+    known, keep = (None, None) if state is None else context.with_resource(kept_state(state))
+    local = Device(
+        own_name,
+        scorer,
+        *rows,
+        task=chosen,
+        state=known,
+        membership=membership,
+        max_epsilon=max_epsilon,
+        keep=keep,
+    )
+    if max_epsilon is not None and not quiet:
+        echo(f"ε spent so far: {local.epsilon_spent:.2f} of {max_epsilon:g}", err=True)
     if identity is not None and not quiet:
         echo(identity_line(own_name, local.identity), err=True)
     if not load_late:

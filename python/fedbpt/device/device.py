@@ -113,11 +113,6 @@ _Judged: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.
 _Judge: TypeAlias = Callable[[NDArray[np.intp], Progress, Cancelled], _Judged]
 
 
-def _question(plan: RoundPlan) -> str:
-    """Everything that determines the result of ``plan``: a resumed run may have another deadline."""
-    return digest(msgspec.structs.replace(plan, deadline_s=1.0))
-
-
 def _ignore(_done: int, _total: int) -> None:
     pass
 
@@ -134,8 +129,9 @@ class Device:
         task: the task that the rows were read for; plans for another task are refused.
         state: the state kept from earlier rounds; None: a new one.
         membership: how it takes part in secure aggregation; None: when a run asks for it.
-        max_epsilon: most ε, at δ 1e-5, that its training rows are spent on while it lives, in all runs together; work
-            beyond it, and work without noise, is refused. None: no limit.
+        max_epsilon: most ε, at δ 1e-5, that its training rows are spent on in all runs that ``state`` knows together;
+            work beyond it, and work without noise, is refused. None: no limit.
+        keep: called with the state before noisy results of rows are returned; if it raises, they are not.
 
     Raises:
         DataError: there are no training rows.
@@ -155,6 +151,7 @@ class Device:
         state: DeviceState | None = None,
         membership: Membership | None = None,
         max_epsilon: PositiveFloat | None = None,
+        keep: Callable[[DeviceState], object] | None = None,
     ) -> None:
         if not train_rows:
             raise DataError(f"device {name} has no training rows: give it at least one", field="train_rows")
@@ -168,9 +165,12 @@ class Device:
         self._plain_logits: OrderedDict[bytes, PlainLogits] = OrderedDict()
         self._layer_rows = LayerRows(scorer, self._rows["train"], task.labels)
         self.state = state or DeviceState()
+        self._keep = keep
         self._membership = membership or Membership()
         knows_peers = self._membership.trusted is not None
-        self._limit = None if max_epsilon is None else PrivacyLimit(max_epsilon, len(train_rows), knows_peers)
+        self._limit = (
+            None if max_epsilon is None else PrivacyLimit(max_epsilon, len(train_rows), self.state, knows_peers)
+        )
         generation = task.generation
         self._metric = None if generation is UNSET else metric_named(generation.metric)
 
@@ -180,6 +180,11 @@ class Device:
             longest = max(rows, key=lambda row: len(row[0]) + (len(row[1]) if isinstance(row[1], str) else 0))
             for template in self._task.templates:
                 Objective(self.scorer, template, self._task.labels, [longest], objective, prompt, keep_kv=False)
+
+    @property
+    def epsilon_spent(self) -> float:
+        """ε that ``max_epsilon`` counts so far; 0 without it."""
+        return 0.0 if self._limit is None else self._limit.spent
 
     def measure_speed(self) -> float:
         """Measure the model on a training row, for `info` until the first round; returns forward tokens per second."""
@@ -245,7 +250,7 @@ class Device:
         result: Result
         check_private(plan)
         if self._limit is not None:
-            self._limit.check(plan, _question(plan))
+            self._limit.check(plan, self._question(plan))
         if isinstance(work, SelectWork):
             result, n_texts = self._select(plan, work, effort, progress, timed_cancelled)
         elif isinstance(work, PooledWork):
@@ -288,13 +293,26 @@ class Device:
         self._count_release(plan)  # last: what was refused or cancelled has sent nothing
         return report
 
+    def _question(self, plan: RoundPlan) -> str:
+        """Everything that determines the result of ``plan``: a resumed run may have another deadline.
+
+        With other rows, or another version's rounding, the same noise would show how the results differ.
+        """
+        return f"{digest(msgspec.structs.replace(plan, deadline_s=1.0))}|{self._basis}"
+
+    @cached_property
+    def _basis(self) -> str:
+        return hashlib.sha256(msgspec.json.encode([VERSION, self._rows["train"]])).hexdigest()
+
     def _count_release(self, plan: RoundPlan) -> None:
         """Count what the report on ``plan`` tells of rows."""
         if isinstance(plan.work, MeansWork):
             sent = self.state.released.get(plan.run, ())
-            self.state.released[plan.run] = tuple(dict.fromkeys((*sent, _question(plan))))
+            self.state.released[plan.run] = tuple(dict.fromkeys((*sent, self._question(plan))))
         if self._limit is not None:
-            self._limit.record(plan, _question(plan))
+            self._limit.record(plan, self._question(plan))
+        if plan.privacy is not None and self._keep is not None:
+            self._keep(self.state)
 
     def interrupt(self) -> None:
         """Stop the current scoring call from another thread; its work raises `ScoringInterrupted`."""
@@ -734,7 +752,7 @@ class Device:
         """What makes the noise of the plan's result, and the question that it depends on."""
         if plan.privacy is None:
             raise InputError("the plan has no privacy: set clip and noise_multiplier", field="privacy")
-        question = _question(plan)
+        question = self._question(plan)
         return Releases(plan.privacy, self.state.key, question), question
 
     def _release_means(

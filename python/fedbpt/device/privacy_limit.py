@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from typing import Final
 
+from fedbpt.device.state import DeviceState
 from fedbpt.errors import InputError
 from fedbpt.objective.privacy import Released, require_accountant, sampling_rate, total_epsilon
 from fedbpt.protocol.rounds import (
@@ -25,26 +26,26 @@ DELTA: Final = 1e-5
 
 
 class PrivacyLimit:
-    """Counts what a device has sent in all runs since it was started. A repeated plan, with the same result, is free.
+    """Counts what a device has sent in all runs, in its state. A repeated plan, with the same result, is free.
 
     A secure sum that is tried again is another plan, with other noise, and counts again.
 
     Args:
         epsilon: most ε at `DELTA`; a plan beyond it is refused, and so is every plan without noise.
         n_rows: the device's training rows.
+        state: keeps what was sent.
         knows_peers: the device accepts only peers of secure aggregation whose identities its owner has pinned. A masked
             sum then counts with the noise of all of them; else with this device's part, as the others may be invented.
 
     Raises `MissingExtraError` without the accountant's library.
     """
 
-    def __init__(self, epsilon: float, n_rows: int, knows_peers: bool = False) -> None:
+    def __init__(self, epsilon: float, n_rows: int, state: DeviceState, knows_peers: bool = False) -> None:
         require_accountant()
         self._most = epsilon
         self._n_rows = n_rows
         self._knows_peers = knows_peers
-        self._sent: dict[str, Released] = {}
-        self._summed: set[str] = set()  # runs with a masked sum
+        self._state = state
 
     @property
     def spent(self) -> float:
@@ -54,12 +55,12 @@ class PrivacyLimit:
     def check(self, plan: RoundPlan, question: str) -> None:
         """Raise `InputError` if ``plan`` would exceed the limit; ``question`` knows it again. Counts nothing."""
         asked = self._released(plan)
-        if asked is None or question in self._sent:
+        if asked is None or question in self._state.spent:
             return
         found = self._with(asked)
         if found > self._most:
             again = ""
-            if plan.secure and plan.run in self._summed:
+            if plan.secure and plan.run in self._state.summed:
                 again = "; a secure sum is tried again, with other noise, which costs as much as the first try"
             raise InputError(
                 f"this work would bring the ε of this device's rows to {found:.2f}, beyond its --max-epsilon "
@@ -74,9 +75,9 @@ class PrivacyLimit:
         sent = self._released(plan)
         if sent is None:
             return
-        self._sent.setdefault(question, sent)
+        self._state.spent.setdefault(question, sent)
         if plan.secure:
-            self._summed.add(plan.run)
+            self._state.summed.add(plan.run)
 
     def check_evaluation(self, request: EvaluateRequest) -> None:
         """Raise `InputError` for an exact evaluation of training rows."""
@@ -110,6 +111,6 @@ class PrivacyLimit:
 
     def _with(self, more: Released | None) -> float:
         totals: Counter[tuple[float, float]] = Counter()
-        for sent in [*self._sent.values(), *([] if more is None else [more])]:
+        for sent in [*self._state.spent.values(), *([] if more is None else [more])]:
             totals[sent.noise, sent.rate] += sent.times
         return total_epsilon([Released(*key, times) for key, times in totals.items()], DELTA)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.errors import WireError
+from fedbpt.objective.privacy import Released
 from fedbpt.protocol import codec
 from fedbpt.protocol.specs import Array, Message
 
@@ -25,6 +26,8 @@ class Snapshot(Message, frozen=True):
     fitted_to: bytes = b""
     fitted: Array | None = None
     released: dict[str, tuple[str, ...]] = msgspec.field(default_factory=dict)
+    spent: dict[str, Released] = msgspec.field(default_factory=dict)
+    summed: tuple[str, ...] = ()
     protocol: Literal[1] = 1
 
 
@@ -35,6 +38,7 @@ class DeviceState:
     ``key``: seeds the device's noise (`fedbpt.objective.privacy.Releases`); never leaves the device. ``fitted``: cached
     logits [n_templates, n, n_labels + n_words] for the fit identified by ``fitted_to``, whose exchanges all use them.
     ``released``: by run, the questions that noisy sums of rows were sent for: one, or the tries of a secure sum.
+    ``spent``: by question, what `PrivacyLimit` counts; ``summed``: the runs with a masked sum.
     """
 
     key: bytes = field(default_factory=lambda: secrets.token_bytes(KEY_BYTES), repr=False)
@@ -42,6 +46,8 @@ class DeviceState:
     fitted_to: bytes = b""
     fitted: NDArray[np.float32] | None = None
     released: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    spent: dict[str, Released] = field(default_factory=dict)
+    summed: set[str] = field(default_factory=set)
 
     def to_bytes(self) -> bytes:
         """Encode as a `Snapshot`. Logits too large for a message are left out, to be computed again."""
@@ -55,6 +61,8 @@ class DeviceState:
                 fitted_to=b"" if fitted is None else self.fitted_to,
                 fitted=None if fitted is None else Array.of(fitted, "<f4"),
                 released=self.released,
+                spent=self.spent,
+                summed=tuple(sorted(self.summed)),
             )
         )
 
@@ -65,4 +73,12 @@ class DeviceState:
         if len(kept.key) != KEY_BYTES:
             raise WireError(f"key must have {KEY_BYTES} bytes, got {len(kept.key)}", field="key", limit=KEY_BYTES)
         fitted = None if kept.fitted is None else kept.fitted.numpy().astype(np.float32)
-        return cls(kept.key, kept.tokens_per_second, kept.fitted_to, fitted, dict(kept.released))
+        return cls(
+            kept.key,
+            kept.tokens_per_second,
+            kept.fitted_to,
+            fitted,
+            dict(kept.released),
+            dict(kept.spent),
+            set(kept.summed),
+        )

@@ -206,6 +206,7 @@ DEVICE = ("device", "--task", "ag-news", "--model")
         ((*DEVICE, ".", "--data", "news.jsonl"), 2, "fedbpt: ."),
         (("device", "--model", "x", "--data", "news.jsonl", "--task", "chess"), 2, "'chess'"),
         (("device", "--model", "x", "--data", "news.jsonl", "--task", "ag-news", "--max-epsilon", "0"), 2, "epsilon"),
+        ((*DEVICE, "x", "--data", "news.jsonl", "--max-epsilon", "4"), 2, "--state FILE"),
         ((*DEVICE, "x", "--data", "news.jsonl", "--port", "99999"), 2, "'--port'"),
         ((*DEVICE, "x", "--data", "news.jsonl", "--name", "a b"), 2, "'a b'"),
         (("models", "path", "smollm2-135m"), 2, "fedbpt models pull smollm2-135m"),

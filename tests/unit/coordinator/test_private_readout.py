@@ -18,6 +18,8 @@ from fedbpt.coordinator import federation
 from fedbpt.coordinator.estimate import estimate
 from fedbpt.device.device import Device
 from fedbpt.device.privacy_limit import PrivacyLimit
+from fedbpt.device.state import DeviceState
+from fedbpt.device.state_file import kept_state
 from fedbpt.engine.noisy_means import FEWEST_COMPONENTS
 from fedbpt.errors import (
     ConfigError,
@@ -25,6 +27,7 @@ from fedbpt.errors import (
     InputError,
     QuorumError,
     ScoringInterrupted,
+    StoreError,
     WireError,
 )
 from fedbpt.objective.privacy import Releases, epsilon
@@ -523,11 +526,62 @@ def test_what_is_refused_or_cancelled_costs_nothing(scene: LayerScene) -> None:
     device.run(asked)
 
 
+def test_a_restarted_device_knows_what_it_has_spent_and_repeats_its_noise(scene: LayerScene, tmp_path: Path) -> None:
+    asked = asked_of(scene)
+    most = 1.2 * epsilon(SPEC, [], 1)
+    path = tmp_path / "devices" / "a.state"
+
+    def device(n_rows: int = 24) -> Device:
+        return Device("a", ToyScorer(), rows(n_rows), task=TASK, state=state, max_epsilon=most, keep=keep)
+
+    with kept_state(path) as (state, keep):
+        first = device().run(asked).result
+        spent = device().epsilon_spent
+        with raises(ConfigError, field="--state"), kept_state(path):
+            pass
+    assert path.stat().st_mode & 0o777 == 0o600
+    with kept_state(path) as (state, keep):
+        assert device().epsilon_spent == spent > 0
+        assert device().run(asked).result == first
+        assert device().epsilon_spent == spent
+        for plan in (msgspec.structs.replace(asked, run="another"), asked):  # the latter of other rows
+            with raises(InputError, field="privacy"):
+                device(23).run(plan)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_other_rows_have_other_noise(scene: LayerScene) -> None:
+    """The difference of two sums with the same noise would be that of their rows."""
+    asked = asked_of(scene)
+    state = DeviceState()
+    devices = [Device("a", ToyScorer(), rows(n), task=TASK, state=state) for n in (24, 24, 23)]
+    questions = [device._question(asked) for device in devices]
+    assert questions[0] == questions[1] != questions[2]
+
+
+def test_what_cannot_be_kept_is_not_sent(scene: LayerScene, tmp_path: Path) -> None:
+    asked = asked_of(scene)
+    path = tmp_path / "folder" / "a.state"
+    with kept_state(path) as (state, keep):
+        device = Device("a", ToyScorer(), rows(24), task=TASK, state=state, keep=keep)
+        away = path.parent.rename(tmp_path / "away")
+        path.parent.touch()
+        with pytest.raises(StoreError) as caught:
+            device.run(asked)
+        assert str(tmp_path) not in str(caught.value)  # it is sent to the coordinator
+        path.parent.unlink()
+        away.rename(path.parent)
+        device.run(asked)
+    path.write_bytes(path.read_bytes()[:-1])
+    with raises(ConfigError, field="--state"), kept_state(path):
+        pass
+
+
 def test_another_try_of_a_masked_sum_costs_as_much_again_and_the_refusal_says_so(scene: LayerScene) -> None:
     use = SecureUse(epoch="e", index=0, peers=("a", "b", "c"))
     asked = msgspec.structs.replace(asked_of(scene), secure=use)
     again = msgspec.structs.replace(asked, secure=msgspec.structs.replace(use, index=1))
-    limit = PrivacyLimit(1.1 * epsilon(SPEC, [], 1), 24, knows_peers=True)
+    limit = PrivacyLimit(1.1 * epsilon(SPEC, [], 1), 24, DeviceState(), knows_peers=True)
     limit.check(asked, "first")
     assert limit.spent == 0
     limit.record(asked, "first")
