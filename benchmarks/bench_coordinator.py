@@ -30,10 +30,10 @@ import numpy as np
 from virtual_devices import TASK, VirtualDevice, call_in, info_of, report_on
 
 from fedbpt.coordinator.clients import DeviceClient, InProcessClient
-from fedbpt.coordinator.enrolment import DeviceRegistry
+from fedbpt.coordinator.devices.enrolment import DeviceRegistry
 from fedbpt.coordinator.federation import Federation
 from fedbpt.coordinator.gc_policy import collect_between_rounds
-from fedbpt.coordinator.server import CoordinatorServer
+from fedbpt.coordinator.service.server import CoordinatorServer
 from fedbpt.device.agent.worker import Worker
 from fedbpt.machine.memory import memory_of_process
 from fedbpt.net.tokens import Credentials, digest, new_token

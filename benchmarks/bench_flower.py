@@ -33,9 +33,9 @@ from bench_coordinator import POPSIZE, TASK, D, InstantDevice, enrol
 
 from fedbpt import tasks
 from fedbpt.coordinator.clients import DeviceClient, InProcessClient
-from fedbpt.coordinator.enrolment import DeviceRegistry
+from fedbpt.coordinator.devices.enrolment import DeviceRegistry
 from fedbpt.coordinator.federation import Federation
-from fedbpt.coordinator.server import CoordinatorServer
+from fedbpt.coordinator.service.server import CoordinatorServer
 from fedbpt.device.agent import AgentService
 from fedbpt.device.agent.poller import Poller
 from fedbpt.device.agent.worker import Worker

@@ -37,8 +37,8 @@ from fedbpt import tasks
 from fedbpt.aggregation.layer_fit import MAX_RANK, LayerFit
 from fedbpt.coordinator.clients.in_process import InProcessClient
 from fedbpt.coordinator.federation import Federation
-from fedbpt.coordinator.round_reports import cap_reports
-from fedbpt.coordinator.vetting import leave_out
+from fedbpt.coordinator.reports.round_reports import cap_reports
+from fedbpt.coordinator.reports.vetting import leave_out
 from fedbpt.device.device import Device
 from fedbpt.device.layer_work import spread_folds
 from fedbpt.engine.discriminant import assign_folds

@@ -38,12 +38,12 @@ import socket_fleet
 from bench_coordinator import POPSIZE, TASK, D, InstantDevice, enrol
 from virtual_devices import Connection
 
-from fedbpt.coordinator.call_times import DRAWN, MAX_AHEAD, CallTimes
 from fedbpt.coordinator.clients import DeviceClient, InProcessClient
-from fedbpt.coordinator.drafts import Draft
-from fedbpt.coordinator.enrolment import DeviceRegistry
+from fedbpt.coordinator.devices.call_times import DRAWN, MAX_AHEAD, CallTimes
+from fedbpt.coordinator.devices.drafts import Draft
+from fedbpt.coordinator.devices.enrolment import DeviceRegistry
 from fedbpt.coordinator.federation import Federation
-from fedbpt.coordinator.server import CoordinatorServer
+from fedbpt.coordinator.service.server import CoordinatorServer
 from fedbpt.device.agent.calls import client_options
 from fedbpt.device.agent.worker import Worker
 from fedbpt.machine.memory import memory_of_process
@@ -464,7 +464,7 @@ class PacedFleet:
             self.found.append(self._now - self._began)
 
     def _open(self, now: float) -> None:
-        """A round asks the drawn devices that wait, and then the others, as `fedbpt.coordinator.fleet.Fleet` does."""
+        """A round asks the drawn devices that wait, and then the others: see `fedbpt.coordinator.devices.fleet`."""
         self._now = self._began = now
         self._reports = 0
         round = len(self.rounds)

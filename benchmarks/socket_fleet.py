@@ -23,12 +23,12 @@ import numpy as np
 from bench_coordinator import POPSIZE, D
 from virtual_devices import TASK, VirtualDevice, call_in
 
-from fedbpt.coordinator import http
 from fedbpt.coordinator.control import RunControl
-from fedbpt.coordinator.enrolment import DeviceRegistry
+from fedbpt.coordinator.devices.enrolment import DeviceRegistry
 from fedbpt.coordinator.federation import Federation
 from fedbpt.coordinator.gc_policy import collect_between_rounds
-from fedbpt.coordinator.server import CoordinatorServer
+from fedbpt.coordinator.service import http
+from fedbpt.coordinator.service.server import CoordinatorServer
 from fedbpt.machine.memory import memory_of_process
 from fedbpt.net.tokens import Credentials, digest, new_token
 from fedbpt.protocol.specs import ObjectiveSpec, PromptSpec

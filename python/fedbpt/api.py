@@ -19,9 +19,9 @@ import numpy as np
 from msgspec import UNSET
 
 from fedbpt.argument_types import DataclassMeta, check_fields, checked
-from fedbpt.coordinator.curves import curves_of
 from fedbpt.coordinator.federation import Federation
 from fedbpt.coordinator.layer_reading import states_alone
+from fedbpt.coordinator.monitoring.curves import curves_of
 from fedbpt.coordinator.one_machine import NAME, clients_of, digest_of_rows, run_alone, settings_alone
 from fedbpt.device.device import Device
 from fedbpt.display.notebook import live_display

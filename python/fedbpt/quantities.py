@@ -1,7 +1,7 @@
 """Bounded number types for the fields of messages.
 
 What a device sends (`Rows` and the types after it) is bounded on both sides, so that sums over all devices and rounds
-fit the 64 bits of SQLite and MessagePack. `fedbpt.coordinator.report_checks` adds tighter bounds from the plan.
+fit the 64 bits of SQLite and MessagePack. `fedbpt.coordinator.reports.report_checks` adds tighter bounds from the plan.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
-from fedbpt.coordinator.run_queue import RunQueue
+from fedbpt.coordinator.service.run_queue import RunQueue
 from fedbpt.runs.submission import Submission
 from tests.browser.conftest import OpenPage
 from tests.browser.test_stored_runs import WCAG_AA

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fedbpt.coordinator.clients import DeviceClient, HttpClient, InProcessClient
-from fedbpt.coordinator.slots import Slots
+from fedbpt.coordinator.devices.slots import Slots
 from fedbpt.device.agent import AgentService
 from fedbpt.device.agent.server import AgentServer
 from fedbpt.errors import DataError, DeviceFailedError, DeviceRefusedError, DeviceTimeoutError, InputError

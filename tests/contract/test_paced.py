@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from fedbpt.coordinator import call_times
-from fedbpt.coordinator.call_times import CallTimes
 from fedbpt.coordinator.clients import mailbox
 from fedbpt.coordinator.clients.mailbox import Mailbox
-from fedbpt.coordinator.enrolment import DeviceRegistry
+from fedbpt.coordinator.devices import call_times
+from fedbpt.coordinator.devices.call_times import CallTimes
+from fedbpt.coordinator.devices.enrolment import DeviceRegistry
 from fedbpt.coordinator.federation import Federation
 from fedbpt.coordinator.ledger import RunLedger
 from fedbpt.coordinator.live import LiveEvaluation
-from fedbpt.coordinator.server import CoordinatorServer
+from fedbpt.coordinator.service.server import CoordinatorServer
 from fedbpt.device.agent import AgentService, LocalDevice, poller
 from fedbpt.device.agent.calls import enrol
 from fedbpt.device.agent.poller import Poller

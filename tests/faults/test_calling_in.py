@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from fedbpt.coordinator.clients import InProcessClient
-from fedbpt.coordinator.enrolment import DeviceRegistry
+from fedbpt.coordinator.devices.enrolment import DeviceRegistry
 from fedbpt.coordinator.federation import Federation
-from fedbpt.coordinator.server import CoordinatorServer
+from fedbpt.coordinator.service.server import CoordinatorServer
 from fedbpt.device.agent import AgentService
 from fedbpt.device.agent.calls import enrol
 from fedbpt.device.agent.poller import Poller

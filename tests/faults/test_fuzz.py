@@ -13,8 +13,8 @@ import pytest
 
 from fedbpt.aggregation.pooled import Pooled
 from fedbpt.coordinator.clients.mailbox import PostOffice
-from fedbpt.coordinator.enrolment import DeviceRegistry
-from fedbpt.coordinator.http import build_app as build_coordinator
+from fedbpt.coordinator.devices.enrolment import DeviceRegistry
+from fedbpt.coordinator.service.http import build_app as build_coordinator
 from fedbpt.device.agent import AgentService
 from fedbpt.device.agent.http import build_app
 from fedbpt.errors import ScoringInterrupted

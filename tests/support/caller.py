@@ -8,8 +8,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedbpt.coordinator.enrolment import DeviceRegistry
-from fedbpt.coordinator.server import CoordinatorServer
+from fedbpt.coordinator.devices.enrolment import DeviceRegistry
+from fedbpt.coordinator.service.server import CoordinatorServer
 from fedbpt.device.agent import AgentService, LocalDevice
 from fedbpt.device.agent.calls import enrol
 from fedbpt.device.agent.poller import Poller

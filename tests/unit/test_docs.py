@@ -14,9 +14,9 @@ from starlette.routing import Route
 
 import fedbpt
 from fedbpt import cli, errors
-from fedbpt.coordinator.http import build_app as coordinator_app
-from fedbpt.coordinator.monitor import build_app as monitor_app
-from fedbpt.coordinator.run_routes import run_routes
+from fedbpt.coordinator.monitoring.monitor import build_app as monitor_app
+from fedbpt.coordinator.service.http import build_app as coordinator_app
+from fedbpt.coordinator.service.run_routes import run_routes
 from fedbpt.device.agent.http import build_app as device_app
 from fedbpt.net.bodies import STATUS_OF_CODE
 from fedbpt.prompts.model_card import PLACES
@@ -112,7 +112,7 @@ def test_every_field_of_a_prompt_file_is_documented() -> None:
 
 
 def test_every_table_of_the_stores_is_documented() -> None:
-    from fedbpt.coordinator import enrolment
+    from fedbpt.coordinator.devices import enrolment
     from fedbpt.runs import store
 
     text = page("formats.md")

@@ -95,7 +95,7 @@ class ThreadRate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Projection(msgspec.Struct, frozen=True, kw_only=True):
-    """Maximum cost of a run with default settings on this machine (`fedbpt.coordinator.estimate.project`)."""
+    """Maximum cost of a run with default settings on this machine (`fedbpt.coordinator.costs.estimate.project`)."""
 
     task: str
     rows: int

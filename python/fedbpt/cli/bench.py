@@ -16,7 +16,7 @@ from fedbpt.bench.measurement import Measurement, Rate, ThreadRate, best_threads
 from fedbpt.cli.hint import print_hint
 from fedbpt.cli.models import progress_bar
 from fedbpt.cli.options import AsJson, GpuLayers, GpuName, Quiet, Threads
-from fedbpt.coordinator.estimate import project
+from fedbpt.coordinator.costs.estimate import project
 from fedbpt.display.console import human_bytes
 from fedbpt.display.plain_console import PlainConsole
 from fedbpt.engine.native_scorer import load_model

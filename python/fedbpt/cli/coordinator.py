@@ -24,11 +24,11 @@ from fedbpt.cli.options import (
     status_printer,
 )
 from fedbpt.cli.reach import host_and_port
-from fedbpt.coordinator.enrolment import DeviceRegistry
-from fedbpt.coordinator.run_queue import DEFAULT_QUOTA, Quota, RunQueue
-from fedbpt.coordinator.run_routes import run_routes
-from fedbpt.coordinator.run_worker import RunWorker, unwatched
-from fedbpt.coordinator.server import CoordinatorServer
+from fedbpt.coordinator.devices.enrolment import DeviceRegistry
+from fedbpt.coordinator.service.run_queue import DEFAULT_QUOTA, Quota, RunQueue
+from fedbpt.coordinator.service.run_routes import run_routes
+from fedbpt.coordinator.service.run_worker import RunWorker, unwatched
+from fedbpt.coordinator.service.server import CoordinatorServer
 from fedbpt.errors import ConfigError, StoreError
 from fedbpt.net.tls import Tls
 from fedbpt.plain_text import echo

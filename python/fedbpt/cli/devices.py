@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from fedbpt.cli.options import AsJson, Quiet, Registry, help_without_command
-from fedbpt.coordinator.enrolment import INVITATION_S, DeviceRegistry, check_device_name
+from fedbpt.coordinator.devices.enrolment import INVITATION_S, DeviceRegistry, check_device_name
 from fedbpt.display.plain_console import PlainConsole
 from fedbpt.errors import StoreError
 from fedbpt.plain_text import echo

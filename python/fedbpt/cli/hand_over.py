@@ -14,7 +14,7 @@ from fedbpt.api import require_model_of_run
 from fedbpt.cli.credentials import known_token
 from fedbpt.cli.options import print_json, status_printer
 from fedbpt.cli.tuning import Output, print_outcome
-from fedbpt.coordinator.remote_runs import RemoteRuns
+from fedbpt.coordinator.service.remote_runs import RemoteRuns
 from fedbpt.display.console import RunDisplay
 from fedbpt.engine.native_scorer import NativeScorer
 from fedbpt.errors import ConfigError

@@ -14,7 +14,7 @@ from fedbpt.cli.credentials import token_in
 from fedbpt.cli.reach import host_and_port
 from fedbpt.coordinator.clients import DeviceClient, RemoteDevice
 from fedbpt.coordinator.control import RunControl
-from fedbpt.coordinator.monitor import MonitorServer
+from fedbpt.coordinator.monitoring.monitor import MonitorServer
 from fedbpt.errors import ConfigError
 from fedbpt.net.tls import Tls
 from fedbpt.runs.event_log import Journal, LogFile, Sink

@@ -17,9 +17,9 @@ import msgspec
 
 from fedbpt.checking import DECODE_ERRORS
 from fedbpt.coordinator.clients import DeviceClient, HttpClient, PostOffice
-from fedbpt.coordinator.drafting import RETURN_S
-from fedbpt.coordinator.enrolment import DeviceRegistry
-from fedbpt.coordinator.server import CoordinatorServer
+from fedbpt.coordinator.devices.drafting import RETURN_S
+from fedbpt.coordinator.devices.enrolment import DeviceRegistry
+from fedbpt.coordinator.service.server import CoordinatorServer
 from fedbpt.errors import ConfigError, DeviceError, WireError
 from fedbpt.net.tls import Tls
 from fedbpt.net.tokens import read_private

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from rich.table import Table
 
-from fedbpt.coordinator.estimate import RunCost
+from fedbpt.coordinator.costs.estimate import RunCost
 from fedbpt.display.console import describe_accuracy, human_bytes
 from fedbpt.display.plain_console import PlainConsole
 from fedbpt.plain_text import echo

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from fedbpt.coordinator.run_report import Measured, RunReport, Spent
+from fedbpt.coordinator.monitoring.run_report import Measured, RunReport, Spent
 from fedbpt.display.console import human_bytes
 from fedbpt.display.plain_console import PlainConsole
 from fedbpt.html_tables import html_table

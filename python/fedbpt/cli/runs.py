@@ -29,8 +29,8 @@ from fedbpt.cli.options import (
 from fedbpt.cli.report import print_result, result_as_json
 from fedbpt.cli.run_report import print_report, report_json, report_page
 from fedbpt.coordinator.ledger import RunLedger, is_of
-from fedbpt.coordinator.round_reports import purpose_of
-from fedbpt.coordinator.run_report import report_of
+from fedbpt.coordinator.monitoring.run_report import report_of
+from fedbpt.coordinator.reports.round_reports import purpose_of
 from fedbpt.display.console import STAGE_NAMES
 from fedbpt.display.plain_console import PlainConsole
 from fedbpt.engine.native_scorer import load_model

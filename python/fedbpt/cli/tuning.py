@@ -16,7 +16,7 @@ from fedbpt.cli.options import print_json, status_printer
 from fedbpt.cli.reach import Reach
 from fedbpt.cli.report import print_cost, print_result, result_as_json
 from fedbpt.coordinator.clients import DeviceClient, HttpClient
-from fedbpt.coordinator.estimate import RunCost, estimate
+from fedbpt.coordinator.costs.estimate import RunCost, estimate
 from fedbpt.coordinator.federation import Federation
 from fedbpt.coordinator.gc_policy import collect_between_rounds
 from fedbpt.coordinator.ledger import has_result

@@ -17,22 +17,22 @@ from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
 import numpy as np
 
 from fedbpt.aggregation.base import Aggregator, devices_of
-from fedbpt.coordinator.call_times import MAX_AHEAD, CallTimes
 from fedbpt.coordinator.clients.base import DeviceClient
 from fedbpt.coordinator.clients.mailbox import MailboxClient
 from fedbpt.coordinator.control import RunControl, Wish
-from fedbpt.coordinator.drafts import Draft, draft_size, permuted
-from fedbpt.coordinator.estimate import readout_tokens
-from fedbpt.coordinator.fleet import Fleet
+from fedbpt.coordinator.costs.estimate import readout_tokens
+from fedbpt.coordinator.devices.call_times import MAX_AHEAD, CallTimes
+from fedbpt.coordinator.devices.drafts import Draft, draft_size, permuted
+from fedbpt.coordinator.devices.fleet import Fleet
+from fedbpt.coordinator.devices.members import Cohort, common_model, describe_absent
+from fedbpt.coordinator.devices.stragglers import Pace
 from fedbpt.coordinator.layer_reading import LAST_LOOK, LOOK_ROUNDS, LOOKS, has_looks
 from fedbpt.coordinator.ledger import RunLedger
 from fedbpt.coordinator.live import LiveEvaluation
-from fedbpt.coordinator.members import Cohort, common_model, describe_absent
 from fedbpt.coordinator.outcome import make_result
+from fedbpt.coordinator.reports.vetting import leave_out, vet
 from fedbpt.coordinator.run_listener import listener_for
 from fedbpt.coordinator.run_state import FEWEST_JUDGES, SELECTION
-from fedbpt.coordinator.stragglers import Pace
-from fedbpt.coordinator.vetting import leave_out, vet
 from fedbpt.coordinator.work_kinds import kind_of
 from fedbpt.errors import ConfigError, FederationError, QuorumError, StoreError
 from fedbpt.net.event_loop import run_to_end
@@ -59,7 +59,7 @@ from fedbpt.secure.sizes import FEWEST, threshold_of
 from fedbpt.tasks import Task
 
 if TYPE_CHECKING:
-    from fedbpt.coordinator.secure_sums import SecureSums
+    from fedbpt.coordinator.devices.secure_sums import SecureSums
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -120,7 +120,7 @@ class Federation:
         if settings.privacy is not None:
             require_accountant()
         if settings.secure:
-            from fedbpt.coordinator import secure_sums  # noqa: F401 - to miss its extra before the run begins
+            from fedbpt.coordinator.devices import secure_sums  # noqa: F401 - to miss its extra before the run begins
         check_names([client.name for client in clients], "device")
         self.run_name = run
         self.task = task
@@ -273,7 +273,7 @@ class Federation:
         self._model = model
 
     def _secured(self, fleet: Fleet) -> SecureSums:
-        from fedbpt.coordinator.secure_sums import SecureSums  # here: it needs the extra
+        from fedbpt.coordinator.devices.secure_sums import SecureSums  # here: it needs the extra
 
         ledger = self._ledger
 

@@ -9,12 +9,12 @@ import msgspec
 
 from fedbpt.aggregation.base import Aggregator
 from fedbpt.aggregation.means_fit import MeansFit
-from fedbpt.coordinator.course import Course
+from fedbpt.coordinator.costs.spending import Spending
+from fedbpt.coordinator.monitoring.course import Course
+from fedbpt.coordinator.monitoring.run_report import BYTES_DOWN, BYTES_UP
 from fedbpt.coordinator.planner import Planner
-from fedbpt.coordinator.round_reports import cap_reports, mean_loss, purpose_of
-from fedbpt.coordinator.run_report import BYTES_DOWN, BYTES_UP
+from fedbpt.coordinator.reports.round_reports import cap_reports, mean_loss, purpose_of
 from fedbpt.coordinator.run_state import SELECTION, RunState
-from fedbpt.coordinator.spending import Spending
 from fedbpt.coordinator.work_kinds import kind_of
 from fedbpt.errors import ConfigError, FederationError, StoreError
 from fedbpt.protocol import codec

@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbpt.aggregation.base import Fit
-from fedbpt.coordinator.fleet import Fleet
+from fedbpt.coordinator.devices.fleet import Fleet
+from fedbpt.coordinator.devices.members import Cohort
 from fedbpt.coordinator.ledger import RunLedger
-from fedbpt.coordinator.members import Cohort
-from fedbpt.coordinator.round_reports import cap_reports, evaluation_loss, held_differences
-from fedbpt.coordinator.vetting import leave_out
+from fedbpt.coordinator.reports.round_reports import cap_reports, evaluation_loss, held_differences
+from fedbpt.coordinator.reports.vetting import leave_out
 from fedbpt.errors import InputError, QuorumError
 from fedbpt.protocol.rounds import EvaluateReport, FitPurpose, RoundPlan, Work
 from fedbpt.runs.dev_figures import DEV_SECONDS, FINAL, UNJUDGED, metrics_of, scores_of
@@ -31,7 +31,7 @@ from fedbpt.runs.events import Evaluated
 from fedbpt.runs.result import BASELINES, NO_SCORE, AnyReadout, Score, Variants, variants
 
 if TYPE_CHECKING:
-    from fedbpt.coordinator.secure_sums import SecureSums
+    from fedbpt.coordinator.devices.secure_sums import SecureSums
 
 log = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from fedbpt.coordinator.devices.members import Member
 from fedbpt.coordinator.ledger import RunLedger
-from fedbpt.coordinator.members import Member
 from fedbpt.protocol.rounds import DeviceInfo, EvaluateReport
 from fedbpt.protocol.specs import Array, LayerReadout, Readout
 from fedbpt.runs.result import BASELINES, NO_ANSWERS, NO_SCORE, AnswerScore, DeviceSummary, RunResult, Score

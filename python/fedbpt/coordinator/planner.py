@@ -10,8 +10,8 @@ import msgspec
 import numpy as np
 from msgspec import UNSET
 
+from fedbpt.coordinator.devices.stragglers import TextPace
 from fedbpt.coordinator.run_state import RunState
-from fedbpt.coordinator.stragglers import TextPace
 from fedbpt.coordinator.work_kinds import kind_of
 from fedbpt.protocol.rounds import EvaluateRequest, RoundPlan, RoundReport, SelectWork, Work
 from fedbpt.protocol.specs import Array, LayerReadout, ObjectiveSpec, Readout

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from fedbpt.coordinator.devices.members import Listener
 from fedbpt.coordinator.ledger import RunLedger
-from fedbpt.coordinator.members import Listener
 from fedbpt.protocol.rounds import DeviceInfo, MeansResult, RoundProgress, RoundReport
 from fedbpt.runs.events import DeviceBack, DeviceLost, EventCallback, LateReport, Progressed
 
 
 def listener_for(ledger: RunLedger, emit: EventCallback) -> Listener:
-    """A listener for `fedbpt.coordinator.fleet.Fleet`; the store is written once the run is open."""
+    """A listener for `fedbpt.coordinator.devices.fleet.Fleet`; the store is written once the run is open."""
     store = ledger.store
     run = ledger.run
 

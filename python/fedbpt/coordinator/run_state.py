@@ -22,7 +22,7 @@ from fedbpt.aggregation.logistic_fit import LogisticFit, max_views
 from fedbpt.aggregation.means_fit import MeansFit
 from fedbpt.aggregation.readout import ReadoutFit
 from fedbpt.coordinator.layer_reading import only_reads, reads_layers, states_alone, within_message
-from fedbpt.coordinator.round_reports import (
+from fedbpt.coordinator.reports.round_reports import (
     cap_reports,
     held_differences,
     label_weights,
@@ -86,7 +86,7 @@ class RunState:
         self.template_losses: tuple[float, ...] = ()
         self.candidates: tuple[TemplateScore, ...] = ()
         self.left_out: set[str] = set()
-        """Devices that are not asked any more (`fedbpt.coordinator.vetting.leave_out`)."""
+        """Devices that are not asked any more (`fedbpt.coordinator.reports.vetting.leave_out`)."""
         self.label_weights: tuple[float, ...] = ()
         """Weight of a row's loss by its label; empty: ones."""
         self.n_layer = 0

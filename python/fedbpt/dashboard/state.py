@@ -16,10 +16,10 @@ from time import monotonic
 from typing import Any, Final
 
 from fedbpt.coordinator.control import RunControl
-from fedbpt.coordinator.course import Course
+from fedbpt.coordinator.costs.spending import Spending
 from fedbpt.coordinator.layer_reading import only_reads, reads_layers, states_alone
-from fedbpt.coordinator.round_figures import ClosedRound, evaluations_in, numbers_of
-from fedbpt.coordinator.spending import Spending
+from fedbpt.coordinator.monitoring.course import Course
+from fedbpt.coordinator.monitoring.round_figures import ClosedRound, evaluations_in, numbers_of
 from fedbpt.dashboard.views import DeviceStatus, DeviceView, Measured, Notice, Point, RunView, Stage, Status
 from fedbpt.errors import StoreError
 from fedbpt.plain_text import one_line

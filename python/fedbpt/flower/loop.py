@@ -11,11 +11,11 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MessageType, MetricRecord
 from numpy.typing import NDArray
 
+from fedbpt.coordinator.devices.members import common_model
 from fedbpt.coordinator.ledger import RunLedger
-from fedbpt.coordinator.members import common_model
-from fedbpt.coordinator.report_checks import check_evaluation, check_report
+from fedbpt.coordinator.reports.report_checks import check_evaluation, check_report
+from fedbpt.coordinator.reports.vetting import vet
 from fedbpt.coordinator.run_state import SELECTION
-from fedbpt.coordinator.vetting import vet
 from fedbpt.coordinator.work_kinds import kind_of
 from fedbpt.errors import ConfigError, DeviceError, QuorumError, WireError
 from fedbpt.flower.client import MIN_TTL_S

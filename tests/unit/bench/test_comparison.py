@@ -9,7 +9,7 @@ import pytest
 
 from fedbpt.bench.comparison import compare, read_measurement
 from fedbpt.bench.measurement import Measurement, ThreadRate, measure
-from fedbpt.coordinator.estimate import project
+from fedbpt.coordinator.costs.estimate import project
 from fedbpt.errors import DataError
 from tests.support.raises import raises
 from tests.support.toy_scorer import ToyScorer

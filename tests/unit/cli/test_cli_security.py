@@ -16,8 +16,8 @@ import pytest
 import fedbpt.net
 from fedbpt import cli
 from fedbpt.cli.credentials import credentials_for, token_in
-from fedbpt.coordinator.enrolment import DeviceRegistry
-from fedbpt.coordinator.server import CoordinatorServer
+from fedbpt.coordinator.devices.enrolment import DeviceRegistry
+from fedbpt.coordinator.service.server import CoordinatorServer
 from fedbpt.errors import ConfigError
 from fedbpt.net.tls import Tls
 from fedbpt.net.tokens import Credentials

@@ -56,7 +56,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "run.toml").write_text('task = "mood.toml"')
     (tmp_path / "binary").write_bytes(bytes(range(256)))
     monkeypatch.setattr("fedbpt.cli.coordinator._work", lambda *_: None)  # it would serve until Ctrl-C
-    monkeypatch.setattr("fedbpt.coordinator.server.CoordinatorServer.start", lambda _: None)
+    monkeypatch.setattr("fedbpt.coordinator.service.server.CoordinatorServer.start", lambda _: None)
     return tmp_path
 
 

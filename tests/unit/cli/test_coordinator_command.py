@@ -13,10 +13,10 @@ import pytest
 from fedbpt import cli
 from fedbpt.cli import coordinator as command
 from fedbpt.cli.hand_over import describe
-from fedbpt.coordinator.remote_runs import RemoteRuns
-from fedbpt.coordinator.run_queue import RunQueue
-from fedbpt.coordinator.run_worker import RunWorker
-from fedbpt.coordinator.server import CoordinatorServer
+from fedbpt.coordinator.service.remote_runs import RemoteRuns
+from fedbpt.coordinator.service.run_queue import RunQueue
+from fedbpt.coordinator.service.run_worker import RunWorker
+from fedbpt.coordinator.service.server import CoordinatorServer
 from fedbpt.runs.run_lock import sole_worker
 from fedbpt.runs.submission import Job, Submission
 from tests.support.toy_scene import ToyTask, settings

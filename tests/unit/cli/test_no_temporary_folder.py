@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedbpt import Budget, PromptSpec, cli, evaluate, exchange, tune
-from fedbpt.coordinator.enrolment import DeviceRegistry
+from fedbpt.coordinator.devices.enrolment import DeviceRegistry
 from fedbpt.runs.store import RunStore
 from tests.support.toy_scorer import ToyScorer
 from tests.support.toy_task import TASK, rows

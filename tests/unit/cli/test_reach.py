@@ -12,7 +12,7 @@ import pytest
 from fedbpt.cli import reach as reach_module
 from fedbpt.cli.reach import Reach
 from fedbpt.coordinator.clients import HttpClient
-from fedbpt.coordinator.enrolment import DeviceRegistry
+from fedbpt.coordinator.devices.enrolment import DeviceRegistry
 from fedbpt.device.agent import AgentService
 from fedbpt.device.agent.poller import Poller
 from fedbpt.device.agent.server import AgentServer

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from fedbpt.coordinator import call_times
-from fedbpt.coordinator.call_times import EARLY, FIRST_ROUND_S, HELD_POLLS, MAX_AHEAD, MIN_PAUSE_S, CallTimes
 from fedbpt.coordinator.clients.mailbox import Pacer, PostOffice
 from fedbpt.coordinator.control import RunControl
+from fedbpt.coordinator.devices import call_times
+from fedbpt.coordinator.devices.call_times import EARLY, FIRST_ROUND_S, HELD_POLLS, MAX_AHEAD, MIN_PAUSE_S, CallTimes
 from fedbpt.coordinator.federation import Federation
 from fedbpt.protocol.polling import MAX_PAUSE_S, call_s
 from fedbpt.runs.store import RunStore

@@ -11,11 +11,11 @@ import msgspec
 import numpy as np
 import pytest
 
+from fedbpt.coordinator.devices.members import Cohort
 from fedbpt.coordinator.live import LiveEvaluation
-from fedbpt.coordinator.members import Cohort
-from fedbpt.coordinator.round_reports import evaluation_loss, held_differences, level_reports, template_losses
+from fedbpt.coordinator.reports.round_reports import evaluation_loss, held_differences, level_reports, template_losses
+from fedbpt.coordinator.reports.vetting import leave_out, vet
 from fedbpt.coordinator.run_state import CONTRADICTS, MISLEADS, RunState
-from fedbpt.coordinator.vetting import leave_out, vet
 from fedbpt.errors import ConfigError, QuorumError
 from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import (

@@ -10,9 +10,9 @@ import httpx
 import msgspec
 import pytest
 
-from fedbpt.coordinator.enrolment import DeviceRegistry
-from fedbpt.coordinator.http import SMALL_BODY_BYTES
-from fedbpt.coordinator.server import CoordinatorServer
+from fedbpt.coordinator.devices.enrolment import DeviceRegistry
+from fedbpt.coordinator.service.http import SMALL_BODY_BYTES
+from fedbpt.coordinator.service.server import CoordinatorServer
 from fedbpt.errors import ConfigError
 from fedbpt.net import tokens
 from fedbpt.protocol import codec

@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from fedbpt.coordinator.course import Course
-from fedbpt.coordinator.estimate import readout_tokens
-from fedbpt.coordinator.spending import Spending
+from fedbpt.coordinator.costs.estimate import readout_tokens
+from fedbpt.coordinator.costs.spending import Spending
+from fedbpt.coordinator.monitoring.course import Course
 from fedbpt.protocol.rounds import DeviceInfo
 from fedbpt.protocol.specs import ObjectiveSpec
 from fedbpt.runs.events import RoundPurpose

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fedbpt.coordinator import fleet
-from fedbpt.coordinator.drafts import Draft
+from fedbpt.coordinator.devices import fleet
+from fedbpt.coordinator.devices.drafts import Draft
 from fedbpt.device.agent.drawn import DrawCheck
 from fedbpt.protocol.draws import Draw
 from fedbpt.protocol.rounds import RoundPlan, RoundReport
@@ -62,7 +62,7 @@ def test_drawn_devices_that_wait_are_asked_before_those_that_call_later(
 def test_where_too_few_wait_the_others_are_asked_as_soon_as_they_call(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedbpt.coordinator.fleet.RECHECK_S", 0.01)
+    monkeypatch.setattr("fedbpt.coordinator.devices.fleet.RECHECK_S", 0.01)
     away: set[str] = set()
     monkeypatch.setattr(type(scene.clients["a"]), "due_s", property(lambda client: 9.0 * (client.name in away)))
     scene.devices["a"].change = lambda report: away.clear() or report

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedbpt.coordinator.enrolment import INVITATION_S, DeviceRegistry
+from fedbpt.coordinator.devices.enrolment import INVITATION_S, DeviceRegistry
 from fedbpt.errors import ConfigError, CoordinatorRefusedError, StoreError
 from fedbpt.net import tokens
 from fedbpt.net.tokens import Credentials

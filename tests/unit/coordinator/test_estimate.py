@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from fedbpt.coordinator.clients.in_process import InProcessClient
-from fedbpt.coordinator.estimate import RunCost, estimate
+from fedbpt.coordinator.costs.estimate import RunCost, estimate
 from fedbpt.coordinator.federation import Federation
 from fedbpt.device.device import Device
 from fedbpt.errors import ConfigError

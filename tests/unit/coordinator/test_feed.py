@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fedbpt.coordinator.feed import EventFeed, Missed
+from fedbpt.coordinator.monitoring.feed import EventFeed, Missed
 from fedbpt.runs.event_log import Journal, Line
 from fedbpt.runs.events import LateReport, StageBegan, TemplateSelected
 from tests.unit.display.test_display import TEMPLATE, started

@@ -15,14 +15,14 @@ import httpx
 import msgspec
 import pytest
 
-from fedbpt.coordinator import drafting
-from fedbpt.coordinator.enrolment import DeviceRegistry
+from fedbpt.coordinator.devices import drafting
+from fedbpt.coordinator.devices.enrolment import DeviceRegistry
 from fedbpt.coordinator.federation import Federation
-from fedbpt.coordinator.remote_runs import RemoteRuns
-from fedbpt.coordinator.run_queue import DEFAULT_QUOTA, Quota, RunQueue
-from fedbpt.coordinator.run_routes import run_routes
-from fedbpt.coordinator.run_worker import RunWorker
-from fedbpt.coordinator.server import CoordinatorServer
+from fedbpt.coordinator.service.remote_runs import RemoteRuns
+from fedbpt.coordinator.service.run_queue import DEFAULT_QUOTA, Quota, RunQueue
+from fedbpt.coordinator.service.run_routes import run_routes
+from fedbpt.coordinator.service.run_worker import RunWorker
+from fedbpt.coordinator.service.server import CoordinatorServer
 from fedbpt.errors import ConfigError, CoordinatorRefusedError, FedbptError, FederationError, StoreError
 from fedbpt.protocol import codec
 from fedbpt.protocol.specs import ObjectiveSpec

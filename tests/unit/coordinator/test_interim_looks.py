@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedbpt.aggregation.base import Fit
-from fedbpt.coordinator.call_times import CallTimes
+from fedbpt.coordinator.devices.call_times import CallTimes
 from fedbpt.coordinator.layer_reading import most_looks
 from fedbpt.coordinator.live import LiveEvaluation
 from fedbpt.coordinator.planner import Planner

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedbpt.coordinator.report_checks import check_evaluation, check_report
+from fedbpt.coordinator.reports.report_checks import check_evaluation, check_report
 from fedbpt.coordinator.work_kinds import kind_of
 from fedbpt.engine.discriminant import assign_folds
 from fedbpt.engine.layers import normalized

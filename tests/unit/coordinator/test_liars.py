@@ -19,7 +19,7 @@ from fedbpt.aggregation import SearchSettings, method_named
 from fedbpt.aggregation.readout import ReadoutFit
 from fedbpt.coordinator.clients import DeviceClient, HttpClient, InProcessClient
 from fedbpt.coordinator.federation import Federation
-from fedbpt.coordinator.report_checks import check_report
+from fedbpt.coordinator.reports.report_checks import check_report
 from fedbpt.coordinator.run_state import RunState
 from fedbpt.coordinator.work_kinds.readout_fit import means_bound
 from fedbpt.device.agent import AgentService

@@ -13,10 +13,10 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from fedbpt.coordinator import monitor as monitor_module
-from fedbpt.coordinator.feed import EventFeed
-from fedbpt.coordinator.metrics import RunMetrics
-from fedbpt.coordinator.monitor import MonitorServer
+from fedbpt.coordinator.monitoring import monitor as monitor_module
+from fedbpt.coordinator.monitoring.feed import EventFeed
+from fedbpt.coordinator.monitoring.metrics import RunMetrics
+from fedbpt.coordinator.monitoring.monitor import MonitorServer
 from fedbpt.errors import ConfigError
 from fedbpt.runs.event_log import Journal
 from fedbpt.runs.events import DeviceBack, DeviceLost, LateReport, RoundClosed, RunStarted

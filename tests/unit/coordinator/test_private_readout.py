@@ -15,7 +15,7 @@ import pytest
 from fedbpt import evaluate
 from fedbpt.api import make_prompt
 from fedbpt.coordinator import federation
-from fedbpt.coordinator.estimate import estimate
+from fedbpt.coordinator.costs.estimate import estimate
 from fedbpt.device.device import Device
 from fedbpt.device.privacy_limit import PrivacyLimit
 from fedbpt.device.state import DeviceState

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbpt.coordinator.report_checks import check_evaluation, check_progress, check_report
+from fedbpt.coordinator.reports.report_checks import check_evaluation, check_progress, check_report
 from fedbpt.engine.layers import normalized
 from fedbpt.errors import WireError
 from fedbpt.objective.layer_means import means_result, public_result

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedbpt.coordinator.report_checks import check_report
+from fedbpt.coordinator.reports.report_checks import check_report
 from fedbpt.errors import WireError
 from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import (

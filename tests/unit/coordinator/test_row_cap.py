@@ -10,7 +10,13 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedbpt.coordinator.round_reports import cap_reports, cap_rows, evaluation_loss, label_weights, template_losses
+from fedbpt.coordinator.reports.round_reports import (
+    cap_reports,
+    cap_rows,
+    evaluation_loss,
+    label_weights,
+    template_losses,
+)
 from fedbpt.errors import ConfigError
 from fedbpt.protocol.rounds import DeviceInfo, EvaluateReport, FitResult, PooledResult, SelectResult
 from fedbpt.protocol.specs import Array

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedbpt.cli.run_report import report_json, report_page, sections
-from fedbpt.coordinator.run_report import report_of
+from fedbpt.coordinator.monitoring.run_report import report_of
 from fedbpt.errors import StoreError
 from fedbpt.runs.events import RoundClosed
 from tests.unit.coordinator.test_layer_runs import LayerScene

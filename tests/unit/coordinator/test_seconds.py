@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from fedbpt.coordinator.clients import InProcessClient
-from fedbpt.coordinator.estimate import readout_tokens, tokens_of
+from fedbpt.coordinator.costs.estimate import readout_tokens, tokens_of
+from fedbpt.coordinator.costs.spending import Spending
 from fedbpt.coordinator.federation import Federation
-from fedbpt.coordinator.spending import Spending
 from fedbpt.device.agent.service import AgentService
 from fedbpt.device.device import Device
 from fedbpt.errors import QuorumError, ScoringInterrupted

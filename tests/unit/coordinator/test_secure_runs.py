@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedbpt.coordinator.round_figures import numbers_of
+from fedbpt.coordinator.monitoring.round_figures import numbers_of
 from fedbpt.errors import ConfigError, InputError, QuorumError
 from fedbpt.protocol.names import SUM
 from fedbpt.protocol.rounds import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from fedbpt.coordinator.slots import Slots
+from fedbpt.coordinator.devices.slots import Slots
 
 
 def test_slots_are_limited_and_freed_in_order() -> None:

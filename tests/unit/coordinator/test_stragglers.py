@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from fedbpt.coordinator.fleet import Fleet
-from fedbpt.coordinator.members import Listener
-from fedbpt.coordinator.stragglers import ENOUGH, SLACK_S, Pace, TextPace
+from fedbpt.coordinator.devices.fleet import Fleet
+from fedbpt.coordinator.devices.members import Listener
+from fedbpt.coordinator.devices.stragglers import ENOUGH, SLACK_S, Pace, TextPace
 from fedbpt.errors import ConfigError, QuorumError
 from fedbpt.protocol.rounds import RoundPlan, RoundReport
 from fedbpt.runs.events import DeviceLost, LateReport, RoundClosed

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from fedbpt.coordinator.clients import DeviceClient, HttpClient, InProcessClient
-from fedbpt.coordinator.enrolment import DeviceRegistry
-from fedbpt.coordinator.server import CoordinatorServer
+from fedbpt.coordinator.devices.enrolment import DeviceRegistry
+from fedbpt.coordinator.service.server import CoordinatorServer
 from fedbpt.dashboard import heartbeat
 from fedbpt.dashboard.heartbeat import Heartbeat
 from fedbpt.device.agent import AgentService

@@ -14,8 +14,8 @@ import httpx
 import numpy as np
 import pytest
 
-from fedbpt.coordinator.enrolment import DeviceRegistry
-from fedbpt.coordinator.server import CoordinatorServer
+from fedbpt.coordinator.devices.enrolment import DeviceRegistry
+from fedbpt.coordinator.service.server import CoordinatorServer
 from fedbpt.device.agent import AgentService
 from fedbpt.device.agent.calls import enrol
 from fedbpt.device.agent.poller import Backoff, Poller

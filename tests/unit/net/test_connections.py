@@ -19,9 +19,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from fedbpt.coordinator.enrolment import DeviceRegistry
-from fedbpt.coordinator.monitor import MonitorServer
-from fedbpt.coordinator.server import CoordinatorServer
+from fedbpt.coordinator.devices.enrolment import DeviceRegistry
+from fedbpt.coordinator.monitoring.monitor import MonitorServer
+from fedbpt.coordinator.service.server import CoordinatorServer
 from fedbpt.dashboard.server import DashboardServer
 from fedbpt.device.agent import AgentService
 from fedbpt.device.agent.server import AgentServer

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fedbpt import Budget, evaluate, tune
-from fedbpt.coordinator.estimate import estimate
+from fedbpt.coordinator.costs.estimate import estimate
 from fedbpt.coordinator.federation import Federation
 from fedbpt.device.device import Device
 from fedbpt.errors import InputError, WireError

@@ -12,7 +12,7 @@ import pytest
 
 from fedbpt import Budget, PromptSpec, evaluate, tune
 from fedbpt.cli.report import print_result, result_as_json
-from fedbpt.coordinator.report_checks import check_report
+from fedbpt.coordinator.reports.report_checks import check_report
 from fedbpt.device.device import Device
 from fedbpt.display.console import describe_accuracy
 from fedbpt.errors import WireError

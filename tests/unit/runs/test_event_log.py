@@ -53,16 +53,16 @@ def test_warnings_of_the_library_are_entries_and_others_are_not(caplog: pytest.L
     kept: list[Any] = []
     journal = Journal(lambda line: kept.append(line.entry.event) or "")
     with journal.hearing_warnings():
-        logging.getLogger("fedbpt.coordinator.fleet").warning("device %s", "a")
-        logging.getLogger("fedbpt.coordinator.fleet").info("nothing")
+        logging.getLogger("fedbpt.coordinator.devices.fleet").warning("device %s", "a")
+        logging.getLogger("fedbpt.coordinator.devices.fleet").info("nothing")
         logging.getLogger("elsewhere").warning("no")
         try:
             raise ValueError("cause")
         except ValueError:
             logging.getLogger("fedbpt.runs.store").exception("it broke")
-    logging.getLogger("fedbpt.coordinator.fleet").warning("after")
+    logging.getLogger("fedbpt.coordinator.devices.fleet").warning("after")
     plain, broken = kept
-    assert plain == Logged(level="WARNING", logger="fedbpt.coordinator.fleet", message="device a")
+    assert plain == Logged(level="WARNING", logger="fedbpt.coordinator.devices.fleet", message="device a")
     assert (broken.level, broken.message) == ("ERROR", "it broke")
     assert broken.exception.endswith("ValueError")
     assert "test_event_log.py" in broken.exception
@@ -93,7 +93,7 @@ def test_warnings_still_reach_stderr_without_logging_handlers(
 ) -> None:
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     with Journal().hearing_warnings():
-        logging.getLogger("fedbpt.coordinator.fleet").warning("told once")
+        logging.getLogger("fedbpt.coordinator.devices.fleet").warning("told once")
     assert capfd.readouterr().err == "told once\n"
 
 

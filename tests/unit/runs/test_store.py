@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedbpt.coordinator.enrolment import DeviceRegistry
+from fedbpt.coordinator.devices.enrolment import DeviceRegistry
 from fedbpt.errors import StoreError
 from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import DeviceInfo, PooledResult, RoundReport

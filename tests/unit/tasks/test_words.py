@@ -14,7 +14,7 @@ from fedbpt import Budget, PromptSpec, tune
 from fedbpt.cli.hint import print_hint
 from fedbpt.cli.report import print_cost
 from fedbpt.coordinator.clients import InProcessClient
-from fedbpt.coordinator.estimate import RunCost, estimate
+from fedbpt.coordinator.costs.estimate import RunCost, estimate
 from fedbpt.coordinator.federation import Federation
 from fedbpt.device.device import Device
 from fedbpt.device.speed import measure_speed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
-from fedbpt.coordinator.slots import Slots
+from fedbpt.coordinator.devices.slots import Slots
 from fedbpt.protocol.questions import Answer, Question
 from fedbpt.protocol.rounds import (
     DeviceInfo,

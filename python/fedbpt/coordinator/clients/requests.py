@@ -12,8 +12,8 @@ from urllib.parse import quote
 
 from fedbpt.coordinator.clients.base import AnswerCallback, ProgressCallback
 from fedbpt.coordinator.clients.transport import NoResponseError, Response, Transport
-from fedbpt.coordinator.report_checks import check_progress
-from fedbpt.coordinator.slots import Slots
+from fedbpt.coordinator.devices.slots import Slots
+from fedbpt.coordinator.reports.report_checks import check_progress
 from fedbpt.errors import (
     DeviceFailedError,
     DeviceRefusedError,

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbpt.coordinator import report_bounds
+from fedbpt.coordinator.reports import report_bounds
 from fedbpt.errors import WireError
 from fedbpt.protocol import codec
 from fedbpt.protocol.rounds import Result, RoundPlan, RoundReport, Work

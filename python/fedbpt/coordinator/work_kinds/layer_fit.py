@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from fedbpt.aggregation.layer_fit import sums_of, sums_shapes
-from fedbpt.coordinator.report_bounds import MAX_LOSS, ROUNDING
+from fedbpt.coordinator.reports.report_bounds import MAX_LOSS, ROUNDING
 from fedbpt.coordinator.work_kinds.base import check_losses, check_shape
 from fedbpt.coordinator.work_kinds.reads_layers import ReadsLayers, check_purpose, check_range, largest_state
 from fedbpt.engine.discriminant import LARGEST_SKETCH

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedbpt.coordinator.report_bounds import ROUNDING
+from fedbpt.coordinator.reports.report_bounds import ROUNDING
 from fedbpt.coordinator.work_kinds.base import WorkKind, check_losses, check_shape, max_batch
 from fedbpt.errors import WireError
 from fedbpt.protocol.rounds import LocalResult, LocalWork, RoundPlan, RoundReport

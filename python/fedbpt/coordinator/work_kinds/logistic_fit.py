@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from fedbpt.aggregation.logistic_fit import gradient_shapes, moments_shapes
-from fedbpt.coordinator.report_bounds import MAX_LOSS, ROUNDING
+from fedbpt.coordinator.reports.report_bounds import MAX_LOSS, ROUNDING
 from fedbpt.coordinator.work_kinds.base import check_losses, check_shape
 from fedbpt.coordinator.work_kinds.reads_layers import ReadsLayers, check_purpose, check_range, largest_state
 from fedbpt.errors import WireError

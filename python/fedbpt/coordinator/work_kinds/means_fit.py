@@ -7,7 +7,7 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from fedbpt.coordinator.report_bounds import MAX_LOSS, ROUNDING
+from fedbpt.coordinator.reports.report_bounds import MAX_LOSS, ROUNDING
 from fedbpt.coordinator.work_kinds.base import WorkKind, check_shape
 from fedbpt.coordinator.work_kinds.reads_layers import check_purpose, check_range, largest_state
 from fedbpt.errors import WireError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbpt.coordinator.report_bounds import MAX_LOGIT, ROUNDING
+from fedbpt.coordinator.reports.report_bounds import MAX_LOGIT, ROUNDING
 from fedbpt.coordinator.work_kinds.base import WorkKind, check_losses, check_shape
 from fedbpt.errors import WireError
 from fedbpt.protocol.rounds import FitResult, FitWork, RoundPlan, RoundReport

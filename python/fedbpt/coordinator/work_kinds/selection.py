@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 from msgspec import UNSET
 
-from fedbpt.coordinator.report_bounds import max_tokens_of_a_text
+from fedbpt.coordinator.reports.report_bounds import max_tokens_of_a_text
 from fedbpt.coordinator.work_kinds.base import WorkKind, check_losses, check_shape
 from fedbpt.errors import WireError
 from fedbpt.objective.answers import ANSWERED_ROWS

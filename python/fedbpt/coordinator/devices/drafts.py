@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from fedbpt.coordinator.call_times import DRAWN
-from fedbpt.coordinator.members import Cohort
+from fedbpt.coordinator.devices.call_times import DRAWN
+from fedbpt.coordinator.devices.members import Cohort
 from fedbpt.protocol.draws import Draw
 from fedbpt.protocol.seeding import generator
 from fedbpt.runs.settings import RunSettings

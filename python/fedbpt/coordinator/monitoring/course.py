@@ -7,8 +7,8 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from fedbpt.coordinator.estimate import readout_tokens, spent_share
-from fedbpt.coordinator.spending import Spending
+from fedbpt.coordinator.costs.estimate import readout_tokens, spent_share
+from fedbpt.coordinator.costs.spending import Spending
 from fedbpt.protocol.rounds import DeviceInfo
 from fedbpt.protocol.specs import Template
 from fedbpt.runs.events import RoundPurpose

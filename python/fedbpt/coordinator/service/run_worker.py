@@ -16,14 +16,14 @@ from typing import NamedTuple
 import msgspec
 
 from fedbpt.coordinator.control import RunControl
-from fedbpt.coordinator.drafting import draft
-from fedbpt.coordinator.enrolment import DeviceRegistry
+from fedbpt.coordinator.devices.drafting import draft
+from fedbpt.coordinator.devices.enrolment import DeviceRegistry
 from fedbpt.coordinator.federation import Federation
-from fedbpt.coordinator.feed import EventFeed
 from fedbpt.coordinator.gc_policy import collect_between_rounds, collect_normally
 from fedbpt.coordinator.ledger import has_result
-from fedbpt.coordinator.run_queue import RunQueue
-from fedbpt.coordinator.server import CoordinatorServer
+from fedbpt.coordinator.monitoring.feed import EventFeed
+from fedbpt.coordinator.service.run_queue import RunQueue
+from fedbpt.coordinator.service.server import CoordinatorServer
 from fedbpt.errors import MAX_MESSAGE_CHARS, CoordinatorRefusedError, FedbptError, RunStopped
 from fedbpt.faults import public_reason
 from fedbpt.plain_text import one_line

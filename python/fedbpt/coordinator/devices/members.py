@@ -1,4 +1,4 @@
-"""What a `fedbpt.coordinator.fleet.Fleet` keeps: its devices, its listener, and the round that is open."""
+"""What a `fedbpt.coordinator.devices.fleet.Fleet` keeps: its devices, its listener, and the round that is open."""
 
 from __future__ import annotations
 

@@ -19,9 +19,9 @@ from typing import Final
 
 import msgspec
 
-from fedbpt.coordinator.fleet import Fleet
-from fedbpt.coordinator.members import Cohort, Member
-from fedbpt.coordinator.report_checks import check_evaluation, check_result
+from fedbpt.coordinator.devices.fleet import Fleet
+from fedbpt.coordinator.devices.members import Cohort, Member
+from fedbpt.coordinator.reports.report_checks import check_evaluation, check_result
 from fedbpt.coordinator.work_kinds import kind_of
 from fedbpt.engine.discriminant import LARGEST_SKETCH
 from fedbpt.errors import FedbptError, FederationError, QuorumError, WireError

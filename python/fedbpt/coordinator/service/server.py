@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from starlette.routing import Route
 
 from fedbpt.coordinator.clients.mailbox import MailboxClient, PostOffice
-from fedbpt.coordinator.enrolment import DeviceRegistry
-from fedbpt.coordinator.http import DEVICE_LIMIT, GUESS_LIMIT, build_app
+from fedbpt.coordinator.devices.enrolment import DeviceRegistry
+from fedbpt.coordinator.service.http import DEVICE_LIMIT, GUESS_LIMIT, build_app
 from fedbpt.net.server import HttpServer
 from fedbpt.net.tls import Tls, is_loopback
 

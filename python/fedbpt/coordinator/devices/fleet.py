@@ -17,10 +17,10 @@ from typing import Any, Final
 from msgspec import UNSET
 
 from fedbpt.coordinator.clients.base import DeviceClient
-from fedbpt.coordinator.members import MAX_ATTEMPTS, Cohort, Listener, Member, OpenRound, describe_absent
-from fedbpt.coordinator.report_checks import check_evaluation, check_report
-from fedbpt.coordinator.slots import Slots
-from fedbpt.coordinator.stragglers import Pace
+from fedbpt.coordinator.devices.members import MAX_ATTEMPTS, Cohort, Listener, Member, OpenRound, describe_absent
+from fedbpt.coordinator.devices.slots import Slots
+from fedbpt.coordinator.devices.stragglers import Pace
+from fedbpt.coordinator.reports.report_checks import check_evaluation, check_report
 from fedbpt.errors import (
     DeviceError,
     DeviceFailedError,

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import httpx
 
-from fedbpt.coordinator.monitor import HEARTBEAT_S
+from fedbpt.coordinator.monitoring.monitor import HEARTBEAT_S
 from fedbpt.device.agent.calls import RESPONSE_S, accepted, client_options, decoded, origin
 from fedbpt.errors import CoordinatorRefusedError, FedbptError, FederationError, WireError
 from fedbpt.net.tls import Tls, certificate_problem
@@ -70,11 +70,11 @@ class RemoteRuns:
         self._http.close()
 
     def hand_in(self, submission: Submission) -> Job:
-        """Queue a run; see `fedbpt.coordinator.run_worker.RunWorker.hand_in`."""
+        """Queue a run; see `fedbpt.coordinator.service.run_worker.RunWorker.hand_in`."""
         return self._once(lambda: self._request("POST", RUNS_PATH, Job, codec.encode(submission)))
 
     def jobs(self) -> tuple[Job, ...]:
-        """All runs, in the order of `fedbpt.coordinator.run_queue.RunQueue.jobs`."""
+        """All runs, in the order of `fedbpt.coordinator.service.run_queue.RunQueue.jobs`."""
         return self._once(lambda: self._request("GET", RUNS_PATH, Jobs)).jobs
 
     def cancel(self, run: str) -> Job:

@@ -15,9 +15,9 @@ from typing import Final
 from fedbpt.coordinator.clients import DeviceClient
 from fedbpt.coordinator.clients.mailbox import REPLY_S
 from fedbpt.coordinator.control import RunControl
-from fedbpt.coordinator.enrolment import DeviceRegistry
-from fedbpt.coordinator.members import MAX_NAMED_DEVICES
-from fedbpt.coordinator.server import CoordinatorServer
+from fedbpt.coordinator.devices.enrolment import DeviceRegistry
+from fedbpt.coordinator.devices.members import MAX_NAMED_DEVICES
+from fedbpt.coordinator.service.server import CoordinatorServer
 from fedbpt.errors import DeviceError, QuorumError, WireError
 from fedbpt.protocol.membership import misfit
 from fedbpt.runs.submission import Submission

@@ -3,8 +3,8 @@
 Sums of hidden states that mislead, and losses that contradict them, are left out (`leave_out`). The plan that follows
 must be one that devices accept.
 
-`fedbpt.coordinator.report_checks` bounds each report, and aggregation bounds its state. If reports within these bounds
-still lead to an impossible plan, the report that causes it is left out: a committed round cannot be undone.
+`report_checks` bounds each report, and aggregation bounds its state. If reports within these bounds still lead to an
+impossible plan, the report that causes it is left out: a committed round cannot be undone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fedbpt.aggregation.base import Fit
 from fedbpt.aggregation.cross_check import DeviceSums, misleading
 from fedbpt.aggregation.layer_fit import LayerFit, sums_of
 from fedbpt.coordinator.ledger import RunLedger
-from fedbpt.coordinator.round_reports import cap_reports, purpose_of
+from fedbpt.coordinator.reports.round_reports import cap_reports, purpose_of
 from fedbpt.coordinator.run_state import CONTRADICTS, MISLEADS
 from fedbpt.coordinator.work_kinds import kind_of
 from fedbpt.errors import FedbptError, FederationError

@@ -15,7 +15,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from fedbpt.coordinator.clients.mailbox import Mailbox, PostOffice
-from fedbpt.coordinator.enrolment import DeviceRegistry
+from fedbpt.coordinator.devices.enrolment import DeviceRegistry
 from fedbpt.errors import CoordinatorRefusedError
 from fedbpt.net import tokens
 from fedbpt.net.auth import wrong_name
@@ -57,7 +57,7 @@ def build_app(
     """The routes, as an ASGI application. ``office`` belongs to the event loop that runs it.
 
     ``host``: requests without a token must name this host; None: any host. ``more``: other routes, such as those of
-    `fedbpt.coordinator.run_routes`.
+    `fedbpt.coordinator.service.run_routes`.
     """
     routes = _Routes(registry, office, RateLimit(*device_limit), RateLimit(*guess_limit), host)
     return Starlette(

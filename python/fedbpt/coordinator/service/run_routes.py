@@ -14,9 +14,9 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from fedbpt.coordinator.feed import EventFeed
-from fedbpt.coordinator.monitor import HEARTBEAT_S, MAX_READERS, as_server_sent
-from fedbpt.coordinator.run_worker import RunWorker
+from fedbpt.coordinator.monitoring.feed import EventFeed
+from fedbpt.coordinator.monitoring.monitor import HEARTBEAT_S, MAX_READERS, as_server_sent
+from fedbpt.coordinator.service.run_worker import RunWorker
 from fedbpt.errors import CoordinatorRefusedError
 from fedbpt.net import tokens
 from fedbpt.net.auth import GUESSES

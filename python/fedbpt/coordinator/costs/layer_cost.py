@@ -1,4 +1,4 @@
-"""Bytes that the fits of layer readouts cost a device, as `fedbpt.coordinator.estimate` counts them."""
+"""Bytes that the fits of layer readouts cost a device, as `fedbpt.coordinator.costs.estimate` counts them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes that secure aggregation costs a device beside the masked results; used by `fedbpt.coordinator.estimate`."""
+"""Bytes that secure aggregation costs a device beside the masked results, for `fedbpt.coordinator.costs.estimate`."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from msgspec import UNSET
 
-from fedbpt.coordinator.report_bounds import evaluation_loss_range
+from fedbpt.coordinator.reports.report_bounds import evaluation_loss_range
 from fedbpt.coordinator.work_kinds import kind_of
 from fedbpt.coordinator.work_kinds.base import check_losses
 from fedbpt.errors import WireError

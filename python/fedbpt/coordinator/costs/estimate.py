@@ -18,10 +18,16 @@ from fedbpt.aggregation.means_fit import N_PUBLIC
 from fedbpt.aggregation.methods import method_named
 from fedbpt.aggregation.readout import EXCHANGES, ReadoutFit
 from fedbpt.bench.measurement import Measurement, Projection
-from fedbpt.coordinator.layer_cost import EXCHANGES as EXCHANGES_OF_LAYERS
-from fedbpt.coordinator.layer_cost import LOGISTIC_EXCHANGES, MEANS_EXCHANGES, layer_bytes, logistic_bytes, means_bytes
+from fedbpt.coordinator.costs.layer_cost import EXCHANGES as EXCHANGES_OF_LAYERS
+from fedbpt.coordinator.costs.layer_cost import (
+    LOGISTIC_EXCHANGES,
+    MEANS_EXCHANGES,
+    layer_bytes,
+    logistic_bytes,
+    means_bytes,
+)
+from fedbpt.coordinator.costs.secure_cost import secure_bytes
 from fedbpt.coordinator.layer_reading import most_looks, only_reads, reads_layers, states_alone
-from fedbpt.coordinator.secure_cost import secure_bytes
 from fedbpt.engine.layers import middle_layer
 from fedbpt.errors import ConfigError
 from fedbpt.objective.answers import ANSWERED_ROWS

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from msgspec import UNSET
 
 from fedbpt.aggregation.methods import method_named
-from fedbpt.coordinator.round_reports import mean_loss, purpose_of
+from fedbpt.coordinator.reports.round_reports import mean_loss, purpose_of
 from fedbpt.protocol.rounds import RoundReport
 from fedbpt.runs.events import RoundPurpose
 from fedbpt.runs.settings import RunSettings

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
-from fedbpt.coordinator.round_figures import evaluations_in, numbers_of
+from fedbpt.coordinator.monitoring.round_figures import evaluations_in, numbers_of
 from fedbpt.runs.dev_figures import dev_points
 from fedbpt.runs.settings import stored_settings
 from fedbpt.runs.store import RoundHistory, RunStore

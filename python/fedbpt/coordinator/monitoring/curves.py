@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, TypeAlias
 
-from fedbpt.coordinator.round_figures import evaluations_in, numbers_of
+from fedbpt.coordinator.monitoring.round_figures import evaluations_in, numbers_of
 from fedbpt.runs.dev_figures import dev_points
 from fedbpt.runs.settings import stored_settings
 from fedbpt.runs.store import RunStore

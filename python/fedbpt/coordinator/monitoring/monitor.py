@@ -18,8 +18,8 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fedbpt.coordinator.feed import EventFeed, Missed
-from fedbpt.coordinator.metrics import RunMetrics
+from fedbpt.coordinator.monitoring.feed import EventFeed, Missed
+from fedbpt.coordinator.monitoring.metrics import RunMetrics
 from fedbpt.errors import CoordinatorRefusedError
 from fedbpt.net.auth import LoopbackOnly, RequireToken, check_token
 from fedbpt.net.bodies import EXCEPTION_HANDLERS

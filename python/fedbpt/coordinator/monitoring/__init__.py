@@ -1,0 +1,1 @@
+"""A run while it goes on, and after: progress, figures, events, the report."""
