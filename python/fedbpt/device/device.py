@@ -302,7 +302,8 @@ class Device:
 
     @cached_property
     def _basis(self) -> str:
-        return hashlib.sha256(msgspec.json.encode([VERSION, self._rows["train"]])).hexdigest()
+        rows = [(text, target if isinstance(target, str) else int(target)) for text, target in self._rows["train"]]
+        return hashlib.sha256(repr((VERSION, rows)).encode()).hexdigest()
 
     def _count_release(self, plan: RoundPlan) -> None:
         """Count what the report on ``plan`` tells of rows."""

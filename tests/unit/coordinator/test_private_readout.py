@@ -55,6 +55,7 @@ from fedbpt.runs.result import RunResult
 from fedbpt.runs.settings import RunSettings
 from fedbpt.secure.membership import Membership
 from fedbpt.secure.sizes import ATTEMPTS
+from fedbpt.tasks.rows import LabelIndex
 from tests.support.raises import raises
 from tests.support.toy_scene import D, Scene, StopRunError, closed, settings, stop
 from tests.support.toy_scorer import ToyScorer
@@ -554,9 +555,13 @@ def test_other_rows_have_other_noise(scene: LayerScene) -> None:
     """The difference of two sums with the same noise would be that of their rows."""
     asked = asked_of(scene)
     state = DeviceState()
-    devices = [Device("a", ToyScorer(), rows(n), task=TASK, state=state) for n in (24, 24, 23)]
-    questions = [device._question(asked) for device in devices]
-    assert questions[0] == questions[1] != questions[2]
+    read = [(text, LabelIndex(int(label), TASK.labels[int(label)])) for text, label in rows(24)]  # as from a file
+    others = rows(23), [*rows(23), (rows(24)[23][0], 1 - int(rows(24)[23][1]))]
+    first, same, *changed = (
+        Device("a", ToyScorer(), given, task=TASK, state=state)._question(asked) for given in (rows(24), read, *others)
+    )
+    assert first == same
+    assert first not in changed
 
 
 def test_what_cannot_be_kept_is_not_sent(scene: LayerScene, tmp_path: Path) -> None:
