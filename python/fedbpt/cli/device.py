@@ -186,6 +186,8 @@ def device(
     )
     if max_epsilon is not None and not quiet:
         echo(f"ε spent so far: {local.epsilon_spent:.2f} of {max_epsilon:g}", err=True)
+        if local.state.told_exactly:
+            echo("hint: this device has also sent results without noise, which ε does not count", err=True)
     if identity is not None and not quiet:
         echo(identity_line(own_name, local.identity), err=True)
     if not load_late:

@@ -6,7 +6,8 @@ import hashlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -94,6 +95,7 @@ from fedbpt.secure.sizes import ATTEMPTS, threshold_of
 from fedbpt.side_by_side.on_device import answer_of
 from fedbpt.tasks import Task
 from fedbpt.tasks.rows import Row, batch_indices, targets_of
+from fedbpt.tasks.task import cue_ids, head_ids, label_word_ids
 from fedbpt.version import VERSION
 
 log = logging.getLogger(__name__)
@@ -168,9 +170,9 @@ class Device:
         self._keep = keep
         self._membership = membership or Membership()
         knows_peers = self._membership.trusted is not None
-        self._limit = (
-            None if max_epsilon is None else PrivacyLimit(max_epsilon, len(train_rows), self.state, knows_peers)
-        )
+        self._limit = PrivacyLimit(max_epsilon, len(train_rows), self.state, knows_peers)
+        self._is_limited = max_epsilon is not None
+        self._hides_rows = self._is_limited
         generation = task.generation
         self._metric = None if generation is UNSET else metric_named(generation.metric)
 
@@ -183,8 +185,8 @@ class Device:
 
     @property
     def epsilon_spent(self) -> float:
-        """ε that ``max_epsilon`` counts so far; 0 without it."""
-        return 0.0 if self._limit is None else self._limit.spent
+        """ε of what its state has sent with noise. Raises `MissingExtraError` without the accountant's library."""
+        return self._limit.spent
 
     def measure_speed(self) -> float:
         """Measure the model on a training row, for `info` until the first round; returns forward tokens per second."""
@@ -249,8 +251,10 @@ class Device:
         work = plan.work
         result: Result
         check_private(plan)
-        if self._limit is not None:
-            self._limit.check(plan, self._question(plan))
+        self._limit.check(plan, self._question(plan))
+        self._hides_rows = self._is_limited or plan.privacy is not None
+        if self._hides_rows:
+            self._check_room(plan)
         if isinstance(work, SelectWork):
             result, n_texts = self._select(plan, work, effort, progress, timed_cancelled)
         elif isinstance(work, PooledWork):
@@ -296,24 +300,56 @@ class Device:
     def _question(self, plan: RoundPlan) -> str:
         """Everything that determines the result of ``plan``: a resumed run may have another deadline.
 
-        With other rows, or another version's rounding, the same noise would show how the results differ.
+        With other rows, or another rounding, the same noise would show how the results differ.
         """
         return f"{digest(msgspec.structs.replace(plan, deadline_s=1.0))}|{self._basis}"
 
     @cached_property
     def _basis(self) -> str:
+        made_by = (VERSION, self.scorer.backend, getattr(self.scorer, "n_threads", None))
         rows = [(text, target if isinstance(target, str) else int(target)) for text, target in self._rows["train"]]
-        return hashlib.sha256(repr((VERSION, rows)).encode()).hexdigest()
+        return hashlib.sha256(repr((made_by, rows)).encode()).hexdigest()
 
     def _count_release(self, plan: RoundPlan) -> None:
         """Count what the report on ``plan`` tells of rows."""
         if isinstance(plan.work, MeansWork):
             sent = self.state.released.get(plan.run, ())
             self.state.released[plan.run] = tuple(dict.fromkeys((*sent, self._question(plan))))
-        if self._limit is not None:
-            self._limit.record(plan, self._question(plan))
-        if plan.privacy is not None and self._keep is not None:
+        had_told = self.state.told_exactly
+        self._limit.record(plan, self._question(plan))
+        tells_noisily = plan.privacy is not None and not isinstance(plan.work, PublicWork | SecureWork)
+        if self._keep is not None and (tells_noisily or self.state.told_exactly != had_told):
             self._keep(self.state)
+
+    def _check_room(self, plan: RoundPlan) -> None:
+        """Raise `InputError` if a longest text might not fit: whether a row does would tell of it."""
+        work, limit = plan.work, plan.objective.max_text_tokens
+        if not isinstance(work, SelectWork | PooledWork | LocalWork):
+            return
+        words = 0 if plan.labels else limit
+        rows = plan.prompt.n_prompt if plan.prompt.in_front else 0
+        for template in work.templates if isinstance(work, SelectWork) else (plan.template,):
+            if plan.labels:
+                words = max(map(len, label_word_ids(self.scorer, template, plan.labels)))
+            around = len(head_ids(self.scorer, template)) + len(cue_ids(self.scorer, template)) + rows + words
+            if around + limit > self.scorer.n_ctx_train:
+                raise InputError(
+                    f"max_text_tokens {limit} leaves no room in the model's context of {self.scorer.n_ctx_train} for "
+                    f"the {around} tokens around a text: use {max(self.scorer.n_ctx_train - around, 1)} or fewer",
+                    field="max_text_tokens",
+                    limit=self.scorer.n_ctx_train,
+                )
+
+    @contextmanager
+    def _hiding(self) -> Iterator[None]:
+        """Errors about rows without what they say of them, in private runs."""
+        try:
+            yield
+        except InputError as error:
+            if not self._hides_rows:
+                raise
+            reason = "this device's rows do not fit what is asked of them; its log says why"
+            raise InputError(str(error), public=reason, field="rows") from error
 
     def interrupt(self) -> None:
         """Stop the current scoring call from another thread; its work raises `ScoringInterrupted`."""
@@ -357,8 +393,12 @@ class Device:
         cancelled: Cancelled = lambda: False,
     ) -> EvaluateReport:
         self._check_fits(request)
-        if self._limit is not None:
-            self._limit.check_evaluation(request)
+        self._limit.check_evaluation(request)
+        self._hides_rows = self._is_limited
+        if request.split == "held" and not self.state.told_exactly:
+            self.state.told_exactly = True
+            if self._keep is not None:
+                self._keep(self.state)
         latents = request.latents.numpy()
         if latents.ndim != 2 or len(latents) == 0:
             raise InputError(
@@ -768,8 +808,9 @@ class Device:
         if question not in sent and len(sent) >= (ATTEMPTS if plan.secure else 1):
             tries = f"; a secure sum is tried again at most {ATTEMPTS} times in all" if plan.secure else ""
             raise InputError(
-                f"device {self.name} has sent noisy sums of its rows for run {plan.run!r} already, and others would "
-                f"spend ε once more{tries}: give the run another name if that is meant",
+                f"device {self.name} has sent noisy sums of its rows for run {plan.run!r} already (before its rows, "
+                f"version or processor were others, if this is the same question), and others would spend ε once "
+                f"more{tries}: give the run another name if that is meant",
                 field="privacy",
             )
         reading = work.reading
@@ -778,9 +819,10 @@ class Device:
         n_rows = len(self._rows["train"])
         chosen = any_rows(n_rows, reading.max_rows, plan.seed)
         spent = Effort()  # the actual tokens would reveal how long the rows are
-        views = self._layer_rows.read(
-            plan, reading, chosen, lambda: self._train_objective(plan), spent, progress, cancelled
-        )
+        with self._hiding():
+            views = self._layer_rows.read(
+                plan, reading, chosen, lambda: self._train_objective(plan), spent, progress, cancelled
+            )
         effort.evaluations += reading.n_views
         effort.tokens += reading.n_views * len(chosen)
         devices = threshold_of(len(plan.secure.peers)) if plan.secure else 1
@@ -832,7 +874,8 @@ class Device:
         if key in self._objectives:
             self._objectives.move_to_end(key)
             return self._objectives[key]
-        created = Objective(self.scorer, template, labels, self._rows[split], objective, prompt, keep_kv)
+        with self._hiding():
+            created = Objective(self.scorer, template, labels, self._rows[split], objective, prompt, keep_kv)
         self._objectives[key] = created
         while len(self._objectives) > _MAX_OBJECTIVES:
             self._objectives.popitem(last=False)

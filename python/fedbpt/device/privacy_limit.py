@@ -31,7 +31,7 @@ class PrivacyLimit:
     A secure sum that is tried again is another plan, with other noise, and counts again.
 
     Args:
-        epsilon: most ε at `DELTA`; a plan beyond it is refused, and so is every plan without noise.
+        epsilon: most ε at `DELTA`; a plan beyond it is refused, and so is every plan without noise. None: only counts.
         n_rows: the device's training rows.
         state: keeps what was sent.
         knows_peers: the device accepts only peers of secure aggregation whose identities its owner has pinned. A masked
@@ -40,8 +40,9 @@ class PrivacyLimit:
     Raises `MissingExtraError` without the accountant's library.
     """
 
-    def __init__(self, epsilon: float, n_rows: int, state: DeviceState, knows_peers: bool = False) -> None:
-        require_accountant()
+    def __init__(self, epsilon: float | None, n_rows: int, state: DeviceState, knows_peers: bool = False) -> None:
+        if epsilon is not None:
+            require_accountant()
         self._most = epsilon
         self._n_rows = n_rows
         self._knows_peers = knows_peers
@@ -54,8 +55,10 @@ class PrivacyLimit:
 
     def check(self, plan: RoundPlan, question: str) -> None:
         """Raise `InputError` if ``plan`` would exceed the limit; ``question`` knows it again. Counts nothing."""
+        if self._most is None:
+            return
         asked = self._released(plan)
-        if asked is None or question in self._state.spent:
+        if asked is None or self._is_known(asked, question):
             return
         found = self._with(asked)
         if found > self._most:
@@ -72,20 +75,29 @@ class PrivacyLimit:
 
     def record(self, plan: RoundPlan, question: str) -> None:
         """Count the result of ``plan``, which is about to be sent."""
+        if plan.privacy is None and not isinstance(plan.work, PublicWork | SecureWork):
+            self._state.told_exactly = True
+            return
         sent = self._released(plan)
         if sent is None:
             return
-        self._state.spent.setdefault(question, sent)
+        if not self._is_known(sent, question):
+            self._state.spent[question] = sent
         if plan.secure:
             self._state.summed.add(plan.run)
 
     def check_evaluation(self, request: EvaluateRequest) -> None:
         """Raise `InputError` for an exact evaluation of training rows."""
-        if request.split == "held":
+        if self._most is not None and request.split == "held":
             raise InputError(
                 "this device's training rows are only used with noise (--max-epsilon), expected the dev or test split",
                 field="split",
             )
+
+    def _is_known(self, asked: Released, question: str) -> bool:
+        """Whether the same result was counted: with no more noise, as peers may have been trusted then."""
+        known = self._state.spent.get(question)
+        return known is not None and known.noise <= asked.noise
 
     def _released(self, plan: RoundPlan) -> Released | None:
         """What a plan makes the device send; None: nothing of its rows."""

@@ -28,6 +28,7 @@ class Snapshot(Message, frozen=True):
     released: dict[str, tuple[str, ...]] = msgspec.field(default_factory=dict)
     spent: dict[str, Released] = msgspec.field(default_factory=dict)
     summed: tuple[str, ...] = ()
+    told_exactly: bool = False
     protocol: Literal[1] = 1
 
 
@@ -38,7 +39,8 @@ class DeviceState:
     ``key``: seeds the device's noise (`fedbpt.objective.privacy.Releases`); never leaves the device. ``fitted``: cached
     logits [n_templates, n, n_labels + n_words] for the fit identified by ``fitted_to``, whose exchanges all use them.
     ``released``: by run, the questions that noisy sums of rows were sent for: one, or the tries of a secure sum.
-    ``spent``: by question, what `PrivacyLimit` counts; ``summed``: the runs with a masked sum.
+    ``spent``: by question, what `PrivacyLimit` counts; ``summed``: the runs with a masked sum. ``told_exactly``:
+    whether results without noise were sent, which no ε counts.
     """
 
     key: bytes = field(default_factory=lambda: secrets.token_bytes(KEY_BYTES), repr=False)
@@ -48,6 +50,7 @@ class DeviceState:
     released: dict[str, tuple[str, ...]] = field(default_factory=dict)
     spent: dict[str, Released] = field(default_factory=dict)
     summed: set[str] = field(default_factory=set)
+    told_exactly: bool = False
 
     def to_bytes(self) -> bytes:
         """Encode as a `Snapshot`. Logits too large for a message are left out, to be computed again."""
@@ -63,6 +66,7 @@ class DeviceState:
                 released=self.released,
                 spent=self.spent,
                 summed=tuple(sorted(self.summed)),
+                told_exactly=self.told_exactly,
             )
         )
 
@@ -81,4 +85,5 @@ class DeviceState:
             dict(kept.released),
             dict(kept.spent),
             set(kept.summed),
+            kept.told_exactly,
         )

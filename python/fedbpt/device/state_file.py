@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -22,24 +23,31 @@ Keep = Callable[[DeviceState], None]
 def kept_state(path: Path) -> Iterator[tuple[DeviceState, Keep]]:
     """The state in the file at ``path``, created if absent, and the function for `Device` that writes it.
 
-    Within the block no other process can use the file, which only its owner can read: its key can remove noise.
+    Within the block no other process can use the file, which only its owner can read: its key can remove noise. After
+    it, nothing is written, though a thread may still work.
 
-    Raises `ConfigError` for a file that cannot be written, is damaged, in use, or readable by others.
+    Raises `ConfigError` for a file that is damaged or readable by others, `StoreError` for one that cannot be written
+    or is in use, which may pass.
     """
+    path = path.resolve()
     lock = path.with_name(f"{path.name}.lock")
     with ExitStack() as held:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             held.enter_context(sole_holder(lock, str(path)))
         except BlockingIOError as error:
-            raise ConfigError(f"{path} is in use by {error.strerror}: give each device its own", field="--state") from (
+            raise StoreError(f"{path} is in use by {error.strerror}: give each device its own", field="--state") from (
                 error
             )
         except OSError as error:
-            raise ConfigError(f"cannot lock {lock}: {error.strerror or error}", field="--state") from error
+            raise StoreError(f"cannot lock {lock}: {error.strerror or error}", field="--state") from error
         state = _read(path) if path.exists() else DeviceState()
-        _write(path, state)
-        yield state, lambda changed: _keep(path, changed)
+        writer = _Writer(path)
+        try:
+            writer.write(state)
+            yield state, writer.keep
+        finally:
+            writer.close()
 
 
 def _read(path: Path) -> DeviceState:
@@ -52,13 +60,32 @@ def _read(path: Path) -> DeviceState:
         ) from error
 
 
-def _write(path: Path, state: DeviceState) -> None:
-    write_private(path, replace(state, fitted=None, fitted_to=b"").to_bytes())
+class _Writer:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._writing = threading.Lock()
+        self._closed = False
 
+    def write(self, state: DeviceState) -> None:
+        """Raises `StoreError`."""
+        with self._writing:
+            if self._closed:
+                raise StoreError("the device has ended", field="--state")
+            try:
+                write_private(self._path, replace(state, fitted=None, fitted_to=b"").to_bytes())
+            except ConfigError as error:
+                raise StoreError(str(error), field="--state") from error
 
-def _keep(path: Path, state: DeviceState) -> None:
-    try:
-        _write(path, state)
-    except ConfigError as error:
-        log.error("%s: the result is not sent", error)
-        raise StoreError("the device cannot write what it spends (--state), so it sends nothing") from error
+    def keep(self, state: DeviceState) -> None:
+        """Write before a result is sent."""
+        try:
+            self.write(state)
+        except StoreError as error:
+            log.error("%s: the result is not sent", error)
+            raise StoreError(
+                "the device cannot write what it spends (--state), so it sends nothing", field="--state"
+            ) from error
+
+    def close(self) -> None:
+        with self._writing:
+            self._closed = True

@@ -34,6 +34,8 @@ def write_whole(files: Mapping[Path, bytes], private: Collection[Path] = ()) -> 
             partial.replace(target)
             if is_new:
                 added.append(target)
+        for folder in {target.parent for target in files}:
+            _sync_folder(folder)
     except OSError as error:
         for path in added:
             path.unlink(missing_ok=True)
@@ -42,3 +44,15 @@ def write_whole(files: Mapping[Path, bytes], private: Collection[Path] = ()) -> 
         for partial in partials.values():
             if partial.exists():
                 partial.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames in ``folder`` last over a power failure, where its file system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
+    finally:
+        os.close(descriptor)

@@ -538,7 +538,7 @@ def test_a_restarted_device_knows_what_it_has_spent_and_repeats_its_noise(scene:
     with kept_state(path) as (state, keep):
         first = device().run(asked).result
         spent = device().epsilon_spent
-        with raises(ConfigError, field="--state"), kept_state(path):
+        with raises(StoreError, field="--state"), kept_state(path):
             pass
     assert path.stat().st_mode & 0o777 == 0o600
     with kept_state(path) as (state, keep):
@@ -562,6 +562,7 @@ def test_other_rows_have_other_noise(scene: LayerScene) -> None:
     )
     assert first == same
     assert first not in changed
+    assert first != Device("a", OtherProcessor(), rows(24), task=TASK, state=state)._question(asked)
 
 
 def test_what_cannot_be_kept_is_not_sent(scene: LayerScene, tmp_path: Path) -> None:
@@ -577,9 +578,90 @@ def test_what_cannot_be_kept_is_not_sent(scene: LayerScene, tmp_path: Path) -> N
         path.parent.unlink()
         away.rename(path.parent)
         device.run(asked)
+    before = path.read_bytes()
+    with raises(StoreError, field="--state"):  # a thread that still works
+        keep(DeviceState())
+    assert path.read_bytes() == before
     path.write_bytes(path.read_bytes()[:-1])
     with raises(ConfigError, field="--state"), kept_state(path):
         pass
+
+
+def test_a_link_to_a_state_is_that_state(tmp_path: Path) -> None:
+    path, link = tmp_path / "a.state", tmp_path / "link.state"
+    link.symlink_to(path)
+    with kept_state(link), raises(StoreError, field="--state"), kept_state(path):
+        pass
+    assert link.is_symlink()
+
+
+def test_what_was_sent_before_there_was_a_limit_counts(scene: LayerScene) -> None:
+    asked, state = asked_of(scene), DeviceState()
+    device = Device("a", ToyScorer(), rows(24), task=TASK, state=state)
+    device.run(asked)
+    assert not state.told_exactly
+    most = 1.01 * epsilon(SPEC, [], 1)
+    later = Device(
+        "a", ToyScorer(), rows(24), task=TASK, state=DeviceState.from_bytes(state.to_bytes()), max_epsilon=most
+    )
+    assert later.epsilon_spent == pytest.approx(most / 1.01)
+    with raises(InputError, field="privacy"):
+        later.run(msgspec.structs.replace(asked, run="another"))
+    work = PooledWork(state=STATE, generation=0, popsize=4)
+    device.run(msgspec.structs.replace(asked, privacy=None, work=work))
+    assert DeviceState.from_bytes(state.to_bytes()).told_exactly
+
+
+def test_work_that_tells_nothing_is_not_kept(scene: LayerScene) -> None:
+    run(scene)
+    public = next(plan for plan in plans(scene, PublicWork) if plan.device == "a")
+    device = Device("a", ToyScorer(), rows(24), task=TASK, keep=lambda _state: pytest.fail("it was kept"))
+    device.run(public)
+
+
+def test_a_sum_counted_with_all_noise_costs_more_once_peers_may_be_invented(scene: LayerScene) -> None:
+    use = SecureUse(epoch="e", index=0, peers=("a", "b", "c", "d"))
+    asked = msgspec.structs.replace(asked_of(scene), secure=use)
+    state, most = DeviceState(), 1.2 * epsilon(SPEC, [], 1)
+    PrivacyLimit(most, 24, state, knows_peers=True).record(asked, "question")
+    careful = PrivacyLimit(most, 24, state)
+    with raises(InputError, field="privacy"):
+        careful.check(asked, "question")
+    PrivacyLimit(None, 24, state).record(asked, "question")
+    assert careful.spent > most
+
+
+class OtherProcessor(ToyScorer):
+    backend = "gpu"
+
+
+@pytest.mark.parametrize(
+    "work", [PooledWork(state=STATE, generation=0, popsize=4), SelectWork(templates=TASK.templates)]
+)
+def test_a_private_plan_that_does_not_fit_is_refused_whatever_the_rows(scene: LayerScene, work: Work) -> None:
+    """Else its error would tell the coordinator how long the longest row is."""
+    asked = asked_of(scene)
+    tight = msgspec.structs.replace(asked.objective, max_text_tokens=ToyScorer().n_ctx_train)
+    plan = msgspec.structs.replace(asked, work=work, objective=tight)
+    said = set()
+    for longest in ("x", "x" * 200, "x" * 4000):
+        device = Device("a", ToyScorer(), [*rows(23), (longest, 0)], task=TASK)
+        with raises(InputError, field="max_text_tokens") as caught:
+            device.run(plan)
+        said.add(caught.value.public)
+    assert len(said) == 1
+
+
+def test_an_error_about_rows_says_nothing_of_them_in_a_private_run(scene: LayerScene, monkeypatch: Any) -> None:
+    def fail(*_: object) -> None:
+        raise InputError("a text of 53 tokens is too long", limit=53)
+
+    asked = msgspec.structs.replace(asked_of(scene), work=PooledWork(state=STATE, generation=0, popsize=4))
+    monkeypatch.setattr("fedbpt.device.device.Objective", fail)
+    with raises(InputError, field="rows") as caught:
+        Device("a", ToyScorer(), rows(24), task=TASK).run(asked)
+    assert "53" not in caught.value.public
+    assert caught.value.limit is None
 
 
 def test_another_try_of_a_masked_sum_costs_as_much_again_and_the_refusal_says_so(scene: LayerScene) -> None:

@@ -94,7 +94,11 @@ class RunWorker:
     def start(self, server: CoordinatorServer) -> None:
         """Begin, with the run that was running when the coordinator was stopped, if any."""
         self._ended.clear()
-        threading.Thread(target=self._work, args=(server,), name="fedbpt-runs", daemon=True).start()
+        try:
+            threading.Thread(target=self._work, args=(server,), name="fedbpt-runs", daemon=True).start()
+        except BaseException:
+            self._ended.set()
+            raise
 
     def stop(self) -> None:
         """Stop the running run so that it can be resumed, and the thread."""
