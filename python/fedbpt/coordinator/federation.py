@@ -375,28 +375,39 @@ class Federation:
         if not lines:
             state.choose_unjudged()
             return
-        reports: dict[str, EvaluateReport] = {}
+        reports: list[EvaluateReport] = []
+        answers: list[EvaluateReport] = []
         if len(lines) > 1:
-            reports = await self._judge_answers(fleet, lines) if state.judges_answers else {}
-            if not reports:
-                request = self._ledger.planner.request(lines, label_weights=state.label_weights, split="held")
-                reports = await self._sums.evaluate(request, self._deadline_s())
-        state.choose(list(lines), list(state.trusted(reports).values()))
+            if state.judges_answers:
+                answers = await self._judge_answers(fleet, lines)
+            request = self._ledger.planner.request(lines, label_weights=state.label_weights, split="held")
+            found = await self._sums.evaluate(request, self._deadline_s())
+            reports = list(state.trusted(found).values())
+        if self.task.labels:
+            state.choose(list(lines), reports)
+        else:
+            state.choose_texts(reports, answers)
         log.info("run %s: held-out training rows chose %r", self.run_name, state.shipped)
 
-    async def _judge_answers(self, fleet: Fleet, lines: Variants) -> dict[str, EvaluateReport]:
-        """Reports of the metric of answers to held rows; empty: likelihood is to judge, as too few were measured."""
+    async def _judge_answers(self, fleet: Fleet, lines: Variants) -> list[EvaluateReport]:
+        """Reports of the metric of answers to held rows; empty: likelihood is to judge alone."""
         request = self._ledger.planner.request(lines, split="held", max_rows=ANSWER_ROWS, answers=True)
         found = self._ledger.state.trusted(
             await self._sums.evaluate(request, EVALUATION_DEADLINES * self._deadline_s())
         )
-        reports = {name: report for name, report in found.items() if min(report.n_failed or (0,)) < report.n}
-        if sum(report.n for report in reports.values()) >= FEWEST_JUDGES:
-            return reports
-        why = "the metric failed on all answers" if found and not reports else "too few answers were measured"
-        log.warning("run %s: %s: likelihood judges the prompt", self.run_name, why)
-        await fleet.settle(min(SETTLE_S, self.settings.deadline_s))  # some may have been too late
-        return {}
+        reports = [report for report in found.values() if min(report.n_failed or (0,)) < report.n]
+        if sum(report.n for report in reports) < FEWEST_JUDGES:
+            why = "the metric failed on all answers" if found and not reports else "too few answers were measured"
+            log.warning("run %s: %s: likelihood judges the prompt", self.run_name, why)
+            await fleet.settle(min(SETTLE_S, self.settings.deadline_s))  # some may have been too late
+            return []
+        if all(len({*report.loss_sums}) == 1 and not any(report.difference_squares) for report in reports):
+            log.warning(
+                "run %s: with and without the prompt, all answers are worth the same by the metric: likelihood judges "
+                "the prompt; another metric, max_tokens or stop may tell answers apart",
+                self.run_name,
+            )
+        return reports
 
     async def _check_answers(self, fleet: Fleet) -> None:
         """Raise `FederationError` if too few devices can measure answers, before the search is half done."""

@@ -221,27 +221,38 @@ class RunState:
     def choose(self, names: Sequence[str], reports: Sequence[EvaluateReport]) -> None:
         """Choose what is shipped, by losses of `held_lines` ``names`` on held-out rows; without any, the first line.
 
-        For target texts, less than `FEWEST_JUDGES` rows only veto: the prompt is shipped unless it is worse on them.
-
         Another line is chosen if its loss is lower with 95 % confidence (Student's t, one-sided): few rows judge, and
         a line that fits them by chance can be far worse than the readout without prompt.
         """
-        best, lowest = 0, 0.0
+        bounds = [mean + margin for _, mean, margin in self._held_losses(len(names), reports)]
+        best = int(np.argmin([0.0, *bounds[1:]])) if bounds else 0
+        self.shipped = cast(Shipped, names[best])
+
+    def choose_texts(self, likelihoods: Sequence[EvaluateReport], answers: Sequence[EvaluateReport] = ()) -> None:
+        """Choose whether the prompt of target texts is shipped, by the last of two lines' losses on held-out rows.
+
+        It is if it is better with 95 % confidence, by the metric of ``answers`` or, where they are worth no less, by
+        ``likelihoods``: few answers, or ones that a metric cannot tell apart, show no gain by themselves. Fewer than
+        `FEWEST_JUDGES` rows only veto: the prompt is shipped unless it is worse on them.
+        """
+        none = [(0, 0.0, 0.0)]
+        n_rows, loss, margin = (self._held_losses(2, likelihoods) or none)[-1]
+        better = loss + margin < 0.0 if n_rows >= FEWEST_JUDGES else loss <= 0.0
+        n_answers, loss, margin = (self._held_losses(2, answers) or none)[-1]
+        if n_answers >= FEWEST_JUDGES:
+            better = loss + margin < 0.0 or (better and loss <= 0.0)
+        self.shipped = "" if better else "zero_shot"
+
+    def _held_losses(self, n_lines: int, reports: Sequence[EvaluateReport]) -> list[tuple[int, float, float]]:
+        """Of each line: held rows, its mean loss less that of the first line, and what to add for 95 % confidence."""
         settings = self.settings
         n_rows, means, variances = held_differences(reports, settings.row_cap if settings.check_devices else None)
-        for i in range(1, len(names)) if n_rows > 1 else ():
-            mean = means[i]
-            error = math.sqrt(variances[i] / (n_rows - 1))
-            margin = (_Z + (_Z**3 + _Z) / (4 * (n_rows - 1))) * error  # the quantile to first order in 1/n
-            if mean + margin < lowest:
-                best, lowest = i, mean + margin
-        if self.task.labels:
-            self.shipped = cast(Shipped, names[best])
-        elif n_rows >= FEWEST_JUDGES:
-            self.shipped = "zero_shot" if best == 0 else ""
-        else:
-            gained = sum(report.loss_sums[0] - report.loss_sums[-1] for report in reports)
-            self.shipped = "zero_shot" if gained < 0 else ""
+        found = []
+        for i in range(n_lines) if reports else ():
+            error = math.sqrt(variances[i] / (n_rows - 1)) if n_rows > 1 else math.inf
+            quantile = _Z + (_Z**3 + _Z) / (4 * max(n_rows - 1, 1))  # to first order in 1/n
+            found.append((n_rows, means[i], quantile * error))
+        return found
 
     def choose_unjudged(self) -> None:
         """Choose where nothing can judge: the readout without prompt if none was fitted with it, else the usual."""
