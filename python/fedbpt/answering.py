@@ -22,7 +22,7 @@ from fedbpt.engine.text_generator import GREEDY, GeneratingPlan, Sampling, TextM
 from fedbpt.errors import ConfigError, DataError
 from fedbpt.html_tables import html_table
 from fedbpt.machine.interrupts import interruptible
-from fedbpt.metrics import Metric, metric_named, rewards_of
+from fedbpt.metrics import Metric, filled, metric_named, rewards_of
 from fedbpt.objective.answers import answering_plan
 from fedbpt.prompts.prompt import Prompt
 from fedbpt.protocol.seeding import generator
@@ -98,7 +98,7 @@ def answer_texts(
     sampling: Sampling = GREEDY,
 ) -> list[str]:
     settings = generation_of(task)
-    plan = compile_answers(scorer, task, rows, prompt, template, examples)
+    plan = compile_answers(scorer, task, rows, prompt, template, examples, keep_kv=False)
     start = start_rows(scorer, cue_ids(scorer, template), PromptSpec(d=1)) if prompt is None else prompt.rows
     stop = (*settings.stop, _BETWEEN) if examples else settings.stop  # else it would go on with examples of its own
     found = plan.generate(np.asarray(start)[None], None, sampling, max_tokens=settings.max_tokens, stop=stop)
@@ -112,6 +112,7 @@ def compile_answers(
     prompt: Prompt | None,
     template: Template,
     examples: Sequence[Row] = (),
+    keep_kv: bool = True,
 ) -> GeneratingPlan:
     """The texts of ``rows``, laid out to be continued under prompts like ``prompt``. Raises as `answers`."""
     if prompt is not None:
@@ -119,7 +120,7 @@ def compile_answers(
     spec = PromptSpec(d=1) if prompt is None else prompt.spec
     limit = task.max_text_tokens
     shown = [_example(scorer, template, row, limit, len(bos_ids(scorer))) for row in examples]
-    return answering_plan(scorer, template, [str(text) for text, _ in rows], limit, spec, shown)
+    return answering_plan(scorer, template, [str(text) for text, _ in rows], limit, spec, shown, keep_kv)
 
 
 def _example(scorer: TextModel, template: Template, row: Row, limit: int, n_bos: int) -> NDArray[np.int32]:
@@ -157,7 +158,7 @@ class AnswerLine:
 
     Attributes:
         answers: one for each row.
-        rewards: the metric's values [n].
+        rewards: the metric's values [n]; where it failed, 0 or the worst of all lines' if that is negative.
         n_failed: answers that the metric failed on; see `fedbpt.metrics.Rewards`.
     """
 
@@ -221,17 +222,23 @@ class AnswerComparison:
         """Whether the tuned prompt improved, in one sentence."""
         if "tuned" not in self.lines:
             return "no prompt was measured"
+        if self.lines["tuned"].n_failed == len(self.rows):
+            return "not improved: the metric failed on all answers of the tuned prompt"
         if self._not_beaten:
             return f"not improved: not shown to be better than {', '.join(LINES[name] for name in self._not_beaten)}"
         missing = [LINES[name] for name in LINES if name not in self.lines]
         if missing:
             beaten = ", ".join(LINES[name] for name in self.lines if name != "tuned")
+            if "constant" in self.lines:  # there are training rows
+                return f"better than {beaten}; no example fits into the model's context beside a text"
             return f"better than {beaten}; give training rows to compare it with {' and '.join(missing)}"
         return "improved: better than all others beyond the 95 % interval"
 
     @property
     def _not_beaten(self) -> list[str]:
-        return [name for name in self.lines if name != "tuned" and self.gain(name)[0] <= 0]
+        tuned = self.lines["tuned"]
+        nothing = tuned.n_failed == len(tuned.answers)
+        return [name for name in self.lines if name != "tuned" and (nothing or self.gain(name)[0] <= 0)]
 
     def side_by_side(self, n: int = 10) -> list[dict[str, str]]:
         """The first ``n`` texts with their target and each line's answer."""
@@ -294,25 +301,27 @@ def compare_answers(
         raise DataError("there are no rows to compare answers on: give at least one", field="rows")
     chosen = template or (task.templates[0] if prompt is None else prompt.template)
 
-    def line(found: Sequence[str]) -> AnswerLine:
-        rewards = rewards_of(measure, data, found)
-        return AnswerLine(tuple(found), rewards.values, rewards.n_failed)
-
-    lines = {}
+    said: dict[str, list[str]] = {}
     if prompt is not None:  # first: it may not fit
-        lines["tuned"] = line(answer_texts(scorer, task, data, prompt, chosen))
-    lines["zero_shot"] = line(answer_texts(scorer, task, data, None, chosen))
+        said["tuned"] = answer_texts(scorer, task, data, prompt, chosen)
+    said["zero_shot"] = answer_texts(scorer, task, data, None, chosen)
     shown: list[Row] = []
     if train is not None:
         known = named_rows("train", train, task)
         order = generator(seed, "examples").permutation(len(known))
         shown = fitting_examples(scorer, task, chosen, [known[i] for i in order[:n_examples]])
         if shown:
-            lines["examples"] = line(answer_texts(scorer, task, data, None, chosen, shown))
+            said["examples"] = answer_texts(scorer, task, data, None, chosen, shown)
         own = [known[i] for i in order[:CONSTANT_ROWS]]
-        lines["constant"] = line([best_constant(measure, own)] * len(data))
-    ordered = {each: lines[each] for each in LINES if each in lines}
-    return AnswerComparison(name, tuple(data), ordered, len(shown))
+        said["constant"] = [best_constant(measure, own, settings.stop)] * len(data)
+    ordered = {each: said[each] for each in LINES if each in said}
+    measured = [rewards_of(measure, data, each) for each in ordered.values()]
+    values = filled(np.stack([each.values for each in measured]))
+    lines = {
+        each: AnswerLine(tuple(said[each]), own_values, found.n_failed)
+        for each, own_values, found in zip(ordered, values, measured, strict=True)
+    }
+    return AnswerComparison(name, tuple(data), lines, len(shown))
 
 
 def fitting_examples(scorer: TextModel, task: Task, template: Template, examples: list[Row]) -> list[Row]:
@@ -326,8 +335,18 @@ def fitting_examples(scorer: TextModel, task: Task, template: Template, examples
     return fitting
 
 
-def best_constant(metric: Metric, rows: Sequence[Row]) -> str:
-    """The one of the rows' target texts that, as the answer to every text, has the highest mean reward."""
-    candidates = list(dict.fromkeys(str(target).strip() for _, target in rows))[:CONSTANTS]
-    means = [float(rewards_of(metric, rows, [candidate] * len(rows)).values.mean()) for candidate in candidates]
-    return candidates[int(np.argmax(means))]
+def best_constant(metric: Metric, rows: Sequence[Row], stop: Sequence[str] = ()) -> str:
+    """The one of the rows' target texts that, as the answer to every text, has the highest mean reward.
+
+    ``stop``: strings that end an answer, as no model could say what follows them.
+    """
+    said = (_until(str(target).strip(), stop) for _, target in rows)
+    candidates = list(dict.fromkeys(each for each in said if each))[:CONSTANTS] or [""]
+    values = filled(np.stack([rewards_of(metric, rows, [each] * len(rows)).values for each in candidates]))
+    return candidates[int(np.argmax(values.mean(axis=1)))]
+
+
+def _until(text: str, stop: Sequence[str]) -> str:
+    """``text`` before the first of the strings ``stop``."""
+    ends = [text.index(each) for each in stop if each in text]
+    return text[: min(ends, default=len(text))].strip()

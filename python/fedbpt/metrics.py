@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import re
+import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -34,8 +35,9 @@ Metric: TypeAlias = Callable[[str, str, TargetRow], float]
 
 
 class Rewards(NamedTuple):
-    """The metric's value [n] of each answer. ``n_failed``: answers for which it raised an error or returned no finite
-    number; they count 0, or as the worst of the others if that is negative.
+    """The metric's value [n] of each answer; NaN where it raised an error or returned no finite number, see `filled`.
+
+    ``n_failed``: number of these.
     """
 
     values: NDArray[np.float64]
@@ -52,9 +54,13 @@ def rewards_of(metric: Metric, rows: Sequence[TargetRow], answers: Sequence[str]
             log.debug("the metric raised %s on row %d", type(error).__name__, i)
             value = math.nan
         values[i] = value if math.isfinite(value) else math.nan
+    return Rewards(values, int(np.isnan(values).sum()))
+
+
+def filled(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``values`` of answers that are compared, of any shape; failures count 0, or as the worst if that is negative."""
     failed = np.isnan(values)
-    values[failed] = min(0.0, values[~failed].min(initial=0.0))
-    return Rewards(values, int(failed.sum()))
+    return np.where(failed, min(0.0, values[~failed].min(initial=0.0)), values)
 
 
 @lru_cache(maxsize=64)
@@ -148,12 +154,18 @@ def _token_f1(_argument: str) -> Metric:
     return token_f1
 
 
+_NO_PUNCTUATION: Final = str.maketrans("", "", string.punctuation)
+
 _ARTICLES: Final = re.compile(r"\b(a|an|the)\b")
 
 
 def _words(text: str, articles: bool = False) -> list[str]:
-    """As SQuAD's evaluation (Rajpurkar et al. 2016) normalises answers: no case, punctuation or English articles."""
-    plain = "".join(" " if unicodedata.category(c).startswith("P") else c for c in _composed(text).casefold())
+    """As SQuAD's evaluation (Rajpurkar et al. 2016) normalises answers: no case, punctuation or English articles.
+
+    Punctuation beyond ASCII, which it keeps, separates words.
+    """
+    ascii_free = _composed(text).casefold().translate(_NO_PUNCTUATION)
+    plain = "".join(" " if unicodedata.category(c).startswith("P") else c for c in ascii_free)
     kept = plain if articles else _ARTICLES.sub(" ", plain)
     return _SCRIPTIO_CONTINUA.sub(r" \1 ", kept).split()
 
@@ -278,6 +290,9 @@ the answer is JSON that the schema allows. ``json-fields``: number of the target
 the fields of the one with more. ``max-words:N``: 1 for 1 to N words, falling to 0 at 2 N.
 """
 
+COMPARES: Final = frozenset({"exact-match", "contains", "token-f1", "rouge-l", "bleu", "json-fields"})
+"""Those of `NAMED` that compare an answer with a target text."""
+
 _allowed: Final[dict[str, Metric]] = {}
 """Functions of one's own, by ``module:function``."""
 
@@ -308,5 +323,14 @@ def _parsed(text: str) -> Any:
 
 
 def _canonical(value: Any) -> str:
-    """Equal for equal JSON values: true is not 1."""
-    return json.dumps(value, sort_keys=True)
+    """Equal for equal JSON values: 1.0 is 1, true is not."""
+    return json.dumps(_whole(value), sort_keys=True)
+
+
+def _whole(value: Any) -> Any:
+    """JSON ``value`` with integers in place of the floats that are equal to them."""
+    if isinstance(value, dict):
+        return {key: _whole(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_whole(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -9,6 +9,7 @@ prompt is only kept if its answers to training rows that the search never sees a
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from fedbpt.argument_types import checked
 from fedbpt.engine.text_generator import GREEDY, TextModel
 from fedbpt.errors import ConfigError, DataError, PromptError, ScoringInterrupted
 from fedbpt.machine.interrupts import interruptible
-from fedbpt.metrics import Metric, metric_named, rewards_of
+from fedbpt.metrics import Metric, filled, metric_named, rewards_of
 from fedbpt.objective.objective import Objective
 from fedbpt.prompts.prompt import Prompt
 from fedbpt.protocol.seeding import generator
@@ -158,6 +159,7 @@ class _Search:
         self.likelihood = Objective(scorer, prompt.template, (), list(rows), likelihood, place)
         self.evaluations = 0
         self.n_failed = 0
+        self.worst = 0.0
 
     def run(self, evaluations: int, seconds: float, on_measured: Callable[[int, float], None]) -> RefineResult:
         began = time.monotonic()
@@ -211,7 +213,13 @@ class _Search:
         rows = [self.rows[i] for i in chosen]
         rewards = [rewards_of(self.metric, rows, own) for own in found]
         self.n_failed += sum(each.n_failed for each in rewards)
-        return np.stack([each.values for each in rewards])
+        return self._filled(np.stack([each.values for each in rewards]))
+
+    def _filled(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Failures count as the worst value so far, of any candidate."""
+        found = filled(np.append(values.ravel(), self.worst))
+        self.worst = float(found.min())
+        return found[:-1].reshape(values.shape)
 
     def _answers(self, embeds: NDArray[np.float32], chosen: NDArray[np.intp]) -> list[list[str]]:
         found = self.plan.generate(embeds, chosen, GREEDY, max_tokens=self.settings.max_tokens, stop=self.settings.stop)
@@ -223,7 +231,9 @@ class _Search:
         (own,) = self._answers(embeds, self.held)
         rewards = rewards_of(self.metric, [self.rows[i] for i in self.held], own)
         self.n_failed += rewards.n_failed
-        return float(rewards.values.mean()), len(set(own)) / len(own)
+        if rewards.n_failed == len(own):
+            return -math.inf, 0.0
+        return float(self._filled(rewards.values).mean()), len(set(own)) / len(own)
 
     def _as_prompt(self, latent: NDArray[np.float64], before: float, after: float) -> Prompt:
         given = self.prompt

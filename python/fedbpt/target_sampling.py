@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import msgspec
+import numpy as np
 
 from fedbpt.answering import N_EXAMPLES, answer_texts, fitting_examples, generation_of
 from fedbpt.api import named_rows
 from fedbpt.argument_types import checked
 from fedbpt.engine.text_generator import GREEDY, Sampling, TextModel
-from fedbpt.errors import DataError
+from fedbpt.errors import ConfigError, DataError
 from fedbpt.machine.interrupts import interruptible
-from fedbpt.metrics import Metric, metric_named, rewards_of
+from fedbpt.metrics import COMPARES, NAMED, Metric, filled, metric_named, rewards_of
 from fedbpt.protocol.seeding import derive_seed, generator
 from fedbpt.quantities import PositiveInt
 from fedbpt.tasks import GivenTask, Row, load
@@ -76,10 +77,18 @@ def sample_targets(
     Raises:
         DataError: no texts or examples, an empty text, no example that fits into the context, or no answer that is good
             enough.
-        ConfigError, MissingExtraError: as `fedbpt.compare_answers`.
+        ConfigError: a metric that compares with target texts; or, as MissingExtraError, as `fedbpt.compare_answers`.
     """
     task = load(task)
     settings = generation_of(task)
+    name = settings.metric if metric is None else metric
+    if isinstance(name, str) and name.partition(":")[0] in COMPARES:
+        alone = ", ".join(sorted(set(NAMED) - COMPARES))
+        raise ConfigError(
+            f"the metric {name} compares answers with target texts, which these texts do not have: give one that "
+            f"judges an answer alone ({alone}, or a function)",
+            field="metric",
+        )
     measure = metric if callable(metric) else metric_named(metric or settings.metric)
     shown = named_rows("examples", examples, task)
     for name, given in (("texts", texts), ("examples", shown)):
@@ -100,16 +109,26 @@ def sample_targets(
         how = GREEDY if number == 0 else Sampling(temperature, seed=derive_seed(seed, "sample", number))
         found = answer_texts(scorer, task, rows, None, template, context, how)
         values = rewards_of(measure, rows, found).values
-        first = float(values.mean()) if number == 0 else first
-        new = [(bool(answer), float(value), answer) for value, answer in zip(values, found, strict=True)]
+        first = float(filled(values).mean()) if number == 0 else first
+        new = [
+            (_is_whole(answer) and math.isfinite(value), float(value), answer)
+            for value, answer in zip(values, found, strict=True)
+        ]
         best = [max(pair, key=lambda each: each[:2]) for pair in zip(best, new, strict=True)]  # an empty one is none
     kept = tuple(
-        (text, answer) for (text, _), (_, value, answer) in zip(rows, best, strict=True) if answer and value >= least
+        (text, answer)
+        for (text, _), (usable, value, answer) in zip(rows, best, strict=True)
+        if usable and value >= least
     )
     if not kept:
         raise DataError(
             f"no answer is worth {least:g} or more by the metric: give better examples or more samples, or lower least",
             field="least",
         )
-    mean = sum(value for _, value, _ in best) / len(best)
+    mean = float(filled(np.array([value if math.isfinite(value) else math.nan for _, value, _ in best])).mean())
     return SampledTargets(kept, first, mean, len(rows))
+
+
+def _is_whole(answer: str) -> bool:
+    """Whether there is an answer, which does not end within a character."""
+    return bool(answer) and not answer.endswith("\ufffd")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedbpt.errors import ConfigError, MissingExtraError
-from fedbpt.metrics import NAMED, allow_metric, metric_named, rewards_of
+from fedbpt.metrics import NAMED, allow_metric, filled, metric_named, rewards_of
 from tests.support.raises import raises
 
 SCHEMA = '{"type": "object", "required": ["n"], "properties": {"n": {"type": "integer"}}}'
@@ -92,7 +92,7 @@ def test_what_a_function_raises_or_returns_wrongly_counts_as_0_and_is_counted() 
 
     answers = ["raise", "nan", "none", "inf", "fine"]
     rewards = rewards_of(strange, [("t", "x")] * 5, answers)
-    np.testing.assert_array_equal(rewards.values, [0, 0, 0, 0, 0.25])
+    np.testing.assert_array_equal(filled(rewards.values), [0, 0, 0, 0, 0.25])
     assert rewards.n_failed == 4
 
 
@@ -101,7 +101,31 @@ def test_where_a_function_has_negative_values_a_failure_is_not_the_best() -> Non
         return 1 / 0 if answer == "fail" else -float(len(answer))
 
     rewards = rewards_of(minus_length, [("t", "x")] * 3, ["a", "fail", "abc"])
-    np.testing.assert_array_equal(rewards.values, [-1, -3, -3])
+    np.testing.assert_array_equal(filled(rewards.values), [-1, -3, -3])
+    several = np.array([[-1.0, np.nan], [-5.0, -2.0]])
+    np.testing.assert_array_equal(filled(several), [[-1, -5], [-5, -2]])
+
+
+@pytest.mark.parametrize(
+    ("answer", "target", "value"),
+    [
+        ("1000", "1,000", 1.0),
+        ("US", "U.S.", 1.0),
+        ("5 million", "$5 million", 1.0),
+        ("dont know", "don't know", 1.0),
+        ("well-known", "well known", 0.0),
+        ("1990–2000", "1990 2000", 1.0),  # beyond ASCII: words
+    ],
+)
+def test_words_are_those_of_squads_evaluation(answer: str, target: str, value: float) -> None:
+    assert rewards_of(metric_named("token-f1"), [("t", target)], [answer]).values == [value]
+
+
+@pytest.mark.parametrize(
+    ("answer", "value"), [('{"p": 10}', 1.0), ('{"p": 10.0}', 1.0), ('{"p": true}', 0.0), ('{"p": 10.5}', 0.0)]
+)
+def test_equal_numbers_are_equal_however_written(answer: str, value: float) -> None:
+    assert rewards_of(metric_named("json-fields"), [("t", '{"p": 10}')], [answer]).values == [value]
 
 
 def test_a_schema_makes_this_machine_read_nothing(tmp_path: Path) -> None:

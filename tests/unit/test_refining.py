@@ -110,6 +110,21 @@ def test_failures_of_a_metric_are_counted(monkeypatch: pytest.MonkeyPatch, promp
     assert found.prompt == prompt
 
 
+def test_answers_that_the_metric_fails_on_are_not_the_best_of_negative_ones(
+    monkeypatch: pytest.MonkeyPatch, prompt: Prompt
+) -> None:
+    def negative(_text: str, answer: str, _row: object) -> float:
+        return 1 / 0 if answer == "broken" else -1.0
+
+    def breaks(far: float, number: int) -> str:
+        return "broken" if far > 0.2 else f"fine {number}"
+
+    found = run(monkeypatch, prompt, breaks, metric=negative)
+    assert found.n_failed > 0
+    assert found.after == found.before == -1.0
+    assert found.prompt == prompt
+
+
 def test_a_prompt_that_does_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     objective = Objective(ToyScorer(), TASK.templates[0], (), ROWS[:1], SPEC, PromptSpec(d=8))
     with raises(PromptError, field="prompt"):

@@ -30,6 +30,7 @@ from fedbpt.plain_text import echo, one_line
 from fedbpt.prompts.prompt import Prompt
 from fedbpt.protocol.questions import DEFAULT_TOKENS
 from fedbpt.protocol.seeding import generator
+from fedbpt.protocol.specs import Generation
 from fedbpt.side_by_side.sides import SIDES, Probabilities, Side, SideBySide
 from fedbpt.side_by_side.votes import Votes
 from fedbpt.tasks import Row
@@ -42,7 +43,12 @@ OwnTask = Annotated[
     str | None, typer.Option("--task", "-t", help="Task name or file. Default: the one in the prompt file.")
 ]
 Data = Annotated[Path | None, typer.Option("--data", "-d", help="Held-out rows to choose questions from.")]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Maximum length of a reply, in tokens.")]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-tokens", min=1, help=f"Maximum length of a reply, in tokens. Default: the task's, or {DEFAULT_TOKENS}."
+    ),
+]
 Temperature = Annotated[
     float, typer.Option("--temperature", min=0, help="Sampling temperature; 0: always the likeliest token.")
 ]
@@ -50,7 +56,9 @@ TopP = Annotated[
     float, typer.Option("--top-p", help="Sample only from the likeliest tokens up to this total probability.")
 ]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of sampling, to get the same replies again.")]
-Stop = Annotated[list[str] | None, typer.Option("--stop", help="Text that ends a reply; repeatable.")]
+Stop = Annotated[
+    list[str] | None, typer.Option("--stop", help="Text that ends a reply; repeatable. Default: the task's.")
+]
 Device = Annotated[
     str | None,
     typer.Option("--device", help="Ask the device at this address (`fedbpt device`) instead of this machine."),
@@ -75,7 +83,7 @@ def chat(
     ca: Ca = None,
     data: Data = None,
     questions: Questions = 5,
-    max_tokens: MaxTokens = DEFAULT_TOKENS,
+    max_tokens: MaxTokens = None,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = None,
@@ -114,7 +122,7 @@ def chat(
     for text, label in _read_questions(offered, interactive):
         try:
             utf8(text, "the question")
-            choices = _print_reply(console, pair, text, label, how, max_tokens, tuple(stop or ()), as_json)
+            choices = _print_reply(console, pair, text, label, how, max_tokens, tuple(stop) if stop else None, as_json)
             if kept is not None:
                 _vote(kept, text, choices, interactive)
         except KeyboardInterrupt:
@@ -132,6 +140,7 @@ class Pair(Protocol):
 
     name: str
     labels: tuple[str, ...]
+    answering: Generation | None
 
     @property
     def classifies(self) -> bool: ...
@@ -139,7 +148,7 @@ class Pair(Protocol):
     def classify(self, text: str) -> Probabilities: ...
 
     def generate(
-        self, text: str, sampling: Sampling | None, max_tokens: int | None, stop: tuple[str, ...]
+        self, text: str, sampling: Sampling | None, max_tokens: int | None, stop: tuple[str, ...] | None
     ) -> Pieces: ...
 
 
@@ -185,8 +194,8 @@ def _print_reply(
     text: str,
     label: int | str | None,
     how: Sampling,
-    max_tokens: int,
-    stop: tuple[str, ...],
+    max_tokens: int | None,
+    stop: tuple[str, ...] | None,
     as_json: bool,
 ) -> dict[str, str]:
     """Print the replies to ``text``. Returns what a vote may name: a label, or a side, and the answer that it means."""
@@ -200,6 +209,8 @@ def _print_reply(
         else:
             print_probabilities(console, pair.labels, found, name)
         return {label: label for label in pair.labels}
+    if max_tokens is None and pair.answering is None:
+        max_tokens = DEFAULT_TOKENS
     with closing(pair.generate(text, how, max_tokens, stop)) as pieces:
         if not as_json:
             return {str(side): reply for side, reply in print_texts(console, pieces).items()}

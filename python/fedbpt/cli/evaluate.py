@@ -69,7 +69,10 @@ def evaluate(
     scorer = load_model(model or model_of(prompt), n_threads=threads, n_gpu_layers=gpu_layers, gpu=gpu)
     prompt.check(scorer)
     print_hint(scorer, shown=not (quiet or as_json))
-    if chosen.generation is not UNSET:
+    if chosen.generation is not UNSET and prompt.spec.in_front:
+        echo("hint: answers under a prompt in front are not measured: perplexity of the target texts", err=True)
+        train = None
+    elif chosen.generation is not UNSET:
         known = None if train is None else read_task_rows(chosen, train)
         _print_answers(compare_answers(scorer, chosen, rows, prompt, known), as_json, quiet)
         return

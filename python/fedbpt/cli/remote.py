@@ -11,8 +11,8 @@ from contextlib import closing
 from fedbpt.coordinator.clients import HttpClient
 from fedbpt.engine.text_generator import Sampling
 from fedbpt.prompts.prompt import Prompt
-from fedbpt.protocol.questions import DEFAULT_TOKENS, Answer, Question, check_answer
-from fedbpt.side_by_side.sides import SIDES, Probabilities, Side
+from fedbpt.protocol.questions import DEFAULT_TOKENS, MAX_TOKENS, Answer, Question, check_answer
+from fedbpt.side_by_side.sides import SIDES, Probabilities, Side, answering_of
 from fedbpt.tasks import Task
 
 
@@ -24,6 +24,7 @@ class RemoteSideBySide:
         self.labels = prompt.labels
         self._client = client
         self._task = prompt.task if task is None else task
+        self.answering = answering_of(self._task)
         self._fingerprint = prompt.model_fingerprint
         self._prompt = prompt.to_bytes()
 
@@ -36,11 +37,18 @@ class RemoteSideBySide:
         return Probabilities(*answer.probabilities)
 
     def generate(
-        self, text: str, sampling: Sampling | None = None, max_tokens: int | None = None, stop: tuple[str, ...] = ()
+        self,
+        text: str,
+        sampling: Sampling | None = None,
+        max_tokens: int | None = None,
+        stop: tuple[str, ...] | None = None,
     ) -> Generator[tuple[Side, str], None, None]:
         """Yield new text of either side's reply, as messages of the device arrive."""
         known = ("", "")
-        with closing(self._answers(text, sampling or Sampling(), max_tokens or DEFAULT_TOKENS, stop)) as answers:
+        if self.answering is not None:
+            max_tokens = max_tokens or min(self.answering.max_tokens, MAX_TOKENS)
+            stop = self.answering.stop if stop is None else stop
+        with closing(self._answers(text, sampling or Sampling(), max_tokens or DEFAULT_TOKENS, stop or ())) as answers:
             for answer in answers:
                 for side, before, now in zip(SIDES, known, answer.texts, strict=True):
                     if now != before:

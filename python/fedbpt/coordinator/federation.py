@@ -403,8 +403,8 @@ class Federation:
             return []
         if all(len({*report.loss_sums}) == 1 and not any(report.difference_squares) for report in reports):
             log.warning(
-                "run %s: with and without the prompt, all answers are worth the same by the metric: likelihood judges "
-                "the prompt; another metric, max_tokens or stop may tell answers apart",
+                "run %s: with and without the prompt, all answers to held-out rows are worth the same by the metric, "
+                "which shows no gain; more rows, or another metric, max_tokens or stop may",
                 self.run_name,
             )
         return reports

@@ -231,16 +231,16 @@ class RunState:
     def choose_texts(self, likelihoods: Sequence[EvaluateReport], answers: Sequence[EvaluateReport] = ()) -> None:
         """Choose whether the prompt of target texts is shipped, by the last of two lines' losses on held-out rows.
 
-        It is if it is better with 95 % confidence, by the metric of ``answers`` or, where they are worth no less, by
-        ``likelihoods``: few answers, or ones that a metric cannot tell apart, show no gain by themselves. Fewer than
-        `FEWEST_JUDGES` rows only veto: the prompt is shipped unless it is worse on them.
+        It is if it is better with 95 % confidence: by the metric of ``answers`` or, where they are worth more, but not
+        surely, by ``likelihoods``: a few answers seldom show a gain by themselves. Without ``answers`` likelihood alone
+        decides. Fewer than `FEWEST_JUDGES` rows only veto: the prompt is shipped unless it is worse on them.
         """
         none = [(0, 0.0, 0.0)]
         n_rows, loss, margin = (self._held_losses(2, likelihoods) or none)[-1]
         better = loss + margin < 0.0 if n_rows >= FEWEST_JUDGES else loss <= 0.0
         n_answers, loss, margin = (self._held_losses(2, answers) or none)[-1]
         if n_answers >= FEWEST_JUDGES:
-            better = loss + margin < 0.0 or (better and loss <= 0.0)
+            better = loss + margin < 0.0 or (better and loss < 0.0)
         self.shipped = "" if better else "zero_shot"
 
     def _held_losses(self, n_lines: int, reports: Sequence[EvaluateReport]) -> list[tuple[int, float, float]]:

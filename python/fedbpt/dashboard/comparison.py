@@ -16,7 +16,7 @@ from fedbpt.coordinator.clients import RemoteDevice
 from fedbpt.dashboard.examples import Examples, Row
 from fedbpt.engine.text_generator import TextModel
 from fedbpt.errors import FedbptError, InputError
-from fedbpt.protocol.questions import DEFAULT_TOKENS, Answer, Question, check_answer
+from fedbpt.protocol.questions import DEFAULT_TOKENS, MAX_TOKENS, Answer, Question, check_answer
 from fedbpt.protocol.seeding import generator
 from fedbpt.runs.result import RunResult
 from fedbpt.side_by_side.sides import Probabilities, Side, SideBySide
@@ -95,7 +95,8 @@ class Comparison:
 
         def work() -> None:
             try:
-                with closing(self._pair().generate(text, max_tokens=DEFAULT_TOKENS)) as generated:
+                pair = self._pair()
+                with closing(pair.generate(text, max_tokens=None if pair.answering else DEFAULT_TOKENS)) as generated:
                     for piece in generated:
                         loop.call_soon_threadsafe(pieces.put_nowait, piece)
                         if cancelled.is_set():
@@ -127,6 +128,8 @@ class Comparison:
                 prompt=prompt.to_bytes(),
                 text=text,
                 max_text_tokens=pair.max_text_tokens,
+                max_tokens=min(pair.answering.max_tokens, MAX_TOKENS) if pair.answering else DEFAULT_TOKENS,
+                stop=pair.answering.stop if pair.answering else (),
             )
             answer = await self.devices[name].ask(question, ASK_S, on_answer)
             check_answer(answer, self.labels)

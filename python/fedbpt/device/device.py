@@ -94,8 +94,8 @@ from fedbpt.secure.membership import Membership, asked_of_all
 from fedbpt.secure.sizes import ATTEMPTS, threshold_of
 from fedbpt.side_by_side.on_device import answer_of
 from fedbpt.tasks import Task
-from fedbpt.tasks.rows import Row, batch_indices, targets_of
-from fedbpt.tasks.task import cue_ids, head_ids, label_word_ids
+from fedbpt.tasks.rows import Row, batch_indices, spread, targets_of
+from fedbpt.tasks.task import cue_ids, head_ids, label_word_ids, render_ids, target_ids
 from fedbpt.version import VERSION
 
 log = logging.getLogger(__name__)
@@ -175,6 +175,7 @@ class Device:
         self._hides_rows = self._is_limited
         generation = task.generation
         self._metric = None if generation is UNSET else metric_named(generation.metric)
+        self._knows_reach = generation is UNSET
 
     def check_fit(self, objective: ObjectiveSpec, prompt: PromptSpec) -> None:
         """Raise `InputError` if the prompt, the templates or the longest rows do not fit the model. Scores nothing."""
@@ -182,6 +183,17 @@ class Device:
             longest = max(rows, key=lambda row: len(row[0]) + (len(row[1]) if isinstance(row[1], str) else 0))
             for template in self._task.templates:
                 Objective(self.scorer, template, self._task.labels, [longest], objective, prompt, keep_kv=False)
+                if objective.generation is UNSET:
+                    continue
+                n = len(render_ids(self.scorer, template, longest[0], objective.max_text_tokens))
+                if n + objective.generation.max_tokens > self.scorer.n_ctx_train:
+                    raise InputError(
+                        f"a text of {n} tokens (template included) and an answer of {objective.generation.max_tokens} "
+                        f"exceed the model's context of {self.scorer.n_ctx_train}: use a smaller max_text_tokens or "
+                        "max_tokens",
+                        field="max_text_tokens",
+                        limit=self.scorer.n_ctx_train,
+                    )
 
     @property
     def epsilon_spent(self) -> float:
@@ -485,19 +497,36 @@ class Device:
                 field="generation",
             )
         limit = asked.objective.max_text_tokens
+        if not self._knows_reach:
+            self._knows_reach = True
+            self._warn_of_unreachable(generation, asked.template)
         return AnswerObjective(self.scorer, asked.template, rows, limit, asked.prompt, generation, metric, keep_kv)
+
+    def _warn_of_unreachable(self, generation: Generation, template: Template) -> None:
+        """Log how many target texts no answer can equal: their gain would never be seen."""
+        targets = [str(target).strip() for _, target in self._rows["train"]]
+        most = generation.max_tokens
+        cut = sum(any(each in target for each in generation.stop) for target in targets)
+        long = sum(len(target_ids(self.scorer, template, target, most + 1)) > most for target in targets if target)
+        for n, why in ((cut, "contain one of its stop strings"), (long, f"are longer than {most} tokens")):
+            if n:
+                log.warning(
+                    "%d of %d target texts %s, so that no answer can equal them: change stop, max_tokens or metric in "
+                    "the task's [generation]",
+                    n,
+                    len(targets),
+                    why,
+                )
 
     def _asked_rows(self, request: EvaluateRequest) -> NDArray[np.intp]:
         """The rows of the split that ``request`` asks for, ascending."""
         if request.split == "held":
             rows = held_rows(self._layer_rows.targets, request.held)
-            rows = rows[: request.max_rows or len(rows)]
         else:
-            n_rows = len(self._rows[request.split])
-            rows = np.arange(min(request.max_rows or n_rows, n_rows))
+            rows = np.arange(len(self._rows[request.split]))
         if not len(rows):
             raise DataError(f"device {self.name} has no {request.split} rows: start it with some", field=request.split)
-        return rows
+        return rows[spread(len(rows), request.max_rows or len(rows))]
 
     def _by_words(
         self, request: EvaluateRequest, latents: NDArray[np.float64], readouts: Sequence[Readout | None]
@@ -592,7 +621,8 @@ class Device:
             found = SelectResult(loss_sums=Array.of(sums), correct=n_correct, label_counts=counts, sizes=sizes)
             return found, len(chosen)
         found = SelectResult(loss_sums=Array.of(sums[:, 0]), correct=n_correct, sizes=sizes)
-        return self._with_rewards(found, plan, work, chosen[:ANSWERED_ROWS], effort, cancelled), len(chosen)
+        answered = chosen[spread(len(chosen), ANSWERED_ROWS)]
+        return self._with_rewards(found, plan, work, answered, effort, cancelled), len(chosen)
 
     def _with_rewards(
         self,

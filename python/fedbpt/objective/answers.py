@@ -99,11 +99,12 @@ class AnswerObjective:
             of_part = []
             for number, own in enumerate(found):
                 answers = [answer.text.strip() for answer in own]
-                measured = rewards_of(self._metric, rows, answers)
-                of_part.append(measured.values)
-                n_failed[number] += measured.n_failed
+                values = rewards_of(self._metric, rows, answers).values
+                failed = ~((values >= 0.0) & (values <= 1.0))  # NaN, too
+                of_part.append(np.where(failed, 0.0, values))
+                n_failed[number] += int(failed.sum())
                 distinct[number].update(answers)
-            rewards.append(np.clip(np.stack(of_part), 0.0, 1.0))
+            rewards.append(np.stack(of_part))
             progress(start + len(part), len(chosen))
         return Answered(np.concatenate(rewards, axis=1), n_failed, np.array([len(each) for each in distinct]))
 

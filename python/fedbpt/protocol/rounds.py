@@ -601,7 +601,7 @@ class EvaluateRequest(Message, frozen=True):
     """Evaluate latents [k, d], k > 0, on the device's held-out rows.
 
     z = 0 stands for the model without a prompt, even where P0 are random tokens (``front``). ``max_rows``: number of
-    rows, the first ones; 0: all. ``split``: ``dev`` rows may decide, ``test`` rows only report, ``held`` rows are
+    rows, at equal distances; 0: all. ``split``: ``dev`` rows may decide, ``test`` rows only report, ``held`` rows are
     training rows that the search has not seen (`RoundPlan.held`). ``label_weights``: as in `RoundPlan`.
     ``generation``: let the model answer the texts; the loss of a text is then 1 − the metric's value, 0 to 1, and an
     answer of value 1 is correct.

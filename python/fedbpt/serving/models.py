@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fedbpt.engine.text_generator import Generator, Placed, Sampling, TextModel, Token
+from fedbpt.engine.text_generator import GREEDY, Generator, Placed, Sampling, TextModel, Token
 from fedbpt.engine.text_stream import FinishReason, Generation, Piece
 from fedbpt.errors import InputError
 from fedbpt.prompts.prompt import Prompt
@@ -42,25 +42,28 @@ class Completion(Protocol):
 
 
 class Settings:
-    """Settings of a completion, as for `Generation`. Raises `InputError` if ``max_tokens`` is below 1.
+    """Settings of a completion, as for `SideBySide.generate`. Raises `InputError` if ``max_tokens`` is below 1.
 
-    ``schema``: JSON schema that the text follows, as JSON; empty: any text.
+    ``schema``: JSON schema that the text follows, as JSON; empty: any text. ``default_tokens``: where ``max_tokens`` is
+    None and the model's task says no length; None: up to the end of the context.
     """
 
     def __init__(
         self,
         sampling: Sampling,
         max_tokens: int | None = None,
-        stop: Sequence[str] = (),
+        stop: Sequence[str] | None = None,
         n_likeliest: int = 0,
         schema: str = "",
+        default_tokens: int | None = None,
     ) -> None:
         if max_tokens is not None and max_tokens < 1:
             raise InputError(f"max_tokens must be at least 1, got {max_tokens}", field="max_tokens", limit=1)
         self.sampling = sampling
         self.schema = schema
         self.max_tokens = max_tokens
-        self.stop = tuple(stop)
+        self.default_tokens = default_tokens
+        self.stop = None if stop is None else tuple(stop)
         self.n_likeliest = n_likeliest
 
     def sampling_with(self, generator: Generator) -> Sampling:
@@ -131,7 +134,7 @@ class TunedModel:
     def __init__(self, name: str, model: TextModel, pair: SideBySide) -> None:
         self.name = name
         self.created = int(time.time())
-        self.recommended = model.generator.recommended
+        self.recommended = model.generator.recommended if pair.answering is None else GREEDY  # as it is measured
         self._model = model
         self._pair = pair
 
@@ -149,9 +152,10 @@ class TunedModel:
         if self._pair.classifies:
             return _LabelCompletion(self._pair, prompt, settings.n_likeliest)
         sampling = settings.sampling_with(self._model.generator)
-        return self._pair.generation(
-            prompt, "tuned", sampling, settings.max_tokens, settings.stop, settings.n_likeliest
-        )
+        length = settings.max_tokens
+        if length is None and self._pair.answering is None:
+            length = settings.default_tokens
+        return self._pair.generation(prompt, "tuned", sampling, length, settings.stop, settings.n_likeliest)
 
     def token_bytes(self, token: int) -> bytes:
         if self._pair.classifies:
@@ -189,7 +193,12 @@ class _LabelCompletion:
 
 def _generation(generator: Generator, placed: Placed, settings: Settings) -> Generation:
     return Generation(
-        generator, placed, settings.sampling_with(generator), settings.max_tokens, settings.stop, settings.n_likeliest
+        generator,
+        placed,
+        settings.sampling_with(generator),
+        settings.default_tokens if settings.max_tokens is None else settings.max_tokens,
+        settings.stop or (),
+        settings.n_likeliest,
     )
 
 

@@ -120,13 +120,16 @@ class BaseRequest(msgspec.Struct, frozen=True, kw_only=True):
         """Whether a stream should end with the number of tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def _settings(self, recommended: Sampling, max_tokens: int | None, n_likeliest: int) -> Settings:
+    def _settings(
+        self, recommended: Sampling, max_tokens: int | None, n_likeliest: int, default_tokens: int | None = None
+    ) -> Settings:
         """The request's settings. Raises `InputError` for unsupported values.
 
         Args:
             recommended: sampling if the request has no temperature.
-            max_tokens: limit of generated tokens; None: the context's.
+            max_tokens: limit of generated tokens; None: the task's, else ``default_tokens``.
             n_likeliest: number of likeliest tokens to report for each.
+            default_tokens: None: the context's.
         """
         if self.n not in (None, 1):
             raise ApiError("n must be 1: send another request for another completion", "n")
@@ -138,8 +141,8 @@ class BaseRequest(msgspec.Struct, frozen=True, kw_only=True):
         for name, value in unsupported.items():
             if value:
                 raise ApiError(f"{name} is not supported: omit it", name)
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if len(stop) > MAX_STOPS:
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        if stop and len(stop) > MAX_STOPS:
             raise ApiError(f"stop has {len(stop)} strings: give at most {MAX_STOPS}", "stop")
         if not 0 <= n_likeliest <= MAX_LIKELIEST:
             raise ApiError(f"{n_likeliest} log-probabilities per token requested: expected 0 to {MAX_LIKELIEST}")
@@ -148,7 +151,7 @@ class BaseRequest(msgspec.Struct, frozen=True, kw_only=True):
         top_k = base.top_k if self.top_k is None else self.top_k
         schema = "" if self.response_format is None else self.response_format.schema
         sampling = Sampling(base.temperature, top_p, top_k, self.seed)
-        return Settings(sampling, max_tokens, stop, n_likeliest, schema)
+        return Settings(sampling, max_tokens, stop, n_likeliest, schema, default_tokens)
 
 
 class ChatRequest(BaseRequest, frozen=True, kw_only=True):
@@ -190,8 +193,7 @@ class CompletionRequest(BaseRequest, frozen=True, kw_only=True):
                 raise ApiError(f"{name} is not supported: omit it", name)
         if self.best_of not in (None, 1):
             raise ApiError("best_of must be 1", "best_of")
-        max_tokens = DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
-        return self._settings(recommended, max_tokens, self.logprobs or 0)
+        return self._settings(recommended, self.max_tokens, self.logprobs or 0, DEFAULT_COMPLETION_TOKENS)
 
     @property
     def prompts(self) -> list[str | list[int]]:

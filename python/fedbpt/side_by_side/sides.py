@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
+from msgspec import UNSET
 from numpy.typing import NDArray
 
 from fedbpt.argument_types import checked
@@ -20,9 +21,10 @@ from fedbpt.objective.layer_view import LayerReader
 from fedbpt.objective.objective import Objective
 from fedbpt.objective.readout import blocks, ensemble
 from fedbpt.prompts.prompt import Prompt
+from fedbpt.protocol.specs import Generation as Answering
 from fedbpt.protocol.specs import LayerReadout, ObjectiveSpec, PromptSpec, Template
 from fedbpt.quantities import NaturalInt, PositiveInt
-from fedbpt.tasks import GivenTask, load
+from fedbpt.tasks import GivenTask, Task, load
 from fedbpt.tasks.task import DEFAULT_MAX_TEXT_TOKENS, render_ids
 
 Side: TypeAlias = Literal["original", "tuned"]
@@ -36,6 +38,11 @@ class Probabilities(NamedTuple):
 
     original: tuple[float, ...]
     tuned: tuple[float, ...]
+
+
+def answering_of(task: Task | None) -> Answering | None:
+    """How the answers of ``task`` are generated; None: it does not say, or has labels."""
+    return None if task is None or task.labels or task.generation is UNSET else task.generation
 
 
 class SideBySide:
@@ -77,6 +84,8 @@ class SideBySide:
         """Empty if the model generates texts."""
         self._task = task
         self.max_text_tokens = task.max_text_tokens if task is not None and max_text_tokens is None else max_text_tokens
+        self.answering = answering_of(task)
+        """How the task's answers are generated; None if the task does not say."""
 
     @property
     def classifies(self) -> bool:
@@ -122,9 +131,12 @@ class SideBySide:
         text: str,
         sampling: Sampling | None = None,
         max_tokens: PositiveInt | None = None,
-        stop: tuple[str, ...] = (),
+        stop: tuple[str, ...] | None = None,
     ) -> SidesInTurn:
         """Generate both replies, yielding a piece of each in turn; see `Generation`.
+
+        ``max_tokens`` and ``stop`` None: as the task's answers are measured (its ``[generation]``), else up to the end
+        of the context.
 
         Close the iterator if you do not read it to the end (`contextlib.closing`).
 
@@ -144,15 +156,23 @@ class SideBySide:
         side: Side,
         sampling: Sampling | None = None,
         max_tokens: PositiveInt | None = None,
-        stop: tuple[str, ...] = (),
+        stop: tuple[str, ...] | None = None,
         n_likeliest: NaturalInt = 0,
     ) -> Generation:
-        """One side of `generate`, as a `Generation` that can be cancelled and counts its tokens."""
+        """One side of `generate`, as a `Generation` that can be cancelled and counts its tokens.
+
+        The task's stop strings are left out where ``sampling`` has a grammar, which ends the text itself.
+        """
         if not generates(self.model):
             raise ConfigError(f"{self.model.name} cannot generate text: use a model with a generator", field="model")
         prompt = self.prompt
         rows = prompt.rows if side == "tuned" else None
         placed = place(self.model, prompt.template, self._clip(text), self.max_text_tokens, rows, prompt.spec)
+        if self.answering is not None:
+            max_tokens = self.answering.max_tokens if max_tokens is None else max_tokens
+            if stop is None and not (sampling and sampling.grammar):
+                stop = self.answering.stop
+        stop = stop or ()
         return Generation(self.model.generator, placed, sampling, max_tokens, stop, n_likeliest)
 
     def _reader(self, readout: LayerReadout) -> LayerReader:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+from msgspec import UNSET
 
 from fedbpt.argument_types import checked
 from fedbpt.errors import DataError
@@ -14,6 +15,7 @@ from fedbpt.tasks.rows import Row
 from fedbpt.tasks.task import Task
 
 _SLOT = "{text}"
+_BETWEEN = "\n\n"
 
 
 @checked
@@ -22,7 +24,9 @@ def with_examples(task: Task, rows: Any) -> Task:
 
     A run then selects the best of all: of target texts with a metric of generated answers by the metric, else by the
     loss. The rows become part of the task, which travels with the run and the prompt: choose rows that everybody may
-    see, and leave them out of the training rows, which would else be scored with their own answers before them.
+    see, and leave them out of the training rows, which would else be scored with their own answers before them. If none
+    of the task's stop strings ends an answer before an empty line, after which the model would go on with examples of
+    its own, the empty line is added to them.
 
     Args:
         task: of labels or of target texts.
@@ -35,7 +39,10 @@ def with_examples(task: Task, rows: Any) -> Task:
     if any(_SLOT in text or _SLOT in str(answer) for text, answer in found):
         raise DataError(f"a row contains {_SLOT}: leave it out", field="rows")
     shown = [_showing(template, found) for template in task.templates]
-    return msgspec.structs.replace(task, templates=(*task.templates, *shown))
+    generation = task.generation
+    if generation is not UNSET and not any(each and each in _BETWEEN for each in generation.stop):
+        generation = msgspec.structs.replace(generation, stop=(*generation.stop, _BETWEEN))
+    return msgspec.structs.replace(task, templates=(*task.templates, *shown), generation=generation)
 
 
 def _showing(template: Template, rows: list[Row]) -> Template:
@@ -44,4 +51,4 @@ def _showing(template: Template, rows: list[Row]) -> Template:
         + (f" {answer.strip()}" if isinstance(answer, str) else template.label_words[answer])
         for text, answer in rows
     ]
-    return msgspec.structs.replace(template, pattern="\n\n".join([*examples, template.pattern]))
+    return msgspec.structs.replace(template, pattern=_BETWEEN.join([*examples, template.pattern]))

@@ -28,6 +28,11 @@ class LabelIndex(int):
         return int(self), self.name
 
 
+def spread(n_rows: int, n: int) -> NDArray[np.intp]:
+    """``n`` indices of rows at equal distances, ascending; all if there are no more: a file may be sorted."""
+    return np.arange(n_rows) if n >= n_rows else np.arange(n) * n_rows // n
+
+
 def batch_indices(
     n_rows: int,
     batch_size: int,

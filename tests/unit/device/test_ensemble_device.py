@@ -16,6 +16,7 @@ from fedbpt.objective.objective import Objective
 from fedbpt.objective.readout import loss_and_gradient, moments, word_ids
 from fedbpt.protocol.rounds import FitWork
 from fedbpt.protocol.specs import Array, ObjectiveSpec, PromptSpec, Readout, Template
+from fedbpt.tasks.rows import spread
 from fedbpt.tasks.task import label_word_ids, render_ids
 from tests.support.raises import raises
 from tests.support.toy_scorer import ToyScorer
@@ -271,16 +272,17 @@ def test_other_templates_without_a_readout_change_nothing() -> None:
     assert (one.n, one.correct, one.loss_sums) == (other.n, other.correct, other.loss_sums)
 
 
-def test_a_limit_takes_the_first_rows_under_every_template() -> None:
+def test_a_limit_takes_the_same_rows_under_every_template() -> None:
     ask = request(
         objective=SPEC, latents=Array.of(LATENT[None]), readouts=(readout(),), others=OTHERS, split="dev", max_rows=2
     )
     found = device().evaluate(ask)
-    weighed = zip(plain_logits(PROMPT, ROWS[:2]), weights(), strict=True)
+    rows = [ROWS[i] for i in spread(6, 2)]
+    weighed = zip(plain_logits(PROMPT, rows), weights(), strict=True)
     each = [log_softmax(own[:, :2] + v[0] + own[:, 2:] @ v[1:]) for own, v in weighed]
     average = log_softmax(np.mean(each, axis=0))
     assert found.n == 2
-    assert found.loss_sums[0] == pytest.approx(-average[0, ROWS[0][1]] - average[1, ROWS[1][1]], rel=1e-5)
+    assert found.loss_sums[0] == pytest.approx(-average[0, rows[0][1]] - average[1, rows[1][1]], rel=1e-5)
 
 
 @pytest.mark.parametrize("given", [(), OTHERS[:1], (*OTHERS, OTHERS[0])], ids=["none", "too few", "too many"])

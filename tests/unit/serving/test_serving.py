@@ -22,12 +22,13 @@ from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
 from fedbpt import Budget, Prompt, PromptSpec, tune
-from fedbpt.engine.text_generator import Placed, Sampling
+from fedbpt.engine.text_generator import GREEDY, Placed, Sampling
 from fedbpt.engine.text_stream import Generation
 from fedbpt.errors import ConfigError
 from fedbpt.net import server as http_server
 from fedbpt.net.server import HttpServer
 from fedbpt.net.tls import Tls
+from fedbpt.protocol.specs import Generation as Answering
 from fedbpt.serving import ModelServer, scheduler, served_models
 from fedbpt.serving.protocol import CompletionRequest
 from fedbpt.serving.server import SEND_BUFFER_BYTES
@@ -169,6 +170,21 @@ def test_a_stream_of_completions_has_each_choice_under_its_index(client: openai.
     for chunk in client.completions.create(**asked, stream=True):
         said[chunk.choices[0].index] += chunk.choices[0].text
     assert said == {0: greedy("once", 4), 1: greedy("twice", 4)}
+
+
+def test_a_tuned_model_replies_as_its_task_is_measured() -> None:
+    """Greedily, as long and until the stop string that its [generation] says, unless the request says otherwise."""
+    scorer, place = ToyScorer(), PromptSpec(d=4, alpha=2.0)
+    prompt = tune(scorer, MANNER, manner_rows(8), budget=Budget(evaluations=16), prompt=place, show=False).prompt
+    whole = "".join(piece.text for piece in SideBySide(scorer, prompt).generation("x", "tuned", GREEDY, 8))
+    task = msgspec.structs.replace(MANNER, generation=Answering(max_tokens=5, stop=(whole[3],)))
+    model = served_models(scorer, [prompt], {"manner": task})["toy+manner"]
+    assert model.recommended == GREEDY
+    request = CompletionRequest(model="toy+manner", prompt="x")
+    short = "".join(piece.text for piece in model.complete("x", request.settings(model.recommended)))
+    assert short == whole[:5].partition(whole[3])[0]
+    longer = CompletionRequest(model="toy+manner", prompt="x", max_tokens=8, stop=[])
+    assert "".join(piece.text for piece in model.complete("x", longer.settings(model.recommended))) == whole
 
 
 def test_a_stop_string_ends_the_text(client: openai.OpenAI) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -14,8 +15,9 @@ from fedbpt.engine.text_stream import Generation, place
 from fedbpt.errors import ConfigError, InputError, PromptError
 from fedbpt.objective.layer_view import LayerReader
 from fedbpt.protocol.specs import Array, LayerReadout, PromptPlace
+from fedbpt.protocol.specs import Generation as Answering
 from fedbpt.runs.result import Shipped
-from fedbpt.side_by_side.sides import SideBySide
+from fedbpt.side_by_side.sides import SIDES, SideBySide
 from fedbpt.tasks import Task
 from fedbpt.tasks.task import cue_ids, render_ids
 from tests.support.prompt_kinds import KINDS, prompt_of_kind, shipping
@@ -132,6 +134,23 @@ def test_both_sides_are_generated_in_turn(manner: TuneResult) -> None:
         placed = place(scorer, prompt.template, "question 3", None, rows_of, prompt.spec)
         expected = "".join(piece.text for piece in Generation(scorer.generator, placed, max_tokens=4))
         assert "".join(piece for of, piece in found if of == side) == expected
+
+
+def test_replies_are_as_long_and_end_as_the_tasks_answers_are_measured(manner: TuneResult) -> None:
+    whole = {"original": "", "tuned": ""}
+    for side, piece in SideBySide(ToyScorer(), manner.prompt, MANNER).generate("question 3", max_tokens=8):
+        whole[side] += piece
+    assert len(whole["tuned"]) == 8
+    stop = whole["tuned"][3]
+    task = msgspec.structs.replace(MANNER, generation=Answering(max_tokens=6, stop=(stop,)))
+    pair = SideBySide(ToyScorer(), manner.prompt, task)
+    found = {side: "".join(piece.text for piece in pair.generation("question 3", side)) for side in SIDES}
+    assert found == {side: text[:6].partition(stop)[0] for side, text in whole.items()}
+    given = "".join(piece.text for piece in pair.generation("question 3", "tuned", None, 8, ()))
+    assert given == whole["tuned"]
+    by_grammar = pair.generation("question 3", "tuned", Sampling(temperature=0.0, grammar="root ::= [a-z]*"))
+    assert by_grammar._text._stop == ()  # JSON may contain it
+    by_grammar.close()
 
 
 def test_settings_reach_both_sides(manner: TuneResult) -> None:

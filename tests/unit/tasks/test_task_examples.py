@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from fedbpt import tasks
 from fedbpt.errors import DataError
-from fedbpt.tasks import Task, Template, with_examples
+from fedbpt.tasks import Generation, Task, Template, with_examples
 from tests.support.raises import raises
 
 LABELLED = Task(
@@ -37,6 +38,16 @@ def test_target_texts_are_shown_after_a_space() -> None:
     made = with_examples(TARGETS, [{"text": "two and two", "label": " four\n"}])
     assert made.templates[1].pattern == "two and two\nA: four\n\n{text}\nA:"
     assert made.identity == TARGETS.identity
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"), [(("\n",), ("\n",)), (("\n\n",), ("\n\n",)), ((), ("\n\n",)), (("END",), ("END", "\n\n"))]
+)
+def test_an_answer_ends_before_the_model_goes_on_with_examples(
+    stop: tuple[str, ...], expected: tuple[str, ...]
+) -> None:
+    task = msgspec.structs.replace(TARGETS, generation=Generation(stop=stop))
+    assert with_examples(task, [("x", "y")]).generation == Generation(stop=expected)
 
 
 @pytest.mark.parametrize("rows", [[], [("the {text}", "x")], [("x", "the {text}")]])

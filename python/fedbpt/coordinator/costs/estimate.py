@@ -152,7 +152,8 @@ def estimate(settings: RunSettings, task: Task, infos: Sequence[DeviceInfo], agg
     per_round = settings.popsize * settings.iterations + 1 if local else settings.popsize
     only = only_reads(task.templates, settings, infos[0].n_layer)
     rounds = 0 if only else _rounds(settings, infos, parts, per_round)
-    _check_deadline(settings, infos, parts)
+    longest = msgspec.structs.replace(settings, metric_share=float(settings.metric_share > 0))
+    _check_deadline(settings, infos, [tokens_of(longest, task.templates, info, answer) for info in infos])
     devices = []
     for info, part in zip(infos, parts, strict=True):
         whole = part.whole(rounds) + part.others * most_looks(task.templates, settings, info.n_layer, rounds)
