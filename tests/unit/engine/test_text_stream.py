@@ -115,6 +115,26 @@ def test_the_result_reports_perplexity(tuned: TuneResult, monkeypatch: pytest.Mo
     assert "accuracy" not in stream.getvalue()
 
 
+def test_under_a_prompt_in_front_the_command_reports_perplexity_though_the_task_has_a_metric(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    place = PromptSpec(d=4, alpha=2.0, placement="front", n_prompt=2)
+    tune(ToyScorer(), TASK, rows(8), budget=Budget(evaluations=16), prompt=place, show=False).prompt.save(
+        tmp_path / "p"
+    )
+    (tmp_path / "manner.toml").write_text(f"{TASK_FILE}[generation]\nmetric = 'contains'\n")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "a", "answer": "zig"}))
+    monkeypatch.setattr(evaluate_command, "load_model", lambda *_args, **_options: ToyScorer())
+    data = tmp_path / "rows.jsonl"
+    given = [tmp_path / "p", "--data", data, "--task", tmp_path / "manner.toml", "--train", data, "--json"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["evaluate", *map(str, given), "--model", "toy"])
+    said = capfd.readouterr()
+    assert ended.value.code == 0, said.err
+    assert set(json.loads(said.out)["tuned"]) == {"n", "perplexity", "loss"}
+    assert "prompt in front" in said.err
+
+
 def test_the_command_reports_perplexity(
     tuned: TuneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
