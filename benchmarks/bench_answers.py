@@ -1,11 +1,15 @@
 """Generated answers by a metric: a tuned prompt and a refined one, against what a person would try first.
 
 Each task is a folder with task.toml (a task of target texts with a [generation]), train.jsonl and test.jsonl (text and
-label). Prompts are tuned on the target texts of some training rows: one for the task's own template, and one for the
-same after SHOWN other training rows; with --refine-s, they are then refined on the metric of the model's own answers
-(`fedbpt.refine`). On other rows, their answers are measured beside those of the bare model, of the model with the same
-SHOWN rows in its context, and the best constant answer: the peers, in the same run. Last, what an answer costs: the
-tokens that are read for it, and its seconds, for texts that come one by one.
+label). Prompts are tuned on the target texts of some training rows; with --refine-s, they are then refined on the
+metric of the model's own answers (`fedbpt.refine`). On other rows, their answers are measured beside those of the bare
+model, of the model with SHOWN other rows in its context, and the best constant answer: the peers, in the same run. Last,
+what an answer costs: the tokens that are read for it, and its seconds, for texts that come one by one. Patterns:
+
+bare    the task's own template
+shown   the same after the SHOWN rows of the peer
+chosen  what the run selects by the metric: the task's template, or one of SETS sets of SHOWN rows out of a pool of
+        SHOWN + POOL (`fedbpt.tasks.with_examples`)
 
 With --targets votes nobody writes the training rows' targets: the model answers each text twice with the SHOWN rows in
 its context, greedily and sampled, and a simulated person chooses the better answer by the metric, but with probability
@@ -94,8 +98,9 @@ def chosen_answers(
 
 def measure(model: str, task: Task, folder: Path, given: argparse.Namespace, seed: int) -> dict[str, Any]:
     """The peers' lines, and what was tuned for each pattern."""
-    drawn = some(read_task_rows(task, folder / "train.jsonl"), given.rows + given.shown, "train", seed)
-    shown, train = drawn[: given.shown], drawn[given.shown :]
+    drawn = some(read_task_rows(task, folder / "train.jsonl"), given.rows + given.shown + given.pool, "train", seed)
+    shown, train = drawn[: given.shown], drawn[given.shown : given.shown + given.rows]
+    pool = [*shown, *drawn[given.shown + given.rows :]]
     test = some(read_task_rows(task, folder / "test.jsonl"), given.test_rows, "test")
     bare, after_rows = with_examples(msgspec.structs.replace(task, templates=task.templates[:1]), shown).templates
     scorer = fedbpt.load_model(model)
@@ -114,9 +119,13 @@ def measure(model: str, task: Task, folder: Path, given: argparse.Namespace, see
         ),
     }
     for pattern in given.patterns:
-        name, template = ("bare", bare) if pattern == "bare" else (f"{given.shown} rows shown", after_rows)
+        name = pattern if pattern != "shown" else f"{given.shown} rows shown"
+        templates = (bare,) if pattern == "bare" else (after_rows,)
+        if pattern == "chosen":
+            one = msgspec.structs.replace(task, templates=task.templates[:1])
+            templates = with_examples(one, pool, n=given.shown, sets=given.sets, seed=seed).templates
         scorer = fedbpt.load_model(model)  # anew: its KV of texts would save the next pattern tokens
-        chosen = msgspec.structs.replace(task, templates=(template,))
+        chosen = msgspec.structs.replace(task, templates=templates)
         place = fedbpt.PromptSpec(placement="layers", d=given.d, alpha=given.alpha, seed=seed)
         began = time.monotonic()
         budget = fedbpt.Budget(evaluations=given.evaluations)
@@ -127,8 +136,14 @@ def measure(model: str, task: Task, folder: Path, given: argparse.Namespace, see
         seconds = time.monotonic() - began
         tuned = fedbpt.compare_answers(scorer, chosen, test, prompt).lines["tuned"]
         lines = fedbpt.AnswerComparison(plain.metric, tuple(test), {**peers, "tuned": tuned}, len(shown))
-        patterns[name] = {"seconds": seconds, **report(lines), "answers": lines.side_by_side()}
-        costs[f"tuned, {name}"] = cost(scorer, chosen, test[:COST_ROWS], template, prompt)
+        untuned = fedbpt.compare_answers(scorer, chosen, test, template=prompt.template).lines["zero_shot"].mean
+        patterns[name] = {
+            "seconds": seconds,
+            "selected": untuned,
+            **report(lines),
+            "answers": lines.side_by_side(),
+        }
+        costs[f"tuned, {name}"] = cost(scorer, chosen, test[:COST_ROWS], prompt.template, prompt)
     return {"seed": seed, "rows": len(rows), "patterns": patterns, "costs": costs}
 
 
@@ -148,7 +163,9 @@ def main() -> None:
     parser.add_argument("--shown", type=int, default=3, help="training rows that the other pattern shows")
     parser.add_argument("--targets", choices=["written", "votes"], default="written")
     parser.add_argument("--errors", type=float, default=0.2, help="probability that a vote is for the worse answer")
-    parser.add_argument("--patterns", nargs="+", choices=["bare", "shown"], default=["bare", "shown"])
+    parser.add_argument("--patterns", nargs="+", choices=["bare", "shown", "chosen"], default=["shown", "chosen"])
+    parser.add_argument("--pool", type=int, default=9, help="further rows that may be shown")
+    parser.add_argument("--sets", type=int, default=8, help="sets of shown rows to choose from")
     parser.add_argument("--test-rows", type=int, default=200)
     parser.add_argument("--evaluations", type=int, default=400, help="of the search on target texts")
     parser.add_argument("--refine-s", type=float, default=0.0, help="seconds of the search on the metric")
@@ -164,12 +181,15 @@ def main() -> None:
             results.setdefault(name, []).append(found)
             for pattern, each in found["patterns"].items():
                 figures = ", ".join(f"{key} {line['mean']:.3f}" for key, line in each["lines"].items())
-                how = f"pattern {pattern}, {found['rows']} rows, {each['seconds']:.0f} s"
+                how = (
+                    f"pattern {pattern}, {found['rows']} rows, {each['seconds']:.0f} s, untuned {each['selected']:.3f}"
+                )
                 print(f"{name}, seed {seed}, {how}: {figures}; {each['verdict']}", flush=True)
+            anew = f"untuned, {given.shown} rows shown, read anew"
             for way, each in found["costs"].items():
-                ratio = each["seconds"] / found["costs"]["untuned, bare"]["seconds"]
+                ratio = each["seconds"] / found["costs"][anew]["seconds"]
                 figures = f"{each['read']:.0f} tokens read, {each['said']:.1f} said, {1000 * each['seconds']:.0f} ms"
-                print(f"{name}, seed {seed}, an answer {way}: {figures}, {ratio:.2f} × bare", flush=True)
+                print(f"{name}, seed {seed}, an answer {way}: {figures}, {ratio:.2f} of anew", flush=True)
             if given.out:
                 given.out.write_text(json.dumps(results, indent=1, ensure_ascii=False))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -9,7 +10,9 @@ from msgspec import UNSET
 
 from fedbpt.argument_types import checked
 from fedbpt.errors import DataError
+from fedbpt.protocol.seeding import generator
 from fedbpt.protocol.specs import Template
+from fedbpt.quantities import PositiveInt
 from fedbpt.tasks.readers import to_rows
 from fedbpt.tasks.rows import Row
 from fedbpt.tasks.task import Task
@@ -19,7 +22,7 @@ _BETWEEN = "\n\n"
 
 
 @checked
-def with_examples(task: Task, rows: Any) -> Task:
+def with_examples(task: Task, rows: Any, *, n: PositiveInt | None = None, sets: PositiveInt = 1, seed: int = 0) -> Task:
     """``task`` with another template for each of its own, after them: the same, preceded by ``rows`` and their answers.
 
     A run then selects the best of all: of target texts with a metric of generated answers by the metric, else by the
@@ -28,21 +31,43 @@ def with_examples(task: Task, rows: Any) -> Task:
     of the task's stop strings ends an answer before an empty line, after which the model would go on with examples of
     its own, the empty line is added to them.
 
+    Which rows are shown matters as much as that some are: with ``sets``, each template is followed by so many, of
+    different rows. Eight sets of three out of a dozen rows are a good start. ::
+
+        task = with_examples(task, rows[:12], n=3, sets=8)
+
     Args:
         task: of labels or of target texts.
-        rows: three or four rows in any form that `fedbpt.tasks.to_rows` takes.
+        rows: in any form that `fedbpt.tasks.to_rows` takes; for one set three or four.
+        n: rows of a set; None: all.
+        sets: number of sets: the first ``n`` rows, and others that are drawn at random.
+        seed: draws them.
 
     Raises:
-        DataError: as `to_rows`; a row that contains ``{text}``.
+        DataError: as `to_rows`; a row that contains ``{text}``; fewer than ``n`` rows, or too few for ``sets``.
     """
     found = to_rows(rows, task)
     if any(_SLOT in text or _SLOT in str(answer) for text, answer in found):
         raise DataError(f"a row contains {_SLOT}: leave it out", field="rows")
-    shown = [_showing(template, found) for template in task.templates]
+    drawn = _sets(len(found), n or len(found), sets, seed)
+    shown = [_showing(template, [found[i] for i in each]) for template in task.templates for each in drawn]
     generation = task.generation
     if generation is not UNSET and not any(each and each in _BETWEEN for each in generation.stop):
         generation = msgspec.structs.replace(generation, stop=(*generation.stop, _BETWEEN))
     return msgspec.structs.replace(task, templates=(*task.templates, *shown), generation=generation)
+
+
+def _sets(n_rows: int, n: int, sets: int, seed: int) -> list[tuple[int, ...]]:
+    """Indices of the rows of each set, in the order in which they are shown."""
+    if n > n_rows or sets > math.perm(n_rows, n):
+        raise DataError(f"{n_rows} rows are too few for {sets} sets of {n}: give more", field="rows")
+    rng = generator(seed, "examples-shown")
+    found = [tuple(range(n))]
+    while len(found) < sets:
+        each = tuple(rng.permutation(n_rows)[:n].tolist())
+        if each not in found:
+            found.append(each)
+    return found
 
 
 def _showing(template: Template, rows: list[Row]) -> Template:

@@ -50,6 +50,21 @@ def test_an_answer_ends_before_the_model_goes_on_with_examples(
     assert with_examples(task, [("x", "y")]).generation == Generation(stop=expected)
 
 
+def test_sets_of_rows_are_drawn_of_a_pool() -> None:
+    pool = [(f"text {i}", f"answer {i}") for i in range(6)]
+    made = with_examples(TARGETS, pool, n=2, sets=5)
+    patterns = [template.pattern for template in made.templates]
+    assert len(set(patterns)) == 6
+    assert patterns[1] == "text 0\nA: answer 0\n\ntext 1\nA: answer 1\n\n{text}\nA:"
+    assert all(pattern.count("answer") == 2 for pattern in patterns[1:])
+    assert made == with_examples(TARGETS, pool, n=2, sets=5)
+    assert made != with_examples(TARGETS, pool, n=2, sets=5, seed=1)
+    assert len(with_examples(TARGETS, pool[:2], n=2, sets=2).templates) == 3  # the other order
+    for few, n, sets in ((pool[:1], 2, 1), (pool[:2], 2, 3)):
+        with raises(DataError, field="rows"):
+            with_examples(TARGETS, few, n=n, sets=sets)
+
+
 @pytest.mark.parametrize("rows", [[], [("the {text}", "x")], [("x", "the {text}")]])
 def test_rows_that_cannot_be_shown_are_refused(rows: Any) -> None:
     with pytest.raises(DataError):
