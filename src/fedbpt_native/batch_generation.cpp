@@ -13,7 +13,17 @@ namespace fedbpt {
 
 namespace {
 
-constexpr size_t kCells = 16384;  // KV cells for a group, if it is of more than one text and candidate
+// KV for a group, if it is of more than one text and candidate
+constexpr size_t kCells = 16384;
+constexpr uint64_t kGroupBytes = 512u << 20;
+
+size_t cells_max(const llama_model * model) {
+    const auto heads = static_cast<uint64_t>(std::max(llama_model_n_head(model), 1));
+    const auto kv_heads = static_cast<uint64_t>(std::max(llama_model_n_head_kv(model), 1));
+    const auto n_embd = static_cast<uint64_t>(llama_model_n_embd(model));
+    const uint64_t bytes = 4 * n_embd * kv_heads / heads * static_cast<uint64_t>(llama_model_n_layer(model));
+    return static_cast<size_t>(std::min<uint64_t>(kCells, kGroupBytes / std::max<uint64_t>(bytes, 1)));
+}
 
 // Seed of a text: mixed, so that seeds that follow each other share no text's; never llama.cpp's for a random one.
 uint32_t seed_of(uint32_t seed, int64_t text) {
@@ -73,18 +83,19 @@ std::vector<Answer> Scorer::generate(Plan & plan, const int64_t * which, size_t 
         const size_t n_tail = request.n_tail();
         const size_t live_max = std::clamp<size_t>((Session::kBatch - Session::kPad) / n_tail, 1, kGenerated);
         const size_t a_candidate = n_tail + how.max_tokens;
+        const size_t most = cells_max(model_->get());
         const auto is_long = [&](size_t i) {  // LongRoPE's factors are those of the longest answer
             return model_->is_long(plan.prefix().size() + request.length(i) + how.max_tokens - 1);
         };
         for (size_t first = 0, last = 0; first < n_which; first = last) {
             const size_t head = request.head_of(first);
-            const size_t fit = kCells > head + a_candidate ? (kCells - head) / a_candidate : 1;
+            const size_t fit = most > head + a_candidate ? (most - head) / a_candidate : 1;
             const size_t together = std::min({ n_candidates, live_max, fit });
             Pack pack{ first, first + 1, request.length(first), 0 };
             size_t n_cells = head + together * a_candidate;
             for (; pack.last < n_which && (pack.n_texts() + 1) * together <= live_max; ++pack.last) {
                 n_cells += request.head_of(pack.last) + together * a_candidate;
-                if (n_cells > kCells || is_long(pack.last) != is_long(first)) {
+                if (n_cells > most || is_long(pack.last) != is_long(first)) {
                     break;
                 }
                 pack.n_tokens += request.length(pack.last);

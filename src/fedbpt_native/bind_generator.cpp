@@ -18,8 +18,9 @@ namespace {
 using IntArray = py::array_t<int32_t, py::array::c_style>;
 using FloatArray = py::array_t<float, py::array::c_style>;
 
-std::unique_ptr<Generator::Stream> open(Generator & generator, const IntArray & ids, const FloatArray & rows,
-                                        size_t rows_at, float temperature, float top_p, int32_t top_k, uint32_t seed,
+std::unique_ptr<Generator::Stream> open(const std::shared_ptr<Generator> & generator, const IntArray & ids,
+                                        const FloatArray & rows, size_t rows_at, float temperature, float top_p,
+                                        int32_t top_k, uint32_t seed,
                                         const std::optional<std::tuple<int32_t, int32_t, bool>> & shifted,
                                         const std::string & grammar, size_t n_said) {
     const auto [first, n, continued] = shifted.value_or(std::tuple<int32_t, int32_t, bool>{});
@@ -28,7 +29,9 @@ std::unique_ptr<Generator::Stream> open(Generator & generator, const IntArray & 
                  rows_at,
                  { first, n, continued } };
     py::gil_scoped_release release;
-    return generator.open(std::move(input), { temperature, top_p, top_k, seed }, grammar, n_said);
+    auto stream = generator->open(std::move(input), { temperature, top_p, top_k, seed }, grammar, n_said);
+    stream->keep_alive(generator);  // not py::keep_alive, which crashes where an argument has another type
+    return stream;
 }
 
 py::tuple next(Generator & generator, Generator::Stream & stream, size_t n_likeliest) {
@@ -121,7 +124,7 @@ void register_generator(py::module_ & module) {
     generator
         .def("open", &open, py::arg("ids").noconvert(), py::arg("rows").noconvert(), py::arg("rows_at"),
              py::arg("temperature"), py::arg("top_p"), py::arg("top_k"), py::arg("seed"),
-             py::arg("shifted") = py::none(), py::arg("grammar") = "", py::arg("n_said") = 0, py::keep_alive<0, 1>(),
+             py::arg("shifted") = py::none(), py::arg("grammar") = "", py::arg("n_said") = 0,
              "ids int32 [n], rows float32 [n_rows, n_embd]")
         .def_static("json_grammar", &json_grammar, py::arg("schema"), py::call_guard<py::gil_scoped_release>(),
                     "GBNF of the JSON that a JSON schema, given as JSON, allows")

@@ -61,7 +61,7 @@ void Generator::validate(const Input & input, const Sampling & sampling) const {
     for (const llama_token id : input.ids) {
         model_->check_token(id, "token id");
     }
-    if (input.rows_at + n_rows > input.ids.size()) {
+    if (n_rows > input.ids.size() || input.rows_at > input.ids.size() - n_rows) {
         throw InputError(std::to_string(n_rows) + " rows from token " + std::to_string(input.rows_at) +
                          " on must lie within the text's " + std::to_string(input.ids.size()) + " tokens");
     }
@@ -236,6 +236,7 @@ void Generator::grow(size_t n_cells) {
     const uint32_t n_seqs = 1 + kTexts + kHeads;
     session_.close();
     session_.open({ size, n_seqs, /*n_outputs =*/n_seqs }, {}, "free memory, or generate shorter texts");
+    n_cells_ = session_.n_cells();
 
     for (auto & [sequence, state] : saved) {
         session_.restore(state, sequence->id);
@@ -247,6 +248,7 @@ std::unique_ptr<Generator::Stream> Generator::open(Input input, const Sampling &
                                                    size_t n_said) {
     validate(input, sampling);
     auto stream = std::make_unique<Stream>();
+    stream->generator_ = this;
     stream->sampler_ = make_sampler(sampling);
     if (!grammar.empty()) {
         stream->grammar_.emplace(llama_model_get_vocab(model_->get()), grammar);
@@ -267,7 +269,23 @@ std::unique_ptr<Generator::Stream> Generator::open(Input input, const Sampling &
     return stream;
 }
 
+void Generator::check_own(const Stream & stream) const {
+    if (stream.generator_ != this) {
+        throw InputError("this text was opened by another generator: continue it with that one");
+    }
+}
+
+// Forgets that the last token of the text is computed, if an error came before one was chosen by its logits.
+void Generator::uncompute_last(Sequence & sequence) {
+    const size_t end = sequence.input.ids.size() - 1;
+    if (sequence.n_computed > end) {
+        sequence.n_computed = end;
+        llama_memory_seq_rm(session_.memory(), sequence.id, static_cast<llama_pos>(end), -1);
+    }
+}
+
 Choice Generator::next(Stream & stream, size_t n_likeliest, const std::function<bool()> & stop) {
+    check_own(stream);
     std::lock_guard<std::mutex> lock(mutex_);
     Sequence & sequence = *stream.sequence_;
     if (sequence.input.ids.size() > static_cast<size_t>(model_->n_ctx_train())) {
@@ -278,6 +296,7 @@ Choice Generator::next(Stream & stream, size_t n_likeliest, const std::function<
     const Session::Watch watch(session_, stream.cancelled_, stop);
 
     ensure_context(sequence.input.ids.size());
+    uncompute_last(sequence);
     read_up_to(sequence, sequence.input.ids.size());
     const Choice found = choose(stream, -1, n_likeliest);
     if (found.id == Choice::kNotFinite) {
@@ -293,6 +312,9 @@ Choice Generator::next(Stream & stream, size_t n_likeliest, const std::function<
 
 std::vector<Choice> Generator::next_all(const std::vector<Stream *> & streams, const std::vector<size_t> & n_likeliest,
                                         const std::function<bool()> & stop) {
+    for (const Stream * stream : streams) {
+        check_own(*stream);
+    }
     std::lock_guard<std::mutex> lock(mutex_);
     std::vector<Choice> found(streams.size(), Choice{ Choice::kCancelled, 0.0f, {} });
     std::vector<bool> long_ones;
@@ -364,9 +386,8 @@ Choice Generator::choose(Stream & stream, int32_t output, size_t n_likeliest) {
 
     const llama_token id = stream.grammar_ ? stream.grammar_->sample(stream.sampler_.get(), logits, n_vocab)
                                            : llama_sampler_sample(stream.sampler_.get(), session_.context(), output);
-    if (id < 0) {  // the last token is to be computed anew: its logits will be those of another pass
-        sequence.n_computed = sequence.input.ids.size() - 1;
-        llama_memory_seq_rm(session_.memory(), sequence.id, static_cast<llama_pos>(sequence.n_computed), -1);
+    if (id < 0) {  // its logits will be those of another pass
+        uncompute_last(sequence);
         return { id, 0.0f, {} };
     }
     sequence.input.ids.push_back(id);
@@ -393,6 +414,7 @@ bool Generator::read(Stream & stream, const std::function<bool()> & stop) {
     const Session::Watch watch(session_, never, stop);
     const size_t end = sequence.input.ids.size() - 1;
     ensure_context(end + 1);
+    uncompute_last(sequence);
     do {  // once at least: the text may have outgrown LongRoPE's short factors
         read_up_to(sequence, std::min(end, sequence.n_computed + kPart));
     } while (sequence.n_computed < end && !stream.cancelled_);

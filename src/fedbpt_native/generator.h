@@ -61,9 +61,14 @@ public:
         // input tokens whose KV was reused
         size_t n_reused() const { return n_reused_; }
 
+        // Makes its generator, owned by `generator`, live as long.
+        void keep_alive(std::shared_ptr<const void> generator) { kept_ = std::move(generator); }
+
     private:
         friend class Generator;
 
+        std::shared_ptr<const void> kept_;
+        const Generator * generator_ = nullptr;
         SamplerPtr sampler_;
         std::optional<GrammarSampler> grammar_;
         Sequence * sequence_ = nullptr;
@@ -97,7 +102,8 @@ public:
     const Model & model() const { return *model_; }
     // forward tokens computed so far
     uint64_t n_tokens() const { return n_tokens_; }
-    uint32_t n_cells() const { return session_.n_cells(); }
+    // callable while another thread computes
+    uint32_t n_cells() const { return n_cells_; }
 
 private:
     struct Sequence {  // its KV is in the context up to n_computed
@@ -136,9 +142,12 @@ private:
     void compute_part(Sequence & sequence, size_t end);
     bool decode(bool is_long);
     void reset();
+    void check_own(const Stream & stream) const;
+    void uncompute_last(Sequence & sequence);
 
     std::shared_ptr<const Model> model_;
     Session session_;
+    std::atomic<uint32_t> n_cells_{ 0 };
     Batch batch_;
     std::vector<Sequence> sequences_;
     std::atomic<uint64_t> n_tokens_{ 0 };

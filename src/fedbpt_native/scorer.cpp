@@ -69,7 +69,11 @@ std::vector<Scorer::Pack> Scorer::pack(const Request & request) const {
         const size_t length = request.length(i);
         const size_t steps = request.n_steps(i);
         const size_t rows = front && packs.size() <= 1 ? request.n_prompt : 0;
-        if (!packs.empty() && rows + packs.back().n_tokens + packs.back().n_steps + length + steps <= tokens_max &&
+        // in cue placement each text has its own copy of the prefix
+        const size_t prefixes =
+            front || packs.empty() ? 0 : (packs.back().n_texts() + 1) * request.plan.prefix().size();
+        if (!packs.empty() &&
+            rows + prefixes + packs.back().n_tokens + packs.back().n_steps + length + steps <= tokens_max &&
             packs.back().n_texts() < texts_max) {
             packs.back().last = i + 1;
             packs.back().n_tokens += length;

@@ -270,6 +270,35 @@ def test_an_invalid_input_is_refused(llama: Case, given: Placed, value: str) -> 
     assert generated(generator, Placed(llama.ids(5)), 2) == generated(new(llama), Placed(llama.ids(5)), 2)
 
 
+@pytest.mark.parametrize("rows_at", [-1, 2, 2**64 - 1, 2**70])
+def test_rows_outside_the_text_are_refused(llama: Case, rows_at: int) -> None:
+    given = Placed(np.array([5, 6], dtype=np.int32), np.zeros((1, 64), dtype=np.float32), rows_at)
+    with raises(InputError):
+        new(llama).open(given, GREEDY)
+    with raises(InputError, field="n_said"):
+        new(llama).open(Placed(np.array([5, 6], dtype=np.int32), n_said=-1), GREEDY)
+
+
+@pytest.mark.parametrize("rows_at", ["x", -1, 2**70, 2**64 - 1])
+def test_the_native_module_survives_arguments_of_other_kinds(llama: Case, rows_at: object) -> None:
+    native = llama.scorer._engine.generator()
+    ids, rows = np.array([5, 6], dtype=np.int32), np.zeros((1, 64), dtype=np.float32)
+    with pytest.raises((TypeError, InputError)):
+        native.open(ids, rows, rows_at, 0.0, 1.0, 0, 0)
+    stream = native.open(ids, rows, 0, 0.0, 1.0, 0, 0)
+    del native  # the text keeps it
+    assert stream.n_reused == 0
+
+
+def test_a_text_of_another_generator_is_refused(llama: Case) -> None:
+    mine, others = new(llama), new(llama)
+    stream = others.open(Placed(llama.ids(5)), GREEDY)
+    with pytest.raises(InputError, match="another generator"):
+        mine.next_all([stream], [0])
+    expected = generated(new(llama), Placed(llama.ids(5)), 3)
+    assert tokens(stream, 3) == expected
+
+
 def test_a_model_with_damaged_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = tiny_gguf.tensors(tiny_gguf.SMALLEST)
     tensors["output_norm.weight"][3] = np.nan

@@ -64,6 +64,9 @@ class NativeGenerator:
         _check_process(self._process)
         ids = token_ids(placed.ids, "ids")
         rows = check_rows(placed.rows, self._engine.n_embd)
+        for name, given in (("rows_at", placed.rows_at), ("n_said", placed.n_said)):
+            if not 0 <= given <= len(ids):
+                raise InputError(f"{name} must be from 0 to the text's {len(ids)} tokens, got {given}", field=name)
         seed = secrets.randbelow(SEEDS) if sampling.seed is None else sampling.seed % SEEDS
         how = (sampling.temperature, sampling.top_p, sampling.top_k, seed)
         grammar = utf8(sampling.grammar, "grammar")

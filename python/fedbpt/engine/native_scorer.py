@@ -316,6 +316,9 @@ class NativeScorer:
         after = self._ids([] if cue is None else cue, "cue", add_bos=False)
         before = self._ids([] if prefix is None else prefix, "prefix")
         add_bos = None if prefix is None else False
+        for i, text in enumerate(texts):
+            if isinstance(text, str) and not text:
+                raise InputError(f"text {i} is empty: leave it out", field="texts")
         tokens = [self._ids(text, f"text {i}", add_bos) for i, text in enumerate(texts)]
         ids = ragged([np.concatenate([text, after]) if len(text) else text for text in tokens])
         follow = ragged(flat_continuations(continuations, len(tokens)))

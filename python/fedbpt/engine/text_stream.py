@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fedbpt.argument_types import checked
 from fedbpt.engine.pieces import TextPieces
 from fedbpt.engine.text_generator import SEEDS, Generator, Placed, Sampling, TextModel, Token, TokenStream, check_rows
-from fedbpt.errors import ScoringInterrupted
+from fedbpt.errors import InputError, ScoringInterrupted
 from fedbpt.protocol.seeding import derive_seed
 from fedbpt.protocol.specs import PromptSpec, Template
 from fedbpt.quantities import NaturalInt, PositiveInt
@@ -241,6 +241,12 @@ def place(
     if prompt is None or not len(rows):
         return Placed(ids)
     n_rows = len(rows)
+    if prompt.placement == "cue" and n_rows > len(ids):
+        raise InputError(
+            f"{n_rows} rows are more than the {len(ids)} tokens of the text and its template: use a longer text",
+            field="rows",
+            limit=len(ids),
+        )
     if prompt.shift is not UNSET:
         layers = prompt.shift.layers
         return Placed(ids, rows, len(ids) - 1, (layers[0], len(layers), prompt.placement == "layers"))

@@ -26,14 +26,15 @@ def sizes_of(path: Path) -> Sizes:
             magic, version, _, n_keys = struct.unpack("<4sIQQ", file.read(24))
             for _ in range(n_keys if magic == b"GGUF" and version >= 2 else 0):
                 key = _string(file)
+                if key.startswith("tokenizer.") and {"block_count", "embedding_length"} <= found.keys():
+                    break  # writers put all sizes before the vocabulary
                 value = _value(file, *struct.unpack("<I", file.read(4)))
                 if isinstance(value, int):
                     found[key.partition(".")[2]] = value
-                if {"block_count", "embedding_length"} <= found.keys():
-                    break
     except (OSError, struct.error, UnicodeDecodeError, ValueError):
         return Sizes(0, 0)
-    return Sizes(found.get("block_count", 0), found.get("embedding_length", 0))
+    n_layer = found.get("block_count", 0) - found.get("nextn_predict_layers", 0)  # which the scorer does not run
+    return Sizes(max(n_layer, 0), found.get("embedding_length", 0))
 
 
 def _string(file: BinaryIO) -> str:

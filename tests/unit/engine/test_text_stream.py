@@ -15,6 +15,7 @@ from fedbpt import Budget, Prompt, PromptSpec, TuneResult, cli, evaluate, tune
 from fedbpt.cli import evaluate as evaluate_command
 from fedbpt.cli import report
 from fedbpt.display.plain_console import PlainConsole
+from fedbpt.engine.text_stream import place
 from fedbpt.errors import ConfigError, DataError, FedbptError, InputError, TaskError
 from fedbpt.objective.objective import Objective
 from fedbpt.protocol.specs import ObjectiveSpec, Template
@@ -133,6 +134,12 @@ def test_under_a_prompt_in_front_the_command_reports_perplexity_though_the_task_
     assert ended.value.code == 0, said.err
     assert set(json.loads(said.out)["tuned"]) == {"n", "perplexity", "loss"}
     assert "prompt in front" in said.err
+
+
+def test_more_rows_than_a_short_texts_tokens_are_refused() -> None:
+    spec = PromptSpec(placement="cue", n_prompt=40, d=6)
+    with raises(InputError, field="rows"):
+        place(ToyScorer(), TEMPLATE, "short", rows=np.zeros((40, ToyScorer().n_embd), np.float32), prompt=spec)
 
 
 def test_the_command_reports_perplexity(

@@ -34,6 +34,15 @@ def test_both_sizes_are_read_after_other_keys(tmp_path: Path) -> None:
     assert sizes_of(path) == Sizes(30, 576)
 
 
+def test_layers_that_predict_further_tokens_are_not_counted(tmp_path: Path) -> None:
+    """As llama.cpp counts: a device that has not loaded its model yet must name the same number."""
+    path = tmp_path / "model.gguf"
+    more = ("llama.nextn_predict_layers", 4, struct.pack("<I", 1))
+    vocabulary = ("tokenizer.ggml.tokens", 9, struct.pack("<IQ", 8, 2**40))  # not read
+    path.write_bytes(header(*BEFORE, BLOCKS, WIDTH, more, vocabulary))
+    assert sizes_of(path) == Sizes(29, 576)
+
+
 @pytest.mark.parametrize(
     "content",
     [
