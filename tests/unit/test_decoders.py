@@ -5,17 +5,24 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import msgspec
 import pytest
 
 from fedbpt import decoders
+from fedbpt.decoders import explain, from_builtins
+from fedbpt.runs.run_file import RunConfig
+from fedbpt.tasks import Task
 
 # New types again and again, each first decoded by several threads at the same time.
 RACE = """
 import sys, threading
 import msgspec
 from fedbpt import decoders
+from fedbpt.decoders import explain, from_builtins
+from fedbpt.runs.run_file import RunConfig
+from fedbpt.tasks import Task
 
 how = getattr(decoders, sys.argv[1])
 sys.setswitchinterval(1e-6)
@@ -71,3 +78,30 @@ def test_one_type_is_collected_at_a_time() -> None:
         assert not found
     thread.join()
     assert found[0].left == 2
+
+
+@pytest.mark.parametrize(
+    ("raw", "kind", "said"),
+    [
+        ({"task": "x", "settings": {"round": 3}}, RunConfig, "did you mean 'rounds' in [settings]?"),
+        ({"task": "x", "settings": {"placement": "cue"}}, RunConfig, "move it to [settings.prompt]"),
+        ({"task": "x", "rounds": 3}, RunConfig, "move it to [settings]"),
+        ({"task": "x", "zzz": 3}, RunConfig, "there is no 'zzz': remove it"),
+        (
+            {"task": "x", "settings": {"readout": "word"}},
+            RunConfig,
+            "settings.readout = 'word' is not known: use one of",
+        ),
+        ({"name": "x", "templates": [{"labels_words": []}]}, Task, "did you mean 'label_words' in [templates]?"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said_in_its_words(raw: dict[str, Any], kind: type, said: str) -> None:
+    with pytest.raises(msgspec.ValidationError) as caught:
+        from_builtins(raw, kind)
+    assert said in explain(caught.value, kind)
+
+
+def test_other_errors_are_msgspecs_own() -> None:
+    with pytest.raises(msgspec.ValidationError) as caught:
+        from_builtins({"task": 3}, RunConfig)
+    assert explain(caught.value, RunConfig) == str(caught.value)

@@ -13,7 +13,8 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
+from urllib.parse import urlsplit
 
 import typer
 
@@ -46,7 +47,7 @@ from fedbpt.machine.autostart import install
 from fedbpt.machine.memory import kv_budget_within
 from fedbpt.machine.pauses import TRIGGERS, Pauses
 from fedbpt.models import locate, model_size
-from fedbpt.net.tls import Tls
+from fedbpt.net.tls import Tls, is_loopback
 from fedbpt.net.tokens import Credentials
 from fedbpt.plain_text import echo
 from fedbpt.protocol.names import check_names
@@ -55,6 +56,8 @@ from fedbpt.secure.membership import Membership, identity_line, read_trusted
 from fedbpt.tasks import Row, Task, load, read_task_rows
 
 log = logging.getLogger(__name__)
+
+NEAR: Final = " (for this machine only: --host 0.0.0.0 lets others call it)"
 
 Coordinator = Annotated[
     str | None, typer.Option("--coordinator", help="Call in at this address instead of serving; works through NAT.")
@@ -256,7 +259,8 @@ def _ready_callback(
                 announce(url)
             elif not quiet:
                 how = "calls in at" if link else "serves on"
-                echo(f"{local.name} {how} {url} with {local.scorer.name} and {n_rows} rows; Ctrl-C stops it")
+                near = "" if link or not is_loopback(urlsplit(url).hostname or "") else NEAR
+                echo(f"{local.name} {how} {url}{near} with {local.scorer.name} and {n_rows} rows; Ctrl-C stops it")
         except OSError as error:  # standard output is closed or its disk is full: keep working
             log.warning("cannot print that the device is ready at %s: %s", url, error.strerror or error)
 

@@ -16,6 +16,7 @@ from fedbpt.protocol.specs import as_name
 from fedbpt.runs.run_file import RunConfig, load_config
 from fedbpt.runs.settings import RunSettings
 from fedbpt.tasks import Row, Task, read_task_rows
+from fedbpt.tasks.fields import listed
 
 
 @dataclass(frozen=True)
@@ -100,3 +101,16 @@ class Files:
     def rows(self, task: Task) -> Sequence[list[Row]]:
         """Read each file; no rows for one that is not given. Raises `DataError`."""
         return [[] if file is None else read_task_rows(task, file) for file in (self.data, self.dev, self.test)]
+
+    def warnings(self, task: Task, rows: Sequence[list[Row]]) -> list[str]:
+        """What makes results of these rows misleading."""
+        train = {text for text, _ in rows[0]}
+        found = []
+        for name, own in zip(("dev", "test"), rows[1:], strict=True):
+            same = sum(text in train for text, _ in own)
+            if same:
+                found.append(f"{same} of {len(own)} rows of --{name} are training rows: their figures say little")
+        missing = [label for i, label in enumerate(task.labels) if not any(target == i for _, target in rows[0])]
+        if missing:
+            found.append(f"there are no training rows of {listed(missing)}")
+        return found

@@ -90,7 +90,7 @@ class Reach:
         def client(url: str, **options: Any) -> HttpClient:
             return HttpClient(url, token=secrets.get(url.rstrip("/")), tls=self.tls, **options)
 
-        by_address = [client(url) for url in self.addresses]
+        by_address = [client(url) for url in dict.fromkeys(each.rstrip("/") for each in self.addresses)]
         check_names([each.name for each in by_address], "device")
         before = {address: name for name, address in known.items() if address}
         names = {each.url: each.name if each.name in known else before.get(each.url, "") for each in by_address}

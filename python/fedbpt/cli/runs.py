@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
 import typer
@@ -60,6 +61,12 @@ TaskFile = Annotated[
 ]
 DEFAULT_STORE = Path("runs/runs.db")
 
+NARROW: Final = 100
+"""Columns of a terminal below which a list of runs has fewer columns, rather than cut names."""
+
+WIDE: Final = 400
+"""Columns where the output is no terminal."""
+
 
 @app.command("list")
 def list_command(
@@ -89,17 +96,23 @@ def list_command(
         for run in runs:
             echo(run.run)
     else:
+        console = PlainConsole(width=None if sys.stdout.isatty() else WIDE)
+        narrow = console.width < NARROW
         table = Table(box=None)
         for heading in ("run", "task", "model", "status", "rounds", "accuracy", "updated"):
-            table.add_column(heading, justify="right" if heading in ("rounds", "accuracy") else "left")
+            if not (narrow and heading in ("model", "updated")):
+                is_number = heading in ("rounds", "accuracy")
+                table.add_column(heading, justify="right" if is_number else "left", overflow="fold")
         for run in runs:
             result = _result(run)
             figure = "-"
             if result and result.tuned.n:
                 tuned = result.tuned
                 figure = f"ppl {tuned.perplexity:.2f}" if result.generates else f"{tuned.accuracy:.3f}"
-            table.add_row(run.run, run.task, run.model_name, run.status, str(searched[run.run]), figure, run.updated)
-        PlainConsole().print(table)
+            left = [run.run, run.task] if narrow else [run.run, run.task, run.model_name]
+            right = [run.status, str(searched[run.run]), figure]
+            table.add_row(*left, *right, *([] if narrow else [run.updated]))
+        console.print(table)
 
 
 def _list_jobs(coordinator: Coordinator, as_json: bool, quiet: bool) -> None:

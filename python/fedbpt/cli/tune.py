@@ -40,6 +40,7 @@ from fedbpt.device.device import Device
 from fedbpt.engine.native_scorer import load_model
 from fedbpt.errors import ConfigError
 from fedbpt.net.tls import Tls
+from fedbpt.plain_text import echo
 from fedbpt.runs.run_file import load_config
 
 RunFile = Annotated[
@@ -233,6 +234,9 @@ def _tune_here(given: _Options, files: Files) -> None:
     config, task = given.inline.config(given.run_file, given.model)
     allow_metrics(given.allow_metric, task)
     rows = files.rows(task)  # before the model, to report a wrong file early
+    if not (given.output.quiet or given.output.as_json):
+        for line in files.warnings(task, rows):
+            echo(f"hint: {line}", err=True)
     out = prompt_path(config, given.output.prompt, config.model)
     scorer = load_model(str(config.model), **given.engine)
     if given.only_plan:

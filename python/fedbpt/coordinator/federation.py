@@ -135,6 +135,13 @@ class Federation:
                 field="per_round",
                 limit=self._min_reports,
             )
+        if settings.secure and len(clients) < FEWEST:
+            raise ConfigError(
+                f"secure = true needs {FEWEST} devices, of which nobody sees one's results, got {len(clients)}: add "
+                "devices, or set secure = false",
+                field="secure",
+                limit=FEWEST,
+            )
         self._store = store
         self._emit = on_event
         self._control = control or RunControl()

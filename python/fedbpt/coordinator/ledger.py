@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -79,13 +79,16 @@ class RunLedger:
         """Take ``stored`` for the run to go on with. Raises `ConfigError` if it is another one."""
         self.settings = self.state.settings = self.settings.continuing(stored_settings(stored.settings))
         if not is_of(stored, self.settings, self.task):
+            changed = _changes(stored_settings(stored.settings), self.settings)
+            what = f"other settings ({', '.join(changed[:3])})" if changed else "another task"
             raise ConfigError(
-                f"run {self.run!r} was begun with another task or other settings: give this run another name",
-                field="run",
+                f"run {self.run!r} was begun with {what}: give this run another name, or --fresh", field="run"
             )
         if self._rows != stored.rows:
             raise ConfigError(
-                f"run {self.run!r} was begun with other rows: give this run another name, or --fresh", field="rows"
+                f"run {self.run!r} was begun with other rows (--data, --dev or --test): give this run another name, or "
+                "--fresh",
+                field="rows",
             )
 
     def finished(self) -> RunResult | None:
@@ -352,6 +355,20 @@ def identity_of(settings: RunSettings, task: Task, reads: bool = True) -> str:
     texts = "\0".join([settings.identity(), task.name, *task.labels])
     digests = [*map(codec.digest, task.templates), *([task.identity.reading] if reads else ())]
     return codec.digest(Template(pattern=texts, label_words=tuple(digests)))
+
+
+def _changes(before: RunSettings, now: RunSettings) -> list[str]:
+    """What must be equal to resume a run and is not: ``seed 0, now 5``."""
+    old, new = _flat(msgspec.to_builtins(before)), _flat(msgspec.to_builtins(now))
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return [f"{name} {old.get(name, 'unset')}, now {new.get(name, 'unset')}" for name in names]
+
+
+def _flat(value: dict[str, Any], path: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, each in value.items():
+        found |= _flat(each, f"{path}{name}.") if isinstance(each, dict) else {f"{path}{name}": each}
+    return found
 
 
 def is_of(run: StoredRun, settings: RunSettings, task: Task) -> bool:

@@ -164,7 +164,9 @@ class RunDisplay:
             case LateReport():
                 self._print(f"device {event.device}: a report arrived late and is not used")
             case RunFinished() if not self._started:
-                self._print(f"run {event.result.run} was finished before: showing its stored result")
+                self._print(
+                    f"run {event.result.run} was finished before: showing its stored result (--fresh tunes again)"
+                )
 
     def _show_round(self, event: RoundClosed) -> None:
         self._n_live = len(event.reported)

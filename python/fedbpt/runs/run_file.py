@@ -12,7 +12,7 @@ import msgspec
 
 from fedbpt import tasks
 from fedbpt.checking import DECODE_ERRORS
-from fedbpt.decoders import from_builtins
+from fedbpt.decoders import explain, from_builtins
 from fedbpt.errors import ConfigError, FedbptError
 from fedbpt.runs.settings import RunSettings
 from fedbpt.tasks import Task
@@ -86,4 +86,6 @@ def _decoded(path: Path, raw: Any) -> RunConfig:
         cause = error.__cause__
         if isinstance(cause, FedbptError):
             raise ConfigError(f"{path}: {cause}", field=cause.field, limit=cause.limit) from error
-        raise ConfigError(f"{path}: {error}", field=str(path)) from error
+        if isinstance(raw, dict) and "templates" in raw:
+            raise ConfigError(f"{path} is a task file: give it as --task", field=str(path)) from error
+        raise ConfigError(f"{path}: {explain(error, RunConfig)}", field=str(path)) from error

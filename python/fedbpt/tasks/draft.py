@@ -22,6 +22,9 @@ TEXT_NAMES: Final = ("text", "sentence", "content", "body", "message", "review",
 LABEL_NAMES: Final = ("label", "class", "category", "topic", "intent", "sentiment", "department", "tag", "target")
 """Names of the columns that may hold the text and the label, most likely first."""
 
+FEW: Final = 8
+"""Rows of which nothing follows from how often a label occurs."""
+
 MAX_LABELS: Final = 100
 """Maximum number of distinct values in a label column."""
 
@@ -60,6 +63,13 @@ def draft_task(
     labels = _labels(values, columns, path)
     reader = LabelReader(labels)
     counts = Counter(int(reader.read(value, str(path))) for value in values)
+    if label_column is None and len(values) >= FEW and len(labels) > len(values) / 2:
+        raise DataError(
+            f"{path}: most of the values of column {columns.label!r} occur once ({len(labels)} in {len(values)} rows): "
+            "for a task of target texts, write a task file without labels (docs/tasks.md); to classify them all the "
+            f"same, give --label-column {columns.label}",
+            field="label_column",
+        )
     task = Task(
         name=name or as_name(path.stem).lower(),
         labels=labels,

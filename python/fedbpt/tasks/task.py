@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from fedbpt.argument_types import checked
 from fedbpt.checking import DECODE_ERRORS
-from fedbpt.decoders import from_builtins
+from fedbpt.decoders import explain, from_builtins
 from fedbpt.errors import ConfigError, InputError, TaskError
 from fedbpt.protocol.specs import CheckedMessage, Generation, Template
 from fedbpt.protocol.task_identity import TaskIdentity
@@ -129,7 +129,7 @@ def load_task(path: str | Path) -> Task:
         cause = error.__cause__
         if isinstance(cause, TaskError):
             raise TaskError(f"{path}: {cause}", field=cause.field) from error
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{path}: {explain(error, Task)}") from error
     except DECODE_ERRORS as error:
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise ConfigError(f"{path} is not valid {kind}: {error}") from error
