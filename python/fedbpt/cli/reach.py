@@ -90,7 +90,11 @@ class Reach:
         def client(url: str, **options: Any) -> HttpClient:
             return HttpClient(url, token=secrets.get(url.rstrip("/")), tls=self.tls, **options)
 
-        by_address = [client(url) for url in dict.fromkeys(each.rstrip("/") for each in self.addresses)]
+        plain = [url.rstrip("/") for url in self.addresses]
+        twice = [url for url, n in Counter(plain).items() if n > 1]
+        if twice:
+            raise ConfigError(f"device {twice[0]} is given twice: give each once", field="--device")
+        by_address = [client(url) for url in plain]
         check_names([each.name for each in by_address], "device")
         before = {address: name for name, address in known.items() if address}
         names = {each.url: each.name if each.name in known else before.get(each.url, "") for each in by_address}

@@ -70,7 +70,7 @@ class _Writer:
         """Raises `StoreError`."""
         with self._writing:
             if self._closed:
-                raise StoreError("the device has ended", field="--state")
+                raise StoreError("the device has ended: start it again", field="--state")
             try:
                 write_private(self._path, replace(state, fitted=None, fitted_to=b"").to_bytes())
             except ConfigError as error:
@@ -83,7 +83,8 @@ class _Writer:
         except StoreError as error:
             log.error("%s: the result is not sent", error)
             raise StoreError(
-                "the device cannot write what it spends (--state), so it sends nothing", field="--state"
+                "the device cannot write what it spends, so it sends nothing: make room for its --state",
+                field="--state",
             ) from error
 
     def close(self) -> None:

@@ -60,7 +60,7 @@ def with_examples(task: Task, rows: Any, *, n: PositiveInt | None = None, sets: 
 def _sets(n_rows: int, n: int, sets: int, seed: int) -> list[tuple[int, ...]]:
     """Indices of the rows of each set, in the order in which they are shown."""
     if n > n_rows or sets > math.perm(n_rows, n):
-        raise DataError(f"{n_rows} rows are too few for {sets} sets of {n}: give more", field="rows")
+        raise DataError(f"{n_rows} rows are too few for {sets} sets of n = {n}: give more rows", field="n")
     rng = generator(seed, "examples-shown")
     found = [tuple(range(n))]
     while len(found) < sets:

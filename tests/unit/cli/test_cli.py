@@ -190,7 +190,7 @@ DEVICE = ("device", "--task", "ag-news", "--model")
         (("tune", "run.toml"), 2, "--device"),
         (("tune", "run.toml", "--device", "pi5"), 2, "'pi5'"),
         (("tune", "run.toml", "--device", "http://127.0.0.1:9", "--out", "p"), 2, "--model"),
-        (("tune", "run.toml", "--device", "http://127.0.0.1:9", "--device", "http://127.0.0.1:9"), 2, "127.0.0.1-9"),
+        (("tune", "run.toml", "--device", "http://127.0.0.1:9", "--device", "http://127.0.0.1:9/"), 2, "twice"),
         (
             ("tune", "run.toml", "--device", "http://127.0.0.1:9", "--model", "smollm2-135m"),
             2,

@@ -312,7 +312,7 @@ def test_the_store_and_the_page_name_the_devices_of_a_sum(make: Callable[..., La
 
 def test_two_devices_are_too_few(make: Callable[..., LayerScene]) -> None:
     scene = make(NAMES[:2])
-    with pytest.raises(QuorumError):
+    with raises(ConfigError, field="secure", limit=3):
         scene.run(rounds=1, secure=True)
 
 

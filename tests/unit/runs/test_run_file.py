@@ -62,8 +62,8 @@ def test_balance_and_restarts_are_settings_and_off_by_default(tmp_path: Path) ->
     [
         ("task =", "run.toml"),
         ("", "`task`"),
-        ('task = "ag-news"\nround = 3', "`round`"),
-        ('task = "ag-news"\n[settings]\npopulation = 3', "`population`"),
+        ('task = "ag-news"\nround = 3', "'round'"),
+        ('task = "ag-news"\n[settings]\npopulation = 3', "'population'"),
         ('task = "ag-news"\n[settings]\npopsize = 0', "popsize"),
         ('task = "ag-news"\nsettings = 3', "settings"),
         ('task = "ag-news"\n[settings]\nprompt = 3', "prompt"),

@@ -61,7 +61,7 @@ def test_sets_of_rows_are_drawn_of_a_pool() -> None:
     assert made != with_examples(TARGETS, pool, n=2, sets=5, seed=1)
     assert len(with_examples(TARGETS, pool[:2], n=2, sets=2).templates) == 3  # the other order
     for few, n, sets in ((pool[:1], 2, 1), (pool[:2], 2, 3)):
-        with raises(DataError, field="rows"):
+        with raises(DataError, field="n"):
             with_examples(TARGETS, few, n=n, sets=sets)
 
 
