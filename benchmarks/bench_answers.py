@@ -3,8 +3,8 @@
 Each task is a folder with task.toml (a task of target texts with a [generation]), train.jsonl and test.jsonl (text and
 label). Prompts are tuned on the target texts of some training rows; with --refine-s, they are then refined on the
 metric of the model's own answers (`fedbpt.refine`). On other rows, their answers are measured beside those of the bare
-model, of the model with SHOWN other rows in its context, and the best constant answer: the peers, in the same run. Last,
-what an answer costs: the tokens that are read for it, and its seconds, for texts that come one by one. Patterns:
+model, of the model with SHOWN other rows in its context, and the best constant answer: the peers, in the same run. At
+the end, what an answer costs: the tokens read for it, and its seconds, for texts that come one by one. Patterns:
 
 bare    the task's own template
 shown   the same after the SHOWN rows of the peer
