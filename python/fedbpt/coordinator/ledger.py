@@ -359,7 +359,7 @@ def identity_of(settings: RunSettings, task: Task, reads: bool = True) -> str:
 
 def _changes(before: RunSettings, now: RunSettings) -> list[str]:
     """What must be equal to resume a run and is not: ``seed 0, now 5``."""
-    old, new = _flat(msgspec.to_builtins(before)), _flat(msgspec.to_builtins(now))
+    old, new = _flat(msgspec.to_builtins(before.fixed())), _flat(msgspec.to_builtins(now.fixed()))
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     return [f"{name} {old.get(name, 'unset')}, now {new.get(name, 'unset')}" for name in names]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -287,7 +287,11 @@ class RunSettings(CheckedMessage, frozen=True):
         return epsilon(self.privacy, [(select, int(n_templates > 1)), (search, searches)])
 
     def identity(self) -> str:
-        """Digest of the settings that must be equal for a run to be resumed.
+        """Digest of the settings that must be equal for a run to be resumed: see `fixed`."""
+        return hashlib.sha256(msgspec.msgpack.encode(self.fixed())).hexdigest()[:32]
+
+    def fixed(self) -> dict[str, Any]:
+        """The settings that must be equal for a run to be resumed.
 
         The budget may change, and ``stop_if_futile``. So may ``patience`` without restarts; with restarts, it is part
         of the search.
@@ -315,8 +319,7 @@ class RunSettings(CheckedMessage, frozen=True):
         left_out |= set() if self.check_devices else {"check_devices"}
         left_out |= set() if self.may_read_layers or self.judges_targets else {"readout"}
         received = codec.decode(codec.encode(fixed), RunSettings)
-        plain = {name: getattr(received, name) for name in received.__struct_fields__ if name not in left_out}
-        return hashlib.sha256(msgspec.msgpack.encode(plain)).hexdigest()[:32]
+        return {name: getattr(received, name) for name in received.__struct_fields__ if name not in left_out}
 
 
 def stored_settings(body: bytes) -> RunSettings:

@@ -397,3 +397,10 @@ def test_a_run_without_a_limit_is_refused() -> None:
 def test_a_result_crosses_the_wire(scene: Scene) -> None:
     result = scene.run(rounds=1)
     assert codec.decode(codec.encode(result), RunResult) == result
+
+
+def test_what_differs_from_a_stored_run_is_said(scene: Scene) -> None:
+    scene.run(rounds=2)
+    with raises(ConfigError, field="run") as caught:
+        scene.run(rounds=3, seed=5)
+    assert "(seed 3, now 5)" in str(caught.value)

@@ -103,9 +103,13 @@ def test_ctrl_c_while_it_is_waited_for_does_not_end_the_worker(tmp_path: Path) -
         found.runs.hand_in(submission())
         wait_until(lambda: found.states()["r"] == "running")
         main = threading.get_ident()
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         threading.Timer(0.3, signal.pthread_kill, [main, signal.SIGINT]).start()
-        with pytest.raises(KeyboardInterrupt):
-            found.worker.join(30)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                found.worker.join(30)
+        finally:
+            signal.signal(signal.SIGINT, before)
         assert found.worker.is_alive()
         found.worker.stop()
         assert not found.worker.is_alive()
