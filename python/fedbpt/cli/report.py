@@ -133,7 +133,7 @@ def print_result(result: RunResult, prompt_path: Path | None) -> None:
         console.print(FUTILE, highlight=False, soft_wrap=True)
     if result.is_not_better:
         console.print(NOT_BETTER, highlight=False, soft_wrap=True)
-    if result.shipped and not result.is_not_better and not result.futile:
+    if result.shipped and result.rounds and not result.is_not_better and not result.futile:
         held = VARIANTS[result.shipped]
         console.print(f"tuned is: {held}, which held-out training rows chose", highlight=False, soft_wrap=True)
     if not (result.scores("test") or result.scores("dev")) and prompt_path is not None:

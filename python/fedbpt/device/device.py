@@ -263,7 +263,8 @@ class Device:
         work = plan.work
         result: Result
         check_private(plan)
-        self._limit.check(plan, self._question(plan))
+        if self._is_limited:
+            self._limit.check(plan, self._question(plan))
         self._hides_rows = self._is_limited or plan.privacy is not None
         if self._hides_rows:
             self._check_room(plan)
@@ -327,10 +328,14 @@ class Device:
         if isinstance(plan.work, MeansWork):
             sent = self.state.released.get(plan.run, ())
             self.state.released[plan.run] = tuple(dict.fromkeys((*sent, self._question(plan))))
+        if isinstance(plan.work, PublicWork | SecureWork):
+            return
         had_told = self.state.told_exactly
-        self._limit.record(plan, self._question(plan))
-        tells_noisily = plan.privacy is not None and not isinstance(plan.work, PublicWork | SecureWork)
-        if self._keep is not None and (tells_noisily or self.state.told_exactly != had_told):
+        if plan.privacy is None:
+            self.state.told_exactly = True
+        else:
+            self._limit.record(plan, self._question(plan))
+        if self._keep is not None and (plan.privacy is not None or not had_told):
             self._keep(self.state)
 
     def _check_room(self, plan: RoundPlan) -> None:

@@ -74,10 +74,7 @@ class PrivacyLimit:
             )
 
     def record(self, plan: RoundPlan, question: str) -> None:
-        """Count the result of ``plan``, which is about to be sent."""
-        if plan.privacy is None and not isinstance(plan.work, PublicWork | SecureWork):
-            self._state.told_exactly = True
-            return
+        """Count the noisy result of ``plan``, which is about to be sent."""
         sent = self._released(plan)
         if sent is None:
             return

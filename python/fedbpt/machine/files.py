@@ -48,7 +48,10 @@ def write_whole(files: Mapping[Path, bytes], private: Collection[Path] = ()) -> 
 
 def _sync_folder(folder: Path) -> None:
     """Make renames in ``folder`` last over a power failure, where its file system can."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # a folder may let its files be written and not be listed
+        return
     try:
         os.fsync(descriptor)
     except OSError as error:

@@ -65,7 +65,7 @@ class Columns(NamedTuple):
         problem = f"{where}: no column {' or '.join(repr(name) for name in wanted)}"
         field = wanted[0] if wanted else ""
         if looks_like_row(names, self.labels):
-            own = f"({','.join((*self.text, self.label))})"
+            own = f"({','.join((*_parts(self.text[0])[1::2], self.label))})"
             return DataError(f"{problem}: {NO_HEADER.replace('(text,label)', own)}", field=field)
         # public: without a header, the names may be a row's fields
         message = f"{problem}: name it in the task, or rename one of {listed(names)}"

@@ -612,6 +612,18 @@ def test_what_was_sent_before_there_was_a_limit_counts(scene: LayerScene) -> Non
     assert DeviceState.from_bytes(state.to_bytes()).told_exactly
 
 
+def test_a_run_without_privacy_is_told_once(scene: LayerScene) -> None:
+    """And nothing of its plans, which may be large, is encoded to count it."""
+    work = PooledWork(state=STATE, generation=0, popsize=4)
+    plan = msgspec.structs.replace(asked_of(scene), privacy=None, work=work)
+    kept: list[bool] = []
+    device = Device("a", ToyScorer(), rows(24), task=TASK, keep=lambda state: kept.append(state.told_exactly))
+    device.run(plan)
+    device.run(plan)
+    assert kept == [True]
+    assert "_basis" not in vars(device)
+
+
 def test_work_that_tells_nothing_is_not_kept(scene: LayerScene) -> None:
     run(scene)
     public = next(plan for plan in plans(scene, PublicWork) if plan.device == "a")

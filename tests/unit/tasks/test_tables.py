@@ -13,6 +13,8 @@ import pytest
 from fedbpt import tasks
 from fedbpt.errors import DataError, FedbptError
 from fedbpt.tasks import Task, Template
+from fedbpt.tasks.fields import Columns
+from tests.support.raises import raises
 
 LABELS = ("billing", "technical")
 TASK = Task(
@@ -231,3 +233,10 @@ def test_what_partition_writes_is_read_back(tmp_path: Path) -> None:
     tasks.write_rows(tmp_path / "r.jsonl", rows, LABELS)
     assert json.loads((tmp_path / "r.jsonl").read_text().splitlines()[0])["label"] == "billing"
     assert [label for _, label in tasks.read_task_rows(TASK, tmp_path / "r.jsonl")] == [label for _, label in rows]
+
+
+def test_a_missing_header_is_named_by_the_tasks_own_columns() -> None:
+    columns = Columns(("{premise} So: {hypothesis}",), "verdict", ("yes", "no"))
+    with raises(DataError) as caught:
+        columns.bind(("it rains", "the street is wet", "yes"), "a.csv:1")
+    assert "(premise,hypothesis,verdict)" in str(caught.value)
