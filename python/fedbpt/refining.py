@@ -61,7 +61,7 @@ class RefineResult:
     Attributes:
         prompt: the best prompt; the given one, if none was better.
         before, after: mean value of the metric on the held-back training rows, which chose the prompt: for the figure
-            that counts, measure other rows with `fedbpt.compare_answers`.
+            that counts, measure other rows with `fedbpt.compare_answers`. −∞ where the metric failed on all of them.
         curve: (evaluations so far, mean value on the held-back rows) of each measurement.
         evaluations: number of candidates whose answers were measured.
         n_failed: answers that the metric failed on.
@@ -240,7 +240,7 @@ class _Search:
         step: dict[str, Any] = {
             "refined": True,
             "evaluations": self.evaluations,
-            "before": before,
+            "before": before if math.isfinite(before) else None,  # JSON has no infinity
             "after": after,
             "seed": self.seed,
         }

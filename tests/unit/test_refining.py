@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -123,6 +124,18 @@ def test_answers_that_the_metric_fails_on_are_not_the_best_of_negative_ones(
     assert found.n_failed > 0
     assert found.after == found.before == -1.0
     assert found.prompt == prompt
+
+
+def test_a_prompt_that_the_metric_failed_on_can_be_refined(monkeypatch: pytest.MonkeyPatch, prompt: Prompt) -> None:
+    def measure(_text: str, answer: str, _row: object) -> float:
+        return 1 / 0 if answer == "broken" else 1.0
+
+    def mends(far: float, number: int) -> str:
+        return f"fine {number}" if far > 0.2 else "broken"
+
+    found = run(monkeypatch, prompt, mends, metric=measure)
+    assert (found.before, found.after) == (-math.inf, 1.0)
+    assert found.prompt.history[-1]["before"] is None
 
 
 def test_a_prompt_that_does_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
